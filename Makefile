@@ -1,0 +1,49 @@
+# Every target sets itself up: on a fresh machine `make test` makes the environment, installs, and runs.
+# Needs python3 >= 3.11. `make VENV=elsewhere ...` keeps the environment somewhere else.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+DEMO ?= freshrec replay --world newborn
+
+.PHONY: help demo test test-all check fix bench docs clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+
+demo: $(READY) ## the main job on a generated log, under three minutes
+	$(BIN)/$(DEMO)
+
+test: $(READY) ## the tests, a few minutes
+	$(BIN)/pytest -n 2
+
+test-all: $(READY) ## the slow ones too
+	$(BIN)/pytest -n 2 -m ""
+
+check: $(READY) ## linter, formatter, strict types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fix: $(READY) ## mend what the linter can mend, and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY) ## one JSON line per benchmark
+	@set -e; for file in benchmarks/bench_*.py; do $(BIN)/python $$file; done
+
+docs: $(READY) ## write the generated pages anew
+	$(BIN)/python docs/generate.py
+
+clean: ## forget the environment and the caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# One thread each: the tests run in two processes, and small tensors are slower on two threads than on one.
+test test-all bench: export OMP_NUM_THREADS = 1
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): a minute or two, once"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@

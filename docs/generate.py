@@ -1,0 +1,128 @@
+"""Writes the pages of docs/ that are made from the code: `make docs`.
+
+`docs/equations.md` lists every equation of a paper, the one function that computes it, and the tests that check it.
+The link is a tag such as [IMSR eq. 10] (paper key of docs/papers.md, number as printed there): in the docstring of the
+function, and in the docstring or a comment of its test. tests/test_house.py keeps both ends of the link whole.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import tokenize
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TAG = re.compile(r"\[(\w+) eq\. (\w+)\]")
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclass(frozen=True)
+class Tagged:
+    """A tag in a function: where it stands, and what the function says of itself in its first line."""
+
+    paper: str
+    number: str
+    function: str  # `fisher`, `Table.pull`
+    file: str  # relative to the root
+    line: int
+    summary: str
+
+
+def papers(root: Path = ROOT) -> list[str]:
+    """Keys of the papers: the second-level headings of docs/papers.md."""
+    return re.findall(r"^## (\w+)", (root / "docs/papers.md").read_text(), flags=re.MULTILINE)
+
+
+def functions(tree: ast.Module) -> Iterator[tuple[str, Function]]:
+    """Functions of a module and methods of its classes, with dotted names; a nested function is part of its owner."""
+    for node in tree.body:
+        if isinstance(node, Function):
+            yield node.name, node
+        elif isinstance(node, ast.ClassDef):
+            yield from ((f"{node.name}.{item.name}", item) for item in node.body if isinstance(item, Function))
+
+
+def homes(root: Path = ROOT) -> list[Tagged]:
+    """Equations of src/freshrec: tags in the docstrings of functions and methods."""
+    found = []
+    for path in sorted((root / "src/freshrec").rglob("*.py")):
+        for name, node in functions(ast.parse(path.read_text())):
+            found += _tagged(ast.get_docstring(node) or "", name, node, path.relative_to(root))
+    return found
+
+
+def checks(root: Path = ROOT) -> list[Tagged]:
+    """Tests of equations: tags in the docstring or the comments of a test, or in the comment right above it."""
+    found = []
+    for path in sorted((root / "tests").rglob("test_*.py")):
+        source = path.read_text()
+        for name, node in functions(ast.parse(source)):
+            if name.rpartition(".")[2].startswith("test_"):
+                text = "\n".join([ast.get_docstring(node) or "", *_comments(source, node)])
+                found += _tagged(text, name, node, path.relative_to(root))
+    return found
+
+
+def _comments(source: str, node: Function) -> list[str]:
+    """Comments inside a function, and those right above it."""
+    lines = source.splitlines()
+    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    while first > 1 and lines[first - 2].lstrip().startswith("#"):
+        first -= 1
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)  # a "#" in a string is no comment
+    last = node.end_lineno or first
+    return [t.string for t in tokens if t.type == tokenize.COMMENT and first <= t.start[0] <= last]
+
+
+def _tagged(text: str, name: str, node: Function, file: Path) -> list[Tagged]:
+    summary = TAG.sub("", (ast.get_docstring(node) or "").partition("\n")[0]).strip().removesuffix(" .")
+    tags = dict.fromkeys(TAG.findall(text))  # each once, in the order of the text
+    return [Tagged(paper, number, name, file.as_posix(), node.lineno, summary) for paper, number in tags]
+
+
+def equations_page(root: Path = ROOT) -> str:
+    """The text of docs/equations.md: one row per equation, by paper, then by number."""
+    tests: dict[tuple[str, str], list[str]] = {}
+    for check in checks(root):
+        tests.setdefault((check.paper, check.number), []).append(f"[{check.function}](../{check.file})")
+    order = {paper: i for i, paper in enumerate(papers(root))}
+    rows = [
+        f"| {e.paper} | {e.number} | [{e.function}](../{e.file}) | {_cell(e.summary)} "
+        f"| {', '.join(tests.get((e.paper, e.number), []))} |"
+        for e in sorted(homes(root), key=lambda e: (order.get(e.paper, len(order)), _number(e.number), e.file, e.line))
+    ]
+    head = [
+        "# Equations",
+        "",
+        "Written by `make docs` from the tags in the code; do not edit. Papers: [papers.md](papers.md).",
+        'To find one: `grep -rn "IMSR eq. 10" src tests`.',
+        "",
+        "| paper | eq. | function | computes | tests |",
+        "|---|---|---|---|---|",
+    ]
+    return "\n".join([*head, *rows]) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _number(number: str) -> tuple[int, str]:
+    """Sorts 2 before 10, and 10 before 10a."""
+    digits = re.match(r"\d*", number)
+    return (int(digits.group()) if digits and digits.group() else 0, number)
+
+
+def pages(root: Path = ROOT) -> dict[str, str]:
+    """Every generated page: path relative to the root -> what it should say."""
+    return {"docs/equations.md": equations_page(root)}
+
+
+if __name__ == "__main__":
+    for page, text in pages().items():
+        (ROOT / page).write_text(text)
+        print(f"wrote {page}")

@@ -1,0 +1,1 @@
+"""Logs: reading, cutting, generating, batching."""

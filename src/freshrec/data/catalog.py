@@ -1,0 +1,83 @@
+"""The catalog: an append-only numbering of raw ids. The first id ever seen is row 1; row 0 is padding.
+
+A row, once given, never changes: tables of earlier versions stay valid, and an id first seen after span t has a row
+beyond the length that the catalog had at the end of span t.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from freshrec.errors import LogError, StateError
+
+INTEGERS = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt8, pl.UInt16, pl.UInt32)  # all of them fit in Int64
+COLUMNS = {"first_span": pl.Int32, "last_span": pl.Int32}  # beside "id", which is Int64 or String
+
+
+@dataclass(frozen=True, eq=False)
+class Catalog:
+    """Raw ids and their rows. `frame` holds id, first_span, last_span; the id at position i has row i + 1."""
+
+    frame: pl.DataFrame
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    @staticmethod
+    def empty() -> Catalog:
+        """No ids yet; the first `extend` decides whether they are integers or strings."""
+        return Catalog(pl.DataFrame(schema={"id": pl.Null, **COLUMNS}))
+
+    @staticmethod
+    def load(frame: pl.DataFrame) -> Catalog:
+        """The catalog whose `frame` was saved. StateError where it is not a numbering of distinct ids."""
+        schema = dict(frame.schema)
+        kind = schema.pop("id", None)
+        if schema != COLUMNS or kind not in (pl.Int64, pl.String, pl.Null):
+            raise StateError(f"a saved catalog has the columns {frame.schema}; save it again from its log.")
+        if frame["id"].null_count() or not frame["id"].is_unique().all():
+            raise StateError("a saved catalog has null or repeated ids; save it again from its log.")
+        return Catalog(frame)
+
+    def extend(self, ids: pl.Series, span: int) -> Catalog:
+        """The catalog after `span`, in which `ids` occurred: new ones get the next rows, in order of appearance."""
+        ids = self._checked(ids)
+        today = pl.DataFrame({"id": ids.unique(maintain_order=True)}).with_columns(
+            pl.lit(span, pl.Int32).alias("first_span"), pl.lit(span, pl.Int32).alias("last_span")
+        )
+        old = self.frame.with_columns(pl.col("id").cast(ids.dtype))
+        again = old.join(today.select("id", today="last_span"), on="id", how="left", maintain_order="left")
+        seen = again.select("id", "first_span", pl.coalesce("today", "last_span").alias("last_span"))
+        new = today.join(old, on="id", how="anti", maintain_order="left")
+        return Catalog(pl.concat([seen, new]))
+
+    def rows(self, ids: pl.Series) -> Tensor:
+        """int64 rows of `ids`; 0 for an id the catalog does not hold."""
+        ids = self._checked(ids)
+        numbered = self.frame.select(pl.col("id").cast(ids.dtype), row=pl.int_range(1, pl.len() + 1, dtype=pl.Int64))
+        joined = ids.to_frame("id").join(numbered, on="id", how="left", maintain_order="left")
+        return torch.from_numpy(joined["row"].fill_null(0).to_numpy(writable=True))
+
+    def ids(self, rows: Tensor) -> pl.Series:
+        """The ids of `rows`, which must be at most len(self); null for row 0."""
+        positions = pl.Series("row", rows.numpy(), dtype=pl.Int64) - 1
+        return self.frame["id"].gather(positions.set(positions < 0, None))
+
+    def _checked(self, ids: pl.Series) -> pl.Series:
+        """`ids` as Int64 or String. LogError for nulls, other types, and ids of another kind than the catalog's."""
+        if ids.dtype in INTEGERS:
+            ids = ids.cast(pl.Int64)
+        elif ids.dtype in (pl.Categorical, pl.Enum):
+            ids = ids.cast(pl.String)
+        kind = self.frame["id"].dtype
+        if ids.dtype not in (pl.Int64, pl.String):
+            raise LogError(f"the ids in {ids.name!r} are {ids.dtype}; make them integers or strings.")
+        if kind not in (ids.dtype, pl.Null):
+            raise LogError(f"the ids in {ids.name!r} are {ids.dtype}, but earlier ones are {kind}; use one kind.")
+        if ids.null_count():
+            raise LogError(f"{ids.null_count():,} of the ids in {ids.name!r} are null; remove those rows.")
+        return ids

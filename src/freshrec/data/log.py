@@ -1,0 +1,284 @@
+"""Read a log: a table of interactions, under our column names, in time order, with nothing dropped silently.
+
+A log with bad rows is refused, with counts and the first offenders, unless `quarantine` names a file that takes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import polars as pl
+
+from freshrec.data.columns import Fault, given, read_ids, read_numbers, read_times, read_words
+from freshrec.data.formats import Table, open_table, printable, readable
+from freshrec.errors import LogError, OptionError, unknown
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Our columns, and what they may be called in a source, the most telling name first. `seq` counts through the log,
+# `position` only within a session.
+ALIASES = {
+    "user_id": ("user_id", "session_id"),
+    "item_id": ("item_id",),
+    "timestamp": ("timestamp", "time"),
+    "period": ("period",),
+    "order": ("order", "seq", "position"),
+    "event": ("event",),
+    "category": ("category", "category_id"),
+    "weight": ("weight",),
+    "label": ("label",),
+    "split": ("split",),
+    "event_id": ("event_id",),
+}
+
+
+@dataclass(frozen=True)
+class Log:
+    """Interactions in time order.
+
+    `frame` holds user_id and item_id (Int64 or String, as the source), time (Int64: microseconds UTC, or 0, 1, 2, ...
+    where the log has no clock), and those of event, category, weight, label, period, split, event_id that the log has.
+    """
+
+    frame: pl.DataFrame
+    has_clock: bool
+    unit: str  # of the source: "s", "ms", "us", "ns", "ISO 8601" or "period + order"
+    notes: tuple[str, ...] = ()  # what was detected, taken or left aside, for people
+    n_late: int = 0  # rows that stood behind a later one in the source
+    n_aside: int = 0  # bad rows that went to quarantine
+
+
+def read_log(
+    source: str | Path | pl.DataFrame | pd.DataFrame,
+    *,
+    columns: Mapping[str, str] | None = None,
+    format: str | None = None,
+    events: Sequence[str] = (),
+    users: int | None = None,
+    seed: int = 0,
+    quarantine: Path | None = None,
+) -> Log:
+    """The log in `source`: CSV(.gz), Parquet (file or folder), JSON lines, or a frame of polars or pandas.
+
+    `columns`: our name -> theirs, where the names differ; `item_id=sku:text` says that ids are text even where some are
+    digits. `format`: a key of FORMATS. `events`: the event types to keep, all if empty. `users`: keep a random sample
+    of so many whole users. `quarantine`: a .parquet or .csv file for bad rows. LogError where the log is not one.
+    """
+    if quarantine is not None and isinstance(source, str | Path) and quarantine.resolve() == Path(source).resolve():
+        raise OptionError(f"the bad rows of {quarantine.name} cannot replace the log itself; name another file.")
+    if quarantine is not None and quarantine.suffix not in (".parquet", ".csv"):
+        raise OptionError(f"{quarantine.name} cannot take bad rows; name a file that ends in .parquet or .csv.")
+    table = open_table(source, format)
+    names, text = _names(table, columns or {})
+    raw = _read(table, names, events)
+    if not len(raw):
+        raise LogError(f"{table.where} holds no rows; a log needs at least one.")
+    try:
+        log, faults = _parse(raw, names, text, table)
+    except LogError as why:
+        raise LogError(f"{table.where}: {why}") from None
+    if faults:
+        if quarantine is None:
+            raise LogError(_complaint(raw, names, faults, table.where))
+        _set_aside(raw, faults, table, quarantine)
+        good = ~pl.DataFrame([fault.rows.alias(str(i)) for i, fault in enumerate(faults)]).max_horizontal()
+        log = replace(log, frame=log.frame.filter(good), n_aside=int((~good).sum()))
+        log = _note(log, f"{log.n_aside:,} bad rows set aside in {quarantine.name}")
+    if not len(log.frame):
+        raise LogError(f"{table.where} holds no good rows; all {len(raw):,} went to {quarantine}.")
+    log = _in_time_order(log)
+    return log if users is None else _sample(log, users, seed)
+
+
+def positives(log: Log) -> Log:
+    """The log without its exposures: rows whose label is null or above 0. A log without labels is all positive."""
+    if "label" not in log.frame.columns:
+        return log
+    kept = log.frame.filter(pl.col("label").is_null() | (pl.col("label") > 0))
+    if not len(kept):
+        raise LogError("no row of the log has a label above 0, so there is nothing to learn from; check the labels.")
+    return _note(replace(log, frame=kept), f"{len(log.frame) - len(kept):,} exposures (label 0) left out")
+
+
+def _names(table: Table, columns: Mapping[str, str]) -> tuple[dict[str, str], set[str]]:
+    """Our names -> theirs, and ours whose ids are declared to be text."""
+    with readable(table.where):
+        found = table.rows.collect_schema().names()
+    names: dict[str, str] = {}
+    text: set[str] = set()
+    for ours, theirs in columns.items():
+        if ours not in ALIASES:
+            raise unknown("column of ours", ours, ALIASES)
+        if theirs not in found and theirs.endswith(":text"):
+            theirs = theirs.removesuffix(":text")
+            text.add(ours)
+        if theirs not in found:
+            raise LogError(f'{table.where} has no column "{theirs}" for {ours}; its columns are {_listed(found)}.')
+        names[ours] = theirs
+    for ours, aliases in ALIASES.items():
+        present = [alias for alias in aliases if alias in found and alias not in names.values()]
+        if ours not in names and present:
+            names[ours] = present[0]
+    twice = [theirs for theirs in names.values() if f"{theirs}_duplicated_0" in found]
+    if twice:
+        raise LogError(f'{table.where} has several columns called "{twice[0]}"; rename or remove all but one.')
+    missing = [name for name in ("user_id", "item_id") if name not in names]
+    missing += [] if names.keys() & {"timestamp", "period"} else ["timestamp"]
+    if missing:
+        raise LogError(
+            f"{table.where} has no {' and no '.join(missing)} among its columns {_listed(found)}; say which it is, as "
+            f"in --columns {missing[0]}=NAME, or name a public format with --format."
+        )
+    if "period" not in names:
+        names.pop("order", None)
+    return names, text
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(printable(name, 40) for name in names[:20]) or "none"
+    return shown + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+
+
+def _read(table: Table, names: Mapping[str, str], events: Sequence[str]) -> pl.DataFrame:
+    """The columns we know under our names, as the source has them, with `row`, their place in the source from 0."""
+    rows = table.rows.select(pl.col(theirs).alias(ours) for ours, theirs in names.items()).with_row_index("row")
+    if events and "event" not in names:
+        raise LogError(f"{table.where} has no event column, to choose --events from; say --columns event=NAME.")
+    with readable(table.where):
+        if not events:
+            return rows.collect()
+        kind = pl.col("event").cast(pl.String)
+        raw = rows.filter(kind.is_in(list(events))).collect()
+        absent = set(events) - set(raw["event"].cast(pl.String).unique())
+        found = rows.select(kind.unique()).collect()["event"].drop_nulls().to_list() if absent else []
+    if absent:
+        raise unknown("event type", min(absent), found)
+    return raw
+
+
+def _parse(raw: pl.DataFrame, names: Mapping[str, str], text: set[str], table: Table) -> tuple[Log, list[Fault]]:
+    """The log in the order of the source, with its bad rows, and its faults."""
+    frame: dict[str, pl.Series] = {}
+    faults: list[Fault] = []
+    unit = "period + order"
+    for name in names:
+        found: list[Fault] = []
+        if name in ("user_id", "item_id", "category", "event_id"):
+            is_key = name in ("user_id", "item_id")
+            sniff, may_mix = not table.typed and name not in text, table.mixed_ids or not is_key
+            frame[name], found = read_ids(raw[name], required=is_key, sniff=sniff, may_mix=may_mix)
+        elif name == "timestamp":
+            frame["time"], unit, found = read_times(raw[name])
+        elif name in ("event", "split"):
+            frame[name] = read_words(raw[name])
+        else:
+            frame[name], found = read_numbers(raw[name], whole=name == "period")
+        faults += found
+    has_clock, found = _clock(frame, raw)
+    faults = [fault for fault in faults + found if not (has_clock and fault.column == "order")]
+    notes = [f'"{names[n]}" is taken as {n}' for n in names if names[n] != n and not (n == "order" and has_clock)]
+    if has_clock:
+        notes.append(f"times are in {unit}")
+    else:
+        notes.append("the log has no clock: time is its periods and the order within them")
+        notes += [f"{frame['time'].null_count():,} timestamps are null"] if "time" in frame else []
+        notes += [] if "order" in frame else ["no order column: within a period the rows keep the order of the source"]
+        unit = "period + order"
+    return Log(pl.DataFrame(frame), has_clock, unit, tuple(notes)), _told_once(faults)
+
+
+def _clock(frame: Mapping[str, pl.Series], raw: pl.DataFrame) -> tuple[bool, list[Fault]]:
+    """Whether the timestamps place every row; if not, the periods do. The faults are the rows that nothing places."""
+    if "period" not in frame:
+        return True, [Fault("timestamp", "is null", frame["time"].is_null())]
+    if "time" not in frame or (~given(raw["timestamp"]) & frame["period"].is_not_null()).any():
+        return False, [Fault("period", "is null", frame["period"].is_null())]
+    return True, [Fault("timestamp", "is null, and so is the period", frame["time"].is_null())]
+
+
+def _told_once(faults: Sequence[Fault]) -> list[Fault]:
+    """The faults that occur, each bad row in the first that it has."""
+    told: list[Fault] = []
+    for fault in faults:
+        rows = fault.rows.fill_null(False)
+        for earlier in told:
+            rows = rows & ~earlier.rows
+        told += [replace(fault, rows=rows)] if rows.any() else []
+    return told
+
+
+def _complaint(raw: pl.DataFrame, names: Mapping[str, str], faults: Sequence[Fault], where: str) -> str:
+    """One sentence: how many rows are bad, why, and the first three of each kind."""
+    kinds = []
+    for fault in faults:
+        first = raw.filter(fault.rows).select("row", fault.column).head(3)
+        shown = ", ".join(f"row {row + 1:,}: {_short(value)}" for row, value in first.iter_rows())
+        kinds.append(f"{names[fault.column]} {fault.what} in {_rows(int(fault.rows.sum()))} ({shown})")
+    n_bad = sum(fault.rows.sum() for fault in faults)
+    return (
+        f"{where}: of {_rows(len(raw))}, {n_bad:,} cannot be used: {'; '.join(kinds)}; "
+        "mend them, or set them aside with --quarantine FILE."
+    )
+
+
+def _rows(n: int) -> str:
+    return f"{n:,} row{'' if n == 1 else 's'}"
+
+
+def _short(value: object) -> str:
+    return "null" if value is None else printable(repr(value), 40)
+
+
+def _set_aside(raw: pl.DataFrame, faults: Sequence[Fault], table: Table, quarantine: Path) -> None:
+    """Write the bad rows as the source has them, plus a column `reason`, to a .parquet or .csv file."""
+    reasons = pl.concat(
+        raw.filter(fault.rows).select("row", reason=pl.lit(f"{fault.column} {fault.what}")) for fault in faults
+    )
+    numbered = table.rows.with_row_index("row in the source").filter(
+        pl.col("row in the source").is_in(reasons["row"].implode())
+    )
+    with readable(table.where):
+        rows = numbered.collect().join(reasons, left_on="row in the source", right_on="row", maintain_order="left")
+    rows = rows.drop("row in the source")
+    try:
+        if quarantine.suffix == ".parquet":
+            rows.write_parquet(quarantine)
+        else:
+            rows.write_csv(quarantine)
+    except (OSError, pl.exceptions.PolarsError) as why:
+        reason = str(why)[:120]
+        raise LogError(f"the bad rows cannot be written to {quarantine} ({reason}); name another file.") from why
+
+
+def _in_time_order(log: Log) -> Log:
+    """Sorted by time, or by period, timestamp where there is one, and order; rows that tie keep the order they had."""
+    frame, n_rows = log.frame, len(log.frame)
+    keys = ["time"] if log.has_clock else [k for k in ("period", "time", "order") if k in frame.columns]
+    n_late = int((frame[keys[0]] < frame[keys[0]].cum_max()).sum())
+    if n_late or len(keys) > 1:
+        frame = frame.sort(keys, maintain_order=True)
+    if not log.has_clock:
+        frame = frame.with_columns(time=pl.int_range(n_rows, dtype=pl.Int64))
+    ours = ["user_id", "item_id", "time"]
+    kept = [name for name in frame.columns if name not in (*ours, "order")]
+    return replace(log, frame=frame.select(*ours, *kept), n_late=n_late)
+
+
+def _sample(log: Log, users: int, seed: int) -> Log:
+    """The log of `users` random users, the same for the same seed and log."""
+    if users < 1:
+        raise OptionError(f"{users} users cannot be kept; give a number of at least 1.")
+    ids = log.frame["user_id"].unique().sort()
+    if users >= len(ids):
+        return _note(log, f"all {len(ids):,} users kept, {users:,} were asked for")
+    chosen = ids.sample(users, seed=seed)
+    frame = log.frame.filter(pl.col("user_id").is_in(chosen.implode()))
+    return _note(replace(log, frame=frame), f"a sample of {users:,} of {len(ids):,} users, seed {seed}")
+
+
+def _note(log: Log, note: str) -> Log:
+    return replace(log, notes=(*log.notes, note))

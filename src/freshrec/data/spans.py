@@ -1,0 +1,297 @@
+"""Cut a log into spans: where the cuts fall (`by`), what is tested (`targets`), when that joins training (`heldout`).
+
+by            events of one time are never separated
+  count         the base has `alpha` of the events, the later spans share the rest equally
+  time          all spans are equally long, the base included
+  count-alpha   the base has `alpha` of the events, the later spans are equally long
+  clock-alpha   the base has `alpha` of the time range, the later spans are equally long
+  dates         a span starts at each of `dates` (ISO 8601; UTC where no zone is given), so `spans` is not used
+  period        the first period is the base; the later ones are merged, in order, into at most `spans` spans
+targets       nothing tests the base, so it is all TRAIN, except under `split`
+  last          each user's last event in a span is TEST, the one before it VALID, the rest TRAIN
+  all           every event is TEST, and joins training at once: test, then train
+  split         what the log's own split column says
+heldout       when VALID and TEST events join training
+  next          at the next update, as a nightly job would
+  never         never
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from math import ceil
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import torch
+
+from freshrec.data.catalog import Catalog
+from freshrec.data.log import Log
+from freshrec.errors import OptionError, SpanError, unknown
+from freshrec.types import NEVER, NEXT, NOW, TEST, TRAIN, VALID, Events, Span
+
+RULES = ("count", "time", "count-alpha", "clock-alpha", "dates", "period")
+TARGETS = ("last", "all", "split")
+HELDOUT = {"next": NEXT, "never": NEVER}
+ROLES = {"train": TRAIN, "valid": VALID, "test": TEST}  # the words of a log's split column
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+Ints = npt.NDArray[np.int64]
+Roles = npt.NDArray[np.int8]
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """A log in spans. Span 0 is the base block; the catalogs number every user and item of the log."""
+
+    spans: tuple[Span, ...]
+    users: Catalog
+    items: Catalog
+    notes: tuple[str, ...]  # what a reader of the numbers should know
+
+
+def cut(
+    log: Log,
+    *,
+    by: str = "count-alpha",
+    spans: int = 6,
+    alpha: float = 0.5,
+    dates: Sequence[str] = (),
+    targets: str = "last",
+    heldout: str = "next",
+    min_events: int = 1,
+    forget_users: float = 0.05,
+    seed: int = 0,
+) -> Cut:
+    """The base block and `spans` later spans of `log`; each event is in exactly one.
+
+    `by`, `targets` and `heldout` are explained at the top of this file. Users with fewer than `min_events` in the whole
+    log are left out. For a share `forget_users` of the users, held-out events (under targets = "all": the last two of
+    each later span) never join training, so that forgetting can be measured on them.
+
+    OptionError for an impossible option; SpanError where the log has no such cut. A span may be empty: a note says so.
+    Differs from the protocol of IMSR: it reads as clock-alpha with heldout = "never"; alpha of the time range can hold
+    3 % of the events, hence count-alpha.
+    """
+    _check_options(by, spans, alpha, dates, targets, heldout, min_events, forget_users)
+    frame, notes = _in_order(log.frame, by, min_events)
+    edges = _edges(frame, log.has_clock, by, spans, alpha, dates)
+    users, items, sizes = _numbered(frame, edges)
+    users_E, items_E = users.rows(frame["user_id"]), items.rows(frame["item_id"])
+    times_E = torch.from_numpy(frame["time"].to_numpy(writable=True))
+    split_E = _split_roles(frame) if targets == "split" else None
+    secret_U = _chosen(len(users), forget_users, seed)
+    kept = []
+    for t, (a, b) in enumerate(zip(edges, edges[1:])):
+        who = users_E[a:b].numpy()
+        tail = _tail(who, sizes[t][0]) if t > 0 else np.full(b - a, TRAIN, np.int8)
+        if split_E is not None:
+            role = held = split_E[a:b]
+        elif targets == "all" and t > 0:
+            role, held = np.full(b - a, TEST, np.int8), tail
+        else:
+            role = held = tail
+        later = NOW if targets == "all" else HELDOUT[heldout]
+        joins = np.where(held == TRAIN, NOW, np.where(secret_U[who], NEVER, later)).astype(np.int8)
+        events = Events(users_E[a:b], items_E[a:b], times_E[a:b], torch.from_numpy(role), torch.from_numpy(joins))
+        kept.append(Span(t, events, *sizes[t], _name(frame[a:b], a, by, log.has_clock)))
+    notes += [f"span {span.index} has no events" for span in kept if len(span.events) == 0]
+    notes += ["the log has a single user"] if len(users) == 1 else []
+    return Cut(tuple(kept), users, items, tuple(notes))
+
+
+def plan(cut: Cut) -> pl.DataFrame:
+    """What each span holds: span, name, events, users, items, new_users, new_items, targets, seen_share.
+
+    `targets` counts TEST events; `seen_share` is the share of them whose item occurred in an earlier span, the highest
+    hit rate that a model of earlier spans can reach (null without targets, and in the base, which nothing tests).
+    """
+    rows = []
+    for span, before in zip(cut.spans, (None, *cut.spans)):
+        events = span.events
+        known_users, known_items = (before.n_users, before.n_items) if before else (0, 0)
+        tested = events.items_E[events.role_E == TEST]
+        rows.append(
+            {
+                "span": span.index,
+                "name": span.name,
+                "events": len(events),
+                "users": int(torch.bincount(events.users_E).count_nonzero()),
+                "items": int(torch.bincount(events.items_E).count_nonzero()),
+                "new_users": span.n_users - known_users,
+                "new_items": span.n_items - known_items,
+                "targets": len(tested),
+                "seen_share": float((tested <= known_items).double().mean()) if before and len(tested) else None,
+            }
+        )
+    return pl.DataFrame(rows, schema_overrides={"seen_share": pl.Float64})
+
+
+def _check_options(
+    by: str,
+    spans: int,
+    alpha: float,
+    dates: Sequence[str],
+    targets: str,
+    heldout: str,
+    min_events: int,
+    forget_users: float,
+) -> None:
+    for kind, name, valid in (
+        ("way to cut a log", by, RULES),
+        ("kind of targets", targets, TARGETS),
+        ("heldout", heldout, tuple(HELDOUT)),
+    ):
+        if name not in valid:
+            raise unknown(kind, name, valid)
+    if spans < 1 or min_events < 1:
+        raise OptionError(f"spans is {spans} and min_events {min_events}; both must be at least 1.")
+    if not 0 < alpha < 1 or not 0 <= forget_users <= 1:
+        raise OptionError(f"alpha is {alpha} and forget_users {forget_users}; both are shares between 0 and 1.")
+    if (by == "dates") != (len(dates) > 0):
+        raise OptionError(f'{len(dates)} dates were given to a cut by "{by}"; dates and by = "dates" go together.')
+    if targets == "all" and heldout == "never":
+        raise OptionError('targets = "all" tests every event and then trains on it; heldout = "never" contradicts it.')
+
+
+def _in_order(frame: pl.DataFrame, by: str, min_events: int) -> tuple[pl.DataFrame, list[str]]:
+    """The events that count, in the order of the cut, and notes."""
+    notes = []
+    if min_events > 1:
+        n_users, n_events = frame["user_id"].n_unique(), len(frame)
+        frame = frame.filter(pl.len().over("user_id") >= min_events)
+        notes.append(
+            f"{n_users - frame['user_id'].n_unique():,} users with fewer than {min_events} events in the whole log are "
+            f"left out, with their {n_events - len(frame):,} events: a choice that looks into the future"
+        )
+    if len(frame) == 0:
+        raise SpanError("no events are left to cut; check the log, the events asked for and min_events.")
+    if by == "period":
+        if "period" not in frame.columns or frame["period"].null_count():
+            raise SpanError('a cut by "period" needs a period on every row; name the column or cut by "count".')
+        if not frame["period"].is_sorted():
+            frame = frame.sort("period", maintain_order=True)
+            notes.append("some periods overlap in time; the period decides")
+    return frame, notes
+
+
+def _edges(frame: pl.DataFrame, has_clock: bool, by: str, spans: int, alpha: float, dates: Sequence[str]) -> list[int]:
+    """Positions that bound the spans: span t is edges[t] : edges[t + 1]. SpanError where the base would be empty."""
+    times = frame["time"].to_numpy()
+    if by == "period":
+        inner = _period_starts(frame["period"].to_numpy(), spans)
+    elif by != "count" and not has_clock:
+        raise SpanError(f'a cut by "{by}" needs a clock, and this log has none; cut by "count" or "period".')
+    elif by == "dates":
+        inner = np.searchsorted(times, _microseconds(dates))
+    else:
+        inner = _rule_starts(times, by, spans, alpha)
+    edges = [0, *inner.tolist(), len(frame)]
+    if edges[1] == 0:
+        raise SpanError("the base block would be empty; start the first span after the first event.")
+    return edges
+
+
+def _rule_starts(times: Ints, by: str, spans: int, alpha: float) -> Ints:
+    """Where spans 1, 2, ... start, by count or by equal stretches of time."""
+    time_starts = np.flatnonzero(np.diff(times)) + 1
+    if len(time_starts) < spans:
+        raise SpanError(
+            f"the log has {len(time_starts) + 1:,} distinct times, too few for a base block and {spans} spans; "
+            f"ask for at most {len(time_starts)} spans."
+        )
+    first, stop = int(times[0]), int(times[-1]) + 1
+    if by == "count":
+        return _nearest(time_starts, len(times) * (alpha + (1 - alpha) * np.arange(spans) / spans))
+    if by == "time":
+        bounds = [first + (stop - first) * t // (spans + 1) for t in range(1, spans + 1)]
+        return np.searchsorted(times, bounds)
+    if by == "count-alpha":
+        base_stop = int(times[_nearest(time_starts, np.array([alpha * len(times)]))[0]])
+    else:
+        base_stop = first + ceil(alpha * (stop - first))
+    return np.searchsorted(times, [base_stop + (stop - base_stop) * t // spans for t in range(spans)])
+
+
+def _nearest(allowed: Ints, wanted: npt.NDArray[np.float64]) -> Ints:
+    """For each of the ascending `wanted`, the nearest of the ascending `allowed`, no two the same."""
+    right = np.searchsorted(allowed, wanted).clip(max=len(allowed) - 1)
+    left = (right - 1).clip(min=0)
+    chosen = np.where(wanted - allowed[left] <= allowed[right] - wanted, left, right)
+    order = np.arange(len(wanted))
+    chosen = np.maximum.accumulate(chosen - order) + order
+    return allowed[np.minimum(chosen, len(allowed) - len(wanted) + order)]
+
+
+def _period_starts(periods_E: Ints, spans: int) -> Ints:
+    later = np.unique(periods_E)[1:]
+    if len(later) == 0:
+        raise SpanError('the log has a single period, which is all base block; cut it by "count".')
+    groups = np.array_split(later, min(spans, len(later)))
+    return np.searchsorted(periods_E, [group[0] for group in groups])
+
+
+def _microseconds(dates: Sequence[str]) -> list[int]:
+    try:
+        moments = [datetime.fromisoformat(date) for date in dates]
+    except ValueError as error:
+        raise OptionError(f"a date cannot be read ({error}); write it as 2025-06-01 or 2025-06-01T04:00.") from error
+    zoned = [moment if moment.tzinfo else moment.replace(tzinfo=UTC) for moment in moments]
+    if any(a >= b for a, b in zip(zoned, zoned[1:])):
+        raise OptionError(f"the dates {', '.join(dates)} do not ascend; put the earliest first, each once.")
+    return [(moment - EPOCH) // timedelta(microseconds=1) for moment in zoned]
+
+
+def _numbered(frame: pl.DataFrame, edges: list[int]) -> tuple[Catalog, Catalog, list[tuple[int, int]]]:
+    """Both catalogs at the end of the log, and (n_users, n_items) at the end of each span."""
+    users, items, sizes = Catalog.empty(), Catalog.empty(), []
+    for t, (a, b) in enumerate(zip(edges, edges[1:])):
+        users = users.extend(frame["user_id"][a:b], t)
+        items = items.extend(frame["item_id"][a:b], t)
+        sizes.append((len(users), len(items)))
+    return users, items, sizes
+
+
+def _split_roles(frame: pl.DataFrame) -> Roles:
+    if "split" not in frame.columns:
+        raise SpanError('the log has no split column, which targets = "split" needs; name it or use targets = "last".')
+    role = frame["split"].replace_strict(ROLES, default=None, return_dtype=pl.Int8)
+    if role.null_count():
+        raise SpanError(f"{role.null_count():,} rows have a split other than {', '.join(ROLES)}; correct the column.")
+    return role.to_numpy(writable=True)
+
+
+def _chosen(n_users: int, share: float, seed: int) -> npt.NDArray[np.bool_]:
+    """For user rows 0..n_users, whether a hash of (seed, row) falls below `share`: no user depends on another."""
+    z = np.arange(n_users + 1, dtype=np.uint64) + np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)  # splitmix64
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53 < share
+
+
+def _tail(users_E: Ints, n_users: int) -> Roles:
+    """TEST for each user's last event, VALID for the one before it, TRAIN for the rest."""
+    role_E = np.full(len(users_E), TRAIN, np.int8)
+    for role in (TEST, VALID):
+        open_E = np.flatnonzero(role_E == TRAIN)
+        last_U = np.full(n_users + 1, -1)
+        last_U[users_E[open_E]] = open_E  # the last assignment to a user stays
+        role_E[last_U[last_U >= 0]] = role
+    return role_E
+
+
+def _name(events: pl.DataFrame, n_before: int, by: str, has_clock: bool) -> str:
+    """For people: the days, periods or event numbers of a span."""
+    if len(events) == 0:
+        return "no events"
+    if by == "period":
+        first, last = events["period"][0], events["period"][-1]
+        return f"period {first}" if first == last else f"periods {first} to {last}"
+    if not has_clock:
+        return f"events {n_before + 1:,} to {n_before + len(events):,}"
+    start, stop = (str(np.datetime64(events["time"][i], "us").astype("datetime64[m]")) for i in (0, -1))
+    start_day, stop_day = start[:-6], stop[:-6]  # without the T04:00
+    return f"{start_day} to {stop_day}" if start_day != stop_day else f"{start_day} {start[-5:]} to {stop[-5:]}"

@@ -1,0 +1,1 @@
+"""Training: the one loop, the base block, what an update leaves behind."""

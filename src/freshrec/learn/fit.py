@@ -1,0 +1,219 @@
+"""The only training loop, and what every strategy does around it: start, succeed, finish."""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from freshrec.data.batches import (
+    Carried,
+    Targets,
+    due_targets,
+    pair_batches,
+    query_batches,
+    random_source,
+    settle,
+    target_batches,
+    targets_at,
+    window_batches,
+)
+from freshrec.errors import TrainingError
+from freshrec.learn.interests import Trim, reread
+from freshrec.models.ranking import ranks
+from freshrec.models.tables import Table
+from freshrec.types import Batch, InterestModel, Interests, Span, State, Term, TrainedModel
+
+Project = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a strategy trains; the model's own spec holds lr, batch size, negatives and history length."""
+
+    epochs: int = 3  # of an update
+    lr_scale: float = 1.0  # of an update's lr against the model's
+    history: str = "recent"  # "recent": the last events across spans; "span": this span's events only, as in IMSR
+    base_epochs: int = 0  # of the base block and of a full retrain; 0 = chosen on the base block's last sixth
+    max_epochs: int = 40  # where they are chosen
+    patience: int = 3  # epochs without a better ndcg@20 before the choice is made
+
+
+@dataclass
+class Clock:
+    """CPU seconds by part of an update, and whatever else it measures of itself."""
+
+    costs: dict[str, float] = field(default_factory=dict)
+
+    def timed(self, part: str, since: float) -> None:
+        """Add the CPU seconds since `since` (time.process_time) to `part`."""
+        self.costs[part] = self.costs.get(part, 0.0) + time.process_time() - since
+
+
+def batches(
+    model: TrainedModel, targets: Targets, source: torch.Generator, carried: Carried | None = None
+) -> Iterator[Batch]:
+    """One epoch of batches, as the model wants them cut."""
+    spec = model.spec
+    if model.unit == "pair":
+        return pair_batches(targets, spec.batch, source)
+    if model.unit == "window":
+        return window_batches(targets, spec.batch, spec.length, source)
+    return target_batches(targets, spec.batch, spec.length, source, carried)
+
+
+def train(
+    model: TrainedModel,
+    targets: Targets,
+    n_epochs: int,
+    key: tuple[int, int],
+    *,
+    lr_scale: float = 1.0,
+    carried: Carried | None = None,
+    terms: Sequence[Term] = (),
+    project: Project | None = None,
+) -> Iterator[float]:
+    """Train `model` in place; yields the mean loss after each epoch. All randomness comes from `key` = (seed, span)."""
+    lr = model.spec.lr * lr_scale
+    tables = [m for m in model.modules() if isinstance(m, Table)]
+    dense = _resume(model, lr)
+    for epoch in range(n_epochs):
+        total, n_steps = 0.0, 0
+        model.train()
+        with torch.random.fork_rng(devices=[]):
+            source = random_source(*key, epoch)
+            torch.manual_seed(int(torch.randint(2**31, (), generator=source)))  # dropout
+            for batch in batches(model, targets, source, carried):
+                negatives_N = torch.randint(1, model.n_items + 1, (model.spec.negatives,), generator=source)
+                batch = replace(batch, negatives_N=negatives_N, project=project)
+                forward = model(batch)
+                loss = forward.loss
+                for term in terms:
+                    loss = loss + term(batch, forward)
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise TrainingError(f"the loss became {value} in epoch {epoch + 1}: lower lr (now {lr:g}).")
+                loss.backward()
+                for table in tables:
+                    table.push(lr)
+                if dense is not None:
+                    dense.step()
+                    dense.zero_grad(set_to_none=True)
+                total, n_steps = total + value, n_steps + 1
+        model.eval()
+        if dense is not None:
+            model.moments = _moments(model, dense)
+        yield total / max(n_steps, 1)
+
+
+def _resume(model: TrainedModel, lr: float) -> torch.optim.Adam | None:
+    named = dict(model.named_parameters())
+    if not named:
+        return None
+    adam = torch.optim.Adam(named.values(), lr=lr, fused=True)
+    if model.moments:
+        for name, parameter in named.items():
+            adam.state[parameter] = {k: model.moments[f"{name}.{k}"].clone() for k in ("step", "exp_avg", "exp_avg_sq")}
+    return adam
+
+
+def _moments(model: TrainedModel, adam: torch.optim.Adam) -> dict[str, Tensor]:
+    return {
+        f"{name}.{k}": v.clone()
+        for name, parameter in model.named_parameters()
+        for k, v in adam.state[parameter].items()
+    }
+
+
+def successor(state: State, span: Span) -> TrainedModel:
+    """A copy of the state's model with room for the span's new users and items."""
+    model: TrainedModel = copy.deepcopy(state.model)
+    model.grow(span.n_users, span.n_items)
+    return model
+
+
+def fresh(state: State, n_users: int, n_items: int) -> TrainedModel:
+    """An untrained model with the options of the state's."""
+    model: TrainedModel = state.model.spec.build(state.seed)
+    model.grow(n_users, n_items)
+    return model
+
+
+def carried_by(model: TrainedModel, users: Interests | None, span: int) -> Carried | None:
+    """What travels with the batches of an interest model; None for other models."""
+    if not isinstance(model, InterestModel):
+        return None
+    users = Interests.empty(model.spec.d) if users is None else users
+    return Carried(users, model.slots(model.spec.k), span)
+
+
+def start(state: State, span: Span, fit: Fit) -> State:
+    """The first update of every strategy that trains plainly: a fresh model on the base block."""
+    if state.started is not None:
+        return state.started
+    n_epochs = fit.base_epochs or choose_epochs(state, fit)
+    model = fresh(state, span.n_users, span.n_items)
+    targets = due_targets(state.recent)
+    carried = carried_by(model, None, span.index)
+    clock = Clock({"rows_read": float(len(targets))})
+    for _ in train(model, targets, n_epochs, (state.seed, span.index), carried=carried):
+        pass
+    return finish(replace(state, base_epochs=n_epochs), model, carried, "recent", clock)
+
+
+def finish(
+    state: State, model: TrainedModel, carried: Carried | None, history: str, clock: Clock, trim: Trim | None = None
+) -> State:
+    """The state after an update: interests read again for the users seen in it, histories settled and cut to length."""
+    users = state.users
+    if carried is not None and isinstance(model, InterestModel):
+        since = time.process_time()
+        users = reread(model, carried, state.recent, history, trim)
+        clock.timed("extract_cpu_s", since)
+        active_U = users.offsets_U.diff()
+        clock.costs["mean_k"] = float(active_U[active_U > 0].float().mean()) if bool((active_U > 0).any()) else 0.0
+    recent = settle(state.recent, model.spec.length)
+    return replace(
+        state, model=model, users=users, recent=recent, spans_seen=state.spans_seen + 1, costs=dict(clock.costs)
+    )
+
+
+def choose_epochs(state: State, fit: Fit) -> int:
+    """How many epochs the base block needs: the best ndcg@20 on its last sixth (by time) of a model trained on the rest.
+
+    The held-out part is a sixth, not a tail right behind the training rows: such a tail overstates quality 3-4 x.
+    """
+    histories = state.recent
+    times_R = histories.times_R.sort().values
+    cut = times_R[len(times_R) * 5 // 6] if len(times_R) else 0
+    early_R = histories.times_R < cut
+    source = random_source(state.seed, 7)
+    late = targets_at(histories, (~early_R).nonzero()[:, 0])
+    late = late[late.lengths(1) > 0]
+    late = late[torch.randperm(len(late), generator=source)[:2000]]
+    targets = due_targets(histories)
+    targets = targets[early_R[targets.rows_N]]
+    if not len(late) or not len(targets):
+        return 5  # too little to choose by
+    model = fresh(state, histories.n_users, int(histories.items_R[early_R].max()))
+    carried = carried_by(model, None, 0)
+    best, best_epoch = -1.0, 0
+    for epoch, _ in enumerate(train(model, targets, fit.max_epochs, (state.seed, 0), carried=carried), 1):
+        quality = ndcg(model, late, carried)
+        if quality > best:
+            best, best_epoch = quality, epoch
+        elif epoch - best_epoch >= fit.patience:
+            break
+    return best_epoch
+
+
+def ndcg(model: TrainedModel, targets: Targets, carried: Carried | None, k: int = 20) -> float:
+    """ndcg@k of some targets."""
+    total = 0.0
+    for which, batch in query_batches(targets, model.spec.length, carried):
+        rank_B = ranks(model, batch, targets.histories.items_R[targets.rows_N[which]].long())
+        total += float(((rank_B <= k) / torch.log2(1 + rank_B)).nan_to_num(0.0).sum())
+    return total / max(len(targets), 1)

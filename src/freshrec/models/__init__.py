@@ -1,0 +1,31 @@
+"""Models by name. A line each; an option is a field of the spec, a variant another instance."""
+
+from dataclasses import replace
+
+from freshrec.models.comirec import COMIREC_DR, COMIREC_SA
+from freshrec.models.mf import MFSpec
+from freshrec.models.mind import MIND
+from freshrec.models.pairs import PairsSpec
+from freshrec.models.popularity import PopularitySpec
+from freshrec.models.repeat import RepeatSpec
+from freshrec.models.sasrec import SASRecSpec
+from freshrec.types import ModelSpec
+
+CONTROLS: dict[str, ModelSpec] = {
+    "popularity": PopularitySpec(),
+    "popularity-last": PopularitySpec(keep="last"),
+    "popularity-decay": PopularitySpec(keep="decay"),
+    "repeat-last": RepeatSpec(),
+    "item-knn": PairsSpec(),
+}
+
+MODELS: dict[str, ModelSpec] = CONTROLS | {
+    "mf": MFSpec(),
+    "sasrec": SASRecSpec(),
+    "mind": MIND,
+    "comirec-dr": COMIREC_DR,
+    "comirec-sa": COMIREC_SA,
+    "mind-k1": replace(MIND, k=1),
+    "comirec-dr-k1": replace(COMIREC_DR, k=1),
+    "comirec-sa-k1": replace(COMIREC_SA, k=1),
+}

@@ -1,0 +1,9 @@
+"""ComiRec as IMSR restates it: dynamic routing (DR) or self-attention (SA) with hard label attention (see interests.py).
+
+Differs from ComiRec: one transform for all positions and interests, because the number of interests varies by user.
+"""
+
+from freshrec.models.interests import InterestSpec
+
+COMIREC_DR = InterestSpec(extractor="routing")
+COMIREC_SA = InterestSpec(extractor="attention", lr=0.002)

@@ -1,0 +1,189 @@
+"""Models with several interests a user: items -> interests (capsule routing or self-attention) -> label-aware attention.
+
+Symbols of the paper: e_i -> items_BTD, W -> transform_DD, h_k -> vectors_BKD, c_ik -> share_BTK, W_1 -> inner_AD,
+W_u -> queries_KA. The specs in mind.py and comirec.py say which extractor, and with which options.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from freshrec.errors import OptionError
+from freshrec.models.layers import FAR, attend, best_inner_product, sampled_softmax, squash
+from freshrec.models.tables import Table
+from freshrec.types import Batch, Events, Forward, Histories
+
+
+@dataclass(frozen=True)
+class InterestSpec:
+    """Options of MIND, ComiRec-DR and ComiRec-SA.
+
+    Defaults are what validation targets prefer (docs/diary.md), not the paper's: attention="soft" is the paper's.
+    """
+
+    extractor: str = "routing"  # "routing" or "attention"
+    k: int = 4  # interests of a newcomer
+    k_max: int = 12  # no user ever has more
+    d: int = 64
+    attention: str = "hard"  # "hard": the closest interest learns; "soft": all do [IMSR eq. 5]
+    power: float = 1.0  # of the soft attention's logits (MIND's p)
+    noise: float = 0.0  # of the routing logits of users without stored interests (MIND: 1)
+    iterations: int = 3  # of the routing
+    recency: bool = True  # weigh history items in the routing by a learnt decay of their age
+    inner: int = 1  # d_a / d of the self-attention; ComiRec has 4, which is 4 x slower
+    length: int = 50  # history items looked at
+    lr: float = 0.005
+    batch: int = 256
+    negatives: int = 512
+    std: float = 0.1  # of new item vectors
+
+    def build(self, seed: int) -> "InterestNet":
+        """A model without users and items."""
+        if self.attention not in ("hard", "soft"):
+            raise OptionError(f'attention is "hard" or "soft", not "{self.attention}".')
+        if not 1 <= self.k <= self.k_max:
+            raise OptionError(f"k must be between 1 and k_max = {self.k_max}, not {self.k}.")
+        return InterestNet(self, seed)
+
+
+class Extractor(Protocol):
+    """Items to interests."""
+
+    def __call__(self, items_BTD: Tensor, real_BT1: Tensor, start_BKD: Tensor, alive_BK: Tensor | None) -> Tensor:
+        """(B, K, D) interests of `items_BTD`; padding is where `real_BT1` is 0."""
+
+
+class Routing(nn.Module):
+    """Behaviour-to-interest dynamic routing with one shared transform, starting from each user's stored interests.
+
+    Differs from the paper: the vote of an item is a softmax over interests, and routing does not start from zeros (with
+    one shared transform all interests would stay identical). Gradients flow through the last iteration only.
+    """
+
+    def __init__(self, d: int, iterations: int, noise: float, recency: bool) -> None:
+        super().__init__()
+        self.iterations, self.noise = iterations, noise
+        self.transform_DD = nn.Parameter(torch.eye(d))
+        self.log_fading = nn.Parameter(torch.tensor(-3.0)) if recency else None
+
+    def forward(self, items_BTD: Tensor, real_BT1: Tensor, start_BKD: Tensor, alive_BK: Tensor | None) -> Tensor:
+        """h_k = squash(sum_i c_ik W e_i), c_i = softmax over k of the summed votes W e_i . h_k [IMSR eq. 4]."""
+        W = self.transform_DD
+        if self.log_fading is not None:
+            age_T1 = torch.arange(items_BTD.shape[1] - 1, -1, -1)[:, None]
+            real_BT1 = real_BT1 * torch.exp(-self.log_fading.exp() * age_T1)
+        with torch.no_grad():
+            votes_BTK = torch.bmm(items_BTD, (start_BKD @ W).transpose(1, 2))
+            if self.noise and self.training:
+                votes_BTK += self.noise * torch.randn_like(votes_BTK)
+            if alive_BK is not None:
+                votes_BTK.masked_fill_(~alive_BK[:, None], FAR)
+            for i in range(self.iterations):
+                share_BTK = torch.softmax(votes_BTK, -1)
+                if i < self.iterations - 1:
+                    vectors_BKD = squash(torch.bmm((share_BTK * real_BT1).transpose(1, 2), items_BTD) @ W.t())
+                    votes_BTK.baddbmm_(items_BTD, (vectors_BKD @ W).transpose(1, 2))
+        return squash(
+            torch.bmm((share_BTK * real_BT1).transpose(1, 2), items_BTD) @ W.t()
+        )  # W e_i is never formed [IMSR eq. 3]
+
+
+class SelfAttention(nn.Module):
+    """Interests as attention-weighted sums of the items; one learnt query per interest, shared by all users.
+
+    Differs from the paper: W_u is shared (per-user queries would need d_a K floats for every user), positions enter the
+    weights, padding is masked.
+    """
+
+    def __init__(self, d: int, d_inner: int, k_max: int, length: int, source: torch.Generator) -> None:
+        super().__init__()
+        self.positions_TD = nn.Parameter(0.02 * torch.randn(length, d, generator=source))
+        self.inner_AD = nn.Parameter(torch.randn(d_inner, d, generator=source) / d**0.5)
+        self.queries_KA = nn.Parameter(torch.randn(k_max, d_inner, generator=source) / d_inner**0.5)
+
+    def forward(self, items_BTD: Tensor, real_BT1: Tensor, start_BKD: Tensor, alive_BK: Tensor | None) -> Tensor:
+        """H = A E with A = softmax over items of W_u^T tanh(W_1 E) [IMSR eq. 8]."""
+        n_items, n_interests = items_BTD.shape[1], start_BKD.shape[1]
+        placed_BTD = items_BTD + self.positions_TD[len(self.positions_TD) - n_items :]
+        logits_BTK = torch.tanh(placed_BTD @ self.inner_AD.t()) @ self.queries_KA[:n_interests].t()
+        weights_BTK = torch.softmax(logits_BTK.masked_fill(real_BT1 == 0, FAR), 1) * real_BT1
+        vectors_BKD = torch.bmm(weights_BTK.transpose(1, 2), items_BTD)
+        return vectors_BKD if alive_BK is None else vectors_BKD * alive_BK[..., None]
+
+
+class InterestNet(nn.Module):
+    """MIND, ComiRec-DR and ComiRec-SA, as an `InterestModel`."""
+
+    unit = "target"
+
+    def __init__(self, spec: InterestSpec, seed: int) -> None:
+        super().__init__()
+        self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
+        self.moments: dict[str, Tensor] = {}
+        source = torch.Generator().manual_seed(seed)
+        self.items = Table(spec.d, spec.std, seed)
+        self.extract: nn.Module
+        if spec.extractor == "routing":
+            self.extract = Routing(spec.d, spec.iterations, spec.noise, spec.recency)
+        elif spec.extractor == "attention":
+            self.extract = SelfAttention(spec.d, spec.inner * spec.d, spec.k_max, spec.length, source)
+        else:
+            raise OptionError(f'extractor is "routing" or "attention", not "{spec.extractor}".')
+        # random directions of norm below 1: with norm sqrt(d), new interests would grab every item
+        self.register_buffer("starts_KD", squash(torch.randn(spec.k_max, spec.d, generator=source)))
+
+    starts_KD: Tensor
+
+    def grow(self, n_users: int, n_items: int) -> None:
+        """Make room for new users and items."""
+        self.n_users, self.n_items = n_users, n_items
+        self.items.grow(n_items)
+
+    def absorb(self, events: Events, histories: Histories) -> None:
+        """Nothing: this model learns by gradients only."""
+
+    def slots(self, n: int) -> Tensor:
+        """(n, D): where the first n interests of a newcomer start."""
+        return self.starts_KD[:n]
+
+    def forward(self, batch: Batch) -> Forward:
+        """Sampled softmax of the target under the label-aware mix of the user's interests."""
+        assert batch.targets_BT is not None and batch.negatives_N is not None
+        target_B, negative_N = batch.targets_BT[:, 0], batch.negatives_N
+        n_users, n_steps = batch.history_BT.shape
+        pulled = self.items.pull(torch.cat([batch.history_BT.reshape(-1), target_B, negative_N]))
+        history_BTD, target_BD, negatives_ND = pulled.split([n_users * n_steps, n_users, len(negative_N)])
+        vectors_BKD = self._interests(history_BTD.view(n_users, n_steps, -1), batch)
+        if batch.project is not None and batch.alive_BK is not None and batch.old_BK is not None:
+            vectors_BKD = batch.project(vectors_BKD, batch.alive_BK, batch.old_BK)
+        user_BD = attend(vectors_BKD, target_BD, batch.alive_BK, self.spec.attention, self.spec.power)
+        loss = sampled_softmax(user_BD, target_BD, negatives_ND, target_B, negative_N)
+        return Forward(loss, vectors_BKD, target_BD)
+
+    def _interests(self, items_BTD: Tensor, batch: Batch) -> Tensor:
+        start_BKD, alive_BK = batch.interests_BKD, batch.alive_BK
+        if start_BKD is None:
+            start_BKD = self.slots(self.spec.k).expand(len(batch), -1, -1)
+        if alive_BK is not None and bool(alive_BK.all()):
+            alive_BK = None
+        vectors: Tensor = self.extract(items_BTD, (batch.history_BT > 0)[..., None].float(), start_BKD, alive_BK)
+        return vectors
+
+    def user_vectors(self, batch: Batch) -> Tensor:
+        """(B, K, D) interests read from the history, routing from the stored ones; an interest the user lacks repeats
+        the first one, so that it cannot win with a score of 0."""
+        with torch.no_grad():
+            vectors_BKD = self._interests(self.items.weights[batch.history_BT], batch)
+        if batch.alive_BK is None:
+            return vectors_BKD
+        return torch.where(batch.alive_BK[..., None], vectors_BKD, vectors_BKD[:, :1])
+
+    def item_vectors(self) -> Tensor:
+        """(n_items + 1, D)"""
+        return self.items.weights
+
+    def score(self, batch: Batch, items: Tensor) -> Tensor:
+        """max_k h_k e_i."""
+        return best_inner_product(self.user_vectors(batch), self.items.weights[items])

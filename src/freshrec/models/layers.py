@@ -1,0 +1,51 @@
+"""What several models share: squash, label-aware attention, sampled softmax, the best inner product."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FAR = -1e9  # a logit that softmax turns into 0
+
+
+def squash(s: Tensor) -> Tensor:
+    """s ||s|| / (1 + ||s||^2): the same direction, a norm below 1; finite gradient at 0."""
+    n2 = (s * s).sum(-1, keepdim=True)
+    return s * (n2 / (1 + n2) / (n2 + 1e-9).sqrt())
+
+
+def attend(vectors_BKD: Tensor, target_BD: Tensor, alive_BK: Tensor | None, how: str, power: float = 1.0) -> Tensor:
+    """v = sum_k beta_k h_k with beta the softmax of e_a h_k over the interests a user has [IMSR eq. 5].
+
+    `how`: "soft" as printed, with sign(x)|x|^power as the logit (MIND's p), or "hard", the interest closest to the target.
+    """
+    logits_BK = torch.bmm(vectors_BKD, target_BD[..., None])[..., 0]
+    if alive_BK is not None:
+        logits_BK = logits_BK.masked_fill(~alive_BK, FAR)
+    if how == "hard":
+        closest_B1D = logits_BK.argmax(1)[:, None, None].expand(-1, 1, vectors_BKD.shape[2])
+        return vectors_BKD.gather(1, closest_B1D)[:, 0]
+    if power != 1.0:
+        logits_BK = torch.where(logits_BK > FAR, logits_BK.sign() * logits_BK.abs() ** power, logits_BK)
+    return torch.bmm(torch.softmax(logits_BK, -1)[:, None], vectors_BKD)[:, 0]
+
+
+def sampled_softmax(
+    user_BD: Tensor, target_BD: Tensor, negatives_ND: Tensor, target_B: Tensor, negative_N: Tensor
+) -> Tensor:
+    """-log(exp(v e_a) / (exp(v e_a) + sum_negatives exp(v e_i))), mean over the batch [IMSR eq. 6].
+
+    Differs from the paper: minus sign and the target in the denominator, without which the loss has no lower bound.
+    A negative that is the target itself does not count.
+    """
+    negative_BN = (user_BD @ negatives_ND.t()).masked_fill_(target_B[:, None] == negative_N[None], FAR)
+    positive_B1 = (user_BD * target_BD).sum(-1, keepdim=True)
+    logits = torch.cat([positive_B1, negative_BN], 1)
+    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64))
+
+
+def best_inner_product(vectors_BKD: Tensor, items_ND: Tensor) -> Tensor:
+    """max_k h_k e_i: (B, K, D) and (N, D) shared, or (B, N, D) each row's own -> (B, N)."""
+    if items_ND.dim() == 3:
+        return torch.bmm(vectors_BKD, items_ND.transpose(1, 2)).amax(1)
+    n_users, n_interests, _ = vectors_BKD.shape
+    return (vectors_BKD.flatten(0, 1) @ items_ND.t()).view(n_users, n_interests, -1).amax(1)

@@ -1,0 +1,69 @@
+"""Matrix factorisation: one vector a user, one an item, trained with a sampled softmax."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from freshrec.models.layers import best_inner_product, sampled_softmax
+from freshrec.models.tables import Table
+from freshrec.types import Batch, Events, Forward, Histories
+
+
+@dataclass(frozen=True)
+class MFSpec:
+    """Options of MF."""
+
+    d: int = 64
+    length: int = 50  # kept events a user; the model itself does not read them
+    lr: float = 0.005
+    batch: int = 1024
+    negatives: int = 512
+    std: float = 0.1
+
+    def build(self, seed: int) -> "MF":
+        """A model without users and items."""
+        return MF(self, seed)
+
+
+class MF(nn.Module):
+    """A `VectorModel` with K = 1; it knows users, not histories, so a click counts only after an update."""
+
+    unit = "pair"
+
+    def __init__(self, spec: MFSpec, seed: int) -> None:
+        super().__init__()
+        self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
+        self.moments: dict[str, Tensor] = {}
+        self.users, self.items = Table(spec.d, spec.std, seed), Table(spec.d, spec.std, seed + 1)
+
+    def grow(self, n_users: int, n_items: int) -> None:
+        """Make room for new users and items."""
+        self.n_users, self.n_items = n_users, n_items
+        self.users.grow(n_users)
+        self.items.grow(n_items)
+
+    def absorb(self, events: Events, histories: Histories) -> None:
+        """Nothing: this model learns by gradients only."""
+
+    def forward(self, batch: Batch) -> Forward:
+        """Sampled softmax of the target."""
+        assert batch.targets_BT is not None and batch.negatives_N is not None
+        target_B, negative_N = batch.targets_BT[:, 0], batch.negatives_N
+        user_BD = self.users.pull(batch.users_B)
+        target_BD, negative_ND = self.items.pull(torch.cat([target_B, negative_N])).split([len(batch), len(negative_N)])
+        return Forward(
+            sampled_softmax(user_BD, target_BD, negative_ND, target_B, negative_N), user_BD[:, None], target_BD
+        )
+
+    def user_vectors(self, batch: Batch) -> Tensor:
+        """(B, 1, D); zero for users that are not known yet."""
+        return self.users.weights[torch.where(batch.users_B <= self.n_users, batch.users_B, 0)][:, None]
+
+    def item_vectors(self) -> Tensor:
+        """(n_items + 1, D)"""
+        return self.items.weights
+
+    def score(self, batch: Batch, items: Tensor) -> Tensor:
+        """u . e_i"""
+        return best_inner_product(self.user_vectors(batch), self.items.weights[items])

@@ -1,0 +1,8 @@
+"""MIND as IMSR restates it: shared transform, noisy routing, soft label attention with a power (see interests.py).
+
+Differs from ComiRec-DR by the noise in the routing logits while training, and by the soft attention.
+"""
+
+from freshrec.models.interests import InterestSpec
+
+MIND = InterestSpec(extractor="routing", noise=1.0, attention="soft", power=2.0)

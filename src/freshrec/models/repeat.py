@@ -1,0 +1,63 @@
+"""Repeat: every user is offered their own past items. A control: what is below it repeats, badly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from freshrec.types import Batch, Events, Histories
+
+FREQ_HALF_LIFE = 32  # events of the user's history
+
+
+@dataclass(frozen=True)
+class RepeatSpec:
+    """How own items are ordered: "last" by their last event, "freq" by the number of their events, fading with age."""
+
+    order: Literal["last", "freq"] = "last"
+    length: int = 50  # history items looked at
+
+    def build(self, seed: int) -> Repeat:
+        """A model without users and items; it has no randomness."""
+        return Repeat(self)
+
+
+class Repeat:
+    """score(item) = 1 / (1 + age of its last event), or the sum over its events of 0.5^(age / 32); 0 for other items.
+
+    The age of an event is the number of later events in the history.
+    """
+
+    def __init__(self, spec: RepeatSpec) -> None:
+        self.spec = spec
+        self.n_users = 0
+        self.n_items = 0
+
+    def grow(self, n_users: int, n_items: int) -> None:
+        """Only the sizes change."""
+        self.n_users, self.n_items = n_users, n_items
+
+    def absorb(self, events: Events, histories: Histories) -> None:
+        """Nothing to learn: all that counts travels in the batch."""
+
+    def score(self, batch: Batch, items: Tensor) -> Tensor:
+        """(B, N): from each row's own history alone."""
+        history_BT = batch.history_BT.long()
+        age_T = torch.arange(history_BT.shape[1] - 1, -1, -1, dtype=torch.float32)
+        weight_T = 1 / (1 + age_T) if self.spec.order == "last" else 0.5 ** (age_T / FREQ_HALF_LIFE)
+        reduce = "amax" if self.spec.order == "last" else "sum"
+        scores_BI = torch.zeros(len(batch), self.n_items + 1)
+        scores_BI.scatter_reduce_(1, history_BT, weight_T.expand_as(history_BT), reduce)
+        scores_BI[:, 0] = 0  # padding
+        return scores_BI.gather(1, items) if items.ndim == 2 else scores_BI[:, items]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything the model knows."""
+        return {"sizes": torch.tensor([self.n_users, self.n_items])}
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `state_dict`."""
+        self.n_users, self.n_items = tensors["sizes"].tolist()

@@ -1,0 +1,128 @@
+"""SASRec: causal self-attention over the history; each position predicts the next item.
+
+Differs from the paper: sampled softmax over negatives shared by the batch instead of one negative a position, and
+positions counted from the end of the history, so that short histories need no padding to the full length.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from freshrec.models.layers import best_inner_product, sampled_softmax
+from freshrec.models.tables import Table
+from freshrec.types import Batch, Events, Forward, Histories
+
+
+@dataclass(frozen=True)
+class SASRecSpec:
+    """Options of SASRec."""
+
+    d: int = 64
+    blocks: int = 1
+    heads: int = 1
+    dropout: float = 0.2
+    length: int = 50
+    lr: float = 0.003
+    batch: int = 128  # windows, each with up to `length` targets
+    negatives: int = 512
+    std: float = 0.1
+
+    def build(self, seed: int) -> "SASRec":
+        """A model without users and items."""
+        return SASRec(self, seed)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward; as in the authors' code, the residual adds the normalised query, not the input."""
+
+    def __init__(self, spec: SASRecSpec) -> None:
+        super().__init__()
+        self.heads, self.dropout = spec.heads, spec.dropout
+        self.query, self.key, self.value = (nn.Linear(spec.d, spec.d) for _ in range(3))
+        self.inner, self.outer = nn.Linear(spec.d, spec.d), nn.Linear(spec.d, spec.d)
+        self.before, self.between = nn.LayerNorm(spec.d, eps=1e-8), nn.LayerNorm(spec.d, eps=1e-8)
+
+    def forward(self, x_BTD: Tensor, visible_B1TT: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)"""
+        q_BTD = self.before(x_BTD)
+        n_users, n_steps, d = x_BTD.shape
+
+        def split(y_BTD: Tensor) -> Tensor:
+            return y_BTD.view(n_users, n_steps, self.heads, -1).transpose(1, 2)
+
+        drop = self.dropout if self.training else 0.0
+        heads = split(self.query(q_BTD)), split(self.key(x_BTD)), split(self.value(x_BTD))
+        mixed = F.scaled_dot_product_attention(*heads, attn_mask=visible_B1TT, dropout_p=drop)
+        y_BTD = q_BTD + mixed.transpose(1, 2).reshape(n_users, n_steps, d)
+        z_BTD: Tensor = self.between(y_BTD)
+        inner_BTD = F.dropout(F.relu(self.inner(z_BTD)), drop, self.training)
+        return z_BTD + F.dropout(self.outer(inner_BTD), drop, self.training)
+
+
+class SASRec(nn.Module):
+    """A `VectorModel` with K = 1."""
+
+    unit = "window"
+
+    def __init__(self, spec: SASRecSpec, seed: int) -> None:
+        super().__init__()
+        self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
+        self.moments: dict[str, Tensor] = {}
+        self.items = Table(spec.d, spec.std, seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.positions_TD = nn.Parameter(torch.randn(spec.length, spec.d) * spec.std)
+            self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.blocks))
+            self.last = nn.LayerNorm(spec.d, eps=1e-8)
+
+    def grow(self, n_users: int, n_items: int) -> None:
+        """Make room for new users and items."""
+        self.n_users, self.n_items = n_users, n_items
+        self.items.grow(n_items)
+
+    def absorb(self, events: Events, histories: Histories) -> None:
+        """Nothing: this model learns by gradients only."""
+
+    def forward(self, batch: Batch) -> Forward:
+        """Sampled softmax at each position that has a target."""
+        assert batch.targets_BT is not None and batch.negatives_N is not None
+        wanted_BT = (batch.targets_BT > 0) & (batch.history_BT > 0)
+        target_B, negative_N = batch.targets_BT[wanted_BT], batch.negatives_N
+        n_history = batch.history_BT.numel()
+        pulled = self.items.pull(torch.cat([batch.history_BT.reshape(-1), target_B, negative_N]))
+        history, target_BD, negative_ND = pulled.split([n_history, len(target_B), len(negative_N)])
+        user_BD = self._encode(history.view(*batch.history_BT.shape, -1), batch.history_BT > 0)[wanted_BT]
+        return Forward(
+            sampled_softmax(user_BD, target_BD, negative_ND, target_B, negative_N), user_BD[:, None], target_BD
+        )
+
+    def _encode(self, items_BTD: Tensor, real_BT: Tensor) -> Tensor:
+        n_steps, drop = items_BTD.shape[1], self.spec.dropout if self.training else 0.0
+        x_BTD = items_BTD * self.spec.d**0.5 + self.positions_TD[self.spec.length - n_steps :]
+        x_BTD = F.dropout(x_BTD, drop, self.training) * real_BT[..., None]
+        past_TT = torch.ones(n_steps, n_steps, dtype=torch.bool).tril()
+        itself_TT = torch.eye(n_steps, dtype=torch.bool)  # so that padding has something to look at
+        visible_B1TT = (past_TT & (real_BT[:, None, :] | itself_TT))[:, None]
+        for block in self.blocks:
+            x_BTD = block(x_BTD, visible_B1TT) * real_BT[..., None]
+        out: Tensor = self.last(x_BTD)
+        return out
+
+    def user_vectors(self, batch: Batch) -> Tensor:
+        """(B, 1, D) the last position's output; zero without history."""
+        if batch.history_BT.shape[1] == 0:
+            return torch.zeros(len(batch), 1, self.spec.d)
+        real_BT = batch.history_BT > 0
+        with torch.no_grad():
+            out_BTD = self._encode(self.items.weights[batch.history_BT], real_BT)
+        return out_BTD[:, -1:] * real_BT[:, -1:, None]
+
+    def item_vectors(self) -> Tensor:
+        """(n_items + 1, D)"""
+        return self.items.weights
+
+    def score(self, batch: Batch, items: Tensor) -> Tensor:
+        """F . e_i"""
+        return best_inner_product(self.user_vectors(batch), self.items.weights[items])

@@ -1,0 +1,1 @@
+"""Replay a log span by span: measure, absorb, update; then compare the ways of updating."""

@@ -1,0 +1,151 @@
+"""A state on a block of events -> the rank of each target, and facts about the targets to slice by."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from freshrec.data.batches import histories_before, place, targets_at
+from freshrec.learn.fit import carried_by
+from freshrec.models.ranking import ranks
+from freshrec.types import NEVER, TEST, Batch, Events, Histories, Span, State
+
+SLICES = {
+    "all": "every query",
+    "known pair": "targets this user has had before",
+    "new pair": "targets this user never had",
+    "old item": "items of at least two spans ago",
+    "new item": "items first seen in the last span",
+    "unseen item": "items no model has trained on: a miss for all unless counted within the span",
+    "old user": "users with events before this span",
+    "new user": "users first seen in this span",
+    "head": "the most popular items, which make up half of all earlier events",
+    "tail": "the other items",
+}  # (known pair, new pair), (old, new, unseen item), (old, new user) and (head, tail) each add up to all
+
+
+@dataclass(frozen=True)
+class Block:
+    """A piece of a span: measured on, then absorbed."""
+
+    events: Events
+    first: int  # where it begins in its span
+    n_users: int  # known once it is over
+    n_items: int  # known before it
+
+
+def blocks_of(span: Span, n_items: int, cadence: int) -> list[Block]:
+    """The span in `cadence` blocks; `n_items` are known before it."""
+    blocks, first = [], 0
+    for events in span.blocks(cadence):
+        blocks.append(Block(events, first, span.n_users, n_items))
+        first += len(events)
+        n_items = max(n_items, int(events.items_E.max()) if len(events) else 0)
+    return blocks
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Targets with the history before each: everything needed to ask now, or again later."""
+
+    users_N: Tensor
+    histories_NT: Tensor  # int32, all own events before the target, those inside the span too
+    items_N: Tensor  # the targets
+    events_N: Tensor  # where each stands in its span
+    secret_N: Tensor  # bool: never joins training; forgetting is measured on those
+    n_items: int  # items that may be recommended, when asked again: those known at the time
+
+    def __len__(self) -> int:
+        return len(self.users_N)
+
+    def __getitem__(self, which_N: Tensor) -> "Queries":
+        columns = (self.users_N, self.histories_NT, self.items_N, self.events_N, self.secret_N)
+        return Queries(*(column[which_N] for column in columns), self.n_items)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Which events of a block become queries."""
+
+    role: int = TEST
+    min_history: int = 1  # own events a query needs
+
+
+def queries_of(recent: Histories, block: Block, length: int, asked: Asked = Asked()) -> Queries:
+    """Queries for the events of one role; targets with too few own events before are left out."""
+    events = block.events
+    histories, rows_E = place(recent, events, block.n_users)
+    at_N = (events.role_E == asked.role).nonzero()[:, 0]
+    targets = targets_at(histories, rows_E[at_N])
+    enough_N = targets.lengths(asked.min_history) >= asked.min_history
+    at_N, targets = at_N[enough_N], targets[enough_N]
+    history_NT = histories_before(targets, length, secret=True).int()
+    secret_N = events.joins_E[at_N] == NEVER
+    return Queries(targets.users_N, history_NT, events.items_E[at_N], at_N + block.first, secret_N, block.n_items)
+
+
+def rank_queries(state: State, queries: Queries, readout: str = "recent", size: int = 256) -> Tensor:
+    """(N,) the rank of each target among the items known when the query was made."""
+    carried = carried_by(state.model, state.users, state.spans_seen)
+    lengths_N = (queries.histories_NT > 0).sum(1)
+    rank_N = torch.zeros(len(queries))
+    for which in torch.argsort(lengths_N, stable=True).split(size):
+        longest = int(lengths_N[which].max())
+        history_BT = queries.histories_NT[which][:, queries.histories_NT.shape[1] - longest :].long()
+        batch = Batch(queries.users_N[which], history_BT)
+        batch = batch if carried is None else carried.join(batch)
+        rank_N[which] = ranks(state.model, batch, queries.items_N[which], readout, queries.n_items)
+    return rank_N
+
+
+def facts(spans: tuple[Span, ...]) -> pl.DataFrame:
+    """The TEST events of every span but the base: span, event (place in the span), user, item, and a column per slice."""
+    whole = pl.concat(
+        pl.DataFrame(
+            {
+                "span": np.full(len(s.events), s.index, np.int32),
+                "event": np.arange(len(s.events)),
+                "user": s.events.users_E.numpy(),
+                "item": s.events.items_E.numpy(),
+                "role": s.events.role_E.numpy(),
+            }
+        )
+        for s in spans
+    )
+    whole = whole.with_columns(~pl.struct("user", "item").is_first_distinct().alias("known pair"))
+    tested = whole.filter((pl.col("role") == TEST) & (pl.col("span") > 0)).drop("role")
+    users_before = [0] + [s.n_users for s in spans]
+    items_before = [0, 0] + [s.n_items for s in spans]
+    known = pl.DataFrame(
+        {
+            "span": np.arange(len(spans), dtype=np.int32),
+            "users_before": users_before[: len(spans)],
+            "items_before": items_before[1 : len(spans) + 1],
+            "items_earlier": items_before[: len(spans)],
+        }
+    )
+    head = pl.concat(_head_items(whole, t) for t in range(1, len(spans))) if len(spans) > 1 else None
+    tested = tested.join(known, on="span", how="left", maintain_order="left")
+    if head is not None:
+        tested = tested.join(head, on=["span", "item"], how="left", maintain_order="left")
+    item, user = pl.col("item"), pl.col("user")
+    return tested.select(
+        "span", "event", "user", "item", pl.lit(True).alias("all"), "known pair",
+        (~pl.col("known pair")).alias("new pair"),
+        (item <= pl.col("items_earlier")).alias("old item"),
+        ((item > pl.col("items_earlier")) & (item <= pl.col("items_before"))).alias("new item"),
+        (item > pl.col("items_before")).alias("unseen item"),
+        (user <= pl.col("users_before")).alias("old user"),
+        (user > pl.col("users_before")).alias("new user"),
+        pl.col("head").fill_null(False),
+        (~pl.col("head").fill_null(False)).alias("tail"),
+    )  # fmt: skip
+
+
+def _head_items(whole: pl.DataFrame, span: int) -> pl.DataFrame:
+    counts = whole.lazy().filter(pl.col("span") < span).group_by("item").len().sort("len", "item", descending=True)
+    ahead = pl.col("len").cum_sum() - pl.col("len")
+    top = counts.filter(ahead < pl.col("len").sum() / 2)
+    return top.select(pl.lit(span, pl.Int32).alias("span"), "item", pl.lit(True).alias("head")).collect()

@@ -1,0 +1,241 @@
+"""The replay: for each span, measure what the model of the past says, absorb, update. Stops anywhere, resumes exactly.
+
+A cell is one (model, strategy, seed). Its folder holds a Parquet file of ranks and a JSON file of costs per span, and
+the state after the last finished span until the cell is done.
+"""
+
+import copy
+import gc
+import json
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import polars as pl
+import torch
+
+from freshrec.data.batches import append
+from freshrec.data.spans import Cut
+from freshrec.errors import IncompatibleError
+from freshrec.learn.checkpoint import load_state, save_state
+from freshrec.models.ranking import READOUTS
+from freshrec.replay.measure import Asked, Block, Queries, blocks_of, queries_of, rank_queries
+from freshrec.types import (
+    NEVER,
+    SECRET,
+    VALID,
+    Events,
+    Histories,
+    InterestModel,
+    ModelSpec,
+    Span,
+    State,
+    Strategy,
+    TrainedModel,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way of updating one model, with one seed."""
+
+    model: str
+    spec: ModelSpec
+    strategy: str
+    update: Strategy
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its folder."""
+        return f"{self.model}--{self.strategy}--{self.seed}".replace("/", "_").replace(":", "_")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all cells of a replay share."""
+
+    cadence: int = 1  # blocks a span is replayed in: measure, count; the neural update comes at the span's end
+    asked: Asked = Asked()
+    tune: bool = False  # choose each update's knobs by the span before
+
+
+def check(model: ModelSpec, model_name: str, strategy: Strategy, strategy_name: str) -> None:
+    """Raises IncompatibleError, with a sentence, where this strategy cannot update this model."""
+    built = model.build(0)
+    if strategy.needs == "counters" and isinstance(built, TrainedModel):
+        raise IncompatibleError(
+            f'"{strategy_name}" trains nothing, and "{model_name}" learns only by training: use frozen.'
+        )
+    if strategy.needs != "counters" and not isinstance(built, TrainedModel):
+        raise IncompatibleError(f'"{model_name}" counts, it is not trained: its only strategy is absorb.')
+    if strategy.needs == "interests" and not isinstance(built, InterestModel):
+        raise IncompatibleError(
+            f'"{strategy_name}" needs a model with several interests a user; "{model_name}" has one vector. '
+            "Use mind, comirec-dr or comirec-sa."
+        )
+
+
+def absorb(state: State, block: Events, n_users: int, n_items: int) -> State:
+    """The state after counting a block: cheap experts learn at once, everybody's recent events are kept."""
+    recent = append(state.recent, block, n_users)
+    if isinstance(state.model, TrainedModel) and state.spans_seen == 0:
+        return replace(state, recent=recent)  # the base block is trained on next, from a fresh model
+    model = copy.deepcopy(state.model)
+    model.grow(n_users, n_items)
+    hidden_R = torch.where(state.recent.due_R == SECRET, 0, state.recent.items_R)
+    model.absorb(block[block.joins_E != NEVER], replace(state.recent, items_R=hidden_R))
+    return replace(state, model=model, recent=recent)
+
+
+def replay_cell(cell: Cell, cut: Cut, settings: Settings, out: Path, base: State | None = None) -> Iterator[int]:
+    """Run or resume a cell; yields each span once its files are written. `base` is the base state, if already trained."""
+    folder = out / cell.name
+    folder.mkdir(parents=True, exist_ok=True)
+    state, before, asked, first = _resumed(cell, folder, cut, settings)
+    for span in cut.spans[first:]:
+        strategy, rows, costs = cell.update, [], {}
+        if state.spans_seen:
+            state, new_rows, new_asked = _tested(state, span, cut, settings)
+            rows, asked = rows + new_rows, [*asked, *new_asked]
+            if settings.tune and before is not None:
+                strategy, costs = _tuned(cell.update, before, cut.spans[span.index - 1], span, settings)
+        else:
+            state = replace(absorb(state, span.events, span.n_users, span.n_items), started=base)
+        before = state if state.spans_seen and settings.tune else None
+        state, update_costs = timed(partial(strategy.update, state, span))
+        if span.index == 0 and base is not None:
+            update_costs = base.costs  # trained once, for all
+        state = replace(state, started=None)
+        rows += _asked_again(state, asked, span.index)
+        _write(folder, span.index, rows, costs | update_costs)
+        save_state(state, folder / "state.safetensors")
+        if before is not None:
+            save_state(before, folder / "before.safetensors")
+        _atomically(folder / "at.json", json.dumps({"next": span.index + 1}))
+        yield span.index
+    for leftover in ("state.safetensors", "before.safetensors"):
+        (folder / leftover).unlink(missing_ok=True)
+    _atomically(folder / "done.json", "{}")
+
+
+def _resumed(
+    cell: Cell, folder: Path, cut: Cut, settings: Settings
+) -> tuple[State, State | None, list[tuple[int, Queries]], int]:
+    """Where to go on: state, the state before the last update, queries to ask again, and the next span."""
+    start = State(cell.spec.build(cell.seed), seed=cell.seed)
+    at = folder / "at.json"
+    if not at.exists():
+        return start, None, [], 0
+    first = json.loads(at.read_text())["next"]
+    state = load_state(folder / "state.safetensors")
+    before = folder / "before.safetensors"
+    recent, asked = Histories.empty(), []
+    for span in cut.spans[:first]:  # the queries are made of the log alone, so they need not be saved
+        for block in _blocks(span, cut, settings) if span.index else []:
+            asked.append((span.index, _secret(queries_of(recent, block, state.model.spec.length, settings.asked))))
+            recent = append(recent, block.events, span.n_users)
+        recent = recent if span.index else append(recent, span.events, span.n_users)
+    return state, load_state(before) if before.exists() else None, asked, first
+
+
+def _blocks(span: Span, cut: Cut, settings: Settings) -> list[Block]:
+    return blocks_of(span, cut.spans[span.index - 1].n_items, settings.cadence)
+
+
+def _secret(queries: Queries) -> Queries:
+    return queries[queries.secret_N]
+
+
+def _tested(
+    state: State, span: Span, cut: Cut, settings: Settings
+) -> tuple[State, list[pl.DataFrame], list[tuple[int, Queries]]]:
+    """Measure each block, then absorb it; the state that is ready for the update, ranks, and queries to ask again."""
+    rows, asked = [], []
+    for block in _blocks(span, cut, settings):
+        queries = queries_of(state.recent, block, state.model.spec.length, settings.asked)
+        for readout in READOUTS if isinstance(state.model, InterestModel) else READOUTS[:1]:
+            rows.append(_rows(queries, rank_queries(state, queries, readout), span.index, span.index - 1, readout))
+        asked.append((span.index, _secret(queries)))
+        n_items = max(block.n_items, int(block.events.items_E.max()) if len(block.events) else 0)
+        state = absorb(state, block.events, span.n_users, n_items)
+    return state, rows, asked
+
+
+def _rows(queries: Queries, ranks_N: torch.Tensor, asked: int, after: int, readout: str = "recent") -> pl.DataFrame:
+    """`asked`: the span of the targets; `after`: the last span the model was updated on."""
+    columns = {"event": queries.events_N.numpy(), "user": queries.users_N.numpy(), "rank": ranks_N.numpy()}
+    names = [
+        pl.lit(asked, pl.Int32).alias("asked"),
+        pl.lit(after, pl.Int32).alias("after"),
+        pl.lit(readout).alias("readout"),
+    ]
+    return pl.DataFrame(columns).select(*names, "event", "user", "rank")
+
+
+def _asked_again(state: State, asked: list[tuple[int, Queries]], span: int) -> list[pl.DataFrame]:
+    """Ranks of earlier spans' secret queries under today's state: what has been forgotten since."""
+    rows = []
+    for past, queries in asked:
+        rows.append(_rows(queries, rank_queries(state, queries), past, span))
+    return rows
+
+
+def _tuned(
+    strategy: Strategy, before: State, last: Span, span: Span, settings: Settings
+) -> tuple[Strategy, dict[str, float]]:
+    """The alternative of `strategy` that, updating on the last span, would have been best on this span's VALID events."""
+    alternatives = strategy.alternatives()
+    if len(alternatives) < 2:
+        return strategy, {}
+    since, qualities = time.process_time(), []
+    for alternative in alternatives:
+        state = alternative.update(before, last)
+        block = Block(span.events, 0, span.n_users, last.n_items)
+        queries = queries_of(state.recent, block, state.model.spec.length, Asked(VALID, settings.asked.min_history))
+        ranks_N = rank_queries(state, queries)
+        qualities.append(float(((ranks_N <= 20) / torch.log2(1 + ranks_N)).nan_to_num(0.0).mean()))
+    best = max(range(len(qualities)), key=qualities.__getitem__)
+    return alternatives[best], {"tune_cpu_s": time.process_time() - since, "tuned_to": float(best)}
+
+
+def timed(update: Callable[[], State]) -> tuple[State, dict[str, float]]:
+    """What an update gives, and what it cost: wall and CPU seconds, peak memory of the process in MB, its own counts."""
+    gc.collect()
+    _forget_peak()
+    wall, cpu = time.perf_counter(), time.process_time()
+    state = update()
+    costs = {"update_s": time.perf_counter() - wall, "update_cpu_s": time.process_time() - cpu, "peak_mb": _peak_mb()}
+    return state, costs | state.costs
+
+
+def _forget_peak() -> None:
+    """Start the process's peak memory anew, where the system can (Linux)."""
+    if os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_mb() -> float:
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return float(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _write(folder: Path, span: int, rows: list[pl.DataFrame], costs: dict[str, float]) -> None:
+    if rows:
+        aside = folder / f".span-{span}.parquet"
+        pl.concat(rows).write_parquet(aside)
+        os.replace(aside, folder / f"span-{span}.parquet")
+    _atomically(folder / f"costs-{span}.json", json.dumps(costs))
+
+
+def _atomically(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(text)
+    os.replace(aside, path)

@@ -1,0 +1,92 @@
+"""Run the cells of a replay, one group per (model, seed) so that the base block is trained once, in one or more processes."""
+
+import multiprocessing
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from zlib import crc32
+
+import torch
+
+from freshrec.data.spans import Cut
+from freshrec.learn.checkpoint import load_state, save_state
+from freshrec.learn.fit import start
+from freshrec.replay.replay import Cell, Settings, absorb, replay_cell, timed
+from freshrec.types import State, TrainedModel
+
+Tell = Callable[[Cell, int], None]  # called with a cell and the span it has just finished
+
+
+def run(cells: Iterable[Cell], cut: Cut, settings: Settings, out: Path, *, jobs: int = 1, tell: Tell) -> None:
+    """Run all cells that are not done yet. One thread a process: two threads on small operations only wait for each other."""
+    out.mkdir(parents=True, exist_ok=True)
+    todo = sorted((c for c in cells if not (out / c.name / "done.json").exists()), key=_group)
+    groups = [list(group) for _, group in groupby(todo, key=_group)]
+    if jobs <= 1:
+        for group in groups:
+            _run_group(group, cut, settings, out, tell)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        running = [pool.submit(_run_group, group, cut, settings, out, _silent) for group in groups]
+        try:
+            _watch(running, todo, out, tell)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _group(cell: Cell) -> tuple[str, int]:
+    return cell.model, cell.seed
+
+
+def _silent(cell: Cell, span: int) -> None:
+    """In a worker: the files tell."""
+
+
+def _watch(running: list[Future[None]], cells: list[Cell], out: Path, tell: Tell) -> None:
+    """Tell what the workers' files say until all are through."""
+    told: set[tuple[str, int]] = set()
+    while True:
+        through = all(future.done() for future in running)
+        for cell in cells:
+            for file in sorted((out / cell.name).glob("costs-*.json")):
+                span = int(file.stem.rpartition("-")[2])
+                if (cell.name, span) not in told:
+                    told.add((cell.name, span))
+                    tell(cell, span)
+        for future in running:
+            if future.done():
+                future.result()
+        if through:
+            return
+        time.sleep(0.5)
+
+
+def _run_group(cells: list[Cell], cut: Cut, settings: Settings, out: Path, tell: Tell) -> None:
+    torch.set_num_threads(1)
+    for cell in cells:
+        base = _base(cell, cut, out) if cell.update.base == "plain" else None
+        for span in replay_cell(cell, cut, settings, out, base):
+            tell(cell, span)
+
+
+def _base(cell: Cell, cut: Cut, out: Path) -> State:
+    """The state after the base block, trained once for all strategies that train it plainly with the same options."""
+    fit = cell.update.fit
+    options = repr((cell.spec, fit.base_epochs, fit.max_epochs, fit.patience))
+    path = out / "bases" / f"{cell.model.replace(':', '_')}--{cell.seed}--{crc32(options.encode()):08x}.safetensors"
+    if path.exists():
+        return load_state(path)
+    path.parent.mkdir(exist_ok=True)
+    span = cut.spans[0]
+    model = cell.spec.build(cell.seed)
+    assert isinstance(model, TrainedModel)
+    before = absorb(State(model, seed=cell.seed), span.events, span.n_users, span.n_items)
+    state, costs = timed(lambda: start(before, span, fit))
+    state = replace(state, costs=costs)
+    save_state(state, path)
+    return state

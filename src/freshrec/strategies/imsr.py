@@ -1,0 +1,243 @@
+"""IMSR: keep a user's interests (retainer), notice new ones (detector), drop what is redundant (trimmer).
+
+Symbols of the paper: h_k -> vectors_BKD, h_k^{t-1} -> interests_BKD (stored), e_a -> target_BD, e_i -> items_NTD,
+K_u -> alive_BK.sum(1), delta K -> new, U_p -> puzzled users, c_1 -> c1, c_2 -> c2, M_exist -> the old rows of vectors_BKD.
+"""
+
+import math
+import time
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from freshrec.data.batches import Carried, due_targets, owners, pad_interests
+from freshrec.errors import OptionError
+from freshrec.learn.fit import Clock, Fit, carried_by, finish, start, successor, train
+from freshrec.learn.interests import expand
+from freshrec.models.layers import FAR
+from freshrec.types import DUE, Batch, Forward, Histories, InterestModel, Interests, Span, State
+
+
+def sigmoid_distillation(new_BK: Tensor, stored_BK: Tensor, old_BK: Tensor, tau: float = 1.0) -> Tensor:
+    """mean over the batch of sum_{k old} CE(sigma(h_k^t e_a / tau), sigma(h_k^{t-1} e_a / tau)) [IMSR eq. 10].
+
+    Logits (B, K) of the student and the teacher. No gradient reaches the teacher.
+    """
+    teacher_BK = torch.sigmoid(stored_BK.detach() / tau)
+    each_BK = F.binary_cross_entropy_with_logits(new_BK / tau, teacher_BK, reduction="none")
+    return (each_BK * old_BK).sum() / max(len(new_BK), 1)
+
+
+def softmax_distillation(new_BK: Tensor, stored_BK: Tensor, old_BK: Tensor, tau: float = 2.0) -> Tensor:
+    """-sum_k p'_k ln p_k over the old interests, p = softmax(logits / tau); mean over the batch."""
+    teacher_BK = torch.softmax((stored_BK.detach() / tau).masked_fill(~old_BK, FAR), 1)
+    student_BK = torch.log_softmax((new_BK / tau).masked_fill(~old_BK, FAR), 1)
+    each_B = -(teacher_BK * student_BK).sum(1) * old_BK.any(1)
+    return each_B.sum() / max(len(new_BK), 1)
+
+
+@dataclass(frozen=True)
+class Retain:
+    """The existing-interests retainer: an extra loss that keeps old interests close to what was stored.
+
+    `form`: "sigmoid" (the paper's), "distance" (DIR: squared Euclidean distance), "kd1" (softmax over interests, as in
+    LwF), "kd2" (kd1 on cosines / 0.1), "kd3" (kd1 weighted against the loss by the share of old interests, as in BiC).
+    The paper gives no formulas for kd1-3; these are our readings. The target item's vector gets no gradient from here:
+    moving it satisfies the retainer without retaining anything (measured: 2 x the gain when detached).
+    """
+
+    form: str = "sigmoid"
+    weight: float = 0.1
+    tau: float = 1.0
+
+    def __call__(self, batch: Batch, forward: Forward) -> Tensor:
+        """The scalar to add to the loss."""
+        assert forward.vectors_BKD is not None and forward.target_BD is not None
+        assert batch.interests_BKD is not None and batch.old_BK is not None
+        new_BKD, stored_BKD, old_BK = forward.vectors_BKD, batch.interests_BKD, batch.old_BK
+        if self.form == "distance":
+            apart_BK = ((new_BKD - stored_BKD) ** 2).sum(2)
+            return self.weight * (apart_BK * old_BK).sum() / len(batch)
+        target_BD1 = forward.target_BD.detach()[..., None]
+        if self.form == "kd2":
+            new_BKD, stored_BKD = F.normalize(new_BKD, dim=2), F.normalize(stored_BKD, dim=2)
+            target_BD1 = F.normalize(target_BD1, dim=1)
+        new_BK, stored_BK = torch.bmm(new_BKD, target_BD1)[..., 0], torch.bmm(stored_BKD, target_BD1)[..., 0]
+        if self.form == "sigmoid":
+            return self.weight * sigmoid_distillation(new_BK, stored_BK, old_BK, self.tau)
+        if self.form == "kd1":
+            return self.weight * softmax_distillation(new_BK, stored_BK, old_BK)
+        if self.form == "kd2":
+            return self.weight * softmax_distillation(new_BK, stored_BK, old_BK, tau=0.1)
+        if self.form == "kd3":
+            share = float(old_BK.float().mean())  # mu of (1 - mu) L_SS + mu KD1
+            return share * (softmax_distillation(new_BK, stored_BK, old_BK) - forward.loss)
+        raise OptionError(f'retain form is sigmoid, distance, kd1, kd2 or kd3, not "{self.form}".')
+
+
+def divergence(logits_NK: Tensor, alive_NK: Tensor) -> Tensor:
+    """KL(uniform || p) = ln sum_k e^{e_i h_k} - mean_k e_i h_k - ln K >= 0, over the interests a user has [IMSR eq. 12]."""
+    n_N = alive_NK.sum(-1).clamp(min=1)
+    sum_N = torch.logsumexp(logits_NK.masked_fill(~alive_NK, -torch.inf), -1)
+    return sum_N - (logits_NK * alive_NK).sum(-1) / n_N - n_N.log()
+
+
+def puzzlement(logits_NK: Tensor, alive_NK: Tensor) -> Tensor:
+    """P(i) = mean_k e_i h_k - ln sum_k e^{e_i h_k} + ln K = -KL <= 0 [IMSR eq. 13]."""
+    return -divergence(logits_NK, alive_NK)
+
+
+def is_puzzled(mean_N: Tensor, n_interests_N: Tensor, form: str, c1: float) -> Tensor:
+    """Whether a user's mean puzzlement exceeds c_1 (N,) [IMSR eq. 14].
+
+    As printed, P > c_1 > 0 can never hold, since P <= 0. `form` says on which scale c_1 is read: "geo", the geometric
+    mean exp(P) / K of p(h_k | e_i), in which the paper's range 0.02-0.12 works; "exp", exp(P), for the slides' 0.4-0.6;
+    "kl", KL < c_1; "quantile", the c_1 share of active users with the largest P.
+    """
+    if form == "geo":
+        return mean_N.exp() / n_interests_N > c1
+    if form == "exp":
+        return mean_N.exp() > c1
+    if form == "kl":
+        return -mean_N < c1
+    if form == "quantile":
+        if not len(mean_N):
+            return torch.zeros(0, dtype=torch.bool)
+        return mean_N > torch.quantile(mean_N, 1 - c1)
+    raise OptionError(f'nid form is geo, exp, kl or quantile, not "{form}".')
+
+
+@dataclass(frozen=True)
+class Detect:
+    """The new-interests detector: who gets new interests, judged by the model of the last span on this span's events."""
+
+    form: str = "geo"
+    c1: float = 0.06
+    new: int = 3  # delta K
+
+    def __call__(
+        self, model: InterestModel, users: Interests, histories: Histories, n_known: int
+    ) -> tuple[Tensor, Tensor]:
+        """(puzzled users, mean KL of every judged user). Items the last model has not seen (rows above `n_known`) do
+        not count: their vectors are untrained, so each looks puzzled. Users with fewer than 2 events are not judged."""
+        rows_N = ((histories.due_R == DUE) & (histories.items_R <= n_known)).nonzero()[:, 0]
+        users_N = owners(histories)[rows_N]
+        counts_U = users.offsets_U.diff()
+        stored_N = (users_N <= users.n_users) & (counts_U[users_N.clamp(max=users.n_users)] > 0)
+        rows_N, users_N = rows_N[stored_N], users_N[stored_N]
+        kl_N = torch.zeros(len(rows_N))
+        for part in torch.arange(len(rows_N)).split(8192):
+            vectors_NKD, alive_NK, _ = pad_interests(users, users_N[part], model.slots(1))
+            items_ND = model.item_vectors()[histories.items_R[rows_N[part]].long()]
+            kl_N[part] = divergence(torch.bmm(vectors_NKD, items_ND[..., None])[..., 0], alive_NK)
+        total_U = torch.zeros(histories.n_users + 1).index_add_(0, users_N, kl_N)
+        n_U = torch.bincount(users_N, minlength=histories.n_users + 1)
+        judged_U = (n_U >= 2).nonzero()[:, 0]
+        mean_kl = total_U[judged_U] / n_U[judged_U]
+        return judged_U[is_puzzled(-mean_kl, counts_U[judged_U], self.form, self.c1)], mean_kl
+
+
+def residual(vectors_BKD: Tensor, alive_BK: Tensor, old_BK: Tensor) -> Tensor:
+    """New interests without their projection on the plane of the old ones: h - M (M^T M)^+ M^T h [IMSR eq. 16].
+
+    Differs from the paper: (M M^T)^{-1} does not exist (rank K < d); with the pseudo-inverse the projection is this one.
+    Old interests are returned as they are, and get no gradient from here.
+    """
+    is_new_BK = alive_BK & ~old_BK & old_BK.any(1, keepdim=True)
+    if not bool(is_new_BK.any()):
+        return vectors_BKD
+    basis_BKD = _orthonormal(vectors_BKD.detach(), old_BK)
+    inside_BKD = torch.bmm(torch.bmm(vectors_BKD, basis_BKD.transpose(1, 2)), basis_BKD)
+    return torch.where(is_new_BK[..., None], vectors_BKD - inside_BKD, vectors_BKD)
+
+
+def _orthonormal(vectors_BKD: Tensor, which_BK: Tensor) -> Tensor:
+    """(B, K, D) an orthonormal basis of the chosen rows, by Gram-Schmidt over the few rows for all users at once.
+
+    Rows that are left out, or that the rows before them span, become 0: a plain QR would invent directions for them,
+    and a batched pseudo-inverse costs as much as the whole training step.
+    """
+    basis_BKD = torch.zeros_like(vectors_BKD)
+    for k in range(vectors_BKD.shape[1]):
+        row_B1D = F.normalize(vectors_BKD[:, k : k + 1], dim=2)
+        for _ in range(2):  # twice is enough in float32
+            row_B1D = row_B1D - torch.bmm(torch.bmm(row_B1D, basis_BKD.transpose(1, 2)), basis_BKD)
+        norm_B11 = row_B1D.norm(dim=2, keepdim=True)
+        independent_B11 = (norm_B11 > 1e-4) & which_BK[:, k, None, None]
+        basis_BKD[:, k : k + 1] = torch.where(independent_B11, row_B1D / norm_B11.clamp(min=1e-9), 0.0)
+    return basis_BKD
+
+
+def is_trivial(residual_BKD: Tensor, whole_BKD: Tensor, c2: float, relative: bool = False) -> Tensor:
+    """Whether what is left of a new interest is shorter than c_2 (B, K) [IMSR eq. 17].
+
+    Differs from the paper, which prints the norm of the projection: that would drop the most novel interests.
+    `relative` divides by the interest's own norm.
+    """
+    norm_BK = residual_BKD.norm(dim=2)
+    return (norm_BK / whole_BKD.norm(dim=2).clamp(min=1e-9) if relative else norm_BK) < c2
+
+
+@dataclass(frozen=True)
+class Trimmer:
+    """The projection-based trimmer: new interests are kept orthogonal to old ones, and only if something is left."""
+
+    c2: float = 0.3
+    relative: bool = False
+
+    def __call__(self, vectors_BKD: Tensor, alive_BK: Tensor, old_BK: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, K, D) interests and (B, K) which are kept; old interests and those of newcomers always are."""
+        left_BKD = residual(vectors_BKD, alive_BK, old_BK)
+        candidate_BK = alive_BK & ~old_BK & old_BK.any(1, keepdim=True)
+        dropped_BK = candidate_BK & is_trivial(left_BKD, vectors_BKD, self.c2, self.relative)
+        return left_BKD, alive_BK & ~dropped_BK
+
+
+@dataclass(frozen=True)
+class IMSR:
+    """Fine-tuning with the three parts; each is left out by setting it to None."""
+
+    retain: Retain | None = Retain()
+    detect: Detect | None = Detect()
+    trim: Trimmer | None = Trimmer()
+    fit: Fit = Fit()
+    needs = "interests"
+    base = "plain"
+
+    def update(self, state: State, span: Span) -> State:
+        """Detect, train with the retainer, trim."""
+        if state.spans_seen == 0:
+            return start(state, span, self.fit)
+        model = successor(state, span)
+        assert isinstance(model, InterestModel)
+        targets = due_targets(state.recent, self.fit.history)
+        clock = Clock({"rows_read": float(len(targets))})
+        carried = carried_by(model, state.users, span.index)
+        assert carried is not None
+        if self.detect is not None:
+            carried = self._detected(model, carried, state, clock)
+        trim = self.trim if self.detect is not None else None
+        since = time.process_time()
+        terms = [self.retain] if self.retain is not None else []
+        project = residual if trim is not None else None
+        key, lr_scale = (state.seed, span.index), self.fit.lr_scale
+        for _ in train(
+            model, targets, self.fit.epochs, key, lr_scale=lr_scale, carried=carried, terms=terms, project=project
+        ):
+            pass
+        clock.timed("train_cpu_s", since)
+        return finish(state, model, carried, self.fit.history, clock, trim)
+
+    def _detected(self, model: InterestModel, carried: Carried, state: State, clock: Clock) -> Carried:
+        assert self.detect is not None
+        since = time.process_time()
+        puzzled_N, kl_N = self.detect(model, carried.users, state.recent, state.model.n_items)
+        starts_KD = model.slots(model.spec.k_max)
+        users = expand(carried.users, puzzled_N, self.detect.new, model.spec.k_max, starts_KD, carried.span)
+        clock.timed("detect_cpu_s", since)
+        clock.costs["nid_rate"] = len(puzzled_N) / max(len(kl_N), 1)
+        for q in (0.05, 0.25, 0.5, 0.75, 0.95):
+            clock.costs[f"kl_p{round(100 * q):02d}"] = float(kl_N.quantile(q)) if len(kl_N) else math.nan
+        return replace(carried, users=users)

@@ -1,0 +1,107 @@
+"""Strategies without machinery: frozen, fine-tune, full retrain, batch update over the last w spans, absorb."""
+
+import copy
+import time
+from dataclasses import dataclass, replace
+
+from freshrec.data.batches import append, due_targets, settle
+from freshrec.learn.fit import Clock, Fit, carried_by, finish, fresh, start, successor, train
+from freshrec.types import Events, Histories, Span, State
+
+
+@dataclass(frozen=True)
+class Absorb:
+    """No training at all: what a model counts, the replay has already given it. The strategy of the controls."""
+
+    needs = "counters"
+    base = "absorb"
+
+    def update(self, state: State, span: Span) -> State:
+        """The same model with room for the new users and items."""
+        model = copy.deepcopy(state.model)
+        model.grow(span.n_users, span.n_items)
+        recent = settle(state.recent, model.spec.length)
+        return replace(state, model=model, recent=recent, spans_seen=state.spans_seen + 1)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Never updated after the base block; new users and items get untrained rows."""
+
+    fit: Fit = Fit()
+    needs = "gradients"
+    base = "plain"
+
+    def update(self, state: State, span: Span) -> State:
+        """The base model, grown; interests stay as they were stored."""
+        if state.spans_seen == 0:
+            return start(state, span, self.fit)
+        model = successor(state, span)
+        recent = settle(state.recent, model.spec.length)
+        return replace(state, model=model, recent=recent, spans_seen=state.spans_seen + 1, costs={"rows_read": 0.0})
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """Train the previous model on the new events."""
+
+    fit: Fit = Fit()
+    needs = "gradients"
+    base = "plain"
+
+    def update(self, state: State, span: Span) -> State:
+        """The previous weights, interests and optimiser state, trained on the due events."""
+        if state.spans_seen == 0:
+            return start(state, span, self.fit)
+        model = successor(state, span)
+        targets = due_targets(state.recent, self.fit.history)
+        carried = carried_by(model, state.users, span.index)
+        clock = Clock({"rows_read": float(len(targets))})
+        since = time.process_time()
+        key = (state.seed, span.index)
+        for _ in train(model, targets, self.fit.epochs, key, lr_scale=self.fit.lr_scale, carried=carried):
+            pass
+        clock.timed("train_cpu_s", since)
+        return finish(state, model, carried, self.fit.history, clock)
+
+
+@dataclass(frozen=True)
+class Retrain:
+    """Train on all events so far, or on those of the last `spans` spans."""
+
+    fresh: bool = True  # from untrained weights, with as many epochs as the base block needed; else from the last ones
+    spans: int = 0  # 0 = all
+    fit: Fit = Fit()
+    needs = "gradients"
+    base = "plain"
+
+    def update(self, state: State, span: Span) -> State:
+        """A model trained on the remembered events; `memory` refers to them, without copying."""
+        past: tuple[Events, ...] = (*(state.memory or ()), span.events)
+        past = past[-self.spans :] if self.spans else past
+        if state.spans_seen == 0:
+            return replace(start(state, span, self.fit), memory=past)
+        histories = _histories(past, span.n_users)
+        model = fresh(state, span.n_users, span.n_items) if self.fresh else successor(state, span)
+        n_epochs = state.base_epochs if self.fresh else self.fit.epochs
+        targets = due_targets(histories, again=True)
+        carried = carried_by(model, None if self.fresh else state.users, span.index)
+        clock = Clock({"rows_read": float(len(targets))})
+        since = time.process_time()
+        key = (state.seed, span.index)
+        lr_scale = 1.0 if self.fresh else self.fit.lr_scale
+        for _ in train(model, targets, n_epochs, key, lr_scale=lr_scale, carried=carried):
+            pass
+        clock.timed("train_cpu_s", since)
+        after = finish(replace(state, recent=histories), model, carried, "recent", clock)
+        return replace(after, memory=past, recent=settle(state.recent, model.spec.length))
+
+
+def _histories(past: tuple[Events, ...], n_users: int) -> Histories:
+    """All remembered events by user; those held back in the last span stay held back."""
+    histories = Histories.empty()
+    for i, events in enumerate(past):
+        histories = append(histories, events, n_users)
+        if i < len(past) - 1:
+            histories = settle(histories, len(histories.items_R))
+    return histories

@@ -1,0 +1,221 @@
+"""The types everything else speaks: events, spans, histories, batches, models, states, strategies.
+
+Dimension letters end a tensor's name: E events, R rows of a history store, B batch, T history, N candidates, I items,
+U users, K interests, S = sum of K over users, D vector. Ids of users and items are *rows* (1, 2, ...; row 0 is padding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+TRAIN, VALID, TEST = 0, 1, 2  # Events.role_E: what an event is for
+NOW, NEXT, NEVER = 0, 1, 2  # Events.joins_E: the update that may train on it
+DONE, DUE, LATER, SECRET = 0, 1, 2, 3  # Histories.due_R: already trained on; train now; at the next update; never
+
+
+@dataclass(frozen=True)
+class Events:
+    """Interactions in time order, as columns of equal length E."""
+
+    users_E: Tensor  # int64, user rows
+    items_E: Tensor  # int64, item rows
+    times_E: Tensor  # int64, microseconds, or the order of the events where the log has no clock
+    role_E: Tensor  # int8, TRAIN, VALID or TEST
+    joins_E: Tensor  # int8, NOW, NEXT or NEVER: which update may train on the event
+
+    def __len__(self) -> int:
+        return len(self.users_E)
+
+    def __getitem__(self, which: Tensor | slice) -> Events:
+        return Events(*(c[which] for c in (self.users_E, self.items_E, self.times_E, self.role_E, self.joins_E)))
+
+    @staticmethod
+    def of(users_E: Tensor, items_E: Tensor, times_E: Tensor | None = None) -> Events:
+        """Events that may all be trained on at once; times count up where none are given."""
+        zeros = torch.zeros(len(users_E), dtype=torch.int8)
+        times_E = torch.arange(len(users_E)) if times_E is None else times_E
+        return Events(users_E.long(), items_E.long(), times_E.long(), zeros, zeros)
+
+
+@dataclass(frozen=True)
+class Span:
+    """One slice of the log. Others call it window, fold, experience, task, period or block."""
+
+    index: int
+    events: Events
+    n_users: int  # users and items known once this span is over
+    n_items: int
+    name: str = ""  # for people: "2014-03-01 to 2014-03-14"
+
+    def blocks(self, cadence: int) -> list[Events]:
+        """The span's events in `cadence` consecutive pieces of nearly equal count."""
+        edges = [round(i * len(self.events) / cadence) for i in range(cadence + 1)]
+        return [self.events[a:b] for a, b in zip(edges, edges[1:])]
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Each user's events in time order: user u owns rows offsets_U[u] : offsets_U[u + 1] (user 0, the padding, owns none)."""
+
+    offsets_U: Tensor  # int64, n_users + 2 entries
+    items_R: Tensor  # int32
+    times_R: Tensor  # int64
+    due_R: Tensor  # int8: DONE, DUE, LATER or SECRET
+
+    @property
+    def n_users(self) -> int:
+        return len(self.offsets_U) - 2
+
+    @staticmethod
+    def empty() -> Histories:
+        return Histories(
+            torch.zeros(2, dtype=torch.int64),
+            torch.zeros(0, dtype=torch.int32),
+            torch.zeros(0, dtype=torch.int64),
+            torch.zeros(0, dtype=torch.int8),
+        )
+
+
+@dataclass(frozen=True)
+class Interests:
+    """Per-user vectors that outlive a span: user u owns rows offsets_U[u] : offsets_U[u + 1], none before its first update."""
+
+    vectors_SD: Tensor  # float32
+    offsets_U: Tensor  # int64, n_users + 2 entries
+    born_S: Tensor  # int16, the span that created the interest
+    used_S: Tensor  # int16, the last span in which it was some event's closest interest
+
+    @property
+    def n_users(self) -> int:
+        return len(self.offsets_U) - 2
+
+    @staticmethod
+    def empty(n_dims: int) -> Interests:
+        none = torch.zeros(0, dtype=torch.int16)
+        return Interests(torch.zeros(0, n_dims), torch.zeros(2, dtype=torch.int64), none, none.clone())
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a model sees. What a user carries between spans travels in the batch."""
+
+    users_B: Tensor
+    history_BT: Tensor  # item rows, most recent last, padded with 0 on the left
+    targets_BT: Tensor | None = None  # next item after each position, 0 = not a target; (B, 1) for one target a row
+    negatives_N: Tensor | None = None  # item rows shared by the batch
+    interests_BKD: Tensor | None = None  # stored interests, zero where not alive
+    alive_BK: Tensor | None = None  # bool: the interests this user has, new ones included
+    old_BK: Tensor | None = None  # bool: those it had before this span
+    project: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # (vectors_BKD, alive_BK, old_BK) -> vectors_BKD
+
+    def __len__(self) -> int:
+        return len(self.users_B)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One training pass: the loss, and what extra terms may look at."""
+
+    loss: Tensor  # scalar
+    vectors_BKD: Tensor | None = None
+    target_BD: Tensor | None = None
+
+
+@runtime_checkable
+class Model(Protocol):
+    """Scores items for a batch of users. Sizes count real users and items: rows 1..n_users and 1..n_items."""
+
+    n_users: int
+    n_items: int
+
+    @property
+    def spec(self) -> Any:
+        """The options it was built with."""
+
+    def grow(self, n_users: int, n_items: int) -> None:
+        """Make room for new users and items; old rows are untouched."""
+
+    def absorb(self, events: Events, histories: Histories) -> None:
+        """Learn without gradients: `events` are new, `histories` holds each user's events before them."""
+
+    def score(self, batch: Batch, items: Tensor) -> Tensor:
+        """Scores (B, N) of `items`, shared (N,) or each row's own (B, N); higher is better."""
+
+
+@runtime_checkable
+class TrainedModel(Model, Protocol):
+    """A model that learns by gradients."""
+
+    unit: str  # how it wants its batches: a row per "target" with history, per "window" of targets, per "pair" without
+    seed: int
+    moments: dict[str, Tensor]  # the optimiser's memory of the dense weights; tables carry their own
+
+    def forward(self, batch: Batch) -> Forward:
+        """The training loss of a batch with targets and negatives."""
+
+
+@runtime_checkable
+class VectorModel(TrainedModel, Protocol):
+    """A model whose score is the largest inner product of an item vector with one of the user's vectors."""
+
+    def user_vectors(self, batch: Batch) -> Tensor:
+        """(B, K, D)"""
+
+    def item_vectors(self) -> Tensor:
+        """(n_items + 1, D); row 0 is padding."""
+
+
+@runtime_checkable
+class InterestModel(VectorModel, Protocol):
+    """A model with several interests a user, kept between spans."""
+
+    def slots(self, n: int) -> Tensor:
+        """(n, D): where the interests of a newcomer, and new interests of anybody, start."""
+
+
+class ModelSpec(Protocol):
+    """The options of a model, with their defaults; a frozen dataclass."""
+
+    def build(self, seed: int) -> Model:
+        """A model without users and items."""
+
+
+@dataclass(frozen=True)
+class State:
+    """All that is needed to serve now and to update next time."""
+
+    model: Any  # a Model; what is served
+    seed: int = 0
+    spans_seen: int = 0
+    recent: Histories = field(default_factory=Histories.empty)
+    users: Interests | None = None
+    base_epochs: int = 0  # how many epochs the base block needed; a full retrain uses as many
+    memory: Any = None  # whatever the strategy keeps: a tree of tensors and dataclasses
+    costs: dict[str, float] = field(default_factory=dict)  # what the last update measured of itself
+    started: State | None = None  # the base block's state, where another strategy has already trained the same one
+
+
+class Strategy(Protocol):
+    """One pure function from a state and a span to the next state."""
+
+    @property
+    def needs(self) -> str:
+        """The models it updates: "counters", "gradients" or "interests"."""
+
+    @property
+    def base(self) -> str:
+        """ "plain" where the base block is trained as by `learn.fit.start`, so that others may share it."""
+
+    def alternatives(self) -> tuple[Strategy, ...]:
+        """Itself with other knobs, itself first: what tuning chooses from; equally many for every strategy."""
+
+    def update(self, state: State, span: Span) -> State:
+        """`state` is left as it was; `state.recent` already holds the span's events, marked as due."""
+
+
+Term = Callable[[Batch, Forward], Tensor]  # an extra scalar added to the loss

@@ -1,0 +1,111 @@
+"""Intervals and tests on numbers whose right answer is known."""
+
+import numpy as np
+import polars as pl
+import pytest
+
+from freshrec.replay.significance import compare, interval, paired_p
+
+
+def queries(model, values, strategy="frozen", seed=0, span=1, users=None):
+    """One row per value: by default one query per user."""
+    users = range(len(values)) if users is None else users
+    frame = pl.DataFrame({"user": users, "hr@20": values}, schema={"user": pl.Int64, "hr@20": pl.Float64})
+    return frame.with_columns(
+        model=pl.lit(model), strategy=pl.lit(strategy), seed=pl.lit(seed), span=pl.lit(span), target=pl.lit(1)
+    )
+
+
+def test_the_interval_of_a_share_is_the_one_of_the_textbook():
+    # 100 hits of 1000: 0.1 +- 1.96 sqrt(0.1 * 0.9 / 1000) = 0.0814 .. 0.1186; 1000 resamples place the ends to 0.001.
+    low, high = interval(np.repeat([1.0, 0.0], [100, 900])[:, None])
+    assert low[0] == pytest.approx(0.0814, abs=0.002)
+    assert high[0] == pytest.approx(0.1186, abs=0.002)
+
+
+def test_each_metric_has_its_own_interval():
+    values = np.random.default_rng(0).random((200, 3))
+    together = interval(values, seed=4)
+    alone = [interval(values[:, [m]], seed=4) for m in range(3)]
+    assert np.allclose(together, np.concatenate(alone, axis=1))
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not():
+    values = np.random.default_rng(0).random((50, 1))
+    assert interval(values, seed=1) == interval(values, seed=1)
+    assert interval(values, seed=1) != interval(values, seed=2)
+
+
+@pytest.mark.parametrize("n_users", [1, 2, 1000])
+def test_equal_values_have_an_interval_without_width(n_users):
+    low, high = interval(np.full((n_users, 2), 0.1))
+    assert low.tolist() == high.tolist() == [0.1, 0.1]
+
+
+def test_six_wins_of_ten_users_and_four_ties_are_worth_two_in_sixty_four():
+    # Only 6 signs matter. All equal to what was seen: 1 of 2^6 on each side, 2 / 64.
+    differences = np.array([0.1] * 6 + [0.0] * 4)[:, None]
+    assert paired_p(differences)[0] == pytest.approx(2 / 64)
+
+
+def test_a_thousand_ties_do_not_change_what_six_wins_are_worth():
+    # As above, now from 9999 random flips: 0.03125 with a standard error of 2 sqrt(2^-6 / 9999) = 0.0025.
+    differences = np.array([0.1] * 6 + [0.0] * 1000)[:, None]
+    assert paired_p(differences)[0] == pytest.approx(2 / 64, abs=0.01)
+
+
+def test_no_difference_and_a_single_user_prove_nothing():
+    assert paired_p(np.zeros((500, 2))).tolist() == [1, 1]
+    assert paired_p(np.array([[0.5]])).tolist() == [1]
+
+
+def test_methods_that_are_alike_are_called_different_as_often_as_the_level_says():
+    # 400 comparisons of noise: 5 % = 20 expected below 0.05, standard deviation sqrt(400 * 0.05 * 0.95) = 4.4.
+    noise = np.random.default_rng(0).choice([-1.0, 0.0, 1.0], p=[0.05, 0.9, 0.05], size=(300, 400))
+    assert 20 - 3 * 4.4 <= (paired_p(noise) < 0.05).sum() <= 20 + 3 * 4.4
+
+
+def test_a_pair_is_compared_by_the_mean_over_users_of_its_differences():
+    # User 1 has two queries: a hits both, b one of them; user 2: a misses, b hits. ((1 - 1/2) + (0 - 1)) / 2 = -1/4.
+    a = pl.concat([queries("a", [1, 0], users=[1, 2], span=1), queries("a", [1], users=[1], span=2)])
+    b = pl.concat([queries("b", [1, 1], users=[1, 2], span=1), queries("b", [0], users=[1], span=2)])
+    row = compare(pl.concat([a, b])).row(0, named=True)
+    assert (row["model_a"], row["model_b"], row["n"]) == ("a", "b", 2)
+    assert row["difference"] == -0.25
+
+
+def test_seeds_are_averaged_before_methods_are_compared():
+    # a hits with one of two seeds: 1/2; b has one seed and misses.
+    table = pl.concat([queries("a", [1, 1], seed=0), queries("a", [0, 0], seed=1), queries("b", [0, 0])])
+    row = compare(table).row(0, named=True)
+    assert (row["difference"], row["low"], row["high"], row["n"]) == (0.5, 0.5, 0.5, 2)
+
+
+def test_only_queries_that_both_methods_answered_are_compared():
+    # b did not reach span 2, where a fails: on span 1 they are equal. c shares nothing with anybody.
+    a = pl.concat([queries("a", [1, 1], span=1), queries("a", [0, 0], span=2)])
+    found = compare(pl.concat([a, queries("b", [1, 1], span=1), queries("c", [1, 1], span=3)]))
+    assert found.select("model_a", "model_b", "difference", "n").rows() == [("a", "b", 0.0, 2)]
+
+
+def test_every_pair_of_methods_is_compared_and_p_is_adjusted_for_their_number():
+    # Three methods: three p-values. Benjamini-Hochberg: sorted p times 3 / rank, made monotone from the largest down.
+    generator = np.random.default_rng(0)
+    tables = [queries("m", (generator.random(300) < rate).astype(float), strategy) for strategy, rate in
+              (("ewc", 0.1), ("full", 0.2), ("imsr", 0.22))]  # fmt: skip
+    found = compare(pl.concat(tables)).sort("p")
+    assert found.select("strategy_a", "strategy_b").n_unique() == 3
+    p = found["p"].to_list()
+    third, second = p[2], min(p[2], p[1] * 3 / 2)
+    assert found["p_adjusted"].to_list() == pytest.approx([min(second, p[0] * 3), second, third])
+
+
+def test_an_interval_and_a_test_agree_about_a_clear_difference():
+    # 60 of 400 users are won and none lost: mean 0.15, far from zero; the smallest p of 9999 flips is 2 / 10,000.
+    found = compare(pl.concat([queries("a", [1.0] * 60 + [0.0] * 340), queries("b", [0.0] * 400)])).row(0, named=True)
+    assert 0 < found["low"] < found["difference"] == 0.15 < found["high"]
+    assert found["p"] == pytest.approx(2 / 10_000)
+
+
+def test_one_method_alone_gives_an_empty_table_of_the_same_columns():
+    assert compare(queries("a", [1, 0])).schema == compare(pl.concat([queries("a", [1]), queries("b", [1])])).schema

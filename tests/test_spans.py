@@ -1,0 +1,274 @@
+"""Cutting a log: where the cuts fall, what each event is for, and when it joins training."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from freshrec.data.log import Log, read_log
+from freshrec.data.spans import Cut, cut, plan
+from freshrec.errors import OptionError, SpanError
+from freshrec.types import NEVER, NEXT, NOW, TEST, TRAIN, VALID
+
+DAY = 86_400_000_000  # microseconds
+
+
+def log_of(times: list[int], users: list[int] | None = None, has_clock: bool = True, **more: list[Any]) -> Log:
+    users = users or [1] * len(times)
+    items = [100 + i for i in range(len(times))]
+    frame = pl.DataFrame(
+        {"user_id": users, "item_id": items, "time": times, **more}, schema_overrides={"time": pl.Int64}
+    )
+    return Log(frame, has_clock, "us", ())
+
+
+def sizes(cut: Cut) -> list[int]:
+    return [len(span.events) for span in cut.spans]
+
+
+def roles(cut: Cut, span: int) -> list[int]:
+    return cut.spans[span].events.role_E.tolist()
+
+
+def joins(cut: Cut, span: int) -> list[int]:
+    return cut.spans[span].events.joins_E.tolist()
+
+
+# Ten events at times 0 1 2 3 4 5 6 7 8 40, in a base and two spans.
+@pytest.mark.parametrize(
+    ("by", "expected"),
+    [
+        ("count", [5, 2, 3]),  # edges at events 5 (half of 10) and 7.5, which becomes 7, the earlier of two as near
+        ("time", [9, 0, 1]),  # [0, 41) in three parts: edges at 13 and 27
+        ("count-alpha", [5, 4, 1]),  # base ends at time 5; [5, 41) in two parts: edge at 23
+        ("clock-alpha", [9, 0, 1]),  # base ends at 20.5, half of [0, 41); edges at 21 and 31
+    ],
+)
+def test_each_rule_cuts_where_its_definition_says(by: str, expected: list[int]) -> None:
+    assert sizes(cut(log_of([0, 1, 2, 3, 4, 5, 6, 7, 8, 40]), by=by, spans=2)) == expected
+
+
+def test_events_of_one_time_are_not_separated() -> None:
+    # Half of 8 events is 4, inside the run of fives (positions 2..6); 2 is as near as 6.
+    assert sizes(cut(log_of([0, 1, 5, 5, 5, 5, 8, 9]), by="count", spans=1)) == [2, 6]
+
+
+def test_a_cut_by_count_leaves_no_span_empty_even_where_one_time_holds_most_events() -> None:
+    # Times start at positions 0, 1, 9, 10; the only cut into four is at all of them.
+    assert sizes(cut(log_of([0, *[5] * 8, 8, 9]), by="count", spans=3)) == [1, 8, 1, 1]
+
+
+def test_spans_start_at_given_dates_and_are_named_by_their_days() -> None:
+    days = cut(log_of([0, DAY, 2 * DAY, 3 * DAY]), by="dates", dates=["1970-01-02", "1970-01-04T00:00+01:00"])
+    # The second date is 23:00 UTC on January 3rd, after the event of that midnight.
+    assert [span.name for span in days.spans] == [
+        "1970-01-01 00:00 to 00:00",
+        "1970-01-02 to 1970-01-03",
+        "1970-01-04 00:00 to 00:00",
+    ]
+
+
+def test_each_period_is_a_span_and_later_periods_merge_when_fewer_spans_are_asked_for() -> None:
+    log = log_of([0, 1, 2, 3, 4, 5], has_clock=False, period=[0, 0, 1, 2, 5, 5])
+    assert [span.name for span in cut(log, by="period", spans=3).spans] == [
+        "period 0",
+        "period 1",
+        "period 2",
+        "period 5",
+    ]
+    # Three later periods in two groups: two, then one.
+    assert [span.name for span in cut(log, by="period", spans=2).spans] == ["period 0", "periods 1 to 2", "period 5"]
+
+
+def test_a_period_decides_where_it_disagrees_with_the_time() -> None:
+    overlap = cut(log_of([0, 1, 2, 3], period=[0, 1, 0, 1]), by="period", spans=1)
+    assert [span.events.times_E.tolist() for span in overlap.spans] == [[0, 2], [1, 3]]
+    assert overlap.notes[0] == "some periods overlap in time; the period decides"
+
+
+def test_a_log_without_a_clock_names_spans_by_event_numbers() -> None:
+    assert [s.name for s in cut(log_of([0, 1, 2, 3], has_clock=False), by="count", spans=1).spans] == [
+        "events 1 to 2",
+        "events 3 to 4",
+    ]
+
+
+def test_an_empty_span_is_kept_and_noted() -> None:
+    quiet = cut(log_of([0, 1, 2, 3, 100]), by="time", spans=2, forget_users=0)
+    # [0, 101) in three parts: edges at 33 and 67, and nothing happens in between.
+    assert sizes(quiet) == [4, 0, 1]
+    assert quiet.notes == ("span 1 has no events", "the log has a single user")
+    assert (quiet.spans[1].name, quiet.spans[1].n_items) == ("no events", 4)
+
+
+def test_the_last_event_of_each_user_in_a_span_is_tested_and_the_one_before_it_validates() -> None:
+    # After a base of 2: user 1 has three events, user 2 one, user 3 two.
+    log = log_of([0, 1, 2, 3, 4, 5, 6, 7], users=[1, 2, 1, 3, 1, 2, 3, 1])
+    one = cut(log, by="count", alpha=0.25, spans=1, forget_users=0)
+    assert roles(one, 0) == [TRAIN, TRAIN]
+    assert roles(one, 1) == [TRAIN, VALID, VALID, TEST, TEST, TEST]
+    assert joins(one, 0) == [NOW, NOW]
+    assert joins(one, 1) == [NOW, NEXT, NEXT, NEXT, NEXT, NEXT]
+
+
+def test_under_never_held_out_events_never_join_training() -> None:
+    paper = cut(log_of(list(range(8))), by="count", spans=1, heldout="never", forget_users=0)
+    assert joins(paper, 1) == [NOW, NOW, NEVER, NEVER]
+
+
+def test_with_all_targets_every_later_event_is_tested_and_then_trained_on() -> None:
+    test_then_train = cut(log_of(list(range(8))), by="count", spans=1, targets="all", forget_users=0)
+    assert roles(test_then_train, 0) == [TRAIN] * 4
+    assert roles(test_then_train, 1) == [TEST] * 4
+    assert joins(test_then_train, 1) == [NOW] * 4
+
+
+def test_the_split_column_of_a_log_is_kept() -> None:
+    log = log_of([0, 1, 2, 3], split=["train", "test", "valid", "train"])
+    own = cut(log, by="count", spans=1, targets="split", forget_users=0)
+    assert (roles(own, 0), joins(own, 0)) == ([TRAIN, TEST], [NOW, NEXT])
+    assert (roles(own, 1), joins(own, 1)) == ([VALID, TRAIN], [NEXT, NOW])
+
+
+def test_held_out_events_of_the_users_kept_for_forgetting_never_join() -> None:
+    last = cut(log_of(list(range(8))), by="count", spans=1, forget_users=1)
+    assert (roles(last, 1), joins(last, 1)) == ([TRAIN, TRAIN, VALID, TEST], [NOW, NOW, NEVER, NEVER])
+    every = cut(log_of(list(range(8))), by="count", spans=1, targets="all", forget_users=1)
+    assert (roles(every, 1), joins(every, 1)) == ([TEST] * 4, [NOW, NOW, NEVER, NEVER])
+
+
+def secret_users(n_users: int, seed: int) -> set[int]:
+    """The users kept for forgetting in a log where each user has one event in the base and one after it."""
+    log = log_of(list(range(2 * n_users)), users=[*range(n_users), *range(n_users)])
+    events = cut(log, by="count", spans=1, seed=seed).spans[1].events
+    return set(events.users_E[events.joins_E == NEVER].tolist())
+
+
+def test_users_kept_for_forgetting_are_a_twentieth_and_depend_on_the_seed_not_on_other_users() -> None:
+    chosen = secret_users(20_000, seed=0)
+    # 20,000 draws at 0.05 have mean 1,000 and standard deviation 31; five of them are 155.
+    assert abs(len(chosen) - 1000) < 155
+    assert secret_users(10_000, seed=0) == {user for user in chosen if user <= 10_000}
+    # Two independent choices share 0.05 * 1,000 = 50 users, with standard deviation 7.
+    assert len(chosen & secret_users(20_000, seed=1)) < 100
+
+
+def test_users_with_few_events_are_left_out_with_a_note() -> None:
+    log = log_of([0, 1, 2, 3, 4], users=[1, 2, 1, 2, 3])
+    kept = cut(log, by="count", spans=1, min_events=2)
+    assert kept.users.frame["id"].to_list() == [1, 2]
+    assert kept.notes[0].startswith(
+        "1 users with fewer than 2 events in the whole log are left out, with their 1 events"
+    )
+
+
+def test_catalogs_grow_with_the_spans() -> None:
+    grown = cut(log_of([0, 1, 2, 3], users=[7, 7, 9, 7]), by="count", spans=1)
+    assert [(span.n_users, span.n_items) for span in grown.spans] == [(1, 2), (2, 4)]
+    assert grown.users.frame.rows() == [(7, 0, 1), (9, 1, 1)]
+
+
+def test_the_plan_counts_what_is_new_and_what_a_model_can_reach() -> None:
+    # Base: users 1, 2 on items a, b. Then user 1 on a (TEST, seen before) and user 3 on c (TEST, never seen): half.
+    frame = pl.DataFrame({"user_id": [1, 2, 1, 3], "item_id": ["a", "b", "a", "c"], "time": [0, 1, 2, 3]})
+    rows = plan(cut(Log(frame, False, "order", ()), by="count", spans=1)).drop("name").rows()
+    assert rows == [(0, 2, 2, 2, 2, 2, 0, None), (1, 2, 2, 2, 1, 1, 2, 0.5)]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 6), st.integers(0, 30)), min_size=2, max_size=60),
+    st.sampled_from(["count", "time", "count-alpha", "clock-alpha"]),
+    st.integers(1, 4),
+    st.floats(0.05, 0.95),
+)
+def test_every_event_is_in_exactly_one_span(pairs: list[tuple[int, int]], by: str, spans: int, alpha: float) -> None:
+    pairs = sorted(pairs, key=lambda pair: pair[1])
+    log = log_of([time for _, time in pairs], users=[user for user, _ in pairs])
+    if len({time for _, time in pairs}) <= spans:
+        with pytest.raises(SpanError, match="distinct times"):
+            cut(log, by=by, spans=spans, alpha=alpha)
+        return
+    parts = cut(log, by=by, spans=spans, alpha=alpha)
+    assert len(parts.spans) == spans + 1 and sizes(parts)[0] > 0
+    back = [
+        (user, item, time)
+        for span in parts.spans
+        for user, item, time in zip(
+            parts.users.ids(span.events.users_E), parts.items.ids(span.events.items_E), span.events.times_E.tolist()
+        )
+    ]
+    assert back == log.frame.rows()
+    moments = [set(span.events.times_E.tolist()) for span in parts.spans]
+    assert sum(len(moment) for moment in moments) == len(set.union(*moments))  # no time is in two spans
+
+
+@given(st.lists(st.integers(1, 5), min_size=8, max_size=60))
+def test_a_user_with_n_events_in_a_span_trains_on_n_minus_2(users: list[int]) -> None:
+    for span in cut(log_of(list(range(len(users))), users=users), by="count", spans=3).spans[1:]:
+        for user in set(span.events.users_E.tolist()):
+            found = span.events.role_E[span.events.users_E == user].tolist()
+            assert found == [*[TRAIN] * (len(found) - 2), VALID, TEST][-len(found) :]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"by": "counts"}, 'did you mean "count"?'),
+        ({"targets": "first"}, "kind of targets"),
+        ({"heldout": "later"}, "heldout"),
+        ({"spans": 0}, "spans is 0"),
+        ({"alpha": 1.0}, "alpha is 1.0"),
+        ({"forget_users": 1.5}, "forget_users 1.5"),
+        ({"by": "dates"}, "0 dates were given"),
+        ({"dates": ["1970-01-02"]}, "1 dates were given"),
+        ({"by": "dates", "dates": ["yesterday"]}, "yesterday"),
+        ({"by": "dates", "dates": ["1970-01-03", "1970-01-02"]}, "do not ascend"),
+        ({"targets": "all", "heldout": "never"}, "contradicts"),
+    ],
+)
+def test_an_impossible_option_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        cut(log_of([0, 1, 2, 3, 4, 5, 6, 7]), **options)
+
+
+@pytest.mark.parametrize(
+    ("log", "options", "message"),
+    [
+        (log_of([0, 1, 2]), {"by": "count", "spans": 3}, "3 distinct times, too few .* ask for at most 2 spans"),
+        (log_of([0, 1]), {"by": "dates", "dates": ["1970-01-01"]}, "base block would be empty"),
+        (log_of([0, 1], has_clock=False), {"by": "time", "spans": 1}, "needs a clock"),
+        (log_of([0, 1]), {"by": "period"}, "needs a period"),
+        (log_of([0, 1], period=[3, 3]), {"by": "period"}, "single period"),
+        (log_of([0, 1]), {"by": "count", "spans": 1, "targets": "split"}, "no split column"),
+        (
+            log_of([0, 1], split=["train", "dev"]),
+            {"by": "count", "spans": 1, "targets": "split"},
+            "1 rows have a split",
+        ),
+        (log_of([0, 1]), {"by": "count", "spans": 1, "min_events": 3}, "no events are left"),
+    ],
+)
+def test_a_log_that_cannot_be_cut_as_asked_is_refused(log: Log, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpanError, match=message):
+        cut(log, **options)
+
+
+def test_the_electronics_log_has_the_spans_that_were_counted_apart_from_this_code(
+    real_log: Callable[[str], Path],
+) -> None:
+    parts = cut(read_log(real_log("amazon_electronics_imsr_test")), by="count-alpha")
+    # Counted to the hundred, with the day of a cut in the earlier span; here it is in the later one. Events of one day
+    # have one time, and the largest such day holds 200: hence 200 + 50 for the rounding.
+    counted = [82_000, 13_800, 12_500, 12_100, 16_400, 14_400, 12_500]
+    assert all(abs(found - expected) <= 250 for found, expected in zip(sizes(parts), counted))
+
+
+def test_the_gowalla_log_keeps_its_own_blocks_and_split(real_log: Callable[[str], Path]) -> None:
+    log = read_log(real_log("ccd_gowalla_blocks"))
+    parts = cut(log, by="period", targets="split", forget_users=0)
+    assert [span.name for span in parts.spans] == [f"period {t}" for t in range(6)]
+    assert sum(plan(parts)["targets"]) == log.frame.filter(split="test").height

@@ -1,0 +1,131 @@
+"""The report of a log: each number by hand, each warning on a log that deserves it and on one that does not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from freshrec.cli import main
+from freshrec.data.log import read_log
+from freshrec.data.validate import Report, validate
+
+NOON, DAY = 1_600_000_000, 86_400  # seconds
+N = 4000
+
+
+def report_of(**columns: object) -> Report:
+    return validate(read_log(pl.DataFrame(columns)))
+
+
+def steady(**changes: object) -> Report:
+    """40 users and 50 items in turn, a row every quarter of an hour: nothing to warn of."""
+    columns = {
+        "user_id": [i % 40 for i in range(N)],
+        "item_id": [i % 50 for i in range(N)],
+        "timestamp": [NOON + 900 * i for i in range(N)],
+    }
+    return report_of(**{**columns, **changes})
+
+
+def test_a_report_counts_what_the_log_holds() -> None:
+    report = report_of(
+        user_id=[1, 1, 1, 2, 2],
+        item_id=[5, 5, 5, 5, 6],
+        timestamp=[NOON, NOON, NOON + 9, NOON + 8, NOON + 10],
+        category=[1, None, 1, 1, None],
+    )
+    assert (report.rows, report.users, report.items) == (5, 2, 2)
+    assert (report.first, report.last) == ("2020-09-13T12:26:40+00:00", "2020-09-13T12:26:50+00:00")
+    assert report.duplicates == 1  # row 2 says what row 1 says
+    assert report.ties == 2 / 5  # rows 1 and 2
+    assert report.out_of_order == 1 / 5  # row 4 stands behind row 3
+    assert report.repeats == pytest.approx(2 / 5)  # rows 2 and 3 have the pair (1, 5) of row 1
+    assert report.nulls == {"category": 2}
+
+
+def test_duplicates_are_equal_event_ids_where_there_are_any() -> None:
+    assert steady(event_id=[f"e{i // 2}" for i in range(N)]).duplicates == N // 2
+
+
+def test_what_a_log_without_a_clock_cannot_tell_is_none() -> None:
+    report = report_of(user_id=[1, 1], item_id=[1, 1], period=[0, 1])
+    assert (report.first, report.duplicates, report.ties) == (None, None, None)
+
+
+def test_exposures_are_a_share_of_the_rows() -> None:
+    assert steady(label=[0, 1, 1, None] * (N // 4)).exposures == 1 / 4
+
+
+def test_a_steady_log_is_cut_by_time_and_gets_no_warning() -> None:
+    report = steady()
+    # 4000 rows: 2000 behind the base block, at 1000 a span.
+    assert (report.suggested_by, report.suggested_spans, report.warnings) == ("count-alpha", 2, ())
+
+
+def test_a_log_with_periods_is_cut_by_them() -> None:
+    report = steady(period=[i // 1000 for i in range(N)])
+    assert (report.suggested_by, report.suggested_spans) == ("period", 3)
+
+
+def test_a_bursty_log_is_cut_by_count() -> None:
+    # The last 2000 rows: 1900 within half an hour, then 100 over 100 days, so one half of that time is almost empty.
+    times = [NOON + i for i in range(3900)] + [NOON + 4000 + DAY * i for i in range(100)]
+    assert steady(timestamp=times).suggested_by == "count"
+
+
+def only(report: Report, words: str) -> str:
+    """The one warning with these words."""
+    [found] = [warning for warning in report.warnings if words in warning]
+    return found
+
+
+def test_it_warns_of_users_who_come_once() -> None:
+    # User i // 100 has 100 rows in a row, a quarter of an hour apart: 25 hours. At 60 s apart: 100 minutes.
+    users = [i // 100 for i in range(N)]
+    days = [NOON + DAY * (i // 100) + 60 * (i % 100) for i in range(N)]
+    assert only(steady(user_id=users, timestamp=days), "on one day").startswith("100% of the users")
+
+
+def test_it_warns_of_a_half_empty_timeline() -> None:
+    # 120 rows (3 %) in the first 120 days, the rest within the next 97 (3880 rows at 2160 s).
+    times = [NOON + DAY * i for i in range(120)] + [NOON + DAY * 120 + 2160 * i for i in range(N - 120)]
+    assert "the earlier half of the timeline holds 2.7 % of the rows" in only(steady(timestamp=times), "timeline")
+
+
+def test_it_warns_where_most_test_items_would_be_unseen() -> None:
+    # Each item has 10 rows in a row, so the last 1000 rows have only items of their own.
+    assert only(steady(item_id=[i // 10 for i in range(N)]), "unseen").startswith("100% of the rows in the last span")
+
+
+def test_it_warns_of_far_off_timestamps() -> None:
+    # The rest of the log is 42 days long.
+    early = [NOON - 100 * DAY, NOON - 99 * DAY]
+    report = steady(timestamp=early + [NOON + 900 * i for i in range(N - 2)])
+    assert "2 before 2020-09-13" in only(report, "far-off")
+    report = steady(timestamp=[NOON + 900 * i for i in range(N - 1)] + [NOON + 200 * DAY])
+    assert "1 after 2020-10-25" in only(report, "far-off")  # 3998 quarters of an hour are 41.6 days
+
+
+def test_it_warns_of_baskets() -> None:
+    assert only(steady(timestamp=[NOON + DAY * (i // 400) for i in range(N)]), "share their time").startswith("100%")
+
+
+def test_it_warns_of_logs_too_small_to_compare_anything() -> None:
+    assert only(report_of(user_id=[1, 1], item_id=[1, 2], timestamp=[NOON, NOON + 1]), "single user")
+    assert only(report_of(user_id=[1, 2], item_id=[1, 2], timestamp=[NOON, NOON]), "cannot be cut")
+    assert only(report_of(user_id=[1, 2], item_id=[1, 2], timestamp=[NOON, NOON + 1]), "too few")
+
+
+def test_the_command_prints_every_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text(f"uid,item_id,timestamp,event\n1,a,{NOON},pv\n1,b,{NOON + 1},buy\n")
+    command = ["validate", str(path), "--columns", "user_id=uid", "--events", "pv"]
+    assert main([*command, "--json"]) == 0
+    fields = json.loads(capsys.readouterr().out)
+    assert fields.keys() == Report.__dataclass_fields__.keys()
+    assert (fields["rows"], fields["unit"]) == (1, "s")
+    assert main(command) == 0
+    assert "2020-09-13T12:26:40+00:00" in capsys.readouterr().out
