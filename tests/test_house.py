@@ -21,14 +21,14 @@ SRC = ROOT / "src" / "freshrec"
 # A place (a folder or a file of src/freshrec) may import places with a smaller number.
 # Two folders with the same number do not know each other; two files with the same number may.
 LAYERS = {
-    "types": 0, "errors": 0,
+    "types": 0, "errors": 0, "options": 0,
     "data": 1, "engine": 1,
     "models": 2,
     "learn": 3,
     "strategies": 4,
     "replay": 5, "store": 5,
     "serve": 6, "report": 6,
-    "recipes": 7, "cli": 7,
+    "recipes": 7, "cli": 7, "cli_replay": 7,
     "__init__": 8, "__main__": 8,
 }  # fmt: skip
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,7 +19,10 @@ from freshrec.data.formats import FORMATS
 from freshrec.data.log import ALIASES, read_log
 from freshrec.data.validate import Report
 from freshrec.data.validate import validate as report_of
-from freshrec.errors import FreshrecError, OptionError
+from freshrec.errors import FreshrecError, OptionError, unknown
+
+if TYPE_CHECKING:
+    from freshrec.serve.recommender import Recommender
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -34,6 +38,7 @@ FormatName = Annotated[str | None, typer.Option("--format", help=f"A public form
 EventTypes = Annotated[str, typer.Option(help="The event types to keep, as in pv,buy; all unless given.")]
 Quarantine = Annotated[Path | None, typer.Option(help="Set bad rows aside in this .parquet or .csv file, and go on.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+KINDS = ("models", "strategies", "metrics", "worlds", "formats")
 
 
 @app.command()
@@ -53,6 +58,133 @@ def validate(
         typer.echo(json.dumps(asdict(report), indent=2))
     else:
         _print_report(report, log.name)
+
+
+@app.command()
+def fit(
+    log: LogPath,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the recommender is saved.")],
+    model: Annotated[str, typer.Option(help="See `freshrec list models`.")] = "sasrec",
+    strategy: Annotated[str | None, typer.Option(help="How updates learn; see `freshrec list strategies`.")] = None,
+    columns: Columns = "",
+    format_name: FormatName = None,
+    events: EventTypes = "",
+    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Learn from a whole log, once; after that `update` needs the new events only."""
+    from freshrec.serve.recommender import Recommender, check_folder
+
+    check_folder(out)
+    since, recommender = time.perf_counter(), Recommender(model, strategy, seed)
+    recommender.fit(log, columns=pairs(columns), format=format_name, events=words(events)).save(out)
+    _print_learnt(recommender, {}, time.perf_counter() - since, out, as_json)
+
+
+@app.command()
+def update(
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="Events newer than all before; read as the log was.")],
+    at: Annotated[Path, typer.Option(metavar="DIR", help="The recommender to update.")],
+    as_json: AsJson = False,
+) -> None:
+    """Learn from new events; only the new rows are needed."""
+    from freshrec.serve.recommender import Recommender
+
+    since, recommender = time.perf_counter(), Recommender.load(at)
+    before = recommender.sizes()
+    recommender.update(new).save(at)
+    _print_learnt(recommender, before, time.perf_counter() - since, at, as_json)
+
+
+def _print_learnt(recommender: Recommender, before: dict[str, int], wait_s: float, folder: Path, as_json: bool) -> None:
+    """What a fit or an update has learnt from: new events, users and items."""
+    model, strategy = recommender.names
+    new = {name: n - before.get(name, 0) for name, n in recommender.sizes().items()}
+    if as_json:
+        typer.echo(json.dumps({"dir": str(folder), "model": model, "strategy": strategy, **new, "wait_s": wait_s}))
+        return
+    done, kind = ("updated", "new ") if before else ("fitted", "")
+    what = f"{new['events']:,} events, {new['users']:,} {kind}users, {new['items']:,} {kind}items"
+    typer.echo(f"{done} {model} by {strategy}: {what}; {wait_s:.1f} s; saved in {folder}")
+
+
+@app.command()
+def recommend(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A recommender that `fit` has saved.")],
+    users: Annotated[list[str], typer.Argument(metavar="USER...", help="User ids; an unknown one gets popular items.")],
+    k: Annotated[int, typer.Option(help="Items a user.")] = 10,
+    allow: Annotated[str | None, typer.Option(help="Only these items, as in 17,42.")] = None,
+    deny: Annotated[str | None, typer.Option(help="None of these items.")] = None,
+    include_seen: Annotated[bool, typer.Option("--include-seen", help="Also what the user has had.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print the best items of some users."""
+    from freshrec.serve.recommender import Recommender
+
+    lists = [None if text is None else words(text) for text in (allow, deny)]
+    found = Recommender.load(folder).recommend(users, k, not include_seen, *lists)
+    if as_json:
+        typer.echo(json.dumps(found.to_dicts()))
+        return
+    table = Table("user", "rank", "item", "score", "fallback", box=None)
+    for user, item, score, rank, fallback in found.iter_rows():
+        table.add_row(*(Text(str(cell)) for cell in (user, rank, item, f"{score:.4g}", fallback or "")))
+    Console(highlight=False).print(table)
+
+
+@app.command("list")
+def list_names(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help=f"What to list: {', '.join(KINDS)}.")],
+    as_json: AsJson = False,
+) -> None:
+    """List models, strategies, metrics, worlds or formats, with a line on each."""
+    lines = _lines(kind)
+    width = max(map(len, lines))
+    typer.echo(json.dumps(lines, indent=2) if as_json else "\n".join(f"{n:<{width}}  {t}" for n, t in lines.items()))
+
+
+def _lines(kind: str) -> dict[str, str]:
+    """Each name with what its own code says of it. OptionError for an unknown kind."""
+    from freshrec.data.worlds import WORLDS
+
+    if kind == "formats":
+        return {name: form.about for name, form in FORMATS.items()}
+    if kind == "worlds":
+        return {name: _first_line(world.__doc__) for name, world in WORLDS.items()}
+    if kind == "metrics":
+        from freshrec.replay.metrics import METRICS
+
+        return {f"{name}@k": metric.description for name, metric in METRICS.items()}
+    if kind == "models":
+        from freshrec.models import MODELS
+
+        return {name: _line(spec, sys.modules[type(spec).__module__].__doc__) for name, spec in MODELS.items()}
+    if kind == "strategies":
+        from freshrec.strategies import STRATEGIES
+
+        return {name: _line(strategy, type(strategy).__doc__) for name, strategy in STRATEGIES.items()}
+    raise unknown("list", kind, KINDS)
+
+
+def _line(instance: Any, doc: str | None) -> str:
+    """The first line of what is said of a kind of thing, and how this one differs from the others."""
+    return " ".join([_first_line(doc), *(f"[{option}]" for option in options_of(instance))])
+
+
+def _first_line(doc: str | None) -> str:
+    return (doc or "").partition("\n")[0]
+
+
+def options_of(instance: Any) -> list[str]:
+    """The fields in which a dataclass differs from its class's defaults, as one writes them: `fit.epochs=5`."""
+    options = []
+    for name in (field.name for field in fields(instance)):
+        value, default = getattr(instance, name), getattr(type(instance)(), name)
+        if is_dataclass(value) and type(value) is type(default):
+            options += [f"{name}.{option}" for option in options_of(value)]
+        elif value != default:
+            options.append(f"{name}={'none' if value is None else value}")
+    return options
 
 
 def pairs(text: str) -> dict[str, str]:

@@ -1,17 +1,17 @@
 """The types everything else speaks: events, spans, histories, batches, models, states, strategies.
 
 Dimension letters end a tensor's name: E events, R rows of a history store, B batch, T history, N candidates, I items,
-U users, K interests, S = sum of K over users, D vector. Ids of users and items are *rows* (1, 2, ...; row 0 is padding).
+U users, K interests, S = sum of K over users, D vector. Users and items are named by *rows* (1, 2, ...; 0 is padding).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 TRAIN, VALID, TEST = 0, 1, 2  # Events.role_E: what an event is for
 NOW, NEXT, NEVER = 0, 1, 2  # Events.joins_E: the update that may train on it
@@ -60,7 +60,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Histories:
-    """Each user's events in time order: user u owns rows offsets_U[u] : offsets_U[u + 1] (user 0, the padding, owns none)."""
+    """Each user's events in time order: user u owns rows offsets_U[u] : offsets_U[u + 1]; user 0, the padding, none."""
 
     offsets_U: Tensor  # int64, n_users + 2 entries
     items_R: Tensor  # int32
@@ -83,7 +83,10 @@ class Histories:
 
 @dataclass(frozen=True)
 class Interests:
-    """Per-user vectors that outlive a span: user u owns rows offsets_U[u] : offsets_U[u + 1], none before its first update."""
+    """Per-user vectors that outlive a span.
+
+    User u owns rows offsets_U[u] : offsets_U[u + 1], none before its first update.
+    """
 
     vectors_SD: Tensor  # float32
     offsets_U: Tensor  # int64, n_users + 2 entries
@@ -146,10 +149,16 @@ class Model(Protocol):
     def score(self, batch: Batch, items: Tensor) -> Tensor:
         """Scores (B, N) of `items`, shared (N,) or each row's own (B, N); higher is better."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that the model has learnt, as tensors by name."""
+
+    def load_state_dict(self, tensors: dict[str, Any], /) -> object:
+        """The inverse of `state_dict`, on a model of the same spec and sizes."""
+
 
 @runtime_checkable
 class TrainedModel(Model, Protocol):
-    """A model that learns by gradients."""
+    """A model that learns by gradients: an `nn.Module`, of which training uses the methods at the end."""
 
     unit: str  # how it wants its batches: a row per "target" with history, per "window" of targets, per "pair" without
     seed: int
@@ -157,6 +166,21 @@ class TrainedModel(Model, Protocol):
 
     def forward(self, batch: Batch) -> Forward:
         """The training loss of a batch with targets and negatives."""
+
+    def __call__(self, batch: Batch) -> Forward:
+        """`forward`."""
+
+    def train(self) -> object:
+        """From now on, `forward` is noisy where the model wants it to be (dropout)."""
+
+    def eval(self) -> object:
+        """From now on, nothing is noisy."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Itself and its parts, tables among them."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The dense weights; tables are not among them."""
 
 
 @runtime_checkable
@@ -213,6 +237,9 @@ class Strategy(Protocol):
 
     def alternatives(self) -> tuple[Strategy, ...]:
         """Itself with other knobs, itself first: what tuning chooses from; equally many for every strategy."""
+
+    def work(self, sizes: list[int], base_epochs: int) -> list[float]:
+        """How many targets it trains on in each span, epochs counted; `sizes`: the events of each span."""
 
     def update(self, state: State, span: Span) -> State:
         """`state` is left as it was; `state.recent` already holds the span's events, marked as due."""

@@ -56,7 +56,7 @@ def owners(histories: Histories) -> Tensor:
 
 
 def settle(histories: Histories, keep: int) -> Histories:
-    """What an update leaves behind: due rows are done, held-back ones are due next, each user's last `keep` rows stay."""
+    """What an update leaves: due rows are done, held-back ones are due next, each user's last `keep` rows stay."""
     ends_R = torch.repeat_interleave(histories.offsets_U[1:], histories.offsets_U.diff())
     stays_R = torch.arange(len(histories.items_R)) >= ends_R - keep
     due_R = histories.due_R.clone()
@@ -88,7 +88,7 @@ class Targets:
 
 
 def targets_at(histories: Histories, rows_N: Tensor, history: str = "recent") -> Targets:
-    """Targets at given rows; `history` = "recent" looks back over all kept rows, "span" over this update's rows only."""
+    """Targets at given rows. `history` = "recent" looks back over all kept rows, "span" over this update's only."""
     users_R = owners(histories)
     users_N = users_R[rows_N]
     from_N = histories.offsets_U[users_N]
@@ -144,7 +144,7 @@ def pad_interests(users: Interests, users_B: Tensor, slots_KD: Tensor) -> tuple[
 
 @dataclass(frozen=True)
 class Carried:
-    """What travels with a batch of an interest model: stored interests, where newcomers start, the span being learnt."""
+    """What travels with a batch of an interest model: stored interests, newcomers' slots, the span being learnt."""
 
     users: Interests
     slots_KD: Tensor

@@ -7,11 +7,11 @@ dataclasses of this package, or of modules that are already imported, are rebuil
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,18 +23,40 @@ FORMAT = 1
 
 
 def save_state(state: State, path: Path) -> None:
-    """Write `state` to `path`: aside, flushed to disk, then renamed."""
-    tensors: dict[str, Tensor] = {}
-    tree = {"format": FORMAT, "state": _encode(state, "state", tensors)}
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, aside, metadata={"freshrec": json.dumps(tree)})
-    with open(aside, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    """Write `state` to `path`, whole or not at all."""
+    save_tree(state, path)
 
 
 def load_state(path: Path) -> State:
     """The state in `path`. Raises StateError where there is none, or it is damaged or of another format."""
+    state = load_tree(path)
+    if not isinstance(state, State):
+        raise StateError(f"{path} holds something else than a state; use another file.")
+    return state
+
+
+def save_tree(tree: Any, path: Path) -> None:
+    """Write tensors, numbers, texts, models and dataclasses, in tuples, lists and dicts of any depth."""
+    tensors: dict[str, Tensor] = {}
+    text = json.dumps({"format": FORMAT, "state": _encode(tree, "state", tensors)})
+    _rename_once_written(path, lambda aside: save_file(tensors, aside, metadata={"freshrec": text}))
+
+
+def save_text(text: str, path: Path) -> None:
+    """Write a text, whole or not at all."""
+    _rename_once_written(path, lambda aside: aside.write_text(text))
+
+
+def _rename_once_written(path: Path, write: Callable[[Path], object]) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    write(aside)
+    with aside.open("rb") as file:
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def load_tree(path: Path) -> Any:
+    """What `save_tree` wrote. Raises StateError where there is nothing, or it is damaged or of another format."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -47,7 +69,7 @@ def load_state(path: Path) -> State:
             raise StateError(
                 f"{path} has state format {tree['format']}, this freshrec reads {FORMAT}; upgrade freshrec."
             )
-        return cast(State, _decode(tree["state"], tensors))
+        return _decode(tree["state"], tensors)
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as problem:
         raise StateError(f"{path} is not a whole state ({problem}); use an earlier version or fit again.") from None
 
@@ -76,12 +98,11 @@ def _encode(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _parts_of(model: Model) -> dict[str, Any]:
-    trained = isinstance(model, TrainedModel)
     return {
         "spec": model.spec,
         "sizes": (model.n_users, model.n_items),
-        "seed": model.seed if trained else 0,
-        "moments": model.moments if trained else {},
+        "seed": model.seed if isinstance(model, TrainedModel) else 0,
+        "moments": model.moments if isinstance(model, TrainedModel) else {},
         "weights": dict(model.state_dict()),
     }
 
@@ -113,5 +134,5 @@ def _model(parts: dict[str, Any]) -> Model:
     model.load_state_dict(parts["weights"])
     if isinstance(model, TrainedModel):
         model.moments = parts["moments"]
-        cast(torch.nn.Module, model).eval()
+        model.eval()
     return model

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -40,6 +41,21 @@ class Fit:
     base_epochs: int = 0  # of the base block and of a full retrain; 0 = chosen on the base block's last sixth
     max_epochs: int = 40  # where they are chosen
     patience: int = 3  # epochs without a better ndcg@20 before the choice is made
+
+
+def grid(fit: Fit) -> list[Fit]:
+    """What tuning chooses from: 3, 1 or 8 epochs, at the model's learning rate or 0.3 of it. Always 6, `fit` first."""
+    others = [replace(fit, epochs=epochs, lr_scale=lr_scale) for lr_scale in (1.0, 0.3) for epochs in (3, 1, 8)]
+    return [fit, *(other for other in others if other != fit)][:6]
+
+
+@runtime_checkable
+class TrainsPlainly(Protocol):
+    """A strategy whose base block `start` trains, so that all with the same options may share it."""
+
+    @property
+    def fit(self) -> Fit:
+        """How it trains."""
 
 
 @dataclass
@@ -182,7 +198,7 @@ def finish(
 
 
 def choose_epochs(state: State, fit: Fit) -> int:
-    """How many epochs the base block needs: the best ndcg@20 on its last sixth (by time) of a model trained on the rest.
+    """How many epochs the base block needs: the best ndcg@20 on its last sixth, by time, after training on the rest.
 
     The held-out part is a sixth, not a tail right behind the training rows: such a tail overstates quality 3-4 x.
     """

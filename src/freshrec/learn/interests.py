@@ -91,7 +91,7 @@ def write(
 
 
 def expand(users: Interests, users_N: Tensor, n_more: int, k_max: int, starts_KD: Tensor, span: int) -> Interests:
-    """`users` with `n_more` interests added to each of `users_N` (at most `k_max` a user), starting from their slots."""
+    """`users` with `n_more` interests added to each of `users_N`, at most `k_max` a user, starting from their slots."""
     counts_U = users.offsets_U.diff()
     extra_U = torch.zeros_like(counts_U)
     extra_U[users_N] = (k_max - counts_U[users_N]).clamp(0, n_more)

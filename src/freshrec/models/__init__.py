@@ -9,6 +9,7 @@ from freshrec.models.pairs import PairsSpec
 from freshrec.models.popularity import PopularitySpec
 from freshrec.models.repeat import RepeatSpec
 from freshrec.models.sasrec import SASRecSpec
+from freshrec.options import choose
 from freshrec.types import ModelSpec
 
 CONTROLS: dict[str, ModelSpec] = {
@@ -29,3 +30,8 @@ MODELS: dict[str, ModelSpec] = CONTROLS | {
     "comirec-dr-k1": replace(COMIREC_DR, k=1),
     "comirec-sa-k1": replace(COMIREC_SA, k=1),
 }
+
+
+def find_model(text: str) -> ModelSpec:
+    """The spec that "comirec-dr" or "comirec-dr:k=1:attention=soft" names; OptionError for what does not exist."""
+    return choose("model", text, MODELS)

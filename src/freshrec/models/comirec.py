@@ -1,4 +1,4 @@
-"""ComiRec as IMSR restates it: dynamic routing (DR) or self-attention (SA) with hard label attention (see interests.py).
+"""ComiRec as IMSR restates it: dynamic routing (DR) or self-attention (SA), hard label attention (see interests.py).
 
 Differs from ComiRec: one transform for all positions and interests, because the number of interests varies by user.
 """
@@ -6,4 +6,4 @@ Differs from ComiRec: one transform for all positions and interests, because the
 from freshrec.models.interests import InterestSpec
 
 COMIREC_DR = InterestSpec(extractor="routing")
-COMIREC_SA = InterestSpec(extractor="attention", lr=0.002)
+COMIREC_SA = InterestSpec(extractor="attention", lr=0.004)

@@ -1,4 +1,4 @@
-"""Models with several interests a user: items -> interests (capsule routing or self-attention) -> label-aware attention.
+"""Models with several interests a user: items -> interests (routing or self-attention) -> label-aware attention.
 
 Symbols of the paper: e_i -> items_BTD, W -> transform_DD, h_k -> vectors_BKD, c_ik -> share_BTK, W_1 -> inner_AD,
 W_u -> queries_KA. The specs in mind.py and comirec.py say which extractor, and with which options.
@@ -27,14 +27,14 @@ class InterestSpec:
     k: int = 4  # interests of a newcomer
     k_max: int = 12  # no user ever has more
     d: int = 64
-    attention: str = "hard"  # "hard": the closest interest learns; "soft": all do [IMSR eq. 5]
+    attention: str = "hard"  # "hard": the closest interest learns; "soft": all do
     power: float = 1.0  # of the soft attention's logits (MIND's p)
     noise: float = 0.0  # of the routing logits of users without stored interests (MIND: 1)
     iterations: int = 3  # of the routing
     recency: bool = True  # weigh history items in the routing by a learnt decay of their age
     inner: int = 1  # d_a / d of the self-attention; ComiRec has 4, which is 4 x slower
     length: int = 50  # history items looked at
-    lr: float = 0.005
+    lr: float = 0.01
     batch: int = 256
     negatives: int = 512
     std: float = 0.1  # of new item vectors
@@ -69,7 +69,10 @@ class Routing(nn.Module):
         self.log_fading = nn.Parameter(torch.tensor(-3.0)) if recency else None
 
     def forward(self, items_BTD: Tensor, real_BT1: Tensor, start_BKD: Tensor, alive_BK: Tensor | None) -> Tensor:
-        """h_k = squash(sum_i c_ik W e_i), c_i = softmax over k of the summed votes W e_i . h_k [IMSR eq. 4]."""
+        """h_k = squash(sum_i c_ik W e_i), c_i = softmax over k of the summed votes W e_i . h_k [IMSR eq. 4].
+
+        W e_i [IMSR eq. 3] is never formed: W is applied to the K interests, not to the T items.
+        """
         W = self.transform_DD
         if self.log_fading is not None:
             age_T1 = torch.arange(items_BTD.shape[1] - 1, -1, -1)[:, None]
@@ -85,9 +88,7 @@ class Routing(nn.Module):
                 if i < self.iterations - 1:
                     vectors_BKD = squash(torch.bmm((share_BTK * real_BT1).transpose(1, 2), items_BTD) @ W.t())
                     votes_BTK.baddbmm_(items_BTD, (vectors_BKD @ W).transpose(1, 2))
-        return squash(
-            torch.bmm((share_BTK * real_BT1).transpose(1, 2), items_BTD) @ W.t()
-        )  # W e_i is never formed [IMSR eq. 3]
+        return squash(torch.bmm((share_BTK * real_BT1).transpose(1, 2), items_BTD) @ W.t())
 
 
 class SelfAttention(nn.Module):

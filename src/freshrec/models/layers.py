@@ -16,7 +16,7 @@ def squash(s: Tensor) -> Tensor:
 def attend(vectors_BKD: Tensor, target_BD: Tensor, alive_BK: Tensor | None, how: str, power: float = 1.0) -> Tensor:
     """v = sum_k beta_k h_k with beta the softmax of e_a h_k over the interests a user has [IMSR eq. 5].
 
-    `how`: "soft" as printed, with sign(x)|x|^power as the logit (MIND's p), or "hard", the interest closest to the target.
+    `how`: "soft" as printed, with sign(x)|x|^power as the logit (MIND's p); "hard": the interest closest to the target.
     """
     logits_BK = torch.bmm(vectors_BKD, target_BD[..., None])[..., 0]
     if alive_BK is not None:

@@ -28,7 +28,7 @@ def vectors_of(model: VectorModel, batch: Batch, readout: str = "recent") -> Ten
 def ranks(model: Model, batch: Batch, target_B: Tensor, readout: str = "recent", n_items: int | None = None) -> Tensor:
     """(B,) 1-based rank of each target among items 1..n_items (all the model knows); ties count half; inf if not known.
 
-    Raises TrainingError where a score is not finite: a NaN must never look like a hit.
+    Raises TrainingError where a score is not finite.
     """
     n_items = model.n_items if n_items is None else min(n_items, model.n_items)
     known_B = target_B <= n_items
@@ -67,27 +67,38 @@ def _ahead(model: Model, batch: Batch, target_B: Tensor, readout: str, n_items: 
             score_BN = best_inner_product(vectors_BKD, items_ID[items_N[0] : items_N[-1] + 1])
         else:
             score_BN = model.score(batch, items_N)
-        if not bool(torch.isfinite(score_BN).all()):
-            raise TrainingError("a score is not finite: the model diverged; lower its lr and train again.")
+        _must_be_finite(score_BN)
         other_BN = items_N != target_B[:, None]  # the target's own score may differ in the last bit between blocks
         ahead_B += ((score_BN > target_B1) & other_BN).sum(1) + 0.5 * ((score_BN == target_B1) & other_BN).sum(1)
     return ahead_B
 
 
-def top(model: Model, batch: Batch, k: int, banned_BM: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The best k items and their scores, (B, k) each; `banned_BM` holds item rows a user must not get (0: none)."""
+def top(
+    model: Model, batch: Batch, k: int, banned_BM: Tensor | None = None, among_N: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The best k items and their scores, (B, k) each, the best first.
+
+    `banned_BM` holds item rows a user must not get (0: none): their score is -inf. `among_N` holds the item rows to
+    choose from, ascending; all unless given. TrainingError where a score is not finite.
+    """
     batch = _known(model, batch)
-    best_items = torch.zeros(len(batch), 0, dtype=torch.int64)
-    best_scores = torch.zeros(len(batch), 0)
-    for first in range(1, model.n_items + 1, 8 * ITEMS):
-        items_N = torch.arange(first, min(first + 8 * ITEMS, model.n_items + 1))
+    among_N = torch.arange(1, model.n_items + 1) if among_N is None else among_N
+    best_items, best_scores = torch.zeros(len(batch), 0, dtype=torch.int64), torch.zeros(len(batch), 0)
+    for items_N in among_N.split(8 * ITEMS) if len(among_N) else []:
         score_BN = model.score(batch, items_N)
+        _must_be_finite(score_BN)
         if banned_BM is not None:
-            at_BM = (banned_BM - first).clamp(-1, len(items_N))
-            inside_BM = (at_BM >= 0) & (at_BM < len(items_N))
-            rows = inside_BM.nonzero()
-            score_BN[rows[:, 0], at_BM[inside_BM]] = -torch.inf
+            at_BM = torch.searchsorted(items_N, banned_BM.contiguous()).clamp(max=len(items_N) - 1)
+            hit_BM = items_N[at_BM] == banned_BM
+            at = (hit_BM.nonzero()[:, 0], at_BM[hit_BM])
+            score_BN = score_BN.index_put(at, torch.tensor(-torch.inf))
         best_items = torch.cat([best_items, items_N.expand(len(batch), -1)], 1)
         best_scores, order = torch.cat([best_scores, score_BN], 1).topk(min(k, best_items.shape[1]))
         best_items = best_items.gather(1, order)
     return best_items, best_scores
+
+
+def _must_be_finite(scores: Tensor) -> None:
+    """A NaN must never look like a hit."""
+    if not bool(torch.isfinite(scores).all()):
+        raise TrainingError("a score is not finite: the model diverged; lower its lr and train again.")

@@ -61,8 +61,8 @@ class Queries:
         return len(self.users_N)
 
     def __getitem__(self, which_N: Tensor) -> "Queries":
-        columns = (self.users_N, self.histories_NT, self.items_N, self.events_N, self.secret_N)
-        return Queries(*(column[which_N] for column in columns), self.n_items)
+        users_N, histories_NT, items_N = self.users_N[which_N], self.histories_NT[which_N], self.items_N[which_N]
+        return Queries(users_N, histories_NT, items_N, self.events_N[which_N], self.secret_N[which_N], self.n_items)
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def rank_queries(state: State, queries: Queries, readout: str = "recent", size: 
 
 
 def facts(spans: tuple[Span, ...]) -> pl.DataFrame:
-    """The TEST events of every span but the base: span, event (place in the span), user, item, and a column per slice."""
+    """The TEST events of every span but the base: span, event (its place there), user, item, and a column per slice."""
     whole = pl.concat(
         pl.DataFrame(
             {

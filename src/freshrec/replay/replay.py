@@ -93,12 +93,14 @@ def absorb(state: State, block: Events, n_users: int, n_items: int) -> State:
 
 
 def replay_cell(cell: Cell, cut: Cut, settings: Settings, out: Path, base: State | None = None) -> Iterator[int]:
-    """Run or resume a cell; yields each span once its files are written. `base` is the base state, if already trained."""
+    """Run or resume a cell; yields each span once its files are written. `base`: the base state, if already trained."""
     folder = out / cell.name
     folder.mkdir(parents=True, exist_ok=True)
     state, before, asked, first = _resumed(cell, folder, cut, settings)
     for span in cut.spans[first:]:
-        strategy, rows, costs = cell.update, [], {}
+        strategy = cell.update
+        rows: list[pl.DataFrame] = []
+        costs: dict[str, float] = {}
         if state.spans_seen:
             state, new_rows, new_asked = _tested(state, span, cut, settings)
             rows, asked = rows + new_rows, [*asked, *new_asked]
@@ -188,7 +190,7 @@ def _asked_again(state: State, asked: list[tuple[int, Queries]], span: int) -> l
 def _tuned(
     strategy: Strategy, before: State, last: Span, span: Span, settings: Settings
 ) -> tuple[Strategy, dict[str, float]]:
-    """The alternative of `strategy` that, updating on the last span, would have been best on this span's VALID events."""
+    """The alternative of `strategy` whose update on the last span would have been best on this span's VALID events."""
     alternatives = strategy.alternatives()
     if len(alternatives) < 2:
         return strategy, {}
@@ -204,7 +206,7 @@ def _tuned(
 
 
 def timed(update: Callable[[], State]) -> tuple[State, dict[str, float]]:
-    """What an update gives, and what it cost: wall and CPU seconds, peak memory of the process in MB, its own counts."""
+    """What an update gives and what it cost: wall and CPU seconds, peak memory of the process in MB, its own counts."""
     gc.collect()
     _forget_peak()
     wall, cpu = time.perf_counter(), time.process_time()
@@ -231,11 +233,11 @@ def _write(folder: Path, span: int, rows: list[pl.DataFrame], costs: dict[str, f
     if rows:
         aside = folder / f".span-{span}.parquet"
         pl.concat(rows).write_parquet(aside)
-        os.replace(aside, folder / f"span-{span}.parquet")
+        aside.replace(folder / f"span-{span}.parquet")
     _atomically(folder / f"costs-{span}.json", json.dumps(costs))
 
 
 def _atomically(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}")
     aside.write_text(text)
-    os.replace(aside, path)
+    aside.replace(path)

@@ -57,18 +57,21 @@ def _quality(name: str, cell: Cell, rows: pl.DataFrame, metrics: Sequence[str]) 
         spans += [(int(str(key[0])), group) for key, group in sliced.group_by("asked", maintain_order=True)]
         for span, group in spans:
             if len(group):
-                found.append(_row(name, cell, span, part, group, metrics))
+                found.append(_row(name, cell, span, part, group, metrics, sure=part == "all" or span == OVERALL))
     return pl.concat(found) if found else _empty()
 
 
-def _row(name: str, cell: Cell, span: int, part: str, rows: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
+def _row(
+    name: str, cell: Cell, span: int, part: str, rows: pl.DataFrame, metrics: Sequence[str], sure: bool = True
+) -> pl.DataFrame:
+    """One row a metric; an interval where `sure` (a slice of a single span goes without: thousands of bootstraps)."""
     share = 1.0 / (
         pl.len().over("asked", "user") * pl.col("user").n_unique().over("asked") * pl.col("asked").n_unique()
     )
     weighed = rows.select("user", *((pl.col(m) * share).alias(m) for m in metrics))
     by_user = weighed.group_by("user").sum().sort("user").select(metrics).to_numpy()
     by_user = by_user * len(by_user)  # so that their mean is the value
-    low, high = interval(by_user)
+    low, high = interval(by_user) if sure else (np.full(len(metrics), np.nan), np.full(len(metrics), np.nan))
     return pl.DataFrame(
         {"metric": list(metrics), "value": by_user.mean(0), "low": low, "high": high, "n": [len(rows)] * len(metrics)}
     ).select(*_labels(name, cell, span, part), "metric", "value", "low", "high", pl.col("n").cast(pl.Int64))
@@ -105,7 +108,7 @@ def _for_tests(name: str, cell: Cell, rows: pl.DataFrame, metrics: Sequence[str]
 
 
 def _forgetting(cell: Cell, ranks: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
-    """How much worse today's model (after span t) answers earlier spans' secret queries than the model of that time did."""
+    """How much worse the model after span t answers earlier spans' secret queries than the model of that time did."""
     recent = ranks.filter(pl.col("readout") == "recent")
     then = recent.filter(pl.col("after") == pl.col("asked") - 1).select("asked", "event", *metrics)
     now = recent.filter(pl.col("after") >= pl.col("asked"))

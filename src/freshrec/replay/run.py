@@ -1,4 +1,4 @@
-"""Run the cells of a replay, one group per (model, seed) so that the base block is trained once, in one or more processes."""
+"""Run the cells of a replay, by (model, seed) so that a base block is trained once, in one or more processes."""
 
 import multiprocessing
 import time
@@ -13,7 +13,7 @@ import torch
 
 from freshrec.data.spans import Cut
 from freshrec.learn.checkpoint import load_state, save_state
-from freshrec.learn.fit import start
+from freshrec.learn.fit import TrainsPlainly, start
 from freshrec.replay.replay import Cell, Settings, absorb, replay_cell, timed
 from freshrec.types import State, TrainedModel
 
@@ -21,7 +21,7 @@ Tell = Callable[[Cell, int], None]  # called with a cell and the span it has jus
 
 
 def run(cells: Iterable[Cell], cut: Cut, settings: Settings, out: Path, *, jobs: int = 1, tell: Tell) -> None:
-    """Run all cells that are not done yet. One thread a process: two threads on small operations only wait for each other."""
+    """Run all cells that are not done yet. One thread a process: on small operations two wait for each other."""
     out.mkdir(parents=True, exist_ok=True)
     todo = sorted((c for c in cells if not (out / c.name / "done.json").exists()), key=_group)
     groups = [list(group) for _, group in groupby(todo, key=_group)]
@@ -34,9 +34,8 @@ def run(cells: Iterable[Cell], cut: Cut, settings: Settings, out: Path, *, jobs:
         running = [pool.submit(_run_group, group, cut, settings, out, _silent) for group in groups]
         try:
             _watch(running, todo, out, tell)
-        except BaseException:
+        finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def _group(cell: Cell) -> tuple[str, int]:
@@ -76,6 +75,7 @@ def _run_group(cells: list[Cell], cut: Cut, settings: Settings, out: Path, tell:
 
 def _base(cell: Cell, cut: Cut, out: Path) -> State:
     """The state after the base block, trained once for all strategies that train it plainly with the same options."""
+    assert isinstance(cell.update, TrainsPlainly)
     fit = cell.update.fit
     options = repr((cell.spec, fit.base_epochs, fit.max_epochs, fit.patience))
     path = out / "bases" / f"{cell.model.replace(':', '_')}--{cell.seed}--{crc32(options.encode()):08x}.safetensors"

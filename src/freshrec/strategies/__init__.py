@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from freshrec.learn.fit import Fit
+from freshrec.options import choose
 from freshrec.strategies.imsr import IMSR, Retain
 from freshrec.strategies.plain import Absorb, FineTune, Frozen, Retrain
 from freshrec.types import Strategy
@@ -28,3 +29,8 @@ STRATEGIES: dict[str, Strategy] = {
     "imsr-kd2": IMSR(retain=replace(Retain(), form="kd2")),
     "imsr-kd3": IMSR(retain=replace(Retain(), form="kd3")),
 }
+
+
+def find_strategy(text: str) -> Strategy:
+    """The strategy that "imsr" or "imsr:fit.epochs=5:retain.weight=1" names; OptionError for what does not exist."""
+    return choose("strategy", text, STRATEGIES)

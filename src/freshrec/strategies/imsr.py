@@ -1,7 +1,7 @@
 """IMSR: keep a user's interests (retainer), notice new ones (detector), drop what is redundant (trimmer).
 
 Symbols of the paper: h_k -> vectors_BKD, h_k^{t-1} -> interests_BKD (stored), e_a -> target_BD, e_i -> items_NTD,
-K_u -> alive_BK.sum(1), delta K -> new, U_p -> puzzled users, c_1 -> c1, c_2 -> c2, M_exist -> the old rows of vectors_BKD.
+K_u -> alive_BK.sum(1), delta K -> new, U_p -> puzzled users, c_1 -> c1, c_2 -> c2, M_exist -> vectors_BKD[old_BK].
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from freshrec.data.batches import Carried, due_targets, owners, pad_interests
 from freshrec.errors import OptionError
-from freshrec.learn.fit import Clock, Fit, carried_by, finish, start, successor, train
+from freshrec.learn.fit import Clock, Fit, carried_by, finish, grid, start, successor, train
 from freshrec.learn.interests import expand
 from freshrec.models.layers import FAR
 from freshrec.types import DUE, Batch, Forward, Histories, InterestModel, Interests, Span, State
@@ -78,7 +78,7 @@ class Retain:
 
 
 def divergence(logits_NK: Tensor, alive_NK: Tensor) -> Tensor:
-    """KL(uniform || p) = ln sum_k e^{e_i h_k} - mean_k e_i h_k - ln K >= 0, over the interests a user has [IMSR eq. 12]."""
+    """KL(uniform || p) = ln sum_k e^{e_i h_k} - mean_k e_i h_k - ln K >= 0, k over a user's interests [IMSR eq. 12]."""
     n_N = alive_NK.sum(-1).clamp(min=1)
     sum_N = torch.logsumexp(logits_NK.masked_fill(~alive_NK, -torch.inf), -1)
     return sum_N - (logits_NK * alive_NK).sum(-1) / n_N - n_N.log()
@@ -111,17 +111,20 @@ def is_puzzled(mean_N: Tensor, n_interests_N: Tensor, form: str, c1: float) -> T
 
 @dataclass(frozen=True)
 class Detect:
-    """The new-interests detector: who gets new interests, judged by the model of the last span on this span's events."""
+    """The new-interests detector: who gets new interests, by the model of the last span on this span's events."""
 
     form: str = "geo"
     c1: float = 0.06
     new: int = 3  # delta K
 
-    def __call__(
+    def judge(
         self, model: InterestModel, users: Interests, histories: Histories, n_known: int
-    ) -> tuple[Tensor, Tensor]:
-        """(puzzled users, mean KL of every judged user). Items the last model has not seen (rows above `n_known`) do
-        not count: their vectors are untrained, so each looks puzzled. Users with fewer than 2 events are not judged."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(puzzled users, judged users, mean KL of each judged user).
+
+        Items the last model has not seen (rows above `n_known`) do not count: their vectors are untrained, so each looks
+        puzzled. Users with fewer than 2 events are not judged.
+        """
         rows_N = ((histories.due_R == DUE) & (histories.items_R <= n_known)).nonzero()[:, 0]
         users_N = owners(histories)[rows_N]
         counts_U = users.offsets_U.diff()
@@ -136,13 +139,13 @@ class Detect:
         n_U = torch.bincount(users_N, minlength=histories.n_users + 1)
         judged_U = (n_U >= 2).nonzero()[:, 0]
         mean_kl = total_U[judged_U] / n_U[judged_U]
-        return judged_U[is_puzzled(-mean_kl, counts_U[judged_U], self.form, self.c1)], mean_kl
+        return judged_U[is_puzzled(-mean_kl, counts_U[judged_U], self.form, self.c1)], judged_U, mean_kl
 
 
 def residual(vectors_BKD: Tensor, alive_BK: Tensor, old_BK: Tensor) -> Tensor:
     """New interests without their projection on the plane of the old ones: h - M (M^T M)^+ M^T h [IMSR eq. 16].
 
-    Differs from the paper: (M M^T)^{-1} does not exist (rank K < d); with the pseudo-inverse the projection is this one.
+    Differs from the paper: (M M^T)^{-1} does not exist (rank K < d); with the pseudo-inverse it is this projection.
     Old interests are returned as they are, and get no gradient from here.
     """
     is_new_BK = alive_BK & ~old_BK & old_BK.any(1, keepdim=True)
@@ -170,14 +173,13 @@ def _orthonormal(vectors_BKD: Tensor, which_BK: Tensor) -> Tensor:
     return basis_BKD
 
 
-def is_trivial(residual_BKD: Tensor, whole_BKD: Tensor, c2: float, relative: bool = False) -> Tensor:
-    """Whether what is left of a new interest is shorter than c_2 (B, K) [IMSR eq. 17].
+def is_trivial(residual_BKD: Tensor, c2: float, scale_B: Tensor | float = 1.0) -> Tensor:
+    """||what is left of a new interest|| < c_2 (B, K), in units of `scale_B` [IMSR eq. 17].
 
     Differs from the paper, which prints the norm of the projection: that would drop the most novel interests.
-    `relative` divides by the interest's own norm.
     """
-    norm_BK = residual_BKD.norm(dim=2)
-    return (norm_BK / whole_BKD.norm(dim=2).clamp(min=1e-9) if relative else norm_BK) < c2
+    limit_B = torch.as_tensor(scale_B) * c2
+    return residual_BKD.norm(dim=2) < limit_B[..., None]
 
 
 @dataclass(frozen=True)
@@ -185,14 +187,15 @@ class Trimmer:
     """The projection-based trimmer: new interests are kept orthogonal to old ones, and only if something is left."""
 
     c2: float = 0.3
-    relative: bool = False
+    relative: bool = True  # to the mean norm of the user's old interests: routing squashes norms, attention does not
 
     def __call__(self, vectors_BKD: Tensor, alive_BK: Tensor, old_BK: Tensor) -> tuple[Tensor, Tensor]:
         """(B, K, D) interests and (B, K) which are kept; old interests and those of newcomers always are."""
         left_BKD = residual(vectors_BKD, alive_BK, old_BK)
         candidate_BK = alive_BK & ~old_BK & old_BK.any(1, keepdim=True)
-        dropped_BK = candidate_BK & is_trivial(left_BKD, vectors_BKD, self.c2, self.relative)
-        return left_BKD, alive_BK & ~dropped_BK
+        norm_BK = vectors_BKD.norm(dim=2) * old_BK
+        scale_B: Tensor | float = norm_BK.sum(1) / old_BK.sum(1).clamp(min=1) if self.relative else 1.0
+        return left_BKD, alive_BK & ~(candidate_BK & is_trivial(left_BKD, self.c2, scale_B))
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,18 @@ class IMSR:
     fit: Fit = Fit()
     needs = "interests"
     base = "plain"
+
+    def alternatives(self) -> "tuple[IMSR, ...]":
+        """As many as FineTune has, with as many epochs in all; each of three retainer weights is in two of them."""
+        fits = grid(self.fit)
+        if self.retain is None:
+            return tuple(replace(self, fit=fit) for fit in fits)
+        weights = [self.retain.weight * factor for factor in (1.0, 0.1, 10.0, 0.1, 10.0, 1.0)]
+        return tuple(replace(self, fit=f, retain=replace(self.retain, weight=w)) for f, w in zip(fits, weights))
+
+    def work(self, sizes: list[int], base_epochs: int) -> list[float]:
+        """The base block, then the new events of each span."""
+        return [float(sizes[0] * base_epochs)] + [float(size * self.fit.epochs) for size in sizes[1:]]
 
     def update(self, state: State, span: Span) -> State:
         """Detect, train with the retainer, trim."""
@@ -233,7 +248,7 @@ class IMSR:
     def _detected(self, model: InterestModel, carried: Carried, state: State, clock: Clock) -> Carried:
         assert self.detect is not None
         since = time.process_time()
-        puzzled_N, kl_N = self.detect(model, carried.users, state.recent, state.model.n_items)
+        puzzled_N, _, kl_N = self.detect.judge(model, carried.users, state.recent, state.model.n_items)
         starts_KD = model.slots(model.spec.k_max)
         users = expand(carried.users, puzzled_N, self.detect.new, model.spec.k_max, starts_KD, carried.span)
         clock.timed("detect_cpu_s", since)

@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass, replace
 
 from freshrec.data.batches import append, due_targets, settle
-from freshrec.learn.fit import Clock, Fit, carried_by, finish, fresh, start, successor, train
+from freshrec.learn.fit import Clock, Fit, carried_by, finish, fresh, grid, start, successor, train
 from freshrec.types import Events, Histories, Span, State
 
 
@@ -15,6 +15,14 @@ class Absorb:
 
     needs = "counters"
     base = "absorb"
+
+    def alternatives(self) -> "tuple[Absorb, ...]":
+        """Nothing to tune."""
+        return (self,)
+
+    def work(self, sizes: list[int], base_epochs: int) -> list[float]:
+        """Nothing to train."""
+        return [0.0] * len(sizes)
 
     def update(self, state: State, span: Span) -> State:
         """The same model with room for the new users and items."""
@@ -32,6 +40,14 @@ class Frozen:
     needs = "gradients"
     base = "plain"
 
+    def alternatives(self) -> "tuple[Frozen, ...]":
+        """Nothing to tune."""
+        return (self,)
+
+    def work(self, sizes: list[int], base_epochs: int) -> list[float]:
+        """Only the base block."""
+        return [float(sizes[0] * base_epochs)] + [0.0] * (len(sizes) - 1)
+
     def update(self, state: State, span: Span) -> State:
         """The base model, grown; interests stay as they were stored."""
         if state.spans_seen == 0:
@@ -48,6 +64,14 @@ class FineTune:
     fit: Fit = Fit()
     needs = "gradients"
     base = "plain"
+
+    def alternatives(self) -> "tuple[FineTune, ...]":
+        """Six ways of training; every strategy that is tuned has six, with as many epochs in all."""
+        return tuple(replace(self, fit=fit) for fit in grid(self.fit))
+
+    def work(self, sizes: list[int], base_epochs: int) -> list[float]:
+        """The base block, then the new events of each span."""
+        return [float(sizes[0] * base_epochs)] + [float(size * self.fit.epochs) for size in sizes[1:]]
 
     def update(self, state: State, span: Span) -> State:
         """The previous weights, interests and optimiser state, trained on the due events."""
@@ -74,6 +98,16 @@ class Retrain:
     fit: Fit = Fit()
     needs = "gradients"
     base = "plain"
+
+    def alternatives(self) -> "tuple[Retrain, ...]":
+        """As many as FineTune has, from the last weights; a fresh model trains as the base block was chosen to."""
+        return (self,) if self.fresh else tuple(replace(self, fit=fit) for fit in grid(self.fit))
+
+    def work(self, sizes: list[int], base_epochs: int) -> list[float]:
+        """Everything remembered, each time."""
+        n_epochs = base_epochs if self.fresh else self.fit.epochs
+        kept = [sum(sizes[max(0, t + 1 - self.spans) if self.spans else 0 : t + 1]) for t in range(len(sizes))]
+        return [float(sizes[0] * base_epochs)] + [float(size * n_epochs) for size in kept[1:]]
 
     def update(self, state: State, span: Span) -> State:
         """A model trained on the remembered events; `memory` refers to them, without copying."""

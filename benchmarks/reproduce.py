@@ -1,0 +1,62 @@
+"""One recipe -> one JSON of benchmarks/results: `python benchmarks/reproduce.py recipes/NAME.toml --data FOLDER`.
+
+Resumable: what is in runs/NAME is not run again.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import polars as pl
+import typer
+
+import freshrec
+from freshrec.cli_replay import replay
+from freshrec.recipes import cut_of, load_recipe
+from freshrec.data.spans import plan
+from freshrec.replay.results import OVERALL
+
+KEPT_COSTS = {"update_cpu_s", "rows_read", "peak_mb", "mean_k", "nid_rate", "detect_cpu_s", "extract_cpu_s", "kl_p50"}
+
+
+def reproduce(
+    recipe: Annotated[Path, typer.Argument(help="recipes/NAME.toml")],
+    data: Annotated[str, typer.Option(help="The folder of the logs.")] = ".",
+    jobs: int = 1,
+    results: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/results"),
+) -> None:
+    """Replay the recipe, or go on with it, and write what the results page needs."""
+    out = Path("runs") / recipe.stem
+    replay(recipe_file=recipe, data=data, out=out, jobs=jobs, resume=True)
+    results.mkdir(parents=True, exist_ok=True)
+    (results / f"{recipe.stem}.json").write_text(json.dumps(summary(recipe, out, data), indent=1) + "\n")
+
+
+def summary(recipe: Path, out: Path, data: str) -> dict[str, Any]:
+    """Means over spans by method, seed and slice, costs, paired tests, and what it was measured on."""
+    resolved = load_recipe(out / "recipe.toml")
+    table = pl.read_parquet(out / "results.parquet")
+    metrics = resolved.replay.metrics
+    wanted = [*metrics, *(f"forgetting {m}" for m in metrics), *KEPT_COSTS]
+    overall = table.filter((pl.col("span") == OVERALL) & pl.col("metric").is_in(wanted))
+    base = table.filter((pl.col("span") == 0) & (pl.col("metric") == "update_cpu_s"))
+    by_span = table.filter((pl.col("span") >= 0) & (pl.col("slice") == "all") & (pl.col("metric") == metrics[-1]))
+    tests = pl.read_parquet(out / "tests.parquet").filter(pl.col("metric") == metrics[-1])
+    return {
+        "recipe": recipe.stem,
+        "freshrec": freshrec.__version__,
+        "resolved": resolved.model_dump(exclude={"log": {"folder"}}),
+        "spans": plan(cut_of(resolved)).to_dicts(),
+        "overall": _rounded(overall.drop("span")),
+        "base_cpu_s": _rounded(base.select("model", "strategy", "seed", "value")),
+        "by_span": _rounded(by_span.select("model", "strategy", "seed", "span", "value", "low", "high", "n")),
+        "tests": _rounded(tests.drop("metric")),
+    }
+
+
+def _rounded(table: pl.DataFrame) -> dict[str, list[Any]]:
+    return table.with_columns(pl.col(pl.Float64).round(6).fill_nan(None)).to_dict(as_series=False)
+
+
+if __name__ == "__main__":
+    typer.run(reproduce)

@@ -1,0 +1,68 @@
+"""Update recommenders from new events only.
+
+    from freshrec import Recommender
+
+    recommender = Recommender("sasrec").fit("events.parquet")
+    recommender.update("last-night.parquet")
+    recommender.recommend(["u42"], k=10)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from freshrec.errors import (
+    FreshrecError,
+    IncompatibleError,
+    LogError,
+    OptionError,
+    SpanError,
+    StateError,
+    TrainingError,
+)
+
+if TYPE_CHECKING:
+    from freshrec.data.log import read_log
+    from freshrec.data.spans import cut
+    from freshrec.data.worlds import make
+    from freshrec.models import MODELS
+    from freshrec.serve.recommender import Recommender
+    from freshrec.strategies import STRATEGIES
+
+    __version__: str
+
+__all__ = [
+    "MODELS",
+    "STRATEGIES",
+    "FreshrecError",
+    "IncompatibleError",
+    "LogError",
+    "OptionError",
+    "Recommender",
+    "SpanError",
+    "StateError",
+    "TrainingError",
+    "__version__",
+    "cut",
+    "make",
+    "read_log",
+]
+
+_HOMES = {  # imported when first asked for, because torch alone takes seconds, and `freshrec --help` needs none of it
+    "MODELS": "freshrec.models",
+    "STRATEGIES": "freshrec.strategies",
+    "Recommender": "freshrec.serve.recommender",
+    "cut": "freshrec.data.spans",
+    "make": "freshrec.data.worlds",
+    "read_log": "freshrec.data.log",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("freshrec")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module freshrec has no attribute {name}")

@@ -1,0 +1,151 @@
+"""Recipes: everything a replay is made from, in one TOML file; unknown keys are errors."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import BaseModel, Field, ValidationError
+
+from freshrec.data.log import Log, positives, read_log
+from freshrec.data.spans import Cut, cut
+from freshrec.data.worlds import make
+from freshrec.errors import IncompatibleError, OptionError, unknown
+from freshrec.models import CONTROLS, find_model
+from freshrec.replay.measure import Asked
+from freshrec.replay.metrics import parse
+from freshrec.replay.replay import Cell, Settings, check
+from freshrec.strategies import find_strategy
+
+
+class LogRecipe(BaseModel, extra="forbid", frozen=True):
+    """[log] Which events: a file, or a generated world."""
+
+    path: str = ""
+    folder: str = ""  # where a relative path starts; empty = the current folder
+    columns: dict[str, str] = {}
+    format: str = ""
+    events: list[str] = []
+    users: int = 0  # a seeded sample of whole users; 0 = all
+    world: str = ""  # instead of a path
+    world_users: int = 2000
+    world_items: int = 1000
+    world_events: int = 100_000
+    seed: int = 0
+
+
+class SpansRecipe(BaseModel, extra="forbid", frozen=True):
+    """[spans] How the log is cut; see data/spans.py."""
+
+    by: str = "count"
+    spans: int = 6
+    alpha: float = 0.5
+    dates: list[str] = []
+    targets: str = "last"
+    heldout: str = "next"
+    min_events: int = 1
+    forget_users: float = 0.05
+
+
+class ReplayRecipe(BaseModel, extra="forbid", frozen=True):
+    """[replay] What is compared. Controls run with every replay: no table is printed without them."""
+
+    models: list[str] = ["comirec-dr", "sasrec"]
+    strategies: list[str] = ["frozen", "finetune", "full", "imsr"]
+    also: list[str] = []  # further pairs, as in "comirec-dr-k1/finetune"
+    controls: list[str] = list(CONTROLS)
+    seeds: int = Field(default=1, ge=1)
+    cadence: int = Field(default=1, ge=1)
+    min_history: int = Field(default=1, ge=0)
+    tune: bool = False
+    metrics: list[str] = ["hr@20", "ndcg@20", "mrr@20", "recall@20"]
+
+
+class Recipe(BaseModel, extra="forbid", frozen=True):
+    """A whole replay."""
+
+    log: LogRecipe = LogRecipe()
+    spans: SpansRecipe = SpansRecipe()
+    replay: ReplayRecipe = ReplayRecipe()
+
+
+def load_recipe(path: Path) -> Recipe:
+    """The recipe in a TOML file. Raises OptionError where it is no TOML, or has a key or value that does not exist."""
+    try:
+        return recipe_from(tomllib.loads(path.read_text()))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as problem:
+        raise OptionError(f"{path} is not a readable recipe ({problem}).") from None
+
+
+def recipe_from(tables: dict[str, Any]) -> Recipe:
+    """The recipe of nested dictionaries. Raises OptionError, naming the nearest valid key."""
+    try:
+        return Recipe.model_validate(tables)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        *parents, name = map(str, first["loc"])
+        if first["type"] == "extra_forbidden":
+            part = Recipe.model_fields[parents[0]].annotation if parents else Recipe
+            assert part is not None
+            raise unknown("recipe key", ".".join([*parents, name]), part.model_fields) from None
+        raise OptionError(f"recipe key {'.'.join([*parents, name])}: {first['msg']}.") from None
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write a recipe as resolved: every option, defaults too."""
+    path.write_text(tomli_w.dumps(recipe.model_dump()))
+
+
+def log_of(recipe: Recipe) -> Log:
+    """The events a recipe names: interactions only, no exposures."""
+    part = recipe.log
+    if part.world:
+        sizes = {"users": part.world_users, "items": part.world_items, "events": part.world_events}
+        return make(part.world, **sizes, spans=recipe.spans.spans, seed=part.seed).log
+    if not part.path:
+        raise OptionError("a replay needs a log: give LOG, --world NAME, or log.path in the recipe.")
+    columns, events, users = part.columns, part.events, part.users or None
+    log = read_log(Path(part.folder) / part.path, columns=columns, format=part.format or None, events=events, users=users, seed=part.seed)
+    return positives(log)
+
+
+def cut_of(recipe: Recipe) -> Cut:
+    """The recipe's log in spans."""
+    part = recipe.spans
+    return cut(
+        log_of(recipe), by=part.by, spans=part.spans, alpha=part.alpha, dates=part.dates, targets=part.targets,
+        heldout=part.heldout, min_events=part.min_events, forget_users=part.forget_users, seed=recipe.log.seed,
+    )  # fmt: skip
+
+
+def settings_of(recipe: Recipe) -> Settings:
+    """What all cells share."""
+    part = recipe.replay
+    for metric in part.metrics:
+        parse(metric)
+    return Settings(part.cadence, Asked(min_history=part.min_history), part.tune)
+
+
+def cells_of(recipe: Recipe) -> list[Cell]:
+    """Every control, and every model with every strategy that can update it, once per seed.
+
+    A strategy that fits none of the models is an error; one that fits only some of them is left out for the others.
+    """
+    part = recipe.replay
+    cells: list[Cell] = []
+    refused: dict[str, IncompatibleError] = {}
+    named = [(name, "absorb") for name in part.controls]
+    named += [(model, strategy) for model in part.models for strategy in part.strategies]
+    named += [(model, strategy) for model, _, strategy in (pair.partition("/") for pair in part.also)]
+    for model, strategy in dict.fromkeys(named):
+        spec, update = find_model(model), find_strategy(strategy)
+        try:
+            check(spec, model, update, strategy)
+        except IncompatibleError as problem:
+            refused.setdefault(strategy, problem)
+            continue
+        cells += [Cell(model, spec, strategy, update, seed) for seed in range(1 if model in CONTROLS else part.seeds)]
+    for strategy, reason in refused.items():
+        if strategy not in {cell.strategy for cell in cells}:
+            raise reason
+    return cells

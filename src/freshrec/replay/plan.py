@@ -1,0 +1,49 @@
+"""What a replay will take, before it runs: seconds by cell, from a second of measured training."""
+
+import time
+from dataclasses import replace
+
+import polars as pl
+
+from freshrec.data.batches import due_targets
+from freshrec.data.spans import Cut
+from freshrec.learn.fit import carried_by, train
+from freshrec.replay.replay import Cell, absorb
+from freshrec.types import Events, State, TrainedModel
+
+USUAL_EPOCHS = 10  # of a base block, until it has been chosen
+CHOICE = 2.0  # choosing them trains about as much again
+
+
+def estimate(cells: list[Cell], cut: Cut) -> pl.DataFrame:
+    """model, strategy, seed, and CPU seconds of the base and of the updates of each cell; right to a factor of 2."""
+    sizes = [len(span.events) for span in cut.spans]
+    speeds: dict[str, float] = {}
+    rows, based = [], set()
+    for cell in cells:
+        if cell.model not in speeds:
+            speeds[cell.model] = speed(cell, cut)
+        base, *later = cell.update.work(sizes, USUAL_EPOCHS)
+        base = 0.0 if (cell.model, cell.seed) in based else base * CHOICE
+        based.add((cell.model, cell.seed))
+        seconds = (base / speeds[cell.model], sum(later) / speeds[cell.model])
+        rows.append((cell.model, cell.strategy, cell.seed, *seconds))
+    names = ["model", "strategy", "seed", "base_s", "updates_s"]
+    return pl.DataFrame(rows, schema=names, orient="row")
+
+
+def speed(cell: Cell, cut: Cut, n_events: int = 20_000) -> float:
+    """Targets a CPU-second that training this model passes, on the first events of the base block."""
+    model = cell.spec.build(cell.seed)
+    if not isinstance(model, TrainedModel):
+        return float("inf")
+    span = cut.spans[0]
+    some: Events = span.events[:n_events]
+    state = absorb(replace(State(model), seed=cell.seed), some, span.n_users, span.n_items)
+    model.grow(span.n_users, span.n_items)
+    targets = due_targets(state.recent)
+    carried = carried_by(model, None, 0)
+    since = time.process_time()
+    for _ in train(model, targets, 1, (cell.seed, 0), carried=carried):
+        pass
+    return max(len(targets), 1) / max(time.process_time() - since, 1e-6)

@@ -1,0 +1,1 @@
+"""Serving: from a state and users to ranked items."""

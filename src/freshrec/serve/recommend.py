@@ -1,0 +1,130 @@
+"""From what is served and users to ranked items: pure functions of rows; ids are translated by the caller."""
+
+from dataclasses import dataclass, field
+
+import polars as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from freshrec.data.batches import histories_before, query_batches
+from freshrec.data.catalog import Catalog
+from freshrec.errors import IncompatibleError
+from freshrec.learn.fit import carried_by
+from freshrec.learn.interests import ends_of
+from freshrec.models.pairs import Pairs
+from freshrec.models.ranking import top
+from freshrec.types import Batch, Model, State, TrainedModel, VectorModel
+
+SIZE = 256  # users asked at once
+UNKNOWN, EXHAUSTED = "unknown user", "no more items with a score"
+
+
+@dataclass(frozen=True, eq=False)
+class Served:
+    """What every answer is made of, and what changes together."""
+
+    state: State  # the model, and what its next update needs
+    counts: State  # popularity, for strangers; its `recent` is never cut, so it knows all items that a user has had
+    users: Catalog
+    items: Catalog
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a list may hold."""
+
+    k: int = 10  # items, at most
+    filter_seen: bool = True  # leave out all that the user has had
+    allow_M: Tensor | None = None  # only these item rows, ascending
+    deny_M: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # none of these item rows
+
+
+def best_items(served: Served, users_N: Tensor, wanted: Wanted) -> pl.DataFrame:
+    """The lists of user rows (0: a stranger): nth, the place in `users_N`; item, a row; score; rank, from 1; fallback.
+
+    Popular items complete the list of a stranger, and of a counting model that has counted nothing more; `fallback`
+    says which, and the score is then the popularity.
+    """
+    nth_N = torch.arange(len(users_N))
+    found = _from_model(served, users_N, wanted)
+    n_N = torch.bincount(torch.from_numpy(found["nth"].to_numpy(writable=True)), minlength=len(users_N))
+    strangers_N, short_N = users_N == 0, (n_N < wanted.k) & (users_N > 0)
+    more = [
+        _from_counts(served, nth_N[which_N], users_N[which_N], wanted, why)
+        for which_N, why in ((strangers_N, UNKNOWN), (short_N, EXHAUSTED))
+    ]
+    lists = pl.concat([found, *more]).unique(["nth", "item"], keep="first", maintain_order=True)
+    ranked = lists.with_columns(rank=pl.int_range(1, pl.len() + 1).over("nth")).filter(pl.col("rank") <= wanted.k)
+    return ranked.sort("nth", "rank").select("nth", "item", "score", "rank", "fallback")
+
+
+def _from_model(served: Served, users_N: Tensor, wanted: Wanted) -> pl.DataFrame:
+    state, nth_N = served.state, users_N.nonzero()[:, 0]
+    carried = carried_by(state.model, state.users, state.spans_seen)
+    ends = ends_of(state.recent, users_N[nth_N], "recent")
+    found = [_frame(nth_N[:0], torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, 0), None)]
+    for which, batch in query_batches(ends, state.model.spec.length, carried, SIZE):
+        items_BK, scores_BK = top(state.model, batch, wanted.k, _banned(served, batch.users_B, wanted), wanted.allow_M)
+        if not isinstance(state.model, TrainedModel):
+            scores_BK = scores_BK.masked_fill(scores_BK <= 0, -torch.inf)  # nothing was counted: no opinion
+        found.append(_frame(nth_N[which], items_BK, scores_BK, None))
+    return pl.concat(found)
+
+
+def _from_counts(served: Served, nth_N: Tensor, users_N: Tensor, wanted: Wanted, why: str) -> pl.DataFrame:
+    found = [_frame(nth_N[:0], torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, 0), why)]
+    for which in torch.arange(len(users_N)).split(SIZE):
+        users_B = users_N[which]
+        batch = Batch(users_B, torch.zeros(len(users_B), 0, dtype=torch.int64))
+        items_BK, scores_BK = top(
+            served.counts.model, batch, wanted.k, _banned(served, users_B, wanted), wanted.allow_M
+        )
+        found.append(_frame(nth_N[which], items_BK, scores_BK, why))
+    return pl.concat(found)
+
+
+def _banned(served: Served, users_B: Tensor, wanted: Wanted) -> Tensor:
+    """(B, M) item rows that each user must not get; 0 where there is none."""
+    denied_BM = wanted.deny_M.expand(len(users_B), -1)
+    known_B = users_B > 0
+    if not wanted.filter_seen or not bool(known_B.any()):
+        return denied_BM
+    histories = served.counts.recent
+    seen_NT = histories_before(ends_of(histories, users_B[known_B], "recent"), len(histories.items_R), secret=True)
+    seen_BT = torch.zeros(len(users_B), seen_NT.shape[1], dtype=torch.int64)
+    seen_BT[known_B] = seen_NT
+    return torch.cat([denied_BM, seen_BT], 1)
+
+
+def similar_items(model: Model, items_N: Tensor, k: int) -> pl.DataFrame:
+    """The k items most like each of `items_N` (rows): nth, item, score, rank.
+
+    By the cosine of item vectors; a pair counter is asked as for a user whose only event is the item.
+    """
+    found = []
+    for which in torch.arange(len(items_N)).split(SIZE // 8):
+        items_B1 = items_N[which][:, None]
+        if isinstance(model, VectorModel):
+            vectors_ID = F.normalize(model.item_vectors(), dim=1)
+            scores_BI = vectors_ID[items_B1[:, 0]] @ vectors_ID.T
+            scores_BI.scatter_(1, items_B1, -torch.inf)[:, 0] = -torch.inf
+            scores_BK, items_BK = scores_BI.topk(min(k, model.n_items))
+        elif isinstance(model, Pairs):
+            items_BK, scores_BK = top(model, Batch(torch.zeros(len(which), dtype=torch.int64), items_B1), k, items_B1)
+            scores_BK = scores_BK.masked_fill(scores_BK <= 0, -torch.inf)
+        else:
+            raise IncompatibleError("this model does not relate items to each other; use item-knn, sasrec or another.")
+        found.append(_frame(which, items_BK, scores_BK, None))
+    return pl.concat(found).with_columns(rank=pl.int_range(1, pl.len() + 1).over("nth"))
+
+
+def _frame(nth_B: Tensor, items_BK: Tensor, scores_BK: Tensor, fallback: str | None) -> pl.DataFrame:
+    """A row per item that may be shown, in the order of the lists."""
+    columns = {
+        "nth": nth_B[:, None].expand_as(items_BK).reshape(-1).numpy(),
+        "item": items_BK.reshape(-1).numpy(),
+        "score": scores_BK.reshape(-1).numpy(),
+    }
+    frame = pl.DataFrame(columns).with_columns(fallback=pl.lit(fallback, pl.String))
+    return frame.filter(pl.col("score") > -float("inf"))
