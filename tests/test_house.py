@@ -46,7 +46,22 @@ INSTEAD = {  # of calling ...
 PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 
 # The public names of the package. A new one is a promise: add it here, to the README and to the changelog.
-PUBLIC: list[str] = []
+PUBLIC: list[str] = [
+    "FreshrecError",
+    "IncompatibleError",
+    "LogError",
+    "MODELS",
+    "OptionError",
+    "Recommender",
+    "STRATEGIES",
+    "SpanError",
+    "StateError",
+    "TrainingError",
+    "__version__",
+    "cut",
+    "make",
+    "read_log",
+]
 
 Wrong = Iterator[tuple[int, str]]
 Check = Callable[[str, ast.Module, str], Wrong]  # (path below src/freshrec, its tree, its source)

@@ -1,16 +1,15 @@
 """Update recommenders from new events only.
 
-    from freshrec import Recommender
+from freshrec import Recommender
 
-    recommender = Recommender("sasrec").fit("events.parquet")
-    recommender.update("last-night.parquet")
-    recommender.recommend(["u42"], k=10)
+recommender = Recommender("sasrec").fit("events.parquet")
+recommender.update("last-night.parquet")
+recommender.recommend(["u42"], k=10)
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from freshrec.errors import (
@@ -31,16 +30,16 @@ if TYPE_CHECKING:
     from freshrec.serve.recommender import Recommender
     from freshrec.strategies import STRATEGIES
 
-    __version__: str
+__version__ = "0.1.0"
 
 __all__ = [
-    "MODELS",
-    "STRATEGIES",
     "FreshrecError",
     "IncompatibleError",
     "LogError",
+    "MODELS",
     "OptionError",
     "Recommender",
+    "STRATEGIES",
     "SpanError",
     "StateError",
     "TrainingError",
@@ -61,8 +60,6 @@ _HOMES = {  # imported when first asked for, because torch alone takes seconds, 
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        return version("freshrec")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module freshrec has no attribute {name}")

@@ -107,15 +107,18 @@ def due_targets(histories: Histories, history: str = "recent", again: bool = Fal
     return targets_at(histories, wanted_R.nonzero()[:, 0], history)
 
 
-def histories_before(targets: Targets, length: int, secret: bool = False) -> Tensor:
-    """(N, T) item rows before each target, most recent last, 0 where there is none; secret rows only if asked for."""
+def histories_before(targets: Targets, length: int) -> Tensor:
+    """(N, T) item rows before each target, most recent last, 0 where there is none."""
     n_longest = int(targets.lengths(length).max()) if len(targets) else 0
     at_NT = targets.rows_N[:, None] + torch.arange(-n_longest, 0)
     inside_NT = at_NT >= targets.from_N[:, None]
-    at_NT = at_NT.clamp_(min=0)
-    if not secret:
-        inside_NT &= targets.histories.due_R[at_NT] != SECRET
-    return targets.histories.items_R[at_NT].long() * inside_NT
+    return targets.histories.items_R[at_NT.clamp_(min=0)].long().mul_(inside_NT)
+
+
+def without_secrets(targets: Targets) -> Targets:
+    """The targets with secret rows as padding: training must not see them, not even as history."""
+    items_R = torch.where(targets.histories.due_R == SECRET, 0, targets.histories.items_R)
+    return replace(targets, histories=replace(targets.histories, items_R=items_R))
 
 
 def pad_interests(users: Interests, users_B: Tensor, slots_KD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,7 +186,7 @@ def target_batches(
     targets: Targets, size: int, length: int, source: torch.Generator, carried: Carried | None = None
 ) -> Iterator[Batch]:
     """One epoch, a row per target with the history before it; targets without any history are left out."""
-    targets = targets[targets.lengths(length) > 0]
+    targets = without_secrets(targets[targets.lengths(length) > 0])
     key_N = targets.lengths(length)
     if carried is not None:
         key_N = key_N + (length + 1) * carried.counts(targets.users_N)  # rows with as many interests side by side
@@ -208,6 +211,7 @@ def window_batches(targets: Targets, size: int, length: int, source: torch.Gener
 
     A user's windows are cut back to back from the last target, so each target is in exactly one.
     """
+    targets = without_secrets(targets)
     windows = _windows(targets, length)
     wanted_R = torch.zeros(len(targets.histories.items_R), dtype=torch.bool)
     wanted_R[targets.rows_N] = True
@@ -231,7 +235,8 @@ def _windows(targets: Targets, length: int) -> Targets:
     n_windows = int(window_N.max()) + 1 if len(window_N) else 0
     rows_W = torch.zeros(n_windows, dtype=torch.int64).scatter_reduce_(0, window_N, targets.rows_N, "amax")
     users_W = torch.zeros(n_windows, dtype=torch.int64).scatter_(0, window_N, targets.users_N)
-    from_W = torch.zeros(n_windows, dtype=torch.int64).scatter_(0, window_N, targets.from_N)
+    first_N = torch.maximum(targets.from_N, last_U[targets.users_N] - (nth_N + 1) * length)
+    from_W = torch.zeros(n_windows, dtype=torch.int64).scatter_(0, window_N, first_N)
     return Targets(targets.histories, rows_W, users_W, from_W)
 
 
@@ -241,5 +246,5 @@ def query_batches(
     """Queries in the order of their history length: (indices into `targets`, batch with all own events before it)."""
     for which in torch.argsort(targets.lengths(length), stable=True).split(size):
         part = targets[which]
-        batch = Batch(part.users_N, histories_before(part, length, secret=True))
+        batch = Batch(part.users_N, histories_before(part, length))
         yield which, batch if carried is None else carried.join(batch)

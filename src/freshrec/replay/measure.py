@@ -81,7 +81,7 @@ def queries_of(recent: Histories, block: Block, length: int, asked: Asked = Aske
     targets = targets_at(histories, rows_E[at_N])
     enough_N = targets.lengths(asked.min_history) >= asked.min_history
     at_N, targets = at_N[enough_N], targets[enough_N]
-    history_NT = histories_before(targets, length, secret=True).int()
+    history_NT = histories_before(targets, length).int()
     secret_N = events.joins_E[at_N] == NEVER
     return Queries(targets.users_N, history_NT, events.items_E[at_N], at_N + block.first, secret_N, block.n_items)
 

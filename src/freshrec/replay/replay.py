@@ -21,7 +21,7 @@ import torch
 from freshrec.data.batches import append
 from freshrec.data.spans import Cut
 from freshrec.errors import IncompatibleError
-from freshrec.learn.checkpoint import load_state, save_state
+from freshrec.learn.checkpoint import load_tree, save_text, save_tree
 from freshrec.models.ranking import READOUTS
 from freshrec.replay.measure import Asked, Block, Queries, blocks_of, queries_of, rank_queries
 from freshrec.types import (
@@ -96,8 +96,8 @@ def replay_cell(cell: Cell, cut: Cut, settings: Settings, out: Path, base: State
     """Run or resume a cell; yields each span once its files are written. `base`: the base state, if already trained."""
     folder = out / cell.name
     folder.mkdir(parents=True, exist_ok=True)
-    state, before, asked, first = _resumed(cell, folder, cut, settings)
-    for span in cut.spans[first:]:
+    state, before, asked = _resumed(cell, folder, cut, settings)
+    for span in cut.spans[state.spans_seen :]:
         strategy = cell.update
         rows: list[pl.DataFrame] = []
         costs: dict[str, float] = {}
@@ -115,34 +115,27 @@ def replay_cell(cell: Cell, cut: Cut, settings: Settings, out: Path, base: State
         state = replace(state, started=None)
         rows += _asked_again(state, asked, span.index)
         _write(folder, span.index, rows, costs | update_costs)
-        save_state(state, folder / "state.safetensors")
-        if before is not None:
-            save_state(before, folder / "before.safetensors")
-        _atomically(folder / "at.json", json.dumps({"next": span.index + 1}))
+        save_tree((state, before), folder / "state.safetensors")  # one file, so that a kill never parts the two
         yield span.index
-    for leftover in ("state.safetensors", "before.safetensors"):
-        (folder / leftover).unlink(missing_ok=True)
-    _atomically(folder / "done.json", "{}")
+    save_text("{}", folder / "done.json")
+    (folder / "state.safetensors").unlink(missing_ok=True)
 
 
 def _resumed(
     cell: Cell, folder: Path, cut: Cut, settings: Settings
-) -> tuple[State, State | None, list[tuple[int, Queries]], int]:
-    """Where to go on: state, the state before the last update, queries to ask again, and the next span."""
-    start = State(cell.spec.build(cell.seed), seed=cell.seed)
-    at = folder / "at.json"
-    if not at.exists():
-        return start, None, [], 0
-    first = json.loads(at.read_text())["next"]
-    state = load_state(folder / "state.safetensors")
-    before = folder / "before.safetensors"
+) -> tuple[State, State | None, list[tuple[int, Queries]]]:
+    """Where to go on: state, the state before the last update, and queries to ask again."""
+    saved = folder / "state.safetensors"
+    if not saved.exists():
+        return State(cell.spec.build(cell.seed), seed=cell.seed), None, []
+    state, before = load_tree(saved)
     recent, asked = Histories.empty(), []
-    for span in cut.spans[:first]:  # the queries are made of the log alone, so they need not be saved
+    for span in cut.spans[: state.spans_seen]:  # the queries are made of the log alone, so they need not be saved
         for block in _blocks(span, cut, settings) if span.index else []:
             asked.append((span.index, _secret(queries_of(recent, block, state.model.spec.length, settings.asked))))
             recent = append(recent, block.events, span.n_users)
         recent = recent if span.index else append(recent, span.events, span.n_users)
-    return state, load_state(before) if before.exists() else None, asked, first
+    return state, before, asked
 
 
 def _blocks(span: Span, cut: Cut, settings: Settings) -> list[Block]:
@@ -234,10 +227,4 @@ def _write(folder: Path, span: int, rows: list[pl.DataFrame], costs: dict[str, f
         aside = folder / f".span-{span}.parquet"
         pl.concat(rows).write_parquet(aside)
         aside.replace(folder / f"span-{span}.parquet")
-    _atomically(folder / f"costs-{span}.json", json.dumps(costs))
-
-
-def _atomically(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}")
-    aside.write_text(text)
-    aside.replace(path)
+    save_text(json.dumps(costs), folder / f"costs-{span}.json")

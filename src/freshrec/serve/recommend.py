@@ -91,7 +91,7 @@ def _banned(served: Served, users_B: Tensor, wanted: Wanted) -> Tensor:
     if not wanted.filter_seen or not bool(known_B.any()):
         return denied_BM
     histories = served.counts.recent
-    seen_NT = histories_before(ends_of(histories, users_B[known_B], "recent"), len(histories.items_R), secret=True)
+    seen_NT = histories_before(ends_of(histories, users_B[known_B], "recent"), len(histories.items_R))
     seen_BT = torch.zeros(len(users_B), seen_NT.shape[1], dtype=torch.int64)
     seen_BT[known_B] = seen_NT
     return torch.cat([denied_BM, seen_BT], 1)

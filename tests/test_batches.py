@@ -1,0 +1,160 @@
+"""Histories, targets and batches by hand, on logs of a few events."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from freshrec.data.batches import (
+    append,
+    due_targets,
+    histories_before,
+    pad_interests,
+    pair_batches,
+    place,
+    query_batches,
+    random_source,
+    settle,
+    target_batches,
+    targets_at,
+    window_batches,
+)
+from freshrec.types import DONE, DUE, LATER, NEVER, NEXT, NOW, SECRET, Events, Histories, Interests
+
+# Six events in time order: user 1 has items 1 2 3 4, user 2 has items 5 6.
+USERS, ITEMS = [1, 2, 1, 1, 2, 1], [1, 5, 2, 3, 6, 4]
+
+
+def events_of(users: list[int], items: list[int], joins: list[int] | None = None) -> Events:
+    events = Events.of(torch.tensor(users, dtype=torch.int64), torch.tensor(items, dtype=torch.int64))
+    joins_E = events.joins_E if joins is None else torch.tensor(joins, dtype=torch.int8)
+    return Events(events.users_E, events.items_E, events.times_E, events.role_E, joins_E)
+
+
+def one_user(due: list[int]) -> Histories:
+    """User 1 with items 1, 2, ..., due as given."""
+    n = len(due)
+    items_R = torch.arange(1, n + 1, dtype=torch.int32)
+    return Histories(torch.tensor([0, 0, n]), items_R, torch.arange(n), torch.tensor(due, dtype=torch.int8))
+
+
+def rows(tensor: Tensor) -> list[list[int]]:
+    return tensor.tolist()
+
+
+def test_appended_events_lie_by_user_in_time_order() -> None:
+    histories = append(Histories.empty(), events_of(USERS, ITEMS), n_users=2)
+    assert histories.offsets_U.tolist() == [0, 0, 4, 6]  # the padding, user 0, owns no row
+    assert histories.items_R.tolist() == [1, 2, 3, 4, 5, 6]
+    assert histories.times_R.tolist() == [0, 2, 3, 5, 1, 4]  # the place of each event in the log
+
+
+@pytest.mark.parametrize("cut", range(7))
+def test_appending_in_two_blocks_gives_what_one_gives(cut: int) -> None:
+    events = events_of(USERS, ITEMS)
+    whole = append(Histories.empty(), events, 2)
+    parts = append(append(Histories.empty(), events[:cut], 2), events[cut:], 2)
+    for a, b in zip((whole.offsets_U, whole.items_R, whole.times_R), (parts.offsets_U, parts.items_R, parts.times_R)):
+        assert torch.equal(a, b)
+
+
+def test_place_says_which_row_each_event_got() -> None:
+    events = events_of(USERS, ITEMS)
+    _, rows_E = place(append(Histories.empty(), events[:3], 2), events[3:], 2)
+    # user 1 owns rows 0-3, of which 0 and 1 are old; user 2 owns rows 4 and 5, of which 4 is old
+    assert rows_E.tolist() == [2, 5, 3]
+
+
+def test_a_newcomer_gets_rows_behind_all_others() -> None:
+    histories = append(append(Histories.empty(), events_of([1, 1], [1, 2]), 1), events_of([3, 1], [9, 3]), 3)
+    assert histories.offsets_U.tolist() == [0, 0, 3, 3, 4]  # user 2 exists and has no events
+    assert histories.items_R.tolist() == [1, 2, 3, 9]
+
+
+def test_settling_makes_due_rows_done_and_held_back_rows_due_and_keeps_the_last_ones() -> None:
+    joins = [NOW, NEVER, NOW, NEXT, NOW, NEXT]
+    histories = append(Histories.empty(), events_of(USERS, ITEMS, joins), 2)
+    assert histories.due_R.tolist() == [DUE, DUE, LATER, LATER, SECRET, DUE]
+    settled = settle(histories, keep=3)
+    assert settled.items_R.tolist() == [2, 3, 4, 5, 6]  # user 1 had four rows
+    assert settled.due_R.tolist() == [DONE, DUE, DUE, SECRET, DONE]
+    assert settled.offsets_U.tolist() == [0, 0, 3, 5]
+
+
+def test_a_target_sees_the_events_before_it_most_recent_last() -> None:
+    histories = append(Histories.empty(), events_of(USERS, ITEMS), 2)
+    targets = targets_at(histories, torch.tensor([0, 2, 3, 5]))
+    assert rows(histories_before(targets, 2)) == [[0, 0], [1, 2], [2, 3], [0, 5]]
+
+
+def test_history_of_the_span_reaches_back_to_its_first_event_only() -> None:
+    histories = one_user([DONE, DONE, DUE, DUE, LATER])
+    recent, span = (histories_before(due_targets(histories, how), 9) for how in ("recent", "span"))
+    assert rows(recent) == [[0, 1, 2], [1, 2, 3]]  # targets are items 3 and 4
+    assert rows(span) == [[0], [3]]
+
+
+def test_only_due_rows_are_targets_and_with_again_those_done_too() -> None:
+    histories = one_user([DONE, DUE, SECRET, DUE, LATER])
+    assert due_targets(histories).rows_N.tolist() == [1, 3]
+    assert due_targets(histories, again=True).rows_N.tolist() == [0, 1, 3]
+
+
+def test_secret_events_are_hidden_in_training_and_seen_in_queries() -> None:
+    histories = one_user([DUE, SECRET, DUE])
+    targets = targets_at(histories, torch.tensor([2]))
+    (trained,) = target_batches(targets, 8, 9, random_source(0))
+    assert rows(trained.history_BT) == [[1, 0]]  # item 2 leaves a gap
+    ((_, asked),) = query_batches(targets, 9)
+    assert rows(asked.history_BT) == [[1, 2]]
+
+
+def test_windows_are_cut_back_to_back_from_the_last_target() -> None:
+    targets = due_targets(one_user([DUE] * 5))
+    windows = {tuple(w) for b in window_batches(targets, 8, 2, random_source(0)) for w in rows(b.history_BT)}
+    goals = {tuple(w) for b in window_batches(targets, 8, 2, random_source(0)) for w in rows(b.targets_BT)}
+    assert windows == {(3, 4), (1, 2)}  # item 1 has no history, so it is no target
+    assert goals == {(4, 5), (2, 3)}
+
+
+@given(st.lists(st.sampled_from([DONE, DUE, LATER, SECRET]), min_size=2, max_size=14), st.integers(1, 4))
+def test_every_due_target_with_a_history_is_in_exactly_one_window(due: list[int], length: int) -> None:
+    batches = window_batches(due_targets(one_user(due)), 3, length, random_source(0))
+    found = [item for batch in batches for item in batch.targets_BT.flatten().tolist() if item]
+    assert sorted(found) == [i + 1 for i, kind in enumerate(due) if kind == DUE and i > 0]
+
+
+def test_targets_without_history_are_left_out_of_target_batches_and_kept_as_pairs() -> None:
+    targets = due_targets(append(Histories.empty(), events_of(USERS, ITEMS), 2))
+    with_history = [i for b in target_batches(targets, 2, 9, random_source(0)) for i in b.targets_BT[:, 0].tolist()]
+    pairs = [i for b in pair_batches(targets, 2, random_source(0)) for i in b.targets_BT[:, 0].tolist()]
+    assert sorted(with_history) == [2, 3, 4, 6]
+    assert sorted(pairs) == [1, 2, 3, 4, 5, 6]
+
+
+def test_batches_depend_on_the_numbers_of_their_source_and_on_nothing_else() -> None:
+    targets = due_targets(one_user([DUE] * 40))
+
+    def order(*numbers: int) -> list[int]:
+        return [i for b in pair_batches(targets, 8, random_source(*numbers)) for i in b.targets_BT[:, 0].tolist()]
+
+    assert order(1, 2) == order(1, 2)
+    assert order(1, 2) != order(2, 1)
+
+
+def test_interests_are_padded_to_the_most_in_the_batch_and_newcomers_get_the_slots() -> None:
+    # user 1 has interests (1, 1) born in span 0 and (2, 2) born in span 3, user 2 has none yet, user 3 is unknown
+    users = Interests(torch.tensor([[1.0, 1.0], [2.0, 2.0]]), torch.tensor([0, 0, 2, 2]),
+                      torch.tensor([0, 3], dtype=torch.int16), torch.tensor([0, 3], dtype=torch.int16))  # fmt: skip
+    slots_KD = torch.tensor([[7.0, 8.0]])
+    vectors_BKD, alive_BK, born_BK = pad_interests(users, torch.tensor([1, 2, 3]), slots_KD)
+    assert vectors_BKD.tolist() == [[[1, 1], [2, 2]], [[7, 8], [0, 0]], [[7, 8], [0, 0]]]
+    assert alive_BK.tolist() == [[True, True], [True, False], [True, False]]
+    assert born_BK.tolist() == [[0, 3], [32767, 32767], [32767, 32767]]
+
+
+def test_without_any_stored_interest_everybody_starts_from_the_slots() -> None:
+    vectors_BKD, alive_BK, _ = pad_interests(Interests.empty(2), torch.tensor([1, 5]), torch.tensor([[7.0, 8.0]]))
+    assert vectors_BKD.tolist() == [[[7, 8]], [[7, 8]]]
+    assert alive_BK.tolist() == [[True], [True]]

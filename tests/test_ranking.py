@@ -1,0 +1,126 @@
+"""Ranks and best items against a dense table, with ties, bans, and items that are not known; the three readouts."""
+
+import numpy as np
+import pytest
+import torch
+
+from freshrec.errors import TrainingError
+from freshrec.models.interests import InterestSpec
+from freshrec.models.mf import MF, MFSpec
+from freshrec.models.popularity import Popularity, PopularitySpec
+from freshrec.models.ranking import ITEMS, USERS, ranks, top, vectors_of
+from freshrec.types import Batch
+
+N_USERS, N_ITEMS = USERS + 7, 2 * ITEMS + 5  # so that there are several blocks of both, the last one short
+
+
+def model_with_ties() -> MF:
+    """Vectors of small whole numbers: all scores are exact, and most of them tie."""
+    model, source = MFSpec(d=3).build(0), torch.Generator().manual_seed(0)
+    model.grow(N_USERS, N_ITEMS)
+    for table in (model.users, model.items):
+        table.weights.copy_(torch.randint(-2, 3, table.weights.shape, generator=source))
+    return model
+
+
+def batch_of(n_users: int) -> Batch:
+    return Batch(torch.arange(1, n_users + 1), torch.zeros(n_users, 0, dtype=torch.int64))
+
+
+def dense(model: MF) -> np.ndarray:
+    """(users, items) without padding, of float64."""
+    return (model.users.weights[1:].double() @ model.items.weights[1:].double().T).numpy()
+
+
+def counter(counts: list[float]) -> Popularity:
+    model = PopularitySpec().build(0)
+    model.grow(2, len(counts))
+    model.counts_I = torch.tensor([0.0, *counts], dtype=torch.float64)
+    return model
+
+
+@pytest.mark.parametrize("n_items", [N_ITEMS, ITEMS + 1])
+def test_a_rank_is_one_plus_those_ahead_plus_half_of_those_tied(n_items: int) -> None:
+    model = model_with_ties()
+    target_B = torch.randint(1, n_items + 1, (N_USERS,), generator=torch.Generator().manual_seed(1))
+    scores = dense(model)[:, :n_items]
+    own = scores[np.arange(N_USERS), target_B.numpy() - 1][:, None]
+    expected = 1 + (scores > own).sum(1) + ((scores == own).sum(1) - 1) / 2  # the target ties with itself
+    found = ranks(model, batch_of(N_USERS), target_B, n_items=n_items)
+    np.testing.assert_array_equal(found.numpy(), expected)
+
+
+def test_ranks_of_a_counter_by_hand() -> None:
+    # counts 5 2 2 9: item 4 is first, item 1 second, items 2 and 3 share places 3 and 4
+    batch = batch_of(4)
+    assert ranks(counter([5, 2, 2, 9]), batch, torch.tensor([1, 2, 3, 4])).tolist() == [2, 3.5, 3.5, 1]
+
+
+def test_a_target_that_is_not_known_has_no_rank() -> None:
+    model = counter([5, 2, 2, 9])
+    assert ranks(model, batch_of(2), torch.tensor([5, 1])).tolist() == [np.inf, 2]
+    # with only items 1 to 3 known, item 4 is not, and item 1 is first
+    assert ranks(model, batch_of(2), torch.tensor([4, 1]), n_items=3).tolist() == [np.inf, 1]
+
+
+def test_a_score_that_is_not_a_number_stops_everything() -> None:
+    model = model_with_ties()
+    model.items.weights[N_ITEMS] = torch.nan  # an item that nobody asks for
+    with pytest.raises(TrainingError, match="not finite"):
+        ranks(model, batch_of(2), torch.tensor([1, 2]))
+    with pytest.raises(TrainingError, match="not finite"):
+        top(model, batch_of(2), 3)
+    with pytest.raises(TrainingError, match="not finite"):
+        ranks(counter([1, float("inf")]), batch_of(1), torch.tensor([1]))
+
+
+def test_history_items_that_the_model_has_no_row_for_are_as_if_they_were_not_there() -> None:
+    model = InterestSpec(d=4, std=1.0).build(0)
+    model.grow(1, 3)
+    known, with_unknown = (Batch(torch.tensor([1]), torch.tensor([h])) for h in ([1, 0, 2], [1, 99, 2]))
+    target = torch.tensor([3])
+    assert torch.equal(ranks(model, with_unknown, target), ranks(model, known, target))
+    assert torch.equal(top(model, with_unknown, 3)[1], top(model, known, 3)[1])
+
+
+def test_the_top_items_are_the_first_of_a_dense_sort_without_those_banned() -> None:
+    model, source = MFSpec(d=3, std=1.0).build(0), torch.Generator().manual_seed(2)
+    model.grow(5, 8 * ITEMS + 9)  # more than one block
+    banned_BM = torch.randint(0, model.n_items + 1, (5, 4000), generator=source)
+    banned_BM[:, 0] = 8 * ITEMS + 9  # the last item, for all
+    scores = dense(model)
+    for user, banned in enumerate(banned_BM.numpy()):
+        scores[user, banned[banned > 0] - 1] = -np.inf
+    items_BK, scores_BK = top(model, batch_of(5), 50, banned_BM)
+    expected = np.argsort(-scores, axis=1)[:, :50]
+    np.testing.assert_array_equal(items_BK.numpy(), expected + 1)
+    np.testing.assert_allclose(scores_BK.numpy(), np.take_along_axis(scores, expected, 1), rtol=1e-5)
+
+
+def test_the_top_items_come_from_among_those_allowed() -> None:
+    model = counter([5, 2, 3, 9])
+    items_BK, scores_BK = top(model, batch_of(1), 9, torch.tensor([[3, 4]]), among_N=torch.tensor([2, 3]))
+    assert items_BK.tolist() == [[2, 3]]  # item 4 is banned and not allowed either
+    assert scores_BK.tolist() == [[2, -np.inf]]  # item 3 is banned: whoever shows the list leaves it out
+    assert top(model, batch_of(1), 2, among_N=torch.zeros(0, dtype=torch.int64))[0].shape == (1, 0)
+
+
+def test_asking_with_bans_changes_nothing_in_the_model() -> None:
+    model = counter([5, 2, 3, 9])
+    top(model, batch_of(1), 2, torch.tensor([[4]]))
+    assert top(model, batch_of(1), 2)[0].tolist() == [[4, 1]]
+
+
+def test_the_readouts_are_interests_of_now_those_stored_or_both() -> None:
+    model = InterestSpec(d=2, k=2, std=1.0).build(0)
+    model.grow(3, 5)
+    stored_BKD = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [0.0, 0.0]], [[7.0, 8.0], [9.0, 9.0]]])
+    alive_BK = torch.tensor([[True, True], [True, False], [True, True]])
+    old_BK = torch.tensor([[True, True], [True, False], [False, False]])  # user 3 is a newcomer
+    batch = Batch(torch.tensor([1, 2, 3]), torch.tensor([[1, 2], [3, 4], [0, 5]]), None, None, stored_BKD, alive_BK, old_BK)
+    recent, stored, both = (vectors_of(model, batch, how) for how in ("recent", "stored", "both"))
+    assert torch.equal(recent, model.user_vectors(batch))
+    # an interest that user 2 does not have repeats the first; a newcomer has nothing stored
+    assert stored[:2].tolist() == [[[1, 2], [3, 4]], [[5, 6], [5, 6]]]
+    assert torch.equal(stored[2], recent[2])
+    assert torch.equal(both, torch.cat([stored, recent], 1))
