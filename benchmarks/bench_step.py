@@ -47,4 +47,8 @@ def speed(n_items: int, epochs: int = 3) -> float:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     sizes = [int(n) for n in sys.argv[1:]] or [12_000, 100_000, 300_000]
-    print(json.dumps({"benchmark": "step", "model": "comirec-dr", "samples_per_cpu_s": {n: round(speed(n)) for n in sizes}}))
+    print(
+        json.dumps(
+            {"benchmark": "step", "model": "comirec-dr", "samples_per_cpu_s": {n: round(speed(n)) for n in sizes}}
+        )
+    )

@@ -12,8 +12,8 @@ import typer
 
 import freshrec
 from freshrec.cli_replay import replay
-from freshrec.recipes import cut_of, load_recipe
 from freshrec.data.spans import plan
+from freshrec.recipes import cut_of, load_recipe
 from freshrec.replay.results import OVERALL
 
 KEPT_COSTS = {"update_cpu_s", "rows_read", "peak_mb", "mean_k", "nid_rate", "detect_cpu_s", "extract_cpu_s", "kl_p50"}

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from results import results_page
+
 ROOT = Path(__file__).resolve().parent.parent
 TAG = re.compile(r"\[(\w+) eq\. (\w+)\]")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -119,7 +121,7 @@ def _number(number: str) -> tuple[int, str]:
 
 def pages(root: Path = ROOT) -> dict[str, str]:
     """Every generated page: path relative to the root -> what it should say."""
-    return {"docs/equations.md": equations_page(root)}
+    return {"docs/equations.md": equations_page(root), "docs/results.md": results_page(root)}
 
 
 if __name__ == "__main__":

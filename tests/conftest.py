@@ -1,10 +1,14 @@
 """What every test may ask for."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from freshrec.learn.checkpoint import save_state
+from freshrec.types import State
 
 settings.register_profile("house", derandomize=True, deadline=None)  # the same examples on every machine, at any speed
 settings.load_profile("house")
@@ -23,3 +27,15 @@ def real_log() -> Callable[[str], Path]:
         return path
 
     return find
+
+
+@pytest.fixture
+def bits(tmp_path: Path) -> Callable[[State], bytes]:
+    """`bits(state)`: all that is in a state but its costs (seconds differ); two states are equal when their bits are."""
+
+    def saved(state: State) -> bytes:
+        path = tmp_path / "bits.safetensors"
+        save_state(replace(state, costs={}), path)
+        return path.read_bytes()
+
+    return saved

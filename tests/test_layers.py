@@ -25,7 +25,7 @@ def test_squash_of_nothing_is_nothing_with_a_finite_gradient() -> None:
 
 
 def shares(logits: tuple[float, float], power: float, how: str = "soft") -> list[float]:
-    """beta of two interests with these logits for the target (1, 0, 0): they stand in coordinates 1 and 2 of the mix."""
+    """beta of two interests with these logits for the target (1, 0, 0), read off coordinates 1 and 2 of the mix."""
     vectors_BKD = torch.tensor([[[logits[0], 1.0, 0.0], [logits[1], 0.0, 1.0]]])
     mix_BD: Tensor = attend(vectors_BKD, torch.tensor([[1.0, 0.0, 0.0]]), None, how, power)
     return mix_BD[0, 1:].tolist()

@@ -117,7 +117,9 @@ def test_the_readouts_are_interests_of_now_those_stored_or_both() -> None:
     stored_BKD = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [0.0, 0.0]], [[7.0, 8.0], [9.0, 9.0]]])
     alive_BK = torch.tensor([[True, True], [True, False], [True, True]])
     old_BK = torch.tensor([[True, True], [True, False], [False, False]])  # user 3 is a newcomer
-    batch = Batch(torch.tensor([1, 2, 3]), torch.tensor([[1, 2], [3, 4], [0, 5]]), None, None, stored_BKD, alive_BK, old_BK)
+    batch = Batch(
+        torch.tensor([1, 2, 3]), torch.tensor([[1, 2], [3, 4], [0, 5]]), None, None, stored_BKD, alive_BK, old_BK
+    )
     recent, stored, both = (vectors_of(model, batch, how) for how in ("recent", "stored", "both"))
     assert torch.equal(recent, model.user_vectors(batch))
     # an interest that user 2 does not have repeats the first; a newcomer has nothing stored

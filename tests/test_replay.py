@@ -5,32 +5,34 @@ On a tiny world: 200 users, 80 items, 4,000 events, half of them the base block,
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import polars as pl
 import pytest
 import torch
 
+import freshrec
+from freshrec.data.batches import append
 from freshrec.data.log import Log
 from freshrec.data.spans import Cut, cut
 from freshrec.data.worlds import make
 from freshrec.errors import IncompatibleError
-from freshrec.learn.fit import Fit
 from freshrec.models import find_model
-from freshrec.replay.measure import SLICES, facts
-from freshrec.replay.replay import Cell, Settings, check, replay_cell
+from freshrec.models.popularity import PopularitySpec
+from freshrec.replay.measure import SLICES, Asked, Block, facts, queries_of
+from freshrec.replay.replay import Cell, Settings, absorb, check, replay_cell
 from freshrec.replay.results import OVERALL, collect
 from freshrec.replay.run import run
 from freshrec.strategies import find_strategy
-from freshrec.types import DUE, NEVER, SECRET, TEST, Events, Span, State, Strategy
+from freshrec.strategies.plain import Absorb
+from freshrec.types import DUE, NEVER, NEXT, NOW, TEST, TRAIN, Events, Histories, Span, State
 
 METRICS = ("hr@20", "ndcg@20")
 SPANS = 3
@@ -60,72 +62,208 @@ CELLS = [
 each_cell = pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.strategy.partition(":")[0])
 
 
-def ranks_of(cell: Cell, out: Path) -> dict[int, pl.DataFrame]:
-    """The rank tables of a cell by span."""
-    return {int(f.stem.rpartition("-")[2]): pl.read_parquet(f) for f in (out / cell.name).glob("span-*.parquet")}
+def written(cell: Cell, out: Path) -> dict[str, Any]:
+    """All that a cell has written, by file name, without what a clock or the memory says."""
+    folder = out / cell.name
+    found: dict[str, Any] = {file.name: pl.read_parquet(file).rows() for file in folder.glob("*.parquet")}
+    for file in folder.glob("*.json"):
+        found[file.name] = {k: repr(v) for k, v in json.loads(file.read_text()).items() if not k.endswith(TIMES)}
+    assert {path.name for path in folder.iterdir()} == found.keys()  # nothing else is left behind
+    return found
 
 
-def results_of(cell: Cell, parts: Cut, out: Path) -> pl.DataFrame:
-    """The final results, without what a clock or the memory says."""
-    results = collect([cell], facts(parts.spans), METRICS, out)
-    return results.filter(~pl.any_horizontal(pl.col("metric").str.ends_with(end) for end in TIMES))
+def ranks_of(cell: Cell, out: Path, span: int) -> pl.DataFrame:
+    return pl.read_parquet(out / cell.name / f"span-{span}.parquet")
 
 
 @each_cell
 def test_what_comes_after_a_span_changes_no_rank_up_to_it(cell: Cell, tmp_path: Path) -> None:
     clean = world()
     whole = cut_of(clean)
-    known = sum(len(span.events) for span in whole.spans[:3])  # the base and spans 1 and 2
-    future = clean.frame[known:]
+    n_known = sum(len(span.events) for span in whole.spans[:3])  # the base and spans 1 and 2
+    future = clean.frame[n_known:]
     shuffled = future.with_columns(future["user_id"].shuffle(1), future["item_id"].shuffle(2))  # the same counts
-    garbage = replace(clean, frame=pl.concat([clean.frame[:known], shuffled]))
-    for parts, name in ((whole, "clean"), (cut_of(garbage), "garbage")):
+    garbage = cut_of(replace(clean, frame=pl.concat([clean.frame[:n_known], shuffled])))
+    for parts, name in ((whole, "clean"), (garbage, "garbage")):
         list(replay_cell(cell, parts, Settings(), tmp_path / name))
-    a, b = (ranks_of(cell, tmp_path / name) for name in ("clean", "garbage"))
-    assert a[1].equals(b[1])
-    assert a[2].equals(b[2])
-    assert not a[3].equals(b[3])  # the garbage did reach the replay
+    same = [ranks_of(cell, tmp_path / "clean", t).equals(ranks_of(cell, tmp_path / "garbage", t)) for t in (1, 2, 3)]
+    assert same == [True, True, False]  # the garbage did reach the replay, in span 3
 
 
-@pytest.mark.parametrize("tune", [False, True])
+@pytest.mark.parametrize("tune", [False, True], ids=["as given", "tuned"])
 @each_cell
 def test_a_cell_that_stops_after_a_span_resumes_as_if_it_had_not(cell: Cell, tune: bool, tmp_path: Path) -> None:
     parts, settings = cut_of(world()), Settings(tune=tune)
     assert list(replay_cell(cell, parts, settings, tmp_path / "whole")) == [0, 1, 2, 3]
     assert list(islice(replay_cell(cell, parts, settings, tmp_path / "parts"), 3)) == [0, 1, 2]
     assert list(replay_cell(cell, parts, settings, tmp_path / "parts")) == [3]
-    whole, resumed = (ranks_of(cell, tmp_path / name) for name in ("whole", "parts"))
-    assert all(whole[t].equals(resumed[t]) for t in (1, 2, 3))
-    assert results_of(cell, parts, tmp_path / "whole").equals(results_of(cell, parts, tmp_path / "parts"))
+    assert written(cell, tmp_path / "parts") == written(cell, tmp_path / "whole")
 
 
-def test_a_cell_killed_before_any_of_its_writes_resumes_as_if_it_had_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def kill_before(n_writes: int) -> Callable[[Path, Path], Path]:
+    """What stands in for `Path.replace`, in which every write ends: the process dies before its n-th."""
+    rename, left = Path.replace, iter(range(n_writes))
+
+    def rename_or_die(self: Path, target: Path) -> Path:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    return rename_or_die
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 11])
+def test_a_cell_killed_between_any_two_writes_resumes_as_if_it_had_not(
+    n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # the base writes costs 0 and state 1, span 1 ranks 2, costs 3, state 4; after three spans 11 marks the end
     cell, parts = cell_of("popularity", "absorb"), cut_of(world())
-    list(replay_cell(cell, parts, Settings(), tmp_path / "whole"))
-    expected, original, n_writes = results_of(cell, parts, tmp_path / "whole"), Path.replace, 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", kill_before(n))
+        with pytest.raises(KeyboardInterrupt):
+            list(replay_cell(cell, parts, Settings(), tmp_path / "killed"))
+    for name in ("killed", "whole"):
+        list(replay_cell(cell, parts, Settings(), tmp_path / name))
+    assert written(cell, tmp_path / "killed") == written(cell, tmp_path / "whole")
 
-    def killed(left: list[int]) -> None:
-        """Every write ends in a rename; the one after `left` others does not come to be."""
 
-        def rename(self: Path, target: Path) -> Path:
-            if not left[0]:
-                raise KeyboardInterrupt
-            left[0] -= 1
-            return original(self, target)
+def go(out: str) -> None:
+    """What the process does that is killed below."""
+    run([CELLS[1]], cut_of(world()), Settings(), Path(out), tell=lambda cell, span: None)
 
-        monkeypatch.setattr(Path, "replace", rename)
 
-    while True:
-        out = tmp_path / str(n_writes)
-        killed([n_writes])
-        try:
-            list(replay_cell(cell, parts, Settings(), out))
-            break
-        except KeyboardInterrupt:
-            monkeypatch.undo()
-            list(replay_cell(cell, parts, Settings(), out))
-            assert results_of(cell, parts, out).equals(expected)
-            n_writes += 1
-    assert n_writes == 3 + 3 * 2 + 2  # ranks in 3 spans, costs in 4, the state in 4, and the mark that all is done
+@pytest.mark.slow
+def test_a_process_killed_twice_resumes_to_the_results_of_one_that_was_not(tmp_path: Path) -> None:
+    cell, parts = CELLS[1], cut_of(world())
+    places = [str(Path(freshrec.__file__).parents[1]), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", f"import test_replay; test_replay.go({str(tmp_path / 'killed')!r})"]
+    for file in ("costs-0.json", "costs-2.json"):
+        process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(places)})
+        while not (tmp_path / "killed" / cell.name / file).exists() and process.poll() is None:
+            time.sleep(0.005)
+        process.kill()
+        assert process.wait() == -9  # it was still running
+    for name in ("killed", "whole"):
+        go(str(tmp_path / name))
+    results = [collect([cell], facts(parts.spans), METRICS, tmp_path / name) for name in ("killed", "whole")]
+    killed, whole = (r.filter(~pl.col("metric").str.contains("_s$|_mb$")) for r in results)
+    assert killed.equals(whole)
+
+
+def test_facts_by_hand() -> None:
+    # (user, item) by span, all of them targets after the base: 11 11 22 | 13 31 | 13 21 34
+    cut = [([1, 1, 2], [1, 1, 2], 2, 2), ([1, 3], [3, 1], 3, 3), ([1, 2, 3], [3, 1, 4], 3, 4)]
+    spans = []
+    for t, (users, items, n_users, n_items) in enumerate(cut):
+        events = Events.of(torch.tensor(users), torch.tensor(items))
+        spans.append(Span(t, replace(events, role_E=torch.full_like(events.role_E, TEST)), n_users, n_items))
+    found = facts(tuple(spans))
+    assert found.select("span", "event", "user", "item").rows() == [
+        (1, 0, 1, 3), (1, 1, 3, 1), (2, 0, 1, 3), (2, 1, 2, 1), (2, 2, 3, 4),
+    ]  # fmt: skip
+    assert found["known pair"].to_list() == [False, False, True, False, False]  # only user 1 comes back to item 3
+    assert found["unseen item"].to_list() == [True, False, False, False, True]
+    assert found["new item"].to_list() == [False, True, True, False, False]  # of the span before: item 1, item 3
+    assert found["old item"].to_list() == [False, False, False, True, False]
+    assert found["new user"].to_list() == [False, True, False, False, False]
+    # before span 1 item 1 has two of three events, before span 2 three of five: half and more, alone
+    assert found["head"].to_list() == [False, True, False, True, False]
+
+
+def test_slices_sum_to_the_whole(tmp_path: Path) -> None:
+    cell, parts = CELLS[0], cut_of(world())
+    list(replay_cell(cell, parts, Settings(), tmp_path))
+    results = collect([cell], facts(parts.spans), METRICS, tmp_path).filter(pl.col("metric") == "hr@20")
+    n = {(span, part): n for span, part, n in results.select("span", "slice", "n").iter_rows()}
+    for span in (OVERALL, 1, 2, 3):
+        for family in (("known pair", "new pair"), ("old item", "new item", "unseen item"), ("old user", "new user"),
+                       ("head", "tail")):  # fmt: skip
+            assert set(family) <= SLICES.keys()
+            assert sum(n.get((span, part), 0) for part in family) == n[span, "all"]
+
+
+def test_only_secret_events_are_asked_again_after_every_later_update(tmp_path: Path) -> None:
+    cell, parts = CELLS[1], cut_of(world())
+    list(replay_cell(cell, parts, Settings(), tmp_path))
+    rows = pl.concat(ranks_of(cell, tmp_path, t) for t in (1, 2, 3))
+    for asked in (1, 2, 3):
+        events = {after: e.to_list() for (after,), e in _events_by_update(rows.filter(pl.col("asked") == asked))}
+        is_secret_E = parts.spans[asked].events.joins_E == NEVER
+        secret = [event for event in events[asked - 1] if is_secret_E[event]]
+        assert 0 < len(secret) < len(events[asked - 1])
+        assert all(events[after] == secret for after in range(asked, 4))
+
+
+def _events_by_update(rows: pl.DataFrame) -> list[tuple[tuple[Any, ...], pl.Series]]:
+    return [(key, group["event"]) for key, group in rows.group_by("after", maintain_order=True)]
+
+
+@dataclass(frozen=True)
+class Spy:
+    """Absorbs, and notes at which times the events happened that each update may train on."""
+
+    times: list[list[int]] = field(default_factory=list)
+    needs = "counters"
+    base = "absorb"
+
+    def update(self, state: State, span: Span) -> State:
+        self.times.append(state.recent.times_R[state.recent.due_R == DUE].sort().values.tolist())
+        return Absorb().update(state, span)
+
+
+def test_an_update_trains_on_its_span_and_on_what_the_last_one_held_back_but_never_on_secrets(tmp_path: Path) -> None:
+    spy, parts = Spy(), cut_of(world())
+    list(replay_cell(Cell("popularity", PopularitySpec(), "spy", spy, 0), parts, Settings(), tmp_path))
+    held: list[int] = []
+    for span, times in zip(parts.spans, spy.times):
+        assert times == sorted(held + span.events.times_E[span.events.joins_E == NOW].tolist())
+        held = span.events.times_E[span.events.joins_E == NEXT].tolist()
+    assert any(bool((span.events.joins_E == NEVER).any()) for span in parts.spans)
+
+
+def test_what_is_absorbed_counts_all_events_but_the_secret_ones() -> None:
+    span = cut_of(world()).spans[1]
+    state = absorb(State(PopularitySpec().build(0)), span.events, span.n_users, span.n_items)
+    assert state.model.counts_I.sum() == (span.events.joins_E != NEVER).sum() < len(span.events)
+    assert len(state.recent.items_R) == len(span.events)  # as history, the user's own, they are all there
+
+
+@pytest.mark.parametrize("cell", CELLS[:2], ids=["item-knn", "sasrec"])
+def test_a_finer_cadence_asks_the_same_targets_and_its_first_block_meets_the_same_base(
+    cell: Cell, tmp_path: Path
+) -> None:
+    parts = cut_of(world())
+    for cadence in (1, 2):
+        list(islice(replay_cell(cell, parts, Settings(cadence), tmp_path / str(cadence)), 2))
+    one, two = (ranks_of(cell, tmp_path / str(cadence), 1).filter(pl.col("after") == 0) for cadence in (1, 2))
+    assert one.select("event", "user").equals(two.select("event", "user"))  # one row per target
+    early = pl.col("event") < len(parts.spans[1].events) // 2
+    assert one.filter(early).equals(two.filter(early))
+    if cell.strategy == "absorb":  # the second block meets a model that has counted the first
+        assert not one.filter(~early).equals(two.filter(~early))
+
+
+def test_a_query_has_all_of_its_users_events_before_it_those_of_its_own_block_too() -> None:
+    # before: user 1 has item 5; the block: 1-6 1-7 2-8 1-9, of which all but the first are targets
+    recent = append(Histories.empty(), Events.of(torch.tensor([1]), torch.tensor([5])), 1)
+    events = Events.of(torch.tensor([1, 1, 2, 1]), torch.tensor([6, 7, 8, 9]))
+    events = replace(events, role_E=torch.tensor([TRAIN, TEST, TEST, TEST], dtype=torch.int8))
+    queries = queries_of(recent, Block(events, first=10, n_users=2, n_items=5), 2)
+    assert queries.items_N.tolist() == [7, 9]  # user 2 has no event before
+    assert queries.histories_NT.tolist() == [[5, 6], [6, 7]]  # at most two
+    assert queries.events_N.tolist() == [11, 13]
+    no_minimum = queries_of(recent, Block(events, 10, 2, 5), 2, Asked(min_history=0))
+    assert no_minimum.histories_NT.tolist() == [[5, 6], [0, 0], [6, 7]]
+
+
+@pytest.mark.parametrize(
+    ("model", "strategy", "why"),
+    [
+        ("sasrec", "absorb", "learns only by training"),
+        ("item-knn", "finetune", "its only strategy is absorb"),
+        ("sasrec", "imsr", "several interests"),
+    ],
+)
+def test_a_strategy_refuses_a_model_it_cannot_update(model: str, strategy: str, why: str) -> None:
+    with pytest.raises(IncompatibleError, match=why):
+        check(find_model(model), model, find_strategy(strategy), strategy)

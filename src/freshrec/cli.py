@@ -15,11 +15,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from freshrec.cli_options import pairs, words
+from freshrec.cli_replay import demo, replay
 from freshrec.data.formats import FORMATS
 from freshrec.data.log import ALIASES, read_log
 from freshrec.data.validate import Report
 from freshrec.data.validate import validate as report_of
-from freshrec.errors import FreshrecError, OptionError, unknown
+from freshrec.errors import FreshrecError, unknown
 
 if TYPE_CHECKING:
     from freshrec.serve.recommender import Recommender
@@ -132,6 +134,10 @@ def recommend(
     Console(highlight=False).print(table)
 
 
+app.command()(replay)
+app.command()(demo)
+
+
 @app.command("list")
 def list_names(
     kind: Annotated[str, typer.Argument(metavar="KIND", help=f"What to list: {', '.join(KINDS)}.")],
@@ -185,22 +191,6 @@ def options_of(instance: Any) -> list[str]:
         elif value != default:
             options.append(f"{name}={'none' if value is None else value}")
     return options
-
-
-def pairs(text: str) -> dict[str, str]:
-    """`a=b,c=d` as a dict. OptionError for what is not a pair."""
-    found = {}
-    for pair in words(text):
-        ours, equals, theirs = pair.partition("=")
-        if not (ours and equals and theirs):
-            raise OptionError(f'"{pair[:60]}" is not a pair of column names; write --columns user_id=uid,item_id=sku.')
-        found[ours.strip()] = theirs.strip()
-    return found
-
-
-def words(text: str) -> list[str]:
-    """`a,b` as a list."""
-    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _print_report(report: Report, name: str) -> None:

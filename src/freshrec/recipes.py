@@ -105,7 +105,14 @@ def log_of(recipe: Recipe) -> Log:
     if not part.path:
         raise OptionError("a replay needs a log: give LOG, --world NAME, or log.path in the recipe.")
     columns, events, users = part.columns, part.events, part.users or None
-    log = read_log(Path(part.folder) / part.path, columns=columns, format=part.format or None, events=events, users=users, seed=part.seed)
+    log = read_log(
+        Path(part.folder) / part.path,
+        columns=columns,
+        format=part.format or None,
+        events=events,
+        users=users,
+        seed=part.seed,
+    )
     return positives(log)
 
 

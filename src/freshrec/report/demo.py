@@ -10,6 +10,7 @@ from scipy.stats import mannwhitneyu
 
 from freshrec.data.spans import Cut, cut
 from freshrec.data.worlds import World, make
+from freshrec.learn.checkpoint import load_state
 from freshrec.models import CONTROLS, MODELS
 from freshrec.replay.measure import facts
 from freshrec.replay.replay import Cell, Settings, absorb
@@ -27,21 +28,40 @@ update sees only the newest events.
 """
 
 
-def demo(out: Path, tell: Tell, jobs: int = 1) -> str:
-    """Replay the newborn world into `out`; the table and its explanation, made from the numbers."""
-    world = make("newborn", users=1000, items=400, events=60_000, spans=4)
-    spans = cut(world.log, by="period", spans=4)
-    cells = [Cell(name, spec, "absorb", STRATEGIES["absorb"], 0) for name, spec in CONTROLS.items()]
-    cells += [Cell("comirec-dr", MODELS["comirec-dr"], way, STRATEGIES[way], 0) for way in WAYS]
-    run(cells, spans, Settings(), out, jobs=jobs, tell=tell)
-    results = collect(cells, facts(spans.spans), METRICS, out)
-    found = detection(world, spans, out)
-    return (out / "table.md").read_text() + EXPLAINED + "\n".join(sentences(results)) + "\n" + found.sentence() + "\n"
+@dataclass(frozen=True, eq=False)
+class Known:
+    """A world, and its log in spans."""
+
+    world: World
+    cut: Cut
+
+
+def world() -> Known:
+    """Half of the users gain an interest on the way."""
+    made = make("newborn", users=1000, items=400, events=60_000, spans=4)
+    return Known(made, cut(made.log, by="period", spans=4))
+
+
+def cells() -> list[Cell]:
+    """The controls, and ComiRec-DR updated in four ways."""
+    controls = [Cell(name, spec, "absorb", STRATEGIES["absorb"], 0) for name, spec in CONTROLS.items()]
+    return controls + [Cell("comirec-dr", MODELS["comirec-dr"], way, STRATEGIES[way], 0) for way in WAYS]
+
+
+def demo(known: Known, out: Path, tell: Tell, jobs: int = 1) -> str:
+    """Replay the world into `out`; the table and its explanation, made from the numbers."""
+    run(cells(), known.cut, Settings(), out, jobs=jobs, tell=tell)
+    results = collect(cells(), facts(known.cut.spans), METRICS, out)
+    base = load_state(next((out / "bases").glob("comirec-dr--0--*.safetensors")))
+    found = judged(base, known, Detect())
+    return (out / "table.md").read_text() + EXPLAINED + "\n".join([*sentences(results), found.sentence()])
 
 
 def sentences(results: pl.DataFrame) -> list[str]:
     """What the table says about quality, cost and forgetting; each sentence follows from the numbers beside it."""
-    overall = results.filter((pl.col("span") == OVERALL) & (pl.col("slice") == "all") & (pl.col("model") == "comirec-dr"))
+    overall = results.filter(
+        (pl.col("span") == OVERALL) & (pl.col("slice") == "all") & (pl.col("model") == "comirec-dr")
+    )
     value = {(r["strategy"], r["metric"]): r for r in overall.iter_rows(named=True)}
 
     def quality(way: str) -> float:
@@ -71,7 +91,9 @@ def sentences(results: pl.DataFrame) -> list[str]:
         "- Forgetting is what today's model has lost on earlier spans' questions; below zero it has gained. "
         f"Fine-tuning: {lost:+.1f} points, IMSR: {100 * value['imsr', 'forgetting ndcg@20']['value']:+.1f}.",
     ]
-    controls = results.filter((pl.col("span") == OVERALL) & (pl.col("slice") == "all") & (pl.col("metric") == "ndcg@20"))
+    controls = results.filter(
+        (pl.col("span") == OVERALL) & (pl.col("slice") == "all") & (pl.col("metric") == "ndcg@20")
+    )
     best = controls.filter(pl.col("model").is_in(list(CONTROLS))).sort("value", descending=True).row(0, named=True)
     ways = ", ".join(w for w in WAYS if quality(w) > 100 * best["value"]) or "none"
     said.append(f"- The best control is {best['model']} with {100 * best['value']:.1f} %; above it: {ways}.")
@@ -97,22 +119,14 @@ class Detection:
         )
 
 
-def detection(world: World, spans: Cut, out: Path) -> Detection:
-    """Judge span 1 with the base model that the replay in `out` has trained."""
-    from freshrec.learn.checkpoint import load_state
-
-    base = load_state(next((out / "bases").glob("comirec-dr--0--*.safetensors")))
-    return judged(base, world, spans, Detect())
-
-
-def judged(base: State, world: World, spans: Cut, detect: Detect) -> Detection:
+def judged(base: State, known: Known, detect: Detect) -> Detection:
     """`detect` on span 1, from the state after the base block."""
-    span = spans.spans[1]
+    span, truth = known.cut.spans[1], known.world.truth
     state = absorb(base, span.events, base.model.n_users, base.model.n_items)
-    assert state.users is not None and world.truth is not None
+    assert state.users is not None and truth is not None
     puzzled_N, users_N, kl_N = detect.judge(state.model, state.users, state.recent, base.model.n_items)
-    gained = world.truth.filter(pl.col("span") == 1)["user_id"].unique()
-    gained_N = np.isin(users_N.numpy(), spans.users.rows(gained).numpy())
+    gained = truth.filter(pl.col("span") == 1)["user_id"].unique()
+    gained_N = np.isin(users_N.numpy(), known.cut.users.rows(gained).numpy())
     auc = float(mannwhitneyu(-kl_N.numpy()[gained_N], -kl_N.numpy()[~gained_N]).statistic)
     hits = int(torch.isin(puzzled_N, users_N[torch.from_numpy(gained_N)]).sum())
     n_gained = int(gained_N.sum())

@@ -178,8 +178,8 @@ def is_trivial(residual_BKD: Tensor, c2: float, scale_B: Tensor | float = 1.0) -
 
     Differs from the paper, which prints the norm of the projection: that would drop the most novel interests.
     """
-    limit_B = torch.as_tensor(scale_B) * c2
-    return residual_BKD.norm(dim=2) < limit_B[..., None]
+    norm_BK: Tensor = residual_BKD.norm(dim=2)
+    return norm_BK < (torch.as_tensor(scale_B) * c2)[..., None]
 
 
 @dataclass(frozen=True)

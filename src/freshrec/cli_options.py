@@ -1,0 +1,19 @@
+"""How options with several values are written: `a=b,c=d` and `a,b`."""
+
+from freshrec.errors import OptionError
+
+
+def pairs(text: str) -> dict[str, str]:
+    """`a=b,c=d` as a dict. OptionError for what is not a pair."""
+    found = {}
+    for pair in words(text):
+        ours, equals, theirs = pair.partition("=")
+        if not (ours and equals and theirs):
+            raise OptionError(f'"{pair[:60]}" is not a pair of column names; write --columns user_id=uid,item_id=sku.')
+        found[ours.strip()] = theirs.strip()
+    return found
+
+
+def words(text: str) -> list[str]:
+    """`a,b` as a list."""
+    return [word.strip() for word in text.split(",") if word.strip()]

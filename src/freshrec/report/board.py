@@ -1,0 +1,79 @@
+"""What a person sees of a replay: the plan, an estimate, a live table while it runs."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import polars as pl
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from freshrec.replay.metrics import evaluate
+from freshrec.replay.replay import Cell
+
+
+class Board:
+    """ndcg@20 of each cell and span as they come in: a live table on a terminal, plain lines elsewhere."""
+
+    def __init__(self, cells: list[Cell], spans: list[int], out: Path, console: Console) -> None:
+        self.cells, self.spans, self.out, self.console = cells, spans, out, console
+        self.seen: dict[tuple[str, int], str] = {}
+        self.since = time.monotonic()
+        self._live: Live | None = None
+
+    def live(self) -> Live:
+        """The context in which the table is drawn."""
+        self._live = Live(self._table(), console=self.console, auto_refresh=False, transient=True)
+        return self._live
+
+    def tell(self, cell: Cell, span: int) -> None:
+        """A cell has finished a span."""
+        file = self.out / cell.name / f"span-{span}.parquet"
+        cost = json.loads((self.out / cell.name / f"costs-{span}.json").read_text())["update_cpu_s"]
+        quality = ""
+        if file.exists():
+            tested = pl.read_parquet(file).filter((pl.col("after") == span - 1) & (pl.col("readout") == "recent"))
+            quality = f"{100 * evaluate(tested['rank'].to_numpy(), ['ndcg@20']).mean():.2f}" if len(tested) else "-"
+        self.seen[cell.name, span] = quality
+        if self.console.is_terminal and self._live is not None:
+            self._live.update(self._table(), refresh=True)
+            return
+        done, total = len(self.seen), len(self.cells) * (len(self.spans) + 1)
+        passed = time.monotonic() - self.since
+        text = (
+            f"{cell.model} {cell.strategy} seed {cell.seed} span {span}: ndcg@20 {quality or '-'} %, {cost:.1f} CPU-s"
+        )
+        print(f"[{done}/{total}, {passed:.0f} s] {text}", file=sys.stderr, flush=True)  # noqa: T201
+
+    def _table(self) -> Table:
+        table = Table(title=f"ndcg@20 in %, {time.monotonic() - self.since:.0f} s", title_justify="left")
+        for head in ("model", "strategy", "seed", *(f"span {span}" for span in self.spans)):
+            table.add_column(head, justify="right" if head.startswith("s") else "left")
+        for cell in self.cells:
+            values = [self.seen.get((cell.name, span), "") for span in self.spans]
+            table.add_row(cell.model, cell.strategy, str(cell.seed), *values)
+        return table
+
+
+def print_plan(console: Console, cells: list[Cell], spans: pl.DataFrame, notes: tuple[str, ...]) -> None:
+    table = Table(title=f"{len(cells)} cells", title_justify="left")
+    for name in spans.columns:
+        table.add_column(name.replace("_", " "), justify="right" if spans[name].dtype.is_numeric() else "left")
+    for row in spans.iter_rows():
+        table.add_row(*("" if v is None else f"{v:.2f}" if isinstance(v, float) else f"{v}" for v in row))
+    console.print(table)
+    for note in notes:
+        console.print(f"note: {note}")
+
+
+def print_estimate(console: Console, seconds: pl.DataFrame) -> None:
+    table = Table(title="estimated CPU seconds (within a factor of 2)", title_justify="left")
+    for name in seconds.columns:
+        table.add_column(name.replace("_", " "))
+    for row in seconds.iter_rows():
+        table.add_row(*(f"{v:.0f}" if isinstance(v, float) else f"{v}" for v in row))
+    console.print(table)
+    total = sum(seconds["base_s"].to_list()) + sum(seconds["updates_s"].to_list())
+    console.print(f"in all {total:.0f} s with --jobs 1; measuring comes on top")

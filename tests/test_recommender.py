@@ -1,0 +1,259 @@
+"""The Python face: what it answers, by hand and in worlds; that it is the replay's own path; that it survives a disk."""
+
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+import torch.nn.functional as F
+
+from freshrec.data.spans import cut
+from freshrec.data.worlds import make
+from freshrec.errors import FreshrecError, IncompatibleError, LogError, OptionError, StateError
+from freshrec.learn.fit import Fit
+from freshrec.models.mf import MFSpec
+from freshrec.replay.measure import facts
+from freshrec.replay.replay import Cell, Settings, replay_cell
+from freshrec.replay.results import collect
+from freshrec.serve import recommender as recommender_module
+from freshrec.serve.recommender import Recommender
+from freshrec.strategies.plain import FineTune
+
+NOON = 1_767_268_800  # 2026-01-01, in seconds
+# Counts: a 3, b 2, c 1. The popularity shown to strangers halves with every event here (a sixth of six): a has
+# 1/32 + 1/16 + 1/2 = 0.59, b 1/8 + 1/4 = 0.375, c 1, so that c comes first.
+LOG = pl.DataFrame(
+    {"user_id": ["u1", "u2", "u1", "u2", "u3", "u3"], "item_id": list("aabbac"), "timestamp": range(NOON, NOON + 6)}
+)
+FAST = "finetune:fit.base_epochs=1:fit.epochs=1"
+WAYS = [
+    ("popularity", None),
+    ("item-knn", None),
+    ("mf:d=16", FAST),
+    ("sasrec:d=16", FAST),
+    ("comirec-dr:d=16", "imsr:fit.base_epochs=1:fit.epochs=1"),
+    ("sasrec:d=16", "full:fit.base_epochs=1"),
+]
+each_way = pytest.mark.parametrize(("model", "strategy"), WAYS)
+
+
+def days(world: str = "drift") -> tuple[pl.DataFrame, pl.DataFrame]:
+    """A log of 3,000 events, and the 1,000 after them, with new users and items."""
+    frame = make(world, users=200, items=80, events=4000).log.frame.select("user_id", "item_id", "time")
+    return frame[:3000], frame[3000:]
+
+
+def events(*pairs: str) -> pl.DataFrame:
+    """events("u1 a", "u1 b"): later than LOG."""
+    users, items = zip(*(pair.split() for pair in pairs))
+    return pl.DataFrame({"user_id": users, "item_id": items, "timestamp": range(NOON + 60, NOON + 60 + len(pairs))})
+
+
+def items_of(found: pl.DataFrame) -> str:
+    return "".join(found["item_id"])
+
+
+def test_popular_items_by_hand() -> None:
+    found = Recommender("popularity").fit(LOG).recommend(["u3", "u1"], k=2, filter_seen=False)
+    assert found.rows() == [
+        ("u3", "a", 3.0, 1, None), ("u3", "b", 2.0, 2, None), ("u1", "a", 3.0, 1, None), ("u1", "b", 2.0, 2, None),
+    ]  # fmt: skip
+    assert found.columns == ["user_id", "item_id", "score", "rank", "fallback"]
+
+
+def test_what_a_user_has_had_is_left_out_however_long_ago_it_was() -> None:
+    recommender = Recommender("popularity:length=1").fit(LOG)  # the model itself keeps a single event a user
+    assert items_of(recommender.recommend("u1")) == "c"
+    assert items_of(recommender.recommend("u3")) == "b"
+    recommender.update(events("u1 c"))
+    assert items_of(recommender.recommend("u1")) == ""  # nothing is left
+
+
+def test_allowed_and_denied_items() -> None:
+    recommender = Recommender("popularity").fit(LOG)
+    assert items_of(recommender.recommend("u1", filter_seen=False, allow=["c", "b", "new"])) == "bc"
+    assert items_of(recommender.recommend("u1", filter_seen=False, deny="a")) == "bc"
+    assert items_of(recommender.recommend("u1", allow=["a", "c"], deny=["c"])) == ""  # a has been seen
+    assert items_of(recommender.recommend("u1", filter_seen=False, allow=[])) == ""
+
+
+def test_a_stranger_gets_what_is_popular_now_with_the_reason() -> None:
+    found = Recommender("sasrec:d=16", FAST).fit(LOG).recommend(["nobody", "u1"], k=3, filter_seen=False)
+    stranger, known = found.filter(pl.col("user_id") == "nobody"), found.filter(pl.col("user_id") == "u1")
+    assert items_of(stranger) == "cab"
+    assert stranger["score"].to_list() == pytest.approx([1, 0.59375, 0.375])
+    assert stranger["fallback"].unique().to_list() == ["unknown user"]
+    assert known["fallback"].unique().to_list() == [None]
+
+
+def test_a_counter_with_nothing_to_say_says_so_instead_of_guessing() -> None:
+    # item-knn: a and b are neighbours, and a and c; somebody with c alone gets a, and b only because it is popular
+    recommender = Recommender("item-knn").fit(LOG).update(events("u4 c"))
+    found = recommender.recommend("u4", k=3)
+    assert items_of(found) == "ab"
+    assert found["fallback"].to_list() == [None, "no more items with a score"]
+    assert found["rank"].to_list() == [1, 2]
+
+
+def test_new_users_and_items_are_recommended_after_an_update() -> None:
+    recommender = Recommender("popularity").fit(LOG).update(events(*["u9 new"] * 4))
+    assert items_of(recommender.recommend("u1", k=1)) == "new"  # four events, more than any other
+    assert recommender.recommend("u9")["fallback"].unique().to_list() == [None]  # no stranger any more
+
+
+def test_the_update_reads_its_rows_as_the_fit_did() -> None:
+    ours = {"user_id": "who", "item_id": "what", "timestamp": "when"}
+    log, new = LOG.rename(ours), events("u1 c").rename(ours)
+    recommender = Recommender("popularity").fit(log, columns=ours).update(new)
+    assert recommender.sizes() == {"events": 7, "users": 3, "items": 3}
+
+
+def test_exposures_teach_nothing() -> None:
+    labelled = LOG.with_columns(label=pl.Series([1, 1, 1, 1, 1, 0]))
+    assert Recommender("popularity").fit(labelled).sizes() == {"events": 5, "users": 3, "items": 2}
+
+
+def test_each_of_two_colours_is_offered_its_own() -> None:
+    # in the checkerboard world even users take even items only
+    old, new = days("checkerboard")
+    for model, strategy in (("item-knn", None), ("sasrec:d=16", "finetune:fit.base_epochs=8:fit.epochs=1")):
+        users = old["user_id"].unique()[:100]
+        found = Recommender(model, strategy).fit(old).update(new).recommend(users, k=5, filter_seen=False)
+        assert (found["user_id"] % 2 == found["item_id"] % 2).mean() > 0.99
+
+
+@each_way
+def test_fit_then_evaluate_is_what_a_replay_measures(model: str, strategy: str | None, tmp_path: Path) -> None:
+    log = make("drift", users=200, items=80, events=4000).log
+    parts = cut(log, by="count", spans=1, targets="all", forget_users=0)
+    n_base = len(parts.spans[0].events)
+    recommender = Recommender(model, strategy).fit(log.frame[:n_base])
+    found = recommender.evaluate(log.frame[n_base:])
+    name, way = recommender.names
+    cell = Cell(name, recommender.served.state.model.spec, way, recommender.strategy, 0)
+    list(replay_cell(cell, parts, Settings(), tmp_path))
+    results = collect([cell], facts(parts.spans), ["hr@20", "ndcg@20"], tmp_path)
+    rows = results.filter((pl.col("span") == 1) & (pl.col("slice") == "all") & (pl.col("model") == name))
+    expected = rows.filter(pl.col("metric").is_in(found["metric"].to_list()))
+    assert found["value"].to_list() == pytest.approx(expected["value"].to_list(), abs=1e-12)
+    assert found["n"].to_list() == expected["n"].to_list()
+
+
+def test_an_evaluation_by_hand() -> None:
+    recommender = Recommender("popularity").fit(LOG)
+    # u1 is asked for a (rank 1) and c (rank 3): hr@1 is 1/2; u9's first event is not asked for, the second, a, is
+    # rank 1, the third is an unknown item and a miss: 1/2 too. mrr@3: u1 (1 + 1/3) / 2 = 2/3, u9 (1 + 0) / 2 = 1/2.
+    found = recommender.evaluate(events("u1 a", "u9 b", "u1 c", "u9 a", "u9 new"), ["hr@1", "mrr@3"])
+    assert found.select("metric", "n", "n_users").rows() == [("hr@1", 4, 2), ("mrr@3", 4, 2)]
+    assert found["value"].to_list() == pytest.approx([1 / 2, (2 / 3 + 1 / 2) / 2])
+    assert (found["low"] <= found["value"]).all()
+    assert recommender.sizes() == {"events": 6, "users": 3, "items": 3}  # nothing was learnt
+
+
+@each_way
+def test_a_saved_recommender_answers_and_learns_as_the_one_in_memory(
+    model: str, strategy: str | None, tmp_path: Path
+) -> None:
+    old, new = days()
+    users = [*new["user_id"].unique()[:20], 10**9]
+    recommender = Recommender(model, strategy).fit(old)
+    recommender.save(tmp_path)
+    loaded = Recommender.load(tmp_path)
+    assert loaded.names == recommender.names
+    assert loaded.recommend(users).equals(recommender.recommend(users))
+    assert loaded.update(new).recommend(users).equals(recommender.update(new).recommend(users))
+
+
+def test_a_save_that_dies_leaves_the_recommender_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recommender = Recommender("popularity").fit(LOG)
+    recommender.save(tmp_path)
+
+    def die(text: str, path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recommender_module, "save_text", die)
+    with pytest.raises(KeyboardInterrupt):
+        recommender.update(events("u1 c")).save(tmp_path)
+    monkeypatch.undo()
+    assert Recommender.load(tmp_path).sizes()["events"] == 6
+    recommender.save(tmp_path)
+    assert Recommender.load(tmp_path).sizes()["events"] == 7
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["part-2", "recommender.json"]
+
+
+def test_similar_items_of_a_pair_counter_are_those_it_was_seen_with() -> None:
+    recommender = Recommender("item-knn").fit(LOG)
+    assert recommender.similar_items("b")["similar_id"].to_list() == ["a"]
+    # a stands with b in two histories, with c in one
+    assert recommender.similar_items(["a"], k=2).select("item_id", "similar_id", "rank").rows() == [
+        ("a", "b", 1), ("a", "c", 2),
+    ]  # fmt: skip
+
+
+def test_similar_items_of_a_model_with_vectors_are_the_nearest_by_cosine() -> None:
+    recommender = Recommender("sasrec:d=16", FAST).fit(days()[0])
+    served = recommender.served
+    vectors_ID = F.normalize(served.state.model.item_vectors()[1:].double(), dim=1)
+    cosines = (vectors_ID @ vectors_ID[4]).index_fill(0, torch.tensor([4]), -2)  # of row 5, without itself
+    item = served.items.ids(torch.tensor([5]))[0]
+    found = recommender.similar_items([item], k=3)
+    expected = cosines.topk(3)
+    assert found["similar_id"].to_list() == served.items.ids(expected.indices + 1).to_list()
+    assert found["score"].to_list() == pytest.approx(expected.values.tolist(), abs=1e-5)
+
+
+def test_ids_given_as_text_find_integers() -> None:
+    recommender = Recommender("popularity").fit(days()[0])
+    assert recommender.recommend(["3", "5"]).equals(recommender.recommend([3, 5]))
+
+
+def test_models_and_strategies_may_be_ones_own_instances() -> None:
+    recommender = Recommender(MFSpec(d=8), FineTune(Fit(epochs=1, base_epochs=1)), seed=3).fit(LOG)
+    assert recommender.names == ("MFSpec", "FineTune")
+    assert len(recommender.recommend("u1", filter_seen=False)) == 3
+
+
+def test_partial_fit_is_update() -> None:
+    assert Recommender.partial_fit is Recommender.update
+    assert Recommender.update.__doc__ is not None
+    assert "only the new rows are needed" in Recommender.update.__doc__.partition("\n")[0]
+
+
+ERRORS = [
+    (lambda r: Recommender("popularity").recommend("u1"), StateError, "call fit"),
+    (lambda r: Recommender("poplarity"), OptionError, 'did you mean "popularity"'),
+    (lambda r: Recommender("popularity", "finetune"), IncompatibleError, "only strategy is absorb"),
+    (lambda r: r.recommend("u1", k=0), OptionError, "k is 0"),
+    (lambda r: r.recommend(["u1", 2]), LogError, "mixes numbers and text"),
+    (lambda r: r.recommend([1, 2]), LogError, "use one kind"),
+    (lambda r: Recommender("popularity").fit(days()[0]).recommend("x"), LogError, "not an integer"),
+    (lambda r: r.similar_items("z"), OptionError, '"z" has never occurred'),
+    (lambda r: r.similar_items("a"), IncompatibleError, "use item-knn"),
+    (lambda r: r.evaluate(events("u9 a")), LogError, "nothing can be asked"),
+    (lambda r: r.evaluate(LOG, ["ndgc@20"]), OptionError, 'did you mean "ndcg"'),
+    (lambda r: r.update(LOG.head(0)), LogError, "no rows"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "told"), ERRORS)
+def test_what_cannot_be_done_is_told_in_a_sentence(call: object, error: type[FreshrecError], told: str) -> None:
+    recommender = Recommender("popularity").fit(LOG)
+    with pytest.raises(error, match=told):
+        call(recommender)  # type: ignore[operator]
+
+
+def test_a_folder_that_is_no_recommender_is_neither_read_nor_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(OptionError, match="holds something else"):
+        Recommender("popularity").fit(LOG).save(tmp_path)
+    with pytest.raises(StateError, match="no readable recommender"):
+        Recommender.load(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["recommender.json", "part-1/state.safetensors", "part-1/users.parquet"])
+def test_a_damaged_file_is_told_not_trusted(file: str, tmp_path: Path) -> None:
+    Recommender("popularity").fit(LOG).save(tmp_path)
+    whole = (tmp_path / file).read_bytes()
+    (tmp_path / file).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(StateError):
+        Recommender.load(tmp_path)
