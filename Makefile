@@ -5,15 +5,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
-DEMO ?= freshrec replay --world newborn
+RECIPE ?= uci-spine
+DATA ?= .
 
-.PHONY: help demo test test-all check fix bench docs clean
+.PHONY: help demo test test-all check fix bench reproduce docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
 
 demo: $(READY) ## the main job on a generated log, under three minutes
-	$(BIN)/$(DEMO)
+	$(BIN)/freshrec demo --jobs 2
 
 test: $(READY) ## the tests, a few minutes
 	$(BIN)/pytest -n 2
@@ -33,14 +34,17 @@ fix: $(READY) ## mend what the linter can mend, and format
 bench: $(READY) ## one JSON line per benchmark
 	@set -e; for file in benchmarks/bench_*.py; do $(BIN)/python $$file; done
 
+reproduce: $(READY) ## one recipe into benchmarks/results: RECIPE=uci-spine DATA=folder-of-the-logs; stops and resumes
+	$(BIN)/python benchmarks/reproduce.py recipes/$(RECIPE).toml --data $(DATA)
+
 docs: $(READY) ## write the generated pages anew
 	$(BIN)/python docs/generate.py
 
 clean: ## forget the environment and the caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-# One thread each: the tests run in two processes, and small tensors are slower on two threads than on one.
-test test-all bench: export OMP_NUM_THREADS = 1
+# One thread each: tests and demo run in two processes, and small tensors are slower on two threads than on one.
+demo test test-all bench reproduce: export OMP_NUM_THREADS = 1
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)

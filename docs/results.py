@@ -94,15 +94,16 @@ def _difference(tests: dict[str, list[Any]], a: tuple[str, str], b: tuple[str, s
 
 
 def _about(result: dict[str, Any]) -> list[str]:
-    spans, resolved = pl.DataFrame(result["spans"]), result["resolved"]
-    base, later = spans[0], spans[1:]
+    resolved = result["resolved"]
+    base, *later = result["spans"]
+    events, targets = [span["events"] for span in later], sum(span["targets"] for span in later)
+    seen = sum((span["seen_share"] or 0.0) * span["targets"] for span in later) / max(targets, 1)
     users = f"{resolved['log']['users']:,} sampled users" if resolved["log"]["users"] else "all users"
     seeds, tuned = resolved["replay"]["seeds"], resolved["replay"]["tune"]
     return [
         f"`make reproduce RECIPE={result['recipe']} DATA=...` -- {resolved['log']['path']}, {users}; base block "
-        f"{base['events'][0]:,} events, then {len(later)} spans of {later['events'].min():,} to "
-        f"{later['events'].max():,} events; {later['targets'].sum():,} targets, of which "
-        f"{100 * (later['seen_share'] * later['targets']).sum() / later['targets'].sum():.0f} % are of items seen "
+        f"{base['events']:,} events, then {len(later)} spans of {min(events):,} to {max(events):,} events; "
+        f"{targets:,} targets, of which {100 * seen:.0f} % are of items seen "
         f"before their span (the ceiling of every method); {seeds} seed{'s' if seeds > 1 else ''}"
         + (", knobs of each update chosen on the span before." if tuned else "; nothing tuned."),
         "",

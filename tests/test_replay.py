@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -254,6 +255,21 @@ def test_a_query_has_all_of_its_users_events_before_it_those_of_its_own_block_to
     assert queries.events_N.tolist() == [11, 13]
     no_minimum = queries_of(recent, Block(events, 10, 2, 5), 2, Asked(min_history=0))
     assert no_minimum.histories_NT.tolist() == [[5, 6], [0, 0], [6, 7]]
+
+
+@each_cell
+def test_spans_without_events_and_with_a_single_one_are_survived(cell: Cell, tmp_path: Path) -> None:
+    log = world()
+    last = log.frame["time"].to_list()[-2:]
+    # span 1 ends before it begins to have events, span 3 holds the last event alone
+    middle = log.frame["time"][2000]
+    dates = [str(np.datetime64(t, "us")) for t in (middle - 1, middle, last[0] + 1)]
+    parts = cut(log, by="dates", dates=dates, forget_users=0.2)
+    assert [len(span.events) for span in parts.spans] == [2000, 0, 1999, 1]
+    for tune in (False, True):
+        assert list(replay_cell(cell, parts, Settings(tune=tune), tmp_path / str(tune))) == [0, 1, 2, 3]
+        results = collect([cell], facts(parts.spans), METRICS, tmp_path / str(tune))
+        assert set(results.filter(pl.col("metric") == "hr@20")["span"]) >= {OVERALL, 2}
 
 
 @pytest.mark.parametrize(

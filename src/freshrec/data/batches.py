@@ -174,11 +174,16 @@ def random_source(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(state % 2**63)
 
 
+def in_parts(order_N: Tensor, size: int) -> list[Tensor]:
+    """`order_N` in pieces of `size`; no piece at all, rather than an empty one, where there is nothing."""
+    return list(order_N.split(size)) if len(order_N) else []
+
+
 def shuffled(key_N: Tensor, size: int, source: torch.Generator) -> list[Tensor]:
     """Indices in batches of `size`: like keys (history lengths) side by side, in random order otherwise."""
     mixed_N = torch.randperm(len(key_N), generator=source)
     by_key_N = mixed_N[torch.argsort(key_N[mixed_N], stable=True)]
-    batches = by_key_N.split(size)
+    batches = in_parts(by_key_N, size)
     return [batches[i] for i in torch.randperm(len(batches), generator=source).tolist()]
 
 
@@ -200,7 +205,7 @@ def target_batches(
 
 def pair_batches(targets: Targets, size: int, source: torch.Generator) -> Iterator[Batch]:
     """One epoch, a row per target without history."""
-    for which in torch.randperm(len(targets), generator=source).split(size):
+    for which in in_parts(torch.randperm(len(targets), generator=source), size):
         part = targets[which]
         item_B1 = targets.histories.items_R[part.rows_N][:, None].long()
         yield Batch(part.users_N, torch.zeros(len(part), 0, dtype=torch.int64), item_B1)
@@ -244,7 +249,7 @@ def query_batches(
     targets: Targets, length: int, carried: Carried | None = None, size: int = 256
 ) -> Iterator[tuple[Tensor, Batch]]:
     """Queries in the order of their history length: (indices into `targets`, batch with all own events before it)."""
-    for which in torch.argsort(targets.lengths(length), stable=True).split(size):
+    for which in in_parts(torch.argsort(targets.lengths(length), stable=True), size):
         part = targets[which]
         batch = Batch(part.users_N, histories_before(part, length))
         yield which, batch if carried is None else carried.join(batch)

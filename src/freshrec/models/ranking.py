@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from freshrec.data.batches import in_parts
 from freshrec.errors import TrainingError
 from freshrec.models.layers import best_inner_product
 from freshrec.types import Batch, Model, VectorModel
@@ -84,7 +85,7 @@ def top(
     batch = _known(model, batch)
     among_N = torch.arange(1, model.n_items + 1) if among_N is None else among_N
     best_items, best_scores = torch.zeros(len(batch), 0, dtype=torch.int64), torch.zeros(len(batch), 0)
-    for items_N in among_N.split(8 * ITEMS) if len(among_N) else []:
+    for items_N in in_parts(among_N, 8 * ITEMS):
         score_BN = model.score(batch, items_N)
         _must_be_finite(score_BN)
         if banned_BM is not None:

@@ -7,7 +7,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from freshrec.data.batches import histories_before, place, targets_at
+from freshrec.data.batches import histories_before, in_parts, place, targets_at
 from freshrec.learn.fit import carried_by
 from freshrec.models.ranking import ranks
 from freshrec.types import NEVER, TEST, Batch, Events, Histories, Span, State
@@ -91,7 +91,7 @@ def rank_queries(state: State, queries: Queries, readout: str = "recent", size: 
     carried = carried_by(state.model, state.users, state.spans_seen)
     lengths_N = (queries.histories_NT > 0).sum(1)
     rank_N = torch.zeros(len(queries))
-    for which in torch.argsort(lengths_N, stable=True).split(size):
+    for which in in_parts(torch.argsort(lengths_N, stable=True), size):
         longest = int(lengths_N[which].max())
         history_BT = queries.histories_NT[which][:, queries.histories_NT.shape[1] - longest :].long()
         batch = Batch(queries.users_N[which], history_BT)

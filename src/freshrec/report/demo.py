@@ -122,7 +122,7 @@ class Detection:
 def judged(base: State, known: Known, detect: Detect) -> Detection:
     """`detect` on span 1, from the state after the base block."""
     span, truth = known.cut.spans[1], known.world.truth
-    state = absorb(base, span.events, base.model.n_users, base.model.n_items)
+    state = absorb(base, span.events, span.n_users, span.n_items)
     assert state.users is not None and truth is not None
     puzzled_N, users_N, kl_N = detect.judge(state.model, state.users, state.recent, base.model.n_items)
     gained = truth.filter(pl.col("span") == 1)["user_id"].unique()

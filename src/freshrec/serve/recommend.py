@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freshrec.data.batches import histories_before, query_batches
+from freshrec.data.batches import histories_before, in_parts, query_batches
 from freshrec.data.catalog import Catalog
 from freshrec.errors import IncompatibleError
 from freshrec.learn.fit import carried_by
@@ -74,7 +74,7 @@ def _from_model(served: Served, users_N: Tensor, wanted: Wanted) -> pl.DataFrame
 
 def _from_counts(served: Served, nth_N: Tensor, users_N: Tensor, wanted: Wanted, why: str) -> pl.DataFrame:
     found = [_frame(nth_N[:0], torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, 0), why)]
-    for which in torch.arange(len(users_N)).split(SIZE):
+    for which in in_parts(torch.arange(len(users_N)), SIZE):
         users_B = users_N[which]
         batch = Batch(users_B, torch.zeros(len(users_B), 0, dtype=torch.int64))
         items_BK, scores_BK = top(

@@ -1,0 +1,219 @@
+"""What every strategy promises with every model it can update; by default one model per protocol and way of training.
+
+On the checkerboard world: even users take even items only, odd users odd ones.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from freshrec.data.batches import query_batches
+from freshrec.data.spans import Cut, cut
+from freshrec.data.worlds import make
+from freshrec.errors import IncompatibleError
+from freshrec.learn.checkpoint import load_state, save_state
+from freshrec.learn.fit import Fit, carried_by, start
+from freshrec.learn.interests import ends_of
+from freshrec.models import CONTROLS, MODELS
+from freshrec.replay.replay import absorb, check
+from freshrec.strategies import STRATEGIES
+from freshrec.types import Events, InterestModel, ModelSpec, Span, State, Strategy, TrainedModel
+
+QUICK_MODELS = {"item-knn", "mf", "sasrec", "comirec-dr"}
+QUICK_STRATEGIES = {"absorb", "frozen", "finetune", "full", "imsr"}
+BATCH = {"mf": 64, "sasrec": 8}  # small logs need small batches: pairs, windows, targets
+UNPERSONAL = {"popularity", "popularity-last", "popularity-decay", "repeat-last"}  # they cannot tell two new items apart
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A model and a strategy, with as few epochs as asked for."""
+
+    model: str
+    strategy: str
+
+    def spec(self) -> ModelSpec:
+        spec = MODELS[self.model]
+        if self.model in CONTROLS:
+            return spec
+        return replace(spec, d=16, negatives=32, batch=BATCH.get(self.model, 64))  # type: ignore[type-var]
+
+    def update(self, base_epochs: int = 1, epochs: int = 1) -> Strategy:
+        strategy = STRATEGIES[self.strategy]
+        if self.strategy == "absorb":
+            return strategy
+        fit: Fit = strategy.fit  # type: ignore[attr-defined]
+        return replace(strategy, fit=replace(fit, base_epochs=base_epochs, epochs=epochs))  # type: ignore[type-var]
+
+
+def pairs() -> Iterator[Pair]:
+    """Those that go together."""
+    for model, spec in MODELS.items():
+        for strategy, update in STRATEGIES.items():
+            try:
+                check(spec, model, update, strategy)
+            except IncompatibleError:
+                continue
+            yield Pair(model, strategy)
+
+
+def marks(pair: Pair) -> list[pytest.MarkDecorator]:
+    return [] if pair.model in QUICK_MODELS and pair.strategy in QUICK_STRATEGIES else [pytest.mark.slow]
+
+
+each_pair = pytest.mark.parametrize(
+    "pair", [pytest.param(p, id=f"{p.model}-{p.strategy}", marks=marks(p)) for p in pairs()]
+)
+
+
+@cache
+def checkerboard() -> Cut:
+    return cut(make("checkerboard", users=80, items=40, events=4000, spans=2).log, by="period", forget_users=0)
+
+
+@cache
+def base(pair: Pair) -> State:
+    """The state after the base block, trained for one epoch."""
+    span = checkerboard().spans[0]
+    before = absorb(State(pair.spec().build(0)), span.events, span.n_users, span.n_items)
+    return pair.update().update(before, span)
+
+
+def passed(pair: Pair, state: State, span: Span) -> State:
+    """The state after absorbing a span and updating on it."""
+    return pair.update().update(absorb(state, span.events, span.n_users, span.n_items), span)
+
+
+def day(state: State, users: list[int], items: list[int]) -> Span:
+    """A span with these events."""
+    n_users, n_items = max([state.model.n_users, *users]), max([state.model.n_items, *items])
+    events = Events.of(torch.tensor(users, dtype=torch.int64), torch.tensor(items, dtype=torch.int64))
+    return Span(state.spans_seen, events, n_users, n_items)
+
+
+def scores(state: State) -> tuple[Tensor, Tensor]:
+    """(N,) users with a history, (N, I) their scores of all items."""
+    users_N = (state.recent.offsets_U.diff() > 0).nonzero()[:, 0]
+    ends = ends_of(state.recent, users_N, "recent")
+    items_I = torch.arange(1, state.model.n_items + 1)
+    scores_NI = torch.empty(len(users_N), len(items_I))
+    carried = carried_by(state.model, state.users, state.spans_seen)
+    for which, batch in query_batches(ends, state.model.spec.length, carried):
+        scores_NI[which] = state.model.score(batch, items_I)
+    return users_N, scores_NI
+
+
+@each_pair
+def test_an_update_leaves_the_old_state_alone(pair: Pair, bits: Callable[[State], bytes]) -> None:
+    span = checkerboard().spans[1]
+    state = absorb(base(pair), span.events, span.n_users, span.n_items)
+    before = bits(state)
+    after = pair.update().update(state, span)
+    assert bits(state) == before
+    assert bits(after) != before
+
+
+@each_pair
+def test_the_same_seed_gives_the_same_bits(pair: Pair, bits: Callable[[State], bytes]) -> None:
+    span = checkerboard().spans[1]
+    first = bits(passed(pair, base(pair), span))
+    torch.manual_seed(99)  # what else the process has drawn does not matter
+    assert bits(passed(pair, base(pair), span)) == first
+
+
+@each_pair
+def test_an_update_makes_room_for_new_users_and_items(pair: Pair) -> None:
+    before, span = base(pair), checkerboard().spans[1]
+    after = passed(pair, before, span)
+    assert (after.model.n_users, after.model.n_items) == (span.n_users, span.n_items)
+    assert span.n_users > before.model.n_users and span.n_items > before.model.n_items
+    assert after.spans_seen == 2
+    users_N, scores_NI = scores(after)
+    assert users_N.max() == span.n_users and scores_NI.isfinite().all()
+
+
+@each_pair
+@pytest.mark.parametrize("what", ["nothing", "one event", "strangers only", "one stranger", "one item"])
+def test_any_span_can_be_learnt(pair: Pair, what: str) -> None:
+    state = base(pair)
+    n, m = state.model.n_users, state.model.n_items
+    users, items = {
+        "nothing": ([], []),
+        "one event": ([3], [5]),
+        "strangers only": ([n + 1, n + 2] * 3, [m + 1, 2, 3, m + 2, m + 3, 4]),
+        "one stranger": ([n + 1], [m + 1]),
+        "one item": ([1, 2, 3] * 4, [7] * 12),
+    }[what]
+    after = passed(pair, state, day(state, users, items))
+    assert after.spans_seen == state.spans_seen + 1
+    assert (after.model.n_users, after.model.n_items) == (max([n, *users]), max([m, *items]))
+    assert scores(after)[1].isfinite().all()
+
+
+@each_pair
+def test_a_user_may_come_back_after_a_long_absence(pair: Pair) -> None:
+    state = base(pair)
+    before = state.recent.items_R[state.recent.offsets_U[2] : state.recent.offsets_U[3]]
+    for _ in range(3):
+        state = passed(pair, state, day(state, [1, 3, 1, 3], [5, 6, 7, 8]))
+    assert torch.equal(state.recent.items_R[state.recent.offsets_U[2] : state.recent.offsets_U[3]], before)
+    if isinstance(state.model, InterestModel):
+        first = base(pair).users
+        assert first is not None and state.users is not None
+        old_SD = first.vectors_SD[first.offsets_U[2] : first.offsets_U[3]]
+        assert torch.equal(state.users.vectors_SD[state.users.offsets_U[2] : state.users.offsets_U[3]], old_SD)
+    state = passed(pair, state, day(state, [2, 2], [9, 4]))
+    own = state.recent.items_R[state.recent.offsets_U[2] : state.recent.offsets_U[3]]
+    assert torch.equal(own, torch.cat([before, torch.tensor([9, 4])])[-state.model.spec.length :])
+    assert scores(state)[1].isfinite().all()
+
+
+@each_pair
+def test_a_saved_state_scores_and_learns_on_as_if_it_had_never_been_saved(
+    pair: Pair, bits: Callable[[State], bytes], tmp_path: Path
+) -> None:
+    spans = checkerboard().spans
+    state = passed(pair, base(pair), spans[1])
+    save_state(state, tmp_path / "state")
+    loaded = load_state(tmp_path / "state")
+    assert torch.equal(scores(loaded)[1], scores(state)[1])
+    assert bits(loaded) == bits(state)
+    assert bits(passed(pair, loaded, spans[2])) == bits(passed(pair, state, spans[2]))
+
+
+@each_pair
+def test_a_base_block_trained_for_all_is_the_one_that_a_strategy_trains_itself(
+    pair: Pair, bits: Callable[[State], bytes]
+) -> None:
+    if not isinstance(base(pair).model, TrainedModel):
+        pytest.skip("counters are not trained")
+    spans = checkerboard().spans
+    before = absorb(State(pair.spec().build(0)), spans[0].events, spans[0].n_users, spans[0].n_items)
+    started = start(before, spans[0], Fit(base_epochs=1))
+    shared = replace(pair.update().update(replace(before, started=started), spans[0]), started=None)
+    assert bits(shared) == bits(base(pair))
+    assert bits(passed(pair, shared, spans[1])) == bits(passed(pair, base(pair), spans[1]))
+
+
+@each_pair
+def test_the_checkerboard_is_learnt(pair: Pair) -> None:
+    """Of all pairs of an own item and one of the other colour, at least 90 % are in order; by chance half of them are."""
+    if pair.model in UNPERSONAL:
+        pytest.skip("the control knows no colours")
+    spans = checkerboard()
+    state, strategy = State(pair.spec().build(0)), pair.update(base_epochs=10, epochs=3)
+    for span in spans.spans:
+        state = strategy.update(absorb(state, span.events, span.n_users, span.n_items), span)
+    users_N, scores_NI = scores(state)
+    n_base = spans.spans[0].n_items  # frozen knows no others
+    user_is_odd = torch.tensor(spans.users.frame["id"].to_list())[users_N - 1] % 2 == 1
+    item_is_odd = torch.tensor(spans.items.frame["id"].to_list())[:n_base] % 2 == 1
+    is_own_NI = user_is_odd[:, None] == item_is_odd
+    ahead_NII = scores_NI[:, :n_base, None] > scores_NI[:, None, :n_base]
+    asked_NII = is_own_NI[:, :, None] & ~is_own_NI[:, None]
+    assert ahead_NII[asked_NII].float().mean() > 0.9
