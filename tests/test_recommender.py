@@ -116,7 +116,7 @@ def test_exposures_teach_nothing() -> None:
 def test_each_of_two_colours_is_offered_its_own() -> None:
     # in the checkerboard world even users take even items only
     old, new = days("checkerboard")
-    for model, strategy in (("item-knn", None), ("sasrec:d=16", "finetune:fit.base_epochs=8:fit.epochs=1")):
+    for model, strategy in (("item-knn", None), ("sasrec:d=32", "finetune:fit.base_epochs=20:fit.epochs=1")):
         users = old["user_id"].unique()[:100]
         found = Recommender(model, strategy).fit(old).update(new).recommend(users, k=5, filter_seen=False)
         assert (found["user_id"] % 2 == found["item_id"] % 2).mean() > 0.99

@@ -181,6 +181,8 @@ def in_parts(order_N: Tensor, size: int) -> list[Tensor]:
 
 def shuffled(key_N: Tensor, size: int, source: torch.Generator) -> list[Tensor]:
     """Indices in batches of `size`: like keys (history lengths) side by side, in random order otherwise."""
+    if not len(key_N):
+        return []
     mixed_N = torch.randperm(len(key_N), generator=source)
     by_key_N = mixed_N[torch.argsort(key_N[mixed_N], stable=True)]
     batches = in_parts(by_key_N, size)

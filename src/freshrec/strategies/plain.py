@@ -4,9 +4,11 @@ import copy
 import time
 from dataclasses import dataclass, replace
 
+import torch
+
 from freshrec.data.batches import append, due_targets, settle
 from freshrec.learn.fit import Clock, Fit, carried_by, finish, fresh, grid, start, successor, train
-from freshrec.types import Events, Histories, Span, State
+from freshrec.types import DUE, LATER, Events, Histories, Span, State
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class Retrain:
         histories = _histories(past, span.n_users)
         model = fresh(state, span.n_users, span.n_items) if self.fresh else successor(state, span)
         n_epochs = state.base_epochs if self.fresh else self.fit.epochs
-        targets = due_targets(histories, again=True)
+        targets = due_targets(histories)
         carried = carried_by(model, None if self.fresh else state.users, span.index)
         clock = Clock({"rows_read": float(len(targets))})
         since = time.process_time()
@@ -132,10 +134,9 @@ class Retrain:
 
 
 def _histories(past: tuple[Events, ...], n_users: int) -> Histories:
-    """All remembered events by user; those held back in the last span stay held back."""
+    """All remembered events by user, due once more; what the last span held back stays held back."""
     histories = Histories.empty()
-    for i, events in enumerate(past):
-        histories = append(histories, events, n_users)
-        if i < len(past) - 1:
-            histories = settle(histories, len(histories.items_R))
+    for events in past:
+        released_R = torch.where(histories.due_R == LATER, DUE, histories.due_R)
+        histories = append(replace(histories, due_R=released_R), events, n_users)
     return histories

@@ -1,0 +1,152 @@
+"""The command line: fit, update, recommend and list, what they print, and how they fail."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from freshrec.cli import KINDS, main, options_of
+from freshrec.data.worlds import make
+from freshrec.models import MODELS, find_model
+from freshrec.replay.metrics import METRICS
+from freshrec.strategies import STRATEGIES, find_strategy
+
+
+@pytest.fixture
+def logs(tmp_path: Path) -> tuple[str, str]:
+    """Paths of a log of 3,000 events with columns of its own, and of the 1,000 events after it."""
+    frame = make("drift", users=200, items=80, events=4000).log.frame
+    frame = frame.select(who="user_id", what="item_id", when="time")
+    paths = str(tmp_path / "log.parquet"), str(tmp_path / "new.csv")
+    frame[:3000].write_parquet(paths[0])
+    frame[3000:].write_csv(paths[1])
+    return paths
+
+
+COLUMNS = ("--columns", "user_id=who,item_id=what,timestamp=when")
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a command prints; it must succeed, and say nothing on stderr."""
+    code = main(arguments)
+    out, err = capsys.readouterr()
+    assert (code, err) == (0, "")
+    return out
+
+
+def test_fit_update_and_recommend_hand_a_recommender_on(
+    logs: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log, new, at = *logs, str(tmp_path / "at")
+    fitted = answer(capsys, "fit", log, "--out", at, "--model", "item-knn", *COLUMNS)
+    assert fitted.startswith("fitted item-knn by absorb: 3,000 events, ")
+    users = pl.read_parquet(log)["who"].n_unique()
+    learnt = json.loads(answer(capsys, "update", new, "--at", at, "--json"))
+    everybody = pl.concat([pl.read_parquet(log), pl.read_csv(new)])["who"].n_unique()
+    assert (learnt["events"], learnt["users"], learnt["dir"]) == (1000, everybody - users, at)
+    rows = json.loads(answer(capsys, "recommend", at, "3", "99999", "--k", "2", "--json"))
+    assert [(row["user_id"], row["rank"]) for row in rows] == [(3, 1), (3, 2), (99999, 1), (99999, 2)]
+    assert [row["fallback"] for row in rows] == [None, None, "unknown user", "unknown user"]
+
+
+def test_a_fitted_model_and_its_strategy_take_options(
+    logs: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ways = ("--model", "comirec-dr:d=8:k=2", "--strategy", "imsr:fit.base_epochs=1:fit.epochs=1")
+    fitted = json.loads(answer(capsys, "fit", logs[0], "--out", str(tmp_path / "at"), *ways, *COLUMNS, "--json"))
+    assert (fitted["model"], fitted["strategy"], fitted["events"]) == (ways[1], ways[3], 3000)
+
+
+def test_recommended_items_can_be_allowed_denied_and_seen(
+    logs: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at = str(tmp_path / "at")
+    answer(capsys, "fit", logs[0], "--out", at, "--model", "popularity", *COLUMNS)
+    seen = pl.read_parquet(logs[0]).filter(pl.col("who") == 3)["what"]
+    popular = pl.read_parquet(logs[0])["what"].value_counts(sort=True)["what"]
+    fresh = [item for item in popular if item not in seen]
+
+    def items(*options: str) -> list[int]:
+        return [row["item_id"] for row in json.loads(answer(capsys, "recommend", at, "3", *options, "--json"))]
+
+    assert items("--k", "1")[0] in fresh
+    assert items("--k", "1", "--allow", f"{fresh[-1]},{seen[0]}") == [fresh[-1]]
+    assert items("--k", "1", "--allow", str(seen[0]), "--include-seen") == [seen[0]]
+    assert set(items("--k", "80", "--deny", f"{fresh[0]},{fresh[1]}")) == set(fresh[2:])
+
+
+def test_a_table_for_people_has_a_line_per_item(
+    logs: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at = str(tmp_path / "at")
+    answer(capsys, "fit", logs[0], "--out", at, "--model", "popularity", *COLUMNS)
+    lines = answer(capsys, "recommend", at, "3", "--k", "4").splitlines()
+    assert lines[0].split() == ["user", "rank", "item", "score", "fallback"]
+    assert [line.split()[:2] for line in lines[1:]] == [["3", str(rank)] for rank in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_name_is_listed_on_a_line_with_what_it_is(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    names = json.loads(answer(capsys, "list", kind, "--json"))
+    lines = answer(capsys, "list", kind).splitlines()
+    assert [line.split()[0] for line in lines] == list(names)
+    assert all(len(text) > 10 for text in names.values())
+
+
+def test_the_lists_are_those_of_the_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert json.loads(answer(capsys, "list", "models", "--json")).keys() == MODELS.keys()
+    assert json.loads(answer(capsys, "list", "strategies", "--json")).keys() == STRATEGIES.keys()
+    assert json.loads(answer(capsys, "list", "metrics", "--json")).keys() == {f"{name}@k" for name in METRICS}
+
+
+def test_a_variant_is_listed_with_the_options_that_make_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert options_of(STRATEGIES["imsr-no-eir"]) == ["retain=none"]
+    assert options_of(STRATEGIES["imsr-dir"]) == ["retain.form=distance"]
+    assert "[retain.form=distance]" in json.loads(answer(capsys, "list", "strategies", "--json"))["imsr-dir"]
+
+
+@pytest.mark.parametrize("name", [*MODELS, *STRATEGIES])
+def test_the_options_listed_for_a_variant_make_it_from_its_plain_form(name: str) -> None:
+    """What is printed in brackets can be typed: popularity:keep=last is popularity-last."""
+    table, find = (MODELS, find_model) if name in MODELS else (STRATEGIES, find_strategy)
+    plain = next((n for n, thing in table.items() if thing == type(table[name])()), None)  # type: ignore[attr-defined]
+    if plain is not None:
+        assert find(":".join([plain, *options_of(table[name])])) == table[name]  # type: ignore[operator]
+
+
+FAILS = [
+    (["fit", "LOG", "--out", "OUT", "--model", "sasrek"], 2, 'there is no model "sasrek"; did you mean "sasrec"?'),
+    (["fit", "LOG", "--out", "OUT", "--strategy", "fintune"], 2, 'did you mean "finetune"?'),
+    (["fit", "LOG", "--out", "OUT", "--model", "mf", "--strategy", "imsr"], 5, "several interests"),
+    (["fit", "LOG", "--out", "OUT", "--model", "mf:dim=3"], 2, "dim"),
+    (["fit", "LOG", "--out", "OUT"], 3, "no user_id"),
+    (["fit", "OUT", "--out", "OUT"], 3, "OUT"),
+    (["fit", "LOG", "--out", "FULL", *COLUMNS], 2, "holds something else"),
+    (["update", "LOG", "--at", "OUT"], 7, "no readable recommender"),
+    (["recommend", "OUT", "3"], 7, "no readable recommender"),
+    (["list", "world"], 2, 'did you mean "worlds"?'),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "told"), FAILS)
+def test_a_mistake_is_one_line_and_an_exit_code(
+    arguments: list[str], code: int, told: str, logs: tuple[str, str], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FULL").mkdir()
+    (tmp_path / "FULL" / "thesis.tex").touch()
+    assert main([logs[0] if argument == "LOG" else argument for argument in arguments]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert told in err
+
+
+def test_help_and_completion_do_not_wait_for_torch() -> None:
+    code = "import sys, freshrec.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
