@@ -1,6 +1,6 @@
 """Reading, validating and cutting a Parquet log of 10 million rows.
 
-    python benchmarks/bench_log.py [ROWS]       # one JSON line: wall and CPU seconds, peak memory in MB
+python benchmarks/bench_log.py [ROWS]       # one JSON line: wall and CPU seconds, peak memory in MB
 """
 
 import json

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from reference import reference_page
 from results import results_page
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,7 +122,11 @@ def _number(number: str) -> tuple[int, str]:
 
 def pages(root: Path = ROOT) -> dict[str, str]:
     """Every generated page: path relative to the root -> what it should say."""
-    return {"docs/equations.md": equations_page(root), "docs/results.md": results_page(root)}
+    return {
+        "docs/equations.md": equations_page(root),
+        "docs/reference.md": reference_page(root),
+        "docs/results.md": results_page(root),
+    }
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def real_log() -> Callable[[str], Path]:
 
 @pytest.fixture
 def bits(tmp_path: Path) -> Callable[[State], bytes]:
-    """`bits(state)`: all that is in a state but its costs (seconds differ); two states are equal when their bits are."""
+    """`bits(state)`: all that is in a state but its costs, which differ; two states are equal when their bits are."""
 
     def saved(state: State) -> bytes:
         path = tmp_path / "bits.safetensors"

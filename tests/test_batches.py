@@ -95,10 +95,9 @@ def test_history_of_the_span_reaches_back_to_its_first_event_only() -> None:
     assert rows(span) == [[0], [3]]
 
 
-def test_only_due_rows_are_targets_and_with_again_those_done_too() -> None:
+def test_only_due_rows_are_targets() -> None:
     histories = one_user([DONE, DUE, SECRET, DUE, LATER])
     assert due_targets(histories).rows_N.tolist() == [1, 3]
-    assert due_targets(histories, again=True).rows_N.tolist() == [0, 1, 3]
 
 
 def test_secret_events_are_hidden_in_training_and_seen_in_queries() -> None:

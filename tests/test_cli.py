@@ -112,9 +112,8 @@ def test_a_variant_is_listed_with_the_options_that_make_it(capsys: pytest.Captur
 def test_the_options_listed_for_a_variant_make_it_from_its_plain_form(name: str) -> None:
     """What is printed in brackets can be typed: popularity:keep=last is popularity-last."""
     table, find = (MODELS, find_model) if name in MODELS else (STRATEGIES, find_strategy)
-    plain = next((n for n, thing in table.items() if thing == type(table[name])()), None)  # type: ignore[attr-defined]
-    if plain is not None:
-        assert find(":".join([plain, *options_of(table[name])])) == table[name]  # type: ignore[operator]
+    plain = next(n for n, thing in table.items() if thing == type(table[name])())  # type: ignore[attr-defined]
+    assert find(":".join([plain, *options_of(table[name])])) == table[name]  # type: ignore[operator]
 
 
 FAILS = [
@@ -147,6 +146,6 @@ def test_a_mistake_is_one_line_and_an_exit_code(
     assert told in err
 
 
-def test_help_and_completion_do_not_wait_for_torch() -> None:
+def test_help_does_not_wait_for_torch() -> None:
     code = "import sys, freshrec.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -28,7 +28,7 @@ LAYERS = {
     "strategies": 4,
     "replay": 5, "store": 5,
     "serve": 6, "report": 6,
-    "recipes": 7, "cli": 7, "cli_replay": 7,
+    "recipes": 7, "cli": 7, "cli_options": 7, "cli_replay": 7,
     "__init__": 8, "__main__": 8,
 }  # fmt: skip
 

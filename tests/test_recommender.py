@@ -1,4 +1,4 @@
-"""The Python face: what it answers, by hand and in worlds; that it is the replay's own path; that it survives a disk."""
+"""The Python face: its answers by hand and in worlds; it goes the replay's own way; it survives a disk."""
 
 from pathlib import Path
 

@@ -144,12 +144,12 @@ def list_names(
     as_json: AsJson = False,
 ) -> None:
     """List models, strategies, metrics, worlds or formats, with a line on each."""
-    lines = _lines(kind)
+    lines = lines_of(kind)
     width = max(map(len, lines))
     typer.echo(json.dumps(lines, indent=2) if as_json else "\n".join(f"{n:<{width}}  {t}" for n, t in lines.items()))
 
 
-def _lines(kind: str) -> dict[str, str]:
+def lines_of(kind: str) -> dict[str, str]:
     """Each name with what its own code says of it. OptionError for an unknown kind."""
     from freshrec.data.worlds import WORLDS
 

@@ -38,9 +38,7 @@ def demo(
 
 def replay(
     log: Annotated[str, typer.Argument(metavar="[LOG]", help="The log; or --world, or log.path in a recipe.")] = "",
-    recipe_file: Annotated[
-        Path | None, typer.Option("--recipe", help="A TOML recipe; other options override it.")
-    ] = None,
+    recipe_file: Annotated[Path | None, typer.Option("--recipe", help="A TOML recipe; options override it.")] = None,
     world: Annotated[str | None, typer.Option(help="Replay a generated world instead of a log.")] = None,
     models: Annotated[str | None, typer.Option(help="Models, with options as in comirec-dr:k=1,sasrec.")] = None,
     strategies: Annotated[str | None, typer.Option(help="Strategies, as in finetune,imsr:retain.weight=1.")] = None,
@@ -49,9 +47,7 @@ def replay(
     targets: Annotated[str | None, typer.Option(help="What is tested: last, all or split.")] = None,
     heldout: Annotated[str | None, typer.Option(help="When held-out events join training: next or never.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Training seeds.")] = None,
-    cadence: Annotated[
-        int | None, typer.Option(help="Blocks a span is replayed in; counters learn after each.")
-    ] = None,
+    cadence: Annotated[int | None, typer.Option(help="Blocks to a span; counters learn after each.")] = None,
     metrics: Annotated[str | None, typer.Option(help="As in ndcg@20,hr@10.")] = None,
     data: Annotated[str | None, typer.Option(help="The folder where a recipe's log lies.")] = None,
     columns: Annotated[str | None, typer.Option(help="Our names and yours, as in user_id=uid.")] = None,
@@ -81,8 +77,8 @@ def replay(
         },
         "spans": {"by": by, "spans": spans, "targets": targets, "heldout": heldout},
         "replay": {
-            "models": _maybe(words, models), "strategies": _maybe(words, strategies), "seeds": seeds, "cadence": cadence,
-            "metrics": _maybe(words, metrics), "tune": tune,
+            "models": _maybe(words, models), "strategies": _maybe(words, strategies), "seeds": seeds,
+            "cadence": cadence, "metrics": _maybe(words, metrics), "tune": tune,
         },
     }  # fmt: skip
     recipe = _resolved(recipe_file, given)
@@ -100,9 +96,9 @@ def replay(
     results = collect(cells, facts(cut.spans), recipe.replay.metrics, out)
     if as_json:
         typer.echo(json.dumps({"out": str(out), "summary": _summary(results)}))
-    else:
-        typer.echo((out / "table.md").read_text())
-        console.print(f"results.parquet, tests.parquet, recipe.toml and table.md are in {out}")
+        return
+    typer.echo((out / "table.md").read_text())
+    console.print(f"results.parquet, tests.parquet, recipe.toml and table.md are in {out}")
 
 
 def _maybe(parse: Callable[[str], Any], text: str | None) -> Any:

@@ -101,10 +101,9 @@ def targets_at(histories: Histories, rows_N: Tensor, history: str = "recent") ->
     return Targets(histories, rows_N, users_N, from_N)
 
 
-def due_targets(histories: Histories, history: str = "recent", again: bool = False) -> Targets:
-    """The targets an update trains on; with `again` also those that earlier updates have trained on."""
-    wanted_R = (histories.due_R == DUE) | (histories.due_R == DONE) if again else histories.due_R == DUE
-    return targets_at(histories, wanted_R.nonzero()[:, 0], history)
+def due_targets(histories: Histories, history: str = "recent") -> Targets:
+    """The targets an update trains on."""
+    return targets_at(histories, (histories.due_R == DUE).nonzero()[:, 0], history)
 
 
 def histories_before(targets: Targets, length: int) -> Tensor:
@@ -181,8 +180,6 @@ def in_parts(order_N: Tensor, size: int) -> list[Tensor]:
 
 def shuffled(key_N: Tensor, size: int, source: torch.Generator) -> list[Tensor]:
     """Indices in batches of `size`: like keys (history lengths) side by side, in random order otherwise."""
-    if not len(key_N):
-        return []
     mixed_N = torch.randperm(len(key_N), generator=source)
     by_key_N = mixed_N[torch.argsort(key_N[mixed_N], stable=True)]
     batches = in_parts(by_key_N, size)

@@ -89,7 +89,7 @@ class Routing(nn.Module):
                 if i < self.iterations - 1:
                     vectors_BKD = squash(torch.bmm(share_BKT * real_B1T, items_BTD) @ W.t())
                     votes_BKT.baddbmm_(vectors_BKD @ W, items_BTD.transpose(1, 2))
-        return squash(torch.bmm(share_BKT * real_B1T, items_BTD) @ W.t())  # W e_i is never formed: IMSR eq. 3
+        return squash(torch.bmm(share_BKT * real_B1T, items_BTD) @ W.t())
 
 
 class SelfAttention(nn.Module):

@@ -22,6 +22,7 @@ from freshrec.data.batches import append
 from freshrec.data.spans import Cut
 from freshrec.errors import IncompatibleError
 from freshrec.learn.checkpoint import load_tree, save_text, save_tree
+from freshrec.learn.fit import Clock
 from freshrec.models.ranking import READOUTS
 from freshrec.replay.measure import Asked, Block, Queries, blocks_of, queries_of, rank_queries
 from freshrec.types import (
@@ -100,21 +101,25 @@ def replay_cell(cell: Cell, cut: Cut, settings: Settings, out: Path, base: State
     for span in cut.spans[state.spans_seen :]:
         strategy = cell.update
         rows: list[pl.DataFrame] = []
+        clock = Clock()
         costs: dict[str, float] = {}
         if state.spans_seen:
-            state, new_rows, new_asked = _tested(state, span, cut, settings)
+            state, new_rows, new_asked = _tested(state, _blocks(span, cut, settings), span, settings, clock)
             rows, asked = rows + new_rows, [*asked, *new_asked]
             if settings.tune and before is not None:
                 strategy, costs = _tuned(cell.update, before, cut.spans[span.index - 1], span, settings)
         else:
+            since = time.process_time()
             state = replace(absorb(state, span.events, span.n_users, span.n_items), started=base)
+            clock.timed("absorb_cpu_s", since)
         before = state if state.spans_seen and settings.tune else None
         state, update_costs = timed(partial(strategy.update, state, span))
         if span.index == 0 and base is not None:
-            update_costs = base.costs  # trained once, for all
+            update_costs = dict(base.costs)  # trained once, for all
+        update_costs["update_cpu_s"] += clock.costs["absorb_cpu_s"]
         state = replace(state, started=None)
         rows += _asked_again(state, asked, span.index)
-        _write(folder, span.index, rows, costs | update_costs)
+        _write(folder, span.index, rows, clock.costs | costs | update_costs)
         save_tree((state, before), folder / "state.safetensors")  # one file, so that a kill never parts the two
         yield span.index
     save_text("{}", folder / "done.json")
@@ -147,17 +152,19 @@ def _secret(queries: Queries) -> Queries:
 
 
 def _tested(
-    state: State, span: Span, cut: Cut, settings: Settings
+    state: State, blocks: list[Block], span: Span, settings: Settings, clock: Clock
 ) -> tuple[State, list[pl.DataFrame], list[tuple[int, Queries]]]:
     """Measure each block, then absorb it; the state that is ready for the update, ranks, and queries to ask again."""
     rows, asked = [], []
-    for block in _blocks(span, cut, settings):
+    for block in blocks:
         queries = queries_of(state.recent, block, state.model.spec.length, settings.asked)
         for readout in READOUTS if isinstance(state.model, InterestModel) else READOUTS[:1]:
             rows.append(_rows(queries, rank_queries(state, queries, readout), span.index, span.index - 1, readout))
         asked.append((span.index, _secret(queries)))
         n_items = max(block.n_items, int(block.events.items_E.max()) if len(block.events) else 0)
+        since = time.process_time()
         state = absorb(state, block.events, span.n_users, n_items)
+        clock.timed("absorb_cpu_s", since)
     return state, rows, asked
 
 

@@ -122,8 +122,8 @@ class Detect:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(puzzled users, judged users, mean KL of each judged user).
 
-        Items the last model has not seen (rows above `n_known`) do not count: their vectors are untrained, so each looks
-        puzzled. Users with fewer than 2 events are not judged.
+        Items the last model has not seen (rows above `n_known`) do not count: their vectors are untrained, so each
+        looks puzzled. Users with fewer than 2 events are not judged.
         """
         rows_N = ((histories.due_R == DUE) & (histories.items_R <= n_known)).nonzero()[:, 0]
         users_N = owners(histories)[rows_N]

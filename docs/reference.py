@@ -1,0 +1,87 @@
+"""Writes docs/reference.md: commands, exit codes, every model, strategy and option, metrics, worlds, formats."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from freshrec import errors
+from freshrec.cli import app, lines_of, options_of
+from freshrec.data.spans import HELDOUT, RULES, TARGETS
+from freshrec.models import MODELS
+from freshrec.replay.measure import SLICES
+from freshrec.strategies import STRATEGIES
+
+
+def reference_page(root: Path) -> str:
+    """The whole page."""
+    commands = {c.name or c.callback.__name__: c.callback for c in app.registered_commands if c.callback}
+    parts = ["# Reference", "", "Written by `make docs` from the code; do not edit.", "", "## Commands", ""]
+    parts += [_row(name, inspect.getdoc(command)) for name, command in commands.items()]
+    parts += ["", "Each says its options with `--help`. Exit codes:", "", "| code | meaning |", "|---|---|"]
+    parts += ["| 0 | done |", *(f"| {error.exit_code} | {inspect.getdoc(error)} |" for error in _leaves())]
+    parts += ["| 130 | interrupted |", "", "## Models", ""]
+    parts += [_row(name, None, options_of(spec)) for name, spec in MODELS.items()]
+    parts += _options({type(spec): spec for spec in MODELS.values()}, root)
+    parts += ["", "## Strategies", ""]
+    parts += [_row(name, inspect.getdoc(type(s)), options_of(s)) for name, s in STRATEGIES.items()]
+    parts += _options(_parts({type(s): s for s in STRATEGIES.values()}), root)
+    for title in ("metrics", "worlds", "formats"):
+        parts += ["", f"## {title.capitalize()}", "", *(_row(name, line) for name, line in lines_of(title).items())]
+    parts += ["", "## Slices", "", *(_row(name, line) for name, line in SLICES.items())]
+    parts += ["", "## Spans", "", f"- `by`: {', '.join(RULES)}", f"- `targets`: {', '.join(TARGETS)}"]
+    parts += [f"- `heldout`: {', '.join(HELDOUT)}", "", "`src/freshrec/data/spans.py` says at its top what each means."]
+    return "\n".join(parts) + "\n"
+
+
+def _leaves() -> list[type[errors.FreshrecError]]:
+    found = [e for e in vars(errors).values() if inspect.isclass(e) and issubclass(e, errors.FreshrecError)]
+    return sorted(found, key=lambda error: error.exit_code)
+
+
+def _row(name: str, text: str | None, options: list[str] | None = None) -> str:
+    first = (text or "").partition("\n")[0]
+    return f"- `{name}`" + (f": {first}" if first else "") + (f" ({', '.join(options)})" if options else "")
+
+
+def _parts(table: dict[type, Any]) -> dict[type, Any]:
+    """The classes of `table`, and of the parts their instances have."""
+    found = dict(table)
+    for instance in table.values():
+        for part in (getattr(instance, f.name) for f in fields(instance)):
+            if is_dataclass(part):
+                found.setdefault(type(part), part)
+    return found
+
+
+def _options(table: dict[type, Any], root: Path) -> list[str]:
+    """A table of fields, defaults and comments for each class."""
+    lines = []
+    for kind in table:
+        comments = _comments(kind, root)
+        lines += ["", f"`{kind.__name__}`", "", "| option | default | |", "|---|---|---|"]
+        default = kind()
+        for f in fields(kind):
+            value = getattr(default, f.name)
+            shown = type(value).__name__ if is_dataclass(value) else repr(value)
+            comment = comments.get(f.name, "").replace("|", "/")
+            lines.append(f"| `{f.name}` | {shown} | {comment} |")
+    return lines
+
+
+def _comments(kind: type, root: Path) -> dict[str, str]:
+    """The comment behind each field in the source."""
+    source = (root / "src" / f"{kind.__module__.replace('.', '/')}.py").read_text()
+    lines = source.splitlines()
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef) and node.name == kind.__name__:
+            for item in node.body:
+                if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                    comment = re.search(r"#\s(.*)", lines[(item.end_lineno or item.lineno) - 1])
+                    found[item.target.id] = comment.group(1) if comment else ""
+    return found
