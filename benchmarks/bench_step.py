@@ -1,6 +1,6 @@
 """Training speed of ComiRec-DR through the real training loop, data preparation included, by item count.
 
-    python benchmarks/bench_step.py             # one JSON line: samples per CPU-second at 12k, 100k and 300k items
+    python benchmarks/bench_step.py             # one JSON line: samples per CPU-second at 12k, 100k, 300k items
 
 One thread; d 64, K 4, at most 50 history items (mean 25), 512 shared negatives, batches of 256, three routings.
 """

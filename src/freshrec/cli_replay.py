@@ -62,14 +62,6 @@ def replay(
     as_json: Annotated[bool, typer.Option("--json", help="Print the path and a summary as JSON.")] = False,
 ) -> None:
     """Compare ways of updating on your own log, span by span."""
-    from freshrec.data.spans import plan
-    from freshrec.recipes import cells_of, cut_of, settings_of
-    from freshrec.replay.measure import facts
-    from freshrec.replay.plan import estimate
-    from freshrec.replay.results import collect
-    from freshrec.replay.run import run
-    from freshrec.report.board import Board, print_estimate, print_plan
-
     given: dict[str, dict[str, Any]] = {
         "log": {
             "path": log or None, "folder": data, "world": world, "format": log_format, "users": users,
@@ -82,23 +74,10 @@ def replay(
         },
     }  # fmt: skip
     recipe = _resolved(recipe_file, given)
-    cells, settings, cut = cells_of(recipe), settings_of(recipe), cut_of(recipe)
-    console = Console(stderr=True)
-    if not as_json:
-        print_plan(console, cells, plan(cut), cut.notes)
     if plan_only:
-        print_estimate(console, estimate(cells, cut))
-        return
-    _prepare(out, recipe, resume)
-    board = Board(cells, [span.index for span in cut.spans[1:]], out, console)
-    with board.live():
-        run(cells, cut, settings, out, jobs=jobs, tell=board.tell)
-    results = collect(cells, facts(cut.spans), recipe.replay.metrics, out)
-    if as_json:
-        typer.echo(json.dumps({"out": str(out), "summary": _summary(results)}))
-        return
-    typer.echo((out / "table.md").read_text())
-    console.print(f"results.parquet, tests.parquet, recipe.toml and table.md are in {out}")
+        _plan(recipe)
+    else:
+        _run(recipe, out, jobs, resume, as_json)
 
 
 def _maybe(parse: Callable[[str], Any], text: str | None) -> Any:
@@ -116,6 +95,43 @@ def _resolved(file: Path | None, given: dict[str, dict[str, Any]]) -> Recipe:
     return recipe_from(tables)
 
 
+def _plan(recipe: Recipe) -> None:
+    """Say what would run, and how long it would take."""
+    from freshrec.data.spans import plan
+    from freshrec.recipes import cells_of, cut_of
+    from freshrec.replay.plan import estimate
+    from freshrec.report.board import print_estimate, print_plan
+
+    cells, cut, console = cells_of(recipe), cut_of(recipe), Console()
+    print_plan(console, cells, plan(cut), cut.notes)
+    print_estimate(console, estimate(cells, cut))
+
+
+def _run(recipe: Recipe, out: Path, jobs: int, resume: bool, as_json: bool) -> None:
+    """Run what is not done yet, and write and print the results."""
+    from freshrec.data.spans import plan
+    from freshrec.recipes import cells_of, cut_of, settings_of
+    from freshrec.replay.measure import facts
+    from freshrec.replay.results import collect
+    from freshrec.replay.run import run
+    from freshrec.report.board import Board, print_plan
+
+    cells, settings, cut = cells_of(recipe), settings_of(recipe), cut_of(recipe)
+    console = Console(stderr=True)
+    _prepare(out, recipe, resume)
+    if not as_json:
+        print_plan(console, cells, plan(cut), cut.notes)
+    board = Board(cells, [span.index for span in cut.spans[1:]], out, console)
+    with board.live():
+        run(cells, cut, settings, out, jobs=jobs, tell=board.tell)
+    results = collect(cells, facts(cut.spans), recipe.replay.metrics, out)
+    if as_json:
+        typer.echo(json.dumps({"out": str(out), "summary": _summary(results)}))
+        return
+    typer.echo((out / "table.md").read_text())
+    console.print(f"results.parquet, tests.parquet, recipe.toml and table.md are in {out}")
+
+
 def _prepare(out: Path, recipe: Recipe, resume: bool) -> None:
     """Refuse to mix two replays in one folder."""
     from freshrec.recipes import load_recipe, save_recipe
@@ -131,10 +147,12 @@ def _prepare(out: Path, recipe: Recipe, resume: bool) -> None:
     save_recipe(recipe, there)
 
 
-def _summary(results: pl.DataFrame) -> list[dict[str, Any]]:
+def _summary(out: Path, results: pl.DataFrame) -> str:
+    """JSON: where the results are, and the averages over all spans."""
     import polars as pl
 
     from freshrec.replay.results import OVERALL
 
     overall = results.filter((pl.col("span") == OVERALL) & (pl.col("slice") == "all"))
-    return overall.select("model", "strategy", "seed", "metric", "value", "low", "high", "n").to_dicts()
+    columns = ("model", "strategy", "seed", "metric", "value", "low", "high", "n")
+    return json.dumps({"out": str(out), "summary": overall.select(columns).to_dicts()})

@@ -81,8 +81,8 @@ def sentences(results: pl.DataFrame) -> list[str]:
         + ("." if apart("finetune", "frozen") else ", though the intervals overlap: no more than chance."),
         f"- A full retrain reaches {quality('full'):.1f} % and costs {seconds('full') / seconds('finetune'):.0f} x the "
         f"CPU seconds of fine-tuning ({seconds('full'):.1f} against {seconds('finetune'):.1f}) for each update.",
-        f"- IMSR reaches {quality('imsr'):.1f} % at {seconds('imsr') / seconds('finetune'):.1f} x fine-tuning's cost, and "
-        f"leaves {value['imsr', 'mean_k']['value']:.1f} interests a user where all began with 4"
+        f"- IMSR reaches {quality('imsr'):.1f} % at {seconds('imsr') / seconds('finetune'):.1f} x fine-tuning's cost, "
+        f"and leaves {value['imsr', 'mean_k']['value']:.1f} interests a user where all began with 4"
         + (
             "; its quality differs from fine-tuning's by more than the intervals."
             if apart("imsr", "finetune")
