@@ -147,12 +147,11 @@ def _prepare(out: Path, recipe: Recipe, resume: bool) -> None:
     save_recipe(recipe, there)
 
 
-def _summary(out: Path, results: pl.DataFrame) -> str:
-    """JSON: where the results are, and the averages over all spans."""
+def _summary(results: pl.DataFrame) -> list[dict[str, Any]]:
+    """The averages over all spans."""
     import polars as pl
 
     from freshrec.replay.results import OVERALL
 
     overall = results.filter((pl.col("span") == OVERALL) & (pl.col("slice") == "all"))
-    columns = ("model", "strategy", "seed", "metric", "value", "low", "high", "n")
-    return json.dumps({"out": str(out), "summary": overall.select(columns).to_dicts()})
+    return overall.select("model", "strategy", "seed", "metric", "value", "low", "high", "n").to_dicts()
