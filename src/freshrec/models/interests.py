@@ -29,7 +29,7 @@ class InterestSpec:
     d: int = 64
     attention: str = "hard"  # "hard": the closest interest learns; "soft": all do
     power: float = 1.0  # of the soft attention's logits (MIND's p)
-    noise: float = 0.0  # of the routing logits of users without stored interests (MIND: 1)
+    noise: float = 0.0  # of the routing logits, in training (MIND: 1)
     iterations: int = 3  # of the routing
     recency: bool = True  # weigh history items in the routing by a learnt decay of their age
     inner: int = 1  # d_a / d of the self-attention; ComiRec has 4, which is 4 x slower
