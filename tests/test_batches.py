@@ -121,7 +121,9 @@ def test_windows_are_cut_back_to_back_from_the_last_target() -> None:
 def test_every_due_target_with_a_history_is_in_exactly_one_window(due: list[int], length: int) -> None:
     batches = window_batches(due_targets(one_user(due)), 3, length, random_source(0))
     found = [item for batch in batches for item in batch.targets_BT.flatten().tolist() if item]
-    assert sorted(found) == [i + 1 for i, kind in enumerate(due) if kind == DUE and i > 0]
+    after_secret = [i > 0 and due[i - 1] == SECRET for i in range(len(due))]  # nothing to predict them from
+    wanted = [i + 1 for i, kind in enumerate(due) if kind == DUE and i > 0 and not after_secret[i]]
+    assert sorted(found) == wanted
 
 
 def test_targets_without_history_are_left_out_of_target_batches_and_kept_as_pairs() -> None:
@@ -157,3 +159,11 @@ def test_without_any_stored_interest_everybody_starts_from_the_slots() -> None:
     vectors_BKD, alive_BK, _ = pad_interests(Interests.empty(2), torch.tensor([1, 5]), torch.tensor([[7.0, 8.0]]))
     assert vectors_BKD.tolist() == [[[7, 8]], [[7, 8]]]
     assert alive_BK.tolist() == [[True], [True]]
+
+
+def test_settling_keeps_what_is_still_to_be_trained_on_however_old() -> None:
+    # two rows stay, and the held-back one before them
+    left = settle(one_user([LATER, DONE, DUE, DUE]), keep=2)
+    assert left.items_R.tolist() == [1, 3, 4]
+    assert left.due_R.tolist() == [DUE, DONE, DONE]
+    assert left.offsets_U.diff().tolist() == [0, 3]

@@ -91,12 +91,16 @@ def test_softmax_distillation_by_hand() -> None:
     assert loss.item() == near(0.724077, abs=1e-6)
 
 
-def retained(form: str, new: list[float], stored: list[float], old: tuple[int, ...] = (1, 1)) -> float:
+def retained(
+    form: str, new: list[float], stored: list[float], old: tuple[int, ...] = (1, 1), weight: float = 10.0
+) -> float:
     """The term for interests at (x, 0), the target at (1, 0) and a loss of 2."""
     vectors_BKD, stored_BKD = (torch.tensor([[[x, 0.0] for x in side]]) for side in (new, stored))
-    batch = Batch(torch.tensor([1]), torch.tensor([[1]]), interests_BKD=stored_BKD, old_BK=yes(*old))
+    batch = Batch(
+        torch.tensor([1]), torch.tensor([[1]]), interests_BKD=stored_BKD, old_BK=yes(*old), alive_BK=yes(1, 1)
+    )
     forward = Forward(torch.tensor(2.0), vectors_BKD, row(1, 0))
-    return Retain(form, weight=10.0)(batch, forward).item()
+    return Retain(form, weight)(batch, forward).item()
 
 
 def test_each_form_of_the_retainer_by_hand() -> None:
@@ -107,14 +111,17 @@ def test_each_form_of_the_retainer_by_hand() -> None:
     # KD2 sees directions only: cosines (1, -1) on both sides, tau 0.1, p_2 = e^-20: the entropy, 4e-8
     assert retained("kd2", [1, -1], [5, -0.1]) == near(0, abs=1e-5)
     # KD3: one of two interests is old, mu = 1/2; over one interest KD1 is 0; (1 - mu) 2 + mu 0 = 2 - 1
-    assert retained("kd3", [1, 7], [0, 7], (1, 0)) == near(-1)
+    assert retained("kd3", [1, 7], [0, 7], (1, 0), weight=1.0) == near(-1)
+    assert retained("kd3", [1, 7], [0, 7], (1, 0), weight=0.5) == near(-0.5)  # the weight scales mu
     with pytest.raises(OptionError, match='not "kd4"'):
         retained("kd4", [1], [1], (1,))
 
 
 def test_the_retainer_teaches_interests_and_not_the_target_item() -> None:
     vectors_BKD, target_BD = torch.ones(1, 2, 3, requires_grad=True), torch.ones(1, 3, requires_grad=True)
-    batch = Batch(torch.tensor([1]), torch.tensor([[1]]), interests_BKD=torch.zeros(1, 2, 3), old_BK=yes(1, 1))
+    batch = Batch(
+        torch.tensor([1]), torch.tensor([[1]]), interests_BKD=torch.zeros(1, 2, 3), old_BK=yes(1, 1), alive_BK=yes(1, 1)
+    )
     Retain()(batch, Forward(torch.tensor(0.0), vectors_BKD, target_BD)).backward()
     assert vectors_BKD.grad is not None and vectors_BKD.grad.abs().sum() > 0
     assert target_BD.grad is None
@@ -386,3 +393,11 @@ def test_new_interests_that_start_too_long_disturb_the_old_ones() -> None:
         pair = first_four(before.users, newborn.judged_N), first_four(after.users, newborn.judged_N)
         cosines.append(float(F.cosine_similarity(*pair, dim=2).median()))
     assert cosines[0] > 0.9 > cosines[1]  # 0.93 and 0.87 measured
+
+
+def test_where_interests_are_ordered_only_the_last_ones_are_dropped() -> None:
+    # Old: (1, 0, 0). New: nothing is left of (2, 0, 0), all of (0, 1, 0), nothing of (3, 0, 0).
+    vectors_BKD = torch.tensor([[[1.0, 0, 0], [2.0, 0, 0], [0, 1.0, 0], [3.0, 0, 0]]])
+    alive_BK, old_BK = yes(1, 1, 1, 1), yes(1, 0, 0, 0)
+    assert Trimmer()(vectors_BKD, alive_BK, old_BK)[1].tolist() == [[True, False, True, False]]
+    assert Trimmer(last_only=True)(vectors_BKD, alive_BK, old_BK)[1].tolist() == [[True, True, True, False]]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from freshrec.models import CONTROLS, MODELS
-from freshrec.models.interests import InterestNet, InterestSpec, Routing, SelfAttention
+from freshrec.models.interests import InterestNet, InterestSpec, Routing, SelfAttention, Start
 from freshrec.models.layers import squash
 from freshrec.models.sasrec import SASRec, SASRecSpec
 from freshrec.types import Batch, InterestModel, VectorModel
@@ -16,6 +16,11 @@ from freshrec.types import Batch, InterestModel, VectorModel
 TRAINED = [name for name in MODELS if name not in CONTROLS]
 READERS = [name for name in TRAINED if name != "mf"]  # they look at the history
 N_ITEMS = 9
+
+
+def at(vectors_BKD: Tensor) -> Start:
+    """Extraction that starts from stored interests, all of them alive."""
+    return Start(vectors_BKD, None, None)
 
 
 def routing(d: int, iterations: int = 3, noise: float = 0.0, recency: bool = False) -> Routing:
@@ -53,7 +58,7 @@ def test_routing_by_hand_for_one_two_and_three_iterations() -> None:
     # 2: its votes become (1.354414, 0.130382), its share 1 / (1 + e^-1.224032) = 0.772772; 3: 0.816160
     expected = [(0.354414, 0.130382), (0.377520, 0.111007), (0.401671, 0.090476)]
     for iterations, (x, y) in enumerate(expected, 1):
-        vectors_BKD = routing(2, iterations)(torch.eye(2)[None], real(1, 1), torch.eye(2)[None], None)
+        vectors_BKD = routing(2, iterations)(torch.eye(2)[None], real(1, 1), at(torch.eye(2)[None]))
         torch.testing.assert_close(vectors_BKD, torch.tensor([[[x, y], [y, x]]]), atol=1e-6, rtol=0)
 
 
@@ -66,30 +71,30 @@ def test_routing_transforms_each_item_although_it_never_forms_the_product() -> N
     for _ in range(3):
         votes_TK = votes_TK + sent_TD @ h_KD.t()
         h_KD = squash(torch.softmax(votes_TK, 1).t() @ sent_TD)
-    found_BKD = route(items_TD[None], real(*[1] * 6), random(3, 5, seed=1)[None], None)
+    found_BKD = route(items_TD[None], real(*[1] * 6), at(random(3, 5, seed=1)[None]))
     torch.testing.assert_close(found_BKD[0], h_KD)
 
 
 def test_padding_takes_no_part_in_routing() -> None:
     route, items_BTD, starts_BKD = routing(4), random(1, 3, 4), random(1, 2, 4, seed=1)
     padded_BTD = torch.cat([100 * random(1, 2, 4, seed=2), items_BTD], 1)
-    alone = route(items_BTD, real(1, 1, 1), starts_BKD, None)
-    torch.testing.assert_close(route(padded_BTD, real(0, 0, 1, 1, 1), starts_BKD, None), alone)
-    assert (route(items_BTD, real(0, 0, 0), starts_BKD, None) == 0).all()
+    alone = route(items_BTD, real(1, 1, 1), at(starts_BKD))
+    torch.testing.assert_close(route(padded_BTD, real(0, 0, 1, 1, 1), at(starts_BKD)), alone)
+    assert (route(items_BTD, real(0, 0, 0), at(starts_BKD)) == 0).all()
 
 
 def test_interests_that_start_alike_stay_alike_and_others_do_not() -> None:
     # With one shared transform nothing but the start tells two interests apart.
-    alike_BKD = routing(4)(random(1, 5, 4), real(*[1] * 5), torch.zeros(1, 3, 4), None)
-    apart_BKD = routing(4)(random(1, 5, 4), real(*[1] * 5), random(1, 3, 4, seed=1), None)
+    alike_BKD = routing(4)(random(1, 5, 4), real(*[1] * 5), at(torch.zeros(1, 3, 4)))
+    apart_BKD = routing(4)(random(1, 5, 4), real(*[1] * 5), at(random(1, 3, 4, seed=1)))
     assert torch.equal(alike_BKD[:, 0], alike_BKD[:, 1])
     assert (apart_BKD[:, 0] - apart_BKD[:, 1]).norm() > 0.1
 
 
 def test_routing_does_not_depend_on_the_order_of_interests_or_items() -> None:
     route, items_BTD, starts_BKD = routing(4), random(1, 5, 4), random(1, 3, 4, seed=1)
-    found_BKD = route(items_BTD, real(*[1] * 5), starts_BKD, None)
-    turned_BKD = route(items_BTD.flip(1), real(*[1] * 5), starts_BKD[:, [2, 0, 1]], None)
+    found_BKD = route(items_BTD, real(*[1] * 5), at(starts_BKD))
+    turned_BKD = route(items_BTD.flip(1), real(*[1] * 5), at(starts_BKD[:, [2, 0, 1]]))
     torch.testing.assert_close(turned_BKD, found_BKD[:, [2, 0, 1]])
 
 
@@ -97,7 +102,7 @@ def test_routing_learns_through_its_last_iteration_alone() -> None:
     # The shares are constants, so the start gets no gradient; one more iteration with given shares gives W the same.
     starts_BKD = random(1, 2, 4, seed=1).requires_grad_()
     route, items_BTD = routing(4), random(1, 3, 4)
-    route(items_BTD, real(1, 1, 1), starts_BKD, None).sum().backward()
+    route(items_BTD, real(1, 1, 1), at(starts_BKD)).sum().backward()
     assert starts_BKD.grad is None
     found_DD, W = route.transform_DD.grad, torch.eye(4, requires_grad=True)
     votes_TK = sum(items_BTD[0] @ h_KD.t() for h_KD in (starts_BKD[0], *_middle(items_BTD, starts_BKD)))
@@ -107,7 +112,7 @@ def test_routing_learns_through_its_last_iteration_alone() -> None:
 
 def _middle(items_BTD: Tensor, starts_BKD: Tensor) -> list[Tensor]:
     """The interests after one and two iterations."""
-    return [routing(4, n)(items_BTD, real(1, 1, 1), starts_BKD, None)[0] for n in (1, 2)]
+    return [routing(4, n)(items_BTD, real(1, 1, 1), at(starts_BKD))[0] for n in (1, 2)]
 
 
 def test_recency_weighs_an_item_by_a_decay_of_its_age() -> None:
@@ -115,16 +120,25 @@ def test_recency_weighs_an_item_by_a_decay_of_its_age() -> None:
     route = routing(2, recency=True)
     assert route.log_fading is not None
     route.log_fading.data = torch.tensor(math.log(math.log(2)))
-    found_BKD = route(torch.eye(2)[None], real(1, 1), torch.ones(1, 1, 2), None)
+    found_BKD = route(torch.eye(2)[None], real(1, 1), at(torch.ones(1, 1, 2)))
     torch.testing.assert_close(found_BKD, squash(torch.tensor([[[0.5, 1.0]]])))
 
 
 def test_noise_in_the_routing_is_for_training_only() -> None:
-    route, arguments = routing(4, noise=1.0), (random(1, 5, 4), real(*[1] * 5), random(1, 3, 4, seed=1), None)
+    route, arguments = routing(4, noise=1.0), (random(1, 5, 4), real(*[1] * 5), at(random(1, 3, 4, seed=1)))
     assert not torch.equal(route(*arguments), route(*arguments))
     route.eval()
     assert torch.equal(route(*arguments), route(*arguments))
     torch.testing.assert_close(route(*arguments), routing(4)(*arguments))
+
+
+def test_noise_in_the_routing_is_for_newcomers_only() -> None:
+    route, items_BTD, starts_BKD = routing(4, noise=1.0), random(2, 5, 4), random(2, 3, 4, seed=1)
+    everything = torch.ones(2, 5, 1)
+    found_BKD = route(items_BTD, everything, Start(starts_BKD, None, torch.tensor([True, False])))
+    quiet_BKD = routing(4)(items_BTD, everything, at(starts_BKD))
+    assert not torch.equal(found_BKD[0], quiet_BKD[0])
+    torch.testing.assert_close(found_BKD[1], quiet_BKD[1])
 
 
 def attention() -> SelfAttention:
@@ -140,13 +154,13 @@ def test_self_attention_by_hand() -> None:
     """[IMSR eq. 8]"""
     # Interest 1: shares 1 : 3, so 0.25 (0, 1) + 0.75 (1, 0); interest 2 is the mean. The padding, (9, 9), is left out.
     items_BTD = torch.tensor([[[9.0, 9.0], [0.0, 1.0], [1.0, 0.0]]])
-    found_BKD = attention()(items_BTD, real(0, 1, 1), torch.zeros(1, 2, 2), None)
+    found_BKD = attention()(items_BTD, real(0, 1, 1), at(torch.zeros(1, 2, 2)))
     torch.testing.assert_close(found_BKD, torch.tensor([[[0.75, 0.25], [0.5, 0.5]]]))
 
 
 def test_self_attention_over_nothing_but_padding_is_zero_with_finite_gradients() -> None:
     layer = attention()
-    found_BKD = layer(torch.zeros(1, 3, 2), real(0, 0, 0), torch.zeros(1, 2, 2), None)
+    found_BKD = layer(torch.zeros(1, 3, 2), real(0, 0, 0), at(torch.zeros(1, 2, 2)))
     found_BKD.sum().backward()
     assert (found_BKD == 0).all()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())

@@ -1,4 +1,4 @@
-"""`name:field=value` picks an instance and sets its fields; everything unknown is named, with the nearest valid name."""
+"""`name:field=value` picks an instance and sets its fields; what is unknown is named, with the nearest valid name."""
 
 from pathlib import Path
 

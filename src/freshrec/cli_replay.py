@@ -44,8 +44,12 @@ def replay(
     strategies: Annotated[str | None, typer.Option(help="Strategies, as in finetune,imsr:retain.weight=1.")] = None,
     by: Annotated[str | None, typer.Option(help="How the log is cut: count, time, count-alpha, period, ...")] = None,
     spans: Annotated[int | None, typer.Option(help="Spans after the base block.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="The base block's share of the log.")] = None,
+    dates: Annotated[str | None, typer.Option(help="Where spans start, for --by dates: 2025-06-01,2025-07-01.")] = None,
     targets: Annotated[str | None, typer.Option(help="What is tested: last, all or split.")] = None,
     heldout: Annotated[str | None, typer.Option(help="When held-out events join training: next or never.")] = None,
+    min_events: Annotated[int | None, typer.Option(help="Leave out users with fewer events.")] = None,
+    min_history: Annotated[int | None, typer.Option(help="Events a user needs before a target.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Training seeds.")] = None,
     cadence: Annotated[int | None, typer.Option(help="Blocks to a span; counters learn after each.")] = None,
     metrics: Annotated[str | None, typer.Option(help="As in ndcg@20,hr@10.")] = None,
@@ -67,10 +71,13 @@ def replay(
             "path": log or None, "folder": data, "world": world, "format": log_format, "users": users,
             "events": _maybe(words, events), "columns": _maybe(pairs, columns),
         },
-        "spans": {"by": by, "spans": spans, "targets": targets, "heldout": heldout},
+        "spans": {
+            "by": by, "spans": spans, "alpha": alpha, "dates": _maybe(words, dates), "targets": targets,
+            "heldout": heldout, "min_events": min_events,
+        },
         "replay": {
             "models": _maybe(words, models), "strategies": _maybe(words, strategies), "seeds": seeds,
-            "cadence": cadence, "metrics": _maybe(words, metrics), "tune": tune,
+            "cadence": cadence, "metrics": _maybe(words, metrics), "tune": tune, "min_history": min_history,
         },
     }  # fmt: skip
     recipe = _resolved(recipe_file, given)
@@ -89,7 +96,12 @@ def _resolved(file: Path | None, given: dict[str, dict[str, Any]]) -> Recipe:
     """The recipe in `file`, or the default one, with what was given on the command line."""
     from freshrec.recipes import Recipe, load_recipe, recipe_from
 
+    path, world = given["log"]["path"], given["log"]["world"]
+    if path and world:
+        raise OptionError(f"a replay is of one log, and both {path} and --world {world} are given; drop one.")
     tables = (load_recipe(file) if file else Recipe()).model_dump()
+    if path or world:
+        tables["log"] |= {"path": "", "folder": "", "world": ""}  # those of the file give way
     for part, options in given.items():
         tables[part] |= {name: value for name, value in options.items() if value is not None}
     return recipe_from(tables)
@@ -98,13 +110,13 @@ def _resolved(file: Path | None, given: dict[str, dict[str, Any]]) -> Recipe:
 def _plan(recipe: Recipe) -> None:
     """Say what would run, and how long it would take."""
     from freshrec.data.spans import plan
-    from freshrec.recipes import cells_of, cut_of
+    from freshrec.recipes import cells_of, cut_of, settings_of
     from freshrec.replay.plan import estimate
     from freshrec.report.board import print_estimate, print_plan
 
-    cells, cut, console = cells_of(recipe), cut_of(recipe), Console()
+    cells, settings, cut, console = cells_of(recipe), settings_of(recipe), cut_of(recipe), Console()
     print_plan(console, cells, plan(cut), cut.notes)
-    print_estimate(console, estimate(cells, cut))
+    print_estimate(console, estimate(cells, cut, settings))
 
 
 def _run(recipe: Recipe, out: Path, jobs: int, resume: bool, as_json: bool) -> None:
@@ -122,8 +134,12 @@ def _run(recipe: Recipe, out: Path, jobs: int, resume: bool, as_json: bool) -> N
     if not as_json:
         print_plan(console, cells, plan(cut), cut.notes)
     board = Board(cells, [span.index for span in cut.spans[1:]], out, console)
-    with board.live():
-        run(cells, cut, settings, out, jobs=jobs, tell=board.tell)
+    try:
+        with board.live():
+            run(cells, cut, settings, out, jobs=jobs, tell=board.tell)
+    except KeyboardInterrupt:
+        console.print(f"finished spans are kept in {out}: the same command with --resume goes on.", markup=False)
+        raise
     results = collect(cells, facts(cut.spans), recipe.replay.metrics, out)
     if as_json:
         typer.echo(json.dumps({"out": str(out), "summary": _summary(results)}))

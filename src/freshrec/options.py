@@ -1,13 +1,56 @@
-"""`name:field=value:part.field=value` -> an instance from a table of instances, with some fields replaced."""
+"""Options are fields of frozen dataclasses, whose types say which values they take: `d: Count`, `keep: Literal[...]`.
+
+`name:field=value:part.field=value` is an instance from a table of instances, with some fields replaced.
+"""
 
 import importlib
+import math
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, fields, is_dataclass, replace
+from difflib import get_close_matches
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from freshrec.errors import OptionError, unknown
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The numbers a field takes: from `low` on, or above it, and below `high`."""
+
+    low: float
+    above: bool = False  # `low` itself is refused
+    high: float = math.inf
+
+    def __str__(self) -> str:
+        least = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
+        return least + (f" and below {self.high:g}" if self.high < math.inf else "")
+
+    def holds(self, value: float) -> bool:
+        """Whether `value` is one of them; nan never is."""
+        return (self.low < value if self.above else self.low <= value) and value < self.high
+
+
+Count = Annotated[int, Bounds(1)]
+CountOrNone = Annotated[int, Bounds(0)]  # 0 = none of them
+Positive = Annotated[float, Bounds(0, above=True)]
+Weight = Annotated[float, Bounds(0)]
+Rate = Annotated[float, Bounds(0, high=1)]
+
+
+def check_options(instance: Any) -> None:
+    """OptionError where a field has a value that its type does not take; for `__post_init__`."""
+    for name, kind in get_type_hints(type(instance), include_extras=True).items():
+        value, option = getattr(instance, name), f"option {name} of {type(instance).__name__}"
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            valid, near = get_args(kind), get_close_matches(str(value), get_args(kind), n=1, cutoff=0)
+            raise OptionError(f'{option} is one of {", ".join(valid)}, not "{value}"; did you mean "{near[0]}"?')
+        if get_origin(kind) is Annotated:
+            number, bounds = get_args(kind)
+            if not isinstance(value, int | number) or not bounds.holds(value):
+                raise OptionError(f"{option} is {value}; it must be {bounds}.")
 
 
 def choose(kind: str, text: str, table: Mapping[str, T]) -> T:
@@ -39,26 +82,33 @@ def _imported(kind: str, name: str, table: Mapping[str, T]) -> T:
 def _replaced(instance: Any, path: list[str], value: str, text: str) -> Any:
     """`instance` with one field, or a field of a part, set from a string."""
     first, *rest = path
-    if not is_dataclass(instance) or isinstance(instance, type):
+    if not is_dataclass(instance) or isinstance(instance, type) or not fields(instance):
         raise OptionError(f'"{text[:60]}": there are no options below "{first[:60]}".')
     if first not in {f.name for f in fields(instance)}:
         raise unknown(f"option of {type(instance).__name__}", first, [f.name for f in fields(instance)])
     old = getattr(instance, first)
-    new = _replaced(old, rest, value, text) if rest else _parsed(old, value, first)
+    if rest:
+        new = _replaced(old, rest, value, text)
+    else:
+        new = _parsed(get_type_hints(type(instance))[first], old, value, first)
     return replace(instance, **{first: new})
 
 
-def _parsed(old: Any, value: str, name: str) -> Any:
-    """`value` as the type of what it replaces; "none" leaves a part out."""
-    if value.lower() == "none":
+def _parsed(kind: Any, old: Any, value: str, name: str) -> Any:
+    """`value` as the type of its field; "none" leaves out a part that may be left out."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if NoneType in kinds and value.lower() == "none":
         return None
-    if isinstance(old, str):
+    if str in kinds or get_origin(kind) is Literal:
         return value
-    if isinstance(old, bool) and value.lower() in ("true", "false"):
+    if bool in kinds and value.lower() in ("true", "false"):
         return value.lower() == "true"
-    if isinstance(old, int | float) and not isinstance(old, bool):
+    for number in (int, float):
         try:
-            return type(old)(value)
+            if number in kinds:
+                return number(value)
         except ValueError:
-            pass
+            continue
+    if is_dataclass(old):
+        raise OptionError(f'{name} cannot be "{value[:60]}"; it has options of its own: write {name}.field=value.')
     raise OptionError(f'option {name} cannot be "{value[:60]}"; its default is {old}.')

@@ -16,6 +16,7 @@ from freshrec.replay.measure import Asked
 from freshrec.replay.metrics import parse
 from freshrec.replay.replay import Cell, Settings, check
 from freshrec.strategies import find_strategy
+from freshrec.types import VALID
 
 
 class LogRecipe(BaseModel, extra="forbid", frozen=True):
@@ -99,6 +100,8 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 def log_of(recipe: Recipe) -> Log:
     """The events a recipe names: interactions only, no exposures."""
     part = recipe.log
+    if part.world and part.path:
+        raise OptionError(f"a replay is of one log; both {part.path} and the world {part.world} are given, drop one.")
     if part.world:
         sizes = {"users": part.world_users, "items": part.world_items, "events": part.world_events}
         return make(part.world, **sizes, spans=recipe.spans.spans, seed=part.seed).log
@@ -117,12 +120,18 @@ def log_of(recipe: Recipe) -> Log:
 
 
 def cut_of(recipe: Recipe) -> Cut:
-    """The recipe's log in spans."""
+    """The recipe's log in spans. OptionError where it asks for tuning, and no event is there to choose by."""
     part = recipe.spans
-    return cut(
+    spans = cut(
         log_of(recipe), by=part.by, spans=part.spans, alpha=part.alpha, dates=part.dates, targets=part.targets,
         heldout=part.heldout, min_events=part.min_events, forget_users=part.forget_users, seed=recipe.log.seed,
     )  # fmt: skip
+    if recipe.replay.tune and not any(bool((span.events.role_E == VALID).any()) for span in spans.spans[2:]):
+        raise OptionError(
+            "tuning chooses knobs by the validation events of spans 2, 3, ..., and this cut has none; use targets = "
+            '"last" and at least 2 spans, or do not tune.'
+        )
+    return spans
 
 
 def settings_of(recipe: Recipe) -> Settings:

@@ -198,6 +198,10 @@ class VectorModel(TrainedModel, Protocol):
 class InterestModel(VectorModel, Protocol):
     """A model with several interests a user, kept between spans."""
 
+    @property
+    def ordered(self) -> bool:
+        """Whether the k-th interest is the k-th of something learnt, so that only a user's last ones may be dropped."""
+
     def slots(self, n: int) -> Tensor:
         """(n, D): where the interests of a newcomer, and new interests of anybody, start."""
 

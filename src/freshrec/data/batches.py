@@ -56,14 +56,18 @@ def owners(histories: Histories) -> Tensor:
 
 
 def settle(histories: Histories, keep: int) -> Histories:
-    """What an update leaves: due rows are done, held-back ones are due next, each user's last `keep` rows stay."""
+    """What an update leaves: due rows are done, held-back ones are due next.
+
+    Each user's last `keep` rows stay, and every row that is still to be trained on.
+    """
     ends_R = torch.repeat_interleave(histories.offsets_U[1:], histories.offsets_U.diff())
-    stays_R = torch.arange(len(histories.items_R)) >= ends_R - keep
+    stays_R = (torch.arange(len(histories.items_R)) >= ends_R - keep) | (histories.due_R == LATER)
     due_R = histories.due_R.clone()
     due_R[histories.due_R == DUE] = DONE
     due_R[histories.due_R == LATER] = DUE
     offsets_U = torch.zeros_like(histories.offsets_U)
-    torch.cumsum(histories.offsets_U.diff().clamp(max=keep), 0, out=offsets_U[1:])
+    n_stay_U = torch.bincount(owners(histories)[stays_R], minlength=histories.n_users + 1)
+    torch.cumsum(n_stay_U, 0, out=offsets_U[1:])
     return Histories(offsets_U, histories.items_R[stays_R], histories.times_R[stays_R], due_R[stays_R])
 
 
@@ -213,9 +217,11 @@ def pair_batches(targets: Targets, size: int, source: torch.Generator) -> Iterat
 def window_batches(targets: Targets, size: int, length: int, source: torch.Generator) -> Iterator[Batch]:
     """One epoch, a row per window of at most `length` events with a target after each position that is one.
 
-    A user's windows are cut back to back from the last target, so each target is in exactly one.
+    A user's windows are cut back to back from the last target, so each target is in exactly one. A target right after a
+    secret row is left out: the position that should predict it is padding.
     """
     targets = without_secrets(targets)
+    targets = targets[targets.histories.due_R[(targets.rows_N - 1).clamp(min=0)] != SECRET]
     windows = _windows(targets, length)
     wanted_R = torch.zeros(len(targets.histories.items_R), dtype=torch.bool)
     wanted_R[targets.rows_N] = True

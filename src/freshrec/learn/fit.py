@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from freshrec.data.batches import (
     Carried,
     Targets,
     due_targets,
+    owners,
     pair_batches,
     query_batches,
     random_source,
@@ -26,7 +27,8 @@ from freshrec.errors import TrainingError
 from freshrec.learn.interests import Trim, reread
 from freshrec.models.ranking import ranks
 from freshrec.models.tables import Table
-from freshrec.types import Batch, InterestModel, Interests, Span, State, Term, TrainedModel
+from freshrec.options import Count, CountOrNone, Positive, check_options
+from freshrec.types import DUE, Batch, Histories, InterestModel, Interests, Span, State, Term, TrainedModel
 
 Project = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -35,12 +37,15 @@ Project = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Fit:
     """How a strategy trains; the model's own spec holds lr, batch size, negatives and history length."""
 
-    epochs: int = 3  # of an update
-    lr_scale: float = 1.0  # of an update's lr against the model's
-    history: str = "recent"  # "recent": the last events across spans; "span": this span's events only, as in IMSR
-    base_epochs: int = 0  # of the base block and of a full retrain; 0 = chosen on the base block's last sixth
-    max_epochs: int = 40  # where they are chosen
-    patience: int = 3  # epochs without a better ndcg@20 before the choice is made
+    epochs: CountOrNone = 3  # of an update
+    lr_scale: Positive = 1.0  # of an update's lr against the model's
+    history: Literal["recent", "span"] = "recent"  # the last events across spans, or this span's only (IMSR)
+    base_epochs: CountOrNone = 0  # of the base block and of a full retrain; 0 = chosen on the base block's last sixth
+    max_epochs: Count = 40  # where they are chosen
+    patience: Count = 3  # epochs without a better ndcg@20 before the choice is made
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 def grid(fit: Fit) -> list[Fit]:
@@ -198,20 +203,17 @@ def finish(
 
 
 def choose_epochs(state: State, fit: Fit) -> int:
-    """How many epochs the base block needs: the best ndcg@20 on its last sixth, by time, after training on the rest.
+    """How many epochs the base block needs: the best ndcg@20 on its last sixth after training on the rest.
 
     The held-out part is a sixth, not a tail right behind the training rows: such a tail overstates quality 3-4 x.
     """
     histories = state.recent
-    times_R = histories.times_R.sort().values
-    cut = times_R[len(times_R) * 5 // 6] if len(times_R) else 0
-    early_R = histories.times_R < cut
-    source = random_source(state.seed, 7)
-    late = targets_at(histories, (~early_R).nonzero()[:, 0])
+    late_R = last_sixth(histories)
+    early_R = (histories.due_R == DUE) & ~late_R
+    late = targets_at(histories, ((histories.due_R == DUE) & late_R).nonzero()[:, 0])
     late = late[late.lengths(1) > 0]
-    late = late[torch.randperm(len(late), generator=source)[:2000]]
-    targets = due_targets(histories)
-    targets = targets[early_R[targets.rows_N]]
+    late = late[torch.randperm(len(late), generator=random_source(state.seed, 7))[:2000]]
+    targets = targets_at(histories, early_R.nonzero()[:, 0])
     if not len(late) or not len(targets):
         return 5  # too little to choose by
     model = fresh(state, histories.n_users, int(histories.items_R[early_R].max()))
@@ -224,6 +226,24 @@ def choose_epochs(state: State, fit: Fit) -> int:
         elif epoch - best_epoch >= fit.patience:
             break
     return best_epoch
+
+
+def last_sixth(histories: Histories) -> Tensor:
+    """(R,) whether a row is in the last sixth: by time, or of each user's own rows where time tells the users apart.
+
+    Without a clock the order of events often runs user by user, so that the last sixth by time would be other users.
+    """
+    times_R = histories.times_R
+    if not len(times_R):
+        return torch.zeros(0, dtype=torch.bool)
+    late_R = times_R >= times_R.sort().values[len(times_R) * 5 // 6]
+    users_R = owners(histories)
+    late_users = users_R[late_R].unique()
+    if torch.isin(late_users, users_R[~late_R]).float().mean() > 0.2:
+        return late_R
+    sizes_U = histories.offsets_U.diff()
+    place_R = torch.arange(len(times_R)) - histories.offsets_U[users_R]
+    return place_R >= sizes_U[users_R] * 5 // 6
 
 
 def ndcg(model: TrainedModel, targets: Targets, carried: Carried | None, k: int = 20) -> float:

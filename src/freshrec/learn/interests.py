@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from freshrec.data.batches import Carried, Targets, query_batches, targets_at
+from freshrec.data.batches import Carried, Targets, query_batches, targets_at, without_secrets
 from freshrec.types import DUE, LATER, Histories, InterestModel, Interests
 
 Trim = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # (vectors, alive, old) -> (vectors, alive)
@@ -31,7 +31,7 @@ def reread(
 ) -> Interests:
     """Interests of the users active since the last update, read by the new model; those of others as they were."""
     users_N = active_users(histories)
-    ends = ends_of(histories, users_N, history)
+    ends = without_secrets(ends_of(histories, users_N, history))  # or they would help to answer for themselves later
     n_most = int(carried.counts(users_N).max()) if len(users_N) else len(carried.slots_KD)
     vectors_NKD = torch.zeros(len(users_N), n_most, carried.slots_KD.shape[1])
     alive_NK = torch.zeros(len(users_N), n_most, dtype=torch.bool)

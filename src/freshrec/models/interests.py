@@ -29,7 +29,7 @@ class InterestSpec:
     d: int = 64
     attention: str = "hard"  # "hard": the closest interest learns; "soft": all do
     power: float = 1.0  # of the soft attention's logits (MIND's p)
-    noise: float = 0.0  # of the routing logits, in training (MIND: 1)
+    noise: float = 0.0  # of the routing logits of users without stored interests, in training (MIND: 1)
     iterations: int = 3  # of the routing
     recency: bool = True  # weigh history items in the routing by a learnt decay of their age
     inner: int = 1  # d_a / d of the self-attention; ComiRec has 4, which is 4 x slower
@@ -48,10 +48,21 @@ class InterestSpec:
         return InterestNet(self, seed)
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where extraction starts from: a user's stored interests, or the slots."""
+
+    vectors_BKD: Tensor
+    alive_BK: Tensor | None  # None: all of them
+    newcomer_B: Tensor | None  # has nothing stored; None: nobody has
+
+
 class Extractor(Protocol):
     """Items to interests."""
 
-    def __call__(self, items_BTD: Tensor, real_BT1: Tensor, start_BKD: Tensor, alive_BK: Tensor | None) -> Tensor:
+    ordered: bool  # the k-th interest is the k-th of something learnt, so that only the last ones may be dropped
+
+    def __call__(self, items_BTD: Tensor, real_BT1: Tensor, start: Start) -> Tensor:
         """(B, K, D) interests of `items_BTD`; padding is where `real_BT1` is 0."""
 
 
@@ -68,7 +79,9 @@ class Routing(nn.Module):
         self.transform_DD = nn.Parameter(torch.eye(d))
         self.log_fading = nn.Parameter(torch.tensor(-3.0)) if recency else None
 
-    def forward(self, items_BTD: Tensor, real_BT1: Tensor, start_BKD: Tensor, alive_BK: Tensor | None) -> Tensor:
+    ordered = False
+
+    def forward(self, items_BTD: Tensor, real_BT1: Tensor, start: Start) -> Tensor:
         """h_k = squash(sum_i c_ik W e_i), c_i = softmax over k of the summed votes W e_i . h_k [IMSR eq. 4].
 
         W e_i [IMSR eq. 3] is never formed: W is applied to the K interests, not to the T items.
@@ -79,11 +92,12 @@ class Routing(nn.Module):
             age_T = torch.arange(items_BTD.shape[1] - 1, -1, -1)
             real_B1T = real_B1T * torch.exp(-self.log_fading.exp() * age_T)
         with torch.no_grad():  # softmax along the middle dimension is 10 x faster than along a short last one
-            votes_BKT = torch.bmm(start_BKD @ W, items_BTD.transpose(1, 2))
+            votes_BKT = torch.bmm(start.vectors_BKD @ W, items_BTD.transpose(1, 2))
             if self.noise and self.training:
-                votes_BKT += self.noise * torch.randn_like(votes_BKT)
-            if alive_BK is not None:
-                votes_BKT.masked_fill_(~alive_BK[..., None], FAR)
+                noise_BKT = self.noise * torch.randn_like(votes_BKT)
+                votes_BKT += noise_BKT if start.newcomer_B is None else noise_BKT * start.newcomer_B[:, None, None]
+            if start.alive_BK is not None:
+                votes_BKT.masked_fill_(~start.alive_BK[..., None], FAR)
             for i in range(self.iterations):
                 share_BKT = torch.softmax(votes_BKT, 1)
                 if i < self.iterations - 1:
@@ -105,14 +119,16 @@ class SelfAttention(nn.Module):
         self.inner_AD = nn.Parameter(torch.randn(d_inner, d, generator=source) / d**0.5)
         self.queries_KA = nn.Parameter(torch.randn(k_max, d_inner, generator=source) / d_inner**0.5)
 
-    def forward(self, items_BTD: Tensor, real_BT1: Tensor, start_BKD: Tensor, alive_BK: Tensor | None) -> Tensor:
+    ordered = True
+
+    def forward(self, items_BTD: Tensor, real_BT1: Tensor, start: Start) -> Tensor:
         """H = A E with A = softmax over items of W_u^T tanh(W_1 E) [IMSR eq. 8]."""
-        n_items, n_interests = items_BTD.shape[1], start_BKD.shape[1]
+        n_items, n_interests = items_BTD.shape[1], start.vectors_BKD.shape[1]
         placed_BTD = items_BTD + self.positions_TD[len(self.positions_TD) - n_items :]
         logits_BTK = torch.tanh(placed_BTD @ self.inner_AD.t()) @ self.queries_KA[:n_interests].t()
         weights_BTK = torch.softmax(logits_BTK.masked_fill(real_BT1 == 0, FAR), 1) * real_BT1
         vectors_BKD = torch.bmm(weights_BTK.transpose(1, 2), items_BTD)
-        return vectors_BKD if alive_BK is None else vectors_BKD * alive_BK[..., None]
+        return vectors_BKD if start.alive_BK is None else vectors_BKD * start.alive_BK[..., None]
 
 
 class InterestNet(nn.Module):
@@ -165,13 +181,20 @@ class InterestNet(nn.Module):
         return Forward(loss, vectors_BKD, target_BD)
 
     def _interests(self, items_BTD: Tensor, batch: Batch) -> Tensor:
-        start_BKD, alive_BK = batch.interests_BKD, batch.alive_BK
-        if start_BKD is None:
-            start_BKD = self.slots(self.spec.k).expand(len(batch), -1, -1)
+        stored_BKD, alive_BK = batch.interests_BKD, batch.alive_BK
+        if stored_BKD is None:
+            stored_BKD = self.slots(self.spec.k).expand(len(batch), -1, -1)
         if alive_BK is not None and bool(alive_BK.all()):
             alive_BK = None
-        vectors: Tensor = self.extract(items_BTD, (batch.history_BT > 0)[..., None].float(), start_BKD, alive_BK)
+        newcomer_B = None if batch.old_BK is None else ~batch.old_BK.any(1)
+        start = Start(stored_BKD, alive_BK, newcomer_B)
+        vectors: Tensor = self.extract(items_BTD, (batch.history_BT > 0)[..., None].float(), start)
         return vectors
+
+    @property
+    def ordered(self) -> bool:
+        """Whether only a user's last interests may be dropped."""
+        return bool(self.extract.ordered)
 
     def user_vectors(self, batch: Batch) -> Tensor:
         """(B, K, D) interests read from the history, routing from the stored ones; an interest the user lacks repeats

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from freshrec.models.layers import best_inner_product, sampled_softmax
 from freshrec.models.tables import Table
+from freshrec.options import Count, Positive, check_options
 from freshrec.types import Batch, Events, Forward, Histories
 
 
@@ -14,12 +15,15 @@ from freshrec.types import Batch, Events, Forward, Histories
 class MFSpec:
     """Options of MF."""
 
-    d: int = 64
-    length: int = 50  # kept events a user; the model itself does not read them
-    lr: float = 0.005
-    batch: int = 1024
-    negatives: int = 512
-    std: float = 0.1
+    d: Count = 64
+    length: Count = 50  # kept events a user; the model itself does not read them
+    lr: Positive = 0.005
+    batch: Count = 1024
+    negatives: Count = 512
+    std: Positive = 0.1
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def build(self, seed: int) -> "MF":
         """A model without users and items."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
+from freshrec.options import Count, check_options
 from freshrec.types import Batch, Events, Histories
 
 Rows = NDArray[np.int64]
@@ -42,7 +43,10 @@ class PairsSpec:
     """Item-kNN by cosine, or a Markov chain with gaps."""
 
     kind: Literal["cosine", "markov"] = "cosine"
-    length: int = 50  # history items looked at
+    length: Count = 50  # history items looked at
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def build(self, seed: int) -> Pairs:
         """A model without users and items; it has no randomness."""

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from freshrec.options import Count, check_options
 from freshrec.types import Batch, Events, Histories
 
 FREQ_HALF_LIFE = 32  # events of the user's history
@@ -18,7 +19,10 @@ class RepeatSpec:
     """How own items are ordered: "last" by their last event, "freq" by the number of their events, fading with age."""
 
     order: Literal["last", "freq"] = "last"
-    length: int = 50  # history items looked at
+    length: Count = 50  # history items looked at
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def build(self, seed: int) -> Repeat:
         """A model without users and items; it has no randomness."""

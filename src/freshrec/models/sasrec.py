@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from freshrec.errors import OptionError
 from freshrec.models.layers import best_inner_product, sampled_softmax
 from freshrec.models.tables import Table
+from freshrec.options import Count, Positive, Rate, check_options
 from freshrec.types import Batch, Events, Forward, Histories
 
 
@@ -19,18 +21,23 @@ from freshrec.types import Batch, Events, Forward, Histories
 class SASRecSpec:
     """Options of SASRec."""
 
-    d: int = 64
-    blocks: int = 1
-    heads: int = 1
-    dropout: float = 0.2
-    length: int = 50
-    lr: float = 0.003
-    batch: int = 128  # windows, each with up to `length` targets
-    negatives: int = 512
-    std: float = 0.1
+    d: Count = 64
+    blocks: Count = 1
+    heads: Count = 1  # d is a multiple of it
+    dropout: Rate = 0.2
+    length: Count = 50
+    lr: Positive = 0.003
+    batch: Count = 128  # windows, each with up to `length` targets
+    negatives: Count = 512
+    std: Positive = 0.1
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def build(self, seed: int) -> "SASRec":
         """A model without users and items."""
+        if self.d % self.heads:
+            raise OptionError(f"d = {self.d} cannot be shared by {self.heads} heads; make d a multiple of heads.")
         return SASRec(self, seed)
 
 

@@ -123,7 +123,7 @@ def facts(spans: tuple[Span, ...]) -> pl.DataFrame:
             "span": np.arange(len(spans), dtype=np.int32),
             "users_before": users_before[: len(spans)],
             "items_before": items_before[1 : len(spans) + 1],
-            "items_earlier": items_before[: len(spans)],
+            "items_earlier": [0, *items_before[2:3], *items_before[2 : len(spans)]][: len(spans)],  # all old at span 1
         }
     )
     head = pl.concat(_head_items(whole, t) for t in range(1, len(spans))) if len(spans) > 1 else None

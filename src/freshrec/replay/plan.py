@@ -8,15 +8,18 @@ import polars as pl
 from freshrec.data.batches import due_targets
 from freshrec.data.spans import Cut
 from freshrec.learn.fit import carried_by, train
-from freshrec.replay.replay import Cell, absorb
-from freshrec.types import Events, State, TrainedModel
+from freshrec.replay.replay import Cell, Settings, absorb
+from freshrec.types import Events, State, Strategy, TrainedModel
 
 USUAL_EPOCHS = 10  # of a base block, until it has been chosen
 CHOICE = 2.0  # choosing them trains about as much again
 
 
-def estimate(cells: list[Cell], cut: Cut) -> pl.DataFrame:
-    """model, strategy, seed, and CPU seconds of the base and of the updates of each cell; right to a factor of 2."""
+def estimate(cells: list[Cell], cut: Cut, settings: Settings) -> pl.DataFrame:
+    """model, strategy, seed, and CPU seconds of the base and of the updates of each cell; right to a factor of 2.
+
+    The seconds of the updates include those of tuning them.
+    """
     sizes = [len(span.events) for span in cut.spans]
     speeds: dict[str, float] = {}
     rows, based = [], set()
@@ -26,10 +29,19 @@ def estimate(cells: list[Cell], cut: Cut) -> pl.DataFrame:
         base, *later = cell.update.work(sizes, USUAL_EPOCHS)
         base = 0.0 if (cell.model, cell.seed) in based else base * CHOICE
         based.add((cell.model, cell.seed))
-        seconds = (base / speeds[cell.model], sum(later) / speeds[cell.model])
+        tuning = tuning_work(cell.update, sizes) if settings.tune else 0.0
+        seconds = (base / speeds[cell.model], (sum(later) + tuning) / speeds[cell.model])
         rows.append((cell.model, cell.strategy, cell.seed, *seconds))
     names = ["model", "strategy", "seed", "base_s", "updates_s"]
     return pl.DataFrame(rows, schema=names, orient="row")
+
+
+def tuning_work(strategy: Strategy, sizes: list[int]) -> float:
+    """Targets trained on to choose knobs: from span 2 on, every alternative repeats the update of the span before."""
+    alternatives = strategy.alternatives()
+    if len(alternatives) < 2:
+        return 0.0
+    return sum(sum(alternative.work(sizes, USUAL_EPOCHS)[1:-1]) for alternative in alternatives)
 
 
 def speed(cell: Cell, cut: Cut, n_events: int = 10_000) -> float:

@@ -82,10 +82,13 @@ def check(model: ModelSpec, model_name: str, strategy: Strategy, strategy_name: 
 
 
 def absorb(state: State, block: Events, n_users: int, n_items: int) -> State:
-    """The state after counting a block: cheap experts learn at once, everybody's recent events are kept."""
+    """The state after counting a block: cheap experts learn at once, everybody's recent events are kept.
+
+    A trained model stays as it is until its update: what it has not learnt it neither offers nor finds.
+    """
     recent = append(state.recent, block, n_users)
-    if isinstance(state.model, TrainedModel) and state.spans_seen == 0:
-        return replace(state, recent=recent)  # the base block is trained on next, from a fresh model
+    if isinstance(state.model, TrainedModel):
+        return replace(state, recent=recent)
     model = copy.deepcopy(state.model)
     model.grow(n_users, n_items)
     hidden_R = torch.where(state.recent.due_R == SECRET, 0, state.recent.items_R)
@@ -192,7 +195,7 @@ def _tuned(
 ) -> tuple[Strategy, dict[str, float]]:
     """The alternative of `strategy` whose update on the last span would have been best on this span's VALID events."""
     alternatives = strategy.alternatives()
-    if len(alternatives) < 2:
+    if len(alternatives) < 2 or not bool((span.events.role_E == VALID).any()):
         return strategy, {}
     since, qualities = time.process_time(), []
     for alternative in alternatives:

@@ -9,22 +9,23 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
 
 from freshrec.data.catalog import Catalog
-from freshrec.data.log import positives, read_log
+from freshrec.data.log import Log, positives, read_log
 from freshrec.errors import LogError, OptionError, StateError
 from freshrec.learn.checkpoint import load_tree, save_text, save_tree
 from freshrec.models import find_model
 from freshrec.models.popularity import PopularitySpec
 from freshrec.replay.measure import Asked, Block, queries_of, rank_queries
-from freshrec.replay.metrics import evaluate, per_user
+from freshrec.replay.metrics import evaluate, parse, per_user
 from freshrec.replay.replay import absorb, check
 from freshrec.replay.significance import interval
 from freshrec.serve.recommend import Served, Wanted, best_items, similar_items
@@ -48,6 +49,7 @@ class Reading:
     columns: dict[str, str] = field(default_factory=dict)
     format: str | None = None
     events: tuple[str, ...] = ()
+    has_clock: bool = True  # whether the log of `fit` had one; new events must be alike
 
 
 class Recommender:
@@ -98,21 +100,23 @@ class Recommender:
         too. Rows with label 0 (exposures) are left out. LogError where it is not a log.
         """
         reading = Reading(dict(columns or {}), format, tuple(events))
-        self._served, self._reading = self._updated(self._empty, log, reading), reading
+        read = _read(log, reading)
+        self._served, self._reading = self._updated(self._empty, read), replace(reading, has_clock=read.has_clock)
         return self
 
     def update(self, new_events: Source) -> Recommender:
         """Learn from new events; only the new rows are needed.
 
-        New users and items are welcome. Rows must be newer than all before; rows given twice count twice.
+        New users and items are welcome. LogError where a row is older than the newest one learnt; rows given twice
+        count twice.
         """
-        self._served = self._updated(self.served, new_events, self._reading)
+        self._served = self._updated(self.served, _read_next(new_events, self._reading, self.served))
         return self
 
     partial_fit = update
 
-    def _updated(self, before: Served, source: Source, reading: Reading) -> Served:
-        events, users, items = _numbered(before, source, reading)
+    def _updated(self, before: Served, log: Log) -> Served:
+        events, users, items = _numbered(before, log)
         sizes = len(users), len(items)
         state = absorb(before.state, events, *sizes)
         state = self.strategy.update(state, Span(state.spans_seen, events, *sizes))
@@ -164,10 +168,12 @@ class Recommender:
 
         Every event is asked for with all of its user's events before it, those among the new ones too, and ranked among
         all known items; an unknown item is a miss, and a user's very first event is not asked for. Users weigh equally;
-        `n` counts events. Nothing is learnt: call it before `update`.
+        `n` counts events. Nothing is learnt: call it before `update`, which takes the same rows.
         """
+        for metric in metrics:
+            parse(metric)
         served = self.served
-        events, users, _ = _numbered(served, new_events, self._reading)
+        events, users, _ = _numbered(served, _read_next(new_events, self._reading, served))
         block = Block(events, 0, len(users), len(served.items))
         queries = queries_of(served.state.recent, block, served.state.model.spec.length, Asked(TRAIN))
         if not len(queries):
@@ -215,10 +221,32 @@ def check_folder(folder: Path) -> None:
         raise OptionError(f"{folder} holds something else; name a new folder, or that of a recommender.")
 
 
-def _numbered(served: Served, source: Source, reading: Reading) -> tuple[Events, Catalog, Catalog]:
+def _read(source: Source, reading: Reading) -> Log:
+    return positives(read_log(source, columns=reading.columns, format=reading.format, events=reading.events))
+
+
+def _read_next(source: Source, reading: Reading, served: Served) -> Log:
+    """A log that continues what has been learnt. LogError where rows are older; without a clock, they follow it."""
+    log, newest = _read(source, reading), int(served.counts.recent.times_R.max())
+    if log.has_clock != reading.has_clock:
+        had, has = ("a clock", "none") if reading.has_clock else ("no clock", "one")
+        raise LogError(f"the log that was fitted had {had} and the new events have {has}; give both alike.")
+    if not log.has_clock:
+        return replace(log, frame=log.frame.with_columns(pl.col("time") + newest + 1))
+    times_E = log.frame["time"]
+    n_late = int((times_E < newest).sum())
+    if n_late:
+        first, last = (np.datetime64(time, "us").astype("datetime64[s]") for time in (times_E[0], newest))
+        raise LogError(
+            f"{n_late:,} of {len(times_E):,} rows (the first of {first}) are older than {last}, the newest row learnt; "
+            "an update needs newer rows: drop the older ones, or fit again on all."
+        )
+    return log
+
+
+def _numbered(served: Served, log: Log) -> tuple[Events, Catalog, Catalog]:
     """The events in rows, and both catalogs once they are over."""
-    log = read_log(source, columns=reading.columns, format=reading.format, events=reading.events)
-    frame, span = positives(log).frame, served.state.spans_seen
+    frame, span = log.frame, served.state.spans_seen
     users, items = served.users.extend(frame["user_id"], span), served.items.extend(frame["item_id"], span)
     times_E = torch.from_numpy(frame["time"].to_numpy(writable=True))
     return Events.of(users.rows(frame["user_id"]), items.rows(frame["item_id"]), times_E), users, items

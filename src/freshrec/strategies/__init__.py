@@ -27,7 +27,7 @@ STRATEGIES: dict[str, Strategy] = {
     "imsr-dir": IMSR(retain=replace(Retain(), form="distance")),
     "imsr-kd1": IMSR(retain=replace(Retain(), form="kd1")),
     "imsr-kd2": IMSR(retain=replace(Retain(), form="kd2")),
-    "imsr-kd3": IMSR(retain=replace(Retain(), form="kd3")),
+    "imsr-kd3": IMSR(retain=replace(Retain(), form="kd3", weight=1.0)),
 }
 
 

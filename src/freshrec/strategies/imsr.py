@@ -7,6 +7,7 @@ K_u -> alive_BK.sum(1), delta K -> new, U_p -> puzzled users, c_1 -> c1, c_2 -> 
 import math
 import time
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from freshrec.errors import OptionError
 from freshrec.learn.fit import Clock, Fit, carried_by, finish, grid, start, successor, train
 from freshrec.learn.interests import expand
 from freshrec.models.layers import FAR
+from freshrec.options import CountOrNone, Positive, Weight, check_options
 from freshrec.types import DUE, Batch, Forward, Histories, InterestModel, Interests, Span, State
 
 
@@ -48,14 +50,17 @@ class Retain:
     moving it satisfies the retainer without retaining anything (measured: 2 x the gain when detached).
     """
 
-    form: str = "sigmoid"
-    weight: float = 0.1
-    tau: float = 1.0
+    form: Literal["sigmoid", "distance", "kd1", "kd2", "kd3"] = "sigmoid"
+    weight: Weight = 0.1
+    tau: Positive = 1.0
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def __call__(self, batch: Batch, forward: Forward) -> Tensor:
         """The scalar to add to the loss."""
         assert forward.vectors_BKD is not None and forward.target_BD is not None
-        assert batch.interests_BKD is not None and batch.old_BK is not None
+        assert batch.interests_BKD is not None and batch.old_BK is not None and batch.alive_BK is not None
         new_BKD, stored_BKD, old_BK = forward.vectors_BKD, batch.interests_BKD, batch.old_BK
         if self.form == "distance":
             apart_BK = ((new_BKD - stored_BKD) ** 2).sum(2)
@@ -71,10 +76,9 @@ class Retain:
             return self.weight * softmax_distillation(new_BK, stored_BK, old_BK)
         if self.form == "kd2":
             return self.weight * softmax_distillation(new_BK, stored_BK, old_BK, tau=0.1)
-        if self.form == "kd3":
-            share = float(old_BK.float().mean())  # mu of (1 - mu) L_SS + mu KD1
-            return share * (softmax_distillation(new_BK, stored_BK, old_BK) - forward.loss)
-        raise OptionError(f'retain form is sigmoid, distance, kd1, kd2 or kd3, not "{self.form}".')
+        share = float(old_BK.sum() / batch.alive_BK.sum())  # kd3: mu of (1 - mu) L_SS + mu KD1
+        share = min(1.0, self.weight * share)
+        return share * (softmax_distillation(new_BK, stored_BK, old_BK) - forward.loss)
 
 
 def divergence(logits_NK: Tensor, alive_NK: Tensor) -> Tensor:
@@ -113,9 +117,12 @@ def is_puzzled(mean_N: Tensor, n_interests_N: Tensor, form: str, c1: float) -> T
 class Detect:
     """The new-interests detector: who gets new interests, by the model of the last span on this span's events."""
 
-    form: str = "geo"
+    form: Literal["geo", "exp", "kl", "quantile"] = "geo"
     c1: float = 0.06
-    new: int = 3  # delta K
+    new: CountOrNone = 3  # delta K
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def judge(
         self, model: InterestModel, users: Interests, histories: Histories, n_known: int
@@ -187,6 +194,7 @@ class Trimmer:
     """The projection-based trimmer: new interests are kept orthogonal to old ones, and only if something is left."""
 
     c2: float = 0.3
+    last_only: bool = False  # keep an interest if a later one is kept; set for models whose interests are ordered
     relative: bool = True  # to the mean norm of the user's old interests: routing squashes norms, attention does not
 
     def __call__(self, vectors_BKD: Tensor, alive_BK: Tensor, old_BK: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,7 +203,10 @@ class Trimmer:
         candidate_BK = alive_BK & ~old_BK & old_BK.any(1, keepdim=True)
         norm_BK = vectors_BKD.norm(dim=2) * old_BK
         scale_B: Tensor | float = norm_BK.sum(1) / old_BK.sum(1).clamp(min=1) if self.relative else 1.0
-        return left_BKD, alive_BK & ~(candidate_BK & is_trivial(left_BKD, self.c2, scale_B))
+        kept_BK = alive_BK & ~(candidate_BK & is_trivial(left_BKD, self.c2, scale_B))
+        if self.last_only:
+            kept_BK = kept_BK.flip(1).cummax(1).values.flip(1) & alive_BK
+        return left_BKD, kept_BK
 
 
 @dataclass(frozen=True)
@@ -233,7 +244,7 @@ class IMSR:
         assert carried is not None
         if self.detect is not None:
             carried = self._detected(model, carried, state, clock)
-        trim = self.trim if self.detect is not None else None
+        trim = replace(self.trim, last_only=model.ordered) if self.trim and self.detect else None
         since = time.process_time()
         terms = [self.retain] if self.retain is not None else []
         project = residual if trim is not None else None
