@@ -9,8 +9,10 @@ import polars as pl
 import pytest
 
 from freshrec.cli import KINDS, main, options_of
+from freshrec.cli_replay import resolved
 from freshrec.data.worlds import make
 from freshrec.models import MODELS, find_model
+from freshrec.recipes import LogRecipe, Recipe, save_recipe
 from freshrec.replay.metrics import METRICS
 from freshrec.strategies import STRATEGIES, find_strategy
 
@@ -126,6 +128,7 @@ FAILS = [
     (["fit", "LOG", "--out", "FULL", *COLUMNS], 2, "holds something else"),
     (["update", "LOG", "--at", "OUT"], 7, "no readable recommender"),
     (["recommend", "OUT", "3"], 7, "no readable recommender"),
+    (["replay", "LOG", "--world", "drift", "--out", "OUT"], 2, "both"),
     (["list", "world"], 2, 'did you mean "worlds"?'),
 ]
 
@@ -144,6 +147,51 @@ def test_a_mistake_is_one_line_and_an_exit_code(
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert told in err
+
+
+REPLAY = ("replay", "--models", "mf:d=4", "--strategies", "finetune:fit.base_epochs=1:fit.epochs=1", "--plan", *COLUMNS)
+
+
+def events_of_spans(shown: str) -> list[int]:
+    """The events of spans 0, 1, ... in the table of a plan."""
+    rows = [[cell.strip() for cell in line.split("│")] for line in shown.splitlines() if line.startswith("│ ")]
+    return [int(row[3]) for row in rows if row[1].isdecimal()]
+
+
+def test_a_replay_is_cut_at_the_dates_that_are_given(logs: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    dates = pl.read_parquet(logs[0])["when"][[1000, 2000]].cast(pl.Datetime("us")).dt.strftime("%Y-%m-%dT%H:%M:%S.%6f")
+    shown = answer(capsys, *REPLAY, logs[0], "--by", "dates", "--dates", ",".join(dates), "--min-history", "2")
+    assert events_of_spans(shown) == [1000, 1000, 1000]
+
+
+def test_the_share_of_the_base_and_the_fewest_events_of_a_user_are_options(
+    logs: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = answer(capsys, *REPLAY, logs[0], "--alpha", "0.9", "--min-events", "5", "--spans", "1")
+    n_kept = len(pl.read_parquet(logs[0]).filter(pl.len().over("who") >= 5))
+    assert n_kept < 3000
+    assert events_of_spans(shown) == [pytest.approx(0.9 * n_kept, abs=2), pytest.approx(0.1 * n_kept, abs=2)]
+
+
+def test_a_log_given_replaces_the_world_of_a_recipe_and_a_world_its_log(logs: tuple[str, str], tmp_path: Path) -> None:
+    save_recipe(Recipe(log=LogRecipe(world="drift")), tmp_path / "world.toml")
+    save_recipe(Recipe(log=LogRecipe(path="a.csv")), tmp_path / "log.toml")
+    by_log = resolved(tmp_path / "world.toml", {"log": {"path": logs[0], "world": None}})
+    by_world = resolved(tmp_path / "log.toml", {"log": {"path": None, "world": "newborn"}})
+    assert (by_log.log.path, by_log.log.world) == (logs[0], "")
+    assert (by_world.log.path, by_world.log.world) == ("", "newborn")
+
+
+def test_an_interrupted_replay_says_how_to_go_on(
+    logs: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*cells: object, jobs: int, tell: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("freshrec.replay.run.run", interrupt)
+    code = main(["replay", logs[0], *COLUMNS, "--out", str(tmp_path / "out")])
+    assert code == 130
+    assert "the same command with --resume goes on" in " ".join(capsys.readouterr().err.split())
 
 
 def test_help_does_not_wait_for_torch() -> None:

@@ -7,7 +7,8 @@ import pytest
 from freshrec.errors import IncompatibleError, OptionError
 from freshrec.models import find_model
 from freshrec.models.interests import InterestSpec
-from freshrec.recipes import Recipe, cells_of, load_recipe, recipe_from, save_recipe
+from freshrec.recipes import Recipe, cells_of, cut_of, load_recipe, log_of, recipe_from, save_recipe
+from freshrec.replay.plan import tuning_work
 from freshrec.strategies import find_strategy
 from freshrec.strategies.imsr import IMSR, Retain
 
@@ -22,7 +23,7 @@ def test_options_set_fields_and_fields_of_parts_with_the_type_of_the_default() -
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("comirec", "comirec-dr"),
+        ("comirec", 'did you mean "comirec-'),  # -dr and -sa are equally near
         ("comirec-dr:kk=6", '"k"'),
         ("comirec-dr:k=six", "default is 4"),
         ("comirec-dr:k", "field=value"),
@@ -33,6 +34,48 @@ def test_options_set_fields_and_fields_of_parts_with_the_type_of_the_default() -
 def test_what_is_unknown_is_refused_with_a_sentence(text: str, says: str) -> None:
     with pytest.raises(OptionError, match=says):
         find_model(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("popularity:keep=lats", 'keep of PopularitySpec.*not "lats"; did you mean "last"'),
+        ("item-knn:kind=markvo", 'did you mean "markov"'),
+        ("repeat-last:order=x", "one of last, freq"),
+        ("sasrec:length=0", "length of SASRecSpec is 0; it must be at least 1"),
+        ("mf:d=0", "d of MFSpec is 0"),
+        ("sasrec:lr=-0.1", "lr of SASRecSpec is -0.1; it must be above 0"),
+        ("mf:lr=nan", "lr of MFSpec is nan"),
+        ("sasrec:dropout=1", "at least 0 and below 1"),
+        ("sasrec:lr=none", 'lr cannot be "none"; its default is 0.003'),
+        ("comirec-dr:k=none", 'k cannot be "none"'),
+    ],
+)
+def test_a_value_that_an_option_does_not_take_is_refused_before_anything_is_built(text: str, says: str) -> None:
+    with pytest.raises(OptionError, match=says):
+        find_model(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("finetune:fit=none", "write fit.field=value"),  # only a part that may be None can be left out
+        ("finetune:fit.history=spam", 'history of Fit.*did you mean "span"'),
+        ("finetune:fit.epochs=-1", "epochs of Fit is -1"),
+        ("imsr:detect.form=qantile", 'form of Detect.*did you mean "quantile"'),
+        ("imsr:retain.form=distanc", 'form of Retain.*did you mean "distance"'),
+        ("absorb:fit.epochs=1", 'no options below "fit"'),
+    ],
+)
+def test_a_value_that_a_strategy_does_not_take_is_refused(text: str, says: str) -> None:
+    with pytest.raises(OptionError, match=says):
+        find_strategy(text)
+
+
+def test_heads_must_divide_d_once_all_options_are_set() -> None:
+    assert find_model("sasrec:heads=3:d=66").build(0).spec.d == 66  # though 3 does not divide the default of 64
+    with pytest.raises(OptionError, match="d = 64 cannot be shared by 3 heads"):
+        find_model("sasrec:heads=3").build(0)
 
 
 def test_a_model_of_somebody_else_is_found_by_its_module() -> None:
@@ -66,3 +109,24 @@ def test_controls_run_with_every_replay_and_once_whatever_the_seeds() -> None:
     cells = cells_of(recipe_from({"replay": {"models": ["mf"], "strategies": ["finetune"], "seeds": 3}}))
     assert [(c.model, c.seed) for c in cells if c.strategy == "finetune"] == [("mf", 0), ("mf", 1), ("mf", 2)]
     assert sum(c.strategy == "absorb" for c in cells) == 5
+
+
+@pytest.mark.parametrize(("targets", "spans"), [("all", 3), ("last", 1)])
+def test_tuning_without_events_to_choose_by_is_refused_once_the_log_is_cut(targets: str, spans: int) -> None:
+    log = {"world": "drift", "world_users": 50, "world_items": 20, "world_events": 300}
+    tables = {"log": log, "spans": {"targets": targets, "spans": spans}}
+    assert len(cut_of(recipe_from(tables)).spans) == spans + 1
+    with pytest.raises(OptionError, match="tuning chooses knobs by the validation events"):
+        cut_of(recipe_from(tables | {"replay": {"tune": True}}))
+
+
+def test_a_recipe_names_one_log() -> None:
+    with pytest.raises(OptionError, match="both a.csv and the world drift"):
+        log_of(recipe_from({"log": {"path": "a.csv", "world": "drift"}}))
+
+
+def test_a_plan_counts_what_tuning_trains() -> None:
+    # Spans of 100, 10, 20, 30 events. Fine-tuning is tuned before spans 2 and 3, on the 10 and 20 events of the spans
+    # before them, by alternatives of 3, 1, 8, 3, 1, 8 epochs: (10 + 20) x 24. Frozen has nothing to choose.
+    assert tuning_work(find_strategy("finetune"), [100, 10, 20, 30]) == 30 * 24
+    assert tuning_work(find_strategy("frozen"), [100, 10, 20, 30]) == 0

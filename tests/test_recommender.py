@@ -25,6 +25,7 @@ NOON = 1_767_268_800  # 2026-01-01, in seconds
 LOG = pl.DataFrame(
     {"user_id": ["u1", "u2", "u1", "u2", "u3", "u3"], "item_id": list("aabbac"), "timestamp": range(NOON, NOON + 6)}
 )
+WITHOUT_CLOCK = pl.DataFrame({"user_id": ["u1", "u2"], "item_id": ["a", "b"], "period": [1, 1], "order": [0, 1]})
 FAST = "finetune:fit.base_epochs=1:fit.epochs=1"
 WAYS = [
     ("popularity", None),
@@ -232,7 +233,23 @@ ERRORS = [
     (lambda r: r.evaluate(events("u9 a")), LogError, "nothing can be asked"),
     (lambda r: r.evaluate(LOG, ["ndgc@20"]), OptionError, 'did you mean "ndcg"'),
     (lambda r: r.update(LOG.head(0)), LogError, "no rows"),
+    (lambda r: r.update(LOG), LogError, "5 of 6 rows .*12:00:00. are older than 2026-01-01T12:00:05.* or fit again"),
+    (lambda r: r.evaluate(LOG.head(1)), LogError, "1 of 1 rows"),
+    (lambda r: r.update(WITHOUT_CLOCK), LogError, "had a clock and the new events have none"),
 ]
+
+
+def test_events_without_a_clock_follow_what_was_learnt() -> None:
+    recommender = Recommender("popularity").fit(WITHOUT_CLOCK).update(WITHOUT_CLOCK).update(WITHOUT_CLOCK)
+    recent = recommender.served.counts.recent
+    assert recent.items_R.tolist() == [1, 1, 1, 2, 2, 2]
+    # each file alone has the orders 0 and 1: six of them go on counting
+    assert recent.times_R.tolist() == [0, 2, 4, 1, 3, 5]
+
+
+def test_an_event_at_the_very_time_of_the_last_one_is_not_late() -> None:
+    recommender = Recommender("popularity").fit(LOG).update(LOG.tail(1))
+    assert recommender.sizes()["events"] == 7
 
 
 @pytest.mark.parametrize(("call", "error", "told"), ERRORS)

@@ -80,7 +80,7 @@ def replay(
             "cadence": cadence, "metrics": _maybe(words, metrics), "tune": tune, "min_history": min_history,
         },
     }  # fmt: skip
-    recipe = _resolved(recipe_file, given)
+    recipe = resolved(recipe_file, given)
     if plan_only:
         _plan(recipe)
     else:
@@ -92,7 +92,7 @@ def _maybe(parse: Callable[[str], Any], text: str | None) -> Any:
     return None if text is None else parse(text)
 
 
-def _resolved(file: Path | None, given: dict[str, dict[str, Any]]) -> Recipe:
+def resolved(file: Path | None, given: dict[str, dict[str, Any]]) -> Recipe:
     """The recipe in `file`, or the default one, with what was given on the command line."""
     from freshrec.recipes import Recipe, load_recipe, recipe_from
 

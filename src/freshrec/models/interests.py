@@ -5,7 +5,7 @@ W_u -> queries_KA. The specs in mind.py and comirec.py say which extractor, and 
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from freshrec.errors import OptionError
 from freshrec.models.layers import FAR, attend, best_inner_product, sampled_softmax, squash
 from freshrec.models.tables import Table
+from freshrec.options import Count, Positive, Weight, check_options
 from freshrec.types import Batch, Events, Forward, Histories
 
 
@@ -23,27 +24,28 @@ class InterestSpec:
     Defaults are what validation targets prefer (docs/diary.md), not the paper's: attention="soft" is the paper's.
     """
 
-    extractor: str = "routing"  # "routing" or "attention"
-    k: int = 4  # interests of a newcomer
-    k_max: int = 12  # no user ever has more
-    d: int = 64
-    attention: str = "hard"  # "hard": the closest interest learns; "soft": all do
-    power: float = 1.0  # of the soft attention's logits (MIND's p)
-    noise: float = 0.0  # of the routing logits of users without stored interests, in training (MIND: 1)
-    iterations: int = 3  # of the routing
+    extractor: Literal["routing", "attention"] = "routing"
+    k: Count = 4  # interests of a newcomer
+    k_max: Count = 12  # no user ever has more
+    d: Count = 64
+    attention: Literal["hard", "soft"] = "hard"  # "hard": the closest interest learns; "soft": all do
+    power: Positive = 1.0  # of the soft attention's logits (MIND's p)
+    noise: Weight = 0.0  # of the routing logits of users without stored interests, in training (MIND: 1)
+    iterations: Count = 3  # of the routing
     recency: bool = True  # weigh history items in the routing by a learnt decay of their age
-    inner: int = 1  # d_a / d of the self-attention; ComiRec has 4, which is 4 x slower
-    length: int = 50  # history items looked at
-    lr: float = 0.01
-    batch: int = 256
-    negatives: int = 512
-    std: float = 0.1  # of new item vectors
+    inner: Count = 1  # d_a / d of the self-attention; ComiRec has 4, which is 4 x slower
+    length: Count = 50  # history items looked at
+    lr: Positive = 0.01
+    batch: Count = 256
+    negatives: Count = 512
+    std: Positive = 0.1  # of new item vectors
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def build(self, seed: int) -> "InterestNet":
-        """A model without users and items."""
-        if self.attention not in ("hard", "soft"):
-            raise OptionError(f'attention is "hard" or "soft", not "{self.attention}".')
-        if not 1 <= self.k <= self.k_max:
+        """A model without users and items. OptionError where k is above k_max."""
+        if self.k > self.k_max:
             raise OptionError(f"k must be between 1 and k_max = {self.k_max}, not {self.k}.")
         return InterestNet(self, seed)
 
@@ -145,10 +147,8 @@ class InterestNet(nn.Module):
         self.extract: nn.Module
         if spec.extractor == "routing":
             self.extract = Routing(spec.d, spec.iterations, spec.noise, spec.recency)
-        elif spec.extractor == "attention":
-            self.extract = SelfAttention(spec.d, spec.inner * spec.d, spec.k_max, spec.length, source)
         else:
-            raise OptionError(f'extractor is "routing" or "attention", not "{spec.extractor}".')
+            self.extract = SelfAttention(spec.d, spec.inner * spec.d, spec.k_max, spec.length, source)
         # random directions of norm below 1: with norm sqrt(d), new interests would grab every item
         self.register_buffer("starts_KD", squash(torch.randn(spec.k_max, spec.d, generator=source)))
 

@@ -1,11 +1,14 @@
 """Run the cells of a replay, by (model, seed) so that a base block is trained once, in one or more processes."""
 
+from __future__ import annotations
+
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 from itertools import groupby
+from multiprocessing.pool import AsyncResult
 from pathlib import Path
 from zlib import crc32
 
@@ -29,13 +32,11 @@ def run(cells: Iterable[Cell], cut: Cut, settings: Settings, out: Path, *, jobs:
         for group in groups:
             _run_group(group, cut, settings, out, tell)
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        running = [pool.submit(_run_group, group, cut, settings, out, _silent) for group in groups]
-        try:
-            _watch(running, todo, out, tell)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    heed = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process: the workers inherit the deafness
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:  # leaving it ends them
+        signal.signal(signal.SIGINT, heed)
+        running = [pool.apply_async(_run_group, (group, cut, settings, out, _silent)) for group in groups]
+        _watch(running, todo, out, tell)
 
 
 def _group(cell: Cell) -> tuple[str, int]:
@@ -46,20 +47,20 @@ def _silent(cell: Cell, span: int) -> None:
     """In a worker: the files tell."""
 
 
-def _watch(running: list[Future[None]], cells: list[Cell], out: Path, tell: Tell) -> None:
+def _watch(running: list[AsyncResult[None]], cells: list[Cell], out: Path, tell: Tell) -> None:
     """Tell what the workers' files say until all are through."""
     told: set[tuple[str, int]] = set()
     while True:
-        through = all(future.done() for future in running)
+        through = all(group.ready() for group in running)
         for cell in cells:
             for file in sorted((out / cell.name).glob("costs-*.json")):
                 span = int(file.stem.rpartition("-")[2])
                 if (cell.name, span) not in told:
                     told.add((cell.name, span))
                     tell(cell, span)
-        for future in running:
-            if future.done():
-                future.result()
+        for group in running:
+            if group.ready():
+                group.get()  # raises what the worker raised
         if through:
             return
         time.sleep(0.5)
