@@ -4,7 +4,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from freshrec.replay.significance import compare, interval, paired_p
+from freshrec.replay.significance import compare, contributions, interval, paired_p
+
+HR = ["hr@20"]
 
 
 def queries(model, values, strategy="frozen", seed=0, span=1, users=None):
@@ -17,10 +19,11 @@ def queries(model, values, strategy="frozen", seed=0, span=1, users=None):
 
 
 def test_the_interval_of_a_share_is_the_one_of_the_textbook():
-    # 100 hits of 1000: 0.1 +- 1.96 sqrt(0.1 * 0.9 / 1000) = 0.0814 .. 0.1186; 1000 resamples place the ends to 0.001.
+    # 100 hits of 1000: 0.1 +- 1.96 sqrt(0.1 * 0.9 / 1000) = 0.0814 .. 0.1186. 500 resamples place an end
+    # with a standard error of sqrt(0.025 * 0.975 / 500) / 0.058 = 0.12 of the mean's 0.0095: 0.0011; three of these.
     low, high = interval(np.repeat([1.0, 0.0], [100, 900])[:, None])
-    assert low[0] == pytest.approx(0.0814, abs=0.002)
-    assert high[0] == pytest.approx(0.1186, abs=0.002)
+    assert low[0] == pytest.approx(0.0814, abs=0.0034)
+    assert high[0] == pytest.approx(0.1186, abs=0.0034)
 
 
 def test_each_metric_has_its_own_interval():
@@ -65,26 +68,50 @@ def test_methods_that_are_alike_are_called_different_as_often_as_the_level_says(
     assert 20 - 3 * 4.4 <= (paired_p(noise) < 0.05).sum() <= 20 + 3 * 4.4
 
 
-def test_a_pair_is_compared_by_the_mean_over_users_of_its_differences():
-    # User 1 has two queries: a hits both, b one of them; user 2: a misses, b hits. ((1 - 1/2) + (0 - 1)) / 2 = -1/4.
-    a = pl.concat([queries("a", [1, 0], users=[1, 2], span=1), queries("a", [1], users=[1], span=2)])
-    b = pl.concat([queries("b", [1, 1], users=[1, 2], span=1), queries("b", [0], users=[1], span=2)])
-    row = compare(pl.concat([a, b])).row(0, named=True)
-    assert (row["model_a"], row["model_b"], row["n"]) == ("a", "b", 2)
-    assert row["difference"] == -0.25
+def test_contributions_weigh_spans_equally_then_users_then_their_queries():
+    # span 1: user 7 with values 1 and 0, user 8 with 1: (1/2 + 1) / 2 = 3/4; span 2: user 8 with 0. Mean 3/8.
+    # Of it user 7 gives 1/2 / 2 / 2 = 1/8 and user 8 1 / 2 / 2 = 1/4; times two users: 1/4 and 1/2.
+    spans, users, values = np.array([1, 1, 1, 2]), np.array([7, 8, 7, 8]), np.array([[1.0], [1.0], [0.0], [0.0]])
+    found = contributions(spans, users, values)
+    assert found.tolist() == [[0.25], [0.5]]
+    assert found.mean() == 3 / 8
+
+
+def test_a_pair_is_compared_span_by_span_with_equal_weight():
+    # 10 users in span 1 where a is better by 0.5, 100 others in span 2 where it is worse by 0.1: (0.5 - 0.1) / 2 = 0.2;
+    # users pooled over spans would say (10 * 0.5 - 100 * 0.1) / 110 = -0.045.
+    few, many = range(10), range(10, 110)
+    a = pl.concat([queries("a", [0.5] * 10, users=few, span=1), queries("a", [0.0] * 100, users=many, span=2)])
+    b = pl.concat([queries("b", [0.0] * 10, users=few, span=1), queries("b", [0.1] * 100, users=many, span=2)])
+    row = compare(pl.concat([a, b]), HR).row(0, named=True)
+    assert (row["model_a"], row["model_b"], row["n"]) == ("a", "b", 110)
+    assert row["difference"] == pytest.approx(0.2)
+    assert row["low"] < 0.2 < row["high"]
+
+
+def test_the_same_metric_by_another_name_does_not_change_what_is_significant():
+    # Adjusted together, the p-values of hr and of recall would be twice as many; apart, hr's are as without recall.
+    generator = np.random.default_rng(0)
+    rates = ("a", 0.1), ("b", 0.2), ("c", 0.22)
+    table = pl.concat([queries(name, (generator.random(300) < rate).astype(float)) for name, rate in rates])
+    alone = compare(table, HR)
+    both = compare(table.with_columns(pl.col("hr@20").alias("recall@20")), [*HR, "recall@20"])
+    assert alone["p_adjusted"].n_unique() > 1
+    for metric in ("hr@20", "recall@20"):
+        assert both.filter(pl.col("metric") == metric).drop("metric").equals(alone.drop("metric"))
 
 
 def test_seeds_are_averaged_before_methods_are_compared():
     # a hits with one of two seeds: 1/2; b has one seed and misses.
     table = pl.concat([queries("a", [1, 1], seed=0), queries("a", [0, 0], seed=1), queries("b", [0, 0])])
-    row = compare(table).row(0, named=True)
+    row = compare(table, HR).row(0, named=True)
     assert (row["difference"], row["low"], row["high"], row["n"]) == (0.5, 0.5, 0.5, 2)
 
 
 def test_only_queries_that_both_methods_answered_are_compared():
     # b did not reach span 2, where a fails: on span 1 they are equal. c shares nothing with anybody.
     a = pl.concat([queries("a", [1, 1], span=1), queries("a", [0, 0], span=2)])
-    found = compare(pl.concat([a, queries("b", [1, 1], span=1), queries("c", [1, 1], span=3)]))
+    found = compare(pl.concat([a, queries("b", [1, 1], span=1), queries("c", [1, 1], span=3)]), HR)
     assert found.select("model_a", "model_b", "difference", "n").rows() == [("a", "b", 0.0, 2)]
 
 
@@ -93,7 +120,7 @@ def test_every_pair_of_methods_is_compared_and_p_is_adjusted_for_their_number():
     generator = np.random.default_rng(0)
     tables = [queries("m", (generator.random(300) < rate).astype(float), strategy) for strategy, rate in
               (("ewc", 0.1), ("full", 0.2), ("imsr", 0.22))]  # fmt: skip
-    found = compare(pl.concat(tables)).sort("p")
+    found = compare(pl.concat(tables), HR).sort("p")
     assert found.select("strategy_a", "strategy_b").n_unique() == 3
     p = found["p"].to_list()
     third, second = p[2], min(p[2], p[1] * 3 / 2)
@@ -102,10 +129,12 @@ def test_every_pair_of_methods_is_compared_and_p_is_adjusted_for_their_number():
 
 def test_an_interval_and_a_test_agree_about_a_clear_difference():
     # 60 of 400 users are won and none lost: mean 0.15, far from zero; the smallest p of 9999 flips is 2 / 10,000.
-    found = compare(pl.concat([queries("a", [1.0] * 60 + [0.0] * 340), queries("b", [0.0] * 400)])).row(0, named=True)
+    table = pl.concat([queries("a", [1.0] * 60 + [0.0] * 340), queries("b", [0.0] * 400)])
+    found = compare(table, HR).row(0, named=True)
     assert 0 < found["low"] < found["difference"] == 0.15 < found["high"]
     assert found["p"] == pytest.approx(2 / 10_000)
 
 
 def test_one_method_alone_gives_an_empty_table_of_the_same_columns():
-    assert compare(queries("a", [1, 0])).schema == compare(pl.concat([queries("a", [1]), queries("b", [1])])).schema
+    two = pl.concat([queries("a", [1]), queries("b", [1])])
+    assert compare(queries("a", [1, 0]), HR).schema == compare(two, HR).schema

@@ -1,7 +1,7 @@
-"""From the cells' files to results.parquet, tests.parquet and table.md."""
+"""From the cells' files to results.parquet, methods.parquet, tests.parquet and table.md."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,119 +10,133 @@ import polars as pl
 from freshrec.replay.measure import SLICES
 from freshrec.replay.metrics import evaluate
 from freshrec.replay.replay import Cell
-from freshrec.replay.significance import compare, interval
+from freshrec.replay.significance import METHOD, Answers, Index, Mask, arrange, compare, interval
 
-COLUMNS = ("model", "strategy", "seed", "span", "slice", "metric", "value", "low", "high", "n")
+COLUMNS = {
+    "model": pl.String, "strategy": pl.String, "seed": pl.Int64, "span": pl.Int64, "slice": pl.String,
+    "metric": pl.String, "value": pl.Float64, "low": pl.Float64, "high": pl.Float64, "n": pl.Int64,
+}  # fmt: skip
+CELL = (*METHOD, "seed")
+NUMBERS = ("metric", "value", "low", "high", "n")
 OVERALL = -1  # the span of a mean over spans
 
 
 def collect(cells: Sequence[Cell], facts: pl.DataFrame, metrics: Sequence[str], out: Path) -> pl.DataFrame:
-    """The long results table of all finished cells, written to `out`, with the paired tests and a table for people.
+    """The long results table of all finished cells, written to `out` with what is made of it.
 
-    Spans weigh equally, users equally within a span. The row of span -1 is the mean over spans. Costs are metrics too.
-    A model's other readouts are rows of their own: "comirec-dr@stored".
+    results.parquet   each cell, span, slice and metric; costs are metrics too
+    methods.parquet   each model and strategy over all spans and seeds
+    tests.parquet     each pair of these, in the recent readout: the paired tests
+    table.md          methods.parquet for people
+
+    Spans weigh equally, users equally within a span. The row of span -1 is the mean over spans. A model's other
+    readouts are rows of their own: "comirec-dr@stored".
     """
-    parts, per_query = [], []
-    for cell in cells:
-        folder = out / cell.name
-        asked = [pl.read_parquet(file) for file in sorted(folder.glob("span-*.parquet"))]
-        parts.append(_costs(cell, folder))
-        if not asked:
-            continue
-        ranks = pl.concat(asked)
-        values = evaluate(ranks["rank"].to_numpy(), metrics)
-        ranks = ranks.with_columns(pl.Series(name, values[:, i]) for i, name in enumerate(metrics))
-        tested = ranks.filter(pl.col("after") == pl.col("asked") - 1).join(
-            facts, left_on=["asked", "event"], right_on=["span", "event"], how="left", maintain_order="left"
-        )
-        for (readout,), rows in tested.group_by("readout", maintain_order=True):
-            name = cell.model if readout == "recent" else f"{cell.model}@{readout}"
-            parts.append(_quality(name, cell, rows, metrics))
-            per_query.append(_for_tests(name, cell, rows, metrics))
-        parts.append(_forgetting(cell, ranks, metrics))
-    results = pl.concat(parts).select(COLUMNS)
+    asked = [_asked(cell, out / cell.name, metrics) for cell in cells]
+    answered = pl.concat([_empty_answers(metrics), *asked])
+    costs = pl.concat([pl.DataFrame(schema=COLUMNS), *(_costs(cell, out / cell.name) for cell in cells)])
+    tested = answered.filter(pl.col("after") == pl.col("span") - 1)
+    lost = _lost(answered, metrics)
+    results = pl.concat([_quality(tested, facts, metrics), _forgetting(lost), costs])
     results.write_parquet(out / "results.parquet")
-    tests = compare(pl.concat(per_query)) if per_query else pl.DataFrame()
-    tests.write_parquet(out / "tests.parquet")
-    (out / "table.md").write_text(table(results, metrics) + "\n")
+    methods = _methods(tested, lost, costs, metrics)
+    methods.write_parquet(out / "methods.parquet")
+    compare(tested.filter(~pl.col("model").str.contains("@")), metrics).write_parquet(out / "tests.parquet")
+    (out / "table.md").write_text(table(methods, metrics) + "\n")
     return results
 
 
-def _quality(name: str, cell: Cell, rows: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
-    """Mean and interval of each metric, by slice, for each span and over all."""
-    found = []
-    for part in SLICES:
-        sliced = rows.filter(part)
-        spans: list[tuple[int, pl.DataFrame]] = [(OVERALL, sliced)]
-        spans += [(int(str(key[0])), group) for key, group in sliced.group_by("asked", maintain_order=True)]
-        for span, group in spans:
-            if len(group):
-                found.append(_row(name, cell, span, part, group, metrics, sure=part == "all" or span == OVERALL))
-    return pl.concat(found) if found else _empty()
+def _empty_answers(metrics: Sequence[str]) -> pl.DataFrame:
+    kinds = {"model": pl.String, "strategy": pl.String, "seed": pl.Int64, "span": pl.Int64, "after": pl.Int64}
+    return pl.DataFrame(schema=kinds | {"user": pl.Int64, "target": pl.Int64} | dict.fromkeys(metrics, pl.Float64))
 
 
-def _row(
-    name: str, cell: Cell, span: int, part: str, rows: pl.DataFrame, metrics: Sequence[str], sure: bool = True
-) -> pl.DataFrame:
-    """One row a metric; an interval where `sure` (a slice of a single span goes without: thousands of bootstraps)."""
-    share = 1.0 / (
-        pl.len().over("asked", "user") * pl.col("user").n_unique().over("asked") * pl.col("asked").n_unique()
+def _asked(cell: Cell, folder: Path, metrics: Sequence[str]) -> pl.DataFrame:
+    """A row per query and time of asking: its span, the last span the model had been updated on, and the metrics."""
+    files = sorted(folder.glob("span-*.parquet"))
+    if not files:
+        return _empty_answers(metrics)
+    ranks = pl.concat([pl.read_parquet(file) for file in files])
+    readout = pl.col("readout")
+    return ranks.select(
+        pl.when(readout == "recent").then(pl.lit(cell.model)).otherwise(f"{cell.model}@" + readout).alias("model"),
+        pl.lit(cell.strategy).alias("strategy"),
+        pl.lit(cell.seed, pl.Int64).alias("seed"),
+        pl.col("asked").cast(pl.Int64).alias("span"),
+        pl.col("after").cast(pl.Int64),
+        pl.col("user"),
+        pl.col("event").alias("target"),
+    ).hstack(pl.DataFrame(evaluate(ranks["rank"].to_numpy(), metrics), schema=list(metrics)))
+
+
+def _quality(tested: pl.DataFrame, facts: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
+    """Each metric by cell and slice, for each span and over all; a slice of a single span goes without interval."""
+    answers = arrange(tested, metrics, CELL)
+    queries = answers.queries.join(
+        facts, left_on=["span", "target"], right_on=["span", "event"], how="left", maintain_order="left"
     )
-    weighed = rows.select("user", *((pl.col(m) * share).alias(m) for m in metrics))
-    by_user = weighed.group_by("user").sum().sort("user").select(metrics).to_numpy()
-    by_user = by_user * len(by_user)  # so that their mean is the value
-    low, high = interval(by_user) if sure else (np.full(len(metrics), np.nan), np.full(len(metrics), np.nan))
-    return pl.DataFrame(
-        {"metric": list(metrics), "value": by_user.mean(0), "low": low, "high": high, "n": [len(rows)] * len(metrics)}
-    ).select(*_labels(name, cell, span, part), "metric", "value", "low", "high", pl.col("n").cast(pl.Int64))
+    span_Q = queries["span"].to_numpy()
+    found = [pl.DataFrame(schema=COLUMNS)]
+    for which_A, answered_Q in _alike(answers):
+        for part in SLICES:
+            in_part_Q = answered_Q & queries[part].to_numpy()
+            for span in [OVERALL, *np.unique(span_Q[in_part_Q]).tolist()] if in_part_Q.any() else []:
+                which_Q = in_part_Q if span == OVERALL else in_part_Q & (span_Q == span)
+                rows = _rows(answers, which_A, which_Q, metrics, sure=part == "all" or span == OVERALL)
+                found.append(_placed(rows, span, part))
+    return pl.concat(found)
 
 
-def _labels(name: str, cell: Cell, span: int, part: str) -> list[pl.Expr]:
-    texts = {"model": name, "strategy": cell.strategy, "slice": part}
-    numbers = {"seed": cell.seed, "span": span}
-    return [
-        *(pl.lit(v).alias(k) for k, v in texts.items()),
-        *(pl.lit(v, pl.Int64).alias(k) for k, v in numbers.items()),
-    ]
+def _alike(answers: Answers) -> Iterator[tuple[Index, Mask]]:
+    """The methods (A,) that answered the same queries, and which (Q,) these are: they can share drawn users."""
+    answered_AQ = answers.answered_AQ
+    together: dict[bytes, list[int]] = {}
+    for a, answered_Q in enumerate(answered_AQ):
+        together.setdefault(answered_Q.tobytes(), []).append(a)
+    for methods in together.values():
+        yield np.array(methods), answered_AQ[methods[0]]
 
 
-def _empty() -> pl.DataFrame:
-    kinds = {
-        "value": pl.Float64,
-        "low": pl.Float64,
-        "high": pl.Float64,
-        "seed": pl.Int64,
-        "span": pl.Int64,
-        "n": pl.Int64,
-    }
-    return pl.DataFrame(schema={c: kinds.get(c, pl.String) for c in COLUMNS}).select(
-        "model", "strategy", "slice", "seed", "span", "metric", "value", "low", "high", "n"
-    )
-
-
-def _for_tests(name: str, cell: Cell, rows: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
-    return rows.select(
-        pl.lit(name).alias("model"), pl.lit(cell.strategy).alias("strategy"), pl.lit(cell.seed).alias("seed"),
-        pl.col("asked").alias("span"), "user", pl.col("event").alias("target"), *metrics,
+def _rows(answers: Answers, which_A: Index, which_Q: Mask, metrics: Sequence[str], sure: bool = True) -> pl.DataFrame:
+    """A row a method and metric on these queries; an interval where `sure`: bootstraps are what takes the time."""
+    by_user_UAM = answers.by_user(which_A, which_Q)
+    by_user_UN = by_user_UAM.reshape(len(by_user_UAM), -1)
+    nothing = np.full(by_user_UN.shape[1], np.nan)
+    low_N, high_N = interval(by_user_UN) if sure else (nothing, nothing)
+    names = answers.methods[np.repeat(which_A, len(metrics))]
+    return names.with_columns(
+        pl.Series("metric", list(metrics) * len(which_A), pl.String),
+        pl.Series("value", by_user_UN.mean(0)), pl.Series("low", low_N), pl.Series("high", high_N),
+        pl.lit(int(which_Q.sum()), pl.Int64).alias("n"),
     )  # fmt: skip
 
 
-def _forgetting(cell: Cell, ranks: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
-    """How much worse the model after span t answers earlier spans' secret queries than the model of that time did."""
-    recent = ranks.filter(pl.col("readout") == "recent")
-    then = recent.filter(pl.col("after") == pl.col("asked") - 1).select("asked", "event", *metrics)
-    now = recent.filter(pl.col("after") >= pl.col("asked"))
-    both = now.join(then, on=["asked", "event"], suffix=" then")
-    if not len(both):
-        return _empty()
-    lost = both.select("after", "user", *((pl.col(f"{m} then") - pl.col(m)).alias(f"forgetting {m}") for m in metrics))
-    names = [f"forgetting {m}" for m in metrics]
-    found = []
-    last = int(str(lost["after"].max()))
-    for span in [*sorted(lost["after"].unique()), OVERALL]:  # over all: after the last span
-        rows = lost.filter(pl.col("after") == (last if span == OVERALL else span)).rename({"after": "asked"})
-        found.append(_row(cell.model, cell, span, "all", rows, names))
+def _placed(rows: pl.DataFrame, span: int, part: str) -> pl.DataFrame:
+    return rows.with_columns(span=pl.lit(span, pl.Int64), slice=pl.lit(part)).select(COLUMNS.keys())
+
+
+def _lost(answered: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
+    """By how much each later model answers an earlier span's secret queries worse than the model just updated on it."""
+    query = [*CELL, "span", "user", "target"]
+    then = answered.filter(pl.col("after") == pl.col("span")).select(*query, *metrics)
+    both = answered.filter(pl.col("after") > pl.col("span")).join(then, on=query, suffix=" then")
+    return both.select(*query, "after", *((pl.col(f"{m} then") - pl.col(m)).alias(f"forgetting {m}") for m in metrics))
+
+
+def _forgetting(lost: pl.DataFrame) -> pl.DataFrame:
+    """What is lost after each span, the mean over the spans before it; over all: what is lost after the last span."""
+    names = [name for name in lost.columns if name.startswith("forgetting ")]
+    found = [pl.DataFrame(schema=COLUMNS)]
+    for (after,), rows in lost.group_by("after", maintain_order=True):
+        measured = _all(arrange(rows, names, CELL), names)
+        found.append(_placed(measured, int(str(after)), "all"))
+        if after == lost["after"].max():
+            found.append(_placed(measured, OVERALL, "all"))
     return pl.concat(found)
+
+
+def _all(answers: Answers, metrics: Sequence[str]) -> pl.DataFrame:
+    return pl.concat([_rows(answers, which_A, which_Q, metrics) for which_A, which_Q in _alike(answers)])
 
 
 def _costs(cell: Cell, folder: Path) -> pl.DataFrame:
@@ -131,31 +145,40 @@ def _costs(cell: Cell, folder: Path) -> pl.DataFrame:
     rows = [(span, name, value) for span, costs in sorted(by_span.items()) for name, value in costs.items()]
     for name in sorted({name for span, name, _ in rows if span}):
         rows.append((OVERALL, name, float(np.nanmean([v for s, n, v in rows if n == name and s > 0]))))
-    if not rows:
-        return _empty()
-    spans, names, values = zip(*rows)
-    frame = pl.DataFrame({"span": spans, "metric": names, "value": values})
-    same = [pl.col("value").alias("low"), pl.col("value").alias("high"), pl.lit(1, pl.Int64).alias("n")]
-    return frame.select(
-        *_labels(cell.model, cell, 0, "all")[:4], pl.col("span").cast(pl.Int64), "metric", "value", *same
-    )
+    frame = pl.DataFrame(rows, schema={"span": pl.Int64, "metric": pl.String, "value": pl.Float64}, orient="row")
+    return frame.with_columns(
+        pl.lit(cell.model).alias("model"), pl.lit(cell.strategy).alias("strategy"),
+        pl.lit(cell.seed, pl.Int64).alias("seed"), pl.lit("all").alias("slice"),
+        pl.col("value").alias("low"), pl.col("value").alias("high"), pl.lit(1, pl.Int64).alias("n"),
+    ).select(COLUMNS.keys())  # fmt: skip
 
 
-def table(results: pl.DataFrame, metrics: Sequence[str]) -> str:
-    """A Markdown table, a row per method: quality with intervals, forgetting and costs, means over spans and seeds."""
+def _methods(tested: pl.DataFrame, lost: pl.DataFrame, costs: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
+    """A row per model, strategy and metric, over all spans: each query averaged over seeds, and only then resampled."""
+    names = [f"forgetting {m}" for m in metrics]
+    found = [pl.DataFrame(schema={name: kind for name, kind in COLUMNS.items() if name in (*METHOD, *NUMBERS)})]
+    last = lost.filter(pl.col("after") == pl.col("after").max())
+    found += [_all(arrange(rows, of, METHOD), of) for rows, of in ((tested, metrics), (last, names)) if len(rows)]
+    overall = costs.filter(pl.col("span") == OVERALL).group_by(*METHOD, "metric", maintain_order=True)
+    found.append(overall.agg(pl.col("value", "low", "high").mean(), pl.len().cast(pl.Int64).alias("n")))
+    return pl.concat(found)
+
+
+def table(methods: pl.DataFrame, metrics: Sequence[str]) -> str:
+    """A Markdown table, a row per method, all but forgetting as means over spans.
+
+    Quality comes with 95 % intervals, forgetting is what the model after the last span has lost, on earlier spans'
+    held-out targets, since it was updated on them: positive = forgotten.
+    """
     costs = {"update_cpu_s": "CPU-s per update", "peak_mb": "peak MB", "mean_k": "interests per user"}
     forgotten = f"forgetting {metrics[0]}"
-    overall = results.filter((pl.col("span") == OVERALL) & (pl.col("slice") == "all"))
-    mean = overall.group_by("model", "strategy", "metric", maintain_order=True).agg(
-        pl.col("value").mean(), pl.col("low").mean(), pl.col("high").mean()
-    )
-    values = {(r["model"], r["strategy"], r["metric"]): r for r in mean.iter_rows(named=True)}
-    methods = sorted(
+    values = {(r["model"], r["strategy"], r["metric"]): r for r in methods.iter_rows(named=True)}
+    order = sorted(
         {(m, s) for m, s, metric in values if metric == metrics[0]}, key=lambda ms: -values[(*ms, metrics[0])]["value"]
     )
     head = ["model", "strategy", *metrics, forgotten, *costs.values()]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for model, strategy in methods:
+    for model, strategy in order:
         cells = [model, strategy]
         for metric in metrics:
             r = values[model, strategy, metric]

@@ -1,13 +1,15 @@
 """Which differences are larger than chance: bootstrap intervals, and paired tests corrected for their number.
 
 The unit is always the user: queries of one user are not independent. What is covered is the chance of having met these
-users and not others. Training seeds are averaged before anything is compared; a few seeds are too few to resample, so
-look at them one by one before believing a small difference.
+users and not others. Differences weigh queries as the table of results does (`contributions`): they are differences of
+its numbers. Training seeds are averaged before anything is compared; a few seeds are too few to resample, so look at
+them one by one before believing a small difference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -16,9 +18,10 @@ import polars as pl
 from numpy.typing import NDArray
 from scipy import stats
 
-from freshrec.replay.metrics import Floats, per_user
+from freshrec.replay.metrics import Floats
 
 Index = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 METHOD, QUERY = ("model", "strategy"), ("span", "user", "target")
 FIRST, SECOND = ({name: f"{name}_{end}" for name in METHOD} for end in "ab")
 LEVEL = 0.95
@@ -30,6 +33,21 @@ COLUMNS = {
     "difference": pl.Float64, "low": pl.Float64, "high": pl.Float64, "p": pl.Float64, "p_adjusted": pl.Float64,
     "n": pl.Int64,
 }  # fmt: skip
+
+
+def contributions(spans_Q: NDArray[Any], users_Q: NDArray[Any], values_QM: Floats) -> Floats:
+    """(U, M): what each user adds to the value of each metric, times U: the mean over users is the value.
+
+    The value is the mean over spans of the mean over the span's users of the mean over the user's queries in it.
+    """
+    spans_S, span_Q = np.unique(spans_Q, return_inverse=True)
+    users_U, user_Q = np.unique(users_Q, return_inverse=True)
+    n_spans, n_users = len(spans_S), len(users_U)
+    own_Q = span_Q * n_users + user_Q
+    n_SU = np.bincount(own_Q, minlength=n_spans * n_users)
+    met_S = (n_SU.reshape(n_spans, n_users) > 0).sum(1)
+    share_Q = n_users / (n_spans * met_S[span_Q] * n_SU[own_Q])
+    return np.stack([np.bincount(user_Q, share_Q * value_Q, n_users) for value_Q in values_QM.T], axis=1)
 
 
 def interval(values_UM: Floats, seed: int = 0) -> tuple[Floats, Floats]:
@@ -81,46 +99,74 @@ def paired_p(differences_UP: Floats, seed: int = 0) -> Floats:
     return p_P
 
 
-def compare(table: pl.DataFrame, seed: int = 0) -> pl.DataFrame:
-    """Every pair of methods on the queries that both answered: difference (a - b), its interval, p, and p adjusted.
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What A methods gave on Q queries, in M metrics; NaN where a method did not answer."""
 
-    `table` has a row per query with columns model, strategy, seed, span, user, target; all other columns are metrics.
-    Values are averaged over seeds, then over each user's queries in all spans, then over users; `n` counts users.
-    p_adjusted controls the false discovery rate (Benjamini-Hochberg) over all rows returned. Two methods without a
-    common query are not compared.
-    """
-    metrics = [column for column in table.columns if column not in (*METHOD, "seed", *QUERY)]
-    methods, users_Q, values_AQM = _arrange(table, metrics)
-    found: list[pl.DataFrame] = []
-    for m, metric in enumerate(metrics):
-        for pairs_P2, common_Q in _pairs(~np.isnan(values_AQM[:, :, m])):
-            _, means_UA = per_user(users_Q[common_Q], values_AQM[:, common_Q, m].T)
-            first_P, second_P = pairs_P2.T
-            differences_UP = means_UA[:, first_P] - means_UA[:, second_P]
-            low_P, high_P = interval(differences_UP, seed)
-            p_P = paired_p(differences_UP, seed)
-            numbers = pl.DataFrame({"difference": differences_UP.mean(0), "low": low_P, "high": high_P, "p": p_P})
-            names = methods[first_P].rename(FIRST), methods[second_P].rename(SECOND)
-            part = pl.concat([*names, numbers], how="horizontal")
-            found.append(part.with_columns(metric=pl.lit(metric), n=pl.lit(len(means_UA), pl.Int64)))
-    if not found:
-        return pl.DataFrame(schema=COLUMNS)
-    result = pl.concat(found)
-    adjusted = pl.Series("p_adjusted", stats.false_discovery_control(result["p"].to_numpy()))
-    return result.with_columns(adjusted).select(COLUMNS.keys())
+    methods: pl.DataFrame  # A rows
+    queries: pl.DataFrame  # Q rows: span, user, target
+    values_AQM: Floats
+
+    @property
+    def answered_AQ(self) -> Mask:
+        return ~np.isnan(self.values_AQM[:, :, 0])
+
+    def by_user(self, which_A: Index, which_Q: Mask) -> Floats:
+        """(U, A, M): the `contributions` of the users of some queries; NaN for methods that did not answer them all."""
+        values_AQM = self.values_AQM[which_A][:, which_Q]
+        n_methods, n_queries, n_metrics = values_AQM.shape
+        values_QN = values_AQM.transpose(1, 0, 2).reshape(n_queries, n_methods * n_metrics)
+        spans_Q, users_Q = (self.queries[name].to_numpy()[which_Q] for name in ("span", "user"))
+        return contributions(spans_Q, users_Q, values_QN).reshape(-1, n_methods, n_metrics)
 
 
-def _arrange(table: pl.DataFrame, metrics: list[str]) -> tuple[pl.DataFrame, NDArray[Any], Floats]:
-    """The methods (A rows), each query's user (Q,), and the values (A, Q, M), averaged over seeds; NaN = no answer."""
-    mean = table.group_by(*METHOD, *QUERY).agg(pl.col(metrics).mean())
-    methods, queries = mean.select(METHOD).unique().sort(METHOD), mean.select(QUERY).unique().sort(QUERY)
-    mean = mean.join(methods.with_row_index("method"), on=METHOD).join(queries.with_row_index("query"), on=QUERY)
+def arrange(table: pl.DataFrame, metrics: Sequence[str], method: Sequence[str] = METHOD) -> Answers:
+    """The rows of `table` as arrays; what `method` does not tell apart, such as seeds, is averaged query by query."""
+    mean = table.group_by(*method, *QUERY).agg(pl.col(metrics).mean())
+    methods, queries = mean.select(method).unique().sort(method), mean.select(QUERY).unique().sort(QUERY)
+    mean = mean.join(methods.with_row_index("method"), on=method).join(queries.with_row_index("query"), on=QUERY)
     values_AQM = np.full((len(methods), len(queries), len(metrics)), np.nan)
     values_AQM[mean["method"].to_numpy(), mean["query"].to_numpy()] = mean.select(metrics).to_numpy()
-    return methods, queries["user"].to_numpy(), values_AQM
+    return Answers(methods, queries, values_AQM)
 
 
-def _pairs(answered_AQ: NDArray[np.bool_]) -> Iterator[tuple[Index, NDArray[np.bool_]]]:
+def compare(table: pl.DataFrame, metrics: Sequence[str], seed: int = 0) -> pl.DataFrame:
+    """Every pair of methods on the queries that both answered: difference (a - b), its interval, p, and p adjusted.
+
+    `table` has a row per query with columns model, strategy, seed, span, user, target, and the metrics. Values are
+    averaged over seeds, then weighed by `contributions`; `n` counts users. p_adjusted controls the false discovery
+    rate (Benjamini-Hochberg) over the pairs of one metric: another metric, or the same one by another name, changes
+    nothing. Two methods without a common query are not compared.
+    """
+    answers = arrange(table, metrics)
+    found: list[pl.DataFrame] = []
+    for pairs_P2, common_Q in _pairs(answers.answered_AQ):
+        first_P, second_P = pairs_P2.T
+        by_user_UAM = answers.by_user(np.arange(len(answers.methods)), common_Q)  # NaN for methods of no pair here
+        differences_UN = (by_user_UAM[:, first_P] - by_user_UAM[:, second_P]).reshape(len(by_user_UAM), -1)
+        low_N, high_N = interval(differences_UN, seed)
+        numbers = pl.DataFrame(
+            {
+                "metric": list(metrics) * len(pairs_P2), "difference": differences_UN.mean(0),
+                "low": low_N, "high": high_N, "p": paired_p(differences_UN, seed),
+            }
+        )  # fmt: skip
+        first_N, second_N = np.repeat(first_P, len(metrics)), np.repeat(second_P, len(metrics))
+        names = answers.methods[first_N].rename(FIRST), answers.methods[second_N].rename(SECOND)
+        n_users = pl.lit(len(differences_UN), pl.Int64).alias("n")
+        found.append(pl.concat([*names, numbers], how="horizontal").with_columns(n_users))
+    if not found:
+        return pl.DataFrame(schema=COLUMNS)
+    by_metric = pl.concat(found).group_by("metric", maintain_order=True)
+    return pl.concat(_adjusted(tests) for _, tests in by_metric).select(COLUMNS.keys())
+
+
+def _adjusted(tests: pl.DataFrame) -> pl.DataFrame:
+    """The tests of one metric, with p_adjusted."""
+    return tests.with_columns(pl.Series("p_adjusted", stats.false_discovery_control(tests["p"].to_numpy())))
+
+
+def _pairs(answered_AQ: Mask) -> Iterator[tuple[Index, Mask]]:
     """The pairs of methods (P, 2), those with the same common queries together, and which queries (Q,) these are."""
     together: dict[bytes, list[tuple[int, int]]] = {}
     for a, b in combinations(range(len(answered_AQ)), 2):

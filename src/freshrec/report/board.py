@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from freshrec.replay.metrics import evaluate
+from freshrec.replay.metrics import evaluate, per_user
 from freshrec.replay.replay import Cell
 
 
@@ -35,7 +35,8 @@ class Board:
         quality = ""
         if file.exists():
             tested = pl.read_parquet(file).filter((pl.col("after") == span - 1) & (pl.col("readout") == "recent"))
-            quality = f"{100 * evaluate(tested['rank'].to_numpy(), ['ndcg@20']).mean():.2f}" if len(tested) else "-"
+            _, values_U1 = per_user(tested["user"].to_numpy(), evaluate(tested["rank"].to_numpy(), ["ndcg@20"]))
+            quality = f"{100 * values_U1.mean():.2f}" if len(tested) else "-"
         self.seen[cell.name, span] = quality
         if self.console.is_terminal and self._live is not None:
             self._live.update(self._table(), refresh=True)

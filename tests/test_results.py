@@ -1,0 +1,162 @@
+"""What is made of the ranks of a replay: files written by hand, and what the tables must say of them."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import polars as pl
+import pytest
+import results as page  # docs/results.py
+
+from freshrec.errors import OptionError
+from freshrec.models import find_model
+from freshrec.replay.measure import SLICES
+from freshrec.replay.replay import Cell
+from freshrec.replay.results import OVERALL, collect
+from freshrec.strategies import find_strategy
+
+ROOT = Path(__file__).resolve().parent.parent
+HIT, MISS = 1.0, 99.0  # ranks
+HR = ("hr@20",)
+Row = tuple[int, int, int, float]  # asked, after, user, rank; a user's query in a span is the event of its number
+
+
+def cell(strategy: str = "frozen", seed: int = 0) -> Cell:
+    return Cell("mf", find_model("mf"), strategy, find_strategy(strategy), seed)
+
+
+def written(out: Path, cell: Cell, rows: list[Row], readout: str = "recent") -> Cell:
+    """The cell's folder as a replay leaves it."""
+    (out / cell.name).mkdir(exist_ok=True)
+    asked, after, user, rank = zip(*rows)
+    frame = pl.DataFrame({"asked": asked, "after": after, "user": user, "event": user, "rank": rank})
+    kinds = [pl.col("asked", "after").cast(pl.Int32), pl.col("rank").cast(pl.Float32)]
+    name = f"span-{len(list((out / cell.name).iterdir()))}.parquet"
+    frame.with_columns(*kinds, readout=pl.lit(readout)).write_parquet(out / cell.name / name)
+    return cell
+
+
+def collected(cells: list[Cell], out: Path, spans: int = 3, users: int = 8) -> pl.DataFrame:
+    events = [(span, user) for span in range(1, spans + 1) for user in range(1, users + 1)]
+    facts = pl.DataFrame(events, schema={"span": pl.Int32, "event": pl.Int64}, orient="row")
+    return collect(cells, facts.with_columns(pl.lit(True).alias(part) for part in SLICES), HR, out)
+
+
+def values(results: pl.DataFrame, metric: str) -> dict[int, float]:
+    rows = results.filter((pl.col("metric") == metric) & (pl.col("slice") == "all"))
+    return {span: round(value, 9) for span, value in rows.select("span", "value").iter_rows()}
+
+
+def test_a_difference_of_the_tests_is_the_difference_of_two_numbers_of_the_table(tmp_path: Path) -> None:
+    # span 1: two users, a hits both and b none; span 2: four others, a hits one and b two.
+    # a: (1 + 1/4) / 2 = 0.625, b: (0 + 2/4) / 2 = 0.25; users pooled would say 3/6 - 2/6 = 0.167.
+    hits = {"finetune": [1, 1, 1, 0, 0, 0], "frozen": [0, 0, 1, 1, 0, 0]}
+    cells = []
+    for way, hit in hits.items():
+        rows = [
+            (1 if user < 3 else 2, 0 if user < 3 else 1, user, HIT if hit[user - 1] else MISS) for user in range(1, 7)
+        ]
+        cells.append(written(tmp_path, cell(way), rows))
+    results = collected(cells, tmp_path)
+    overall = results.filter((pl.col("span") == OVERALL) & (pl.col("slice") == "all"))
+    assert dict(overall.select("strategy", "value").iter_rows()) == {"finetune": 0.625, "frozen": 0.25}
+    assert pl.read_parquet(tmp_path / "tests.parquet")["difference"].to_list() == pytest.approx([0.375])
+
+
+def test_forgetting_compares_with_the_model_just_updated_on_the_asked_span(tmp_path: Path) -> None:
+    # Before span 1, user 1 is missed: that is no loss. Just after it users 1 and 2 are hits, after span 2 user 1 only:
+    # lost 1/2. After span 3 none: lost 1 on span 1; on span 2 user 3 was a miss just after it and is a hit: lost -1.
+    # Spans weigh equally: (1 - 1) / 2 = 0.
+    rows = [(1, 0, 1, MISS), (1, 0, 2, MISS), (1, 1, 1, HIT), (1, 1, 2, HIT), (1, 2, 1, HIT), (1, 2, 2, MISS),
+            (1, 3, 1, MISS), (1, 3, 2, MISS), (2, 1, 3, HIT), (2, 2, 3, MISS), (2, 3, 3, HIT)]  # fmt: skip
+    results = collected([written(tmp_path, cell(), rows)], tmp_path)
+    assert values(results, "forgetting hr@20") == {2: 0.5, 3: 0.0, OVERALL: 0.0}
+
+
+def test_what_was_never_known_cannot_be_forgotten(tmp_path: Path) -> None:
+    # One span after the base: there is a model just updated on it, and none after that one.
+    results = collected([written(tmp_path, cell(), [(1, 0, 1, HIT), (1, 1, 1, MISS)])], tmp_path, spans=1)
+    assert values(results, "forgetting hr@20") == {}
+
+
+def test_only_the_recent_readout_is_tested(tmp_path: Path) -> None:
+    rows = [(1, 0, 1, HIT), (1, 0, 2, MISS)]
+    cells = [written(tmp_path, cell(way), rows) for way in ("finetune", "frozen")]
+    written(tmp_path, cells[0], rows, readout="stored")
+    results = collected(cells, tmp_path)
+    assert set(results["model"]) == {"mf", "mf@stored"}
+    tests = pl.read_parquet(tmp_path / "tests.parquet")
+    assert tests.select("model_a", "model_b").rows() == [("mf", "mf")]
+
+
+def test_each_query_is_averaged_over_seeds_before_users_are_drawn(tmp_path: Path) -> None:
+    # Seed 0 hits the even users, seed 1 the odd ones: each query is 1/2, so no draw of users changes the mean. Each
+    # seed alone has an interval around 1/2 whose ends differ.
+    cells = []
+    for seed in (0, 1):
+        rows = [(1, 0, user, HIT if user % 2 == seed else MISS) for user in range(1, 9)]
+        cells.append(written(tmp_path, cell(seed=seed), rows))
+    results = collected(cells, tmp_path).filter((pl.col("span") == OVERALL) & (pl.col("slice") == "all"))
+    assert (results["low"] < 0.5).all() and (results["high"] > 0.5).all() and results["seed"].to_list() == [0, 1]
+    methods = pl.read_parquet(tmp_path / "methods.parquet")
+    assert methods.select("strategy", "value", "low", "high", "n").rows() == [("frozen", 0.5, 0.5, 0.5, 8)]
+    assert "| mf | frozen | 50.00 (50.00 .. 50.00) |" in (tmp_path / "table.md").read_text()
+
+
+def test_costs_are_averaged_over_the_updates_after_the_base_then_over_seeds(tmp_path: Path) -> None:
+    # Seed 0: (2 + 4) / 2 = 3 s, seed 1: 5 s; the base's 100 s do not count. Mean 4.
+    cells = [written(tmp_path, cell(seed=seed), [(1, 0, 1, HIT)]) for seed in (0, 1)]
+    for one, seconds in zip(cells, ([100, 2, 4], [100, 5])):
+        for span, cost in enumerate(seconds):
+            (tmp_path / one.name / f"costs-{span}.json").write_text(json.dumps({"update_cpu_s": cost}))
+    results = collected(cells, tmp_path)
+    assert results.filter((pl.col("span") == OVERALL) & (pl.col("metric") == "update_cpu_s"))["value"].to_list() == [
+        3,
+        5,
+    ]
+    methods = pl.read_parquet(tmp_path / "methods.parquet")
+    assert methods.filter(pl.col("metric") == "update_cpu_s")["value"].to_list() == [4]
+
+
+def test_reproducing_a_recipe_that_does_not_measure_what_the_page_shows_is_refused(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("reproduce", ROOT / "benchmarks/reproduce.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(
+        '[log]\nworld = "drift"\n[replay]\nmodels = ["sasrec"]\nstrategies = ["full"]\nmetrics = ["hr@20"]\n'
+    )
+    with pytest.raises(OptionError, match="does not measure ndcg@20"):
+        module.reproduce(recipe)
+
+
+def result(rows: list[tuple[str, str, float]]) -> dict[str, object]:
+    names = ["model", "strategy", "value"]
+    methods = pl.DataFrame(rows, schema=names, orient="row").with_columns(metric=pl.lit("ndcg@20"))
+    tests = {"model_a": ["item-knn"], "strategy_a": ["absorb"], "model_b": ["mind"], "strategy_b": ["full"],
+             "difference": [0.02], "low": [0.01], "high": [0.04], "p_adjusted": [0.01]}  # fmt: skip
+    return {"recipe": "mine", "methods": methods.to_dict(as_series=False), "tests": tests}
+
+
+def test_the_page_says_how_the_model_beside_item_knn_was_chosen_and_what_favours_whom() -> None:
+    # mind's full retrain is the best of those that are read plainly; item-knn - mind is 2 (1 .. 4) points, so the
+    # other way round -2 (-4 .. -1).
+    found = [result([("mind", "full", 0.3), ("sasrec", "full", 0.2), ("mind@both", "full", 0.4), ("mf", "imsr", 0.9)])]
+    text = " ".join(page._claims(found))
+    assert "| best full minus item-knn | mind: **-2.00 (-4.00 .. -1.00)** |" in text
+    assert "chosen on these numbers" in text
+    assert "held-out events one update earlier than trained models" in text
+    assert "the difference IMSR - full" in text
+
+
+@pytest.mark.parametrize("tune", [False, True])
+def test_the_page_says_that_full_is_untuned(tune: bool) -> None:
+    span = {"events": 10, "targets": 5, "seen_share": 0.5}
+    log = {"path": "mine.parquet", "users": 0}
+    about = page._about(
+        {"recipe": "mine", "spans": [span, span], "resolved": {"log": log, "replay": {"seeds": 1, "tune": tune}}}
+    )
+    text = " ".join(about)
+    assert ("full has no knob to choose" in text) == tune
+    assert "The epochs of the base block are chosen once" in text and "otherwise untuned" in text
