@@ -5,7 +5,7 @@ Where a result is meant to change, record them anew, look at the difference, and
     python tests/test_gold.py
 
 Hit rates and counts only: they need a score to cross the edge of a list. Still, training on a CPU with other vector
-instructions, or with another torch, ends in other last bits, and now and then in another hit: there the test is skipped.
+instructions, or with another torch, ends in other last bits, now and then in another hit: there the test is skipped.
 """
 
 import json
