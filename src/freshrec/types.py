@@ -240,7 +240,7 @@ class Strategy(Protocol):
         """ "plain" where the base block is trained as by `learn.fit.start`, so that others may share it."""
 
     def alternatives(self) -> tuple[Strategy, ...]:
-        """Itself with other knobs, itself first: what tuning chooses from; equally many for every strategy."""
+        """Itself first, then with other knobs, for tuning to choose from; as many for all that are tuned."""
 
     def work(self, sizes: list[int], base_epochs: int) -> list[float]:
         """How many targets it trains on in each span, epochs counted; `sizes`: the events of each span."""

@@ -47,6 +47,10 @@ class Fit:
     def __post_init__(self) -> None:
         check_options(self)
 
+    def work(self, sizes: list[int], base_epochs: int) -> list[float]:
+        """Targets passed in each span, epochs counted, by a strategy that trains on the new events only."""
+        return [float(sizes[0] * base_epochs)] + [float(size * self.epochs) for size in sizes[1:]]
+
 
 def grid(fit: Fit) -> list[Fit]:
     """What tuning chooses from: 3, 1 or 8 epochs, at the model's learning rate or 0.3 of it. Always 6, `fit` first."""

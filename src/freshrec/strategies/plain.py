@@ -73,7 +73,7 @@ class FineTune:
 
     def work(self, sizes: list[int], base_epochs: int) -> list[float]:
         """The base block, then the new events of each span."""
-        return [float(sizes[0] * base_epochs)] + [float(size * self.fit.epochs) for size in sizes[1:]]
+        return self.fit.work(sizes, base_epochs)
 
     def update(self, state: State, span: Span) -> State:
         """The previous weights, interests and optimiser state, trained on the due events."""
