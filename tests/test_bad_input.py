@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from freshrec import cli
+from freshrec.data.formats import readable
 from freshrec.data.log import Log, read_log
 from freshrec.errors import LogError, OptionError
 
@@ -220,3 +222,12 @@ def read_or_refuse(source: Path | pl.DataFrame) -> Log | LogError:
 
 def _nested(frame: pl.DataFrame) -> bool:
     return any(dtype.is_nested() for dtype in frame.dtypes)
+
+
+def test_what_a_panicking_reader_says_is_kept_back_and_nothing_else_is(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(LogError, match="its pages are not where its index says"), readable("log.parquet"):
+        os.write(2, b"thread 'async-executor-0' panicked at src/parquet.rs\n")
+        raise pl.exceptions.PanicException("range end out of bounds")
+    with readable("log.parquet"):
+        os.write(2, b"a warning\n")
+    assert capfd.readouterr().err == "a warning\n"

@@ -16,6 +16,7 @@ from freshrec.data.batches import (
     query_batches,
     random_source,
     settle,
+    smaller,
     target_batches,
     targets_at,
     window_batches,
@@ -167,3 +168,9 @@ def test_settling_keeps_what_is_still_to_be_trained_on_however_old() -> None:
     assert left.items_R.tolist() == [1, 3, 4]
     assert left.due_R.tolist() == [DUE, DONE, DONE]
     assert left.offsets_U.diff().tolist() == [0, 3]
+
+
+def test_few_rows_make_smaller_batches_so_that_an_epoch_has_steps_enough() -> None:
+    # 5000 rows in batches of 256 are 20 steps; 5000 // 50 = 100 a batch are 50. 300 rows: 6 a batch, but at least 16.
+    assert [smaller(256, n) for n in (100_000, 5_000, 300)] == [256, 100, 16]
+    assert smaller(8, 300) == 8  # never more than was asked for

@@ -24,7 +24,7 @@ from freshrec.data.batches import append
 from freshrec.data.log import Log
 from freshrec.data.spans import Cut, cut
 from freshrec.data.worlds import make
-from freshrec.errors import IncompatibleError
+from freshrec.errors import IncompatibleError, OptionError
 from freshrec.models import find_model
 from freshrec.models.popularity import PopularitySpec
 from freshrec.replay.measure import SLICES, Asked, Block, facts, queries_of
@@ -149,6 +149,21 @@ def test_a_process_killed_twice_resumes_to_the_results_of_one_that_was_not(tmp_p
     results = [collect([cell], facts(parts.spans), METRICS, tmp_path / name) for name in ("killed", "whole")]
     killed, whole = (r.filter(~pl.col("metric").str.contains("_s$|_mb$")) for r in results)
     assert killed.equals(whole)
+
+
+def test_a_folder_takes_no_results_of_another_log_or_of_other_options(tmp_path: Path) -> None:
+    parts, cell = cut_of(world()), CELLS[0]
+    run([cell], parts, Settings(), tmp_path, tell=lambda cell, span: None)
+    span = parts.spans[-1]
+    later = replace(span, events=replace(span.events, times_E=span.events.times_E + 1))
+    others = (
+        ([cell], replace(parts, spans=(*parts.spans[:-1], later)), Settings()),
+        ([cell], parts, Settings(cadence=2)),
+        ([replace(cell, update=find_strategy("finetune:fit.epochs=7"))], parts, Settings()),
+    )
+    for cells, cut, settings in others:
+        with pytest.raises(OptionError, match="holds results of another log"):
+            run(cells, cut, settings, tmp_path, tell=lambda cell, span: None)
 
 
 def test_facts_by_hand() -> None:

@@ -120,6 +120,11 @@ def test_under_never_held_out_events_never_join_training() -> None:
     assert joins(paper, 1) == [NOW, NOW, NEVER, NEVER]
 
 
+def test_under_now_held_out_events_are_tested_and_join_the_same_update() -> None:
+    at_once = cut(log_of(list(range(8))), by="count", spans=1, heldout="now", forget_users=0)
+    assert (roles(at_once, 1), joins(at_once, 1)) == ([TRAIN, TRAIN, VALID, TEST], [NOW] * 4)
+
+
 def test_with_all_targets_every_later_event_is_tested_and_then_trained_on() -> None:
     test_then_train = cut(log_of(list(range(8))), by="count", spans=1, targets="all", forget_users=0)
     assert roles(test_then_train, 0) == [TRAIN] * 4
@@ -239,6 +244,7 @@ def test_an_impossible_option_is_refused(options: dict[str, Any], message: str) 
     ("log", "options", "message"),
     [
         (log_of([0, 1, 2]), {"by": "count", "spans": 3}, "3 distinct times, too few .* ask for at most 2 spans"),
+        (log_of([0, 0]), {"by": "count", "spans": 1}, "all events of the log have the same time"),
         (log_of([0, 1]), {"by": "dates", "dates": ["1970-01-01"]}, "base block would be empty"),
         (log_of([0, 1], has_clock=False), {"by": "time", "spans": 1}, "needs a clock"),
         (log_of([0, 1]), {"by": "period"}, "needs a period"),

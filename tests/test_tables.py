@@ -1,9 +1,10 @@
 """Embedding tables: the optimiser is right, touches only the rows of a batch, and growth changes nothing else."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from freshrec.models.tables import Table
+from freshrec.models.tables import BLOCK, Table
 
 LR = 0.05
 BATCHES = [torch.tensor(ids) for ids in ([3, 1, 3, 2], [5], [2, 5, 5, 5, 1], [4, 4], [3, 1, 2, 5])]
@@ -26,18 +27,18 @@ def step(table: Table, ids_N: Tensor) -> None:
     table.push(LR)
 
 
-def test_a_table_learns_as_the_sparse_adam_of_torch_does() -> None:
+def test_each_row_learns_as_if_an_adam_of_torch_had_it_alone() -> None:
     table = table_of(5)
-    embedding = nn.Embedding(6, 4, sparse=True)
-    embedding.weight.data.copy_(table.weights)
-    adam = torch.optim.SparseAdam(embedding.parameters(), lr=LR)
+    rows = [nn.Parameter(row.clone()) for row in table.weights]
+    adams = [torch.optim.Adam([row], lr=LR) for row in rows]
     for ids_N in BATCHES * 10:
         step(table, ids_N)
-        adam.zero_grad()
-        loss_of(embedding(ids_N)).backward()
-        adam.step()
+        loss_of(torch.stack([rows[i] for i in ids_N])).backward()
+        for i in ids_N.unique():
+            adams[i].step()
+            adams[i].zero_grad()
     assert (table.weights[1:] - table_of(5).weights[1:]).abs().min() > 0.01  # all rows have moved
-    torch.testing.assert_close(table.weights, embedding.weight.data, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(table.weights, torch.stack(rows).detach(), rtol=1e-4, atol=1e-6)
 
 
 def test_only_the_rows_of_a_batch_change() -> None:
@@ -63,26 +64,36 @@ def test_the_padding_row_stays_zero_where_its_loss_does_not_depend_on_it() -> No
 def test_growth_leaves_the_old_rows_and_their_moments_alone() -> None:
     table = table_of(3)
     step(table, torch.tensor([1, 2, 3]))
-    before, n_steps = table.packed.clone(), int(table.steps)
+    before = table.packed.clone()
     table.grow(7)
-    assert torch.equal(table.packed[:4], before) and int(table.steps) == n_steps
+    assert torch.equal(table.packed[:4], before) and table.steps_R.tolist() == [0, 1, 1, 1, 0, 0, 0, 0]
     assert len(table.weights) == 8 and (table.weights[4:] != 0).all()
     assert (table.packed[4:, 4:] == 0).all()  # new rows have no moments
     table.grow(5)  # a table never shrinks
     assert len(table.weights) == 8
 
 
-def test_new_rows_depend_on_the_seed_and_the_size_before_alone() -> None:
-    quiet, busy, other = table_of(3), table_of(3), table_of(3, seed=1)
-    step(busy, torch.tensor([1, 2]))
-    for table in (quiet, busy, other):
-        table.grow(5)
-    assert torch.equal(quiet.weights[4:], busy.weights[4:])
-    assert not torch.equal(quiet.weights[4:], other.weights[4:])
+def test_a_new_row_starts_from_its_seed_and_number_whenever_the_table_grew_to_it() -> None:
+    at_once, bit_by_bit, other = table_of(2 * BLOCK + 7), table_of(3), table_of(2 * BLOCK + 7, seed=1)
+    for n_rows in (5, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 7):
+        bit_by_bit.grow(n_rows)
+    assert torch.equal(bit_by_bit.weights, at_once.weights)
+    assert (at_once.weights[1:] != other.weights[1:]).all()
+
+
+def test_a_row_first_met_late_starts_as_gently_as_one_met_early() -> None:
+    # Adam's first step is lr x the sign of the gradient. With one count for all rows, row 2's step here would be
+    # 0.1 / sqrt(0.001) = 3.2 times as long: (1 - beta1) g / sqrt((1 - beta2) g^2), corrected as if it were step 101.
+    table = table_of(2)
+    for _ in range(100):
+        step(table, torch.tensor([1]))
+    before = table.weights.clone()
+    step(table, torch.tensor([2]))
+    assert (table.weights[2] - before[2]).abs().tolist() == pytest.approx([LR] * 4, rel=1e-4)
 
 
 def test_a_push_without_a_loss_changes_nothing() -> None:
     table = table_of(3)
     table.pull(torch.tensor([1, 2]))
     table.push(LR)
-    assert torch.equal(table.packed, table_of(3).packed) and int(table.steps) == 0
+    assert torch.equal(table.packed, table_of(3).packed) and not table.steps_R.any()

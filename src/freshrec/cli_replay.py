@@ -47,7 +47,7 @@ def replay(
     alpha: Annotated[float | None, typer.Option(help="The base block's share of the log.")] = None,
     dates: Annotated[str | None, typer.Option(help="Where spans start, for --by dates: 2025-06-01,2025-07-01.")] = None,
     targets: Annotated[str | None, typer.Option(help="What is tested: last, all or split.")] = None,
-    heldout: Annotated[str | None, typer.Option(help="When held-out events join training: next or never.")] = None,
+    heldout: Annotated[str | None, typer.Option(help="When held-out events join training: now, next or never.")] = None,
     min_events: Annotated[int | None, typer.Option(help="Leave out users with fewer events.")] = None,
     min_history: Annotated[int | None, typer.Option(help="Events a user needs before a target.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Training seeds.")] = None,

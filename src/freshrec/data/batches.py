@@ -11,6 +11,8 @@ from torch import Tensor
 
 from freshrec.types import DONE, DUE, LATER, SECRET, Batch, Events, Histories, Interests
 
+STEPS, SMALLEST = 50, 16  # of an epoch: no fewer steps, unless a batch would have fewer rows
+
 
 def append(histories: Histories, events: Events, n_users: int) -> Histories:
     """`histories` with `events`, which are newer, at the end of each user's rows."""
@@ -182,11 +184,19 @@ def in_parts(order_N: Tensor, size: int) -> list[Tensor]:
     return list(order_N.split(size)) if len(order_N) else []
 
 
+def smaller(size: int, n_rows: int) -> int:
+    """`size`, or less where few rows would make few steps: an epoch has at least STEPS of them, of SMALLEST rows or more.
+
+    A batch that suits a large log leaves 8 steps an epoch on a thousand users: such a model never gets trained.
+    """
+    return min(size, max(SMALLEST, n_rows // STEPS))
+
+
 def shuffled(key_N: Tensor, size: int, source: torch.Generator) -> list[Tensor]:
-    """Indices in batches of `size`: like keys (history lengths) side by side, in random order otherwise."""
+    """Indices in batches of at most `size`: like keys (history lengths) side by side, in random order otherwise."""
     mixed_N = torch.randperm(len(key_N), generator=source)
     by_key_N = mixed_N[torch.argsort(key_N[mixed_N], stable=True)]
-    batches = in_parts(by_key_N, size)
+    batches = in_parts(by_key_N, smaller(size, len(key_N)))
     return [batches[i] for i in torch.randperm(len(batches), generator=source).tolist()]
 
 
@@ -208,7 +218,7 @@ def target_batches(
 
 def pair_batches(targets: Targets, size: int, source: torch.Generator) -> Iterator[Batch]:
     """One epoch, a row per target without history."""
-    for which in in_parts(torch.randperm(len(targets), generator=source), size):
+    for which in in_parts(torch.randperm(len(targets), generator=source), smaller(size, len(targets))):
         part = targets[which]
         item_B1 = targets.histories.items_R[part.rows_N][:, None].long()
         yield Batch(part.users_N, torch.zeros(len(part), 0, dtype=torch.int64), item_B1)

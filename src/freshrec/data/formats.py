@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,7 +64,8 @@ def open_table(source: str | Path | pl.DataFrame | pd.DataFrame, format: str | N
 def readable(where: str) -> Iterator[None]:
     """Turns what a damaged or foreign file makes the reader raise into one LogError."""
     try:
-        yield
+        with _quiet():
+            yield
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, UnicodeError, ValueError) as why:
         inner = isinstance(why, pl.exceptions.PanicException)
         told = "its pages are not where its index says" if inner else str(why).split("\n")[0].split(". ")[0]
@@ -70,6 +74,25 @@ def readable(where: str) -> Iterator[None]:
             f"{where} cannot be read as a table ({reason}); it may be cut off, damaged or of another format: "
             "check the file, or name its format with --format."
         ) from why
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Where the reader panics, what its threads say on the standard error is kept back: it is no sentence."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        except pl.exceptions.PanicException:
+            said.truncate(0)
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            said.seek(0)
+            os.write(2, said.read())
 
 
 def printable(text: str, length: int) -> str:

@@ -12,12 +12,14 @@ targets       nothing tests the base, so it is all TRAIN, except under `split`
   all           every event is TEST, and joins training at once: test, then train
   split         what the log's own split column says
 heldout       when VALID and TEST events join training
-  next          at the next update, as a nightly job would
+  now           at the update that closes their span: tested, then trained on
+  next          an update later, as in a nightly job that judges each update by a tail it has not trained on
   never         never
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -35,7 +37,7 @@ from freshrec.types import NEVER, NEXT, NOW, TEST, TRAIN, VALID, Events, Span
 
 RULES = ("count", "time", "count-alpha", "clock-alpha", "dates", "period")
 TARGETS = ("last", "all", "split")
-HELDOUT = {"next": NEXT, "never": NEVER}
+HELDOUT = {"now": NOW, "next": NEXT, "never": NEVER}
 ROLES = {"train": TRAIN, "valid": VALID, "test": TEST}  # the words of a log's split column
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -51,6 +53,16 @@ class Cut:
     users: Catalog
     items: Catalog
     notes: tuple[str, ...]  # what a reader of the numbers should know
+
+    def fingerprint(self) -> str:
+        """64 hexadecimal digits that depend on every event and on where the cuts fall."""
+        digest = hashlib.sha256()
+        for span in self.spans:
+            events = span.events
+            digest.update(f"{span.index} {span.n_users} {span.n_items} {len(events)}".encode())
+            for column in (events.users_E, events.items_E, events.times_E, events.role_E, events.joins_E):
+                digest.update(column.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
 
 def cut(
@@ -198,6 +210,8 @@ def _edges(frame: pl.DataFrame, has_clock: bool, by: str, spans: int, alpha: flo
 def _rule_starts(times: Ints, by: str, spans: int, alpha: float) -> Ints:
     """Where spans 1, 2, ... start, by count or by equal stretches of time."""
     time_starts = np.flatnonzero(np.diff(times)) + 1
+    if not len(time_starts):
+        raise SpanError("all events of the log have the same time, so that no cut can separate them; check its times.")
     if len(time_starts) < spans:
         raise SpanError(
             f"the log has {len(time_starts) + 1:,} distinct times, too few for a base block and {spans} spans; "

@@ -39,15 +39,16 @@ def save_tree(tree: Any, path: Path) -> None:
     """Write tensors, numbers, texts, models and dataclasses, in tuples, lists and dicts of any depth."""
     tensors: dict[str, Tensor] = {}
     text = json.dumps({"format": FORMAT, "state": _encode(tree, "state", tensors)})
-    _rename_once_written(path, lambda aside: save_file(tensors, aside, metadata={"freshrec": text}))
+    write_whole(path, lambda aside: save_file(tensors, aside, metadata={"freshrec": text}))
 
 
 def save_text(text: str, path: Path) -> None:
     """Write a text, whole or not at all."""
-    _rename_once_written(path, lambda aside: aside.write_text(text))
+    write_whole(path, lambda aside: aside.write_text(text))
 
 
-def _rename_once_written(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """`write` writes a file beside `path`, which then takes its name: whole or not at all."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     write(aside)
     with aside.open("rb") as file:

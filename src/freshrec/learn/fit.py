@@ -37,12 +37,12 @@ Project = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Fit:
     """How a strategy trains; the model's own spec holds lr, batch size, negatives and history length."""
 
-    epochs: CountOrNone = 3  # of an update
+    epochs: CountOrNone = 5  # of an update
     lr_scale: Positive = 1.0  # of an update's lr against the model's
     history: Literal["recent", "span"] = "recent"  # the last events across spans, or this span's only (IMSR)
     base_epochs: CountOrNone = 0  # of the base block and of a full retrain; 0 = chosen on the base block's last sixth
-    max_epochs: Count = 40  # where they are chosen
-    patience: Count = 3  # epochs without a better ndcg@20 before the choice is made
+    max_epochs: Count = 60  # where they are chosen
+    patience: Count = 8  # epochs without a better ndcg@20 before the choice is made
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -53,8 +53,8 @@ class Fit:
 
 
 def grid(fit: Fit) -> list[Fit]:
-    """What tuning chooses from: 3, 1 or 8 epochs, at the model's learning rate or 0.3 of it. Always 6, `fit` first."""
-    others = [replace(fit, epochs=epochs, lr_scale=lr_scale) for lr_scale in (1.0, 0.3) for epochs in (3, 1, 8)]
+    """What tuning chooses from: 5, 2 or 10 epochs, at the model's learning rate or 0.3 of it. Always 6, `fit` first."""
+    others = [replace(fit, epochs=epochs, lr_scale=lr_scale) for lr_scale in (1.0, 0.3) for epochs in (5, 2, 10)]
     return [fit, *(other for other in others if other != fit)][:6]
 
 

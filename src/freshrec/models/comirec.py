@@ -6,4 +6,4 @@ Differs from ComiRec: one transform for all positions and interests, because the
 from freshrec.models.interests import InterestSpec
 
 COMIREC_DR = InterestSpec(extractor="routing")
-COMIREC_SA = InterestSpec(extractor="attention", lr=0.004)
+COMIREC_SA = InterestSpec(extractor="attention", lr=0.006)

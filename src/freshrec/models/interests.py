@@ -35,7 +35,7 @@ class InterestSpec:
     recency: bool = True  # weigh history items in the routing by a learnt decay of their age
     inner: Count = 1  # d_a / d of the self-attention; ComiRec has 4, which is 4 x slower
     length: Count = 50  # history items looked at
-    lr: Positive = 0.01
+    lr: Positive = 0.015
     batch: Count = 256
     negatives: Count = 512
     std: Positive = 0.1  # of new item vectors

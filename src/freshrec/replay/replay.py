@@ -21,7 +21,7 @@ import torch
 from freshrec.data.batches import append
 from freshrec.data.spans import Cut
 from freshrec.errors import IncompatibleError
-from freshrec.learn.checkpoint import load_tree, save_text, save_tree
+from freshrec.learn.checkpoint import load_tree, save_text, save_tree, write_whole
 from freshrec.learn.fit import Clock
 from freshrec.models.ranking import READOUTS
 from freshrec.replay.measure import Asked, Block, Queries, blocks_of, queries_of, rank_queries
@@ -234,7 +234,5 @@ def _peak_mb() -> float:
 
 def _write(folder: Path, span: int, rows: list[pl.DataFrame], costs: dict[str, float]) -> None:
     if rows:
-        aside = folder / f".span-{span}.parquet"
-        pl.concat(rows).write_parquet(aside)
-        aside.replace(folder / f"span-{span}.parquet")
+        write_whole(folder / f"span-{span}.parquet", pl.concat(rows).write_parquet)
     save_text(json.dumps(costs), folder / f"costs-{span}.json")

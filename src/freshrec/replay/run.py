@@ -14,8 +14,10 @@ from zlib import crc32
 
 import torch
 
+import freshrec
 from freshrec.data.spans import Cut
-from freshrec.learn.checkpoint import load_state, save_state
+from freshrec.errors import OptionError
+from freshrec.learn.checkpoint import load_state, save_state, save_text
 from freshrec.learn.fit import TrainsPlainly, start
 from freshrec.replay.replay import Cell, Settings, absorb, replay_cell, timed
 from freshrec.types import State, TrainedModel
@@ -25,7 +27,8 @@ Tell = Callable[[Cell, int], None]  # called with a cell and the span it has jus
 
 def run(cells: Iterable[Cell], cut: Cut, settings: Settings, out: Path, *, jobs: int = 1, tell: Tell) -> None:
     """Run all cells that are not done yet. One thread a process: on small operations two wait for each other."""
-    out.mkdir(parents=True, exist_ok=True)
+    cells = list(cells)
+    _claim(out, cells, cut, settings)
     todo = sorted((c for c in cells if not (out / c.name / "done.json").exists()), key=_group)
     groups = [list(group) for _, group in groupby(todo, key=_group)]
     if jobs <= 1:
@@ -37,6 +40,21 @@ def run(cells: Iterable[Cell], cut: Cut, settings: Settings, out: Path, *, jobs:
         signal.signal(signal.SIGINT, heed)
         running = [pool.apply_async(_run_group, (group, cut, settings, out, _silent)) for group in groups]
         _watch(running, todo, out, tell)
+
+
+def _claim(out: Path, cells: list[Cell], cut: Cut, settings: Settings) -> None:
+    """Write down what is replayed. OptionError where `out` holds results of another log, other options or versions."""
+    made_of = {out: f"freshrec {freshrec.__version__}, {settings}, log {cut.fingerprint()}"}
+    made_of |= {out / cell.name: repr(cell) for cell in cells}
+    for folder, text in made_of.items():
+        file = folder / "made-of.txt"
+        if file.exists() and file.read_text() != text:
+            raise OptionError(
+                f"{folder} holds results of another log, other options or another freshrec: choose another --out."
+            )
+    for folder, text in made_of.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_text(text, folder / "made-of.txt")
 
 
 def _group(cell: Cell) -> tuple[str, int]:

@@ -117,8 +117,8 @@ def is_puzzled(mean_N: Tensor, n_interests_N: Tensor, form: str, c1: float) -> T
 class Detect:
     """The new-interests detector: who gets new interests, by the model of the last span on this span's events."""
 
-    form: Literal["geo", "exp", "kl", "quantile"] = "geo"
-    c1: float = 0.06
+    form: Literal["geo", "exp", "kl", "quantile"] = "quantile"  # does not depend on the scale of the item vectors
+    c1: float = 0.15
     new: CountOrNone = 3  # delta K
 
     def __post_init__(self) -> None:
@@ -225,7 +225,7 @@ class IMSR:
         fits = grid(self.fit)
         if self.retain is None:
             return tuple(replace(self, fit=fit) for fit in fits)
-        weights = [self.retain.weight * factor for factor in (1.0, 0.1, 10.0, 0.1, 10.0, 1.0)]
+        weights = [self.retain.weight * factor for factor in (1.0, 0.0, 10.0, 0.0, 10.0, 1.0)]
         return tuple(replace(self, fit=f, retain=replace(self.retain, weight=w)) for f, w in zip(fits, weights))
 
     def work(self, sizes: list[int], base_epochs: int) -> list[float]:
