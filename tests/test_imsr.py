@@ -331,9 +331,15 @@ def test_the_detector_finds_who_gained_interests() -> None:
     # AUC: the share of pairs in which the user who gained has the smaller KL; 0.95 measured, 0.94 with another seed
     won = mannwhitneyu(-newborn.kl_N.numpy()[gained], -newborn.kl_N.numpy()[~gained]).statistic
     assert won / (gained.sum() * (~gained).sum()) > 0.9
-    fires = is_puzzled(-newborn.kl_N, counts(newborn.before.users, newborn.judged_N), Detect().form, Detect().c1)
-    hits = int((fires & newborn.gained_N).sum())
-    assert hits / int(fires.sum()) > 0.8 and hits / gained.sum() > 0.8  # precision 0.89, recall 0.87 measured
+    n_interests_N = counts(newborn.before.users, newborn.judged_N)
+    found = []
+    for detect in (Detect(), Detect("geo", c1=0.06)):  # the most puzzled 15 %, and the paper's threshold
+        fires_N = is_puzzled(-newborn.kl_N, n_interests_N, detect.form, detect.c1)
+        hits = int((fires_N & newborn.gained_N).sum())
+        found.append((int(fires_N.sum()), hits / int(fires_N.sum()), hits / gained.sum()))
+    (n_fired, precision, _), (_, paper_precision, paper_recall) = found
+    assert n_fired == 45 and precision > 0.8  # 15 % of 301; 0.91 measured
+    assert paper_precision > 0.8 and paper_recall > 0.6  # 0.89 and 0.75 measured
 
 
 def test_new_interests_go_to_those_who_gained_and_nobody_loses_an_old_one() -> None:
@@ -392,7 +398,7 @@ def test_new_interests_that_start_too_long_disturb_the_old_ones() -> None:
         after = everybody.update(before, newborn.span)
         pair = first_four(before.users, newborn.judged_N), first_four(after.users, newborn.judged_N)
         cosines.append(float(F.cosine_similarity(*pair, dim=2).median()))
-    assert cosines[0] > 0.9 > cosines[1]  # 0.93 and 0.87 measured
+    assert cosines[0] > 0.75 and cosines[1] < 0.25  # 0.84 and 0.00 measured
 
 
 def test_where_interests_are_ordered_only_the_last_ones_are_dropped() -> None:

@@ -118,8 +118,8 @@ class Detection:
         """In words."""
         return (
             f"- The detector of new interests, against the truth of the world ({self.n_users} users judged in span 1, "
-            f"{self.n_gained} with something new): AUC {self.auc:.2f}; as IMSR uses it, precision {self.precision:.2f} "
-            f"and recall {self.recall:.2f}."
+            f"{self.n_gained} with something new): AUC {self.auc:.2f}; of those whom IMSR lets gain interests, "
+            f"{100 * self.precision:.0f} % have gained one, and they are {100 * self.recall:.0f} % of all who have."
         )
 
 
