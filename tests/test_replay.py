@@ -161,9 +161,9 @@ def test_a_folder_takes_no_results_of_another_log_or_of_other_options(tmp_path: 
         ([cell], parts, Settings(cadence=2)),
         ([replace(cell, update=find_strategy("finetune:fit.epochs=7"))], parts, Settings()),
     )
-    for cells, cut, settings in others:
+    for cells, spans, settings in others:
         with pytest.raises(OptionError, match="holds results of another log"):
-            run(cells, cut, settings, tmp_path, tell=lambda cell, span: None)
+            run(cells, spans, settings, tmp_path, tell=lambda cell, span: None)
 
 
 def test_facts_by_hand() -> None:

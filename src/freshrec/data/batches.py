@@ -185,7 +185,7 @@ def in_parts(order_N: Tensor, size: int) -> list[Tensor]:
 
 
 def smaller(size: int, n_rows: int) -> int:
-    """`size`, or less where few rows would make few steps: an epoch has at least STEPS of them, of SMALLEST rows or more.
+    """`size`, or less where few rows would make few steps: an epoch has STEPS of them, of at least SMALLEST rows.
 
     A batch that suits a large log leaves 8 steps an epoch on a thousand users: such a model never gets trained.
     """

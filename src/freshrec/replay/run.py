@@ -14,7 +14,6 @@ from zlib import crc32
 
 import torch
 
-import freshrec
 from freshrec.data.spans import Cut
 from freshrec.errors import OptionError
 from freshrec.learn.checkpoint import load_state, save_state, save_text
@@ -43,14 +42,14 @@ def run(cells: Iterable[Cell], cut: Cut, settings: Settings, out: Path, *, jobs:
 
 
 def _claim(out: Path, cells: list[Cell], cut: Cut, settings: Settings) -> None:
-    """Write down what is replayed. OptionError where `out` holds results of another log, other options or versions."""
-    made_of = {out: f"freshrec {freshrec.__version__}, {settings}, log {cut.fingerprint()}"}
+    """Write down what is replayed. OptionError where `out` holds results of another log or of other options."""
+    made_of = {out: f"{settings}, log {cut.fingerprint()}"}
     made_of |= {out / cell.name: repr(cell) for cell in cells}
     for folder, text in made_of.items():
         file = folder / "made-of.txt"
         if file.exists() and file.read_text() != text:
             raise OptionError(
-                f"{folder} holds results of another log, other options or another freshrec: choose another --out."
+                f"{folder} holds results of another log, or made with other options: choose another --out."
             )
     for folder, text in made_of.items():
         folder.mkdir(parents=True, exist_ok=True)
