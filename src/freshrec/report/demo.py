@@ -16,7 +16,7 @@ from freshrec.replay.measure import facts
 from freshrec.replay.replay import Cell, Settings, absorb
 from freshrec.replay.results import OVERALL, collect
 from freshrec.replay.run import Tell, run
-from freshrec.strategies import STRATEGIES
+from freshrec.strategies import STRATEGIES, find_strategy
 from freshrec.strategies.imsr import Detect
 from freshrec.types import State
 
@@ -45,7 +45,8 @@ def world() -> Known:
 def cells() -> list[Cell]:
     """The controls, and ComiRec-DR updated in four ways."""
     controls = [Cell(name, spec, "absorb", STRATEGIES["absorb"], 0) for name, spec in CONTROLS.items()]
-    return controls + [Cell("comirec-dr", MODELS["comirec-dr"], way, STRATEGIES[way], 0) for way in WAYS]
+    ways = [(way, find_strategy(f"{way}:fit.base_epochs=4:fit.epochs=2")) for way in WAYS]  # enough for 400 items
+    return controls + [Cell("comirec-dr", MODELS["comirec-dr"], way, strategy, 0) for way, strategy in ways]
 
 
 def demo(known: Known, out: Path, tell: Tell, jobs: int = 1) -> str:
