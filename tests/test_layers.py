@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from freshrec.models.layers import attend, best_inner_product, sampled_softmax, squash
+from freshrec.models.layers import attend, best_inner_product, first_of, sampled_logits, squash
 
 near = pytest.approx
 
@@ -74,15 +74,16 @@ def test_the_loss_is_the_surprise_of_the_target_among_the_negatives() -> None:
     # v = (1, 0): the target's logit is 2, the negatives' 0 and 1: ln(1 + e^-2 + e^-1) = 0.407606
     user_BD, target_BD = torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0]])
     negatives_ND = torch.tensor([[0.0, 1.0], [1.0, 1.0]])
-    loss = sampled_softmax(user_BD, target_BD, negatives_ND, torch.tensor([7]), torch.tensor([8, 9]))
-    assert loss.item() == near(0.407606, abs=1e-6)
+    logits_BN = sampled_logits(user_BD, target_BD, negatives_ND, torch.tensor([7]), torch.tensor([8, 9]))
+    assert logits_BN.tolist() == [[2.0, 0.0, 1.0]]
+    assert first_of(logits_BN).item() == near(0.407606, abs=1e-6)
 
 
 def test_a_negative_that_is_the_target_does_not_count() -> None:
     user_BD, target_BD = torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0]])
     negatives_ND = torch.tensor([[0.0, 1.0], [2.0, 0.0]])
-    loss = sampled_softmax(user_BD, target_BD, negatives_ND, torch.tensor([7]), torch.tensor([8, 7]))
-    assert loss.item() == near(math.log(1 + math.exp(-2)))  # only item 8, of logit 0, is left
+    logits_BN = sampled_logits(user_BD, target_BD, negatives_ND, torch.tensor([7]), torch.tensor([8, 7]))
+    assert first_of(logits_BN).item() == near(math.log(1 + math.exp(-2)))  # only item 8, of logit 0, is left
 
 
 def test_the_best_inner_product_is_that_of_the_closest_interest() -> None:

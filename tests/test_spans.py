@@ -6,6 +6,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -82,6 +83,24 @@ def test_each_period_is_a_span_and_later_periods_merge_when_fewer_spans_are_aske
     ]
     # Three later periods in two groups: two, then one.
     assert [span.name for span in cut(log, by="period", spans=2).spans] == ["period 0", "periods 1 to 2", "period 5"]
+
+
+def test_the_base_may_have_several_periods() -> None:
+    log = log_of([0, 1, 2, 3, 4, 5], has_clock=False, period=[0, 0, 1, 2, 5, 5])
+    names = [span.name for span in cut(log, by="period", spans=3, base_periods=2).spans]
+    assert names == ["periods 0 to 1", "period 2", "period 5"]
+    with pytest.raises(SpanError, match="no more than 4 periods, which are all base block"):
+        cut(log, by="period", spans=3, base_periods=4)
+
+
+def test_labels_and_categories_travel_with_the_events() -> None:
+    log = log_of([0, 1, 2, 3], label=[1.0, 0.0, None, 2.0], category=["b", "a", None, "b"])
+    base, span = cut(log, by="count", spans=1).spans
+    labels_E = torch.cat([part.events.labels_E for part in (base, span)])  # type: ignore[misc]
+    assert labels_E[[0, 1, 3]].tolist() == [1, 0, 1] and bool(labels_E[2].isnan())
+    kinds_E = torch.cat([part.events.kinds_E for part in (base, span)])  # type: ignore[misc]
+    assert kinds_E.tolist() == [1, 2, 0, 1]  # in order of appearance; 0 for none
+    assert cut(log_of([0, 1], label=[1.0, 2.0]), by="count", spans=1).spans[0].events.labels_E is None
 
 
 def test_a_period_decides_where_it_disagrees_with_the_time() -> None:

@@ -97,3 +97,32 @@ def test_a_push_without_a_loss_changes_nothing() -> None:
     table.pull(torch.tensor([1, 2]))
     table.push(LR)
     assert torch.equal(table.packed, table_of(3).packed) and not table.steps_R.any()
+
+
+def test_two_pulls_of_a_step_are_one_pull_of_both() -> None:
+    first, second = torch.tensor([3, 1, 3]), torch.tensor([4, 3])
+    for ids_N, moved in ((second, [1, 3, 4]), (torch.tensor([2]), [1, 2, 3])):
+        once, twice = table_of(5), table_of(5)
+        loss_of(once.pull(torch.cat([first, ids_N]))).backward()
+        once.push(LR)
+        both = [twice.pull(first)]
+        twice.again()
+        both.append(twice.pull(ids_N))
+        loss_of(torch.cat(both)).backward()
+        twice.push(LR)
+        torch.testing.assert_close(twice.packed, once.packed)
+        assert twice.steps_R.nonzero()[:, 0].tolist() == moved  # one step each
+    step(twice, torch.tensor([5]))  # and the next step is one of its own
+    assert twice.steps_R.tolist() == [0, 1, 1, 1, 0, 1]
+
+
+def test_a_loss_on_the_whole_table_moves_the_rows_of_the_step_alone() -> None:
+    table = table_of(5)
+    table.pull(torch.tensor([2, 4, 2]))
+    assert torch.equal(table.whole().detach(), table.weights)
+    loss_of(table.whole()).backward()
+    ids_N, rows_ND = table.in_step()
+    torch.testing.assert_close(rows_ND.grad, 2 * (ids_N + 1)[:, None] * (table.weights[ids_N] - 0.3))
+    before = table.weights.clone()
+    table.push(LR)
+    assert (table.weights != before).any(1).nonzero()[:, 0].tolist() == [2, 4]

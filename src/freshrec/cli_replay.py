@@ -123,6 +123,7 @@ def _run(recipe: Recipe, out: Path, jobs: int, resume: bool, as_json: bool) -> N
     """Run what is not done yet, and write and print the results."""
     from freshrec.data.spans import plan
     from freshrec.recipes import cells_of, cut_of, settings_of
+    from freshrec.replay.clicks import collect_clicks
     from freshrec.replay.measure import facts
     from freshrec.replay.results import collect
     from freshrec.replay.run import run
@@ -133,14 +134,18 @@ def _run(recipe: Recipe, out: Path, jobs: int, resume: bool, as_json: bool) -> N
     _prepare(out, recipe, resume)
     if not as_json:
         print_plan(console, cells, plan(cut), cut.notes)
-    board = Board(cells, [span.index for span in cut.spans[1:]], out, console)
+    metric = "AUC" if recipe.log.exposures else "ndcg@20"
+    board = Board(cells, [span.index for span in cut.spans[1:]], out, console, metric)
     try:
         with board.live():
             run(cells, cut, settings, out, jobs=jobs, tell=board.tell)
     except KeyboardInterrupt:
         console.print(f"finished spans are kept in {out}: the same command with --resume goes on.", markup=False)
         raise
-    results = collect(cells, facts(cut.spans), recipe.replay.metrics, out)
+    if recipe.log.exposures:
+        results = collect_clicks(cells, recipe.replay.metrics, out)
+    else:
+        results = collect(cells, facts(cut.spans), recipe.replay.metrics, out)
     if as_json:
         typer.echo(json.dumps({"out": str(out), "summary": _summary(results)}))
         return

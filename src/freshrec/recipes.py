@@ -4,17 +4,19 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import tomli_w
 from pydantic import BaseModel, Field, ValidationError
 
 from freshrec.data.log import Log, positives, read_log
 from freshrec.data.spans import Cut, cut
 from freshrec.data.worlds import make
-from freshrec.errors import IncompatibleError, OptionError, unknown
+from freshrec.errors import IncompatibleError, LogError, OptionError, unknown
 from freshrec.models import CONTROLS, find_model
+from freshrec.replay.clicks import click_metric
 from freshrec.replay.measure import Asked
-from freshrec.replay.metrics import parse
-from freshrec.replay.replay import Cell, Settings, check
+from freshrec.replay.metrics import parse, sampled
+from freshrec.replay.replay import Cell, Settings, check, check_clicks
 from freshrec.strategies import find_strategy
 from freshrec.types import VALID
 
@@ -27,6 +29,7 @@ class LogRecipe(BaseModel, extra="forbid", frozen=True):
     columns: dict[str, str] = {}
     format: str = ""
     events: list[str] = []
+    exposures: bool = False  # keep what was shown and not taken (label 0), for models that predict clicks
     users: int = 0  # a seeded sample of whole users; 0 = all
     world: str = ""  # instead of a path
     world_users: int = 2000
@@ -46,6 +49,7 @@ class SpansRecipe(BaseModel, extra="forbid", frozen=True):
     heldout: str = "next"
     min_events: int = 1
     forget_users: float = 0.05
+    base_periods: int = Field(default=1, ge=1)  # for by = "period"
 
 
 class ReplayRecipe(BaseModel, extra="forbid", frozen=True):
@@ -98,7 +102,7 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
 
 def log_of(recipe: Recipe) -> Log:
-    """The events a recipe names: interactions only, no exposures."""
+    """The events a recipe names: interactions only, unless it asks for exposures too."""
     part = recipe.log
     if part.world and part.path:
         raise OptionError(f"a replay is of one log; both {part.path} and the world {part.world} are given, drop one.")
@@ -116,7 +120,9 @@ def log_of(recipe: Recipe) -> Log:
         users=users,
         seed=part.seed,
     )
-    return positives(log)
+    if part.exposures and not (log.frame.get_column("label", default=pl.Series([None])) == 0).any():
+        raise LogError("exposures were asked for, and no row has a label of 0; name the column, as label = ...")
+    return log if part.exposures else positives(log)
 
 
 def cut_of(recipe: Recipe) -> Cut:
@@ -124,7 +130,8 @@ def cut_of(recipe: Recipe) -> Cut:
     part = recipe.spans
     spans = cut(
         log_of(recipe), by=part.by, spans=part.spans, alpha=part.alpha, dates=part.dates, targets=part.targets,
-        heldout=part.heldout, min_events=part.min_events, forget_users=part.forget_users, seed=recipe.log.seed,
+        heldout=part.heldout, min_events=part.min_events, forget_users=part.forget_users,
+        base_periods=part.base_periods, seed=recipe.log.seed,
     )  # fmt: skip
     if recipe.replay.tune and not any(bool((span.events.role_E == VALID).any()) for span in spans.spans[2:]):
         raise OptionError(
@@ -137,9 +144,13 @@ def cut_of(recipe: Recipe) -> Cut:
 def settings_of(recipe: Recipe) -> Settings:
     """What all cells share."""
     part = recipe.replay
+    if recipe.log.exposures:
+        for metric in part.metrics:
+            click_metric(metric)
+        return Settings(part.cadence, Asked(min_history=part.min_history))
     for metric in part.metrics:
         parse(metric)
-    return Settings(part.cadence, Asked(min_history=part.min_history), part.tune)
+    return Settings(part.cadence, Asked(min_history=part.min_history, among=sampled(part.metrics)), part.tune)
 
 
 def cells_of(recipe: Recipe) -> list[Cell]:
@@ -150,13 +161,15 @@ def cells_of(recipe: Recipe) -> list[Cell]:
     part = recipe.replay
     cells: list[Cell] = []
     refused: dict[str, IncompatibleError] = {}
-    named = [(name, "absorb") for name in part.controls]
+    named = [(name, "absorb") for name in part.controls if not recipe.log.exposures]  # they say nothing of clicks
     named += [(model, strategy) for model in part.models for strategy in part.strategies]
     named += [(model, strategy) for model, _, strategy in (pair.partition("/") for pair in part.also)]
     for model, strategy in dict.fromkeys(named):
         spec, update = find_model(model), find_strategy(strategy)
         try:
             check(spec, model, update, strategy)
+            if recipe.log.exposures:
+                check_clicks(spec, model)
         except IncompatibleError as problem:
             refused.setdefault(strategy, problem)
             continue

@@ -27,12 +27,15 @@ class Events:
     times_E: Tensor  # int64, microseconds, or the order of the events where the log has no clock
     role_E: Tensor  # int8, TRAIN, VALID or TEST
     joins_E: Tensor  # int8, NOW, NEXT or NEVER: which update may train on the event
+    labels_E: Tensor | None = None  # float32: 1 taken, 0 shown and not taken, nan not known; None: all are taken
+    kinds_E: Tensor | None = None  # int32, category rows of the items, 0 = none
 
     def __len__(self) -> int:
         return len(self.users_E)
 
     def __getitem__(self, which: Tensor | slice) -> Events:
-        return Events(*(c[which] for c in (self.users_E, self.items_E, self.times_E, self.role_E, self.joins_E)))
+        columns: list[Any] = [None if column is None else column[which] for column in vars(self).values()]
+        return Events(*columns)
 
     @staticmethod
     def of(users_E: Tensor, items_E: Tensor, times_E: Tensor | None = None) -> Events:
@@ -59,13 +62,36 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """What users were shown, in time order: where a log has such rows, these are what is trained on."""
+
+    users_E: Tensor  # int64
+    items_E: Tensor  # int64
+    times_E: Tensor  # int64
+    labels_E: Tensor  # float32, 1 taken, 0 not
+    due_E: Tensor  # int8: DUE or LATER
+
+    def __len__(self) -> int:
+        return len(self.users_E)
+
+    def __getitem__(self, which: Tensor) -> Shown:
+        return Shown(*(column[which] for column in vars(self).values()))
+
+
+@dataclass(frozen=True)
 class Histories:
-    """Each user's events in time order: user u owns rows offsets_U[u] : offsets_U[u + 1]; user 0, the padding, none."""
+    """Each user's events in time order: user u owns rows offsets_U[u] : offsets_U[u + 1]; user 0, the padding, none.
+
+    Rows are what users took. Where the log also says what they were shown, `shown` holds what is still to be trained
+    on, and no row is due.
+    """
 
     offsets_U: Tensor  # int64, n_users + 2 entries
     items_R: Tensor  # int32
     times_R: Tensor  # int64
     due_R: Tensor  # int8: DONE, DUE, LATER or SECRET
+    shown: Shown | None = None
+    kinds_I: Tensor | None = None  # int32, the category row of each item, from item 0; None: the log has none
 
     @property
     def n_users(self) -> int:
@@ -114,6 +140,8 @@ class Batch:
     interests_BKD: Tensor | None = None  # stored interests, zero where not alive
     alive_BK: Tensor | None = None  # bool: the interests this user has, new ones included
     old_BK: Tensor | None = None  # bool: those it had before this span
+    labels_B: Tensor | None = None  # float32: whether the target was taken; None: all are
+    kinds_I: Tensor | None = None  # the category of each item, where the log has them
     project: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # (vectors_BKD, alive_BK, old_BK) -> vectors_BKD
 
     def __len__(self) -> int:
@@ -127,6 +155,7 @@ class Forward:
     loss: Tensor  # scalar
     vectors_BKD: Tensor | None = None
     target_BD: Tensor | None = None
+    logits_BN: Tensor | None = None  # of each target's candidates, itself among them
 
 
 @runtime_checkable
@@ -160,7 +189,8 @@ class Model(Protocol):
 class TrainedModel(Model, Protocol):
     """A model that learns by gradients: an `nn.Module`, of which training uses the methods at the end."""
 
-    unit: str  # how it wants its batches: a row per "target" with history, per "window" of targets, per "pair" without
+    unit: str  # how it wants its batches: a row per "target" with history, per "window" of targets, per "pair" without,
+    # or per "click": a target with the history there is, which may be none, and its label
     seed: int
     moments: dict[str, Tensor]  # the optimiser's memory of the dense weights; tables carry their own
 
@@ -176,11 +206,19 @@ class TrainedModel(Model, Protocol):
     def eval(self) -> object:
         """From now on, nothing is noisy."""
 
-    def modules(self) -> Iterator[nn.Module]:
-        """Itself and its parts, tables among them."""
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Itself and its parts by name, tables among them."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The dense weights; tables are not among them."""
+
+
+@runtime_checkable
+class ClickModel(TrainedModel, Protocol):
+    """A model whose score is the log-odds that the user takes the item: it can learn from what was not taken."""
+
+    def clicks(self, batch: Batch, items: Tensor) -> Tensor:
+        """How likely the user takes each item, shaped as `score`."""
 
 
 @runtime_checkable
@@ -192,6 +230,16 @@ class VectorModel(TrainedModel, Protocol):
 
     def item_vectors(self) -> Tensor:
         """(n_items + 1, D); row 0 is padding."""
+
+
+@runtime_checkable
+class EncodingModel(VectorModel, Protocol):
+    """A vector model through which gradients can be had of the scores of all items at once."""
+
+    items: Any  # the models.tables.Table of the item vectors
+
+    def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
+        """`user_vectors` of a history whose items have these vectors, with gradients."""
 
 
 @runtime_checkable
@@ -233,7 +281,7 @@ class Strategy(Protocol):
 
     @property
     def needs(self) -> str:
-        """The models it updates: "counters", "gradients" or "interests"."""
+        """The models it updates: "counters", "gradients", "encoding" or "interests"."""
 
     @property
     def base(self) -> str:

@@ -5,18 +5,51 @@ All randomness comes from (seed, span). Nothing here loops over users or events.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from freshrec.types import DONE, DUE, LATER, SECRET, Batch, Events, Histories, Interests
+from freshrec.errors import OptionError
+from freshrec.types import DONE, DUE, LATER, NEVER, SECRET, Batch, Events, Histories, Interests, Shown
 
 STEPS, SMALLEST = 50, 16  # of an epoch: no fewer steps, unless a batch would have fewer rows
 
 
 def append(histories: Histories, events: Events, n_users: int) -> Histories:
-    """`histories` with `events`, which are newer, at the end of each user's rows."""
-    return place(histories, events, n_users)[0]
+    """`histories` with `events`, which are newer, at the end of each user's rows.
+
+    Where the events have labels, only what was taken becomes a row, and what has a label waits among those shown.
+    """
+    if events.labels_E is None:
+        return place(histories, events, n_users)[0]
+    known_E = ~events.labels_E.isnan()
+    both = place(histories, events[~known_E | (events.labels_E > 0)], n_users)[0]
+    due_R = torch.where(both.due_R == SECRET, SECRET, DONE).to(torch.int8)
+    shown = shown_of(events[known_E & (events.joins_E != NEVER)])
+    if histories.shown is not None:
+        old_and_new = zip(vars(histories.shown).values(), vars(shown).values())
+        shown = Shown(*(torch.cat(pair) for pair in old_and_new))
+    return replace(both, due_R=due_R, shown=shown, kinds_I=_kinds(histories.kinds_I, events))
+
+
+def shown_of(events: Events) -> Shown:
+    """Events with labels, as what is to be trained on."""
+    assert events.labels_E is not None
+    return Shown(events.users_E, events.items_E, events.times_E, events.labels_E, events.joins_E + 1)
+
+
+def _kinds(old_I: Tensor | None, events: Events) -> Tensor | None:
+    """The category of each item known so far; an item keeps the first that it had."""
+    if events.kinds_E is None:
+        return old_I
+    old_I = torch.zeros(1, dtype=torch.int32) if old_I is None else old_I
+    n_items = max(len(old_I), int(events.items_E.max()) + 1 if len(events) else 0)
+    old_I = torch.cat([old_I, torch.zeros(n_items - len(old_I), dtype=torch.int32)])
+    new_I = torch.zeros(n_items, dtype=torch.int32)
+    new_I[events.items_E.flip(0)] = events.kinds_E.flip(0)  # the last of those written stays: the first event's
+    return torch.where(old_I > 0, old_I, new_I)
 
 
 def place(histories: Histories, events: Events, n_users: int) -> tuple[Histories, Tensor]:
@@ -44,6 +77,8 @@ def place(histories: Histories, events: Events, n_users: int) -> tuple[Histories
         merged(histories.items_R, events.items_E),
         merged(histories.times_R, events.times_E),
         merged(histories.due_R, due_E),
+        histories.shown,
+        _kinds(histories.kinds_I, events),
     )
     return both, rows_E
 
@@ -67,26 +102,57 @@ def settle(histories: Histories, keep: int) -> Histories:
     due_R = histories.due_R.clone()
     due_R[histories.due_R == DUE] = DONE
     due_R[histories.due_R == LATER] = DUE
+    shown = histories.shown
+    if shown is not None:
+        shown = shown[shown.due_E == LATER]
+        shown = replace(shown, due_E=torch.full_like(shown.due_E, DUE))
+    return rows_where(replace(histories, due_R=due_R, shown=shown), stays_R)
+
+
+def released(histories: Histories) -> Histories:
+    """`histories` in which what was held back is due."""
+    due_R = torch.where(histories.due_R == LATER, DUE, histories.due_R)
+    shown = histories.shown
+    if shown is not None:
+        shown = replace(shown, due_E=torch.full_like(shown.due_E, DUE))
+    return replace(histories, due_R=due_R, shown=shown)
+
+
+def rows_where(histories: Histories, stays_R: Tensor) -> Histories:
+    """`histories` without the other rows."""
     offsets_U = torch.zeros_like(histories.offsets_U)
     n_stay_U = torch.bincount(owners(histories)[stays_R], minlength=histories.n_users + 1)
     torch.cumsum(n_stay_U, 0, out=offsets_U[1:])
-    return Histories(offsets_U, histories.items_R[stays_R], histories.times_R[stays_R], due_R[stays_R])
+    columns = histories.items_R[stays_R], histories.times_R[stays_R], histories.due_R[stays_R]
+    return Histories(offsets_U, *columns, histories.shown, histories.kinds_I)
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Rows of `histories` to predict, each with the first row it may look back to."""
+    """Rows of `histories` to predict, each with the first row it may look back to.
+
+    Where a log says what was shown, a target is no row: `rows_N` then is the end of the history it looks back on.
+    """
 
     histories: Histories
     rows_N: Tensor
     users_N: Tensor
     from_N: Tensor
+    shown_N: Tensor | None = None  # the items, where they are not those of the rows
+    labels_N: Tensor | None = None  # whether each was taken; None: all were
 
     def __len__(self) -> int:
         return len(self.rows_N)
 
     def __getitem__(self, which: Tensor) -> "Targets":
-        return Targets(self.histories, self.rows_N[which], self.users_N[which], self.from_N[which])
+        histories, *columns = vars(self).values()
+        part: list[Any] = [None if column is None else column[which] for column in columns]
+        return Targets(histories, *part)
+
+    @property
+    def items_N(self) -> Tensor:
+        """(N,) the items to predict."""
+        return self.histories.items_R[self.rows_N].long() if self.shown_N is None else self.shown_N
 
     def lengths(self, limit: int) -> Tensor:
         """How many history items each target has (N,), at most `limit`."""
@@ -108,8 +174,24 @@ def targets_at(histories: Histories, rows_N: Tensor, history: str = "recent") ->
 
 
 def due_targets(histories: Histories, history: str = "recent") -> Targets:
-    """The targets an update trains on."""
+    """The targets an update trains on. OptionError for a history of this span only, where the log has labels."""
+    if histories.shown is not None:
+        if history != "recent":
+            raise OptionError('on a log with labels, histories go across spans; use fit.history = "recent".')
+        return shown_targets(histories, histories.shown[histories.shown.due_E == DUE])
     return targets_at(histories, (histories.due_R == DUE).nonzero()[:, 0], history)
+
+
+def shown_targets(histories: Histories, shown: Shown) -> Targets:
+    """What was shown, each with what its user had taken strictly earlier."""
+    is_row = np.concatenate([np.zeros(len(shown), bool), np.ones(len(histories.items_R), bool)])
+    times = np.concatenate([shown.times_E.numpy(), histories.times_R.numpy()])
+    users = np.concatenate([shown.users_E.numpy(), owners(histories).numpy()])
+    order = np.lexsort((is_row, times, users))
+    n_before = np.empty(len(order), np.int64)
+    n_before[order] = np.cumsum(is_row[order])
+    rows_N = torch.from_numpy(n_before[: len(shown)])  # rows are in the order of user and time themselves
+    return Targets(histories, rows_N, shown.users_E, histories.offsets_U[shown.users_E], shown.items_E, shown.labels_E)
 
 
 def histories_before(targets: Targets, length: int) -> Tensor:
@@ -201,18 +283,19 @@ def shuffled(key_N: Tensor, size: int, source: torch.Generator) -> list[Tensor]:
 
 
 def target_batches(
-    targets: Targets, size: int, length: int, source: torch.Generator, carried: Carried | None = None
+    targets: Targets, size: int, length: int, source: torch.Generator, carried: Carried | None = None, least: int = 1
 ) -> Iterator[Batch]:
-    """One epoch, a row per target with the history before it; targets without any history are left out."""
-    targets = without_secrets(targets[targets.lengths(length) > 0])
+    """One epoch, a row per target with the history before it; targets with less than `least` of it are left out."""
+    targets = without_secrets(targets[targets.lengths(length) >= least])
     key_N = targets.lengths(length)
     if carried is not None:
         key_N = key_N + (length + 1) * carried.counts(targets.users_N)  # rows with as many interests side by side
     for which in shuffled(key_N, size, source):
         part = targets[which]
         history_BT = histories_before(part, length)
-        item_B1 = targets.histories.items_R[part.rows_N][:, None].long()
-        batch = Batch(part.users_N, history_BT, item_B1)
+        batch = Batch(
+            part.users_N, history_BT, part.items_N[:, None], labels_B=part.labels_N, kinds_I=part.histories.kinds_I
+        )
         yield batch if carried is None else carried.join(batch)
 
 
@@ -220,8 +303,8 @@ def pair_batches(targets: Targets, size: int, source: torch.Generator) -> Iterat
     """One epoch, a row per target without history."""
     for which in in_parts(torch.randperm(len(targets), generator=source), smaller(size, len(targets))):
         part = targets[which]
-        item_B1 = targets.histories.items_R[part.rows_N][:, None].long()
-        yield Batch(part.users_N, torch.zeros(len(part), 0, dtype=torch.int64), item_B1)
+        history_B0 = torch.zeros(len(part), 0, dtype=torch.int64)
+        yield Batch(part.users_N, history_B0, part.items_N[:, None], labels_B=part.labels_N)
 
 
 def window_batches(targets: Targets, size: int, length: int, source: torch.Generator) -> Iterator[Batch]:
@@ -266,5 +349,5 @@ def query_batches(
     """Queries in the order of their history length: (indices into `targets`, batch with all own events before it)."""
     for which in in_parts(torch.argsort(targets.lengths(length), stable=True), size):
         part = targets[which]
-        batch = Batch(part.users_N, histories_before(part, length))
+        batch = Batch(part.users_N, histories_before(part, length), kinds_I=targets.histories.kinds_I)
         yield which, batch if carried is None else carried.join(batch)

@@ -6,7 +6,7 @@ by            events of one time are never separated
   count-alpha   the base has `alpha` of the events, the later spans are equally long
   clock-alpha   the base has `alpha` of the time range, the later spans are equally long
   dates         a span starts at each of `dates` (ISO 8601; UTC where no zone is given), so `spans` is not used
-  period        the first period is the base; the later ones are merged, in order, into at most `spans` spans
+  period        the first `base_periods` are the base; the later ones are merged, in order, into at most `spans` spans
 targets       nothing tests the base, so it is all TRAIN, except under `split`
   last          each user's last event in a span is TEST, the one before it VALID, the rest TRAIN
   all           every event is TEST, and joins training at once: test, then train
@@ -60,8 +60,8 @@ class Cut:
         for span in self.spans:
             events = span.events
             digest.update(f"{span.index} {span.n_users} {span.n_items} {len(events)}".encode())
-            for column in (events.users_E, events.items_E, events.times_E, events.role_E, events.joins_E):
-                digest.update(column.contiguous().numpy().tobytes())
+            for column in vars(events).values():
+                digest.update(b"" if column is None else column.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -76,6 +76,7 @@ def cut(
     heldout: str = "next",
     min_events: int = 1,
     forget_users: float = 0.05,
+    base_periods: int = 1,
     seed: int = 0,
 ) -> Cut:
     """The base block and `spans` later spans of `log`; each event is in exactly one.
@@ -90,11 +91,12 @@ def cut(
     """
     _check_options(by, spans, alpha, dates, targets, heldout, min_events, forget_users)
     frame, notes = _in_order(log.frame, by, min_events)
-    edges = _edges(frame, log.has_clock, by, spans, alpha, dates)
+    edges = _edges(frame, log.has_clock, by, spans, alpha, dates, base_periods)
     users, items, sizes = _numbered(frame, edges)
     users_E, items_E = users.rows(frame["user_id"]), items.rows(frame["item_id"])
     times_E = torch.from_numpy(frame["time"].to_numpy(writable=True))
     split_E = _split_roles(frame) if targets == "split" else None
+    labels_E, kinds_E = _labels(frame), _kinds(frame)
     secret_U = _chosen(len(users), forget_users, seed)
     kept = []
     for t, (a, b) in enumerate(zip(edges, edges[1:])):
@@ -108,7 +110,8 @@ def cut(
             role = held = tail
         later = NOW if targets == "all" else HELDOUT[heldout]
         joins = np.where(held == TRAIN, NOW, np.where(secret_U[who], NEVER, later)).astype(np.int8)
-        events = Events(users_E[a:b], items_E[a:b], times_E[a:b], torch.from_numpy(role), torch.from_numpy(joins))
+        columns = users_E[a:b], items_E[a:b], times_E[a:b], torch.from_numpy(role), torch.from_numpy(joins)
+        events = Events(*columns, *(None if column is None else column[a:b] for column in (labels_E, kinds_E)))
         kept.append(Span(t, events, *sizes[t], _name(frame[a:b], a, by, log.has_clock)))
     notes += [f"span {span.index} has no events" for span in kept if len(span.events) == 0]
     notes += ["the log has a single user"] if len(users) == 1 else []
@@ -190,11 +193,13 @@ def _in_order(frame: pl.DataFrame, by: str, min_events: int) -> tuple[pl.DataFra
     return frame, notes
 
 
-def _edges(frame: pl.DataFrame, has_clock: bool, by: str, spans: int, alpha: float, dates: Sequence[str]) -> list[int]:
+def _edges(
+    frame: pl.DataFrame, has_clock: bool, by: str, spans: int, alpha: float, dates: Sequence[str], base_periods: int
+) -> list[int]:
     """Positions that bound the spans: span t is edges[t] : edges[t + 1]. SpanError where the base would be empty."""
     times = frame["time"].to_numpy()
     if by == "period":
-        inner = _period_starts(frame["period"].to_numpy(), spans)
+        inner = _period_starts(frame["period"].to_numpy(), spans, base_periods)
     elif by != "count" and not has_clock:
         raise SpanError(f'a cut by "{by}" needs a clock, and this log has none; cut by "count" or "period".')
     elif by == "dates":
@@ -240,10 +245,11 @@ def _nearest(allowed: Ints, wanted: npt.NDArray[np.float64]) -> Ints:
     return allowed[np.minimum(chosen, len(allowed) - len(wanted) + order)]
 
 
-def _period_starts(periods_E: Ints, spans: int) -> Ints:
-    later = np.unique(periods_E)[1:]
+def _period_starts(periods_E: Ints, spans: int, base_periods: int) -> Ints:
+    later = np.unique(periods_E)[base_periods:]
     if len(later) == 0:
-        raise SpanError('the log has a single period, which is all base block; cut it by "count".')
+        n = "a single period, which is" if base_periods == 1 else f"no more than {base_periods} periods, which are"
+        raise SpanError(f'the log has {n} all base block; cut it by "count".')
     groups = np.array_split(later, min(spans, len(later)))
     return np.searchsorted(periods_E, [group[0] for group in groups])
 
@@ -276,6 +282,25 @@ def _split_roles(frame: pl.DataFrame) -> Roles:
     if role.null_count():
         raise SpanError(f"{role.null_count():,} rows have a split other than {', '.join(ROLES)}; correct the column.")
     return role.to_numpy(writable=True)
+
+
+def _labels(frame: pl.DataFrame) -> torch.Tensor | None:
+    """1 taken, 0 shown and not taken, nan where the log does not say; None where all that it holds was taken."""
+    if "label" not in frame.columns or not (frame["label"] <= 0).any():
+        return None
+    labels = (frame["label"] > 0).cast(pl.Float32).fill_null(float("nan"))
+    return torch.from_numpy(labels.to_numpy(writable=True))
+
+
+def _kinds(frame: pl.DataFrame) -> torch.Tensor | None:
+    """Categories as rows, in order of appearance; 0 for none."""
+    if "category" not in frame.columns:
+        return None
+    known = frame["category"].drop_nulls()
+    kinds_E = torch.zeros(len(frame), dtype=torch.int32)
+    has_one_E = torch.from_numpy(frame["category"].is_not_null().to_numpy(writable=True))
+    kinds_E[has_one_E] = Catalog.empty().extend(known, 0).rows(known).int()
+    return kinds_E
 
 
 def _chosen(n_users: int, share: float, seed: int) -> npt.NDArray[np.bool_]:

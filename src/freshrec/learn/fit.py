@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, runtime_checkable
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from freshrec.data.batches import (
     Carried,
@@ -24,11 +25,12 @@ from freshrec.data.batches import (
     window_batches,
 )
 from freshrec.errors import TrainingError
+from freshrec.learn.clicks import auc, clicks_of
 from freshrec.learn.interests import Trim, reread
+from freshrec.learn.weights import View, seen_through, tables_of
 from freshrec.models.ranking import ranks
-from freshrec.models.tables import Table
 from freshrec.options import Count, CountOrNone, Positive, check_options
-from freshrec.types import DUE, Batch, Histories, InterestModel, Interests, Span, State, Term, TrainedModel
+from freshrec.types import DUE, Batch, ClickModel, Histories, InterestModel, Interests, Span, State, Term, TrainedModel
 
 Project = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -67,6 +69,15 @@ class TrainsPlainly(Protocol):
         """How it trains."""
 
 
+class Learner(Protocol):
+    """What an optimiser trains: a model, or a network that maps a model's weights."""
+
+    moments: dict[str, Tensor]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The weights that the optimiser changes."""
+
+
 @dataclass
 class Clock:
     """CPU seconds by part of an update, and whatever else it measures of itself."""
@@ -87,34 +98,43 @@ def batches(
         return pair_batches(targets, spec.batch, source)
     if model.unit == "window":
         return window_batches(targets, spec.batch, spec.length, source)
-    return target_batches(targets, spec.batch, spec.length, source, carried)
+    least = 0 if model.unit == "click" else 1
+    return target_batches(targets, spec.batch, spec.length, source, carried, least)
 
 
 def train(
     model: TrainedModel,
     targets: Targets,
     n_epochs: int,
-    key: tuple[int, int],
+    key: tuple[int, ...],
     *,
     lr_scale: float = 1.0,
     carried: Carried | None = None,
     terms: Sequence[Term] = (),
     project: Project | None = None,
+    view: View | None = None,
+    learner: Learner | None = None,
+    among_N: Tensor | None = None,
 ) -> Iterator[float]:
-    """Train `model` in place; yields the mean loss after each epoch. All randomness comes from `key` = (seed, span)."""
+    """Train `model` in place; yields the mean loss after each epoch. All randomness comes from `key`: seed, span, ...
+
+    `view`: what the forward pass sees instead of the weights (`learn.weights`). `learner`: what is trained in place of
+    the model, which `view` then has to leave alone. `among_N`: the items that negatives are drawn from, else all.
+    """
     lr = model.spec.lr * lr_scale
-    tables = [m for m in model.modules() if isinstance(m, Table)]
-    dense = _resume(model, lr)
+    tables = list(tables_of(model).values())
+    trained: Learner = model if learner is None else learner
+    dense = _resume(trained, lr)
     for epoch in range(n_epochs):
         total, n_steps = 0.0, 0
         model.train()
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), seen_through(model, view) as forward_pass:
             source = random_source(*key, epoch)
             torch.manual_seed(int(torch.randint(2**31, (), generator=source)))  # dropout
             for batch in batches(model, targets, source, carried):
-                negatives_N = torch.randint(1, model.n_items + 1, (model.spec.negatives,), generator=source)
+                negatives_N = negatives(model, source, among_N)
                 batch = replace(batch, negatives_N=negatives_N, project=project)
-                forward = model(batch)
+                forward = forward_pass(batch)
                 loss = forward.loss
                 for term in terms:
                     loss = loss + term(batch, forward)
@@ -130,11 +150,19 @@ def train(
                 total, n_steps = total + value, n_steps + 1
         model.eval()
         if dense is not None:
-            model.moments = _moments(model, dense)
+            trained.moments = _moments(trained, dense)
         yield total / max(n_steps, 1)
 
 
-def _resume(model: TrainedModel, lr: float) -> torch.optim.Adam | None:
+def negatives(model: TrainedModel, source: torch.Generator, among_N: Tensor | None = None) -> Tensor:
+    """Item rows drawn with replacement from `among_N`, or from all items."""
+    n = model.spec.negatives
+    if among_N is None:
+        return torch.randint(1, model.n_items + 1, (n,), generator=source)
+    return among_N[torch.randint(len(among_N), (n,), generator=source)]
+
+
+def _resume(model: Learner, lr: float) -> torch.optim.Adam | None:
     named = dict(model.named_parameters())
     if not named:
         return None
@@ -145,7 +173,7 @@ def _resume(model: TrainedModel, lr: float) -> torch.optim.Adam | None:
     return adam
 
 
-def _moments(model: TrainedModel, adam: torch.optim.Adam) -> dict[str, Tensor]:
+def _moments(model: Learner, adam: torch.optim.Adam) -> dict[str, Tensor]:
     return {
         f"{name}.{k}": v.clone()
         for name, parameter in model.named_parameters()
@@ -207,24 +235,20 @@ def finish(
 
 
 def choose_epochs(state: State, fit: Fit) -> int:
-    """How many epochs the base block needs: the best ndcg@20 on its last sixth after training on the rest.
+    """How many epochs the base block needs: the best ndcg@20, or AUC, on its last sixth after training on the rest.
 
     The held-out part is a sixth, not a tail right behind the training rows: such a tail overstates quality 3-4 x.
     """
-    histories = state.recent
-    late_R = last_sixth(histories)
-    early_R = (histories.due_R == DUE) & ~late_R
-    late = targets_at(histories, ((histories.due_R == DUE) & late_R).nonzero()[:, 0])
-    late = late[late.lengths(1) > 0]
+    targets, late = early_and_late(state.recent)
+    late = late if late.labels_N is not None else late[late.lengths(1) > 0]
     late = late[torch.randperm(len(late), generator=random_source(state.seed, 7))[:2000]]
-    targets = targets_at(histories, early_R.nonzero()[:, 0])
     if not len(late) or not len(targets):
         return 5  # too little to choose by
-    model = fresh(state, histories.n_users, int(histories.items_R[early_R].max()))
+    model = fresh(state, state.recent.n_users, int(targets.items_N.max()))
     carried = carried_by(model, None, 0)
     best, best_epoch = -1.0, 0
     for epoch, _ in enumerate(train(model, targets, fit.max_epochs, (state.seed, 0), carried=carried), 1):
-        quality = ndcg(model, late, carried)
+        quality = ndcg(model, late, carried) if late.labels_N is None else _auc(model, late)
         if quality > best:
             best, best_epoch = quality, epoch
         elif epoch - best_epoch >= fit.patience:
@@ -232,28 +256,53 @@ def choose_epochs(state: State, fit: Fit) -> int:
     return best_epoch
 
 
-def last_sixth(histories: Histories) -> Tensor:
-    """(R,) whether a row is in the last sixth: by time, or of each user's own rows where time tells the users apart.
+def early_and_late(histories: Histories) -> tuple[Targets, Targets]:
+    """The due targets before the last sixth, and those in it."""
+    if histories.shown is not None:
+        due = due_targets(histories)
+        late_N = histories.shown.times_E >= histories.shown.times_E.sort().values[len(due) * 5 // 6 :][:1]
+        return due[~late_N], due[late_N]
+    late_R, due_R = last_sixth(histories), histories.due_R == DUE
+    parts = [targets_at(histories, rows_R.nonzero()[:, 0]) for rows_R in (due_R & ~late_R, due_R & late_R)]
+    return parts[0], parts[1]
 
-    Without a clock the order of events often runs user by user, so that the last sixth by time would be other users.
+
+def last_sixth(histories: Histories) -> Tensor:
+    """(R,) whether a row is in the last sixth."""
+    return nth_part(histories, 6) == 5
+
+
+def nth_part(histories: Histories, n: int) -> Tensor:
+    """(R,) in which of n equal parts, 0 .. n - 1, a row is: by time, or of each user's own rows where time tells the
+    users apart.
+
+    Without a clock the order of events often runs user by user, so that the last part by time would be other users.
     """
     times_R = histories.times_R
     if not len(times_R):
-        return torch.zeros(0, dtype=torch.bool)
-    late_R = times_R >= times_R.sort().values[len(times_R) * 5 // 6]
-    users_R = owners(histories)
+        return torch.zeros(0, dtype=torch.int64)
+    edges = times_R.sort().values[[len(times_R) * i // n for i in range(1, n)]]
+    part_R = torch.searchsorted(edges, times_R, right=True)
+    users_R, late_R = owners(histories), part_R == n - 1
     late_users = users_R[late_R].unique()
     if torch.isin(late_users, users_R[~late_R]).float().mean() > 0.2:
-        return late_R
+        return part_R
     sizes_U = histories.offsets_U.diff()
     place_R = torch.arange(len(times_R)) - histories.offsets_U[users_R]
-    return place_R >= sizes_U[users_R] * 5 // 6
+    edges_UN = sizes_U[:, None] * torch.arange(1, n) // n
+    return (place_R[:, None] >= edges_UN[users_R]).sum(1)
+
+
+def _auc(model: TrainedModel, targets: Targets) -> float:
+    """AUC of targets with labels; 0 where all of them are alike."""
+    assert isinstance(model, ClickModel) and targets.labels_N is not None
+    return float(np.nan_to_num(auc(targets.labels_N.numpy(), clicks_of(model, targets).numpy())))
 
 
 def ndcg(model: TrainedModel, targets: Targets, carried: Carried | None, k: int = 20) -> float:
     """ndcg@k of some targets."""
     total = 0.0
     for which, batch in query_batches(targets, model.spec.length, carried):
-        rank_B = ranks(model, batch, targets.histories.items_R[targets.rows_N[which]].long())
+        rank_B = ranks(model, batch, targets.items_N[which])
         total += float(((rank_B <= k) / torch.log2(1 + rank_B)).nan_to_num(0.0).sum())
     return total / max(len(targets), 1)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from freshrec.models.comirec import COMIREC_DR, COMIREC_SA
+from freshrec.models.embedding_mlp import EmbeddingMLPSpec
 from freshrec.models.mf import MFSpec
 from freshrec.models.mind import MIND
 from freshrec.models.pairs import PairsSpec
@@ -22,6 +23,7 @@ CONTROLS: dict[str, ModelSpec] = {
 
 MODELS: dict[str, ModelSpec] = CONTROLS | {
     "mf": MFSpec(),
+    "embedding-mlp": EmbeddingMLPSpec(),
     "sasrec": SASRecSpec(),
     "mind": MIND,
     "comirec-dr": COMIREC_DR,

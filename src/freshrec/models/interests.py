@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from freshrec.errors import OptionError
-from freshrec.models.layers import FAR, attend, best_inner_product, sampled_softmax, squash
+from freshrec.models.layers import FAR, attend, best_inner_product, first_of, sampled_logits, squash
 from freshrec.models.tables import Table
 from freshrec.options import Count, Positive, Weight, check_options
 from freshrec.types import Batch, Events, Forward, Histories
@@ -104,7 +104,7 @@ class Routing(nn.Module):
                 share_BKT = torch.softmax(votes_BKT, 1)
                 if i < self.iterations - 1:
                     vectors_BKD = squash(torch.bmm(share_BKT * real_B1T, items_BTD) @ W.t())
-                    votes_BKT.baddbmm_(vectors_BKD @ W, items_BTD.transpose(1, 2))
+                    votes_BKT = torch.baddbmm(votes_BKT, vectors_BKD @ W, items_BTD.transpose(1, 2))
         return squash(torch.bmm(share_BKT * real_B1T, items_BTD) @ W.t())
 
 
@@ -177,8 +177,8 @@ class InterestNet(nn.Module):
         if batch.project is not None and batch.alive_BK is not None and batch.old_BK is not None:
             vectors_BKD = batch.project(vectors_BKD, batch.alive_BK, batch.old_BK)
         user_BD = attend(vectors_BKD, target_BD, batch.alive_BK, self.spec.attention, self.spec.power)
-        loss = sampled_softmax(user_BD, target_BD, negatives_ND, target_B, negative_N)
-        return Forward(loss, vectors_BKD, target_BD)
+        logits_BN = sampled_logits(user_BD, target_BD, negatives_ND, target_B, negative_N)
+        return Forward(first_of(logits_BN), vectors_BKD, target_BD, logits_BN)
 
     def _interests(self, items_BTD: Tensor, batch: Batch) -> Tensor:
         stored_BKD, alive_BK = batch.interests_BKD, batch.alive_BK
@@ -200,7 +200,11 @@ class InterestNet(nn.Module):
         """(B, K, D) interests read from the history, routing from the stored ones; an interest the user lacks repeats
         the first one, so that it cannot win with a score of 0."""
         with torch.no_grad():
-            vectors_BKD = self._interests(self.items.weights[batch.history_BT], batch)
+            return self.encode(self.items.weights[batch.history_BT], batch)
+
+    def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
+        """`user_vectors` of a history whose items have these vectors, with gradients."""
+        vectors_BKD = self._interests(items_BTD, batch)
         if batch.alive_BK is None:
             return vectors_BKD
         return torch.where(batch.alive_BK[..., None], vectors_BKD, vectors_BKD[:, :1])

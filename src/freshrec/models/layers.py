@@ -29,18 +29,21 @@ def attend(vectors_BKD: Tensor, target_BD: Tensor, alive_BK: Tensor | None, how:
     return torch.bmm(torch.softmax(logits_BK, -1)[:, None], vectors_BKD)[:, 0]
 
 
-def sampled_softmax(
+def sampled_logits(
     user_BD: Tensor, target_BD: Tensor, negatives_ND: Tensor, target_B: Tensor, negative_N: Tensor
 ) -> Tensor:
-    """-log(exp(v e_a) / (exp(v e_a) + sum_negatives exp(v e_i))), mean over the batch [IMSR eq. 6].
-
-    Differs from the paper: minus sign and the target in the denominator, without which the loss has no lower bound.
-    A negative that is the target itself does not count.
-    """
+    """(B, 1 + N): v e_a of the target first, then v e_i of the negatives; one that is the target is FAR below."""
     negative_BN = (user_BD @ negatives_ND.t()).masked_fill_(target_B[:, None] == negative_N[None], FAR)
     positive_B1 = (user_BD * target_BD).sum(-1, keepdim=True)
-    logits = torch.cat([positive_B1, negative_BN], 1)
-    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64))
+    return torch.cat([positive_B1, negative_BN], 1)
+
+
+def first_of(logits_BN: Tensor) -> Tensor:
+    """-log softmax of the first logit, mean over the batch [IMSR eq. 6].
+
+    Differs from the paper: minus sign and the target in the denominator, without which the loss has no lower bound.
+    """
+    return F.cross_entropy(logits_BN, torch.zeros(len(logits_BN), dtype=torch.int64))
 
 
 def best_inner_product(vectors_BKD: Tensor, items_ND: Tensor) -> Tensor:

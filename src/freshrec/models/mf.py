@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from freshrec.models.layers import best_inner_product, sampled_softmax
+from freshrec.models.layers import best_inner_product, first_of, sampled_logits
 from freshrec.models.tables import Table
 from freshrec.options import Count, Positive, check_options
 from freshrec.types import Batch, Events, Forward, Histories
@@ -56,13 +56,16 @@ class MF(nn.Module):
         target_B, negative_N = batch.targets_BT[:, 0], batch.negatives_N
         user_BD = self.users.pull(batch.users_B)
         target_BD, negative_ND = self.items.pull(torch.cat([target_B, negative_N])).split([len(batch), len(negative_N)])
-        return Forward(
-            sampled_softmax(user_BD, target_BD, negative_ND, target_B, negative_N), user_BD[:, None], target_BD
-        )
+        logits_BN = sampled_logits(user_BD, target_BD, negative_ND, target_B, negative_N)
+        return Forward(first_of(logits_BN), user_BD[:, None], target_BD, logits_BN)
 
     def user_vectors(self, batch: Batch) -> Tensor:
         """(B, 1, D); zero for users that are not known yet."""
         return self.users.weights[torch.where(batch.users_B <= self.n_users, batch.users_B, 0)][:, None]
+
+    def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
+        """The users' rows (B, 1, D), with gradients; what is in the history does not matter."""
+        return self.users.pull(batch.users_B)[:, None]
 
     def item_vectors(self) -> Tensor:
         """(n_items + 1, D)"""

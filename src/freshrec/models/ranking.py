@@ -8,7 +8,7 @@ from torch import Tensor
 from freshrec.data.batches import in_parts
 from freshrec.errors import TrainingError
 from freshrec.models.layers import best_inner_product
-from freshrec.types import Batch, Model, VectorModel
+from freshrec.types import Batch, Model, TrainedModel, VectorModel
 
 USERS, ITEMS = 64, 2048  # measured best block of the rank count: two thirds of the peak of a matrix product
 READOUTS = ("recent", "stored", "both")
@@ -41,6 +41,25 @@ def ranks(model: Model, batch: Batch, target_B: Tensor, readout: str = "recent",
     return torch.where(known_B, rank_B, torch.inf)
 
 
+def ranks_among(model: Model, batch: Batch, target_B: Tensor, others_BN: Tensor, readout: str = "recent") -> Tensor:
+    """(B,) 1-based rank of each target among itself and some other items (0: none); ties count half; inf if not known.
+
+    Raises TrainingError where a score is not finite.
+    """
+    known_B = target_B <= model.n_items
+    others_BN = torch.where(others_BN <= model.n_items, others_BN, 0)
+    items_BN = torch.cat([torch.where(known_B, target_B, 0)[:, None], others_BN], 1)
+    batch = _known(model, batch)
+    if isinstance(model, VectorModel):
+        score_BN = best_inner_product(vectors_of(model, batch, readout), model.item_vectors()[items_BN])
+    else:
+        score_BN = model.score(batch, items_BN)
+    _must_be_finite(score_BN)
+    target_B1, score_BN = score_BN[:, :1], score_BN[:, 1:]
+    ahead_BN = (score_BN > target_B1).float() + 0.5 * (score_BN == target_B1)
+    return torch.where(known_B, 1 + (ahead_BN * (others_BN > 0)).sum(1), torch.inf)
+
+
 def _known(model: Model, batch: Batch) -> Batch:
     """`batch` without history items that the model has no row for yet."""
     return replace(batch, history_BT=torch.where(batch.history_BT <= model.n_items, batch.history_BT, 0))
@@ -49,7 +68,8 @@ def _known(model: Model, batch: Batch) -> Batch:
 def _part(batch: Batch, which: Tensor) -> Batch:
     carried = (batch.interests_BKD, batch.alive_BK, batch.old_BK)
     interests, alive, old = (None if x is None else x[which] for x in carried)
-    return Batch(batch.users_B[which], batch.history_BT[which], interests_BKD=interests, alive_BK=alive, old_BK=old)
+    users_B, history_BT = batch.users_B[which], batch.history_BT[which]
+    return Batch(users_B, history_BT, interests_BKD=interests, alive_BK=alive, old_BK=old, kinds_I=batch.kinds_I)
 
 
 def _ahead(model: Model, batch: Batch, target_B: Tensor, readout: str, n_items: int) -> Tensor:
@@ -61,7 +81,7 @@ def _ahead(model: Model, batch: Batch, target_B: Tensor, readout: str, n_items: 
         target_B1 = best_inner_product(vectors_BKD, items_ID[target_B][:, None])
     else:
         target_B1 = model.score(batch, target_B[:, None])
-    block = ITEMS if vectors_BKD is not None else n_items  # a counter's sparse scores are made once for all items
+    block = ITEMS if isinstance(model, TrainedModel) else n_items  # a counter's sparse scores are made once for all
     for first in range(1, n_items + 1, block):
         items_N = torch.arange(first, min(first + block, n_items + 1))
         if vectors_BKD is not None and items_ID is not None:

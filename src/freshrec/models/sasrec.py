@@ -1,17 +1,19 @@
 """SASRec: causal self-attention over the history; each position predicts the next item.
 
 Differs from the paper: sampled softmax over negatives shared by the batch instead of one negative a position, and
-positions counted from the end of the history, so that short histories need no padding to the full length.
+positions counted from the end of the history, so that short histories need no padding to the full length. ADER's form
+learns from the last position only, by the full softmax over all known items: predict="last", loss="full".
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from freshrec.errors import OptionError
-from freshrec.models.layers import best_inner_product, sampled_softmax
+from freshrec.models.layers import best_inner_product, first_of, sampled_logits
 from freshrec.models.tables import Table
 from freshrec.options import Count, Positive, Rate, check_options
 from freshrec.types import Batch, Events, Forward, Histories
@@ -30,6 +32,8 @@ class SASRecSpec:
     batch: Count = 128  # windows, each with up to `length` targets
     negatives: Count = 512
     std: Positive = 0.1
+    predict: Literal["each", "last"] = "each"  # position learns; "last": one target a history, as ADER's
+    loss: Literal["sampled", "full"] = "sampled"  # softmax over the negatives, or over all known items
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -71,10 +75,9 @@ class Block(nn.Module):
 class SASRec(nn.Module):
     """A `VectorModel` with K = 1."""
 
-    unit = "window"
-
     def __init__(self, spec: SASRecSpec, seed: int) -> None:
         super().__init__()
+        self.unit = "window" if spec.predict == "each" else "target"
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
         self.items = Table(spec.d, spec.std, seed)
@@ -93,17 +96,33 @@ class SASRec(nn.Module):
         """Nothing: this model learns by gradients only."""
 
     def forward(self, batch: Batch) -> Forward:
-        """Sampled softmax at each position that has a target."""
+        """Softmax cross-entropy at each position that has a target, or at the last one."""
         assert batch.targets_BT is not None and batch.negatives_N is not None
-        wanted_BT = (batch.targets_BT > 0) & (batch.history_BT > 0)
-        target_B, negative_N = batch.targets_BT[wanted_BT], batch.negatives_N
+        wanted_BT = batch.history_BT > 0
+        if self.unit == "window":
+            wanted_BT &= batch.targets_BT > 0
+            target_B = batch.targets_BT[wanted_BT]
+        else:
+            wanted_BT[:, :-1] = False
+            target_B = batch.targets_BT[wanted_BT[:, -1], 0]
+        if self.spec.loss == "full":
+            return self._full(batch, wanted_BT, target_B)
+        negative_N = batch.negatives_N
         n_history = batch.history_BT.numel()
         pulled = self.items.pull(torch.cat([batch.history_BT.reshape(-1), target_B, negative_N]))
         history, target_BD, negative_ND = pulled.split([n_history, len(target_B), len(negative_N)])
         user_BD = self._encode(history.view(*batch.history_BT.shape, -1), batch.history_BT > 0)[wanted_BT]
-        return Forward(
-            sampled_softmax(user_BD, target_BD, negative_ND, target_B, negative_N), user_BD[:, None], target_BD
-        )
+        logits_BN = sampled_logits(user_BD, target_BD, negative_ND, target_B, negative_N)
+        return Forward(first_of(logits_BN), user_BD[:, None], target_BD, logits_BN)
+
+    def _full(self, batch: Batch, wanted_BT: Tensor, target_B: Tensor) -> Forward:
+        """Cross-entropy over all known items; it moves every row of the table."""
+        rows_ID = self.items.pull(torch.arange(self.n_items + 1))
+        history_BTD = F.embedding(batch.history_BT, rows_ID)
+        user_BD = self._encode(history_BTD, batch.history_BT > 0)[wanted_BT]
+        logits_BI = user_BD @ rows_ID[1:].t()
+        loss = F.cross_entropy(logits_BI, target_B - 1)
+        return Forward(loss, user_BD[:, None], F.embedding(target_B, rows_ID), logits_BI)
 
     def _encode(self, items_BTD: Tensor, real_BT: Tensor) -> Tensor:
         n_steps, drop = items_BTD.shape[1], self.spec.dropout if self.training else 0.0
@@ -119,12 +138,15 @@ class SASRec(nn.Module):
 
     def user_vectors(self, batch: Batch) -> Tensor:
         """(B, 1, D) the last position's output; zero without history."""
+        with torch.no_grad():
+            return self.encode(self.items.weights[batch.history_BT], batch)
+
+    def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
+        """`user_vectors` of a history whose items have these vectors, with gradients."""
         if batch.history_BT.shape[1] == 0:
             return torch.zeros(len(batch), 1, self.spec.d)
         real_BT = batch.history_BT > 0
-        with torch.no_grad():
-            out_BTD = self._encode(self.items.weights[batch.history_BT], real_BT)
-        return out_BTD[:, -1:] * real_BT[:, -1:, None]
+        return self._encode(items_BTD, real_BT)[:, -1:] * real_BT[:, -1:, None]
 
     def item_vectors(self) -> Tensor:
         """(n_items + 1, D)"""

@@ -4,7 +4,11 @@ A row holds its weight and both Adam moments side by side, so a step is one gath
 size. This is lazy Adam: the moments of a row that is not in the batch do not decay (as in `torch.optim.SparseAdam`).
 Differs from it: each row counts its own steps, so that a row first met late starts as gently as one met early; with one
 count for the table its first steps would be 3 to 6 times too long.
+
+What a batch sees of its rows may be a function of them (`Table.view`): strategies that learn how to map weights use it.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +23,8 @@ class Table(nn.Module):
 
     packed: Tensor  # (rows, 3 D): weight, first moment, second moment
     steps_R: Tensor  # (rows,) how often each was trained
+    view: Callable[[Tensor, Tensor], Tensor] | None = None  # (ids, rows) -> the rows that `pull` gives instead
+    leaf: Tensor | None  # the weights of the last `pull`'s rows, each once; they get the gradients
 
     def __init__(self, n_dims: int, std: float, seed: int) -> None:
         super().__init__()
@@ -26,11 +32,14 @@ class Table(nn.Module):
         self.register_buffer("packed", torch.zeros(1, 3 * n_dims))
         self.register_buffer("steps_R", torch.zeros(1))
         self._slot = torch.zeros(1, dtype=torch.int64)
-        self._unique = self._rows = self._leaf = None
+        self._unique = self._rows = self.leaf = None
+        self._earlier: list[tuple[Tensor, Tensor]] = []  # ids and weights of the pulls before the last one of a step
 
+    _again: bool = False
     _unique: Tensor | None
     _rows: Tensor | None
-    _leaf: Tensor | None
+    _shared_N: Tensor | None = None  # rows that are trained as one, the first of them
+    _leader_R: Tensor | None = None  # which row is trained in place of each
 
     def grow(self, n_rows: int) -> None:
         """Make room for rows 1..n_rows. A row's start depends on (seed, row) alone, not on when the table grew."""
@@ -51,19 +60,58 @@ class Table(nn.Module):
 
     def pull(self, ids: Tensor) -> Tensor:
         """(N, D) rows of `ids` (N,), with gradients; once a step, then `push`."""
+        if self._leader_R is not None:
+            ids = self._leader_R[ids]
+        if self._again and self._unique is not None and self.leaf is not None:
+            self._earlier.append((self._unique, self.leaf))
+        self._again = False
+        self._unique, place_N = self._distinct(ids)
+        self._rows = self.packed.index_select(0, self._unique)
+        self.leaf = self._rows[:, : self.n_dims].contiguous().requires_grad_(True)
+        seen = self.leaf if self.view is None else self.view(self._unique, self.leaf)
+        return F.embedding(place_N, seen)
+
+    def _distinct(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """`ids`, each once, and the place (N,) of each among them."""
         order = torch.arange(len(ids))
         self._slot[ids] = order
-        self._unique = ids[self._slot.index_select(0, ids) == order]
-        self._slot[self._unique] = torch.arange(len(self._unique))
-        self._rows = self.packed.index_select(0, self._unique)
-        self._leaf = self._rows[:, : self.n_dims].contiguous().requires_grad_(True)
-        return F.embedding(self._slot.index_select(0, ids), self._leaf)
+        unique = ids[self._slot.index_select(0, ids) == order]
+        self._slot[unique] = torch.arange(len(unique))
+        return unique, self._slot.index_select(0, ids)
+
+    def again(self) -> None:
+        """The next `pull` belongs to the same step as the last one: `push` moves the rows of both."""
+        self._again = True
+
+    def in_step(self) -> tuple[Tensor, Tensor]:
+        """The rows (N,) of the last `pull`, each once, and their weights (N, D), with gradients."""
+        assert self._unique is not None and self.leaf is not None
+        return self._unique, self.leaf
+
+    def whole(self) -> Tensor:
+        """(n_rows + 1, D) all weights; gradients reach the rows of the last `pull`, which are those that will move."""
+        return self.weights.index_copy(0, *self.in_step())
+
+    def share(self, rows_N: Tensor) -> None:
+        """Train these rows as one, the first of them, until `part`. They start alike, and are alike in the end."""
+        self._shared_N = rows_N
+        self._leader_R = torch.arange(len(self.packed)).index_fill(0, rows_N, int(rows_N[0]))
+        self.weights[rows_N] = self.weights[rows_N[0]].clone()
+
+    def part(self) -> None:
+        """Each row is trained for itself again."""
+        if self._shared_N is not None:
+            self.weights[self._shared_N] = self.weights[self._shared_N[0]].clone()
+        self._shared_N = self._leader_R = None
 
     def push(self, lr: float) -> None:
-        """One Adam step on the rows of the last `pull`."""
-        if self._rows is None or self._leaf is None or self._unique is None or self._leaf.grad is None:
+        """One Adam step on the rows of the last `pull`, or of all pulls of the step (`again`)."""
+        if self._earlier:
+            self._join()
+        self._again = False
+        if self._rows is None or self.leaf is None or self._unique is None or self.leaf.grad is None:
             return
-        d, g = self.n_dims, self._leaf.grad
+        d, g = self.n_dims, self.leaf.grad
         steps_N = self.steps_R.index_select(0, self._unique).add_(1)
         w, m, v = self._rows[:, :d], self._rows[:, d : 2 * d], self._rows[:, 2 * d :]
         m.mul_(BETA1).add_(g, alpha=1 - BETA1)
@@ -73,7 +121,18 @@ class Table(nn.Module):
         w.addcdiv_(m * size_N[:, None], v.sqrt().add_(second_N[:, None], alpha=EPS), value=-lr)
         self.packed.index_copy_(0, self._unique, self._rows)
         self.steps_R.index_copy_(0, self._unique, steps_N)
-        self._unique = self._rows = self._leaf = None
+        self._unique = self._rows = self.leaf = None
+
+    def _join(self) -> None:
+        """All pulls of the step as if they had been one: the gradients of a row are summed."""
+        pulls = [(ids, leaf.grad) for ids, leaf in [*self._earlier, self.in_step()] if leaf.grad is not None]
+        self._earlier = []
+        if not pulls:
+            return
+        self._unique, place_M = self._distinct(torch.cat([ids for ids, _ in pulls]))
+        self._rows = self.packed.index_select(0, self._unique)
+        self.leaf = self._rows[:, : self.n_dims].contiguous()
+        self.leaf.grad = torch.zeros_like(self.leaf).index_add_(0, place_M, torch.cat([grad for _, grad in pulls]))
 
 
 def _starts(seed: int, first: int, end: int, n_dims: int) -> Tensor:

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from freshrec.data.batches import histories_before, in_parts, place, targets_at
+from freshrec.data.batches import append, histories_before, in_parts, place, shown_of, shown_targets, targets_at
+from freshrec.learn.clicks import clicks_of
 from freshrec.learn.fit import carried_by
-from freshrec.models.ranking import ranks
-from freshrec.types import NEVER, TEST, Batch, Events, Histories, Span, State
+from freshrec.models.ranking import ranks, ranks_among
+from freshrec.types import NEVER, TEST, Batch, ClickModel, Events, Histories, Model, Span, State
 
 SLICES = {
     "all": "every query",
@@ -71,6 +73,7 @@ class Asked:
 
     role: int = TEST
     min_history: int = 1  # own events a query needs
+    among: int = 0  # sampled items that a target is ranked among; 0: all items
 
 
 def queries_of(recent: Histories, block: Block, length: int, asked: Asked = Asked()) -> Queries:
@@ -86,18 +89,66 @@ def queries_of(recent: Histories, block: Block, length: int, asked: Asked = Aske
     return Queries(targets.users_N, history_NT, events.items_E[at_N], at_N + block.first, secret_N, block.n_items)
 
 
-def rank_queries(state: State, queries: Queries, readout: str = "recent", size: int = 256) -> Tensor:
-    """(N,) the rank of each target among the items known when the query was made."""
+def rank_queries(state: State, queries: Queries, readout: str = "recent", among: int = 0, size: int = 256) -> Tensor:
+    """(N,) the rank of each target among the items known when the query was made, or `among` so many of them."""
     carried = carried_by(state.model, state.users, state.spans_seen)
     lengths_N = (queries.histories_NT > 0).sum(1)
     rank_N = torch.zeros(len(queries))
     for which in in_parts(torch.argsort(lengths_N, stable=True), size):
         longest = int(lengths_N[which].max())
         history_BT = queries.histories_NT[which][:, queries.histories_NT.shape[1] - longest :].long()
-        batch = Batch(queries.users_N[which], history_BT)
+        batch = Batch(queries.users_N[which], history_BT, kinds_I=state.recent.kinds_I)
         batch = batch if carried is None else carried.join(batch)
-        rank_N[which] = ranks(state.model, batch, queries.items_N[which], readout, queries.n_items)
+        if among:
+            rank_N[which] = _among(state.model, batch, queries[which], readout, among)
+        else:
+            rank_N[which] = ranks(state.model, batch, queries.items_N[which], readout, queries.n_items)
     return rank_N
+
+
+def _among(model: Model, batch: Batch, queries: Queries, readout: str, n: int) -> Tensor:
+    """Ranks among n sampled items; a target that nobody could have recommended is found by none."""
+    rank_B = ranks_among(model, batch, queries.items_N, sampled(queries, n), readout)
+    return torch.where(queries.items_N <= queries.n_items, rank_B, torch.inf)
+
+
+def sampled(queries: Queries, n: int) -> Tensor:
+    """(N, n) distinct items known then, neither the target nor in the history; 0 where 4 n draws do not give as many.
+
+    Which are drawn depends on the place of the event in its span alone: all models and strategies face the same, but
+    for what those with a longer history leave out.
+    """
+    key_ND = queries.events_N[:, None] * 1_000_003 + torch.arange(4 * n)
+    items_ND = mixed(key_ND) % max(queries.n_items, 1) + 1
+    sorted_ND, order_ND = items_ND.sort(dim=1, stable=True)
+    again_ND = F.pad(sorted_ND[:, 1:] == sorted_ND[:, :-1], (1, 0))
+    bad_ND = torch.zeros_like(again_ND).scatter_(1, order_ND, again_ND) | (items_ND == queries.items_N[:, None])
+    own_NT = queries.histories_NT.long().sort(1).values
+    at_ND = torch.searchsorted(own_NT, items_ND).clamp(max=max(own_NT.shape[1] - 1, 0))
+    bad_ND |= own_NT.gather(1, at_ND) == items_ND if own_NT.shape[1] else False
+    first_Nn = bad_ND.byte().argsort(dim=1, stable=True)[:, :n]
+    return torch.where(bad_ND.gather(1, first_Nn), 0, items_ND.gather(1, first_Nn))
+
+
+def mixed(keys: Tensor) -> Tensor:
+    """Each int64 as another one of 0 .. 2^62 - 1, as good as random (splitmix64, wrapping around)."""
+    z = keys + 0x1E3779B97F4A7C15
+    z = (z ^ (z >> 30)) * 0x3F58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x14D049BB133111EB
+    return (z ^ (z >> 31)) & (2**62 - 1)
+
+
+def click_rows(state: State, block: Block, asked: Asked) -> pl.DataFrame:
+    """How likely the model holds it that each labelled event of one role is taken: event, user, label, p."""
+    events, model = block.events, state.model
+    assert events.labels_E is not None and isinstance(model, ClickModel)
+    at_N = ((events.role_E == asked.role) & ~events.labels_E.isnan()).nonzero()[:, 0]
+    targets = shown_targets(append(state.recent, events, block.n_users), shown_of(events[at_N]))
+    enough_N = targets.lengths(asked.min_history) >= asked.min_history
+    targets, at_N = targets[enough_N], at_N[enough_N]
+    columns = {"event": at_N + block.first, "user": targets.users_N, "label": events.labels_E[at_N]}
+    columns["p"] = clicks_of(model, targets)
+    return pl.DataFrame({name: column.numpy() for name, column in columns.items()})
 
 
 def facts(spans: tuple[Span, ...]) -> pl.DataFrame:

@@ -11,6 +11,7 @@ mrr@k <= ndcg@k <= hr@k for each query.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,9 +55,20 @@ METRICS = {
 }
 
 
+SAMPLED = re.compile(r" among (\d+) sampled$")
+
+
+def sampled(names: Sequence[str]) -> int:
+    """999 for names such as "recall@20 among 999 sampled", 0 where all items are ranked. OptionError for a mixture."""
+    numbers = {int(found[1]) if (found := SAMPLED.search(name)) else 0 for name in names}
+    if len(numbers) > 1:
+        raise OptionError("a replay ranks among all items or among one number of sampled ones; do not mix metrics.")
+    return numbers.pop() if numbers else 0
+
+
 def parse(name: str) -> tuple[Metric, int]:
-    """The metric and the k of a name such as "ndcg@20". Raises OptionError."""
-    metric, at, k = name.partition("@")
+    """The metric and the k of a name such as "ndcg@20" or "ndcg@20 among 999 sampled". Raises OptionError."""
+    metric, at, k = SAMPLED.sub("", name).partition("@")
     if metric not in METRICS:
         raise unknown("metric", metric, METRICS)
     if not (at and k.isdecimal() and int(k) > 0):

@@ -24,11 +24,13 @@ from freshrec.errors import IncompatibleError
 from freshrec.learn.checkpoint import load_tree, save_text, save_tree, write_whole
 from freshrec.learn.fit import Clock
 from freshrec.models.ranking import READOUTS
-from freshrec.replay.measure import Asked, Block, Queries, blocks_of, queries_of, rank_queries
+from freshrec.replay.measure import Asked, Block, Queries, blocks_of, click_rows, queries_of, rank_queries
 from freshrec.types import (
     NEVER,
     SECRET,
     VALID,
+    ClickModel,
+    EncodingModel,
     Events,
     Histories,
     InterestModel,
@@ -74,10 +76,24 @@ def check(model: ModelSpec, model_name: str, strategy: Strategy, strategy_name: 
         )
     if strategy.needs != "counters" and not isinstance(built, TrainedModel):
         raise IncompatibleError(f'"{model_name}" counts, it is not trained: its only strategy is absorb.')
+    if strategy.needs == "encoding" and not isinstance(built, EncodingModel):
+        raise IncompatibleError(
+            f'"{strategy_name}" looks at the scores of all items at once; "{model_name}" scores them one by one. '
+            "Use a model with user and item vectors, such as sasrec or comirec-dr."
+        )
     if strategy.needs == "interests" and not isinstance(built, InterestModel):
         raise IncompatibleError(
             f'"{strategy_name}" needs a model with several interests a user; "{model_name}" has one vector. '
             "Use mind, comirec-dr or comirec-sa."
+        )
+
+
+def check_clicks(model: ModelSpec, model_name: str) -> None:
+    """Raises IncompatibleError, with a sentence, where the model cannot say how likely a click is."""
+    if not isinstance(model.build(0), ClickModel):
+        raise IncompatibleError(
+            f'"{model_name}" ranks items, it does not say how likely one is taken: on a log with exposures use '
+            "embedding-mlp, or leave the exposures out."
         )
 
 
@@ -121,7 +137,7 @@ def replay_cell(cell: Cell, cut: Cut, settings: Settings, out: Path, base: State
             update_costs = dict(base.costs)  # trained once, for all
         update_costs["update_cpu_s"] += clock.costs["absorb_cpu_s"]
         state = replace(state, started=None)
-        rows += _asked_again(state, asked, span.index)
+        rows += _asked_again(state, asked, span.index, settings.asked.among)
         _write(folder, span.index, rows, clock.costs | costs | update_costs)
         save_tree((state, before), folder / "state.safetensors")  # one file, so that a kill never parts the two
         yield span.index
@@ -140,7 +156,8 @@ def _resumed(
     recent, asked = Histories.empty(), []
     for span in cut.spans[: state.spans_seen]:  # the queries are made of the log alone, so they need not be saved
         for block in _blocks(span, cut, settings) if span.index else []:
-            asked.append((span.index, _secret(queries_of(recent, block, state.model.spec.length, settings.asked))))
+            if block.events.labels_E is None:
+                asked.append((span.index, _secret(queries_of(recent, block, state.model.spec.length, settings.asked))))
             recent = append(recent, block.events, span.n_users)
         recent = recent if span.index else append(recent, span.events, span.n_users)
     return state, before, asked
@@ -160,10 +177,14 @@ def _tested(
     """Measure each block, then absorb it; the state that is ready for the update, ranks, and queries to ask again."""
     rows, asked = [], []
     for block in blocks:
-        queries = queries_of(state.recent, block, state.model.spec.length, settings.asked)
-        for readout in READOUTS if isinstance(state.model, InterestModel) else READOUTS[:1]:
-            rows.append(_rows(queries, rank_queries(state, queries, readout), span.index, span.index - 1, readout))
-        asked.append((span.index, _secret(queries)))
+        if block.events.labels_E is not None:
+            rows.append(_named(click_rows(state, block, settings.asked), span.index, span.index - 1))
+        else:
+            queries = queries_of(state.recent, block, state.model.spec.length, settings.asked)
+            for readout in READOUTS if isinstance(state.model, InterestModel) else READOUTS[:1]:
+                ranks_N = rank_queries(state, queries, readout, settings.asked.among)
+                rows.append(_rows(queries, ranks_N, span.index, span.index - 1, readout))
+            asked.append((span.index, _secret(queries)))
         n_items = max(block.n_items, int(block.events.items_E.max()) if len(block.events) else 0)
         since = time.process_time()
         state = absorb(state, block.events, span.n_users, n_items)
@@ -172,21 +193,25 @@ def _tested(
 
 
 def _rows(queries: Queries, ranks_N: torch.Tensor, asked: int, after: int, readout: str = "recent") -> pl.DataFrame:
-    """`asked`: the span of the targets; `after`: the last span the model was updated on."""
     columns = {"event": queries.events_N.numpy(), "user": queries.users_N.numpy(), "rank": ranks_N.numpy()}
+    return _named(pl.DataFrame(columns), asked, after, readout)
+
+
+def _named(rows: pl.DataFrame, asked: int, after: int, readout: str = "recent") -> pl.DataFrame:
+    """`asked`: the span of the targets; `after`: the last span the model was updated on."""
     names = [
         pl.lit(asked, pl.Int32).alias("asked"),
         pl.lit(after, pl.Int32).alias("after"),
         pl.lit(readout).alias("readout"),
     ]
-    return pl.DataFrame(columns).select(*names, "event", "user", "rank")
+    return rows.select(*names, *rows.columns)
 
 
-def _asked_again(state: State, asked: list[tuple[int, Queries]], span: int) -> list[pl.DataFrame]:
+def _asked_again(state: State, asked: list[tuple[int, Queries]], span: int, among: int) -> list[pl.DataFrame]:
     """Ranks of earlier spans' secret queries under today's state: what has been forgotten since."""
     rows = []
     for past, queries in asked:
-        rows.append(_rows(queries, rank_queries(state, queries), past, span))
+        rows.append(_rows(queries, rank_queries(state, queries, among=among), past, span))
     return rows
 
 

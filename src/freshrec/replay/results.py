@@ -34,7 +34,7 @@ def collect(cells: Sequence[Cell], facts: pl.DataFrame, metrics: Sequence[str], 
     """
     asked = [_asked(cell, out / cell.name, metrics) for cell in cells]
     answered = pl.concat([_empty_answers(metrics), *asked])
-    costs = pl.concat([pl.DataFrame(schema=COLUMNS), *(_costs(cell, out / cell.name) for cell in cells)])
+    costs = pl.concat([pl.DataFrame(schema=COLUMNS), *(costs_of(cell, out / cell.name) for cell in cells)])
     tested = answered.filter(pl.col("after") == pl.col("span") - 1)
     lost = _lost(answered, metrics)
     results = pl.concat([_quality(tested, facts, metrics), _forgetting(lost), costs])
@@ -139,7 +139,7 @@ def _all(answers: Answers, metrics: Sequence[str]) -> pl.DataFrame:
     return pl.concat([_rows(answers, which_A, which_Q, metrics) for which_A, which_Q in _alike(answers)])
 
 
-def _costs(cell: Cell, folder: Path) -> pl.DataFrame:
+def costs_of(cell: Cell, folder: Path) -> pl.DataFrame:
     """What each update cost, as metrics of the span it trained on; over all: the mean of the spans after the base."""
     by_span = {int(f.stem.rpartition("-")[2]): json.loads(f.read_text()) for f in folder.glob("costs-*.json")}
     rows = [(span, name, value) for span, costs in sorted(by_span.items()) for name, value in costs.items()]

@@ -10,15 +10,18 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from freshrec.learn.clicks import auc
 from freshrec.replay.metrics import evaluate, per_user
 from freshrec.replay.replay import Cell
 
 
 class Board:
-    """ndcg@20 of each cell and span as they come in: a live table on a terminal, plain lines elsewhere."""
+    """ndcg@20, or the AUC, of each cell and span as they come in: a live table on a terminal, plain lines elsewhere."""
 
-    def __init__(self, cells: list[Cell], spans: list[int], out: Path, console: Console) -> None:
-        self.cells, self.spans, self.out, self.console = cells, spans, out, console
+    def __init__(
+        self, cells: list[Cell], spans: list[int], out: Path, console: Console, metric: str = "ndcg@20"
+    ) -> None:
+        self.cells, self.spans, self.out, self.console, self.metric = cells, spans, out, console, metric
         self.seen: dict[tuple[str, int], str] = {}
         self.since = time.monotonic()
         self._live: Live | None = None
@@ -35,27 +38,33 @@ class Board:
         quality = ""
         if file.exists():
             tested = pl.read_parquet(file).filter((pl.col("after") == span - 1) & (pl.col("readout") == "recent"))
-            _, values_U1 = per_user(tested["user"].to_numpy(), evaluate(tested["rank"].to_numpy(), ["ndcg@20"]))
-            quality = f"{100 * values_U1.mean():.2f}" if len(tested) else "-"
+            quality = f"{100 * _quality(tested):.2f}" if len(tested) else "-"
         self.seen[cell.name, span] = quality
         if self.console.is_terminal and self._live is not None:
             self._live.update(self._table(), refresh=True)
             return
         done, total = len(self.seen), len(self.cells) * (len(self.spans) + 1)
         passed = time.monotonic() - self.since
-        text = (
-            f"{cell.model} {cell.strategy} seed {cell.seed} span {span}: ndcg@20 {quality or '-'} %, {cost:.1f} CPU-s"
-        )
+        text = f"{cell.model} {cell.strategy} seed {cell.seed} span {span}: {self.metric} {quality or '-'} %"
+        text += f", {cost:.1f} CPU-s"
         print(f"[{done}/{total}, {passed:.0f} s] {text}", file=sys.stderr, flush=True)  # noqa: T201
 
     def _table(self) -> Table:
-        table = Table(title=f"ndcg@20 in %, {time.monotonic() - self.since:.0f} s", title_justify="left")
+        table = Table(title=f"{self.metric} in %, {time.monotonic() - self.since:.0f} s", title_justify="left")
         for head in ("model", "strategy", "seed", *(f"span {span}" for span in self.spans)):
             table.add_column(head, justify="right" if head.startswith("s") else "left")
         for cell in self.cells:
             values = [self.seen.get((cell.name, span), "") for span in self.spans]
             table.add_row(cell.model, cell.strategy, str(cell.seed), *values)
         return table
+
+
+def _quality(tested: pl.DataFrame) -> float:
+    """The mean ndcg@20 over users, or the AUC of all events."""
+    if "p" in tested.columns:
+        return auc(tested["label"].to_numpy(), tested["p"].to_numpy())
+    _, values_U1 = per_user(tested["user"].to_numpy(), evaluate(tested["rank"].to_numpy(), ["ndcg@20"]))
+    return float(values_U1.mean())
 
 
 def print_plan(console: Console, cells: list[Cell], spans: pl.DataFrame, notes: tuple[str, ...]) -> None:

@@ -3,9 +3,17 @@
 from dataclasses import replace
 
 from freshrec.learn.fit import Fit
+from freshrec.learn.transfer import CNNTransfer, LinearTransfer, MLPTransfer
 from freshrec.options import choose
+from freshrec.strategies.ader import ADER
+from freshrec.strategies.ader_s import ADERS
+from freshrec.strategies.asmg import ASMG
+from freshrec.strategies.ewc import EWC
 from freshrec.strategies.imsr import IMSR, Retain
+from freshrec.strategies.incctr import IncCTR
 from freshrec.strategies.plain import Absorb, FineTune, Frozen, Retrain
+from freshrec.strategies.sml import SML
+from freshrec.strategies.spmf import SPMF
 from freshrec.types import Strategy
 
 SPAN_ONLY = Fit(history="span")
@@ -20,6 +28,34 @@ STRATEGIES: dict[str, Strategy] = {
     "batch-3": Retrain(fresh=False, spans=3),
     "batch-5": Retrain(fresh=False, spans=5),
     "batch-7": Retrain(fresh=False, spans=7),
+    "joint": Retrain(),
+    "ewc": EWC(),
+    "spmf": SPMF(),
+    "spmf-all": SPMF(take="all"),
+    "incctr": IncCTR(),
+    "er-random": ADER(distil=False, select="random"),
+    "er-loss": ADER(distil=False, select="loss"),
+    "er-herding": ADER(distil=False),
+    "ader": ADER(),
+    "ader-equal": ADER(equal=True, allocate="multinomial"),
+    "ader-fix": ADER(adaptive=False),
+    "ader-s": ADERS(),
+    "sml": SML(),
+    "sml-5x5": SML(transfer=CNNTransfer(filters=10, filters2=10, hidden=40, kernel="5x5")),
+    "sml-linear": SML(transfer=LinearTransfer(learned=True)),
+    "sml-mlp": SML(transfer=MLPTransfer()),
+    "sml-no-cnn": SML(transfer=CNNTransfer(filters=0)),
+    "sml-no-fc": SML(transfer=CNNTransfer(hidden=0)),
+    "sml-n": SML(objective="current"),
+    "sml-s": SML(until=0, fit=Fit(epochs=2)),
+    "sml-fp": SML(through=False),
+    "asmg": ASMG(),
+    "asmg-gru-multi": ASMG(),
+    "asmg-gru-single": ASMG(loss="last"),
+    "asmg-gru-full": ASMG(k=0, carry=False),
+    "asmg-gru-zero": ASMG(carry=False),
+    "asmg-gru-unif": ASMG(loss="uniform"),
+    "asmg-linear": ASMG(generator="linear", loss="last"),
     "imsr": IMSR(),
     "imsr-span": IMSR(fit=SPAN_ONLY),
     "imsr-no-eir": IMSR(retain=None),

@@ -4,11 +4,9 @@ import copy
 import time
 from dataclasses import dataclass, replace
 
-import torch
-
-from freshrec.data.batches import append, due_targets, settle
+from freshrec.data.batches import append, due_targets, released, settle
 from freshrec.learn.fit import Clock, Fit, carried_by, finish, fresh, grid, start, successor, train
-from freshrec.types import DUE, LATER, Events, Histories, Span, State
+from freshrec.types import Events, Histories, Span, State
 
 
 @dataclass(frozen=True)
@@ -137,6 +135,5 @@ def _histories(past: tuple[Events, ...], n_users: int) -> Histories:
     """All remembered events by user, due once more; what the last span held back stays held back."""
     histories = Histories.empty()
     for events in past:
-        released_R = torch.where(histories.due_R == LATER, DUE, histories.due_R)
-        histories = append(replace(histories, due_R=released_R), events, n_users)
+        histories = append(released(histories), events, n_users)
     return histories

@@ -1,0 +1,122 @@
+"""What is remembered of events that are gone: each target with the history before it, and a fair sample of all so far.
+
+N remembered targets, M draws from them, T history items.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from freshrec.data.batches import Targets, histories_before, without_secrets
+from freshrec.types import DONE
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Targets with the history each had then, so that they can be trained on when their events are long gone."""
+
+    users_N: Tensor
+    histories_NT: Tensor  # int32, most recent last, padded with 0 on the left
+    items_N: Tensor
+    labels_N: Tensor | None = None  # whether each was taken; None: all were
+
+    def __len__(self) -> int:
+        return len(self.items_N)
+
+    def __getitem__(self, which_N: Tensor) -> "Kept":
+        columns: list[Any] = [None if column is None else column[which_N] for column in vars(self).values()]
+        return Kept(*columns)
+
+
+def keep(targets: Targets, length: int) -> Kept:
+    """Copies of `targets`, each with its last `length` history items; secret ones are padding."""
+    open_targets = without_secrets(targets)
+    history_NT = histories_before(open_targets, length).int()
+    history_NT = F.pad(history_NT, (length - history_NT.shape[1], 0))
+    return Kept(targets.users_N, history_NT, targets.items_N, targets.labels_N)
+
+
+def together(first: Kept, second: Kept) -> Kept:
+    """Both, the first ones first; of the same history length, and both with labels or both without."""
+    both = zip(vars(first).values(), vars(second).values())
+    columns: list[Any] = [None if pair[0] is None else torch.cat(pair) for pair in both]
+    return Kept(*columns)
+
+
+def joined(targets: Targets, kept: Kept, which_M: Tensor, apart: bool) -> Targets:
+    """`targets`, and the kept ones at `which_M`, which may repeat: rows of theirs stand behind those of the histories.
+
+    `apart`: each of these M counts as a user of its own, for models whose batches are windows of one user's targets.
+    """
+    histories, (n_kept, width) = targets.histories, kept.histories_NT.shape
+    row_NT = torch.cat([kept.histories_NT, kept.items_N[:, None].int()], 1)
+    end_N = len(histories.items_R) + torch.arange(1, n_kept + 1) * (width + 1) - 1
+    is_item_NT = row_NT > 0
+    from_N = end_N - width + is_item_NT.int().argmax(1)  # the first item; the target itself where there is none before
+
+    users_M, offsets_U = kept.users_N[which_M], histories.offsets_U
+    if apart:
+        users_M = histories.n_users + 1 + torch.arange(len(which_M))
+        offsets_U = torch.cat([offsets_U, offsets_U[-1:].expand(len(which_M))])
+    done_R = torch.full((row_NT.numel(),), DONE, dtype=torch.int8)
+    longer = replace(
+        histories,
+        offsets_U=offsets_U,
+        items_R=torch.cat([histories.items_R, row_NT.reshape(-1)]),
+        times_R=torch.cat([histories.times_R, torch.zeros(len(done_R), dtype=torch.int64)]),
+        due_R=torch.cat([histories.due_R, done_R]),
+    )
+    labels_N, items_N = None, None
+    if targets.labels_N is not None and kept.labels_N is not None:
+        labels_N = torch.cat([targets.labels_N, kept.labels_N[which_M]])
+        items_N = torch.cat([targets.items_N, kept.items_N[which_M]])
+    return Targets(
+        longer,
+        torch.cat([targets.rows_N, end_N[which_M]]),
+        torch.cat([targets.users_N, users_M]),
+        torch.cat([targets.from_N, from_N[which_M]]),
+        items_N,
+        labels_N,
+    )
+
+
+@dataclass(frozen=True)
+class Reservoir:
+    """A uniform sample of a stream: of the `n_seen` targets that went by, each is in it with the same probability."""
+
+    kept: Kept
+    size: int  # it holds so many at most
+    n_seen: int = 0
+
+
+def filled(targets: Targets, size: int, length: int, source: torch.Generator) -> Reservoir:
+    """A reservoir of at most `size` after its first targets, with histories of `length` items."""
+    return stream(Reservoir(keep(targets[torch.zeros(0, dtype=torch.int64)], length), size), targets, source)
+
+
+def stream(reservoir: Reservoir, targets: Targets, source: torch.Generator) -> Reservoir:
+    """The reservoir after `targets` have gone by."""
+    slot_W, nth_W = accepted(reservoir.n_seen, len(targets), reservoir.size, source)
+    new = keep(targets[nth_W], reservoir.kept.histories_NT.shape[1])
+    n_seen = reservoir.n_seen + len(targets)
+    from_N = torch.arange(min(reservoir.size, n_seen))  # slots keep what they hold ...
+    from_N[slot_W] = len(reservoir.kept) + torch.arange(len(new))  # ... or take one of the new
+    return Reservoir(together(reservoir.kept, new)[from_N], reservoir.size, n_seen)
+
+
+def accepted(n_seen: int, n_new: int, size: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Which of `n_new` targets end up in which slots (W,), (W,), after `n_seen` before them: Algorithm R, at once.
+
+    The i-th of a stream, from 0, takes slot i while slots are free; then slot u, if there is one, with u drawn from
+    0..i. Whoever comes later overwrites, so each slot is left to its last taker.
+    """
+    nth_N = n_seen + torch.arange(n_new)
+    drawn_N = (torch.rand(n_new, generator=source, dtype=torch.float64) * (nth_N + 1)).long()
+    slot_N = torch.where(nth_N < size, nth_N, drawn_N)
+    taker_N = (slot_N < size).nonzero()[:, 0]
+    last_S = torch.full((size,), -1).scatter_reduce_(0, slot_N[taker_N], taker_N, "amax")
+    slot_W = (last_S >= 0).nonzero()[:, 0]
+    return slot_W, last_S[slot_W]

@@ -1,0 +1,188 @@
+"""EWC: fine-tuning held to the last weights, each as firmly as what was said of the last events depends on it.
+
+Symbols of the paper: F_i -> fisher, theta -> weights, theta*_A -> anchor (the last model), lambda -> weight.
+"""
+
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from freshrec.data.batches import Carried, Targets, due_targets, in_parts, random_source
+from freshrec.learn.exemplars import batch_of, kept_length, learnable
+from freshrec.learn.fit import Clock, Fit, carried_by, finish, grid, start, successor, train
+from freshrec.learn.reservoir import Kept, keep
+from freshrec.learn.weights import Weights, tables_of, weights_of
+from freshrec.models.layers import best_inner_product
+from freshrec.options import Count, Weight, check_options
+from freshrec.types import Batch, EncodingModel, Forward, Span, State, Term
+
+DRAWN = 1201  # tells the random numbers apart from those of the epochs
+SAMPLES = 32  # whose gradients are in memory at once
+
+
+def penalty(weights: Tensor, anchor: Tensor, fisher: Tensor, weight: float) -> Tensor:
+    """sum_i lambda / 2 F_i (theta_i - theta*_i)^2 [EWC eq. 3]."""
+    return weight / 2 * (fisher * (weights - anchor) ** 2).sum()
+
+
+def hold(model: EncodingModel, anchor: EncodingModel, fisher: Weights, weight: float) -> Term:
+    """The term of the loss that keeps `model` near `anchor`.
+
+    Of the tables it holds the rows that the step moves, as far as there were such rows when `fisher` was made.
+    """
+    tables, dense = tables_of(model), dict(model.named_parameters())
+    anchor_tables, anchor_dense = tables_of(anchor), {n: w.detach() for n, w in anchor.named_parameters()}
+
+    def term(batch: Batch, forward: Forward) -> Tensor:
+        total = torch.zeros(())
+        for name, weights in dense.items():
+            total = total + penalty(weights, anchor_dense[name], fisher[name], weight)
+        for name, table in tables.items():
+            ids_N, rows_ND = table.in_step()
+            old_N = (ids_N < len(fisher[name])).nonzero()[:, 0]
+            ids_N, rows_ND = ids_N[old_N], rows_ND[old_N]
+            total = total + penalty(rows_ND, anchor_tables[name].weights[ids_N], fisher[name][ids_N], weight)
+        return total
+
+    return term
+
+
+def fisher_of(model: EncodingModel, samples: Kept, carried: Carried | None) -> Weights:
+    """F_j = mean over samples of (d -ln p(y | x) / d theta_j)^2, y the true target: the empirical Fisher diagonal.
+
+    p is the softmax of the scores of all known items; j runs over all dense weights and all rows of the tables.
+    """
+    total = {name: torch.zeros_like(weights) for name, weights in weights_of(model).items()}
+    n_interests_N = torch.ones(len(samples), dtype=torch.int64) if carried is None else carried.counts(samples.users_N)
+    for k in n_interests_N.unique():  # so that nobody in a batch lacks an interest that others have
+        for which in in_parts((n_interests_N == k).nonzero()[:, 0], SAMPLES):
+            batch = batch_of(samples, which, model, carried)
+            batch = Batch(batch.users_B, batch.history_BT, samples.items_N[which][:, None], None, batch.interests_BKD)
+            _add_squares(total, model, batch)
+    return {name: squares / max(len(samples), 1) for name, squares in total.items()}
+
+
+def _add_squares(total: Weights, model: EncodingModel, batch: Batch) -> None:
+    """Add each sample's squared gradients. B samples, I items from 1 on; of an item row only two kinds of gradient
+    exist, (p - y) v from its score and that from its places in the history, so none of (B, I, D) is ever formed."""
+    assert batch.targets_BT is not None
+    items_ID, item_B1 = model.items.weights[1 : model.n_items + 1], batch.targets_BT - 1
+    (items_name,) = (name for name, table in tables_of(model).items() if table is model.items)
+    vectors_BKD = model.user_vectors(batch)
+    score_BKI = vectors_BKD @ items_ID.t()
+    score_BI, best_BI = score_BKI.max(1)
+    error_BI = torch.softmax(score_BI, 1).scatter_add_(1, item_B1, torch.full(item_B1.shape, -1.0))
+    is_best_BKI = best_BI[:, None] == torch.arange(vectors_BKD.shape[1])[:, None]
+    squares_BKI = error_BI.square()[:, None] * is_best_BKI
+    total[items_name][1 : model.n_items + 1] += squares_BKI.flatten(0, 1).t() @ vectors_BKD.square().flatten(0, 1)
+
+    if model.unit == "pair":  # the user's vector is a row of its own
+        total["users"].index_add_(0, batch.users_B, (error_BI @ items_ID).square())
+        return
+    dense, history_BTD = _gradients(model, batch)
+    for name, gradient in dense.items():
+        total[name] += gradient.square().sum(0)
+    rows, places = (batch.history_BT > 0).nonzero(as_tuple=True)
+    pair_P, nth_P = torch.unique(rows * (model.n_items + 1) + batch.history_BT[rows, places], return_inverse=True)
+    inner_PD = torch.zeros(len(pair_P), items_ID.shape[1]).index_add_(0, nth_P, history_BTD[rows, places])
+    user_P, item_P = pair_P // (model.n_items + 1), pair_P % (model.n_items + 1)
+    outer_PD = error_BI[user_P, item_P - 1, None] * vectors_BKD[user_P, best_BI[user_P, item_P - 1]]
+    total[items_name].index_add_(0, item_P, inner_PD * (inner_PD + 2 * outer_PD))  # (a + b)^2 = a^2 + b (b + 2 a)
+
+
+class Reader(nn.Module):
+    """A model's `encode` as a forward pass, so that it can be called with other weights."""
+
+    def __init__(self, model: EncodingModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, items_BTD: Tensor, batch: Batch) -> Tensor:
+        """(B, K, D)"""
+        return self.model.encode(items_BTD, batch)
+
+
+def _gradients(model: EncodingModel, batch: Batch) -> tuple[Weights, Tensor]:
+    """Of each sample's -ln p, by the dense weights, (B, ...) each, and by the vectors of its history (B, T, D)."""
+    assert batch.targets_BT is not None
+    items_ID, reader = model.items.weights[1 : model.n_items + 1], Reader(model)
+    dense = {f"model.{name}": weights.detach() for name, weights in model.named_parameters()}
+
+    def loss(
+        dense: Weights, items_TD: Tensor, user: Tensor, history_T: Tensor, interests_KD: Tensor | None, item_1: Tensor
+    ) -> Tensor:
+        stored_1KD = None if interests_KD is None else interests_KD[None]
+        alone = Batch(user[None], history_T[None], interests_BKD=stored_1KD)
+        vectors_1KD = functional_call(reader, dense, (items_TD[None], alone))
+        score_I = best_inner_product(vectors_1KD, items_ID)[0]
+        return torch.logsumexp(score_I, 0) - score_I.gather(0, item_1 - 1)[0]
+
+    of_each = vmap(partial(grad(loss, (0, 1)), dense), in_dims=(0, 0, 0, None if batch.interests_BKD is None else 0, 0))
+    history_BTD = model.items.weights[batch.history_BT]
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels know no vmap
+        by_dense, by_items_BTD = of_each(
+            history_BTD, batch.users_B, batch.history_BT, batch.interests_BKD, batch.targets_BT
+        )
+    return {name.removeprefix("model."): gradient for name, gradient in by_dense.items()}, by_items_BTD
+
+
+@dataclass(frozen=True)
+class EWC:
+    """Fine-tuning with a quadratic penalty on leaving the last weights; only the last: anchors do not pile up.
+
+    The penalty is scaled by the mean over samples, so `weight` has to be large. Differs from ADER's comparison: the
+    Fisher's samples are drawn from the span's targets, since EWC keeps no exemplars.
+    """
+
+    weight: Weight = 1000.0
+    samples: Count = 1000
+    fit: Fit = Fit()
+    needs = "encoding"
+    base = "plain"
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def alternatives(self) -> "tuple[EWC, ...]":
+        """As many as FineTune has, with as many epochs in all; each of three weights is in two of them."""
+        weights = [self.weight * factor for factor in (1.0, 0.1, 10.0, 0.1, 10.0, 1.0)]
+        return tuple(replace(self, fit=fit, weight=weight) for fit, weight in zip(grid(self.fit), weights))
+
+    def work(self, sizes: list[int], base_epochs: int) -> list[float]:
+        """The base block, then the new events of each span."""
+        return self.fit.work(sizes, base_epochs)
+
+    def update(self, state: State, span: Span) -> State:
+        """Train with the penalty, then measure what the new model depends on."""
+        targets = due_targets(state.recent, self.fit.history)
+        if state.spans_seen == 0:
+            return self._measured(start(state, span, self.fit), targets, None, span.index)
+        model = successor(state, span)
+        assert isinstance(model, EncodingModel)
+        carried = carried_by(model, state.users, span.index)
+        clock = Clock({"rows_read": float(len(targets))})
+        since = time.process_time()
+        terms = [hold(model, state.model, state.memory, self.weight)] if self.weight else []
+        key, lr_scale = (state.seed, span.index), self.fit.lr_scale
+        for _ in train(model, targets, self.fit.epochs, key, lr_scale=lr_scale, carried=carried, terms=terms):
+            pass
+        clock.timed("train_cpu_s", since)
+        return self._measured(finish(state, model, carried, self.fit.history, clock), targets, state.memory, span.index)
+
+    def _measured(self, after: State, targets: Targets, before: Weights | None, span: int) -> State:
+        """`after` with the Fisher of its model, by some of the span's targets; the last one where there are none."""
+        since, clock = time.process_time(), Clock(dict(after.costs))
+        length = kept_length(after.model)
+        targets = learnable(targets, length)
+        drawn_N = torch.randperm(len(targets), generator=random_source(after.seed, span, DRAWN))[: self.samples]
+        carried = carried_by(after.model, after.users, after.spans_seen)
+        fisher = before
+        if len(targets) or before is None:
+            fisher = fisher_of(after.model, keep(targets[drawn_N], length), carried)
+        clock.timed("fisher_cpu_s", since)
+        return replace(after, memory=fisher, costs=dict(clock.costs))

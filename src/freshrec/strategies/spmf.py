@@ -1,0 +1,137 @@
+"""SPMF: train on what the model predicts badly, among new events and a reservoir of all earlier ones.
+
+Symbols of the paper: R -> reservoir.kept, W -> the due targets, w_i = exp(rank_i / N) -> rank_weights.
+"""
+
+import time
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from freshrec.data.batches import Carried, Targets, due_targets, query_batches, random_source, without_secrets
+from freshrec.learn.fit import Clock, Fit, carried_by, finish, grid, start, successor, train
+from freshrec.learn.reservoir import Kept, filled, joined, keep, stream, together
+from freshrec.options import Positive, Weight, check_options
+from freshrec.types import Span, State, TrainedModel
+
+DRAWS, FILL = 1001, 1002  # tell the random numbers apart from each other and from those of the epochs
+
+
+def rank_weights(scores_N: Tensor) -> Tensor:
+    """p_i = exp(rank_i / N) / sum_j exp(rank_j / N), float64 (N,); rank 0 is the best score, so that the badly
+    predicted are drawn more often, but less than e times as often."""
+    rank_N = torch.empty(len(scores_N), dtype=torch.float64)
+    rank_N[scores_N.argsort(descending=True, stable=True)] = torch.arange(len(scores_N), dtype=torch.float64)
+    return torch.softmax(rank_N / max(len(scores_N), 1), 0)
+
+
+def chances(scores_N: Tensor, labels_N: Tensor | None) -> Tensor:
+    """The `rank_weights` of what was taken; what was shown and not taken is drawn as often as by chance (N,)."""
+    if labels_N is None:
+        return rank_weights(scores_N)
+    taken_N, p_N = labels_N > 0, torch.full((len(scores_N),), 1 / max(len(scores_N), 1), dtype=torch.float64)
+    p_N[taken_N] = rank_weights(scores_N[taken_N]) * p_N[taken_N].sum()
+    return p_N
+
+
+def draw(p_N: Tensor, n: int, source: torch.Generator) -> Tensor:
+    """(n,) indices with replacement, i with probability p_i; none where there is nothing to draw from."""
+    if not len(p_N):
+        return torch.zeros(0, dtype=torch.int64)
+    upto_N = p_N.cumsum(0)
+    at_M = torch.rand(n, generator=source, dtype=torch.float64) * upto_N[-1]
+    return torch.searchsorted(upto_N, at_M, right=True).clamp(max=len(p_N) - 1)
+
+
+def draw_distinct(p_N: Tensor, n: int, source: torch.Generator) -> Tensor:
+    """(n,) indices without replacement, one after the other in proportion to what is left of p; all if n is more."""
+    clock_N = -torch.rand(len(p_N), generator=source, dtype=torch.float64).log() / p_N  # the first n to ring
+    return clock_N.topk(min(n, len(p_N)), largest=False).indices
+
+
+def scores_of(model: TrainedModel, targets: Targets, carried: Carried | None) -> Tensor:
+    """(N,) the model's score of each target, from the history before it."""
+    item_N = targets.items_N
+    score_N = torch.zeros(len(targets))
+    for which, batch in query_batches(without_secrets(targets), model.spec.length, carried):
+        score_N[which] = model.score(batch, item_N[which][:, None])[:, 0]
+    return score_N
+
+
+@dataclass(frozen=True)
+class SPMF:
+    """Fine-tuning on a sample of new and remembered events, or on all new ones and some of those remembered.
+
+    `take`: "sampled", as many events as there are new and remembered ones, drawn from both with replacement, anew for
+    each epoch; "all": every new event, and remembered ones, `share` to a new one, drawn from the reservoir without
+    replacement. Both draw by `rank_weights` of the scores that the last model gives. Differs from the paper: one
+    reservoir rule for all, Algorithm R; negatives are those of the model's own loss; batches are shuffled.
+    """
+
+    take: Literal["sampled", "all"] = "sampled"
+    share: Weight = 0.5
+    reservoir: Positive = 0.3  # targets in it: up to 1, this share of the base block's; above 1, so many
+    fit: Fit = Fit()
+    needs = "gradients"
+    base = "plain"
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def alternatives(self) -> "tuple[SPMF, ...]":
+        """As many as FineTune has, with as many epochs in all."""
+        return tuple(replace(self, fit=fit) for fit in grid(self.fit))
+
+    def size(self, n_base: int) -> int:
+        """How many targets the reservoir holds, after a base block of `n_base`."""
+        return max(1, round(self.reservoir * n_base)) if self.reservoir <= 1 else int(self.reservoir)
+
+    def work(self, sizes: list[int], base_epochs: int) -> list[float]:
+        """The base block, then the new events of each span and those remembered."""
+        base, *later = self.fit.work(sizes, base_epochs)
+        if self.take == "all":
+            return [base, *(n * (1 + self.share) for n in later)]
+        return [base, *(n + self.size(sizes[0]) * self.fit.epochs for n in later)]
+
+    def update(self, state: State, span: Span) -> State:
+        """Score, draw, train; then the new events go by the reservoir."""
+        due = due_targets(state.recent, self.fit.history)
+        fill = random_source(state.seed, span.index, FILL)
+        if state.spans_seen == 0:
+            started = start(state, span, self.fit)
+            length = 0 if started.model.unit == "pair" else started.model.spec.length  # what nobody reads is not kept
+            return replace(started, memory=filled(due, self.size(len(due)), length, fill))
+        model = successor(state, span)
+        carried = carried_by(model, state.users, span.index)
+        key, lr_scale = (state.seed, span.index), self.fit.lr_scale
+        clock = Clock()
+        since = time.process_time()
+        rounds = self._rounds(model, due, state.memory.kept, carried, key)
+        n_epochs = self.fit.epochs if self.take == "all" else 1
+        clock.costs["rows_read"] = float(len(rounds[0]))
+        clock.timed("choose_cpu_s", since)
+        since = time.process_time()
+        for nth, targets in enumerate(rounds):
+            round_key = (*key, nth) if nth else key
+            for _ in train(model, targets, n_epochs, round_key, lr_scale=lr_scale, carried=carried):
+                pass
+        clock.timed("train_cpu_s", since)
+        after = finish(state, model, carried, self.fit.history, clock)
+        return replace(after, memory=stream(state.memory, due, fill))
+
+    def _rounds(
+        self, model: TrainedModel, due: Targets, kept: Kept, carried: Carried | None, key: tuple[int, int]
+    ) -> list[Targets]:
+        """What to train on: new draws for each epoch, or the same for all epochs."""
+        source, apart = random_source(*key, DRAWS), model.unit == "window"
+        none = due[torch.zeros(0, dtype=torch.int64)]
+        if self.take == "sampled":
+            kept = together(kept, keep(due, kept.histories_NT.shape[1]))
+        candidates = joined(none, kept, torch.arange(len(kept)), apart=False)
+        p_N = chances(scores_of(model, candidates, carried), kept.labels_N)
+        if self.take == "sampled":
+            draws = [draw(p_N, len(kept), source) for _ in range(max(1, self.fit.epochs))]
+            return [joined(none, kept, drawn_M, apart) for drawn_M in draws]
+        return [joined(due, kept, draw_distinct(p_N, int(self.share * len(due)), source), apart)]

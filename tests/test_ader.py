@@ -1,0 +1,365 @@
+"""ADER: its equations by hand, herding against its definition, and old knowledge kept where fine-tuning loses it."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from freshrec.data.batches import append, due_targets, random_source, targets_at
+from freshrec.learn.exemplars import (
+    Replay,
+    allocate,
+    batch_of,
+    herd,
+    largest_remainder,
+    learnable,
+    losses,
+    pool_of,
+    queries,
+    select,
+    smallest,
+)
+from freshrec.learn.fit import Fit, carried_by, ndcg, start
+from freshrec.learn.reservoir import Kept
+from freshrec.models import MODELS
+from freshrec.models.mf import MFSpec
+from freshrec.models.sasrec import SASRecSpec
+from freshrec.strategies.ader import ADER, adaptive_weight, distil, distillation
+from freshrec.strategies.ader_s import ADERS, alike, truncated
+from freshrec.strategies.plain import FineTune
+from freshrec.types import NEVER, Batch, EncodingModel, Events, Histories, Span, State
+
+near = pytest.approx
+NO_CHANCE = torch.Generator()
+
+
+def row(*numbers: float) -> Tensor:
+    return torch.tensor([numbers], dtype=torch.float32)
+
+
+def kept(*rows: tuple[int, list[int], int]) -> Kept:
+    """Exemplars from (user, history, target), for models that look at 3 items."""
+    histories = [[0] * (3 - len(history)) + history for _, history, _ in rows]
+    users, items = [user for user, _, _ in rows], [item for _, _, item in rows]
+    return Kept(torch.tensor(users), torch.tensor(histories, dtype=torch.int32), torch.tensor(items))
+
+
+def histories_of(users: list[int], items: list[int]) -> Histories:
+    return append(Histories.empty(), Events.of(torch.tensor(users), torch.tensor(items)), max(users))
+
+
+# how much it counts
+
+
+def test_the_weight_follows_the_shares_of_old_items_and_of_exemplars() -> None:
+    """[ADER eq. 4]"""
+    assert adaptive_weight(0.8, 100, 100, 25, 100) == near(0.4)  # 0.8 sqrt(1 / 4)
+    assert adaptive_weight(0.8, 81, 100, 50, 50) == near(0.72)  # 0.8 sqrt(0.81)
+    assert adaptive_weight(0.8, 18_569, 22_692, 28_130, 26_799) == near(0.7414, abs=1e-4)  # cycle 2 of DIGINETICA
+    assert adaptive_weight(0.8, 5, 5, 5, 0) == 0
+
+
+# what is distilled
+
+
+def test_distillation_is_a_cross_entropy_over_the_items_that_the_teacher_knows() -> None:
+    """[ADER eq. 2]"""
+    # p' of (2, 0, 1) = (0.665241, 0.090031, 0.244728); -ln p of (1, 1, 0) = (0.861995, 0.861995, 1.861995). With the
+    # new item's 5 in the normaliser, -ln p would be larger by 3.180480, and the loss 4.287183.
+    student_BI = row(1, 1, 0, 5).requires_grad_()
+    loss = distillation(student_BI, row(2, 0, 1))
+    assert loss.item() == near(1.106723, abs=1e-6)
+    loss.backward()
+    assert student_BI.grad is not None and student_BI.grad[0, 3] == 0 and (student_BI.grad[0, :3] != 0).all()
+
+
+def test_distillation_is_least_where_both_agree() -> None:
+    # then it is the entropy of (0.665241, 0.090031, 0.244728); a constant added to all logits changes nothing
+    student_BI = row(4, 2, 3).requires_grad_()
+    loss = distillation(student_BI, row(2, 0, 1))
+    assert loss.item() == near(0.832396, abs=1e-6)
+    loss.backward()
+    assert student_BI.grad is not None and student_BI.grad.abs().max() < 1e-6
+
+
+# how many exemplars of each item
+
+
+def test_exemplars_are_shared_out_as_the_samples_are() -> None:
+    """[ADER eq. 1]"""
+    # 3, 2, 1 of 6 samples, N = 3: 1.5, 1, 0.5; the one that is missing goes to the lowest of the two largest remainders
+    counts_I = torch.tensor([0, 3, 2, 1])
+    assert allocate(counts_I, 3, "largest-remainder", False, NO_CHANCE).tolist() == [0, 2, 1, 0]
+    assert allocate(counts_I, 100, "largest-remainder", False, NO_CHANCE).tolist() == [0, 3, 2, 1]
+    assert allocate(counts_I, 6, "largest-remainder", True, NO_CHANCE).tolist() == [0, 2, 2, 1]  # 2 each, if there are
+    assert not allocate(0 * counts_I, 3, "largest-remainder", False, NO_CHANCE).any()
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=20), st.integers(1, 200))
+def test_no_exemplar_is_lost_by_rounding(counts: list[int], n: int) -> None:
+    counts_I = torch.tensor([0, *counts])
+    wanted_I = allocate(counts_I, n, "largest-remainder", False, NO_CHANCE)
+    assert int(wanted_I.sum()) == min(n, sum(counts)) and (wanted_I <= counts_I).all()
+    assert (largest_remainder(counts_I, n) * sum(counts) - n * counts_I).abs().max() <= sum(counts)  # less than 1 off
+
+
+def test_drawn_allocation_has_the_right_mean_and_loses_what_is_drawn_too_often() -> None:
+    counts_I = torch.tensor([0, 5000, 3000, 2000])
+    wanted_I = allocate(counts_I, 2000, "multinomial", False, random_source(0))
+    assert int(wanted_I.sum()) == 2000
+    assert (wanted_I - torch.tensor([0, 1000, 600, 400])).abs().max() < 90  # 4 standard deviations, of 22
+    few_I = torch.tensor([0, 1, 1, 1])  # all three are drawn in 2 of 9 cases
+    assert {int(allocate(few_I, 3, "multinomial", True, random_source(s)).sum()) for s in range(50)} == {1, 2, 3}
+    assert not allocate(0 * few_I, 3, "multinomial", False, random_source(0)).any()
+
+
+# which exemplars
+
+
+THREE = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
+FOUR = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [3.0, 4.0]])
+
+
+@pytest.mark.parametrize(
+    ("points", "m", "repeat", "expected"),
+    [
+        (THREE, 3, False, [1, 2, 0]),  # mu = (0.6, 0.533): cosines 0.6, 0.8, 0.533
+        (THREE, 2, True, [1, 2]),  # picks 1, 1, 2: the second round is lost, 1.1 x 2 rounds are 3
+        (FOUR, 4, False, [2, 3, 0, 1]),
+        (FOUR, 4, True, [2, 3]),  # of 5 rounds three are lost
+        (FOUR, 1, False, [2]),
+    ],
+)
+def test_herding_by_hand(points: Tensor, m: int, repeat: bool, expected: list[int]) -> None:
+    group_S = torch.zeros(len(points), dtype=torch.int64)
+    assert herd(points, group_S, torch.tensor([m]), repeat).tolist() == expected
+
+
+def test_herding_keeps_the_mean_of_what_it_took_closest_to_the_mean_of_all() -> None:
+    # Algorithm 1 as printed: argmin_x || mu - (phi(x) + sum of those taken) / k ||, in groups of different sizes.
+    features_SD = torch.randn(60, 5, generator=random_source(0))
+    group_S = torch.randint(0, 4, (60,), generator=random_source(1)) * 3
+    wanted_G = torch.zeros(10, dtype=torch.int64).index_fill(0, group_S.unique(), 6)
+    found = herd(features_SD, group_S, wanted_G)
+    phi_SD = F.normalize(features_SD, dim=1)
+    for group in group_S.unique():
+        members = (group_S == group).nonzero()[:, 0].tolist()
+        mean_D = phi_SD[members].mean(0)
+        taken: list[int] = []
+        for k in range(1, 7):
+            sum_D = phi_SD[taken].sum(0)
+            left = [s for s in members if s not in taken]
+            taken.append(min(left, key=lambda s: float((mean_D - (phi_SD[s] + sum_D) / k).norm())))  # noqa: B023
+        assert [s for s in found.tolist() if s in members] == taken
+
+
+def test_copies_of_all_samples_do_not_change_which_comes_first() -> None:
+    group_S = torch.zeros(12, dtype=torch.int64)
+    assert herd(FOUR.repeat(3, 1), group_S, torch.tensor([1])).tolist() == [2]
+
+
+def test_the_smallest_keys_are_taken_group_by_group() -> None:
+    key_S, group_S = torch.tensor([5.0, 1, 4, 2, 3, 0]), torch.tensor([2, 2, 1, 2, 1, 2])
+    assert sorted(smallest(key_S, group_S, torch.tensor([9, 1, 2])).tolist()) == [1, 4, 5]
+    assert len(smallest(key_S[:0], group_S[:0], torch.tensor([9, 1, 2]))) == 0
+
+
+def test_exemplars_by_loss_are_those_of_each_item_that_are_predicted_best() -> None:
+    # One vector a user and item: the score of item 1 is 3, 1, 2 for users 1, 2, 3, that of item 2 is 0 for all.
+    model = MFSpec(d=1).build(0)
+    model.grow(3, 2)
+    model.users.weights[1:], model.items.weights[1:] = torch.tensor([[3.0], [1], [2]]), torch.tensor([[1.0], [0]])
+    pool = replace(kept((1, [], 1), (2, [], 1), (3, [], 1), (2, [], 2)), histories_NT=torch.zeros(4, 0).int())
+    expected = [math.log1p(math.exp(-x)) for x in (3, 1, 2, -1)]
+    assert losses(model, pool, None).tolist() == near(expected, abs=1e-6)
+    chosen = select("loss", model, pool, None, torch.tensor([0, 2, 1]), NO_CHANCE)
+    assert list(zip(chosen.users_N.tolist(), chosen.items_N.tolist())) == [(1, 1), (3, 1), (2, 2)]
+
+
+def test_random_exemplars_are_as_many_as_wanted_and_any_may_be_among_them() -> None:
+    model = SASRecSpec(d=4, length=3).build(0)
+    model.grow(9, 2)
+    pool = kept(*((user, [1], 1) for user in range(1, 10)))
+    taken = [select("random", model, pool, None, torch.tensor([0, 3, 0]), random_source(s)).users_N for s in range(40)]
+    assert all(len(users_N.unique()) == 3 for users_N in taken) and len(torch.cat(taken).unique()) == 9
+
+
+# how they are kept and trained on
+
+
+def test_an_exemplar_is_a_target_with_the_history_before_it_but_not_one_right_after_a_secret() -> None:
+    # User 1: items 5, 6, 7 (secret), 8, 9; user 2: item 4 alone. 5 and 4 have no history, 8 comes right after a secret.
+    joins = torch.tensor([0, 0, NEVER, 0, 0, 0])
+    events = Events.of(torch.tensor([1, 1, 1, 1, 1, 2]), torch.tensor([5, 6, 7, 8, 9, 4]))
+    targets = due_targets(append(Histories.empty(), replace(events, joins_E=joins.to(torch.int8)), 2))
+    pool = pool_of(targets, kept((3, [1, 2], 3)), 3)
+    assert pool.items_N.tolist() == [6, 9, 3] and pool.users_N.tolist() == [1, 1, 3]
+    assert pool.histories_NT.tolist() == [[0, 0, 5], [6, 0, 8], [0, 1, 2]]
+    assert len(learnable(targets, 0)) == 5  # who reads no history needs none
+
+
+def test_exemplars_come_back_as_the_batches_that_their_model_knows() -> None:
+    exemplars = kept((1, [4, 5], 6), (2, [7], 8))
+    for spec, targets in ((SASRecSpec(d=4, length=3), [[0, 6], [0, 8]]), (MFSpec(d=4), [[6], [8]])):
+        batch = batch_of(exemplars, torch.tensor([0, 1]), spec.build(0), None)
+        assert batch.users_B.tolist() == [1, 2] and batch.history_BT.tolist() == [[4, 5], [0, 7]]
+        assert batch.targets_BT is not None and batch.targets_BT.tolist() == targets
+
+
+def test_all_exemplars_are_replayed_once_an_epoch_and_in_another_order_in_the_next() -> None:
+    model = SASRecSpec(d=4, length=3).build(0)
+    exemplars = kept(*((user, [1], 1) for user in range(1, 13)))
+    seen: list[Tensor] = []
+
+    def note(which_M: Tensor, batch: Batch) -> Tensor:
+        seen.append(batch.users_B)
+        return torch.zeros(())
+
+    term = Replay(model, exemplars, None, 1.0, note, 4, random_source(0))
+    batch = Batch(torch.tensor([1]), torch.tensor([[1]]))
+    for _ in range(6):
+        term(batch, None)  # type: ignore[arg-type]
+    first, second = torch.cat(seen[:3]), torch.cat(seen[3:])
+    assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(1, 13))
+    assert first.tolist() != second.tolist()
+
+
+def model_of(name: str, **options: object) -> EncodingModel:
+    model = replace(MODELS[name], d=8, std=1.0, length=3, **options).build(0)  # type: ignore[type-var]
+    model.grow(4, 9)
+    model.eval()
+    return model
+
+
+@pytest.mark.parametrize("name", ["sasrec", "mf", "mind", "comirec-dr", "comirec-sa"])
+def test_distillation_starts_at_the_entropy_of_the_teacher_and_tells_the_weights_how_to_return(name: str) -> None:
+    exemplars = kept((1, [1, 2], 3), (2, [4], 5), (3, [6, 7, 8], 9))
+    teacher, model = model_of(name), model_of(name)
+    model.grow(4, 12)  # new items are no part of it
+    carried = carried_by(model, None, 1)
+    loss = distil(model, teacher, exemplars, carried)
+    model.items.pull(torch.tensor([2, 5, 11]))  # the step's rows
+    batch = batch_of(exemplars, torch.tensor([2, 0]), model, carried)
+    p_BI = torch.softmax(teacher.score(replace(batch, targets_BT=None), torch.arange(1, 10)), 1)
+    found = loss(torch.tensor([2, 0]), batch)
+    assert found.item() == near(float(-(p_BI * p_BI.log()).sum(1).mean()), rel=1e-5)
+    model.items.weights[5, 0] += 1
+    model.items.pull(torch.tensor([2, 5, 11]))
+    loss(torch.tensor([2, 0]), batch).backward()
+    ids_N, rows_ND = model.items.in_step()
+    assert rows_ND.grad is not None
+    moved = rows_ND.grad.abs().amax(1) > 1e-5
+    assert ids_N.tolist() == [2, 5, 11] and moved.tolist() == [True, True, False]
+
+
+def test_where_the_model_learns_by_the_full_softmax_every_old_item_feels_the_distillation() -> None:
+    exemplars, full = kept((1, [1, 2], 3)), {"predict": "last", "loss": "full"}
+    teacher, model = model_of("sasrec", **full), model_of("sasrec", **full)
+    model.grow(4, 12)
+    model.items.weights[5, 0] += 1
+    batch = batch_of(exemplars, torch.tensor([0]), model, None)
+    model(replace(batch, negatives_N=torch.zeros(0, dtype=torch.int64)))
+    distil(model, teacher, exemplars, None)(torch.tensor([0]), batch).backward()
+    ids_N, rows_ND = model.items.in_step()
+    assert rows_ND.grad is not None
+    assert ids_N[rows_ND.grad.any(1)].sort().values.tolist() == list(range(1, 10))
+
+
+# the whole
+
+
+def circles(users: range, step: int) -> Events:
+    """16 events each: user u goes round in the u-th of four circles of 5 items, forwards (1) or backwards (-1)."""
+    circle_UT = torch.arange(len(users))[:, None] % 4 * 5 + (step * torch.arange(16)) % 5 + 1
+    return Events.of(torch.tensor(users).repeat_interleave(16), circle_UT.reshape(-1))
+
+
+@cache
+def two_periods() -> tuple[State, Span]:
+    """Users 1..60 go round forwards, and are gone; then users 61..100 go round backwards."""
+    base, after = circles(range(1, 61), 1), circles(range(61, 101), -1)
+    spec = SASRecSpec(d=16, negatives=16, length=8, dropout=0.0)
+    state = State(spec.build(0), recent=append(Histories.empty(), base, 60))
+    state = ADER(exemplars=200, fit=Fit(base_epochs=12)).update(state, Span(0, base, 60, 20))
+    return replace(state, recent=append(state.recent, after, 100)), Span(1, after, 100, 20)
+
+
+def old_and_new(after: State) -> tuple[float, float]:
+    """ndcg@20 of the next item where one goes forwards, and where one goes backwards."""
+    found = []
+    for step in (1, -1):
+        histories = append(Histories.empty(), circles(range(1, 61), step), 60)
+        found.append(ndcg(after.model, targets_at(histories, histories.offsets_U[2:] - 1), None))
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("distil", [True, False])
+def test_old_ways_are_still_known_where_fine_tuning_has_forgotten_them(distil: bool) -> None:
+    # Measured: old 0.91 by distillation and by replay, 0.47 by fine-tuning; new 0.69, 0.57 and 0.82, before it 0.29.
+    before, span = two_periods()
+    fit = Fit(epochs=15)
+    old, new = old_and_new(ADER(weight=2.5, distil=distil, fit=fit).update(before, span))
+    assert old > old_and_new(FineTune(fit).update(before, span))[0] + 0.2
+    assert new > old_and_new(before)[1] + 0.1
+
+
+def test_without_weight_ader_is_fine_tuning_to_the_bit(bits: Callable[[State], bytes]) -> None:
+    before, span = two_periods()
+    plain = replace(FineTune().update(before, span), memory=None)
+    for strategy in (ADER(weight=0.0), ADER(weight=0.0, distil=False), ADERS(weight=0.0)):
+        assert bits(replace(strategy.update(before, span), memory=None)) == bits(plain)
+    assert bits(replace(ADER(exemplars=200).update(before, span), memory=None)) != bits(plain)
+
+
+def test_an_update_leaves_as_many_exemplars_as_it_may_of_old_and_new() -> None:
+    before, span = two_periods()
+    memory = ADER(exemplars=200).update(before, span).memory
+    assert len(before.memory) == len(memory) == 200
+    # 600 new targets have a history, and 200 samples are left of the old ones: each item has 40 of the 800
+    assert torch.bincount(memory.items_N)[1:].tolist() == near([10] * 20, abs=1)
+    assert bool((memory.users_N <= 60).any()) and bool((memory.users_N > 60).any())
+
+
+def test_the_first_update_starts_like_everybody_elses(bits: Callable[[State], bytes]) -> None:
+    base = Events.of(torch.tensor([1, 1, 1, 2, 2, 2]), torch.tensor([1, 2, 3, 2, 3, 1]))
+    state = State(SASRecSpec(d=4, length=3).build(0), recent=append(Histories.empty(), base, 2))
+    span, fit = Span(0, base, 2, 3), Fit(base_epochs=1)
+    for strategy in (ADER(fit=fit), ADERS(fit=fit)):
+        assert bits(replace(strategy.update(state, span), memory=None)) == bits(start(state, span, fit))
+
+
+# ADER-S
+
+
+def test_sequences_are_cut_off_at_different_random_ends() -> None:
+    # User 1 has 5 events, and three ends of 3 or more items; user 2 has 2 events and none.
+    targets = due_targets(histories_of([1] * 5 + [2] * 2, [1, 2, 3, 4, 5, 6, 7]), "span")
+    whole = truncated(targets, 5, 3, random_source(0))
+    assert whole.items_N.tolist() == [3, 4, 5]
+    assert whole.histories_NT.tolist() == [[0, 1, 2], [1, 2, 3], [2, 3, 4]]
+    ends = {tuple(truncated(targets, 2, 3, random_source(s)).items_N.tolist()) for s in range(30)}
+    assert ends == {(3, 4), (3, 5), (4, 5)}
+
+
+def test_the_sequences_most_like_the_new_one_are_replayed_of_users_who_are_back() -> None:
+    # Items 1 and 2 point the same way, 3 across, 4 against. User 1 is back with item 1: of its three sequences, with
+    # cosines 0 (3), 1 (2), -1 (4), it replays ceil(3 / 2) = 2; user 2 is not back.
+    items_ID = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    pool = kept((1, [3, 3], 3), (1, [2, 2], 2), (1, [4, 4], 4), (2, [1, 1], 1))
+    targets = due_targets(histories_of([1, 1, 3], [1, 1, 2]))
+    assert alike(pool, targets, items_ID, 0.5).tolist() == [0, 1]
+    assert alike(pool, targets, items_ID, 0.3).tolist() == [1]
+
+
+def test_every_user_with_three_events_adds_up_to_five_sequences_to_the_pool() -> None:
+    before, span = two_periods()
+    after = ADERS(fit=Fit(epochs=1)).update(before, span)
+    assert len(after.memory) == len(before.memory) + 40 * 5
+    assert len(list(queries(after.memory, after.model, None))) == 2  # 400 of them, 256 at a time

@@ -1,0 +1,254 @@
+"""ASMG: the chain is plain fine-tuning; what learns on which span; the sum of losses; what a generator learns."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+
+import pytest
+import torch
+
+from freshrec.data.batches import append, due_targets, pad_interests
+from freshrec.data.spans import Cut, cut
+from freshrec.data.worlds import make
+from freshrec.errors import OptionError
+from freshrec.learn.fit import Fit, batches
+from freshrec.learn.generators import Generator, Window
+from freshrec.learn.weights import Weights, put, weights_of
+from freshrec.models import MODELS
+from freshrec.strategies.asmg import ASMG, Block
+from freshrec.strategies.plain import FineTune
+from freshrec.types import DUE, NEXT, NOW, Events, Forward, Histories, Span, State, Strategy, TrainedModel
+
+near = pytest.approx
+FIT = Fit(base_epochs=2, epochs=1)
+MULTI = ASMG(rehearsals=0, fit=FIT)
+SINGLE, LINEAR = replace(MULTI, loss="last"), replace(MULTI, generator="linear", loss="last")
+
+
+@cache
+def log() -> Cut:
+    return cut(make("checkerboard", users=60, items=40, events=1600, spans=5).log, by="period", forget_users=0)
+
+
+def spec(name: str) -> State:
+    """An untrained state with a small model."""
+    small = replace(MODELS[name], d=8, negatives=16, batch=64)  # type: ignore[type-var]
+    return State(small.build(0))
+
+
+def passed(strategy: Strategy, state: State, span: Span) -> State:
+    ready = replace(state, recent=append(state.recent, span.events, span.n_users))
+    return strategy.update(ready, span)
+
+
+def stream(strategy: Strategy, model: str = "mf", n: int = 6) -> list[State]:
+    """The states after each of the first n spans."""
+    states = [spec(model)]
+    for span in log().spans[:n]:
+        states.append(passed(strategy, states[-1], span))
+    return states[1:]
+
+
+def same(some: Weights, other: Weights) -> bool:
+    return all(torch.equal(some[name], other[name]) for name in (*some, *other))
+
+
+@pytest.mark.parametrize("model", ["mf", "sasrec", "comirec-dr", "embedding-mlp"])
+def test_the_chain_is_fine_tuning_to_the_bit_whatever_is_served(model: str, bits: Callable[[State], bytes]) -> None:
+    """T29"""
+    ours, plain = stream(MULTI, model, 4)[-1], stream(FineTune(FIT), model, 4)[-1]
+    chain = replace(ours, model=ours.memory.model, users=ours.memory.users, memory=None)
+    assert bits(chain) == bits(plain)
+    assert bits(replace(ours, memory=None)) != bits(plain)
+
+
+def test_before_it_has_learnt_a_residual_generator_serves_the_chain(bits: Callable[[State], bytes]) -> None:
+    # The first window is that of the second update: until then, without rehearsals, nothing has been learnt.
+    ours, plain = stream(MULTI, "mf", 2), stream(FineTune(FIT), "mf", 2)
+    assert same(weights_of(ours[1].model), weights_of(plain[1].model))
+
+
+def joining(t: int) -> Events:
+    """The events that an update on span t trains on: its own, and those that the span before held back."""
+    before, now = (log().spans[i].events for i in (t - 1, t))
+    before, now = before[before.joins_E == NEXT], now[now.joins_E == NOW]
+    return Events.of(torch.cat([before.users_E, now.users_E]), torch.cat([before.items_E, now.items_E]))
+
+
+@dataclass
+class Lesson:
+    """What a generator was trained on."""
+
+    window: Window
+    blocks: tuple[Block, ...]
+
+
+def lessons(strategy: ASMG, monkeypatch: pytest.MonkeyPatch) -> list[Lesson]:
+    """One for each update after the base block, of a stream without rehearsals."""
+    seen: list[Lesson] = []
+    trained = ASMG._trained
+
+    def spy(
+        self: ASMG, generator: Generator, model: TrainedModel, window: Window, blocks: tuple[Block, ...], key: tuple
+    ) -> Generator:
+        seen.append(Lesson(window, blocks))
+        return trained(self, generator, model, window, blocks, key)
+
+    monkeypatch.setattr(ASMG, "_trained", spy)
+    stream(strategy)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("strategy", "n_models", "n_blocks"),
+    [
+        (MULTI, [0, 1, 2, 3, 3], [1, 1, 2, 3, 3]),
+        (replace(MULTI, k=2), [0, 1, 2, 2, 2], [1, 1, 2, 2, 2]),
+        (replace(MULTI, k=0, carry=False), [0, 1, 2, 3, 4], [1, 1, 2, 3, 4]),
+        (SINGLE, [0, 1, 2, 3, 3], [1, 1, 1, 1, 1]),
+        (LINEAR, [0, 1, 2, 3, 3], [1, 1, 1, 1, 1]),
+    ],
+)
+def test_a_model_made_of_those_up_to_i_learns_on_span_i_plus_1(
+    strategy: ASMG, n_models: list[int], n_blocks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T29, and the base model is in no window."""
+    chain = [weights_of(state.model) for state in stream(FineTune(FIT))]
+    for t, lesson in enumerate(lessons(strategy, monkeypatch), 1):
+        assert len(lesson.window.models) == n_models[t - 1] and len(lesson.blocks) == n_blocks[t - 1]
+        newest_first = range(t - 1, 0, -1)
+        for i, model in zip(newest_first, reversed(lesson.window.models)):
+            known = {name: model[name][: len(rows)] for name, rows in chain[i].items()}
+            assert same(known, chain[i])
+        for i, block in zip(range(t, 0, -1), reversed(lesson.blocks)):
+            due_R = block.histories.due_R == DUE
+            assert sorted(block.histories.items_R[due_R].tolist()) == sorted(joining(i).items_E.tolist())
+            assert block.n_items == log().spans[i].n_items
+
+
+def test_with_one_model_in_the_window_all_ways_to_weigh_the_spans_are_one(bits: Callable[[State], bytes]) -> None:
+    """T27: k = 1, multi == single == unif; and carrying a state makes a difference only then."""
+    multi, single, uniform = (
+        stream(replace(MULTI, k=1, loss=loss), "mf", 4)[-1] for loss in ("linear", "last", "uniform")
+    )
+    assert bits(multi) == bits(single) == bits(uniform)
+
+
+def test_the_loss_is_the_weighted_sum_over_the_spans() -> None:
+    """[ASMG eq. lambda] T27, with models that hold the generated weights."""
+    state = stream(replace(MULTI, residual=False), "mf", 5)[-1]
+    memory, window = state.memory, state.memory.window
+    blocks = list(memory.blocks)
+    assert len(window.models) == 3 and len(blocks) == 2
+    key = (0, 4)
+    term = MULTI._older(memory.generator, state.model, window, blocks, key)
+    newest = Forward(torch.tensor(0.7))
+    expected = 0.7 / 2
+    for j, (block, share) in enumerate(zip(blocks, (1 / 6, 1 / 3))):
+        made = copy.deepcopy(state.model)
+        put(made, memory.generator.whole(Window(window.models[: j + 1], window.hidden)))
+        expected += share * made(next(MULTI._stream(made, block, (*key, 0, j)))).loss.item()
+    assert 0.7 + term(None, newest).item() == near(expected, rel=1e-5)  # type: ignore[arg-type]
+
+
+def test_past_spans_are_passed_again_and_again_with_negatives_of_their_time_and_empty_ones_left_out() -> None:
+    state = stream(MULTI, "mf", 5)[-1]
+    block = replace(state.memory.blocks[0], n_items=3)
+    once = list(batches(state.model, due_targets(block.histories), torch.Generator()))
+    endless = MULTI._stream(state.model, block, (0,))
+    drawn = [next(endless) for _ in range(3 * len(once))]
+    n_targets = int((block.histories.due_R == DUE).sum())
+    assert sum(len(batch) for batch in drawn) == 3 * n_targets
+    assert max(int(batch.negatives_N.max()) for batch in drawn) == 3  # type: ignore[union-attr]
+    assert list(MULTI._stream(state.model, replace(block, histories=Histories.empty()), (0,))) == []
+
+
+def test_a_block_remembers_the_interests_that_were_served_in_it() -> None:
+    states = stream(MULTI, "comirec-dr", 4)
+    block, before = states[3].memory.blocks[-1], states[2].users  # the last span, and what it met
+    assert block.carried is not None and before is not None
+    users_N = joining(3).users_E.unique()
+    users_N = users_N[users_N <= before.n_users]
+    ours, theirs = (
+        pad_interests(block.carried.users, users_N, block.carried.slots_KD),
+        pad_interests(before, users_N, block.carried.slots_KD),
+    )
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert len(block.carried.users.vectors_SD) == before.offsets_U.diff()[users_N].sum() < len(before.vectors_SD)
+
+
+def test_what_was_shown_is_learnt_by_chain_and_generator_alike(bits: Callable[[State], bytes]) -> None:
+    """On a log with labels: 20 users are shown 400 items in 5 spans, and take a random half."""
+    source = torch.Generator().manual_seed(0)
+    users_E, items_E = (torch.randint(1, n, (400,), generator=source) for n in (21, 31))
+    labels_E, none_E = torch.randint(2, (400,), generator=source).float(), torch.zeros(400, dtype=torch.int8)
+    shown = Events(users_E, items_E, torch.arange(400), none_E, none_E, labels_E)
+    spans = [Span(t, shown[80 * t : 80 * t + 80], 20, 30) for t in range(5)]
+    ours = plain = spec("embedding-mlp")
+    for span in spans:
+        ours, plain = passed(replace(MULTI, rehearsals=6), ours, span), passed(FineTune(FIT), plain, span)
+    assert bits(replace(ours, model=ours.memory.model, memory=None)) == bits(plain)
+    assert not same(weights_of(ours.model), weights_of(plain.model))
+    for t, block in zip((3, 4), ours.memory.blocks, strict=True):
+        targets = due_targets(block.histories)
+        assert torch.equal(targets.items_N, items_E[80 * t : 80 * t + 80])
+        assert torch.equal(targets.labels_N, labels_E[80 * t : 80 * t + 80])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "carries"), [(MULTI, True), (replace(MULTI, carry=False), False), (LINEAR, False)]
+)
+def test_the_state_before_the_window_is_kept_once_the_window_is_full(strategy: ASMG, carries: bool) -> None:
+    windows = [state.memory.window for state in stream(strategy)]
+    assert [len(window.models) for window in windows] == [0, 1, 2, 3, 3, 3]
+    assert [window.hidden is not None for window in windows] == [False] * 4 + [carries] * 2
+
+
+def test_the_generator_prefers_the_model_that_is_good_on_the_new_span() -> None:
+    # Of two models in the window the older is the trained one, the newer is noise: the weights of a mean, which start
+    # equal, move to the older one in every dimension of both tables.
+    state, span = stream(FineTune(Fit(base_epochs=10, epochs=3)), "mf", 2)[-1], log().spans[2]
+    good = weights_of(state.model)
+    source = torch.Generator().manual_seed(0)
+    bad = {name: rows.std() * torch.randn(rows.shape, generator=source) for name, rows in good.items()}
+    ready = replace(state, recent=append(state.recent, span.events, span.n_users))
+    model = copy.deepcopy(state.model)
+    model.grow(span.n_users, span.n_items)
+    linear = replace(LINEAR, k=2, epochs=3)
+    window = Window((good, bad)).grown(weights_of(model))
+    generator = linear.update(spec("mf"), log().spans[0]).memory.generator
+    learnt = linear._trained(generator, model, window, (linear._block(ready, model, span),), (0, 2))
+    for name in ("users", "items"):
+        alpha_PM = torch.softmax(learnt.makers[name].logits_PM, 1)  # type: ignore[union-attr]
+        assert (alpha_PM[:, 0] > 0.5).all()
+    assert torch.equal(generator.makers["items"].logits_PM, torch.zeros(8, 2))  # type: ignore[union-attr]
+
+
+def test_the_variant_full_passes_20_spans_where_multi_passes_3() -> None:
+    """T28: at the paper's i = 30, with the models since 11 in the window."""
+    sizes = [100] * 22  # the base block, and 21 spans
+    multi, full = (replace(MULTI, k=k).work(sizes, 2)[-1] - 100 for k in (3, 0))
+    assert full / multi == near(20 / 3)
+    assert SINGLE.work(sizes, 2)[-1] - 100 == 100
+
+
+def test_rehearsals_train_the_generator_and_nothing_else(bits: Callable[[State], bytes]) -> None:
+    with_them, without = (stream(replace(MULTI, rehearsals=n), "mf", 1)[0] for n in (6, 0))
+    assert bits(replace(with_them, memory=None)) == bits(replace(without, memory=None))
+    assert with_them.memory.window == Window() and with_them.memory.blocks == ()
+    assert with_them.memory.generator.moments and not without.memory.generator.moments
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"generator": "linear"}, "learns on one span"),
+        ({"generator": "linear", "loss": "last", "k": 0}, "set k >= 1"),
+        ({"rehearsals": 2}, "3 parts of the base block or more"),
+        ({"loss": "newest"}, 'not "newest"'),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, object], expected: str) -> None:
+    with pytest.raises(OptionError, match=expected):
+        ASMG(**options)  # type: ignore[arg-type]

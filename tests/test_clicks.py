@@ -1,0 +1,166 @@
+"""Logs that say what was shown: what is trained on, what is measured, and that nothing of the future is.
+
+The world is a checkerboard with exposures: a user takes what is of its own colour and leaves the rest.
+"""
+
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import mannwhitneyu
+
+from freshrec.data.batches import append, due_targets, histories_before, settle
+from freshrec.data.log import Log
+from freshrec.data.spans import Cut, cut
+from freshrec.data.worlds import make
+from freshrec.errors import IncompatibleError, OptionError
+from freshrec.learn.clicks import auc, log_loss
+from freshrec.models import find_model
+from freshrec.recipes import cells_of, recipe_from, settings_of
+from freshrec.replay.clicks import collect_clicks
+from freshrec.replay.measure import Asked
+from freshrec.replay.replay import Cell, Settings, replay_cell
+from freshrec.replay.results import OVERALL
+from freshrec.strategies import find_strategy
+from freshrec.types import Events, Histories
+
+near = pytest.approx
+
+
+# metrics
+
+
+def labelled(labels: list[float], p: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array(labels, np.float32), np.array(p, np.float32)
+
+
+def test_auc_by_hand() -> None:
+    # taken: 0.9 and 0.4; not: 0.5 and 0.4. Of four pairs the 0.9 wins two, the 0.4 loses one and ties one.
+    assert auc(*labelled([1, 1, 0, 0], [0.9, 0.4, 0.5, 0.4])) == near(2.5 / 4)
+    for order in ([1.0, 1, 0, 0], [0.0, 1, 0, 1], [0.0, 0, 1, 1]):  # T30: no opinion is 0.5 in whatever order
+        assert auc(*labelled(order, [0.3] * 4)) == 0.5
+    assert np.isnan(auc(*labelled([1, 1], [0.2, 0.3]))) and np.isnan(auc(*labelled([], [])))
+
+
+@given(st.lists(st.tuples(st.booleans(), st.sampled_from([0.1, 0.2, 0.3, 0.7])), min_size=2, max_size=40))
+def test_auc_is_the_statistic_of_mann_and_whitney(rows: list[tuple[bool, float]]) -> None:
+    taken, p = labelled([float(label) for label, _ in rows], [p for _, p in rows])
+    if 0 < taken.sum() < len(taken):
+        u = mannwhitneyu(p[taken > 0], p[taken == 0]).statistic
+        assert auc(taken, p) == near(u / (taken.sum() * (1 - taken).sum()))
+
+
+def test_log_loss_by_hand() -> None:
+    # -(ln 0.8 + ln 0.7) / 2; a wrong certainty costs -ln 1e-7, not infinity
+    assert log_loss(*labelled([1, 0], [0.8, 0.3])) == near((0.223144 + 0.356675) / 2, abs=1e-6)
+    assert log_loss(*labelled([1], [0.0])) == near(16.1181, abs=1e-4)
+    assert log_loss(*labelled([0, 1], [0.5, 0.5])) == near(0.693147, abs=1e-6)  # T32
+
+
+# what is trained on
+
+
+def test_a_target_looks_back_on_what_was_taken_strictly_earlier() -> None:
+    # User 1: takes 11 at 1, leaves 12 at 2, takes 13 and leaves 14 at 3, is shown 15 at 4. User 2 takes 21 at 3.
+    users, items = torch.tensor([1, 1, 2, 1, 1, 1]), torch.tensor([11, 12, 21, 13, 14, 15])
+    events = replace(
+        Events.of(users, items, torch.tensor([1, 2, 3, 3, 3, 4])), labels_E=torch.tensor([1.0, 0, 1, 1, 0, 0])
+    )
+    histories = append(Histories.empty(), events, 2)
+    assert histories.items_R.tolist() == [11, 13, 21]  # what was left is not history
+    due = due_targets(histories)
+    assert due.items_N.tolist() == [11, 12, 21, 13, 14, 15] and due.labels_N is not None
+    assert due.labels_N.tolist() == [1, 0, 1, 1, 0, 0]
+    assert histories_before(due, 5).tolist() == [[0, 0], [0, 11], [0, 0], [0, 11], [0, 11], [11, 13]]
+    settled = settle(histories, 5)
+    assert len(due_targets(settled)) == 0 and settled.items_R.tolist() == [11, 13, 21]
+    later = append(settled, replace(Events.of(users[:1], items[:1] + 5, torch.tensor([9])), labels_E=torch.ones(1)), 2)
+    assert histories_before(due_targets(later), 5).tolist() == [[11, 13]]
+
+
+def test_an_event_without_a_label_is_history_and_no_target() -> None:
+    nan = float("nan")
+    events = replace(Events.of(torch.ones(2).long(), torch.tensor([7, 8])), labels_E=torch.tensor([nan, 0.0]))
+    due = due_targets(append(Histories.empty(), events, 1))
+    assert due.items_N.tolist() == [8] and histories_before(due, 5).tolist() == [[7]]
+
+
+# the replay
+
+
+def world(swap_from: int | None = None) -> Cut:
+    """A base and three spans; from span `swap_from` on users like the other colour."""
+    frame = make("checkerboard", users=60, items=40, events=800, spans=3).log.frame
+    shown = frame.with_columns(item_id=pl.Series(np.random.default_rng(0).integers(0, 40, len(frame))))
+    both = pl.concat([frame, shown]).sort("time", maintain_order=True)
+    own = (pl.col("user_id") + pl.col("item_id")) % 2 == 0
+    if swap_from is not None:
+        own = own ^ (pl.col("period") >= swap_from)
+    log = Log(both.with_columns(label=own.cast(pl.Float64), category=pl.col("item_id") % 2), True, "us")
+    return cut(log, by="period", spans=3, targets="all", forget_users=0)
+
+
+def cell(strategy: str, fit: str = ":fit.base_epochs=6:fit.epochs=2") -> Cell:
+    model = "embedding-mlp:categories=2:lr=0.01"
+    return Cell(model, find_model(model), strategy, find_strategy(strategy + fit), 0)
+
+
+CLICKS = Settings(asked=Asked(min_history=0))
+
+
+def run(one: Cell, spans: Cut, out: Path) -> pl.DataFrame:
+    assert list(replay_cell(one, spans, CLICKS, out)) == [0, 1, 2, 3]
+    return pl.concat([pl.read_parquet(out / one.name / f"span-{span}.parquet") for span in (1, 2, 3)])
+
+
+@pytest.mark.parametrize("strategy", ["finetune", "full", "spmf", "spmf-all", "incctr"])
+def test_every_labelled_event_is_asked_once_before_it_is_trained_on(strategy: str, tmp_path: Path) -> None:
+    spans = world()
+    asked = run(cell(strategy), spans, tmp_path)
+    assert len(asked) == sum(len(span.events) for span in spans.spans[1:])
+    assert (asked["after"] == asked["asked"] - 1).all() and asked["p"].is_between(0, 1).all()
+    results = collect_clicks([cell(strategy)], ["auc", "logloss"], tmp_path)
+    by_span = results.filter((pl.col("metric") == "auc") & (pl.col("span") != OVERALL))["value"].to_list()
+    overall = results.filter((pl.col("metric") == "auc") & (pl.col("span") == OVERALL))["value"].item()
+    assert len(by_span) == 3 and overall == near(sum(by_span) / 3) and min(by_span) > 0.95
+    assert f"| embedding-mlp:categories=2:lr=0.01 | {strategy} | {overall:.4f} |" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.parametrize("strategy", ["finetune", "spmf", "incctr"])
+def test_what_comes_after_a_span_changes_no_probability_up_to_it(strategy: str, tmp_path: Path) -> None:
+    one = cell(strategy, ":fit.base_epochs=2:fit.epochs=1")
+    plain, poisoned = run(one, world(), tmp_path / "a"), run(one, world(swap_from=3), tmp_path / "b")
+    until = pl.col("asked") <= 2
+    assert plain.filter(until)["p"].to_list() == poisoned.filter(until)["p"].to_list()
+    assert plain.filter(~until)["p"].to_list() != poisoned.filter(~until)["p"].to_list()
+
+
+def test_a_replay_of_clicks_that_stops_resumes_as_if_it_had_not(tmp_path: Path) -> None:
+    one = cell("spmf", ":fit.base_epochs=2:fit.epochs=1")
+    whole = run(one, world(), tmp_path / "a")
+    assert list(islice(replay_cell(one, world(), CLICKS, tmp_path / "b"), 2)) == [0, 1]
+    assert list(replay_cell(one, world(), CLICKS, tmp_path / "b")) == [2, 3]
+    parts = [pl.read_parquet(tmp_path / "b" / one.name / f"span-{span}.parquet") for span in (1, 2, 3)]
+    assert pl.concat(parts).equals(whole)
+
+
+def recipe(**replay: object) -> dict[str, dict[str, object]]:
+    return {
+        "log": {"path": "x", "exposures": True},
+        "replay": {"models": ["embedding-mlp"], "metrics": ["auc"]} | replay,
+    }
+
+
+def test_only_models_that_predict_clicks_and_metrics_of_clicks_are_taken() -> None:
+    good = recipe_from(recipe(strategies=["finetune", "incctr"]))
+    assert {c.strategy for c in cells_of(good)} == {"finetune", "incctr"} and settings_of(good).asked.among == 0
+    with pytest.raises(IncompatibleError, match='"mf" ranks items, it does not say how likely one is taken'):
+        cells_of(recipe_from(recipe(models=["mf"], strategies=["finetune"])))
+    with pytest.raises(OptionError, match='no metric of a log with exposures "hr@20"'):
+        settings_of(recipe_from(recipe(metrics=["hr@20"])))

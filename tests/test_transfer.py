@@ -1,0 +1,283 @@
+"""Transfer networks: by hand, by their size, and as the forward pass of a model sees them."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from freshrec.data.batches import append, due_targets
+from freshrec.errors import OptionError
+from freshrec.learn.fit import batches, carried_by, train
+from freshrec.learn.transfer import (
+    CNNTransfer,
+    Convolve,
+    LinearTransfer,
+    MLPTransfer,
+    Transfer,
+    TransferSpec,
+    judged,
+    moved,
+    picture,
+    transferred,
+)
+from freshrec.learn.weights import put, seen_through, weights_of
+from freshrec.models import MODELS
+from freshrec.types import Events, Histories, TrainedModel
+
+near = pytest.approx
+PLAIN = CNNTransfer(residual=False)
+FORMS = [LinearTransfer(0.3), MLPTransfer(residual=False), PLAIN, replace(PLAIN, filters=0), replace(PLAIN, hidden=0)]
+FORMS += [CNNTransfer(filters=3, filters2=2, hidden=8, kernel="5x5", residual=False)]
+
+
+def tower(spec: TransferSpec, width: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return spec.tower(width)
+
+
+def rows(n: int, width: int, seed: int = 0) -> Tensor:
+    return torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
+
+
+def n_weights(spec: TransferSpec, width: int) -> int:
+    return sum(weight.numel() for weight in tower(spec, width).parameters())
+
+
+def test_a_linear_transfer_averages() -> None:
+    """[SML eq. linear]"""
+    # T2: W = 0.5 x 1 + 0.5 x 0.95 = 0.975; alone with models 1, 2, 3: 0.5, 1.25, 2.125
+    half = tower(LinearTransfer(0.5), 1)
+    assert half(torch.tensor([[1.0]]), torch.tensor([[0.95]])).item() == near(0.975)
+    before, chain = torch.zeros(1, 1), []
+    for adapted in (1.0, 2.0, 3.0):
+        before = half(before, torch.tensor([[adapted]]))
+        chain.append(before.item())
+    assert chain == [0.5, 1.25, 2.125]
+
+
+def test_a_step_through_a_linear_transfer_is_shorter_by_what_is_kept() -> None:
+    # T2: the loss W, whose gradient is 1, at w = 1: dL/dw = 1 - 0.5, so a step of 0.1 ends at 0.95
+    w = torch.ones(1, 1, requires_grad=True)
+    tower(LinearTransfer(0.5), 1)(torch.ones(1, 1), w).sum().backward()
+    assert w.grad is not None
+    assert 1 - 0.1 * w.grad.item() == near(0.95)
+
+
+def test_a_learned_share_starts_where_told_and_moves_with_its_gradient() -> None:
+    mix = tower(LinearTransfer(0.2, learned=True), 1)
+    out = mix(torch.tensor([[3.0]]), torch.tensor([[1.0]]))
+    assert out.item() == near(0.2 * 3 + 0.8 * 1)
+    out.sum().backward()
+    (rho,) = mix.parameters()
+    assert rho.grad is not None
+    assert rho.grad.item() == near(0.2 * 0.8 * (3 - 1))  # sigmoid' (w_{t-1} - w^)
+
+
+@pytest.mark.parametrize(("alpha", "learned"), [(1.5, False), (0.0, True), (1.0, True)])
+def test_a_share_beyond_the_ends_is_refused(alpha: float, learned: bool) -> None:
+    with pytest.raises(OptionError, match="between 0 and 1"):
+        LinearTransfer(alpha, learned)
+
+
+@pytest.mark.parametrize(
+    ("spec", "width", "n"),
+    [  # T3
+        (CNNTransfer(), 64, 197_279),  # 3 x 10 + 10, 10 x 5 + 5, 320 x 512 + 512, 512 x 64 + 64
+        (CNNTransfer(hidden=20, bias=False), 8, 1_068),
+        (CNNTransfer(hidden=20, bias=False), 9, 1_189),
+        (CNNTransfer(filters=5, filters2=3, hidden=80, bias=False), 800, 256_910),
+        (CNNTransfer(filters=2, filters2=2, hidden=10, kernel="5x5"), 64, 2_060),  # IMSR's grid, section 10.2
+        (CNNTransfer(filters=5, filters2=5, hidden=20, kernel="5x5"), 64, 7_974),
+        (CNNTransfer(filters=8, filters2=8, hidden=40, kernel="5x5"), 64, 23_552),
+        (CNNTransfer(filters=10, filters2=10, hidden=80, kernel="5x5"), 64, 57_034),
+        (CNNTransfer(filters=0), 64, 192 * 512 + 512 + 512 * 64 + 64),  # SML-CNN
+        (CNNTransfer(hidden=0), 64, 40 + 55 + 6),  # SML-FC: a last 1x1 convolution of 5 channels
+        (MLPTransfer(), 64, 128 * 128 + 128 + 128 * 64 + 64),
+        (LinearTransfer(), 64, 0),
+        (LinearTransfer(learned=True), 64, 1),
+    ],
+)
+def test_a_tower_has_as_many_weights_as_its_paper_says(spec: TransferSpec, width: int, n: int) -> None:
+    assert n_weights(spec, width) == n
+
+
+def test_the_picture_of_a_row_by_hand() -> None:
+    """T4, [SML eq. picture]"""
+    seen_3D = picture(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 2.0]]))[0]
+    assert seen_3D[2].tolist() == near([0.6, 1.6])  # (3 x 1, 4 x 2) / 5
+    for kernel, expected in [((-1, 1, 0), (-2, -2)), ((0, 0, 1), (0.6, 1.6)), ((1, 1, 1), (4.6, 7.6))]:
+        assert (torch.tensor([kernel]).float() @ seen_3D)[0].tolist() == near(expected)
+
+
+def test_a_row_that_was_zero_has_a_finite_picture() -> None:
+    """T9"""
+    zero, after = torch.zeros(1, 4), rows(1, 4).requires_grad_()
+    seen = picture(zero, after, detach=False)
+    seen.sum().backward()
+    assert seen.isfinite().all()
+    assert after.grad is not None and after.grad.isfinite().all()
+
+
+def test_the_small_dense_layers_are_the_convolutions_of_the_paper() -> None:
+    """T4, [SML eq. cnn]"""
+    net = tower(PLAIN, 16).double()
+    assert isinstance(net, Convolve)
+    before, after = rows(7, 16, 1).double(), rows(7, 16, 2).double()
+    seen = picture(before, after)
+    first = F.gelu(F.conv2d(seen[:, None], net.first.weight[:, None, :, None], net.first.bias))  # (7, 10, 1, 16)
+    second = F.gelu(F.conv2d(first, net.second.weight[:, :, None, None], net.second.bias))  # (7, 5, 1, 16)
+    expected = net.last(F.gelu(net.third(second[:, :, 0].transpose(1, 2).flatten(1))))
+    torch.testing.assert_close(net(before, after), expected, rtol=0, atol=1e-14)
+
+
+def test_the_gelu_is_the_exact_one() -> None:
+    """T6: GELU(1) = 0.841345; the quick form would give 0.845796."""
+    net = tower(CNNTransfer(filters=1, filters2=1, hidden=0, bias=False, residual=False), 1)
+    assert isinstance(net, Convolve)
+    with torch.no_grad():
+        net.first.weight[:] = torch.tensor([[0.0, 1.0, 0.0]])  # sees w^ alone
+        net.second.weight[:], net.last.weight[:] = 1.0, 1.0
+
+    def gelu(x: float) -> float:
+        return x * 0.5 * (1 + math.erf(x / 2**0.5))
+
+    assert gelu(1) == near(0.841345, abs=1e-6)
+    assert net(torch.ones(1, 1), torch.ones(1, 1)).item() == near(gelu(gelu(1)), abs=1e-6)
+
+
+def test_a_linear_map_can_keep_either_side() -> None:
+    """T7"""
+    net, eye, none = tower(MLPTransfer(hidden=0, residual=False), 4), torch.eye(4), torch.zeros(4, 4)
+    before, after = rows(5, 4, 1), rows(5, 4, 2)
+    (weight,) = net.parameters()
+    for kept, sides in [(after, [none, eye]), (before, [eye, none])]:
+        with torch.no_grad():
+            weight[:] = torch.cat(sides, 1)
+        assert torch.equal(net(before, after), kept)
+
+
+@pytest.mark.parametrize("spec", [CNNTransfer(), CNNTransfer(hidden=0), CNNTransfer(kernel="5x5"), MLPTransfer()])
+def test_an_untrained_residual_network_is_fine_tuning(spec: TransferSpec) -> None:
+    """T7"""
+    before, after = rows(5, 8, 1), rows(5, 8, 2)
+    assert torch.equal(tower(spec, 8)(before, after), after)
+
+
+@pytest.mark.parametrize("spec", FORMS)
+def test_looking_up_rows_and_mapping_them_commute(spec: TransferSpec) -> None:
+    """T5"""
+    net, before, after = tower(spec, 8), rows(9, 8, 1), rows(9, 8, 2)
+    ids = torch.tensor([4, 0, 4, 8])
+    seen = net(before[ids], after[ids])
+    torch.testing.assert_close(seen, net(before, after)[ids])
+    torch.testing.assert_close(seen[0], seen[2])
+
+
+def test_a_plain_network_moves_even_a_row_that_nothing_has_changed() -> None:
+    """T8"""
+    net, same = tower(PLAIN, 64), rows(20, 64)
+    apart = (net(same, same) - same).norm() / same.norm()
+    assert 0.5 < apart < 1.5
+
+
+def test_detaching_the_product_changes_gradients_and_no_value() -> None:
+    """T12: of w^ = (1, 2) with w_{t-1} = (3, 4), the product row's share of the gradient is w_{t-1} / 5."""
+    values, gradients = [], []
+    for detach in (True, False):
+        after = torch.tensor([[1.0, 2.0]], requires_grad=True)
+        seen = picture(torch.tensor([[3.0, 4.0]]), after, detach)
+        seen.sum().backward()
+        assert after.grad is not None
+        values.append(seen.detach())
+        gradients.append(after.grad[0])
+    assert torch.equal(*values)
+    assert (gradients[1] - gradients[0]).tolist() == near([0.6, 0.8])
+
+
+# through a model
+
+TRAINED = ["mf", "sasrec", "mind", "comirec-dr", "comirec-sa"]
+
+
+def model_of(name: str, seed: int = 0) -> TrainedModel:
+    spec = replace(MODELS[name], d=8, negatives=16, batch=32, std=0.7)  # type: ignore[type-var]
+    model: TrainedModel = spec.build(seed)
+    model.grow(6, 9)
+    model.eval()
+    return model
+
+
+def histories() -> Histories:
+    users, items = torch.arange(60) % 6 + 1, (torch.arange(60) * 5 + torch.arange(60) // 7) % 9 + 1
+    return append(Histories.empty(), Events.of(users, items), 6)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_what_is_seen_through_a_network_is_what_a_model_with_the_mapped_weights_sees(name: str) -> None:
+    model, before = model_of(name), weights_of(model_of(name, seed=1))
+    transfer, targets = Transfer.of(PLAIN, model, 0), due_targets(histories())
+    source = torch.Generator().manual_seed(0)
+    batch = next(iter(batches(model, targets, source, carried_by(model, None, 0))))
+    batch = replace(batch, negatives_N=torch.arange(1, 10))
+    with seen_through(model, moved(transfer, before)) as forward_pass:
+        through = forward_pass(batch).loss
+    assert through.item() != near(model(batch).loss.item(), rel=1e-3)  # the view is gone, and it had made a difference
+    put(model, transferred(transfer, model, before))
+    assert through.item() == near(model(batch).loss.item(), rel=1e-5)
+
+
+def theta_of(transfer: Transfer) -> dict[str, Tensor]:
+    """The network of the items, on which every loss depends."""
+    return {n: theta.detach().clone() for n, theta in transfer.named_parameters() if "of/items" in n}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_either_the_model_or_the_network_learns_and_the_other_stands_still(name: str) -> None:
+    """T10"""
+    model, before = model_of(name), weights_of(model_of(name, seed=1))
+    transfer, targets, carried = Transfer.of(PLAIN, model, 0), due_targets(histories()), carried_by(model, None, 0)
+    model_was, theta_was = weights_of(model), theta_of(transfer)
+    list(train(model, targets, 1, (0, 1), carried=carried, view=judged(transfer, before), learner=transfer))
+    assert all(torch.equal(w, model_was[n]) for n, w in weights_of(model).items())
+    assert model.moments == {}
+    theta_now = theta_of(transfer)
+    assert not any(torch.equal(theta_now[n], theta) for n, theta in theta_was.items())
+    transfer.requires_grad_(False)
+    list(train(model, targets, 1, (0, 1), carried=carried, view=moved(transfer, before)))
+    assert not torch.equal(weights_of(model)["items"], model_was["items"])
+    assert all(torch.equal(theta_now[n], theta) for n, theta in theta_of(transfer).items())
+
+
+def test_only_touched_rows_are_mapped_where_asked_and_padding_never_is() -> None:
+    """T8"""
+    model = model_of("mf")
+    transfer, before = Transfer.of(PLAIN, model, 0), weights_of(model)
+    list(train(model, due_targets(histories())[torch.tensor([0])], 1, (0, 1), among_N=torch.tensor([3])))
+    is_touched = (weights_of(model)["users"] != before["users"]).any(1)
+    assert is_touched.sum() == 1
+    some, every = (transferred(transfer, model, before, rows)["users"] for rows in ("touched", "all"))
+    assert torch.equal(some[~is_touched], before["users"][~is_touched])
+    assert torch.equal(some[is_touched], every[is_touched])
+    assert (every[1:] != before["users"][1:]).any(1).all()
+    assert (every[0] == 0).all()
+
+
+def test_weights_that_are_no_whole_rows_are_taken_as_adapted() -> None:
+    model = model_of("comirec-dr")  # its routing has a scalar
+    transfer, before = Transfer.of(PLAIN, model, 0), weights_of(model_of("comirec-dr", seed=1))
+    mapped, now = transferred(transfer, model, before), weights_of(model)
+    same = {name for name in now if torch.equal(mapped[name], now[name])}
+    assert same == {"extract.log_fading"}
+
+
+def test_negatives_are_drawn_among_the_items_asked_for() -> None:
+    model = model_of("mf")
+    before = weights_of(model)["items"]
+    list(train(model, due_targets(histories()), 3, (0, 1), among_N=torch.tensor([2, 4])))
+    targets = histories().items_R.unique()
+    changed = (weights_of(model)["items"] != before).any(1).nonzero()[:, 0]
+    assert set(changed.tolist()) <= {2, 4, *targets.tolist()}
