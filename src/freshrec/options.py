@@ -60,12 +60,13 @@ def choose(kind: str, text: str, table: Mapping[str, T]) -> T:
     """
     name, *options = text.split(":")
     chosen: Any = table[name] if name in table else _imported(kind, name, table)
+    wanted = []
     for option in options:
         path, equals, value = option.partition("=")
         if not equals:
             raise OptionError(f'"{option[:60]}" in "{text[:60]}" is not an option: write {name}:field=value.')
-        chosen = _replaced(chosen, path.split("."), value, text)
-    return chosen  # type: ignore[no-any-return]
+        wanted.append((path.split("."), value))
+    return _replaced(chosen, wanted, text) if wanted else chosen  # type: ignore[no-any-return]
 
 
 def _imported(kind: str, name: str, table: Mapping[str, T]) -> T:
@@ -79,24 +80,28 @@ def _imported(kind: str, name: str, table: Mapping[str, T]) -> T:
     return found
 
 
-def _replaced(instance: Any, path: list[str], value: str, text: str) -> Any:
-    """`instance` with one field, or a field of a part, set from a string."""
-    first, *rest = path
-    if not is_dataclass(instance) or isinstance(instance, type) or not fields(instance):
-        raise OptionError(f'"{text[:60]}": there are no options below "{first[:60]}".')
-    if first not in {f.name for f in fields(instance)}:
-        raise unknown(f"option of {type(instance).__name__}", first, [f.name for f in fields(instance)])
-    old = getattr(instance, first)
-    if rest:
-        new = _replaced(old, rest, value, text)
-    else:
-        new = _parsed(get_type_hints(type(instance))[first], old, value, first)
-    return replace(instance, **{first: new})
+def _replaced(instance: Any, wanted: list[tuple[list[str], str]], text: str) -> Any:
+    """`instance` with fields, or fields of its parts, set from strings; all at once, as some go together only."""
+    changes: dict[str, Any] = {}
+    for (first, *rest), value in wanted:
+        if not is_dataclass(instance) or isinstance(instance, type) or not fields(instance):
+            raise OptionError(f'"{text[:60]}": there are no options below "{first[:60]}".')
+        if first not in {f.name for f in fields(instance)}:
+            raise unknown(f"option of {type(instance).__name__}", first, [f.name for f in fields(instance)])
+        old = changes.get(first, getattr(instance, first))
+        if rest:
+            changes[first] = _replaced(old, [(rest, value)], text)
+        else:
+            changes[first] = _parsed(get_type_hints(type(instance))[first], old, value, first)
+    return replace(instance, **changes)
 
 
 def _parsed(kind: Any, old: Any, value: str, name: str) -> Any:
-    """`value` as the type of its field; "none" leaves out a part that may be left out."""
+    """`value` as the type of its field; "none" leaves out a part that may be left out, a class's name puts one in."""
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    for part in kinds:
+        if isinstance(part, type) and is_dataclass(part) and part.__name__ == value:
+            return part()
     if NoneType in kinds and value.lower() == "none":
         return None
     if str in kinds or get_origin(kind) is Literal:
