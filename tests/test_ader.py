@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
+import circles
 import pytest
 import torch
 import torch.nn.functional as F
@@ -275,27 +276,17 @@ def test_where_the_model_learns_by_the_full_softmax_every_old_item_feels_the_dis
 # the whole
 
 
-def circles(users: range, step: int) -> Events:
-    """16 events each: user u goes round in the u-th of four circles of 5 items, forwards (1) or backwards (-1)."""
-    circle_UT = torch.arange(len(users))[:, None] % 4 * 5 + (step * torch.arange(16)) % 5 + 1
-    return Events.of(torch.tensor(users).repeat_interleave(16), circle_UT.reshape(-1))
-
-
 @cache
 def two_periods() -> tuple[State, Span]:
-    """Users 1..60 go round forwards, and are gone; then users 61..100 go round backwards."""
-    base, after = circles(range(1, 61), 1), circles(range(61, 101), -1)
-    spec = SASRecSpec(d=16, negatives=16, length=8, dropout=0.0)
-    state = State(spec.build(0), recent=append(Histories.empty(), base, 60))
-    state = ADER(exemplars=200, fit=Fit(base_epochs=12)).update(state, Span(0, base, 60, 20))
-    return replace(state, recent=append(state.recent, after, 100)), Span(1, after, 100, 20)
+    """The circles after the base block, which is trained once for all tests."""
+    return circles.two_periods(ADER(exemplars=200, fit=Fit(base_epochs=12)))
 
 
 def old_and_new(after: State) -> tuple[float, float]:
     """ndcg@20 of the next item where one goes forwards, and where one goes backwards."""
     found = []
     for step in (1, -1):
-        histories = append(Histories.empty(), circles(range(1, 61), step), 60)
+        histories = append(Histories.empty(), circles.circles(range(1, 61), step), 60)
         found.append(ndcg(after.model, targets_at(histories, histories.offsets_U[2:] - 1), None))
     return found[0], found[1]
 

@@ -210,12 +210,12 @@ def test_a_base_block_trained_for_all_is_the_one_that_a_strategy_trains_itself(
 def test_the_checkerboard_is_learnt(pair: Pair) -> None:
     """Of all pairs of an item of one's colour and another, at least 90 % are in order; by chance half of them are.
 
-    MIND, whose routing is noisy and whose attention is soft, is slower to learn: 0.85 measured when frozen.
+    MIND, whose routing is noisy and whose attention is soft, is slower to learn: 0.85 after 20 epochs, 0.91 after 40.
     """
     if pair.model in COLOUR_BLIND:
         pytest.skip("the control knows no colours")
     spans = checkerboard()
-    state, strategy = State(pair.spec().build(0)), pair.update(base_epochs=20, epochs=5)
+    state, strategy = State(pair.spec().build(0)), pair.update(base_epochs=40 if pair.model == "mind" else 20, epochs=5)
     for span in spans.spans:
         state = strategy.update(absorb(state, span.events, span.n_users, span.n_items), span)
     users_N, scores_NI = scores(state)
@@ -225,4 +225,4 @@ def test_the_checkerboard_is_learnt(pair: Pair) -> None:
     is_own_NI = user_is_odd[:, None] == item_is_odd
     ahead_NII = scores_NI[:, :n_base, None] > scores_NI[:, None, :n_base]
     asked_NII = is_own_NI[:, :, None] & ~is_own_NI[:, None]
-    assert ahead_NII[asked_NII].float().mean() > (0.75 if pair.model == "mind" else 0.9)
+    assert ahead_NII[asked_NII].float().mean() > 0.9

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
+import circles
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,9 @@ from freshrec.learn.reservoir import Kept
 from freshrec.learn.weights import tables_of
 from freshrec.models import MODELS
 from freshrec.models.layers import best_inner_product
-from freshrec.models.sasrec import SASRecSpec
 from freshrec.strategies.ewc import EWC, fisher_of, hold, penalty
 from freshrec.strategies.plain import FineTune
-from freshrec.types import Batch, EncodingModel, Events, Forward, Histories, Interests, Span, State
+from freshrec.types import Batch, EncodingModel, Forward, Histories, Interests, Span, State
 
 near = pytest.approx
 
@@ -121,25 +121,15 @@ def test_the_rows_that_a_step_moves_are_held_and_new_ones_are_free() -> None:
 # the whole
 
 
-def circles(users: range, step: int) -> Events:
-    """16 events each: user u goes round in the u-th of four circles of 5 items, forwards (1) or backwards (-1)."""
-    circle_UT = torch.arange(len(users))[:, None] % 4 * 5 + (step * torch.arange(16)) % 5 + 1
-    return Events.of(torch.tensor(users).repeat_interleave(16), circle_UT.reshape(-1))
-
-
 @cache
 def two_periods() -> tuple[State, Span]:
-    """Users 1..60 go round forwards, and are gone; then users 61..100 go round backwards."""
-    base, after = circles(range(1, 61), 1), circles(range(61, 101), -1)
-    spec = SASRecSpec(d=16, negatives=16, length=8, dropout=0.0)
-    state = State(spec.build(0), recent=append(Histories.empty(), base, 60))
-    state = EWC(samples=200, fit=Fit(base_epochs=12)).update(state, Span(0, base, 60, 20))
-    return replace(state, recent=append(state.recent, after, 100)), Span(1, after, 100, 20)
+    """The circles after the base block, which is trained once for all tests."""
+    return circles.two_periods(EWC(samples=200, fit=Fit(base_epochs=12)))
 
 
 def known(after: State, step: int) -> float:
     """ndcg@20 of the next item where one goes forwards (1), or backwards (-1)."""
-    histories = append(Histories.empty(), circles(range(1, 61), step), 60)
+    histories = append(Histories.empty(), circles.circles(range(1, 61), step), 60)
     return ndcg(after.model, targets_at(histories, histories.offsets_U[2:] - 1), None)
 
 

@@ -186,10 +186,9 @@ def options_of(instance: Any) -> list[str]:
     options = []
     for name in (field.name for field in fields(instance)):
         value, default = getattr(instance, name), getattr(type(instance)(), name)
-        if is_dataclass(value) and type(value) is type(default):
+        if is_dataclass(value):
+            options += [] if type(value) is type(default) else [f"{name}={type(value).__name__}"]
             options += [f"{name}.{option}" for option in options_of(value)]
-        elif is_dataclass(value) and not isinstance(value, type) and value != default:
-            options += [f"{name}={type(value).__name__}", *(f"{name}.{option}" for option in options_of(value))]
         elif value != default:
             options.append(f"{name}={'none' if value is None else value}")
     return options

@@ -29,11 +29,6 @@ USERS = 64  # whose scores of all items are in memory at once
 # how exemplars are kept
 
 
-def kept_length(model: TrainedModel) -> int:
-    """How many history items an exemplar needs: none for a model that does not read them."""
-    return 0 if model.unit == "pair" else int(model.spec.length)
-
-
 def learnable(targets: Targets, length: int) -> Targets:
     """Those with a history whose last event may be looked at; all of them where no history is looked at."""
     if not length:

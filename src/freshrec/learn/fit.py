@@ -203,6 +203,27 @@ def carried_by(model: TrainedModel, users: Interests | None, span: int) -> Carri
     return Carried(users, model.slots(model.spec.k), span)
 
 
+def adapt(
+    model: TrainedModel,
+    targets: Targets,
+    fit: Fit,
+    key: tuple[int, ...],
+    clock: Clock,
+    *,
+    carried: Carried | None = None,
+    terms: Sequence[Term] = (),
+    project: Project | None = None,
+    view: View | None = None,
+) -> None:
+    """An update's training, to its end: `train` for `fit.epochs`, its CPU seconds added to "train_cpu_s"."""
+    since = time.process_time()
+    for _ in train(
+        model, targets, fit.epochs, key, lr_scale=fit.lr_scale, carried=carried, terms=terms, project=project, view=view
+    ):
+        pass
+    clock.timed("train_cpu_s", since)
+
+
 def start(state: State, span: Span, fit: Fit) -> State:
     """The first update of every strategy that trains plainly: a fresh model on the base block."""
     if state.started is not None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freshrec.data.batches import Targets, histories_before, without_secrets
-from freshrec.types import DONE
+from freshrec.types import DONE, TrainedModel
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class Kept:
     def __getitem__(self, which_N: Tensor) -> "Kept":
         columns: list[Any] = [None if column is None else column[which_N] for column in vars(self).values()]
         return Kept(*columns)
+
+
+def kept_length(model: TrainedModel) -> int:
+    """How many history items a kept target needs: none for a model that does not read them."""
+    return 0 if model.unit == "pair" else int(model.spec.length)
 
 
 def keep(targets: Targets, length: int) -> Kept:

@@ -18,7 +18,6 @@ from freshrec.learn.exemplars import (
     ExemplarLoss,
     Select,
     allocate,
-    kept_length,
     learnable,
     own_loss,
     pool_of,
@@ -26,8 +25,8 @@ from freshrec.learn.exemplars import (
     replay,
     select,
 )
-from freshrec.learn.fit import Clock, Fit, carried_by, finish, grid, start, successor, train
-from freshrec.learn.reservoir import Kept
+from freshrec.learn.fit import Clock, Fit, adapt, carried_by, finish, grid, start, successor
+from freshrec.learn.reservoir import Kept, kept_length
 from freshrec.models.layers import best_inner_product
 from freshrec.options import Count, Weight, check_options
 from freshrec.types import Batch, EncodingModel, Span, State
@@ -126,10 +125,8 @@ class ADER:
         loss = distil(model, state.model, exemplars, carried) if self.distil and weight else own_loss(model)
         source = random_source(state.seed, span.index, PLAYED)
         terms = replay(model, targets, exemplars, carried, weight=weight, loss=loss, source=source)
-        key, lr_scale = (state.seed, span.index), self.fit.lr_scale
-        for _ in train(model, targets, self.fit.epochs, key, lr_scale=lr_scale, carried=carried, terms=terms):
-            pass
         clock.timed("train_cpu_s", since)
+        adapt(model, targets, self.fit, (state.seed, span.index), clock, carried=carried, terms=terms)
         return self._remember(finish(state, model, carried, self.fit.history, clock), targets, exemplars, span.index)
 
     def _remember(self, after: State, targets: Targets, exemplars: Kept | None, span: int) -> State:

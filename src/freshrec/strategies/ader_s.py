@@ -13,7 +13,7 @@ from torch import Tensor
 
 from freshrec.data.batches import Targets, due_targets, in_parts, random_source
 from freshrec.learn.exemplars import learnable, own_loss, replay, smallest
-from freshrec.learn.fit import Clock, Fit, carried_by, finish, grid, start, successor, train
+from freshrec.learn.fit import Clock, Fit, adapt, carried_by, finish, grid, start, successor
 from freshrec.learn.reservoir import Kept, keep, together
 from freshrec.options import Count, Rate, Weight, check_options
 from freshrec.types import EncodingModel, Span, State
@@ -38,7 +38,7 @@ def alike(pool: Kept, targets: Targets, items_ID: Tensor, share: float) -> Tenso
 
     By the cosine of mean item vectors; rounded up.
     """
-    users_N, item_N = targets.users_N, targets.histories.items_R[targets.rows_N].long()
+    users_N, item_N = targets.users_N, targets.items_N
     n_users = targets.histories.n_users
     new_UD = torch.zeros(n_users + 1, items_ID.shape[1]).index_add_(0, users_N, items_ID[item_N])
     unlike_S = torch.zeros(len(pool))
@@ -97,8 +97,6 @@ class ADERS:
         since = time.process_time()
         source = random_source(state.seed, span.index, PLAYED)
         terms = replay(model, targets, exemplars, carried, weight=self.weight, loss=own_loss(model), source=source)
-        key, lr_scale = (state.seed, span.index), self.fit.lr_scale
-        for _ in train(model, targets, self.fit.epochs, key, lr_scale=lr_scale, carried=carried, terms=terms):
-            pass
         clock.timed("train_cpu_s", since)
+        adapt(model, targets, self.fit, (state.seed, span.index), clock, carried=carried, terms=terms)
         return replace(finish(state, model, carried, self.fit.history, clock), memory=together(pool, new))

@@ -13,9 +13,9 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from freshrec.data.batches import Carried, Targets, due_targets, in_parts, random_source
-from freshrec.learn.exemplars import batch_of, kept_length, learnable
-from freshrec.learn.fit import Clock, Fit, carried_by, finish, grid, start, successor, train
-from freshrec.learn.reservoir import Kept, keep
+from freshrec.learn.exemplars import batch_of, learnable
+from freshrec.learn.fit import Clock, Fit, adapt, carried_by, finish, grid, start, successor
+from freshrec.learn.reservoir import Kept, keep, kept_length
 from freshrec.learn.weights import Weights, tables_of, weights_of
 from freshrec.models.layers import best_inner_product
 from freshrec.options import Count, Weight, check_options
@@ -166,12 +166,8 @@ class EWC:
         assert isinstance(model, EncodingModel)
         carried = carried_by(model, state.users, span.index)
         clock = Clock({"rows_read": float(len(targets))})
-        since = time.process_time()
         terms = [hold(model, state.model, state.memory, self.weight)] if self.weight else []
-        key, lr_scale = (state.seed, span.index), self.fit.lr_scale
-        for _ in train(model, targets, self.fit.epochs, key, lr_scale=lr_scale, carried=carried, terms=terms):
-            pass
-        clock.timed("train_cpu_s", since)
+        adapt(model, targets, self.fit, (state.seed, span.index), clock, carried=carried, terms=terms)
         return self._measured(finish(state, model, carried, self.fit.history, clock), targets, state.memory, span.index)
 
     def _measured(self, after: State, targets: Targets, before: Weights | None, span: int) -> State:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from freshrec.data.batches import Carried, due_targets, owners, pad_interests
 from freshrec.errors import OptionError
-from freshrec.learn.fit import Clock, Fit, carried_by, finish, grid, start, successor, train
+from freshrec.learn.fit import Clock, Fit, adapt, carried_by, finish, grid, start, successor
 from freshrec.learn.interests import expand
 from freshrec.models.layers import FAR
 from freshrec.options import CountOrNone, Positive, Weight, check_options
@@ -245,15 +245,10 @@ class IMSR:
         if self.detect is not None:
             carried = self._detected(model, carried, state, clock)
         trim = replace(self.trim, last_only=model.ordered) if self.trim and self.detect else None
-        since = time.process_time()
         terms = [self.retain] if self.retain is not None else []
         project = residual if trim is not None else None
-        key, lr_scale = (state.seed, span.index), self.fit.lr_scale
-        for _ in train(
-            model, targets, self.fit.epochs, key, lr_scale=lr_scale, carried=carried, terms=terms, project=project
-        ):
-            pass
-        clock.timed("train_cpu_s", since)
+        key = (state.seed, span.index)
+        adapt(model, targets, self.fit, key, clock, carried=carried, terms=terms, project=project)
         return finish(state, model, carried, self.fit.history, clock, trim)
 
     def _detected(self, model: InterestModel, carried: Carried, state: State, clock: Clock) -> Carried:

@@ -4,7 +4,6 @@ Symbols of the paper: lambda -> weight, tau -> tau, THR -> threshold, z -> logit
 """
 
 import copy
-import time
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from freshrec.data.batches import Targets, due_targets
 from freshrec.errors import IncompatibleError
-from freshrec.learn.fit import Clock, Fit, carried_by, finish, grid, start, successor, train
+from freshrec.learn.fit import Clock, Fit, adapt, carried_by, finish, grid, start, successor
 from freshrec.learn.weights import tables_of
 from freshrec.options import CountOrNone, Positive, Rate, check_options
 from freshrec.types import Batch, ClickModel, Forward, Span, State, Term, TrainedModel
@@ -104,13 +103,9 @@ class IncCTR:
         carried = carried_by(model, state.users, span.index)
         terms = [self.distill.term(copy.deepcopy(model))] if self.distill else []
         clock = Clock({"rows_read": float(len(targets))})
-        since = time.process_time()
-        key, lr_scale = (state.seed, span.index), self.fit.lr_scale
-        for _ in train(model, targets, self.fit.epochs, key, lr_scale=lr_scale, carried=carried, terms=terms):
-            pass
+        adapt(model, targets, self.fit, (state.seed, span.index), clock, carried=carried, terms=terms)
         for table in tables_of(model).values():
             table.part()
-        clock.timed("train_cpu_s", since)
         return replace(finish(state, model, carried, self.fit.history, clock), memory=met)
 
     def _share(self, model: TrainedModel, met: dict[str, Tensor]) -> None:

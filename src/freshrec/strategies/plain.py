@@ -1,11 +1,10 @@
 """Strategies without machinery: frozen, fine-tune, full retrain, batch update over the last w spans, absorb."""
 
 import copy
-import time
 from dataclasses import dataclass, replace
 
 from freshrec.data.batches import append, due_targets, released, settle
-from freshrec.learn.fit import Clock, Fit, carried_by, finish, fresh, grid, start, successor, train
+from freshrec.learn.fit import Clock, Fit, adapt, carried_by, finish, fresh, grid, start, successor
 from freshrec.types import Events, Histories, Span, State
 
 
@@ -81,11 +80,7 @@ class FineTune:
         targets = due_targets(state.recent, self.fit.history)
         carried = carried_by(model, state.users, span.index)
         clock = Clock({"rows_read": float(len(targets))})
-        since = time.process_time()
-        key = (state.seed, span.index)
-        for _ in train(model, targets, self.fit.epochs, key, lr_scale=self.fit.lr_scale, carried=carried):
-            pass
-        clock.timed("train_cpu_s", since)
+        adapt(model, targets, self.fit, (state.seed, span.index), clock, carried=carried)
         return finish(state, model, carried, self.fit.history, clock)
 
 
@@ -117,16 +112,11 @@ class Retrain:
             return replace(start(state, span, self.fit), memory=past)
         histories = _histories(past, span.n_users)
         model = fresh(state, span.n_users, span.n_items) if self.fresh else successor(state, span)
-        n_epochs = state.base_epochs if self.fresh else self.fit.epochs
+        fit = replace(self.fit, epochs=state.base_epochs, lr_scale=1.0) if self.fresh else self.fit
         targets = due_targets(histories)
         carried = carried_by(model, None if self.fresh else state.users, span.index)
         clock = Clock({"rows_read": float(len(targets))})
-        since = time.process_time()
-        key = (state.seed, span.index)
-        lr_scale = 1.0 if self.fresh else self.fit.lr_scale
-        for _ in train(model, targets, n_epochs, key, lr_scale=lr_scale, carried=carried):
-            pass
-        clock.timed("train_cpu_s", since)
+        adapt(model, targets, fit, (state.seed, span.index), clock, carried=carried)
         after = finish(replace(state, recent=histories), model, carried, "recent", clock)
         return replace(after, memory=past, recent=settle(state.recent, model.spec.length))
 

@@ -16,7 +16,7 @@ import torch
 
 from freshrec.data.batches import Targets, due_targets
 from freshrec.errors import OptionError
-from freshrec.learn.fit import Clock, Fit, carried_by, finish, grid, start, successor, train
+from freshrec.learn.fit import Clock, Fit, adapt, carried_by, finish, grid, start, successor, train
 from freshrec.learn.rehearsal import rehearsal
 from freshrec.learn.transfer import CNNTransfer, LinearTransfer, MLPTransfer, Transfer, judged, moved, transferred
 from freshrec.learn.weights import Weights, put, tables_of, weights_of
@@ -182,20 +182,17 @@ class SML:
 
     def _adapt(self, stage: Stage, block: Block, key: tuple[int, ...]) -> None:
         """Step 1: w = argmin L(f_Theta(W_{t-1}, w) | D_t) + lambda_1 / 2 |w|^2; the network stands still."""
-        since = time.process_time()
         stage.transfer.requires_grad_(False)
-        for _ in train(
+        adapt(
             stage.model,
             block.targets,
-            self.fit.epochs,
+            self.fit,
             key,
-            lr_scale=self.fit.lr_scale,
+            stage.clock,
             carried=carried_by(stage.model, block.users, block.span),
             terms=[shrinking(stage.model, self.shrink)] if self.shrink else [],
             view=moved(stage.transfer, stage.before) if self.through else None,
-        ):
-            pass
-        stage.clock.timed("train_cpu_s", since)
+        )
         stage.clock.costs["rows_read"] += len(block.targets)
 
     def _learn(self, stage: Stage, block: Block, key: tuple[int, ...]) -> None:
@@ -215,7 +212,7 @@ class SML:
             terms=[decaying(stage.transfer, self.decay)] if self.decay else [],
             view=judged(stage.transfer, stage.before, self.rows),
             learner=stage.transfer,
-            among_N=block.targets.histories.items_R[block.targets.rows_N].unique().long(),
+            among_N=block.targets.items_N.unique(),
         ):
             pass
         stage.clock.timed("transfer_cpu_s", since)

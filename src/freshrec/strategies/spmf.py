@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from freshrec.data.batches import Carried, Targets, due_targets, query_batches, random_source, without_secrets
-from freshrec.learn.fit import Clock, Fit, carried_by, finish, grid, start, successor, train
-from freshrec.learn.reservoir import Kept, filled, joined, keep, stream, together
+from freshrec.learn.fit import Clock, Fit, adapt, carried_by, finish, grid, start, successor
+from freshrec.learn.reservoir import Kept, filled, joined, keep, kept_length, stream, together
 from freshrec.options import Positive, Weight, check_options
 from freshrec.types import Span, State, TrainedModel
 
@@ -101,23 +101,18 @@ class SPMF:
         fill = random_source(state.seed, span.index, FILL)
         if state.spans_seen == 0:
             started = start(state, span, self.fit)
-            length = 0 if started.model.unit == "pair" else started.model.spec.length  # what nobody reads is not kept
-            return replace(started, memory=filled(due, self.size(len(due)), length, fill))
+            return replace(started, memory=filled(due, self.size(len(due)), kept_length(started.model), fill))
         model = successor(state, span)
         carried = carried_by(model, state.users, span.index)
-        key, lr_scale = (state.seed, span.index), self.fit.lr_scale
+        key = (state.seed, span.index)
         clock = Clock()
         since = time.process_time()
         rounds = self._rounds(model, due, state.memory.kept, carried, key)
-        n_epochs = self.fit.epochs if self.take == "all" else 1
+        fit = self.fit if self.take == "all" else replace(self.fit, epochs=1)
         clock.costs["rows_read"] = float(len(rounds[0]))
         clock.timed("choose_cpu_s", since)
-        since = time.process_time()
         for nth, targets in enumerate(rounds):
-            round_key = (*key, nth) if nth else key
-            for _ in train(model, targets, n_epochs, round_key, lr_scale=lr_scale, carried=carried):
-                pass
-        clock.timed("train_cpu_s", since)
+            adapt(model, targets, fit, (*key, nth) if nth else key, clock, carried=carried)
         after = finish(state, model, carried, self.fit.history, clock)
         return replace(after, memory=stream(state.memory, due, fill))
 
