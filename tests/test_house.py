@@ -34,7 +34,7 @@ LAYERS = {
 
 MAX_FILE, MAX_FUNCTION, MAX_METHODS = 400, 60, 12
 
-BASES = {"Module", "Protocol", "Enum", "StrEnum", "IntEnum", "NamedTuple", "BaseModel"}
+BASES = {"Module", "Function", "Protocol", "Enum", "StrEnum", "IntEnum", "NamedTuple", "BaseModel"}
 
 INSTEAD = {  # of calling ...
     "hasattr": "ask for a protocol of types.py, or make it a field",

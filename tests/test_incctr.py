@@ -15,7 +15,7 @@ from freshrec.learn.fit import Fit
 from freshrec.models.layers import first_of
 from freshrec.models.mf import MF, MFSpec
 from freshrec.models.tables import Table
-from freshrec.strategies.incctr import Distill, IncCTR, soft_choice, soft_clicks
+from freshrec.strategies.incctr import Distill, IncCTR, part, share, soft_choice, soft_clicks
 from freshrec.strategies.plain import FineTune
 from freshrec.types import Batch, Events, Forward, Span, State
 
@@ -131,12 +131,12 @@ def test_rows_that_share_learn_as_one_and_end_alike() -> None:
     table = Table(2, 1.0, seed=0)
     table.grow(5)
     before = table.weights.clone()
-    table.share(torch.tensor([2, 4, 5]))
+    share(table, torch.tensor([2, 4, 5]))
     table.pull(torch.tensor([1, 4, 5])).sum().backward()
     assert table.leaf is not None and table.leaf.tolist() == [before[1].tolist(), before[2].tolist()]
     # one Adam step is lr long in each coordinate, however large the gradient: 1 for row 1, 2 for the shared row
     table.push(lr=0.1)
-    table.part()
+    part(table)
     torch.testing.assert_close(table.weights[[2, 4, 5]], (before[2] - 0.1).expand(3, 2))
     torch.testing.assert_close(table.weights[[1, 3]], torch.stack([before[1] - 0.1, before[3]]))
     assert table.steps_R.tolist() == [0, 1, 1, 0, 0, 0]  # an admitted row starts its own steps

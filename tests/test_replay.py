@@ -325,3 +325,23 @@ def test_secret_events_leave_no_trace_in_stored_interests() -> None:
         return users.vectors_SD
 
     assert torch.equal(stored(span.events), stored(replace(span.events, items_E=other)))
+
+
+def test_events_of_unseen_items_can_be_left_out_of_the_test_as_if_they_were_not() -> None:
+    # items 1..3 are known; user 1 meets 2, 9, 3, 9, 1: asked are 3 (after 2) and 1 (after 2, 3); user 2 meets 9, 1:
+    # what is left is one event, with nothing before it. Places are those in the span.
+    events = Events.of(torch.tensor([1, 1, 1, 1, 1, 2, 2]), torch.tensor([2, 9, 3, 9, 1, 9, 1]))
+    events = replace(events, role_E=torch.full_like(events.role_E, TEST))
+    queries = queries_of(Histories.empty(), Block(events, first=10, n_users=2, n_items=3), 4, Asked(unseen="drop"))
+    assert queries.items_N.tolist() == [3, 1] and queries.events_N.tolist() == [12, 14]
+    assert [[item for item in row if item] for row in queries.histories_NT.tolist()] == [[2], [2, 3]]
+
+
+def test_the_last_span_can_be_tested_without_being_learnt(tmp_path: Path) -> None:
+    cell, parts = cell_of("sasrec", "finetune"), cut_of(world())
+    for name, last in (("with", True), ("without", False)):
+        assert list(replay_cell(cell, parts, Settings(last_update=last), tmp_path / name)) == [0, 1, 2, 3]
+    both = [ranks_of(cell, tmp_path / name, SPANS).filter(pl.col("after") == SPANS - 1) for name in ("with", "without")]
+    assert both[0].equals(both[1]) and len(both[0])
+    costs = json.loads((tmp_path / "without" / cell.name / f"costs-{SPANS}.json").read_text())
+    assert "update_cpu_s" not in costs

@@ -138,3 +138,19 @@ def test_an_interval_and_a_test_agree_about_a_clear_difference():
 def test_one_method_alone_gives_an_empty_table_of_the_same_columns():
     two = pl.concat([queries("a", [1]), queries("b", [1])])
     assert compare(queries("a", [1, 0]), HR).schema == compare(two, HR).schema
+
+
+def test_where_targets_weigh_equally_the_value_is_their_mean_within_each_span():
+    # span 1: users 1, 1, 1, 2 with 1, 0, 0, 1: the mean over targets is 1/2, over users (1/3 + 1) / 2 = 2/3; span 2: 1
+    spans, users, values = np.array([1, 1, 1, 1, 2]), np.array([1, 1, 1, 2, 2]), np.array([[1.0], [0], [0], [1], [1]])
+    assert contributions(spans, users, values, "targets").mean() == pytest.approx((1 / 2 + 1) / 2)
+    assert contributions(spans, users, values).mean() == pytest.approx((2 / 3 + 1) / 2)
+
+
+def test_a_comparison_of_means_over_targets_is_of_those_means():
+    table = pl.concat(
+        [queries("a", [1.0, 0.0, 0.0, 1.0], users=[1, 1, 1, 2]), queries("b", [0.0] * 4, users=[1, 1, 1, 2])]
+    )
+    table = table.with_columns(pl.int_range(pl.len()).mod(4).alias("target"))
+    row = compare(table, HR, equal="targets").row(0, named=True)
+    assert row["difference"] == pytest.approx(1 / 2)

@@ -297,3 +297,10 @@ def test_the_gowalla_log_keeps_its_own_blocks_and_split(real_log: Callable[[str]
     parts = cut(log, by="period", targets="split", forget_users=0)
     assert [span.name for span in parts.spans] == [f"period {t}" for t in range(6)]
     assert sum(plan(parts)["targets"]) == log.frame.filter(split="test").height
+
+
+def test_with_sessions_who_comes_back_in_another_span_is_somebody_else() -> None:
+    log = log_of([0, 1, 2, 3, 4, 5], users=[1, 2, 1, 1, 2, 3], period=[0, 0, 0, 1, 1, 1])
+    parts = cut(log, by="period", spans=1, targets="all", sessions=True)
+    assert [span.events.users_E.tolist() for span in parts.spans] == [[1, 2, 1], [3, 4, 5]]
+    assert parts.users.ids(torch.tensor([1, 3])).to_list() == ["1@0", "1@1"]

@@ -126,3 +126,23 @@ def test_a_loss_on_the_whole_table_moves_the_rows_of_the_step_alone() -> None:
     before = table.weights.clone()
     table.push(LR)
     assert (table.weights != before).any(1).nonzero()[:, 0].tolist() == [2, 4]
+
+
+@pytest.mark.parametrize("pulls", [1, 2])
+def test_a_step_on_all_rows_is_the_step_on_each_of_them(pulls: int) -> None:
+    n_rows = BLOCK + 3  # more than are stepped together
+    whole, listed = table_of(n_rows), table_of(n_rows)
+    ids_N = torch.arange(n_rows + 1)
+    for _ in range(3):
+        for n in range(pulls):
+            for table in (whole, listed):
+                if n:
+                    table.again()
+            loss = loss_of(whole.pull_all() if n == 0 else whole.pull(ids_N.flip(0)))
+            loss.backward()
+            loss_of(listed.pull(ids_N if n == 0 else ids_N.flip(0))).backward()
+        assert whole.in_step()[1] is whole.whole()  # no copy: gradients reach every row
+        whole.push(LR)
+        listed.push(LR)
+    torch.testing.assert_close(whole.packed, listed.packed)
+    assert whole.steps_R.tolist() == listed.steps_R.tolist()

@@ -145,7 +145,7 @@ def _run(recipe: Recipe, out: Path, jobs: int, resume: bool, as_json: bool) -> N
     if recipe.log.exposures:
         results = collect_clicks(cells, recipe.replay.metrics, out)
     else:
-        results = collect(cells, facts(cut.spans), recipe.replay.metrics, out)
+        results = collect(cells, facts(cut.spans), recipe.replay.metrics, out, recipe.replay.mean)
     if as_json:
         typer.echo(json.dumps({"out": str(out), "summary": _summary(results)}))
         return

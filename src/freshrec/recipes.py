@@ -2,7 +2,7 @@
 
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import polars as pl
 import tomli_w
@@ -50,6 +50,7 @@ class SpansRecipe(BaseModel, extra="forbid", frozen=True):
     min_events: int = 1
     forget_users: float = 0.05
     base_periods: int = Field(default=1, ge=1)  # for by = "period"
+    sessions: bool = False  # a user of the next span is somebody else: histories end with the span
 
 
 class ReplayRecipe(BaseModel, extra="forbid", frozen=True):
@@ -63,6 +64,9 @@ class ReplayRecipe(BaseModel, extra="forbid", frozen=True):
     cadence: int = Field(default=1, ge=1)
     min_history: int = Field(default=1, ge=0)
     tune: bool = False
+    unseen: Literal["miss", "drop"] = "miss"  # events of items no model can know: missed, or left out of the test
+    mean: Literal["users", "targets"] = "users"  # what weighs equally within a span
+    last_update: bool = True  # train on the last span too, although nothing tests it
     metrics: list[str] = ["hr@20", "ndcg@20", "mrr@20", "recall@20"]
 
 
@@ -131,7 +135,7 @@ def cut_of(recipe: Recipe) -> Cut:
     spans = cut(
         log_of(recipe), by=part.by, spans=part.spans, alpha=part.alpha, dates=part.dates, targets=part.targets,
         heldout=part.heldout, min_events=part.min_events, forget_users=part.forget_users,
-        base_periods=part.base_periods, seed=recipe.log.seed,
+        base_periods=part.base_periods, sessions=part.sessions, seed=recipe.log.seed,
     )  # fmt: skip
     if recipe.replay.tune and not any(bool((span.events.role_E == VALID).any()) for span in spans.spans[2:]):
         raise OptionError(
@@ -150,7 +154,8 @@ def settings_of(recipe: Recipe) -> Settings:
         return Settings(part.cadence, Asked(min_history=part.min_history))
     for metric in part.metrics:
         parse(metric)
-    return Settings(part.cadence, Asked(min_history=part.min_history, among=sampled(part.metrics)), part.tune)
+    asked = Asked(min_history=part.min_history, among=sampled(part.metrics), unseen=part.unseen)
+    return Settings(part.cadence, asked, part.tune, part.last_update)
 
 
 def cells_of(recipe: Recipe) -> list[Cell]:

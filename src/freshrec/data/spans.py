@@ -77,6 +77,7 @@ def cut(
     min_events: int = 1,
     forget_users: float = 0.05,
     base_periods: int = 1,
+    sessions: bool = False,
     seed: int = 0,
 ) -> Cut:
     """The base block and `spans` later spans of `log`; each event is in exactly one.
@@ -92,6 +93,9 @@ def cut(
     _check_options(by, spans, alpha, dates, targets, heldout, min_events, forget_users)
     frame, notes = _in_order(log.frame, by, min_events)
     edges = _edges(frame, log.has_clock, by, spans, alpha, dates, base_periods)
+    if sessions:
+        span_E = np.repeat(np.arange(len(edges) - 1), np.diff(edges))
+        frame = frame.with_columns(pl.concat_str("user_id", pl.lit("@"), pl.Series(span_E)).alias("user_id"))
     users, items, sizes = _numbered(frame, edges)
     users_E, items_E = users.rows(frame["user_id"]), items.rows(frame["item_id"])
     times_E = torch.from_numpy(frame["time"].to_numpy(writable=True))

@@ -27,12 +27,14 @@ from freshrec.data.batches import (
 from freshrec.errors import TrainingError
 from freshrec.learn.clicks import auc, clicks_of
 from freshrec.learn.interests import Trim, reread
-from freshrec.learn.weights import View, seen_through, tables_of
+from freshrec.learn.weights import View, seen_through, snapshot, tables_of
 from freshrec.models.ranking import ranks
-from freshrec.options import Count, CountOrNone, Positive, check_options
+from freshrec.options import Count, CountOrNone, Positive, Rate, check_options
 from freshrec.types import DUE, Batch, ClickModel, Histories, InterestModel, Interests, Span, State, Term, TrainedModel
 
 Project = Callable[[Tensor, Tensor, Tensor], Tensor]
+USUAL_EPOCHS = 10  # of a training that chooses their number itself
+HELD = 1001  # tells the random numbers that choose held-out targets from those of the epochs
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,15 @@ class Fit:
     base_epochs: CountOrNone = 0  # of the base block and of a full retrain; 0 = chosen on the base block's last sixth
     max_epochs: Count = 60  # where they are chosen
     patience: Count = 8  # epochs without a better ndcg@20 before the choice is made
+    holdout: Rate = 0.0  # share of the targets of each training to stop by, as ADER does; it replaces both epochs
 
     def __post_init__(self) -> None:
         check_options(self)
 
     def work(self, sizes: list[int], base_epochs: int) -> list[float]:
         """Targets passed in each span, epochs counted, by a strategy that trains on the new events only."""
-        return [float(sizes[0] * base_epochs)] + [float(size * self.epochs) for size in sizes[1:]]
+        n_epochs = USUAL_EPOCHS if self.holdout else self.epochs
+        return [float(sizes[0] * base_epochs)] + [float(size * n_epochs) for size in sizes[1:]]
 
 
 def grid(fit: Fit) -> list[Fit]:
@@ -203,6 +207,15 @@ def carried_by(model: TrainedModel, users: Interests | None, span: int) -> Carri
     return Carried(users, model.slots(model.spec.k), span)
 
 
+def parted(targets: Targets, fit: Fit, key: tuple[int, ...]) -> tuple[Targets, Targets]:
+    """What `adapt` trains on, and the held-out rest that it stops by: a share `fit.holdout`, drawn at random."""
+    n_held = round(len(targets) * fit.holdout)
+    order_N = (
+        torch.randperm(len(targets), generator=random_source(*key, HELD)) if n_held else torch.arange(len(targets))
+    )
+    return targets[order_N[n_held:].sort().values], targets[order_N[:n_held].sort().values]
+
+
 def adapt(
     model: TrainedModel,
     targets: Targets,
@@ -214,27 +227,52 @@ def adapt(
     terms: Sequence[Term] = (),
     project: Project | None = None,
     view: View | None = None,
-) -> None:
-    """An update's training, to its end: `train` for `fit.epochs`, its CPU seconds added to "train_cpu_s"."""
+) -> int:
+    """A whole training, its CPU seconds added to "train_cpu_s"; returns the epochs that the model has learnt for.
+
+    That is `train` for `fit.epochs`; where a part is held out, until hr@20 (AUC, of labelled targets) on it has not
+    risen for `fit.patience` epochs, and the model then is that of the best epoch [ADER section 3].
+    """
     since = time.process_time()
-    for _ in train(
-        model, targets, fit.epochs, key, lr_scale=fit.lr_scale, carried=carried, terms=terms, project=project, view=view
-    ):
-        pass
+    learnt, held = parted(targets, fit, key)
+    n_epochs = fit.max_epochs if len(held) else fit.epochs
+    epochs = train(
+        model, learnt, n_epochs, key, lr_scale=fit.lr_scale, carried=carried, terms=terms, project=project, view=view
+    )
+    if len(held):
+        n_epochs = best_epoch(model, epochs, lambda: hit_rate(model, held, carried), fit.patience)
+        clock.costs["epochs"] = float(n_epochs)
+    else:
+        for _ in epochs:
+            pass
     clock.timed("train_cpu_s", since)
+    return n_epochs
+
+
+def best_epoch(model: TrainedModel, epochs: Iterator[float], quality: Callable[[], float], patience: int) -> int:
+    """Train until the quality has not risen for `patience` epochs; the best epoch, to which the model goes back."""
+    best, n_best, back = -math.inf, 0, snapshot(model)
+    for n_epochs, _ in enumerate(epochs, 1):
+        value = quality()
+        if value > best:
+            best, n_best, back = value, n_epochs, snapshot(model)
+        elif n_epochs - n_best >= patience:
+            break
+    back()
+    return n_best
 
 
 def start(state: State, span: Span, fit: Fit) -> State:
     """The first update of every strategy that trains plainly: a fresh model on the base block."""
     if state.started is not None:
         return state.started
-    n_epochs = fit.base_epochs or choose_epochs(state, fit)
+    n_epochs = 0 if fit.holdout else fit.base_epochs or choose_epochs(state, fit)
     model = fresh(state, span.n_users, span.n_items)
     targets = due_targets(state.recent)
     carried = carried_by(model, None, span.index)
     clock = Clock({"rows_read": float(len(targets))})
-    for _ in train(model, targets, n_epochs, (state.seed, span.index), carried=carried):
-        pass
+    fit = replace(fit, epochs=n_epochs, lr_scale=1.0)
+    n_epochs = adapt(model, targets, fit, (state.seed, span.index), clock, carried=carried)
     return finish(replace(state, base_epochs=n_epochs), model, carried, "recent", clock)
 
 
@@ -267,14 +305,8 @@ def choose_epochs(state: State, fit: Fit) -> int:
         return 5  # too little to choose by
     model = fresh(state, state.recent.n_users, int(targets.items_N.max()))
     carried = carried_by(model, None, 0)
-    best, best_epoch = -1.0, 0
-    for epoch, _ in enumerate(train(model, targets, fit.max_epochs, (state.seed, 0), carried=carried), 1):
-        quality = ndcg(model, late, carried) if late.labels_N is None else _auc(model, late)
-        if quality > best:
-            best, best_epoch = quality, epoch
-        elif epoch - best_epoch >= fit.patience:
-            break
-    return best_epoch
+    epochs = train(model, targets, fit.max_epochs, (state.seed, 0), carried=carried)
+    return best_epoch(model, epochs, lambda: ndcg(model, late, carried), fit.patience)
 
 
 def early_and_late(histories: Histories) -> tuple[Targets, Targets]:
@@ -314,16 +346,28 @@ def nth_part(histories: Histories, n: int) -> Tensor:
     return (place_R[:, None] >= edges_UN[users_R]).sum(1)
 
 
+def ndcg(model: TrainedModel, targets: Targets, carried: Carried | None, k: int = 20) -> float:
+    """ndcg@k of some targets; AUC, if they have labels."""
+    if targets.labels_N is not None:
+        return _auc(model, targets)
+    rank_N = _ranks(model, targets, carried)
+    return float(((rank_N <= k) / torch.log2(1 + rank_N)).nan_to_num(0.0).sum()) / max(len(targets), 1)
+
+
+def hit_rate(model: TrainedModel, targets: Targets, carried: Carried | None, k: int = 20) -> float:
+    """hr@k of some targets, which is ADER's recall@k; AUC, if they have labels."""
+    if targets.labels_N is not None:
+        return _auc(model, targets)
+    return float((_ranks(model, targets, carried) <= k).sum()) / max(len(targets), 1)
+
+
 def _auc(model: TrainedModel, targets: Targets) -> float:
     """AUC of targets with labels; 0 where all of them are alike."""
     assert isinstance(model, ClickModel) and targets.labels_N is not None
     return float(np.nan_to_num(auc(targets.labels_N.numpy(), clicks_of(model, targets).numpy())))
 
 
-def ndcg(model: TrainedModel, targets: Targets, carried: Carried | None, k: int = 20) -> float:
-    """ndcg@k of some targets."""
-    total = 0.0
-    for which, batch in query_batches(targets, model.spec.length, carried):
-        rank_B = ranks(model, batch, targets.items_N[which])
-        total += float(((rank_B <= k) / torch.log2(1 + rank_B)).nan_to_num(0.0).sum())
-    return total / max(len(targets), 1)
+def _ranks(model: TrainedModel, targets: Targets, carried: Carried | None) -> Tensor:
+    """(N,) the rank of each target among all items, in no order."""
+    batches = query_batches(targets, model.spec.length, carried)
+    return torch.cat([torch.zeros(0), *(ranks(model, batch, targets.items_N[which]) for which, batch in batches)])

@@ -38,6 +38,18 @@ def put(model: TrainedModel, weights: Weights) -> None:
             weight.copy_(weights[name])
 
 
+def snapshot(model: TrainedModel) -> Callable[[], None]:
+    """What puts the model back, in place, to how it is now: its weights, and what its optimisers remember."""
+    assert isinstance(model, nn.Module)
+    tensors, moments = {name: tensor.clone() for name, tensor in model.state_dict().items()}, model.moments
+
+    def back() -> None:
+        model.load_state_dict(tensors)
+        model.moments = moments
+
+    return back
+
+
 @contextmanager
 def seen_through(model: TrainedModel, view: View | None) -> Iterator[Callable[[Batch], Forward]]:
     """The model's forward pass with `view(name, ids, weights)` in place of the weights.

@@ -61,8 +61,12 @@ def ranks_among(model: Model, batch: Batch, target_B: Tensor, others_BN: Tensor,
 
 
 def _known(model: Model, batch: Batch) -> Batch:
-    """`batch` without history items that the model has no row for yet."""
-    return replace(batch, history_BT=torch.where(batch.history_BT <= model.n_items, batch.history_BT, 0))
+    """`batch` without history items that the model has no row for yet: the others close the gaps."""
+    known_BT = batch.history_BT <= model.n_items
+    if bool(known_BT.all()):
+        return batch
+    history_BT = torch.where(known_BT, batch.history_BT, 0)
+    return replace(batch, history_BT=history_BT.gather(1, (history_BT > 0).byte().argsort(dim=1, stable=True)))
 
 
 def _part(batch: Batch, which: Tensor) -> Batch:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from freshrec.errors import OptionError
 from freshrec.models.layers import best_inner_product, first_of, sampled_logits
+from freshrec.models.softmax import full_softmax
 from freshrec.models.tables import Table
 from freshrec.options import Count, Positive, Rate, check_options
 from freshrec.types import Batch, Events, Forward, Histories
@@ -83,8 +84,13 @@ class SASRec(nn.Module):
         self.items = Table(spec.d, spec.std, seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.positions_TD = nn.Parameter(torch.randn(spec.length, spec.d) * spec.std)
+            self.positions_TD = nn.Parameter(torch.empty(spec.length, spec.d))
+            nn.init.xavier_uniform_(self.positions_TD)
             self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.blocks))
+            for layer in self.blocks.modules():
+                if isinstance(layer, nn.Linear):  # as in the authors' code
+                    nn.init.xavier_uniform_(layer.weight)
+                    nn.init.zeros_(layer.bias)
             self.last = nn.LayerNorm(spec.d, eps=1e-8)
 
     def grow(self, n_users: int, n_items: int) -> None:
@@ -117,12 +123,10 @@ class SASRec(nn.Module):
 
     def _full(self, batch: Batch, wanted_BT: Tensor, target_B: Tensor) -> Forward:
         """Cross-entropy over all known items; it moves every row of the table."""
-        rows_ID = self.items.pull(torch.arange(self.n_items + 1))
-        history_BTD = F.embedding(batch.history_BT, rows_ID)
+        rows_RD = self.items.pull_all()
+        history_BTD = F.embedding(batch.history_BT, rows_RD)
         user_BD = self._encode(history_BTD, batch.history_BT > 0)[wanted_BT]
-        logits_BI = user_BD @ rows_ID[1:].t()
-        loss = F.cross_entropy(logits_BI, target_B - 1)
-        return Forward(loss, user_BD[:, None], F.embedding(target_B, rows_ID), logits_BI)
+        return Forward(full_softmax(user_BD, rows_RD, target_B), user_BD[:, None])
 
     def _encode(self, items_BTD: Tensor, real_BT: Tensor) -> Tensor:
         n_steps, drop = items_BTD.shape[1], self.spec.dropout if self.training else 0.0

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
-BLOCK = 1024  # rows whose starts are drawn together
+BLOCK = 1024  # rows whose starts are drawn together, and that a step on all rows moves together
 
 
 class Table(nn.Module):
@@ -24,6 +24,7 @@ class Table(nn.Module):
     packed: Tensor  # (rows, 3 D): weight, first moment, second moment
     steps_R: Tensor  # (rows,) how often each was trained
     view: Callable[[Tensor, Tensor], Tensor] | None = None  # (ids, rows) -> the rows that `pull` gives instead
+    leader_R: Tensor | None = None  # which row is trained in place of each, where some are trained as one
     leaf: Tensor | None  # the weights of the last `pull`'s rows, each once; they get the gradients
 
     def __init__(self, n_dims: int, std: float, seed: int) -> None:
@@ -35,11 +36,10 @@ class Table(nn.Module):
         self._unique = self._rows = self.leaf = None
         self._earlier: list[tuple[Tensor, Tensor]] = []  # ids and weights of the pulls before the last one of a step
 
-    _again: bool = False
+    _again: bool = False  # the next pull belongs to the step of the last one
+    _is_whole: bool = False  # the last pull was of all rows
     _unique: Tensor | None
     _rows: Tensor | None
-    _shared_N: Tensor | None = None  # rows that are trained as one, the first of them
-    _leader_R: Tensor | None = None  # which row is trained in place of each
 
     def grow(self, n_rows: int) -> None:
         """Make room for rows 1..n_rows. A row's start depends on (seed, row) alone, not on when the table grew."""
@@ -60,16 +60,32 @@ class Table(nn.Module):
 
     def pull(self, ids: Tensor) -> Tensor:
         """(N, D) rows of `ids` (N,), with gradients; once a step, then `push`."""
-        if self._leader_R is not None:
-            ids = self._leader_R[ids]
+        if self.leader_R is not None:
+            ids = self.leader_R[ids]
+        if self._again and self._is_whole:
+            return F.embedding(ids, self._seen())
         if self._again and self._unique is not None and self.leaf is not None:
             self._earlier.append((self._unique, self.leaf))
-        self._again = False
+        self._again = self._is_whole = False
         self._unique, place_N = self._distinct(ids)
         self._rows = self.packed.index_select(0, self._unique)
         self.leaf = self._rows[:, : self.n_dims].contiguous().requires_grad_(True)
-        seen = self.leaf if self.view is None else self.view(self._unique, self.leaf)
-        return F.embedding(place_N, seen)
+        return F.embedding(place_N, self._seen())
+
+    def pull_all(self) -> Tensor:
+        """(n_rows + 1, D) all rows, with gradients; once a step, then `push`."""
+        if self.leader_R is not None:
+            return self.pull(torch.arange(len(self.packed)))
+        if not (self._again and self._is_whole):
+            assert not self._again, "a step that pulls all rows pulls them first"
+            self._is_whole, self._unique, self._rows = True, torch.arange(len(self.packed)), None
+            self.leaf = self.weights.clone().requires_grad_(True)
+        self._again = False
+        return self._seen()
+
+    def _seen(self) -> Tensor:
+        assert self._unique is not None and self.leaf is not None
+        return self.leaf if self.view is None else self.view(self._unique, self.leaf)
 
     def _distinct(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """`ids`, each once, and the place (N,) of each among them."""
@@ -90,37 +106,25 @@ class Table(nn.Module):
 
     def whole(self) -> Tensor:
         """(n_rows + 1, D) all weights; gradients reach the rows of the last `pull`, which are those that will move."""
-        return self.weights.index_copy(0, *self.in_step())
-
-    def share(self, rows_N: Tensor) -> None:
-        """Train these rows as one, the first of them, until `part`. They start alike, and are alike in the end."""
-        self._shared_N = rows_N
-        self._leader_R = torch.arange(len(self.packed)).index_fill(0, rows_N, int(rows_N[0]))
-        self.weights[rows_N] = self.weights[rows_N[0]].clone()
-
-    def part(self) -> None:
-        """Each row is trained for itself again."""
-        if self._shared_N is not None:
-            self.weights[self._shared_N] = self.weights[self._shared_N[0]].clone()
-        self._shared_N = self._leader_R = None
+        return self.in_step()[1] if self._is_whole else self.weights.index_copy(0, *self.in_step())
 
     def push(self, lr: float) -> None:
         """One Adam step on the rows of the last `pull`, or of all pulls of the step (`again`)."""
         if self._earlier:
             self._join()
         self._again = False
-        if self._rows is None or self.leaf is None or self._unique is None or self.leaf.grad is None:
+        if self.leaf is None or self._unique is None or self.leaf.grad is None:
             return
-        d, g = self.n_dims, self.leaf.grad
-        steps_N = self.steps_R.index_select(0, self._unique).add_(1)
-        w, m, v = self._rows[:, :d], self._rows[:, d : 2 * d], self._rows[:, 2 * d :]
-        m.mul_(BETA1).add_(g, alpha=1 - BETA1)
-        v.mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
-        second_N = (1 - BETA2**steps_N).sqrt_()  # corrections of the moments' bias towards 0
-        size_N = second_N / (1 - BETA1**steps_N)
-        w.addcdiv_(m * size_N[:, None], v.sqrt().add_(second_N[:, None], alpha=EPS), value=-lr)
-        self.packed.index_copy_(0, self._unique, self._rows)
-        self.steps_R.index_copy_(0, self._unique, steps_N)
+        if self._is_whole:
+            self.steps_R += 1
+            for part in torch.arange(len(self.packed)).split(BLOCK):
+                rows = slice(int(part[0]), int(part[-1]) + 1)
+                _adam(self.packed[rows], self.steps_R[rows], self.leaf.grad[rows], lr)
+        elif self._rows is not None:
+            steps_N = self.steps_R.index_select(0, self._unique).add_(1)
+            _adam(self._rows, steps_N, self.leaf.grad, lr)
+            self.packed.index_copy_(0, self._unique, self._rows)
+            self.steps_R.index_copy_(0, self._unique, steps_N)
         self._unique = self._rows = self.leaf = None
 
     def _join(self) -> None:
@@ -133,6 +137,16 @@ class Table(nn.Module):
         self._rows = self.packed.index_select(0, self._unique)
         self.leaf = self._rows[:, : self.n_dims].contiguous()
         self.leaf.grad = torch.zeros_like(self.leaf).index_add_(0, place_M, torch.cat([grad for _, grad in pulls]))
+
+
+def _adam(rows: Tensor, steps_N: Tensor, g: Tensor, lr: float) -> None:
+    """A step of packed rows, in place; `steps_N` counts this one."""
+    w, m, v = rows.chunk(3, dim=1)
+    m.mul_(BETA1).add_(g, alpha=1 - BETA1)
+    v.mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
+    second_N = (1 - BETA2**steps_N).sqrt_()  # corrections of the moments' bias towards 0
+    size_N = second_N / (1 - BETA1**steps_N)
+    w.addcdiv_(m * size_N[:, None], v.sqrt().add_(second_N[:, None], alpha=EPS), value=-lr)
 
 
 def _starts(seed: int, first: int, end: int, n_dims: int) -> Tensor:

@@ -1,6 +1,7 @@
 """A state on a block of events -> the rank of each target, and facts about the targets to slice by."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -74,19 +75,23 @@ class Asked:
     role: int = TEST
     min_history: int = 1  # own events a query needs
     among: int = 0  # sampled items that a target is ranked among; 0: all items
+    unseen: Literal["miss", "drop"] = "miss"  # events of items that nobody could know: missed, or as if they were not
 
 
 def queries_of(recent: Histories, block: Block, length: int, asked: Asked = Asked()) -> Queries:
     """Queries for the events of one role; targets with too few own events before are left out."""
-    events = block.events
+    events, places_E = block.events, torch.arange(len(block.events))
+    if asked.unseen == "drop":
+        places_E = (events.items_E <= block.n_items).nonzero()[:, 0]
+        events = events[places_E]
     histories, rows_E = place(recent, events, block.n_users)
     at_N = (events.role_E == asked.role).nonzero()[:, 0]
     targets = targets_at(histories, rows_E[at_N])
     enough_N = targets.lengths(asked.min_history) >= asked.min_history
     at_N, targets = at_N[enough_N], targets[enough_N]
     history_NT = histories_before(targets, length).int()
-    secret_N = events.joins_E[at_N] == NEVER
-    return Queries(targets.users_N, history_NT, events.items_E[at_N], at_N + block.first, secret_N, block.n_items)
+    secret_N, events_N = events.joins_E[at_N] == NEVER, places_E[at_N] + block.first
+    return Queries(targets.users_N, history_NT, events.items_E[at_N], events_N, secret_N, block.n_items)
 
 
 def rank_queries(state: State, queries: Queries, readout: str = "recent", among: int = 0, size: int = 256) -> Tensor:

@@ -7,11 +7,10 @@ import polars as pl
 
 from freshrec.data.batches import due_targets
 from freshrec.data.spans import Cut
-from freshrec.learn.fit import carried_by, train
+from freshrec.learn.fit import USUAL_EPOCHS, carried_by, train
 from freshrec.replay.replay import Cell, Settings, absorb
 from freshrec.types import Events, State, Strategy, TrainedModel
 
-USUAL_EPOCHS = 10  # of a base block, until it has been chosen
 CHOICE = 2.0  # choosing them trains about as much again
 
 

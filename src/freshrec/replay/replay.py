@@ -65,6 +65,7 @@ class Settings:
     cadence: int = 1  # blocks a span is replayed in: measure, count; the neural update comes at the span's end
     asked: Asked = Asked()
     tune: bool = False  # choose each update's knobs by the span before
+    last_update: bool = True  # after the last span too, although nothing tests it
 
 
 def check(model: ModelSpec, model_name: str, strategy: Strategy, strategy_name: str) -> None:
@@ -131,6 +132,10 @@ def replay_cell(cell: Cell, cut: Cut, settings: Settings, out: Path, base: State
             since = time.process_time()
             state = replace(absorb(state, span.events, span.n_users, span.n_items), started=base)
             clock.timed("absorb_cpu_s", since)
+        if span.index == len(cut.spans) - 1 and not settings.last_update:
+            _write(folder, span.index, rows, clock.costs)
+            yield span.index
+            break
         before = state if state.spans_seen and settings.tune else None
         state, update_costs = timed(partial(strategy.update, state, span))
         if span.index == 0 and base is not None:

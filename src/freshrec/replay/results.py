@@ -10,7 +10,7 @@ import polars as pl
 from freshrec.replay.measure import SLICES
 from freshrec.replay.metrics import evaluate
 from freshrec.replay.replay import Cell
-from freshrec.replay.significance import METHOD, Answers, Index, Mask, arrange, compare, interval
+from freshrec.replay.significance import METHOD, Answers, Equal, Index, Mask, arrange, compare, interval
 
 COLUMNS = {
     "model": pl.String, "strategy": pl.String, "seed": pl.Int64, "span": pl.Int64, "slice": pl.String,
@@ -21,7 +21,9 @@ NUMBERS = ("metric", "value", "low", "high", "n")
 OVERALL = -1  # the span of a mean over spans
 
 
-def collect(cells: Sequence[Cell], facts: pl.DataFrame, metrics: Sequence[str], out: Path) -> pl.DataFrame:
+def collect(
+    cells: Sequence[Cell], facts: pl.DataFrame, metrics: Sequence[str], out: Path, equal: Equal = "users"
+) -> pl.DataFrame:
     """The long results table of all finished cells, written to `out` with what is made of it.
 
     results.parquet   each cell, span, slice and metric; costs are metrics too
@@ -29,19 +31,21 @@ def collect(cells: Sequence[Cell], facts: pl.DataFrame, metrics: Sequence[str], 
     tests.parquet     each pair of these, in the recent readout: the paired tests
     table.md          methods.parquet for people
 
-    Spans weigh equally, users equally within a span. The row of span -1 is the mean over spans. A model's other
-    readouts are rows of their own: "comirec-dr@stored".
+    Spans weigh equally, users (or targets: `equal`) equally within a span. The row of span -1 is the mean over spans.
+    A model's other readouts are rows of their own: "comirec-dr@stored".
     """
     asked = [_asked(cell, out / cell.name, metrics) for cell in cells]
     answered = pl.concat([_empty_answers(metrics), *asked])
     costs = pl.concat([pl.DataFrame(schema=COLUMNS), *(costs_of(cell, out / cell.name) for cell in cells)])
     tested = answered.filter(pl.col("after") == pl.col("span") - 1)
     lost = _lost(answered, metrics)
-    results = pl.concat([_quality(tested, facts, metrics), _forgetting(lost), costs])
+    results = pl.concat([_quality(tested, facts, metrics, equal), _forgetting(lost), costs])
     results.write_parquet(out / "results.parquet")
-    methods = _methods(tested, lost, costs, metrics)
+    methods = _methods(tested, lost, costs, metrics, equal)
     methods.write_parquet(out / "methods.parquet")
-    compare(tested.filter(~pl.col("model").str.contains("@")), metrics).write_parquet(out / "tests.parquet")
+    compare(tested.filter(~pl.col("model").str.contains("@")), metrics, equal=equal).write_parquet(
+        out / "tests.parquet"
+    )
     (out / "table.md").write_text(table(methods, metrics) + "\n")
     return results
 
@@ -69,9 +73,9 @@ def _asked(cell: Cell, folder: Path, metrics: Sequence[str]) -> pl.DataFrame:
     ).hstack(pl.DataFrame(evaluate(ranks["rank"].to_numpy(), metrics), schema=list(metrics)))
 
 
-def _quality(tested: pl.DataFrame, facts: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
+def _quality(tested: pl.DataFrame, facts: pl.DataFrame, metrics: Sequence[str], equal: Equal) -> pl.DataFrame:
     """Each metric by cell and slice, for each span and over all; a slice of a single span goes without interval."""
-    answers = arrange(tested, metrics, CELL)
+    answers = arrange(tested, metrics, CELL, equal)
     queries = answers.queries.join(
         facts, left_on=["span", "target"], right_on=["span", "event"], how="left", maintain_order="left"
     )
@@ -153,12 +157,16 @@ def costs_of(cell: Cell, folder: Path) -> pl.DataFrame:
     ).select(COLUMNS.keys())  # fmt: skip
 
 
-def _methods(tested: pl.DataFrame, lost: pl.DataFrame, costs: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
+def _methods(
+    tested: pl.DataFrame, lost: pl.DataFrame, costs: pl.DataFrame, metrics: Sequence[str], equal: Equal
+) -> pl.DataFrame:
     """A row per model, strategy and metric, over all spans: each query averaged over seeds, and only then resampled."""
     names = [f"forgetting {m}" for m in metrics]
     found = [pl.DataFrame(schema={name: kind for name, kind in COLUMNS.items() if name in (*METHOD, *NUMBERS)})]
     last = lost.filter(pl.col("after") == pl.col("after").max())
-    found += [_all(arrange(rows, of, METHOD), of) for rows, of in ((tested, metrics), (last, names)) if len(rows)]
+    found += [
+        _all(arrange(rows, of, METHOD, equal), of) for rows, of in ((tested, metrics), (last, names)) if len(rows)
+    ]
     overall = costs.filter(pl.col("span") == OVERALL).group_by(*METHOD, "metric", maintain_order=True)
     found.append(overall.agg(pl.col("value", "low", "high").mean(), pl.len().cast(pl.Int64).alias("n")))
     return pl.concat(found)

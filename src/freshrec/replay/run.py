@@ -95,7 +95,7 @@ def _base(cell: Cell, cut: Cut, out: Path) -> State:
     """The state after the base block, trained once for all strategies that train it plainly with the same options."""
     assert isinstance(cell.update, TrainsPlainly)
     fit = cell.update.fit
-    options = repr((cell.spec, fit.base_epochs, fit.max_epochs, fit.patience))
+    options = repr((cell.spec, fit.base_epochs, fit.max_epochs, fit.patience, fit.holdout))
     path = out / "bases" / f"{cell.model.replace(':', '_')}--{cell.seed}--{crc32(options.encode()):08x}.safetensors"
     if path.exists():
         return load_state(path)

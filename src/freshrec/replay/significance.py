@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -20,6 +20,7 @@ from scipy import stats
 
 from freshrec.replay.metrics import Floats
 
+Equal = Literal["users", "targets"]  # what weighs equally within a span
 Index = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 METHOD, QUERY = ("model", "strategy"), ("span", "user", "target")
@@ -35,10 +36,11 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def contributions(spans_Q: NDArray[Any], users_Q: NDArray[Any], values_QM: Floats) -> Floats:
+def contributions(spans_Q: NDArray[Any], users_Q: NDArray[Any], values_QM: Floats, equal: Equal = "users") -> Floats:
     """(U, M): what each user adds to the value of each metric, times U: the mean over users is the value.
 
-    The value is the mean over spans of the mean over the span's users of the mean over the user's queries in it.
+    The value is the mean over spans of the mean over the span's users of the mean over the user's queries in it; where
+    `equal` = "targets", of the mean over the span's queries.
     """
     spans_S, span_Q = np.unique(spans_Q, return_inverse=True)
     users_U, user_Q = np.unique(users_Q, return_inverse=True)
@@ -46,7 +48,8 @@ def contributions(spans_Q: NDArray[Any], users_Q: NDArray[Any], values_QM: Float
     own_Q = span_Q * n_users + user_Q
     n_SU = np.bincount(own_Q, minlength=n_spans * n_users)
     met_S = (n_SU.reshape(n_spans, n_users) > 0).sum(1)
-    share_Q = n_users / (n_spans * met_S[span_Q] * n_SU[own_Q])
+    among_Q = met_S[span_Q] * n_SU[own_Q] if equal == "users" else np.bincount(span_Q)[span_Q]
+    share_Q = n_users / (n_spans * among_Q)
     return np.stack([np.bincount(user_Q, share_Q * value_Q, n_users) for value_Q in values_QM.T], axis=1)
 
 
@@ -106,6 +109,7 @@ class Answers:
     methods: pl.DataFrame  # A rows
     queries: pl.DataFrame  # Q rows: span, user, target
     values_AQM: Floats
+    equal: Equal = "users"
 
     @property
     def answered_AQ(self) -> Mask:
@@ -117,20 +121,25 @@ class Answers:
         n_methods, n_queries, n_metrics = values_AQM.shape
         values_QN = values_AQM.transpose(1, 0, 2).reshape(n_queries, n_methods * n_metrics)
         spans_Q, users_Q = (self.queries[name].to_numpy()[which_Q] for name in ("span", "user"))
-        return contributions(spans_Q, users_Q, values_QN).reshape(-1, n_methods, n_metrics)
+        return contributions(spans_Q, users_Q, values_QN, self.equal).reshape(-1, n_methods, n_metrics)
 
 
-def arrange(table: pl.DataFrame, metrics: Sequence[str], method: Sequence[str] = METHOD) -> Answers:
+def arrange(
+    table: pl.DataFrame,
+    metrics: Sequence[str],
+    method: Sequence[str] = METHOD,
+    equal: Equal = "users",
+) -> Answers:
     """The rows of `table` as arrays; what `method` does not tell apart, such as seeds, is averaged query by query."""
     mean = table.group_by(*method, *QUERY).agg(pl.col(metrics).mean())
     methods, queries = mean.select(method).unique().sort(method), mean.select(QUERY).unique().sort(QUERY)
     mean = mean.join(methods.with_row_index("method"), on=method).join(queries.with_row_index("query"), on=QUERY)
     values_AQM = np.full((len(methods), len(queries), len(metrics)), np.nan)
     values_AQM[mean["method"].to_numpy(), mean["query"].to_numpy()] = mean.select(metrics).to_numpy()
-    return Answers(methods, queries, values_AQM)
+    return Answers(methods, queries, values_AQM, equal)
 
 
-def compare(table: pl.DataFrame, metrics: Sequence[str], seed: int = 0) -> pl.DataFrame:
+def compare(table: pl.DataFrame, metrics: Sequence[str], seed: int = 0, equal: Equal = "users") -> pl.DataFrame:
     """Every pair of methods on the queries that both answered: difference (a - b), its interval, p, and p adjusted.
 
     `table` has a row per query with columns model, strategy, seed, span, user, target, and the metrics. Values are
@@ -138,7 +147,7 @@ def compare(table: pl.DataFrame, metrics: Sequence[str], seed: int = 0) -> pl.Da
     rate (Benjamini-Hochberg) over the pairs of one metric: another metric, or the same one by another name, changes
     nothing. Two methods without a common query are not compared.
     """
-    answers = arrange(table, metrics)
+    answers = arrange(table, metrics, equal=equal)
     found: list[pl.DataFrame] = []
     for pairs_P2, common_Q in _pairs(answers.answered_AQ):
         first_P, second_P = pairs_P2.T

@@ -29,6 +29,7 @@ STRATEGIES: dict[str, Strategy] = {
     "batch-5": Retrain(fresh=False, spans=5),
     "batch-7": Retrain(fresh=False, spans=7),
     "joint": Retrain(),
+    "dropout": FineTune(),  # what ADER calls fine-tuning where the model has dropout
     "ewc": EWC(),
     "spmf": SPMF(),
     "spmf-all": SPMF(take="all"),

@@ -25,9 +25,10 @@ from freshrec.learn.exemplars import (
     replay,
     select,
 )
-from freshrec.learn.fit import Clock, Fit, adapt, carried_by, finish, grid, start, successor
+from freshrec.learn.fit import Clock, Fit, adapt, carried_by, finish, grid, parted, start, successor
 from freshrec.learn.reservoir import Kept, kept_length
 from freshrec.models.layers import best_inner_product
+from freshrec.models.softmax import distilled_softmax
 from freshrec.options import Count, Weight, check_options
 from freshrec.types import Batch, EncodingModel, Span, State
 
@@ -56,19 +57,21 @@ def distil(model: EncodingModel, teacher: EncodingModel, exemplars: Kept, carrie
     where the model trains by the full softmax; else a row has no need of being held while nothing moves it.
     """
     n_known = teacher.n_items
-    known_ID = teacher.item_vectors()[1 : n_known + 1]
+    known_RD = teacher.item_vectors()[: n_known + 1]
     n_most = 1 if carried is None or not len(exemplars) else int(carried.counts(exemplars.users_N).max())
-    teacher_MKD = torch.zeros(len(exemplars), n_most, known_ID.shape[1])
+    teacher_MKD = torch.zeros(len(exemplars), n_most, known_RD.shape[1])
     for which, batch in queries(exemplars, teacher, carried):
         vectors_BKD = teacher.user_vectors(batch)
         teacher_MKD[which] = vectors_BKD[:, :1]  # again where there are fewer: it changes no score
         teacher_MKD[which, : vectors_BKD.shape[1]] = vectors_BKD
 
     def loss(which_M: Tensor, batch: Batch) -> Tensor:
-        items_ID = model.items.whole()
-        vectors_BKD = model.encode(F.embedding(batch.history_BT, items_ID), batch)
-        said_BI = best_inner_product(teacher_MKD[which_M], known_ID)
-        return distillation(best_inner_product(vectors_BKD, items_ID[1 : n_known + 1]), said_BI)
+        rows_RD = model.items.whole()
+        vectors_BKD = model.encode(F.embedding(batch.history_BT, rows_RD), batch)
+        if vectors_BKD.shape[1] == n_most == 1:
+            return distilled_softmax(vectors_BKD[:, 0], rows_RD, teacher_MKD[which_M, 0], known_RD)
+        said_BI = best_inner_product(teacher_MKD[which_M], known_RD[1:])
+        return distillation(best_inner_product(vectors_BKD, rows_RD[1 : n_known + 1]), said_BI)
 
     return loss
 
@@ -79,8 +82,8 @@ class ADER:
 
     `distil`: the second loss is the distance to what the last model says of them; else ("ER") it is the model's own
     loss on their true targets. `adaptive`: its weight follows the shares of old items and of exemplars. `equal`: as
-    many exemplars for every item. Differs from the paper: a fixed number of epochs, not early stopping; allocation is
-    rounded, not drawn; herding picks nothing twice.
+    many exemplars for every item. Differs from the paper: a fixed number of epochs unless `fit.holdout` says otherwise;
+    allocation is rounded, not drawn; herding picks nothing twice.
     """
 
     exemplars: Count = 30_000
@@ -118,15 +121,17 @@ class ADER:
         carried = carried_by(model, state.users, span.index)
         clock = Clock({"rows_read": float(len(targets) + len(exemplars))})
         since = time.process_time()
-        n_targets = len(learnable(targets, kept_length(model)))
+        key = state.seed, span.index
+        learnt, _ = parted(targets, self.fit, key)
+        n_targets = len(learnable(learnt, kept_length(model)))
         weight = self.weight
         if self.adaptive:
             weight = adaptive_weight(weight, state.model.n_items, span.n_items, len(exemplars), n_targets)
         loss = distil(model, state.model, exemplars, carried) if self.distil and weight else own_loss(model)
         source = random_source(state.seed, span.index, PLAYED)
-        terms = replay(model, targets, exemplars, carried, weight=weight, loss=loss, source=source)
+        terms = replay(model, learnt, exemplars, carried, weight=weight, loss=loss, source=source)
         clock.timed("train_cpu_s", since)
-        adapt(model, targets, self.fit, (state.seed, span.index), clock, carried=carried, terms=terms)
+        adapt(model, targets, self.fit, key, clock, carried=carried, terms=terms)
         return self._remember(finish(state, model, carried, self.fit.history, clock), targets, exemplars, span.index)
 
     def _remember(self, after: State, targets: Targets, exemplars: Kept | None, span: int) -> State:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from freshrec.data.batches import Targets, due_targets, in_parts, random_source
 from freshrec.learn.exemplars import learnable, own_loss, replay, smallest
-from freshrec.learn.fit import Clock, Fit, adapt, carried_by, finish, grid, start, successor
+from freshrec.learn.fit import Clock, Fit, adapt, carried_by, finish, grid, parted, start, successor
 from freshrec.learn.reservoir import Kept, keep, together
 from freshrec.options import Count, Rate, Weight, check_options
 from freshrec.types import EncodingModel, Span, State
@@ -95,8 +95,16 @@ class ADERS:
         clock.timed("choose_cpu_s", since)
         clock.costs["rows_read"] = float(len(targets) + len(exemplars))
         since = time.process_time()
-        source = random_source(state.seed, span.index, PLAYED)
-        terms = replay(model, targets, exemplars, carried, weight=self.weight, loss=own_loss(model), source=source)
+        source, key = random_source(state.seed, span.index, PLAYED), (state.seed, span.index)
+        terms = replay(
+            model,
+            parted(targets, self.fit, key)[0],
+            exemplars,
+            carried,
+            weight=self.weight,
+            loss=own_loss(model),
+            source=source,
+        )
         clock.timed("train_cpu_s", since)
-        adapt(model, targets, self.fit, (state.seed, span.index), clock, carried=carried, terms=terms)
+        adapt(model, targets, self.fit, key, clock, carried=carried, terms=terms)
         return replace(finish(state, model, carried, self.fit.history, clock), memory=together(pool, new))

@@ -14,6 +14,7 @@ from freshrec.data.batches import Targets, due_targets
 from freshrec.errors import IncompatibleError
 from freshrec.learn.fit import Clock, Fit, adapt, carried_by, finish, grid, start, successor
 from freshrec.learn.weights import tables_of
+from freshrec.models.tables import Table
 from freshrec.options import CountOrNone, Positive, Rate, check_options
 from freshrec.types import Batch, ClickModel, Forward, Span, State, Term, TrainedModel
 
@@ -51,7 +52,10 @@ class Distill:
             with torch.no_grad():
                 logits_BN = teacher(batch).logits_BN
             if forward.logits_BN is None or logits_BN is None:
-                raise IncompatibleError("incctr distils logits, and this model's forward gives none; set logits_BN.")
+                raise IncompatibleError(
+                    "incctr distils the logits of clicks or of a sampled softmax, and this model's forward gives none; "
+                    "with sasrec use loss=sampled."
+                )
             return self.weight * (opinion(forward.logits_BN, logits_BN, self.tau) - forward.loss)
 
         return distil
@@ -105,7 +109,7 @@ class IncCTR:
         clock = Clock({"rows_read": float(len(targets))})
         adapt(model, targets, self.fit, (state.seed, span.index), clock, carried=carried, terms=terms)
         for table in tables_of(model).values():
-            table.part()
+            part(table)
         return replace(finish(state, model, carried, self.fit.history, clock), memory=met)
 
     def _share(self, model: TrainedModel, met: dict[str, Tensor]) -> None:
@@ -113,7 +117,20 @@ class IncCTR:
         for name, table in tables_of(model).items():
             rare_N = (met[name] < self.threshold).nonzero()[:, 0] if name in met else torch.zeros(0)
             if len(rare_N):
-                table.share(rare_N)
+                share(table, rare_N)
+
+
+def share(table: Table, rows_N: Tensor) -> None:
+    """Train these rows as one, the first of them, until `part`. They start alike, and are alike in the end."""
+    table.leader_R = torch.arange(len(table.packed)).index_fill(0, rows_N, int(rows_N[0]))
+    table.weights.copy_(table.weights[table.leader_R])
+
+
+def part(table: Table) -> None:
+    """Each row is trained for itself again."""
+    if table.leader_R is not None:
+        table.weights.copy_(table.weights[table.leader_R])
+    table.leader_R = None
 
 
 def _met(before: dict[str, Tensor], targets: Targets, model: TrainedModel) -> dict[str, Tensor]:

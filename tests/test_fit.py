@@ -1,0 +1,83 @@
+"""Training that stops by a held-out part, and goes back to its best epoch."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import circles
+import pytest
+import torch
+
+from freshrec.data.batches import append, due_targets
+from freshrec.learn.fit import Clock, Fit, adapt, best_epoch, parted
+from freshrec.learn.weights import snapshot, tables_of
+from freshrec.models.sasrec import SASRecSpec
+from freshrec.strategies.plain import FineTune
+from freshrec.types import Histories, State, TrainedModel
+
+STOPPED = Fit(base_epochs=3, holdout=0.25, max_epochs=12, patience=2)
+
+
+def untrained() -> TrainedModel:
+    model = SASRecSpec(d=16, negatives=16, length=8, dropout=0.0).build(0)
+    model.grow(60, 20)
+    return model
+
+
+def test_the_best_epoch_is_gone_back_to_with_the_weights_and_the_optimisers_of_then() -> None:
+    model, seen = untrained(), []
+    qualities = iter([0.1, 0.3, 0.3, 0.2, 0.9])  # 0.3 again is not better; two epochs after it the patience ends
+
+    def epochs() -> Iterator[float]:
+        for n in range(5):
+            tables_of(model)["items"].packed[1:] = n + 1.0
+            model.moments = {"n": torch.tensor(n + 1.0)}
+            seen.append(n + 1)
+            yield 0.0
+
+    assert best_epoch(model, epochs(), lambda: next(qualities), patience=2) == 2
+    assert seen == [1, 2, 3, 4]
+    assert tables_of(model)["items"].packed[1:].unique().tolist() == [2.0] and model.moments["n"] == 2.0
+
+
+def test_without_any_epoch_the_model_is_as_it_was() -> None:
+    model = untrained()
+    before = tables_of(model)["items"].packed.clone()
+    assert best_epoch(model, iter([]), lambda: math.nan, patience=1) == 0
+    assert torch.equal(tables_of(model)["items"].packed, before)
+
+
+def test_a_snapshot_is_not_touched_by_later_training() -> None:
+    model = untrained()
+    weight = dict(model.named_parameters())["positions_TD"]
+    before = weight.detach().clone()
+    back = snapshot(model)
+    with torch.no_grad():
+        weight.add_(1.0)
+    back()
+    assert torch.equal(dict(model.named_parameters())["positions_TD"], before)
+
+
+def test_a_quarter_is_held_out_and_the_rest_is_trained_on() -> None:
+    targets = due_targets(append(Histories.empty(), circles.circles(range(1, 61), 1), 60))
+    learnt, held = parted(targets, STOPPED, (0, 1))
+    assert len(held) == 240 and sorted([*learnt.rows_N.tolist(), *held.rows_N.tolist()]) == targets.rows_N.tolist()
+    assert len(parted(targets, Fit(), (0, 1))[0]) == len(targets)
+    assert parted(targets, STOPPED, (0, 2))[1].rows_N.tolist() != held.rows_N.tolist()  # another span, another part
+
+
+def test_base_block_and_update_stop_by_themselves_and_say_when() -> None:
+    state, span = circles.two_periods(FineTune(fit=STOPPED))
+    assert 1 <= state.base_epochs <= 12  # not the 3 that a fixed number would be, unless they are the best
+    after = FineTune(fit=STOPPED).update(state, span)
+    assert 1 <= after.costs["epochs"] <= 12
+
+
+@pytest.mark.parametrize("epochs", [1, 4])
+def test_the_number_of_epochs_does_not_matter_where_a_part_is_held_out(epochs: int) -> None:
+    histories = append(Histories.empty(), circles.circles(range(1, 61), 1), 60)
+    state = State(untrained(), recent=histories)
+    models = [untrained(), untrained()]
+    for model, fit in zip(models, (STOPPED, replace(STOPPED, epochs=epochs))):
+        adapt(model, due_targets(state.recent), fit, (0, 0), Clock())
+    assert torch.equal(*(tables_of(model)["items"].packed for model in models))

@@ -1,0 +1,43 @@
+"""The softmax over all items in blocks is the one of PyTorch, and so are its gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from freshrec.models import softmax
+from freshrec.models.softmax import distilled_softmax, full_softmax
+
+
+@pytest.fixture(params=[3, 7, 100])
+def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that do not divide the 20 items, and one that holds them all."""
+    monkeypatch.setattr(softmax, "BLOCK", request.param)
+
+
+def tensors(scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    source = torch.Generator().manual_seed(0)
+    user_BD, rows_RD = torch.randn(5, 4, generator=source), torch.randn(21, 4, generator=source) * scale
+    return user_BD.requires_grad_(), rows_RD.requires_grad_(), torch.tensor([1, 20, 7, 7, 3])
+
+
+def gradients(loss: Tensor, *of: Tensor) -> list[Tensor]:
+    return [loss.detach(), *torch.autograd.grad(3 * loss, of)]
+
+
+@pytest.mark.usefixtures("block")
+@pytest.mark.parametrize("scale", [1.0, 100.0])  # exp overflows at 89
+def test_the_loss_and_its_gradients_are_those_of_cross_entropy(scale: float) -> None:
+    user_BD, rows_RD, target_B = tensors(scale)
+    expected = gradients(F.cross_entropy(user_BD @ rows_RD[1:].t(), target_B - 1), user_BD, rows_RD)
+    torch.testing.assert_close(gradients(full_softmax(user_BD, rows_RD, target_B), user_BD, rows_RD), expected)
+
+
+@pytest.mark.usefixtures("block")
+def test_a_teacher_of_fewer_items_gives_the_gradients_of_cross_entropy_on_those() -> None:
+    user_BD, rows_RD, _ = tensors()
+    teacher_BD, known_RD = torch.randn(5, 4), torch.randn(16, 4)
+    taught_BI = torch.softmax(teacher_BD @ known_RD[1:].t(), 1)
+    expected = gradients(F.cross_entropy((user_BD @ rows_RD[1:].t())[:, :15], taught_BI), user_BD, rows_RD)
+    found = gradients(distilled_softmax(user_BD, rows_RD, teacher_BD, known_RD), user_BD, rows_RD)
+    torch.testing.assert_close(found, expected)
