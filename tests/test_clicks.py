@@ -119,7 +119,7 @@ def run(one: Cell, spans: Cut, out: Path) -> pl.DataFrame:
     return pl.concat([pl.read_parquet(out / one.name / f"span-{span}.parquet") for span in (1, 2, 3)])
 
 
-@pytest.mark.parametrize("strategy", ["finetune", "full", "spmf", "spmf-all", "incctr"])
+@pytest.mark.parametrize("strategy", ["finetune", "full", "spmf", "spmf-all", "incctr", "sml", "asmg"])
 def test_every_labelled_event_is_asked_once_before_it_is_trained_on(strategy: str, tmp_path: Path) -> None:
     spans = world()
     asked = run(cell(strategy), spans, tmp_path)
@@ -132,7 +132,7 @@ def test_every_labelled_event_is_asked_once_before_it_is_trained_on(strategy: st
     assert f"| embedding-mlp:categories=2:lr=0.01 | {strategy} | {overall:.4f} |" in (tmp_path / "table.md").read_text()
 
 
-@pytest.mark.parametrize("strategy", ["finetune", "spmf", "incctr"])
+@pytest.mark.parametrize("strategy", ["finetune", "spmf", "incctr", "sml", "asmg", "asmg-linear"])
 def test_what_comes_after_a_span_changes_no_probability_up_to_it(strategy: str, tmp_path: Path) -> None:
     one = cell(strategy, ":fit.base_epochs=2:fit.epochs=1")
     plain, poisoned = run(one, world(), tmp_path / "a"), run(one, world(swap_from=3), tmp_path / "b")

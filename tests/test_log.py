@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 from freshrec.data.formats import FORMATS
-from freshrec.data.log import Log, positives, read_log
+from freshrec.data.log import Log, before, positives, read_log
 from freshrec.errors import LogError, OptionError
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -209,3 +209,17 @@ def test_kuairand_has_its_history_and_its_clicks() -> None:
     assert (kept["period"] == 0).sum() == 817_187
     assert (kept["period"] > 0).sum() == 100_900
     assert kept["period"].is_sorted()
+
+
+def test_what_comes_after_a_moment_is_left_out_and_counted() -> None:
+    log = read_log(
+        pl.DataFrame(
+            {"user_id": [1, 1, 2], "item_id": [5, 6, 7], "timestamp": ["2025-01-01", "2025-01-02", "2025-03-01"]}
+        )
+    )
+    kept = before(log, "2025-01-02T00:01")
+    assert kept.frame["item_id"].to_list() == [5, 6] and "1 rows from 2025-01-02T00:01 on left out" in kept.notes[-1]
+    with pytest.raises(LogError, match="no row of the log is before 2024-01-01"):
+        before(log, "2024-01-01")
+    with pytest.raises(OptionError, match="a date cannot be read"):
+        before(log, "yesterday")

@@ -154,3 +154,11 @@ def test_a_comparison_of_means_over_targets_is_of_those_means():
     table = table.with_columns(pl.int_range(pl.len()).mod(4).alias("target"))
     row = compare(table, HR, equal="targets").row(0, named=True)
     assert row["difference"] == pytest.approx(1 / 2)
+
+
+def test_pooled_targets_weigh_equally_over_all_spans():
+    # T33: 100 and 300 targets with recalls of .2 and .4: .35, and .30 where spans weigh equally
+    spans, users = np.repeat([1, 2], [100, 300]), np.arange(400) % 7
+    values = np.concatenate([np.arange(100) < 20, np.arange(300) < 120]).astype(float)[:, None]
+    assert contributions(spans, users, values, "pooled").mean() == pytest.approx(0.35)
+    assert contributions(spans, users, values, "targets").mean() == pytest.approx(0.30)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from freshrec.data.log import Log, read_log
 from freshrec.data.spans import Cut, cut, plan
 from freshrec.errors import OptionError, SpanError
-from freshrec.types import NEVER, NEXT, NOW, TEST, TRAIN, VALID
+from freshrec.replay.measure import Asked, Block, queries_of
+from freshrec.types import NEVER, NEXT, NOW, TEST, TRAIN, VALID, Histories
 
 DAY = 86_400_000_000  # microseconds
 
@@ -304,3 +305,23 @@ def test_with_sessions_who_comes_back_in_another_span_is_somebody_else() -> None
     parts = cut(log, by="period", spans=1, targets="all", sessions=True)
     assert [span.events.users_E.tolist() for span in parts.spans] == [[1, 2, 1], [3, 4, 5]]
     assert parts.users.ids(torch.tensor([1, 3])).to_list() == ["1@0", "1@1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [  # items known before, test sessions, test predictions of the first and of the last cycle, as in the specs
+        ("ader_diginetica", {1: (18569, 6847, 23105), 16: (43105, 15965, 60878)}),
+        ("ader_yoochoose", {1: (12885, 50317, 151770), 16: (25750, None, 78913)}),
+    ],
+)
+def test_the_sessions_of_ader_are_those_that_its_authors_tested(
+    name: str, expected: dict[int, tuple[int, int | None, int]], real_log: Callable[[str], Path]
+) -> None:
+    parts = cut(read_log(real_log(name)), by="period", spans=16, targets="all", forget_users=0, sessions=True)
+    for span, (n_items, n_sessions, n_predictions) in expected.items():
+        assert parts.spans[span - 1].n_items == n_items
+        now = parts.spans[span]
+        block = Block(now.events, 0, now.n_users, n_items)
+        queries = queries_of(Histories.empty(), block, 50, Asked(unseen="drop"))  # no session has a past
+        assert len(queries) == n_predictions
+        assert n_sessions is None or len(queries.users_N.unique()) == n_sessions

@@ -129,7 +129,9 @@ def _run(recipe: Recipe, out: Path, jobs: int, resume: bool, as_json: bool) -> N
     from freshrec.replay.run import run
     from freshrec.report.board import Board, print_plan
 
-    cells, settings, cut = cells_of(recipe), settings_of(recipe), cut_of(recipe)
+    cells, settings, cut, part = cells_of(recipe), settings_of(recipe), cut_of(recipe), recipe.replay
+    if part.from_span >= len(cut.spans):
+        raise OptionError(f"replay.from_span is {part.from_span}, and the last span is {len(cut.spans) - 1}: lower it.")
     console = Console(stderr=True)
     _prepare(out, recipe, resume)
     if not as_json:
@@ -143,9 +145,9 @@ def _run(recipe: Recipe, out: Path, jobs: int, resume: bool, as_json: bool) -> N
         console.print(f"finished spans are kept in {out}: the same command with --resume goes on.", markup=False)
         raise
     if recipe.log.exposures:
-        results = collect_clicks(cells, recipe.replay.metrics, out)
+        results = collect_clicks(cells, part.metrics, out, part.from_span)
     else:
-        results = collect(cells, facts(cut.spans), recipe.replay.metrics, out, recipe.replay.mean)
+        results = collect(cells, facts(cut.spans), part.metrics, out, part.mean, part.from_span)
     if as_json:
         typer.echo(json.dumps({"out": str(out), "summary": _summary(results)}))
         return

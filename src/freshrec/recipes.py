@@ -8,7 +8,7 @@ import polars as pl
 import tomli_w
 from pydantic import BaseModel, Field, ValidationError
 
-from freshrec.data.log import Log, positives, read_log
+from freshrec.data.log import Log, before, positives, read_log
 from freshrec.data.spans import Cut, cut
 from freshrec.data.worlds import make
 from freshrec.errors import IncompatibleError, LogError, OptionError, unknown
@@ -17,6 +17,7 @@ from freshrec.replay.clicks import click_metric
 from freshrec.replay.measure import Asked
 from freshrec.replay.metrics import parse, sampled
 from freshrec.replay.replay import Cell, Settings, check, check_clicks
+from freshrec.replay.significance import Equal
 from freshrec.strategies import find_strategy
 from freshrec.types import VALID
 
@@ -31,6 +32,7 @@ class LogRecipe(BaseModel, extra="forbid", frozen=True):
     events: list[str] = []
     exposures: bool = False  # keep what was shown and not taken (label 0), for models that predict clicks
     users: int = 0  # a seeded sample of whole users; 0 = all
+    until: str = ""  # events from this moment on are left out (ISO 8601; UTC where no zone is given)
     world: str = ""  # instead of a path
     world_users: int = 2000
     world_items: int = 1000
@@ -65,7 +67,8 @@ class ReplayRecipe(BaseModel, extra="forbid", frozen=True):
     min_history: int = Field(default=1, ge=0)
     tune: bool = False
     unseen: Literal["miss", "drop"] = "miss"  # events of items no model can know: missed, or left out of the test
-    mean: Literal["users", "targets"] = "users"  # what weighs equally within a span
+    mean: Equal = "users"  # what weighs equally within a span; "pooled": all targets of all spans
+    from_span: int = Field(default=1, ge=1)  # means and tests begin with it; what is before it is shown by span only
     last_update: bool = True  # train on the last span too, although nothing tests it
     metrics: list[str] = ["hr@20", "ndcg@20", "mrr@20", "recall@20"]
 
@@ -126,6 +129,7 @@ def log_of(recipe: Recipe) -> Log:
     )
     if part.exposures and not (log.frame.get_column("label", default=pl.Series([None])) == 0).any():
         raise LogError("exposures were asked for, and no row has a label of 0; name the column, as label = ...")
+    log = before(log, part.until) if part.until else log
     return log if part.exposures else positives(log)
 
 

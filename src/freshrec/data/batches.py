@@ -278,7 +278,7 @@ def shuffled(key_N: Tensor, size: int, source: torch.Generator) -> list[Tensor]:
     """Indices in batches of at most `size`: like keys (history lengths) side by side, in random order otherwise."""
     mixed_N = torch.randperm(len(key_N), generator=source)
     by_key_N = mixed_N[torch.argsort(key_N[mixed_N], stable=True)]
-    batches = in_parts(by_key_N, smaller(size, len(key_N)))
+    batches = in_parts(by_key_N, size)
     return [batches[i] for i in torch.randperm(len(batches), generator=source).tolist()]
 
 
@@ -290,7 +290,7 @@ def target_batches(
     key_N = targets.lengths(length)
     if carried is not None:
         key_N = key_N + (length + 1) * carried.counts(targets.users_N)  # rows with as many interests side by side
-    for which in shuffled(key_N, size, source):
+    for which in shuffled(key_N, smaller(size, len(key_N)), source):
         part = targets[which]
         history_BT = histories_before(part, length)
         batch = Batch(
@@ -318,7 +318,7 @@ def window_batches(targets: Targets, size: int, length: int, source: torch.Gener
     windows = _windows(targets, length)
     wanted_R = torch.zeros(len(targets.histories.items_R), dtype=torch.bool)
     wanted_R[targets.rows_N] = True
-    for which in shuffled(windows.lengths(length), size, source):
+    for which in shuffled(windows.lengths(length), smaller(size, len(windows)), source):
         part = windows[which]
         history_BT = histories_before(part, length)
         at_BT = part.rows_N[:, None] + torch.arange(-history_BT.shape[1], 0) + 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ from freshrec.errors import LogError, OptionError, unknown
 
 if TYPE_CHECKING:
     import pandas as pd
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 # Our columns, and what they may be called in a source, the most telling name first. `seq` counts through the log,
 # `position` only within a session.
@@ -102,6 +105,25 @@ def positives(log: Log) -> Log:
     if not len(kept):
         raise LogError("no row of the log has a label above 0, so there is nothing to learn from; check the labels.")
     return _note(replace(log, frame=kept), f"{len(log.frame) - len(kept):,} exposures (label 0) left out")
+
+
+def before(log: Log, moment: str) -> Log:
+    """The log without what happened at this moment (ISO 8601) or later, such as stragglers long after the rest."""
+    if not log.has_clock:
+        raise LogError("this log has no clock, so that it cannot be cut at a moment; leave until out.")
+    kept = log.frame.filter(pl.col("time") < microseconds(moment))
+    if not len(kept):
+        raise LogError(f"no row of the log is before {moment}; choose a later moment.")
+    return _note(replace(log, frame=kept), f"{len(log.frame) - len(kept):,} rows from {moment} on left out")
+
+
+def microseconds(moment: str) -> int:
+    """Since 1970, of an ISO 8601 text; UTC where it names no zone. Raises OptionError."""
+    try:
+        found = datetime.fromisoformat(moment)
+    except ValueError as error:
+        raise OptionError(f"a date cannot be read ({error}); write it as 2025-06-01 or 2025-06-01T04:00.") from None
+    return ((found if found.tzinfo else found.replace(tzinfo=UTC)) - EPOCH) // timedelta(microseconds=1)
 
 
 def _names(table: Table, columns: Mapping[str, str]) -> tuple[dict[str, str], set[str]]:

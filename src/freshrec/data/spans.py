@@ -22,7 +22,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from math import ceil
 
 import numpy as np
@@ -31,7 +30,7 @@ import polars as pl
 import torch
 
 from freshrec.data.catalog import Catalog
-from freshrec.data.log import Log
+from freshrec.data.log import Log, microseconds
 from freshrec.errors import OptionError, SpanError, unknown
 from freshrec.types import NEVER, NEXT, NOW, TEST, TRAIN, VALID, Events, Span
 
@@ -39,7 +38,6 @@ RULES = ("count", "time", "count-alpha", "clock-alpha", "dates", "period")
 TARGETS = ("last", "all", "split")
 HELDOUT = {"now": NOW, "next": NEXT, "never": NEVER}
 ROLES = {"train": TRAIN, "valid": VALID, "test": TEST}  # the words of a log's split column
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 Ints = npt.NDArray[np.int64]
 Roles = npt.NDArray[np.int8]
@@ -259,14 +257,10 @@ def _period_starts(periods_E: Ints, spans: int, base_periods: int) -> Ints:
 
 
 def _microseconds(dates: Sequence[str]) -> list[int]:
-    try:
-        moments = [datetime.fromisoformat(date) for date in dates]
-    except ValueError as error:
-        raise OptionError(f"a date cannot be read ({error}); write it as 2025-06-01 or 2025-06-01T04:00.") from error
-    zoned = [moment if moment.tzinfo else moment.replace(tzinfo=UTC) for moment in moments]
-    if any(a >= b for a, b in zip(zoned, zoned[1:])):
+    found = [microseconds(date) for date in dates]
+    if any(a >= b for a, b in zip(found, found[1:])):
         raise OptionError(f"the dates {', '.join(dates)} do not ascend; put the earliest first, each once.")
-    return [(moment - EPOCH) // timedelta(microseconds=1) for moment in zoned]
+    return found
 
 
 def _numbered(frame: pl.DataFrame, edges: list[int]) -> tuple[Catalog, Catalog, list[tuple[int, int]]]:

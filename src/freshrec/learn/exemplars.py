@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freshrec.data.batches import Carried, Targets, in_parts, random_source
+from freshrec.data.batches import Carried, Targets, in_parts, random_source, shuffled
 from freshrec.learn.fit import batches
 from freshrec.learn.reservoir import Kept, keep, together
 from freshrec.learn.weights import tables_of
@@ -178,7 +178,10 @@ def select(
 
 @dataclass
 class Replay:
-    """A term of the loss: beside each training batch a batch of exemplars, all of them about once an epoch."""
+    """A term of the loss: beside each training batch a batch of exemplars, all of them about once an epoch.
+
+    Exemplars with histories of like length are side by side, so that little of a batch is padding.
+    """
 
     model: TrainedModel
     exemplars: Kept
@@ -187,13 +190,13 @@ class Replay:
     loss: ExemplarLoss
     n_each: int
     source: torch.Generator
-    queue_M: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    queue: list[Tensor] = field(default_factory=list)
 
     def __call__(self, batch: Batch, forward: Forward) -> Tensor:
         """The scalar to add to the loss."""
-        if len(self.queue_M) < self.n_each:
-            self.queue_M = torch.cat([self.queue_M, torch.randperm(len(self.exemplars), generator=self.source)])
-        which_M, self.queue_M = self.queue_M[: self.n_each], self.queue_M[self.n_each :]
+        if not self.queue:
+            self.queue = shuffled((self.exemplars.histories_NT > 0).sum(1), self.n_each, self.source)
+        which_M = self.queue.pop()
         replayed = batch_of(self.exemplars, which_M, self.model, self.carried)
         for table in tables_of(self.model).values():
             table.again()

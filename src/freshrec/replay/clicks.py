@@ -28,13 +28,14 @@ def click_metric(name: str) -> Callable[[Column, Column], float]:
     return CLICK_METRICS[name]
 
 
-def collect_clicks(cells: Sequence[Cell], metrics: Sequence[str], out: Path) -> pl.DataFrame:
+def collect_clicks(cells: Sequence[Cell], metrics: Sequence[str], out: Path, from_span: int = 1) -> pl.DataFrame:
     """The long results table of all finished cells; results.parquet, methods.parquet and table.md in `out`.
 
-    The same columns and rows as `results.collect` makes, without intervals, slices, forgetting and tests.
+    The same columns and rows as `results.collect` makes, without intervals, slices, forgetting and tests. Means are
+    over the spans from `from_span` on.
     """
-    measured = [pl.DataFrame(schema=COLUMNS), *(_measured(cell, out / cell.name, metrics) for cell in cells)]
-    results = pl.concat([*measured, *(costs_of(cell, out / cell.name) for cell in cells)])
+    measured = [pl.DataFrame(schema=COLUMNS), *(_measured(cell, out / cell.name, metrics, from_span) for cell in cells)]
+    results = pl.concat([*measured, *(costs_of(cell, out / cell.name, from_span) for cell in cells)])
     results.write_parquet(out / "results.parquet")
     overall = results.filter(pl.col("span") == OVERALL).group_by("model", "strategy", "metric", maintain_order=True)
     methods = overall.agg(pl.col("value", "low", "high").mean(), pl.len().cast(pl.Int64).alias("n"))
@@ -43,7 +44,7 @@ def collect_clicks(cells: Sequence[Cell], metrics: Sequence[str], out: Path) -> 
     return results
 
 
-def _measured(cell: Cell, folder: Path, metrics: Sequence[str]) -> pl.DataFrame:
+def _measured(cell: Cell, folder: Path, metrics: Sequence[str], from_span: int) -> pl.DataFrame:
     """A row per span and metric, and over all the mean of the spans that have a value."""
     rows: list[tuple[int, str, float, int]] = []
     for file in folder.glob("span-*.parquet"):
@@ -53,8 +54,8 @@ def _measured(cell: Cell, folder: Path, metrics: Sequence[str]) -> pl.DataFrame:
             rows += [(int(str(span)), name, click_metric(name)(*columns), len(part)) for name in metrics]
     rows.sort()
     for name in metrics if rows else []:
-        values = [value for _, metric, value, _ in rows if metric == name and not np.isnan(value)]
-        n = sum(n for _, metric, _, n in rows if metric == name)
+        counted = [row for row in rows if row[1] == name and row[0] >= from_span]
+        values, n = [row[2] for row in counted if not np.isnan(row[2])], sum(row[3] for row in counted)
         rows.append((OVERALL, name, float(np.mean(values)) if values else float("nan"), n))
     kinds = {"span": pl.Int64, "metric": pl.String, "value": pl.Float64, "n": pl.Int64}
     nothing = pl.lit(None, pl.Float64)

@@ -4,6 +4,8 @@ import time
 from dataclasses import replace
 
 import polars as pl
+import torch
+from torch import Tensor
 
 from freshrec.data.batches import due_targets
 from freshrec.data.spans import Cut
@@ -19,7 +21,7 @@ def estimate(cells: list[Cell], cut: Cut, settings: Settings) -> pl.DataFrame:
 
     The seconds of the updates include those of tuning them.
     """
-    sizes = [len(span.events) for span in cut.spans]
+    sizes = [int(learnable(span.events).sum()) for span in cut.spans]
     speeds: dict[str, float] = {}
     rows, based = [], set()
     for cell in cells:
@@ -33,6 +35,11 @@ def estimate(cells: list[Cell], cut: Cut, settings: Settings) -> pl.DataFrame:
         rows.append((cell.model, cell.strategy, cell.seed, *seconds))
     names = ["model", "strategy", "seed", "base_s", "updates_s"]
     return pl.DataFrame(rows, schema=names, orient="row")
+
+
+def learnable(events: Events) -> Tensor:
+    """(E,) whether a model can be trained on an event: where the log has labels, on those that have one."""
+    return torch.ones(len(events), dtype=torch.bool) if events.labels_E is None else ~events.labels_E.isnan()
 
 
 def tuning_work(strategy: Strategy, sizes: list[int]) -> float:
@@ -49,7 +56,7 @@ def speed(cell: Cell, cut: Cut, n_events: int = 10_000) -> float:
     if not isinstance(model, TrainedModel):
         return float("inf")
     span = cut.spans[0]
-    some: Events = span.events[:n_events]
+    some = span.events[learnable(span.events)][:n_events]
     state = absorb(replace(State(model), seed=cell.seed), some, span.n_users, span.n_items)
     model.grow(span.n_users, span.n_items)
     targets = due_targets(state.recent)

@@ -22,7 +22,12 @@ OVERALL = -1  # the span of a mean over spans
 
 
 def collect(
-    cells: Sequence[Cell], facts: pl.DataFrame, metrics: Sequence[str], out: Path, equal: Equal = "users"
+    cells: Sequence[Cell],
+    facts: pl.DataFrame,
+    metrics: Sequence[str],
+    out: Path,
+    equal: Equal = "users",
+    from_span: int = 1,
 ) -> pl.DataFrame:
     """The long results table of all finished cells, written to `out` with what is made of it.
 
@@ -31,19 +36,23 @@ def collect(
     tests.parquet     each pair of these, in the recent readout: the paired tests
     table.md          methods.parquet for people
 
-    Spans weigh equally, users (or targets: `equal`) equally within a span. The row of span -1 is the mean over spans.
-    A model's other readouts are rows of their own: "comirec-dr@stored".
+    Spans weigh equally, users (or targets: `equal`) equally within a span. The row of span -1 is the mean over spans
+    from `from_span` on, and so is what the other files say. A model's other readouts are rows of their own:
+    "comirec-dr@stored".
     """
     asked = [_asked(cell, out / cell.name, metrics) for cell in cells]
     answered = pl.concat([_empty_answers(metrics), *asked])
-    costs = pl.concat([pl.DataFrame(schema=COLUMNS), *(costs_of(cell, out / cell.name) for cell in cells)])
+    costs = pl.concat([pl.DataFrame(schema=COLUMNS), *(costs_of(cell, out / cell.name, from_span) for cell in cells)])
     tested = answered.filter(pl.col("after") == pl.col("span") - 1)
+    counted = tested.filter(pl.col("span") >= from_span)
     lost = _lost(answered, metrics)
-    results = pl.concat([_quality(tested, facts, metrics, equal), _forgetting(lost), costs])
+    early = _quality(tested.filter(pl.col("span") < from_span), facts, metrics, equal)
+    early = early.filter(pl.col("span") != OVERALL)
+    results = pl.concat([early, _quality(counted, facts, metrics, equal), _forgetting(lost), costs])
     results.write_parquet(out / "results.parquet")
-    methods = _methods(tested, lost, costs, metrics, equal)
+    methods = _methods(counted, lost, costs, metrics, equal)
     methods.write_parquet(out / "methods.parquet")
-    compare(tested.filter(~pl.col("model").str.contains("@")), metrics, equal=equal).write_parquet(
+    compare(counted.filter(~pl.col("model").str.contains("@")), metrics, equal=equal).write_parquet(
         out / "tests.parquet"
     )
     (out / "table.md").write_text(table(methods, metrics) + "\n")
@@ -143,12 +152,12 @@ def _all(answers: Answers, metrics: Sequence[str]) -> pl.DataFrame:
     return pl.concat([_rows(answers, which_A, which_Q, metrics) for which_A, which_Q in _alike(answers)])
 
 
-def costs_of(cell: Cell, folder: Path) -> pl.DataFrame:
-    """What each update cost, as metrics of the span it trained on; over all: the mean of the spans after the base."""
+def costs_of(cell: Cell, folder: Path, from_span: int = 1) -> pl.DataFrame:
+    """What each update cost, as metrics of the span it trained on; over all: the mean from `from_span` on."""
     by_span = {int(f.stem.rpartition("-")[2]): json.loads(f.read_text()) for f in folder.glob("costs-*.json")}
     rows = [(span, name, value) for span, costs in sorted(by_span.items()) for name, value in costs.items()]
-    for name in sorted({name for span, name, _ in rows if span}):
-        rows.append((OVERALL, name, float(np.nanmean([v for s, n, v in rows if n == name and s > 0]))))
+    for name in sorted({name for span, name, _ in rows if span >= from_span}):
+        rows.append((OVERALL, name, float(np.nanmean([v for s, n, v in rows if n == name and s >= from_span]))))
     frame = pl.DataFrame(rows, schema={"span": pl.Int64, "metric": pl.String, "value": pl.Float64}, orient="row")
     return frame.with_columns(
         pl.lit(cell.model).alias("model"), pl.lit(cell.strategy).alias("strategy"),

@@ -20,7 +20,7 @@ from scipy import stats
 
 from freshrec.replay.metrics import Floats
 
-Equal = Literal["users", "targets"]  # what weighs equally within a span
+Equal = Literal["users", "targets", "pooled"]  # what weighs equally: within a span, or targets over all spans
 Index = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 METHOD, QUERY = ("model", "strategy"), ("span", "user", "target")
@@ -40,8 +40,10 @@ def contributions(spans_Q: NDArray[Any], users_Q: NDArray[Any], values_QM: Float
     """(U, M): what each user adds to the value of each metric, times U: the mean over users is the value.
 
     The value is the mean over spans of the mean over the span's users of the mean over the user's queries in it; where
-    `equal` = "targets", of the mean over the span's queries.
+    `equal` = "targets", of the mean over the span's queries; "pooled", the mean over all queries.
     """
+    if equal == "pooled":
+        spans_Q, equal = np.zeros_like(spans_Q), "targets"
     spans_S, span_Q = np.unique(spans_Q, return_inverse=True)
     users_U, user_Q = np.unique(users_Q, return_inverse=True)
     n_spans, n_users = len(spans_S), len(users_U)
