@@ -345,3 +345,21 @@ def test_the_last_span_can_be_tested_without_being_learnt(tmp_path: Path) -> Non
     assert both[0].equals(both[1]) and len(both[0])
     costs = json.loads((tmp_path / "without" / cell.name / f"costs-{SPANS}.json").read_text())
     assert "update_cpu_s" not in costs
+
+
+@pytest.mark.parametrize(
+    ("model", "strategy", "sentence"),
+    [
+        ("sasrec", "absorb", '"absorb" trains nothing, and "sasrec" learns only by training: use frozen.'),
+        ("item-knn", "finetune", '"item-knn" counts, it is not trained: its only strategy is absorb.'),
+        ("embedding-mlp", "ader", '"ader" looks at the scores of all items at once; "embedding-mlp" scores them one'),
+        ("embedding-mlp", "ewc", "Use a model with user and item vectors, such as sasrec or comirec-dr."),
+        ("sasrec", "imsr", '"imsr" needs a model with several interests a user; "sasrec" has one vector.'),
+    ],
+)
+def test_a_strategy_refuses_a_model_that_it_cannot_update_with_a_sentence(
+    model: str, strategy: str, sentence: str
+) -> None:
+    with pytest.raises(IncompatibleError) as refusal:
+        check(find_model(model), model, find_strategy(strategy), strategy)
+    assert sentence in str(refusal.value)

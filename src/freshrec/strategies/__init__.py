@@ -12,6 +12,7 @@ from freshrec.strategies.ewc import EWC
 from freshrec.strategies.imsr import IMSR, Retain
 from freshrec.strategies.incctr import IncCTR
 from freshrec.strategies.plain import Absorb, FineTune, Frozen, Retrain
+from freshrec.strategies.rehearsed import Rehearsed
 from freshrec.strategies.sml import SML
 from freshrec.strategies.spmf import SPMF
 from freshrec.types import Strategy
@@ -57,6 +58,7 @@ STRATEGIES: dict[str, Strategy] = {
     "asmg-gru-zero": ASMG(carry=False),
     "asmg-gru-unif": ASMG(loss="uniform"),
     "asmg-linear": ASMG(generator="linear", loss="last"),
+    "rehearsed": Rehearsed(),
     "imsr": IMSR(),
     "imsr-span": IMSR(fit=SPAN_ONLY),
     "imsr-no-eir": IMSR(retain=None),
