@@ -1,5 +1,7 @@
 """Histories, targets and batches by hand, on logs of a few events."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -105,7 +107,7 @@ def test_secret_events_are_hidden_in_training_and_seen_in_queries() -> None:
     histories = one_user([DUE, SECRET, DUE])
     targets = targets_at(histories, torch.tensor([2]))
     (trained,) = target_batches(targets, 8, 9, random_source(0))
-    assert rows(trained.history_BT) == [[1, 0]]  # item 2 leaves a gap
+    assert rows(trained.history_BT) == [[0, 1]]  # item 2 leaves no gap
     ((_, asked),) = query_batches(targets, 9)
     assert rows(asked.history_BT) == [[1, 2]]
 
@@ -174,3 +176,11 @@ def test_few_rows_make_smaller_batches_so_that_an_epoch_has_steps_enough() -> No
     # 5000 rows in batches of 256 are 20 steps; 5000 // 50 = 100 a batch are 50. 300 rows: 6 a batch, but at least 16.
     assert [smaller(256, n) for n in (100_000, 5_000, 300)] == [256, 100, 16]
     assert smaller(8, 300) == 8  # never more than was asked for
+
+
+def test_a_history_of_secrets_alone_teaches_nothing_and_one_with_gaps_is_closed() -> None:
+    events = Events.of(torch.tensor([1, 1, 1, 2, 2]), torch.tensor([1, 2, 3, 2, 1]))
+    joins_E = torch.tensor([NOW, NEVER, NOW, NEVER, NOW], dtype=torch.int8)
+    targets = due_targets(append(Histories.empty(), replace(events, joins_E=joins_E), 2))
+    found = list(target_batches(targets, 8, 50, random_source(0)))
+    assert [batch.history_BT.tolist() for batch in found] == [[[0, 1]]]  # not [1, 0]: what is secret was not there

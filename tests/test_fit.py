@@ -1,7 +1,7 @@
 """Training that stops by a held-out part, and goes back to its best epoch."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import circles
@@ -9,11 +9,17 @@ import pytest
 import torch
 
 from freshrec.data.batches import append, due_targets
+from freshrec.errors import OptionError
+from freshrec.learn import fit
 from freshrec.learn.fit import Clock, Fit, adapt, best_epoch, parted
 from freshrec.learn.weights import snapshot, tables_of
 from freshrec.models.sasrec import SASRecSpec
+from freshrec.strategies.incctr import IncCTR
 from freshrec.strategies.plain import FineTune
-from freshrec.types import Histories, State, TrainedModel
+from freshrec.strategies.rehearsed import Rehearsed
+from freshrec.strategies.sml import SML
+from freshrec.strategies.spmf import SPMF
+from freshrec.types import NEVER, NOW, Batch, Events, Histories, State, TrainedModel
 
 STOPPED = Fit(base_epochs=3, holdout=0.25, max_epochs=12, patience=2)
 
@@ -78,6 +84,41 @@ def test_the_number_of_epochs_does_not_matter_where_a_part_is_held_out(epochs: i
     histories = append(Histories.empty(), circles.circles(range(1, 61), 1), 60)
     state = State(untrained(), recent=histories)
     models = [untrained(), untrained()]
-    for model, fit in zip(models, (STOPPED, replace(STOPPED, epochs=epochs))):
-        adapt(model, due_targets(state.recent), fit, (0, 0), Clock())
+    for model, how in zip(models, (STOPPED, replace(STOPPED, epochs=epochs))):
+        adapt(model, due_targets(state.recent), how, (0, 0), Clock())
     assert torch.equal(*(tables_of(model)["items"].packed for model in models))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "why"),
+    [
+        (lambda: SML(fit=STOPPED), "weights that nobody serves"),
+        (lambda: SPMF(fit=STOPPED), "draws anew for each epoch"),
+        (lambda: IncCTR(threshold=3, fit=STOPPED), "share of the common one"),
+        (lambda: Rehearsed(fit=STOPPED), "has no use for fit.holdout"),
+        (lambda: Rehearsed(rehearsals=3), "4 parts of the base block or more"),
+    ],
+)
+def test_what_cannot_be_stopped_by_a_held_out_part_says_so(strategy: Callable[[], object], why: str) -> None:
+    with pytest.raises(OptionError, match=why):
+        strategy()
+
+
+def test_the_least_log_that_can_be_held_out_from_is_one_of_two_targets() -> None:
+    targets = due_targets(append(Histories.empty(), Events.of(torch.tensor([1, 1]), torch.tensor([1, 2])), 1))
+    assert [len(part) for part in parted(targets, STOPPED, (0, 0))] == [1, 1]
+    assert [len(part) for part in parted(targets[torch.tensor([1])], STOPPED, (0, 0))] == [1, 0]
+
+
+def test_nothing_that_is_secret_is_read_where_training_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = Events.of(torch.tensor([1, 1, 1]), torch.tensor([1, 2, 3]))
+    events = replace(events, joins_E=torch.tensor([NOW, NEVER, NOW], dtype=torch.int8))
+    read = []
+
+    def asked(model: TrainedModel, batch: Batch, target_B: torch.Tensor) -> torch.Tensor:
+        read.extend(batch.history_BT.flatten().tolist())
+        return torch.ones(len(batch))
+
+    monkeypatch.setattr(fit, "ranks", asked)
+    fit.hit_rate(untrained(), due_targets(append(Histories.empty(), events, 1)), None)
+    assert 1 in read and 2 not in read

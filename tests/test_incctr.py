@@ -15,7 +15,7 @@ from freshrec.learn.fit import Fit
 from freshrec.models.layers import first_of
 from freshrec.models.mf import MF, MFSpec
 from freshrec.models.tables import Table
-from freshrec.strategies.incctr import Distill, IncCTR, part, share, soft_choice, soft_clicks
+from freshrec.strategies.incctr import Distill, IncCTR, logits_of, part, share, soft_choice, soft_clicks
 from freshrec.strategies.plain import FineTune
 from freshrec.types import Batch, Events, Forward, Span, State
 
@@ -122,6 +122,12 @@ def test_a_model_that_shows_no_logits_is_refused_with_a_sentence() -> None:
     batch = Batch(ids, torch.zeros(1, 0, dtype=torch.int64), ids[:, None], ids + 1)
     with pytest.raises(IncompatibleError, match="this model's forward gives none"):
         Distill().term(after_base().model)(batch, Forward(torch.tensor(1.0)))
+
+
+def test_where_the_softmax_is_over_all_items_so_is_the_opinion() -> None:
+    users_BD, rows_RD = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.0, 0.0], [3.0, 1.0], [1.0, 4.0]])
+    full = Forward(torch.tensor(1.0), users_BD[:, None], rows_RD=rows_RD)
+    assert logits_of(full).tolist() == [[3.0, 1.0], [2.0, 8.0]]
 
 
 # admission

@@ -101,6 +101,6 @@ def test_where_the_world_turns_round_a_rehearsal_finds_that_boldness_pays() -> N
     forwards, backwards = circles.circles(range(1, 61), 1), circles.circles(range(61, 121), -1)
     base = append(append(Histories.empty(), forwards, 60), backwards, 120)
     spec = SASRecSpec(d=16, negatives=16, length=8, dropout=0.0, lr=0.001)
-    strategy = Rehearsed(rehearsals=3, fit=replace(FIT, epochs=2))
+    strategy = Rehearsed(rehearsals=4, fit=replace(FIT, epochs=2))
     after = strategy.update(State(spec.build(0), recent=base), Span(0, backwards, 120, 20))
     assert after.memory.manner.lr_scale == 2.0

@@ -18,6 +18,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from rich.console import Console
 
 import freshrec
 from freshrec.data.batches import append
@@ -31,6 +32,7 @@ from freshrec.replay.measure import SLICES, Asked, Block, facts, queries_of
 from freshrec.replay.replay import Cell, Settings, absorb, check, replay_cell
 from freshrec.replay.results import OVERALL, collect
 from freshrec.replay.run import run
+from freshrec.report.board import Board
 from freshrec.strategies import find_strategy
 from freshrec.strategies.plain import Absorb
 from freshrec.types import DUE, NEVER, NEXT, NOW, TEST, TRAIN, Events, Histories, Span, State
@@ -363,3 +365,23 @@ def test_a_strategy_refuses_a_model_that_it_cannot_update_with_a_sentence(
     with pytest.raises(IncompatibleError) as refusal:
         check(find_model(model), model, find_strategy(strategy), strategy)
     assert sentence in str(refusal.value)
+
+
+def test_a_replay_without_a_last_update_ends_and_tells_of_every_span(tmp_path: Path) -> None:
+    cell, told = cell_of("sasrec", "finetune"), []
+    board = Board([cell], [1, 2, 3], tmp_path, Console(stderr=True), "hr@20")
+
+    def tell(one: Cell, span: int) -> None:
+        board.tell(one, span)
+        told.append(span)
+
+    run([cell], cut_of(world()), Settings(last_update=False), tmp_path, tell=tell)
+    assert told == [0, 1, 2, 3] and (tmp_path / cell.name / "done.json").exists()
+
+
+def test_what_a_strategy_adds_to_a_shared_base_block_is_in_its_costs(tmp_path: Path) -> None:
+    cell = Cell("mf:d=8", find_model("mf:d=8"), "rehearsed", find_strategy("rehearsed:fit.base_epochs=1"), 0)
+    run([cell], cut_of(world()), Settings(), tmp_path, tell=lambda cell, span: None)
+    costs = json.loads((tmp_path / cell.name / "costs-0.json").read_text())
+    assert costs["rehearsal_cpu_s"] > 0 and costs["update_cpu_s"] > costs["rehearsal_cpu_s"]
+    assert costs["lr_scale"] in (0.3, 1.0, 2.0)

@@ -86,7 +86,7 @@ def test_a_pair_is_compared_span_by_span_with_equal_weight():
     row = compare(pl.concat([a, b]), HR).row(0, named=True)
     assert (row["model_a"], row["model_b"], row["n"]) == ("a", "b", 110)
     assert row["difference"] == pytest.approx(0.2)
-    assert row["low"] < 0.2 < row["high"]
+    assert row["low"] == pytest.approx(0.2) == row["high"]  # whoever is drawn: the users of a span agree
 
 
 def test_the_same_metric_by_another_name_does_not_change_what_is_significant():
@@ -162,3 +162,14 @@ def test_pooled_targets_weigh_equally_over_all_spans():
     values = np.concatenate([np.arange(100) < 20, np.arange(300) < 120]).astype(float)[:, None]
     assert contributions(spans, users, values, "pooled").mean() == pytest.approx(0.35)
     assert contributions(spans, users, values, "targets").mean() == pytest.approx(0.30)
+
+
+def test_the_interval_of_a_mean_over_targets_is_that_of_a_mean_and_not_of_a_total():
+    # users with 1 to 10 targets each, all of them hit: whoever is drawn, the mean is 1
+    users = np.repeat(np.arange(55), np.arange(55) % 10 + 1)
+    spans, values = np.ones(len(users)), np.ones((len(users), 1))
+    low, high = interval(contributions(spans, users, values, "targets", centred=True))
+    assert [*low, *high] == pytest.approx([1.0, 1.0])
+    half = np.random.default_rng(0).random((len(users), 1))
+    plain, centred = (contributions(spans, users, half, "targets", centred=c) for c in (False, True))
+    assert plain.mean() == pytest.approx(centred.mean()) == pytest.approx(half.mean())

@@ -163,7 +163,10 @@ def _prepare(out: Path, recipe: Recipe, resume: bool) -> None:
     if there.exists():
         if not resume:
             raise OptionError(f"{out} holds a replay already: go on with --resume, or choose another --out.")
-        kept = {"log": {"folder"}, "replay": {"models", "strategies", "also", "controls", "seeds", "metrics"}}
+        kept = {
+            "log": {"folder"},
+            "replay": {"models", "strategies", "also", "controls", "seeds", "metrics", "mean", "from_span"},
+        }
         if load_recipe(there).model_dump(exclude=kept) != recipe.model_dump(exclude=kept):
             raise OptionError(f"{out} holds a replay of another log or protocol: choose another --out.")
     out.mkdir(parents=True, exist_ok=True)

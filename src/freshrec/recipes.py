@@ -155,7 +155,10 @@ def settings_of(recipe: Recipe) -> Settings:
     if recipe.log.exposures:
         for metric in part.metrics:
             click_metric(metric)
-        return Settings(part.cadence, Asked(min_history=part.min_history))
+        if part.tune or part.unseen != "miss" or part.mean != "users":
+            raise OptionError("tune, unseen and mean are of rankings; on a log with exposures leave them out.")
+        asked = Asked(min_history=part.min_history)
+        return Settings(part.cadence, asked, last_update=part.last_update)
     for metric in part.metrics:
         parse(metric)
     asked = Asked(min_history=part.min_history, among=sampled(part.metrics), unseen=part.unseen)

@@ -156,6 +156,7 @@ class Forward:
     vectors_BKD: Tensor | None = None
     target_BD: Tensor | None = None
     logits_BN: Tensor | None = None  # of each target's candidates, itself among them
+    rows_RD: Tensor | None = None  # the item vectors, where the candidates are all items
 
 
 @runtime_checkable

@@ -202,6 +202,14 @@ def histories_before(targets: Targets, length: int) -> Tensor:
     return targets.histories.items_R[at_NT.clamp_(min=0)].long().mul_(inside_NT)
 
 
+def closed(history_BT: Tensor) -> Tensor:
+    """The histories without gaps: padding first, then the items in their order."""
+    is_item_BT = (history_BT > 0).byte()
+    if history_BT.shape[1] < 2 or bool((is_item_BT[:, 1:] >= is_item_BT[:, :-1]).all()):
+        return history_BT
+    return history_BT.gather(1, is_item_BT.argsort(dim=1, stable=True))
+
+
 def without_secrets(targets: Targets) -> Targets:
     """The targets with secret rows as padding: training must not see them, not even as history."""
     items_R = torch.where(targets.histories.due_R == SECRET, 0, targets.histories.items_R)
@@ -292,7 +300,11 @@ def target_batches(
         key_N = key_N + (length + 1) * carried.counts(targets.users_N)  # rows with as many interests side by side
     for which in shuffled(key_N, smaller(size, len(key_N)), source):
         part = targets[which]
-        history_BT = histories_before(part, length)
+        history_BT = closed(histories_before(part, length))
+        if least and not bool((history_BT[:, -1] > 0).all()):  # nothing but secrets
+            part, history_BT = part[history_BT[:, -1] > 0], history_BT[history_BT[:, -1] > 0]
+            if not len(part):
+                continue
         batch = Batch(
             part.users_N, history_BT, part.items_N[:, None], labels_B=part.labels_N, kinds_I=part.histories.kinds_I
         )

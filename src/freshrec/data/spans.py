@@ -82,7 +82,8 @@ def cut(
 
     `by`, `targets` and `heldout` are explained at the top of this file. Users with fewer than `min_events` in the whole
     log are left out. For a share `forget_users` of the users, held-out events (under targets = "all": the last two of
-    each later span) never join training, so that forgetting can be measured on them.
+    each later span) never join training, so that forgetting can be measured on them. `sessions`: who comes back in
+    another span is somebody else, so that histories end with the span.
 
     OptionError for an impossible option; SpanError where the log has no such cut. A span may be empty: a note says so.
     Differs from the protocol of IMSR: it reads as clock-alpha with heldout = "never"; alpha of the time range can hold

@@ -23,6 +23,7 @@ from freshrec.data.batches import (
     target_batches,
     targets_at,
     window_batches,
+    without_secrets,
 )
 from freshrec.errors import TrainingError
 from freshrec.learn.clicks import auc, clicks_of
@@ -34,7 +35,7 @@ from freshrec.types import DUE, Batch, ClickModel, Histories, InterestModel, Int
 
 Project = Callable[[Tensor, Tensor, Tensor], Tensor]
 USUAL_EPOCHS = 10  # of a training that chooses their number itself
-HELD = 1001  # tells the random numbers that choose held-out targets from those of the epochs
+HELD = 1011  # tells the random numbers that choose held-out targets from those of the epochs
 
 
 @dataclass(frozen=True)
@@ -47,19 +48,28 @@ class Fit:
     base_epochs: CountOrNone = 0  # of the base block and of a full retrain; 0 = chosen on the base block's last sixth
     max_epochs: Count = 60  # where they are chosen
     patience: Count = 8  # epochs without a better ndcg@20 before the choice is made
-    holdout: Rate = 0.0  # share of the targets of each training to stop by, as ADER does; it replaces both epochs
+    holdout: Rate = 0.0  # share of the targets of each training to stop by, as ADER does, instead of fixed epochs
 
     def __post_init__(self) -> None:
         check_options(self)
 
     def work(self, sizes: list[int], base_epochs: int) -> list[float]:
         """Targets passed in each span, epochs counted, by a strategy that trains on the new events only."""
-        n_epochs = USUAL_EPOCHS if self.holdout else self.epochs
-        return [float(sizes[0] * base_epochs)] + [float(size * n_epochs) for size in sizes[1:]]
+        return [float(sizes[0] * base_epochs)] + [float(size * self.usual_epochs) for size in sizes[1:]]
+
+    @property
+    def usual_epochs(self) -> int:
+        """Of an update, for estimates."""
+        return USUAL_EPOCHS if self.holdout else self.epochs
 
 
 def grid(fit: Fit) -> list[Fit]:
-    """What tuning chooses from: 5, 2 or 10 epochs, at the model's learning rate or 0.3 of it. Always 6, `fit` first."""
+    """What tuning chooses from: 5, 2 or 10 epochs, at the model's learning rate or 0.3 of it. Always 6, `fit` first.
+
+    Where a part is held out, the number of epochs chooses itself, and there are 6 learning rates.
+    """
+    if fit.holdout:
+        return [fit, *(replace(fit, lr_scale=fit.lr_scale * factor) for factor in (0.3, 0.1, 3.0, 0.5, 2.0))]
     others = [replace(fit, epochs=epochs, lr_scale=lr_scale) for lr_scale in (1.0, 0.3) for epochs in (5, 2, 10)]
     return [fit, *(other for other in others if other != fit)][:6]
 
@@ -209,10 +219,8 @@ def carried_by(model: TrainedModel, users: Interests | None, span: int) -> Carri
 
 def parted(targets: Targets, fit: Fit, key: tuple[int, ...]) -> tuple[Targets, Targets]:
     """What `adapt` trains on, and the held-out rest that it stops by: a share `fit.holdout`, drawn at random."""
-    n_held = round(len(targets) * fit.holdout)
-    order_N = (
-        torch.randperm(len(targets), generator=random_source(*key, HELD)) if n_held else torch.arange(len(targets))
-    )
+    n_held = max(1, round(len(targets) * fit.holdout)) if fit.holdout and len(targets) > 1 else 0
+    order_N = torch.randperm(len(targets), generator=random_source(*key, HELD))
     return targets[order_N[n_held:].sort().values], targets[order_N[:n_held].sort().values]
 
 
@@ -266,9 +274,10 @@ def start(state: State, span: Span, fit: Fit) -> State:
     """The first update of every strategy that trains plainly: a fresh model on the base block."""
     if state.started is not None:
         return state.started
-    n_epochs = 0 if fit.holdout else fit.base_epochs or choose_epochs(state, fit)
-    model = fresh(state, span.n_users, span.n_items)
     targets = due_targets(state.recent)
+    stops = bool(fit.holdout) and len(targets) > 1
+    n_epochs = 0 if stops else fit.base_epochs or choose_epochs(state, fit)
+    model = fresh(state, span.n_users, span.n_items)
     carried = carried_by(model, None, span.index)
     clock = Clock({"rows_read": float(len(targets))})
     fit = replace(fit, epochs=n_epochs, lr_scale=1.0)
@@ -369,5 +378,5 @@ def _auc(model: TrainedModel, targets: Targets) -> float:
 
 def _ranks(model: TrainedModel, targets: Targets, carried: Carried | None) -> Tensor:
     """(N,) the rank of each target among all items, in no order."""
-    batches = query_batches(targets, model.spec.length, carried)
+    batches = query_batches(without_secrets(targets), model.spec.length, carried)
     return torch.cat([torch.zeros(0), *(ranks(model, batch, targets.items_N[which]) for which, batch in batches)])

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from freshrec.data.batches import in_parts
+from freshrec.data.batches import closed, in_parts
 from freshrec.errors import TrainingError
 from freshrec.models.layers import best_inner_product
 from freshrec.types import Batch, Model, TrainedModel, VectorModel
@@ -62,11 +62,7 @@ def ranks_among(model: Model, batch: Batch, target_B: Tensor, others_BN: Tensor,
 
 def _known(model: Model, batch: Batch) -> Batch:
     """`batch` without history items that the model has no row for yet: the others close the gaps."""
-    known_BT = batch.history_BT <= model.n_items
-    if bool(known_BT.all()):
-        return batch
-    history_BT = torch.where(known_BT, batch.history_BT, 0)
-    return replace(batch, history_BT=history_BT.gather(1, (history_BT > 0).byte().argsort(dim=1, stable=True)))
+    return replace(batch, history_BT=closed(torch.where(batch.history_BT <= model.n_items, batch.history_BT, 0)))
 
 
 def _part(batch: Batch, which: Tensor) -> Batch:

@@ -126,7 +126,7 @@ class SASRec(nn.Module):
         rows_RD = self.items.pull_all()
         history_BTD = F.embedding(batch.history_BT, rows_RD)
         user_BD = self._encode(history_BTD, batch.history_BT > 0)[wanted_BT]
-        return Forward(full_softmax(user_BD, rows_RD, target_B), user_BD[:, None])
+        return Forward(full_softmax(user_BD, rows_RD, target_B), user_BD[:, None], rows_RD=rows_RD)
 
     def _encode(self, items_BTD: Tensor, real_BT: Tensor) -> Tensor:
         n_steps, drop = items_BTD.shape[1], self.spec.dropout if self.training else 0.0

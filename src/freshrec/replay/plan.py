@@ -28,6 +28,7 @@ def estimate(cells: list[Cell], cut: Cut, settings: Settings) -> pl.DataFrame:
         if cell.model not in speeds:
             speeds[cell.model] = speed(cell, cut)
         base, *later = cell.update.work(sizes, USUAL_EPOCHS)
+        later = later if settings.last_update else later[:-1]
         base = 0.0 if (cell.model, cell.seed) in based else base * CHOICE
         based.add((cell.model, cell.seed))
         tuning = tuning_work(cell.update, sizes) if settings.tune else 0.0

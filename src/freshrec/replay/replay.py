@@ -123,23 +123,28 @@ def replay_cell(cell: Cell, cut: Cut, settings: Settings, out: Path, base: State
         rows: list[pl.DataFrame] = []
         clock = Clock()
         costs: dict[str, float] = {}
+        is_over = span.index == len(cut.spans) - 1 and not settings.last_update
         if state.spans_seen:
             state, new_rows, new_asked = _tested(state, _blocks(span, cut, settings), span, settings, clock)
             rows, asked = rows + new_rows, [*asked, *new_asked]
-            if settings.tune and before is not None:
+            if settings.tune and before is not None and not is_over:
                 strategy, costs = _tuned(cell.update, before, cut.spans[span.index - 1], span, settings)
         else:
             since = time.process_time()
             state = replace(absorb(state, span.events, span.n_users, span.n_items), started=base)
             clock.timed("absorb_cpu_s", since)
-        if span.index == len(cut.spans) - 1 and not settings.last_update:
+        if is_over:
             _write(folder, span.index, rows, clock.costs)
             yield span.index
             break
         before = state if state.spans_seen and settings.tune else None
         state, update_costs = timed(partial(strategy.update, state, span))
         if span.index == 0 and base is not None:
-            update_costs = dict(base.costs)  # trained once, for all
+            seconds = update_costs[
+                "update_cpu_s"
+            ]  # of what this strategy adds to the base, which is trained once for all
+            update_costs = state.costs | base.costs
+            update_costs["update_cpu_s"] += seconds
         update_costs["update_cpu_s"] += clock.costs["absorb_cpu_s"]
         state = replace(state, started=None)
         rows += _asked_again(state, asked, span.index, settings.asked.among)
@@ -245,7 +250,7 @@ def timed(update: Callable[[], State]) -> tuple[State, dict[str, float]]:
     wall, cpu = time.perf_counter(), time.process_time()
     state = update()
     costs = {"update_s": time.perf_counter() - wall, "update_cpu_s": time.process_time() - cpu, "peak_mb": _peak_mb()}
-    return state, costs | state.costs
+    return state, state.costs | costs
 
 
 def _forget_peak() -> None:

@@ -37,8 +37,8 @@ def collect(
     table.md          methods.parquet for people
 
     Spans weigh equally, users (or targets: `equal`) equally within a span. The row of span -1 is the mean over spans
-    from `from_span` on, and so is what the other files say. A model's other readouts are rows of their own:
-    "comirec-dr@stored".
+    from `from_span` on, and so is what the other files say (of forgetting, from the first span on). A model's other
+    readouts are rows of their own: "comirec-dr@stored".
     """
     asked = [_asked(cell, out / cell.name, metrics) for cell in cells]
     answered = pl.concat([_empty_answers(metrics), *asked])
@@ -48,7 +48,7 @@ def collect(
     lost = _lost(answered, metrics)
     early = _quality(tested.filter(pl.col("span") < from_span), facts, metrics, equal)
     early = early.filter(pl.col("span") != OVERALL)
-    results = pl.concat([early, _quality(counted, facts, metrics, equal), _forgetting(lost), costs])
+    results = pl.concat([early, _quality(counted, facts, metrics, equal), _forgetting(lost, equal), costs])
     results.write_parquet(out / "results.parquet")
     methods = _methods(counted, lost, costs, metrics, equal)
     methods.write_parquet(out / "methods.parquet")
@@ -112,7 +112,7 @@ def _alike(answers: Answers) -> Iterator[tuple[Index, Mask]]:
 
 def _rows(answers: Answers, which_A: Index, which_Q: Mask, metrics: Sequence[str], sure: bool = True) -> pl.DataFrame:
     """A row a method and metric on these queries; an interval where `sure`: bootstraps are what takes the time."""
-    by_user_UAM = answers.by_user(which_A, which_Q)
+    by_user_UAM = answers.by_user(which_A, which_Q, centred=True)
     by_user_UN = by_user_UAM.reshape(len(by_user_UAM), -1)
     nothing = np.full(by_user_UN.shape[1], np.nan)
     low_N, high_N = interval(by_user_UN) if sure else (nothing, nothing)
@@ -136,12 +136,12 @@ def _lost(answered: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
     return both.select(*query, "after", *((pl.col(f"{m} then") - pl.col(m)).alias(f"forgetting {m}") for m in metrics))
 
 
-def _forgetting(lost: pl.DataFrame) -> pl.DataFrame:
+def _forgetting(lost: pl.DataFrame, equal: Equal) -> pl.DataFrame:
     """What is lost after each span, the mean over the spans before it; over all: what is lost after the last span."""
     names = [name for name in lost.columns if name.startswith("forgetting ")]
     found = [pl.DataFrame(schema=COLUMNS)]
     for (after,), rows in lost.group_by("after", maintain_order=True):
-        measured = _all(arrange(rows, names, CELL), names)
+        measured = _all(arrange(rows, names, CELL, equal), names)
         found.append(_placed(measured, int(str(after)), "all"))
         if after == lost["after"].max():
             found.append(_placed(measured, OVERALL, "all"))

@@ -36,11 +36,15 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def contributions(spans_Q: NDArray[Any], users_Q: NDArray[Any], values_QM: Floats, equal: Equal = "users") -> Floats:
+def contributions(
+    spans_Q: NDArray[Any], users_Q: NDArray[Any], values_QM: Floats, equal: Equal = "users", centred: bool = False
+) -> Floats:
     """(U, M): what each user adds to the value of each metric, times U: the mean over users is the value.
 
     The value is the mean over spans of the mean over the span's users of the mean over the user's queries in it; where
-    `equal` = "targets", of the mean over the span's queries; "pooled", the mean over all queries.
+    `equal` = "targets", of the mean over the span's queries; "pooled", the mean over all queries. `centred`: what each
+    adds to the difference from the span's own mean, which is then added to all alike; to resample users, because a user
+    who is drawn twice counts twice above and below the line.
     """
     if equal == "pooled":
         spans_Q, equal = np.zeros_like(spans_Q), "targets"
@@ -52,7 +56,13 @@ def contributions(spans_Q: NDArray[Any], users_Q: NDArray[Any], values_QM: Float
     met_S = (n_SU.reshape(n_spans, n_users) > 0).sum(1)
     among_Q = met_S[span_Q] * n_SU[own_Q] if equal == "users" else np.bincount(span_Q)[span_Q]
     share_Q = n_users / (n_spans * among_Q)
-    return np.stack([np.bincount(user_Q, share_Q * value_Q, n_users) for value_Q in values_QM.T], axis=1)
+    if not centred:
+        return np.stack([np.bincount(user_Q, share_Q * value_Q, n_users) for value_Q in values_QM.T], axis=1)
+    columns = []
+    for value_Q in values_QM.T:
+        mean_S = np.bincount(span_Q, share_Q * value_Q, n_spans) * n_spans / n_users
+        columns.append(np.bincount(user_Q, share_Q * (value_Q - mean_S[span_Q]), n_users) + mean_S.mean())
+    return np.stack(columns, axis=1)
 
 
 def interval(values_UM: Floats, seed: int = 0) -> tuple[Floats, Floats]:
@@ -117,13 +127,13 @@ class Answers:
     def answered_AQ(self) -> Mask:
         return ~np.isnan(self.values_AQM[:, :, 0])
 
-    def by_user(self, which_A: Index, which_Q: Mask) -> Floats:
+    def by_user(self, which_A: Index, which_Q: Mask, centred: bool = False) -> Floats:
         """(U, A, M): the `contributions` of the users of some queries; NaN for methods that did not answer them all."""
         values_AQM = self.values_AQM[which_A][:, which_Q]
         n_methods, n_queries, n_metrics = values_AQM.shape
         values_QN = values_AQM.transpose(1, 0, 2).reshape(n_queries, n_methods * n_metrics)
         spans_Q, users_Q = (self.queries[name].to_numpy()[which_Q] for name in ("span", "user"))
-        return contributions(spans_Q, users_Q, values_QN, self.equal).reshape(-1, n_methods, n_metrics)
+        return contributions(spans_Q, users_Q, values_QN, self.equal, centred).reshape(-1, n_methods, n_metrics)
 
 
 def arrange(
@@ -153,9 +163,13 @@ def compare(table: pl.DataFrame, metrics: Sequence[str], seed: int = 0, equal: E
     found: list[pl.DataFrame] = []
     for pairs_P2, common_Q in _pairs(answers.answered_AQ):
         first_P, second_P = pairs_P2.T
-        by_user_UAM = answers.by_user(np.arange(len(answers.methods)), common_Q)  # NaN for methods of no pair here
-        differences_UN = (by_user_UAM[:, first_P] - by_user_UAM[:, second_P]).reshape(len(by_user_UAM), -1)
-        low_N, high_N = interval(differences_UN, seed)
+        everybody = np.arange(len(answers.methods))
+        by_user_UAM, centred_UAM = (answers.by_user(everybody, common_Q, centred) for centred in (False, True))
+        differences_UN, centred_UN = (
+            (table_UAM[:, first_P] - table_UAM[:, second_P]).reshape(len(table_UAM), -1)  # NaN: methods of no pair here
+            for table_UAM in (by_user_UAM, centred_UAM)
+        )
+        low_N, high_N = interval(centred_UN, seed)
         numbers = pl.DataFrame(
             {
                 "metric": list(metrics) * len(pairs_P2), "difference": differences_UN.mean(0),

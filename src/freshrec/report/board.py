@@ -34,7 +34,7 @@ class Board:
     def tell(self, cell: Cell, span: int) -> None:
         """A cell has finished a span."""
         file = self.out / cell.name / f"span-{span}.parquet"
-        cost = json.loads((self.out / cell.name / f"costs-{span}.json").read_text())["update_cpu_s"]
+        cost = json.loads((self.out / cell.name / f"costs-{span}.json").read_text()).get("update_cpu_s", 0.0)
         quality = ""
         if file.exists():
             tested = pl.read_parquet(file).filter((pl.col("after") == span - 1) & (pl.col("readout") == "recent"))

@@ -109,7 +109,7 @@ class ADER:
         """The base block, then the new events of each span and the exemplars of all before it."""
         base, *later = self.fit.work(sizes, base_epochs)
         kept = [min(self.exemplars, sum(sizes[:t])) for t in range(1, len(sizes))]
-        return [base, *(n + m * self.fit.epochs for n, m in zip(later, kept))]
+        return [base, *(n + m * self.fit.usual_epochs for n, m in zip(later, kept))]
 
     def update(self, state: State, span: Span) -> State:
         """Train on the new events and the exemplars, then choose exemplars from both."""

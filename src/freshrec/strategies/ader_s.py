@@ -76,7 +76,7 @@ class ADERS:
         """
         base, *later = self.fit.work(sizes, base_epochs)
         pools = [self.share * sum(sizes[:t]) / 2 for t in range(1, len(sizes))]
-        return [base, *(n + m * self.fit.epochs for n, m in zip(later, pools))]
+        return [base, *(n + m * self.fit.usual_epochs for n, m in zip(later, pools))]
 
     def update(self, state: State, span: Span) -> State:
         """Train on the new events and on past sequences like them; then the new sequences enter the pool."""

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freshrec.data.batches import Targets, due_targets
-from freshrec.errors import IncompatibleError
+from freshrec.errors import IncompatibleError, OptionError
 from freshrec.learn.fit import Clock, Fit, adapt, carried_by, finish, grid, start, successor
 from freshrec.learn.weights import tables_of
+from freshrec.models.layers import best_inner_product
 from freshrec.models.tables import Table
 from freshrec.options import CountOrNone, Positive, Rate, check_options
 from freshrec.types import Batch, ClickModel, Forward, Span, State, Term, TrainedModel
@@ -50,15 +51,19 @@ class Distill:
 
         def distil(batch: Batch, forward: Forward) -> Tensor:
             with torch.no_grad():
-                logits_BN = teacher(batch).logits_BN
-            if forward.logits_BN is None or logits_BN is None:
-                raise IncompatibleError(
-                    "incctr distils the logits of clicks or of a sampled softmax, and this model's forward gives none; "
-                    "with sasrec use loss=sampled."
-                )
-            return self.weight * (opinion(forward.logits_BN, logits_BN, self.tau) - forward.loss)
+                teacher_BN = logits_of(teacher(batch))
+            return self.weight * (opinion(logits_of(forward), teacher_BN, self.tau) - forward.loss)
 
         return distil
+
+
+def logits_of(forward: Forward) -> Tensor:
+    """(B, N) of the candidates of each target, or of all items where these are the candidates."""
+    if forward.logits_BN is not None:
+        return forward.logits_BN
+    if forward.vectors_BKD is None or forward.rows_RD is None:
+        raise IncompatibleError("incctr distils logits, and this model's forward gives none; set logits_BN.")
+    return best_inner_product(forward.vectors_BKD, forward.rows_RD[1:])
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,10 @@ class IncCTR:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.fit.holdout and self.threshold:
+            raise OptionError(
+                "fit.holdout would judge rows that wait for the share of the common one; set threshold=0."
+            )
 
     def alternatives(self) -> "tuple[IncCTR, ...]":
         """As many as FineTune has, with as many epochs in all; each of three weights is in two of them."""

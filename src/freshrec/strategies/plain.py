@@ -100,7 +100,7 @@ class Retrain:
 
     def work(self, sizes: list[int], base_epochs: int) -> list[float]:
         """Everything remembered, each time."""
-        n_epochs = base_epochs if self.fresh else self.fit.epochs
+        n_epochs = base_epochs if self.fresh else self.fit.usual_epochs
         kept = [sum(sizes[max(0, t + 1 - self.spans) if self.spans else 0 : t + 1]) for t in range(len(sizes))]
         return [float(sizes[0] * base_epochs)] + [float(size * n_epochs) for size in kept[1:]]
 

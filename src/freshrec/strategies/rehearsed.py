@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from freshrec.data.batches import due_targets, random_source
+from freshrec.errors import OptionError
 from freshrec.learn.fit import Clock, Fit, carried_by, finish, ndcg, start, successor, train
 from freshrec.learn.rehearsal import rehearsal
 from freshrec.learn.reservoir import Reservoir, filled, joined, kept_length, stream
@@ -55,9 +56,9 @@ class Memory:
 class Rehearsed:
     """The knobs are turned one after the other: what was better in the rehearsal stays.
 
-    A rehearsal trains a model on the first third of the base block, and updates it on all but the last of the parts
-    after that; each of these parts is asked for before it is learnt. An update costs what fine-tuning costs, and half
-    as much again where it replays.
+    A rehearsal trains a model on the first third of the base block and goes through the parts after that: all but the
+    first are asked for, all but the last are learnt. An update costs what fine-tuning costs, and half as much again
+    where it replays. Knobs that do nothing stay as they are: negatives of a model without them, a mean of two epochs.
     """
 
     rehearsals: CountOrNone = 6  # parts of the base block; 0: plain fine-tuning
@@ -69,6 +70,10 @@ class Rehearsed:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.rehearsals in (1, 2, 3):
+            raise OptionError("a rehearsal takes 4 parts of the base block or more: raise rehearsals, or set it to 0.")
+        if self.fit.holdout:
+            raise OptionError("rehearsed chooses how to update before it updates; it has no use for fit.holdout.")
 
     def alternatives(self) -> "tuple[Rehearsed, ...]":
         """Itself: it has chosen already."""

@@ -83,6 +83,11 @@ class SML:
         check_options(self)
         if self.rounds > 1 and not self.through:
             raise OptionError("SML without the network in step 1 has nothing to do in a second round: keep rounds=1.")
+        if self.fit.holdout and self.through:
+            raise OptionError(
+                "fit.holdout would stop SML by weights that nobody serves, those before the network; leave it out, or "
+                "set through=False."
+            )
         if self.rehearsals in (1, 2):
             raise OptionError("SML rehearses on 3 parts of the base block or more: raise rehearsals, or set it to 0.")
 
@@ -93,10 +98,10 @@ class SML:
     def work(self, sizes: list[int], base_epochs: int) -> list[float]:
         """Fine-tuning's; from the second update on, a closing as well; and the base block's rehearsals."""
         passes = self.fit.work(sizes, base_epochs)
-        again, learning = (self.rounds - 1) * self.fit.epochs, self.rounds * self.transfer_epochs
+        again, learning = (self.rounds - 1) * self.fit.usual_epochs, self.rounds * self.transfer_epochs
         if self.rehearsals and self._learns(0):
             n, n_base = self.rehearsals, max(1, self.rehearsals // 3)
-            stages = (n - n_base - 1) * (self.fit.epochs + again + learning)
+            stages = (n - n_base - 1) * (self.fit.usual_epochs + again + learning)
             passes[0] += sizes[0] / n * (n_base * base_epochs + stages)
         for t in range(2, len(sizes)):
             judge = sizes[t] if self.objective == "next" else sizes[t - 1]

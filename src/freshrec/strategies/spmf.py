@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from freshrec.data.batches import Carried, Targets, due_targets, query_batches, random_source, without_secrets
+from freshrec.errors import OptionError
 from freshrec.learn.fit import Clock, Fit, adapt, carried_by, finish, grid, start, successor
 from freshrec.learn.reservoir import Kept, filled, joined, keep, kept_length, stream, together
 from freshrec.options import Positive, Weight, check_options
@@ -79,6 +80,10 @@ class SPMF:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.fit.holdout and self.take == "sampled":
+            raise OptionError(
+                "SPMF draws anew for each epoch, so nothing can be held out; set take=all, or no holdout."
+            )
 
     def alternatives(self) -> "tuple[SPMF, ...]":
         """As many as FineTune has, with as many epochs in all."""
