@@ -241,7 +241,23 @@ def _protocol(result: dict[str, Any]) -> list[str]:
         cells += [f"{cost['value']:.1f}" if cost else "" for cost in costs]
         cells += [" / ".join(f"{n:.2f}" for n in known) if known else ""] if published else []
         lines.append("| " + " | ".join(cells) + " |")
-    return lines
+    return lines + _improvements(at, metrics)
+
+
+def _improvements(at: dict[tuple[str, str, str], dict[str, Any]], metrics: list[str]) -> list[str]:
+    """RI of SML over each other method, where a recipe has it and the metrics that RI is a mean over."""
+    recalls, ndcgs = ([m for m in metrics if m.startswith(kind)] for kind in ("recall", "ndcg"))
+    models = sorted({m for m, s, _ in at if s == "sml"})
+    if not (recalls and ndcgs and models):
+        return []
+    found = []
+    for model, strategy in sorted({(m, s) for m, s, metric in at if metric == metrics[0] and s != "sml"}):
+        both = [
+            improvement([at[models[0], "sml", m]["value"] for m in of], [at[model, strategy, m]["value"] for m in of])
+            for of in (recalls, ndcgs)
+        ]
+        found.append(f"{_short_name(model)} {_short_name(strategy)} {100 * both[0]:+.0f} / {100 * both[1]:+.0f} %")
+    return ["", "RI of sml (recall / ndcg, means over k) over: " + "; ".join(found) + "."]
 
 
 def improvement(ours: list[float], theirs: list[float]) -> float:

@@ -3,7 +3,8 @@
 None of the four papers has it; it joins what their parts are good for. How much an update should change a model is the
 question that all of them answer once for all logs, and differently: retain (IMSR), replay (SPMF, ADER), join with the
 weights before (SML, ASMG), draw negatives from what is new (SML). News want the opposite of what a shop wants. Here
-each answer is a knob, and each log turns them itself, before its first update and on nothing but its base block.
+each answer is a knob, and each log turns them itself, before its first update and on nothing but its base block. On
+users it was not developed on it was worse than fine-tuning (docs/results.md): an experiment, not a recommendation.
 """
 
 import time
