@@ -73,8 +73,8 @@ def test_a_quarter_is_held_out_and_the_rest_is_trained_on() -> None:
 
 
 def test_base_block_and_update_stop_by_themselves_and_say_when() -> None:
-    state, span = circles.two_periods(FineTune(fit=STOPPED))
-    assert 1 <= state.base_epochs <= 12  # not the 3 that a fixed number would be, unless they are the best
+    state, span = circles.two_periods(FineTune(fit=replace(STOPPED, base_epochs=50)))
+    assert 1 <= state.base_epochs <= 12  # not the 50 of a fixed number
     after = FineTune(fit=STOPPED).update(state, span)
     assert 1 <= after.costs["epochs"] <= 12
 

@@ -301,8 +301,8 @@ def target_batches(
     for which in shuffled(key_N, smaller(size, len(key_N)), source):
         part = targets[which]
         history_BT = closed(histories_before(part, length))
-        if least and not bool((history_BT[:, -1] > 0).all()):  # nothing but secrets
-            part, history_BT = part[history_BT[:, -1] > 0], history_BT[history_BT[:, -1] > 0]
+        if least and not bool((has_item_B := history_BT[:, -1] > 0).all()):  # else nothing but secrets
+            part, history_BT = part[has_item_B], history_BT[has_item_B]
             if not len(part):
                 continue
         batch = Batch(

@@ -57,6 +57,10 @@ class Fit:
         """Targets passed in each span, epochs counted, by a strategy that trains on the new events only."""
         return [float(sizes[0] * base_epochs)] + [float(size * self.usual_epochs) for size in sizes[1:]]
 
+    def held(self, n_targets: int) -> int:
+        """How many of so many targets are held out."""
+        return max(1, round(n_targets * self.holdout)) if self.holdout and n_targets > 1 else 0
+
     @property
     def usual_epochs(self) -> int:
         """Of an update, for estimates."""
@@ -72,6 +76,11 @@ def grid(fit: Fit) -> list[Fit]:
         return [fit, *(replace(fit, lr_scale=fit.lr_scale * factor) for factor in (0.3, 0.1, 3.0, 0.5, 2.0))]
     others = [replace(fit, epochs=epochs, lr_scale=lr_scale) for lr_scale in (1.0, 0.3) for epochs in (5, 2, 10)]
     return [fit, *(other for other in others if other != fit)][:6]
+
+
+def around(weight: float, low: float, high: float) -> list[float]:
+    """A weight for each of the six of `grid`: as it is, times `low` and times `high`, each with two of them."""
+    return [weight * factor for factor in (1.0, low, high, low, high, 1.0)]
 
 
 @runtime_checkable
@@ -219,7 +228,9 @@ def carried_by(model: TrainedModel, users: Interests | None, span: int) -> Carri
 
 def parted(targets: Targets, fit: Fit, key: tuple[int, ...]) -> tuple[Targets, Targets]:
     """What `adapt` trains on, and the held-out rest that it stops by: a share `fit.holdout`, drawn at random."""
-    n_held = max(1, round(len(targets) * fit.holdout)) if fit.holdout and len(targets) > 1 else 0
+    n_held = fit.held(len(targets))
+    if not n_held:
+        return targets, targets[torch.zeros(0, dtype=torch.int64)]
     order_N = torch.randperm(len(targets), generator=random_source(*key, HELD))
     return targets[order_N[n_held:].sort().values], targets[order_N[:n_held].sort().values]
 
@@ -275,8 +286,7 @@ def start(state: State, span: Span, fit: Fit) -> State:
     if state.started is not None:
         return state.started
     targets = due_targets(state.recent)
-    stops = bool(fit.holdout) and len(targets) > 1
-    n_epochs = 0 if stops else fit.base_epochs or choose_epochs(state, fit)
+    n_epochs = 0 if fit.held(len(targets)) else fit.base_epochs or choose_epochs(state, fit)
     model = fresh(state, span.n_users, span.n_items)
     carried = carried_by(model, None, span.index)
     clock = Clock({"rows_read": float(len(targets))})

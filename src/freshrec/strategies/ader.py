@@ -25,7 +25,7 @@ from freshrec.learn.exemplars import (
     replay,
     select,
 )
-from freshrec.learn.fit import Clock, Fit, adapt, carried_by, finish, grid, parted, start, successor
+from freshrec.learn.fit import Clock, Fit, adapt, around, carried_by, finish, grid, parted, start, successor
 from freshrec.learn.reservoir import Kept, kept_length
 from freshrec.models.layers import best_inner_product
 from freshrec.models.softmax import distilled_softmax
@@ -102,8 +102,8 @@ class ADER:
 
     def alternatives(self) -> "tuple[ADER, ...]":
         """As many as FineTune has, with as many epochs in all; each of three weights is in two of them."""
-        weights = [self.weight * factor for factor in (1.0, 0.3, 3.0, 0.3, 3.0, 1.0)]
-        return tuple(replace(self, fit=fit, weight=weight) for fit, weight in zip(grid(self.fit), weights))
+        both = zip(grid(self.fit), around(self.weight, 0.3, 3.0))
+        return tuple(replace(self, fit=fit, weight=weight) for fit, weight in both)
 
     def work(self, sizes: list[int], base_epochs: int) -> list[float]:
         """The base block, then the new events of each span and the exemplars of all before it."""

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from freshrec.data.batches import Carried, Targets, due_targets, in_parts, random_source
 from freshrec.learn.exemplars import batch_of, learnable
-from freshrec.learn.fit import Clock, Fit, adapt, carried_by, finish, grid, start, successor
+from freshrec.learn.fit import Clock, Fit, adapt, around, carried_by, finish, grid, start, successor
 from freshrec.learn.reservoir import Kept, keep, kept_length
 from freshrec.learn.weights import Weights, tables_of, weights_of
 from freshrec.models.layers import best_inner_product
@@ -150,8 +150,8 @@ class EWC:
 
     def alternatives(self) -> "tuple[EWC, ...]":
         """As many as FineTune has, with as many epochs in all; each of three weights is in two of them."""
-        weights = [self.weight * factor for factor in (1.0, 0.1, 10.0, 0.1, 10.0, 1.0)]
-        return tuple(replace(self, fit=fit, weight=weight) for fit, weight in zip(grid(self.fit), weights))
+        both = zip(grid(self.fit), around(self.weight, 0.1, 10.0))
+        return tuple(replace(self, fit=fit, weight=weight) for fit, weight in both)
 
     def work(self, sizes: list[int], base_epochs: int) -> list[float]:
         """The base block, then the new events of each span."""

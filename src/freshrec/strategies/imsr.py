@@ -15,7 +15,7 @@ from torch import Tensor
 
 from freshrec.data.batches import Carried, due_targets, owners, pad_interests
 from freshrec.errors import OptionError
-from freshrec.learn.fit import Clock, Fit, adapt, carried_by, finish, grid, start, successor
+from freshrec.learn.fit import Clock, Fit, adapt, around, carried_by, finish, grid, start, successor
 from freshrec.learn.interests import expand
 from freshrec.models.layers import FAR
 from freshrec.options import CountOrNone, Positive, Weight, check_options
@@ -225,7 +225,7 @@ class IMSR:
         fits = grid(self.fit)
         if self.retain is None:
             return tuple(replace(self, fit=fit) for fit in fits)
-        weights = [self.retain.weight * factor for factor in (1.0, 0.0, 10.0, 0.0, 10.0, 1.0)]
+        weights = around(self.retain.weight, 0.0, 10.0)
         return tuple(replace(self, fit=f, retain=replace(self.retain, weight=w)) for f, w in zip(fits, weights))
 
     def work(self, sizes: list[int], base_epochs: int) -> list[float]:

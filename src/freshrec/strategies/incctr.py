@@ -12,7 +12,7 @@ from torch import Tensor
 
 from freshrec.data.batches import Targets, due_targets
 from freshrec.errors import IncompatibleError, OptionError
-from freshrec.learn.fit import Clock, Fit, adapt, carried_by, finish, grid, start, successor
+from freshrec.learn.fit import Clock, Fit, adapt, around, carried_by, finish, grid, start, successor
 from freshrec.learn.weights import tables_of
 from freshrec.models.layers import best_inner_product
 from freshrec.models.tables import Table
@@ -93,7 +93,7 @@ class IncCTR:
         fits = grid(self.fit)
         if self.distill is None:
             return tuple(replace(self, fit=fit) for fit in fits)
-        weights = [self.distill.weight * factor for factor in (1.0, 0.5, 2.0, 0.5, 2.0, 1.0)]
+        weights = around(self.distill.weight, 0.5, 2.0)
         return tuple(
             replace(self, fit=f, distill=replace(self.distill, weight=min(w, 0.9))) for f, w in zip(fits, weights)
         )

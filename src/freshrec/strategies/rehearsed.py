@@ -4,7 +4,7 @@ None of the four papers has it; it joins what their parts are good for. How much
 question that all of them answer once for all logs, and differently: retain (IMSR), replay (SPMF, ADER), join with the
 weights before (SML, ASMG), draw negatives from what is new (SML). News want the opposite of what a shop wants. Here
 each answer is a knob, and each log turns them itself, before its first update and on nothing but its base block. On
-users it was not developed on it was worse than fine-tuning (docs/results.md): an experiment, not a recommendation.
+another sample than it was developed on it was worse than fine-tuning (docs/results.md): an experiment, no advice.
 """
 
 import time
