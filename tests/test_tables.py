@@ -83,13 +83,24 @@ def test_a_new_row_starts_from_its_seed_and_number_whenever_the_table_grew_to_it
 
 def test_a_row_first_met_late_starts_as_gently_as_one_met_early() -> None:
     # Adam's first step is lr x the sign of the gradient. With one count for all rows, row 2's step here would be
-    # 0.1 / sqrt(0.001) = 3.2 times as long: (1 - beta1) g / sqrt((1 - beta2) g^2), corrected as if it were step 101.
+    # 0.1 / sqrt(0.001) = 3.2 times as long: (1 - beta1) g / sqrt((1 - beta2) g^2), hardly corrected after 10,000 steps.
     table = table_of(2)
-    for _ in range(100):
-        step(table, torch.tensor([1]))
+    step(table, torch.tensor([1]))
+    table.steps_R[1] = 10_000
     before = table.weights.clone()
     step(table, torch.tensor([2]))
     assert (table.weights[2] - before[2]).abs().tolist() == pytest.approx([LR] * 4, rel=1e-4)
+
+
+def test_where_all_rows_are_moved_they_count_together_and_a_new_row_starts_with_long_steps() -> None:
+    table = table_of(2)
+    table.steps_R[1:] = 10_000
+    table.grow(3)
+    before = table.weights.clone()
+    loss_of(table.pull_all()).backward()
+    table.push(LR)
+    assert table.steps_R.tolist() == [10_001] * 4
+    assert (table.weights[3] - before[3]).abs().tolist() == pytest.approx([LR * 0.1 / 0.001**0.5] * 4, rel=1e-4)
 
 
 def test_a_push_without_a_loss_changes_nothing() -> None:

@@ -3,7 +3,8 @@
 A row holds its weight and both Adam moments side by side, so a step is one gather and one scatter, whatever the table's
 size. This is lazy Adam: the moments of a row that is not in the batch do not decay (as in `torch.optim.SparseAdam`).
 Differs from it: each row counts its own steps, so that a row first met late starts as gently as one met early; with one
-count for the table its first steps would be 3 to 6 times too long.
+count for the table its first steps would be 3 to 6 times as long. Where a step moves all rows (`pull_all`) it is dense
+Adam, with one count for the table: new items need those long steps to be known at all, among rows that all move.
 
 What a batch sees of its rows may be a function of them (`Table.view`): strategies that learn how to map weights use it.
 """
@@ -116,7 +117,7 @@ class Table(nn.Module):
         if self.leaf is None or self._unique is None or self.leaf.grad is None:
             return
         if self._is_whole:
-            self.steps_R += 1
+            self.steps_R.fill_(float(self.steps_R.max()) + 1)
             for part in torch.arange(len(self.packed)).split(BLOCK):
                 rows = slice(int(part[0]), int(part[-1]) + 1)
                 _adam(self.packed[rows], self.steps_R[rows], self.leaf.grad[rows], lr)
