@@ -56,8 +56,7 @@ def summary(recipe: Path, out: Path) -> dict[str, Any]:
     shown = [SHOWN] if SHOWN in metrics else [*metrics, "update_cpu_s"]
     by_span = table.filter((pl.col("span") >= 0) & (pl.col("slice") == "all") & pl.col("metric").is_in(shown))
     by_span = by_span.select("model", "strategy", "seed", "span", *(["metric"] * (len(shown) > 1)), "value", "n")
-    tests = pl.DataFrame() if resolved.log.exposures else pl.read_parquet(out / "tests.parquet")
-    tests = tests.filter(pl.col("metric") == shown[0]) if len(tests) else tests
+    tests = pl.read_parquet(out / "tests.parquet").filter(pl.col("metric") == shown[0])
     methods = pl.read_parquet(out / "methods.parquet").filter(pl.col("metric").is_in(wanted))
     return {
         "recipe": recipe.stem,
@@ -68,7 +67,7 @@ def summary(recipe: Path, out: Path) -> dict[str, Any]:
         "overall": _rounded(overall.drop("span")),
         "base_cpu_s": _rounded(base.select("model", "strategy", "seed", "value")),
         "by_span": _rounded(by_span),
-        "tests": _rounded(tests.drop("metric", strict=False)),
+        "tests": _rounded(tests.drop("metric")),
     }
 
 

@@ -9,6 +9,9 @@ from typing import Any
 
 import polars as pl
 
+from freshrec.replay.clicks import DOWN
+from freshrec.replay.results import with_interval
+
 CONTROLS = ("popularity", "popularity-last", "popularity-decay", "repeat-last", "item-knn")
 MULTI = ("comirec-dr", "comirec-sa", "mind")
 TRAINED = (*MULTI, "sasrec")
@@ -220,7 +223,7 @@ def _protocol(result: dict[str, Any]) -> list[str]:
     at, metrics = _means(result), part["metrics"]
     published = PUBLISHED.get(result["recipe"], {})
     methods = {(m, s) for m, s, metric in at if metric == metrics[0]}
-    up = -1 if metrics[0] == "logloss" else 1
+    up = -1 if metrics[0] in DOWN else 1
     first, seeds = max(1, part["from_span"]), part["seeds"]
     lines = [
         f"`make reproduce RECIPE={result['recipe']} DATA=...` -- {result['resolved']['log']['path']}; base block "
@@ -237,7 +240,7 @@ def _protocol(result: dict[str, Any]) -> list[str]:
         costs = [at.get((model, strategy, cost)) for cost in ("update_cpu_s", "peak_mb")]
         known = published.get(strategy.partition(":")[0])
         cells = [_short_name(model), _short_name(strategy)]
-        cells += [_number(metric, at[model, strategy, metric]) for metric in metrics]
+        cells += [with_interval(metric, at[model, strategy, metric]) for metric in metrics]
         cells += [f"{cost['value']:.1f}" if cost else "" for cost in costs]
         cells += [" / ".join(f"{n:.2f}" for n in known) if known else ""] if published else []
         lines.append("| " + " | ".join(cells) + " |")
@@ -269,9 +272,3 @@ def _short_name(name: str) -> str:
     """Without the options of the protocol, which the recipe holds; those that tell methods apart stay."""
     kept = [part for part in name.split(":")[1:] if part.startswith(("dropout=", "rounds=", "transfer=", "k="))]
     return ":".join([name.partition(":")[0], *kept])
-
-
-def _number(metric: str, row: dict[str, Any]) -> str:
-    if metric in ("auc", "logloss"):
-        return f"{row['value']:.4f}"
-    return f"{100 * row['value']:.2f} ({100 * row['low']:.2f} .. {100 * row['high']:.2f})"

@@ -20,13 +20,13 @@ from freshrec.data.log import Log
 from freshrec.data.spans import Cut, cut
 from freshrec.data.worlds import make
 from freshrec.errors import IncompatibleError, OptionError
-from freshrec.learn.clicks import auc, log_loss
+from freshrec.learn.clicks import auc, log_losses
 from freshrec.models import find_model
 from freshrec.recipes import cells_of, recipe_from, settings_of
-from freshrec.replay.clicks import collect_clicks
+from freshrec.replay.clicks import auc_shares, evaluate_clicks
 from freshrec.replay.measure import Asked
 from freshrec.replay.replay import Cell, Settings, replay_cell
-from freshrec.replay.results import OVERALL
+from freshrec.replay.results import OVERALL, collect
 from freshrec.strategies import find_strategy
 from freshrec.types import Events, Histories
 
@@ -56,11 +56,43 @@ def test_auc_is_the_statistic_of_mann_and_whitney(rows: list[tuple[bool, float]]
         assert auc(taken, p) == near(u / (taken.sum() * (1 - taken).sum()))
 
 
+def test_the_shares_of_an_auc_by_hand() -> None:
+    # Of the two not taken, 0.9 is ahead of both and 0.4 ahead of none and level with one: 1 and 0.25. Of the two
+    # taken, 0.5 is behind one: 0.5, and 0.4 behind one and level with one: 0.75. Kinds of 2 in 4 weigh 2.
+    shares = auc_shares(*labelled([1, 1, 0, 0], [0.9, 0.4, 0.5, 0.4]))
+    assert shares == near([0.625 + 2 * (x - 0.625) for x in (1, 0.25, 0.5, 0.75)])
+    assert shares.mean() == near(0.625)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.sampled_from([0.1, 0.2, 0.3, 0.7])), min_size=2, max_size=40))
+def test_shares_of_an_auc_average_to_it(rows: list[tuple[bool, float]]) -> None:
+    taken, p = labelled([float(label) for label, _ in rows], [p for _, p in rows])
+    assert auc_shares(taken, p).mean() == near(auc(taken, p), nan_ok=True)
+
+
+def test_the_interval_of_an_auc_is_as_wide_as_aucs_of_new_samples_differ() -> None:
+    source = np.random.default_rng(0)
+    aucs, widths = [], []
+    for _ in range(300):
+        labels = (source.random(200) < 0.3).astype(np.float32)
+        p = (source.normal(size=200) + labels).astype(np.float32)
+        aucs.append(auc(labels, p))
+        widths.append(auc_shares(labels, p).std() / np.sqrt(200))
+    assert np.mean(widths) == near(np.std(aucs), rel=0.1)
+
+
+def test_a_span_without_both_kinds_counts_in_no_metric() -> None:
+    asked = pl.DataFrame({"asked": [1, 2, 1, 2], "label": [1.0, 1.0, 0.0, 1.0], "p": [0.8, 0.3, 0.4, 0.6]})
+    values = evaluate_clicks(asked, ["logloss", "auc"])
+    assert np.isnan(values).tolist() == [[False] * 2, [True] * 2, [False] * 2, [True] * 2]
+    assert values[0] == near([-np.log(0.8), 1.0]) and values[2] == near([-np.log(0.6), 1.0])
+
+
 def test_log_loss_by_hand() -> None:
     # -(ln 0.8 + ln 0.7) / 2; a wrong certainty costs -ln 1e-7, not infinity
-    assert log_loss(*labelled([1, 0], [0.8, 0.3])) == near((0.223144 + 0.356675) / 2, abs=1e-6)
-    assert log_loss(*labelled([1], [0.0])) == near(16.1181, abs=1e-4)
-    assert log_loss(*labelled([0, 1], [0.5, 0.5])) == near(0.693147, abs=1e-6)  # T32
+    assert log_losses(*labelled([1, 0], [0.8, 0.3])) == near([0.223144, 0.356675], abs=1e-6)
+    assert log_losses(*labelled([1], [0.0])) == near([16.1181], abs=1e-4)
+    assert log_losses(*labelled([0, 1], [0.5, 0.5])).mean() == near(0.693147, abs=1e-6)  # T32
 
 
 # what is trained on
@@ -125,11 +157,11 @@ def test_every_labelled_event_is_asked_once_before_it_is_trained_on(strategy: st
     asked = run(cell(strategy), spans, tmp_path)
     assert len(asked) == sum(len(span.events) for span in spans.spans[1:])
     assert (asked["after"] == asked["asked"] - 1).all() and asked["p"].is_between(0, 1).all()
-    results = collect_clicks([cell(strategy)], ["auc", "logloss"], tmp_path)
+    results = collect([cell(strategy)], None, ["auc", "logloss"], tmp_path, "targets")
     by_span = results.filter((pl.col("metric") == "auc") & (pl.col("span") != OVERALL))["value"].to_list()
     overall = results.filter((pl.col("metric") == "auc") & (pl.col("span") == OVERALL))["value"].item()
     assert len(by_span) == 3 and overall == near(sum(by_span) / 3) and min(by_span) > 0.95
-    assert f"| embedding-mlp:categories=2:lr=0.01 | {strategy} | {overall:.4f} |" in (tmp_path / "table.md").read_text()
+    assert f"| embedding-mlp:categories=2:lr=0.01 | {strategy} | {overall:.4f} (" in (tmp_path / "table.md").read_text()
 
 
 @pytest.mark.parametrize("strategy", ["finetune", "spmf", "incctr", "sml", "asmg", "asmg-linear"])

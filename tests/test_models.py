@@ -14,8 +14,8 @@ from freshrec.models.sasrec import SASRec, SASRecSpec
 from freshrec.types import Batch, InterestModel, VectorModel
 
 TRAINED = [name for name in MODELS if name not in CONTROLS]
-VECTORS = [name for name in TRAINED if name != "embedding-mlp"]  # whose score is an inner product
-READERS = [name for name in TRAINED if name != "mf"]  # they look at the history
+VECTORS = [name for name in TRAINED if name not in ("embedding-mlp", "mf-biased")]  # whose score is an inner product
+READERS = [name for name in TRAINED if name not in ("mf", "mf-biased")]  # they look at the history
 N_ITEMS = 9
 
 

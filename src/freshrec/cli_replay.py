@@ -123,7 +123,6 @@ def _run(recipe: Recipe, out: Path, jobs: int, resume: bool, as_json: bool) -> N
     """Run what is not done yet, and write and print the results."""
     from freshrec.data.spans import plan
     from freshrec.recipes import cells_of, cut_of, settings_of
-    from freshrec.replay.clicks import collect_clicks
     from freshrec.replay.measure import facts
     from freshrec.replay.results import collect
     from freshrec.replay.run import run
@@ -144,8 +143,8 @@ def _run(recipe: Recipe, out: Path, jobs: int, resume: bool, as_json: bool) -> N
     except KeyboardInterrupt:
         console.print(f"finished spans are kept in {out}: the same command with --resume goes on.", markup=False)
         raise
-    if recipe.log.exposures:
-        results = collect_clicks(cells, part.metrics, out, part.from_span)
+    if recipe.log.exposures:  # AUC and log loss are those of a span's events, whoever's they are, and of all of them
+        results = collect(cells, None, part.metrics, out, "targets", part.from_span)
     else:
         results = collect(cells, facts(cut.spans), part.metrics, out, part.mean, part.from_span)
     if as_json:

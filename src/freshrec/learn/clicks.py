@@ -36,8 +36,8 @@ def auc(labels_N: NDArray[np.float32], p_N: NDArray[np.float32]) -> float:
     return float(ahead / (n_taken * n_not))
 
 
-def log_loss(labels_N: NDArray[np.float32], p_N: NDArray[np.float32]) -> float:
-    """-mean of ln p where taken and ln(1 - p) where not; p is kept 1e-7 away from 0 and 1. nan for none."""
+def log_losses(labels_N: NDArray[np.float32], p_N: NDArray[np.float32]) -> Floats:
+    """(N,) -ln p where taken and -ln(1 - p) where not; p is kept 1e-7 away from 0 and 1."""
     p = np.clip(p_N.astype(np.float64), 1e-7, 1 - 1e-7)
     losses: Floats = -np.where(labels_N > 0, np.log(p), np.log1p(-p))
-    return float(losses.mean()) if len(losses) else float("nan")
+    return losses

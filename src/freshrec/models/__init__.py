@@ -5,6 +5,7 @@ from dataclasses import replace
 from freshrec.models.comirec import COMIREC_DR, COMIREC_SA
 from freshrec.models.embedding_mlp import EmbeddingMLPSpec
 from freshrec.models.mf import MFSpec
+from freshrec.models.mf_biased import BiasedMFSpec
 from freshrec.models.mind import MIND
 from freshrec.models.pairs import PairsSpec
 from freshrec.models.popularity import PopularitySpec
@@ -23,6 +24,7 @@ CONTROLS: dict[str, ModelSpec] = {
 
 MODELS: dict[str, ModelSpec] = CONTROLS | {
     "mf": MFSpec(),
+    "mf-biased": BiasedMFSpec(),
     "embedding-mlp": EmbeddingMLPSpec(),
     "sasrec": SASRecSpec(),
     "mind": MIND,

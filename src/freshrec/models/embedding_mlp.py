@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from freshrec.errors import OptionError
+from freshrec.models.layers import judged
 from freshrec.models.tables import Table
 from freshrec.options import Count, CountOrNone, Positive, check_options
 from freshrec.types import Batch, Events, Forward, Histories
@@ -71,14 +72,7 @@ class EmbeddingMLP(nn.Module):
 
     def forward(self, batch: Batch) -> Forward:
         """Mean binary cross-entropy of the labels; without labels, of the target and of a random item beside it."""
-        assert batch.targets_BT is not None and batch.negatives_N is not None
-        candidates_BN, label_BN = batch.targets_BT[:, :1], batch.labels_B
-        if label_BN is None:
-            negative_B1 = batch.negatives_N[torch.arange(len(batch)) % len(batch.negatives_N), None]
-            other_B1 = negative_B1 % self.n_items + 1  # the next item, where the random one is the target
-            negative_B1 = torch.where(negative_B1 == candidates_BN, other_B1, negative_B1)
-            candidates_BN = torch.cat([candidates_BN, negative_B1], 1)
-            label_BN = torch.tensor([1.0, 0.0]).expand(len(batch), 2)
+        candidates_BN, label_BN = judged(batch, self.n_items)
         ids_BM = torch.cat([batch.history_BT, candidates_BN], 1)
         vectors_BMD = self.items.pull(ids_BM.reshape(-1)).view(*ids_BM.shape, -1)
         if self.categories is not None:
@@ -87,7 +81,7 @@ class EmbeddingMLP(nn.Module):
         n_history = batch.history_BT.shape[1]
         user_BE = self._user(self.users.pull(batch.users_B), vectors_BMD[:, :n_history], batch.history_BT)
         logits_BN = self._logits(user_BE, vectors_BMD[:, n_history:])
-        loss = F.binary_cross_entropy_with_logits(logits_BN, label_BN.view_as(logits_BN))
+        loss = F.binary_cross_entropy_with_logits(logits_BN, label_BN)
         return Forward(loss, logits_BN=logits_BN)
 
     def _kinds(self, batch: Batch, items: Tensor) -> Tensor:

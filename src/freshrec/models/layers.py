@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from freshrec.types import Batch
+
 FAR = -1e9  # a logit that softmax turns into 0
 
 
@@ -52,3 +54,15 @@ def best_inner_product(vectors_BKD: Tensor, items_ND: Tensor) -> Tensor:
         return torch.bmm(vectors_BKD, items_ND.transpose(1, 2)).amax(1)
     n_users, n_interests, _ = vectors_BKD.shape
     return (vectors_BKD.flatten(0, 1) @ items_ND.t()).view(n_users, n_interests, -1).amax(1)
+
+
+def judged(batch: Batch, n_items: int) -> tuple[Tensor, Tensor]:
+    """What a click model learns from, (B, N) items and labels: each row's target; without labels, a random item too."""
+    assert batch.targets_BT is not None and batch.negatives_N is not None
+    target_B1 = batch.targets_BT[:, :1]
+    if batch.labels_B is not None:
+        return target_B1, batch.labels_B[:, None]
+    negative_B1 = batch.negatives_N[torch.arange(len(batch)) % len(batch.negatives_N), None]
+    other_B1 = negative_B1 % n_items + 1  # the next item, where the random one is the target
+    negative_B1 = torch.where(negative_B1 == target_B1, other_B1, negative_B1)
+    return torch.cat([target_B1, negative_B1], 1), torch.tensor([1.0, 0.0]).expand(len(batch), 2)

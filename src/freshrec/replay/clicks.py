@@ -1,81 +1,57 @@
-"""Results of the replay of a log that says what was shown: AUC and log loss.
-
-Both are those of a span's events pooled, whoever's they are; over all: the mean of the spans, then of the seeds. The
-pooled numbers of a span are no means over users, so they come without intervals and tests.
-"""
+"""AUC and log loss as means over events, so that intervals and tests treat them as they treat every other metric."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
 from freshrec.errors import unknown
-from freshrec.learn.clicks import auc, log_loss
-from freshrec.replay.replay import Cell
-from freshrec.replay.results import COLUMNS, OVERALL, costs_of
+from freshrec.learn.clicks import Floats, auc, log_losses
 
 Column = NDArray[np.float32]
 
-CLICK_METRICS: dict[str, Callable[[Column, Column], float]] = {"auc": auc, "logloss": log_loss}
+
+def auc_shares(labels_N: Column, p_N: Column) -> Floats:
+    """(N,): each event's share in the AUC of all; their mean is the AUC. nan where all were taken, or none.
+
+    The first-order part of what an event adds: how often it stands on the right side of the events of the other kind,
+    its difference from the AUC weighed by how rare its kind is. Resampled by user, they give the interval for an AUC of
+    clustered data (Obuchowski, Biometrics 53, 1997); without clusters, DeLong's.
+    """
+    taken_N = labels_N > 0
+    ahead_N, whole = np.empty(len(p_N)), auc(labels_N, p_N)
+    if np.isnan(whole):
+        return np.full(len(p_N), np.nan)
+    rank_N = rankdata(p_N)
+    for mine_N in (taken_N, ~taken_N):
+        others = len(p_N) - mine_N.sum()
+        below_M = (rank_N[mine_N] - rankdata(p_N[mine_N])) / others  # share of the other kind that is less likely
+        ahead_N[mine_N] = (below_M if mine_N is taken_N else 1 - below_M) - whole
+        ahead_N[mine_N] *= len(p_N) / mine_N.sum()
+    return whole + ahead_N
 
 
-def click_metric(name: str) -> Callable[[Column, Column], float]:
-    """The function (labels, probabilities) -> value that `name` names. Raises OptionError."""
+CLICK_METRICS: dict[str, Callable[[Column, Column], Floats]] = {"auc": auc_shares, "logloss": log_losses}
+DOWN = {"logloss"}  # the lower the better
+
+
+def click_metric(name: str) -> Callable[[Column, Column], Floats]:
+    """The function (labels, probabilities) -> values, one an event, that `name` names. Raises OptionError."""
     if name not in CLICK_METRICS:
         raise unknown("metric of a log with exposures", name, CLICK_METRICS)
     return CLICK_METRICS[name]
 
 
-def collect_clicks(cells: Sequence[Cell], metrics: Sequence[str], out: Path, from_span: int = 1) -> pl.DataFrame:
-    """The long results table of all finished cells; results.parquet, methods.parquet and table.md in `out`.
+def evaluate_clicks(asked: pl.DataFrame, metrics: Sequence[str]) -> Floats:
+    """(N, M): the value of each metric for each row, from its span's `label` and `p`.
 
-    The same columns and rows as `results.collect` makes, without intervals, slices, forgetting and tests. Means are
-    over the spans from `from_span` on.
+    A span without both kinds of labels has no AUC: where that is among the metrics, all of them are nan there.
     """
-    measured = [pl.DataFrame(schema=COLUMNS), *(_measured(cell, out / cell.name, metrics, from_span) for cell in cells)]
-    results = pl.concat([*measured, *(costs_of(cell, out / cell.name, from_span) for cell in cells)])
-    results.write_parquet(out / "results.parquet")
-    overall = results.filter(pl.col("span") == OVERALL).group_by("model", "strategy", "metric", maintain_order=True)
-    methods = overall.agg(pl.col("value", "low", "high").mean(), pl.len().cast(pl.Int64).alias("n"))
-    methods.write_parquet(out / "methods.parquet")
-    (out / "table.md").write_text(_table(methods, metrics) + "\n")
-    return results
-
-
-def _measured(cell: Cell, folder: Path, metrics: Sequence[str], from_span: int) -> pl.DataFrame:
-    """A row per span and metric, and over all the mean of the spans that have a value."""
-    rows: list[tuple[int, str, float, int]] = []
-    for file in folder.glob("span-*.parquet"):
-        asked = pl.read_parquet(file)
-        for (span,), part in asked.group_by("asked"):
-            columns = part["label"].to_numpy(), part["p"].to_numpy()
-            rows += [(int(str(span)), name, click_metric(name)(*columns), len(part)) for name in metrics]
-    rows.sort()
-    for name in metrics if rows else []:
-        counted = [row for row in rows if row[1] == name and row[0] >= from_span]
-        values, n = [row[2] for row in counted if not np.isnan(row[2])], sum(row[3] for row in counted)
-        rows.append((OVERALL, name, float(np.mean(values)) if values else float("nan"), n))
-    kinds = {"span": pl.Int64, "metric": pl.String, "value": pl.Float64, "n": pl.Int64}
-    nothing = pl.lit(None, pl.Float64)
-    return pl.DataFrame(rows, schema=kinds, orient="row").with_columns(
-        pl.lit(cell.model).alias("model"), pl.lit(cell.strategy).alias("strategy"),
-        pl.lit(cell.seed, pl.Int64).alias("seed"), pl.lit("all").alias("slice"),
-        nothing.alias("low"), nothing.alias("high"),
-    ).select(COLUMNS.keys())  # fmt: skip
-
-
-def _table(methods: pl.DataFrame, metrics: Sequence[str]) -> str:
-    """A Markdown table, a row per method, the best in the first metric first."""
-    values = {(r["model"], r["strategy"], r["metric"]): r["value"] for r in methods.iter_rows(named=True)}
-    first = 1 if metrics[0] == "logloss" else -1
-    named = {(model, strategy) for model, strategy, metric in values if metric == metrics[0]}
-    costs = {"update_cpu_s": "CPU-s per update", "peak_mb": "peak MB"}
-    head = ["model", "strategy", *metrics, *costs.values()]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for method in sorted(named, key=lambda method: first * values[(*method, metrics[0])]):
-        numbers = [f"{values[(*method, metric)]:.4f}" for metric in metrics]
-        numbers += [f"{values[(*method, cost)]:.1f}" if (*method, cost) in values else "" for cost in costs]
-        lines.append("| " + " | ".join([*method, *numbers]) + " |")
-    return "\n".join(lines)
+    values_NM = np.empty((len(asked), len(metrics)))
+    for _, part in asked.with_row_index("row").group_by("asked"):
+        columns = part["label"].to_numpy(), part["p"].to_numpy()
+        values_NM[part["row"].to_numpy()] = np.stack([click_metric(name)(*columns) for name in metrics], axis=1)
+    values_NM[np.isnan(values_NM).any(1)] = np.nan
+    return values_NM

@@ -3,10 +3,12 @@
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 
+from freshrec.replay.clicks import CLICK_METRICS, DOWN, evaluate_clicks
 from freshrec.replay.measure import SLICES
 from freshrec.replay.metrics import evaluate
 from freshrec.replay.replay import Cell
@@ -23,7 +25,7 @@ OVERALL = -1  # the span of a mean over spans
 
 def collect(
     cells: Sequence[Cell],
-    facts: pl.DataFrame,
+    facts: pl.DataFrame | None,
     metrics: Sequence[str],
     out: Path,
     equal: Equal = "users",
@@ -38,7 +40,7 @@ def collect(
 
     Spans weigh equally, users (or targets: `equal`) equally within a span. The row of span -1 is the mean over spans
     from `from_span` on, and so is what the other files say (of forgetting, from the first span on). A model's other
-    readouts are rows of their own: "comirec-dr@stored".
+    readouts are rows of their own: "comirec-dr@stored". Without `facts`, no slices but "all".
     """
     asked = [_asked(cell, out / cell.name, metrics) for cell in cells]
     answered = pl.concat([_empty_answers(metrics), *asked])
@@ -69,9 +71,11 @@ def _asked(cell: Cell, folder: Path, metrics: Sequence[str]) -> pl.DataFrame:
     files = sorted(folder.glob("span-*.parquet"))
     if not files:
         return _empty_answers(metrics)
-    ranks = pl.concat([pl.read_parquet(file) for file in files])
+    asked = pl.concat([pl.read_parquet(file) for file in files])
+    clicks = "p" in asked.columns
+    values_QM = evaluate_clicks(asked, metrics) if clicks else evaluate(asked["rank"].to_numpy(), metrics)
     readout = pl.col("readout")
-    return ranks.select(
+    return asked.select(
         pl.when(readout == "recent").then(pl.lit(cell.model)).otherwise(f"{cell.model}@" + readout).alias("model"),
         pl.lit(cell.strategy).alias("strategy"),
         pl.lit(cell.seed, pl.Int64).alias("seed"),
@@ -79,19 +83,21 @@ def _asked(cell: Cell, folder: Path, metrics: Sequence[str]) -> pl.DataFrame:
         pl.col("after").cast(pl.Int64),
         pl.col("user"),
         pl.col("event").alias("target"),
-    ).hstack(pl.DataFrame(evaluate(ranks["rank"].to_numpy(), metrics), schema=list(metrics)))
+    ).hstack(pl.DataFrame(values_QM, schema=list(metrics)))
 
 
-def _quality(tested: pl.DataFrame, facts: pl.DataFrame, metrics: Sequence[str], equal: Equal) -> pl.DataFrame:
+def _quality(tested: pl.DataFrame, facts: pl.DataFrame | None, metrics: Sequence[str], equal: Equal) -> pl.DataFrame:
     """Each metric by cell and slice, for each span and over all; a slice of a single span goes without interval."""
     answers = arrange(tested, metrics, CELL, equal)
-    queries = answers.queries.join(
-        facts, left_on=["span", "target"], right_on=["span", "event"], how="left", maintain_order="left"
-    )
+    queries = answers.queries.with_columns(pl.lit(True).alias("all"))
+    if facts is not None:
+        queries = answers.queries.join(
+            facts, left_on=["span", "target"], right_on=["span", "event"], how="left", maintain_order="left"
+        )
     span_Q = queries["span"].to_numpy()
     found = [pl.DataFrame(schema=COLUMNS)]
     for which_A, answered_Q in _alike(answers):
-        for part in SLICES:
+        for part in SLICES if facts is not None else ("all",):
             in_part_Q = answered_Q & queries[part].to_numpy()
             for span in [OVERALL, *np.unique(span_Q[in_part_Q]).tolist()] if in_part_Q.any() else []:
                 which_Q = in_part_Q if span == OVERALL else in_part_Q & (span_Q == span)
@@ -182,7 +188,7 @@ def _methods(
 
 
 def table(methods: pl.DataFrame, metrics: Sequence[str]) -> str:
-    """A Markdown table, a row per method, all but forgetting as means over spans.
+    """A Markdown table, a row per method, the best in the first metric first, all but forgetting as means over spans.
 
     Quality comes with 95 % intervals, forgetting is what the model after the last span has lost, on earlier spans'
     held-out targets, since it was updated on them: positive = forgotten.
@@ -190,20 +196,29 @@ def table(methods: pl.DataFrame, metrics: Sequence[str]) -> str:
     costs = {"update_cpu_s": "CPU-s per update", "peak_mb": "peak MB", "mean_k": "interests per user"}
     forgotten = f"forgetting {metrics[0]}"
     values = {(r["model"], r["strategy"], r["metric"]): r for r in methods.iter_rows(named=True)}
+    costs = {cost: name for cost, name in costs.items() if any(metric == cost for *_, metric in values)}
+    up = -1 if metrics[0] in DOWN else 1
     order = sorted(
-        {(m, s) for m, s, metric in values if metric == metrics[0]}, key=lambda ms: -values[(*ms, metrics[0])]["value"]
+        {(m, s) for m, s, metric in values if metric == metrics[0]},
+        key=lambda ms: -up * values[(*ms, metrics[0])]["value"],
     )
-    head = ["model", "strategy", *metrics, forgotten, *costs.values()]
+    forgets = any(metric == forgotten for *_, metric in values)
+    head = ["model", "strategy", *metrics, *[forgotten] * forgets, *costs.values()]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for model, strategy in order:
-        cells = [model, strategy]
-        for metric in metrics:
-            r = values[model, strategy, metric]
-            cells.append(f"{100 * r['value']:.2f} ({100 * r['low']:.2f} .. {100 * r['high']:.2f})")
-        lost = values.get((model, strategy, forgotten))
-        cells.append(f"{100 * lost['value']:+.2f}" if lost else "")
+        cells = [model, strategy, *(with_interval(metric, values[model, strategy, metric]) for metric in metrics)]
+        if forgets:
+            lost = values.get((model, strategy, forgotten))
+            cells.append(f"{100 * lost['value']:+.2f}" if lost else "")
         for cost in costs:
             spent = values.get((model.partition("@")[0], strategy, cost))
             cells.append(f"{spent['value']:.1f}" if spent else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def with_interval(metric: str, row: dict[str, Any]) -> str:
+    """The value and the ends of its interval: shares in %, AUC and log loss as they are."""
+    scale, digits = (1, 4) if metric in CLICK_METRICS else (100, 2)
+    value, low, high = (f"{scale * row[name]:.{digits}f}" for name in ("value", "low", "high"))
+    return f"{value} ({low} .. {high})"
