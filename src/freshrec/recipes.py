@@ -12,7 +12,7 @@ from freshrec.data.log import Log, before, positives, read_log
 from freshrec.data.spans import Cut, cut
 from freshrec.data.worlds import make
 from freshrec.errors import IncompatibleError, LogError, OptionError, unknown
-from freshrec.models import CONTROLS, find_model
+from freshrec.models import CONTROLS, COUNTERS, find_model
 from freshrec.replay.clicks import click_metric
 from freshrec.replay.measure import Asked
 from freshrec.replay.metrics import parse, sampled
@@ -185,7 +185,7 @@ def cells_of(recipe: Recipe) -> list[Cell]:
         except IncompatibleError as problem:
             refused.setdefault(strategy, problem)
             continue
-        cells += [Cell(model, spec, strategy, update, seed) for seed in range(1 if model in CONTROLS else part.seeds)]
+        cells += [Cell(model, spec, strategy, update, seed) for seed in range(1 if model in COUNTERS else part.seeds)]
     for strategy, reason in refused.items():
         if strategy not in {cell.strategy for cell in cells}:
             raise reason

@@ -187,6 +187,14 @@ class Model(Protocol):
 
 
 @runtime_checkable
+class OfferingModel(Model, Protocol):
+    """A model that looks at a few items of each user only; it has no opinion of the others."""
+
+    def candidates(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Items (B, C), 0 where a user has fewer, and their scores; no opinion is 0, as in `score`."""
+
+
+@runtime_checkable
 class TrainedModel(Model, Protocol):
     """A model that learns by gradients: an `nn.Module`, of which training uses the methods at the end."""
 
@@ -282,7 +290,7 @@ class Strategy(Protocol):
 
     @property
     def needs(self) -> str:
-        """The models it updates: "counters", "gradients", "encoding" or "interests"."""
+        """The models it updates: "counters", "experts", "gradients", "encoding" or "interests"."""
 
     @property
     def base(self) -> str:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from freshrec.models.blend import BlendSpec
 from freshrec.models.comirec import COMIREC_DR, COMIREC_SA
 from freshrec.models.embedding_mlp import EmbeddingMLPSpec
 from freshrec.models.mf import MFSpec
@@ -11,6 +12,7 @@ from freshrec.models.pairs import PairsSpec
 from freshrec.models.popularity import PopularitySpec
 from freshrec.models.repeat import RepeatSpec
 from freshrec.models.sasrec import SASRecSpec
+from freshrec.models.user_knn import UserKNNSpec
 from freshrec.options import choose
 from freshrec.types import ModelSpec
 
@@ -22,7 +24,13 @@ CONTROLS: dict[str, ModelSpec] = {
     "item-knn": PairsSpec(),
 }
 
-MODELS: dict[str, ModelSpec] = CONTROLS | {
+COUNTERS: dict[str, ModelSpec] = CONTROLS | {  # they have no randomness: one seed is all of them
+    "markov": PairsSpec(kind="markov"),
+    "user-knn": UserKNNSpec(),
+}
+
+MODELS: dict[str, ModelSpec] = COUNTERS | {
+    "blend": BlendSpec(),
     "mf": MFSpec(),
     "mf-biased": BiasedMFSpec(),
     "embedding-mlp": EmbeddingMLPSpec(),

@@ -110,11 +110,16 @@ class Pairs:
         counts_II = sparse.coo_array((np.concatenate(weights), ends), shape=self.pairs_II.shape).tocsr()
         return counts_II if self.kind.directed else counts_II + counts_II.T
 
+    def sparse(self, batch: Batch) -> Any:
+        """(B, I + 1) scores as a sparse matrix."""
+        scores_BI = self._question(batch) @ self.pairs_II
+        if not self.kind.directed:
+            scores_BI.data /= np.sqrt(self.mass_I + PRIOR)[scores_BI.indices]
+        return scores_BI
+
     def score(self, batch: Batch, items: Tensor) -> Tensor:
         """(B, N): from the recent items of each row's own history."""
-        scores_BI = torch.from_numpy((self._question(batch) @ self.pairs_II).toarray())
-        if not self.kind.directed:
-            scores_BI /= torch.from_numpy(np.sqrt(self.mass_I + PRIOR))
+        scores_BI = torch.from_numpy(self.sparse(batch).toarray())
         return scores_BI.gather(1, items) if items.ndim == 2 else scores_BI[:, items]
 
     def _question(self, batch: Batch) -> Any:

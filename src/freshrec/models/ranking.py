@@ -8,7 +8,7 @@ from torch import Tensor
 from freshrec.data.batches import closed, in_parts
 from freshrec.errors import TrainingError
 from freshrec.models.layers import best_inner_product
-from freshrec.types import Batch, Model, TrainedModel, VectorModel
+from freshrec.types import Batch, Model, OfferingModel, TrainedModel, VectorModel
 
 USERS, ITEMS = 64, 2048  # measured best block of the rank count: two thirds of the peak of a matrix product
 READOUTS = ("recent", "stored", "both")
@@ -74,6 +74,8 @@ def _part(batch: Batch, which: Tensor) -> Batch:
 
 def _ahead(model: Model, batch: Batch, target_B: Tensor, readout: str, n_items: int) -> Tensor:
     """How many items are ahead of the target, those with an equal score counted half."""
+    if isinstance(model, OfferingModel):
+        return _ahead_among_offered(*model.candidates(batch), target_B, n_items)
     ahead_B = torch.zeros(len(batch))
     vectors_BKD = vectors_of(model, batch, readout) if isinstance(model, VectorModel) else None
     items_ID = model.item_vectors() if isinstance(model, VectorModel) else None
@@ -94,6 +96,16 @@ def _ahead(model: Model, batch: Batch, target_B: Tensor, readout: str, n_items: 
     return ahead_B
 
 
+def _ahead_among_offered(items_BC: Tensor, score_BC: Tensor, target_B: Tensor, n_items: int) -> Tensor:
+    _must_be_finite(score_BC)
+    score_BC = score_BC.masked_fill((items_BC == 0) | (items_BC > n_items), 0.0)
+    own_BC = items_BC == target_B[:, None]
+    target_B1 = (score_BC * own_BC).sum(1, keepdim=True)
+    ahead_B, level_B = (score_BC > target_B1).sum(1), ((score_BC == target_B1) & ~own_BC & (score_BC > 0)).sum(1)
+    silent_B = torch.where(target_B1[:, 0] > 0, 0, n_items - 1 - (score_BC > 0).sum(1))  # of these nothing is said
+    return ahead_B + 0.5 * (level_B + silent_B)
+
+
 def top(
     model: Model, batch: Batch, k: int, banned_BM: Tensor | None = None, among_N: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -103,6 +115,8 @@ def top(
     choose from, ascending; all unless given. TrainingError where a score is not finite.
     """
     batch = _known(model, batch)
+    if isinstance(model, OfferingModel):
+        return _top_offered(*model.candidates(batch), k, banned_BM, among_N)
     among_N = torch.arange(1, model.n_items + 1) if among_N is None else among_N
     best_items, best_scores = torch.zeros(len(batch), 0, dtype=torch.int64), torch.zeros(len(batch), 0)
     for items_N in in_parts(among_N, 8 * ITEMS):
@@ -117,6 +131,19 @@ def top(
         best_scores, order = torch.cat([best_scores, score_BN], 1).topk(min(k, best_items.shape[1]))
         best_items = best_items.gather(1, order)
     return best_items, best_scores
+
+
+def _top_offered(
+    items_BC: Tensor, score_BC: Tensor, k: int, banned_BM: Tensor | None, among_N: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    _must_be_finite(score_BC)
+    out_BC = items_BC == 0
+    if banned_BM is not None:
+        out_BC = out_BC | (items_BC[:, :, None] == banned_BM[:, None]).any(2)
+    if among_N is not None:
+        out_BC = out_BC | ~torch.isin(items_BC, among_N)
+    best_BK, order_BK = score_BC.masked_fill(out_BC, -torch.inf).topk(min(k, items_BC.shape[1]))
+    return items_BC.gather(1, order_BK), best_BK
 
 
 def _must_be_finite(scores: Tensor) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy import sparse
 from torch import Tensor
 
 from freshrec.options import Count, check_options
@@ -47,15 +50,21 @@ class Repeat:
     def absorb(self, events: Events, histories: Histories) -> None:
         """Nothing to learn: all that counts travels in the batch."""
 
+    def sparse(self, batch: Batch) -> Any:
+        """(B, I + 1) scores as a sparse matrix."""
+        history_BT = batch.history_BT.numpy()
+        age_T = np.arange(history_BT.shape[1] - 1, -1, -1, dtype=np.float32)
+        weight_T = 1 / (1 + age_T) if self.spec.order == "last" else 0.5 ** (age_T / FREQ_HALF_LIFE)
+        counts_BT = history_BT > 0
+        if self.spec.order == "last":
+            counts_BT &= ~_later(history_BT)
+        row_E, step_E = counts_BT.nonzero()
+        parts = weight_T[step_E], (row_E, history_BT[row_E, step_E])
+        return sparse.coo_array(parts, shape=(len(batch), self.n_items + 1)).tocsr()  # equal entries are summed
+
     def score(self, batch: Batch, items: Tensor) -> Tensor:
         """(B, N): from each row's own history alone."""
-        history_BT = batch.history_BT.long()
-        age_T = torch.arange(history_BT.shape[1] - 1, -1, -1, dtype=torch.float32)
-        weight_T = 1 / (1 + age_T) if self.spec.order == "last" else 0.5 ** (age_T / FREQ_HALF_LIFE)
-        reduce = "amax" if self.spec.order == "last" else "sum"
-        scores_BI = torch.zeros(len(batch), self.n_items + 1)
-        scores_BI.scatter_reduce_(1, history_BT, weight_T.expand_as(history_BT), reduce)
-        scores_BI[:, 0] = 0  # padding
+        scores_BI = torch.from_numpy(self.sparse(batch).toarray())
         return scores_BI.gather(1, items) if items.ndim == 2 else scores_BI[:, items]
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -65,3 +74,14 @@ class Repeat:
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state_dict`."""
         self.n_users, self.n_items = tensors["sizes"].tolist()
+
+
+def _later(history_BT: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether the same item comes again later."""
+    order_BT = np.argsort(history_BT, axis=1, kind="stable")
+    sorted_BT = np.take_along_axis(history_BT, order_BT, 1)
+    same_BT = np.zeros(history_BT.shape, bool)
+    same_BT[:, :-1] = sorted_BT[:, 1:] == sorted_BT[:, :-1]
+    later_BT = np.zeros_like(same_BT)
+    np.put_along_axis(later_BT, order_BT, same_BT, 1)
+    return later_BT

@@ -23,6 +23,7 @@ from freshrec.data.spans import Cut
 from freshrec.errors import IncompatibleError
 from freshrec.learn.checkpoint import load_tree, save_text, save_tree, write_whole
 from freshrec.learn.fit import Clock
+from freshrec.models.blend import Blend
 from freshrec.models.ranking import READOUTS
 from freshrec.replay.measure import Asked, Block, Queries, blocks_of, click_rows, queries_of, rank_queries
 from freshrec.types import (
@@ -75,8 +76,11 @@ def check(model: ModelSpec, model_name: str, strategy: Strategy, strategy_name: 
         raise IncompatibleError(
             f'"{strategy_name}" trains nothing, and "{model_name}" learns only by training: use frozen.'
         )
-    if strategy.needs != "counters" and not isinstance(built, TrainedModel):
-        raise IncompatibleError(f'"{model_name}" counts, it is not trained: its only strategy is absorb.')
+    if strategy.needs == "experts" and not isinstance(built, Blend):
+        raise IncompatibleError(f'"{strategy_name}" joins experts, and "{model_name}" has none: use it with blend.')
+    if strategy.needs not in ("counters", "experts") and not isinstance(built, TrainedModel):
+        ways = "refit (or absorb, which trusts the best expert)" if isinstance(built, Blend) else "absorb"
+        raise IncompatibleError(f'"{model_name}" counts, it is not trained: its only strategy is {ways}.')
     if strategy.needs == "encoding" and not isinstance(built, EncodingModel):
         raise IncompatibleError(
             f'"{strategy_name}" looks at the scores of all items at once; "{model_name}" scores them one by one. '

@@ -11,7 +11,7 @@ from freshrec.strategies.asmg import ASMG
 from freshrec.strategies.ewc import EWC
 from freshrec.strategies.imsr import IMSR, Retain
 from freshrec.strategies.incctr import IncCTR
-from freshrec.strategies.plain import Absorb, FineTune, Frozen, Retrain
+from freshrec.strategies.plain import Absorb, FineTune, Frozen, Refit, Retrain
 from freshrec.strategies.rehearsed import Rehearsed
 from freshrec.strategies.sml import SML
 from freshrec.strategies.spmf import SPMF
@@ -21,6 +21,7 @@ SPAN_ONLY = Fit(history="span")
 
 STRATEGIES: dict[str, Strategy] = {
     "absorb": Absorb(),
+    "refit": Refit(),
     "frozen": Frozen(),
     "finetune": FineTune(),
     "finetune-span": FineTune(fit=SPAN_ONLY),

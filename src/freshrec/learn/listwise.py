@@ -1,0 +1,65 @@
+"""The blend's rule: a linear order of candidates, learned from remembered queries, and whether to trust it."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+from scipy.optimize import minimize
+from torch import Tensor
+
+from freshrec.models.blend import Blend, N, Rule, crossed
+
+Floats = NDArray[np.float64]
+LEVEL = 0.05
+
+
+def refit(model: Blend, decay: float = 1e-4, least: int = 300) -> None:
+    """Learn the rule again from what is remembered, beginning with the last one.
+
+    There is none with fewer than `least` queries to learn from, nor while the rule has ordered the remembered queries
+    worse than the best expert, beyond chance (t-test of the differences in ndcg@20): then that expert speaks alone.
+    """
+    kept = model.remembered
+    rank_PR = kept.ranks_PR.double().numpy()
+    value_PR = np.where(rank_PR <= 20, 1 / np.log2(1 + rank_PR), 0.0)
+    judged_P = ~kept.ranks_PR[:, N].isnan().numpy()
+    if len(value_PR):
+        model.trusted = int(value_PR[:, :N].mean(0).argmax())
+    if len(kept.x_QCF) < least or _worse(value_PR[judged_P, N], value_PR[judged_P, model.trusted]):
+        model.rule = None
+        return
+    x_QCF = kept.x_QCF.float()
+    std_F, mean_F = torch.std_mean(x_QCF[kept.real_QC], 0)
+    std_F = std_F.clamp(min=1e-3)
+    z_QCG = crossed((x_QCF - mean_F) / std_F)
+    start_G = torch.zeros(z_QCG.shape[2]) if model.rule is None else model.rule.weights_G
+    model.rule = Rule(fit_listwise(z_QCG, kept.real_QC, start_G, decay), mean_F, std_F)
+
+
+def _worse(mine_P: Floats, theirs_P: Floats) -> bool:
+    less_P = mine_P - theirs_P
+    if len(less_P) < 2 or np.ptp(less_P) < 1e-9:
+        return len(less_P) >= 2 and bool(less_P[0] < 0)
+    return bool(stats.ttest_1samp(less_P, 0.0, alternative="less").pvalue < LEVEL)
+
+
+def fit_listwise(x_QCG: Tensor, real_QC: Tensor, start_G: Tensor, decay: float, max_steps: int = 100) -> Tensor:
+    """(G,) w that minimises -mean_q ln softmax_c(x_qc w) of the first candidate + decay |w|^2; by L-BFGS.
+
+    The loss is convex: where it begins, `start_G`, decides only how soon it is there. `real_QC`: what is no padding.
+    """
+    n_queries, n_candidates, n_features = x_QCG.shape
+    x_NG, mask_QC = x_QCG.reshape(-1, n_features), torch.where(real_QC, 0.0, -torch.inf)
+
+    def loss_and_slope(w: Floats) -> tuple[float, Floats]:
+        w_G = torch.from_numpy(w).float()
+        score_QC = (x_NG @ w_G).view(n_queries, n_candidates) + mask_QC
+        p_QC = score_QC.softmax(1)
+        loss = float(-(score_QC.log_softmax(1)[:, 0]).mean() + decay * (w_G @ w_G))
+        p_QC[:, 0] -= 1.0
+        slope_G = x_NG.T @ p_QC.reshape(-1) / n_queries + 2 * decay * w_G
+        return loss, slope_G.double().numpy()
+
+    start = start_G.double().numpy()
+    found = minimize(loss_and_slope, start, jac=True, method="L-BFGS-B", options={"maxiter": max_steps})
+    return torch.from_numpy(found.x).float()

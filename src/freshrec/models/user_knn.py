@@ -1,0 +1,113 @@
+"""User-kNN: users are offered what the users most like them took lately. Updated per event, as all that counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor
+
+from freshrec.models.sparse import Floats, best, last_of, rows_of
+from freshrec.options import Count, check_options
+from freshrec.types import Batch, Events, Histories
+
+
+@dataclass(frozen=True)
+class UserKNNSpec:
+    """How many neighbours, and by which events."""
+
+    neighbours: Count = 100
+    length: Count = 50  # last events of a user that are compared
+    through: Count = 1000  # users, the latest ones, that an item makes neighbours of who takes it
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def build(self, seed: int) -> UserKNN:
+        """A model without users and items; it has no randomness."""
+        return UserKNN(self)
+
+
+class UserKNN:
+    """score(item) = sum of sim(v) over the nearest users v who took it lately; sim(v) = sum of idf over shared items.
+
+    idf(item) = ln(1 + users / (1 + users who took the item lately)).
+    """
+
+    def __init__(self, spec: UserKNNSpec) -> None:
+        self.spec = spec
+        self.n_users = 0
+        self.n_items = 0
+        self.recent_UT = np.zeros((1, spec.length), dtype=np.int32)  # the latest last, 0 on the left
+        self.turn_U = np.zeros(1, dtype=np.int64)  # in which block of events a user came last
+        self._index: tuple[Any, Any, Floats] | None = None  # made of the above when first asked
+
+    def grow(self, n_users: int, n_items: int) -> None:
+        """New users start without events."""
+        self.recent_UT = np.pad(self.recent_UT, ((0, n_users - self.n_users), (0, 0)))
+        self.turn_U = np.pad(self.turn_U, (0, n_users - self.n_users))
+        self.n_users, self.n_items = n_users, n_items
+        self._index = None
+
+    def absorb(self, events: Events, histories: Histories) -> None:
+        """Append to the last events of their users."""
+        if len(events) == 0:
+            return
+        order = np.argsort(events.users_E.numpy(), kind="stable")
+        users_N, n_N = np.unique(events.users_E.numpy(), return_counts=True)
+        new_NT = last_of(events.items_E.numpy()[order], n_N, self.spec.length)
+        both_NT = np.concatenate([self.recent_UT[users_N], new_NT], axis=1)
+        latest_NT = np.argsort(both_NT > 0, axis=1, kind="stable")[:, -self.spec.length :]  # gaps go to the left
+        recent_UT, turn_U = self.recent_UT.copy(), self.turn_U.copy()  # what was copied from this model keeps its own
+        recent_UT[users_N] = np.take_along_axis(both_NT, latest_NT, 1)
+        turn_U[users_N] = turn_U.max() + 1
+        self.recent_UT, self.turn_U, self._index = recent_UT, turn_U, None
+
+    def sparse(self, batch: Batch) -> Any:
+        """(B, I + 1) scores, as a sparse matrix; a user is no neighbour of its own."""
+        took_UI, took_IU, idf_I = self._indexed()
+        asked_BI = rows_of(batch.history_BT[:, -self.spec.length :].numpy(), self.n_items + 1)
+        asked_BI.data = idf_I[asked_BI.indices]
+        sims_BU = asked_BI @ took_IU
+        row_E = np.repeat(np.arange(len(batch)), np.diff(sims_BU.indptr))
+        sims_BU.data[sims_BU.indices == batch.users_B.numpy()[row_E]] = 0
+        users_BK, sims_BK = best(sims_BU, self.spec.neighbours)
+        offsets = np.arange(len(batch) + 1) * users_BK.shape[1]
+        near_BU = sparse.csr_array((sims_BK.ravel(), users_BK.ravel(), offsets), shape=(len(batch), self.n_users + 1))
+        return near_BU @ took_UI
+
+    def score(self, batch: Batch, items: Tensor) -> Tensor:
+        """(B, N): from each row's own history."""
+        scores_BI = torch.from_numpy(self.sparse(batch).toarray())
+        return scores_BI.gather(1, items) if items.ndim == 2 else scores_BI[:, items]
+
+    def _indexed(self) -> tuple[Any, Any, Floats]:
+        """(U, I) who took what lately, (I, U) of each item its latest users, (I,) idf."""
+        if self._index is None:
+            took_UI = rows_of(self.recent_UT, self.n_items + 1)
+            n_I = np.bincount(took_UI.indices, minlength=self.n_items + 1)
+            idf_I = np.log1p(self.n_users / (1 + n_I)).astype(np.float32)
+            latest_U = np.argsort(-self.turn_U, kind="stable")
+            columns = took_UI[latest_U].tocsc()  # in each column the latest users come first
+            place_E = np.arange(columns.nnz) - np.repeat(columns.indptr[:-1], n_I)
+            stays_E, n_I = place_E < self.spec.through, np.minimum(n_I, self.spec.through)
+            users_E = latest_U[columns.indices[stays_E]].astype(np.int32)
+            parts = columns.data[stays_E], users_E, np.append(0, np.cumsum(n_I))
+            took_IU = sparse.csr_array(parts, shape=(self.n_items + 1, self.n_users + 1))
+            self._index = took_UI, took_IU, idf_I
+        return self._index
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything the model knows."""
+        sizes = np.array([self.n_users, self.n_items])
+        arrays = {"sizes": sizes, "recent_UT": self.recent_UT, "turn_U": self.turn_U}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `state_dict`."""
+        self.n_users, self.n_items = tensors["sizes"].tolist()
+        self.recent_UT, self.turn_U = tensors["recent_UT"].numpy(), tensors["turn_U"].numpy()
+        self._index = None

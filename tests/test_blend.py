@@ -1,0 +1,167 @@
+"""The blend: what it learns from cannot know the future, what it learns is what was true, and when it keeps silent."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from freshrec.data.batches import append, random_source
+from freshrec.learn.listwise import fit_listwise, refit
+from freshrec.models.blend import EXPERTS, FEATURES, Blend, BlendSpec, N, Remembered, _turns
+from freshrec.models.ranking import ranks, top
+from freshrec.types import Batch, Events, Histories, OfferingModel
+
+near = pytest.approx
+USERS, ITEMS = 40, 30
+
+
+def chain(n: int, seed: int, users: int = USERS) -> Events:
+    """Whoever takes item i takes item i + 1 next, three times out of four; else any item."""
+    source = np.random.default_rng(seed)
+    who, items, last = source.integers(1, users + 1, n), np.empty(n, np.int64), source.integers(1, ITEMS + 1, users + 1)
+    for i, user in enumerate(who):
+        last[user] = last[user] % ITEMS + 1 if source.random() < 0.75 else source.integers(1, ITEMS + 1)
+        items[i] = last[user]
+    return Events.of(torch.from_numpy(who), torch.from_numpy(items))
+
+
+def fed(blocks: list[Events], **options: int) -> tuple[Blend, Histories]:
+    model, histories = BlendSpec(**options).build(0), Histories.empty()
+    for block in blocks:
+        model.grow(USERS, ITEMS)
+        model.absorb(block, histories)
+        histories = append(histories, block, USERS)
+    return model, histories
+
+
+def asked(history: list[int], user: int = 0) -> Batch:
+    return Batch(torch.tensor([user]), torch.tensor([history]))
+
+
+def test_it_learns_whom_to_believe() -> None:
+    model, _ = fed([chain(1200, 0), chain(600, 1)])
+    refit(model)
+    assert model.rule is not None and list(EXPERTS)[model.trusted] == "markov"
+    items, scores = model.candidates(asked([3, 9, 17]))
+    assert items[0, scores[0].argmax()] == 18 and scores.sum().item() == near(1.0)
+    assert isinstance(model, OfferingModel)
+
+
+def test_without_enough_to_learn_from_the_best_expert_speaks_alone() -> None:
+    model, _ = fed([chain(1200, 0)])
+    refit(model, least=10_000)
+    assert model.rule is None and list(EXPERTS)[model.trusted] == "markov"
+    batch = asked([3, 9, 17])
+    own = model.experts["markov"].score(batch, torch.arange(1, ITEMS + 1))
+    assert model.score(batch, torch.arange(1, ITEMS + 1)).argmax() == own.argmax()
+
+
+def test_a_rule_that_ordered_worse_than_an_expert_is_not_used() -> None:
+    model, _ = fed([chain(1200, 0), chain(600, 1)])
+    refit(model)
+    assert model.rule is not None
+    kept = model.remembered
+    ranks_PR = torch.ones(400, N + 1)
+    ranks_PR[:, N] = 2.0  # one place behind every expert, each time
+    model.remembered = replace(kept, ranks_PR=ranks_PR)
+    refit(model)
+    assert model.rule is None
+    model.remembered = kept
+    refit(model)
+    assert model.rule is not None  # and it comes back when there is nothing against it
+
+
+def test_what_comes_later_changes_nothing_that_was_remembered() -> None:
+    base = chain(1200, 0)
+    one, _ = fed([base, chain(300, 1)])
+    two, _ = fed([base, chain(300, 2)])
+    n = len(fed([base])[0].remembered.x_QCF)
+    assert torch.equal(one.remembered.x_QCF[:n], two.remembered.x_QCF[:n]) and n > 50
+    assert not torch.equal(one.remembered.x_QCF[n:][:10], two.remembered.x_QCF[n:][:10])
+
+
+def test_the_target_comes_first_and_is_described_as_it_was_before_it_happened() -> None:
+    base = chain(1200, 0)
+    model, histories = fed([base])
+    users, items = torch.tensor([1, 2]), torch.tensor([5, 6])
+    expected = []
+    for user, item in zip(users, items):
+        history = histories.items_R[histories.offsets_U[user] : histories.offsets_U[user + 1]].long()
+        found, x = model.describe(Batch(user[None], history[None]))
+        expected.append(x[0, found[0] == item][0].half())
+    n = len(model.remembered.x_QCF)
+    model.absorb(Events.of(users, items), histories)
+    new = model.remembered.x_QCF[n:, 0]
+    assert len(new) and all(any(torch.equal(row, x) for x in expected) for row in new)
+
+
+def test_only_as_much_is_remembered_as_was_asked_for() -> None:
+    model, _ = fed([chain(1200, 0), chain(400, 1)], remembered=120, per_window=60, others=7)
+    kept = model.remembered
+    assert kept.x_QCF.shape == (120, 8, len(FEATURES)) or len(kept.x_QCF) <= 120
+    assert len(kept.ranks_PR) <= 120 and kept.real_QC[:, 0].all()
+
+
+def test_every_user_is_asked_for_once_before_anybody_is_twice() -> None:
+    assert _turns(torch.tensor([5, 3, 5, 5, 3])).tolist() == [0, 0, 1, 2, 1]
+    assert _turns(torch.zeros(0, dtype=torch.int64)).tolist() == []
+
+
+def test_ranks_and_lists_are_those_of_the_scores() -> None:
+    model, histories = fed([chain(1200, 0), chain(600, 1)], offered=4)
+    refit(model)
+    batch = Batch(torch.tensor([1, 2, 3]), torch.tensor([[0, 3], [4, 9], [0, 0]]))
+    scores = model.score(batch, torch.arange(1, ITEMS + 1))
+    for target in range(1, ITEMS + 1):
+        own = scores[:, target - 1 : target]
+        expected = 1 + (scores > own).sum(1) + 0.5 * ((scores == own).sum(1) - 1)
+        assert ranks(model, batch, torch.full((3,), target)).tolist() == expected.tolist()
+    items, best = top(model, batch, 3)
+    torch.testing.assert_close(best, scores.topk(3).values)
+    torch.testing.assert_close(best, scores.gather(1, (items - 1).clamp(min=0)) * (items > 0))
+    banned, _ = top(model, batch, 3, banned_BM=items[:, :1])
+    assert not (banned[:, :, None] == items[:, :1, None]).any()
+    allowed, best = top(model, batch, 3, among_N=torch.tensor([4, 5]))
+    assert set(allowed[best > 0].tolist()) <= {4, 5}
+
+
+def test_a_user_without_history_is_offered_what_is_popular_and_an_unknown_item_is_no_history() -> None:
+    model, _ = fed([chain(1200, 0), chain(600, 1)])
+    refit(model)
+    nobody = model.score(asked([0]), torch.arange(1, ITEMS + 1))
+    assert (nobody > 0).any() and torch.isfinite(nobody).all()
+    model.grow(USERS, ITEMS + 1)  # item 31 has no event yet
+    assert torch.equal(model.score(asked([ITEMS + 1]), torch.arange(1, ITEMS + 1)), nobody)
+
+
+def test_a_saved_blend_gives_the_same_scores() -> None:
+    model, histories = fed([chain(1200, 0), chain(600, 1)])
+    refit(model)
+    other = BlendSpec().build(0)
+    other.load_state_dict(model.state_dict())
+    items = torch.arange(1, ITEMS + 1)
+    assert torch.equal(other.score(asked([3, 9]), items), model.score(asked([3, 9]), items))
+    for each in (model, other):
+        each.absorb(chain(200, 3), histories)
+    assert torch.equal(other.remembered.x_QCF, model.remembered.x_QCF)
+
+
+def test_listwise_weights_are_where_the_slope_is_zero() -> None:
+    # two candidates, one feature: the first has 1 in three queries of four and 0 in the other. Without a penalty
+    # sigma(w) = 3 / 4, so w = ln 3.
+    x = torch.tensor([[[1.0], [0.0]]] * 3 + [[[0.0], [1.0]]])
+    real = torch.ones(4, 2, dtype=torch.bool)
+    assert fit_listwise(x, real, torch.zeros(1), 0.0).item() == near(np.log(3), abs=1e-3)
+    padded = torch.cat([x, torch.full((4, 1, 1), 9.0)], 1), torch.cat([real, ~real[:, :1]], 1)
+    assert fit_listwise(*padded, torch.zeros(1), 0.0).item() == near(np.log(3), abs=1e-3)
+    # with decay the slope is p - 3/4 + 2 decay w = 0
+    w = fit_listwise(x, real, torch.zeros(1), 0.1).item()
+    assert 1 / (1 + np.exp(-w)) - 0.75 + 0.2 * w == near(0.0, abs=1e-4)
+
+
+def test_a_remembered_row_is_a_row_of_all_its_columns() -> None:
+    source = random_source(0)
+    kept = Remembered(torch.rand(5, 2, 3, generator=source).half(), torch.ones(5, 2) > 0, torch.rand(6, 2))
+    latest = kept.latest(3)
+    assert torch.equal(latest.x_QCF, kept.x_QCF[2:]) and torch.equal(latest.ranks_PR, kept.ranks_PR[3:])

@@ -1,0 +1,70 @@
+"""User-kNN by hand, and its state after any cut of the events into blocks."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from freshrec.models.user_knn import UserKNN, UserKNNSpec
+from freshrec.types import Batch, Events, Histories
+
+near = pytest.approx
+NOTHING = Histories.empty()
+
+
+def fed(pairs: list[tuple[int, int]], cuts: tuple[int, ...] = (), **options: int) -> UserKNN:
+    model = UserKNNSpec(**options).build(0)
+    model.grow(9, 9)
+    for part in np.split(np.array(pairs), cuts):
+        if len(part):
+            model.absorb(Events.of(torch.tensor(part[:, 0]), torch.tensor(part[:, 1])), NOTHING)
+    return model
+
+
+def asked(model: UserKNN, user: int, history: list[int]) -> list[float]:
+    scores: list[float] = model.score(Batch(torch.tensor([user]), torch.tensor([history])), torch.arange(10))[
+        0
+    ].tolist()
+    return scores
+
+
+def test_items_of_like_users_by_how_telling_the_shared_ones_are() -> None:
+    # 9 users; item 1 was taken by users 2 and 3: idf = ln(1 + 9 / 3); item 2 by user 3 alone: ln(1 + 9 / 2).
+    model = fed([(2, 1), (2, 5), (3, 1), (3, 2), (3, 6)])
+    one, two = np.log1p(3.0), np.log1p(4.5)
+    scores = asked(model, 1, [1, 2, 1])  # taking item 1 twice counts once
+    assert scores[5] == near(one) and scores[6] == near(one + two)
+    assert scores[1] == near(one + one + two) and scores[2] == near(one + two) and scores[7] == scores[0] == 0
+
+
+def test_a_user_is_no_neighbour_of_its_own_and_only_the_nearest_count() -> None:
+    model = fed([(1, 1), (1, 7), (2, 1), (2, 5), (3, 1), (3, 2), (3, 6)], neighbours=1)
+    scores = asked(model, 1, [1, 2])
+    assert scores[7] == 0 and scores[5] == 0 and scores[6] > 0
+
+
+def test_an_item_makes_neighbours_of_its_latest_users_only() -> None:
+    pairs = [(2, 1), (2, 5), (3, 1), (3, 6)]
+    assert asked(fed(pairs, (2,), through=1), 1, [1])[5:7] == [0, near(np.log1p(3.0))]
+
+
+def test_what_is_older_than_the_last_events_is_forgotten() -> None:
+    model = fed([(2, 1), (2, 3), (2, 4)], length=2)
+    assert model.recent_UT[2].tolist() == [3, 4] and sum(asked(model, 1, [1])) == 0
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=30), st.data())
+def test_the_last_events_do_not_depend_on_how_they_came(pairs: list[tuple[int, int]], data: st.DataObject) -> None:
+    cuts = tuple(sorted(data.draw(st.lists(st.integers(0, len(pairs)), max_size=4))))
+    at_once, in_parts = fed(pairs, length=3), fed(pairs, cuts, length=3)
+    assert (at_once.recent_UT == in_parts.recent_UT).all()
+    assert asked(at_once, 1, [1, 2]) == near(asked(in_parts, 1, [1, 2]))
+
+
+def test_a_copy_that_learns_more_leaves_the_old_one_alone() -> None:
+    model = fed([(2, 1)])
+    other = UserKNNSpec().build(0)
+    other.load_state_dict(model.state_dict())
+    other.absorb(Events.of(torch.tensor([2]), torch.tensor([5])), NOTHING)
+    assert asked(model, 1, [1])[5] == 0 and asked(other, 1, [1])[5] > 0
