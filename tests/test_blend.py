@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from freshrec.data.batches import append, random_source
-from freshrec.learn.listwise import fit_listwise, refit
-from freshrec.models.blend import EXPERTS, FEATURES, Blend, BlendSpec, N, Remembered, _turns
+from freshrec.learn.listwise import corrected, fit_listwise, refit
+from freshrec.models.blend import EXPERTS, FEATURES, Blend, BlendSpec, N, Remembered, Rule, _turns
 from freshrec.models.ranking import ranks, top
 from freshrec.types import Batch, Events, Histories, OfferingModel
 
@@ -145,6 +145,21 @@ def test_a_saved_blend_gives_the_same_scores() -> None:
     for each in (model, other):
         each.absorb(chain(200, 3), histories)
     assert torch.equal(other.remembered.x_QCF, model.remembered.x_QCF)
+
+
+def test_the_network_corrects_what_weights_cannot_say() -> None:
+    # The better of two candidates is the one whose first two features have the same sign: no weights can say so.
+    x = torch.randn(600, 2, len(FEATURES), generator=random_source(0))
+    better = x[..., 0] * x[..., 1]
+    x = x.gather(1, better.argsort(1, descending=True)[..., None].expand_as(x))
+    real, rule = torch.ones(600, 2, dtype=torch.bool), Rule.start(0)
+    z, nothing = rule.standard(x), torch.zeros(600, 2)
+    found = corrected(rule, z, nothing, real, 30, random_source(1))
+    right = (found.correction(z)[:, 0] > found.correction(z)[:, 1]).float().mean()
+    assert right > 0.85 and (rule.correction(z) == 0).all()
+    weights = fit_listwise(z, real, torch.zeros(len(FEATURES)), 1e-4)
+    assert ((z @ weights)[:, 0] > (z @ weights)[:, 1]).float().mean() < 0.7
+    assert corrected(rule, z, nothing, real, 0, random_source(1)) is rule
 
 
 def test_listwise_weights_are_where_the_slope_is_zero() -> None:

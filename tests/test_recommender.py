@@ -30,6 +30,7 @@ FAST = "finetune:fit.base_epochs=1:fit.epochs=1"
 WAYS = [
     ("popularity", None),
     ("item-knn", None),
+    ("blend", None),
     ("mf:d=16", FAST),
     ("sasrec:d=16", FAST),
     ("comirec-dr:d=16", "imsr:fit.base_epochs=1:fit.epochs=1"),

@@ -1,4 +1,6 @@
-"""The blend's rule: a linear order of candidates, learned from remembered queries, and whether to trust it."""
+"""The blend's rule: weights and a correction, learned from remembered queries, and whether to trust it."""
+
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -7,19 +9,21 @@ from scipy import stats
 from scipy.optimize import minimize
 from torch import Tensor
 
-from freshrec.models.blend import Blend, N, Rule, crossed
+from freshrec.data.batches import in_parts, random_source
+from freshrec.models.blend import CORRECT, Blend, N, Rule, crossed
 
 Floats = NDArray[np.float64]
 LEVEL = 0.05
+RATE, BATCH = 3e-3, 128  # of the network's training; queries a step
 
 
-def refit(model: Blend, decay: float = 1e-4, least: int = 300) -> None:
+def refit(model: Blend, decay: float = 1e-4, least: int = 300, n_epochs: int = 6) -> None:
     """Learn the rule again from what is remembered, beginning with the last one.
 
     There is none with fewer than `least` queries to learn from, nor while the rule has ordered the remembered queries
     worse than the best expert, beyond chance (t-test of the differences in ndcg@20): then that expert speaks alone.
     """
-    kept = model.remembered
+    kept, last = model.remembered, model.rule or Rule.start(model.seed)
     rank_PR = kept.ranks_PR.double().numpy()
     value_PR = np.where(rank_PR <= 20, 1 / np.log2(1 + rank_PR), 0.0)
     judged_P = ~kept.ranks_PR[:, N].isnan().numpy()
@@ -30,10 +34,34 @@ def refit(model: Blend, decay: float = 1e-4, least: int = 300) -> None:
         return
     x_QCF = kept.x_QCF.float()
     std_F, mean_F = torch.std_mean(x_QCF[kept.real_QC], 0)
-    std_F = std_F.clamp(min=1e-3)
-    z_QCG = crossed((x_QCF - mean_F) / std_F)
-    start_G = torch.zeros(z_QCG.shape[2]) if model.rule is None else model.rule.weights_G
-    model.rule = Rule(fit_listwise(z_QCG, kept.real_QC, start_G, decay), mean_F, std_F)
+    rule = replace(last, mean_F=mean_F, std_F=std_F.clamp(min=1e-3))
+    z_QCF = rule.standard(x_QCF)
+    z_QCG = crossed(z_QCF)
+    rule = replace(rule, weights_G=fit_listwise(z_QCG, kept.real_QC, rule.weights_G, decay))
+    source = random_source(model.seed, CORRECT, model.n_blocks)
+    model.rule = corrected(rule, z_QCF, z_QCG @ rule.weights_G, kept.real_QC, n_epochs, source)
+
+
+def corrected(
+    rule: Rule, z_QCF: Tensor, linear_QC: Tensor, real_QC: Tensor, n_epochs: int, source: torch.Generator
+) -> Rule:
+    """The rule with its network trained on what the linear scores leave: AdamW, one cycle of learning rates."""
+    names = ("first_HF", "first_H", "second_HH", "second_H", "last_H")
+    trained = replace(rule, **{name: getattr(rule, name).clone().requires_grad_(True) for name in names})
+    if not n_epochs:
+        return rule
+    adam = torch.optim.AdamW([getattr(trained, name) for name in names], lr=RATE, weight_decay=1e-2)
+    n_steps = n_epochs * len(in_parts(torch.arange(len(z_QCF)), BATCH))
+    cycle = torch.optim.lr_scheduler.OneCycleLR(adam, RATE, total_steps=n_steps)
+    for _ in range(n_epochs):
+        for which in in_parts(torch.randperm(len(z_QCF), generator=source), BATCH):
+            score_QC = linear_QC[which] + trained.correction(z_QCF[which])
+            loss = -score_QC.masked_fill(~real_QC[which], -torch.inf).log_softmax(1)[:, 0].mean()
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            cycle.step()
+    return replace(trained, **{name: getattr(trained, name).detach() for name in names})
 
 
 def _worse(mine_P: Floats, theirs_P: Floats) -> bool:

@@ -43,7 +43,8 @@ FEATURES = (
 )  # fmt: skip
 FLOOR = 0.1  # events' worth of probability, shared by all items, known, that an expert gives to those it is silent on
 ENTRIES = 8_000_000  # users x items on one board
-REMEMBER = 1401  # tells the random numbers from others
+REMEMBER, CORRECT = 1401, 1402  # tell the random numbers from others
+HIDDEN = 32
 
 
 class Expert(Model, Protocol):
@@ -86,15 +87,42 @@ class Remembered:
 
 @dataclass(frozen=True)
 class Rule:
-    """How candidates are ordered: a weight for each of the `crossed` features, which are standardised first."""
+    """How candidates are ordered: weights of `crossed` features, which can be read, and a small network's correction.
+
+    Features are standardised first. H: the network's hidden units, in two layers.
+    """
 
     weights_G: Tensor
     mean_F: Tensor
     std_F: Tensor
+    first_HF: Tensor
+    first_H: Tensor
+    second_HH: Tensor
+    second_H: Tensor
+    last_H: Tensor
+
+    @staticmethod
+    def start(seed: int) -> Rule:
+        """A rule that finds all candidates alike."""
+        n, source = len(FEATURES), random_source(seed, CORRECT)
+        first_HF = torch.randn(HIDDEN, n, generator=source) / n**0.5
+        second_HH = torch.randn(HIDDEN, HIDDEN, generator=source) / HIDDEN**0.5
+        nothing_H, all_alike_G = torch.zeros(HIDDEN), torch.zeros(crossed(torch.zeros(1, 1, n)).shape[2])
+        return Rule(all_alike_G, torch.zeros(n), torch.ones(n), first_HF, nothing_H, second_HH, nothing_H, nothing_H)
+
+    def standard(self, x_BCF: Tensor) -> Tensor:
+        """(B, C, F) of mean 0 and deviation 1."""
+        return (x_BCF - self.mean_F) / self.std_F
+
+    def correction(self, z_BCF: Tensor) -> Tensor:
+        """(B, C): what the network adds, from `standard` features."""
+        hidden_BCH = F.silu(F.linear(z_BCF.clamp(-5.0, 5.0), self.first_HF, self.first_H))
+        return F.silu(F.linear(hidden_BCH, self.second_HH, self.second_H)) @ self.last_H
 
     def scores(self, x_BCF: Tensor) -> Tensor:
         """(B, C)"""
-        return crossed((x_BCF - self.mean_F) / self.std_F) @ self.weights_G
+        z_BCF = self.standard(x_BCF)
+        return crossed(z_BCF) @ self.weights_G + self.correction(z_BCF)
 
 
 class Blend:

@@ -12,6 +12,7 @@ from freshrec.data.catalog import Catalog
 from freshrec.errors import IncompatibleError
 from freshrec.learn.fit import carried_by
 from freshrec.learn.interests import ends_of
+from freshrec.models.blend import Blend
 from freshrec.models.pairs import Pairs
 from freshrec.models.ranking import top
 from freshrec.types import Batch, Model, State, TrainedModel, VectorModel
@@ -100,8 +101,9 @@ def _banned(served: Served, users_B: Tensor, wanted: Wanted) -> Tensor:
 def similar_items(model: Model, items_N: Tensor, k: int) -> pl.DataFrame:
     """The k items most like each of `items_N` (rows): nth, item, score, rank.
 
-    By the cosine of item vectors; a pair counter is asked as for a user whose only event is the item.
+    By the cosine of item vectors; a pair counter, a blend's too, is asked as for a user whose only event is the item.
     """
+    model = model.experts["item-knn"] if isinstance(model, Blend) else model
     found = []
     for which in torch.arange(len(items_N)).split(SIZE // 8):
         items_B1 = items_N[which][:, None]

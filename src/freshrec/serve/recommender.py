@@ -23,6 +23,7 @@ from freshrec.data.log import Log, positives, read_log
 from freshrec.errors import LogError, OptionError, StateError
 from freshrec.learn.checkpoint import load_tree, save_text, save_tree
 from freshrec.models import find_model
+from freshrec.models.blend import Blend
 from freshrec.models.popularity import PopularitySpec
 from freshrec.replay.measure import Asked, Block, queries_of, rank_queries
 from freshrec.replay.metrics import evaluate, parse, per_user
@@ -56,7 +57,7 @@ class Recommender:
     """A model that is updated from new events only.
 
     `model` and `strategy` are names, with options ("comirec-dr:k=1", "imsr:fit.epochs=5"), or instances of one's own.
-    Without a strategy a model is fine-tuned; one that counts, such as item-knn, absorbs. OptionError for an unknown
+    Without a strategy a model is fine-tuned; one that counts, such as item-knn, absorbs; a blend is refitted. OptionError for an unknown
     name, IncompatibleError where the strategy cannot update the model.
     """
 
@@ -66,7 +67,9 @@ class Recommender:
         spec = find_model(model) if isinstance(model, str) else model
         empty = spec.build(seed)
         if strategy is None:
-            strategy = "finetune" if isinstance(empty, TrainedModel) else "absorb"
+            strategy = (
+                "finetune" if isinstance(empty, TrainedModel) else "refit" if isinstance(empty, Blend) else "absorb"
+            )
         self.strategy = find_strategy(strategy) if isinstance(strategy, str) else strategy
         self.names = tuple(thing if isinstance(thing, str) else type(thing).__name__ for thing in (model, strategy))
         check(spec, self.names[0], self.strategy, self.names[1])

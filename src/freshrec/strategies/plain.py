@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from freshrec.data.batches import append, due_targets, released, settle
 from freshrec.learn.fit import Clock, Fit, adapt, carried_by, finish, fresh, grid, start, successor
 from freshrec.learn.listwise import refit
-from freshrec.options import Count, Positive, check_options
+from freshrec.options import Count, CountOrNone, Positive, check_options
 from freshrec.types import Events, Histories, Span, State
 
 
@@ -40,6 +40,7 @@ class Refit:
 
     decay: Positive = 1e-4  # on the squares of the weights
     least: Count = 300  # queries to learn from; with fewer the best expert speaks alone
+    epochs: CountOrNone = 6  # of the network that corrects the weights; 0: weights only
     needs = "experts"
     base = "absorb"
 
@@ -57,7 +58,7 @@ class Refit:
     def update(self, state: State, span: Span) -> State:
         """The same experts, joined by what was remembered up to now."""
         after, since = Absorb().update(state, span), time.process_time()
-        refit(after.model, self.decay, self.least)
+        refit(after.model, self.decay, self.least, self.epochs)
         return replace(after, costs={"refit_cpu_s": time.process_time() - since})
 
 
