@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from freshrec.models import CONTROLS, MODELS
+from freshrec.models import MODELS
 from freshrec.models.interests import InterestNet, InterestSpec, Routing, SelfAttention, Start
 from freshrec.models.layers import squash
 from freshrec.models.sasrec import SASRec, SASRecSpec
-from freshrec.types import Batch, InterestModel, VectorModel
+from freshrec.types import Batch, InterestModel, TrainedModel, VectorModel
 
-TRAINED = [name for name in MODELS if name not in CONTROLS]
+TRAINED = [name for name, spec in MODELS.items() if isinstance(spec.build(0), TrainedModel)]
 VECTORS = [name for name in TRAINED if name not in ("embedding-mlp", "mf-biased")]  # whose score is an inner product
 READERS = [name for name in TRAINED if name not in ("mf", "mf-biased")]  # they look at the history
 N_ITEMS = 9

@@ -57,8 +57,8 @@ class Recommender:
     """A model that is updated from new events only.
 
     `model` and `strategy` are names, with options ("comirec-dr:k=1", "imsr:fit.epochs=5"), or instances of one's own.
-    Without a strategy a model is fine-tuned; one that counts, such as item-knn, absorbs; a blend is refitted. OptionError for an unknown
-    name, IncompatibleError where the strategy cannot update the model.
+    Without a strategy a model is fine-tuned; one that counts, such as item-knn, absorbs; a blend is refitted.
+    OptionError for an unknown name, IncompatibleError where the strategy cannot update the model.
     """
 
     def __init__(
