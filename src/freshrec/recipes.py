@@ -185,7 +185,8 @@ def cells_of(recipe: Recipe) -> list[Cell]:
         except IncompatibleError as problem:
             refused.setdefault(strategy, problem)
             continue
-        cells += [Cell(model, spec, strategy, update, seed) for seed in range(1 if model in COUNTERS else part.seeds)]
+        seeds = 1 if model.partition(":")[0] in COUNTERS else part.seeds
+        cells += [Cell(model, spec, strategy, update, seed) for seed in range(seeds)]
     for strategy, reason in refused.items():
         if strategy not in {cell.strategy for cell in cells}:
             raise reason
