@@ -24,11 +24,8 @@ def refit(model: Blend, decay: float = 1e-4, least: int = 300, n_epochs: int = 6
     worse than the best expert, beyond chance (t-test of the differences in ndcg@20): then that expert speaks alone.
     """
     kept, last = model.remembered, model.rule or Rule.start(model.seed)
-    rank_PR = kept.ranks_PR.double().numpy()
-    value_PR = np.where(rank_PR <= 20, 1 / np.log2(1 + rank_PR), 0.0)
-    judged_P = ~kept.ranks_PR[:, N].isnan().numpy()
-    if len(value_PR):
-        model.trusted = int(value_PR[:, :N].mean(0).argmax())
+    value_PR = kept.ndcg()
+    judged_P = ~np.isnan(value_PR[:, N])
     if len(kept.x_QCF) < least or _worse(value_PR[judged_P, N], value_PR[judged_P, model.trusted]):
         model.rule = None
         return

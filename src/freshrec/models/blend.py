@@ -80,6 +80,12 @@ class Remembered:
     real_QC: Tensor  # bool: not padding
     ranks_PR: Tensor  # float32: all queries: the rank of the target by each expert and by the rule; inf: not offered
 
+    def ndcg(self) -> Floats:
+        """(P, N + 1) ndcg@20 of each query, by each expert and by the rule; nan where there was no rule."""
+        rank_PR = self.ranks_PR.numpy()
+        value_PR: Floats = np.where(rank_PR > 20, 0.0, 1 / np.log2(1 + rank_PR))
+        return value_PR
+
     def latest(self, n: int) -> Remembered:
         """Without the older ones."""
         return Remembered(*(column[-n:] for column in vars(self).values()))
@@ -138,7 +144,7 @@ class Blend:
         self._best: dict[str, Ints] = {}  # the popular items, found when first asked
 
     rule: Rule | None
-    trusted: int  # the expert that speaks where there is no rule
+    trusted: int  # the expert that was best on what is remembered: it speaks where there is no rule
 
     def grow(self, n_users: int, n_items: int) -> None:
         """Make room for new users and items."""
@@ -167,6 +173,8 @@ class Blend:
             self._best = {}
             self.facts.absorb(targets)
             histories, self.n_blocks = append(histories, part, self.n_users), self.n_blocks + 1
+        if len(self.remembered.ranks_PR):
+            self.trusted = int(self.remembered.ndcg()[:, :N].mean(0).argmax())
 
     def _remember(self, targets: Targets) -> None:
         """Ask for some of the targets, and write down what the candidates looked like."""
