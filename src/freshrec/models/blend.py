@@ -134,6 +134,9 @@ class Rule:
 class Blend:
     """A model without gradients. Scores are probabilities over the user's candidates; 0 for other items."""
 
+    rule: Rule | None
+    trusted: int  # the expert that was best on what is remembered: it speaks where there is no rule
+
     def __init__(self, spec: BlendSpec, seed: int) -> None:
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.experts: dict[str, Model] = {name: expert.build(seed) for name, expert in EXPERTS.items()}
@@ -142,9 +145,6 @@ class Blend:
         nothing = torch.zeros(0, spec.others + 1, len(FEATURES), dtype=torch.float16)
         self.remembered = Remembered(nothing, nothing[..., 0] > 0, torch.zeros(0, N + 1))
         self._best: dict[str, Ints] = {}  # the popular items, found when first asked
-
-    rule: Rule | None
-    trusted: int  # the expert that was best on what is remembered: it speaks where there is no rule
 
     def grow(self, n_users: int, n_items: int) -> None:
         """Make room for new users and items."""
