@@ -4,6 +4,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from freshrec.replay import significance
 from freshrec.replay.significance import compare, contributions, interval, paired_p
 
 HR = ["hr@20"]
@@ -173,3 +174,10 @@ def test_the_interval_of_a_mean_over_targets_is_that_of_a_mean_and_not_of_a_tota
     half = np.random.default_rng(0).random((len(users), 1))
     plain, centred = (contributions(spans, users, half, "targets", centred=c) for c in (False, True))
     assert plain.mean() == pytest.approx(centred.mean()) == pytest.approx(half.mean())
+
+
+def test_many_users_are_flipped_in_groups_with_the_same_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    differences = np.random.default_rng(0).normal([0.0, 0.05, 0.09], 1.0, (1501, 3))
+    each = paired_p(differences)
+    monkeypatch.setattr(significance, "GROUPS", 400)  # 4 users a group, but for the last ones
+    assert paired_p(differences) == pytest.approx(each, abs=0.04) and each[0] > 0.2 and each[2] < 0.01

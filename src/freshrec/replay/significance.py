@@ -27,6 +27,7 @@ METHOD, QUERY = ("model", "strategy"), ("span", "user", "target")
 FIRST, SECOND = ({name: f"{name}_{end}" for name in METHOD} for end in "ab")
 LEVEL = 0.95
 RESAMPLES = 500  # of users, for an interval
+GROUPS = 50_000  # of users, at most, whose signs are flipped
 FLIPS = 9999  # of signs, for a test: the smallest p is 2 / 10,000
 DRAWN, FLIPPED = 100_000, 2_000_000  # resamples x users in memory at once: the fastest, and still small
 COLUMNS = {
@@ -97,18 +98,23 @@ def paired_p(differences_UP: Floats, seed: int = 0) -> Floats:
     Sign-flip permutation test: if two methods are alike, each user's difference could as well have the other sign. It
     tests the mean, which is what is printed, and assumes no shape; users with a difference of zero neither help nor
     harm. With six equal wins, no losses and zeros elsewhere it says 2 / 2^6 = 0.03, where a t-test says 0.014;
-    Wilcoxon's test is about ranks, and can contradict the sign of the mean. All comparisons share the flips.
+    Wilcoxon's test is about ranks, and can contradict the sign of the mean. All comparisons share the flips. More than
+    50,000 users are flipped in that many groups: what holds for each of them holds for their sums.
     """
     n_users = len(differences_UP)
     if n_users == 1:
         return np.ones(differences_UP.shape[1])  # either sign is as likely: nothing is shown
+    if n_users > GROUPS:
+        per_group = -(-n_users // GROUPS)
+        padded_UP = np.pad(differences_UP, ((0, per_group * GROUPS - n_users), (0, 0)))
+        differences_UP = padded_UP.reshape(per_group, GROUPS, -1).sum(0)
 
     def means(signs_RU: Floats, axis: int) -> Floats:
         return np.round(signs_RU @ differences_UP / n_users, 12)  # equal sums must stay equal for ties to count
 
     test = stats.permutation_test(
-        (np.ones(n_users),), means, permutation_type="samples", vectorized=True, n_resamples=FLIPS,
-        batch=max(1, FLIPPED // n_users), rng=np.random.default_rng(seed),
+        (np.ones(len(differences_UP)),), means, permutation_type="samples", vectorized=True, n_resamples=FLIPS,
+        batch=max(1, FLIPPED // len(differences_UP)), rng=np.random.default_rng(seed),
     )  # fmt: skip
     p_P: Floats = test.pvalue
     return p_P
