@@ -180,4 +180,4 @@ def test_many_users_are_flipped_in_groups_with_the_same_answer(monkeypatch: pyte
     differences = np.random.default_rng(0).normal([0.0, 0.05, 0.09], 1.0, (1501, 3))
     each = paired_p(differences)
     monkeypatch.setattr(significance, "GROUPS", 400)  # 4 users a group, but for the last ones
-    assert paired_p(differences) == pytest.approx(each, abs=0.04) and each[0] > 0.2 and each[2] < 0.01
+    assert paired_p(differences) == pytest.approx(each, abs=0.04) and each[2] < 0.01
