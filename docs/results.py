@@ -221,7 +221,7 @@ def _table(result: dict[str, Any]) -> list[str]:
         "| model | strategy | ndcg@20 | hr@20 | stored | forgetting | CPU-s per update | interests per user |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for model, strategy in sorted(methods, key=lambda method: -at[(*method, "ndcg@20")]["value"]):
+    for model, strategy in sorted(methods, key=lambda method: (-at[(*method, "ndcg@20")]["value"], method)):
         row = at[model, strategy, "ndcg@20"]
         stored = at.get((f"{model}@stored", strategy, "ndcg@20"))
         lost, k = at.get((model, strategy, "forgetting ndcg@20")), at.get((model, strategy, "mean_k"))
@@ -258,7 +258,7 @@ def _protocol(result: dict[str, Any]) -> list[str]:
         + " published |" * bool(published),
         "|---" * (4 + len(metrics) + bool(published)) + "|",
     ]
-    for model, strategy in sorted(methods, key=lambda method: -up * at[(*method, metrics[0])]["value"]):
+    for model, strategy in sorted(methods, key=lambda method: (-up * at[(*method, metrics[0])]["value"], method)):
         costs = [at.get((model, strategy, cost)) for cost in ("update_cpu_s", "peak_mb")]
         known = published.get(strategy.partition(":")[0])
         cells = [_short_name(model), _short_name(strategy)]

@@ -200,7 +200,7 @@ def table(methods: pl.DataFrame, metrics: Sequence[str]) -> str:
     up = -1 if metrics[0] in DOWN else 1
     order = sorted(
         {(m, s) for m, s, metric in values if metric == metrics[0]},
-        key=lambda ms: -up * values[(*ms, metrics[0])]["value"],
+        key=lambda ms: (-up * values[(*ms, metrics[0])]["value"], ms),
     )
     forgets = any(metric == forgotten for *_, metric in values)
     head = ["model", "strategy", *metrics, *[forgotten] * forgets, *costs.values()]
