@@ -9,10 +9,10 @@ from typing import Any
 
 import polars as pl
 
+from freshrec.models import CONTROLS
 from freshrec.replay.clicks import DOWN
 from freshrec.replay.results import with_interval
 
-CONTROLS = ("popularity", "popularity-last", "popularity-decay", "repeat-last", "item-knn")
 MULTI = ("comirec-dr", "comirec-sa", "mind")
 TRAINED = (*MULTI, "sasrec")
 

@@ -100,8 +100,9 @@ def test_the_target_comes_first_and_is_described_as_it_was_before_it_happened() 
 def test_only_as_much_is_remembered_as_was_asked_for() -> None:
     model, _ = fed([chain(1200, 0), chain(400, 1)], remembered=120, per_window=60, others=7)
     kept = model.remembered
-    assert kept.x_QCF.shape == (120, 8, len(FEATURES)) or len(kept.x_QCF) <= 120
-    assert len(kept.ranks_PR) <= 120 and kept.real_QC[:, 0].all()
+    assert len(kept.ranks_PR) == 120  # 60 of the base block's window of 200, then 120 of 400: the latest stay
+    assert 0 < len(kept.x_QCF) <= 120 and kept.x_QCF.shape[1:] == (8, len(FEATURES)) and kept.real_QC[:, 0].all()
+    assert len(fed([chain(1200, 0)], per_window=60)[0].remembered.ranks_PR) == 60
 
 
 def test_every_user_is_asked_for_once_before_anybody_is_twice() -> None:

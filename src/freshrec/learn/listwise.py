@@ -13,7 +13,7 @@ from freshrec.data.batches import in_parts, random_source
 from freshrec.models.blend import CORRECT, Blend, N, Rule, crossed
 
 Floats = NDArray[np.float64]
-LEVEL = 0.05
+LEVEL = 0.05  # below it, being worse is no chance
 RATE, BATCH = 3e-3, 128  # of the network's training; queries a step
 
 
@@ -43,10 +43,10 @@ def corrected(
     rule: Rule, z_QCF: Tensor, linear_QC: Tensor, real_QC: Tensor, n_epochs: int, source: torch.Generator
 ) -> Rule:
     """The rule with its network trained on what the linear scores leave: AdamW, one cycle of learning rates."""
-    names = ("first_HF", "first_H", "second_HH", "second_H", "last_H")
-    trained = replace(rule, **{name: getattr(rule, name).clone().requires_grad_(True) for name in names})
     if not n_epochs:
         return rule
+    names = ("first_HF", "first_H", "second_HH", "second_H", "last_H")
+    trained = replace(rule, **{name: getattr(rule, name).clone().requires_grad_(True) for name in names})
     adam = torch.optim.AdamW([getattr(trained, name) for name in names], lr=RATE, weight_decay=1e-2)
     n_steps = n_epochs * len(in_parts(torch.arange(len(z_QCF)), BATCH))
     cycle = torch.optim.lr_scheduler.OneCycleLR(adam, RATE, total_steps=n_steps)

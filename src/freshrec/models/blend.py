@@ -9,19 +9,19 @@ future. Until there is a rule, or while it does worse, the best expert speaks al
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freshrec.data.batches import Targets, append, closed, histories_before, in_parts, place, random_source, targets_at
+from freshrec.data.batches import Targets, closed, histories_before, in_parts, place, random_source, targets_at
 from freshrec.models.facts import ITEM, OWN, USER, Facts
 from freshrec.models.pairs import PairsSpec
 from freshrec.models.popularity import Popularity, PopularitySpec
 from freshrec.models.repeat import RepeatSpec
-from freshrec.models.sparse import Board, Floats, Ints, best, distinct
+from freshrec.models.sparse import Board, Floats, Ints, best, distinct, picked
 from freshrec.models.user_knn import UserKNNSpec
 from freshrec.options import Count, check_options
 from freshrec.types import Batch, Events, Histories, Model
@@ -47,8 +47,9 @@ REMEMBER, CORRECT = 1401, 1402  # tell the random numbers from others
 HIDDEN = 32
 
 
+@runtime_checkable
 class Expert(Model, Protocol):
-    """A model that has an opinion of few items."""
+    """A counter that has an opinion of few items of each user."""
 
     def sparse(self, batch: Batch) -> Any:
         """(B, I + 1) scores as a sparse matrix; what is not in it is 0, which is no opinion."""
@@ -165,14 +166,15 @@ class Blend:
             self.window = max(1, round(len(events) / 6))
             parts = [events[: -self.window], events[-self.window :]]
         for part in parts:
-            targets = targets_at(*place(histories, part, self.n_users))
+            after, rows_E = place(histories, part, self.n_users)
+            targets = targets_at(after, rows_E)
             if self.facts.clock:
                 self._remember(targets)
             for expert in self.experts.values():
                 expert.absorb(part, histories)
             self._best = {}
             self.facts.absorb(targets)
-            histories, self.n_blocks = append(histories, part, self.n_users), self.n_blocks + 1
+            histories, self.n_blocks = after, self.n_blocks + 1
         if len(self.remembered.ranks_PR):
             self.trusted = int(self.remembered.ndcg()[:, :N].mean(0).argmax())
 
@@ -213,13 +215,13 @@ class Blend:
         batch, n = Batch(batch.users_B[which], history_BT), len(which)
         said = [self._said(name, batch) for name in self.experts]
         items_BC = distinct(np.concatenate([history_BT.numpy(), *(offered_BK for _, offered_BK in said)], axis=1))
-        board, columns = Board(n, self.n_items + 1), []
+        board, floor, columns = Board(n, self.n_items + 1), self._floor, []
         for scores, _ in said:
             if isinstance(scores, np.ndarray):
                 share_BC = scores[items_BC] / max(float(scores.sum()), 1e-9)
             else:
                 share_BC = board.of(items_BC, scores) / np.maximum(np.asarray(scores.sum(1)), 1e-9)[:, None]
-            columns.append(np.log(share_BC + self._floor))
+            columns.append(np.log(share_BC + floor))
         for _, offered_BK in said:
             place_K = np.arange(self.spec.offered, self.spec.offered - offered_BK.shape[1], -1)
             columns.append(np.log(self.spec.offered + 1 - board.at(items_BC, offered_BK, place_K)))
@@ -228,10 +230,11 @@ class Blend:
 
     def _said(self, name: str, batch: Batch) -> tuple[Any, Ints]:
         """What an expert thinks: its scores, an array where they are the same for all, and its best items (B, K)."""
-        expert: Any = self.experts[name]
-        if not isinstance(expert, Popularity):
+        expert = self.experts[name]
+        if isinstance(expert, Expert):
             scores_BI = expert.sparse(batch)
             return scores_BI, best(scores_BI, self.spec.offered)[0]
+        assert isinstance(expert, Popularity)
         score_I = expert.counts_I.numpy()
         if name not in self._best:
             best_K = np.argsort(-score_I, kind="stable")[: self.spec.offered]
@@ -256,7 +259,7 @@ class Blend:
         items_BC, score_BC = self.candidates(batch)
         scores_BI = torch.zeros(len(batch), self.n_items + 1).scatter_(1, items_BC, score_BC)
         scores_BI[:, 0] = 0.0
-        return scores_BI.gather(1, items) if items.ndim == 2 else scores_BI[:, items]
+        return picked(scores_BI, items)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything the model knows."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from freshrec.data.batches import Targets, histories_before
-from freshrec.models.sparse import Board, Doubles, Floats, Ints, distinct
+from freshrec.models.sparse import Board, Doubles, Floats, Ints
 
 OWN = ("taken", "times taken", "age of the last", "is the last")  # of a candidate in the history
 ITEM = ("taken again", "events", "age")  # of a candidate
@@ -56,7 +56,7 @@ class Facts:
         """(B, C) of each of OWN, ITEM and USER."""
         n_steps, n_B = history_BT.shape[1], (history_BT > 0).sum(1)
         sorted_BT = np.sort(history_BT, axis=1)
-        starts_BT = np.ones(sorted_BT.shape, bool)
+        starts_BT = np.ones(sorted_BT.shape, bool)  # the first of a run of equal items
         starts_BT[:, 1:] = sorted_BT[:, 1:] != sorted_BT[:, :-1]
         step_T = np.arange(n_steps)
         run_BT = step_T - np.maximum.accumulate(np.where(starts_BT, step_T, 0), axis=1) + 1 if n_steps else sorted_BT
@@ -64,12 +64,12 @@ class Facts:
         place_BC = board.at(items_BC, history_BT, step_T + 1)
         taken_BC = times_BC > 0
         mean = float(self.again_I.sum() / max(self.events_I.sum(), 1.0))
-        again_I = (self.again_I + PRIOR * mean) / (self.events_I + PRIOR)
-        age_I = np.log1p(np.maximum(self.clock - self.first_I, 0) / window)
-        again_B = (n_B - (distinct(history_BT) > 0).sum(1) + PRIOR * mean) / (n_B + PRIOR)
+        events_BC = self.events_I[items_BC]
+        age_BC = np.log1p(np.maximum(self.clock - self.first_I[items_BC], 0) / window)
+        again_B = (n_B - (starts_BT & (sorted_BT > 0)).sum(1) + PRIOR * mean) / (n_B + PRIOR)
         columns = [
             taken_BC, np.log1p(times_BC), np.where(taken_BC, np.log1p(n_steps - place_BC), 0), place_BC == n_steps,
-            again_I[items_BC], np.log1p(self.events_I)[items_BC], age_I[items_BC],
+            (self.again_I[items_BC] + PRIOR * mean) / (events_BC + PRIOR), np.log1p(events_BC), age_BC,
             np.broadcast_to(again_B[:, None], items_BC.shape), np.broadcast_to(np.log1p(n_B)[:, None], items_BC.shape),
         ]  # fmt: skip
         return [np.where(items_BC > 0, column, 0).astype(np.float32) for column in columns]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
+from freshrec.models.sparse import picked
 from freshrec.options import Count, check_options
 from freshrec.types import Batch, Events, Histories
 
@@ -119,8 +120,7 @@ class Pairs:
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
         """(B, N): from the recent items of each row's own history."""
-        scores_BI = torch.from_numpy(self.sparse(batch).toarray())
-        return scores_BI.gather(1, items) if items.ndim == 2 else scores_BI[:, items]
+        return picked(torch.from_numpy(self.sparse(batch).toarray()), items)
 
     def _question(self, batch: Batch) -> Any:
         """The weights of the recent items, as a sparse (B, I) matrix."""

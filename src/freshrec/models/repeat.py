@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
+from freshrec.models.sparse import picked
 from freshrec.options import Count, check_options
 from freshrec.types import Batch, Events, Histories
 
@@ -64,8 +65,7 @@ class Repeat:
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
         """(B, N): from each row's own history alone."""
-        scores_BI = torch.from_numpy(self.sparse(batch).toarray())
-        return scores_BI.gather(1, items) if items.ndim == 2 else scores_BI[:, items]
+        return picked(torch.from_numpy(self.sparse(batch).toarray()), items)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything the model knows."""

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import sparse
+from torch import Tensor
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -49,6 +50,11 @@ def best(scores_BN: Any, k: int) -> tuple[Ints, Floats]:
     top = torch.from_numpy(values_BW).topk(min(k, width))
     values_BK = top.values.numpy()
     return np.where(values_BK > 0, np.take_along_axis(columns_BW, top.indices.numpy(), 1), 0), values_BK
+
+
+def picked(scores_BI: Tensor, items: Tensor) -> Tensor:
+    """(B, N): the scores of `items`, shared by all rows (N,) or each row's own (B, N)."""
+    return scores_BI.gather(1, items) if items.ndim == 2 else scores_BI[:, items]
 
 
 class Board:

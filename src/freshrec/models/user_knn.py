@@ -10,7 +10,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from freshrec.models.sparse import Floats, best, last_of, rows_of
+from freshrec.models.sparse import Floats, best, last_of, picked, rows_of
 from freshrec.options import Count, check_options
 from freshrec.types import Batch, Events, Histories
 
@@ -81,8 +81,7 @@ class UserKNN:
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
         """(B, N): from each row's own history."""
-        scores_BI = torch.from_numpy(self.sparse(batch).toarray())
-        return scores_BI.gather(1, items) if items.ndim == 2 else scores_BI[:, items]
+        return picked(torch.from_numpy(self.sparse(batch).toarray()), items)
 
     def _indexed(self) -> tuple[Any, Any, Floats]:
         """(U, I) who took what lately, (I, U) of each item its latest users, (I,) idf."""

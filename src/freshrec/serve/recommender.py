@@ -67,9 +67,8 @@ class Recommender:
         spec = find_model(model) if isinstance(model, str) else model
         empty = spec.build(seed)
         if strategy is None:
-            strategy = (
-                "finetune" if isinstance(empty, TrainedModel) else "refit" if isinstance(empty, Blend) else "absorb"
-            )
+            counting = "refit" if isinstance(empty, Blend) else "absorb"
+            strategy = "finetune" if isinstance(empty, TrainedModel) else counting
         self.strategy = find_strategy(strategy) if isinstance(strategy, str) else strategy
         self.names = tuple(thing if isinstance(thing, str) else type(thing).__name__ for thing in (model, strategy))
         check(spec, self.names[0], self.strategy, self.names[1])
