@@ -1,16 +1,22 @@
 """The blend: what it learns from cannot know the future, what it learns is what was true, and when it keeps silent."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from freshrec.data.batches import append, random_source
+from freshrec.learn.checkpoint import load_state, save_state
+from freshrec.learn.fit import Fit
 from freshrec.learn.listwise import corrected, fit_listwise, refit
-from freshrec.models.blend import EXPERTS, FEATURES, Blend, BlendSpec, N, Remembered, Rule, _turns
+from freshrec.models.blend import SOURCES, Blend, BlendSpec, Remembered, Rule, _turns
+from freshrec.models.experts import EXPERTS, FEATURES, N
 from freshrec.models.ranking import ranks, top
-from freshrec.types import Batch, Events, Histories, OfferingModel
+from freshrec.replay.replay import absorb
+from freshrec.strategies.refit import Refit
+from freshrec.types import Batch, Events, Histories, OfferingModel, Span, State
 
 near = pytest.approx
 USERS, ITEMS = 40, 30
@@ -54,7 +60,7 @@ def test_without_enough_to_learn_from_the_best_expert_speaks_alone() -> None:
     refit(model, least=10_000)
     assert model.rule is None
     batch = asked([3, 9, 17])
-    own = model.experts["markov"].score(batch, torch.arange(1, ITEMS + 1))
+    own = model.experts.counters["markov"].score(batch, torch.arange(1, ITEMS + 1))
     assert model.score(batch, torch.arange(1, ITEMS + 1)).argmax() == own.argmax()
 
 
@@ -89,7 +95,7 @@ def test_the_target_comes_first_and_is_described_as_it_was_before_it_happened() 
     expected = []
     for user, item in zip(users, items):
         history = histories.items_R[histories.offsets_U[user] : histories.offsets_U[user + 1]].long()
-        found, x = model.describe(Batch(user[None], history[None]))
+        found, x = model.experts.describe(Batch(user[None], history[None]), model.window)
         expected.append(x[0, found[0] == item][0].half())
     n = len(model.remembered.x_QCF)
     model.absorb(Events.of(users, items), histories)
@@ -149,6 +155,20 @@ def test_a_saved_blend_gives_the_same_scores() -> None:
     assert torch.equal(other.remembered.x_QCF, model.remembered.x_QCF)
 
 
+def test_a_saved_state_of_a_blend_goes_on_with_its_own_seed_and_moments(tmp_path: Path) -> None:
+    base, later = chain(1200, 0), chain(300, 1)
+    strategy, span = Refit(fit=Fit(epochs=1, max_epochs=2, patience=1)), Span(1, later, USERS, ITEMS)
+    state = State(BlendSpec().build(5), seed=5)
+    state = strategy.update(absorb(state, base, USERS, ITEMS), Span(0, base, USERS, ITEMS))
+    save_state(state, tmp_path / "state")
+    one, two = (
+        strategy.update(absorb(before, later, USERS, ITEMS), span).model.state_dict()
+        for before in (state, load_state(tmp_path / "state"))
+    )
+    assert set(one) == set(two) and any("moments" in name for name in one)
+    assert all(torch.equal(one[name].nan_to_num(), two[name].nan_to_num()) for name in one)
+
+
 def test_the_network_corrects_what_weights_cannot_say() -> None:
     # The better of two candidates is the one whose first two features have the same sign: no weights can say so.
     x = torch.randn(600, 2, len(FEATURES), generator=random_source(0))
@@ -182,3 +202,71 @@ def test_a_remembered_row_is_a_row_of_all_its_columns() -> None:
     kept = Remembered(torch.rand(5, 2, 3, generator=source).half(), torch.ones(5, 2) > 0, torch.rand(6, 2))
     latest = kept.latest(3)
     assert torch.equal(latest.x_QCF, kept.x_QCF[2:]) and torch.equal(latest.ranks_PR, kept.ranks_PR[3:])
+
+
+def test_reasons_add_up_to_the_score_and_name_who_offered_and_which_event_spoke() -> None:
+    model, _ = fed([chain(1200, 0), chain(600, 1)])
+    refit(model)
+    batch = asked([3, 9, 17])
+    items_BC, score_BC = model.candidates(batch)
+    real_C = items_BC[0] > 0
+    log_C = score_BC[0, real_C].log()
+    for item in (18, 4, 17):
+        reasons = model.explain(batch, item)
+        above = log_C[items_BC[0, real_C] == item] - log_C.mean()
+        assert sum(reason.points for reason in reasons) == near(above.item(), abs=1e-4)
+        assert [reason.points for reason in reasons] == sorted((reason.points for reason in reasons), reverse=True)
+    by_name = {reason.source: reason for reason in model.explain(batch, 18)}
+    assert set(by_name) == set(SOURCES) and by_name["markov"].place == 1 and by_name["markov"].because == 17
+    assert by_name["repeat-last"].place is None and by_name["pooled"].place is None  # which nobody trained
+    assert by_name["markov"].points > 0.5
+    assert model.explain(batch, 0) == []
+    model.rule = None
+    assert [reason.source for reason in model.explain(batch, 18)] == ["markov"]
+
+
+def update(blocks: list[Events], **options: bool) -> list[State]:
+    """The states after each block, updated by `refit`."""
+    states, strategy = [State(BlendSpec().build(0))], Refit(fit=Fit(epochs=2, max_epochs=4, patience=3), **options)
+    for index, block in enumerate(blocks):
+        states.append(strategy.update(absorb(states[-1], block, USERS, ITEMS), Span(index, block, USERS, ITEMS)))
+    return states[1:]
+
+
+def test_the_trained_expert_is_heard_on_what_it_had_not_learnt_and_then_learns_it() -> None:
+    base, later = chain(1200, 0), chain(600, 1)
+    after, counting = update([base, later]), update([base, later], trains=False)
+    heard, silent = (states[0].model.remembered.x_QCF for states in (after, counting))
+    columns = [N - 1, 2 * N - 1]  # its share and its rank
+    others = [column for column in range(len(FEATURES)) if column not in columns]
+    assert torch.equal(heard[..., others], silent[..., others]) and not torch.equal(heard, silent)
+    assert (
+        silent[..., 2 * N - 1].max() == silent[:, 0, 2 * N - 1].min()
+    )  # of those that nobody asked all ranks are alike
+    assert heard[:, 0, 2 * N - 1].float().exp().mean() < 8  # of the targets, among 30; it found out about the chain
+    assert all(int(state.model.experts.trained.items.steps_R.sum()) > 0 for state in after)
+    assert not any(bool(state.model.experts.trained.items.steps_R.any()) for state in counting)
+    moved = [state.model.experts.trained.items.weights for state in after]
+    assert not torch.equal(*moved)
+
+
+def test_what_the_trained_expert_said_of_the_base_block_is_not_made_of_its_last_window() -> None:
+    base = chain(1200, 0)
+    window = round(len(base) / 6)
+    early, late = base[:-window], base[-window:]
+    shuffled = replace(late, items_E=late.items_E.flip(0))
+    seen: list[torch.Tensor] = []
+
+    class Watched(Blend):
+        def hear_trained(self) -> None:
+            seen.append(self.experts.trained.items.weights.clone())
+            super().hear_trained()
+
+    for last in (late, shuffled):
+        both = Events(
+            *(None if a is None else torch.cat([a, b]) for a, b in zip(vars(early).values(), vars(last).values()))
+        )
+        state = State(Watched(BlendSpec(), 0))
+        one_epoch = Refit(fit=Fit(epochs=1, max_epochs=1, patience=1))
+        one_epoch.update(absorb(state, both, USERS, ITEMS), Span(0, both, USERS, ITEMS))
+    assert torch.equal(*seen)

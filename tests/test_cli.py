@@ -54,6 +54,20 @@ def test_fit_update_and_recommend_hand_a_recommender_on(
     assert [row["fallback"] for row in rows] == [None, None, "unknown user", "unknown user"]
 
 
+def test_a_blend_says_why_it_offers_an_item(
+    logs: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at = str(tmp_path / "at")
+    answer(capsys, "fit", logs[0], "--out", at, "--model", "blend", *COLUMNS)
+    item = json.loads(answer(capsys, "recommend", at, "3", "--k", "1", "--json"))[0]["item_id"]
+    reasons = json.loads(answer(capsys, "explain", at, "3", str(item), "--json"))
+    assert {"markov", "pooled", "own history", "correction"} <= {reason["source"] for reason in reasons}
+    assert any(reason["place"] for reason in reasons)  # somebody offers it
+    assert "because of" in answer(capsys, "explain", at, "3", str(item)).splitlines()[0]
+    assert main(["explain", at, "3", "999999"]) == 2
+    assert 'item "999999" has never occurred' in capsys.readouterr().err
+
+
 def test_a_fitted_model_and_its_strategy_take_options(
     logs: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

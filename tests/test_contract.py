@@ -19,7 +19,7 @@ from freshrec.errors import IncompatibleError
 from freshrec.learn.checkpoint import load_state, save_state
 from freshrec.learn.fit import Fit, carried_by, start
 from freshrec.learn.interests import ends_of
-from freshrec.models import CONTROLS, MODELS
+from freshrec.models import COUNTERS, MODELS
 from freshrec.replay.replay import absorb, check
 from freshrec.strategies import STRATEGIES
 from freshrec.strategies.plain import Retrain
@@ -40,7 +40,7 @@ class Pair:
 
     def spec(self) -> ModelSpec:
         spec = MODELS[self.model]
-        if self.model in CONTROLS:
+        if self.model in COUNTERS or self.model == "blend":
             return spec
         return replace(spec, d=16, negatives=32, batch=BATCH.get(self.model, 64))  # type: ignore[type-var]
 
@@ -48,6 +48,8 @@ class Pair:
         strategy = STRATEGIES[self.strategy]
         if self.strategy == "absorb":
             return strategy
+        if self.strategy == "refit":  # the epochs on the base block choose themselves
+            return replace(strategy, fit=replace(strategy.fit, max_epochs=base_epochs))  # type: ignore[attr-defined,type-var]
         fit: Fit = strategy.fit  # type: ignore[attr-defined]
         return replace(strategy, fit=replace(fit, base_epochs=base_epochs, epochs=epochs))  # type: ignore[type-var]
 

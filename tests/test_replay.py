@@ -354,7 +354,7 @@ def test_the_last_span_can_be_tested_without_being_learnt(tmp_path: Path) -> Non
     [
         ("sasrec", "absorb", '"absorb" trains nothing, and "sasrec" learns only by training: use frozen.'),
         ("item-knn", "finetune", '"item-knn" counts, it is not trained: its only strategy is absorb.'),
-        ("embedding-mlp", "ader", '"ader" looks at the scores of all items at once; "embedding-mlp" scores them one'),
+        ("embedding-mlp", "ader", '"ader" follows the scores of all items back to their vectors; "embedding-mlp" does'),
         ("embedding-mlp", "ewc", "Use a model with user and item vectors, such as sasrec or comirec-dr."),
         ("sasrec", "imsr", '"imsr" needs a model with several interests a user; "sasrec" has one vector.'),
     ],

@@ -134,6 +134,29 @@ def recommend(
     Console(highlight=False).print(table)
 
 
+@app.command()
+def explain(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A blend that `fit` has saved.")],
+    user: Annotated[str, typer.Argument(metavar="USER")],
+    item: Annotated[str, typer.Argument(metavar="ITEM")],
+    as_json: AsJson = False,
+) -> None:
+    """Print why a user is offered an item: which experts put it there, and by which past event."""
+    from freshrec.serve.recommender import Recommender
+
+    found = Recommender.load(folder).explain(user, item)
+    if as_json:
+        typer.echo(json.dumps(found.to_dicts()))
+        return
+    if found.is_empty():
+        typer.echo(f"nobody offers {item} to {user}")
+        return
+    table = Table("source", "place", "points", "because of", box=None)
+    for source, place, points, because in found.iter_rows():
+        table.add_row(*(Text(cell) for cell in (source, str(place or ""), f"{points:+.2f}", str(because or ""))))
+    Console(highlight=False).print(table)
+
+
 app.command()(replay)
 app.command()(demo)
 

@@ -190,6 +190,8 @@ class Model(Protocol):
 class OfferingModel(Model, Protocol):
     """A model that looks at a few items of each user only; it has no opinion of the others."""
 
+    seed: int
+
     def candidates(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Items (B, C), 0 where a user has fewer, and their scores; no opinion is 0, as in `score`."""
 

@@ -7,6 +7,7 @@ beyond the length that the catalog had at the end of span t.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import polars as pl
 import torch
@@ -58,9 +59,18 @@ class Catalog:
     def rows(self, ids: pl.Series) -> Tensor:
         """int64 rows of `ids`; 0 for an id the catalog does not hold."""
         ids = self._checked(ids)
-        numbered = self.frame.select(pl.col("id").cast(ids.dtype), row=pl.int_range(1, pl.len() + 1, dtype=pl.Int64))
-        joined = ids.to_frame("id").join(numbered, on="id", how="left", maintain_order="left")
-        return torch.from_numpy(joined["row"].fill_null(0).to_numpy(writable=True))
+        if not len(self) or not len(ids):
+            return torch.zeros(len(ids), dtype=torch.int64)
+        order_I, sorted_ids = self._sorted
+        at_N = sorted_ids.search_sorted(ids).clip(upper_bound=len(self) - 1)
+        rows_N = (order_I.gather(at_N) + 1).to_numpy(writable=True).astype("int64")
+        return torch.from_numpy(rows_N * (sorted_ids.gather(at_N) == ids).to_numpy())
+
+    @cached_property
+    def _sorted(self) -> tuple[pl.Series, pl.Series]:
+        """The positions of the ids in ascending order, and the ids in it."""
+        order_I = self.frame["id"].arg_sort()
+        return order_I, self.frame["id"].gather(order_I)
 
     def ids(self, rows: Tensor) -> pl.Series:
         """The ids of `rows`, which must be at most len(self); null for row 0."""

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from freshrec.errors import StateError
-from freshrec.types import Model, State, TrainedModel
+from freshrec.types import Model, OfferingModel, State, TrainedModel
 
 FORMAT = 1
 
@@ -61,7 +61,8 @@ def load_tree(path: Path) -> Any:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # copies lie in memory as new tensors do: sums over those that do not differ in their last bits
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as problem:
         raise StateError(f"{path} holds no readable state ({problem}); use an earlier version or fit again.") from None
     try:
@@ -102,7 +103,7 @@ def _parts_of(model: Model) -> dict[str, Any]:
     return {
         "spec": model.spec,
         "sizes": (model.n_users, model.n_items),
-        "seed": model.seed if isinstance(model, TrainedModel) else 0,
+        "seed": model.seed if isinstance(model, TrainedModel | OfferingModel) else 0,  # counters draw nothing
         "moments": model.moments if isinstance(model, TrainedModel) else {},
         "weights": dict(model.state_dict()),
     }

@@ -21,9 +21,10 @@ def active_users(histories: Histories) -> Tensor:
 
 def ends_of(histories: Histories, users_N: Tensor, history: str) -> Targets:
     """The end of each user's history, as a target that looks back on all of it (or on this span's rows alone)."""
-    last_N = histories.offsets_U[users_N + 1] - 1
-    ends = targets_at(histories, last_N, history)
-    return Targets(histories, last_N + 1, users_N, ends.from_N)
+    ends_N = histories.offsets_U[users_N + 1]
+    if history == "recent":
+        return Targets(histories, ends_N, users_N, histories.offsets_U[users_N])
+    return Targets(histories, ends_N, users_N, targets_at(histories, ends_N - 1, history).from_N)
 
 
 def reread(

@@ -10,7 +10,8 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from freshrec.data.batches import in_parts, random_source
-from freshrec.models.blend import CORRECT, Blend, N, Rule, crossed
+from freshrec.models.blend import CORRECT, Blend, Rule, crossed
+from freshrec.models.experts import N
 
 Floats = NDArray[np.float64]
 LEVEL = 0.05  # below it, being worse is no chance

@@ -9,6 +9,7 @@ from freshrec.models.mf import MFSpec
 from freshrec.models.mf_biased import BiasedMFSpec
 from freshrec.models.mind import MIND
 from freshrec.models.pairs import PairsSpec
+from freshrec.models.pooled import PooledSpec
 from freshrec.models.popularity import PopularitySpec
 from freshrec.models.repeat import RepeatSpec
 from freshrec.models.sasrec import SASRecSpec
@@ -34,6 +35,7 @@ MODELS: dict[str, ModelSpec] = COUNTERS | {
     "mf": MFSpec(),
     "mf-biased": BiasedMFSpec(),
     "embedding-mlp": EmbeddingMLPSpec(),
+    "pooled": PooledSpec(),
     "sasrec": SASRecSpec(),
     "mind": MIND,
     "comirec-dr": COMIREC_DR,

@@ -1,15 +1,14 @@
-"""Blend: experts that count, joined by weights learned from what each of them said before an event happened.
+"""Blend: experts that count and one that is trained, joined by weights learned from what each said beforehand.
 
-Each expert offers its best items; these and the user's own are the candidates. A candidate is described by what every
-expert thinks of it, and by facts about item and history; a linear rule orders them (`learn.listwise.refit`). What is
-learnt from is written down when events arrive, from the state before them, and never made again: it cannot know the
-future. Until there is a rule, or while it does worse, the best expert speaks alone.
+Each counter offers its best items; these and the user's own are the candidates. A candidate is described by what every
+expert thinks of it, and by facts about item and history; a rule orders them (`learn.listwise.refit`). What is learnt
+from is written down when events arrive, from the state before them, and never made again: it cannot know the future.
+Until there is a rule, or while it does worse, the best expert speaks alone.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,42 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freshrec.data.batches import Targets, closed, histories_before, in_parts, place, random_source, targets_at
-from freshrec.models.facts import ITEM, OWN, USER, Facts
-from freshrec.models.pairs import PairsSpec
-from freshrec.models.popularity import Popularity, PopularitySpec
-from freshrec.models.repeat import RepeatSpec
-from freshrec.models.sparse import Board, Floats, Ints, best, distinct, picked
-from freshrec.models.user_knn import UserKNNSpec
+from freshrec.models.experts import EXPERTS, FEATURES, Experts, N, part_of
+from freshrec.models.facts import ITEM, OWN, USER
+from freshrec.models.pairs import Pairs
+from freshrec.models.sparse import Floats, picked
 from freshrec.options import Count, check_options
-from freshrec.types import Batch, Events, Histories, Model
+from freshrec.types import Batch, Events, Histories
 
-EXPERTS: dict[str, Any] = {
-    "popularity": PopularitySpec(),
-    "popularity-1": PopularitySpec(keep="decay", half_life=1.0),
-    "popularity-1/4": PopularitySpec(keep="decay", half_life=1 / 4),
-    "popularity-1/16": PopularitySpec(keep="decay", half_life=1 / 16),
-    "repeat-last": RepeatSpec(),
-    "repeat-freq": RepeatSpec(order="freq"),
-    "item-knn": PairsSpec(),
-    "markov": PairsSpec(kind="markov"),
-    "user-knn": UserKNNSpec(),
-}
-N = len(EXPERTS)
-FEATURES = (
-    *(f"share {name}" for name in EXPERTS), *(f"rank {name}" for name in EXPERTS), *OWN, *ITEM, *USER,
-)  # fmt: skip
-FLOOR = 0.1  # events' worth of probability, shared by all items, known, that an expert gives to those it is silent on
-ENTRIES = 8_000_000  # users x items on one board
 REMEMBER, CORRECT = 1401, 1402  # tell the random numbers from others
 HIDDEN = 32
-
-
-@runtime_checkable
-class Expert(Model, Protocol):
-    """A counter that has an opinion of few items of each user."""
-
-    def sparse(self, batch: Batch) -> Any:
-        """(B, I + 1) scores as a sparse matrix; what is not in it is 0, which is no opinion."""
+SOURCES = (*EXPERTS, "own history", "item", "correction")  # of a score
 
 
 @dataclass(frozen=True)
@@ -90,6 +63,16 @@ class Remembered:
     def latest(self, n: int) -> Remembered:
         """Without the older ones."""
         return Remembered(*(column[-n:] for column in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Remembered queries that the trained expert was not asked about, as there was none yet."""
+
+    users_B: Tensor
+    history_BT: Tensor
+    items_BC: Tensor  # all candidates: an opinion is one among them
+    kept_BC: Tensor  # the places of those that are remembered
 
 
 @dataclass(frozen=True)
@@ -131,27 +114,44 @@ class Rule:
         z_BCF = self.standard(x_BCF)
         return crossed(z_BCF) @ self.weights_G + self.correction(z_BCF)
 
+    def points(self, x_CF: Tensor) -> Tensor:
+        """(C, S) what each of SOURCES adds to the score of each of a user's candidates, above their mean."""
+        z_1CF = self.standard(x_CF)[None]
+        adds_CG, correction_C = crossed(z_1CF)[0] * self.weights_G, self.correction(z_1CF)[0]
+        source_G = torch.tensor([SOURCES.index(source) for source in sources_of_crossed()])
+        points_CS = torch.zeros(len(x_CF), len(SOURCES)).index_add(1, source_G, adds_CG)
+        points_CS[:, SOURCES.index("correction")] = correction_C
+        return points_CS - points_CS.mean(0)
+
+
+@dataclass(frozen=True)
+class Reason:
+    """What one expert, or one kind of fact, says for an item, and how much that counts."""
+
+    source: str
+    place: int | None  # of the item among those that the expert offers, from 1
+    points: float  # of the score's logarithm, above the user's candidates on average; of all reasons they add up
+    because: int  # the history item that speaks most for it; 0 where that is not known
+
 
 class Blend:
-    """A model without gradients. Scores are probabilities over the user's candidates; 0 for other items."""
+    """A model of experts. Scores are probabilities over the user's candidates; 0 for other items."""
 
     rule: Rule | None
     trusted: int  # the expert that was best on what is remembered: it speaks where there is no rule
 
     def __init__(self, spec: BlendSpec, seed: int) -> None:
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
-        self.experts: dict[str, Model] = {name: expert.build(seed) for name, expert in EXPERTS.items()}
-        self.facts, self.rule, self.trusted = Facts.empty(), None, 0
+        self.experts = Experts(spec.offered, spec.length, seed)
+        self.rule, self.trusted = None, 0
         self.window = self.n_blocks = 0  # events in a window: a sixth of the first block
         nothing = torch.zeros(0, spec.others + 1, len(FEATURES), dtype=torch.float16)
         self.remembered = Remembered(nothing, nothing[..., 0] > 0, torch.zeros(0, N + 1))
-        self._best: dict[str, Ints] = {}  # the popular items, found when first asked
+        self.waiting: list[Waiting] = []  # those of the base block, until `hear_trained`
 
     def grow(self, n_users: int, n_items: int) -> None:
         """Make room for new users and items."""
-        for expert in self.experts.values():
-            expert.grow(n_users, n_items)
-        self.facts.grow(n_items)
+        self.experts.grow(n_users, n_items)
         self.n_users, self.n_items = n_users, n_items
 
     def absorb(self, events: Events, histories: Histories) -> None:
@@ -161,27 +161,24 @@ class Blend:
         """
         if not len(events):
             return
-        parts = [events]
-        if not self.window:
+        parts, self.waiting = [events], []
+        if is_base := not self.window:
             self.window = max(1, round(len(events) / 6))
             parts = [events[: -self.window], events[-self.window :]]
         for part in parts:
             after, rows_E = place(histories, part, self.n_users)
             targets = targets_at(after, rows_E)
-            if self.facts.clock:
-                self._remember(targets)
-            for expert in self.experts.values():
-                expert.absorb(part, histories)
-            self._best = {}
-            self.facts.absorb(targets)
+            if self.experts.facts.clock:
+                self._remember(targets, is_base)
+            self.experts.absorb(part, histories, targets)
             histories, self.n_blocks = after, self.n_blocks + 1
         if len(self.remembered.ranks_PR):
             self.trusted = int(self.remembered.ndcg()[:, :N].mean(0).argmax())
 
-    def _remember(self, targets: Targets) -> None:
+    def _remember(self, targets: Targets, is_base: bool) -> None:
         """Ask for some of the targets, and write down what the candidates looked like."""
         source = random_source(self.seed, REMEMBER, self.n_blocks)
-        able_N = (targets.lengths(1) > 0) & (self.facts.known(targets.items_N) > 0)
+        able_N = (targets.lengths(1) > 0) & (self.experts.facts.known(targets.items_N) > 0)
         order_N = torch.randperm(len(targets), generator=source)
         order_N = order_N[able_N[order_N]]
         share = min(1.0, self.spec.per_window / self.window)
@@ -191,65 +188,35 @@ class Blend:
         kept = [self.remembered]
         for which in in_parts(torch.arange(len(targets)), 256):
             part = targets[which]
-            items_BC, x_BCF = self.describe(Batch(part.users_N, histories_before(part, self.spec.length)))
-            kept.append(_written(self.spec, self.rule, items_BC, x_BCF, part.items_N[:, None], source))
+            batch = Batch(part.users_N, histories_before(part, self.spec.length))
+            items_BC, x_BCF = self.experts.describe(batch, self.window)
+            found_B, kept_BC, rows = _written(self.spec, self.rule, items_BC, x_BCF, part.items_N[:, None], source)
+            kept.append(rows)
+            if is_base:
+                self.waiting.append(
+                    Waiting(batch.users_B[found_B], batch.history_BT[found_B], items_BC[found_B], kept_BC)
+                )
         columns = zip(*(vars(rows).values() for rows in kept))
         self.remembered = Remembered(*(torch.cat(column) for column in columns)).latest(self.spec.remembered)
 
-    def describe(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The candidates (B, C), 0 where a user has fewer, and their features (B, C, F)."""
-        size = max(1, ENTRIES // (self.n_items + 1))
-        parts = [self._described(batch, which) for which in in_parts(torch.arange(len(batch)), size)]
-        width = max((items_BC.shape[1] for items_BC, _ in parts), default=0)
-        items_BC = np.zeros((len(batch), width), np.int64)
-        x_BCF = np.zeros((len(batch), width, len(FEATURES)), np.float32)
-        first = 0
-        for part_BC, part_BCF in parts:
-            rows = slice(first, first + len(part_BC))
-            items_BC[rows, : part_BC.shape[1]], x_BCF[rows, : part_BC.shape[1]] = part_BC, part_BCF
-            first += len(part_BC)
-        return torch.from_numpy(items_BC), torch.from_numpy(x_BCF)
-
-    def _described(self, batch: Batch, which: Tensor) -> tuple[Ints, Floats]:
-        history_BT = closed(self.facts.known(batch.history_BT[which][:, -self.spec.length :]))
-        batch, n = Batch(batch.users_B[which], history_BT), len(which)
-        said = [self._said(name, batch) for name in self.experts]
-        items_BC = distinct(np.concatenate([history_BT.numpy(), *(offered_BK for _, offered_BK in said)], axis=1))
-        board, floor, columns = Board(n, self.n_items + 1), self._floor, []
-        for scores, _ in said:
-            if isinstance(scores, np.ndarray):
-                share_BC = scores[items_BC] / max(float(scores.sum()), 1e-9)
-            else:
-                share_BC = board.of(items_BC, scores) / np.maximum(np.asarray(scores.sum(1)), 1e-9)[:, None]
-            columns.append(np.log(share_BC + floor))
-        for _, offered_BK in said:
-            place_K = np.arange(self.spec.offered, self.spec.offered - offered_BK.shape[1], -1)
-            columns.append(np.log(self.spec.offered + 1 - board.at(items_BC, offered_BK, place_K)))
-        columns += self.facts.describe(items_BC, history_BT.numpy(), board, self.window)
-        return items_BC, np.stack(columns, axis=2, dtype=np.float32)
-
-    def _said(self, name: str, batch: Batch) -> tuple[Any, Ints]:
-        """What an expert thinks: its scores, an array where they are the same for all, and its best items (B, K)."""
-        expert = self.experts[name]
-        if isinstance(expert, Expert):
-            scores_BI = expert.sparse(batch)
-            return scores_BI, best(scores_BI, self.spec.offered)[0]
-        assert isinstance(expert, Popularity)
-        score_I = expert.counts_I.numpy()
-        if name not in self._best:
-            best_K = np.argsort(-score_I, kind="stable")[: self.spec.offered]
-            self._best[name] = best_K[score_I[best_K] > 0]
-        return score_I, np.broadcast_to(self._best[name], (len(batch), len(self._best[name])))
-
-    @property
-    def _floor(self) -> float:
-        return FLOOR / max(1, int((self.facts.events_I > 0).sum()))
+    def hear_trained(self) -> None:
+        """Add the opinion of the trained expert to what waits for it; it must not have learnt from what came later."""
+        x_QCF = self.remembered.x_QCF.clone()
+        first = len(x_QCF) - sum(len(part.users_B) for part in self.waiting)
+        for part in self.waiting:
+            logit_BI = self.experts.logits(Batch(part.users_B, part.history_BT))
+            opinion = self.experts.opinion(part.items_BC, logit_BI)
+            rows, n = slice(first, first + len(part.users_B)), part.kept_BC.shape[1]
+            for column, value_BC in zip((N - 1, 2 * N - 1), opinion):
+                x_QCF[rows, :n, column] = value_BC.gather(1, part.kept_BC).half()
+            first += len(part.users_B)
+        self.remembered, self.waiting = replace(self.remembered, x_QCF=x_QCF), []
 
     def candidates(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(B, C) items, 0 where a user has fewer, and how likely each is the next among them; 0 is no opinion."""
-        items_BC, x_BCF = self.describe(batch)
+        items_BC, x_BCF = self.experts.describe(batch, self.window)
         if self.rule is None:
-            share_BC = x_BCF[..., self.trusted].exp() - self._floor
+            share_BC = x_BCF[..., self.trusted].exp() - self.experts.floor
             return items_BC, torch.where((items_BC > 0) & (share_BC > 1e-9), share_BC, 0.0)
         score_BC = self.rule.scores(x_BCF).masked_fill(items_BC == 0, -torch.inf)
         return items_BC, score_BC.softmax(1).nan_to_num(0.0)
@@ -261,11 +228,31 @@ class Blend:
         scores_BI[:, 0] = 0.0
         return picked(scores_BI, items)
 
+    def explain(self, batch: Batch, item: int) -> list[Reason]:
+        """Why a batch of one user is offered `item`, the weightiest reason first; none where it is no candidate.
+
+        Without a rule the trusted expert is the only reason.
+        """
+        items_BC, x_BCF = self.experts.describe(batch, self.window)
+        items_C, x_CF = items_BC[0, items_BC[0] > 0], x_BCF[0, items_BC[0] > 0]
+        if not bool((items_C == item).any()):
+            return []
+        at = int((items_C == item).int().argmax())
+        ranks_N = x_CF[at, N : 2 * N].exp().round().int().tolist()
+        places = {name: rank for name, rank in zip(EXPERTS, ranks_N) if rank <= self.spec.offered}
+        known = Batch(batch.users_B, closed(self.experts.facts.known(batch.history_BT)))
+        pairs = {name: counter for name, counter in self.experts.counters.items() if isinstance(counter, Pairs)}
+        because = {name: counter.because(known, item) for name, counter in pairs.items()}
+        points = {EXPERTS[self.trusted]: 0.0}
+        if self.rule is not None:
+            points = dict(zip(SOURCES, self.rule.points(x_CF)[at].tolist()))
+        reasons = [Reason(name, places.get(name), points[name], because.get(name, 0)) for name in points]
+        return sorted(reasons, key=lambda reason: -reason.points)
+
     def state_dict(self) -> dict[str, Tensor]:
         """Everything the model knows."""
         numbers = [self.n_users, self.n_items, self.window, self.n_blocks, self.trusted]
-        parts: dict[str, dict[str, Tensor]] = {"facts": self.facts.state_dict(), "remembered": vars(self.remembered)}
-        parts |= {f"experts.{name}": dict(expert.state_dict()) for name, expert in self.experts.items()}
+        parts = {"experts": self.experts.state_dict(), "remembered": vars(self.remembered)}
         parts |= {} if self.rule is None else {"rule": vars(self.rule)}
         tensors = {f"{part}.{name}": tensor for part, inner in parts.items() for name, tensor in inner.items()}
         return {"numbers": torch.tensor(numbers)} | tensors
@@ -273,27 +260,25 @@ class Blend:
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state_dict`."""
         self.n_users, self.n_items, self.window, self.n_blocks, self.trusted = tensors["numbers"].tolist()
-
-        def part(name: str) -> dict[str, Tensor]:
-            return {key[len(name) + 1 :]: tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
-
-        self.facts, self.remembered = Facts.load(part("facts")), Remembered(**part("remembered"))
-        self.rule = Rule(**part("rule")) if part("rule") else None
-        for name, expert in self.experts.items():
-            expert.load_state_dict(part(f"experts.{name}"))
-        self._best = {}
+        self.experts.load_state_dict(part_of(tensors, "experts"), self.n_users, self.n_items)
+        self.remembered = Remembered(**part_of(tensors, "remembered"))
+        rule = part_of(tensors, "rule")
+        self.rule = Rule(**rule) if rule else None
 
 
 def _written(
     spec: BlendSpec, rule: Rule | None, items_BC: Tensor, x_BCF: Tensor, target_B1: Tensor, source: torch.Generator
-) -> Remembered:
-    """Of the queries whose target was offered, it and other candidates, drawn at random; of all queries the ranks."""
+) -> tuple[Tensor, Tensor, Remembered]:
+    """Of the queries whose target was offered, it and other candidates, drawn at random; of all queries the ranks.
+
+    Which queries those are (B,), and the places (Q, C) of what was drawn.
+    """
     is_target_BC, real_BC, n = items_BC == target_B1, items_BC > 0, spec.others + 1
     found_B = is_target_BC.any(1)
     draw_BC = torch.rand(real_BC.shape, generator=source) + 2.0 * ~real_BC - 2.0 * is_target_BC
-    chosen_BC = draw_BC.argsort(1)[:, :n]
-    x_QCF = x_BCF.gather(1, chosen_BC[..., None].expand(-1, -1, x_BCF.shape[2]))[found_B].half()
-    real_QC = real_BC.gather(1, chosen_BC)[found_B]
+    chosen_QC = draw_BC.argsort(1)[found_B, :n]
+    x_QCF = x_BCF[found_B].gather(1, chosen_QC[..., None].expand(-1, -1, x_BCF.shape[2])).half()
+    real_QC = real_BC[found_B].gather(1, chosen_QC)
     short = n - real_QC.shape[1]
     target_BF = (x_BCF * is_target_BC[..., None]).sum(1)
     ranks_BR = torch.full((len(found_B), N + 1), torch.inf)
@@ -305,7 +290,7 @@ def _written(
         score_BC = rule.scores(x_BCF).masked_fill(~real_BC, -torch.inf)
         own_B1 = score_BC.masked_fill(~is_target_BC, -torch.inf).amax(1, keepdim=True)
         ranks_BR[found_B, N] = 1.0 + (score_BC > own_B1).sum(1)[found_B]
-    return Remembered(F.pad(x_QCF, (0, 0, 0, short)), F.pad(real_QC, (0, short)), ranks_BR)
+    return found_B, chosen_QC, Remembered(F.pad(x_QCF, (0, 0, 0, short)), F.pad(real_QC, (0, short)), ranks_BR)
 
 
 def _turns(users_N: Tensor) -> Tensor:
@@ -329,3 +314,9 @@ def crossed(x_BCF: Tensor) -> Tensor:
     repeats, length = x_BCF[..., user : user + 1], x_BCF[..., user + 1 :]
     products = [share * repeats, share * length, mine * repeats, mine * length, mine * again]
     return torch.cat([x_BCF[..., :user], *products, mine[..., :1] * again * repeats], -1)
+
+
+def sources_of_crossed() -> list[str]:
+    """Which of SOURCES each of the G crossed features speaks for."""
+    mine = ["own history"] * len(OWN)
+    return [*EXPERTS, *EXPERTS, *mine, *["item"] * len(ITEM), *EXPERTS, *EXPERTS, *mine, *mine, *mine, "own history"]

@@ -118,6 +118,12 @@ class Pairs:
             scores_BI.data /= np.sqrt(self.mass_I + PRIOR)[scores_BI.indices]
         return scores_BI
 
+    def because(self, batch: Batch, item: int) -> int:
+        """The history item of a batch of one that speaks most for `item`; 0 where none does."""
+        asked_BI = self._question(batch)
+        says_T = asked_BI.data * self.pairs_II[asked_BI.indices][:, [item]].toarray()[:, 0]
+        return int(asked_BI.indices[says_T.argmax()]) if len(says_T) and says_T.max() > 0 else 0
+
     def score(self, batch: Batch, items: Tensor) -> Tensor:
         """(B, N): from the recent items of each row's own history."""
         return picked(torch.from_numpy(self.sparse(batch).toarray()), items)

@@ -138,8 +138,10 @@ def _top_offered(
 ) -> tuple[Tensor, Tensor]:
     _must_be_finite(score_BC)
     out_BC = items_BC == 0
-    if banned_BM is not None:
-        out_BC = out_BC | (items_BC[:, :, None] == banned_BM[:, None]).any(2)
+    if banned_BM is not None and banned_BM.shape[1]:
+        sorted_BM = banned_BM.sort(1).values
+        at_BC = torch.searchsorted(sorted_BM, items_BC).clamp(max=sorted_BM.shape[1] - 1)
+        out_BC = out_BC | (sorted_BM.gather(1, at_BC) == items_BC)
     if among_N is not None:
         out_BC = out_BC | ~torch.isin(items_BC, among_N)
     best_BK, order_BK = score_BC.masked_fill(out_BC, -torch.inf).topk(min(k, items_BC.shape[1]))

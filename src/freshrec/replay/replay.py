@@ -83,7 +83,7 @@ def check(model: ModelSpec, model_name: str, strategy: Strategy, strategy_name: 
         raise IncompatibleError(f'"{model_name}" counts, it is not trained: its only strategy is {ways}.')
     if strategy.needs == "encoding" and not isinstance(built, EncodingModel):
         raise IncompatibleError(
-            f'"{strategy_name}" looks at the scores of all items at once; "{model_name}" scores them one by one. '
+            f'"{strategy_name}" follows the scores of all items back to their vectors; "{model_name}" does not let it. '
             "Use a model with user and item vectors, such as sasrec or comirec-dr."
         )
     if strategy.needs == "interests" and not isinstance(built, InterestModel):

@@ -54,6 +54,7 @@ def best_items(served: Served, users_N: Tensor, wanted: Wanted) -> pl.DataFrame:
     more = [
         _from_counts(served, nth_N[which_N], users_N[which_N], wanted, why)
         for which_N, why in ((strangers_N, UNKNOWN), (short_N, EXHAUSTED))
+        if bool(which_N.any())
     ]
     lists = pl.concat([found, *more]).unique(["nth", "item"], keep="first", maintain_order=True)
     ranked = lists.with_columns(rank=pl.int_range(1, pl.len() + 1).over("nth")).filter(pl.col("rank") <= wanted.k)
@@ -103,7 +104,7 @@ def similar_items(model: Model, items_N: Tensor, k: int) -> pl.DataFrame:
 
     By the cosine of item vectors; a pair counter, a blend's too, is asked as for a user whose only event is the item.
     """
-    model = model.experts["item-knn"] if isinstance(model, Blend) else model
+    model = model.experts.counters["item-knn"] if isinstance(model, Blend) else model
     found = []
     for which in torch.arange(len(items_N)).split(SIZE // 8):
         items_B1 = items_N[which][:, None]
@@ -119,6 +120,17 @@ def similar_items(model: Model, items_N: Tensor, k: int) -> pl.DataFrame:
             raise IncompatibleError("this model does not relate items to each other; use item-knn, sasrec or another.")
         found.append(_frame(which, items_BK, scores_BK, None))
     return pl.concat(found).with_columns(rank=pl.int_range(1, pl.len() + 1).over("nth"))
+
+
+def reasons(served: Served, users_1: Tensor, item: int) -> pl.DataFrame:
+    """Why one user is offered an item, rows both: source, place, points, because (a row, 0: not known)."""
+    model = served.state.model
+    if not isinstance(model, Blend):
+        raise IncompatibleError("this model cannot explain itself; use the blend.")
+    ends = ends_of(served.state.recent, users_1, "recent")
+    found = model.explain(Batch(users_1, histories_before(ends, model.spec.length)), item)
+    schema = {"source": pl.String, "place": pl.Int64, "points": pl.Float64, "because": pl.Int64}
+    return pl.DataFrame([tuple(vars(reason).values()) for reason in found], schema, orient="row")
 
 
 def _frame(nth_B: Tensor, items_BK: Tensor, scores_BK: Tensor, fallback: str | None) -> pl.DataFrame:

@@ -29,7 +29,7 @@ from freshrec.replay.measure import Asked, Block, queries_of, rank_queries
 from freshrec.replay.metrics import evaluate, parse, per_user
 from freshrec.replay.replay import absorb, check
 from freshrec.replay.significance import interval
-from freshrec.serve.recommend import Served, Wanted, best_items, similar_items
+from freshrec.serve.recommend import Served, Wanted, best_items, reasons, similar_items
 from freshrec.strategies import find_strategy
 from freshrec.types import TRAIN, Events, ModelSpec, Span, State, Strategy, TrainedModel
 
@@ -157,13 +157,24 @@ class Recommender:
         """
         served = self.served
         ids = _ids("item_id", items, served.items)
-        rows_N = served.items.rows(ids)
-        if bool((rows_N == 0).any()):
-            name = str(ids[int((rows_N == 0).int().argmax())])
-            raise OptionError(f'item "{name[:60]}" has never occurred in an event; ask for one that has.')
+        rows_N = _known_rows(ids, served.items)
         found = similar_items(served.state.model, rows_N, _positive(k))
         similar = served.items.ids(_rows(found)).alias("similar_id")
         return found.select(ids.gather(found["nth"]), similar, "score", "rank")
+
+    def explain(self, user: str | int, item: str | int) -> pl.DataFrame:
+        """Why a blend offers a user an item: source, place, points, because; the weightiest reason first.
+
+        A source is an expert, or a kind of fact. `place`: of the item among those that the expert offers. `points`:
+        what it adds to the logarithm of the score, above the user's candidates on average. `because`: the item of the
+        user's history that speaks most for it. No rows: nobody offers the item. OptionError for unknown ids,
+        IncompatibleError for other models.
+        """
+        served = self.served
+        users_1 = _known_rows(_ids("user_id", user, served.users), served.users)
+        items_1 = _known_rows(_ids("item_id", item, served.items), served.items)
+        found = reasons(served, users_1, int(items_1))
+        return found.with_columns(served.items.ids(_rows(found, "because")).alias("because"))
 
     def evaluate(self, new_events: Source, metrics: Sequence[str] = ("hr@20", "ndcg@20")) -> pl.DataFrame:
         """How well new events are predicted, before they are learnt: metric, value, low, high (95 %), n, n_users.
@@ -277,8 +288,16 @@ def _item_rows(served: Served, ids: Ids) -> Tensor:
     return rows_M[rows_M > 0]
 
 
-def _rows(found: pl.DataFrame) -> Tensor:
-    return torch.from_numpy(found["item"].to_numpy(writable=True))
+def _known_rows(ids: pl.Series, catalog: Catalog) -> Tensor:
+    rows_N = catalog.rows(ids)
+    if bool((rows_N == 0).any()):
+        what, name = ids.name.removesuffix("_id"), str(ids[int((rows_N == 0).int().argmax())])
+        raise OptionError(f'{what} "{name[:60]}" has never occurred in an event; ask for one that has.')
+    return rows_N
+
+
+def _rows(found: pl.DataFrame, column: str = "item") -> Tensor:
+    return torch.from_numpy(found[column].to_numpy(writable=True))
 
 
 def _positive(k: int) -> int:

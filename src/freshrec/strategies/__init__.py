@@ -11,7 +11,8 @@ from freshrec.strategies.asmg import ASMG
 from freshrec.strategies.ewc import EWC
 from freshrec.strategies.imsr import IMSR, Retain
 from freshrec.strategies.incctr import IncCTR
-from freshrec.strategies.plain import Absorb, FineTune, Frozen, Refit, Retrain
+from freshrec.strategies.plain import Absorb, FineTune, Frozen, Retrain
+from freshrec.strategies.refit import Refit
 from freshrec.strategies.rehearsed import Rehearsed
 from freshrec.strategies.sml import SML
 from freshrec.strategies.spmf import SPMF

@@ -1,13 +1,10 @@
-"""Strategies without machinery: absorb, refit, frozen, fine-tune, full retrain, batch update over the last w spans."""
+"""Strategies without machinery: absorb, frozen, fine-tune, full retrain, batch update over the last w spans."""
 
 import copy
-import time
 from dataclasses import dataclass, replace
 
 from freshrec.data.batches import append, due_targets, released, settle
 from freshrec.learn.fit import Clock, Fit, adapt, carried_by, finish, fresh, grid, start, successor
-from freshrec.learn.listwise import refit
-from freshrec.options import Count, CountOrNone, Positive, check_options
 from freshrec.types import Events, Histories, Span, State
 
 
@@ -32,34 +29,6 @@ class Absorb:
         model.grow(span.n_users, span.n_items)
         recent = settle(state.recent, model.spec.length)
         return replace(state, model=model, recent=recent, spans_seen=state.spans_seen + 1)
-
-
-@dataclass(frozen=True)
-class Refit:
-    """Learn again how the experts of a blend are joined; what they count, the replay has already given them."""
-
-    decay: Positive = 1e-4  # on the squares of the weights
-    least: Count = 300  # queries to learn from; with fewer the best expert speaks alone
-    epochs: CountOrNone = 6  # of the network that corrects the weights; 0: weights only
-    needs = "experts"
-    base = "absorb"
-
-    def __post_init__(self) -> None:
-        check_options(self)
-
-    def alternatives(self) -> "tuple[Refit, ...]":
-        """Nothing to tune."""
-        return (self,)
-
-    def work(self, sizes: list[int], base_epochs: int) -> list[float]:
-        """Nothing to train by gradients on events."""
-        return [0.0] * len(sizes)
-
-    def update(self, state: State, span: Span) -> State:
-        """The same experts, joined by what was remembered up to now."""
-        after, since = Absorb().update(state, span), time.process_time()
-        refit(after.model, self.decay, self.least, self.epochs)
-        return replace(after, costs={"refit_cpu_s": time.process_time() - since})
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,96 @@
+"""Pooled: the mean of the history's item vectors, older ones weighing less; each position predicts the next item.
+
+No attention and no layers: one decay is learnt, and two vectors an item: as what was taken, and as what may be next.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from freshrec.models.layers import best_inner_product, first_of, sampled_logits
+from freshrec.models.tables import Table
+from freshrec.options import Count, Positive, check_options
+from freshrec.types import Batch, Events, Forward, Histories
+
+
+@dataclass(frozen=True)
+class PooledSpec:
+    """Options of the pooled model."""
+
+    d: Count = 64
+    length: Count = 50
+    lr: Positive = 0.004
+    batch: Count = 48  # windows, each with up to `length` targets
+    negatives: Count = 512
+    std: Positive = 0.04
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def build(self, seed: int) -> "Pooled":
+        """A model without users and items."""
+        return Pooled(self, seed)
+
+
+class Pooled(nn.Module):
+    """A `VectorModel` with K = 1: u = sum_t w_t e_t / sum_t w_t, w_t = exp(-fading age(t)); ages count events."""
+
+    unit = "window"
+
+    def __init__(self, spec: PooledSpec, seed: int) -> None:
+        super().__init__()
+        self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
+        self.moments: dict[str, Tensor] = {}
+        self.taken, self.items = Table(spec.d, spec.std, seed), Table(spec.d, spec.std, seed + 1)
+        self.fading = nn.Parameter(torch.tensor(-0.5))  # before softplus
+
+    def grow(self, n_users: int, n_items: int) -> None:
+        """Make room for new users and items."""
+        self.n_users, self.n_items = n_users, n_items
+        self.taken.grow(n_items)
+        self.items.grow(n_items)
+
+    def absorb(self, events: Events, histories: Histories) -> None:
+        """Nothing: this model learns by gradients only."""
+
+    def forward(self, batch: Batch) -> Forward:
+        """Sampled softmax at each position that has a target."""
+        assert batch.targets_BT is not None and batch.negatives_N is not None
+        real_BT, negative_N = batch.history_BT > 0, batch.negatives_N
+        wanted_BT = real_BT & (batch.targets_BT > 0)
+        target_B = batch.targets_BT[wanted_BT]
+        history_BTD = self.taken.pull(batch.history_BT.reshape(-1)).view(*batch.history_BT.shape, -1)
+        user_BD = (self._weights(real_BT) @ history_BTD)[wanted_BT]
+        pulled = self.items.pull(torch.cat([target_B, negative_N]))
+        target_BD, negative_ND = pulled.split([len(target_B), len(negative_N)])
+        logits_BN = sampled_logits(user_BD, target_BD, negative_ND, target_B, negative_N)
+        return Forward(first_of(logits_BN), user_BD[:, None], target_BD, logits_BN)
+
+    def _weights(self, real_BT: Tensor) -> Tensor:
+        """(B, T, T): of each earlier event at each position; a row adds up to 1, or to 0 where nothing came before."""
+        step_T = torch.arange(real_BT.shape[1])
+        age_TT = step_T[:, None] - step_T
+        weight_TT = torch.exp(-F.softplus(self.fading) * age_TT.clamp(min=0)) * (age_TT >= 0)
+        weight_BTT = weight_TT * real_BT[:, None]
+        total_BT1: Tensor = weight_BTT.sum(2, keepdim=True)
+        return weight_BTT / total_BT1.clamp(min=1e-9)
+
+    def user_vectors(self, batch: Batch) -> Tensor:
+        """(B, 1, D); zero without history."""
+        if batch.history_BT.shape[1] == 0:
+            return torch.zeros(len(batch), 1, self.spec.d)
+        with torch.no_grad():
+            age_T = torch.arange(batch.history_BT.shape[1] - 1, -1, -1)
+            weight_BT = torch.exp(-F.softplus(self.fading) * age_T) * (batch.history_BT > 0)
+            weight_BT = weight_BT / weight_BT.sum(1, keepdim=True).clamp(min=1e-9)
+            return weight_BT[:, None] @ self.taken.weights[batch.history_BT]
+
+    def item_vectors(self) -> Tensor:
+        """(n_items + 1, D)"""
+        return self.items.weights
+
+    def score(self, batch: Batch, items: Tensor) -> Tensor:
+        """u . e_i"""
+        return best_inner_product(self.user_vectors(batch), self.items.weights[items])
