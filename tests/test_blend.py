@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from freshrec.data.batches import append, random_source
+from freshrec.data.batches import append, due_targets, random_source
 from freshrec.learn.checkpoint import load_state, save_state
 from freshrec.learn.fit import Fit
 from freshrec.learn.listwise import corrected, fit_listwise, refit
@@ -248,6 +248,17 @@ def test_the_trained_expert_is_heard_on_what_it_had_not_learnt_and_then_learns_i
     assert not any(bool(state.model.experts.trained.items.steps_R.any()) for state in counting)
     moved = [state.model.experts.trained.items.weights for state in after]
     assert not torch.equal(*moved)
+
+
+def test_a_large_log_gets_fewer_epochs_or_only_its_latest_targets() -> None:
+    histories = append(Histories.empty(), chain(100, 0), USERS)
+    targets = due_targets(histories)
+    for passes, n_epochs, n_targets in ((500, 5, 100), (250, 2, 100), (40, 1, 40)):
+        fit, kept = Refit(passes=passes)._within(Fit(epochs=5), targets)
+        assert (fit.epochs, len(kept)) == (n_epochs, n_targets)
+        times = histories.times_R[kept.rows_N]
+        assert times.min() == 100 - n_targets  # the latest, in the order that they had
+        assert torch.equal(kept.rows_N, kept.rows_N.sort().values)
 
 
 def test_what_the_trained_expert_said_of_the_base_block_is_not_made_of_its_last_window() -> None:

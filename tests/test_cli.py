@@ -15,6 +15,7 @@ from freshrec.models import MODELS, find_model
 from freshrec.recipes import LogRecipe, Recipe, save_recipe
 from freshrec.replay.metrics import METRICS
 from freshrec.strategies import STRATEGIES, find_strategy
+from freshrec.strategies.refit import SPEED
 
 
 @pytest.fixture
@@ -52,6 +53,17 @@ def test_fit_update_and_recommend_hand_a_recommender_on(
     rows = json.loads(answer(capsys, "recommend", at, "3", "99999", "--k", "2", "--json"))
     assert [(row["user_id"], row["rank"]) for row in rows] == [(3, 1), (3, 2), (99999, 1), (99999, 2)]
     assert [row["fallback"] for row in rows] == [None, None, "unknown user", "unknown user"]
+
+
+def test_what_is_fitted_without_options_is_the_blend_and_a_budget_sizes_its_training(
+    logs: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at = tmp_path / "at", tmp_path / "sized"
+    fitted = json.loads(answer(capsys, "fit", logs[0], "--out", str(at[0]), *COLUMNS, "--json"))
+    assert (fitted["model"], fitted["strategy"]) == ("blend", "refit")
+    fitted = json.loads(answer(capsys, "fit", logs[0], "--out", str(at[1]), "--budget", "2m", *COLUMNS, "--json"))
+    assert fitted["strategy"] == f"refit:passes={120 * SPEED}"
+    answer(capsys, "update", logs[1], "--at", str(at[1]))
 
 
 def test_a_blend_says_why_it_offers_an_item(
@@ -137,6 +149,9 @@ FAILS = [
     (["fit", "LOG", "--out", "OUT", "--strategy", "fintune"], 2, 'did you mean "finetune"?'),
     (["fit", "LOG", "--out", "OUT", "--model", "mf", "--strategy", "imsr"], 5, "several interests"),
     (["fit", "LOG", "--out", "OUT", "--model", "mf:dim=3"], 2, "dim"),
+    (["fit", "LOG", "--out", "OUT", "--budget", "10"], 2, '"10" is no time; write 90s, 10m or 2h'),
+    (["fit", "LOG", "--out", "OUT", "--budget", "0m"], 2, '"0m" is no time'),
+    (["fit", "LOG", "--out", "OUT", "--budget", "10m", "--model", "mf"], 2, "--budget sizes the blend"),
     (["fit", "LOG", "--out", "OUT"], 3, "no user_id"),
     (["fit", "OUT", "--out", "OUT"], 3, "OUT"),
     (["fit", "LOG", "--out", "FULL", *COLUMNS], 2, "holds something else"),

@@ -98,6 +98,16 @@ def test_every_recipe_of_the_repository_is_valid() -> None:
     assert all(isinstance(load_recipe(file), Recipe) and cells_of(load_recipe(file)) for file in files)
 
 
+def test_counters_are_replayed_at_each_cadence_and_trained_models_at_the_first() -> None:
+    part = {"models": ["mf", "markov"], "strategies": ["finetune", "absorb"], "controls": [], "cadence": [4, 1]}
+    found = [(cell.model, cell.strategy, cell.cadence) for cell in cells_of(recipe_from({"replay": part}))]
+    assert found == [("mf", "finetune x4", 4), ("markov", "absorb x4", 4), ("markov", "absorb", 1)]
+    assert {cell.cadence for cell in cells_of(recipe_from({"replay": part | {"cadence": 2}}))} == {2}
+    for wrong in (0, [], [1, 0], "often"):
+        with pytest.raises(OptionError, match="cadence"):
+            recipe_from({"replay": {"cadence": wrong}})
+
+
 def test_a_strategy_runs_on_the_models_it_fits_and_is_an_error_only_where_it_fits_none() -> None:
     both = recipe_from({"replay": {"models": ["sasrec", "mind"], "strategies": ["imsr"], "controls": []}})
     assert [cell.model for cell in cells_of(both)] == ["mind"]

@@ -160,7 +160,7 @@ def test_a_folder_takes_no_results_of_another_log_or_of_other_options(tmp_path: 
     later = replace(span, events=replace(span.events, times_E=span.events.times_E + 1))
     others = (
         ([cell], replace(parts, spans=(*parts.spans[:-1], later)), Settings()),
-        ([cell], parts, Settings(cadence=2)),
+        ([replace(cell, cadence=2)], parts, Settings()),
         ([replace(cell, update=find_strategy("finetune:fit.epochs=7"))], parts, Settings()),
     )
     for cells, spans, settings in others:
@@ -252,7 +252,7 @@ def test_a_finer_cadence_asks_the_same_targets_and_its_first_block_meets_the_sam
 ) -> None:
     parts = cut_of(world())
     for cadence in (1, 2):
-        list(islice(replay_cell(cell, parts, Settings(cadence), tmp_path / str(cadence)), 2))
+        list(islice(replay_cell(replace(cell, cadence=cadence), parts, Settings(), tmp_path / str(cadence)), 2))
     one, two = (ranks_of(cell, tmp_path / str(cadence), 1).filter(pl.col("after") == 0) for cadence in (1, 2))
     assert one.select("event", "user").equals(two.select("event", "user"))  # one row per target
     early = pl.col("event") < len(parts.spans[1].events) // 2

@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from freshrec.cli_options import pairs, words
+from freshrec.cli_options import pairs, seconds, words
 from freshrec.cli_replay import demo, replay
 from freshrec.data.formats import FORMATS
 from freshrec.data.log import ALIASES, read_log
 from freshrec.data.validate import Report
 from freshrec.data.validate import validate as report_of
-from freshrec.errors import FreshrecError, unknown
+from freshrec.errors import FreshrecError, OptionError, unknown
 
 if TYPE_CHECKING:
     from freshrec.serve.recommender import Recommender
@@ -66,18 +66,24 @@ def validate(
 def fit(
     log: LogPath,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the recommender is saved.")],
-    model: Annotated[str, typer.Option(help="See `freshrec list models`.")] = "sasrec",
+    model: Annotated[str, typer.Option(help="See `freshrec list models`.")] = "blend",
     strategy: Annotated[str | None, typer.Option(help="How updates learn; see `freshrec list strategies`.")] = None,
     columns: Columns = "",
     format_name: FormatName = None,
     events: EventTypes = "",
     seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
+    budget: Annotated[str, typer.Option(help="Time for the blend's training, as in 90s, 10m or 2h.")] = "",
     as_json: AsJson = False,
 ) -> None:
     """Learn from a whole log, once; after that `update` needs the new events only."""
     from freshrec.serve.recommender import Recommender, check_folder
+    from freshrec.strategies.refit import SPEED
 
     check_folder(out)
+    if budget and model.partition(":")[0] != "blend":
+        raise OptionError(f'--budget sizes the blend; "{model}" trains as its options say, as in fit.base_epochs=5.')
+    if budget:
+        strategy = f"{strategy or 'refit'}:passes={seconds(budget) * SPEED}"
     since, recommender = time.perf_counter(), Recommender(model, strategy, seed)
     recommender.fit(log, columns=pairs(columns), format=format_name, events=words(events)).save(out)
     _print_learnt(recommender, {}, time.perf_counter() - since, out, as_json)

@@ -17,3 +17,11 @@ def pairs(text: str) -> dict[str, str]:
 def words(text: str) -> list[str]:
     """`a,b` as a list."""
     return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def seconds(text: str) -> int:
+    """`90s`, `10m` or `2h` in seconds. OptionError for anything else."""
+    number, unit = text[:-1], {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
+    if unit is None or not number.isdecimal() or not int(number):
+        raise OptionError(f'"{text[:60]}" is no time; write 90s, 10m or 2h.')
+    return int(number) * unit

@@ -51,7 +51,9 @@ def replay(
     min_events: Annotated[int | None, typer.Option(help="Leave out users with fewer events.")] = None,
     min_history: Annotated[int | None, typer.Option(help="Events a user needs before a target.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Training seeds.")] = None,
-    cadence: Annotated[int | None, typer.Option(help="Blocks to a span; counters learn after each.")] = None,
+    cadence: Annotated[
+        str | None, typer.Option(help="Blocks to a span; counters learn after each. 1,4 for both.")
+    ] = None,
     metrics: Annotated[str | None, typer.Option(help="As in ndcg@20,hr@10.")] = None,
     data: Annotated[str | None, typer.Option(help="The folder where a recipe's log lies.")] = None,
     columns: Annotated[str | None, typer.Option(help="Our names and yours, as in user_id=uid.")] = None,
@@ -77,7 +79,8 @@ def replay(
         },
         "replay": {
             "models": _maybe(words, models), "strategies": _maybe(words, strategies), "seeds": seeds,
-            "cadence": cadence, "metrics": _maybe(words, metrics), "tune": tune, "min_history": min_history,
+            "cadence": _maybe(words, cadence), "metrics": _maybe(words, metrics), "tune": tune,
+            "min_history": min_history,
         },
     }  # fmt: skip
     recipe = resolved(recipe_file, given)

@@ -2,11 +2,11 @@
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import polars as pl
 import tomli_w
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from freshrec.data.log import Log, before, positives, read_log
 from freshrec.data.spans import Cut, cut
@@ -19,7 +19,7 @@ from freshrec.replay.metrics import parse, sampled
 from freshrec.replay.replay import Cell, Settings, check, check_clicks
 from freshrec.replay.significance import Equal
 from freshrec.strategies import find_strategy
-from freshrec.types import VALID
+from freshrec.types import VALID, TrainedModel
 
 
 class LogRecipe(BaseModel, extra="forbid", frozen=True):
@@ -55,6 +55,13 @@ class SpansRecipe(BaseModel, extra="forbid", frozen=True):
     sessions: bool = False  # a user of the next span is somebody else: histories end with the span
 
 
+Cadence = Annotated[  # a number or a list of them
+    list[Annotated[int, Field(ge=1)]],
+    Field(min_length=1),
+    BeforeValidator(lambda value: value if isinstance(value, list) else [value]),
+]
+
+
 class ReplayRecipe(BaseModel, extra="forbid", frozen=True):
     """[replay] What is compared. Controls run with every replay: no table is printed without them."""
 
@@ -63,7 +70,7 @@ class ReplayRecipe(BaseModel, extra="forbid", frozen=True):
     also: list[str] = []  # further pairs, as in "comirec-dr-k1/finetune"
     controls: list[str] = list(CONTROLS)
     seeds: int = Field(default=1, ge=1)
-    cadence: int = Field(default=1, ge=1)
+    cadence: Cadence = [1]  # blocks to a span; with several, all but trained models are replayed at each
     min_history: int = Field(default=1, ge=0)
     tune: bool = False
     unseen: Literal["miss", "drop"] = "miss"  # events of items no model can know: missed, or left out of the test
@@ -158,21 +165,23 @@ def settings_of(recipe: Recipe) -> Settings:
         if part.tune or part.unseen != "miss" or part.mean != "users":
             raise OptionError("tune, unseen and mean are of rankings; on a log with exposures leave them out.")
         asked = Asked(min_history=part.min_history)
-        return Settings(part.cadence, asked, last_update=part.last_update)
+        return Settings(asked, last_update=part.last_update)
     for metric in part.metrics:
         parse(metric)
     asked = Asked(min_history=part.min_history, among=sampled(part.metrics), unseen=part.unseen)
-    return Settings(part.cadence, asked, part.tune, part.last_update)
+    return Settings(asked, part.tune, part.last_update)
 
 
 def cells_of(recipe: Recipe) -> list[Cell]:
-    """Every control, and every model with every strategy that can update it, once per seed.
+    """Every control, and every model with every strategy that can update it, once per seed and cadence.
 
-    A strategy that fits none of the models is an error; one that fits only some of them is left out for the others.
+    A trained model learns when a span is over, and meets the first cadence only. A strategy that fits none of the
+    models is an error; one that fits only some of them is left out for the others.
     """
     part = recipe.replay
     cells: list[Cell] = []
     refused: dict[str, IncompatibleError] = {}
+    fitting: set[str] = set()
     named = [(name, "absorb") for name in part.controls if not recipe.log.exposures]  # they say nothing of clicks
     named += [(model, strategy) for model in part.models for strategy in part.strategies]
     named += [(model, strategy) for model, _, strategy in (pair.partition("/") for pair in part.also)]
@@ -185,9 +194,12 @@ def cells_of(recipe: Recipe) -> list[Cell]:
         except IncompatibleError as problem:
             refused.setdefault(strategy, problem)
             continue
+        fitting.add(strategy)
         seeds = 1 if model.partition(":")[0] in COUNTERS else part.seeds
-        cells += [Cell(model, spec, strategy, update, seed) for seed in range(seeds)]
+        for cadence in part.cadence[:1] if isinstance(spec.build(0), TrainedModel) else dict.fromkeys(part.cadence):
+            label = strategy if cadence == 1 else f"{strategy} x{cadence}"
+            cells += [Cell(model, spec, label, update, seed, cadence) for seed in range(seeds)]
     for strategy, reason in refused.items():
-        if strategy not in {cell.strategy for cell in cells}:
+        if strategy not in fitting:
             raise reason
     return cells

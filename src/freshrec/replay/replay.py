@@ -52,6 +52,7 @@ class Cell:
     strategy: str
     update: Strategy
     seed: int
+    cadence: int = 1  # blocks a span is replayed in: measure, count; the neural update comes at the span's end
 
     @property
     def name(self) -> str:
@@ -63,7 +64,6 @@ class Cell:
 class Settings:
     """What all cells of a replay share."""
 
-    cadence: int = 1  # blocks a span is replayed in: measure, count; the neural update comes at the span's end
     asked: Asked = Asked()
     tune: bool = False  # choose each update's knobs by the span before
     last_update: bool = True  # after the last span too, although nothing tests it
@@ -129,7 +129,7 @@ def replay_cell(cell: Cell, cut: Cut, settings: Settings, out: Path, base: State
         costs: dict[str, float] = {}
         is_over = span.index == len(cut.spans) - 1 and not settings.last_update
         if state.spans_seen:
-            state, new_rows, new_asked = _tested(state, _blocks(span, cut, settings), span, settings, clock)
+            state, new_rows, new_asked = _tested(state, _blocks(span, cut, cell.cadence), span, settings, clock)
             rows, asked = rows + new_rows, [*asked, *new_asked]
             if settings.tune and before is not None and not is_over:
                 strategy, costs = _tuned(cell.update, before, cut.spans[span.index - 1], span, settings)
@@ -169,7 +169,7 @@ def _resumed(
     state, before = load_tree(saved)
     recent, asked = Histories.empty(), []
     for span in cut.spans[: state.spans_seen]:  # the queries are made of the log alone, so they need not be saved
-        for block in _blocks(span, cut, settings) if span.index else []:
+        for block in _blocks(span, cut, cell.cadence) if span.index else []:
             if block.events.labels_E is None:
                 asked.append((span.index, _secret(queries_of(recent, block, state.model.spec.length, settings.asked))))
             recent = append(recent, block.events, span.n_users)
@@ -177,8 +177,8 @@ def _resumed(
     return state, before, asked
 
 
-def _blocks(span: Span, cut: Cut, settings: Settings) -> list[Block]:
-    return blocks_of(span, cut.spans[span.index - 1].n_items, settings.cadence)
+def _blocks(span: Span, cut: Cut, cadence: int) -> list[Block]:
+    return blocks_of(span, cut.spans[span.index - 1].n_items, cadence)
 
 
 def _secret(queries: Queries) -> Queries:

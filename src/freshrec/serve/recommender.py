@@ -61,9 +61,7 @@ class Recommender:
     OptionError for an unknown name, IncompatibleError where the strategy cannot update the model.
     """
 
-    def __init__(
-        self, model: str | ModelSpec = "sasrec", strategy: str | Strategy | None = None, seed: int = 0
-    ) -> None:
+    def __init__(self, model: str | ModelSpec = "blend", strategy: str | Strategy | None = None, seed: int = 0) -> None:
         spec = find_model(model) if isinstance(model, str) else model
         empty = spec.build(seed)
         if strategy is None:

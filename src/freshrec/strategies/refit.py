@@ -14,6 +14,7 @@ from freshrec.strategies.plain import Absorb
 from freshrec.types import NEVER, Histories, Span, State
 
 JUDGED = 1407  # tells the random numbers from others
+SPEED = 30_000  # passes in a second, with as much time again for what counts: half of what one core does
 QUERIES = 1000  # by which the epochs of the first training are chosen
 
 
@@ -26,6 +27,7 @@ class Refit:
     epochs: CountOrNone = 6  # of the network that corrects the weights; 0: weights only
     trains: bool = True  # the expert that learns by gradients; false: counters alone
     fit: Fit = Fit(epochs=3, max_epochs=30, patience=3)  # how it is trained
+    passes: Count = 6_000_000  # targets of one training, epochs counted: a large log gets fewer epochs, or its latest
     needs = "experts"
     base = "absorb"
 
@@ -38,7 +40,8 @@ class Refit:
 
     def work(self, sizes: list[int], base_epochs: int) -> list[float]:
         """What the trained expert passes."""
-        return self.fit.work(sizes, base_epochs) if self.trains else [0.0] * len(sizes)
+        work = self.fit.work(sizes, base_epochs) if self.trains else [0.0] * len(sizes)
+        return [min(passes, float(self.passes)) for passes in work]
 
     def update(self, state: State, span: Span) -> State:
         """The same experts, joined by what was remembered up to now, then trained on what is new."""
@@ -69,3 +72,9 @@ class Refit:
         clock.timed("train_cpu_s", since)
         model.hear_trained()
         return late
+
+    def _within(self, fit: Fit, targets: Targets) -> tuple[Fit, Targets]:
+        """Fewer epochs, and in the end fewer targets, the latest, where there would be too many passes."""
+        latest = targets.histories.times_R[targets.rows_N].argsort(stable=True)[-self.passes :].sort().values
+        n_epochs = max(1, min(fit.epochs, self.passes // max(1, len(latest))))
+        return replace(fit, epochs=n_epochs), targets[latest]
