@@ -201,11 +201,12 @@ class Blend:
 
     def hear_trained(self) -> None:
         """Add the opinion of the trained expert to what waits for it; it must not have learnt from what came later."""
+        self.experts.unsettle()
         x_QCF = self.remembered.x_QCF.clone()
         first = len(x_QCF) - sum(len(part.users_B) for part in self.waiting)
         for part in self.waiting:
-            logit_BI = self.experts.logits(Batch(part.users_B, part.history_BT))
-            opinion = self.experts.opinion(part.items_BC, logit_BI)
+            asked = self.experts.asked(Batch(part.users_B, part.history_BT))
+            opinion = self.experts.opinion(part.items_BC, *asked)
             rows, n = slice(first, first + len(part.users_B)), part.kept_BC.shape[1]
             for column, value_BC in zip((N - 1, 2 * N - 1), opinion):
                 x_QCF[rows, :n, column] = value_BC.gather(1, part.kept_BC).half()
@@ -216,7 +217,7 @@ class Blend:
         """(B, C) items, 0 where a user has fewer, and how likely each is the next among them; 0 is no opinion."""
         items_BC, x_BCF = self.experts.describe(batch, self.window)
         if self.rule is None:
-            share_BC = x_BCF[..., self.trusted].exp() - self.experts.floor
+            share_BC = x_BCF[..., self.trusted].exp() - self.experts.settled.floor
             return items_BC, torch.where((items_BC > 0) & (share_BC > 1e-9), share_BC, 0.0)
         score_BC = self.rule.scores(x_BCF).masked_fill(items_BC == 0, -torch.inf)
         return items_BC, score_BC.softmax(1).nan_to_num(0.0)

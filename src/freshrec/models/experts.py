@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -38,6 +38,8 @@ FEATURES = (
 )  # fmt: skip
 FLOOR = 0.1  # events' worth of probability, shared by all items, known, that an expert gives to those it is silent on
 ENTRIES = 8_000_000  # users x items on one board
+LATELY = "popularity-1"
+SHELF = 8192  # items, those most taken lately (by LATELY), among which the trained expert looks for what it offers
 
 
 class Counter(Model, Protocol):
@@ -45,6 +47,16 @@ class Counter(Model, Protocol):
 
     def sparse(self, batch: Batch) -> Any:
         """(B, I + 1) scores as a sparse matrix; what is not in it is 0, which is no opinion."""
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What stays as it is until more is counted or learnt."""
+
+    floor: float  # what an expert that is silent on an item is taken to think of it: a share
+    popular: dict[str, tuple[Floats, Ints]]  # of each popularity (I + 1,) log shares, and the best items
+    shelf_S: Tensor  # what the trained expert may offer: items that it has learnt
+    shelf_SD: Tensor  # their vectors
 
 
 class Experts:
@@ -55,44 +67,55 @@ class Experts:
         self.counters: dict[str, Model] = {name: counter.build(seed) for name, counter in COUNTING.items()}
         self.trained: Pooled = TRAINED.build(seed)  # by the strategy; until then it has no opinion
         self.facts = Facts.empty()
-        self._best: dict[str, Ints] = {}  # the popular items, found when first asked
+        self._settled: Settled | None = None  # made when first asked
 
     def grow(self, n_users: int, n_items: int) -> None:
         """Make room for new users and items."""
         for expert in (*self.counters.values(), self.trained):
             expert.grow(n_users, n_items)
         self.facts.grow(n_items)
-        self.n_items = n_items
+        self.n_items, self._settled = n_items, None
 
     def absorb(self, events: Events, histories: Histories, targets: Targets) -> None:
         """Count the events; `targets` are the same, in their histories."""
         for counter in self.counters.values():
             counter.absorb(events, histories)
-        self._best = {}
         self.facts.absorb(targets)
+        self._settled = None
 
     @property
     def is_trained(self) -> bool:
         """Whether the trained expert has learnt anything."""
         return bool(self.trained.items.steps_R.any())
 
-    def logits(self, batch: Batch) -> Tensor:
-        """(B, I + 1) what the trained expert thinks; -inf of items, and of histories, that it has not learnt."""
-        if not self.is_trained:
-            return torch.full((len(batch), self.n_items + 1), -torch.inf)
-        learnt_I, taken_I = self.trained.items.steps_R > 0, self.trained.taken.steps_R > 0
-        history_BT = closed(torch.where(taken_I[batch.history_BT], batch.history_BT, 0))
-        vectors_BD = self.trained.user_vectors(replace(batch, history_BT=history_BT))[:, 0]
-        known_BI = learnt_I & (history_BT > 0).any(1)[:, None]
-        return (vectors_BD @ self.trained.items.weights.T).masked_fill_(~known_BI, -torch.inf)
+    def unsettle(self) -> None:
+        """To be called after `trained` has learnt."""
+        self._settled = None
 
-    def opinion(self, items_BC: Tensor, logit_BI: Tensor) -> tuple[Tensor, Tensor]:
-        """What the trained expert thinks of the candidates: log share among them (B, C), and log rank."""
-        logit_BC = logit_BI.gather(1, items_BC)
-        known_BC = logit_BC > -torch.inf
+    def asked(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The trained expert's vectors of the users (B, D), and whether it has learnt any of their items (B,)."""
+        history_BT = closed(torch.where(self.trained.taken.steps_R[batch.history_BT] > 0, batch.history_BT, 0))
+        vectors_BD = self.trained.user_vectors(replace(batch, history_BT=history_BT))[:, 0]
+        return vectors_BD, (history_BT > 0).any(1)
+
+    def _liked(self, vectors_BD: Tensor, known_B: Tensor) -> Ints:
+        """(B, K) the items on the shelf that the trained expert likes best; 0 where it knows nothing of the user."""
+        shelf_S = self.settled.shelf_S
+        best_BK = (vectors_BD @ self.settled.shelf_SD.T).topk(min(self.offered, len(shelf_S))).indices
+        liked_BK: Ints = torch.where(known_B[:, None], shelf_S[best_BK], 0).numpy()
+        return liked_BK
+
+    def opinion(self, items_BC: Tensor, vectors_BD: Tensor, known_B: Tensor) -> tuple[Tensor, Tensor]:
+        """What the trained expert thinks of the candidates: log share among them (B, C), and log rank.
+
+        It is silent on items, and on histories, that it has not learnt.
+        """
+        items, silent = self.trained.items, self.offered + 1
+        known_BC = (items.steps_R[items_BC] > 0) & known_B[:, None]
+        logit_BC = (items.weights[items_BC] @ vectors_BD[..., None])[..., 0].masked_fill(~known_BC, -torch.inf)
         rank_BC = 1 + logit_BC.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        rank_BC = torch.where(known_BC, rank_BC, self.offered + 1).clamp(max=self.offered + 1)
-        return (logit_BC.softmax(1).nan_to_num(0.0) + self.floor).log(), rank_BC.log()
+        rank_BC = torch.where(known_BC, rank_BC, silent).clamp(max=silent)
+        return (logit_BC.softmax(1).nan_to_num(0.0) + self.settled.floor).log(), rank_BC.log()
 
     def describe(self, batch: Batch, window: int) -> tuple[Tensor, Tensor]:
         """The candidates (B, C), 0 where a user has fewer, and their features (B, C, F).
@@ -115,19 +138,17 @@ class Experts:
         history_BT = closed(self.facts.known(batch.history_BT[which][:, -self.length :]))
         batch, n = Batch(batch.users_B[which], history_BT), len(which)
         said = [self._said(name, batch) for name in self.counters]
-        logit_BI = self.logits(batch)
-        top = logit_BI.topk(min(self.offered, self.n_items))
-        liked_BK = torch.where(top.values > -torch.inf, top.indices, 0).numpy()
-        offered = [history_BT.numpy(), *(offered_BK for _, offered_BK in said), liked_BK]
+        vectors_BD, known_B = self.asked(batch)
+        offered = [history_BT.numpy(), *(offered_BK for _, offered_BK in said), self._liked(vectors_BD, known_B)]
         items_BC = distinct(np.concatenate(offered, axis=1))
-        board, floor, columns = Board(n, self.n_items + 1), self.floor, []
+        board, columns = Board(n, self.n_items + 1), []
         for scores, _ in said:
             if isinstance(scores, np.ndarray):
-                share_BC = scores[items_BC] / max(float(scores.sum()), 1e-9)
+                columns.append(scores[items_BC])
             else:
                 share_BC = board.of(items_BC, scores) / np.maximum(np.asarray(scores.sum(1)), 1e-9)[:, None]
-            columns.append(np.log(share_BC + floor))
-        shares_BC, ranks_BC = self.opinion(torch.from_numpy(items_BC), logit_BI)
+                columns.append(np.log(share_BC + self.settled.floor))
+        shares_BC, ranks_BC = self.opinion(torch.from_numpy(items_BC), vectors_BD, known_B)
         columns.append(shares_BC.numpy())
         for _, offered_BK in said:
             place_K = np.arange(self.offered, self.offered - offered_BK.shape[1], -1)
@@ -137,21 +158,30 @@ class Experts:
         return items_BC, np.stack(columns, axis=2, dtype=np.float32)
 
     def _said(self, name: str, batch: Batch) -> tuple[Any, Ints]:
-        """What a counter thinks: its scores, an array where they are the same for all, and its best items (B, K)."""
-        counter = self.counters[name]
-        if not isinstance(counter, Popularity):
-            scores_BI = cast(Counter, counter).sparse(batch)
-            return scores_BI, best(scores_BI, self.offered)[0]
-        score_I = counter.counts_I.numpy()
-        if name not in self._best:
-            best_K = np.argsort(-score_I, kind="stable")[: self.offered]
-            self._best[name] = best_K[score_I[best_K] > 0]
-        return score_I, np.broadcast_to(self._best[name], (len(batch), len(self._best[name])))
+        """What a counter thinks, and its best items (B, K): its scores, or log shares (I + 1,) that all users have."""
+        if name in self.settled.popular:
+            log_share_I, best_K = self.settled.popular[name]
+            return log_share_I, np.broadcast_to(best_K, (len(batch), len(best_K)))
+        scores_BI = cast(Counter, self.counters[name]).sparse(batch)
+        return scores_BI, best(scores_BI, self.offered)[0]
 
     @property
-    def floor(self) -> float:
-        """What an expert that is silent on an item is taken to think of it: a share."""
-        return FLOOR / max(1, int((self.facts.events_I > 0).sum()))
+    def settled(self) -> Settled:
+        """Made when first asked for, after something was counted or learnt."""
+        if self._settled is None:
+            floor = FLOOR / max(1, int((self.facts.events_I > 0).sum()))
+            popular, lately_I = {}, np.zeros(self.n_items + 1, np.float32)
+            for name, counter in self.counters.items():
+                if isinstance(counter, Popularity):
+                    score_I = counter.counts_I.numpy()
+                    best_K = np.argsort(-score_I, kind="stable")[: self.offered]
+                    share_I = score_I / max(float(score_I.sum()), 1e-9)
+                    popular[name] = np.log(share_I + floor), best_K[score_I[best_K] > 0]
+                    lately_I = score_I if name == LATELY else lately_I
+            shelf_S = torch.from_numpy(np.argsort(-lately_I, kind="stable")[:SHELF])
+            shelf_S = shelf_S[torch.from_numpy(lately_I)[shelf_S].gt(0) & self.trained.items.steps_R[shelf_S].gt(0)]
+            self._settled = Settled(floor, popular, shelf_S, self.trained.items.weights[shelf_S])
+        return self._settled
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything they know."""
@@ -168,7 +198,7 @@ class Experts:
         self.facts = Facts.load(part_of(tensors, "facts"))
         self.trained.load_state_dict(part_of(tensors, "trained"))
         self.trained.moments = part_of(tensors, "moments")
-        self._best = {}
+        self._settled = None
 
 
 def part_of(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -115,7 +115,7 @@ class Pairs:
         """(B, I + 1) scores as a sparse matrix."""
         scores_BI = self._question(batch) @ self.pairs_II
         if not self.kind.directed:
-            scores_BI.data /= np.sqrt(self.mass_I + PRIOR)[scores_BI.indices]
+            scores_BI.data /= np.sqrt(self.mass_I[scores_BI.indices] + PRIOR)
         return scores_BI
 
     def because(self, batch: Batch, item: int) -> int:
@@ -131,13 +131,12 @@ class Pairs:
     def _question(self, batch: Batch) -> Any:
         """The weights of the recent items, as a sparse (B, I) matrix."""
         recent_BT = batch.history_BT[:, -self.kind.recent :].numpy()
+        mass_BT, age_T = self.mass_I[recent_BT], np.arange(recent_BT.shape[1] - 1, -1, -1)
         if self.kind.directed:
-            weight_I = 1 / (self.mass_I + PRIOR)
+            weight_BT = 1 / (mass_BT + PRIOR)
         else:
-            weight_I = np.log1p(self.mass_I.sum() / (1 + self.mass_I)) / np.sqrt(self.mass_I + PRIOR)
-        weight_I[0] = 0  # padding
-        age_T = np.arange(recent_BT.shape[1] - 1, -1, -1)
-        weight_BT = (weight_I[recent_BT] * self.kind.fading**age_T).astype(np.float32)
+            weight_BT = np.log1p(self.mass_I.sum() / (1 + mass_BT)) / np.sqrt(mass_BT + PRIOR)
+        weight_BT = (np.where(recent_BT > 0, weight_BT, 0) * self.kind.fading**age_T).astype(np.float32)
         indptr = np.arange(len(batch) + 1) * recent_BT.shape[1]
         return sparse.csr_array((weight_BT.ravel(), recent_BT.ravel(), indptr), shape=(len(batch), self.n_items + 1))
 

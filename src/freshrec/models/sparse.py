@@ -43,13 +43,13 @@ def best(scores_BN: Any, k: int) -> tuple[Ints, Floats]:
     """Columns and values (B, K) of the largest entries of each row, the best first; 0 where there are fewer."""
     n_B = np.diff(scores_BN.indptr)
     width = int(n_B.max(initial=0))
-    row_E = np.repeat(np.arange(len(n_B)), n_B)
-    at_E = np.arange(scores_BN.nnz) - np.repeat(scores_BN.indptr[:-1], n_B)
-    values_BW, columns_BW = np.zeros((len(n_B), width), np.float32), np.zeros((len(n_B), width), np.int64)
-    values_BW[row_E, at_E], columns_BW[row_E, at_E] = scores_BN.data, scores_BN.indices
+    values_BW = np.zeros((len(n_B), width), np.float32)
+    values_BW[np.arange(width) < n_B[:, None]] = scores_BN.data
     top = torch.from_numpy(values_BW).topk(min(k, width))
-    values_BK = top.values.numpy()
-    return np.where(values_BK > 0, np.take_along_axis(columns_BW, top.indices.numpy(), 1), 0), values_BK
+    values_BK, is_there_BK = top.values.numpy(), top.values.numpy() > 0
+    at_BK = np.where(is_there_BK, scores_BN.indptr[:-1, None] + top.indices.numpy(), 0)
+    columns_BK = scores_BN.indices[at_BK] if scores_BN.nnz else at_BK
+    return np.where(is_there_BK, columns_BK, 0).astype(np.int64), values_BK
 
 
 def picked(scores_BI: Tensor, items: Tensor) -> Tensor:
@@ -73,8 +73,7 @@ class Board:
 
     def of(self, items_BC: Ints, scores_BI: Any) -> Floats:
         """(B, C): the entry of each item in a sparse matrix."""
-        row_E = np.repeat(self.row_B1[:, 0], np.diff(scores_BI.indptr))
-        self.values_BI[row_E, scores_BI.indices] = scores_BI.data
+        scores_BI.toarray(out=self.values_BI)
         found_BC: Floats = np.where(items_BC > 0, self.values_BI[self.row_B1, items_BC], 0)
-        self.values_BI[row_E, scores_BI.indices] = 0
+        self.values_BI.fill(0)
         return found_BC

@@ -1,0 +1,82 @@
+"""What the blend costs: events counted in a CPU-second, an update, one user's request, and a full retrain beside it.
+
+Prints one JSON line; one thread. The log is generated: 4,000 users, 50,000 items, 120,000 events.
+"""
+
+import json
+import time
+
+import numpy as np
+import torch
+
+from freshrec.models.blend import BlendSpec
+from freshrec.models.ranking import top
+from freshrec.replay.replay import absorb
+from freshrec.strategies.refit import Refit
+from freshrec.types import Batch, Events, Model, Span, State
+
+USERS, ITEMS, EVENTS, SPAN = 4000, 50_000, 104_000, 16_000
+
+
+def world() -> Events:
+    """Users who walk through a ring of items, popular ones more often."""
+    source = np.random.default_rng(0)
+    who = source.integers(1, USERS + 1, EVENTS + SPAN)
+    where = source.zipf(1.3, USERS + 1) % ITEMS
+    items = np.empty(len(who), np.int64)
+    for i, user in enumerate(who):
+        where[user] = (where[user] + source.zipf(2.0)) % ITEMS if source.random() < 0.7 else source.zipf(1.2) % ITEMS
+        items[i] = where[user] + 1
+    return Events.of(torch.from_numpy(who), torch.from_numpy(items))
+
+
+def spent(what, *arguments):  # noqa: ANN001, ANN002, ANN201
+    """CPU seconds, and the result."""
+    since = time.process_time()
+    result = what(*arguments)
+    return time.process_time() - since, result
+
+
+def answer(model: Model, batches: list[Batch]) -> None:
+    """One request a batch."""
+    for batch in batches:
+        top(model, batch, 20)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    events = world()
+    base, new = events[:EVENTS], events[EVENTS:]
+    strategies = {"with": Refit(), "without": Refit(trains=False)}
+    found: dict[str, object] = {"benchmark": "blend", "users": USERS, "items": ITEMS, "events": EVENTS, "new": SPAN}
+    for name, strategy in strategies.items():
+        state = State(BlendSpec().build(0))
+        span = Span(0, base, USERS, ITEMS)
+        counted, state = spent(absorb, state, base, USERS, ITEMS)
+        fitted, state = spent(strategy.update, state, span)
+        absorbed, state = spent(absorb, state, new, USERS, ITEMS)
+        updated, state = spent(strategy.update, state, Span(1, new, USERS, ITEMS))
+        model, recent = state.model, state.recent
+        source = torch.Generator().manual_seed(0)
+        users = torch.randint(1, USERS + 1, (200,), generator=source)
+        batches = []
+        for user in users:
+            rows = recent.items_R[recent.offsets_U[user] : recent.offsets_U[user + 1]][-50:].long()
+            batches.append(Batch(user[None], rows[None]))
+        answer(model, batches[:20])
+        asked, _ = spent(answer, model, batches)
+        costs = {"base_absorb": counted, "base_fit": fitted, "absorb": absorbed, "update": updated}
+        found[f"{name}_trained_cpu_s"] = {part: round(value, 2) for part, value in costs.items()}
+        found[f"{name}_trained_request_ms"] = round(1000 * asked / len(batches), 2)
+    counters = BlendSpec().build(0).experts.counters
+    seconds = {}
+    for name, counter in counters.items():
+        counter.grow(USERS, ITEMS)
+        state = State(counter)
+        seconds[name], _ = spent(absorb, state, base, USERS, ITEMS)
+    found["counters_events_per_cpu_s"] = round(EVENTS / sum(seconds.values()))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
