@@ -65,8 +65,8 @@ Cadence = Annotated[  # a number or a list of them
 class ReplayRecipe(BaseModel, extra="forbid", frozen=True):
     """[replay] What is compared. Controls run with every replay: no table is printed without them."""
 
-    models: list[str] = ["comirec-dr", "sasrec"]
-    strategies: list[str] = ["frozen", "finetune", "full", "imsr"]
+    models: list[str] = ["blend", "comirec-dr", "sasrec"]
+    strategies: list[str] = ["refit", "frozen", "finetune", "full", "imsr"]
     also: list[str] = []  # further pairs, as in "comirec-dr-k1/finetune"
     controls: list[str] = list(CONTROLS)
     seeds: int = Field(default=1, ge=1)

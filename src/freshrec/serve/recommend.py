@@ -56,7 +56,9 @@ def best_items(served: Served, users_N: Tensor, wanted: Wanted) -> pl.DataFrame:
         for which_N, why in ((strangers_N, UNKNOWN), (short_N, EXHAUSTED))
         if bool(which_N.any())
     ]
-    lists = pl.concat([found, *more]).unique(["nth", "item"], keep="first", maintain_order=True)
+    lists = found
+    if more:
+        lists = pl.concat([found, *more]).unique(["nth", "item"], keep="first", maintain_order=True)
     ranked = lists.with_columns(rank=pl.int_range(1, pl.len() + 1).over("nth")).filter(pl.col("rank") <= wanted.k)
     return ranked.sort("nth", "rank").select("nth", "item", "score", "rank", "fallback")
 
