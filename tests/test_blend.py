@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from freshrec.data.batches import append, due_targets, random_source
+from freshrec.data.batches import Targets, append, due_targets, random_source
 from freshrec.learn.checkpoint import load_state, save_state
 from freshrec.learn.fit import Fit
 from freshrec.learn.listwise import corrected, fit_listwise, refit
@@ -16,7 +17,7 @@ from freshrec.models.experts import EXPERTS, FEATURES, N
 from freshrec.models.ranking import ranks, top
 from freshrec.replay.replay import absorb
 from freshrec.strategies.refit import Refit
-from freshrec.types import Batch, Events, Histories, OfferingModel, Span, State
+from freshrec.types import NEXT, NOW, Batch, Events, Histories, OfferingModel, Span, State
 
 near = pytest.approx
 USERS, ITEMS = 40, 30
@@ -141,6 +142,8 @@ def test_a_user_without_history_is_offered_what_is_popular_and_an_unknown_item_i
     assert (nobody > 0).any() and torch.isfinite(nobody).all()
     model.grow(USERS, ITEMS + 1)  # item 31 has no event yet
     assert torch.equal(model.score(asked([ITEMS + 1]), torch.arange(1, ITEMS + 1)), nobody)
+    alone = model.score(Batch(torch.tensor([0]), torch.zeros(1, 0, dtype=torch.int64)), torch.arange(1, ITEMS + 1))
+    torch.testing.assert_close(alone, nobody)
 
 
 def test_a_saved_blend_gives_the_same_scores() -> None:
@@ -223,9 +226,11 @@ def test_reasons_add_up_to_the_score_and_name_who_offered_and_which_event_spoke(
     assert model.explain(batch, 0) == []
     model.rule = None
     assert [reason.source for reason in model.explain(batch, 18)] == ["markov"]
+    items_BC, score_BC = model.candidates(batch)
+    assert all(model.explain(batch, item) == [] for item in items_BC[score_BC == 0].tolist())
 
 
-def update(blocks: list[Events], **options: bool) -> list[State]:
+def update(blocks: list[Events], **options: Any) -> list[State]:
     """The states after each block, updated by `refit`."""
     states, strategy = [State(BlendSpec().build(0))], Refit(fit=Fit(epochs=2, max_epochs=4, patience=3), **options)
     for index, block in enumerate(blocks):
@@ -248,6 +253,46 @@ def test_the_trained_expert_is_heard_on_what_it_had_not_learnt_and_then_learns_i
     assert not any(bool(state.model.experts.trained.items.steps_R.any()) for state in counting)
     moved = [state.model.experts.trained.items.weights for state in after]
     assert not torch.equal(*moved)
+
+
+def test_what_is_kept_at_hand_is_not_older_than_what_was_learnt() -> None:
+    for state in update([chain(1200, 0), chain(300, 1)]):
+        settled, trained = state.model.experts.settled, state.model.experts.trained
+        assert len(settled.shelf_S) == ITEMS
+        assert torch.equal(settled.shelf_SD, trained.items.weights[settled.shelf_S])
+
+
+def test_a_budget_is_a_number_of_passes_that_training_keeps_to() -> None:
+    # 50 passes: one epoch on the latest 50 targets before the last sixth, one on the latest 50 of it. Each is at most
+    # 40 windows, a user's own, in batches of 16: at most 3 steps, in which an item of the histories moves once.
+    few, many = (update([chain(1200, 0)], passes=passes)[0].model.experts.trained.taken for passes in (50, 4000))
+    assert 0 < few.steps_R.max() <= 6 < many.steps_R.max()
+
+
+def test_held_back_events_are_trained_on_once_when_it_is_their_turn() -> None:
+    base = chain(1200, 0)
+    held = replace(base, joins_E=torch.where(torch.arange(len(base)) % 2 == 0, NEXT, NOW).to(torch.int8))
+    span = Span(0, held, USERS, ITEMS)
+    passed: list[int] = []
+
+    class Counted(Refit):
+        def _within(self, fit: Fit, targets: Targets) -> tuple[Fit, Targets]:
+            passed.append(len(targets))
+            return super()._within(fit, targets)
+
+    Counted(fit=Fit(epochs=1, max_epochs=1, patience=1)).update(
+        absorb(State(BlendSpec().build(0)), held, USERS, ITEMS), span
+    )
+    assert sum(passed) == 600
+
+
+def test_a_trained_expert_may_be_the_trusted_one() -> None:
+    [state] = update([chain(1200, 0)])
+    kept = state.model.remembered
+    assert kept.ranks_PR[:, N - 1].isfinite().float().mean() > 0.5  # of the base block too
+    found = kept.ranks_PR[kept.ranks_PR[:, : N - 1].isfinite().any(1), N - 1]
+    place = kept.x_QCF[:, 0, 2 * N - 1].float().exp().round()
+    assert torch.equal(found.nan_to_num(posinf=101), place)
 
 
 def test_a_large_log_gets_fewer_epochs_or_only_its_latest_targets() -> None:

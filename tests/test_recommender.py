@@ -232,6 +232,7 @@ ERRORS = [
     (lambda r: r.similar_items("z"), OptionError, '"z" has never occurred'),
     (lambda r: r.similar_items("a"), IncompatibleError, "use item-knn"),
     (lambda r: r.explain("z", "a"), OptionError, 'user "z" has never occurred'),
+    (lambda r: r.explain(["u1", "u2"], "a"), OptionError, "one user and one item"),
     (lambda r: r.explain("u1", "z"), OptionError, 'item "z" has never occurred'),
     (lambda r: r.explain("u1", "a"), IncompatibleError, "use the blend"),
     (lambda r: r.evaluate(events("u9 a")), LogError, "nothing can be asked"),

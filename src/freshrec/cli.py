@@ -155,7 +155,7 @@ def explain(
         typer.echo(json.dumps(found.to_dicts()))
         return
     if found.is_empty():
-        typer.echo(f"nobody offers {item} to {user}")
+        typer.echo(f"{item} is not offered to {user}")
         return
     table = Table("source", "place", "points", "because of", box=None)
     for source, place, points, because in found.iter_rows():

@@ -67,12 +67,16 @@ class Remembered:
 
 @dataclass(frozen=True)
 class Waiting:
-    """Remembered queries that the trained expert was not asked about, as there was none yet."""
+    """Remembered queries that the trained expert was not asked about, as there was none yet.
 
-    users_B: Tensor
-    history_BT: Tensor
-    items_BC: Tensor  # all candidates: an opinion is one among them
-    kept_BC: Tensor  # the places of those that are remembered
+    `found_B` says which of the queries, as they are ranked, had their target among the candidates: only these are here.
+    """
+
+    found_B: Tensor
+    users_Q: Tensor
+    history_QT: Tensor
+    items_QC: Tensor  # all candidates: an opinion is one among them
+    kept_QC: Tensor  # the places of those that are remembered, the target's first
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ class Reason:
     """What one expert, or one kind of fact, says for an item, and how much that counts."""
 
     source: str
-    place: int | None  # of the item among those that the expert offers, from 1
+    place: int | None  # of the item among those that the expert offers, or among all candidates if it is trained
     points: float  # of the score's logarithm, above the user's candidates on average; of all reasons they add up
     because: int  # the history item that speaks most for it; 0 where that is not known
 
@@ -172,8 +176,7 @@ class Blend:
                 self._remember(targets, is_base)
             self.experts.absorb(part, histories, targets)
             histories, self.n_blocks = after, self.n_blocks + 1
-        if len(self.remembered.ranks_PR):
-            self.trusted = int(self.remembered.ndcg()[:, :N].mean(0).argmax())
+        self._trust()
 
     def _remember(self, targets: Targets, is_base: bool) -> None:
         """Ask for some of the targets, and write down what the candidates looked like."""
@@ -190,28 +193,36 @@ class Blend:
             part = targets[which]
             batch = Batch(part.users_N, histories_before(part, self.spec.length))
             items_BC, x_BCF = self.experts.describe(batch, self.window)
-            found_B, kept_BC, rows = _written(self.spec, self.rule, items_BC, x_BCF, part.items_N[:, None], source)
+            found_B, kept_QC, rows = _written(self.spec, self.rule, items_BC, x_BCF, part.items_N[:, None], source)
             kept.append(rows)
             if is_base:
-                self.waiting.append(
-                    Waiting(batch.users_B[found_B], batch.history_BT[found_B], items_BC[found_B], kept_BC)
-                )
+                queries = batch.users_B[found_B], batch.history_BT[found_B], items_BC[found_B]
+                self.waiting.append(Waiting(found_B, *queries, kept_QC))
         columns = zip(*(vars(rows).values() for rows in kept))
         self.remembered = Remembered(*(torch.cat(column) for column in columns)).latest(self.spec.remembered)
 
     def hear_trained(self) -> None:
         """Add the opinion of the trained expert to what waits for it; it must not have learnt from what came later."""
         self.experts.unsettle()
-        x_QCF = self.remembered.x_QCF.clone()
-        first = len(x_QCF) - sum(len(part.users_B) for part in self.waiting)
+        x_QCF, ranks_PR = self.remembered.x_QCF.clone(), self.remembered.ranks_PR.clone()
+        query = len(x_QCF) - sum(len(part.users_Q) for part in self.waiting)
+        ranked = len(ranks_PR) - sum(len(part.found_B) for part in self.waiting)
         for part in self.waiting:
-            asked = self.experts.asked(Batch(part.users_B, part.history_BT))
-            opinion = self.experts.opinion(part.items_BC, *asked)
-            rows, n = slice(first, first + len(part.users_B)), part.kept_BC.shape[1]
-            for column, value_BC in zip((N - 1, 2 * N - 1), opinion):
-                x_QCF[rows, :n, column] = value_BC.gather(1, part.kept_BC).half()
-            first += len(part.users_B)
-        self.remembered, self.waiting = replace(self.remembered, x_QCF=x_QCF), []
+            asked = self.experts.asked(Batch(part.users_Q, part.history_QT))
+            opinion = self.experts.opinion(part.items_QC, *asked)
+            rows, n = slice(query, query + len(part.users_Q)), part.kept_QC.shape[1]
+            for column, value_QC in zip((N - 1, 2 * N - 1), opinion):
+                x_QCF[rows, :n, column] = value_QC.gather(1, part.kept_QC).half()
+            rank_Q = opinion[1].gather(1, part.kept_QC[:, :1])[:, 0].exp().round()
+            at_P = ranked + part.found_B.nonzero()[:, 0]
+            ranks_PR[at_P, N - 1] = torch.where(rank_Q > self.spec.offered, torch.inf, rank_Q)
+            query, ranked = query + len(part.users_Q), ranked + len(part.found_B)
+        self.remembered, self.waiting = replace(self.remembered, x_QCF=x_QCF, ranks_PR=ranks_PR), []
+        self._trust()
+
+    def _trust(self) -> None:
+        if len(self.remembered.ranks_PR):
+            self.trusted = int(self.remembered.ndcg()[:, :N].mean(0).argmax())
 
     def candidates(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(B, C) items, 0 where a user has fewer, and how likely each is the next among them; 0 is no opinion."""
@@ -230,13 +241,13 @@ class Blend:
         return picked(scores_BI, items)
 
     def explain(self, batch: Batch, item: int) -> list[Reason]:
-        """Why a batch of one user is offered `item`, the weightiest reason first; none where it is no candidate.
+        """Why a batch of one user is offered `item`, the weightiest reason first; none where it is not.
 
         Without a rule the trusted expert is the only reason.
         """
         items_BC, x_BCF = self.experts.describe(batch, self.window)
         items_C, x_CF = items_BC[0, items_BC[0] > 0], x_BCF[0, items_BC[0] > 0]
-        if not bool((items_C == item).any()):
+        if not bool((items_C == item).any()) or not float(self.score(batch, torch.tensor([item]))):
             return []
         at = int((items_C == item).int().argmax())
         ranks_N = x_CF[at, N : 2 * N].exp().round().int().tolist()

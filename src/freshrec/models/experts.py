@@ -58,6 +58,12 @@ class Settled:
     shelf_S: Tensor  # what the trained expert may offer: items that it has learnt
     shelf_SD: Tensor  # their vectors
 
+    def liked(self, vectors_BD: Tensor, known_B: Tensor, k: int) -> Ints:
+        """(B, K) the items on the shelf that the trained expert likes best; 0 where it knows nothing of the user."""
+        best_BK = (vectors_BD @ self.shelf_SD.T).topk(min(k, len(self.shelf_S))).indices
+        liked_BK: Ints = torch.where(known_B[:, None], self.shelf_S[best_BK], 0).numpy()
+        return liked_BK
+
 
 class Experts:
     """Counters, of which each offers its best items, and one that is trained. Together with facts they describe."""
@@ -83,11 +89,6 @@ class Experts:
         self.facts.absorb(targets)
         self._settled = None
 
-    @property
-    def is_trained(self) -> bool:
-        """Whether the trained expert has learnt anything."""
-        return bool(self.trained.items.steps_R.any())
-
     def unsettle(self) -> None:
         """To be called after `trained` has learnt."""
         self._settled = None
@@ -97,13 +98,6 @@ class Experts:
         history_BT = closed(torch.where(self.trained.taken.steps_R[batch.history_BT] > 0, batch.history_BT, 0))
         vectors_BD = self.trained.user_vectors(replace(batch, history_BT=history_BT))[:, 0]
         return vectors_BD, (history_BT > 0).any(1)
-
-    def _liked(self, vectors_BD: Tensor, known_B: Tensor) -> Ints:
-        """(B, K) the items on the shelf that the trained expert likes best; 0 where it knows nothing of the user."""
-        shelf_S = self.settled.shelf_S
-        best_BK = (vectors_BD @ self.settled.shelf_SD.T).topk(min(self.offered, len(shelf_S))).indices
-        liked_BK: Ints = torch.where(known_B[:, None], shelf_S[best_BK], 0).numpy()
-        return liked_BK
 
     def opinion(self, items_BC: Tensor, vectors_BD: Tensor, known_B: Tensor) -> tuple[Tensor, Tensor]:
         """What the trained expert thinks of the candidates: log share among them (B, C), and log rank.
@@ -139,7 +133,8 @@ class Experts:
         batch, n = Batch(batch.users_B[which], history_BT), len(which)
         said = [self._said(name, batch) for name in self.counters]
         vectors_BD, known_B = self.asked(batch)
-        offered = [history_BT.numpy(), *(offered_BK for _, offered_BK in said), self._liked(vectors_BD, known_B)]
+        liked_BK = self.settled.liked(vectors_BD, known_B, self.offered)
+        offered = [history_BT.numpy(), *(offered_BK for _, offered_BK in said), liked_BK]
         items_BC = distinct(np.concatenate(offered, axis=1))
         board, columns = Board(n, self.n_items + 1), []
         for scores, _ in said:

@@ -68,7 +68,8 @@ class Facts:
         age_BC = np.log1p(np.maximum(self.clock - self.first_I[items_BC], 0) / window)
         again_B = (n_B - (starts_BT & (sorted_BT > 0)).sum(1) + PRIOR * mean) / (n_B + PRIOR)
         columns = [
-            taken_BC, np.log1p(times_BC), np.where(taken_BC, np.log1p(n_steps - place_BC), 0), place_BC == n_steps,
+            taken_BC, np.log1p(times_BC), np.where(taken_BC, np.log1p(n_steps - place_BC), 0),
+            taken_BC & (place_BC == n_steps),
             (self.again_I[items_BC] + PRIOR * mean) / (events_BC + PRIOR), np.log1p(events_BC), age_BC,
             np.broadcast_to(again_B[:, None], items_BC.shape), np.broadcast_to(np.log1p(n_B)[:, None], items_BC.shape),
         ]  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor
 from freshrec.data.batches import due_targets
 from freshrec.data.spans import Cut
 from freshrec.learn.fit import USUAL_EPOCHS, carried_by, train
+from freshrec.models.blend import Blend
 from freshrec.replay.replay import Cell, Settings, absorb
 from freshrec.types import Events, State, Strategy, TrainedModel
 
@@ -30,7 +31,8 @@ def estimate(cells: list[Cell], cut: Cut, settings: Settings) -> pl.DataFrame:
         base, *later = cell.update.work(sizes, USUAL_EPOCHS)
         later = later if settings.last_update else later[:-1]
         base = 0.0 if (cell.model, cell.seed) in based else base * CHOICE
-        based.add((cell.model, cell.seed))
+        if cell.update.base == "plain":  # trained once for all
+            based.add((cell.model, cell.seed))
         tuning = tuning_work(cell.update, sizes) if settings.tune else 0.0
         seconds = (base / speeds[cell.model], (sum(later) + tuning) / speeds[cell.model])
         rows.append((cell.model, cell.strategy, cell.seed, *seconds))
@@ -54,6 +56,7 @@ def tuning_work(strategy: Strategy, sizes: list[int]) -> float:
 def speed(cell: Cell, cut: Cut, n_events: int = 10_000) -> float:
     """Targets a CPU-second that training this model passes, on the first events of the base block."""
     model = cell.spec.build(cell.seed)
+    model = model.experts.trained if isinstance(model, Blend) else model
     if not isinstance(model, TrainedModel):
         return float("inf")
     span = cut.spans[0]

@@ -1,7 +1,7 @@
 """The replay: for each span, measure what the model of the past says, absorb, update. Stops anywhere, resumes exactly.
 
-A cell is one (model, strategy, seed). Its folder holds a Parquet file of ranks and a JSON file of costs per span, and
-the state after the last finished span until the cell is done.
+A cell is one (model, strategy, seed, cadence). Its folder holds a Parquet file of ranks and a JSON file of costs per
+span, and the state after the last finished span until the cell is done.
 """
 
 import copy

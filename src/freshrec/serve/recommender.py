@@ -163,12 +163,14 @@ class Recommender:
     def explain(self, user: str | int, item: str | int) -> pl.DataFrame:
         """Why a blend offers a user an item: source, place, points, because; the weightiest reason first.
 
-        A source is an expert, or a kind of fact. `place`: of the item among those that the expert offers. `points`:
-        what it adds to the logarithm of the score, above the user's candidates on average. `because`: the item of the
-        user's history that speaks most for it. No rows: nobody offers the item. OptionError for unknown ids,
-        IncompatibleError for other models.
+        A source is an expert, or a kind of fact. `place`: of the item among those that the expert offers (the trained
+        expert: among what anybody offers). `points`: what it adds to the logarithm of the score, above the user's
+        candidates on average. `because`: the item of the user's history that speaks most for it. No rows: the item is
+        not offered. OptionError for unknown ids, IncompatibleError for other models.
         """
         served = self.served
+        if not isinstance(user, str | int) or not isinstance(item, str | int):
+            raise OptionError("one user and one item are explained at a time; give an id of each.")
         users_1 = _known_rows(_ids("user_id", user, served.users), served.users)
         items_1 = _known_rows(_ids("item_id", item, served.items), served.items)
         found = reasons(served, users_1, int(items_1))

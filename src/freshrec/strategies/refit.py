@@ -11,7 +11,7 @@ from freshrec.learn.listwise import refit
 from freshrec.models.blend import Blend
 from freshrec.options import Count, CountOrNone, Positive, check_options
 from freshrec.strategies.plain import Absorb
-from freshrec.types import NEVER, Histories, Span, State
+from freshrec.types import DUE, NEVER, Histories, Span, State
 
 JUDGED = 1407  # tells the random numbers from others
 SPEED = 30_000  # passes in a second, with as much time again for what counts: half of what one core does
@@ -54,7 +54,9 @@ class Refit:
         refit(model, self.decay, self.least, self.epochs)
         clock.timed("refit_cpu_s", since)
         if self.trains:
-            adapt(model.experts.trained, rest, self.fit, (state.seed, span.index), clock)
+            fit, rest = self._within(self.fit, rest)
+            adapt(model.experts.trained, rest, fit, (state.seed, span.index), clock)
+            model.experts.unsettle()
         return replace(after, costs=clock.costs)
 
     def _begin(self, model: Blend, span: Span, seed: int, clock: Clock) -> Targets:
@@ -64,10 +66,12 @@ class Refit:
         """
         since = time.process_time()
         histories, rows_E = place(Histories.empty(), span.events[span.events.joins_E != NEVER], span.n_users)
-        early, late = (targets_at(histories, rows) for rows in rows_E.split([len(rows_E) - model.window, model.window]))
+        parts = rows_E.split([len(rows_E) - model.window, model.window])
+        early, late = (targets_at(histories, rows[histories.due_R[rows] == DUE]) for rows in parts)
         judges = late[late.lengths(1) > 0]
         judges = judges[torch.randperm(len(judges), generator=random_source(seed, JUDGED))[:QUERIES]]
-        epochs = train(model.experts.trained, early, self.fit.max_epochs, (seed, span.index, JUDGED))
+        fit, early = self._within(replace(self.fit, epochs=self.fit.max_epochs), early)
+        epochs = train(model.experts.trained, early, fit.epochs, (seed, span.index, JUDGED))
         best_epoch(model.experts.trained, epochs, lambda: ndcg(model.experts.trained, judges, None), self.fit.patience)
         clock.timed("train_cpu_s", since)
         model.hear_trained()
