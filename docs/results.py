@@ -154,9 +154,9 @@ def _blend(found: list[dict[str, Any]]) -> list[str]:
     """What joining the experts is worth on each log, against the one of them that turned out best there."""
     lines = [
         "The blend (`refit`) against the best single expert of each log, chosen on these very numbers: that flatters",
-        "the single. *Selector*: the best counter so far (`blend` with `absorb`). *Counters only*: `refit:trains=false`.",
+        "the single. *Selector*: the best counter so far (`blend` with `absorb`). *Counters*: `refit:trains=false`.",
         "",
-        "| recipe | best single | ndcg@20 | selector | counters only | blend | blend - best single | CPU-s per update |",
+        "| recipe | best single | ndcg@20 | selector | counters | blend | blend - best single | CPU-s per update |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for result in found:
@@ -164,7 +164,7 @@ def _blend(found: list[dict[str, Any]]) -> list[str]:
         best = max((key for key in at if key[0] != "blend"), key=lambda key: at[key])
         cost = _means(result)["blend", "refit", "update_cpu_s"]["value"]
         ways = (best, ("blend", "absorb"), ("blend", "refit:trains=false"), ("blend", "refit"))
-        cells = [f"{100 * at[way]:.2f}" if way in at else "" for way in ways]
+        cells = [f"{100 * at[way]:.2f}" for way in ways]
         gain = f"{_difference(result['tests'], ('blend', 'refit'), best)}, {100 * (at[ways[-1]] / at[best] - 1):+.0f} %"
         lines.append(f"| {result['recipe']} | {best[0]} | " + " | ".join([*cells, gain, f"{cost:.1f}"]) + " |")
     return lines
