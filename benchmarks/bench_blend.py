@@ -1,4 +1,4 @@
-"""What the blend costs: events counted in a CPU-second, an update, one user's request, and a full retrain beside it.
+"""What the blend costs: events counted in a CPU-second, an update, one user's request.
 
 Prints one JSON line; one thread. The log is generated: 4,000 users, 50,000 items, 120,000 events.
 """
@@ -9,6 +9,8 @@ import time
 import numpy as np
 import torch
 
+from freshrec.data.batches import histories_before
+from freshrec.learn.interests import ends_of
 from freshrec.models.blend import BlendSpec
 from freshrec.models.ranking import top
 from freshrec.replay.replay import absorb
@@ -44,6 +46,7 @@ def answer(model: Model, batches: list[Batch]) -> None:
 
 
 def main() -> None:
+    """A base block and an update, with the trained expert and without; then 200 users, one at a time."""
     torch.set_num_threads(1)
     events = world()
     base, new = events[:EVENTS], events[EVENTS:]
@@ -59,10 +62,8 @@ def main() -> None:
         model, recent = state.model, state.recent
         source = torch.Generator().manual_seed(0)
         users = torch.randint(1, USERS + 1, (200,), generator=source)
-        batches = []
-        for user in users:
-            rows = recent.items_R[recent.offsets_U[user] : recent.offsets_U[user + 1]][-50:].long()
-            batches.append(Batch(user[None], rows[None]))
+        ends = [ends_of(recent, user[None], "recent") for user in users]
+        batches = [Batch(end.users_N, histories_before(end, model.spec.length)) for end in ends]
         answer(model, batches[:20])
         asked, _ = spent(answer, model, batches)
         costs = {"base_absorb": counted, "base_fit": fitted, "absorb": absorbed, "update": updated}

@@ -245,9 +245,8 @@ def test_the_trained_expert_is_heard_on_what_it_had_not_learnt_and_then_learns_i
     columns = [N - 1, 2 * N - 1]  # its share and its rank
     others = [column for column in range(len(FEATURES)) if column not in columns]
     assert torch.equal(heard[..., others], silent[..., others]) and not torch.equal(heard, silent)
-    assert (
-        silent[..., 2 * N - 1].max() == silent[:, 0, 2 * N - 1].min()
-    )  # of those that nobody asked all ranks are alike
+    rank_QC = silent[..., 2 * N - 1]
+    assert rank_QC.max() == rank_QC[:, 0].min()  # of those that nobody asked all ranks are alike
     assert heard[:, 0, 2 * N - 1].float().exp().mean() < 8  # of the targets, among 30; it found out about the chain
     assert all(int(state.model.experts.trained.items.steps_R.sum()) > 0 for state in after)
     assert not any(bool(state.model.experts.trained.items.steps_R.any()) for state in counting)

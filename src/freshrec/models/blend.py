@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freshrec.data.batches import Targets, closed, histories_before, in_parts, place, random_source, targets_at
-from freshrec.models.experts import EXPERTS, FEATURES, Experts, N, part_of
+from freshrec.models.experts import EXPERTS, FEATURES, Experts, N, in_one, part_of
 from freshrec.models.facts import ITEM, OWN, USER
 from freshrec.models.pairs import Pairs
 from freshrec.models.sparse import Floats, picked
@@ -227,11 +227,14 @@ class Blend:
     def candidates(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(B, C) items, 0 where a user has fewer, and how likely each is the next among them; 0 is no opinion."""
         items_BC, x_BCF = self.experts.describe(batch, self.window)
+        return items_BC, self._likely(items_BC, x_BCF)
+
+    def _likely(self, items_BC: Tensor, x_BCF: Tensor) -> Tensor:
         if self.rule is None:
             share_BC = x_BCF[..., self.trusted].exp() - self.experts.settled.floor
-            return items_BC, torch.where((items_BC > 0) & (share_BC > 1e-9), share_BC, 0.0)
+            return torch.where((items_BC > 0) & (share_BC > 1e-9), share_BC, 0.0)
         score_BC = self.rule.scores(x_BCF).masked_fill(items_BC == 0, -torch.inf)
-        return items_BC, score_BC.softmax(1).nan_to_num(0.0)
+        return score_BC.softmax(1).nan_to_num(0.0)
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
         """(B, N) of the items that are candidates; 0 of others."""
@@ -246,9 +249,10 @@ class Blend:
         Without a rule the trusted expert is the only reason.
         """
         items_BC, x_BCF = self.experts.describe(batch, self.window)
-        items_C, x_CF = items_BC[0, items_BC[0] > 0], x_BCF[0, items_BC[0] > 0]
-        if not bool((items_C == item).any()) or not float(self.score(batch, torch.tensor([item]))):
+        offered_C = self._likely(items_BC, x_BCF)[0] > 0
+        if not bool((offered_C & (items_BC[0] == item)).any()):
             return []
+        items_C, x_CF = items_BC[0, items_BC[0] > 0], x_BCF[0, items_BC[0] > 0]
         at = int((items_C == item).int().argmax())
         ranks_N = x_CF[at, N : 2 * N].exp().round().int().tolist()
         places = {name: rank for name, rank in zip(EXPERTS, ranks_N) if rank <= self.spec.offered}
@@ -266,8 +270,7 @@ class Blend:
         numbers = [self.n_users, self.n_items, self.window, self.n_blocks, self.trusted]
         parts = {"experts": self.experts.state_dict(), "remembered": vars(self.remembered)}
         parts |= {} if self.rule is None else {"rule": vars(self.rule)}
-        tensors = {f"{part}.{name}": tensor for part, inner in parts.items() for name, tensor in inner.items()}
-        return {"numbers": torch.tensor(numbers)} | tensors
+        return {"numbers": torch.tensor(numbers)} | in_one(parts)
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state_dict`."""

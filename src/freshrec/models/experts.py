@@ -165,14 +165,10 @@ class Experts:
         """Made when first asked for, after something was counted or learnt."""
         if self._settled is None:
             floor = FLOOR / max(1, int((self.facts.events_I > 0).sum()))
-            popular, lately_I = {}, np.zeros(self.n_items + 1, np.float32)
-            for name, counter in self.counters.items():
-                if isinstance(counter, Popularity):
-                    score_I = counter.counts_I.numpy()
-                    best_K = np.argsort(-score_I, kind="stable")[: self.offered]
-                    share_I = score_I / max(float(score_I.sum()), 1e-9)
-                    popular[name] = np.log(share_I + floor), best_K[score_I[best_K] > 0]
-                    lately_I = score_I if name == LATELY else lately_I
+            named = self.counters.items()
+            counts = {name: counter.counts_I.numpy() for name, counter in named if isinstance(counter, Popularity)}
+            popular = {name: _popular(counts_I, floor, self.offered) for name, counts_I in counts.items()}
+            lately_I = counts[LATELY]
             shelf_S = torch.from_numpy(np.argsort(-lately_I, kind="stable")[:SHELF])
             shelf_S = shelf_S[torch.from_numpy(lately_I)[shelf_S].gt(0) & self.trained.items.steps_R[shelf_S].gt(0)]
             self._settled = Settled(floor, popular, shelf_S, self.trained.items.weights[shelf_S])
@@ -183,7 +179,7 @@ class Experts:
         parts = {name: dict(counter.state_dict()) for name, counter in self.counters.items()}
         parts |= {"facts": self.facts.state_dict(), "trained": dict(self.trained.state_dict())}
         parts |= {"moments": self.trained.moments}
-        return {f"{part}.{name}": tensor for part, inner in parts.items() for name, tensor in inner.items()}
+        return in_one(parts)
 
     def load_state_dict(self, tensors: dict[str, Tensor], n_users: int, n_items: int) -> None:
         """The inverse of `state_dict`."""
@@ -196,6 +192,18 @@ class Experts:
         self._settled = None
 
 
+def _popular(counts_I: Floats, floor: float, k: int) -> tuple[Floats, Ints]:
+    """Log shares of all items, and the best ones."""
+    best_K = np.argsort(-counts_I, kind="stable")[:k]
+    share_I = counts_I / max(float(counts_I.sum()), 1e-9)
+    return np.log(share_I + floor), best_K[counts_I[best_K] > 0]
+
+
+def in_one(parts: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of all parts, by the part's name, a point, and their own."""
+    return {f"{part}.{name}": tensor for part, inner in parts.items() for name, tensor in inner.items()}
+
+
 def part_of(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Those whose names begin with `name` and a point, without it."""
+    """The inverse of `in_one`, for one part: those whose names begin with `name` and a point, without it."""
     return {key[len(name) + 1 :]: tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}

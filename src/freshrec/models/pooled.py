@@ -82,10 +82,7 @@ class Pooled(nn.Module):
         if batch.history_BT.shape[1] == 0:
             return torch.zeros(len(batch), 1, self.spec.d)
         with torch.no_grad():
-            age_T = torch.arange(batch.history_BT.shape[1] - 1, -1, -1)
-            weight_BT = torch.exp(-F.softplus(self.fading) * age_T) * (batch.history_BT > 0)
-            weight_BT = weight_BT / weight_BT.sum(1, keepdim=True).clamp(min=1e-9)
-            return weight_BT[:, None] @ self.taken.weights[batch.history_BT]
+            return self._weights(batch.history_BT > 0)[:, -1:] @ self.taken.weights[batch.history_BT]
 
     def item_vectors(self) -> Tensor:
         """(n_items + 1, D)"""

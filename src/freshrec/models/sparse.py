@@ -46,7 +46,8 @@ def best(scores_BN: Any, k: int) -> tuple[Ints, Floats]:
     values_BW = np.zeros((len(n_B), width), np.float32)
     values_BW[np.arange(width) < n_B[:, None]] = scores_BN.data
     top = torch.from_numpy(values_BW).topk(min(k, width))
-    values_BK, is_there_BK = top.values.numpy(), top.values.numpy() > 0
+    values_BK = top.values.numpy()
+    is_there_BK = values_BK > 0
     at_BK = np.where(is_there_BK, scores_BN.indptr[:-1, None] + top.indices.numpy(), 0)
     columns_BK = scores_BN.indices[at_BK] if scores_BN.nnz else at_BK
     return np.where(is_there_BK, columns_BK, 0).astype(np.int64), values_BK
