@@ -14,6 +14,7 @@ from freshrec.learn.fit import Fit
 from freshrec.learn.listwise import corrected, fit_listwise, refit
 from freshrec.models.blend import SOURCES, Blend, BlendSpec, Remembered, Rule, _turns
 from freshrec.models.experts import EXPERTS, FEATURES, N
+from freshrec.models.facts import OWN
 from freshrec.models.ranking import ranks, top
 from freshrec.replay.replay import absorb
 from freshrec.strategies.refit import Refit
@@ -135,15 +136,26 @@ def test_ranks_and_lists_are_those_of_the_scores() -> None:
     assert set(allowed[best > 0].tolist()) <= {4, 5}
 
 
-def test_a_user_without_history_is_offered_what_is_popular_and_an_unknown_item_is_no_history() -> None:
+def test_a_user_without_history_is_offered_what_is_popular() -> None:
     model, _ = fed([chain(1200, 0), chain(600, 1)])
     refit(model)
     nobody = model.score(asked([0]), torch.arange(1, ITEMS + 1))
     assert (nobody > 0).any() and torch.isfinite(nobody).all()
-    model.grow(USERS, ITEMS + 1)  # item 31 has no event yet
-    assert torch.equal(model.score(asked([ITEMS + 1]), torch.arange(1, ITEMS + 1)), nobody)
     alone = model.score(Batch(torch.tensor([0]), torch.zeros(1, 0, dtype=torch.int64)), torch.arange(1, ITEMS + 1))
     torch.testing.assert_close(alone, nobody)
+
+
+def test_an_own_item_that_is_new_to_everybody_else_is_offered_again() -> None:
+    model, histories = fed([chain(1200, 0)])
+    twice = np.repeat(np.arange(ITEMS + 1, ITEMS + 301), 2)  # from now on everybody takes everything new twice
+    events = Events.of(torch.from_numpy(np.repeat(np.arange(300) % USERS + 1, 2)), torch.from_numpy(twice))
+    model.grow(USERS, ITEMS + 301)
+    model.absorb(events, histories)
+    again_Q = model.remembered.x_QCF[:, 0, 2 * N].bool()  # those whose target was the user's own, one fact of which:
+    assert again_Q[-100:].all() and (model.remembered.x_QCF[-100:, 0, 2 * N + len(OWN) + 1] == 0).all()  # no events
+    refit(model)
+    assert ranks(model, asked([4, ITEMS + 301]), torch.tensor([ITEMS + 301]), n_items=ITEMS).tolist() == [1]
+    assert ranks(model, asked([4]), torch.tensor([ITEMS + 301]), n_items=ITEMS).tolist() == [np.inf]
 
 
 def test_a_saved_blend_gives_the_same_scores() -> None:

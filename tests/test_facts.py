@@ -27,7 +27,6 @@ def test_events_and_repeats_are_counted_across_blocks() -> None:
     facts = counted()
     assert facts.events_I.tolist() == [0, 4, 1, 0] and facts.again_I.tolist() == [0, 2, 0, 0]
     assert facts.first_I.tolist()[1:] == [0, 3, np.inf] and facts.clock == 5
-    assert facts.known(torch.tensor([[0, 1], [2, 3]])).tolist() == [[0, 1], [2, 0]]
 
 
 def test_a_candidate_is_described_by_its_place_in_the_history_and_by_what_is_known_of_it() -> None:

@@ -9,6 +9,7 @@ from freshrec.models.interests import InterestSpec
 from freshrec.models.mf import MF, MFSpec
 from freshrec.models.popularity import Popularity, PopularitySpec
 from freshrec.models.ranking import ITEMS, USERS, ranks, top, vectors_of
+from freshrec.models.repeat import RepeatSpec
 from freshrec.types import Batch
 
 N_USERS, N_ITEMS = USERS + 7, 2 * ITEMS + 5  # so that there are several blocks of both, the last one short
@@ -61,6 +62,17 @@ def test_a_target_that_is_not_known_has_no_rank() -> None:
     assert ranks(model, batch_of(2), torch.tensor([5, 1])).tolist() == [np.inf, 2]
     # with only items 1 to 3 known, item 4 is not, and item 1 is first
     assert ranks(model, batch_of(2), torch.tensor([4, 1]), n_items=3).tolist() == [np.inf, 1]
+
+
+def test_an_own_item_that_is_new_to_everybody_else_may_be_offered_by_what_counts() -> None:
+    # three items are known, 4 and 5 are the user's own; repeat-last: 1 for the latest, then 1/2, 1/3
+    repeat, batch = RepeatSpec().build(0), Batch(torch.tensor([1, 1, 1, 1]), torch.tensor([[4, 5, 1]]).repeat(4, 1))
+    repeat.grow(1, 5)
+    assert ranks(repeat, batch, torch.tensor([1, 5, 4, 2]), n_items=3).tolist() == [1, 2, 3, 4.5]  # 2 and 3 are level
+    other = Batch(torch.tensor([1, 1]), torch.tensor([[0, 5, 5], [0, 0, 1]]))
+    assert ranks(repeat, other, torch.tensor([5, 5]), n_items=3).tolist() == [1, np.inf]  # new, and not theirs
+    trained = model_with_ties()
+    assert ranks(trained, batch, torch.tensor([1, 5, 4, 2]), n_items=3)[1:3].tolist() == [np.inf, np.inf]
 
 
 def test_a_score_that_is_not_a_number_stops_everything() -> None:

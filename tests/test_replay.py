@@ -339,6 +339,19 @@ def test_events_of_unseen_items_can_be_left_out_of_the_test_as_if_they_were_not(
     assert [[item for item in row if item] for row in queries.histories_NT.tolist()] == [[2], [2, 3]]
 
 
+def test_within_a_span_a_user_is_offered_an_own_new_item_again_before_anybody_counted_it(tmp_path: Path) -> None:
+    parts = cut_of(world())
+    new, users = parts.spans[-1].n_items + 1, torch.tensor([1, 1, 1, 2])  # user 1 takes it three times, then user 2
+    events = Events.of(users, torch.full_like(users, new))
+    events = replace(events, role_E=torch.full_like(events.role_E, TEST))
+    last = Span(SPANS, events, parts.spans[-1].n_users, new)
+    for model, expected in (("repeat-last", [False, True, True, False]), ("popularity", [False] * 4)):
+        cell, out = cell_of(model, "absorb"), tmp_path / model
+        list(replay_cell(cell, replace(parts, spans=(*parts.spans[:-1], last)), Settings(), out))
+        found = pl.read_parquet(out / cell.name / f"span-{SPANS}.parquet").filter(pl.col("asked") == SPANS)
+        assert (found["rank"] < new / 2).to_list() == expected
+
+
 def test_the_last_span_can_be_tested_without_being_learnt(tmp_path: Path) -> None:
     cell, parts = cell_of("sasrec", "finetune"), cut_of(world())
     for name, last in (("with", True), ("without", False)):

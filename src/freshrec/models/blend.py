@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freshrec.data.batches import Targets, closed, histories_before, in_parts, place, random_source, targets_at
+from freshrec.data.batches import Targets, histories_before, in_parts, place, random_source, targets_at
 from freshrec.models.experts import EXPERTS, FEATURES, Experts, N, in_one, part_of
 from freshrec.models.facts import ITEM, OWN, USER
 from freshrec.models.pairs import Pairs
@@ -181,7 +181,9 @@ class Blend:
     def _remember(self, targets: Targets, is_base: bool) -> None:
         """Ask for some of the targets, and write down what the candidates looked like."""
         source = random_source(self.seed, REMEMBER, self.n_blocks)
-        able_N = (targets.lengths(1) > 0) & (self.experts.facts.known(targets.items_N) > 0)
+        own_N = (histories_before(targets, self.spec.length) == targets.items_N[:, None]).any(1)
+        known_N = own_N | torch.from_numpy(self.experts.facts.events_I > 0)[targets.items_N]
+        able_N = (targets.lengths(1) > 0) & known_N
         order_N = torch.randperm(len(targets), generator=source)
         order_N = order_N[able_N[order_N]]
         share = min(1.0, self.spec.per_window / self.window)
@@ -256,9 +258,8 @@ class Blend:
         at = int((items_C == item).int().argmax())
         ranks_N = x_CF[at, N : 2 * N].exp().round().int().tolist()
         places = {name: rank for name, rank in zip(EXPERTS, ranks_N) if rank <= self.spec.offered}
-        known = Batch(batch.users_B, closed(self.experts.facts.known(batch.history_BT)))
         pairs = {name: counter for name, counter in self.experts.counters.items() if isinstance(counter, Pairs)}
-        because = {name: counter.because(known, item) for name, counter in pairs.items()}
+        because = {name: counter.because(batch, item) for name, counter in pairs.items()}
         points = {EXPERTS[self.trusted]: 0.0}
         if self.rule is not None:
             points = dict(zip(SOURCES, self.rule.points(x_CF)[at].tolist()))

@@ -48,10 +48,6 @@ class Facts:
         np.minimum.at(first_I, items_E, self.clock + np.arange(len(items_E), dtype=np.float64))
         self.first_I, self.clock = np.minimum(self.first_I, first_I), self.clock + len(items_E)
 
-    def known(self, items: Tensor) -> Tensor:
-        """`items`, 0 instead of those without an event."""
-        return torch.where(torch.from_numpy(self.events_I > 0)[items], items, 0)
-
     def describe(self, items_BC: Ints, history_BT: Ints, board: Board, window: int) -> list[Floats]:
         """(B, C) of each of OWN, ITEM and USER."""
         n_steps, n_B = history_BT.shape[1], (history_BT > 0).sum(1)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from freshrec.data.batches import closed, in_parts
@@ -29,12 +30,15 @@ def vectors_of(model: VectorModel, batch: Batch, readout: str = "recent") -> Ten
 def ranks(model: Model, batch: Batch, target_B: Tensor, readout: str = "recent", n_items: int | None = None) -> Tensor:
     """(B,) 1-based rank of each target among items 1..n_items (all the model knows); ties count half; inf if not known.
 
+    What counts may offer a user an own item again that is new to everybody else; what is trained has no vector of it.
     Raises TrainingError where a score is not finite.
     """
     n_items = model.n_items if n_items is None else min(n_items, model.n_items)
-    known_B = target_B <= n_items
-    target_B = torch.where(known_B, target_B, 0)
     batch = _known(model, batch)
+    known_B = target_B <= n_items
+    if not isinstance(model, TrainedModel):
+        known_B = known_B | ((_own_new(batch, n_items) == target_B[:, None]) & (target_B > 0)[:, None]).any(1)
+    target_B = torch.where(known_B, target_B, 0)
     rank_B = torch.ones(len(target_B))
     for users in torch.arange(len(target_B)).split(USERS):
         rank_B[users] += _ahead(model, _part(batch, users), target_B[users], readout, n_items)
@@ -65,6 +69,13 @@ def _known(model: Model, batch: Batch) -> Batch:
     return replace(batch, history_BT=closed(torch.where(batch.history_BT <= model.n_items, batch.history_BT, 0)))
 
 
+def _own_new(batch: Batch, n_items: int) -> Tensor:
+    """(B, T) the history without the items 1..n_items, each once: 0 instead."""
+    sorted_BT = torch.where(batch.history_BT > n_items, batch.history_BT, 0).sort(1).values
+    again_BT = F.pad(sorted_BT[:, 1:] == sorted_BT[:, :-1], (1, 0))[:, : sorted_BT.shape[1]]
+    return torch.where(again_BT, 0, sorted_BT)
+
+
 def _part(batch: Batch, which: Tensor) -> Batch:
     carried = (batch.interests_BKD, batch.alive_BK, batch.old_BK)
     interests, alive, old = (None if x is None else x[which] for x in carried)
@@ -75,7 +86,7 @@ def _part(batch: Batch, which: Tensor) -> Batch:
 def _ahead(model: Model, batch: Batch, target_B: Tensor, readout: str, n_items: int) -> Tensor:
     """How many items are ahead of the target, those with an equal score counted half."""
     if isinstance(model, OfferingModel):
-        return _ahead_among_offered(*model.candidates(batch), target_B, n_items)
+        return _ahead_among_offered(*model.candidates(batch), target_B, n_items, _own_new(batch, n_items))
     ahead_B = torch.zeros(len(batch))
     vectors_BKD = vectors_of(model, batch, readout) if isinstance(model, VectorModel) else None
     items_ID = model.item_vectors() if isinstance(model, VectorModel) else None
@@ -93,16 +104,24 @@ def _ahead(model: Model, batch: Batch, target_B: Tensor, readout: str, n_items: 
         _must_be_finite(score_BN)
         other_BN = items_N != target_B[:, None]  # the target's own score may differ in the last bit between blocks
         ahead_B += ((score_BN > target_B1) & other_BN).sum(1) + 0.5 * ((score_BN == target_B1) & other_BN).sum(1)
+    own_BN = _own_new(batch, n_items)
+    if not isinstance(model, TrainedModel) and bool(own_BN.any()):
+        score_BN, other_BN = model.score(batch, own_BN), (own_BN > 0) & (own_BN != target_B[:, None])
+        ahead_B += ((score_BN > target_B1) & other_BN).sum(1) + 0.5 * ((score_BN == target_B1) & other_BN).sum(1)
     return ahead_B
 
 
-def _ahead_among_offered(items_BC: Tensor, score_BC: Tensor, target_B: Tensor, n_items: int) -> Tensor:
+def _ahead_among_offered(items_BC: Tensor, score_BC: Tensor, target_B: Tensor, n_items: int, own_BN: Tensor) -> Tensor:
     _must_be_finite(score_BC)
-    score_BC = score_BC.masked_fill((items_BC == 0) | (items_BC > n_items), 0.0)
+    may_BC = (items_BC > 0) & (items_BC <= n_items)
+    if bool(own_BN.any()):
+        may_BC = may_BC | ((items_BC[..., None] == own_BN[:, None]) & (items_BC > 0)[..., None]).any(2)
+    score_BC = torch.where(may_BC, score_BC, 0.0)
     own_BC = items_BC == target_B[:, None]
     target_B1 = (score_BC * own_BC).sum(1, keepdim=True)
     ahead_B, level_B = (score_BC > target_B1).sum(1), ((score_BC == target_B1) & ~own_BC & (score_BC > 0)).sum(1)
-    silent_B = torch.where(target_B1[:, 0] > 0, 0, n_items - 1 - (score_BC > 0).sum(1))  # of these nothing is said
+    others_B = n_items + (own_BN > 0).sum(1) - 1
+    silent_B = torch.where(target_B1[:, 0] > 0, 0, others_B - (score_BC > 0).sum(1))  # of these nothing is said
     return ahead_B + 0.5 * (level_B + silent_B)
 
 

@@ -103,18 +103,26 @@ def check_clicks(model: ModelSpec, model_name: str) -> None:
 
 
 def absorb(state: State, block: Events, n_users: int, n_items: int) -> State:
-    """The state after counting a block: cheap experts learn at once, everybody's recent events are kept.
-
-    A trained model stays as it is until its update: what it has not learnt it neither offers nor finds.
-    """
-    recent = append(state.recent, block, n_users)
+    """The state after counting a block: cheap experts learn at once, everybody's recent events are kept."""
+    state, recent = told(state, n_users, n_items), append(state.recent, block, n_users)
     if isinstance(state.model, TrainedModel):
         return replace(state, recent=recent)
     model = copy.deepcopy(state.model)
-    model.grow(n_users, n_items)
     hidden_R = torch.where(state.recent.due_R == SECRET, 0, state.recent.items_R)
     model.absorb(block[block.joins_E != NEVER], replace(state.recent, items_R=hidden_R))
     return replace(state, model=model, recent=recent)
+
+
+def told(state: State, n_users: int, n_items: int) -> State:
+    """The state with room for new users and items, where the model counts: it may offer a user an own item again.
+
+    A trained model stays as it is until its update: what it has not learnt it neither offers nor finds.
+    """
+    if isinstance(state.model, TrainedModel) or (state.model.n_users, state.model.n_items) == (n_users, n_items):
+        return state
+    model = copy.deepcopy(state.model)
+    model.grow(n_users, n_items)
+    return replace(state, model=model)
 
 
 def replay_cell(cell: Cell, cut: Cut, settings: Settings, out: Path, base: State | None = None) -> Iterator[int]:
@@ -191,6 +199,8 @@ def _tested(
     """Measure each block, then absorb it; the state that is ready for the update, ranks, and queries to ask again."""
     rows, asked = [], []
     for block in blocks:
+        n_items = max(block.n_items, int(block.events.items_E.max()) if len(block.events) else 0)
+        state = told(state, span.n_users, n_items)
         if block.events.labels_E is not None:
             rows.append(_named(click_rows(state, block, settings.asked), span.index, span.index - 1))
         else:
@@ -199,7 +209,6 @@ def _tested(
                 ranks_N = rank_queries(state, queries, readout, settings.asked.among)
                 rows.append(_rows(queries, ranks_N, span.index, span.index - 1, readout))
             asked.append((span.index, _secret(queries)))
-        n_items = max(block.n_items, int(block.events.items_E.max()) if len(block.events) else 0)
         since = time.process_time()
         state = absorb(state, block.events, span.n_users, n_items)
         clock.timed("absorb_cpu_s", since)
