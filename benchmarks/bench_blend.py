@@ -50,7 +50,7 @@ def main() -> None:
     torch.set_num_threads(1)
     events = world()
     base, new = events[:EVENTS], events[EVENTS:]
-    strategies = {"with": Refit(), "without": Refit(trains=False)}
+    strategies = {"with": Refit(trains="always"), "without": Refit(trains="never")}
     found: dict[str, object] = {"benchmark": "blend", "users": USERS, "items": ITEMS, "events": EVENTS, "new": SPAN}
     for name, strategy in strategies.items():
         state = State(BlendSpec().build(0))

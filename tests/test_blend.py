@@ -11,7 +11,7 @@ import torch
 from freshrec.data.batches import Targets, append, due_targets, random_source
 from freshrec.learn.checkpoint import load_state, save_state
 from freshrec.learn.fit import Fit
-from freshrec.learn.listwise import corrected, fit_listwise, refit
+from freshrec.learn.listwise import LEVEL, corrected, fit_listwise, refit, worth
 from freshrec.models.blend import SOURCES, Blend, BlendSpec, Remembered, Rule, _turns
 from freshrec.models.experts import EXPERTS, FEATURES, N
 from freshrec.models.facts import OWN
@@ -243,8 +243,9 @@ def test_reasons_add_up_to_the_score_and_name_who_offered_and_which_event_spoke(
 
 
 def update(blocks: list[Events], **options: Any) -> list[State]:
-    """The states after each block, updated by `refit`."""
-    states, strategy = [State(BlendSpec().build(0))], Refit(fit=Fit(epochs=2, max_epochs=4, patience=3), **options)
+    """The states after each block, updated by `refit`, which trains, worth it or not."""
+    options = {"trains": "always", "fit": Fit(epochs=2, max_epochs=4, patience=3)} | options
+    states, strategy = [State(BlendSpec().build(0))], Refit(**options)
     for index, block in enumerate(blocks):
         states.append(strategy.update(absorb(states[-1], block, USERS, ITEMS), Span(index, block, USERS, ITEMS)))
     return states[1:]
@@ -252,7 +253,7 @@ def update(blocks: list[Events], **options: Any) -> list[State]:
 
 def test_the_trained_expert_is_heard_on_what_it_had_not_learnt_and_then_learns_it() -> None:
     base, later = chain(1200, 0), chain(600, 1)
-    after, counting = update([base, later]), update([base, later], trains=False)
+    after, counting = update([base, later]), update([base, later], trains="never")
     heard, silent = (states[0].model.remembered.x_QCF for states in (after, counting))
     columns = [N - 1, 2 * N - 1]  # its share and its rank
     others = [column for column in range(len(FEATURES)) if column not in columns]
@@ -264,6 +265,39 @@ def test_the_trained_expert_is_heard_on_what_it_had_not_learnt_and_then_learns_i
     assert not any(bool(state.model.experts.trained.items.steps_R.any()) for state in counting)
     moved = [state.model.experts.trained.items.weights for state in after]
     assert not torch.equal(*moved)
+
+
+def test_a_trained_expert_that_adds_nothing_is_given_up_and_costs_nothing_from_then_on() -> None:
+    base, later = chain(1200, 0), chain(600, 1)
+    tried, counting = update([base, later], trains="worth", least=100), update([base, later], trains="never", least=100)
+    assert tried[0].costs["trained_worth_p"] >= LEVEL  # this world is a Markov chain, and another expert knows it
+    assert "rows_read" not in tried[1].costs and not tried[1].model.experts.trained.items.steps_R.any()
+    for mine, theirs in zip(tried, counting):
+        assert mine.model.trusted == theirs.model.trusted and not mine.model.waiting
+        assert (mine.model.rule is None) == (theirs.model.rule is None)
+        assert torch.equal(mine.model.candidates(asked([3, 9]))[1], theirs.model.candidates(asked([3, 9]))[1])
+
+
+def test_what_features_are_worth() -> None:
+    source = torch.Generator().manual_seed(0)
+    x_QCF = torch.randn(600, 20, len(FEATURES), generator=source)
+    x_QCF[:, 0, 3] += 1.0  # the only one that tells the target
+    kept = Remembered(x_QCF.half(), torch.ones(600, 20, dtype=torch.bool), torch.zeros(600, N + 1))
+    nats, p = worth(kept, [3])
+    assert nats == near(0.45, abs=0.15) and p < 1e-9  # at best half a nat: the divergence of the two normals
+    assert worth(kept, [5, 7])[0] < 0.02 and worth(kept, [5, 7])[1] > LEVEL
+
+
+def test_anew_is_to_do_with_all_events_as_with_a_base_block() -> None:
+    base, later = chain(1200, 0), chain(600, 1)
+    later = replace(later, times_E=later.times_E + 1200)
+    both = Events.of(torch.cat([base.users_E, later.users_E]), torch.cat([base.items_E, later.items_E]))
+    [_, after], [whole] = (update(blocks, anew=True, trains="never") for blocks in ([base, later], [both]))
+    found, expected = after.model.state_dict(), whole.model.state_dict()
+    assert found.keys() == expected.keys()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    trained = update([base, later, chain(600, 2)], anew=True)  # and once more, from what is remembered of all three
+    assert trained[-1].model.experts.facts.clock == 2400 and trained[-1].model.n_blocks == 2
 
 
 def test_what_is_kept_at_hand_is_not_older_than_what_was_learnt() -> None:

@@ -10,7 +10,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from freshrec.data.batches import in_parts, random_source
-from freshrec.models.blend import CORRECT, Blend, Rule, crossed
+from freshrec.models.blend import CORRECT, Blend, Remembered, Rule, crossed
 from freshrec.models.experts import N
 
 Floats = NDArray[np.float64]
@@ -67,6 +67,27 @@ def _worse(mine_P: Floats, theirs_P: Floats) -> bool:
     if len(less_P) < 2 or np.ptp(less_P) < 1e-9:
         return len(less_P) >= 2 and bool(less_P[0] < 0)
     return bool(stats.ttest_1samp(less_P, 0.0, alternative="less").pvalue < LEVEL)
+
+
+def worth(kept: Remembered, columns: list[int], decay: float = 1e-4) -> tuple[float, float]:
+    """What these features add: how much likelier the targets are with them, in nats, and the p-value of so much.
+
+    Weights are learned from every other query, with and without the features, and compared on the rest; then the other
+    way about (t-test).
+    """
+    std_F, mean_F = torch.std_mean(kept.x_QCF.float()[kept.real_QC], 0)
+    z_QCF, halves = (kept.x_QCF.float() - mean_F) / std_F.clamp(min=1e-3), (slice(0, None, 2), slice(1, None, 2))
+    likely: list[Floats] = []
+    for without in ([], columns):
+        z_QCF[..., without] = 0.0
+        z_QCG, parts = crossed(z_QCF), []
+        for learnt, judged in (halves, halves[::-1]):
+            weights_G = fit_listwise(z_QCG[learnt], kept.real_QC[learnt], torch.zeros(z_QCG.shape[2]), decay)
+            score_QC = (z_QCG[judged] @ weights_G).masked_fill(~kept.real_QC[judged], -torch.inf)
+            parts.append(score_QC.log_softmax(1)[:, 0])
+        likely.append(torch.cat(parts).double().numpy())
+    more_Q = likely[0] - likely[1]
+    return float(more_Q.mean()), float(stats.ttest_1samp(more_Q, 0.0, alternative="greater").pvalue)
 
 
 def fit_listwise(x_QCG: Tensor, real_QC: Tensor, start_G: Tensor, decay: float, max_steps: int = 100) -> Tensor:

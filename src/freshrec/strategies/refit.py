@@ -1,17 +1,20 @@
 """Refit: the update of a blend. Its rule learns from what was remembered, its trained expert from the new events."""
 
+import copy
 import time
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 
 from freshrec.data.batches import Targets, due_targets, place, random_source, targets_at
 from freshrec.learn.fit import Clock, Fit, adapt, best_epoch, ndcg, train
-from freshrec.learn.listwise import refit
+from freshrec.learn.listwise import LEVEL, refit, worth
 from freshrec.models.blend import Blend
+from freshrec.models.experts import TRAINED, N
 from freshrec.options import Count, CountOrNone, Positive, check_options
 from freshrec.strategies.plain import Absorb
-from freshrec.types import DUE, NEVER, Histories, Span, State
+from freshrec.types import DUE, NEVER, NEXT, NOW, Events, Histories, Span, State
 
 JUDGED = 1407  # tells the random numbers from others
 SPEED = 30_000  # passes in a second, with as much time again for what counts: half of what one core does
@@ -25,9 +28,10 @@ class Refit:
     decay: Positive = 1e-4  # on the squares of the weights
     least: Count = 300  # queries to learn from; with fewer the best expert speaks alone
     epochs: CountOrNone = 6  # of the network that corrects the weights; 0: weights only
-    trains: bool = True  # the expert that learns by gradients; false: counters alone
+    trains: Literal["worth", "always", "never"] = "worth"  # the expert that learns by gradients: if it adds to the rest
     fit: Fit = Fit(epochs=3, max_epochs=30, patience=3)  # how it is trained
     passes: Count = 6_000_000  # targets of one training, epochs counted: a large log gets fewer epochs, or its latest
+    anew: bool = False  # forget everything, and do with all events so far as with a base block: a full retrain
     needs = "experts"
     base = "absorb"
 
@@ -39,30 +43,39 @@ class Refit:
         return (self,)
 
     def work(self, sizes: list[int], base_epochs: int) -> list[float]:
-        """What the trained expert passes."""
-        work = self.fit.work(sizes, base_epochs) if self.trains else [0.0] * len(sizes)
+        """What the trained expert passes, if it is worth it."""
+        work = [0.0] * len(sizes) if self.trains == "never" else self.fit.work(sizes, base_epochs)
+        if self.anew:
+            work = [float(sum(sizes[: t + 1]) * base_epochs) for t in range(len(sizes))]
         return [min(passes, float(self.passes)) for passes in work]
 
     def update(self, state: State, span: Span) -> State:
         """The same experts, joined by what was remembered up to now, then trained on what is new."""
         after, clock = Absorb().update(state, span), Clock()
-        model: Blend = after.model
-        rest = due_targets(state.recent)
-        if self.trains and model.waiting:
-            rest = self._begin(model, span, state.seed, clock)
+        if self.anew:
+            span = replace(span, events=_joined((*(state.memory or ()), span.events)))
+            model = Blend(state.model.spec, state.model.seed)
+            model.grow(span.n_users, span.n_items)
+            model.absorb(span.events[span.events.joins_E != NEVER], Histories.empty())
+            released = torch.where(span.events.joins_E == NEXT, NOW, span.events.joins_E)
+            after = replace(after, model=model, memory=(replace(span.events, joins_E=released),))
+        model, rest = after.model, due_targets(state.recent)
+        if model.waiting and self.trains != "never":
+            model, rest = self._begin(model, span, state.seed, clock)
         since = time.process_time()
         refit(model, self.decay, self.least, self.epochs)
         clock.timed("refit_cpu_s", since)
-        if self.trains:
+        if model.experts.trained.items.steps_R.any():
             fit, rest = self._within(self.fit, rest)
             adapt(model.experts.trained, rest, fit, (state.seed, span.index), clock)
             model.experts.unsettle()
-        return replace(after, costs=clock.costs)
+        return replace(after, model=model, costs=clock.costs)
 
-    def _begin(self, model: Blend, span: Span, seed: int, clock: Clock) -> Targets:
+    def _begin(self, model: Blend, span: Span, seed: int, clock: Clock) -> tuple[Blend, Targets]:
         """Train on what came before the base block's last window; as long as it gets better at that, which is the rest.
 
-        What was remembered of the window then hears what this expert thinks of it.
+        What was remembered of the window then hears what this expert thinks of it. If that adds nothing to what the
+        others think, beyond chance, the expert is given up.
         """
         since = time.process_time()
         histories, rows_E = place(Histories.empty(), span.events[span.events.joins_E != NEVER], span.n_users)
@@ -74,11 +87,28 @@ class Refit:
         epochs = train(model.experts.trained, early, fit.epochs, (seed, span.index, JUDGED))
         best_epoch(model.experts.trained, epochs, lambda: ndcg(model.experts.trained, judges, None), self.fit.patience)
         clock.timed("train_cpu_s", since)
-        model.hear_trained()
-        return late
+        heard = copy.copy(model)
+        heard.hear_trained()
+        if self.trains == "worth" and len(heard.remembered.x_QCF) >= self.least:
+            nats, p = worth(heard.remembered, [N - 1, 2 * N - 1], self.decay)
+            clock.costs |= {"trained_worth": nats, "trained_worth_p": p}
+            if not p < LEVEL:
+                model.experts.trained = TRAINED.build(model.seed)
+                model.experts.trained.grow(model.n_users, model.n_items)
+                model.experts.unsettle()
+                model.waiting = []
+                return model, late
+        return heard, late
 
     def _within(self, fit: Fit, targets: Targets) -> tuple[Fit, Targets]:
         """Fewer epochs, and in the end fewer targets, the latest, where there would be too many passes."""
         latest = targets.histories.times_R[targets.rows_N].argsort(stable=True)[-self.passes :].sort().values
         n_epochs = max(1, min(fit.epochs, self.passes // max(1, len(latest))))
         return replace(fit, epochs=n_epochs), targets[latest]
+
+
+def _joined(blocks: tuple[Events, ...]) -> Events:
+    """All events of these blocks, one block after the other."""
+    columns = (list(parts) for parts in zip(*(vars(block).values() for block in blocks)))
+    whole: list[Any] = [None if parts[0] is None else torch.cat(parts) for parts in columns]
+    return Events(*whole)
