@@ -15,7 +15,7 @@ from freshrec.models.blend import BlendSpec
 from freshrec.models.ranking import top
 from freshrec.replay.replay import absorb
 from freshrec.strategies.refit import Refit
-from freshrec.types import Batch, Events, Model, Span, State
+from freshrec.types import Batch, Events, Histories, Model, Span, State
 
 USERS, ITEMS, EVENTS, SPAN = 4000, 50_000, 104_000, 16_000
 
@@ -69,13 +69,13 @@ def main() -> None:
         costs = {"base_absorb": counted, "base_fit": fitted, "absorb": absorbed, "update": updated}
         found[f"{name}_trained_cpu_s"] = {part: round(value, 2) for part, value in costs.items()}
         found[f"{name}_trained_request_ms"] = round(1000 * asked / len(batches), 2)
-    counters = BlendSpec().build(0).experts.counters
-    seconds = {}
-    for name, counter in counters.items():
-        counter.grow(USERS, ITEMS)
-        state = State(counter)
-        seconds[name], _ = spent(absorb, state, base, USERS, ITEMS)
-    found["counters_events_per_cpu_s"] = round(EVENTS / sum(seconds.values()))
+    seconds = []
+    for _ in range(3):  # the first time, memory is still being asked for
+        counters = BlendSpec().build(0).experts.counters
+        for counter in counters.values():
+            counter.grow(USERS, ITEMS)
+        seconds.append(sum(spent(counter.absorb, base, Histories.empty())[0] for counter in counters.values()))
+    found["counters_events_per_cpu_s"] = round(EVENTS / min(seconds))
     print(json.dumps(found))
 
 

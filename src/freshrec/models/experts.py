@@ -15,7 +15,7 @@ from freshrec.models.pairs import PairsSpec
 from freshrec.models.pooled import Pooled, PooledSpec
 from freshrec.models.popularity import Popularity, PopularitySpec
 from freshrec.models.repeat import RepeatSpec
-from freshrec.models.sparse import Board, Floats, Ints, best, distinct
+from freshrec.models.sparse import Board, Floats, Ints, best, distinct, sums
 from freshrec.models.user_knn import UserKNNSpec
 from freshrec.types import Batch, Events, Histories, Model
 
@@ -129,26 +129,28 @@ class Experts:
         return torch.from_numpy(items_BC), torch.from_numpy(x_BCF)
 
     def _described(self, batch: Batch, which: Tensor, window: int) -> tuple[Ints, Floats]:
-        history_BT = closed(batch.history_BT[which])[:, -self.length :]
+        history_BT = batch.history_BT[which][:, -self.length :]
         batch, n = Batch(batch.users_B[which], history_BT), len(which)
         said = [self._said(name, batch) for name in self.counters]
-        vectors_BD, known_B = self.asked(batch)
-        liked_BK = self.settled.liked(vectors_BD, known_B, self.offered)
-        offered = [history_BT.numpy(), *(offered_BK for _, offered_BK in said), liked_BK]
+        offered = [history_BT.numpy(), *(offered_BK for _, offered_BK in said)]
+        asked = self.asked(batch) if len(self.settled.shelf_S) else None
+        if asked is not None:
+            offered.append(self.settled.liked(*asked, self.offered))
         items_BC = distinct(np.concatenate(offered, axis=1))
         board, columns = Board(n, self.n_items + 1), []
         for scores, _ in said:
             if isinstance(scores, np.ndarray):
                 columns.append(scores[items_BC])
             else:
-                share_BC = board.of(items_BC, scores) / np.maximum(np.asarray(scores.sum(1)), 1e-9)[:, None]
+                share_BC = board.of(items_BC, scores) / np.maximum(sums(scores), 1e-9)[:, None]
                 columns.append(np.log(share_BC + self.settled.floor))
-        shares_BC, ranks_BC = self.opinion(torch.from_numpy(items_BC), vectors_BD, known_B)
-        columns.append(shares_BC.numpy())
+        silent = np.full(items_BC.shape, np.log(self.settled.floor)), np.full(items_BC.shape, np.log(self.offered + 1))
+        opinion = silent if asked is None else self.opinion(torch.from_numpy(items_BC), *asked)
+        columns.append(np.asarray(opinion[0]))
         for _, offered_BK in said:
             place_K = np.arange(self.offered, self.offered - offered_BK.shape[1], -1)
             columns.append(np.log(self.offered + 1 - board.at(items_BC, offered_BK, place_K)))
-        columns.append(ranks_BC.numpy())
+        columns.append(np.asarray(opinion[1]))
         columns += self.facts.describe(items_BC, history_BT.numpy(), board, window)
         return items_BC, np.stack(columns, axis=2, dtype=np.float32)
 

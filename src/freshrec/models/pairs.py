@@ -18,7 +18,7 @@ from freshrec.models.sparse import picked
 from freshrec.options import Count, check_options
 from freshrec.types import Batch, Events, Histories
 
-Rows = NDArray[np.int64]
+Rows = NDArray[np.int32]
 CHUNK = 200_000  # events whose pairs are in memory at once (4 million pairs of a window of 20)
 
 
@@ -85,7 +85,7 @@ class Pairs:
             return
         pairs_II = self.pairs_II * np.float32(self.kind.keep)
         order = np.argsort(events.users_E.numpy(), kind="stable")
-        users, items = events.users_E.numpy()[order], events.items_E.numpy()[order]
+        users, items = (ids_E.numpy()[order].astype(np.int32) for ids_E in (events.users_E, events.items_E))
         for part in _whole_users(users, CHUNK):
             pairs_II = pairs_II + self._count(users[part], items[part], histories)
         self.pairs_II = pairs_II
@@ -168,4 +168,4 @@ def _latest(users: Rows, histories: Histories, n: int) -> tuple[Rows, Rows]:
     starts, ends = histories.offsets_U.numpy()[users], histories.offsets_U.numpy()[users + 1]
     n_each = np.minimum(ends - starts, n)
     rows = np.repeat(ends - np.cumsum(n_each), n_each) + np.arange(n_each.sum())
-    return np.repeat(users, n_each), histories.items_R.numpy()[rows].astype(np.int64)
+    return np.repeat(users, n_each), histories.items_R.numpy()[rows]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
-from freshrec.models.sparse import picked
+from freshrec.models.sparse import Ints, picked
 from freshrec.options import Count, check_options
 from freshrec.types import Batch, Events, Histories
 
@@ -55,13 +55,21 @@ class Repeat:
         """(B, I + 1) scores as a sparse matrix."""
         history_BT = batch.history_BT.numpy()
         age_T = np.arange(history_BT.shape[1] - 1, -1, -1, dtype=np.float32)
-        weight_T = 1 / (1 + age_T) if self.spec.order == "last" else 0.5 ** (age_T / FREQ_HALF_LIFE)
-        counts_BT = history_BT > 0
         if self.spec.order == "last":
-            counts_BT &= ~_later(history_BT)
-        row_E, step_E = counts_BT.nonzero()
-        parts = weight_T[step_E], (row_E, history_BT[row_E, step_E])
-        return sparse.coo_array(parts, shape=(len(batch), self.n_items + 1)).tocsr()  # equal entries are summed
+            return self._by_item(history_BT, 1 / (1 + age_T), np.maximum)
+        return self._by_item(history_BT, np.float32(0.5) ** (age_T / FREQ_HALF_LIFE), np.add)
+
+    def _by_item(self, history_BT: Ints, weight_T: NDArray[np.floating], join: np.ufunc) -> Any:
+        """(B, I + 1): of each item the weights of its steps, joined."""
+        order_BT = np.argsort(history_BT, axis=1, kind="stable")
+        items_BT = np.take_along_axis(history_BT, order_BT, 1)
+        starts_BT = items_BT > 0
+        starts_BT[:, 1:] &= items_BT[:, 1:] != items_BT[:, :-1]
+        real_BT = items_BT > 0
+        weights = weight_T[order_BT[real_BT]].astype(np.float32)
+        weights = join.reduceat(weights, starts_BT[real_BT].nonzero()[0]) if len(weights) else weights
+        offsets = np.append(0, np.cumsum(starts_BT.sum(1)))
+        return sparse.csr_array((weights, items_BT[starts_BT], offsets), shape=(len(history_BT), self.n_items + 1))
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
         """(B, N): from each row's own history alone."""
@@ -74,14 +82,3 @@ class Repeat:
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state_dict`."""
         self.n_users, self.n_items = tensors["sizes"].tolist()
-
-
-def _later(history_BT: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Whether the same item comes again later."""
-    order_BT = np.argsort(history_BT, axis=1, kind="stable")
-    sorted_BT = np.take_along_axis(history_BT, order_BT, 1)
-    same_BT = np.zeros(history_BT.shape, bool)
-    same_BT[:, :-1] = sorted_BT[:, 1:] == sorted_BT[:, :-1]
-    later_BT = np.zeros_like(same_BT)
-    np.put_along_axis(later_BT, order_BT, same_BT, 1)
-    return later_BT

@@ -53,6 +53,12 @@ def best(scores_BN: Any, k: int) -> tuple[Ints, Floats]:
     return np.where(is_there_BK, columns_BK, 0).astype(np.int64), values_BK
 
 
+def sums(scores_BN: Any) -> Floats:
+    """(B,) of the entries of each row."""
+    row_E = np.repeat(np.arange(scores_BN.shape[0]), np.diff(scores_BN.indptr))
+    return np.bincount(row_E, scores_BN.data, minlength=scores_BN.shape[0]).astype(np.float32)
+
+
 def picked(scores_BI: Tensor, items: Tensor) -> Tensor:
     """(B, N): the scores of `items`, shared by all rows (N,) or each row's own (B, N)."""
     return scores_BI.gather(1, items) if items.ndim == 2 else scores_BI[:, items]
