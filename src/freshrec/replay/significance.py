@@ -27,7 +27,7 @@ METHOD, QUERY = ("model", "strategy"), ("span", "user", "target")
 FIRST, SECOND = ({name: f"{name}_{end}" for name in METHOD} for end in "ab")
 LEVEL = 0.95
 RESAMPLES = 500  # of users, for an interval
-GROUPS = 50_000  # of users, at most, whose signs are flipped
+GROUPS = 2_000  # of users, at most, whose signs are flipped
 FLIPS = 9999  # of signs, for a test: the smallest p is 2 / 10,000
 DRAWN, FLIPPED = 100_000, 2_000_000  # resamples x users in memory at once: the fastest, and still small
 COLUMNS = {
@@ -99,7 +99,7 @@ def paired_p(differences_UP: Floats, seed: int = 0) -> Floats:
     tests the mean, which is what is printed, and assumes no shape; users with a difference of zero neither help nor
     harm. With six equal wins, no losses and zeros elsewhere it says 2 / 2^6 = 0.03, where a t-test says 0.014;
     Wilcoxon's test is about ranks, and can contradict the sign of the mean. All comparisons share the flips. More than
-    50,000 users are flipped in that many groups: what holds for each of them holds for their sums.
+    2,000 users are flipped in that many groups: what holds for each of them holds for their sums.
     """
     n_users = len(differences_UP)
     if n_users == 1:
