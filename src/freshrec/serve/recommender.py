@@ -27,7 +27,7 @@ from freshrec.models.blend import Blend
 from freshrec.models.popularity import PopularitySpec
 from freshrec.replay.measure import Asked, Block, queries_of, rank_queries
 from freshrec.replay.metrics import evaluate, parse, per_user
-from freshrec.replay.replay import absorb, check
+from freshrec.replay.replay import absorb, check, told
 from freshrec.replay.significance import interval
 from freshrec.serve.recommend import Served, Wanted, best_items, reasons, similar_items
 from freshrec.strategies import find_strategy
@@ -180,18 +180,19 @@ class Recommender:
         """How well new events are predicted, before they are learnt: metric, value, low, high (95 %), n, n_users.
 
         Every event is asked for with all of its user's events before it, those among the new ones too, and ranked among
-        all known items; an unknown item is a miss, and a user's very first event is not asked for. Users weigh equally;
-        `n` counts events. Nothing is learnt: call it before `update`, which takes the same rows.
+        all known items; an unknown item is a miss (but what counts may offer a user an own one again). A user's very
+        first event is not asked for. Users weigh equally; `n` counts events. Nothing is learnt: call it before
+        `update`, which takes the same rows.
         """
         for metric in metrics:
             parse(metric)
         served = self.served
-        events, users, _ = _numbered(served, _read_next(new_events, self._reading, served))
-        block = Block(events, 0, len(users), len(served.items))
+        events, users, items = _numbered(served, _read_next(new_events, self._reading, served))
+        block, state = Block(events, 0, len(users), len(served.items)), told(served.state, len(users), len(items))
         queries = queries_of(served.state.recent, block, served.state.model.spec.length, Asked(TRAIN))
         if not len(queries):
             raise LogError("no user of the new events has an event before, so nothing can be asked; give more rows.")
-        values_QM = evaluate(rank_queries(served.state, queries).numpy(), metrics)
+        values_QM = evaluate(rank_queries(state, queries).numpy(), metrics)
         _, values_UM = per_user(queries.users_N.numpy(), values_QM)
         low_M, high_M = interval(values_UM)
         columns = {"metric": list(metrics), "value": values_UM.mean(0), "low": low_M, "high": high_M}
