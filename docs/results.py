@@ -154,16 +154,17 @@ def _blend(found: list[dict[str, Any]]) -> list[str]:
     """What joining the experts is worth on each log, against the one of them that turned out best there."""
     lines = [
         "The blend (`refit`) against the best single expert of each log, chosen on these very numbers: that flatters",
-        "the single. *Selector*: the best counter so far (`blend` with `absorb`). *Counters*: `refit:trains=false`.",
+        "the single. *Counters*: without the trained expert (`refit:trains=never`).",
         "",
-        "| recipe | best single | ndcg@20 | selector | counters | blend | blend - best single | CPU-s per update |",
-        "|---|---|---|---|---|---|---|---|",
+        "| recipe | best single | ndcg@20 | counters | blend | blend - best single | CPU-s per update |",
+        "|---|---|---|---|---|---|---|",
     ]
     for result in found:
         at = {key[:2]: row["value"] for key, row in _means(result).items() if key[2] == "ndcg@20"}
         best = max((key for key in at if key[0] != "blend"), key=lambda key: at[key])
         cost = _means(result)["blend", "refit", "update_cpu_s"]["value"]
-        ways = (best, ("blend", "absorb"), ("blend", "refit:trains=false"), ("blend", "refit"))
+        counting = next(key for key in at if key[1].startswith("refit:trains="))
+        ways = (best, counting, ("blend", "refit"))
         cells = [f"{100 * at[way]:.2f}" for way in ways]
         gain = f"{_difference(result['tests'], ('blend', 'refit'), best)}, {100 * (at[ways[-1]] / at[best] - 1):+.0f} %"
         lines.append(f"| {result['recipe']} | {best[0]} | " + " | ".join([*cells, gain, f"{cost:.1f}"]) + " |")
@@ -200,7 +201,7 @@ def _about(result: dict[str, Any]) -> list[str]:
         f"`make reproduce RECIPE={result['recipe']} DATA=...` -- {resolved['log']['path']}, {users}; base block "
         f"{base['events']:,} events, then {len(later)} spans of {min(events):,} to {max(events):,} events; "
         f"{targets:,} targets, of which {100 * seen:.0f} % are of items seen "
-        f"before their span (the ceiling of every method); {seeds} seed{'s' if seeds > 1 else ''}"
+        f"before their span (what counts may also offer users their own new items again); {seeds} seed{'s' if seeds > 1 else ''}"
         + ("; knobs of each update chosen on the span before" if tuned else "; nothing tuned")
         + ", but full has no knob to choose" * tuned
         + ". The epochs of the base block are chosen once, on that block, and full uses as many at each retrain: it is "
