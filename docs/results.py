@@ -38,6 +38,9 @@ CLAIMS = (
 )
 
 
+WITH_EXPERTS = [
+    f"blend-{log}" for log in ("beauty", "electronics", "globo", "gowalla", "grocery", "kuairand", "taobao", "uci")
+]
 SHOWN = (
     ("popularity", "absorb"), ("item-knn", "absorb"), ("sasrec", "finetune"), ("comirec-dr-k1", "finetune"),
     ("comirec-dr", "frozen"), ("comirec-dr", "finetune"), ("comirec-dr", "imsr"), ("comirec-dr", "full"),
@@ -105,7 +108,7 @@ def results_page(root: Path) -> str:
     parts += [(root / "docs/findings.md").read_text().strip(), "", "## Claims and tests", ""]
     parts += _claims([r for r in found if set(r["resolved"]["replay"]["models"]) & set(TRAINED)])
     bench = (root / "benchmarks/results/bench.jsonl").read_text().strip()
-    parts += ["", "## The blend", "", *_blend([r for r in found if "blend" in r["resolved"]["replay"]["models"]])]
+    parts += ["", "## The blend", "", *_blend([r for r in found if r["recipe"] in WITH_EXPERTS])]
     parts += ["", "## Benchmarks", "", "`make bench`, one thread:", "", "```json", bench, "```"]
     for result in found:
         parts += ["", f"## {result['recipe']}", "", *_about(result), "", *_table(result)]
@@ -201,7 +204,8 @@ def _about(result: dict[str, Any]) -> list[str]:
         f"`make reproduce RECIPE={result['recipe']} DATA=...` -- {resolved['log']['path']}, {users}; base block "
         f"{base['events']:,} events, then {len(later)} spans of {min(events):,} to {max(events):,} events; "
         f"{targets:,} targets, of which {100 * seen:.0f} % are of items seen "
-        f"before their span (what counts may also offer users their own new items again); {seeds} seed{'s' if seeds > 1 else ''}"
+        f"before their span (what counts may also offer users their own new items again); "
+        f"{seeds} seed{'s' if seeds > 1 else ''}"
         + ("; knobs of each update chosen on the span before" if tuned else "; nothing tuned")
         + ", but full has no knob to choose" * tuned
         + ". The epochs of the base block are chosen once, on that block, and full uses as many at each retrain: it is "

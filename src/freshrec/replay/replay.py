@@ -200,7 +200,9 @@ def _tested(
     rows, asked = [], []
     for block in blocks:
         n_items = max(block.n_items, int(block.events.items_E.max()) if len(block.events) else 0)
+        since = time.process_time()
         state = told(state, span.n_users, n_items)
+        clock.timed("absorb_cpu_s", since)
         if block.events.labels_E is not None:
             rows.append(_named(click_rows(state, block, settings.asked), span.index, span.index - 1))
         else:
