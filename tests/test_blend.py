@@ -18,7 +18,7 @@ from freshrec.models.facts import OWN
 from freshrec.models.ranking import ranks, top
 from freshrec.replay.replay import absorb
 from freshrec.strategies.refit import Refit
-from freshrec.types import NEXT, NOW, Batch, Events, Histories, OfferingModel, Span, State
+from freshrec.types import NEVER, NEXT, NOW, Batch, Events, Histories, OfferingModel, Span, State
 
 near = pytest.approx
 USERS, ITEMS = 40, 30
@@ -292,12 +292,40 @@ def test_anew_is_to_do_with_all_events_as_with_a_base_block() -> None:
     base, later = chain(1200, 0), chain(600, 1)
     later = replace(later, times_E=later.times_E + 1200)
     both = Events.of(torch.cat([base.users_E, later.users_E]), torch.cat([base.items_E, later.items_E]))
-    [_, after], [whole] = (update(blocks, anew=True, trains="never") for blocks in ([base, later], [both]))
+    [_, after], [whole] = update([base, later], anew=True, trains="never"), update([both], trains="never")
     found, expected = after.model.state_dict(), whole.model.state_dict()
     assert found.keys() == expected.keys()
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
-    trained = update([base, later, chain(600, 2)], anew=True)  # and once more, from what is remembered of all three
-    assert trained[-1].model.experts.facts.clock == 2400 and trained[-1].model.n_blocks == 2
+
+
+def test_anew_trains_on_all_events_but_those_held_back_by_the_last_block(tmp_path: Path) -> None:
+    passed: list[int] = []
+
+    class Counted(Refit):
+        def _within(self, fit: Fit, targets: Targets) -> tuple[Fit, Targets]:
+            passed.append(len(targets))
+            return super()._within(fit, targets)
+
+    strategy = Counted(anew=True, trains="always", fit=Fit(epochs=1, max_epochs=1, patience=1))
+    state = State(BlendSpec().build(0))
+    for index, (n, expected) in enumerate([(1200, 600 + 0), (600, 1200 + 300), (600, 1800 + 300)]):
+        block = chain(n, index)
+        half = torch.where(torch.arange(n) % 2 == 0, NEXT, NOW).to(torch.int8)
+        span = Span(index, replace(block, joins_E=half), USERS, ITEMS)
+        passed.clear()
+        state = strategy.update(absorb(state, span.events, USERS, ITEMS), span)
+        assert sum(passed) == expected
+        save_state(state, tmp_path / "state.safetensors")  # what is remembered goes with it
+        state = load_state(tmp_path / "state.safetensors")
+    secret = replace(block, joins_E=torch.full_like(block.joins_E, NEVER))
+    after = strategy.update(absorb(state, secret, USERS, ITEMS), Span(3, secret, USERS, ITEMS))
+    assert after.model.experts.facts.clock == 2400  # of 3000 events
+
+
+def test_a_blend_that_began_with_too_little_trains_when_there_is_more() -> None:
+    tiny = Events.of(torch.arange(1, 7), torch.arange(1, 7))  # an event of each user: nobody can be asked anything
+    begun = [bool(state.model.experts.trained.items.steps_R.any()) for state in update([tiny, chain(600, 1)])]
+    assert begun == [False, True]
 
 
 def test_what_is_kept_at_hand_is_not_older_than_what_was_learnt() -> None:

@@ -110,6 +110,17 @@ def test_markov_keeps_four_fifths_of_the_old_counts():
     assert scores(model, 2) == pytest.approx([0, 0, 1 / 11])
 
 
+def test_items_that_nobody_has_taken_yet_take_no_place_in_the_question():
+    for kind in ("cosine", "markov"):
+        model = model_of(PairsSpec(kind=kind), [1, 1, 2, 2], [1, 2, 1, 2], 2, 2)
+        before = scores(model, 1)
+        model.grow(2, 30)
+        assert np.array_equal(scores(model, 1, *range(3, 28))[:2], before) and before[1] > 0
+        other = PairsSpec(kind=kind).build(0)
+        other.load_state_dict(model.state_dict())
+        assert np.array_equal(scores(other, 1, *range(3, 28))[:2], before)
+
+
 def test_an_old_event_that_was_kept_secret_makes_no_pair():
     # Item row 0 hides an old event. What is around it keeps its distance: 1 -> 2 has a gap of 2, so half a pair.
     model = PairsSpec("markov").build(0)

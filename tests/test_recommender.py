@@ -141,6 +141,12 @@ def test_fit_then_evaluate_is_what_a_replay_measures(model: str, strategy: str |
     assert found["n"].to_list() == expected["n"].to_list()
 
 
+def test_an_own_item_that_is_new_to_all_may_be_found_again() -> None:
+    recommender = Recommender("repeat-last").fit(LOG)
+    found = recommender.evaluate(events("u1 new", "u1 new"))  # the first nobody can know, the second is the user's own
+    assert found.filter(pl.col("metric") == "hr@20")["value"].to_list() == [0.5]
+
+
 def test_an_evaluation_by_hand() -> None:
     recommender = Recommender("popularity").fit(LOG)
     # u1 is asked for a (rank 1) and c (rank 3): hr@1 is 1/2; u9's first event is not asked for, the second, a, is

@@ -30,9 +30,9 @@ def asked(model: UserKNN, user: int, history: list[int]) -> list[float]:
 
 
 def test_items_of_like_users_by_how_telling_the_shared_ones_are() -> None:
-    # 9 users; item 1 was taken by users 2 and 3: idf = ln(1 + 9 / 3); item 2 by user 3 alone: ln(1 + 9 / 2).
+    # 2 users have events; item 1 was taken by both: idf = ln(1 + 2 / 3); item 2 by user 3 alone: ln(1 + 2 / 2).
     model = fed([(2, 1), (2, 5), (3, 1), (3, 2), (3, 6)])
-    one, two = np.log1p(3.0), np.log1p(4.5)
+    one, two = np.log1p(2 / 3), np.log1p(1.0)
     scores = asked(model, 1, [1, 2, 1])  # taking item 1 twice counts once
     assert scores[5] == near(one) and scores[6] == near(one + two)
     assert scores[1] == near(one + one + two) and scores[2] == near(one + two) and scores[7] == scores[0] == 0
@@ -46,7 +46,7 @@ def test_a_user_is_no_neighbour_of_its_own_and_only_the_nearest_count() -> None:
 
 def test_an_item_makes_neighbours_of_its_latest_users_only() -> None:
     pairs = [(2, 1), (2, 5), (3, 1), (3, 6)]
-    assert asked(fed(pairs, (2,), through=1), 1, [1])[5:7] == [0, near(np.log1p(3.0))]
+    assert asked(fed(pairs, (2,), through=1), 1, [1])[5:7] == [0, near(np.log1p(2 / 3))]
 
 
 def test_what_is_older_than_the_last_events_is_forgotten() -> None:
@@ -68,3 +68,10 @@ def test_a_copy_that_learns_more_leaves_the_old_one_alone() -> None:
     other.load_state_dict(model.state_dict())
     other.absorb(Events.of(torch.tensor([2]), torch.tensor([5])), NOTHING)
     assert asked(model, 1, [1])[5] == 0 and asked(other, 1, [1])[5] > 0
+
+
+def test_room_for_more_users_and_items_changes_no_score() -> None:
+    model = fed([(1, 1), (1, 2), (2, 1), (2, 3), (3, 4)])
+    before = asked(model, 0, [1])
+    model.grow(model.n_users + 20, model.n_items + 5)
+    assert asked(model, 0, [1])[: len(before)] == before

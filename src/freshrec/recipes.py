@@ -73,7 +73,7 @@ class ReplayRecipe(BaseModel, extra="forbid", frozen=True):
     cadence: Cadence = [1]  # blocks to a span; with several, all but trained models are replayed at each
     min_history: int = Field(default=1, ge=0)
     tune: bool = False
-    unseen: Literal["miss", "drop"] = "miss"  # events of items no model can know: missed, or left out of the test
+    unseen: Literal["miss", "drop"] = "miss"  # events of items new to all: asked for like others, or left out
     mean: Equal = "users"  # what weighs equally within a span; "pooled": all targets of all spans
     from_span: int = Field(default=1, ge=1)  # means and tests begin with it; what is before it is shown by span only
     last_update: bool = True  # train on the last span too, although nothing tests it

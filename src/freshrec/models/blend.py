@@ -148,6 +148,7 @@ class Blend:
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.experts = Experts(spec.offered, spec.length, seed)
         self.rule, self.trusted = None, 0
+        self.given_up = False  # the trained expert: it added nothing to the others
         self.window = self.n_blocks = 0  # events in a window: a sixth of the first block
         nothing = torch.zeros(0, spec.others + 1, len(FEATURES), dtype=torch.float16)
         self.remembered = Remembered(nothing, nothing[..., 0] > 0, torch.zeros(0, N + 1))
@@ -268,14 +269,16 @@ class Blend:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything the model knows."""
-        numbers = [self.n_users, self.n_items, self.window, self.n_blocks, self.trusted]
+        numbers = [self.n_users, self.n_items, self.window, self.n_blocks, self.trusted, int(self.given_up)]
         parts = {"experts": self.experts.state_dict(), "remembered": vars(self.remembered)}
         parts |= {} if self.rule is None else {"rule": vars(self.rule)}
         return {"numbers": torch.tensor(numbers)} | in_one(parts)
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state_dict`."""
-        self.n_users, self.n_items, self.window, self.n_blocks, self.trusted = tensors["numbers"].tolist()
+        *numbers, given_up = tensors["numbers"].tolist()
+        self.n_users, self.n_items, self.window, self.n_blocks, self.trusted = numbers
+        self.given_up = bool(given_up)
         self.experts.load_state_dict(part_of(tensors, "experts"), self.n_users, self.n_items)
         self.remembered = Remembered(**part_of(tensors, "remembered"))
         rule = part_of(tensors, "rule")

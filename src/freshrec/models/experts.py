@@ -129,7 +129,7 @@ class Experts:
         return torch.from_numpy(items_BC), torch.from_numpy(x_BCF)
 
     def _described(self, batch: Batch, which: Tensor, window: int) -> tuple[Ints, Floats]:
-        history_BT = batch.history_BT[which][:, -self.length :]
+        history_BT = closed(batch.history_BT[which])[:, -self.length :]
         batch, n = Batch(batch.users_B[which], history_BT), len(which)
         said = [self._said(name, batch) for name in self.counters]
         offered = [history_BT.numpy(), *(offered_BK for _, offered_BK in said)]

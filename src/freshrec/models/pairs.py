@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
+from freshrec.data.batches import closed
 from freshrec.models.sparse import picked
 from freshrec.options import Count, check_options
 from freshrec.types import Batch, Events, Histories
@@ -68,6 +69,7 @@ class Pairs:
         self.kind = MARKOV if spec.kind == "markov" else COSINE
         self.n_users = 0
         self.n_items = 0
+        self.n_counted = 0  # items up to this row have been counted; later ones take no place in a question
         self.mass_I = np.zeros(1, dtype=np.float32)  # d
         self.pairs_II: Any = sparse.csr_array((1, 1), dtype=np.float32)  # never changed in place
 
@@ -88,7 +90,7 @@ class Pairs:
         users, items = (ids_E.numpy()[order].astype(np.int32) for ids_E in (events.users_E, events.items_E))
         for part in _whole_users(users, CHUNK):
             pairs_II = pairs_II + self._count(users[part], items[part], histories)
-        self.pairs_II = pairs_II
+        self.pairs_II, self.n_counted = pairs_II, max(self.n_counted, int(items.max()))
         if self.kind.directed:
             self.mass_I = pairs_II.sum(axis=1)
         else:
@@ -130,7 +132,10 @@ class Pairs:
 
     def _question(self, batch: Batch) -> Any:
         """The weights of the recent items, as a sparse (B, I) matrix."""
-        recent_BT = batch.history_BT[:, -self.kind.recent :].numpy()
+        history_BT = batch.history_BT
+        if bool((history_BT > self.n_counted).any()):
+            history_BT = closed(torch.where(history_BT <= self.n_counted, history_BT, 0))
+        recent_BT = history_BT[:, -self.kind.recent :].numpy()
         mass_BT, age_T = self.mass_I[recent_BT], np.arange(recent_BT.shape[1] - 1, -1, -1)
         if self.kind.directed:
             weight_BT = 1 / (mass_BT + PRIOR)
@@ -143,12 +148,12 @@ class Pairs:
     def state_dict(self) -> dict[str, Tensor]:
         """Everything the model knows."""
         arrays = {"mass_I": self.mass_I, "counts": self.pairs_II.data, "later": self.pairs_II.indices}
-        arrays |= {"offsets_I": self.pairs_II.indptr, "sizes": np.array([self.n_users, self.n_items])}
+        arrays |= {"offsets_I": self.pairs_II.indptr, "sizes": np.array([self.n_users, self.n_items, self.n_counted])}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state_dict`."""
-        self.n_users, self.n_items = tensors["sizes"].tolist()
+        self.n_users, self.n_items, self.n_counted = tensors["sizes"].tolist()
         self.mass_I = tensors["mass_I"].numpy()
         columns = tuple(tensors[name].numpy() for name in ("counts", "later", "offsets_I"))
         self.pairs_II = sparse.csr_array(columns, shape=(self.n_items + 1, self.n_items + 1))

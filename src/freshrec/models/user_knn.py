@@ -34,7 +34,7 @@ class UserKNNSpec:
 class UserKNN:
     """score(item) = sum of sim(v) over the nearest users v who took it lately; sim(v) = sum of idf over shared items.
 
-    idf(item) = ln(1 + users / (1 + users who took the item lately)).
+    idf(item) = ln(1 + users with events / (1 + users who took the item lately)).
     """
 
     def __init__(self, spec: UserKNNSpec) -> None:
@@ -88,7 +88,7 @@ class UserKNN:
         if self._index is None:
             took_UI = rows_of(self.recent_UT, self.n_items + 1)
             n_I = np.bincount(took_UI.indices, minlength=self.n_items + 1)
-            idf_I = np.log1p(self.n_users / (1 + n_I)).astype(np.float32)
+            idf_I = np.log1p(np.count_nonzero(self.recent_UT[:, -1]) / (1 + n_I)).astype(np.float32)
             latest_U = np.argsort(-self.turn_U, kind="stable")
             columns = took_UI[latest_U].tocsc()  # in each column the latest users come first
             place_E = np.arange(columns.nnz) - np.repeat(columns.indptr[:-1], n_I)

@@ -21,7 +21,7 @@ SLICES = {
     "new pair": "targets this user never had",
     "old item": "items of at least two spans ago",
     "new item": "items first seen in the last span",
-    "unseen item": "items no model has trained on: a miss for all unless counted within the span",
+    "unseen item": "items no model has trained on: missed unless counted within the span, or own and offered again",
     "old user": "users with events before this span",
     "new user": "users first seen in this span",
     "head": "the most popular items, which make up half of all earlier events",
@@ -75,7 +75,7 @@ class Asked:
     role: int = TEST
     min_history: int = 1  # own events a query needs
     among: int = 0  # sampled items that a target is ranked among; 0: all items
-    unseen: Literal["miss", "drop"] = "miss"  # events of items that nobody could know: missed, or as if they were not
+    unseen: Literal["miss", "drop"] = "miss"  # events of items new to all: asked for like others, or as if not there
 
 
 def queries_of(recent: Histories, block: Block, length: int, asked: Asked = Asked()) -> Queries:

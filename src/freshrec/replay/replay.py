@@ -104,24 +104,25 @@ def check_clicks(model: ModelSpec, model_name: str) -> None:
 
 def absorb(state: State, block: Events, n_users: int, n_items: int) -> State:
     """The state after counting a block: cheap experts learn at once, everybody's recent events are kept."""
-    state, recent = told(state, n_users, n_items), append(state.recent, block, n_users)
+    recent = append(state.recent, block, n_users)
     if isinstance(state.model, TrainedModel):
         return replace(state, recent=recent)
     model = copy.deepcopy(state.model)
+    model.grow(n_users, n_items)
     hidden_R = torch.where(state.recent.due_R == SECRET, 0, state.recent.items_R)
     model.absorb(block[block.joins_E != NEVER], replace(state.recent, items_R=hidden_R))
     return replace(state, model=model, recent=recent)
 
 
-def told(state: State, n_users: int, n_items: int) -> State:
-    """The state with room for new users and items, where the model counts: it may offer a user an own item again.
+def told(state: State, n_items: int) -> State:
+    """The state with room for new items, where the model counts: it may offer a user an own one again.
 
     A trained model stays as it is until its update: what it has not learnt it neither offers nor finds.
     """
-    if isinstance(state.model, TrainedModel) or (state.model.n_users, state.model.n_items) == (n_users, n_items):
+    if isinstance(state.model, TrainedModel) or state.model.n_items == n_items:
         return state
     model = copy.deepcopy(state.model)
-    model.grow(n_users, n_items)
+    model.grow(model.n_users, n_items)
     return replace(state, model=model)
 
 
@@ -200,9 +201,7 @@ def _tested(
     rows, asked = [], []
     for block in blocks:
         n_items = max(block.n_items, int(block.events.items_E.max()) if len(block.events) else 0)
-        since = time.process_time()
-        state = told(state, span.n_users, n_items)
-        clock.timed("absorb_cpu_s", since)
+        state = told(state, n_items)
         if block.events.labels_E is not None:
             rows.append(_named(click_rows(state, block, settings.asked), span.index, span.index - 1))
         else:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 Source: TypeAlias = "str | Path | pl.DataFrame | pd.DataFrame"
 Ids: TypeAlias = str | int | Sequence[str] | Sequence[int] | pl.Series  # one id or many
 
-FORMAT = 1
+FORMAT = 2
 ABOUT = "recommender.json"  # names the part that is current, and is written last
 
 
@@ -188,7 +188,7 @@ class Recommender:
             parse(metric)
         served = self.served
         events, users, items = _numbered(served, _read_next(new_events, self._reading, served))
-        block, state = Block(events, 0, len(users), len(served.items)), told(served.state, len(users), len(items))
+        block, state = Block(events, 0, len(users), len(served.items)), told(served.state, len(items))
         queries = queries_of(served.state.recent, block, served.state.model.spec.length, Asked(TRAIN))
         if not len(queries):
             raise LogError("no user of the new events has an event before, so nothing can be asked; give more rows.")

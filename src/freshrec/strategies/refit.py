@@ -28,7 +28,7 @@ class Refit:
     decay: Positive = 1e-4  # on the squares of the weights
     least: Count = 300  # queries to learn from; with fewer the best expert speaks alone
     epochs: CountOrNone = 6  # of the network that corrects the weights; 0: weights only
-    trains: Literal["worth", "always", "never"] = "worth"  # the expert that learns by gradients: if it adds to the rest
+    trains: Literal["worth", "always", "never"] = "worth"  # the expert that learns by gradients: unless it adds nothing
     fit: Fit = Fit(epochs=3, max_epochs=30, patience=3)  # how it is trained
     passes: Count = 6_000_000  # targets of one training, epochs counted: a large log gets fewer epochs, or its latest
     anew: bool = False  # forget everything, and do with all events so far as with a base block: a full retrain
@@ -45,7 +45,7 @@ class Refit:
     def work(self, sizes: list[int], base_epochs: int) -> list[float]:
         """What the trained expert passes, if it is worth it."""
         work = [0.0] * len(sizes) if self.trains == "never" else self.fit.work(sizes, base_epochs)
-        if self.anew:
+        if self.anew and self.trains != "never":
             work = [float(sum(sizes[: t + 1]) * base_epochs) for t in range(len(sizes))]
         return [min(passes, float(self.passes)) for passes in work]
 
@@ -65,7 +65,7 @@ class Refit:
         since = time.process_time()
         refit(model, self.decay, self.least, self.epochs)
         clock.timed("refit_cpu_s", since)
-        if model.experts.trained.items.steps_R.any():
+        if self.trains == "always" or (self.trains == "worth" and not model.given_up):
             fit, rest = self._within(self.fit, rest)
             adapt(model.experts.trained, rest, fit, (state.seed, span.index), clock)
             model.experts.unsettle()
@@ -75,7 +75,7 @@ class Refit:
         """Train on what came before the base block's last window; as long as it gets better at that, which is the rest.
 
         What was remembered of the window then hears what this expert thinks of it. If that adds nothing to what the
-        others think, beyond chance, the expert is given up.
+        others think, beyond chance, the expert is given up; with fewer than `least` queries nothing can tell.
         """
         since = time.process_time()
         histories, rows_E = place(Histories.empty(), span.events[span.events.joins_E != NEVER], span.n_users)
@@ -96,7 +96,7 @@ class Refit:
                 model.experts.trained = TRAINED.build(model.seed)
                 model.experts.trained.grow(model.n_users, model.n_items)
                 model.experts.unsettle()
-                model.waiting = []
+                model.waiting, model.given_up = [], True
                 return model, late
         return heard, late
 
