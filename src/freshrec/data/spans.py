@@ -125,7 +125,7 @@ def plan(cut: Cut) -> pl.DataFrame:
     """What each span holds: span, name, events, users, items, new_users, new_items, targets, seen_share.
 
     `targets` counts TEST events; `seen_share` is the share of them whose item occurred in an earlier span, the highest
-    hit rate that a trained model of earlier spans can reach (null without targets, and in the base, which nothing tests).
+    hit rate that a trained model of earlier spans can reach (null without targets, and in the base: nothing tests it).
     """
     rows = []
     for span, before in zip(cut.spans, (None, *cut.spans)):
