@@ -271,6 +271,7 @@ def test_a_trained_expert_that_adds_nothing_is_given_up_and_costs_nothing_from_t
     base, later = chain(1200, 0), chain(600, 1)
     tried, counting = update([base, later], trains="worth", least=100), update([base, later], trains="never", least=100)
     assert tried[0].costs["trained_worth_p"] >= LEVEL  # this world is a Markov chain, and another expert knows it
+    assert "train_cpu_s" in tried[0].costs and "train_cpu_s" not in tried[1].costs
     assert "rows_read" not in tried[1].costs and not tried[1].model.experts.trained.items.steps_R.any()
     for mine, theirs in zip(tried, counting):
         assert mine.model.trusted == theirs.model.trusted and not mine.model.waiting
@@ -288,6 +289,17 @@ def test_what_features_are_worth() -> None:
     assert worth(kept, [5, 7])[0] < 0.02 and worth(kept, [5, 7])[1] > LEVEL
 
 
+def counting(passed: list[int], **options: Any) -> Refit:
+    """A refit that writes down how many targets each of its trainings passes."""
+
+    class Counted(Refit):
+        def _within(self, fit: Fit, targets: Targets) -> tuple[Fit, Targets]:
+            passed.append(len(targets))
+            return super()._within(fit, targets)
+
+    return Counted(**options)
+
+
 def test_anew_is_to_do_with_all_events_as_with_a_base_block() -> None:
     base, later = chain(1200, 0), chain(600, 1)
     later = replace(later, times_E=later.times_E + 1200)
@@ -300,13 +312,7 @@ def test_anew_is_to_do_with_all_events_as_with_a_base_block() -> None:
 
 def test_anew_trains_on_all_events_but_those_held_back_by_the_last_block(tmp_path: Path) -> None:
     passed: list[int] = []
-
-    class Counted(Refit):
-        def _within(self, fit: Fit, targets: Targets) -> tuple[Fit, Targets]:
-            passed.append(len(targets))
-            return super()._within(fit, targets)
-
-    strategy = Counted(anew=True, trains="always", fit=Fit(epochs=1, max_epochs=1, patience=1))
+    strategy = counting(passed, anew=True, trains="always", fit=Fit(epochs=1, max_epochs=1, patience=1))
     state = State(BlendSpec().build(0))
     for index, (n, expected) in enumerate([(1200, 600 + 0), (600, 1200 + 300), (600, 1800 + 300)]):
         block = chain(n, index)
@@ -347,13 +353,7 @@ def test_held_back_events_are_trained_on_once_when_it_is_their_turn() -> None:
     held = replace(base, joins_E=torch.where(torch.arange(len(base)) % 2 == 0, NEXT, NOW).to(torch.int8))
     span = Span(0, held, USERS, ITEMS)
     passed: list[int] = []
-
-    class Counted(Refit):
-        def _within(self, fit: Fit, targets: Targets) -> tuple[Fit, Targets]:
-            passed.append(len(targets))
-            return super()._within(fit, targets)
-
-    Counted(fit=Fit(epochs=1, max_epochs=1, patience=1)).update(
+    counting(passed, fit=Fit(epochs=1, max_epochs=1, patience=1)).update(
         absorb(State(BlendSpec().build(0)), held, USERS, ITEMS), span
     )
     assert sum(passed) == 600

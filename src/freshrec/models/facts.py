@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from freshrec.data.batches import Targets, histories_before
-from freshrec.models.sparse import Board, Doubles, Floats, Ints
+from freshrec.models.sparse import Board, Doubles, Floats, Ints, starts
 
 OWN = ("taken", "times taken", "age of the last", "is the last")  # of a candidate in the history
 ITEM = ("taken again", "events", "age")  # of a candidate
@@ -52,8 +52,7 @@ class Facts:
         """(B, C) of each of OWN, ITEM and USER."""
         n_steps, n_B = history_BT.shape[1], (history_BT > 0).sum(1)
         sorted_BT = np.sort(history_BT, axis=1)
-        starts_BT = np.ones(sorted_BT.shape, bool)  # the first of a run of equal items
-        starts_BT[:, 1:] = sorted_BT[:, 1:] != sorted_BT[:, :-1]
+        starts_BT = starts(sorted_BT)
         step_T = np.arange(n_steps)
         run_BT = step_T - np.maximum.accumulate(np.where(starts_BT, step_T, 0), axis=1) + 1 if n_steps else sorted_BT
         times_BC = board.at(items_BC, sorted_BT, run_BT)  # the last of a run of equal items has their number
@@ -62,7 +61,7 @@ class Facts:
         mean = float(self.again_I.sum() / max(self.events_I.sum(), 1.0))
         events_BC = self.events_I[items_BC]
         age_BC = np.log1p(np.maximum(self.clock - self.first_I[items_BC], 0) / window)
-        again_B = (n_B - (starts_BT & (sorted_BT > 0)).sum(1) + PRIOR * mean) / (n_B + PRIOR)
+        again_B = (n_B - starts_BT.sum(1) + PRIOR * mean) / (n_B + PRIOR)
         columns = [
             taken_BC, np.log1p(times_BC), np.where(taken_BC, np.log1p(n_steps - place_BC), 0),
             taken_BC & (place_BC == n_steps),

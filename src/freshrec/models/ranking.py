@@ -3,12 +3,12 @@
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from freshrec.data.batches import closed, in_parts
 from freshrec.errors import TrainingError
 from freshrec.models.layers import best_inner_product
+from freshrec.models.sparse import distinct
 from freshrec.types import Batch, Model, OfferingModel, TrainedModel, VectorModel
 
 USERS, ITEMS = 64, 2048  # measured best block of the rank count: two thirds of the peak of a matrix product
@@ -35,13 +35,12 @@ def ranks(model: Model, batch: Batch, target_B: Tensor, readout: str = "recent",
     """
     n_items = model.n_items if n_items is None else min(n_items, model.n_items)
     batch = _known(model, batch)
-    known_B = target_B <= n_items
-    if not isinstance(model, TrainedModel):
-        known_B = known_B | ((_own_new(batch, n_items) == target_B[:, None]) & (target_B > 0)[:, None]).any(1)
+    own_BN = torch.zeros(len(batch), 0, dtype=torch.int64) if isinstance(model, TrainedModel) else _new(batch, n_items)
+    known_B = (target_B <= n_items) | (own_BN == target_B[:, None]).any(1)
     target_B = torch.where(known_B, target_B, 0)
     rank_B = torch.ones(len(target_B))
     for users in torch.arange(len(target_B)).split(USERS):
-        rank_B[users] += _ahead(model, _part(batch, users), target_B[users], readout, n_items)
+        rank_B[users] += _ahead(model, _part(batch, users), target_B[users], readout, n_items, own_BN[users])
     return torch.where(known_B, rank_B, torch.inf)
 
 
@@ -69,11 +68,9 @@ def _known(model: Model, batch: Batch) -> Batch:
     return replace(batch, history_BT=closed(torch.where(batch.history_BT <= model.n_items, batch.history_BT, 0)))
 
 
-def _own_new(batch: Batch, n_items: int) -> Tensor:
-    """(B, T) the history without the items 1..n_items, each once: 0 instead."""
-    sorted_BT = torch.where(batch.history_BT > n_items, batch.history_BT, 0).sort(1).values
-    again_BT = F.pad(sorted_BT[:, 1:] == sorted_BT[:, :-1], (1, 0))[:, : sorted_BT.shape[1]]
-    return torch.where(again_BT, 0, sorted_BT)
+def _new(batch: Batch, n_items: int) -> Tensor:
+    """(B, N) the items of each history that are not 1..n_items, each once, then 0."""
+    return torch.from_numpy(distinct(torch.where(batch.history_BT > n_items, batch.history_BT, 0).numpy()))
 
 
 def _part(batch: Batch, which: Tensor) -> Batch:
@@ -83,10 +80,10 @@ def _part(batch: Batch, which: Tensor) -> Batch:
     return Batch(users_B, history_BT, interests_BKD=interests, alive_BK=alive, old_BK=old, kinds_I=batch.kinds_I)
 
 
-def _ahead(model: Model, batch: Batch, target_B: Tensor, readout: str, n_items: int) -> Tensor:
-    """How many items are ahead of the target, those with an equal score counted half."""
+def _ahead(model: Model, batch: Batch, target_B: Tensor, readout: str, n_items: int, own_BN: Tensor) -> Tensor:
+    """How many items, 1..n_items and own ones, are ahead of the target, those with an equal score counted half."""
     if isinstance(model, OfferingModel):
-        return _ahead_among_offered(*model.candidates(batch), target_B, n_items, _own_new(batch, n_items))
+        return _ahead_among_offered(*model.candidates(batch), target_B, n_items, own_BN)
     ahead_B = torch.zeros(len(batch))
     vectors_BKD = vectors_of(model, batch, readout) if isinstance(model, VectorModel) else None
     items_ID = model.item_vectors() if isinstance(model, VectorModel) else None
@@ -95,8 +92,10 @@ def _ahead(model: Model, batch: Batch, target_B: Tensor, readout: str, n_items: 
     else:
         target_B1 = model.score(batch, target_B[:, None])
     block = ITEMS if isinstance(model, TrainedModel) else n_items  # a counter's sparse scores are made once for all
-    for first in range(1, n_items + 1, block):
-        items_N = torch.arange(first, min(first + block, n_items + 1))
+    blocks = [torch.arange(first, min(first + block, n_items + 1)) for first in range(1, n_items + 1, block)]
+    if own_BN.shape[1]:
+        blocks.append(torch.where(own_BN > 0, own_BN, target_B[:, None]))  # which is not ahead of itself
+    for items_N in blocks:
         if vectors_BKD is not None and items_ID is not None:
             score_BN = best_inner_product(vectors_BKD, items_ID[items_N[0] : items_N[-1] + 1])
         else:
@@ -104,17 +103,13 @@ def _ahead(model: Model, batch: Batch, target_B: Tensor, readout: str, n_items: 
         _must_be_finite(score_BN)
         other_BN = items_N != target_B[:, None]  # the target's own score may differ in the last bit between blocks
         ahead_B += ((score_BN > target_B1) & other_BN).sum(1) + 0.5 * ((score_BN == target_B1) & other_BN).sum(1)
-    own_BN = _own_new(batch, n_items)
-    if not isinstance(model, TrainedModel) and bool(own_BN.any()):
-        score_BN, other_BN = model.score(batch, own_BN), (own_BN > 0) & (own_BN != target_B[:, None])
-        ahead_B += ((score_BN > target_B1) & other_BN).sum(1) + 0.5 * ((score_BN == target_B1) & other_BN).sum(1)
     return ahead_B
 
 
 def _ahead_among_offered(items_BC: Tensor, score_BC: Tensor, target_B: Tensor, n_items: int, own_BN: Tensor) -> Tensor:
     _must_be_finite(score_BC)
     may_BC = (items_BC > 0) & (items_BC <= n_items)
-    if bool(own_BN.any()):
+    if own_BN.shape[1]:
         may_BC = may_BC | ((items_BC[..., None] == own_BN[:, None]) & (items_BC > 0)[..., None]).any(2)
     score_BC = torch.where(may_BC, score_BC, 0.0)
     own_BC = items_BC == target_B[:, None]

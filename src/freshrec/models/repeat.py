@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
-from freshrec.models.sparse import Ints, picked
+from freshrec.models.sparse import Ints, picked, starts
 from freshrec.options import Count, check_options
 from freshrec.types import Batch, Events, Histories
 
@@ -63,9 +63,7 @@ class Repeat:
         """(B, I + 1): of each item the weights of its steps, joined."""
         order_BT = np.argsort(history_BT, axis=1, kind="stable")
         items_BT = np.take_along_axis(history_BT, order_BT, 1)
-        starts_BT = items_BT > 0
-        starts_BT[:, 1:] &= items_BT[:, 1:] != items_BT[:, :-1]
-        real_BT = items_BT > 0
+        starts_BT, real_BT = starts(items_BT), items_BT > 0
         weights = weight_T[order_BT[real_BT]].astype(np.float32)
         weights = join.reduceat(weights, starts_BT[real_BT].nonzero()[0]) if len(weights) else weights
         offsets = np.append(0, np.cumsum(starts_BT.sum(1)))

@@ -21,11 +21,17 @@ def rows_of(items_BT: NDArray[Any], n_columns: int) -> Any:
     return sparse.csr_array((np.ones(len(columns), np.float32), columns, offsets), shape=(len(items_BW), n_columns))
 
 
+def starts(sorted_BT: NDArray[Any]) -> NDArray[np.bool_]:
+    """Where a run of equal items begins, in rows that are sorted; 0, the padding, is no item."""
+    starts_BT: NDArray[np.bool_] = sorted_BT > 0
+    starts_BT[:, 1:] &= sorted_BT[:, 1:] != sorted_BT[:, :-1]
+    return starts_BT
+
+
 def distinct(items_BT: NDArray[Any]) -> Ints:
     """(B, W): the items of each row, each once and ascending, then 0; no wider than needed."""
     sorted_BT = np.sort(items_BT, axis=1).astype(np.int64)
-    is_new_BT = sorted_BT > 0
-    is_new_BT[:, 1:] &= sorted_BT[:, 1:] != sorted_BT[:, :-1]
+    is_new_BT = starts(sorted_BT)
     n_B = is_new_BT.sum(1)
     items_BW = np.zeros((len(sorted_BT), int(n_B.max(initial=0))), np.int64)
     items_BW[np.arange(items_BW.shape[1]) < n_B[:, None]] = sorted_BT[is_new_BT]
