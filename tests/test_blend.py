@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from freshrec.data.batches import Targets, append, due_targets, random_source
+from freshrec.data.batches import Targets, append, due_targets, random_source, turns_of
 from freshrec.learn.checkpoint import load_state, save_state
 from freshrec.learn.fit import Fit
 from freshrec.learn.listwise import LEVEL, corrected, fit_listwise, refit, worth
-from freshrec.models.blend import SOURCES, Blend, BlendSpec, Remembered, Rule, _turns
+from freshrec.models.blend import SOURCES, Blend, BlendSpec, Remembered, Rule
 from freshrec.models.experts import EXPERTS, FEATURES, N
 from freshrec.models.facts import OWN
 from freshrec.models.ranking import ranks, top
@@ -114,8 +114,8 @@ def test_only_as_much_is_remembered_as_was_asked_for() -> None:
 
 
 def test_every_user_is_asked_for_once_before_anybody_is_twice() -> None:
-    assert _turns(torch.tensor([5, 3, 5, 5, 3])).tolist() == [0, 0, 1, 2, 1]
-    assert _turns(torch.zeros(0, dtype=torch.int64)).tolist() == []
+    assert turns_of(torch.tensor([5, 3, 5, 5, 3])).tolist() == [0, 0, 1, 2, 1]
+    assert turns_of(torch.zeros(0, dtype=torch.int64)).tolist() == []
 
 
 def test_ranks_and_lists_are_those_of_the_scores() -> None:
@@ -265,6 +265,21 @@ def test_the_trained_expert_is_heard_on_what_it_had_not_learnt_and_then_learns_i
     assert not any(bool(state.model.experts.trained.items.steps_R.any()) for state in counting)
     moved = [state.model.experts.trained.items.weights for state in after]
     assert not torch.equal(*moved)
+
+
+def test_an_update_that_would_harm_the_trained_expert_is_not_made() -> None:
+    base, as_ever = chain(3000, 0), chain(1200, 1)
+    turned_E = ITEMS + 1 - as_ever.items_E
+    turned = replace(as_ever, items_E=turned_E)
+    lured = replace(
+        as_ever, items_E=torch.cat([turned_E[:1000], as_ever.items_E[1000:]])
+    )  # its newest sixth is as ever
+    fit = Fit(epochs=6, max_epochs=6, patience=6)
+    for block, manner in ((turned, 1.0), (lured, 0.0)):
+        before, after = update([base, block], fit=fit)
+        old, new = (state.model.experts.trained.items.weights for state in (before, after))
+        assert after.costs["manner"] == manner and torch.equal(old, new) == (manner == 0)
+    assert "manner" not in update([base, lured], fit=fit, safe=False)[1].costs
 
 
 def test_a_trained_expert_that_adds_nothing_is_given_up_and_costs_nothing_from_then_on() -> None:

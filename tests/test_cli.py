@@ -44,13 +44,14 @@ def test_fit_update_and_recommend_hand_a_recommender_on(
     logs: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log, new, at = *logs, str(tmp_path / "at")
-    fitted = answer(capsys, "fit", log, "--out", at, "--model", "item-knn", *COLUMNS)
-    assert fitted.startswith("fitted item-knn by absorb: 3,000 events, ")
+    fitted = answer(capsys, "fit", log, "--store", at, "--model", "item-knn", *COLUMNS)
+    assert fitted.startswith("version 1: 3,000 events, ") and fitted.endswith(f"first version; live in {at}\n")
     users = pl.read_parquet(log)["who"].n_unique()
-    learnt = json.loads(answer(capsys, "update", new, "--at", at, "--json"))
+    [learnt] = json.loads(answer(capsys, "update", new, "--store", at, "--json"))
     everybody = pl.concat([pl.read_parquet(log), pl.read_csv(new)])["who"].n_unique()
-    assert (learnt["events"], learnt["users"], learnt["dir"]) == (1000, everybody - users, at)
-    rows = json.loads(answer(capsys, "recommend", at, "3", "99999", "--k", "2", "--json"))
+    assert (learnt["numbers"]["new_events"], learnt["numbers"]["new_users"]) == (1000, everybody - users)
+    assert learnt["recipe"]["model"] == "item-knn" and learnt["recipe"]["strategy"] == "absorb"
+    rows = json.loads(answer(capsys, "recommend", "3", "99999", "--store", at, "--k", "2", "--json"))
     assert [(row["user_id"], row["rank"]) for row in rows] == [(3, 1), (3, 2), (99999, 1), (99999, 2)]
     assert [row["fallback"] for row in rows] == [None, None, "unknown user", "unknown user"]
 
@@ -59,24 +60,24 @@ def test_what_is_fitted_without_options_is_the_blend_and_a_budget_sizes_its_trai
     logs: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     at = tmp_path / "at", tmp_path / "sized"
-    fitted = json.loads(answer(capsys, "fit", logs[0], "--out", str(at[0]), *COLUMNS, "--json"))
-    assert (fitted["model"], fitted["strategy"]) == ("blend", "refit")
-    fitted = json.loads(answer(capsys, "fit", logs[0], "--out", str(at[1]), "--budget", "2m", *COLUMNS, "--json"))
-    assert fitted["strategy"] == f"refit:passes={120 * SPEED}"
-    answer(capsys, "update", logs[1], "--at", str(at[1]))
+    fitted = json.loads(answer(capsys, "fit", logs[0], "--store", str(at[0]), *COLUMNS, "--json"))
+    assert (fitted["recipe"]["model"], fitted["recipe"]["strategy"]) == ("blend", "refit")
+    fitted = json.loads(answer(capsys, "fit", logs[0], "--store", str(at[1]), "--budget", "2m", *COLUMNS, "--json"))
+    assert fitted["recipe"]["strategy"] == f"refit:passes={120 * SPEED}"
+    answer(capsys, "update", logs[1], "--store", str(at[1]))
 
 
 def test_a_blend_says_why_it_offers_an_item(
     logs: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     at = str(tmp_path / "at")
-    answer(capsys, "fit", logs[0], "--out", at, "--model", "blend", *COLUMNS)
-    item = json.loads(answer(capsys, "recommend", at, "3", "--k", "1", "--json"))[0]["item_id"]
-    reasons = json.loads(answer(capsys, "explain", at, "3", str(item), "--json"))
+    answer(capsys, "fit", logs[0], "--store", at, "--model", "blend", *COLUMNS)
+    item = json.loads(answer(capsys, "recommend", "3", "--store", at, "--k", "1", "--json"))[0]["item_id"]
+    reasons = json.loads(answer(capsys, "explain", "3", str(item), "--store", at, "--json"))
     assert {"markov", "pooled", "own history", "correction"} <= {reason["source"] for reason in reasons}
     assert any(reason["place"] for reason in reasons)  # somebody offers it
-    assert "because of" in answer(capsys, "explain", at, "3", str(item)).splitlines()[0]
-    assert main(["explain", at, "3", "999999"]) == 2
+    assert "because of" in answer(capsys, "explain", "3", str(item), "--store", at).splitlines()[0]
+    assert main(["explain", "3", "999999", "--store", at]) == 2
     assert 'item "999999" has never occurred' in capsys.readouterr().err
 
 
@@ -84,21 +85,24 @@ def test_a_fitted_model_and_its_strategy_take_options(
     logs: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ways = ("--model", "comirec-dr:d=8:k=2", "--strategy", "imsr:fit.base_epochs=1:fit.epochs=1")
-    fitted = json.loads(answer(capsys, "fit", logs[0], "--out", str(tmp_path / "at"), *ways, *COLUMNS, "--json"))
-    assert (fitted["model"], fitted["strategy"], fitted["events"]) == (ways[1], ways[3], 3000)
+    fitted = json.loads(answer(capsys, "fit", logs[0], "--store", str(tmp_path / "at"), *ways, *COLUMNS, "--json"))
+    assert (fitted["recipe"]["model"], fitted["recipe"]["strategy"]) == (ways[1], ways[3])
+    assert fitted["recipe"]["model_options"]["k"] == 2 and fitted["sizes"]["events"] == 3000
 
 
 def test_recommended_items_can_be_allowed_denied_and_seen(
     logs: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     at = str(tmp_path / "at")
-    answer(capsys, "fit", logs[0], "--out", at, "--model", "popularity", *COLUMNS)
+    answer(capsys, "fit", logs[0], "--store", at, "--model", "popularity", *COLUMNS)
     seen = pl.read_parquet(logs[0]).filter(pl.col("who") == 3)["what"]
     popular = pl.read_parquet(logs[0])["what"].value_counts(sort=True)["what"]
     fresh = [item for item in popular if item not in seen]
 
     def items(*options: str) -> list[int]:
-        return [row["item_id"] for row in json.loads(answer(capsys, "recommend", at, "3", *options, "--json"))]
+        return [
+            row["item_id"] for row in json.loads(answer(capsys, "recommend", "3", "--store", at, *options, "--json"))
+        ]
 
     assert items("--k", "1")[0] in fresh
     assert items("--k", "1", "--allow", f"{fresh[-1]},{seen[0]}") == [fresh[-1]]
@@ -110,8 +114,8 @@ def test_a_table_for_people_has_a_line_per_item(
     logs: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     at = str(tmp_path / "at")
-    answer(capsys, "fit", logs[0], "--out", at, "--model", "popularity", *COLUMNS)
-    lines = answer(capsys, "recommend", at, "3", "--k", "4").splitlines()
+    answer(capsys, "fit", logs[0], "--store", at, "--model", "popularity", *COLUMNS)
+    lines = answer(capsys, "recommend", "3", "--store", at, "--k", "4").splitlines()
     assert lines[0].split() == ["user", "rank", "item", "score", "fallback"]
     assert [line.split()[:2] for line in lines[1:]] == [["3", str(rank)] for rank in (1, 2, 3, 4)]
 
@@ -145,18 +149,18 @@ def test_the_options_listed_for_a_variant_make_it_from_its_plain_form(name: str)
 
 
 FAILS = [
-    (["fit", "LOG", "--out", "OUT", "--model", "sasrek"], 2, 'there is no model "sasrek"; did you mean "sasrec"?'),
-    (["fit", "LOG", "--out", "OUT", "--strategy", "fintune"], 2, 'did you mean "finetune"?'),
-    (["fit", "LOG", "--out", "OUT", "--model", "mf", "--strategy", "imsr"], 5, "several interests"),
-    (["fit", "LOG", "--out", "OUT", "--model", "mf:dim=3"], 2, "dim"),
-    (["fit", "LOG", "--out", "OUT", "--budget", "10"], 2, '"10" is no time; write 90s, 10m or 2h'),
-    (["fit", "LOG", "--out", "OUT", "--budget", "0m"], 2, '"0m" is no time'),
-    (["fit", "LOG", "--out", "OUT", "--budget", "10m", "--model", "mf"], 2, "--budget sizes the blend"),
-    (["fit", "LOG", "--out", "OUT"], 3, "no user_id"),
-    (["fit", "OUT", "--out", "OUT"], 3, "OUT"),
-    (["fit", "LOG", "--out", "FULL", *COLUMNS], 2, "holds something else"),
-    (["update", "LOG", "--at", "OUT"], 7, "no readable recommender"),
-    (["recommend", "OUT", "3"], 7, "no readable recommender"),
+    (["fit", "LOG", "--store", "OUT", "--model", "sasrek"], 2, 'there is no model "sasrek"; did you mean "sasrec"?'),
+    (["fit", "LOG", "--store", "OUT", "--strategy", "fintune"], 2, 'did you mean "finetune"?'),
+    (["fit", "LOG", "--store", "OUT", "--model", "mf", "--strategy", "imsr"], 5, "several interests"),
+    (["fit", "LOG", "--store", "OUT", "--model", "mf:dim=3"], 2, "dim"),
+    (["fit", "LOG", "--store", "OUT", "--budget", "10"], 2, '"10" is no time; write 90s, 10m or 2h'),
+    (["fit", "LOG", "--store", "OUT", "--budget", "0m"], 2, '"0m" is no time'),
+    (["fit", "LOG", "--store", "OUT", "--budget", "10m", "--model", "mf"], 2, "--budget sizes the blend"),
+    (["fit", "LOG", "--store", "OUT"], 3, "no user_id"),
+    (["fit", "OUT", "--store", "NEW"], 3, "OUT"),
+    (["fit", "LOG", "--store", "FULL", *COLUMNS], 2, "holds something already"),
+    (["update", "LOG", "--store", "OUT"], 7, "there is no store in"),
+    (["recommend", "3", "--store", "OUT"], 7, "there is no store in"),
     (["replay", "LOG", "--world", "drift", "--out", "OUT"], 2, "both"),
     (["list", "world"], 2, 'did you mean "worlds"?'),
 ]

@@ -21,15 +21,16 @@ SRC = ROOT / "src" / "freshrec"
 # A place (a folder or a file of src/freshrec) may import places with a smaller number.
 # Two folders with the same number do not know each other; two files with the same number may.
 LAYERS = {
-    "types": 0, "errors": 0, "options": 0,
+    "types": 0, "errors": 0, "options": 0, "version": 0,
     "data": 1, "engine": 1,
     "models": 2,
     "learn": 3,
     "strategies": 4,
     "replay": 5, "store": 5,
     "serve": 6, "report": 6,
-    "recipes": 7, "cli": 7, "cli_options": 7, "cli_replay": 7,
-    "__init__": 8, "__main__": 8,
+    "recipes": 7, "nightly": 7,
+    "cli": 8, "cli_options": 8, "cli_replay": 8, "cli_store": 8, "cli_ask": 8,
+    "__init__": 9, "__main__": 9,
 }  # fmt: skip
 
 MAX_FILE, MAX_FUNCTION, MAX_METHODS = 400, 60, 12
@@ -47,12 +48,14 @@ PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "she
 
 # The public names of the package. A new one is a promise: add it here, to the README and to the changelog.
 PUBLIC: list[str] = [
+    "BusyError",
     "FreshrecError",
     "IncompatibleError",
     "LogError",
     "MODELS",
     "OptionError",
     "Recommender",
+    "RefusedError",
     "STRATEGIES",
     "SpanError",
     "StateError",

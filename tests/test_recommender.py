@@ -16,6 +16,7 @@ from freshrec.replay.measure import facts
 from freshrec.replay.replay import Cell, Settings, replay_cell
 from freshrec.replay.results import collect
 from freshrec.serve import recommender as recommender_module
+from freshrec.serve.contents import Contents
 from freshrec.serve.recommender import Recommender
 from freshrec.strategies.plain import FineTune
 
@@ -107,12 +108,12 @@ def test_the_update_reads_its_rows_as_the_fit_did() -> None:
     ours = {"user_id": "who", "item_id": "what", "timestamp": "when"}
     log, new = LOG.rename(ours), events("u1 c").rename(ours)
     recommender = Recommender("popularity").fit(log, columns=ours).update(new)
-    assert recommender.sizes() == {"events": 7, "users": 3, "items": 3}
+    assert recommender.contents.sizes == {"events": 7, "users": 3, "items": 3}
 
 
 def test_exposures_teach_nothing() -> None:
     labelled = LOG.with_columns(label=pl.Series([1, 1, 1, 1, 1, 0]))
-    assert Recommender("popularity").fit(labelled).sizes() == {"events": 5, "users": 3, "items": 2}
+    assert Recommender("popularity").fit(labelled).contents.sizes == {"events": 5, "users": 3, "items": 2}
 
 
 def test_each_of_two_colours_is_offered_its_own() -> None:
@@ -131,8 +132,8 @@ def test_fit_then_evaluate_is_what_a_replay_measures(model: str, strategy: str |
     n_base = len(parts.spans[0].events)
     recommender = Recommender(model, strategy).fit(log.frame[:n_base])
     found = recommender.evaluate(log.frame[n_base:])
-    name, way = recommender.names
-    cell = Cell(name, recommender.served.state.model.spec, way, recommender.strategy, 0)
+    name, way = recommender.contents.names
+    cell = Cell(name, recommender.served.state.model.spec, way, recommender.contents.strategy, 0)
     list(replay_cell(cell, parts, Settings(), tmp_path))
     results = collect([cell], facts(parts.spans), ["hr@20", "ndcg@20"], tmp_path)
     rows = results.filter((pl.col("span") == 1) & (pl.col("slice") == "all") & (pl.col("model") == name))
@@ -155,7 +156,7 @@ def test_an_evaluation_by_hand() -> None:
     assert found.select("metric", "n", "n_users").rows() == [("hr@1", 4, 2), ("mrr@3", 4, 2)]
     assert found["value"].to_list() == pytest.approx([1 / 2, (2 / 3 + 1 / 2) / 2])
     assert (found["low"] <= found["value"]).all()
-    assert recommender.sizes() == {"events": 6, "users": 3, "items": 3}  # nothing was learnt
+    assert recommender.contents.sizes == {"events": 6, "users": 3, "items": 3}  # nothing was learnt
 
 
 @each_way
@@ -167,7 +168,7 @@ def test_a_saved_recommender_answers_and_learns_as_the_one_in_memory(
     recommender = Recommender(model, strategy).fit(old)
     recommender.save(tmp_path)
     loaded = Recommender.load(tmp_path)
-    assert loaded.names == recommender.names
+    assert loaded.contents.names == recommender.contents.names
     assert loaded.recommend(users).equals(recommender.recommend(users))
     assert loaded.update(new).recommend(users).equals(recommender.update(new).recommend(users))
 
@@ -176,17 +177,31 @@ def test_a_save_that_dies_leaves_the_recommender_before_it(tmp_path: Path, monke
     recommender = Recommender("popularity").fit(LOG)
     recommender.save(tmp_path)
 
-    def die(text: str, path: Path) -> None:
+    def die(kept: Contents, folder: Path) -> None:
+        (folder / "state.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(recommender_module, "save_text", die)
+    monkeypatch.setattr(recommender_module, "write_contents", die)
     with pytest.raises(KeyboardInterrupt):
         recommender.update(events("u1 c")).save(tmp_path)
     monkeypatch.undo()
-    assert Recommender.load(tmp_path).sizes()["events"] == 6
+    assert Recommender.load(tmp_path).contents.sizes["events"] == 6
     recommender.save(tmp_path)
-    assert Recommender.load(tmp_path).sizes()["events"] == 7
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["part-2", "recommender.json"]
+    assert Recommender.load(tmp_path).contents.sizes["events"] == 7
+    assert sorted(path.name for path in tmp_path.glob("versions/*")) == ["1", "2"]
+
+
+def test_what_was_saved_before_there_were_stores_is_read_and_saved_as_one(tmp_path: Path) -> None:
+    older = Path(__file__).parent / "gold" / "recommender-2"
+    recommender, fitted = Recommender.load(older), Recommender("item-knn").fit(LOG)
+    assert recommender.recommend(["u1", "u3"]).equals(fitted.recommend(["u1", "u3"]))
+    recommender.save(tmp_path / "new")
+    again = Recommender.load(tmp_path / "new").update(events("u1 c"))
+    assert again.recommend(["u1"]).equals(fitted.update(events("u1 c")).recommend(["u1"]))
+    for text in ("{", '{"format": 9, "part": 1, "model": "", "strategy": ""}', "[]"):
+        (tmp_path / "recommender.json").write_text(text)
+        with pytest.raises(StateError, match="fit again"):
+            Recommender.load(tmp_path)
 
 
 def test_similar_items_of_a_pair_counter_are_those_it_was_seen_with() -> None:
@@ -217,7 +232,7 @@ def test_ids_given_as_text_find_integers() -> None:
 
 def test_models_and_strategies_may_be_ones_own_instances() -> None:
     recommender = Recommender(MFSpec(d=8), FineTune(Fit(epochs=1, base_epochs=1)), seed=3).fit(LOG)
-    assert recommender.names == ("MFSpec", "FineTune")
+    assert recommender.contents.names == ("MFSpec", "FineTune")
     assert len(recommender.recommend("u1", filter_seen=False)) == 3
 
 
@@ -260,7 +275,7 @@ def test_events_without_a_clock_follow_what_was_learnt() -> None:
 
 def test_an_event_at_the_very_time_of_the_last_one_is_not_late() -> None:
     recommender = Recommender("popularity").fit(LOG).update(LOG.tail(1))
-    assert recommender.sizes()["events"] == 7
+    assert recommender.contents.sizes["events"] == 7
 
 
 @pytest.mark.parametrize(("call", "error", "told"), ERRORS)
@@ -272,13 +287,16 @@ def test_what_cannot_be_done_is_told_in_a_sentence(call: object, error: type[Fre
 
 def test_a_folder_that_is_no_recommender_is_neither_read_nor_overwritten(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(OptionError, match="holds something else"):
+    with pytest.raises(OptionError, match="holds something already"):
         Recommender("popularity").fit(LOG).save(tmp_path)
-    with pytest.raises(StateError, match="no readable recommender"):
+    with pytest.raises(StateError, match="there is no store"):
         Recommender.load(tmp_path)
 
 
-@pytest.mark.parametrize("file", ["recommender.json", "part-1/state.safetensors", "part-1/users.parquet"])
+@pytest.mark.parametrize(
+    "file",
+    ["store.json", "live.json", "versions/1/manifest.json", "versions/1/state.safetensors", "versions/1/users.parquet"],
+)
 def test_a_damaged_file_is_told_not_trusted(file: str, tmp_path: Path) -> None:
     Recommender("popularity").fit(LOG).save(tmp_path)
     whole = (tmp_path / file).read_bytes()

@@ -13,14 +13,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from freshrec.errors import (
+    BusyError,
     FreshrecError,
     IncompatibleError,
     LogError,
     OptionError,
+    RefusedError,
     SpanError,
     StateError,
     TrainingError,
 )
+from freshrec.version import __version__
 
 if TYPE_CHECKING:
     from freshrec.data.log import read_log
@@ -30,15 +33,15 @@ if TYPE_CHECKING:
     from freshrec.serve.recommender import Recommender
     from freshrec.strategies import STRATEGIES
 
-__version__ = "0.1.0"
-
 __all__ = [
+    "BusyError",
     "FreshrecError",
     "IncompatibleError",
     "LogError",
     "MODELS",
     "OptionError",
     "Recommender",
+    "RefusedError",
     "STRATEGIES",
     "SpanError",
     "StateError",

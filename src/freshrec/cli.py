@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from freshrec.cli_options import pairs, seconds, words
+from freshrec import cli_ask, cli_store
+from freshrec.cli_options import AsJson, Columns, EventTypes, FormatName, LogPath, Quarantine, pairs, words
 from freshrec.cli_replay import demo, replay
 from freshrec.data.formats import FORMATS
-from freshrec.data.log import ALIASES, read_log
+from freshrec.data.log import read_log
 from freshrec.data.validate import Report
 from freshrec.data.validate import validate as report_of
-from freshrec.errors import FreshrecError, OptionError, unknown
-
-if TYPE_CHECKING:
-    from freshrec.serve.recommender import Recommender
+from freshrec.errors import FreshrecError, unknown
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -34,12 +30,6 @@ def about() -> None:
     """Update recommenders from new events only."""
 
 
-LogPath = Annotated[Path, typer.Argument(metavar="LOG", help="CSV(.gz), Parquet (file or folder) or JSON lines.")]
-Columns = Annotated[str, typer.Option(help=f"Our names and yours, as in user_id=uid,... Ours: {', '.join(ALIASES)}.")]
-FormatName = Annotated[str | None, typer.Option("--format", help=f"A public format: {', '.join(FORMATS)}.")]
-EventTypes = Annotated[str, typer.Option(help="The event types to keep, as in pv,buy; all unless given.")]
-Quarantine = Annotated[Path | None, typer.Option(help="Set bad rows aside in this .parquet or .csv file, and go on.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 KINDS = ("models", "strategies", "metrics", "worlds", "formats")
 
 
@@ -62,109 +52,13 @@ def validate(
         _print_report(report, log.name)
 
 
-@app.command()
-def fit(
-    log: LogPath,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the recommender is saved.")],
-    model: Annotated[str, typer.Option(help="See `freshrec list models`.")] = "blend",
-    strategy: Annotated[str | None, typer.Option(help="How updates learn; see `freshrec list strategies`.")] = None,
-    columns: Columns = "",
-    format_name: FormatName = None,
-    events: EventTypes = "",
-    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
-    budget: Annotated[str, typer.Option(help="Time for the blend's training, as in 90s, 10m or 2h.")] = "",
-    as_json: AsJson = False,
-) -> None:
-    """Learn from a whole log, once; after that `update` needs the new events only."""
-    from freshrec.serve.recommender import Recommender, check_folder
-    from freshrec.strategies.refit import SPEED
-
-    check_folder(out)
-    if budget and model.partition(":")[0] != "blend":
-        raise OptionError(f'--budget sizes the blend; "{model}" trains as its options say, as in fit.base_epochs=5.')
-    if budget:
-        strategy = f"{strategy or 'refit'}:passes={seconds(budget) * SPEED}"
-    since, recommender = time.perf_counter(), Recommender(model, strategy, seed)
-    recommender.fit(log, columns=pairs(columns), format=format_name, events=words(events)).save(out)
-    _print_learnt(recommender, {}, time.perf_counter() - since, out, as_json)
-
-
-@app.command()
-def update(
-    new: Annotated[Path, typer.Argument(metavar="NEW", help="Events newer than all before; read as the log was.")],
-    at: Annotated[Path, typer.Option(metavar="DIR", help="The recommender to update.")],
-    as_json: AsJson = False,
-) -> None:
-    """Learn from new events; only the new rows are needed."""
-    from freshrec.serve.recommender import Recommender
-
-    since, recommender = time.perf_counter(), Recommender.load(at)
-    before = recommender.sizes()
-    recommender.update(new).save(at)
-    _print_learnt(recommender, before, time.perf_counter() - since, at, as_json)
-
-
-def _print_learnt(recommender: Recommender, before: dict[str, int], wait_s: float, folder: Path, as_json: bool) -> None:
-    """What a fit or an update has learnt from: new events, users and items."""
-    model, strategy = recommender.names
-    new = {name: n - before.get(name, 0) for name, n in recommender.sizes().items()}
-    if as_json:
-        typer.echo(json.dumps({"dir": str(folder), "model": model, "strategy": strategy, **new, "wait_s": wait_s}))
-        return
-    done, kind = ("updated", "new ") if before else ("fitted", "")
-    what = f"{new['events']:,} events, {new['users']:,} {kind}users, {new['items']:,} {kind}items"
-    typer.echo(f"{done} {model} by {strategy}: {what}; {wait_s:.1f} s; saved in {folder}")
-
-
-@app.command()
-def recommend(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A recommender that `fit` has saved.")],
-    users: Annotated[list[str], typer.Argument(metavar="USER...", help="User ids; an unknown one gets popular items.")],
-    k: Annotated[int, typer.Option(help="Items a user.")] = 10,
-    allow: Annotated[str | None, typer.Option(help="Only these items, as in 17,42.")] = None,
-    deny: Annotated[str | None, typer.Option(help="None of these items.")] = None,
-    include_seen: Annotated[bool, typer.Option("--include-seen", help="Also what the user has had.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Print the best items of some users."""
-    from freshrec.serve.recommender import Recommender
-
-    lists = [None if text is None else words(text) for text in (allow, deny)]
-    found = Recommender.load(folder).recommend(users, k, not include_seen, *lists)
-    if as_json:
-        typer.echo(json.dumps(found.to_dicts()))
-        return
-    table = Table("user", "rank", "item", "score", "fallback", box=None)
-    for user, item, score, rank, fallback in found.iter_rows():
-        table.add_row(*(Text(str(cell)) for cell in (user, rank, item, f"{score:.4g}", fallback or "")))
-    Console(highlight=False).print(table)
-
-
-@app.command()
-def explain(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A blend that `fit` has saved.")],
-    user: Annotated[str, typer.Argument(metavar="USER")],
-    item: Annotated[str, typer.Argument(metavar="ITEM")],
-    as_json: AsJson = False,
-) -> None:
-    """Print why a user is offered an item: which experts put it there, and by which past event."""
-    from freshrec.serve.recommender import Recommender
-
-    found = Recommender.load(folder).explain(user, item)
-    if as_json:
-        typer.echo(json.dumps(found.to_dicts()))
-        return
-    if found.is_empty():
-        typer.echo(f"{item} is not offered to {user}")
-        return
-    table = Table("source", "place", "points", "because of", box=None)
-    for source, place, points, because in found.iter_rows():
-        table.add_row(*(Text(cell) for cell in (source, str(place or ""), f"{points:+.2f}", str(because or ""))))
-    Console(highlight=False).print(table)
-
-
-app.command()(replay)
-app.command()(demo)
+COMMANDS = (
+    cli_store.fit, cli_store.update, cli_ask.recommend, cli_ask.similar, cli_ask.explain, cli_ask.inspect,
+    cli_ask.status, cli_store.history, cli_ask.diff, cli_store.promote, cli_store.rollback, cli_store.erase,
+    cli_store.gc, cli_ask.doctor, replay, demo,
+)  # fmt: skip
+for command in COMMANDS:
+    app.command()(command)
 
 
 @app.command("list")

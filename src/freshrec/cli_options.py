@@ -1,6 +1,27 @@
-"""How options with several values are written: `a=b,c=d` and `a,b`."""
+"""Options that several commands have, how those with several values are written, and how answers are printed."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from freshrec.data.formats import FORMATS
+from freshrec.data.log import ALIASES
 from freshrec.errors import OptionError
+
+LogPath = Annotated[Path, typer.Argument(metavar="LOG", help="CSV(.gz), Parquet (file or folder) or JSON lines.")]
+Columns = Annotated[str, typer.Option(help=f"Our names and yours, as in user_id=uid,... Ours: {', '.join(ALIASES)}.")]
+FormatName = Annotated[str | None, typer.Option("--format", help=f"A public format: {', '.join(FORMATS)}.")]
+EventTypes = Annotated[str, typer.Option(help="The event types to keep, as in pv,buy; all unless given.")]
+Quarantine = Annotated[Path | None, typer.Option(help="Set bad rows aside in this .parquet or .csv file, and go on.")]
+StorePath = Annotated[Path, typer.Option("--store", metavar="DIR", help="The folder of versions that `fit` makes.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def pairs(text: str) -> dict[str, str]:
@@ -25,3 +46,11 @@ def seconds(text: str) -> int:
     if unit is None or not number.isdecimal() or not int(number):
         raise OptionError(f'"{text[:60]}" is no time; write 90s, 10m or 2h.')
     return int(number) * unit
+
+
+def print_table(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Rows under their names; what is None stays empty. Ids are printed as they are, whatever they look like."""
+    table = Table(*names, box=None)
+    for row in rows:
+        table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+    Console(highlight=False).print(table)

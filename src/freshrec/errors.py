@@ -2,11 +2,14 @@
 
     FreshrecError                 one root: catch this
     ├── LogError                  the log is not what it should be (a file, a column, a row)
+    │   └── NoRowsError           there is nothing in it
     ├── SpanError                 the log cannot be cut as asked
     ├── IncompatibleError         this strategy cannot update this model
     ├── OptionError               an unknown name, option or value; the nearest valid one is suggested
     ├── TrainingError             training diverged or a score is not finite
-    └── StateError                a state on disk is damaged, incomplete or of another format
+    ├── StateError                a state on disk is damaged, incomplete or of another format
+    ├── RefusedError              the gate let a new version not pass; the live one stays
+    └── BusyError                 somebody else is changing the same store
 
 Each message is one sentence that says what is wrong, where, and what to do.
 """
@@ -25,6 +28,10 @@ class LogError(FreshrecError):
     """The log is not what it should be."""
 
     exit_code = 3
+
+
+class NoRowsError(LogError):
+    """A log without rows."""
 
 
 class SpanError(FreshrecError):
@@ -55,6 +62,18 @@ class StateError(FreshrecError):
     """A state on disk is damaged, incomplete or of another format."""
 
     exit_code = 7
+
+
+class RefusedError(FreshrecError):
+    """A new version did not pass the gate."""
+
+    exit_code = 8
+
+
+class BusyError(FreshrecError):
+    """Another process is changing the same store."""
+
+    exit_code = 9
 
 
 def unknown(kind: str, name: str, valid: Iterable[str]) -> OptionError:

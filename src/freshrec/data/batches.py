@@ -260,6 +260,16 @@ class Carried:
         return torch.where(n_N == 0, len(self.slots_KD), n_N)
 
 
+def turns_of(users_N: Tensor) -> Tensor:
+    """(N,) how many earlier rows are of the same user."""
+    order_N = torch.argsort(users_N, stable=True)
+    sorted_N, at_N = users_N[order_N], torch.arange(len(users_N))
+    starts_N = torch.ones(len(users_N), dtype=torch.bool)
+    starts_N[1:] = sorted_N[1:] != sorted_N[:-1]
+    turn_N = at_N - torch.where(starts_N, at_N, 0).cummax(0).values if len(at_N) else at_N
+    return torch.empty_like(at_N).index_copy(0, order_N, turn_N)
+
+
 def random_source(*numbers: int) -> torch.Generator:
     """A generator that depends on all the numbers (seed, span, ...) and on nothing else."""
     state = 0x9E3779B97F4A7C15

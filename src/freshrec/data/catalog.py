@@ -21,7 +21,10 @@ COLUMNS = {"first_span": pl.Int32, "last_span": pl.Int32}  # beside "id", which 
 
 @dataclass(frozen=True, eq=False)
 class Catalog:
-    """Raw ids and their rows. `frame` holds id, first_span, last_span; the id at position i has row i + 1."""
+    """Raw ids and their rows. `frame` holds id, first_span, last_span; the id at position i has row i + 1.
+
+    An id that was erased is null: its row stays empty for ever.
+    """
 
     frame: pl.DataFrame
 
@@ -40,8 +43,8 @@ class Catalog:
         kind = schema.pop("id", None)
         if schema != COLUMNS or kind not in (pl.Int64, pl.String, pl.Null):
             raise StateError(f"a saved catalog has the columns {frame.schema}; save it again from its log.")
-        if frame["id"].null_count() or not frame["id"].is_unique().all():
-            raise StateError("a saved catalog has null or repeated ids; save it again from its log.")
+        if not frame["id"].drop_nulls().is_unique().all():
+            raise StateError("a saved catalog has repeated ids; save it again from its log.")
         return Catalog(frame)
 
     def extend(self, ids: pl.Series, span: int) -> Catalog:
@@ -59,17 +62,21 @@ class Catalog:
     def rows(self, ids: pl.Series) -> Tensor:
         """int64 rows of `ids`; 0 for an id the catalog does not hold."""
         ids = self._checked(ids)
-        if not len(self) or not len(ids):
-            return torch.zeros(len(ids), dtype=torch.int64)
         order_I, sorted_ids = self._sorted
-        at_N = sorted_ids.search_sorted(ids).clip(upper_bound=len(self) - 1)
+        if not len(order_I) or not len(ids):
+            return torch.zeros(len(ids), dtype=torch.int64)
+        at_N = sorted_ids.search_sorted(ids).clip(upper_bound=len(order_I) - 1)
         rows_N = (order_I.gather(at_N) + 1).to_numpy(writable=True).astype("int64")
         return torch.from_numpy(rows_N * (sorted_ids.gather(at_N) == ids).to_numpy())
 
+    def without(self, row: int) -> Catalog:
+        """The catalog after erasing the id of a row."""
+        return Catalog(self.frame.with_columns(id=pl.when(pl.int_range(pl.len()) != row - 1).then("id")))
+
     @cached_property
     def _sorted(self) -> tuple[pl.Series, pl.Series]:
-        """The positions of the ids in ascending order, and the ids in it."""
-        order_I = self.frame["id"].arg_sort()
+        """The positions of the ids in ascending order, and the ids in it; without those erased."""
+        order_I = self.frame["id"].arg_sort(nulls_last=True)[: len(self) - self.frame["id"].null_count()]
         return order_I, self.frame["id"].gather(order_I)
 
     def ids(self, rows: Tensor) -> pl.Series:

@@ -15,7 +15,7 @@ import polars as pl
 
 from freshrec.data.columns import Fault, given, read_ids, read_numbers, read_times, read_words
 from freshrec.data.formats import Table, open_table, printable, readable
-from freshrec.errors import LogError, OptionError, unknown
+from freshrec.errors import LogError, NoRowsError, OptionError, unknown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -79,7 +79,7 @@ def read_log(
     names, text = _names(table, columns or {})
     raw = _read(table, names, events)
     if not len(raw):
-        raise LogError(f"{table.where} holds no rows; a log needs at least one.")
+        raise NoRowsError(f"{table.where} holds no rows; a log needs at least one.")
     try:
         log, faults = _parse(raw, names, text, table)
     except LogError as why:

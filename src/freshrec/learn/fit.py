@@ -369,8 +369,13 @@ def ndcg(model: TrainedModel, targets: Targets, carried: Carried | None, k: int 
     """ndcg@k of some targets; AUC, if they have labels."""
     if targets.labels_N is not None:
         return _auc(model, targets)
+    return float(ndcg_of(model, targets, carried, k).sum()) / max(len(targets), 1)
+
+
+def ndcg_of(model: TrainedModel, targets: Targets, carried: Carried | None, k: int = 20) -> Tensor:
+    """(N,) ndcg@k of each target, the same targets always in the same order."""
     rank_N = _ranks(model, targets, carried)
-    return float(((rank_N <= k) / torch.log2(1 + rank_N)).nan_to_num(0.0).sum()) / max(len(targets), 1)
+    return ((rank_N <= k) / torch.log2(1 + rank_N)).nan_to_num(0.0)
 
 
 def hit_rate(model: TrainedModel, targets: Targets, carried: Carried | None, k: int = 20) -> float:

@@ -27,7 +27,7 @@ def refit(model: Blend, decay: float = 1e-4, least: int = 300, n_epochs: int = 6
     kept, last = model.remembered, model.rule or Rule.start(model.seed)
     value_PR = kept.ndcg()
     judged_P = ~np.isnan(value_PR[:, N])
-    if len(kept.x_QCF) < least or _worse(value_PR[judged_P, N], value_PR[judged_P, model.trusted]):
+    if len(kept.x_QCF) < least or better(value_PR[judged_P, model.trusted], value_PR[judged_P, N]):
         model.rule = None
         return
     x_QCF = kept.x_QCF.float()
@@ -62,11 +62,12 @@ def corrected(
     return replace(trained, **{name: getattr(trained, name).detach() for name in names})
 
 
-def _worse(mine_P: Floats, theirs_P: Floats) -> bool:
-    less_P = mine_P - theirs_P
-    if len(less_P) < 2 or np.ptp(less_P) < 1e-9:
-        return len(less_P) >= 2 and bool(less_P[0] < 0)
-    return bool(stats.ttest_1samp(less_P, 0.0, alternative="less").pvalue < LEVEL)
+def better(mine_P: Floats, theirs_P: Floats, level: float = LEVEL) -> bool:
+    """Whether the first values are larger on average than the others, which they are paired with, beyond chance."""
+    more_P = mine_P - theirs_P
+    if len(more_P) < 2 or np.ptp(more_P) < 1e-9:
+        return len(more_P) >= 2 and bool(more_P[0] > 0)
+    return bool(stats.ttest_1samp(more_P, 0.0, alternative="greater").pvalue < level)
 
 
 def worth(kept: Remembered, columns: list[int], decay: float = 1e-4) -> tuple[float, float]:

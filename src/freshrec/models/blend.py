@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freshrec.data.batches import Targets, histories_before, in_parts, place, random_source, targets_at
+from freshrec.data.batches import Targets, histories_before, in_parts, place, random_source, targets_at, turns_of
 from freshrec.models.experts import EXPERTS, FEATURES, Experts, N, in_one, part_of
 from freshrec.models.facts import ITEM, OWN, USER
 from freshrec.models.pairs import Pairs
@@ -189,7 +189,9 @@ class Blend:
         order_N = order_N[able_N[order_N]]
         share = min(1.0, self.spec.per_window / self.window)
         wanted = min(self.spec.remembered, round(share * len(targets)))
-        by_turn_N = torch.argsort(_turns(targets.users_N[order_N]), stable=True)  # one event of each user, then another
+        by_turn_N = torch.argsort(
+            turns_of(targets.users_N[order_N]), stable=True
+        )  # one event of each user, then another
         targets = targets[order_N[by_turn_N[:wanted]]]
         kept = [self.remembered]
         for which in in_parts(torch.arange(len(targets)), 256):
@@ -310,16 +312,6 @@ def _written(
         own_B1 = score_BC.masked_fill(~is_target_BC, -torch.inf).amax(1, keepdim=True)
         ranks_BR[found_B, N] = 1.0 + (score_BC > own_B1).sum(1)[found_B]
     return found_B, chosen_QC, Remembered(F.pad(x_QCF, (0, 0, 0, short)), F.pad(real_QC, (0, short)), ranks_BR)
-
-
-def _turns(users_N: Tensor) -> Tensor:
-    """(N,) how many earlier rows are of the same user."""
-    order_N = torch.argsort(users_N, stable=True)
-    sorted_N, at_N = users_N[order_N], torch.arange(len(users_N))
-    starts_N = torch.ones(len(users_N), dtype=torch.bool)
-    starts_N[1:] = sorted_N[1:] != sorted_N[:-1]
-    turn_N = at_N - torch.where(starts_N, at_N, 0).cummax(0).values if len(at_N) else at_N
-    return torch.empty_like(at_N).index_copy(0, order_N, turn_N)
 
 
 def crossed(x_BCF: Tensor) -> Tensor:

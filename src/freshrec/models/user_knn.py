@@ -66,6 +66,11 @@ class UserKNN:
         turn_U[users_N] = turn_U.max() + 1
         self.recent_UT, self.turn_U, self._index = recent_UT, turn_U, None
 
+    def forget(self, user: int) -> None:
+        """The user in this row has taken nothing."""
+        self.recent_UT, self.turn_U = self.recent_UT.copy(), self.turn_U.copy()
+        self.recent_UT[user], self.turn_U[user], self._index = 0, 0, None
+
     def sparse(self, batch: Batch) -> Any:
         """(B, I + 1) scores, as a sparse matrix; a user is no neighbour of its own."""
         took_UI, took_IU, idf_I = self._indexed()

@@ -1,13 +1,14 @@
 """From what is served and users to ranked items: pure functions of rows; ids are translated by the caller."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import polars as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freshrec.data.batches import histories_before, in_parts, query_batches
+from freshrec.data.batches import append, histories_before, in_parts, query_batches
 from freshrec.data.catalog import Catalog
 from freshrec.errors import IncompatibleError
 from freshrec.learn.fit import carried_by
@@ -15,10 +16,15 @@ from freshrec.learn.interests import ends_of
 from freshrec.models.blend import Blend
 from freshrec.models.pairs import Pairs
 from freshrec.models.ranking import top
-from freshrec.types import Batch, Model, State, TrainedModel, VectorModel
+from freshrec.replay.replay import told
+from freshrec.types import Batch, Events, Model, State, TrainedModel, VectorModel
 
 SIZE = 256  # users asked at once
 UNKNOWN, EXHAUSTED = "unknown user", "no more items with a score"
+
+
+def _none() -> Events:
+    return Events.of(*torch.zeros(2, 0, dtype=torch.int64))
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +35,15 @@ class Served:
     counts: State  # popularity, for strangers; its `recent` is never cut, so it knows all items that a user has had
     users: Catalog
     items: Catalog
+    pending: Events = field(default_factory=_none)  # newer than what the model has learnt; in no history of `state`
+
+    @cached_property
+    def now(self) -> State:
+        """The state in whose histories the pending events are: users are asked about as they are now."""
+        if not len(self.pending):
+            return self.state
+        recent = append(self.state.recent, self.pending, len(self.users))
+        return told(replace(self.state, recent=recent), len(self.items))
 
 
 @dataclass(frozen=True)
@@ -64,7 +79,7 @@ def best_items(served: Served, users_N: Tensor, wanted: Wanted) -> pl.DataFrame:
 
 
 def _from_model(served: Served, users_N: Tensor, wanted: Wanted) -> pl.DataFrame:
-    state, nth_N = served.state, users_N.nonzero()[:, 0]
+    state, nth_N = served.now, users_N.nonzero()[:, 0]
     carried = carried_by(state.model, state.users, state.spans_seen)
     ends = ends_of(state.recent, users_N[nth_N], "recent")
     found = [_frame(nth_N[:0], torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, 0), None)]
@@ -126,10 +141,11 @@ def similar_items(model: Model, items_N: Tensor, k: int) -> pl.DataFrame:
 
 def reasons(served: Served, users_1: Tensor, item: int) -> pl.DataFrame:
     """Why one user is offered an item, rows both: source, place, points, because (a row, 0: not known)."""
-    model = served.state.model
+    state = served.now
+    model = state.model
     if not isinstance(model, Blend):
         raise IncompatibleError("this model cannot explain itself; use the blend.")
-    ends = ends_of(served.state.recent, users_1, "recent")
+    ends = ends_of(state.recent, users_1, "recent")
     found = model.explain(Batch(users_1, histories_before(ends, model.spec.length)), item)
     schema = {"source": pl.String, "place": pl.Int64, "points": pl.Float64, "because": pl.Int64}
     return pl.DataFrame([tuple(vars(reason).values()) for reason in found], schema, orient="row")

@@ -8,17 +8,21 @@ from typing import Any, Literal
 import torch
 
 from freshrec.data.batches import Targets, due_targets, place, random_source, targets_at
-from freshrec.learn.fit import Clock, Fit, adapt, best_epoch, ndcg, train
-from freshrec.learn.listwise import LEVEL, refit, worth
+from freshrec.learn.fit import Clock, Fit, adapt, best_epoch, ndcg, ndcg_of, train
+from freshrec.learn.listwise import LEVEL, better, refit, worth
 from freshrec.models.blend import Blend
 from freshrec.models.experts import TRAINED, N
+from freshrec.models.pooled import Pooled
 from freshrec.options import Count, CountOrNone, Positive, check_options
 from freshrec.strategies.plain import Absorb
 from freshrec.types import DUE, NEVER, NEXT, NOW, Events, Histories, Span, State
 
 JUDGED = 1407  # tells the random numbers from others
 SPEED = 30_000  # passes in a second, with as much time again for what counts: half of what one core does
-QUERIES = 1000  # by which the epochs of the first training are chosen
+QUERIES = 1000  # by which the epochs of the first training are chosen, and the manner of the others
+TRIED = 24_000  # targets, the latest, on which manners are tried
+LEAST = 100  # queries to choose a manner by; with fewer it is the first
+MANNERS = (1.0, 0.3, 0.0)  # of an update: what the learning rate is multiplied by; 0: nothing is trained
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Refit:
     epochs: CountOrNone = 6  # of the network that corrects the weights; 0: weights only
     trains: Literal["worth", "always", "never"] = "worth"  # the expert that learns by gradients: unless it adds nothing
     fit: Fit = Fit(epochs=3, max_epochs=30, patience=3)  # how it is trained
+    safe: bool = True  # each update trains in the manner that was best on the newest sixth of its targets
     passes: Count = 6_000_000  # targets of one training, epochs counted: a large log gets fewer epochs, or its latest
     anew: bool = False  # forget everything, and do with all events so far as with a base block: a full retrain
     needs = "experts"
@@ -47,6 +52,8 @@ class Refit:
         work = [0.0] * len(sizes) if self.trains == "never" else self.fit.work(sizes, base_epochs)
         if self.anew and self.trains != "never":
             work = [float(sum(sizes[: t + 1]) * base_epochs) for t in range(len(sizes))]
+        elif self.safe:
+            work = work[:1] + [passes + 2 * 5 / 6 * min(passes, TRIED * self.fit.usual_epochs) for passes in work[1:]]
         return [min(passes, float(self.passes)) for passes in work]
 
     def update(self, state: State, span: Span) -> State:
@@ -67,7 +74,11 @@ class Refit:
         clock.timed("refit_cpu_s", since)
         if self.trains == "always" or (self.trains == "worth" and not model.given_up):
             fit, rest = self._within(self.fit, rest)
-            adapt(model.experts.trained, rest, fit, (state.seed, span.index), clock)
+            key = state.seed, span.index
+            if self.safe and state.spans_seen and not self.anew:
+                fit = _safest(model.experts.trained, rest, fit, key, clock)
+            if fit.epochs:
+                adapt(model.experts.trained, rest, fit, key, clock)
             model.experts.unsettle()
         return replace(after, model=model, costs=clock.costs)
 
@@ -105,6 +116,34 @@ class Refit:
         latest = targets.histories.times_R[targets.rows_N].argsort(stable=True)[-self.passes :].sort().values
         n_epochs = max(1, min(fit.epochs, self.passes // max(1, len(latest))))
         return replace(fit, epochs=n_epochs), targets[latest]
+
+
+def _safest(trained: Pooled, due: Targets, fit: Fit, key: tuple[int, ...], clock: Clock) -> Fit:
+    """`fit`, or with less of a learning rate, or without epochs: which is best on the newest sixth of the targets.
+
+    The others have to be better than `fit` beyond chance (t-test of the differences in ndcg@20, the level halved, as
+    there are two of them). What was chosen stands in the costs: "manner", what the learning rate is multiplied by.
+    """
+    since = time.process_time()
+    by_time_N = due.histories.times_R[due.rows_N].argsort(stable=True)[-TRIED:]
+    n_late = len(by_time_N) // 6
+    early, late = (due[part_N.sort().values] for part_N in by_time_N.split([len(by_time_N) - n_late, n_late]))
+    late = late[late.lengths(1) > 0]
+    late = late[torch.randperm(len(late), generator=random_source(*key, JUDGED))[:QUERIES]]
+    if len(late) < LEAST:
+        return fit
+    values, chosen = [], 0
+    for i, manner in enumerate(MANNERS):
+        candidate = copy.deepcopy(trained)
+        if manner:
+            for _ in train(candidate, early, fit.epochs, key, lr_scale=fit.lr_scale * manner):
+                pass
+        values.append(ndcg_of(candidate, late, None).numpy())
+        if i and better(values[i], values[0], LEVEL / 2) and values[i].mean() > values[chosen].mean():
+            chosen = i
+    clock.timed("manner_cpu_s", since)
+    clock.costs["manner"] = MANNERS[chosen]
+    return replace(fit, lr_scale=fit.lr_scale * (MANNERS[chosen] or 1.0), epochs=fit.epochs if MANNERS[chosen] else 0)
 
 
 def _joined(blocks: tuple[Events, ...]) -> Events:

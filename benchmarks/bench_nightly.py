@@ -1,0 +1,80 @@
+"""A night on a store with 100,000 users and items: seconds by part of an update with 100,000 events, and peak memory.
+
+One JSON line. `outside` is the share of the update's time that is not learning: reading, the log, the gate, saving.
+"""
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from freshrec.data.log import read_log
+from freshrec.nightly.job import Job, source_of
+from freshrec.serve.contents import begun, read_contents
+from freshrec.store.versions import new_store, open_store
+
+DAY = 86_400_000_000  # microseconds
+
+
+def events(n: int, users: int, items: int, start: int, seed: int) -> pl.DataFrame:
+    """A day of clicks: users and items with long tails, each user in a corner of the catalogue of its own."""
+    source = np.random.default_rng(seed)
+    users_E = (users * source.random(n) ** 1.5).astype(np.int64)
+    items_E = (users_E * 7919 + (items * source.random(n) ** 4).astype(np.int64)) % items
+    times_E = start + np.sort(source.integers(0, DAY, n))
+    return pl.DataFrame({"user_id": users_E, "item_id": items_E, "timestamp": times_E})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--users", type=int, default=100_000)
+    parser.add_argument("--items", type=int, default=100_000)
+    parser.add_argument("--base", type=int, default=1_000_000)
+    parser.add_argument("--new", type=int, default=100_000)
+    parser.add_argument("--model", default="blend")
+    parser.add_argument("--strategy", default="refit:passes=1000000")
+    arguments = parser.parse_args()
+    sizes = arguments.users, arguments.items
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"day-{i}.parquet" for i in range(3)]
+        events(arguments.base, *sizes, 1_750_000_000_000_000, 0).write_parquet(paths[0])
+        for i in (1, 2):
+            events(arguments.new, *sizes, 1_750_000_000_000_000 + i * DAY, i).write_parquet(paths[i])
+        since = time.perf_counter()
+        with new_store(Path(folder) / "store") as store:
+            contents = begun(arguments.model, arguments.strategy, 0)
+            first = Job(store).begin(read_log(paths[0]), source_of(paths[0]), contents)
+        found = {"benchmark": "nightly", "model": arguments.model, **first.sizes, "fit_s": time.perf_counter() - since}
+        for path in paths[1:]:  # the second is the one that tells: the first has no older events to be asked
+            parts, since = {}, time.perf_counter()
+            job = Job(open_store(Path(folder) / "store"))
+            with job.store.locked():
+                begin = time.perf_counter()
+                _ = job.contents
+                parts["open_s"] = time.perf_counter() - begin
+                begin = time.perf_counter()
+                taken = job.deliver(read_log(path), source_of(path))
+                parts["log_s"] = time.perf_counter() - begin
+                [version] = job.catch_up("", taken)
+            total = time.perf_counter() - since
+        parts["learn_s"] = version.numbers["update_s"]
+        parts["gate_s"] = version.numbers["wait_s"] - version.numbers["update_s"]
+        parts["save_s"] = total - sum(parts.values())
+        since = time.perf_counter()
+        read_contents(job.store.files(version.id))
+        n_bytes = sum(file.n_bytes for file in version.files.values())
+        found |= {"new": taken.kept, "total_s": total, **parts, "outside": 1 - parts["learn_s"] / total}
+        found |= {"load_s": time.perf_counter() - since, "mb": n_bytes / 2**20, "verdict": version.promoted}
+        found |= {name: value for name, value in version.numbers.items() if name.endswith("_cpu_s")}
+        found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    rounded = {name: round(value, 3) if isinstance(value, float) else value for name, value in found.items()}
+    print(json.dumps(rounded), flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""How often the gate lets good days pass and stops bad ones: a nightly job over the days of real logs, and over copies
+of each day that something went wrong with.
+
+    python benchmarks/nights.py --data folder-of-the-logs --out benchmarks/results
+
+Bad copies are judged and thrown away; the good day is judged too, and goes live whatever the verdict, so that a wrong
+refusal does not spoil the days after it. Writes nights.json: a row for each log and kind of day.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from freshrec.data.log import Log, positives, read_log
+from freshrec.nightly.job import Job
+from freshrec.serve.contents import begun
+from freshrec.store.versions import Manifest, new_store
+
+DAY = 86_400_000_000  # microseconds
+Frame = pl.DataFrame
+
+
+@dataclass(frozen=True)
+class Days:
+    """A log, and how it is cut into days."""
+
+    path: str
+    base: int  # days of the first log
+    users: int | None = None
+    most: int = 100
+    columns: dict[str, str] = field(default_factory=dict)
+    hours: float = 24.0
+
+
+LOGS = {
+    "uci": Days("uci_online_retail.parquet", base=60, most=240),
+    "globo": Days("globo_news_clicks.parquet", base=3, users=15_000, most=13),
+    "globo, 4 hours": Days("globo_news_clicks.parquet", base=12, users=15_000, most=60, hours=4.0),
+    "taobao": Days("taobao_userbehavior_head84k.parquet", base=2),
+    "kuairand": Days("kuairand_pure_base50_plus_14days.parquet", base=4, users=8000, columns={"label": "click"}),
+}
+
+
+def bot(day: Frame, known: Frame, source: np.random.Generator) -> Frame:
+    """One user has 30 % of the rows, on ten items."""
+    theirs_E, items = source.random(len(day)) < 0.3, known["item_id"].unique().sample(10, seed=1)
+    items_E = items.gather(source.integers(0, 10, len(day)))
+    return day.with_columns(
+        user_id=pl.when(pl.Series(theirs_E)).then(pl.lit(day["user_id"][0])).otherwise("user_id"),
+        item_id=pl.when(pl.Series(theirs_E)).then(items_E).otherwise("item_id"),
+    )
+
+
+def random(day: Frame, known: Frame, source: np.random.Generator) -> Frame:
+    """Every click is on some known item."""
+    items = known["item_id"].unique()
+    return day.with_columns(item_id=items.gather(source.integers(0, len(items), len(day))))
+
+
+def half(day: Frame, known: Frame, source: np.random.Generator) -> Frame:
+    """The second half was not delivered."""
+    return day[: len(day) // 2]
+
+
+def unit(day: Frame, known: Frame, source: np.random.Generator) -> Frame:
+    """Milliseconds are taken for microseconds, so that it is 1970."""
+    return day.with_columns(pl.col("time") // 1000)
+
+
+def shifted(day: Frame, known: Frame, source: np.random.Generator) -> Frame:
+    """A year too late."""
+    return day.with_columns(pl.col("time") + 365 * DAY)
+
+
+def equal(day: Frame, known: Frame, source: np.random.Generator) -> Frame:
+    """All at the same moment."""
+    return day.with_columns(time=pl.lit(day["time"][-1]))
+
+
+def renamed(day: Frame, known: Frame, source: np.random.Generator) -> Frame:
+    """Items go by other ids."""
+    return day.with_columns(pl.col("item_id") + 10_000_000)
+
+
+BAD: tuple[Callable[[Frame, Frame, np.random.Generator], Frame], ...] = (
+    bot, random, half, unit, shifted, equal, renamed,
+)  # fmt: skip
+
+
+def cut(days: Days, folder: Path) -> tuple[Frame, list[Frame]]:
+    """The first log, and the days after it that have rows."""
+    log = read_log(folder / days.path, columns=days.columns, users=days.users)
+    frame = positives(log).frame.select("user_id", "item_id", "time").unique(maintain_order=True)
+    length = int(days.hours / 24 * DAY)
+    frame = frame.with_columns(day=(pl.col("time") - frame["time"][0] // DAY * DAY) // length)
+    base = frame.filter(pl.col("day") < days.base).drop("day")
+    later = frame.filter(pl.col("day") >= days.base).partition_by("day", maintain_order=True, include_key=False)
+    return base, later[: days.most]
+
+
+def nights(name: str, days: Days, folder: Path, model: str, every: int) -> Iterator[tuple[str, int, Manifest]]:
+    """The verdict on each day, good and bad: kind, which day, version."""
+    base, later = cut(days, folder)
+    with tempfile.TemporaryDirectory() as where, new_store(Path(where) / "store") as store:
+        job = Job(store)
+        job.begin(Log(base, True, "us"), "base", begun(model, None, 0))
+        known = base
+        for i, day in enumerate(later):
+            for spoil in BAD if i % every == 0 else ():
+                bad = spoil(day, known, np.random.default_rng(i)).sort("time", maintain_order=True)
+                yield spoil.__name__, i, job.tried(bad)[0]
+            taken = job.deliver(Log(day, True, "us"), f"day {i}")
+            for version in job.catch_up("it is a good day", taken):
+                yield "good", i, version
+            known = pl.concat([known, day])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--model", default="item-knn")
+    parser.add_argument("--logs", nargs="+", default=list(LOGS), choices=LOGS)
+    parser.add_argument("--every", type=int, default=1, help="spoil only every so many days")
+    arguments = parser.parse_args()
+    rows = []
+    for name, days in ((name, LOGS[name]) for name in arguments.logs):
+        verdicts: dict[str, list[Manifest]] = {}
+        for kind, i, version in nights(name, days, arguments.data, arguments.model, arguments.every):
+            verdicts.setdefault(kind, []).append(version)
+            if (kind == "good") != version.promoted:
+                print(f"{name} day {i}, {kind}: {version.promoted} {version.reasons}", flush=True)  # noqa: T201
+        for kind, versions in verdicts.items():
+            n_right = sum(version.promoted == (kind == "good") for version in versions)
+            rows.append({"log": name, "kind": kind, "days": len(versions), "right": n_right})
+            print(json.dumps(rows[-1]), flush=True)  # noqa: T201
+    text = json.dumps({"model": arguments.model, "every": arguments.every, "rows": rows}, indent=1)
+    (arguments.out / "nights.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

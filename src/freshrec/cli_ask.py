@@ -1,0 +1,176 @@
+"""The commands that ask a store: recommend, similar, explain, inspect, status, diff, doctor. They change nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from freshrec.cli_options import AsJson, StorePath, print_table, words
+from freshrec.errors import StateError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from freshrec.serve.contents import Contents
+
+Version = Annotated[int | None, typer.Option("--version", help="Another one than the live one.")]
+
+
+def recommend(
+    users: Annotated[list[str], typer.Argument(metavar="USER...", help="User ids; an unknown one gets popular items.")],
+    store: StorePath = Path("store"),
+    k: Annotated[int, typer.Option("--k", "-k", help="Items a user.")] = 10,
+    allow: Annotated[str | None, typer.Option(help="Only these items, as in 17,42.")] = None,
+    deny: Annotated[str | None, typer.Option(help="None of these items.")] = None,
+    include_seen: Annotated[bool, typer.Option("--include-seen", help="Also what the user has had.")] = False,
+    version: Version = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the best items of some users."""
+    from freshrec.serve.recommender import Recommender
+
+    lists = [None if text is None else words(text) for text in (allow, deny)]
+    found = Recommender.of(_contents(store, version)).recommend(users, k, not include_seen, *lists)
+    rows = [(user, rank, item, f"{score:.4g}", why) for user, item, score, rank, why in found.iter_rows()]
+    _print(found, ("user", "rank", "item", "score", "fallback"), rows, as_json)
+
+
+def similar(
+    items: Annotated[list[str], typer.Argument(metavar="ITEM...")],
+    store: StorePath = Path("store"),
+    k: Annotated[int, typer.Option("--k", "-k", help="Items to each.")] = 10,
+    version: Version = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the items most like some items."""
+    from freshrec.serve.recommender import Recommender
+
+    found = Recommender.of(_contents(store, version)).similar_items(items, k)
+    rows = [(item, rank, other, f"{score:.4g}") for item, other, score, rank in found.iter_rows()]
+    _print(found, ("item", "rank", "similar", "score"), rows, as_json)
+
+
+def explain(
+    user: Annotated[str, typer.Argument(metavar="USER")],
+    item: Annotated[str, typer.Argument(metavar="ITEM")],
+    store: StorePath = Path("store"),
+    version: Version = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print why a user is offered an item: which experts put it there, and by which past event."""
+    from freshrec.serve.recommender import Recommender
+
+    found = Recommender.of(_contents(store, version)).explain(user, item)
+    if found.is_empty() and not as_json:
+        typer.echo(f"{item} is not offered to {user}")
+        return
+    rows = [(source, place, f"{points:+.2f}", because) for source, place, points, because in found.iter_rows()]
+    _print(found, ("source", "place", "points", "because of"), rows, as_json)
+
+
+def inspect(
+    kind: Annotated[Literal["user", "item"], typer.Argument(help="user or item")],
+    name: Annotated[str, typer.Argument(metavar="ID")],
+    store: StorePath = Path("store"),
+    version: Version = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print what is known of one user, its events and interests, or of one item."""
+    from freshrec.nightly import tell
+
+    contents = _contents(store, version)
+    found = tell.user(contents, name) if kind == "user" else tell.item(contents, name)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    events, interests = found.pop("events", []), found.pop("interests", [])
+    _print_facts(found)
+    if events:
+        print_table(("at", "item"), [(event["at"], event["item_id"]) for event in events])
+    rows = [(one["born_span"], one["used_span"], ", ".join(map(str, one["items"]))) for one in interests]
+    if rows:
+        print_table(("interest born in span", "used last in", "nearest items"), rows)
+
+
+def status(store: StorePath = Path("store"), as_json: AsJson = False) -> None:
+    """Print what is live, how old it is, what waits, and what it takes on the disk."""
+    from freshrec.nightly import tell
+    from freshrec.store.versions import open_store
+
+    found = tell.status(open_store(store))
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    numbers = found.pop("numbers")
+    _print_facts(found)
+    _print_facts({name: f"{value:.4g}" for name, value in numbers.items()})
+
+
+def diff(
+    first: Annotated[int, typer.Argument(metavar="A")],
+    second: Annotated[int, typer.Argument(metavar="B")],
+    store: StorePath = Path("store"),
+    as_json: AsJson = False,
+) -> None:
+    """Print what two versions differ in, and how much of their lists they share."""
+    from freshrec.nightly import tell
+    from freshrec.store.versions import open_store
+
+    found = tell.difference(open_store(store), first, second)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    pairs = {**found["sizes"], **found["numbers"], **found["recipe"]}
+    print_table(("", f"version {first}", f"version {second}"), [(name, *_both(pair)) for name, pair in pairs.items()])
+    typer.echo(f"of the best {found['list']} items of {found['users']} users, {found['shared']:.0%} are the same")
+
+
+def doctor(
+    store: Annotated[Path | None, typer.Option("--store", metavar="DIR")] = None, as_json: AsJson = False
+) -> None:
+    """Check the installation, and every file of a store."""
+    from freshrec.nightly import tell
+    from freshrec.store.versions import open_store
+
+    found = tell.checkup(None if store is None else open_store(store))
+    if as_json:
+        typer.echo(json.dumps([{"ok": ok, "what": what} for ok, what in found]))
+    else:
+        for ok, what in found:
+            typer.echo(f"{'ok   ' if ok else 'WRONG'}  {what}")
+    wrong = [what for ok, what in found if not ok]
+    if wrong:
+        raise StateError(f"{len(wrong)} of {len(found)} checks failed, the first: {wrong[0]}")
+
+
+def _contents(folder: Path, number: int | None) -> Contents:
+    """What a version holds, the live one unless told."""
+    from freshrec.serve.contents import read_contents
+    from freshrec.store.versions import open_store
+
+    store = open_store(folder)
+    return read_contents(store.files(store.live if number is None else number))
+
+
+def _print(found: pl.DataFrame, names: tuple[str, ...], rows: list[tuple[Any, ...]], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(found.to_dicts()))
+    else:
+        print_table(names, rows)
+
+
+def _print_facts(facts: dict[str, Any]) -> None:
+    print_table(("", ""), [(name.replace("_", " "), _plain(value)) for name, value in facts.items()])
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _both(pair: list[Any]) -> tuple[str, ...]:
+    return tuple(f"{value:.4g}" if isinstance(value, float) else _plain(value) for value in pair)

@@ -1,0 +1,281 @@
+"""The commands that change a store: fit, update, promote, rollback, erase, gc; and those that tell of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from freshrec.cli_options import (
+    AsJson,
+    Columns,
+    EventTypes,
+    FormatName,
+    LogPath,
+    Quarantine,
+    StorePath,
+    pairs,
+    print_table,
+    seconds,
+    words,
+)
+from freshrec.data.log import Log, before, read_log
+from freshrec.errors import NoRowsError, OptionError, RefusedError
+
+if TYPE_CHECKING:
+    from freshrec.nightly.job import Job
+    from freshrec.store.eventlog import Taken
+    from freshrec.store.versions import Manifest
+
+Reason = Annotated[str, typer.Option(help="Why; it is kept.")]
+Wait = Annotated[str, typer.Option(help="How long to wait for another process that changes the store, as in 10m.")]
+Number = Annotated[int, typer.Argument(metavar="VERSION", help="See `freshrec history`.")]
+
+
+def fit(
+    log: LogPath,
+    store: StorePath = Path("store"),
+    model: Annotated[str, typer.Option(help="See `freshrec list models`.")] = "blend",
+    strategy: Annotated[str | None, typer.Option(help="How updates learn; see `freshrec list strategies`.")] = None,
+    columns: Columns = "",
+    format_name: FormatName = None,
+    events: EventTypes = "",
+    until: Annotated[str, typer.Option(help="Leave out what happened then or later, as in 2025-06-01.")] = "",
+    quarantine: Quarantine = None,
+    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
+    budget: Annotated[str, typer.Option(help="Time for the blend's training, as in 90s, 10m or 2h.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Make a store: learn from a whole log, once; after that `update` needs the new events only."""
+    from freshrec.nightly.job import Job, source_of
+    from freshrec.serve.contents import begun
+    from freshrec.serve.reading import Reading
+    from freshrec.store.versions import new_store
+    from freshrec.strategies.refit import SPEED
+
+    if budget and model.partition(":")[0] != "blend":
+        raise OptionError(f'--budget sizes the blend; "{model}" trains as its options say, as in fit.base_epochs=5.')
+    if budget:
+        strategy = f"{strategy or 'refit'}:passes={seconds(budget) * SPEED}"
+    reading = Reading(pairs(columns), format_name, tuple(words(events)))
+    contents = begun(model, strategy, seed, reading)
+    found = read_log(log, columns=reading.columns, format=format_name, events=reading.events, quarantine=quarantine)
+    found = before(found, until) if until else found
+    with new_store(store) as made:
+        version = Job(made).begin(found, source_of(log), contents)
+    typer.echo(json.dumps(version.model_dump()) if as_json else f"{line_of(version)}; live in {store}")
+
+
+def update(
+    new: Annotated[list[Path] | None, typer.Argument(metavar="[NEW]...", help="New events; none: go on.")] = None,
+    store: StorePath = Path("store"),
+    force: Annotated[bool, typer.Option("--force", help="Go live whatever the gate says; needs --reason.")] = False,
+    reason: Reason = "",
+    again: Annotated[int | None, typer.Option(metavar="VERSION", help="Take a refused version's events again.")] = None,
+    quarantine: Quarantine = None,
+    wait: Wait = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be read and odd; change nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Learn from new events, test the result, and let it go live if it is not worse."""
+    from freshrec.nightly.job import Job, preview
+    from freshrec.store.versions import open_store
+
+    if force and not reason:
+        raise OptionError('--force needs --reason "..."; it is kept with the version.')
+    made = open_store(store)
+    job, force_why = Job(made), reason if force else ""
+    if dry_run:
+        if again is not None or force:
+            raise OptionError("--dry-run reads new events only; leave --again and --force out.")
+        for path in new or []:
+            typer.echo(json.dumps(preview(job, _read(job, path, quarantine))))
+        return
+    with made.locked(seconds(wait) if wait else 0.0):
+        versions = [_shown(version, as_json) for version in job.catch_up(force_why)]
+        for path in new or []:
+            versions += _learnt(job, path, quarantine, force_why, as_json)
+        if again is not None:
+            versions.append(_shown(job.again(again, force_why), as_json))
+        live = made.live
+    if as_json:
+        typer.echo(json.dumps([version.model_dump() for version in versions]))
+    elif not versions:
+        typer.echo(f"nothing new: version {live} stays live")
+    refused = [version.id for version in versions if not version.promoted and not force]
+    if refused:
+        numbers = "version" + ("s " if len(refused) > 1 else " ") + ", ".join(map(str, refused))
+        raise RefusedError(
+            f"{numbers} of {store} did not pass the gate, version {live} is live; see `freshrec history`, "
+            f"or take it nevertheless with `freshrec promote {refused[-1]} --reason ...`."
+        )
+
+
+def _learnt(job: Job, path: Path, quarantine: Path | None, force: str, as_json: bool) -> list[Manifest]:
+    """The versions that one delivery leads to."""
+    from freshrec.nightly.job import source_of
+
+    source, log = source_of(path), _read(job, path, quarantine)
+    if log is None:
+        return [_shown(job.rest(None, source), as_json)]
+    taken = job.deliver(log, source)
+    if not as_json:
+        typer.echo(_told(taken, path))
+    return [_shown(version, as_json) for version in job.catch_up(force, taken)]
+
+
+def _read(job: Job, path: Path, quarantine: Path | None) -> Log | None:
+    """A delivery, read as the log of `fit` was; None where it holds no rows."""
+    reading = job.contents.reading
+    try:
+        return read_log(
+            path, columns=reading.columns, format=reading.format, events=reading.events, quarantine=quarantine
+        )
+    except NoRowsError:
+        return None
+
+
+def _told(taken: Taken, path: Path) -> str:
+    """What became of the rows of a delivery."""
+    left = [f"{n:,} {what}" for n, what in ((taken.doubled, "doubled"), (taken.known, "known already")) if n]
+    late = f", {taken.late:,} of them late" if taken.late else ""
+    again = f"; it is the same as batch {taken.again}" if taken.again is not None else ""
+    left_out = f"; left out: {', '.join(left)}" if left else ""
+    return f"{path.name}: {taken.rows:,} rows, {taken.kept:,} new{late}{left_out}{again}"
+
+
+def _shown(version: Manifest, as_json: bool) -> Manifest:
+    """The version, of which a line was printed."""
+    if not as_json:
+        typer.echo(line_of(version))
+        for reason in version.reasons:
+            typer.echo(f"  refused: {reason}")
+        for note in version.notes:
+            typer.echo(f"  note: {note}")
+    return version
+
+
+def line_of(version: Manifest) -> str:
+    """A version in a line: what it has learnt, how long that took, how good it is, and the verdict."""
+    numbers, parts = version.numbers, list[str]()
+    name = f"version {version.id}" + (f" from {version.parent}" if version.parent is not None else "")
+    if version.kind in ("fit", "update"):
+        new = "" if version.kind == "fit" else "new "
+        what = [("new_events", "events"), ("new_users", f"{new}users"), ("new_items", f"{new}items")]
+        what += [("gained_interests", "users gained an interest"), ("lost_interests", "users lost one")]
+        parts = [", ".join(f"{int(numbers[key]):,} {word}" for key, word in what if key in numbers)]
+        full = f" (full retrain estimated {numbers['full_s']:.0f} s)" if "full_s" in numbers else ""
+        parts += [f"{numbers.get('wait_s', 0.0):.1f} s{full}"]
+    parts += [quality for quality in [_quality(numbers)] if quality]
+    verdict = {"fit": "first version", "update": "promoted", "no rows": "no rows", "saved": "saved from Python"}
+    parts += [verdict[version.kind] if version.promoted else "refused"]
+    return f"{name}: {'; '.join(parts)}"
+
+
+def _quality(numbers: dict[str, float]) -> str:
+    """The metric of a version beside that of the live one, or of popularity."""
+    metric = next((name.removesuffix(" live") for name in numbers if name.endswith(" live")), "")
+    if metric:
+        found = f"{metric} {numbers[metric]:.4f} against live {numbers[f'{metric} live']:.4f}"
+        if "low" in numbers:
+            found += f" ({numbers['low']:+.4f} to {numbers['high']:+.4f})"
+        return found + (f", forgetting {numbers['forgetting']:+.4f}" if "forgetting" in numbers else "")
+    metric = next((name.removesuffix(" popularity") for name in numbers if name.endswith(" popularity")), "")
+    return f"{metric} {numbers[metric]:.4f}, popularity {numbers[f'{metric} popularity']:.4f}" if metric else ""
+
+
+def history(store: StorePath = Path("store"), as_json: AsJson = False) -> None:
+    """All versions, and what became of them."""
+    from freshrec.store.versions import open_store
+
+    made = open_store(store)
+    versions, moves = made.versions(), made.moves()
+    if as_json:
+        told = {"versions": [v.model_dump() for v in versions], "moves": [m.model_dump() for m in moves]}
+        typer.echo(json.dumps(told))
+        return
+    rows = [
+        (v.id, "live" if v.id == made.live else "", v.made_at, line_of(v).partition(": ")[2], " ".join(v.reasons))
+        for v in versions
+    ]
+    print_table(("version", "", "made", "what", "why"), rows)
+    print_table(("moved", "by", "to", "why"), [(m.at, m.action, m.to, m.reason) for m in moves])
+
+
+def promote(number: Number, store: StorePath = Path("store"), reason: Reason = "", wait: Wait = "") -> None:
+    """Make a version the live one; one that was refused needs a reason."""
+    from freshrec.store.versions import open_store
+
+    made = open_store(store)
+    with made.locked(seconds(wait) if wait else 0.0):
+        if not made.manifest(number).promoted and not reason:
+            raise OptionError(
+                f'version {number} was refused by the gate; promote it with --reason "...", which is kept.'
+            )
+        made.point(number, "promote", reason)
+    typer.echo(f"version {number} is live")
+
+
+def rollback(
+    number: Annotated[
+        int | None, typer.Argument(metavar="[VERSION]", help="The parent of the live one if none.")
+    ] = None,
+    store: StorePath = Path("store"),
+    reason: Reason = "",
+    wait: Wait = "",
+) -> None:
+    """Go back to an earlier version. What later ones had learnt is not learnt again (but see `update --again`)."""
+    from freshrec.store.versions import open_store
+
+    made = open_store(store)
+    with made.locked(seconds(wait) if wait else 0.0):
+        live = made.live
+        back = number if number is not None else made.manifest(live).parent
+        if back is None:
+            raise OptionError(f"version {live} is the first; there is nothing to go back to.")
+        if back >= live:
+            raise OptionError(
+                f"version {back} is not earlier than the live one, {live}; use `freshrec promote {back}`."
+            )
+        made.point(back, "rollback", reason)
+    typer.echo(f"version {back} is live, after {live}")
+
+
+def gc(
+    store: StorePath = Path("store"),
+    keep: Annotated[int, typer.Option(min=1, help="Versions that stay, beside the live one.")] = 5,
+    wait: Wait = "",
+    as_json: AsJson = False,
+) -> None:
+    """Give up the files of old and refused versions; what they were is still told by `history`."""
+    from freshrec.store.versions import collect, open_store
+
+    made = open_store(store)
+    with made.locked(seconds(wait) if wait else 0.0):
+        gone = collect(made, keep)
+    told = f"versions {', '.join(map(str, gone))} were given up" if gone else "nothing to give up"
+    typer.echo(json.dumps({"gone": gone}) if as_json else told)
+
+
+def erase(
+    user: Annotated[str, typer.Argument(metavar="USER")],
+    store: StorePath = Path("store"),
+    wait: Wait = "",
+    as_json: AsJson = False,
+) -> None:
+    """Remove a user from the log and from every version, on the disk, and print a receipt of what stays."""
+    from freshrec.nightly import erase as erasing
+    from freshrec.nightly.job import Job
+    from freshrec.store.versions import open_store
+
+    made = open_store(store)
+    with made.locked(seconds(wait) if wait else 0.0):
+        receipt = erasing.erase(Job(made), user)
+    if as_json:
+        typer.echo(json.dumps(receipt))
+        return
+    versions = ", ".join(map(str, receipt["versions"])) or "none"
+    typer.echo(f"{user}: {receipt['events']:,} events erased from the log; versions written anew: {versions}")
+    typer.echo(f"what stays: {receipt['stays']}")

@@ -1,0 +1,396 @@
+"""Whether a new version takes the place of the live one: facts of the day, limits, and a verdict with its reasons.
+
+An update has seen what the live version has not, so it goes live unless something speaks against it: a day that looks
+odd, a loss that is larger than tolerated and more than chance, a value that no live version had, forgetting.
+
+What that is worth, where user values vary from model to model as on real logs (tests/test_gate.py):
+- An update as good as the live version is refused by each of the two comparisons, on the newest and on older events, in
+  at most one of 200 nights, however few the users: on an ordinary day it goes live in 99 of 100.
+- One that loses more than `unnoticed`, a share of the live version's value, is refused in 95 of 100 nights. What that is
+  follows from the number of users and from how much they see a difference: on logs of ours a third with 500 users, a
+  sixth with 2,000. A note says when it is much. Below `n_users` nothing is compared, and the day alone is judged.
+- Nothing goes live because it looks better: no gain is asked for, so none can be chance.
+- Losses within the tolerance add up, night after night, and are not noticed here. Judge, now and then, against a version
+  of some weeks ago as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import inf
+from statistics import NormalDist, median
+
+import numpy as np
+import polars as pl
+
+from freshrec.data.catalog import Catalog
+from freshrec.data.validate import DAY
+from freshrec.replay.metrics import Floats
+from freshrec.replay.significance import LEVEL, interval
+
+SECOND, HOUR = 1_000_000, 3_600_000_000  # microseconds
+DROPPED = 14  # of so many days one is left out at either end, before the others say what is usual
+HIT = 0.5  # what the hits of real models are worth on average: ndcg@20 from 0.4 to 0.6
+TINY = 1e-9  # of a metric: nobody is answered
+POWER = NormalDist().inv_cdf(0.95)  # standard errors beyond a limit, by which it is passed in 95 of 100 samples
+HALF_WIDTH = NormalDist().inv_cdf((1 + LEVEL) / 2)  # of an interval, in standard errors
+
+
+@dataclass(frozen=True)
+class Day:
+    """Facts of the rows that a day brought; shares are of its rows where nothing else is said. Fit for JSON."""
+
+    n_rows: int
+    n_users: int
+    n_items: int
+    rows_per_user: float
+    share_unknown_users: float  # rows of users whom no earlier day had
+    share_unknown_items: float
+    share_top_user: float  # rows of the most active user
+    share_top_item: float
+    share_doubled: float  # of what was delivered: rows that say what another of the day says
+    share_known: float  # of what was delivered: rows that were there already
+    # None where the log has no clock, or no earlier day
+    share_late: float | None  # rows older than the newest that was known
+    share_same_second: float | None  # of the users: the most who have a row in one second; a basket is one user's
+    whole_days: bool | None  # all times are midnights: the log tells days, not seconds
+    span_hours: float | None  # from the first row to the last
+    gap_hours: float | None  # from the newest row that was known to the middle one of the day
+    hole_hours: float | None  # the longest stretch without a row, from the newest that was known to the day's last
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is accepted. Of 1,321 pieces of ten real logs, of 4 hours to a week, 98 % pass; half of the rest end early."""
+
+    metric: str = "ndcg@20"
+    tolerance: float = 0.05  # loss on the newest events, of the live version's value; another seed moves it as much
+    forgetting: float = 0.10  # the same on older events, which an update may weigh less
+    chance: float = 0.0025  # how often a loss is seen where there is none
+    n_users: int = 30  # with fewer, values are not compared: they would have to be all better or all worse
+    unnoticed: float = 0.30  # a note says so when larger losses could pass
+    floor: float = 0.5  # of what three in four of the live versions before had on their newest events
+    n_tails: int = 3  # live versions before there is a floor
+
+    n_recent: int = 28  # days that a day is compared with: four weekends
+    n_earlier: int = 7  # days before which only the limits that are no comparisons hold: one weekend
+    fewer: float = 1.75  # rows and users, times less than the least usual day; half of a steady day is caught
+    more: float = 3.0  # rows, users, items, times more than the largest: logs grow, and doubled rows are told apart
+    shorter: float = 1.3  # times less than the shortest usual day: the end is missing
+
+    few_rows: int = 50  # with fewer, one user's and unknown shares are left to chance
+    few_users: int = 20  # with fewer, it is no wonder if they share a second
+    common: float = 0.9  # a share that half of the days reach says nothing: every session is a new user
+    rise: float = 0.25  # of a share over the largest usual one
+    small_rise: float = 0.15  # of one user's share and of doubled rows
+    # The shares below are too large for any log, unless it is known for them.
+    one_user: float = 0.25  # a shop's largest customer of the day stays below, in 98 of 100
+    one_item: float = 0.5
+    unknown: float = 0.99  # users or items: another scheme of ids
+    doubled: float = 0.2
+    late: float = 0.5
+    same_second: float = 0.5
+    hole_hours: float = 60 * 24  # without earlier days: times are shifted, or in another unit
+    usual_hole_hours: float = 14 * 24  # with them, or
+    holes: float = 10.0  # times the median hole; a shop's Christmas is 12 days, 7 times its weekend
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What challenger and live version reached, a value from 0 to 1 for each user, the same users for both."""
+
+    challenger_U: Floats  # on the newest events, which neither has learnt from
+    incumbent_U: Floats
+    older_challenger_O: Floats  # on older ones that were held back
+    older_incumbent_O: Floats
+    tails: Sequence[float] = ()  # what live versions before reached on their newest events, the oldest first
+
+    def __post_init__(self) -> None:
+        assert self.challenger_U.shape == self.incumbent_U.shape
+        assert self.older_challenger_O.shape == self.older_incumbent_O.shape
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Promoted exactly where there are no reasons against it; notes say what could not be judged, and why."""
+
+    promoted: bool
+    reasons: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    numbers: dict[str, float] = field(default_factory=dict)
+
+
+def facts_of(
+    frame: pl.DataFrame,
+    known_users: Catalog,
+    known_items: Catalog,
+    has_clock: bool,
+    newest: int | None,
+    doubled: int,
+    known: int,
+) -> Day:
+    """The facts of a `Log.frame`, in time order, against what was known before it.
+
+    `newest`: the largest time known. `doubled`, `known`: rows of the delivery that are not in `frame`, because they say
+    what another row of it, or one of an earlier delivery, says.
+    """
+    n_rows, n_users = len(frame), frame["user_id"].n_unique()
+    n_delivered = max(1, n_rows + doubled + known)
+    if has_clock:
+        doubled += n_rows - len(frame.select("user_id", "item_id", "time").unique())
+    times = frame["time"]
+    timed = has_clock and n_rows > 0
+    fresh = times.filter(times >= newest) if newest is not None else times
+    seconds = frame.select("user_id", second=pl.col("time") // SECOND).unique()
+    return Day(
+        n_rows=n_rows,
+        n_users=n_users,
+        n_items=frame["item_id"].n_unique(),
+        rows_per_user=n_rows / max(1, n_users),
+        share_unknown_users=_share_unknown(frame["user_id"], known_users),
+        share_unknown_items=_share_unknown(frame["item_id"], known_items),
+        share_top_user=_most(frame["user_id"]) / max(1, n_rows),
+        share_top_item=_most(frame["item_id"]) / max(1, n_rows),
+        share_doubled=doubled / n_delivered,
+        share_known=known / n_delivered,
+        share_late=1 - len(fresh) / n_rows if timed and newest is not None else None,
+        share_same_second=_most(seconds["second"]) / n_users if timed else None,
+        whole_days=bool((times % DAY == 0).all()) if timed else None,
+        span_hours=(int(times[-1]) - int(times[0])) / HOUR if timed else None,
+        gap_hours=(int(times[n_rows // 2]) - newest) / HOUR if timed and newest is not None else None,
+        hole_hours=_longest_step(fresh, newest) / HOUR if timed else None,
+    )
+
+
+def _share_unknown(ids: pl.Series, known: Catalog) -> float:
+    return float((known.rows(ids) == 0).sum()) / max(1, len(ids))
+
+
+def _most(values: pl.Series) -> int:
+    """How often the most frequent value occurs."""
+    return int(values.value_counts(name="n")["n"].to_numpy().max(initial=0))
+
+
+def _longest_step(times: pl.Series, start: int | None) -> int:
+    """Between neighbours in time."""
+    times_T = times.to_numpy() if start is None else np.concatenate([[start], times.to_numpy()])
+    return int(np.diff(times_T).max(initial=0))
+
+
+def looks_odd(day: Day, earlier: Sequence[Day], limits: Limits = Limits()) -> list[str]:
+    """Sentences on what is out of the ordinary, against the days before, the oldest first.
+
+    Leave out of `earlier` what was refused, or a week of bad days is usual. Where a log changed for good, let the next
+    days pass by hand: after three the limits have moved.
+    """
+    if not day.n_rows:
+        return [f"the day has no new rows ({_percent(day.share_known)} of the delivered ones were there already)."]
+    recent = earlier[-limits.n_recent :]
+    return [*_odd_counts(day, recent, limits), *_odd_shares(day, recent, limits), *_odd_times(day, recent, limits)]
+
+
+def _odd_counts(day: Day, recent: Sequence[Day], limits: Limits) -> list[str]:
+    if len(recent) < limits.n_earlier:
+        return []
+    days = [*recent, day]
+    return [
+        *_outside("rows", [d.n_rows for d in days], limits.fewer, limits.more),
+        *_outside("users", [d.n_users for d in days], limits.fewer, limits.more),
+        *_outside("items", [d.n_items for d in days], inf, limits.more),
+    ]
+
+
+def _outside(what: str, values: Sequence[int], fewer: float, more: float) -> list[str]:
+    *past, today = values
+    least, most = _usual(past)
+    if least / fewer <= today <= most * more:
+        return []
+    limit = f"fewer than {least / fewer:,.0f}" if today < least else f"more than {most * more:,.0f}"
+    usual = f"the {len(past)} days before had {least:,.0f} to {most:,.0f} as a rule"
+    return [f"the day has {today:,} {what}; {usual}, and {limit} are out of the ordinary."]
+
+
+def _usual(values: Sequence[float]) -> tuple[float, float]:
+    """The least and the most, one in DROPPED left out at either end: some day was odd, and weekends are not."""
+    ordered, n = sorted(values), len(values) // DROPPED
+    return ordered[n], ordered[-1 - n]
+
+
+def _odd_shares(day: Day, recent: Sequence[Day], limits: Limits) -> list[str]:
+    days = [*recent, day]
+    found = _above(
+        "of the delivered rows say what another says",
+        [d.share_doubled for d in days], limits.doubled, limits.small_rise, limits,
+    )  # fmt: skip
+    if day.n_rows >= limits.few_rows:
+        user, item = ([d.share_top_user for d in days], [d.share_top_item for d in days])
+        found += _above("of the rows are of one user", user, limits.one_user, limits.small_rise, limits)
+        found += _above("of the rows are on one item", item, limits.one_item, limits.rise, limits)
+        items = [d.share_unknown_items for d in days]
+        found += _above("of the rows are on items not seen before", items, limits.unknown, limits.rise, limits)
+    if day.n_rows >= limits.few_rows and recent:  # without a day before, users may be sessions
+        users = [d.share_unknown_users for d in days]
+        found += _above("of the rows are of users not seen before", users, limits.unknown, limits.rise, limits)
+    if day.n_users >= limits.few_users and (recent or not day.whole_days):
+        seconds = [d.share_same_second for d in days]
+        found += _above("of the users have a row in one second", seconds, limits.same_second, limits.rise, limits)
+    late = "of the rows are older than the newest one that was known"
+    late += (
+        f" (the middle row by {-day.gap_hours:,.0f} hours)" if day.gap_hours is not None and day.gap_hours < 0 else ""
+    )
+    return found + _above(late, [d.share_late for d in days], limits.late, limits.rise, limits)
+
+
+def _above(what: str, values: Sequence[float | None], most: float, rise: float, limits: Limits) -> list[str]:
+    """A share that is larger than `most`, or than what is usual by `rise`; what is usual passes in any case."""
+    past, today = [value for value in values[:-1] if value is not None], values[-1]
+    usual = _usual(past)[1] if past else 0.0
+    limit = max(usual, min(usual + rise, most)) if len(past) >= limits.n_earlier else max([most, *past])
+    if today is None or today <= limit or (past and median(past) >= limits.common):
+        return []
+    before = f"; on the {len(past)} days before it was {_percent(usual)} at most as a rule" if past else ""
+    return [f"{_percent(today)} {what}{before}; more than {_percent(limit)} is out of the ordinary."]
+
+
+def _odd_times(day: Day, recent: Sequence[Day], limits: Limits) -> list[str]:
+    found = []
+    holes = [d.hole_hours for d in recent if d.hole_hours is not None]
+    limit = limits.hole_hours
+    if len(holes) >= limits.n_earlier:
+        limit = max(limits.usual_hole_hours, limits.holes * median(holes))
+    if day.hole_hours is not None and day.hole_hours > limit:
+        found.append(
+            f"for {day.hole_hours:,.0f} hours before some row there is none; more than {limit:,.0f} are out of the "
+            "ordinary: are the times in another unit, or shifted?"
+        )
+    spans = [d.span_hours for d in recent if d.span_hours is not None]
+    if day.span_hours is not None and len(spans) >= limits.n_earlier:
+        shortest = _usual(spans)[0]
+        if day.span_hours < shortest / limits.shorter:
+            found.append(
+                f"the day's rows span {day.span_hours:.3g} hours; those of the {len(spans)} days before spanned "
+                f"{shortest:.3g} or more as a rule, and less than {shortest / limits.shorter:.3g} is out of the "
+                "ordinary: is the end missing?"
+            )
+    return found
+
+
+def judge(day: Day, earlier: Sequence[Day], measured: Measured, limits: Limits = Limits()) -> Verdict:
+    """Refused where the day looks odd, or where a value is no number, below the floor, or worse by more than accepted.
+
+    `numbers` holds, where they could be found: the metric, the same followed by " live", `low` and `high`, the ends of
+    the 95 % interval of their difference, `unnoticed`, `floor`, and of the older events `older`, `older_live` and
+    `forgetting`, what was lost.
+    """
+    reasons, notes = looks_odd(day, earlier, limits), _unjudged(day, earlier, limits)
+    if broken := _broken(measured):
+        return Verdict(False, (*reasons, *broken), tuple(notes))
+    new_U, live_U = measured.challenger_U, measured.incumbent_U
+    older_O, older_live_O = measured.older_challenger_O, measured.older_incumbent_O
+    parts = [
+        _compared("the newest events", new_U, live_U, limits.tolerance, limits),
+        _floored(new_U, measured.tails, limits),
+        _compared("older events", older_O, older_live_O, limits.forgetting, limits),
+    ]
+    newest, floor, older = (part.numbers for part in parts)
+    named = {"new": limits.metric, "live": f"{limits.metric} live"}
+    numbers = {named.get(name, name): value for name, value in newest.items()} | floor
+    if older:
+        numbers |= {"older": older["new"], "older_live": older["live"], "forgetting": older["live"] - older["new"]}
+    reasons += [reason for part in parts for reason in part.reasons]
+    notes += [note for part in parts for note in part.notes]
+    return Verdict(not reasons, tuple(reasons), tuple(notes), numbers)
+
+
+def _unjudged(day: Day, earlier: Sequence[Day], limits: Limits) -> list[str]:
+    found = []
+    if len(earlier) < limits.n_earlier:
+        n = len(earlier)
+        found.append(f"{n} earlier days; rows, users and shares are compared with them from {limits.n_earlier} on.")
+    if day.n_rows < limits.few_rows:
+        found.append(f"{day.n_rows} rows are too few to judge the shares of users and items by.")
+    return found
+
+
+def _broken(measured: Measured) -> list[str]:
+    """Metrics are numbers from 0 to 1."""
+    found = []
+    for whose, values_U in (
+        ("of the new version on the newest events", measured.challenger_U),
+        ("of the live version on the newest events", measured.incumbent_U),
+        ("of the new version on older events", measured.older_challenger_O),
+        ("of the live version on older events", measured.older_incumbent_O),
+        ("that live versions before had", np.asarray(measured.tails)),
+    ):
+        n_bad = int((~((values_U >= 0) & (values_U <= 1))).sum())  # NaN is neither
+        if n_bad:
+            found.append(f"{n_bad:,} of the {len(values_U):,} values {whose} are no numbers from 0 to 1.")
+    return found
+
+
+def _compared(where: str, new_U: Floats, live_U: Floats, accepted: float, limits: Limits) -> Verdict:
+    """Refused if the mean lost more than accepted, and the loss is more than chance."""
+    n_users = len(new_U)
+    if not n_users:
+        return Verdict(True, notes=(f"no user could be asked for {where}.",))
+    new, live = float(new_U.mean()), float(live_U.mean())
+    numbers = {"new": new, "live": live}
+    values = f"{limits.metric} {new:.4f} against {live:.4f} of the live version on {n_users:,} users of {where}"
+    if n_users < limits.n_users:
+        return Verdict(True, (), (f"{values}: with fewer than {limits.n_users} they are not compared.",), numbers)
+    change = new - live
+    low, high = (float(end_M[0]) for end_M in interval((new_U - live_U)[:, None]))
+    numbers |= {"low": low, "high": high}
+    if live < TINY:
+        return Verdict(True, (), (f"{values}: there is nothing to lose.",), numbers)
+    z = NormalDist().inv_cdf(1 - limits.chance)
+    noticed = [_noticed(new_U - live_U, live_U, n_errors) for n_errors in (POWER, z + POWER)]
+    numbers["unnoticed"] = min(1.0, max(accepted + noticed[0], noticed[1]))
+    if change < -accepted * live and change + z / HALF_WIDTH * (high - change) < 0:
+        shown = f"{_change(change / live)}, interval {_change(low / live)} to {_change(high / live)}"
+        return Verdict(False, (f"{values}: {shown}; at most {_change(-accepted)} is accepted.",), (), numbers)
+    notes = []
+    if numbers["unnoticed"] > limits.unnoticed:
+        n_differ = int((new_U != live_U).sum())
+        differ = f"{n_differ:,} of {n_users:,} users see a difference"
+        notes.append(f"{where}: {differ}, so a loss below {_percent(numbers['unnoticed'])} may pass for chance.")
+    return Verdict(True, (), tuple(notes), numbers)
+
+
+def _noticed(differences_U: Floats, live_U: Floats, z: float) -> float:
+    """The share L of the live version's mean m whose loss is z standard errors, if it means that a share L of the users
+    gets nothing more: L m = z sqrt((var(differences) + L mean(live^2)) / U), solved for L.
+    """
+    mean, worth = live_U.mean(), z**2 / len(live_U)
+    b, c = worth * (live_U**2).mean() / mean**2, worth * differences_U.var() / mean**2
+    return float((b + np.sqrt(b**2 + 4 * c)) / 2)
+
+
+def _floored(new_U: Floats, tails: Sequence[float], limits: Limits) -> Verdict:
+    """Refused if even the upper end of the value's interval is below the floor: events at random fool both versions."""
+    recent = tails[-limits.n_recent :]
+    if len(new_U) < limits.n_users:
+        return Verdict(True)  # a note says so already
+    if len(recent) < limits.n_tails:
+        return Verdict(True, notes=(f"{len(recent)} values of live versions before; {limits.n_tails} make a floor.",))
+    usual = float(np.quantile(recent, 0.25))
+    floor = limits.floor * usual
+    # One user more with a hit: that n users had none proves no share of 0, but one below 3 / n.
+    high = float(interval(np.append(new_U, HIT)[:, None])[1][0])
+    if high >= floor:
+        return Verdict(True, numbers={"floor": floor})
+    value = (
+        f"{limits.metric} {float(new_U.mean()):.4f} on {len(new_U):,} users of the newest events, {high:.4f} at best"
+    )
+    before = f"three in four of {len(recent)} live versions before had {usual:.4f} or more"
+    why = f"{value}; {before}, and less than {floor:.4f} is refused: are the day's events made up?"
+    return Verdict(False, (why,), (), {"floor": floor})
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def _change(share: float) -> str:
+    return f"{100 * share:+.3g} %"

@@ -1,0 +1,247 @@
+"""The nightly job: take a delivery, learn from it, test the result, and let it go live or not.
+
+    delivery ──▶ log ──▶ batch ──▶ challenger ──▶ gate ──▶ version, live if it passes
+                          │ its newest events are held back: on them challenger and live version are compared,
+                          ▼ and the next update learns from them
+                         facts of the day, compared with those of the days before
+
+Every delivery becomes a batch of the log, and every batch a version, in order: whatever moment the job dies, the next
+run goes on where it was. A batch that was refused or rolled back is not learnt from again, unless asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+
+from freshrec.data.catalog import Catalog
+from freshrec.data.log import Log
+from freshrec.errors import OptionError
+from freshrec.models.popularity import PopularitySpec
+from freshrec.nightly.compare import newest, values_of
+from freshrec.nightly.gate import Day, Limits, Measured, Verdict, facts_of, judge, looks_odd
+from freshrec.replay.measure import Queries
+from freshrec.replay.replay import absorb
+from freshrec.serve.contents import Contents, read_contents, taught, write_contents
+from freshrec.serve.reading import must_be_alike, numbered
+from freshrec.store.eventlog import EventLog, Taken
+from freshrec.store.signed import sum_of_file
+from freshrec.store.versions import Action, Kind, Manifest, Store, chain_of
+from freshrec.types import State
+
+AGAIN, REMEMBERED = 500, 5  # queries of a version that later ones are asked, and of how many versions
+HELD, HELD_FIRST = 0.2, 0.05  # of a day, and of the first log, is held back to be tested on
+MOST_HELD = 20_000  # events
+
+
+class Job:
+    """Work on a store that nobody else changes meanwhile."""
+
+    def __init__(self, store: Store, limits: Limits = Limits()) -> None:  # noqa: B008
+        self.store, self.limits = store, limits
+        self.log = EventLog(store.folder / "log")  # every event that was ever delivered
+        self._loaded: tuple[int, Contents] | None = None
+
+    @property
+    def contents(self) -> Contents:
+        """What the live version holds."""
+        live = self.store.live
+        if self._loaded is None or self._loaded[0] != live:
+            self._loaded = live, read_contents(self.store.files(live))
+        return self._loaded[1]
+
+    def begin(self, log: Log, source: str, contents: Contents) -> Manifest:
+        """The first version, live at once; `contents` knows nothing yet, `source` is a hash of the delivery."""
+        since = time.perf_counter()
+        taken = self.log.take(log.frame, source, log.has_clock)
+        assert taken.batch is not None  # the store is new, and a log has rows
+        frame = positive_rows(self.log.read([taken.batch]))
+        contents = replace(contents, reading=replace(contents.reading, has_clock=log.has_clock))
+        after, numbers = _learnt(contents, frame, HELD_FIRST)
+        metric, queries, notes = self.limits.metric, newest(after.served), []
+        if len(queries):
+            for name, state in ((metric, after.served.state), (f"{metric} popularity", _popular(after, frame))):
+                numbers[name] = float(values_of(state, queries, metric, len(after.served.items)).mean())
+        else:
+            notes.append("no user of the newest events has an event before, so nothing could be asked.")
+        numbers |= {"asked": float(len(queries)), "wait_s": time.perf_counter() - since}
+        day = facts_of(frame, Catalog.empty(), Catalog.empty(), log.has_clock, None, taken.doubled, taken.known)
+        about = _about(self.store, after, "fit", numbers).model_copy(
+            update={"batch": taken.batch, "source": source, "data": {"day": asdict(day)}, "notes": notes}
+        )
+        return self._live(about, replace(after, asked=(_some(queries),)), "fit")
+
+    def forget(self) -> None:
+        """What is on the disk has changed."""
+        self._loaded = None
+
+    def deliver(self, log: Log, source: str) -> Taken:
+        """Append a delivery to the log, but for what is there already; `catch_up` then learns from it."""
+        must_be_alike(log, self.contents.reading)
+        frame, last = log.frame, self.log.newest
+        if not log.has_clock and last is not None:
+            frame = frame.with_columns(pl.col("time") + last + 1)
+        return self.log.take(frame, source, log.has_clock)
+
+    def waiting(self) -> list[int]:
+        """Batches of the log that no version has met yet, in order."""
+        met = max((manifest.batch or 0 for manifest in self.store.versions()), default=0)
+        return [batch for batch in self.log.batches()["batch"].to_list() if batch > met]
+
+    def catch_up(self, force: str = "", taken: Taken | None = None) -> Iterator[Manifest]:
+        """A version of each batch that waits, as `advance` makes them; `taken`: what became of the last delivery."""
+        for batch in self.waiting():
+            yield self.advance(batch, force, taken if taken and taken.batch == batch else None)
+
+    def again(self, number: int, force: str = "") -> Manifest:
+        """A version that has learnt from the events of another, which was refused or left by a rollback."""
+        batch = self.store.manifest(number).batch
+        if batch is None or batch in [manifest.batch for manifest in chain_of(self.store)]:
+            raise OptionError(f"the live version has learnt all that version {number} had; nothing is left to take.")
+        return self.advance(batch, force)
+
+    def rest(self, batch: int | None, source: str) -> Manifest:
+        """A version like the live one, of a day that brought nothing."""
+        live, contents = self.store.live, self.contents
+        note = "nothing was delivered, or nothing that anybody took: the model is that of the version before."
+        about = _about(self.store, contents, "no rows", {}).model_copy(
+            update={"parent": live, "batch": batch, "source": source, "notes": [note]}
+        )
+        return self._live(about, contents, "update")
+
+    def advance(self, batch: int, force: str = "", taken: Taken | None = None) -> Manifest:
+        """A version that has learnt from a batch, live if it passes the gate, or by `force`, which says why."""
+        since, frame = time.perf_counter(), positive_rows(self.log.read([batch]))
+        source = self.log.source(batch)
+        if not len(frame):
+            return self.rest(batch, source)
+        about, after = self.tried(frame, taken)
+        notes = [*about.notes, *([f"let go live by force: {force}"] if force and not about.promoted else [])]
+        numbers = about.numbers | {"wait_s": time.perf_counter() - since}
+        about = about.model_copy(update={"batch": batch, "source": source, "notes": notes, "numbers": numbers})
+        if about.promoted or force:
+            return self._live(about, after, "update", force)
+        return self.store.write(about, lambda aside: write_contents(after, aside))
+
+    def tried(self, frame: pl.DataFrame, taken: Taken | None = None) -> tuple[Manifest, Contents]:
+        """What becomes of the live version by learning these rows, and the gate's verdict on it; nothing is written."""
+        before, chain = self.contents, chain_of(self.store)
+        day = self.facts(frame, taken)
+        after, numbers = _learnt(before, frame, HELD)
+        verdict, asked = self._judged(day, before, after, chain)
+        first = chain[0]
+        numbers |= verdict.numbers | _interests(before.served.state, after.served.state)
+        numbers["full_s"] = first.numbers.get("update_s", 0.0) * after.sizes["events"] / max(1, first.sizes["events"])
+        about = _about(self.store, after, "update", numbers).model_copy(
+            update={
+                "parent": self.store.live, "data": {"day": asdict(day)}, "notes": list(verdict.notes),
+                "promoted": verdict.promoted, "reasons": list(verdict.reasons),
+            }
+        )  # fmt: skip
+        return about, replace(after, asked=(*before.asked, asked)[-REMEMBERED:])
+
+    def facts(self, frame: pl.DataFrame, taken: Taken | None = None) -> Day:
+        """What is to be said of a day's rows, and of those that were left out of them when they were delivered."""
+        served, left = self.contents.served, (taken.doubled, taken.known) if taken else (0, 0)
+        newest_time = int(served.counts.recent.times_R.max())
+        return facts_of(frame, served.users, served.items, self.contents.reading.has_clock, newest_time, *left)
+
+    def _judged(self, day: Day, before: Contents, after: Contents, chain: list[Manifest]) -> tuple[Verdict, Queries]:
+        """The gate's verdict, and the queries by which it was found."""
+        metric, n_items = self.limits.metric, len(after.served.items)
+        queries = newest(after.served)
+        states = (after.served.state, before.served.state)
+        mine_U, theirs_U = (values_of(state, queries, metric, n_items) for state in states)
+        older = [past for past in before.asked[:-1] if len(past)]  # the last ones are news to the live version alone
+        mine_O, theirs_O = (
+            np.concatenate([np.zeros(0), *(values_of(state, past, metric, n_items) for past in older)])
+            for state in states
+        )
+        earlier = _days(chain)
+        tails = [manifest.numbers[metric] for manifest in chain if metric in manifest.numbers]
+        return judge(day, earlier, Measured(mine_U, theirs_U, mine_O, theirs_O, tails), self.limits), _some(queries)
+
+    def _live(self, about: Manifest, contents: Contents, action: Action, reason: str = "") -> Manifest:
+        about = self.store.write(about, lambda aside: write_contents(contents, aside))
+        self.store.point(about.id, action, reason)
+        self._loaded = about.id, contents
+        return about
+
+
+def preview(job: Job, log: Log | None) -> dict[str, Any]:
+    """The facts of a delivery, and what is odd about it; nothing is changed."""
+    if log is None:
+        return {"day": None, "odd": ["the delivery holds no rows."]}
+    day, chain = job.facts(positive_rows(log.frame)), chain_of(job.store)
+    return {"day": asdict(day), "odd": looks_odd(day, _days(chain), job.limits)}
+
+
+def _days(chain: list[Manifest]) -> list[Day]:
+    """The days that led to the live version, the oldest first."""
+    return [Day(**manifest.data["day"]) for manifest in chain[1:] if "day" in manifest.data]
+
+
+def _some(queries: Queries) -> Queries:
+    """The first ones: they are in random order."""
+    return queries[torch.arange(min(AGAIN, len(queries)))]
+
+
+def positive_rows(frame: pl.DataFrame) -> pl.DataFrame:
+    """The rows that somebody took: exposures have label 0."""
+    if "label" not in frame.columns:
+        return frame
+    return frame.filter(pl.col("label").is_null() | (pl.col("label") > 0))
+
+
+def source_of(path: Path) -> str:
+    """A hash of the bytes of a file, or of all files of a folder."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    sums = [sum_of_file(file) for file in files if file.is_file()]
+    return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
+
+
+def _learnt(before: Contents, frame: pl.DataFrame, share: float) -> tuple[Contents, dict[str, float]]:
+    """What follows from learning all rows but the newest `share` of those that are not late; what it cost."""
+    served, wall, cpu = before.served, time.perf_counter(), time.process_time()
+    events, users, items = numbered(served, frame)
+    had = served.counts.recent.times_R
+    n_new = len(events) if not len(had) else int((events.times_E >= had.max()).sum())
+    n_learnt = len(events) - min(MOST_HELD, round(share * n_new))
+    after = taught(before, events, users, items, n_learnt)
+    costs = {"update_s": time.perf_counter() - wall, "update_cpu_s": time.process_time() - cpu}
+    new = {f"new_{name}": float(n - before.sizes[name]) for name, n in after.sizes.items()}
+    return after, after.served.state.costs | costs | new | {"late": float(len(events) - n_new)}
+
+
+def _popular(after: Contents, frame: pl.DataFrame) -> State:
+    """Popularity, having counted what the first version has learnt from."""
+    served = after.served
+    events = numbered(served, frame)[0][: len(frame) - len(served.pending)]
+    return absorb(State(PopularitySpec().build(0)), events, len(served.users), served.state.model.n_items)
+
+
+def _interests(before: State, after: State) -> dict[str, float]:
+    """How many users have more interests than before, and how many have fewer; nothing for models without."""
+    if before.users is None or after.users is None:
+        return {}
+    had_U, have_U = before.users.offsets_U.diff(), after.users.offsets_U.diff()[: before.users.n_users + 1]
+    known_U = had_U > 0
+    return {
+        "gained_interests": float((known_U & (have_U > had_U)).sum()),
+        "lost_interests": float((known_U & (have_U < had_U)).sum()),
+    }
+
+
+def _about(store: Store, contents: Contents, kind: Kind, numbers: dict[str, float]) -> Manifest:
+    return Manifest(
+        id=store.next, kind=kind, recipe=contents.recipe, spans_seen=contents.served.state.spans_seen,
+        sizes=contents.sizes, held=len(contents.served.pending), numbers=numbers,
+    )  # fmt: skip

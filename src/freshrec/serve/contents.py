@@ -1,0 +1,146 @@
+"""All that a recommender is: what it serves, how it learns, and how both lie in a version of a store."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+
+from freshrec.data.batches import owners
+from freshrec.data.catalog import Catalog
+from freshrec.errors import StateError
+from freshrec.learn.checkpoint import load_tree, save_tree
+from freshrec.models import find_model
+from freshrec.models.blend import Blend
+from freshrec.models.popularity import PopularitySpec
+from freshrec.replay.measure import Queries
+from freshrec.replay.replay import absorb, check
+from freshrec.serve.reading import Reading
+from freshrec.serve.recommend import Served
+from freshrec.strategies import find_strategy
+from freshrec.types import Events, Histories, ModelSpec, Span, State, Strategy, TrainedModel
+
+OLDER, OLDER_FORMAT = "recommender.json", 2  # what a folder held before there were stores
+STATE, ASKED, USERS, ITEMS = "state.safetensors", "asked.safetensors", "users.parquet", "items.parquet"
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """What a version holds, beside its manifest."""
+
+    served: Served
+    strategy: Strategy
+    names: tuple[str, str]  # of model and strategy, as they were asked for
+    reading: Reading = Reading()
+    asked: tuple[Queries, ...] = ()  # by which earlier versions were tested, the oldest first
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """Model and strategy with all options, and the seed, as JSON holds them."""
+        state, (model, strategy) = self.served.state, self.names
+        options = {"model_options": asdict(state.model.spec), "strategy_options": asdict(self.strategy)}  # type: ignore[call-overload]
+        whole = {"model": model, "strategy": strategy, "seed": state.seed, **options}
+        return dict(json.loads(json.dumps(whole, default=str)))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many events, users and items it knows, those that the model is to learn next included."""
+        served = self.served
+        return {"events": len(served.counts.recent.items_R), "users": len(served.users), "items": len(served.items)}
+
+
+def begun(model: str | ModelSpec, strategy: str | Strategy | None, seed: int, reading: Reading = Reading()) -> Contents:  # noqa: B008
+    """One that knows nothing yet.
+
+    Without a strategy a model is fine-tuned; one that counts absorbs; a blend is refitted. OptionError for an unknown
+    name, IncompatibleError where the strategy cannot update the model.
+    """
+    spec = find_model(model) if isinstance(model, str) else model
+    empty = spec.build(seed)
+    if strategy is None:
+        counting = "refit" if isinstance(empty, Blend) else "absorb"
+        strategy = "finetune" if isinstance(empty, TrainedModel) else counting
+    update = find_strategy(strategy) if isinstance(strategy, str) else strategy
+    model, strategy = (thing if isinstance(thing, str) else type(thing).__name__ for thing in (model, strategy))
+    check(spec, model, update, strategy)
+    counts = State(PopularitySpec(keep="decay").build(seed))
+    served = Served(State(empty, seed=seed), counts, Catalog.empty(), Catalog.empty())
+    return Contents(served, update, (model, strategy), reading)
+
+
+def taught(contents: Contents, events: Events, users: Catalog, items: Catalog, n_learnt: int | None = None) -> Contents:
+    """After learning from what was pending and from the first `n_learnt` of the events, or all; the rest is pending.
+
+    Rows that are older than others of their user take their place in the history.
+    """
+    before, n_learnt = contents.served, len(events) if n_learnt is None else n_learnt
+    new = joined(before.pending, events[:n_learnt])
+    known = [(new.users_E, before.state.recent.n_users), (new.items_E, before.state.model.n_items)]
+    sizes = [max(int(rows_E.max()) if len(new) else 0, n) for rows_E, n in known]
+    state = absorb(before.state, new, *sizes)
+    state = replace(state, recent=in_time_order(state.recent))
+    state = contents.strategy.update(state, Span(state.spans_seen, new, *sizes))
+    counts = absorb(before.counts, events, len(users), len(items))
+    return replace(contents, served=Served(state, counts, users, items, events[n_learnt:]))
+
+
+def joined(first: Events, then: Events) -> Events:
+    """The events of both."""
+    columns = zip(vars(first).values(), vars(then).values())
+    both: list[Any] = [torch.cat(pair) if pair[0] is not None and pair[1] is not None else None for pair in columns]
+    return Events(*both)
+
+
+def in_time_order(histories: Histories) -> Histories:
+    """Each user's rows by time; those that tie stay in their order."""
+    by_time_R = histories.times_R.argsort(stable=True)
+    order_R = by_time_R[owners(histories)[by_time_R].argsort(stable=True)]
+    columns = (histories.items_R[order_R], histories.times_R[order_R], histories.due_R[order_R])
+    return Histories(histories.offsets_U, *columns, histories.shown, histories.kinds_I)
+
+
+def write_contents(contents: Contents, folder: Path) -> None:
+    """Write to a folder, which a store then makes a version."""
+    served = contents.served
+    tree = (contents.strategy, contents.names, contents.reading, served.state, served.counts, served.pending)
+    save_tree(tree, folder / STATE)
+    save_tree(contents.asked, folder / ASKED)
+    served.users.frame.write_parquet(folder / USERS)
+    served.items.frame.write_parquet(folder / ITEMS)
+
+
+def read_contents(files: Mapping[str, Path]) -> Contents:
+    """What `write_contents` wrote. StateError where it is not that."""
+    missing = [name for name in (STATE, ASKED, USERS, ITEMS) if name not in files]
+    if missing:
+        raise StateError(f"a version without {missing[0]} cannot be read; go back to another one.")
+    strategy, names, reading, state, counts, pending = load_tree(files[STATE])
+    users, items = (_catalog(files[name]) for name in (USERS, ITEMS))
+    return Contents(Served(state, counts, users, items, pending), strategy, names, reading, load_tree(files[ASKED]))
+
+
+def read_older(folder: Path) -> Contents:
+    """What `Recommender.save` wrote before there were stores. StateError where it is not that."""
+    path = folder / OLDER
+    try:
+        about = json.loads(path.read_bytes())
+        part, names, wrote = folder / f"part-{about['part']:d}", (about["model"], about["strategy"]), about["format"]
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise StateError(f"{path} cannot be read ({problem}); fit again, and save to a new folder.") from None
+    if wrote != OLDER_FORMAT:
+        raise StateError(f"{path} has format {wrote}, this freshrec reads {OLDER_FORMAT}; fit again, and save.")
+    strategy, reading, state, counts = load_tree(part / STATE)
+    users, items = (_catalog(part / name) for name in (USERS, ITEMS))
+    return Contents(Served(state, counts, users, items), strategy, names, reading)
+
+
+def _catalog(path: Path) -> Catalog:
+    try:
+        return Catalog.load(pl.read_parquet(path))
+    except (OSError, pl.exceptions.PolarsError) as problem:
+        raise StateError(f"{path} cannot be read ({problem}); go back to another version.") from None

@@ -1,0 +1,116 @@
+"""Logs as they come, into rows: what `fit` and `update` read, and ids that somebody asks about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from freshrec.data.catalog import Catalog
+from freshrec.data.log import Log, positives, read_log
+from freshrec.errors import LogError, OptionError
+from freshrec.serve.recommend import Served
+from freshrec.types import Events
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Source: TypeAlias = "str | Path | pl.DataFrame | pd.DataFrame"
+Ids: TypeAlias = str | int | Sequence[str] | Sequence[int] | pl.Series  # one id or many
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How logs are read: the arguments of `read_log` given to `fit`, kept for the updates."""
+
+    columns: dict[str, str] = field(default_factory=dict)
+    format: str | None = None
+    events: tuple[str, ...] = ()
+    has_clock: bool = True  # whether the log of `fit` had one; new events must be alike
+
+
+def read(source: Source, reading: Reading) -> Log:
+    """What was taken in a log. LogError where it is not one."""
+    return positives(read_log(source, columns=reading.columns, format=reading.format, events=reading.events))
+
+
+def read_next(source: Source, reading: Reading, served: Served) -> Log:
+    """A log that continues what has been learnt. LogError where rows are older; without a clock, they follow it."""
+    log, newest = read(source, reading), int(served.counts.recent.times_R.max())
+    must_be_alike(log, reading)
+    if not log.has_clock:
+        return replace(log, frame=log.frame.with_columns(pl.col("time") + newest + 1))
+    times_E = log.frame["time"]
+    n_late = int((times_E < newest).sum())
+    if n_late:
+        first, last = (np.datetime64(time, "us").astype("datetime64[s]") for time in (times_E[0], newest))
+        raise LogError(
+            f"{n_late:,} of {len(times_E):,} rows (the first of {first}) are older than {last}, the newest row learnt; "
+            "an update needs newer rows: drop the older ones, or fit again on all."
+        )
+    return log
+
+
+def must_be_alike(log: Log, reading: Reading) -> None:
+    """LogError where only one of the logs, this one or that of `fit`, has a clock."""
+    if log.has_clock != reading.has_clock:
+        had, has = ("a clock", "none") if reading.has_clock else ("no clock", "one")
+        raise LogError(f"the log that was fitted had {had} and the new events have {has}; give both alike.")
+
+
+def numbered(served: Served, frame: pl.DataFrame) -> tuple[Events, Catalog, Catalog]:
+    """The events of a log's frame in rows, and both catalogs once they are over."""
+    span = served.state.spans_seen
+    users, items = served.users.extend(frame["user_id"], span), served.items.extend(frame["item_id"], span)
+    times_E = torch.from_numpy(frame["time"].to_numpy(writable=True))
+    return Events.of(users.rows(frame["user_id"]), items.rows(frame["item_id"]), times_E), users, items
+
+
+def ids_of(name: str, ids: Ids, catalog: Catalog) -> pl.Series:
+    """One or many ids as a column of the catalog's kind; "42" is read as 42 where the catalog holds integers."""
+    kind = catalog.frame["id"].dtype
+    many = [ids] if isinstance(ids, str | int) else list(ids)
+    try:
+        column = pl.Series(name, many) if many else pl.Series(name, many, dtype=kind)
+    except TypeError:
+        raise LogError(f"{name} mixes numbers and text; ids are all of one kind.") from None
+    if column.dtype != pl.String or kind != pl.Int64:
+        return column
+    numbers = column.cast(pl.Int64, strict=False)
+    if numbers.null_count():
+        wrong = column.filter(numbers.is_null())[0]
+        raise LogError(f'{name} "{wrong[:60]}" is not an integer, as all ids of this log are; give one that is.')
+    return numbers
+
+
+def item_rows(served: Served, ids: Ids) -> Tensor:
+    """Ascending rows of the ids that are known."""
+    rows_M: Tensor = served.items.rows(ids_of("item_id", ids, served.items)).unique()
+    return rows_M[rows_M > 0]
+
+
+def known_rows(ids: pl.Series, catalog: Catalog) -> Tensor:
+    """Rows of ids that must be known. OptionError where one is not."""
+    rows_N = catalog.rows(ids)
+    if bool((rows_N == 0).any()):
+        what, name = ids.name.removesuffix("_id"), str(ids[int((rows_N == 0).int().argmax())])
+        raise OptionError(f'{what} "{name[:60]}" has never occurred in an event; ask for one that has.')
+    return rows_N
+
+
+def rows_of(found: pl.DataFrame, column: str = "item") -> Tensor:
+    """A column of rows as a tensor."""
+    return torch.from_numpy(found[column].to_numpy(writable=True))
+
+
+def positive(k: int) -> int:
+    """k. OptionError where it is below 1."""
+    if k < 1:
+        raise OptionError(f"k is {k}; ask for at least one item.")
+    return k

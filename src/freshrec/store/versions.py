@@ -1,0 +1,358 @@
+"""Versions of a recommender on disk: each a folder that is whole or absent, and a pointer to the live one.
+
+    store/
+      store.json          that this is a store, and its format
+      live.json           every move of the live pointer, the last one is where it points
+      log/                every event, in the order of delivery (store.eventlog)
+      versions/7/         manifest.json, and the files whose checksums it holds
+      lock                held by whoever changes something
+
+A version is written aside and renamed when all of it is on the disk. It never changes after that, but for the erasure
+of a user, which writes its files anew, and for collection, which takes them and leaves the manifest.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from freshrec.errors import BusyError, OptionError, StateError
+from freshrec.store.signed import read_signed, sum_of_file, write_signed
+from freshrec.version import __version__
+
+FORMAT = 1
+MANIFEST, COLLECTED = "manifest.json", "collected"
+Kind = Literal["fit", "update", "no rows", "saved"]
+Action = Literal["fit", "update", "promote", "rollback", "save"]
+
+
+def now() -> str:
+    """This moment, UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+class File(BaseModel):
+    """What a file of a version must be."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    path: str  # in the version's folder
+    sha256: str
+    n_bytes: int
+
+
+class Manifest(BaseModel):
+    """What a version is, and how it came to be."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    id: int
+    parent: int | None = None  # the version that it was updated from
+    kind: Kind
+    made_at: str = Field(default_factory=now)  # UTC
+    batch: int | None = None  # of the log, that it has learnt from
+    source: str = ""  # a hash of the bytes that were delivered
+    recipe: dict[str, Any]  # model, strategy, their options, seed
+    code: str = __version__  # of freshrec
+    spans_seen: int
+    sizes: dict[str, int]  # events, users, items
+    held: int = 0  # the newest events, on which it was tested: the next update learns from them
+    data: dict[str, Any] = {}  # what was delivered, and what was odd about it
+    numbers: dict[str, float] = {}  # qualities, costs
+    promoted: bool = True  # the gate's verdict
+    reasons: list[str] = []  # why it was refused
+    notes: list[str] = []
+    files: dict[str, File] = {}
+
+
+class Move(BaseModel):
+    """One change of the live pointer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    at: str
+    action: Action
+    to: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder of versions. Whoever changes anything holds `locked`."""
+
+    folder: Path
+
+    @contextmanager
+    def locked(self, wait_s: float = 0.0) -> Iterator[None]:
+        """Nobody else changes this store meanwhile. BusyError where somebody does, for longer than `wait_s`."""
+        lock = FileLock(self.folder / "lock", timeout=wait_s)
+        with writing(self.folder):
+            try:
+                lock.acquire()
+            except Timeout:
+                raise BusyError(f"{self.folder} is being changed by another process; wait with --wait 10m.") from None
+        try:
+            _sweep(self)
+            yield
+        finally:
+            lock.release()
+
+    def versions(self) -> list[Manifest]:
+        """All manifests that can be read, the oldest first."""
+        found = []
+        for number in self.numbers():
+            try:
+                found.append(self.manifest(number))
+            except StateError:
+                continue  # `damage` tells
+        return found
+
+    def numbers(self) -> list[int]:
+        """The numbers of all versions, ascending."""
+        names = (path.name for path in (self.folder / "versions").iterdir())
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    @property
+    def next(self) -> int:
+        """The number of the version to come."""
+        return max(self.numbers(), default=0) + 1
+
+    def manifest(self, number: int) -> Manifest:
+        """The manifest of one version. StateError where there is none, or it is damaged."""
+        path = _of(self, number) / MANIFEST
+        if not path.parent.is_dir():
+            raise StateError(f"there is no version {number} in {self.folder}; see `freshrec history`.")
+        try:
+            found = Manifest.model_validate(read_signed(path))
+        except ValidationError as problem:
+            wrong = problem.errors()[0]
+            raise StateError(
+                f"{path} is no manifest ({wrong['loc']}: {wrong['msg']}); go back to another version."
+            ) from None
+        if found.id != number:
+            raise StateError(f"{path} is the manifest of version {found.id}; go back to another version.")
+        return found
+
+    def moves(self) -> list[Move]:
+        """Every move of the live pointer, the oldest first."""
+        path = self.folder / "live.json"
+        try:
+            return [Move.model_validate(move) for move in read_signed(path)]
+        except (ValidationError, TypeError):
+            raise StateError(f"{path} is not a list of moves; point anew with `freshrec promote N`.") from None
+
+    @property
+    def live(self) -> int:
+        """The number of the live version. StateError where there is none yet."""
+        moves = self.moves()
+        if not moves:
+            raise StateError(f"no version of {self.folder} is live yet; choose one with `freshrec promote N`.")
+        return moves[-1].to
+
+    def point(self, number: int, action: Action, reason: str = "") -> None:
+        """Make a version the live one, once all its files are found to be whole."""
+        self.files(number)
+        try:
+            moves = self.moves()
+        except StateError:
+            moves = []  # a damaged pointer is set anew
+        moves.append(Move(at=now(), action=action, to=number, reason=reason))
+        with writing(self.folder):
+            write_signed([move.model_dump() for move in moves], self.folder / "live.json")
+            _sync(self.folder)
+
+    def write(self, manifest: Manifest, save: Callable[[Path], object]) -> Manifest:
+        """A new version: `save` writes its files into a folder. It is not live before `point`."""
+        final, parent, before = _of(self, manifest.id), None, None
+        aside = final.with_name(f".{manifest.id}")
+        if manifest.parent is not None:
+            parent, before = _of(self, manifest.parent), self.manifest(manifest.parent)
+        with writing(final):
+            aside.mkdir()
+            save(aside)
+            manifest = manifest.model_copy(update={"files": _described(aside, aside, parent, before)})
+            write_signed(manifest.model_dump(), aside / MANIFEST)
+            aside.rename(final)
+            _sync(final.parent)
+        return manifest
+
+    def rewrite(self, number: int, save: Callable[[Path], object]) -> Manifest:
+        """A version with other files, which `save` writes into a folder; those it had are gone for good."""
+        manifest, folder = self.manifest(number), _of(self, number)
+        with writing(folder):
+            aside = folder / f"{len(list(folder.iterdir()))}-{os.getpid()}"
+            aside.mkdir()
+            save(aside)
+            manifest = manifest.model_copy(update={"files": _described(aside, folder)})
+            write_signed(manifest.model_dump(), folder / MANIFEST)
+            _sweep(self)
+        return manifest
+
+    def files(self, number: int) -> dict[str, Path]:
+        """The files of a version by name, each found to be what it was. StateError names the last good version."""
+        found = self.damaged(number)
+        if found:
+            raise StateError(f"version {number} of {self.folder} is damaged ({found[0]}); {_instead(self, number)}")
+        return {name: _of(self, number) / file.path for name, file in self.manifest(number).files.items()}
+
+    def damaged(self, number: int) -> list[str]:
+        """What is wrong with the files of a version. StateError where they were given up."""
+        folder, manifest = _of(self, number), self.manifest(number)
+        if collected(self, number):
+            raise StateError(f"the files of version {number} were given up by `freshrec gc`; choose another version.")
+        return [wrong for file in manifest.files.values() for wrong in _wrong(folder / file.path, file)]
+
+
+def chain_of(store: Store) -> list[Manifest]:
+    """The live version and all that it comes from, the oldest first."""
+    found = [store.manifest(store.live)]
+    while (parent := found[0].parent) is not None:
+        found.insert(0, store.manifest(parent))
+    return found
+
+
+@contextmanager
+def new_store(folder: Path) -> Iterator[Store]:
+    """A store to be filled; afterwards it is in `folder`. OptionError where there is something already."""
+    folder = folder.resolve()
+    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        raise OptionError(f"{folder} holds something already; name a new folder.")
+    aside = folder.with_name(f".{folder.name}.new")
+    lock = FileLock(aside.with_suffix(".lock"), timeout=0)
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise BusyError(f"another process is making the store {folder}; wait for it.") from None
+    try:
+        with writing(folder):
+            shutil.rmtree(aside, ignore_errors=True)  # left by somebody who was killed
+            (aside / "versions").mkdir(parents=True)
+            write_signed([], aside / "live.json")
+            write_signed({"format": FORMAT, "made_at": now()}, aside / "store.json")
+        yield Store(aside)
+        with writing(folder):
+            aside.rename(folder)
+            _sync(folder.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def open_store(folder: Path) -> Store:
+    """The store in a folder. StateError where there is none, or one of another format."""
+    if not (folder / "store.json").exists():
+        raise StateError(f"there is no store in {folder}; make one with `freshrec fit LOG --store {folder}`.")
+    about = read_signed(folder / "store.json")
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise StateError(f"{folder} is a store of another format than {FORMAT}; upgrade freshrec.")
+    return Store(folder)
+
+
+def collected(store: Store, number: int) -> bool:
+    """Whether the files of a version were given up."""
+    return (_of(store, number) / COLLECTED).exists()
+
+
+def collect(store: Store, keep: int) -> list[int]:
+    """Give up the files of all versions but the live one and the last `keep` that were promoted; their numbers."""
+    kept = {store.live, *[manifest.id for manifest in store.versions() if manifest.promoted][-keep:]}
+    gone = [number for number in store.numbers() if number not in kept and not collected(store, number)]
+    for number in store.numbers():
+        if number in gone or collected(store, number):
+            give_up(store, number)
+    return gone
+
+
+def give_up(store: Store, number: int) -> None:
+    """Remove the files of a version; the manifest stays."""
+    folder = _of(store, number)
+    with writing(folder):
+        (folder / COLLECTED).touch()
+        for path in folder.iterdir():
+            if path.name not in (COLLECTED, MANIFEST):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _sweep(store: Store) -> None:
+    """Remove what somebody who was killed has left."""
+    for left in store.folder.glob("versions/.*"):
+        shutil.rmtree(left)
+    for left in store.folder.glob(".*.json.*"):
+        left.unlink()
+    for manifest in store.versions():
+        folder = _of(store, manifest.id)
+        listed = {MANIFEST, COLLECTED, *(Path(file.path).parts[0] for file in manifest.files.values())}
+        for path in folder.iterdir():
+            if path.name not in listed:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _of(store: Store, number: int) -> Path:
+    return store.folder / "versions" / str(number)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """StateError where the system refuses to write to `path`."""
+    try:
+        yield
+    except OSError as problem:
+        why = problem.strerror or str(problem)
+        raise StateError(
+            f"{path} cannot be written ({why}); nothing that was live has changed: make room."
+        ) from problem
+
+
+def _described(
+    aside: Path, folder: Path, parent: Path | None = None, before: Manifest | None = None
+) -> dict[str, File]:
+    """The files in `aside`, which lies in `folder` or is it, safe on the disk; those like the parent's share bytes."""
+    files = {}
+    for path in sorted(aside.iterdir()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        found = File(path=str(path.relative_to(folder)), sha256=sum_of_file(path), n_bytes=path.stat().st_size)
+        if parent is not None and before is not None:
+            theirs = before.files.get(path.name)
+            if theirs is not None and theirs.sha256 == found.sha256 and not _wrong(parent / theirs.path, theirs):
+                path.unlink()
+                os.link(parent / theirs.path, path)
+        files[path.name] = found
+    _sync(aside)
+    return files
+
+
+def _wrong(path: Path, wanted: File) -> list[str]:
+    if not path.is_file():
+        return [f"{path.name} is missing"]
+    is_same = path.stat().st_size == wanted.n_bytes and sum_of_file(path) == wanted.sha256
+    return [] if is_same else [f"{path.name} has changed"]
+
+
+def _instead(store: Store, number: int) -> str:
+    """What to do where a version is damaged."""
+    for other in reversed([n for n in store.numbers() if n < number]):
+        try:
+            if store.manifest(other).promoted and not store.damaged(other):
+                return f"go back with `freshrec rollback {other} --reason damage`."
+        except StateError:
+            continue
+    return "no earlier version is whole: fit again, from the log that you hold."
+
+
+def _sync(folder: Path) -> None:
+    """Names in a folder reach the disk."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -1,0 +1,126 @@
+"""A user leaves: no file of the store holds the id any more, and nothing that is kept by user speaks of it."""
+
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+from test_nightly import ANY, days, learn
+
+from freshrec.cli import main
+from freshrec.data.batches import place
+from freshrec.data.catalog import Catalog
+from freshrec.data.log import read_log
+from freshrec.errors import StateError
+from freshrec.learn.reservoir import Kept, Reservoir
+from freshrec.nightly.erase import erase, without
+from freshrec.nightly.job import Job
+from freshrec.serve.contents import begun, read_contents
+from freshrec.serve.recommender import Recommender
+from freshrec.store.versions import new_store, open_store
+from freshrec.types import Events, Histories, Interests
+
+GONE = "user-7-who-leaves"
+FAST = "fit.base_epochs=1:fit.epochs=1"
+WAYS = [
+    ("blend", None), ("user-knn", None), ("mf:d=8", f"spmf:{FAST}"), ("mf:d=8", f"sml:{FAST}"),
+    ("mf:d=8", f"asmg-gru-full:{FAST}"), ("sasrec:d=8", f"ader:exemplars=50:{FAST}"), ("sasrec:d=8", f"full:{FAST}"),
+    ("comirec-dr:d=8", f"imsr:{FAST}"), ("comirec-dr:d=8", f"asmg:{FAST}"), ("comirec-dr:d=8", f"sml:{FAST}"),
+]  # fmt: skip
+
+
+def named() -> list[pl.DataFrame]:
+    """Three days whose users have names."""
+    name = pl.concat_str(pl.lit("user-"), "user_id", pl.lit("-of-many"))
+    return [
+        day.with_columns(user_id=pl.when(pl.col("user_id") == 7).then(pl.lit(GONE)).otherwise(name)) for day in days(2)
+    ]
+
+
+def decoded(folder: Path) -> dict[str, str]:
+    """Every file of a folder as text: tables as CSV, all else as bytes."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            text = path.read_bytes().decode("latin-1")
+            found[str(path)] = text + (pl.read_parquet(path).write_csv() if path.suffix == ".parquet" else "")
+    return found
+
+
+@pytest.mark.parametrize(("model", "strategy"), WAYS)
+def test_no_file_holds_the_id_and_updates_go_on(model: str, strategy: str | None, tmp_path: Path) -> None:
+    base, one, two = named()
+    with new_store(tmp_path / "s") as store:
+        Job(store, ANY).begin(read_log(base), "base", begun(model, strategy, 0))
+    job = Job(open_store(tmp_path / "s"), ANY)
+    learn(job, one, "one")
+    others = one.filter(pl.col("user_id") != GONE)["user_id"].unique()
+    before = Recommender.of(job.contents).recommend(others, 5)
+    n_events = len(pl.concat([base, one]).filter(pl.col("user_id") == GONE))
+    holding = [path for path, text in decoded(tmp_path / "s").items() if GONE in text]
+    assert n_events > 5 and len(holding) >= 4  # both versions, both batches
+    with job.store.locked():
+        receipt = erase(job, GONE)
+    assert (receipt["events"], receipt["versions"]) == (n_events, [1, 2]) and "fresh" not in receipt
+    assert not [path for path, text in decoded(tmp_path / "s").items() if GONE in text]
+    after = Recommender.load(tmp_path / "s")
+    assert after.recommend([GONE], 3)["fallback"].to_list() == ["unknown user"] * 3
+    if model not in ("blend", "user-knn"):  # there a neighbour is missing
+        assert after.recommend(others, 5).equals(before)
+    for number in (1, 2):
+        recent = read_contents(job.store.files(number)).served.counts.recent
+        empty_U = (recent.offsets_U.diff() == 0)[1:]
+        assert int(empty_U.sum()) == 1 and job.store.damaged(number) == []
+    with job.store.locked():
+        assert erase(job, GONE)["versions"] == []  # nothing is left to erase
+    [version] = learn(job, two, "two")
+    assert version.id == 3 and GONE in Recommender.load(tmp_path / "s").contents.served.users.frame["id"]
+
+
+def test_the_command_prints_a_receipt_and_a_damaged_version_is_given_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, one, _ = named()
+    with new_store(tmp_path / "s") as store:
+        Job(store, ANY).begin(read_log(base), "base", begun("popularity", None, 0))
+    job = Job(open_store(tmp_path / "s"), ANY)
+    learn(job, one, "one")
+    (tmp_path / "s" / "versions" / "1" / "state.safetensors").write_bytes(b"damaged")
+    assert main(["erase", GONE, "--store", str(tmp_path / "s")]) == 0
+    told = capsys.readouterr().out
+    assert "versions written anew: 2" in told and "what stays: weights" in told
+    with pytest.raises(StateError, match="given up"):
+        job.store.files(1)
+    assert not [path for path, text in decoded(tmp_path / "s").items() if GONE in text]
+    job.store.files(2)["state.safetensors"].write_bytes(b"damaged")
+    assert main(["erase", "user-1-of-many", "--store", str(tmp_path / "s")]) == 7
+
+
+def test_what_is_forgotten_by_hand() -> None:
+    events = Events.of(torch.tensor([1, 2, 1, 3]), torch.tensor([5, 6, 7, 8]))
+    histories = place(Histories.empty(), events, 3)[0]
+    kept = Kept(torch.tensor([1, 2, 2]), torch.ones(3, 2), torch.tensor([4, 5, 6]))
+    interests = Interests(torch.eye(4), torch.tensor([0, 0, 1, 3, 4]), torch.zeros(4), torch.zeros(4))
+    found = without({"deep": (events, [histories], interests)}, 2)["deep"]
+    assert found[0].items_E.tolist() == [5, 7, 8]
+    assert found[1][0].items_R.tolist() == [5, 7, 8] and found[1][0].offsets_U.tolist() == [0, 0, 2, 2, 3]
+    assert found[2].vectors_SD.tolist() == torch.eye(4)[[0, 3]].tolist() and found[2].offsets_U.tolist() == [
+        0,
+        0,
+        1,
+        1,
+        2,
+    ]
+    assert without(kept, 2).items_N.tolist() == [4]
+    assert without(Reservoir(kept, 3, 90), 2).kept.items_N.tolist() == [4, 4, 4]  # it stays full
+    assert without(Reservoir(kept[kept.users_N == 2], 3, 90), 2).n_seen == 0
+    rows = {"users": torch.ones(4, 2), "items": torch.ones(4, 2)}
+    assert without(rows, 2)["users"].sum(1).tolist() == [2, 2, 0, 2] and without(rows, 2)["items"].sum() == 8
+
+
+def test_a_catalog_forgets_an_id_but_not_its_row() -> None:
+    catalog = Catalog.empty().extend(pl.Series(["a", "b", "c"]), 0).without(2)
+    assert catalog.rows(pl.Series(["a", "b", "c"])).tolist() == [1, 0, 3]
+    again = Catalog.load(catalog.frame).extend(pl.Series(["b", "a"]), 1)
+    assert again.rows(pl.Series(["a", "b", "c"])).tolist() == [1, 4, 3] and again.ids(torch.tensor([2]))[0] is None
+    assert catalog.without(1).without(3).rows(pl.Series(["a"])).tolist() == [0]

@@ -1,0 +1,294 @@
+"""The log of all events: what a delivery adds, in what order it comes out, that nothing is left of an erased user."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import polars as pl
+import pytest
+from deltalake import DeltaTable
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from freshrec.errors import LogError, OptionError, StateError
+from freshrec.store.eventlog import EventLog, Taken
+
+Event = tuple[object, ...]
+WHO = 7_340_033_557  # an id that no size, time or checksum is by chance
+
+
+def frame(*events: Event, extra: str = "event_id") -> pl.DataFrame:
+    names = ["user_id", "item_id", "time", extra][: len(events[0])]
+    return pl.DataFrame(events, dict.fromkeys(names), orient="row", infer_schema_length=None)
+
+
+def log_of(folder: Path, *deliveries: pl.DataFrame) -> EventLog:
+    """The deliveries s1, s2, ... in a log."""
+    log = EventLog(folder)
+    for n, delivery in enumerate(deliveries, 1):
+        log.take(delivery, f"s{n}", True)
+    return log
+
+
+def test_rows_that_are_doubled_known_or_late_are_counted(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "log")
+    first = log.take(frame(("a", "x", 30), ("b", "x", 10), ("a", "x", 30)), "s1", True)
+    assert first == Taken(1, None, rows=3, doubled=1, kept=2, first=10, last=30)
+    # (b, x, 10) is known; a's event at 20 is older than 30, the one at 30 by another item is not; (a, x, 40) came twice
+    second = frame(("b", "x", 10), ("a", "x", 40), ("a", "y", 30), ("a", "x", 20), ("a", "x", 40))
+    assert log.take(second, "s2", True) == Taken(2, None, 5, doubled=1, known=1, late=1, kept=3, first=20, last=40)
+    assert (log.n_rows, log.newest) == (5, 40)
+    assert log.batches().rows() == [(1, "s1", 2, 10, 30), (2, "s2", 3, 20, 40)]
+
+
+def test_a_delivery_that_is_empty_known_or_the_same_again_appends_nothing(tmp_path: Path) -> None:
+    day = frame(("a", "x", 1), ("a", "y", 2), ("a", "x", 1))
+    log = log_of(tmp_path, day)
+    assert log.take(day.clear(), "s2", True) == Taken(None, None, 0)
+    assert log.take(day, "s3", True) == Taken(None, None, 3, doubled=1, known=2)  # another file with the same rows
+    assert log.take(day, "s1", True) == Taken(None, 1, 3, doubled=1, known=2)
+    assert (len(log.batches()), log.source(1)) == (1, "s1")
+
+
+def test_an_event_is_its_event_id_where_it_has_one(tmp_path: Path) -> None:
+    log = log_of(tmp_path, frame(("a", "x", 1), ("a", "y", 2)), frame(("a", "x", 3, 7), ("b", "x", 3, None)))
+    # 7 is known though all else differs; 8 is new though all else is as in event 7; 8 again is doubled; b's is known
+    third = frame(("c", "z", 9, 7), ("a", "x", 3, 8), ("a", "x", 4, 8), ("b", "x", 3, None), ("c", "z", 9, None))
+    assert log.take(third, "s3", True) == Taken(3, None, 5, doubled=1, known=2, kept=2, first=3, last=9)
+    assert log.read([3]).rows() == [("a", "x", 3, 8), ("c", "z", 9, None)]
+
+
+def test_without_a_clock_only_sources_and_event_ids_are_known(tmp_path: Path) -> None:
+    day = frame(("a", "x", 0), ("a", "x", 1))
+    log = EventLog(tmp_path)
+    assert log.take(day, "s1", False) == Taken(1, None, 2, kept=2, first=0, last=1)
+    assert log.take(day, "s1", False) == Taken(None, 1, 2, known=2)
+    assert log.take(day, "s2", False) == Taken(2, None, 2, kept=2, first=0, last=1)
+    assert log.take(frame(("a", "x", 0, 5)), "s3", False).kept == 1
+    assert log.take(frame(("a", "x", 0, 5), ("a", "x", 1, None)), "s4", False).known == 1
+    with pytest.raises(LogError, match="the delivery has a clock, and the event log in .* has none"):
+        log.take(day, "s5", True)
+
+
+def test_columns_come_and_go_and_absent_is_null(tmp_path: Path) -> None:
+    nulls = frame(("b", "y", 2, 0.5), extra="weight").with_columns(category=pl.lit(None, pl.String))
+    log = log_of(tmp_path, frame(("a", "x", 1)), nulls, frame(("c", "z", 3, "buy"), extra="event"))
+    everything = log.read()
+    assert everything.columns == ["user_id", "item_id", "time", "event", "weight"]
+    assert everything.rows() == [("a", "x", 1, None, None), ("b", "y", 2, None, 0.5), ("c", "z", 3, "buy", None)]
+    assert log.read([2, 1]).columns == ["user_id", "item_id", "time", "weight"]
+    assert log.read([1], origin=True).rows() == [("a", "x", 1, 1, "s1")]
+
+
+def test_rows_come_by_batch_then_by_time_then_as_delivered(tmp_path: Path) -> None:
+    log = log_of(tmp_path, frame(("a", "z", 5), ("a", "y", 4), ("a", "x", 5)), frame(("a", "w", 1), ("b", "v", 1)))
+    assert log.read()["item_id"].to_list() == ["y", "z", "x", "w", "v"]
+    assert log.erase("b") == 1  # and so after files were written anew
+    assert log.read()["item_id"].to_list() == ["y", "z", "x", "w"]
+
+
+@pytest.mark.parametrize(
+    ("delivery", "sentence"),
+    [
+        (frame((1, "x", 2)), "user_id holds whole numbers, but text in the event log in .*; declare it: --columns"),
+        (frame(("b", "x", 2, "e"), extra="category"), "category holds text, but whole numbers in the event log"),
+        (frame(("b", "x", 2, 1), extra="colour"), "no column colour of Int64"),
+        (frame(("b", "x", 2.5)), "no column time of Float64"),
+        (frame(("b", None, 2), ("b", "x", 2)), "rows without user_id, item_id or time"),
+    ],
+)
+def test_a_delivery_of_another_kind_is_refused(tmp_path: Path, delivery: pl.DataFrame, sentence: str) -> None:
+    log = log_of(tmp_path, frame(("a", "x", 1, 3), extra="category"))
+    with pytest.raises(LogError, match=sentence):
+        log.take(delivery, "s2", True)
+    assert log.n_rows == 1
+
+
+# with and without event_id; users, items and times are shared by several
+POOL = [(f"u{n % 3}", n // 3, 100 + n % 4, n if n % 2 else None) for n in range(12)]
+
+
+def events_of(rows: pl.DataFrame) -> list[Event]:
+    found = [(row["user_id"], row["item_id"], row["time"], row.get("event_id")) for row in rows.iter_rows(named=True)]
+    return sorted(found, key=repr)
+
+
+@settings(max_examples=15)
+@given(st.lists(st.lists(st.sampled_from(POOL), max_size=8), max_size=5))
+def test_whatever_is_delivered_the_log_holds_each_event_once(
+    tmp_path_factory: pytest.TempPathFactory, deliveries: list[list[Event]]
+) -> None:
+    log = EventLog(tmp_path_factory.mktemp("log"))
+    kinds = {"user_id": pl.String, "item_id": pl.Int64, "time": pl.Int64, "event_id": pl.Int64}
+    seen: set[Event] = set()
+    for n, events in enumerate(deliveries):
+        taken = log.take(pl.DataFrame(events, kinds, orient="row"), f"s{n}", True)
+        new = set(events) - seen
+        assert (taken.rows, taken.doubled, taken.kept) == (len(events), len(events) - len(set(events)), len(new))
+        assert taken.known == len(set(events) & seen)
+        assert taken.batch is None or events_of(log.read([taken.batch])) == sorted(new, key=repr)
+        seen |= new
+    assert not seen or events_of(log.read()) == sorted(seen, key=repr)
+
+
+def holds(folder: Path, user_id: int | str) -> list[str]:
+    """The files below the folder that hold a user's id: as a value, in statistics, or as text."""
+    found = []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        values = pl.read_parquet(path).write_ndjson() if ".parquet" in path.name else ""
+        raw = [str(user_id).encode(), *([user_id.to_bytes(8, "little")] if isinstance(user_id, int) else [])]
+        if str(user_id) in values or any(spelt in path.read_bytes() for spelt in raw):
+            found.append(path.name)
+    return found
+
+
+@pytest.mark.parametrize("who", [WHO, "it's {a} 'user'"])
+def test_no_file_holds_the_id_of_an_erased_user(tmp_path: Path, who: int | str) -> None:
+    other = 5 if isinstance(who, int) else "b"
+    days = [frame((who, 1, 10), (other, 2, 11)), frame((other, 3, 20)), frame((who, 4, 30)), frame((other, 5, 40))]
+    log = log_of(tmp_path, *days)
+    DeltaTable(tmp_path).create_checkpoint()  # as every hundredth commit does
+    begun = tmp_path / "batch=5" / "part-0.zstd.parquet#1"  # what a process leaves that is killed while it writes
+    begun.parent.mkdir()
+    shutil.copy(next(tmp_path.glob("batch=1/*")), begun)
+    assert len(holds(tmp_path, who)) == 3
+    before = log.read().filter(pl.col("user_id") != who)
+    assert log.erase(who) == 2
+    assert holds(tmp_path, who) == []
+    assert log.read().equals(before)
+    assert log.batches()["rows"].to_list() == [1, 1, 0, 1]
+    assert (len(log.read([3])), log.source(3), log.newest) == (0, "s3", 40)
+    assert log.take(days[2], "s3", True).again == 3  # it does not come back with its file
+    assert log.erase(who) == 0
+
+
+def test_numbers_go_on_when_nothing_is_left(tmp_path: Path) -> None:
+    log = log_of(tmp_path, frame(("a", "x", 1)), frame(("a", "x", 2)))
+    assert log.erase("a") == 2
+    assert (log.n_rows, log.newest, len(log.read())) == (0, None, 0)
+    assert log.take(frame(("b", "x", 1, 0.5), extra="weight"), "s3", True) == Taken(3, None, 1, kept=1, first=1, last=1)
+    assert log.read([1, 2, 3]).rows() == [("b", "x", 1, 0.5)]
+
+
+def test_what_is_not_there_cannot_be_asked_for(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "log")
+    assert (log.n_rows, log.newest, log.erase("a"), log.batches().columns[:2]) == (0, None, 0, ["batch", "source"])
+    with pytest.raises(LogError, match="holds no batch yet; give it a delivery"):
+        log.read()
+    log.take(frame((1, "x", 1)), "s1", True)
+    with pytest.raises(OptionError, match="has no batch 2; it has 1"):
+        log.read([1, 2])
+    with pytest.raises(OptionError, match="are whole numbers; 'a' is none"):
+        log.erase("a")
+
+
+def write(folder: Path, told: Connection) -> None:
+    """Batch after batch, of 50 rows each by one user whose id is the number of the batch."""
+    log = EventLog(folder)
+    for n in range(len(log.batches()), 10_000):
+        log.take(frame(*((n, item, n + item) for item in range(50))), f"s{n}", True)
+        told.send(n)
+
+
+def test_a_killed_process_leaves_whole_batches(tmp_path: Path) -> None:
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["freshrec.store.eventlog", "hypothesis", "pytest"])
+    for seed in range(4):
+        told, tells = processes.Pipe(duplex=False)
+        writer = processes.Process(target=write, args=(tmp_path, tells))
+        writer.start()
+        done = max(told.recv() for _ in range(3)) + 1
+        writer.join(random.Random(seed).random() / 20)  # it is killed anywhere in its next batches
+        writer.kill()
+        writer.join()
+        while told.poll():
+            done = told.recv() + 1
+        rows = EventLog(tmp_path).batches()["rows"].to_list()
+        assert rows in ([50] * done, [50] * (done + 1))  # one may be there that it did not live to tell
+        assert EventLog(tmp_path).read()["user_id"].to_list() == [n for n in range(len(rows)) for _ in range(50)]
+
+
+def test_a_file_that_was_changed_is_noticed(tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    log = log_of(whole, frame(("a", "x", 1), ("b", "x", 1)), frame(("a", "x", 2, "e")), frame(("a", "x", 3)))
+    log.erase("b")
+    expected, batches = log.read(), log.batches()
+    for path in sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file()):
+        good = (whole / path).read_bytes()
+        places = random.Random(str(path)).sample(range(len(good)), 6)
+        bad = [good[:at] + bytes([good[at] ^ 1 << at % 8]) + good[at + 1 :] for at in places]
+        for content in [*bad, b"", good[: len(good) // 2], good[:-1]]:
+            (whole / path).write_bytes(content)
+            with pytest.raises(StateError, match=r"[;:] (restore|was this)"):
+                log.read()
+            with pytest.raises(StateError):
+                log.take(frame(("c", "x", 1), ("c", "y", 3)), "s9", True)
+        (whole / path).unlink()
+        with pytest.raises(StateError):
+            log.read()
+        (whole / path).write_bytes(good)
+    assert log.read().equals(expected) and log.batches().equals(batches)
+
+
+def test_a_commit_without_checksums_is_taken_on_trust_until_the_next(tmp_path: Path) -> None:
+    log = log_of(tmp_path, frame(("a", "x", 1)))
+    before = (tmp_path / "checksums.json").read_bytes()
+    log.take(frame(("a", "x", 2)), "s2", True)
+    (tmp_path / "checksums.json").write_bytes(before)  # so it is when a process is killed right after its commit
+    assert len(log.read()) == 2
+    log.take(frame(("a", "x", 3)), "s3", True)
+    os.truncate(next(tmp_path.glob("batch=2/*")), 10)
+    with pytest.raises(StateError, match="is damaged: batch=2"):
+        log.read()
+
+
+def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(StateError, match="holds photos and no event log; choose another folder"):
+        log_of(tmp_path, frame(("a", "x", 1)))
+    frame(("a", "x", 1)).write_delta(tmp_path / "table")
+    with pytest.raises(StateError, match="has a Delta table but no checksums.json"):
+        log_of(tmp_path / "table", frame(("a", "x", 1)))
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file" / "log", tmp_path / "a%20log"):
+        with pytest.raises(StateError, match="cannot (be written|lie in)"):
+            log_of(folder, frame(("a", "x", 1)))
+
+
+def test_a_full_disk_leaves_the_log_as_it_was(tmp_path: Path) -> None:
+    """Files of at most so many bytes stand for a full disk."""
+    log = log_of(tmp_path / "a log", frame(("a", "x", 1)))
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
+        with pytest.raises(StateError, match="cannot be written .*; see that the disk has room"):
+            log.take(frame(("a", "x", 2)), "s2", True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, previous)
+    assert log.take(frame(("a", "x", 2)), "s2", True).batch == 2
+
+
+def test_two_writers_at_once_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = log_of(tmp_path, frame(("a", "x", 1)))
+    stale = DeltaTable(tmp_path)
+    log.take(frame(("a", "x", 2)), "s2", True)
+    monkeypatch.setattr("freshrec.store.eventlog.DeltaTable", lambda folder: stale)
+    with pytest.raises(StateError, match="another process changed the event log"):
+        log.take(frame(("a", "x", 3)), "s3", True)
+
+
+def test_only_files_of_the_time_of_a_delivery_are_read(tmp_path: Path) -> None:
+    log = log_of(tmp_path, frame(("a", "x", 1)), frame(("a", "x", 100)))
+    os.truncate(next(tmp_path.glob("batch=1/*")), 10)  # would be noticed if it were read
+    assert log.take(frame(("a", "x", 90), ("a", "x", 100)), "s3", True).known == 1
+    with pytest.raises(StateError, match=r"damaged: batch=1/.* is missing or not as it was written"):
+        log.take(frame(("a", "x", 1)), "s4", True)

@@ -1,0 +1,314 @@
+"""The nightly job: every event is learnt once, in order, whatever happens; what is worse does not go live."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from freshrec.cli import main
+from freshrec.data.log import read_log
+from freshrec.data.worlds import make
+from freshrec.errors import LogError, OptionError, StateError
+from freshrec.nightly import job as job_module
+from freshrec.nightly.gate import Limits
+from freshrec.nightly.job import Job, preview, source_of
+from freshrec.serve.contents import Contents, begun, read_contents
+from freshrec.serve.recommender import Recommender
+from freshrec.store.versions import Manifest, chain_of, new_store, open_store
+
+ANY = Limits(tolerance=0.99, forgetting=0.99, more=1e9, fewer=1e9, shorter=1e9, n_tails=1000, rise=1.0, small_rise=1.0,
+             one_user=1.0, one_item=1.0, unknown=1.0, doubled=1.0, late=1.0, same_second=1.0)  # fmt: skip
+SIZE = 300
+
+
+def days(n: int = 4) -> list[pl.DataFrame]:
+    """A base of 1,500 events and `n` days after it, of a world in which users drift."""
+    frame = make("drift", users=120, items=50, events=1500 + n * SIZE).log.frame.select("user_id", "item_id", "time")
+    return [frame[:1500], *(frame[1500 + i * SIZE : 1500 + (i + 1) * SIZE] for i in range(n))]
+
+
+def started(folder: Path, base: pl.DataFrame, model: str = "popularity", limits: Limits = ANY) -> Job:
+    with new_store(folder) as store:
+        Job(store, limits).begin(read_log(base), "base", begun(model, None, 0))
+    return Job(open_store(folder), limits)
+
+
+def learn(job: Job, frame: pl.DataFrame, source: str) -> list[Manifest]:
+    taken = job.deliver(read_log(frame), source)
+    return list(job.catch_up("", taken))
+
+
+def learnt(kept: Contents) -> int:
+    """How many events a popularity model has counted, and those that wait for the next update."""
+    return round(float(kept.served.state.model.counts_I.sum())) + len(kept.served.pending)
+
+
+def test_every_event_is_learnt_once_the_newest_ones_with_the_next_update(tmp_path: Path) -> None:
+    base, *later = days()
+    job = started(tmp_path / "s", base)
+    first = job.contents
+    assert len(first.served.pending) == 75 and learnt(first) == 1500  # 5 % of the first log, then 20 % of each day
+    for i, day in enumerate(later):
+        [version] = learn(job, day, f"day {i}")
+        assert (version.promoted, version.parent, version.held) == (True, i + 1, 60)
+        assert learnt(job.contents) == 1500 + (i + 1) * SIZE
+    assert [manifest.id for manifest in chain_of(job.store)] == [1, 2, 3, 4, 5]
+    whole = pl.concat([base, *later])
+    assert job.log.read().sort("time").select("user_id", "item_id").equals(whole.select("user_id", "item_id"))
+
+
+@pytest.mark.parametrize("model", ["item-knn", "blend", "comirec-dr:d=8"])
+def test_what_is_loaded_is_what_was_in_memory_and_histories_hold_the_newest_events(model: str, tmp_path: Path) -> None:
+    base, day, *_ = days()
+    job = started(tmp_path / "s", base, model)
+    [version] = learn(job, day, "day")
+    kept = job.contents
+    again = read_contents(open_store(tmp_path / "s").files(version.id))
+    users = day["user_id"].unique()
+    lists = Recommender.of(kept).recommend(users, 5)
+    assert lists.equals(Recommender.of(again).recommend(users, 5))
+    assert lists.equals(Recommender.load(tmp_path / "s").recommend(users, 5))
+    last = day[-1]
+    histories, row = kept.served.now.recent, int(kept.served.users.rows(last["user_id"]))
+    assert (
+        kept.served.items.ids(histories.items_R[histories.offsets_U[row + 1] - 1][None].long())[0] == last["item_id"][0]
+    )
+    metric = job.limits.metric
+    assert 0 <= version.numbers[metric] <= 1 and version.numbers[f"{metric} live"] >= 0
+
+
+def test_what_is_delivered_twice_counts_once_and_overlaps_and_doubled_rows_are_told(tmp_path: Path) -> None:
+    base, one, two, *_ = days()
+    job = started(tmp_path / "s", base)
+    learn(job, one, "one")
+    taken = job.deliver(read_log(one), "one")
+    assert (taken.batch, taken.again, taken.known, job.waiting()) == (None, 2, SIZE, [])
+    taken = job.deliver(read_log(pl.concat([one[200:], two, two[:10]])), "overlapping")
+    assert (taken.known, taken.doubled, taken.kept) == (100, 10, SIZE)
+    [version] = job.catch_up("", taken)
+    assert learnt(job.contents) == 1500 + 2 * SIZE and version.data["day"]["share_doubled"] > 0
+
+
+def test_late_rows_take_their_place_in_the_history_and_are_told(tmp_path: Path) -> None:
+    base, one, two, *_ = days()
+    late = base.filter(pl.col("user_id") == base["user_id"][0])[:4]
+    late = late.with_columns(time=pl.col("time") + 1, item_id=pl.lit(50, pl.Int64))
+    job = started(tmp_path / "s", base, "comirec-dr:d=8")
+    [version] = learn(job, pl.concat([late, one]), "one")
+    assert version.numbers["late"] == 4 and version.data["day"]["share_late"] == pytest.approx(4 / (SIZE + 4))
+    recent = job.contents.served.now.recent
+    for user in range(1, recent.n_users + 1):
+        times = recent.times_R[recent.offsets_U[user] : recent.offsets_U[user + 1]]
+        assert bool((times.diff() >= 0).all())
+    learn(job, two, "two")
+    assert len(job.log.read()) == 1500 + 4 + 2 * SIZE
+
+
+def test_a_day_without_rows_is_a_version_with_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, day, *_ = days()
+    base.write_parquet(tmp_path / "base.parquet")
+    day[:0].write_parquet(tmp_path / "none.parquet")
+    day.write_csv(tmp_path / "day.csv")
+    at = ["--store", str(tmp_path / "s")]
+    assert main(["fit", str(tmp_path / "base.parquet"), *at, "--model", "popularity"]) == 0
+    assert main(["update", str(tmp_path / "none.parquet"), str(tmp_path / "day.csv"), *at]) == 0
+    told = capsys.readouterr().out
+    assert "version 2 from 1: no rows" in told and "nothing was delivered" in told and "version 3 from 2" in told
+    one, two = (os.stat(tmp_path / "s" / "versions" / n / "state.safetensors").st_ino for n in "12")  # noqa: PTH116
+    assert one == two
+
+
+def test_missed_days_are_caught_up_in_order(tmp_path: Path) -> None:
+    base, *later = days()
+    job = started(tmp_path / "s", base)
+    for i, day in enumerate(later[:3]):
+        job.deliver(read_log(day), f"day {i}")  # and then it was killed
+    job = Job(open_store(tmp_path / "s"), ANY)
+    assert job.waiting() == [2, 3, 4]
+    assert [version.batch for version in job.catch_up()] == [2, 3, 4]
+    assert learnt(job.contents) == 1500 + 3 * SIZE and job.waiting() == []
+
+
+def test_a_refused_day_leaves_the_live_version_and_can_be_taken_again(tmp_path: Path) -> None:
+    base, one, two, *_ = days()
+    job = started(tmp_path / "s", base)
+    bot = one.with_columns(user_id=pl.lit(7))
+    job.limits = Limits()
+    [refused] = learn(job, bot, "bot")
+    assert not refused.promoted and "of one user" in refused.reasons[0]
+    assert job.store.live == 1 and learnt(job.contents) == 1500
+    assert list(job.catch_up()) == []  # it is not tried night after night
+    job.limits = ANY
+    [version] = learn(job, two, "two")
+    assert (version.id, version.parent, learnt(job.contents)) == (3, 1, 1500 + SIZE)
+    taken = job.again(2)
+    assert (taken.id, taken.parent, taken.batch) == (4, 3, 2) and learnt(job.contents) == 1500 + 2 * SIZE
+    with pytest.raises(OptionError, match="nothing is left to take"):
+        job.again(3)
+
+
+def test_force_lets_a_refused_version_go_live_and_both_are_recorded(tmp_path: Path) -> None:
+    base, one, *_ = days()
+    job = started(tmp_path / "s", base, limits=Limits())
+    taken = job.deliver(read_log(one.with_columns(user_id=pl.lit(7))), "bot")
+    [version] = job.catch_up("the fair brought them", taken)
+    assert not version.promoted and version.reasons and "the fair brought them" in version.notes[-1]
+    assert job.store.live == 2 and job.store.moves()[-1].reason == "the fair brought them"
+
+
+def test_what_was_rolled_back_is_not_learnt_again_unasked(tmp_path: Path) -> None:
+    base, one, two, three, _ = days()
+    job = started(tmp_path / "s", base)
+    learn(job, one, "one")
+    learn(job, two, "two")
+    job.store.point(2, "rollback", "a bad import")
+    assert job.waiting() == [] and learnt(job.contents) == 1500 + SIZE
+    [version] = learn(job, three, "three")
+    assert (version.id, version.parent, learnt(job.contents)) == (4, 2, 1500 + 2 * SIZE)
+    assert job.again(3).parent == 4 and learnt(job.contents) == 1500 + 3 * SIZE
+
+
+def test_a_preview_changes_nothing_and_tells_what_is_odd(tmp_path: Path) -> None:
+    base, one, *_ = days()
+    job = started(tmp_path / "s", base)
+    job.limits = Limits()
+    before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "s").rglob("*"))
+    found = preview(job, read_log(one.with_columns(user_id=pl.lit(7))))
+    assert found["day"]["n_rows"] == SIZE and "of one user" in found["odd"][0]
+    assert preview(job, read_log(one))["odd"] == [] and preview(job, None)["day"] is None
+    assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "s").rglob("*")) == before
+
+
+def test_a_delivery_of_another_kind_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    base, one, *_ = days()
+    job = started(tmp_path / "s", base)
+    for wrong in (one.with_columns(pl.col("item_id").cast(pl.String) + "x"), one.drop("time").with_columns(period=1)):
+        with pytest.raises(LogError):
+            job.deliver(read_log(wrong), "wrong")
+    assert len(job.log.batches()) == 1 and job.store.numbers() == [1]
+
+
+def test_a_log_without_a_clock_goes_on_where_it_was_and_the_same_file_is_known(tmp_path: Path) -> None:
+    base, one, *_ = (day.drop("time").with_columns(period=pl.lit(1), order=pl.int_range(pl.len())) for day in days())
+    job = started(tmp_path / "s", base)
+    learn(job, one, "one")
+    assert job.deliver(read_log(one), "one").again == 2
+    assert learnt(job.contents) == 1500 + SIZE and job.log.read()["time"].is_sorted()
+
+
+@pytest.mark.parametrize("model", ["popularity", "mf:d=8"])
+def test_what_dies_while_it_learns_or_saves_is_done_by_the_next_run(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, one, *_ = days()
+    job = started(tmp_path / "s", base, model)
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("_learnt", "write_contents", "_about"):
+        monkeypatch.setattr(job_module, name, die)
+        with pytest.raises(KeyboardInterrupt):
+            learn(job, one, "one")
+        monkeypatch.undo()
+        job = Job(open_store(tmp_path / "s"), ANY)
+        assert job.store.live == 1 and job.waiting() == [2]
+        with job.store.locked():
+            pass
+    [version] = job.catch_up()
+    assert version.id == 2 and job.store.live == 2 and len(job.log.read()) == 1500 + SIZE
+
+
+POOL = days(5)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["deliver", "late", "again", "rollback", "kill"]), st.integers(0, 4)),
+        min_size=1, max_size=6,
+    )
+)  # fmt: skip
+def test_whatever_is_delivered_in_whatever_order_is_counted_once(
+    tmp_path_factory: pytest.TempPathFactory, deeds: list[tuple[str, int]]
+) -> None:
+    base, *later = POOL
+    job = started(tmp_path_factory.mktemp("store") / "s", base)
+    delivered = {(-1, i) for i in range(1500)}
+    for deed, n in deeds:
+        if deed in ("deliver", "late", "kill"):
+            rows = range(SIZE) if deed == "deliver" else range(50 * n, SIZE, 3)
+            taken = job.deliver(read_log(later[n][list(rows)]), f"{deed} {n}")
+            delivered |= {(n, i) for i in rows}
+            if deed != "kill":
+                list(job.catch_up("", taken))
+        elif deed == "rollback" and job.store.manifest(job.store.live).parent is not None:
+            job.store.point(job.store.manifest(job.store.live).parent or 0, "rollback")
+        job = Job(open_store(job.store.folder), ANY)
+    list(job.catch_up())
+    assert len(job.log.read()) == len(delivered) and job.log.read().is_unique().all()
+    batches = [manifest.batch for manifest in chain_of(job.store)]
+    assert len(set(batches)) == len(batches)
+    assert learnt(job.contents) == len(job.log.read([batch for batch in batches if batch]))
+
+
+def test_the_source_of_a_delivery_is_its_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("x")
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "a.csv").write_text("x")
+    assert source_of(tmp_path / "a.csv") == source_of(tmp_path / "f")
+    (tmp_path / "f" / "b.csv").write_text("y")
+    assert source_of(tmp_path / "a.csv") != source_of(tmp_path / "f")
+
+
+def crash(folder: Path, n_kills: int) -> None:
+    """Updates, promotions and collections, killed at random moments; after each kill the store must be whole."""
+    base, *later = days(6)
+    base.write_parquet(folder / "base.parquet")
+    for i, day in enumerate(later):
+        day.write_parquet(folder / f"day-{i}.parquet")
+    at, source = ["--store", str(folder / "s")], np.random.default_rng(0)
+    assert main(["fit", str(folder / "base.parquet"), *at, "--model", "popularity"]) == 0
+    script = Path(__file__).with_name("crashing.py")
+    for kill in range(n_kills):
+        process = subprocess.Popen([sys.executable, str(script), str(folder)], stdout=subprocess.PIPE)
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        time.sleep(source.exponential(0.4))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        store = open_store(folder / "s")
+        kept, batches = read_contents(store.files(store.live)), [m.batch for m in chain_of(store)]
+        assert len(Recommender.of(kept).recommend(base["user_id"][:3].unique(), 3)) > 0
+        log = Job(store).log.read()
+        assert log.is_unique().all() and len(set(batches)) == len(batches), kill
+        assert learnt(kept) == len(Job(store).log.read([batch for batch in batches if batch]))
+    assert main(["update", *at]) in (0, 8)
+
+
+def test_killed_at_random_moments_nothing_is_lost_or_counted_twice(tmp_path: Path) -> None:
+    crash(tmp_path, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_killed_at_two_hundred_random_moments_nothing_is_lost_or_counted_twice(tmp_path: Path) -> None:
+    crash(tmp_path, 200)
+
+
+def test_a_store_that_python_saved_can_be_updated_by_the_night(tmp_path: Path) -> None:
+    base, one, *_ = days()
+    Recommender("popularity").fit(base).save(tmp_path / "s")
+    job = Job(open_store(tmp_path / "s"), ANY)
+    [version] = learn(job, one, "one")
+    assert (version.id, version.parent) == (2, 1) and learnt(job.contents) == 1500 + SIZE
+    with pytest.raises(StateError, match="no version 9"):
+        job.store.point(9, "promote")

@@ -1,0 +1,193 @@
+"""Versions on disk: whole or absent, noticed when changed, live one at a time."""
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from freshrec.errors import BusyError, OptionError, StateError
+from freshrec.store import versions
+from freshrec.store.versions import Manifest, Store, collect, new_store, open_store
+
+
+def about(number: int, parent: int | None = None, promoted: bool = True) -> Manifest:
+    return Manifest(
+        id=number, parent=parent, kind="update", recipe={"model": "m"}, spans_seen=1, sizes={"events": 1},
+        promoted=promoted,
+    )  # fmt: skip
+
+
+def write(store: Store, number: int, text: str = "", parent: int | None = None, promoted: bool = True) -> None:
+    """A version of two files, of which the second is always the same."""
+
+    def save(aside: Path) -> None:
+        (aside / "a").write_text(text or f"a of {number}")
+        (aside / "b").write_text("as ever")
+
+    store.write(about(number, parent, promoted), save)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """Versions 1, 2 and 3; 3 is live."""
+    with new_store(tmp_path / "store") as made:
+        for number in (1, 2, 3):
+            write(made, number, parent=number - 1 or None)
+        made.point(3, "fit")
+    return open_store(tmp_path / "store")
+
+
+def test_a_store_is_there_when_it_is_filled_or_not_at_all(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), new_store(tmp_path / "store") as made:
+        write(made, {}[1])
+    assert list(tmp_path.iterdir()) == []
+    with new_store(tmp_path / "deep" / "store") as made:
+        write(made, 1)
+    assert open_store(tmp_path / "deep" / "store").numbers() == [1]
+    with pytest.raises(OptionError, match="holds something already"), new_store(tmp_path / "deep"):
+        pass
+    with pytest.raises(StateError, match="no version of .* is live yet"):
+        _ = open_store(tmp_path / "deep" / "store").live
+
+
+def test_a_version_that_is_not_finished_is_not_there_and_its_traces_vanish(store: Store) -> None:
+    def die(aside: Path) -> None:
+        (aside / "a").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.write(about(4), die)
+    assert store.numbers() == [1, 2, 3] and store.next == 4
+    with store.locked():
+        assert not list(store.folder.glob("versions/.*"))
+        write(store, 4)
+    assert store.manifest(4).files.keys() == {"a", "b"}
+
+
+def test_every_changed_byte_is_noticed_and_the_last_good_version_is_named(store: Store) -> None:
+    folder = store.folder / "versions" / "3"
+    for path in sorted(folder.iterdir()):
+        whole = path.read_bytes()
+        for at in range(0, len(whole), 1 if len(whole) < 100 else 37):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+            with pytest.raises(StateError):
+                store.files(3)
+        path.write_bytes(whole[:-1])
+        with pytest.raises(StateError):
+            store.files(3)
+        path.write_bytes(whole)  # of other versions too: they share it
+        path.unlink()
+        with pytest.raises(StateError):
+            store.files(3)
+        path.write_bytes(whole)
+    (folder / "a").write_text("else")
+    (store.folder / "versions" / "2" / "a").write_text("else")
+    with pytest.raises(StateError, match=r"version 3 .* is damaged \(a has changed\); go back with .*rollback 1 "):
+        store.files(3)
+    with pytest.raises(StateError, match="a has changed"):
+        store.point(2, "rollback")
+    assert store.live == 3
+
+
+def test_a_damaged_pointer_is_told_and_set_anew_by_promoting(store: Store) -> None:
+    (store.folder / "live.json").write_text('{"checksum": "", "content": []}')
+    with pytest.raises(StateError, match="changed by something else"):
+        _ = store.live
+    store.point(2, "promote", "the pointer was damaged")
+    assert store.live == 2 and store.moves()[-1].reason == "the pointer was damaged"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"content": 1}', '{"checksum": 1, "content": {"format": 9}}', "[" * 100_000]
+)
+def test_what_is_no_store_is_told_in_a_sentence(text: str, store: Store) -> None:
+    (store.folder / "store.json").write_text(text)
+    with pytest.raises(StateError):
+        open_store(store.folder)
+    (store.folder / "versions" / "2" / "manifest.json").write_text(text)
+    with pytest.raises(StateError):
+        store.manifest(2)
+    assert [manifest.id for manifest in store.versions()] == [1, 3]
+
+
+def test_a_manifest_in_the_wrong_place_is_not_believed(store: Store) -> None:
+    text = (store.folder / "versions" / "1" / "manifest.json").read_text()
+    (store.folder / "versions" / "2" / "manifest.json").write_text(text)
+    with pytest.raises(StateError, match="is the manifest of version 1"):
+        store.files(2)
+
+
+def test_two_who_change_a_store_never_mix(store: Store) -> None:
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with store.locked():
+            held.set()
+            done.wait(10)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    held.wait(10)
+    with pytest.raises(BusyError, match="another process"), store.locked():
+        pass
+    threading.Timer(0.1, done.set).start()
+    with store.locked(wait_s=10):
+        write(store, 4)
+    other.join()
+    assert store.numbers() == [1, 2, 3, 4]
+
+
+def test_files_like_those_of_the_parent_share_their_bytes(store: Store) -> None:
+    one, two = ((store.folder / "versions" / n / "b").stat().st_ino for n in "12")
+    assert one == two
+    first, second = ((store.folder / "versions" / n / "a").stat().st_ino for n in "12")
+    assert first != second
+
+
+def test_a_version_is_written_anew_and_what_it_was_is_gone(store: Store) -> None:
+    with store.locked():
+        store.rewrite(2, lambda aside: (aside / "a").write_text("anew"))
+    files = store.files(2)
+    assert files["a"].read_text() == "anew" and files.keys() == {"a"}
+    left = [path for path in (store.folder / "versions" / "2").rglob("*") if path.is_file()]
+    assert sorted(path.name for path in left) == ["a", "manifest.json"]
+    assert store.files(3)["b"].read_text() == "as ever"  # which shared its bytes
+
+
+def test_a_rewriting_that_dies_leaves_what_was_there(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(content: object, path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(versions, "write_signed", die)
+    with pytest.raises(KeyboardInterrupt):
+        store.rewrite(2, lambda aside: (aside / "a").write_text("anew"))
+    assert store.files(2)["a"].read_text() == "a of 2"
+    with store.locked():
+        assert sorted(path.name for path in (store.folder / "versions" / "2").iterdir()) == ["a", "b", "manifest.json"]
+
+
+def test_old_and_refused_versions_give_up_their_files_but_not_their_history(store: Store) -> None:
+    write(store, 4, promoted=False)
+    write(store, 5)
+    store.point(1, "rollback")
+    assert collect(store, keep=2) == [2, 4]  # 1 is live, 3 and 5 are the last two that were promoted
+    assert [manifest.id for manifest in store.versions()] == [1, 2, 3, 4, 5]
+    for number in (1, 3, 5):
+        store.files(number)
+    with pytest.raises(StateError, match="given up by `freshrec gc`"):
+        store.files(2)
+    assert not (store.folder / "versions" / "2" / "a").exists()
+    assert collect(store, keep=2) == []
+
+
+def test_a_full_disk_is_told_and_changes_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(number: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for change in (lambda: write(store, 4), lambda: store.point(1, "rollback")):
+        with pytest.raises(StateError, match=r"cannot be written \(No space left on device\)"):
+            change()
+    monkeypatch.undo()
+    assert store.live == 3 and store.numbers() == [1, 2, 3]
