@@ -18,6 +18,7 @@ from freshrec.data.log import read_log
 from freshrec.data.worlds import make
 from freshrec.errors import LogError, OptionError, StateError
 from freshrec.nightly import job as job_module
+from freshrec.nightly.anew import GAIN, interval_of, planned, since_full
 from freshrec.nightly.gate import Limits
 from freshrec.nightly.job import Job, preview, source_of
 from freshrec.serve.contents import Contents, begun, read_contents
@@ -225,6 +226,40 @@ def test_what_dies_while_it_learns_or_saves_is_done_by_the_next_run(
             pass
     [version] = job.catch_up()
     assert version.id == 2 and job.store.live == 2 and len(job.log.read()) == 1500 + SIZE
+
+
+def test_a_full_retrain_is_tried_every_so_often_and_what_it_gains_is_recorded(tmp_path: Path) -> None:
+    base, *later = days()
+    job = started(tmp_path / "s", base)
+    job.full_every = "2"
+    versions = [version for i, day in enumerate(later) for version in learn(job, day, f"day {i}")]
+    assert [GAIN in version.numbers for version in versions] == [False, True, False, True]
+    assert versions[1].numbers[GAIN] == 0  # counting all at once is counting day by day
+    assert learnt(job.contents) == 1500 + 4 * SIZE
+    chain = chain_of(job.store)
+    assert since_full(chain) == 0 and planned(chain)["last_full"].startswith("version 5 gained +0.0000")
+    assert interval_of("auto", chain[:1]) == 7 and interval_of("auto", chain) == 28  # twice for nothing
+    better = chain[-1].model_copy(update={"numbers": {GAIN: 0.1, "full_low": 0.05}})
+    assert interval_of("auto", [*chain, better]) == 14
+    for wrong in ("0", "often", "-1", "1.5"):
+        with pytest.raises(OptionError, match="a number of updates or auto"):
+            interval_of(wrong, chain)
+
+
+@pytest.mark.parametrize("model", ["mf:d=8", "comirec-dr:d=8", "blend"])
+def test_a_full_retrain_goes_on_as_any_other_version(model: str, tmp_path: Path) -> None:
+    base, one, two, three, _ = days()
+    job = started(tmp_path / "s", base, model)
+    job.full_every = "1"
+    late = base[:1].with_columns(time=pl.col("time") + 1)
+    for i, day in enumerate([pl.concat([late, one]), two, three]):
+        [version] = learn(job, day, f"day {i}")
+        assert GAIN in version.numbers and version.numbers["full_s"] > 0
+    assert len(Recommender.load(tmp_path / "s").recommend(one["user_id"][:5].unique(), 5)) > 0
+    Recommender("popularity").fit(base).save(tmp_path / "p")
+    job = Job(open_store(tmp_path / "p"), ANY, "1")
+    with pytest.raises(OptionError, match="does not hold what this store began with"):
+        learn(job, one, "one")
 
 
 POOL = days(5)

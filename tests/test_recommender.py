@@ -191,6 +191,19 @@ def test_a_save_that_dies_leaves_the_recommender_before_it(tmp_path: Path, monke
     assert sorted(path.name for path in tmp_path.glob("versions/*")) == ["1", "2"]
 
 
+def test_only_items_of_a_category_are_offered_where_the_log_has_categories(tmp_path: Path) -> None:
+    log = LOG.with_columns(category=pl.Series([1, 1, 2, 2, 1, 2]))  # a 1, b 2, c 2
+    recommender = Recommender("popularity").fit(log)
+    assert items_of(recommender.recommend("stranger", category=2)) == "cb"
+    assert items_of(recommender.recommend("stranger", category="1", allow=["a", "b"])) == "a"
+    recommender.update(events("u1 b").with_columns(category=pl.lit(1))).save(tmp_path / "s")
+    assert items_of(Recommender.load(tmp_path / "s").recommend("stranger", category=1)) == "ba"  # b has moved
+    with pytest.raises(OptionError, match='no item has the category "9"; known ones are 1, 2'):
+        recommender.recommend("u1", category=9)
+    with pytest.raises(OptionError, match="the log has no such column"):
+        Recommender("popularity").fit(LOG).recommend("u1", category=1)
+
+
 def test_what_was_saved_before_there_were_stores_is_read_and_saved_as_one(tmp_path: Path) -> None:
     older = Path(__file__).parent / "gold" / "recommender-2"
     recommender, fitted = Recommender.load(older), Recommender("item-knn").fit(LOG)

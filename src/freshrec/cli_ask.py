@@ -25,6 +25,7 @@ def recommend(
     k: Annotated[int, typer.Option("--k", "-k", help="Items a user.")] = 10,
     allow: Annotated[str | None, typer.Option(help="Only these items, as in 17,42.")] = None,
     deny: Annotated[str | None, typer.Option(help="None of these items.")] = None,
+    category: Annotated[str | None, typer.Option(help="Only items of this category.")] = None,
     include_seen: Annotated[bool, typer.Option("--include-seen", help="Also what the user has had.")] = False,
     version: Version = None,
     as_json: AsJson = False,
@@ -32,8 +33,9 @@ def recommend(
     """Print the best items of some users."""
     from freshrec.serve.recommender import Recommender
 
-    lists = [None if text is None else words(text) for text in (allow, deny)]
-    found = Recommender.of(_contents(store, version)).recommend(users, k, not include_seen, *lists)
+    only, never = (None if text is None else words(text) for text in (allow, deny))
+    recommender = Recommender.of(_contents(store, version))
+    found = recommender.recommend(users, k, not include_seen, allow=only, deny=never, category=category)
     rows = [(user, rank, item, f"{score:.4g}", why) for user, item, score, rank, why in found.iter_rows()]
     _print(found, ("user", "rank", "item", "score", "fallback"), rows, as_json)
 
@@ -104,8 +106,10 @@ def status(store: StorePath = Path("store"), as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(found))
         return
-    numbers = found.pop("numbers")
-    _print_facts(found)
+    numbers, notes = found.pop("numbers"), found.pop("notes")
+    _print_facts(found | found.pop("plan"))
+    for note in notes:
+        typer.echo(f" note: {note}")
     _print_facts({name: f"{value:.4g}" for name, value in numbers.items()})
 
 

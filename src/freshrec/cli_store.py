@@ -74,19 +74,23 @@ def update(
     force: Annotated[bool, typer.Option("--force", help="Go live whatever the gate says; needs --reason.")] = False,
     reason: Reason = "",
     again: Annotated[int | None, typer.Option(metavar="VERSION", help="Take a refused version's events again.")] = None,
+    full_every: Annotated[str, typer.Option(metavar="N|auto", help="Try a full retrain every so many updates.")] = "",
     quarantine: Quarantine = None,
     wait: Wait = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be read and odd; change nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Learn from new events, test the result, and let it go live if it is not worse."""
+    from freshrec.nightly.anew import interval_of
     from freshrec.nightly.job import Job, preview
-    from freshrec.store.versions import open_store
+    from freshrec.store.versions import chain_of, open_store
 
     if force and not reason:
         raise OptionError('--force needs --reason "..."; it is kept with the version.')
     made = open_store(store)
-    job, force_why = Job(made), reason if force else ""
+    job, force_why = Job(made, full_every=full_every), reason if force else ""
+    if full_every:
+        interval_of(full_every, chain_of(made))  # tell at once if it is none
     if dry_run:
         if again is not None or force:
             raise OptionError("--dry-run reads new events only; leave --again and --force out.")

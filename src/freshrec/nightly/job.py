@@ -26,10 +26,12 @@ from freshrec.data.catalog import Catalog
 from freshrec.data.log import Log
 from freshrec.errors import OptionError
 from freshrec.models.popularity import PopularitySpec
+from freshrec.nightly.anew import GAIN, from_nothing, interval_of, since_full
 from freshrec.nightly.compare import newest, values_of
 from freshrec.nightly.gate import Day, Limits, Measured, Verdict, facts_of, judge, looks_odd
 from freshrec.replay.measure import Queries
 from freshrec.replay.replay import absorb
+from freshrec.replay.significance import interval
 from freshrec.serve.contents import Contents, read_contents, taught, write_contents
 from freshrec.serve.reading import must_be_alike, numbered
 from freshrec.store.eventlog import EventLog, Taken
@@ -45,8 +47,8 @@ MOST_HELD = 20_000  # events
 class Job:
     """Work on a store that nobody else changes meanwhile."""
 
-    def __init__(self, store: Store, limits: Limits = Limits()) -> None:  # noqa: B008
-        self.store, self.limits = store, limits
+    def __init__(self, store: Store, limits: Limits = Limits(), full_every: str = "") -> None:  # noqa: B008
+        self.store, self.limits, self.full_every = store, limits, full_every
         self.log = EventLog(store.folder / "log")  # every event that was ever delivered
         self._loaded: tuple[int, Contents] | None = None
 
@@ -134,12 +136,14 @@ class Job:
     def tried(self, frame: pl.DataFrame, taken: Taken | None = None) -> tuple[Manifest, Contents]:
         """What becomes of the live version by learning these rows, and the gate's verdict on it; nothing is written."""
         before, chain = self.contents, chain_of(self.store)
-        day = self.facts(frame, taken)
+        day, first = self.facts(frame, taken), chain[0]
         after, numbers = _learnt(before, frame, HELD)
-        verdict, asked = self._judged(day, before, after, chain)
-        first = chain[0]
-        numbers |= verdict.numbers | _interests(before.served.state, after.served.state)
         numbers["full_s"] = first.numbers.get("update_s", 0.0) * after.sizes["events"] / max(1, first.sizes["events"])
+        if self.full_every and since_full(chain) + 1 >= interval_of(self.full_every, chain):
+            after, more = self._anew(after, frame, chain)
+            numbers |= more
+        verdict, asked = self._judged(day, before, after, chain)
+        numbers |= verdict.numbers | _interests(before.served.state, after.served.state)
         about = _about(self.store, after, "update", numbers).model_copy(
             update={
                 "parent": self.store.live, "data": {"day": asdict(day)}, "notes": list(verdict.notes),
@@ -147,6 +151,21 @@ class Job:
             }
         )  # fmt: skip
         return about, replace(after, asked=(*before.asked, asked)[-REMEMBERED:])
+
+    def _anew(self, after: Contents, frame: pl.DataFrame, chain: list[Manifest]) -> tuple[Contents, dict[str, float]]:
+        """A full retrain beside the update: the better one of the two, and what the retrain gained and cost."""
+        since = time.perf_counter()
+        empty, whole = from_nothing(self.contents, self.log, chain, frame)
+        new = numbered(empty.served, positive_rows(whole))
+        full = taught(empty, new, len(new.events) - len(after.served.pending))
+        seconds, queries = time.perf_counter() - since, newest(after.served)
+        if not len(queries):
+            return after, {"full_s": seconds}
+        values = [values_of(c.served.state, queries, self.limits.metric, len(new.items)) for c in (full, after)]
+        gain_U = values[0] - values[1]
+        low, high = (float(end[0]) for end in interval(gain_U[:, None]))
+        more = {GAIN: float(gain_U.mean()), "full_low": low, "full_high": high, "full_s": seconds}
+        return (full if gain_U.mean() >= 0 else after), more
 
     def facts(self, frame: pl.DataFrame, taken: Taken | None = None) -> Day:
         """What is to be said of a day's rows, and of those that were left out of them when they were delivered."""
@@ -211,20 +230,20 @@ def source_of(path: Path) -> str:
 def _learnt(before: Contents, frame: pl.DataFrame, share: float) -> tuple[Contents, dict[str, float]]:
     """What follows from learning all rows but the newest `share` of those that are not late; what it cost."""
     served, wall, cpu = before.served, time.perf_counter(), time.process_time()
-    events, users, items = numbered(served, frame)
+    new = numbered(served, frame)
     had = served.counts.recent.times_R
-    n_new = len(events) if not len(had) else int((events.times_E >= had.max()).sum())
-    n_learnt = len(events) - min(MOST_HELD, round(share * n_new))
-    after = taught(before, events, users, items, n_learnt)
+    n_events = len(new.events)
+    n_new = n_events if not len(had) else int((new.events.times_E >= had.max()).sum())
+    after = taught(before, new, n_events - min(MOST_HELD, round(share * n_new)))
     costs = {"update_s": time.perf_counter() - wall, "update_cpu_s": time.process_time() - cpu}
-    new = {f"new_{name}": float(n - before.sizes[name]) for name, n in after.sizes.items()}
-    return after, after.served.state.costs | costs | new | {"late": float(len(events) - n_new)}
+    more = {f"new_{name}": float(n - before.sizes[name]) for name, n in after.sizes.items()}
+    return after, after.served.state.costs | costs | more | {"late": float(n_events - n_new)}
 
 
 def _popular(after: Contents, frame: pl.DataFrame) -> State:
     """Popularity, having counted what the first version has learnt from."""
     served = after.served
-    events = numbered(served, frame)[0][: len(frame) - len(served.pending)]
+    events = numbered(served, frame).events[: len(frame) - len(served.pending)]
     return absorb(State(PopularitySpec().build(0)), events, len(served.users), served.state.model.n_items)
 
 

@@ -11,11 +11,12 @@ import torch
 
 from freshrec.data.batches import random_source
 from freshrec.errors import FreshrecError, StateError
+from freshrec.nightly.anew import planned
 from freshrec.serve.contents import Contents, read_contents
 from freshrec.serve.reading import ids_of, known_rows
 from freshrec.serve.recommend import Wanted, best_items
 from freshrec.store.eventlog import EventLog
-from freshrec.store.versions import Store
+from freshrec.store.versions import Store, chain_of
 from freshrec.types import InterestModel
 
 SAMPLE, LIST = 300, 20  # users, and items of each, by which two versions are compared
@@ -37,7 +38,7 @@ def status(store: Store) -> dict[str, Any]:
         "versions": len(versions), "refused": [m.id for m in versions if not m.promoted and m.id > live],
         "batches_waiting": int((log.batches()["batch"] > met).sum()),
         "bytes": n_bytes, "bytes_per_user": round(n_bytes / max(1, about.sizes["users"]), 1),
-        "numbers": about.numbers, "notes": about.notes,
+        "plan": planned(chain_of(store)), "numbers": about.numbers, "notes": about.notes,
     }  # fmt: skip
 
 

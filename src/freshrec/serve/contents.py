@@ -20,13 +20,14 @@ from freshrec.models.blend import Blend
 from freshrec.models.popularity import PopularitySpec
 from freshrec.replay.measure import Queries
 from freshrec.replay.replay import absorb, check
-from freshrec.serve.reading import Reading
+from freshrec.serve.reading import Numbered, Reading
 from freshrec.serve.recommend import Served
 from freshrec.strategies import find_strategy
 from freshrec.types import Events, Histories, ModelSpec, Span, State, Strategy, TrainedModel
 
 OLDER, OLDER_FORMAT = "recommender.json", 2  # what a folder held before there were stores
 STATE, ASKED, USERS, ITEMS = "state.safetensors", "asked.safetensors", "users.parquet", "items.parquet"
+CATEGORIES = "categories.parquet"
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,20 +74,21 @@ def begun(model: str | ModelSpec, strategy: str | Strategy | None, seed: int, re
     return Contents(served, update, (model, strategy), reading)
 
 
-def taught(contents: Contents, events: Events, users: Catalog, items: Catalog, n_learnt: int | None = None) -> Contents:
-    """After learning from what was pending and from the first `n_learnt` of the events, or all; the rest is pending.
+def taught(contents: Contents, new: Numbered, n_learnt: int | None = None) -> Contents:
+    """After learning from what was pending and from the first `n_learnt` new events, or all; the rest is pending.
 
     Rows that are older than others of their user take their place in the history.
     """
-    before, n_learnt = contents.served, len(events) if n_learnt is None else n_learnt
-    new = joined(before.pending, events[:n_learnt])
-    known = [(new.users_E, before.state.recent.n_users), (new.items_E, before.state.model.n_items)]
-    sizes = [max(int(rows_E.max()) if len(new) else 0, n) for rows_E, n in known]
-    state = absorb(before.state, new, *sizes)
+    before, n_learnt = contents.served, len(new.events) if n_learnt is None else n_learnt
+    due = joined(before.pending, new.events[:n_learnt])
+    known = [(due.users_E, before.state.recent.n_users), (due.items_E, before.state.model.n_items)]
+    sizes = [max(int(rows_E.max()) if len(due) else 0, n) for rows_E, n in known]
+    state = absorb(before.state, due, *sizes)
     state = replace(state, recent=in_time_order(state.recent))
-    state = contents.strategy.update(state, Span(state.spans_seen, new, *sizes))
-    counts = absorb(before.counts, events, len(users), len(items))
-    return replace(contents, served=Served(state, counts, users, items, events[n_learnt:]))
+    state = contents.strategy.update(state, Span(state.spans_seen, due, *sizes))
+    counts = absorb(before.counts, new.events, len(new.users), len(new.items))
+    served = Served(state, counts, new.users, new.items, new.categories, new.events[n_learnt:])
+    return replace(contents, served=served)
 
 
 def joined(first: Events, then: Events) -> Events:
@@ -112,16 +114,18 @@ def write_contents(contents: Contents, folder: Path) -> None:
     save_tree(contents.asked, folder / ASKED)
     served.users.frame.write_parquet(folder / USERS)
     served.items.frame.write_parquet(folder / ITEMS)
+    served.categories.write_parquet(folder / CATEGORIES)
 
 
 def read_contents(files: Mapping[str, Path]) -> Contents:
     """What `write_contents` wrote. StateError where it is not that."""
-    missing = [name for name in (STATE, ASKED, USERS, ITEMS) if name not in files]
+    missing = [name for name in (STATE, ASKED, USERS, ITEMS, CATEGORIES) if name not in files]
     if missing:
         raise StateError(f"a version without {missing[0]} cannot be read; go back to another one.")
     strategy, names, reading, state, counts, pending = load_tree(files[STATE])
     users, items = (_catalog(files[name]) for name in (USERS, ITEMS))
-    return Contents(Served(state, counts, users, items, pending), strategy, names, reading, load_tree(files[ASKED]))
+    served = Served(state, counts, users, items, _parquet(files[CATEGORIES]), pending)
+    return Contents(served, strategy, names, reading, load_tree(files[ASKED]))
 
 
 def read_older(folder: Path) -> Contents:
@@ -140,7 +144,11 @@ def read_older(folder: Path) -> Contents:
 
 
 def _catalog(path: Path) -> Catalog:
+    return Catalog.load(_parquet(path))
+
+
+def _parquet(path: Path) -> pl.DataFrame:
     try:
-        return Catalog.load(pl.read_parquet(path))
+        return pl.read_parquet(path)
     except (OSError, pl.exceptions.PolarsError) as problem:
         raise StateError(f"{path} cannot be read ({problem}); go back to another version.") from None

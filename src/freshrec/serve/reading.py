@@ -64,12 +64,28 @@ def must_be_alike(log: Log, reading: Reading) -> None:
         raise LogError(f"the log that was fitted had {had} and the new events have {has}; give both alike.")
 
 
-def numbered(served: Served, frame: pl.DataFrame) -> tuple[Events, Catalog, Catalog]:
-    """The events of a log's frame in rows, and both catalogs once they are over."""
+@dataclass(frozen=True, eq=False)
+class Numbered:
+    """The events of a log in rows, and what is known of ids once they are over."""
+
+    events: Events
+    users: Catalog
+    items: Catalog
+    categories: pl.DataFrame  # item (a row), category: the last that it was given
+
+
+def numbered(served: Served, frame: pl.DataFrame) -> Numbered:
+    """A log's frame in rows: those of ids that are known stay as they are."""
     span = served.state.spans_seen
     users, items = served.users.extend(frame["user_id"], span), served.items.extend(frame["item_id"], span)
     times_E = torch.from_numpy(frame["time"].to_numpy(writable=True))
-    return Events.of(users.rows(frame["user_id"]), items.rows(frame["item_id"]), times_E), users, items
+    events = Events.of(users.rows(frame["user_id"]), items.rows(frame["item_id"]), times_E)
+    categories = served.categories
+    if "category" in frame.columns:
+        column = frame["category"].cast(pl.String)
+        today = pl.DataFrame({"item": events.items_E.numpy(), "category": column}).drop_nulls()
+        categories = pl.concat([categories, today]).unique("item", keep="last", maintain_order=True)
+    return Numbered(events, users, items, categories)
 
 
 def ids_of(name: str, ids: Ids, catalog: Catalog) -> pl.Series:
@@ -93,6 +109,16 @@ def item_rows(served: Served, ids: Ids) -> Tensor:
     """Ascending rows of the ids that are known."""
     rows_M: Tensor = served.items.rows(ids_of("item_id", ids, served.items)).unique()
     return rows_M[rows_M > 0]
+
+
+def of_category(served: Served, category: str | int, among_M: Tensor | None) -> Tensor:
+    """Ascending rows of the items of a category, or of those among some rows. OptionError for one that is not known."""
+    if not (served.categories["category"] == str(category)).any():
+        some = ", ".join(served.categories["category"].unique().sort().head(5)) or "none: the log has no such column"
+        raise OptionError(f'no item has the category "{str(category)[:60]}"; known ones are {some}.')
+    found = served.categories.filter(pl.col("category") == str(category))["item"].sort()
+    rows_M = torch.from_numpy(found.to_numpy(writable=True))
+    return rows_M if among_M is None else rows_M[torch.isin(rows_M, among_M)]
 
 
 def known_rows(ids: pl.Series, catalog: Catalog) -> Tensor:

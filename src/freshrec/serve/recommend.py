@@ -23,6 +23,10 @@ SIZE = 256  # users asked at once
 UNKNOWN, EXHAUSTED = "unknown user", "no more items with a score"
 
 
+def _no_categories() -> pl.DataFrame:
+    return pl.DataFrame(schema={"item": pl.Int64, "category": pl.String})
+
+
 def _none() -> Events:
     return Events.of(*torch.zeros(2, 0, dtype=torch.int64))
 
@@ -35,6 +39,7 @@ class Served:
     counts: State  # popularity, for strangers; its `recent` is never cut, so it knows all items that a user has had
     users: Catalog
     items: Catalog
+    categories: pl.DataFrame = field(default_factory=_no_categories)  # item (a row), category
     pending: Events = field(default_factory=_none)  # newer than what the model has learnt; in no history of `state`
 
     @cached_property

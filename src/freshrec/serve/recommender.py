@@ -26,6 +26,7 @@ from freshrec.serve.reading import (
     item_rows,
     known_rows,
     numbered,
+    of_category,
     positive,
     read,
     read_next,
@@ -75,7 +76,7 @@ class Recommender:
         reading = Reading(dict(columns or {}), format, tuple(events))
         found = read(log, reading)
         reading = replace(reading, has_clock=found.has_clock)
-        self._contents = taught(replace(self._empty, reading=reading), *numbered(self._empty.served, found.frame))
+        self._contents = taught(replace(self._empty, reading=reading), numbered(self._empty.served, found.frame))
         return self
 
     def update(self, new_events: Source) -> Recommender:
@@ -86,7 +87,7 @@ class Recommender:
         """
         contents = self.contents
         log = read_next(new_events, contents.reading, contents.served)
-        self._contents = taught(contents, *numbered(contents.served, log.frame))
+        self._contents = taught(contents, numbered(contents.served, log.frame))
         return self
 
     partial_fit = update
@@ -98,10 +99,12 @@ class Recommender:
         filter_seen: bool = True,
         allow: Ids | None = None,
         deny: Ids | None = None,
+        category: str | int | None = None,
     ) -> pl.DataFrame:
         """The best items of each user, in the order given: user_id, item_id, score, rank (from 1), fallback.
 
-        `filter_seen` leaves out all that the user has had; `allow` admits only these items, `deny` none of these. Where
+        `filter_seen` leaves out all that the user has had; `allow` admits only these items, `deny` none of these, and
+        `category` only items of one category, where the log has such a column. Where
         the model has nothing to say, popular items complete the list with their popularity as score, and `fallback`
         says why; elsewhere it is null. Unknown users are strangers, not errors; unknown items in `allow` and `deny` are
         ignored. A list is shorter than k where fewer items are left.
@@ -109,6 +112,8 @@ class Recommender:
         served = self.served
         ids = ids_of("user_id", users, served.users)
         allow_M = None if allow is None else item_rows(served, allow)
+        if category is not None:
+            allow_M = of_category(served, category, allow_M)
         deny_M = item_rows(served, [] if deny is None else deny)
         wanted = Wanted(positive(k), filter_seen, allow_M, deny_M)
         found = best_items(served, served.users.rows(ids), wanted)
@@ -156,8 +161,8 @@ class Recommender:
         for metric in metrics:
             parse(metric)
         served = self.served
-        events, users, items = numbered(served, read_next(new_events, self.contents.reading, served).frame)
-        block, state = Block(events, 0, len(users), len(served.items)), told(served.now, len(items))
+        new = numbered(served, read_next(new_events, self.contents.reading, served).frame)
+        block, state = Block(new.events, 0, len(new.users), len(served.items)), told(served.now, len(new.items))
         queries = queries_of(state.recent, block, state.model.spec.length, Asked(TRAIN))
         if not len(queries):
             raise LogError("no user of the new events has an event before, so nothing can be asked; give more rows.")
