@@ -9,16 +9,18 @@ from freshrec.cli import main
 from freshrec.nightly import job  # noqa: F401  (imported before it is ready, as it takes seconds)
 from freshrec.serve import recommender  # noqa: F401
 
-folder, source = Path(sys.argv[1]), np.random.default_rng()
+folder, deeds, source = Path(sys.argv[1]), sys.argv[2].split(","), np.random.default_rng()
 at = ["--store", str(folder / "s")]
 sys.stdout.write("ready\n")
 sys.stdout.flush()
 sys.stdout = sys.stderr = open("/dev/null", "w")  # noqa: SIM115, PTH123
+arguments = {
+    "update": lambda: [str(folder / f"day-{source.integers(6)}.parquet"), "--force", "--reason", "a test"],
+    "gc": lambda: ["--keep", "3"],
+    "rollback": lambda: ["--reason", "a test"],
+    "promote": lambda: [str(source.integers(1, 9)), "--reason", "a test"],
+    "erase": lambda: [str(source.integers(1, 60))],
+}
 while True:
-    deed = source.integers(10)
-    if deed < 7:
-        main(["update", str(folder / f"day-{source.integers(6)}.parquet"), *at, "--force", "--reason", "a test"])
-    elif deed < 8:
-        main(["gc", *at, "--keep", "3"])
-    else:
-        main(["rollback", *at, "--reason", "a test"])
+    deed = deeds[source.integers(len(deeds))]
+    main([deed, *arguments[deed](), *at])

@@ -350,3 +350,13 @@ def test_real_days_of_a_shop_pass_and_poisoned_ones_do_not(real_log: Callable[[s
                 missed.append((n, reason))
         users, items = users.extend(frame["user_id"], n), items.extend(frame["item_id"], n)
     assert passed >= 94 and missed == []
+
+
+def test_what_gains_on_the_newest_events_may_forget_older_ones() -> None:
+    source = np.random.default_rng(0)
+    old_O, new_U = source.random(400), source.random(400)
+    for gain, promoted in ((0.2, True), (0.0, False)):
+        verdict = judge(TODAY, [], measured(np.minimum(new_U * (1 + gain), 1), new_U, (old_O / 2, old_O)))
+        assert verdict.promoted == promoted and verdict.numbers["forgetting"] > 0.2
+        told = verdict.notes if promoted else verdict.reasons
+        assert any("of older events: -50 %" in line for line in told)

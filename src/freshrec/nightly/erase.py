@@ -51,7 +51,6 @@ def erase(job: Job, user_id: str) -> dict[str, Any]:
             store.rewrite(number, lambda aside, less=less: write_contents(less, aside))  # type: ignore[misc]
             rewritten.append(number)
     n_events = job.log.erase(user_id)
-    job.forget()
     return {"user_id": user_id, "events": n_events, "versions": rewritten, "stays": STAYS}
 
 

@@ -87,7 +87,7 @@ class Limits:
     # The shares below are too large for any log, unless it is known for them.
     one_user: float = 0.25  # a shop's largest customer of the day stays below, in 98 of 100
     one_item: float = 0.5
-    unknown: float = 0.99  # users or items: another scheme of ids
+    unknown: float = 0.999  # users or items: another scheme of ids
     doubled: float = 0.2
     late: float = 0.5
     same_second: float = 0.5
@@ -279,6 +279,7 @@ def _odd_times(day: Day, recent: Sequence[Day], limits: Limits) -> list[str]:
 def judge(day: Day, earlier: Sequence[Day], measured: Measured, limits: Limits = Limits()) -> Verdict:
     """Refused where the day looks odd, or where a value is no number, below the floor, or worse by more than accepted.
 
+    On older events any loss is accepted of a version that is better on the newest ones, beyond chance: news forget.
     `numbers` holds, where they could be found: the metric, the same followed by " live", `low` and `high`, the ends of
     the 95 % interval of their difference, `unnoticed`, `floor`, and of the older events `older`, `older_live` and
     `forgetting`, what was lost.
@@ -298,6 +299,9 @@ def judge(day: Day, earlier: Sequence[Day], measured: Measured, limits: Limits =
     numbers = {named.get(name, name): value for name, value in newest.items()} | floor
     if older:
         numbers |= {"older": older["new"], "older_live": older["live"], "forgetting": older["live"] - older["new"]}
+    if newest.get("low", 0.0) > 0:  # the world moves on: what is newer is liked instead
+        gained = [f"{why} That is accepted for what it gains on the newest events." for why in parts[2].reasons]
+        parts[2] = Verdict(True, notes=(*parts[2].notes, *gained))
     reasons += [reason for part in parts for reason in part.reasons]
     notes += [note for part in parts for note in part.notes]
     return Verdict(not reasons, tuple(reasons), tuple(notes), numbers)

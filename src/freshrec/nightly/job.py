@@ -50,14 +50,14 @@ class Job:
     def __init__(self, store: Store, limits: Limits = Limits(), full_every: str = "") -> None:  # noqa: B008
         self.store, self.limits, self.full_every = store, limits, full_every
         self.log = EventLog(store.folder / "log")  # every event that was ever delivered
-        self._loaded: tuple[int, Contents] | None = None
+        self._loaded: tuple[Manifest, Contents] | None = None
 
     @property
     def contents(self) -> Contents:
         """What the live version holds."""
-        live = self.store.live
-        if self._loaded is None or self._loaded[0] != live:
-            self._loaded = live, read_contents(self.store.files(live))
+        about = self.store.manifest(self.store.live)
+        if self._loaded is None or self._loaded[0] != about:
+            self._loaded = about, read_contents(self.store.files(about.id))
         return self._loaded[1]
 
     def begin(self, log: Log, source: str, contents: Contents) -> Manifest:
@@ -81,10 +81,6 @@ class Job:
         )
         return self._live(about, replace(after, asked=(_some(queries),)), "fit")
 
-    def forget(self) -> None:
-        """What is on the disk has changed."""
-        self._loaded = None
-
     def deliver(self, log: Log, source: str) -> Taken:
         """Append a delivery to the log, but for what is there already; `catch_up` then learns from it."""
         must_be_alike(log, self.contents.reading)
@@ -93,14 +89,9 @@ class Job:
             frame = frame.with_columns(pl.col("time") + last + 1)
         return self.log.take(frame, source, log.has_clock)
 
-    def waiting(self) -> list[int]:
-        """Batches of the log that no version has met yet, in order."""
-        met = max((manifest.batch or 0 for manifest in self.store.versions()), default=0)
-        return [batch for batch in self.log.batches()["batch"].to_list() if batch > met]
-
     def catch_up(self, force: str = "", taken: Taken | None = None) -> Iterator[Manifest]:
         """A version of each batch that waits, as `advance` makes them; `taken`: what became of the last delivery."""
-        for batch in self.waiting():
+        for batch in waiting(self.store, self.log):
             yield self.advance(batch, force, taken if taken and taken.batch == batch else None)
 
     def again(self, number: int, force: str = "") -> Manifest:
@@ -140,7 +131,7 @@ class Job:
         after, numbers = _learnt(before, frame, HELD)
         numbers["full_s"] = first.numbers.get("update_s", 0.0) * after.sizes["events"] / max(1, first.sizes["events"])
         if self.full_every and since_full(chain) + 1 >= interval_of(self.full_every, chain):
-            after, more = self._anew(after, frame, chain)
+            after, more = _anew(self, after, frame, chain)
             numbers |= more
         verdict, asked = self._judged(day, before, after, chain)
         numbers |= verdict.numbers | _interests(before.served.state, after.served.state)
@@ -151,21 +142,6 @@ class Job:
             }
         )  # fmt: skip
         return about, replace(after, asked=(*before.asked, asked)[-REMEMBERED:])
-
-    def _anew(self, after: Contents, frame: pl.DataFrame, chain: list[Manifest]) -> tuple[Contents, dict[str, float]]:
-        """A full retrain beside the update: the better one of the two, and what the retrain gained and cost."""
-        since = time.perf_counter()
-        empty, whole = from_nothing(self.contents, self.log, chain, frame)
-        new = numbered(empty.served, positive_rows(whole))
-        full = taught(empty, new, len(new.events) - len(after.served.pending))
-        seconds, queries = time.perf_counter() - since, newest(after.served)
-        if not len(queries):
-            return after, {"full_s": seconds}
-        values = [values_of(c.served.state, queries, self.limits.metric, len(new.items)) for c in (full, after)]
-        gain_U = values[0] - values[1]
-        low, high = (float(end[0]) for end in interval(gain_U[:, None]))
-        more = {GAIN: float(gain_U.mean()), "full_low": low, "full_high": high, "full_s": seconds}
-        return (full if gain_U.mean() >= 0 else after), more
 
     def facts(self, frame: pl.DataFrame, taken: Taken | None = None) -> Day:
         """What is to be said of a day's rows, and of those that were left out of them when they were delivered."""
@@ -191,8 +167,30 @@ class Job:
     def _live(self, about: Manifest, contents: Contents, action: Action, reason: str = "") -> Manifest:
         about = self.store.write(about, lambda aside: write_contents(contents, aside))
         self.store.point(about.id, action, reason)
-        self._loaded = about.id, contents
+        self._loaded = about, contents
         return about
+
+
+def waiting(store: Store, log: EventLog) -> list[int]:
+    """Batches of the log that no version has met yet, in order."""
+    met = max((manifest.batch or 0 for manifest in store.versions()), default=0)
+    return [batch for batch in log.batches()["batch"].to_list() if batch > met]
+
+
+def _anew(job: Job, after: Contents, frame: pl.DataFrame, chain: list[Manifest]) -> tuple[Contents, dict[str, float]]:
+    """A full retrain beside the update: the better one of the two, and what the retrain gained and cost."""
+    since = time.perf_counter()
+    empty, whole = from_nothing(job.contents, job.log, chain, frame)
+    new = numbered(empty.served, positive_rows(whole))
+    full = taught(empty, new, len(new.events) - len(after.served.pending))
+    seconds, queries = time.perf_counter() - since, newest(after.served)
+    if not len(queries):
+        return after, {"full_s": seconds}
+    values = [values_of(c.served.state, queries, job.limits.metric, len(new.items)) for c in (full, after)]
+    gain_U = values[0] - values[1]
+    low, high = (float(end[0]) for end in interval(gain_U[:, None]))
+    more = {GAIN: float(gain_U.mean()), "full_low": low, "full_high": high, "full_s": seconds}
+    return (full if gain_U.mean() >= 0 else after), more
 
 
 def preview(job: Job, log: Log | None) -> dict[str, Any]:

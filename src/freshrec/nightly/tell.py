@@ -12,6 +12,7 @@ import torch
 from freshrec.data.batches import random_source
 from freshrec.errors import FreshrecError, StateError
 from freshrec.nightly.anew import planned
+from freshrec.nightly.job import waiting
 from freshrec.serve.contents import Contents, read_contents
 from freshrec.serve.reading import ids_of, known_rows
 from freshrec.serve.recommend import Wanted, best_items
@@ -28,7 +29,6 @@ def status(store: Store) -> dict[str, Any]:
     """The live version, what waits, and what it takes on the disk."""
     live, versions, log = store.live, store.versions(), EventLog(store.folder / "log")
     about = store.manifest(live)
-    met = max((manifest.batch or 0 for manifest in versions), default=0)
     n_bytes = sum(file.n_bytes for file in about.files.values())
     newest = log.newest
     return {
@@ -36,7 +36,7 @@ def status(store: Store) -> dict[str, Any]:
         "strategy": about.recipe["strategy"], **about.sizes, "held": about.held,
         "newest_event": None if newest is None else _moment(newest),
         "versions": len(versions), "refused": [m.id for m in versions if not m.promoted and m.id > live],
-        "batches_waiting": int((log.batches()["batch"] > met).sum()),
+        "batches_waiting": waiting(store, log),
         "bytes": n_bytes, "bytes_per_user": round(n_bytes / max(1, about.sizes["users"]), 1),
         "plan": planned(chain_of(store)), "numbers": about.numbers, "notes": about.notes,
     }  # fmt: skip
