@@ -11,7 +11,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,16 +34,15 @@ class Days:
     base: int  # days of the first log
     users: int | None = None
     most: int = 100
-    columns: dict[str, str] = field(default_factory=dict)
     hours: float = 24.0
 
 
 LOGS = {
     "uci": Days("uci_online_retail.parquet", base=60, most=240),
     "globo": Days("globo_news_clicks.parquet", base=3, users=15_000, most=13),
-    "globo, 4 hours": Days("globo_news_clicks.parquet", base=12, users=15_000, most=60, hours=4.0),
+    "globo, 4 hours": Days("globo_news_clicks.parquet", base=12, users=15_000, most=80, hours=4.0),
     "taobao": Days("taobao_userbehavior_head84k.parquet", base=2),
-    "kuairand": Days("kuairand_pure_base50_plus_14days.parquet", base=4, users=8000, columns={"label": "click"}),
+    "beauty, weeks": Days("amazon_beauty_5core.parquet", base=300, most=100, hours=168.0),
 }
 
 
@@ -95,7 +94,7 @@ BAD: tuple[Callable[[Frame, Frame, np.random.Generator], Frame], ...] = (
 
 def cut(days: Days, folder: Path) -> tuple[Frame, list[Frame]]:
     """The first log, and the days after it that have rows."""
-    log = read_log(folder / days.path, columns=days.columns, users=days.users)
+    log = read_log(folder / days.path, users=days.users)
     frame = positives(log).frame.select("user_id", "item_id", "time").unique(maintain_order=True)
     length = int(days.hours / 24 * DAY)
     frame = frame.with_columns(day=(pl.col("time") - frame["time"][0] // DAY * DAY) // length)

@@ -14,12 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from freshrec.data.catalog import Catalog
-from freshrec.nightly.gate import Day, Limits, Measured, facts_of, judge, looks_odd
+from freshrec.nightly.day import Day, facts_of
+from freshrec.nightly.gate import Limits, Measured, judge, looks_odd
 from freshrec.replay.metrics import Floats, ndcg
 
 SECOND, HOUR, DAY = 1_000_000, 3_600_000_000, 86_400_000_000
 MONDAY = 19_000 * DAY + 4 * DAY  # 2022-01-10
 USERS, ITEMS = (Catalog.empty().extend(pl.Series(range(n)), 0) for n in (2000, 3000))
+HEAD = pl.Series(range(750))  # which half of the rows are on
 NONE = np.zeros(0)
 
 
@@ -39,7 +41,8 @@ def a_day(n: int = 0, rows: int = 2000, share_new: float = 0.05) -> pl.DataFrame
 
 def facts(frame: pl.DataFrame, n: int = 0, doubled: int = 0, known: int = 0, has_clock: bool = True) -> Day:
     """Of day n, before which all was known until 20 o'clock of the day before."""
-    return facts_of(frame, USERS, ITEMS, has_clock, MONDAY + (n - 1) * DAY + 20 * HOUR, doubled, known)
+    newest = MONDAY + (n - 1) * DAY + 20 * HOUR
+    return facts_of(frame, USERS, ITEMS, has_clock, newest, doubled, known, HEAD)
 
 
 THREE_WEEKS = [facts(a_day(n), n) for n in range(21)]
@@ -114,6 +117,7 @@ POISONED: dict[str, Callable[[pl.DataFrame], pl.DataFrame]] = {
     "users; the 21 days before had": lambda f: f.with_columns(pl.col("user_id") % 100),
     "items; the 21 days before had": lambda f: pl.concat([f] * 5).with_columns(item_id=pl.int_range(pl.len()) % 10_000),
     "items not seen before": lambda f: f.with_columns(pl.col("item_id") + 9000),
+    "half of the attention lately": lambda f: f.with_columns(item_id=750 + pl.int_range(pl.len()) * 7919 % 2250),
     "users not seen before": lambda f: f.with_columns(pl.col("user_id") + 9000),
 }
 WITHOUT_EARLIER_DAYS = (

@@ -28,12 +28,14 @@ from freshrec.errors import OptionError
 from freshrec.models.popularity import PopularitySpec
 from freshrec.nightly.anew import GAIN, from_nothing, interval_of, since_full
 from freshrec.nightly.compare import newest, values_of
-from freshrec.nightly.gate import Day, Limits, Measured, Verdict, facts_of, judge, looks_odd
+from freshrec.nightly.day import Day, facts_of
+from freshrec.nightly.gate import Limits, Measured, Verdict, judge, looks_odd
 from freshrec.replay.measure import Queries
 from freshrec.replay.replay import absorb
 from freshrec.replay.significance import interval
 from freshrec.serve.contents import Contents, read_contents, taught, write_contents
 from freshrec.serve.reading import must_be_alike, numbered
+from freshrec.serve.recommend import Served
 from freshrec.store.eventlog import EventLog, Taken
 from freshrec.store.signed import sum_of_file
 from freshrec.store.versions import Action, Kind, Manifest, Store, chain_of
@@ -147,7 +149,8 @@ class Job:
         """What is to be said of a day's rows, and of those that were left out of them when they were delivered."""
         served, left = self.contents.served, (taken.doubled, taken.known) if taken else (0, 0)
         newest_time = int(served.counts.recent.times_R.max())
-        return facts_of(frame, served.users, served.items, self.contents.reading.has_clock, newest_time, *left)
+        has_clock, head = self.contents.reading.has_clock, _head(served)
+        return facts_of(frame, served.users, served.items, has_clock, newest_time, *left, head)
 
     def _judged(self, day: Day, before: Contents, after: Contents, chain: list[Manifest]) -> tuple[Verdict, Queries]:
         """The gate's verdict, and the queries by which it was found."""
@@ -199,6 +202,14 @@ def preview(job: Job, log: Log | None) -> dict[str, Any]:
         return {"day": None, "odd": ["the delivery holds no rows."]}
     day, chain = job.facts(positive_rows(log.frame)), chain_of(job.store)
     return {"day": asdict(day), "odd": looks_odd(day, _days(chain), job.limits)}
+
+
+def _head(served: Served) -> pl.Series:
+    """The ids of the most popular items, which had half of the attention lately."""
+    counts_I = served.counts.model.counts_I.double()
+    rows_I = counts_I.argsort(descending=True, stable=True)
+    ahead_I = counts_I[rows_I].cumsum(0) - counts_I[rows_I]
+    return served.items.ids(rows_I[(ahead_I < counts_I.sum() / 2) & (rows_I > 0)])
 
 
 def _days(chain: list[Manifest]) -> list[Day]:

@@ -1,0 +1,97 @@
+"""Facts of the rows that a day brought, by which the gate sees whether it is a day like others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+from freshrec.data.catalog import Catalog
+from freshrec.data.validate import DAY
+
+SECOND, HOUR = 1_000_000, 3_600_000_000  # microseconds
+
+
+@dataclass(frozen=True)
+class Day:
+    """Facts of the rows that a day brought; shares are of its rows where nothing else is said. Fit for JSON."""
+
+    n_rows: int
+    n_users: int
+    n_items: int
+    rows_per_user: float
+    share_unknown_users: float  # rows of users whom no earlier day had
+    share_unknown_items: float
+    share_top_user: float  # rows of the most active user
+    share_top_item: float
+    share_doubled: float  # of what was delivered: rows that say what another of the day says
+    share_known: float  # of what was delivered: rows that were there already
+    share_head: float | None  # rows on the items that had half of the attention lately; None: nothing is known of that
+    # None where the log has no clock, or no earlier day
+    share_late: float | None  # rows older than the newest that was known
+    share_same_second: float | None  # of the users: the most who have a row in one second; a basket is one user's
+    whole_days: bool | None  # all times are midnights: the log tells days, not seconds
+    span_hours: float | None  # from the first row to the last
+    gap_hours: float | None  # from the newest row that was known to the middle one of the day
+    hole_hours: float | None  # the longest stretch without a row, from the newest that was known to the day's last
+
+
+def facts_of(
+    frame: pl.DataFrame,
+    known_users: Catalog,
+    known_items: Catalog,
+    has_clock: bool,
+    newest: int | None,
+    doubled: int,
+    known: int,
+    head: pl.Series | None = None,
+) -> Day:
+    """The facts of a `Log.frame`, in time order, against what was known before it.
+
+    `newest`: the largest time known. `doubled`, `known`: rows of the delivery that are not in `frame`, because they say
+    what another row of it, or one of an earlier delivery, says. `head`: ids of the items that had half of the attention
+    lately.
+    """
+    n_rows, n_users = len(frame), frame["user_id"].n_unique()
+    n_delivered = max(1, n_rows + doubled + known)
+    if has_clock:
+        doubled += n_rows - len(frame.select("user_id", "item_id", "time").unique())
+    times = frame["time"]
+    timed = has_clock and n_rows > 0
+    fresh = times.filter(times >= newest) if newest is not None else times
+    seconds = frame.select("user_id", second=pl.col("time") // SECOND).unique()
+    return Day(
+        n_rows=n_rows,
+        n_users=n_users,
+        n_items=frame["item_id"].n_unique(),
+        rows_per_user=n_rows / max(1, n_users),
+        share_unknown_users=_share_unknown(frame["user_id"], known_users),
+        share_unknown_items=_share_unknown(frame["item_id"], known_items),
+        share_top_user=_most(frame["user_id"]) / max(1, n_rows),
+        share_top_item=_most(frame["item_id"]) / max(1, n_rows),
+        share_doubled=doubled / n_delivered,
+        share_known=known / n_delivered,
+        share_head=None if head is None or not n_rows else int(frame["item_id"].is_in(head.implode()).sum()) / n_rows,
+        share_late=1 - len(fresh) / n_rows if timed and newest is not None else None,
+        share_same_second=_most(seconds["second"]) / n_users if timed else None,
+        whole_days=bool((times % DAY == 0).all()) if timed else None,
+        span_hours=(int(times[-1]) - int(times[0])) / HOUR if timed else None,
+        gap_hours=(int(times[n_rows // 2]) - newest) / HOUR if timed and newest is not None else None,
+        hole_hours=_longest_step(fresh, newest) / HOUR if timed else None,
+    )
+
+
+def _share_unknown(ids: pl.Series, known: Catalog) -> float:
+    return float((known.rows(ids) == 0).sum()) / max(1, len(ids))
+
+
+def _most(values: pl.Series) -> int:
+    """How often the most frequent value occurs."""
+    return int(values.value_counts(name="n")["n"].to_numpy().max(initial=0))
+
+
+def _longest_step(times: pl.Series, start: int | None) -> int:
+    """Between neighbours in time."""
+    times_T = times.to_numpy() if start is None else np.concatenate([[start], times.to_numpy()])
+    return int(np.diff(times_T).max(initial=0))
