@@ -31,18 +31,18 @@ class Days:
     """A log, and how it is cut into days."""
 
     path: str
-    base: int  # days of the first log
+    base: float  # share of the rows that the first log has, in whole days
     users: int | None = None
     most: int = 100
     hours: float = 24.0
 
 
 LOGS = {
-    "uci": Days("uci_online_retail.parquet", base=60, most=240),
-    "globo": Days("globo_news_clicks.parquet", base=3, users=15_000, most=13),
-    "globo, 4 hours": Days("globo_news_clicks.parquet", base=12, users=15_000, most=80, hours=4.0),
-    "taobao": Days("taobao_userbehavior_head84k.parquet", base=2),
-    "beauty, weeks": Days("amazon_beauty_5core.parquet", base=300, most=100, hours=168.0),
+    "uci": Days("uci_online_retail.parquet", base=0.1, most=240),
+    "globo": Days("globo_news_clicks.parquet", base=0.2, users=15_000, most=13),
+    "globo, 4 hours": Days("globo_news_clicks.parquet", base=0.2, users=15_000, most=80, hours=4.0),
+    "taobao": Days("taobao_userbehavior_head84k.parquet", base=0.25),
+    "beauty, weeks": Days("amazon_beauty_5core.parquet", base=0.3, most=100, hours=168.0),
 }
 
 
@@ -98,9 +98,9 @@ def cut(days: Days, folder: Path) -> tuple[Frame, list[Frame]]:
     frame = positives(log).frame.select("user_id", "item_id", "time").unique(maintain_order=True)
     length = int(days.hours / 24 * DAY)
     frame = frame.with_columns(day=(pl.col("time") - frame["time"][0] // DAY * DAY) // length)
-    base = frame.filter(pl.col("day") < days.base).drop("day")
-    later = frame.filter(pl.col("day") >= days.base).partition_by("day", maintain_order=True, include_key=False)
-    return base, later[: days.most]
+    first = frame["day"][round(days.base * len(frame))]
+    later = frame.filter(pl.col("day") >= first).partition_by("day", maintain_order=True, include_key=False)
+    return frame.filter(pl.col("day") < first).drop("day"), later[: days.most]
 
 
 def nights(name: str, days: Days, folder: Path, model: str, every: int) -> Iterator[tuple[str, int, Manifest]]:
@@ -126,21 +126,32 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--model", default="item-knn")
     parser.add_argument("--logs", nargs="+", default=list(LOGS), choices=LOGS)
-    parser.add_argument("--every", type=int, default=1, help="spoil only every so many days")
+    parser.add_argument("--every", type=int, default=4, help="spoil only every so many days")
     arguments = parser.parse_args()
-    rows = []
-    for name, days in ((name, LOGS[name]) for name in arguments.logs):
-        verdicts: dict[str, list[Manifest]] = {}
-        for kind, i, version in nights(name, days, arguments.data, arguments.model, arguments.every):
-            verdicts.setdefault(kind, []).append(version)
-            if (kind == "good") != version.promoted:
+    for name in arguments.logs:
+        right: dict[str, list[bool]] = {}
+        later: dict[str, list[bool]] = {}  # with seven days before it
+        for kind, i, version in nights(name, LOGS[name], arguments.data, arguments.model, arguments.every):
+            is_right = version.promoted == (kind == "good")
+            right.setdefault(kind, []).append(is_right)
+            later.setdefault(kind, []).extend([is_right] * (i >= 7))
+            if not is_right:
                 print(f"{name} day {i}, {kind}: {version.promoted} {version.reasons}", flush=True)  # noqa: T201
-        for kind, versions in verdicts.items():
-            n_right = sum(version.promoted == (kind == "good") for version in versions)
-            rows.append({"log": name, "kind": kind, "days": len(versions), "right": n_right})
-            print(json.dumps(rows[-1]), flush=True)  # noqa: T201
-    text = json.dumps({"model": arguments.model, "every": arguments.every, "rows": rows}, indent=1)
-    (arguments.out / "nights.json").write_text(text + "\n")
+        rows = [
+            {
+                "log": name, "model": arguments.model, "kind": kind, "days": len(found), "right": sum(found),
+                "later": len(later[kind]), "later_right": sum(later[kind]),
+            }
+            for kind, found in right.items()
+        ]  # fmt: skip
+        write(arguments.out / "nights.json", name, rows)
+
+
+def write(out: Path, name: str, rows: list[dict[str, object]]) -> None:
+    """The rows of a log, beside those of the others."""
+    rows += [row for row in json.loads(out.read_text())["rows"] if row["log"] != name] if out.exists() else []
+    lines = ",\n".join(json.dumps(row) for row in sorted(rows, key=lambda row: (str(row["log"]), str(row["kind"]))))
+    out.write_text(f'{{"rows": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

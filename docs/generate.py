@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reference import reference_page
-from results import readme, results_page
+from results import operations, readme, results_page
 
 ROOT = Path(__file__).resolve().parent.parent
 TAG = re.compile(r"\[(\w+) eq\. (\w+)\]")
@@ -124,6 +124,7 @@ def pages(root: Path = ROOT) -> dict[str, str]:
     """Every generated page: path relative to the root -> what it should say."""
     return {
         "README.md": readme(root),
+        "docs/operations.md": operations(root),
         "docs/equations.md": equations_page(root),
         "docs/reference.md": reference_page(root),
         "docs/results.md": results_page(root),

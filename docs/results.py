@@ -73,6 +73,22 @@ def readme(root: Path) -> str:
     return f"{head}<!-- results -->\n" + "\n".join(_short(_found(root))) + f"\n<!-- /results -->\n{tail}"
 
 
+def operations(root: Path) -> str:
+    """docs/operations.md with the table of nights between its two marks."""
+    text, path = (root / "docs/operations.md").read_text(), root / "benchmarks/results/nights.json"
+    head, _, rest = text.partition("<!-- nights -->\n")
+    _, _, tail = rest.partition("<!-- /nights -->\n")
+    rows = pl.DataFrame(json.loads(path.read_text())["rows"])
+    kinds = rows["kind"].unique(maintain_order=True).sort().to_list()
+    kinds = ["good", *(kind for kind in kinds if kind != "good")]
+    lines = ["| right, of so many days; from day 8 | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
+    for name, of_log in (*rows.group_by("log", maintain_order=True), (("all",), rows)):
+        sums = {row["kind"]: row for row in of_log.group_by("kind").sum().iter_rows(named=True)}
+        cells = ["{right} of {days}; {later_right} of {later}".format(**sums[kind]) for kind in kinds]
+        lines.append(f"| {name[0]} | " + " | ".join(cells) + " |")
+    return f"{head}<!-- nights -->\n" + "\n".join(lines) + f"\n<!-- /nights -->\n{tail}"
+
+
 def _short(found: list[dict[str, Any]]) -> list[str]:
     """ndcg@20 of a few methods on every log, and what a full retrain costs."""
     names = [model if strategy == "absorb" else f"{model} {strategy}" for model, strategy in SHOWN]

@@ -77,6 +77,21 @@ def test_no_file_holds_the_id_and_updates_go_on(model: str, strategy: str | None
     assert version.id == 3 and GONE in Recommender.load(tmp_path / "s").contents.served.users.frame["id"]
 
 
+def test_users_whose_ids_are_numbers_are_erased_one_after_the_other(tmp_path: Path) -> None:
+    base, one, _ = days(2)
+    with new_store(tmp_path / "s") as store:
+        Job(store, ANY).begin(read_log(base), "base", begun("popularity", None, 0))
+    job = Job(open_store(tmp_path / "s"), ANY)
+    learn(job, one, "one")
+    for user in (7, 3, 5, 9):  # in one process: each writes the versions anew
+        theirs = len(pl.concat([base, one]).filter(pl.col("user_id") == user))
+        with job.store.locked():
+            receipt = erase(job, str(user))
+        assert receipt["events"] == theirs > 0 and not (job.log.read()["user_id"] == user).any()
+        assert 2 in receipt["versions"]
+    assert main(["erase", "no-number", "--store", str(tmp_path / "s")]) == 3
+
+
 def test_the_command_prints_a_receipt_and_a_damaged_version_is_given_up(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

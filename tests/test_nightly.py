@@ -1,6 +1,7 @@
 """The nightly job: every event is learnt once, in order, whatever happens; what is worse does not go live."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,14 +17,15 @@ from hypothesis import strategies as st
 from freshrec.cli import main
 from freshrec.data.log import read_log
 from freshrec.data.worlds import make
-from freshrec.errors import LogError, OptionError, StateError
+from freshrec.errors import LogError, OptionError, StateError, TrainingError
 from freshrec.nightly import job as job_module
 from freshrec.nightly.anew import GAIN, interval_of, planned, since_full
 from freshrec.nightly.gate import Limits
 from freshrec.nightly.job import Job, preview, source_of, waiting
+from freshrec.nightly.tell import user as inspected
 from freshrec.serve.contents import Contents, begun, read_contents
 from freshrec.serve.recommender import Recommender
-from freshrec.store.versions import Manifest, chain_of, new_store, open_store
+from freshrec.store.versions import Manifest, Store, chain_of, new_store, open_store
 
 ANY = Limits(tolerance=0.99, forgetting=0.99, more=1e9, fewer=1e9, shorter=1e9, n_tails=1000, rise=1.0, small_rise=1.0,
              one_user=1.0, one_item=1.0, unknown=1.0, doubled=1.0, late=1.0, same_second=1.0)  # fmt: skip
@@ -177,6 +179,110 @@ def test_what_was_rolled_back_is_not_learnt_again_unasked(tmp_path: Path) -> Non
     assert job.again(3).parent == 4 and learnt(job.contents) == 1500 + 3 * SIZE
 
 
+def test_who_dies_before_a_version_goes_live_leaves_that_to_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, one, two, *_ = days()
+    job = started(tmp_path / "s", base)
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Store, "point", die)
+    with pytest.raises(KeyboardInterrupt):
+        learn(job, one, "one")
+    monkeypatch.undo()
+    job = Job(open_store(tmp_path / "s"), ANY)
+    assert (job.store.live, job.store.numbers()) == (1, [1, 2])
+    assert list(job.catch_up()) == [] and job.store.live == 2 and learnt(job.contents) == 1500 + SIZE
+    job.store.point(1, "rollback")
+    assert list(job.catch_up()) == [] and job.store.live == 1  # it has been live
+    learn(job, two, "two")
+    assert learnt(job.contents) == 1500 + SIZE
+
+
+def test_what_cannot_be_learnt_is_a_refused_version_and_does_not_stop_the_nights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, one, two, *_ = days()
+    job = started(tmp_path / "s", base)
+
+    def diverge(*_: object) -> None:
+        raise TrainingError("the loss became nan")
+
+    monkeypatch.setattr(job_module, "_learnt", diverge)
+    [version] = learn(job, one, "one")
+    assert not version.promoted and version.reasons == ["the loss became nan"] and job.store.live == 1
+    monkeypatch.undo()
+    assert learn(job, two, "two")[0].parent == 1 and job.again(2).parent == 3
+    assert learnt(job.contents) == 1500 + 2 * SIZE
+
+
+def test_a_log_that_was_lost_is_told(tmp_path: Path) -> None:
+    base, one, *_ = days()
+    job = started(tmp_path / "s", base)
+    shutil.rmtree(tmp_path / "s" / "log")
+    with pytest.raises(StateError, match="lacks batch 1"):
+        list(job.catch_up())
+    assert main(["status", "--store", str(tmp_path / "s")]) == 7
+
+
+def test_what_the_first_log_left_out_is_new_later_and_clicks_are_no_doubles_of_what_was_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, one, *_ = days()
+    whole = pl.concat([base, one])
+    whole.write_parquet(tmp_path / "whole.parquet")
+    at, until = ["--store", str(tmp_path / "s")], pl.Series([one["time"][0]]).cast(pl.Datetime("us")).dt.to_string()[0]
+    log = str(tmp_path / "whole.parquet")
+    assert main(["fit", log, *at, "--until", until, "--model", "popularity"]) == 0
+    assert main(["update", log, *at, "--force", "--reason", "it is a test"]) == 0
+    assert f"{SIZE} new; left out: 1,500 known already" in capsys.readouterr().out
+    shown = pl.concat([one.with_columns(label=pl.lit(0)), one.with_columns(label=pl.lit(1))])
+    job = started(tmp_path / "t", base)
+    learn(job, shown, "shown")
+    assert learnt(job.contents) == 1500 + SIZE
+    one.with_columns(label=pl.lit(0)).write_parquet(tmp_path / "none.parquet")
+    assert main(["update", str(tmp_path / "none.parquet"), "--store", str(tmp_path / "t")]) == 0
+    with pytest.raises(LogError, match="nothing to learn from"):
+        started(tmp_path / "u", base.with_columns(label=pl.lit(0)))
+
+
+def test_a_day_may_lack_a_type_of_event(tmp_path: Path) -> None:
+    base, one, *_ = days()
+    base.with_columns(
+        event=pl.when(pl.int_range(pl.len()) % 2 == 0).then(pl.lit("pv")).otherwise(pl.lit("buy"))
+    ).write_parquet(tmp_path / "base.parquet")
+    at = ["--store", str(tmp_path / "s")]
+    assert main(["fit", str(tmp_path / "base.parquet"), *at, "--events", "pv,buy", "--model", "popularity"]) == 0
+    for event in ("pv", "cart"):
+        one.with_columns(event=pl.lit(event)).write_parquet(tmp_path / "one.parquet")
+        assert main(["update", str(tmp_path / "one.parquet"), *at, "--force", "--reason", "it is a test"]) == 0
+    assert open_store(tmp_path / "s").manifest(3).kind == "no rows"
+
+
+def test_again_is_judged_without_what_is_known_to_be_late(tmp_path: Path) -> None:
+    base, one, two, *_ = days()
+    job = started(tmp_path / "s", base, limits=Limits(one_user=0.0001))
+    assert not learn(job, one, "one")[0].promoted
+    job.limits = Limits(more=1e9)
+    assert learn(job, two, "two")[0].promoted and job.again(2).promoted
+
+
+@pytest.mark.parametrize("model", ["sasrec:d=8", "mf:d=8", "comirec-dr:d=8", "blend", "item-knn"])
+def test_items_that_only_the_newest_events_have_break_no_answer(model: str, tmp_path: Path) -> None:
+    base, one, *_ = days()
+    one = pl.concat([one[:-3], one[-3:].with_columns(item_id=pl.lit(999, pl.Int64))])
+    job = started(tmp_path / "s", base.with_columns(category=pl.lit(1)), model)
+    learn(job, one.with_columns(category=pl.lit(2)), "one")
+    recommender = Recommender.of(job.contents)
+    users = [*one["user_id"][-3:], 10**6]
+    for options in ({}, {"category": 2}, {"allow": [1, 999]}):
+        recommender.recommend(users, 5, **options)  # type: ignore[arg-type]
+    assert 999 not in recommender.similar_items([999, 1], 3)["item_id"]
+    assert inspected(job.contents, users[0])["events"][-1]["item_id"] == 999
+
+
 def test_a_preview_changes_nothing_and_tells_what_is_odd(tmp_path: Path) -> None:
     base, one, *_ = days()
     job = started(tmp_path / "s", base)
@@ -203,6 +309,9 @@ def test_a_log_without_a_clock_goes_on_where_it_was_and_the_same_file_is_known(t
     learn(job, one, "one")
     assert job.deliver(read_log(one), "one").again == 2
     assert learnt(job.contents) == 1500 + SIZE and job.log.read()["time"].is_sorted()
+    Recommender("popularity").fit(base).save(tmp_path / "p")
+    job = Job(open_store(tmp_path / "p"), ANY)
+    assert learn(job, one, "one")[0].numbers["late"] == 0
 
 
 @pytest.mark.parametrize("model", ["popularity", "mf:d=8"])
@@ -344,9 +453,14 @@ def test_killed_at_many_random_moments_nothing_is_lost_or_counted_twice(n: int, 
 
 def test_a_store_that_python_saved_can_be_updated_by_the_night(tmp_path: Path) -> None:
     base, one, *_ = days()
-    Recommender("popularity").fit(base).save(tmp_path / "s")
+    recommender = Recommender("popularity").fit(base)
+    recommender.save(tmp_path / "s")
     job = Job(open_store(tmp_path / "s"), ANY)
+    with pytest.raises(LogError, match="use one kind"):
+        job.deliver(read_log(one.with_columns(pl.col("user_id").cast(pl.String) + "x")), "text")
     [version] = learn(job, one, "one")
+    with pytest.raises(OptionError, match="save to another folder"):
+        recommender.save(tmp_path / "s")
     assert (version.id, version.parent) == (2, 1) and learnt(job.contents) == 1500 + SIZE
     with pytest.raises(StateError, match="no version 9"):
         job.store.point(9, "promote")

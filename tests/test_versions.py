@@ -14,7 +14,7 @@ from freshrec.store.versions import Manifest, Store, collect, new_store, open_st
 def about(number: int, parent: int | None = None, promoted: bool = True) -> Manifest:
     return Manifest(
         id=number, parent=parent, kind="update", recipe={"model": "m"}, spans_seen=1, sizes={"events": 1},
-        promoted=promoted,
+        promoted=promoted, goes_live=promoted,
     )  # fmt: skip
 
 
@@ -191,3 +191,46 @@ def test_a_full_disk_is_told_and_changes_nothing(store: Store, monkeypatch: pyte
             change()
     monkeypatch.undo()
     assert store.live == 3 and store.numbers() == [1, 2, 3]
+
+
+def test_what_others_leave_in_the_folder_and_a_disk_without_links_are_no_obstacle(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (store.folder / "versions" / ".DS_Store").write_text("a file")
+
+    def refuse(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with store.locked():
+        write(store, 4, parent=3)
+    assert store.files(4)["b"].read_text() == "as ever" and not (store.folder / "versions" / ".DS_Store").exists()
+
+
+@pytest.mark.parametrize("path", ["../../secret", "/etc/passwd", "", ".", "..", "a/../b", "a/b/c", "x" * 5000])
+def test_a_manifest_that_points_elsewhere_is_not_believed(path: str, store: Store) -> None:
+    whole = store.manifest(3).model_dump()
+    whole["files"]["a"]["path"] = path
+    versions.write_signed(whole, store.folder / "versions" / "3" / "manifest.json")
+    with pytest.raises(StateError, match="is no manifest"):
+        store.files(3)
+
+
+def test_a_version_does_not_come_from_itself(store: Store) -> None:
+    folder = store.folder / "versions" / "3"
+    versions.write_signed(store.manifest(3).model_dump() | {"parent": 3}, folder / "manifest.json")
+    with pytest.raises(StateError):
+        versions.chain_of(store)
+
+
+def test_a_version_that_is_written_anew_meanwhile_is_read_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, times = store.manifest(3), []
+    store.rewrite(3, lambda aside: (aside / "a").write_text("anew"))
+    manifest = Store.manifest
+
+    def late(self: Store, number: int) -> Manifest:
+        times.append(number)
+        return old if len(times) <= 2 else manifest(self, number)
+
+    monkeypatch.setattr(Store, "manifest", late)
+    assert store.files(3)["a"].read_text() == "anew"

@@ -64,7 +64,7 @@ def fit(
     found = read_log(log, columns=reading.columns, format=format_name, events=reading.events, quarantine=quarantine)
     found = before(found, until) if until else found
     with new_store(store) as made:
-        version = Job(made).begin(found, source_of(log), contents)
+        version = Job(made).begin(found, source_of(log) + (f" until {until}" if until else ""), contents)
     typer.echo(json.dumps(version.model_dump()) if as_json else f"{line_of(version)}; live in {store}")
 
 
@@ -95,7 +95,7 @@ def update(
         if again is not None or force:
             raise OptionError("--dry-run reads new events only; leave --again and --force out.")
         for path in new or []:
-            typer.echo(json.dumps(preview(job, _read(job, path, quarantine))))
+            typer.echo(json.dumps(preview(job, _read(job, path, None))))
         return
     with made.locked(seconds(wait) if wait else 0.0):
         versions = [_shown(version, as_json) for version in job.catch_up(force_why)]
@@ -113,29 +113,33 @@ def update(
         numbers = "version" + ("s " if len(refused) > 1 else " ") + ", ".join(map(str, refused))
         raise RefusedError(
             f"{numbers} of {store} did not pass the gate, version {live} is live; see `freshrec history`, "
-            f"or take it nevertheless with `freshrec promote {refused[-1]} --reason ...`."
+            f"or learn the events nevertheless with `freshrec update --again {refused[-1]} --force --reason ...`."
         )
 
 
 def _learnt(job: Job, path: Path, quarantine: Path | None, force: str, as_json: bool) -> list[Manifest]:
     """The versions that one delivery leads to."""
-    from freshrec.nightly.job import source_of
+    from freshrec.nightly.job import positive_rows, source_of
 
     source, log = source_of(path), _read(job, path, quarantine)
-    if log is None:
+    if log is None or not len(positive_rows(log.frame)):
         return [_shown(job.rest(None, source), as_json)]
     taken = job.deliver(log, source)
     if not as_json:
-        typer.echo(_told(taken, path))
+        typer.echo(_told(taken, path) + (f"; {log.n_aside:,} bad rows set aside" if log.n_aside else ""))
     return [_shown(version, as_json) for version in job.catch_up(force, taken)]
 
 
 def _read(job: Job, path: Path, quarantine: Path | None) -> Log | None:
     """A delivery, read as the log of `fit` was; None where it holds no rows."""
     reading = job.contents.reading
+    n = 1
+    while quarantine is not None and quarantine.with_stem(f"{quarantine.stem}-{n}").exists():
+        n += 1
+    aside = quarantine and (quarantine.with_stem(f"{quarantine.stem}-{n}") if quarantine.exists() else quarantine)
     try:
         return read_log(
-            path, columns=reading.columns, format=reading.format, events=reading.events, quarantine=quarantine
+            path, columns=reading.columns, format=reading.format, events=reading.events, quarantine=aside, absent=True
         )
     except NoRowsError:
         return None
@@ -143,11 +147,12 @@ def _read(job: Job, path: Path, quarantine: Path | None) -> Log | None:
 
 def _told(taken: Taken, path: Path) -> str:
     """What became of the rows of a delivery."""
+    if taken.again is not None:
+        return f"{path.name}: the very bytes of batch {taken.again}; nothing is taken again"
     left = [f"{n:,} {what}" for n, what in ((taken.doubled, "doubled"), (taken.known, "known already")) if n]
     late = f", {taken.late:,} of them late" if taken.late else ""
-    again = f"; it is the same as batch {taken.again}" if taken.again is not None else ""
     left_out = f"; left out: {', '.join(left)}" if left else ""
-    return f"{path.name}: {taken.rows:,} rows, {taken.kept:,} new{late}{left_out}{again}"
+    return f"{path.name}: {taken.rows:,} rows, {taken.kept:,} new{late}{left_out}"
 
 
 def _shown(version: Manifest, as_json: bool) -> Manifest:
@@ -208,7 +213,9 @@ def history(store: StorePath = Path("store"), as_json: AsJson = False) -> None:
     print_table(("moved", "by", "to", "why"), [(m.at, m.action, m.to, m.reason) for m in moves])
 
 
-def promote(number: Number, store: StorePath = Path("store"), reason: Reason = "", wait: Wait = "") -> None:
+def promote(
+    number: Number, store: StorePath = Path("store"), reason: Reason = "", wait: Wait = "", as_json: AsJson = False
+) -> None:
     """Make a version the live one; one that was refused needs a reason."""
     from freshrec.store.versions import open_store
 
@@ -219,7 +226,7 @@ def promote(number: Number, store: StorePath = Path("store"), reason: Reason = "
                 f'version {number} was refused by the gate; promote it with --reason "...", which is kept.'
             )
         made.point(number, "promote", reason)
-    typer.echo(f"version {number} is live")
+    typer.echo(json.dumps({"live": number}) if as_json else f"version {number} is live")
 
 
 def rollback(
@@ -229,6 +236,7 @@ def rollback(
     store: StorePath = Path("store"),
     reason: Reason = "",
     wait: Wait = "",
+    as_json: AsJson = False,
 ) -> None:
     """Go back to an earlier version. What later ones had learnt is not learnt again (but see `update --again`)."""
     from freshrec.store.versions import open_store
@@ -239,12 +247,15 @@ def rollback(
         back = number if number is not None else made.manifest(live).parent
         if back is None:
             raise OptionError(f"version {live} is the first; there is nothing to go back to.")
+        if not made.manifest(back).goes_live and not reason:
+            raise OptionError(f'version {back} was refused by the gate; take it with --reason "...", which is kept.')
         if back >= live:
             raise OptionError(
                 f"version {back} is not earlier than the live one, {live}; use `freshrec promote {back}`."
             )
         made.point(back, "rollback", reason)
-    typer.echo(f"version {back} is live, after {live}")
+    told = f"version {back} is live, after {live}"
+    typer.echo(json.dumps({"live": back, "was": live}) if as_json else told)
 
 
 def gc(

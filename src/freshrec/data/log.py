@@ -64,12 +64,14 @@ def read_log(
     users: int | None = None,
     seed: int = 0,
     quarantine: Path | None = None,
+    absent: bool = False,
 ) -> Log:
     """The log in `source`: CSV(.gz), Parquet (file or folder), JSON lines, or a frame of polars or pandas.
 
     `columns`: our name -> theirs, where the names differ; `item_id=sku:text` says that ids are text even where some are
     digits. `format`: a key of FORMATS. `events`: the event types to keep, all if empty. `users`: keep a random sample
-    of so many whole users. `quarantine`: a .parquet or .csv file for bad rows. LogError where the log is not one.
+    of so many whole users. `quarantine`: a .parquet or .csv file for bad rows. `absent`: an event type may have no
+    rows. LogError where the log is not one.
     """
     if quarantine is not None and isinstance(source, str | Path) and quarantine.resolve() == Path(source).resolve():
         raise OptionError(f"the bad rows of {quarantine.name} cannot replace the log itself; name another file.")
@@ -77,7 +79,7 @@ def read_log(
         raise OptionError(f"{quarantine.name} cannot take bad rows; name a file that ends in .parquet or .csv.")
     table = open_table(source, format)
     names, text = _names(table, columns or {})
-    raw = _read(table, names, events)
+    raw = _read(table, names, events, absent)
     if not len(raw):
         raise NoRowsError(f"{table.where} holds no rows; a log needs at least one.")
     try:
@@ -165,7 +167,7 @@ def _listed(names: Sequence[str]) -> str:
     return shown + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
-def _read(table: Table, names: Mapping[str, str], events: Sequence[str]) -> pl.DataFrame:
+def _read(table: Table, names: Mapping[str, str], events: Sequence[str], may_miss: bool) -> pl.DataFrame:
     """The columns we know under our names, as the source has them, with `row`, their place in the source from 0."""
     rows = table.rows.select(pl.col(theirs).alias(ours) for ours, theirs in names.items()).with_row_index("row")
     if events and "event" not in names:
@@ -175,7 +177,7 @@ def _read(table: Table, names: Mapping[str, str], events: Sequence[str]) -> pl.D
             return rows.collect()
         kind = pl.col("event").cast(pl.String)
         raw = rows.filter(kind.is_in(list(events))).collect()
-        absent = set(events) - set(raw["event"].cast(pl.String).unique())
+        absent = set() if may_miss else set(events) - set(raw["event"].cast(pl.String).unique())
         found = rows.select(kind.unique()).collect()["event"].drop_nulls().to_list() if absent else []
     if absent:
         raise unknown("event type", min(absent), found)

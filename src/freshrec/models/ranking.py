@@ -131,7 +131,7 @@ def top(
     batch = _known(model, batch)
     if isinstance(model, OfferingModel):
         return _top_offered(*model.candidates(batch), k, banned_BM, among_N)
-    among_N = torch.arange(1, model.n_items + 1) if among_N is None else among_N
+    among_N = torch.arange(1, model.n_items + 1) if among_N is None else among_N[among_N <= model.n_items]
     best_items, best_scores = torch.zeros(len(batch), 0, dtype=torch.int64), torch.zeros(len(batch), 0)
     for items_N in in_parts(among_N, 8 * ITEMS):
         score_BN = model.score(batch, items_N)

@@ -28,7 +28,7 @@ def interval_of(every: str, chain: Sequence[Manifest]) -> int:
     n = FIRST
     for manifest in chain:
         if GAIN in manifest.numbers:
-            n = max(1, n // 2) if manifest.numbers["full_low"] > 0 else min(MOST, 2 * n)
+            n = max(1, n // 2) if manifest.numbers.get("full_low", 0.0) > 0 else min(MOST, 2 * n)
     return n
 
 
@@ -61,6 +61,6 @@ def planned(chain: Sequence[Manifest]) -> dict[str, Any]:
     found["full_s"] = next((m.numbers["full_s"] for m in reversed(chain) if "full_s" in m.numbers), None)
     if tried:
         numbers = tried[-1].numbers
-        gain = ", ".join(f"{numbers[name]:+.4f}" for name in (GAIN, "full_low", "full_high"))
+        gain = ", ".join(f"{numbers.get(name, 0.0):+.4f}" for name in (GAIN, "full_low", "full_high"))
         found["last_full"] = f"version {tried[-1].id} gained {gain} (95 % interval) over the update of that night"
     return found

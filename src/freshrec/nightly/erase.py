@@ -34,8 +34,9 @@ def erase(job: Job, user_id: str) -> dict[str, Any]:
 
     StateError where the live version is damaged; others that are damaged give up their files, as nobody can use them.
     """
-    store, rewritten = job.store, []
-    store.files(store.live)
+    store, rewritten, live = job.store, [], job.contents.served.users
+    theirs = ids_of("user_id", user_id, live)[0]  # a number, where ids are numbers
+    job.log.batches()  # it can be read, or nothing is begun
     readable = {manifest.id for manifest in store.versions()}
     for number in store.numbers():
         if collected(store, number):
@@ -50,7 +51,7 @@ def erase(job: Job, user_id: str) -> dict[str, Any]:
             less = replace(less, served=replace(less.served, users=contents.served.users.without(row)))
             store.rewrite(number, lambda aside, less=less: write_contents(less, aside))  # type: ignore[misc]
             rewritten.append(number)
-    n_events = job.log.erase(user_id)
+    n_events = job.log.erase(theirs)
     return {"user_id": user_id, "events": n_events, "versions": rewritten, "stays": STAYS}
 
 

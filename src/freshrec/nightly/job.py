@@ -23,8 +23,8 @@ import polars as pl
 import torch
 
 from freshrec.data.catalog import Catalog
-from freshrec.data.log import Log
-from freshrec.errors import OptionError
+from freshrec.data.log import Log, positives
+from freshrec.errors import LogError, OptionError, StateError, TrainingError
 from freshrec.models.popularity import PopularitySpec
 from freshrec.nightly.anew import GAIN, from_nothing, interval_of, since_full
 from freshrec.nightly.compare import newest, values_of
@@ -65,9 +65,9 @@ class Job:
     def begin(self, log: Log, source: str, contents: Contents) -> Manifest:
         """The first version, live at once; `contents` knows nothing yet, `source` is a hash of the delivery."""
         since = time.perf_counter()
-        taken = self.log.take(log.frame, source, log.has_clock)
-        assert taken.batch is not None  # the store is new, and a log has rows
-        frame = positive_rows(self.log.read([taken.batch]))
+        taken = self.log.take(positives(log).frame, source, log.has_clock)
+        assert taken.batch is not None  # the store is new, and the log has rows
+        frame = self.log.read([taken.batch])
         contents = replace(contents, reading=replace(contents.reading, has_clock=log.has_clock))
         after, numbers = _learnt(contents, frame, HELD_FIRST)
         metric, queries, notes = self.limits.metric, newest(after.served), []
@@ -84,15 +84,28 @@ class Job:
         return self._live(about, replace(after, asked=(_some(queries),)), "fit")
 
     def deliver(self, log: Log, source: str) -> Taken:
-        """Append a delivery to the log, but for what is there already; `catch_up` then learns from it."""
+        """Append what was taken in a delivery to the log, but for what is there already; `catch_up` then learns it.
+
+        LogError where its ids or its clock are of another kind than those before.
+        """
         must_be_alike(log, self.contents.reading)
-        frame, last = log.frame, self.log.newest
-        if not log.has_clock and last is not None:
-            frame = frame.with_columns(pl.col("time") + last + 1)
+        served, frame = self.contents.served, positive_rows(log.frame)
+        served.users.rows(frame["user_id"]), served.items.rows(frame["item_id"])  # are they of the same kind?
+        times = [time for time in (self.log.newest, _newest(served)) if time is not None]
+        if not log.has_clock and times:
+            frame = frame.with_columns(pl.col("time") + max(times) + 1)
         return self.log.take(frame, source, log.has_clock)
 
     def catch_up(self, force: str = "", taken: Taken | None = None) -> Iterator[Manifest]:
-        """A version of each batch that waits, as `advance` makes them; `taken`: what became of the last delivery."""
+        """A version of each batch that waits, as `advance` makes them; `taken`: what became of the last delivery.
+
+        First of all, a version that was to go live when its maker died does so.
+        """
+        live, moved = self.store.live, {move.to for move in self.store.moves()}
+        for about in self.store.versions():
+            if about.goes_live and about.parent == live and about.id not in moved:
+                self.store.point(about.id, "update", "its maker died before")
+                live = about.id
         for batch in waiting(self.store, self.log):
             yield self.advance(batch, force, taken if taken and taken.batch == batch else None)
 
@@ -101,7 +114,7 @@ class Job:
         batch = self.store.manifest(number).batch
         if batch is None or batch in [manifest.batch for manifest in chain_of(self.store)]:
             raise OptionError(f"the live version has learnt all that version {number} had; nothing is left to take.")
-        return self.advance(batch, force)
+        return self.advance(batch, force, is_late=True)
 
     def rest(self, batch: int | None, source: str) -> Manifest:
         """A version like the live one, of a day that brought nothing."""
@@ -112,30 +125,46 @@ class Job:
         )
         return self._live(about, contents, "update")
 
-    def advance(self, batch: int, force: str = "", taken: Taken | None = None) -> Manifest:
-        """A version that has learnt from a batch, live if it passes the gate, or by `force`, which says why."""
-        since, frame = time.perf_counter(), positive_rows(self.log.read([batch]))
+    def advance(self, batch: int, force: str = "", taken: Taken | None = None, is_late: bool = False) -> Manifest:
+        """A version that has learnt from a batch, live if it passes the gate, or by `force`, which says why.
+
+        Where learning fails, a version like the live one is refused, with the reason. `is_late`: that the events are
+        old is known.
+        """
+        since, frame = time.perf_counter(), self.log.read([batch])
         source = self.log.source(batch)
         if not len(frame):
             return self.rest(batch, source)
-        about, after = self.tried(frame, taken)
+        try:
+            about, after = self.tried(frame, taken, is_late)
+        except (LogError, TrainingError) as why:
+            about = _about(self.store, self.contents, "update", {}).model_copy(
+                update={"parent": self.store.live, "promoted": False, "reasons": [str(why)]}
+            )
+            about, after, force = about, self.contents, ""
         notes = [*about.notes, *([f"let go live by force: {force}"] if force and not about.promoted else [])]
         numbers = about.numbers | {"wait_s": time.perf_counter() - since}
-        about = about.model_copy(update={"batch": batch, "source": source, "notes": notes, "numbers": numbers})
-        if about.promoted or force:
+        goes_live = about.promoted or bool(force)
+        known = {"batch": batch, "source": source, "notes": notes, "numbers": numbers, "goes_live": goes_live}
+        about = about.model_copy(update=known)
+        if goes_live:
             return self._live(about, after, "update", force)
         return self.store.write(about, lambda aside: write_contents(after, aside))
 
-    def tried(self, frame: pl.DataFrame, taken: Taken | None = None) -> tuple[Manifest, Contents]:
+    def tried(
+        self, frame: pl.DataFrame, taken: Taken | None = None, is_late: bool = False
+    ) -> tuple[Manifest, Contents]:
         """What becomes of the live version by learning these rows, and the gate's verdict on it; nothing is written."""
         before, chain = self.contents, chain_of(self.store)
-        day, first = self.facts(frame, taken), chain[0]
+        day, first = self.facts(frame, taken, is_late), chain[0]
         after, numbers = _learnt(before, frame, HELD)
         numbers["full_s"] = first.numbers.get("update_s", 0.0) * after.sizes["events"] / max(1, first.sizes["events"])
-        if self.full_every and since_full(chain) + 1 >= interval_of(self.full_every, chain):
-            after, more = _anew(self, after, frame, chain)
-            numbers |= more
-        verdict, asked = self._judged(day, before, after, chain)
+        queries = newest(after.served)
+        if self.full_every and since_full(chain) + 1 >= interval_of(self.full_every, chain) and len(queries):
+            is_even_N = queries.users_N % 2 == 0  # by these one of two is chosen, by the others it is judged
+            after, more = _anew(self, after, frame, chain, queries[is_even_N.nonzero()[:, 0]])
+            numbers, queries = numbers | more, queries[(~is_even_N).nonzero()[:, 0]]
+        verdict, asked = self._judged(day, before, after, chain, queries)
         numbers |= verdict.numbers | _interests(before.served.state, after.served.state)
         about = _about(self.store, after, "update", numbers).model_copy(
             update={
@@ -145,17 +174,18 @@ class Job:
         )  # fmt: skip
         return about, replace(after, asked=(*before.asked, asked)[-REMEMBERED:])
 
-    def facts(self, frame: pl.DataFrame, taken: Taken | None = None) -> Day:
+    def facts(self, frame: pl.DataFrame, taken: Taken | None = None, is_late: bool = False) -> Day:
         """What is to be said of a day's rows, and of those that were left out of them when they were delivered."""
         served, left = self.contents.served, (taken.doubled, taken.known) if taken else (0, 0)
-        newest_time = int(served.counts.recent.times_R.max())
+        newest_time = None if is_late else _newest(served)
         has_clock, head = self.contents.reading.has_clock, _head(served)
         return facts_of(frame, served.users, served.items, has_clock, newest_time, *left, head)
 
-    def _judged(self, day: Day, before: Contents, after: Contents, chain: list[Manifest]) -> tuple[Verdict, Queries]:
-        """The gate's verdict, and the queries by which it was found."""
+    def _judged(
+        self, day: Day, before: Contents, after: Contents, chain: list[Manifest], queries: Queries
+    ) -> tuple[Verdict, Queries]:
+        """The gate's verdict, and the queries that later versions are asked."""
         metric, n_items = self.limits.metric, len(after.served.items)
-        queries = newest(after.served)
         states = (after.served.state, before.served.state)
         mine_U, theirs_U = (values_of(state, queries, metric, n_items) for state in states)
         older = [past for past in before.asked[:-1] if len(past)]  # the last ones are news to the live version alone
@@ -175,21 +205,33 @@ class Job:
 
 
 def waiting(store: Store, log: EventLog) -> list[int]:
-    """Batches of the log that no version has met yet, in order."""
-    met = max((manifest.batch or 0 for manifest in store.versions()), default=0)
-    return [batch for batch in log.batches()["batch"].to_list() if batch > met]
+    """Batches of the log that no version has met yet, in order.
+
+    StateError where the log lacks one that a version has learnt, or where a damaged manifest may name one.
+    """
+    met = {manifest.batch: manifest.id for manifest in store.versions() if manifest.batch is not None}
+    last = max(met.values(), default=0)  # as batches are met in order, earlier versions name no later ones
+    for number in store.numbers():
+        if number > last:
+            store.manifest(number)
+    batches = log.batches()["batch"].to_list()
+    if lost := sorted(met.keys() - set(batches)):
+        raise StateError(f"{log.folder} lacks batch {lost[0]}, which versions have learnt; restore it from a backup.")
+    return [batch for batch in batches if batch > max(met, default=0)]
 
 
-def _anew(job: Job, after: Contents, frame: pl.DataFrame, chain: list[Manifest]) -> tuple[Contents, dict[str, float]]:
+def _anew(
+    job: Job, after: Contents, frame: pl.DataFrame, chain: list[Manifest], queries: Queries
+) -> tuple[Contents, dict[str, float]]:
     """A full retrain beside the update: the better one of the two, and what the retrain gained and cost."""
     since = time.perf_counter()
     empty, whole = from_nothing(job.contents, job.log, chain, frame)
-    new = numbered(empty.served, positive_rows(whole))
+    new = numbered(empty.served, whole)
     full = taught(empty, new, len(new.events) - len(after.served.pending))
-    seconds, queries = time.perf_counter() - since, newest(after.served)
+    seconds, metric = time.perf_counter() - since, job.limits.metric
     if not len(queries):
-        return after, {"full_s": seconds}
-    values = [values_of(c.served.state, queries, job.limits.metric, len(new.items)) for c in (full, after)]
+        return after, {"full_s": seconds, GAIN: 0.0, "full_low": 0.0, "full_high": 0.0}
+    values = [values_of(one.served.state, queries, metric, len(new.items)) for one in (full, after)]
     gain_U = values[0] - values[1]
     low, high = (float(end[0]) for end in interval(gain_U[:, None]))
     more = {GAIN: float(gain_U.mean()), "full_low": low, "full_high": high, "full_s": seconds}
@@ -214,7 +256,16 @@ def _head(served: Served) -> pl.Series:
 
 def _days(chain: list[Manifest]) -> list[Day]:
     """The days that led to the live version, the oldest first."""
-    return [Day(**manifest.data["day"]) for manifest in chain[1:] if "day" in manifest.data]
+    try:
+        return [Day(**manifest.data["day"]) for manifest in chain[1:] if "day" in manifest.data]
+    except TypeError as problem:
+        raise StateError(f"a manifest of the live version's parents holds no facts of a day ({problem}).") from None
+
+
+def _newest(served: Served) -> int | None:
+    """The largest time known; None where nothing is."""
+    times_R = served.counts.recent.times_R
+    return int(times_R.max()) if len(times_R) else None
 
 
 def _some(queries: Queries) -> Queries:
@@ -260,7 +311,8 @@ def _interests(before: State, after: State) -> dict[str, float]:
     """How many users have more interests than before, and how many have fewer; nothing for models without."""
     if before.users is None or after.users is None:
         return {}
-    had_U, have_U = before.users.offsets_U.diff(), after.users.offsets_U.diff()[: before.users.n_users + 1]
+    n = min(before.users.n_users, after.users.n_users) + 1
+    had_U, have_U = before.users.offsets_U.diff()[:n], after.users.offsets_U.diff()[:n]
     known_U = had_U > 0
     return {
         "gained_interests": float((known_U & (have_U > had_U)).sum()),

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from freshrec.data.batches import random_source
 from freshrec.errors import FreshrecError, StateError
 from freshrec.nightly.anew import planned
 from freshrec.nightly.job import waiting
@@ -47,9 +46,10 @@ def difference(store: Store, first: int, second: int) -> dict[str, Any]:
     one, other = store.manifest(first), store.manifest(second)
     names = sorted(one.numbers.keys() | other.numbers.keys())
     both_contents = [read_contents(store.files(number)) for number in (first, second)]
-    n_users = min(len(contents.served.users) for contents in both_contents)
-    users_N = 1 + torch.randperm(n_users, generator=random_source(0))[:SAMPLE]
-    lists = [best_items(contents.served, users_N, Wanted(LIST)) for contents in both_contents]
+    known = [contents.served.users.frame["id"].drop_nulls() for contents in both_contents]
+    users = known[0].filter(known[0].is_in(known[1].implode()))
+    users = users.sample(min(SAMPLE, len(users)), seed=0)
+    lists = [best_items(contents.served, contents.served.users.rows(users), Wanted(LIST)) for contents in both_contents]
     ids = [
         found.select("nth", item=contents.served.items.ids(torch.from_numpy(found["item"].to_numpy(writable=True))))
         for contents, found in zip(both_contents, lists)
@@ -61,7 +61,7 @@ def difference(store: Store, first: int, second: int) -> dict[str, Any]:
         "sizes": {name: [one.sizes.get(name), other.sizes.get(name)] for name in one.sizes},
         "numbers": {name: [one.numbers.get(name), other.numbers.get(name)] for name in names},
         "recipe": {key: [one.recipe.get(key), other.recipe.get(key)] for key in sorted(recipe)},
-        "shared": shared, "users": len(users_N), "list": LIST,
+        "shared": shared, "users": len(users), "list": LIST,
     }  # fmt: skip
 
 
@@ -70,9 +70,10 @@ def user(contents: Contents, user_id: str | int) -> dict[str, Any]:
     served = contents.served
     row = int(known_rows(ids_of("user_id", user_id, served.users), served.users))
     mine = served.counts.recent
-    rows = slice(int(mine.offsets_U[row]), int(mine.offsets_U[row + 1]))
-    items = served.items.ids(mine.items_R[rows].long())
-    when = [_moment(time) if contents.reading.has_clock else time for time in mine.times_R[rows].tolist()]
+    rows_R = torch.arange(int(mine.offsets_U[row]), int(mine.offsets_U[row + 1]))
+    rows_R = rows_R[mine.times_R[rows_R].argsort(stable=True)]
+    items = served.items.ids(mine.items_R[rows_R].long())
+    when = [_moment(time) if contents.reading.has_clock else time for time in mine.times_R[rows_R].tolist()]
     about = served.users.frame.row(row - 1, named=True)
     found = {
         "user_id": about["id"], "first_span": about["first_span"], "last_span": about["last_span"],
@@ -140,7 +141,8 @@ def checkup(store: Store | None) -> list[tuple[bool, str]]:
 
 
 def _live(store: Store) -> str:
-    return f"version {store.live} is live"
+    store.files(store.live)
+    return f"version {store.live} is live, {len(chain_of(store)) - 1} updates after the first one"
 
 
 def _log(store: Store) -> str:

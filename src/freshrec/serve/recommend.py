@@ -127,8 +127,9 @@ def similar_items(model: Model, items_N: Tensor, k: int) -> pl.DataFrame:
     By the cosine of item vectors; a pair counter, a blend's too, is asked as for a user whose only event is the item.
     """
     model = model.experts.counters["item-knn"] if isinstance(model, Blend) else model
-    found = []
-    for which in torch.arange(len(items_N)).split(SIZE // 8):
+    known_N = (items_N <= model.n_items).nonzero()[:, 0]  # of the others the model has not learnt anything yet
+    found = [_frame(known_N[:0], torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, 0), None)]
+    for which in known_N.split(SIZE // 8):
         items_B1 = items_N[which][:, None]
         if isinstance(model, VectorModel):
             vectors_ID = F.normalize(model.item_vectors(), dim=1)

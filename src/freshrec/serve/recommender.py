@@ -176,6 +176,7 @@ class Recommender:
         """A new version in the store in `folder`, the live one from now on; a new folder becomes a store.
 
         Until all is written, the version that was live before stays so. Older ones stay too (`freshrec gc`).
+        OptionError for a store that `freshrec update` keeps.
         """
         folder, contents = Path(folder), self.contents
         if not (folder / "store.json").exists():
@@ -184,6 +185,11 @@ class Recommender:
             return
         store = open_store(folder)
         with store.locked():
+            if any(manifest.batch is not None for manifest in store.versions()):
+                raise OptionError(
+                    f"{folder} is kept by `freshrec update`, which knows what each version has learnt; "
+                    "save to another folder."
+                )
             _add(store, contents)
 
     @staticmethod

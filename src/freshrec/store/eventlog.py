@@ -23,7 +23,7 @@ from deltalake.exceptions import CommitFailedError, DeltaError
 
 from freshrec.data.formats import printable
 from freshrec.errors import LogError, OptionError, StateError
-from freshrec.store.signed import read_signed, sum_of_file, write_signed
+from freshrec.store.signed import read_signed, sum_of_file, sync, write_signed
 
 NAME = "freshrec event log 1"  # of the table, with the number of this format
 CLOCK = {True: "time is a clock's", False: "time is a place in the log"}  # the table's description
@@ -251,6 +251,7 @@ def _vouch(folder: Path) -> None:
         with (folder / name).open("rb") as file:
             os.fsync(file.fileno())
         sums[name] = sum_of_file(folder / name)
+        sync((folder / name).parent)
     write_signed({name: sums[name] for name in names}, folder / SUMS)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ PIECE = 1 << 20  # bytes read at once
 def write_signed(content: Any, path: Path) -> None:
     """Write what JSON can hold to `path`, whole or not at all."""
     save_text(json.dumps({"checksum": _sum_of(content), "content": content}, indent=1), path)
+    sync(path.parent)
 
 
 def read_signed(path: Path) -> Any:
@@ -28,6 +30,15 @@ def read_signed(path: Path) -> Any:
     if checksum != _sum_of(content):
         raise StateError(f"{path} was changed by something else than freshrec; restore it from a backup.")
     return content
+
+
+def sync(folder: Path) -> None:
+    """The names in a folder reach the disk."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def _sum_of(content: Any) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from freshrec.errors import BusyError, OptionError, StateError
-from freshrec.store.signed import read_signed, sum_of_file, write_signed
+from freshrec.store.signed import read_signed, sum_of_file, sync, write_signed
 from freshrec.version import __version__
 
 FORMAT = 1
@@ -44,7 +45,7 @@ class File(BaseModel):
     """What a file of a version must be."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-    path: str  # in the version's folder
+    path: str = Field(pattern=r"^\w[\w.-]{0,99}(/\w[\w.-]{0,99})?$")  # in the version's folder
     sha256: str
     n_bytes: int
 
@@ -67,6 +68,7 @@ class Manifest(BaseModel):
     data: dict[str, Any] = {}  # what was delivered, and what was odd about it
     numbers: dict[str, float] = {}  # qualities, costs
     promoted: bool = True  # the gate's verdict
+    goes_live: bool = True  # it passed, or was forced to: it is or was the live one, unless somebody died before
     reasons: list[str] = []  # why it was refused
     notes: list[str] = []
     files: dict[str, File] = {}
@@ -135,7 +137,7 @@ class Store:
             raise StateError(
                 f"{path} is no manifest ({wrong['loc']}: {wrong['msg']}); go back to another version."
             ) from None
-        if found.id != number:
+        if found.id != number or (found.parent or 0) >= number:
             raise StateError(f"{path} is the manifest of version {found.id}; go back to another version.")
         return found
 
@@ -165,7 +167,6 @@ class Store:
         moves.append(Move(at=now(), action=action, to=number, reason=reason))
         with writing(self.folder):
             write_signed([move.model_dump() for move in moves], self.folder / "live.json")
-            _sync(self.folder)
 
     def write(self, manifest: Manifest, save: Callable[[Path], object]) -> Manifest:
         """A new version: `save` writes its files into a folder. It is not live before `point`."""
@@ -179,15 +180,14 @@ class Store:
             manifest = manifest.model_copy(update={"files": _described(aside, aside, parent, before)})
             write_signed(manifest.model_dump(), aside / MANIFEST)
             aside.rename(final)
-            _sync(final.parent)
+            sync(final.parent)
         return manifest
 
     def rewrite(self, number: int, save: Callable[[Path], object]) -> Manifest:
         """A version with other files, which `save` writes into a folder; those it had are gone for good."""
         manifest, folder = self.manifest(number), _of(self, number)
         with writing(folder):
-            aside = folder / f"{len(list(folder.iterdir()))}-{os.getpid()}"
-            aside.mkdir()
+            aside = Path(tempfile.mkdtemp(prefix="files-", dir=folder))
             save(aside)
             manifest = manifest.model_copy(update={"files": _described(aside, folder)})
             write_signed(manifest.model_dump(), folder / MANIFEST)
@@ -196,7 +196,10 @@ class Store:
 
     def files(self, number: int) -> dict[str, Path]:
         """The files of a version by name, each found to be what it was. StateError names the last good version."""
+        manifest = self.manifest(number)
         found = self.damaged(number)
+        if found and self.manifest(number) != manifest:  # somebody has written it anew meanwhile
+            return self.files(number)
         if found:
             raise StateError(f"version {number} of {self.folder} is damaged ({found[0]}); {_instead(self, number)}")
         return {name: _of(self, number) / file.path for name, file in self.manifest(number).files.items()}
@@ -240,7 +243,7 @@ def new_store(folder: Path) -> Iterator[Store]:
         yield Store(aside)
         with writing(folder):
             aside.rename(folder)
-            _sync(folder.parent)
+            sync(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         lock.release()
@@ -263,8 +266,8 @@ def collected(store: Store, number: int) -> bool:
 
 
 def collect(store: Store, keep: int) -> list[int]:
-    """Give up the files of all versions but the live one and the last `keep` that were promoted; their numbers."""
-    kept = {store.live, *[manifest.id for manifest in store.versions() if manifest.promoted][-keep:]}
+    """Give up the files of all versions but the live one and the last `keep` that went live; their numbers."""
+    kept = {store.live, *[manifest.id for manifest in store.versions() if manifest.goes_live][-keep:]}
     gone = [number for number in store.numbers() if number not in kept and not collected(store, number)]
     for number in store.numbers():
         if number in gone or collected(store, number):
@@ -279,21 +282,23 @@ def give_up(store: Store, number: int) -> None:
         (folder / COLLECTED).touch()
         for path in folder.iterdir():
             if path.name not in (COLLECTED, MANIFEST):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                _remove(path)
 
 
 def _sweep(store: Store) -> None:
     """Remove what somebody who was killed has left."""
-    for left in store.folder.glob("versions/.*"):
-        shutil.rmtree(left)
-    for left in store.folder.glob(".*.json.*"):
-        left.unlink()
-    for manifest in store.versions():
-        folder = _of(store, manifest.id)
-        listed = {MANIFEST, COLLECTED, *(Path(file.path).parts[0] for file in manifest.files.values())}
-        for path in folder.iterdir():
-            if path.name not in listed:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with writing(store.folder):
+        for left in (*store.folder.glob("versions/.*"), *store.folder.glob(".*.json.*")):
+            _remove(left)
+        for manifest in store.versions():
+            listed = {MANIFEST, COLLECTED, *(Path(file.path).parts[0] for file in manifest.files.values())}
+            for path in _of(store, manifest.id).iterdir():
+                if path.name not in listed:
+                    _remove(path)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _of(store: Store, number: int) -> Path:
@@ -324,11 +329,20 @@ def _described(
         if parent is not None and before is not None:
             theirs = before.files.get(path.name)
             if theirs is not None and theirs.sha256 == found.sha256 and not _wrong(parent / theirs.path, theirs):
-                path.unlink()
-                os.link(parent / theirs.path, path)
+                _share(parent / theirs.path, path)
         files[path.name] = found
-    _sync(aside)
+    sync(aside)
     return files
+
+
+def _share(theirs: Path, path: Path) -> None:
+    """One copy of the bytes for both, where the file system can."""
+    link = path.with_name(f".{path.name}")
+    try:
+        os.link(theirs, link)
+    except OSError:
+        return
+    link.replace(path)
 
 
 def _wrong(path: Path, wanted: File) -> list[str]:
@@ -347,12 +361,3 @@ def _instead(store: Store, number: int) -> str:
         except StateError:
             continue
     return "no earlier version is whole: fit again, from the log that you hold."
-
-
-def _sync(folder: Path) -> None:
-    """Names in a folder reach the disk."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
