@@ -250,9 +250,8 @@ def test_what_the_first_log_left_out_is_new_later_and_clicks_are_no_doubles_of_w
 
 def test_a_day_may_lack_a_type_of_event(tmp_path: Path) -> None:
     base, one, *_ = days()
-    base.with_columns(
-        event=pl.when(pl.int_range(pl.len()) % 2 == 0).then(pl.lit("pv")).otherwise(pl.lit("buy"))
-    ).write_parquet(tmp_path / "base.parquet")
+    event = pl.when(pl.int_range(pl.len()) % 2 == 0).then(pl.lit("pv")).otherwise(pl.lit("buy"))
+    base.with_columns(event=event).write_parquet(tmp_path / "base.parquet")
     at = ["--store", str(tmp_path / "s")]
     assert main(["fit", str(tmp_path / "base.parquet"), *at, "--events", "pv,buy", "--model", "popularity"]) == 0
     for event in ("pv", "cart"):
