@@ -260,6 +260,19 @@ def test_a_day_may_lack_a_type_of_event(tmp_path: Path) -> None:
     assert open_store(tmp_path / "s").manifest(3).kind == "no rows"
 
 
+def test_ids_that_are_text_stay_text_on_a_day_of_digits(tmp_path: Path) -> None:
+    base, one, *_ = days()
+    named = base.with_columns(item_id=pl.lit("a") + pl.col("item_id").cast(pl.String), category=pl.lit("x1"))
+    named.write_csv(tmp_path / "base.csv")
+    digits = pl.format("00{}", "item_id")
+    one.with_columns(item_id=digits, category=pl.lit(7)).write_csv(tmp_path / "one.csv")
+    at = ["--store", str(tmp_path / "s")]
+    assert main(["fit", str(tmp_path / "base.csv"), *at, "--model", "popularity"]) == 0
+    assert main(["update", str(tmp_path / "one.csv"), *at, "--force", "--reason", "it is a test"]) == 0
+    items = Recommender.load(tmp_path / "s").contents.served.items.frame["id"]
+    assert items.str.starts_with("00").any() and not items.is_in([str(i) for i in range(60)]).any()
+
+
 def test_again_is_judged_without_what_is_known_to_be_late(tmp_path: Path) -> None:
     base, one, two, *_ = days()
     job = started(tmp_path / "s", base, limits=Limits(one_user=0.0001))

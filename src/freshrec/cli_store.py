@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import polars as pl
 import typer
 
 from freshrec.cli_options import (
@@ -119,10 +120,10 @@ def update(
 
 def _learnt(job: Job, path: Path, quarantine: Path | None, force: str, as_json: bool) -> list[Manifest]:
     """The versions that one delivery leads to."""
-    from freshrec.nightly.job import positive_rows, source_of
+    from freshrec.nightly.job import source_of, taken_rows
 
     source, log = source_of(path), _read(job, path, quarantine)
-    if log is None or not len(positive_rows(log.frame)):
+    if log is None or not len(taken_rows(log.frame)):
         return [_shown(job.rest(None, source), as_json)]
     taken = job.deliver(log, source)
     if not as_json:
@@ -132,14 +133,21 @@ def _learnt(job: Job, path: Path, quarantine: Path | None, force: str, as_json: 
 
 def _read(job: Job, path: Path, quarantine: Path | None) -> Log | None:
     """A delivery, read as the log of `fit` was; None where it holds no rows."""
-    reading = job.contents.reading
-    n = 1
+    reading, served, n = job.contents.reading, job.contents.served, 1
+    catalogs = {"user_id": served.users, "item_id": served.items}
+    text = [name for name, catalog in catalogs.items() if catalog.frame["id"].dtype == pl.String]
     while quarantine is not None and quarantine.with_stem(f"{quarantine.stem}-{n}").exists():
         n += 1
     aside = quarantine and (quarantine.with_stem(f"{quarantine.stem}-{n}") if quarantine.exists() else quarantine)
     try:
         return read_log(
-            path, columns=reading.columns, format=reading.format, events=reading.events, quarantine=aside, absent=True
+            path,
+            columns=reading.columns,
+            format=reading.format,
+            events=reading.events,
+            quarantine=aside,
+            absent=True,
+            text=text,
         )
     except NoRowsError:
         return None

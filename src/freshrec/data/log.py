@@ -65,25 +65,26 @@ def read_log(
     seed: int = 0,
     quarantine: Path | None = None,
     absent: bool = False,
+    text: Sequence[str] = (),
 ) -> Log:
     """The log in `source`: CSV(.gz), Parquet (file or folder), JSON lines, or a frame of polars or pandas.
 
     `columns`: our name -> theirs, where the names differ; `item_id=sku:text` says that ids are text even where some are
     digits. `format`: a key of FORMATS. `events`: the event types to keep, all if empty. `users`: keep a random sample
     of so many whole users. `quarantine`: a .parquet or .csv file for bad rows. `absent`: an event type may have no
-    rows. LogError where the log is not one.
+    rows. `text`: which of our columns hold text even where all ids are digits. LogError where the log is not one.
     """
     if quarantine is not None and isinstance(source, str | Path) and quarantine.resolve() == Path(source).resolve():
         raise OptionError(f"the bad rows of {quarantine.name} cannot replace the log itself; name another file.")
     if quarantine is not None and quarantine.suffix not in (".parquet", ".csv"):
         raise OptionError(f"{quarantine.name} cannot take bad rows; name a file that ends in .parquet or .csv.")
     table = open_table(source, format)
-    names, text = _names(table, columns or {})
+    names, declared = _names(table, columns or {})
     raw = _read(table, names, events, absent)
     if not len(raw):
         raise NoRowsError(f"{table.where} holds no rows; a log needs at least one.")
     try:
-        log, faults = _parse(raw, names, text, table)
+        log, faults = _parse(raw, names, declared | set(text), table)
     except LogError as why:
         raise LogError(f"{table.where}: {why}") from None
     if faults:

@@ -9,7 +9,7 @@ from freshrec.replay.replay import told
 from freshrec.serve.recommend import Served
 from freshrec.types import TRAIN, State
 
-ASKED = 2000  # of a day's newest events, at most
+ASKED = 1500  # of a day's newest events, at most
 DRAWN = 1601  # tells the random numbers from others
 
 

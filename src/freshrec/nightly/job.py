@@ -41,7 +41,7 @@ from freshrec.store.signed import sum_of_file
 from freshrec.store.versions import Action, Kind, Manifest, Store, chain_of
 from freshrec.types import State
 
-AGAIN, REMEMBERED = 500, 5  # queries of a version that later ones are asked, and of how many versions
+AGAIN, REMEMBERED = 250, 5  # queries of a version that later ones are asked, and of how many versions
 HELD, HELD_FIRST = 0.2, 0.05  # of a day, and of the first log, is held back to be tested on
 MOST_HELD = 20_000  # events
 
@@ -65,7 +65,7 @@ class Job:
     def begin(self, log: Log, source: str, contents: Contents) -> Manifest:
         """The first version, live at once; `contents` knows nothing yet, `source` is a hash of the delivery."""
         since = time.perf_counter()
-        taken = self.log.take(positives(log).frame, source, log.has_clock)
+        taken = self.log.take(taken_rows(positives(log).frame), source, log.has_clock)
         assert taken.batch is not None  # the store is new, and the log has rows
         frame = self.log.read([taken.batch])
         contents = replace(contents, reading=replace(contents.reading, has_clock=log.has_clock))
@@ -89,7 +89,7 @@ class Job:
         LogError where its ids or its clock are of another kind than those before.
         """
         must_be_alike(log, self.contents.reading)
-        served, frame = self.contents.served, positive_rows(log.frame)
+        served, frame = self.contents.served, taken_rows(log.frame)
         served.users.rows(frame["user_id"]), served.items.rows(frame["item_id"])  # are they of the same kind?
         times = [time for time in (self.log.newest, _newest(served)) if time is not None]
         if not log.has_clock and times:
@@ -242,7 +242,7 @@ def preview(job: Job, log: Log | None) -> dict[str, Any]:
     """The facts of a delivery, and what is odd about it; nothing is changed."""
     if log is None:
         return {"day": None, "odd": ["the delivery holds no rows."]}
-    day, chain = job.facts(positive_rows(log.frame)), chain_of(job.store)
+    day, chain = job.facts(taken_rows(log.frame)), chain_of(job.store)
     return {"day": asdict(day), "odd": looks_odd(day, _days(chain), job.limits)}
 
 
@@ -273,11 +273,13 @@ def _some(queries: Queries) -> Queries:
     return queries[torch.arange(min(AGAIN, len(queries)))]
 
 
-def positive_rows(frame: pl.DataFrame) -> pl.DataFrame:
-    """The rows that somebody took: exposures have label 0."""
-    if "label" not in frame.columns:
-        return frame
-    return frame.filter(pl.col("label").is_null() | (pl.col("label") > 0))
+def taken_rows(frame: pl.DataFrame) -> pl.DataFrame:
+    """The rows that somebody took, as the log keeps them: exposures have label 0; categories and event ids are text."""
+    if "label" in frame.columns:
+        frame = frame.filter(pl.col("label").is_null() | (pl.col("label") > 0))
+    return frame.with_columns(
+        pl.col(name).cast(pl.String) for name in ("category", "event_id") if name in frame.columns
+    )
 
 
 def source_of(path: Path) -> str:
