@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from freshrec.data.catalog import Catalog
+from freshrec.errors import OptionError
 from freshrec.nightly.day import Day, facts_of
-from freshrec.nightly.gate import Limits, Measured, judge, looks_odd
+from freshrec.nightly.gate import Limits, Measured, judge, limits_of, looks_odd
 from freshrec.replay.metrics import Floats, ndcg
 
 SECOND, HOUR, DAY = 1_000_000, 3_600_000_000, 86_400_000_000
@@ -364,3 +365,11 @@ def test_what_gains_on_the_newest_events_may_forget_older_ones() -> None:
         assert verdict.promoted == promoted and verdict.numbers["forgetting"] > 0.2
         told = verdict.notes if promoted else verdict.reasons
         assert any("of older events: -50 %" in line for line in told)
+
+
+def test_limits_are_options() -> None:
+    assert limits_of("") == Limits()
+    assert limits_of("metric=hr@10:tolerance=0.1:n_users=5") == Limits(metric="hr@10", tolerance=0.1, n_users=5)
+    for wrong in ("metric=speed@20", "tolerence=0.1", "tolerance=much", "tolerance"):
+        with pytest.raises(OptionError):
+            limits_of(wrong)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from freshrec.store.versions import Manifest
 
 Reason = Annotated[str, typer.Option(help="Why; it is kept.")]
+Gate = Annotated[str, typer.Option(help="Limits of the gate, as in metric=hr@20:tolerance=0.1.")]
 Wait = Annotated[str, typer.Option(help="How long to wait for another process that changes the store, as in 10m.")]
 Number = Annotated[int, typer.Argument(metavar="VERSION", help="See `freshrec history`.")]
 
@@ -47,9 +48,11 @@ def fit(
     quarantine: Quarantine = None,
     seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
     budget: Annotated[str, typer.Option(help="Time for the blend's training, as in 90s, 10m or 2h.")] = "",
+    gate: Gate = "",
     as_json: AsJson = False,
 ) -> None:
     """Make a store: learn from a whole log, once; after that `update` needs the new events only."""
+    from freshrec.nightly.gate import limits_of
     from freshrec.nightly.job import Job, source_of
     from freshrec.serve.contents import begun
     from freshrec.serve.reading import Reading
@@ -60,12 +63,12 @@ def fit(
         raise OptionError(f'--budget sizes the blend; "{model}" trains as its options say, as in fit.base_epochs=5.')
     if budget:
         strategy = f"{strategy or 'refit'}:passes={seconds(budget) * SPEED}"
-    reading = Reading(pairs(columns), format_name, tuple(words(events)))
+    reading, limits = Reading(pairs(columns), format_name, tuple(words(events))), limits_of(gate)
     contents = begun(model, strategy, seed, reading)
     found = read_log(log, columns=reading.columns, format=format_name, events=reading.events, quarantine=quarantine)
     found = before(found, until) if until else found
     with new_store(store) as made:
-        version = Job(made).begin(found, source_of(log) + (f" until {until}" if until else ""), contents)
+        version = Job(made, limits).begin(found, source_of(log) + (f" until {until}" if until else ""), contents)
     typer.echo(json.dumps(version.model_dump()) if as_json else f"{line_of(version)}; live in {store}")
 
 
@@ -76,6 +79,7 @@ def update(
     reason: Reason = "",
     again: Annotated[int | None, typer.Option(metavar="VERSION", help="Take a refused version's events again.")] = None,
     full_every: Annotated[str, typer.Option(metavar="N|auto", help="Try a full retrain every so many updates.")] = "",
+    gate: Gate = "",
     quarantine: Quarantine = None,
     wait: Wait = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be read and odd; change nothing.")] = False,
@@ -83,13 +87,14 @@ def update(
 ) -> None:
     """Learn from new events, test the result, and let it go live if it is not worse."""
     from freshrec.nightly.anew import interval_of
+    from freshrec.nightly.gate import limits_of
     from freshrec.nightly.job import Job, preview
     from freshrec.store.versions import chain_of, open_store
 
     if force and not reason:
         raise OptionError('--force needs --reason "..."; it is kept with the version.')
     made = open_store(store)
-    job, force_why = Job(made, full_every=full_every), reason if force else ""
+    job, force_why = Job(made, limits_of(gate), full_every), reason if force else ""
     if full_every:
         interval_of(full_every, chain_of(made))  # tell at once if it is none
     if dry_run:

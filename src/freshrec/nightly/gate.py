@@ -24,7 +24,8 @@ from statistics import NormalDist, median
 import numpy as np
 
 from freshrec.nightly.day import Day
-from freshrec.replay.metrics import Floats
+from freshrec.options import choose
+from freshrec.replay.metrics import Floats, parse
 from freshrec.replay.significance import LEVEL, interval
 
 DROPPED = 14  # of so many days one is left out at either end, before the others say what is usual
@@ -69,6 +70,13 @@ class Limits:
     hole_hours: float = 60 * 24  # without earlier days: times are shifted, or in another unit
     usual_hole_hours: float = 14 * 24  # with them, or
     holes: float = 10.0  # times the median hole; a shop's Christmas is 12 days, 7 times its weekend
+
+
+def limits_of(text: str) -> Limits:
+    """Limits written as in "metric=hr@20:tolerance=0.1", the others as they are. OptionError for unknown ones."""
+    limits = choose("gate", f"gate:{text}" if text else "gate", {"gate": Limits()})
+    parse(limits.metric)
+    return limits
 
 
 @dataclass(frozen=True, eq=False)

@@ -141,7 +141,7 @@ class Job:
             about = _about(self.store, self.contents, "update", {}).model_copy(
                 update={"parent": self.store.live, "promoted": False, "reasons": [str(why)]}
             )
-            about, after, force = about, self.contents, ""
+            after, force = self.contents, ""
         notes = [*about.notes, *([f"let go live by force: {force}"] if force and not about.promoted else [])]
         numbers = about.numbers | {"wait_s": time.perf_counter() - since}
         goes_live = about.promoted or bool(force)
