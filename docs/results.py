@@ -82,8 +82,9 @@ def operations(root: Path) -> str:
     kinds = rows["kind"].unique(maintain_order=True).sort().to_list()
     kinds = ["good", *(kind for kind in kinds if kind != "good")]
     lines = ["| right, of so many days; from day 8 | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
+    counts = pl.col("days", "right", "later", "later_right").sum()
     for name, of_log in (*rows.group_by("log", maintain_order=True), (("all",), rows)):
-        sums = {row["kind"]: row for row in of_log.group_by("kind").sum().iter_rows(named=True)}
+        sums = {row["kind"]: row for row in of_log.group_by("kind").agg(counts).iter_rows(named=True)}
         cells = ["{right} of {days}; {later_right} of {later}".format(**sums[kind]) for kind in kinds]
         lines.append(f"| {name[0]} | " + " | ".join(cells) + " |")
     return f"{head}<!-- nights -->\n" + "\n".join(lines) + f"\n<!-- /nights -->\n{tail}"
