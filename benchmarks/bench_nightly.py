@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--users", type=int, default=100_000)
     parser.add_argument("--items", type=int, default=100_000)
-    parser.add_argument("--base", type=int, default=1_000_000)
+    parser.add_argument("--base", type=int, default=500_000)
     parser.add_argument("--new", type=int, default=100_000)
     parser.add_argument("--model", default="blend")
     parser.add_argument("--strategy", default="refit:passes=1000000")
