@@ -61,7 +61,8 @@ def test_no_file_holds_the_id_and_updates_go_on(model: str, strategy: str | None
     assert n_events > 5 and len(holding) >= 4  # both versions, both batches
     with job.store.locked():
         receipt = erase(job, GONE)
-    assert (receipt["events"], receipt["versions"]) == (n_events, [1, 2]) and "fresh" not in receipt
+    assert (receipt["events"], receipt["versions"]) == (n_events, [1, 2])
+    assert "weights that all users share" in receipt["stays"]
     assert not [path for path, text in decoded(tmp_path / "s").items() if GONE in text]
     after = Recommender.load(tmp_path / "s")
     assert after.recommend([GONE], 3)["fallback"].to_list() == ["unknown user"] * 3

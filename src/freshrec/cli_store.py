@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,7 +31,7 @@ from freshrec.errors import NoRowsError, OptionError, RefusedError
 if TYPE_CHECKING:
     from freshrec.nightly.job import Job
     from freshrec.store.eventlog import Taken
-    from freshrec.store.versions import Manifest
+    from freshrec.store.versions import Manifest, Store
 
 Reason = Annotated[str, typer.Option(help="Why; it is kept.")]
 Gate = Annotated[str, typer.Option(help="Limits of the gate, as in metric=hr@20:tolerance=0.1.")]
@@ -103,7 +106,7 @@ def update(
         for path in new or []:
             typer.echo(json.dumps(preview(job, _read(job, path, None))))
         return
-    with made.locked(seconds(wait) if wait else 0.0):
+    with _changing(store, wait):
         versions = [_shown(version, as_json) for version in job.catch_up(force_why)]
         for path in new or []:
             versions += _learnt(job, path, quarantine, force_why, as_json)
@@ -138,24 +141,27 @@ def _learnt(job: Job, path: Path, quarantine: Path | None, force: str, as_json: 
 
 def _read(job: Job, path: Path, quarantine: Path | None) -> Log | None:
     """A delivery, read as the log of `fit` was; None where it holds no rows."""
-    reading, served, n = job.contents.reading, job.contents.served, 1
+    reading, served = job.contents.reading, job.contents.served
     catalogs = {"user_id": served.users, "item_id": served.items}
     text = [name for name, catalog in catalogs.items() if catalog.frame["id"].dtype == pl.String]
-    while quarantine is not None and quarantine.with_stem(f"{quarantine.stem}-{n}").exists():
-        n += 1
-    aside = quarantine and (quarantine.with_stem(f"{quarantine.stem}-{n}") if quarantine.exists() else quarantine)
     try:
         return read_log(
             path,
             columns=reading.columns,
             format=reading.format,
             events=reading.events,
-            quarantine=aside,
+            quarantine=quarantine and _unused(quarantine),
             absent=True,
             text=text,
         )
     except NoRowsError:
         return None
+
+
+def _unused(path: Path) -> Path:
+    """The path, or, where there is a file, the first of name-1, name-2, ... that is free."""
+    numbered = (path.with_stem(f"{path.stem}-{n}") for n in count(1))
+    return path if not path.exists() else next(other for other in numbered if not other.exists())
 
 
 def _told(taken: Taken, path: Path) -> str:
@@ -226,14 +232,21 @@ def history(store: StorePath = Path("store"), as_json: AsJson = False) -> None:
     print_table(("moved", "by", "to", "why"), [(m.at, m.action, m.to, m.reason) for m in moves])
 
 
+@contextmanager
+def _changing(folder: Path, wait: str) -> Iterator[Store]:
+    """A store that nobody else changes meanwhile."""
+    from freshrec.store.versions import open_store
+
+    store = open_store(folder)
+    with store.locked(seconds(wait) if wait else 0.0):
+        yield store
+
+
 def promote(
     number: Number, store: StorePath = Path("store"), reason: Reason = "", wait: Wait = "", as_json: AsJson = False
 ) -> None:
     """Make a version the live one; one that was refused needs a reason."""
-    from freshrec.store.versions import open_store
-
-    made = open_store(store)
-    with made.locked(seconds(wait) if wait else 0.0):
+    with _changing(store, wait) as made:
         if not made.manifest(number).promoted and not reason:
             raise OptionError(
                 f'version {number} was refused by the gate; promote it with --reason "...", which is kept.'
@@ -252,10 +265,7 @@ def rollback(
     as_json: AsJson = False,
 ) -> None:
     """Go back to an earlier version. What later ones had learnt is not learnt again (but see `update --again`)."""
-    from freshrec.store.versions import open_store
-
-    made = open_store(store)
-    with made.locked(seconds(wait) if wait else 0.0):
+    with _changing(store, wait) as made:
         live = made.live
         back = number if number is not None else made.manifest(live).parent
         if back is None:
@@ -278,10 +288,9 @@ def gc(
     as_json: AsJson = False,
 ) -> None:
     """Give up the files of old and refused versions; what they were is still told by `history`."""
-    from freshrec.store.versions import collect, open_store
+    from freshrec.store.versions import collect
 
-    made = open_store(store)
-    with made.locked(seconds(wait) if wait else 0.0):
+    with _changing(store, wait) as made:
         gone = collect(made, keep)
     told = f"versions {', '.join(map(str, gone))} were given up" if gone else "nothing to give up"
     typer.echo(json.dumps({"gone": gone}) if as_json else told)
@@ -296,10 +305,8 @@ def erase(
     """Remove a user from the log and from every version, on the disk, and print a receipt of what stays."""
     from freshrec.nightly import erase as erasing
     from freshrec.nightly.job import Job
-    from freshrec.store.versions import open_store
 
-    made = open_store(store)
-    with made.locked(seconds(wait) if wait else 0.0):
+    with _changing(store, wait) as made:
         receipt = erasing.erase(Job(made), user)
     if as_json:
         typer.echo(json.dumps(receipt))

@@ -3,7 +3,7 @@
 All randomness comes from (seed, span). Nothing here loops over users or events.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +32,13 @@ def append(histories: Histories, events: Events, n_users: int) -> Histories:
         old_and_new = zip(vars(histories.shown).values(), vars(shown).values())
         shown = Shown(*(torch.cat(pair) for pair in old_and_new))
     return replace(both, due_R=due_R, shown=shown, kinds_I=_kinds(histories.kinds_I, events))
+
+
+def joined_events(blocks: Sequence[Events]) -> Events:
+    """All events of these blocks, one block after the other."""
+    columns = (list(parts) for parts in zip(*(vars(block).values() for block in blocks)))
+    whole: list[Any] = [None if parts[0] is None else torch.cat(parts) for parts in columns]
+    return Events(*whole)
 
 
 def shown_of(events: Events) -> Shown:

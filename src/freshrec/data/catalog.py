@@ -49,7 +49,7 @@ class Catalog:
 
     def extend(self, ids: pl.Series, span: int) -> Catalog:
         """The catalog after `span`, in which `ids` occurred: new ones get the next rows, in order of appearance."""
-        ids = self._checked(ids)
+        ids = self.checked(ids)
         today = pl.DataFrame({"id": ids.unique(maintain_order=True)}).with_columns(
             pl.lit(span, pl.Int32).alias("first_span"), pl.lit(span, pl.Int32).alias("last_span")
         )
@@ -61,7 +61,7 @@ class Catalog:
 
     def rows(self, ids: pl.Series) -> Tensor:
         """int64 rows of `ids`; 0 for an id the catalog does not hold."""
-        ids = self._checked(ids)
+        ids = self.checked(ids)
         order_I, sorted_ids = self._sorted
         if not len(order_I) or not len(ids):
             return torch.zeros(len(ids), dtype=torch.int64)
@@ -84,7 +84,7 @@ class Catalog:
         positions = pl.Series("row", rows.numpy(), dtype=pl.Int64) - 1
         return self.frame["id"].gather(positions.set(positions < 0, None))
 
-    def _checked(self, ids: pl.Series) -> pl.Series:
+    def checked(self, ids: pl.Series) -> pl.Series:
         """`ids` as Int64 or String. LogError for nulls, other types, and ids of another kind than the catalog's."""
         if ids.dtype in INTEGERS:
             ids = ids.cast(pl.Int64)

@@ -104,10 +104,15 @@ def positives(log: Log) -> Log:
     """The log without its exposures: rows whose label is null or above 0. A log without labels is all positive."""
     if "label" not in log.frame.columns:
         return log
-    kept = log.frame.filter(pl.col("label").is_null() | (pl.col("label") > 0))
+    kept = positive_rows(log.frame)
     if not len(kept):
         raise LogError("no row of the log has a label above 0, so there is nothing to learn from; check the labels.")
     return _note(replace(log, frame=kept), f"{len(log.frame) - len(kept):,} exposures (label 0) left out")
+
+
+def positive_rows(frame: pl.DataFrame) -> pl.DataFrame:
+    """The rows of a log's frame whose label is null or above 0; all where there are no labels."""
+    return frame.filter(pl.col("label").is_null() | (pl.col("label") > 0)) if "label" in frame.columns else frame
 
 
 def before(log: Log, moment: str) -> Log:

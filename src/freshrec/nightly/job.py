@@ -23,7 +23,7 @@ import polars as pl
 import torch
 
 from freshrec.data.catalog import Catalog
-from freshrec.data.log import Log, positives
+from freshrec.data.log import Log, positive_rows, positives
 from freshrec.errors import LogError, OptionError, StateError, TrainingError
 from freshrec.models.popularity import PopularitySpec
 from freshrec.nightly.anew import GAIN, from_nothing, interval_of, since_full
@@ -34,7 +34,7 @@ from freshrec.replay.measure import Queries
 from freshrec.replay.replay import absorb
 from freshrec.replay.significance import interval
 from freshrec.serve.contents import Contents, read_contents, taught, write_contents
-from freshrec.serve.reading import must_be_alike, numbered
+from freshrec.serve.reading import Numbered, must_be_alike, numbered
 from freshrec.serve.recommend import Served
 from freshrec.store.eventlog import EventLog, Taken
 from freshrec.store.signed import sum_of_file
@@ -69,10 +69,11 @@ class Job:
         assert taken.batch is not None  # the store is new, and the log has rows
         frame = self.log.read([taken.batch])
         contents = replace(contents, reading=replace(contents.reading, has_clock=log.has_clock))
-        after, numbers = _learnt(contents, frame, HELD_FIRST)
+        new = numbered(contents.served, frame)
+        after, numbers = _learnt(contents, new, HELD_FIRST)
         metric, queries, notes = self.limits.metric, newest(after.served), []
         if len(queries):
-            for name, state in ((metric, after.served.state), (f"{metric} popularity", _popular(after, frame))):
+            for name, state in ((metric, after.served.state), (f"{metric} popularity", _popular(after, new))):
                 numbers[name] = float(values_of(state, queries, metric, len(after.served.items)).mean())
         else:
             notes.append("no user of the newest events has an event before, so nothing could be asked.")
@@ -90,8 +91,9 @@ class Job:
         """
         must_be_alike(log, self.contents.reading)
         served, frame = self.contents.served, taken_rows(log.frame)
-        served.users.rows(frame["user_id"]), served.items.rows(frame["item_id"])  # are they of the same kind?
-        times = [time for time in (self.log.newest, _newest(served)) if time is not None]
+        for catalog, name in ((served.users, "user_id"), (served.items, "item_id")):
+            catalog.checked(frame[name])
+        times = [time for time in (self.log.newest, served.newest_time) if time is not None]
         if not log.has_clock and times:
             frame = frame.with_columns(pl.col("time") + max(times) + 1)
         return self.log.take(frame, source, log.has_clock)
@@ -157,7 +159,7 @@ class Job:
         """What becomes of the live version by learning these rows, and the gate's verdict on it; nothing is written."""
         before, chain = self.contents, chain_of(self.store)
         day, first = self.facts(frame, taken, is_late), chain[0]
-        after, numbers = _learnt(before, frame, HELD)
+        after, numbers = _learnt(before, numbered(before.served, frame), HELD)
         numbers["full_s"] = first.numbers.get("update_s", 0.0) * after.sizes["events"] / max(1, first.sizes["events"])
         queries = newest(after.served)
         if self.full_every and since_full(chain) + 1 >= interval_of(self.full_every, chain) and len(queries):
@@ -177,7 +179,7 @@ class Job:
     def facts(self, frame: pl.DataFrame, taken: Taken | None = None, is_late: bool = False) -> Day:
         """What is to be said of a day's rows, and of those that were left out of them when they were delivered."""
         served, left = self.contents.served, (taken.doubled, taken.known) if taken else (0, 0)
-        newest_time = None if is_late else _newest(served)
+        newest_time = None if is_late else served.newest_time
         has_clock, head = self.contents.reading.has_clock, _head(served)
         return facts_of(frame, served.users, served.items, has_clock, newest_time, *left, head)
 
@@ -262,12 +264,6 @@ def _days(chain: list[Manifest]) -> list[Day]:
         raise StateError(f"a manifest of the live version's parents holds no facts of a day ({problem}).") from None
 
 
-def _newest(served: Served) -> int | None:
-    """The largest time known; None where nothing is."""
-    times_R = served.counts.recent.times_R
-    return int(times_R.max()) if len(times_R) else None
-
-
 def _some(queries: Queries) -> Queries:
     """The first ones: they are in random order."""
     return queries[torch.arange(min(AGAIN, len(queries)))]
@@ -275,8 +271,7 @@ def _some(queries: Queries) -> Queries:
 
 def taken_rows(frame: pl.DataFrame) -> pl.DataFrame:
     """The rows that somebody took, as the log keeps them: exposures have label 0; categories and event ids are text."""
-    if "label" in frame.columns:
-        frame = frame.filter(pl.col("label").is_null() | (pl.col("label") > 0))
+    frame = positive_rows(frame)
     return frame.with_columns(
         pl.col(name).cast(pl.String) for name in ("category", "event_id") if name in frame.columns
     )
@@ -289,24 +284,22 @@ def source_of(path: Path) -> str:
     return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
-def _learnt(before: Contents, frame: pl.DataFrame, share: float) -> tuple[Contents, dict[str, float]]:
-    """What follows from learning all rows but the newest `share` of those that are not late; what it cost."""
-    served, wall, cpu = before.served, time.perf_counter(), time.process_time()
-    new = numbered(served, frame)
-    had = served.counts.recent.times_R
+def _learnt(before: Contents, new: Numbered, share: float) -> tuple[Contents, dict[str, float]]:
+    """What follows from learning all events but the newest `share` of those that are not late; what it cost."""
+    wall, cpu, newest_time = time.perf_counter(), time.process_time(), before.served.newest_time
     n_events = len(new.events)
-    n_new = n_events if not len(had) else int((new.events.times_E >= had.max()).sum())
+    n_new = n_events if newest_time is None else int((new.events.times_E >= newest_time).sum())
     after = taught(before, new, n_events - min(MOST_HELD, round(share * n_new)))
     costs = {"update_s": time.perf_counter() - wall, "update_cpu_s": time.process_time() - cpu}
     more = {f"new_{name}": float(n - before.sizes[name]) for name, n in after.sizes.items()}
     return after, after.served.state.costs | costs | more | {"late": float(n_events - n_new)}
 
 
-def _popular(after: Contents, frame: pl.DataFrame) -> State:
+def _popular(after: Contents, new: Numbered) -> State:
     """Popularity, having counted what the first version has learnt from."""
     served = after.served
-    events = numbered(served, frame).events[: len(frame) - len(served.pending)]
-    return absorb(State(PopularitySpec().build(0)), events, len(served.users), served.state.model.n_items)
+    learnt = new.events[: len(new.events) - len(served.pending)]
+    return absorb(State(PopularitySpec().build(0)), learnt, len(served.users), served.state.model.n_items)
 
 
 def _interests(before: State, after: State) -> dict[str, float]:

@@ -16,7 +16,7 @@ from freshrec.serve.contents import Contents, read_contents
 from freshrec.serve.reading import ids_of, known_rows
 from freshrec.serve.recommend import Wanted, best_items
 from freshrec.store.eventlog import EventLog
-from freshrec.store.versions import Store, chain_of
+from freshrec.store.versions import Store, chain_of, collected
 from freshrec.types import InterestModel
 
 SAMPLE, LIST = 300, 20  # users, and items of each, by which two versions are compared
@@ -126,12 +126,13 @@ def checkup(store: Store | None) -> list[tuple[bool, str]]:
     found = [(True, f"Python {platform.python_version()}; {about}")]
     if store is None:
         return found
+    readable = {manifest.id for manifest in store.versions()}
     for number in store.numbers():
         try:
             wrong = store.damaged(number)
             found.append((not wrong, f"version {number}: {'; '.join(wrong) or 'whole'}"))
         except StateError as why:
-            found.append(("given up" in str(why), f"version {number}: {why}"))
+            found.append((number in readable and collected(store, number), f"version {number}: {why}"))
     for check in (_live, _log):
         try:
             found.append((True, check(store)))

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-import torch
 
-from freshrec.data.batches import owners
+from freshrec.data.batches import joined_events, owners
 from freshrec.data.catalog import Catalog
 from freshrec.errors import StateError
 from freshrec.learn.checkpoint import load_tree, save_tree
@@ -23,7 +22,7 @@ from freshrec.replay.replay import absorb, check
 from freshrec.serve.reading import Numbered, Reading
 from freshrec.serve.recommend import Served
 from freshrec.strategies import find_strategy
-from freshrec.types import Events, Histories, ModelSpec, Span, State, Strategy, TrainedModel
+from freshrec.types import Histories, ModelSpec, Span, State, Strategy, TrainedModel
 
 OLDER, OLDER_FORMAT = "recommender.json", 2  # what a folder held before there were stores
 STATE, ASKED, USERS, ITEMS = "state.safetensors", "asked.safetensors", "users.parquet", "items.parquet"
@@ -80,7 +79,7 @@ def taught(contents: Contents, new: Numbered, n_learnt: int | None = None) -> Co
     Rows that are older than others of their user take their place in the history.
     """
     before, n_learnt = contents.served, len(new.events) if n_learnt is None else n_learnt
-    due = joined(before.pending, new.events[:n_learnt])
+    due = joined_events((before.pending, new.events[:n_learnt]))
     known = [(due.users_E, before.state.recent.n_users), (due.items_E, before.state.model.n_items)]
     sizes = [max(int(rows_E.max()) if len(due) else 0, n) for rows_E, n in known]
     state = absorb(before.state, due, *sizes)
@@ -91,17 +90,13 @@ def taught(contents: Contents, new: Numbered, n_learnt: int | None = None) -> Co
     return replace(contents, served=served)
 
 
-def joined(first: Events, then: Events) -> Events:
-    """The events of both."""
-    columns = zip(vars(first).values(), vars(then).values())
-    both: list[Any] = [torch.cat(pair) if pair[0] is not None and pair[1] is not None else None for pair in columns]
-    return Events(*both)
-
-
 def in_time_order(histories: Histories) -> Histories:
     """Each user's rows by time; those that tie stay in their order."""
+    users_R = owners(histories)
+    if bool(((histories.times_R.diff() >= 0) | (users_R.diff() > 0)).all()):
+        return histories  # as nearly always: nothing came late
     by_time_R = histories.times_R.argsort(stable=True)
-    order_R = by_time_R[owners(histories)[by_time_R].argsort(stable=True)]
+    order_R = by_time_R[users_R[by_time_R].argsort(stable=True)]
     columns = (histories.items_R[order_R], histories.times_R[order_R], histories.due_R[order_R])
     return Histories(histories.offsets_U, *columns, histories.shown, histories.kinds_I)
 

@@ -42,7 +42,8 @@ def read(source: Source, reading: Reading) -> Log:
 
 def read_next(source: Source, reading: Reading, served: Served) -> Log:
     """A log that continues what has been learnt. LogError where rows are older; without a clock, they follow it."""
-    log, newest = read(source, reading), int(served.counts.recent.times_R.max())
+    log, newest = read(source, reading), served.newest_time
+    assert newest is not None  # whoever was fitted has events
     must_be_alike(log, reading)
     if not log.has_clock:
         return replace(log, frame=log.frame.with_columns(pl.col("time") + newest + 1))

@@ -42,6 +42,12 @@ class Served:
     categories: pl.DataFrame = field(default_factory=_no_categories)  # item (a row), category
     pending: Events = field(default_factory=_none)  # newer than what the model has learnt; in no history of `state`
 
+    @property
+    def newest_time(self) -> int | None:
+        """The largest time of any event known; None where there is none."""
+        times_R = self.counts.recent.times_R
+        return int(times_R.max()) if len(times_R) else None
+
     @cached_property
     def now(self) -> State:
         """The state in whose histories the pending events are: users are asked about as they are now."""

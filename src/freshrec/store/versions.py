@@ -112,7 +112,7 @@ class Store:
             try:
                 found.append(self.manifest(number))
             except StateError:
-                continue  # `damage` tells
+                continue  # `freshrec doctor` tells
         return found
 
     def numbers(self) -> list[int]:
@@ -191,7 +191,7 @@ class Store:
             save(aside)
             manifest = manifest.model_copy(update={"files": _described(aside, folder)})
             write_signed(manifest.model_dump(), folder / MANIFEST)
-            _sweep(self)
+            _tidy(folder, manifest)
         return manifest
 
     def files(self, number: int) -> dict[str, Path]:
@@ -291,10 +291,15 @@ def _sweep(store: Store) -> None:
         for left in (*store.folder.glob("versions/.*"), *store.folder.glob(".*.json.*")):
             _remove(left)
         for manifest in store.versions():
-            listed = {MANIFEST, COLLECTED, *(Path(file.path).parts[0] for file in manifest.files.values())}
-            for path in _of(store, manifest.id).iterdir():
-                if path.name not in listed:
-                    _remove(path)
+            _tidy(_of(store, manifest.id), manifest)
+
+
+def _tidy(folder: Path, manifest: Manifest) -> None:
+    """Remove from a version's folder what its manifest does not name."""
+    listed = {MANIFEST, COLLECTED, *(Path(file.path).parts[0] for file in manifest.files.values())}
+    for path in folder.iterdir():
+        if path.name not in listed:
+            _remove(path)
 
 
 def _remove(path: Path) -> None:

@@ -3,11 +3,11 @@
 import copy
 import time
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from freshrec.data.batches import Targets, due_targets, place, random_source, targets_at
+from freshrec.data.batches import Targets, due_targets, joined_events, place, random_source, targets_at
 from freshrec.learn.fit import Clock, Fit, adapt, best_epoch, ndcg, ndcg_of, train
 from freshrec.learn.listwise import LEVEL, better, refit, worth
 from freshrec.models.blend import Blend
@@ -15,7 +15,7 @@ from freshrec.models.experts import TRAINED, N
 from freshrec.models.pooled import Pooled
 from freshrec.options import Count, CountOrNone, Positive, check_options
 from freshrec.strategies.plain import Absorb
-from freshrec.types import DUE, NEVER, NEXT, NOW, Events, Histories, Span, State
+from freshrec.types import DUE, NEVER, NEXT, NOW, Histories, Span, State
 
 JUDGED = 1407  # tells the random numbers from others
 SPEED = 30_000  # passes in a second, with as much time again for what counts: half of what one core does
@@ -60,7 +60,7 @@ class Refit:
         """The same experts, joined by what was remembered up to now, then trained on what is new."""
         after, clock = Absorb().update(state, span), Clock()
         if self.anew:
-            span = replace(span, events=_joined((*(state.memory or ()), span.events)))
+            span = replace(span, events=joined_events((*(state.memory or ()), span.events)))
             model = Blend(state.model.spec, state.model.seed)
             model.grow(span.n_users, span.n_items)
             model.absorb(span.events[span.events.joins_E != NEVER], Histories.empty())
@@ -144,10 +144,3 @@ def _safest(trained: Pooled, due: Targets, fit: Fit, key: tuple[int, ...], clock
     clock.timed("manner_cpu_s", since)
     clock.costs["manner"] = MANNERS[chosen]
     return replace(fit, lr_scale=fit.lr_scale * (MANNERS[chosen] or 1.0), epochs=fit.epochs if MANNERS[chosen] else 0)
-
-
-def _joined(blocks: tuple[Events, ...]) -> Events:
-    """All events of these blocks, one block after the other."""
-    columns = (list(parts) for parts in zip(*(vars(block).values() for block in blocks)))
-    whole: list[Any] = [None if parts[0] is None else torch.cat(parts) for parts in columns]
-    return Events(*whole)
