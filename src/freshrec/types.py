@@ -114,10 +114,10 @@ class Interests:
     User u owns rows offsets_U[u] : offsets_U[u + 1], none before its first update.
     """
 
-    vectors_SD: Tensor  # float32
+    vectors_SD: Tensor  # float32, or float16 where the strategy halves them
     offsets_U: Tensor  # int64, n_users + 2 entries
     born_S: Tensor  # int16, the span that created the interest
-    used_S: Tensor  # int16, the last span in which it was some event's closest interest
+    used_S: Tensor  # int16, the last span in which it was the closest interest of an event of that span
 
     @property
     def n_users(self) -> int:

@@ -240,7 +240,7 @@ def pad_interests(users: Interests, users_B: Tensor, slots_KD: Tensor) -> tuple[
     vectors_BKD = torch.zeros(*alive_BK.shape, slots_KD.shape[1])
     born_BK = torch.full(alive_BK.shape, 32767, dtype=torch.int16)
     if len(users.vectors_SD):
-        vectors_BKD = users.vectors_SD[row_BK] * stored_BK[..., None]
+        vectors_BKD = users.vectors_SD[row_BK].float() * stored_BK[..., None]
         born_BK = torch.where(stored_BK, users.born_S[row_BK], born_BK)
     if bool(is_new_B.any()):
         vectors_BKD[is_new_B, : len(slots_KD)] = slots_KD

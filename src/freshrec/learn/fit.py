@@ -27,7 +27,7 @@ from freshrec.data.batches import (
 )
 from freshrec.errors import TrainingError
 from freshrec.learn.clicks import auc, clicks_of
-from freshrec.learn.interests import Trim, reread
+from freshrec.learn.interests import Trim, costs_of, reread
 from freshrec.learn.weights import View, seen_through, snapshot, tables_of
 from freshrec.models.ranking import ranks
 from freshrec.options import Count, CountOrNone, Positive, Rate, check_options
@@ -304,8 +304,7 @@ def finish(
         since = time.process_time()
         users = reread(model, carried, state.recent, history, trim)
         clock.timed("extract_cpu_s", since)
-        active_U = users.offsets_U.diff()
-        clock.costs["mean_k"] = float(active_U[active_U > 0].float().mean()) if bool((active_U > 0).any()) else 0.0
+        clock.costs |= costs_of(users)
     recent = settle(state.recent, model.spec.length)
     return replace(
         state, model=model, users=users, recent=recent, spans_seen=state.spans_seen + 1, costs=dict(clock.costs)

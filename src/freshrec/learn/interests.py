@@ -1,11 +1,19 @@
 """Interests that outlive a span: read again from each user's events, expanded, trimmed, written back."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from freshrec.data.batches import Carried, Targets, query_batches, targets_at, without_secrets
+from freshrec.data.batches import (
+    Carried,
+    Targets,
+    histories_before,
+    query_batches,
+    targets_at,
+    without_secrets,
+)
 from freshrec.types import DUE, LATER, Histories, InterestModel, Interests
 
 Trim = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # (vectors, alive, old) -> (vectors, alive)
@@ -37,6 +45,8 @@ def reread(
     vectors_NKD = torch.zeros(len(users_N), n_most, carried.slots_KD.shape[1])
     alive_NK = torch.zeros(len(users_N), n_most, dtype=torch.bool)
     used_NK = torch.zeros(len(users_N), n_most, dtype=torch.bool)
+    fresh_R = (histories.due_R == DUE) | (histories.due_R == LATER)
+    fresh = replace(ends, histories=replace(histories, items_R=torch.where(fresh_R, histories.items_R, 0)))
     for which, batch in query_batches(ends, model.spec.length, carried):
         assert batch.alive_BK is not None and batch.old_BK is not None
         vectors_BKD, alive_BK = model.user_vectors(batch), batch.alive_BK
@@ -45,17 +55,36 @@ def reread(
         k = alive_BK.shape[1]
         vectors_NKD[which, :k] = vectors_BKD
         alive_NK[which, :k] = alive_BK
-        used_NK[which, :k] = _closest(model, batch.history_BT, vectors_BKD, alive_BK)
+        used_NK[which, :k] = _closest(model, histories_before(fresh[which], model.spec.length), vectors_BKD, alive_BK)
     return write(carried.users, users_N, vectors_NKD, alive_NK, used_NK, carried.span, histories.n_users)
 
 
-def _closest(model: InterestModel, history_BT: Tensor, vectors_BKD: Tensor, alive_BK: Tensor) -> Tensor:
-    """(B, K) whether an interest is the closest one of some item of the history."""
-    items_BTD = model.item_vectors()[history_BT]
+def _closest(model: InterestModel, events_BT: Tensor, vectors_BKD: Tensor, alive_BK: Tensor) -> Tensor:
+    """(B, K) whether an interest is the closest one of some event since the last update; 0 is none."""
+    items_BTD = model.item_vectors()[events_BT]
     logits_BTK = torch.bmm(items_BTD, vectors_BKD.transpose(1, 2)).masked_fill(~alive_BK[:, None], -torch.inf)
     used_BK = torch.zeros(alive_BK.shape)
-    used_BK.scatter_add_(1, logits_BTK.argmax(2), (history_BT > 0).float())
+    used_BK.scatter_add_(1, logits_BTK.argmax(2), (events_BT > 0).float())
     return used_BK > 0
+
+
+def owners_of(users: Interests) -> Tensor:
+    """The user of each interest (S,)."""
+    return torch.repeat_interleave(torch.arange(users.n_users + 1), users.offsets_U.diff())
+
+
+def interests_where(users: Interests, stays_S: Tensor) -> Interests:
+    """`users` without the other interests."""
+    offsets_U = torch.zeros_like(users.offsets_U)
+    torch.cumsum(torch.bincount(owners_of(users)[stays_S], minlength=users.n_users + 1), 0, out=offsets_U[1:])
+    return Interests(users.vectors_SD[stays_S], offsets_U, users.born_S[stays_S], users.used_S[stays_S])
+
+
+def costs_of(users: Interests) -> dict[str, float]:
+    """How many interests, and how many bytes of them, a user has who has any."""
+    n_users = max(1, int((users.offsets_U.diff() > 0).sum()))
+    n_bytes = sum(column.nbytes for column in (users.vectors_SD, users.born_S, users.used_S))
+    return {"mean_k": len(users.vectors_SD) / n_users, "interest_bytes": n_bytes / n_users}
 
 
 def write(
@@ -74,11 +103,11 @@ def write(
 
     rewritten_U = torch.zeros(n_users + 1, dtype=torch.bool)
     rewritten_U[users_N] = True
-    owner_S = torch.repeat_interleave(torch.arange(n_users + 1), old_U)
+    owner_S = owners_of(users)
     stays_S = ~rewritten_U[owner_S]
     starts_U = torch.cumsum(old_U, 0) - old_U
     to_S = torch.arange(len(owner_S)) - starts_U[owner_S] + offsets_U[owner_S]
-    vectors_SD[to_S[stays_S]] = users.vectors_SD[stays_S]
+    vectors_SD[to_S[stays_S]] = users.vectors_SD[stays_S].float()
     born_S[to_S[stays_S]], used_S[to_S[stays_S]] = users.born_S[stays_S], users.used_S[stays_S]
 
     nth_NK = torch.arange(alive_NK.shape[1]).expand(len(users_N), -1)  # the place it had before trimming
@@ -102,7 +131,7 @@ def expand(users: Interests, users_N: Tensor, n_more: int, k_max: int, starts_KD
     nth_S = torch.arange(len(owner_S)) - offsets_U[owner_S]
     kept_S = nth_S < counts_U[owner_S]
     vectors_SD = starts_KD[nth_S.clamp(max=len(starts_KD) - 1)]
-    vectors_SD[kept_S] = users.vectors_SD
+    vectors_SD[kept_S] = users.vectors_SD.float()
     born_S = torch.full((len(owner_S),), span, dtype=torch.int16)
     used_S = born_S.clone()
     born_S[kept_S], used_S[kept_S] = users.born_S, users.used_S

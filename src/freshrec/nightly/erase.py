@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from freshrec.data.batches import Targets, owners, rows_where
+from freshrec.learn.interests import interests_where, owners_of
 from freshrec.learn.reservoir import Kept, Reservoir
 from freshrec.learn.weights import tables_of
 from freshrec.models.blend import Blend
@@ -71,7 +72,7 @@ def without(node: T, user: int) -> T:
             others = node[(node.users_N != user).nonzero()[:, 0]]
             found = replace(others, histories=replace(node.histories, items_R=blank_R))
         case Interests():
-            found = _interests_without(node, user)
+            found = interests_where(node, owners_of(node) != user)
         case Kept() | Queries():
             found = node[(node.users_N != user).nonzero()[:, 0]]
         case Reservoir():
@@ -87,17 +88,6 @@ def without(node: T, user: int) -> T:
             for part in fields(node):
                 object.__setattr__(found, part.name, without(getattr(node, part.name), user))
     return found  # type: ignore[no-any-return]
-
-
-def _interests_without(interests: Interests, user: int) -> Interests:
-    if user > interests.n_users:
-        return interests
-    n_U = interests.offsets_U.diff()
-    stays_S = torch.repeat_interleave(torch.arange(len(n_U)), n_U) != user
-    offsets_U = interests.offsets_U.clone()
-    offsets_U[user + 1 :] -= n_U[user]
-    columns = interests.vectors_SD[stays_S], offsets_U, interests.born_S[stays_S], interests.used_S[stays_S]
-    return Interests(*columns)
 
 
 def _reservoir_without(reservoir: Reservoir, user: int) -> Reservoir:

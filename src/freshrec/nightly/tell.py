@@ -92,7 +92,7 @@ def _interests(contents: Contents, row: int) -> list[dict[str, Any]]:
     if row > interests.n_users:
         return []
     mine = slice(int(interests.offsets_U[row]), int(interests.offsets_U[row + 1]))
-    scores_KI = interests.vectors_SD[mine] @ served.state.model.item_vectors().T
+    scores_KI = interests.vectors_SD[mine].float() @ served.state.model.item_vectors().T
     scores_KI[:, 0] = -torch.inf
     best_KN = scores_KI.topk(min(SHOWN, served.state.model.n_items)).indices
     spans = zip(interests.born_S[mine].tolist(), interests.used_S[mine].tolist())

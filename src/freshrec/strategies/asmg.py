@@ -21,6 +21,7 @@ from freshrec.data.batches import Carried, due_targets, owners, random_source, r
 from freshrec.errors import OptionError
 from freshrec.learn.fit import Clock, Fit, batches, carried_by, finish, grid, negatives, start, successor, train
 from freshrec.learn.generators import GRU, Generator, Mix, Window, shares, untrained
+from freshrec.learn.interests import interests_where, owners_of
 from freshrec.learn.rehearsal import rehearsal
 from freshrec.learn.weights import put, seen_through, weights_of
 from freshrec.options import Count, CountOrNone, Positive, check_options
@@ -147,7 +148,8 @@ class ASMG:
         carried = carried_by(model, state.users, span.index)
         users_N = due_targets(state.recent).users_N.unique()
         if carried is not None:
-            carried = replace(carried, users=_interests_of(carried.users, users_N))
+            theirs_S = torch.isin(owners_of(carried.users), users_N)
+            carried = replace(carried, users=interests_where(carried.users, theirs_S))
         of_theirs_R = torch.isin(owners(state.recent), users_N)
         return Block(rows_where(state.recent, of_theirs_R), carried, span.n_items)
 
@@ -209,14 +211,3 @@ class ASMG:
             hidden = generator.passed(window) if self.carry else None
             models = models[1:]
         return Window(models, hidden)
-
-
-def _interests_of(users: Interests, users_N: Tensor) -> Interests:
-    """The interests of some users; the others have none."""
-    counts_U = users.offsets_U.diff()
-    chosen_U = torch.zeros(len(counts_U), dtype=torch.bool)
-    chosen_U[users_N[users_N <= users.n_users]] = True
-    stays_S = torch.repeat_interleave(chosen_U, counts_U)
-    offsets_U = torch.zeros_like(users.offsets_U)
-    torch.cumsum(counts_U * chosen_U, 0, out=offsets_U[1:])
-    return Interests(users.vectors_SD[stays_S], offsets_U, users.born_S[stays_S], users.used_S[stays_S])

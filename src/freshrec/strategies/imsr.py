@@ -17,6 +17,7 @@ from freshrec.data.batches import Carried, due_targets, owners, pad_interests
 from freshrec.errors import OptionError
 from freshrec.learn.fit import Clock, Fit, adapt, around, carried_by, finish, grid, start, successor
 from freshrec.learn.interests import expand
+from freshrec.learn.upkeep import Upkeep
 from freshrec.models.layers import FAR
 from freshrec.options import CountOrNone, Positive, Weight, check_options
 from freshrec.types import DUE, Batch, Forward, Histories, InterestModel, Interests, Span, State
@@ -211,12 +212,13 @@ class Trimmer:
 
 @dataclass(frozen=True)
 class IMSR:
-    """Fine-tuning with the three parts; each is left out by setting it to None."""
+    """Fine-tuning with the three parts, each of which is left out by setting it to None; `upkeep` is ours."""
 
     retain: Retain | None = Retain()
     detect: Detect | None = Detect()
     trim: Trimmer | None = Trimmer()
     fit: Fit = Fit()
+    upkeep: Upkeep = Upkeep()
     needs = "interests"
     base = "plain"
 
@@ -233,9 +235,9 @@ class IMSR:
         return self.fit.work(sizes, base_epochs)
 
     def update(self, state: State, span: Span) -> State:
-        """Detect, train with the retainer, trim."""
+        """Detect, train with the retainer, trim; then the upkeep of what is stored."""
         if state.spans_seen == 0:
-            return start(state, span, self.fit)
+            return self.upkeep(start(state, span, self.fit))
         model = successor(state, span)
         assert isinstance(model, InterestModel)
         targets = due_targets(state.recent, self.fit.history)
@@ -249,7 +251,7 @@ class IMSR:
         project = residual if trim is not None else None
         key = (state.seed, span.index)
         adapt(model, targets, self.fit, key, clock, carried=carried, terms=terms, project=project)
-        return finish(state, model, carried, self.fit.history, clock, trim)
+        return self.upkeep(finish(state, model, carried, self.fit.history, clock, trim))
 
     def _detected(self, model: InterestModel, carried: Carried, state: State, clock: Clock) -> Carried:
         assert self.detect is not None
