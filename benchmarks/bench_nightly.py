@@ -60,7 +60,7 @@ def main() -> None:
                 begin = time.perf_counter()
                 taken = job.deliver(read_log(path), source_of(path))
                 parts["log_s"] = time.perf_counter() - begin
-                [version] = job.catch_up("", taken)
+                [version] = job.catch_up()
             total = time.perf_counter() - since
         parts["learn_s"] = version.numbers["update_s"]
         parts["gate_s"] = version.numbers["wait_s"] - version.numbers["update_s"]

@@ -56,6 +56,19 @@ def test_fit_update_and_recommend_hand_a_recommender_on(
     assert [row["fallback"] for row in rows] == [None, None, "unknown user", "unknown user"]
 
 
+def test_deliveries_before_one_that_cannot_be_read_are_learnt_and_told(
+    logs: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log, new, at = *logs, str(tmp_path / "at")
+    answer(capsys, "fit", log, "--store", at, "--model", "popularity", *COLUMNS)
+    (tmp_path / "bad.csv").write_text("who,what\n1,2\n")
+    why = ["--force", "--reason", "a test"]
+    assert main(["update", new, str(tmp_path / "bad.csv"), "--store", at, "--json", *why]) == 3
+    out, err = capsys.readouterr()
+    assert [version["id"] for version in json.loads(out)] == [2] and "bad.csv" in err
+    assert json.loads(answer(capsys, "status", "--store", at, "--json"))["live"] == 2
+
+
 def test_what_is_fitted_without_options_is_the_blend_and_a_budget_sizes_its_training(
     logs: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -106,16 +106,18 @@ def update(
         for path in new or []:
             typer.echo(json.dumps(preview(job, _read(job, path, None))))
         return
-    with _changing(store, wait):
-        versions = [_shown(version, as_json) for version in job.catch_up(force_why)]
-        for path in new or []:
-            versions += _learnt(job, path, quarantine, force_why, as_json)
-        if again is not None:
-            versions.append(_shown(job.again(again, force_why), as_json))
-        live = made.live
-    if as_json:
-        typer.echo(json.dumps([version.model_dump() for version in versions]))
-    elif not versions:
+    versions: list[Manifest] = []
+    try:
+        with _changing(store, wait):
+            for version in _made(job, new or [], again, quarantine, force_why, as_json):
+                versions.append(version)
+                if not as_json:
+                    _show(version)
+            live = made.live
+    finally:  # also what was made before a delivery that cannot be read
+        if as_json:
+            typer.echo(json.dumps([version.model_dump() for version in versions]))
+    if not versions and not as_json:
         typer.echo(f"nothing new: version {live} stays live")
     refused = [version.id for version in versions if not version.promoted and not force]
     if refused:
@@ -126,17 +128,24 @@ def update(
         )
 
 
-def _learnt(job: Job, path: Path, quarantine: Path | None, force: str, as_json: bool) -> list[Manifest]:
-    """The versions that one delivery leads to."""
+def _made(
+    job: Job, paths: list[Path], again: int | None, quarantine: Path | None, force: str, as_json: bool
+) -> Iterator[Manifest]:
+    """The versions of what waits, of each delivery, and of what was refused before."""
     from freshrec.nightly.job import source_of, taken_rows
 
-    source, log = source_of(path), _read(job, path, quarantine)
-    if log is None or not len(taken_rows(log.frame)):
-        return [_shown(job.rest(None, source), as_json)]
-    taken = job.deliver(log, source)
-    if not as_json:
-        typer.echo(_told(taken, path) + (f"; {log.n_aside:,} bad rows set aside" if log.n_aside else ""))
-    return [_shown(version, as_json) for version in job.catch_up(force, taken)]
+    yield from job.catch_up(force)
+    for path in paths:
+        source, log = source_of(path), _read(job, path, quarantine)
+        if log is None or not len(taken_rows(log.frame)):
+            yield job.rest(None, source)
+            continue
+        taken = job.deliver(log, source)
+        if not as_json:
+            typer.echo(_told(taken, path) + (f"; {log.n_aside:,} bad rows set aside" if log.n_aside else ""))
+        yield from job.catch_up(force)
+    if again is not None:
+        yield job.again(again, force)
 
 
 def _read(job: Job, path: Path, quarantine: Path | None) -> Log | None:
@@ -174,15 +183,12 @@ def _told(taken: Taken, path: Path) -> str:
     return f"{path.name}: {taken.rows:,} rows, {taken.kept:,} new{late}{left_out}"
 
 
-def _shown(version: Manifest, as_json: bool) -> Manifest:
-    """The version, of which a line was printed."""
-    if not as_json:
-        typer.echo(line_of(version))
-        for reason in version.reasons:
-            typer.echo(f"  refused: {reason}")
-        for note in version.notes:
-            typer.echo(f"  note: {note}")
-    return version
+def _show(version: Manifest) -> None:
+    typer.echo(line_of(version))
+    for reason in version.reasons:
+        typer.echo(f"  refused: {reason}")
+    for note in version.notes:
+        typer.echo(f"  note: {note}")
 
 
 def line_of(version: Manifest) -> str:

@@ -73,6 +73,10 @@ class Catalog:
         """The catalog after erasing the id of a row."""
         return Catalog(self.frame.with_columns(id=pl.when(pl.int_range(pl.len()) != row - 1).then("id")))
 
+    def restarted(self) -> Catalog:
+        """The same rows, as if span 0 had brought all ids: spans are counted from a base block."""
+        return Catalog(self.frame.with_columns(pl.lit(0, kind).alias(name) for name, kind in COLUMNS.items()))
+
     @cached_property
     def _sorted(self) -> tuple[pl.Series, pl.Series]:
         """The positions of the ids in ascending order, and the ids in it; without those erased."""

@@ -48,7 +48,7 @@ def from_nothing(
     if chain[0].batch is None:
         raise OptionError("the log does not hold what this store began with, so there is no full retrain; fit anew.")
     empty = begun(before.served.state.model.spec, before.strategy, before.served.state.seed, before.reading)
-    served = replace(empty.served, users=before.served.users, items=before.served.items)
+    served = replace(empty.served, users=before.served.users.restarted(), items=before.served.items.restarted())
     past = log.read([manifest.batch for manifest in chain if manifest.batch is not None])
     whole = pl.concat([past, frame], how="diagonal")
     return replace(before, served=served), whole

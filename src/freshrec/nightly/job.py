@@ -98,8 +98,8 @@ class Job:
             frame = frame.with_columns(pl.col("time") + max(times) + 1)
         return self.log.take(frame, source, log.has_clock)
 
-    def catch_up(self, force: str = "", taken: Taken | None = None) -> Iterator[Manifest]:
-        """A version of each batch that waits, as `advance` makes them; `taken`: what became of the last delivery.
+    def catch_up(self, force: str = "") -> Iterator[Manifest]:
+        """A version of each batch that waits, as `advance` makes them.
 
         First of all, a version that was to go live when its maker died does so.
         """
@@ -109,7 +109,7 @@ class Job:
                 self.store.point(about.id, "update", "its maker died before")
                 live = about.id
         for batch in waiting(self.store, self.log):
-            yield self.advance(batch, force, taken if taken and taken.batch == batch else None)
+            yield self.advance(batch, force)
 
     def again(self, number: int, force: str = "") -> Manifest:
         """A version that has learnt from the events of another, which was refused or left by a rollback."""
@@ -127,7 +127,7 @@ class Job:
         )
         return self._live(about, contents, "update")
 
-    def advance(self, batch: int, force: str = "", taken: Taken | None = None, is_late: bool = False) -> Manifest:
+    def advance(self, batch: int, force: str = "", is_late: bool = False) -> Manifest:
         """A version that has learnt from a batch, live if it passes the gate, or by `force`, which says why.
 
         Where learning fails, a version like the live one is refused, with the reason. `is_late`: that the events are
@@ -138,7 +138,7 @@ class Job:
         if not len(frame):
             return self.rest(batch, source)
         try:
-            about, after = self.tried(frame, taken, is_late)
+            about, after = self.tried(frame, self.log.left_out(batch), is_late)
         except (LogError, TrainingError) as why:
             about = _about(self.store, self.contents, "update", {}).model_copy(
                 update={"parent": self.store.live, "promoted": False, "reasons": [str(why)]}
@@ -154,11 +154,11 @@ class Job:
         return self.store.write(about, lambda aside: write_contents(after, aside))
 
     def tried(
-        self, frame: pl.DataFrame, taken: Taken | None = None, is_late: bool = False
+        self, frame: pl.DataFrame, left_out: tuple[int, int] = (0, 0), is_late: bool = False
     ) -> tuple[Manifest, Contents]:
         """What becomes of the live version by learning these rows, and the gate's verdict on it; nothing is written."""
         before, chain = self.contents, chain_of(self.store)
-        day, first = self.facts(frame, taken, is_late), chain[0]
+        day, first = self.facts(frame, left_out, is_late), chain[0]
         after, numbers = _learnt(before, numbered(before.served, frame), HELD)
         numbers["full_s"] = first.numbers.get("update_s", 0.0) * after.sizes["events"] / max(1, first.sizes["events"])
         queries = newest(after.served)
@@ -176,12 +176,12 @@ class Job:
         )  # fmt: skip
         return about, replace(after, asked=(*before.asked, asked)[-REMEMBERED:])
 
-    def facts(self, frame: pl.DataFrame, taken: Taken | None = None, is_late: bool = False) -> Day:
-        """What is to be said of a day's rows, and of those that were left out of them when they were delivered."""
-        served, left = self.contents.served, (taken.doubled, taken.known) if taken else (0, 0)
+    def facts(self, frame: pl.DataFrame, left_out: tuple[int, int] = (0, 0), is_late: bool = False) -> Day:
+        """What is to be said of a day's rows, of which so many doubled and so many known ones were left out."""
+        served = self.contents.served
         newest_time = None if is_late else served.newest_time
         has_clock, head = self.contents.reading.has_clock, _head(served)
-        return facts_of(frame, served.users, served.items, has_clock, newest_time, *left, head)
+        return facts_of(frame, served.users, served.items, has_clock, newest_time, *left_out, head)
 
     def _judged(
         self, day: Day, before: Contents, after: Contents, chain: list[Manifest], queries: Queries

@@ -33,7 +33,7 @@ def status(store: Store) -> dict[str, Any]:
     return {
         "live": live, "made_at": about.made_at, "kind": about.kind, "model": about.recipe["model"],
         "strategy": about.recipe["strategy"], **about.sizes, "held": about.held,
-        "newest_event": None if newest is None else _moment(newest),
+        "newest_event": _moment(newest) if newest is not None and log.has_clock else None,
         "versions": len(versions), "refused": [m.id for m in versions if not m.promoted and m.id > live],
         "batches_waiting": waiting(store, log),
         "bytes": n_bytes, "bytes_per_user": round(n_bytes / max(1, about.sizes["users"]), 1),

@@ -11,10 +11,11 @@ files that are taken on trust until the next commit, which adds them.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import polars as pl
@@ -98,16 +99,17 @@ class EventLog:
             if not len(new):
                 return Taken(None, None, len(rows), n_doubled, len(once))
             newest, batch = _time(_files(table)["last"].max()), 1 + max(sources, default=0)
-            _append(new, batch, source, table or self.folder, has_clock)
+            about = {"batch": batch, "source": source, "doubled": n_doubled, "known": len(once) - len(new)}
+            _append(new, about, table or self.folder, has_clock)
             _vouch(self.folder)
         n_late = int((new["time"] < newest).sum()) if has_clock and newest is not None else 0
         first, last = _span(new)
         return Taken(batch, None, len(rows), n_doubled, len(once) - len(new), n_late, len(new), first, last)
 
-    def read(self, batches: Sequence[int] | None = None, *, origin: bool = False) -> pl.DataFrame:
+    def read(self, batches: Sequence[int] | None = None) -> pl.DataFrame:
         """The rows of all batches, or of some, in the order of arrival: by batch, then time, then as delivered.
 
-        The columns are those of `Log.frame` in which any of these rows has a value; `origin` adds batch and source.
+        The columns are those of `Log.frame` in which any of these rows has a value.
         """
         with _told(self.folder, "read"):
             table = _table(self.folder)
@@ -122,7 +124,7 @@ class EventLog:
         found = found.sort("batch", "time", "row")
         given = [name for name in KINDS if name in found.columns and found[name].null_count() < len(found)]
         more = [name for name in given if name not in KEYS]
-        return found.select(*KEYS, *more, *(("batch", "source") if origin else ()))
+        return found.select(*KEYS, *more)
 
     def batches(self) -> pl.DataFrame:
         """batch, source, rows, and the times first and last, of every batch; 0 rows where all were erased."""
@@ -141,10 +143,19 @@ class EventLog:
             _must_know([batch], sources, self.folder)
             return sources[batch]
 
+    def left_out(self, batch: int) -> tuple[int, int]:
+        """How many rows of the delivery of a batch were doubled, and how many the log held already."""
+        with _told(self.folder, "read"):
+            made = _made(_table(self.folder))
+            _must_know([batch], made, self.folder)
+            return made[batch].get("doubled", 0), made[batch].get("known", 0)
+
     @property
-    def n_rows(self) -> int:
-        """How many rows the log holds."""
-        return int(self.batches()["rows"].sum())
+    def has_clock(self) -> bool:
+        """Whether times are a clock's; False also where there is no row yet."""
+        with _told(self.folder, "read"):
+            table = _table(self.folder)
+            return table is not None and table.metadata().description == CLOCK[True]
 
     @property
     def newest(self) -> int | None:
@@ -223,10 +234,14 @@ def _files(table: DeltaTable | None) -> pl.DataFrame:
     return actions.select(name="path", batch="partition.batch", **stats)
 
 
-def _sources(table: DeltaTable | None) -> dict[int, str]:
-    """Batch -> source, of every batch that there ever was: the commits that made them say so."""
+def _made(table: DeltaTable | None) -> dict[int, dict[str, Any]]:
+    """What the commits that made them say of every batch that there ever was."""
     history = [] if table is None else reversed(table.history())
-    return {commit["batch"]: commit["source"] for commit in history if "batch" in commit}
+    return {commit["batch"]: commit for commit in history if "batch" in commit}
+
+
+def _sources(table: DeltaTable | None) -> dict[int, str]:
+    return {batch: commit["source"] for batch, commit in _made(table).items()}
 
 
 def _verify(folder: Path, files: pl.DataFrame) -> None:
@@ -266,8 +281,8 @@ def _sweep(folder: Path, table: DeltaTable | None) -> None:
             path.unlink()
 
 
-def _append(rows: pl.DataFrame, batch: int, source: str, table: DeltaTable | Path, has_clock: bool) -> None:
-    """One commit; the first one makes the table."""
+def _append(rows: pl.DataFrame, about: dict[str, Any], table: DeltaTable | Path, has_clock: bool) -> None:
+    """One commit, which says of itself what it is `about`; the first one makes the table."""
     if isinstance(table, Path):
         if unquote(str(table.absolute())) != str(table.absolute()):
             raise StateError(f"Delta tables cannot lie in {table}, for its percent sign; choose another folder.")
@@ -275,7 +290,7 @@ def _append(rows: pl.DataFrame, batch: int, source: str, table: DeltaTable | Pat
         write_signed({}, table / SUMS)
     write_deltalake(
         table,
-        rows.sort("time", "row").with_columns(batch=pl.lit(batch, pl.Int32), source=pl.lit(source)),
+        rows.sort("time", "row").with_columns(batch=pl.lit(about["batch"], pl.Int32), source=pl.lit(about["source"])),
         mode="append",
         schema_mode="merge",
         partition_by="batch",
@@ -283,7 +298,7 @@ def _append(rows: pl.DataFrame, batch: int, source: str, table: DeltaTable | Pat
         description=CLOCK[has_clock],
         configuration=PROPERTIES if isinstance(table, Path) else None,
         writer_properties=WRITER,
-        commit_properties=CommitProperties({"batch": batch, "source": source}, max_commit_retries=0),
+        commit_properties=CommitProperties(about, max_commit_retries=0),
     )
 
 
@@ -356,10 +371,10 @@ def _among(batches: Iterable[int]) -> str:
     return f"batch IN ({', '.join(map(str, [0, *batches]))})"  # there is no batch 0, and a list is never empty
 
 
-def _must_know(batches: Iterable[int], sources: dict[int, str], folder: Path) -> None:
+def _must_know(batches: Iterable[int], known: Collection[int], folder: Path) -> None:
     for batch in batches:
-        if batch not in sources:
-            raise OptionError(f"the event log in {folder} has no batch {batch}; it has {len(sources)}, counted from 1.")
+        if batch not in known:
+            raise OptionError(f"the event log in {folder} has no batch {batch}; it has {len(known)}, counted from 1.")
 
 
 def _span(rows: pl.DataFrame) -> tuple[int | None, int | None]:
