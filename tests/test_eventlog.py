@@ -49,7 +49,10 @@ def test_rows_that_are_doubled_known_or_late_are_counted(tmp_path: Path) -> None
     second = frame(("b", "x", 10), ("a", "x", 40), ("a", "y", 30), ("a", "x", 20), ("a", "x", 40))
     assert log.take(second, "s2", True) == Taken(2, None, 5, doubled=1, known=1, late=1, kept=3, first=20, last=40)
     assert (n_rows(log), log.newest, log.has_clock) == (5, 40, True)
-    assert (log.left_out(1), log.left_out(2)) == ((1, 0), (1, 1))  # as told, also to whoever asks after a crash
+    assert (log.delivery(1), log.delivery(2)) == (
+        ("s1", 1, 0),
+        ("s2", 1, 1),
+    )  # as told, also to whoever asks after a crash
     assert log.batches().rows() == [(1, "s1", 2, 10, 30), (2, "s2", 3, 20, 40)]
 
 
@@ -59,7 +62,7 @@ def test_a_delivery_that_is_empty_known_or_the_same_again_appends_nothing(tmp_pa
     assert log.take(day.clear(), "s2", True) == Taken(None, None, 0)
     assert log.take(day, "s3", True) == Taken(None, None, 3, doubled=1, known=2)  # another file with the same rows
     assert log.take(day, "s1", True) == Taken(None, 1, 3, doubled=1, known=2)
-    assert (len(log.batches()), log.source(1)) == (1, "s1")
+    assert (len(log.batches()), log.delivery(1)[0]) == (1, "s1")
 
 
 def test_an_event_is_its_event_id_where_it_has_one(tmp_path: Path) -> None:
@@ -89,7 +92,7 @@ def test_columns_come_and_go_and_absent_is_null(tmp_path: Path) -> None:
     assert everything.columns == ["user_id", "item_id", "time", "event", "weight"]
     assert everything.rows() == [("a", "x", 1, None, None), ("b", "y", 2, None, 0.5), ("c", "z", 3, "buy", None)]
     assert log.read([2, 1]).columns == ["user_id", "item_id", "time", "weight"]
-    assert (log.read([1]).rows(), log.source(1)) == ([("a", "x", 1)], "s1")
+    assert (log.read([1]).rows(), log.delivery(1)[0]) == ([("a", "x", 1)], "s1")
 
 
 def test_rows_come_by_batch_then_by_time_then_as_delivered(tmp_path: Path) -> None:
@@ -169,7 +172,7 @@ def test_no_file_holds_the_id_of_an_erased_user(tmp_path: Path, who: int | str) 
     assert holds(tmp_path, who) == []
     assert log.read().equals(before)
     assert log.batches()["rows"].to_list() == [1, 1, 0, 1]
-    assert (len(log.read([3])), log.source(3), log.newest) == (0, "s3", 40)
+    assert (len(log.read([3])), log.delivery(3)[0], log.newest) == (0, "s3", 40)
     assert log.take(days[2], "s3", True).again == 3  # it does not come back with its file
     assert log.erase(who) == 0
 

@@ -134,11 +134,11 @@ class Job:
         old is known.
         """
         since, frame = time.perf_counter(), self.log.read([batch])
-        source = self.log.source(batch)
+        source, doubled, known = self.log.delivery(batch)
         if not len(frame):
             return self.rest(batch, source)
         try:
-            about, after = self.tried(frame, self.log.left_out(batch), is_late)
+            about, after = self.tried(frame, (doubled, known), is_late)
         except (LogError, TrainingError) as why:
             about = _about(self.store, self.contents, "update", {}).model_copy(
                 update={"parent": self.store.live, "promoted": False, "reasons": [str(why)]}
@@ -147,8 +147,8 @@ class Job:
         notes = [*about.notes, *([f"let go live by force: {force}"] if force and not about.promoted else [])]
         numbers = about.numbers | {"wait_s": time.perf_counter() - since}
         goes_live = about.promoted or bool(force)
-        known = {"batch": batch, "source": source, "notes": notes, "numbers": numbers, "goes_live": goes_live}
-        about = about.model_copy(update=known)
+        update = {"batch": batch, "source": source, "notes": notes, "numbers": numbers, "goes_live": goes_live}
+        about = about.model_copy(update=update)
         if goes_live:
             return self._live(about, after, "update", force)
         return self.store.write(about, lambda aside: write_contents(after, aside))

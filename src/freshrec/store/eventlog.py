@@ -136,19 +136,12 @@ class EventLog:
         found = pl.DataFrame(sources, {"batch": pl.Int32, "source": pl.String}, orient="row")
         return found.join(of_each, on="batch", how="left").with_columns(pl.col("rows").fill_null(0)).sort("batch")
 
-    def source(self, batch: int) -> str:
-        """The source of a batch, also of one that is empty now."""
-        with _told(self.folder, "read"):
-            sources = _sources(_table(self.folder))
-            _must_know([batch], sources, self.folder)
-            return sources[batch]
-
-    def left_out(self, batch: int) -> tuple[int, int]:
-        """How many rows of the delivery of a batch were doubled, and how many the log held already."""
+    def delivery(self, batch: int) -> tuple[str, int, int]:
+        """The source of a batch, and how many rows were left out as doubled or known; also of one empty by now."""
         with _told(self.folder, "read"):
             made = _made(_table(self.folder))
             _must_know([batch], made, self.folder)
-            return made[batch].get("doubled", 0), made[batch].get("known", 0)
+            return made[batch]["source"], made[batch].get("doubled", 0), made[batch].get("known", 0)
 
     @property
     def has_clock(self) -> bool:
