@@ -152,12 +152,10 @@ def replay_cell(cell: Cell, cut: Cut, settings: Settings, out: Path, base: State
             break
         before = state if state.spans_seen and settings.tune else None
         state, update_costs = timed(partial(strategy.update, state, span))
-        if span.index == 0 and base is not None:
-            seconds = update_costs[
-                "update_cpu_s"
-            ]  # of what this strategy adds to the base, which is trained once for all
+        if span.index == 0 and base is not None:  # the base is trained once for all; what this strategy adds counts too
+            added = update_costs["update_cpu_s"]
             update_costs = state.costs | base.costs
-            update_costs["update_cpu_s"] += seconds
+            update_costs["update_cpu_s"] += added
         update_costs["update_cpu_s"] += clock.costs["absorb_cpu_s"]
         state = replace(state, started=None)
         rows += _asked_again(state, asked, span.index, settings.asked.among)
