@@ -35,6 +35,11 @@ CLAIMS = (
     Claim("The retainer helps: IMSR is better than IMSR without it", "imsr", "imsr-no-eir", MULTI),
     Claim("New interests help: IMSR is better than IMSR without them", "imsr", "imsr-no-expansion", MULTI),
     Claim("IMSR against a full retrain: the difference IMSR - full", "imsr", "full", MULTI),
+    Claim("Interests unused for 1 span may go", "imsr:upkeep.retire=1", "imsr", MULTI),
+    Claim("Interests unused for 3 spans may go", "imsr:upkeep.retire=3", "imsr", MULTI),
+    Claim("Half precision is enough for stored interests", "imsr:upkeep.half=true", "imsr", MULTI),
+    Claim("About two interests a user, the closest merged, are enough", "imsr:upkeep.megabytes=0.5", "imsr", MULTI),
+    Claim("One interest a user is enough", "imsr:upkeep.megabytes=0.001", "imsr", MULTI),
 )
 
 
@@ -143,16 +148,14 @@ def _claims(found: list[dict[str, Any]]) -> list[str]:
         "(Benjamini-Hochberg). Positive: the first named is better.",
     ]
     for claim in CLAIMS:
-        lines += ["", f"**{claim.sentence}.**", "", "| model | " + " | ".join(r["recipe"] for r in found) + " |"]
-        lines.append("|---" * (len(found) + 1) + "|")
-        for model in claim.models:
-            cells = [_difference(r["tests"], (model, claim.better), (model, claim.worse)) for r in found]
-            if any(cells):
-                lines.append(f"| {model} | " + " | ".join(cells) + " |")
+        rows = {
+            model: [_difference(r["tests"], (model, claim.better), (model, claim.worse)) for r in found]
+            for model in claim.models
+        }
+        lines += ["", f"**{claim.sentence}.**", "", *_side_by_side("model", rows, found)]
     lines += ["", "**More interests are better than one (fine-tuned ComiRec-DR, K = 4 against K = 1).**", ""]
-    lines += ["| | " + " | ".join(r["recipe"] for r in found) + " |", "|---" * (len(found) + 1) + "|"]
     pair = ("comirec-dr", "finetune"), ("comirec-dr-k1", "finetune")
-    lines.append("| K = 4 minus K = 1 | " + " | ".join(_difference(r["tests"], *pair) for r in found) + " |")
+    lines += _side_by_side("", {"K = 4 minus K = 1": [_difference(r["tests"], *pair) for r in found]}, found)
     lines += ["", "**The best model, fully retrained, beats item-knn.**", ""]
     lines += [
         "The model is the best of the fully retrained, chosen on these numbers: that flatters it. Controls learn",
@@ -160,14 +163,25 @@ def _claims(found: list[dict[str, Any]]) -> list[str]:
         "([decision 4](decisions/004-controls-absorb-at-once.md)): that flatters the controls.",
         "",
     ]
-    lines += ["| | " + " | ".join(r["recipe"] for r in found) + " |", "|---" * (len(found) + 1) + "|"]
+    rows = {}
     for other in ("item-knn", "popularity"):
-        cells = []
-        for r in found:
-            best = _best_full(r)
-            cells.append(f"{best}: {_difference(r['tests'], (best, 'full'), (other, 'absorb'))}" if best else "")
-        lines.append(f"| best full minus {other} | " + " | ".join(cells) + " |")
-    return lines
+        best = [(_best_full(r), r["tests"]) for r in found]
+        rows[f"best full minus {other}"] = [
+            f"{model}: {_difference(tests, (model, 'full'), (other, 'absorb'))}" if model else ""
+            for model, tests in best
+        ]
+    return lines + _side_by_side("", rows, found)
+
+
+def _side_by_side(corner: str, rows: dict[str, list[str]], found: list[dict[str, Any]]) -> list[str]:
+    """A table with a column for each recipe; rows and columns in which nothing stands are left out."""
+    rows = {name: cells for name, cells in rows.items() if any(cells)}
+    columns = [i for i in range(len(found)) if any(cells[i] for cells in rows.values())]
+    lines = [
+        f"| {corner} | " + " | ".join(found[i]["recipe"] for i in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    return lines + [f"| {name} | " + " | ".join(cells[i] for i in columns) + " |" for name, cells in rows.items()]
 
 
 def _blend(found: list[dict[str, Any]]) -> list[str]:
@@ -239,9 +253,11 @@ def _about(result: dict[str, Any]) -> list[str]:
 def _table(result: dict[str, Any]) -> list[str]:
     at = _means(result)
     methods = {(m, s) for m, s, metric in at if metric == "ndcg@20" and "@" not in m}
+    has_bytes = any(metric == "interest_bytes" for _, _, metric in at)
     lines = [
-        "| model | strategy | ndcg@20 | hr@20 | stored | forgetting | CPU-s per update | interests per user |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | strategy | ndcg@20 | hr@20 | stored | forgetting | CPU-s per update | interests per user |"
+        + " their bytes |" * has_bytes,
+        "|---|---|---|---|---|---|---|---|" + "---|" * has_bytes,
     ]
     for model, strategy in sorted(methods, key=lambda method: (-at[(*method, "ndcg@20")]["value"], method)):
         row = at[model, strategy, "ndcg@20"]
@@ -257,6 +273,9 @@ def _table(result: dict[str, Any]) -> list[str]:
             f"{at[model, strategy, 'update_cpu_s']['value']:.2f}",
             f"{k['value']:.2f}" if k and model not in CONTROLS else "",
         ]
+        if has_bytes:
+            n_bytes = at.get((model, strategy, "interest_bytes"))
+            cells.append(f"{n_bytes['value']:.0f}" if n_bytes else "")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
