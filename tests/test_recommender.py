@@ -204,6 +204,31 @@ def test_only_items_of_a_category_are_offered_where_the_log_has_categories(tmp_p
         Recommender("popularity").fit(LOG).recommend("u1", category=1)
 
 
+def test_a_diverse_list_gives_up_score_for_other_categories() -> None:
+    log = LOG.with_columns(category=pl.Series(["x", "x", "x", "x", "x", "y"]))  # counts: a 3 (x), b 2 (x), c 1 (y)
+    recommender = Recommender("popularity").fit(log)
+
+    def found(diversity: float, k: int = 3) -> tuple[str, list[float]]:
+        frame = recommender.recommend("u3", k=k, filter_seen=False, diversity=diversity)
+        assert frame["rank"].to_list() == list(range(1, k + 1)) and frame["fallback"].null_count() == k
+        return items_of(frame), frame["score"].to_list()
+
+    assert found(0.5) == ("abc", [3, 2, 1])  # after a, b is worth 1.5
+    assert found(1.5) == ("acb", [3, 1, 2])  # after a, b is worth 0.5
+    assert found(1.5, k=2) == ("ac", [3, 1])  # c is none of the best two: candidates are more than the list is long
+    # a stranger's list too, by popularity: c 1 and a 0.59, b 0.375; after c and a, b is left
+    assert items_of(recommender.recommend("stranger", diversity=0.5)) == "cab"
+    log = log.with_columns(category=pl.Series(["y", "y", "x", "x", "y", "y"]))  # now a and c share one, b 0.375 > 0.09
+    assert items_of(Recommender("popularity").fit(log).recommend("stranger", diversity=0.5)) == "cba"
+
+
+def test_what_was_not_counted_takes_no_place_from_what_was_for_the_sake_of_diversity() -> None:
+    # item-knn relates a, b and c to what u1 has had, all of category x; d, of y, is related to nothing
+    log = pl.concat([LOG, events("u5 d")]).with_columns(category=pl.Series(list("xxxxxxy")))
+    found = Recommender("item-knn").fit(log).recommend("u1", k=2, filter_seen=False, diversity=100)
+    assert "d" not in items_of(found) and found["fallback"].to_list() == [None, None]
+
+
 def test_what_was_saved_before_there_were_stores_is_read_and_saved_as_one(tmp_path: Path) -> None:
     older = Path(__file__).parent / "gold" / "recommender-2"
     recommender, fitted = Recommender.load(older), Recommender("item-knn").fit(LOG)
@@ -260,6 +285,8 @@ ERRORS = [
     (lambda r: Recommender("poplarity"), OptionError, 'did you mean "popularity"'),
     (lambda r: Recommender("popularity", "finetune"), IncompatibleError, "only strategy is absorb"),
     (lambda r: r.recommend("u1", k=0), OptionError, "k is 0"),
+    (lambda r: r.recommend("u1", diversity=-1.0), OptionError, "diversity .* must be at least 0"),
+    (lambda r: r.recommend("u1", diversity=0.5), OptionError, "diversity needs categories, .* leave it at 0"),
     (lambda r: r.recommend(["u1", 2]), LogError, "mixes numbers and text"),
     (lambda r: r.recommend([1, 2]), LogError, "use one kind"),
     (lambda r: Recommender("popularity").fit(days()[0]).recommend("x"), LogError, "not an integer"),

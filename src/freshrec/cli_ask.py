@@ -26,6 +26,9 @@ def recommend(
     allow: Annotated[str | None, typer.Option(help="Only these items, as in 17,42.")] = None,
     deny: Annotated[str | None, typer.Option(help="None of these items.")] = None,
     category: Annotated[str | None, typer.Option(help="Only items of this category.")] = None,
+    diversity: Annotated[
+        float, typer.Option(help="What each item of a category costs the next one of it, in units of the score.")
+    ] = 0.0,
     include_seen: Annotated[bool, typer.Option("--include-seen", help="Also what the user has had.")] = False,
     version: Version = None,
     as_json: AsJson = False,
@@ -35,7 +38,9 @@ def recommend(
 
     only, never = (None if text is None else words(text) for text in (allow, deny))
     recommender = Recommender.of(_contents(store, version))
-    found = recommender.recommend(users, k, not include_seen, allow=only, deny=never, category=category)
+    found = recommender.recommend(
+        users, k, not include_seen, allow=only, deny=never, category=category, diversity=diversity
+    )
     rows = [(user, rank, item, f"{score:.4g}", why) for user, item, score, rank, why in found.iter_rows()]
     _print(found, ("user", "rank", "item", "score", "fallback"), rows, as_json)
 

@@ -16,7 +16,9 @@ from freshrec.learn.interests import ends_of
 from freshrec.models.blend import Blend
 from freshrec.models.pairs import Pairs
 from freshrec.models.ranking import top
+from freshrec.options import Weight, check_options
 from freshrec.replay.replay import told
+from freshrec.serve.diverse import CANDIDATES, diversified, kinds_of
 from freshrec.types import Batch, Events, Model, State, TrainedModel, VectorModel
 
 SIZE = 256  # users asked at once
@@ -56,6 +58,11 @@ class Served:
         recent = append(self.state.recent, self.pending, len(self.users))
         return told(replace(self.state, recent=recent), len(self.items))
 
+    @cached_property
+    def kinds_I(self) -> Tensor:
+        """The number of each item's category, from item 0; 0: none. OptionError where no item has one."""
+        return kinds_of(self.categories, len(self.items))
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -65,6 +72,15 @@ class Wanted:
     filter_seen: bool = True  # leave out all that the user has had
     allow_M: Tensor | None = None  # only these item rows, ascending
     deny_M: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # none of these item rows
+    diversity: Weight = 0.0  # what each item of a category costs the next one of it, in units of the score
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @property
+    def n_candidates(self) -> int:
+        """How many of the best items the list is made of."""
+        return self.k + CANDIDATES if self.diversity else self.k
 
 
 def best_items(served: Served, users_N: Tensor, wanted: Wanted) -> pl.DataFrame:
@@ -95,10 +111,11 @@ def _from_model(served: Served, users_N: Tensor, wanted: Wanted) -> pl.DataFrame
     ends = ends_of(state.recent, users_N[nth_N], "recent")
     found = [_frame(nth_N[:0], torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, 0), None)]
     for which, batch in query_batches(ends, state.model.spec.length, carried, SIZE):
-        items_BK, scores_BK = top(state.model, batch, wanted.k, _banned(served, batch.users_B, wanted), wanted.allow_M)
+        banned_BM = _banned(served, batch.users_B, wanted)
+        items_BC, scores_BC = top(state.model, batch, wanted.n_candidates, banned_BM, wanted.allow_M)
         if not isinstance(state.model, TrainedModel):
-            scores_BK = scores_BK.masked_fill(scores_BK <= 0, -torch.inf)  # nothing was counted: no opinion
-        found.append(_frame(nth_N[which], items_BK, scores_BK, None))
+            scores_BC = scores_BC.masked_fill(scores_BC <= 0, -torch.inf)  # nothing was counted: no opinion
+        found.append(_frame(nth_N[which], *_diverse(served, items_BC, scores_BC, wanted), None))
     return pl.concat(found)
 
 
@@ -107,11 +124,17 @@ def _from_counts(served: Served, nth_N: Tensor, users_N: Tensor, wanted: Wanted,
     for which in in_parts(torch.arange(len(users_N)), SIZE):
         users_B = users_N[which]
         batch = Batch(users_B, torch.zeros(len(users_B), 0, dtype=torch.int64))
-        items_BK, scores_BK = top(
-            served.counts.model, batch, wanted.k, _banned(served, users_B, wanted), wanted.allow_M
-        )
-        found.append(_frame(nth_N[which], items_BK, scores_BK, why))
+        banned_BM = _banned(served, users_B, wanted)
+        items_BC, scores_BC = top(served.counts.model, batch, wanted.n_candidates, banned_BM, wanted.allow_M)
+        found.append(_frame(nth_N[which], *_diverse(served, items_BC, scores_BC, wanted), why))
     return pl.concat(found)
+
+
+def _diverse(served: Served, items_BC: Tensor, scores_BC: Tensor, wanted: Wanted) -> tuple[Tensor, Tensor]:
+    """(B, k) of the candidates and their scores; as they are, where nobody asked for diversity."""
+    if not wanted.diversity:
+        return items_BC, scores_BC
+    return diversified(items_BC, scores_BC, served.kinds_I[items_BC], wanted.k, wanted.diversity)
 
 
 def _banned(served: Served, users_B: Tensor, wanted: Wanted) -> Tensor:

@@ -100,14 +100,17 @@ class Recommender:
         allow: Ids | None = None,
         deny: Ids | None = None,
         category: str | int | None = None,
+        diversity: float = 0.0,
     ) -> pl.DataFrame:
         """The best items of each user, in the order given: user_id, item_id, score, rank (from 1), fallback.
 
         `filter_seen` leaves out all that the user has had; `allow` admits only these items, `deny` none of these, and
-        `category` only items of one category, where the log has such a column. Where
-        the model has nothing to say, popular items complete the list with their popularity as score, and `fallback`
-        says why; elsewhere it is null. Unknown users are strangers, not errors; unknown items in `allow` and `deny` are
-        ignored. A list is shorter than k where fewer items are left.
+        `category` only items of one category, where the log has such a column. With `diversity`, each item of a list
+        costs the later ones of its category so much of their score, in the units of the score: the list is then no
+        longer in the order of its scores. Where the model has nothing to say, popular items complete the list with
+        their popularity as score, and `fallback` says why; elsewhere it is null. Unknown users are strangers, not
+        errors; unknown items in `allow` and `deny` are ignored. A list is shorter than k where fewer items are left.
+        OptionError where diversity is wanted of a log without categories.
         """
         served = self.served
         ids = ids_of("user_id", users, served.users)
@@ -115,7 +118,7 @@ class Recommender:
         if category is not None:
             allow_M = of_category(served, category, allow_M)
         deny_M = item_rows(served, [] if deny is None else deny)
-        wanted = Wanted(positive(k), filter_seen, allow_M, deny_M)
+        wanted = Wanted(positive(k), filter_seen, allow_M, deny_M, diversity)
         found = best_items(served, served.users.rows(ids), wanted)
         return found.select(
             ids.gather(found["nth"]), served.items.ids(rows_of(found)).alias("item_id"), "score", "rank", "fallback"
