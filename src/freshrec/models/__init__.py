@@ -3,16 +3,23 @@
 from dataclasses import replace
 
 from freshrec.models.blend import BlendSpec
+from freshrec.models.caser import CaserSpec
 from freshrec.models.comirec import COMIREC_DR, COMIREC_SA
 from freshrec.models.embedding_mlp import EmbeddingMLPSpec
+from freshrec.models.gru4rec import GRU4RecSpec
+from freshrec.models.limarec import LimaRecSpec
 from freshrec.models.mf import MFSpec
 from freshrec.models.mf_biased import BiasedMFSpec
+from freshrec.models.mimn import MIMNSpec
 from freshrec.models.mind import MIND
+from freshrec.models.originals import COMIREC_DR_ORIGINAL, COMIREC_SA_ORIGINAL, MIND_ORIGINAL
 from freshrec.models.pairs import PairsSpec
 from freshrec.models.pooled import PooledSpec
 from freshrec.models.popularity import PopularitySpec
 from freshrec.models.repeat import RepeatSpec
 from freshrec.models.sasrec import SASRecSpec
+from freshrec.models.sknn import S_SKNN, SKNN, STAN, V_SKNN
+from freshrec.models.stamp import STAMPSpec
 from freshrec.models.user_knn import UserKNNSpec
 from freshrec.options import choose
 from freshrec.types import ModelSpec
@@ -28,6 +35,10 @@ CONTROLS: dict[str, ModelSpec] = {
 COUNTERS: dict[str, ModelSpec] = CONTROLS | {  # they have no randomness: one seed is all of them
     "markov": PairsSpec(kind="markov"),
     "user-knn": UserKNNSpec(),
+    "sknn": SKNN,
+    "s-sknn": S_SKNN,
+    "v-sknn": V_SKNN,
+    "stan": STAN,
 }
 
 MODELS: dict[str, ModelSpec] = COUNTERS | {
@@ -37,12 +48,21 @@ MODELS: dict[str, ModelSpec] = COUNTERS | {
     "embedding-mlp": EmbeddingMLPSpec(),
     "pooled": PooledSpec(),
     "sasrec": SASRecSpec(),
+    "gru4rec": GRU4RecSpec(),
+    "stamp": STAMPSpec(),
+    "stmp": STAMPSpec(kind="stmp"),
+    "caser": CaserSpec(),
     "mind": MIND,
     "comirec-dr": COMIREC_DR,
     "comirec-sa": COMIREC_SA,
     "mind-k1": replace(MIND, k=1),
     "comirec-dr-k1": replace(COMIREC_DR, k=1),
     "comirec-sa-k1": replace(COMIREC_SA, k=1),
+    "mind-original": MIND_ORIGINAL,
+    "comirec-dr-original": COMIREC_DR_ORIGINAL,
+    "comirec-sa-original": COMIREC_SA_ORIGINAL,
+    "limarec": LimaRecSpec(),
+    "mimn": MIMNSpec(),
 }
 
 

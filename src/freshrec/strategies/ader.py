@@ -58,10 +58,10 @@ def distil(model: EncodingModel, teacher: EncodingModel, exemplars: Kept, carrie
     """
     n_known = teacher.n_items
     known_RD = teacher.item_vectors()[: n_known + 1]
-    n_most = 1 if carried is None or not len(exemplars) else int(carried.counts(exemplars.users_N).max())
+    said = [(which, teacher.user_vectors(batch)) for which, batch in queries(exemplars, teacher, carried)]
+    n_most = max((vectors_BKD.shape[1] for _, vectors_BKD in said), default=1)
     teacher_MKD = torch.zeros(len(exemplars), n_most, known_RD.shape[1])
-    for which, batch in queries(exemplars, teacher, carried):
-        vectors_BKD = teacher.user_vectors(batch)
+    for which, vectors_BKD in said:
         teacher_MKD[which] = vectors_BKD[:, :1]  # again where there are fewer: it changes no score
         teacher_MKD[which, : vectors_BKD.shape[1]] = vectors_BKD
 

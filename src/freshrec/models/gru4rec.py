@@ -1,0 +1,263 @@
+"""GRU4Rec: a recurrent network reads the history; its output at each position predicts the next item.
+
+After the code that Hidasi and others released (2016 to 2018; its port to PyTorch, 2023). Differs from it: a step trains
+on windows with a target after each position, whose gradient goes back through the whole window (`back="one"`: through
+one step, as theirs), where theirs moves one event ahead in as many sessions at once and carries the hidden state over;
+Adam, not Adagrad with momentum; losses are means, not sums; a negative that is the target counts nothing; an item's
+score has no bias; the input is an item's vector, never one-hot; of a batch's own targets a part are negatives.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from freshrec.errors import OptionError
+from freshrec.models.layers import FAR, best_inner_product, first_of, sampled_logits
+from freshrec.models.tables import Table
+from freshrec.options import Count, CountOrNone, Positive, Rate, Weight, check_options
+from freshrec.types import Batch, Events, Forward, Histories
+
+Loss = Literal["xe", "bpr", "top1", "bpr-max", "top1-max"]
+
+
+@dataclass(frozen=True)
+class GRU4RecSpec:
+    """Options of GRU4Rec. The authors' for DIGINETICA: d=512, drop_in=0.5, drop_out=0.3, negatives=2048, others=127,
+    alpha=0.3, loss="bpr-max", bpreg=0.9; for YOOCHOOSE: d=480, drop_out=0.2, others=47, alpha=0.2, logq=1, loss="xe".
+    """
+
+    d: Count = 64  # of an item's vector
+    hidden: CountOrNone = 0  # units of each layer; 0: d. Where they differ, the output is mapped to d
+    layers: Count = 1
+    embeddings: Literal["constrained", "separate"] = "constrained"  # one vector an item; or another as input
+    drop_in: Rate = 0.2  # of the input vectors
+    drop_out: Rate = 0.2  # of each layer's output
+    back: Literal["all", "one"] = "all"  # steps that the gradient goes back
+    length: Count = 50
+    lr: Positive = 0.006
+    batch: Count = 64  # windows, each with up to `length` targets
+    negatives: Count = 512
+    others: CountOrNone = 64  # of the batch's own targets that are negatives too
+    alpha: Weight = 0.3  # negatives are drawn by their count to this power; 0: all alike, 1: by popularity
+    logq: Weight = 0.0  # how much of ln P(drawn) is taken off a score; "xe" only
+    loss: Loss = "bpr-max"
+    bpreg: Weight = 0.9  # "bpr-max" only: weight of the squares
+    elu: Weight = 1.0  # "bpr-max" only: alpha of the ELU of scores; 0: scores as they are
+    std: Positive = 0.04
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def build(self, seed: int) -> "GRU4Rec":
+        """A model without users and items."""
+        if self.logq and self.loss != "xe":
+            raise OptionError(f'logq corrects the softmax only, not loss "{self.loss}"; set loss=xe, or logq=0.')
+        return GRU4Rec(self, seed)
+
+
+# losses: the target's score (B,), the negatives' (B, N), and which of these are another item than the target (B, N)
+
+
+def bpr(score_B: Tensor, negative_BN: Tensor, is_other_BN: Tensor) -> Tensor:
+    """-1/N sum_j ln sigma(r - r_j); mean over B."""
+    return _mean(-F.logsigmoid(score_B[:, None] - negative_BN), is_other_BN)
+
+
+def top1(score_B: Tensor, negative_BN: Tensor, is_other_BN: Tensor) -> Tensor:
+    """1/N sum_j sigma(r_j - r) + sigma(r_j^2); mean over B."""
+    return _mean(_top1(score_B, negative_BN), is_other_BN)
+
+
+def top1_max(score_B: Tensor, negative_BN: Tensor, is_other_BN: Tensor) -> Tensor:
+    """sum_j w_j (sigma(r_j - r) + sigma(r_j^2)), w the softmax of the negatives' scores; mean over B."""
+    weight_BN = _log_shares(negative_BN, is_other_BN).exp() * is_other_BN
+    return (weight_BN * _top1(score_B, negative_BN)).sum(1).mean()
+
+
+def bpr_max(score_B: Tensor, negative_BN: Tensor, is_other_BN: Tensor, bpreg: float, elu: float = 0.0) -> Tensor:
+    """-ln sum_j w_j sigma(r - r_j) + bpreg sum_j w_j r_j^2, w the softmax of the negatives' scores; mean over B.
+
+    `elu`: first each r becomes alpha (e^r - 1) where it is below 0; 0: it stays.
+    """
+    if elu:
+        score_B, negative_BN = F.elu(score_B, elu), F.elu(negative_BN, elu)
+    log_BN = _log_shares(negative_BN, is_other_BN)
+    ahead_B = torch.logsumexp(log_BN + F.logsigmoid(score_B[:, None] - negative_BN), 1)
+    square_B = (log_BN.exp() * is_other_BN * negative_BN.square()).sum(1)
+    return (bpreg * square_B - ahead_B).mean()
+
+
+def loss_of(spec: GRU4RecSpec, logits_BN: Tensor, is_other_BN: Tensor) -> Tensor:
+    """The loss that `spec` names, of the target's score and, after it, the negatives'."""
+    score_B, negative_BN = logits_BN[:, 0], logits_BN[:, 1:]
+    if spec.loss == "xe":
+        return first_of(logits_BN)
+    if spec.loss == "bpr-max":
+        return bpr_max(score_B, negative_BN, is_other_BN, spec.bpreg, spec.elu)
+    return {"bpr": bpr, "top1": top1, "top1-max": top1_max}[spec.loss](score_B, negative_BN, is_other_BN)
+
+
+def _top1(score_B: Tensor, negative_BN: Tensor) -> Tensor:
+    return torch.sigmoid(negative_BN - score_B[:, None]) + torch.sigmoid(negative_BN.square())
+
+
+def _log_shares(negative_BN: Tensor, is_other_BN: Tensor) -> Tensor:
+    """ln of the softmax over the negatives."""
+    return torch.log_softmax(negative_BN.masked_fill(~is_other_BN, FAR), 1)
+
+
+def _mean(value_BN: Tensor, is_other_BN: Tensor) -> Tensor:
+    return ((value_BN * is_other_BN).sum(1) / is_other_BN.sum(1).clamp(min=1)).mean()
+
+
+# negatives
+
+
+def popularity(counts_I: Tensor, alpha: float) -> Tensor:
+    """P(i) = n_i^alpha / sum_j n_j^alpha"""
+    power_I = counts_I.float() ** alpha
+    return power_I / power_I.sum(dtype=torch.float64)
+
+
+def chances(counts_I: Tensor, alpha: float) -> Tensor:
+    """(I,) `popularity` of the items 1, 2, ...; one is added to all counts, so that one not met so far may be drawn."""
+    return popularity(counts_I[1:] + 1, alpha)
+
+
+def drawn(chance_I: Tensor, at_N: Tensor) -> Tensor:
+    """The items, counted from 0, at these points of [0, 1) when each takes up as much of it as its chance."""
+    edges_I = chance_I.cumsum(0, dtype=torch.float64)
+    return torch.searchsorted(edges_I, at_N * edges_I[-1], right=True).clamp_(max=len(chance_I) - 1)
+
+
+class GRU4Rec(nn.Module):
+    """A `VectorModel` with K = 1."""
+
+    counts_I: Tensor  # (n_items + 1,) how often each was a target in training
+    unit = "window"
+
+    def __init__(self, spec: GRU4RecSpec, seed: int) -> None:
+        super().__init__()
+        self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
+        self.moments: dict[str, Tensor] = {}
+        self.items = Table(spec.d, spec.std, seed)
+        self.taken = Table(spec.d, spec.std, seed + 1) if spec.embeddings == "separate" else None
+        self.register_buffer("counts_I", torch.zeros(1, dtype=torch.int64))
+        hidden = spec.hidden or spec.d
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            sizes = [spec.d] + [hidden] * spec.layers
+            self.layers = nn.ModuleList(nn.GRU(n, m, batch_first=True) for n, m in zip(sizes, sizes[1:]))
+            self.last = nn.Linear(hidden, spec.d) if hidden != spec.d else None
+            for name, weights in self.named_parameters():
+                if "bias" in name:
+                    nn.init.zeros_(weights)
+                else:
+                    for part in weights.detach().split(hidden if "layers" in name else spec.d):  # each gate by itself
+                        nn.init.xavier_uniform_(part)
+
+    def grow(self, n_users: int, n_items: int) -> None:
+        """Make room for new users and items."""
+        self.counts_I = F.pad(self.counts_I, (0, n_items - self.n_items))
+        self.n_users, self.n_items = n_users, n_items
+        self.items.grow(n_items)
+        if self.taken is not None:
+            self.taken.grow(n_items)
+
+    def absorb(self, events: Events, histories: Histories) -> None:
+        """Nothing: this model learns by gradients only; it counts what it trains on."""
+
+    def forward(self, batch: Batch) -> Forward:
+        """The loss at each position that has a target."""
+        assert batch.targets_BT is not None and batch.negatives_N is not None
+        wanted_BT = (batch.history_BT > 0) & (batch.targets_BT > 0)
+        target_B = batch.targets_BT[wanted_BT]
+        if self.training:
+            self.counts_I += torch.bincount(target_B, minlength=len(self.counts_I))
+        own_N = target_B[torch.linspace(0, len(target_B) - 1, min(self.spec.others, len(target_B))).long()]
+        negative_N, n_history = torch.cat([self._drawn(batch.negatives_N), own_N]), batch.history_BT.numel()
+        wanted_by = [target_B, negative_N]
+        if self.taken is None:
+            pulled = self.items.pull(torch.cat([batch.history_BT.reshape(-1), *wanted_by]))
+            history, target_BD, negative_ND = pulled.split([n_history, len(target_B), len(negative_N)])
+        else:
+            history = self.taken.pull(batch.history_BT.reshape(-1))
+            target_BD, negative_ND = self.items.pull(torch.cat(wanted_by)).split([len(target_B), len(negative_N)])
+        read_BTD = self._read(history.view(*batch.history_BT.shape, -1), batch.history_BT > 0)
+        user_BD = read_BTD[wanted_BT]
+        logits_BN = sampled_logits(user_BD, target_BD, negative_ND, target_B, negative_N)
+        if self.spec.logq:
+            log_BN = self._log_chances(target_B, negative_N, len(own_N))
+            return Forward(first_of(logits_BN - log_BN), user_BD[:, None], target_BD, logits_BN)
+        loss = loss_of(self.spec, logits_BN, target_B[:, None] != negative_N)
+        return Forward(loss, user_BD[:, None], target_BD, logits_BN)
+
+    def _drawn(self, uniform_N: Tensor) -> Tensor:
+        """As many items drawn by popularity, one from each of N equal parts of it; `uniform_N` where all are alike."""
+        if not self.spec.alpha:
+            return uniform_N
+        n = len(uniform_N)
+        inside_N = torch.rand(n, dtype=torch.float64) if self.training else torch.tensor(0.5)
+        return 1 + drawn(chances(self.counts_I, self.spec.alpha), (torch.arange(n) + inside_N) / n)
+
+    def _log_chances(self, target_B: Tensor, negative_N: Tensor, n_own: int) -> Tensor:
+        """(B, 1 + N) logq ln P: by popularity of targets, own ones too; to the power alpha of those drawn."""
+        own_I, drawn_I = chances(self.counts_I, 1.0).log(), chances(self.counts_I, self.spec.alpha).log()
+        drawn_N, own_N = negative_N.split([len(negative_N) - n_own, n_own])
+        log_N = torch.cat([drawn_I[drawn_N - 1], own_I[own_N - 1]])
+        log_BN = torch.cat([own_I[target_B - 1, None], log_N.expand(len(target_B), -1)], 1)
+        return self.spec.logq * log_BN.float()
+
+    def _read(self, items_BTD: Tensor, real_BT: Tensor) -> Tensor:
+        """(B, T, D) the output at each position; where that is padding, the one before it."""
+        drop_in, drop_out = (self.spec.drop_in, self.spec.drop_out) if self.training else (0.0, 0.0)
+        order_BT = torch.argsort(~real_BT, dim=1, stable=True)  # padding last, where nothing comes after it
+        x_BTH = items_BTD.gather(1, order_BT[..., None].expand_as(items_BTD))
+        x_BTH = F.dropout(x_BTH, drop_in, self.training)
+        for layer in self.layers:
+            x_BTH = F.dropout(self._layer(layer, x_BTH), drop_out, self.training)
+        if self.last is not None:
+            x_BTH = self.last(x_BTH)
+        place_BT = (real_BT.cumsum(1) - 1).clamp(min=0)
+        return x_BTH.gather(1, place_BT[..., None].expand_as(x_BTH))
+
+    def _layer(self, layer: nn.Module, x_BTH: Tensor) -> Tensor:
+        """(B, T, H) the states of one layer; the first one starts from 0."""
+        start_1BH = (x_BTH[:, :1, :1] * 0).transpose(0, 1).expand(-1, -1, self.spec.hidden or self.spec.d)
+        if self.spec.back == "all" or not self.training:
+            states_BTH: Tensor = layer(x_BTH, start_1BH.contiguous())[0]
+            return states_BTH
+        with torch.no_grad():
+            before_BTH = layer(x_BTH, start_1BH.contiguous())[0]
+        before_BTH = torch.cat([start_1BH.transpose(0, 1).detach(), before_BTH[:, :-1]], 1)
+        steps_N1H: Tensor = layer(x_BTH.flatten(0, 1)[:, None], before_BTH.flatten(0, 1)[None])[0]
+        return steps_N1H.view(*x_BTH.shape[:2], -1)
+
+    def user_vectors(self, batch: Batch) -> Tensor:
+        """(B, 1, D) the output at the last event; zero without history."""
+        with torch.no_grad():
+            return self.encode(self.items.weights[batch.history_BT], batch)
+
+    def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
+        """`user_vectors` of a history whose items have these vectors, with gradients.
+
+        Where the input has a table of its own, these vectors do not matter: the gradients reach its rows of the step.
+        """
+        if batch.history_BT.shape[1] == 0:
+            return torch.zeros(len(batch), 1, self.spec.d)
+        if self.taken is not None:
+            table = self.taken.weights if self.taken.leaf is None else self.taken.whole()
+            items_BTD = F.embedding(batch.history_BT, table)
+        real_BT = batch.history_BT > 0
+        return self._read(items_BTD, real_BT)[:, -1:] * real_BT.any(1)[:, None, None]
+
+    def item_vectors(self) -> Tensor:
+        """(n_items + 1, D)"""
+        return self.items.weights
+
+    def score(self, batch: Batch, items: Tensor) -> Tensor:
+        """u . e_i"""
+        return best_inner_product(self.user_vectors(batch), self.items.weights[items])

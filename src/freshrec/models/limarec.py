@@ -1,0 +1,164 @@
+"""LimaRec-style: K interests a user, each a query of its own to one layer of causal linear attention over the history.
+
+After Wu et al., "Rethinking Lifelong Sequential Recommendation with Incremental Multi-Interest Attention", of which we
+had the abstract and what IMSR says of it: a state that each event updates, several interests, no recurrent net. The
+rest is our construction. It is meant to be trained on the base block and then frozen, while interests follow events.
+Differs from the paper: a user's state is read from the last `length` events, not carried for life (within that length
+the two are equal); one layer; every position learns, the next item by sampled softmax. Items that come after the first
+training start at 0 and are passed over in histories until they are trained.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from freshrec.models.layers import attend, best_inner_product, first_of, sampled_logits
+from freshrec.models.tables import Table
+from freshrec.options import Count, Positive, Rate, check_options
+from freshrec.types import Batch, Events, Forward, Histories
+
+EPS = 1e-9  # keeps 0 / 0, of a history without items, at 0
+
+
+@dataclass(frozen=True)
+class LimaRecSpec:
+    """Options of the LimaRec-style model."""
+
+    k: Count = 4  # interests
+    d: Count = 64
+    attention: Literal["hard", "soft"] = "hard"  # "hard": the closest interest learns, as it serves; "soft": all do
+    fading: Rate = 0.0  # share of the attention's state that each event takes away
+    length: Count = 100
+    lr: Positive = 0.003  # as good as 0.001, in half the epochs
+    batch: Count = 128  # windows, each with up to `length` targets
+    negatives: Count = 512
+    std: Positive = 0.1
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def build(self, seed: int) -> "LimaRec":
+        """A model without users and items."""
+        return LimaRec(self, seed)
+
+
+def make_room(items: Table, n_items: int) -> None:
+    """`items` with rows 1..n_items; those that come after its first training start at 0.
+
+    Where nothing trains them, an inner product with them is 0: what is scored above 0 is always ahead of them.
+    """
+    n_old = len(items.weights)
+    items.grow(n_items)
+    if bool((items.steps_R > 0).any()):
+        items.weights[n_old:] = 0.0
+
+
+def passed(items_BTD: Tensor, history_BT: Tensor) -> Tensor:
+    """(B, T) whether a place of the history holds an item with a vector."""
+    return (history_BT > 0) & (items_BTD != 0).any(2)
+
+
+def linear_attention(queries_BPKD: Tensor, keys_BTD: Tensor, values_BTD: Tensor, weights_BPT: Tensor) -> Tensor:
+    """(B, P, K, D) o = sum_s w_s phi(q) phi(k_s) v_s / sum_s w_s phi(q) phi(k_s), phi = elu + 1; K queries at P places.
+
+    Equals phi(q) S / phi(q) z with the running sums S = sum_s w_s phi(k_s) v_s^T and z = sum_s w_s phi(k_s), without
+    keeping a (D, D) matrix for each place.
+    """
+    n_queries = queries_BPKD.shape[1:3]
+    kernel_BNT = (F.elu(queries_BPKD) + 1).flatten(1, 2) @ (F.elu(keys_BTD) + 1).transpose(1, 2)
+    kernel_BPKT = kernel_BNT.unflatten(1, n_queries) * weights_BPT[:, :, None]
+    sums_BPKD = (kernel_BPKT.flatten(1, 2) @ values_BTD).unflatten(1, n_queries)
+    out: Tensor = sums_BPKD / (kernel_BPKT.sum(3, keepdim=True) + EPS)
+    return out
+
+
+class Layer(nn.Module):
+    """Attention with K query maps, then feed-forward; residuals and norms after each, shared by the interests."""
+
+    def __init__(self, k: int, d: int) -> None:
+        super().__init__()
+        self.k = k
+        self.query = nn.Linear(d, k * d)
+        self.key, self.value = nn.Linear(d, d, bias=False), nn.Linear(d, d, bias=False)
+        self.inner, self.outer = nn.Linear(d, d), nn.Linear(d, d)
+        self.between, self.last = nn.LayerNorm(d), nn.LayerNorm(d)
+
+    def forward(self, asked_BPD: Tensor, items_BTD: Tensor, weights_BPT: Tensor) -> Tensor:
+        """(B, P, K, D) the interests at places whose item is `asked_BPD`, of items that weigh `weights_BPT` there."""
+        queries_BPKD = self.query(asked_BPD).unflatten(2, (self.k, -1))
+        found_BPKD = linear_attention(queries_BPKD, self.key(items_BTD), self.value(items_BTD), weights_BPT)
+        y_BPKD = self.between(asked_BPD[:, :, None] + found_BPKD)
+        out: Tensor = self.last(y_BPKD + self.outer(F.relu(self.inner(y_BPKD))))
+        return out
+
+
+class LimaRec(nn.Module):
+    """An `EncodingModel` with K interests, which no strategy carries from span to span."""
+
+    unit = "window"
+
+    def __init__(self, spec: LimaRecSpec, seed: int) -> None:
+        super().__init__()
+        self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
+        self.moments: dict[str, Tensor] = {}
+        self.items = Table(spec.d, spec.std, seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.layer = Layer(spec.k, spec.d)
+
+    def grow(self, n_users: int, n_items: int) -> None:
+        """Make room for new users and items; items that come late have no vector until they are trained."""
+        self.n_users, self.n_items = n_users, n_items
+        make_room(self.items, n_items)
+
+    def absorb(self, events: Events, histories: Histories) -> None:
+        """Nothing: this model learns by gradients only."""
+
+    def forward(self, batch: Batch) -> Forward:
+        """Sampled softmax at each position that has a target, under the label-aware mix of the interests there."""
+        assert batch.targets_BT is not None and batch.negatives_N is not None
+        real_BT, negative_N = batch.history_BT > 0, batch.negatives_N
+        wanted_BT = real_BT & (batch.targets_BT > 0)
+        target_B = batch.targets_BT[wanted_BT]
+        pulled = self.items.pull(torch.cat([batch.history_BT.reshape(-1), target_B, negative_N]))
+        history, target_BD, negative_ND = pulled.split([batch.history_BT.numel(), len(target_B), len(negative_N)])
+        items_BTD = history.view(*batch.history_BT.shape, -1)
+        weights_BTT = self._weights(real_BT.cumsum(1), real_BT).tril()
+        vectors_BKD = self.layer(items_BTD, items_BTD, weights_BTT)[wanted_BT]
+        user_BD = attend(vectors_BKD, target_BD, None, self.spec.attention)
+        logits_BN = sampled_logits(user_BD, target_BD, negative_ND, target_B, negative_N)
+        return Forward(first_of(logits_BN), vectors_BKD, target_BD, logits_BN)
+
+    def _weights(self, n_until_BP: Tensor, real_BT: Tensor) -> Tensor:
+        """(B, P, T): (1 - fading)^(events since) of each item, for places that are the n-th event of their user."""
+        since_BPT = n_until_BP[:, :, None] - real_BT.cumsum(1)[:, None]
+        weights_BPT: Tensor = (1 - self.spec.fading) ** since_BPT.clamp(min=0)
+        return weights_BPT * real_BT[:, None]
+
+    def user_vectors(self, batch: Batch) -> Tensor:
+        """(B, K, D) the interests after the last event; zero without history."""
+        with torch.no_grad():
+            return self.encode(self.items.weights[batch.history_BT], batch)
+
+    def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
+        """`user_vectors` of a history whose items have these vectors, with gradients."""
+        n_steps = batch.history_BT.shape[1]
+        if n_steps == 0:
+            return torch.zeros(len(batch), self.spec.k, self.spec.d)
+        real_BT = passed(items_BTD, batch.history_BT)
+        last_B1D = (real_BT * torch.arange(1, n_steps + 1)).argmax(1)[:, None, None].expand(-1, 1, self.spec.d)
+        weights_B1T = self._weights(real_BT.sum(1, keepdim=True), real_BT)
+        vectors_B1KD = self.layer(items_BTD.gather(1, last_B1D), items_BTD, weights_B1T)
+        vectors_BKD: Tensor = vectors_B1KD[:, 0] * real_BT.any(1)[:, None, None]
+        return vectors_BKD
+
+    def item_vectors(self) -> Tensor:
+        """(n_items + 1, D)"""
+        return self.items.weights
+
+    def score(self, batch: Batch, items: Tensor) -> Tensor:
+        """max_k h_k . e_i"""
+        return best_inner_product(self.user_vectors(batch), self.items.weights[items])

@@ -1,0 +1,200 @@
+"""MIMN-R: a memory of K slots that each event of a user reads and writes; its rows, projected, are the interests.
+
+After Pi et al., "Practice on Long Sequential User Behavior Modeling for Click-Through Rate Prediction", KDD 2019, and
+the authors' code. Theirs predicts clicks from the last read; this one ranks. It is meant to be trained on the base
+block and then frozen, while memories follow events. Differs from the paper: a memory is computed from the last `length`
+events, not carried for life (within that length the two are equal); every position learns, the next item by sampled
+softmax; no induction unit; what evens out the use of the slots is that of their code, but counts the weights that are
+written with, and their gradients, instead of a copy addressed once more. Items that come after the first training start
+at 0 and are passed over in histories until they are trained.
+
+Letters beside the usual: M numbers of a slot, C units of the controller, H heads: one reads, one writes.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from freshrec.models.layers import attend, best_inner_product, first_of, sampled_logits
+from freshrec.models.limarec import make_room, passed
+from freshrec.models.tables import Table
+from freshrec.options import Count, Positive, Weight, check_options
+from freshrec.types import Batch, Events, Forward, Histories
+
+CLIP, SHARP, MUCH = 20.0, 2.0, 400.0  # constants of the authors' code: bound, sharpness, and a slot that is used much
+
+
+@dataclass(frozen=True)
+class MIMNSpec:
+    """Options of MIMN-R; slots, sizes and the weight are those of the authors' code."""
+
+    k: Count = 4  # slots of the memory, and interests
+    d: Count = 64
+    slot: Count = 32  # numbers of a slot
+    units: Count = 32  # of the controller
+    even: Weight = 1e-3  # of the penalty on an uneven use of the slots; 0: nothing looks at their use
+    attention: Literal["hard", "soft"] = "hard"  # "hard": the closest interest learns, as it serves; "soft": all do
+    length: Count = 100
+    lr: Positive = 0.01
+    batch: Count = 128  # windows, each with up to `length` targets
+    negatives: Count = 512
+    std: Positive = 0.1
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def build(self, seed: int) -> "MIMN":
+        """A model without users and items."""
+        return MIMN(self, seed)
+
+
+class Memory(NamedTuple):
+    """All that is known of some users."""
+
+    slots_BKM: Tensor
+    controller_BC: Tensor
+    read_BM: Tensor  # what the last event read
+    used_BK: Tensor  # how much was written to each slot, over all events
+
+
+def address(wanted_BHM: Tensor, sharpness_BH: Tensor, keys_KM: Tensor, slots_BKM: Tensor) -> Tensor:
+    """(B, H, K) ln w, w_j the softmax of sharpness (cos(wanted, key_j) + cos(wanted, slot_j)) / 2; keys of length 1."""
+    both_BKM = F.normalize(slots_BKM, dim=2) + keys_KM
+    cosines_BHK = torch.bmm(F.normalize(wanted_BHM, dim=2), both_BKM.transpose(1, 2))
+    return F.log_softmax(sharpness_BH[..., None] / 2 * cosines_BHK, 2)
+
+
+def shift(log_w_BK: Tensor, shift_B3: Tensor, sharpness_B1: Tensor) -> Tensor:
+    """(B, K) w: each weight shared with the neighbours in the circle of slots, then to the power of the sharpness."""
+    moved_BK3 = torch.stack([log_w_BK, log_w_BK.roll(1, 1), log_w_BK.roll(-1, 1)], 2)
+    return torch.softmax(sharpness_B1 * torch.logsumexp(moved_BK3 + F.log_softmax(shift_B3, 1)[:, None], 2), 1)
+
+
+def write(slots_BKM: Tensor, w_BK: Tensor, erase_BM: Tensor, add_BM: Tensor) -> Tensor:
+    """M (1 - w e^T) + w a^T: erased first, then added to."""
+    w_BK1 = w_BK[..., None]
+    return slots_BKM * (1 - w_BK1 * erase_BM[:, None]) + w_BK1 * add_BM[:, None]
+
+
+def unevenness(used_BK: Tensor) -> Tensor:
+    """mean((g - mean g)^2) / K / B of the use g of each user's slots."""
+    return (used_BK - used_BK.mean(1, keepdim=True)).square().mean() / used_BK.numel()
+
+
+class Cell(nn.Module):
+    """Events into memories, one after the other; each reads before it writes."""
+
+    def __init__(self, spec: MIMNSpec) -> None:
+        super().__init__()
+        self.even, self.std = spec.even > 0, spec.std
+        self.controller = nn.GRUCell(spec.d + spec.slot, spec.units)
+        n_used, n_moves = (spec.k, 3) if self.even else (0, 0)
+        self.sizes = [3 * spec.slot, spec.slot, 3 if self.even else 2, n_moves]  # tanh, sigmoid, softplus, softmax
+        self.heads = nn.Linear(spec.units + n_used, sum(self.sizes))
+        nn.init.trunc_normal_(self.heads.weight, std=spec.units**-0.5)
+        nn.init.zeros_(self.heads.bias)
+        self.keys_KM = nn.Parameter(0.5 * torch.randn(spec.k, spec.slot))  # before tanh
+        self.first_read_1M = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, spec.slot)))  # before tanh
+        self.register_buffer("blank_KM", torch.tanh(1e-5 * torch.randn(spec.k, spec.slot)))
+
+    blank_KM: Tensor
+
+    def start(self, n_users: int) -> Memory:
+        """The memory of users without events."""
+        blank_BKM, read_BM = self.blank_KM.expand(n_users, -1, -1), torch.tanh(self.first_read_1M).expand(n_users, -1)
+        controller_BC = torch.zeros(n_users, self.controller.hidden_size)
+        return Memory(blank_BKM, controller_BC, read_BM, torch.zeros(n_users, len(self.blank_KM)))
+
+    def forward(self, items_BTD: Tensor, real_BT: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        """(B, T, K, M) the slots after each event, and the memory after the last; what is not real changes nothing.
+
+        The controller gets the items' vectors as if they had started with variance 1: from small ones it learns slowly.
+        """
+        keys_KM, slots = F.normalize(torch.tanh(self.keys_KM), dim=1), []
+        for items_BD, real_B1 in zip((items_BTD / self.std).unbind(1), real_BT[..., None].unbind(1)):
+            memory = self._step(items_BD, real_B1, memory, keys_KM)
+            slots.append(memory.slots_BKM)
+        return torch.stack(slots, 1), memory
+
+    def _step(self, items_BD: Tensor, real_B1: Tensor, old: Memory, keys_KM: Tensor) -> Memory:
+        controller_BC = self.controller(torch.cat([items_BD, old.read_BM], 1), old.controller_BC)
+        seen = torch.cat([controller_BC, old.used_BK.detach() / MUCH], 1) if self.even else controller_BC
+        tanh, sigmoid, softplus, softmax = self.heads(seen).clamp(-CLIP, CLIP).split(self.sizes, 1)
+        wanted_BHM, add_BM = torch.tanh(tanh).unflatten(1, (3, -1)).split([2, 1], 1)
+        sharpness_BH = SHARP * (F.softplus(softplus) + 1)
+        log_w_BHK = address(wanted_BHM, sharpness_BH[:, :2], keys_KM, old.slots_BKM)
+        log_r_BK, log_w_BK = log_w_BHK.unbind(1)
+        w_BK = shift(log_w_BK, softmax, 2 * sharpness_BH[:, 2:]) if self.even else log_w_BK.exp()
+        w_BK = w_BK * real_B1
+        read_BM = torch.bmm(log_r_BK.exp()[:, None], old.slots_BKM)[:, 0]
+        return Memory(
+            write(old.slots_BKM, w_BK, torch.sigmoid(sigmoid), add_BM[:, 0]),
+            torch.where(real_B1, controller_BC, old.controller_BC),
+            torch.where(real_B1, read_BM, old.read_BM),
+            old.used_BK + w_BK,
+        )
+
+
+class MIMN(nn.Module):
+    """An `EncodingModel` with K interests, which no strategy carries from span to span."""
+
+    unit = "window"
+
+    def __init__(self, spec: MIMNSpec, seed: int) -> None:
+        super().__init__()
+        self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
+        self.moments: dict[str, Tensor] = {}
+        self.items = Table(spec.d, spec.std, seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.cell = Cell(spec)
+            self.project = nn.Linear(spec.slot, spec.d)
+
+    def grow(self, n_users: int, n_items: int) -> None:
+        """Make room for new users and items; items that come late have no vector until they are trained."""
+        self.n_users, self.n_items = n_users, n_items
+        make_room(self.items, n_items)
+
+    def absorb(self, events: Events, histories: Histories) -> None:
+        """Nothing: this model learns by gradients only."""
+
+    def forward(self, batch: Batch) -> Forward:
+        """Sampled softmax at each position that has a target, under the label-aware mix of the interests there."""
+        assert batch.targets_BT is not None and batch.negatives_N is not None
+        real_BT, negative_N = batch.history_BT > 0, batch.negatives_N
+        wanted_BT = real_BT & (batch.targets_BT > 0)
+        target_B = batch.targets_BT[wanted_BT]
+        pulled = self.items.pull(torch.cat([batch.history_BT.reshape(-1), target_B, negative_N]))
+        history, target_BD, negative_ND = pulled.split([batch.history_BT.numel(), len(target_B), len(negative_N)])
+        items_BTD = history.view(*batch.history_BT.shape, -1)
+        slots_BTKM, memory = self.cell(items_BTD, real_BT, self.cell.start(len(batch)))
+        vectors_BKD = self.project(slots_BTKM[wanted_BT])
+        user_BD = attend(vectors_BKD, target_BD, None, self.spec.attention)
+        logits_BN = sampled_logits(user_BD, target_BD, negative_ND, target_B, negative_N)
+        loss = first_of(logits_BN) + self.spec.even * unevenness(memory.used_BK)
+        return Forward(loss, vectors_BKD, target_BD, logits_BN)
+
+    def user_vectors(self, batch: Batch) -> Tensor:
+        """(B, K, D) the interests after the last event; zero without history."""
+        with torch.no_grad():
+            return self.encode(self.items.weights[batch.history_BT], batch)
+
+    def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
+        """`user_vectors` of a history whose items have these vectors, with gradients."""
+        if batch.history_BT.shape[1] == 0:
+            return torch.zeros(len(batch), self.spec.k, self.spec.d)
+        real_BT = passed(items_BTD, batch.history_BT)
+        _, memory = self.cell(items_BTD, real_BT, self.cell.start(len(batch)))
+        vectors_BKD: Tensor = self.project(memory.slots_BKM) * real_BT.any(1)[:, None, None]
+        return vectors_BKD
+
+    def item_vectors(self) -> Tensor:
+        """(n_items + 1, D)"""
+        return self.items.weights
+
+    def score(self, batch: Batch, items: Tensor) -> Tensor:
+        """max_k h_k . e_i"""
+        return best_inner_product(self.user_vectors(batch), self.items.weights[items])

@@ -1,0 +1,327 @@
+"""The original MIND and ComiRec by hand: routing, attention, the read-out, how many interests a history has."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from freshrec.data.batches import query_batches
+from freshrec.data.spans import cut
+from freshrec.data.worlds import make
+from freshrec.errors import OptionError
+from freshrec.learn.fit import Fit
+from freshrec.learn.interests import ends_of
+from freshrec.models.layers import squash
+from freshrec.models.originals import (
+    COMIREC_DR_ORIGINAL,
+    COMIREC_SA_ORIGINAL,
+    MIND_ORIGINAL,
+    Capsules,
+    OriginalNet,
+    OriginalSpec,
+    SelfAttention,
+    interests_of,
+    route,
+)
+from freshrec.replay.replay import absorb
+from freshrec.strategies.plain import FineTune
+from freshrec.types import Batch, EncodingModel, InterestModel, State
+
+ORIGINALS = {"mind": MIND_ORIGINAL, "dr": COMIREC_DR_ORIGINAL, "sa": COMIREC_SA_ORIGINAL}
+VARIANTS = ORIGINALS | {
+    "mind-adaptive": replace(MIND_ORIGINAL, k_log2="n"),
+    "mind-relu": replace(MIND_ORIGINAL, relu=True),
+    "dr-by-interest": replace(COMIREC_DR_ORIGINAL, transform="interest"),
+    "sa-adaptive": replace(COMIREC_SA_ORIGINAL, k_log2="n+1"),
+}
+each_original = pytest.mark.parametrize("name", ORIGINALS)
+each_variant = pytest.mark.parametrize("name", VARIANTS)
+N_ITEMS = 9
+near = pytest.approx
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def built(spec: OriginalSpec, seed: int = 0) -> OriginalNet:
+    model = replace(spec, d=8, std=1.0).build(seed)
+    model.grow(3, N_ITEMS)
+    model.eval()
+    return model
+
+
+def asked(*histories: list[int]) -> Batch:
+    return Batch(torch.arange(1, len(histories) + 1), torch.tensor(histories))
+
+
+def vectors(model: OriginalNet, *histories: list[int]) -> Tensor:
+    return model.user_vectors(asked(*histories))
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.5, 0.2), (1.0, 0.5), (3.0, 0.9)])  # r -> r^2 / (1 + r^2)
+def test_one_interest_takes_one_item_whole_and_squashes_it(before: float, after: float) -> None:
+    direction_D = torch.tensor([0.6, -0.8])
+    found_BKD = route(before * direction_D[None, None, None], torch.zeros(1, 1, 1), torch.ones(1, 1), 3)
+    torch.testing.assert_close(found_BKD[0, 0], after * direction_D)
+
+
+def test_routing_items_that_are_zero_gives_zero_with_a_finite_gradient() -> None:
+    zeros_BGTD = torch.zeros(1, 1, 2, 3, requires_grad=True)
+    found_BKD = route(zeros_BGTD, torch.zeros(1, 2, 2), torch.ones(1, 2), 3)
+    found_BKD.sum().backward()
+    assert (found_BKD == 0).all() and zeros_BGTD.grad is not None and zeros_BGTD.grad.isfinite().all()
+
+
+def test_routing_by_hand_for_one_two_and_three_iterations() -> None:
+    # Items (1, 0) and (0, 1), first votes 1 for the own interest and 0 for the other.
+    # 1: item 1's share in interest 1 is 1 / (1 + e^-1) = 0.731059; s_1 = (0.731059, 0.268941), |s_1|^2 = 0.606776,
+    #    h_1 = s_1 |s_1| / (1 + |s_1|^2) = (0.354414, 0.130382), h_2 mirrored
+    # 2: its votes are (1.354414, 0.130382), its share 1 / (1 + e^-1.224032) = 0.772772; 3: 0.816160
+    expected = [(0.354414, 0.130382), (0.377520, 0.111007), (0.401671, 0.090476)]
+    for iterations, (x, y) in enumerate(expected, 1):
+        found_BKD = route(torch.eye(2)[None, None], torch.eye(2)[None], torch.ones(1, 2), iterations)
+        torch.testing.assert_close(found_BKD, torch.tensor([[[x, y], [y, x]]]), atol=1e-6, rtol=0)
+
+
+def test_one_transform_and_equal_votes_keep_all_interests_the_same() -> None:
+    sent_BGTD, votes_BKT, real_BT = random(1, 1, 5, 4), torch.zeros(1, 3, 5), torch.ones(1, 5)
+    alike_BKD = route(sent_BGTD, votes_BKT, real_BT, 3)
+    assert torch.equal(alike_BKD[:, 0], alike_BKD[:, 1])
+    apart_BKD = route(sent_BGTD, random(1, 3, 5, seed=1), real_BT, 3)  # MIND's way out of it
+    own_BKD = route(random(1, 3, 5, 4, seed=2), votes_BKT, real_BT, 3)  # ComiRec's: transforms of their own
+    assert all((found[:, 0] - found[:, 1]).norm() > 0.1 for found in (apart_BKD, own_BKD))
+    for spec in (replace(MIND_ORIGINAL, noise=0.0), replace(COMIREC_DR_ORIGINAL, transform="shared")):
+        with pytest.raises(OptionError, match="all interests stay the same"):
+            spec.build(0)
+    replace(MIND_ORIGINAL, noise=0.0, k=1).build(0)
+
+
+def test_routing_learns_through_its_last_iteration_alone() -> None:
+    # The shares are constants: those of the third iteration, as weights of the items, lead to the same gradient.
+    sent_BTD, votes_BKT = random(1, 4, 3).requires_grad_(), random(1, 2, 4, seed=1)
+    route(sent_BTD[:, None], votes_BKT, torch.ones(1, 4), 3).sum().backward()
+    found_BTD, sent_BTD.grad = sent_BTD.grad, None
+    fixed_BTD = sent_BTD.detach()
+    for _ in range(2):
+        votes_BKT = votes_BKT + squash(torch.softmax(votes_BKT, 1) @ fixed_BTD) @ fixed_BTD.mT
+    squash(torch.softmax(votes_BKT, 1) @ sent_BTD).sum().backward()
+    torch.testing.assert_close(found_BTD, sent_BTD.grad)
+
+
+def by_the_book(W_TKDD: Tensor, items_TD: Tensor, votes_KT: Tensor) -> Tensor:
+    """(K, D) interests, item by item and interest by interest."""
+    ks, ns = range(votes_KT.shape[0]), range(votes_KT.shape[1])
+    sent = [torch.stack([W_TKDD[n, k] @ items_TD[n] for n in ns]) for k in ks]
+    for _ in range(3):
+        share_KT = torch.softmax(votes_KT, 0)
+        h_KD = torch.stack([squash((share_KT[k, :, None] * sent[k]).sum(0)) for k in ks])
+        votes_KT = votes_KT + torch.stack([sent[k] @ h_KD[k] for k in ks])
+    return h_KD
+
+
+@pytest.mark.parametrize("name", ["mind", "dr", "dr-by-interest"])
+def test_each_item_is_sent_through_the_transform_of_its_place_and_interest(name: str) -> None:
+    # Three items of a history of at most five: they have the last three places.
+    layer, items_TD = Capsules(replace(VARIANTS[name], d=4, k=2, length=5)), random(3, 4)
+    W_TKDD = layer.transform_TKDD.detach()
+    assert W_TKDD.shape == {"mind": (1, 1, 4, 4), "dr": (5, 2, 4, 4), "dr-by-interest": (1, 2, 4, 4)}[name]
+    votes_KT = layer.logits_KT[:, 2:] if name == "mind" else torch.zeros(2, 3)
+    expected_KD = by_the_book(W_TKDD.expand(5, 2, 4, 4)[2:], items_TD, votes_KT)
+    found_BKD = layer(items_TD[None], torch.ones(1, 3), None, noisy=False)
+    torch.testing.assert_close(found_BKD[0], expected_KD)
+
+
+def test_transforms_start_so_that_items_keep_their_length_or_as_the_authors_draw_them() -> None:
+    own = Capsules(COMIREC_DR_ORIGINAL).transform_TKDD.std().item()
+    authors = Capsules(replace(COMIREC_DR_ORIGINAL, gain=8.0)).transform_TKDD.std().item()  # the root of d = 64
+    assert [own, authors] == near([1 / 8, 1.0], rel=0.01)
+
+
+def test_the_layer_above_the_interests_is_linear_with_a_relu() -> None:
+    plain, layer = (Capsules(replace(MIND_ORIGINAL, d=4, relu=relu)) for relu in (False, True))
+    assert layer.above is not None
+    layer.load_state_dict(plain.state_dict() | {f"above.{k}": v for k, v in layer.above.state_dict().items()})
+    below_BKD = plain(random(1, 5, 4), torch.ones(1, 5), None, False)
+    expected_BKD = (below_BKD @ layer.above.weight.t() + layer.above.bias).clamp(min=0)
+    found_BKD = layer(random(1, 5, 4), torch.ones(1, 5), None, False)
+    torch.testing.assert_close(found_BKD, expected_BKD)
+    assert (found_BKD == 0).any() and (found_BKD > 0).any()
+
+
+def test_minds_noise_is_drawn_anew_in_training_and_once_for_serving() -> None:
+    model, batch = built(MIND_ORIGINAL), asked([4, 2, 7, 5])
+    batch = replace(batch, targets_BT=torch.tensor([[3]]), negatives_N=torch.tensor([1, 6]))
+    model.train()
+    drawn = [model(batch).vectors_BKD for _ in range(2)]
+    assert drawn[0] is not None and drawn[1] is not None and not torch.equal(drawn[0], drawn[1])
+    assert torch.equal(vectors(model, [4, 2, 7, 5]), vectors(model, [4, 2, 7, 5]))  # even while it trains
+    model.eval()
+    assert torch.equal(model(batch).vectors_BKD, vectors(model, [4, 2, 7, 5]))
+    torch.manual_seed(99)  # what else the process has drawn does not matter
+    assert torch.equal(vectors(built(MIND_ORIGINAL), [4, 2, 7, 5]), vectors(model, [4, 2, 7, 5]))
+    logits_KT = Capsules(replace(MIND_ORIGINAL, k=50, length=200)).logits_KT
+    assert logits_KT.abs().max() <= 2 and logits_KT.std().item() == near(0.88, abs=0.02)  # of N(0, 1) within +-2
+
+
+@pytest.mark.parametrize(
+    ("n", "of_n", "of_more"), [(1, 1, 1), (2, 1, 1), (3, 1, 2), (8, 3, 3), (16, 4, 4), (100, 4, 4)]
+)
+def test_a_history_of_n_items_has_log2_n_interests(n: int, of_n: int, of_more: int) -> None:
+    real_BT = torch.arange(100)[None] >= 100 - n
+    assert interests_of(real_BT, 4, "n").sum() == of_n
+    assert interests_of(real_BT, 4, "n+1").sum() == of_more
+    assert interests_of(real_BT, 4, "n")[0].tolist() == [k < of_n for k in range(4)]  # the first ones
+
+
+def test_an_interest_that_a_history_lacks_takes_no_items_and_wins_no_score() -> None:
+    adaptive, narrow = built(replace(MIND_ORIGINAL, k_log2="n")), built(replace(MIND_ORIGINAL, k=2))
+    narrow.load_state_dict({k: v for k, v in adaptive.state_dict().items() if k != "extract.logits_KT"}, strict=False)
+    assert isinstance(adaptive.extract, Capsules) and isinstance(narrow.extract, Capsules)
+    narrow.extract.logits_KT.copy_(adaptive.extract.logits_KT[:2])
+    found_BKD = vectors(adaptive, [4, 2, 7, 5])  # log2 4 = 2
+    torch.testing.assert_close(found_BKD[:, :2], vectors(narrow, [4, 2, 7, 5]))
+    assert torch.equal(found_BKD[:, 2], found_BKD[:, 0]) and torch.equal(found_BKD[:, 3], found_BKD[:, 0])
+    batch = replace(asked([4, 2, 7, 5]), targets_BT=torch.tensor([[3]]), negatives_N=torch.tensor([1, 6]))
+    torch.testing.assert_close(adaptive(batch).loss, narrow(batch).loss)  # nor a share of the label attention
+
+
+def attention() -> SelfAttention:
+    """d = 2, d_a = 2: the hidden units are tanh of the item, the query reads the first one as ln 3; no positions."""
+    layer = SelfAttention(replace(COMIREC_SA_ORIGINAL, d=2, inner=1, k=1, length=4))
+    with torch.no_grad():
+        layer.positions_TD.zero_()
+        layer.inner.weight.copy_(torch.eye(2))
+        layer.queries.weight.copy_(torch.tensor([[math.log(3) / math.tanh(1), 0.0]]))
+    return layer
+
+
+def test_self_attention_by_hand() -> None:
+    # logits 0 and ln 3: weights 1 / 4 and 3 / 4, so 0.25 (0, 1) + 0.75 (1, 0); the padding, (9, 9), is left out
+    items_BTD, real_BT = torch.tensor([[[9.0, 9.0], [0.0, 1.0], [1.0, 0.0]]]), torch.tensor([[0.0, 1.0, 1.0]])
+    found_BKD = attention()(items_BTD, real_BT, None, False)
+    torch.testing.assert_close(found_BKD, torch.tensor([[[0.75, 0.25]]]))
+
+
+def test_positions_enter_the_weights_and_not_the_values() -> None:
+    # With (1, 0) at the place before the last the two logits are equal: the mean of the items, positions left out.
+    layer, items_BTD = attention(), torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])
+    layer.positions_TD.data[2] = torch.tensor([1.0, 0.0])
+    torch.testing.assert_close(layer(items_BTD, torch.ones(1, 2), None, False), torch.tensor([[[0.5, 0.5]]]))
+
+
+def test_self_attention_has_four_times_the_width_and_biases_where_they_matter() -> None:
+    shapes = {name: tuple(weight.shape) for name, weight in SelfAttention(COMIREC_SA_ORIGINAL).named_parameters()}
+    assert shapes == {
+        "positions_TD": (50, 64), "inner.weight": (256, 64), "inner.bias": (256,), "queries.weight": (4, 256),
+    }  # fmt: skip
+
+
+def test_attention_over_nothing_but_padding_is_zero_with_finite_gradients() -> None:
+    layer = attention()
+    found_BKD = layer(random(1, 3, 2), torch.zeros(1, 3), None, False)
+    found_BKD.sum().backward()
+    assert (found_BKD == 0).all()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+
+
+class Given(nn.Module):
+    """Interests that are what they are."""
+
+    def __init__(self, vectors_BKD: Tensor) -> None:
+        super().__init__()
+        self.vectors_BKD = vectors_BKD
+
+    def forward(self, items_BTD: Tensor, real_BT: Tensor, alive_BK: Tensor | None, noisy: bool) -> Tensor:
+        return self.vectors_BKD
+
+
+def read_out(power: float, interests: list[list[float]], target: list[float], *negatives: list[float]) -> list[float]:
+    """The logits of the target and the negatives, and the loss."""
+    model = OriginalSpec(d=len(target), k=len(interests), power=power).build(0)
+    model.extract = Given(torch.tensor([interests], dtype=torch.float32))
+    model.grow(1, 1 + len(negatives))
+    model.items.weights[1:] = torch.tensor([target, *negatives], dtype=torch.float32)
+    negatives_N = torch.arange(2, 2 + len(negatives))
+    found = model(replace(asked([1]), targets_BT=torch.tensor([[1]]), negatives_N=negatives_N))
+    assert found.logits_BN is not None
+    return [*found.logits_BN[0].tolist(), found.loss.item()]
+
+
+def test_the_power_of_the_label_attention_goes_from_a_mix_to_the_closest_interest() -> None:
+    # Interests (2, 1, 0) and (1, 0, 1), target (1, 0, 0): logits 2 and 1; negatives that read off the shares.
+    for power, first in ((1.0, 0.731059), (2.0, 0.952574), (100.0, 1.0)):  # 1 / (1 + e^-(2^p - 1))
+        found = read_out(power, [[2, 1, 0], [1, 0, 1]], [1, 0, 0], [0, 1, 0], [0, 0, 1])
+        assert found[1:3] == near([first, 1 - first], abs=1e-6)
+    # logits 0.5 and 0.4: to the power of 100 both would be nothing, and the shares equal
+    assert read_out(100.0, [[0.5, 1, 0], [0.4, 0, 1]], [1, 0, 0], [0, 1, 0], [0, 0, 1])[1:3] == [1, 0]
+    # logits 1 and -2: a plain power of 2 would take dislike for liking; 1 / (1 + e^-(1 + 4)) = 0.993307
+    assert read_out(2.0, [[1, 1, 0], [-2, 0, 1]], [1, 0, 0], [0, 1, 0], [0, 0, 1])[1] == near(0.993307, abs=1e-6)
+
+
+def test_the_loss_is_the_surprise_of_the_target_among_the_negatives() -> None:
+    # v = (1, 0): logits 2, and 0 and 1 of the negatives: ln(1 + e^-2 + e^-1) = 0.407606
+    assert read_out(1.0, [[1, 0]], [2, 0], [0, 1], [1, 1]) == near([2, 0, 1, 0.407606], abs=1e-6)
+
+
+@each_variant
+def test_padding_and_other_users_change_nothing(name: str) -> None:
+    model = built(VARIANTS[name])
+    alone_BKD = vectors(model, [4, 2, 7])
+    torch.testing.assert_close(vectors(model, [0, 0, 4, 2, 7]), alone_BKD)
+    model.items.weights[0] = 50.0  # whatever stands in the padding row
+    together_BKD = vectors(model, [9, 8, 4, 3, 1], [0, 0, 4, 2, 7])
+    torch.testing.assert_close(together_BKD[1:], alone_BKD)
+
+
+@each_variant
+@pytest.mark.parametrize("history", [[], [0, 0]])
+def test_a_user_without_history_has_finite_scores(name: str, history: list[int]) -> None:
+    model = built(VARIANTS[name])
+    batch = Batch(torch.tensor([1]), torch.tensor([history], dtype=torch.int64))
+    assert model.score(batch, torch.arange(1, 10)).isfinite().all() and model.user_vectors(batch).shape == (1, 4, 8)
+
+
+def test_the_order_of_the_items_matters_through_places_alone() -> None:
+    for name, matters in (("mind", True), ("dr", True), ("sa", True), ("dr-by-interest", False)):
+        model = built(VARIANTS[name])
+        apart = (vectors(model, [4, 2, 7]) - vectors(model, [7, 2, 4])).abs().max()
+        assert (apart > 1e-3) == matters, name
+
+
+@each_variant
+def test_gradients_of_a_score_reach_the_items_of_the_history(name: str) -> None:
+    model, batch = built(VARIANTS[name]), asked([4, 2, 7, 5])
+    assert isinstance(model, EncodingModel) and not isinstance(model, InterestModel)
+    items_BTD = model.item_vectors()[batch.history_BT].clone().requires_grad_()
+    found_BKD = model.encode(items_BTD, batch)
+    assert torch.equal(found_BKD, model.user_vectors(batch))
+    found_BKD.square().sum().backward()
+    assert items_BTD.grad is not None and (items_BTD.grad.abs().sum(2) > 0).all()
+
+
+@each_original
+def test_the_same_seed_builds_the_same_model_and_another_seed_another(name: str) -> None:
+    first, again, other = (vectors(built(ORIGINALS[name], seed), [4, 2, 7]) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.allclose(first, other)
+
+
+@each_original
+def test_the_checkerboard_is_learnt(name: str) -> None:
+    """Of all pairs of an item of one's colour and another, at least 90 % are in order; by chance half of them are."""
+    world = make("checkerboard", users=40, items=20, events=1500, spans=1)
+    spans = cut(world.log, by="period", forget_users=0)
+    span = spans.spans[0]
+    spec = replace(ORIGINALS[name], d=16, negatives=16, batch=64, length=10)
+    state = absorb(State(spec.build(0)), span.events, span.n_users, span.n_items)
+    state = FineTune(Fit(base_epochs=12)).update(state, span)
+    users_N, items_I = torch.arange(1, span.n_users + 1), torch.arange(1, span.n_items + 1)
+    [(which, batch)] = query_batches(ends_of(state.recent, users_N, "recent"), 10)
+    scores_NI = state.model.score(batch, items_I)
+    user_is_odd = torch.tensor(spans.users.frame["id"].to_list())[users_N[which] - 1] % 2 == 1
+    item_is_odd = torch.tensor(spans.items.frame["id"].to_list()[: span.n_items]) % 2 == 1
+    is_own_NI = user_is_odd[:, None] == item_is_odd
+    ahead_NII, asked_NII = scores_NI[:, :, None] > scores_NI[:, None], is_own_NI[:, :, None] & ~is_own_NI[:, None]
+    assert ahead_NII[asked_NII].float().mean() > 0.9
