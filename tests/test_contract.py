@@ -27,7 +27,7 @@ from freshrec.types import Events, ModelSpec, Span, State, Strategy, TrainedMode
 
 QUICK_MODELS = {"item-knn", "mf", "sasrec", "comirec-dr"}
 QUICK_STRATEGIES = {"absorb", "frozen", "finetune", "full", "imsr"}
-BATCH = {"mf": 64, "sasrec": 8}  # small logs need small batches: pairs, windows, targets
+BATCH = {"mf": 64, "sasrec": 8, "gru4rec": 8}  # small logs need small batches: pairs, windows, targets
 COLOUR_BLIND = {"popularity", "popularity-last", "popularity-decay", "repeat-last"}
 
 
