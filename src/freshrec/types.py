@@ -197,6 +197,14 @@ class OfferingModel(Model, Protocol):
 
 
 @runtime_checkable
+class RememberingModel(Model, Protocol):
+    """A model that remembers what each user took."""
+
+    def forget(self, user: int) -> None:
+        """The user in this row has taken nothing."""
+
+
+@runtime_checkable
 class TrainedModel(Model, Protocol):
     """A model that learns by gradients: an `nn.Module`, of which training uses the methods at the end."""
 

@@ -14,13 +14,12 @@ from freshrec.learn.interests import interests_where, owners_of
 from freshrec.learn.reservoir import Kept, Reservoir
 from freshrec.learn.weights import tables_of
 from freshrec.models.blend import Blend
-from freshrec.models.user_knn import UserKNN
 from freshrec.nightly.job import Job
 from freshrec.replay.measure import Queries
 from freshrec.serve.contents import read_contents, write_contents
 from freshrec.serve.reading import ids_of
 from freshrec.store.versions import collected, give_up
-from freshrec.types import Events, Histories, Interests, Model, Shown, TrainedModel
+from freshrec.types import Events, Histories, Interests, Model, RememberingModel, Shown, TrainedModel
 
 T = TypeVar("T")
 USERS = "users"  # the name of every table that has a row for each user
@@ -108,7 +107,7 @@ def _model_without(model: Model, user: int) -> Model:
         counters = model.experts.counters
         model.experts.counters = {name: _model_without(counter, user) for name, counter in counters.items()}
         model.experts.unsettle()
-    elif isinstance(model, UserKNN) and user <= model.n_users:
+    elif isinstance(model, RememberingModel) and user <= model.n_users:
         model.forget(user)
     elif isinstance(model, TrainedModel):
         for name, table in tables_of(model).items():
