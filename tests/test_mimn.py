@@ -11,7 +11,7 @@ from torch import Tensor
 
 from freshrec.data.batches import append
 from freshrec.learn.fit import Fit
-from freshrec.models.mimn import MIMN, Memory, MIMNSpec, address, shift, unevenness, write
+from freshrec.models.mimn import MIMN, Memory, MIMNSpec, address, gru, shift, unevenness, write
 from freshrec.strategies.plain import Frozen
 from freshrec.types import Batch, EncodingModel, Histories, InterestModel, Span, State
 
@@ -84,6 +84,15 @@ def test_sharpening_by_a_high_power_stays_finite() -> None:
     w_BK[0, 0].backward()
     torch.testing.assert_close(w_BK, torch.full((1, 4), 0.25))
     assert log_w_BK.grad is not None and log_w_BK.grad.isfinite().all()
+
+
+def test_the_controller_is_a_gated_recurrent_unit() -> None:
+    cell = torch.nn.GRUCell(4, 3)
+    with torch.no_grad():
+        input_BD, state_BC = torch.randn(2, 4), torch.randn(2, 3)
+        by_input_BG = F.linear(input_BD, cell.weight_ih, cell.bias_ih)
+        by_state_BG = F.linear(state_BC, cell.weight_hh, cell.bias_hh)
+        torch.testing.assert_close(gru(by_input_BG, by_state_BG, state_BC), cell(input_BD, state_BC))
 
 
 def test_unevenness_by_hand() -> None:

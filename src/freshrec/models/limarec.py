@@ -29,7 +29,7 @@ class LimaRecSpec:
 
     k: Count = 4  # interests
     d: Count = 64
-    attention: Literal["hard", "soft"] = "hard"  # "hard": the closest interest learns, as it serves; "soft": all do
+    attention: Literal["hard", "soft"] = "soft"  # "soft": all interests learn from a target; "hard": the closest one
     fading: Rate = 0.0  # share of the attention's state that each event takes away
     length: Count = 100
     lr: Positive = 0.003  # as good as 0.001, in half the epochs

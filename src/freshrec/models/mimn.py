@@ -8,7 +8,7 @@ softmax; no induction unit; what evens out the use of the slots is that of their
 written with, and their gradients, instead of a copy addressed once more. Items that come after the first training start
 at 0 and are passed over in histories until they are trained.
 
-Letters beside the usual: M numbers of a slot, C units of the controller, H heads: one reads, one writes.
+Letters beside the usual: M numbers of a slot, C units of the controller, G its gates, H heads: one reads, one writes.
 """
 
 from dataclasses import dataclass
@@ -60,6 +60,15 @@ class Memory(NamedTuple):
     used_BK: Tensor  # how much was written to each slot, over all events
 
 
+def gru(by_input_BG: Tensor, by_state_BG: Tensor, state_BC: Tensor) -> Tensor:
+    """(B, C) the next state of a gated recurrent unit; G = 3 C are the gates reset, keep, new of `torch.nn.GRUCell`."""
+    n_units = state_BC.shape[1]
+    open_BG = torch.sigmoid(by_input_BG[:, : 2 * n_units] + by_state_BG[:, : 2 * n_units])
+    reset_BC, keep_BC = open_BG.chunk(2, 1)
+    new_BC = torch.tanh(by_input_BG[:, 2 * n_units :] + reset_BC * by_state_BG[:, 2 * n_units :])
+    return torch.lerp(new_BC, state_BC, keep_BC)
+
+
 def address(wanted_BHM: Tensor, sharpness_BH: Tensor, keys_KM: Tensor, slots_BKM: Tensor) -> Tensor:
     """(B, H, K) ln w, w_j the softmax of sharpness (cos(wanted, key_j) + cos(wanted, slot_j)) / 2; keys of length 1."""
     both_BKM = F.normalize(slots_BKM, dim=2) + keys_KM
@@ -90,7 +99,9 @@ class Cell(nn.Module):
     def __init__(self, spec: MIMNSpec) -> None:
         super().__init__()
         self.even, self.std = spec.even > 0, spec.std
-        self.controller = nn.GRUCell(spec.d + spec.slot, spec.units)
+        n_gates = 3 * spec.units  # of a GRU; torch's own cell knows no vmap, and cannot take all items at once
+        self.by_item, self.by_state = nn.Linear(spec.d, n_gates), nn.Linear(spec.units, n_gates)
+        self.by_read = nn.Linear(spec.slot, n_gates, bias=False)
         n_used, n_moves = (spec.k, 3) if self.even else (0, 0)
         self.sizes = [3 * spec.slot, spec.slot, 3 if self.even else 2, n_moves]  # tanh, sigmoid, softplus, softmax
         self.heads = nn.Linear(spec.units + n_used, sum(self.sizes))
@@ -105,7 +116,7 @@ class Cell(nn.Module):
     def start(self, n_users: int) -> Memory:
         """The memory of users without events."""
         blank_BKM, read_BM = self.blank_KM.expand(n_users, -1, -1), torch.tanh(self.first_read_1M).expand(n_users, -1)
-        controller_BC = torch.zeros(n_users, self.controller.hidden_size)
+        controller_BC = torch.zeros(n_users, self.by_state.in_features)
         return Memory(blank_BKM, controller_BC, read_BM, torch.zeros(n_users, len(self.blank_KM)))
 
     def forward(self, items_BTD: Tensor, real_BT: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
@@ -114,13 +125,14 @@ class Cell(nn.Module):
         The controller gets the items' vectors as if they had started with variance 1: from small ones it learns slowly.
         """
         keys_KM, slots = F.normalize(torch.tanh(self.keys_KM), dim=1), []
-        for items_BD, real_B1 in zip((items_BTD / self.std).unbind(1), real_BT[..., None].unbind(1)):
-            memory = self._step(items_BD, real_B1, memory, keys_KM)
+        gates_BTG = self.by_item(items_BTD / self.std)
+        for gates_BG, real_B1 in zip(gates_BTG.unbind(1), real_BT[..., None].unbind(1)):
+            memory = self._step(gates_BG, real_B1, memory, keys_KM)
             slots.append(memory.slots_BKM)
         return torch.stack(slots, 1), memory
 
-    def _step(self, items_BD: Tensor, real_B1: Tensor, old: Memory, keys_KM: Tensor) -> Memory:
-        controller_BC = self.controller(torch.cat([items_BD, old.read_BM], 1), old.controller_BC)
+    def _step(self, gates_BG: Tensor, real_B1: Tensor, old: Memory, keys_KM: Tensor) -> Memory:
+        controller_BC = gru(gates_BG + self.by_read(old.read_BM), self.by_state(old.controller_BC), old.controller_BC)
         seen = torch.cat([controller_BC, old.used_BK.detach() / MUCH], 1) if self.even else controller_BC
         tanh, sigmoid, softplus, softmax = self.heads(seen).clamp(-CLIP, CLIP).split(self.sizes, 1)
         wanted_BHM, add_BM = torch.tanh(tanh).unflatten(1, (3, -1)).split([2, 1], 1)
