@@ -33,7 +33,7 @@ def asked(*histories: list[int]) -> Batch:
 def learnt(model: LimaRec, history: list[int], targets: list[int]) -> Tensor:
     """(N, K, D) the interests where there is a target."""
     batch = replace(asked(history), targets_BT=torch.tensor([targets]), negatives_N=torch.tensor([1, 3]))
-    vectors_NKD = model(batch).vectors_BKD
+    vectors_NKD = model.forward(batch).vectors_BKD
     assert vectors_NKD is not None
     return vectors_NKD.detach()
 

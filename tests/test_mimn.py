@@ -101,23 +101,26 @@ def test_unevenness_by_hand() -> None:
 
 
 def test_one_event_by_hand() -> None:
-    # With all heads' weights 0 and biases of our choice: reading looks for (t, 0), writing too, t = tanh 20, with the
-    # sharpness 2 (softplus(0) + 1) = 3.386294; the keys are (1, 0) and (0, 1), the memory is as good as empty.
-    model = MIMNSpec(k=2, d=2, slot=2, units=2, even=0.0, std=1.0).build(0)
-    cell = model.cell
+    # All weights of the heads are 0, so their biases say it all, between -20 and 20. Keys (1, 0) and (0, 1), slots
+    # (0, 0) and (4, 4). Reading looks for (1, 0): cosines 1, 0 with the keys, 0, 1 / sqrt 2 with the slots, sharpness
+    # 2 (20 + 1). Writing looks for (0, 1): 0, 1 and 0, 1 / sqrt 2, sharpness 2 (ln 2 + 1); then one third stays, two
+    # thirds go to the only neighbour; the power 4 (ln 2 + 1).
+    cell = MIMNSpec(k=2, d=2, slot=2, units=2, std=1.0).build(0).cell
     cell.heads.weight.data.zero_()
-    #           read        write       add           erase       sharpness
-    bias = [20.0, 0.0, 20.0, 0.0, 30.0, 0.5, -30.0, 0.0, 0.0, 0.0]
-    cell.heads.bias.data = torch.tensor(bias)
+    biases = {"read": [20.0, 0.0], "write": [0.0, 20.0], "add": [30.0, 0.5], "erase": [-30.0, 0.0]}
+    biases |= {"sharpness": [25.0, 0.0], "power": [0.0], "shift": [0.0, 0.0, 0.0]}
+    cell.heads.bias.data = torch.tensor([number for part in biases.values() for number in part])
     cell.keys_KM.data, cell.blank_KM = torch.tensor([[9.0, 0.0], [0.0, 9.0]]), torch.tensor([[0.0, 0.0], [4.0, 4.0]])
     with torch.no_grad():
         slots_BTKM, memory = cell(torch.ones(1, 1, 2), torch.ones(1, 1, dtype=torch.bool), cell.start(1))
-    # cosines with the keys 1 and 0; with the slots 0 and 1 / sqrt 2
-    w_K = torch.softmax((2 * math.log(2) + 2) / 2 * torch.tensor([1.0, 1 / math.sqrt(2)]), 0)
-    erase_M, add_M = torch.tensor([0.0, 0.5]), torch.tensor([1.0, math.tanh(0.5)])  # bounded by 20: sigmoid, tanh
-    wanted_KM = torch.stack([w_K[0] * add_M, 4 * (1 - w_K[1] * erase_M) + w_K[1] * add_M])
-    torch.testing.assert_close(slots_BTKM[0, 0], wanted_KM)
-    torch.testing.assert_close(memory.read_BM[0], w_K[1] * torch.tensor([4.0, 4.0]))  # read before it was written
+    read_K = torch.softmax(21 * torch.tensor([1, 1 / math.sqrt(2)]), 0)
+    torch.testing.assert_close(memory.read_BM[0], read_K[1] * torch.tensor([4.0, 4.0]))  # before anything is written
+    w_K = torch.softmax((math.log(2) + 1) * torch.tensor([0, 1 + 1 / math.sqrt(2)]), 0)
+    w_K = ((w_K + 2 * w_K.flip(0)) / 3) ** (4 * (math.log(2) + 1))
+    w_K = w_K / w_K.sum()
+    erase_M, add_M = torch.tensor([0.0, 0.5]), torch.tensor([1.0, math.tanh(0.5)])
+    written_KM = torch.stack([w_K[0] * add_M, 4 * (1 - w_K[1] * erase_M) + w_K[1] * add_M])
+    torch.testing.assert_close(slots_BTKM[0, 0], written_KM)
     torch.testing.assert_close(memory.used_BK[0], w_K)
 
 
