@@ -44,7 +44,7 @@ class OriginalSpec:
     iterations: Count = 3  # of the routing
     relu: bool = False  # a layer with a ReLU over each interest that is routed
     inner: Count = 4  # d_a / d of the self-attention
-    power: Positive = 1.0  # p of the label attention; 100 or more: the closest interest alone
+    power: Positive = 2.0  # p of the label attention, which MIND leaves open; 100 or more: the closest interest alone
     d: Count = 64
     length: Count = 50  # history items looked at
     lr: Positive = 0.01
@@ -65,7 +65,7 @@ class OriginalSpec:
         return OriginalNet(self, seed)
 
 
-MIND_ORIGINAL = OriginalSpec(power=2.0)  # the paper leaves p open; at 1 updates drift (docs/diary.md)
+MIND_ORIGINAL = OriginalSpec()
 COMIREC_DR_ORIGINAL = OriginalSpec(transform="position", noise=0.0, power=HARD)
 COMIREC_SA_ORIGINAL = OriginalSpec(extractor="attention", power=HARD)
 
