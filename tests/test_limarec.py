@@ -11,8 +11,8 @@ from torch import Tensor
 from freshrec.data.batches import append
 from freshrec.errors import OptionError
 from freshrec.learn.fit import Fit
-from freshrec.models.limarec import LimaRec, LimaRecSpec, linear_attention, make_room
-from freshrec.models.tables import Table
+from freshrec.models.limarec import LimaRec, LimaRecSpec, linear_attention
+from freshrec.models.tables import Table, make_room
 from freshrec.strategies.plain import Frozen
 from freshrec.types import Batch, EncodingModel, Histories, InterestModel, Span, State
 

@@ -86,7 +86,7 @@ class Caser(nn.Module):
         assert batch.targets_BT is not None and batch.negatives_N is not None
         target_B, negative_N = batch.targets_BT[:, 0], batch.negatives_N
         image_BT = self._image(batch.history_BT)
-        taken_BTD = self.taken.pull(image_BT.reshape(-1)).view(*image_BT.shape, -1)
+        taken_BTD = self.taken.pull(image_BT)
         own_BD = None if self.users is None else self.users.pull(batch.users_B)
         user_BD = self._read(taken_BTD, image_BT, own_BD)
         if self.spec.loss == "full":  # it moves every row of the table

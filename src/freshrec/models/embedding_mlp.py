@@ -74,9 +74,9 @@ class EmbeddingMLP(nn.Module):
         """Mean binary cross-entropy of the labels; without labels, of the target and of a random item beside it."""
         candidates_BN, label_BN = judged(batch, self.n_items)
         ids_BM = torch.cat([batch.history_BT, candidates_BN], 1)
-        vectors_BMD = self.items.pull(ids_BM.reshape(-1)).view(*ids_BM.shape, -1)
+        vectors_BMD = self.items.pull(ids_BM)
         if self.categories is not None:
-            kind_BMD = self.categories.pull(self._kinds(batch, ids_BM).reshape(-1)).view(*ids_BM.shape, -1)
+            kind_BMD = self.categories.pull(self._kinds(batch, ids_BM))
             vectors_BMD = torch.cat([vectors_BMD, kind_BMD], 2)
         n_history = batch.history_BT.shape[1]
         user_BE = self._user(self.users.pull(batch.users_B), vectors_BMD[:, :n_history], batch.history_BT)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from freshrec.errors import OptionError
 from freshrec.models.layers import FAR, best_inner_product, first_of, sampled_logits
-from freshrec.models.tables import Table
+from freshrec.models.tables import Table, pulled
 from freshrec.options import Count, CountOrNone, Positive, Rate, Weight, check_options
 from freshrec.types import Batch, Events, Forward, Histories
 
@@ -178,16 +178,13 @@ class GRU4Rec(nn.Module):
         if self.training:
             self.counts_I += torch.bincount(target_B, minlength=len(self.counts_I))
         own_N = target_B[torch.linspace(0, len(target_B) - 1, min(self.spec.others, len(target_B))).long()]
-        negative_N, n_history = torch.cat([self._drawn(batch.negatives_N), own_N]), batch.history_BT.numel()
-        wanted_by = [target_B, negative_N]
+        negative_N = torch.cat([self._drawn(batch.negatives_N), own_N])
         if self.taken is None:
-            pulled = self.items.pull(torch.cat([batch.history_BT.reshape(-1), *wanted_by]))
-            history, target_BD, negative_ND = pulled.split([n_history, len(target_B), len(negative_N)])
+            history_BTD, target_BD, negative_ND = pulled(self.items, batch.history_BT, target_B, negative_N)
         else:
-            history = self.taken.pull(batch.history_BT.reshape(-1))
-            target_BD, negative_ND = self.items.pull(torch.cat(wanted_by)).split([len(target_B), len(negative_N)])
-        read_BTD = self._read(history.view(*batch.history_BT.shape, -1), batch.history_BT > 0)
-        user_BD = read_BTD[wanted_BT]
+            history_BTD = self.taken.pull(batch.history_BT)
+            target_BD, negative_ND = pulled(self.items, target_B, negative_N)
+        user_BD = self._read(history_BTD, batch.history_BT > 0)[wanted_BT]
         logits_BN = sampled_logits(user_BD, target_BD, negative_ND, target_B, negative_N)
         if self.spec.logq:
             log_BN = self._log_chances(target_B, negative_N, len(own_N))

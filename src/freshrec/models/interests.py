@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from freshrec.errors import OptionError
 from freshrec.models.layers import FAR, attend, best_inner_product, first_of, sampled_logits, squash
-from freshrec.models.tables import Table
+from freshrec.models.tables import Table, pulled
 from freshrec.options import Count, Positive, Weight, check_options
 from freshrec.types import Batch, Events, Forward, Histories
 
@@ -170,10 +170,8 @@ class InterestNet(nn.Module):
         """Sampled softmax of the target under the label-aware mix of the user's interests."""
         assert batch.targets_BT is not None and batch.negatives_N is not None
         target_B, negative_N = batch.targets_BT[:, 0], batch.negatives_N
-        n_users, n_steps = batch.history_BT.shape
-        pulled = self.items.pull(torch.cat([batch.history_BT.reshape(-1), target_B, negative_N]))
-        history_BTD, target_BD, negatives_ND = pulled.split([n_users * n_steps, n_users, len(negative_N)])
-        vectors_BKD = self._interests(history_BTD.view(n_users, n_steps, -1), batch)
+        history_BTD, target_BD, negatives_ND = pulled(self.items, batch.history_BT, target_B, negative_N)
+        vectors_BKD = self._interests(history_BTD, batch)
         if batch.project is not None and batch.alive_BK is not None and batch.old_BK is not None:
             vectors_BKD = batch.project(vectors_BKD, batch.alive_BK, batch.old_BK)
         user_BD = attend(vectors_BKD, target_BD, batch.alive_BK, self.spec.attention, self.spec.power)

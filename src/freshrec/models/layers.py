@@ -15,6 +15,11 @@ def squash(s: Tensor) -> Tensor:
     return s * (n2 / (1 + n2) / (n2 + 1e-9).sqrt())
 
 
+def passed(items_BTD: Tensor, history_BT: Tensor) -> Tensor:
+    """(B, T) whether a place of the history holds an item with a vector."""
+    return (history_BT > 0) & (items_BTD != 0).any(2)
+
+
 def attend(vectors_BKD: Tensor, target_BD: Tensor, alive_BK: Tensor | None, how: str, power: float = 1.0) -> Tensor:
     """v = sum_k beta_k h_k with beta the softmax of e_a h_k over the interests a user has [IMSR eq. 5].
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from freshrec.models.layers import attend, best_inner_product, first_of, sampled_logits
-from freshrec.models.tables import Table
+from freshrec.models.layers import attend, best_inner_product, first_of, passed, sampled_logits
+from freshrec.models.tables import Table, make_room, pulled
 from freshrec.options import Count, Positive, Rate, check_options
 from freshrec.types import Batch, Events, Forward, Histories
 
@@ -43,22 +43,6 @@ class LimaRecSpec:
     def build(self, seed: int) -> "LimaRec":
         """A model without users and items."""
         return LimaRec(self, seed)
-
-
-def make_room(items: Table, n_items: int) -> None:
-    """`items` with rows 1..n_items; those that come after its first training start at 0.
-
-    Where nothing trains them, an inner product with them is 0: what is scored above 0 is always ahead of them.
-    """
-    n_old = len(items.weights)
-    items.grow(n_items)
-    if bool((items.steps_R > 0).any()):
-        items.weights[n_old:] = 0.0
-
-
-def passed(items_BTD: Tensor, history_BT: Tensor) -> Tensor:
-    """(B, T) whether a place of the history holds an item with a vector."""
-    return (history_BT > 0) & (items_BTD != 0).any(2)
 
 
 def linear_attention(queries_BPKD: Tensor, keys_BTD: Tensor, values_BTD: Tensor, weights_BPT: Tensor) -> Tensor:
@@ -123,9 +107,7 @@ class LimaRec(nn.Module):
         real_BT, negative_N = batch.history_BT > 0, batch.negatives_N
         wanted_BT = real_BT & (batch.targets_BT > 0)
         target_B = batch.targets_BT[wanted_BT]
-        pulled = self.items.pull(torch.cat([batch.history_BT.reshape(-1), target_B, negative_N]))
-        history, target_BD, negative_ND = pulled.split([batch.history_BT.numel(), len(target_B), len(negative_N)])
-        items_BTD = history.view(*batch.history_BT.shape, -1)
+        items_BTD, target_BD, negative_ND = pulled(self.items, batch.history_BT, target_B, negative_N)
         weights_BTT = self._weights(real_BT.cumsum(1), real_BT).tril()
         vectors_BKD = self.layer(items_BTD, items_BTD, weights_BTT)[wanted_BT]
         user_BD = attend(vectors_BKD, target_BD, None, self.spec.attention)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from freshrec.models.layers import best_inner_product, first_of, sampled_logits
-from freshrec.models.tables import Table
+from freshrec.models.tables import Table, pulled
 from freshrec.options import Count, Positive, check_options
 from freshrec.types import Batch, Events, Forward, Histories
 
@@ -55,7 +55,7 @@ class MF(nn.Module):
         assert batch.targets_BT is not None and batch.negatives_N is not None
         target_B, negative_N = batch.targets_BT[:, 0], batch.negatives_N
         user_BD = self.users.pull(batch.users_B)
-        target_BD, negative_ND = self.items.pull(torch.cat([target_B, negative_N])).split([len(batch), len(negative_N)])
+        target_BD, negative_ND = pulled(self.items, target_B, negative_N)
         logits_BN = sampled_logits(user_BD, target_BD, negative_ND, target_B, negative_N)
         return Forward(first_of(logits_BN), user_BD[:, None], target_BD, logits_BN)
 

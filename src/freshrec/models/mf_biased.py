@@ -60,7 +60,7 @@ class BiasedMF(nn.Module):
         """Mean binary cross-entropy of the labels; without labels, of the target and of a random item beside it."""
         candidates_BN, label_BN = judged(batch, self.n_items)
         user_BE = self.users.pull(batch.users_B)
-        items_BNE = self.items.pull(candidates_BN.reshape(-1)).view(*candidates_BN.shape, -1)
+        items_BNE = self.items.pull(candidates_BN)
         logits_BN = _logits(user_BE, items_BNE)
         return Forward(F.binary_cross_entropy_with_logits(logits_BN, label_BN), logits_BN=logits_BN)
 

@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from freshrec.models.layers import attend, best_inner_product, first_of, sampled_logits
-from freshrec.models.limarec import make_room, passed
-from freshrec.models.tables import Table
+from freshrec.models.layers import attend, best_inner_product, first_of, passed, sampled_logits
+from freshrec.models.tables import Table, make_room, pulled
 from freshrec.options import Count, Positive, Weight, check_options
 from freshrec.types import Batch, Events, Forward, Histories
 
@@ -179,9 +178,7 @@ class MIMN(nn.Module):
         real_BT, negative_N = batch.history_BT > 0, batch.negatives_N
         wanted_BT = real_BT & (batch.targets_BT > 0)
         target_B = batch.targets_BT[wanted_BT]
-        pulled = self.items.pull(torch.cat([batch.history_BT.reshape(-1), target_B, negative_N]))
-        history, target_BD, negative_ND = pulled.split([batch.history_BT.numel(), len(target_B), len(negative_N)])
-        items_BTD = history.view(*batch.history_BT.shape, -1)
+        items_BTD, target_BD, negative_ND = pulled(self.items, batch.history_BT, target_B, negative_N)
         slots_BTKM, memory = self.cell(items_BTD, real_BT, self.cell.start(len(batch)))
         vectors_BKD = self.project(slots_BTKM[wanted_BT])
         user_BD = attend(vectors_BKD, target_BD, None, self.spec.attention)

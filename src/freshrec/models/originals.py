@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from freshrec.errors import OptionError
 from freshrec.models.layers import FAR, attend, best_inner_product, first_of, sampled_logits, squash
-from freshrec.models.tables import Table
+from freshrec.models.tables import Table, pulled
 from freshrec.options import Count, Positive, Weight, check_options
 from freshrec.types import Batch, Events, Forward, Histories
 
@@ -197,10 +197,8 @@ class OriginalNet(nn.Module):
         """Sampled softmax of the target under the label-aware mix of the user's interests."""
         assert batch.targets_BT is not None and batch.negatives_N is not None
         target_B, negative_N = batch.targets_BT[:, 0], batch.negatives_N
-        n_users, n_steps = batch.history_BT.shape
-        pulled = self.items.pull(torch.cat([batch.history_BT.reshape(-1), target_B, negative_N]))
-        history_BTD, target_BD, negatives_ND = pulled.split([n_users * n_steps, n_users, len(negative_N)])
-        vectors_BKD, alive_BK = self._interests(history_BTD.view(n_users, n_steps, -1), batch, self.training)
+        history_BTD, target_BD, negatives_ND = pulled(self.items, batch.history_BT, target_B, negative_N)
+        vectors_BKD, alive_BK = self._interests(history_BTD, batch, self.training)
         how = "hard" if self.spec.power >= HARD else "soft"
         user_BD = attend(vectors_BKD, target_BD, alive_BK, how, self.spec.power)
         logits_BN = sampled_logits(user_BD, target_BD, negatives_ND, target_B, negative_N)

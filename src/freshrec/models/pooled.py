@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from freshrec.models.layers import best_inner_product, first_of, sampled_logits
-from freshrec.models.tables import Table
+from freshrec.models.tables import Table, pulled
 from freshrec.options import Count, Positive, check_options
 from freshrec.types import Batch, Events, Forward, Histories
 
@@ -61,10 +61,9 @@ class Pooled(nn.Module):
         real_BT, negative_N = batch.history_BT > 0, batch.negatives_N
         wanted_BT = real_BT & (batch.targets_BT > 0)
         target_B = batch.targets_BT[wanted_BT]
-        history_BTD = self.taken.pull(batch.history_BT.reshape(-1)).view(*batch.history_BT.shape, -1)
+        history_BTD = self.taken.pull(batch.history_BT)
         user_BD = (self._weights(real_BT) @ history_BTD)[wanted_BT]
-        pulled = self.items.pull(torch.cat([target_B, negative_N]))
-        target_BD, negative_ND = pulled.split([len(target_B), len(negative_N)])
+        target_BD, negative_ND = pulled(self.items, target_B, negative_N)
         logits_BN = sampled_logits(user_BD, target_BD, negative_ND, target_B, negative_N)
         return Forward(first_of(logits_BN), user_BD[:, None], target_BD, logits_BN)
 

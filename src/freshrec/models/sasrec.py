@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from freshrec.errors import OptionError
 from freshrec.models.layers import best_inner_product, first_of, sampled_logits
 from freshrec.models.softmax import full_softmax
-from freshrec.models.tables import Table
+from freshrec.models.tables import Table, pulled
 from freshrec.options import Count, Positive, Rate, check_options
 from freshrec.types import Batch, Events, Forward, Histories
 
@@ -114,10 +114,8 @@ class SASRec(nn.Module):
         if self.spec.loss == "full":
             return self._full(batch, wanted_BT, target_B)
         negative_N = batch.negatives_N
-        n_history = batch.history_BT.numel()
-        pulled = self.items.pull(torch.cat([batch.history_BT.reshape(-1), target_B, negative_N]))
-        history, target_BD, negative_ND = pulled.split([n_history, len(target_B), len(negative_N)])
-        user_BD = self._encode(history.view(*batch.history_BT.shape, -1), batch.history_BT > 0)[wanted_BT]
+        history_BTD, target_BD, negative_ND = pulled(self.items, batch.history_BT, target_B, negative_N)
+        user_BD = self._encode(history_BTD, batch.history_BT > 0)[wanted_BT]
         logits_BN = sampled_logits(user_BD, target_BD, negative_ND, target_B, negative_N)
         return Forward(first_of(logits_BN), user_BD[:, None], target_BD, logits_BN)
 

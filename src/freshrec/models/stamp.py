@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from freshrec.models.layers import best_inner_product, first_of, sampled_logits
 from freshrec.models.softmax import full_softmax
-from freshrec.models.tables import Table
+from freshrec.models.tables import Table, pulled
 from freshrec.options import Count, Positive, check_options
 from freshrec.types import Batch, Events, Forward, Histories
 
@@ -99,9 +99,8 @@ class STAMP(nn.Module):
             rows_RD = self.items.pull_all()
             user_BD = self.encode(F.embedding(history_BT, rows_RD), batch)[:, 0]
             return Forward(full_softmax(user_BD, rows_RD, target_B), user_BD[:, None], rows_RD=rows_RD)
-        pulled = self.items.pull(torch.cat([history_BT.reshape(-1), target_B, negative_N]))
-        history, target_BD, negative_ND = pulled.split([history_BT.numel(), len(target_B), len(negative_N)])
-        user_BD = self.encode(history.view(*history_BT.shape, -1), batch)[:, 0]
+        history_BTD, target_BD, negative_ND = pulled(self.items, history_BT, target_B, negative_N)
+        user_BD = self.encode(history_BTD, batch)[:, 0]
         logits_BN = sampled_logits(user_BD, target_BD, negative_ND, target_B, negative_N)
         return Forward(first_of(logits_BN), user_BD[:, None], target_BD, logits_BN)
 

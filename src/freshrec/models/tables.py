@@ -60,7 +60,7 @@ class Table(nn.Module):
         return self.packed[:, : self.n_dims]
 
     def pull(self, ids: Tensor) -> Tensor:
-        """(N, D) rows of `ids` (N,), with gradients; once a step, then `push`."""
+        """(..., D) rows of `ids` (...), with gradients; once a step, then `push`."""
         if self.leader_R is not None:
             ids = self.leader_R[ids]
         if self._again and self._is_whole:
@@ -68,10 +68,10 @@ class Table(nn.Module):
         if self._again and self._unique is not None and self.leaf is not None:
             self._earlier.append((self._unique, self.leaf))
         self._again = self._is_whole = False
-        self._unique, place_N = self._distinct(ids)
+        self._unique, place_N = self._distinct(ids.reshape(-1))
         self._rows = self.packed.index_select(0, self._unique)
         self.leaf = self._rows[:, : self.n_dims].contiguous().requires_grad_(True)
-        return F.embedding(place_N, self._seen())
+        return F.embedding(place_N.view(ids.shape), self._seen())
 
     def pull_all(self) -> Tensor:
         """(n_rows + 1, D) all rows, with gradients; once a step, then `push`."""
@@ -138,6 +138,23 @@ class Table(nn.Module):
         self._rows = self.packed.index_select(0, self._unique)
         self.leaf = self._rows[:, : self.n_dims].contiguous()
         self.leaf.grad = torch.zeros_like(self.leaf).index_add_(0, place_M, torch.cat([grad for _, grad in pulls]))
+
+
+def pulled(table: Table, *ids: Tensor) -> list[Tensor]:
+    """(..., D) rows of each of several tensors of ids (...), in one `pull`."""
+    rows = table.pull(torch.cat([part.reshape(-1) for part in ids])).split([part.numel() for part in ids])
+    return [part_ND.view(*part.shape, part_ND.shape[1]) for part, part_ND in zip(ids, rows)]
+
+
+def make_room(table: Table, n_rows: int) -> None:
+    """`table` with rows 1..n_rows; those that come after its first training start at 0.
+
+    Where nothing trains them, an inner product with them is 0: what is scored above 0 is always ahead of them.
+    """
+    n_old = len(table.weights)
+    table.grow(n_rows)
+    if bool((table.steps_R > 0).any()):
+        table.weights[n_old:] = 0.0
 
 
 def _adam(rows: Tensor, steps_N: Tensor, g: Tensor, lr: float) -> None:
