@@ -72,18 +72,19 @@ OURS = {"ndcg@20", "hr@20"}  # recipes that measure both are compared with each 
 
 def readme(root: Path) -> str:
     """README.md with the table of results between its two marks."""
-    text = (root / "README.md").read_text()
-    head, _, rest = text.partition("<!-- results -->\n")
-    _, _, tail = rest.partition("<!-- /results -->\n")
-    return f"{head}<!-- results -->\n" + "\n".join(_short(_found(root))) + f"\n<!-- /results -->\n{tail}"
+    return _marked((root / "README.md").read_text(), "results", _short(_found(root)))
+
+
+def _marked(text: str, mark: str, lines: list[str]) -> str:
+    """`text` with these lines between <!-- mark --> and <!-- /mark -->."""
+    head, _, rest = text.partition(f"<!-- {mark} -->\n")
+    _, _, tail = rest.partition(f"<!-- /{mark} -->\n")
+    return f"{head}<!-- {mark} -->\n" + "\n".join(lines) + f"\n<!-- /{mark} -->\n{tail}"
 
 
 def operations(root: Path) -> str:
     """docs/operations.md with the table of nights between its two marks."""
-    text, path = (root / "docs/operations.md").read_text(), root / "benchmarks/results/nights.json"
-    head, _, rest = text.partition("<!-- nights -->\n")
-    _, _, tail = rest.partition("<!-- /nights -->\n")
-    rows = pl.DataFrame(json.loads(path.read_text())["rows"])
+    rows = pl.DataFrame(json.loads((root / "benchmarks/results/nights.json").read_text())["rows"])
     kinds = rows["kind"].unique(maintain_order=True).sort().to_list()
     kinds = ["good", *(kind for kind in kinds if kind != "good")]
     lines = ["| right, of so many days; from day 8 | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
@@ -92,7 +93,7 @@ def operations(root: Path) -> str:
         sums = {row["kind"]: row for row in of_log.group_by("kind").agg(counts).iter_rows(named=True)}
         cells = ["{right} of {days}; {later_right} of {later}".format(**sums[kind]) for kind in kinds]
         lines.append(f"| {name[0]} | " + " | ".join(cells) + " |")
-    return f"{head}<!-- nights -->\n" + "\n".join(lines) + f"\n<!-- /nights -->\n{tail}"
+    return _marked((root / "docs/operations.md").read_text(), "nights", lines)
 
 
 def _short(found: list[dict[str, Any]]) -> list[str]:

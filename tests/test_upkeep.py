@@ -153,7 +153,8 @@ def test_retiring_after_one_span_leaves_what_the_last_visit_used(world: Cut) -> 
 
 def test_nothing_is_done_unless_it_is_asked_for(world: Cut, bits: Callable[[State], bytes]) -> None:
     asked = find_strategy("imsr:upkeep.retire=0:upkeep.half=false:upkeep.megabytes=0")
-    assert asked == IMSR() and Upkeep()(learnt(world, IMSR(fit=FIT))[0]).users is not None
+    state = learnt(world, IMSR(fit=FIT))[0]
+    assert asked == IMSR() and state.users is not None and bits(Upkeep()(state)) == bits(state)
     assert find_strategy("imsr:upkeep.retire=3:upkeep.half=true").upkeep == Upkeep(retire=3, half=True)  # type: ignore[attr-defined]
     with pytest.raises(OptionError, match="option megabytes of Upkeep is -1"):
         find_strategy("imsr:upkeep.megabytes=-1")

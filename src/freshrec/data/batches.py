@@ -94,9 +94,21 @@ def _starts(counts_U: Tensor) -> Tensor:
     return torch.cumsum(counts_U, 0) - counts_U
 
 
-def owners(histories: Histories) -> Tensor:
-    """The user of each row (R,)."""
-    return torch.repeat_interleave(torch.arange(histories.n_users + 1), histories.offsets_U.diff())
+def owners(of: Histories | Interests) -> Tensor:
+    """The user of each row (R,), or of each interest (S,)."""
+    return torch.repeat_interleave(torch.arange(of.n_users + 1), of.offsets_U.diff())
+
+
+def offsets_where(of: Histories | Interests, stays: Tensor) -> Tensor:
+    """The offsets of the users without the other rows, or interests."""
+    offsets_U = torch.zeros_like(of.offsets_U)
+    torch.cumsum(torch.bincount(owners(of)[stays], minlength=of.n_users + 1), 0, out=offsets_U[1:])
+    return offsets_U
+
+
+def fresh_rows(histories: Histories) -> Tensor:
+    """(R,) whether a row came since the last update, and may be learnt from now or later."""
+    return (histories.due_R == DUE) | (histories.due_R == LATER)
 
 
 def settle(histories: Histories, keep: int) -> Histories:
@@ -127,11 +139,14 @@ def released(histories: Histories) -> Histories:
 
 def rows_where(histories: Histories, stays_R: Tensor) -> Histories:
     """`histories` without the other rows."""
-    offsets_U = torch.zeros_like(histories.offsets_U)
-    n_stay_U = torch.bincount(owners(histories)[stays_R], minlength=histories.n_users + 1)
-    torch.cumsum(n_stay_U, 0, out=offsets_U[1:])
     columns = histories.items_R[stays_R], histories.times_R[stays_R], histories.due_R[stays_R]
-    return Histories(offsets_U, *columns, histories.shown, histories.kinds_I)
+    return Histories(offsets_where(histories, stays_R), *columns, histories.shown, histories.kinds_I)
+
+
+def interests_where(users: Interests, stays_S: Tensor) -> Interests:
+    """`users` without the other interests."""
+    columns = users.born_S[stays_S], users.used_S[stays_S]
+    return Interests(users.vectors_SD[stays_S], offsets_where(users, stays_S), *columns)
 
 
 @dataclass(frozen=True)
@@ -172,7 +187,7 @@ def targets_at(histories: Histories, rows_N: Tensor, history: str = "recent") ->
     users_N = users_R[rows_N]
     from_N = histories.offsets_U[users_N]
     if history == "span":
-        fresh_R = (histories.due_R == DUE) | (histories.due_R == LATER)
+        fresh_R = fresh_rows(histories)
         first_U = torch.full((histories.n_users + 1,), len(users_R))
         rows_R = torch.arange(len(users_R))
         first_U.scatter_reduce_(0, users_R[fresh_R], rows_R[fresh_R], "amin")

@@ -9,20 +9,21 @@ from torch import Tensor
 from freshrec.data.batches import (
     Carried,
     Targets,
+    fresh_rows,
     histories_before,
+    owners,
     query_batches,
     targets_at,
     without_secrets,
 )
-from freshrec.types import DUE, LATER, Histories, InterestModel, Interests
+from freshrec.types import Histories, InterestModel, Interests
 
 Trim = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # (vectors, alive, old) -> (vectors, alive)
 
 
 def active_users(histories: Histories) -> Tensor:
     """Users with events since the last update (N,), ascending."""
-    fresh_R = (histories.due_R == DUE) | (histories.due_R == LATER)
-    counted_R = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cumsum(fresh_R, 0)])
+    counted_R = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cumsum(fresh_rows(histories), 0)])
     n_U = counted_R[histories.offsets_U[1:]] - counted_R[histories.offsets_U[:-1]]
     return n_U.nonzero()[:, 0]
 
@@ -45,8 +46,8 @@ def reread(
     vectors_NKD = torch.zeros(len(users_N), n_most, carried.slots_KD.shape[1])
     alive_NK = torch.zeros(len(users_N), n_most, dtype=torch.bool)
     used_NK = torch.zeros(len(users_N), n_most, dtype=torch.bool)
-    fresh_R = (histories.due_R == DUE) | (histories.due_R == LATER)
-    fresh = replace(ends, histories=replace(histories, items_R=torch.where(fresh_R, histories.items_R, 0)))
+    fresh_R = torch.where(fresh_rows(histories), histories.items_R, 0)
+    fresh = replace(ends, histories=replace(histories, items_R=fresh_R))
     for which, batch in query_batches(ends, model.spec.length, carried):
         assert batch.alive_BK is not None and batch.old_BK is not None
         vectors_BKD, alive_BK = model.user_vectors(batch), batch.alive_BK
@@ -66,18 +67,6 @@ def _closest(model: InterestModel, events_BT: Tensor, vectors_BKD: Tensor, alive
     used_BK = torch.zeros(alive_BK.shape)
     used_BK.scatter_add_(1, logits_BTK.argmax(2), (events_BT > 0).float())
     return used_BK > 0
-
-
-def owners_of(users: Interests) -> Tensor:
-    """The user of each interest (S,)."""
-    return torch.repeat_interleave(torch.arange(users.n_users + 1), users.offsets_U.diff())
-
-
-def interests_where(users: Interests, stays_S: Tensor) -> Interests:
-    """`users` without the other interests."""
-    offsets_U = torch.zeros_like(users.offsets_U)
-    torch.cumsum(torch.bincount(owners_of(users)[stays_S], minlength=users.n_users + 1), 0, out=offsets_U[1:])
-    return Interests(users.vectors_SD[stays_S], offsets_U, users.born_S[stays_S], users.used_S[stays_S])
 
 
 def costs_of(users: Interests) -> dict[str, float]:
@@ -103,7 +92,7 @@ def write(
 
     rewritten_U = torch.zeros(n_users + 1, dtype=torch.bool)
     rewritten_U[users_N] = True
-    owner_S = owners_of(users)
+    owner_S = owners(users)
     stays_S = ~rewritten_U[owner_S]
     starts_U = torch.cumsum(old_U, 0) - old_U
     to_S = torch.arange(len(owner_S)) - starts_U[owner_S] + offsets_U[owner_S]

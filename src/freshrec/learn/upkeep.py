@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freshrec.data.batches import in_parts
-from freshrec.learn.interests import costs_of, interests_where, owners_of
+from freshrec.data.batches import in_parts, interests_where, owners
+from freshrec.learn.interests import costs_of
 from freshrec.options import CountOrNone, Weight, check_options
 from freshrec.types import Interests, State
 
@@ -50,7 +50,7 @@ def retired(users: Interests, n_spans: int, ordered: bool) -> Interests:
 
     `ordered` ones go only from the end: see `InterestModel.ordered`.
     """
-    owner_S = owners_of(users)
+    owner_S = owners(users)
     latest_U = torch.zeros(users.n_users + 1, dtype=torch.int16)
     latest_U.scatter_reduce_(0, owner_S, users.used_S, "amax")
     stays_S = latest_U[owner_S] - users.used_S < n_spans

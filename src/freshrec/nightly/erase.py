@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from freshrec.data.batches import Targets, owners, rows_where
-from freshrec.learn.interests import interests_where, owners_of
+from freshrec.data.batches import Targets, interests_where, owners, rows_where
 from freshrec.learn.reservoir import Kept, Reservoir
 from freshrec.learn.weights import tables_of
 from freshrec.models.blend import Blend
@@ -71,7 +70,7 @@ def without(node: T, user: int) -> T:
             others = node[(node.users_N != user).nonzero()[:, 0]]
             found = replace(others, histories=replace(node.histories, items_R=blank_R))
         case Interests():
-            found = interests_where(node, owners_of(node) != user)
+            found = interests_where(node, owners(node) != user)
         case Kept() | Queries():
             found = node[(node.users_N != user).nonzero()[:, 0]]
         case Reservoir():

@@ -17,11 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from freshrec.data.batches import Carried, due_targets, owners, random_source, rows_where
+from freshrec.data.batches import Carried, due_targets, interests_where, owners, random_source, rows_where
 from freshrec.errors import OptionError
 from freshrec.learn.fit import Clock, Fit, batches, carried_by, finish, grid, negatives, start, successor, train
 from freshrec.learn.generators import GRU, Generator, Mix, Window, shares, untrained
-from freshrec.learn.interests import interests_where, owners_of
 from freshrec.learn.rehearsal import rehearsal
 from freshrec.learn.weights import put, seen_through, weights_of
 from freshrec.options import Count, CountOrNone, Positive, check_options
@@ -148,7 +147,7 @@ class ASMG:
         carried = carried_by(model, state.users, span.index)
         users_N = due_targets(state.recent).users_N.unique()
         if carried is not None:
-            theirs_S = torch.isin(owners_of(carried.users), users_N)
+            theirs_S = torch.isin(owners(carried.users), users_N)
             carried = replace(carried, users=interests_where(carried.users, theirs_S))
         of_theirs_R = torch.isin(owners(state.recent), users_N)
         return Block(rows_where(state.recent, of_theirs_R), carried, span.n_items)
