@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from freshrec.device import here
 from freshrec.errors import StateError
 from freshrec.types import Model, OfferingModel, State, TrainedModel
 
@@ -62,7 +63,7 @@ def load_tree(path: Path) -> Any:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             # copies lie in memory as new tensors do: sums over those that do not differ in their last bits
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name).to(here(), copy=True) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as problem:
         raise StateError(f"{path} holds no readable state ({problem}); use an earlier version or fit again.") from None
     try:
@@ -81,7 +82,7 @@ def _encode(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if node is None or isinstance(node, bool | int | float | str):
         return {"value": node}
     if isinstance(node, Tensor):
-        tensors[path] = node.detach().contiguous().clone()
+        tensors[path] = node.detach().cpu().contiguous().clone()
         return {"tensor": path}
     if isinstance(node, tuple | list):
         parts = [_encode(child, f"{path}.{i}", tensors) for i, child in enumerate(node)]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from freshrec.models.tables import Table
-from freshrec.types import Batch, Forward, TrainedModel
+from freshrec.types import Batch, EncodingModel, Forward, TrainedModel
 
 View = Callable[[str, Tensor | None, Tensor], Tensor]  # (name, ids, weights) -> what the forward pass sees instead
 Weights = dict[str, Tensor]  # by name: tables (rows, D), padding first, and dense weights
@@ -18,6 +18,11 @@ Weights = dict[str, Tensor]  # by name: tables (rows, D), padding first, and den
 def tables_of(model: TrainedModel) -> dict[str, Table]:
     """The tables of a model by name."""
     return {name: part for name, part in model.named_modules() if isinstance(part, Table)}
+
+
+def items_of(model: EncodingModel) -> Table:
+    """The table of the item vectors."""
+    return tables_of(model)["items"]
 
 
 def weights_of(model: TrainedModel) -> Weights:
