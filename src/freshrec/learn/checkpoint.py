@@ -12,6 +12,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -49,12 +50,23 @@ def save_text(text: str, path: Path) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` writes a file beside `path`, which then takes its name: whole or not at all."""
+    """`write` writes a file beside `path`, which then takes its name: whole or not at all.
+
+    OSError where the system refuses, whatever the library that writes makes of it.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    write(aside)
-    with aside.open("rb") as file:
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        aside.touch()
+        mode = aside.stat().st_mode  # safetensors lets nobody else read: whoever serves may be another user
+        write(aside)
+        aside.chmod(mode)
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except (SafetensorError, pl.exceptions.PolarsError) as problem:
+        raise OSError(str(problem)) from problem
+    finally:
+        aside.unlink(missing_ok=True)  # of a full disk nothing is taken by what is of no use
 
 
 def load_tree(path: Path) -> Any:

@@ -13,7 +13,7 @@ import polars as pl
 from freshrec.data.batches import joined_events, owners
 from freshrec.data.catalog import Catalog
 from freshrec.errors import StateError
-from freshrec.learn.checkpoint import load_tree, save_tree
+from freshrec.learn.checkpoint import load_tree, save_tree, write_whole
 from freshrec.models import find_model
 from freshrec.models.blend import Blend
 from freshrec.models.popularity import PopularitySpec
@@ -21,10 +21,11 @@ from freshrec.replay.measure import Queries
 from freshrec.replay.replay import absorb, check
 from freshrec.serve.reading import Numbered, Reading
 from freshrec.serve.recommend import Served
+from freshrec.store.versions import OLDER
 from freshrec.strategies import find_strategy
 from freshrec.types import Histories, ModelSpec, Span, State, Strategy, TrainedModel
 
-OLDER, OLDER_FORMAT = "recommender.json", 2  # what a folder held before there were stores
+OLDER_FORMAT = 2  # of what was saved before there were stores
 STATE, ASKED, USERS, ITEMS = "state.safetensors", "asked.safetensors", "users.parquet", "items.parquet"
 CATEGORIES = "categories.parquet"
 
@@ -107,9 +108,8 @@ def write_contents(contents: Contents, folder: Path) -> None:
     tree = (contents.strategy, contents.names, contents.reading, served.state, served.counts, served.pending)
     save_tree(tree, folder / STATE)
     save_tree(contents.asked, folder / ASKED)
-    served.users.frame.write_parquet(folder / USERS)
-    served.items.frame.write_parquet(folder / ITEMS)
-    served.categories.write_parquet(folder / CATEGORIES)
+    for name, frame in ((USERS, served.users.frame), (ITEMS, served.items.frame), (CATEGORIES, served.categories)):
+        write_whole(folder / name, frame.write_parquet)
 
 
 def read_contents(files: Mapping[str, Path]) -> Contents:
