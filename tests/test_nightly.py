@@ -378,7 +378,9 @@ def test_a_disk_that_is_full_at_any_file_is_told_and_the_next_run_goes_on(tmp_pa
     for size in (0, *(size - 1 for size in sizes)):
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-            with pytest.raises(StateError, match=r"cannot be written .*nothing that was live has changed: make room"):
+            with pytest.raises(
+                StateError, match=r"cannot be written .*; what was live still is: see that there is room"
+            ):
                 list(job.catch_up())
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)

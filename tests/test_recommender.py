@@ -323,6 +323,7 @@ ERRORS = [
     (lambda r: Recommender("poplarity"), OptionError, 'did you mean "popularity"'),
     (lambda r: Recommender("popularity", "finetune"), IncompatibleError, "only strategy is absorb"),
     (lambda r: r.recommend("u1", k=0), OptionError, "k is 0"),
+    (lambda r: r.recommend("u1", k="3"), OptionError, "k is 3; ask for a whole number"),
     (lambda r: r.recommend("u1", diversity=-1.0), OptionError, "diversity .* must be at least 0"),
     (lambda r: r.recommend("u1", diversity=0.5), OptionError, "diversity needs categories, .* leave it at 0"),
     (lambda r: r.recommend(["u1", 2]), LogError, "mixes numbers and text"),

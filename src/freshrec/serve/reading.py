@@ -141,7 +141,7 @@ def rows_of(found: pl.DataFrame, column: str = "item") -> Tensor:
 
 
 def positive(k: int) -> int:
-    """k. OptionError where it is below 1."""
-    if k < 1:
-        raise OptionError(f"k is {k}; ask for at least one item.")
+    """k. OptionError where it is no number of at least 1."""
+    if not isinstance(k, int) or k < 1:
+        raise OptionError(f"k is {str(k)[:40]}; ask for a whole number of items, at least 1.")
     return k

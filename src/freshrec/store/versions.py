@@ -349,7 +349,7 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as problem:
         why = problem.strerror or str(problem)
         raise StateError(
-            f"{path} cannot be written ({why}); nothing that was live has changed: make room."
+            f"{path} cannot be written ({why}); what was live still is: see that there is room and you may write."
         ) from problem
 
 
