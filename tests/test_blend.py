@@ -97,7 +97,7 @@ def test_the_target_comes_first_and_is_described_as_it_was_before_it_happened() 
     expected = []
     for user, item in zip(users, items):
         history = histories.items_R[histories.offsets_U[user] : histories.offsets_U[user + 1]].long()
-        found, x = model.experts.describe(Batch(user[None], history[None]), model.window)
+        found, x = model.experts.describe(Batch(user[None], history[None]))
         expected.append(x[0, found[0] == item][0].half())
     n = len(model.remembered.x_QCF)
     model.absorb(Events.of(users, items), histories)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from freshrec.data.batches import Targets, histories_before
-from freshrec.models.sparse import Board, Doubles, Floats, Ints, starts
+from freshrec.models.sparse import Doubles, Floats, Ints, Runs
 
 OWN = ("taken", "times taken", "age of the last", "is the last")  # of a candidate in the history
 ITEM = ("taken again", "events", "age")  # of a candidate
@@ -48,27 +48,17 @@ class Facts:
         np.minimum.at(first_I, items_E, self.clock + np.arange(len(items_E), dtype=np.float64))
         self.first_I, self.clock = np.minimum(self.first_I, first_I), self.clock + len(items_E)
 
-    def describe(self, items_BC: Ints, history_BT: Ints, board: Board, window: int) -> list[Floats]:
-        """(B, C) of each of OWN, ITEM and USER."""
-        n_steps, n_B = history_BT.shape[1], (history_BT > 0).sum(1)
-        sorted_BT = np.sort(history_BT, axis=1)
-        starts_BT = starts(sorted_BT)
-        step_T = np.arange(n_steps)
-        run_BT = step_T - np.maximum.accumulate(np.where(starts_BT, step_T, 0), axis=1) + 1 if n_steps else sorted_BT
-        times_BC = board.at(items_BC, sorted_BT, run_BT)  # the last of a run of equal items has their number
-        place_BC = board.at(items_BC, history_BT, step_T + 1)
-        taken_BC = times_BC > 0
-        mean = float(self.again_I.sum() / max(self.events_I.sum(), 1.0))
-        events_BC = self.events_I[items_BC]
-        age_BC = np.log1p(np.maximum(self.clock - self.first_I[items_BC], 0) / window)
-        again_B = (n_B - starts_BT.sum(1) + PRIOR * mean) / (n_B + PRIOR)
-        columns = [
-            taken_BC, np.log1p(times_BC), np.where(taken_BC, np.log1p(n_steps - place_BC), 0),
-            taken_BC & (place_BC == n_steps),
-            (self.again_I[items_BC] + PRIOR * mean) / (events_BC + PRIOR), np.log1p(events_BC), age_BC,
-            np.broadcast_to(again_B[:, None], items_BC.shape), np.broadcast_to(np.log1p(n_B)[:, None], items_BC.shape),
-        ]  # fmt: skip
-        return [np.where(items_BC > 0, column, 0).astype(np.float32) for column in columns]
+    @property
+    def mean(self) -> float:
+        """The share of events whose item the user had among the last ones."""
+        return float(self.again_I.sum() / max(self.events_I.sum(), 1.0))
+
+    def of_items(self, window: int) -> list[Floats]:
+        """(I + 1,) of each of ITEM, 0 of the padding. Ages are measured in windows of so many events."""
+        again_I = (self.again_I + PRIOR * self.mean) / (self.events_I + PRIOR)
+        age_I = np.log1p(np.maximum(self.clock - self.first_I, 0) / window)
+        is_item_I = np.arange(len(age_I)) > 0
+        return [np.where(is_item_I, x_I, 0).astype(np.float32) for x_I in (again_I, np.log1p(self.events_I), age_I)]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything counted."""
@@ -80,3 +70,20 @@ class Facts:
         """The inverse of `state_dict`."""
         events_I, again_I, first_I = (tensors[name].numpy() for name in ("events_I", "again_I", "first_I"))
         return Facts(events_I, again_I, first_I, int(tensors["clock"]))
+
+
+def of_own(runs: Runs) -> list[Floats]:
+    """(W,) of each of OWN, of the items of histories."""
+    age_W = runs.n_steps - 1 - runs.last_W
+    return [np.ones(len(age_W), np.float32), _log1p(runs.n_W), _log1p(age_W), (age_W == 0).astype(np.float32)]
+
+
+def of_users(runs: Runs, n_B: Ints, mean: float) -> list[Floats]:
+    """(B,) of each of USER, of histories with so many events; `mean`: that of the facts."""
+    again_B = (n_B - np.diff(runs.offsets_B) + PRIOR * mean) / (n_B + PRIOR)
+    return [again_B.astype(np.float32), np.log1p(n_B).astype(np.float32)]
+
+
+def _log1p(n_W: Ints) -> Floats:
+    log_W: Floats = np.log1p(n_W.astype(np.float32))
+    return log_W

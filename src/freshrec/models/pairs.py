@@ -15,7 +15,7 @@ from scipy import sparse
 from torch import Tensor
 
 from freshrec.data.batches import closed
-from freshrec.models.sparse import picked
+from freshrec.models.sparse import Floats, csr, picked
 from freshrec.options import Count, check_options
 from freshrec.types import Batch, Events, Histories
 
@@ -72,10 +72,12 @@ class Pairs:
         self.n_counted = 0  # items up to this row have been counted; later ones take no place in a question
         self.mass_I = np.zeros(1, dtype=np.float32)  # d
         self.pairs_II: Any = sparse.csr_array((1, 1), dtype=np.float32)  # never changed in place
+        self._weights: tuple[Floats, Floats] | None = None  # made of `mass_I` when first asked
 
     def grow(self, n_users: int, n_items: int) -> None:
         """New items start without events and pairs."""
         self.mass_I = np.append(self.mass_I, np.zeros(n_items - self.n_items, dtype=np.float32))
+        self._weights = None
         old = self.pairs_II
         indptr = np.append(old.indptr, np.full(n_items - self.n_items, old.indptr[-1]))
         self.pairs_II = sparse.csr_array((old.data, old.indices, indptr), shape=(n_items + 1, n_items + 1))
@@ -90,7 +92,7 @@ class Pairs:
         users, items = (ids_E.numpy()[order].astype(np.int32) for ids_E in (events.users_E, events.items_E))
         for part in _whole_users(users, CHUNK):
             pairs_II = pairs_II + self._count(users[part], items[part], histories)
-        self.pairs_II, self.n_counted = pairs_II, max(self.n_counted, int(items.max()))
+        self.pairs_II, self.n_counted, self._weights = pairs_II, max(self.n_counted, int(items.max())), None
         if self.kind.directed:
             self.mass_I = pairs_II.sum(axis=1)
         else:
@@ -117,7 +119,7 @@ class Pairs:
         """(B, I + 1) scores as a sparse matrix."""
         scores_BI = self._question(batch) @ self.pairs_II
         if not self.kind.directed:
-            scores_BI.data /= np.sqrt(self.mass_I[scores_BI.indices] + PRIOR)
+            np.divide(scores_BI.data, self._weighed()[1].take(scores_BI.indices), out=scores_BI.data)
         return scores_BI
 
     def because(self, batch: Batch, item: int) -> int:
@@ -133,17 +135,24 @@ class Pairs:
     def _question(self, batch: Batch) -> Any:
         """The weights of the recent items, as a sparse (B, I) matrix."""
         history_BT = batch.history_BT
-        if bool((history_BT > self.n_counted).any()):
+        if history_BT.shape[1] and history_BT.numpy().max(initial=0) > self.n_counted:
             history_BT = closed(torch.where(history_BT <= self.n_counted, history_BT, 0))
         recent_BT = history_BT[:, -self.kind.recent :].numpy()
-        mass_BT, age_T = self.mass_I[recent_BT], np.arange(recent_BT.shape[1] - 1, -1, -1)
-        if self.kind.directed:
-            weight_BT = 1 / (mass_BT + PRIOR)
-        else:
-            weight_BT = np.log1p(self.mass_I.sum() / (1 + mass_BT)) / np.sqrt(mass_BT + PRIOR)
-        weight_BT = (np.where(recent_BT > 0, weight_BT, 0) * self.kind.fading**age_T).astype(np.float32)
-        indptr = np.arange(len(batch) + 1) * recent_BT.shape[1]
-        return sparse.csr_array((weight_BT.ravel(), recent_BT.ravel(), indptr), shape=(len(batch), self.n_items + 1))
+        age_T = np.arange(recent_BT.shape[1] - 1, -1, -1)
+        weight_BT = (self._weighed()[0].take(recent_BT) * self.kind.fading**age_T).astype(np.float32)
+        offsets_B = np.arange(len(batch) + 1) * recent_BT.shape[1]
+        return csr(weight_BT.ravel(), recent_BT.ravel(), offsets_B, self.n_items + 1)
+
+    def _weighed(self) -> tuple[Floats, Floats]:
+        """(I + 1,) what an item in the question weighs before it fades, 0 for padding, and sqrt(d + 10)."""
+        if self._weights is None:
+            root_I: Floats = np.sqrt(self.mass_I + PRIOR)
+            weight_I: Floats = 1 / (self.mass_I + PRIOR)
+            if not self.kind.directed:
+                weight_I = np.log1p(self.mass_I.sum() / (1 + self.mass_I)) / root_I
+            weight_I[0] = 0.0
+            self._weights = weight_I, root_I
+        return self._weights
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything the model knows."""
@@ -154,7 +163,7 @@ class Pairs:
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state_dict`."""
         self.n_users, self.n_items, self.n_counted = tensors["sizes"].tolist()
-        self.mass_I = tensors["mass_I"].numpy()
+        self.mass_I, self._weights = tensors["mass_I"].numpy(), None
         columns = tuple(tensors[name].numpy() for name in ("counts", "later", "offsets_I"))
         self.pairs_II = sparse.csr_array(columns, shape=(self.n_items + 1, self.n_items + 1))
 

@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import sparse
 from torch import Tensor
 
-from freshrec.models.sparse import Floats, best, last_of, picked, rows_of
+from freshrec.models.sparse import Floats, best, csr, last_of, offsets_of, picked, rows_of
 from freshrec.options import Count, check_options
 from freshrec.types import Batch, Events, Histories
 
@@ -81,8 +80,7 @@ class UserKNN:
         sims_BU.data[sims_BU.indices == batch.users_B.numpy()[row_E]] = 0
         users_BK, sims_BK = best(sims_BU, self.spec.neighbours)
         offsets = np.arange(len(batch) + 1) * users_BK.shape[1]
-        near_BU = sparse.csr_array((sims_BK.ravel(), users_BK.ravel(), offsets), shape=(len(batch), self.n_users + 1))
-        return near_BU @ took_UI
+        return csr(sims_BK.ravel(), users_BK.ravel(), offsets, self.n_users + 1) @ took_UI
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
         """(B, N): from each row's own history."""
@@ -98,9 +96,8 @@ class UserKNN:
             columns = took_UI[latest_U].tocsc()  # in each column the latest users come first
             place_E = np.arange(columns.nnz) - np.repeat(columns.indptr[:-1], n_I)
             stays_E, n_I = place_E < self.spec.through, np.minimum(n_I, self.spec.through)
-            users_E = latest_U[columns.indices[stays_E]].astype(np.int32)
-            parts = columns.data[stays_E], users_E, np.append(0, np.cumsum(n_I))
-            took_IU = sparse.csr_array(parts, shape=(self.n_items + 1, self.n_users + 1))
+            users_E = latest_U[columns.indices[stays_E]]
+            took_IU = csr(columns.data[stays_E], users_E, offsets_of(n_I), self.n_users + 1)
             self._index = took_UI, took_IU, idf_I
         return self._index
 
