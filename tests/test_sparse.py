@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from freshrec.models.sparse import Cells, Runs, best, csr, distinct, last_of, rows_of, sums
+from freshrec.models.sparse import Cells, Runs, best, csr, distinct, rows_of, sums
 
 near = pytest.approx
 
@@ -14,11 +14,6 @@ def test_a_row_has_each_item_once_and_padding_is_none() -> None:
     assert distinct(items).tolist() == [[1, 3], [0, 0], [2, 0]]
     assert rows_of(items, 4).toarray().tolist() == [[0, 1, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0]]
     assert distinct(items[1:2]).shape == (1, 0) and distinct(items[:, :0]).shape == (3, 0)
-
-
-def test_the_last_values_of_rows_of_different_lengths() -> None:
-    values, counts = np.array([1, 2, 3, 4, 5, 6]), np.array([1, 4, 1])
-    assert last_of(values, counts, 3).tolist() == [[0, 0, 1], [3, 4, 5], [0, 0, 6]]
 
 
 def test_the_best_of_each_row_come_first_and_a_zero_is_none() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from freshrec.data.batches import Targets, histories_before, in_parts, place, random_source, targets_at, turns_of
 from freshrec.device import normal, permutation, uniform
 from freshrec.models.experts import EXPERTS, FEATURES, Experts, N, in_one, part_of
-from freshrec.models.facts import ITEM, OWN, USER
+from freshrec.models.facts import ITEM, OWN, USER, among_last
 from freshrec.models.pairs import Pairs
 from freshrec.models.sparse import Floats, picked
 from freshrec.options import Count, check_options
@@ -183,8 +183,9 @@ class Blend:
     def _remember(self, targets: Targets, is_base: bool) -> None:
         """Ask for some of the targets, and write down what the candidates looked like."""
         source = random_source(self.seed, REMEMBER, self.n_blocks)
-        own_N = (histories_before(targets, self.spec.length) == targets.items_N[:, None]).any(1)
-        known_N = own_N | torch.from_numpy(self.experts.facts.events_I > 0)[targets.items_N]
+        known_N = (
+            among_last(targets, self.spec.length) | torch.from_numpy(self.experts.facts.events_I > 0)[targets.items_N]
+        )
         able_N = (targets.lengths(1) > 0) & known_N
         order_N = permutation(len(targets), source)
         order_N = order_N[able_N[order_N]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -38,6 +38,7 @@ FEATURES = (
     *(f"share {name}" for name in EXPERTS), *(f"rank {name}" for name in EXPERTS), *OWN, *ITEM, *USER,
 )  # fmt: skip
 SHARE = {name: place for place, name in enumerate(EXPERTS)}  # columns of the features
+FIRST_OWN = FEATURES.index(OWN[0])
 RANK = {name: N + place for name, place in SHARE.items()}
 ALIKE = [name for name, spec in COUNTING.items() if isinstance(spec, PopularitySpec)]  # they think alike of all users
 FLOOR = 0.1  # events' worth of probability, shared by all items, known, that an expert gives to those it is silent on
@@ -60,6 +61,7 @@ class Settled:
     floor: float  # what an expert that is silent on an item is taken to think of it: a share
     mean: float  # of the facts
     x_IF: Floats  # (I + 1, F) features of all items for a user of whom nothing is known
+    log_rank_K: Tensor  # of places 1, 2, ...; the last is that of what is not offered
     popular_P: Ints  # what any of the popularities offers, ascending
     shelf_S: Tensor  # what the trained expert may offer: items that it has learnt
     shelf_SD: Tensor  # their vectors
@@ -102,21 +104,25 @@ class Experts:
 
     def asked(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The trained expert's vectors of the users (B, D), and whether it has learnt any of their items (B,)."""
-        history_BT = closed(torch.where(self.trained.taken.steps_R[batch.history_BT] > 0, batch.history_BT, 0))
-        vectors_BD = self.trained.user_vectors(replace(batch, history_BT=history_BT))[:, 0]
-        return vectors_BD, (history_BT > 0).any(1)
+        history_BT = batch.history_BT.numpy()
+        learnt_BT = np.where(self.trained.taken.steps_R.numpy().take(history_BT) > 0, history_BT, 0)
+        known_BT = closed(torch.from_numpy(learnt_BT))
+        vectors_BD = self.trained.user_vectors(Batch(batch.users_B, known_BT))[:, 0]
+        return vectors_BD, torch.from_numpy((learnt_BT > 0).any(1))
 
     def opinion(self, items_BC: Tensor, vectors_BD: Tensor, known_B: Tensor) -> tuple[Tensor, Tensor]:
         """What the trained expert thinks of the candidates: log share among them (B, C), and log rank.
 
         It is silent on items, and on histories, that it has not learnt.
         """
-        items, silent = self.trained.items, self.offered + 1
-        known_BC = (items.steps_R[items_BC] > 0) & known_B[:, None]
-        logit_BC = (items.weights[items_BC] @ vectors_BD[..., None])[..., 0].masked_fill(~known_BC, -torch.inf)
-        rank_BC = 1 + logit_BC.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        rank_BC = torch.where(known_BC, rank_BC, silent).clamp(max=silent)
-        return (logit_BC.softmax(1).nan_to_num(0.0) + self.settled.floor).log(), rank_BC.log()
+        items, settled = self.trained.items, self.settled
+        known_BC = torch.from_numpy(items.steps_R.numpy().take(items_BC.numpy()) > 0) & known_B[:, None]
+        logit_BC = (items.weights[items_BC] @ vectors_BD[..., None])[..., 0].masked_fill_(~known_BC, -torch.inf)
+        order_BC = logit_BC.argsort(dim=1, descending=True, stable=True)
+        rank_BC = torch.empty_like(order_BC).scatter_(1, order_BC, torch.arange(order_BC.shape[1]).expand_as(order_BC))
+        rank_BC = torch.where(known_BC, rank_BC, self.offered).clamp_(max=self.offered)  # from 0
+        share_BC = logit_BC.softmax(1).nan_to_num_(0.0)
+        return share_BC.add_(settled.floor).log_(), settled.log_rank_K[rank_BC]
 
     def describe(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The candidates (B, C), 0 where a user has fewer, and their features (B, C, F)."""
@@ -156,14 +162,11 @@ class Experts:
             x_NF[cells_H, SHARE[name]] = np.log(shares_H + settled.floor)
             x_NF[cells.at(offered_BK), RANK[name]] = log_rank_K[: offered_BK.shape[1]]
         if asked is not None:
-            opinion = self.opinion(torch.from_numpy(items_BC), *asked)
-            x_BCF[..., N - 1], x_BCF[..., 2 * N - 1] = opinion[0].numpy(), opinion[1].numpy()
-        own_cells_W = cells.cells_BI[runs.row_W, runs.items_W]
-        for feature, own_W in zip(OWN, of_own(runs)):
-            x_NF[own_cells_W, FEATURES.index(feature)] = own_W
-        n_B = (history_BT > 0).sum(1).numpy()
-        for feature, user_B in zip(USER, of_users(runs, n_B, settled.mean)):
-            x_BCF[..., FEATURES.index(feature)] = np.where(items_BC > 0, user_B[:, None], 0)
+            share_BC, rank_BC = self.opinion(torch.from_numpy(items_BC), *asked)
+            x_BCF[..., N - 1], x_BCF[..., 2 * N - 1] = share_BC.numpy(), rank_BC.numpy()
+        x_NF[cells.cells_BI[runs.row_W, runs.items_W], FIRST_OWN : FIRST_OWN + len(OWN)] = of_own(runs)
+        n_B = (history_BT.numpy() > 0).sum(1)
+        x_BCF[..., -len(USER) :] = of_users(runs, n_B, settled.mean)[:, None] * (items_BC > 0)[..., None]
         return items_BC, x_BCF
 
     @property
@@ -181,13 +184,13 @@ class Experts:
                 x_IF[:, SHARE[name]] = np.log(counts_I / max(float(counts_I.sum()), 1e-9) + floor)
                 x_IF[best_K, RANK[name]] = np.log(np.arange(1, len(best_K) + 1, dtype=np.float32))
                 offers.append(best_K)
-            for feature, x_I in zip(ITEM, self.facts.of_items(max(1, self.window))):
-                x_IF[:, FEATURES.index(feature)] = x_I
+            x_IF[:, FIRST_OWN + len(OWN) : -len(USER)] = self.facts.of_items(max(1, self.window))
             lately_I = cast(Popularity, self.counters[LATELY]).counts_I
             shelf_S = torch.from_numpy(largest(lately_I.numpy(), SHELF))
             shelf_S = shelf_S[lately_I[shelf_S].gt(0) & self.trained.items.steps_R[shelf_S].gt(0)]
             popular_P, shelf_SD = np.unique(np.concatenate(offers)), self.trained.items.weights[shelf_S]
-            self._settled = Settled(floor, self.facts.mean, x_IF, popular_P, shelf_S, shelf_SD)
+            log_rank_K = torch.arange(1, self.offered + 2).log()
+            self._settled = Settled(floor, self.facts.mean, x_IF, log_rank_K, popular_P, shelf_S, shelf_SD)
         return self._settled
 
     def state_dict(self) -> dict[str, Tensor]:

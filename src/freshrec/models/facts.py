@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from freshrec.data.batches import Targets, histories_before
+from freshrec.data.batches import Targets, histories_before, in_parts
 from freshrec.models.sparse import Doubles, Floats, Ints, Runs
 
 OWN = ("taken", "times taken", "age of the last", "is the last")  # of a candidate in the history
@@ -41,7 +41,7 @@ class Facts:
     def absorb(self, targets: Targets) -> None:
         """Count the events, in time order, and those whose user had the item among its last ones."""
         items_E, n = targets.items_N.numpy(), len(self.events_I)
-        again_E = (histories_before(targets, SEEN).numpy() == items_E[:, None]).any(1)
+        again_E = among_last(targets, SEEN).numpy()
         self.events_I = self.events_I + np.bincount(items_E, minlength=n).astype(np.float32)
         self.again_I = self.again_I + np.bincount(items_E, again_E, minlength=n).astype(np.float32)
         first_I = np.full(n, np.inf)
@@ -53,12 +53,13 @@ class Facts:
         """The share of events whose item the user had among the last ones."""
         return float(self.again_I.sum() / max(self.events_I.sum(), 1.0))
 
-    def of_items(self, window: int) -> list[Floats]:
-        """(I + 1,) of each of ITEM, 0 of the padding. Ages are measured in windows of so many events."""
+    def of_items(self, window: int) -> Floats:
+        """(I + 1, 3) of each of ITEM, 0 of the padding. Ages are measured in windows of so many events."""
         again_I = (self.again_I + PRIOR * self.mean) / (self.events_I + PRIOR)
         age_I = np.log1p(np.maximum(self.clock - self.first_I, 0) / window)
-        is_item_I = np.arange(len(age_I)) > 0
-        return [np.where(is_item_I, x_I, 0).astype(np.float32) for x_I in (again_I, np.log1p(self.events_I), age_I)]
+        x_I3 = np.stack([again_I, np.log1p(self.events_I), age_I], axis=1, dtype=np.float32)
+        x_I3[0] = 0.0
+        return x_I3
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything counted."""
@@ -72,18 +73,22 @@ class Facts:
         return Facts(events_I, again_I, first_I, int(tensors["clock"]))
 
 
-def of_own(runs: Runs) -> list[Floats]:
-    """(W,) of each of OWN, of the items of histories."""
-    age_W = runs.n_steps - 1 - runs.last_W
-    return [np.ones(len(age_W), np.float32), _log1p(runs.n_W), _log1p(age_W), (age_W == 0).astype(np.float32)]
+def among_last(targets: Targets, n: int) -> Tensor:
+    """(N,) whether each target's item is among the last `n` before it; in parts, since all at once take much room."""
+    found_N = torch.zeros(len(targets), dtype=torch.bool)
+    for which in in_parts(torch.arange(len(targets)), 32_768):
+        part = targets[which]
+        found_N[which] = (histories_before(part, n) == part.items_N[:, None]).any(1)
+    return found_N
 
 
-def of_users(runs: Runs, n_B: Ints, mean: float) -> list[Floats]:
-    """(B,) of each of USER, of histories with so many events; `mean`: that of the facts."""
-    again_B = (n_B - np.diff(runs.offsets_B) + PRIOR * mean) / (n_B + PRIOR)
-    return [again_B.astype(np.float32), np.log1p(n_B).astype(np.float32)]
+def of_own(runs: Runs) -> Floats:
+    """(W, 4) of each of OWN, of the items of histories."""
+    n_W, age_W = runs.n_W.astype(np.float32), (runs.n_steps - 1 - runs.last_W).astype(np.float32)
+    return np.stack([np.ones_like(n_W), np.log1p(n_W), np.log1p(age_W), age_W == 0], axis=1, dtype=np.float32)
 
 
-def _log1p(n_W: Ints) -> Floats:
-    log_W: Floats = np.log1p(n_W.astype(np.float32))
-    return log_W
+def of_users(runs: Runs, n_B: Ints, mean: float) -> Floats:
+    """(B, 2) of each of USER, of histories with so many events; `mean`: that of the facts."""
+    again_B = (n_B - (runs.offsets_B[1:] - runs.offsets_B[:-1]) + PRIOR * mean) / (n_B + PRIOR)
+    return np.stack([again_B, np.log1p(n_B)], axis=1, dtype=np.float32)

@@ -60,7 +60,7 @@ class Repeat:
             weights_W = (1 / (1 + age_T))[runs.last_W]
         else:
             weights_E = (np.float32(0.5) ** (age_T / FREQ_HALF_LIFE))[runs.steps_E]
-            weights_W = np.add.reduceat(weights_E, runs.first_W) if len(weights_E) else weights_E
+            weights_W = np.add.reduceat(weights_E, runs.at_W[:-1]) if len(weights_E) else weights_E
         return csr(weights_W, runs.items_W, runs.offsets_B, self.n_items + 1)
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
