@@ -13,7 +13,7 @@ from torch import Tensor
 from freshrec.data.batches import append, random_source, targets_at
 from freshrec.learn.fit import Fit, carried_by, ndcg
 from freshrec.learn.reservoir import Kept
-from freshrec.learn.weights import tables_of
+from freshrec.learn.weights import grow, tables_of
 from freshrec.models import MODELS
 from freshrec.models.layers import best_inner_product
 from freshrec.strategies.ewc import EWC, fisher_of, hold, penalty
@@ -23,10 +23,10 @@ from freshrec.types import Batch, EncodingModel, Forward, Histories, Interests, 
 near = pytest.approx
 
 
-def model_of(name: str) -> EncodingModel:
-    """A small model of 4 users and 9 items."""
-    model = replace(MODELS[name], d=4, std=0.7, length=3).build(0)  # type: ignore[type-var]
-    model.grow(4, 9)
+def model_of(name: str, categories: int = 0) -> EncodingModel:
+    """A small model of 4 users and 9 items, in two categories or none."""
+    model = replace(MODELS[name], d=4, std=0.7, length=3, categories=categories).build(0)  # type: ignore[type-var]
+    grow(model, 4, 9, torch.tensor([0, 1, 2, 2, 1, 2, 0, 1, 1, 2]))  # type: ignore[arg-type]
     model.eval()
     return model  # type: ignore[no-any-return]
 
@@ -57,12 +57,15 @@ def one_by_one(model: EncodingModel, users: Interests | None) -> dict[str, Tenso
     total: dict[str, Tensor] = {}
     for n in range(len(SAMPLES)):
         carried = carried_by(model, users, 1)
-        items_ID = model.items.weights.clone().requires_grad_()
+        own_ID = items_ID = model.items.weights.clone().requires_grad_()
+        common = {} if model.items.common is None else {"items.common": model.items.common.weights.clone()}
+        for common_CD in common.values():
+            items_ID = own_ID + common_CD.requires_grad_()[model.items.kinds_R] * (model.items.kinds_R > 0)[:, None]
         batch = Batch(SAMPLES.users_N[n : n + 1], SAMPLES.histories_NT[n : n + 1].long())
         batch = batch if carried is None else carried.join(batch)
         vectors_BKD = model.encode(F.embedding(batch.history_BT, items_ID), batch)
         loss = F.cross_entropy(best_inner_product(vectors_BKD, items_ID[1:]), SAMPLES.items_N[n : n + 1] - 1)
-        weights = {"items": items_ID} | dict(model.named_parameters())
+        weights = {"items": own_ID} | common | dict(model.named_parameters())
         gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values()), allow_unused=True)))
         for name, gradient in gradients.items():
             assert gradient is not None
@@ -70,10 +73,11 @@ def one_by_one(model: EncodingModel, users: Interests | None) -> dict[str, Tenso
     return total
 
 
+@pytest.mark.parametrize("categories", [0, 2])
 @pytest.mark.parametrize("name", ["sasrec", "mind", "comirec-dr", "comirec-sa"])
-def test_the_fisher_is_the_mean_of_squared_gradients_of_single_samples(name: str) -> None:
+def test_the_fisher_is_the_mean_of_squared_gradients_of_single_samples(name: str, categories: int) -> None:
     # User 2 has three interests of its own, the others start from four slots; user 3's history repeats its target.
-    model, none = model_of(name), torch.zeros(3, dtype=torch.int16)
+    model, none = model_of(name, categories), torch.zeros(3, dtype=torch.int16)
     stored_SD = torch.randn(3, 4, generator=random_source(0))
     users = Interests(stored_SD, torch.tensor([0, 0, 0, 3, 3, 3]), none, none)
     found, expected = fisher_of(model, SAMPLES, carried_by(model, users, 1)), one_by_one(model, users)

@@ -29,7 +29,7 @@ from freshrec.device import integers, permutation
 from freshrec.errors import TrainingError
 from freshrec.learn.clicks import auc, clicks_of
 from freshrec.learn.interests import Trim, costs_of, reread
-from freshrec.learn.weights import View, seen_through, snapshot, tables_of
+from freshrec.learn.weights import View, grow, seen_through, snapshot, tables_of
 from freshrec.models.ranking import ranks
 from freshrec.options import Count, CountOrNone, Positive, Rate, check_options
 from freshrec.types import DUE, Batch, ClickModel, Histories, InterestModel, Interests, Span, State, Term, TrainedModel
@@ -208,14 +208,14 @@ def _moments(model: Learner, adam: torch.optim.Adam) -> dict[str, Tensor]:
 def successor(state: State, span: Span) -> TrainedModel:
     """A copy of the state's model with room for the span's new users and items."""
     model: TrainedModel = copy.deepcopy(state.model)
-    model.grow(span.n_users, span.n_items)
+    grow(model, span.n_users, span.n_items, state.recent.kinds_I)
     return model
 
 
 def fresh(state: State, n_users: int, n_items: int) -> TrainedModel:
     """An untrained model with the options of the state's."""
     model: TrainedModel = state.model.spec.build(state.seed)
-    model.grow(n_users, n_items)
+    grow(model, n_users, n_items, state.recent.kinds_I)
     return model
 
 

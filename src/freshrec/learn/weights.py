@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from freshrec.models.tables import Table
+from freshrec.models.tables import Table, know
 from freshrec.types import Batch, EncodingModel, Forward, TrainedModel
 
 View = Callable[[str, Tensor | None, Tensor], Tensor]  # (name, ids, weights) -> what the forward pass sees instead
@@ -23,6 +23,13 @@ def tables_of(model: TrainedModel) -> dict[str, Table]:
 def items_of(model: EncodingModel) -> Table:
     """The table of the item vectors."""
     return tables_of(model)["items"]
+
+
+def grow(model: TrainedModel, n_users: int, n_items: int, kinds_I: Tensor | None) -> None:
+    """Room for new users and items, whose categories (from item 0; 0: none) a model that looks at them is told."""
+    model.grow(n_users, n_items)
+    for table in tables_of(model).values():
+        know(table, kinds_I)
 
 
 def weights_of(model: TrainedModel) -> Weights:

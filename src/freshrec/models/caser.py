@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from freshrec.errors import OptionError
 from freshrec.models.layers import FAR, best_inner_product, first_of, sampled_logits
 from freshrec.models.softmax import full_softmax
-from freshrec.models.tables import Table
+from freshrec.models.tables import Table, served, vectors_of
 from freshrec.options import Count, CountOrNone, Positive, Rate, Weight, check_options
 from freshrec.types import Batch, Events, Forward, Histories
 
@@ -34,6 +34,7 @@ class CaserSpec:
     batch: Count = 512
     negatives: Count = 512  # the authors have 3 for each target
     std: Positive = 0.02  # of all vectors, 1 / d; biases start at 0
+    categories: CountOrNone = 0  # room for so many, of items; 0: they are not looked at
     decay: Weight = 1e-6  # of the weights, as half a sum of squares in the loss
     loss: Literal["sampled", "full", "bce"] = "sampled"  # softmax over the negatives or all items; yes or no to each
 
@@ -60,7 +61,8 @@ class Caser(nn.Module):
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
         width = spec.d * (2 if spec.personal else 1) + 1
-        self.taken, self.items = Table(spec.d, spec.std, seed), Table(width, spec.std, seed + 1)
+        self.taken = Table(spec.d, spec.std, seed, spec.categories)
+        self.items = Table(width, spec.std, seed + 1, spec.categories)
         self.users = Table(spec.d, spec.std, seed + 2) if spec.personal else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -129,15 +131,15 @@ class Caser(nn.Module):
             own_BD = None
             if self.users is not None:
                 own_BD = self.users.weights[torch.where(batch.users_B <= self.n_users, batch.users_B, 0)]
-            return self._read(self.taken.weights[image_BT], image_BT, own_BD)[:, None]
+            return self._read(served(self.taken, image_BT), image_BT, own_BD)[:, None]
 
     def item_vectors(self) -> Tensor:
         """(n_items + 1, E); the last number is the bias."""
-        return self.items.weights
+        return vectors_of(self.items)
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
         """(z, p_u) w_i + b_i"""
-        return best_inner_product(self.user_vectors(batch), self.items.weights[items])
+        return best_inner_product(self.user_vectors(batch), served(self.items, items))
 
 
 def yes_or_no(logits_BN: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from freshrec.errors import OptionError
 from freshrec.models.layers import FAR, best_inner_product, first_of, sampled_logits
-from freshrec.models.tables import Table, pulled
+from freshrec.models.tables import Table, pulled, served, vectors_of
 from freshrec.options import Count, CountOrNone, Positive, Rate, Weight, check_options
 from freshrec.types import Batch, Events, Forward, Histories
 
@@ -47,6 +47,7 @@ class GRU4RecSpec:
     bpreg: Weight = 0.9  # "bpr-max" only: weight of the squares
     elu: Weight = 1.0  # "bpr-max" only: alpha of the ELU of scores; 0: scores as they are
     std: Positive = 0.04
+    categories: CountOrNone = 0  # room for so many, of items; 0: they are not looked at
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -143,8 +144,8 @@ class GRU4Rec(nn.Module):
         super().__init__()
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
-        self.items = Table(spec.d, spec.std, seed)
-        self.taken = Table(spec.d, spec.std, seed + 1) if spec.embeddings == "separate" else None
+        self.items = Table(spec.d, spec.std, seed, spec.categories)
+        self.taken = Table(spec.d, spec.std, seed + 1, spec.categories) if spec.embeddings == "separate" else None
         self.register_buffer("counts_I", torch.zeros(1, dtype=torch.int64))
         hidden = spec.hidden or spec.d
         with torch.random.fork_rng(devices=[]):
@@ -236,7 +237,7 @@ class GRU4Rec(nn.Module):
     def user_vectors(self, batch: Batch) -> Tensor:
         """(B, 1, D) the output at the last event; zero without history."""
         with torch.no_grad():
-            return self.encode(self.items.weights[batch.history_BT], batch)
+            return self.encode(served(self.items, batch.history_BT), batch)
 
     def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
         """`user_vectors` of a history whose items have these vectors, with gradients.
@@ -246,15 +247,15 @@ class GRU4Rec(nn.Module):
         if batch.history_BT.shape[1] == 0:
             return torch.zeros(len(batch), 1, self.spec.d)
         if self.taken is not None:
-            table = self.taken.weights if self.taken.leaf is None else self.taken.whole()
+            table = vectors_of(self.taken) if self.taken.leaf is None else self.taken.whole()
             items_BTD = F.embedding(batch.history_BT, table)
         real_BT = batch.history_BT > 0
         return self._read(items_BTD, real_BT)[:, -1:] * real_BT.any(1)[:, None, None]
 
     def item_vectors(self) -> Tensor:
         """(n_items + 1, D)"""
-        return self.items.weights
+        return vectors_of(self.items)
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
         """u . e_i"""
-        return best_inner_product(self.user_vectors(batch), self.items.weights[items])
+        return best_inner_product(self.user_vectors(batch), served(self.items, items))

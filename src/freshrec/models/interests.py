@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from freshrec.device import normal
 from freshrec.errors import OptionError
 from freshrec.models.layers import FAR, attend, best_inner_product, first_of, sampled_logits, squash
-from freshrec.models.tables import Table, pulled
-from freshrec.options import Count, Positive, Weight, check_options
+from freshrec.models.tables import Table, pulled, served, vectors_of
+from freshrec.options import Count, CountOrNone, Positive, Weight, check_options
 from freshrec.types import Batch, Events, Forward, Histories
 
 
@@ -40,6 +40,7 @@ class InterestSpec:
     batch: Count = 256
     negatives: Count = 512
     std: Positive = 0.1  # of new item vectors
+    categories: CountOrNone = 0  # room for so many, of items; 0: they are not looked at
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -144,7 +145,7 @@ class InterestNet(nn.Module):
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
         source = torch.Generator().manual_seed(seed)
-        self.items = Table(spec.d, spec.std, seed)
+        self.items = Table(spec.d, spec.std, seed, spec.categories)
         self.extract: nn.Module
         if spec.extractor == "routing":
             self.extract = Routing(spec.d, spec.iterations, spec.noise, spec.recency)
@@ -199,7 +200,7 @@ class InterestNet(nn.Module):
         """(B, K, D) interests read from the history, routing from the stored ones; an interest the user lacks repeats
         the first one, so that it cannot win with a score of 0."""
         with torch.no_grad():
-            return self.encode(self.items.weights[batch.history_BT], batch)
+            return self.encode(served(self.items, batch.history_BT), batch)
 
     def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
         """`user_vectors` of a history whose items have these vectors, with gradients."""
@@ -210,8 +211,8 @@ class InterestNet(nn.Module):
 
     def item_vectors(self) -> Tensor:
         """(n_items + 1, D)"""
-        return self.items.weights
+        return vectors_of(self.items)
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
         """max_k h_k e_i."""
-        return best_inner_product(self.user_vectors(batch), self.items.weights[items])
+        return best_inner_product(self.user_vectors(batch), served(self.items, items))

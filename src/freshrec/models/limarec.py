@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from freshrec.models.layers import attend, best_inner_product, first_of, passed, sampled_logits
-from freshrec.models.tables import Table, make_room, pulled
-from freshrec.options import Count, Positive, Rate, check_options
+from freshrec.models.tables import Table, make_room, pulled, served, vectors_of
+from freshrec.options import Count, CountOrNone, Positive, Rate, check_options
 from freshrec.types import Batch, Events, Forward, Histories
 
 EPS = 1e-9  # keeps 0 / 0, of a history without items, at 0
@@ -36,6 +36,7 @@ class LimaRecSpec:
     batch: Count = 128  # windows, each with up to `length` targets
     negatives: Count = 512
     std: Positive = 0.1
+    categories: CountOrNone = 0  # room for so many, of items; 0: they are not looked at
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -88,7 +89,7 @@ class LimaRec(nn.Module):
         super().__init__()
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
-        self.items = Table(spec.d, spec.std, seed)
+        self.items = Table(spec.d, spec.std, seed, spec.categories)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.layer = Layer(spec.k, spec.d)
@@ -123,7 +124,7 @@ class LimaRec(nn.Module):
     def user_vectors(self, batch: Batch) -> Tensor:
         """(B, K, D) the interests after the last event; zero without history."""
         with torch.no_grad():
-            return self.encode(self.items.weights[batch.history_BT], batch)
+            return self.encode(served(self.items, batch.history_BT), batch)
 
     def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
         """`user_vectors` of a history whose items have these vectors, with gradients."""
@@ -139,8 +140,8 @@ class LimaRec(nn.Module):
 
     def item_vectors(self) -> Tensor:
         """(n_items + 1, D)"""
-        return self.items.weights
+        return vectors_of(self.items)
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
         """max_k h_k . e_i"""
-        return best_inner_product(self.user_vectors(batch), self.items.weights[items])
+        return best_inner_product(self.user_vectors(batch), served(self.items, items))

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from freshrec.models.layers import best_inner_product, first_of, sampled_logits
-from freshrec.models.tables import Table, pulled
-from freshrec.options import Count, Positive, check_options
+from freshrec.models.tables import Table, pulled, served, vectors_of
+from freshrec.options import Count, CountOrNone, Positive, check_options
 from freshrec.types import Batch, Events, Forward, Histories
 
 
@@ -21,6 +21,7 @@ class MFSpec:
     batch: Count = 1024
     negatives: Count = 512
     std: Positive = 0.1
+    categories: CountOrNone = 0  # room for so many, of items; 0: they are not looked at
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -39,7 +40,8 @@ class MF(nn.Module):
         super().__init__()
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
-        self.users, self.items = Table(spec.d, spec.std, seed), Table(spec.d, spec.std, seed + 1)
+        self.users = Table(spec.d, spec.std, seed)
+        self.items = Table(spec.d, spec.std, seed + 1, spec.categories)
 
     def grow(self, n_users: int, n_items: int) -> None:
         """Make room for new users and items."""
@@ -69,8 +71,8 @@ class MF(nn.Module):
 
     def item_vectors(self) -> Tensor:
         """(n_items + 1, D)"""
-        return self.items.weights
+        return vectors_of(self.items)
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
         """u . e_i"""
-        return best_inner_product(self.user_vectors(batch), self.items.weights[items])
+        return best_inner_product(self.user_vectors(batch), served(self.items, items))

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from freshrec.models.layers import attend, best_inner_product, first_of, passed, sampled_logits
-from freshrec.models.tables import Table, make_room, pulled
-from freshrec.options import Count, Positive, Weight, check_options
+from freshrec.models.tables import Table, make_room, pulled, served, vectors_of
+from freshrec.options import Count, CountOrNone, Positive, Weight, check_options
 from freshrec.types import Batch, Events, Forward, Histories
 
 CLIP, SHARP, MUCH = 20.0, 2.0, 400.0  # constants of the authors' code: bound, sharpness, and a slot that is used much
@@ -41,6 +41,7 @@ class MIMNSpec:
     batch: Count = 128  # windows, each with up to `length` targets
     negatives: Count = 512
     std: Positive = 0.1
+    categories: CountOrNone = 0  # room for so many, of items; 0: they are not looked at
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -158,7 +159,7 @@ class MIMN(nn.Module):
         super().__init__()
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
-        self.items = Table(spec.d, spec.std, seed)
+        self.items = Table(spec.d, spec.std, seed, spec.categories)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.cell = Cell(spec)
@@ -189,7 +190,7 @@ class MIMN(nn.Module):
     def user_vectors(self, batch: Batch) -> Tensor:
         """(B, K, D) the interests after the last event; zero without history."""
         with torch.no_grad():
-            return self.encode(self.items.weights[batch.history_BT], batch)
+            return self.encode(served(self.items, batch.history_BT), batch)
 
     def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
         """`user_vectors` of a history whose items have these vectors, with gradients."""
@@ -202,8 +203,8 @@ class MIMN(nn.Module):
 
     def item_vectors(self) -> Tensor:
         """(n_items + 1, D)"""
-        return self.items.weights
+        return vectors_of(self.items)
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
         """max_k h_k . e_i"""
-        return best_inner_product(self.user_vectors(batch), self.items.weights[items])
+        return best_inner_product(self.user_vectors(batch), served(self.items, items))

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from freshrec.errors import OptionError
 from freshrec.models.layers import FAR, attend, best_inner_product, first_of, sampled_logits, squash
-from freshrec.models.tables import Table, pulled
-from freshrec.options import Count, Positive, Weight, check_options
+from freshrec.models.tables import Table, pulled, served, vectors_of
+from freshrec.options import Count, CountOrNone, Positive, Weight, check_options
 from freshrec.types import Batch, Events, Forward, Histories
 
 HARD = 100.0  # from this power on, label attention takes the closest interest alone
@@ -51,6 +51,7 @@ class OriginalSpec:
     batch: Count = 256
     negatives: Count = 512
     std: Positive = 0.1  # of new item vectors
+    categories: CountOrNone = 0  # room for so many, of items; 0: they are not looked at
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -180,7 +181,7 @@ class OriginalNet(nn.Module):
         super().__init__()
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
-        self.items = Table(spec.d, spec.std, seed)
+        self.items = Table(spec.d, spec.std, seed, spec.categories)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.extract: nn.Module = Capsules(spec) if spec.extractor == "routing" else SelfAttention(spec)
@@ -216,7 +217,7 @@ class OriginalNet(nn.Module):
     def user_vectors(self, batch: Batch) -> Tensor:
         """(B, K, D) interests read from the history, the same at every call."""
         with torch.no_grad():
-            return self.encode(self.items.weights[batch.history_BT], batch)
+            return self.encode(served(self.items, batch.history_BT), batch)
 
     def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
         """`user_vectors` of a history whose items have these vectors, with gradients."""
@@ -224,8 +225,8 @@ class OriginalNet(nn.Module):
 
     def item_vectors(self) -> Tensor:
         """(n_items + 1, D)"""
-        return self.items.weights
+        return vectors_of(self.items)
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
         """max_k h_k e_i"""
-        return best_inner_product(self.user_vectors(batch), self.items.weights[items])
+        return best_inner_product(self.user_vectors(batch), served(self.items, items))

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from freshrec.models.layers import best_inner_product, first_of, sampled_logits
-from freshrec.models.tables import Table, pulled
-from freshrec.options import Count, Positive, check_options
+from freshrec.models.tables import Table, pulled, served, vectors_of
+from freshrec.options import Count, CountOrNone, Positive, check_options
 from freshrec.types import Batch, Events, Forward, Histories
 
 
@@ -25,6 +25,7 @@ class PooledSpec:
     batch: Count = 48  # windows, each with up to `length` targets
     negatives: Count = 512
     std: Positive = 0.04
+    categories: CountOrNone = 0  # room for so many, of items; 0: they are not looked at
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -43,7 +44,8 @@ class Pooled(nn.Module):
         super().__init__()
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
-        self.taken, self.items = Table(spec.d, spec.std, seed), Table(spec.d, spec.std, seed + 1)
+        self.taken = Table(spec.d, spec.std, seed, spec.categories)
+        self.items = Table(spec.d, spec.std, seed + 1, spec.categories)
         self.fading = nn.Parameter(torch.tensor(-0.5))  # before softplus
 
     def grow(self, n_users: int, n_items: int) -> None:
@@ -83,7 +85,7 @@ class Pooled(nn.Module):
         with torch.no_grad():
             weight_BT = self._faded(torch.arange(batch.history_BT.shape[1] - 1, -1, -1)) * (batch.history_BT > 0)
             weight_BT /= weight_BT.sum(1, keepdim=True).clamp_(min=1e-9)
-            return weight_BT[:, None] @ self.taken.weights[batch.history_BT]
+            return weight_BT[:, None] @ served(self.taken, batch.history_BT)
 
     def _faded(self, age: Tensor) -> Tensor:
         """w, of any ages."""
@@ -91,8 +93,8 @@ class Pooled(nn.Module):
 
     def item_vectors(self) -> Tensor:
         """(n_items + 1, D)"""
-        return self.items.weights
+        return vectors_of(self.items)
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
         """u . e_i"""
-        return best_inner_product(self.user_vectors(batch), self.items.weights[items])
+        return best_inner_product(self.user_vectors(batch), served(self.items, items))

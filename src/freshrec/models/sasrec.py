@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from freshrec.errors import OptionError
 from freshrec.models.layers import best_inner_product, first_of, sampled_logits
 from freshrec.models.softmax import full_softmax
-from freshrec.models.tables import Table, pulled
-from freshrec.options import Count, Positive, Rate, check_options
+from freshrec.models.tables import Table, pulled, served, vectors_of
+from freshrec.options import Count, CountOrNone, Positive, Rate, check_options
 from freshrec.types import Batch, Events, Forward, Histories
 
 
@@ -33,6 +33,7 @@ class SASRecSpec:
     batch: Count = 128  # windows, each with up to `length` targets
     negatives: Count = 512
     std: Positive = 0.1
+    categories: CountOrNone = 0  # room for so many, of items; 0: they are not looked at
     predict: Literal["each", "last"] = "each"  # position learns; "last": one target a history, as ADER's
     loss: Literal["sampled", "full"] = "sampled"  # softmax over the negatives, or over all known items
 
@@ -81,7 +82,7 @@ class SASRec(nn.Module):
         self.unit = "window" if spec.predict == "each" else "target"
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
-        self.items = Table(spec.d, spec.std, seed)
+        self.items = Table(spec.d, spec.std, seed, spec.categories)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.positions_TD = nn.Parameter(torch.empty(spec.length, spec.d))
@@ -141,7 +142,7 @@ class SASRec(nn.Module):
     def user_vectors(self, batch: Batch) -> Tensor:
         """(B, 1, D) the last position's output; zero without history."""
         with torch.no_grad():
-            return self.encode(self.items.weights[batch.history_BT], batch)
+            return self.encode(served(self.items, batch.history_BT), batch)
 
     def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
         """`user_vectors` of a history whose items have these vectors, with gradients."""
@@ -152,8 +153,8 @@ class SASRec(nn.Module):
 
     def item_vectors(self) -> Tensor:
         """(n_items + 1, D)"""
-        return self.items.weights
+        return vectors_of(self.items)
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
         """F . e_i"""
-        return best_inner_product(self.user_vectors(batch), self.items.weights[items])
+        return best_inner_product(self.user_vectors(batch), served(self.items, items))

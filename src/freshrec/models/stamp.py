@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from freshrec.models.layers import best_inner_product, first_of, sampled_logits
 from freshrec.models.softmax import full_softmax
-from freshrec.models.tables import Table, pulled
-from freshrec.options import Count, Positive, check_options
+from freshrec.models.tables import Table, pulled, served, vectors_of
+from freshrec.options import Count, CountOrNone, Positive, check_options
 from freshrec.types import Batch, Events, Forward, Histories
 
 WEIGHT_STD = 0.05  # of the dense weights when they start, as in the authors' code
@@ -34,6 +34,7 @@ class STAMPSpec:
     batch: Count = 512
     negatives: Count = 512  # where the loss is sampled
     std: Positive = 0.05  # with the authors' 0.002, products are so small that 8 epochs end at hr@20 6 %, not 35 %
+    categories: CountOrNone = 0  # room for so many, of items; 0: they are not looked at
     loss: Literal["sampled", "full"] = "full"  # softmax over the negatives, or over all known items
 
     def __post_init__(self) -> None:
@@ -72,7 +73,7 @@ class STAMP(nn.Module):
         super().__init__()
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
-        self.items = Table(spec.d, spec.std, seed)
+        self.items = Table(spec.d, spec.std, seed, spec.categories)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.attention = Attention(spec.d) if spec.kind == "stamp" else None
@@ -107,7 +108,7 @@ class STAMP(nn.Module):
     def user_vectors(self, batch: Batch) -> Tensor:
         """(B, 1, D) h_s h_t; zero without history."""
         with torch.no_grad():
-            return self.encode(self.items.weights[batch.history_BT], batch)
+            return self.encode(served(self.items, batch.history_BT), batch)
 
     def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
         """`user_vectors` of a history whose items have these vectors, with gradients."""
@@ -128,8 +129,8 @@ class STAMP(nn.Module):
 
     def item_vectors(self) -> Tensor:
         """(n_items + 1, D)"""
-        return self.items.weights
+        return vectors_of(self.items)
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
         """sum_d h_s h_t x_i"""
-        return best_inner_product(self.user_vectors(batch), self.items.weights[items])
+        return best_inner_product(self.user_vectors(batch), served(self.items, items))

@@ -7,6 +7,9 @@ count for the table its first steps would be 3 to 6 times as long. Where a step 
 Adam, with one count for the table: new items need those long steps to be known at all, among rows that all move.
 
 What a batch sees of its rows may be a function of them (`Table.view`): strategies that learn how to map weights use it.
+
+Items may have categories (`n_kinds`): a vector is then the item's own row plus one that all items of its category
+share, and an item that comes late starts at its category's vector, not at a random one.
 """
 
 from collections.abc import Callable
@@ -16,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from freshrec.device import blocks_pay, normal
+from freshrec.errors import OptionError
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 BLOCK = 1024  # rows whose starts are drawn together, and that a step on all rows moves together
+COMMON = 2003  # tells the random numbers of what items have in common from their own
 
 
 class Table(nn.Module):
@@ -29,9 +34,15 @@ class Table(nn.Module):
     view: Callable[[Tensor, Tensor], Tensor] | None = None  # (ids, rows) -> the rows that `pull` gives instead
     leader_R: Tensor | None = None  # which row is trained in place of each, where some are trained as one
     leaf: Tensor | None  # the weights of the last `pull`'s rows, each once; they get the gradients
+    kinds_R: Tensor  # (rows,) which row of `common` is added to each; 0: none. Only where there is a `common`
 
-    def __init__(self, n_dims: int, std: float, seed: int) -> None:
+    def __init__(self, n_dims: int, std: float, seed: int, n_kinds: int = 0) -> None:
         super().__init__()
+        self.common: Table | None = None
+        if n_kinds:
+            self.common = Table(n_dims, std, seed + COMMON)
+            self.common.grow(n_kinds)
+            self.register_buffer("kinds_R", torch.zeros(1, dtype=torch.int64))
         self.n_dims, self.std, self.seed = n_dims, std, seed
         self.register_buffer("packed", torch.zeros(1, 3 * n_dims))
         self.register_buffer("steps_R", torch.zeros(1))
@@ -55,28 +66,31 @@ class Table(nn.Module):
         self.packed = torch.cat([self.packed, fresh])
         self.steps_R = torch.cat([self.steps_R, torch.zeros(extra)])
         self._slot = torch.zeros(len(self.packed), dtype=torch.int64)
+        if self.common is not None:
+            self.kinds_R = F.pad(self.kinds_R, (0, extra))
 
     @property
     def weights(self) -> Tensor:
-        """(n_rows + 1, D), a view."""
+        """(n_rows + 1, D) the rows themselves, a view."""
         return self.packed[:, : self.n_dims]
 
     def pull(self, ids: Tensor) -> Tensor:
-        """(..., D) rows of `ids` (...), with gradients; once a step, then `push`."""
+        """(..., D) the vectors of `ids` (...), with gradients; once a step, then `push`."""
+        asked = ids
         if self.leader_R is not None:
             ids = self.leader_R[ids]
         if self._again and self._is_whole:
-            return F.embedding(ids, self._seen())
+            return _with_common(self, F.embedding(ids, self._seen()), asked)
         if self._again and self._unique is not None and self.leaf is not None:
             self._earlier.append((self._unique, self.leaf))
         self._again = self._is_whole = False
         self._unique, place_N = self._distinct(ids.reshape(-1))
         self._rows = self.packed.index_select(0, self._unique)
         self.leaf = self._rows[:, : self.n_dims].contiguous().requires_grad_(True)
-        return F.embedding(place_N.view(ids.shape), self._seen())
+        return _with_common(self, F.embedding(place_N.view(ids.shape), self._seen()), asked)
 
     def pull_all(self) -> Tensor:
-        """(n_rows + 1, D) all rows, with gradients; once a step, then `push`."""
+        """(n_rows + 1, D) all vectors, with gradients; once a step, then `push`."""
         if self.leader_R is not None:
             return self.pull(torch.arange(len(self.packed)))
         if not (self._again and self._is_whole):
@@ -84,7 +98,7 @@ class Table(nn.Module):
             self._is_whole, self._unique, self._rows = True, torch.arange(len(self.packed)), None
             self.leaf = self.weights.clone().requires_grad_(True)
         self._again = False
-        return self._seen()
+        return _with_common(self, self._seen(), torch.arange(len(self.packed)))
 
     def _seen(self) -> Tensor:
         assert self._unique is not None and self.leaf is not None
@@ -108,8 +122,9 @@ class Table(nn.Module):
         return self._unique, self.leaf
 
     def whole(self) -> Tensor:
-        """(n_rows + 1, D) all weights; gradients reach the rows of the last `pull`, which are those that will move."""
-        return self.in_step()[1] if self._is_whole else self.weights.index_copy(0, *self.in_step())
+        """(n_rows + 1, D) all vectors; gradients reach the rows of the last `pull`, which are those that will move."""
+        rows = self.in_step()[1] if self._is_whole else self.weights.index_copy(0, *self.in_step())
+        return rows if self.common is None else rows + self.common.whole()[self.kinds_R] * (self.kinds_R > 0)[:, None]
 
     def push(self, lr: float) -> None:
         """One Adam step on the rows of the last `pull`, or of all pulls of the step (`again`)."""
@@ -141,6 +156,41 @@ class Table(nn.Module):
         self._rows = self.packed.index_select(0, self._unique)
         self.leaf = self._rows[:, : self.n_dims].contiguous()
         self.leaf.grad = torch.zeros_like(self.leaf).index_add_(0, place_M, torch.cat([grad for _, grad in pulls]))
+
+
+def vectors_of(table: Table) -> Tensor:
+    """(n_rows + 1, D) what is served: the rows, each with what it has in common with others."""
+    return table.weights if table.common is None else table.weights + table.common.weights[table.kinds_R]
+
+
+def served(table: Table, ids: Tensor) -> Tensor:
+    """(..., D) the vectors of `ids` (...), as they are served."""
+    rows = table.weights[ids]
+    return rows if table.common is None else rows + table.common.weights[table.kinds_R[ids]]
+
+
+def _with_common(table: Table, rows: Tensor, ids: Tensor) -> Tensor:
+    if table.common is None:
+        return rows
+    kinds = table.kinds_R[ids]
+    return rows + table.common.pull(kinds) * (kinds > 0)[..., None]  # else what has no category would share row 0
+
+
+def know(table: Table, kinds_I: Tensor | None) -> None:
+    """From now on, each item has this category (I,), from item 0; 0: none. OptionError where the log has none.
+
+    More categories than the table has room for share its rows. An item that has not been trained starts at what its
+    category has learnt.
+    """
+    if table.common is None:
+        return
+    if kinds_I is None:
+        raise OptionError("the model was told of categories, and the log has none; leave categories at 0.")
+    kinds_I, n_kinds = kinds_I[: len(table.packed)].to(table.kinds_R), len(table.common.packed) - 1
+    table.kinds_R = torch.zeros_like(table.kinds_R)
+    table.kinds_R[: len(kinds_I)] = torch.where(kinds_I > 0, (kinds_I - 1) % n_kinds + 1, 0)
+    if bool((table.steps_R > 0).any()):
+        table.weights[(table.steps_R == 0) & (table.kinds_R > 0)] = 0.0
 
 
 def pulled(table: Table, *ids: Tensor) -> list[Tensor]:

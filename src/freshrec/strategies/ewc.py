@@ -19,6 +19,7 @@ from freshrec.learn.fit import Clock, Fit, adapt, around, carried_by, finish, gr
 from freshrec.learn.reservoir import Kept, keep, kept_length
 from freshrec.learn.weights import Weights, items_of, tables_of, weights_of
 from freshrec.models.layers import best_inner_product
+from freshrec.models.tables import served
 from freshrec.options import Count, Weight, check_options
 from freshrec.types import Batch, EncodingModel, Forward, Span, State, Term
 
@@ -81,10 +82,15 @@ def _add_squares(total: Weights, model: EncodingModel, batch: Batch) -> None:
     squares_BKI = error_BI.square()[:, None] * is_best_BKI
     total["items"][1 : model.n_items + 1] += squares_BKI.flatten(0, 1).t() @ vectors_BKD.square().flatten(0, 1)
 
+    dense: Weights = {}
     if model.unit == "pair":  # the user's vector is a row of its own
         total["users"].index_add_(0, batch.users_B, (error_BI @ items_ID).square())
-        return
-    dense, history_BTD = _gradients(model, batch)
+        history_BTD = torch.zeros(*batch.history_BT.shape, items_ID.shape[1])
+    else:
+        dense, history_BTD = _gradients(model, batch)
+    if "items.common" in total:
+        error_BKI = error_BI[:, None] * is_best_BKI
+        total["items.common"] += _common_squares(model, batch.history_BT, history_BTD, error_BKI, vectors_BKD)
     for name, gradient in dense.items():
         total[name] += gradient.square().sum(0)
     rows, places = (batch.history_BT > 0).nonzero(as_tuple=True)
@@ -93,6 +99,23 @@ def _add_squares(total: Weights, model: EncodingModel, batch: Batch) -> None:
     user_P, item_P = pair_P // (model.n_items + 1), pair_P % (model.n_items + 1)
     outer_PD = error_BI[user_P, item_P - 1, None] * vectors_BKD[user_P, best_BI[user_P, item_P - 1]]
     total["items"].index_add_(0, item_P, inner_PD * (inner_PD + 2 * outer_PD))  # (a + b)^2 = a^2 + b (b + 2 a)
+
+
+def _common_squares(
+    model: EncodingModel, history_BT: Tensor, history_BTD: Tensor, error_BKI: Tensor, vectors_BKD: Tensor
+) -> Tensor:
+    """(C, D) the sum over samples of the squared gradients of what the items of each category have in common."""
+    items = items_of(model)
+    assert items.common is not None
+    kinds_R = items.kinds_R
+    by_kind_BKC = torch.zeros(*error_BKI.shape[:2], len(items.common.packed))
+    by_kind_BKC.index_add_(2, kinds_R[1 : model.n_items + 1], error_BKI)
+    gradient_BCD = by_kind_BKC.transpose(1, 2) @ vectors_BKD
+    places = torch.arange(len(history_BT))[:, None].expand_as(history_BT), kinds_R[history_BT]
+    gradient_BCD.index_put_(places, history_BTD, accumulate=True)
+    squares_CD: Tensor = gradient_BCD.square().sum(0)
+    squares_CD[0] = 0.0
+    return squares_CD
 
 
 class Reader(nn.Module):
@@ -123,7 +146,7 @@ def _gradients(model: EncodingModel, batch: Batch) -> tuple[Weights, Tensor]:
         return torch.logsumexp(score_I, 0) - score_I.gather(0, item_1 - 1)[0]
 
     of_each = vmap(partial(grad(loss, (0, 1)), dense), in_dims=(0, 0, 0, None if batch.interests_BKD is None else 0, 0))
-    history_BTD = items_of(model).weights[batch.history_BT]
+    history_BTD = served(items_of(model), batch.history_BT)
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels know no vmap
         by_dense, by_items_BTD = of_each(
             history_BTD, batch.users_B, batch.history_BT, batch.interests_BKD, batch.targets_BT

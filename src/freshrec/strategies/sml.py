@@ -19,7 +19,7 @@ from freshrec.errors import OptionError
 from freshrec.learn.fit import Clock, Fit, adapt, carried_by, finish, grid, start, successor, train
 from freshrec.learn.rehearsal import rehearsal
 from freshrec.learn.transfer import CNNTransfer, LinearTransfer, MLPTransfer, Transfer, judged, moved, transferred
-from freshrec.learn.weights import Weights, put, tables_of, weights_of
+from freshrec.learn.weights import Weights, grow, put, tables_of, weights_of
 from freshrec.options import Count, CountOrNone, Positive, Weight, check_options
 from freshrec.types import Batch, Forward, Interests, Span, State, Term, TrainedModel
 
@@ -151,7 +151,7 @@ class SML:
             model = successor(state, span)
             return Stage(model, weights_of(model), transfer, clock)
         model = copy.deepcopy(memory.adapted)
-        model.grow(span.n_users, span.n_items)
+        grow(model, span.n_users, span.n_items, state.recent.kinds_I)
         stage = Stage(model, _grown(memory.before, model), transfer, clock)
         if self._learns(span.index):
             judge = block_of(state, span, self.fit.history) if self.objective == "next" else memory.block
