@@ -12,8 +12,7 @@ from freshrec.data.batches import append, due_targets
 from freshrec.errors import OptionError
 from freshrec.learn.fit import hit_rate, train
 from freshrec.learn.weights import seen_through, weights_of
-from freshrec.models.caser import Caser, CaserSpec, yes_or_no
-from freshrec.models.layers import FAR
+from freshrec.models.caser import Caser, CaserSpec
 from freshrec.types import Batch, Histories, VectorModel
 
 N_ITEMS = 9
@@ -125,13 +124,6 @@ def test_growth_keeps_what_was_learnt_and_a_new_item_has_no_bias() -> None:
     assert len(model.item_vectors()) == 31 and (model.item_vectors()[10:, -1] == 0).all()
     assert (model.item_vectors()[10:, :-1] != 0).all() and (model.taken.weights[10:] != 0).all()
     assert scores(model, [25, 4], users=[8]).isfinite().all()
-
-
-def test_yes_or_no_by_hand() -> None:
-    # ln(1 + e^-1) + (ln(1 + e^0) + ln(1 + e^2)) / 2 = 0.313262 + (0.693147 + 2.126928) / 2; what is FAR is left out
-    assert yes_or_no(torch.tensor([[1.0, 0.0, 2.0]])).item() == near(1.723299, abs=1e-6)
-    assert yes_or_no(torch.tensor([[1.0, 0.0, FAR, 2.0]])).item() == near(1.723299, abs=1e-6)
-    assert yes_or_no(torch.tensor([[1.0, FAR]])).item() == near(0.313262, abs=1e-6)
 
 
 def test_the_losses_are_of_the_scores_that_are_served() -> None:

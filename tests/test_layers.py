@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from freshrec.models.layers import attend, best_inner_product, first_of, sampled_logits, squash
+from freshrec.models.layers import FAR, attend, best_inner_product, first_of, sampled_logits, squash, yes_or_no
 
 near = pytest.approx
 
@@ -84,6 +84,14 @@ def test_a_negative_that_is_the_target_does_not_count() -> None:
     negatives_ND = torch.tensor([[0.0, 1.0], [2.0, 0.0]])
     logits_BN = sampled_logits(user_BD, target_BD, negatives_ND, torch.tensor([7]), torch.tensor([8, 7]))
     assert first_of(logits_BN).item() == near(math.log(1 + math.exp(-2)))  # only item 8, of logit 0, is left
+
+
+def test_yes_or_no_by_hand() -> None:
+    # ln(1 + e^-1) + (ln(1 + e^0) + ln(1 + e^2)) / 2 = 0.313262 + (0.693147 + 2.126928) / 2; what is FAR is left out
+    assert yes_or_no(torch.tensor([[1.0, 0.0, 2.0]])).item() == near(1.723299, abs=1e-6)
+    assert yes_or_no(torch.tensor([[1.0, 0.0, FAR, 2.0]])).item() == near(1.723299, abs=1e-6)
+    assert yes_or_no(torch.tensor([[1.0, FAR]])).item() == near(0.313262, abs=1e-6)
+    assert yes_or_no(torch.tensor([[1.0, -1.0]])).item() == near(0.626523, abs=1e-6)  # SASRec's, of one negative
 
 
 def test_the_best_inner_product_is_that_of_the_closest_interest() -> None:

@@ -223,3 +223,13 @@ def test_what_comes_after_a_moment_is_left_out_and_counted() -> None:
         before(log, "2024-01-01")
     with pytest.raises(OptionError, match="a date cannot be read"):
         before(log, "yesterday")
+
+
+def test_a_log_of_periods_without_a_clock_can_end_before_a_period() -> None:
+    log = read_log(pl.DataFrame({"user_id": [1, 1, 2], "item_id": [5, 6, 7], "period": [0, 1, 2]}))
+    kept = before(log, "2")
+    assert kept.frame["item_id"].to_list() == [5, 6] and "1 rows from 2 on left out" in kept.notes[-1]
+    with pytest.raises(LogError, match="no row of the log is before 0"):
+        before(log, "0")
+    with pytest.raises(LogError, match='until = "2025-01-01" is no moment of it; name a period'):
+        before(log, "2025-01-01")

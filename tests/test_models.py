@@ -211,6 +211,21 @@ def test_sasrec_does_not_see_the_future() -> None:
     assert (outputs[0][2] - outputs[1][2]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("loss", ["sampled", "bce", "full"])
+def test_sasrec_learns_by_the_scores_that_it_serves(loss: str) -> None:
+    # One history, whose last position has target 8: the loss is that of the served scores of 8, and of 1 and 3 or all.
+    model = SASRec(SASRecSpec(d=8, std=1.0, dropout=0.0, predict="last", loss=loss), seed=0)  # type: ignore[arg-type]
+    model.grow(1, N_ITEMS)
+    history_BT, negatives_N = torch.tensor([[4, 2]]), torch.tensor([1, 3])
+    found = model(Batch(torch.tensor([1]), history_BT, torch.tensor([[8]]), negatives_N)).loss
+    served_I = model.score(Batch(torch.tensor([1]), history_BT), torch.arange(1, N_ITEMS + 1))[0]
+    others_N = served_I if loss == "full" else served_I[[7, 0, 2]]
+    expected = torch.logsumexp(others_N, 0) - served_I[7]
+    if loss == "bce":
+        expected = torch.log1p(torch.exp(-served_I[7])) + torch.log1p(torch.exp(served_I[[0, 2]])).mean()
+    torch.testing.assert_close(found, expected)
+
+
 def test_mf_knows_users_and_not_histories() -> None:
     model = model_of("mf")
     assert torch.equal(scores(model, [4, 2]), scores(model, [9, 9]))

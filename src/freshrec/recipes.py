@@ -32,7 +32,7 @@ class LogRecipe(BaseModel, extra="forbid", frozen=True):
     events: list[str] = []
     exposures: bool = False  # keep what was shown and not taken (label 0), for models that predict clicks
     users: int = 0  # a seeded sample of whole users; 0 = all
-    until: str = ""  # events from this moment on are left out (ISO 8601; UTC where no zone is given)
+    until: str = ""  # events from this moment on are left out (ISO 8601, UTC where no zone is given; or a period)
     world: str = ""  # instead of a path
     world_users: int = 2000
     world_items: int = 1000

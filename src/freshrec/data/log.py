@@ -116,10 +116,17 @@ def positive_rows(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def before(log: Log, moment: str) -> Log:
-    """The log without what happened at this moment (ISO 8601) or later, such as stragglers long after the rest."""
-    if not log.has_clock:
-        raise LogError("this log has no clock, so that it cannot be cut at a moment; leave until out.")
-    kept = log.frame.filter(pl.col("time") < microseconds(moment))
+    """The log without what happened at this moment (ISO 8601) or later, such as stragglers long after the rest.
+
+    Of a log with periods and no clock, the moment is the first period that is left out.
+    """
+    if log.has_clock:
+        is_before = pl.col("time") < microseconds(moment)
+    elif "period" in log.frame.columns and moment.isdecimal():
+        is_before = pl.col("period") < int(moment)
+    else:
+        raise LogError(f'this log has no clock, so that until = "{moment}" is no moment of it; name a period of it.')
+    kept = log.frame.filter(is_before)
     if not len(kept):
         raise LogError(f"no row of the log is before {moment}; choose a later moment.")
     return _note(replace(log, frame=kept), f"{len(log.frame) - len(kept):,} rows from {moment} on left out")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from freshrec.errors import OptionError
-from freshrec.models.layers import FAR, best_inner_product, first_of, sampled_logits
+from freshrec.models.layers import best_inner_product, first_of, sampled_logits, yes_or_no
 from freshrec.models.softmax import full_softmax
 from freshrec.models.tables import Table, served, vectors_of
 from freshrec.options import Count, CountOrNone, Positive, Rate, Weight, check_options
@@ -140,9 +140,3 @@ class Caser(nn.Module):
     def score(self, batch: Batch, items: Tensor) -> Tensor:
         """(z, p_u) w_i + b_i"""
         return best_inner_product(self.user_vectors(batch), served(self.items, items))
-
-
-def yes_or_no(logits_BN: Tensor) -> Tensor:
-    """-ln sigma(z) of the first logit, mean, and -ln(1 - sigma(z)) of the others, mean without those FAR below."""
-    n_others = (logits_BN[:, 1:] > FAR).sum().clamp(min=1)
-    return F.softplus(-logits_BN[:, 0]).mean() + F.softplus(logits_BN[:, 1:]).sum() / n_others

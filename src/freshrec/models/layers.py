@@ -53,6 +53,12 @@ def first_of(logits_BN: Tensor) -> Tensor:
     return F.cross_entropy(logits_BN, torch.zeros(len(logits_BN), dtype=torch.int64))
 
 
+def yes_or_no(logits_BN: Tensor) -> Tensor:
+    """-ln sigma(z) of the first logit, mean, and -ln(1 - sigma(z)) of the others, mean without those FAR below."""
+    n_others = (logits_BN[:, 1:] > FAR).sum().clamp(min=1)
+    return F.softplus(-logits_BN[:, 0]).mean() + F.softplus(logits_BN[:, 1:]).sum() / n_others
+
+
 def best_inner_product(vectors_BKD: Tensor, items_ND: Tensor) -> Tensor:
     """max_k h_k e_i: (B, K, D) and (N, D) shared, or (B, N, D) each row's own -> (B, N)."""
     if items_ND.dim() == 3:

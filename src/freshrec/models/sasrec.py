@@ -1,8 +1,9 @@
 """SASRec: causal self-attention over the history; each position predicts the next item.
 
-Differs from the paper: sampled softmax over negatives shared by the batch instead of one negative a position, and
-positions counted from the end of the history, so that short histories need no padding to the full length. ADER's form
-learns from the last position only, by the full softmax over all known items: predict="last", loss="full".
+Differs from the paper: negatives are shared by the batch, not one a position, and softmax over them is the default, the
+paper's binary cross-entropy being loss="bce"; positions are counted from the end of the history, so that short
+histories need no padding to the full length. ADER's form learns from the last position only, by the full softmax over
+all known items: predict="last", loss="full".
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from freshrec.errors import OptionError
-from freshrec.models.layers import best_inner_product, first_of, sampled_logits
+from freshrec.models.layers import best_inner_product, first_of, sampled_logits, yes_or_no
 from freshrec.models.softmax import full_softmax
 from freshrec.models.tables import Table, pulled, served, vectors_of
 from freshrec.options import Count, CountOrNone, Positive, Rate, check_options
@@ -35,7 +36,7 @@ class SASRecSpec:
     std: Positive = 0.1
     categories: CountOrNone = 0  # room for so many, of items; 0: they are not looked at
     predict: Literal["each", "last"] = "each"  # position learns; "last": one target a history, as ADER's
-    loss: Literal["sampled", "full"] = "sampled"  # softmax over the negatives, or over all known items
+    loss: Literal["sampled", "full", "bce"] = "sampled"  # softmax over the negatives or all items; yes or no to each
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -118,7 +119,8 @@ class SASRec(nn.Module):
         history_BTD, target_BD, negative_ND = pulled(self.items, batch.history_BT, target_B, negative_N)
         user_BD = self._encode(history_BTD, batch.history_BT > 0)[wanted_BT]
         logits_BN = sampled_logits(user_BD, target_BD, negative_ND, target_B, negative_N)
-        return Forward(first_of(logits_BN), user_BD[:, None], target_BD, logits_BN)
+        loss = first_of(logits_BN) if self.spec.loss == "sampled" else yes_or_no(logits_BN)
+        return Forward(loss, user_BD[:, None], target_BD, logits_BN)
 
     def _full(self, batch: Batch, wanted_BT: Tensor, target_B: Tensor) -> Forward:
         """Cross-entropy over all known items; it moves every row of the table."""
