@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+from studies import studies
 
 from freshrec.models import CONTROLS
 from freshrec.replay.clicks import DOWN
@@ -134,6 +135,7 @@ def results_page(root: Path) -> str:
     bench = (root / "benchmarks/results/bench.jsonl").read_text().strip()
     parts += ["", "## The blend", "", *_blend([r for r in found if r["recipe"] in WITH_EXPERTS])]
     parts += _strategies([r for r in found if r["recipe"].startswith("strategies-")])
+    parts += studies(root, found)
     parts += ["", "## Benchmarks", "", "`make bench`, one thread:", "", "```json", bench, "```"]
     for result in found:
         parts += ["", f"## {result['recipe']}", "", *_about(result), "", *_table(result)]

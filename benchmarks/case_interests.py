@@ -1,0 +1,126 @@
+"""What becomes of interests under IMSR: a user's from span to span, and which span's interests serve the last targets.
+
+`python benchmarks/case_interests.py --data FOLDER` -> benchmarks/results/case-interests.json, from which `make docs`
+makes its section. The log, its cut and the model are those of recipes/cases-uci.toml; one seed.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from freshrec.data.batches import closed, in_parts, pad_interests
+from freshrec.learn.fit import carried_by
+from freshrec.models import find_model
+from freshrec.recipes import cut_of, load_recipe
+from freshrec.replay.measure import blocks_of, queries_of
+from freshrec.replay.replay import absorb
+from freshrec.strategies import find_strategy
+from freshrec.types import Batch, InterestModel, Interests, Span, State
+
+HERE = Path(__file__).resolve().parent
+NEAREST = 3  # items that say what an interest is
+
+
+def study(
+    data: Annotated[str, typer.Option(help="The folder of the logs.")] = ".",
+    strategy: str = "imsr",
+    recipe: Path = HERE.parent / "recipes/cases-uci.toml",
+) -> None:
+    """Replay the recipe's model under one strategy, looking at the interests after each update."""
+    resolved = load_recipe(recipe)
+    resolved = resolved.model_copy(update={"log": resolved.log.model_copy(update={"folder": data})})
+    cut, update = cut_of(resolved), find_strategy(strategy)
+    state, states = State(find_model(resolved.replay.models[0]).build(0)), []
+    for span in cut.spans[:-1]:
+        state = update.update(absorb(state, span.events, span.n_users, span.n_items), span)
+        states.append(state)
+    user = most_changed(state.users)
+    found = {
+        "recipe": recipe.stem,
+        "strategy": strategy,
+        "spans": [span.name for span in cut.spans],
+        "serving": serving(state, cut.spans[-1]),
+        "kept": [kept(before, after) for before, after in zip(states, states[1:])],
+        "user": [interests_of(state, user, cut.items) for state in states],
+    }
+    (HERE / "results" / "case-interests.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found["serving"]))
+
+
+def serving(state: State, span: Span) -> dict[str, list[float]]:
+    """By the span in which an interest was born: the share of interests, and of the span's targets nearest to one.
+
+    Users who have interests, and targets that the model knows, only; an interest is as read from the recent history.
+    """
+    model, users = state.model, state.users
+    assert isinstance(model, InterestModel) and users is not None
+    queries = queries_of(state.recent, blocks_of(span, model.n_items, 1)[0], model.spec.length)
+    has_own_N = users.offsets_U.diff()[queries.users_N.clamp(max=users.n_users)] > 0
+    queries = queries[has_own_N & (queries.users_N <= users.n_users) & (queries.items_N <= model.n_items)]
+    carried = carried_by(model, users, state.spans_seen)
+    assert carried is not None
+    n_spans = state.spans_seen
+    nearest, there = torch.zeros(n_spans), torch.zeros(n_spans)
+    for which in in_parts(torch.arange(len(queries)), 256):
+        part = queries[which]
+        known_NT = torch.where(part.histories_NT <= model.n_items, part.histories_NT, 0).long()
+        batch = carried.join(Batch(part.users_N, closed(known_NT)))
+        _, alive_BK, born_BK = pad_interests(users, part.users_N, model.slots(model.spec.k))
+        target_BD1 = model.item_vectors()[part.items_N][..., None]
+        logits_BK = (model.user_vectors(batch) @ target_BD1)[..., 0].masked_fill(~alive_BK, -torch.inf)
+        best_B1 = logits_BK.argmax(1, keepdim=True)
+        nearest += torch.bincount(born_BK.gather(1, best_B1)[:, 0].long(), minlength=n_spans)[:n_spans]
+        there += torch.bincount(born_BK[alive_BK].long(), minlength=n_spans)[:n_spans]
+    return {"interests": _shares(there), "targets": _shares(nearest)}
+
+
+def _shares(counts: Tensor) -> list[float]:
+    return [round(float(x), 4) for x in counts / counts.sum().clamp(min=1)]
+
+
+def kept(before: State, after: State) -> dict[str, float]:
+    """How near the interests are to what they were an update ago, and how many are new, of users updated in between."""
+    cosines, n_new, n_users = [], 0, 0
+    old, new = before.users, after.users
+    assert old is not None and new is not None
+    for user in range(1, old.n_users + 1):
+        was, now = _of(old, user), _of(new, user)
+        if not len(was) or (len(was) == len(now) and torch.equal(was, now)):
+            continue
+        n_users, n_new = n_users + 1, n_new + len(now) - len(was)
+        same = min(len(was), len(now))
+        cosines.append(torch.cosine_similarity(was[:same], now[:same], 1))
+    every = torch.cat(cosines) if cosines else torch.zeros(1)
+    return {"users": n_users, "median_cosine": round(float(every.median()), 4), "new_interests": n_new}
+
+
+def most_changed(users: Interests | None) -> int:
+    """The user whose interests were born in the most spans; of several, the first."""
+    assert users is not None
+    spans_U = [len(users.born_S[a:b].unique()) for a, b in zip(users.offsets_U.tolist(), users.offsets_U[1:].tolist())]
+    return max(range(len(spans_U)), key=spans_U.__getitem__)
+
+
+def interests_of(state: State, user: int, items: Any) -> list[dict[str, Any]]:
+    """The user's interests: the span each was born in, and the items nearest to it."""
+    users = state.users
+    assert users is not None
+    if user > users.n_users or not len(_of(users, user)):
+        return []
+    scores_KI = _of(users, user) @ state.model.item_vectors().T
+    scores_KI[:, 0] = -torch.inf
+    best_KN = scores_KI.topk(NEAREST).indices
+    born_K = users.born_S[users.offsets_U[user] : users.offsets_U[user + 1]].tolist()
+    return [{"born": born, "items": items.ids(best_N).to_list()} for born, best_N in zip(born_K, best_KN)]
+
+
+def _of(users: Interests, user: int) -> Tensor:
+    return users.vectors_SD[users.offsets_U[user] : users.offsets_U[user + 1]].float()
+
+
+if __name__ == "__main__":
+    typer.run(study)

@@ -1,0 +1,105 @@
+"""What every library is asked, and how: numpy only, since each script of this folder runs in its library's environment.
+
+Each user's last event is the test's target, the one before it the validation's; the others are trained on. A library is
+asked for scores of all items, given the events before the target. Epochs go on until ndcg@20 of the validation has not
+risen for `PATIENCE` epochs, or `LIMIT` seconds are spent; what is reported is of the best epoch.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PATIENCE, MOST = 5, 60
+LIMIT = 120.0  # CPU seconds of training after which no epoch begins
+LENGTH = 20  # of histories
+K = 20
+
+
+@dataclass(frozen=True)
+class Data:
+    """Events of users 1, 2, ... with items 1, 2, ...: user u has items[offsets[u - 1] : offsets[u]], oldest first."""
+
+    offsets: Any
+    items: Any
+    n_items: int
+
+    @property
+    def n_users(self) -> int:
+        return len(self.offsets) - 1
+
+    def of(self, user: int, n_last: int) -> Any:
+        """A user's events without the last `n_last`."""
+        return self.items[self.offsets[user - 1] : self.offsets[user] - n_last]
+
+    def training(self) -> tuple[Any, Any]:
+        """Users and items of all events that are trained on."""
+        parts = [self.of(user, 2) for user in range(1, self.n_users + 1)]
+        return np.repeat(np.arange(1, self.n_users + 1), [len(part) for part in parts]), np.concatenate(parts)
+
+    def targets(self, n_last: int) -> Any:
+        """Each user's event before the last `n_last` of them."""
+        return self.items[self.offsets[1:] - n_last - 1]
+
+    def histories(self, users: Any, n_last: int) -> Any:
+        """(B, LENGTH) the events before that, 0 on the left where there are fewer."""
+        rows = np.zeros((len(users), LENGTH), np.int64)
+        for row, user in zip(rows, users):
+            part = self.of(user, n_last + 1)[-LENGTH:]
+            row[LENGTH - len(part) :] = part
+        return rows
+
+
+Score = Callable[[Any, Any], Any]  # (users (B,), histories (B, LENGTH)) -> (B, n_items + 1) scores; item 0 is none
+
+
+def ranks(data: Data, score: Score, n_last: int) -> Any:
+    """(n_users,) where each target stands among all items; ties count half."""
+    found = []
+    for users in np.array_split(np.arange(1, data.n_users + 1), max(1, data.n_users // 256)):
+        scores = np.asarray(score(users, data.histories(users, n_last)))[:, 1 : data.n_items + 1]
+        target = scores[np.arange(len(users)), data.targets(n_last)[users - 1] - 1, None]
+        found.append(0.5 + (scores > target).sum(1) + 0.5 * (scores == target).sum(1))  # the target ties with itself
+    return np.concatenate(found)
+
+
+def ndcg(rank: Any) -> Any:
+    """ndcg@20 of single targets."""
+    return (rank <= K) / np.log2(1 + rank)
+
+
+def search(data: Data, epochs: Iterator[Any], score: Score) -> dict[str, Any]:
+    """Train by drawing from `epochs` until the validation is content; seconds are those of the training alone."""
+    best, since_best, spent, found = -1.0, 0, 0.0, {}
+    for n in range(1, MOST + 1):
+        since = time.process_time()
+        if next(epochs, StopIteration) is StopIteration:
+            break
+        spent += time.process_time() - since
+        quality = float(ndcg(ranks(data, score, 1)).mean())
+        print(f"epoch {n}: {100 * quality:.2f} after {spent:.1f} CPU-s", file=sys.stderr, flush=True)
+        since_best += 1
+        if quality > best:
+            best, since_best = quality, 0
+            found = {"epochs": n, "cpu_s": spent, "valid": quality, "ranks": ranks(data, score, 0).tolist()}
+        if since_best >= PATIENCE or spent > LIMIT:
+            break
+    return found | {"epochs_in_all": n, "cpu_s_in_all": spent, "limited": since_best < PATIENCE and spent > LIMIT}
+
+
+def once(train: Callable[[], Any]) -> Iterator[Any]:
+    """The only epoch of what counts."""
+    yield train()
+
+
+def main(run: Callable[[Data, str], dict[str, Any]]) -> None:
+    """`python SCRIPT data.npz MODEL out.json`"""
+    path, model, out = sys.argv[1:]
+    part = np.load(path, allow_pickle=False)
+    data = Data(part["offsets"], part["items"], int(part["n_items"]))
+    Path(out).write_text(json.dumps(run(data, model)))

@@ -1,0 +1,153 @@
+"""Sections of docs/results.md that are not one table a recipe: categories, cases of IMSR, and other libraries."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+SLICES = ("all", "old item", "new item")
+CASES = ("known pair", "new pair", "old item", "new item")
+STRATEGIES = ("frozen", "finetune", "full", "imsr")
+
+
+def studies(root: Path, found: list[dict[str, Any]]) -> list[str]:
+    """All sections for which there are results."""
+    parts = [_categories([r for r in found if r["recipe"].startswith("features-")]), _cases(found), _interests(root)]
+    return [line for part in [*parts, _peers(root)] if part for line in ["", *part]]
+
+
+def _slices(result: dict[str, Any]) -> dict[tuple[str, str, str], dict[str, float]]:
+    """(model, strategy, slice) -> ndcg@20 in %, a mean over seeds, and its interval."""
+    table = pl.DataFrame(result["overall"]).filter(pl.col("metric") == "ndcg@20")
+    means = table.group_by("model", "strategy", "slice").agg(
+        pl.col("value", "low", "high").mean() * 100, pl.col("n").max()
+    )
+    return {(r["model"], r["strategy"], r["slice"]): r for r in means.iter_rows(named=True)}
+
+
+def _categories(found: list[dict[str, Any]]) -> list[str]:
+    if not found:
+        return []
+    lines = [
+        "## Categories as an input",
+        "",
+        "`categories=100`: an item's vector is its own plus one of its category, and a new item starts at its",
+        "category's. ndcg@20 in %, 95 % bootstrap intervals over users; *new item*: first seen in the span before.",
+        "",
+        "| recipe | model | strategy | " + " | ".join(SLICES) + " |",
+        "|---" * (len(SLICES) + 3) + "|",
+    ]
+    for result in found:
+        at = _slices(result)
+        told = [(m, s) for m, s, part in at if ":categories=" in m and "@" not in m and part == "all"]
+        for model, strategy in sorted(told, key=lambda method: (method[1], method[0])):
+            for name in (model.partition(":categories=")[0], model):
+                cells = [_with(at[name, strategy, part]) for part in SLICES]
+                lines.append(f"| {result['recipe']} | {name} | {strategy} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _with(row: dict[str, float]) -> str:
+    return "{value:.2f} ({low:.2f} .. {high:.2f})".format(**row)
+
+
+def _cases(found: list[dict[str, Any]]) -> list[str]:
+    """IMSR's first case: what each strategy is worth on what a user, or anybody, had before, and on what is new."""
+    spines = [result for result in found if result["recipe"].endswith("-spine")]
+    lines = [
+        "## Old and new, by strategy",
+        "",
+        "IMSR's case study (ComiRec-DR; the paper: a full retrain is best on what is old, fine-tuning on what is",
+        "new, IMSR lies between). ndcg@20 in %, means over spans, and how many targets. *Known pair*: an item that the",
+        "user had before; *new item*: one that nobody had before the last span. **Bold**: the best of the row.",
+        "",
+        "| recipe | targets | " + " | ".join(STRATEGIES) + " |",
+        "|---" * (len(STRATEGIES) + 2) + "|",
+    ]
+    for result in spines:
+        at = _slices(result)
+        for part in CASES:
+            values = [at.get(("comirec-dr", strategy, part)) for strategy in STRATEGIES]
+            if not all(values):
+                continue
+            cells = [f"{value['value']:.2f}" for value in values if value]
+            best = max(cells, key=float)
+            cells = [f"**{cell}**" if cell == best and float(cell) else cell for cell in cells]
+            n_targets = max(value["n"] for value in values if value)
+            lines.append(f"| {result['recipe']} | {part} ({n_targets:,}) | " + " | ".join(cells) + " |")
+    return lines if spines else []
+
+
+def _interests(root: Path) -> list[str]:
+    path = root / "benchmarks/results/case-interests.json"
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    shares = found["serving"]
+    lines = [
+        "## What becomes of interests",
+        "",
+        f"`python benchmarks/case_interests.py --data ...` -- {found['recipe']}, {found['strategy']}, one seed.",
+        "Of the last span's targets, which share is nearest to an interest born in each span, and which share of their",
+        "users' interests was born there (the paper: for most users the nearest is one of span 1 or 2).",
+        "",
+        "| born in span | " + " | ".join(str(n) for n in range(len(shares["targets"]))) + " |",
+        "|---" * (len(shares["targets"]) + 1) + "|",
+    ]
+    for name, words in (("targets", "targets nearest, %"), ("interests", "interests, %")):
+        lines.append(f"| {words} | " + " | ".join(f"{100 * share:.1f}" for share in shares[name]) + " |")
+    lines += [
+        "",
+        "How near interests are to what they were before each update, of users that it read again:",
+        "",
+        "| update of span | users | median cosine | new interests |",
+        "|---|---|---|---|",
+    ]
+    for n, row in enumerate(found["kept"], 1):
+        lines.append(f"| {n} | {row['users']:,} | {row['median_cosine']:.2f} | {row['new_interests']:,} |")
+    lines += [
+        "",
+        "The user with interests of the most spans: the items nearest to each, after each update.",
+    ]
+    n_most = max(len(interests) for interests in found["user"])
+    lines += ["", "| after span | " + " | ".join(f"interest {k + 1}" for k in range(n_most)) + " |"]
+    lines.append("|---" * (n_most + 1) + "|")
+    for n, interests in enumerate(found["user"]):
+        cells = [f"born {one['born']}: {', '.join(map(str, one['items']))}" for one in interests]
+        lines.append(f"| {n} | " + " | ".join(cells + [""] * (n_most - len(cells))) + " |")
+    return lines
+
+
+def _peers(root: Path) -> list[str]:
+    path = root / "benchmarks/results/peers.json"
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    lines = [
+        "## Against other libraries",
+        "",
+        f"`python benchmarks/bench_peers.py --data ...` -- {found['log']}, {found['tested']:,} users,",
+        f"{found['items']:,} items, {found['events']:,} events: one environment per library, the same split (each",
+        "user's last event is the test, the one before it chooses the epoch), the same ranking of all items,",
+        "one machine, one thread, one run, one seed. In % ours / theirs, and the difference with its 95 % bootstrap",
+        "interval over users. CPU-s: training up to the best epoch; *(limit)*: stopped by the limit of seconds in",
+        "benchmarks/peers/protocol.py while still rising.",
+        "",
+        "| ours | theirs | recall@20 | difference | ndcg@20 | difference | CPU-s | times as fast | epochs |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        cells = [row["ours"], f"{row['library'].replace('==', ' ')}: {row['theirs']}"]
+        for metric in ("recall@20", "ndcg@20"):
+            ours, theirs, low, high = (100 * number for number in row[metric])
+            cells += [f"{ours:.2f} / {theirs:.2f}", f"{ours - theirs:+.2f} ({low:+.2f} .. {high:+.2f})"]
+        ours, theirs = row["cpu_s"]
+        cells += [f"{ours:.1f} / {theirs:.1f}" + " (limit)" * row["limited"][1], f"{theirs / max(ours, 0.01):.1f}"]
+        lines.append("| " + " | ".join([*cells, "{} / {}".format(*row["epochs"])]) + " |")
+    if found["failed"]:
+        why = "; ".join(f"{name} ({what})" for name, what in found["failed"].items())
+        lines += ["", f"Could not be run: {why}."]
+    return lines
