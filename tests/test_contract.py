@@ -79,8 +79,13 @@ each_pair = pytest.mark.parametrize(
 
 @cache
 def checkerboard() -> Cut:
-    """The world, with a category for each seven rows of items: the last ones come late, as their items do."""
-    found = cut(make("checkerboard", users=60, items=40, events=2500, spans=2).log, by="period", forget_users=0)
+    return with_categories(
+        cut(make("checkerboard", users=60, items=40, events=2500, spans=2).log, by="period", forget_users=0)
+    )
+
+
+def with_categories(found: Cut) -> Cut:
+    """The same, with a category for each seven rows of items: the last ones come late, as their items do."""
     told = [replace(span.events, kinds_E=(span.events.items_E // 7).int()) for span in found.spans]
     return replace(found, spans=tuple(replace(span, events=events) for span, events in zip(found.spans, told)))
 

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 import torch
 from pretend import NAME, Devices
-from test_contract import Pair, pairs
+from test_contract import Pair, pairs, with_categories
 
 from freshrec.data.spans import Cut, cut
 from freshrec.data.worlds import make
@@ -20,7 +20,7 @@ from freshrec.replay.run import moved, run
 
 QUICK = {
     ("comirec-dr", "imsr"), ("comirec-sa", "full"), ("sasrec", "ader"), ("sasrec", "ewc"), ("mf", "sml"),
-    ("sasrec", "asmg"), ("mf", "spmf"), ("limarec", "finetune"),
+    ("sasrec", "asmg"), ("mf", "spmf"), ("limarec", "finetune"), ("sasrec:categories=3", "full"),
 }  # fmt: skip
 ALL_OF = {"sasrec", "comirec-dr", "mf"}  # with every strategy; other models with two
 
@@ -33,7 +33,8 @@ def pretend() -> Iterator[None]:
 
 @cache
 def world() -> Cut:
-    return cut(make("checkerboard", users=12, items=20, events=150, spans=2).log, by="period", forget_users=0)
+    world = make("checkerboard", users=12, items=20, events=150, spans=2)
+    return with_categories(cut(world.log, by="period", forget_users=0))
 
 
 def replayed(pair: Pair, out: Path, device: str = "cpu") -> pl.DataFrame:
