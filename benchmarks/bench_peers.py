@@ -42,6 +42,7 @@ def bench(
     data: Annotated[str, typer.Option(help="The folder of the logs.")] = "",
     log: str = "amazon_grocery_5core",
     users: int = 600,
+    limit: Annotated[float, typer.Option(help="CPU seconds of training that each model may take.")] = 120.0,
     environments: Annotated[Path, typer.Option(help="Where each library's environment is made.")] = Path("runs/peers"),
     only: Annotated[str, typer.Option(help="Libraries, as in recbole,implicit; all unless given.")] = "",
 ) -> None:
@@ -50,7 +51,7 @@ def bench(
         print(json.dumps({"benchmark": "peers", "skipped": "needs --data, the folder of the logs"}))
         return
     environments.mkdir(parents=True, exist_ok=True)
-    part = environments / f"{log}-{users}"
+    part = environments / f"{log}-{users}-{limit:g}"
     part.mkdir(exist_ok=True)
     about = _split(Path(data) / f"{log}.parquet", users, part / "data.npz")
     rows, failed = [], {}
@@ -58,13 +59,13 @@ def bench(
         if only and library not in only.split(","):
             continue
         try:
-            peer = _run(_python(library, environments), f"peer_{library}.py", part, theirs)
+            peer = _run(_python(library, environments), f"peer_{library}.py", part, theirs, limit)
         except subprocess.CalledProcessError as problem:
             failed[library] = f"exit code {problem.returncode}"
             continue
-        mine = _run(sys.executable, "ours.py", part, ours)
+        mine = _run(sys.executable, "ours.py", part, ours, limit)
         rows.append({"ours": ours, "library": PEERS[library][0], "theirs": theirs} | _compared(mine, peer))
-    found = {"log": log, "users": users, **about, "failed": failed, "rows": rows}
+    found = {"log": log, "users": users, "limit_s": limit, **about, "failed": failed, "rows": rows}
     (HERE / "results" / "peers.json").write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps({"benchmark": "peers", "rows": len(rows), "failed": failed}))
 
@@ -95,11 +96,11 @@ def _python(library: str, environments: Path) -> str:
     return str(folder / "bin/python")
 
 
-def _run(python: str, script: str, part: Path, model: str) -> dict[str, Any]:
+def _run(python: str, script: str, part: Path, model: str, limit: float) -> dict[str, Any]:
     """What the script reports of a model; not run again where it has reported already."""
     out = part / f"{script.removesuffix('.py')}-{model.replace(':', '_')}.json"
     if not out.exists():
-        command = [python, HERE / "peers" / script, part / "data.npz", model, out]
+        command = [python, HERE / "peers" / script, part / "data.npz", model, str(limit), out]
         subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     found: dict[str, Any] = json.loads(out.read_text())
     return found

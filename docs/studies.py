@@ -133,8 +133,9 @@ def _peers(root: Path) -> list[str]:
         f"{found['items']:,} items, {found['events']:,} events: one environment per library, the same split (each",
         "user's last event is the test, the one before it chooses the epoch), the same ranking of all items,",
         "one machine, one thread, one run, one seed. In % ours / theirs, and the difference with its 95 % bootstrap",
-        "interval over users. CPU-s: training up to the best epoch; *(limit)*: stopped by the limit of seconds in",
-        "benchmarks/peers/protocol.py while still rising.",
+        "interval over users. CPU-s: training up to the best epoch; *(limit)*: stopped after "
+        f"{found['limit_s']:.0f} CPU-s,",
+        "while it may still have been rising.",
         "",
         "| ours | theirs | recall@20 | difference | ndcg@20 | difference | CPU-s | times as fast | epochs |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -2,7 +2,7 @@
 
 Each user's last event is the test's target, the one before it the validation's; the others are trained on. A library is
 asked for scores of all items, given the events before the target. Epochs go on until ndcg@20 of the validation has not
-risen for `PATIENCE` epochs, or `LIMIT` seconds are spent; what is reported is of the best epoch.
+risen for `PATIENCE` epochs, or the CPU seconds of `Data.limit` are spent; what is reported is of the best epoch.
 """
 
 import json
@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 PATIENCE, MOST = 5, 60
-LIMIT = 120.0  # CPU seconds of training after which no epoch begins
 LENGTH = 20  # of histories
 K = 20
 
@@ -28,6 +27,7 @@ class Data:
     offsets: Any
     items: Any
     n_items: int
+    limit: float  # CPU seconds of training after which no epoch begins
 
     @property
     def n_users(self) -> int:
@@ -87,9 +87,9 @@ def search(data: Data, epochs: Iterator[Any], score: Score) -> dict[str, Any]:
         if quality > best:
             best, since_best = quality, 0
             found = {"epochs": n, "cpu_s": spent, "valid": quality, "ranks": ranks(data, score, 0).tolist()}
-        if since_best >= PATIENCE or spent > LIMIT:
+        if since_best >= PATIENCE or spent > data.limit:
             break
-    return found | {"epochs_in_all": n, "cpu_s_in_all": spent, "limited": since_best < PATIENCE and spent > LIMIT}
+    return found | {"epochs_in_all": n, "cpu_s_in_all": spent, "limited": since_best < PATIENCE and spent > data.limit}
 
 
 def once(train: Callable[[], Any]) -> Iterator[Any]:
@@ -98,8 +98,8 @@ def once(train: Callable[[], Any]) -> Iterator[Any]:
 
 
 def main(run: Callable[[Data, str], dict[str, Any]]) -> None:
-    """`python SCRIPT data.npz MODEL out.json`"""
-    path, model, out = sys.argv[1:]
+    """`python SCRIPT data.npz MODEL LIMIT out.json`"""
+    path, model, limit, out = sys.argv[1:]
     part = np.load(path, allow_pickle=False)
-    data = Data(part["offsets"], part["items"], int(part["n_items"]))
+    data = Data(part["offsets"], part["items"], int(part["n_items"]), float(limit))
     Path(out).write_text(json.dumps(run(data, model)))
