@@ -100,8 +100,8 @@ def _run(python: str, script: str, part: Path, model: str, limit: float) -> dict
     """What the script reports of a model; not run again where it has reported already."""
     out = part / f"{script.removesuffix('.py')}-{model.replace(':', '_')}.json"
     if not out.exists():
-        command = [python, HERE / "peers" / script, part / "data.npz", model, str(limit), out]
-        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        command = [python, HERE / "peers" / script, "data.npz", model, str(limit), out.name]
+        subprocess.run(command, check=True, cwd=part, env=os.environ | {"OMP_NUM_THREADS": "1"})  # some leave files
     found: dict[str, Any] = json.loads(out.read_text())
     return found
 

@@ -388,6 +388,7 @@ OTHERS = {
     "logq": GRU4RecSpec(loss="xe", logq=1.0),
     "separate": GRU4RecSpec(embeddings="separate"),
     "one": GRU4RecSpec(back="one"),
+    "lanes": GRU4RecSpec(steps="lanes"),
     "deep": GRU4RecSpec(layers=2, hidden=24),
     "uniform": GRU4RecSpec(alpha=0.0, others=0),
 }
@@ -404,7 +405,9 @@ def test_the_checkerboard_is_learnt_in_other_ways(spec: GRU4RecSpec) -> None:
     assert in_order(replayed(replace(spec, lr=0.003), "finetune", 12, 5)) > 0.9
 
 
-@pytest.mark.parametrize("spec", [GRU4RecSpec(), OTHERS["separate"]], ids=["plain", "separate"])
+@pytest.mark.parametrize(
+    "spec", [GRU4RecSpec(), OTHERS["separate"], OTHERS["lanes"]], ids=["plain", "separate", "lanes"]
+)
 @pytest.mark.parametrize("strategy", ["finetune", "ader", "ewc"])
 def test_the_same_seed_gives_the_same_bits(spec: GRU4RecSpec, strategy: str, bits: Callable[[State], bytes]) -> None:
     first = bits(replayed(spec, strategy, 1, 1))

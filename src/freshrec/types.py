@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+SEQUENCES = ("window", "lane")  # units of models that learn at each position of a history
 TRAIN, VALID, TEST = 0, 1, 2  # Events.role_E: what an event is for
 NOW, NEXT, NEVER = 0, 1, 2  # Events.joins_E: the update that may train on it
 DONE, DUE, LATER, SECRET = 0, 1, 2, 3  # Histories.due_R: already trained on; train now; at the next update; never
@@ -135,6 +136,16 @@ class Interests:
 
 
 @dataclass(frozen=True)
+class Lanes:
+    """Where the rows of a session-parallel batch go on, and what models carry from one of its batches to the next."""
+
+    lane_B: Tensor
+    begins_B: Tensor  # bool: a session begins; else it is that of the lane's last row
+    n_lanes: int
+    carried: dict[int, list[Tensor]]  # by the model's id; one for all batches of an epoch
+
+
+@dataclass(frozen=True)
 class Batch:
     """What a model sees. What a user carries between spans travels in the batch."""
 
@@ -147,6 +158,7 @@ class Batch:
     old_BK: Tensor | None = None  # bool: those it had before this span
     labels_B: Tensor | None = None  # float32: whether the target was taken; None: all are
     kinds_I: Tensor | None = None  # the category of each item, where the log has them
+    lanes: Lanes | None = None  # the rows go on where earlier batches ended
     project: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # (vectors_BKD, alive_BK, old_BK) -> vectors_BKD
 
     def __len__(self) -> int:
@@ -214,7 +226,7 @@ class TrainedModel(Model, Protocol):
     """A model that learns by gradients: an `nn.Module`, of which training uses the methods at the end."""
 
     unit: str  # how it wants its batches: a row per "target" with history, per "window" of targets, per "pair" without,
-    # or per "click": a target with the history there is, which may be none, and its label
+    # or per "click": a target with the history there is, which may be none, and its label; "lane": event by event
     seed: int
     moments: dict[str, Tensor]  # the optimiser's memory of the dense weights; tables carry their own
 

@@ -19,7 +19,7 @@ from freshrec.learn.fit import batches
 from freshrec.learn.reservoir import Kept, keep, together
 from freshrec.learn.weights import tables_of
 from freshrec.models.layers import attend, best_inner_product
-from freshrec.types import SECRET, Batch, EncodingModel, Forward, TrainedModel
+from freshrec.types import SECRET, SEQUENCES, Batch, EncodingModel, Forward, TrainedModel
 
 Select = Literal["herding", "herding-code", "random", "loss"]
 Allocate = Literal["largest-remainder", "multinomial"]
@@ -50,7 +50,7 @@ def batch_of(kept: Kept, which_M: Tensor, model: TrainedModel, carried: Carried 
     seen_T = (part.histories_NT > 0).any(0)
     n_padding = int(seen_T.int().argmax()) if bool(seen_T.any()) else len(seen_T)
     history_BT, item_B1 = part.histories_NT[:, n_padding:].long(), part.items_N[:, None]
-    targets_BT = F.pad(item_B1, (history_BT.shape[1] - 1, 0)) if model.unit == "window" else item_B1
+    targets_BT = F.pad(item_B1, (history_BT.shape[1] - 1, 0)) if model.unit in SEQUENCES else item_B1
     batch = Batch(part.users_N, history_BT, targets_BT)
     return batch if carried is None else carried.join(batch)
 

@@ -25,6 +25,7 @@ from freshrec.data.batches import (
     window_batches,
     without_secrets,
 )
+from freshrec.data.lanes import lane_batches
 from freshrec.device import integers, permutation
 from freshrec.errors import TrainingError
 from freshrec.learn.clicks import auc, clicks_of
@@ -120,6 +121,8 @@ def batches(
     spec = model.spec
     if model.unit == "pair":
         return pair_batches(targets, spec.batch, source)
+    if model.unit == "lane":
+        return lane_batches(targets, spec.batch)
     if model.unit == "window":
         return window_batches(targets, spec.batch, spec.length, source)
     least = 0 if model.unit == "click" else 1

@@ -1,10 +1,11 @@
 """GRU4Rec: a recurrent network reads the history; its output at each position predicts the next item.
 
-After the code that Hidasi and others released (2016 to 2018; its port to PyTorch, 2023). Differs from it: a step trains
-on windows with a target after each position, whose gradient goes back through the whole window (`back="one"`: through
-one step, as theirs), where theirs moves one event ahead in as many sessions at once and carries the hidden state over;
-Adam, not Adagrad with momentum; losses are means, not sums; a negative that is the target counts nothing; an item's
-score has no bias; the input is an item's vector, never one-hot; of a batch's own targets a part are negatives.
+After the code that Hidasi and others released (2016 to 2018; its port to PyTorch, 2023), where sessions lie side by
+side in lanes, and each step moves one event ahead: steps="lanes". Differs from it: by default a step trains on windows
+with a target after each position, whose gradient goes back through the whole window (`back="one"`: through one step),
+which takes fewer and larger steps; in lanes, events before those of an update are not read; Adam, not Adagrad with
+momentum; losses are means, not sums; a negative that is the target counts nothing; an item's score has no bias; the
+input is an item's vector, never one-hot; of a batch's own targets a part are negatives.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from freshrec.errors import OptionError
 from freshrec.models.layers import FAR, best_inner_product, first_of, sampled_logits
 from freshrec.models.tables import Table, pulled, served, vectors_of
 from freshrec.options import Count, CountOrNone, Positive, Rate, Weight, check_options
-from freshrec.types import Batch, Events, Forward, Histories
+from freshrec.types import Batch, Events, Forward, Histories, Lanes
 
 Loss = Literal["xe", "bpr", "top1", "bpr-max", "top1-max"]
 
@@ -35,10 +36,11 @@ class GRU4RecSpec:
     embeddings: Literal["constrained", "separate"] = "constrained"  # one vector an item; or another as input
     drop_in: Rate = 0.2  # of the input vectors
     drop_out: Rate = 0.2  # of each layer's output
-    back: Literal["all", "one"] = "all"  # steps that the gradient goes back
+    steps: Literal["windows", "lanes"] = "windows"  # "lanes": one event of as many sessions, as in the authors' code
+    back: Literal["all", "one"] = "all"  # steps that the gradient goes back, in windows
     length: Count = 50
     lr: Positive = 0.006
-    batch: Count = 64  # windows, each with up to `length` targets
+    batch: Count = 64  # windows, each with up to `length` targets; or lanes
     negatives: Count = 512
     others: CountOrNone = 64  # of the batch's own targets that are negatives too
     alpha: Weight = 0.3  # negatives are drawn by their count to this power; 0: all alike, 1: by popularity
@@ -138,10 +140,10 @@ class GRU4Rec(nn.Module):
     """A `VectorModel` with K = 1."""
 
     counts_I: Tensor  # (n_items + 1,) how often each was a target in training
-    unit = "window"
 
     def __init__(self, spec: GRU4RecSpec, seed: int) -> None:
         super().__init__()
+        self.unit = "window" if spec.steps == "windows" else "lane"
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
         self.items = Table(spec.d, spec.std, seed, spec.categories)
@@ -185,7 +187,10 @@ class GRU4Rec(nn.Module):
         else:
             history_BTD = self.taken.pull(batch.history_BT)
             target_BD, negative_ND = pulled(self.items, target_B, negative_N)
-        user_BD = self._read(history_BTD, batch.history_BT > 0)[wanted_BT]
+        if batch.lanes is None:
+            user_BD = self._read(history_BTD, batch.history_BT > 0)[wanted_BT]
+        else:
+            user_BD = one_more(self, history_BTD[:, 0], batch.lanes)
         logits_BN = sampled_logits(user_BD, target_BD, negative_ND, target_B, negative_N)
         if self.spec.logq:
             log_BN = self._log_chances(target_B, negative_N, len(own_N))
@@ -259,3 +264,17 @@ class GRU4Rec(nn.Module):
     def score(self, batch: Batch, items: Tensor) -> Tensor:
         """u . e_i"""
         return best_inner_product(self.user_vectors(batch), served(self.items, items))
+
+
+def one_more(model: GRU4Rec, items_BD: Tensor, lanes: Lanes) -> Tensor:
+    """(B, D) the output after one more event in each lane; no gradient reaches the steps before."""
+    spec = model.spec
+    drop_in, drop_out = (spec.drop_in, spec.drop_out) if model.training else (0.0, 0.0)
+    blank = [torch.zeros(lanes.n_lanes, spec.hidden or spec.d) for _ in model.layers]
+    x_BH = F.dropout(items_BD, drop_in, model.training)
+    for layer, state_LH in zip(model.layers, lanes.carried.setdefault(id(model), blank)):
+        before_BH = state_LH[lanes.lane_B] * ~lanes.begins_B[:, None]
+        x_BH = layer(x_BH[:, None], before_BH[None])[0][:, 0]
+        state_LH[lanes.lane_B] = x_BH.detach()
+        x_BH = F.dropout(x_BH, drop_out, model.training)
+    return x_BH if model.last is None else model.last(x_BH)

@@ -23,7 +23,7 @@ from freshrec.learn.rehearsal import rehearsal
 from freshrec.learn.reservoir import Reservoir, filled, joined, kept_length, stream
 from freshrec.learn.weights import put, weights_of
 from freshrec.options import Count, CountOrNone, Positive, check_options
-from freshrec.types import Histories, Span, State, TrainedModel
+from freshrec.types import SEQUENCES, Histories, Span, State, TrainedModel
 
 FILL, DRAW, ASK = 1301, 1302, 1303  # tell the random numbers apart from each other and from those of the epochs
 
@@ -150,7 +150,7 @@ class Rehearsed:
         if memory.manner.replayed:
             order_M = permutation(len(kept), random_source(state.seed, span.index, DRAW))
             which_M = order_M[: int(memory.manner.replayed * len(due))]
-            targets = joined(due, kept, which_M, apart=model.unit == "window")
+            targets = joined(due, kept, which_M, apart=model.unit in SEQUENCES)
         carried = carried_by(model, state.users, span.index)
         clock, since = Clock({"rows_read": float(len(targets))}), time.process_time()
         among_N = mixed(due.items_N.unique(), model.n_items) if memory.manner.current and len(due) else None

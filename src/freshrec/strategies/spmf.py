@@ -16,7 +16,7 @@ from freshrec.errors import OptionError
 from freshrec.learn.fit import Clock, Fit, adapt, carried_by, finish, grid, start, successor
 from freshrec.learn.reservoir import Kept, filled, joined, keep, kept_length, stream, together
 from freshrec.options import Positive, Weight, check_options
-from freshrec.types import Span, State, TrainedModel
+from freshrec.types import SEQUENCES, Span, State, TrainedModel
 
 DRAWS, FILL = 1001, 1002  # tell the random numbers apart from each other and from those of the epochs
 
@@ -126,7 +126,7 @@ class SPMF:
         self, model: TrainedModel, due: Targets, kept: Kept, carried: Carried | None, key: tuple[int, int]
     ) -> list[Targets]:
         """What to train on: new draws for each epoch, or the same for all epochs."""
-        source, apart = random_source(*key, DRAWS), model.unit == "window"
+        source, apart = random_source(*key, DRAWS), model.unit in SEQUENCES
         none = due[torch.zeros(0, dtype=torch.int64)]
         if self.take == "sampled":
             kept = together(kept, keep(due, kept.histories_NT.shape[1]))

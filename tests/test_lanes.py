@@ -1,0 +1,119 @@
+"""Session-parallel batches: which events of which sessions are side by side in a step, and what is carried along."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from freshrec.data.batches import Targets, append, due_targets, targets_at
+from freshrec.data.lanes import lane_batches, schedule
+from freshrec.models.gru4rec import GRU4Rec, GRU4RecSpec
+from freshrec.types import NEVER, Batch, Events, Histories, Lanes
+
+
+def targets_of(*sessions: list[int], secret: tuple[int, ...] = ()) -> Targets:
+    """Users 1, 2, ... with these items, one user after the other in time; `secret` items are never trained on."""
+    users_E = torch.tensor([user for user, items in enumerate(sessions, 1) for _ in items])
+    items_E = torch.tensor([item for items in sessions for item in items])
+    events = Events.of(users_E, items_E)
+    events.joins_E[torch.isin(items_E, torch.tensor(secret, dtype=torch.int64))] = NEVER
+    return due_targets(append(Histories.empty(), events, len(sessions)))
+
+
+def steps(targets: Targets, n_lanes: int) -> list[list[tuple[int, int, int, bool]]]:
+    """Of each step: (lane, event, target, whether a session begins)."""
+    found = []
+    for batch in lane_batches(targets, n_lanes):
+        assert batch.lanes is not None and batch.targets_BT is not None
+        columns = batch.lanes.lane_B, batch.history_BT[:, 0], batch.targets_BT[:, 0], batch.lanes.begins_B
+        found.append(list(zip(*(column.tolist() for column in columns))))
+    return found
+
+
+def test_two_lanes_by_hand() -> None:
+    # A = [1, 2, 3] and B = [4, 5] begin; B is over after a step, and C = [6, 7] takes its lane; then both are over.
+    assert steps(targets_of([1, 2, 3], [4, 5], [6, 7]), 2) == [
+        [(0, 1, 2, True), (1, 4, 5, True)],
+        [(0, 2, 3, False), (1, 6, 7, True)],
+    ]
+
+
+def test_lanes_are_dropped_where_no_session_is_left() -> None:
+    assert steps(targets_of([1, 2, 3, 4], [5, 6]), 2) == [
+        [(0, 1, 2, True), (1, 5, 6, True)],
+        [(0, 2, 3, False)],
+        [(0, 3, 4, False)],
+    ]
+    assert steps(targets_of([1], [2]), 2) == []  # nothing follows anything
+
+
+def test_what_must_not_be_known_parts_a_session() -> None:
+    # Of [1, 2, 9, 3, 4], where 9 is secret: 1 -> 2, and 3 -> 4 as a session of its own.
+    assert steps(targets_of([1, 2, 9, 3, 4], secret=(9,)), 1) == [[(0, 1, 2, True)], [(0, 3, 4, True)]]
+
+
+def test_old_events_are_where_a_session_begins_and_no_targets() -> None:
+    histories = append(Histories.empty(), Events.of(torch.ones(4), torch.tensor([1, 2, 3, 4])), 1)
+    assert steps(targets_at(histories, torch.tensor([2, 3])), 4) == [[(0, 2, 3, True)], [(0, 3, 4, False)]]
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=12), st.integers(1, 5))
+def test_each_target_is_met_once_and_each_lane_has_one_session_at_a_time(lengths: list[int], n_lanes: int) -> None:
+    lane_S, step_S = schedule(torch.tensor(lengths), n_lanes)
+    taken = [(lane, step + n) for lane, step, m in zip(lane_S.tolist(), step_S.tolist(), lengths) for n in range(m)]
+    assert len(set(taken)) == len(taken) == sum(lengths)  # steps times lanes = the sum of (length - 1) of sessions
+    assert step_S.tolist() == sorted(step_S.tolist())  # in their order
+    for lane in set(lane_S.tolist()):
+        mine = sorted(step for of, step in taken if of == lane)
+        assert mine == list(range(len(mine)))  # without a gap
+
+
+def model_of(layers: int) -> GRU4Rec:
+    model = GRU4Rec(GRU4RecSpec(d=6, hidden=5, layers=layers, std=1.0, steps="lanes", drop_in=0, drop_out=0), seed=0)
+    model.grow(3, 9)
+    return model
+
+
+def vectors(model: GRU4Rec, batch: Batch) -> Tensor:
+    found = model(batch).vectors_BKD
+    assert found is not None
+    return found[:, 0]
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_event_by_event_gives_what_the_whole_history_gives(layers: int) -> None:
+    # Nothing is trained in between, so that the state carried along a lane is that of the history so far.
+    model, so_far = model_of(layers), dict[int, list[int]]()
+    for batch in lane_batches(targets_of([1, 2, 3, 8, 4], [4, 5], [6, 7, 1]), 2):
+        assert batch.lanes is not None
+        batch = replace(batch, negatives_N=torch.tensor([9]))
+        found_BD = vectors(model, batch)
+        for user, item, vector_D in zip(batch.users_B.tolist(), batch.history_BT[:, 0].tolist(), found_BD):
+            so_far.setdefault(user, []).append(item)
+            whole = model.user_vectors(Batch(torch.tensor([user]), torch.tensor([so_far[user]])))
+            torch.testing.assert_close(vector_D, whole[0, 0])
+    assert so_far == {1: [1, 2, 3, 8], 2: [4], 3: [6, 7]}
+
+
+def test_no_gradient_reaches_an_earlier_step() -> None:
+    model, carried = model_of(1), dict[int, list[Tensor]]()
+    first, second = (
+        Batch(one, one[:, None], 3 * one[:, None], torch.tensor([9]), lanes=Lanes(0 * one, one == begins, 1, carried))
+        for one, begins in ((torch.tensor([1]), 1), (torch.tensor([1]), 0))
+    )
+    model(first)
+    rows_ND = model.items.in_step()[1]
+    model(second).loss.backward()
+    assert rows_ND.grad is None and model.items.in_step()[1].grad is not None
+
+
+def test_models_that_read_the_same_batches_carry_their_own_states() -> None:
+    model, other = model_of(1), model_of(1)
+    for batch in lane_batches(targets_of([1, 2, 3]), 1):
+        assert batch.lanes is not None
+        batch = replace(batch, negatives_N=torch.tensor([9]))
+        assert torch.equal(vectors(model, batch), vectors(other, batch))  # one read the event before the other did
+    assert set(batch.lanes.carried) == {id(model), id(other)}
