@@ -135,7 +135,7 @@ def results_page(root: Path) -> str:
     bench = (root / "benchmarks/results/bench.jsonl").read_text().strip()
     parts += ["", "## The blend", "", *_blend([r for r in found if r["recipe"] in WITH_EXPERTS])]
     parts += _strategies([r for r in found if r["recipe"].startswith("strategies-")])
-    parts += studies(root, found)
+    parts += studies(root, found, _difference)
     parts += ["", "## Benchmarks", "", "`make bench`, one thread:", "", "```json", bench, "```"]
     for result in found:
         parts += ["", f"## {result['recipe']}", "", *_about(result), "", *_table(result)]
