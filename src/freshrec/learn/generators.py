@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from freshrec.data.batches import random_source
-from freshrec.learn.weights import View, Weights, tables_of
+from freshrec.learn.weights import View, Weights
+from freshrec.models.tables import tables_of
 from freshrec.types import TrainedModel
 
 CHUNK = 8192  # rows of a table generated at a time

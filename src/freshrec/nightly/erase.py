@@ -11,8 +11,8 @@ from torch import Tensor
 
 from freshrec.data.batches import Targets, interests_where, owners, rows_where
 from freshrec.learn.reservoir import Kept, Reservoir
-from freshrec.learn.weights import tables_of
 from freshrec.models.blend import Blend
+from freshrec.models.tables import tables_of
 from freshrec.nightly.job import Job
 from freshrec.replay.measure import Queries
 from freshrec.serve.contents import read_contents, write_contents

@@ -8,16 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freshrec.data.batches import append, histories_before, in_parts, query_batches
+from freshrec.data.batches import append, ends_of, histories_before, in_parts, query_batches
+from freshrec.data.carried import carried_by
 from freshrec.data.catalog import Catalog
 from freshrec.errors import IncompatibleError
-from freshrec.learn.fit import carried_by
-from freshrec.learn.interests import ends_of
 from freshrec.models.blend import Blend
+from freshrec.models.counted import told
 from freshrec.models.pairs import Pairs
 from freshrec.models.ranking import top
 from freshrec.options import Weight, check_options
-from freshrec.replay.replay import told
 from freshrec.serve.diverse import CANDIDATES, diversified, kinds_of
 from freshrec.types import Batch, Events, Model, State, TrainedModel, VectorModel
 

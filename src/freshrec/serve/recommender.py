@@ -13,9 +13,9 @@ from pathlib import Path
 import polars as pl
 
 from freshrec.errors import LogError, OptionError, StateError
+from freshrec.models.counted import told
 from freshrec.replay.measure import Asked, Block, queries_of, rank_queries
 from freshrec.replay.metrics import evaluate, parse, per_user
-from freshrec.replay.replay import told
 from freshrec.replay.significance import interval
 from freshrec.serve.contents import OLDER, Contents, begun, read_contents, read_older, taught, write_contents
 from freshrec.serve.reading import (
