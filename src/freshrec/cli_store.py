@@ -131,19 +131,27 @@ def update(
 def _made(
     job: Job, paths: list[Path], again: int | None, quarantine: Path | None, force: str, as_json: bool
 ) -> Iterator[Manifest]:
-    """The versions of what waits, of each delivery, and of what was refused before."""
+    """The versions of what waits, of each delivery, and of what was refused before; clicks come with the last one."""
+    from freshrec.nightly import clicks
     from freshrec.nightly.job import source_of, taken_rows
 
     yield from job.catch_up(force)
-    for path in paths:
-        source, log = source_of(path), _read(job, path, quarantine)
-        if log is None or not len(taken_rows(log.frame)):
-            yield job.rest(None, source)
+    for path in [*paths, *([None] if not paths else [])]:
+        source, log = ("", None) if path is None else (source_of(path), _read(job, path, quarantine))
+        if log is not None and not len(taken_rows(log.frame)):
+            log = None
+        is_last = path is None or path is paths[-1]
+        taken = clicks.deliver(job, log, source) if is_last else None if log is None else job.deliver(log, source)
+        if taken is None:
+            if path is not None:
+                yield job.rest(None, source)
             continue
-        taken = job.deliver(log, source)
         if not as_json:
-            typer.echo(_told(taken, path) + (f"; {log.n_aside:,} bad rows set aside" if log.n_aside else ""))
+            name = "clicks" if log is None or path is None else path.name
+            aside = f"; {log.n_aside:,} bad rows set aside" if log is not None and log.n_aside else ""
+            typer.echo(_told(taken, name) + aside)
         yield from job.catch_up(force)
+    clicks.settle(job)
     if again is not None:
         yield job.again(again, force)
 
@@ -173,14 +181,14 @@ def _unused(path: Path) -> Path:
     return path if not path.exists() else next(other for other in numbered if not other.exists())
 
 
-def _told(taken: Taken, path: Path) -> str:
+def _told(taken: Taken, name: str) -> str:
     """What became of the rows of a delivery."""
     if taken.again is not None:
-        return f"{path.name}: the very bytes of batch {taken.again}; nothing is taken again"
+        return f"{name}: the very bytes of batch {taken.again}; nothing is taken again"
     left = [f"{n:,} {what}" for n, what in ((taken.doubled, "doubled"), (taken.known, "known already")) if n]
     late = f", {taken.late:,} of them late" if taken.late else ""
     left_out = f"; left out: {', '.join(left)}" if left else ""
-    return f"{path.name}: {taken.rows:,} rows, {taken.kept:,} new{late}{left_out}"
+    return f"{name}: {taken.rows:,} rows, {taken.kept:,} new{late}{left_out}"
 
 
 def _show(version: Manifest) -> None:

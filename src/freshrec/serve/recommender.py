@@ -133,7 +133,7 @@ class Recommender:
         served = self.served
         ids = ids_of("item_id", items, served.items)
         rows_N = known_rows(ids, served.items)
-        found = similar_items(served.state.model, rows_N, positive(k))
+        found = similar_items(served, rows_N, positive(k))
         similar = served.items.ids(rows_of(found)).alias("similar_id")
         return found.select(ids.gather(found["nth"]), similar, "score", "rank")
 
