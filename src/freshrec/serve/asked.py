@@ -19,12 +19,6 @@ Many = Annotated[int, Field(ge=1, le=MOST_K)]
 Penalty = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 
 
-class Strict(BaseModel):
-    """Nothing unknown is accepted, so that a typo is told."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
 class Asked(BaseModel):
     """A batch of users, and what their lists may hold."""
 
@@ -82,10 +76,13 @@ class Listed(BaseModel):
     fallback: str | None = None  # why some of the items were not chosen by the model, or all
 
 
-class Recommended(Listed):
+class Recommended(BaseModel):
     """A user's list, and the version that made it."""
 
     version: int
+    user_id: int | str
+    items: list[Item]
+    fallback: str | None = None
 
 
 class Batch(BaseModel):
