@@ -45,7 +45,7 @@ def serve(
     made = open_store(store)
     live = Live(made, log)
     live.begin()
-    service = Service(live, Rules(token_of(token_file), rate=rate), lambda user: _erased(store, user))
+    service = Service(live, Rules(token_of(token_file), rate=rate), lambda user: erased(store, user))
     config = uvicorn.Config(
         app_of(service), host, port, access_log=False, log_level="warning", server_header=False,
         timeout_graceful_shutdown=10, limit_concurrency=1000, lifespan="on",
@@ -69,7 +69,7 @@ def token_of(path: Path | None) -> str:
     return token
 
 
-def _erased(store: Path, user: str) -> dict[str, Any]:
+def erased(store: Path, user: str) -> dict[str, Any]:
     """`freshrec erase`, in a process that may learn. StateError where it fails."""
     command = [
         sys.executable,

@@ -65,6 +65,7 @@ class Live:
         self._over.set()
         if self._watch.is_alive():
             self._watch.join()
+        self._journal.end()
 
     def look(self) -> None:
         """Serve what the store points to, if that is not what is served. What cannot be served is told, not served."""

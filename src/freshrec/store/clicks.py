@@ -19,8 +19,9 @@ import zlib
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import polars as pl
 
@@ -51,7 +52,7 @@ class Journal:
 
     def __init__(self, store: Path) -> None:
         self.folder = store / FOLDER
-        self._file: BinaryIO | None = None
+        self._file: FileIO | None = None
         self._path = self.folder
 
     def add(self, clicks: Iterable[Click]) -> None:
@@ -61,38 +62,45 @@ class Journal:
             with self._locked() as file:
                 before = os.fstat(file.fileno()).st_size
                 try:
-                    file.write(lines)
-                    file.flush()
+                    left = memoryview(lines)
+                    while left:
+                        left = left[file.write(left) :]
                     os.fsync(file.fileno())
                 except OSError:
                     os.ftruncate(file.fileno(), before)  # none of them, rather than some
                     raise
         except OSError as why:
-            self._file = None
+            self.end()
             raise StateError(
                 f"the clicks cannot be written ({why.strerror}); none was taken: send them again."
             ) from why
 
+    def end(self) -> None:
+        """Nothing more is written to the file of now."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
     @contextmanager
-    def _locked(self) -> Iterator[BinaryIO]:
+    def _locked(self) -> Iterator[FileIO]:
         """The file to write to, which nobody closes meanwhile; a new one where it was closed."""
         while True:
             file = self._opened()
             fcntl.flock(file, fcntl.LOCK_EX)
             if self._path.exists():
                 break
-            file.close()  # an update has taken it
-            self._file = None
+            self.end()  # an update has taken it
         try:
             yield file
         finally:
-            fcntl.flock(file, fcntl.LOCK_UN)
+            if not file.closed:
+                fcntl.flock(file, fcntl.LOCK_UN)
 
-    def _opened(self) -> BinaryIO:
+    def _opened(self) -> FileIO:
         if self._file is None:
             self.folder.mkdir(exist_ok=True)
             self._path = self.folder / f"{time.time_ns()}-{os.getpid()}{OPEN}"
-            self._file = self._path.open("xb")
+            self._file = self._path.open("xb", buffering=0)
             sync(self.folder)
         return self._file
 
