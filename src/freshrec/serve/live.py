@@ -184,6 +184,7 @@ class Live:
 def loaded(store: Store, about: Manifest, exact: int = EXACT, floor: float = FLOOR) -> Version:
     """A version in memory, with its index, warm and tried. StateError where it is not whole, or answers nonsense."""
     kept = read_served(store.files(about.id), load_to_ask)
+    fits(kept)
     kept = replace(kept, served=kept.served.settled)
     search, how = searching(kept.served, exact, floor)
     kept = replace(kept, served=replace(kept.served, search=search, fresh=Fresh()))
@@ -191,8 +192,8 @@ def loaded(store: Store, about: Manifest, exact: int = EXACT, floor: float = FLO
     return Version(about, kept, how, now())
 
 
-def tried(kept: Kept) -> None:
-    """Ask for some lists. StateError where ids and model do not belong together, or a list is not what it must be."""
+def fits(kept: Kept) -> None:
+    """StateError where ids and model are not of one version."""
     served = kept.served
     state, model = served.state, served.state.model
     n_users, n_items = len(served.users), len(served.items)
@@ -201,6 +202,12 @@ def tried(kept: Kept) -> None:
             f"its model knows {model.n_users:,} users and {model.n_items:,} items, its catalogs {n_users:,} and "
             f"{n_items:,}: they are not of one version."
         )
+
+
+def tried(kept: Kept) -> None:
+    """Ask for some lists. StateError where one is not what it must be."""
+    served = kept.served
+    state, n_items = served.state, len(served.items)
     have_U = (state.recent.offsets_U.diff() > 0).nonzero()[:, 0]
     users_N = torch.cat([torch.zeros(1, dtype=torch.int64), have_U[-TRIED:]])
     lists = best_items(served, users_N, Wanted(10, filter_seen=False))
