@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,3 +85,23 @@ def click(client: TestClient, user: str, item: str, **more: Any) -> Any:
     answer = client.post("/events", json={"events": [{"user_id": user, "item_id": item, **more}]})
     assert answer.status_code == 200, answer.text
     return answer.json()["events"][0]
+
+
+@contextmanager
+def process(folder: Path, *words: str, wait_s: float = 60) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """`freshrec serve` in a process of its own, on a free port: its address, and the process."""
+    command = [sys.executable, "-m", "freshrec.cli", "serve", "--store", str(folder / "s"), "--port", "0", *words]
+    log = (folder / "serve.log").open("a+")
+    since = len((folder / "serve.log").read_text())
+    with log, subprocess.Popen(command, stderr=log, stdout=log, text=True) as running:
+        try:
+            until = time.monotonic() + wait_s
+            said: list[str] = []
+            while not said:
+                assert running.poll() is None and time.monotonic() < until, (folder / "serve.log").read_text()
+                time.sleep(0.05)
+                said = re.findall(r"listening on (http://[\d.:]+)", (folder / "serve.log").read_text()[since:])
+            yield said[0], running
+        finally:
+            running.terminate()
+            running.wait(20)

@@ -15,11 +15,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from freshrec.options import Count, CountOrNone, check_options
 
-OPEN = ("/", "/page.css", "/page.js", "/docs", "/health/live", "/health/ready")  # without a token
+OPEN = ("/", "/page.css", "/page.js", "/docs", "/openapi.json", "/health/live", "/health/ready")  # without a token
 CLIENTS = 10_000  # whose rate is remembered; those seen longest ago are forgotten
 BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+POLICY = b"default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
 HEADERS = [
-    (b"content-security-policy", b"default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"),
+    (b"content-security-policy", POLICY),
     (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"cache-control", b"no-store"),
 ]  # fmt: skip
 
