@@ -126,7 +126,7 @@ def test_an_explanation_names_what_speaks_for_an_item(tmp_path: Path) -> None:
 WRONG: list[tuple[str, str, Any, int, str]] = [
     ("GET", "/recommend/user-1?k=0", None, 422, "greater than or equal to 1"),
     ("GET", "/recommend/user-1?k=501", None, 422, "less than or equal to 500"),
-    ("GET", "/recommend/user-1?category=none", None, 422, "no item has the category"),
+    ("GET", "/recommend/user-1?category=none", None, 404, "no item has this category"),
     ("GET", "/recommend/user-1?diversity=nan", None, 422, "diversity"),
     ("GET", "/recommend/" + "u" * 257, None, 422, "at most 256"),
     ("GET", "/similar/item-none", None, 404, "never occurred"),

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from freshrec.cli_options import StorePath
+from freshrec.cli_options import AsJson, StorePath, print_table
 from freshrec.errors import OptionError, StateError
 
 Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")]
@@ -25,6 +25,8 @@ def serve(
     ] = None,
     rate: Annotated[int, typer.Option(min=0, help="Requests of a client in a second; 0: any number.")] = 500,
     threads: Annotated[int, typer.Option(min=1, help="Of the numerical libraries.")] = 1,
+    exact: Annotated[int, typer.Option(min=0, help="Up to so many items all are scored; above, an index.")] = 50_000,
+    floor: Annotated[float, typer.Option(min=0, max=1, help="The recall@20 that an index must reach.")] = 0.98,
 ) -> None:
     """Answer over HTTP from the live version, and from clicks as they come; follow promotions and rollbacks."""
     try:
@@ -43,7 +45,7 @@ def serve(
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
     made = open_store(store)
-    live = Live(made, log)
+    live = Live(made, log, exact, floor)
     live.begin()
     service = Service(live, Rules(token_of(token_file), rate=rate), lambda user: erased(store, user))
     config = uvicorn.Config(
@@ -54,6 +56,48 @@ def serve(
     with config.bind_socket() as socket:
         log(f"listening on http://{socket.getsockname()[0]}:{socket.getsockname()[1]}")
         server.run([socket])
+
+
+def export(
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new one.")],
+    store: StorePath = Path("store"),
+    version: Annotated[int | None, typer.Option("--version", help="Another one than the live one.")] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Also what makes vectors of histories, as ONNX.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write ids, vectors and an index of a version for other programs: Parquet, npy, faiss, ONNX."""
+    from freshrec.serve import export as exporting
+    from freshrec.serve.live import loaded
+    from freshrec.store.versions import open_store
+
+    made = open_store(store)
+    about = made.manifest(made.live if version is None else version)
+    told = exporting.export(loaded(made, about, exact=sys.maxsize), out, onnx)
+    files = ", ".join(told["files"])
+    typer.echo(json.dumps(told) if as_json else f"version {about.id} in {out}: {files}; about.json says what they are")
+
+
+bench = typer.Typer(no_args_is_help=True, help="Measure on this machine.")
+
+
+@bench.command("serve")
+def bench_serve(
+    store: StorePath = Path("store"),
+    rate: Annotated[float, typer.Option(min=0.1, help="Requests a second, at random moments.")] = 20.0,
+    seconds: Annotated[float, typer.Option(min=1, help="How long.")] = 20.0,
+    k: Annotated[int, typer.Option("--k", "-k", help="Items of a list.")] = 20,
+    exact: Annotated[int, typer.Option(min=0, help="As in `freshrec serve`.")] = 50_000,
+    swap: Annotated[bool, typer.Option("--swap", help="Move the live pointer away and back meanwhile.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Start a server of the store, ask it for lists whether or not it keeps up, and print how it bore that."""
+    from freshrec.serve.bench import measured
+
+    told = measured(store, rate, seconds, k, exact, swap)
+    if as_json:
+        typer.echo(json.dumps(told))
+        return
+    print_table(("", ""), [(name.replace("_", " "), str(value)) for name, value in told.items()])
 
 
 def token_of(path: Path | None) -> str:

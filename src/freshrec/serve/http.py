@@ -35,7 +35,7 @@ T = TypeVar("T")
 PAGE = Path(__file__).parent / "page"
 LATEST_S = 2 * 86_400  # how far in the future an event may be: time zones
 EARLIEST = datetime(1980, 1, 1, tzinfo=UTC)
-STATUS = {LogError: 422, OptionError: 422, IncompatibleError: 409, BusyError: 409, StateError: 409}
+STATUS = {LogError: 422, OptionError: 409, IncompatibleError: 409, BusyError: 409, StateError: 409}
 SAID: dict[int | str, dict[str, Any]] = {
     code: {"model": asked.Said, "description": why}
     for code, why in {
@@ -131,7 +131,7 @@ def _errors(app: FastAPI) -> None:
 
 
 def _lists(app: FastAPI, service: Service) -> None:
-    @app.get("/recommend/{user:path}", tags=["lists"])
+    @app.get("/recommend/{user:path}", tags=["lists"], responses={404: SAID[404]})
     async def recommend(
         user: User, k: K = 10, exclude_seen: bool = True, allow: Some = None, deny: Some = None,
         category: Annotated[asked.Text | None, Query()] = None,
@@ -143,16 +143,18 @@ def _lists(app: FastAPI, service: Service) -> None:
             deny=[*(deny or [])], category=category, diversity=diversity,
         )  # fmt: skip
         version = service.version
+        _must_be_category(version, category)
         [found] = await service.run(lambda: answers.recommend(version, by))
         service.fell_back([found])
         return asked.Recommended(
             version=version.number, user_id=user, items=found.items, fallback=found.fallback
         )  # fmt: skip
 
-    @app.post("/recommend", tags=["lists"])
+    @app.post("/recommend", tags=["lists"], responses={404: SAID[404]})
     async def recommend_many(by: asked.Asked) -> asked.Batch:
         """The best items of several users, all from one version."""
         version = service.version
+        _must_be_category(version, by.category)
         found = await service.run(lambda: answers.recommend(version, by))
         service.fell_back(found)
         return asked.Batch(version=version.number, lists=found)
@@ -364,6 +366,11 @@ def _click(one: asked.Happened, version: Version) -> Click:
 def _must_know(catalog: Any, name: str, given: str) -> None:
     if not int(catalog.rows(ids_of(name, given, catalog))):
         raise HTTPException(404, f"this {name} has never occurred in an event; ask for one that has.")
+
+
+def _must_be_category(version: Version, category: str | None) -> None:
+    if category is not None and not (version.served.categories["category"] == category).any():
+        raise HTTPException(404, "no item has this category; ask for one that the log has.")
 
 
 def _only_with_token(service: Service, request: Request) -> None:
