@@ -50,7 +50,7 @@ def serve(
     service = Service(live, Rules(token_of(token_file), rate=rate), lambda user: erased(store, user))
     config = uvicorn.Config(
         app_of(service), host, port, access_log=False, log_level="warning", server_header=False,
-        timeout_graceful_shutdown=10, limit_concurrency=1000, lifespan="on",
+        timeout_graceful_shutdown=10, timeout_keep_alive=75, limit_concurrency=1000, lifespan="on",
     )  # fmt: skip
     server = uvicorn.Server(config)
     with config.bind_socket() as socket:
