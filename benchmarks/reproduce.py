@@ -27,11 +27,12 @@ def reproduce(
     recipe: Annotated[Path, typer.Argument(help="recipes/NAME.toml")],
     data: Annotated[str, typer.Option(help="The folder of the logs.")] = ".",
     jobs: int = 1,
+    device: Annotated[str, typer.Option(help="Where models train: cpu, cuda.")] = "cpu",
     results: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/results"),
 ) -> None:
     """Replay the recipe, or go on with it, and write what the results page needs."""
     out = Path("runs") / recipe.stem
-    replay(recipe_file=recipe, data=data, out=out, jobs=jobs, resume=True)
+    replay(recipe_file=recipe, data=data, out=out, jobs=jobs, device=device, resume=True)
     results.mkdir(parents=True, exist_ok=True)
     (results / f"{recipe.stem}.json").write_text(_lines(summary(recipe, out)) + "\n")
 

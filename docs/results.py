@@ -67,6 +67,7 @@ PUBLISHED = {  # ADER's poster, mean of 16 cycles, %
     },
 }  # fmt: skip
 EQUAL = {"users": "a span's users", "targets": "a span's targets", "pooled": "all targets"}
+FORGETTING = "forgetting ndcg@20"
 OURS = {"ndcg@20", "hr@20"}  # recipes that measure both are compared with each other; others follow a paper's protocol
 
 
@@ -132,6 +133,7 @@ def results_page(root: Path) -> str:
     parts += _claims([r for r in found if set(r["resolved"]["replay"]["models"]) & set(TRAINED)])
     bench = (root / "benchmarks/results/bench.jsonl").read_text().strip()
     parts += ["", "## The blend", "", *_blend([r for r in found if r["recipe"] in WITH_EXPERTS])]
+    parts += _strategies([r for r in found if r["recipe"].startswith("strategies-")])
     parts += ["", "## Benchmarks", "", "`make bench`, one thread:", "", "```json", bench, "```"]
     for result in found:
         parts += ["", f"## {result['recipe']}", "", *_about(result), "", *_table(result)]
@@ -206,6 +208,40 @@ def _blend(found: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _strategies(found: list[dict[str, Any]]) -> list[str]:
+    """Every strategy on the models of each log: quality by model, mean rank, and mean costs."""
+    lines = [
+        "",
+        "## Every strategy",
+        "",
+        "ndcg@20 in %; + and -: above or below fine-tuning of the same model beyond chance (corrected for all pairs of",
+        "methods of the log). *Rank*: among the strategies of a model, mean over models. CPU seconds per update, MB at",
+        "the peak and forgetting (positive: forgotten) are means over models too.",
+    ]
+    for result in found:
+        at, models = _means(result), result["resolved"]["replay"]["models"]
+        strategies = sorted({s for m, s, metric in at if m == models[0] and metric == "ndcg@20"})
+        order = {m: sorted(strategies, key=lambda s, m=m: -at[m, s, "ndcg@20"]["value"]) for m in models}  # type: ignore[misc]
+        ranks = {s: sum(order[m].index(s) + 1 for m in models) / len(models) for s in strategies}
+        names = ["strategy", "rank", *models, "CPU-s", "peak MB", "forgetting"]
+        lines += ["", f"**{result['recipe']}**", "", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+        for strategy in sorted(strategies, key=lambda s: (ranks[s], s)):
+            marks = [_mark(result["tests"], (m, strategy), (m, "finetune")) for m in models]
+            cells = [strategy.partition(":")[0], f"{ranks[strategy]:.1f}"]
+            cells += [f"{100 * at[m, strategy, 'ndcg@20']['value']:.2f}{mark}" for m, mark in zip(models, marks)]
+            for metric, scale, form in (("update_cpu_s", 1, ".1f"), ("peak_mb", 1, ".0f"), (FORGETTING, 100, "+.2f")):
+                known = [scale * at[m, strategy, metric]["value"] for m in models if (m, strategy, metric) in at]
+                cells.append(format(sum(known) / len(known), form) if known else "")
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines if found else []
+
+
+def _mark(tests: dict[str, list[Any]], a: tuple[str, str], b: tuple[str, str]) -> str:
+    """ "+" where a is above b beyond chance, "-" where it is below, else nothing."""
+    difference = _difference(tests, a, b)
+    return difference[2] if difference.startswith("**") else ""
+
+
 def _best_full(result: dict[str, Any]) -> str:
     """The model whose full retrain has the highest ndcg@20, in the same numbers that are then tested."""
     at = {key: row["value"] for key, row in _means(result).items() if key[1:] == ("full", "ndcg@20")}
@@ -263,7 +299,7 @@ def _table(result: dict[str, Any]) -> list[str]:
     for model, strategy in sorted(methods, key=lambda method: (-at[(*method, "ndcg@20")]["value"], method)):
         row = at[model, strategy, "ndcg@20"]
         stored = at.get((f"{model}@stored", strategy, "ndcg@20"))
-        lost, k = at.get((model, strategy, "forgetting ndcg@20")), at.get((model, strategy, "mean_k"))
+        lost, k = at.get((model, strategy, FORGETTING)), at.get((model, strategy, "mean_k"))
         cells = [
             model,
             strategy,

@@ -52,7 +52,7 @@ def test_integer_ids_stay_integers_whatever_their_width() -> None:
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        (pl.Series("user_id", [1, 2]), "'user_id' are Int64, but earlier ones are String"),
+        (pl.Series("user_id", [1, 2]), "user_id holds whole numbers, and earlier ones are text"),
         (pl.Series("user_id", [0.5]), "'user_id' are Float64; make them integers or strings"),
         (pl.Series("user_id", ["a", None]), "1 of the ids in 'user_id' are null"),
     ],

@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 
 from freshrec.cli import KINDS, main, options_of
+from freshrec.cli_options import print_json
 from freshrec.cli_replay import resolved
 from freshrec.data.worlds import make
 from freshrec.models import MODELS, find_model
@@ -65,7 +66,8 @@ def test_deliveries_before_one_that_cannot_be_read_are_learnt_and_told(
     why = ["--force", "--reason", "a test"]
     assert main(["update", new, str(tmp_path / "bad.csv"), "--store", at, "--json", *why]) == 3
     out, err = capsys.readouterr()
-    assert [version["id"] for version in json.loads(out)] == [2] and "bad.csv" in err
+    version, ended = json.loads(out)
+    assert version["id"] == 2 and ended["exit_code"] == 3 and "bad.csv" in ended["error"] and ended["error"] in err
     assert json.loads(answer(capsys, "status", "--store", at, "--json"))["live"] == 2
 
 
@@ -173,6 +175,7 @@ FAILS = [
     (["fit", "OUT", "--store", "NEW"], 3, "OUT"),
     (["fit", "LOG", "--store", "FULL", *COLUMNS], 2, "holds something already"),
     (["update", "LOG", "--store", "OUT"], 7, "there is no store in"),
+    (["fit", "LOG", "--store", "s3://bucket/shop", *COLUMNS], 2, "is a URL, and a store lies in a folder"),
     (["recommend", "3", "--store", "OUT"], 7, "there is no store in"),
     (["replay", "LOG", "--world", "drift", "--out", "OUT"], 2, "both"),
     (["list", "world"], 2, 'did you mean "worlds"?'),
@@ -193,6 +196,60 @@ def test_a_mistake_is_one_line_and_an_exit_code(
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert told in err
+    code = main([*(logs[0] if argument == "LOG" else argument for argument in arguments), "--json"])
+    assert json.loads(capsys.readouterr().out)["exit_code"] == code
+
+
+def test_ids_are_printed_whole_and_as_they_are_however_narrow_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    pl.DataFrame(
+        {"user_id": [44008, 44008, 7], "item_id": ["x" * 90, "y", "y"], "timestamp": [1e9, 1e9 + 1, 1e9 + 2]}
+    ).write_parquet(tmp_path / "log.parquet")
+    at = ["--store", str(tmp_path / "at")]
+    answer(capsys, "fit", str(tmp_path / "log.parquet"), *at, "--model", "popularity")
+    assert " 44008 " in answer(capsys, "inspect", "user", "44008", *at)
+    assert answer(capsys, "recommend", "7", *at).count("x") == 90
+    made = json.loads(answer(capsys, "status", "--json", *at))["made_at"]
+    assert made in "".join(answer(capsys, "status", *at).split()) and "…" not in answer(capsys, "history", *at)
+
+
+def test_numbers_that_json_does_not_know_are_null(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"a": [float("nan"), 1.5], "b": float("inf")})
+    assert capsys.readouterr().out == '{"a": [null, 1.5], "b": null}\n'
+
+
+def test_a_delivery_may_have_other_columns_and_what_it_is_can_be_seen_before(
+    logs: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log, new, at = *logs, str(tmp_path / "at")
+    answer(capsys, "fit", log, "--store", at, "--model", "popularity", *COLUMNS)
+    pl.read_csv(new).rename({"who": "customer"}).write_csv(tmp_path / "other.csv")
+    other = str(tmp_path / "other.csv")
+    assert main(["update", other, "--store", at]) == 3
+    assert 'other.csv has no column "who" for user_id' in capsys.readouterr().err
+    seen = json.loads(
+        answer(capsys, "update", other, "--store", at, "--dry-run", "--json", "--columns", "user_id=customer")
+    )
+    assert [(one["file"], one["day"]["n_rows"]) for one in seen] == [("other.csv", 1000)]
+    assert "other.csv: 1,000 rows" in answer(
+        capsys, "update", other, "--store", at, "--dry-run", "--columns", "user_id=customer"
+    )
+    assert main(["update", other, "--store", at, "--columns", "user_id=customer", "--force", "--reason", "a test"]) == 0
+    assert "1,000 new" in capsys.readouterr().out
+
+
+def test_the_same_file_after_a_rollback_says_how_to_take_it_again(
+    logs: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log, new, at = *logs, ["--store", str(tmp_path / "at")]
+    answer(capsys, "fit", log, *at, "--model", "popularity", *COLUMNS)
+    assert main(["update", new, *at, "--force", "--reason", "a test"]) == 0
+    answer(capsys, "rollback", *at)
+    assert "update --again 2" in answer(capsys, "update", new, *at)
+    assert "there was nothing to erase" in answer(capsys, "erase", "999999", *at)
+    assert "nothing" in answer(capsys, "gc", *at)
 
 
 REPLAY = ("replay", "--models", "mf:d=4", "--strategies", "finetune:fit.base_epochs=1:fit.epochs=1", "--plan", *COLUMNS)

@@ -1,13 +1,59 @@
 """The documentation says what is there: short README, true file map, no link or path that leads nowhere."""
 
 import re
+import shlex
 from pathlib import Path
+from typing import Any
 
+import polars as pl
 import pytest
+
+from freshrec.cli import main
+from freshrec.data.worlds import make
+from freshrec.errors import FreshrecError
+from freshrec.serve.recommender import Recommender
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 OUTSIDE = ("../shared/", "http://", "https://", "#", "mailto:")
+
+
+@pytest.fixture
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that holds the logs of which the README speaks, in which we are."""
+    log = make("drift", users=100, items=60, events=3000).log.frame
+    log = log.select(user_id=pl.format("u{}", "user_id"), item_id=pl.format("i{}", "item_id"), timestamp="time")
+    log[:2600].write_parquet(tmp_path / "events.parquet")
+    log[2600:].write_parquet(tmp_path / "last-night.parquet")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_python_of_the_readme_runs(shop: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    [code] = [block for block in blocks if "import" in block]
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), names)  # noqa: S102
+    best = names["recommender"].recommend(["u42"], k=10)
+    assert len(best) == 10 and Recommender.load("mine").recommend(["u42"], k=10).equals(best)
+
+
+def test_the_commands_of_the_readme_that_keep_a_store_run(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = re.findall(
+        r"^\.venv/bin/freshrec (.*--store shop.*|validate .*)$", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    commands = [shlex.split(line, comments=True) for line in lines]
+    assert {command[0] for command in commands} == {"validate", "fit", "update", "recommend", "rollback"}
+    for command in commands:
+        assert main(command) == 0, capsys.readouterr()
+
+
+def test_every_exit_code_is_documented() -> None:
+    kinds, page = [FreshrecError], (ROOT / "docs" / "operations.md").read_text()
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    codes = {0, 130, *(kind.exit_code for kind in kinds)}
+    assert codes == {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
 
 
 def page_id(page: Path) -> str:

@@ -1,5 +1,6 @@
 """Routing and self-attention by hand; what padding, the future, and other users in a batch must not change."""
 
+import inspect
 import math
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from freshrec.models import MODELS
 from freshrec.models.interests import InterestNet, InterestSpec, Routing, SelfAttention, Start
 from freshrec.models.layers import squash
 from freshrec.models.sasrec import SASRec, SASRecSpec
-from freshrec.types import Batch, InterestModel, TrainedModel, VectorModel
+from freshrec.types import Batch, ClickModel, EncodingModel, InterestModel, TrainedModel, VectorModel
 
 TRAINED = [name for name, spec in MODELS.items() if isinstance(spec.build(0), TrainedModel)]
 VECTORS = [name for name in TRAINED if name not in ("embedding-mlp", "mf-biased")]  # whose score is an inner product
@@ -242,3 +243,19 @@ def test_a_newcomer_starts_with_distinct_directions_of_norm_below_one() -> None:
     assert (starts_KD.norm(dim=1) < 1).all() and (starts_KD.norm(dim=1) > 0.9).all()
     cosines_KK = torch.nn.functional.normalize(starts_KD) @ torch.nn.functional.normalize(starts_KD).t()
     assert (cosines_KK - torch.eye(12)).abs().max() < 0.6  # 4.8 standard deviations of a cosine at d = 64
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_a_protocol_asks_for_is_found_without_asking_the_instance(name: str) -> None:
+    # as isinstance does from Python 3.12 on: it does not see the parts of a Module, which answers for them itself
+    model = MODELS[name].build(0)
+    for protocol in (TrainedModel, ClickModel, VectorModel, EncodingModel, InterestModel):
+        if isinstance(model, protocol):
+            asked = {x for kind in protocol.__mro__ if kind.__module__ == "freshrec.types" for x in members(kind)}
+            for member in asked:
+                inspect.getattr_static(model, member)
+
+
+def members(protocol: type) -> set[str]:
+    """The names that a protocol declares itself."""
+    return {x for x in (*vars(protocol), *inspect.get_annotations(protocol)) if not x.startswith("_")}

@@ -17,8 +17,11 @@ from freshrec.replay.replay import Cell, Settings, replay_cell
 from freshrec.replay.results import collect
 from freshrec.serve import recommender as recommender_module
 from freshrec.serve.contents import Contents
+from freshrec.serve.explain import by_vectors
 from freshrec.serve.recommender import Recommender
+from freshrec.store.versions import open_store
 from freshrec.strategies.plain import FineTune
+from freshrec.types import Batch
 
 NOON = 1_767_268_800  # 2026-01-01, in seconds
 # Counts: a 3, b 2, c 1. The popularity shown to strangers halves with every event here (a sixth of six): a has
@@ -236,10 +239,45 @@ def test_what_was_saved_before_there_were_stores_is_read_and_saved_as_one(tmp_pa
     recommender.save(tmp_path / "new")
     again = Recommender.load(tmp_path / "new").update(events("u1 c"))
     assert again.recommend(["u1"]).equals(fitted.update(events("u1 c")).recommend(["u1"]))
+    with pytest.raises(StateError, match=r"before there were stores; .*Recommender.load\(folder\).save"):
+        open_store(older)
     for text in ("{", '{"format": 9, "part": 1, "model": "", "strategy": ""}', "[]"):
         (tmp_path / "recommender.json").write_text(text)
         with pytest.raises(StateError, match="fit again"):
             Recommender.load(tmp_path)
+
+
+def test_of_several_interests_each_says_what_it_has_for_an_item_and_which_past_event_it_is_of() -> None:
+    class Fake:
+        """Items 1 and 2 lie in one direction, 3 and 4 in another; a user has an interest in each, and one that died."""
+
+        n_items = 4
+
+        def user_vectors(self, batch: Batch) -> torch.Tensor:
+            return torch.tensor([[[2.0, 0.0], [0.0, 1.0], [9.0, 9.0]]])
+
+        def item_vectors(self) -> torch.Tensor:
+            return torch.tensor([[0.0, 0.0], [1.0, 0.1], [3.0, 0.3], [0.1, 2.0], [0.5, 0.6]])
+
+    alive_BK = torch.tensor([[True, True, False]])
+    batch = Batch(torch.tensor([1]), torch.tensor([[0, 3, 1]]), alive_BK=alive_BK)
+    first, second = by_vectors(Fake(), batch, 2)  # type: ignore[arg-type]
+    # 2 * 3.0, more than of any other item; 1 * 0.3, less than 2.0 of item 3 and 0.6 of item 4
+    assert (first.source, first.place, first.points, first.because) == ("interest 1 of 2", 1, 6.0, 1)
+    assert (second.source, second.place, second.because) == ("interest 2 of 2", 3, 3)
+    assert second.points == pytest.approx(0.3)
+    # item 4 lies between: the larger inner product comes first, by 2 * 0.5 against 1 * 0.6
+    assert [reason.source for reason in by_vectors(Fake(), batch, 4)] == ["interest 1 of 2", "interest 2 of 2"]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("model", ["comirec-dr:d=16:k=3", "sasrec:d=16", "mf:d=16", "item-knn"])
+def test_what_explains_an_item_adds_up_to_its_score(model: str) -> None:
+    recommender = Recommender(model, None if model == "item-knn" else FAST).fit(days()[0])
+    for user, item, score, *_ in recommender.recommend(days()[0]["user_id"][:3].to_list(), k=2).iter_rows():
+        reasons = recommender.explain(user, item)
+        assert reasons["points"][0] == pytest.approx(score, rel=1e-5)
+        mine = recommender.served.items.rows(reasons["because"].drop_nulls())
+        assert bool((mine > 0).all()) and len(mine)
 
 
 def test_similar_items_of_a_pair_counter_are_those_it_was_seen_with() -> None:
@@ -285,6 +323,7 @@ ERRORS = [
     (lambda r: Recommender("poplarity"), OptionError, 'did you mean "popularity"'),
     (lambda r: Recommender("popularity", "finetune"), IncompatibleError, "only strategy is absorb"),
     (lambda r: r.recommend("u1", k=0), OptionError, "k is 0"),
+    (lambda r: r.recommend("u1", k="3"), OptionError, "k is 3; ask for a whole number"),
     (lambda r: r.recommend("u1", diversity=-1.0), OptionError, "diversity .* must be at least 0"),
     (lambda r: r.recommend("u1", diversity=0.5), OptionError, "diversity needs categories, .* leave it at 0"),
     (lambda r: r.recommend(["u1", 2]), LogError, "mixes numbers and text"),

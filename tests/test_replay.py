@@ -34,7 +34,7 @@ from freshrec.replay.replay import Cell, Settings, check, replay_cell
 from freshrec.replay.results import OVERALL, collect
 from freshrec.replay.run import run
 from freshrec.report.board import Board
-from freshrec.strategies import find_strategy
+from freshrec.strategies import STRATEGIES, find_strategy
 from freshrec.strategies.plain import Absorb
 from freshrec.types import DUE, NEVER, NEXT, NOW, TEST, TRAIN, Events, Histories, Span, State
 
@@ -63,7 +63,20 @@ CELLS = [
     cell_of(*names)
     for names in (("item-knn", "absorb"), ("sasrec", "finetune"), ("comirec-dr", "imsr"), ("comirec-dr", "full"))
 ]
-each_cell = pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.strategy.partition(":")[0])
+QUICK = {"sml", "asmg", "ader", "spmf"}  # what keeps networks, models, exemplars or a reservoir between spans
+OTHERS = [cell_of("comirec-dr", name) for name in STRATEGIES if name not in ("absorb", "refit", "imsr", "full")]
+
+
+def name_of(cell: Cell) -> str:
+    return cell.strategy.partition(":")[0]
+
+
+each_cell = pytest.mark.parametrize("cell", CELLS, ids=name_of)
+each_strategy = pytest.mark.parametrize(
+    "cell",
+    [*CELLS, *(pytest.param(cell, marks=[] if name_of(cell) in QUICK else pytest.mark.slow) for cell in OTHERS)],
+    ids=name_of,
+)
 
 
 def written(cell: Cell, out: Path) -> dict[str, Any]:
@@ -80,7 +93,7 @@ def ranks_of(cell: Cell, out: Path, span: int) -> pl.DataFrame:
     return pl.read_parquet(out / cell.name / f"span-{span}.parquet")
 
 
-@each_cell
+@each_strategy
 def test_what_comes_after_a_span_changes_no_rank_up_to_it(cell: Cell, tmp_path: Path) -> None:
     clean = world()
     whole = cut_of(clean)
@@ -94,10 +107,18 @@ def test_what_comes_after_a_span_changes_no_rank_up_to_it(cell: Cell, tmp_path: 
     assert same == [True, True, False]  # the garbage did reach the replay, in span 3
 
 
-@pytest.mark.parametrize("tune", [False, True], ids=["as given", "tuned"])
+@each_strategy
+def test_a_cell_that_stops_after_a_span_resumes_as_if_it_had_not(cell: Cell, tmp_path: Path) -> None:
+    parts = cut_of(world())
+    assert list(replay_cell(cell, parts, Settings(), tmp_path / "whole")) == [0, 1, 2, 3]
+    assert list(islice(replay_cell(cell, parts, Settings(), tmp_path / "parts"), 2)) == [0, 1]
+    assert list(replay_cell(cell, parts, Settings(), tmp_path / "parts")) == [2, 3]
+    assert written(cell, tmp_path / "parts") == written(cell, tmp_path / "whole")
+
+
 @each_cell
-def test_a_cell_that_stops_after_a_span_resumes_as_if_it_had_not(cell: Cell, tune: bool, tmp_path: Path) -> None:
-    parts, settings = cut_of(world()), Settings(tune=tune)
+def test_a_cell_that_is_tuned_resumes_as_if_it_had_not_stopped(cell: Cell, tmp_path: Path) -> None:
+    parts, settings = cut_of(world()), Settings(tune=True)
     assert list(replay_cell(cell, parts, settings, tmp_path / "whole")) == [0, 1, 2, 3]
     assert list(islice(replay_cell(cell, parts, settings, tmp_path / "parts"), 3)) == [0, 1, 2]
     assert list(replay_cell(cell, parts, settings, tmp_path / "parts")) == [3]

@@ -92,10 +92,17 @@ def test_every_changed_byte_is_noticed_and_the_last_good_version_is_named(store:
 
 def test_a_damaged_pointer_is_told_and_set_anew_by_promoting(store: Store) -> None:
     (store.folder / "live.json").write_text('{"checksum": "", "content": []}')
-    with pytest.raises(StateError, match="changed by something else"):
+    with pytest.raises(StateError, match="changed by something else .* point anew with `freshrec promote N`"):
         _ = store.live
     store.point(2, "promote", "the pointer was damaged")
     assert store.live == 2 and store.moves()[-1].reason == "the pointer was damaged"
+    assert [move.to for move in store.moves()] == [1, 2, 3, 2]  # so nobody takes 3 for one whose maker died
+
+
+def test_a_damaged_manifest_among_the_parents_names_where_to_go_back_to(store: Store) -> None:
+    (store.folder / "versions" / "2" / "manifest.json").write_text("{")
+    with pytest.raises(StateError, match=r"comes from is not known: .*2/manifest.json .* rollback 1 --reason"):
+        versions.chain_of(store)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +186,13 @@ def test_old_and_refused_versions_give_up_their_files_but_not_their_history(stor
         store.files(2)
     assert not (store.folder / "versions" / "2" / "a").exists()
     assert collect(store, keep=2) == []
+    store.point(5, "promote")
+    assert collect(store, keep=1) == [1] and store.files(3)  # one stays to go back to
+
+
+def test_what_cannot_be_read_is_not_given_up(store: Store) -> None:
+    (store.folder / "versions" / "1" / "manifest.json").write_text("{")
+    assert collect(store, keep=1) == [] and (store.folder / "versions" / "1" / "a").exists()
 
 
 def test_a_full_disk_is_told_and_changes_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,6 +227,13 @@ def test_a_manifest_that_points_elsewhere_is_not_believed(path: str, store: Stor
     whole["files"]["a"]["path"] = path
     versions.write_signed(whole, store.folder / "versions" / "3" / "manifest.json")
     with pytest.raises(StateError, match="is no manifest"):
+        store.files(3)
+
+
+def test_a_version_of_a_later_format_is_left_to_a_later_freshrec(store: Store) -> None:
+    path = store.folder / "versions" / "3" / "manifest.json"
+    versions.write_signed(store.manifest(3).model_dump() | {"format": 2, "shards": []}, path)
+    with pytest.raises(StateError, match=r"does not know; upgrade freshrec"):
         store.files(3)
 
 

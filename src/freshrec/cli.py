@@ -14,13 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from freshrec import cli_ask, cli_serve, cli_store
-from freshrec.cli_options import AsJson, Columns, EventTypes, FormatName, LogPath, Quarantine, pairs, words
+from freshrec.cli_options import AsJson, Columns, EventTypes, FormatName, LogPath, Quarantine, pairs, print_json, words
 from freshrec.cli_replay import demo, replay
 from freshrec.data.formats import FORMATS
 from freshrec.data.log import read_log
 from freshrec.data.validate import Report
 from freshrec.data.validate import validate as report_of
-from freshrec.errors import FreshrecError, unknown
+from freshrec.errors import FreshrecError, OptionError, StateError, unknown
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -150,20 +150,36 @@ def _print_report(report: Report, name: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code. What is raised on purpose becomes one line on stderr, for all commands."""
+    """Run a command; the exit code. What is raised on purpose becomes one line on stderr, for all commands.
+
+    With --json, stdout holds one piece of JSON in any case: where nothing else was to be told, the error.
+    """
+    as_json = "--json" in (sys.argv[1:] if arguments is None else arguments)
     try:
         app(args=arguments, prog_name="freshrec")
     except FreshrecError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return error.exit_code
+        return _failed(str(error), error.exit_code, as_json, error.answer)
+    except OSError as problem:
+        where, why = problem.filename or "a file", problem.strerror or str(problem)
+        mend = "see that it is there, that it may be used, and that the disk has room"
+        return _failed(f"{where} cannot be read or written ({why}); {mend}.", StateError.exit_code, as_json)
     except SystemExit as stop:
         if stop.code == 130:
-            print("interrupted", file=sys.stderr)  # noqa: T201
+            return _failed("", 130, as_json)
+        if stop.code == OptionError.exit_code and as_json:
+            print_json({"error": "there is no such command, option or value; see --help.", "exit_code": stop.code})
         return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)  # noqa: T201
-        return 130
+        return _failed("", 130, as_json)
     return 0
+
+
+def _failed(why: str, code: int, as_json: bool, answer: Any = None) -> int:
+    """Say why a command ended early; its exit code."""
+    print(f"error: {why}" if why else "interrupted", file=sys.stderr)  # noqa: T201
+    if as_json:
+        print_json({"error": why or "interrupted", "exit_code": code} if answer is None else answer)
+    return code
 
 
 if __name__ == "__main__":

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from freshrec.cli_options import AsJson, StorePath, print_table, words
+from freshrec.cli_options import AsJson, StoreOption, StorePath, print_json, print_table, words
 from freshrec.errors import StateError
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ def explain(
     version: Version = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print why a user is offered an item: which experts put it there, and by which past event."""
+    """Print why a user is offered an item: which expert or interest put it there, and which past event."""
     from freshrec.serve.recommender import Recommender
 
     found = Recommender.of(_contents(store, version)).explain(user, item)
@@ -91,7 +90,7 @@ def inspect(
     contents = _contents(store, version)
     found = tell.user(contents, name) if kind == "user" else tell.item(contents, name)
     if as_json:
-        typer.echo(json.dumps(found))
+        print_json(found)
         return
     events, interests = found.pop("events", []), found.pop("interests", [])
     _print_facts(found)
@@ -109,13 +108,13 @@ def status(store: StorePath = Path("store"), as_json: AsJson = False) -> None:
 
     found = tell.status(open_store(store))
     if as_json:
-        typer.echo(json.dumps(found))
+        print_json(found)
         return
     numbers, notes = found.pop("numbers"), found.pop("notes")
     _print_facts(found | found.pop("plan"))
     for note in notes:
         typer.echo(f" note: {note}")
-    _print_facts({name: f"{value:.4g}" for name, value in numbers.items()})
+    _print_facts(numbers)
 
 
 def diff(
@@ -130,29 +129,32 @@ def diff(
 
     found = tell.difference(open_store(store), first, second)
     if as_json:
-        typer.echo(json.dumps(found))
+        print_json(found)
         return
     pairs = {**found["sizes"], **found["numbers"], **found["recipe"]}
-    print_table(("", f"version {first}", f"version {second}"), [(name, *_both(pair)) for name, pair in pairs.items()])
+    print_table(
+        ("", f"version {first}", f"version {second}"), [(name, *map(_plain, pair)) for name, pair in pairs.items()]
+    )
     typer.echo(f"of the best {found['list']} items of {found['users']} users, {found['shared']:.0%} are the same")
 
 
-def doctor(
-    store: Annotated[Path | None, typer.Option("--store", metavar="DIR")] = None, as_json: AsJson = False
-) -> None:
+def doctor(store: Annotated[Path | None, StoreOption] = None, as_json: AsJson = False) -> None:
     """Check the installation, and every file of a store."""
     from freshrec.nightly import tell
     from freshrec.store.versions import open_store
 
     found = tell.checkup(None if store is None else open_store(store))
-    if as_json:
-        typer.echo(json.dumps([{"ok": ok, "what": what} for ok, what in found]))
-    else:
+    told = [{"ok": ok, "what": what} for ok, what in found]
+    if not as_json:
         for ok, what in found:
             typer.echo(f"{'ok   ' if ok else 'WRONG'}  {what}")
     wrong = [what for ok, what in found if not ok]
     if wrong:
-        raise StateError(f"{len(wrong)} of {len(found)} checks failed, the first: {wrong[0]}")
+        error = StateError(f"{len(wrong)} of {len(found)} checks failed, the first: {wrong[0]}")
+        error.answer = told
+        raise error
+    if as_json:
+        print_json(told)
 
 
 def _contents(folder: Path, number: int | None) -> Contents:
@@ -166,20 +168,23 @@ def _contents(folder: Path, number: int | None) -> Contents:
 
 def _print(found: pl.DataFrame, names: tuple[str, ...], rows: list[tuple[Any, ...]], as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(found.to_dicts()))
+        print_json(found.to_dicts())
     else:
         print_table(names, rows)
 
 
 def _print_facts(facts: dict[str, Any]) -> None:
-    print_table(("", ""), [(name.replace("_", " "), _plain(value)) for name, value in facts.items()])
+    """What is None is not known, and left out; an id is no quantity."""
+    given = {name: value for name, value in facts.items() if value is not None}
+    shown = {name: str(value) if name.endswith("_id") else _plain(value) for name, value in given.items()}
+    print_table(("", ""), [(name.replace("_", " "), value) for name, value in shown.items()])
 
 
 def _plain(value: Any) -> str:
+    if value is None:
+        return ""
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _both(pair: list[Any]) -> tuple[str, ...]:
-    return tuple(f"{value:.4g}" if isinstance(value, float) else _plain(value) for value in pair)
+    if isinstance(value, float) and not value.is_integer():
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if isinstance(value, int | float) else str(value)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +23,17 @@ Columns = Annotated[str, typer.Option(help=f"Our names and yours, as in user_id=
 FormatName = Annotated[str | None, typer.Option("--format", help=f"A public format: {', '.join(FORMATS)}.")]
 EventTypes = Annotated[str, typer.Option(help="The event types to keep, as in pv,buy; all unless given.")]
 Quarantine = Annotated[Path | None, typer.Option(help="Set bad rows aside in this .parquet or .csv file, and go on.")]
-StorePath = Annotated[Path, typer.Option("--store", metavar="DIR", help="The folder of versions that `fit` makes.")]
+
+
+def local(path: Path | None) -> Path | None:
+    """OptionError where it is a URL: what a store promises rests on renaming, locks and fsync."""
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(path)):
+        raise OptionError(f"{path} is a URL, and a store lies in a folder of this machine; copy whole versions there.")
+    return path
+
+
+StoreOption = typer.Option("--store", metavar="DIR", callback=local, help="The folder of versions that `fit` makes.")
+StorePath = Annotated[Path, StoreOption]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -49,8 +62,26 @@ def seconds(text: str) -> int:
 
 
 def print_table(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Rows under their names; what is None stays empty. Ids are printed as they are, whatever they look like."""
-    table = Table(*names, box=None)
+    """Rows under their names; what is None stays empty.
+
+    Ids are printed as they are, whatever they look like, and whole, however narrow the terminal.
+    """
+    table = Table(box=None)
+    for name in names:
+        table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
     Console(highlight=False).print(table)
+
+
+def print_json(found: Any) -> None:
+    """One line of JSON, in which a number that JSON does not know, such as infinity, is null."""
+    typer.echo(json.dumps(_known_to_json(found)))
+
+
+def _known_to_json(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {name: _known_to_json(child) for name, child in node.items()}
+    if isinstance(node, list | tuple):
+        return [_known_to_json(child) for child in node]
+    return None if isinstance(node, float) and not isfinite(node) else node

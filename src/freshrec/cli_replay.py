@@ -63,6 +63,7 @@ def replay(
     tune: Annotated[bool | None, typer.Option("--tune/--no-tune", help="Choose knobs on the span before.")] = None,
     out: Annotated[Path, typer.Option(help="Where results go.")] = Path("runs/replay"),
     jobs: Annotated[int, typer.Option(help="Processes, one thread each.")] = 1,
+    device: Annotated[str, typer.Option(help="Where models train: cpu, cuda.")] = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in --out.")] = False,
     plan_only: Annotated[bool, typer.Option("--plan", help="Print spans and estimated time, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the path and a summary as JSON.")] = False,
@@ -87,7 +88,7 @@ def replay(
     if plan_only:
         _plan(recipe)
     else:
-        _run(recipe, out, jobs, resume, as_json)
+        _run(recipe, out, jobs, device, resume, as_json)
 
 
 def _maybe(parse: Callable[[str], Any], text: str | None) -> Any:
@@ -122,7 +123,7 @@ def _plan(recipe: Recipe) -> None:
     print_estimate(console, estimate(cells, cut, settings))
 
 
-def _run(recipe: Recipe, out: Path, jobs: int, resume: bool, as_json: bool) -> None:
+def _run(recipe: Recipe, out: Path, jobs: int, device: str, resume: bool, as_json: bool) -> None:
     """Run what is not done yet, and write and print the results."""
     from freshrec.data.spans import plan
     from freshrec.recipes import cells_of, cut_of, settings_of
@@ -142,7 +143,7 @@ def _run(recipe: Recipe, out: Path, jobs: int, resume: bool, as_json: bool) -> N
     board = Board(cells, [span.index for span in cut.spans[1:]], out, console, metric)
     try:
         with board.live():
-            run(cells, cut, settings, out, jobs=jobs, tell=board.tell)
+            run(cells, cut, settings, out, jobs=jobs, device=device, tell=board.tell)
     except KeyboardInterrupt:
         console.print(f"finished spans are kept in {out}: the same command with --resume goes on.", markup=False)
         raise

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import polars as pl
 import typer
@@ -21,12 +21,13 @@ from freshrec.cli_options import (
     Quarantine,
     StorePath,
     pairs,
+    print_json,
     print_table,
     seconds,
     words,
 )
 from freshrec.data.log import Log, before, read_log
-from freshrec.errors import NoRowsError, OptionError, RefusedError
+from freshrec.errors import FreshrecError, LogError, NoRowsError, OptionError, RefusedError
 
 if TYPE_CHECKING:
     from freshrec.nightly.job import Job
@@ -72,7 +73,7 @@ def fit(
     found = before(found, until) if until else found
     with new_store(store) as made:
         version = Job(made, limits).begin(found, source_of(log) + (f" until {until}" if until else ""), contents)
-    typer.echo(json.dumps(version.model_dump()) if as_json else f"{line_of(version)}; live in {store}")
+    print_json(version.model_dump()) if as_json else typer.echo(f"{line_of(version)}; live in {store}")
 
 
 def update(
@@ -83,6 +84,8 @@ def update(
     again: Annotated[int | None, typer.Option(metavar="VERSION", help="Take a refused version's events again.")] = None,
     full_every: Annotated[str, typer.Option(metavar="N|auto", help="Try a full retrain every so many updates.")] = "",
     gate: Gate = "",
+    columns: Columns = "",
+    format_name: FormatName = None,
     quarantine: Quarantine = None,
     wait: Wait = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be read and odd; change nothing.")] = False,
@@ -100,36 +103,48 @@ def update(
     job, force_why = Job(made, limits_of(gate), full_every), reason if force else ""
     if full_every:
         interval_of(full_every, chain_of(made))  # tell at once if it is none
+    reads = partial(_read, job, quarantine=None if dry_run else quarantine, columns=columns, format_name=format_name)
     if dry_run:
         if again is not None or force:
             raise OptionError("--dry-run reads new events only; leave --again and --force out.")
-        for path in new or []:
-            typer.echo(json.dumps(preview(job, _read(job, path, None))))
+        _show_previews([{"file": path.name, **preview(job, reads(path))} for path in new or []], as_json)
         return
     versions: list[Manifest] = []
     try:
         with _changing(store, wait):
-            for version in _made(job, new or [], again, quarantine, force_why, as_json):
+            for version in _made(job, new or [], again, reads, force_why, as_json):
                 versions.append(version)
                 if not as_json:
                     _show(version)
             live = made.live
-    finally:  # also what was made before a delivery that cannot be read
-        if as_json:
-            typer.echo(json.dumps([version.model_dump() for version in versions]))
-    if not versions and not as_json:
-        typer.echo(f"nothing new: version {live} stays live")
+    except FreshrecError as why:
+        if versions:  # what was made before a delivery that cannot be read
+            told = {"error": str(why), "exit_code": why.exit_code}
+            why.answer = [*(version.model_dump() for version in versions), told]
+        raise
+    _conclude(store, live, versions, force, as_json)
+
+
+def _conclude(store: Path, live: int, versions: list[Manifest], force: bool, as_json: bool) -> None:
+    """Say what an update came to. RefusedError where a version did not pass."""
+    found = [version.model_dump() for version in versions]
     refused = [version.id for version in versions if not version.promoted and not force]
     if refused:
         numbers = "version" + ("s " if len(refused) > 1 else " ") + ", ".join(map(str, refused))
-        raise RefusedError(
+        error = RefusedError(
             f"{numbers} of {store} did not pass the gate, version {live} is live; see `freshrec history`, "
             f"or learn the events nevertheless with `freshrec update --again {refused[-1]} --force --reason ...`."
         )
+        error.answer = found
+        raise error
+    if as_json:
+        print_json(found)
+    elif not versions:
+        typer.echo(f"nothing new: version {live} stays live")
 
 
 def _made(
-    job: Job, paths: list[Path], again: int | None, quarantine: Path | None, force: str, as_json: bool
+    job: Job, paths: list[Path], again: int | None, reads: Callable[[Path], Log | None], force: str, as_json: bool
 ) -> Iterator[Manifest]:
     """The versions of what waits, of each delivery, and of what was refused before; clicks come with the last one."""
     from freshrec.nightly import clicks
@@ -137,11 +152,16 @@ def _made(
 
     yield from job.catch_up(force)
     for path in [*paths, *([None] if not paths else [])]:
-        source, log = ("", None) if path is None else (source_of(path), _read(job, path, quarantine))
+        source, log = ("", None) if path is None else (source_of(path), reads(path))
         if log is not None and not len(taken_rows(log.frame)):
             log = None
-        is_last = path is None or path is paths[-1]
-        taken = clicks.deliver(job, log, source) if is_last else None if log is None else job.deliver(log, source)
+        try:
+            if path is None or path is paths[-1]:
+                taken = clicks.deliver(job, log, source)
+            else:
+                taken = None if log is None else job.deliver(log, source)
+        except LogError as why:
+            raise LogError(f"{'clicks' if path is None else path.name}: {why}") from None
         if taken is None:
             if path is not None:
                 yield job.rest(None, source)
@@ -149,23 +169,23 @@ def _made(
         if not as_json:
             name = "clicks" if log is None or path is None else path.name
             aside = f"; {log.n_aside:,} bad rows set aside" if log is not None and log.n_aside else ""
-            typer.echo(_told(taken, name) + aside)
+            typer.echo(_told(job, taken, name) + aside)
         yield from job.catch_up(force)
     clicks.settle(job)
     if again is not None:
         yield job.again(again, force)
 
 
-def _read(job: Job, path: Path, quarantine: Path | None) -> Log | None:
-    """A delivery, read as the log of `fit` was; None where it holds no rows."""
+def _read(job: Job, path: Path, quarantine: Path | None, columns: str, format_name: str | None) -> Log | None:
+    """A delivery, read as the log of `fit` was, but for what is said otherwise; None where it holds no rows."""
     reading, served = job.contents.reading, job.contents.served
     catalogs = {"user_id": served.users, "item_id": served.items}
     text = [name for name, catalog in catalogs.items() if catalog.frame["id"].dtype == pl.String]
     try:
         return read_log(
             path,
-            columns=reading.columns,
-            format=reading.format,
+            columns={**reading.columns, **pairs(columns)},
+            format=format_name or reading.format,
             events=reading.events,
             quarantine=quarantine and _unused(quarantine),
             absent=True,
@@ -175,16 +195,33 @@ def _read(job: Job, path: Path, quarantine: Path | None) -> Log | None:
         return None
 
 
+def _show_previews(previews: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print_json(previews)
+        return
+    for one in previews:
+        day = one["day"] or {"n_rows": 0, "n_users": 0, "n_items": 0}
+        typer.echo(f"{one['file']}: {day['n_rows']:,} rows, {day['n_users']:,} users, {day['n_items']:,} items")
+        for what in one["odd"] or ["nothing"]:
+            typer.echo(f"  odd: {what}")
+
+
 def _unused(path: Path) -> Path:
     """The path, or, where there is a file, the first of name-1, name-2, ... that is free."""
     numbered = (path.with_stem(f"{path.stem}-{n}") for n in count(1))
     return path if not path.exists() else next(other for other in numbered if not other.exists())
 
 
-def _told(taken: Taken, name: str) -> str:
+def _told(job: Job, taken: Taken, name: str) -> str:
     """What became of the rows of a delivery."""
+    from freshrec.nightly.job import set_aside
+
     if taken.again is not None:
-        return f"{name}: the very bytes of batch {taken.again}; nothing is taken again"
+        told = f"{name}: the very bytes of batch {taken.again}; nothing is taken again"
+        if taken.again not in set_aside(job.store):
+            return told
+        number = max(manifest.id for manifest in job.store.versions() if manifest.batch == taken.again)
+        return f"{told}: version {number} has learnt it and is not live; see `freshrec update --again {number}`"
     left = [f"{n:,} {what}" for n, what in ((taken.doubled, "doubled"), (taken.known, "known already")) if n]
     late = f", {taken.late:,} of them late" if taken.late else ""
     left_out = f"; left out: {', '.join(left)}" if left else ""
@@ -212,7 +249,8 @@ def line_of(version: Manifest) -> str:
         parts += [f"{numbers.get('wait_s', 0.0):.1f} s{full}"]
     parts += [quality for quality in [_quality(numbers)] if quality]
     verdict = {"fit": "first version", "update": "promoted", "no rows": "no rows", "saved": "saved from Python"}
-    parts += [verdict[version.kind] if version.promoted else "refused"]
+    refused = "refused, live by force" if version.goes_live else "refused"
+    parts += [verdict[version.kind] if version.promoted else refused]
     return f"{name}: {'; '.join(parts)}"
 
 
@@ -236,7 +274,7 @@ def history(store: StorePath = Path("store"), as_json: AsJson = False) -> None:
     versions, moves = made.versions(), made.moves()
     if as_json:
         told = {"versions": [v.model_dump() for v in versions], "moves": [m.model_dump() for m in moves]}
-        typer.echo(json.dumps(told))
+        print_json(told)
         return
     rows = [
         (v.id, "live" if v.id == made.live else "", v.made_at, line_of(v).partition(": ")[2], " ".join(v.reasons))
@@ -266,7 +304,7 @@ def promote(
                 f'version {number} was refused by the gate; promote it with --reason "...", which is kept.'
             )
         made.point(number, "promote", reason)
-    typer.echo(json.dumps({"live": number}) if as_json else f"version {number} is live")
+    print_json({"live": number}) if as_json else typer.echo(f"version {number} is live")
 
 
 def rollback(
@@ -292,12 +330,12 @@ def rollback(
             )
         made.point(back, "rollback", reason)
     told = f"version {back} is live, after {live}"
-    typer.echo(json.dumps({"live": back, "was": live}) if as_json else told)
+    print_json({"live": back, "was": live}) if as_json else typer.echo(told)
 
 
 def gc(
     store: StorePath = Path("store"),
-    keep: Annotated[int, typer.Option(min=1, help="Versions that stay, beside the live one.")] = 5,
+    keep: Annotated[int, typer.Option(min=1, help="Versions that were live and stay, beside the live one.")] = 5,
     wait: Wait = "",
     as_json: AsJson = False,
 ) -> None:
@@ -307,7 +345,7 @@ def gc(
     with _changing(store, wait) as made:
         gone = collect(made, keep)
     told = f"versions {', '.join(map(str, gone))} were given up" if gone else "nothing to give up"
-    typer.echo(json.dumps({"gone": gone}) if as_json else told)
+    print_json({"gone": gone}) if as_json else typer.echo(told)
 
 
 def erase(
@@ -323,7 +361,10 @@ def erase(
     with _changing(store, wait) as made:
         receipt = erasing.erase(Job(made), user)
     if as_json:
-        typer.echo(json.dumps(receipt))
+        print_json(receipt)
+        return
+    if not receipt["events"] and not receipt["versions"]:
+        typer.echo(f"{user}: there was nothing to erase: no event and no version holds this id")
         return
     versions = ", ".join(map(str, receipt["versions"])) or "none"
     typer.echo(f"{user}: {receipt['events']:,} events erased from the log; versions written anew: {versions}")

@@ -16,12 +16,14 @@ Each message is one sentence that says what is wrong, where, and what to do.
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 
 class FreshrecError(Exception):
     """Root of all errors raised on purpose; the command line prints its message and exits with `exit_code`."""
 
     exit_code = 1
+    answer: Any = None  # what `--json` prints nevertheless, where the command has found or done something
 
 
 class LogError(FreshrecError):

@@ -37,6 +37,11 @@ class Events:
         columns: list[Any] = [None if column is None else column[which] for column in vars(self).values()]
         return Events(*columns)
 
+    def to(self, device: torch.device) -> Events:
+        """The same on another device."""
+        columns: list[Any] = [None if column is None else column.to(device) for column in vars(self).values()]
+        return Events(*columns)
+
     @staticmethod
     def of(users_E: Tensor, items_E: Tensor, times_E: Tensor | None = None) -> Events:
         """Events that may all be trained on at once; times count up where none are given."""
@@ -253,9 +258,10 @@ class VectorModel(TrainedModel, Protocol):
 
 @runtime_checkable
 class EncodingModel(VectorModel, Protocol):
-    """A vector model through which gradients can be had of the scores of all items at once."""
+    """A vector model through which gradients can be had of the scores of all items at once.
 
-    items: Any  # the models.tables.Table of the item vectors
+    The `models.tables.Table` of its item vectors is named "items".
+    """
 
     def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
         """`user_vectors` of a history whose items have these vectors, with gradients."""

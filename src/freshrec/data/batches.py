@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from freshrec.data.carried import Carried
+from freshrec.device import permutation
 from freshrec.errors import OptionError
 from freshrec.types import DONE, DUE, LATER, NEVER, SECRET, Batch, Events, Histories, Interests, Shown
 
@@ -208,12 +209,12 @@ def due_targets(histories: Histories, history: str = "recent") -> Targets:
 def shown_targets(histories: Histories, shown: Shown) -> Targets:
     """What was shown, each with what its user had taken strictly earlier."""
     is_row = np.concatenate([np.zeros(len(shown), bool), np.ones(len(histories.items_R), bool)])
-    times = np.concatenate([shown.times_E.numpy(), histories.times_R.numpy()])
-    users = np.concatenate([shown.users_E.numpy(), owners(histories).numpy()])
+    times = torch.cat([shown.times_E, histories.times_R]).cpu().numpy()
+    users = torch.cat([shown.users_E, owners(histories)]).cpu().numpy()
     order = np.lexsort((is_row, times, users))
     n_before = np.empty(len(order), np.int64)
     n_before[order] = np.cumsum(is_row[order])
-    rows_N = torch.from_numpy(n_before[: len(shown)])  # rows are in the order of user and time themselves
+    rows_N = torch.as_tensor(n_before[: len(shown)])  # rows are in the order of user and time themselves
     return Targets(histories, rows_N, shown.users_E, histories.offsets_U[shown.users_E], shown.items_E, shown.labels_E)
 
 
@@ -281,10 +282,10 @@ def smaller(size: int, n_rows: int) -> int:
 
 def shuffled(key_N: Tensor, size: int, source: torch.Generator) -> list[Tensor]:
     """Indices in batches of at most `size`: like keys (history lengths) side by side, in random order otherwise."""
-    mixed_N = torch.randperm(len(key_N), generator=source)
+    mixed_N = permutation(len(key_N), source)
     by_key_N = mixed_N[torch.argsort(key_N[mixed_N], stable=True)]
     batches = in_parts(by_key_N, size)
-    return [batches[i] for i in torch.randperm(len(batches), generator=source).tolist()]
+    return [batches[i] for i in permutation(len(batches), source).tolist()]
 
 
 def target_batches(
@@ -310,7 +311,7 @@ def target_batches(
 
 def pair_batches(targets: Targets, size: int, source: torch.Generator) -> Iterator[Batch]:
     """One epoch, a row per target without history."""
-    for which in in_parts(torch.randperm(len(targets), generator=source), smaller(size, len(targets))):
+    for which in in_parts(permutation(len(targets), source), smaller(size, len(targets))):
         part = targets[which]
         history_B0 = torch.zeros(len(part), 0, dtype=torch.int64)
         yield Batch(part.users_N, history_B0, part.items_N[:, None], labels_B=part.labels_N)

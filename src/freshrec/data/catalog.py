@@ -15,6 +15,7 @@ from torch import Tensor
 
 from freshrec.errors import LogError, StateError
 
+WORDS = {pl.Int64: "whole numbers", pl.String: "text", pl.Float64: "numbers"}  # what people call the types
 INTEGERS = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt8, pl.UInt16, pl.UInt32)  # all of them fit in Int64
 COLUMNS = {"first_span": pl.Int32, "last_span": pl.Int32}  # beside "id", which is Int64 or String
 
@@ -98,7 +99,9 @@ class Catalog:
         if ids.dtype not in (pl.Int64, pl.String):
             raise LogError(f"the ids in {ids.name!r} are {ids.dtype}; make them integers or strings.")
         if kind not in (ids.dtype, pl.Null):
-            raise LogError(f"the ids in {ids.name!r} are {ids.dtype}, but earlier ones are {kind}; use one kind.")
+            raise LogError(
+                f"{ids.name} holds {WORDS[type(ids.dtype)]}, and earlier ones are {WORDS[type(kind)]}; use one kind."
+            )
         if ids.null_count():
             raise LogError(f"{ids.null_count():,} of the ids in {ids.name!r} are null; remove those rows.")
         return ids

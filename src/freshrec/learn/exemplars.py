@@ -15,6 +15,7 @@ from torch import Tensor
 
 from freshrec.data.batches import Targets, in_parts, random_source, shuffled
 from freshrec.data.carried import Carried
+from freshrec.device import uniform
 from freshrec.learn.fit import batches
 from freshrec.learn.reservoir import Kept, keep, together
 from freshrec.models.layers import attend, best_inner_product
@@ -87,8 +88,8 @@ def allocate(counts_I: Tensor, n: int, how: Allocate, equal: bool, source: torch
         return torch.minimum(largest_remainder(weights_I, n), counts_I)
     if not bool(weights_I.any()):
         return counts_I
-    drawn_N = torch.multinomial(weights_I.double(), n, replacement=True, generator=source)
-    return torch.minimum(torch.bincount(drawn_N, minlength=len(counts_I)), counts_I)
+    drawn_N = torch.multinomial(weights_I.cpu().double(), n, replacement=True, generator=source)
+    return torch.minimum(torch.bincount(drawn_N, minlength=len(counts_I)).to(counts_I.device), counts_I)
 
 
 # which ones
@@ -166,7 +167,7 @@ def select(
     open_S = ((wanted_S > 0) & ~whole_S).nonzero()[:, 0]  # where there is a choice
     part = pool[open_S]
     if how == "random":
-        chosen_M = smallest(torch.rand(len(part), generator=source), part.items_N, wanted_I)
+        chosen_M = smallest(uniform((len(part),), source), part.items_N, wanted_I)
     elif how == "loss":
         chosen_M = smallest(losses(model, part, carried), part.items_N, wanted_I)
     else:

@@ -25,6 +25,7 @@ from freshrec.data.batches import (
     without_secrets,
 )
 from freshrec.data.carried import Carried, carried_by
+from freshrec.device import integers, permutation
 from freshrec.errors import TrainingError
 from freshrec.learn.clicks import auc, clicks_of
 from freshrec.learn.interests import Trim, costs_of, reread
@@ -154,7 +155,7 @@ def train(
         model.train()
         with torch.random.fork_rng(devices=[]), seen_through(model, view) as forward_pass:
             source = random_source(*key, epoch)
-            torch.manual_seed(int(torch.randint(2**31, (), generator=source)))  # dropout
+            torch.manual_seed(int(integers(0, 2**31, 1, source)))  # dropout
             for batch in batches(model, targets, source, carried):
                 negatives_N = negatives(model, source, among_N)
                 batch = replace(batch, negatives_N=negatives_N, project=project)
@@ -182,8 +183,8 @@ def negatives(model: TrainedModel, source: torch.Generator, among_N: Tensor | No
     """Item rows drawn with replacement from `among_N`, or from all items."""
     n = model.spec.negatives
     if among_N is None:
-        return torch.randint(1, model.n_items + 1, (n,), generator=source)
-    return among_N[torch.randint(len(among_N), (n,), generator=source)]
+        return integers(1, model.n_items + 1, n, source)
+    return among_N[integers(0, len(among_N), n, source)]
 
 
 def _resume(model: Learner, lr: float) -> torch.optim.Adam | None:
@@ -224,7 +225,7 @@ def parted(targets: Targets, fit: Fit, key: tuple[int, ...]) -> tuple[Targets, T
     n_held = fit.held(len(targets))
     if not n_held:
         return targets, targets[torch.zeros(0, dtype=torch.int64)]
-    order_N = torch.randperm(len(targets), generator=random_source(*key, HELD))
+    order_N = permutation(len(targets), random_source(*key, HELD))
     return targets[order_N[n_held:].sort().values], targets[order_N[:n_held].sort().values]
 
 
@@ -311,7 +312,7 @@ def choose_epochs(state: State, fit: Fit) -> int:
     """
     targets, late = early_and_late(state.recent)
     late = late if late.labels_N is not None else late[late.lengths(1) > 0]
-    late = late[torch.randperm(len(late), generator=random_source(state.seed, 7))[:2000]]
+    late = late[permutation(len(late), random_source(state.seed, 7))[:2000]]
     if not len(late) or not len(targets):
         return 5  # too little to choose by
     model = fresh(state, state.recent.n_users, int(targets.items_N.max()))
@@ -380,7 +381,7 @@ def hit_rate(model: TrainedModel, targets: Targets, carried: Carried | None, k: 
 def _auc(model: TrainedModel, targets: Targets) -> float:
     """AUC of targets with labels; 0 where all of them are alike."""
     assert isinstance(model, ClickModel) and targets.labels_N is not None
-    return float(np.nan_to_num(auc(targets.labels_N.numpy(), clicks_of(model, targets).numpy())))
+    return float(np.nan_to_num(auc(targets.labels_N.cpu().numpy(), clicks_of(model, targets).cpu().numpy())))
 
 
 def _ranks(model: TrainedModel, targets: Targets, carried: Carried | None) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from freshrec.data.batches import random_source
+from freshrec.device import uniform
 from freshrec.learn.weights import View, Weights
 from freshrec.models.tables import tables_of
 from freshrec.types import TrainedModel
@@ -88,7 +89,7 @@ class GRU:
         """
 
         def glorot(*shape: int, fans: int) -> Tensor:
-            return (2 * torch.rand(shape, generator=source) - 1) * math.sqrt(6 / (n_slots * fans))
+            return (2 * uniform(shape, source) - 1) * math.sqrt(6 / (n_slots * fans))
 
         u_PG, W_PGH = glorot(n_slots, 3 * h, fans=1 + h), glorot(n_slots, 3 * h, h, fans=2 * h)
         v_PH, b_P = glorot(n_slots, h, fans=h + 1), glorot(n_slots, fans=2)

@@ -10,6 +10,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from freshrec.data.batches import in_parts, random_source
+from freshrec.device import permutation
 from freshrec.models.blend import CORRECT, Blend, Remembered, Rule, crossed
 from freshrec.models.experts import N
 
@@ -52,7 +53,7 @@ def corrected(
     n_steps = n_epochs * len(in_parts(torch.arange(len(z_QCF)), BATCH))
     cycle = torch.optim.lr_scheduler.OneCycleLR(adam, RATE, total_steps=n_steps)
     for _ in range(n_epochs):
-        for which in in_parts(torch.randperm(len(z_QCF), generator=source), BATCH):
+        for which in in_parts(permutation(len(z_QCF), source), BATCH):
             score_QC = linear_QC[which] + trained.correction(z_QCF[which])
             loss = -score_QC.masked_fill(~real_QC[which], -torch.inf).log_softmax(1)[:, 0].mean()
             adam.zero_grad()

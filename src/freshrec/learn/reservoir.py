@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freshrec.data.batches import Targets, histories_before, without_secrets
+from freshrec.device import uniform
 from freshrec.types import DONE, TrainedModel
 
 
@@ -119,7 +120,7 @@ def accepted(n_seen: int, n_new: int, size: int, source: torch.Generator) -> tup
     0..i. Whoever comes later overwrites, so each slot is left to its last taker.
     """
     nth_N = n_seen + torch.arange(n_new)
-    drawn_N = (torch.rand(n_new, generator=source, dtype=torch.float64) * (nth_N + 1)).long()
+    drawn_N = (uniform((n_new,), source, torch.float64) * (nth_N + 1)).long()
     slot_N = torch.where(nth_N < size, nth_N, drawn_N)
     taker_N = (slot_N < size).nonzero()[:, 0]
     last_S = torch.full((size,), -1).scatter_reduce_(0, slot_N[taker_N], taker_N, "amax")

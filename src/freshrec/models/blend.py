@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freshrec.data.batches import Targets, histories_before, in_parts, place, random_source, targets_at, turns_of
+from freshrec.device import normal, permutation, uniform
 from freshrec.models.experts import EXPERTS, FEATURES, Experts, N, in_one, part_of
 from freshrec.models.facts import ITEM, OWN, USER
 from freshrec.models.pairs import Pairs
@@ -99,8 +100,8 @@ class Rule:
     def start(seed: int) -> Rule:
         """A rule that finds all candidates alike."""
         n, source = len(FEATURES), random_source(seed, CORRECT)
-        first_HF = torch.randn(HIDDEN, n, generator=source) / n**0.5
-        second_HH = torch.randn(HIDDEN, HIDDEN, generator=source) / HIDDEN**0.5
+        first_HF = normal((HIDDEN, n), source) / n**0.5
+        second_HH = normal((HIDDEN, HIDDEN), source) / HIDDEN**0.5
         nothing_H, all_alike_G = torch.zeros(HIDDEN), torch.zeros(crossed(torch.zeros(1, 1, n)).shape[2])
         return Rule(all_alike_G, torch.zeros(n), torch.ones(n), first_HF, nothing_H, second_HH, nothing_H, nothing_H)
 
@@ -185,7 +186,7 @@ class Blend:
         own_N = (histories_before(targets, self.spec.length) == targets.items_N[:, None]).any(1)
         known_N = own_N | torch.from_numpy(self.experts.facts.events_I > 0)[targets.items_N]
         able_N = (targets.lengths(1) > 0) & known_N
-        order_N = torch.randperm(len(targets), generator=source)
+        order_N = permutation(len(targets), source)
         order_N = order_N[able_N[order_N]]
         share = min(1.0, self.spec.per_window / self.window)
         wanted = min(self.spec.remembered, round(share * len(targets)))
@@ -296,7 +297,7 @@ def _written(
     """
     is_target_BC, real_BC, n = items_BC == target_B1, items_BC > 0, spec.others + 1
     found_B = is_target_BC.any(1)
-    draw_BC = torch.rand(real_BC.shape, generator=source) + 2.0 * ~real_BC - 2.0 * is_target_BC
+    draw_BC = uniform(real_BC.shape, source) + 2.0 * ~real_BC - 2.0 * is_target_BC
     chosen_QC = draw_BC.argsort(1)[found_B, :n]
     x_QCF = x_BCF[found_B].gather(1, chosen_QC[..., None].expand(-1, -1, x_BCF.shape[2])).half()
     real_QC = real_BC[found_B].gather(1, chosen_QC)

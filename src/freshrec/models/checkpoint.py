@@ -14,11 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import polars as pl
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from freshrec.device import here
 from freshrec.errors import StateError
 from freshrec.models.tables import tables_of
 from freshrec.types import Model, OfferingModel, State, TrainedModel
@@ -60,12 +62,23 @@ def save_text(text: str, path: Path) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` writes a file beside `path`, which then takes its name: whole or not at all."""
+    """`write` writes a file beside `path`, which then takes its name: whole or not at all.
+
+    OSError where the system refuses, whatever the library that writes makes of it.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    write(aside)
-    with aside.open("rb") as file:
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        aside.touch()
+        mode = aside.stat().st_mode  # safetensors lets nobody else read: whoever serves may be another user
+        write(aside)
+        aside.chmod(mode)
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except (SafetensorError, pl.exceptions.PolarsError) as problem:
+        raise OSError(str(problem)) from problem
+    finally:
+        aside.unlink(missing_ok=True)  # of a full disk nothing is taken by what is of no use
 
 
 def load_tree(path: Path) -> Any:
@@ -74,7 +87,7 @@ def load_tree(path: Path) -> Any:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {})["freshrec"]
             # copies lie in memory as new tensors do: sums over those that do not differ in their last bits
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name).to(here(), copy=True) for name in file.keys()}  # noqa: SIM118
         return _decode(_tree_in(text, path), lambda name, columns=None: tensors[name], _whole_model)
 
 
@@ -129,7 +142,7 @@ def _encode(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if node is None or isinstance(node, bool | int | float | str):
         return {"value": node}
     if isinstance(node, Tensor):
-        tensors[path] = node.detach().contiguous().clone()
+        tensors[path] = node.detach().cpu().contiguous().clone()
         return {"tensor": path}
     if isinstance(node, tuple | list):
         parts = [_encode(child, f"{path}.{i}", tensors) for i, child in enumerate(node)]

@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from freshrec.device import normal
 from freshrec.errors import OptionError
 from freshrec.models.layers import FAR, attend, best_inner_product, first_of, sampled_logits, squash
 from freshrec.models.tables import Table, pulled
@@ -117,9 +118,9 @@ class SelfAttention(nn.Module):
 
     def __init__(self, d: int, d_inner: int, k_max: int, length: int, source: torch.Generator) -> None:
         super().__init__()
-        self.positions_TD = nn.Parameter(0.02 * torch.randn(length, d, generator=source))
-        self.inner_AD = nn.Parameter(torch.randn(d_inner, d, generator=source) / d**0.5)
-        self.queries_KA = nn.Parameter(torch.randn(k_max, d_inner, generator=source) / d_inner**0.5)
+        self.positions_TD = nn.Parameter(0.02 * normal((length, d), source))
+        self.inner_AD = nn.Parameter(normal((d_inner, d), source) / d**0.5)
+        self.queries_KA = nn.Parameter(normal((k_max, d_inner), source) / d_inner**0.5)
 
     ordered = True
 
@@ -150,7 +151,7 @@ class InterestNet(nn.Module):
         else:
             self.extract = SelfAttention(spec.d, spec.inner * spec.d, spec.k_max, spec.length, source)
         # random directions of norm below 1: with norm sqrt(d), new interests would grab every item
-        self.register_buffer("starts_KD", squash(torch.randn(spec.k_max, spec.d, generator=source)))
+        self.register_buffer("starts_KD", squash(normal((spec.k_max, spec.d), source)))
 
     starts_KD: Tensor
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from freshrec.data.batches import closed, in_parts
+from freshrec.device import blocks_pay
 from freshrec.errors import TrainingError
 from freshrec.models.layers import best_inner_product
 from freshrec.models.sparse import distinct
@@ -41,7 +42,8 @@ def ranks(model: Model, batch: Batch, target_B: Tensor, readout: str = "recent",
     known_B = (target_B <= n_items) | (own_BN == target_B[:, None]).any(1)
     target_B = torch.where(known_B, target_B, 0)
     rank_B = torch.ones(len(target_B))
-    for users in torch.arange(len(target_B)).split(USERS):
+    size = USERS if blocks_pay(target_B) else max(len(target_B), 1)
+    for users in torch.arange(len(target_B)).split(size):
         rank_B[users] += _ahead(model, _part(batch, users), target_B[users], readout, n_items, own_BN[users])
     return torch.where(known_B, rank_B, torch.inf)
 
@@ -93,7 +95,8 @@ def _ahead(model: Model, batch: Batch, target_B: Tensor, readout: str, n_items: 
         target_B1 = best_inner_product(vectors_BKD, items_ID[target_B][:, None])
     else:
         target_B1 = model.score(batch, target_B[:, None])
-    block = ITEMS if isinstance(model, TrainedModel) else n_items  # a counter's sparse scores are made once for all
+    in_blocks = isinstance(model, TrainedModel) and blocks_pay(target_B)
+    block = ITEMS if in_blocks else max(n_items, 1)  # a counter's sparse scores are made once for all
     blocks = [torch.arange(first, min(first + block, n_items + 1)) for first in range(1, n_items + 1, block)]
     if own_BN.shape[1]:
         blocks.append(torch.where(own_BN > 0, own_BN, target_B[:, None]))  # which is not ahead of itself

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from freshrec.device import blocks_pay
+
 BLOCK = 2048  # items; measured best
 
 
@@ -73,7 +75,7 @@ class _CrossEntropy(torch.autograd.Function):
         mine = _Softmax(user_BD, n_items)
         theirs = None if teacher_BD is None else _Softmax(teacher_BD, n_items)
         products = []
-        for items, rows in _blocks(n_items):
+        for items, rows in _blocks(n_items, user_BD):
             z_JB = mine.scores(rows_RD[rows], items)
             if theirs is not None and known_RD is not None:
                 products.append((theirs.take(theirs.scores(known_RD[rows], items)) * z_JB).sum(0))
@@ -98,7 +100,7 @@ class _CrossEntropy(torch.autograd.Function):
         d_user_BD, d_rows_RD = torch.zeros_like(user_BD), torch.empty_like(rows_RD)
         d_rows_RD[0] = 0.0
         d_rows_RD[n_items + 1 :] = 0.0
-        for n, (items, rows) in enumerate(_blocks(n_items)):
+        for n, (items, rows) in enumerate(_blocks(n_items, user_BD)):
             p_JB, scale_B1 = ctx.exp_IB[items], (scale_NB[n] * slope)[:, None]
             if taught_NB is not None:
                 p_JB = p_JB * scale_NB[n] - ctx.taught_IB[items] * taught_NB[n]
@@ -111,7 +113,7 @@ class _CrossEntropy(torch.autograd.Function):
         return d_user_BD, d_rows_RD, None, None, None
 
 
-def _blocks(n_items: int) -> list[tuple[slice, slice]]:
-    """Each block, as items counted from 0 and as rows of the table."""
-    edges = [*range(0, n_items, BLOCK), n_items]
+def _blocks(n_items: int, on: Tensor) -> list[tuple[slice, slice]]:
+    """Each block, as items counted from 0 and as rows of the table; a single one on another device than the CPU."""
+    edges = [*range(0, n_items, BLOCK if blocks_pay(on) else max(n_items, 1)), n_items]
     return [(slice(a, b), slice(a + 1, b + 1)) for a, b in zip(edges, edges[1:])]

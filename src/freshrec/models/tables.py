@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from freshrec.device import blocks_pay, normal
 from freshrec.types import TrainedModel
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
@@ -120,8 +121,9 @@ class Table(nn.Module):
             return
         if self._is_whole:
             self.steps_R.fill_(float(self.steps_R.max()) + 1)
-            for part in torch.arange(len(self.packed)).split(BLOCK):
-                rows = slice(int(part[0]), int(part[-1]) + 1)
+            step = BLOCK if blocks_pay(self.packed) else len(self.packed)
+            for first in range(0, len(self.packed), step):
+                rows = slice(first, first + step)
                 _adam(self.packed[rows], self.steps_R[rows], self.leaf.grad[rows], lr)
         elif self._rows is not None:
             steps_N = self.steps_R.index_select(0, self._unique).add_(1)
@@ -179,5 +181,5 @@ def _starts(seed: int, first: int, end: int, n_dims: int) -> Tensor:
     blocks = []
     for block in range(first // BLOCK, (end - 1) // BLOCK + 1):
         source = torch.Generator().manual_seed(seed * 1_000_003 + block)
-        blocks.append(torch.randn(BLOCK, n_dims, generator=source))
+        blocks.append(normal((BLOCK, n_dims), source))
     return torch.cat(blocks)[first % BLOCK :][: end - first]

@@ -60,7 +60,12 @@ def planned(chain: Sequence[Manifest]) -> dict[str, Any]:
     found: dict[str, Any] = {"updates_since_full": since_full(chain), "next_full_after": interval_of("auto", chain)}
     found["full_s"] = next((m.numbers["full_s"] for m in reversed(chain) if "full_s" in m.numbers), None)
     if tried:
-        numbers = tried[-1].numbers
+        numbers, number = tried[-1].numbers, tried[-1].id
         gain = ", ".join(f"{numbers.get(name, 0.0):+.4f}" for name in (GAIN, "full_low", "full_high"))
-        found["last_full"] = f"version {tried[-1].id} gained {gain} (95 % interval) over the update of that night"
+        had = next((numbers[name] for name in numbers if f"{name} live" in numbers), 0.0)
+        share = f" ({100 * numbers[GAIN] / had:+.2g} % of the metric)" if had else ""
+        cost = f"{numbers['full_s']:.3g} s against {numbers.get('update_s', 0.0):.3g} s"
+        found["last_full"] = (
+            f"version {number}: {gain} (95 % interval) over the update of that night{share}, for {cost}"
+        )
     return found

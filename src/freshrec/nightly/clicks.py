@@ -10,7 +10,8 @@ import polars as pl
 from freshrec.data.log import Log
 from freshrec.nightly.job import Job
 from freshrec.store import clicks as journal
-from freshrec.store.eventlog import KEYS, Taken
+from freshrec.store.eventlog import Taken
+from freshrec.store.rows import KEYS
 from freshrec.store.versions import chain_of
 
 

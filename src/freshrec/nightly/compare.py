@@ -1,8 +1,7 @@
 """What versions answer to the newest events, which they have not learnt from, and to older ones."""
 
-import torch
-
 from freshrec.data.batches import random_source, turns_of
+from freshrec.device import permutation
 from freshrec.models.counted import told
 from freshrec.replay.measure import Asked, Block, Queries, queries_of, rank_queries
 from freshrec.replay.metrics import Floats, evaluate, per_user
@@ -20,7 +19,7 @@ def newest(served: Served) -> Queries:
     """
     state, block = served.state, Block(served.pending, 0, len(served.users), served.state.model.n_items)
     queries = queries_of(state.recent, block, state.model.spec.length, Asked(TRAIN))
-    order_N = torch.randperm(len(queries), generator=random_source(state.seed, state.spans_seen, DRAWN))
+    order_N = permutation(len(queries), random_source(state.seed, state.spans_seen, DRAWN))
     order_N = order_N[turns_of(queries.users_N[order_N]).argsort(stable=True)]
     return queries[order_N[:ASKED]]
 

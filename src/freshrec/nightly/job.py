@@ -34,7 +34,7 @@ from freshrec.nightly.gate import Limits, Measured, Verdict, judge, looks_odd
 from freshrec.replay.measure import Queries
 from freshrec.replay.significance import interval
 from freshrec.serve.contents import Contents, read_contents, taught, write_contents
-from freshrec.serve.reading import Numbered, must_be_alike, numbered
+from freshrec.serve.reading import Numbered, alike, numbered
 from freshrec.serve.recommend import Served
 from freshrec.store.eventlog import EventLog, Taken
 from freshrec.store.signed import sum_of_file
@@ -89,14 +89,14 @@ class Job:
 
         LogError where its ids or its clock are of another kind than those before.
         """
-        must_be_alike(log, self.contents.reading)
+        log = alike(log, self.contents.reading)
         served, frame = self.contents.served, taken_rows(log.frame)
         for catalog, name in ((served.users, "user_id"), (served.items, "item_id")):
             catalog.checked(frame[name])
         times = [time for time in (self.log.newest, served.newest_time) if time is not None]
         if not log.has_clock and times:
             frame = frame.with_columns(pl.col("time") + max(times) + 1)
-        return self.log.take(frame, source, log.has_clock)
+        return self.log.take(frame, source, log.has_clock, set_aside(self.store))
 
     def catch_up(self, force: str = "") -> Iterator[Manifest]:
         """A version of each batch that waits, as `advance` makes them.
@@ -114,14 +114,14 @@ class Job:
     def again(self, number: int, force: str = "") -> Manifest:
         """A version that has learnt from the events of another, which was refused or left by a rollback."""
         batch = self.store.manifest(number).batch
-        if batch is None or batch in [manifest.batch for manifest in chain_of(self.store)]:
+        if batch is None or batch in _batches(chain_of(self.store)):
             raise OptionError(f"the live version has learnt all that version {number} had; nothing is left to take.")
         return self.advance(batch, force, is_late=True)
 
     def rest(self, batch: int | None, source: str) -> Manifest:
         """A version like the live one, of a day that brought nothing."""
         live, contents = self.store.live, self.contents
-        note = "nothing was delivered, or nothing that anybody took: the model is that of the version before."
+        note = "nothing was delivered that anybody took and that is new: the model is that of the version before."
         about = _about(self.store, contents, "no rows", {}).model_copy(
             update={"parent": live, "batch": batch, "source": source, "notes": [note]}
         )
@@ -130,11 +130,13 @@ class Job:
     def advance(self, batch: int, force: str = "", is_late: bool = False) -> Manifest:
         """A version that has learnt from a batch, live if it passes the gate, or by `force`, which says why.
 
-        Where learning fails, a version like the live one is refused, with the reason. `is_late`: that the events are
-        old is known.
+        Events that other batches have taught the live version since are left out. Where learning fails, a version like
+        the live one is refused, with the reason. `is_late`: that the events are old is known.
         """
-        since, frame = time.perf_counter(), self.log.read([batch])
+        since, delivered = time.perf_counter(), self.log.read([batch])
+        frame = self.log.without(delivered, _batches(chain_of(self.store)))
         source, doubled, known = self.log.delivery(batch)
+        known += len(delivered) - len(frame)
         if not len(frame):
             return self.rest(batch, source)
         try:
@@ -204,6 +206,15 @@ class Job:
         self.store.point(about.id, action, reason)
         self._loaded = about, contents
         return about
+
+
+def set_aside(store: Store) -> list[int]:
+    """Batches that versions have met and the live one has not learnt: refused, or left by a rollback."""
+    return sorted(set(_batches(store.versions())) - set(_batches(chain_of(store))))
+
+
+def _batches(chain: list[Manifest]) -> list[int]:
+    return [manifest.batch for manifest in chain if manifest.batch is not None]
 
 
 def waiting(store: Store, log: EventLog) -> list[int]:

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version as version_of
 from typing import Any
 
+import polars as pl
 import torch
 
 from freshrec.errors import FreshrecError, StateError
@@ -27,17 +28,18 @@ LIBRARIES = ("torch", "polars", "numpy", "scipy", "deltalake", "safetensors", "p
 def status(store: Store) -> dict[str, Any]:
     """The live version, what waits, and what it takes on the disk."""
     live, versions, log = store.live, store.versions(), EventLog(store.folder / "log")
-    about = store.manifest(live)
+    about, chain = store.manifest(live), chain_of(store)
     n_bytes = sum(file.n_bytes for file in about.files.values())
-    newest = log.newest
+    learnt = [manifest.batch for manifest in chain if manifest.batch is not None]
+    newest = log.batches().filter(pl.col("batch").is_in(learnt))["last"].max()
     return {
         "live": live, "made_at": about.made_at, "kind": about.kind, "model": about.recipe["model"],
         "strategy": about.recipe["strategy"], **about.sizes, "held": about.held,
-        "newest_event": _moment(newest) if newest is not None and log.has_clock else None,
+        "newest_event": _moment(newest) if isinstance(newest, int) and log.has_clock else None,
         "versions": len(versions), "refused": [m.id for m in versions if not m.promoted and m.id > live],
         "batches_waiting": waiting(store, log),
         "bytes": n_bytes, "bytes_per_user": round(n_bytes / max(1, about.sizes["users"]), 1),
-        "plan": planned(chain_of(store)), "numbers": about.numbers, "notes": about.notes,
+        "plan": planned(chain), "numbers": about.numbers, "notes": about.notes,
     }  # fmt: skip
 
 
@@ -128,11 +130,14 @@ def checkup(store: Store | None) -> list[tuple[bool, str]]:
         return found
     readable = {manifest.id for manifest in store.versions()}
     for number in store.numbers():
+        if number in readable and collected(store, number):
+            found.append((True, f"version {number}: its files were given up by `freshrec gc` or `erase`"))
+            continue
         try:
             wrong = store.damaged(number)
             found.append((not wrong, f"version {number}: {'; '.join(wrong) or 'whole'}"))
         except StateError as why:
-            found.append((number in readable and collected(store, number), f"version {number}: {why}"))
+            found.append((False, f"version {number}: {why}"))
     for check in (_live, _log):
         try:
             found.append((True, check(store)))

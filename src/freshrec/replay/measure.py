@@ -153,7 +153,7 @@ def click_rows(state: State, block: Block, asked: Asked) -> pl.DataFrame:
     targets, at_N = targets[enough_N], at_N[enough_N]
     columns = {"event": at_N + block.first, "user": targets.users_N, "label": events.labels_E[at_N]}
     columns["p"] = clicks_of(model, targets)
-    return pl.DataFrame({name: column.numpy() for name, column in columns.items()})
+    return pl.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
 
 
 def facts(spans: tuple[Span, ...]) -> pl.DataFrame:

@@ -188,8 +188,8 @@ def _tested(
 
 
 def _rows(queries: Queries, ranks_N: torch.Tensor, asked: int, after: int, readout: str = "recent") -> pl.DataFrame:
-    columns = {"event": queries.events_N.numpy(), "user": queries.users_N.numpy(), "rank": ranks_N.numpy()}
-    return _named(pl.DataFrame(columns), asked, after, readout)
+    columns = {"event": queries.events_N, "user": queries.users_N, "rank": ranks_N}
+    return _named(pl.DataFrame({name: column.cpu().numpy() for name, column in columns.items()}), asked, after, readout)
 
 
 def _named(rows: pl.DataFrame, asked: int, after: int, readout: str = "recent") -> pl.DataFrame:

@@ -7,38 +7,56 @@ import signal
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from itertools import groupby
 from multiprocessing.pool import AsyncResult
 from pathlib import Path
 from zlib import crc32
 
 import torch
+from filelock import FileLock
 
 from freshrec.data.spans import Cut
+from freshrec.device import here, on
 from freshrec.errors import OptionError
-from freshrec.learn.fit import TrainsPlainly, start
+from freshrec.learn.fit import Fit, TrainsPlainly, start
 from freshrec.models.checkpoint import load_state, save_state, save_text
 from freshrec.models.counted import absorb
 from freshrec.replay.replay import Cell, Settings, replay_cell, timed
-from freshrec.types import State, TrainedModel
+from freshrec.types import Span, State, TrainedModel
 
 Tell = Callable[[Cell, int], None]  # called with a cell and the span it has just finished
 
 
-def run(cells: Iterable[Cell], cut: Cut, settings: Settings, out: Path, *, jobs: int = 1, tell: Tell) -> None:
-    """Run all cells that are not done yet. One thread a process: on small operations two wait for each other."""
+def run(
+    cells: Iterable[Cell],
+    cut: Cut,
+    settings: Settings,
+    out: Path,
+    *,
+    jobs: int = 1,
+    device: str = "cpu",
+    tell: Tell,
+) -> None:
+    """Run all cells that are not done yet, what trains on `device`.
+
+    One thread a process: on small operations two wait for each other. Cells that share a base block share its training.
+    OptionError where there is no such device.
+    """
     cells = list(cells)
-    _claim(out, cells, cut, settings)
+    with on(device):
+        _claim(out, cells, cut, settings)
     todo = sorted((c for c in cells if not (out / c.name / "done.json").exists()), key=_group)
-    groups = [list(group) for _, group in groupby(todo, key=_group)]
     if jobs <= 1:
-        for group in groups:
-            _run_group(group, cut, settings, out, tell)
+        for cell in todo:
+            _run_cell(cell, cut, device, settings, out, tell)
         return
+    bases = {_base_file(cell, out): cell for cell in todo if cell.update.base == "plain"}
     heed = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process: the workers inherit the deafness
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:  # leaving it ends them
         signal.signal(signal.SIGINT, heed)
-        running = [pool.apply_async(_run_group, (group, cut, settings, out, _silent)) for group in groups]
+        running = [
+            pool.apply_async(_train_base, (cell, cut, device, out)) for cell in bases.values()
+        ]  # and meanwhile ...
+        running += [pool.apply_async(_run_cell, (cell, cut, device, settings, out, _silent)) for cell in todo]
         _watch(running, todo, out, tell)
 
 
@@ -69,39 +87,66 @@ def _watch(running: list[AsyncResult[None]], cells: list[Cell], out: Path, tell:
     """Tell what the workers' files say until all are through."""
     told: set[tuple[str, int]] = set()
     while True:
-        through = all(group.ready() for group in running)
+        through = all(task.ready() for task in running)
         for cell in cells:
             for file in sorted((out / cell.name).glob("costs-*.json")):
                 span = int(file.stem.rpartition("-")[2])
                 if (cell.name, span) not in told:
                     told.add((cell.name, span))
                     tell(cell, span)
-        for group in running:
-            if group.ready():
-                group.get()  # raises what the worker raised
+        for task in running:
+            if task.ready():
+                task.get()  # raises what the worker raised
         if through:
             return
         time.sleep(0.5)
 
 
-def _run_group(cells: list[Cell], cut: Cut, settings: Settings, out: Path, tell: Tell) -> None:
+def _run_cell(cell: Cell, cut: Cut, device: str, settings: Settings, out: Path, tell: Tell) -> None:
     torch.set_num_threads(1)
-    for cell in cells:
+    with on(_device_of(cell, device)):
+        cut = moved(cut)
         base = _base(cell, cut, out) if cell.update.base == "plain" else None
         for span in replay_cell(cell, cut, settings, out, base):
             tell(cell, span)
 
 
-def _base(cell: Cell, cut: Cut, out: Path) -> State:
-    """The state after the base block, trained once for all strategies that train it plainly with the same options."""
+def _train_base(cell: Cell, cut: Cut, device: str, out: Path) -> None:
+    torch.set_num_threads(1)
+    with on(_device_of(cell, device)):
+        _base(cell, moved(cut), out)
+
+
+def _device_of(cell: Cell, device: str) -> str:
+    """What counts does so on the CPU, and so does the blend, which is counters but for one small model."""
+    return device if isinstance(cell.spec.build(cell.seed), TrainedModel) else "cpu"
+
+
+def moved(cut: Cut) -> Cut:
+    """The cut with its events where new tensors lie."""
+    return replace(cut, spans=tuple(replace(span, events=span.events.to(here())) for span in cut.spans))
+
+
+def _base_file(cell: Cell, out: Path) -> Path:
+    """Where the state after the base block is kept for all that train it plainly with the same options."""
     assert isinstance(cell.update, TrainsPlainly)
     fit = cell.update.fit
     options = repr((cell.spec, fit.base_epochs, fit.max_epochs, fit.patience, fit.holdout))
-    path = out / "bases" / f"{cell.model.replace(':', '_')}--{cell.seed}--{crc32(options.encode()):08x}.safetensors"
-    if path.exists():
-        return load_state(path)
+    return out / "bases" / f"{cell.model.replace(':', '_')}--{cell.seed}--{crc32(options.encode()):08x}.safetensors"
+
+
+def _base(cell: Cell, cut: Cut, out: Path) -> State:
+    """The state after the base block: of several processes that want it, one trains it and the others wait."""
+    assert isinstance(cell.update, TrainsPlainly)
+    path, fit, span = _base_file(cell, out), cell.update.fit, cut.spans[0]
     path.parent.mkdir(exist_ok=True)
-    span = cut.spans[0]
+    with FileLock(path.with_suffix(".lock")):
+        if path.exists():
+            return load_state(path)
+        return _trained(cell, span, fit, path)
+
+
+def _trained(cell: Cell, span: Span, fit: Fit, path: Path) -> State:
     model = cell.spec.build(cell.seed)
     assert isinstance(model, TrainedModel)
     before = absorb(State(model, seed=cell.seed), span.events, span.n_users, span.n_items)

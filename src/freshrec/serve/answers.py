@@ -11,15 +11,15 @@ from torch import Tensor
 
 from freshrec.data.batches import query_batches
 from freshrec.data.carried import carried_by
-from freshrec.errors import IncompatibleError
 from freshrec.models.blend import Blend
 from freshrec.models.pairs import Pairs
 from freshrec.models.ranking import known
 from freshrec.serve import asked
+from freshrec.serve.explain import reasons
 from freshrec.serve.fresh import asked_of
 from freshrec.serve.index import Searching
 from freshrec.serve.reading import Ids, ids_of, item_rows, known_rows, of_category, rows_of
-from freshrec.serve.recommend import Served, Wanted, best_items, reasons, similar_items
+from freshrec.serve.recommend import Served, Wanted, best_items, similar_items
 from freshrec.serve.saved import Kept
 from freshrec.store.versions import Manifest
 from freshrec.types import Batch, InterestModel, VectorModel
@@ -185,46 +185,20 @@ def _batch(served: Served, row: int) -> Batch:
 
 def explain(version: Version, user: str, item: str) -> asked.Explained:
     """Why a user is offered an item. OptionError for unknown ids, IncompatibleError for models that cannot say."""
-    served, model = version.served, version.served.state.model
+    served = version.served
     row, item_row = row_of(version, user), int(known_rows(ids_of("item_id", item, served.items), served.items))
     if not row:
         known_rows(ids_of("user_id", user, served.users), served.users)
-    found: list[asked.Reason] = []
-    if isinstance(model, Blend):
-        for source, place, points, because in reasons(served, torch.tensor([row]), item_row).iter_rows():
-            found.append(_reason(served, source, because, place, points))
-        offered = bool(found)
-    elif isinstance(model, VectorModel):
-        offered = item_row <= model.n_items
-        found = _nearest(version, row, item_row) if offered else []
-    elif isinstance(model, Pairs):
-        because = model.because(_batch(served, row), item_row)
-        offered = because > 0
-        found = [_reason(served, "taken together with", because)] if offered else []
-    else:
-        raise IncompatibleError("this model cannot explain itself; serve the blend, item-knn or a model with vectors.")
-    return asked.Explained(version=version.number, user_id=user, item_id=item, offered=offered, reasons=found)
+    found = [
+        asked.Reason(source=source, place=place, points=points, because=_name(served, because))
+        for source, place, points, because in reasons(served, torch.tensor([row]), item_row).iter_rows()
+    ]
+    return asked.Explained(version=version.number, user_id=user, item_id=item, offered=bool(found), reasons=found)
 
 
-def _reason(
-    served: Served, source: str, because: int, place: int | None = None, points: float | None = None
-) -> asked.Reason:
-    name = served.items.ids(torch.tensor([because]))[0] if because else None
-    return asked.Reason(source=source, place=place, points=points, because=name)
-
-
-def _nearest(version: Version, row: int, item: int) -> list[asked.Reason]:
-    """The user's vector that speaks most for an item, and the past events nearest to the item in it."""
-    served, model = version.served, version.served.state.model
-    batch = _batch(served, row)
-    vectors_KD, items_ID = model.user_vectors(batch)[0], model.item_vectors()
-    k = int((vectors_KD @ items_ID[item]).argmax())
-    scores_I = vectors_KD[k] @ items_ID.T
-    place = 1 + int((scores_I[1:] > scores_I[item]).sum())
-    past_T = batch.history_BT[0][batch.history_BT[0] > 0].unique()
-    near_T = past_T[(items_ID[past_T] @ items_ID[item]).argsort(descending=True)][:5]
-    first = _reason(served, f"interest {k + 1}", 0, place, float(scores_I[item]))
-    return [first, *(_reason(served, "a past event like it", int(past)) for past in near_T)]
+def _name(served: Served, item: int) -> int | str | None:
+    name: int | str | None = served.items.ids(torch.tensor([item]))[0]
+    return name
 
 
 def _items(version: Version, rows_N: Tensor, scores_N: Tensor) -> list[asked.Item]:

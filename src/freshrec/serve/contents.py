@@ -31,10 +31,11 @@ from freshrec.serve.saved import (
     read_served,
     write_served,
 )
+from freshrec.store.versions import OLDER
 from freshrec.strategies import find_strategy
 from freshrec.types import Histories, ModelSpec, Span, State, Strategy, TrainedModel
 
-OLDER, OLDER_FORMAT = "recommender.json", 2  # what a folder held before there were stores
+OLDER_FORMAT = 2  # of what was saved before there were stores
 LEARNING, ASKED = "learning.safetensors", "asked.safetensors"
 STATE = "state.safetensors"  # what both SERVED and LEARNING hold, in versions of before there was serving
 

@@ -42,9 +42,8 @@ def read(source: Source, reading: Reading) -> Log:
 
 def read_next(source: Source, reading: Reading, served: Served) -> Log:
     """A log that continues what has been learnt. LogError where rows are older; without a clock, they follow it."""
-    log, newest = read(source, reading), served.newest_time
+    log, newest = alike(read(source, reading), reading), served.newest_time
     assert newest is not None  # whoever was fitted has events
-    must_be_alike(log, reading)
     if not log.has_clock:
         return replace(log, frame=log.frame.with_columns(pl.col("time") + newest + 1))
     times_E = log.frame["time"]
@@ -58,11 +57,16 @@ def read_next(source: Source, reading: Reading, served: Served) -> Log:
     return log
 
 
-def must_be_alike(log: Log, reading: Reading) -> None:
-    """LogError where only one of the logs, this one or that of `fit`, has a clock."""
-    if log.has_clock != reading.has_clock:
-        had, has = ("a clock", "none") if reading.has_clock else ("no clock", "one")
-        raise LogError(f"the log that was fitted had {had} and the new events have {has}; give both alike.")
+def alike(log: Log, reading: Reading) -> Log:
+    """New events as the log of `fit` was: without a clock where that had none, their order is that of their times.
+
+    LogError where that had a clock and they have none.
+    """
+    if reading.has_clock and not log.has_clock:
+        raise LogError("the log that was fitted had a clock and the new events have none; give them their timestamps.")
+    if reading.has_clock or not log.has_clock:
+        return log
+    return replace(log, frame=log.frame.with_columns(time=pl.int_range(pl.len(), dtype=pl.Int64)), has_clock=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +141,7 @@ def rows_of(found: pl.DataFrame, column: str = "item") -> Tensor:
 
 
 def positive(k: int) -> int:
-    """k. OptionError where it is below 1."""
-    if k < 1:
-        raise OptionError(f"k is {k}; ask for at least one item.")
+    """k. OptionError where it is no number of at least 1."""
+    if not isinstance(k, int) or k < 1:
+        raise OptionError(f"k is {str(k)[:40]}; ask for a whole number of items, at least 1.")
     return k

@@ -193,18 +193,6 @@ def similar_items(served: Served, items_N: Tensor, k: int) -> pl.DataFrame:
     return pl.concat(found).with_columns(rank=pl.int_range(1, pl.len() + 1).over("nth"))
 
 
-def reasons(served: Served, users_1: Tensor, item: int) -> pl.DataFrame:
-    """Why one user is offered an item, rows both: source, place, points, because (a row, 0: not known)."""
-    state = served.now
-    model = state.model
-    if not isinstance(model, Blend):
-        raise IncompatibleError("this model cannot explain itself; use the blend.")
-    ends = asked_of(state.recent, served.fresh, users_1)
-    found = model.explain(Batch(users_1, histories_before(ends, model.spec.length)), item)
-    schema = {"source": pl.String, "place": pl.Int64, "points": pl.Float64, "because": pl.Int64}
-    return pl.DataFrame([tuple(vars(reason).values()) for reason in found], schema, orient="row")
-
-
 def _frame(nth_B: Tensor, items_BK: Tensor, scores_BK: Tensor, fallback: str | None) -> pl.DataFrame:
     """A row per item that may be shown, in the order of the lists."""
     columns = {

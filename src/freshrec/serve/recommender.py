@@ -17,7 +17,8 @@ from freshrec.models.counted import told
 from freshrec.replay.measure import Asked, Block, queries_of, rank_queries
 from freshrec.replay.metrics import evaluate, parse, per_user
 from freshrec.replay.significance import interval
-from freshrec.serve.contents import OLDER, Contents, begun, read_contents, read_older, taught, write_contents
+from freshrec.serve.contents import Contents, begun, read_contents, read_older, taught, write_contents
+from freshrec.serve.explain import reasons
 from freshrec.serve.reading import (
     Ids,
     Reading,
@@ -32,8 +33,8 @@ from freshrec.serve.reading import (
     read_next,
     rows_of,
 )
-from freshrec.serve.recommend import Served, Wanted, best_items, reasons, similar_items
-from freshrec.store.versions import Manifest, Store, new_store, open_store
+from freshrec.serve.recommend import Served, Wanted, best_items, similar_items
+from freshrec.store.versions import OLDER, Manifest, Store, new_store, open_store
 from freshrec.types import TRAIN, ModelSpec, Strategy
 
 
@@ -138,12 +139,13 @@ class Recommender:
         return found.select(ids.gather(found["nth"]), similar, "score", "rank")
 
     def explain(self, user: str | int, item: str | int) -> pl.DataFrame:
-        """Why a blend offers a user an item: source, place, points, because; the weightiest reason first.
+        """Why a user is offered an item: source, place, points, because; the weightiest reason first.
 
-        A source is an expert, or a kind of fact. `place`: of the item among those that the expert offers (the trained
-        expert: among what anybody offers). `points`: what it adds to the logarithm of the score, above the user's
-        candidates on average. `because`: the item of the user's history that speaks most for it. No rows: the item is
-        not offered. OptionError for unknown ids, IncompatibleError for other models.
+        Of a blend a source is an expert, or a kind of fact. `place`: of the item among those that the expert offers
+        (the trained expert: among what anybody offers). `points`: what it adds to the logarithm of the score, above the
+        user's candidates on average. `because`: the item of the user's history that speaks most for it. Of a model with
+        vectors a source is an interest, `place` that among all items, `points` the inner product; the largest is the
+        score. No rows: the item is not offered. OptionError for unknown ids, IncompatibleError for other models.
         """
         served = self.served
         if not isinstance(user, str | int) or not isinstance(item, str | int):

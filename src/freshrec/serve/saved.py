@@ -12,7 +12,7 @@ import polars as pl
 from freshrec import models  # so that the specs of all models are imported  # noqa: F401
 from freshrec.data.catalog import Catalog
 from freshrec.errors import StateError
-from freshrec.models.checkpoint import save_tree
+from freshrec.models.checkpoint import save_tree, write_whole
 from freshrec.serve.reading import Reading
 from freshrec.serve.recommend import Served
 
@@ -33,9 +33,8 @@ def write_served(kept: Kept, folder: Path) -> None:
     served = kept.served
     state = replace(served.state, memory=None, costs={}, started=None)
     save_tree((kept.names, kept.reading, state, served.counts, served.pending), folder / SERVED)
-    served.users.frame.write_parquet(folder / USERS)
-    served.items.frame.write_parquet(folder / ITEMS)
-    served.categories.write_parquet(folder / CATEGORIES)
+    for name, frame in ((USERS, served.users.frame), (ITEMS, served.items.frame), (CATEGORIES, served.categories)):
+        write_whole(folder / name, frame.write_parquet)
 
 
 def read_served(files: Mapping[str, Path], load: Callable[[Path], Any]) -> Kept:

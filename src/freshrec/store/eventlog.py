@@ -22,27 +22,15 @@ import polars as pl
 from deltalake import ColumnProperties, CommitProperties, DeltaTable, WriterProperties, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError
 
+from freshrec.data.catalog import WORDS
 from freshrec.data.formats import printable
 from freshrec.errors import LogError, OptionError, StateError
+from freshrec.store.rows import KEYS, KINDS, each_once, ends_of, moment, split_named
 from freshrec.store.signed import read_signed, sum_of_file, sync, write_signed
 
 NAME = "freshrec event log 1"  # of the table, with the number of this format
 CLOCK = {True: "time is a clock's", False: "time is a place in the log"}  # the table's description
 SUMS = "checksums.json"
-KEYS = ("user_id", "item_id", "time")
-KINDS = {
-    "user_id": (pl.Int64, pl.String),
-    "item_id": (pl.Int64, pl.String),
-    "time": (pl.Int64,),
-    "event": (pl.String,),
-    "category": (pl.Int64, pl.String),
-    "weight": (pl.Float64,),
-    "label": (pl.Float64,),
-    "period": (pl.Int64,),
-    "split": (pl.String,),
-    "event_id": (pl.Int64, pl.String),
-}
-WORDS = {pl.Int64: "whole numbers", pl.String: "text", pl.Float64: "numbers"}
 
 # The least and the greatest time of a file stand in the log, so that most files need not be read. The statistics of
 # other columns would copy ids to places where nobody looks for them.
@@ -78,38 +66,40 @@ class EventLog:
 
     folder: Path
 
-    def take(self, frame: pl.DataFrame, source: str, has_clock: bool) -> Taken:
+    def take(self, frame: pl.DataFrame, source: str, has_clock: bool, aside: Collection[int] = ()) -> Taken:
         """Append what is new of a delivery (a `Log.frame`) in one commit, or nothing. LogError where it does not fit.
 
         An event is its event_id where it has one, else (user_id, item_id, time); without a clock a row that has no
-        event_id is always new. The very same `source`, a hash of what was delivered, is never taken twice: that would
-        bring back users who were erased.
+        event_id is always new. What only batches `aside` hold is new too: nobody has learnt it. The very same `source`,
+        a hash of what was delivered, is never taken twice: that would bring back users who were erased.
         """
         if not len(frame):
             return Taken(None, None, 0)
         with _told(self.folder, "written"):
             table = _table(self.folder)
             rows = _fitting(frame, table, has_clock, self.folder)
-            once = _once(rows, has_clock)
+            once = each_once(rows, has_clock)
             n_doubled, sources = len(rows) - len(once), _sources(table)
             again = next((batch for batch, known in sources.items() if known == source), None)
             if again is not None:
                 return Taken(None, again, len(rows), n_doubled, len(once))
-            new = once if table is None else _new(once, table, has_clock, self.folder)
+            among = sources.keys() - set(aside)
+            new = once if table is None else _new(once, table, has_clock, self.folder, among)
             if not len(new):
                 return Taken(None, None, len(rows), n_doubled, len(once))
-            newest, batch = _time(_files(table)["last"].max()), 1 + max(sources, default=0)
+            newest = moment(_files(table).filter(pl.col("batch").is_in(among))["last"].max())
+            batch = 1 + max(sources, default=0)
             about = {"batch": batch, "source": source, "doubled": n_doubled, "known": len(once) - len(new)}
             _append(new, about, table or self.folder, has_clock)
             _vouch(self.folder)
         n_late = int((new["time"] < newest).sum()) if has_clock and newest is not None else 0
-        first, last = _span(new)
+        first, last = ends_of(new)
         return Taken(batch, None, len(rows), n_doubled, len(once) - len(new), n_late, len(new), first, last)
 
     def read(self, batches: Sequence[int] | None = None) -> pl.DataFrame:
-        """The rows of all batches, or of some, in the order of arrival: by batch, then time, then as delivered.
+        """The events of all batches, or of some, in the order of arrival: by batch, then time, then as delivered.
 
-        The columns are those of `Log.frame` in which any of these rows has a value.
+        Each once, where it came first. The columns are those of `Log.frame` in which any of these rows has a value.
         """
         with _told(self.folder, "read"):
             table = _table(self.folder)
@@ -121,10 +111,18 @@ class EventLog:
                 files = files.filter(pl.col("batch").is_in(batches))
             _verify(self.folder, files)
             found = pl.DataFrame(table.scan(predicate=None if batches is None else _among(batches)))
-        found = found.sort("batch", "time", "row")
+            found = found.sort("batch", "time", "row")
+            if batches is None or len(batches) > 1:
+                found = each_once(found, _has_clock(table)).sort("batch", "time", "row")
         given = [name for name in KINDS if name in found.columns and found[name].null_count() < len(found)]
         more = [name for name in given if name not in KEYS]
         return found.select(*KEYS, *more)
+
+    def without(self, rows: pl.DataFrame, batches: Collection[int]) -> pl.DataFrame:
+        """Those of some rows that `read` gave whose event is in none of these batches."""
+        with _told(self.folder, "read"):
+            table = _table(self.folder)
+            return rows if table is None else _new(rows, table, _has_clock(table), self.folder, batches)
 
     def batches(self) -> pl.DataFrame:
         """batch, source, rows, and the times first and last, of every batch; 0 rows where all were erased."""
@@ -148,12 +146,12 @@ class EventLog:
         """Whether times are a clock's; False also where there is no row yet."""
         with _told(self.folder, "read"):
             table = _table(self.folder)
-            return table is not None and table.metadata().description == CLOCK[True]
+            return table is not None and _has_clock(table)
 
     @property
     def newest(self) -> int | None:
         """The time of the newest row; None where there is none."""
-        return _time(self.batches()["last"].max())
+        return moment(self.batches()["last"].max())
 
     def erase(self, user_id: int | str) -> int:
         """Remove all rows of a user, in one commit and from the disk; how many they were.
@@ -203,6 +201,10 @@ def _table(folder: Path) -> DeltaTable | None:
     if table.metadata().name != NAME:
         raise StateError(f"the Delta table in {folder} is no event log of this format; choose another folder.")
     return table
+
+
+def _has_clock(table: DeltaTable) -> bool:
+    return str(table.metadata().description) == CLOCK[True]
 
 
 def _commits(folder: Path) -> list[str]:
@@ -314,33 +316,22 @@ def _fitting(frame: pl.DataFrame, table: DeltaTable | None, has_clock: bool, fol
     return frame.with_columns(row=pl.int_range(pl.len(), dtype=pl.Int64))
 
 
-def _named(rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The rows that have an event_id, and the others."""
-    given = pl.col("event_id").is_not_null() if "event_id" in rows.columns else pl.lit(False)
-    return rows.filter(given), rows.filter(~given)
-
-
-def _once(rows: pl.DataFrame, has_clock: bool) -> pl.DataFrame:
-    """The first row of each event."""
-    named, plain = _named(rows)
-    named = named.unique("event_id", keep="first") if len(named) else named
-    return pl.concat([named, plain.unique(KEYS, keep="first") if has_clock else plain])
-
-
-def _new(rows: pl.DataFrame, table: DeltaTable, has_clock: bool, folder: Path) -> pl.DataFrame:
-    """The rows whose event the log does not hold."""
-    named, plain = _named(rows)
+def _new(
+    rows: pl.DataFrame, table: DeltaTable, has_clock: bool, folder: Path, batches: Collection[int]
+) -> pl.DataFrame:
+    """The rows whose event none of these batches holds, in their order."""
+    named, plain = split_named(rows.with_row_index("place"))
     ids_known = "event_id" in [field.name for field in table.schema().fields]
-    files = _files(table)
+    files, among = _files(table).filter(pl.col("batch").is_in(batches)), _among(batches)
     if len(named) and ids_known:
         _verify(folder, files)
-        named = _without(named, ["event_id"], table, "event_id IS NOT NULL")
+        named = _without(named, ["event_id"], table, f"{among} AND event_id IS NOT NULL")
     if len(plain) and has_clock:
-        first, last = _span(plain)
+        first, last = ends_of(plain)
         _verify(folder, files.filter(pl.col("first") <= last, pl.col("last") >= first))
-        during = f"time >= {first} AND time <= {last}"
+        during = f"{among} AND time >= {first} AND time <= {last}"
         plain = _without(plain, KEYS, table, during + (" AND event_id IS NULL" if ids_known else ""))
-    return pl.concat([named, plain])
+    return pl.concat([named, plain]).sort("place").drop("place")
 
 
 def _without(rows: pl.DataFrame, keys: Sequence[str], table: DeltaTable, predicate: str) -> pl.DataFrame:
@@ -368,15 +359,6 @@ def _must_know(batches: Iterable[int], known: Collection[int], folder: Path) -> 
     for batch in batches:
         if batch not in known:
             raise OptionError(f"the event log in {folder} has no batch {batch}; it has {len(known)}, counted from 1.")
-
-
-def _span(rows: pl.DataFrame) -> tuple[int | None, int | None]:
-    """The first and the last time."""
-    return _time(rows["time"].min()), _time(rows["time"].max())
-
-
-def _time(found: object) -> int | None:
-    return found if isinstance(found, int) else None
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from freshrec.version import __version__
 
 FORMAT = 1
 MANIFEST, COLLECTED = "manifest.json", "collected"
+OLDER = "recommender.json"  # what a folder held before there were stores
 Kind = Literal["fit", "update", "no rows", "saved"]
 Action = Literal["fit", "update", "promote", "rollback", "save"]
 
@@ -55,6 +56,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     id: int
+    format: int = FORMAT  # of this manifest and its files; those before there was this line are of format 1
     parent: int | None = None  # the version that it was updated from
     kind: Kind
     made_at: str = Field(default_factory=now)  # UTC
@@ -130,8 +132,11 @@ class Store:
         path = _of(self, number) / MANIFEST
         if not path.parent.is_dir():
             raise StateError(f"there is no version {number} in {self.folder}; see `freshrec history`.")
+        content = read_signed(path)
+        if isinstance(content, dict) and content.get("format", FORMAT) not in range(1, FORMAT + 1):
+            raise StateError(f"{path} is of a format that this freshrec does not know; upgrade freshrec.")
         try:
-            found = Manifest.model_validate(read_signed(path))
+            found = Manifest.model_validate(content)
         except ValidationError as problem:
             wrong = problem.errors()[0]
             raise StateError(
@@ -146,8 +151,11 @@ class Store:
         path = self.folder / "live.json"
         try:
             return [Move.model_validate(move) for move in read_signed(path)]
-        except (ValidationError, TypeError):
-            raise StateError(f"{path} is not a list of moves; point anew with `freshrec promote N`.") from None
+        except (ValidationError, TypeError, StateError):
+            raise StateError(
+                f"{path} is missing, or was changed by something else than freshrec; restore it from a backup, or "
+                "point anew with `freshrec promote N`."
+            ) from None
 
     @property
     def live(self) -> int:
@@ -163,7 +171,7 @@ class Store:
         try:
             moves = self.moves()
         except StateError:
-            moves = []  # a damaged pointer is set anew
+            moves = _told_moves(self)  # a damaged pointer is set anew
         moves.append(Move(at=now(), action=action, to=number, reason=reason))
         with writing(self.folder):
             write_signed([move.model_dump() for move in moves], self.folder / "live.json")
@@ -174,13 +182,16 @@ class Store:
         aside = final.with_name(f".{manifest.id}")
         if manifest.parent is not None:
             parent, before = _of(self, manifest.parent), self.manifest(manifest.parent)
-        with writing(final):
-            aside.mkdir()
-            save(aside)
-            manifest = manifest.model_copy(update={"files": _described(aside, aside, parent, before)})
-            write_signed(manifest.model_dump(), aside / MANIFEST)
-            aside.rename(final)
-            sync(final.parent)
+        try:
+            with writing(final):
+                aside.mkdir()
+                save(aside)
+                manifest = manifest.model_copy(update={"files": _described(aside, aside, parent, before)})
+                write_signed(manifest.model_dump(), aside / MANIFEST)
+                aside.rename(final)
+                sync(final.parent)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)  # a full disk has room again
         return manifest
 
     def rewrite(self, number: int, save: Callable[[Path], object]) -> Manifest:
@@ -213,10 +224,15 @@ class Store:
 
 
 def chain_of(store: Store) -> list[Manifest]:
-    """The live version and all that it comes from, the oldest first."""
+    """The live version and all that it comes from, the oldest first. StateError where a manifest of them is damaged."""
     found = [store.manifest(store.live)]
     while (parent := found[0].parent) is not None:
-        found.insert(0, store.manifest(parent))
+        try:
+            found.insert(0, store.manifest(parent))
+        except StateError as why:
+            raise StateError(
+                f"what the live version comes from is not known: {why} Or {_instead(store, parent)}"
+            ) from None
     return found
 
 
@@ -252,6 +268,10 @@ def new_store(folder: Path) -> Iterator[Store]:
 
 def open_store(folder: Path) -> Store:
     """The store in a folder. StateError where there is none, or one of another format."""
+    if (folder / OLDER).exists():
+        raise StateError(
+            f"{folder} was saved before there were stores; make it one in Python: Recommender.load(folder).save(NEW)."
+        )
     if not (folder / "store.json").exists():
         raise StateError(f"there is no store in {folder}; make one with `freshrec fit LOG --store {folder}`.")
     about = read_signed(folder / "store.json")
@@ -266,9 +286,13 @@ def collected(store: Store, number: int) -> bool:
 
 
 def collect(store: Store, keep: int) -> list[int]:
-    """Give up the files of all versions but the live one and the last `keep` that went live; their numbers."""
-    kept = {store.live, *[manifest.id for manifest in store.versions() if manifest.goes_live][-keep:]}
-    gone = [number for number in store.numbers() if number not in kept and not collected(store, number)]
+    """Give up the files of all versions but the live one and the last `keep` others that went live; their numbers.
+
+    A version whose manifest cannot be read is left alone: somebody may have a backup of it.
+    """
+    live, versions = store.live, store.versions()
+    kept = {live, *[manifest.id for manifest in versions if manifest.goes_live and manifest.id != live][-keep:]}
+    gone = [manifest.id for manifest in versions if manifest.id not in kept and not collected(store, manifest.id)]
     for number in store.numbers():
         if number in gone or collected(store, number):
             give_up(store, number)
@@ -283,6 +307,13 @@ def give_up(store: Store, number: int) -> None:
         for path in folder.iterdir():
             if path.name not in (COLLECTED, MANIFEST):
                 _remove(path)
+
+
+def _told_moves(store: Store) -> list[Move]:
+    """The moves of which the manifests tell, where those that were made are not known any more."""
+    actions: dict[Kind, Action] = {"fit": "fit", "update": "update", "no rows": "update", "saved": "save"}
+    live = [manifest for manifest in store.versions() if manifest.goes_live]
+    return [Move(at=m.made_at, action=actions[m.kind], to=m.id, reason="as its manifest tells") for m in live]
 
 
 def _sweep(store: Store) -> None:
@@ -318,7 +349,7 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as problem:
         why = problem.strerror or str(problem)
         raise StateError(
-            f"{path} cannot be written ({why}); nothing that was live has changed: make room."
+            f"{path} cannot be written ({why}); what was live still is: see that there is room and you may write."
         ) from problem
 
 

@@ -28,6 +28,7 @@ from freshrec.learn.exemplars import (
 )
 from freshrec.learn.fit import Clock, Fit, adapt, around, finish, grid, parted, start, successor
 from freshrec.learn.reservoir import Kept, kept_length
+from freshrec.learn.weights import items_of
 from freshrec.models.layers import best_inner_product
 from freshrec.models.softmax import distilled_softmax
 from freshrec.options import Count, Weight, check_options
@@ -66,8 +67,10 @@ def distil(model: EncodingModel, teacher: EncodingModel, exemplars: Kept, carrie
         teacher_MKD[which] = vectors_BKD[:, :1]  # again where there are fewer: it changes no score
         teacher_MKD[which, : vectors_BKD.shape[1]] = vectors_BKD
 
+    table = items_of(model)
+
     def loss(which_M: Tensor, batch: Batch) -> Tensor:
-        rows_RD = model.items.whole()
+        rows_RD = table.whole()
         vectors_BKD = model.encode(F.embedding(batch.history_BT, rows_RD), batch)
         if vectors_BKD.shape[1] == n_most == 1:
             return distilled_softmax(vectors_BKD[:, 0], rows_RD, teacher_MKD[which_M, 0], known_RD)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from freshrec.data.batches import Targets, due_targets, in_parts, random_source
 from freshrec.data.carried import carried_by
+from freshrec.device import uniform
 from freshrec.learn.exemplars import learnable, own_loss, replay, smallest
 from freshrec.learn.fit import Clock, Fit, adapt, finish, grid, parted, start, successor
 from freshrec.learn.reservoir import Kept, keep, together
@@ -30,7 +31,7 @@ def truncated(targets: Targets, n_each: int, length: int, source: torch.Generato
     """
     long_enough = targets[targets.lengths(SHORTEST) >= SHORTEST - 1]
     wanted_U = torch.full((targets.histories.n_users + 1,), n_each)
-    ends_M = smallest(torch.rand(len(long_enough), generator=source), long_enough.users_N, wanted_U).sort().values
+    ends_M = smallest(uniform((len(long_enough),), source), long_enough.users_N, wanted_U).sort().values
     return keep(learnable(long_enough[ends_M], length), length)
 
 

@@ -14,10 +14,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from freshrec.data.batches import Targets, due_targets, in_parts, random_source
 from freshrec.data.carried import Carried, carried_by
+from freshrec.device import permutation
 from freshrec.learn.exemplars import batch_of, learnable
 from freshrec.learn.fit import Clock, Fit, adapt, around, finish, grid, start, successor
 from freshrec.learn.reservoir import Kept, keep, kept_length
-from freshrec.learn.weights import Weights, weights_of
+from freshrec.learn.weights import Weights, items_of, weights_of
 from freshrec.models.layers import best_inner_product
 from freshrec.models.tables import tables_of
 from freshrec.options import Count, Weight, check_options
@@ -73,15 +74,14 @@ def _add_squares(total: Weights, model: EncodingModel, batch: Batch) -> None:
     """Add each sample's squared gradients. B samples, I items from 1 on; of an item row only two kinds of gradient
     exist, (p - y) v from its score and that from its places in the history, so none of (B, I, D) is ever formed."""
     assert batch.targets_BT is not None
-    items_ID, item_B1 = model.items.weights[1 : model.n_items + 1], batch.targets_BT - 1
-    (items_name,) = (name for name, table in tables_of(model).items() if table is model.items)
+    items_ID, item_B1 = model.item_vectors()[1 : model.n_items + 1], batch.targets_BT - 1
     vectors_BKD = model.user_vectors(batch)
     score_BKI = vectors_BKD @ items_ID.t()
     score_BI, best_BI = score_BKI.max(1)
     error_BI = torch.softmax(score_BI, 1).scatter_add_(1, item_B1, torch.full(item_B1.shape, -1.0))
     is_best_BKI = best_BI[:, None] == torch.arange(vectors_BKD.shape[1])[:, None]
     squares_BKI = error_BI.square()[:, None] * is_best_BKI
-    total[items_name][1 : model.n_items + 1] += squares_BKI.flatten(0, 1).t() @ vectors_BKD.square().flatten(0, 1)
+    total["items"][1 : model.n_items + 1] += squares_BKI.flatten(0, 1).t() @ vectors_BKD.square().flatten(0, 1)
 
     if model.unit == "pair":  # the user's vector is a row of its own
         total["users"].index_add_(0, batch.users_B, (error_BI @ items_ID).square())
@@ -94,7 +94,7 @@ def _add_squares(total: Weights, model: EncodingModel, batch: Batch) -> None:
     inner_PD = torch.zeros(len(pair_P), items_ID.shape[1]).index_add_(0, nth_P, history_BTD[rows, places])
     user_P, item_P = pair_P // (model.n_items + 1), pair_P % (model.n_items + 1)
     outer_PD = error_BI[user_P, item_P - 1, None] * vectors_BKD[user_P, best_BI[user_P, item_P - 1]]
-    total[items_name].index_add_(0, item_P, inner_PD * (inner_PD + 2 * outer_PD))  # (a + b)^2 = a^2 + b (b + 2 a)
+    total["items"].index_add_(0, item_P, inner_PD * (inner_PD + 2 * outer_PD))  # (a + b)^2 = a^2 + b (b + 2 a)
 
 
 class Reader(nn.Module):
@@ -112,7 +112,7 @@ class Reader(nn.Module):
 def _gradients(model: EncodingModel, batch: Batch) -> tuple[Weights, Tensor]:
     """Of each sample's -ln p, by the dense weights, (B, ...) each, and by the vectors of its history (B, T, D)."""
     assert batch.targets_BT is not None
-    items_ID, reader = model.items.weights[1 : model.n_items + 1], Reader(model)
+    items_ID, reader = model.item_vectors()[1 : model.n_items + 1], Reader(model)
     dense = {f"model.{name}": weights.detach() for name, weights in model.named_parameters()}
 
     def loss(
@@ -125,7 +125,7 @@ def _gradients(model: EncodingModel, batch: Batch) -> tuple[Weights, Tensor]:
         return torch.logsumexp(score_I, 0) - score_I.gather(0, item_1 - 1)[0]
 
     of_each = vmap(partial(grad(loss, (0, 1)), dense), in_dims=(0, 0, 0, None if batch.interests_BKD is None else 0, 0))
-    history_BTD = model.items.weights[batch.history_BT]
+    history_BTD = items_of(model).weights[batch.history_BT]
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels know no vmap
         by_dense, by_items_BTD = of_each(
             history_BTD, batch.users_B, batch.history_BT, batch.interests_BKD, batch.targets_BT
@@ -177,7 +177,7 @@ class EWC:
         since, clock = time.process_time(), Clock(dict(after.costs))
         length = kept_length(after.model)
         targets = learnable(targets, length)
-        drawn_N = torch.randperm(len(targets), generator=random_source(after.seed, span, DRAWN))[: self.samples]
+        drawn_N = permutation(len(targets), random_source(after.seed, span, DRAWN))[: self.samples]
         carried = carried_by(after.model, after.users, after.spans_seen)
         fisher = before
         if len(targets) or before is None:

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from freshrec.data.batches import Targets, due_targets, joined_events, place, random_source, targets_at
+from freshrec.device import permutation
 from freshrec.learn.fit import Clock, Fit, adapt, best_epoch, ndcg, ndcg_of, train
 from freshrec.learn.listwise import LEVEL, better, refit, worth
 from freshrec.models.blend import Blend
@@ -93,7 +94,7 @@ class Refit:
         parts = rows_E.split([len(rows_E) - model.window, model.window])
         early, late = (targets_at(histories, rows[histories.due_R[rows] == DUE]) for rows in parts)
         judges = late[late.lengths(1) > 0]
-        judges = judges[torch.randperm(len(judges), generator=random_source(seed, JUDGED))[:QUERIES]]
+        judges = judges[permutation(len(judges), random_source(seed, JUDGED))[:QUERIES]]
         fit, early = self._within(replace(self.fit, epochs=self.fit.max_epochs), early)
         epochs = train(model.experts.trained, early, fit.epochs, (seed, span.index, JUDGED))
         best_epoch(model.experts.trained, epochs, lambda: ndcg(model.experts.trained, judges, None), self.fit.patience)
@@ -129,7 +130,7 @@ def _safest(trained: Pooled, due: Targets, fit: Fit, key: tuple[int, ...], clock
     n_late = len(by_time_N) // 6
     early, late = (due[part_N.sort().values] for part_N in by_time_N.split([len(by_time_N) - n_late, n_late]))
     late = late[late.lengths(1) > 0]
-    late = late[torch.randperm(len(late), generator=random_source(*key, JUDGED))[:QUERIES]]
+    late = late[permutation(len(late), random_source(*key, JUDGED))[:QUERIES]]
     if len(late) < LEAST:
         return fit
     values, chosen = [], 0

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from freshrec.data.batches import due_targets, random_source
 from freshrec.data.carried import carried_by
+from freshrec.device import permutation
 from freshrec.errors import OptionError
 from freshrec.learn.fit import Clock, Fit, finish, ndcg, start, successor, train
 from freshrec.learn.rehearsal import rehearsal
@@ -140,7 +141,7 @@ class Rehearsed:
 
     def _quality(self, state: State, span: Span) -> float:
         due = due_targets(state.recent)
-        which_N = torch.randperm(len(due), generator=random_source(state.seed, span.index, ASK))[: self.asked]
+        which_N = permutation(len(due), random_source(state.seed, span.index, ASK))[: self.asked]
         return ndcg(state.model, due[which_N], carried_by(state.model, state.users, span.index))
 
     def _updated(self, state: State, span: Span) -> State:
@@ -148,7 +149,7 @@ class Rehearsed:
         model, due = successor(state, span), due_targets(state.recent, self.fit.history)
         targets, kept = due, memory.reservoir.kept
         if memory.manner.replayed:
-            order_M = torch.randperm(len(kept), generator=random_source(state.seed, span.index, DRAW))
+            order_M = permutation(len(kept), random_source(state.seed, span.index, DRAW))
             which_M = order_M[: int(memory.manner.replayed * len(due))]
             targets = joined(due, kept, which_M, apart=model.unit == "window")
         carried = carried_by(model, state.users, span.index)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from freshrec.data.batches import Targets, due_targets, query_batches, random_source, without_secrets
 from freshrec.data.carried import Carried, carried_by
+from freshrec.device import uniform
 from freshrec.errors import OptionError
 from freshrec.learn.fit import Clock, Fit, adapt, finish, grid, start, successor
 from freshrec.learn.reservoir import Kept, filled, joined, keep, kept_length, stream, together
@@ -43,13 +44,13 @@ def draw(p_N: Tensor, n: int, source: torch.Generator) -> Tensor:
     if not len(p_N):
         return torch.zeros(0, dtype=torch.int64)
     upto_N = p_N.cumsum(0)
-    at_M = torch.rand(n, generator=source, dtype=torch.float64) * upto_N[-1]
+    at_M = uniform((n,), source, torch.float64) * upto_N[-1]
     return torch.searchsorted(upto_N, at_M, right=True).clamp(max=len(p_N) - 1)
 
 
 def draw_distinct(p_N: Tensor, n: int, source: torch.Generator) -> Tensor:
     """(n,) indices without replacement, one after the other in proportion to what is left of p; all if n is more."""
-    clock_N = -torch.rand(len(p_N), generator=source, dtype=torch.float64).log() / p_N  # the first n to ring
+    clock_N = -uniform((len(p_N),), source, torch.float64).log() / p_N  # the first n to ring
     return clock_N.topk(min(n, len(p_N)), largest=False).indices
 
 
