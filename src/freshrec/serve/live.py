@@ -24,7 +24,7 @@ from freshrec.store.clicks import Click, Journal, written
 from freshrec.store.versions import Manifest, Store, now
 
 EVERY_S = 0.5  # how often the live pointer is looked at
-TRIED = 32  # users whose lists a new version must make before it is served
+TRIED = 8  # users whose lists a new version must make before it is served: it is in memory beside the old one
 Told = Callable[[str], object]  # where to say what happened, never with an id of a user
 
 
@@ -78,6 +78,7 @@ class Live:
             seen = (about.id, tuple(sorted((name, file.sha256) for name, file in about.files.items())))
             if seen == self._seen:
                 return
+            give_back()
             try:
                 version = loaded(self.store, about, self.exact, self.floor)
             except (FreshrecError, MemoryError, RuntimeError, ValueError, IndexError, KeyError, TypeError) as why:

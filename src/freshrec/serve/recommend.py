@@ -64,7 +64,7 @@ class Served:
         """The same answers from less memory: nothing is pending, and equal histories are one. It cannot be updated."""
         state, counts = self.now, self.counts
         mine, all_R = state.recent, counts.recent
-        columns = ("offsets_U", "items_R", "times_R", "due_R")
+        columns = ("offsets_U", "items_R", "times_R")  # what is due concerns those who learn
         if all(torch.equal(getattr(mine, name), getattr(all_R, name)) for name in columns):
             counts = replace(counts, recent=mine)  # as long as no history was cut
         return replace(self, state=state, counts=counts, pending=_none())
