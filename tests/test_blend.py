@@ -14,7 +14,7 @@ from freshrec.learn.listwise import LEVEL, corrected, fit_listwise, refit, worth
 from freshrec.models.blend import SOURCES, Blend, BlendSpec, Remembered, Rule
 from freshrec.models.checkpoint import load_state, save_state
 from freshrec.models.counted import absorb
-from freshrec.models.experts import EXPERTS, FEATURES, N
+from freshrec.models.experts import EXPERTS, FEATURES, N, largest
 from freshrec.models.facts import OWN
 from freshrec.models.ranking import ranks, top
 from freshrec.strategies.refit import Refit
@@ -97,12 +97,50 @@ def test_the_target_comes_first_and_is_described_as_it_was_before_it_happened() 
     expected = []
     for user, item in zip(users, items):
         history = histories.items_R[histories.offsets_U[user] : histories.offsets_U[user + 1]].long()
-        found, x = model.experts.describe(Batch(user[None], history[None]), model.window)
+        found, x = model.experts.describe(Batch(user[None], history[None]))
         expected.append(x[0, found[0] == item][0].half())
     n = len(model.remembered.x_QCF)
     model.absorb(Events.of(users, items), histories)
     new = model.remembered.x_QCF[n:, 0]
     assert len(new) and all(any(torch.equal(row, x) for x in expected) for row in new)
+
+
+def test_candidates_are_described_by_what_each_expert_says_of_all_items() -> None:
+    model, _ = fed([chain(1200, 0), chain(600, 1)], offered=7)
+    experts = model.experts
+    batch = Batch(torch.tensor([1, 2, 0]), torch.tensor([[0, 3, 9, 3], [4, 9, 2, 7], [0, 0, 0, 0]]))
+    items_BC, x_BCF = experts.describe(batch)
+    real_BC, all_items, wanted = items_BC > 0, torch.arange(ITEMS + 1), []
+    for name, counter in experts.counters.items():
+        score_BI = counter.score(batch, all_items)
+        share_BI = score_BI / score_BI.sum(1, keepdim=True).clamp(min=1e-9)
+        share_BC = (share_BI.gather(1, items_BC) + experts.settled.floor).log()
+        place = list(EXPERTS).index(name)
+        torch.testing.assert_close(x_BCF[..., place][real_BC], share_BC[real_BC], rtol=1e-5, atol=1e-5)
+        rank_BC, own_BC = x_BCF[..., N + place].exp().round(), score_BI.gather(1, items_BC)
+        ahead_BC = (score_BI[:, None] > own_BC[..., None]).sum(2)  # of equal ones any may come first
+        level_BC = (score_BI[:, None] == own_BC[..., None]).sum(2)
+        offered_BC = real_BC & (rank_BC <= 7)
+        assert ((rank_BC > ahead_BC) & (rank_BC <= ahead_BC + level_BC))[offered_BC].all()
+        assert (
+            ahead_BC[real_BC & (own_BC > 0) & ~offered_BC] + level_BC[real_BC & (own_BC > 0) & ~offered_BC] > 7
+        ).all()
+        wanted.append((score_BI > 0).sum(1).clamp(max=7) - offered_BC.sum(1))
+    assert not torch.stack(wanted).any()  # all that an expert offers are candidates
+    for b in range(3):
+        alone_C, x_CF = (
+            part[0] for part in experts.describe(Batch(batch.users_B[b : b + 1], batch.history_BT[b : b + 1]))
+        )
+        same = [f for f in range(len(FEATURES)) if not N <= f < 2 * N]  # all but ranks
+        assert set(batch.history_BT[b].tolist()) - {0} <= set(alone_C.tolist())
+        for item in set(alone_C.tolist()) & set(items_BC[b].tolist()) - {0}:
+            assert torch.equal(x_CF[alone_C == item][0, same], x_BCF[b, items_BC[b] == item][0, same])
+
+
+@pytest.mark.parametrize("k", [1, 3, 5, 9])
+def test_the_largest_values_are_those_that_a_stable_sort_puts_first(k: int) -> None:
+    values = np.array([2.0, 5, 2, 0, 5, 2, 1])
+    assert largest(values, k).tolist() == [1, 4, 0, 2, 5, 6, 3][:k]
 
 
 def test_only_as_much_is_remembered_as_was_asked_for() -> None:

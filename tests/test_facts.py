@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from freshrec.data.batches import append, place, targets_at
-from freshrec.models.facts import ITEM, OWN, PRIOR, USER, Facts
-from freshrec.models.sparse import Board
+from freshrec.models.facts import ITEM, OWN, PRIOR, Facts, among_last, of_own, of_users
+from freshrec.models.sparse import Runs
 from freshrec.types import Events, Histories
 
 near = pytest.approx
@@ -29,22 +29,35 @@ def test_events_and_repeats_are_counted_across_blocks() -> None:
     assert facts.first_I.tolist()[1:] == [0, 3, np.inf] and facts.clock == 5
 
 
-def test_a_candidate_is_described_by_its_place_in_the_history_and_by_what_is_known_of_it() -> None:
-    items, history = np.array([[1, 2, 3], [1, 0, 0]]), np.array([[0, 1, 2, 1, 2], [0, 0, 0, 0, 2]])
-    columns = counted().describe(items, history, Board(2, 4), window=2)
-    named = dict(zip((*OWN, *ITEM, *USER), columns))
-    assert named["taken"].tolist() == [[1, 1, 0], [0, 0, 0]]
-    assert named["times taken"][0].tolist() == near([np.log(3), np.log(3), 0])
-    assert named["age of the last"][0].tolist() == near([np.log(2), 0, 0])
-    assert named["is the last"].tolist() == [[0, 1, 0], [0, 0, 0]]
-    mean = 2 / 5
-    assert named["taken again"][0].tolist() == near(
-        [(2 + PRIOR * mean) / (4 + PRIOR), PRIOR * mean / (1 + PRIOR), mean]
+def test_which_targets_are_among_the_last_before_them() -> None:
+    users, items = [1, 2, 1, 1, 2, 1], [1, 1, 2, 1, 1, 2]  # user 1 has items 1 2 1 2, user 2 has 1 1
+    targets = targets_at(*place(Histories.empty(), Events.of(torch.tensor(users), torch.tensor(items)), 2))
+    assert among_last(targets, 2).tolist() == [False, False, False, True, True, True]
+    assert among_last(targets, 1).tolist() == [False, False, False, False, True, False]
+    assert among_last(targets[torch.zeros(0, dtype=torch.int64)], 2).tolist() == []
+
+
+def test_an_own_item_is_described_by_its_place_in_the_history() -> None:
+    runs = Runs.of(np.array([[0, 1, 2, 1, 2], [0, 0, 0, 0, 2]]))
+    named = dict(zip(OWN, of_own(runs).T))  # of items 1 and 2, and 2 of the second
+    assert named["taken"].tolist() == [1, 1, 1] and named["is the last"].tolist() == [0, 1, 1]
+    assert named["times taken"].tolist() == near([np.log(3), np.log(3), np.log(2)])
+    assert named["age of the last"].tolist() == near([np.log(2), 0, 0])
+    again, length = of_users(runs, np.array([4, 1]), 2 / 5).T
+    assert again.tolist() == near([(2 + PRIOR * 2 / 5) / (4 + PRIOR), PRIOR * 2 / 5 / (1 + PRIOR)])
+    assert length.tolist() == near([np.log(5), np.log(2)])
+
+
+def test_an_item_is_described_by_what_is_known_of_it() -> None:
+    facts = counted()
+    assert facts.mean == near(2 / 5)
+    named = dict(zip(ITEM, facts.of_items(window=2).T))
+    assert all(x.dtype == np.float32 and x[0] == 0 for x in named.values())
+    assert named["taken again"][1:].tolist() == near(
+        [(2 + PRIOR * 2 / 5) / (4 + PRIOR), PRIOR * 2 / 5 / (1 + PRIOR), 2 / 5]
     )
-    assert named["events"][0].tolist() == near([np.log(5), np.log(2), 0])
-    assert named["age"][0].tolist() == near([np.log(1 + 5 / 2), np.log(1 + 2 / 2), 0])
-    assert named["takes again"][0].tolist() == near([(2 + PRIOR * mean) / (4 + PRIOR)] * 3)
-    assert named["length"][:, 0].tolist() == near([np.log(5), np.log(2)]) and named["length"][1, 1] == 0
+    assert named["events"][1:].tolist() == near([np.log(5), np.log(2), 0])
+    assert named["age"][1:].tolist() == near([np.log(1 + 5 / 2), np.log(1 + 2 / 2), 0])
 
 
 def test_facts_come_back_from_their_tensors() -> None:

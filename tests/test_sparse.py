@@ -1,9 +1,12 @@
 """Sparse rows: items once each, the best of each row, lookups; by hand and against dense arrays."""
 
 import numpy as np
+import pytest
 from scipy import sparse
 
-from freshrec.models.sparse import Board, best, distinct, last_of, rows_of
+from freshrec.models.sparse import Cells, Runs, best, csr, distinct, rows_of, sums
+
+near = pytest.approx
 
 
 def test_a_row_has_each_item_once_and_padding_is_none() -> None:
@@ -11,11 +14,6 @@ def test_a_row_has_each_item_once_and_padding_is_none() -> None:
     assert distinct(items).tolist() == [[1, 3], [0, 0], [2, 0]]
     assert rows_of(items, 4).toarray().tolist() == [[0, 1, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0]]
     assert distinct(items[1:2]).shape == (1, 0) and distinct(items[:, :0]).shape == (3, 0)
-
-
-def test_the_last_values_of_rows_of_different_lengths() -> None:
-    values, counts = np.array([1, 2, 3, 4, 5, 6]), np.array([1, 4, 1])
-    assert last_of(values, counts, 3).tolist() == [[0, 0, 1], [3, 4, 5], [0, 0, 6]]
 
 
 def test_the_best_of_each_row_come_first_and_a_zero_is_none() -> None:
@@ -26,11 +24,33 @@ def test_the_best_of_each_row_come_first_and_a_zero_is_none() -> None:
     assert best(stored_zero, 2)[0].tolist() == [[0]]
 
 
-def test_a_board_answers_for_what_was_put_on_it_and_is_clean_afterwards() -> None:
-    board = Board(2, 5)
-    asked = np.array([[1, 4, 0], [2, 2, 3]])
-    put, values = np.array([[4, 4], [2, 0]]), np.array([[7, 8], [9, 1]])
-    assert board.at(asked, put, values).tolist() == [[0, 8, 0], [9, 9, 0]]  # the last one wins; item 0 is none
-    dense = np.array([[3.0, 1, 0, 0, 2], [0, 0, 5, 0, 0]], np.float32)
-    assert board.of(asked, sparse.csr_array(dense)).tolist() == [[1, 2, 0], [5, 5, 0]]
-    assert not board.values_BI.any()
+def test_sums_are_those_of_each_row_also_of_an_empty_one() -> None:
+    dense = np.array([[0.0, 2, 5, 1], [0, 0, 0, 0], [0, 0, 7, 0], [0, 0, 0, 0]], np.float32)
+    assert sums(sparse.csr_array(dense)).tolist() == [8, 0, 7, 0]
+    assert sums(sparse.csr_array((2, 3), dtype=np.float32)).tolist() == [0, 0]
+
+
+def test_cells_say_which_candidate_an_item_is_and_what_share_it_has() -> None:
+    cells = Cells(np.array([[1, 4, 0], [2, 3, 4]]), 5)  # numbered 1 2 - and 4 5 6
+    assert cells.at(np.array([[4, 2, 0], [0, 1, 4]])).tolist() == [[2, 0, 0], [0, 0, 6]]
+    dense = np.array([[9.0, 1, 0, 0, 2], [0, 4, 5, 0, 1]], np.float32)  # item 0, and item 1 of the second, are none
+    at, shares = cells.of(sparse.csr_array(dense))
+    assert at.tolist() == [1, 2, 4, 6] and shares.tolist() == near([1 / 12, 2 / 12, 5 / 10, 1 / 10])
+    alone = Cells(np.array([[2, 3, 4]]), 5).of(sparse.csr_array(dense[1:]))
+    assert alone[0].tolist() == [1, 3] and alone[1].tolist() == near([5 / 10, 1 / 10])
+    assert [len(part) for part in Cells(np.zeros((2, 0), np.int64), 5).of(sparse.csr_array(dense))] == [0, 0]
+
+
+def test_runs_are_the_items_of_each_row_with_their_steps() -> None:
+    runs = Runs.of(np.array([[0, 3, 1, 3], [0, 0, 0, 0], [2, 2, 2, 2]]))
+    assert runs.offsets_B.tolist() == [0, 2, 2, 3] and runs.row_W.tolist() == [0, 0, 2]
+    assert runs.items_W.tolist() == [1, 3, 2] and runs.steps_E.tolist() == [2, 1, 3, 0, 1, 2, 3]
+    assert runs.n_W.tolist() == [1, 2, 4] and runs.last_W.tolist() == [2, 3, 3]
+    nothing = Runs.of(np.zeros((2, 0), np.int64))
+    assert nothing.offsets_B.tolist() == [0, 0, 0] and len(nothing.n_W) == len(nothing.last_W) == 0
+
+
+def test_indices_are_as_wide_as_needed() -> None:
+    one = np.ones(1, np.float32), np.ones(1, np.int64), np.array([0, 1])
+    assert csr(*one, 5).indices.dtype == csr(*one, 5).indptr.dtype == np.int32
+    assert csr(*one, 2**40).indices.dtype == np.int64

@@ -1,5 +1,7 @@
 """User-kNN by hand, and its state after any cut of the events into blocks."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -75,3 +77,12 @@ def test_room_for_more_users_and_items_changes_no_score() -> None:
     before = asked(model, 0, [1])
     model.grow(model.n_users + 20, model.n_items + 5)
     assert asked(model, 0, [1])[: len(before)] == before
+
+
+def test_a_copy_shares_what_it_has_not_changed() -> None:
+    model = fed([(2, 1), (2, 5), (3, 1)])
+    other = copy.deepcopy(model)
+    assert other.recent_UT is model.recent_UT
+    other.absorb(Events.of(torch.tensor([2, 3]), torch.tensor([7, 8])), NOTHING)
+    assert model.recent_UT[2, -2:].tolist() == [1, 5] and other.recent_UT[2, -3:].tolist() == [1, 5, 7]
+    assert model.recent_UT[3, -1] == 1 and model.turn_U[2] == 1

@@ -18,7 +18,7 @@ from torch import Tensor
 from freshrec.data.batches import Targets, histories_before, in_parts, place, random_source, targets_at, turns_of
 from freshrec.device import normal, permutation, uniform
 from freshrec.models.experts import EXPERTS, FEATURES, Experts, N, in_one, part_of
-from freshrec.models.facts import ITEM, OWN, USER
+from freshrec.models.facts import ITEM, OWN, USER, among_last
 from freshrec.models.pairs import Pairs
 from freshrec.models.sparse import Floats, picked
 from freshrec.options import Count, check_options
@@ -150,7 +150,7 @@ class Blend:
         self.experts = Experts(spec.offered, spec.length, seed)
         self.rule, self.trusted = None, 0
         self.given_up = False  # the trained expert: it added nothing to the others
-        self.window = self.n_blocks = 0  # events in a window: a sixth of the first block
+        self.n_blocks = 0
         nothing = torch.zeros(0, spec.others + 1, len(FEATURES), dtype=torch.float16)
         self.remembered = Remembered(nothing, nothing[..., 0] > 0, torch.zeros(0, N + 1))
         self.waiting: list[Waiting] = []  # those of the base block, until `hear_trained`
@@ -168,9 +168,9 @@ class Blend:
         if not len(events):
             return
         parts, self.waiting = [events], []
-        if is_base := not self.window:
-            self.window = max(1, round(len(events) / 6))
-            parts = [events[: -self.window], events[-self.window :]]
+        if is_base := not self.experts.window:
+            self.experts.window = window = max(1, round(len(events) / 6))
+            parts = [events[:-window], events[-window:]]
         for part in parts:
             after, rows_E = place(histories, part, self.n_users)
             targets = targets_at(after, rows_E)
@@ -183,12 +183,13 @@ class Blend:
     def _remember(self, targets: Targets, is_base: bool) -> None:
         """Ask for some of the targets, and write down what the candidates looked like."""
         source = random_source(self.seed, REMEMBER, self.n_blocks)
-        own_N = (histories_before(targets, self.spec.length) == targets.items_N[:, None]).any(1)
-        known_N = own_N | torch.from_numpy(self.experts.facts.events_I > 0)[targets.items_N]
+        known_N = (
+            among_last(targets, self.spec.length) | torch.from_numpy(self.experts.facts.events_I > 0)[targets.items_N]
+        )
         able_N = (targets.lengths(1) > 0) & known_N
         order_N = permutation(len(targets), source)
         order_N = order_N[able_N[order_N]]
-        share = min(1.0, self.spec.per_window / self.window)
+        share = min(1.0, self.spec.per_window / self.experts.window)
         wanted = min(self.spec.remembered, round(share * len(targets)))
         by_turn_N = torch.argsort(
             turns_of(targets.users_N[order_N]), stable=True
@@ -198,7 +199,7 @@ class Blend:
         for which in in_parts(torch.arange(len(targets)), 256):
             part = targets[which]
             batch = Batch(part.users_N, histories_before(part, self.spec.length))
-            items_BC, x_BCF = self.experts.describe(batch, self.window)
+            items_BC, x_BCF = self.experts.describe(batch)
             found_B, kept_QC, rows = _written(self.spec, self.rule, items_BC, x_BCF, part.items_N[:, None], source)
             kept.append(rows)
             if is_base:
@@ -232,7 +233,7 @@ class Blend:
 
     def candidates(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(B, C) items, 0 where a user has fewer, and how likely each is the next among them; 0 is no opinion."""
-        items_BC, x_BCF = self.experts.describe(batch, self.window)
+        items_BC, x_BCF = self.experts.describe(batch)
         return items_BC, self._likely(items_BC, x_BCF)
 
     def _likely(self, items_BC: Tensor, x_BCF: Tensor) -> Tensor:
@@ -254,7 +255,7 @@ class Blend:
 
         Without a rule the trusted expert is the only reason.
         """
-        items_BC, x_BCF = self.experts.describe(batch, self.window)
+        items_BC, x_BCF = self.experts.describe(batch)
         offered_C = self._likely(items_BC, x_BCF)[0] > 0
         if not bool((offered_C & (items_BC[0] == item)).any()):
             return []
@@ -272,7 +273,7 @@ class Blend:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything the model knows."""
-        numbers = [self.n_users, self.n_items, self.window, self.n_blocks, self.trusted, int(self.given_up)]
+        numbers = [self.n_users, self.n_items, self.experts.window, self.n_blocks, self.trusted, int(self.given_up)]
         parts = {"experts": self.experts.state_dict(), "remembered": vars(self.remembered)}
         parts |= {} if self.rule is None else {"rule": vars(self.rule)}
         return {"numbers": torch.tensor(numbers)} | in_one(parts)
@@ -280,7 +281,7 @@ class Blend:
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state_dict`."""
         *numbers, given_up = tensors["numbers"].tolist()
-        self.n_users, self.n_items, self.window, self.n_blocks, self.trusted = numbers
+        self.n_users, self.n_items, self.experts.window, self.n_blocks, self.trusted = numbers
         self.given_up = bool(given_up)
         self.experts.load_state_dict(part_of(tensors, "experts"), self.n_users, self.n_items)
         self.remembered = Remembered(**part_of(tensors, "remembered"))

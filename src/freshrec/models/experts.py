@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from freshrec.data.batches import Targets, closed, in_parts
-from freshrec.models.facts import ITEM, OWN, USER, Facts
+from freshrec.models.facts import ITEM, OWN, USER, Facts, of_own, of_users
 from freshrec.models.pairs import PairsSpec
 from freshrec.models.pooled import Pooled, PooledSpec
 from freshrec.models.popularity import Popularity, PopularitySpec
-from freshrec.models.repeat import RepeatSpec
-from freshrec.models.sparse import Board, Floats, Ints, best, distinct, sums
+from freshrec.models.repeat import Repeat, RepeatSpec
+from freshrec.models.sparse import Cells, Floats, Ints, Runs, best, distinct
 from freshrec.models.user_knn import UserKNNSpec
 from freshrec.types import Batch, Events, Histories, Model
 
@@ -36,6 +37,10 @@ N = len(EXPERTS)
 FEATURES = (
     *(f"share {name}" for name in EXPERTS), *(f"rank {name}" for name in EXPERTS), *OWN, *ITEM, *USER,
 )  # fmt: skip
+SHARE = {name: place for place, name in enumerate(EXPERTS)}  # columns of the features
+FIRST_OWN = FEATURES.index(OWN[0])
+RANK = {name: N + place for name, place in SHARE.items()}
+ALIKE = [name for name, spec in COUNTING.items() if isinstance(spec, PopularitySpec)]  # they think alike of all users
 FLOOR = 0.1  # events' worth of probability, shared by all items, known, that an expert gives to those it is silent on
 ENTRIES = 8_000_000  # users x items on one board
 LATELY = "popularity-1"
@@ -54,7 +59,10 @@ class Settled:
     """What stays as it is until more is counted or learnt."""
 
     floor: float  # what an expert that is silent on an item is taken to think of it: a share
-    popular: dict[str, tuple[Floats, Ints]]  # of each popularity (I + 1,) log shares, and the best items
+    mean: float  # of the facts
+    x_IF: Floats  # (I + 1, F) features of all items for a user of whom nothing is known
+    log_rank_K: Tensor  # of places 1, 2, ...; the last is that of what is not offered
+    popular_P: Ints  # what any of the popularities offers, ascending
     shelf_S: Tensor  # what the trained expert may offer: items that it has learnt
     shelf_SD: Tensor  # their vectors
 
@@ -73,6 +81,7 @@ class Experts:
         self.counters: dict[str, Model] = {name: counter.build(seed) for name, counter in COUNTING.items()}
         self.trained: Pooled = TRAINED.build(seed)  # by the strategy; until then it has no opinion
         self.facts = Facts.empty()
+        self.window = 0  # events: a sixth of the first block; 0 until that is known. Ages of items are measured in it
         self._settled: Settled | None = None  # made when first asked
 
     def grow(self, n_users: int, n_items: int) -> None:
@@ -95,29 +104,32 @@ class Experts:
 
     def asked(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The trained expert's vectors of the users (B, D), and whether it has learnt any of their items (B,)."""
-        history_BT = closed(torch.where(self.trained.taken.steps_R[batch.history_BT] > 0, batch.history_BT, 0))
-        vectors_BD = self.trained.user_vectors(replace(batch, history_BT=history_BT))[:, 0]
-        return vectors_BD, (history_BT > 0).any(1)
+        history_BT = batch.history_BT.numpy()
+        learnt_BT = np.where(self.trained.taken.steps_R.numpy().take(history_BT) > 0, history_BT, 0)
+        known_BT = closed(torch.from_numpy(learnt_BT))
+        vectors_BD = self.trained.user_vectors(Batch(batch.users_B, known_BT))[:, 0]
+        return vectors_BD, torch.from_numpy((learnt_BT > 0).any(1))
 
     def opinion(self, items_BC: Tensor, vectors_BD: Tensor, known_B: Tensor) -> tuple[Tensor, Tensor]:
         """What the trained expert thinks of the candidates: log share among them (B, C), and log rank.
 
         It is silent on items, and on histories, that it has not learnt.
         """
-        items, silent = self.trained.items, self.offered + 1
-        known_BC = (items.steps_R[items_BC] > 0) & known_B[:, None]
-        logit_BC = (items.weights[items_BC] @ vectors_BD[..., None])[..., 0].masked_fill(~known_BC, -torch.inf)
-        rank_BC = 1 + logit_BC.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        rank_BC = torch.where(known_BC, rank_BC, silent).clamp(max=silent)
-        return (logit_BC.softmax(1).nan_to_num(0.0) + self.settled.floor).log(), rank_BC.log()
+        items, settled = self.trained.items, self.settled
+        known_BC = torch.from_numpy(items.steps_R.numpy().take(items_BC.numpy()) > 0) & known_B[:, None]
+        logit_BC = (items.weights[items_BC] @ vectors_BD[..., None])[..., 0].masked_fill_(~known_BC, -torch.inf)
+        order_BC = logit_BC.argsort(dim=1, descending=True, stable=True)
+        rank_BC = torch.empty_like(order_BC).scatter_(1, order_BC, torch.arange(order_BC.shape[1]).expand_as(order_BC))
+        rank_BC = torch.where(known_BC, rank_BC, self.offered).clamp_(max=self.offered)  # from 0
+        share_BC = logit_BC.softmax(1).nan_to_num_(0.0)
+        return share_BC.add_(settled.floor).log_(), settled.log_rank_K[rank_BC]
 
-    def describe(self, batch: Batch, window: int) -> tuple[Tensor, Tensor]:
-        """The candidates (B, C), 0 where a user has fewer, and their features (B, C, F).
-
-        Ages of items are measured in windows of so many events.
-        """
+    def describe(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The candidates (B, C), 0 where a user has fewer, and their features (B, C, F)."""
         size = max(1, ENTRIES // (self.n_items + 1))
-        parts = [self._described(batch, which, window) for which in in_parts(torch.arange(len(batch)), size)]
+        parts = [self._described(batch, which) for which in in_parts(torch.arange(len(batch)), size)]
+        if len(parts) == 1:
+            return torch.from_numpy(parts[0][0]), torch.from_numpy(parts[0][1])
         width = max((items_BC.shape[1] for items_BC, _ in parts), default=0)
         items_BC = np.zeros((len(batch), width), np.int64)
         x_BCF = np.zeros((len(batch), width, len(FEATURES)), np.float32)
@@ -128,52 +140,57 @@ class Experts:
             first += len(part_BC)
         return torch.from_numpy(items_BC), torch.from_numpy(x_BCF)
 
-    def _described(self, batch: Batch, which: Tensor, window: int) -> tuple[Ints, Floats]:
+    def _described(self, batch: Batch, which: Tensor) -> tuple[Ints, Floats]:
         history_BT = closed(batch.history_BT[which])[:, -self.length :]
-        batch, n = Batch(batch.users_B[which], history_BT), len(which)
-        said = [self._said(name, batch) for name in self.counters]
-        offered = [history_BT.numpy(), *(offered_BK for _, offered_BK in said)]
-        asked = self.asked(batch) if len(self.settled.shelf_S) else None
+        batch, settled = Batch(batch.users_B[which], history_BT), self.settled
+        runs = Runs.of(history_BT.numpy())
+        said = {name: _said(counter, batch, runs) for name, counter in self.counters.items() if name not in ALIKE}
+        offers = {name: best(scores_BI, self.offered)[0] for name, scores_BI in said.items()}
+        alike = np.broadcast_to(settled.popular_P, (len(batch), len(settled.popular_P)))
+        offered = [history_BT.numpy(), alike, *offers.values()]
+        asked = self.asked(batch) if len(settled.shelf_S) else None
         if asked is not None:
-            offered.append(self.settled.liked(*asked, self.offered))
+            offered.append(settled.liked(*asked, self.offered))
         items_BC = distinct(np.concatenate(offered, axis=1))
-        board, columns = Board(n, self.n_items + 1), []
-        for scores, _ in said:
-            if isinstance(scores, np.ndarray):
-                columns.append(scores[items_BC])
-            else:
-                share_BC = board.of(items_BC, scores) / np.maximum(sums(scores), 1e-9)[:, None]
-                columns.append(np.log(share_BC + self.settled.floor))
-        silent = np.full(items_BC.shape, np.log(self.settled.floor)), np.full(items_BC.shape, np.log(self.offered + 1))
-        opinion = silent if asked is None else self.opinion(torch.from_numpy(items_BC), *asked)
-        columns.append(np.asarray(opinion[0]))
-        for _, offered_BK in said:
-            place_K = np.arange(self.offered, self.offered - offered_BK.shape[1], -1)
-            columns.append(np.log(self.offered + 1 - board.at(items_BC, offered_BK, place_K)))
-        columns.append(np.asarray(opinion[1]))
-        columns += self.facts.describe(items_BC, history_BT.numpy(), board, window)
-        return items_BC, np.stack(columns, axis=2, dtype=np.float32)
-
-    def _said(self, name: str, batch: Batch) -> tuple[Any, Ints]:
-        """What a counter thinks, and its best items (B, K): its scores, or log shares (I + 1,) that all users have."""
-        if name in self.settled.popular:
-            log_share_I, best_K = self.settled.popular[name]
-            return log_share_I, np.broadcast_to(best_K, (len(batch), len(best_K)))
-        scores_BI = cast(Counter, self.counters[name]).sparse(batch)
-        return scores_BI, best(scores_BI, self.offered)[0]
+        cells = Cells(items_BC, self.n_items + 1)
+        x_NF = np.empty((1 + items_BC.size, len(FEATURES)), np.float32)  # a row a cell; the first is for what is none
+        settled.x_IF.take(items_BC.ravel(), axis=0, out=x_NF[1:], mode="clip")
+        x_BCF = x_NF[1:].reshape(*items_BC.shape, len(FEATURES))
+        log_rank_K = np.log(np.arange(1, self.offered + 1, dtype=np.float32))
+        for name, offered_BK in offers.items():
+            cells_H, shares_H = cells.of(said[name])
+            x_NF[cells_H, SHARE[name]] = np.log(shares_H + settled.floor)
+            x_NF[cells.at(offered_BK), RANK[name]] = log_rank_K[: offered_BK.shape[1]]
+        if asked is not None:
+            share_BC, rank_BC = self.opinion(torch.from_numpy(items_BC), *asked)
+            x_BCF[..., N - 1], x_BCF[..., 2 * N - 1] = share_BC.numpy(), rank_BC.numpy()
+        x_NF[cells.cells_BI[runs.row_W, runs.items_W], FIRST_OWN : FIRST_OWN + len(OWN)] = of_own(runs)
+        n_B = (history_BT.numpy() > 0).sum(1)
+        x_BCF[..., -len(USER) :] = of_users(runs, n_B, settled.mean)[:, None] * (items_BC > 0)[..., None]
+        return items_BC, x_BCF
 
     @property
     def settled(self) -> Settled:
         """Made when first asked for, after something was counted or learnt."""
         if self._settled is None:
             floor = FLOOR / max(1, int((self.facts.events_I > 0).sum()))
-            named = self.counters.items()
-            counts = {name: counter.counts_I.numpy() for name, counter in named if isinstance(counter, Popularity)}
-            popular = {name: _popular(counts_I, floor, self.offered) for name, counts_I in counts.items()}
-            lately_I = counts[LATELY]
-            shelf_S = torch.from_numpy(np.argsort(-lately_I, kind="stable")[:SHELF])
-            shelf_S = shelf_S[torch.from_numpy(lately_I)[shelf_S].gt(0) & self.trained.items.steps_R[shelf_S].gt(0)]
-            self._settled = Settled(floor, popular, shelf_S, self.trained.items.weights[shelf_S])
+            x_IF, offers = np.zeros((self.n_items + 1, len(FEATURES)), np.float32), []
+            x_IF[:, :N], x_IF[:, N : 2 * N] = np.log(np.float32(floor)), np.log(self.offered + 1)
+            x_IF[:, N - 1] = np.log(floor)
+            for name in ALIKE:
+                counts_I = cast(Popularity, self.counters[name]).counts_I.numpy()
+                best_K = largest(counts_I, self.offered)
+                best_K = best_K[counts_I[best_K] > 0]
+                x_IF[:, SHARE[name]] = np.log(counts_I / max(float(counts_I.sum()), 1e-9) + floor)
+                x_IF[best_K, RANK[name]] = np.log(np.arange(1, len(best_K) + 1, dtype=np.float32))
+                offers.append(best_K)
+            x_IF[:, FIRST_OWN + len(OWN) : -len(USER)] = self.facts.of_items(max(1, self.window))
+            lately_I = cast(Popularity, self.counters[LATELY]).counts_I
+            shelf_S = torch.from_numpy(largest(lately_I.numpy(), SHELF))
+            shelf_S = shelf_S[lately_I[shelf_S].gt(0) & self.trained.items.steps_R[shelf_S].gt(0)]
+            popular_P, shelf_SD = np.unique(np.concatenate(offers)), self.trained.items.weights[shelf_S]
+            log_rank_K = torch.arange(1, self.offered + 2).log()
+            self._settled = Settled(floor, self.facts.mean, x_IF, log_rank_K, popular_P, shelf_S, shelf_SD)
         return self._settled
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -194,11 +211,19 @@ class Experts:
         self._settled = None
 
 
-def _popular(counts_I: Floats, floor: float, k: int) -> tuple[Floats, Ints]:
-    """Log shares of all items, and the best ones."""
-    best_K = np.argsort(-counts_I, kind="stable")[:k]
-    share_I = counts_I / max(float(counts_I.sum()), 1e-9)
-    return np.log(share_I + floor), best_K[counts_I[best_K] > 0]
+def _said(counter: Model, batch: Batch, runs: Runs) -> Any:
+    return counter.of(runs) if isinstance(counter, Repeat) else cast(Counter, counter).sparse(batch)
+
+
+def largest(values_I: NDArray[Any], k: int) -> Ints:
+    """(K,) where the k largest values are, the largest first; of equal ones the first."""
+    if k < len(values_I):
+        at_least = np.partition(values_I, len(values_I) - k)[len(values_I) - k]
+        at_N = np.flatnonzero(values_I >= at_least)
+    else:
+        at_N = np.arange(len(values_I))
+    largest_K: Ints = at_N[np.argsort(-values_I[at_N], kind="stable")[:k]]
+    return largest_K
 
 
 def in_one(parts: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:

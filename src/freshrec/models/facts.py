@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from freshrec.data.batches import Targets, histories_before
-from freshrec.models.sparse import Board, Doubles, Floats, Ints, starts
+from freshrec.data.batches import Targets, histories_before, in_parts
+from freshrec.models.sparse import Doubles, Floats, Ints, Runs
 
 OWN = ("taken", "times taken", "age of the last", "is the last")  # of a candidate in the history
 ITEM = ("taken again", "events", "age")  # of a candidate
@@ -41,34 +41,25 @@ class Facts:
     def absorb(self, targets: Targets) -> None:
         """Count the events, in time order, and those whose user had the item among its last ones."""
         items_E, n = targets.items_N.numpy(), len(self.events_I)
-        again_E = (histories_before(targets, SEEN).numpy() == items_E[:, None]).any(1)
+        again_E = among_last(targets, SEEN).numpy()
         self.events_I = self.events_I + np.bincount(items_E, minlength=n).astype(np.float32)
         self.again_I = self.again_I + np.bincount(items_E, again_E, minlength=n).astype(np.float32)
         first_I = np.full(n, np.inf)
         np.minimum.at(first_I, items_E, self.clock + np.arange(len(items_E), dtype=np.float64))
         self.first_I, self.clock = np.minimum(self.first_I, first_I), self.clock + len(items_E)
 
-    def describe(self, items_BC: Ints, history_BT: Ints, board: Board, window: int) -> list[Floats]:
-        """(B, C) of each of OWN, ITEM and USER."""
-        n_steps, n_B = history_BT.shape[1], (history_BT > 0).sum(1)
-        sorted_BT = np.sort(history_BT, axis=1)
-        starts_BT = starts(sorted_BT)
-        step_T = np.arange(n_steps)
-        run_BT = step_T - np.maximum.accumulate(np.where(starts_BT, step_T, 0), axis=1) + 1 if n_steps else sorted_BT
-        times_BC = board.at(items_BC, sorted_BT, run_BT)  # the last of a run of equal items has their number
-        place_BC = board.at(items_BC, history_BT, step_T + 1)
-        taken_BC = times_BC > 0
-        mean = float(self.again_I.sum() / max(self.events_I.sum(), 1.0))
-        events_BC = self.events_I[items_BC]
-        age_BC = np.log1p(np.maximum(self.clock - self.first_I[items_BC], 0) / window)
-        again_B = (n_B - starts_BT.sum(1) + PRIOR * mean) / (n_B + PRIOR)
-        columns = [
-            taken_BC, np.log1p(times_BC), np.where(taken_BC, np.log1p(n_steps - place_BC), 0),
-            taken_BC & (place_BC == n_steps),
-            (self.again_I[items_BC] + PRIOR * mean) / (events_BC + PRIOR), np.log1p(events_BC), age_BC,
-            np.broadcast_to(again_B[:, None], items_BC.shape), np.broadcast_to(np.log1p(n_B)[:, None], items_BC.shape),
-        ]  # fmt: skip
-        return [np.where(items_BC > 0, column, 0).astype(np.float32) for column in columns]
+    @property
+    def mean(self) -> float:
+        """The share of events whose item the user had among the last ones."""
+        return float(self.again_I.sum() / max(self.events_I.sum(), 1.0))
+
+    def of_items(self, window: int) -> Floats:
+        """(I + 1, 3) of each of ITEM, 0 of the padding. Ages are measured in windows of so many events."""
+        again_I = (self.again_I + PRIOR * self.mean) / (self.events_I + PRIOR)
+        age_I = np.log1p(np.maximum(self.clock - self.first_I, 0) / window)
+        x_I3 = np.stack([again_I, np.log1p(self.events_I), age_I], axis=1, dtype=np.float32)
+        x_I3[0] = 0.0
+        return x_I3
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything counted."""
@@ -80,3 +71,24 @@ class Facts:
         """The inverse of `state_dict`."""
         events_I, again_I, first_I = (tensors[name].numpy() for name in ("events_I", "again_I", "first_I"))
         return Facts(events_I, again_I, first_I, int(tensors["clock"]))
+
+
+def among_last(targets: Targets, n: int) -> Tensor:
+    """(N,) whether each target's item is among the last `n` before it; in parts, since all at once take much room."""
+    found_N = torch.zeros(len(targets), dtype=torch.bool)
+    for which in in_parts(torch.arange(len(targets)), 32_768):
+        part = targets[which]
+        found_N[which] = (histories_before(part, n) == part.items_N[:, None]).any(1)
+    return found_N
+
+
+def of_own(runs: Runs) -> Floats:
+    """(W, 4) of each of OWN, of the items of histories."""
+    n_W, age_W = runs.n_W.astype(np.float32), (runs.n_steps - 1 - runs.last_W).astype(np.float32)
+    return np.stack([np.ones_like(n_W), np.log1p(n_W), np.log1p(age_W), age_W == 0], axis=1, dtype=np.float32)
+
+
+def of_users(runs: Runs, n_B: Ints, mean: float) -> Floats:
+    """(B, 2) of each of USER, of histories with so many events; `mean`: that of the facts."""
+    again_B = (n_B - (runs.offsets_B[1:] - runs.offsets_B[:-1]) + PRIOR * mean) / (n_B + PRIOR)
+    return np.stack([again_B, np.log1p(n_B)], axis=1, dtype=np.float32)

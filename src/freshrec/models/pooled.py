@@ -71,7 +71,7 @@ class Pooled(nn.Module):
         """(B, T, T): of each earlier event at each position; a row adds up to 1, or to 0 where nothing came before."""
         step_T = torch.arange(real_BT.shape[1])
         age_TT = step_T[:, None] - step_T
-        weight_TT = torch.exp(-F.softplus(self.fading) * age_TT.clamp(min=0)) * (age_TT >= 0)
+        weight_TT = self._faded(age_TT.clamp(min=0)) * (age_TT >= 0)
         weight_BTT = weight_TT * real_BT[:, None]
         total_BT1: Tensor = weight_BTT.sum(2, keepdim=True)
         return weight_BTT / total_BT1.clamp(min=1e-9)
@@ -81,7 +81,13 @@ class Pooled(nn.Module):
         if batch.history_BT.shape[1] == 0:
             return torch.zeros(len(batch), 1, self.spec.d)
         with torch.no_grad():
-            return self._weights(batch.history_BT > 0)[:, -1:] @ self.taken.weights[batch.history_BT]
+            weight_BT = self._faded(torch.arange(batch.history_BT.shape[1] - 1, -1, -1)) * (batch.history_BT > 0)
+            weight_BT /= weight_BT.sum(1, keepdim=True).clamp_(min=1e-9)
+            return weight_BT[:, None] @ self.taken.weights[batch.history_BT]
+
+    def _faded(self, age: Tensor) -> Tensor:
+        """w, of any ages."""
+        return torch.exp(-F.softplus(self.fading) * age)
 
     def item_vectors(self) -> Tensor:
         """(n_items + 1, D)"""

@@ -69,7 +69,11 @@ def ranks_among(model: Model, batch: Batch, target_B: Tensor, others_BN: Tensor,
 
 def known(model: Model, batch: Batch) -> Batch:
     """`batch` without history items that the model has no row for yet: the others close the gaps."""
-    return replace(batch, history_BT=closed(torch.where(batch.history_BT <= model.n_items, batch.history_BT, 0)))
+    history_BT = batch.history_BT
+    if history_BT.numel() and int(history_BT.max()) > model.n_items:
+        history_BT = torch.where(history_BT <= model.n_items, history_BT, 0)
+    history_BT = closed(history_BT)
+    return batch if history_BT is batch.history_BT else replace(batch, history_BT=history_BT)
 
 
 def _new(batch: Batch, n_items: int) -> Tensor:

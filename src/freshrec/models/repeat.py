@@ -7,11 +7,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy import sparse
 from torch import Tensor
 
-from freshrec.models.sparse import Ints, picked, starts
+from freshrec.models.sparse import Runs, csr, picked
 from freshrec.options import Count, check_options
 from freshrec.types import Batch, Events, Histories
 
@@ -53,21 +51,17 @@ class Repeat:
 
     def sparse(self, batch: Batch) -> Any:
         """(B, I + 1) scores as a sparse matrix."""
-        history_BT = batch.history_BT.numpy()
-        age_T = np.arange(history_BT.shape[1] - 1, -1, -1, dtype=np.float32)
-        if self.spec.order == "last":
-            return self._by_item(history_BT, 1 / (1 + age_T), np.maximum)
-        return self._by_item(history_BT, np.float32(0.5) ** (age_T / FREQ_HALF_LIFE), np.add)
+        return self.of(Runs.of(batch.history_BT.numpy()))
 
-    def _by_item(self, history_BT: Ints, weight_T: NDArray[np.floating], join: np.ufunc) -> Any:
-        """(B, I + 1): of each item the weights of its steps, joined."""
-        order_BT = np.argsort(history_BT, axis=1, kind="stable")
-        items_BT = np.take_along_axis(history_BT, order_BT, 1)
-        starts_BT, real_BT = starts(items_BT), items_BT > 0
-        weights = weight_T[order_BT[real_BT]].astype(np.float32)
-        weights = join.reduceat(weights, starts_BT[real_BT].nonzero()[0]) if len(weights) else weights
-        offsets = np.append(0, np.cumsum(starts_BT.sum(1)))
-        return sparse.csr_array((weights, items_BT[starts_BT], offsets), shape=(len(history_BT), self.n_items + 1))
+    def of(self, runs: Runs) -> Any:
+        """`sparse`, of histories that were looked through before."""
+        age_T = np.arange(runs.n_steps - 1, -1, -1, dtype=np.float32)
+        if self.spec.order == "last":
+            weights_W = (1 / (1 + age_T))[runs.last_W]
+        else:
+            weights_E = (np.float32(0.5) ** (age_T / FREQ_HALF_LIFE))[runs.steps_E]
+            weights_W = np.add.reduceat(weights_E, runs.at_W[:-1]) if len(weights_E) else weights_E
+        return csr(weights_W, runs.items_W, runs.offsets_B, self.n_items + 1)
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
         """(B, N): from each row's own history alone."""

@@ -1,5 +1,8 @@
 """Sparse scores: items as rows of a matrix, and the best entries of each row, without a loop over rows."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,12 +16,30 @@ Doubles = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
+def csr(values_E: NDArray[Any], columns_E: NDArray[Any], offsets_B: NDArray[Any], n_columns: int) -> Any:
+    """(B, n_columns) sparse. Its indices have 32 bits where that is enough.
+
+    scipy converts both sides of a product to the wider ones, all of them: a short question with indices of 64 bits made
+    every request convert the pairs of the whole catalogue.
+    """
+    width = np.int32 if max(len(columns_E), n_columns) < 2**31 else np.int64
+    parts = values_E, columns_E.astype(width, copy=False), offsets_B.astype(width, copy=False)
+    return sparse.csr_array(parts, shape=(len(offsets_B) - 1, n_columns))
+
+
 def rows_of(items_BT: NDArray[Any], n_columns: int) -> Any:
     """(B, n_columns) sparse, 1 where a row has the item, however often; 0, the padding, is no item."""
-    items_BW = distinct(items_BT)
-    offsets = np.append(0, np.cumsum((items_BW > 0).sum(1)))
-    columns = items_BW[items_BW > 0].astype(np.int32)
-    return sparse.csr_array((np.ones(len(columns), np.float32), columns, offsets), shape=(len(items_BW), n_columns))
+    sorted_BT = np.sort(items_BT, axis=1)
+    starts_BT = starts(sorted_BT)
+    columns_E = sorted_BT[starts_BT]
+    return csr(np.ones(len(columns_E), np.float32), columns_E, offsets_of(starts_BT.sum(1)), n_columns)
+
+
+def offsets_of(n_B: NDArray[Any]) -> Ints:
+    """(B + 1,) where each row begins, of so many entries each, and where the last one ends."""
+    offsets_B = np.zeros(len(n_B) + 1, np.int64)
+    np.cumsum(n_B, out=offsets_B[1:])
+    return offsets_B
 
 
 def starts(sorted_BT: NDArray[Any]) -> NDArray[np.bool_]:
@@ -38,31 +59,36 @@ def distinct(items_BT: NDArray[Any]) -> Ints:
     return items_BW
 
 
-def last_of(values: NDArray[Any], counts_B: Ints, width: int) -> NDArray[Any]:
-    """(B, width): the last of each row's values, which stand one row after the other; 0 on the left where fewer."""
-    ends_B = np.cumsum(counts_B)
-    at_BW = ends_B[:, None] + np.arange(-width, 0)
-    return np.where(at_BW >= (ends_B - counts_B)[:, None], values[np.maximum(at_BW, 0)], 0)
+def entries(scores_BN: Any) -> NDArray[Any]:
+    """(B,) how many each row of a sparse matrix has; np.diff takes five times as long for a few rows."""
+    n_B: NDArray[Any] = scores_BN.indptr[1:] - scores_BN.indptr[:-1]
+    return n_B
 
 
 def best(scores_BN: Any, k: int) -> tuple[Ints, Floats]:
     """Columns and values (B, K) of the largest entries of each row, the best first; 0 where there are fewer."""
-    n_B = np.diff(scores_BN.indptr)
+    n_B = entries(scores_BN)
     width = int(n_B.max(initial=0))
-    values_BW = np.zeros((len(n_B), width), np.float32)
-    values_BW[np.arange(width) < n_B[:, None]] = scores_BN.data
+    if len(scores_BN.data) == width * len(n_B):  # as is that of one row alone
+        values_BW = scores_BN.data.reshape(len(n_B), width)
+    else:
+        values_BW = np.zeros((len(n_B), width), np.float32)
+        values_BW[np.arange(width) < n_B[:, None]] = scores_BN.data
     top = torch.from_numpy(values_BW).topk(min(k, width))
     values_BK = top.values.numpy()
     is_there_BK = values_BK > 0
     at_BK = np.where(is_there_BK, scores_BN.indptr[:-1, None] + top.indices.numpy(), 0)
-    columns_BK = scores_BN.indices[at_BK] if scores_BN.nnz else at_BK
+    columns_BK = scores_BN.indices.take(at_BK) if len(scores_BN.data) else at_BK
     return np.where(is_there_BK, columns_BK, 0).astype(np.int64), values_BK
 
 
 def sums(scores_BN: Any) -> Floats:
-    """(B,) of the entries of each row."""
-    row_E = np.repeat(np.arange(scores_BN.shape[0]), np.diff(scores_BN.indptr))
-    return np.bincount(row_E, scores_BN.data, minlength=scores_BN.shape[0]).astype(np.float32)
+    """(B,) of the entries of each row, none of which is negative."""
+    has_any_B = entries(scores_BN) > 0
+    sums_B = np.zeros(len(has_any_B))
+    if len(scores_BN.data):
+        sums_B[has_any_B] = np.add.reduceat(scores_BN.data, scores_BN.indptr[:-1][has_any_B], dtype=np.float64)
+    return sums_B.astype(np.float32)
 
 
 def picked(scores_BI: Tensor, items: Tensor) -> Tensor:
@@ -70,23 +96,64 @@ def picked(scores_BI: Tensor, items: Tensor) -> Tensor:
     return scores_BI.gather(1, items) if items.ndim == 2 else scores_BI[:, items]
 
 
-class Board:
-    """(B, I) numbers of which only those that were put on it are not 0; it is wiped, not made again."""
+@dataclass(frozen=True)
+class Runs:
+    """The distinct items W of all rows, by row and ascending, and the steps E at which each stands in its row."""
 
-    def __init__(self, n_rows: int, n_columns: int) -> None:
-        self.values_BI = np.zeros((n_rows, n_columns), np.float32)
-        self.row_B1 = np.arange(n_rows)[:, None]
+    n_steps: int
+    offsets_B: Ints  # row b has the items offsets_B[b] : offsets_B[b + 1]
+    row_W: Ints
+    items_W: Ints
+    steps_E: Ints  # item by item, in time order
+    at_W: Ints  # (W + 1,) where the steps of each item begin, and where those of the last one end
 
-    def at(self, items_BC: Ints, put_BW: Ints, values_BW: NDArray[Any]) -> Floats:
-        """(B, C): the value of each item, of which `put_BW` have those given (the last one wins) and all others 0."""
-        self.values_BI[self.row_B1, put_BW] = values_BW
-        found_BC: Floats = np.where(items_BC > 0, self.values_BI[self.row_B1, items_BC], 0)
-        self.values_BI[self.row_B1, put_BW] = 0
-        return found_BC
+    @staticmethod
+    def of(items_BT: NDArray[Any]) -> Runs:
+        """0, the padding, is no item."""
+        row_B1 = np.arange(len(items_BT))[:, None]
+        order_BT = np.argsort(items_BT, axis=1, kind="stable")
+        sorted_BT = items_BT[row_B1, order_BT]
+        starts_BT, real_BT = starts(sorted_BT), sorted_BT > 0
+        row_W, column_W = starts_BT.nonzero()
+        offsets_B = offsets_of(starts_BT.sum(1))
+        items_W, steps_E = sorted_BT[row_W, column_W], order_BT[real_BT]
+        at_W = np.append(starts_BT[real_BT].nonzero()[0], len(steps_E))
+        return Runs(items_BT.shape[1], offsets_B, row_W, items_W, steps_E, at_W)
 
-    def of(self, items_BC: Ints, scores_BI: Any) -> Floats:
-        """(B, C): the entry of each item in a sparse matrix."""
-        scores_BI.toarray(out=self.values_BI)
-        found_BC: Floats = np.where(items_BC > 0, self.values_BI[self.row_B1, items_BC], 0)
-        self.values_BI.fill(0)
-        return found_BC
+    @property
+    def n_W(self) -> Ints:
+        """How often each item stands in its row."""
+        return self.at_W[1:] - self.at_W[:-1]
+
+    @property
+    def last_W(self) -> Ints:
+        """The last step of each item."""
+        last_W: Ints = self.steps_E[self.at_W[1:] - 1]
+        return last_W
+
+
+class Cells:
+    """Where the candidates (B, C) of each row stand among all of them, from 1, row by row; 0 is anything else."""
+
+    def __init__(self, items_BC: Ints, n_columns: int) -> None:
+        n_rows, self.width = items_BC.shape
+        self.n_columns, self.row_B1 = n_columns, np.arange(n_rows)[:, None]
+        self.cells_BI = np.zeros((n_rows, n_columns), np.int32)
+        self.cells_BI[self.row_B1, items_BC] = np.arange(1, items_BC.size + 1).reshape(items_BC.shape)
+        self.cells_BI[:, 0] = 0
+
+    def at(self, items_BK: Ints) -> NDArray[np.int32]:
+        """(B, K) the cells of some items of each row."""
+        cells_BK: NDArray[np.int32] = self.cells_BI[self.row_B1, items_BK]
+        return cells_BK
+
+    def of(self, scores_BI: Any) -> tuple[NDArray[np.int32], Floats]:
+        """The cells (H,) of those entries of a sparse matrix that are candidates, and their shares of the row's sum."""
+        columns_E, n_B = scores_BI.indices, entries(scores_BI)
+        at_E = columns_E if len(n_B) == 1 else columns_E + np.repeat(np.arange(len(n_B)) * self.n_columns, n_B)
+        cells_E = self.cells_BI.reshape(-1).take(at_E)
+        hits_H = (cells_E > 0).nonzero()[0]
+        cells_H = cells_E[hits_H]
+        sums_H = np.maximum(sums(scores_BI), 1e-9)[(cells_H - 1) // max(1, self.width)]
+        shares_H: Floats = scores_BI.data[hits_H] / sums_H
+        return cells_H, shares_H

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from scipy import sparse
 from torch import Tensor
 
-from freshrec.models.sparse import Floats, best, last_of, picked, rows_of
+from freshrec.models.sparse import Floats, best, csr, entries, offsets_of, picked, rows_of
 from freshrec.options import Count, check_options
 from freshrec.types import Batch, Events, Histories
 
@@ -45,6 +45,10 @@ class UserKNN:
         self.turn_U = np.zeros(1, dtype=np.int64)  # in which block of events a user came last
         self._index: tuple[Any, Any, Floats] | None = None  # made of the above when first asked
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> UserKNN:
+        """It shares all arrays, which are replaced and never changed."""
+        return copy.copy(self)
+
     def grow(self, n_users: int, n_items: int) -> None:
         """New users start without events."""
         self.recent_UT = np.pad(self.recent_UT, ((0, n_users - self.n_users), (0, 0)))
@@ -57,12 +61,16 @@ class UserKNN:
         if len(events) == 0:
             return
         order = np.argsort(events.users_E.numpy(), kind="stable")
-        users_N, n_N = np.unique(events.users_E.numpy(), return_counts=True)
-        new_NT = last_of(events.items_E.numpy()[order], n_N, self.spec.length)
-        both_NT = np.concatenate([self.recent_UT[users_N], new_NT], axis=1)
-        latest_NT = np.argsort(both_NT > 0, axis=1, kind="stable")[:, -self.spec.length :]  # gaps go to the left
+        users_E, items_E, length = events.users_E.numpy()[order], events.items_E.numpy()[order], self.spec.length
+        starts_N = np.flatnonzero(np.diff(users_E, prepend=-1))
+        users_N, n_N = users_E[starts_N], np.diff(starts_N, append=len(users_E))
         recent_UT, turn_U = self.recent_UT.copy(), self.turn_U.copy()  # what was copied from this model keeps its own
-        recent_UT[users_N] = np.take_along_axis(both_NT, latest_NT, 1)
+        is_old_N = turn_U[users_N] > 0
+        from_OT = np.minimum(n_N[is_old_N], length)[:, None] + np.arange(length)  # older events move to the left
+        recent_OT = np.take_along_axis(recent_UT[users_N[is_old_N]], np.minimum(from_OT, length - 1), 1)
+        recent_UT[users_N[is_old_N]] = recent_OT  # and what is left of them on the right is written over
+        step_E = length - (np.repeat(starts_N + n_N, n_N) - np.arange(len(users_E)))
+        recent_UT[users_E[step_E >= 0], step_E[step_E >= 0]] = items_E[step_E >= 0]
         turn_U[users_N] = turn_U.max() + 1
         self.recent_UT, self.turn_U, self._index = recent_UT, turn_U, None
 
@@ -77,12 +85,11 @@ class UserKNN:
         asked_BI = rows_of(batch.history_BT[:, -self.spec.length :].numpy(), self.n_items + 1)
         asked_BI.data = idf_I[asked_BI.indices]
         sims_BU = asked_BI @ took_IU
-        row_E = np.repeat(np.arange(len(batch)), np.diff(sims_BU.indptr))
+        row_E = np.repeat(np.arange(len(batch)), entries(sims_BU))
         sims_BU.data[sims_BU.indices == batch.users_B.numpy()[row_E]] = 0
         users_BK, sims_BK = best(sims_BU, self.spec.neighbours)
         offsets = np.arange(len(batch) + 1) * users_BK.shape[1]
-        near_BU = sparse.csr_array((sims_BK.ravel(), users_BK.ravel(), offsets), shape=(len(batch), self.n_users + 1))
-        return near_BU @ took_UI
+        return csr(sims_BK.ravel(), users_BK.ravel(), offsets, self.n_users + 1) @ took_UI
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
         """(B, N): from each row's own history."""
@@ -98,9 +105,8 @@ class UserKNN:
             columns = took_UI[latest_U].tocsc()  # in each column the latest users come first
             place_E = np.arange(columns.nnz) - np.repeat(columns.indptr[:-1], n_I)
             stays_E, n_I = place_E < self.spec.through, np.minimum(n_I, self.spec.through)
-            users_E = latest_U[columns.indices[stays_E]].astype(np.int32)
-            parts = columns.data[stays_E], users_E, np.append(0, np.cumsum(n_I))
-            took_IU = sparse.csr_array(parts, shape=(self.n_items + 1, self.n_users + 1))
+            users_E = latest_U[columns.indices[stays_E]]
+            took_IU = csr(columns.data[stays_E], users_E, offsets_of(n_I), self.n_users + 1)
             self._index = took_UI, took_IU, idf_I
         return self._index
 

@@ -91,7 +91,7 @@ class Refit:
         """
         since = time.process_time()
         histories, rows_E = place(Histories.empty(), span.events[span.events.joins_E != NEVER], span.n_users)
-        parts = rows_E.split([len(rows_E) - model.window, model.window])
+        parts = rows_E.split([len(rows_E) - model.experts.window, model.experts.window])
         early, late = (targets_at(histories, rows[histories.due_R[rows] == DUE]) for rows in parts)
         judges = late[late.lengths(1) > 0]
         judges = judges[permutation(len(judges), random_source(seed, JUDGED))[:QUERIES]]
