@@ -9,11 +9,10 @@ import time
 import numpy as np
 import torch
 
-from freshrec.data.batches import histories_before
-from freshrec.learn.interests import ends_of
+from freshrec.data.batches import ends_of, histories_before
 from freshrec.models.blend import BlendSpec
+from freshrec.models.counted import absorb
 from freshrec.models.ranking import top
-from freshrec.replay.replay import absorb
 from freshrec.strategies.refit import Refit
 from freshrec.types import Batch, Events, Histories, Model, Span, State
 

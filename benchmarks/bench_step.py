@@ -12,7 +12,8 @@ import time
 import torch
 
 from freshrec.data.batches import append, targets_at
-from freshrec.learn.fit import carried_by, train
+from freshrec.data.carried import carried_by
+from freshrec.learn.fit import train
 from freshrec.models import MODELS
 from freshrec.types import Events, Histories, TrainedModel
 

@@ -16,7 +16,7 @@ from freshrec.data.spans import cut
 from freshrec.data.worlds import make
 from freshrec.learn.fit import Fit
 from freshrec.models import MODELS
-from freshrec.replay.replay import absorb
+from freshrec.models.counted import absorb
 from freshrec.strategies.imsr import IMSR
 from freshrec.strategies.plain import FineTune, Retrain
 from freshrec.types import Span, State, Strategy

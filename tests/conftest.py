@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from freshrec.learn.checkpoint import save_state
+from freshrec.models.checkpoint import save_state
 from freshrec.types import State
 
 settings.register_profile("house", derandomize=True, deadline=None)  # the same examples on every machine, at any speed

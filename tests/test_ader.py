@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from freshrec.data.batches import append, due_targets, random_source, targets_at
+from freshrec.data.carried import carried_by
 from freshrec.learn.exemplars import (
     Replay,
     allocate,
@@ -27,7 +28,7 @@ from freshrec.learn.exemplars import (
     select,
     smallest,
 )
-from freshrec.learn.fit import Fit, carried_by, ndcg, start
+from freshrec.learn.fit import Fit, ndcg, start
 from freshrec.learn.reservoir import Kept
 from freshrec.models import MODELS
 from freshrec.models.mf import MFSpec

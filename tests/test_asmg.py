@@ -8,7 +8,8 @@ from functools import cache
 import pytest
 import torch
 
-from freshrec.data.batches import append, due_targets, pad_interests
+from freshrec.data.batches import append, due_targets
+from freshrec.data.carried import pad_interests
 from freshrec.data.spans import Cut, cut
 from freshrec.data.worlds import make
 from freshrec.errors import OptionError

@@ -12,7 +12,6 @@ from freshrec.data.batches import (
     append,
     due_targets,
     histories_before,
-    pad_interests,
     pair_batches,
     place,
     query_batches,
@@ -23,6 +22,7 @@ from freshrec.data.batches import (
     targets_at,
     window_batches,
 )
+from freshrec.data.carried import pad_interests
 from freshrec.types import DONE, DUE, LATER, NEVER, NEXT, NOW, SECRET, Events, Histories, Interests
 
 # Six events in time order: user 1 has items 1 2 3 4, user 2 has items 5 6.

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from freshrec.data.batches import Targets, append, due_targets, random_source, turns_of
-from freshrec.learn.checkpoint import load_state, save_state
 from freshrec.learn.fit import Fit
 from freshrec.learn.listwise import LEVEL, corrected, fit_listwise, refit, worth
 from freshrec.models.blend import SOURCES, Blend, BlendSpec, Remembered, Rule
+from freshrec.models.checkpoint import load_state, save_state
+from freshrec.models.counted import absorb
 from freshrec.models.experts import EXPERTS, FEATURES, N, largest
 from freshrec.models.facts import OWN
 from freshrec.models.ranking import ranks, top
-from freshrec.replay.replay import absorb
 from freshrec.strategies.refit import Refit
 from freshrec.types import NEVER, NEXT, NOW, Batch, Events, Histories, OfferingModel, Span, State
 

@@ -12,15 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from freshrec.data.batches import query_batches
+from freshrec.data.batches import ends_of, query_batches
+from freshrec.data.carried import carried_by
 from freshrec.data.spans import Cut, cut
 from freshrec.data.worlds import make
 from freshrec.errors import IncompatibleError
-from freshrec.learn.checkpoint import load_state, save_state
-from freshrec.learn.fit import Fit, carried_by, start
-from freshrec.learn.interests import ends_of
+from freshrec.learn.fit import Fit, start
 from freshrec.models import COUNTERS, MODELS, find_model
-from freshrec.replay.replay import absorb, check
+from freshrec.models.checkpoint import load_state, save_state
+from freshrec.models.counted import absorb
+from freshrec.replay.replay import check
 from freshrec.strategies import STRATEGIES
 from freshrec.strategies.plain import Retrain
 from freshrec.types import Events, ModelSpec, Span, State, Strategy, TrainedModel

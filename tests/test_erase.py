@@ -102,14 +102,14 @@ def test_the_command_prints_a_receipt_and_a_damaged_version_is_given_up(
         Job(store, ANY).begin(read_log(base), "base", begun("popularity", None, 0))
     job = Job(open_store(tmp_path / "s"), ANY)
     learn(job, one, "one")
-    (tmp_path / "s" / "versions" / "1" / "state.safetensors").write_bytes(b"damaged")
+    (tmp_path / "s" / "versions" / "1" / "served.safetensors").write_bytes(b"damaged")
     assert main(["erase", GONE, "--store", str(tmp_path / "s")]) == 0
     told = capsys.readouterr().out
     assert "versions written anew: 2" in told and "what stays: weights" in told
     with pytest.raises(StateError, match="given up"):
         job.store.files(1)
     assert not [path for path, text in decoded(tmp_path / "s").items() if GONE in text]
-    job.store.files(2)["state.safetensors"].write_bytes(b"damaged")
+    job.store.files(2)["served.safetensors"].write_bytes(b"damaged")
     assert main(["erase", "user-1-of-many", "--store", str(tmp_path / "s")]) == 7
 
 

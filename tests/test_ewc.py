@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freshrec.data.batches import append, random_source, targets_at
-from freshrec.learn.fit import Fit, carried_by, ndcg
+from freshrec.data.carried import carried_by
+from freshrec.learn.fit import Fit, ndcg
 from freshrec.learn.reservoir import Kept
-from freshrec.learn.weights import grow, tables_of
+from freshrec.learn.weights import grow
 from freshrec.models import MODELS
 from freshrec.models.layers import best_inner_product
+from freshrec.models.tables import tables_of
 from freshrec.strategies.ewc import EWC, fisher_of, hold, penalty
 from freshrec.strategies.plain import FineTune
 from freshrec.types import Batch, EncodingModel, Forward, Histories, Interests, Span, State

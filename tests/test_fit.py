@@ -12,8 +12,9 @@ from freshrec.data.batches import append, due_targets
 from freshrec.errors import OptionError
 from freshrec.learn import fit
 from freshrec.learn.fit import Clock, Fit, adapt, best_epoch, parted
-from freshrec.learn.weights import snapshot, tables_of
+from freshrec.learn.weights import snapshot
 from freshrec.models.sasrec import SASRecSpec
+from freshrec.models.tables import tables_of
 from freshrec.strategies.incctr import IncCTR
 from freshrec.strategies.plain import FineTune
 from freshrec.strategies.rehearsed import Rehearsed

@@ -128,7 +128,7 @@ def test_a_day_without_rows_is_a_version_with_a_note(tmp_path: Path, capsys: pyt
     assert main(["update", str(tmp_path / "none.parquet"), str(tmp_path / "day.csv"), *at]) == 0
     told = capsys.readouterr().out
     assert "version 2 from 1: no rows" in told and "nothing was delivered" in told and "version 3 from 2" in told
-    one, two = (os.stat(tmp_path / "s" / "versions" / n / "state.safetensors").st_ino for n in "12")  # noqa: PTH116
+    one, two = (os.stat(tmp_path / "s" / "versions" / n / "served.safetensors").st_ino for n in "12")  # noqa: PTH116
     assert one == two
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from freshrec.data.batches import query_batches
+from freshrec.data.batches import ends_of, query_batches
 from freshrec.data.spans import cut
 from freshrec.data.worlds import make
 from freshrec.errors import OptionError
 from freshrec.learn.fit import Fit
-from freshrec.learn.interests import ends_of
+from freshrec.models.counted import absorb
 from freshrec.models.layers import squash
 from freshrec.models.originals import (
     COMIREC_DR_ORIGINAL,
@@ -25,7 +25,6 @@ from freshrec.models.originals import (
     interests_of,
     route,
 )
-from freshrec.replay.replay import absorb
 from freshrec.strategies.plain import FineTune
 from freshrec.types import Batch, EncodingModel, InterestModel, State
 

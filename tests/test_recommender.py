@@ -181,7 +181,7 @@ def test_a_save_that_dies_leaves_the_recommender_before_it(tmp_path: Path, monke
     recommender.save(tmp_path)
 
     def die(kept: Contents, folder: Path) -> None:
-        (folder / "state.safetensors").write_bytes(b"half")
+        (folder / "served.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(recommender_module, "write_contents", die)
@@ -374,7 +374,13 @@ def test_a_folder_that_is_no_recommender_is_neither_read_nor_overwritten(tmp_pat
 
 @pytest.mark.parametrize(
     "file",
-    ["store.json", "live.json", "versions/1/manifest.json", "versions/1/state.safetensors", "versions/1/users.parquet"],
+    [
+        "store.json",
+        "live.json",
+        "versions/1/manifest.json",
+        "versions/1/served.safetensors",
+        "versions/1/users.parquet",
+    ],
 )
 def test_a_damaged_file_is_told_not_trusted(file: str, tmp_path: Path) -> None:
     Recommender("popularity").fit(LOG).save(tmp_path)

@@ -9,8 +9,8 @@ import torch
 
 from freshrec.data.batches import append, due_targets
 from freshrec.learn.fit import Fit, train
-from freshrec.learn.weights import tables_of
 from freshrec.models.sasrec import SASRecSpec
+from freshrec.models.tables import tables_of
 from freshrec.strategies.plain import FineTune
 from freshrec.strategies.rehearsed import KNOBS, Manner, Rehearsed, average, mixed
 from freshrec.types import Histories, Span, State, TrainedModel

@@ -27,9 +27,10 @@ from freshrec.data.spans import Cut, cut
 from freshrec.data.worlds import make
 from freshrec.errors import IncompatibleError, OptionError
 from freshrec.models import find_model
+from freshrec.models.counted import absorb
 from freshrec.models.popularity import PopularitySpec
 from freshrec.replay.measure import SLICES, Asked, Block, facts, queries_of
-from freshrec.replay.replay import Cell, Settings, absorb, check, replay_cell
+from freshrec.replay.replay import Cell, Settings, check, replay_cell
 from freshrec.replay.results import OVERALL, collect
 from freshrec.replay.run import run
 from freshrec.report.board import Board

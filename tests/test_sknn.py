@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from freshrec.errors import OptionError
-from freshrec.learn.checkpoint import load_state, save_state
+from freshrec.models.checkpoint import load_state, save_state
 from freshrec.models.ranking import ranks, top
 from freshrec.models.sknn import (
     DAY,

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from freshrec.data.batches import append, due_targets
 from freshrec.errors import OptionError
-from freshrec.learn.checkpoint import load_state, save_state
 from freshrec.learn.fit import Fit, start, train
 from freshrec.learn.transfer import CNNTransfer, LinearTransfer, MLPTransfer, Transfer, judged, moved, transferred
 from freshrec.learn.weights import Weights, put, weights_of
 from freshrec.models import MODELS
+from freshrec.models.checkpoint import load_state, save_state
 from freshrec.strategies.plain import FineTune
 from freshrec.strategies.sml import SML, decaying, shrinking
 from freshrec.types import Events, Span, State, Strategy

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from freshrec.data.batches import append, due_targets
+from freshrec.data.carried import carried_by
 from freshrec.errors import OptionError
-from freshrec.learn.fit import batches, carried_by, train
+from freshrec.learn.fit import batches, train
 from freshrec.learn.transfer import (
     CNNTransfer,
     Convolve,

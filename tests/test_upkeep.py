@@ -9,15 +9,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from freshrec.data.batches import Carried, append, pad_interests, settle
+from freshrec.data.batches import append, settle
+from freshrec.data.carried import Carried, pad_interests
 from freshrec.data.spans import Cut, cut
 from freshrec.data.worlds import make
 from freshrec.errors import OptionError
-from freshrec.learn.checkpoint import load_state, save_state
 from freshrec.learn.fit import Fit
 from freshrec.learn.interests import reread
 from freshrec.learn.upkeep import Upkeep, merged, retired
 from freshrec.models import COMIREC_DR, COMIREC_SA
+from freshrec.models.checkpoint import load_state, save_state
 from freshrec.models.interests import InterestNet, InterestSpec
 from freshrec.strategies import find_strategy
 from freshrec.strategies.imsr import IMSR, Detect

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from freshrec import cli_ask, cli_store
+from freshrec import cli_ask, cli_serve, cli_store
 from freshrec.cli_options import AsJson, Columns, EventTypes, FormatName, LogPath, Quarantine, pairs, print_json, words
 from freshrec.cli_replay import demo, replay
 from freshrec.data.formats import FORMATS
@@ -55,10 +55,12 @@ def validate(
 COMMANDS = (
     cli_store.fit, cli_store.update, cli_ask.recommend, cli_ask.similar, cli_ask.explain, cli_ask.inspect,
     cli_ask.status, cli_store.history, cli_ask.diff, cli_store.promote, cli_store.rollback, cli_store.erase,
-    cli_store.gc, cli_ask.doctor, replay, demo,
+    cli_store.gc, cli_ask.doctor, cli_serve.serve, cli_serve.export,
+    replay, demo,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)
+app.add_typer(cli_serve.bench, name="bench")
 
 
 @app.command("list")

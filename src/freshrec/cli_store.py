@@ -146,22 +146,32 @@ def _conclude(store: Path, live: int, versions: list[Manifest], force: bool, as_
 def _made(
     job: Job, paths: list[Path], again: int | None, reads: Callable[[Path], Log | None], force: str, as_json: bool
 ) -> Iterator[Manifest]:
-    """The versions of what waits, of each delivery, and of what was refused before."""
+    """The versions of what waits, of each delivery, and of what was refused before; clicks come with the last one."""
+    from freshrec.nightly import clicks
     from freshrec.nightly.job import source_of, taken_rows
 
     yield from job.catch_up(force)
-    for path in paths:
-        source, log = source_of(path), reads(path)
-        if log is None or not len(taken_rows(log.frame)):
-            yield job.rest(None, source)
-            continue
+    for path in [*paths, *([None] if not paths else [])]:
+        source, log = ("", None) if path is None else (source_of(path), reads(path))
+        if log is not None and not len(taken_rows(log.frame)):
+            log = None
         try:
-            taken = job.deliver(log, source)
+            if path is None or path is paths[-1]:
+                taken = clicks.deliver(job, log, source)
+            else:
+                taken = None if log is None else job.deliver(log, source)
         except LogError as why:
-            raise LogError(f"{path.name}: {why}") from None
+            raise LogError(f"{'clicks' if path is None else path.name}: {why}") from None
+        if taken is None:
+            if path is not None:
+                yield job.rest(None, source)
+            continue
         if not as_json:
-            typer.echo(_told(job, taken, path) + (f"; {log.n_aside:,} bad rows set aside" if log.n_aside else ""))
+            name = "clicks" if log is None or path is None else path.name
+            aside = f"; {log.n_aside:,} bad rows set aside" if log is not None and log.n_aside else ""
+            typer.echo(_told(job, taken, name) + aside)
         yield from job.catch_up(force)
+    clicks.settle(job)
     if again is not None:
         yield job.again(again, force)
 
@@ -202,12 +212,12 @@ def _unused(path: Path) -> Path:
     return path if not path.exists() else next(other for other in numbered if not other.exists())
 
 
-def _told(job: Job, taken: Taken, path: Path) -> str:
+def _told(job: Job, taken: Taken, name: str) -> str:
     """What became of the rows of a delivery."""
     from freshrec.nightly.job import set_aside
 
     if taken.again is not None:
-        told = f"{path.name}: the very bytes of batch {taken.again}; nothing is taken again"
+        told = f"{name}: the very bytes of batch {taken.again}; nothing is taken again"
         if taken.again not in set_aside(job.store):
             return told
         number = max(manifest.id for manifest in job.store.versions() if manifest.batch == taken.again)
@@ -215,7 +225,7 @@ def _told(job: Job, taken: Taken, path: Path) -> str:
     left = [f"{n:,} {what}" for n, what in ((taken.doubled, "doubled"), (taken.known, "known already")) if n]
     late = f", {taken.late:,} of them late" if taken.late else ""
     left_out = f"; left out: {', '.join(left)}" if left else ""
-    return f"{path.name}: {taken.rows:,} rows, {taken.kept:,} new{late}{left_out}"
+    return f"{name}: {taken.rows:,} rows, {taken.kept:,} new{late}{left_out}"
 
 
 def _show(version: Manifest) -> None:

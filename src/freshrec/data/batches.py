@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from freshrec.data.carried import Carried
 from freshrec.device import permutation
 from freshrec.errors import OptionError
 from freshrec.types import DONE, DUE, LATER, NEVER, SECRET, Batch, Events, Histories, Interests, Shown
@@ -217,6 +218,14 @@ def shown_targets(histories: Histories, shown: Shown) -> Targets:
     return Targets(histories, rows_N, shown.users_E, histories.offsets_U[shown.users_E], shown.items_E, shown.labels_E)
 
 
+def ends_of(histories: Histories, users_N: Tensor, history: str) -> Targets:
+    """The end of each user's history, as a target that looks back on all of it (or on this span's rows alone)."""
+    ends_N = histories.offsets_U[users_N + 1]
+    if history == "recent":
+        return Targets(histories, ends_N, users_N, histories.offsets_U[users_N])
+    return Targets(histories, ends_N, users_N, targets_at(histories, ends_N - 1, history).from_N)
+
+
 def histories_before(targets: Targets, length: int) -> Tensor:
     """(N, T) item rows before each target, most recent last, 0 where there is none."""
     n_longest = int(targets.lengths(length).max()) if len(targets) else 0
@@ -237,50 +246,6 @@ def without_secrets(targets: Targets) -> Targets:
     """The targets with secret rows as padding: training must not see them, not even as history."""
     items_R = torch.where(targets.histories.due_R == SECRET, 0, targets.histories.items_R)
     return replace(targets, histories=replace(targets.histories, items_R=items_R))
-
-
-def pad_interests(users: Interests, users_B: Tensor, slots_KD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Stored interests of some users: (B, K, D) vectors, (B, K) alive, (B, K) span of birth; newcomers get the slots.
-
-    K is the largest number of interests in the batch. A newcomer's interests count as born in span 32767: not yet.
-    """
-    known_B = torch.where(users_B <= users.n_users, users_B, 0)
-    start_B = users.offsets_U[known_B]
-    n_B = users.offsets_U[known_B + 1] - start_B
-    is_new_B = n_B == 0
-    n_B = torch.where(is_new_B, len(slots_KD), n_B)
-    slot_K = torch.arange(int(n_B.max()) if len(n_B) else 1)
-    alive_BK = slot_K < n_B[:, None]
-    stored_BK = alive_BK & ~is_new_B[:, None]
-    row_BK = torch.where(stored_BK, start_B[:, None] + slot_K, 0)
-    vectors_BKD = torch.zeros(*alive_BK.shape, slots_KD.shape[1])
-    born_BK = torch.full(alive_BK.shape, 32767, dtype=torch.int16)
-    if len(users.vectors_SD):
-        vectors_BKD = users.vectors_SD[row_BK].float() * stored_BK[..., None]
-        born_BK = torch.where(stored_BK, users.born_S[row_BK], born_BK)
-    if bool(is_new_B.any()):
-        vectors_BKD[is_new_B, : len(slots_KD)] = slots_KD
-    return vectors_BKD, alive_BK, born_BK
-
-
-@dataclass(frozen=True)
-class Carried:
-    """What travels with a batch of an interest model: stored interests, newcomers' slots, the span being learnt."""
-
-    users: Interests
-    slots_KD: Tensor
-    span: int
-
-    def join(self, batch: Batch) -> Batch:
-        """`batch` with each user's interests: which are alive, which are older than this span."""
-        vectors_BKD, alive_BK, born_BK = pad_interests(self.users, batch.users_B, self.slots_KD)
-        return replace(batch, interests_BKD=vectors_BKD, alive_BK=alive_BK, old_BK=born_BK < self.span)
-
-    def counts(self, users_N: Tensor) -> Tensor:
-        """How many interests each user has (N,)."""
-        known_N = torch.where(users_N <= self.users.n_users, users_N, 0)
-        n_N = self.users.offsets_U[known_N + 1] - self.users.offsets_U[known_N]
-        return torch.where(n_N == 0, len(self.slots_KD), n_N)
 
 
 def turns_of(users_N: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 from torch import Tensor
 
-from freshrec.data.batches import Carried, Targets, query_batches
+from freshrec.data.batches import Targets, query_batches
+from freshrec.data.carried import Carried
 from freshrec.errors import TrainingError
 from freshrec.types import ClickModel
 

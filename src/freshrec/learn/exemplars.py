@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freshrec.data.batches import Carried, Targets, in_parts, random_source, shuffled
+from freshrec.data.batches import Targets, in_parts, random_source, shuffled
+from freshrec.data.carried import Carried
 from freshrec.device import uniform
 from freshrec.learn.fit import batches
 from freshrec.learn.reservoir import Kept, keep, together
-from freshrec.learn.weights import tables_of
 from freshrec.models.layers import attend, best_inner_product
+from freshrec.models.tables import tables_of
 from freshrec.types import SECRET, SEQUENCES, Batch, EncodingModel, Forward, TrainedModel
 
 Select = Literal["herding", "herding-code", "random", "loss"]

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from freshrec.data.batches import (
-    Carried,
     Targets,
     due_targets,
     owners,
@@ -25,15 +24,17 @@ from freshrec.data.batches import (
     window_batches,
     without_secrets,
 )
+from freshrec.data.carried import Carried, carried_by
 from freshrec.data.lanes import lane_batches
 from freshrec.device import integers, permutation
 from freshrec.errors import TrainingError
 from freshrec.learn.clicks import auc, clicks_of
 from freshrec.learn.interests import Trim, costs_of, reread
-from freshrec.learn.weights import View, grow, seen_through, snapshot, tables_of
+from freshrec.learn.weights import View, grow, seen_through, snapshot
 from freshrec.models.ranking import ranks
+from freshrec.models.tables import tables_of
 from freshrec.options import Count, CountOrNone, Positive, Rate, check_options
-from freshrec.types import DUE, Batch, ClickModel, Histories, InterestModel, Interests, Span, State, Term, TrainedModel
+from freshrec.types import DUE, Batch, ClickModel, Histories, InterestModel, Span, State, Term, TrainedModel
 
 Project = Callable[[Tensor, Tensor, Tensor], Tensor]
 USUAL_EPOCHS = 10  # of a training that chooses their number itself
@@ -220,14 +221,6 @@ def fresh(state: State, n_users: int, n_items: int) -> TrainedModel:
     model: TrainedModel = state.model.spec.build(state.seed)
     grow(model, n_users, n_items, state.recent.kinds_I)
     return model
-
-
-def carried_by(model: TrainedModel, users: Interests | None, span: int) -> Carried | None:
-    """What travels with the batches of an interest model; None for other models."""
-    if not isinstance(model, InterestModel):
-        return None
-    users = Interests.empty(model.spec.d) if users is None else users
-    return Carried(users, model.slots(model.spec.k), span)
 
 
 def parted(targets: Targets, fit: Fit, key: tuple[int, ...]) -> tuple[Targets, Targets]:

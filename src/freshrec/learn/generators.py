@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from freshrec.data.batches import random_source
 from freshrec.device import uniform
-from freshrec.learn.weights import View, Weights, tables_of
+from freshrec.learn.weights import View, Weights
+from freshrec.models.tables import tables_of
 from freshrec.types import TrainedModel
 
 CHUNK = 8192  # rows of a table generated at a time

@@ -7,15 +7,14 @@ import torch
 from torch import Tensor
 
 from freshrec.data.batches import (
-    Carried,
-    Targets,
+    ends_of,
     fresh_rows,
     histories_before,
     owners,
     query_batches,
-    targets_at,
     without_secrets,
 )
+from freshrec.data.carried import Carried
 from freshrec.types import Histories, InterestModel, Interests
 
 Trim = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # (vectors, alive, old) -> (vectors, alive)
@@ -26,14 +25,6 @@ def active_users(histories: Histories) -> Tensor:
     counted_R = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cumsum(fresh_rows(histories), 0)])
     n_U = counted_R[histories.offsets_U[1:]] - counted_R[histories.offsets_U[:-1]]
     return n_U.nonzero()[:, 0]
-
-
-def ends_of(histories: Histories, users_N: Tensor, history: str) -> Targets:
-    """The end of each user's history, as a target that looks back on all of it (or on this span's rows alone)."""
-    ends_N = histories.offsets_U[users_N + 1]
-    if history == "recent":
-        return Targets(histories, ends_N, users_N, histories.offsets_U[users_N])
-    return Targets(histories, ends_N, users_N, targets_at(histories, ends_N - 1, history).from_N)
 
 
 def reread(

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from freshrec.errors import OptionError
-from freshrec.learn.weights import View, Weights, tables_of, weights_of
+from freshrec.learn.weights import View, Weights, weights_of
+from freshrec.models.tables import tables_of
 from freshrec.options import Count, CountOrNone, Weight, check_options
 from freshrec.types import TrainedModel
 

@@ -8,16 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from freshrec.models.tables import Table, know
+from freshrec.models.tables import Table, know, tables_of
 from freshrec.types import Batch, EncodingModel, Forward, TrainedModel
 
 View = Callable[[str, Tensor | None, Tensor], Tensor]  # (name, ids, weights) -> what the forward pass sees instead
 Weights = dict[str, Tensor]  # by name: tables (rows, D), padding first, and dense weights
-
-
-def tables_of(model: TrainedModel) -> dict[str, Table]:
-    """The tables of a model by name."""
-    return {name: part for name, part in model.named_modules() if isinstance(part, Table)}
 
 
 def items_of(model: EncodingModel) -> Table:

@@ -1,5 +1,6 @@
 """Ranks of targets and best items, over the whole catalogue in blocks: never a dense (users, items) table."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -14,6 +15,7 @@ from freshrec.types import Batch, Model, OfferingModel, TrainedModel, VectorMode
 
 USERS, ITEMS = 64, 2048  # measured best block of the rank count: two thirds of the peak of a matrix product
 READOUTS = ("recent", "stored", "both")
+Search = Callable[[Tensor, int], Tensor]  # (vectors_BKD, n) -> (B, C) the rows of n items near each vector; 0: none
 
 
 def vectors_of(model: VectorModel, batch: Batch, readout: str = "recent") -> Tensor:
@@ -35,7 +37,7 @@ def ranks(model: Model, batch: Batch, target_B: Tensor, readout: str = "recent",
     Raises TrainingError where a score is not finite.
     """
     n_items = model.n_items if n_items is None else min(n_items, model.n_items)
-    batch = _known(model, batch)
+    batch = known(model, batch)
     own_BN = torch.zeros(len(batch), 0, dtype=torch.int64) if isinstance(model, TrainedModel) else _new(batch, n_items)
     known_B = (target_B <= n_items) | (own_BN == target_B[:, None]).any(1)
     target_B = torch.where(known_B, target_B, 0)
@@ -54,7 +56,7 @@ def ranks_among(model: Model, batch: Batch, target_B: Tensor, others_BN: Tensor,
     known_B = target_B <= model.n_items
     others_BN = torch.where(others_BN <= model.n_items, others_BN, 0)
     items_BN = torch.cat([torch.where(known_B, target_B, 0)[:, None], others_BN], 1)
-    batch = _known(model, batch)
+    batch = known(model, batch)
     if isinstance(model, VectorModel):
         score_BN = best_inner_product(vectors_of(model, batch, readout), model.item_vectors()[items_BN])
     else:
@@ -65,7 +67,7 @@ def ranks_among(model: Model, batch: Batch, target_B: Tensor, others_BN: Tensor,
     return torch.where(known_B, 1 + (ahead_BN * (others_BN > 0)).sum(1), torch.inf)
 
 
-def _known(model: Model, batch: Batch) -> Batch:
+def known(model: Model, batch: Batch) -> Batch:
     """`batch` without history items that the model has no row for yet: the others close the gaps."""
     history_BT = batch.history_BT
     if history_BT.numel() and int(history_BT.max()) > model.n_items:
@@ -128,30 +130,81 @@ def _ahead_among_offered(items_BC: Tensor, score_BC: Tensor, target_B: Tensor, n
 
 
 def top(
-    model: Model, batch: Batch, k: int, banned_BM: Tensor | None = None, among_N: Tensor | None = None
+    model: Model,
+    batch: Batch,
+    k: int,
+    banned_BM: Tensor | None = None,
+    among_N: Tensor | None = None,
+    search: Search | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The best k items and their scores, (B, k) each, the best first.
+    """The best k items and their scores, (B, k) each, the best first; -inf where a user has no more.
 
     `banned_BM` holds item rows a user must not get (0: none): their score is -inf. `among_N` holds the item rows to
-    choose from, ascending; all unless given. TrainingError where a score is not finite.
+    choose from, ascending; all unless given. Where a vector model has a `search`, only what that finds is scored, but
+    for users who would come back short. TrainingError where a score is not finite.
     """
-    batch = _known(model, batch)
+    batch = known(model, batch)
     if isinstance(model, OfferingModel):
         return _top_offered(*model.candidates(batch), k, banned_BM, among_N)
+    if search is not None and among_N is None and isinstance(model, VectorModel):
+        return _top_found(model, batch, k, banned_BM, search)
     among_N = torch.arange(1, model.n_items + 1) if among_N is None else among_N[among_N <= model.n_items]
-    best_items, best_scores = torch.zeros(len(batch), 0, dtype=torch.int64), torch.zeros(len(batch), 0)
+    if isinstance(model, VectorModel):
+        return top_exact(model.item_vectors(), model.user_vectors(batch), k, banned_BM, among_N)
+    return _best_of(lambda items_N: model.score(batch, items_N), len(batch), k, banned_BM, among_N)
+
+
+def _best_of(
+    score: Callable[[Tensor], Tensor], n_users: int, k: int, banned_BM: Tensor | None, among_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The best of some items, in blocks."""
+    best_items, best_scores = torch.zeros(n_users, 0, dtype=torch.int64), torch.zeros(n_users, 0)
     for items_N in in_parts(among_N, 8 * ITEMS):
-        score_BN = model.score(batch, items_N)
+        score_BN = score(items_N)
         _must_be_finite(score_BN)
         if banned_BM is not None:
             at_BM = torch.searchsorted(items_N, banned_BM.contiguous()).clamp(max=len(items_N) - 1)
             hit_BM = items_N[at_BM] == banned_BM
             at = (hit_BM.nonzero()[:, 0], at_BM[hit_BM])
             score_BN = score_BN.index_put(at, torch.tensor(-torch.inf))
-        best_items = torch.cat([best_items, items_N.expand(len(batch), -1)], 1)
-        best_scores, order = torch.cat([best_scores, score_BN], 1).topk(min(k, best_items.shape[1]))
+        found_BK, at_BK = score_BN.topk(min(k, len(items_N)))
+        best_items = torch.cat([best_items, items_N[at_BK]], 1)
+        best_scores, order = torch.cat([best_scores, found_BK], 1).topk(min(k, best_items.shape[1]))
         best_items = best_items.gather(1, order)
     return best_items, best_scores
+
+
+def top_exact(
+    items_ID: Tensor, vectors_BKD: Tensor, k: int, banned_BM: Tensor | None, among_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(B, k) the best of some items (ascending rows) by max_k h_k e_i, and their scores; -inf where banned."""
+
+    def score(items_N: Tensor) -> Tensor:
+        first, last = int(items_N[0]), int(items_N[-1])
+        rows_ND = items_ID[first : last + 1] if last - first + 1 == len(items_N) else items_ID[items_N]
+        return best_inner_product(vectors_BKD, rows_ND)
+
+    return _best_of(score, len(vectors_BKD), k, banned_BM, among_N)
+
+
+def _top_found(
+    model: VectorModel, batch: Batch, k: int, banned_BM: Tensor | None, search: Search
+) -> tuple[Tensor, Tensor]:
+    """The best of what a search finds for each of a user's vectors, scored exactly; each item once."""
+    items_ID, vectors_BKD = model.item_vectors(), model.user_vectors(batch)
+    banned_BM = torch.zeros(len(batch), 0, dtype=torch.int64) if banned_BM is None else banned_BM
+    n_banned_B = (banned_BM > 0).sum(1)
+    found_BC = search(vectors_BKD, k + int(n_banned_B.max() if len(batch) else 0))
+    sorted_BC = found_BC.sort(1).values
+    again_BC = torch.zeros_like(sorted_BC, dtype=torch.bool)
+    again_BC[:, 1:] = sorted_BC[:, 1:] == sorted_BC[:, :-1]
+    score_BC = best_inner_product(vectors_BKD, items_ID[sorted_BC])
+    _must_be_finite(score_BC)
+    items_BK, score_BK = _top_offered(sorted_BC.masked_fill(again_BC, 0), score_BC, k, banned_BM, None)
+    short_B = torch.isfinite(score_BK).sum(1) < torch.minimum(torch.tensor(k), model.n_items - n_banned_B)
+    if items_BK.shape[1] < k or bool(short_B.any()):
+        return top_exact(items_ID, vectors_BKD, k, banned_BM, torch.arange(1, model.n_items + 1))
+    return items_BK, score_BK
 
 
 def _top_offered(

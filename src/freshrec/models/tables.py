@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from freshrec.device import blocks_pay, normal
 from freshrec.errors import OptionError
+from freshrec.types import TrainedModel
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 BLOCK = 1024  # rows whose starts are drawn together, and that a step on all rows moves together
@@ -197,6 +198,11 @@ def pulled(table: Table, *ids: Tensor) -> list[Tensor]:
     """(..., D) rows of each of several tensors of ids (...), in one `pull`."""
     rows = table.pull(torch.cat([part.reshape(-1) for part in ids])).split([part.numel() for part in ids])
     return [part_ND.view(*part.shape, part_ND.shape[1]) for part, part_ND in zip(ids, rows)]
+
+
+def tables_of(model: TrainedModel) -> dict[str, Table]:
+    """The tables of a model by name."""
+    return {name: part for name, part in model.named_modules() if isinstance(part, Table)}
 
 
 def make_room(table: Table, n_rows: int) -> None:

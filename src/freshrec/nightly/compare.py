@@ -2,9 +2,9 @@
 
 from freshrec.data.batches import random_source, turns_of
 from freshrec.device import permutation
+from freshrec.models.counted import told
 from freshrec.replay.measure import Asked, Block, Queries, queries_of, rank_queries
 from freshrec.replay.metrics import Floats, evaluate, per_user
-from freshrec.replay.replay import told
 from freshrec.serve.recommend import Served
 from freshrec.types import TRAIN, State
 

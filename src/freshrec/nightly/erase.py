@@ -11,12 +11,13 @@ from torch import Tensor
 
 from freshrec.data.batches import Targets, interests_where, owners, rows_where
 from freshrec.learn.reservoir import Kept, Reservoir
-from freshrec.learn.weights import tables_of
 from freshrec.models.blend import Blend
+from freshrec.models.tables import tables_of
 from freshrec.nightly.job import Job
 from freshrec.replay.measure import Queries
 from freshrec.serve.contents import read_contents, write_contents
 from freshrec.serve.reading import ids_of
+from freshrec.store import clicks
 from freshrec.store.versions import collected, give_up
 from freshrec.types import Events, Histories, Interests, Model, RememberingModel, Shown, TrainedModel
 
@@ -29,9 +30,10 @@ STAYS = (
 
 
 def erase(job: Job, user_id: str) -> dict[str, Any]:
-    """Remove a user from the log and from all versions; a receipt. What was interrupted is completed by another call.
+    """Remove a user from the log, from the journal of clicks and from all versions; a receipt.
 
-    StateError where the live version is damaged; others that are damaged give up their files, as nobody can use them.
+    What was interrupted is completed by another call. StateError where the live version is damaged; others that are
+    damaged give up their files, as nobody can use them.
     """
     store, rewritten, live = job.store, [], job.contents.served.users
     theirs = ids_of("user_id", user_id, live)[0]  # a number, where ids are numbers
@@ -50,8 +52,8 @@ def erase(job: Job, user_id: str) -> dict[str, Any]:
             less = replace(less, served=replace(less.served, users=contents.served.users.without(row)))
             store.rewrite(number, lambda aside, less=less: write_contents(less, aside))  # type: ignore[misc]
             rewritten.append(number)
-    n_events = job.log.erase(theirs)
-    return {"user_id": user_id, "events": n_events, "versions": rewritten, "stays": STAYS}
+    n_clicks, n_events = clicks.erase(store.folder, theirs), job.log.erase(theirs)
+    return {"user_id": user_id, "events": n_events, "clicks": n_clicks, "versions": rewritten, "stays": STAYS}
 
 
 def without(node: T, user: int) -> T:

@@ -25,13 +25,13 @@ import torch
 from freshrec.data.catalog import Catalog
 from freshrec.data.log import Log, positive_rows, positives
 from freshrec.errors import LogError, OptionError, StateError, TrainingError
+from freshrec.models.counted import absorb
 from freshrec.models.popularity import PopularitySpec
 from freshrec.nightly.anew import GAIN, from_nothing, interval_of, since_full
 from freshrec.nightly.compare import newest, values_of
 from freshrec.nightly.day import Day, facts_of
 from freshrec.nightly.gate import Limits, Measured, Verdict, judge, looks_odd
 from freshrec.replay.measure import Queries
-from freshrec.replay.replay import absorb
 from freshrec.replay.significance import interval
 from freshrec.serve.contents import Contents, read_contents, taught, write_contents
 from freshrec.serve.reading import Numbered, alike, numbered

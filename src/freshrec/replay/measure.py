@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freshrec.data.batches import append, histories_before, in_parts, place, shown_of, shown_targets, targets_at
+from freshrec.data.carried import carried_by
 from freshrec.learn.clicks import clicks_of
-from freshrec.learn.fit import carried_by
 from freshrec.models.ranking import ranks, ranks_among
 from freshrec.types import NEVER, TEST, Batch, ClickModel, Events, Histories, Model, Span, State
 

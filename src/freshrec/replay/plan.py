@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from freshrec.data.batches import due_targets
+from freshrec.data.carried import carried_by
 from freshrec.data.spans import Cut
-from freshrec.learn.fit import USUAL_EPOCHS, carried_by, train
+from freshrec.learn.fit import USUAL_EPOCHS, train
 from freshrec.models.blend import Blend
-from freshrec.replay.replay import Cell, Settings, absorb
+from freshrec.models.counted import absorb
+from freshrec.replay.replay import Cell, Settings
 from freshrec.types import Events, State, Strategy, TrainedModel
 
 CHOICE = 2.0  # choosing them trains about as much again

@@ -4,7 +4,6 @@ A cell is one (model, strategy, seed, cadence). Its folder holds a Parquet file 
 span, and the state after the last finished span until the cell is done.
 """
 
-import copy
 import gc
 import json
 import os
@@ -21,18 +20,16 @@ import torch
 from freshrec.data.batches import append
 from freshrec.data.spans import Cut
 from freshrec.errors import IncompatibleError
-from freshrec.learn.checkpoint import load_tree, save_text, save_tree, write_whole
 from freshrec.learn.fit import Clock
 from freshrec.models.blend import Blend
+from freshrec.models.checkpoint import load_tree, save_text, save_tree, write_whole
+from freshrec.models.counted import absorb, told
 from freshrec.models.ranking import READOUTS
 from freshrec.replay.measure import Asked, Block, Queries, blocks_of, click_rows, queries_of, rank_queries
 from freshrec.types import (
-    NEVER,
-    SECRET,
     VALID,
     ClickModel,
     EncodingModel,
-    Events,
     Histories,
     InterestModel,
     ModelSpec,
@@ -100,30 +97,6 @@ def check_clicks(model: ModelSpec, model_name: str) -> None:
             f'"{model_name}" ranks items, it does not say how likely one is taken: on a log with exposures use '
             "embedding-mlp, or leave the exposures out."
         )
-
-
-def absorb(state: State, block: Events, n_users: int, n_items: int) -> State:
-    """The state after counting a block: cheap experts learn at once, everybody's recent events are kept."""
-    recent = append(state.recent, block, n_users)
-    if isinstance(state.model, TrainedModel):
-        return replace(state, recent=recent)
-    model = copy.deepcopy(state.model)
-    model.grow(n_users, n_items)
-    hidden_R = torch.where(state.recent.due_R == SECRET, 0, state.recent.items_R)
-    model.absorb(block[block.joins_E != NEVER], replace(state.recent, items_R=hidden_R))
-    return replace(state, model=model, recent=recent)
-
-
-def told(state: State, n_items: int) -> State:
-    """The state with room for new items, where the model counts: it may offer a user an own one again.
-
-    A trained model stays as it is until its update: what it has not learnt it neither offers nor finds.
-    """
-    if isinstance(state.model, TrainedModel) or state.model.n_items == n_items:
-        return state
-    model = copy.deepcopy(state.model)
-    model.grow(model.n_users, n_items)
-    return replace(state, model=model)
 
 
 def replay_cell(cell: Cell, cut: Cut, settings: Settings, out: Path, base: State | None = None) -> Iterator[int]:

@@ -17,9 +17,10 @@ from filelock import FileLock
 from freshrec.data.spans import Cut
 from freshrec.device import here, on
 from freshrec.errors import OptionError
-from freshrec.learn.checkpoint import load_state, save_state, save_text
 from freshrec.learn.fit import Fit, TrainsPlainly, start
-from freshrec.replay.replay import Cell, Settings, absorb, replay_cell, timed
+from freshrec.models.checkpoint import load_state, save_state, save_text
+from freshrec.models.counted import absorb
+from freshrec.replay.replay import Cell, Settings, replay_cell, timed
 from freshrec.types import Span, State, TrainedModel
 
 Tell = Callable[[Cell, int], None]  # called with a cell and the span it has just finished

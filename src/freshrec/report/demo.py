@@ -10,10 +10,11 @@ from scipy.stats import mannwhitneyu
 
 from freshrec.data.spans import Cut, cut
 from freshrec.data.worlds import World, make
-from freshrec.learn.checkpoint import load_state
 from freshrec.models import CONTROLS, MODELS
+from freshrec.models.checkpoint import load_state
+from freshrec.models.counted import absorb
 from freshrec.replay.measure import facts
-from freshrec.replay.replay import Cell, Settings, absorb
+from freshrec.replay.replay import Cell, Settings
 from freshrec.replay.results import OVERALL, collect
 from freshrec.replay.run import Tell, run
 from freshrec.strategies import STRATEGIES, find_strategy

@@ -8,26 +8,36 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import polars as pl
-
 from freshrec.data.batches import joined_events, owners
 from freshrec.data.catalog import Catalog
 from freshrec.errors import StateError
-from freshrec.learn.checkpoint import load_tree, save_tree, write_whole
 from freshrec.models import find_model
 from freshrec.models.blend import Blend
+from freshrec.models.checkpoint import load_tree, save_tree
+from freshrec.models.counted import absorb
 from freshrec.models.popularity import PopularitySpec
 from freshrec.replay.measure import Queries
-from freshrec.replay.replay import absorb, check
+from freshrec.replay.replay import check
 from freshrec.serve.reading import Numbered, Reading
 from freshrec.serve.recommend import Served
+from freshrec.serve.saved import (
+    CATEGORIES,
+    ITEMS,
+    USERS,
+    Kept,
+    catalog_in,
+    must_have,
+    parquet_in,
+    read_served,
+    write_served,
+)
 from freshrec.store.versions import OLDER
 from freshrec.strategies import find_strategy
 from freshrec.types import Histories, ModelSpec, Span, State, Strategy, TrainedModel
 
 OLDER_FORMAT = 2  # of what was saved before there were stores
-STATE, ASKED, USERS, ITEMS = "state.safetensors", "asked.safetensors", "users.parquet", "items.parquet"
-CATEGORIES = "categories.parquet"
+LEARNING, ASKED = "learning.safetensors", "asked.safetensors"
+STATE = "state.safetensors"  # what both SERVED and LEARNING hold, in versions of before there was serving
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,22 +115,26 @@ def in_time_order(histories: Histories) -> Histories:
 def write_contents(contents: Contents, folder: Path) -> None:
     """Write to a folder, which a store then makes a version."""
     served = contents.served
-    tree = (contents.strategy, contents.names, contents.reading, served.state, served.counts, served.pending)
-    save_tree(tree, folder / STATE)
+    state = served.state
+    learning = (contents.strategy, state.memory, state.costs, state.started)
+    write_served(Kept(served, contents.names, contents.reading), folder)
+    save_tree(learning, folder / LEARNING)
     save_tree(contents.asked, folder / ASKED)
-    for name, frame in ((USERS, served.users.frame), (ITEMS, served.items.frame), (CATEGORIES, served.categories)):
-        write_whole(folder / name, frame.write_parquet)
 
 
 def read_contents(files: Mapping[str, Path]) -> Contents:
     """What `write_contents` wrote. StateError where it is not that."""
-    missing = [name for name in (STATE, ASKED, USERS, ITEMS, CATEGORIES) if name not in files]
-    if missing:
-        raise StateError(f"a version without {missing[0]} cannot be read; go back to another one.")
-    strategy, names, reading, state, counts, pending = load_tree(files[STATE])
-    users, items = (_catalog(files[name]) for name in (USERS, ITEMS))
-    served = Served(state, counts, users, items, _parquet(files[CATEGORIES]), pending)
-    return Contents(served, strategy, names, reading, load_tree(files[ASKED]))
+    must_have(files, (ASKED, USERS, ITEMS, CATEGORIES))
+    if STATE in files:
+        strategy, names, reading, state, counts, pending = load_tree(files[STATE])
+        users, items = (catalog_in(files[name]) for name in (USERS, ITEMS))
+        served = Served(state, counts, users, items, parquet_in(files[CATEGORIES]), pending)
+        return Contents(served, strategy, names, reading, load_tree(files[ASKED]))
+    must_have(files, (LEARNING,))
+    kept = read_served(files, load_tree)
+    strategy, memory, costs, started = load_tree(files[LEARNING])
+    state = replace(kept.served.state, memory=memory, costs=costs, started=started)
+    return Contents(replace(kept.served, state=state), strategy, kept.names, kept.reading, load_tree(files[ASKED]))
 
 
 def read_older(folder: Path) -> Contents:
@@ -134,16 +148,5 @@ def read_older(folder: Path) -> Contents:
     if wrote != OLDER_FORMAT:
         raise StateError(f"{path} has format {wrote}, this freshrec reads {OLDER_FORMAT}; fit again, and save.")
     strategy, reading, state, counts = load_tree(part / STATE)
-    users, items = (_catalog(part / name) for name in (USERS, ITEMS))
+    users, items = (catalog_in(part / name) for name in (USERS, ITEMS))
     return Contents(Served(state, counts, users, items), strategy, names, reading)
-
-
-def _catalog(path: Path) -> Catalog:
-    return Catalog.load(_parquet(path))
-
-
-def _parquet(path: Path) -> pl.DataFrame:
-    try:
-        return pl.read_parquet(path)
-    except (OSError, pl.exceptions.PolarsError) as problem:
-        raise StateError(f"{path} cannot be read ({problem}); go back to another version.") from None

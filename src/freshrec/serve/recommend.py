@@ -5,21 +5,20 @@ from functools import cached_property
 
 import polars as pl
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from freshrec.data.batches import append, histories_before, in_parts, query_batches
+from freshrec.data.carried import carried_by
 from freshrec.data.catalog import Catalog
 from freshrec.errors import IncompatibleError
-from freshrec.learn.fit import carried_by
-from freshrec.learn.interests import ends_of
 from freshrec.models.blend import Blend
+from freshrec.models.counted import told
 from freshrec.models.pairs import Pairs
-from freshrec.models.ranking import top
+from freshrec.models.ranking import Search, top
 from freshrec.options import Weight, check_options
-from freshrec.replay.replay import told
 from freshrec.serve.diverse import CANDIDATES, diversified, kinds_of
-from freshrec.types import Batch, Events, Model, State, TrainedModel, VectorModel
+from freshrec.serve.fresh import Fresh, asked_of
+from freshrec.types import Batch, Events, State, TrainedModel, VectorModel
 
 SIZE = 256  # users asked at once
 UNKNOWN, EXHAUSTED = "unknown user", "no more items with a score"
@@ -43,6 +42,8 @@ class Served:
     items: Catalog
     categories: pl.DataFrame = field(default_factory=_no_categories)  # item (a row), category
     pending: Events = field(default_factory=_none)  # newer than what the model has learnt; in no history of `state`
+    fresh: Fresh = field(default_factory=Fresh)  # newer than all of that; in no history either
+    search: Search | None = None  # an index over the model's item vectors; None: all of them are scored
 
     @property
     def newest_time(self) -> int | None:
@@ -57,6 +58,22 @@ class Served:
             return self.state
         recent = append(self.state.recent, self.pending, len(self.users))
         return told(replace(self.state, recent=recent), len(self.items))
+
+    @property
+    def settled(self) -> "Served":
+        """The same answers from less memory: nothing is pending, and equal histories are one. It cannot be updated."""
+        state, counts = self.now, self.counts
+        mine, all_R = state.recent, counts.recent
+        columns = ("offsets_U", "items_R", "times_R")  # what is due concerns those who learn
+        if all(torch.equal(getattr(mine, name), getattr(all_R, name)) for name in columns):
+            counts = replace(counts, recent=mine)  # as long as no history was cut
+        return replace(self, state=state, counts=counts, pending=_none())
+
+    @cached_property
+    def norms_I(self) -> Tensor:
+        """The length of each item's vector, at least a little, from item 0."""
+        lengths_I: Tensor = self.state.model.item_vectors().norm(dim=1)
+        return lengths_I.clamp(min=1e-12)
 
     @cached_property
     def kinds_I(self) -> Tensor:
@@ -108,11 +125,11 @@ def best_items(served: Served, users_N: Tensor, wanted: Wanted) -> pl.DataFrame:
 def _from_model(served: Served, users_N: Tensor, wanted: Wanted) -> pl.DataFrame:
     state, nth_N = served.now, users_N.nonzero()[:, 0]
     carried = carried_by(state.model, state.users, state.spans_seen)
-    ends = ends_of(state.recent, users_N[nth_N], "recent")
+    ends = asked_of(state.recent, served.fresh, users_N[nth_N])
     found = [_frame(nth_N[:0], torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, 0), None)]
     for which, batch in query_batches(ends, state.model.spec.length, carried, SIZE):
         banned_BM = _banned(served, batch.users_B, wanted)
-        items_BC, scores_BC = top(state.model, batch, wanted.n_candidates, banned_BM, wanted.allow_M)
+        items_BC, scores_BC = top(state.model, batch, wanted.n_candidates, banned_BM, wanted.allow_M, served.search)
         if not isinstance(state.model, TrainedModel):
             scores_BC = scores_BC.masked_fill(scores_BC <= 0, -torch.inf)  # nothing was counted: no opinion
         found.append(_frame(nth_N[which], *_diverse(served, items_BC, scores_BC, wanted), None))
@@ -144,25 +161,27 @@ def _banned(served: Served, users_B: Tensor, wanted: Wanted) -> Tensor:
     if not wanted.filter_seen or not bool(known_B.any()):
         return denied_BM
     histories = served.counts.recent
-    seen_NT = histories_before(ends_of(histories, users_B[known_B], "recent"), len(histories.items_R))
+    ends = asked_of(histories, served.fresh, users_B[known_B])
+    seen_NT = histories_before(ends, len(ends.histories.items_R))
     seen_BT = torch.zeros(len(users_B), seen_NT.shape[1], dtype=torch.int64)
     seen_BT[known_B] = seen_NT
     return torch.cat([denied_BM, seen_BT], 1)
 
 
-def similar_items(model: Model, items_N: Tensor, k: int) -> pl.DataFrame:
+def similar_items(served: Served, items_N: Tensor, k: int) -> pl.DataFrame:
     """The k items most like each of `items_N` (rows): nth, item, score, rank.
 
     By the cosine of item vectors; a pair counter, a blend's too, is asked as for a user whose only event is the item.
     """
+    model = served.state.model
     model = model.experts.counters["item-knn"] if isinstance(model, Blend) else model
     known_N = (items_N <= model.n_items).nonzero()[:, 0]  # of the others the model has not learnt anything yet
     found = [_frame(known_N[:0], torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, 0), None)]
     for which in known_N.split(SIZE // 8):
         items_B1 = items_N[which][:, None]
         if isinstance(model, VectorModel):
-            vectors_ID = F.normalize(model.item_vectors(), dim=1)
-            scores_BI = vectors_ID[items_B1[:, 0]] @ vectors_ID.T
+            scores_BI = model.item_vectors()[items_B1[:, 0]] @ model.item_vectors().T
+            scores_BI /= served.norms_I * served.norms_I[items_B1]
             scores_BI.scatter_(1, items_B1, -torch.inf)[:, 0] = -torch.inf
             scores_BK, items_BK = scores_BI.topk(min(k, model.n_items))
         elif isinstance(model, Pairs):

@@ -13,9 +13,9 @@ from pathlib import Path
 import polars as pl
 
 from freshrec.errors import LogError, OptionError, StateError
+from freshrec.models.counted import told
 from freshrec.replay.measure import Asked, Block, queries_of, rank_queries
 from freshrec.replay.metrics import evaluate, parse, per_user
-from freshrec.replay.replay import told
 from freshrec.replay.significance import interval
 from freshrec.serve.contents import Contents, begun, read_contents, read_older, taught, write_contents
 from freshrec.serve.explain import reasons
@@ -134,7 +134,7 @@ class Recommender:
         served = self.served
         ids = ids_of("item_id", items, served.items)
         rows_N = known_rows(ids, served.items)
-        found = similar_items(served.state.model, rows_N, positive(k))
+        found = similar_items(served, rows_N, positive(k))
         similar = served.items.ids(rows_of(found)).alias("similar_id")
         return found.select(ids.gather(found["nth"]), similar, "score", "rank")
 

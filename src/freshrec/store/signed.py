@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from freshrec.errors import StateError
-from freshrec.learn.checkpoint import save_text
+from freshrec.models.checkpoint import save_text
 
 PIECE = 1 << 20  # bytes read at once
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freshrec.data.batches import Carried, Targets, due_targets, random_source
+from freshrec.data.batches import Targets, due_targets, random_source
+from freshrec.data.carried import Carried, carried_by
 from freshrec.learn.exemplars import (
     Allocate,
     ExemplarLoss,
@@ -25,7 +26,7 @@ from freshrec.learn.exemplars import (
     replay,
     select,
 )
-from freshrec.learn.fit import Clock, Fit, adapt, around, carried_by, finish, grid, parted, start, successor
+from freshrec.learn.fit import Clock, Fit, adapt, around, finish, grid, parted, start, successor
 from freshrec.learn.reservoir import Kept, kept_length
 from freshrec.learn.weights import items_of
 from freshrec.models.layers import best_inner_product

@@ -17,9 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from freshrec.data.batches import Carried, due_targets, interests_where, owners, random_source, rows_where
+from freshrec.data.batches import due_targets, interests_where, owners, random_source, rows_where
+from freshrec.data.carried import Carried, carried_by
 from freshrec.errors import OptionError
-from freshrec.learn.fit import Clock, Fit, batches, carried_by, finish, grid, negatives, start, successor, train
+from freshrec.learn.fit import Clock, Fit, batches, finish, grid, negatives, start, successor, train
 from freshrec.learn.generators import GRU, Generator, Mix, Window, shares, untrained
 from freshrec.learn.rehearsal import rehearsal
 from freshrec.learn.weights import put, seen_through, weights_of

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freshrec.data.batches import Carried, due_targets, owners, pad_interests
+from freshrec.data.batches import due_targets, owners
+from freshrec.data.carried import Carried, carried_by, pad_interests
 from freshrec.errors import OptionError
-from freshrec.learn.fit import Clock, Fit, adapt, around, carried_by, finish, grid, start, successor
+from freshrec.learn.fit import Clock, Fit, adapt, around, finish, grid, start, successor
 from freshrec.learn.interests import expand
 from freshrec.learn.upkeep import Upkeep
 from freshrec.models.layers import FAR

@@ -4,7 +4,8 @@ import copy
 from dataclasses import dataclass, replace
 
 from freshrec.data.batches import append, due_targets, released, settle
-from freshrec.learn.fit import Clock, Fit, adapt, carried_by, finish, fresh, grid, start, successor
+from freshrec.data.carried import carried_by
+from freshrec.learn.fit import Clock, Fit, adapt, finish, fresh, grid, start, successor
 from freshrec.types import Events, Histories, Span, State
 
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from freshrec.data.batches import due_targets, random_source
+from freshrec.data.carried import carried_by
 from freshrec.device import permutation
 from freshrec.errors import OptionError
-from freshrec.learn.fit import Clock, Fit, carried_by, finish, ndcg, start, successor, train
+from freshrec.learn.fit import Clock, Fit, finish, ndcg, start, successor, train
 from freshrec.learn.rehearsal import rehearsal
 from freshrec.learn.reservoir import Reservoir, filled, joined, kept_length, stream
 from freshrec.learn.weights import put, weights_of

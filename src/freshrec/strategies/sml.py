@@ -15,11 +15,13 @@ from typing import Any, Literal
 import torch
 
 from freshrec.data.batches import Targets, due_targets
+from freshrec.data.carried import carried_by
 from freshrec.errors import OptionError
-from freshrec.learn.fit import Clock, Fit, adapt, carried_by, finish, grid, start, successor, train
+from freshrec.learn.fit import Clock, Fit, adapt, finish, grid, start, successor, train
 from freshrec.learn.rehearsal import rehearsal
 from freshrec.learn.transfer import CNNTransfer, LinearTransfer, MLPTransfer, Transfer, judged, moved, transferred
-from freshrec.learn.weights import Weights, grow, put, tables_of, weights_of
+from freshrec.learn.weights import Weights, grow, put, weights_of
+from freshrec.models.tables import tables_of
 from freshrec.options import Count, CountOrNone, Positive, Weight, check_options
 from freshrec.types import Batch, Forward, Interests, Span, State, Term, TrainedModel
 

@@ -7,21 +7,33 @@ dataclasses of this package, or of modules that are already imported, are rebuil
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import polars as pl
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from freshrec.device import here
 from freshrec.errors import StateError
+from freshrec.models.tables import tables_of
 from freshrec.types import Model, OfferingModel, State, TrainedModel
 
 FORMAT = 1
+PIECE = 1 << 24  # bytes of a tensor that are read at once: what the file maps is given back after each
+
+
+class Read(Protocol):
+    """How tensors come out of a file."""
+
+    def __call__(self, name: str, columns: int | None = None) -> Tensor:
+        """By the name in the file; all, or the first columns."""
 
 
 def save_state(state: State, path: Path) -> None:
@@ -71,22 +83,58 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 def load_tree(path: Path) -> Any:
     """What `save_tree` wrote. Raises StateError where there is nothing, or it is damaged or of another format."""
-    try:
+    with _readable(path):
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            text = (file.metadata() or {})["freshrec"]
             # copies lie in memory as new tensors do: sums over those that do not differ in their last bits
             tensors = {name: file.get_tensor(name).to(here(), copy=True) for name in file.keys()}  # noqa: SIM118
+        return _decode(_tree_in(text, path), lambda name, columns=None: tensors[name], _whole_model)
+
+
+def load_to_ask(path: Path) -> Any:
+    """`load_tree`, for asking only: tables without the memory of their optimiser, a third of the size.
+
+    Tensors are read piece by piece, so that none is in memory twice. Models so loaded cannot be trained.
+    """
+    with _readable(path):
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {})["freshrec"]
+        return _decode(_tree_in(text, path), partial(_in_pieces, path), _model_to_ask)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turns what is wrong with a file into a StateError."""
+    try:
+        yield
     except (SafetensorError, OSError) as problem:
         raise StateError(f"{path} holds no readable state ({problem}); use an earlier version or fit again.") from None
-    try:
-        tree = json.loads(metadata["freshrec"])
-        if tree["format"] != FORMAT:
-            raise StateError(
-                f"{path} has state format {tree['format']}, this freshrec reads {FORMAT}; upgrade freshrec."
-            )
-        return _decode(tree["state"], tensors)
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as problem:
         raise StateError(f"{path} is not a whole state ({problem}); use an earlier version or fit again.") from None
+
+
+def _tree_in(text: str, path: Path) -> Any:
+    tree = json.loads(text)
+    if tree["format"] != FORMAT:
+        raise StateError(f"{path} has state format {tree['format']}, this freshrec reads {FORMAT}; upgrade freshrec.")
+    return tree["state"]
+
+
+def _in_pieces(path: Path, name: str, columns: int | None = None) -> Tensor:
+    """A tensor of the file, or its first columns."""
+    with safe_open(path, framework="pt") as file:
+        shape = file.get_slice(name).get_shape()
+        if not shape or 0 in shape:
+            found: Tensor = file.get_tensor(name).clone()
+            return found if columns is None else found[:, :columns]
+        like = file.get_slice(name)[:1]
+    n_rows = max(1, PIECE // max(1, like.nbytes))
+    out = torch.empty((shape[0], *like.shape[1:]) if columns is None else (shape[0], columns), dtype=like.dtype)
+    for first in range(0, shape[0], n_rows):
+        with safe_open(path, framework="pt") as file:
+            part = file.get_slice(name)[first : first + n_rows]
+            out[first : first + n_rows] = part if columns is None else part[:, :columns]
+    return out
 
 
 def _encode(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -112,6 +160,9 @@ def _encode(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     )
 
 
+PARTS = ("spec", "sizes", "seed", "moments", "weights")
+
+
 def _parts_of(model: Model) -> dict[str, Any]:
     return {
         "spec": model.spec,
@@ -122,32 +173,53 @@ def _parts_of(model: Model) -> dict[str, Any]:
     }
 
 
-def _decode(node: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+def _decode(node: dict[str, Any], read: Read, model_of: Callable[[dict[str, Any], Read], Model]) -> Any:
+    """The inverse of `_encode`; `model_of` makes a model of its encoded parts."""
     if "value" in node:
         return node["value"]
     if "tensor" in node:
-        return tensors[node["tensor"]]
+        return read(node["tensor"])
     if "tuple" in node or "list" in node:
-        children = [_decode(child, tensors) for child in node.get("tuple", node.get("list", []))]
+        children = [_decode(child, read, model_of) for child in node.get("tuple", node.get("list", []))]
         return tuple(children) if "tuple" in node else children
     if "dict" in node:
-        return {k: _decode(child, tensors) for k, child in node["dict"].items()}
+        return {k: _decode(child, read, model_of) for k, child in node["dict"].items()}
     if "model" in node:
-        return _model(_decode(node["model"], tensors))
+        return model_of(node["model"]["dict"], read)
     module, _, name = node["class"].partition(":")
     if module not in sys.modules:
         raise StateError(f"the state needs {module}, which is not imported; import it before loading.")
     kind = vars(sys.modules[module]).get(name)
     if not (isinstance(kind, type) and is_dataclass(kind)):
         raise StateError(f"the state needs the dataclass {module}:{name}, which this freshrec lacks; upgrade freshrec.")
-    return kind(**{k: _decode(child, tensors) for k, child in node["fields"].items()})
+    return kind(**{k: _decode(child, read, model_of) for k, child in node["fields"].items()})
 
 
-def _model(parts: dict[str, Any]) -> Model:
-    model: Model = parts["spec"].build(parts["seed"])
-    model.grow(*parts["sizes"])
-    model.load_state_dict(parts["weights"])
+def _whole_model(parts: dict[str, Any], read: Read) -> Model:
+    spec, sizes, seed, moments, weights = (_decode(parts[name], read, _whole_model) for name in PARTS)
+    model: Model = spec.build(seed)
+    model.grow(*sizes)
+    model.load_state_dict(weights)
     if isinstance(model, TrainedModel):
-        model.moments = parts["moments"]
+        model.moments = moments
+        model.eval()
+    return model
+
+
+def _model_to_ask(parts: dict[str, Any], read: Read) -> Model:
+    spec, sizes, seed = (_decode(parts[name], read, _model_to_ask) for name in PARTS[:3])
+    model: Model = spec.build(seed)
+    names = parts["weights"]["dict"]
+    tables = tables_of(model) if isinstance(model, TrainedModel) else {}
+    for name, table in tables.items():  # room for the weights alone, of which nothing is written yet
+        n_rows = len(read(names[f"{name}.steps_R"]["tensor"]))
+        table.packed, table.steps_R = torch.empty(n_rows, table.n_dims), torch.zeros(n_rows)
+    model.grow(*sizes)
+    for name, table in tables.items():
+        table.packed = read(names[f"{name}.packed"]["tensor"], table.n_dims)
+    own = {f"{name}.packed": table.packed for name, table in tables.items()}
+    others = {name: _decode(child, read, _model_to_ask) for name, child in names.items() if name not in own}
+    model.load_state_dict(own | others)
+    if isinstance(model, TrainedModel):
         model.eval()
     return model

@@ -1,0 +1,292 @@
+"use strict";
+const at = (id) => document.getElementById(id);
+const state = { token: "", user: "", list: [], version: 0 };
+
+function make(tag, text, kind) {
+  const node = document.createElement(tag);
+  if (text !== undefined && text !== null) node.textContent = text;  // ids are text, whatever they look like
+  if (kind) node.className = kind;
+  return node;
+}
+
+async function ask(path, options = {}) {
+  const headers = { ...(options.headers || {}) };
+  if (state.token) headers.authorization = `Bearer ${state.token}`;
+  if (options.body) headers["content-type"] = "application/json";
+  let answer;
+  try {
+    answer = await fetch(path, { ...options, headers });
+  } catch {
+    throw new Error("the server cannot be reached; is it running?");
+  }
+  const found = await answer.json().catch(() => ({}));
+  if (answer.status === 401) at("key").hidden = false;
+  if (!answer.ok) throw Object.assign(new Error(found.detail || `status ${answer.status}`), { status: answer.status });
+  return found;
+}
+
+function say(id, text, bad = false) {
+  at(id).textContent = text;
+  at(id).hidden = !text;
+  at(id).classList.toggle("bad", bad);
+}
+
+function ago(moment) {
+  const seconds = (Date.now() - new Date(moment)) / 1000;
+  if (!Number.isFinite(seconds)) return String(moment);
+  for (const [unit, size] of [["day", 86400], ["hour", 3600], ["minute", 60]]) {
+    if (seconds >= 2 * size) return `${Math.floor(seconds / size).toLocaleString()} ${unit}s ago`;
+  }
+  return "a moment ago";
+}
+
+const when = (moment) => (typeof moment === "string" ? moment.replace("T", " ").replace(/(:\d\d)\+00:00$/, "$1") : `no. ${moment}`);
+const number = (value) => (Math.abs(value) >= 100 ? Math.round(value).toLocaleString() : Number(value.toPrecision(3)).toString());
+
+function quality(numbers) {
+  const beside = Object.keys(numbers).find((name) => name.endsWith(" live") || name.endsWith(" popularity"));
+  if (!beside) return null;
+  const name = beside.replace(/ (live|popularity)$/, "");
+  return { name, value: numbers[name], beside: numbers[beside], what: beside.endsWith(" live") ? "the version before" : "popularity",
+           low: numbers.low, high: numbers.high };
+}
+
+function facts(about) {
+  const found = quality(about.numbers);
+  const rows = [
+    ["Version", about.version, true],
+    ["Made", `${ago(about.made_at)} (${when(about.made_at)} UTC)`],
+    ["Newest event", about.newest_event === null ? "none" : typeof about.newest_event === "string" ? ago(about.newest_event) : "the log has no clock"],
+    ["Model", about.model.split(":")[0]],
+    ["Updated by", about.strategy.split(":")[0]],
+    ["Users", about.sizes.users.toLocaleString()],
+    ["Items", about.sizes.items.toLocaleString()],
+    ["Events", about.sizes.events.toLocaleString()],
+    ["Search", about.search.why],
+  ];
+  if (found) rows.splice(3, 0, ["Quality", `${found.name} ${found.value.toFixed(4)}, ${found.what} ${found.beside.toFixed(4)}`]);
+  at("facts").replaceChildren(...rows.map(([name, value, strong]) => {
+    const box = make("div"), shown = make("dd");
+    shown.append(strong ? make("strong", value) : String(value));
+    box.append(make("dt", name), shown);
+    return box;
+  }));
+  const passed = about.kind === "saved" ? "Saved from Python: no gate has looked at it." : about.kind === "fit" ? "The first version: there was nothing to compare it with."
+    : about.promoted ? "The gate let it pass." : "The gate refused it; somebody promoted it nevertheless.";
+  const lines = [make("li", passed), ...about.reasons.map((why) => make("li", `Refused: ${why}`))];
+  if (about.notes.length) {
+    const open = at("verdict").querySelector("details[open]"), part = make("details"), list = make("ul", null, "dim"), row = make("li");
+    part.open = Boolean(open);
+    list.append(...about.notes.map((note) => make("li", note)));
+    part.append(make("summary", about.notes.length === 1 ? "1 note of the gate" : `${about.notes.length} notes of the gate`), list);
+    row.append(part);
+    lines.push(row);
+  }
+  at("verdict").replaceChildren(...lines);
+}
+
+async function refresh() {
+  const about = await ask("version");
+  const changed = about.version !== state.version;
+  state.version = about.version;
+  at("live").textContent = `version ${about.version} is live, made ${ago(about.made_at)}`;
+  at("key").hidden = !about.has_token || Boolean(state.token);
+  at("locked").hidden = about.has_token;
+  facts(about);
+  const history = await ask("versions");
+  say("trouble", history.trouble ? `What the store points to is not served: ${history.trouble}` : "", true);
+  versions(history, about);
+  return changed;
+}
+
+function versions(history, about) {
+  at("versions").replaceChildren(...history.versions.map((one) => {
+    const row = make("tr"), found = quality(one.numbers), verdict = make("td"), act = make("td");
+    const learnt = one.kind === "no rows" ? "no rows" : one.numbers.new_events !== undefined ? `${number(one.numbers.new_events)} events` : `${one.sizes.events.toLocaleString()} events`;
+    const name = make("td", one.id, "num");
+    if (one.id === about.version) name.append(" ", make("span", "live", "mark live"));
+    verdict.append(make("span", one.promoted ? (one.kind === "fit" ? "first" : "passed") : "refused", one.promoted ? "mark" : "mark refused"));
+    if (one.reasons.length) {
+      const list = make("ul");
+      list.append(...one.reasons.map((why) => make("li", why)));
+      verdict.append(list);
+    }
+    if (state.token && one.id < about.version && one.goes_live) {
+      const button = make("button", `Roll back to ${one.id}`, "quiet");
+      button.addEventListener("click", () => back(one.id));
+      act.append(button);
+    }
+    row.append(name, make("td", when(one.made_at).slice(0, 16), "num"), make("td", learnt, "num"),
+      make("td", found ? `${found.value.toFixed(4)} against ${found.beside.toFixed(4)}` : "", "num"), verdict, act);
+    return row;
+  }));
+  at("moves").replaceChildren(...history.moves.slice(0, 10).map((move) => {
+    const row = make("li");
+    row.append(make("span", `${move.action} to version ${move.to}${move.reason ? `: ${move.reason}` : ""}`), make("span", when(move.at), "at"));
+    return row;
+  }));
+}
+
+function back(to) {
+  at("sure-text").textContent = `Version ${to} becomes the live one. What later versions had learnt is not learnt again, unless somebody asks for it.`;
+  at("reason").value = "";
+  at("sure").returnValue = "no";
+  at("sure").showModal();
+  at("sure").onclose = async () => {
+    if (at("sure").returnValue !== "yes") return;
+    try {
+      await ask("rollback", { method: "POST", body: JSON.stringify({ version: to, reason: at("reason").value }) });
+      await refresh();
+      if (state.user) await look(state.user, state.list);
+    } catch (why) {
+      say("trouble", why.message, true);
+    }
+  };
+}
+
+function listed(items, before) {
+  const old = new Set(before.map((item) => item.item_id));
+  return items.map((item) => {
+    const row = make("li", null, before.length && !old.has(item.item_id) ? "came" : "");
+    row.append(make("span", item.item_id));
+    if (row.className) row.append(make("span", "new", "mark came"));
+    if (item.fallback) row.append(make("span", "popular", "mark"));
+    return row;
+  });
+}
+
+async function look(user, before = []) {
+  const path = encodeURIComponent(user);
+  const found = await ask(`recommend/${path}?k=10`);
+  state.user = user;
+  state.list = found.items;
+  at("list").replaceChildren(...listed(found.items, before));
+  const why = { "unknown user": "This user has no event yet: these items are popular now.",
+    "no more items with a score": "The model has nothing more to say: popular items complete the list." };
+  say("why", found.fallback ? why[found.fallback] || found.fallback : "");
+  document.querySelector(".legend").hidden = !before.length;
+  at("changes").replaceChildren();
+  at("found").hidden = false;
+  const person = found.fallback === "unknown user" ? null : await ask(`users/${path}/interests`);
+  at("compare").hidden = !person;
+  at("person").textContent = person ? `${person.n_events.toLocaleString()} events, ${person.n_fresh} of them since the version was made` : "none yet";
+  at("events").replaceChildren(...(person ? person.events.slice(-10).reverse() : []).map((event) => {
+    const row = make("li");
+    row.append(make("span", event.item_id), make("span", when(event.at), "at"));
+    return row;
+  }));
+  const kind = person && person.kind !== "interests" ? person.kind : "";
+  at("kind").textContent = kind && `${kind[0].toUpperCase()}${kind.slice(1)}.`;
+  at("cards").replaceChildren(...(person ? person.interests : []).map(card));
+}
+
+function card(one) {
+  const box = make("article", null, "card");
+  box.append(make("h4", one.title));
+  if (one.born_span !== null) box.append(make("p", `born in span ${one.born_span}, used last in ${one.used_span}`, "dim"));
+  box.append(make("p", one.items.slice(0, 6).map((item) => item.item_id).join(", ")));
+  const behind = [...new Set(one.events.map((event) => event.item_id))];
+  box.append(make("p", behind.length ? `behind it: ${behind.slice(-6).join(", ")}` : "no event of the user is behind it", "dim"));
+  return box;
+}
+
+function changes(found) {
+  const rows = [
+    [`${found.came.length} came since version ${found.before}`, found.came.map((item) => `${item.item_id} (place ${item.rank})`)],
+    [`${found.left.length} left`, found.left.map((item) => item.item_id)],
+    [`${found.moved.length} moved`, found.moved.map((item) => `${item.item_id} (${item.was} to ${item.rank})`)],
+  ].filter(([, items]) => items.length);
+  const box = make("dl", null, "facts");
+  box.append(...rows.map(([name, items]) => {
+    const part = make("div");
+    part.append(make("dt", name), make("dd", items.slice(0, 12).join(", ") + (items.length > 12 ? ` and ${items.length - 12} more` : "")));
+    return part;
+  }));
+  const [then, now] = found.interests;
+  const told = then !== null && now !== null && then !== now ? `${then} interests became ${now}.` : "";
+  at("changes").replaceChildren(...(rows.length ? [box] : [make("p", `The best 20 items are those of version ${found.before}.`, "dim")]), make("p", told, "dim"));
+}
+
+function on(id, event, work, where = "said") {
+  at(id).addEventListener(event, async (happened) => {
+    happened.preventDefault();
+    const button = at(id).tagName === "BUTTON" ? at(id) : at(id).querySelector("button");
+    button.disabled = true;
+    try {
+      say(where, "");
+      await work();
+    } catch (why) {
+      say(where, why.message, true);
+    } finally {
+      button.disabled = false;
+    }
+  });
+}
+
+function schema(part) {
+  if (!part) return "";
+  if (part.$ref) return part.$ref.split("/").pop();
+  if (part.anyOf) return part.anyOf.map(schema).filter((name) => name !== "null").join(" or ");
+  return part.type === "array" ? `list of ${schema(part.items)}` : part.type || "";
+}
+
+async function routes() {
+  const document_ = await ask("openapi.json");
+  const groups = new Map();
+  for (const [path, methods] of Object.entries(document_.paths)) {
+    for (const [method, route] of Object.entries(methods)) {
+      const group = (route.tags || ["other"])[0];
+      groups.set(group, [...(groups.get(group) || []), [path, method, route]]);
+    }
+  }
+  at("routes").replaceChildren(...[...groups].map(([group, list]) => {
+    const box = make("section");
+    box.append(make("h2", group[0].toUpperCase() + group.slice(1)), ...list.map(([path, method, route]) => {
+      const part = make("details"), head = make("summary"), rows = make("ul", null, "plain list");
+      head.append(make("span", method.toUpperCase(), "method"), make("code", path));
+      part.append(head, make("p", route.description || route.summary));
+      const body = route.requestBody && route.requestBody.content["application/json"];
+      const fields = (route.parameters || []).map((one) => [one.name, schema(one.schema), one.description || ""]);
+      if (body) {
+        const named = document_.components.schemas[schema(body.schema)];
+        fields.push(...Object.entries(named.properties).map(([name, one]) => [name, schema(one), one.description || ""]));
+      }
+      rows.append(...fields.map(([name, kind, text]) => {
+        const row = make("li"), left = make("span");
+        left.append(make("code", name), text ? ` ${text}` : "");
+        row.append(left, make("span", kind, "at"));
+        return row;
+      }));
+      part.append(rows);
+      return part;
+    }));
+    return box;
+  }));
+}
+
+if (at("routes")) {
+  routes().catch((why) => at("routes").replaceChildren(make("p", why.message, "note bad")));
+} else {
+  on("ask", "submit", () => look(at("user").value.trim()));
+  on("click", "submit", async () => {
+    const item = at("item").value.trim(), before = state.list;
+    const told = await ask("events", { method: "POST", body: JSON.stringify({ events: [{ user_id: state.user, item_id: item }] }) });
+    const [one] = told.events;
+    await look(state.user, before);
+    say("said", one.folded ? `The click on ${item} is kept, and the list was made anew.` : `The click on ${item} is kept, but ${one.why}.`);
+    at("item").value = "";
+  });
+  on("compare", "click", async () => changes(await ask(`users/${encodeURIComponent(state.user)}/changes`)));
+  on("key", "submit", async () => {
+    state.token = at("token").value.trim();
+    try {
+      await refresh();
+    } catch (why) {
+      state.token = "";
+      throw why;
+    }
+  }, "trouble");
+  const tell = () => refresh().catch((why) => say("trouble", why.message, true));
+  tell();
+  setInterval(() => document.hidden || tell(), 5000);
+}

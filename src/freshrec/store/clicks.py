@@ -1,0 +1,207 @@
+"""The journal of clicks that a server has acknowledged, until a version has learnt from them.
+
+    store/clicks/17-4242.open        written by one server, a line per click, each with a checksum; on the disk before
+                                     the click is acknowledged
+    store/clicks/17-4242.closed      no longer written: an update is taking it
+    store/clicks/17-4242.taken-9     its clicks are in batch 9 of the log
+
+A line that is not whole was never acknowledged. Whoever changes a file holds a lock on it; whoever closes one also
+holds the store's.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+import zlib
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import NamedTuple
+
+import polars as pl
+
+from freshrec.errors import StateError
+from freshrec.store.signed import sync
+
+FOLDER, OPEN, CLOSED, TAKEN = "clicks", ".open", ".closed", ".taken-"
+
+
+class Click(NamedTuple):
+    """Somebody took something."""
+
+    user_id: int | str
+    item_id: int | str
+    time: int  # microseconds; where the log has no clock, when it was acknowledged
+    event_id: str | None = None
+    category: str | None = None
+    event: str | None = None
+
+    @property
+    def identity(self) -> tuple[int | str, ...]:
+        """What makes it the same click as another one."""
+        return (self.event_id,) if self.event_id is not None else (self.user_id, self.item_id, self.time)
+
+
+class Journal:
+    """What one server writes into a store's journal."""
+
+    def __init__(self, store: Path) -> None:
+        self.folder = store / FOLDER
+        self._file: FileIO | None = None
+        self._path = self.folder
+
+    def add(self, clicks: Iterable[Click]) -> None:
+        """Write clicks, and return once they are on the disk. StateError where they are not."""
+        lines = b"".join(map(_line, clicks))
+        try:
+            with self._locked() as file:
+                before = os.fstat(file.fileno()).st_size
+                try:
+                    left = memoryview(lines)
+                    while left:
+                        left = left[file.write(left) :]
+                    os.fsync(file.fileno())
+                except OSError:
+                    os.ftruncate(file.fileno(), before)  # none of them, rather than some
+                    raise
+        except OSError as why:
+            self.end()
+            raise StateError(
+                f"the clicks cannot be written ({why.strerror}); none was taken: send them again."
+            ) from why
+
+    def end(self) -> None:
+        """Nothing more is written to the file of now."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    @contextmanager
+    def _locked(self) -> Iterator[FileIO]:
+        """The file to write to, which nobody closes meanwhile; a new one where it was closed."""
+        while True:
+            file = self._opened()
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if self._path.exists():
+                break
+            self.end()  # an update has taken it
+        try:
+            yield file
+        finally:
+            if not file.closed:
+                fcntl.flock(file, fcntl.LOCK_UN)
+
+    def _opened(self) -> FileIO:
+        if self._file is None:
+            self.folder.mkdir(exist_ok=True)
+            self._path = self.folder / f"{time.time_ns()}-{os.getpid()}{OPEN}"
+            self._file = self._path.open("xb", buffering=0)
+            sync(self.folder)
+        return self._file
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file of the journal."""
+
+    path: Path
+    batch: int | None  # of the log, that has its clicks
+    clicks: list[Click]
+
+
+def written(store: Path) -> list[Written]:
+    """All files of the journal, the oldest first."""
+    found = []
+    for path in _files(store):
+        batch = path.name.partition(TAKEN)[2]
+        try:
+            found.append(Written(path, int(batch) if batch else None, _clicks_in(path)))
+        except FileNotFoundError:
+            return written(store)  # an update has renamed or removed it meanwhile
+    return found
+
+
+def close(store: Path) -> list[Written]:
+    """The files that no batch has yet; servers begin new ones. Whoever calls holds the store's lock."""
+    for path in _files(store):
+        if path.name.endswith(OPEN):
+            with path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # nobody is in the middle of a line
+                path.rename(path.with_suffix(CLOSED))
+    _synced(store)
+    return [file for file in written(store) if file.batch is None and file.path.name.endswith(CLOSED)]
+
+
+def taken(files: Iterable[Written], batch: int | None) -> None:
+    """The clicks of these files are in a batch; None: they were in the log already."""
+    for file in files:
+        if batch is None:
+            file.path.unlink()
+        else:
+            file.path.rename(file.path.with_name(f"{file.path.stem}{TAKEN}{batch}"))
+        sync(file.path.parent)
+
+
+def forget(store: Path, last: int) -> None:
+    """Remove the files whose batch is at most the last that the live version has met."""
+    for path in _files(store):
+        batch = path.name.partition(TAKEN)[2]
+        if batch and int(batch) <= last:
+            path.unlink()
+    _synced(store)
+
+
+def erase(store: Path, user_id: int | str) -> int:
+    """Remove a user's clicks, and what is not whole; how many there were. Whoever calls holds the store's lock."""
+    n_gone = 0
+    close(store)
+    for file in written(store):
+        stays = [click for click in file.clicks if click.user_id != user_id]
+        n_gone += len(file.clicks) - len(stays)
+        aside = file.path.with_name(f".{file.path.name}")
+        aside.write_bytes(b"".join(map(_line, stays)))
+        with aside.open("rb") as whole:
+            os.fsync(whole.fileno())
+        aside.replace(file.path)
+    _synced(store)
+    return n_gone
+
+
+def frame_of(clicks: Collection[Click]) -> pl.DataFrame:
+    """Clicks in the form of a `Log.frame`, in time order, each once."""
+    once = {click.identity: click for click in reversed(list(clicks))}
+    rows = sorted(once.values(), key=lambda click: click.time)
+    frame = pl.DataFrame(rows, schema=list(Click._fields), orient="row", infer_schema_length=None)
+    text = [pl.col(name).cast(pl.String) for name in ("event_id", "category", "event")]
+    return frame.with_columns(*text).select("user_id", "item_id", "time", "event", "category", "event_id")
+
+
+def _files(store: Path) -> list[Path]:
+    folder = store / FOLDER
+    found = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name.partition("-")[0]))
+
+
+def _synced(store: Path) -> None:
+    if (store / FOLDER).is_dir():
+        sync(store / FOLDER)
+
+
+def _line(click: Click) -> bytes:
+    text = json.dumps(click).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _clicks_in(path: Path) -> list[Click]:
+    """The clicks of a file, without what follows the last whole line. StateError where it is damaged before that."""
+    *lines, _ = path.read_bytes().split(b"\n")
+    good = [line[:8] == b"%08x" % zlib.crc32(line[9:]) for line in lines]
+    wrong = good.index(False) if False in good else len(lines)
+    if True in good[wrong:]:
+        raise StateError(f"line {wrong + 1} of {path} is not as it was written; restore the file from a backup.")
+    return [Click(*json.loads(line[9:])) for line in lines[:wrong]]

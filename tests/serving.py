@@ -1,0 +1,107 @@
+"""What tests of serving share: a small store, and a server around it in this process."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from starlette.testclient import TestClient
+
+from freshrec.cli import main
+from freshrec.data.worlds import make
+from freshrec.nightly.erase import erase
+from freshrec.nightly.job import Job
+from freshrec.serve.guard import Rules
+from freshrec.serve.http import Service, app_of
+from freshrec.serve.live import Live
+from freshrec.store.versions import open_store
+
+TOKEN = "a-token-of-the-tests"
+ANY = ["--force", "--reason", "a test"]
+
+
+def days(n: int = 2) -> list[pl.DataFrame]:
+    """A base of 1,500 events and `n` days of 300, with text ids and categories."""
+    frame = make("drift", users=100, items=50, events=1500 + n * 300).log.frame.select("user_id", "item_id", "time")
+    frame = frame.select(
+        user_id="user-" + pl.col("user_id").cast(pl.String),
+        item_id="item-" + pl.col("item_id").cast(pl.String),
+        timestamp="time",
+        category=(pl.col("item_id") % 3).cast(pl.String),
+    )
+    return [frame[:1500], *(frame[1500 + i * 300 : 1800 + i * 300] for i in range(n))]
+
+
+def stored(folder: Path, model: str = "item-knn", strategy: str | None = None, n: int = 1) -> list[pl.DataFrame]:
+    """A store in `folder`/s with a version of each of `n` days; the days."""
+    frames = days()
+    for i, frame in enumerate(frames):
+        frame.write_parquet(folder / f"day-{i}.parquet")
+    way = [] if strategy is None else ["--strategy", strategy]
+    assert run("fit", folder, str(folder / "day-0.parquet"), "--model", model, *way) == 0
+    for i in range(1, n):
+        assert run("update", folder, str(folder / f"day-{i}.parquet"), *ANY) == 0
+    return frames
+
+
+def run(command: str, folder: Path, *words: str) -> int:
+    """A command on the store."""
+    return main([command, *words, "--store", str(folder / "s")])
+
+
+@contextmanager
+def server(folder: Path, rules: Rules = Rules(rate=0), **of_live: Any) -> Iterator[tuple[TestClient, Live]]:  # noqa: B008
+    """A client of a server of the store, and what it serves from."""
+    said: list[str] = []
+    live = Live(open_store(folder / "s"), said.append, **of_live)
+    live.said = said  # type: ignore[attr-defined]
+    live.begin()
+
+    def erased(user: str) -> dict[str, Any]:
+        store = open_store(folder / "s")
+        with store.locked():
+            return erase(Job(store), user)
+
+    service = Service(live, rules, erased)
+    with TestClient(app_of(service), raise_server_exceptions=False) as client:
+        yield client, live
+
+
+def items(answer: Any) -> list[str]:
+    """The ids of a list."""
+    assert answer.status_code == 200, answer.text
+    return [one["item_id"] for one in answer.json()["items"]]
+
+
+def click(client: TestClient, user: str, item: str, **more: Any) -> Any:
+    """What becomes of a click."""
+    answer = client.post("/events", json={"events": [{"user_id": user, "item_id": item, **more}]})
+    assert answer.status_code == 200, answer.text
+    return answer.json()["events"][0]
+
+
+@contextmanager
+def process(folder: Path, *words: str, wait_s: float = 60) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """`freshrec serve` in a process of its own, on a free port: its address, and the process."""
+    command = [sys.executable, "-m", "freshrec.cli", "serve", "--store", str(folder / "s"), "--port", "0", *words]
+    log = (folder / "serve.log").open("a+")
+    since = len((folder / "serve.log").read_text())
+    with log, subprocess.Popen(command, stderr=log, stdout=log, text=True) as running:
+        try:
+            until = time.monotonic() + wait_s
+            said: list[str] = []
+            while not said:
+                assert running.poll() is None and time.monotonic() < until, (folder / "serve.log").read_text()
+                time.sleep(0.05)
+                said = re.findall(r"listening on (http://[\d.:]+)", (folder / "serve.log").read_text()[since:])
+            yield said[0], running
+        finally:
+            running.terminate()
+            running.wait(20)

@@ -1,0 +1,83 @@
+"""What is exported says what the version says: vectors and ids make its lists, the index finds, ONNX gives the same."""
+
+import json
+from pathlib import Path
+
+import faiss
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from serving import run, stored
+
+from freshrec.errors import IncompatibleError, OptionError
+from freshrec.serve.answers import Version
+from freshrec.serve.export import export
+from freshrec.serve.live import loaded
+from freshrec.serve.recommend import Wanted, best_items
+from freshrec.store.versions import open_store
+from freshrec.types import Batch
+
+IMSR = "imsr:fit.base_epochs=2:fit.epochs=1"
+FAST = "finetune:fit.base_epochs=1:fit.epochs=1"
+
+
+def version_of(folder: Path, model: str, strategy: str | None = None) -> Version:
+    stored(folder, model, strategy, n=2)
+    store = open_store(folder / "s")
+    return loaded(store, store.manifest(2))
+
+
+@pytest.mark.parametrize(("model", "strategy"), [("comirec-dr:d=8", IMSR), ("sasrec:d=8", FAST), ("mf:d=8", FAST)])
+def test_ids_and_vectors_alone_make_the_versions_lists(model: str, strategy: str, tmp_path: Path) -> None:
+    version = version_of(tmp_path, model, strategy)
+    about = export(version, tmp_path / "out")
+    assert about == json.loads((tmp_path / "out" / "about.json").read_text()) and about["version"] == 2
+    items_ID, vectors_SD = (np.load(tmp_path / "out" / f"{name}_vectors.npy") for name in ("item", "user"))
+    users, items = (pl.read_parquet(tmp_path / "out" / f"{name}.parquet") for name in ("users", "items"))
+    index = faiss.read_index(str(tmp_path / "out" / "items.faiss"))
+    index.nprobe = index.nlist
+    served = version.served
+    for user in users.sample(20, seed=0).iter_rows(named=True):
+        mine_KD = vectors_SD[user["first"] : user["first"] + user["vectors"]]
+        scores_I = (mine_KD @ items_ID.T).max(0)
+        best = best_items(served, served.users.rows(pl.Series([user["id"]])), Wanted(5, filter_seen=False))
+        assert scores_I[best["item"].to_numpy() - 1] == pytest.approx(best["score"].to_numpy(), abs=1e-5)
+        assert np.sort(scores_I)[::-1][:5] == pytest.approx(best["score"].to_numpy(), abs=1e-5)
+        assert items["id"][int(best["item"][0]) - 1] == served.items.ids(torch.tensor([best["item"][0]]))[0]
+        _, near = index.search(mine_KD, 5)
+        assert set(best["item"]) <= set(near.flatten().tolist())
+
+
+@pytest.mark.parametrize(("model", "strategy"), [("comirec-dr:d=8", IMSR), ("sasrec:d=8", FAST)])
+def test_the_user_tower_in_onnx_gives_the_models_vectors(model: str, strategy: str, tmp_path: Path) -> None:
+    import onnxruntime
+
+    version = version_of(tmp_path, model, strategy)
+    about = export(version, tmp_path / "out", with_onnx=True)
+    tower = onnxruntime.InferenceSession(str(tmp_path / "out" / "user_tower.onnx"))
+    real, source = version.served.state.model, torch.Generator().manual_seed(0)
+    for n, k in ((1, 4), (7, 4), (3, 9)):
+        history_BT = torch.randint(1, real.n_items, (n, real.spec.length), generator=source)
+        history_BT[:, : real.spec.length // 2] = 0  # a shorter one
+        stored_BKD = torch.randn(n, k if model.startswith("comirec") else 1, 8, generator=source)
+        users_B = torch.arange(1, n + 1)
+        given = {"users": users_B.numpy(), "history": history_BT.numpy(), "stored": stored_BKD.numpy()}
+        [found] = tower.run(None, {name: given[name] for name in about["user_tower"]["inputs"]})
+        carried = stored_BKD if model.startswith("comirec") else None
+        expected = real.user_vectors(Batch(users_B, history_BT, interests_BKD=carried))
+        assert found == pytest.approx(expected.detach().numpy(), abs=1e-4)
+
+
+def test_what_cannot_be_exported_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    version = version_of(tmp_path, "item-knn")
+    with pytest.raises(IncompatibleError, match="no vectors"):
+        export(version, tmp_path / "out")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").touch()
+    (tmp_path / "b").mkdir()
+    version = version_of(tmp_path / "b", "mf:d=4", FAST)
+    with pytest.raises(OptionError, match="holds something"):
+        export(version, tmp_path / "full")
+    assert run("export", tmp_path / "b", str(tmp_path / "b" / "out")) == 0
+    assert "items.faiss" in capsys.readouterr().out

@@ -1,0 +1,129 @@
+"""The index: what it finds is the exact list or nearly, never short, and its recall is measured, not hoped for."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from serving import items, server, stored
+from torch import Tensor
+
+from freshrec.data.batches import append
+from freshrec.data.catalog import Catalog
+from freshrec.models.interests import InterestSpec
+from freshrec.models.popularity import PopularitySpec
+from freshrec.models.ranking import top, top_exact
+from freshrec.serve import index as module
+from freshrec.serve.index import built, recall_of, searching, through
+from freshrec.serve.recommend import Served
+from freshrec.types import Batch, Events, Histories, State
+
+N, D, K = 6000, 16, 4
+
+
+def clustered(n: int = N) -> Tensor:
+    """Item vectors around 60 centres, as trained ones are; row 0 is padding."""
+    source = torch.Generator().manual_seed(1)
+    centres = torch.randn(60, D, generator=source)
+    items_ID = centres[torch.randint(60, (n,), generator=source)] + 0.3 * torch.randn(n, D, generator=source)
+    return torch.cat([torch.zeros(1, D), items_ID])
+
+
+def isotropic(n: int = N) -> Tensor:
+    """Vectors without any structure, which no index survives."""
+    return torch.cat([torch.zeros(1, D), torch.randn(n, D, generator=torch.Generator().manual_seed(1))])
+
+
+def served_of(items_ID: Tensor) -> Served:
+    """A model with these item vectors, and 300 users with 12 events each."""
+    model = InterestSpec(d=D, k=K).build(0)
+    model.grow(300, len(items_ID) - 1)
+    model.items.packed[:, :D] = items_ID
+    source = torch.Generator().manual_seed(2)
+    users_E = torch.arange(1, 301).repeat_interleave(12)
+    events = Events.of(users_E, torch.randint(1, len(items_ID), (len(users_E),), generator=source))
+    recent = append(Histories.empty(), events, 300)
+    counts = State(PopularitySpec().build(0))
+    counts.model.grow(300, len(items_ID) - 1)
+    none = Catalog.empty()
+    return Served(State(model, recent=recent), State(counts.model, recent=recent), none, none)
+
+
+def asked(served: Served, n: int = 40) -> Batch:
+    recent = served.state.recent
+    history_BT = torch.stack([recent.items_R[recent.offsets_U[u] : recent.offsets_U[u + 1]] for u in range(1, n + 1)])
+    return Batch(torch.arange(1, n + 1), history_BT.long())
+
+
+@pytest.fixture(autouse=True)
+def small_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PER_CELL", 20)
+
+
+def test_small_catalogues_are_searched_exactly_and_large_ones_by_an_index_with_its_recall() -> None:
+    served = served_of(clustered())
+    assert searching(served)[0] is None and searching(served)[1].how == "exact"
+    search, about = searching(served, exact=1000)
+    assert search is not None and about.how == "index" and about.recall >= 0.98
+    batch = asked(served)
+    exact, _ = top(served.state.model, batch, 20)
+    found, _ = top(served.state.model, batch, 20, search=search)
+    shared = (exact[..., None] == found[:, None]).any(2).float().mean()
+    assert shared >= 0.98
+
+
+def test_recall_is_the_share_of_the_true_best_that_is_found() -> None:
+    best_QN = torch.tensor([[1, 2], [3, 4]])
+    found = torch.tensor([[2, 9, 1], [7, 3, 3]])
+    assert recall_of(lambda vectors_QKD, n: found, torch.zeros(2, 1, 1), best_QN) == 0.75  # 1, 2 and 3, but not 4
+
+
+def test_scores_and_order_are_those_of_the_vectors_and_an_item_comes_once() -> None:
+    served = served_of(clustered())
+    model, batch = served.state.model, asked(served)
+    items_BK, scores_BK = top(model, batch, 30, search=through(built(model.item_vectors()), 8))
+    vectors_BKD = model.user_vectors(batch)
+    for row in range(len(batch)):
+        chosen = items_BK[row].tolist()
+        assert len(set(chosen)) == 30
+        by_hand = [float((vectors_BKD[row] @ model.item_vectors()[item]).max()) for item in chosen]
+        assert scores_BK[row].tolist() == pytest.approx(by_hand, abs=1e-5)
+        assert by_hand == sorted(by_hand, reverse=True)
+
+
+def test_filters_never_come_back_short() -> None:
+    # all that an index with a single probe finds for a user is banned; there are others, and the user gets them
+    served = served_of(clustered(600))
+    model, batch = served.state.model, asked(served, 5)
+    search = through(built(model.item_vectors()), 1)
+    found_BC = search(model.user_vectors(batch), 600)
+    banned_BM = found_BC.sort(1).values
+    items_BK, scores_BK = top(model, batch, 20, banned_BM, search=search)
+    exact_BK, _ = top_exact(model.item_vectors(), model.user_vectors(batch), 20, banned_BM, torch.arange(1, 601))
+    assert bool(torch.isfinite(scores_BK).all()) and torch.equal(items_BK, exact_BK)
+    nearly_all_BM = torch.arange(1, 596).expand(5, -1)  # five items are left, fewer than were asked for
+    items_BK, scores_BK = top(model, batch, 20, nearly_all_BM, search=search)
+    assert torch.isfinite(scores_BK).sum(1).tolist() == [5] * 5
+
+
+def test_where_no_number_of_cells_is_enough_all_items_are_scored_and_it_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "PROBES", (1, 2))
+    search, about = searching(served_of(isotropic()), exact=1000)
+    assert search is None and about.how == "exact" and "less than 98%" in about.why
+    monkeypatch.setattr(module, "PROBES", (1, 300))
+    search, about = searching(served_of(isotropic()), exact=1000)
+    assert search is not None and about.probes == 300 and about.recall >= 0.98  # it searched wider
+
+
+def test_a_served_list_through_an_index_is_the_exact_one(tmp_path: Path) -> None:
+    stored(tmp_path, "comirec-dr:d=8", "finetune:fit.base_epochs=2:fit.epochs=1", n=2)
+    lists = []
+    for exact in (10, 50_000):
+        with server(tmp_path, exact=exact) as (client, _):
+            lists.append([items(client.get(f"/recommend/user-{n}?k=7")) for n in range(1, 30)])
+            told = client.get("/version").json()["search"]
+            assert told["how"] == ("index" if exact == 10 else "exact")
+            assert f"freshrec_index_recall {told['recall']}" in client.get("/metrics").text
+    assert np.mean([len(set(a) & set(b)) / 7 for a, b in zip(*lists)]) >= 0.98

@@ -1,0 +1,114 @@
+"""The page for people, in a real browser: what is live, a user, a click, a roll back; with the keyboard, on a phone."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import TOKEN, process, stored
+
+from freshrec.store.versions import open_store
+
+CHROMIUM = Path("/usr/bin/chromium")
+IMSR = "imsr:fit.base_epochs=2:fit.epochs=1"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if not CHROMIUM.exists():
+        pytest.skip(f"needs a browser, and there is no {CHROMIUM}: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as running:
+        found = running.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def visit(browser: Any, tmp_path: Path) -> Iterator[Any]:
+    """`visit(address, width)`: a page, on which nothing may go wrong, and which asks nobody else."""
+    pages: list[Any] = []
+    wrong: list[str] = []
+
+    def open_page(address: str, width: int = 1200, scheme: str = "light") -> Any:
+        own = "/".join(address.split("/")[:3])
+        context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        page = context.new_page()
+        page.set_default_timeout(15_000)
+        page.on("console", lambda said: wrong.append(said.text) if said.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("request", lambda asked: asked.url.startswith((own, "data:")) or wrong.append(asked.url))
+        page.goto(address)
+        pages.append(context)
+        return page
+
+    yield open_page
+    for context in pages:
+        context.close()
+    assert [line for line in wrong if "401" not in line] == []
+
+
+def test_somebody_looks_up_a_user_adds_a_click_and_rolls_back_by_keyboard_alone(visit: Any, tmp_path: Path) -> None:
+    stored(tmp_path, "comirec-dr:d=8", IMSR, n=2)
+    (tmp_path / "token").write_text(TOKEN)
+    with process(tmp_path, "--token-file", str(tmp_path / "token")) as (address, _):
+        page = visit(address)
+        page.locator("#key").wait_for()
+        page.locator("#token").focus()
+        page.keyboard.type(TOKEN)
+        page.keyboard.press("Enter")
+        page.get_by_text("version 2 is live").wait_for()
+        assert page.locator("#key").is_hidden()
+        page.keyboard.press("Home")
+        page.locator("#user").focus()
+        page.keyboard.type("user-1")
+        page.keyboard.press("Enter")
+        page.locator("#list li").first.wait_for()
+        before = page.locator("#list li > span:first-of-type").all_inner_texts()
+        page.locator("#cards .card").first.wait_for()
+        assert "born in span" in page.locator("#cards .card").first.inner_text()
+        page.locator("#item").focus()
+        page.keyboard.type(before[0])
+        page.keyboard.press("Enter")
+        page.get_by_text("is kept, and the list was made anew").wait_for()
+        after = page.locator("#list li > span:first-of-type").all_inner_texts()
+        assert before[0] not in after and page.locator("#events li").first.inner_text().startswith(before[0])
+        page.locator("#compare").focus()
+        page.keyboard.press("Enter")
+        page.locator("#changes").get_by_text("version 1").first.wait_for()
+        page.get_by_role("button", name="Roll back to 1").focus()
+        page.keyboard.press("Enter")
+        page.keyboard.type("looked wrong")
+        page.keyboard.press("Tab")
+        page.keyboard.press("Tab")
+        page.keyboard.press("Enter")
+        page.get_by_text("version 1 is live").wait_for()
+        moves = open_store(tmp_path / "s").moves()
+        assert (moves[-1].action, moves[-1].to, moves[-1].reason) == ("rollback", 1, "looked wrong")
+
+
+def test_a_phone_in_the_dark_needs_no_sideways_scrolling_and_ids_are_never_markup(visit: Any, tmp_path: Path) -> None:
+    stored(tmp_path, "blend", n=2)
+    with process(tmp_path) as (address, _):
+        page = visit(address, 390, "dark")
+        page.get_by_text("version 2 is live").wait_for()
+        for user in ("user-1", "<img src=x onerror=alert(1)>"):
+            page.locator("#user").fill(user)
+            page.locator("#user").press("Enter")
+            page.wait_for_function("user => state.user === user", arg=user)
+            page.locator("#ask button:enabled").wait_for()  # all of it is there
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert "no event yet" in page.locator("#why").inner_text()
+        page.locator("#item").fill("item-1")
+        page.locator("#item").press("Enter")
+        page.get_by_text("is kept, and the list was made anew").wait_for()
+        assert page.locator("main img").count() == 0
+        light = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        page.emulate_media(color_scheme="light")
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") != light
+        assert page.locator("#locked").is_visible()  # no token: nobody rolls back from here
+        api = visit(f"{address}/docs", 390)
+        api.get_by_text("/recommend/{user}").first.click()
+        api.get_by_text("exclude_seen").first.wait_for()
+        assert api.evaluate("document.documentElement.scrollWidth") <= 390

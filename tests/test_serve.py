@@ -1,0 +1,224 @@
+"""Serving: the lists are the replay's, every answer names its version, what is asked wrongly is told in a sentence."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import TOKEN, click, items, server, stored
+
+from freshrec.cli_serve import token_of
+from freshrec.errors import OptionError
+from freshrec.replay.measure import Asked, Block, queries_of, rank_queries
+from freshrec.serve.contents import read_contents
+from freshrec.serve.guard import Rules
+from freshrec.serve.reading import numbered
+from freshrec.store.versions import open_store
+from freshrec.types import TRAIN
+
+FAST = "finetune:fit.base_epochs=1:fit.epochs=1"
+IMSR = "imsr:fit.base_epochs=1:fit.epochs=1"
+WAYS = [
+    ("popularity", None), ("item-knn", None), ("blend", None), ("sasrec:d=8", FAST), ("mf:d=8", FAST),
+    ("comirec-dr:d=8", IMSR),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "strategy"), WAYS)
+def test_the_served_list_is_the_replays_list_for_the_same_state_and_history(
+    model: str, strategy: str | None, tmp_path: Path
+) -> None:
+    # The replay asks for each event of the next day with all events before it in the history. So does a server that is
+    # told each event after it was asked; a target's rank is then 1 + those ahead of it + half of those level with it.
+    _, day, _ = stored(tmp_path, model, strategy)
+    store = open_store(tmp_path / "s")
+    served = read_contents(store.files(store.live)).served
+    events = numbered(served, day.rename({"timestamp": "time"})).events
+    which = (events.items_E <= served.state.model.n_items).nonzero()[:50, 0]
+    block, state = Block(events[which], 0, int(events.users_E.max()), served.state.model.n_items), served.now
+    queries = queries_of(state.recent, block, state.model.spec.length, Asked(TRAIN))
+    ranks = dict(zip(queries.events_N.tolist(), rank_queries(state, queries).tolist()))
+    assert len(ranks) > 25
+    with server(tmp_path) as (client, _):
+        for nth, row in enumerate(day[which.tolist()].iter_rows(named=True)):
+            if nth in ranks:
+                answer = client.get(f"/recommend/{row['user_id']}", params={"k": 100, "exclude_seen": False}).json()
+                scores = {one["item_id"]: one["score"] for one in answer["items"] if one["fallback"] is None}
+                mine = scores.get(row["item_id"])
+                if mine is None:
+                    assert ranks[nth] > len(scores)
+                else:
+                    ahead = sum(score > mine for score in scores.values())
+                    level = sum(score == mine for score in scores.values()) - 1
+                    assert ranks[nth] == 1 + ahead + level / 2
+            click(client, row["user_id"], row["item_id"], timestamp=row["timestamp"] // 1000)
+
+
+def test_every_answer_names_its_version_and_a_fallback_its_reason(tmp_path: Path) -> None:
+    stored(tmp_path, "comirec-dr:d=8", IMSR, n=2)
+    with server(tmp_path) as (client, _):
+        for path in (
+            "/recommend/user-1", "/similar/item-1", "/users/user-1/interests", "/explain/user-1/item-1", "/version",
+            "/versions", "/health/ready", "/users/user-1/changes",
+        ):  # fmt: skip
+            answer = client.get(path)
+            assert answer.status_code == 200 and answer.json()["version"] == 2, (path, answer.text)
+        found = client.post("/recommend", json={"users": ["user-1", "nobody"], "k": 4}).json()
+        assert found["version"] == 2 and [one["fallback"] for one in found["lists"]] == [None, "unknown user"]
+        stranger = client.get("/recommend/nobody?k=4").json()
+        assert [one["fallback"] for one in stranger["items"]] == ["unknown user"] * 4
+        assert stranger["items"] == found["lists"][1]["items"]
+        told = client.get("/metrics").text
+        assert 'freshrec_fallbacks_total{reason="unknown user"} 2.0' in told and "freshrec_version 2.0" in told
+        assert 'freshrec_request_seconds_count{route="/version",status="200"} 1.0' in told
+        assert "freshrec_index_recall 1.0" in told and "process_resident_memory_bytes" in told
+
+
+def test_filters_leave_out_and_admit(tmp_path: Path) -> None:
+    stored(tmp_path, "popularity")
+    with server(tmp_path) as (client, _):
+        every = items(client.get("/recommend/user-1?k=100&exclude_seen=false"))
+        unseen = items(client.get("/recommend/user-1?k=100"))
+        seen = {one["item_id"] for one in client.get("/users/user-1/interests").json()["events"]}
+        assert seen and set(every) - set(unseen) == seen
+        assert items(client.get(f"/recommend/user-1?allow={unseen[0]}&allow={unseen[3]}&allow=none")) == [
+            unseen[0], unseen[3],
+        ]  # fmt: skip
+        assert items(client.get(f"/recommend/user-1?k=2&deny={unseen[0]}&deny={unseen[2]}")) == [unseen[1], unseen[3]]
+        third = [item for item in unseen if int(item.removeprefix("item-")) % 3 == 0]
+        assert sorted(items(client.get("/recommend/user-1?k=100&category=0"))) == sorted(third)  # some are level
+        mixed = items(client.get("/recommend/user-1?k=3&diversity=1000000"))
+        assert len({int(item.removeprefix("item-")) % 3 for item in mixed}) == 3  # one of each category
+
+
+def test_a_person_is_shown_with_interests_and_the_events_behind_them(tmp_path: Path) -> None:
+    for model, strategy, kind in (
+        ("comirec-dr:d=8", IMSR, "interests"), ("blend", None, "items of the list"), ("popularity", None, "this model"),
+    ):  # fmt: skip
+        folder = tmp_path / kind.split()[0]
+        folder.mkdir()
+        base, *_ = stored(folder, model, strategy)
+        with server(folder) as (client, _):
+            found = client.get("/users/user-1/interests").json()
+            own = base.filter(base["user_id"] == "user-1")["item_id"].to_list()
+            assert [one["item_id"] for one in found["events"]] == own[-30:] and found["n_events"] == len(own)
+            assert found["kind"].startswith(kind)
+            behind = {event["item_id"] for one in found["interests"] for event in one["events"]}
+            assert behind <= set(own) and bool(behind) == (kind != "this model")
+            if kind == "interests":
+                assert behind == set(own)  # each event is behind the interest it is closest to
+                assert {one["born_span"] for one in found["interests"]} == {0}
+
+
+def test_an_explanation_names_what_speaks_for_an_item(tmp_path: Path) -> None:
+    stored(tmp_path, "blend")
+    with server(tmp_path) as (client, _):
+        best = items(client.get("/recommend/user-1"))[0]
+        found = client.get(f"/explain/user-1/{best}").json()
+        assert found["offered"]
+        own = {one["item_id"] for one in client.get("/users/user-1/interests").json()["events"]}
+        because = {one["because"] for one in found["reasons"]} - {None}
+        assert because and because <= own
+
+
+WRONG: list[tuple[str, str, Any, int, str]] = [
+    ("GET", "/recommend/user-1?k=0", None, 422, "greater than or equal to 1"),
+    ("GET", "/recommend/user-1?k=501", None, 422, "less than or equal to 500"),
+    ("GET", "/recommend/user-1?category=none", None, 404, "no item has this category"),
+    ("GET", "/recommend/user-1?diversity=nan", None, 422, "diversity"),
+    ("GET", "/recommend/" + "u" * 257, None, 422, "at most 256"),
+    ("GET", "/similar/item-none", None, 404, "never occurred"),
+    ("GET", "/users/nobody/interests", None, 404, "no event"),
+    ("GET", "/explain/nobody/item-1", None, 404, "no event"),
+    ("GET", "/nothing", None, 404, "Not Found"),
+    ("POST", "/recommend", {"users": []}, 422, "at least 1"),
+    ("POST", "/recommend", {"users": ["u"] * 257}, 422, "at most 256"),
+    ("POST", "/recommend", {"users": ["u"], "kk": 3}, 422, "kk"),
+    ("POST", "/events", {"events": [{"user_id": "a"}]}, 422, "item_id"),
+    ("POST", "/events", {"events": [{"user_id": 1, "item_id": "b"}]}, 422, "send it as text"),
+    ("POST", "/events", {"events": [{"user_id": "a\n", "item_id": "b"}]}, 422, "pattern"),
+    ("POST", "/events", {"events": [{"user_id": "a", "item_id": "b", "timestamp": "2999-01-01"}]}, 422, "future"),
+    ("POST", "/events", {"events": [{"user_id": "a", "item_id": "b"}] * 1001}, 422, "at most 1000"),
+    ("DELETE", "/users/user-1", None, 403, "token"),
+    ("POST", "/rollback", {"version": 1}, 403, "token"),
+]
+
+
+@pytest.fixture(scope="module")
+def one_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    stored(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("method", "path", "body", "status", "said"), WRONG)
+def test_what_is_asked_wrongly_is_told_in_a_sentence(
+    method: str, path: str, body: Any, status: int, said: str, one_store: Path
+) -> None:
+    with server(one_store) as (client, _):
+        answer = client.request(method, path, json=body)
+        assert answer.status_code == status and said in answer.json()["detail"], answer.text
+
+
+def test_size_rate_and_waiting_are_limited(one_store: Path) -> None:
+    with server(one_store, Rules(rate=5, body=300)) as (client, _):
+        large = client.post("/recommend", json={"users": ["user-with-a-long-name"] * 20})
+        assert large.status_code == 413 and "300 bytes" in large.json()["detail"]
+        assert client.post("/recommend", content=iter([b"x" * 200] * 3)).status_code == 413  # without a length
+        found = [client.get("/version").status_code for _ in range(10)]
+        assert 429 in found and found[0] == 200
+        assert client.get("/health/live").status_code == 200
+
+
+def test_a_token_is_asked_for_where_there_is_one(one_store: Path) -> None:
+    with server(one_store, Rules(TOKEN)) as (client, _):
+        answer = client.get("/recommend/user-1")
+        assert answer.status_code == 401 and "token" in answer.json()["detail"]
+        for wrong in ("", "Bearer ", f"Bearer {TOKEN}x", f"bearer {TOKEN}", TOKEN):
+            assert client.get("/recommend/user-1", headers={"authorization": wrong}).status_code == 401
+        right = {"authorization": f"Bearer {TOKEN}"}
+        assert client.get("/recommend/user-1", headers=right).status_code == 200
+        assert [client.get(path).status_code for path in ("/health/ready", "/", "/metrics")] == [200, 200, 401]
+
+
+def test_a_token_is_read_from_a_file_and_must_be_one(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    path.write_text(f" {TOKEN}\n")
+    assert token_of(path) == TOKEN and token_of(None) == ""
+    for wrong in ("short", "a token\nin two lines of text", "ä" * 20):
+        path.write_text(wrong)
+        with pytest.raises(OptionError, match="no token"):
+            token_of(path)
+    with pytest.raises(OptionError, match="cannot be read"):
+        token_of(tmp_path / "none")
+
+
+def test_no_answer_may_load_anything_from_elsewhere(one_store: Path) -> None:
+    with server(one_store) as (client, _):
+        page = client.get("/")
+        assert page.headers["content-security-policy"].startswith("default-src 'self'")
+        for path in ("/", "/docs", "/page.css", "/page.js"):
+            text = client.get(path).text
+            assert "http://" not in text.replace("http://www.w3.org", "") and "https://" not in text, path
+
+
+def test_a_serving_process_imports_nothing_that_learns(one_store: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from freshrec import cli; from freshrec.serve.http import app_of;"
+        "from freshrec.serve.live import Live; from freshrec.store.versions import open_store;"
+        f"live = Live(open_store(Path({str(one_store / 's')!r})), print); live.begin(); live.end();"
+        "print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = done.stdout.split()
+    above = ("freshrec.learn", "freshrec.strategies", "freshrec.nightly", "freshrec.replay.replay", "deltalake")
+    assert "freshrec.serve.live" in loaded and not [name for name in loaded if name.startswith(above)]
+
+
+def test_the_openapi_document_describes_every_route(one_store: Path) -> None:
+    with server(one_store) as (client, _):
+        document = json.dumps(client.get("/openapi.json").json())
+        for path in ("/recommend/{user}", "/events", "/similar/{item}", "/users/{user}", "/rollback", "/metrics"):
+            assert f'"{path}"' in document

@@ -1,0 +1,264 @@
+"""Clicks: on the disk before they are acknowledged, in the next list at once, and learnt by an update exactly once."""
+
+import os
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+from serving import ANY, TOKEN, click, items, run, server, stored
+
+from freshrec.cli_serve import erased
+from freshrec.data.batches import joined_events
+from freshrec.data.log import read_log
+from freshrec.errors import StateError
+from freshrec.models.counted import absorb
+from freshrec.nightly import clicks as nightly
+from freshrec.nightly.job import Job
+from freshrec.serve.contents import read_contents
+from freshrec.serve.guard import Rules
+from freshrec.serve.reading import numbered
+from freshrec.serve.recommend import Wanted, best_items
+from freshrec.store import clicks as journal
+from freshrec.store.clicks import Click, Journal
+from freshrec.store.eventlog import EventLog
+from freshrec.store.versions import open_store
+
+NOON = 1_790_000_000  # seconds, after all of the world's events
+IMSR = "imsr:fit.base_epochs=1:fit.epochs=1"
+
+
+def rows(folder: Path) -> pl.DataFrame:
+    return EventLog(folder / "s" / "log").read()
+
+
+def waiting(folder: Path) -> list[Click]:
+    return [one for file in journal.written(folder / "s") for one in file.clicks]
+
+
+@pytest.mark.parametrize(("model", "strategy"), [("item-knn", None), ("blend", None), ("comirec-dr:d=8", IMSR)])
+def test_a_click_changes_the_next_list_and_nothing_is_trained_for_it(
+    model: str, strategy: str | None, tmp_path: Path
+) -> None:
+    stored(tmp_path, model, strategy)
+    with server(tmp_path) as (client, live):
+
+        def of_model(user: str) -> dict[str, float]:
+            found = client.get(f"/recommend/{user}?k=50&exclude_seen=false").json()["items"]
+            return {one["item_id"]: one["score"] for one in found if one["fallback"] is None}
+
+        before, other = of_model("user-1"), of_model("user-2")
+        best = items(client.get("/recommend/user-1"))[0]
+        weights = live.version.served.state.model.state_dict() if live.version else {}
+        told = click(client, "user-1", best, timestamp=NOON)
+        assert told == {"event_id": None, "timestamp": NOON * 10**6, "known": False, "folded": True, "why": None}
+        assert best not in items(client.get("/recommend/user-1"))
+        assert of_model("user-1") != before and of_model("user-2") == other
+        assert live.version is not None
+        now = live.version.served.state.model.state_dict()
+        assert all(torch.equal(now[name].nan_to_num(), weight.nan_to_num()) for name, weight in weights.items())
+        # a stranger is known from the first click on
+        assert client.get("/recommend/neu").json()["fallback"] == "unknown user"
+        click(client, "neu", best, timestamp=NOON)
+        assert client.get("/recommend/neu?k=3").json()["fallback"] != "unknown user"
+        assert client.get("/users/neu/interests").json()["n_fresh"] == 1
+
+
+def test_what_is_folded_in_is_answered_as_if_the_version_held_it(tmp_path: Path) -> None:
+    # The same clicks delivered to a copy of the store, none of them learnt yet but pending, give the same lists.
+    stored(tmp_path, "comirec-dr:d=8", IMSR)
+    with server(tmp_path) as (client, live):
+        for n, item in enumerate(("item-3", "item-4", "item-3", "item-9")):
+            click(client, "user-1", item, timestamp=NOON + n)
+        assert live.version is not None
+        served = read_contents(live.store.files(1)).served
+        frame = pl.DataFrame(
+            {"user_id": ["user-1"] * 4, "item_id": ["item-3", "item-4", "item-3", "item-9"],
+             "time": [(NOON + n) * 10**6 for n in range(4)]}
+        )  # fmt: skip
+        new = numbered(served, frame)
+        pending = joined_events((served.pending, new.events))
+        counts = absorb(served.counts, new.events, len(new.users), len(new.items))
+        whole = replace(served, pending=pending, counts=counts)
+        row = served.users.rows(pl.Series(["user-1"]))
+        for seen in (True, False):
+            expected = best_items(whole, row, Wanted(20, filter_seen=seen))
+            found = client.get("/recommend/user-1", params={"k": 20, "exclude_seen": seen}).json()["items"]
+            assert [one["score"] for one in found] == expected["score"].to_list()
+
+
+def test_a_late_click_takes_its_place_in_the_history(tmp_path: Path) -> None:
+    base, *_ = stored(tmp_path, "repeat-last")
+    own = base.filter(pl.col("user_id") == "user-1")
+    first = own["timestamp"][0]
+    with server(tmp_path) as (client, _):
+        click(client, "user-1", "item-2", timestamp=first // 1000 - 5000)
+        events = client.get("/users/user-1/interests").json()["events"]
+        assert [one["item_id"] for one in events] == ["item-2", *own["item_id"]]
+        best = items(client.get("/recommend/user-1?k=1&exclude_seen=false"))
+        assert best == [own["item_id"][-1]]  # the last one is still the last
+
+
+def test_an_update_learns_each_click_once_also_when_the_nightly_file_has_it(tmp_path: Path) -> None:
+    _, day, _ = stored(tmp_path)
+    with server(tmp_path) as (client, live):
+        for user, item, when in day.select("user_id", "item_id", "timestamp").head(40).iter_rows():
+            assert not click(client, user, item, timestamp=when // 1000)["known"]
+        again = day.row(0, named=True)
+        assert click(client, again["user_id"], again["item_id"], timestamp=again["timestamp"] // 1000)["known"]
+        click(client, "user-1", "item-1", timestamp=NOON, event_id="e1")
+        assert click(client, "user-1", "item-1", timestamp=NOON + 9, event_id="e1")["known"]
+        click(client, "user-2", "item-2", timestamp=NOON)  # in no file
+        exact = day.with_columns(timestamp=pl.col("timestamp") // 1000 * 1000, event_id=pl.lit(None, pl.String))
+        named = exact[:1].with_columns(
+            user_id=pl.lit("user-1"), item_id=pl.lit("item-1"), event_id=pl.lit("e1"), timestamp=NOON * 10**6 + 5
+        )
+        pl.concat([exact, named]).write_parquet(tmp_path / "night.parquet")
+        assert run("update", tmp_path, str(tmp_path / "night.parquet"), *ANY) == 0
+        log = rows(tmp_path)
+        assert len(log) == 1500 + 300 + 2  # the day, e1, and the click that is in no file
+        assert log.select("user_id", "item_id", "time", "event_id").is_unique().all()
+        about = open_store(tmp_path / "s").manifest(2)
+        assert about.data["day"]["share_doubled"] == 0 and about.data["day"]["share_known"] == 0
+        live.look()
+        assert live.version is not None and live.version.number == 2 and live.version.served.fresh.clicks == {}
+        assert waiting(tmp_path) == []
+        assert click(client, "user-2", "item-2", timestamp=NOON)["known"]
+    assert run("update", tmp_path) == 0  # nothing new
+    assert len(rows(tmp_path)) == 1802 and open_store(tmp_path / "s").live == 2
+
+
+def test_clicks_alone_are_a_day_and_stay_in_the_lists_where_it_is_refused(tmp_path: Path) -> None:
+    stored(tmp_path)
+    with server(tmp_path) as (client, live):
+        for n in range(60):  # one user has all of the day: it is odd
+            click(client, "user-1", f"item-{n % 5}", timestamp=NOON + n)
+        listed = items(client.get("/recommend/user-1"))
+        assert run("update", tmp_path) == 8
+        live.look()
+        assert live.version is not None and live.version.number == 1
+        assert items(client.get("/recommend/user-1")) == listed
+    with server(tmp_path) as (client, live):  # another process
+        assert items(client.get("/recommend/user-1")) == listed
+    assert run("update", tmp_path, "--again", "2", *ANY) == 0
+    with server(tmp_path) as (client, live):
+        assert live.version is not None and live.version.number == 3 and live.version.served.fresh.clicks == {}
+    assert len(rows(tmp_path)) == 1560
+
+
+def test_somebody_who_dies_between_log_and_journal_doubles_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, day, _ = stored(tmp_path)
+    wrote = Journal(tmp_path / "s")
+    wrote.add([Click("user-1", "item-1", NOON * 10**6 + n) for n in range(5)])
+    wrote.end()
+
+    def die(files: Any, batch: int | None) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(journal, "taken", die)
+    job = Job(open_store(tmp_path / "s"))
+    with pytest.raises(KeyboardInterrupt):
+        nightly.deliver(job, read_log(day), "day")
+    monkeypatch.undo()
+    assert len(waiting(tmp_path)) == 5
+    nightly.deliver(Job(open_store(tmp_path / "s")), read_log(day), "day")
+    assert len(rows(tmp_path)) == 1805 and waiting(tmp_path) == []
+
+
+def test_a_line_that_is_not_whole_was_never_acknowledged_and_damage_before_it_is_told(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    wrote = Journal(tmp_path / "s")
+    wrote.add([Click("a", "b", 1), Click("a", "c", 2)])
+    wrote.end()
+    [path] = (tmp_path / "s" / "clicks").iterdir()
+    whole = path.read_bytes()
+    for cut in range(len(whole)):  # killed at any byte
+        path.write_bytes(whole[:cut])
+        assert waiting(tmp_path) == [Click("a", "b", 1), Click("a", "c", 2)][: whole[:cut].count(b"\n")]
+    path.write_bytes(whole.replace(b'"b"', b'"x"'))
+    with pytest.raises(StateError, match="line 1 of .* is not as it was written"):
+        waiting(tmp_path)
+
+
+def test_writers_and_an_update_that_closes_lose_nothing(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    writers = [Journal(tmp_path / "s") for _ in range(2)]
+    found: list[Click] = []
+
+    def write(n: int) -> None:
+        for i in range(60):
+            writers[n].add([Click(f"u{n}", "i", i)])
+
+    threads = [threading.Thread(target=write, args=(n,)) for n in range(2)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        closed = journal.close(tmp_path / "s")
+        found += [one for file in closed for one in file.clicks]
+        journal.taken(closed, None)
+    for one_of in writers:
+        one_of.end()
+    found += [one for file in journal.close(tmp_path / "s") for one in file.clicks]
+    assert sorted(found) == sorted(Click(f"u{n}", "i", i) for n in range(2) for i in range(60))
+
+
+def test_a_full_disk_acknowledges_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored(tmp_path)
+    with server(tmp_path) as (client, _):
+        click(client, "user-1", "item-1", timestamp=NOON)
+        before = items(client.get("/recommend/user-1"))
+
+        def full(number: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        answer = client.post("/events", json={"events": [{"user_id": "user-1", "item_id": before[0]}]})
+        monkeypatch.undo()
+        assert answer.status_code == 409 and "none was taken" in answer.json()["detail"]
+        assert items(client.get("/recommend/user-1")) == before and len(waiting(tmp_path)) == 1
+        click(client, "user-1", before[0])
+        assert len(waiting(tmp_path)) == 2
+
+
+def test_an_erased_user_is_a_stranger_at_once_and_on_no_disk(tmp_path: Path) -> None:
+    stored(tmp_path, n=2)
+    right = {"authorization": f"Bearer {TOKEN}"}
+    with server(tmp_path, Rules(TOKEN, rate=0)) as (client, _):
+        client.headers.update(right)
+        click(client, "user-1", "item-1", timestamp=NOON)
+        click(client, "only-here", "item-1", timestamp=NOON)
+        click(client, "user-2", "item-1", timestamp=NOON)
+        receipt = client.delete("/users/user-1").json()
+        assert receipt["clicks"] == 1 and receipt["versions"] == [1, 2] and receipt["events"] > 0
+        assert client.delete("/users/only-here").json()["clicks"] == 1
+        for user in ("user-1", "only-here"):
+            assert client.get(f"/recommend/{user}").json()["fallback"] == "unknown user"
+        assert client.get("/users/user-2/interests").json()["n_fresh"] == 1
+        assert [one.user_id for one in waiting(tmp_path)] == ["user-2"]
+        click(client, "only-here", "item-2", timestamp=NOON + 1)  # comes back as somebody new
+        assert client.get("/users/only-here/interests").json()["n_events"] == 1
+
+
+def test_the_server_erases_in_a_process_of_its_own(tmp_path: Path) -> None:
+    stored(tmp_path)
+    assert erased(tmp_path / "s", "user-1")["versions"] == [1]
+    with pytest.raises(StateError, match="no store"):
+        erased(tmp_path / "none", "user-1")
+
+
+def test_a_log_without_a_clock_takes_clicks_in_their_order(tmp_path: Path) -> None:
+    frame = pl.DataFrame({"user_id": [1, 1, 2, 2, 3], "item_id": [5, 6, 5, 7, 6], "period": [0] * 5, "order": range(5)})
+    frame.write_parquet(tmp_path / "log.parquet")
+    assert run("fit", tmp_path, str(tmp_path / "log.parquet"), "--model", "item-knn") == 0
+    with server(tmp_path) as (client, live):
+        found = client.post("/events", json={"events": [{"user_id": 9, "item_id": i} for i in (5, 6)]}).json()
+        assert all(one["folded"] and one["event_id"] for one in found["events"])
+        assert items(client.get("/recommend/9?k=1")) == [7]
+        assert client.post("/events", json={"events": [{"user_id": "x", "item_id": 5}]}).status_code == 422
+    assert run("update", tmp_path, *ANY) == 0
+    assert rows(tmp_path).select("user_id", "item_id").rows()[-2:] == [(9, 5), (9, 6)]
