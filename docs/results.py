@@ -218,7 +218,8 @@ def _strategies(found: list[dict[str, Any]]) -> list[str]:
         "",
         "ndcg@20 in %; + and -: above or below fine-tuning of the same model beyond chance (corrected for all pairs of",
         "methods of the log). *Rank*: among the strategies of a model, mean over models. CPU seconds per update, MB at",
-        "the peak and forgetting (positive: forgotten) are means over models too.",
+        "the peak (of a process that had run other strategies before, and kept some of their memory) and forgetting",
+        "(positive: forgotten) are means over models too.",
     ]
     for result in found:
         at, models = _means(result), result["resolved"]["replay"]["models"]
