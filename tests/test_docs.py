@@ -42,7 +42,7 @@ def test_the_commands_of_the_readme_that_keep_a_store_run(shop: Path, capsys: py
     lines = re.findall(
         r"^\.venv/bin/freshrec (.*--store shop.*|validate .*)$", (ROOT / "README.md").read_text(), re.MULTILINE
     )
-    commands = [shlex.split(line, comments=True) for line in lines]
+    commands = [shlex.split(line, comments=True) for line in lines if not line.startswith("serve ")]  # never ends
     assert {command[0] for command in commands} == {"validate", "fit", "update", "recommend", "rollback"}
     for command in commands:
         assert main(command) == 0, capsys.readouterr()
