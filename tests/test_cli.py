@@ -288,7 +288,7 @@ def test_a_log_given_replaces_the_world_of_a_recipe_and_a_world_its_log(logs: tu
 def test_an_interrupted_replay_says_how_to_go_on(
     logs: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*cells: object, jobs: int, tell: object) -> None:
+    def interrupt(*cells: object, jobs: int, device: str, tell: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("freshrec.replay.run.run", interrupt)

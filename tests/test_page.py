@@ -86,6 +86,7 @@ def test_somebody_looks_up_a_user_adds_a_click_and_rolls_back_by_keyboard_alone(
         page.get_by_text("version 1 is live").wait_for()
         moves = open_store(tmp_path / "s").moves()
         assert (moves[-1].action, moves[-1].to, moves[-1].reason) == ("rollback", 1, "looked wrong")
+        page.close()  # before the server ends: it asks now and then what is live
 
 
 def test_a_phone_in_the_dark_needs_no_sideways_scrolling_and_ids_are_never_markup(visit: Any, tmp_path: Path) -> None:
@@ -112,3 +113,4 @@ def test_a_phone_in_the_dark_needs_no_sideways_scrolling_and_ids_are_never_marku
         api.get_by_text("/recommend/{user}").first.click()
         api.get_by_text("exclude_seen").first.wait_for()
         assert api.evaluate("document.documentElement.scrollWidth") <= 390
+        page.close()

@@ -113,7 +113,7 @@ def test_a_person_is_shown_with_interests_and_the_events_behind_them(tmp_path: P
 
 
 def test_an_explanation_names_what_speaks_for_an_item(tmp_path: Path) -> None:
-    stored(tmp_path, "blend")
+    stored(tmp_path, "item-knn")
     with server(tmp_path) as (client, _):
         best = items(client.get("/recommend/user-1"))[0]
         found = client.get(f"/explain/user-1/{best}").json()
