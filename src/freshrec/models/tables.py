@@ -99,7 +99,7 @@ class Table(nn.Module):
             self._is_whole, self._unique, self._rows = True, torch.arange(len(self.packed)), None
             self.leaf = self.weights.clone().requires_grad_(True)
         self._again = False
-        return _with_common(self, self._seen(), torch.arange(len(self.packed)))
+        return _with_common(self, self._seen(), slice(None))
 
     def _seen(self) -> Tensor:
         assert self._unique is not None and self.leaf is not None
@@ -170,7 +170,7 @@ def served(table: Table, ids: Tensor) -> Tensor:
     return rows if table.common is None else rows + table.common.weights[table.kinds_R[ids]]
 
 
-def _with_common(table: Table, rows: Tensor, ids: Tensor) -> Tensor:
+def _with_common(table: Table, rows: Tensor, ids: Tensor | slice) -> Tensor:
     if table.common is None:
         return rows
     kinds = table.kinds_R[ids]

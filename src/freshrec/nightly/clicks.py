@@ -8,7 +8,7 @@ from dataclasses import replace
 import polars as pl
 
 from freshrec.data.log import Log
-from freshrec.nightly.job import Job
+from freshrec.nightly.job import Job, batches_of
 from freshrec.store import clicks as journal
 from freshrec.store.eventlog import Taken
 from freshrec.store.rows import KEYS
@@ -61,5 +61,4 @@ def with_clicks(log: Log, clicks: pl.DataFrame) -> Log:
 
 def settle(job: Job) -> None:
     """Remove the clicks that the live version has learnt, or that it has passed over."""
-    met = [manifest.batch for manifest in chain_of(job.store) if manifest.batch is not None]
-    journal.forget(job.store.folder, max(met, default=0))
+    journal.forget(job.store.folder, max(batches_of(chain_of(job.store)), default=0))

@@ -114,7 +114,7 @@ class Job:
     def again(self, number: int, force: str = "") -> Manifest:
         """A version that has learnt from the events of another, which was refused or left by a rollback."""
         batch = self.store.manifest(number).batch
-        if batch is None or batch in _batches(chain_of(self.store)):
+        if batch is None or batch in batches_of(chain_of(self.store)):
             raise OptionError(f"the live version has learnt all that version {number} had; nothing is left to take.")
         return self.advance(batch, force, is_late=True)
 
@@ -134,7 +134,7 @@ class Job:
         the live one is refused, with the reason. `is_late`: that the events are old is known.
         """
         since, delivered = time.perf_counter(), self.log.read([batch])
-        frame = self.log.without(delivered, _batches(chain_of(self.store)))
+        frame = self.log.without(delivered, batches_of(chain_of(self.store)))
         source, doubled, known = self.log.delivery(batch)
         known += len(delivered) - len(frame)
         if not len(frame):
@@ -210,10 +210,11 @@ class Job:
 
 def set_aside(store: Store) -> list[int]:
     """Batches that versions have met and the live one has not learnt: refused, or left by a rollback."""
-    return sorted(set(_batches(store.versions())) - set(_batches(chain_of(store))))
+    return sorted(set(batches_of(store.versions())) - set(batches_of(chain_of(store))))
 
 
-def _batches(chain: list[Manifest]) -> list[int]:
+def batches_of(chain: list[Manifest]) -> list[int]:
+    """The batches of the log that these versions have met."""
     return [manifest.batch for manifest in chain if manifest.batch is not None]
 
 

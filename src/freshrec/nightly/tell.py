@@ -12,7 +12,7 @@ import torch
 
 from freshrec.errors import FreshrecError, StateError
 from freshrec.nightly.anew import planned
-from freshrec.nightly.job import waiting
+from freshrec.nightly.job import batches_of, waiting
 from freshrec.serve.contents import Contents, read_contents
 from freshrec.serve.reading import ids_of, known_rows
 from freshrec.serve.recommend import Wanted, best_items
@@ -30,8 +30,7 @@ def status(store: Store) -> dict[str, Any]:
     live, versions, log = store.live, store.versions(), EventLog(store.folder / "log")
     about, chain = store.manifest(live), chain_of(store)
     n_bytes = sum(file.n_bytes for file in about.files.values())
-    learnt = [manifest.batch for manifest in chain if manifest.batch is not None]
-    newest = log.batches().filter(pl.col("batch").is_in(learnt))["last"].max()
+    newest = log.batches().filter(pl.col("batch").is_in(batches_of(chain)))["last"].max()
     return {
         "live": live, "made_at": about.made_at, "kind": about.kind, "model": about.recipe["model"],
         "strategy": about.recipe["strategy"], **about.sizes, "held": about.held,

@@ -42,8 +42,8 @@ def run(
     OptionError where there is no such device.
     """
     cells = list(cells)
-    with on(device):
-        _claim(out, cells, cut, settings)
+    on(device)  # it is there: asked before anything is written
+    _claim(out, cells, cut, settings)
     todo = sorted((c for c in cells if not (out / c.name / "done.json").exists()), key=_group)
     if jobs <= 1:
         for cell in todo:
