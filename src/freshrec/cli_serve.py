@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from socket import IPPROTO_TCP, TCP_NODELAY
 from typing import Annotated, Any
 
 import typer
@@ -54,6 +55,7 @@ def serve(
     )  # fmt: skip
     server = uvicorn.Server(config)
     with config.bind_socket() as socket:
+        socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)  # or the second packet of an answer waits 40 ms for an ACK
         log(f"listening on http://{socket.getsockname()[0]}:{socket.getsockname()[1]}")
         server.run([socket])
 

@@ -6,6 +6,7 @@ beyond the length that the catalog had at the end of span t.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -70,6 +71,12 @@ class Catalog:
         rows_N = (order_I.gather(at_N) + 1).to_numpy(writable=True).astype("int64")
         return torch.from_numpy(rows_N * (sorted_ids.gather(at_N) == ids).to_numpy())
 
+    def row(self, one: int | str) -> int:
+        """The row of an id of the catalog's kind; 0 where it does not hold it: sooner than `rows` for one alone."""
+        order_I, sorted_ids = self._sorted
+        at = bisect_left(sorted_ids, one)
+        return order_I[at] + 1 if at < len(order_I) and sorted_ids[at] == one else 0
+
     def without(self, row: int) -> Catalog:
         """The catalog after erasing the id of a row."""
         return Catalog(self.frame.with_columns(id=pl.when(pl.int_range(pl.len()) != row - 1).then("id")))
@@ -86,8 +93,8 @@ class Catalog:
 
     def ids(self, rows: Tensor) -> pl.Series:
         """The ids of `rows`, which must be at most len(self); null for row 0."""
-        positions = pl.Series("row", rows.numpy(), dtype=pl.Int64) - 1
-        return self.frame["id"].gather(positions.set(positions < 0, None))
+        positions = pl.Series("row", rows.numpy() - 1, dtype=pl.Int64)
+        return self.frame["id"].gather(positions.set(positions < 0, None) if bool((rows == 0).any()) else positions)
 
     def checked(self, ids: pl.Series) -> pl.Series:
         """`ids` as Int64 or String. LogError for nulls, other types, and ids of another kind than the catalog's."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -144,10 +145,10 @@ def top(
     for users who would come back short. TrainingError where a score is not finite.
     """
     batch = known(model, batch)
+    if search is not None and among_N is None:  # before asking what the model is, which takes as long as its vectors
+        return _top_found(cast(VectorModel, model), batch, k, banned_BM, search)
     if isinstance(model, OfferingModel):
         return _top_offered(*model.candidates(batch), k, banned_BM, among_N)
-    if search is not None and among_N is None and isinstance(model, VectorModel):
-        return _top_found(model, batch, k, banned_BM, search)
     among_N = torch.arange(1, model.n_items + 1) if among_N is None else among_N[among_N <= model.n_items]
     if isinstance(model, VectorModel):
         return top_exact(model.item_vectors(), model.user_vectors(batch), k, banned_BM, among_N)
@@ -199,7 +200,6 @@ def _top_found(
     again_BC = torch.zeros_like(sorted_BC, dtype=torch.bool)
     again_BC[:, 1:] = sorted_BC[:, 1:] == sorted_BC[:, :-1]
     score_BC = best_inner_product(vectors_BKD, items_ID[sorted_BC])
-    _must_be_finite(score_BC)
     items_BK, score_BK = _top_offered(sorted_BC.masked_fill(again_BC, 0), score_BC, k, banned_BM, None)
     short_B = torch.isfinite(score_BK).sum(1) < torch.minimum(torch.tensor(k), model.n_items - n_banned_B)
     if items_BK.shape[1] < k or bool(short_B.any()):

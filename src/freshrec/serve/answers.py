@@ -18,8 +18,8 @@ from freshrec.serve import asked
 from freshrec.serve.explain import reasons
 from freshrec.serve.fresh import asked_of
 from freshrec.serve.index import Searching
-from freshrec.serve.reading import Ids, ids_of, item_rows, known_rows, of_category, rows_of
-from freshrec.serve.recommend import Served, Wanted, best_items, similar_items
+from freshrec.serve.reading import Ids, id_of, ids_of, item_rows, known_rows, of_category, rows_of
+from freshrec.serve.recommend import WHY, Served, Wanted, best_items, lists_of, similar_items
 from freshrec.serve.saved import Kept
 from freshrec.store.versions import Manifest
 from freshrec.types import Batch, InterestModel, VectorModel
@@ -51,9 +51,8 @@ class Version:
 def row_of(version: Version, user: int | str) -> int:
     """The row of a user, known to the version or since; 0: a stranger. LogError where it cannot be an id."""
     served = version.served
-    row = int(served.users.rows(ids_of("user_id", user, served.users))) or served.fresh.newcomers.get(
-        ids_of("user_id", user, served.users)[0], 0
-    )
+    one = id_of("user_id", user, served.users)
+    row = served.users.row(one) or served.fresh.newcomers.get(one, 0)
     return 0 if row in served.fresh.gone else row
 
 
@@ -63,7 +62,8 @@ def wanted(version: Version, by: asked.Asked) -> Wanted:
     allow_M = None if by.allow is None else item_rows(served, _alike(by.allow))
     if by.category is not None:
         allow_M = of_category(served, by.category, allow_M)
-    return Wanted(by.k, by.exclude_seen, allow_M, item_rows(served, _alike(by.deny)), by.diversity)
+    deny_M = item_rows(served, _alike(by.deny)) if by.deny else torch.zeros(0, dtype=torch.int64)
+    return Wanted(by.k, by.exclude_seen, allow_M, deny_M, by.diversity)
 
 
 def _alike(ids: list[int | str]) -> Ids:
@@ -76,12 +76,15 @@ def _alike(ids: list[int | str]) -> Ids:
 def recommend(version: Version, by: asked.Asked) -> list[asked.Listed]:
     """The lists of some users, in the order asked."""
     users_N = torch.tensor([row_of(version, user) for user in by.users])
-    found = best_items(version.served, users_N, wanted(version, by))
-    lists = [asked.Listed(user_id=user, items=[]) for user in by.users]
-    ids = version.served.items.ids(rows_of(found))
-    for nth, item, score, rank, why in zip(found["nth"], ids, found["score"], found["rank"], found["fallback"]):
-        lists[nth].items.append(asked.Item(item_id=item, score=score, rank=rank, fallback=why))
-        lists[nth].fallback = lists[nth].fallback or why
+    found = lists_of(version.served, users_N, wanted(version, by))
+    ids = iter(version.served.items.ids(found.items_NK[found.items_NK > 0]))
+    lists = []
+    for user, items, scores, why in zip(by.users, found.items_NK, found.scores_NK.tolist(), found.why_NK.tolist()):
+        n = int((items > 0).sum())
+        listed = [
+            asked.Item(item_id=next(ids), score=scores[at], rank=at + 1, fallback=WHY[why[at]]) for at in range(n)
+        ]
+        lists.append(asked.Listed(user_id=user, items=listed, fallback=WHY[max(why, default=0)]))
     return lists
 
 

@@ -28,6 +28,7 @@ from freshrec.serve.answers import Version, moment
 from freshrec.serve.guard import Guard, Metrics, Rules, has_token
 from freshrec.serve.live import Live, checked, loaded
 from freshrec.serve.reading import ids_of
+from freshrec.serve.together import Together
 from freshrec.store.clicks import Click
 from freshrec.version import __version__
 
@@ -64,6 +65,9 @@ class Service:
     erase: Callable[[str], dict[str, Any]]  # a user, out of the store: in a process of its own, which may learn
     metrics: Metrics = field(default_factory=Metrics)
     workers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "answer"))
+
+    def __post_init__(self) -> None:
+        self.together = Together(self.run)
 
     async def run(self, work: Callable[[], T]) -> T:
         """In a worker, so that health is told while others wait."""
@@ -131,12 +135,12 @@ def _errors(app: FastAPI) -> None:
 
 
 def _lists(app: FastAPI, service: Service) -> None:
-    @app.get("/recommend/{user:path}", tags=["lists"], responses={404: SAID[404]})
+    @app.get("/recommend/{user:path}", tags=["lists"], response_model=asked.Recommended, responses={404: SAID[404]})
     async def recommend(
         user: User, k: K = 10, exclude_seen: bool = True, allow: Some = None, deny: Some = None,
         category: Annotated[asked.Text | None, Query()] = None,
         diversity: Annotated[asked.Penalty, Query(description="What an item costs the next of its category.")] = 0.0,
-    ) -> asked.Recommended:  # fmt: skip
+    ) -> Response:  # fmt: skip
         """The best items of one user. A stranger gets what is popular, and `fallback` says so."""
         by = asked.Asked(
             users=[user], k=k, exclude_seen=exclude_seen, allow=None if allow is None else [*allow],
@@ -144,11 +148,12 @@ def _lists(app: FastAPI, service: Service) -> None:
         )  # fmt: skip
         version = service.version
         _must_be_category(version, category)
-        [found] = await service.run(lambda: answers.recommend(version, by))
+        found = await service.together.ask(version, by)
         service.fell_back([found])
-        return asked.Recommended(
+        answer = asked.Recommended(
             version=version.number, user_id=user, items=found.items, fallback=found.fallback
         )  # fmt: skip
+        return Response(answer.model_dump_json(), media_type="application/json")
 
     @app.post("/recommend", tags=["lists"], responses={404: SAID[404]})
     async def recommend_many(by: asked.Asked) -> asked.Batch:

@@ -17,15 +17,15 @@ from torch import Tensor
 
 from freshrec.data.batches import query_batches
 from freshrec.data.carried import carried_by
-from freshrec.models.ranking import Search, top_exact
+from freshrec.models.ranking import Search, known, top_exact
 from freshrec.serve.fresh import Fresh, asked_of
 from freshrec.serve.recommend import Served
 from freshrec.types import VectorModel
 
-EXACT = 50_000  # items: above it an index answers sooner than all scores are made (benchmarks/bench_serve.py)
+EXACT = 50_000  # items: above it an index answers sooner than all scores are made (`freshrec bench serve`)
 FLOOR = 0.98  # of the best LIST items, on average over users, an index must find
 LIST, ASKED = 20, 200  # items, and users, by which it is measured
-PROBES = (16, 32, 64, 128)  # cells, tried in this order
+PROBES = (16, 32, 48, 64, 96, 128)  # cells, tried in this order
 PER_CELL, CELLS = 300, 1024  # items in a cell, at the least; cells, at the most
 TRAINED_ON = 64  # items of each cell, from which the cells are found
 
@@ -102,7 +102,7 @@ def _asked(served: Served) -> Tensor:
     users_N = have_U[torch.randperm(len(have_U), generator=torch.Generator().manual_seed(0))[:ASKED]]
     carried = carried_by(state.model, state.users, state.spans_seen)
     found = [
-        state.model.user_vectors(batch)
+        state.model.user_vectors(known(state.model, batch))
         for _, batch in query_batches(asked_of(state.recent, Fresh(), users_N), state.model.spec.length, carried)
     ]
     return torch.cat(found) if found else torch.zeros(0, 1, 1)

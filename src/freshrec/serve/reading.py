@@ -110,6 +110,14 @@ def ids_of(name: str, ids: Ids, catalog: Catalog) -> pl.Series:
     return numbers
 
 
+def id_of(name: str, one: str | int, catalog: Catalog) -> str | int:
+    """One id as the catalog has them."""
+    if catalog.frame["id"].dtype == pl.String and isinstance(one, str):
+        return one
+    found: str | int = ids_of(name, one, catalog)[0]
+    return found
+
+
 def item_rows(served: Served, ids: Ids) -> Tensor:
     """Ascending rows of the ids that are known."""
     rows_M: Tensor = served.items.rows(ids_of("item_id", ids, served.items)).unique()

@@ -7,8 +7,8 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from freshrec.data.batches import append, histories_before, in_parts, query_batches
-from freshrec.data.carried import carried_by
+from freshrec.data.batches import append, histories_before, query_batches
+from freshrec.data.carried import Carried, carried_by
 from freshrec.data.catalog import Catalog
 from freshrec.errors import IncompatibleError
 from freshrec.models.blend import Blend
@@ -22,6 +22,7 @@ from freshrec.types import Batch, Events, State, TrainedModel, VectorModel
 
 SIZE = 256  # users asked at once
 UNKNOWN, EXHAUSTED = "unknown user", "no more items with a score"
+WHY = (None, UNKNOWN, EXHAUSTED)  # an item is in a list; None: the model chose it
 
 
 def _no_categories() -> pl.DataFrame:
@@ -58,6 +59,16 @@ class Served:
             return self.state
         recent = append(self.state.recent, self.pending, len(self.users))
         return told(replace(self.state, recent=recent), len(self.items))
+
+    @cached_property
+    def carried(self) -> Carried | None:
+        """What travels with the batches of `now`."""
+        return carried_by(self.now.model, self.now.users, self.now.spans_seen)
+
+    @cached_property
+    def counts_only(self) -> bool:
+        """Whether a score of 0 is no opinion."""
+        return not isinstance(self.state.model, TrainedModel)
 
     @property
     def settled(self) -> "Served":
@@ -100,51 +111,85 @@ class Wanted:
         return self.k + CANDIDATES if self.diversity else self.k
 
 
+@dataclass(frozen=True, eq=False)
+class Lists:
+    """The lists of N users, the best item first; 0 where a list is shorter, its score is then -inf."""
+
+    items_NK: Tensor
+    scores_NK: Tensor
+    why_NK: Tensor  # WHY an item is there: the place in it
+
+    @staticmethod
+    def empty(n_users: int, k: int) -> "Lists":
+        """Nothing yet."""
+        items_NK = torch.zeros(n_users, k, dtype=torch.int64)
+        return Lists(items_NK, torch.full((n_users, k), -torch.inf), torch.zeros_like(items_NK))
+
+    def put(self, which_N: Tensor, items_BC: Tensor, scores_BC: Tensor) -> None:
+        """The best of what a model found for some users."""
+        n = min(self.items_NK.shape[1], items_BC.shape[1])
+        self.scores_NK[which_N, :n] = scores_BC[:, :n]
+        self.items_NK[which_N, :n] = torch.where(scores_BC[:, :n] > -torch.inf, items_BC[:, :n], 0)
+
+    def complete(self, which_N: Tensor, more: "Lists", why: int) -> None:
+        """After a user's own items come those of `more` that are not among them."""
+        items_BK = self.items_NK[which_N]
+        again_BK = (more.items_NK[..., None] == items_BK[:, None]).any(2)
+        items_BC = torch.cat([items_BK, more.items_NK.masked_fill(again_BK, 0)], 1)
+        scores_BC = torch.cat([self.scores_NK[which_N], more.scores_NK], 1)
+        why_BC = torch.cat([self.why_NK[which_N], torch.full_like(more.items_NK, why)], 1)
+        order_BK = (items_BC == 0).byte().argsort(dim=1, stable=True)[:, : items_BK.shape[1]]
+        self.items_NK[which_N] = items_BC.gather(1, order_BK)
+        self.scores_NK[which_N] = scores_BC.gather(1, order_BK)
+        self.why_NK[which_N] = why_BC.gather(1, order_BK)
+
+
 def best_items(served: Served, users_N: Tensor, wanted: Wanted) -> pl.DataFrame:
-    """The lists of user rows (0: a stranger): nth, the place in `users_N`; item, a row; score; rank, from 1; fallback.
+    """`lists_of` as a frame: nth, the place in `users_N`; item, a row; score; rank, from 1; fallback."""
+    lists = lists_of(served, users_N, wanted)
+    nth_L, at_L = lists.items_NK.nonzero(as_tuple=True)
+    why = pl.Series("fallback", WHY, pl.String).gather(lists.why_NK[nth_L, at_L].numpy())
+    items_L, scores_L = lists.items_NK[nth_L, at_L].numpy(), lists.scores_NK[nth_L, at_L].numpy()
+    rank_L = (at_L + 1).numpy()
+    return pl.DataFrame({"nth": nth_L.numpy(), "item": items_L, "score": scores_L, "rank": rank_L, "fallback": why})
 
-    Popular items complete the list of a stranger, and of a counting model that has counted nothing more; `fallback`
-    says which, and the score is then the popularity.
+
+def lists_of(served: Served, users_N: Tensor, wanted: Wanted) -> Lists:
+    """The lists of user rows (0: a stranger).
+
+    Popular items complete the list of a stranger, and of a counting model that has counted nothing more; the score is
+    then the popularity.
     """
-    nth_N = torch.arange(len(users_N))
-    found = _from_model(served, users_N, wanted)
-    n_N = torch.bincount(torch.from_numpy(found["nth"].to_numpy(writable=True)), minlength=len(users_N))
-    strangers_N, short_N = users_N == 0, (n_N < wanted.k) & (users_N > 0)
-    more = [
-        _from_counts(served, nth_N[which_N], users_N[which_N], wanted, why)
-        for which_N, why in ((strangers_N, UNKNOWN), (short_N, EXHAUSTED))
-        if bool(which_N.any())
-    ]
-    lists = found
-    if more:
-        lists = pl.concat([found, *more]).unique(["nth", "item"], keep="first", maintain_order=True)
-    ranked = lists.with_columns(rank=pl.int_range(1, pl.len() + 1).over("nth")).filter(pl.col("rank") <= wanted.k)
-    return ranked.sort("nth", "rank").select("nth", "item", "score", "rank", "fallback")
+    lists = Lists.empty(len(users_N), wanted.k)
+    _from_model(served, users_N, wanted, lists)
+    short_N = (lists.items_NK == 0).any(1)
+    for why, which_N in (
+        (UNKNOWN, (users_N == 0).nonzero()[:, 0]),
+        (EXHAUSTED, (short_N & (users_N > 0)).nonzero()[:, 0]),
+    ):
+        for which_B in which_N.split(SIZE) if len(which_N) else ():
+            lists.complete(which_B, _from_counts(served, users_N[which_B], wanted), WHY.index(why))
+    return lists
 
 
-def _from_model(served: Served, users_N: Tensor, wanted: Wanted) -> pl.DataFrame:
+def _from_model(served: Served, users_N: Tensor, wanted: Wanted, lists: Lists) -> None:
     state, nth_N = served.now, users_N.nonzero()[:, 0]
-    carried = carried_by(state.model, state.users, state.spans_seen)
     ends = asked_of(state.recent, served.fresh, users_N[nth_N])
-    found = [_frame(nth_N[:0], torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, 0), None)]
-    for which, batch in query_batches(ends, state.model.spec.length, carried, SIZE):
+    for which, batch in query_batches(ends, state.model.spec.length, served.carried, SIZE):
         banned_BM = _banned(served, batch.users_B, wanted)
         items_BC, scores_BC = top(state.model, batch, wanted.n_candidates, banned_BM, wanted.allow_M, served.search)
-        if not isinstance(state.model, TrainedModel):
-            scores_BC = scores_BC.masked_fill(scores_BC <= 0, -torch.inf)  # nothing was counted: no opinion
-        found.append(_frame(nth_N[which], *_diverse(served, items_BC, scores_BC, wanted), None))
-    return pl.concat(found)
+        if served.counts_only:
+            scores_BC = scores_BC.masked_fill(scores_BC <= 0, -torch.inf)
+        lists.put(nth_N[which], *_diverse(served, items_BC, scores_BC, wanted))
 
 
-def _from_counts(served: Served, nth_N: Tensor, users_N: Tensor, wanted: Wanted, why: str) -> pl.DataFrame:
-    found = [_frame(nth_N[:0], torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, 0), why)]
-    for which in in_parts(torch.arange(len(users_N)), SIZE):
-        users_B = users_N[which]
-        batch = Batch(users_B, torch.zeros(len(users_B), 0, dtype=torch.int64))
-        banned_BM = _banned(served, users_B, wanted)
-        items_BC, scores_BC = top(served.counts.model, batch, wanted.n_candidates, banned_BM, wanted.allow_M)
-        found.append(_frame(nth_N[which], *_diverse(served, items_BC, scores_BC, wanted), why))
-    return pl.concat(found)
+def _from_counts(served: Served, users_B: Tensor, wanted: Wanted) -> Lists:
+    batch = Batch(users_B, torch.zeros(len(users_B), 0, dtype=torch.int64))
+    banned_BM = _banned(served, users_B, wanted)
+    items_BC, scores_BC = top(served.counts.model, batch, wanted.n_candidates, banned_BM, wanted.allow_M)
+    lists = Lists.empty(len(users_B), wanted.k)
+    lists.put(torch.arange(len(users_B)), *_diverse(served, items_BC, scores_BC, wanted))
+    return lists
 
 
 def _diverse(served: Served, items_BC: Tensor, scores_BC: Tensor, wanted: Wanted) -> tuple[Tensor, Tensor]:
@@ -176,7 +221,7 @@ def similar_items(served: Served, items_N: Tensor, k: int) -> pl.DataFrame:
     model = served.state.model
     model = model.experts.counters["item-knn"] if isinstance(model, Blend) else model
     known_N = (items_N <= model.n_items).nonzero()[:, 0]  # of the others the model has not learnt anything yet
-    found = [_frame(known_N[:0], torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, 0), None)]
+    found = [_frame(known_N[:0], torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, 0))]
     for which in known_N.split(SIZE // 8):
         items_B1 = items_N[which][:, None]
         if isinstance(model, VectorModel):
@@ -189,16 +234,15 @@ def similar_items(served: Served, items_N: Tensor, k: int) -> pl.DataFrame:
             scores_BK = scores_BK.masked_fill(scores_BK <= 0, -torch.inf)
         else:
             raise IncompatibleError("this model does not relate items to each other; use item-knn, sasrec or another.")
-        found.append(_frame(which, items_BK, scores_BK, None))
+        found.append(_frame(which, items_BK, scores_BK))
     return pl.concat(found).with_columns(rank=pl.int_range(1, pl.len() + 1).over("nth"))
 
 
-def _frame(nth_B: Tensor, items_BK: Tensor, scores_BK: Tensor, fallback: str | None) -> pl.DataFrame:
+def _frame(nth_B: Tensor, items_BK: Tensor, scores_BK: Tensor) -> pl.DataFrame:
     """A row per item that may be shown, in the order of the lists."""
     columns = {
         "nth": nth_B[:, None].expand_as(items_BK).reshape(-1).numpy(),
         "item": items_BK.reshape(-1).numpy(),
         "score": scores_BK.reshape(-1).numpy(),
     }
-    frame = pl.DataFrame(columns).with_columns(fallback=pl.lit(fallback, pl.String))
-    return frame.filter(pl.col("score") > -float("inf"))
+    return pl.DataFrame(columns).filter(pl.col("score") > -float("inf"))

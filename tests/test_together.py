@@ -1,0 +1,97 @@
+"""Lists for those who ask at the same moment: the same as alone, made in few goes, and nobody bears another's fault."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from serving import stored
+
+from freshrec.errors import LogError
+from freshrec.serve import answers, asked
+from freshrec.serve.answers import Version
+from freshrec.serve.live import loaded
+from freshrec.serve.together import MOST, Lists, Together
+from freshrec.store.versions import open_store
+
+IMSR = "imsr:fit.base_epochs=1:fit.epochs=1"
+
+
+async def in_turn(work: Callable[[], Lists]) -> Lists:
+    """What a worker does, here."""
+    return work()
+
+
+def version_of(folder: Path, exact: int) -> Version:
+    store = open_store(folder / "s")
+    return loaded(store, store.manifest(store.live), exact)
+
+
+@pytest.mark.parametrize("exact", [0, 100_000])
+def test_lists_made_together_are_those_made_alone(tmp_path: Path, exact: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, day, _ = stored(tmp_path, "comirec-dr:d=8", IMSR)
+    version = version_of(tmp_path, exact)
+    users = day["user_id"].unique(maintain_order=True).to_list()
+    wants = [asked.Asked(users=[user], k=5 + nth % 2) for nth, user in enumerate(users[:50] + ["a stranger"])]
+    alone = [answers.recommend(version, want)[0] for want in wants]
+    goes, recommend = list[int](), answers.recommend
+
+    def counted(version: Version, by: asked.Asked) -> Lists:
+        goes.append(len(by.users))
+        return recommend(version, by)
+
+    monkeypatch.setattr(answers, "recommend", counted)
+
+    async def all_at_once() -> list[asked.Listed]:
+        together = Together(in_turn)
+        return await asyncio.gather(*(together.ask(version, want) for want in wants))
+
+    for mine, theirs in zip(asyncio.run(all_at_once()), alone, strict=True):
+        assert (mine.user_id, mine.fallback) == (theirs.user_id, theirs.fallback)
+        assert [one.item_id for one in mine.items] == [one.item_id for one in theirs.items]
+        assert [one.score for one in mine.items] == pytest.approx([one.score for one in theirs.items], rel=1e-5)
+    assert sorted(goes) == [25, 26]
+
+
+def test_more_than_may_be_asked_in_one_go_are_asked_in_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored(tmp_path, "popularity", None)
+    version, goes, recommend = version_of(tmp_path, 0), list[int](), answers.recommend
+    monkeypatch.setattr(answers, "recommend", lambda v, by: goes.append(len(by.users)) or recommend(v, by))  # type: ignore[func-returns-value]
+
+    async def all_at_once() -> list[asked.Listed]:
+        together = Together(in_turn)
+        return await asyncio.gather(*(together.ask(version, asked.Asked(users=["x"])) for _ in range(2 * MOST + 3)))
+
+    assert len(asyncio.run(all_at_once())) == 2 * MOST + 3
+    assert sorted(goes) == [3, MOST, MOST]
+
+
+def test_who_asks_wrongly_fails_alone_and_who_goes_away_takes_nobody_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, day, _ = stored(tmp_path, "popularity", None)
+    version = version_of(tmp_path, 0)
+    row_of = answers.row_of
+
+    def picky(version: Version, user: int | str) -> int:
+        if user == "wrong":
+            raise LogError("no id")
+        return row_of(version, user)
+
+    monkeypatch.setattr(answers, "row_of", picky)
+
+    async def some() -> list[asked.Listed | BaseException]:
+        together = Together(in_turn)
+        asking = [
+            asyncio.create_task(together.ask(version, asked.Asked(users=[user])))
+            for user in (day["user_id"][0], "wrong", day["user_id"][1])
+        ]
+        await asyncio.sleep(0)
+        asking[0].cancel()
+        return await asyncio.gather(*asking, return_exceptions=True)
+
+    gone, wrong, right = asyncio.run(some())
+    assert isinstance(gone, asyncio.CancelledError)
+    assert isinstance(wrong, LogError)
+    assert isinstance(right, asked.Listed)
+    assert right.user_id == day["user_id"][1]
