@@ -22,17 +22,20 @@ IMSR = "imsr:fit.base_epochs=2:fit.epochs=1"
 FAST = "finetune:fit.base_epochs=1:fit.epochs=1"
 
 
-def version_of(folder: Path, model: str, strategy: str | None = None) -> Version:
-    stored(folder, model, strategy, n=2)
+def version_of(folder: Path, model: str, strategy: str | None = None, n: int = 2) -> Version:
+    stored(folder, model, strategy, n)
     store = open_store(folder / "s")
-    return loaded(store, store.manifest(2))
+    return loaded(store, store.manifest(n))
 
 
+@pytest.mark.parametrize("n", [1, 2])  # in the first, an item is so new that histories have it and the model has not
 @pytest.mark.parametrize(("model", "strategy"), [("comirec-dr:d=8", IMSR), ("sasrec:d=8", FAST), ("mf:d=8", FAST)])
-def test_ids_and_vectors_alone_make_the_versions_lists(model: str, strategy: str, tmp_path: Path) -> None:
-    version = version_of(tmp_path, model, strategy)
+def test_ids_and_vectors_alone_make_the_versions_lists(model: str, strategy: str, n: int, tmp_path: Path) -> None:
+    version = version_of(tmp_path, model, strategy, n)
+    if n == 1:
+        assert version.served.state.model.n_items < len(version.served.items)
     about = export(version, tmp_path / "out")
-    assert about == json.loads((tmp_path / "out" / "about.json").read_text()) and about["version"] == 2
+    assert about == json.loads((tmp_path / "out" / "about.json").read_text()) and about["version"] == n
     items_ID, vectors_SD = (np.load(tmp_path / "out" / f"{name}_vectors.npy") for name in ("item", "user"))
     users, items = (pl.read_parquet(tmp_path / "out" / f"{name}.parquet") for name in ("users", "items"))
     index = faiss.read_index(str(tmp_path / "out" / "items.faiss"))

@@ -10,6 +10,7 @@ from freshrec.data.carried import carried_by
 from freshrec.errors import IncompatibleError
 from freshrec.models.blend import Blend, Reason
 from freshrec.models.pairs import Pairs
+from freshrec.models.ranking import known
 from freshrec.serve.fresh import asked_of
 from freshrec.serve.recommend import Served
 from freshrec.types import Batch, VectorModel
@@ -20,6 +21,7 @@ def reasons(served: Served, users_1: Tensor, item: int) -> pl.DataFrame:
     state = served.now
     model, ends = state.model, asked_of(state.recent, served.fresh, users_1)
     [(_, batch)] = query_batches(ends, model.spec.length, carried_by(model, state.users, state.spans_seen), 1)
+    batch = known(model, batch)
     if isinstance(model, Blend):
         found = model.explain(batch, item)
     elif item > model.n_items:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from freshrec.data.batches import query_batches
 from freshrec.data.carried import carried_by
 from freshrec.errors import IncompatibleError, OptionError
+from freshrec.models.ranking import known
 from freshrec.serve.answers import Version
 from freshrec.serve.fresh import asked_of
 from freshrec.serve.index import built
@@ -68,7 +69,7 @@ def user_vectors(version: Version) -> tuple[np.ndarray, list[int], list[int]]:
     found: dict[int, Tensor] = {}
     ends = asked_of(state.recent, served.fresh, users_N)
     for which, batch in query_batches(ends, state.model.spec.length, carried, SIZE):
-        vectors_BKD = state.model.user_vectors(batch)
+        vectors_BKD = state.model.user_vectors(known(state.model, batch))
         n_B = [vectors_BKD.shape[1]] * len(which) if batch.alive_BK is None else batch.alive_BK.sum(1).tolist()
         for row, user in enumerate(which.tolist()):
             found[user] = vectors_BKD[row, : n_B[row]]
