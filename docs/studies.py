@@ -19,9 +19,42 @@ Difference = Callable[[dict[str, list[Any]], tuple[str, str], tuple[str, str]], 
 
 def studies(root: Path, found: list[dict[str, Any]], difference: Difference) -> list[str]:
     """All sections for which there are results."""
-    told = _categories([r for r in found if r["recipe"].startswith("features-")], difference)
-    parts = [told, _cases(found), _interests(root), _peers(root)]
+    parts = [
+        _default([r for r in found if r["recipe"].startswith("default-")], difference),
+        _categories([r for r in found if r["recipe"].startswith("features-")], difference),
+        _cases(found), _interests(root), _peers(root),
+    ]  # fmt: skip
     return [line for part in parts if part for line in ["", *part]]
+
+
+def _default(found: list[dict[str, Any]], difference: Difference) -> list[str]:
+    """The blend, untuned, against everything else on each log, by the best of each kind in hindsight."""
+    lines = [
+        "## The default beside every model",
+        "",
+        "ndcg@20 in %, three seeds. The default is the blend as `freshrec fit` makes it, on every log the same. Of the",
+        "others the best of each kind is shown, chosen on these very numbers, which flatters them: what counts (item-knn,",
+        "markov, user-knn, stan, popularities), a trained model that is fine-tuned, and one that is fully retrained after",
+        "every span; each with what it is read from where that is a choice (`@both`, `@stored`). *Below, level, above*:",
+        "how many of all others are so beside the blend, beyond chance (corrected for all pairs of methods of the log).",
+        "",
+        "| recipe | blend | best counter | best fine-tuned | best retrained | blend - best of all | below, level, above |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    blend = ("blend", "refit")
+    for result in found:
+        table = pl.DataFrame(result["methods"]).filter(pl.col("metric") == "ndcg@20").sort("value", descending=True)
+        at = {(r["model"], r["strategy"]): 100 * r["value"] for r in table.iter_rows(named=True)}
+        best = {way: next(m for m in at if m[1] == way and m != blend) for way in ("absorb", "finetune", "full")}
+        first = next(m for m in at if m != blend)
+        told = [difference(result["tests"], blend, other) for other in at if other != blend]
+        beyond = [one for one in told if one.startswith("**")]
+        below, above = sum(one.startswith("**+") for one in beyond), sum(one.startswith("**-") for one in beyond)
+        cells = [f"{at[blend]:.2f}", *(f"{at[way]:.2f} {way[0]}" for way in best.values())]
+        cells.append(f"{difference(result['tests'], blend, first)} {first[0]}, {first[1]}")
+        cells.append(f"{below}, {len(told) - below - above}, {above}")
+        lines.append(f"| {result['recipe']} | " + " | ".join(cells) + " |")
+    return lines if found else []
 
 
 def _slices(result: dict[str, Any]) -> dict[tuple[str, str, str], dict[str, float]]:
