@@ -375,5 +375,6 @@ def improvement(ours: list[float], theirs: list[float]) -> float:
 
 def _short_name(name: str) -> str:
     """Without the options of the protocol, which the recipe holds; those that tell methods apart stay."""
-    kept = [part for part in name.split(":")[1:] if part.startswith(("dropout=", "rounds=", "transfer=", "k="))]
+    telling = ("dropout=", "rounds=", "transfer=", "k=", "weight=")
+    kept = [part for part in name.split(":")[1:] if part.startswith(telling)]
     return ":".join([name.partition(":")[0], *kept])

@@ -32,13 +32,13 @@ def _default(found: list[dict[str, Any]], difference: Difference) -> list[str]:
     lines = [
         "## The default beside every model",
         "",
-        "ndcg@20 in %, three seeds. The default is the blend as `freshrec fit` makes it, on every log the same. Of the",
-        "others the best of each kind is shown, chosen on these very numbers, which flatters them: what counts (item-knn,",
-        "markov, user-knn, stan, popularities), a trained model that is fine-tuned, and one that is fully retrained after",
-        "every span; each with what it is read from where that is a choice (`@both`, `@stored`). *Below, level, above*:",
-        "how many of all others are so beside the blend, beyond chance (corrected for all pairs of methods of the log).",
+        "ndcg@20 in %. The default is the blend as `freshrec fit` makes it, on every log the same. Of the others the best",
+        "of each kind is shown, chosen on these very numbers, which flatters them: what counts (item-knn, markov, user-knn,",
+        "stan, popularities), a trained model that is fine-tuned, and one that is fully retrained after every span; each",
+        "with what it is read from, where that is a choice (`@both`, `@stored`). *Below, level, above*: how many of all",
+        "others are so beside the blend, beyond chance (corrected for all pairs of methods of the log).",
         "",
-        "| recipe | blend | best counter | best fine-tuned | best retrained | blend - best of all | below, level, above |",
+        "| recipe | blend | best counter | best fine-tuned | best retrained | blend - best | below, level, above |",
         "|---|---|---|---|---|---|---|",
     ]
     blend = ("blend", "refit")
