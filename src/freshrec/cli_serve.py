@@ -89,13 +89,14 @@ def bench_serve(
     seconds: Annotated[float, typer.Option(min=1, help="How long.")] = 20.0,
     k: Annotated[int, typer.Option("--k", "-k", help="Items of a list.")] = 20,
     exact: Annotated[int, typer.Option(min=0, help="As in `freshrec serve`.")] = 50_000,
+    threads: Annotated[int, typer.Option(min=1, help="As in `freshrec serve`.")] = 1,
     swap: Annotated[bool, typer.Option("--swap", help="Move the live pointer away and back meanwhile.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Start a server of the store, ask it for lists whether or not it keeps up, and print how it bore that."""
     from freshrec.serve.bench import measured
 
-    told = measured(store, rate, seconds, k, exact, swap)
+    told = measured(store, rate, seconds, k, exact, threads, swap)
     if as_json:
         typer.echo(json.dumps(told))
         return

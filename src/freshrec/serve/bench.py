@@ -29,7 +29,7 @@ MB = 1 << 20
 
 
 def measured(
-    folder: Path, rate: float, seconds: float, k: int, exact: int, swap: bool = False
+    folder: Path, rate: float, seconds: float, k: int, exact: int, threads: int = 1, swap: bool = False
 ) -> dict[str, float | int | str]:
     """Latencies in milliseconds, errors, memory in MB, of an open-loop load on a server that is started for it."""
     store = open_store(folder)
@@ -37,7 +37,8 @@ def measured(
     if not users:
         raise StateError(f"the live version of {folder} knows no user; nobody can be asked for.")
     since = time.perf_counter()
-    with server_of(folder, "--rate", "0", "--exact", str(exact)) as (url, pid):
+    options = ("--rate", "0", "--exact", str(exact), "--threads", str(threads))
+    with server_of(folder, *options) as (url, pid):
         ready_s = time.perf_counter() - since
         bear(url, users, min(rate, 20.0), 2.0, k)  # what is asked first is slower
         at_rest, peaks = resident(pid), [0.0]
