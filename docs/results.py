@@ -48,8 +48,8 @@ WITH_EXPERTS = [
     f"blend-{log}" for log in ("beauty", "electronics", "globo", "gowalla", "grocery", "kuairand", "taobao", "uci")
 ]
 SHOWN = (
-    ("popularity", "absorb"), ("item-knn", "absorb"), ("sasrec", "finetune"), ("comirec-dr-k1", "finetune"),
-    ("comirec-dr", "frozen"), ("comirec-dr", "finetune"), ("comirec-dr", "imsr"), ("comirec-dr", "full"),
+    ("blend", "refit"), ("popularity", "absorb"), ("item-knn", "absorb"), ("markov", "absorb"), ("sasrec", "finetune"),
+    ("gru4rec", "finetune"), ("comirec-dr", "finetune"), ("comirec-dr", "full"), ("comirec-dr-k1", "full"),
 )  # fmt: skip
 
 
@@ -101,10 +101,10 @@ def operations(root: Path) -> str:
 
 def _short(found: list[dict[str, Any]]) -> list[str]:
     """ndcg@20 of a few methods on every log, and what a full retrain costs."""
-    names = [model if strategy == "absorb" else f"{model} {strategy}" for model, strategy in SHOWN]
+    names = ["blend", *(model if strategy == "absorb" else f"{model} {strategy}" for model, strategy in SHOWN[1:])]
     lines = ["| ndcg@20, % | " + " | ".join(names) + " | CPU-s, full : finetune |", "|---" * (len(SHOWN) + 2) + "|"]
     for result in found:
-        if not result["recipe"].endswith("-spine"):  # the others replay fewer methods
+        if not result["recipe"].startswith("default-"):  # the others replay fewer methods
             continue
         at = {key: 100 * row["value"] for key, row in _means(result).items() if key[2] == "ndcg@20"}
         best = max(at[(*method, "ndcg@20")] for method in SHOWN)
