@@ -139,7 +139,8 @@ WRONG: list[tuple[str, str, Any, int, str]] = [
     ("POST", "/events", {"events": [{"user_id": "a"}]}, 422, "item_id"),
     ("POST", "/events", {"events": [{"user_id": 1, "item_id": "b"}]}, 422, "send it as text"),
     ("POST", "/events", {"events": [{"user_id": "a\n", "item_id": "b"}]}, 422, "pattern"),
-    ("POST", "/events", {"events": [{"user_id": "a", "item_id": "b", "timestamp": "2999-01-01"}]}, 422, "future"),
+    ("POST", "/events", {"events": [{"user_id": "a", "item_id": "b", "timestamp": "2999-01-01"}]}, 422, "to come"),
+    ("POST", "/recommend", {"users": [5]}, 422, "send it as text"),
     ("POST", "/events", {"events": [{"user_id": "a", "item_id": "b"}] * 1001}, 422, "at most 1000"),
     ("DELETE", "/users/user-1", None, 403, "token"),
     ("POST", "/rollback", {"version": 1}, 403, "token"),
@@ -176,10 +177,10 @@ def test_a_token_is_asked_for_where_there_is_one(one_store: Path) -> None:
     with server(one_store, Rules(TOKEN)) as (client, _):
         answer = client.get("/recommend/user-1")
         assert answer.status_code == 401 and "token" in answer.json()["detail"]
-        for wrong in ("", "Bearer ", f"Bearer {TOKEN}x", f"bearer {TOKEN}", TOKEN):
+        for wrong in ("", "Bearer ", f"Bearer {TOKEN}x", f"Basic {TOKEN}", TOKEN):
             assert client.get("/recommend/user-1", headers={"authorization": wrong}).status_code == 401
-        right = {"authorization": f"Bearer {TOKEN}"}
-        assert client.get("/recommend/user-1", headers=right).status_code == 200
+        for right in (f"Bearer {TOKEN}", f"bearer {TOKEN}"):
+            assert client.get("/recommend/user-1", headers={"authorization": right}).status_code == 200
         assert [client.get(path).status_code for path in ("/health/ready", "/", "/metrics")] == [200, 200, 401]
 
 

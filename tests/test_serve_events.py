@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,46 @@ def test_an_update_learns_each_click_once_also_when_the_nightly_file_has_it(tmp_
         assert click(client, "user-2", "item-2", timestamp=NOON)["known"]
     assert run("update", tmp_path) == 0  # nothing new
     assert len(rows(tmp_path)) == 1802 and open_store(tmp_path / "s").live == 2
+
+
+def test_an_id_of_a_click_is_known_after_the_update_too_and_joins_it_to_a_row_without_one(tmp_path: Path) -> None:
+    _, day, _ = stored(tmp_path)
+    row = day.row(0, named=True)
+    with server(tmp_path) as (client, live):
+        click(client, "user-1", "item-1", event_id="e1")
+        assert not click(
+            client, row["user_id"], row["item_id"], timestamp=row["timestamp"] / 10**6, event_id="e2"
+        )["known"]  # fmt: skip
+        assert run("update", tmp_path, str(tmp_path / "day-1.parquet"), *ANY) == 0  # its rows have no event_id
+        assert len(rows(tmp_path)) == 1800 + 1
+        live.look()
+        assert live.version is not None and live.version.number == 2
+        assert click(client, "user-1", "item-1", event_id="e1")[
+            "known"
+        ]  # sent again, later, as by a client that retries
+
+
+def test_a_click_may_be_a_little_ahead_and_no_more(tmp_path: Path) -> None:
+    stored(tmp_path)
+    with server(tmp_path) as (client, _):
+        now = time.time()
+        assert not click(client, "user-1", "item-1", timestamp=int(now) + 60)["known"]
+        answer = client.post(
+            "/events", json={"events": [{"user_id": "user-1", "item_id": "item-1", "timestamp": int(now) + 3600}]}
+        )
+        assert answer.status_code == 422 and "to come" in answer.json()["detail"]
+
+
+def test_many_clicks_are_folded_in_fast_and_newcomers_get_rows_of_their_own(tmp_path: Path) -> None:
+    stored(tmp_path)
+    wrote = Journal(tmp_path / "s")
+    wrote.add([Click(f"new-{n // 2}", f"item-{1 + n % 20}", NOON * 10**6 + n) for n in range(4000)])
+    wrote.end()
+    with server(tmp_path) as (_, live):
+        assert live.version is not None
+        fresh, n_users = live.version.served.fresh, len(live.version.served.users)
+        assert sorted(fresh.newcomers.values()) == list(range(n_users + 1, n_users + 2001))
+        assert all(len(clicks) == 2 for clicks in fresh.clicks.values())
 
 
 def test_clicks_alone_are_a_day_and_stay_in_the_lists_where_it_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from serving import ANY, TOKEN, items, run, server, stored
+from serving import ANY, TOKEN, click, items, run, server, stored
 from starlette.testclient import TestClient
 
 from freshrec.errors import StateError
@@ -85,6 +85,35 @@ def test_a_broken_version_is_never_served_and_the_old_one_stays(
         assert "not finite" in client.get("/health/ready").json()["trouble"]
 
 
+def test_what_could_not_be_served_is_tried_again_and_a_damaged_journal_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_module, "AGAIN_S", 0.0)
+    stored(tmp_path, n=2)
+    store = open_store(tmp_path / "s")
+    with server(tmp_path) as (client, live):
+        for n in range(3):
+            click(client, "user-1", f"item-{n}", event_id=f"e{n}")
+        [journal] = (tmp_path / "s" / "clicks").iterdir()
+        whole = journal.read_bytes()
+        journal.write_bytes(whole.replace(b'"e1"', b'"e9"'))
+        store.point(1, "rollback")
+        live.look()
+        ready = client.get("/health/ready").json()
+        assert ready["version"] == 2 and "not as it was written" in ready["trouble"]
+        assert click(client, "user-1", "item-1", event_id="e1")["known"]  # nothing was forgotten
+        path = store.files(1)["served.safetensors"]
+        good = path.read_bytes()
+        path.write_bytes(good[:-1] + b"x")
+        journal.write_bytes(whole)
+        live.look()
+        assert "damaged" in client.get("/health/ready").json()["trouble"]
+        path.write_bytes(good)  # mended; the pointer has not moved
+        live.look()
+        assert client.get("/health/ready").json() == {"status": "ready", "version": 1, "trouble": ""}
+        assert click(client, "user-1", "item-1", event_id="e1")["known"]
+
+
 def test_ids_and_model_of_two_versions_are_not_served_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored(tmp_path, n=3)
     store = open_store(tmp_path / "s")
@@ -108,10 +137,11 @@ def test_requests_in_flight_finish_on_the_version_they_began_with(
         return ask(version, by)  # type: ignore[arg-type]
 
     with server(tmp_path) as (client, live):
-        before = client.get("/recommend/user-1").json()
+        wanted = {"users": ["user-1", "user-2"]}
+        before = client.post("/recommend", json=wanted).json()
         monkeypatch.setattr(answers, "recommend", slow)
         found: list[object] = []
-        asking = threading.Thread(target=lambda: found.append(client.get("/recommend/user-1").json()))
+        asking = threading.Thread(target=lambda: found.append(client.post("/recommend", json=wanted).json()))
         asking.start()
         assert began.wait(20)
         live.store.point(1, "rollback")

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import sparse
 
 from freshrec.models.sparse import Cells, Runs, best, csr, distinct, rows_of, sums
@@ -54,3 +56,13 @@ def test_indices_are_as_wide_as_needed() -> None:
     one = np.ones(1, np.float32), np.ones(1, np.int64), np.array([0, 1])
     assert csr(*one, 5).indices.dtype == csr(*one, 5).indptr.dtype == np.int32
     assert csr(*one, 2**40).indices.dtype == np.int64
+
+
+@given(st.lists(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=6, max_size=6), min_size=2, max_size=5))
+def test_the_best_of_a_row_do_not_depend_on_the_rows_beside_it(scores: list[list[float]]) -> None:
+    scores_BN = sparse.csr_array(np.array(scores, np.float32))
+    columns_BK, values_BK = best(scores_BN, 4)
+    for row, line in enumerate(scores):
+        order = sorted((n for n in range(6) if line[n] > 0), key=lambda n: (-line[n], n))[:4]  # the first of equals
+        assert columns_BK[row][: len(order)].tolist() == order and not columns_BK[row][len(order) :].any()
+        assert values_BK[row][: len(order)].tolist() == [line[n] for n in order]

@@ -27,9 +27,13 @@ def version_of(folder: Path, exact: int) -> Version:
     return loaded(store, store.manifest(store.live), exact)
 
 
-@pytest.mark.parametrize("exact", [0, 100_000])
-def test_lists_made_together_are_those_made_alone(tmp_path: Path, exact: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, day, _ = stored(tmp_path, "comirec-dr:d=8", IMSR)
+@pytest.mark.parametrize(
+    ("model", "strategy", "exact"), [("comirec-dr:d=8", IMSR, 0), ("comirec-dr:d=8", IMSR, 99), ("blend", None, 0)]
+)
+def test_lists_made_together_are_those_made_alone(
+    model: str, strategy: str | None, exact: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, day, _ = stored(tmp_path, model, strategy)
     version = version_of(tmp_path, exact)
     users = day["user_id"].unique(maintain_order=True).to_list()
     wants = [asked.Asked(users=[user], k=5 + nth % 2) for nth, user in enumerate(users[:50] + ["a stranger"])]

@@ -66,20 +66,23 @@ def entries(scores_BN: Any) -> NDArray[Any]:
 
 
 def best(scores_BN: Any, k: int) -> tuple[Ints, Floats]:
-    """Columns and values (B, K) of the largest entries of each row, the best first; 0 where there are fewer."""
+    """Columns and values (B, K) of the largest entries of each row, the best first; 0 where there are fewer.
+
+    Of equal ones the first column is the better: a row's answer must not depend on the rows beside it.
+    """
     n_B = entries(scores_BN)
     width = int(n_B.max(initial=0))
-    if len(scores_BN.data) == width * len(n_B):  # as is that of one row alone
-        values_BW = scores_BN.data.reshape(len(n_B), width)
+    # positive floats are in the order of their bits, so that value and column make one number to sort by
+    keys_E = (scores_BN.data.astype(np.float32, copy=False).view(np.int32).astype(np.int64) << 32) - scores_BN.indices
+    if len(keys_E) == width * len(n_B):  # as is that of one row alone
+        keys_BW = keys_E.reshape(len(n_B), width)
     else:
-        values_BW = np.zeros((len(n_B), width), np.float32)
-        values_BW[np.arange(width) < n_B[:, None]] = scores_BN.data
-    top = torch.from_numpy(values_BW).topk(min(k, width))
-    values_BK = top.values.numpy()
-    is_there_BK = values_BK > 0
-    at_BK = np.where(is_there_BK, scores_BN.indptr[:-1, None] + top.indices.numpy(), 0)
-    columns_BK = scores_BN.indices.take(at_BK) if len(scores_BN.data) else at_BK
-    return np.where(is_there_BK, columns_BK, 0).astype(np.int64), values_BK
+        keys_BW = np.zeros((len(n_B), width), np.int64)
+        keys_BW[np.arange(width) < n_B[:, None]] = keys_E
+    keys_BK = torch.from_numpy(keys_BW).topk(min(k, width)).values.numpy()
+    columns_BK = -keys_BK & 0xFFFFFFFF
+    values_BK = ((keys_BK + columns_BK) >> 32).astype(np.int32).view(np.float32)
+    return np.where(values_BK > 0, columns_BK, 0), values_BK
 
 
 def sums(scores_BN: Any) -> Floats:

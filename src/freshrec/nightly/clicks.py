@@ -49,10 +49,10 @@ def with_clicks(log: Log, clicks: pl.DataFrame) -> Log:
         frame = frame.with_columns(pl.col("event_id").cast(pl.String))
         clicks = clicks.join(frame.select("event_id").drop_nulls(), on="event_id", how="anti")
     if log.has_clock:
-        plain = clicks["event_id"].is_null()
-        rows = frame.filter(pl.col("event_id").is_null()) if named else frame
-        unknown = clicks.filter(plain).join(rows.select(KEYS), on=list(KEYS), how="anti")
-        clicks = pl.concat([clicks.filter(~plain), unknown])
+        rows = (
+            frame.filter(pl.col("event_id").is_null()) if named else frame
+        )  # a click may have an id that its row lacks
+        clicks = clicks.join(rows.select(KEYS), on=list(KEYS), how="anti", maintain_order="left")
     else:
         clicks = clicks.with_columns(time=pl.int_range(pl.len(), dtype=pl.Int64) + len(frame))
     frame = frame.with_columns(pl.col("category").cast(pl.String)) if "category" in frame.columns else frame

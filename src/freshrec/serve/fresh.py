@@ -20,10 +20,11 @@ class Fresh:
     clicks: dict[int, tuple[Click, ...]] = field(default_factory=dict)
     newcomers: dict[int | str, int] = field(default_factory=dict)  # ids that the catalog lacks, and their rows after it
     gone: set[int] = field(default_factory=set)  # rows of users who are being erased
+    given: list[int] = field(default_factory=lambda: [0])  # the last row that a newcomer got
 
     def newcomer(self, user: int | str, n_users: int) -> int:
         """The row of somebody who is in no version; no row is given twice."""
-        self.newcomers[user] = 1 + max((n_users, *self.newcomers.values(), *self.gone))
+        self.given[0] = self.newcomers[user] = 1 + max(n_users, self.given[0])
         return self.newcomers[user]
 
     def add(self, user: int, time: int, item: int) -> None:

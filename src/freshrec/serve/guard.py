@@ -157,11 +157,12 @@ class Guard:
 def has_token(scope: Scope, token: str) -> bool:
     """Whether a request has this token."""
     given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-    return bool(token) and hmac.compare_digest(given, f"Bearer {token}".encode())
+    kind, _, word = given.partition(b" ")
+    return bool(token) and kind.lower() == b"bearer" and hmac.compare_digest(word.strip(), token.encode())
 
 
 async def read_body(receive: Receive, most: int) -> bytes | None:
-    """All of a request's body; None where it is larger than may be."""
+    """All of a request's body; None where it is larger than may be. TimeoutError where its client has gone."""
     parts, size = [], 0
     while True:
         message = await receive()
@@ -170,7 +171,9 @@ async def read_body(receive: Receive, most: int) -> bytes | None:
         if size > most:
             return None
         parts.append(part)
-        if message["type"] == "http.disconnect" or not message.get("more_body", False):
+        if message["type"] == "http.disconnect":
+            raise TimeoutError
+        if not message.get("more_body", False):
             return b"".join(parts)
 
 

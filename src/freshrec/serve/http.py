@@ -34,7 +34,7 @@ from freshrec.version import __version__
 
 T = TypeVar("T")
 PAGE = Path(__file__).parent / "page"
-LATEST_S = 2 * 86_400  # how far in the future an event may be: time zones
+AHEAD_S = 600  # how far in the future an event may be: clocks differ
 EARLIEST = datetime(1980, 1, 1, tzinfo=UTC)
 STATUS = {LogError: 422, OptionError: 409, IncompatibleError: 409, BusyError: 409, StateError: 409}
 SAID: dict[int | str, dict[str, Any]] = {
@@ -206,7 +206,7 @@ def _people(app: FastAPI, service: Service) -> None:
             raise HTTPException(404, "this user has no event, so nothing can be explained.")
         return await service.run(lambda: answers.explain(version, user, item))
 
-    @app.get("/users/{user}/interests", tags=["people"], responses={404: SAID[404]})
+    @app.get("/users/{user:path}/interests", tags=["people"], responses={404: SAID[404]})
     async def interests(user: User) -> asked.Person:
         """What is known of a user: events, and interests with their best items and the events behind them."""
         version = service.version
@@ -215,7 +215,7 @@ def _people(app: FastAPI, service: Service) -> None:
             raise HTTPException(404, "this user has no event; /recommend answers with what is popular.")
         return found
 
-    @app.get("/users/{user}/changes", tags=["people"], responses={404: SAID[404]})
+    @app.get("/users/{user:path}/changes", tags=["people"], responses={404: SAID[404]})
     async def changes(user: User, k: K = 20) -> asked.Changed:
         """How a user's list differs from that of the version before, which is loaded for it."""
         version = service.version
@@ -224,7 +224,7 @@ def _people(app: FastAPI, service: Service) -> None:
             raise HTTPException(404, "the live version is the first one; nothing can have changed.")
         return await service.run(lambda: _changed(service, version, parent, user, k))
 
-    @app.delete("/users/{user}", tags=["people"], responses={403: SAID[403]})
+    @app.delete("/users/{user:path}", tags=["people"], responses={403: SAID[403]})
     async def leave(user: User, request: Request) -> dict[str, Any]:
         """Erase a user from the log, from the clicks and from every version; needs the token. A receipt."""
         _only_with_token(service, request)
@@ -357,8 +357,10 @@ def _click(one: asked.Happened, version: Version) -> Click:
     reading, now = version.kept.reading, datetime.now(UTC)
     when = one.timestamp or now
     when = when if when.tzinfo else when.replace(tzinfo=UTC)
-    if not when >= EARLIEST or (when - now).total_seconds() > LATEST_S:
-        raise LogError(f"a timestamp is {when:%Y-%m-%d}, which is before 1980 or in the future; send when it happened.")
+    if not when >= EARLIEST or (when - now).total_seconds() > AHEAD_S:
+        raise LogError(
+            f"a timestamp is {when:%Y-%m-%d %H:%M}, which is before 1980 or to come; send when it happened, in UTC."
+        )
     if reading.events and one.event not in reading.events:
         raise LogError(f"this log takes events of the types {', '.join(reading.events)}; say which one it is.")
     event_id, category = (None if value is None else str(value) for value in (one.event_id, one.category))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +19,7 @@ from freshrec.models.checkpoint import load_to_ask
 from freshrec.serve.answers import Version, row_of
 from freshrec.serve.fresh import Fresh
 from freshrec.serve.index import EXACT, FLOOR, searching
-from freshrec.serve.reading import ids_of
+from freshrec.serve.reading import id_of, ids_of
 from freshrec.serve.recommend import Served, Wanted, best_items
 from freshrec.serve.saved import Kept, read_served
 from freshrec.store.clicks import Click, Journal, written
@@ -25,6 +27,10 @@ from freshrec.store.versions import Manifest, Store, now
 
 EVERY_S = 0.5  # how often the live pointer is looked at
 TRIED = 8  # users whose lists a new version must make before it is served: it is in memory beside the old one
+AGAIN_S = 30.0  # until a version that could not be served is tried once more
+MOST_KNOWN = 100_000  # ids of learnt clicks that are remembered, to know them again
+FAULTS = (FreshrecError, OSError, MemoryError, RuntimeError, ValueError, IndexError, KeyError, TypeError)
+Identity = tuple[int | str, ...]
 Told = Callable[[str], object]  # where to say what happened, never with an id of a user
 
 
@@ -46,10 +52,12 @@ class Live:
         self.version: Version | None = None
         self.trouble = ""  # why the version that the store points to is not served
         self.swaps = 0
-        self._journal, self._known = Journal(store.folder), set[tuple[int | str, ...]]()
+        self._journal, self._known = Journal(store.folder), dict[Identity, None]()  # what was taken, the oldest first
+        self._since: list[Click] = []  # what was taken since the journal was read last
         self._leaving = set[int | str]()  # users who are being erased
         self._folding, self.loading = threading.Lock(), threading.Lock()
         self._seen: object = None  # the pointer and the files that were looked at last
+        self._again = 0.0  # when they are looked at again
         self._over = threading.Event()
         self._watch = threading.Thread(target=self._watching, name="watch", daemon=True)
 
@@ -76,35 +84,44 @@ class Live:
                 self._refuse("pointer", str(why))
                 return
             seen = (about.id, tuple(sorted((name, file.sha256) for name, file in about.files.items())))
-            if seen == self._seen:
+            if seen == self._seen and time.monotonic() < self._again:
                 return
             give_back()
             try:
-                version = loaded(self.store, about, self.exact, self.floor)
-            except (FreshrecError, MemoryError, RuntimeError, ValueError, IndexError, KeyError, TypeError) as why:
+                self._swap(loaded(self.store, about, self.exact, self.floor))
+            except FAULTS as why:
                 self._refuse(seen, f"version {about.id} is not served: {_sentence(why)}")
                 return
-            self._swap(version)
-            self._seen, self.trouble = seen, ""
+            self._seen, self._again, self.trouble = seen, math.inf, ""
         give_back()
 
     def _refuse(self, seen: object, why: str) -> None:
-        if seen != self._seen:
-            self._seen, self.trouble = seen, why
+        """Say why nothing new is served; what was wrong may be mended, so it is tried again in a while."""
+        if why != self.trouble:
             self.told(why)
+        self._seen, self._again, self.trouble = seen, time.monotonic() + AGAIN_S, why
 
     def _swap(self, version: Version) -> None:
-        """All at once: model, ids, interests, index, and the clicks that this version does not hold."""
-        with self._folding:
-            self._known.clear()
-            gone = {row_of(version, user) for user in self._leaving}
-            learnt = {manifest.batch for manifest in _chain(self.store, version.about)}
-            for file in written(self.store.folder):
-                if file.batch not in learnt - {None}:
-                    for click in file.clicks:
-                        self._fold(version, click)
-            version.served.fresh.gone.update(gone - {0})
-            self.version, self.swaps = version, self.swaps + 1
+        """All at once: model, ids, interests, index, and the clicks that this version does not hold.
+
+        StateError where the journal is damaged: then all stays as it was.
+        """
+        ids = [one for one in self._known if len(one) == 1][-MOST_KNOWN:]  # what is learnt keeps no trace of them
+        self._since, known = [], dict[Identity, None](dict.fromkeys(ids))
+        learnt = {manifest.batch for manifest in _chain(self.store, version.about)} - {None}
+        for file in written(self.store.folder):
+            if file.batch not in learnt:
+                for click in file.clicks:
+                    _fold(version, click, known)
+        with self._folding:  # the clicks of meanwhile, and those who leave
+            for click in self._since:
+                if click.identity not in known:
+                    _fold(version, click, known)
+            gone = {row_of(version, user) for user in self._leaving} - {0}
+            version.served.fresh.gone.update(gone)
+            for row in gone:
+                version.served.fresh.clicks.pop(row, None)
+            self.version, self._known, self.swaps = version, known, self.swaps + 1
         self.told(f"version {version.number} is served")
 
     def take(self, clicks: Sequence[Click]) -> tuple[int, list[Outcome]]:
@@ -120,10 +137,11 @@ class Live:
             new = {click.identity: click for click in reversed(clicks) if not self._has(version, click)}
             if new:
                 self._journal.add(reversed(new.values()))
+                self._since.extend(reversed(new.values()))
             found = []
             for click in clicks:
                 known = new.pop(click.identity, None) is None
-                why = "it was taken before" if known else self._fold(version, click)
+                why = "it was taken before" if known else _fold(version, click, self._known)
                 found.append(Outcome(click, known, why is None, why))
         return version.number, found
 
@@ -132,21 +150,6 @@ class Live:
         if click.identity in self._known:
             return True
         return click.event_id is None and _in_histories(version.served, click)
-
-    def _fold(self, version: Version, click: Click) -> str | None:
-        """Put a click into its user's history; why not, where it cannot be."""
-        served = version.served
-        self._known.add(click.identity)
-        if _in_histories(served, click):
-            return "it is in the user's history already"
-        item = int(served.items.rows(ids_of("item_id", click.item_id, served.items)))
-        fresh, user = served.fresh, row_of(version, click.user_id)
-        if not item:
-            return "the item is new: the next update learns it"
-        if not user:
-            user = fresh.newcomer(click.user_id, len(served.users))
-        fresh.add(user, click.time if version.kept.reading.has_clock else 2**62 + len(fresh.clicks.get(user, ())), item)
-        return None
 
     @contextmanager
     def leaving(self, user: int | str) -> Iterator[None]:
@@ -228,17 +231,33 @@ def _chain(store: Store, about: Manifest) -> list[Manifest]:
     return found
 
 
+def _fold(version: Version, click: Click, known: dict[Identity, None]) -> str | None:
+    """Put a click into its user's history; why not, where it cannot be."""
+    served = version.served
+    known[click.identity] = None
+    if _in_histories(served, click):
+        return "it is in the user's history already"
+    item = served.items.row(id_of("item_id", click.item_id, served.items))
+    fresh, user = served.fresh, row_of(version, click.user_id)
+    if not item:
+        return "the item is new: the next update learns it"
+    if not user:
+        user = fresh.newcomer(click.user_id, len(served.users))
+    fresh.add(user, click.time if version.kept.reading.has_clock else 2**62 + len(fresh.clicks.get(user, ())), item)
+    return None
+
+
 def _in_histories(served: Served, click: Click) -> bool:
     """Whether the version's own events hold one of this user, item and time."""
     mine = served.counts.recent
-    user = int(served.users.rows(ids_of("user_id", click.user_id, served.users)))
+    user = served.users.row(id_of("user_id", click.user_id, served.users))
     if not user or user > mine.n_users:
         return False
     rows = slice(int(mine.offsets_U[user]), int(mine.offsets_U[user + 1]))
     at = mine.times_R[rows] == click.time
     if not bool(at.any()):
         return False
-    item = int(served.items.rows(ids_of("item_id", click.item_id, served.items)))
+    item = served.items.row(id_of("item_id", click.item_id, served.items))
     return bool((mine.items_R[rows][at] == item).any())
 
 
