@@ -40,9 +40,10 @@ def serve(
     import torch
 
     from freshrec.serve.guard import Rules
-    from freshrec.serve.live import Live
+    from freshrec.serve.live import Live, keep_no_large_blocks
     from freshrec.store.versions import open_store
 
+    keep_no_large_blocks()
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
     made = open_store(store)

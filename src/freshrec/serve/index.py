@@ -7,6 +7,7 @@ Where no number of cells is enough, all items are scored, and `Searching` says s
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +73,10 @@ def built(items_ID: Tensor) -> Any:
     index.cp.max_points_per_centroid, index.cp.seed = TRAINED_ON, 1234
     index.train(rows_ID)
     index.add_with_ids(rows_ID, np.arange(1, len(rows_ID) + 1))
-    return index
+    with tempfile.TemporaryDirectory() as folder:  # cells that grew have room to spare; those that are read have none
+        faiss.write_index(index, f"{folder}/index")
+        del index
+        return faiss.read_index(f"{folder}/index")
 
 
 def through(index: Any, probes: int) -> Search:

@@ -30,6 +30,7 @@ TRIED = 8  # users whose lists a new version must make before it is served: it i
 AGAIN_S = 30.0  # until a version that could not be served is tried once more
 MOST_KNOWN = 100_000  # ids of learnt clicks that are remembered, to know them again
 FAULTS = (FreshrecError, OSError, MemoryError, RuntimeError, ValueError, IndexError, KeyError, TypeError)
+C, M_MMAP_THRESHOLD = ctypes.CDLL(None), -3
 Identity = tuple[int | str, ...]
 Told = Callable[[str], object]  # where to say what happened, never with an id of a user
 
@@ -278,7 +279,18 @@ def give_back() -> None:
     gc.unfreeze()
     gc.collect()
     gc.freeze()
-    ctypes.CDLL(None).malloc_trim(0)
+    _glibc("malloc_trim", 0)
+
+
+def keep_no_large_blocks() -> None:
+    """Let what is freed go back to the system at once where it is large; glibc would learn to keep it."""
+    _glibc("mallopt", M_MMAP_THRESHOLD, 1 << 20)
+
+
+def _glibc(name: str, *numbers: int) -> None:
+    """Call a function that only glibc has; elsewhere nothing happens."""
+    if hasattr(C, name):
+        getattr(C, name)(*numbers)
 
 
 def _sentence(why: BaseException) -> str:
