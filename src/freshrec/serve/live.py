@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
+import platform
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,7 @@ TRIED = 8  # users whose lists a new version must make before it is served: it i
 AGAIN_S = 30.0  # until a version that could not be served is tried once more
 MOST_KNOWN = 100_000  # ids of learnt clicks that are remembered, to know them again
 FAULTS = (FreshrecError, OSError, MemoryError, RuntimeError, ValueError, IndexError, KeyError, TypeError)
-C, M_MMAP_THRESHOLD = ctypes.CDLL(None), -3
+M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 Identity = tuple[int | str, ...]
 Told = Callable[[str], object]  # where to say what happened, never with an id of a user
 
@@ -289,8 +290,8 @@ def keep_no_large_blocks() -> None:
 
 def _glibc(name: str, *numbers: int) -> None:
     """Call a function that only glibc has; elsewhere nothing happens."""
-    if hasattr(C, name):
-        getattr(C, name)(*numbers)
+    if platform.libc_ver()[0] == "glibc":
+        getattr(ctypes.CDLL(None), name)(*numbers)
 
 
 def _sentence(why: BaseException) -> str:
