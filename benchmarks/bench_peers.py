@@ -25,8 +25,10 @@ PEERS = {
     "rechub": ["torch-rechub==0.9.0"],
     "implicit": ["implicit==0.7.3"],
 }
+AS_RECBOLE = "blocks=2:heads=2:dropout=0.5:lr=0.001:batch=256:predict=last:loss=full"
 PAIRS = (  # ours, the peer's library, its model: the same method
     ("sasrec", "recbole", "SASRec"),
+    (f"sasrec:{AS_RECBOLE}", "recbole", "SASRec"),
     ("gru4rec", "recbole", "GRU4Rec"),
     ("mind-original", "rechub", "mind"),
     ("comirec-dr-original:transform=interest", "rechub", "comirec-dr"),
