@@ -49,9 +49,8 @@ def with_clicks(log: Log, clicks: pl.DataFrame) -> Log:
         frame = frame.with_columns(pl.col("event_id").cast(pl.String))
         clicks = clicks.join(frame.select("event_id").drop_nulls(), on="event_id", how="anti")
     if log.has_clock:
-        rows = (
-            frame.filter(pl.col("event_id").is_null()) if named else frame
-        )  # a click may have an id that its row lacks
+        # a row may lack the id that its click has
+        rows = frame.filter(pl.col("event_id").is_null()) if named else frame
         clicks = clicks.join(rows.select(KEYS), on=list(KEYS), how="anti", maintain_order="left")
     else:
         clicks = clicks.with_columns(time=pl.int_range(pl.len(), dtype=pl.Int64) + len(frame))

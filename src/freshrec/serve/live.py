@@ -55,7 +55,7 @@ class Live:
         self.trouble = ""  # why the version that the store points to is not served
         self.swaps = 0
         self._journal, self._known = Journal(store.folder), dict[Identity, None]()  # what was taken, the oldest first
-        self._since: list[Click] = []  # what was taken since the journal was read last
+        self._since: list[Click] | None = None  # what is taken while a swap reads the journal
         self._leaving = set[int | str]()  # users who are being erased
         self._folding, self.loading = threading.Lock(), threading.Lock()
         self._seen: object = None  # the pointer and the files that were looked at last
@@ -109,21 +109,25 @@ class Live:
         StateError where the journal is damaged: then all stays as it was.
         """
         ids = [one for one in self._known if len(one) == 1][-MOST_KNOWN:]  # what is learnt keeps no trace of them
-        self._since, known = [], dict[Identity, None](dict.fromkeys(ids))
-        learnt = {manifest.batch for manifest in _chain(self.store, version.about)} - {None}
-        for file in written(self.store.folder):
-            if file.batch not in learnt:
-                for click in file.clicks:
-                    _fold(version, click, known)
-        with self._folding:  # the clicks of meanwhile, and those who leave
-            for click in self._since:
-                if click.identity not in known:
-                    _fold(version, click, known)
-            gone = {row_of(version, user) for user in self._leaving} - {0}
-            version.served.fresh.gone.update(gone)
-            for row in gone:
-                version.served.fresh.clicks.pop(row, None)
-            self.version, self._known, self.swaps = version, known, self.swaps + 1
+        known = dict[Identity, None](dict.fromkeys(ids))
+        self._since = []
+        try:
+            learnt = {manifest.batch for manifest in _chain(self.store, version.about)} - {None}
+            for file in written(self.store.folder):
+                if file.batch not in learnt:
+                    for click in file.clicks:
+                        _fold(version, click, known)
+            with self._folding:  # the clicks of meanwhile, and those who leave
+                for click in self._since:
+                    if click.identity not in known:
+                        _fold(version, click, known)
+                gone = {row_of(version, user) for user in self._leaving} - {0}
+                version.served.fresh.gone.update(gone)
+                for row in gone:
+                    version.served.fresh.clicks.pop(row, None)
+                self.version, self._known, self.swaps = version, known, self.swaps + 1
+        finally:
+            self._since = None
         self.told(f"version {version.number} is served")
 
     def take(self, clicks: Sequence[Click]) -> tuple[int, list[Outcome]]:
@@ -139,7 +143,8 @@ class Live:
             new = {click.identity: click for click in reversed(clicks) if not self._has(version, click)}
             if new:
                 self._journal.add(reversed(new.values()))
-                self._since.extend(reversed(new.values()))
+                if self._since is not None:
+                    self._since.extend(new.values())
             found = []
             for click in clicks:
                 known = new.pop(click.identity, None) is None
