@@ -101,7 +101,7 @@ def operations(root: Path) -> str:
 
 def _short(found: list[dict[str, Any]]) -> list[str]:
     """ndcg@20 of a few methods on every log, and what a full retrain costs."""
-    names = ["blend", *(model if strategy == "absorb" else f"{model} {strategy}" for model, strategy in SHOWN[1:])]
+    names = [model if strategy in ("absorb", "refit") else f"{model} {strategy}" for model, strategy in SHOWN]
     lines = ["| ndcg@20, % | " + " | ".join(names) + " | CPU-s, full : finetune |", "|---" * (len(SHOWN) + 2) + "|"]
     for result in found:
         if not result["recipe"].startswith("default-"):  # the others replay fewer methods

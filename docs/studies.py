@@ -1,4 +1,4 @@
-"""Sections of docs/results.md that are not one table a recipe: categories, cases of IMSR, and other libraries."""
+"""Sections of docs/results.md that are not one table a recipe: the default, categories, IMSR's cases, libraries."""
 
 from __future__ import annotations
 
@@ -173,7 +173,8 @@ def _peers(root: Path) -> list[str]:
     lines = [
         "## Against other libraries",
         "",
-        f"`python benchmarks/bench_peers.py --data ...` -- {found['log']}, {found['tested']:,} users,",
+        f"`python benchmarks/bench_peers.py --data ... --users {found['users']}` --",
+        f"{found['log']}, {found['tested']:,} users,",
         f"{found['items']:,} items, {found['events']:,} events: one environment per library, the same split (each",
         "user's last event is the test, the one before it chooses the epoch), the same ranking of all items,",
         "one machine, one thread, one run, one seed. In % ours / theirs, and the difference with its 95 % bootstrap",

@@ -9,20 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freshrec.data.batches import query_batches
-from freshrec.data.carried import carried_by
 from freshrec.models.blend import Blend
 from freshrec.models.pairs import Pairs
-from freshrec.models.ranking import known
 from freshrec.serve import asked
 from freshrec.serve.explain import reasons
 from freshrec.serve.fresh import asked_of
 from freshrec.serve.index import Searching
 from freshrec.serve.reading import Ids, id_of, ids_of, item_rows, known_rows, of_category, rows_of
-from freshrec.serve.recommend import WHY, Served, Wanted, best_items, lists_of, similar_items
+from freshrec.serve.recommend import WHY, Served, Wanted, batch_of_user, best_items, lists_of, similar_items
 from freshrec.serve.saved import Kept
 from freshrec.store.versions import Manifest
-from freshrec.types import Batch, InterestModel, VectorModel
+from freshrec.types import InterestModel, VectorModel
 
 SHOWN = 10  # items of an interest
 PAST = 30  # events of a user
@@ -123,7 +120,7 @@ def _interests(version: Version, row: int, items_T: Tensor, times_T: Tensor) -> 
     if not isinstance(counter, Pairs):
         return "this model has no interests: it knows what is popular, or what the user had", []
     found = best_items(served, torch.tensor([row]), Wanted(30))
-    batch, groups = _batch(served, row), dict[int, list[int]]()
+    batch, groups = batch_of_user(served, torch.tensor([row])), dict[int, list[int]]()
     for at, item in enumerate(found["item"]):
         groups.setdefault(counter.because(batch, item), []).append(at)
     cards = []
@@ -143,7 +140,7 @@ def _interests(version: Version, row: int, items_T: Tensor, times_T: Tensor) -> 
 
 def _vectors(version: Version, row: int, items_T: Tensor, times_T: Tensor) -> tuple[str, list[asked.Interest]]:
     served, model = version.served, version.served.state.model
-    batch = _batch(served, row)
+    batch = batch_of_user(served, torch.tensor([row]))
     n = int(batch.alive_BK.sum()) if batch.alive_BK is not None else None
     vectors_KD, items_ID = model.user_vectors(batch)[0][:n], model.item_vectors()
     scores_KI = vectors_KD @ items_ID.T
@@ -175,15 +172,6 @@ def _ages(served: Served, row: int, n: int) -> tuple[list[int | None], list[int 
         stored = len(users.born_S[mine])
         born[:stored], used[:stored] = users.born_S[mine].tolist(), users.used_S[mine].tolist()
     return born[:n], used[:n]
-
-
-def _batch(served: Served, row: int) -> Batch:
-    """One user, as the model sees it."""
-    state = served.state
-    carried = carried_by(state.model, state.users, state.spans_seen)
-    ends = asked_of(state.recent, served.fresh, torch.tensor([row]))
-    [(_, batch)] = query_batches(ends, state.model.spec.length, carried)
-    return known(state.model, batch)
 
 
 def explain(version: Version, user: str, item: str) -> asked.Explained:

@@ -5,23 +5,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freshrec.data.batches import query_batches
-from freshrec.data.carried import carried_by
 from freshrec.errors import IncompatibleError
 from freshrec.models.blend import Blend, Reason
 from freshrec.models.pairs import Pairs
-from freshrec.models.ranking import known
-from freshrec.serve.fresh import asked_of
-from freshrec.serve.recommend import Served
+from freshrec.serve.recommend import Served, batch_of_user
 from freshrec.types import Batch, VectorModel
 
 
 def reasons(served: Served, users_1: Tensor, item: int) -> pl.DataFrame:
     """Why one user is offered an item, rows both: source, place, points, because (a row, 0: not known)."""
-    state = served.now
-    model, ends = state.model, asked_of(state.recent, served.fresh, users_1)
-    [(_, batch)] = query_batches(ends, model.spec.length, carried_by(model, state.users, state.spans_seen), 1)
-    batch = known(model, batch)
+    model, batch = served.now.model, batch_of_user(served, users_1)
     if isinstance(model, Blend):
         found = model.explain(batch, item)
     elif item > model.n_items:

@@ -12,16 +12,11 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
-from freshrec.data.batches import query_batches
-from freshrec.data.carried import carried_by
 from freshrec.errors import IncompatibleError, OptionError
-from freshrec.models.ranking import known
 from freshrec.serve.answers import Version
-from freshrec.serve.fresh import asked_of
 from freshrec.serve.index import built
+from freshrec.serve.recommend import vectors_of_users
 from freshrec.types import Batch, InterestModel, VectorModel
-
-SIZE = 1024  # users asked at once
 
 
 def export(version: Version, folder: Path, with_onnx: bool = False) -> dict[str, Any]:
@@ -63,13 +58,9 @@ def export(version: Version, folder: Path, with_onnx: bool = False) -> dict[str,
 
 def user_vectors(version: Version) -> tuple[np.ndarray, list[int], list[int]]:
     """The vectors of all users as they would be asked now, one user after the other; the first of each, how many."""
-    served = version.served
-    state, users_N = served.state, torch.arange(1, len(served.users) + 1)
-    carried = carried_by(state.model, state.users, state.spans_seen)
+    users_N = torch.arange(1, len(version.served.users) + 1)
     found: dict[int, Tensor] = {}
-    ends = asked_of(state.recent, served.fresh, users_N)
-    for which, batch in query_batches(ends, state.model.spec.length, carried, SIZE):
-        vectors_BKD = state.model.user_vectors(known(state.model, batch))
+    for which, batch, vectors_BKD in vectors_of_users(version.served, users_N):
         n_B = [vectors_BKD.shape[1]] * len(which) if batch.alive_BK is None else batch.alive_BK.sum(1).tolist()
         for row, user in enumerate(which.tolist()):
             found[user] = vectors_BKD[row, : n_B[row]]

@@ -16,11 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from freshrec.data.batches import query_batches
-from freshrec.data.carried import carried_by
-from freshrec.models.ranking import Search, known, top_exact
-from freshrec.serve.fresh import Fresh, asked_of
-from freshrec.serve.recommend import Served
+from freshrec.models.ranking import Search, top_exact
+from freshrec.serve.recommend import Served, vectors_of_users
 from freshrec.types import VectorModel
 
 EXACT = 50_000  # items: above it an index answers sooner than all scores are made (`freshrec bench serve`)
@@ -101,12 +98,7 @@ def recall_of(search: Search, vectors_QKD: Tensor, best_QN: Tensor) -> float:
 
 def _asked(served: Served) -> Tensor:
     """(Q, K, D) vectors of some users who have events, as they would be asked now."""
-    state = served.now
-    have_U = (state.recent.offsets_U.diff() > 0).nonzero()[:, 0]
+    have_U = (served.now.recent.offsets_U.diff() > 0).nonzero()[:, 0]
     users_N = have_U[torch.randperm(len(have_U), generator=torch.Generator().manual_seed(0))[:ASKED]]
-    carried = carried_by(state.model, state.users, state.spans_seen)
-    found = [
-        state.model.user_vectors(known(state.model, batch))
-        for _, batch in query_batches(asked_of(state.recent, Fresh(), users_N), state.model.spec.length, carried)
-    ]
+    found = [vectors_BKD for _, _, vectors_BKD in vectors_of_users(served, users_N)]
     return torch.cat(found) if found else torch.zeros(0, 1, 1)

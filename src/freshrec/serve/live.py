@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 import polars as pl
 import torch
 
-from freshrec.errors import FreshrecError, LogError, OptionError, StateError
+from freshrec.errors import FreshrecError, OptionError, StateError
 from freshrec.models.checkpoint import load_to_ask
 from freshrec.serve.answers import Version, row_of
 from freshrec.serve.fresh import Fresh
 from freshrec.serve.index import EXACT, FLOOR, searching
-from freshrec.serve.reading import id_of, ids_of
+from freshrec.serve.reading import id_of
 from freshrec.serve.recommend import Served, Wanted, best_items
 from freshrec.serve.saved import Kept, read_served
 from freshrec.store.clicks import Click, Journal, written
@@ -162,7 +162,7 @@ class Live:
     def leaving(self, user: int | str) -> Iterator[None]:
         """While a user is erased: a stranger from the first moment; afterwards, what is on the disk is read again."""
         assert self.version is not None
-        user = ids_of("user_id", user, self.version.served.users)[0]
+        user = id_of("user_id", user, self.version.served.users)
         with self._folding:
             self._leaving.add(user)
             served, row = self.version.served, row_of(self.version, user)
@@ -271,13 +271,8 @@ def _in_histories(served: Served, click: Click) -> bool:
 def checked(version: Version, click: Click) -> Click:
     """A click whose ids are of the store's kind. LogError where they are not."""
     served = version.served
-    kinds = []
-    for name, given, catalog in (("user_id", click.user_id, served.users), ("item_id", click.item_id, served.items)):
-        kind = catalog.frame["id"].dtype
-        if kind == pl.String and isinstance(given, int):
-            raise LogError(f"{name} is a number, and the ids of this log are text; send it as text.")
-        kinds.append(ids_of(name, given, catalog)[0])
-    return click._replace(user_id=kinds[0], item_id=kinds[1])
+    user_id, item_id = id_of("user_id", click.user_id, served.users), id_of("item_id", click.item_id, served.items)
+    return click._replace(user_id=user_id, item_id=item_id)
 
 
 def give_back() -> None:

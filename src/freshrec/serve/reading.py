@@ -112,9 +112,10 @@ def ids_of(name: str, ids: Ids, catalog: Catalog) -> pl.Series:
 
 def id_of(name: str, one: str | int, catalog: Catalog) -> str | int:
     """One id as the catalog has them. LogError where it is of another kind."""
-    if catalog.frame["id"].dtype == pl.String and not isinstance(one, str):
+    is_text = catalog.frame["id"].dtype == pl.String
+    if is_text and not isinstance(one, str):
         raise LogError(f"{name} is a number, and the ids of this log are text; send it as text.")
-    if type(one) is int or catalog.frame["id"].dtype == pl.String:
+    if is_text or type(one) is int:
         return one
     found: str | int = ids_of(name, one, catalog)[0]
     return found

@@ -1,5 +1,6 @@
 """From what is served and users to ranked items: pure functions of rows; ids are translated by the caller."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -7,14 +8,14 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from freshrec.data.batches import append, histories_before, query_batches
+from freshrec.data.batches import append, histories_before, in_parts, query_batches
 from freshrec.data.carried import Carried, carried_by
 from freshrec.data.catalog import Catalog
 from freshrec.errors import IncompatibleError
 from freshrec.models.blend import Blend
 from freshrec.models.counted import told
 from freshrec.models.pairs import Pairs
-from freshrec.models.ranking import Search, top
+from freshrec.models.ranking import Search, known, top
 from freshrec.options import Weight, check_options
 from freshrec.serve.diverse import CANDIDATES, diversified, kinds_of
 from freshrec.serve.fresh import Fresh, asked_of
@@ -163,11 +164,8 @@ def lists_of(served: Served, users_N: Tensor, wanted: Wanted) -> Lists:
     lists = Lists.empty(len(users_N), wanted.k)
     _from_model(served, users_N, wanted, lists)
     short_N = (lists.items_NK == 0).any(1)
-    for why, which_N in (
-        (UNKNOWN, (users_N == 0).nonzero()[:, 0]),
-        (EXHAUSTED, (short_N & (users_N > 0)).nonzero()[:, 0]),
-    ):
-        for which_B in which_N.split(SIZE) if len(which_N) else ():
+    for why, which_N in ((UNKNOWN, users_N == 0), (EXHAUSTED, short_N & (users_N > 0))):
+        for which_B in in_parts(which_N.nonzero()[:, 0], SIZE):
             lists.complete(which_B, _from_counts(served, users_N[which_B], wanted), WHY.index(why))
     return lists
 
@@ -181,6 +179,24 @@ def _from_model(served: Served, users_N: Tensor, wanted: Wanted, lists: Lists) -
         if served.counts_only:
             scores_BC = scores_BC.masked_fill(scores_BC <= 0, -torch.inf)
         lists.put(nth_N[which], *_diverse(served, items_BC, scores_BC, wanted))
+
+
+def vectors_of_users(served: Served, users_N: Tensor) -> Iterator[tuple[Tensor, Batch, Tensor]]:
+    """Parts of some user rows as a model with vectors sees them now: which of them, their batch, and (B, K, D)."""
+    model = served.now.model
+    assert isinstance(model, VectorModel)
+    ends = asked_of(served.now.recent, served.fresh, users_N)
+    for which, batch in query_batches(ends, model.spec.length, served.carried, SIZE):
+        batch = known(model, batch)
+        yield which, batch, model.user_vectors(batch)
+
+
+def batch_of_user(served: Served, user_1: Tensor) -> Batch:
+    """One user row as the model sees it now."""
+    model = served.now.model
+    ends = asked_of(served.now.recent, served.fresh, user_1)
+    [(_, batch)] = query_batches(ends, model.spec.length, served.carried)
+    return known(model, batch)
 
 
 def _from_counts(served: Served, users_B: Tensor, wanted: Wanted) -> Lists:
