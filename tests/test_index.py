@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from serving import items, server, stored
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from freshrec.models.interests import InterestSpec
 from freshrec.models.popularity import PopularitySpec
 from freshrec.models.ranking import top, top_exact
 from freshrec.serve import index as module
-from freshrec.serve.index import built, recall_of, searching, through
+from freshrec.serve.index import Limits, built, longest_first, recall_of, searching, through
 from freshrec.serve.recommend import Served
 from freshrec.types import Batch, Events, Histories, State
 
@@ -63,7 +65,7 @@ def small_cells(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_small_catalogues_are_searched_exactly_and_large_ones_by_an_index_with_its_recall() -> None:
     served = served_of(clustered())
     assert searching(served)[0] is None and searching(served)[1].how == "exact"
-    search, about = searching(served, exact=1000)
+    search, about = searching(served, Limits(exact=1000))
     assert search is not None and about.how == "index" and about.recall >= 0.98
     batch = asked(served)
     exact, _ = top(served.state.model, batch, 20)
@@ -75,13 +77,14 @@ def test_small_catalogues_are_searched_exactly_and_large_ones_by_an_index_with_i
 def test_recall_is_the_share_of_the_true_best_that_is_found() -> None:
     best_QN = torch.tensor([[1, 2], [3, 4]])
     found = torch.tensor([[2, 9, 1], [7, 3, 3]])
-    assert recall_of(lambda vectors_QKD, n: found, torch.zeros(2, 1, 1), best_QN) == 0.75  # 1, 2 and 3, but not 4
+    recall = recall_of(lambda vectors_QKD, n: (found, found), torch.zeros(2, 1, 1), best_QN)
+    assert recall == 0.75  # 1, 2 and 3, but not 4
 
 
 def test_scores_and_order_are_those_of_the_vectors_and_an_item_comes_once() -> None:
     served = served_of(clustered())
     model, batch = served.state.model, asked(served)
-    items_BK, scores_BK = top(model, batch, 30, search=through(built(model.item_vectors()), 8))
+    items_BK, scores_BK = top(model, batch, 30, search=through(built(model.item_vectors()), model.item_vectors(), 8))
     vectors_BKD = model.user_vectors(batch)
     for row in range(len(batch)):
         chosen = items_BK[row].tolist()
@@ -95,9 +98,8 @@ def test_filters_never_come_back_short() -> None:
     # all that an index with a single probe finds for a user is banned; there are others, and the user gets them
     served = served_of(clustered(600))
     model, batch = served.state.model, asked(served, 5)
-    search = through(built(model.item_vectors()), 1)
-    found_BC = search(model.user_vectors(batch), 600)
-    banned_BM = found_BC.sort(1).values
+    search = through(built(model.item_vectors()), model.item_vectors(), 1)
+    banned_BM, _ = search(model.user_vectors(batch), 600)
     items_BK, scores_BK = top(model, batch, 20, banned_BM, search=search)
     exact_BK, _ = top_exact(model.item_vectors(), model.user_vectors(batch), 20, banned_BM, torch.arange(1, 601))
     assert bool(torch.isfinite(scores_BK).all()) and torch.equal(items_BK, exact_BK)
@@ -110,18 +112,69 @@ def test_where_no_number_of_cells_is_enough_all_items_are_scored_and_it_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "PROBES", (1, 2))
-    search, about = searching(served_of(isotropic()), exact=1000)
+    search, about = searching(served_of(isotropic()), Limits(exact=1000))
     assert search is None and about.how == "exact" and "less than 98%" in about.why
     monkeypatch.setattr(module, "PROBES", (1, 300))
-    search, about = searching(served_of(isotropic()), exact=1000)
+    search, about = searching(served_of(isotropic()), Limits(exact=1000))
     assert search is not None and about.probes == 300 and about.recall >= 0.98  # it searched wider
+
+
+def some_long(n: int = N) -> Tensor:
+    """Vectors of which one in twenty is long, as those that many users had are."""
+    items_ID = isotropic(n)
+    items_ID[1::20] *= 5.0
+    return items_ID
+
+
+@given(st.integers(0, 2**32), st.integers(1, 60), st.sampled_from([1, 40, 300, 5000]))
+def test_what_the_longest_items_decide_is_the_exact_list(seed: int, n: int, head: int) -> None:
+    # many lengths are alike, so that what comes after the last block may score as much as what was found
+    source = torch.Generator().manual_seed(seed)
+    items_ID = torch.randint(-3, 4, (2000, 3), generator=source).float()
+    items_ID[0] = 0.0
+    vectors_BKD = torch.randint(-2, 3, (5, 3, 3), generator=source).float()
+    found_BN, own_BN = longest_first(items_ID, head)(vectors_BKD, n)
+    exact_BN, scores_BN = top_exact(items_ID, vectors_BKD, n, None, torch.arange(1, 2000))
+    for row in range(5):
+        if bool((found_BN[row] == 0).any()):
+            assert bool((found_BN[row] == 0).all())  # nothing is said, rather than half of it
+        else:
+            assert len(set(found_BN[row].tolist())) == n
+            assert torch.equal((vectors_BKD[row] @ items_ID[found_BN[row]].T).amax(0), own_BN[row])
+            assert torch.equal(own_BN[row], scores_BN[row])
+
+
+def test_lists_are_exact_whether_or_not_the_longest_items_decide_them() -> None:
+    served = served_of(some_long())
+    search, about = searching(served, Limits(head=2500))
+    assert search is not None and about.how == "longest" and about.recall == 1.0
+    model, batch = served.state.model, asked(served)
+    banned_BM = torch.zeros(len(batch), 300, dtype=torch.int64)
+    long_N = torch.arange(1, 6001, 20)
+    banned_BM[::2] = long_N  # every second user must not get any of the long ones: the others cannot be decided by them
+    decided_B = (search(model.user_vectors(batch), 320)[0] > 0).all(1)
+    assert not bool(decided_B.all())
+    for banned in (None, banned_BM):
+        exact, scores = top_exact(model.item_vectors(), model.user_vectors(batch), 20, banned, torch.arange(1, 6001))
+        found = top(model, batch, 20, banned, search=search)
+        assert torch.equal(found[0], exact) and torch.allclose(found[1], scores)
+
+
+def test_where_all_items_are_as_long_the_longest_decide_nothing_and_are_not_asked() -> None:
+    items_ID = torch.nn.functional.normalize(isotropic())
+    search, about = searching(served_of(items_ID), Limits(head=2500))
+    assert search is None and about.how == "exact"
+
+
+def test_a_user_of_whom_nothing_is_known_is_not_decided() -> None:
+    assert not bool(longest_first(some_long(), 2500)(torch.zeros(1, 2, D), 20)[0].any())
 
 
 def test_a_served_list_through_an_index_is_the_exact_one(tmp_path: Path) -> None:
     stored(tmp_path, "comirec-dr:d=8", "finetune:fit.base_epochs=2:fit.epochs=1", n=2)
     lists = []
     for exact in (10, 50_000):
-        with server(tmp_path, exact=exact) as (client, _):
+        with server(tmp_path, limits=Limits(exact=exact)) as (client, _):
             lists.append([items(client.get(f"/recommend/user-{n}?k=7")) for n in range(1, 30)])
             told = client.get("/version").json()["search"]
             assert told["how"] == ("index" if exact == 10 else "exact")

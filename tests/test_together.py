@@ -10,6 +10,7 @@ from serving import stored
 from freshrec.errors import LogError
 from freshrec.serve import answers, asked
 from freshrec.serve.answers import Version
+from freshrec.serve.index import Limits
 from freshrec.serve.live import loaded
 from freshrec.serve.together import MOST, Lists, Together
 from freshrec.store.versions import open_store
@@ -24,7 +25,7 @@ async def in_turn(work: Callable[[], Lists]) -> Lists:
 
 def version_of(folder: Path, exact: int) -> Version:
     store = open_store(folder / "s")
-    return loaded(store, store.manifest(store.live), exact)
+    return loaded(store, store.manifest(store.live), Limits(exact=exact))
 
 
 @pytest.mark.parametrize(

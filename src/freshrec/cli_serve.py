@@ -14,6 +14,9 @@ import typer
 from freshrec.cli_options import AsJson, StorePath, print_table
 from freshrec.errors import OptionError, StateError
 
+Head = Annotated[
+    int, typer.Option(min=0, help="Of more items, so many with the longest vectors are asked first; 0: none.")
+]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")]
 
 
@@ -28,6 +31,7 @@ def serve(
     threads: Annotated[int, typer.Option(min=1, help="Of the numerical libraries.")] = 1,
     exact: Annotated[int, typer.Option(min=0, help="Up to so many items all are scored; above, an index.")] = 50_000,
     floor: Annotated[float, typer.Option(min=0, max=1, help="The recall@20 that an index must reach.")] = 0.98,
+    head: Head = 16_384,
 ) -> None:
     """Answer over HTTP from the live version, and from clicks as they come; follow promotions and rollbacks."""
     try:
@@ -40,6 +44,7 @@ def serve(
     import torch
 
     from freshrec.serve.guard import Rules
+    from freshrec.serve.index import Limits
     from freshrec.serve.live import Live, keep_no_large_blocks
     from freshrec.store.versions import open_store
 
@@ -47,7 +52,7 @@ def serve(
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
     made = open_store(store)
-    live = Live(made, log, exact, floor)
+    live = Live(made, log, Limits(exact, floor, head))
     live.begin()
     service = Service(live, Rules(token_of(token_file), rate=rate), lambda user: erased(store, user))
     config = uvicorn.Config(
@@ -70,12 +75,13 @@ def export(
 ) -> None:
     """Write ids, vectors and an index of a version for other programs: Parquet, npy, faiss, ONNX."""
     from freshrec.serve import export as exporting
+    from freshrec.serve.index import ALL
     from freshrec.serve.live import loaded
     from freshrec.store.versions import open_store
 
     made = open_store(store)
     about = made.manifest(made.live if version is None else version)
-    told = exporting.export(loaded(made, about, exact=sys.maxsize), out, onnx)
+    told = exporting.export(loaded(made, about, ALL), out, onnx)
     files = ", ".join(told["files"])
     typer.echo(json.dumps(told) if as_json else f"version {about.id} in {out}: {files}; about.json says what they are")
 
@@ -90,6 +96,7 @@ def bench_serve(
     seconds: Annotated[float, typer.Option(min=1, help="How long.")] = 20.0,
     k: Annotated[int, typer.Option("--k", "-k", help="Items of a list.")] = 20,
     exact: Annotated[int, typer.Option(min=0, help="As in `freshrec serve`.")] = 50_000,
+    head: Head = 16_384,
     threads: Annotated[int, typer.Option(min=1, help="As in `freshrec serve`.")] = 1,
     swap: Annotated[bool, typer.Option("--swap", help="Move the live pointer away and back meanwhile.")] = False,
     as_json: AsJson = False,
@@ -97,7 +104,8 @@ def bench_serve(
     """Start a server of the store, ask it for lists whether or not it keeps up, and print how it bore that."""
     from freshrec.serve.bench import measured
 
-    told = measured(store, rate, seconds, k, exact, threads, swap)
+    options = ("--exact", str(exact), "--head", str(head), "--threads", str(threads))
+    told = measured(store, rate, seconds, k, options, swap)
     if as_json:
         typer.echo(json.dumps(told))
         return

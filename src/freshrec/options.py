@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
+from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -42,7 +43,7 @@ Rate = Annotated[float, Bounds(0, high=1)]
 
 def check_options(instance: Any) -> None:
     """OptionError where a field has a value that its type does not take; for `__post_init__`."""
-    for name, kind in get_type_hints(type(instance), include_extras=True).items():
+    for name, kind in _hints(instance.__class__).items():
         value, option = getattr(instance, name), f"option {name} of {type(instance).__name__}"
         if get_origin(kind) is Literal and value not in get_args(kind):
             valid, near = get_args(kind), get_close_matches(str(value), get_args(kind), n=1, cutoff=0)
@@ -51,6 +52,11 @@ def check_options(instance: Any) -> None:
             number, bounds = get_args(kind)
             if not isinstance(value, int | number) or not bounds.holds(value):
                 raise OptionError(f"{option} is {value}; it must be {bounds}.")
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
 
 
 def choose(kind: str, text: str, table: Mapping[str, T]) -> T:
@@ -92,7 +98,7 @@ def _replaced(instance: Any, wanted: list[tuple[list[str], str]], text: str) -> 
         if rest:
             changes[first] = _replaced(old, [(rest, value)], text)
         else:
-            changes[first] = _parsed(get_type_hints(type(instance))[first], old, value, first)
+            changes[first] = _parsed(get_type_hints(instance.__class__)[first], old, value, first)
     return replace(instance, **changes)
 
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
+import numpy as np
 import polars as pl
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from freshrec.errors import LogError, StateError
@@ -19,6 +22,8 @@ from freshrec.errors import LogError, StateError
 WORDS = {pl.Int64: "whole numbers", pl.String: "text", pl.Float64: "numbers"}  # what people call the types
 INTEGERS = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt8, pl.UInt16, pl.UInt32)  # all of them fit in Int64
 COLUMNS = {"first_span": pl.Int32, "last_span": pl.Int32}  # beside "id", which is Int64 or String
+Rows: TypeAlias = NDArray[np.uint32]
+Ids: TypeAlias = NDArray[np.int64] | pl.Series  # numbers, or text
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,15 +72,14 @@ class Catalog:
         order_I, sorted_ids = self._sorted
         if not len(order_I) or not len(ids):
             return torch.zeros(len(ids), dtype=torch.int64)
-        at_N = sorted_ids.search_sorted(ids).clip(upper_bound=len(order_I) - 1)
-        rows_N = (order_I.gather(at_N) + 1).to_numpy(writable=True).astype("int64")
-        return torch.from_numpy(rows_N * (sorted_ids.gather(at_N) == ids).to_numpy())
+        at_N, is_there_N = _places(sorted_ids, ids)
+        return torch.from_numpy((order_I[at_N].astype("int64") + 1) * is_there_N)
 
     def row(self, one: int | str) -> int:
         """The row of an id of the catalog's kind; 0 where it does not hold it: sooner than `rows` for one alone."""
         order_I, sorted_ids = self._sorted
         at = bisect_left(sorted_ids, one)
-        return order_I[at] + 1 if at < len(order_I) and sorted_ids[at] == one else 0
+        return int(order_I[at]) + 1 if at < len(order_I) and sorted_ids[at] == one else 0
 
     def without(self, row: int) -> Catalog:
         """The catalog after erasing the id of a row."""
@@ -86,15 +90,20 @@ class Catalog:
         return Catalog(self.frame.with_columns(pl.lit(0, kind).alias(name) for name, kind in COLUMNS.items()))
 
     @cached_property
-    def _sorted(self) -> tuple[pl.Series, pl.Series]:
+    def _sorted(self) -> tuple[Rows, Ids]:
         """The positions of the ids in ascending order, and the ids in it; without those erased."""
         order_I = self.frame["id"].arg_sort(nulls_last=True)[: len(self) - self.frame["id"].null_count()]
-        return order_I, self.frame["id"].gather(order_I)
+        return order_I.to_numpy(), _quick(self.frame["id"].gather(order_I))
 
     def ids(self, rows: Tensor) -> pl.Series:
         """The ids of `rows`, which must be at most len(self); null for row 0."""
         positions = pl.Series("row", rows.numpy() - 1, dtype=pl.Int64)
         return self.frame["id"].gather(positions.set(positions < 0, None) if bool((rows == 0).any()) else positions)
+
+    @cached_property
+    def all(self) -> Ids:
+        """The ids of all rows but 0: `.item(row - 1)` gives one sooner than `ids` does; nonsense for one erased."""
+        return _quick(self.frame["id"])
 
     def checked(self, ids: pl.Series) -> pl.Series:
         """`ids` as Int64 or String. LogError for nulls, other types, and ids of another kind than the catalog's."""
@@ -112,3 +121,19 @@ class Catalog:
         if ids.null_count():
             raise LogError(f"{ids.null_count():,} of the ids in {ids.name!r} are null; remove those rows.")
         return ids
+
+
+def _quick(ids: pl.Series) -> Ids:
+    """The same to look into one by one, for which polars takes longer; what was erased is 0."""
+    return ids.fill_null(0).to_numpy() if ids.dtype == pl.Int64 else ids
+
+
+def _places(sorted_ids: Ids, ids: pl.Series) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Where each of `ids` is among some, and whether it is."""
+    last = len(sorted_ids) - 1
+    if isinstance(sorted_ids, pl.Series):
+        at_N = sorted_ids.search_sorted(ids).clip(upper_bound=last)
+        return at_N.to_numpy(), (sorted_ids.gather(at_N) == ids).to_numpy()
+    wanted_N = ids.to_numpy()
+    places_N = sorted_ids.searchsorted(wanted_N).clip(max=last)
+    return places_N, sorted_ids[places_N] == wanted_N

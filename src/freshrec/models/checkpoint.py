@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +25,7 @@ from freshrec.models.tables import tables_of
 from freshrec.types import Model, OfferingModel, State, TrainedModel
 
 FORMAT = 1
-PIECE = 1 << 24  # bytes of a tensor that are read at once: what the file maps is given back after each
+PIECE = 1 << 21  # bytes of a tensor that are read at once: what the file maps is given back after each
 
 
 class Read(Protocol):
@@ -94,12 +93,20 @@ def load_tree(path: Path) -> Any:
 def load_to_ask(path: Path) -> Any:
     """`load_tree`, for asking only: tables without the memory of their optimiser, a third of the size.
 
-    Tensors are read piece by piece, so that none is in memory twice. Models so loaded cannot be trained.
+    Tensors are read piece by piece, and equal ones are one (the histories that a model reads, and all that users had):
+    none is in memory twice. What is so loaded cannot be trained, and nobody may write to it.
     """
+    first: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
+
+    def read(name: str, columns: int | None = None) -> Tensor:
+        found = _in_pieces(path, name, columns)
+        earlier = first.setdefault((found.shape, found.dtype), found)
+        return earlier if torch.equal(earlier, found) else found
+
     with _readable(path):
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {})["freshrec"]
-        return _decode(_tree_in(text, path), partial(_in_pieces, path), _model_to_ask)
+        return _decode(_tree_in(text, path), read, _model_to_ask)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from freshrec.data.batches import closed, in_parts
@@ -16,7 +17,8 @@ from freshrec.types import Batch, Model, OfferingModel, TrainedModel, VectorMode
 
 USERS, ITEMS = 64, 2048  # measured best block of the rank count: two thirds of the peak of a matrix product
 READOUTS = ("recent", "stored", "both")
-Search = Callable[[Tensor, int], Tensor]  # (vectors_BKD, n) -> (B, C) the rows of n items near each vector; 0: none
+# (vectors_BKD, n) -> (B, C) rows of at least the n best items that were found, each once, 0: none; and their scores
+Search = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 def vectors_of(model: VectorModel, batch: Batch, readout: str = "recent") -> Tensor:
@@ -191,20 +193,24 @@ def top_exact(
 def _top_found(
     model: VectorModel, batch: Batch, k: int, banned_BM: Tensor | None, search: Search
 ) -> tuple[Tensor, Tensor]:
-    """The best of what a search finds for each of a user's vectors, scored exactly; each item once."""
-    items_ID, vectors_BKD = model.item_vectors(), model.user_vectors(batch)
+    """The best of what a search finds; of all items for users of whom it finds too few."""
+    vectors_BKD = model.user_vectors(batch)
     banned_BM = torch.zeros(len(batch), 0, dtype=torch.int64) if banned_BM is None else banned_BM
     n_banned_B = (banned_BM > 0).sum(1)
-    found_BC = search(vectors_BKD, k + int(n_banned_B.max() if len(batch) else 0))
-    sorted_BC = found_BC.sort(1).values
-    again_BC = torch.zeros_like(sorted_BC, dtype=torch.bool)
-    again_BC[:, 1:] = sorted_BC[:, 1:] == sorted_BC[:, :-1]
-    score_BC = best_inner_product(vectors_BKD, items_ID[sorted_BC])
-    items_BK, score_BK = _top_offered(sorted_BC.masked_fill(again_BC, 0), score_BC, k, banned_BM, None)
-    short_B = torch.isfinite(score_BK).sum(1) < torch.minimum(torch.tensor(k), model.n_items - n_banned_B)
-    if items_BK.shape[1] < k or bool(short_B.any()):
-        return top_exact(items_ID, vectors_BKD, k, banned_BM, torch.arange(1, model.n_items + 1))
+    found_BC, score_BC = search(vectors_BKD, k + int(n_banned_B.max() if len(batch) else 0))
+    items_BK, score_BK = _top_offered(found_BC, score_BC, k, banned_BM, None)
+    short_B = torch.isfinite(score_BK).sum(1) < (model.n_items - n_banned_B).clamp(max=k)
+    if bool(short_B.any()):
+        all_N = torch.arange(1, model.n_items + 1)
+        exact = top_exact(model.item_vectors(), vectors_BKD[short_B], k, banned_BM[short_B], all_N)
+        items_BK, score_BK = _widened(items_BK, 0, k), _widened(score_BK, -torch.inf, k)
+        items_BK[short_B, : exact[0].shape[1]], score_BK[short_B, : exact[1].shape[1]] = exact
     return items_BK, score_BK
+
+
+def _widened(found_BC: Tensor, nothing: float, k: int) -> Tensor:
+    """(B, k) with nothing in the columns that were not there."""
+    return F.pad(found_BC, (0, k - found_BC.shape[1]), value=nothing)
 
 
 def _top_offered(

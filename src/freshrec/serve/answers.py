@@ -74,13 +74,13 @@ def recommend(version: Version, by: asked.Asked) -> list[asked.Listed]:
     """The lists of some users, in the order asked."""
     users_N = torch.tensor([row_of(version, user) for user in by.users])
     found = lists_of(version.served, users_N, wanted(version, by))
-    ids = iter(version.served.items.ids(found.items_NK[found.items_NK > 0]))
-    lists = []
-    for user, items, scores, why in zip(by.users, found.items_NK, found.scores_NK.tolist(), found.why_NK.tolist()):
-        n = int((items > 0).sum())
+    lists, ids = [], version.served.items.all
+    columns = (found.items_NK.tolist(), found.scores_NK.tolist(), found.why_NK.tolist())
+    for user, items, scores, why in zip(by.users, *columns):
         listed = [
-            asked.Item(item_id=next(ids), score=scores[at], rank=at + 1, fallback=WHY[why[at]]) for at in range(n)
-        ]
+            asked.Item(item_id=ids.item(items[at] - 1), score=scores[at], rank=at + 1, fallback=WHY[why[at]])
+            for at in range(len(items)) if items[at]
+        ]  # fmt: skip
         lists.append(asked.Listed(user_id=user, items=listed, fallback=WHY[max(why, default=0)]))
     return lists
 

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from http.client import HTTPConnection
@@ -29,16 +29,15 @@ MB = 1 << 20
 
 
 def measured(
-    folder: Path, rate: float, seconds: float, k: int, exact: int, threads: int = 1, swap: bool = False
+    folder: Path, rate: float, seconds: float, k: int, options: Sequence[str] = (), swap: bool = False
 ) -> dict[str, float | int | str]:
-    """Latencies in milliseconds, errors, memory in MB, of an open-loop load on a server that is started for it."""
+    """Latencies in milliseconds, errors, memory in MB, of an open-loop load on a server started with these options."""
     store = open_store(folder)
     users = pl.read_parquet(store.files(store.live)[USERS])["id"].drop_nulls().cast(pl.String).to_list()
     if not users:
         raise StateError(f"the live version of {folder} knows no user; nobody can be asked for.")
     since = time.perf_counter()
-    options = ("--rate", "0", "--exact", str(exact), "--threads", str(threads))
-    with server_of(folder, *options) as (url, pid):
+    with server_of(folder, "--rate", "0", *options) as (url, pid):
         ready_s = time.perf_counter() - since
         bear(url, users, min(rate, 20.0), 2.0, k)  # what is asked first is slower
         at_rest, peaks = resident(pid), [0.0]

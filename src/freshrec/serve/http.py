@@ -26,6 +26,7 @@ from freshrec.errors import BusyError, FreshrecError, IncompatibleError, LogErro
 from freshrec.serve import answers, asked
 from freshrec.serve.answers import Version, moment
 from freshrec.serve.guard import Guard, Metrics, Rules, has_token
+from freshrec.serve.index import ALL
 from freshrec.serve.live import Live, checked, loaded
 from freshrec.serve.reading import ids_of
 from freshrec.serve.together import Together
@@ -243,7 +244,7 @@ def _changed(service: Service, version: Version, parent: int, user: str, k: int)
     if not service.live.loading.acquire(blocking=False):
         raise BusyError("another version is being loaded at this moment; try again.")
     try:
-        before = loaded(service.live.store, service.live.store.manifest(parent), exact=sys.maxsize)
+        before = loaded(service.live.store, service.live.store.manifest(parent), ALL)
         by = asked.Asked(users=[user], k=k)
         [then], [now] = answers.recommend(before, by), answers.recommend(version, by)
         people = [answers.person(one, user) for one in (before, version)]

@@ -1,12 +1,15 @@
-"""An index over the item vectors of one version: which items may be near a user's vectors. Scores are made elsewhere.
+"""Which items of one version are near a user's vectors.
 
-Up to EXACT items all are scored, in blocks. Above it an inverted file (faiss) looks into the cells nearest to each
-vector; how many of the true best items it finds is measured on users of the version, with as many cells as that takes.
-Where no number of cells is enough, all items are scored, and `Searching` says so.
+An item cannot score more than its length times the user's. So the longest come first, and where those that many users
+had have grown long, a few thousand of them decide the lists, exactly. Where that is not so, all items are scored, up to
+EXACT, in blocks; above it an inverted file (faiss) looks into the cells nearest to each vector. All of it is measured
+on users of the version: how many lists the longest decide, and how many of the true best items the cells hold, with as
+many cells as that takes. Where no number of cells is enough, all items are scored, and `Searching` says so.
 """
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from dataclasses import dataclass
 from typing import Any
@@ -16,49 +19,75 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from freshrec.models.layers import best_inner_product
 from freshrec.models.ranking import Search, top_exact
 from freshrec.serve.recommend import Served, vectors_of_users
 from freshrec.types import VectorModel
 
-EXACT = 50_000  # items: above it an index answers sooner than all scores are made (`freshrec bench serve`)
-FLOOR = 0.98  # of the best LIST items, on average over users, an index must find
-LIST, ASKED = 20, 200  # items, and users, by which it is measured
+STEP = 2_048  # of the longest items, how many are scored at once
+SURE, HAD = 0.99, 40  # of users, whose lists the longest must decide, though so many of the best are not for them
+MARGIN = 1 + 1e-5  # a score may be larger than the product of the lengths, by rounding
+LIST, ASKED, FEW = 20, 200, 16  # items and users by which it is measured, and users at once: all need much memory
 PROBES = (16, 32, 48, 64, 96, 128)  # cells, tried in this order
 PER_CELL, CELLS = 300, 1024  # items in a cell, at the least; cells, at the most
 TRAINED_ON = 64  # items of each cell, from which the cells are found
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What decides how a version is searched."""
+
+    exact: int = 50_000  # items: above it an index answers sooner than all scores are made (`freshrec bench serve`)
+    floor: float = 0.98  # of the best LIST items, on average over users, an index must find
+    head: int = 16_384  # of more items, so many with the longest vectors are tried first; 0: none
+
+
+USUAL = Limits()
+ALL = Limits(exact=sys.maxsize, head=0)  # nothing is measured: all items are scored
+
+
+@dataclass(frozen=True)
 class Searching:
     """How a version is searched."""
 
-    how: str  # "candidates", "exact" or "index"
+    how: str  # "candidates", "exact", "longest" or "index"
     why: str  # in words
     recall: float = 1.0  # of the best LIST items
     probes: int = 0  # cells looked into
 
 
-def searching(served: Served, exact: int = EXACT, floor: float = FLOOR) -> tuple[Search | None, Searching]:
-    """The index of a version, or None where all items are scored, and what is to be said of it."""
+def searching(served: Served, limits: Limits = USUAL) -> tuple[Search | None, Searching]:
+    """How a version is searched, None where all items are scored, and what is to be said of it."""
     model = served.state.model
     if not isinstance(model, VectorModel):
         return None, Searching("candidates", "the model offers candidates of its own")
-    if model.n_items <= exact:
-        return None, Searching("exact", f"all {model.n_items:,} items are scored")
+    every, has_tail = Searching("exact", f"all {model.n_items:,} items are scored"), 0 < limits.head < model.n_items
+    if model.n_items <= limits.exact and not has_tail:
+        return None, every
     vectors_QKD = _asked(served)
     if not len(vectors_QKD):
-        return None, Searching("exact", "no user has an event to measure an index with")
+        return None, Searching("exact", "no user has an event to measure a search with")
+    if has_tail:
+        search = longest_first(model.item_vectors(), limits.head)
+        found = [search(part_BKD, LIST + HAD)[0] for part_BKD in vectors_QKD.split(FEW)]
+        decided = float((torch.cat(found) > 0).all(1).float().mean())
+        if decided >= SURE:
+            why = f"{limits.head:,} items with the longest vectors decide {decided:.1%} of the lists, exactly"
+            return search, Searching("longest", why)
+    if model.n_items <= limits.exact:
+        return None, every
     index = built(model.item_vectors())
     all_N = torch.arange(1, model.n_items + 1)
-    parts = [top_exact(model.item_vectors(), part_BKD, LIST, None, all_N)[0] for part_BKD in vectors_QKD.split(16)]
+    parts = [top_exact(model.item_vectors(), part_BKD, LIST, None, all_N)[0] for part_BKD in vectors_QKD.split(FEW)]
     best_QN = torch.cat(parts)
     recall = 0.0
     for probes in PROBES:
-        recall = recall_of(through(index, probes), vectors_QKD, best_QN)
-        if recall >= floor:
+        search = through(index, model.item_vectors(), probes)
+        recall = recall_of(search, vectors_QKD, best_QN)
+        if recall >= limits.floor:
             why = f"finds {recall:.1%} of the best {LIST} items, looking into {probes} of {index.nlist:,} cells"
-            return through(index, probes), Searching("index", why, recall, probes)
-    why = f"an index finds no more than {recall:.1%} of the best {LIST} items, less than {floor:.0%}: all are scored"
+            return search, Searching("index", why, recall, probes)
+    why = f"an index finds {recall:.1%} of the best {LIST} items, less than {limits.floor:.0%}: all are scored"
     return None, Searching("exact", why)
 
 
@@ -76,23 +105,50 @@ def built(items_ID: Tensor) -> Any:
         return faiss.read_index(f"{folder}/index")
 
 
-def through(index: Any, probes: int) -> Search:
-    """Searches an index, in so many cells of each vector."""
+def longest_first(items_ID: Tensor, head: int) -> Search:
+    """Searches the longest of the items; what it finds is exact. No row of users for whom these do not decide."""
+    length_H, at_H = items_ID[1:].norm(dim=1).topk(min(head, len(items_ID) - 1))
+    row_H = at_H + 1
+    items_HD = items_ID[row_H]
+    # the longest of what comes after each block; after the last one nothing is known to be shorter than its last item
+    after = [*length_H[STEP::STEP].tolist(), float(length_H[-1]) if len(row_H) < len(items_ID) - 1 else -torch.inf]
 
-    def search(vectors_BKD: Tensor, n: int) -> Tensor:
+    def search(vectors_BKD: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        reach_B = vectors_BKD.norm(dim=2).amax(1) * MARGIN
+        score_BN, row_BN = torch.zeros(len(reach_B), 0), torch.zeros(len(reach_B), 0, dtype=torch.int64)
+        decided_B = torch.zeros(len(reach_B), dtype=torch.bool)
+        for items_SD, row_S, beyond in zip(items_HD.split(STEP), row_H.split(STEP), after):
+            score_BC = torch.cat([score_BN, best_inner_product(vectors_BKD, items_SD)], 1)
+            score_BN, at_BN = score_BC.topk(min(n, score_BC.shape[1]))
+            row_BN = torch.cat([row_BN, row_S.expand(len(row_BN), -1)], 1).gather(1, at_BN)
+            decided_B = score_BN[:, -1] > reach_B * beyond if row_BN.shape[1] == n else decided_B
+            if bool(decided_B.all()):
+                break
+        return row_BN * decided_B[:, None], score_BN
+
+    return search
+
+
+def through(index: Any, items_ID: Tensor, probes: int) -> Search:
+    """Searches an index, in so many cells of each vector; what it finds is scored by the vectors themselves."""
+
+    def search(vectors_BKD: Tensor, n: int) -> tuple[Tensor, Tensor]:
         n_users, n_vectors, n_dims = vectors_BKD.shape
         queries = np.ascontiguousarray(vectors_BKD.reshape(-1, n_dims).numpy())
         # more than asked for: places of half precision are not quite those of the scores
         params = faiss.SearchParametersIVF(nprobe=min(probes, index.nlist))  # type: ignore[call-arg]
         _, found = index.search(queries, n + n // 4 + 4, params=params)
-        return torch.from_numpy(found).clamp(min=0).view(n_users, n_vectors * found.shape[1])
+        found_BC = torch.from_numpy(found).clamp(min=0).view(n_users, n_vectors * found.shape[1]).sort(1).values
+        again_BC = torch.zeros_like(found_BC, dtype=torch.bool)
+        again_BC[:, 1:] = found_BC[:, 1:] == found_BC[:, :-1]
+        return found_BC.masked_fill(again_BC, 0), best_inner_product(vectors_BKD, items_ID[found_BC])
 
     return search
 
 
 def recall_of(search: Search, vectors_QKD: Tensor, best_QN: Tensor) -> float:
     """The share of each user's best items that are among those found."""
-    found_QC = search(vectors_QKD, best_QN.shape[1])
+    found_QC, _ = search(vectors_QKD, best_QN.shape[1])
     return float((best_QN[..., None] == found_QC[:, None]).any(2).float().mean())
 
 

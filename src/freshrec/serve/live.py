@@ -19,7 +19,7 @@ from freshrec.errors import FreshrecError, OptionError, StateError
 from freshrec.models.checkpoint import load_to_ask
 from freshrec.serve.answers import Version, row_of
 from freshrec.serve.fresh import Fresh
-from freshrec.serve.index import EXACT, FLOOR, searching
+from freshrec.serve.index import USUAL, Limits, searching
 from freshrec.serve.reading import id_of
 from freshrec.serve.recommend import Served, Wanted, best_items
 from freshrec.serve.saved import Kept, read_served
@@ -49,8 +49,8 @@ class Outcome:
 class Live:
     """The version that answers, and the journal of clicks. Whoever asks takes `version` once, and keeps it."""
 
-    def __init__(self, store: Store, told: Told, exact: int = EXACT, floor: float = FLOOR) -> None:
-        self.store, self.told, self.exact, self.floor = store, told, exact, floor
+    def __init__(self, store: Store, told: Told, limits: Limits = USUAL) -> None:
+        self.store, self.told, self.limits = store, told, limits
         self.version: Version | None = None
         self.trouble = ""  # why the version that the store points to is not served
         self.swaps = 0
@@ -90,7 +90,7 @@ class Live:
                 return
             give_back()
             try:
-                self._swap(loaded(self.store, about, self.exact, self.floor))
+                self._swap(loaded(self.store, about, self.limits))
             except FAULTS as why:
                 self._refuse(seen, f"version {about.id} is not served: {_sentence(why)}")
                 return
@@ -192,12 +192,12 @@ class Live:
             self.look()
 
 
-def loaded(store: Store, about: Manifest, exact: int = EXACT, floor: float = FLOOR) -> Version:
+def loaded(store: Store, about: Manifest, limits: Limits = USUAL) -> Version:
     """A version in memory, with its index, warm and tried. StateError where it is not whole, or answers nonsense."""
     kept = read_served(store.files(about.id), load_to_ask)
     fits(kept)
     kept = replace(kept, served=kept.served.settled)
-    search, how = searching(kept.served, exact, floor)
+    search, how = searching(kept.served, limits)
     kept = replace(kept, served=replace(kept.served, search=search, fresh=Fresh()))
     tried(kept)
     return Version(about, kept, how, now())

@@ -117,6 +117,8 @@ def id_of(name: str, one: str | int, catalog: Catalog) -> str | int:
         raise LogError(f"{name} is a number, and the ids of this log are text; send it as text.")
     if is_text or type(one) is int:
         return one
+    if isinstance(one, str) and one.isascii() and one.isdecimal() and len(one) < 19:
+        return int(one)  # what follows is for many
     found: str | int = ids_of(name, one, catalog)[0]
     return found
 
