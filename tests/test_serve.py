@@ -1,5 +1,6 @@
 """Serving: the lists are the replay's, every answer names its version, what is asked wrongly is told in a sentence."""
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from freshrec.cli_serve import token_of
 from freshrec.errors import OptionError
 from freshrec.replay.measure import Asked, Block, queries_of, rank_queries
 from freshrec.serve.contents import read_contents
-from freshrec.serve.guard import Rules
+from freshrec.serve.guard import Guard, Metrics, Rules
 from freshrec.serve.reading import numbered
 from freshrec.store.versions import open_store
 from freshrec.types import TRAIN
@@ -171,6 +172,40 @@ def test_size_rate_and_waiting_are_limited(one_store: Path) -> None:
         found = [client.get("/version").status_code for _ in range(10)]
         assert 429 in found and found[0] == 200
         assert client.get("/health/live").status_code == 200
+
+
+def test_bodies_that_do_not_arrive_keep_nobody_waiting_who_sends_none() -> None:
+    told: list[tuple[str, int]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def ask(guard: Guard, method: str, arrives: asyncio.Event) -> None:
+        async def receive() -> Any:
+            await arrives.wait()
+            return {"type": "http.request", "body": b"{}", "more_body": False}
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                told.append((method, message["status"]))
+
+        headers = [] if method == "GET" else [(b"content-length", b"2")]
+        await guard({"type": "http", "path": "/recommend", "method": method, "headers": headers}, receive, send)
+
+    async def all_of_them() -> None:
+        guard, never, now = Guard(app, Rules(waiting=2), Metrics()), asyncio.Event(), asyncio.Event()
+        now.set()
+        slow = [asyncio.create_task(ask(guard, "POST", never)) for _ in range(3)]
+        await asyncio.sleep(0)
+        for _ in range(5):
+            await ask(guard, "GET", now)
+        never.set()
+        await asyncio.gather(*slow)
+        assert guard.arriving == guard.busy == 0
+
+    asyncio.run(all_of_them())
+    assert told == [("POST", 429), *[("GET", 200)] * 5, ("POST", 200), ("POST", 200)]
 
 
 def test_a_token_is_asked_for_where_there_is_one(one_store: Path) -> None:

@@ -136,7 +136,7 @@ def test_an_id_of_a_click_is_known_after_the_update_too_and_joins_it_to_a_row_wi
     _, day, _ = stored(tmp_path)
     row = day.row(0, named=True)
     with server(tmp_path) as (client, live):
-        click(client, "user-1", "item-1", event_id="e1")
+        click(client, "user-1", "item-1", timestamp=row["timestamp"] // 10**6, event_id="e1")
         assert not click(
             client, row["user_id"], row["item_id"], timestamp=row["timestamp"] / 10**6, event_id="e2"
         )["known"]  # fmt: skip
@@ -195,7 +195,7 @@ def test_somebody_who_dies_between_log_and_journal_doubles_nothing(
 ) -> None:
     _, day, _ = stored(tmp_path)
     wrote = Journal(tmp_path / "s")
-    wrote.add([Click("user-1", "item-1", NOON * 10**6 + n) for n in range(5)])
+    wrote.add([Click("user-1", "item-1", day["timestamp"][0] + n) for n in range(1, 6)])
     wrote.end()
 
     def die(files: Any, batch: int | None) -> None:
@@ -209,6 +209,52 @@ def test_somebody_who_dies_between_log_and_journal_doubles_nothing(
     assert len(waiting(tmp_path)) == 5
     nightly.deliver(Job(open_store(tmp_path / "s")), read_log(day), "day")
     assert len(rows(tmp_path)) == 1805 and waiting(tmp_path) == []
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_clicks_newer_than_a_file_wait_for_the_next_and_make_none_of_it_late(
+    dies: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the file of the first day comes when half of the second is over
+    _, first, second = stored(tmp_path)
+    early = second.head(20).select("user_id", "item_id", "timestamp")
+    wrote = Journal(tmp_path / "s")
+    wrote.add([Click("user-1", "item-1", first["timestamp"][0] + 1), *(Click(*row) for row in early.iter_rows())])
+    wrote.end()
+    if dies:  # once they lie in a file of their own, before they have left the other one
+
+        def die(path: Path, clicks: Any) -> None:
+            written_file(path, clicks)
+            raise KeyboardInterrupt
+
+        written_file = journal._write
+        monkeypatch.setattr(journal, "_write", die)
+        with pytest.raises(KeyboardInterrupt):
+            nightly.deliver(Job(open_store(tmp_path / "s")), read_log(first), "day-1")
+        monkeypatch.undo()
+        assert len(waiting(tmp_path)) == 41
+    assert run("update", tmp_path, str(tmp_path / "day-1.parquet"), *ANY) == 0
+    assert len(rows(tmp_path)) == 1500 + 300 + 1
+    assert {one.identity for one in waiting(tmp_path)} == set(early.iter_rows())
+    with server(tmp_path) as (client, _):  # they are in the lists meanwhile
+        user, item, when = early.row(0)
+        assert client.get(f"/users/{user}/interests").json()["n_fresh"] >= 1
+        assert click(client, user, item, timestamp=when / 10**6)["known"]
+    assert run("update", tmp_path, str(tmp_path / "day-2.parquet"), *ANY) == 0
+    assert len(rows(tmp_path)) == 1801 + len(second) and waiting(tmp_path) == []
+    day = open_store(tmp_path / "s").manifest(3).data["day"]
+    assert day["share_late"] == 0 and day["share_doubled"] == 0
+
+
+def test_a_click_that_the_file_has_by_its_id_does_not_wait_however_new_it_is(tmp_path: Path) -> None:
+    _, day, _ = stored(tmp_path)
+    wrote = Journal(tmp_path / "s")
+    wrote.add([Click("user-1", "item-1", NOON * 10**6, "e1"), Click("user-1", "item-1", NOON * 10**6, "e2")])
+    wrote.end()
+    ids = [f"e{n}" for n in range(1, 300, 3)] + [None] * (len(day) - 100)
+    day.with_columns(event_id=pl.Series(ids)).write_parquet(tmp_path / "night.parquet")
+    assert run("update", tmp_path, str(tmp_path / "night.parquet"), *ANY) == 0
+    assert len(rows(tmp_path)) == 1800 and [one.event_id for one in waiting(tmp_path)] == ["e2"]
 
 
 def test_a_line_that_is_not_whole_was_never_acknowledged_and_damage_before_it_is_told(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import polars as pl
 
@@ -18,10 +20,13 @@ from freshrec.store.versions import chain_of
 def deliver(job: Job, log: Log | None, source: str) -> Taken | None:
     """Append a delivery, if there is one, and all clicks that are in no batch yet; None: there was nothing at all.
 
-    A click that is in the delivery too is that row: the gate sees one day, not two, and nothing doubled. Somebody who
-    dies between the batch and the journal leaves clicks that the log knows by their identity.
+    A click that is in the delivery too is that row: the gate sees one day, not two, and nothing doubled. One that is
+    newer than all of the delivery waits for the next: learnt now, it would make most of that one's rows late. Somebody
+    who dies between the batch and the journal leaves clicks that the log knows by their identity.
     """
     waiting = journal.close(job.store.folder)
+    if log is not None and log.has_clock:
+        waiting = journal.put_off(waiting, _not_yet(log))
     clicks = journal.frame_of([click for file in waiting for click in file.clicks]) if waiting else None
     if clicks is None or not len(clicks):
         journal.taken(waiting, None)
@@ -39,6 +44,13 @@ def deliver(job: Job, log: Log | None, source: str) -> Taken | None:
     found = job.deliver(both, source)
     journal.taken(waiting, found.batch or found.again)
     return told if told is not None and not found.kept else found
+
+
+def _not_yet(log: Log) -> Callable[[journal.Click], bool]:
+    """Whether a click is newer than a log, and not a row of it."""
+    newest: Any = log.frame["time"].max()
+    ids = set(log.frame["event_id"].drop_nulls().cast(pl.String)) if "event_id" in log.frame.columns else set()
+    return lambda click: click.time > newest and click.event_id not in ids
 
 
 def with_clicks(log: Log, clicks: pl.DataFrame) -> Log:

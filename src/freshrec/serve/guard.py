@@ -19,6 +19,7 @@ OPEN = ("/", "/page.css", "/page.js", "/docs", "/openapi.json", "/health/live", 
 CLIENTS = 10_000  # whose rate is remembered; those seen longest ago are forgotten
 BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 POLICY = b"default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
+TOO_MANY = "too many requests wait for an answer; try again."
 HEADERS = [
     (b"content-security-policy", POLICY),
     (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"cache-control", b"no-store"),
@@ -32,7 +33,7 @@ class Rules:
     token: str = ""  # whoever asks must have it; "": nobody needs one
     body: Count = 1 << 20  # bytes of a request
     rate: CountOrNone = 500  # requests of a client in a second, 0: no limit
-    waiting: Count = 64  # requests at a time; more are sent away
+    waiting: Count = 64  # requests that are answered at a time, and bodies that arrive; more are sent away
     body_s: Count = 10  # how long a request's body may take to arrive
 
     def __post_init__(self) -> None:
@@ -81,6 +82,7 @@ class Guard:
     metrics: Metrics
     buckets: OrderedDict[str, Bucket] = field(default_factory=OrderedDict)
     busy: int = 0
+    arriving: int = 0  # requests whose bodies are on their way: they keep nobody waiting who sends none
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request, or the start and the end of the server."""
@@ -97,10 +99,8 @@ class Guard:
             await send(message)
 
         try:
-            self.busy += 1
             await self._answered(scope, receive, sending)
         finally:
-            self.busy -= 1
             route = scope.get("route")
             name = "none" if route is None else route.path
             self.metrics.seconds.labels(name, str(status)).observe(time.perf_counter() - since)
@@ -112,23 +112,33 @@ class Guard:
             await say(send, 401, "this server wants a token: send it as `Authorization: Bearer ...`.", headers)
             return
         health = path.startswith("/health/")
-        if not health and self.busy > self.rules.waiting:
-            await say(send, 429, "too many requests wait for an answer; try again.", [(b"retry-after", b"1")])
-            return
         if not health and not self._in_time(scope):
             say_more = f"this server answers {self.rules.rate} requests a second of one client; ask more slowly."
             await say(send, 429, say_more, [(b"retry-after", b"1")])
             return
         try:
+            self.arriving += 1
+            if has_body(scope) and self.arriving > self.rules.waiting:
+                await say(send, 429, TOO_MANY, [(b"retry-after", b"1")])
+                return
             async with asyncio.timeout(self.rules.body_s):
                 body = await read_body(receive, self.rules.body)
         except TimeoutError:
             await say(send, 408, f"the request did not arrive within {self.rules.body_s} seconds; send it again.")
             return
+        finally:
+            self.arriving -= 1
         if body is None:
             await say(send, 413, f"a request may have {self.rules.body:,} bytes; send less at a time.")
             return
-        await self.app(scope, replayed(body, receive), send)
+        if not health and self.busy >= self.rules.waiting:
+            await say(send, 429, TOO_MANY, [(b"retry-after", b"1")])
+            return
+        try:
+            self.busy += 1
+            await self.app(scope, replayed(body, receive), send)
+        finally:
+            self.busy -= 1
 
     def _may(self, scope: Scope) -> bool:
         """Whether this request has the token it needs; compared in a time that does not depend on where it differs."""
@@ -152,6 +162,11 @@ class Guard:
             bucket.left = 0
             return False
         return True
+
+
+def has_body(scope: Scope) -> bool:
+    """Whether a request says that it has a body."""
+    return any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
 
 
 def has_token(scope: Scope, token: str) -> bool:

@@ -16,9 +16,9 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
@@ -137,6 +137,22 @@ def close(store: Path) -> list[Written]:
     return [file for file in written(store) if file.batch is None and file.path.name.endswith(CLOSED)]
 
 
+def put_off(files: Iterable[Written], waits: Callable[[Click], bool]) -> list[Written]:
+    """Closed files without the clicks that wait; these lie in files of their own, which no batch has.
+
+    Whoever dies between leaves them in both, which is the same click.
+    """
+    found = []
+    for file in files:
+        now, later = ([click for click in file.clicks if waits(click) is so] for so in (False, True))
+        if now and later:
+            _write(file.path.with_name(f"{time.time_ns()}-{os.getpid()}{CLOSED}"), later)
+            _write(file.path, now)
+        if now or not later:
+            found.append(replace(file, clicks=now))
+    return found
+
+
 def taken(files: Iterable[Written], batch: int | None) -> None:
     """The clicks of these files are in a batch; None: they were in the log already."""
     for file in files:
@@ -163,11 +179,7 @@ def erase(store: Path, user_id: int | str) -> int:
     for file in written(store):
         stays = [click for click in file.clicks if click.user_id != user_id]
         n_gone += len(file.clicks) - len(stays)
-        aside = file.path.with_name(f".{file.path.name}")
-        aside.write_bytes(b"".join(map(_line, stays)))
-        with aside.open("rb") as whole:
-            os.fsync(whole.fileno())
-        aside.replace(file.path)
+        _write(file.path, stays)
     _synced(store)
     return n_gone
 
@@ -185,6 +197,16 @@ def _files(store: Path) -> list[Path]:
     folder = store / FOLDER
     found = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
     return sorted(found, key=lambda path: int(path.name.partition("-")[0]))
+
+
+def _write(path: Path, clicks: Iterable[Click]) -> None:
+    """A file of the journal, whole or not at all."""
+    aside = path.with_name(f".{path.name}")
+    aside.write_bytes(b"".join(map(_line, clicks)))
+    with aside.open("rb") as whole:
+        os.fsync(whole.fileno())
+    aside.replace(path)
+    sync(path.parent)
 
 
 def _synced(store: Path) -> None:
