@@ -99,7 +99,7 @@ def test_filters_never_come_back_short() -> None:
     served = served_of(clustered(600))
     model, batch = served.state.model, asked(served, 5)
     search = through(built(model.item_vectors()), model.item_vectors(), 1)
-    banned_BM, _ = search(model.user_vectors(batch), 600)
+    banned_BM, _ = search(model.user_vectors(batch), torch.full((5,), 600))
     items_BK, scores_BK = top(model, batch, 20, banned_BM, search=search)
     exact_BK, _ = top_exact(model.item_vectors(), model.user_vectors(batch), 20, banned_BM, torch.arange(1, 601))
     assert bool(torch.isfinite(scores_BK).all()) and torch.equal(items_BK, exact_BK)
@@ -133,7 +133,7 @@ def test_what_the_longest_items_decide_is_the_exact_list(seed: int, n: int, head
     items_ID = torch.randint(-3, 4, (2000, 3), generator=source).float()
     items_ID[0] = 0.0
     vectors_BKD = torch.randint(-2, 3, (5, 3, 3), generator=source).float()
-    found_BN, own_BN = longest_first(items_ID, head)(vectors_BKD, n)
+    found_BN, own_BN = longest_first(items_ID, head)(vectors_BKD, torch.full((5,), n))
     exact_BN, scores_BN = top_exact(items_ID, vectors_BKD, n, None, torch.arange(1, 2000))
     for row in range(5):
         if bool((found_BN[row] == 0).any()):
@@ -152,12 +152,23 @@ def test_lists_are_exact_whether_or_not_the_longest_items_decide_them() -> None:
     banned_BM = torch.zeros(len(batch), 300, dtype=torch.int64)
     long_N = torch.arange(1, 6001, 20)
     banned_BM[::2] = long_N  # every second user must not get any of the long ones: the others cannot be decided by them
-    decided_B = (search(model.user_vectors(batch), 320)[0] > 0).all(1)
-    assert not bool(decided_B.all())
+    n_B = 20 + (banned_BM > 0).sum(1)
+    decided_B = (search(model.user_vectors(batch), n_B)[0] > 0).all(1)
+    assert not bool(decided_B[::2].any()) and bool(decided_B[1::2].all())  # one user's wishes are not another's
     for banned in (None, banned_BM):
         exact, scores = top_exact(model.item_vectors(), model.user_vectors(batch), 20, banned, torch.arange(1, 6001))
         found = top(model, batch, 20, banned, search=search)
         assert torch.equal(found[0], exact) and torch.allclose(found[1], scores)
+
+
+def test_whoever_had_few_items_many_times_gets_a_whole_list() -> None:
+    served = served_of(some_long(300))
+    model, batch = served.state.model, asked(served, 3)
+    search = longest_first(model.item_vectors(), 50)
+    banned_BM = torch.arange(1, 6).repeat(3, 64)
+    items_BK, scores_BK = top(model, batch, 10, banned_BM, search=search)
+    exact_BK, _ = top_exact(model.item_vectors(), model.user_vectors(batch), 10, banned_BM, torch.arange(1, 301))
+    assert torch.equal(items_BK, exact_BK) and bool(torch.isfinite(scores_BK).all())
 
 
 def test_where_all_items_are_as_long_the_longest_decide_nothing_and_are_not_asked() -> None:
@@ -167,7 +178,7 @@ def test_where_all_items_are_as_long_the_longest_decide_nothing_and_are_not_aske
 
 
 def test_a_user_of_whom_nothing_is_known_is_not_decided() -> None:
-    assert not bool(longest_first(some_long(), 2500)(torch.zeros(1, 2, D), 20)[0].any())
+    assert not bool(longest_first(some_long(), 2500)(torch.zeros(1, 2, D), torch.tensor([20]))[0].any())
 
 
 def test_a_served_list_through_an_index_is_the_exact_one(tmp_path: Path) -> None:

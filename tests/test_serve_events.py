@@ -225,6 +225,7 @@ def test_clicks_newer_than_a_file_wait_for_the_next_and_make_none_of_it_late(
 
         def die(path: Path, clicks: Any) -> None:
             written_file(path, clicks)
+            path.with_name(".17-4242.closed").write_text("half of a file, with a user's id in it")
             raise KeyboardInterrupt
 
         written_file = journal._write
@@ -233,9 +234,14 @@ def test_clicks_newer_than_a_file_wait_for_the_next_and_make_none_of_it_late(
             nightly.deliver(Job(open_store(tmp_path / "s")), read_log(first), "day-1")
         monkeypatch.undo()
         assert len(waiting(tmp_path)) == 41
+        with server(tmp_path) as (_, live):  # each once, though they lie in two files
+            assert live.version is not None
+            folded = live.version.served.fresh.clicks.values()
+            assert folded and all(len(set(one)) == len(one) for one in folded)
     assert run("update", tmp_path, str(tmp_path / "day-1.parquet"), *ANY) == 0
     assert len(rows(tmp_path)) == 1500 + 300 + 1
     assert {one.identity for one in waiting(tmp_path)} == set(early.iter_rows())
+    assert not list((tmp_path / "s" / "clicks").glob(".*"))
     with server(tmp_path) as (client, _):  # they are in the lists meanwhile
         user, item, when = early.row(0)
         assert client.get(f"/users/{user}/interests").json()["n_fresh"] >= 1
@@ -255,6 +261,23 @@ def test_a_click_that_the_file_has_by_its_id_does_not_wait_however_new_it_is(tmp
     day.with_columns(event_id=pl.Series(ids)).write_parquet(tmp_path / "night.parquet")
     assert run("update", tmp_path, str(tmp_path / "night.parquet"), *ANY) == 0
     assert len(rows(tmp_path)) == 1800 and [one.event_id for one in waiting(tmp_path)] == ["e2"]
+
+
+def test_whoever_reads_while_files_are_parted_misses_no_click(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrote = Journal(tmp_path)
+    for _ in range(2):
+        wrote.add([Click("user-1", "item-1", when) for when in (1, 9)])
+        wrote.end()
+    files = journal.close(tmp_path)
+    read = journal._clicks_in
+
+    def meanwhile(path: Path) -> list[Click]:
+        monkeypatch.setattr(journal, "_clicks_in", read)
+        journal.put_off(files, lambda click: click.time > 5)  # between the list of the files and what is in them
+        return read(path)
+
+    monkeypatch.setattr(journal, "_clicks_in", meanwhile)
+    assert {one.time for file in journal.written(tmp_path) for one in file.clicks} == {1, 9}
 
 
 def test_a_line_that_is_not_whole_was_never_acknowledged_and_damage_before_it_is_told(tmp_path: Path) -> None:

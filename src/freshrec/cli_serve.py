@@ -15,7 +15,7 @@ from freshrec.cli_options import AsJson, StorePath, print_table
 from freshrec.errors import OptionError, StateError
 
 Head = Annotated[
-    int, typer.Option(min=0, help="Of more items, so many with the longest vectors are asked first; 0: none.")
+    int, typer.Option(min=0, help="Score so many items with the longest vectors first, where there are more; 0: off.")
 ]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")]
 

@@ -172,6 +172,10 @@ def _made(
             typer.echo(_told(job, taken, name) + aside)
         yield from job.catch_up(force)
     clicks.settle(job)
+    if (n := clicks.waiting(job)) and not as_json:
+        typer.echo(
+            f"{n:,} clicks are newer than the file and wait for the next one; `update` without a file takes them"
+        )
     if again is not None:
         yield job.again(again, force)
 

@@ -23,7 +23,7 @@ WORDS = {pl.Int64: "whole numbers", pl.String: "text", pl.Float64: "numbers"}  #
 INTEGERS = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt8, pl.UInt16, pl.UInt32)  # all of them fit in Int64
 COLUMNS = {"first_span": pl.Int32, "last_span": pl.Int32}  # beside "id", which is Int64 or String
 Rows: TypeAlias = NDArray[np.uint32]
-Ids: TypeAlias = NDArray[np.int64] | pl.Series  # numbers, or text
+Column: TypeAlias = NDArray[np.int64] | pl.Series  # numbers, or text
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,10 +90,10 @@ class Catalog:
         return Catalog(self.frame.with_columns(pl.lit(0, kind).alias(name) for name, kind in COLUMNS.items()))
 
     @cached_property
-    def _sorted(self) -> tuple[Rows, Ids]:
+    def _sorted(self) -> tuple[Rows, Column]:
         """The positions of the ids in ascending order, and the ids in it; without those erased."""
         order_I = self.frame["id"].arg_sort(nulls_last=True)[: len(self) - self.frame["id"].null_count()]
-        return order_I.to_numpy(), _quick(self.frame["id"].gather(order_I))
+        return order_I.to_numpy(), _one_by_one(self.frame["id"].gather(order_I))
 
     def ids(self, rows: Tensor) -> pl.Series:
         """The ids of `rows`, which must be at most len(self); null for row 0."""
@@ -101,9 +101,9 @@ class Catalog:
         return self.frame["id"].gather(positions.set(positions < 0, None) if bool((rows == 0).any()) else positions)
 
     @cached_property
-    def all(self) -> Ids:
+    def column(self) -> Column:
         """The ids of all rows but 0: `.item(row - 1)` gives one sooner than `ids` does; nonsense for one erased."""
-        return _quick(self.frame["id"])
+        return _one_by_one(self.frame["id"])
 
     def checked(self, ids: pl.Series) -> pl.Series:
         """`ids` as Int64 or String. LogError for nulls, other types, and ids of another kind than the catalog's."""
@@ -123,12 +123,12 @@ class Catalog:
         return ids
 
 
-def _quick(ids: pl.Series) -> Ids:
+def _one_by_one(ids: pl.Series) -> Column:
     """The same to look into one by one, for which polars takes longer; what was erased is 0."""
     return ids.fill_null(0).to_numpy() if ids.dtype == pl.Int64 else ids
 
 
-def _places(sorted_ids: Ids, ids: pl.Series) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def _places(sorted_ids: Column, ids: pl.Series) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Where each of `ids` is among some, and whether it is."""
     last = len(sorted_ids) - 1
     if isinstance(sorted_ids, pl.Series):

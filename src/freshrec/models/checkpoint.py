@@ -93,8 +93,8 @@ def load_tree(path: Path) -> Any:
 def load_to_ask(path: Path) -> Any:
     """`load_tree`, for asking only: tables without the memory of their optimiser, a third of the size.
 
-    Tensors are read piece by piece, and equal ones are one (the histories that a model reads, and all that users had):
-    none is in memory twice. What is so loaded cannot be trained, and nobody may write to it.
+    Tensors are read piece by piece, and one that equals the first of its shape is that one (the histories that a model
+    reads, and all that users had). What is so loaded cannot be trained, and nobody may write to it.
     """
     first: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
 

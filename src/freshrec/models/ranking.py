@@ -17,8 +17,8 @@ from freshrec.types import Batch, Model, OfferingModel, TrainedModel, VectorMode
 
 USERS, ITEMS = 64, 2048  # measured best block of the rank count: two thirds of the peak of a matrix product
 READOUTS = ("recent", "stored", "both")
-# (vectors_BKD, n) -> (B, C) rows of at least the n best items that were found, each once, 0: none; and their scores
-Search = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+# (vectors_BKD, n_B) -> (B, C) rows of at least the n best items that were found, each once, 0: none; and their scores
+Search = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def vectors_of(model: VectorModel, batch: Batch, readout: str = "recent") -> Tensor:
@@ -196,8 +196,9 @@ def _top_found(
     """The best of what a search finds; of all items for users of whom it finds too few."""
     vectors_BKD = model.user_vectors(batch)
     banned_BM = torch.zeros(len(batch), 0, dtype=torch.int64) if banned_BM is None else banned_BM
+    banned_BM = torch.from_numpy(distinct(torch.where(banned_BM <= model.n_items, banned_BM, 0).numpy()))
     n_banned_B = (banned_BM > 0).sum(1)
-    found_BC, score_BC = search(vectors_BKD, k + int(n_banned_B.max() if len(batch) else 0))
+    found_BC, score_BC = search(vectors_BKD, k + n_banned_B)
     items_BK, score_BK = _top_offered(found_BC, score_BC, k, banned_BM, None)
     short_B = torch.isfinite(score_BK).sum(1) < (model.n_items - n_banned_B).clamp(max=k)
     if bool(short_B.any()):

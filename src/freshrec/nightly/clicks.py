@@ -25,8 +25,8 @@ def deliver(job: Job, log: Log | None, source: str) -> Taken | None:
     who dies between the batch and the journal leaves clicks that the log knows by their identity.
     """
     waiting = journal.close(job.store.folder)
-    if log is not None and log.has_clock:
-        waiting = journal.put_off(waiting, _not_yet(log))
+    if log is not None and job.contents.reading.has_clock:
+        waiting = journal.put_off(waiting, _not_yet(log, waiting))
     clicks = journal.frame_of([click for file in waiting for click in file.clicks]) if waiting else None
     if clicks is None or not len(clicks):
         journal.taken(waiting, None)
@@ -46,11 +46,20 @@ def deliver(job: Job, log: Log | None, source: str) -> Taken | None:
     return told if told is not None and not found.kept else found
 
 
-def _not_yet(log: Log) -> Callable[[journal.Click], bool]:
+def waiting(job: Job) -> int:
+    """How many clicks are in no batch of the log."""
+    return sum(len(file.clicks) for file in journal.written(job.store.folder) if file.batch is None)
+
+
+def _not_yet(log: Log, files: list[journal.Written]) -> Callable[[journal.Click], bool]:
     """Whether a click is newer than a log, and not a row of it."""
     newest: Any = log.frame["time"].max()
-    ids = set(log.frame["event_id"].drop_nulls().cast(pl.String)) if "event_id" in log.frame.columns else set()
-    return lambda click: click.time > newest and click.event_id not in ids
+    rows = set[str]()
+    if "event_id" in log.frame.columns:
+        ids = [click.event_id for file in files for click in file.clicks if click.event_id is not None]
+        column = log.frame["event_id"].cast(pl.String)
+        rows = set(column.filter(column.is_in(pl.Series(ids, dtype=pl.String).implode())))
+    return lambda click: click.time > newest and click.event_id not in rows
 
 
 def with_clicks(log: Log, clicks: pl.DataFrame) -> Log:

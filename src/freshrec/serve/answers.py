@@ -74,7 +74,7 @@ def recommend(version: Version, by: asked.Asked) -> list[asked.Listed]:
     """The lists of some users, in the order asked."""
     users_N = torch.tensor([row_of(version, user) for user in by.users])
     found = lists_of(version.served, users_N, wanted(version, by))
-    lists, ids = [], version.served.items.all
+    lists, ids = [], version.served.items.column
     columns = (found.items_NK.tolist(), found.scores_NK.tolist(), found.why_NK.tolist())
     for user, items, scores, why in zip(by.users, *columns):
         listed = [

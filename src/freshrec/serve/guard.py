@@ -19,7 +19,7 @@ OPEN = ("/", "/page.css", "/page.js", "/docs", "/openapi.json", "/health/live", 
 CLIENTS = 10_000  # whose rate is remembered; those seen longest ago are forgotten
 BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 POLICY = b"default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
-TOO_MANY = "too many requests wait for an answer; try again."
+AFTER = [(b"retry-after", b"1")]
 HEADERS = [
     (b"content-security-policy", POLICY),
     (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"cache-control", b"no-store"),
@@ -114,12 +114,12 @@ class Guard:
         health = path.startswith("/health/")
         if not health and not self._in_time(scope):
             say_more = f"this server answers {self.rules.rate} requests a second of one client; ask more slowly."
-            await say(send, 429, say_more, [(b"retry-after", b"1")])
+            await say(send, 429, say_more, AFTER)
             return
         try:
             self.arriving += 1
             if has_body(scope) and self.arriving > self.rules.waiting:
-                await say(send, 429, TOO_MANY, [(b"retry-after", b"1")])
+                await say(send, 429, "too many requests are on their way; try again.", AFTER)
                 return
             async with asyncio.timeout(self.rules.body_s):
                 body = await read_body(receive, self.rules.body)
@@ -132,7 +132,7 @@ class Guard:
             await say(send, 413, f"a request may have {self.rules.body:,} bytes; send less at a time.")
             return
         if not health and self.busy >= self.rules.waiting:
-            await say(send, 429, TOO_MANY, [(b"retry-after", b"1")])
+            await say(send, 429, "too many requests wait for an answer; try again.", AFTER)
             return
         try:
             self.busy += 1
@@ -166,7 +166,8 @@ class Guard:
 
 def has_body(scope: Scope) -> bool:
     """Whether a request says that it has a body."""
-    return any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
+    said = dict(scope["headers"])
+    return b"transfer-encoding" in said or said.get(b"content-length", b"0") != b"0"
 
 
 def has_token(scope: Scope, token: str) -> bool:

@@ -1,10 +1,10 @@
 """Which items of one version are near a user's vectors.
 
 An item cannot score more than its length times the user's. So the longest come first, and where those that many users
-had have grown long, a few thousand of them decide the lists, exactly. Where that is not so, all items are scored, up to
-EXACT, in blocks; above it an inverted file (faiss) looks into the cells nearest to each vector. All of it is measured
-on users of the version: how many lists the longest decide, and how many of the true best items the cells hold, with as
-many cells as that takes. Where no number of cells is enough, all items are scored, and `Searching` says so.
+had have grown long, a few thousand of them decide the lists, exactly. Where that is not so, all items are scored in
+blocks, up to `Limits.exact`; above it an inverted file (faiss) looks into the cells nearest to each vector. All of it
+is measured on users of the version: how many lists the longest decide, and how many of the true best items the cells
+hold, with as many cells as that takes. Where no number of cells is enough, all items are scored; `Searching` says it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from freshrec.serve.recommend import Served, vectors_of_users
 from freshrec.types import VectorModel
 
 STEP = 2_048  # of the longest items, how many are scored at once
-SURE, HAD = 0.99, 40  # of users, whose lists the longest must decide, though so many of the best are not for them
+SURE, HAD = 0.99, 40  # the share of lists that the longest must decide; a user had so many of the best items already
 MARGIN = 1 + 1e-5  # a score may be larger than the product of the lengths, by rounding
 LIST, ASKED, FEW = 20, 200, 16  # items and users by which it is measured, and users at once: all need much memory
 PROBES = (16, 32, 48, 64, 96, 128)  # cells, tried in this order
@@ -69,7 +69,8 @@ def searching(served: Served, limits: Limits = USUAL) -> tuple[Search | None, Se
         return None, Searching("exact", "no user has an event to measure a search with")
     if has_tail:
         search = longest_first(model.item_vectors(), limits.head)
-        found = [search(part_BKD, LIST + HAD)[0] for part_BKD in vectors_QKD.split(FEW)]
+        n_Q = torch.full((len(vectors_QKD),), LIST + HAD)
+        found = [search(part_BKD, n_B)[0] for part_BKD, n_B in zip(vectors_QKD.split(FEW), n_Q.split(FEW))]
         decided = float((torch.cat(found) > 0).all(1).float().mean())
         if decided >= SURE:
             why = f"{limits.head:,} items with the longest vectors decide {decided:.1%} of the lists, exactly"
@@ -113,7 +114,8 @@ def longest_first(items_ID: Tensor, head: int) -> Search:
     # the longest of what comes after each block; after the last one nothing is known to be shorter than its last item
     after = [*length_H[STEP::STEP].tolist(), float(length_H[-1]) if len(row_H) < len(items_ID) - 1 else -torch.inf]
 
-    def search(vectors_BKD: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    def search(vectors_BKD: Tensor, n_B: Tensor) -> tuple[Tensor, Tensor]:
+        n, last_B1 = int(n_B.max()), n_B[:, None] - 1
         reach_B = vectors_BKD.norm(dim=2).amax(1) * MARGIN
         score_BN, row_BN = torch.zeros(len(reach_B), 0), torch.zeros(len(reach_B), 0, dtype=torch.int64)
         decided_B = torch.zeros(len(reach_B), dtype=torch.bool)
@@ -121,7 +123,8 @@ def longest_first(items_ID: Tensor, head: int) -> Search:
             score_BC = torch.cat([score_BN, best_inner_product(vectors_BKD, items_SD)], 1)
             score_BN, at_BN = score_BC.topk(min(n, score_BC.shape[1]))
             row_BN = torch.cat([row_BN, row_S.expand(len(row_BN), -1)], 1).gather(1, at_BN)
-            decided_B = score_BN[:, -1] > reach_B * beyond if row_BN.shape[1] == n else decided_B
+            lowest_B = score_BN.gather(1, last_B1.clamp(max=row_BN.shape[1] - 1))[:, 0]
+            decided_B = (lowest_B > reach_B * beyond) & (n_B <= row_BN.shape[1])
             if bool(decided_B.all()):
                 break
         return row_BN * decided_B[:, None], score_BN
@@ -132,7 +135,8 @@ def longest_first(items_ID: Tensor, head: int) -> Search:
 def through(index: Any, items_ID: Tensor, probes: int) -> Search:
     """Searches an index, in so many cells of each vector; what it finds is scored by the vectors themselves."""
 
-    def search(vectors_BKD: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    def search(vectors_BKD: Tensor, n_B: Tensor) -> tuple[Tensor, Tensor]:
+        n = int(n_B.max())
         n_users, n_vectors, n_dims = vectors_BKD.shape
         queries = np.ascontiguousarray(vectors_BKD.reshape(-1, n_dims).numpy())
         # more than asked for: places of half precision are not quite those of the scores
@@ -148,7 +152,7 @@ def through(index: Any, items_ID: Tensor, probes: int) -> Search:
 
 def recall_of(search: Search, vectors_QKD: Tensor, best_QN: Tensor) -> float:
     """The share of each user's best items that are among those found."""
-    found_QC, _ = search(vectors_QKD, best_QN.shape[1])
+    found_QC, _ = search(vectors_QKD, torch.full((len(vectors_QKD),), best_QN.shape[1]))
     return float((best_QN[..., None] == found_QC[:, None]).any(2).float().mean())
 
 

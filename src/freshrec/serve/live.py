@@ -113,10 +113,10 @@ class Live:
         self._since = []
         try:
             learnt = {manifest.batch for manifest in _chain(self.store, version.about)} - {None}
-            for file in written(self.store.folder):
-                if file.batch not in learnt:
-                    for click in file.clicks:
-                        _fold(version, click, known)
+            files = [file for file in written(self.store.folder) if file.batch not in learnt]
+            waiting = {click.identity: click for file in files for click in file.clicks}  # some may be in two files
+            for click in waiting.values():
+                _fold(version, click, known)
             with self._folding:  # the clicks of meanwhile, and those who leave
                 for click in self._since:
                     if click.identity not in known:

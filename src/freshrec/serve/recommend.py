@@ -45,7 +45,7 @@ class Served:
     categories: pl.DataFrame = field(default_factory=_no_categories)  # item (a row), category
     pending: Events = field(default_factory=_none)  # newer than what the model has learnt; in no history of `state`
     fresh: Fresh = field(default_factory=Fresh)  # newer than all of that; in no history either
-    search: Search | None = None  # an index over the model's item vectors; None: all of them are scored
+    search: Search | None = None  # in the model's item vectors; None: all of them are scored
 
     @property
     def newest_time(self) -> int | None:

@@ -2,11 +2,11 @@
 
     store/clicks/17-4242.open        written by one server, a line per click, each with a checksum; on the disk before
                                      the click is acknowledged
-    store/clicks/17-4242.closed      no longer written: an update is taking it
+    store/clicks/17-4242.closed      no longer written: an update is taking it, or has left it for the next one
     store/clicks/17-4242.taken-9     its clicks are in batch 9 of the log
 
-A line that is not whole was never acknowledged. Whoever changes a file holds a lock on it; whoever closes one also
-holds the store's.
+A line that is not whole was never acknowledged. Whoever adds to a file or closes it holds a lock on it; whoever changes
+anything else here holds the store's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
@@ -99,7 +99,7 @@ class Journal:
     def _opened(self) -> FileIO:
         if self._file is None:
             self.folder.mkdir(exist_ok=True)
-            self._path = self.folder / f"{time.time_ns()}-{os.getpid()}{OPEN}"
+            self._path = _new(self.folder, OPEN)
             self._file = self._path.open("xb", buffering=0)
             sync(self.folder)
         return self._file
@@ -128,6 +128,8 @@ def written(store: Path) -> list[Written]:
 
 def close(store: Path) -> list[Written]:
     """The files that no batch has yet; servers begin new ones. Whoever calls holds the store's lock."""
+    for aside in (store / FOLDER).glob(".*"):  # of somebody who died
+        aside.unlink()
     for path in _files(store):
         if path.name.endswith(OPEN):
             with path.open("rb") as file:
@@ -140,16 +142,19 @@ def close(store: Path) -> list[Written]:
 def put_off(files: Iterable[Written], waits: Callable[[Click], bool]) -> list[Written]:
     """Closed files without the clicks that wait; these lie in files of their own, which no batch has.
 
-    Whoever dies between leaves them in both, which is the same click.
+    A file whose clicks part is replaced by two new ones, so that nobody who reads misses any. Whoever dies between
+    leaves some in two files, which are the same clicks.
     """
     found = []
     for file in files:
         now, later = ([click for click in file.clicks if waits(click) is so] for so in (False, True))
         if now and later:
-            _write(file.path.with_name(f"{time.time_ns()}-{os.getpid()}{CLOSED}"), later)
-            _write(file.path, now)
-        if now or not later:
-            found.append(replace(file, clicks=now))
+            _, first = (_write(_new(file.path.parent, CLOSED), clicks) for clicks in (later, now))
+            file.path.unlink()
+            sync(file.path.parent)
+            found.append(Written(first, None, now))
+        elif not later:
+            found.append(file)
     return found
 
 
@@ -199,14 +204,22 @@ def _files(store: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.partition("-")[0]))
 
 
-def _write(path: Path, clicks: Iterable[Click]) -> None:
+def _new(folder: Path, state: str) -> Path:
+    return folder / f"{time.time_ns()}-{os.getpid()}{state}"
+
+
+def _write(path: Path, clicks: Iterable[Click]) -> Path:
     """A file of the journal, whole or not at all."""
     aside = path.with_name(f".{path.name}")
-    aside.write_bytes(b"".join(map(_line, clicks)))
-    with aside.open("rb") as whole:
-        os.fsync(whole.fileno())
-    aside.replace(path)
+    try:
+        aside.write_bytes(b"".join(map(_line, clicks)))
+        with aside.open("rb") as whole:
+            os.fsync(whole.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
     sync(path.parent)
+    return path
 
 
 def _synced(store: Path) -> None:
