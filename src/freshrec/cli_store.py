@@ -173,9 +173,7 @@ def _made(
         yield from job.catch_up(force)
     clicks.settle(job)
     if (n := clicks.waiting(job)) and not as_json:
-        typer.echo(
-            f"{n:,} clicks are newer than the file and wait for the next one; `update` without a file takes them"
-        )
+        typer.echo(f"clicks newer than the file: {n:,}; they wait for the next one, or for `update` without a file")
     if again is not None:
         yield job.again(again, force)
 
