@@ -45,10 +45,10 @@ def serve(
 
     from freshrec.serve.guard import Rules
     from freshrec.serve.index import Limits
-    from freshrec.serve.live import Live, keep_no_large_blocks
+    from freshrec.serve.live import Live, be_even
     from freshrec.store.versions import open_store
 
-    keep_no_large_blocks()
+    be_even()
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
     made = open_store(store)

@@ -190,6 +190,7 @@ def top_exact(
     return _best_of(score, len(vectors_BKD), k, banned_BM, among_N)
 
 
+@torch.inference_mode()
 def _top_found(
     model: VectorModel, batch: Batch, k: int, banned_BM: Tensor | None, search: Search
 ) -> tuple[Tensor, Tensor]:

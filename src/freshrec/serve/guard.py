@@ -116,29 +116,37 @@ class Guard:
             say_more = f"this server answers {self.rules.rate} requests a second of one client; ask more slowly."
             await say(send, 429, say_more, AFTER)
             return
-        try:
-            self.arriving += 1
-            if has_body(scope) and self.arriving > self.rules.waiting:
-                await say(send, 429, "too many requests are on their way; try again.", AFTER)
+        if has_body(scope):
+            body = await self._body(receive, send)
+            if body is None:
                 return
-            async with asyncio.timeout(self.rules.body_s):
-                body = await read_body(receive, self.rules.body)
-        except TimeoutError:
-            await say(send, 408, f"the request did not arrive within {self.rules.body_s} seconds; send it again.")
-            return
-        finally:
-            self.arriving -= 1
-        if body is None:
-            await say(send, 413, f"a request may have {self.rules.body:,} bytes; send less at a time.")
-            return
+            receive = replayed(body, receive)
         if not health and self.busy >= self.rules.waiting:
             await say(send, 429, "too many requests wait for an answer; try again.", AFTER)
             return
         try:
             self.busy += 1
-            await self.app(scope, replayed(body, receive), send)
+            await self.app(scope, receive, send)
         finally:
             self.busy -= 1
+
+    async def _body(self, receive: Receive, send: Send) -> bytes | None:
+        """What a request brings; None where that was wrong, and was said."""
+        if self.arriving >= self.rules.waiting:
+            await say(send, 429, "too many requests are on their way; try again.", AFTER)
+            return None
+        try:
+            self.arriving += 1
+            async with asyncio.timeout(self.rules.body_s):
+                body = await read_body(receive, self.rules.body)
+        except TimeoutError:
+            await say(send, 408, f"the request did not arrive within {self.rules.body_s} seconds; send it again.")
+            return None
+        finally:
+            self.arriving -= 1
+        if body is None:
+            await say(send, 413, f"a request may have {self.rules.body:,} bytes; send less at a time.")
+        return body
 
     def _may(self, scope: Scope) -> bool:
         """Whether this request has the token it needs; compared in a time that does not depend on where it differs."""

@@ -283,8 +283,10 @@ def give_back() -> None:
     _glibc("malloc_trim", 0)
 
 
-def keep_no_large_blocks() -> None:
-    """Let what is freed go back to the system at once where it is large; glibc would learn to keep it."""
+def be_even() -> None:
+    """Look for garbage seldom; let what is freed go back to the system at once where it is large, which glibc would
+    learn to keep."""
+    gc.set_threshold(50_000, 20, 100)
     _glibc("mallopt", M_MMAP_THRESHOLD, 1 << 20)
 
 
