@@ -271,10 +271,11 @@ def _about(result: dict[str, Any]) -> list[str]:
     base, *later = result["spans"]
     events, targets = [span["events"] for span in later], sum(span["targets"] for span in later)
     seen = sum((span["seen_share"] or 0.0) * span["targets"] for span in later) / max(targets, 1)
+    log = resolved["log"]["path"] or f"the {resolved['log']['world']} world"
     users = f"{resolved['log']['users']:,} sampled users" if resolved["log"]["users"] else "all users"
     seeds, tuned = resolved["replay"]["seeds"], resolved["replay"]["tune"]
     return [
-        f"`make reproduce RECIPE={result['recipe']} DATA=...` -- {resolved['log']['path']}, {users}; base block "
+        f"`make reproduce RECIPE={result['recipe']} DATA=...` -- {log}, {users}; base block "
         f"{base['events']:,} events, then {len(later)} spans of {min(events):,} to {max(events):,} events; "
         f"{targets:,} targets, of which {100 * seen:.0f} % are of items seen "
         f"before their span (what counts may also offer users their own new items again); "
