@@ -12,8 +12,8 @@ import torch
 import typer
 from torch import Tensor
 
-from freshrec.data.batches import closed, in_parts, pad_interests
-from freshrec.learn.fit import carried_by
+from freshrec.data.batches import closed, in_parts
+from freshrec.data.carried import carried_by, pad_interests
 from freshrec.models import find_model
 from freshrec.recipes import cut_of, load_recipe
 from freshrec.replay.measure import blocks_of, queries_of

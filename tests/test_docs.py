@@ -1,5 +1,7 @@
 """The documentation says what is there: short README, true file map, no link or path that leads nowhere."""
 
+import ast
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -93,3 +95,12 @@ def test_every_file_named_in_a_page_exists(page: Path) -> None:
 def test_every_make_target_named_in_a_page_exists(page: Path) -> None:
     targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert set(re.findall(r"\bmake ([a-z-]+)`", page.read_text())) <= set(targets)
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name)
+def test_what_a_benchmark_imports_of_the_library_is_there(script: Path) -> None:
+    # they run for minutes or hours, so that no test runs them
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("freshrec."):
+            names = vars(importlib.import_module(str(node.module)))
+            assert not {alias.name for alias in node.names} - names.keys()
