@@ -26,6 +26,7 @@ from typing import NamedTuple
 import polars as pl
 
 from freshrec.errors import StateError
+from freshrec.models.checkpoint import write_whole
 from freshrec.store.signed import sync
 
 FOLDER, OPEN, CLOSED, TAKEN = "clicks", ".open", ".closed", ".taken-"
@@ -210,14 +211,7 @@ def _new(folder: Path, state: str) -> Path:
 
 def _write(path: Path, clicks: Iterable[Click]) -> Path:
     """A file of the journal, whole or not at all."""
-    aside = path.with_name(f".{path.name}")
-    try:
-        aside.write_bytes(b"".join(map(_line, clicks)))
-        with aside.open("rb") as whole:
-            os.fsync(whole.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_whole(path, lambda aside: aside.write_bytes(b"".join(map(_line, clicks))))
     sync(path.parent)
     return path
 
