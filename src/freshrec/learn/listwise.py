@@ -19,26 +19,33 @@ LEVEL = 0.05  # below it, being worse is no chance
 RATE, BATCH = 3e-3, 128  # of the network's training; queries a step
 
 
-def refit(model: Blend, decay: float = 1e-4, least: int = 300, n_epochs: int = 6) -> None:
+def refit(model: Blend, decay: float = 20.0, least: int = 40, n_epochs: int = 6) -> None:
     """Learn the rule again from what is remembered, beginning with the last one.
 
-    There is none with fewer than `least` queries to learn from, nor while the rule has ordered the remembered queries
-    worse than the best expert, beyond chance (t-test of the differences in ndcg@20): then that expert speaks alone.
+    There is none with fewer than `least` queries to learn from. While the rule has ordered the remembered queries worse
+    than the best expert, beyond chance (t-test of the differences in ndcg@20), that expert speaks alone; the rule goes
+    on being learnt and judged, so that it can come back.
     """
     kept, last = model.remembered, model.rule or Rule.start(model.seed)
-    value_PR = kept.ndcg()
-    judged_P = ~np.isnan(value_PR[:, N])
-    if len(kept.x_QCF) < least or better(value_PR[judged_P, model.trusted], value_PR[judged_P, N]):
+    if len(kept.x_QCF) < least:
         model.rule = None
         return
+    value_PR = kept.ndcg()
+    judged_P = ~np.isnan(value_PR[:, N])
+    model.overruled = better(value_PR[judged_P, model.trusted], value_PR[judged_P, N])
     x_QCF = kept.x_QCF.float()
-    std_F, mean_F = torch.std_mean(x_QCF[kept.real_QC], 0)
-    rule = replace(last, mean_F=mean_F, std_F=std_F.clamp(min=1e-3))
+    rule = replace(last, **scale_of(x_QCF[kept.real_QC]))
     z_QCF = rule.standard(x_QCF)
     z_QCG = crossed(z_QCF)
     rule = replace(rule, weights_G=fit_listwise(z_QCG, kept.real_QC, rule.weights_G, decay))
     source = random_source(model.seed, CORRECT, model.n_blocks)
     model.rule = corrected(rule, z_QCF, z_QCG @ rule.weights_G, kept.real_QC, n_epochs, source)
+
+
+def scale_of(x_NF: Tensor) -> dict[str, Tensor]:
+    """What standardises features, as fields of a rule. One that is always alike says nothing, now and later."""
+    std_F, mean_F = torch.std_mean(x_NF, 0)
+    return {"mean_F": mean_F, "std_F": torch.where(std_F < 1e-3, torch.inf, std_F)}
 
 
 def corrected(
@@ -71,14 +78,14 @@ def better(mine_P: Floats, theirs_P: Floats, level: float = LEVEL) -> bool:
     return bool(stats.ttest_1samp(more_P, 0.0, alternative="greater").pvalue < level)
 
 
-def worth(kept: Remembered, columns: list[int], decay: float = 1e-4) -> tuple[float, float]:
+def worth(kept: Remembered, columns: list[int], decay: float = 20.0) -> tuple[float, float]:
     """What these features add: how much likelier the targets are with them, in nats, and the p-value of so much.
 
     Weights are learned from every other query, with and without the features, and compared on the rest; then the other
     way about (t-test).
     """
-    std_F, mean_F = torch.std_mean(kept.x_QCF.float()[kept.real_QC], 0)
-    z_QCF, halves = (kept.x_QCF.float() - mean_F) / std_F.clamp(min=1e-3), (slice(0, None, 2), slice(1, None, 2))
+    x_QCF, halves = kept.x_QCF.float(), (slice(0, None, 2), slice(1, None, 2))
+    z_QCF = replace(Rule.start(0), **scale_of(x_QCF[kept.real_QC])).standard(x_QCF)
     likely: list[Floats] = []
     for without in ([], columns):
         z_QCF[..., without] = 0.0
@@ -93,11 +100,12 @@ def worth(kept: Remembered, columns: list[int], decay: float = 1e-4) -> tuple[fl
 
 
 def fit_listwise(x_QCG: Tensor, real_QC: Tensor, start_G: Tensor, decay: float, max_steps: int = 100) -> Tensor:
-    """(G,) w that minimises -mean_q ln softmax_c(x_qc w) of the first candidate + decay |w|^2; by L-BFGS.
+    """(G,) w that minimises -sum_q ln softmax_c(x_qc w) of the first candidate + decay |w|^2; by L-BFGS.
 
     The loss is convex: where it begins, `start_G`, decides only how soon it is there. `real_QC`: what is no padding.
     """
     n_queries, n_candidates, n_features = x_QCG.shape
+    decay /= n_queries  # as the mean of the loss is what is computed
     x_NG, mask_QC = x_QCG.reshape(-1, n_features), torch.where(real_QC, 0.0, -torch.inf)
 
     def loss_and_slope(w: Floats) -> tuple[float, Floats]:

@@ -61,6 +61,10 @@ class Remembered:
         value_PR: Floats = np.where(rank_PR > 20, 0.0, 1 / np.log2(1 + rank_PR))
         return value_PR
 
+    def best(self) -> int:
+        """The expert that was best on average; the first one while there are no queries."""
+        return int(self.ndcg()[:, :N].mean(0).argmax()) if len(self.ranks_PR) else 0
+
     def latest(self, n: int) -> Remembered:
         """Without the older ones."""
         return Remembered(*(column[-n:] for column in vars(self).values()))
@@ -143,12 +147,13 @@ class Blend:
     """A model of experts. Scores are probabilities over the user's candidates; 0 for other items."""
 
     rule: Rule | None
+    overruled: bool  # the rule, by the trusted expert, which was better: it speaks alone while the rule is judged on
     trusted: int  # the expert that was best on what is remembered: it speaks where there is no rule
 
     def __init__(self, spec: BlendSpec, seed: int) -> None:
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.experts = Experts(spec.offered, spec.length, seed)
-        self.rule, self.trusted = None, 0
+        self.rule, self.overruled, self.trusted = None, False, 0
         self.given_up = False  # the trained expert: it added nothing to the others
         self.n_blocks = 0
         nothing = torch.zeros(0, spec.others + 1, len(FEATURES), dtype=torch.float16)
@@ -178,7 +183,7 @@ class Blend:
                 self._remember(targets, is_base)
             self.experts.absorb(part, histories, targets)
             histories, self.n_blocks = after, self.n_blocks + 1
-        self._trust()
+        self.trusted = self.remembered.best()
 
     def _remember(self, targets: Targets, is_base: bool) -> None:
         """Ask for some of the targets, and write down what the candidates looked like."""
@@ -225,22 +230,23 @@ class Blend:
             ranks_PR[at_P, N - 1] = torch.where(rank_Q > self.spec.offered, torch.inf, rank_Q)
             query, ranked = query + len(part.users_Q), ranked + len(part.found_B)
         self.remembered, self.waiting = replace(self.remembered, x_QCF=x_QCF, ranks_PR=ranks_PR), []
-        self._trust()
-
-    def _trust(self) -> None:
-        if len(self.remembered.ranks_PR):
-            self.trusted = int(self.remembered.ndcg()[:, :N].mean(0).argmax())
+        self.trusted = self.remembered.best()
 
     def candidates(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(B, C) items, 0 where a user has fewer, and how likely each is the next among them; 0 is no opinion."""
         items_BC, x_BCF = self.experts.describe(batch)
         return items_BC, self._likely(items_BC, x_BCF)
 
+    @property
+    def ruling(self) -> Rule | None:
+        """What orders candidates; None while the trusted expert does."""
+        return None if self.overruled else self.rule
+
     def _likely(self, items_BC: Tensor, x_BCF: Tensor) -> Tensor:
-        if self.rule is None:
+        if self.ruling is None:
             share_BC = x_BCF[..., self.trusted].exp() - self.experts.settled.floor
             return torch.where((items_BC > 0) & (share_BC > 1e-9), share_BC, 0.0)
-        score_BC = self.rule.scores(x_BCF).masked_fill(items_BC == 0, -torch.inf)
+        score_BC = self.ruling.scores(x_BCF).masked_fill(items_BC == 0, -torch.inf)
         return score_BC.softmax(1).nan_to_num(0.0)
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
@@ -253,7 +259,7 @@ class Blend:
     def explain(self, batch: Batch, item: int) -> list[Reason]:
         """Why a batch of one user is offered `item`, the weightiest reason first; none where it is not.
 
-        Without a rule the trusted expert is the only reason.
+        Where the trusted expert speaks alone, it is the only reason.
         """
         items_BC, x_BCF = self.experts.describe(batch)
         offered_C = self._likely(items_BC, x_BCF)[0] > 0
@@ -266,8 +272,8 @@ class Blend:
         pairs = {name: counter for name, counter in self.experts.counters.items() if isinstance(counter, Pairs)}
         because = {name: counter.because(batch, item) for name, counter in pairs.items()}
         points = {EXPERTS[self.trusted]: 0.0}
-        if self.rule is not None:
-            points = dict(zip(SOURCES, self.rule.points(x_CF)[at].tolist()))
+        if self.ruling is not None:
+            points = dict(zip(SOURCES, self.ruling.points(x_CF)[at].tolist()))
         reasons = [Reason(name, places.get(name), points[name], because.get(name, 0)) for name in points]
         return sorted(reasons, key=lambda reason: -reason.points)
 
@@ -276,13 +282,13 @@ class Blend:
         numbers = [self.n_users, self.n_items, self.experts.window, self.n_blocks, self.trusted, int(self.given_up)]
         parts = {"experts": self.experts.state_dict(), "remembered": vars(self.remembered)}
         parts |= {} if self.rule is None else {"rule": vars(self.rule)}
-        return {"numbers": torch.tensor(numbers)} | in_one(parts)
+        return {"numbers": torch.tensor(numbers), "overruled": torch.tensor(self.overruled)} | in_one(parts)
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state_dict`."""
         *numbers, given_up = tensors["numbers"].tolist()
         self.n_users, self.n_items, self.experts.window, self.n_blocks, self.trusted = numbers
-        self.given_up = bool(given_up)
+        self.given_up, self.overruled = bool(given_up), bool(tensors.get("overruled", False))
         self.experts.load_state_dict(part_of(tensors, "experts"), self.n_users, self.n_items)
         self.remembered = Remembered(**part_of(tensors, "remembered"))
         rule = part_of(tensors, "rule")

@@ -23,6 +23,7 @@ SPEED = 30_000  # passes in a second, with as much time again for what counts: h
 QUERIES = 1000  # by which the epochs of the first training are chosen, and the manner of the others
 TRIED = 24_000  # targets, the latest, on which manners are tried
 LEAST = 100  # queries to choose a manner by; with fewer it is the first
+TELLING = 300  # queries that tell whether the trained expert adds anything; with fewer it is kept
 MANNERS = (1.0, 0.3, 0.0)  # of an update: what the learning rate is multiplied by; 0: nothing is trained
 
 
@@ -30,8 +31,8 @@ MANNERS = (1.0, 0.3, 0.0)  # of an update: what the learning rate is multiplied 
 class Refit:
     """Learn again how the experts of a blend are joined; what they count, the replay has already given them."""
 
-    decay: Positive = 1e-4  # on the squares of the weights
-    least: Count = 300  # queries to learn from; with fewer the best expert speaks alone
+    decay: Positive = 20.0  # on the squares of the weights, as against the sum over queries
+    least: Count = 40  # queries to learn from; with fewer the best expert speaks alone
     epochs: CountOrNone = 6  # of the network that corrects the weights; 0: weights only
     trains: Literal["worth", "always", "never"] = "worth"  # the expert that learns by gradients: unless it adds nothing
     fit: Fit = Fit(epochs=3, max_epochs=30, patience=3)  # how it is trained
@@ -87,7 +88,7 @@ class Refit:
         """Train on what came before the base block's last window; as long as it gets better at that, which is the rest.
 
         What was remembered of the window then hears what this expert thinks of it. If that adds nothing to what the
-        others think, beyond chance, the expert is given up; with fewer than `least` queries nothing can tell.
+        others think, beyond chance, the expert is given up; fewer than TELLING queries cannot tell.
         """
         since = time.process_time()
         histories, rows_E = place(Histories.empty(), span.events[span.events.joins_E != NEVER], span.n_users)
@@ -101,7 +102,7 @@ class Refit:
         clock.timed("train_cpu_s", since)
         heard = copy.copy(model)
         heard.hear_trained()
-        if self.trains == "worth" and len(heard.remembered.x_QCF) >= self.least:
+        if self.trains == "worth" and len(heard.remembered.x_QCF) >= TELLING:
             nats, p = worth(heard.remembered, [N - 1, 2 * N - 1], self.decay)
             clock.costs |= {"trained_worth": nats, "trained_worth_p": p}
             if not p < LEVEL:
