@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -152,6 +153,45 @@ def test_with_all_targets_every_later_event_is_tested_and_then_trained_on() -> N
     assert joins(test_then_train, 1) == [NOW] * 4
 
 
+def many(n: int = 3000, users: int = 90) -> Log:
+    who = np.random.default_rng(0).integers(0, users, n)
+    return log_of(list(range(n)), who.tolist())
+
+
+def test_three_targets_a_user_are_the_last_event_and_two_others_that_had_one_before() -> None:
+    parts = cut(many(), by="count", spans=3, alpha=0.01, targets="three", heldout="now", forget_users=0)
+    seen: set[int] = set(parts.spans[0].events.users_E.tolist())
+    for span in parts.spans[1:]:
+        events = span.events
+        for user in set(events.users_E.tolist()):
+            at = (events.users_E == user).nonzero()[:, 0]
+            tested = at[events.role_E[at] == TEST]
+            able = at if user in seen else at[1:]
+            assert at[-1] in tested and len(tested) == min(3, max(1, len(able)))
+            assert user in seen or len(at) == 1 or at[0] not in tested
+            seen.add(user)
+        assert bool((events.joins_E == NOW).all()) and not bool((events.role_E == VALID).any())
+    again = cut(many(), by="count", spans=3, alpha=0.01, targets="three", heldout="now", forget_users=0)
+    other = cut(many(), by="count", spans=3, alpha=0.01, targets="three", heldout="now", forget_users=0, seed=1)
+    assert again.fingerprint() == parts.fingerprint() != other.fingerprint()
+
+
+@pytest.mark.parametrize("targets", ["last", "three", "all"])
+def test_with_fewer_targets_whole_users_are_asked_and_nothing_else_changes(targets: str) -> None:
+    whole = cut(many(), by="count", spans=3, targets=targets, heldout="now", forget_users=0.2)
+    part = cut(many(), by="count", spans=3, targets=targets, heldout="now", forget_users=0.2, max_targets=40)
+    for one, two in zip(whole.spans[1:], part.spans[1:]):
+        assert torch.equal(one.events.joins_E, two.events.joins_E)
+        assert torch.equal(one.events.users_E, two.events.users_E)
+        asked, all_of = (set((e.users_E[e.role_E == TEST]).tolist()) for e in (two.events, one.events))
+        n = int((two.events.role_E == TEST).sum())
+        assert asked < all_of and 40 - 20 < n <= 40
+        of_asked = torch.isin(one.events.users_E, torch.tensor(sorted(asked)))
+        assert n == int((one.events.role_E == TEST)[of_asked].sum())
+    all_at_once = cut(many(), by="count", spans=3, targets=targets, heldout="now", forget_users=0.2, max_targets=10**6)
+    assert all_at_once.fingerprint() == whole.fingerprint()
+
+
 def test_the_split_column_of_a_log_is_kept() -> None:
     log = log_of([0, 1, 2, 3], split=["train", "test", "valid", "train"])
     own = cut(log, by="count", spans=1, targets="split", forget_users=0)
@@ -244,6 +284,7 @@ def test_a_user_with_n_events_in_a_span_trains_on_n_minus_2(users: list[int]) ->
     [
         ({"by": "counts"}, 'did you mean "count"?'),
         ({"targets": "first"}, "kind of targets"),
+        ({"max_targets": -1}, "max_targets is -1; it must be"),
         ({"heldout": "later"}, "heldout"),
         ({"spans": 0}, "spans is 0"),
         ({"alpha": 1.0}, "alpha is 1.0"),

@@ -9,6 +9,8 @@ by            events of one time are never separated
   period        the first `base_periods` are the base; the later ones are merged, in order, into at most `spans` spans
 targets       nothing tests the base, so it is all TRAIN, except under `split`
   last          each user's last event in a span is TEST, the one before it VALID, the rest TRAIN
+  three         each user's last event in a span and two others with an event before them, drawn at random, are TEST,
+                the rest TRAIN
   all           every event is TEST, and joins training at once: test, then train
   split         what the log's own split column says
 heldout       when VALID and TEST events join training
@@ -35,7 +37,7 @@ from freshrec.errors import OptionError, SpanError, unknown
 from freshrec.types import NEVER, NEXT, NOW, TEST, TRAIN, VALID, Events, Span
 
 RULES = ("count", "time", "count-alpha", "clock-alpha", "dates", "period")
-TARGETS = ("last", "all", "split")
+TARGETS = ("last", "three", "all", "split")
 HELDOUT = {"now": NOW, "next": NEXT, "never": NEVER}
 ROLES = {"train": TRAIN, "valid": VALID, "test": TEST}  # the words of a log's split column
 
@@ -76,6 +78,7 @@ def cut(
     forget_users: float = 0.05,
     base_periods: int = 1,
     sessions: bool = False,
+    max_targets: int = 0,
     seed: int = 0,
 ) -> Cut:
     """The base block and `spans` later spans of `log`; each event is in exactly one.
@@ -83,13 +86,14 @@ def cut(
     `by`, `targets` and `heldout` are explained at the top of this file. Users with fewer than `min_events` in the whole
     log are left out. For a share `forget_users` of the users, held-out events (under targets = "all": the last two of
     each later span) never join training, so that forgetting can be measured on them. `sessions`: who comes back in
-    another span is somebody else, so that histories end with the span.
+    another span is somebody else, so that histories end with the span. `max_targets`: of a span with more TEST events
+    only those of users drawn at random are asked for, so many at most; what is learnt, and when, stays. 0: all.
 
     OptionError for an impossible option; SpanError where the log has no such cut. A span may be empty: a note says so.
     Differs from the protocol of IMSR: it reads as clock-alpha with heldout = "never"; alpha of the time range can hold
     3 % of the events, hence count-alpha.
     """
-    _check_options(by, spans, alpha, dates, targets, heldout, min_events, forget_users)
+    _check_options(by, spans, alpha, dates, targets, heldout, min_events, forget_users, max_targets)
     frame, notes = _in_order(log.frame, by, min_events)
     edges = _edges(frame, log.has_clock, by, spans, alpha, dates, base_periods)
     if sessions:
@@ -101,18 +105,23 @@ def cut(
     split_E = _split_roles(frame) if targets == "split" else None
     labels_E, kinds_E = _labels(frame), _kinds(frame)
     secret_U = _chosen(len(users), forget_users, seed)
+    again_E = np.ones(len(frame), np.bool_)
+    again_E[np.unique(users_E.numpy(), return_index=True)[1]] = False
     kept = []
     for t, (a, b) in enumerate(zip(edges, edges[1:])):
-        who = users_E[a:b].numpy()
+        who, source = users_E[a:b].numpy(), np.random.default_rng((seed, t))
         tail = _tail(who, sizes[t][0]) if t > 0 else np.full(b - a, TRAIN, np.int8)
         if split_E is not None:
             role = held = split_E[a:b]
         elif targets == "all" and t > 0:
             role, held = np.full(b - a, TEST, np.int8), tail
+        elif targets == "three" and t > 0:
+            role = held = _three(tail, who, again_E[a:b], source)
         else:
             role = held = tail
         later = NOW if targets == "all" else HELDOUT[heldout]
         joins = np.where(held == TRAIN, NOW, np.where(secret_U[who], NEVER, later)).astype(np.int8)
+        role = _fewer(role, who, max_targets, source) if max_targets else role
         columns = users_E[a:b], items_E[a:b], times_E[a:b], torch.from_numpy(role), torch.from_numpy(joins)
         events = Events(*columns, *(None if column is None else column[a:b] for column in (labels_E, kinds_E)))
         kept.append(Span(t, events, *sizes[t], _name(frame[a:b], a, by, log.has_clock)))
@@ -157,6 +166,7 @@ def _check_options(
     heldout: str,
     min_events: int,
     forget_users: float,
+    max_targets: int,
 ) -> None:
     for kind, name, valid in (
         ("way to cut a log", by, RULES),
@@ -167,6 +177,8 @@ def _check_options(
             raise unknown(kind, name, valid)
     if spans < 1 or min_events < 1:
         raise OptionError(f"spans is {spans} and min_events {min_events}; both must be at least 1.")
+    if max_targets < 0:
+        raise OptionError(f"max_targets is {max_targets}; it must be at least 1, or 0 for all of them.")
     if not 0 < alpha < 1 or not 0 <= forget_users <= 1:
         raise OptionError(f"alpha is {alpha} and forget_users {forget_users}; both are shares between 0 and 1.")
     if (by == "dates") != (len(dates) > 0):
@@ -318,6 +330,30 @@ def _tail(users_E: Ints, n_users: int) -> Roles:
         last_U = np.full(n_users + 1, -1)
         last_U[users_E[open_E]] = open_E  # the last assignment to a user stays
         role_E[last_U[last_U >= 0]] = role
+    return role_E
+
+
+def _three(tail_E: Roles, users_E: Ints, again_E: npt.NDArray[np.bool_], source: np.random.Generator) -> Roles:
+    """TEST for each user's last event and two of those that are not the user's first of all; TRAIN for the rest."""
+    others_E = source.permutation(np.flatnonzero(again_E & (tail_E != TEST)))
+    others_E = others_E[np.argsort(users_E[others_E], kind="stable")]
+    drawn = users_E[others_E]
+    is_one_of_two = np.ones(len(drawn), np.bool_)
+    is_one_of_two[2:] = drawn[2:] != drawn[:-2]
+    role_E = np.where(tail_E == TEST, tail_E, np.int8(TRAIN))
+    role_E[others_E[is_one_of_two]] = TEST
+    return role_E
+
+
+def _fewer(role_E: Roles, users_E: Ints, n: int, source: np.random.Generator) -> Roles:
+    """The roles, but that TEST events are asked for only of users drawn at random, as long as they are `n` at most."""
+    users_X = users_E[role_E == TEST]
+    users_U, at_X, n_U = np.unique(users_X, return_inverse=True, return_counts=True)
+    order_U = source.permutation(len(users_U))
+    asked_U = np.zeros(len(users_U), np.bool_)
+    asked_U[order_U[np.cumsum(n_U[order_U]) <= n]] = True
+    role_E = role_E.copy()
+    role_E[np.flatnonzero(role_E == TEST)[~asked_U[at_X]]] = TRAIN
     return role_E
 
 
