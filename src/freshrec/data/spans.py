@@ -111,14 +111,11 @@ def cut(
     for t, (a, b) in enumerate(zip(edges, edges[1:])):
         who, source = users_E[a:b].numpy(), np.random.default_rng((seed, t))
         tail = _tail(who, sizes[t][0]) if t > 0 else np.full(b - a, TRAIN, np.int8)
-        if split_E is not None:
-            role = held = split_E[a:b]
-        elif targets == "all" and t > 0:
-            role, held = np.full(b - a, TEST, np.int8), tail
-        elif targets == "three" and t > 0:
+        role = held = tail if split_E is None else split_E[a:b]
+        if targets == "three" and t > 0:
             role = held = _three(tail, who, again_E[a:b], source)
-        else:
-            role = held = tail
+        elif targets == "all" and t > 0:
+            role = np.full(b - a, TEST, np.int8)
         later = NOW if targets == "all" else HELDOUT[heldout]
         joins = np.where(held == TRAIN, NOW, np.where(secret_U[who], NEVER, later)).astype(np.int8)
         role = _fewer(role, who, max_targets, source) if max_targets else role
