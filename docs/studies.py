@@ -37,7 +37,7 @@ def _default(found: list[dict[str, Any]], difference: Difference) -> list[str]:
         "markov, user-knn, stan, popularities), a trained model that is fine-tuned, and one that is fully",
         "retrained after every span; each with what it is read from, where that is a choice (`@both`, `@stored`).",
         "*Below, level, above*: how many of all others are so beside the blend, beyond chance (corrected for all",
-        "pairs of methods of the log).",
+        "pairs of methods of the log); each by its usual reading, as the others are not tested.",
         "",
         "| recipe | blend | best counter | best fine-tuned | best retrained | blend - best | below, level, above |",
         "|---|---|---|---|---|---|---|",
@@ -48,11 +48,12 @@ def _default(found: list[dict[str, Any]], difference: Difference) -> list[str]:
         at = {(r["model"], r["strategy"]): 100 * r["value"] for r in table.iter_rows(named=True)}
         best = {way: next(m for m in at if m[1] == way and m != blend) for way in ("absorb", "finetune", "full")}
         first = next(m for m in at if m != blend)
-        told = [difference(result["tests"], blend, other) for other in at if other != blend]
+        told = [one for other in at if other != blend and (one := difference(result["tests"], blend, other))]
         beyond = [one for one in told if one.startswith("**")]
         below, above = sum(one.startswith("**+") for one in beyond), sum(one.startswith("**-") for one in beyond)
         cells = [f"{at[blend]:.2f}", *(f"{at[way]:.2f} {way[0]}" for way in best.values())]
-        cells.append(f"{difference(result['tests'], blend, first)} {first[0]}, {first[1]}")
+        more = difference(result["tests"], blend, first) or f"{at[blend] - at[first]:+.2f} (not tested)"
+        cells.append(f"{more} {first[0]}, {first[1]}")
         cells.append(f"{below}, {len(told) - below - above}, {above}")
         lines.append(f"| {result['recipe']} | " + " | ".join(cells) + " |")
     return lines if found else []
