@@ -180,14 +180,16 @@ def test_three_targets_a_user_are_the_last_event_and_two_others_that_had_one_bef
 def test_with_fewer_targets_whole_users_are_asked_and_nothing_else_changes(targets: str) -> None:
     whole = cut(many(), by="count", spans=3, targets=targets, heldout="now", forget_users=0.2)
     part = cut(many(), by="count", spans=3, targets=targets, heldout="now", forget_users=0.2, max_targets=40)
-    for one, two in zip(whole.spans[1:], part.spans[1:]):
-        assert torch.equal(one.events.joins_E, two.events.joins_E)
-        assert torch.equal(one.events.users_E, two.events.users_E)
-        asked, all_of = (set((e.users_E[e.role_E == TEST]).tolist()) for e in (two.events, one.events))
-        n = int((two.events.role_E == TEST).sum())
+    for every, some in zip(whole.spans[1:], part.spans[1:]):
+        assert torch.equal(every.events.joins_E, some.events.joins_E)
+        assert torch.equal(every.events.users_E, some.events.users_E)
+        asked, all_of = (set((e.users_E[e.role_E == TEST]).tolist()) for e in (some.events, every.events))
+        n = int((some.events.role_E == TEST).sum())
         assert asked < all_of and 40 - 20 < n <= 40
-        of_asked = torch.isin(one.events.users_E, torch.tensor(sorted(asked)))
-        assert n == int((one.events.role_E == TEST)[of_asked].sum())
+        of_asked = torch.isin(every.events.users_E, torch.tensor(sorted(asked)))
+        assert n == int((every.events.role_E == TEST)[of_asked].sum())
+    one = cut(many(), by="count", spans=3, targets=targets, heldout="now", forget_users=0.2, max_targets=1)
+    assert all(len(set(s.events.users_E[s.events.role_E == TEST].tolist())) == 1 for s in one.spans[1:])
     all_at_once = cut(many(), by="count", spans=3, targets=targets, heldout="now", forget_users=0.2, max_targets=10**6)
     assert all_at_once.fingerprint() == whole.fingerprint()
 

@@ -343,14 +343,15 @@ def _three(tail_E: Roles, users_E: Ints, again_E: npt.NDArray[np.bool_], source:
 
 
 def _fewer(role_E: Roles, users_E: Ints, n: int, source: np.random.Generator) -> Roles:
-    """The roles, but that TEST events are asked for only of users drawn at random, as long as they are `n` at most."""
+    """The roles, but that TEST events are asked for only of users drawn at random: one, and more while `n` suffice."""
     users_X = users_E[role_E == TEST]
     users_U, at_X, n_U = np.unique(users_X, return_inverse=True, return_counts=True)
     order_U = source.permutation(len(users_U))
-    asked_U = np.zeros(len(users_U), np.bool_)
-    asked_U[order_U[np.cumsum(n_U[order_U]) <= n]] = True
+    fits_U = np.zeros(len(users_U), np.bool_)
+    fits_U[order_U[np.cumsum(n_U[order_U]) <= n]] = True
+    fits_U[order_U[:1]] = True
     role_E = role_E.copy()
-    role_E[np.flatnonzero(role_E == TEST)[~asked_U[at_X]]] = TRAIN
+    role_E[np.flatnonzero(role_E == TEST)[~fits_U[at_X]]] = TRAIN
     return role_E
 
 
