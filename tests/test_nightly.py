@@ -519,7 +519,7 @@ def crash(folder: Path, n_kills: int, deeds: str) -> None:
         if "erase" not in deeds:  # counts that all users share are not unlearnt
             assert learnt(contents) == len(log.read([batch for batch in batches if batch]))
     # Days come in any order: the gate may refuse what a kill left in the log, and is overruled as it was before.
-    assert main(["update", *at, "--force", "--reason", "a test"]) in (0, 8) and main(["doctor", *at]) == 0
+    assert main(["update", *at, "--force", "--reason", "a test"]) == 0 and main(["doctor", *at]) == 0
     if deeds == "update":
         store = open_store(folder / "s")
         assert Job(store).log.batches()["batch"].to_list() == [

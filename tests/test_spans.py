@@ -179,18 +179,21 @@ def test_three_targets_a_user_are_the_last_event_and_two_others_that_had_one_bef
 @pytest.mark.parametrize("targets", ["last", "three", "all"])
 def test_with_fewer_targets_whole_users_are_asked_and_nothing_else_changes(targets: str) -> None:
     whole = cut(many(), by="count", spans=3, targets=targets, heldout="now", forget_users=0.2)
-    part = cut(many(), by="count", spans=3, targets=targets, heldout="now", forget_users=0.2, max_targets=40)
+    part = cut(many(), by="count", spans=3, targets=targets, heldout="now", forget_users=0.2, n_targets=40)
     for every, some in zip(whole.spans[1:], part.spans[1:]):
         assert torch.equal(every.events.joins_E, some.events.joins_E)
         assert torch.equal(every.events.users_E, some.events.users_E)
         asked, all_of = (set((e.users_E[e.role_E == TEST]).tolist()) for e in (some.events, every.events))
         n = int((some.events.role_E == TEST).sum())
-        assert asked < all_of and 40 - 20 < n <= 40
+        assert asked < all_of and 40 <= n < 40 + 20
         of_asked = torch.isin(every.events.users_E, torch.tensor(sorted(asked)))
         assert n == int((every.events.role_E == TEST)[of_asked].sum())
-    one = cut(many(), by="count", spans=3, targets=targets, heldout="now", forget_users=0.2, max_targets=1)
+    one = cut(many(), by="count", spans=3, targets=targets, heldout="now", forget_users=0.2, n_targets=1)
     assert all(len(set(s.events.users_E[s.events.role_E == TEST].tolist())) == 1 for s in one.spans[1:])
-    all_at_once = cut(many(), by="count", spans=3, targets=targets, heldout="now", forget_users=0.2, max_targets=10**6)
+    a_heavy_one = log_of(list(range(1000)), [1, *range(2, 501)] + [1] * 500)
+    heavy = [cut(a_heavy_one, by="count", spans=1, targets="all", n_targets=9, seed=seed) for seed in range(-1, 40)]
+    assert {int((c.spans[1].events.role_E == TEST).sum()) for c in heavy} == {500}  # who is there alone is asked
+    all_at_once = cut(many(), by="count", spans=3, targets=targets, heldout="now", forget_users=0.2, n_targets=10**6)
     assert all_at_once.fingerprint() == whole.fingerprint()
 
 
@@ -286,7 +289,7 @@ def test_a_user_with_n_events_in_a_span_trains_on_n_minus_2(users: list[int]) ->
     [
         ({"by": "counts"}, 'did you mean "count"?'),
         ({"targets": "first"}, "kind of targets"),
-        ({"max_targets": -1}, "max_targets is -1; it must be"),
+        ({"n_targets": -1}, "n_targets is -1; it must be"),
         ({"heldout": "later"}, "heldout"),
         ({"spans": 0}, "spans is 0"),
         ({"alpha": 1.0}, "alpha is 1.0"),

@@ -47,7 +47,7 @@ def replay(
     alpha: Annotated[float | None, typer.Option(help="The base block's share of the log.")] = None,
     dates: Annotated[str | None, typer.Option(help="Where spans start, for --by dates: 2025-06-01,2025-07-01.")] = None,
     targets: Annotated[str | None, typer.Option(help="What is tested: last, three, all or split.")] = None,
-    max_targets: Annotated[int | None, typer.Option(help="Of a span, test so many at most.")] = None,
+    n_targets: Annotated[int | None, typer.Option(help="Test about so many of a span, of random users.")] = None,
     heldout: Annotated[str | None, typer.Option(help="When held-out events join training: now, next or never.")] = None,
     min_events: Annotated[int | None, typer.Option(help="Leave out users with fewer events.")] = None,
     min_history: Annotated[int | None, typer.Option(help="Events a user needs before a target.")] = None,
@@ -77,7 +77,7 @@ def replay(
         },
         "spans": {
             "by": by, "spans": spans, "alpha": alpha, "dates": _maybe(words, dates), "targets": targets,
-            "heldout": heldout, "min_events": min_events, "max_targets": max_targets,
+            "heldout": heldout, "min_events": min_events, "n_targets": n_targets,
         },
         "replay": {
             "models": _maybe(words, models), "strategies": _maybe(words, strategies), "seeds": seeds,

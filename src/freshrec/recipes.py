@@ -52,7 +52,7 @@ class SpansRecipe(BaseModel, extra="forbid", frozen=True):
     min_events: int = 1
     forget_users: float = 0.05
     base_periods: int = Field(default=1, ge=1)  # for by = "period"
-    max_targets: int = 0  # of a span, those of users drawn at random; 0 = all
+    n_targets: int = 0  # of a span, about so many, of users drawn at random; 0 = all
     sessions: bool = False  # a user of the next span is somebody else: histories end with the span
 
 
@@ -147,7 +147,7 @@ def cut_of(recipe: Recipe) -> Cut:
     spans = cut(
         log_of(recipe), by=part.by, spans=part.spans, alpha=part.alpha, dates=part.dates, targets=part.targets,
         heldout=part.heldout, min_events=part.min_events, forget_users=part.forget_users,
-        base_periods=part.base_periods, sessions=part.sessions, max_targets=part.max_targets, seed=recipe.log.seed,
+        base_periods=part.base_periods, sessions=part.sessions, n_targets=part.n_targets, seed=recipe.log.seed,
     )  # fmt: skip
     if recipe.replay.tune and not any(bool((span.events.role_E == VALID).any()) for span in spans.spans[2:]):
         raise OptionError(

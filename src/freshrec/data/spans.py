@@ -78,7 +78,7 @@ def cut(
     forget_users: float = 0.05,
     base_periods: int = 1,
     sessions: bool = False,
-    max_targets: int = 0,
+    n_targets: int = 0,
     seed: int = 0,
 ) -> Cut:
     """The base block and `spans` later spans of `log`; each event is in exactly one.
@@ -86,14 +86,14 @@ def cut(
     `by`, `targets` and `heldout` are explained at the top of this file. Users with fewer than `min_events` in the whole
     log are left out. For a share `forget_users` of the users, held-out events (under targets = "all": the last two of
     each later span) never join training, so that forgetting can be measured on them. `sessions`: who comes back in
-    another span is somebody else, so that histories end with the span. `max_targets`: of a span with more TEST events
-    only those of users drawn at random are asked for, so many at most; what is learnt, and when, stays. 0: all.
+    another span is somebody else, so that histories end with the span. `n_targets`: of a span with more TEST events
+    only those of users drawn at random are asked for, until there are so many; what is learnt, and when, stays. 0: all.
 
     OptionError for an impossible option; SpanError where the log has no such cut. A span may be empty: a note says so.
     Differs from the protocol of IMSR: it reads as clock-alpha with heldout = "never"; alpha of the time range can hold
     3 % of the events, hence count-alpha.
     """
-    _check_options(by, spans, alpha, dates, targets, heldout, min_events, forget_users, max_targets)
+    _check_options(by, spans, alpha, dates, targets, heldout, min_events, forget_users, n_targets)
     frame, notes = _in_order(log.frame, by, min_events)
     edges = _edges(frame, log.has_clock, by, spans, alpha, dates, base_periods)
     if sessions:
@@ -109,7 +109,7 @@ def cut(
     again_E[np.unique(users_E.numpy(), return_index=True)[1]] = False
     kept = []
     for t, (a, b) in enumerate(zip(edges, edges[1:])):
-        who, source = users_E[a:b].numpy(), np.random.default_rng((seed, t))
+        who, source = users_E[a:b].numpy(), np.random.default_rng((seed % 2**64, t))
         tail = _tail(who, sizes[t][0]) if t > 0 else np.full(b - a, TRAIN, np.int8)
         role = held = tail if split_E is None else split_E[a:b]
         if targets == "three" and t > 0:
@@ -118,7 +118,7 @@ def cut(
             role = np.full(b - a, TEST, np.int8)
         later = NOW if targets == "all" else HELDOUT[heldout]
         joins = np.where(held == TRAIN, NOW, np.where(secret_U[who], NEVER, later)).astype(np.int8)
-        role = _fewer(role, who, max_targets, source) if max_targets else role
+        role = _fewer(role, who, n_targets, source) if n_targets else role
         columns = users_E[a:b], items_E[a:b], times_E[a:b], torch.from_numpy(role), torch.from_numpy(joins)
         events = Events(*columns, *(None if column is None else column[a:b] for column in (labels_E, kinds_E)))
         kept.append(Span(t, events, *sizes[t], _name(frame[a:b], a, by, log.has_clock)))
@@ -163,7 +163,7 @@ def _check_options(
     heldout: str,
     min_events: int,
     forget_users: float,
-    max_targets: int,
+    n_targets: int,
 ) -> None:
     for kind, name, valid in (
         ("way to cut a log", by, RULES),
@@ -174,8 +174,8 @@ def _check_options(
             raise unknown(kind, name, valid)
     if spans < 1 or min_events < 1:
         raise OptionError(f"spans is {spans} and min_events {min_events}; both must be at least 1.")
-    if max_targets < 0:
-        raise OptionError(f"max_targets is {max_targets}; it must be at least 1, or 0 for all of them.")
+    if n_targets < 0:
+        raise OptionError(f"n_targets is {n_targets}; it must be at least 1, or 0 for all of them.")
     if not 0 < alpha < 1 or not 0 <= forget_users <= 1:
         raise OptionError(f"alpha is {alpha} and forget_users {forget_users}; both are shares between 0 and 1.")
     if (by == "dates") != (len(dates) > 0):
@@ -343,15 +343,14 @@ def _three(tail_E: Roles, users_E: Ints, again_E: npt.NDArray[np.bool_], source:
 
 
 def _fewer(role_E: Roles, users_E: Ints, n: int, source: np.random.Generator) -> Roles:
-    """The roles, but that TEST events are asked for only of users drawn at random: one, and more while `n` suffice."""
+    """The roles, but that TEST events are asked for only of users drawn at random, one by one, until `n` are."""
     users_X = users_E[role_E == TEST]
     users_U, at_X, n_U = np.unique(users_X, return_inverse=True, return_counts=True)
     order_U = source.permutation(len(users_U))
-    fits_U = np.zeros(len(users_U), np.bool_)
-    fits_U[order_U[np.cumsum(n_U[order_U]) <= n]] = True
-    fits_U[order_U[:1]] = True
+    before_U = np.empty(len(users_U), np.int64)
+    before_U[order_U] = np.cumsum(n_U[order_U]) - n_U[order_U]
     role_E = role_E.copy()
-    role_E[np.flatnonzero(role_E == TEST)[~fits_U[at_X]]] = TRAIN
+    role_E[np.flatnonzero(role_E == TEST)[before_U[at_X] >= n]] = TRAIN
     return role_E
 
 

@@ -13,16 +13,19 @@ from freshrec.data.batches import in_parts, random_source
 from freshrec.device import permutation
 from freshrec.models.blend import CORRECT, Blend, Remembered, Rule, crossed
 from freshrec.models.experts import N
+from freshrec.models.facts import USER
 
 Floats = NDArray[np.float64]
 LEVEL = 0.05  # below it, being worse is no chance
+LATEST = 1000  # queries by which a rule is judged
+LITTLE = 1e-4  # of a penalty, a query
 RATE, BATCH = 3e-3, 128  # of the network's training; queries a step
 
 
 def refit(model: Blend, decay: float = 20.0, least: int = 40, n_epochs: int = 6) -> None:
     """Learn the rule again from what is remembered, beginning with the last one.
 
-    There is none with fewer than `least` queries to learn from. While the rule has ordered the remembered queries worse
+    There is none with fewer than `least` queries to learn from. While the rule has ordered the latest queries worse
     than the best expert, beyond chance (t-test of the differences in ndcg@20), that expert speaks alone; the rule goes
     on being learnt and judged, so that it can come back.
     """
@@ -30,11 +33,11 @@ def refit(model: Blend, decay: float = 20.0, least: int = 40, n_epochs: int = 6)
     if len(kept.x_QCF) < least:
         model.rule = None
         return
-    value_PR = kept.ndcg()
-    judged_P = ~np.isnan(value_PR[:, N])
-    model.overruled = better(value_PR[judged_P, model.trusted], value_PR[judged_P, N])
+    value_PR = kept.ndcg().astype(np.float64)
+    value_JR = value_PR[~np.isnan(value_PR[:, N])][-LATEST:]
+    model.overruled = better(value_JR[:, model.trusted], value_JR[:, N])
     x_QCF = kept.x_QCF.float()
-    rule = replace(last, **scale_of(x_QCF[kept.real_QC]))
+    rule = replace(last, **scale_of(x_QCF, kept.real_QC))
     z_QCF = rule.standard(x_QCF)
     z_QCG = crossed(z_QCF)
     rule = replace(rule, weights_G=fit_listwise(z_QCG, kept.real_QC, rule.weights_G, decay))
@@ -42,10 +45,17 @@ def refit(model: Blend, decay: float = 20.0, least: int = 40, n_epochs: int = 6)
     model.rule = corrected(rule, z_QCF, z_QCG @ rule.weights_G, kept.real_QC, n_epochs, source)
 
 
-def scale_of(x_NF: Tensor) -> dict[str, Tensor]:
-    """What standardises features, as fields of a rule. One that is always alike says nothing, now and later."""
-    std_F, mean_F = torch.std_mean(x_NF, 0)
-    return {"mean_F": mean_F, "std_F": torch.where(std_F < 1e-3, torch.inf, std_F)}
+def scale_of(x_QCF: Tensor, real_QC: Tensor) -> dict[str, Tensor]:
+    """What standardises features, as fields of a rule. What is alike for all candidates of each query is left out.
+
+    Facts about the user are so by nature, and stay: what they say, they say in products. Others are alike where an
+    expert is silent: its floor moves with the number of items, which is no news of a candidate.
+    """
+    std_F, mean_F = torch.std_mean(x_QCF[real_QC], 0)
+    mean_Q1F = (x_QCF * real_QC[..., None]).sum(1, keepdim=True) / real_QC.sum(1)[:, None, None]
+    within_F = torch.std((x_QCF - mean_Q1F)[real_QC], 0)
+    within_F[-len(USER) :] = std_F[-len(USER) :]
+    return {"mean_F": mean_F, "std_F": torch.where(within_F < 1e-3, torch.inf, std_F)}
 
 
 def corrected(
@@ -78,20 +88,22 @@ def better(mine_P: Floats, theirs_P: Floats, level: float = LEVEL) -> bool:
     return bool(stats.ttest_1samp(more_P, 0.0, alternative="greater").pvalue < level)
 
 
-def worth(kept: Remembered, columns: list[int], decay: float = 20.0) -> tuple[float, float]:
+def worth(kept: Remembered, columns: list[int]) -> tuple[float, float]:
     """What these features add: how much likelier the targets are with them, in nats, and the p-value of so much.
 
     Weights are learned from every other query, with and without the features, and compared on the rest; then the other
-    way about (t-test).
+    way about (t-test). There is next to no penalty on them: features that repeat others would share it, and seem to add
+    something.
     """
     x_QCF, halves = kept.x_QCF.float(), (slice(0, None, 2), slice(1, None, 2))
-    z_QCF = replace(Rule.start(0), **scale_of(x_QCF[kept.real_QC])).standard(x_QCF)
+    z_QCF = replace(Rule.start(0), **scale_of(x_QCF, kept.real_QC)).standard(x_QCF)
     likely: list[Floats] = []
     for without in ([], columns):
         z_QCF[..., without] = 0.0
         z_QCG, parts = crossed(z_QCF), []
         for learnt, judged in (halves, halves[::-1]):
-            weights_G = fit_listwise(z_QCG[learnt], kept.real_QC[learnt], torch.zeros(z_QCG.shape[2]), decay)
+            learnt_QCG, start_G = z_QCG[learnt], torch.zeros(z_QCG.shape[2])
+            weights_G = fit_listwise(learnt_QCG, kept.real_QC[learnt], start_G, LITTLE * len(learnt_QCG))
             score_QC = (z_QCG[judged] @ weights_G).masked_fill(~kept.real_QC[judged], -torch.inf)
             parts.append(score_QC.log_softmax(1)[:, 0])
         likely.append(torch.cat(parts).double().numpy())

@@ -288,7 +288,8 @@ class Blend:
         """The inverse of `state_dict`."""
         *numbers, given_up = tensors["numbers"].tolist()
         self.n_users, self.n_items, self.experts.window, self.n_blocks, self.trusted = numbers
-        self.given_up, self.overruled = bool(given_up), bool(tensors.get("overruled", False))
+        self.given_up = bool(given_up)
+        self.overruled = bool(tensors.get("overruled", False))  # what was saved earlier had no overruled rules
         self.experts.load_state_dict(part_of(tensors, "experts"), self.n_users, self.n_items)
         self.remembered = Remembered(**part_of(tensors, "remembered"))
         rule = part_of(tensors, "rule")

@@ -23,7 +23,8 @@ SPEED = 30_000  # passes in a second, with as much time again for what counts: h
 QUERIES = 1000  # by which the epochs of the first training are chosen, and the manner of the others
 TRIED = 24_000  # targets, the latest, on which manners are tried
 LEAST = 100  # queries to choose a manner by; with fewer it is the first
-TELLING = 300  # queries that tell whether the trained expert adds anything; with fewer it is kept
+JUDGES = 300  # queries that tell whether the trained expert adds anything; with fewer it is kept
+WORTH = 0.005  # nats by which it must make the targets likelier
 MANNERS = (1.0, 0.3, 0.0)  # of an update: what the learning rate is multiplied by; 0: nothing is trained
 
 
@@ -88,7 +89,7 @@ class Refit:
         """Train on what came before the base block's last window; as long as it gets better at that, which is the rest.
 
         What was remembered of the window then hears what this expert thinks of it. If that adds nothing to what the
-        others think, beyond chance, the expert is given up; fewer than TELLING queries cannot tell.
+        others think, beyond chance, the expert is given up; fewer than JUDGES queries cannot tell.
         """
         since = time.process_time()
         histories, rows_E = place(Histories.empty(), span.events[span.events.joins_E != NEVER], span.n_users)
@@ -102,10 +103,10 @@ class Refit:
         clock.timed("train_cpu_s", since)
         heard = copy.copy(model)
         heard.hear_trained()
-        if self.trains == "worth" and len(heard.remembered.x_QCF) >= TELLING:
-            nats, p = worth(heard.remembered, [N - 1, 2 * N - 1], self.decay)
+        if self.trains == "worth" and len(heard.remembered.x_QCF) >= JUDGES:
+            nats, p = worth(heard.remembered, [N - 1, 2 * N - 1])
             clock.costs |= {"trained_worth": nats, "trained_worth_p": p}
-            if not p < LEVEL:
+            if not (p < LEVEL and nats > WORTH):
                 model.experts.trained = TRAINED.build(model.seed)
                 model.experts.trained.grow(model.n_users, model.n_items)
                 model.experts.unsettle()
