@@ -68,6 +68,9 @@ def pairs() -> Iterator[Pair]:
             yield Pair(model, strategy)
 
 
+SHORT = [Pair("comirec-dr:categories=3", strategy) for strategy in ("sml-mlp", "imsr-kd2")]  # of the checkerboard
+
+
 def marks(pair: Pair) -> list[pytest.MarkDecorator]:
     quick = pair.model in QUICK_MODELS and pair.strategy in QUICK_STRATEGIES
     return [] if quick or (pair.model in TOLD and pair.strategy == "finetune") else [pytest.mark.slow]
@@ -221,14 +224,15 @@ def test_a_base_block_trained_for_all_is_the_one_that_a_strategy_trains_itself(
 
 
 @each_pair
-def test_the_checkerboard_is_learnt(pair: Pair) -> None:
+def test_the_checkerboard_is_learnt(pair: Pair, request: pytest.FixtureRequest) -> None:
     """Of all pairs of an item of one's colour and another, at least 90 % are in order; by chance half of them are.
 
     MIND, whose routing is noisy and whose attention is soft, is slower to learn: 0.85 after 20 epochs, 0.91 after 40.
-    Where an item's vector is also its category's, of which this world has none that help, 0.83 (sml-mlp) to 0.96.
     """
     if pair.model in COLOUR_BLIND:
         pytest.skip("the control knows no colours")
+    if pair in SHORT:
+        request.applymarker(pytest.mark.xfail(reason="0.898: categories that do not help slow it down (docs/diary.md)"))
     spans = checkerboard()
     state, strategy = State(pair.spec().build(0)), pair.update(base_epochs=40 if pair.model == "mind" else 20, epochs=5)
     for span in spans.spans:
@@ -240,4 +244,4 @@ def test_the_checkerboard_is_learnt(pair: Pair) -> None:
     is_own_NI = user_is_odd[:, None] == item_is_odd
     ahead_NII = scores_NI[:, :n_base, None] > scores_NI[:, None, :n_base]
     asked_NII = is_own_NI[:, :, None] & ~is_own_NI[:, None]
-    assert ahead_NII[asked_NII].float().mean() > (0.8 if "categories" in pair.model else 0.9)
+    assert ahead_NII[asked_NII].float().mean() > 0.9

@@ -193,6 +193,10 @@ def test_with_fewer_targets_whole_users_are_asked_and_nothing_else_changes(targe
     a_heavy_one = log_of(list(range(1000)), [1, *range(2, 501)] + [1] * 500)
     heavy = [cut(a_heavy_one, by="count", spans=1, targets="all", n_targets=9, seed=seed) for seed in range(-1, 40)]
     assert {int((c.spans[1].events.role_E == TEST).sum()) for c in heavy} == {500}  # who is there alone is asked
+    beside = log_of(list(range(1000)), [1, *range(2, 501)] + [u for i in range(250) for u in (1, 600 + i)])
+    asked_of = [cut(beside, by="count", spans=1, targets="all", n_targets=200, seed=seed) for seed in range(40)]
+    n_asked = {int((c.spans[1].events.role_E == TEST).sum()) for c in asked_of}
+    assert min(n_asked) == 200 and 250 < max(n_asked) < 450  # with the heavy one among them, or without
     all_at_once = cut(many(), by="count", spans=3, targets=targets, heldout="now", forget_users=0.2, n_targets=10**6)
     assert all_at_once.fingerprint() == whole.fingerprint()
 

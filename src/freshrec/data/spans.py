@@ -105,15 +105,13 @@ def cut(
     split_E = _split_roles(frame) if targets == "split" else None
     labels_E, kinds_E = _labels(frame), _kinds(frame)
     secret_U = _chosen(len(users), forget_users, seed)
-    again_E = np.ones(len(frame), np.bool_)
-    again_E[np.unique(users_E.numpy(), return_index=True)[1]] = False
     kept = []
     for t, (a, b) in enumerate(zip(edges, edges[1:])):
         who, source = users_E[a:b].numpy(), np.random.default_rng((seed % 2**64, t))
         tail = _tail(who, sizes[t][0]) if t > 0 else np.full(b - a, TRAIN, np.int8)
         role = held = tail if split_E is None else split_E[a:b]
         if targets == "three" and t > 0:
-            role = held = _three(tail, who, again_E[a:b], source)
+            role = held = _three(tail, who, sizes[t - 1][0], source)
         elif targets == "all" and t > 0:
             role = np.full(b - a, TEST, np.int8)
         later = NOW if targets == "all" else HELDOUT[heldout]
@@ -330,9 +328,15 @@ def _tail(users_E: Ints, n_users: int) -> Roles:
     return role_E
 
 
-def _three(tail_E: Roles, users_E: Ints, again_E: npt.NDArray[np.bool_], source: np.random.Generator) -> Roles:
-    """TEST for each user's last event and two of those that are not the user's first of all; TRAIN for the rest."""
-    others_E = source.permutation(np.flatnonzero(again_E & (tail_E != TEST)))
+def _three(tail_E: Roles, users_E: Ints, n_before: int, source: np.random.Generator) -> Roles:
+    """TEST for each user's last event and two of those that are not the user's first of all; TRAIN for the rest.
+
+    `n_before`: the users of earlier spans, who have had their first event.
+    """
+    able_E = tail_E != TEST
+    first_E = np.unique(users_E, return_index=True)[1]
+    able_E[first_E[users_E[first_E] > n_before]] = False
+    others_E = source.permutation(np.flatnonzero(able_E))
     others_E = others_E[np.argsort(users_E[others_E], kind="stable")]
     drawn = users_E[others_E]
     is_one_of_two = np.ones(len(drawn), np.bool_)

@@ -37,7 +37,8 @@ def refit(model: Blend, decay: float = 20.0, least: int = 40, n_epochs: int = 6)
     value_JR = value_PR[~np.isnan(value_PR[:, N])][-LATEST:]
     model.overruled = better(value_JR[:, model.trusted], value_JR[:, N])
     x_QCF = kept.x_QCF.float()
-    rule = replace(last, **scale_of(x_QCF, kept.real_QC))
+    mean_F, std_F = scale_of(x_QCF, kept.real_QC)
+    rule = replace(last, mean_F=mean_F, std_F=std_F)
     z_QCF = rule.standard(x_QCF)
     z_QCG = crossed(z_QCF)
     rule = replace(rule, weights_G=fit_listwise(z_QCG, kept.real_QC, rule.weights_G, decay))
@@ -45,8 +46,8 @@ def refit(model: Blend, decay: float = 20.0, least: int = 40, n_epochs: int = 6)
     model.rule = corrected(rule, z_QCF, z_QCG @ rule.weights_G, kept.real_QC, n_epochs, source)
 
 
-def scale_of(x_QCF: Tensor, real_QC: Tensor) -> dict[str, Tensor]:
-    """What standardises features, as fields of a rule. What is alike for all candidates of each query is left out.
+def scale_of(x_QCF: Tensor, real_QC: Tensor) -> tuple[Tensor, Tensor]:
+    """(F,) means and deviations; infinite, which leaves a feature out, where the candidates of each query are alike.
 
     Facts about the user are so by nature, and stay: what they say, they say in products. Others are alike where an
     expert is silent: its floor moves with the number of items, which is no news of a candidate.
@@ -55,7 +56,7 @@ def scale_of(x_QCF: Tensor, real_QC: Tensor) -> dict[str, Tensor]:
     mean_Q1F = (x_QCF * real_QC[..., None]).sum(1, keepdim=True) / real_QC.sum(1)[:, None, None]
     within_F = torch.std((x_QCF - mean_Q1F)[real_QC], 0)
     within_F[-len(USER) :] = std_F[-len(USER) :]
-    return {"mean_F": mean_F, "std_F": torch.where(within_F < 1e-3, torch.inf, std_F)}
+    return mean_F, torch.where(within_F < 1e-3, torch.inf, std_F)
 
 
 def corrected(
@@ -96,7 +97,8 @@ def worth(kept: Remembered, columns: list[int]) -> tuple[float, float]:
     something.
     """
     x_QCF, halves = kept.x_QCF.float(), (slice(0, None, 2), slice(1, None, 2))
-    z_QCF = replace(Rule.start(0), **scale_of(x_QCF, kept.real_QC)).standard(x_QCF)
+    mean_F, std_F = scale_of(x_QCF, kept.real_QC)
+    z_QCF = (x_QCF - mean_F) / std_F
     likely: list[Floats] = []
     for without in ([], columns):
         z_QCF[..., without] = 0.0
