@@ -1,4 +1,4 @@
-"""Writes the pages of docs/ that are made from the code: `make docs`.
+"""Writes the pages of docs/, and the list of names, that are made from the code: `make docs`.
 
 `docs/equations.md` lists every equation of a paper, the one function that computes it, and the tests that check it.
 The link is a tag such as [IMSR eq. 10] (paper key of docs/papers.md, number as printed there): in the docstring of the
@@ -13,8 +13,10 @@ import re
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+from names import names_file
 from reference import reference_page
 from results import operations, readme, results_page
 
@@ -120,6 +122,7 @@ def _number(number: str) -> tuple[int, str]:
     return (int(digits.group()) if digits and digits.group() else 0, number)
 
 
+@cache
 def pages(root: Path = ROOT) -> dict[str, str]:
     """Every generated page: path relative to the root -> what it should say."""
     return {
@@ -128,6 +131,7 @@ def pages(root: Path = ROOT) -> dict[str, str]:
         "docs/equations.md": equations_page(root),
         "docs/reference.md": reference_page(root),
         "docs/results.md": results_page(root),
+        "src/freshrec/names.json": names_file(),
     }
 
 

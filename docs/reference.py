@@ -9,8 +9,10 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from names import options_of
+
 from freshrec import errors
-from freshrec.cli import app, lines_of, options_of
+from freshrec.cli import app, lines_of
 from freshrec.data.spans import HELDOUT, RULES, TARGETS
 from freshrec.models import MODELS
 from freshrec.replay.measure import SLICES

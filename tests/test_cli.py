@@ -7,8 +7,9 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from names import options_of
 
-from freshrec.cli import KINDS, main, options_of
+from freshrec.cli import GROUPS, KINDS, app, main
 from freshrec.cli_options import print_json
 from freshrec.cli_replay import resolved
 from freshrec.data.worlds import make
@@ -17,6 +18,7 @@ from freshrec.recipes import LogRecipe, Recipe, save_recipe
 from freshrec.replay.metrics import METRICS
 from freshrec.strategies import STRATEGIES, find_strategy
 from freshrec.strategies.refit import SPEED
+from freshrec.version import __version__
 
 
 @pytest.fixture
@@ -147,6 +149,25 @@ def test_the_lists_are_those_of_the_code(capsys: pytest.CaptureFixture[str]) -> 
     assert json.loads(answer(capsys, "list", "models", "--json")).keys() == MODELS.keys()
     assert json.loads(answer(capsys, "list", "strategies", "--json")).keys() == STRATEGIES.keys()
     assert json.loads(answer(capsys, "list", "metrics", "--json")).keys() == {f"{name}@k" for name in METRICS}
+
+
+@pytest.mark.parametrize("command", [["--help"], ["list", "models"], ["list", "strategies"], ["fit", "--help"]])
+def test_what_only_informs_starts_without_torch(command: list[str]) -> None:
+    code = f"import sys; from freshrec.cli import main; main({command}); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
+
+
+def test_the_package_runs_as_a_module_and_tells_its_version() -> None:
+    found = subprocess.run([sys.executable, "-m", "freshrec", "--version"], check=True, capture_output=True, text=True)
+    assert found.stdout == f"freshrec {__version__}\n"
+
+
+def test_the_help_groups_hold_every_command_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(text.count(f"─ {group} ─") == 1 for group in GROUPS)
+    grouped = [command for commands in GROUPS.values() for command in commands]
+    assert len(grouped) == len(set(grouped)) == len(app.registered_commands)
 
 
 def test_a_variant_is_listed_with_the_options_that_make_it(capsys: pytest.CaptureFixture[str]) -> None:

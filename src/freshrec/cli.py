@@ -1,11 +1,15 @@
-"""The command line: parse, call, print. Exit codes are those of the errors; 130 after Ctrl-C."""
+"""The command line: parse, call, print. Exit codes are those of the errors; 130 after Ctrl-C.
+
+Commands import torch only when they run: `freshrec --help` and `freshrec list` answer in a fraction of a second.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, fields, is_dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib.resources import files
 from typing import Annotated, Any
 
 import typer
@@ -21,19 +25,30 @@ from freshrec.data.log import read_log
 from freshrec.data.validate import Report
 from freshrec.data.validate import validate as report_of
 from freshrec.errors import FreshrecError, OptionError, StateError, unknown
+from freshrec.version import __version__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
+def print_version(wanted: bool) -> None:
+    """Print the version and stop, where `--version` is given."""
+    if wanted:
+        typer.echo(f"freshrec {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def about() -> None:
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Update recommenders from new events only."""
 
 
 KINDS = ("models", "strategies", "metrics", "worlds", "formats")
 
 
-@app.command()
 def validate(
     log: LogPath,
     columns: Columns = "",
@@ -52,18 +67,6 @@ def validate(
         _print_report(report, log.name)
 
 
-COMMANDS = (
-    cli_store.fit, cli_store.update, cli_ask.recommend, cli_ask.similar, cli_ask.explain, cli_ask.inspect,
-    cli_ask.status, cli_store.history, cli_ask.diff, cli_store.promote, cli_store.rollback, cli_store.erase,
-    cli_store.gc, cli_ask.doctor, cli_serve.serve, cli_serve.export,
-    replay, demo,
-)  # fmt: skip
-for command in COMMANDS:
-    app.command()(command)
-app.add_typer(cli_serve.bench, name="bench")
-
-
-@app.command("list")
 def list_names(
     kind: Annotated[str, typer.Argument(metavar="KIND", help=f"What to list: {', '.join(KINDS)}.")],
     as_json: AsJson = False,
@@ -72,6 +75,24 @@ def list_names(
     lines = lines_of(kind)
     width = max(map(len, lines))
     typer.echo(json.dumps(lines, indent=2) if as_json else "\n".join(f"{n:<{width}}  {t}" for n, t in lines.items()))
+
+
+GROUPS: dict[str, tuple[Callable[..., None], ...]] = {  # the headings of `freshrec --help`, and the commands below each
+    "Update a store": (cli_store.fit, cli_store.update),
+    "Ask a store": (cli_ask.recommend, cli_ask.similar, cli_ask.explain, cli_ask.inspect),
+    "Operate a store": (
+        cli_ask.status, cli_store.history, cli_ask.diff, cli_store.promote, cli_store.rollback, cli_store.erase,
+        cli_store.gc, cli_ask.doctor,
+    ),
+    "Serve": (cli_serve.serve, cli_serve.export),
+    "Compare ways of updating": (validate, replay, demo, list_names),
+}  # fmt: skip
+NAMES = {list_names: "list"}  # of commands whose functions are called otherwise
+
+for group, commands in GROUPS.items():
+    for command in commands:
+        app.command(NAMES.get(command), rich_help_panel=group)(command)
+app.add_typer(cli_serve.bench, name="bench", rich_help_panel="Serve")
 
 
 def lines_of(kind: str) -> dict[str, str]:
@@ -86,37 +107,14 @@ def lines_of(kind: str) -> dict[str, str]:
         from freshrec.replay.metrics import METRICS
 
         return {f"{name}@k": metric.description for name, metric in METRICS.items()}
-    if kind == "models":
-        from freshrec.models import MODELS
-
-        return {name: _line(spec, sys.modules[type(spec).__module__].__doc__) for name, spec in MODELS.items()}
-    if kind == "strategies":
-        from freshrec.strategies import STRATEGIES
-
-        return {name: _line(strategy, type(strategy).__doc__) for name, strategy in STRATEGIES.items()}
+    if kind in ("models", "strategies"):  # written by docs/generate.py, because importing them imports torch
+        listed: dict[str, str] = json.loads(files("freshrec").joinpath("names.json").read_text())[kind]
+        return listed
     raise unknown("list", kind, KINDS)
-
-
-def _line(instance: Any, doc: str | None) -> str:
-    """The first line of what is said of a kind of thing, and how this one differs from the others."""
-    return " ".join([_first_line(doc), *(f"[{option}]" for option in options_of(instance))])
 
 
 def _first_line(doc: str | None) -> str:
     return (doc or "").partition("\n")[0]
-
-
-def options_of(instance: Any) -> list[str]:
-    """The fields in which a dataclass differs from its class's defaults, as one writes them: `fit.epochs=5`."""
-    options = []
-    for name in (field.name for field in fields(instance)):
-        value, default = getattr(instance, name), getattr(type(instance)(), name)
-        if is_dataclass(value):
-            options += [] if type(value) is type(default) else [f"{name}={type(value).__name__}"]
-            options += [f"{name}.{option}" for option in options_of(value)]
-        elif value != default:
-            options.append(f"{name}={'none' if value is None else value}")
-    return options
 
 
 def _print_report(report: Report, name: str) -> None:

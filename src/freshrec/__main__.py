@@ -1,0 +1,7 @@
+"""`python -m freshrec`: the same as the command `freshrec`."""
+
+import sys
+
+from freshrec.cli import main
+
+sys.exit(main())
