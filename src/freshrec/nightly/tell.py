@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import platform
-from datetime import UTC, datetime
 from importlib.metadata import version as version_of
 from typing import Any
 
 import polars as pl
 import torch
 
+from freshrec.data.log import format_time
 from freshrec.errors import FreshrecError, StateError
 from freshrec.nightly.anew import planned
 from freshrec.nightly.job import batches_of, waiting
@@ -34,7 +34,7 @@ def status(store: Store) -> dict[str, Any]:
     return {
         "live": live, "made_at": about.made_at, "kind": about.kind, "model": about.recipe["model"],
         "strategy": about.recipe["strategy"], **about.sizes, "held": about.held,
-        "newest_event": _moment(newest) if isinstance(newest, int) and log.has_clock else None,
+        "newest_event": format_time(newest) if isinstance(newest, int) and log.has_clock else None,
         "versions": len(versions), "refused": [m.id for m in versions if not m.promoted and m.id > live],
         "batches_waiting": waiting(store, log),
         "bytes": n_bytes, "bytes_per_user": round(n_bytes / max(1, about.sizes["users"]), 1),
@@ -74,7 +74,7 @@ def user(contents: Contents, user_id: str | int) -> dict[str, Any]:
     rows_R = torch.arange(int(mine.offsets_U[row]), int(mine.offsets_U[row + 1]))
     rows_R = rows_R[mine.times_R[rows_R].argsort(stable=True)]
     items = served.items.ids(mine.items_R[rows_R].long())
-    when = [_moment(time) if contents.reading.has_clock else time for time in mine.times_R[rows_R].tolist()]
+    when = [format_time(time) if contents.reading.has_clock else time for time in mine.times_R[rows_R].tolist()]
     about = served.users.frame.row(row - 1, named=True)
     found = {
         "user_id": about["id"], "first_span": about["first_span"], "last_span": about["last_span"],
@@ -117,7 +117,7 @@ def item(contents: Contents, item_id: str | int) -> dict[str, Any]:
     }  # fmt: skip
     if contents.reading.has_clock and len(at_R):
         times = mine.times_R[at_R]
-        found |= {"first": _moment(int(times.min())), "last": _moment(int(times.max()))}
+        found |= {"first": format_time(int(times.min())), "last": format_time(int(times.max()))}
     return found
 
 
@@ -155,7 +155,3 @@ def _log(store: Store) -> str:
     n_batches = len(log.batches())
     n_rows = len(log.read()) if n_batches else 0
     return f"the log holds {n_rows:,} events in {n_batches:,} batches"
-
-
-def _moment(microseconds: int) -> str:
-    return datetime.fromtimestamp(microseconds / 1e6, UTC).isoformat(timespec="seconds")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from freshrec.data.log import format_time
 from freshrec.models.blend import Blend
 from freshrec.models.pairs import Pairs
 from freshrec.serve import asked
@@ -199,10 +199,5 @@ def _items(version: Version, rows_N: Tensor, scores_N: Tensor) -> list[asked.Ite
 
 def _past(version: Version, rows_N: Tensor, times_N: Tensor) -> list[asked.Past]:
     ids, has_clock = version.served.items.ids(rows_N), version.kept.reading.has_clock
-    when: list[Any] = [moment(time) if has_clock else time for time in times_N.tolist()]
+    when: list[Any] = [format_time(time) if has_clock else time for time in times_N.tolist()]
     return [asked.Past(item_id=i, at=at) for i, at in zip(ids, when)]
-
-
-def moment(microseconds: int) -> str:
-    """UTC, to the second."""
-    return datetime.fromtimestamp(microseconds / 1e6, UTC).isoformat(timespec="seconds")

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -21,10 +21,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import generate_latest
 
-from freshrec.data.log import EPOCH
+from freshrec.data.log import format_time, to_microseconds
 from freshrec.errors import BusyError, FreshrecError, IncompatibleError, LogError, OptionError, StateError
 from freshrec.serve import answers, asked
-from freshrec.serve.answers import Version, moment
+from freshrec.serve.answers import Version
 from freshrec.serve.guard import Guard, Metrics, Rules, has_token
 from freshrec.serve.index import ALL
 from freshrec.serve.live import Live, checked, loaded
@@ -348,7 +348,7 @@ def about_of(service: Service) -> asked.About:
         version=about.id, parent=about.parent, kind=about.kind, made_at=about.made_at, live_since=version.live_since,
         model=version.kept.names[0], strategy=version.kept.names[1], sizes=about.sizes, numbers=about.numbers,
         promoted=about.promoted, reasons=about.reasons, notes=about.notes,
-        newest_event=moment(newest) if newest is not None and has_clock else newest,
+        newest_event=format_time(newest) if newest is not None and has_clock else newest,
         search=asdict(version.searching), has_token=bool(service.rules.token),
     )  # fmt: skip
 
@@ -367,8 +367,7 @@ def _click(one: asked.Happened, version: Version) -> Click:
     event_id, category = (None if value is None else str(value) for value in (one.event_id, one.category))
     if not reading.has_clock:  # without times only an id says that it is the same click
         event_id = event_id or uuid.uuid4().hex
-    microseconds = (when - EPOCH) // timedelta(microseconds=1)
-    return Click(one.user_id, one.item_id, microseconds, event_id, category, one.event)
+    return Click(one.user_id, one.item_id, to_microseconds(when), event_id, category, one.event)
 
 
 def _must_know(catalog: Any, name: str, given: str) -> None:

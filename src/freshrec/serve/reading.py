@@ -7,13 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
 
 from freshrec.data.catalog import Catalog
-from freshrec.data.log import Log, positives, read_log
+from freshrec.data.log import Log, format_time, positives, read_log
 from freshrec.errors import LogError, OptionError
 from freshrec.serve.recommend import Served
 from freshrec.types import Events
@@ -49,7 +48,7 @@ def read_next(source: Source, reading: Reading, served: Served) -> Log:
     times_E = log.frame["time"]
     n_late = int((times_E < newest).sum())
     if n_late:
-        first, last = (np.datetime64(time, "us").astype("datetime64[s]") for time in (times_E[0], newest))
+        first, last = format_time(times_E[0]), format_time(newest)
         raise LogError(
             f"{n_late:,} of {len(times_E):,} rows (the first of {first}) are older than {last}, the newest row learnt; "
             "an update needs newer rows: drop the older ones, or fit again on all."
