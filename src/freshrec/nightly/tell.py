@@ -14,8 +14,9 @@ from freshrec.errors import FreshrecError, StateError
 from freshrec.nightly.anew import planned
 from freshrec.nightly.job import batches_of, waiting
 from freshrec.serve.contents import Contents, read_contents
-from freshrec.serve.reading import ids_of, known_rows
-from freshrec.serve.recommend import Wanted, best_items
+from freshrec.serve.list_request import ListRequest
+from freshrec.serve.reading import ids_of, known_rows, resolve_request
+from freshrec.serve.recommend import best_items
 from freshrec.store.eventlog import EventLog
 from freshrec.store.versions import Store, chain_of, collected
 from freshrec.types import InterestModel
@@ -50,7 +51,7 @@ def difference(store: Store, first: int, second: int) -> dict[str, Any]:
     known = [contents.served.users.frame["id"].drop_nulls() for contents in both_contents]
     users = known[0].filter(known[0].is_in(known[1].implode()))
     users = users.sample(min(SAMPLE, len(users)), seed=0)
-    lists = [best_items(contents.served, contents.served.users.rows(users), Wanted(LIST)) for contents in both_contents]
+    lists = [_lists_of(contents, users) for contents in both_contents]
     ids = [
         found.select("nth", item=contents.served.items.ids(torch.from_numpy(found["item"].to_numpy(writable=True))))
         for contents, found in zip(both_contents, lists)
@@ -64,6 +65,11 @@ def difference(store: Store, first: int, second: int) -> dict[str, Any]:
         "recipe": {key: [one.recipe.get(key), other.recipe.get(key)] for key in sorted(recipe)},
         "shared": shared, "users": len(users), "list": LIST,
     }  # fmt: skip
+
+
+def _lists_of(contents: Contents, users: pl.Series) -> pl.DataFrame:
+    served = contents.served
+    return best_items(served, served.users.rows(users), resolve_request(served, ListRequest(k=LIST)))
 
 
 def user(contents: Contents, user_id: str | int) -> dict[str, Any]:

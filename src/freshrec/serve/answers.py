@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,9 @@ from freshrec.serve import asked
 from freshrec.serve.explain import reasons
 from freshrec.serve.fresh import asked_of
 from freshrec.serve.index import Searching
-from freshrec.serve.reading import Ids, id_of, ids_of, item_rows, known_rows, of_category, rows_of
-from freshrec.serve.recommend import WHY, Served, Wanted, batch_of_user, best_items, lists_of, similar_items
+from freshrec.serve.list_request import ListRequest
+from freshrec.serve.reading import id_of, ids_of, known_rows, resolve_request, rows_of
+from freshrec.serve.recommend import WHY, Served, batch_of_user, best_items, lists_of, similar_items
 from freshrec.serve.saved import Kept
 from freshrec.store.versions import Manifest
 from freshrec.types import InterestModel, VectorModel
@@ -53,30 +55,13 @@ def row_of(version: Version, user: int | str) -> int:
     return 0 if row in served.fresh.gone else row
 
 
-def wanted(version: Version, by: asked.Asked) -> Wanted:
-    """What the lists may hold. OptionError for a category that is not known."""
-    served = version.served
-    allow_M = None if by.allow is None else item_rows(served, _alike(by.allow))
-    if by.category is not None:
-        allow_M = of_category(served, by.category, allow_M)
-    deny_M = item_rows(served, _alike(by.deny)) if by.deny else torch.zeros(0, dtype=torch.int64)
-    return Wanted(by.k, by.exclude_seen, allow_M, deny_M, by.diversity)
-
-
-def _alike(ids: list[int | str]) -> Ids:
-    """Ids of one kind: text, where some are."""
-    if all(isinstance(one, int) for one in ids):
-        return [one for one in ids if isinstance(one, int)]
-    return [str(one) for one in ids]
-
-
-def recommend(version: Version, by: asked.Asked) -> list[asked.Listed]:
-    """The lists of some users, in the order asked."""
-    users_N = torch.tensor([row_of(version, user) for user in by.users])
-    found = lists_of(version.served, users_N, wanted(version, by))
+def recommend(version: Version, users: Sequence[int | str], request: ListRequest) -> list[asked.Listed]:
+    """The lists of some users, in the order asked. OptionError for an unknown category."""
+    users_N = torch.tensor([row_of(version, user) for user in users])
+    found = lists_of(version.served, users_N, resolve_request(version.served, request))
     lists, ids = [], version.served.items.column
     columns = (found.items_NK.tolist(), found.scores_NK.tolist(), found.why_NK.tolist())
-    for user, items, scores, why in zip(by.users, *columns):
+    for user, items, scores, why in zip(users, *columns):
         listed = [
             asked.Item(item_id=ids.item(items[at] - 1), score=scores[at], rank=at + 1, fallback=WHY[why[at]])
             for at in range(len(items)) if items[at]
@@ -119,7 +104,7 @@ def _interests(version: Version, row: int, items_T: Tensor, times_T: Tensor) -> 
     counter = model.experts.counters["item-knn"] if isinstance(model, Blend) else model
     if not isinstance(counter, Pairs):
         return "this model has no interests: it knows what is popular, or what the user had", []
-    found = best_items(served, torch.tensor([row]), Wanted(30))
+    found = best_items(served, torch.tensor([row]), resolve_request(served, ListRequest(k=30)))
     batch, groups = batch_of_user(served, torch.tensor([row])), dict[int, list[int]]()
     for at, item in enumerate(found["item"]):
         groups.setdefault(counter.because(batch, item), []).append(at)
