@@ -93,12 +93,14 @@ def inspect(
         print_json(found)
         return
     events, interests = found.pop("events", []), found.pop("interests", [])
+    if "kind" in found:
+        found["interests"] = found.pop("kind")
     _print_facts(found)
     if events:
         print_table(("at", "item"), [(event["at"], event["item_id"]) for event in events])
-    rows = [(one["born_span"], one["used_span"], ", ".join(map(str, one["items"]))) for one in interests]
+    rows = [(one["title"], one["born_span"], one["used_span"], ", ".join(map(str, one["items"]))) for one in interests]
     if rows:
-        print_table(("interest born in span", "used last in", "nearest items"), rows)
+        print_table(("interest", "born in span", "last used in span", "best items"), rows)
 
 
 def status(store: StorePath = Path("store"), as_json: AsJson = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import asdict
 from importlib.metadata import version as version_of
 from typing import Any
 
@@ -15,14 +16,13 @@ from freshrec.nightly.anew import planned
 from freshrec.nightly.job import batches_of, waiting
 from freshrec.serve.contents import Contents, read_contents
 from freshrec.serve.list_request import ListRequest
+from freshrec.serve.profile import profile_of
 from freshrec.serve.reading import ids_of, known_rows, resolve_request
 from freshrec.serve.recommend import best_items
 from freshrec.store.eventlog import EventLog
 from freshrec.store.versions import Store, chain_of, collected
-from freshrec.types import InterestModel
 
 SAMPLE, LIST = 300, 20  # users, and items of each, by which two versions are compared
-SHOWN = 10  # of an interest's items
 LIBRARIES = ("torch", "polars", "numpy", "scipy", "deltalake", "safetensors", "pydantic")
 
 
@@ -73,40 +73,22 @@ def _lists_of(contents: Contents, users: pl.Series) -> pl.DataFrame:
 
 
 def user(contents: Contents, user_id: str | int) -> dict[str, Any]:
-    """One user: its events, and its interests with what they are for, where the model has such."""
+    """One user: events, the newest last, and interests with their best items. OptionError for an unknown user."""
     served = contents.served
     row = int(known_rows(ids_of("user_id", user_id, served.users), served.users))
-    mine = served.counts.recent
-    rows_R = torch.arange(int(mine.offsets_U[row]), int(mine.offsets_U[row + 1]))
-    rows_R = rows_R[mine.times_R[rows_R].argsort(stable=True)]
-    items = served.items.ids(mine.items_R[rows_R].long())
-    when = [format_time(time) if contents.reading.has_clock else time for time in mine.times_R[rows_R].tolist()]
-    about = served.users.frame.row(row - 1, named=True)
-    found = {
-        "user_id": about["id"], "first_span": about["first_span"], "last_span": about["last_span"],
-        "n_events": len(items), "events": [{"item_id": i, "at": t} for i, t in zip(items, when)][-LIST:],
+    found = profile_of(served, row, contents.reading.has_clock)
+    interests = [
+        {
+            "title": one.title, "born_span": one.born_span, "used_span": one.used_span,
+            "items": [item_id for item_id, _ in one.items], "events": [asdict(event) for event in one.events],
+        }
+        for one in found.interests
+    ]  # fmt: skip
+    return {
+        "user_id": served.users.frame["id"][row - 1], "first_span": found.first_span, "last_span": found.last_span,
+        "n_events": len(found.events), "events": [asdict(event) for event in found.events[-LIST:]],
+        "kind": found.kind, "interests": interests,
     }  # fmt: skip
-    if isinstance(served.state.model, InterestModel) and served.state.users is not None:
-        found["interests"] = _interests(contents, row)
-    return found
-
-
-def _interests(contents: Contents, row: int) -> list[dict[str, Any]]:
-    """The stored interests of a user: when each was born and used last, and the items that it is nearest to."""
-    served = contents.served
-    interests = served.state.users
-    assert interests is not None
-    if row > interests.n_users:
-        return []
-    mine = slice(int(interests.offsets_U[row]), int(interests.offsets_U[row + 1]))
-    scores_KI = interests.vectors_SD[mine].float() @ served.state.model.item_vectors().T
-    scores_KI[:, 0] = -torch.inf
-    best_KN = scores_KI.topk(min(SHOWN, served.state.model.n_items)).indices
-    spans = zip(interests.born_S[mine].tolist(), interests.used_S[mine].tolist())
-    return [
-        {"born_span": born, "used_span": used, "items": served.items.ids(best_N).to_list()}
-        for (born, used), best_N in zip(spans, best_KN)
-    ]
 
 
 def item(contents: Contents, item_id: str | int) -> dict[str, Any]:
