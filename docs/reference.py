@@ -16,6 +16,7 @@ from freshrec.cli import app, lines_of
 from freshrec.data.spans import HELDOUT, RULES, TARGETS
 from freshrec.models import MODELS
 from freshrec.replay.measure import SLICES
+from freshrec.serve.list_request import DEFAULTS, ListRequest, help_of
 from freshrec.strategies import STRATEGIES
 
 
@@ -26,7 +27,7 @@ def reference_page(root: Path) -> str:
     parts += [_row(name, inspect.getdoc(command)) for name, command in commands.items()]
     parts += ["", "Each says its options with `--help`. Exit codes:", "", "| code | meaning |", "|---|---|"]
     parts += ["| 0 | done |", *(f"| {error.exit_code} | {inspect.getdoc(error)} |" for error in _leaves())]
-    parts += ["| 130 | interrupted |", "", "## Models", ""]
+    parts += ["| 130 | interrupted |", "", "## Lists", "", *_list_options(), "", "## Models", ""]
     parts += [_row(name, None, options_of(spec)) for name, spec in MODELS.items()]
     parts += _options({type(spec): spec for spec in MODELS.values()}, root)
     parts += ["", "## Strategies", ""]
@@ -38,6 +39,13 @@ def reference_page(root: Path) -> str:
     parts += ["", "## Spans", "", f"- `by`: {', '.join(RULES)}", f"- `targets`: {', '.join(TARGETS)}"]
     parts += [f"- `heldout`: {', '.join(HELDOUT)}", "", "`src/freshrec/data/spans.py` says at its top what each means."]
     return "\n".join(parts) + "\n"
+
+
+def _list_options() -> list[str]:
+    """The options of a list, which are the same in Python, on the command line and over HTTP."""
+    rows = [f"| `{f.name}` | {getattr(DEFAULTS, f.name)!r} | {help_of(f.name)} |" for f in fields(ListRequest)]
+    where = "Arguments of `Recommender.recommend`, flags of `freshrec recommend`, fields of `/recommend`:"
+    return [where, "", "| option | default | |", "|---|---|---|", *rows]
 
 
 def _leaves() -> list[type[errors.FreshrecError]]:

@@ -123,8 +123,21 @@ def test_recommended_items_can_be_allowed_denied_and_seen(
 
     assert items("--k", "1")[0] in fresh
     assert items("--k", "1", "--allow", f"{fresh[-1]},{seen[0]}") == [fresh[-1]]
-    assert items("--k", "1", "--allow", str(seen[0]), "--include-seen") == [seen[0]]
+    assert items("--k", "1", "--allow", str(seen[0]), "--no-exclude-seen") == [seen[0]]
     assert set(items("--k", "80", "--deny", f"{fresh[0]},{fresh[1]}")) == set(fresh[2:])
+
+
+def test_the_flag_of_0_1_0_that_keeps_seen_items_still_works_with_one_line_of_warning(
+    logs: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at = str(tmp_path / "at")
+    answer(capsys, "fit", logs[0], "--store", at, "--model", "popularity", *COLUMNS)
+    new = answer(capsys, "recommend", "3", "--store", at, "--no-exclude-seen", "--json")
+    assert new != answer(capsys, "recommend", "3", "--store", at, "--exclude-seen", "--json")
+    assert main(["recommend", "3", "--store", at, "--include-seen", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert out == new
+    assert err == "warning: --include-seen is called --no-exclude-seen now; the old name still works.\n"
 
 
 def test_a_table_for_people_has_a_line_per_item(

@@ -104,7 +104,8 @@ def test_the_command_line_asks_for_diversity(tmp_path: Path, capsys: pytest.Capt
     columns = {"user_id": ["u", "u", "u", "v", "v", "w"], "item_id": list("aabbac"), "category": list("xxxxxy")}
     log = pl.DataFrame(columns).with_columns(timestamp=pl.int_range(1_700_000_000, 1_700_000_006))
     Recommender("popularity").fit(log).save(tmp_path / "store")
+    ask = ("recommend", "u", "--store", str(tmp_path / "store"))
     for options, expected in (((), "abc"), (("--diversity", "0.5"), "abc"), (("--diversity", "1.5"), "acb")):
-        assert main(("recommend", "u", "--store", str(tmp_path / "store"), "--include-seen", "--json", *options)) == 0
+        assert main((*ask, "--no-exclude-seen", "--json", *options)) == 0
         assert "".join(row["item_id"] for row in json.loads(capsys.readouterr().out)) == expected
-    assert main(("recommend", "u", "--store", str(tmp_path / "store"), "--diversity", "-1")) == OptionError.exit_code
+    assert main((*ask, "--diversity", "-1")) == OptionError.exit_code

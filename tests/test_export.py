@@ -13,8 +13,10 @@ from serving import run, stored
 from freshrec.errors import IncompatibleError, OptionError
 from freshrec.serve.answers import Version
 from freshrec.serve.export import export
+from freshrec.serve.list_request import ListRequest
 from freshrec.serve.live import loaded
-from freshrec.serve.recommend import Wanted, best_items
+from freshrec.serve.reading import resolve_request
+from freshrec.serve.recommend import best_items
 from freshrec.store.versions import open_store
 from freshrec.types import Batch
 
@@ -44,7 +46,8 @@ def test_ids_and_vectors_alone_make_the_versions_lists(model: str, strategy: str
     for user in users.sample(20, seed=0).iter_rows(named=True):
         mine_KD = vectors_SD[user["first"] : user["first"] + user["vectors"]]
         scores_I = (mine_KD @ items_ID.T).max(0)
-        best = best_items(served, served.users.rows(pl.Series([user["id"]])), Wanted(5, filter_seen=False))
+        wanted = resolve_request(served, ListRequest(k=5, exclude_seen=False))
+        best = best_items(served, served.users.rows(pl.Series([user["id"]])), wanted)
         assert scores_I[best["item"].to_numpy() - 1] == pytest.approx(best["score"].to_numpy(), abs=1e-5)
         assert np.sort(scores_I)[::-1][:5] == pytest.approx(best["score"].to_numpy(), abs=1e-5)
         assert items["id"][int(best["item"][0]) - 1] == served.items.ids(torch.tensor([best["item"][0]]))[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +11,7 @@ import polars as pl
 import pytest
 
 from freshrec.data.formats import FORMATS
-from freshrec.data.log import Log, before, positives, read_log
+from freshrec.data.log import Log, before, format_time, microseconds, positives, read_log, to_microseconds
 from freshrec.errors import LogError, OptionError
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -233,3 +234,16 @@ def test_a_log_of_periods_without_a_clock_can_end_before_a_period() -> None:
         before(log, "0")
     with pytest.raises(LogError, match='until = "2025-01-01" is no moment of it; name a period'):
         before(log, "2025-01-01")
+
+
+def test_times_are_written_in_utc_with_what_is_smaller_cut_off_and_read_back() -> None:
+    # NOON is 2020-09-13 12:26:40 UTC
+    time_us = NOON * 10**6 + 999_999
+    assert format_time(time_us) == "2020-09-13T12:26:40+00:00"
+    assert format_time(time_us, "minutes") == "2020-09-13T12:26+00:00"
+    assert format_time(time_us, "auto") == "2020-09-13T12:26:40.999999+00:00"
+    assert format_time(NOON * 10**6, "auto") == "2020-09-13T12:26:40+00:00"
+    assert microseconds(format_time(time_us, "auto")) == time_us
+    assert to_microseconds(datetime(2020, 9, 13, 12, 26, 40)) == NOON * 10**6  # without a zone: UTC
+    east = timezone(timedelta(hours=2))
+    assert to_microseconds(datetime(2020, 9, 13, 14, 26, 40, tzinfo=east)) == NOON * 10**6

@@ -60,7 +60,7 @@ def items_of(found: pl.DataFrame) -> str:
 
 
 def test_popular_items_by_hand() -> None:
-    found = Recommender("popularity").fit(LOG).recommend(["u3", "u1"], k=2, filter_seen=False)
+    found = Recommender("popularity").fit(LOG).recommend(["u3", "u1"], k=2, exclude_seen=False)
     assert found.rows() == [
         ("u3", "a", 3.0, 1, None), ("u3", "b", 2.0, 2, None), ("u1", "a", 3.0, 1, None), ("u1", "b", 2.0, 2, None),
     ]  # fmt: skip
@@ -77,14 +77,14 @@ def test_what_a_user_has_had_is_left_out_however_long_ago_it_was() -> None:
 
 def test_allowed_and_denied_items() -> None:
     recommender = Recommender("popularity").fit(LOG)
-    assert items_of(recommender.recommend("u1", filter_seen=False, allow=["c", "b", "new"])) == "bc"
-    assert items_of(recommender.recommend("u1", filter_seen=False, deny="a")) == "bc"
+    assert items_of(recommender.recommend("u1", exclude_seen=False, allow=["c", "b", "new"])) == "bc"
+    assert items_of(recommender.recommend("u1", exclude_seen=False, deny="a")) == "bc"
     assert items_of(recommender.recommend("u1", allow=["a", "c"], deny=["c"])) == ""  # a has been seen
-    assert items_of(recommender.recommend("u1", filter_seen=False, allow=[])) == ""
+    assert items_of(recommender.recommend("u1", exclude_seen=False, allow=[])) == ""
 
 
 def test_a_stranger_gets_what_is_popular_now_with_the_reason() -> None:
-    found = Recommender("sasrec:d=16", FAST).fit(LOG).recommend(["nobody", "u1"], k=3, filter_seen=False)
+    found = Recommender("sasrec:d=16", FAST).fit(LOG).recommend(["nobody", "u1"], k=3, exclude_seen=False)
     stranger, known = found.filter(pl.col("user_id") == "nobody"), found.filter(pl.col("user_id") == "u1")
     assert items_of(stranger) == "cab"
     assert stranger["score"].to_list() == pytest.approx([1, 0.59375, 0.375])
@@ -124,7 +124,7 @@ def test_each_of_two_colours_is_offered_its_own() -> None:
     old, new = days("checkerboard")
     for model, strategy in (("item-knn", None), ("sasrec:d=32", "finetune:fit.base_epochs=20:fit.epochs=1")):
         users = old["user_id"].unique()[:100]
-        found = Recommender(model, strategy).fit(old).update(new).recommend(users, k=5, filter_seen=False)
+        found = Recommender(model, strategy).fit(old).update(new).recommend(users, k=5, exclude_seen=False)
         assert (found["user_id"] % 2 == found["item_id"] % 2).mean() > 0.99
 
 
@@ -212,7 +212,7 @@ def test_a_diverse_list_gives_up_score_for_other_categories() -> None:
     recommender = Recommender("popularity").fit(log)
 
     def found(diversity: float, k: int = 3) -> tuple[str, list[float]]:
-        frame = recommender.recommend("u3", k=k, filter_seen=False, diversity=diversity)
+        frame = recommender.recommend("u3", k=k, exclude_seen=False, diversity=diversity)
         assert frame["rank"].to_list() == list(range(1, k + 1)) and frame["fallback"].null_count() == k
         return items_of(frame), frame["score"].to_list()
 
@@ -228,7 +228,7 @@ def test_a_diverse_list_gives_up_score_for_other_categories() -> None:
 def test_what_was_not_counted_takes_no_place_from_what_was_for_the_sake_of_diversity() -> None:
     # item-knn relates a, b and c to what u1 has had, all of category x; d, of y, is related to nothing
     log = pl.concat([LOG, events("u5 d")]).with_columns(category=pl.Series(list("xxxxxxy")))
-    found = Recommender("item-knn").fit(log).recommend("u1", k=2, filter_seen=False, diversity=100)
+    found = Recommender("item-knn").fit(log).recommend("u1", k=2, exclude_seen=False, diversity=100)
     assert "d" not in items_of(found) and found["fallback"].to_list() == [None, None]
 
 
@@ -309,7 +309,7 @@ def test_ids_given_as_text_find_integers() -> None:
 def test_models_and_strategies_may_be_ones_own_instances() -> None:
     recommender = Recommender(MFSpec(d=8), FineTune(Fit(epochs=1, base_epochs=1)), seed=3).fit(LOG)
     assert recommender.contents.names == ("MFSpec", "FineTune")
-    assert len(recommender.recommend("u1", filter_seen=False)) == 3
+    assert len(recommender.recommend("u1", exclude_seen=False)) == 3
 
 
 def test_partial_fit_is_update() -> None:

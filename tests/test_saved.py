@@ -12,7 +12,9 @@ from freshrec.errors import StateError
 from freshrec.models.checkpoint import load_to_ask, load_tree, save_tree
 from freshrec.models.tables import tables_of
 from freshrec.serve.contents import read_contents, write_contents
-from freshrec.serve.recommend import Wanted, best_items
+from freshrec.serve.list_request import ListRequest
+from freshrec.serve.reading import resolve_request
+from freshrec.serve.recommend import best_items
 from freshrec.serve.recommender import Recommender
 from freshrec.serve.saved import SERVED, read_served
 from freshrec.types import TrainedModel
@@ -38,7 +40,8 @@ def test_what_is_loaded_to_ask_answers_to_the_last_bit_as_what_is_loaded_whole(
     files = files_of(model, strategy, tmp_path)
     whole, asked = read_contents(files).served, read_served(files, load_to_ask).served
     users_N = torch.arange(len(whole.users) + 1)
-    for wanted in (Wanted(7), Wanted(50, filter_seen=False)):
+    for request in (ListRequest(k=7), ListRequest(k=50, exclude_seen=False)):
+        wanted = resolve_request(whole, request)
         assert best_items(whole, users_N, wanted).equals(best_items(asked, users_N, wanted))
     if isinstance(whole.state.model, TrainedModel):
         tables = zip(tables_of(whole.state.model).values(), tables_of(asked.state.model).values())
@@ -74,7 +77,8 @@ def test_what_learns_is_saved_beside_and_versions_of_one_file_are_still_read(tmp
     older = {name: path for name, path in files.items() if name not in (SERVED, "learning.safetensors")}
     again = read_contents(older | {"state.safetensors": tmp_path / "state.safetensors"})
     users_N = torch.arange(20)
-    assert best_items(again.served, users_N, Wanted()).equals(best_items(served, users_N, Wanted()))
+    wanted = resolve_request(served, ListRequest())
+    assert best_items(again.served, users_N, wanted).equals(best_items(served, users_N, wanted))
     assert (again.strategy, again.names, again.reading) == (contents.strategy, contents.names, contents.reading)
 
 

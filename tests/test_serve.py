@@ -12,6 +12,7 @@ from serving import TOKEN, click, items, server, stored
 
 from freshrec.cli_serve import token_of
 from freshrec.errors import OptionError
+from freshrec.nightly.tell import user as inspect_user
 from freshrec.replay.measure import Asked, Block, queries_of, rank_queries
 from freshrec.serve.contents import read_contents
 from freshrec.serve.guard import Guard, Metrics, Rules
@@ -111,6 +112,24 @@ def test_a_person_is_shown_with_interests_and_the_events_behind_them(tmp_path: P
             if kind == "interests":
                 assert behind == set(own)  # each event is behind the interest it is closest to
                 assert {one["born_span"] for one in found["interests"]} == {0}
+
+
+@pytest.mark.parametrize(("model", "strategy"), [("comirec-dr:d=8", IMSR), ("blend", None), ("popularity", None)])
+def test_inspect_shows_the_same_profile_as_the_server(model: str, strategy: str | None, tmp_path: Path) -> None:
+    stored(tmp_path, model, strategy)
+    store = open_store(tmp_path / "s")
+    inspected = inspect_user(read_contents(store.files(store.live)), "user-1")
+    with server(tmp_path) as (client, _):
+        found = client.get("/users/user-1/interests").json()
+    for name in ("user_id", "n_events", "first_span", "last_span", "kind"):
+        assert inspected[name] == found[name]
+    assert inspected["events"] == found["events"][-20:]  # inspect shows 20, the server 30
+    names = ("title", "born_span", "used_span", "events")
+    expected = [
+        {name: one[name] for name in names} | {"items": [item["item_id"] for item in one["items"]]}
+        for one in found["interests"]
+    ]
+    assert inspected["interests"] == expected and bool(expected) == (model != "popularity")
 
 
 def test_an_explanation_names_what_speaks_for_an_item(tmp_path: Path) -> None:

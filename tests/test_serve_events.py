@@ -21,8 +21,9 @@ from freshrec.nightly import clicks as nightly
 from freshrec.nightly.job import Job
 from freshrec.serve.contents import read_contents
 from freshrec.serve.guard import Rules
-from freshrec.serve.reading import numbered
-from freshrec.serve.recommend import Wanted, best_items
+from freshrec.serve.list_request import ListRequest
+from freshrec.serve.reading import numbered, resolve_request
+from freshrec.serve.recommend import best_items
 from freshrec.store import clicks as journal
 from freshrec.store.clicks import Click, Journal
 from freshrec.store.eventlog import EventLog
@@ -86,7 +87,8 @@ def test_what_is_folded_in_is_answered_as_if_the_version_held_it(tmp_path: Path)
         whole = replace(served, pending=pending, counts=counts)
         row = served.users.rows(pl.Series(["user-1"]))
         for seen in (True, False):
-            expected = best_items(whole, row, Wanted(20, filter_seen=seen))
+            wanted = resolve_request(whole, ListRequest(k=20, exclude_seen=seen))
+            expected = best_items(whole, row, wanted)
             found = client.get("/recommend/user-1", params={"k": 20, "exclude_seen": seen}).json()["items"]
             assert [one["score"] for one in found] == expected["score"].to_list()
 

@@ -15,7 +15,9 @@ import pytest
 from serving import ANY, TOKEN, process, run, stored
 
 from freshrec.serve.contents import read_contents
-from freshrec.serve.recommend import Wanted, best_items
+from freshrec.serve.list_request import ListRequest
+from freshrec.serve.reading import resolve_request
+from freshrec.serve.recommend import best_items
 from freshrec.store.eventlog import EventLog
 from freshrec.store.versions import open_store
 
@@ -85,7 +87,7 @@ def test_no_answer_mixes_versions_and_no_acknowledged_click_is_lost_or_doubled(t
     for number in (1, 2, 3):
         served = read_contents(store.files(number)).served
         for user in QUIET:
-            found = best_items(served, served.users.rows(pl.Series([user])), Wanted(12))
+            found = best_items(served, served.users.rows(pl.Series([user])), resolve_request(served, ListRequest(k=12)))
             ids = served.items.frame["id"].gather(found["item"] - 1)
             expected[number, user] = ids.to_list()
     crowd = Crowd(expected)

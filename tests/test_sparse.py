@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 
-from freshrec.models.sparse import Cells, Runs, best, csr, distinct, rows_of, sums
+from freshrec.models.sparse import Cells, Runs, best, csr, distinct, pack_keys, rows_of, sums, unpack_keys
 
 near = pytest.approx
 
@@ -24,6 +24,17 @@ def test_the_best_of_each_row_come_first_and_a_zero_is_none() -> None:
     assert columns.tolist() == [[2, 1], [0, 0], [2, 0]] and values.tolist() == [[5, 2], [0, 0], [7, 0]]
     stored_zero = sparse.csr_array((np.zeros(1, np.float32), np.array([3]), np.array([0, 1])), shape=(1, 4))
     assert best(stored_zero, 2)[0].tolist() == [[0]]
+
+
+def test_keys_are_in_the_order_of_the_values_then_of_the_places_from_the_last_and_give_both_back() -> None:
+    # 1.0 has the bits 0x3f800000: (0x3f800000 << 32) - 3
+    assert pack_keys(np.array([1.0]), np.array([3])).tolist() == [0x3F80000000000000 - 3]
+    value, place = np.array([2.0, 0.0, 2.0, 2.5, 1e-45]), np.array([0, 7, 2**32 - 1, 9, 1])
+    keys = pack_keys(value, place)
+    assert keys.argsort()[::-1].tolist() == [3, 0, 2, 4, 1] and keys[1] < 0 < keys[4]
+    places, values = unpack_keys(keys)
+    assert places.tolist() == place.tolist() and values.tolist() == value.astype(np.float32).tolist()
+    assert [part.tolist() for part in unpack_keys(np.zeros(1, np.int64))] == [[0], [0.0]]
 
 
 def test_sums_are_those_of_each_row_also_of_an_empty_one() -> None:

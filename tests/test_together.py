@@ -11,6 +11,7 @@ from freshrec.errors import LogError
 from freshrec.serve import answers, asked
 from freshrec.serve.answers import Version
 from freshrec.serve.index import Limits
+from freshrec.serve.list_request import ListRequest
 from freshrec.serve.live import loaded
 from freshrec.serve.together import MOST, Lists, Together
 from freshrec.store.versions import open_store
@@ -37,19 +38,19 @@ def test_lists_made_together_are_those_made_alone(
     _, day, _ = stored(tmp_path, model, strategy)
     version = version_of(tmp_path, exact)
     users = day["user_id"].unique(maintain_order=True).to_list()
-    wants = [asked.Asked(users=[user], k=5 + nth % 2) for nth, user in enumerate(users[:50] + ["a stranger"])]
-    alone = [answers.recommend(version, want)[0] for want in wants]
+    wants = [(user, ListRequest(k=5 + nth % 2)) for nth, user in enumerate(users[:50] + ["a stranger"])]
+    alone = [answers.recommend(version, [user], request)[0] for user, request in wants]
     goes, recommend = list[int](), answers.recommend
 
-    def counted(version: Version, by: asked.Asked) -> Lists:
-        goes.append(len(by.users))
-        return recommend(version, by)
+    def counted(version: Version, users: list[int | str], request: ListRequest) -> Lists:
+        goes.append(len(users))
+        return recommend(version, users, request)
 
     monkeypatch.setattr(answers, "recommend", counted)
 
     async def all_at_once() -> list[asked.Listed]:
         together = Together(in_turn)
-        return await asyncio.gather(*(together.ask(version, want) for want in wants))
+        return await asyncio.gather(*(together.ask(version, *want) for want in wants))
 
     for mine, theirs in zip(asyncio.run(all_at_once()), alone, strict=True):
         assert (mine.user_id, mine.fallback) == (theirs.user_id, theirs.fallback)
@@ -61,11 +62,16 @@ def test_lists_made_together_are_those_made_alone(
 def test_more_than_may_be_asked_in_one_go_are_asked_in_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored(tmp_path, "popularity", None)
     version, goes, recommend = version_of(tmp_path, 0), list[int](), answers.recommend
-    monkeypatch.setattr(answers, "recommend", lambda v, by: goes.append(len(by.users)) or recommend(v, by))  # type: ignore[func-returns-value]
+
+    def counted(version: Version, users: list[int | str], request: ListRequest) -> Lists:
+        goes.append(len(users))
+        return recommend(version, users, request)
+
+    monkeypatch.setattr(answers, "recommend", counted)
 
     async def all_at_once() -> list[asked.Listed]:
         together = Together(in_turn)
-        return await asyncio.gather(*(together.ask(version, asked.Asked(users=["x"])) for _ in range(2 * MOST + 3)))
+        return await asyncio.gather(*(together.ask(version, "x", ListRequest()) for _ in range(2 * MOST + 3)))
 
     assert len(asyncio.run(all_at_once())) == 2 * MOST + 3
     assert sorted(goes) == [3, MOST, MOST]
@@ -88,7 +94,7 @@ def test_who_asks_wrongly_fails_alone_and_who_goes_away_takes_nobody_along(
     async def some() -> list[asked.Listed | BaseException]:
         together = Together(in_turn)
         asking = [
-            asyncio.create_task(together.ask(version, asked.Asked(users=[user])))
+            asyncio.create_task(together.ask(version, user, ListRequest()))
             for user in (day["user_id"][0], "wrong", day["user_id"][1])
         ]
         await asyncio.sleep(0)

@@ -24,6 +24,7 @@ from freshrec.data.formats import FORMATS
 from freshrec.data.log import read_log
 from freshrec.data.validate import Report
 from freshrec.data.validate import validate as report_of
+from freshrec.deprecation import replace_old_flags
 from freshrec.errors import FreshrecError, OptionError, StateError, unknown
 from freshrec.version import __version__
 
@@ -46,6 +47,7 @@ def about(
     """Update recommenders from new events only."""
 
 
+OLD_FLAGS = {"recommend": {"--include-seen": "--no-exclude-seen"}}  # by command: flags of 0.1.0, and their new names
 KINDS = ("models", "strategies", "metrics", "worlds", "formats")
 
 
@@ -152,9 +154,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     With --json, stdout holds one piece of JSON in any case: where nothing else was to be told, the error.
     """
-    as_json = "--json" in (sys.argv[1:] if arguments is None else arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    as_json = "--json" in given
     try:
-        app(args=arguments, prog_name="freshrec")
+        app(args=replace_old_flags(given, OLD_FLAGS, _warn), prog_name="freshrec")
     except FreshrecError as error:
         return _failed(str(error), error.exit_code, as_json, error.answer)
     except OSError as problem:
@@ -170,6 +173,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _failed("", 130, as_json)
     return 0
+
+
+def _warn(sentence: str) -> None:
+    print(f"warning: {sentence}", file=sys.stderr)  # noqa: T201
 
 
 def _failed(why: str, code: int, as_json: bool, answer: Any = None) -> int:

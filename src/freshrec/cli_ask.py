@@ -9,26 +9,28 @@ import typer
 
 from freshrec.cli_options import AsJson, StoreOption, StorePath, print_json, print_table, words
 from freshrec.errors import StateError
+from freshrec.serve.list_request import DEFAULTS, help_of
 
 if TYPE_CHECKING:
     import polars as pl
 
     from freshrec.serve.contents import Contents
 
+K = Annotated[int, typer.Option("--k", "-k", help=help_of("k"))]
 Version = Annotated[int | None, typer.Option("--version", help="Another one than the live one.")]
 
 
 def recommend(
     users: Annotated[list[str], typer.Argument(metavar="USER...", help="User ids; an unknown one gets popular items.")],
     store: StorePath = Path("store"),
-    k: Annotated[int, typer.Option("--k", "-k", help="Items a user.")] = 10,
-    allow: Annotated[str | None, typer.Option(help="Only these items, as in 17,42.")] = None,
-    deny: Annotated[str | None, typer.Option(help="None of these items.")] = None,
-    category: Annotated[str | None, typer.Option(help="Only items of this category.")] = None,
-    diversity: Annotated[
-        float, typer.Option(help="What each item of a category costs the next one of it, in units of the score.")
-    ] = 0.0,
-    include_seen: Annotated[bool, typer.Option("--include-seen", help="Also what the user has had.")] = False,
+    k: K = DEFAULTS.k,
+    exclude_seen: Annotated[
+        bool, typer.Option("--exclude-seen/--no-exclude-seen", help=help_of("exclude_seen"))
+    ] = DEFAULTS.exclude_seen,
+    allow: Annotated[str | None, typer.Option(metavar="ITEM,...", help=help_of("allow"))] = None,
+    deny: Annotated[str | None, typer.Option(metavar="ITEM,...", help=help_of("deny"))] = None,
+    category: Annotated[str | None, typer.Option(help=help_of("category"))] = None,
+    diversity: Annotated[float, typer.Option(help=help_of("diversity"))] = DEFAULTS.diversity,
     version: Version = None,
     as_json: AsJson = False,
 ) -> None:
@@ -37,9 +39,7 @@ def recommend(
 
     only, never = (None if text is None else words(text) for text in (allow, deny))
     recommender = Recommender.of(_contents(store, version))
-    found = recommender.recommend(
-        users, k, not include_seen, allow=only, deny=never, category=category, diversity=diversity
-    )
+    found = recommender.recommend(users, k, exclude_seen, only, never, category, diversity)
     rows = [(user, rank, item, f"{score:.4g}", why) for user, item, score, rank, why in found.iter_rows()]
     _print(found, ("user", "rank", "item", "score", "fallback"), rows, as_json)
 
@@ -47,7 +47,7 @@ def recommend(
 def similar(
     items: Annotated[list[str], typer.Argument(metavar="ITEM...")],
     store: StorePath = Path("store"),
-    k: Annotated[int, typer.Option("--k", "-k", help="Items to each.")] = 10,
+    k: K = DEFAULTS.k,
     version: Version = None,
     as_json: AsJson = False,
 ) -> None:
@@ -93,12 +93,14 @@ def inspect(
         print_json(found)
         return
     events, interests = found.pop("events", []), found.pop("interests", [])
+    if "kind" in found:
+        found["interests"] = found.pop("kind")
     _print_facts(found)
     if events:
         print_table(("at", "item"), [(event["at"], event["item_id"]) for event in events])
-    rows = [(one["born_span"], one["used_span"], ", ".join(map(str, one["items"]))) for one in interests]
+    rows = [(one["title"], one["born_span"], one["used_span"], ", ".join(map(str, one["items"]))) for one in interests]
     if rows:
-        print_table(("interest born in span", "used last in", "nearest items"), rows)
+        print_table(("interest", "born in span", "last used in span", "best items"), rows)
 
 
 def status(store: StorePath = Path("store"), as_json: AsJson = False) -> None:

@@ -148,34 +148,58 @@ def _made(
 ) -> Iterator[Manifest]:
     """The versions of what waits, of each delivery, and of what was refused before; clicks come with the last one."""
     from freshrec.nightly import clicks
-    from freshrec.nightly.job import source_of, taken_rows
 
     yield from job.catch_up(force)
-    for path in [*paths, *([None] if not paths else [])]:
-        source, log = ("", None) if path is None else (source_of(path), reads(path))
-        if log is not None and not len(taken_rows(log.frame)):
-            log = None
-        try:
-            if path is None or path is paths[-1]:
-                taken = clicks.deliver(job, log, source)
-            else:
-                taken = None if log is None else job.deliver(log, source)
-        except LogError as why:
-            raise LogError(f"{'clicks' if path is None else path.name}: {why}") from None
-        if taken is None:
-            if path is not None:
-                yield job.rest(None, source)
-            continue
-        if not as_json:
-            name = "clicks" if log is None or path is None else path.name
-            aside = f"; {log.n_aside:,} bad rows set aside" if log is not None and log.n_aside else ""
-            typer.echo(_told(job, taken, name) + aside)
-        yield from job.catch_up(force)
+    for path in paths:
+        yield from _learn_file(job, path, reads(path), path is paths[-1], force, as_json)
+    if not paths:
+        yield from _learn_clicks(job, force, as_json)
     clicks.settle(job)
     if (n := clicks.waiting(job)) and not as_json:
         typer.echo(f"clicks newer than the file: {n:,}; they wait for the next one, or for `update` without a file")
     if again is not None:
         yield job.again(again, force)
+
+
+def _learn_file(
+    job: Job, path: Path, log: Log | None, with_clicks: bool, force: str, as_json: bool
+) -> Iterator[Manifest]:
+    """The versions of one file of new events, with the clicks that wait or without; `log` is None for no rows."""
+    from freshrec.nightly import clicks
+    from freshrec.nightly.job import source_of, taken_rows
+
+    source = source_of(path)
+    log = None if log is None or not len(taken_rows(log.frame)) else log
+    taken: Taken | None = None
+    try:
+        if with_clicks:
+            taken = clicks.deliver(job, log, source)
+        elif log is not None:
+            taken = job.deliver(log, source)
+    except LogError as why:
+        raise LogError(f"{path.name}: {why}") from None
+    if taken is None:
+        yield job.rest(None, source)
+        return
+    if not as_json:
+        aside = f"; {log.n_aside:,} bad rows set aside" if log is not None and log.n_aside else ""
+        typer.echo(_told(job, taken, "clicks" if log is None else path.name) + aside)
+    yield from job.catch_up(force)
+
+
+def _learn_clicks(job: Job, force: str, as_json: bool) -> Iterator[Manifest]:
+    """The versions of the clicks that wait, without a file; none where no click waits."""
+    from freshrec.nightly import clicks
+
+    try:
+        taken = clicks.deliver(job, None, "")
+    except LogError as why:
+        raise LogError(f"clicks: {why}") from None
+    if taken is None:
+        return
+    if not as_json:
+        typer.echo(_told(job, taken, "clicks"))
+    yield from job.catch_up(force)
 
 
 def _read(job: Job, path: Path, quarantine: Path | None, columns: str, format_name: str | None) -> Log | None:

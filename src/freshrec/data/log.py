@@ -138,7 +138,20 @@ def microseconds(moment: str) -> int:
         found = datetime.fromisoformat(moment)
     except ValueError as error:
         raise OptionError(f"a date cannot be read ({error}); write it as 2025-06-01 or 2025-06-01T04:00.") from None
-    return ((found if found.tzinfo else found.replace(tzinfo=UTC)) - EPOCH) // timedelta(microseconds=1)
+    return to_microseconds(found)
+
+
+def to_microseconds(when: datetime) -> int:
+    """Microseconds since 1970; a time without a zone is UTC."""
+    return ((when if when.tzinfo else when.replace(tzinfo=UTC)) - EPOCH) // timedelta(microseconds=1)
+
+
+def format_time(time_us: int, timespec: str = "seconds") -> str:
+    """ISO 8601 text, UTC, of microseconds since 1970: the one format of times in answers, reports and messages.
+
+    `timespec` is that of `datetime.isoformat`: what is smaller is cut off, not rounded.
+    """
+    return (EPOCH + timedelta(microseconds=time_us)).isoformat(timespec=timespec)
 
 
 def _names(table: Table, columns: Mapping[str, str]) -> tuple[dict[str, str], set[str]]:

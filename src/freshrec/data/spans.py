@@ -32,7 +32,7 @@ import polars as pl
 import torch
 
 from freshrec.data.catalog import Catalog
-from freshrec.data.log import Log, microseconds
+from freshrec.data.log import Log, format_time, microseconds
 from freshrec.errors import OptionError, SpanError, unknown
 from freshrec.types import NEVER, NEXT, NOW, TEST, TRAIN, VALID, Events, Span
 
@@ -367,6 +367,5 @@ def _name(events: pl.DataFrame, n_before: int, by: str, has_clock: bool) -> str:
         return f"period {first}" if first == last else f"periods {first} to {last}"
     if not has_clock:
         return f"events {n_before + 1:,} to {n_before + len(events):,}"
-    start, stop = (str(np.datetime64(events["time"][i], "us").astype("datetime64[m]")) for i in (0, -1))
-    start_day, stop_day = start[:-6], stop[:-6]  # without the T04:00
-    return f"{start_day} to {stop_day}" if start_day != stop_day else f"{start_day} {start[-5:]} to {stop[-5:]}"
+    (start_day, start), (stop_day, stop) = (format_time(events["time"][i])[:16].split("T") for i in (0, -1))
+    return f"{start_day} to {stop_day}" if start_day != stop_day else f"{start_day} {start} to {stop}"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 
 import polars as pl
 
-from freshrec.data.log import Log
+from freshrec.data.log import Log, format_time
 
 DAY = 86_400_000_000  # microseconds
 MOST_SPANS = 6  # after the base block
@@ -59,8 +58,8 @@ def validate(log: Log) -> Report:
         rows=n_rows,
         users=n_users,
         items=frame["item_id"].n_unique(),
-        first=_iso(frame["time"][0]) if log.has_clock else None,
-        last=_iso(frame["time"][-1]) if log.has_clock else None,
+        first=format_time(frame["time"][0], "auto") if log.has_clock else None,
+        last=format_time(frame["time"][-1], "auto") if log.has_clock else None,
         unit=log.unit,
         duplicates=_duplicates(log),
         ties=ties,
@@ -96,10 +95,6 @@ def suggested_spans(log: Log) -> tuple[str, int]:
     rows = ((later - later[0]) // length).value_counts()["count"].to_list()
     steady = len(rows) == n_spans and min(rows) * n_spans * 3 >= len(later)
     return ("count-alpha" if steady else "count"), n_spans
-
-
-def _iso(time_us: int) -> str:
-    return (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=time_us)).isoformat()
 
 
 def _n_distinct(frame: pl.DataFrame, columns: list[str]) -> int:
@@ -195,7 +190,7 @@ def _warn_far_off(log: Log) -> str | None:
     ):
         if (widest := gap.arg_max()) is not None and gap[widest] > max(rest, 2 * DAY):
             n = widest + 1 if edge == "before" else len(gap) - widest
-            far.append(f"{n:,} {edge} {_iso(time[n] if edge == 'before' else time[-n - 1])}")
+            far.append(f"{n:,} {edge} {format_time(time[n] if edge == 'before' else time[-n - 1], 'auto')}")
     if not far:
         return None
     return f"far-off timestamps: {' and '.join(far)}, beyond a gap longer than the rest of the log; check their clock"

@@ -16,7 +16,7 @@ from scipy import sparse
 from torch import Tensor
 
 from freshrec.data.batches import closed
-from freshrec.models.sparse import Doubles, Ints, picked
+from freshrec.models.sparse import Doubles, Ints, pack_keys, picked, unpack_keys
 from freshrec.options import Count, CountOrNone, Weight, check_options
 from freshrec.types import Batch, Events, Histories
 
@@ -343,14 +343,12 @@ def turns(row_N: Ints, n_rows: int) -> Ints:
 def best_of_each(row_N: Ints, value_N: Doubles, n_rows: int, k: int) -> Ints:
     """Where the k largest positive values of each row stand, by row, the largest first; of equal ones the first.
 
-    They are compared in single precision: the last bits of a sum say in which order it was made. The bits of positive
-    numbers, read as integers, are in the order of the numbers; below them is room for the place in the row.
+    They are compared in single precision: the last bits of a sum say in which order it was made.
     """
     n_B, turn_N = np.bincount(row_N, minlength=n_rows), turns(row_N, n_rows)
-    bits_N = value_N.astype(np.float32).view(np.int32).astype(np.int64)
     key_BW = np.zeros((n_rows, int(n_B.max(initial=0))), np.int64)
-    key_BW[row_N, turn_N] = np.where(bits_N > 0, (bits_N << 32) | (2**32 - 1 - turn_N), 0)
+    key_BW[row_N, turn_N] = np.maximum(pack_keys(value_N, turn_N), 0)  # a value of 0 is none
     best_BK = torch.from_numpy(key_BW).topk(min(k, key_BW.shape[1])).values.numpy()
-    at_BK = (np.cumsum(n_B) - n_B)[:, None] + 2**32 - 1 - (best_BK & (2**32 - 1))
+    at_BK = (np.cumsum(n_B) - n_B)[:, None] + unpack_keys(best_BK)[0]
     found_N: Ints = at_BK[best_BK > 0]
     return found_N

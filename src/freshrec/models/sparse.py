@@ -65,6 +65,23 @@ def entries(scores_BN: Any) -> NDArray[Any]:
     return n_B
 
 
+def pack_keys(value_N: NDArray[Any], place_N: NDArray[Any]) -> Ints:
+    """(N,) one integer per value (in single precision, not negative) and place (below 2^32): bits(value) 2^32 - place.
+
+    The bits of positive floats, read as integers, are in the order of the floats, so that the keys are in the order of
+    the values; of equal values the one with the smaller place has the larger key. A value of 0 gives no positive key.
+    """
+    bits_N: Ints = value_N.astype(np.float32, copy=False).view(np.int32).astype(np.int64)
+    key_N: Ints = (bits_N << 32) - place_N
+    return key_N
+
+
+def unpack_keys(key_N: NDArray[Any]) -> tuple[Ints, Floats]:
+    """The places and the values of `pack_keys`; a key of 0 is place 0 with value 0."""
+    place_N: Ints = -key_N & 0xFFFFFFFF
+    return place_N, ((key_N + place_N) >> 32).astype(np.int32).view(np.float32)
+
+
 def best(scores_BN: Any, k: int) -> tuple[Ints, Floats]:
     """Columns and values (B, K) of the largest entries of each row, the best first; 0 where there are fewer.
 
@@ -72,16 +89,14 @@ def best(scores_BN: Any, k: int) -> tuple[Ints, Floats]:
     """
     n_B = entries(scores_BN)
     width = int(n_B.max(initial=0))
-    # positive floats are in the order of their bits, so that value and column make one number to sort by
-    keys_E = (scores_BN.data.astype(np.float32, copy=False).view(np.int32).astype(np.int64) << 32) - scores_BN.indices
+    keys_E = pack_keys(scores_BN.data, scores_BN.indices)
     if len(keys_E) == width * len(n_B):  # as is that of one row alone
         keys_BW = keys_E.reshape(len(n_B), width)
     else:
         keys_BW = np.zeros((len(n_B), width), np.int64)
         keys_BW[np.arange(width) < n_B[:, None]] = keys_E
     keys_BK = torch.from_numpy(keys_BW).topk(min(k, width)).values.numpy()
-    columns_BK = -keys_BK & 0xFFFFFFFF
-    values_BK = ((keys_BK + columns_BK) >> 32).astype(np.int32).view(np.float32)
+    columns_BK, values_BK = unpack_keys(keys_BK)
     return np.where(values_BK > 0, columns_BK, 0), values_BK
 
 

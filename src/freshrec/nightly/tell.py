@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import platform
-from datetime import UTC, datetime
+from dataclasses import asdict
 from importlib.metadata import version as version_of
 from typing import Any
 
 import polars as pl
 import torch
 
+from freshrec.data.log import format_time
 from freshrec.errors import FreshrecError, StateError
 from freshrec.nightly.anew import planned
 from freshrec.nightly.job import batches_of, waiting
 from freshrec.serve.contents import Contents, read_contents
-from freshrec.serve.reading import ids_of, known_rows
-from freshrec.serve.recommend import Wanted, best_items
+from freshrec.serve.list_request import ListRequest
+from freshrec.serve.profile import profile_of
+from freshrec.serve.reading import ids_of, known_rows, resolve_request
+from freshrec.serve.recommend import best_items
 from freshrec.store.eventlog import EventLog
 from freshrec.store.versions import Store, chain_of, collected
-from freshrec.types import InterestModel
 
 SAMPLE, LIST = 300, 20  # users, and items of each, by which two versions are compared
-SHOWN = 10  # of an interest's items
 LIBRARIES = ("torch", "polars", "numpy", "scipy", "deltalake", "safetensors", "pydantic")
 
 
@@ -34,7 +35,7 @@ def status(store: Store) -> dict[str, Any]:
     return {
         "live": live, "made_at": about.made_at, "kind": about.kind, "model": about.recipe["model"],
         "strategy": about.recipe["strategy"], **about.sizes, "held": about.held,
-        "newest_event": _moment(newest) if isinstance(newest, int) and log.has_clock else None,
+        "newest_event": format_time(newest) if isinstance(newest, int) and log.has_clock else None,
         "versions": len(versions), "refused": [m.id for m in versions if not m.promoted and m.id > live],
         "batches_waiting": waiting(store, log),
         "bytes": n_bytes, "bytes_per_user": round(n_bytes / max(1, about.sizes["users"]), 1),
@@ -50,7 +51,7 @@ def difference(store: Store, first: int, second: int) -> dict[str, Any]:
     known = [contents.served.users.frame["id"].drop_nulls() for contents in both_contents]
     users = known[0].filter(known[0].is_in(known[1].implode()))
     users = users.sample(min(SAMPLE, len(users)), seed=0)
-    lists = [best_items(contents.served, contents.served.users.rows(users), Wanted(LIST)) for contents in both_contents]
+    lists = [_lists_of(contents, users) for contents in both_contents]
     ids = [
         found.select("nth", item=contents.served.items.ids(torch.from_numpy(found["item"].to_numpy(writable=True))))
         for contents, found in zip(both_contents, lists)
@@ -66,41 +67,28 @@ def difference(store: Store, first: int, second: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _lists_of(contents: Contents, users: pl.Series) -> pl.DataFrame:
+    served = contents.served
+    return best_items(served, served.users.rows(users), resolve_request(served, ListRequest(k=LIST)))
+
+
 def user(contents: Contents, user_id: str | int) -> dict[str, Any]:
-    """One user: its events, and its interests with what they are for, where the model has such."""
+    """One user: events, the newest last, and interests with their best items. OptionError for an unknown user."""
     served = contents.served
     row = int(known_rows(ids_of("user_id", user_id, served.users), served.users))
-    mine = served.counts.recent
-    rows_R = torch.arange(int(mine.offsets_U[row]), int(mine.offsets_U[row + 1]))
-    rows_R = rows_R[mine.times_R[rows_R].argsort(stable=True)]
-    items = served.items.ids(mine.items_R[rows_R].long())
-    when = [_moment(time) if contents.reading.has_clock else time for time in mine.times_R[rows_R].tolist()]
-    about = served.users.frame.row(row - 1, named=True)
-    found = {
-        "user_id": about["id"], "first_span": about["first_span"], "last_span": about["last_span"],
-        "n_events": len(items), "events": [{"item_id": i, "at": t} for i, t in zip(items, when)][-LIST:],
+    found = profile_of(served, row, contents.reading.has_clock)
+    interests = [
+        {
+            "title": one.title, "born_span": one.born_span, "used_span": one.used_span,
+            "items": [item_id for item_id, _ in one.items], "events": [asdict(event) for event in one.events],
+        }
+        for one in found.interests
+    ]  # fmt: skip
+    return {
+        "user_id": served.users.frame["id"][row - 1], "first_span": found.first_span, "last_span": found.last_span,
+        "n_events": len(found.events), "events": [asdict(event) for event in found.events[-LIST:]],
+        "kind": found.kind, "interests": interests,
     }  # fmt: skip
-    if isinstance(served.state.model, InterestModel) and served.state.users is not None:
-        found["interests"] = _interests(contents, row)
-    return found
-
-
-def _interests(contents: Contents, row: int) -> list[dict[str, Any]]:
-    """The stored interests of a user: when each was born and used last, and the items that it is nearest to."""
-    served = contents.served
-    interests = served.state.users
-    assert interests is not None
-    if row > interests.n_users:
-        return []
-    mine = slice(int(interests.offsets_U[row]), int(interests.offsets_U[row + 1]))
-    scores_KI = interests.vectors_SD[mine].float() @ served.state.model.item_vectors().T
-    scores_KI[:, 0] = -torch.inf
-    best_KN = scores_KI.topk(min(SHOWN, served.state.model.n_items)).indices
-    spans = zip(interests.born_S[mine].tolist(), interests.used_S[mine].tolist())
-    return [
-        {"born_span": born, "used_span": used, "items": served.items.ids(best_N).to_list()}
-        for (born, used), best_N in zip(spans, best_KN)
-    ]
 
 
 def item(contents: Contents, item_id: str | int) -> dict[str, Any]:
@@ -117,7 +105,7 @@ def item(contents: Contents, item_id: str | int) -> dict[str, Any]:
     }  # fmt: skip
     if contents.reading.has_clock and len(at_R):
         times = mine.times_R[at_R]
-        found |= {"first": _moment(int(times.min())), "last": _moment(int(times.max()))}
+        found |= {"first": format_time(int(times.min())), "last": format_time(int(times.max()))}
     return found
 
 
@@ -155,7 +143,3 @@ def _log(store: Store) -> str:
     n_batches = len(log.batches())
     n_rows = len(log.read()) if n_batches else 0
     return f"the log holds {n_rows:,} events in {n_batches:,} batches"
-
-
-def _moment(microseconds: int) -> str:
-    return datetime.fromtimestamp(microseconds / 1e6, UTC).isoformat(timespec="seconds")

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from freshrec.models.blend import Blend
-from freshrec.models.pairs import Pairs
 from freshrec.serve import asked
 from freshrec.serve.explain import reasons
-from freshrec.serve.fresh import asked_of
 from freshrec.serve.index import Searching
-from freshrec.serve.reading import Ids, id_of, ids_of, item_rows, known_rows, of_category, rows_of
-from freshrec.serve.recommend import WHY, Served, Wanted, batch_of_user, best_items, lists_of, similar_items
+from freshrec.serve.list_request import ListRequest
+from freshrec.serve.profile import Interest, PastEvent, profile_of
+from freshrec.serve.reading import id_of, ids_of, known_rows, resolve_request, rows_of
+from freshrec.serve.recommend import WHY, Served, lists_of, similar_items
 from freshrec.serve.saved import Kept
 from freshrec.store.versions import Manifest
-from freshrec.types import InterestModel, VectorModel
 
-SHOWN = 10  # items of an interest
 PAST = 30  # events of a user
 
 
@@ -53,30 +49,13 @@ def row_of(version: Version, user: int | str) -> int:
     return 0 if row in served.fresh.gone else row
 
 
-def wanted(version: Version, by: asked.Asked) -> Wanted:
-    """What the lists may hold. OptionError for a category that is not known."""
-    served = version.served
-    allow_M = None if by.allow is None else item_rows(served, _alike(by.allow))
-    if by.category is not None:
-        allow_M = of_category(served, by.category, allow_M)
-    deny_M = item_rows(served, _alike(by.deny)) if by.deny else torch.zeros(0, dtype=torch.int64)
-    return Wanted(by.k, by.exclude_seen, allow_M, deny_M, by.diversity)
-
-
-def _alike(ids: list[int | str]) -> Ids:
-    """Ids of one kind: text, where some are."""
-    if all(isinstance(one, int) for one in ids):
-        return [one for one in ids if isinstance(one, int)]
-    return [str(one) for one in ids]
-
-
-def recommend(version: Version, by: asked.Asked) -> list[asked.Listed]:
-    """The lists of some users, in the order asked."""
-    users_N = torch.tensor([row_of(version, user) for user in by.users])
-    found = lists_of(version.served, users_N, wanted(version, by))
+def recommend(version: Version, users: Sequence[int | str], request: ListRequest) -> list[asked.Listed]:
+    """The lists of some users, in the order asked. OptionError for an unknown category."""
+    users_N = torch.tensor([row_of(version, user) for user in users])
+    found = lists_of(version.served, users_N, resolve_request(version.served, request))
     lists, ids = [], version.served.items.column
     columns = (found.items_NK.tolist(), found.scores_NK.tolist(), found.why_NK.tolist())
-    for user, items, scores, why in zip(by.users, *columns):
+    for user, items, scores, why in zip(users, *columns):
         listed = [
             asked.Item(item_id=ids.item(items[at] - 1), score=scores[at], rank=at + 1, fallback=WHY[why[at]])
             for at in range(len(items)) if items[at]
@@ -94,84 +73,26 @@ def similar(version: Version, item: str, k: int) -> list[asked.Item]:
 
 def person(version: Version, user: str) -> asked.Person | None:
     """What is known of a user, the newest events last; None of a stranger."""
-    served, row = version.served, row_of(version, user)
+    row = row_of(version, user)
     if not row:
         return None
-    ends = asked_of(served.counts.recent, served.fresh, torch.tensor([row]))
-    rows = slice(int(ends.from_N), int(ends.rows_N))
-    items, times = ends.histories.items_R[rows].long(), ends.histories.times_R[rows]
-    order = times.argsort(stable=True)
-    events = _past(version, items[order], times[order])
-    about = served.users.frame.row(row - 1, named=True) if row <= len(served.users) else {}
-    kind, interests = _interests(version, row, items[order], times[order])
+    found = profile_of(version.served, row, version.kept.reading.has_clock)
     return asked.Person(
-        version=version.number, user_id=user, n_events=len(events), n_fresh=len(served.fresh.clicks.get(row, ())),
-        first_span=about.get("first_span"), last_span=about.get("last_span"), events=events[-PAST:],
-        interests=interests, kind=kind,
+        version=version.number, user_id=user, n_events=len(found.events), n_fresh=found.n_fresh,
+        first_span=found.first_span, last_span=found.last_span, events=_past(found.events[-PAST:]),
+        interests=[_interest(one) for one in found.interests], kind=found.kind,
     )  # fmt: skip
 
 
-def _interests(version: Version, row: int, items_T: Tensor, times_T: Tensor) -> tuple[str, list[asked.Interest]]:
-    """What a user is interested in: the vectors of a model that has such, else the events that speak for the list."""
-    served, model = version.served, version.served.state.model
-    if isinstance(model, VectorModel):
-        return _vectors(version, row, items_T, times_T)
-    counter = model.experts.counters["item-knn"] if isinstance(model, Blend) else model
-    if not isinstance(counter, Pairs):
-        return "this model has no interests: it knows what is popular, or what the user had", []
-    found = best_items(served, torch.tensor([row]), Wanted(30))
-    batch, groups = batch_of_user(served, torch.tensor([row])), dict[int, list[int]]()
-    for at, item in enumerate(found["item"]):
-        groups.setdefault(counter.because(batch, item), []).append(at)
-    cards = []
-    for because, places in sorted(groups.items(), key=lambda group: (group[0] == 0, -len(group[1]))):
-        name = served.items.ids(torch.tensor([because]))[0] if because else None
-        which = torch.tensor(places)
-        of = items_T == because
-        cards.append(
-            asked.Interest(
-                title=f"because of {name}" if because else "liked by others who are alike, or by all",
-                items=_items(version, rows_of(found)[which][:SHOWN], rows_of(found, "score")[which]),
-                events=_past(version, items_T[of], times_T[of]),
-            )
-        )  # fmt: skip
-    return "items of the list, by the event that speaks most for them", cards
+def _interest(one: Interest) -> asked.Interest:
+    items = [asked.Item(item_id=item, score=score, rank=n + 1) for n, (item, score) in enumerate(one.items)]
+    return asked.Interest(
+        title=one.title, items=items, events=_past(one.events), born_span=one.born_span, used_span=one.used_span
+    )
 
 
-def _vectors(version: Version, row: int, items_T: Tensor, times_T: Tensor) -> tuple[str, list[asked.Interest]]:
-    served, model = version.served, version.served.state.model
-    batch = batch_of_user(served, torch.tensor([row]))
-    n = int(batch.alive_BK.sum()) if batch.alive_BK is not None else None
-    vectors_KD, items_ID = model.user_vectors(batch)[0][:n], model.item_vectors()
-    scores_KI = vectors_KD @ items_ID.T
-    scores_KI[:, 0] = -torch.inf
-    best_KN = scores_KI.topk(min(SHOWN, model.n_items))
-    learnt_T = torch.where(items_T <= model.n_items, items_T, 0)
-    closest_T = scores_KI[:, learnt_T].argmax(0)
-    born, used = _ages(served, row, len(vectors_KD))
-    cards = []
-    for k in range(len(vectors_KD)):
-        of = (closest_T == k) & (learnt_T > 0)
-        cards.append(
-            asked.Interest(
-                title=f"interest {k + 1}" if len(vectors_KD) > 1 else "what the user is like now",
-                items=_items(version, best_KN.indices[k], best_KN.values[k]),
-                events=_past(version, items_T[of], times_T[of])[-SHOWN:], born_span=born[k], used_span=used[k],
-            )
-        )  # fmt: skip
-    kind = "interests" if isinstance(model, InterestModel) else "vectors, read from the user's last events"
-    return kind, cards
-
-
-def _ages(served: Served, row: int, n: int) -> tuple[list[int | None], list[int | None]]:
-    """The spans in which stored interests were born and used last; None of those that are not stored."""
-    born, used = list[int | None]([None] * n), list[int | None]([None] * n)
-    users = served.state.users
-    if users is not None and row <= users.n_users:
-        mine = slice(int(users.offsets_U[row]), int(users.offsets_U[row + 1]))
-        stored = len(users.born_S[mine])
-        born[:stored], used[:stored] = users.born_S[mine].tolist(), users.used_S[mine].tolist()
-    return born[:n], used[:n]
+def _past(events: list[PastEvent]) -> list[asked.Past]:
+    return [asked.Past(item_id=event.item_id, at=event.at) for event in events]
 
 
 def explain(version: Version, user: str, item: str) -> asked.Explained:
@@ -195,14 +116,3 @@ def _name(served: Served, item: int) -> int | str | None:
 def _items(version: Version, rows_N: Tensor, scores_N: Tensor) -> list[asked.Item]:
     ids = version.served.items.ids(rows_N)
     return [asked.Item(item_id=i, score=s, rank=n + 1) for n, (i, s) in enumerate(zip(ids, scores_N.tolist()))]
-
-
-def _past(version: Version, rows_N: Tensor, times_N: Tensor) -> list[asked.Past]:
-    ids, has_clock = version.served.items.ids(rows_N), version.kept.reading.has_clock
-    when: list[Any] = [moment(time) if has_clock else time for time in times_N.tolist()]
-    return [asked.Past(item_id=i, at=at) for i, at in zip(ids, when)]
-
-
-def moment(microseconds: int) -> str:
-    """UTC, to the second."""
-    return datetime.fromtimestamp(microseconds / 1e6, UTC).isoformat(timespec="seconds")

@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-MOST_K, MOST_USERS, MOST_EVENTS, MOST_IDS = 500, 256, 1000, 1000
+from freshrec.serve.list_request import DEFAULTS, ListRequest, bounds_of, help_of
+
+MOST_K, MOST_USERS, MOST_EVENTS, MOST_IDS, MOST_PENALTY = 500, 256, 1000, 1000, 1e6
 ID_LENGTH = 256
 PLAIN = r"^[^\x00-\x1f\x7f]*$"  # an id is one line
 LEAST, GREATEST = -(2**63), 2**63 - 1  # of ids that are numbers
@@ -15,21 +17,40 @@ LEAST, GREATEST = -(2**63), 2**63 - 1  # of ids that are numbers
 Text = Annotated[str, Field(min_length=1, max_length=ID_LENGTH, pattern=PLAIN)]
 Id = Annotated[int, Field(ge=LEAST, le=GREATEST, strict=True)] | Text
 Ids = Annotated[list[Id], Field(max_length=MOST_IDS)]
-Many = Annotated[int, Field(ge=1, le=MOST_K)]
-Penalty = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+
+# The fields of `ListRequest`: its bounds, and the limits of a server, which must not work for one request too long.
+Many = Annotated[int, Field(ge=int(bounds_of("k").low), le=MOST_K, description=help_of("k"))]
+Seen = Annotated[bool, Field(description=help_of("exclude_seen"))]
+Allowed = Annotated[Ids | None, Field(description=help_of("allow"))]
+Denied = Annotated[Ids, Field(description=help_of("deny"))]
+Category = Annotated[Text | None, Field(description=help_of("category"))]
+Penalty = Annotated[
+    float,
+    Field(ge=bounds_of("diversity").low, le=MOST_PENALTY, allow_inf_nan=False, description=help_of("diversity")),
+]
 
 
 class Asked(BaseModel):
-    """A batch of users, and what their lists may hold."""
+    """A batch of users, and what their lists may hold: the fields of `ListRequest`."""
 
     model_config = ConfigDict(extra="forbid")
     users: Annotated[list[Id], Field(min_length=1, max_length=MOST_USERS)]
-    k: Many = 10
-    exclude_seen: bool = True
-    allow: Ids | None = None
-    deny: Ids = []
-    category: Text | None = None
-    diversity: Penalty = 0.0
+    k: Many = DEFAULTS.k
+    exclude_seen: Seen = DEFAULTS.exclude_seen
+    allow: Allowed = None
+    deny: Denied = []
+    category: Category = None
+    diversity: Penalty = DEFAULTS.diversity
+
+    def to_request(self) -> ListRequest:
+        """The options of the lists."""
+        allow = None if self.allow is None else _of_one_kind(self.allow)
+        return ListRequest(self.k, self.exclude_seen, allow, _of_one_kind(self.deny), self.category, self.diversity)
+
+
+def _of_one_kind(ids: list[int | str]) -> tuple[int | str, ...]:
+    """The ids, all of them as text where one is."""
+    return tuple(ids) if all(isinstance(one, int) for one in ids) else tuple(map(str, ids))
 
 
 class Happened(BaseModel):

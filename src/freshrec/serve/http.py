@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -20,13 +20,15 @@ from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import generate_latest
+from pydantic import Field
 
-from freshrec.data.log import EPOCH
+from freshrec.data.log import format_time, to_microseconds
 from freshrec.errors import BusyError, FreshrecError, IncompatibleError, LogError, OptionError, StateError
 from freshrec.serve import answers, asked
-from freshrec.serve.answers import Version, moment
+from freshrec.serve.answers import Version
 from freshrec.serve.guard import Guard, Metrics, Rules, has_token
 from freshrec.serve.index import ALL
+from freshrec.serve.list_request import DEFAULTS, ListRequest, help_of
 from freshrec.serve.live import Live, checked, loaded
 from freshrec.serve.reading import ids_of
 from freshrec.serve.together import Together
@@ -53,8 +55,8 @@ User = Annotated[
 ItemId = Annotated[
     str, InPath(min_length=1, max_length=asked.ID_LENGTH, pattern=asked.PLAIN, description="An id of an item.")
 ]
-K = Annotated[int, Query(ge=1, le=asked.MOST_K, description="Items, at most.")]
-Some = Annotated[list[asked.Text] | None, Query(max_length=asked.MOST_IDS)]
+K = Annotated[asked.Many, Query(description=help_of("k"))]
+Some = Annotated[list[asked.Text] | None, Field(max_length=asked.MOST_IDS)]
 
 
 @dataclass
@@ -138,18 +140,19 @@ def _errors(app: FastAPI) -> None:
 def _lists(app: FastAPI, service: Service) -> None:
     @app.get("/recommend/{user:path}", tags=["lists"], response_model=asked.Recommended, responses={404: SAID[404]})
     async def recommend(
-        user: User, k: K = 10, exclude_seen: bool = True, allow: Some = None, deny: Some = None,
-        category: Annotated[asked.Text | None, Query()] = None,
-        diversity: Annotated[asked.Penalty, Query(description="What an item costs the next of its category.")] = 0.0,
+        user: User, k: K = DEFAULTS.k,
+        exclude_seen: Annotated[bool, Query(description=help_of("exclude_seen"))] = DEFAULTS.exclude_seen,
+        allow: Annotated[Some, Query(description=help_of("allow"))] = None,
+        deny: Annotated[Some, Query(description=help_of("deny"))] = None,
+        category: Annotated[asked.Text | None, Query(description=help_of("category"))] = None,
+        diversity: Annotated[asked.Penalty, Query(description=help_of("diversity"))] = DEFAULTS.diversity,
     ) -> Response:  # fmt: skip
         """The best items of one user. A stranger gets what is popular, and `fallback` says so."""
-        by = asked.Asked(
-            users=[user], k=k, exclude_seen=exclude_seen, allow=None if allow is None else [*allow],
-            deny=[*(deny or [])], category=category, diversity=diversity,
-        )  # fmt: skip
+        allowed = None if allow is None else tuple(allow)
+        request = ListRequest(k, exclude_seen, allowed, tuple(deny or ()), category, diversity)
         version = service.version
         _must_be_category(version, category)
-        found = await service.together.ask(version, by)
+        found = await service.together.ask(version, user, request)
         service.fell_back([found])
         answer = asked.Recommended(
             version=version.number, user_id=user, items=found.items, fallback=found.fallback
@@ -161,12 +164,12 @@ def _lists(app: FastAPI, service: Service) -> None:
         """The best items of several users, all from one version."""
         version = service.version
         _must_be_category(version, by.category)
-        found = await service.run(lambda: answers.recommend(version, by))
+        found = await service.run(lambda: answers.recommend(version, by.users, by.to_request()))
         service.fell_back(found)
         return asked.Batch(version=version.number, lists=found)
 
     @app.get("/similar/{item:path}", tags=["lists"], responses={404: SAID[404]})
-    async def similar(item: ItemId, k: K = 10) -> asked.Similar:
+    async def similar(item: ItemId, k: K = DEFAULTS.k) -> asked.Similar:
         """The items most like one."""
         version = service.version
         _must_know(version.served.items, "item_id", item)
@@ -245,8 +248,7 @@ def _changed(service: Service, version: Version, parent: int, user: str, k: int)
         raise BusyError("another version is being loaded at this moment; try again.")
     try:
         before = loaded(service.live.store, service.live.store.manifest(parent), ALL)
-        by = asked.Asked(users=[user], k=k)
-        [then], [now] = answers.recommend(before, by), answers.recommend(version, by)
+        [then], [now] = (answers.recommend(one, [user], ListRequest(k=k)) for one in (before, version))
         people = [answers.person(one, user) for one in (before, version)]
     finally:
         service.live.loading.release()
@@ -348,7 +350,7 @@ def about_of(service: Service) -> asked.About:
         version=about.id, parent=about.parent, kind=about.kind, made_at=about.made_at, live_since=version.live_since,
         model=version.kept.names[0], strategy=version.kept.names[1], sizes=about.sizes, numbers=about.numbers,
         promoted=about.promoted, reasons=about.reasons, notes=about.notes,
-        newest_event=moment(newest) if newest is not None and has_clock else newest,
+        newest_event=format_time(newest) if newest is not None and has_clock else newest,
         search=asdict(version.searching), has_token=bool(service.rules.token),
     )  # fmt: skip
 
@@ -367,8 +369,7 @@ def _click(one: asked.Happened, version: Version) -> Click:
     event_id, category = (None if value is None else str(value) for value in (one.event_id, one.category))
     if not reading.has_clock:  # without times only an id says that it is the same click
         event_id = event_id or uuid.uuid4().hex
-    microseconds = (when - EPOCH) // timedelta(microseconds=1)
-    return Click(one.user_id, one.item_id, microseconds, event_id, category, one.event)
+    return Click(one.user_id, one.item_id, to_microseconds(when), event_id, category, one.event)
 
 
 def _must_know(catalog: Any, name: str, given: str) -> None:

@@ -20,8 +20,9 @@ from freshrec.models.checkpoint import load_to_ask
 from freshrec.serve.answers import Version, row_of
 from freshrec.serve.fresh import Fresh
 from freshrec.serve.index import USUAL, Limits, searching
-from freshrec.serve.reading import id_of
-from freshrec.serve.recommend import Served, Wanted, best_items
+from freshrec.serve.list_request import ListRequest
+from freshrec.serve.reading import id_of, resolve_request
+from freshrec.serve.recommend import Served, best_items
 from freshrec.serve.saved import Kept, read_served
 from freshrec.store.clicks import Click, Journal, written
 from freshrec.store.versions import Manifest, Store, now
@@ -221,8 +222,8 @@ def tried(kept: Kept) -> None:
     state, n_items = served.state, len(served.items)
     have_U = (state.recent.offsets_U.diff() > 0).nonzero()[:, 0]
     users_N = torch.cat([torch.zeros(1, dtype=torch.int64), have_U[-TRIED:]])
-    lists = best_items(served, users_N, Wanted(10, filter_seen=False))
-    again = best_items(served, users_N, Wanted(10, filter_seen=False))
+    wanted = resolve_request(served, ListRequest(k=10, exclude_seen=False))
+    lists, again = best_items(served, users_N, wanted), best_items(served, users_N, wanted)
     rows = lists["item"]
     if not len(lists) or not rows.is_between(1, n_items).all() or not lists["score"].is_finite().all():
         raise StateError("its lists are empty, hold items that nobody knows, or scores that are not finite.")

@@ -7,22 +7,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
 
 from freshrec.data.catalog import Catalog
-from freshrec.data.log import Log, positives, read_log
+from freshrec.data.log import Log, format_time, positives, read_log
 from freshrec.errors import LogError, OptionError
-from freshrec.serve.recommend import Served
+from freshrec.serve.list_request import ListRequest
+from freshrec.serve.recommend import Served, Wanted
 from freshrec.types import Events
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Source: TypeAlias = "str | Path | pl.DataFrame | pd.DataFrame"
-Ids: TypeAlias = str | int | Sequence[str] | Sequence[int] | pl.Series  # one id or many
+Ids: TypeAlias = str | int | Sequence[str | int] | pl.Series  # one id or many
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def read_next(source: Source, reading: Reading, served: Served) -> Log:
     times_E = log.frame["time"]
     n_late = int((times_E < newest).sum())
     if n_late:
-        first, last = (np.datetime64(time, "us").astype("datetime64[s]") for time in (times_E[0], newest))
+        first, last = format_time(times_E[0])[:19], format_time(newest)[:19]  # without the zone
         raise LogError(
             f"{n_late:,} of {len(times_E):,} rows (the first of {first}) are older than {last}, the newest row learnt; "
             "an update needs newer rows: drop the older ones, or fit again on all."
@@ -153,8 +153,15 @@ def rows_of(found: pl.DataFrame, column: str = "item") -> Tensor:
     return torch.from_numpy(found[column].to_numpy(writable=True))
 
 
-def positive(k: int) -> int:
-    """k. OptionError where it is no number of at least 1."""
-    if not isinstance(k, int) or k < 1:
-        raise OptionError(f"k is {str(k)[:40]}; ask for a whole number of items, at least 1.")
-    return k
+def id_tuple(ids: Ids) -> tuple[str | int, ...]:
+    """One or many ids as a tuple."""
+    return (ids,) if isinstance(ids, str | int) else tuple(ids)
+
+
+def resolve_request(served: Served, request: ListRequest) -> Wanted:
+    """A list request with its items as rows. OptionError for an unknown category; LogError for what cannot be an id."""
+    allow_M = None if request.allow is None else item_rows(served, request.allow)
+    if request.category is not None:
+        allow_M = of_category(served, request.category, allow_M)
+    deny_M = item_rows(served, request.deny) if request.deny else torch.zeros(0, dtype=torch.int64)
+    return Wanted(request, allow_M, deny_M)

@@ -16,9 +16,9 @@ from freshrec.models.blend import Blend
 from freshrec.models.counted import told
 from freshrec.models.pairs import Pairs
 from freshrec.models.ranking import Search, known, top
-from freshrec.options import Weight, check_options
 from freshrec.serve.diverse import CANDIDATES, diversified, kinds_of
 from freshrec.serve.fresh import Fresh, asked_of
+from freshrec.serve.list_request import ListRequest
 from freshrec.types import Batch, Events, State, TrainedModel, VectorModel
 
 SIZE = 256  # users asked at once
@@ -93,23 +93,18 @@ class Served:
         return kinds_of(self.categories, len(self.items))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Wanted:
-    """What a list may hold."""
+    """A list request with its items as rows; `reading.resolve_request` makes it."""
 
-    k: int = 10  # items, at most
-    filter_seen: bool = True  # leave out all that the user has had
-    allow_M: Tensor | None = None  # only these item rows, ascending
-    deny_M: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # none of these item rows
-    diversity: Weight = 0.0  # what each item of a category costs the next one of it, in units of the score
-
-    def __post_init__(self) -> None:
-        check_options(self)
+    request: ListRequest
+    allow_M: Tensor | None  # only these item rows, ascending; those of the request's category
+    deny_M: Tensor  # none of these item rows
 
     @property
     def n_candidates(self) -> int:
         """How many of the best items the list is made of."""
-        return self.k + CANDIDATES if self.diversity else self.k
+        return self.request.k + CANDIDATES if self.request.diversity else self.request.k
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +156,7 @@ def lists_of(served: Served, users_N: Tensor, wanted: Wanted) -> Lists:
     Popular items complete the list of a stranger, and of a counting model that has counted nothing more; the score is
     then the popularity.
     """
-    lists = Lists.empty(len(users_N), wanted.k)
+    lists = Lists.empty(len(users_N), wanted.request.k)
     _from_model(served, users_N, wanted, lists)
     short_N = (lists.items_NK == 0).any(1)
     for why, which_N in ((UNKNOWN, users_N == 0), (EXHAUSTED, short_N & (users_N > 0))):
@@ -203,23 +198,24 @@ def _from_counts(served: Served, users_B: Tensor, wanted: Wanted) -> Lists:
     batch = Batch(users_B, torch.zeros(len(users_B), 0, dtype=torch.int64))
     banned_BM = _banned(served, users_B, wanted)
     items_BC, scores_BC = top(served.counts.model, batch, wanted.n_candidates, banned_BM, wanted.allow_M)
-    lists = Lists.empty(len(users_B), wanted.k)
+    lists = Lists.empty(len(users_B), wanted.request.k)
     lists.put(torch.arange(len(users_B)), *_diverse(served, items_BC, scores_BC, wanted))
     return lists
 
 
 def _diverse(served: Served, items_BC: Tensor, scores_BC: Tensor, wanted: Wanted) -> tuple[Tensor, Tensor]:
     """(B, k) of the candidates and their scores; as they are, where nobody asked for diversity."""
-    if not wanted.diversity:
+    k, diversity = wanted.request.k, wanted.request.diversity
+    if not diversity:
         return items_BC, scores_BC
-    return diversified(items_BC, scores_BC, served.kinds_I[items_BC], wanted.k, wanted.diversity)
+    return diversified(items_BC, scores_BC, served.kinds_I[items_BC], k, diversity)
 
 
 def _banned(served: Served, users_B: Tensor, wanted: Wanted) -> Tensor:
     """(B, M) item rows that each user must not get; 0 where there is none."""
     denied_BM = wanted.deny_M.expand(len(users_B), -1)
     known_B = users_B > 0
-    if not wanted.filter_seen or not bool(known_B.any()):
+    if not wanted.request.exclude_seen or not bool(known_B.any()):
         return denied_BM
     histories = served.counts.recent
     ends = asked_of(histories, served.fresh, users_B[known_B])

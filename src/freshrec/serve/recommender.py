@@ -12,6 +12,7 @@ from pathlib import Path
 
 import polars as pl
 
+from freshrec.deprecation import UNSET, Unset, value_of_renamed
 from freshrec.errors import LogError, OptionError, StateError
 from freshrec.models.counted import told
 from freshrec.replay.measure import Asked, Block, queries_of, rank_queries
@@ -19,21 +20,21 @@ from freshrec.replay.metrics import evaluate, parse, per_user
 from freshrec.replay.significance import interval
 from freshrec.serve.contents import Contents, begun, read_contents, read_older, taught, write_contents
 from freshrec.serve.explain import reasons
+from freshrec.serve.list_request import DEFAULTS, ListRequest, check_k
 from freshrec.serve.reading import (
     Ids,
     Reading,
     Source,
+    id_tuple,
     ids_of,
-    item_rows,
     known_rows,
     numbered,
-    of_category,
-    positive,
     read,
     read_next,
+    resolve_request,
     rows_of,
 )
-from freshrec.serve.recommend import Served, Wanted, best_items, similar_items
+from freshrec.serve.recommend import Served, best_items, similar_items
 from freshrec.store.versions import OLDER, Manifest, Store, new_store, open_store
 from freshrec.types import TRAIN, ModelSpec, Strategy
 
@@ -96,36 +97,34 @@ class Recommender:
     def recommend(
         self,
         users: Ids,
-        k: int = 10,
-        filter_seen: bool = True,
+        k: int = DEFAULTS.k,
+        exclude_seen: bool = DEFAULTS.exclude_seen,
         allow: Ids | None = None,
         deny: Ids | None = None,
-        category: str | int | None = None,
-        diversity: float = 0.0,
+        category: str | int | None = DEFAULTS.category,
+        diversity: float = DEFAULTS.diversity,
+        *,
+        filter_seen: bool | Unset = UNSET,
     ) -> pl.DataFrame:
         """The best items of each user, in the order given: user_id, item_id, score, rank (from 1), fallback.
 
-        `filter_seen` leaves out all that the user has had; `allow` admits only these items, `deny` none of these, and
-        `category` only items of one category, where the log has such a column. With `diversity`, each item of a list
-        costs the later ones of its category so much of their score, in the units of the score: the list is then no
-        longer in the order of its scores. Where the model has nothing to say, popular items complete the list with
-        their popularity as score, and `fallback` says why; elsewhere it is null. Unknown users are strangers, not
-        errors; unknown items in `allow` and `deny` are ignored. A list is shorter than k where fewer items are left.
-        OptionError where diversity is wanted of a log without categories.
+        The other arguments are the fields of `ListRequest`, which describes them; `filter_seen` is the old name of
+        `exclude_seen`. With `diversity` the list is no longer in the order of its scores. Where the model has nothing
+        to say, popular items complete the list with their popularity as score, and `fallback` says why; elsewhere it is
+        null. Unknown users are strangers, not errors. OptionError for an unknown category, for diversity on a log
+        without categories, and for a value out of bounds.
         """
+        exclude_seen = value_of_renamed("exclude_seen", exclude_seen, "filter_seen", filter_seen)
         served = self.served
         ids = ids_of("user_id", users, served.users)
-        allow_M = None if allow is None else item_rows(served, allow)
-        if category is not None:
-            allow_M = of_category(served, category, allow_M)
-        deny_M = item_rows(served, [] if deny is None else deny)
-        wanted = Wanted(positive(k), filter_seen, allow_M, deny_M, diversity)
-        found = best_items(served, served.users.rows(ids), wanted)
+        allow_ids, deny_ids = None if allow is None else id_tuple(allow), () if deny is None else id_tuple(deny)
+        request = ListRequest(k, exclude_seen, allow_ids, deny_ids, category, diversity)
+        found = best_items(served, served.users.rows(ids), resolve_request(served, request))
         return found.select(
             ids.gather(found["nth"]), served.items.ids(rows_of(found)).alias("item_id"), "score", "rank", "fallback"
         )
 
-    def similar_items(self, items: Ids, k: int = 10) -> pl.DataFrame:
+    def similar_items(self, items: Ids, k: int = DEFAULTS.k) -> pl.DataFrame:
         """The items most like each of `items`: item_id, similar_id, score, rank.
 
         The score is the cosine of the item vectors; for item-knn, what a user with this one event would get.
@@ -134,7 +133,7 @@ class Recommender:
         served = self.served
         ids = ids_of("item_id", items, served.items)
         rows_N = known_rows(ids, served.items)
-        found = similar_items(served, rows_N, positive(k))
+        found = similar_items(served, rows_N, check_k(k))
         similar = served.items.ids(rows_of(found)).alias("similar_id")
         return found.select(ids.gather(found["nth"]), similar, "score", "rank")
 

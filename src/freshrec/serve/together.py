@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from freshrec.serve import answers, asked
 from freshrec.serve.answers import Version
+from freshrec.serve.list_request import ListRequest
 
 MOST = 32  # users in one go
 Lists = list[asked.Listed]
@@ -28,26 +29,24 @@ class Together:
     def __init__(self, run: Run) -> None:
         self.run = run
         self._turn = asyncio.Lock()
-        self._waiting: dict[Hashable, Group] = {}
+        self._waiting: dict[tuple[Version, ListRequest], Group] = {}
 
-    async def ask(self, version: Version, by: asked.Asked) -> asked.Listed:
+    async def ask(self, version: Version, user: int | str, request: ListRequest) -> asked.Listed:
         """The list of one user. What `answers.recommend` raises."""
-        [user] = by.users
         answers.row_of(version, user)  # LogError for what cannot be an id, before others are asked with it
-        manner = (version, by.model_dump_json(exclude={"users"}))
-        group = self._waiting.get(manner)
+        key = (version, request)
+        group = self._waiting.get(key)
         if group is None or len(group.users) == MOST:
-            group = self._waiting[manner] = Group()
-            group.lists = asyncio.create_task(self._answer(version, by, manner, group))
+            group = self._waiting[key] = Group()
+            group.lists = asyncio.create_task(self._answer(version, request, group))
         at = len(group.users)
         group.users.append(user)
         return (await asyncio.shield(group.lists))[at]  # though this one may go, the others stay
 
-    async def _answer(self, version: Version, by: asked.Asked, manner: Hashable, group: Group) -> Lists:
+    async def _answer(self, version: Version, request: ListRequest, group: Group) -> Lists:
         async with self._turn:
-            if self._waiting.get(manner) is group:  # nobody can join any more
-                del self._waiting[manner]
-            everybody = by.model_copy(update={"users": group.users})
+            if self._waiting.get((version, request)) is group:  # nobody can join any more
+                del self._waiting[version, request]
             if version.searching.how == "exact":  # it is long, and outside Python
-                return await self.run(lambda: answers.recommend(version, everybody))
-            return answers.recommend(version, everybody)
+                return await self.run(lambda: answers.recommend(version, group.users, request))
+            return answers.recommend(version, group.users, request)
