@@ -6,18 +6,15 @@ Sums of AVX512 and of AVX2 differ in their last bits, because vectors of another
 import os
 import platform
 
-# torch's own kernels. What somebody has set already is kept: then hashes of recorded states are not compared.
+# torch's own kernels. A value that is set already is kept: then only what does not depend on it is compared.
 os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")
-# MKL multiplies matrices and decomposes them. STRICT: the same bits whatever the processor, alignment and threads.
-os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
-# oneDNN convolves.
-os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
+# MKL multiplies and decomposes matrices. Of its modes only this one promises the same bits on processors of all makers.
+os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 
 
 def machine() -> str:
-    """What the last bits of training depend on."""
+    """What the last bits of training depend on, where one thread trains and oneDNN is off."""
     import torch
 
-    names = ("MKL_CBWR", "ONEDNN_MAX_CPU_ISA")
-    parts = [f"torch {torch.__version__.partition('+')[0]}", torch.backends.cpu.get_cpu_capability()]
-    return ", ".join([*parts, *(f"{name}={os.environ[name]}" for name in names), platform.machine()])
+    version, instructions = torch.__version__.partition("+")[0], torch.backends.cpu.get_cpu_capability()
+    return f"torch {version}, {instructions}, MKL {os.environ['MKL_CBWR']}, {platform.machine()}"

@@ -22,29 +22,43 @@ LIMITS = Limits()
 USERS = ["user-0", "user-7", "user-60", "nobody"]
 
 
-def nights(model: str, strategy: str) -> Record:
-    """A fit, an ordinary day, a day that one user made alone, which the gate refuses, and two ordinary days."""
+def nights(model: str, strategy: str, trains: bool = True) -> Record:
+    """A fit, an ordinary day, a day that one user made alone, which the gate refuses, and two ordinary days.
+
+    `trains`: the model learns by gradients, so that scores move with the last bits of the processor's sums.
+    """
     with TemporaryDirectory() as folder:
         base, one, two, three, four, five = days(5)
         with new_store(Path(folder) / "s") as store:
             Job(store, LIMITS).begin(read_log(base), "base", begun(model, strategy, 0))
         job = Job(open_store(Path(folder) / "s"), LIMITS)
-        versions = {"1": _of_version(job.store.manifest(1), job)}
+        first = job.store.manifest(1)
+        verdicts, numbers = {"1": _verdict(first, job)}, {"1": _numbers(first)}
         for day in (one, two.with_columns(user_id=pl.lit("user-7")), three, four):
-            job.deliver(read_log(day), f"day {len(versions)}")
+            job.deliver(read_log(day), f"day {len(verdicts)}")
             for about in job.catch_up():
-                versions[str(about.id)] = _of_version(about, job)
-        values = {"versions": versions, "python": _python(Path(folder), five), "http": _http(Path(folder))}
-        return Record(values, {f"version {n}": _hash(job.store, int(n)) for n in versions})
+                verdicts[str(about.id)], numbers[str(about.id)] = _verdict(about, job), _numbers(about)
+        lists = {"python": _python(Path(folder), five), "http": _http(Path(folder))}
+        hashes = {f"version {n}": _hash(job.store, int(n)) for n in verdicts}
+        measured = {"numbers": numbers} | lists
+        if trains:
+            return Record({"verdicts": verdicts}, measured, hashes)
+        return Record({"verdicts": verdicts} | measured, {}, hashes)
 
 
-def _of_version(about: Manifest, job: Job) -> dict[str, Any]:
-    """The gate's verdict, the version that is live then, and what was measured; sentences and times are left out."""
-    verdict = {"promoted": about.promoted, "reasons": len(about.reasons), "notes": len(about.notes)}
-    numbers = {name: value for name, value in about.numbers.items() if not name.endswith("_s")}
-    told = {"parent": about.parent, "batch": about.batch, "held": about.held, "spans_seen": about.spans_seen}
+def _verdict(about: Manifest, job: Job) -> dict[str, Any]:
+    """Whether the gate let a version go live, which one is live then, and the facts of the day."""
+    verdict = {"promoted": about.promoted, "reasons": len(about.reasons), "live": job.store.live}
+    numbers = {"parent": about.parent, "batch": about.batch, "held": about.held, "spans_seen": about.spans_seen}
     day = {name: value for name, value in about.data["day"].items() if value is not None}
-    return verdict | {"live": job.store.live} | told | {"sizes": about.sizes, "numbers": numbers, "day": day}
+    return verdict | numbers | {"sizes": about.sizes, "day": day}
+
+
+def _numbers(about: Manifest) -> dict[str, Any]:
+    """What was measured, but for times."""
+    return {name: value for name, value in about.numbers.items() if not name.endswith("_s")} | {
+        "notes": len(about.notes)
+    }
 
 
 def _hash(store: Store, number: int) -> str:

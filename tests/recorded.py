@@ -22,9 +22,10 @@ LINE = 140  # characters of a part that is not broken into lines
 
 @dataclass(frozen=True)
 class Record:
-    """Numbers and texts that agree on every machine, and hashes that agree on machines that compute alike."""
+    """What one run gave. `trained` and `hashes` agree only on machines that compute alike, `values` on all."""
 
     values: dict[str, Any]
+    trained: dict[str, Any]  # numbers that move with the last bits of weights, such as scores
     hashes: dict[str, str]
 
 
@@ -102,7 +103,7 @@ def differences(gold: Any, found: Any, path: str = "") -> Iterator[str]:
 
 def write(record: Record, path: Path) -> None:
     """Write a record for people: a line for each small part."""
-    whole = {"machine": cpu_instructions.machine(), "hashes": record.hashes, "values": rounded(record.values)}
+    whole = {"machine": cpu_instructions.machine()} | rounded(vars(record))
     path.write_text(_text(whole, " ") + "\n")
 
 
