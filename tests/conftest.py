@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import cpu_instructions  # noqa: F401  # first of all, and before torch
 import pytest
 from hypothesis import settings
 
