@@ -11,6 +11,7 @@ import polars as pl
 import torch
 
 from freshrec.errors import FreshrecError, StateError
+from freshrec.models.scoring import item_vectors
 from freshrec.nightly.anew import planned
 from freshrec.nightly.job import batches_of, waiting
 from freshrec.serve.contents import Contents, read_contents
@@ -93,7 +94,7 @@ def _interests(contents: Contents, row: int) -> list[dict[str, Any]]:
     if row > interests.n_users:
         return []
     mine = slice(int(interests.offsets_U[row]), int(interests.offsets_U[row + 1]))
-    scores_KI = interests.vectors_SD[mine].float() @ served.state.model.item_vectors().T
+    scores_KI = interests.vectors_SD[mine].float() @ item_vectors(served.state.model).T
     scores_KI[:, 0] = -torch.inf
     best_KN = scores_KI.topk(min(SHOWN, served.state.model.n_items)).indices
     spans = zip(interests.born_S[mine].tolist(), interests.used_S[mine].tolist())

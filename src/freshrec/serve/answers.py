@@ -11,6 +11,7 @@ from torch import Tensor
 
 from freshrec.models.blend import Blend
 from freshrec.models.pairs import Pairs
+from freshrec.models.scoring import item_vectors, user_vectors
 from freshrec.serve import asked
 from freshrec.serve.explain import reasons
 from freshrec.serve.fresh import asked_of
@@ -142,7 +143,7 @@ def _vectors(version: Version, row: int, items_T: Tensor, times_T: Tensor) -> tu
     served, model = version.served, version.served.state.model
     batch = batch_of_user(served, torch.tensor([row]))
     n = int(batch.alive_BK.sum()) if batch.alive_BK is not None else None
-    vectors_KD, items_ID = model.user_vectors(batch)[0][:n], model.item_vectors()
+    vectors_KD, items_ID = user_vectors(model, batch)[0][:n], item_vectors(model)
     scores_KI = vectors_KD @ items_ID.T
     scores_KI[:, 0] = -torch.inf
     best_KN = scores_KI.topk(min(SHOWN, model.n_items))
