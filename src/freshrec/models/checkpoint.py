@@ -22,6 +22,7 @@ from torch import Tensor
 from freshrec.device import here
 from freshrec.errors import StateError
 from freshrec.models.tables import tables_of
+from freshrec.options import IMPORTS
 from freshrec.types import Model, SeededModel, State, StateDictModel, TrainedModel
 
 FORMAT = 1
@@ -215,7 +216,10 @@ def _decode(node: dict[str, Any], read: Read, model_of: Callable[[dict[str, Any]
         return model_of(node["model"]["dict"], read)
     module, _, name = node["class"].partition(":")
     if module not in sys.modules:
-        raise StateError(f"the state needs {module}, which is not imported; import it before loading.")
+        raise StateError(
+            f"the state needs {module}, which is not imported; import it before loading, or set {IMPORTS}={module} "
+            "for the command line."
+        )
     kind = vars(sys.modules[module]).get(name)
     if not (isinstance(kind, type) and is_dataclass(kind)):
         raise StateError(f"the state needs the dataclass {module}:{name}, which this freshrec lacks; upgrade freshrec.")

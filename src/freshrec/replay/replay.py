@@ -25,6 +25,7 @@ from freshrec.models.blend import Blend
 from freshrec.models.checkpoint import load_tree, save_text, save_tree, write_whole
 from freshrec.models.counted import absorb, told
 from freshrec.models.ranking import READOUTS
+from freshrec.models.requirements import build_model
 from freshrec.models.scoring import history_length
 from freshrec.replay.measure import Asked, Block, Queries, blocks_of, click_rows, queries_of, rank_queries
 from freshrec.types import (
@@ -68,8 +69,11 @@ class Settings:
 
 
 def check(model: ModelSpec, model_name: str, strategy: Strategy, strategy_name: str) -> None:
-    """Raises IncompatibleError, with a sentence, where this strategy cannot update this model."""
-    built = model.build(0)
+    """Raises IncompatibleError, with a sentence, where this strategy cannot update this model.
+
+    OptionError where the model lacks what every model must have.
+    """
+    built = build_model(model, model_name)
     if strategy.needs == "counters" and isinstance(built, TrainedModel):
         raise IncompatibleError(
             f'"{strategy_name}" trains nothing, and "{model_name}" learns only by training: use frozen.'
