@@ -16,6 +16,7 @@ import polars as pl
 import torch
 
 from freshrec.data.batches import ends_of, histories_before
+from freshrec.models.scoring import user_vectors
 from freshrec.serve.recommender import Recommender
 from freshrec.types import Batch, Interests
 
@@ -58,7 +59,7 @@ def with_interests(recommender: Recommender) -> Recommender:
             slots_BKD = model.slots(n).expand(len(users_B), -1, -1)
             batch = Batch(users_B, history_BT, interests_BKD=slots_BKD, alive_BK=alive_BK, old_BK=~alive_BK)
             rows = (offsets_U[users_B][:, None] + torch.arange(n)).flatten()
-            vectors_SD[rows] = model.user_vectors(batch).flatten(0, 1)
+            vectors_SD[rows] = user_vectors(model, batch).flatten(0, 1)
     zeros = torch.zeros(len(vectors_SD), dtype=torch.int16)
     users = Interests(vectors_SD, offsets_U, zeros, zeros.clone())
     served = replace(contents.served, state=replace(state, users=users))

@@ -15,6 +15,7 @@ from torch import Tensor
 from freshrec.data.batches import closed, in_parts
 from freshrec.data.carried import carried_by, pad_interests
 from freshrec.models import find_model
+from freshrec.models.scoring import item_vectors, user_vectors
 from freshrec.recipes import cut_of, load_recipe
 from freshrec.replay.measure import blocks_of, queries_of
 from freshrec.replay.replay import absorb
@@ -70,8 +71,8 @@ def serving(state: State, span: Span) -> dict[str, list[float]]:
         known_NT = torch.where(part.histories_NT <= model.n_items, part.histories_NT, 0).long()
         batch = carried.join(Batch(part.users_N, closed(known_NT)))
         _, alive_BK, born_BK = pad_interests(users, part.users_N, model.slots(model.spec.k))
-        target_BD1 = model.item_vectors()[part.items_N][..., None]
-        logits_BK = (model.user_vectors(batch) @ target_BD1)[..., 0].masked_fill(~alive_BK, -torch.inf)
+        target_BD1 = item_vectors(model)[part.items_N][..., None]
+        logits_BK = (user_vectors(model, batch) @ target_BD1)[..., 0].masked_fill(~alive_BK, -torch.inf)
         best_B1 = logits_BK.argmax(1, keepdim=True)
         nearest += torch.bincount(born_BK.gather(1, best_B1)[:, 0].long(), minlength=n_spans)[:n_spans]
         there += torch.bincount(born_BK[alive_BK].long(), minlength=n_spans)[:n_spans]
@@ -111,7 +112,7 @@ def interests_of(state: State, user: int, items: Any) -> list[dict[str, Any]]:
     assert users is not None
     if user > users.n_users or not len(_of(users, user)):
         return []
-    scores_KI = _of(users, user) @ state.model.item_vectors().T
+    scores_KI = _of(users, user) @ item_vectors(state.model).T
     scores_KI[:, 0] = -torch.inf
     best_KN = scores_KI.topk(NEAREST).indices
     born_K = users.born_S[users.offsets_U[user] : users.offsets_U[user + 1]].tolist()

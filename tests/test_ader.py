@@ -33,6 +33,7 @@ from freshrec.learn.reservoir import Kept
 from freshrec.models import MODELS
 from freshrec.models.mf import MFSpec
 from freshrec.models.sasrec import SASRecSpec
+from freshrec.models.scoring import score_items
 from freshrec.strategies.ader import ADER, adaptive_weight, distil, distillation
 from freshrec.strategies.ader_s import ADERS, alike, truncated
 from freshrec.strategies.plain import FineTune
@@ -249,7 +250,7 @@ def test_distillation_starts_at_the_entropy_of_the_teacher_and_tells_the_weights
     loss = distil(model, teacher, exemplars, carried)
     model.items.pull(torch.tensor([2, 5, 11]))  # the step's rows
     batch = batch_of(exemplars, torch.tensor([2, 0]), model, carried)
-    p_BI = torch.softmax(teacher.score(replace(batch, targets_BT=None), torch.arange(1, 10)), 1)
+    p_BI = torch.softmax(score_items(teacher, replace(batch, targets_BT=None), torch.arange(1, 10)), 1)
     found = loss(torch.tensor([2, 0]), batch)
     assert found.item() == near(float(-(p_BI * p_BI.log()).sum(1).mean()), rel=1e-5)
     model.items.weights[5, 0] += 1

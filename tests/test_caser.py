@@ -13,6 +13,7 @@ from freshrec.errors import OptionError
 from freshrec.learn.fit import hit_rate, train
 from freshrec.learn.weights import seen_through, weights_of
 from freshrec.models.caser import Caser, CaserSpec
+from freshrec.models.scoring import item_vectors, score_items, user_vectors
 from freshrec.types import Batch, Histories, VectorModel
 
 N_ITEMS = 9
@@ -41,7 +42,7 @@ def asked(*histories: list[int], targets: list[int] | None = None, users: list[i
 
 
 def scores(model: Caser, *histories: list[int], users: list[int] | None = None) -> Tensor:
-    return model.score(asked(*histories, users=users), torch.arange(1, N_ITEMS + 1))
+    return score_items(model, asked(*histories, users=users), torch.arange(1, N_ITEMS + 1))
 
 
 def test_the_network_by_hand() -> None:
@@ -74,7 +75,7 @@ def test_the_filters_are_those_of_a_convolution_over_the_image() -> None:
     found.append(map_1VD[0].t().flatten())  # which column a sum stands in is a matter of the order of weights
     z_D = F.relu(model.join(torch.cat(found)))
     user_E = torch.cat([z_D, model.users.weights[1], torch.ones(1)])
-    torch.testing.assert_close(model.user_vectors(asked(history))[0, 0], user_E.detach())
+    torch.testing.assert_close(user_vectors(model, asked(history))[0, 0], user_E.detach())
     torch.testing.assert_close(scores(model, history)[0], (model.items.weights[1:] @ user_E).detach())
 
 
@@ -121,8 +122,8 @@ def test_growth_keeps_what_was_learnt_and_a_new_item_has_no_bias() -> None:
     model, before = built(), scores(built(), [4, 2])
     model.grow(8, 30)
     assert torch.equal(scores(model, [4, 2]), before)
-    assert len(model.item_vectors()) == 31 and (model.item_vectors()[10:, -1] == 0).all()
-    assert (model.item_vectors()[10:, :-1] != 0).all() and (model.taken.weights[10:] != 0).all()
+    assert len(item_vectors(model)) == 31 and (item_vectors(model)[10:, -1] == 0).all()
+    assert (item_vectors(model)[10:, :-1] != 0).all() and (model.taken.weights[10:] != 0).all()
     assert scores(model, [25, 4], users=[8]).isfinite().all()
 
 

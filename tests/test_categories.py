@@ -10,6 +10,7 @@ from freshrec.data.batches import append
 from freshrec.errors import OptionError
 from freshrec.learn.fit import Fit
 from freshrec.models import find_model
+from freshrec.models.scoring import score_items
 from freshrec.models.tables import Table, know, served, vectors_of
 from freshrec.strategies.plain import FineTune, Frozen
 from freshrec.types import Batch, Events, Histories, Span, State, Strategy, VectorModel
@@ -134,7 +135,7 @@ def in_order(name: str, strategy: Strategy) -> float:
     model: VectorModel = state.model
     items_R, offsets_U = state.recent.items_R, state.recent.offsets_U
     history_BT = torch.stack([items_R[offsets_U[u + 1] - 5 : offsets_U[u + 1]] for u in range(1, 41)]).long()
-    score_BN = model.score(Batch(torch.arange(1, 41), history_BT, kinds_I=kinds_I), torch.arange(21, 29))
+    score_BN = score_items(model, Batch(torch.arange(1, 41), history_BT, kinds_I=kinds_I), torch.arange(21, 29))
     own_BN = torch.arange(1, 41)[:, None] % 2 == torch.arange(21, 29) % 2
     ahead_BNN = score_BN[:, :, None] > score_BN[:, None]
     return float(ahead_BNN[own_BN[:, :, None] & ~own_BN[:, None]].float().mean())

@@ -21,6 +21,7 @@ from freshrec.learn.fit import Fit, start
 from freshrec.models import COUNTERS, MODELS, find_model
 from freshrec.models.checkpoint import load_state, save_state
 from freshrec.models.counted import absorb
+from freshrec.models.scoring import score_items
 from freshrec.replay.replay import check
 from freshrec.strategies import STRATEGIES
 from freshrec.strategies.plain import Retrain
@@ -122,7 +123,7 @@ def scores(state: State) -> tuple[Tensor, Tensor]:
     scores_NI = torch.empty(len(users_N), len(items_I))
     carried = carried_by(state.model, state.users, state.spans_seen)
     for which, batch in query_batches(ends, state.model.spec.length, carried):
-        scores_NI[which] = state.model.score(batch, items_I)
+        scores_NI[which] = score_items(state.model, batch, items_I)
     return users_N, scores_NI
 
 

@@ -11,6 +11,7 @@ import torch
 from serving import run, stored
 
 from freshrec.errors import IncompatibleError, OptionError
+from freshrec.models.scoring import user_vectors
 from freshrec.serve.answers import Version
 from freshrec.serve.export import export
 from freshrec.serve.list_request import ListRequest
@@ -71,7 +72,7 @@ def test_the_user_tower_in_onnx_gives_the_models_vectors(model: str, strategy: s
         given = {"users": users_B.numpy(), "history": history_BT.numpy(), "stored": stored_BKD.numpy()}
         [found] = tower.run(None, {name: given[name] for name in about["user_tower"]["inputs"]})
         carried = stored_BKD if model.startswith("comirec") else None
-        expected = real.user_vectors(Batch(users_B, history_BT, interests_BKD=carried))
+        expected = user_vectors(real, Batch(users_B, history_BT, interests_BKD=carried))
         assert found == pytest.approx(expected.detach().numpy(), abs=1e-4)
 
 

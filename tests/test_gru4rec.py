@@ -19,6 +19,7 @@ from freshrec.learn.reservoir import Kept
 from freshrec.models.counted import absorb
 from freshrec.models.gru4rec import GRU4Rec, GRU4RecSpec, Loss, bpr, bpr_max, drawn, popularity, top1, top1_max
 from freshrec.models.layers import FAR, best_inner_product, first_of
+from freshrec.models.scoring import item_vectors, score_items, user_vectors
 from freshrec.models.softmax import full_softmax
 from freshrec.options import choose
 from freshrec.strategies import STRATEGIES
@@ -187,7 +188,7 @@ def test_two_steps_by_hand() -> None:
     # Item 1 is 1: both gates sigma(1) = 0.731059, candidate tanh(1) = 0.761594, h = 0.268941 x 0.761594 = 0.204824.
     # Item 2 is 0: both gates 0.5, candidate tanh(0.5 x 0.204824) = 0.102056, h = (0.102056 + 0.204824) / 2 = 0.153440.
     for history, h in [([1], 0.204824), ([1, 2], 0.153440)]:
-        found = by_hand().user_vectors(Batch(torch.tensor([1]), torch.tensor([history])))
+        found = user_vectors(by_hand(), Batch(torch.tensor([1]), torch.tensor([history])))
         assert found.flatten().tolist() == near([h], abs=1e-6)
 
 
@@ -219,14 +220,14 @@ def test_what_is_served_is_the_output_at_the_last_event(spec: GRU4RecSpec) -> No
     model.layers[0].get_parameter("bias_ih_l0").data += 0.5  # so that a step moves the state whatever it reads
     histories_BT = torch.tensor([[0, 4, 2, 7], [0, 0, 0, 0], [4, 2, 7, 0]])
     batch = Batch(torch.tensor([1, 2, 3]), histories_BT)
-    served_BD = model.user_vectors(batch)[:, 0]
+    served_BD = user_vectors(model, batch)[:, 0]
     torch.testing.assert_close(served_BD[0], outputs(model, [4, 2, 7])[2])
     torch.testing.assert_close(served_BD[2], served_BD[0])
     assert (served_BD[1] == 0).all() and served_BD.shape == (3, spec.d)
     no_steps = Batch(torch.tensor([1]), torch.zeros(1, 0, dtype=torch.int64))
-    assert torch.equal(model.user_vectors(no_steps), torch.zeros(1, 1, spec.d))
+    assert torch.equal(user_vectors(model, no_steps), torch.zeros(1, 1, spec.d))
     items_N = torch.tensor([3, 1])
-    torch.testing.assert_close(model.score(batch, items_N), served_BD @ model.items.weights[items_N].t())
+    torch.testing.assert_close(score_items(model, batch, items_N), served_BD @ model.items.weights[items_N].t())
 
 
 def test_items_are_read_by_the_vectors_that_score_them_unless_they_have_others() -> None:
@@ -251,7 +252,7 @@ def test_the_gradient_goes_back_one_step_if_asked_to(layers: int) -> None:
         ids_N, rows_ND = model.items.in_step()
         assert rows_ND.grad is not None and forward.vectors_BKD is not None
         moved[back] = set(ids_N[rows_ND.grad.any(1)].tolist())
-        served_BKD = model.user_vectors(Batch(torch.tensor([1]), torch.tensor([[5, 6]])))
+        served_BKD = user_vectors(model, Batch(torch.tensor([1]), torch.tensor([[5, 6]])))
         torch.testing.assert_close(forward.vectors_BKD.detach(), served_BKD)
     assert moved == {"all": {5, 6, 7, 8}, "one": {6, 7, 8}}
 
@@ -292,11 +293,11 @@ def test_dropout_is_for_training_only(rate: str) -> None:
 def test_growth_changes_no_score_of_known_items() -> None:
     for spec in VARIANTS:
         model, batch = model_of(spec), Batch(torch.tensor([1]), torch.tensor([[4, 2]]))
-        before = model.score(batch, torch.arange(1, 10))
+        before = score_items(model, batch, torch.arange(1, 10))
         model.counts_I[3] = 5
         model.grow(8, 30)
-        assert torch.equal(model.score(batch, torch.arange(1, 10)), before)
-        assert (model.n_users, model.n_items, len(model.item_vectors()), len(model.counts_I)) == (8, 30, 31, 31)
+        assert torch.equal(score_items(model, batch, torch.arange(1, 10)), before)
+        assert (model.n_users, model.n_items, len(item_vectors(model)), len(model.counts_I)) == (8, 30, 31, 31)
         assert model.counts_I.tolist() == [0, 0, 0, 5] + [0] * 27
 
 
@@ -318,7 +319,7 @@ def test_gradients_of_the_scores_of_all_items_can_be_had(spec: GRU4RecSpec) -> N
     forward = learnt(model, [4, 2], [0, 7], [8])
     rows_RD, batch = model.items.whole(), Batch(torch.tensor([1]), torch.tensor([[4, 2]]))
     user_BD = model.encode(F.embedding(batch.history_BT, rows_RD), batch)[:, 0]
-    torch.testing.assert_close(user_BD, model.user_vectors(batch)[:, 0])
+    torch.testing.assert_close(user_BD, user_vectors(model, batch)[:, 0])
     full_softmax(user_BD, rows_RD, torch.tensor([7])).backward()
     read_from = model.items if model.taken is None else model.taken
     ids_N, rows_ND = read_from.in_step()
@@ -370,7 +371,7 @@ def in_order(state: State) -> float:
     users_N = (state.recent.offsets_U.diff() > 0).nonzero()[:, 0]
     scores_NI = torch.empty(len(users_N), state.model.n_items)
     for which, batch in query_batches(ends_of(state.recent, users_N, "recent"), 50):
-        scores_NI[which] = state.model.score(batch, torch.arange(1, state.model.n_items + 1))
+        scores_NI[which] = score_items(state.model, batch, torch.arange(1, state.model.n_items + 1))
     user_is_odd = torch.tensor(spans.users.frame["id"].to_list())[users_N - 1] % 2 == 1
     item_is_odd = torch.tensor(spans.items.frame["id"].to_list()) % 2 == 1
     is_own_NI = user_is_odd[:, None] == item_is_odd

@@ -15,6 +15,7 @@ from freshrec.data.catalog import Catalog
 from freshrec.models.interests import InterestSpec
 from freshrec.models.popularity import PopularitySpec
 from freshrec.models.ranking import top, top_exact
+from freshrec.models.scoring import item_vectors, user_vectors
 from freshrec.serve import index as module
 from freshrec.serve.index import Limits, built, longest_first, recall_of, searching, through
 from freshrec.serve.recommend import Served
@@ -84,12 +85,12 @@ def test_recall_is_the_share_of_the_true_best_that_is_found() -> None:
 def test_scores_and_order_are_those_of_the_vectors_and_an_item_comes_once() -> None:
     served = served_of(clustered())
     model, batch = served.state.model, asked(served)
-    items_BK, scores_BK = top(model, batch, 30, search=through(built(model.item_vectors()), model.item_vectors(), 8))
-    vectors_BKD = model.user_vectors(batch)
+    items_BK, scores_BK = top(model, batch, 30, search=through(built(item_vectors(model)), item_vectors(model), 8))
+    vectors_BKD = user_vectors(model, batch)
     for row in range(len(batch)):
         chosen = items_BK[row].tolist()
         assert len(set(chosen)) == 30
-        by_hand = [float((vectors_BKD[row] @ model.item_vectors()[item]).max()) for item in chosen]
+        by_hand = [float((vectors_BKD[row] @ item_vectors(model)[item]).max()) for item in chosen]
         assert scores_BK[row].tolist() == pytest.approx(by_hand, abs=1e-5)
         assert by_hand == sorted(by_hand, reverse=True)
 
@@ -98,10 +99,10 @@ def test_filters_never_come_back_short() -> None:
     # all that an index with a single probe finds for a user is banned; there are others, and the user gets them
     served = served_of(clustered(600))
     model, batch = served.state.model, asked(served, 5)
-    search = through(built(model.item_vectors()), model.item_vectors(), 1)
-    banned_BM, _ = search(model.user_vectors(batch), torch.full((5,), 600))
+    search = through(built(item_vectors(model)), item_vectors(model), 1)
+    banned_BM, _ = search(user_vectors(model, batch), torch.full((5,), 600))
     items_BK, scores_BK = top(model, batch, 20, banned_BM, search=search)
-    exact_BK, _ = top_exact(model.item_vectors(), model.user_vectors(batch), 20, banned_BM, torch.arange(1, 601))
+    exact_BK, _ = top_exact(item_vectors(model), user_vectors(model, batch), 20, banned_BM, torch.arange(1, 601))
     assert bool(torch.isfinite(scores_BK).all()) and torch.equal(items_BK, exact_BK)
     nearly_all_BM = torch.arange(1, 596).expand(5, -1)  # five items are left, fewer than were asked for
     items_BK, scores_BK = top(model, batch, 20, nearly_all_BM, search=search)
@@ -153,10 +154,10 @@ def test_lists_are_exact_whether_or_not_the_longest_items_decide_them() -> None:
     long_N = torch.arange(1, 6001, 20)
     banned_BM[::2] = long_N  # every second user must not get any of the long ones: the others cannot be decided by them
     n_B = 20 + (banned_BM > 0).sum(1)
-    decided_B = (search(model.user_vectors(batch), n_B)[0] > 0).all(1)
+    decided_B = (search(user_vectors(model, batch), n_B)[0] > 0).all(1)
     assert not bool(decided_B[::2].any()) and bool(decided_B[1::2].all())  # one user's wishes are not another's
     for banned in (None, banned_BM):
-        exact, scores = top_exact(model.item_vectors(), model.user_vectors(batch), 20, banned, torch.arange(1, 6001))
+        exact, scores = top_exact(item_vectors(model), user_vectors(model, batch), 20, banned, torch.arange(1, 6001))
         found = top(model, batch, 20, banned, search=search)
         assert torch.equal(found[0], exact) and torch.allclose(found[1], scores)
 
@@ -164,10 +165,10 @@ def test_lists_are_exact_whether_or_not_the_longest_items_decide_them() -> None:
 def test_whoever_had_few_items_many_times_gets_a_whole_list() -> None:
     served = served_of(some_long(300))
     model, batch = served.state.model, asked(served, 3)
-    search = longest_first(model.item_vectors(), 50)
+    search = longest_first(item_vectors(model), 50)
     banned_BM = torch.arange(1, 6).repeat(3, 64)
     items_BK, scores_BK = top(model, batch, 10, banned_BM, search=search)
-    exact_BK, _ = top_exact(model.item_vectors(), model.user_vectors(batch), 10, banned_BM, torch.arange(1, 301))
+    exact_BK, _ = top_exact(item_vectors(model), user_vectors(model, batch), 10, banned_BM, torch.arange(1, 301))
     assert torch.equal(items_BK, exact_BK) and bool(torch.isfinite(scores_BK).all())
 
 

@@ -12,6 +12,7 @@ from freshrec.data.batches import append
 from freshrec.errors import OptionError
 from freshrec.learn.fit import Fit
 from freshrec.models.limarec import LimaRec, LimaRecSpec, linear_attention
+from freshrec.models.scoring import item_vectors, score_items, user_vectors
 from freshrec.models.tables import Table, make_room
 from freshrec.strategies.plain import Frozen
 from freshrec.types import Batch, EncodingModel, Histories, InterestModel, Span, State
@@ -75,7 +76,7 @@ def test_a_stream_of_events_gives_what_each_prefix_gives_at_once(fading: float) 
     model, history = model_of(replace(SMALL, fading=fading)), [4, 2, 7, 2, 9, 1]
     stream_TKD = streamed(model, history)
     for n in range(1, len(history) + 1):
-        vectors_BKD = model.user_vectors(asked(history[:n]))
+        vectors_BKD = user_vectors(model, asked(history[:n]))
         torch.testing.assert_close(vectors_BKD[0], stream_TKD[n - 1], atol=1e-5, rtol=0)
     torch.testing.assert_close(learnt(model, history, [2, 7, 2, 9, 1, 5]), stream_TKD, atol=1e-5, rtol=0)
 
@@ -84,7 +85,7 @@ def test_fading_forgets() -> None:
     # With 1 - fading near 0 all that came before the last item is gone; without fading it is not.
     for fading, is_same in ((0.9999, True), (0.0, False)):
         model = model_of(replace(SMALL, fading=fading))
-        vectors_BKD = model.user_vectors(asked([4, 2, 7], [9, 1, 7]))
+        vectors_BKD = user_vectors(model, asked([4, 2, 7], [9, 1, 7]))
         assert torch.allclose(vectors_BKD[0], vectors_BKD[1], atol=1e-2) == is_same
 
 
@@ -93,15 +94,17 @@ def test_a_gap_in_a_window_changes_nothing_and_the_future_is_not_seen() -> None:
     gapped_NKD = learnt(model, [0, 4, 0, 2, 7], [0, 2, 0, 7, 8])
     torch.testing.assert_close(gapped_NKD, learnt(model, [4, 2, 7], [2, 7, 8]))
     assert torch.equal(gapped_NKD[:2], learnt(model, [0, 4, 0, 2, 5], [0, 2, 0, 7, 8])[:2])
-    torch.testing.assert_close(model.user_vectors(asked([4, 0, 2, 0]))[0], model.user_vectors(asked([4, 2]))[0])
+    torch.testing.assert_close(user_vectors(model, asked([4, 0, 2, 0]))[0], user_vectors(model, asked([4, 2]))[0])
 
 
 def test_interests_differ_and_the_best_of_them_scores() -> None:
     model, batch = model_of(), asked([4, 2, 7])
-    vectors_KD = model.user_vectors(batch)[0]
+    vectors_KD = user_vectors(model, batch)[0]
     assert vectors_KD.shape == (3, 8) and (vectors_KD[0] - vectors_KD[1]).norm() > 0.1
     items_N = torch.tensor([5, 3])
-    torch.testing.assert_close(model.score(batch, items_N)[0], (model.item_vectors()[items_N] @ vectors_KD.t()).amax(1))
+    torch.testing.assert_close(
+        score_items(model, batch, items_N)[0], (item_vectors(model)[items_N] @ vectors_KD.t()).amax(1)
+    )
 
 
 def test_hard_attention_teaches_the_closest_interest_and_soft_attention_all() -> None:
@@ -109,10 +112,10 @@ def test_hard_attention_teaches_the_closest_interest_and_soft_attention_all() ->
     for attention in ("hard", "soft"):
         model = model_of(replace(SMALL, attention=attention))
         batch = replace(asked([4, 2]), targets_BT=torch.tensor([[0, 8]]), negatives_N=torch.tensor([1, 3]))
-        vectors_KD = model.user_vectors(batch)[0]
-        near_K = vectors_KD @ model.item_vectors()[8]
+        vectors_KD = user_vectors(model, batch)[0]
+        near_K = vectors_KD @ item_vectors(model)[8]
         share_K = torch.softmax(near_K, 0) if attention == "soft" else F.one_hot(near_K.argmax(), 3).float()
-        logits_N = model.item_vectors()[[8, 1, 3]] @ (share_K @ vectors_KD)
+        logits_N = item_vectors(model)[[8, 1, 3]] @ (share_K @ vectors_KD)
         torch.testing.assert_close(model(batch).loss, -torch.log_softmax(logits_N, 0)[0])
 
 
@@ -120,10 +123,10 @@ def test_no_history_is_a_vector_of_zeros_and_encoding_is_what_serves() -> None:
     model = model_of()
     assert isinstance(model, EncodingModel) and not isinstance(model, InterestModel)
     nobody = asked([0, 0], [0, 4])
-    assert (model.user_vectors(nobody)[0] == 0).all() and model.user_vectors(nobody)[1].norm() > 1
+    assert (user_vectors(model, nobody)[0] == 0).all() and user_vectors(model, nobody)[1].norm() > 1
     nothing = Batch(torch.tensor([1]), torch.zeros(1, 0, dtype=torch.int64))
-    assert torch.equal(model.user_vectors(nothing), torch.zeros(1, 3, 8))
-    assert torch.equal(model.encode(model.item_vectors()[nobody.history_BT], nobody), model.user_vectors(nobody))
+    assert torch.equal(user_vectors(model, nothing), torch.zeros(1, 3, 8))
+    assert torch.equal(model.encode(item_vectors(model)[nobody.history_BT], nobody), user_vectors(model, nobody))
 
 
 def test_rows_that_come_after_training_start_at_zero_and_can_be_trained() -> None:
@@ -148,21 +151,21 @@ def test_frozen_follows_its_users_and_never_offers_or_heeds_an_item_it_was_not_t
     state = State(LimaRecSpec(d=16, negatives=16, lr=0.01).build(0), recent=append(Histories.empty(), base, 60))
     state = strategy.update(state, Span(0, base, 60, 20))
     before = {name: weight.clone() for name, weight in state.model.named_parameters()}
-    trained = state.model.item_vectors().clone()
+    trained = item_vectors(state.model).clone()
     late = circles.circles(range(61, 62), 1)
     state = strategy.update(replace(state, recent=append(state.recent, late, 61)), Span(1, late, 61, 30))
     model = state.model
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
-    assert torch.equal(model.item_vectors()[:21], trained) and model.n_items == 30
+    assert torch.equal(item_vectors(model)[:21], trained) and model.n_items == 30
     batch = asked([1, 2, 3], [6, 7, 8])
-    best_B5 = model.score(batch, torch.arange(1, 31)).topk(5).indices + 1
+    best_B5 = score_items(model, batch, torch.arange(1, 31)).topk(5).indices + 1
     assert best_B5[:, 0].tolist() == [4, 9] and best_B5.max() <= 20
-    with_KD, without_KD = model.user_vectors(asked([1, 22, 2, 3, 21], [0, 1, 0, 2, 3]))
+    with_KD, without_KD = user_vectors(model, asked([1, 22, 2, 3, 21], [0, 1, 0, 2, 3]))
     torch.testing.assert_close(with_KD, without_KD)
 
 
 def test_the_same_seed_gives_the_same_bits_and_options_out_of_bounds_are_refused() -> None:
-    first, again, other = (model_of(seed=seed).user_vectors(asked([4, 2, 7])) for seed in (0, 0, 1))
+    first, again, other = (user_vectors(model_of(seed=seed), asked([4, 2, 7])) for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.allclose(first, other)
     with pytest.raises(OptionError, match="option fading of LimaRecSpec is 1.0; it must be at least 0 and below 1."):
         LimaRecSpec(fading=1.0)

@@ -12,6 +12,7 @@ from torch import Tensor
 from freshrec.data.batches import append
 from freshrec.learn.fit import Fit
 from freshrec.models.mimn import MIMN, Memory, MIMNSpec, address, gru, shift, unevenness, write
+from freshrec.models.scoring import item_vectors, score_items, user_vectors
 from freshrec.strategies.plain import Frozen
 from freshrec.types import Batch, EncodingModel, Histories, InterestModel, Span, State
 
@@ -132,7 +133,7 @@ def test_events_one_by_one_give_the_memory_of_all_at_once() -> None:
         for carried, at_once in zip(memory, run(model, history[:n])):
             torch.testing.assert_close(carried, at_once)
         with torch.no_grad():
-            torch.testing.assert_close(model.user_vectors(asked(history[:n])), model.project(memory.slots_BKM))
+            torch.testing.assert_close(user_vectors(model, asked(history[:n])), model.project(memory.slots_BKM))
     assert memory.used_BK.sum().item() == pytest.approx(6)  # each event writes 1 in all
 
 
@@ -148,7 +149,7 @@ def test_each_position_knows_its_past_and_not_its_future() -> None:
     model = model_of()
     first, other = (model(asking([4, 2, last], [2, 7, 8])).vectors_BKD for last in (7, 5))
     assert torch.equal(first[:2], other[:2]) and (first[2] - other[2]).abs().max() > 0.01
-    torch.testing.assert_close(first[2:], model.user_vectors(asked([4, 2, 7])))
+    torch.testing.assert_close(first[2:], user_vectors(model, asked([4, 2, 7])))
 
 
 def used_after(even: float) -> tuple[float, Tensor, MIMN]:
@@ -192,24 +193,26 @@ def test_hard_attention_teaches_the_closest_interest_and_soft_attention_all() ->
     for attention in ("hard", "soft"):
         model = model_of(replace(SMALL, attention=attention, even=0.0))
         batch = asking([4, 2], [0, 8])
-        vectors_KD = model.user_vectors(batch)[0]
-        near_K = vectors_KD @ model.item_vectors()[8]
+        vectors_KD = user_vectors(model, batch)[0]
+        near_K = vectors_KD @ item_vectors(model)[8]
         share_K = torch.softmax(near_K, 0) if attention == "soft" else F.one_hot(near_K.argmax(), 3).float()
-        logits_N = model.item_vectors()[[8, 1, 3]] @ (share_K @ vectors_KD)
+        logits_N = item_vectors(model)[[8, 1, 3]] @ (share_K @ vectors_KD)
         torch.testing.assert_close(model(batch).loss, -torch.log_softmax(logits_N, 0)[0])
 
 
 def test_the_interests_are_the_slots_projected_and_the_best_of_them_scores() -> None:
     model, batch = model_of(), asked([4, 2, 7])
     assert isinstance(model, EncodingModel) and not isinstance(model, InterestModel)
-    vectors_KD, items_N = model.user_vectors(batch)[0], torch.tensor([5, 3])
+    vectors_KD, items_N = user_vectors(model, batch)[0], torch.tensor([5, 3])
     with torch.no_grad():
         torch.testing.assert_close(vectors_KD, model.project(run(model, [4, 2, 7]).slots_BKM)[0])
-    torch.testing.assert_close(model.score(batch, items_N)[0], (model.item_vectors()[items_N] @ vectors_KD.t()).amax(1))
-    assert torch.equal(model.encode(model.item_vectors()[batch.history_BT], batch)[0], vectors_KD)
-    assert (model.user_vectors(asked([0, 0])) == 0).all()
+    torch.testing.assert_close(
+        score_items(model, batch, items_N)[0], (item_vectors(model)[items_N] @ vectors_KD.t()).amax(1)
+    )
+    assert torch.equal(model.encode(item_vectors(model)[batch.history_BT], batch)[0], vectors_KD)
+    assert (user_vectors(model, asked([0, 0])) == 0).all()
     nothing = Batch(torch.tensor([1]), torch.zeros(1, 0, dtype=torch.int64))
-    assert torch.equal(model.user_vectors(nothing), torch.zeros(1, 3, 8))
+    assert torch.equal(user_vectors(model, nothing), torch.zeros(1, 3, 8))
 
 
 def test_frozen_follows_its_users_and_never_offers_or_heeds_an_item_it_was_not_trained_on() -> None:
@@ -223,12 +226,12 @@ def test_frozen_follows_its_users_and_never_offers_or_heeds_an_item_it_was_not_t
     state = strategy.update(replace(state, recent=append(state.recent, late, 61)), Span(1, late, 61, 30))
     model = state.model
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
-    best_B5 = model.score(asked([1, 2, 3], [6, 7, 8]), torch.arange(1, 31)).topk(5).indices + 1
+    best_B5 = score_items(model, asked([1, 2, 3], [6, 7, 8]), torch.arange(1, 31)).topk(5).indices + 1
     assert ((best_B5[:, 0] - 1) // 5).tolist() == [0, 1] and best_B5.max() <= 20  # of one's own circle
-    with_KD, without_KD = model.user_vectors(asked([1, 22, 2, 3, 21], [0, 1, 0, 2, 3]))
+    with_KD, without_KD = user_vectors(model, asked([1, 22, 2, 3, 21], [0, 1, 0, 2, 3]))
     torch.testing.assert_close(with_KD, without_KD)
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_another_model() -> None:
-    first, again, other = (model_of(seed=seed).user_vectors(asked([4, 2, 7])) for seed in (0, 0, 1))
+    first, again, other = (user_vectors(model_of(seed=seed), asked([4, 2, 7])) for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.allclose(first, other)

@@ -12,7 +12,8 @@ from freshrec.models import MODELS
 from freshrec.models.interests import InterestNet, InterestSpec, Routing, SelfAttention, Start
 from freshrec.models.layers import squash
 from freshrec.models.sasrec import SASRec, SASRecSpec
-from freshrec.types import Batch, ClickModel, EncodingModel, InterestModel, TrainedModel, VectorModel
+from freshrec.models.scoring import item_vectors, score_items
+from freshrec.types import Batch, ClickModel, EncodingModel, InterestModel, TrainedModel, UserVectorModel, VectorModel
 
 TRAINED = [name for name, spec in MODELS.items() if isinstance(spec.build(0), TrainedModel)]
 VECTORS = [name for name in TRAINED if name not in ("embedding-mlp", "mf-biased")]  # whose score is an inner product
@@ -49,7 +50,7 @@ def model_of(name: str, seed: int = 0) -> VectorModel:
 def scores(model: VectorModel, *histories: list[int], **parts: Tensor) -> Tensor:
     """(B, 9) scores of all items for users 1, 2, ... with these histories."""
     batch = Batch(torch.arange(1, len(histories) + 1), torch.tensor(histories), **parts)
-    return model.score(batch, torch.arange(1, N_ITEMS + 1))
+    return score_items(model, batch, torch.arange(1, N_ITEMS + 1))
 
 
 def test_routing_by_hand_for_one_two_and_three_iterations() -> None:
@@ -172,7 +173,7 @@ def test_self_attention_over_nothing_but_padding_is_zero_with_finite_gradients()
 def test_padding_changes_nothing(name: str) -> None:
     model, short = model_of(name), scores(model_of(name), [4, 2, 7])
     torch.testing.assert_close(scores(model, [0, 0, 4, 2, 7]), short)
-    model.item_vectors()[0] = 50.0  # whatever stands in the padding row
+    item_vectors(model)[0] = 50.0  # whatever stands in the padding row
     torch.testing.assert_close(scores(model, [0, 0, 4, 2, 7]), short)
 
 
@@ -187,7 +188,7 @@ def test_other_users_in_the_batch_change_nothing(name: str) -> None:
 def test_candidates_of_ones_own_score_as_shared_ones_do(name: str) -> None:
     model, items_N = model_of(name), torch.tensor([3, 1, 9])
     batch = Batch(torch.tensor([1, 2]), torch.tensor([[4, 2], [0, 8]]))
-    torch.testing.assert_close(model.score(batch, items_N.expand(2, -1)), model.score(batch, items_N))
+    torch.testing.assert_close(score_items(model, batch, items_N.expand(2, -1)), score_items(model, batch, items_N))
 
 
 @pytest.mark.parametrize("name", VECTORS)
@@ -195,7 +196,7 @@ def test_growth_changes_no_score_of_known_users_and_items(name: str) -> None:
     model, before = model_of(name), scores(model_of(name), [4, 2, 7])
     model.grow(8, 30)
     assert torch.equal(scores(model, [4, 2, 7]), before)
-    assert (model.n_users, model.n_items, len(model.item_vectors())) == (8, 30, 31)
+    assert (model.n_users, model.n_items, len(item_vectors(model))) == (8, 30, 31)
 
 
 def test_sasrec_does_not_see_the_future() -> None:
@@ -218,7 +219,7 @@ def test_sasrec_learns_by_the_scores_that_it_serves(loss: str) -> None:
     model.grow(1, N_ITEMS)
     history_BT, negatives_N = torch.tensor([[4, 2]]), torch.tensor([1, 3])
     found = model(Batch(torch.tensor([1]), history_BT, torch.tensor([[8]]), negatives_N)).loss
-    served_I = model.score(Batch(torch.tensor([1]), history_BT), torch.arange(1, N_ITEMS + 1))[0]
+    served_I = score_items(model, Batch(torch.tensor([1]), history_BT), torch.arange(1, N_ITEMS + 1))[0]
     others_N = served_I if loss == "full" else served_I[[7, 0, 2]]
     expected = torch.logsumexp(others_N, 0) - served_I[7]
     if loss == "bce":
@@ -230,7 +231,7 @@ def test_mf_knows_users_and_not_histories() -> None:
     model = model_of("mf")
     assert torch.equal(scores(model, [4, 2]), scores(model, [9, 9]))
     unknown = Batch(torch.tensor([17]), torch.tensor([[4, 2]]))
-    assert model.score(unknown, torch.tensor([1, 2])).tolist() == [[0, 0]]
+    assert score_items(model, unknown, torch.tensor([1, 2])).tolist() == [[0, 0]]
 
 
 @pytest.mark.parametrize("name", ["mind", "comirec-dr", "comirec-sa"])
@@ -264,7 +265,7 @@ def test_a_newcomer_starts_with_distinct_directions_of_norm_below_one() -> None:
 def test_what_a_protocol_asks_for_is_found_without_asking_the_instance(name: str) -> None:
     # as isinstance does from Python 3.12 on: it does not see the parts of a Module, which answers for them itself
     model = MODELS[name].build(0)
-    for protocol in (TrainedModel, ClickModel, VectorModel, EncodingModel, InterestModel):
+    for protocol in (TrainedModel, ClickModel, EncodingModel, UserVectorModel, InterestModel):
         if isinstance(model, protocol):
             asked = {x for kind in protocol.__mro__ if kind.__module__ == "freshrec.types" for x in members(kind)}
             for member in asked:

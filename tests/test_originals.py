@@ -25,6 +25,7 @@ from freshrec.models.originals import (
     interests_of,
     route,
 )
+from freshrec.models.scoring import item_vectors, score_items, user_vectors
 from freshrec.strategies.plain import FineTune
 from freshrec.types import Batch, EncodingModel, InterestModel, State
 
@@ -57,7 +58,7 @@ def asked(*histories: list[int]) -> Batch:
 
 
 def vectors(model: OriginalNet, *histories: list[int]) -> Tensor:
-    return model.user_vectors(asked(*histories))
+    return user_vectors(model, asked(*histories))
 
 
 @pytest.mark.parametrize(("before", "after"), [(0.5, 0.2), (1.0, 0.5), (3.0, 0.9)])  # r -> r^2 / (1 + r^2)
@@ -280,7 +281,8 @@ def test_padding_and_other_users_change_nothing(name: str) -> None:
 def test_a_user_without_history_has_finite_scores(name: str, history: list[int]) -> None:
     model = built(VARIANTS[name])
     batch = Batch(torch.tensor([1]), torch.tensor([history], dtype=torch.int64))
-    assert model.score(batch, torch.arange(1, 10)).isfinite().all() and model.user_vectors(batch).shape == (1, 4, 8)
+    assert score_items(model, batch, torch.arange(1, 10)).isfinite().all()
+    assert user_vectors(model, batch).shape == (1, 4, 8)
 
 
 def test_the_order_of_the_items_matters_through_places_alone() -> None:
@@ -294,9 +296,9 @@ def test_the_order_of_the_items_matters_through_places_alone() -> None:
 def test_gradients_of_a_score_reach_the_items_of_the_history(name: str) -> None:
     model, batch = built(VARIANTS[name]), asked([4, 2, 7, 5])
     assert isinstance(model, EncodingModel) and not isinstance(model, InterestModel)
-    items_BTD = model.item_vectors()[batch.history_BT].clone().requires_grad_()
+    items_BTD = item_vectors(model)[batch.history_BT].clone().requires_grad_()
     found_BKD = model.encode(items_BTD, batch)
-    assert torch.equal(found_BKD, model.user_vectors(batch))
+    assert torch.equal(found_BKD, user_vectors(model, batch))
     found_BKD.square().sum().backward()
     assert items_BTD.grad is not None and (items_BTD.grad.abs().sum(2) > 0).all()
 
@@ -318,7 +320,7 @@ def test_the_checkerboard_is_learnt(name: str) -> None:
     state = FineTune(Fit(base_epochs=12)).update(state, span)
     users_N, items_I = torch.arange(1, span.n_users + 1), torch.arange(1, span.n_items + 1)
     [(which, batch)] = query_batches(ends_of(state.recent, users_N, "recent"), 10)
-    scores_NI = state.model.score(batch, items_I)
+    scores_NI = score_items(state.model, batch, items_I)
     user_is_odd = torch.tensor(spans.users.frame["id"].to_list())[users_N[which] - 1] % 2 == 1
     item_is_odd = torch.tensor(spans.items.frame["id"].to_list()[: span.n_items]) % 2 == 1
     is_own_NI = user_is_odd[:, None] == item_is_odd

@@ -10,6 +10,7 @@ from freshrec.models.mf import MF, MFSpec
 from freshrec.models.popularity import Popularity, PopularitySpec
 from freshrec.models.ranking import ITEMS, USERS, ranks, top, vectors_of
 from freshrec.models.repeat import RepeatSpec
+from freshrec.models.scoring import user_vectors
 from freshrec.types import Batch
 
 N_USERS, N_ITEMS = USERS + 7, 2 * ITEMS + 5  # so that there are several blocks of both, the last one short
@@ -133,7 +134,7 @@ def test_the_readouts_are_interests_of_now_those_stored_or_both() -> None:
         torch.tensor([1, 2, 3]), torch.tensor([[1, 2], [3, 4], [0, 5]]), None, None, stored_BKD, alive_BK, old_BK
     )
     recent, stored, both = (vectors_of(model, batch, how) for how in ("recent", "stored", "both"))
-    assert torch.equal(recent, model.user_vectors(batch))
+    assert torch.equal(recent, user_vectors(model, batch))
     # an interest that user 2 does not have repeats the first; a newcomer has nothing stored
     assert stored[:2].tolist() == [[[1, 2], [3, 4]], [[5, 6], [5, 6]]]
     assert torch.equal(stored[2], recent[2])

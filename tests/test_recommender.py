@@ -11,7 +11,8 @@ from freshrec.data.spans import cut
 from freshrec.data.worlds import make
 from freshrec.errors import FreshrecError, IncompatibleError, LogError, OptionError, StateError
 from freshrec.learn.fit import Fit
-from freshrec.models.mf import MFSpec
+from freshrec.models.mf import MF, MFSpec
+from freshrec.models.scoring import item_vectors
 from freshrec.replay.measure import facts
 from freshrec.replay.replay import Cell, Settings, replay_cell
 from freshrec.replay.results import collect
@@ -248,26 +249,26 @@ def test_what_was_saved_before_there_were_stores_is_read_and_saved_as_one(tmp_pa
 
 
 def test_of_several_interests_each_says_what_it_has_for_an_item_and_which_past_event_it_is_of() -> None:
-    class Fake:
+    class Fake(MF):
         """Items 1 and 2 lie in one direction, 3 and 4 in another; a user has an interest in each, and one that died."""
 
-        n_items = 4
+        def __init__(self) -> None:
+            super().__init__(MFSpec(d=2), 0)
+            self.grow(1, 4)
+            self.items.weights[1:] = torch.tensor([[1.0, 0.1], [3.0, 0.3], [0.1, 2.0], [0.5, 0.6]])
 
         def user_vectors(self, batch: Batch) -> torch.Tensor:
             return torch.tensor([[[2.0, 0.0], [0.0, 1.0], [9.0, 9.0]]])
 
-        def item_vectors(self) -> torch.Tensor:
-            return torch.tensor([[0.0, 0.0], [1.0, 0.1], [3.0, 0.3], [0.1, 2.0], [0.5, 0.6]])
-
     alive_BK = torch.tensor([[True, True, False]])
     batch = Batch(torch.tensor([1]), torch.tensor([[0, 3, 1]]), alive_BK=alive_BK)
-    first, second = by_vectors(Fake(), batch, 2)  # type: ignore[arg-type]
+    first, second = by_vectors(Fake(), batch, 2)
     # 2 * 3.0, more than of any other item; 1 * 0.3, less than 2.0 of item 3 and 0.6 of item 4
     assert (first.source, first.place, first.points, first.because) == ("interest 1 of 2", 1, 6.0, 1)
     assert (second.source, second.place, second.because) == ("interest 2 of 2", 3, 3)
     assert second.points == pytest.approx(0.3)
     # item 4 lies between: the larger inner product comes first, by 2 * 0.5 against 1 * 0.6
-    assert [reason.source for reason in by_vectors(Fake(), batch, 4)] == ["interest 1 of 2", "interest 2 of 2"]  # type: ignore[arg-type]
+    assert [reason.source for reason in by_vectors(Fake(), batch, 4)] == ["interest 1 of 2", "interest 2 of 2"]
 
 
 @pytest.mark.parametrize("model", ["comirec-dr:d=16:k=3", "sasrec:d=16", "mf:d=16", "item-knn"])
@@ -292,7 +293,7 @@ def test_similar_items_of_a_pair_counter_are_those_it_was_seen_with() -> None:
 def test_similar_items_of_a_model_with_vectors_are_the_nearest_by_cosine() -> None:
     recommender = Recommender("sasrec:d=16", FAST).fit(days()[0])
     served = recommender.served
-    vectors_ID = F.normalize(served.state.model.item_vectors()[1:].double(), dim=1)
+    vectors_ID = F.normalize(item_vectors(served.state.model)[1:].double(), dim=1)
     cosines = (vectors_ID @ vectors_ID[4]).index_fill(0, torch.tensor([4]), -2)  # of row 5, without itself
     item = served.items.ids(torch.tensor([5]))[0]
     found = recommender.similar_items([item], k=3)

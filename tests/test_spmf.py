@@ -14,6 +14,7 @@ from freshrec.learn.fit import Fit, batches, successor
 from freshrec.learn.reservoir import accepted, filled, joined, keep, stream
 from freshrec.models.mf import MFSpec
 from freshrec.models.sasrec import SASRecSpec
+from freshrec.models.scoring import user_vectors
 from freshrec.strategies.plain import FineTune
 from freshrec.strategies.spmf import SPMF, draw, draw_distinct, rank_weights, scores_of
 from freshrec.types import DUE, Batch, Events, Histories, Span, State
@@ -175,7 +176,7 @@ def test_the_scores_that_rank_are_those_of_the_last_model_for_the_history_before
     torch.testing.assert_close(scores_of(model, copies, None), scores)
     nth = 10  # one of them by hand: the last position's output times the vector of the item
     ids = due.histories.items_R[int(due.from_N[nth]) : int(due.rows_N[nth]) + 1].long()
-    vector = model.user_vectors(Batch(due.users_N[nth : nth + 1], ids[None, -6:-1]))[0, 0]  # type: ignore[attr-defined]
+    vector = user_vectors(model, Batch(due.users_N[nth : nth + 1], ids[None, -6:-1]))[0, 0]  # type: ignore[attr-defined]
     assert scores[nth].item() == near(float(vector @ model.items.weights[ids[-1]]), abs=1e-5)  # type: ignore[attr-defined]
 
 

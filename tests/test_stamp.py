@@ -12,6 +12,7 @@ from freshrec.data.batches import append, due_targets
 from freshrec.errors import OptionError
 from freshrec.learn.fit import hit_rate, train
 from freshrec.learn.weights import weights_of
+from freshrec.models.scoring import score_items, user_vectors
 from freshrec.models.stamp import STAMP, STAMPSpec
 from freshrec.types import Batch, EncodingModel, Histories
 
@@ -47,7 +48,7 @@ def asked(*histories: list[int], targets: list[int] | None = None) -> Batch:
 
 
 def scores(model: STAMP, *histories: list[int]) -> Tensor:
-    return model.score(asked(*histories), torch.arange(1, N_ITEMS + 1))
+    return score_items(model, asked(*histories), torch.arange(1, N_ITEMS + 1))
 
 
 def test_stmp_by_hand() -> None:
@@ -130,7 +131,7 @@ def test_the_scores_of_all_items_can_be_followed_back_to_the_vectors_of_the_hist
     model, batch = built(), asked([4, 2, 7], [0, 1, 5])
     items_BTD = model.items.weights[batch.history_BT].clone().requires_grad_()
     vectors_BKD = model.encode(items_BTD, batch)
-    torch.testing.assert_close(vectors_BKD.detach(), model.user_vectors(batch))
+    torch.testing.assert_close(vectors_BKD.detach(), user_vectors(model, batch))
     vectors_BKD.sum().backward()
     assert items_BTD.grad is not None
     assert ((items_BTD.grad != 0).any(2) == (batch.history_BT > 0)).all()

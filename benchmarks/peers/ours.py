@@ -10,6 +10,7 @@ from protocol import LENGTH, Data, main, once, search
 from freshrec.data.batches import append, due_targets
 from freshrec.learn.fit import carried_by, train
 from freshrec.models import COUNTERS, find_model
+from freshrec.models.scoring import score_items
 from freshrec.types import Batch, Events, Histories, TrainedModel
 
 
@@ -25,7 +26,7 @@ def run(data: Data, name: str) -> dict[str, Any]:
     def score(users: Any, histories: Any) -> Any:
         history_BT = torch.from_numpy(histories)
         batch = Batch(torch.from_numpy(users), history_BT[:, -max(1, int((history_BT > 0).sum(1).max())) :])
-        return np.pad(model.score(batch, every).numpy(), ((0, 0), (1, 0)))
+        return np.pad(score_items(model, batch, every).numpy(), ((0, 0), (1, 0)))
 
     if isinstance(model, TrainedModel):
         carried = carried_by(model, None, 0)

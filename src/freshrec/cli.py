@@ -6,6 +6,7 @@ Commands import torch only when they run: `freshrec --help` and `freshrec list` 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -26,6 +27,7 @@ from freshrec.data.validate import Report
 from freshrec.data.validate import validate as report_of
 from freshrec.deprecation import replace_old_flags
 from freshrec.errors import FreshrecError, OptionError, StateError, unknown
+from freshrec.options import IMPORTS, import_named
 from freshrec.version import __version__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -149,6 +151,18 @@ def _print_report(report: Report, name: str) -> None:
         console.print(Text(f"warning: {warning}", style="yellow"))
 
 
+def import_own_modules() -> None:
+    """Import the modules that the environment names: a store opens only when those of its own classes are imported.
+
+    The user names them, not the store, so that a store from elsewhere cannot choose what code runs.
+    """
+    for module in filter(None, os.environ.get(IMPORTS, "").split(",")):
+        try:
+            import_named(module.strip())
+        except ImportError as problem:
+            raise OptionError(f"{IMPORTS} names {module}, which cannot be imported ({problem}); correct it.") from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit code. What is raised on purpose becomes one line on stderr, for all commands.
 
@@ -157,6 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in given
     try:
+        import_own_modules()
         app(args=replace_old_flags(given, OLD_FLAGS, _warn), prog_name="freshrec")
     except FreshrecError as error:
         return _failed(str(error), error.exit_code, as_json, error.answer)

@@ -5,16 +5,19 @@
 
 import importlib
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import cache
-from types import NoneType, UnionType
+from pathlib import Path
+from types import ModuleType, NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from freshrec.errors import OptionError, unknown
 
 T = TypeVar("T")
+IMPORTS = "FRESHREC_IMPORT"  # environment variable: modules, separated by commas, that commands import first
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,18 @@ def _imported(kind: str, name: str, table: Mapping[str, T]) -> T:
     if not dot:
         raise unknown(kind, name, table)
     try:
-        found: T = vars(importlib.import_module(module))[thing]
+        found: T = vars(import_named(module))[thing]
     except (ImportError, KeyError, ValueError):
         raise OptionError(f'{kind} "{name[:60]}": cannot import "{thing}" from "{module}".') from None
     return found
+
+
+def import_named(module: str) -> ModuleType:
+    """A module that the user names: it may lie in the current folder, which the `freshrec` script does not search."""
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.append(folder)  # last, so that it hides nothing
+    return importlib.import_module(module)
 
 
 def _replaced(instance: Any, wanted: list[tuple[list[str], str]], text: str) -> Any:

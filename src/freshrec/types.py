@@ -178,7 +178,7 @@ class Forward:
 
 @runtime_checkable
 class Model(Protocol):
-    """Scores items for a batch of users. Sizes count real users and items: rows 1..n_users and 1..n_items."""
+    """What all models have in common. Sizes count real users and items: rows 1..n_users and 1..n_items."""
 
     n_users: int
     n_items: int
@@ -190,11 +190,26 @@ class Model(Protocol):
     def grow(self, n_users: int, n_items: int) -> None:
         """Make room for new users and items; old rows are untouched."""
 
-    def absorb(self, events: Events, histories: Histories) -> None:
-        """Learn without gradients: `events` are new, `histories` holds each user's events before them."""
+
+@runtime_checkable
+class ScoringModel(Model, Protocol):
+    """A model that computes its scores itself. Those of a vector model are inner products (`models.scoring`)."""
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
         """Scores (B, N) of `items`, shared (N,) or each row's own (B, N); higher is better."""
+
+
+@runtime_checkable
+class CountingModel(ScoringModel, Protocol):
+    """A model that learns from each event at once, without gradients."""
+
+    def absorb(self, events: Events, histories: Histories) -> None:
+        """Learn from `events`, which are new; `histories` holds each user's events before them."""
+
+
+@runtime_checkable
+class StateDictModel(Model, Protocol):
+    """A model that chooses what is saved of it. Of a counting model without these methods, all attributes are."""
 
     def state_dict(self) -> dict[str, Any]:
         """All that the model has learnt, as tensors by name."""
@@ -204,10 +219,15 @@ class Model(Protocol):
 
 
 @runtime_checkable
-class OfferingModel(Model, Protocol):
-    """A model that looks at a few items of each user only; it has no opinion of the others."""
+class SeededModel(Model, Protocol):
+    """A model that draws random numbers, and keeps the seed that it was built with."""
 
     seed: int
+
+
+@runtime_checkable
+class OfferingModel(CountingModel, Protocol):
+    """A model that looks at a few items of each user only; it has no opinion of the others."""
 
     def candidates(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Items (B, C), 0 where a user has fewer, and their scores; no opinion is 0, as in `score`."""
@@ -250,7 +270,7 @@ class TrainedModel(Model, Protocol):
 
 
 @runtime_checkable
-class ClickModel(TrainedModel, Protocol):
+class ClickModel(TrainedModel, ScoringModel, Protocol):
     """A model whose score is the log-odds that the user takes the item: it can learn from what was not taken."""
 
     def clicks(self, batch: Batch, items: Tensor) -> Tensor:
@@ -258,29 +278,28 @@ class ClickModel(TrainedModel, Protocol):
 
 
 @runtime_checkable
-class VectorModel(TrainedModel, Protocol):
-    """A model whose score is the largest inner product of an item vector with one of the user's vectors."""
-
-    def user_vectors(self, batch: Batch) -> Tensor:
-        """(B, K, D)"""
-
-    def item_vectors(self) -> Tensor:
-        """(n_items + 1, D); row 0 is padding."""
-
-
-@runtime_checkable
-class EncodingModel(VectorModel, Protocol):
-    """A vector model through which gradients can be had of the scores of all items at once.
-
-    The `models.tables.Table` of its item vectors is named "items".
-    """
+class EncodingModel(TrainedModel, Protocol):
+    """A vector model through which gradients can be had of the scores of all items at once."""
 
     def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
-        """`user_vectors` of a history whose items have these vectors, with gradients."""
+        """(B, K, D) the users' vectors, read from a history whose items have these vectors, with gradients."""
 
 
 @runtime_checkable
-class InterestModel(VectorModel, Protocol):
+class UserVectorModel(TrainedModel, Protocol):
+    """A vector model that computes the users' vectors in a way of its own, not by `encode` of the item vectors."""
+
+    def user_vectors(self, batch: Batch) -> Tensor:
+        """(B, K, D), without gradients."""
+
+
+# A model whose score is the largest inner product of an item vector with one of the user's vectors. The
+# `models.tables.Table` of its item vectors is named "items"; `models.scoring` computes vectors and scores.
+VectorModel = EncodingModel | UserVectorModel
+
+
+@runtime_checkable
+class InterestModel(EncodingModel, Protocol):
     """A model with several interests a user, kept between spans."""
 
     @property
@@ -296,6 +315,15 @@ class ModelSpec(Protocol):
 
     def build(self, seed: int) -> Model:
         """A model without users and items."""
+
+
+@runtime_checkable
+class HistorySpec(Protocol):
+    """The options of a model that says how many of a user's last events are kept for it to read."""
+
+    @property
+    def length(self) -> int:
+        """Events a user."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from freshrec.device import uniform
 from freshrec.learn.fit import batches
 from freshrec.learn.reservoir import Kept, keep, together
 from freshrec.models.layers import attend, best_inner_product
+from freshrec.models.scoring import item_vectors, user_vectors
 from freshrec.models.tables import tables_of
 from freshrec.types import SECRET, SEQUENCES, Batch, EncodingModel, Forward, TrainedModel
 
@@ -142,10 +143,10 @@ def smallest(key_S: Tensor, group_S: Tensor, wanted_G: Tensor) -> Tensor:
 
 def features(model: EncodingModel, kept: Kept, carried: Carried | None) -> Tensor:
     """(S, D) the user's vector in each sample; of several, the one that the target is closest to."""
-    features_SD = torch.zeros(len(kept), model.item_vectors().shape[1])
+    features_SD = torch.zeros(len(kept), item_vectors(model).shape[1])
     for which, batch in queries(kept, model, carried):
-        target_BD = model.item_vectors()[kept.items_N[which]]
-        features_SD[which] = attend(model.user_vectors(batch), target_BD, None, "hard")
+        target_BD = item_vectors(model)[kept.items_N[which]]
+        features_SD[which] = attend(user_vectors(model, batch), target_BD, None, "hard")
     return features_SD
 
 
@@ -153,7 +154,7 @@ def losses(model: EncodingModel, kept: Kept, carried: Carried | None) -> Tensor:
     """(S,) -ln p(target) by the softmax of the scores of all known items."""
     loss_S = torch.zeros(len(kept))
     for which, batch in queries(kept, model, carried, USERS):
-        score_BI = best_inner_product(model.user_vectors(batch), model.item_vectors()[1 : model.n_items + 1])
+        score_BI = best_inner_product(user_vectors(model, batch), item_vectors(model)[1 : model.n_items + 1])
         loss_S[which] = F.cross_entropy(score_BI, kept.items_N[which] - 1, reduction="none")
     return loss_S
 

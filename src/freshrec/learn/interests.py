@@ -15,6 +15,7 @@ from freshrec.data.batches import (
     without_secrets,
 )
 from freshrec.data.carried import Carried
+from freshrec.models.scoring import item_vectors, user_vectors
 from freshrec.types import Histories, InterestModel, Interests
 
 Trim = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # (vectors, alive, old) -> (vectors, alive)
@@ -41,7 +42,7 @@ def reread(
     fresh = replace(ends, histories=replace(histories, items_R=fresh_R))
     for which, batch in query_batches(ends, model.spec.length, carried):
         assert batch.alive_BK is not None and batch.old_BK is not None
-        vectors_BKD, alive_BK = model.user_vectors(batch), batch.alive_BK
+        vectors_BKD, alive_BK = user_vectors(model, batch), batch.alive_BK
         if trim is not None:
             vectors_BKD, alive_BK = trim(vectors_BKD, alive_BK, batch.old_BK)
         k = alive_BK.shape[1]
@@ -53,7 +54,7 @@ def reread(
 
 def _closest(model: InterestModel, events_BT: Tensor, vectors_BKD: Tensor, alive_BK: Tensor) -> Tensor:
     """(B, K) whether an interest is the closest one of some event since the last update; 0 is none."""
-    items_BTD = model.item_vectors()[events_BT]
+    items_BTD = item_vectors(model)[events_BT]
     logits_BTK = torch.bmm(items_BTD, vectors_BKD.transpose(1, 2)).masked_fill(~alive_BK[:, None], -torch.inf)
     used_BK = torch.zeros(alive_BK.shape)
     used_BK.scatter_add_(1, logits_BTK.argmax(2), (events_BT > 0).float())

@@ -8,16 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from freshrec.models.tables import Table, know, tables_of
-from freshrec.types import Batch, EncodingModel, Forward, TrainedModel
+from freshrec.models.tables import know, tables_of
+from freshrec.types import Batch, Forward, TrainedModel
 
 View = Callable[[str, Tensor | None, Tensor], Tensor]  # (name, ids, weights) -> what the forward pass sees instead
 Weights = dict[str, Tensor]  # by name: tables (rows, D), padding first, and dense weights
-
-
-def items_of(model: EncodingModel) -> Table:
-    """The table of the item vectors."""
-    return tables_of(model)["items"]
 
 
 def grow(model: TrainedModel, n_users: int, n_items: int, kinds_I: Tensor | None) -> None:

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from freshrec.errors import OptionError
-from freshrec.models.layers import best_inner_product, first_of, sampled_logits, yes_or_no
+from freshrec.models.layers import first_of, sampled_logits, yes_or_no
 from freshrec.models.softmax import full_softmax
-from freshrec.models.tables import Table, served, vectors_of
+from freshrec.models.tables import Table, served
 from freshrec.options import Count, CountOrNone, Positive, Rate, Weight, check_options
-from freshrec.types import Batch, Events, Forward, Histories
+from freshrec.types import Batch, Forward
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,6 @@ class Caser(nn.Module):
             self.users.grow(n_users)
         self.n_users, self.n_items = n_users, n_items
 
-    def absorb(self, events: Events, histories: Histories) -> None:
-        """Nothing: this model learns by gradients only."""
-
     def forward(self, batch: Batch) -> Forward:
         """The loss of the target, and weight decay."""
         assert batch.targets_BT is not None and batch.negatives_N is not None
@@ -132,11 +129,3 @@ class Caser(nn.Module):
             if self.users is not None:
                 own_BD = self.users.weights[torch.where(batch.users_B <= self.n_users, batch.users_B, 0)]
             return self._read(served(self.taken, image_BT), image_BT, own_BD)[:, None]
-
-    def item_vectors(self) -> Tensor:
-        """(n_items + 1, E); the last number is the bias."""
-        return vectors_of(self.items)
-
-    def score(self, batch: Batch, items: Tensor) -> Tensor:
-        """(z, p_u) w_i + b_i"""
-        return best_inner_product(self.user_vectors(batch), served(self.items, items))

@@ -22,7 +22,8 @@ from torch import Tensor
 from freshrec.device import here
 from freshrec.errors import StateError
 from freshrec.models.tables import tables_of
-from freshrec.types import Model, OfferingModel, State, TrainedModel
+from freshrec.options import IMPORTS
+from freshrec.types import Model, SeededModel, State, StateDictModel, TrainedModel
 
 FORMAT = 1
 PIECE = 1 << 21  # bytes of a tensor that are read at once: what the file maps is given back after each
@@ -155,6 +156,8 @@ def _encode(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         parts = [_encode(child, f"{path}.{i}", tensors) for i, child in enumerate(node)]
         return {"tuple" if isinstance(node, tuple) else "list": parts}
     if isinstance(node, dict):
+        if not all(isinstance(k, str) for k in node):
+            raise StateError(f"a dict at {path} has keys that are no texts, and cannot be saved; use a tensor.")
         return {"dict": {k: _encode(child, f"{path}.{k}", tensors) for k, child in node.items()}}
     if isinstance(node, Model):
         return {"model": _encode(_parts_of(node), path, tensors)}
@@ -168,16 +171,34 @@ def _encode(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 
 PARTS = ("spec", "sizes", "seed", "moments", "weights")
+BUILT = ("spec", "n_users", "n_items", "seed")  # attributes that a model gets when it is built and grown
 
 
 def _parts_of(model: Model) -> dict[str, Any]:
+    """What a model is built of again."""
     return {
         "spec": model.spec,
         "sizes": (model.n_users, model.n_items),
-        "seed": model.seed if isinstance(model, TrainedModel | OfferingModel) else 0,  # counters draw nothing
+        "seed": model.seed if isinstance(model, SeededModel) else 0,  # counters draw nothing
         "moments": model.moments if isinstance(model, TrainedModel) else {},
-        "weights": dict(model.state_dict()),
+        "weights": _weights_of(model),
     }
+
+
+def _weights_of(model: Model) -> dict[str, Any]:
+    """What a model has learnt, by name; all its attributes, where it does not say."""
+    if isinstance(model, StateDictModel):
+        return dict(model.state_dict())
+    return {name: value for name, value in vars(model).items() if name not in BUILT}
+
+
+def _load_weights(model: Model, weights: dict[str, Any]) -> None:
+    """The inverse of `_weights_of`."""
+    if isinstance(model, StateDictModel):
+        model.load_state_dict(weights)
+        return
+    for name, value in weights.items():
+        setattr(model, name, value)
 
 
 def _decode(node: dict[str, Any], read: Read, model_of: Callable[[dict[str, Any], Read], Model]) -> Any:
@@ -195,7 +216,10 @@ def _decode(node: dict[str, Any], read: Read, model_of: Callable[[dict[str, Any]
         return model_of(node["model"]["dict"], read)
     module, _, name = node["class"].partition(":")
     if module not in sys.modules:
-        raise StateError(f"the state needs {module}, which is not imported; import it before loading.")
+        raise StateError(
+            f"the state needs {module}, which is not imported; import it before loading, or set {IMPORTS}={module} "
+            "for the command line."
+        )
     kind = vars(sys.modules[module]).get(name)
     if not (isinstance(kind, type) and is_dataclass(kind)):
         raise StateError(f"the state needs the dataclass {module}:{name}, which this freshrec lacks; upgrade freshrec.")
@@ -206,7 +230,7 @@ def _whole_model(parts: dict[str, Any], read: Read) -> Model:
     spec, sizes, seed, moments, weights = (_decode(parts[name], read, _whole_model) for name in PARTS)
     model: Model = spec.build(seed)
     model.grow(*sizes)
-    model.load_state_dict(weights)
+    _load_weights(model, weights)
     if isinstance(model, TrainedModel):
         model.moments = moments
         model.eval()
@@ -226,7 +250,7 @@ def _model_to_ask(parts: dict[str, Any], read: Read) -> Model:
         table.packed = read(names[f"{name}.packed"]["tensor"], table.n_dims)
     own = {f"{name}.packed": table.packed for name, table in tables.items()}
     others = {name: _decode(child, read, _model_to_ask) for name, child in names.items() if name not in own}
-    model.load_state_dict(own | others)
+    _load_weights(model, own | others)
     if isinstance(model, TrainedModel):
         model.eval()
     return model

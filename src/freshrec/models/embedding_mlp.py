@@ -14,7 +14,7 @@ from freshrec.errors import OptionError
 from freshrec.models.layers import judged
 from freshrec.models.tables import Table
 from freshrec.options import Count, CountOrNone, Positive, check_options
-from freshrec.types import Batch, Events, Forward, Histories
+from freshrec.types import Batch, Forward
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,6 @@ class EmbeddingMLP(nn.Module):
         self.n_users, self.n_items = n_users, n_items
         self.users.grow(n_users)
         self.items.grow(n_items)
-
-    def absorb(self, events: Events, histories: Histories) -> None:
-        """Nothing: this model learns by gradients only."""
 
     def forward(self, batch: Batch) -> Forward:
         """Mean binary cross-entropy of the labels; without labels, of the target and of a random item beside it."""

@@ -18,7 +18,7 @@ from freshrec.models.popularity import Popularity, PopularitySpec
 from freshrec.models.repeat import Repeat, RepeatSpec
 from freshrec.models.sparse import Cells, Floats, Ints, Runs, best, distinct
 from freshrec.models.user_knn import UserKNNSpec
-from freshrec.types import Batch, Events, Histories, Model
+from freshrec.types import Batch, CountingModel, Events, Histories, StateDictModel
 
 COUNTING: dict[str, Any] = {
     "popularity": PopularitySpec(),
@@ -47,7 +47,11 @@ LATELY = "popularity-1"
 SHELF = 8192  # items, those most taken lately (by LATELY), among which the trained expert looks for what it offers
 
 
-class Counter(Model, Protocol):
+class Expert(CountingModel, StateDictModel, Protocol):
+    """A counting model as part of a blend."""
+
+
+class Counter(Expert, Protocol):
     """It has an opinion of few items of each user."""
 
     def sparse(self, batch: Batch) -> Any:
@@ -78,7 +82,7 @@ class Experts:
 
     def __init__(self, offered: int, length: int, seed: int) -> None:
         self.offered, self.length, self.n_items = offered, length, 0
-        self.counters: dict[str, Model] = {name: counter.build(seed) for name, counter in COUNTING.items()}
+        self.counters: dict[str, Expert] = {name: counter.build(seed) for name, counter in COUNTING.items()}
         self.trained: Pooled = TRAINED.build(seed)  # by the strategy; until then it has no opinion
         self.facts = Facts.empty()
         self.window = 0  # events: a sixth of the first block; 0 until that is known. Ages of items are measured in it
@@ -211,7 +215,7 @@ class Experts:
         self._settled = None
 
 
-def _said(counter: Model, batch: Batch, runs: Runs) -> Any:
+def _said(counter: Expert, batch: Batch, runs: Runs) -> Any:
     return counter.of(runs) if isinstance(counter, Repeat) else cast(Counter, counter).sparse(batch)
 
 

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from freshrec.errors import OptionError
-from freshrec.models.layers import FAR, best_inner_product, first_of, sampled_logits
-from freshrec.models.tables import Table, pulled, served, vectors_of
+from freshrec.models.layers import FAR, first_of, sampled_logits
+from freshrec.models.tables import Table, pulled, vectors_of
 from freshrec.options import Count, CountOrNone, Positive, Rate, Weight, check_options
-from freshrec.types import Batch, Events, Forward, Histories, Lanes
+from freshrec.types import Batch, Forward, Lanes
 
 Loss = Literal["xe", "bpr", "top1", "bpr-max", "top1-max"]
 
@@ -170,9 +170,6 @@ class GRU4Rec(nn.Module):
         if self.taken is not None:
             self.taken.grow(n_items)
 
-    def absorb(self, events: Events, histories: Histories) -> None:
-        """Nothing: this model learns by gradients only; it counts what it trains on."""
-
     def forward(self, batch: Batch) -> Forward:
         """The loss at each position that has a target."""
         assert batch.targets_BT is not None and batch.negatives_N is not None
@@ -239,11 +236,6 @@ class GRU4Rec(nn.Module):
         steps_N1H: Tensor = layer(x_BTH.flatten(0, 1)[:, None], before_BTH.flatten(0, 1)[None])[0]
         return steps_N1H.view(*x_BTH.shape[:2], -1)
 
-    def user_vectors(self, batch: Batch) -> Tensor:
-        """(B, 1, D) the output at the last event; zero without history."""
-        with torch.no_grad():
-            return self.encode(served(self.items, batch.history_BT), batch)
-
     def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
         """`user_vectors` of a history whose items have these vectors, with gradients.
 
@@ -256,14 +248,6 @@ class GRU4Rec(nn.Module):
             items_BTD = F.embedding(batch.history_BT, table)
         real_BT = batch.history_BT > 0
         return self._read(items_BTD, real_BT)[:, -1:] * real_BT.any(1)[:, None, None]
-
-    def item_vectors(self) -> Tensor:
-        """(n_items + 1, D)"""
-        return vectors_of(self.items)
-
-    def score(self, batch: Batch, items: Tensor) -> Tensor:
-        """u . e_i"""
-        return best_inner_product(self.user_vectors(batch), served(self.items, items))
 
 
 def one_more(model: GRU4Rec, items_BD: Tensor, lanes: Lanes) -> Tensor:

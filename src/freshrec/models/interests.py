@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from freshrec.device import normal
 from freshrec.errors import OptionError
-from freshrec.models.layers import FAR, attend, best_inner_product, first_of, sampled_logits, squash
-from freshrec.models.tables import Table, pulled, served, vectors_of
+from freshrec.models.layers import FAR, attend, first_of, sampled_logits, squash
+from freshrec.models.tables import Table, pulled
 from freshrec.options import Count, CountOrNone, Positive, Weight, check_options
-from freshrec.types import Batch, Events, Forward, Histories
+from freshrec.types import Batch, Forward
 
 
 @dataclass(frozen=True)
@@ -161,9 +161,6 @@ class InterestNet(nn.Module):
         self.n_users, self.n_items = n_users, n_items
         self.items.grow(n_items)
 
-    def absorb(self, events: Events, histories: Histories) -> None:
-        """Nothing: this model learns by gradients only."""
-
     def slots(self, n: int) -> Tensor:
         """(n, D): where the first n interests of a newcomer start."""
         return self.starts_KD[:n]
@@ -196,23 +193,9 @@ class InterestNet(nn.Module):
         """Whether only a user's last interests may be dropped."""
         return bool(self.extract.ordered)
 
-    def user_vectors(self, batch: Batch) -> Tensor:
-        """(B, K, D) interests read from the history, routing from the stored ones; an interest the user lacks repeats
-        the first one, so that it cannot win with a score of 0."""
-        with torch.no_grad():
-            return self.encode(served(self.items, batch.history_BT), batch)
-
     def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
         """`user_vectors` of a history whose items have these vectors, with gradients."""
         vectors_BKD = self._interests(items_BTD, batch)
         if batch.alive_BK is None:
             return vectors_BKD
         return torch.where(batch.alive_BK[..., None], vectors_BKD, vectors_BKD[:, :1])
-
-    def item_vectors(self) -> Tensor:
-        """(n_items + 1, D)"""
-        return vectors_of(self.items)
-
-    def score(self, batch: Batch, items: Tensor) -> Tensor:
-        """max_k h_k e_i."""
-        return best_inner_product(self.user_vectors(batch), served(self.items, items))

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from freshrec.models.layers import attend, best_inner_product, first_of, passed, sampled_logits
-from freshrec.models.tables import Table, make_room, pulled, served, vectors_of
+from freshrec.models.layers import attend, first_of, passed, sampled_logits
+from freshrec.models.tables import Table, make_room, pulled
 from freshrec.options import Count, CountOrNone, Positive, Rate, check_options
-from freshrec.types import Batch, Events, Forward, Histories
+from freshrec.types import Batch, Forward
 
 EPS = 1e-9  # keeps 0 / 0, of a history without items, at 0
 
@@ -99,9 +99,6 @@ class LimaRec(nn.Module):
         self.n_users, self.n_items = n_users, n_items
         make_room(self.items, n_items)
 
-    def absorb(self, events: Events, histories: Histories) -> None:
-        """Nothing: this model learns by gradients only."""
-
     def forward(self, batch: Batch) -> Forward:
         """Sampled softmax at each position that has a target, under the label-aware mix of the interests there."""
         assert batch.targets_BT is not None and batch.negatives_N is not None
@@ -121,11 +118,6 @@ class LimaRec(nn.Module):
         weights_BPT: Tensor = (1 - self.spec.fading) ** since_BPT.clamp(min=0)
         return weights_BPT * real_BT[:, None]
 
-    def user_vectors(self, batch: Batch) -> Tensor:
-        """(B, K, D) the interests after the last event; zero without history."""
-        with torch.no_grad():
-            return self.encode(served(self.items, batch.history_BT), batch)
-
     def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
         """`user_vectors` of a history whose items have these vectors, with gradients."""
         n_steps = batch.history_BT.shape[1]
@@ -137,11 +129,3 @@ class LimaRec(nn.Module):
         vectors_B1KD = self.layer(items_BTD.gather(1, last_B1D), items_BTD, weights_B1T)
         vectors_BKD: Tensor = vectors_B1KD[:, 0] * real_BT.any(1)[:, None, None]
         return vectors_BKD
-
-    def item_vectors(self) -> Tensor:
-        """(n_items + 1, D)"""
-        return vectors_of(self.items)
-
-    def score(self, batch: Batch, items: Tensor) -> Tensor:
-        """max_k h_k . e_i"""
-        return best_inner_product(self.user_vectors(batch), served(self.items, items))

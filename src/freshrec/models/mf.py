@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from freshrec.models.layers import best_inner_product, first_of, sampled_logits
-from freshrec.models.tables import Table, pulled, served, vectors_of
+from freshrec.models.layers import first_of, sampled_logits
+from freshrec.models.tables import Table, pulled
 from freshrec.options import Count, CountOrNone, Positive, check_options
-from freshrec.types import Batch, Events, Forward, Histories
+from freshrec.types import Batch, Forward
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,6 @@ class MF(nn.Module):
         self.users.grow(n_users)
         self.items.grow(n_items)
 
-    def absorb(self, events: Events, histories: Histories) -> None:
-        """Nothing: this model learns by gradients only."""
-
     def forward(self, batch: Batch) -> Forward:
         """Sampled softmax of the target."""
         assert batch.targets_BT is not None and batch.negatives_N is not None
@@ -68,11 +65,3 @@ class MF(nn.Module):
     def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
         """The users' rows (B, 1, D), with gradients; what is in the history does not matter."""
         return self.users.pull(batch.users_B)[:, None]
-
-    def item_vectors(self) -> Tensor:
-        """(n_items + 1, D)"""
-        return vectors_of(self.items)
-
-    def score(self, batch: Batch, items: Tensor) -> Tensor:
-        """u . e_i"""
-        return best_inner_product(self.user_vectors(batch), served(self.items, items))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from freshrec.models.layers import judged
 from freshrec.models.tables import Table
 from freshrec.options import Count, Positive, check_options
-from freshrec.types import Batch, Events, Forward, Histories
+from freshrec.types import Batch, Forward
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,6 @@ class BiasedMF(nn.Module):
         self.users.weights[self.n_users + 1 :, -1] = 0.0
         self.items.weights[self.n_items + 1 :, -1] = 0.0
         self.n_users, self.n_items = n_users, n_items
-
-    def absorb(self, events: Events, histories: Histories) -> None:
-        """Nothing: this model learns by gradients only."""
 
     def forward(self, batch: Batch) -> Forward:
         """Mean binary cross-entropy of the labels; without labels, of the target and of a random item beside it."""

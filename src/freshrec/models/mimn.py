@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from freshrec.models.layers import attend, best_inner_product, first_of, passed, sampled_logits
-from freshrec.models.tables import Table, make_room, pulled, served, vectors_of
+from freshrec.models.layers import attend, first_of, passed, sampled_logits
+from freshrec.models.tables import Table, make_room, pulled
 from freshrec.options import Count, CountOrNone, Positive, Weight, check_options
-from freshrec.types import Batch, Events, Forward, Histories
+from freshrec.types import Batch, Forward
 
 CLIP, SHARP, MUCH = 20.0, 2.0, 400.0  # constants of the authors' code: bound, sharpness, and a slot that is used much
 
@@ -170,9 +170,6 @@ class MIMN(nn.Module):
         self.n_users, self.n_items = n_users, n_items
         make_room(self.items, n_items)
 
-    def absorb(self, events: Events, histories: Histories) -> None:
-        """Nothing: this model learns by gradients only."""
-
     def forward(self, batch: Batch) -> Forward:
         """Sampled softmax at each position that has a target, under the label-aware mix of the interests there."""
         assert batch.targets_BT is not None and batch.negatives_N is not None
@@ -187,11 +184,6 @@ class MIMN(nn.Module):
         loss = first_of(logits_BN) + self.spec.even * unevenness(memory.used_BK)
         return Forward(loss, vectors_BKD, target_BD, logits_BN)
 
-    def user_vectors(self, batch: Batch) -> Tensor:
-        """(B, K, D) the interests after the last event; zero without history."""
-        with torch.no_grad():
-            return self.encode(served(self.items, batch.history_BT), batch)
-
     def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
         """`user_vectors` of a history whose items have these vectors, with gradients."""
         if batch.history_BT.shape[1] == 0:
@@ -200,11 +192,3 @@ class MIMN(nn.Module):
         _, memory = self.cell(items_BTD, real_BT, self.cell.start(len(batch)))
         vectors_BKD: Tensor = self.project(memory.slots_BKM) * real_BT.any(1)[:, None, None]
         return vectors_BKD
-
-    def item_vectors(self) -> Tensor:
-        """(n_items + 1, D)"""
-        return vectors_of(self.items)
-
-    def score(self, batch: Batch, items: Tensor) -> Tensor:
-        """max_k h_k . e_i"""
-        return best_inner_product(self.user_vectors(batch), served(self.items, items))

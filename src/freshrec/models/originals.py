@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from freshrec.errors import OptionError
-from freshrec.models.layers import FAR, attend, best_inner_product, first_of, sampled_logits, squash
-from freshrec.models.tables import Table, pulled, served, vectors_of
+from freshrec.models.layers import FAR, attend, first_of, sampled_logits, squash
+from freshrec.models.tables import Table, pulled
 from freshrec.options import Count, CountOrNone, Positive, Weight, check_options
-from freshrec.types import Batch, Events, Forward, Histories
+from freshrec.types import Batch, Forward
 
 HARD = 100.0  # from this power on, label attention takes the closest interest alone
 
@@ -191,9 +191,6 @@ class OriginalNet(nn.Module):
         self.n_users, self.n_items = n_users, n_items
         self.items.grow(n_items)
 
-    def absorb(self, events: Events, histories: Histories) -> None:
-        """Nothing: this model learns by gradients only."""
-
     def forward(self, batch: Batch) -> Forward:
         """Sampled softmax of the target under the label-aware mix of the user's interests."""
         assert batch.targets_BT is not None and batch.negatives_N is not None
@@ -214,19 +211,6 @@ class OriginalNet(nn.Module):
             vectors_BKD = torch.where(alive_BK[..., None], vectors_BKD, vectors_BKD[:, :1])
         return vectors_BKD, alive_BK
 
-    def user_vectors(self, batch: Batch) -> Tensor:
-        """(B, K, D) interests read from the history, the same at every call."""
-        with torch.no_grad():
-            return self.encode(served(self.items, batch.history_BT), batch)
-
     def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
         """`user_vectors` of a history whose items have these vectors, with gradients."""
         return self._interests(items_BTD, batch, noisy=False)[0]
-
-    def item_vectors(self) -> Tensor:
-        """(n_items + 1, D)"""
-        return vectors_of(self.items)
-
-    def score(self, batch: Batch, items: Tensor) -> Tensor:
-        """max_k h_k e_i"""
-        return best_inner_product(self.user_vectors(batch), served(self.items, items))

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from freshrec.models.layers import best_inner_product, first_of, sampled_logits
-from freshrec.models.tables import Table, pulled, served, vectors_of
+from freshrec.models.layers import first_of, sampled_logits
+from freshrec.models.tables import Table, pulled, served
 from freshrec.options import Count, CountOrNone, Positive, check_options
-from freshrec.types import Batch, Events, Forward, Histories
+from freshrec.types import Batch, Forward
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,6 @@ class Pooled(nn.Module):
         self.taken.grow(n_items)
         self.items.grow(n_items)
 
-    def absorb(self, events: Events, histories: Histories) -> None:
-        """Nothing: this model learns by gradients only."""
-
     def forward(self, batch: Batch) -> Forward:
         """Sampled softmax at each position that has a target."""
         assert batch.targets_BT is not None and batch.negatives_N is not None
@@ -90,11 +87,3 @@ class Pooled(nn.Module):
     def _faded(self, age: Tensor) -> Tensor:
         """w, of any ages."""
         return torch.exp(-F.softplus(self.fading) * age)
-
-    def item_vectors(self) -> Tensor:
-        """(n_items + 1, D)"""
-        return vectors_of(self.items)
-
-    def score(self, batch: Batch, items: Tensor) -> Tensor:
-        """u . e_i"""
-        return best_inner_product(self.user_vectors(batch), served(self.items, items))

@@ -12,6 +12,7 @@ from freshrec.data.batches import closed, in_parts
 from freshrec.device import blocks_pay
 from freshrec.errors import TrainingError
 from freshrec.models.layers import best_inner_product
+from freshrec.models.scoring import item_vectors, score_items, user_vectors
 from freshrec.models.sparse import distinct
 from freshrec.types import Batch, Model, OfferingModel, TrainedModel, VectorModel
 
@@ -23,7 +24,7 @@ Search = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 def vectors_of(model: VectorModel, batch: Batch, readout: str = "recent") -> Tensor:
     """(B, K, D) what represents the users: interests read from the recent history, as stored, or both side by side."""
-    recent_BKD = model.user_vectors(batch)
+    recent_BKD = user_vectors(model, batch)
     if readout == "recent" or batch.interests_BKD is None or batch.alive_BK is None or batch.old_BK is None:
         return recent_BKD
     first_B1D = batch.interests_BKD[:, :1]
@@ -61,9 +62,9 @@ def ranks_among(model: Model, batch: Batch, target_B: Tensor, others_BN: Tensor,
     items_BN = torch.cat([torch.where(known_B, target_B, 0)[:, None], others_BN], 1)
     batch = known(model, batch)
     if isinstance(model, VectorModel):
-        score_BN = best_inner_product(vectors_of(model, batch, readout), model.item_vectors()[items_BN])
+        score_BN = best_inner_product(vectors_of(model, batch, readout), item_vectors(model)[items_BN])
     else:
-        score_BN = model.score(batch, items_BN)
+        score_BN = score_items(model, batch, items_BN)
     _must_be_finite(score_BN)
     target_B1, score_BN = score_BN[:, :1], score_BN[:, 1:]
     ahead_BN = (score_BN > target_B1).float() + 0.5 * (score_BN == target_B1)
@@ -97,11 +98,11 @@ def _ahead(model: Model, batch: Batch, target_B: Tensor, readout: str, n_items: 
         return _ahead_among_offered(*model.candidates(batch), target_B, n_items, own_BN)
     ahead_B = torch.zeros(len(batch))
     vectors_BKD = vectors_of(model, batch, readout) if isinstance(model, VectorModel) else None
-    items_ID = model.item_vectors() if isinstance(model, VectorModel) else None
+    items_ID = item_vectors(model) if isinstance(model, VectorModel) else None
     if vectors_BKD is not None and items_ID is not None:
         target_B1 = best_inner_product(vectors_BKD, items_ID[target_B][:, None])
     else:
-        target_B1 = model.score(batch, target_B[:, None])
+        target_B1 = score_items(model, batch, target_B[:, None])
     in_blocks = isinstance(model, TrainedModel) and blocks_pay(target_B)
     block = ITEMS if in_blocks else max(n_items, 1)  # a counter's sparse scores are made once for all
     blocks = [torch.arange(first, min(first + block, n_items + 1)) for first in range(1, n_items + 1, block)]
@@ -111,7 +112,7 @@ def _ahead(model: Model, batch: Batch, target_B: Tensor, readout: str, n_items: 
         if vectors_BKD is not None and items_ID is not None:
             score_BN = best_inner_product(vectors_BKD, items_ID[items_N[0] : items_N[-1] + 1])
         else:
-            score_BN = model.score(batch, items_N)
+            score_BN = score_items(model, batch, items_N)
         _must_be_finite(score_BN)
         other_BN = items_N != target_B[:, None]  # the target's own score may differ in the last bit between blocks
         ahead_B += ((score_BN > target_B1) & other_BN).sum(1) + 0.5 * ((score_BN == target_B1) & other_BN).sum(1)
@@ -153,8 +154,8 @@ def top(
         return _top_offered(*model.candidates(batch), k, banned_BM, among_N)
     among_N = torch.arange(1, model.n_items + 1) if among_N is None else among_N[among_N <= model.n_items]
     if isinstance(model, VectorModel):
-        return top_exact(model.item_vectors(), model.user_vectors(batch), k, banned_BM, among_N)
-    return _best_of(lambda items_N: model.score(batch, items_N), len(batch), k, banned_BM, among_N)
+        return top_exact(item_vectors(model), user_vectors(model, batch), k, banned_BM, among_N)
+    return _best_of(lambda items_N: score_items(model, batch, items_N), len(batch), k, banned_BM, among_N)
 
 
 def _best_of(
@@ -195,7 +196,7 @@ def _top_found(
     model: VectorModel, batch: Batch, k: int, banned_BM: Tensor | None, search: Search
 ) -> tuple[Tensor, Tensor]:
     """The best of what a search finds; of all items for users of whom it finds too few."""
-    vectors_BKD = model.user_vectors(batch)
+    vectors_BKD = user_vectors(model, batch)
     banned_BM = torch.zeros(len(batch), 0, dtype=torch.int64) if banned_BM is None else banned_BM
     banned_BM = torch.from_numpy(distinct(torch.where(banned_BM <= model.n_items, banned_BM, 0).numpy()))
     n_banned_B = (banned_BM > 0).sum(1)
@@ -204,7 +205,7 @@ def _top_found(
     short_B = torch.isfinite(score_BK).sum(1) < (model.n_items - n_banned_B).clamp(max=k)
     if bool(short_B.any()):
         all_N = torch.arange(1, model.n_items + 1)
-        exact = top_exact(model.item_vectors(), vectors_BKD[short_B], k, banned_BM[short_B], all_N)
+        exact = top_exact(item_vectors(model), vectors_BKD[short_B], k, banned_BM[short_B], all_N)
         items_BK, score_BK = _widened(items_BK, 0, k), _widened(score_BK, -torch.inf, k)
         items_BK[short_B, : exact[0].shape[1]], score_BK[short_B, : exact[1].shape[1]] = exact
     return items_BK, score_BK

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from freshrec.errors import OptionError
-from freshrec.models.layers import best_inner_product, first_of, sampled_logits, yes_or_no
+from freshrec.models.layers import first_of, sampled_logits, yes_or_no
 from freshrec.models.softmax import full_softmax
-from freshrec.models.tables import Table, pulled, served, vectors_of
+from freshrec.models.tables import Table, pulled
 from freshrec.options import Count, CountOrNone, Positive, Rate, check_options
-from freshrec.types import Batch, Events, Forward, Histories
+from freshrec.types import Batch, Forward
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,6 @@ class SASRec(nn.Module):
         self.n_users, self.n_items = n_users, n_items
         self.items.grow(n_items)
 
-    def absorb(self, events: Events, histories: Histories) -> None:
-        """Nothing: this model learns by gradients only."""
-
     def forward(self, batch: Batch) -> Forward:
         """Softmax cross-entropy at each position that has a target, or at the last one."""
         assert batch.targets_BT is not None and batch.negatives_N is not None
@@ -141,22 +138,9 @@ class SASRec(nn.Module):
         out: Tensor = self.last(x_BTD)
         return out
 
-    def user_vectors(self, batch: Batch) -> Tensor:
-        """(B, 1, D) the last position's output; zero without history."""
-        with torch.no_grad():
-            return self.encode(served(self.items, batch.history_BT), batch)
-
     def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
         """`user_vectors` of a history whose items have these vectors, with gradients."""
         if batch.history_BT.shape[1] == 0:
             return torch.zeros(len(batch), 1, self.spec.d)
         real_BT = batch.history_BT > 0
         return self._encode(items_BTD, real_BT)[:, -1:] * real_BT[:, -1:, None]
-
-    def item_vectors(self) -> Tensor:
-        """(n_items + 1, D)"""
-        return vectors_of(self.items)
-
-    def score(self, batch: Batch, items: Tensor) -> Tensor:
-        """F . e_i"""
-        return best_inner_product(self.user_vectors(batch), served(self.items, items))

@@ -81,7 +81,6 @@ class SessionKNN:
 
     def __init__(self, spec: SKNNSpec) -> None:
         self.spec = spec
-        self.seed = 0  # it draws nothing
         self.n_users = 0
         self.n_items = 0
         self.offsets_U = np.zeros(2, dtype=np.int64)  # user u owns items_R[offsets_U[u] : offsets_U[u + 1]]

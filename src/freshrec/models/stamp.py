@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from freshrec.models.layers import best_inner_product, first_of, sampled_logits
+from freshrec.models.layers import first_of, sampled_logits
 from freshrec.models.softmax import full_softmax
-from freshrec.models.tables import Table, pulled, served, vectors_of
+from freshrec.models.tables import Table, pulled
 from freshrec.options import Count, CountOrNone, Positive, check_options
-from freshrec.types import Batch, Events, Forward, Histories
+from freshrec.types import Batch, Forward
 
 WEIGHT_STD = 0.05  # of the dense weights when they start, as in the authors' code
 
@@ -89,9 +89,6 @@ class STAMP(nn.Module):
         self.n_users, self.n_items = n_users, n_items
         self.items.grow(n_items)
 
-    def absorb(self, events: Events, histories: Histories) -> None:
-        """Nothing: this model learns by gradients only."""
-
     def forward(self, batch: Batch) -> Forward:
         """Softmax cross-entropy of the target, over all known items or over the negatives."""
         assert batch.targets_BT is not None and batch.negatives_N is not None
@@ -104,11 +101,6 @@ class STAMP(nn.Module):
         user_BD = self.encode(history_BTD, batch)[:, 0]
         logits_BN = sampled_logits(user_BD, target_BD, negative_ND, target_B, negative_N)
         return Forward(first_of(logits_BN), user_BD[:, None], target_BD, logits_BN)
-
-    def user_vectors(self, batch: Batch) -> Tensor:
-        """(B, 1, D) h_s h_t; zero without history."""
-        with torch.no_grad():
-            return self.encode(served(self.items, batch.history_BT), batch)
 
     def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
         """`user_vectors` of a history whose items have these vectors, with gradients."""
@@ -126,11 +118,3 @@ class STAMP(nn.Module):
                 whole_BD = whole_BD + mean_BD
         user_BD = torch.tanh(self.whole(whole_BD)) * torch.tanh(self.last(last_BD))
         return (user_BD * real_BT1[:, -1])[:, None]
-
-    def item_vectors(self) -> Tensor:
-        """(n_items + 1, D)"""
-        return vectors_of(self.items)
-
-    def score(self, batch: Batch, items: Tensor) -> Tensor:
-        """sum_d h_s h_t x_i"""
-        return best_inner_product(self.user_vectors(batch), served(self.items, items))

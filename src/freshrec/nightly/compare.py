@@ -3,6 +3,7 @@
 from freshrec.data.batches import random_source, turns_of
 from freshrec.device import permutation
 from freshrec.models.counted import told
+from freshrec.models.scoring import history_length
 from freshrec.replay.measure import Asked, Block, Queries, queries_of, rank_queries
 from freshrec.replay.metrics import Floats, evaluate, per_user
 from freshrec.serve.recommend import Served
@@ -18,7 +19,7 @@ def newest(served: Served) -> Queries:
     They may be answered with the items that the model has learnt.
     """
     state, block = served.state, Block(served.pending, 0, len(served.users), served.state.model.n_items)
-    queries = queries_of(state.recent, block, state.model.spec.length, Asked(TRAIN))
+    queries = queries_of(state.recent, block, history_length(state.model), Asked(TRAIN))
     order_N = permutation(len(queries), random_source(state.seed, state.spans_seen, DRAWN))
     order_N = order_N[turns_of(queries.users_N[order_N]).argsort(stable=True)]
     return queries[order_N[:ASKED]]

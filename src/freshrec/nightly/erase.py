@@ -22,6 +22,7 @@ from freshrec.store.versions import collected, give_up
 from freshrec.types import Events, Histories, Interests, Model, RememberingModel, Shown, TrainedModel
 
 T = TypeVar("T")
+M = TypeVar("M", bound=Model)
 USERS = "users"  # the name of every table that has a row for each user
 STAYS = (
     "weights that all users share, and counts of items and of pairs of items, to which the user's events have "
@@ -101,7 +102,7 @@ def _reservoir_without(reservoir: Reservoir, user: int) -> Reservoir:
     return replace(reservoir, kept=reservoir.kept[which_N])
 
 
-def _model_without(model: Model, user: int) -> Model:
+def _model_without(model: M, user: int) -> M:
     """A copy in which the user's own row says nothing; what all users share is as it was."""
     model = copy.deepcopy(model)
     if isinstance(model, Blend):

@@ -25,6 +25,8 @@ from freshrec.models.blend import Blend
 from freshrec.models.checkpoint import load_tree, save_text, save_tree, write_whole
 from freshrec.models.counted import absorb, told
 from freshrec.models.ranking import READOUTS
+from freshrec.models.requirements import build_model
+from freshrec.models.scoring import history_length
 from freshrec.replay.measure import Asked, Block, Queries, blocks_of, click_rows, queries_of, rank_queries
 from freshrec.types import (
     VALID,
@@ -67,8 +69,11 @@ class Settings:
 
 
 def check(model: ModelSpec, model_name: str, strategy: Strategy, strategy_name: str) -> None:
-    """Raises IncompatibleError, with a sentence, where this strategy cannot update this model."""
-    built = model.build(0)
+    """Raises IncompatibleError, with a sentence, where this strategy cannot update this model.
+
+    OptionError where the model lacks what every model must have.
+    """
+    built = build_model(model, model_name)
     if strategy.needs == "counters" and isinstance(built, TrainedModel):
         raise IncompatibleError(
             f'"{strategy_name}" trains nothing, and "{model_name}" learns only by training: use frozen.'
@@ -151,7 +156,8 @@ def _resumed(
     for span in cut.spans[: state.spans_seen]:  # the queries are made of the log alone, so they need not be saved
         for block in _blocks(span, cut, cell.cadence) if span.index else []:
             if block.events.labels_E is None:
-                asked.append((span.index, _secret(queries_of(recent, block, state.model.spec.length, settings.asked))))
+                queries = queries_of(recent, block, history_length(state.model), settings.asked)
+                asked.append((span.index, _secret(queries)))
             recent = append(recent, block.events, span.n_users)
         recent = recent if span.index else append(recent, span.events, span.n_users)
     return state, before, asked
@@ -176,7 +182,7 @@ def _tested(
         if block.events.labels_E is not None:
             rows.append(_named(click_rows(state, block, settings.asked), span.index, span.index - 1))
         else:
-            queries = queries_of(state.recent, block, state.model.spec.length, settings.asked)
+            queries = queries_of(state.recent, block, history_length(state.model), settings.asked)
             for readout in READOUTS if isinstance(state.model, InterestModel) else READOUTS[:1]:
                 ranks_N = rank_queries(state, queries, readout, settings.asked.among)
                 rows.append(_rows(queries, ranks_N, span.index, span.index - 1, readout))
@@ -221,7 +227,7 @@ def _tuned(
     for alternative in alternatives:
         state = alternative.update(before, last)
         block = Block(span.events, 0, span.n_users, last.n_items)
-        queries = queries_of(state.recent, block, state.model.spec.length, Asked(VALID, settings.asked.min_history))
+        queries = queries_of(state.recent, block, history_length(state.model), Asked(VALID, settings.asked.min_history))
         ranks_N = rank_queries(state, queries)
         qualities.append(float(((ranks_N <= 20) / torch.log2(1 + ranks_N)).nan_to_num(0.0).mean()))
     best = max(range(len(qualities)), key=qualities.__getitem__)

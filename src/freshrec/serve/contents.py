@@ -16,6 +16,7 @@ from freshrec.models.blend import Blend
 from freshrec.models.checkpoint import load_tree, save_tree
 from freshrec.models.counted import absorb
 from freshrec.models.popularity import PopularitySpec
+from freshrec.models.requirements import build_model
 from freshrec.replay.measure import Queries
 from freshrec.replay.replay import check
 from freshrec.serve.reading import Numbered, Reading
@@ -72,7 +73,7 @@ def begun(model: str | ModelSpec, strategy: str | Strategy | None, seed: int, re
     name, IncompatibleError where the strategy cannot update the model.
     """
     spec = find_model(model) if isinstance(model, str) else model
-    empty = spec.build(seed)
+    empty = build_model(spec, model if isinstance(model, str) else type(model).__name__, seed)
     if strategy is None:
         counting = "refit" if isinstance(empty, Blend) else "absorb"
         strategy = "finetune" if isinstance(empty, TrainedModel) else counting

@@ -8,6 +8,7 @@ from torch import Tensor
 from freshrec.errors import IncompatibleError
 from freshrec.models.blend import Blend, Reason
 from freshrec.models.pairs import Pairs
+from freshrec.models.scoring import item_vectors, score_items, user_vectors
 from freshrec.serve.recommend import Served, batch_of_user
 from freshrec.types import Batch, VectorModel
 
@@ -35,7 +36,7 @@ def by_vectors(model: VectorModel, batch: Batch, item: int) -> list[Reason]:
     `because` is, of the past items that are nearest to this vector of all the user's, the one most like the item, all
     by cosine.
     """
-    vectors_KD, vectors_ID = model.user_vectors(batch)[0], model.item_vectors()
+    vectors_KD, vectors_ID = user_vectors(model, batch)[0], item_vectors(model)
     if batch.alive_BK is not None:
         vectors_KD = vectors_KD[batch.alive_BK[0]]
     points_KI = vectors_KD @ vectors_ID[1:].T
@@ -57,7 +58,7 @@ def by_vectors(model: VectorModel, batch: Batch, item: int) -> list[Reason]:
 
 def _by_pairs(model: Pairs, batch: Batch, item: int) -> list[Reason]:
     """The one reason of a pair counter; none where it has nothing to say for the item."""
-    scores_I = model.score(batch, torch.arange(1, model.n_items + 1))[0]
+    scores_I = score_items(model, batch, torch.arange(1, model.n_items + 1))[0]
     points = float(scores_I[item - 1])
     place = 1 + int((scores_I > points).sum())
     return [Reason("pairs", place, points, model.because(batch, item))] if points > 0 else []

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from freshrec.errors import IncompatibleError, OptionError
+from freshrec.models.scoring import item_vectors, user_vectors
 from freshrec.serve.answers import Version
 from freshrec.serve.index import built
 from freshrec.serve.recommend import vectors_of_users
@@ -34,14 +35,14 @@ def export(version: Version, folder: Path, with_onnx: bool = False) -> dict[str,
         raise OptionError(f"{folder} holds something already; name a new folder.")
     folder.mkdir(parents=True, exist_ok=True)
     n_items = model.n_items
-    items_ID = np.ascontiguousarray(model.item_vectors()[1:].numpy())
+    items_ID = np.ascontiguousarray(item_vectors(model)[1:].numpy())
     np.save(folder / "item_vectors.npy", items_ID)
     served.items.frame[:n_items].select("id", row=pl.int_range(1, pl.len() + 1)).write_parquet(folder / "items.parquet")
-    vectors_SD, first_U, n_U = user_vectors(version)
+    vectors_SD, first_U, n_U = vectors_of_all_users(version)
     np.save(folder / "user_vectors.npy", vectors_SD)
     ids = served.users.frame.select("id", row=pl.int_range(1, pl.len() + 1))
     ids.with_columns(first=pl.Series(first_U), vectors=pl.Series(n_U)).write_parquet(folder / "users.parquet")
-    _write_index(built(model.item_vectors()), folder / "items.faiss")
+    _write_index(built(item_vectors(model)), folder / "items.faiss")
     about: dict[str, Any] = {
         "version": version.number, "model": version.kept.names[0], "dimensions": items_ID.shape[1], "items": n_items,
         "users": len(served.users), "user_vectors": len(vectors_SD),
@@ -56,7 +57,7 @@ def export(version: Version, folder: Path, with_onnx: bool = False) -> dict[str,
     return about
 
 
-def user_vectors(version: Version) -> tuple[np.ndarray, list[int], list[int]]:
+def vectors_of_all_users(version: Version) -> tuple[np.ndarray, list[int], list[int]]:
     """The vectors of all users as they would be asked now, one user after the other; the first of each, how many."""
     users_N = torch.arange(1, len(version.served.users) + 1)
     found: dict[int, Tensor] = {}
@@ -80,8 +81,8 @@ class Tower(nn.Module):
     def forward(self, users_B: Tensor, history_BT: Tensor, stored_BKD: Tensor) -> Tensor:
         """(B, K, D); `stored_BKD`: the interests stored of each user, which other models do not look at."""
         if self.has_interests:
-            return self.model.user_vectors(Batch(users_B, history_BT, interests_BKD=stored_BKD))  # type: ignore[no-any-return]
-        return self.model.user_vectors(Batch(users_B, history_BT))  # type: ignore[no-any-return]
+            return user_vectors(self.model, Batch(users_B, history_BT, interests_BKD=stored_BKD))
+        return user_vectors(self.model, Batch(users_B, history_BT))
 
 
 def write_tower(version: Version, path: Path) -> list[str]:
@@ -92,7 +93,7 @@ def write_tower(version: Version, path: Path) -> list[str]:
     model = version.served.state.model
     length, n = model.spec.length, 2
     k = 2 if isinstance(model, InterestModel) else 1
-    d = model.item_vectors().shape[1]
+    d = item_vectors(model).shape[1]
     example = (torch.ones(n, dtype=torch.int64), torch.ones(n, length, dtype=torch.int64), torch.zeros(n, k, d))
     names = ["users", "history", "stored"]
     batch = torch.export.Dim("users_", min=1, max=4096)

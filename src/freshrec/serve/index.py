@@ -21,6 +21,7 @@ from torch import Tensor
 
 from freshrec.models.layers import best_inner_product
 from freshrec.models.ranking import Search, top_exact
+from freshrec.models.scoring import item_vectors
 from freshrec.serve.recommend import Served, vectors_of_users
 from freshrec.types import VectorModel
 
@@ -68,7 +69,7 @@ def searching(served: Served, limits: Limits = USUAL) -> tuple[Search | None, Se
     if not len(vectors_QKD):
         return None, Searching("exact", "no user has an event to measure a search with")
     if has_tail:
-        search = longest_first(model.item_vectors(), limits.head)
+        search = longest_first(item_vectors(model), limits.head)
         n_Q = torch.full((len(vectors_QKD),), LIST + HAD)
         found = [search(part_BKD, n_B)[0] for part_BKD, n_B in zip(vectors_QKD.split(FEW), n_Q.split(FEW))]
         decided = float((torch.cat(found) > 0).all(1).float().mean())
@@ -77,13 +78,13 @@ def searching(served: Served, limits: Limits = USUAL) -> tuple[Search | None, Se
             return search, Searching("longest", why)
     if model.n_items <= limits.exact:
         return None, every
-    index = built(model.item_vectors())
+    index = built(item_vectors(model))
     all_N = torch.arange(1, model.n_items + 1)
-    parts = [top_exact(model.item_vectors(), part_BKD, LIST, None, all_N)[0] for part_BKD in vectors_QKD.split(FEW)]
+    parts = [top_exact(item_vectors(model), part_BKD, LIST, None, all_N)[0] for part_BKD in vectors_QKD.split(FEW)]
     best_QN = torch.cat(parts)
     recall = 0.0
     for probes in PROBES:
-        search = through(index, model.item_vectors(), probes)
+        search = through(index, item_vectors(model), probes)
         recall = recall_of(search, vectors_QKD, best_QN)
         if recall >= limits.floor:
             why = f"finds {recall:.1%} of the best {LIST} items, looking into {probes} of {index.nlist:,} cells"

@@ -13,6 +13,7 @@ from torch import Tensor
 from freshrec.data.log import format_time
 from freshrec.models.blend import Blend
 from freshrec.models.pairs import Pairs
+from freshrec.models.scoring import item_vectors, user_vectors
 from freshrec.serve.fresh import asked_of
 from freshrec.serve.list_request import Id, ListRequest
 from freshrec.serve.reading import resolve_request, rows_of
@@ -111,7 +112,7 @@ def _interests_of_vectors(
     """The user's vectors, each with its best items and the past events that are closest to it of all vectors."""
     batch = batch_of_user(served, torch.tensor([row]))
     n = int(batch.alive_BK.sum()) if batch.alive_BK is not None else None
-    vectors_KD, items_ID = model.user_vectors(batch)[0][:n], model.item_vectors()
+    vectors_KD, items_ID = user_vectors(model, batch)[0][:n], item_vectors(model)
     scores_KI = vectors_KD @ items_ID.T
     scores_KI[:, 0] = -torch.inf
     best_KN = scores_KI.topk(min(N_ITEMS, model.n_items))

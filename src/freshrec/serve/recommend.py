@@ -16,6 +16,7 @@ from freshrec.models.blend import Blend
 from freshrec.models.counted import told
 from freshrec.models.pairs import Pairs
 from freshrec.models.ranking import Search, known, top
+from freshrec.models.scoring import history_length, item_vectors, user_vectors
 from freshrec.serve.diverse import CANDIDATES, diversified, kinds_of
 from freshrec.serve.fresh import Fresh, asked_of
 from freshrec.serve.list_request import ListRequest
@@ -84,7 +85,7 @@ class Served:
     @cached_property
     def norms_I(self) -> Tensor:
         """The length of each item's vector, at least a little, from item 0."""
-        lengths_I: Tensor = self.state.model.item_vectors().norm(dim=1)
+        lengths_I: Tensor = item_vectors(self.state.model).norm(dim=1)
         return lengths_I.clamp(min=1e-12)
 
     @cached_property
@@ -168,7 +169,7 @@ def lists_of(served: Served, users_N: Tensor, wanted: Wanted) -> Lists:
 def _from_model(served: Served, users_N: Tensor, wanted: Wanted, lists: Lists) -> None:
     state, nth_N = served.now, users_N.nonzero()[:, 0]
     ends = asked_of(state.recent, served.fresh, users_N[nth_N])
-    for which, batch in query_batches(ends, state.model.spec.length, served.carried, SIZE):
+    for which, batch in query_batches(ends, history_length(state.model), served.carried, SIZE):
         banned_BM = _banned(served, batch.users_B, wanted)
         items_BC, scores_BC = top(state.model, batch, wanted.n_candidates, banned_BM, wanted.allow_M, served.search)
         if served.counts_only:
@@ -181,16 +182,16 @@ def vectors_of_users(served: Served, users_N: Tensor) -> Iterator[tuple[Tensor, 
     model = served.now.model
     assert isinstance(model, VectorModel)
     ends = asked_of(served.now.recent, served.fresh, users_N)
-    for which, batch in query_batches(ends, model.spec.length, served.carried, SIZE):
+    for which, batch in query_batches(ends, history_length(model), served.carried, SIZE):
         batch = known(model, batch)
-        yield which, batch, model.user_vectors(batch)
+        yield which, batch, user_vectors(model, batch)
 
 
 def batch_of_user(served: Served, user_1: Tensor) -> Batch:
     """One user row as the model sees it now."""
     model = served.now.model
     ends = asked_of(served.now.recent, served.fresh, user_1)
-    [(_, batch)] = query_batches(ends, model.spec.length, served.carried)
+    [(_, batch)] = query_batches(ends, history_length(model), served.carried)
     return known(model, batch)
 
 
@@ -237,7 +238,7 @@ def similar_items(served: Served, items_N: Tensor, k: int) -> pl.DataFrame:
     for which in known_N.split(SIZE // 8):
         items_B1 = items_N[which][:, None]
         if isinstance(model, VectorModel):
-            scores_BI = model.item_vectors()[items_B1[:, 0]] @ model.item_vectors().T
+            scores_BI = item_vectors(model)[items_B1[:, 0]] @ item_vectors(model).T
             scores_BI /= served.norms_I * served.norms_I[items_B1]
             scores_BI.scatter_(1, items_B1, -torch.inf)[:, 0] = -torch.inf
             scores_BK, items_BK = scores_BI.topk(min(k, model.n_items))

@@ -15,6 +15,7 @@ import polars as pl
 from freshrec.deprecation import UNSET, Unset, value_of_renamed
 from freshrec.errors import LogError, OptionError, StateError
 from freshrec.models.counted import told
+from freshrec.models.scoring import history_length
 from freshrec.replay.measure import Asked, Block, queries_of, rank_queries
 from freshrec.replay.metrics import evaluate, parse, per_user
 from freshrec.replay.significance import interval
@@ -167,7 +168,7 @@ class Recommender:
         served = self.served
         new = numbered(served, read_next(new_events, self.contents.reading, served).frame)
         block, state = Block(new.events, 0, len(new.users), len(served.items)), told(served.now, len(new.items))
-        queries = queries_of(state.recent, block, state.model.spec.length, Asked(TRAIN))
+        queries = queries_of(state.recent, block, history_length(state.model), Asked(TRAIN))
         if not len(queries):
             raise LogError("no user of the new events has an event before, so nothing can be asked; give more rows.")
         values_QM = evaluate(rank_queries(state, queries).numpy(), metrics)

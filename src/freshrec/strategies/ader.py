@@ -28,8 +28,8 @@ from freshrec.learn.exemplars import (
 )
 from freshrec.learn.fit import Clock, Fit, adapt, around, finish, grid, parted, start, successor
 from freshrec.learn.reservoir import Kept, kept_length
-from freshrec.learn.weights import items_of
 from freshrec.models.layers import best_inner_product
+from freshrec.models.scoring import item_table, item_vectors, user_vectors
 from freshrec.models.softmax import distilled_softmax
 from freshrec.options import Count, Weight, check_options
 from freshrec.types import Batch, EncodingModel, Span, State
@@ -59,15 +59,15 @@ def distil(model: EncodingModel, teacher: EncodingModel, exemplars: Kept, carrie
     where the model trains by the full softmax; else a row has no need of being held while nothing moves it.
     """
     n_known = teacher.n_items
-    known_RD = teacher.item_vectors()[: n_known + 1]
-    said = [(which, teacher.user_vectors(batch)) for which, batch in queries(exemplars, teacher, carried)]
+    known_RD = item_vectors(teacher)[: n_known + 1]
+    said = [(which, user_vectors(teacher, batch)) for which, batch in queries(exemplars, teacher, carried)]
     n_most = max((vectors_BKD.shape[1] for _, vectors_BKD in said), default=1)
     teacher_MKD = torch.zeros(len(exemplars), n_most, known_RD.shape[1])
     for which, vectors_BKD in said:
         teacher_MKD[which] = vectors_BKD[:, :1]  # again where there are fewer: it changes no score
         teacher_MKD[which, : vectors_BKD.shape[1]] = vectors_BKD
 
-    table = items_of(model)
+    table = item_table(model)
 
     def loss(which_M: Tensor, batch: Batch) -> Tensor:
         rows_RD = table.whole()

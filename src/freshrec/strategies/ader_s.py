@@ -17,6 +17,7 @@ from freshrec.device import uniform
 from freshrec.learn.exemplars import learnable, own_loss, replay, smallest
 from freshrec.learn.fit import Clock, Fit, adapt, finish, grid, parted, start, successor
 from freshrec.learn.reservoir import Kept, keep, together
+from freshrec.models.scoring import item_vectors
 from freshrec.options import Count, Rate, Weight, check_options
 from freshrec.types import EncodingModel, Span, State
 
@@ -93,7 +94,7 @@ class ADERS:
         carried = carried_by(model, state.users, span.index)
         clock = Clock()
         since = time.process_time()
-        exemplars = pool[alike(pool, targets, model.item_vectors(), self.share)]
+        exemplars = pool[alike(pool, targets, item_vectors(model), self.share)]
         clock.timed("choose_cpu_s", since)
         clock.costs["rows_read"] = float(len(targets) + len(exemplars))
         since = time.process_time()

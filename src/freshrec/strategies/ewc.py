@@ -18,8 +18,9 @@ from freshrec.device import permutation
 from freshrec.learn.exemplars import batch_of, learnable
 from freshrec.learn.fit import Clock, Fit, adapt, around, finish, grid, start, successor
 from freshrec.learn.reservoir import Kept, keep, kept_length
-from freshrec.learn.weights import Weights, items_of, weights_of
+from freshrec.learn.weights import Weights, weights_of
 from freshrec.models.layers import best_inner_product
+from freshrec.models.scoring import item_table, item_vectors, user_vectors
 from freshrec.models.tables import served, tables_of
 from freshrec.options import Count, Weight, check_options
 from freshrec.types import Batch, EncodingModel, Forward, Span, State, Term
@@ -74,8 +75,8 @@ def _add_squares(total: Weights, model: EncodingModel, batch: Batch) -> None:
     """Add each sample's squared gradients. B samples, I items from 1 on; of an item row only two kinds of gradient
     exist, (p - y) v from its score and that from its places in the history, so none of (B, I, D) is ever formed."""
     assert batch.targets_BT is not None
-    items_ID, item_B1 = model.item_vectors()[1 : model.n_items + 1], batch.targets_BT - 1
-    vectors_BKD = model.user_vectors(batch)
+    items_ID, item_B1 = item_vectors(model)[1 : model.n_items + 1], batch.targets_BT - 1
+    vectors_BKD = user_vectors(model, batch)
     score_BKI = vectors_BKD @ items_ID.t()
     score_BI, best_BI = score_BKI.max(1)
     error_BI = torch.softmax(score_BI, 1).scatter_add_(1, item_B1, torch.full(item_B1.shape, -1.0))
@@ -106,7 +107,7 @@ def _common_squares(
     model: EncodingModel, history_BT: Tensor, history_BTD: Tensor, error_BKI: Tensor, vectors_BKD: Tensor
 ) -> Tensor:
     """(C, D) the sum over samples of the squared gradients of what the items of each category have in common."""
-    items = items_of(model)
+    items = item_table(model)
     assert items.common is not None
     kinds_R = items.kinds_R
     by_kind_BKC = torch.zeros(*error_BKI.shape[:2], len(items.common.packed))
@@ -134,7 +135,7 @@ class Reader(nn.Module):
 def _gradients(model: EncodingModel, batch: Batch) -> tuple[Weights, Tensor]:
     """Of each sample's -ln p, by the dense weights, (B, ...) each, and by the vectors of its history (B, T, D)."""
     assert batch.targets_BT is not None
-    items_ID, reader = model.item_vectors()[1 : model.n_items + 1], Reader(model)
+    items_ID, reader = item_vectors(model)[1 : model.n_items + 1], Reader(model)
     dense = {f"model.{name}": weights.detach() for name, weights in model.named_parameters()}
 
     def loss(
@@ -147,7 +148,7 @@ def _gradients(model: EncodingModel, batch: Batch) -> tuple[Weights, Tensor]:
         return torch.logsumexp(score_I, 0) - score_I.gather(0, item_1 - 1)[0]
 
     of_each = vmap(partial(grad(loss, (0, 1)), dense), in_dims=(0, 0, 0, None if batch.interests_BKD is None else 0, 0))
-    history_BTD = served(items_of(model), batch.history_BT)
+    history_BTD = served(item_table(model), batch.history_BT)
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels know no vmap
         by_dense, by_items_BTD = of_each(
             history_BTD, batch.users_B, batch.history_BT, batch.interests_BKD, batch.targets_BT

@@ -20,6 +20,7 @@ from freshrec.learn.fit import Clock, Fit, adapt, around, finish, grid, start, s
 from freshrec.learn.interests import expand
 from freshrec.learn.upkeep import Upkeep
 from freshrec.models.layers import FAR
+from freshrec.models.scoring import item_vectors
 from freshrec.options import CountOrNone, Positive, Weight, check_options
 from freshrec.types import DUE, Batch, Forward, Histories, InterestModel, Interests, Span, State
 
@@ -142,7 +143,7 @@ class Detect:
         kl_N = torch.zeros(len(rows_N))
         for part in torch.arange(len(rows_N)).split(8192):
             vectors_NKD, alive_NK, _ = pad_interests(users, users_N[part], model.slots(1))
-            items_ND = model.item_vectors()[histories.items_R[rows_N[part]].long()]
+            items_ND = item_vectors(model)[histories.items_R[rows_N[part]].long()]
             kl_N[part] = divergence(torch.bmm(vectors_NKD, items_ND[..., None])[..., 0], alive_NK)
         total_U = torch.zeros(histories.n_users + 1).index_add_(0, users_N, kl_N)
         n_U = torch.bincount(users_N, minlength=histories.n_users + 1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from freshrec.data.batches import append, due_targets, released, settle
 from freshrec.data.carried import carried_by
 from freshrec.learn.fit import Clock, Fit, adapt, finish, fresh, grid, start, successor
+from freshrec.models.scoring import history_length
 from freshrec.types import Events, Histories, Span, State
 
 
@@ -28,7 +29,7 @@ class Absorb:
         """The same model with room for the new users and items."""
         model = copy.deepcopy(state.model)
         model.grow(span.n_users, span.n_items)
-        recent = settle(state.recent, model.spec.length)
+        recent = settle(state.recent, history_length(model))
         return replace(state, model=model, recent=recent, spans_seen=state.spans_seen + 1)
 
 
@@ -53,7 +54,7 @@ class Frozen:
         if state.spans_seen == 0:
             return start(state, span, self.fit)
         model = successor(state, span)
-        recent = settle(state.recent, model.spec.length)
+        recent = settle(state.recent, history_length(model))
         return replace(state, model=model, recent=recent, spans_seen=state.spans_seen + 1, costs={"rows_read": 0.0})
 
 
@@ -119,7 +120,7 @@ class Retrain:
         clock = Clock({"rows_read": float(len(targets))})
         adapt(model, targets, fit, (state.seed, span.index), clock, carried=carried)
         after = finish(replace(state, recent=histories), model, carried, "recent", clock)
-        return replace(after, memory=past, recent=settle(state.recent, model.spec.length))
+        return replace(after, memory=past, recent=settle(state.recent, history_length(model)))
 
 
 def _histories(past: tuple[Events, ...], n_users: int) -> Histories:

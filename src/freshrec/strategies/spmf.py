@@ -16,6 +16,7 @@ from freshrec.device import uniform
 from freshrec.errors import OptionError
 from freshrec.learn.fit import Clock, Fit, adapt, finish, grid, start, successor
 from freshrec.learn.reservoir import Kept, filled, joined, keep, kept_length, stream, together
+from freshrec.models.scoring import score_items
 from freshrec.options import Positive, Weight, check_options
 from freshrec.types import SEQUENCES, Span, State, TrainedModel
 
@@ -59,7 +60,7 @@ def scores_of(model: TrainedModel, targets: Targets, carried: Carried | None) ->
     item_N = targets.items_N
     score_N = torch.zeros(len(targets))
     for which, batch in query_batches(without_secrets(targets), model.spec.length, carried):
-        score_N[which] = model.score(batch, item_N[which][:, None])[:, 0]
+        score_N[which] = score_items(model, batch, item_N[which][:, None])[:, 0]
     return score_N
 
 

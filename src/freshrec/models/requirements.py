@@ -1,0 +1,47 @@
+"""What a model must supply, checked before anything is trained. CONTRIBUTING.md, "A new model", says it in words."""
+
+from collections.abc import Sequence
+from dataclasses import is_dataclass
+from typing import Any, cast
+
+from torch import nn
+
+from freshrec.errors import OptionError
+from freshrec.models.tables import Table
+from freshrec.types import Model
+
+SPEC = ("build",)
+TRAINED_SPEC = ("length", "lr", "batch", "negatives")
+MODEL = ("spec", "n_users", "n_items", "grow")
+COUNTING = ("absorb", "score")
+TRAINED = ("seed", "unit", "moments", "forward")
+UNITS = ("target", "window", "pair", "click", "lane")
+
+
+def build_model(spec: Any, name: str, seed: int = 0) -> Model:
+    """The model of a spec, without users and items. OptionError, with what is missing, where it is no model."""
+    if isinstance(spec, type) or not is_dataclass(spec):
+        raise OptionError(f'model "{name}" is no instance of a dataclass; name one, such as MY_MODEL = MySpec().')
+    _check_names(f'the options of model "{name}" ({type(spec).__name__})', spec, SPEC)
+    model = cast(Any, spec).build(seed)
+    what = f'model "{name}" ({type(model).__name__})'
+    is_trained = isinstance(model, nn.Module)
+    if not is_trained:
+        _check_names(what, model, (*MODEL, *COUNTING))
+        return cast(Model, model)
+    _check_names(f'the options of model "{name}" ({type(spec).__name__})', spec, TRAINED_SPEC)
+    _check_names(what, model, (*MODEL, *TRAINED))
+    if model.unit not in UNITS:
+        raise OptionError(f'unit of {what} is "{model.unit}"; it must be one of {", ".join(UNITS)}.')
+    members = set(dir(model))
+    if not members & {"encode", "user_vectors", "score"}:
+        raise OptionError(f"{what} has no encode, user_vectors or score, so that nothing says how items are scored.")
+    if members & {"encode", "user_vectors"} and not isinstance(dict(model.named_children()).get("items"), Table):
+        raise OptionError(f"{what} has no table of item vectors: set self.items = freshrec.models.tables.Table(...).")
+    return cast(Model, model)
+
+
+def _check_names(what: str, thing: object, names: Sequence[str]) -> None:
+    present = set(dir(thing))
+    if missing := [name for name in names if name not in present]:
+        raise OptionError(f'{what} lacks {", ".join(missing)}; CONTRIBUTING.md, "A new model", says what they are.')

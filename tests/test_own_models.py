@@ -1,0 +1,320 @@
+"""Models of one's own: the smallest of either kind, with nothing but what CONTRIBUTING.md asks for."""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from serving import items, server, stored
+from torch import Tensor, nn
+
+from freshrec import Recommender
+from freshrec.cli import main
+from freshrec.data.batches import place
+from freshrec.data.spans import Cut, cut
+from freshrec.data.worlds import make
+from freshrec.errors import OptionError, StateError
+from freshrec.learn.fit import Fit
+from freshrec.models.checkpoint import load_state, load_to_ask, save_state
+from freshrec.models.counted import absorb
+from freshrec.models.layers import first_of, sampled_logits
+from freshrec.models.popularity import PopularitySpec
+from freshrec.models.ranking import top
+from freshrec.models.requirements import build_model
+from freshrec.models.scoring import history_length, score_items
+from freshrec.models.tables import Table, pulled
+from freshrec.replay.replay import Cell, Settings, replay_cell
+from freshrec.strategies.ewc import EWC
+from freshrec.strategies.plain import Absorb, FineTune
+from freshrec.types import Batch, Events, Forward, Histories, ModelSpec, Span, State, Strategy
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "docs" / "examples" / "my_model.py"
+NOON = 1_767_268_800  # 2026-01-01, in seconds
+FIT = Fit(base_epochs=3, epochs=1)
+
+
+@dataclass(frozen=True)
+class CountSpec:
+    def build(self, seed: int) -> "Count":
+        return Count(self)
+
+
+class Count:
+    def __init__(self, spec: CountSpec) -> None:
+        self.spec, self.n_users, self.n_items = spec, 0, 0
+        self.counts_I = torch.zeros(1)
+
+    def grow(self, n_users: int, n_items: int) -> None:
+        self.counts_I = F.pad(self.counts_I, (0, n_items - self.n_items))
+        self.n_users, self.n_items = n_users, n_items
+
+    def absorb(self, events: Events, histories: Histories) -> None:
+        self.counts_I = self.counts_I + torch.bincount(events.items_E, minlength=self.n_items + 1)
+
+    def score(self, batch: Batch, items: Tensor) -> Tensor:
+        return self.counts_I[items].expand(len(batch), -1)
+
+
+@dataclass(frozen=True)
+class SumSpec:
+    d: int = 8
+    length: int = 20
+    lr: float = 0.02
+    batch: int = 32
+    negatives: int = 32
+
+    def build(self, seed: int) -> "Sum":
+        return Sum(self, seed)
+
+
+class Sum(nn.Module):
+    unit = "target"
+
+    def __init__(self, spec: SumSpec, seed: int) -> None:
+        super().__init__()
+        self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
+        self.moments: dict[str, Tensor] = {}
+        self.items = Table(spec.d, 0.1, seed)
+
+    def grow(self, n_users: int, n_items: int) -> None:
+        self.n_users, self.n_items = n_users, n_items
+        self.items.grow(n_items)
+
+    def forward(self, batch: Batch) -> Forward:
+        assert batch.targets_BT is not None and batch.negatives_N is not None
+        target_B, negative_N = batch.targets_BT[:, 0], batch.negatives_N
+        history_BTD, target_BD, negative_ND = pulled(self.items, batch.history_BT, target_B, negative_N)
+        user_BD = self.encode(history_BTD, batch)[:, 0]
+        return Forward(first_of(sampled_logits(user_BD, target_BD, negative_ND, target_B, negative_N)))
+
+    def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
+        return (items_BTD * (batch.history_BT > 0)[..., None]).sum(1, keepdim=True)
+
+
+COUNT, SUM = CountSpec(), SumSpec()
+
+
+@pytest.fixture(scope="module")
+def checkerboard() -> Cut:
+    """Even users take even items only, odd users odd ones."""
+    return cut(make("checkerboard", users=60, items=40, events=2500, spans=3).log, by="period", forget_users=0)
+
+
+def ranks(spec: ModelSpec, update: Strategy, cut: Cut, out: Path) -> pl.DataFrame:
+    """The ranks of a replayed cell."""
+    cell = Cell("own", spec, "own", update, 0)
+    assert list(replay_cell(cell, cut, Settings(), out)) == [0, 1, 2, 3]
+    return pl.concat(pl.read_parquet(out / cell.name / f"span-{span}.parquet") for span in (1, 2, 3))
+
+
+def learnt(spec: ModelSpec, update: Strategy, spans: tuple[Span, ...]) -> State:
+    """The state after some spans."""
+    state = State(spec.build(0))
+    for span in spans:
+        state = update.update(absorb(state, span.events, span.n_users, span.n_items), span)
+    return state
+
+
+def test_the_smallest_counting_model_replays_as_the_popularity_that_it_is(checkerboard: Cut, tmp_path: Path) -> None:
+    own = ranks(COUNT, Absorb(), checkerboard, tmp_path / "own")
+    assert len(own) > 100 and own.equals(ranks(PopularitySpec(), Absorb(), checkerboard, tmp_path / "ours"))
+
+
+def test_the_smallest_trained_model_learns_who_takes_what(checkerboard: Cut, tmp_path: Path) -> None:
+    # 40 items, of which a user takes 20: at random half of a list is of the user's colour.
+    state = learnt(SUM, FineTune(FIT), checkerboard.spans)
+    even, odd = (Batch(torch.tensor([1]), torch.tensor([row])) for row in rows_of_colours(checkerboard))
+    for batch in (even, odd):
+        best_10 = top(state.model, batch, 10)[0][0]
+        colours = [checkerboard.items.ids(best_10).to_list(), checkerboard.items.ids(batch.history_BT[0]).to_list()]
+        assert sum(int(item) % 2 == int(colours[1][0]) % 2 for item in colours[0]) >= 9
+    found = ranks(SUM, FineTune(FIT), checkerboard, tmp_path / "finetune")["rank"]
+    assert (found <= 20).mean() > 0.8  # 0.5 for a list that knows no colours
+
+
+def rows_of_colours(cut: Cut) -> Iterator[list[int]]:
+    """Rows of five even items, then of five odd ones."""
+    ids = cut.items.ids(torch.arange(1, 21)).to_list()
+    for colour in (0, 1):
+        yield [row for row, item in enumerate(ids, 1) if int(item) % 2 == colour][:5]
+
+
+def test_the_smallest_trained_model_goes_with_strategies_that_need_encode(checkerboard: Cut, tmp_path: Path) -> None:
+    assert (ranks(SUM, EWC(fit=FIT), checkerboard, tmp_path)["rank"] <= 20).mean() > 0.8  # as above
+
+
+@pytest.mark.parametrize(("spec", "update"), [(COUNT, Absorb()), (SUM, FineTune(FIT))], ids=["counting", "trained"])
+def test_a_state_with_a_model_of_ones_own_is_saved_and_goes_on(
+    spec: ModelSpec, update: Strategy, checkerboard: Cut, tmp_path: Path, bits: Any
+) -> None:
+    *first, last = checkerboard.spans
+    state = learnt(spec, update, tuple(first))
+    save_state(state, tmp_path / "state")
+    again, batch = load_state(tmp_path / "state"), Batch(torch.tensor([1, 2]), torch.tensor([[0, 3], [4, 7]]))
+    all_items = torch.arange(1, state.model.n_items + 1)
+    for loaded in (again, load_to_ask(tmp_path / "state")):
+        assert torch.equal(score_items(loaded.model, batch, all_items), score_items(state.model, batch, all_items))
+    after = [update.update(absorb(each, last.events, last.n_users, last.n_items), last) for each in (state, again)]
+    assert bits(after[0]) == bits(after[1])
+
+
+@pytest.mark.parametrize(("spec", "update"), [(COUNT, None), (SUM, FineTune(FIT))], ids=["counting", "trained"])
+def test_a_recommender_serves_and_updates_a_model_of_ones_own(
+    spec: ModelSpec, update: Strategy | None, tmp_path: Path
+) -> None:
+    log = pl.DataFrame({"user_id": list("xyzxyz"), "item_id": list("aaabbc"), "timestamp": range(NOON, NOON + 6)})
+    recommender = Recommender(spec, update).fit(log)
+    recommender.save(tmp_path / "store")
+    for each in (recommender, Recommender.load(tmp_path / "store")):
+        found = each.recommend(["x"], k=3, filter_seen=False)
+        assert sorted(found["item_id"]) == ["a", "b", "c"]
+        if spec is COUNT:  # a was taken three times, b twice, c once
+            assert found["item_id"].to_list() == ["a", "b", "c"] and found["score"].to_list() == [3, 2, 1]
+            more = each.update(
+                pl.DataFrame({"user_id": list("uvw"), "item_id": list("ccc"), "timestamp": [NOON + 9] * 3})
+            )
+            assert more.recommend(["x"], k=1, filter_seen=False)["item_id"].to_list() == ["c"]  # four times
+
+
+def test_a_model_whose_options_do_not_say_reads_the_last_50_events() -> None:
+    # 60 events of user 1: the recommender gives the model the last 50 of them, the most recent last.
+    asked: list[Tensor] = []
+
+    class Looking(Count):
+        def score(self, batch: Batch, items: Tensor) -> Tensor:
+            asked.append(batch.history_BT)
+            return super().score(batch, items)
+
+    @dataclass(frozen=True)
+    class LookingSpec:
+        def build(self, seed: int) -> Looking:
+            return Looking(CountSpec())
+
+    assert history_length(LookingSpec().build(0)) == 50 and history_length(SUM.build(0)) == 20
+    log = pl.DataFrame({"user_id": [1] * 60, "item_id": range(60), "timestamp": range(NOON, NOON + 60)})
+    Recommender(LookingSpec()).fit(log).recommend([1], filter_seen=False)
+    assert asked[-1].shape == (1, 50) and asked[-1][0].tolist() == list(range(11, 61))
+
+
+def test_what_cannot_be_saved_is_refused_and_named(tmp_path: Path) -> None:
+    model = COUNT.build(0)
+    model.seen = {3: 1.0}  # type: ignore[attr-defined]
+    with pytest.raises(StateError, match=r"a dict at state\.model\.weights\.seen has keys that are no texts"):
+        save_state(State(model), tmp_path / "state")
+    model.seen = object()  # type: ignore[attr-defined]
+    with pytest.raises(StateError, match=r"a object at state\.model\.weights\.seen cannot be saved"):
+        save_state(State(model), tmp_path / "state")
+
+
+def test_numbers_texts_and_dicts_of_a_counting_model_are_saved(tmp_path: Path) -> None:
+    model = COUNT.build(0)
+    model.window, model.parts = 7, {"a": [torch.ones(2), "text", None]}  # type: ignore[attr-defined]
+    save_state(State(model), tmp_path / "state")
+    again = load_state(tmp_path / "state").model
+    assert again.window == 7 and again.parts["a"][1:] == ["text", None]
+    assert torch.equal(again.parts["a"][0], torch.ones(2))
+
+
+def test_what_a_model_lacks_is_said_before_anything_is_read() -> None:
+    class Mute:
+        spec, n_users, n_items = None, 0, 0
+
+        def grow(self, n_users: int, n_items: int) -> None: ...
+
+    class Blind(Sum):
+        def __init__(self) -> None:
+            super().__init__(SUM, 0)
+            del self.items
+
+    class Odd(Sum):
+        unit = "session"
+
+    @dataclass(frozen=True)
+    class Spec:
+        kind: Any
+        length: int = 5
+        lr: float = 0.1
+        batch: int = 4
+        negatives: int = 4
+
+        def build(self, seed: int) -> Any:
+            return self.kind()
+
+    @dataclass(frozen=True)
+    class Short:
+        def build(self, seed: int) -> Any:
+            return Sum(SUM, seed)
+
+    for spec, sentence in (
+        (Spec(Mute), r'model "mine" \(Mute\) lacks absorb, score; CONTRIBUTING.md'),
+        (Spec(Blind), "has no table of item vectors"),
+        (Spec(lambda: Odd(SUM, 0)), 'unit of model "mine" .* is "session"; it must be one of target, window'),
+        (Short(), r'the options of model "mine" \(Short\) lacks length, lr, batch, negatives'),
+        (CountSpec, "is no instance of a dataclass"),
+    ):
+        with pytest.raises(OptionError, match=sentence):
+            build_model(spec, "mine")
+    with pytest.raises(OptionError, match=r'model "Spec" \(Mute\) lacks absorb, score'):
+        Recommender(Spec(Mute))
+
+
+@pytest.fixture
+def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The documented example in a folder where we are, imported by nobody yet."""
+    shutil.copy(EXAMPLE, tmp_path / "my_model.py")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    sys.modules.pop("my_model", None)
+
+
+def test_the_example_counts_what_was_taken_within_an_hour(example: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    # User 1: items 1, 2 half an hour apart, then 3 two hours later. User 2: 2 and, one block later, 1 at once.
+    # Pairs: (1, 2) twice; (2, 3) never, until two hours are allowed.
+    monkeypatch.syspath_prepend(Path.cwd())
+    import my_model
+
+    hour = 3_600_000_000
+    events = Events.of(torch.tensor([1, 1, 2, 1]), torch.tensor([1, 2, 2, 3]), torch.tensor([0, 0.5, 1, 2.5]) * hour)
+    later = Events.of(torch.tensor([2]), torch.tensor([1]), torch.tensor([1.25]) * hour)
+    for hours, after_2 in ((1.0, [0, 2, 0, 0]), (2.0, [0, 2, 0, 1])):
+        model = my_model.MyModelSpec(hours=hours).build(0)
+        model.grow(2, 3)
+        model.absorb(events, Histories.empty())
+        model.absorb(later, place(Histories.empty(), events, 2)[0])
+        batch = Batch(torch.tensor([1, 2]), torch.tensor([[3, 2], [0, 0]]))
+        assert model.score(batch, torch.arange(4)).tolist() == [after_2, [0, 0, 0, 0]]
+        assert model.score(batch, torch.tensor([[1, 3], [1, 3]])).tolist() == [after_2[1::2], [0, 0]]
+
+
+def test_the_example_replays_and_a_store_of_it_opens_where_its_module_is_named(
+    example: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    *_, day = stored(tmp_path, "my_model.MY_MODEL:hours=2")
+    world = ["--world", "drift", "--users", "50", "--spans", "2"]
+    assert main(["replay", *world, "--models", "my_model.MY_MODEL", "--strategies", "absorb", "--out", "out"]) == 0
+    assert "| my_model.MY_MODEL | absorb |" in capsys.readouterr().out
+    del sys.modules["my_model"]  # as in a new process
+    ask = ["recommend", "user-1", "--store", "s", "--json"]
+    assert main(ask) == 7
+    assert "needs my_model, which is not imported; import it before loading, or set FRESHREC_IMPORT=my_model" in (
+        capsys.readouterr().err
+    )
+    monkeypatch.setenv("FRESHREC_IMPORT", "my_model")
+    assert main(ask) == 0
+    best = json.loads(capsys.readouterr().out)
+    day.write_parquet("night.parquet")
+    assert main(["update", "night.parquet", "--store", "s", "--force", "--reason", "a test"]) == 0
+    assert best
+    with server(tmp_path) as (client, _):
+        assert len(items(client.get("/recommend/user-1", params={"k": 5}))) == 5
+    monkeypatch.setenv("FRESHREC_IMPORT", "no_such_module")
+    assert main(ask) == 2
+    assert "FRESHREC_IMPORT names no_such_module, which cannot be imported" in capsys.readouterr().err
