@@ -17,7 +17,6 @@ from freshrec.models.checkpoint import load_tree, save_tree
 from freshrec.models.counted import absorb
 from freshrec.models.popularity import PopularitySpec
 from freshrec.replay.measure import Queries
-from freshrec.replay.replay import check
 from freshrec.serve.reading import Numbered, Reading
 from freshrec.serve.recommend import Served
 from freshrec.serve.saved import (
@@ -33,6 +32,7 @@ from freshrec.serve.saved import (
 )
 from freshrec.store.versions import OLDER
 from freshrec.strategies import find_strategy
+from freshrec.strategies.compatible import check_compatible
 from freshrec.types import Histories, ModelSpec, Span, State, Strategy, TrainedModel
 
 OLDER_FORMAT = 2  # of what was saved before there were stores
@@ -78,7 +78,7 @@ def begun(model: str | ModelSpec, strategy: str | Strategy | None, seed: int, re
         strategy = "finetune" if isinstance(empty, TrainedModel) else counting
     update = find_strategy(strategy) if isinstance(strategy, str) else strategy
     model, strategy = (thing if isinstance(thing, str) else type(thing).__name__ for thing in (model, strategy))
-    check(spec, model, update, strategy)
+    check_compatible(spec, model, update, strategy)
     counts = State(PopularitySpec(keep="decay").build(seed))
     served = Served(State(empty, seed=seed), counts, Catalog.empty(), Catalog.empty())
     return Contents(served, update, (model, strategy), reading)
