@@ -14,7 +14,7 @@ from freshrec.cli import app, lines_of, options_of
 from freshrec.data.spans import HELDOUT, RULES, TARGETS
 from freshrec.models import MODELS
 from freshrec.replay.measure import SLICES
-from freshrec.strategies import STRATEGIES
+from freshrec.strategies import ALIASES, STRATEGIES
 
 
 def reference_page(root: Path) -> str:
@@ -29,6 +29,7 @@ def reference_page(root: Path) -> str:
     parts += _options({type(spec): spec for spec in MODELS.values()}, root)
     parts += ["", "## Strategies", ""]
     parts += [_row(name, inspect.getdoc(type(s)), options_of(s)) for name, s in STRATEGIES.items()]
+    parts += [_row(alias, f"Another name of `{name}`.") for alias, name in ALIASES.items()]
     parts += _options(_parts({type(s): s for s in STRATEGIES.values()}), root)
     for title in ("metrics", "worlds", "formats"):
         parts += ["", f"## {title.capitalize()}", "", *(_row(name, line) for name, line in lines_of(title).items())]

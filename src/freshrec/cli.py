@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -21,6 +22,7 @@ from freshrec.data.log import read_log
 from freshrec.data.validate import Report
 from freshrec.data.validate import validate as report_of
 from freshrec.errors import FreshrecError, OptionError, StateError, unknown
+from freshrec.options import IMPORTS, import_named
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -91,9 +93,10 @@ def lines_of(kind: str) -> dict[str, str]:
 
         return {name: _line(spec, sys.modules[type(spec).__module__].__doc__) for name, spec in MODELS.items()}
     if kind == "strategies":
-        from freshrec.strategies import STRATEGIES
+        from freshrec.strategies import ALIASES, STRATEGIES
 
-        return {name: _line(strategy, type(strategy).__doc__) for name, strategy in STRATEGIES.items()}
+        lines = {name: _line(strategy, type(strategy).__doc__) for name, strategy in STRATEGIES.items()}
+        return lines | {alias: f"Another name of {name}." for alias, name in ALIASES.items()}
     raise unknown("list", kind, KINDS)
 
 
@@ -149,6 +152,18 @@ def _print_report(report: Report, name: str) -> None:
         console.print(Text(f"warning: {warning}", style="yellow"))
 
 
+def import_own_modules() -> None:
+    """Import the modules that the environment names: a store opens only when those of its own classes are imported.
+
+    The user names them, not the store, so that a store from elsewhere cannot choose what code runs.
+    """
+    for module in filter(None, os.environ.get(IMPORTS, "").split(",")):
+        try:
+            import_named(module.strip())
+        except ImportError as problem:
+            raise OptionError(f"{IMPORTS} names {module}, which cannot be imported ({problem}); correct it.") from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit code. What is raised on purpose becomes one line on stderr, for all commands.
 
@@ -156,6 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     as_json = "--json" in (sys.argv[1:] if arguments is None else arguments)
     try:
+        import_own_modules()
         app(args=arguments, prog_name="freshrec")
     except FreshrecError as error:
         return _failed(str(error), error.exit_code, as_json, error.answer)

@@ -291,6 +291,7 @@ class InterestModel(VectorModel, Protocol):
         """(n, D): where the interests of a newcomer, and new interests of anybody, start."""
 
 
+@runtime_checkable
 class ModelSpec(Protocol):
     """The options of a model, with their defaults; a frozen dataclass."""
 
