@@ -14,7 +14,7 @@ import torch
 from freshrec.cli import main
 from freshrec.data.spans import cut
 from freshrec.data.worlds import make
-from freshrec.errors import OptionError, StateError
+from freshrec.errors import IncompatibleError, OptionError, StateError
 from freshrec.learn.fit import Fit
 from freshrec.learn.weights import weights_of
 from freshrec.models import MODELS, find_model
@@ -27,7 +27,7 @@ from freshrec.replay.run import run
 from freshrec.replay.tuning import alternatives
 from freshrec.serve.recommender import Recommender
 from freshrec.strategies import ALIASES, STRATEGIES, find_strategy
-from freshrec.strategies.compatible import check_compatible
+from freshrec.strategies.compatible import REQUIREMENTS, check_compatible
 from freshrec.strategies.plain import Absorb, FineTune
 from freshrec.types import Span, State
 
@@ -91,6 +91,8 @@ def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     yield
     for module in ("own_strategies", "my_strategy"):
         sys.modules.pop(module, None)
+    for strategy in [kind for kind in REQUIREMENTS if kind.__module__ == "my_strategy"]:
+        del REQUIREMENTS[strategy]
 
 
 def world() -> pl.DataFrame:
@@ -194,6 +196,14 @@ def test_an_own_strategy_may_update_any_model_and_its_errors_are_its_own() -> No
         check_compatible(spec, name, broken, "own_strategies:Broken")
     with pytest.raises(AttributeError, match="no_such_thing"):
         Recommender("item-knn", broken).fit(world())
+
+
+def test_an_own_strategy_may_say_which_models_it_takes() -> None:
+    example = find_strategy("my_strategy:MyStrategy")
+    check_compatible(MODELS["mf"], "mf", example, "mine")
+    for name in ("item-knn", "blend"):
+        with pytest.raises(IncompatibleError, match=f'"{name}" counts, it is not trained'):
+            check_compatible(MODELS[name], name, example, "mine")
 
 
 def test_an_object_with_attributes_has_to_be_a_dataclass_to_be_saved(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from freshrec.data.carried import carried_by
 from freshrec.learn.fit import Clock, Fit, adapt, finish, start, successor
 from freshrec.learn.weights import put, weights_of
 from freshrec.options import Rate, check_options
+from freshrec.strategies.compatible import REQUIREMENTS, trained_models
 from freshrec.types import Span, State
 
 
@@ -48,3 +49,6 @@ class MyStrategy:
             after[name][: len(old)] = torch.lerp(after[name][: len(old)], old, self.keep)  # rows of new items stay
         put(model, after)
         return finish(state, model, interests, self.fit.history, costs)
+
+
+REQUIREMENTS[MyStrategy] = trained_models  # optional: counting models are refused with a sentence, before anything runs

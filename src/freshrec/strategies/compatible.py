@@ -26,7 +26,7 @@ Requirement = Callable[[Any, str, str], str | None]  # (model, its name, the str
 def check_compatible(spec: ModelSpec, model_name: str, strategy: Strategy, strategy_name: str) -> None:
     """Raise IncompatibleError, with a sentence, where this strategy cannot update this model.
 
-    A strategy that REQUIREMENTS does not list may update any model; what it raises within is not changed.
+    A strategy that REQUIREMENTS does not list may update any model; what its update raises is reported as it is.
     """
     model = spec.build(0)
     for kind, requirement in REQUIREMENTS.items():
@@ -76,7 +76,7 @@ def interest_models(model: Any, model_name: str, strategy_name: str) -> str | No
     return trained_models(model, model_name, strategy_name)
 
 
-REQUIREMENTS: dict[type, Requirement] = {
+REQUIREMENTS: dict[type, Requirement] = {  # somebody else's strategy may add itself
     Absorb: counters_only,
     Refit: blends_only,
     Frozen: trained_models,
