@@ -8,13 +8,14 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from freshrec.models import MODELS
-from freshrec.strategies import STRATEGIES
+from freshrec.strategies import ALIASES, STRATEGIES
 
 
 def names_file() -> str:
     """The whole file."""
     models = {name: _line(spec, sys.modules[type(spec).__module__].__doc__) for name, spec in MODELS.items()}
     strategies = {name: _line(strategy, type(strategy).__doc__) for name, strategy in STRATEGIES.items()}
+    strategies |= {alias: f"Another name of {name}." for alias, name in ALIASES.items()}
     return json.dumps({"models": models, "strategies": strategies}, indent=1, ensure_ascii=False) + "\n"
 
 

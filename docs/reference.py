@@ -17,7 +17,7 @@ from freshrec.data.spans import HELDOUT, RULES, TARGETS
 from freshrec.models import MODELS
 from freshrec.replay.measure import SLICES
 from freshrec.serve.list_request import DEFAULTS, ListRequest, help_of
-from freshrec.strategies import STRATEGIES
+from freshrec.strategies import ALIASES, STRATEGIES
 
 
 def reference_page(root: Path) -> str:
@@ -32,6 +32,7 @@ def reference_page(root: Path) -> str:
     parts += _options({type(spec): spec for spec in MODELS.values()}, root)
     parts += ["", "## Strategies", ""]
     parts += [_row(name, inspect.getdoc(type(s)), options_of(s)) for name, s in STRATEGIES.items()]
+    parts += [_row(alias, f"Another name of `{name}`.") for alias, name in ALIASES.items()]
     parts += _options(_parts({type(s): s for s in STRATEGIES.values()}), root)
     for title in ("metrics", "worlds", "formats"):
         parts += ["", f"## {title.capitalize()}", "", *(_row(name, line) for name, line in lines_of(title).items())]

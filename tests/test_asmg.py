@@ -17,6 +17,7 @@ from freshrec.learn.fit import Fit, batches
 from freshrec.learn.generators import Generator, Window
 from freshrec.learn.weights import Weights, put, weights_of
 from freshrec.models import MODELS
+from freshrec.replay.plan import training_passes
 from freshrec.strategies.asmg import ASMG, Block
 from freshrec.strategies.plain import FineTune
 from freshrec.types import DUE, NEXT, NOW, Events, Forward, Histories, Span, State, Strategy, TrainedModel
@@ -229,9 +230,9 @@ def test_the_generator_prefers_the_model_that_is_good_on_the_new_span() -> None:
 def test_the_variant_full_passes_20_spans_where_multi_passes_3() -> None:
     """T28: at the paper's i = 30, with the models since 11 in the window."""
     sizes = [100] * 22  # the base block, and 21 spans
-    multi, full = (replace(MULTI, k=k).work(sizes, 2)[-1] - 100 for k in (3, 0))
+    multi, full = (training_passes(replace(MULTI, k=k), sizes, 2)[-1] - 100 for k in (3, 0))
     assert full / multi == near(20 / 3)
-    assert SINGLE.work(sizes, 2)[-1] - 100 == 100
+    assert training_passes(SINGLE, sizes, 2)[-1] - 100 == 100
 
 
 def test_rehearsals_train_the_generator_and_nothing_else(bits: Callable[[State], bytes]) -> None:

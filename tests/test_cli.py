@@ -16,7 +16,7 @@ from freshrec.data.worlds import make
 from freshrec.models import MODELS, find_model
 from freshrec.recipes import LogRecipe, Recipe, save_recipe
 from freshrec.replay.metrics import METRICS
-from freshrec.strategies import STRATEGIES, find_strategy
+from freshrec.strategies import ALIASES, STRATEGIES, find_strategy
 from freshrec.strategies.refit import SPEED
 from freshrec.version import __version__
 
@@ -160,7 +160,7 @@ def test_every_name_is_listed_on_a_line_with_what_it_is(kind: str, capsys: pytes
 
 def test_the_lists_are_those_of_the_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(answer(capsys, "list", "models", "--json")).keys() == MODELS.keys()
-    assert json.loads(answer(capsys, "list", "strategies", "--json")).keys() == STRATEGIES.keys()
+    assert json.loads(answer(capsys, "list", "strategies", "--json")).keys() == STRATEGIES.keys() | ALIASES.keys()
     assert json.loads(answer(capsys, "list", "metrics", "--json")).keys() == {f"{name}@k" for name in METRICS}
 
 

@@ -22,8 +22,8 @@ from freshrec.models import COUNTERS, MODELS, find_model
 from freshrec.models.checkpoint import load_state, save_state
 from freshrec.models.counted import absorb
 from freshrec.models.scoring import score_items
-from freshrec.replay.replay import check
 from freshrec.strategies import STRATEGIES
+from freshrec.strategies.compatible import check_compatible
 from freshrec.strategies.plain import Retrain
 from freshrec.types import Events, ModelSpec, Span, State, Strategy, TrainedModel
 
@@ -63,7 +63,7 @@ def pairs() -> Iterator[Pair]:
         spec = find_model(model)
         for strategy, update in STRATEGIES.items():
             try:
-                check(spec, model, update, strategy)
+                check_compatible(spec, model, update, strategy)
             except IncompatibleError:
                 continue
             yield Pair(model, strategy)

@@ -30,11 +30,12 @@ from freshrec.models import find_model
 from freshrec.models.counted import absorb
 from freshrec.models.popularity import PopularitySpec
 from freshrec.replay.measure import SLICES, Asked, Block, facts, queries_of
-from freshrec.replay.replay import Cell, Settings, check, replay_cell
+from freshrec.replay.replay import Cell, Settings, replay_cell
 from freshrec.replay.results import OVERALL, collect
 from freshrec.replay.run import run
 from freshrec.report.board import Board
 from freshrec.strategies import STRATEGIES, find_strategy
+from freshrec.strategies.compatible import check_compatible
 from freshrec.strategies.plain import Absorb
 from freshrec.types import DUE, NEVER, NEXT, NOW, TEST, TRAIN, Events, Histories, Span, State
 
@@ -243,8 +244,6 @@ class Spy:
     """Absorbs, and notes at which times the events happened that each update may train on."""
 
     times: list[list[int]] = field(default_factory=list)
-    needs = "counters"
-    base = "absorb"
 
     def update(self, state: State, span: Span) -> State:
         self.times.append(state.recent.times_R[state.recent.due_R == DUE].sort().values.tolist())
@@ -321,7 +320,7 @@ def test_spans_without_events_and_with_a_single_one_are_survived(cell: Cell, tmp
 )
 def test_a_strategy_refuses_a_model_it_cannot_update(model: str, strategy: str, why: str) -> None:
     with pytest.raises(IncompatibleError, match=why):
-        check(find_model(model), model, find_strategy(strategy), strategy)
+        check_compatible(find_model(model), model, find_strategy(strategy), strategy)
 
 
 def test_the_detector_judges_known_items_only_when_it_runs_in_a_replay() -> None:
@@ -389,6 +388,9 @@ def test_the_last_span_can_be_tested_without_being_learnt(tmp_path: Path) -> Non
     [
         ("sasrec", "absorb", '"absorb" trains nothing, and "sasrec" learns only by training: use frozen.'),
         ("item-knn", "finetune", '"item-knn" counts, it is not trained: its only strategy is absorb.'),
+        ("item-knn", "imsr", '"item-knn" counts, it is not trained: its only strategy is absorb.'),
+        ("blend", "finetune", "its only strategy is refit (or absorb, which trusts the best expert)."),
+        ("mf", "refit", '"refit" joins experts, and "mf" has none: use it with blend.'),
         ("embedding-mlp", "ader", '"ader" follows the scores of all items back to their vectors; "embedding-mlp" does'),
         ("embedding-mlp", "ewc", "Use a model with user and item vectors, such as sasrec or comirec-dr."),
         ("sasrec", "imsr", '"imsr" needs a model with several interests a user; "sasrec" has one vector.'),
@@ -398,7 +400,7 @@ def test_a_strategy_refuses_a_model_that_it_cannot_update_with_a_sentence(
     model: str, strategy: str, sentence: str
 ) -> None:
     with pytest.raises(IncompatibleError) as refusal:
-        check(find_model(model), model, find_strategy(strategy), strategy)
+        check_compatible(find_model(model), model, find_strategy(strategy), strategy)
     assert sentence in str(refusal.value)
 
 

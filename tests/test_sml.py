@@ -20,6 +20,7 @@ from freshrec.learn.transfer import CNNTransfer, LinearTransfer, MLPTransfer, Tr
 from freshrec.learn.weights import Weights, put, weights_of
 from freshrec.models import MODELS
 from freshrec.models.checkpoint import load_state, save_state
+from freshrec.replay.plan import training_passes
 from freshrec.strategies.plain import FineTune
 from freshrec.strategies.sml import SML, decaying, shrinking
 from freshrec.types import Events, Span, State, Strategy
@@ -240,10 +241,10 @@ def test_the_work_counts_every_pass() -> None:
     # base: 3 epochs of 60; of its 6 parts 2 train a base, 3 stages of 4 rounds x (2 + 1) epochs: 10 x (2 x 3 + 36).
     # Span 1: 2 x 10. Span 2: 2 x 20, the last span's 3 more rounds 3 x 2 x 10, the network 4 x 20.
     strategy = SML(fit=Fit(epochs=2), rounds=4)
-    assert strategy.work([60, 10, 20], 3) == [180 + 420, 20, 40 + 60 + 80]
-    assert replace(strategy, until=0).work([60, 10, 20], 3) == [600, 20, 40]
-    assert replace(strategy, objective="current").work([60, 10, 20], 3) == [600, 20, 40 + 60 + 40]
-    assert SML(transfer=LinearTransfer(), fit=Fit(epochs=2)).work([60, 10, 20], 3) == [180, 20, 40]
+    assert training_passes(strategy, [60, 10, 20], 3) == [180 + 420, 20, 40 + 60 + 80]
+    assert training_passes(replace(strategy, until=0), [60, 10, 20], 3) == [600, 20, 40]
+    assert training_passes(replace(strategy, objective="current"), [60, 10, 20], 3) == [600, 20, 40 + 60 + 40]
+    assert training_passes(SML(transfer=LinearTransfer(), fit=Fit(epochs=2)), [60, 10, 20], 3) == [180, 20, 40]
 
 
 @pytest.mark.parametrize("options", [{"rounds": 2, "through": False}, {"rehearsals": 2}])

@@ -4,14 +4,15 @@
 """
 
 import importlib
+import inspect
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from types import ModuleType, NoneType, UnionType
+from types import MappingProxyType, ModuleType, NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from freshrec.errors import OptionError, unknown
@@ -62,13 +63,31 @@ def _hints(kind: type) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
 
 
-def choose(kind: str, text: str, table: Mapping[str, T]) -> T:
+@dataclass(frozen=True)
+class Form:
+    """What somebody else's model or strategy must be."""
+
+    protocol: type
+    method: str  # of the protocol, for messages
+
+
+def choose(
+    kind: str,
+    text: str,
+    table: Mapping[str, T],
+    form: Form | None = None,
+    aliases: Mapping[str, str] = MappingProxyType({}),
+) -> T:
     """The instance that `text` names, as in "comirec-dr:k=1:attention=soft" or "imsr:fit.epochs=5:retain=none".
 
-    A name may also be "their_package.module.thing", an instance of somebody else's. OptionError for anything unknown.
+    `aliases`: other names -> names in the table. A name may also be "their_package.module:Thing", somebody else's
+    instance of this `form`, or class of such; "their_package.module.Thing" is the same. OptionError for anything else.
     """
     name, *options = text.split(":")
-    chosen: Any = table[name] if name in table else _imported(kind, name, table)
+    name = aliases.get(name, name)
+    if name not in table and options and "=" not in options[0]:  # the colon of "module:Thing", not that of an option
+        name = f"{name}:{options.pop(0)}"
+    chosen: Any = table[name] if name in table else _imported(kind, name, [*table, *aliases], form)
     wanted = []
     for option in options:
         path, equals, value = option.partition("=")
@@ -78,15 +97,34 @@ def choose(kind: str, text: str, table: Mapping[str, T]) -> T:
     return _replaced(chosen, wanted, text) if wanted else chosen  # type: ignore[no-any-return]
 
 
-def _imported(kind: str, name: str, table: Mapping[str, T]) -> T:
-    module, dot, thing = name.rpartition(".")
-    if not dot:
-        raise unknown(kind, name, table)
+def _imported(kind: str, name: str, valid: Iterable[str], form: Form | None) -> Any:
+    module, mark, thing = name.rpartition(":" if ":" in name else ".")
+    if not mark:
+        raise unknown(kind, name, valid)
     try:
-        found: T = vars(import_named(module))[thing]
-    except (ImportError, KeyError, ValueError):
-        raise OptionError(f'{kind} "{name[:60]}": cannot import "{thing}" from "{module}".') from None
-    return found
+        found = vars(import_named(module))[thing]
+    except (ImportError, KeyError, ValueError) as problem:
+        reason = "there is no such name" if isinstance(problem, KeyError) else problem
+        raise OptionError(f'{kind} "{name[:60]}": cannot import "{thing}" from "{module}" ({reason}).') from None
+    return as_instance(kind, name, found, form) if form else found
+
+
+def as_instance(kind: str, name: str, found: Any, form: Form) -> Any:
+    """`found`, or an instance made without arguments where it is a class. OptionError where that has another form."""
+    instance = found
+    if isinstance(found, type):
+        try:
+            inspect.signature(found).bind()
+        except (TypeError, ValueError):
+            raise OptionError(
+                f'{kind} "{name[:60]}" is a class that needs arguments; give them defaults, or name an instance.'
+            ) from None
+        instance = found()
+    if not isinstance(instance, form.protocol):
+        raise OptionError(
+            f'{kind} "{name[:60]}" has no method {form.method}; name a class that has it, or an instance of one.'
+        )
+    return instance
 
 
 def import_named(module: str) -> ModuleType:

@@ -16,9 +16,10 @@ from freshrec.models import CONTROLS, COUNTERS, find_model
 from freshrec.replay.clicks import click_metric
 from freshrec.replay.measure import Asked
 from freshrec.replay.metrics import parse, sampled
-from freshrec.replay.replay import Cell, Settings, check, check_clicks
+from freshrec.replay.replay import Cell, Settings, check_clicks
 from freshrec.replay.significance import Equal
 from freshrec.strategies import find_strategy
+from freshrec.strategies.compatible import check_compatible
 from freshrec.types import VALID, TrainedModel
 
 
@@ -189,7 +190,7 @@ def cells_of(recipe: Recipe) -> list[Cell]:
     for model, strategy in dict.fromkeys(named):
         spec, update = find_model(model), find_strategy(strategy)
         try:
-            check(spec, model, update, strategy)
+            check_compatible(spec, model, update, strategy)
             if recipe.log.exposures:
                 check_clicks(spec, model)
         except IncompatibleError as problem:

@@ -310,6 +310,7 @@ class InterestModel(EncodingModel, Protocol):
         """(n, D): where the interests of a newcomer, and new interests of anybody, start."""
 
 
+@runtime_checkable
 class ModelSpec(Protocol):
     """The options of a model, with their defaults; a frozen dataclass."""
 
@@ -341,22 +342,9 @@ class State:
     started: State | None = None  # the base block's state, where another strategy has already trained the same one
 
 
+@runtime_checkable
 class Strategy(Protocol):
     """One pure function from a state and a span to the next state."""
-
-    @property
-    def needs(self) -> str:
-        """The models it updates: "counters", "experts", "gradients", "encoding" or "interests"."""
-
-    @property
-    def base(self) -> str:
-        """ "plain" where the base block is trained as by `learn.fit.start`, so that others may share it."""
-
-    def alternatives(self) -> tuple[Strategy, ...]:
-        """Itself first, then with other knobs, for tuning to choose from; as many for all that are tuned."""
-
-    def work(self, sizes: list[int], base_epochs: int) -> list[float]:
-        """How many targets it trains on in each span, epochs counted; `sizes`: the events of each span."""
 
     def update(self, state: State, span: Span) -> State:
         """`state` is left as it was; `state.recent` already holds the span's events, marked as due."""

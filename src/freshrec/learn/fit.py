@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -56,10 +56,6 @@ class Fit:
     def __post_init__(self) -> None:
         check_options(self)
 
-    def work(self, sizes: list[int], base_epochs: int) -> list[float]:
-        """Targets passed in each span, epochs counted, by a strategy that trains on the new events only."""
-        return [float(sizes[0] * base_epochs)] + [float(size * self.usual_epochs) for size in sizes[1:]]
-
     def held(self, n_targets: int) -> int:
         """How many of so many targets are held out."""
         return max(1, round(n_targets * self.holdout)) if self.holdout and n_targets > 1 else 0
@@ -68,31 +64,6 @@ class Fit:
     def usual_epochs(self) -> int:
         """Of an update, for estimates."""
         return USUAL_EPOCHS if self.holdout else self.epochs
-
-
-def grid(fit: Fit) -> list[Fit]:
-    """What tuning chooses from: 5, 2 or 10 epochs, at the model's learning rate or 0.3 of it. Always 6, `fit` first.
-
-    Where a part is held out, the number of epochs chooses itself, and there are 6 learning rates.
-    """
-    if fit.holdout:
-        return [fit, *(replace(fit, lr_scale=fit.lr_scale * factor) for factor in (0.3, 0.1, 3.0, 0.5, 2.0))]
-    others = [replace(fit, epochs=epochs, lr_scale=lr_scale) for lr_scale in (1.0, 0.3) for epochs in (5, 2, 10)]
-    return [fit, *(other for other in others if other != fit)][:6]
-
-
-def around(weight: float, low: float, high: float) -> list[float]:
-    """A weight for each of the six of `grid`: as it is, times `low` and times `high`, each with two of them."""
-    return [weight * factor for factor in (1.0, low, high, low, high, 1.0)]
-
-
-@runtime_checkable
-class TrainsPlainly(Protocol):
-    """A strategy whose base block `start` trains, so that all with the same options may share it."""
-
-    @property
-    def fit(self) -> Fit:
-        """How it trains."""
 
 
 class Learner(Protocol):

@@ -21,7 +21,7 @@ from freshrec.models.sasrec import SASRecSpec
 from freshrec.models.sknn import S_SKNN, SKNN, STAN, V_SKNN
 from freshrec.models.stamp import STAMPSpec
 from freshrec.models.user_knn import UserKNNSpec
-from freshrec.options import choose
+from freshrec.options import Form, choose
 from freshrec.types import ModelSpec
 
 CONTROLS: dict[str, ModelSpec] = {
@@ -68,4 +68,4 @@ MODELS: dict[str, ModelSpec] = COUNTERS | {
 
 def find_model(text: str) -> ModelSpec:
     """The spec that "comirec-dr" or "comirec-dr:k=1:attention=soft" names; OptionError for what does not exist."""
-    return choose("model", text, MODELS)
+    return choose("model", text, MODELS, Form(ModelSpec, "build(seed)"))

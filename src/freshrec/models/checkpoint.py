@@ -23,7 +23,7 @@ from freshrec.device import here
 from freshrec.errors import StateError
 from freshrec.models.tables import tables_of
 from freshrec.options import IMPORTS
-from freshrec.types import Model, SeededModel, State, StateDictModel, TrainedModel
+from freshrec.types import Model, SeededModel, State, StateDictModel, Strategy, TrainedModel
 
 FORMAT = 1
 PIECE = 1 << 21  # bytes of a tensor that are read at once: what the file maps is given back after each
@@ -161,6 +161,8 @@ def _encode(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return {"dict": {k: _encode(child, f"{path}.{k}", tensors) for k, child in node.items()}}
     if isinstance(node, Model):
         return {"model": _encode(_parts_of(node), path, tensors)}
+    if isinstance(node, Strategy) and not is_dataclass(node) and not vars(node):  # a method only: its class is all
+        return {"class": f"{type(node).__module__}:{type(node).__qualname__}", "fields": {}}
     if is_dataclass(node):
         kind = type(node)
         parts_of = {f.name: _encode(getattr(node, f.name), f"{path}.{f.name}", tensors) for f in fields(node)}
@@ -221,7 +223,7 @@ def _decode(node: dict[str, Any], read: Read, model_of: Callable[[dict[str, Any]
             "for the command line."
         )
     kind = vars(sys.modules[module]).get(name)
-    if not (isinstance(kind, type) and is_dataclass(kind)):
+    if not (isinstance(kind, type) and (is_dataclass(kind) or issubclass(kind, Strategy))):
         raise StateError(f"the state needs the dataclass {module}:{name}, which this freshrec lacks; upgrade freshrec.")
     return kind(**{k: _decode(child, read, model_of) for k, child in node["fields"].items()})
 

@@ -1,7 +1,12 @@
-"""What a replay will take, before it runs: seconds by cell, from a second of measured training."""
+"""What a replay will take, before it runs: seconds by cell, from a second of measured training.
+
+`training_passes` says how many targets a strategy trains on. A strategy without a function here counts as fine-tuning.
+"""
 
 import time
 from dataclasses import replace
+from functools import singledispatch
+from typing import Protocol, runtime_checkable
 
 import polars as pl
 import torch
@@ -10,10 +15,20 @@ from torch import Tensor
 from freshrec.data.batches import due_targets
 from freshrec.data.carried import carried_by
 from freshrec.data.spans import Cut
-from freshrec.learn.fit import USUAL_EPOCHS, train
+from freshrec.learn.fit import USUAL_EPOCHS, Fit, train
 from freshrec.models.blend import Blend
 from freshrec.models.counted import absorb
 from freshrec.replay.replay import Cell, Settings
+from freshrec.replay.tuning import alternatives
+from freshrec.strategies.ader import ADER
+from freshrec.strategies.ader_s import ADERS
+from freshrec.strategies.asmg import ASMG
+from freshrec.strategies.incctr import IncCTR
+from freshrec.strategies.plain import Absorb, Frozen, Retrain
+from freshrec.strategies.refit import TRIED, Refit
+from freshrec.strategies.rehearsed import KNOBS, Rehearsed
+from freshrec.strategies.sml import SML
+from freshrec.strategies.spmf import SPMF
 from freshrec.types import Events, State, Strategy, TrainedModel
 
 CHOICE = 2.0  # choosing them trains about as much again
@@ -30,10 +45,10 @@ def estimate(cells: list[Cell], cut: Cut, settings: Settings) -> pl.DataFrame:
     for cell in cells:
         if cell.model not in speeds:
             speeds[cell.model] = speed(cell, cut)
-        base, *later = cell.update.work(sizes, USUAL_EPOCHS)
+        base, *later = training_passes(cell.update, sizes, USUAL_EPOCHS)
         later = later if settings.last_update else later[:-1]
         base = 0.0 if (cell.model, cell.seed) in based else base * CHOICE
-        if cell.update.base == "plain":  # trained once for all
+        if cell.shared_fit:  # trained once for all
             based.add((cell.model, cell.seed))
         tuning = tuning_work(cell.update, sizes) if settings.tune else 0.0
         seconds = (base / speeds[cell.model], (sum(later) + tuning) / speeds[cell.model])
@@ -49,10 +64,10 @@ def learnable(events: Events) -> Tensor:
 
 def tuning_work(strategy: Strategy, sizes: list[int]) -> float:
     """Targets trained on to choose knobs: from span 2 on, every alternative repeats the update of the span before."""
-    alternatives = strategy.alternatives()
-    if len(alternatives) < 2:
+    choices = alternatives(strategy)
+    if len(choices) < 2:
         return 0.0
-    return sum(sum(alternative.work(sizes, USUAL_EPOCHS)[1:-1]) for alternative in alternatives)
+    return sum(sum(training_passes(choice, sizes, USUAL_EPOCHS)[1:-1]) for choice in choices)
 
 
 def speed(cell: Cell, cut: Cut, n_events: int = 10_000) -> float:
@@ -72,3 +87,132 @@ def speed(cell: Cell, cut: Cut, n_events: int = 10_000) -> float:
     since = time.process_time()
     next(epochs)
     return max(len(targets), 1) / max(time.process_time() - since, 1e-6)
+
+
+@runtime_checkable
+class HasFit(Protocol):
+    """A strategy whose field `fit` says how it trains."""
+
+    @property
+    def fit(self) -> Fit:
+        """Epochs, learning rate, held-out share."""
+
+
+def fine_tuning_passes(fit: Fit, sizes: list[int], base_epochs: int) -> list[float]:
+    """Targets passed in each span, epochs counted, by a strategy that trains on the new events only."""
+    return [float(sizes[0] * base_epochs)] + [float(size * fit.usual_epochs) for size in sizes[1:]]
+
+
+@singledispatch
+def training_passes(strategy: Strategy, sizes: list[int], base_epochs: int) -> list[float]:
+    """Targets that a strategy trains on in each span, epochs counted; `sizes`: the events of each span.
+
+    By default those of fine-tuning: with the strategy's own `fit` where it has one.
+    """
+    fit = strategy.fit if isinstance(strategy, HasFit) and isinstance(strategy.fit, Fit) else Fit()
+    return fine_tuning_passes(fit, sizes, base_epochs)
+
+
+@training_passes.register
+def _(strategy: Absorb, sizes: list[int], base_epochs: int) -> list[float]:
+    return [0.0] * len(sizes)
+
+
+@training_passes.register
+def _(strategy: Frozen, sizes: list[int], base_epochs: int) -> list[float]:
+    return [float(sizes[0] * base_epochs)] + [0.0] * (len(sizes) - 1)
+
+
+@training_passes.register
+def _(strategy: Retrain, sizes: list[int], base_epochs: int) -> list[float]:
+    """All remembered events, each time."""
+    n_epochs, spans = base_epochs if strategy.fresh else strategy.fit.usual_epochs, strategy.spans
+    remembered = [sum(sizes[max(0, t + 1 - spans) if spans else 0 : t + 1]) for t in range(len(sizes))]
+    return [float(sizes[0] * base_epochs)] + [float(size * n_epochs) for size in remembered[1:]]
+
+
+@training_passes.register
+def _(strategy: Refit, sizes: list[int], base_epochs: int) -> list[float]:
+    """Those of the trained expert, if it is trained at all."""
+    if strategy.trains == "never":
+        return [0.0] * len(sizes)
+    passes = fine_tuning_passes(strategy.fit, sizes, base_epochs)
+    if strategy.anew:
+        passes = [float(sum(sizes[: t + 1]) * base_epochs) for t in range(len(sizes))]
+    elif strategy.safe:
+        tried = TRIED * strategy.fit.usual_epochs
+        passes = passes[:1] + [n + 2 * 5 / 6 * min(n, tried) for n in passes[1:]]
+    return [min(n, float(strategy.passes)) for n in passes]
+
+
+@training_passes.register
+def _(strategy: SPMF, sizes: list[int], base_epochs: int) -> list[float]:
+    """The new events of each span, and those of the reservoir."""
+    base, *later = fine_tuning_passes(strategy.fit, sizes, base_epochs)
+    if strategy.take == "all":
+        return [base, *(n * (1 + strategy.share) for n in later)]
+    return [base, *(n + strategy.size(sizes[0]) * strategy.fit.epochs for n in later)]
+
+
+@training_passes.register
+def _(strategy: IncCTR, sizes: list[int], base_epochs: int) -> list[float]:
+    """The new events of each span; the teacher reads them too, which is a third of the work."""
+    base, *later = fine_tuning_passes(strategy.fit, sizes, base_epochs)
+    return [base, *(n * (4 / 3 if strategy.distill else 1) for n in later)]
+
+
+@training_passes.register
+def _(strategy: ADER, sizes: list[int], base_epochs: int) -> list[float]:
+    """The new events of each span, and the exemplars of all spans before it."""
+    base, *later = fine_tuning_passes(strategy.fit, sizes, base_epochs)
+    kept = [min(strategy.exemplars, sum(sizes[:t])) for t in range(1, len(sizes))]
+    return [base, *(n + m * strategy.fit.usual_epochs for n, m in zip(later, kept))]
+
+
+@training_passes.register
+def _(strategy: ADERS, sizes: list[int], base_epochs: int) -> list[float]:
+    """The new events of each span, and at most `share` of the pool, taken to hold a sequence per two events."""
+    base, *later = fine_tuning_passes(strategy.fit, sizes, base_epochs)
+    pools = [strategy.share * sum(sizes[:t]) / 2 for t in range(1, len(sizes))]
+    return [base, *(n + m * strategy.fit.usual_epochs for n, m in zip(later, pools))]
+
+
+@training_passes.register
+def _(strategy: SML, sizes: list[int], base_epochs: int) -> list[float]:
+    """Those of fine-tuning; the end of a stage from the second update on; the base block's rehearsals."""
+    passes, epochs = fine_tuning_passes(strategy.fit, sizes, base_epochs), strategy.fit.usual_epochs
+    again, learning = (strategy.rounds - 1) * epochs, strategy.rounds * strategy.transfer_epochs
+    if strategy.rehearsals and strategy.fits_network_on(0):
+        n, n_base = strategy.rehearsals, max(1, strategy.rehearsals // 3)
+        stages = (n - n_base - 1) * (epochs + again + learning)
+        passes[0] += sizes[0] / n * (n_base * base_epochs + stages)
+    for t in range(2, len(sizes)):
+        judge = sizes[t] if strategy.objective == "next" else sizes[t - 1]
+        passes[t] += strategy.fits_network_on(t) * (again * sizes[t - 1] + learning * judge)
+    return passes
+
+
+@training_passes.register
+def _(strategy: ASMG, sizes: list[int], base_epochs: int) -> list[float]:
+    """Those of the chain, the spans that the generator learns on, counted at the size of the new one; rehearsals."""
+    chain = fine_tuning_passes(strategy.fit, sizes, base_epochs)
+    lengths = [min(max(t - 1, 0), strategy.k or t) for t in range(len(sizes))]
+    spans = [min(length, 1) if strategy.loss == "last" else length for length in lengths]
+    passes = [n + strategy.epochs * n_spans * size for n, n_spans, size in zip(chain, spans, sizes)]
+    if strategy.rehearsals:
+        part, n_base = sizes[0] // strategy.rehearsals, max(1, strategy.rehearsals // 3)
+        parts = [n_base * part] + [part] * (strategy.rehearsals - n_base)
+        passes[0] += sum(training_passes(replace(strategy, rehearsals=0), parts, base_epochs))
+    return passes
+
+
+@training_passes.register
+def _(strategy: Rehearsed, sizes: list[int], base_epochs: int) -> list[float]:
+    """Those of fine-tuning, at most half as many again, and the rehearsals of the base block."""
+    base, *later = fine_tuning_passes(strategy.fit, sizes, base_epochs)
+    part, n_base = sizes[0] / max(strategy.rehearsals, 1), max(1, strategy.rehearsals // 3)
+    n_chains = 1 + sum(map(len, KNOBS.values()))
+    if strategy.rehearsals:
+        n_stages = strategy.rehearsals - n_base - 1
+        base += part * (n_base * base_epochs + n_chains * n_stages * strategy.fit.epochs)
+    return [base, *(1.5 * n for n in later)]

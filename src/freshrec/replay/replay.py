@@ -20,26 +20,27 @@ import torch
 from freshrec.data.batches import append
 from freshrec.data.spans import Cut
 from freshrec.errors import IncompatibleError
-from freshrec.learn.fit import Clock
-from freshrec.models.blend import Blend
+from freshrec.learn.fit import Clock, Fit
 from freshrec.models.checkpoint import load_tree, save_text, save_tree, write_whole
 from freshrec.models.counted import absorb, told
 from freshrec.models.ranking import READOUTS
-from freshrec.models.requirements import build_model
 from freshrec.models.scoring import history_length
 from freshrec.replay.measure import Asked, Block, Queries, blocks_of, click_rows, queries_of, rank_queries
-from freshrec.types import (
-    VALID,
-    ClickModel,
-    EncodingModel,
-    Histories,
-    InterestModel,
-    ModelSpec,
-    Span,
-    State,
-    Strategy,
-    TrainedModel,
-)  # fmt: skip
+from freshrec.replay.tuning import tune
+from freshrec.strategies.ader import ADER
+from freshrec.strategies.ader_s import ADERS
+from freshrec.strategies.asmg import ASMG
+from freshrec.strategies.ewc import EWC
+from freshrec.strategies.imsr import IMSR
+from freshrec.strategies.incctr import IncCTR
+from freshrec.strategies.plain import FineTune, Frozen, Retrain
+from freshrec.strategies.rehearsed import Rehearsed
+from freshrec.strategies.sml import SML
+from freshrec.strategies.spmf import SPMF
+from freshrec.types import ClickModel, Histories, InterestModel, ModelSpec, Span, State, Strategy
+
+# Their base block is trained by `learn.fit.start` alone, so cells with the same options share it.
+SHARING = Frozen | FineTune | Retrain | ADER | ADERS | ASMG | EWC | IMSR | IncCTR | Rehearsed | SML | SPMF
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class Cell:
         """Its folder."""
         return f"{self.model}--{self.strategy}--{self.seed}".replace("/", "_").replace(":", "_")
 
+    @property
+    def shared_fit(self) -> Fit | None:
+        """How its base block is trained, where cells with the same options may share it; None: it is its own."""
+        return self.update.fit if isinstance(self.update, SHARING) else None
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -66,33 +72,6 @@ class Settings:
     asked: Asked = Asked()
     tune: bool = False  # choose each update's knobs by the span before
     last_update: bool = True  # after the last span too, although nothing tests it
-
-
-def check(model: ModelSpec, model_name: str, strategy: Strategy, strategy_name: str) -> None:
-    """Raises IncompatibleError, with a sentence, where this strategy cannot update this model.
-
-    OptionError where the model lacks what every model must have.
-    """
-    built = build_model(model, model_name)
-    if strategy.needs == "counters" and isinstance(built, TrainedModel):
-        raise IncompatibleError(
-            f'"{strategy_name}" trains nothing, and "{model_name}" learns only by training: use frozen.'
-        )
-    if strategy.needs == "experts" and not isinstance(built, Blend):
-        raise IncompatibleError(f'"{strategy_name}" joins experts, and "{model_name}" has none: use it with blend.')
-    if strategy.needs not in ("counters", "experts") and not isinstance(built, TrainedModel):
-        ways = "refit (or absorb, which trusts the best expert)" if isinstance(built, Blend) else "absorb"
-        raise IncompatibleError(f'"{model_name}" counts, it is not trained: its only strategy is {ways}.')
-    if strategy.needs == "encoding" and not isinstance(built, EncodingModel):
-        raise IncompatibleError(
-            f'"{strategy_name}" follows the scores of all items back to their vectors; "{model_name}" does not let it. '
-            "Use a model with user and item vectors, such as sasrec or comirec-dr."
-        )
-    if strategy.needs == "interests" and not isinstance(built, InterestModel):
-        raise IncompatibleError(
-            f'"{strategy_name}" needs a model with several interests a user; "{model_name}" has one vector. '
-            "Use mind, comirec-dr or comirec-sa."
-        )
 
 
 def check_clicks(model: ModelSpec, model_name: str) -> None:
@@ -119,7 +98,8 @@ def replay_cell(cell: Cell, cut: Cut, settings: Settings, out: Path, base: State
             state, new_rows, new_asked = _tested(state, _blocks(span, cut, cell.cadence), span, settings, clock)
             rows, asked = rows + new_rows, [*asked, *new_asked]
             if settings.tune and before is not None and not is_over:
-                strategy, costs = _tuned(cell.update, before, cut.spans[span.index - 1], span, settings)
+                last = cut.spans[span.index - 1]
+                strategy, costs = tune(cell.update, before, last, span, settings.asked.min_history)
         else:
             since = time.process_time()
             state = replace(absorb(state, span.events, span.n_users, span.n_items), started=base)
@@ -214,24 +194,6 @@ def _asked_again(state: State, asked: list[tuple[int, Queries]], span: int, amon
     for past, queries in asked:
         rows.append(_rows(queries, rank_queries(state, queries, among=among), past, span))
     return rows
-
-
-def _tuned(
-    strategy: Strategy, before: State, last: Span, span: Span, settings: Settings
-) -> tuple[Strategy, dict[str, float]]:
-    """The alternative of `strategy` whose update on the last span would have been best on this span's VALID events."""
-    alternatives = strategy.alternatives()
-    if len(alternatives) < 2 or not bool((span.events.role_E == VALID).any()):
-        return strategy, {}
-    since, qualities = time.process_time(), []
-    for alternative in alternatives:
-        state = alternative.update(before, last)
-        block = Block(span.events, 0, span.n_users, last.n_items)
-        queries = queries_of(state.recent, block, history_length(state.model), Asked(VALID, settings.asked.min_history))
-        ranks_N = rank_queries(state, queries)
-        qualities.append(float(((ranks_N <= 20) / torch.log2(1 + ranks_N)).nan_to_num(0.0).mean()))
-    best = max(range(len(qualities)), key=qualities.__getitem__)
-    return alternatives[best], {"tune_cpu_s": time.process_time() - since, "tuned_to": float(best)}
 
 
 def timed(update: Callable[[], State]) -> tuple[State, dict[str, float]]:

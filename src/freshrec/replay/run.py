@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import signal
 import time
 from collections.abc import Callable, Iterable
@@ -17,7 +18,7 @@ from filelock import FileLock
 from freshrec.data.spans import Cut
 from freshrec.device import here, on
 from freshrec.errors import OptionError
-from freshrec.learn.fit import Fit, TrainsPlainly, start
+from freshrec.learn.fit import Fit, start
 from freshrec.models.checkpoint import load_state, save_state, save_text
 from freshrec.models.counted import absorb
 from freshrec.replay.replay import Cell, Settings, replay_cell, timed
@@ -49,7 +50,7 @@ def run(
         for cell in todo:
             _run_cell(cell, cut, device, settings, out, tell)
         return
-    bases = {_base_file(cell, out): cell for cell in todo if cell.update.base == "plain"}
+    bases = {_base_file(cell, cell.shared_fit, out): cell for cell in todo if cell.shared_fit}
     heed = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process: the workers inherit the deafness
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:  # leaving it ends them
         signal.signal(signal.SIGINT, heed)
@@ -63,7 +64,8 @@ def run(
 def _claim(out: Path, cells: list[Cell], cut: Cut, settings: Settings) -> None:
     """Write down what is replayed. OptionError where `out` holds results of another log or of other options."""
     made_of = {out: f"{settings}, log {cut.fingerprint()}"}
-    made_of |= {out / cell.name: repr(cell) for cell in cells}
+    for cell in cells:  # an object without a repr of its own is written by class alone: its address changes
+        made_of[out / cell.name] = re.sub(" object at 0x[0-9a-f]+", "", repr(cell))
     for folder, text in made_of.items():
         file = folder / "made-of.txt"
         if file.exists() and file.read_text() != text:
@@ -106,7 +108,7 @@ def _run_cell(cell: Cell, cut: Cut, device: str, settings: Settings, out: Path, 
     torch.set_num_threads(1)
     with on(_device_of(cell, device)):
         cut = moved(cut)
-        base = _base(cell, cut, out) if cell.update.base == "plain" else None
+        base = _base(cell, cell.shared_fit, cut, out) if cell.shared_fit else None
         for span in replay_cell(cell, cut, settings, out, base):
             tell(cell, span)
 
@@ -114,7 +116,8 @@ def _run_cell(cell: Cell, cut: Cut, device: str, settings: Settings, out: Path, 
 def _train_base(cell: Cell, cut: Cut, device: str, out: Path) -> None:
     torch.set_num_threads(1)
     with on(_device_of(cell, device)):
-        _base(cell, moved(cut), out)
+        assert cell.shared_fit
+        _base(cell, cell.shared_fit, moved(cut), out)
 
 
 def _device_of(cell: Cell, device: str) -> str:
@@ -127,18 +130,15 @@ def moved(cut: Cut) -> Cut:
     return replace(cut, spans=tuple(replace(span, events=span.events.to(here())) for span in cut.spans))
 
 
-def _base_file(cell: Cell, out: Path) -> Path:
+def _base_file(cell: Cell, fit: Fit, out: Path) -> Path:
     """Where the state after the base block is kept for all that train it plainly with the same options."""
-    assert isinstance(cell.update, TrainsPlainly)
-    fit = cell.update.fit
     options = repr((cell.spec, fit.base_epochs, fit.max_epochs, fit.patience, fit.holdout))
     return out / "bases" / f"{cell.model.replace(':', '_')}--{cell.seed}--{crc32(options.encode()):08x}.safetensors"
 
 
-def _base(cell: Cell, cut: Cut, out: Path) -> State:
+def _base(cell: Cell, fit: Fit, cut: Cut, out: Path) -> State:
     """The state after the base block: of several processes that want it, one trains it and the others wait."""
-    assert isinstance(cell.update, TrainsPlainly)
-    path, fit, span = _base_file(cell, out), cell.update.fit, cut.spans[0]
+    path, span = _base_file(cell, fit, out), cut.spans[0]
     path.parent.mkdir(exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if path.exists():

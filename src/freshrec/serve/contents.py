@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from freshrec.models.counted import absorb
 from freshrec.models.popularity import PopularitySpec
 from freshrec.models.requirements import build_model
 from freshrec.replay.measure import Queries
-from freshrec.replay.replay import check
 from freshrec.serve.reading import Numbered, Reading
 from freshrec.serve.recommend import Served
 from freshrec.serve.saved import (
@@ -34,6 +33,7 @@ from freshrec.serve.saved import (
 )
 from freshrec.store.versions import OLDER
 from freshrec.strategies import find_strategy
+from freshrec.strategies.compatible import check_compatible
 from freshrec.types import Histories, ModelSpec, Span, State, Strategy, TrainedModel
 
 OLDER_FORMAT = 2  # of what was saved before there were stores
@@ -55,7 +55,8 @@ class Contents:
     def recipe(self) -> dict[str, Any]:
         """Model and strategy with all options, and the seed, as JSON holds them."""
         state, (model, strategy) = self.served.state, self.names
-        options = {"model_options": asdict(state.model.spec), "strategy_options": asdict(self.strategy)}  # type: ignore[call-overload]
+        spec, own = state.model.spec, self.strategy
+        options = {"model_options": asdict(spec), "strategy_options": asdict(own) if is_dataclass(own) else {}}
         whole = {"model": model, "strategy": strategy, "seed": state.seed, **options}
         return dict(json.loads(json.dumps(whole, default=str)))
 
@@ -77,9 +78,10 @@ def begun(model: str | ModelSpec, strategy: str | Strategy | None, seed: int, re
     if strategy is None:
         counting = "refit" if isinstance(empty, Blend) else "absorb"
         strategy = "finetune" if isinstance(empty, TrainedModel) else counting
-    update = find_strategy(strategy) if isinstance(strategy, str) else strategy
-    model, strategy = (thing if isinstance(thing, str) else type(thing).__name__ for thing in (model, strategy))
-    check(spec, model, update, strategy)
+    update = find_strategy(strategy)
+    model = model if isinstance(model, str) else type(model).__name__
+    strategy = strategy if isinstance(strategy, str) else type(update).__name__
+    check_compatible(spec, model, update, strategy)
     counts = State(PopularitySpec(keep="decay").build(seed))
     served = Served(State(empty, seed=seed), counts, Catalog.empty(), Catalog.empty())
     return Contents(served, update, (model, strategy), reading)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from freshrec.learn.fit import Fit
 from freshrec.learn.transfer import CNNTransfer, LinearTransfer, MLPTransfer
-from freshrec.options import choose
+from freshrec.options import Form, as_instance, choose
 from freshrec.strategies.ader import ADER
 from freshrec.strategies.ader_s import ADERS
 from freshrec.strategies.asmg import ASMG
@@ -31,8 +31,6 @@ STRATEGIES: dict[str, Strategy] = {
     "batch-3": Retrain(fresh=False, spans=3),
     "batch-5": Retrain(fresh=False, spans=5),
     "batch-7": Retrain(fresh=False, spans=7),
-    "joint": Retrain(),
-    "dropout": FineTune(),  # what ADER calls fine-tuning where the model has dropout
     "ewc": EWC(),
     "spmf": SPMF(),
     "spmf-all": SPMF(take="all"),
@@ -54,7 +52,6 @@ STRATEGIES: dict[str, Strategy] = {
     "sml-s": SML(until=0, fit=Fit(epochs=2)),
     "sml-fp": SML(through=False),
     "asmg": ASMG(),
-    "asmg-gru-multi": ASMG(),
     "asmg-gru-single": ASMG(loss="last"),
     "asmg-gru-full": ASMG(k=0, carry=False),
     "asmg-gru-zero": ASMG(carry=False),
@@ -72,6 +69,21 @@ STRATEGIES: dict[str, Strategy] = {
 }
 
 
-def find_strategy(text: str) -> Strategy:
-    """The strategy that "imsr" or "imsr:fit.epochs=5:retain.weight=1" names; OptionError for what does not exist."""
-    return choose("strategy", text, STRATEGIES)
+ALIASES = {  # what papers call them -> what they are here
+    "joint": "full",  # ADER
+    "dropout": "finetune",  # ADER, where the model has dropout
+    "asmg-gru-multi": "asmg",  # ASMG
+}
+FORM = Form(Strategy, "update(state, span)")
+
+
+def find_strategy(named: str | Strategy | type[Strategy]) -> Strategy:
+    """The strategy that "imsr", "imsr:fit.epochs=5:retain.weight=1" or "their_package.module:Thing" names.
+
+    An instance of one's own is returned as it is; of a class, an instance. OptionError for what is no strategy.
+    """
+    if isinstance(named, str):
+        return choose("strategy", named, STRATEGIES, FORM, ALIASES)
+    name = named.__name__ if isinstance(named, type) else type(named).__name__
+    found: Strategy = as_instance("strategy", name, named, FORM)
+    return found

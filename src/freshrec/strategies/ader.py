@@ -26,7 +26,7 @@ from freshrec.learn.exemplars import (
     replay,
     select,
 )
-from freshrec.learn.fit import Clock, Fit, adapt, around, finish, grid, parted, start, successor
+from freshrec.learn.fit import Clock, Fit, adapt, finish, parted, start, successor
 from freshrec.learn.reservoir import Kept, kept_length
 from freshrec.models.layers import best_inner_product
 from freshrec.models.scoring import item_table, item_vectors, user_vectors
@@ -98,22 +98,9 @@ class ADER:
     adaptive: bool = True
     weight: Weight = 0.8
     fit: Fit = Fit()
-    needs = "encoding"
-    base = "plain"
 
     def __post_init__(self) -> None:
         check_options(self)
-
-    def alternatives(self) -> "tuple[ADER, ...]":
-        """As many as FineTune has, with as many epochs in all; each of three weights is in two of them."""
-        both = zip(grid(self.fit), around(self.weight, 0.3, 3.0))
-        return tuple(replace(self, fit=fit, weight=weight) for fit, weight in both)
-
-    def work(self, sizes: list[int], base_epochs: int) -> list[float]:
-        """The base block, then the new events of each span and the exemplars of all before it."""
-        base, *later = self.fit.work(sizes, base_epochs)
-        kept = [min(self.exemplars, sum(sizes[:t])) for t in range(1, len(sizes))]
-        return [base, *(n + m * self.fit.usual_epochs for n, m in zip(later, kept))]
 
     def update(self, state: State, span: Span) -> State:
         """Train on the new events and the exemplars, then choose exemplars from both."""

@@ -15,7 +15,7 @@ from freshrec.data.batches import Targets, due_targets, in_parts, random_source
 from freshrec.data.carried import carried_by
 from freshrec.device import uniform
 from freshrec.learn.exemplars import learnable, own_loss, replay, smallest
-from freshrec.learn.fit import Clock, Fit, adapt, finish, grid, parted, start, successor
+from freshrec.learn.fit import Clock, Fit, adapt, finish, parted, start, successor
 from freshrec.learn.reservoir import Kept, keep, together
 from freshrec.models.scoring import item_vectors
 from freshrec.options import Count, Rate, Weight, check_options
@@ -62,24 +62,9 @@ class ADERS:
     share: Rate = 0.5  # of a user's past sequences, replayed
     weight: Weight = 1.0
     fit: Fit = Fit()
-    needs = "encoding"
-    base = "plain"
 
     def __post_init__(self) -> None:
         check_options(self)
-
-    def alternatives(self) -> "tuple[ADERS, ...]":
-        """Six ways of training; every strategy that is tuned has six, with as many epochs in all."""
-        return tuple(replace(self, fit=fit) for fit in grid(self.fit))
-
-    def work(self, sizes: list[int], base_epochs: int) -> list[float]:
-        """The base block, then the new events of each span, and at most `share` of the pool.
-
-        How large the pool gets depends on the users: a sequence for every second event is what this takes it to be.
-        """
-        base, *later = self.fit.work(sizes, base_epochs)
-        pools = [self.share * sum(sizes[:t]) / 2 for t in range(1, len(sizes))]
-        return [base, *(n + m * self.fit.usual_epochs for n, m in zip(later, pools))]
 
     def update(self, state: State, span: Span) -> State:
         """Train on the new events and on past sequences like them; then the new sequences enter the pool."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from freshrec.data.batches import due_targets, interests_where, owners, random_source, rows_where
 from freshrec.data.carried import Carried, carried_by
 from freshrec.errors import OptionError
-from freshrec.learn.fit import Clock, Fit, batches, finish, grid, negatives, start, successor, train
+from freshrec.learn.fit import Clock, Fit, batches, finish, negatives, start, successor, train
 from freshrec.learn.generators import GRU, Generator, Mix, Window, shares, untrained
 from freshrec.learn.rehearsal import rehearsal
 from freshrec.learn.weights import put, seen_through, weights_of
@@ -71,8 +71,6 @@ class ASMG:
     lr: Positive = 0.01  # of the generator
     rehearsals: CountOrNone = 6  # parts of the base block, on which the generator learns before its first use
     fit: Fit = Fit()  # of the chain
-    needs = "gradients"
-    base = "plain"
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -80,22 +78,6 @@ class ASMG:
             raise OptionError("the linear generator mixes k models and learns on one span: set k >= 1 and loss=last.")
         if self.rehearsals in (1, 2):
             raise OptionError("ASMG rehearses on 3 parts of the base block or more: raise rehearsals, or set it to 0.")
-
-    def alternatives(self) -> "tuple[ASMG, ...]":
-        """The chain's ways of training; as many as FineTune has, with as many epochs in all."""
-        return tuple(replace(self, fit=fit) for fit in grid(self.fit))
-
-    def work(self, sizes: list[int], base_epochs: int) -> list[float]:
-        """The chain's, and each span as often again as the generator learns on spans of its size; rehearsals."""
-        chain = self.fit.work(sizes, base_epochs)
-        lengths = [min(max(t - 1, 0), self.k or t) for t in range(len(sizes))]
-        passes = [min(length, 1) if self.loss == "last" else length for length in lengths]
-        work = [n + self.epochs * n_passes * size for n, n_passes, size in zip(chain, passes, sizes)]
-        if self.rehearsals:
-            part, n_base = sizes[0] // self.rehearsals, max(1, self.rehearsals // 3)
-            parts = [n_base * part] + [part] * (self.rehearsals - n_base)
-            work[0] += sum(replace(self, rehearsals=0).work(parts, base_epochs))
-        return work
 
     def update(self, state: State, span: Span) -> State:
         """Train the generator, fine-tune the chain, generate what is served."""

@@ -16,7 +16,7 @@ from freshrec.data.batches import Targets, due_targets, in_parts, random_source
 from freshrec.data.carried import Carried, carried_by
 from freshrec.device import permutation
 from freshrec.learn.exemplars import batch_of, learnable
-from freshrec.learn.fit import Clock, Fit, adapt, around, finish, grid, start, successor
+from freshrec.learn.fit import Clock, Fit, adapt, finish, start, successor
 from freshrec.learn.reservoir import Kept, keep, kept_length
 from freshrec.learn.weights import Weights, weights_of
 from freshrec.models.layers import best_inner_product
@@ -167,20 +167,9 @@ class EWC:
     weight: Weight = 1000.0
     samples: Count = 1000
     fit: Fit = Fit()
-    needs = "encoding"
-    base = "plain"
 
     def __post_init__(self) -> None:
         check_options(self)
-
-    def alternatives(self) -> "tuple[EWC, ...]":
-        """As many as FineTune has, with as many epochs in all; each of three weights is in two of them."""
-        both = zip(grid(self.fit), around(self.weight, 0.1, 10.0))
-        return tuple(replace(self, fit=fit, weight=weight) for fit, weight in both)
-
-    def work(self, sizes: list[int], base_epochs: int) -> list[float]:
-        """The base block, then the new events of each span."""
-        return self.fit.work(sizes, base_epochs)
 
     def update(self, state: State, span: Span) -> State:
         """Train with the penalty, then measure what the new model depends on."""

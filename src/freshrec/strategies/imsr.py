@@ -16,7 +16,7 @@ from torch import Tensor
 from freshrec.data.batches import due_targets, owners
 from freshrec.data.carried import Carried, carried_by, pad_interests
 from freshrec.errors import OptionError
-from freshrec.learn.fit import Clock, Fit, adapt, around, finish, grid, start, successor
+from freshrec.learn.fit import Clock, Fit, adapt, finish, start, successor
 from freshrec.learn.interests import expand
 from freshrec.learn.upkeep import Upkeep
 from freshrec.models.layers import FAR
@@ -221,20 +221,6 @@ class IMSR:
     trim: Trimmer | None = Trimmer()
     fit: Fit = Fit()
     upkeep: Upkeep = Upkeep()
-    needs = "interests"
-    base = "plain"
-
-    def alternatives(self) -> "tuple[IMSR, ...]":
-        """As many as FineTune has, with as many epochs in all; each of three retainer weights is in two of them."""
-        fits = grid(self.fit)
-        if self.retain is None:
-            return tuple(replace(self, fit=fit) for fit in fits)
-        weights = around(self.retain.weight, 0.0, 10.0)
-        return tuple(replace(self, fit=f, retain=replace(self.retain, weight=w)) for f, w in zip(fits, weights))
-
-    def work(self, sizes: list[int], base_epochs: int) -> list[float]:
-        """The base block, then the new events of each span."""
-        return self.fit.work(sizes, base_epochs)
 
     def update(self, state: State, span: Span) -> State:
         """Detect, train with the retainer, trim; then the upkeep of what is stored."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from freshrec.data.batches import Targets, due_targets
 from freshrec.data.carried import carried_by
 from freshrec.errors import IncompatibleError, OptionError
-from freshrec.learn.fit import Clock, Fit, adapt, around, finish, grid, start, successor
+from freshrec.learn.fit import Clock, Fit, adapt, finish, start, successor
 from freshrec.models.layers import best_inner_product
 from freshrec.models.tables import Table, tables_of
 from freshrec.options import CountOrNone, Positive, Rate, check_options
@@ -78,8 +78,6 @@ class IncCTR:
     distill: Distill | None = Distill()
     threshold: CountOrNone = 0
     fit: Fit = Fit()
-    needs = "gradients"
-    base = "plain"
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -87,21 +85,6 @@ class IncCTR:
             raise OptionError(
                 "fit.holdout would judge rows that wait for the share of the common one; set threshold=0."
             )
-
-    def alternatives(self) -> "tuple[IncCTR, ...]":
-        """As many as FineTune has, with as many epochs in all; each of three weights is in two of them."""
-        fits = grid(self.fit)
-        if self.distill is None:
-            return tuple(replace(self, fit=fit) for fit in fits)
-        weights = around(self.distill.weight, 0.5, 2.0)
-        return tuple(
-            replace(self, fit=f, distill=replace(self.distill, weight=min(w, 0.9))) for f, w in zip(fits, weights)
-        )
-
-    def work(self, sizes: list[int], base_epochs: int) -> list[float]:
-        """The base block, then the new events of each span, which the teacher reads too: a third of the work."""
-        base, *later = self.fit.work(sizes, base_epochs)
-        return [base, *(n * (4 / 3 if self.distill else 1) for n in later)]
 
     def update(self, state: State, span: Span) -> State:
         """Count who was met, let the rare share a row, train with the teacher."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from freshrec.data.batches import append, due_targets, released, settle
 from freshrec.data.carried import carried_by
-from freshrec.learn.fit import Clock, Fit, adapt, finish, fresh, grid, start, successor
+from freshrec.learn.fit import Clock, Fit, adapt, finish, fresh, start, successor
 from freshrec.models.scoring import history_length
 from freshrec.types import Events, Histories, Span, State
 
@@ -13,17 +13,6 @@ from freshrec.types import Events, Histories, Span, State
 @dataclass(frozen=True)
 class Absorb:
     """No training at all: what a model counts, the replay has already given it. The strategy of the controls."""
-
-    needs = "counters"
-    base = "absorb"
-
-    def alternatives(self) -> "tuple[Absorb, ...]":
-        """Nothing to tune."""
-        return (self,)
-
-    def work(self, sizes: list[int], base_epochs: int) -> list[float]:
-        """Nothing to train."""
-        return [0.0] * len(sizes)
 
     def update(self, state: State, span: Span) -> State:
         """The same model with room for the new users and items."""
@@ -38,16 +27,6 @@ class Frozen:
     """Never updated after the base block; new users and items get untrained rows."""
 
     fit: Fit = Fit()
-    needs = "gradients"
-    base = "plain"
-
-    def alternatives(self) -> "tuple[Frozen, ...]":
-        """Nothing to tune."""
-        return (self,)
-
-    def work(self, sizes: list[int], base_epochs: int) -> list[float]:
-        """Only the base block."""
-        return [float(sizes[0] * base_epochs)] + [0.0] * (len(sizes) - 1)
 
     def update(self, state: State, span: Span) -> State:
         """The base model, grown; interests stay as they were stored."""
@@ -63,16 +42,6 @@ class FineTune:
     """Train the previous model on the new events."""
 
     fit: Fit = Fit()
-    needs = "gradients"
-    base = "plain"
-
-    def alternatives(self) -> "tuple[FineTune, ...]":
-        """Six ways of training; every strategy that is tuned has six, with as many epochs in all."""
-        return tuple(replace(self, fit=fit) for fit in grid(self.fit))
-
-    def work(self, sizes: list[int], base_epochs: int) -> list[float]:
-        """The base block, then the new events of each span."""
-        return self.fit.work(sizes, base_epochs)
 
     def update(self, state: State, span: Span) -> State:
         """The previous weights, interests and optimiser state, trained on the due events."""
@@ -93,18 +62,6 @@ class Retrain:
     fresh: bool = True  # from untrained weights, with as many epochs as the base block needed; else from the last ones
     spans: int = 0  # 0 = all
     fit: Fit = Fit()
-    needs = "gradients"
-    base = "plain"
-
-    def alternatives(self) -> "tuple[Retrain, ...]":
-        """As many as FineTune has, from the last weights; a fresh model trains as the base block was chosen to."""
-        return (self,) if self.fresh else tuple(replace(self, fit=fit) for fit in grid(self.fit))
-
-    def work(self, sizes: list[int], base_epochs: int) -> list[float]:
-        """Everything remembered, each time."""
-        n_epochs = base_epochs if self.fresh else self.fit.usual_epochs
-        kept = [sum(sizes[max(0, t + 1 - self.spans) if self.spans else 0 : t + 1]) for t in range(len(sizes))]
-        return [float(sizes[0] * base_epochs)] + [float(size * n_epochs) for size in kept[1:]]
 
     def update(self, state: State, span: Span) -> State:
         """A model trained on the remembered events; `memory` refers to them, without copying."""

@@ -40,24 +40,9 @@ class Refit:
     safe: bool = True  # each update trains in the manner that was best on the newest sixth of its targets
     passes: Count = 6_000_000  # targets of one training, epochs counted: a large log gets fewer epochs, or its latest
     anew: bool = False  # forget everything, and do with all events so far as with a base block: a full retrain
-    needs = "experts"
-    base = "absorb"
 
     def __post_init__(self) -> None:
         check_options(self)
-
-    def alternatives(self) -> "tuple[Refit, ...]":
-        """Nothing to tune."""
-        return (self,)
-
-    def work(self, sizes: list[int], base_epochs: int) -> list[float]:
-        """What the trained expert passes, if it is worth it."""
-        work = [0.0] * len(sizes) if self.trains == "never" else self.fit.work(sizes, base_epochs)
-        if self.anew and self.trains != "never":
-            work = [float(sum(sizes[: t + 1]) * base_epochs) for t in range(len(sizes))]
-        elif self.safe:
-            work = work[:1] + [passes + 2 * 5 / 6 * min(passes, TRIED * self.fit.usual_epochs) for passes in work[1:]]
-        return [min(passes, float(self.passes)) for passes in work]
 
     def update(self, state: State, span: Span) -> State:
         """The same experts, joined by what was remembered up to now, then trained on what is new."""

@@ -68,8 +68,6 @@ class Rehearsed:
     asked: Count = 3000  # targets of each part, at most
     reservoir: Positive = 0.3  # share of the base block's targets that are remembered
     fit: Fit = Fit()
-    needs = "gradients"
-    base = "plain"
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -77,20 +75,6 @@ class Rehearsed:
             raise OptionError("a rehearsal takes 4 parts of the base block or more: raise rehearsals, or set it to 0.")
         if self.fit.holdout:
             raise OptionError("rehearsed chooses how to update before it updates; it has no use for fit.holdout.")
-
-    def alternatives(self) -> "tuple[Rehearsed, ...]":
-        """Itself: it has chosen already."""
-        return (self,)
-
-    def work(self, sizes: list[int], base_epochs: int) -> list[float]:
-        """Fine-tuning's, at most half as much again, and the rehearsals of the base block."""
-        base, *later = self.fit.work(sizes, base_epochs)
-        part = sizes[0] / max(self.rehearsals, 1)
-        n_base = max(1, self.rehearsals // 3)
-        n_chains = 1 + sum(map(len, KNOBS.values()))
-        if self.rehearsals:
-            base += part * (n_base * base_epochs + n_chains * (self.rehearsals - n_base - 1) * self.fit.epochs)
-        return [base, *(1.5 * n for n in later)]
 
     def update(self, state: State, span: Span) -> State:
         """The base block plainly, then the rehearsal; later, an update in the manner that it has found."""

@@ -17,7 +17,7 @@ import torch
 from freshrec.data.batches import Targets, due_targets
 from freshrec.data.carried import carried_by
 from freshrec.errors import OptionError
-from freshrec.learn.fit import Clock, Fit, adapt, finish, grid, start, successor, train
+from freshrec.learn.fit import Clock, Fit, adapt, finish, start, successor, train
 from freshrec.learn.rehearsal import rehearsal
 from freshrec.learn.transfer import CNNTransfer, LinearTransfer, MLPTransfer, Transfer, judged, moved, transferred
 from freshrec.learn.weights import Weights, grow, put, weights_of
@@ -78,8 +78,6 @@ class SML:
     through: bool = True  # step 1 sees the network; no: w is a fine-tuned model beside it, SML-FP
     until: int | None = None  # the last span on which the network is fitted; 0: in the base block only, SML-S
     rehearsals: CountOrNone = 6  # parts of the base block, on which the network is fitted before its first use
-    needs = "gradients"
-    base = "plain"
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -93,24 +91,7 @@ class SML:
         if self.rehearsals in (1, 2):
             raise OptionError("SML rehearses on 3 parts of the base block or more: raise rehearsals, or set it to 0.")
 
-    def alternatives(self) -> "tuple[SML, ...]":
-        """As many as FineTune has, with as many epochs in all."""
-        return tuple(replace(self, fit=fit) for fit in grid(self.fit))
-
-    def work(self, sizes: list[int], base_epochs: int) -> list[float]:
-        """Fine-tuning's; from the second update on, a closing as well; and the base block's rehearsals."""
-        passes = self.fit.work(sizes, base_epochs)
-        again, learning = (self.rounds - 1) * self.fit.usual_epochs, self.rounds * self.transfer_epochs
-        if self.rehearsals and self._learns(0):
-            n, n_base = self.rehearsals, max(1, self.rehearsals // 3)
-            stages = (n - n_base - 1) * (self.fit.usual_epochs + again + learning)
-            passes[0] += sizes[0] / n * (n_base * base_epochs + stages)
-        for t in range(2, len(sizes)):
-            judge = sizes[t] if self.objective == "next" else sizes[t - 1]
-            passes[t] += self._learns(t) * (again * sizes[t - 1] + learning * judge)
-        return passes
-
-    def _learns(self, span: int) -> bool:
+    def fits_network_on(self, span: int) -> bool:
         """Whether the network is fitted in the update on this span."""
         is_fixed = isinstance(self.transfer, LinearTransfer) and not self.transfer.learned
         return not is_fixed and (self.until is None or span <= self.until)
@@ -128,7 +109,7 @@ class SML:
         """The base block trained plainly; the network fitted on a stream made of it."""
         after = start(state, span, self.fit)
         transfer, since = Transfer.of(self.transfer, after.model, state.seed), time.process_time()
-        if self.rehearsals and self._learns(0):
+        if self.rehearsals and self.fits_network_on(0):
             self._rehearse(state, after.base_epochs, transfer)
         costs = after.costs | {"transfer_cpu_s": time.process_time() - since}
         return replace(after, memory=_memory(transfer), costs=costs)
@@ -155,7 +136,7 @@ class SML:
         model = copy.deepcopy(memory.adapted)
         grow(model, span.n_users, span.n_items, state.recent.kinds_I)
         stage = Stage(model, _grown(memory.before, model), transfer, clock)
-        if self._learns(span.index):
+        if self.fits_network_on(span.index):
             judge = block_of(state, span, self.fit.history) if self.objective == "next" else memory.block
             for n in range(1, self.rounds + 1):
                 if n > 1:
@@ -176,7 +157,7 @@ class SML:
         put(served, self._transferred(stage))
         carried = carried_by(served, state.users, span.index)
         after = finish(state, served, carried, self.fit.history, stage.clock)
-        is_needed = self._learns(span.index + 1) and (self.rounds > 1 or self.objective == "current")
+        is_needed = self.fits_network_on(span.index + 1) and (self.rounds > 1 or self.objective == "current")
         memory = _memory(stage.transfer)
         memory = replace(memory, adapted=stage.model, before=stage.before, block=block if is_needed else None)
         return replace(after, memory=memory)

@@ -14,7 +14,7 @@ from freshrec.data.batches import Targets, due_targets, query_batches, random_so
 from freshrec.data.carried import Carried, carried_by
 from freshrec.device import uniform
 from freshrec.errors import OptionError
-from freshrec.learn.fit import Clock, Fit, adapt, finish, grid, start, successor
+from freshrec.learn.fit import Clock, Fit, adapt, finish, start, successor
 from freshrec.learn.reservoir import Kept, filled, joined, keep, kept_length, stream, together
 from freshrec.models.scoring import score_items
 from freshrec.options import Positive, Weight, check_options
@@ -78,8 +78,6 @@ class SPMF:
     share: Weight = 0.5
     reservoir: Positive = 0.3  # targets in it: up to 1, this share of the base block's; above 1, so many
     fit: Fit = Fit()
-    needs = "gradients"
-    base = "plain"
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -88,20 +86,9 @@ class SPMF:
                 "SPMF draws anew for each epoch, so nothing can be held out; set take=all, or no holdout."
             )
 
-    def alternatives(self) -> "tuple[SPMF, ...]":
-        """As many as FineTune has, with as many epochs in all."""
-        return tuple(replace(self, fit=fit) for fit in grid(self.fit))
-
     def size(self, n_base: int) -> int:
         """How many targets the reservoir holds, after a base block of `n_base`."""
         return max(1, round(self.reservoir * n_base)) if self.reservoir <= 1 else int(self.reservoir)
-
-    def work(self, sizes: list[int], base_epochs: int) -> list[float]:
-        """The base block, then the new events of each span and those remembered."""
-        base, *later = self.fit.work(sizes, base_epochs)
-        if self.take == "all":
-            return [base, *(n * (1 + self.share) for n in later)]
-        return [base, *(n + self.size(sizes[0]) * self.fit.epochs for n in later)]
 
     def update(self, state: State, span: Span) -> State:
         """Score, draw, train; then the new events go by the reservoir."""

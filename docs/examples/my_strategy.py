@@ -1,0 +1,54 @@
+"""A strategy of one's own: fine-tune, then move only part of the way, so that one odd day changes the model less.
+
+Copy this file, change it, and name its class wherever freshrec takes the name of a strategy:
+
+    export FRESHREC_IMPORT=my_strategy
+    freshrec replay --world drift --models sasrec --strategies finetune,my_strategy:MyStrategy:keep=0.3
+    freshrec fit events.parquet --store shop --model sasrec --strategy my_strategy:MyStrategy
+    freshrec update tomorrow.parquet --store shop
+
+The module is found in the current folder, or where Python finds others. FRESHREC_IMPORT names the modules that commands
+import before they open a store; in Python, `import my_strategy` does the same.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from freshrec.data.batches import due_targets
+from freshrec.data.carried import carried_by
+from freshrec.learn.fit import Clock, Fit, adapt, finish, start, successor
+from freshrec.learn.weights import put, weights_of
+from freshrec.options import Rate, check_options
+from freshrec.strategies.compatible import REQUIREMENTS, trained_models
+from freshrec.types import Span, State
+
+
+@dataclass(frozen=True)
+class MyStrategy:
+    """After each update, weights = keep * the previous weights + (1 - keep) * the fine-tuned ones."""
+
+    keep: Rate = 0.5
+    fit: Fit = Fit()  # epochs and learning rate of an update
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def update(self, state: State, span: Span) -> State:
+        """The state after the span; `state` itself stays as it was."""
+        if state.spans_seen == 0:  # the base block: a new model
+            return start(state, span, self.fit)
+        model = successor(state, span)  # a copy of the model, with rows for new users and items
+        targets = due_targets(state.recent, self.fit.history)  # the events that this update may train on
+        interests = carried_by(model, state.users, span.index)  # of users, where the model keeps some; else None
+        costs = Clock({"rows_read": float(len(targets))})
+        adapt(model, targets, self.fit, (state.seed, span.index), costs, carried=interests)
+
+        before, after = weights_of(state.model), weights_of(model)
+        for name, old in before.items():
+            after[name][: len(old)] = torch.lerp(after[name][: len(old)], old, self.keep)  # rows of new items stay
+        put(model, after)
+        return finish(state, model, interests, self.fit.history, costs)
+
+
+REQUIREMENTS[MyStrategy] = trained_models  # optional: counting models are refused with a sentence, before anything runs

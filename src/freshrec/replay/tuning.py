@@ -1,0 +1,112 @@
+"""Tuning: before each update, choose among variants of a strategy by how the last update would have gone.
+
+`alternatives` says what there is to choose from. A strategy without a function here has nothing to tune.
+"""
+
+import time
+from dataclasses import replace
+from functools import singledispatch
+
+import torch
+
+from freshrec.learn.fit import Fit
+from freshrec.models.scoring import history_length
+from freshrec.replay.measure import Asked, Block, queries_of, rank_queries
+from freshrec.strategies.ader import ADER
+from freshrec.strategies.ader_s import ADERS
+from freshrec.strategies.asmg import ASMG
+from freshrec.strategies.ewc import EWC
+from freshrec.strategies.imsr import IMSR
+from freshrec.strategies.incctr import IncCTR
+from freshrec.strategies.plain import FineTune, Retrain
+from freshrec.strategies.sml import SML
+from freshrec.strategies.spmf import SPMF
+from freshrec.types import VALID, Span, State, Strategy
+
+
+def tune(
+    strategy: Strategy, before: State, last: Span, span: Span, min_history: int
+) -> tuple[Strategy, dict[str, float]]:
+    """The alternative of `strategy` whose update on span `last` is best on this span's VALID events, and the costs.
+
+    `before`: the state that was updated on `last`. Quality is ndcg@20, on targets after `min_history` events or more.
+    """
+    choices = alternatives(strategy)
+    if len(choices) < 2 or not bool((span.events.role_E == VALID).any()):
+        return strategy, {}
+    since, qualities = time.process_time(), []
+    for choice in choices:
+        state = choice.update(before, last)
+        block = Block(span.events, 0, span.n_users, last.n_items)
+        queries = queries_of(state.recent, block, history_length(state.model), Asked(VALID, min_history))
+        ranks_N = rank_queries(state, queries)
+        qualities.append(float(((ranks_N <= 20) / torch.log2(1 + ranks_N)).nan_to_num(0.0).mean()))
+    best = max(range(len(qualities)), key=qualities.__getitem__)
+    return choices[best], {"tune_cpu_s": time.process_time() - since, "tuned_to": float(best)}
+
+
+@singledispatch
+def alternatives(strategy: Strategy) -> tuple[Strategy, ...]:
+    """The strategy itself first, then variants of it; by default it is the only one.
+
+    All strategies that are tuned have six alternatives, with equally many epochs in total, so that none is favoured.
+    """
+    return (strategy,)
+
+
+@alternatives.register
+def _(strategy: FineTune | SPMF | ASMG | ADERS | SML) -> tuple[Strategy, ...]:
+    return tuple(replace(strategy, fit=fit) for fit in fit_grid(strategy.fit))
+
+
+@alternatives.register
+def _(strategy: Retrain) -> tuple[Strategy, ...]:
+    if strategy.fresh:  # it trains as was chosen for the base block
+        return (strategy,)
+    return tuple(replace(strategy, fit=fit) for fit in fit_grid(strategy.fit))
+
+
+@alternatives.register
+def _(strategy: ADER) -> tuple[Strategy, ...]:
+    both = zip(fit_grid(strategy.fit), weight_grid(strategy.weight, 0.3, 3.0))
+    return tuple(replace(strategy, fit=fit, weight=weight) for fit, weight in both)
+
+
+@alternatives.register
+def _(strategy: EWC) -> tuple[Strategy, ...]:
+    both = zip(fit_grid(strategy.fit), weight_grid(strategy.weight, 0.1, 10.0))
+    return tuple(replace(strategy, fit=fit, weight=weight) for fit, weight in both)
+
+
+@alternatives.register
+def _(strategy: IncCTR) -> tuple[Strategy, ...]:
+    fits, distill = fit_grid(strategy.fit), strategy.distill
+    if distill is None:
+        return tuple(replace(strategy, fit=fit) for fit in fits)
+    weights = [min(weight, 0.9) for weight in weight_grid(distill.weight, 0.5, 2.0)]
+    return tuple(replace(strategy, fit=f, distill=replace(distill, weight=w)) for f, w in zip(fits, weights))
+
+
+@alternatives.register
+def _(strategy: IMSR) -> tuple[Strategy, ...]:
+    fits, retain = fit_grid(strategy.fit), strategy.retain
+    if retain is None:
+        return tuple(replace(strategy, fit=fit) for fit in fits)
+    weights = weight_grid(retain.weight, 0.0, 10.0)
+    return tuple(replace(strategy, fit=f, retain=replace(retain, weight=w)) for f, w in zip(fits, weights))
+
+
+def fit_grid(fit: Fit) -> list[Fit]:
+    """`fit` first, then 5, 2 or 10 epochs, at the model's learning rate or 0.3 of it; six in all.
+
+    Where targets are held out, the number of epochs chooses itself, and there are six learning rates.
+    """
+    if fit.holdout:
+        return [fit, *(replace(fit, lr_scale=fit.lr_scale * factor) for factor in (0.3, 0.1, 3.0, 0.5, 2.0))]
+    others = [replace(fit, epochs=epochs, lr_scale=lr_scale) for lr_scale in (1.0, 0.3) for epochs in (5, 2, 10)]
+    return [fit, *(other for other in others if other != fit)][:6]
+
+
+def weight_grid(weight: float, low: float, high: float) -> list[float]:
+    """A weight for each of the six of `fit_grid`: two as it is, two times `low`, two times `high`."""
+    return [weight * factor for factor in (1.0, low, high, low, high, 1.0)]

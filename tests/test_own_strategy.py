@@ -1,0 +1,271 @@
+"""A strategy of a user's own is one class with one method: in a replay, in a recommender, in a store."""
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+
+from freshrec.cli import main
+from freshrec.data.spans import cut
+from freshrec.data.worlds import make
+from freshrec.errors import IncompatibleError, OptionError, StateError
+from freshrec.learn.fit import Fit
+from freshrec.learn.weights import weights_of
+from freshrec.models import MODELS, find_model
+from freshrec.models.checkpoint import load_tree, save_tree
+from freshrec.models.counted import absorb
+from freshrec.options import IMPORTS
+from freshrec.replay.plan import training_passes, tuning_work
+from freshrec.replay.replay import Cell, Settings
+from freshrec.replay.run import run
+from freshrec.replay.tuning import alternatives
+from freshrec.serve.recommender import Recommender
+from freshrec.strategies import ALIASES, STRATEGIES, find_strategy
+from freshrec.strategies.compatible import REQUIREMENTS, check_compatible
+from freshrec.strategies.plain import Absorb, FineTune
+from freshrec.types import Span, State
+
+EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
+OWN = '''
+from dataclasses import dataclass, replace
+
+from freshrec.learn.fit import Fit
+from freshrec.strategies.plain import Absorb, FineTune
+from freshrec.strategies.refit import Refit
+
+
+class Counting:
+    def update(self, state, span):
+        return Absorb().update(state, span)
+
+
+class Blending:
+    def update(self, state, span):
+        return Refit(trains="never").update(state, span)
+
+
+@dataclass(frozen=True)
+class Training:
+    epochs: int = 1
+
+    def update(self, state, span):
+        return FineTune(Fit(epochs=self.epochs, base_epochs=1)).update(state, span)
+
+
+class Demanding:
+    def __init__(self, size):
+        self.size = size
+
+    def update(self, state, span):
+        return Absorb().update(state, span)
+
+
+class Broken:
+    def update(self, state, span):
+        return state.model.no_such_thing
+
+
+class Other:
+    """No strategy."""
+
+
+INSTANCE = Training(epochs=3)
+DEMANDING = Demanding(3)
+'''
+
+
+@pytest.fixture(autouse=True)
+def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Modules in the current folder that freshrec does not know; afterwards they are forgotten."""
+    (tmp_path / "own_strategies.py").write_text(OWN)
+    (tmp_path / "my_strategy.py").write_text((EXAMPLES / "my_strategy.py").read_text())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    importlib.invalidate_caches()
+    yield
+    for module in ("own_strategies", "my_strategy"):
+        sys.modules.pop(module, None)
+    for strategy in [kind for kind in REQUIREMENTS if kind.__module__ == "my_strategy"]:
+        del REQUIREMENTS[strategy]
+
+
+def world() -> pl.DataFrame:
+    """1,200 events of 60 users and 40 items."""
+    return make("drift", users=60, items=40, events=1200).log.frame.select("user_id", "item_id", "time")
+
+
+def cell(model: str, strategy: str) -> Cell:
+    return Cell(model, find_model(model), strategy, find_strategy(strategy), 0)
+
+
+WAYS = [
+    ("item-knn", "own_strategies:Counting", "absorb"),
+    ("blend", "own_strategies:Blending", "refit:trains=never"),
+    ("mf:d=4", "own_strategies:Training", "finetune:fit.epochs=1:fit.base_epochs=1"),
+]
+
+
+@pytest.mark.parametrize(("model", "own", "ours"), WAYS)
+def test_an_own_strategy_that_calls_ours_has_its_ranks_in_a_replay(
+    model: str, own: str, ours: str, tmp_path: Path
+) -> None:
+    log = make("drift", users=60, items=40, events=1200).log
+    cells = [cell(model, own), cell(model, ours)]
+    for _ in range(2):  # the second time it finds its own results, and is not told of others
+        run(cells, cut(log, by="count", spans=2), Settings(), tmp_path / "out", tell=lambda cell, span: None)
+        cells = [cell(model, own), cell(model, ours)]
+    found = [pl.read_parquet(tmp_path / "out" / c.name / "span-2.parquet") for c in cells]
+    assert len(found[0]) and found[0].equals(found[1])
+
+
+@pytest.mark.parametrize(("model", "own", "ours"), WAYS)
+def test_an_own_strategy_learns_in_a_store_as_it_does_in_memory(
+    model: str, own: str, ours: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(IMPORTS, "own_strategies")
+    frame, store = world(), str(tmp_path / "store")
+    frame[:1000].write_parquet("base.parquet")
+    frame[1000:].write_parquet("day.parquet")
+    assert main(["fit", "base.parquet", "--store", store, "--model", model, "--strategy", own]) == 0
+    sys.modules.pop("own_strategies")  # as in another process
+    capsys.readouterr()
+    assert main(["update", "day.parquet", "--store", store, "--json"]) == 0
+    [learnt] = json.loads(capsys.readouterr().out)
+    assert learnt["recipe"]["strategy"] == own
+    lists = Recommender.load(store).recommend([1, 2, 3], 5)
+    # the same log through our strategy, in another store
+    assert main(["fit", "base.parquet", "--store", "ours", "--model", model, "--strategy", ours]) == 0
+    assert main(["update", "day.parquet", "--store", "ours"]) == 0
+    assert lists.equals(Recommender.load("ours").recommend([1, 2, 3], 5))
+
+
+def test_a_store_does_not_choose_what_is_imported(tmp_path: Path) -> None:
+    Recommender("item-knn", find_strategy("own_strategies:Counting")).fit(world()).save(tmp_path / "at")
+    sys.modules.pop("own_strategies")
+    with pytest.raises(StateError, match=f"own_strategies, which is not imported.*set {IMPORTS}=own_strategies"):
+        Recommender.load(tmp_path / "at")
+    assert "own_strategies" not in sys.modules
+
+
+def test_a_class_an_instance_and_both_kinds_of_names_are_accepted() -> None:
+    assert find_strategy("own_strategies:Training:epochs=4").epochs == 4  # type: ignore[attr-defined]
+    assert find_strategy("own_strategies.Training:epochs=4").epochs == 4  # type: ignore[attr-defined]
+    assert find_strategy("own_strategies:Training").epochs == 1  # type: ignore[attr-defined]
+    assert find_strategy("own_strategies:INSTANCE").epochs == 3  # type: ignore[attr-defined]
+    counting = type(find_strategy("own_strategies:Counting"))
+    assert counting.__name__ == "Counting"
+    recommender = Recommender("item-knn", counting)  # type: ignore[arg-type]
+    assert isinstance(recommender._contents.strategy, counting)
+    assert find_model("freshrec.models.mf:MFSpec:d=4") == find_model("mf:d=4")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("own_strategies:Other", r'"own_strategies:Other" has no method update\(state, span\); name a class'),
+        ("own_strategies:Fit", r"has no method update\(state, span\)"),
+        ("own_strategies:Demanding", "is a class that needs arguments; give them defaults, or name an instance"),
+        ("own_strategies:Missing", 'cannot import "Missing" from "own_strategies"'),
+        ("no_such_module:Thing", 'cannot import "Thing" from "no_such_module"'),
+        ("own_strategies:Counting:epochs=3", "no options"),
+        ("own_strategies:Training:epochs", '"epochs" in .* is not an option'),
+        ("finetune:epochs", '"epochs" in .* is not an option: write finetune:field=value'),
+        ("fintune:fit.epochs=3", 'did you mean "finetune"'),
+    ],
+)
+def test_a_name_that_stands_for_no_strategy_is_refused(text: str, says: str) -> None:
+    with pytest.raises(OptionError, match=says):
+        find_strategy(text)
+
+
+def test_a_strategy_without_a_method_update_is_refused_by_the_recommender() -> None:
+    not_a_strategy: Any = Fit()
+    with pytest.raises(OptionError, match=r"Fit.* has no method update\(state, span\)"):
+        Recommender("mf", not_a_strategy)
+
+
+def test_an_own_strategy_may_update_any_model_and_its_errors_are_its_own() -> None:
+    broken = find_strategy("own_strategies:Broken")
+    for name, spec in MODELS.items():
+        check_compatible(spec, name, broken, "own_strategies:Broken")
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        Recommender("item-knn", broken).fit(world())
+
+
+def test_an_own_strategy_may_say_which_models_it_takes() -> None:
+    example = find_strategy("my_strategy:MyStrategy")
+    check_compatible(MODELS["mf"], "mf", example, "mine")
+    for name in ("item-knn", "blend"):
+        with pytest.raises(IncompatibleError, match=f'"{name}" counts, it is not trained'):
+            check_compatible(MODELS[name], name, example, "mine")
+
+
+def test_an_object_with_attributes_has_to_be_a_dataclass_to_be_saved(tmp_path: Path) -> None:
+    counting, demanding = (find_strategy(f"own_strategies:{name}") for name in ("Counting", "DEMANDING"))
+    save_tree(counting, tmp_path / "counting")
+    assert type(load_tree(tmp_path / "counting")) is type(counting)
+    with pytest.raises(StateError, match="a Demanding at state cannot be saved"):
+        save_tree(demanding, tmp_path / "demanding")
+
+
+def test_an_own_strategy_has_nothing_to_tune_and_is_planned_as_fine_tuning() -> None:
+    # 100 events in the base block, 10 epochs; spans of 10 and 20 events, 5 epochs by default
+    counting, example = find_strategy("own_strategies:Counting"), find_strategy("my_strategy:MyStrategy:fit.epochs=2")
+    assert alternatives(counting) == (counting,) and tuning_work(counting, [100, 10, 20]) == 0
+    assert training_passes(counting, [100, 10, 20], 10) == [1000, 50, 100]
+    assert training_passes(example, [100, 10, 20], 10) == [1000, 20, 40]  # what its field `fit` says
+    assert training_passes(Absorb(), [100, 10, 20], 10) == [0, 0, 0]
+    assert cell("mf", "own_strategies:Training").shared_fit is None  # what it does with a base block is not known
+    assert cell("mf", "finetune:fit.epochs=2").shared_fit == Fit(epochs=2)
+
+
+def test_strategies_that_are_tuned_have_six_alternatives_the_strategy_first() -> None:
+    # refit and rehearsed choose for themselves; absorb and frozen train nothing; full trains as the base block did
+    found = {name: alternatives(strategy) for name, strategy in STRATEGIES.items()}
+    assert {name for name, choices in found.items() if len(choices) == 1} == {
+        "absorb", "refit", "frozen", "full", "rehearsed",
+    }  # fmt: skip
+    assert {len(choices) for choices in found.values()} == {1, 6}
+    assert all(choices[0] == STRATEGIES[name] for name, choices in found.items())
+
+
+def test_names_of_papers_are_aliases() -> None:
+    assert ALIASES == {"joint": "full", "dropout": "finetune", "asmg-gru-multi": "asmg"}
+    assert not ALIASES.keys() & STRATEGIES.keys()
+    for alias, name in ALIASES.items():
+        assert find_strategy(f"{alias}:fit.epochs=2") == find_strategy(f"{name}:fit.epochs=2")
+
+
+def test_aliases_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "strategies", "--json"]) == 0
+    lines = json.loads(capsys.readouterr().out)
+    assert lines["joint"] == "Another name of full." and lines.keys() == STRATEGIES.keys() | ALIASES.keys()
+
+
+def test_the_example_is_the_mean_of_the_weights_before_and_after_fine_tuning() -> None:
+    # keep = 0.25: a quarter of the previous weights, three quarters of those that fine-tuning gives, for rows of users
+    # and items that were known; rows of new ones as fine-tuned
+    parts = cut(make("newborn", users=60, items=40, events=1500).log, by="count", spans=1, forget_users=0)
+    base, span = parts.spans
+    fit = ":fit.epochs=1:fit.base_epochs=1"
+    example, finetune = find_strategy(f"my_strategy:MyStrategy:keep=0.25{fit}"), find_strategy(f"finetune{fit}")
+    before = example.update(counted(State(find_model("mf:d=4").build(0)), base), base)
+    ready = counted(before, span)
+    old, mixed, tuned = (
+        weights_of(s.model) for s in (before, example.update(ready, span), finetune.update(ready, span))
+    )
+    n = len(old["items"])
+    assert len(tuned["items"]) > n and not torch.equal(tuned["items"][:n], old["items"])
+    torch.testing.assert_close(mixed["items"][:n], 0.25 * old["items"] + 0.75 * tuned["items"][:n])
+    assert torch.equal(mixed["items"][n:], tuned["items"][n:])
+    assert isinstance(finetune, FineTune)
+
+
+def counted(state: State, span: Span) -> State:
+    return absorb(state, span.events, span.n_users, span.n_items)
