@@ -1,5 +1,6 @@
 """`name:field=value` picks an instance and sets its fields; what is unknown is named, with the nearest valid name."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from freshrec.recipes import Recipe, cells_of, cut_of, load_recipe, log_of, reci
 from freshrec.replay.plan import tuning_work
 from freshrec.strategies import find_strategy
 from freshrec.strategies.imsr import IMSR, Retain
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_options_set_fields_and_fields_of_parts_with_the_type_of_the_default() -> None:
@@ -93,9 +96,19 @@ def test_a_recipe_survives_its_file_and_refuses_unknown_keys(tmp_path: Path) -> 
 
 
 def test_every_recipe_of_the_repository_is_valid() -> None:
-    files = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
+    files = sorted((ROOT / "recipes").glob("*.toml"))
     assert len(files) >= 6
     assert all(isinstance(load_recipe(file), Recipe) and cells_of(load_recipe(file)) for file in files)
+
+
+def test_every_recipe_resolves_to_what_was_recorded_field_by_field() -> None:
+    # Recorded from the recipes of 0.1.0, before any of them extended another: the defaults of all fields, and for each
+    # recipe the fields that differ from them.
+    recorded = json.loads((ROOT / "tests/gold/recipes.json").read_text())
+    assert Recipe().model_dump(mode="json") == recorded["defaults"]
+    for name, changes in recorded["recipes"].items():
+        expected = {part: table | changes.get(part, {}) for part, table in recorded["defaults"].items()}
+        assert load_recipe(ROOT / f"recipes/{name}.toml").model_dump(mode="json") == expected, name
 
 
 def test_counters_are_replayed_at_each_cadence_and_trained_models_at_the_first() -> None:

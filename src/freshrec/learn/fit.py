@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from freshrec.config import Count, CountOrNone, Positive, Rate, check_options
 from freshrec.data.batches import (
     Targets,
     due_targets,
@@ -33,7 +34,6 @@ from freshrec.learn.interests import Trim, costs_of, reread
 from freshrec.learn.weights import View, grow, seen_through, snapshot
 from freshrec.models.ranking import ranks
 from freshrec.models.tables import tables_of
-from freshrec.options import Count, CountOrNone, Positive, Rate, check_options
 from freshrec.types import DUE, Batch, ClickModel, Histories, InterestModel, Span, State, Term, TrainedModel
 
 Project = Callable[[Tensor, Tensor, Tensor], Tensor]

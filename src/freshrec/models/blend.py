@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from freshrec.config import Count, check_options
 from freshrec.data.batches import Targets, histories_before, in_parts, place, random_source, targets_at, turns_of
 from freshrec.device import normal, permutation, uniform
 from freshrec.models.experts import EXPERTS, FEATURES, Experts, N, in_one, part_of
 from freshrec.models.facts import ITEM, OWN, USER, among_last
 from freshrec.models.pairs import Pairs
 from freshrec.models.sparse import Floats, picked
-from freshrec.options import Count, check_options
 from freshrec.types import Batch, Events, Histories
 
 REMEMBER, CORRECT = 1401, 1402  # tell the random numbers from others

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from freshrec.config import Count, CountOrNone, Positive, Rate, Weight, check_options
 from freshrec.errors import OptionError
 from freshrec.models.layers import FAR, best_inner_product, first_of, sampled_logits
 from freshrec.models.tables import Table, pulled, served, vectors_of
-from freshrec.options import Count, CountOrNone, Positive, Rate, Weight, check_options
 from freshrec.types import Batch, Events, Forward, Histories, Lanes
 
 Loss = Literal["xe", "bpr", "top1", "bpr-max", "top1-max"]

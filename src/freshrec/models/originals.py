@@ -16,10 +16,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from freshrec.config import Count, CountOrNone, Positive, Weight, check_options
 from freshrec.errors import OptionError
 from freshrec.models.layers import FAR, attend, best_inner_product, first_of, sampled_logits, squash
 from freshrec.models.tables import Table, pulled, served, vectors_of
-from freshrec.options import Count, CountOrNone, Positive, Weight, check_options
 from freshrec.types import Batch, Events, Forward, Histories
 
 HARD = 100.0  # from this power on, label attention takes the closest interest alone

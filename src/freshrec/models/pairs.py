@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
+from freshrec.config import Count, check_options
 from freshrec.data.batches import closed
 from freshrec.models.sparse import Floats, csr, offsets_of, picked
-from freshrec.options import Count, check_options
 from freshrec.types import Batch, Events, Histories
 
 Rows = NDArray[np.int32]

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from freshrec.config import Count, CountOrNone, Positive, check_options
 from freshrec.models.layers import best_inner_product, first_of, sampled_logits
 from freshrec.models.tables import Table, pulled, served, vectors_of
-from freshrec.options import Count, CountOrNone, Positive, check_options
 from freshrec.types import Batch, Events, Forward, Histories
 
 

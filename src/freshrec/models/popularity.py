@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from freshrec.options import Count, Positive, check_options
+from freshrec.config import Count, Positive, check_options
 from freshrec.types import Batch, Events, Histories
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from freshrec.config import Count, check_options
 from freshrec.models.sparse import Runs, csr, picked
-from freshrec.options import Count, check_options
 from freshrec.types import Batch, Events, Histories
 
 FREQ_HALF_LIFE = 32  # events of the user's history

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
+from freshrec.config import Count, CountOrNone, Weight, check_options
 from freshrec.data.batches import closed
 from freshrec.models.sparse import Doubles, Ints, picked
-from freshrec.options import Count, CountOrNone, Weight, check_options
 from freshrec.types import Batch, Events, Histories
 
 DAY = 86_400_000_000  # microseconds

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from freshrec.config import Count, check_options
 from freshrec.models.sparse import Floats, best, csr, entries, offsets_of, picked, rows_of
-from freshrec.options import Count, check_options
 from freshrec.types import Batch, Events, Histories
 
 

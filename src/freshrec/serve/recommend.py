@@ -8,6 +8,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from freshrec.config import Weight, check_options
 from freshrec.data.batches import append, histories_before, in_parts, query_batches
 from freshrec.data.carried import Carried, carried_by
 from freshrec.data.catalog import Catalog
@@ -16,7 +17,6 @@ from freshrec.models.blend import Blend
 from freshrec.models.counted import told
 from freshrec.models.pairs import Pairs
 from freshrec.models.ranking import Search, known, top
-from freshrec.options import Weight, check_options
 from freshrec.serve.diverse import CANDIDATES, diversified, kinds_of
 from freshrec.serve.fresh import Fresh, asked_of
 from freshrec.types import Batch, Events, State, TrainedModel, VectorModel

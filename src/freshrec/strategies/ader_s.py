@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from freshrec.config import Count, Rate, Weight, check_options
 from freshrec.data.batches import Targets, due_targets, in_parts, random_source
 from freshrec.data.carried import carried_by
 from freshrec.device import uniform
 from freshrec.learn.exemplars import learnable, own_loss, replay, smallest
 from freshrec.learn.fit import Clock, Fit, adapt, finish, grid, parted, start, successor
 from freshrec.learn.reservoir import Kept, keep, together
-from freshrec.options import Count, Rate, Weight, check_options
 from freshrec.types import EncodingModel, Span, State
 
 PLAYED, CUT = 1301, 1302  # tell the random numbers apart from each other and from those of the epochs
