@@ -11,7 +11,7 @@ from typing import Any
 
 from freshrec import errors
 from freshrec.cli import app, lines_of, options_of
-from freshrec.data.spans import HELDOUT, RULES, TARGETS
+from freshrec.data.split_config import HELDOUT, RULES, TARGETS
 from freshrec.models import MODELS
 from freshrec.replay.measure import SLICES
 from freshrec.strategies import STRATEGIES
@@ -34,7 +34,11 @@ def reference_page(root: Path) -> str:
         parts += ["", f"## {title.capitalize()}", "", *(_row(name, line) for name, line in lines_of(title).items())]
     parts += ["", "## Slices", "", *(_row(name, line) for name, line in SLICES.items())]
     parts += ["", "## Spans", "", f"- `by`: {', '.join(RULES)}", f"- `targets`: {', '.join(TARGETS)}"]
-    parts += [f"- `heldout`: {', '.join(HELDOUT)}", "", "`src/freshrec/data/spans.py` says at its top what each means."]
+    parts += [
+        f"- `heldout`: {', '.join(HELDOUT)}",
+        "",
+        "`src/freshrec/data/split_config.py` says at its top what each means.",
+    ]
     return "\n".join(parts) + "\n"
 
 
