@@ -13,8 +13,8 @@ from freshrec.cli_options import print_json
 from freshrec.cli_replay import resolved
 from freshrec.data.worlds import make
 from freshrec.models import MODELS, find_model
-from freshrec.recipes import LogRecipe, Recipe, save_recipe
 from freshrec.replay.metrics import METRICS
+from freshrec.replay.recipe_schema import LogRecipe, Recipe, save_recipe
 from freshrec.strategies import STRATEGIES, find_strategy
 from freshrec.strategies.refit import SPEED
 

@@ -29,7 +29,7 @@ LAYERS = {
     "replay": 5, "store": 5,
     "serve": 6, "report": 6,
     "recipes": 7, "nightly": 7,
-    "cli": 8, "cli_options": 8, "cli_replay": 8, "cli_store": 8, "cli_ask": 8, "cli_serve": 8,
+    "cli": 8, "cli_options": 8, "cli_parameters": 8, "cli_replay": 8, "cli_store": 8, "cli_ask": 8, "cli_serve": 8,
     "__init__": 9, "__main__": 9,
 }  # fmt: skip
 

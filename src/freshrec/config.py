@@ -64,7 +64,7 @@ def option_error(problem: ValidationError, kind: type, place: str, *parents: str
         return unknown(what, ".".join(map(str, path)), hints_of(_type_at(kind, path[:-1])))
     annotation = _type_at(kind, path)
     if error["type"] == "literal_error":
-        valid = [str(choice) for choice in get_args(_bare(annotation))]
+        valid = [str(choice) for choice in get_args(bare_type(annotation))]
         near = get_close_matches(str(value), valid, n=1, cutoff=0)
         return OptionError(f'{where} is one of {", ".join(valid)}, not "{value}"; did you mean "{near[0]}"?')
     if error["type"].startswith(("greater_than", "less_than")):
@@ -110,11 +110,11 @@ def _adapters(kind: type) -> dict[str, "TypeAdapter[Any]"]:
 def _type_at(kind: Any, path: list[str | int]) -> Any:
     """The type of a field, of a field of a field, or of an entry of a list."""
     for part in path:
-        kind = get_args(_bare(kind))[0] if isinstance(part, int) else hints_of(_bare(kind))[part]
+        kind = get_args(bare_type(kind))[0] if isinstance(part, int) else hints_of(bare_type(kind))[part]
     return kind
 
 
-def _bare(annotation: Any) -> Any:
+def bare_type(annotation: Any) -> Any:
     """A type without its bounds."""
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 

@@ -26,6 +26,7 @@ from freshrec.models.checkpoint import load_tree, save_text, save_tree, write_wh
 from freshrec.models.counted import absorb, told
 from freshrec.models.ranking import READOUTS
 from freshrec.replay.measure import Asked, Block, Queries, blocks_of, click_rows, queries_of, rank_queries
+from freshrec.replay.recipe_schema import ReplayRecipe
 from freshrec.types import (
     VALID,
     ClickModel,
@@ -62,8 +63,8 @@ class Settings:
     """What all cells of a replay share."""
 
     asked: Asked = Asked()
-    tune: bool = False  # choose each update's knobs by the span before
-    last_update: bool = True  # after the last span too, although nothing tests it
+    tune: bool = ReplayRecipe.tune  # choose each update's knobs by the span before
+    last_update: bool = ReplayRecipe.last_update  # after the last span too, although nothing tests it
 
 
 def check(model: ModelSpec, model_name: str, strategy: Strategy, strategy_name: str) -> None:
