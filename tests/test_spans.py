@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from freshrec.data.log import Log, read_log
 from freshrec.data.spans import Cut, cut, plan
+from freshrec.data.split_config import SplitConfig
 from freshrec.errors import OptionError, SpanError
 from freshrec.replay.measure import Asked, Block, queries_of
 from freshrec.types import NEVER, NEXT, NOW, TEST, TRAIN, VALID, Histories
@@ -286,6 +287,16 @@ def test_a_user_with_n_events_in_a_span_trains_on_n_minus_2(users: list[int]) ->
         for user in set(span.events.users_E.tolist()):
             found = span.events.role_E[span.events.users_E == user].tolist()
             assert found == [*[TRAIN] * (len(found) - 2), VALID, TEST][-len(found) :]
+
+
+def test_a_cut_takes_a_config_keywords_or_both_and_cuts_by_count_unless_told_otherwise() -> None:
+    # Ten events in a base of half and two spans: by count 5, 2, 3 (see above); with alpha = 0.2 the base has 2, and the
+    # later 8 are shared as 4 and 4.
+    log = log_of([0, 1, 2, 3, 4, 5, 6, 7, 8, 40])
+    assert sizes(cut(log, spans=2)) == sizes(cut(log, SplitConfig(spans=2))) == [5, 2, 3]
+    assert sizes(cut(log, SplitConfig(spans=2, alpha=0.2))) == [2, 4, 4]
+    assert sizes(cut(log, SplitConfig(spans=3, alpha=0.2), spans=2)) == [2, 4, 4]
+    assert sizes(cut(log, SplitConfig(by="count-alpha"), spans=2)) == [5, 4, 1]
 
 
 @pytest.mark.parametrize(

@@ -60,15 +60,14 @@ def option_error(problem: ValidationError, kind: type, place: str, *parents: str
     path = [*parents, *error["loc"]]
     where, value = place.format(".".join(map(str, path))), error["input"]
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        what, _, _ = place.partition(" {}")
-        return unknown(what, ".".join(map(str, path)), hints_of(_type_at(kind, path[:-1])))
-    annotation = _type_at(kind, path)
+        names = [".".join(map(str, [*path[:-1], name])) for name in hints_of(_type_at(kind, path[:-1]))]
+        return unknown(place.partition(" {}")[0], ".".join(map(str, path)), names)
     if error["type"] == "literal_error":
-        valid = [str(choice) for choice in get_args(bare_type(annotation))]
+        valid = [str(choice) for choice in get_args(bare_type(_type_at(kind, path)))]
         near = get_close_matches(str(value), valid, n=1, cutoff=0)
         return OptionError(f'{where} is one of {", ".join(valid)}, not "{value}"; did you mean "{near[0]}"?')
     if error["type"].startswith(("greater_than", "less_than")):
-        return OptionError(f"{where} is {value}; it must be {bounds_of(annotation)}.")
+        return OptionError(f"{where} is {value}; it must be {bounds_of(_type_at(kind, path))}.")
     return OptionError(f"{where} is {value!r:.60}: {error['msg'][:1].lower()}{error['msg'][1:]}.")
 
 
