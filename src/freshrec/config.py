@@ -28,6 +28,8 @@ from freshrec.errors import OptionError, unknown
 
 T = TypeVar("T")
 
+HISTORY_LENGTH = 50  # most recent events of a user that a model reads or keeps, unless its paper says otherwise
+
 Count = Annotated[int, Ge(1)]
 CountOrNone = Annotated[int, Ge(0)]  # 0 = none of them
 Positive = Annotated[float, Gt(0), Lt(math.inf)]
