@@ -16,8 +16,9 @@ from freshrec.data.batches import closed, in_parts
 from freshrec.data.carried import carried_by, pad_interests
 from freshrec.models import find_model
 from freshrec.models.scoring import item_vectors, user_vectors
-from freshrec.recipes import cut_of, load_recipe
+from freshrec.recipes import cut_of
 from freshrec.replay.measure import blocks_of, queries_of
+from freshrec.replay.recipe_schema import load_recipe
 from freshrec.replay.replay import absorb
 from freshrec.strategies import find_strategy
 from freshrec.types import Batch, InterestModel, Interests, Span, State

@@ -4,6 +4,7 @@ Resumable: what is in runs/NAME is not run again.
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,9 +12,10 @@ import polars as pl
 import typer
 
 import freshrec
-from freshrec.cli_replay import replay
+from freshrec.cli_replay import resolved, run_recipe
 from freshrec.data.spans import plan
-from freshrec.recipes import cut_of, load_recipe
+from freshrec.recipes import cut_of
+from freshrec.replay.recipe_schema import load_recipe
 from freshrec.replay.results import OVERALL
 
 SHOWN = "ndcg@20"  # what docs/results.md shows and tests, where a recipe measures it; else its first metric
@@ -32,7 +34,7 @@ def reproduce(
 ) -> None:
     """Replay the recipe, or go on with it, and write what the results page needs."""
     out = Path("runs") / recipe.stem
-    replay(recipe_file=recipe, data=data, out=out, jobs=jobs, device=device, resume=True)
+    run_recipe(resolved(recipe, {"log": {"folder": data}}), out, jobs, device, resume=True, as_json=False)
     results.mkdir(parents=True, exist_ok=True)
     (results / f"{recipe.stem}.json").write_text(_lines(summary(recipe, out)) + "\n")
 
@@ -59,10 +61,12 @@ def summary(recipe: Path, out: Path) -> dict[str, Any]:
     by_span = by_span.select("model", "strategy", "seed", "span", *(["metric"] * (len(shown) > 1)), "value", "n")
     tests = pl.read_parquet(out / "tests.parquet").filter(pl.col("metric") == shown[0])
     methods = pl.read_parquet(out / "methods.parquet").filter(pl.col("metric").is_in(wanted))
+    tables = asdict(resolved)
+    del tables["log"]["folder"]  # it is this machine's
     return {
         "recipe": recipe.stem,
         "freshrec": freshrec.__version__,
-        "resolved": resolved.model_dump(exclude={"log": {"folder"}}),
+        "resolved": tables,
         "spans": plan(cut_of(resolved)).to_dicts(),
         "methods": _rounded(methods),
         "overall": _rounded(overall.drop("span")),

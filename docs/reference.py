@@ -13,9 +13,10 @@ from names import options_of
 
 from freshrec import errors
 from freshrec.cli import app, lines_of
-from freshrec.data.spans import HELDOUT, RULES, TARGETS
+from freshrec.config import description_of, hints_of
 from freshrec.models import MODELS
 from freshrec.replay.measure import SLICES
+from freshrec.replay.recipe_schema import Recipe
 from freshrec.serve.list_request import DEFAULTS, ListRequest, help_of
 from freshrec.strategies import ALIASES, STRATEGIES
 
@@ -37,8 +38,16 @@ def reference_page(root: Path) -> str:
     for title in ("metrics", "worlds", "formats"):
         parts += ["", f"## {title.capitalize()}", "", *(_row(name, line) for name, line in lines_of(title).items())]
     parts += ["", "## Slices", "", *(_row(name, line) for name, line in SLICES.items())]
-    parts += ["", "## Spans", "", f"- `by`: {', '.join(RULES)}", f"- `targets`: {', '.join(TARGETS)}"]
-    parts += [f"- `heldout`: {', '.join(HELDOUT)}", "", "`src/freshrec/data/spans.py` says at its top what each means."]
+    parts += [
+        "",
+        "## Recipes",
+        "",
+        "The sections `[log]`, `[spans]` and `[replay]` of a recipe; each field is an option of",
+    ]
+    parts += ["`freshrec replay` (`log.path` is its LOG, `log.folder` its `--data`). A recipe may begin with"]
+    parts += ['`extends = "name"`: it then has every field of name.toml, beside it, that it does not set itself.']
+    parts += _options({kind: kind() for kind in hints_of(Recipe).values()}, root)
+    parts += ["", "`src/freshrec/data/split_config.py` says at its top what each `by`, `targets` and `heldout` means."]
     return "\n".join(parts) + "\n"
 
 
@@ -70,17 +79,17 @@ def _parts(table: dict[type, Any]) -> dict[type, Any]:
 
 
 def _options(table: dict[type, Any], root: Path) -> list[str]:
-    """A table of fields, defaults and comments for each class."""
+    """A table of fields, defaults and sentences, or else comments, for each class."""
     lines = []
     for kind in table:
-        comments = _comments(kind, root)
+        comments, hints = _comments(kind, root), hints_of(kind)
         lines += ["", f"`{kind.__name__}`", "", "| option | default | |", "|---|---|---|"]
         default = kind()
         for f in fields(kind):
             value = getattr(default, f.name)
             shown = type(value).__name__ if is_dataclass(value) else repr(value)
-            comment = comments.get(f.name, "").replace("|", "/")
-            lines.append(f"| `{f.name}` | {shown} | {comment} |")
+            about = (description_of(hints[f.name]) or comments.get(f.name, "")).replace("|", "/")
+            lines.append(f"| `{f.name}` | {shown} | {about} |")
     return lines
 
 

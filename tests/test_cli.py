@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import polars as pl
@@ -12,10 +13,11 @@ from names import options_of
 from freshrec.cli import GROUPS, KINDS, app, main
 from freshrec.cli_options import print_json
 from freshrec.cli_replay import resolved
+from freshrec.data.split_config import SplitConfig
 from freshrec.data.worlds import make
 from freshrec.models import MODELS, find_model
-from freshrec.recipes import LogRecipe, Recipe, save_recipe
 from freshrec.replay.metrics import METRICS
+from freshrec.replay.recipe_schema import LogRecipe, Recipe, ReplayRecipe, save_recipe
 from freshrec.strategies import ALIASES, STRATEGIES, find_strategy
 from freshrec.strategies.refit import SPEED
 from freshrec.version import __version__
@@ -317,6 +319,53 @@ def test_a_log_given_replaces_the_world_of_a_recipe_and_a_world_its_log(logs: tu
     by_world = resolved(tmp_path / "log.toml", {"log": {"path": None, "world": "newborn"}})
     assert (by_log.log.path, by_log.log.world) == (logs[0], "")
     assert (by_world.log.path, by_world.log.world) == ("", "newborn")
+
+
+FLAGS_OF_0_1_0 = (
+    "--recipe --world --models --strategies --by --spans --alpha --dates --targets --n-targets --heldout --min-events "
+    "--min-history --seeds --cadence --metrics --data --columns --format --events --users --tune --no-tune --out "
+    "--jobs --device --resume --plan --json"
+)
+
+
+def test_every_field_of_a_recipe_is_a_flag_of_replay_and_no_flag_of_0_1_0_is_lost(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = answer(capsys, "replay", "--help")
+    fields = {f"--{name.replace('_', '-')}" for part in asdict(Recipe()).values() for name in part}
+    flags = (fields - {"--path", "--folder"}) | set(FLAGS_OF_0_1_0.split())  # these two are LOG and --data
+    # 13 + 11 + 13 fields, but for two; --recipe --out --jobs --device --resume --plan --json; --data and --no-tune.
+    assert len(flags) == 37 - 2 + 7 + 2 and {"--no-sessions", "--no-last-update"} <= set(shown.split())
+    assert flags - set(shown.split()) == set()
+
+
+def test_flags_of_every_kind_reach_the_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recipe.toml").write_text("[spans]\nspans = 2\nalpha = 0.3\n[replay]\ntune = true\n")
+    seen: list[Recipe] = []
+    monkeypatch.setattr("freshrec.cli_replay._plan", seen.append)
+    flags = ("--world", "drift", "--columns", "user_id=who,item_id=what", "--no-tune", "--sessions", "--spans", "3")
+    more = (
+        "--cadence",
+        "1,4",
+        "--forget-users",
+        "0.2",
+        "--unseen",
+        "drop",
+        "--controls",
+        "",
+        "--also",
+        "mf/full,mf/spmf",
+    )
+    answer(capsys, "replay", "--recipe", str(tmp_path / "recipe.toml"), "--plan", *flags, *more)
+    log = LogRecipe(world="drift", columns={"user_id": "who", "item_id": "what"})
+    spans = SplitConfig(spans=3, alpha=0.3, sessions=True, forget_users=0.2)
+    pairs = ("mf/full", "mf/spmf")
+    assert seen == [Recipe(log, spans, ReplayRecipe(cadence=(1, 4), unseen="drop", controls=(), also=pairs))]
+    assert main(["replay", "--world", "drift", "--alpha", "1"]) == 2
+    assert "recipe key spans.alpha is 1.0; it must be above 0 and below 1" in capsys.readouterr().err
 
 
 def test_an_interrupted_replay_says_how_to_go_on(

@@ -22,9 +22,10 @@ from freshrec.data.worlds import make
 from freshrec.errors import IncompatibleError, OptionError
 from freshrec.learn.clicks import auc, log_losses
 from freshrec.models import find_model
-from freshrec.recipes import cells_of, recipe_from, settings_of
+from freshrec.recipes import cells_of, settings_of
 from freshrec.replay.clicks import auc_shares, evaluate_clicks
 from freshrec.replay.measure import Asked
+from freshrec.replay.recipe_schema import recipe_from
 from freshrec.replay.replay import Cell, Settings, replay_cell
 from freshrec.replay.results import OVERALL, collect
 from freshrec.strategies import find_strategy

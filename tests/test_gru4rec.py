@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from freshrec.config import choose
 from freshrec.data.batches import ends_of, query_batches
 from freshrec.data.spans import Cut, cut
 from freshrec.data.worlds import make
@@ -21,7 +22,6 @@ from freshrec.models.gru4rec import GRU4Rec, GRU4RecSpec, Loss, bpr, bpr_max, dr
 from freshrec.models.layers import FAR, best_inner_product, first_of
 from freshrec.models.scoring import item_vectors, score_items, user_vectors
 from freshrec.models.softmax import full_softmax
-from freshrec.options import choose
 from freshrec.strategies import STRATEGIES
 from freshrec.strategies.ewc import EWC, fisher_of
 from freshrec.types import Batch, EncodingModel, Forward, State

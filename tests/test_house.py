@@ -21,7 +21,7 @@ SRC = ROOT / "src" / "freshrec"
 # A place (a folder or a file of src/freshrec) may import places with a smaller number.
 # Two folders with the same number do not know each other; two files with the same number may.
 LAYERS = {
-    "types": 0, "errors": 0, "options": 0, "version": 0, "device": 0, "deprecation": 0,
+    "types": 0, "errors": 0, "config": 0, "version": 0, "device": 0, "deprecation": 0,
     "data": 1,
     "models": 2,
     "learn": 3,
@@ -29,7 +29,7 @@ LAYERS = {
     "replay": 5, "store": 5,
     "serve": 6, "report": 6,
     "recipes": 7, "nightly": 7,
-    "cli": 8, "cli_options": 8, "cli_replay": 8, "cli_store": 8, "cli_ask": 8, "cli_serve": 8,
+    "cli": 8, "cli_options": 8, "cli_parameters": 8, "cli_replay": 8, "cli_store": 8, "cli_ask": 8, "cli_serve": 8,
     "__init__": 9, "__main__": 9,
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ from typer.main import get_command
 from freshrec.cli import app
 from freshrec.errors import OptionError
 from freshrec.serve import asked
-from freshrec.serve.list_request import DEFAULTS, ListRequest, bounds_of, check_k, help_of
+from freshrec.serve.list_request import DEFAULTS, ListRequest, check_k, help_of, lower_bound
 from freshrec.serve.recommender import Recommender
 
 FIELDS = ("k", "exclude_seen", "allow", "deny", "category", "diversity")
@@ -77,7 +77,7 @@ def test_a_value_out_of_bounds_is_refused_with_a_sentence(options: dict[str, Any
 
 
 def test_the_bounds_are_those_of_the_fields() -> None:
-    assert (bounds_of("k").low, bounds_of("diversity").low) == (1, 0)
+    assert (lower_bound("k"), lower_bound("diversity")) == (1, 0)
     assert check_k(1) == 1
 
 

@@ -1,16 +1,24 @@
 """`name:field=value` picks an instance and sets its fields; what is unknown is named, with the nearest valid name."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated, Any
 
 import pytest
+from pydantic import Field
 
+from freshrec.config import Count, Positive, Rate, bounds_of, description_of, hints_of
 from freshrec.errors import IncompatibleError, OptionError
 from freshrec.models import find_model
 from freshrec.models.interests import InterestSpec
-from freshrec.recipes import Recipe, cells_of, cut_of, load_recipe, log_of, recipe_from, save_recipe
+from freshrec.recipes import cells_of, cut_of, log_of
 from freshrec.replay.plan import tuning_work
+from freshrec.replay.recipe_schema import Recipe, load_recipe, recipe_from, save_recipe
 from freshrec.strategies import find_strategy
 from freshrec.strategies.imsr import IMSR, Retain
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_options_set_fields_and_fields_of_parts_with_the_type_of_the_default() -> None:
@@ -93,9 +101,83 @@ def test_a_recipe_survives_its_file_and_refuses_unknown_keys(tmp_path: Path) -> 
 
 
 def test_every_recipe_of_the_repository_is_valid() -> None:
-    files = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
+    files = sorted((ROOT / "recipes").glob("*.toml"))
     assert len(files) >= 6
     assert all(isinstance(load_recipe(file), Recipe) and cells_of(load_recipe(file)) for file in files)
+
+
+def tables_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """A recipe as JSON has it."""
+    tables: dict[str, dict[str, Any]] = json.loads(json.dumps(asdict(recipe)))
+    return tables
+
+
+def test_every_recipe_resolves_to_what_was_recorded_field_by_field() -> None:
+    # Recorded from the recipes of 0.1.0, before any of them extended another: the defaults of all fields, and for each
+    # recipe the fields that differ from them.
+    recorded = json.loads((ROOT / "tests/gold/recipes.json").read_text())
+    assert tables_of(Recipe()) == recorded["defaults"]
+    for name, changes in recorded["recipes"].items():
+        expected = {part: table | changes.get(part, {}) for part, table in recorded["defaults"].items()}
+        assert tables_of(load_recipe(ROOT / f"recipes/{name}.toml")) == expected, name
+
+
+def test_a_recipe_replaces_single_keys_of_the_one_that_it_extends(tmp_path: Path) -> None:
+    (tmp_path / "root.toml").write_text('[spans]\nspans = 4\nalpha = 0.3\n[replay]\nmodels = ["mf", "sasrec"]\n')
+    (tmp_path / "middle.toml").write_text('extends = "root"\n[spans]\nspans = 9\n')
+    (tmp_path / "leaf.toml").write_text('extends = "middle"\n[log]\nusers = 7\n[replay]\nmodels = ["mf"]\n')
+    leaf = load_recipe(tmp_path / "leaf.toml")
+    assert (leaf.log.users, leaf.spans.spans, leaf.spans.alpha) == (7, 9, 0.3)
+    assert leaf.replay.models == ("mf",)  # a list takes the place of a list
+    save_recipe(leaf, tmp_path / "elsewhere.toml")
+    (tmp_path / "root.toml").unlink()
+    assert load_recipe(tmp_path / "elsewhere.toml") == leaf  # a saved recipe holds everything
+
+
+def test_a_recipe_that_extends_itself_or_nothing_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text('extends = "b"')
+    (tmp_path / "b.toml").write_text('extends = "a"')
+    with pytest.raises(OptionError, match="extends itself, by way of .*b.toml"):
+        load_recipe(tmp_path / "a.toml")
+    (tmp_path / "default.toml").touch()
+    (tmp_path / "c.toml").write_text('extends = "defualt"')
+    with pytest.raises(OptionError, match='no recipe beside .*c.toml "defualt"; did you mean "default"'):
+        load_recipe(tmp_path / "c.toml")
+
+
+@pytest.mark.parametrize(
+    ("tables", "says"),
+    [
+        ({"lgo": {}}, 'no recipe key "lgo"; did you mean "log"'),
+        ({"spans": {"alhpa": 0.5}}, 'no recipe key "spans.alhpa"; did you mean "spans.alpha"'),
+        ({"spans": {"alpha": 1}}, "recipe key spans.alpha is 1; it must be above 0 and below 1"),
+        ({"spans": {"by": "counts"}}, 'recipe key spans.by is one of count, .*, not "counts"; did you mean "count"'),
+        ({"replay": {"cadence": [1, 0]}}, "recipe key replay.cadence.1 is 0; it must be at least 1"),
+        ({"replay": {"unseen": "mis"}}, 'replay.unseen is one of miss, drop, not "mis"; did you mean "miss"'),
+        ({"log": {"users": -1}}, "recipe key log.users is -1; it must be at least 0"),
+        ({"spans": {"by": "dates"}}, "0 dates were given"),
+        ({"log": {"columns": {"user_id": 3}}}, "recipe key log.columns.user_id is 3: input should be a valid string"),
+        ({"spans": 3}, "recipe key spans is 3: input should be a dictionary"),
+    ],
+)
+def test_a_wrong_key_or_value_of_a_recipe_is_one_sentence(tables: dict[str, Any], says: str) -> None:
+    with pytest.raises(OptionError, match=says):
+        recipe_from(tables)
+
+
+def test_bounds_are_said_in_words_and_a_type_may_carry_a_sentence() -> None:
+    assert bounds_of(Annotated[Rate, Field(description="A share.")]) == "at least 0 and below 1"
+    assert bounds_of(Positive) == "above 0"  # below infinity goes without saying, and infinity is refused
+    assert bounds_of(int) == description_of(Count) == ""
+    assert description_of(Annotated[Rate, Field(description="A share.")]) == "A share."
+
+
+def test_each_field_of_a_recipe_has_a_sentence() -> None:
+    sections = hints_of(Recipe)
+    assert list(sections) == ["log", "spans", "replay"]
+    for kind in sections.values():
+        for name, hint in hints_of(kind).items():
+            assert description_of(hint).endswith("."), name
 
 
 def test_counters_are_replayed_at_each_cadence_and_trained_models_at_the_first() -> None:

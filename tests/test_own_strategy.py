@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from freshrec.cli import main
+from freshrec.config import IMPORTS
 from freshrec.data.spans import cut
 from freshrec.data.worlds import make
 from freshrec.errors import IncompatibleError, OptionError, StateError
@@ -20,7 +21,6 @@ from freshrec.learn.weights import weights_of
 from freshrec.models import MODELS, find_model
 from freshrec.models.checkpoint import load_tree, save_tree
 from freshrec.models.counted import absorb
-from freshrec.options import IMPORTS
 from freshrec.replay.plan import training_passes, tuning_work
 from freshrec.replay.replay import Cell, Settings
 from freshrec.replay.run import run

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from freshrec.config import choose
 from freshrec.errors import OptionError
 from freshrec.models.checkpoint import load_state, save_state
 from freshrec.models.ranking import ranks, top
@@ -27,7 +28,6 @@ from freshrec.models.sknn import (
     decay,
     weights,
 )
-from freshrec.options import choose
 from freshrec.types import Batch, Events, Histories, OfferingModel, State
 
 near = pytest.approx

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from freshrec.data.log import Log, read_log
 from freshrec.data.spans import Cut, cut, plan
+from freshrec.data.split_config import SplitConfig
 from freshrec.errors import OptionError, SpanError
 from freshrec.replay.measure import Asked, Block, queries_of
 from freshrec.types import NEVER, NEXT, NOW, TEST, TRAIN, VALID, Histories
@@ -288,16 +289,26 @@ def test_a_user_with_n_events_in_a_span_trains_on_n_minus_2(users: list[int]) ->
             assert found == [*[TRAIN] * (len(found) - 2), VALID, TEST][-len(found) :]
 
 
+def test_a_cut_takes_a_config_keywords_or_both_and_cuts_by_count_unless_told_otherwise() -> None:
+    # Ten events in a base of half and two spans: by count 5, 2, 3 (see above); with alpha = 0.2 the base has 2, and the
+    # later 8 are shared as 4 and 4.
+    log = log_of([0, 1, 2, 3, 4, 5, 6, 7, 8, 40])
+    assert sizes(cut(log, spans=2)) == sizes(cut(log, SplitConfig(spans=2))) == [5, 2, 3]
+    assert sizes(cut(log, SplitConfig(spans=2, alpha=0.2))) == [2, 4, 4]
+    assert sizes(cut(log, SplitConfig(spans=3, alpha=0.2), spans=2)) == [2, 4, 4]
+    assert sizes(cut(log, SplitConfig(by="count-alpha"), spans=2)) == [5, 4, 1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"by": "counts"}, 'did you mean "count"?'),
-        ({"targets": "first"}, "kind of targets"),
-        ({"n_targets": -1}, "n_targets is -1; it must be"),
+        ({"targets": "first"}, 'targets of SplitConfig is one of last, three, all, split, not "first"'),
+        ({"n_targets": -1}, "n_targets of SplitConfig is -1; it must be at least 0"),
         ({"heldout": "later"}, "heldout"),
-        ({"spans": 0}, "spans is 0"),
-        ({"alpha": 1.0}, "alpha is 1.0"),
-        ({"forget_users": 1.5}, "forget_users 1.5"),
+        ({"spans": 0}, "spans of SplitConfig is 0; it must be at least 1"),
+        ({"alpha": 1.0}, "alpha of SplitConfig is 1.0; it must be above 0 and below 1"),
+        ({"forget_users": 1.5}, "forget_users of SplitConfig is 1.5; it must be at least 0 and at most 1"),
         ({"by": "dates"}, "0 dates were given"),
         ({"dates": ["1970-01-02"]}, "1 dates were given"),
         ({"by": "dates", "dates": ["yesterday"]}, "yesterday"),

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from freshrec.config import Positive, check_options
 from freshrec.data.batches import place
 from freshrec.models.sparse import picked
-from freshrec.options import Positive, check_options
 from freshrec.types import Batch, Events, Histories
 
 HOUR = 3_600_000_000  # microseconds

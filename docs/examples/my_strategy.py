@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 import torch
 
+from freshrec.config import Rate, check_options
 from freshrec.data.batches import due_targets
 from freshrec.data.carried import carried_by
 from freshrec.learn.fit import Clock, Fit, adapt, finish, start, successor
 from freshrec.learn.weights import put, weights_of
-from freshrec.options import Rate, check_options
 from freshrec.strategies.compatible import REQUIREMENTS, trained_models
 from freshrec.types import Span, State
 

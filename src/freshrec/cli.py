@@ -21,13 +21,13 @@ from rich.text import Text
 from freshrec import cli_ask, cli_serve, cli_store
 from freshrec.cli_options import AsJson, Columns, EventTypes, FormatName, LogPath, Quarantine, pairs, print_json, words
 from freshrec.cli_replay import demo, replay
+from freshrec.config import IMPORTS, import_named
 from freshrec.data.formats import FORMATS
 from freshrec.data.log import read_log
 from freshrec.data.validate import Report
 from freshrec.data.validate import validate as report_of
 from freshrec.deprecation import replace_old_flags
 from freshrec.errors import FreshrecError, OptionError, StateError, unknown
-from freshrec.options import IMPORTS, import_named
 from freshrec.version import __version__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)

@@ -34,6 +34,8 @@ def local(path: Path | None) -> Path | None:
 
 StoreOption = typer.Option("--store", metavar="DIR", callback=local, help="The folder of versions that `fit` makes.")
 StorePath = Annotated[Path, StoreOption]
+Jobs = Annotated[int, typer.Option(help="Processes, one thread each.")]
+JOBS = 1
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

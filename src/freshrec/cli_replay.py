@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from freshrec.cli_options import pairs, words
+from freshrec.cli_options import JOBS, Jobs
+from freshrec.cli_parameters import Parameter, command_of, parameters_of
+from freshrec.config import description_of, hints_of
 from freshrec.errors import OptionError
+from freshrec.replay.recipe_schema import LogRecipe, Recipe, load_recipe, merged, recipe_from, save_recipe
 
 if TYPE_CHECKING:
     import polars as pl
-
-    from freshrec.recipes import Recipe
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Where results go; what is there already is not run again.")] = Path(
         "runs/demo"
     ),
-    jobs: Annotated[int, typer.Option(help="Processes, one thread each.")] = 1,
+    jobs: Jobs = JOBS,
 ) -> None:
     """Replay a generated world in which users gain interests, and say in words what the table shows."""
     from freshrec.report.board import Board
@@ -36,80 +37,54 @@ def demo(
     typer.echo(text)
 
 
-def replay(
-    log: Annotated[str, typer.Argument(metavar="[LOG]", help="The log; or --world, or log.path in a recipe.")] = "",
-    recipe_file: Annotated[Path | None, typer.Option("--recipe", help="A TOML recipe; options override it.")] = None,
-    world: Annotated[str | None, typer.Option(help="Replay a generated world instead of a log.")] = None,
-    models: Annotated[str | None, typer.Option(help="Models, with options as in comirec-dr:k=1,sasrec.")] = None,
-    strategies: Annotated[str | None, typer.Option(help="Strategies, as in finetune,imsr:retain.weight=1.")] = None,
-    by: Annotated[str | None, typer.Option(help="How the log is cut: count, time, count-alpha, period, ...")] = None,
-    spans: Annotated[int | None, typer.Option(help="Spans after the base block.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="The base block's share of the log.")] = None,
-    dates: Annotated[str | None, typer.Option(help="Where spans start, for --by dates: 2025-06-01,2025-07-01.")] = None,
-    targets: Annotated[str | None, typer.Option(help="What is tested: last, three, all or split.")] = None,
-    n_targets: Annotated[int | None, typer.Option(help="Test about so many of a span, of random users.")] = None,
-    heldout: Annotated[str | None, typer.Option(help="When held-out events join training: now, next or never.")] = None,
-    min_events: Annotated[int | None, typer.Option(help="Leave out users with fewer events.")] = None,
-    min_history: Annotated[int | None, typer.Option(help="Events a user needs before a target.")] = None,
-    seeds: Annotated[int | None, typer.Option(help="Training seeds.")] = None,
-    cadence: Annotated[
-        str | None, typer.Option(help="Blocks to a span; counters learn after each. 1,4 for both.")
-    ] = None,
-    metrics: Annotated[str | None, typer.Option(help="As in ndcg@20,hr@10.")] = None,
-    data: Annotated[str | None, typer.Option(help="The folder where a recipe's log lies.")] = None,
-    columns: Annotated[str | None, typer.Option(help="Our names and yours, as in user_id=uid.")] = None,
-    log_format: Annotated[str | None, typer.Option("--format", help="A public format.")] = None,
-    events: Annotated[str | None, typer.Option(help="The event types to keep.")] = None,
-    users: Annotated[int | None, typer.Option(help="Keep a seeded sample of this many users.")] = None,
-    tune: Annotated[bool | None, typer.Option("--tune/--no-tune", help="Choose knobs on the span before.")] = None,
-    out: Annotated[Path, typer.Option(help="Where results go.")] = Path("runs/replay"),
-    jobs: Annotated[int, typer.Option(help="Processes, one thread each.")] = 1,
-    device: Annotated[str, typer.Option(help="Where models train: cpu, cuda.")] = "cpu",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in --out.")] = False,
-    plan_only: Annotated[bool, typer.Option("--plan", help="Print spans and estimated time, and stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the path and a summary as JSON.")] = False,
-) -> None:
-    """Compare ways of updating on your own log, span by span."""
-    given: dict[str, dict[str, Any]] = {
-        "log": {
-            "path": log or None, "folder": data, "world": world, "format": log_format, "users": users,
-            "events": _maybe(words, events), "columns": _maybe(pairs, columns),
-        },
-        "spans": {
-            "by": by, "spans": spans, "alpha": alpha, "dates": _maybe(words, dates), "targets": targets,
-            "heldout": heldout, "min_events": min_events, "n_targets": n_targets,
-        },
-        "replay": {
-            "models": _maybe(words, models), "strategies": _maybe(words, strategies), "seeds": seeds,
-            "cadence": _maybe(words, cadence), "metrics": _maybe(words, metrics), "tune": tune,
-            "min_history": min_history,
-        },
-    }  # fmt: skip
-    recipe = resolved(recipe_file, given)
-    if plan_only:
+OWN_PARAMETERS: list[Parameter] = [  # of the command itself; all others are fields of a recipe
+    (
+        "path",
+        Annotated[str | None, typer.Argument(metavar="[LOG]", help=description_of(hints_of(LogRecipe)["path"]))],
+        None,
+    ),
+    ("recipe", Annotated[Path | None, typer.Option(help="A TOML recipe; options override it.")], None),
+    ("out", Annotated[Path, typer.Option(help="Where results go.")], Path("runs/replay")),
+    ("jobs", Jobs, JOBS),
+    ("device", Annotated[str, typer.Option(help="Where models train: cpu, cuda.")], "cpu"),
+    ("resume", Annotated[bool, typer.Option("--resume", help="Go on with what is in --out.")], False),
+    ("plan_only", Annotated[bool, typer.Option("--plan", help="Print spans and estimated time, and stop.")], False),
+    ("as_json", Annotated[bool, typer.Option("--json", help="Print the path and a summary as JSON.")], False),
+]
+PANELS = {"log": "The log", "spans": "Spans", "replay": "What is compared"}
+
+
+def _parameters() -> list[Parameter]:
+    """Those of the command, then a parameter for each field of a recipe."""
+    found = list(OWN_PARAMETERS)
+    for section, kind in hints_of(Recipe).items():
+        found += parameters_of(kind, PANELS[section], {"folder": "--data"}, leave_out=["path"])
+    return found
+
+
+def _replay(values: dict[str, Any]) -> None:
+    """Resolve the recipe, then say what would run, or run it."""
+    given = {section: {name: values[name] for name in hints_of(kind)} for section, kind in hints_of(Recipe).items()}
+    recipe = resolved(values["recipe"], given)
+    if values["plan_only"]:
         _plan(recipe)
     else:
-        _run(recipe, out, jobs, device, resume, as_json)
+        run_recipe(recipe, values["out"], values["jobs"], values["device"], values["resume"], values["as_json"])
 
 
-def _maybe(parse: Callable[[str], Any], text: str | None) -> Any:
-    """What was not given stays None."""
-    return None if text is None else parse(text)
+replay = command_of("replay", "Compare ways of updating on your own log, span by span.", _parameters(), _replay)
 
 
 def resolved(file: Path | None, given: dict[str, dict[str, Any]]) -> Recipe:
     """The recipe in `file`, or the default one, with what was given on the command line."""
-    from freshrec.recipes import Recipe, load_recipe, recipe_from
-
-    path, world = given["log"]["path"], given["log"]["world"]
+    path, world = given["log"].get("path"), given["log"].get("world")
     if path and world:
         raise OptionError(f"a replay is of one log, and both {path} and --world {world} are given; drop one.")
-    tables = (load_recipe(file) if file else Recipe()).model_dump()
+    tables = asdict(load_recipe(file) if file else Recipe())
     if path or world:
         tables["log"] |= {"path": "", "folder": "", "world": ""}  # those of the file give way
-    for part, options in given.items():
-        tables[part] |= {name: value for name, value in options.items() if value is not None}
-    return recipe_from(tables)
+    changes = {part: {k: v for k, v in options.items() if v is not None} for part, options in given.items()}
+    return recipe_from(merged(tables, changes))
 
 
 def _plan(recipe: Recipe) -> None:
@@ -124,7 +99,7 @@ def _plan(recipe: Recipe) -> None:
     print_estimate(console, estimate(cells, cut, settings))
 
 
-def _run(recipe: Recipe, out: Path, jobs: int, device: str, resume: bool, as_json: bool) -> None:
+def run_recipe(recipe: Recipe, out: Path, jobs: int, device: str, resume: bool, as_json: bool) -> None:
     """Run what is not done yet, and write and print the results."""
     from freshrec.data.spans import plan
     from freshrec.recipes import cells_of, cut_of, settings_of
@@ -161,8 +136,6 @@ def _run(recipe: Recipe, out: Path, jobs: int, device: str, resume: bool, as_jso
 
 def _prepare(out: Path, recipe: Recipe, resume: bool) -> None:
     """Refuse to mix two replays in one folder."""
-    from freshrec.recipes import load_recipe, save_recipe
-
     there = out / "recipe.toml"
     if there.exists():
         if not resume:
@@ -171,10 +144,16 @@ def _prepare(out: Path, recipe: Recipe, resume: bool) -> None:
             "log": {"folder"},
             "replay": {"models", "strategies", "also", "controls", "seeds", "metrics", "mean", "from_span"},
         }
-        if load_recipe(there).model_dump(exclude=kept) != recipe.model_dump(exclude=kept):
+        if _without(load_recipe(there), kept) != _without(recipe, kept):
             raise OptionError(f"{out} holds a replay of another log or protocol: choose another --out.")
     out.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, there)
+
+
+def _without(recipe: Recipe, fields: dict[str, set[str]]) -> dict[str, dict[str, Any]]:
+    """The recipe without some fields of its sections."""
+    tables = asdict(recipe)
+    return {part: {k: v for k, v in table.items() if k not in fields.get(part, ())} for part, table in tables.items()}
 
 
 def _summary(results: pl.DataFrame) -> list[dict[str, Any]]:

@@ -1,120 +1,22 @@
-"""Recipes: everything a replay is made from, in one TOML file; unknown keys are errors."""
+"""A recipe -> what a replay runs: its log, the cut of it, the settings, and the cells."""
 
-import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
 import polars as pl
-import tomli_w
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from freshrec.data.log import Log, before, positives, read_log
 from freshrec.data.spans import Cut, cut
 from freshrec.data.worlds import make
-from freshrec.errors import IncompatibleError, LogError, OptionError, unknown
-from freshrec.models import CONTROLS, COUNTERS, find_model
+from freshrec.errors import IncompatibleError, LogError, OptionError
+from freshrec.models import COUNTERS, find_model
 from freshrec.replay.clicks import click_metric
 from freshrec.replay.measure import Asked
 from freshrec.replay.metrics import parse, sampled
+from freshrec.replay.recipe_schema import Recipe, ReplayRecipe
 from freshrec.replay.replay import Cell, Settings, check_clicks
-from freshrec.replay.significance import Equal
 from freshrec.strategies import find_strategy
 from freshrec.strategies.compatible import check_compatible
 from freshrec.types import VALID, TrainedModel
-
-
-class LogRecipe(BaseModel, extra="forbid", frozen=True):
-    """[log] Which events: a file, or a generated world."""
-
-    path: str = ""
-    folder: str = ""  # where a relative path starts; empty = the current folder
-    columns: dict[str, str] = {}
-    format: str = ""
-    events: list[str] = []
-    exposures: bool = False  # keep what was shown and not taken (label 0), for models that predict clicks
-    users: int = 0  # a seeded sample of whole users; 0 = all
-    until: str = ""  # events from this moment on are left out (ISO 8601, UTC where no zone is given; or a period)
-    world: str = ""  # instead of a path
-    world_users: int = 2000
-    world_items: int = 1000
-    world_events: int = 100_000
-    seed: int = 0
-
-
-class SpansRecipe(BaseModel, extra="forbid", frozen=True):
-    """[spans] How the log is cut; see data/spans.py."""
-
-    by: str = "count"
-    spans: int = 6
-    alpha: float = 0.5
-    dates: list[str] = []
-    targets: str = "last"
-    heldout: str = "next"
-    min_events: int = 1
-    forget_users: float = 0.05
-    base_periods: int = Field(default=1, ge=1)  # for by = "period"
-    n_targets: int = 0  # of a span, about so many, of users drawn at random; 0 = all
-    sessions: bool = False  # a user of the next span is somebody else: histories end with the span
-
-
-Cadence = Annotated[  # a number or a list of them
-    list[Annotated[int, Field(ge=1)]],
-    Field(min_length=1),
-    BeforeValidator(lambda value: value if isinstance(value, list) else [value]),
-]
-
-
-class ReplayRecipe(BaseModel, extra="forbid", frozen=True):
-    """[replay] What is compared. Controls run with every replay: no table is printed without them."""
-
-    models: list[str] = ["blend", "comirec-dr", "sasrec"]
-    strategies: list[str] = ["refit", "frozen", "finetune", "full", "imsr"]
-    also: list[str] = []  # further pairs, as in "comirec-dr-k1/finetune"
-    controls: list[str] = list(CONTROLS)
-    seeds: int = Field(default=1, ge=1)
-    cadence: Cadence = [1]  # blocks to a span; with several, all but trained models are replayed at each
-    min_history: int = Field(default=1, ge=0)
-    tune: bool = False
-    unseen: Literal["miss", "drop"] = "miss"  # events of items new to all: asked for like others, or left out
-    mean: Equal = "users"  # what weighs equally within a span; "pooled": all targets of all spans
-    from_span: int = Field(default=1, ge=1)  # means and tests begin with it; what is before it is shown by span only
-    last_update: bool = True  # train on the last span too, although nothing tests it
-    metrics: list[str] = ["hr@20", "ndcg@20", "mrr@20", "recall@20"]
-
-
-class Recipe(BaseModel, extra="forbid", frozen=True):
-    """A whole replay."""
-
-    log: LogRecipe = LogRecipe()
-    spans: SpansRecipe = SpansRecipe()
-    replay: ReplayRecipe = ReplayRecipe()
-
-
-def load_recipe(path: Path) -> Recipe:
-    """The recipe in a TOML file. Raises OptionError where it is no TOML, or has a key or value that does not exist."""
-    try:
-        return recipe_from(tomllib.loads(path.read_text()))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as problem:
-        raise OptionError(f"{path} is not a readable recipe ({problem}).") from None
-
-
-def recipe_from(tables: dict[str, Any]) -> Recipe:
-    """The recipe of nested dictionaries. Raises OptionError, naming the nearest valid key."""
-    try:
-        return Recipe.model_validate(tables)
-    except ValidationError as problem:
-        first = problem.errors()[0]
-        *parents, name = map(str, first["loc"])
-        if first["type"] == "extra_forbidden":
-            part = Recipe.model_fields[parents[0]].annotation if parents else Recipe
-            assert part is not None
-            raise unknown("recipe key", ".".join([*parents, name]), part.model_fields) from None
-        raise OptionError(f"recipe key {'.'.join([*parents, name])}: {first['msg']}.") from None
-
-
-def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write a recipe as resolved: every option, defaults too."""
-    path.write_text(tomli_w.dumps(recipe.model_dump()))
 
 
 def log_of(recipe: Recipe) -> Log:
@@ -144,12 +46,7 @@ def log_of(recipe: Recipe) -> Log:
 
 def cut_of(recipe: Recipe) -> Cut:
     """The recipe's log in spans. OptionError where it asks for tuning, and no event is there to choose by."""
-    part = recipe.spans
-    spans = cut(
-        log_of(recipe), by=part.by, spans=part.spans, alpha=part.alpha, dates=part.dates, targets=part.targets,
-        heldout=part.heldout, min_events=part.min_events, forget_users=part.forget_users,
-        base_periods=part.base_periods, sessions=part.sessions, n_targets=part.n_targets, seed=recipe.log.seed,
-    )  # fmt: skip
+    spans = cut(log_of(recipe), recipe.spans, seed=recipe.log.seed)
     if recipe.replay.tune and not any(bool((span.events.role_E == VALID).any()) for span in spans.spans[2:]):
         raise OptionError(
             "tuning chooses knobs by the validation events of spans 2, 3, ..., and this cut has none; use targets = "
@@ -164,7 +61,7 @@ def settings_of(recipe: Recipe) -> Settings:
     if recipe.log.exposures:
         for metric in part.metrics:
             click_metric(metric)
-        if part.tune or part.unseen != "miss" or part.mean != "users":
+        if part.tune or part.unseen != ReplayRecipe.unseen or part.mean != ReplayRecipe.mean:
             raise OptionError("tune, unseen and mean are of rankings; on a log with exposures leave them out.")
         asked = Asked(min_history=part.min_history)
         return Settings(asked, last_update=part.last_update)

@@ -1,30 +1,12 @@
-"""Cut a log into spans: where the cuts fall (`by`), what is tested (`targets`), when that joins training (`heldout`).
-
-by            events of one time are never separated
-  count         the base has `alpha` of the events, the later spans share the rest equally
-  time          all spans are equally long, the base included
-  count-alpha   the base has `alpha` of the events, the later spans are equally long
-  clock-alpha   the base has `alpha` of the time range, the later spans are equally long
-  dates         a span starts at each of `dates` (ISO 8601; UTC where no zone is given), so `spans` is not used
-  period        the first `base_periods` are the base; the later ones are merged, in order, into at most `spans` spans
-targets       nothing tests the base, so it is all TRAIN, except under `split`
-  last          each user's last event in a span is TEST, the one before it VALID, the rest TRAIN
-  three         each user's last event in a span and two others with an event before them, drawn at random, are TEST,
-                the rest TRAIN
-  all           every event is TEST, and joins training at once: test, then train
-  split         what the log's own split column says
-heldout       when VALID and TEST events join training
-  now           at the update that closes their span: tested, then trained on
-  next          an update later, as in a nightly job that judges each update by a tail it has not trained on
-  never         never
-"""
+"""Cut a log into spans, as a `SplitConfig` says: where the cuts fall, what is tested, and when that joins training."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,12 +15,11 @@ import torch
 
 from freshrec.data.catalog import Catalog
 from freshrec.data.log import Log, format_time, microseconds
-from freshrec.errors import OptionError, SpanError, unknown
+from freshrec.data.split_config import SplitConfig
+from freshrec.errors import OptionError, SpanError
 from freshrec.types import NEVER, NEXT, NOW, TEST, TRAIN, VALID, Events, Span
 
-RULES = ("count", "time", "count-alpha", "clock-alpha", "dates", "period")
-TARGETS = ("last", "three", "all", "split")
-HELDOUT = {"now": NOW, "next": NEXT, "never": NEVER}
+JOINS = {"now": NOW, "next": NEXT, "never": NEVER}  # of `heldout`
 ROLES = {"train": TRAIN, "valid": VALID, "test": TEST}  # the words of a log's split column
 
 Ints = npt.NDArray[np.int64]
@@ -67,59 +48,66 @@ class Cut:
 
 def cut(
     log: Log,
+    config: SplitConfig | None = None,
     *,
-    by: str = "count-alpha",
-    spans: int = 6,
-    alpha: float = 0.5,
-    dates: Sequence[str] = (),
-    targets: str = "last",
-    heldout: str = "next",
-    min_events: int = 1,
-    forget_users: float = 0.05,
-    base_periods: int = 1,
-    sessions: bool = False,
-    n_targets: int = 0,
+    by: str | None = None,
+    spans: int | None = None,
+    alpha: float | None = None,
+    dates: Sequence[str] | None = None,
+    targets: str | None = None,
+    heldout: str | None = None,
+    min_events: int | None = None,
+    forget_users: float | None = None,
+    base_periods: int | None = None,
+    sessions: bool | None = None,
+    n_targets: int | None = None,
     seed: int = 0,
 ) -> Cut:
-    """The base block and `spans` later spans of `log`; each event is in exactly one.
+    """The base block and the later spans of `log`; each event is in exactly one.
 
-    `by`, `targets` and `heldout` are explained at the top of this file. Users with fewer than `min_events` in the whole
-    log are left out. For a share `forget_users` of the users, held-out events (under targets = "all": the last two of
-    each later span) never join training, so that forgetting can be measured on them. `sessions`: who comes back in
-    another span is somebody else, so that histories end with the span. `n_targets`: of a span with more TEST events
-    only those of users drawn at random are asked for, until there are so many; what is learnt, and when, stays. 0: all.
+    `config` holds every option; a keyword replaces one of its fields. `SplitConfig` has the defaults and explains them.
 
     OptionError for an impossible option; SpanError where the log has no such cut. A span may be empty: a note says so.
     Differs from the protocol of IMSR: it reads as clock-alpha with heldout = "never"; alpha of the time range can hold
     3 % of the events, hence count-alpha.
     """
-    _check_options(by, spans, alpha, dates, targets, heldout, min_events, forget_users, n_targets)
-    frame, notes = _in_order(log.frame, by, min_events)
-    edges = _edges(frame, log.has_clock, by, spans, alpha, dates, base_periods)
-    if sessions:
+    keywords = {
+        "by": by, "spans": spans, "alpha": alpha, "dates": None if dates is None else tuple(dates), "targets": targets,
+        "heldout": heldout, "min_events": min_events, "forget_users": forget_users, "base_periods": base_periods,
+        "sessions": sessions, "n_targets": n_targets,
+    }  # fmt: skip
+    given: dict[str, Any] = {name: value for name, value in keywords.items() if value is not None}
+    return _split(log, replace(config or SplitConfig(), **given), seed)
+
+
+def _split(log: Log, config: SplitConfig, seed: int) -> Cut:
+    """The cut that `config` describes."""
+    frame, notes = _in_order(log.frame, config.by, config.min_events)
+    edges = _edges(frame, log.has_clock, config)
+    if config.sessions:
         span_E = np.repeat(np.arange(len(edges) - 1), np.diff(edges))
         frame = frame.with_columns(pl.concat_str("user_id", pl.lit("@"), pl.Series(span_E)).alias("user_id"))
     users, items, sizes = _numbered(frame, edges)
     users_E, items_E = users.rows(frame["user_id"]), items.rows(frame["item_id"])
     times_E = torch.from_numpy(frame["time"].to_numpy(writable=True))
-    split_E = _split_roles(frame) if targets == "split" else None
+    split_E = _split_roles(frame) if config.targets == "split" else None
     labels_E, kinds_E = _labels(frame), _kinds(frame)
-    secret_U = _chosen(len(users), forget_users, seed)
+    secret_U = _chosen(len(users), config.forget_users, seed)
     kept = []
     for t, (a, b) in enumerate(zip(edges, edges[1:])):
         who, source = users_E[a:b].numpy(), np.random.default_rng((seed % 2**64, t))
         tail = _tail(who, sizes[t][0]) if t > 0 else np.full(b - a, TRAIN, np.int8)
         role = held = tail if split_E is None else split_E[a:b]
-        if targets == "three" and t > 0:
+        if config.targets == "three" and t > 0:
             role = held = _three(tail, who, sizes[t - 1][0], source)
-        elif targets == "all" and t > 0:
+        elif config.targets == "all" and t > 0:
             role = np.full(b - a, TEST, np.int8)
-        later = NOW if targets == "all" else HELDOUT[heldout]
+        later = NOW if config.targets == "all" else JOINS[config.heldout]
         joins = np.where(held == TRAIN, NOW, np.where(secret_U[who], NEVER, later)).astype(np.int8)
-        role = _fewer(role, who, n_targets, source) if n_targets else role
+        role = _fewer(role, who, config.n_targets, source) if config.n_targets else role
         columns = users_E[a:b], items_E[a:b], times_E[a:b], torch.from_numpy(role), torch.from_numpy(joins)
         events = Events(*columns, *(None if column is None else column[a:b] for column in (labels_E, kinds_E)))
-        kept.append(Span(t, events, *sizes[t], _name(frame[a:b], a, by, log.has_clock)))
+        kept.append(Span(t, events, *sizes[t], _name(frame[a:b], a, config.by, log.has_clock)))
     notes += [f"span {span.index} has no events" for span in kept if len(span.events) == 0]
     notes += ["the log has a single user"] if len(users) == 1 else []
     return Cut(tuple(kept), users, items, tuple(notes))
@@ -152,36 +140,6 @@ def plan(cut: Cut) -> pl.DataFrame:
     return pl.DataFrame(rows, schema_overrides={"seen_share": pl.Float64})
 
 
-def _check_options(
-    by: str,
-    spans: int,
-    alpha: float,
-    dates: Sequence[str],
-    targets: str,
-    heldout: str,
-    min_events: int,
-    forget_users: float,
-    n_targets: int,
-) -> None:
-    for kind, name, valid in (
-        ("way to cut a log", by, RULES),
-        ("kind of targets", targets, TARGETS),
-        ("heldout", heldout, tuple(HELDOUT)),
-    ):
-        if name not in valid:
-            raise unknown(kind, name, valid)
-    if spans < 1 or min_events < 1:
-        raise OptionError(f"spans is {spans} and min_events {min_events}; both must be at least 1.")
-    if n_targets < 0:
-        raise OptionError(f"n_targets is {n_targets}; it must be at least 1, or 0 for all of them.")
-    if not 0 < alpha < 1 or not 0 <= forget_users <= 1:
-        raise OptionError(f"alpha is {alpha} and forget_users {forget_users}; both are shares between 0 and 1.")
-    if (by == "dates") != (len(dates) > 0):
-        raise OptionError(f'{len(dates)} dates were given to a cut by "{by}"; dates and by = "dates" go together.')
-    if targets == "all" and heldout == "never":
-        raise OptionError('targets = "all" tests every event and then trains on it; heldout = "never" contradicts it.')
-
-
 def _in_order(frame: pl.DataFrame, by: str, min_events: int) -> tuple[pl.DataFrame, list[str]]:
     """The events that count, in the order of the cut, and notes."""
     notes = []
@@ -203,19 +161,17 @@ def _in_order(frame: pl.DataFrame, by: str, min_events: int) -> tuple[pl.DataFra
     return frame, notes
 
 
-def _edges(
-    frame: pl.DataFrame, has_clock: bool, by: str, spans: int, alpha: float, dates: Sequence[str], base_periods: int
-) -> list[int]:
+def _edges(frame: pl.DataFrame, has_clock: bool, config: SplitConfig) -> list[int]:
     """Positions that bound the spans: span t is edges[t] : edges[t + 1]. SpanError where the base would be empty."""
-    times = frame["time"].to_numpy()
+    times, by = frame["time"].to_numpy(), config.by
     if by == "period":
-        inner = _period_starts(frame["period"].to_numpy(), spans, base_periods)
+        inner = _period_starts(frame["period"].to_numpy(), config.spans, config.base_periods)
     elif by != "count" and not has_clock:
         raise SpanError(f'a cut by "{by}" needs a clock, and this log has none; cut by "count" or "period".')
     elif by == "dates":
-        inner = np.searchsorted(times, _microseconds(dates))
+        inner = np.searchsorted(times, _microseconds(config.dates))
     else:
-        inner = _rule_starts(times, by, spans, alpha)
+        inner = _rule_starts(times, by, config.spans, config.alpha)
     edges = [0, *inner.tolist(), len(frame)]
     if edges[1] == 0:
         raise SpanError("the base block would be empty; start the first span after the first event.")

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import polars as pl
 
 from freshrec.data.log import Log
+from freshrec.data.world_size import WorldSize
 from freshrec.errors import OptionError, unknown
 
 Ints = npt.NDArray[np.int64]
@@ -40,14 +41,6 @@ class World:
     truth: pl.DataFrame | None = None
 
 
-@dataclass(frozen=True)
-class Size:
-    users: int
-    items: int
-    events: int
-    spans: int
-
-
 @dataclass(frozen=True, eq=False)
 class Stage:
     """Who acts when, before anybody has chosen an item."""
@@ -59,7 +52,13 @@ class Stage:
 
 
 def make(
-    name: str, *, users: int = 2000, items: int = 1000, events: int = 100_000, spans: int = 6, seed: int = 0
+    name: str,
+    *,
+    users: int = WorldSize.users,
+    items: int = WorldSize.items,
+    events: int = WorldSize.events,
+    spans: int = WorldSize.spans,
+    seed: int = 0,
 ) -> World:
     """The world called `name`: the same arguments give the same bits.
 
@@ -72,22 +71,22 @@ def make(
             f"a world of {users} users, {items} items, {events} events and {spans} spans cannot be made; it takes at "
             f"least 1 user, {N_TOPICS} items, 1 span and 2 events per span."
         )
-    return WORLDS[name](Size(users, items, events, spans), np.random.default_rng(seed))
+    return WORLDS[name](WorldSize(users, items, events, spans), np.random.default_rng(seed))
 
 
-def checkerboard(size: Size, rng: np.random.Generator) -> World:
+def checkerboard(size: WorldSize, rng: np.random.Generator) -> World:
     """Even users take even items only, odd users odd ones: every item of one's own colour ranks above all others."""
     stage = _stage(size, rng)
     return World(_log(size, stage, stage.users_E % 2, 2, rng), 2)
 
 
-def popularity(size: Size, rng: np.random.Generator) -> World:
+def popularity(size: WorldSize, rng: np.random.Generator) -> World:
     """Everybody draws from the same popularity: no personal ranking beats the order of recent counts."""
     stage = _stage(size, rng)
     return World(_log(size, stage, np.zeros(size.events, np.int64), 1, rng), 1)
 
 
-def frozen(size: Size, rng: np.random.Generator) -> World:
+def frozen(size: WorldSize, rng: np.random.Generator) -> World:
     """Each user likes three topics equally and for ever: new interests never appear, and detecting one is an error."""
     stage = _stage(size, rng)
     tastes_UK = _topics(size.users, N_TASTES, rng)
@@ -95,7 +94,7 @@ def frozen(size: Size, rng: np.random.Generator) -> World:
     return World(_log(size, stage, topics_E, N_TOPICS, rng), N_TOPICS)
 
 
-def drift(size: Size, rng: np.random.Generator) -> World:
+def drift(size: WorldSize, rng: np.random.Generator) -> World:
     """Each of a user's three interests moves to the next topic twice in the time of the log, at moments of its own.
 
     A model that is not updated decays span by span, and what a user liked in the base block says little about the last
@@ -108,7 +107,7 @@ def drift(size: Size, rng: np.random.Generator) -> World:
     return World(_log(size, stage, (tastes_UK[stage.users_E, which_E] + moves_E) % N_TOPICS, N_TOPICS, rng), N_TOPICS)
 
 
-def newborn(size: Size, rng: np.random.Generator) -> World:
+def newborn(size: WorldSize, rng: np.random.Generator) -> World:
     """As `frozen`, but half of the users there from the start gain two topics in some span, and love them from then on.
 
     `truth` has one row per user and gained topic: the span of its first event, and how many events it has in that span;
@@ -125,7 +124,7 @@ def newborn(size: Size, rng: np.random.Generator) -> World:
     return World(log, N_TOPICS, _truth(log.frame, gained_E))
 
 
-def repeat(size: Size, rng: np.random.Generator) -> World:
+def repeat(size: WorldSize, rng: np.random.Generator) -> World:
     """70 % of a user's events copy one of its earlier ones, all as likely: its own items must rank first, by count."""
     stage = _stage(size, rng)
     tastes_UK = _topics(size.users, N_TASTES, rng)
@@ -135,7 +134,7 @@ def repeat(size: Size, rng: np.random.Generator) -> World:
     return World(Log(copied, log.has_clock, log.unit, log.notes), N_TOPICS)
 
 
-WORLDS: dict[str, Callable[[Size, np.random.Generator], World]] = {
+WORLDS: dict[str, Callable[[WorldSize, np.random.Generator], World]] = {
     "checkerboard": checkerboard,
     "popularity": popularity,
     "frozen": frozen,
@@ -145,7 +144,7 @@ WORLDS: dict[str, Callable[[Size, np.random.Generator], World]] = {
 }
 
 
-def _stage(size: Size, rng: np.random.Generator) -> Stage:
+def _stage(size: WorldSize, rng: np.random.Generator) -> Stage:
     """Events are evenly spaced; each goes to one of the users that have arrived, in proportion to their activity."""
     moments_E = np.arange(size.events) / size.events
     starts = np.ceil(size.events * (0.5 + 0.5 * np.arange(size.spans) / size.spans) - 0.5)
@@ -164,7 +163,7 @@ def _topics(n_users: int, n: int, rng: np.random.Generator) -> Ints:
     return np.argsort(rng.random((n_users, N_TOPICS), dtype=np.float32), axis=1)[:, :n]
 
 
-def _log(size: Size, stage: Stage, topics_E: Ints, n_topics: int, rng: np.random.Generator) -> Log:
+def _log(size: WorldSize, stage: Stage, topics_E: Ints, n_topics: int, rng: np.random.Generator) -> Log:
     """Each event takes an item of its topic. A rank of popularity is held by one item after the other."""
     n_per_topic = size.items // n_topics
     n_ranks = max(1, round(0.6 * n_per_topic))

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from freshrec.config import Count, CountOrNone, Positive, Rate, check_options
 from freshrec.data.batches import (
     Targets,
     due_targets,
@@ -33,10 +34,10 @@ from freshrec.learn.interests import Trim, costs_of, reread
 from freshrec.learn.weights import View, grow, seen_through, snapshot
 from freshrec.models.ranking import ranks
 from freshrec.models.tables import tables_of
-from freshrec.options import Count, CountOrNone, Positive, Rate, check_options
 from freshrec.types import DUE, Batch, ClickModel, Histories, InterestModel, Span, State, Term, TrainedModel
 
 Project = Callable[[Tensor, Tensor, Tensor], Tensor]
+LIST_LENGTH = 20  # k of the ndcg and the hit rate that choose a number of epochs
 USUAL_EPOCHS = 10  # of a training that chooses their number itself
 HELD = 1011  # tells the random numbers that choose held-out targets from those of the epochs
 
@@ -332,20 +333,20 @@ def nth_part(histories: Histories, n: int) -> Tensor:
     return (place_R[:, None] >= edges_UN[users_R]).sum(1)
 
 
-def ndcg(model: TrainedModel, targets: Targets, carried: Carried | None, k: int = 20) -> float:
+def ndcg(model: TrainedModel, targets: Targets, carried: Carried | None, k: int = LIST_LENGTH) -> float:
     """ndcg@k of some targets; AUC, if they have labels."""
     if targets.labels_N is not None:
         return _auc(model, targets)
     return float(ndcg_of(model, targets, carried, k).sum()) / max(len(targets), 1)
 
 
-def ndcg_of(model: TrainedModel, targets: Targets, carried: Carried | None, k: int = 20) -> Tensor:
+def ndcg_of(model: TrainedModel, targets: Targets, carried: Carried | None, k: int = LIST_LENGTH) -> Tensor:
     """(N,) ndcg@k of each target, the same targets always in the same order."""
     rank_N = _ranks(model, targets, carried)
     return ((rank_N <= k) / torch.log2(1 + rank_N)).nan_to_num(0.0)
 
 
-def hit_rate(model: TrainedModel, targets: Targets, carried: Carried | None, k: int = 20) -> float:
+def hit_rate(model: TrainedModel, targets: Targets, carried: Carried | None, k: int = LIST_LENGTH) -> float:
     """hr@k of some targets, which is ADER's recall@k; AUC, if they have labels."""
     if targets.labels_N is not None:
         return _auc(model, targets)

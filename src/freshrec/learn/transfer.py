@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from freshrec.config import Count, CountOrNone, Weight, check_options
 from freshrec.errors import OptionError
 from freshrec.learn.weights import View, Weights, weights_of
 from freshrec.models.tables import tables_of
-from freshrec.options import Count, CountOrNone, Weight, check_options
 from freshrec.types import TrainedModel
 
 ROWS = 4096  # mapped at once where a whole table is

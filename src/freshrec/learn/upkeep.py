@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from freshrec.config import CountOrNone, Weight, check_options
 from freshrec.data.batches import in_parts, interests_where, owners
 from freshrec.learn.interests import costs_of
-from freshrec.options import CountOrNone, Weight, check_options
 from freshrec.types import Interests, State
 
 AT_ONCE = 8192  # users whose pairs of interests are compared at a time

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from freshrec.config import Form, choose
 from freshrec.models.blend import BlendSpec
 from freshrec.models.caser import CaserSpec
 from freshrec.models.comirec import COMIREC_DR, COMIREC_SA
@@ -21,7 +22,6 @@ from freshrec.models.sasrec import SASRecSpec
 from freshrec.models.sknn import S_SKNN, SKNN, STAN, V_SKNN
 from freshrec.models.stamp import STAMPSpec
 from freshrec.models.user_knn import UserKNNSpec
-from freshrec.options import Form, choose
 from freshrec.types import ModelSpec
 
 CONTROLS: dict[str, ModelSpec] = {

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from freshrec.config import HISTORY_LENGTH, Count, check_options
 from freshrec.data.batches import Targets, histories_before, in_parts, place, random_source, targets_at, turns_of
 from freshrec.device import normal, permutation, uniform
 from freshrec.models.experts import EXPERTS, FEATURES, Experts, N, in_one, part_of
 from freshrec.models.facts import ITEM, OWN, USER, among_last
 from freshrec.models.pairs import Pairs
 from freshrec.models.sparse import Floats, picked
-from freshrec.options import Count, check_options
 from freshrec.types import Batch, Events, Histories
 
 REMEMBER, CORRECT = 1401, 1402  # tell the random numbers from others
@@ -34,7 +34,7 @@ class BlendSpec:
     """How many candidates, and how much is remembered to learn from."""
 
     offered: Count = 100  # items by each expert
-    length: Count = 50  # history items looked at
+    length: Count = HISTORY_LENGTH  # history items looked at
     remembered: Count = 6000  # queries, the latest
     per_window: Count = 2000  # queries remembered of a sixth of the base block, and in proportion of what comes later
     others: Count = 60  # candidates remembered with a query, beside the target

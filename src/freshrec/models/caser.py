@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from freshrec.config import Count, CountOrNone, Positive, Rate, Weight, check_options
 from freshrec.errors import OptionError
 from freshrec.models.layers import first_of, sampled_logits, yes_or_no
 from freshrec.models.softmax import full_softmax
 from freshrec.models.tables import Table, served
-from freshrec.options import Count, CountOrNone, Positive, Rate, Weight, check_options
 from freshrec.types import Batch, Forward
 
 

@@ -19,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from freshrec.config import IMPORTS
 from freshrec.device import here
 from freshrec.errors import StateError
 from freshrec.models.tables import tables_of
-from freshrec.options import IMPORTS
 from freshrec.types import Model, SeededModel, State, StateDictModel, Strategy, TrainedModel
 
 FORMAT = 1

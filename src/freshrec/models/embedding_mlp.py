@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from freshrec.config import Count, CountOrNone, Positive, check_options
 from freshrec.errors import OptionError
 from freshrec.models.layers import judged
 from freshrec.models.tables import Table
-from freshrec.options import Count, CountOrNone, Positive, check_options
 from freshrec.types import Batch, Forward
 
 

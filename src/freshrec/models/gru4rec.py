@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from freshrec.config import HISTORY_LENGTH, Count, CountOrNone, Positive, Rate, Weight, check_options
 from freshrec.errors import OptionError
 from freshrec.models.layers import FAR, first_of, sampled_logits
 from freshrec.models.tables import Table, pulled, vectors_of
-from freshrec.options import Count, CountOrNone, Positive, Rate, Weight, check_options
 from freshrec.types import Batch, Forward, Lanes
 
 Loss = Literal["xe", "bpr", "top1", "bpr-max", "top1-max"]
@@ -38,7 +38,7 @@ class GRU4RecSpec:
     drop_out: Rate = 0.2  # of each layer's output
     steps: Literal["windows", "lanes"] = "windows"  # "lanes": one event of as many sessions, as in the authors' code
     back: Literal["all", "one"] = "all"  # steps that the gradient goes back, in windows
-    length: Count = 50
+    length: Count = HISTORY_LENGTH
     lr: Positive = 0.006
     batch: Count = 64  # windows, each with up to `length` targets; or lanes
     negatives: Count = 512

@@ -10,11 +10,11 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from freshrec.config import HISTORY_LENGTH, Count, CountOrNone, Positive, Weight, check_options
 from freshrec.device import normal
 from freshrec.errors import OptionError
 from freshrec.models.layers import FAR, attend, first_of, sampled_logits, squash
 from freshrec.models.tables import Table, pulled
-from freshrec.options import Count, CountOrNone, Positive, Weight, check_options
 from freshrec.types import Batch, Forward
 
 
@@ -35,7 +35,7 @@ class InterestSpec:
     iterations: Count = 3  # of the routing
     recency: bool = True  # weigh history items in the routing by a learnt decay of their age
     inner: Count = 1  # d_a / d of the self-attention; ComiRec has 4, which is 4 x slower
-    length: Count = 50  # history items looked at
+    length: Count = HISTORY_LENGTH  # history items looked at
     lr: Positive = 0.015
     batch: Count = 256
     negatives: Count = 512

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from freshrec.config import Count, CountOrNone, Positive, Rate, check_options
 from freshrec.models.layers import attend, first_of, passed, sampled_logits
 from freshrec.models.tables import Table, make_room, pulled
-from freshrec.options import Count, CountOrNone, Positive, Rate, check_options
 from freshrec.types import Batch, Forward
 
 EPS = 1e-9  # keeps 0 / 0, of a history without items, at 0

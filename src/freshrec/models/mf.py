@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from freshrec.config import HISTORY_LENGTH, Count, CountOrNone, Positive, check_options
 from freshrec.models.layers import first_of, sampled_logits
 from freshrec.models.tables import Table, pulled
-from freshrec.options import Count, CountOrNone, Positive, check_options
 from freshrec.types import Batch, Forward
 
 
@@ -16,7 +16,7 @@ class MFSpec:
     """Options of MF."""
 
     d: Count = 64
-    length: Count = 50  # kept events a user; the model itself does not read them
+    length: Count = HISTORY_LENGTH  # kept events a user; the model itself does not read them
     lr: Positive = 0.005
     batch: Count = 1024
     negatives: Count = 512

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from freshrec.config import Count, CountOrNone, Positive, Weight, check_options
 from freshrec.models.layers import attend, first_of, passed, sampled_logits
 from freshrec.models.tables import Table, make_room, pulled
-from freshrec.options import Count, CountOrNone, Positive, Weight, check_options
 from freshrec.types import Batch, Forward
 
 CLIP, SHARP, MUCH = 20.0, 2.0, 400.0  # constants of the authors' code: bound, sharpness, and a slot that is used much

@@ -16,10 +16,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from freshrec.config import HISTORY_LENGTH, Count, CountOrNone, Positive, Weight, check_options
 from freshrec.errors import OptionError
 from freshrec.models.layers import FAR, attend, first_of, sampled_logits, squash
 from freshrec.models.tables import Table, pulled
-from freshrec.options import Count, CountOrNone, Positive, Weight, check_options
 from freshrec.types import Batch, Forward
 
 HARD = 100.0  # from this power on, label attention takes the closest interest alone
@@ -46,7 +46,7 @@ class OriginalSpec:
     inner: Count = 4  # d_a / d of the self-attention
     power: Positive = 2.0  # p of the label attention, which MIND leaves open; 100 or more: the closest interest alone
     d: Count = 64
-    length: Count = 50  # history items looked at
+    length: Count = HISTORY_LENGTH  # history items looked at
     lr: Positive = 0.01
     batch: Count = 256
     negatives: Count = 512

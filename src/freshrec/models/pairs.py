@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
+from freshrec.config import HISTORY_LENGTH, Count, check_options
 from freshrec.data.batches import closed
 from freshrec.models.sparse import Floats, csr, offsets_of, picked
-from freshrec.options import Count, check_options
 from freshrec.types import Batch, Events, Histories
 
 Rows = NDArray[np.int32]
@@ -47,7 +47,7 @@ class PairsSpec:
     """Item-kNN by cosine, or a Markov chain with gaps."""
 
     kind: Literal["cosine", "markov"] = "cosine"
-    length: Count = 50  # history items looked at
+    length: Count = HISTORY_LENGTH  # history items looked at
 
     def __post_init__(self) -> None:
         check_options(self)

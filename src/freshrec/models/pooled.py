@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from freshrec.config import HISTORY_LENGTH, Count, CountOrNone, Positive, check_options
 from freshrec.models.layers import first_of, sampled_logits
 from freshrec.models.tables import Table, pulled, served
-from freshrec.options import Count, CountOrNone, Positive, check_options
 from freshrec.types import Batch, Forward
 
 
@@ -20,7 +20,7 @@ class PooledSpec:
     """Options of the pooled model."""
 
     d: Count = 64
-    length: Count = 50
+    length: Count = HISTORY_LENGTH
     lr: Positive = 0.004
     batch: Count = 48  # windows, each with up to `length` targets
     negatives: Count = 512

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from freshrec.options import Count, Positive, check_options
+from freshrec.config import HISTORY_LENGTH, Count, Positive, check_options
 from freshrec.types import Batch, Events, Histories
 
 
@@ -24,7 +24,7 @@ class PopularitySpec:
     keep: Literal["all", "last", "decay"] = "all"
     half_life: Positive = 1.0  # in windows; "decay" only
     window: Positive = 1 / 6  # share of the base block; not for "all"
-    length: Count = 50  # kept events a user; the model itself does not read them
+    length: Count = HISTORY_LENGTH  # kept events a user; the model itself does not read them
 
     def __post_init__(self) -> None:
         check_options(self)

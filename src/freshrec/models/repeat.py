@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from freshrec.config import HISTORY_LENGTH, Count, check_options
 from freshrec.models.sparse import Runs, csr, picked
-from freshrec.options import Count, check_options
 from freshrec.types import Batch, Events, Histories
 
 FREQ_HALF_LIFE = 32  # events of the user's history
@@ -21,7 +21,7 @@ class RepeatSpec:
     """How own items are ordered: "last" by their last event, "freq" by the number of their events, fading with age."""
 
     order: Literal["last", "freq"] = "last"
-    length: Count = 50  # history items looked at
+    length: Count = HISTORY_LENGTH  # history items looked at
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from freshrec.config import HISTORY_LENGTH, Count, CountOrNone, Positive, Rate, check_options
 from freshrec.errors import OptionError
 from freshrec.models.layers import first_of, sampled_logits, yes_or_no
 from freshrec.models.softmax import full_softmax
 from freshrec.models.tables import Table, pulled
-from freshrec.options import Count, CountOrNone, Positive, Rate, check_options
 from freshrec.types import Batch, Forward
 
 
@@ -29,7 +29,7 @@ class SASRecSpec:
     blocks: Count = 1
     heads: Count = 1  # d is a multiple of it
     dropout: Rate = 0.2
-    length: Count = 50
+    length: Count = HISTORY_LENGTH
     lr: Positive = 0.003
     batch: Count = 128  # windows, each with up to `length` targets
     negatives: Count = 512

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
+from freshrec.config import HISTORY_LENGTH, Count, CountOrNone, Weight, check_options
 from freshrec.data.batches import closed
 from freshrec.models.sparse import Doubles, Ints, pack_keys, picked, unpack_keys
-from freshrec.options import Count, CountOrNone, Weight, check_options
 from freshrec.types import Batch, Events, Histories
 
 DAY = 86_400_000_000  # microseconds
@@ -34,7 +34,7 @@ class SKNNSpec:
 
     k: Count = 100  # neighbours
     sample: Count = 1000  # of the sessions that share an item, the latest so many are compared
-    length: Count = 50  # last events of a session that are looked at
+    length: Count = HISTORY_LENGTH  # last events of a session that are looked at
     last_n: CountOrNone = 0  # only sessions with events in the latest so many blocks that were absorbed; 0: all
     similarity: Literal["cosine", "vec"] = "cosine"
     # What a shared item adds to the similarity: 1, p/|s|, 1 - (|s| - p)/10, 1/log10(|s| - p + 1.7), (p/|s|)^2

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from freshrec.config import HISTORY_LENGTH, Count, CountOrNone, Positive, check_options
 from freshrec.models.layers import first_of, sampled_logits
 from freshrec.models.softmax import full_softmax
 from freshrec.models.tables import Table, pulled
-from freshrec.options import Count, CountOrNone, Positive, check_options
 from freshrec.types import Batch, Forward
 
 WEIGHT_STD = 0.05  # of the dense weights when they start, as in the authors' code
@@ -29,7 +29,7 @@ class STAMPSpec:
     kind: Literal["stamp", "stmp"] = "stamp"  # "stmp": the mean of the session instead of attention to it
     add_mean_back: bool = True  # to what attention gives; stmp has nothing to add to
     d: Count = 100
-    length: Count = 50
+    length: Count = HISTORY_LENGTH
     lr: Positive = 0.003
     batch: Count = 512
     negatives: Count = 512  # where the loss is sampled

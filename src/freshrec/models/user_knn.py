@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from freshrec.config import HISTORY_LENGTH, Count, check_options
 from freshrec.models.sparse import Floats, best, csr, entries, offsets_of, picked, rows_of
-from freshrec.options import Count, check_options
 from freshrec.types import Batch, Events, Histories
 
 
@@ -20,7 +20,7 @@ class UserKNNSpec:
     """How many neighbours, and by which events."""
 
     neighbours: Count = 100
-    length: Count = 50  # last events of a user that are compared
+    length: Count = HISTORY_LENGTH  # last events of a user that are compared
     through: Count = 1000  # users, the latest ones, that an item makes neighbours of who takes it
 
     def __post_init__(self) -> None:

@@ -23,8 +23,8 @@ from statistics import NormalDist, median
 
 import numpy as np
 
+from freshrec.config import choose
 from freshrec.nightly.day import Day
-from freshrec.options import choose
 from freshrec.replay.metrics import Floats, parse
 from freshrec.replay.significance import LEVEL, interval
 

@@ -1,7 +1,6 @@
 """A state on a block of events -> the rank of each target, and facts about the targets to slice by."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -13,6 +12,7 @@ from freshrec.data.batches import append, histories_before, in_parts, place, sho
 from freshrec.data.carried import carried_by
 from freshrec.learn.clicks import clicks_of
 from freshrec.models.ranking import ranks, ranks_among
+from freshrec.replay.recipe_schema import ReplayRecipe, Unseen
 from freshrec.types import NEVER, TEST, Batch, ClickModel, Events, Histories, Model, Span, State
 
 SLICES = {
@@ -73,9 +73,9 @@ class Asked:
     """Which events of a block become queries."""
 
     role: int = TEST
-    min_history: int = 1  # own events a query needs
+    min_history: int = ReplayRecipe.min_history  # own events a query needs
     among: int = 0  # sampled items that a target is ranked among; 0: all items
-    unseen: Literal["miss", "drop"] = "miss"  # events of items new to all: asked for like others, or as if not there
+    unseen: Unseen = ReplayRecipe.unseen  # events of items new to all: asked for like others, or as if not there
 
 
 def queries_of(recent: Histories, block: Block, length: int, asked: Asked = Asked()) -> Queries:

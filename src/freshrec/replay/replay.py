@@ -26,6 +26,7 @@ from freshrec.models.counted import absorb, told
 from freshrec.models.ranking import READOUTS
 from freshrec.models.scoring import history_length
 from freshrec.replay.measure import Asked, Block, Queries, blocks_of, click_rows, queries_of, rank_queries
+from freshrec.replay.recipe_schema import ReplayRecipe
 from freshrec.replay.tuning import tune
 from freshrec.strategies.ader import ADER
 from freshrec.strategies.ader_s import ADERS
@@ -70,8 +71,8 @@ class Settings:
     """What all cells of a replay share."""
 
     asked: Asked = Asked()
-    tune: bool = False  # choose each update's knobs by the span before
-    last_update: bool = True  # after the last span too, although nothing tests it
+    tune: bool = ReplayRecipe.tune  # choose each update's knobs by the span before
+    last_update: bool = ReplayRecipe.last_update  # after the last span too, although nothing tests it
 
 
 def check_clicks(model: ModelSpec, model_name: str) -> None:

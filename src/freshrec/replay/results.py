@@ -11,8 +11,9 @@ import polars as pl
 from freshrec.replay.clicks import CLICK_METRICS, DOWN, evaluate_clicks
 from freshrec.replay.measure import SLICES
 from freshrec.replay.metrics import evaluate
+from freshrec.replay.recipe_schema import Equal, ReplayRecipe
 from freshrec.replay.replay import Cell
-from freshrec.replay.significance import METHOD, Answers, Equal, Index, Mask, arrange, compare, interval
+from freshrec.replay.significance import METHOD, Answers, Index, Mask, arrange, compare, interval
 
 COLUMNS = {
     "model": pl.String, "strategy": pl.String, "seed": pl.Int64, "span": pl.Int64, "slice": pl.String,
@@ -28,8 +29,8 @@ def collect(
     facts: pl.DataFrame | None,
     metrics: Sequence[str],
     out: Path,
-    equal: Equal = "users",
-    from_span: int = 1,
+    equal: Equal = ReplayRecipe.mean,
+    from_span: int = ReplayRecipe.from_span,
 ) -> pl.DataFrame:
     """The long results table of all finished cells, written to `out` with what is made of it.
 
@@ -158,7 +159,7 @@ def _all(answers: Answers, metrics: Sequence[str]) -> pl.DataFrame:
     return pl.concat([_rows(answers, which_A, which_Q, metrics) for which_A, which_Q in _alike(answers)])
 
 
-def costs_of(cell: Cell, folder: Path, from_span: int = 1) -> pl.DataFrame:
+def costs_of(cell: Cell, folder: Path, from_span: int = ReplayRecipe.from_span) -> pl.DataFrame:
     """What each update cost, as metrics of the span it trained on; over all: the mean from `from_span` on."""
     by_span = {int(f.stem.rpartition("-")[2]): json.loads(f.read_text()) for f in folder.glob("costs-*.json")}
     rows = [(span, name, value) for span, costs in sorted(by_span.items()) for name, value in costs.items()]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from freshrec.replay.metrics import Floats
+from freshrec.replay.recipe_schema import Equal, ReplayRecipe
 
-Equal = Literal["users", "targets", "pooled"]  # what weighs equally: within a span, or targets over all spans
 Index = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 METHOD, QUERY = ("model", "strategy"), ("span", "user", "target")
@@ -38,7 +38,11 @@ COLUMNS = {
 
 
 def contributions(
-    spans_Q: NDArray[Any], users_Q: NDArray[Any], values_QM: Floats, equal: Equal = "users", centred: bool = False
+    spans_Q: NDArray[Any],
+    users_Q: NDArray[Any],
+    values_QM: Floats,
+    equal: Equal = ReplayRecipe.mean,
+    centred: bool = False,
 ) -> Floats:
     """(U, M): what each user adds to the value of each metric, times U: the mean over users is the value.
 
@@ -127,7 +131,7 @@ class Answers:
     methods: pl.DataFrame  # A rows
     queries: pl.DataFrame  # Q rows: span, user, target
     values_AQM: Floats
-    equal: Equal = "users"
+    equal: Equal = ReplayRecipe.mean
 
     @property
     def answered_AQ(self) -> Mask:
@@ -146,7 +150,7 @@ def arrange(
     table: pl.DataFrame,
     metrics: Sequence[str],
     method: Sequence[str] = METHOD,
-    equal: Equal = "users",
+    equal: Equal = ReplayRecipe.mean,
 ) -> Answers:
     """The rows of `table` as arrays; what `method` does not tell apart, such as seeds, is averaged query by query."""
     mean = table.group_by(*method, *QUERY).agg(pl.col(metrics).mean())
@@ -157,7 +161,9 @@ def arrange(
     return Answers(methods, queries, values_AQM, equal)
 
 
-def compare(table: pl.DataFrame, metrics: Sequence[str], seed: int = 0, equal: Equal = "users") -> pl.DataFrame:
+def compare(
+    table: pl.DataFrame, metrics: Sequence[str], seed: int = 0, equal: Equal = ReplayRecipe.mean
+) -> pl.DataFrame:
     """Every pair of methods on the queries that both answered: difference (a - b), its interval, p, and p adjusted.
 
     `table` has a row per query with columns model, strategy, seed, span, user, target, and the metrics. Values are

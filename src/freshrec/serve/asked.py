@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from freshrec.serve.list_request import DEFAULTS, ListRequest, bounds_of, help_of
+from freshrec.serve.list_request import DEFAULTS, ListRequest, help_of, lower_bound
 
 MOST_K, MOST_USERS, MOST_EVENTS, MOST_IDS, MOST_PENALTY = 500, 256, 1000, 1000, 1e6
 ID_LENGTH = 256
@@ -19,14 +19,14 @@ Id = Annotated[int, Field(ge=LEAST, le=GREATEST, strict=True)] | Text
 Ids = Annotated[list[Id], Field(max_length=MOST_IDS)]
 
 # The fields of `ListRequest`: its bounds, and the limits of a server, which must not work for one request too long.
-Many = Annotated[int, Field(ge=int(bounds_of("k").low), le=MOST_K, description=help_of("k"))]
+Many = Annotated[int, Field(ge=lower_bound("k"), le=MOST_K, description=help_of("k"))]
 Seen = Annotated[bool, Field(description=help_of("exclude_seen"))]
 Allowed = Annotated[Ids | None, Field(description=help_of("allow"))]
 Denied = Annotated[Ids, Field(description=help_of("deny"))]
 Category = Annotated[Text | None, Field(description=help_of("category"))]
 Penalty = Annotated[
     float,
-    Field(ge=bounds_of("diversity").low, le=MOST_PENALTY, allow_inf_nan=False, description=help_of("diversity")),
+    Field(ge=lower_bound("diversity"), le=MOST_PENALTY, allow_inf_nan=False, description=help_of("diversity")),
 ]
 
 

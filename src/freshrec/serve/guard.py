@@ -13,7 +13,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from freshrec.options import Count, CountOrNone, check_options
+from freshrec.config import Count, CountOrNone, check_options
 
 OPEN = ("/", "/page.css", "/page.js", "/docs", "/openapi.json", "/health/live", "/health/ready")  # without a token
 CLIENTS = 10_000  # whose rate is remembered; those seen longest ago are forgotten

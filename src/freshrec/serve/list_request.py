@@ -7,19 +7,16 @@ This file imports no torch, so that `--help` is fast.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from functools import cache
-from typing import Any, TypeAlias, get_args, get_type_hints
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeAlias, get_args
 
+from annotated_types import Ge
+from pydantic import Field
+
+from freshrec.config import Count, Weight, check_options, description_of, hints_of
 from freshrec.errors import OptionError
-from freshrec.options import Bounds, Count, Weight, check_options
 
 Id: TypeAlias = int | str
-HELP = "help"  # key of a field's description in its metadata
-
-
-def _help(text: str) -> dict[str, str]:
-    return {HELP: text}
 
 
 @dataclass(frozen=True)
@@ -29,15 +26,15 @@ class ListRequest:
     Unknown items in `allow` and `deny` are ignored. A list is shorter than `k` where fewer items are left.
     """
 
-    k: Count = field(default=10, metadata=_help("Maximum number of items per list."))
-    exclude_seen: bool = field(default=True, metadata=_help("Leave out items that the user has had."))
-    allow: tuple[Id, ...] | None = field(default=None, metadata=_help("Only these items; all if not given."))
-    deny: tuple[Id, ...] = field(default=(), metadata=_help("None of these items."))
-    category: Id | None = field(default=None, metadata=_help("Only items of this category; all if not given."))
-    diversity: Weight = field(
-        default=0.0,
-        metadata=_help("Score that an item loses for each item of its category above it in the list; 0 = off."),
-    )
+    k: Annotated[Count, Field(description="Maximum number of items per list.")] = 10
+    exclude_seen: Annotated[bool, Field(description="Leave out items that the user has had.")] = True
+    allow: Annotated[tuple[Any, ...] | None, Field(description="Only these items; all if not given.")] = None
+    deny: Annotated[tuple[Any, ...], Field(description="None of these items.")] = ()
+    category: Annotated[Any, Field(description="Only items of this category; all if not given.")] = None
+    diversity: Annotated[
+        Weight,
+        Field(description="Score that an item loses for each item of its category above it in the list; 0 = off."),
+    ] = 0.0
 
     def __post_init__(self) -> None:
         check_k(self.k)
@@ -46,7 +43,7 @@ class ListRequest:
 
 def check_k(k: int) -> int:
     """k, the number of items of a list. OptionError where it is not a whole number of at least 1."""
-    least = bounds_of("k").low
+    least = lower_bound("k")
     if not isinstance(k, int) or k < least:
         raise OptionError(f"k is {str(k)[:40]}; ask for a whole number of items, at least {least:g}.")
     return k
@@ -54,16 +51,12 @@ def check_k(k: int) -> int:
 
 def help_of(name: str) -> str:
     """The description of a field of `ListRequest`."""
-    return {option.name: str(option.metadata[HELP]) for option in fields(ListRequest)}[name]
+    return description_of(hints_of(ListRequest)[name])
 
 
-@cache
-def bounds_of(name: str) -> Bounds:
-    """The bounds of a numeric field of `ListRequest`."""
-    hints: dict[str, Any] = get_type_hints(ListRequest, include_extras=True)
-    bounds = get_args(hints[name])[1]
-    assert isinstance(bounds, Bounds)
-    return bounds
+def lower_bound(name: str) -> Any:
+    """The lowest value of a numeric field of `ListRequest`."""
+    return next(bound.ge for bound in get_args(hints_of(ListRequest)[name]) if isinstance(bound, Ge))
 
 
 DEFAULTS = ListRequest()

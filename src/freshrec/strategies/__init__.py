@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
+from freshrec.config import Form, as_instance, choose
 from freshrec.learn.fit import Fit
 from freshrec.learn.transfer import CNNTransfer, LinearTransfer, MLPTransfer
-from freshrec.options import Form, as_instance, choose
 from freshrec.strategies.ader import ADER
 from freshrec.strategies.ader_s import ADERS
 from freshrec.strategies.asmg import ASMG

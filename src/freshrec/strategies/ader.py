@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from freshrec.config import Count, Weight, check_options
 from freshrec.data.batches import Targets, due_targets, random_source
 from freshrec.data.carried import Carried, carried_by
 from freshrec.learn.exemplars import (
@@ -31,7 +32,6 @@ from freshrec.learn.reservoir import Kept, kept_length
 from freshrec.models.layers import best_inner_product
 from freshrec.models.scoring import item_table, item_vectors, user_vectors
 from freshrec.models.softmax import distilled_softmax
-from freshrec.options import Count, Weight, check_options
 from freshrec.types import Batch, EncodingModel, Span, State
 
 PLAYED, CHOSEN = 1101, 1102  # tell the random numbers apart from each other and from those of the epochs

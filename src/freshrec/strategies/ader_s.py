@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from freshrec.config import Count, Rate, Weight, check_options
 from freshrec.data.batches import Targets, due_targets, in_parts, random_source
 from freshrec.data.carried import carried_by
 from freshrec.device import uniform
@@ -18,7 +19,6 @@ from freshrec.learn.exemplars import learnable, own_loss, replay, smallest
 from freshrec.learn.fit import Clock, Fit, adapt, finish, parted, start, successor
 from freshrec.learn.reservoir import Kept, keep, together
 from freshrec.models.scoring import item_vectors
-from freshrec.options import Count, Rate, Weight, check_options
 from freshrec.types import EncodingModel, Span, State
 
 PLAYED, CUT = 1301, 1302  # tell the random numbers apart from each other and from those of the epochs

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from freshrec.config import Count, CountOrNone, Positive, check_options
 from freshrec.data.batches import due_targets, interests_where, owners, random_source, rows_where
 from freshrec.data.carried import Carried, carried_by
 from freshrec.errors import OptionError
@@ -24,7 +25,6 @@ from freshrec.learn.fit import Clock, Fit, batches, finish, negatives, start, su
 from freshrec.learn.generators import GRU, Generator, Mix, Window, shares, untrained
 from freshrec.learn.rehearsal import rehearsal
 from freshrec.learn.weights import put, seen_through, weights_of
-from freshrec.options import Count, CountOrNone, Positive, check_options
 from freshrec.strategies.plain import FineTune
 from freshrec.types import Batch, Forward, Histories, Interests, Span, State, Term, TrainedModel
 

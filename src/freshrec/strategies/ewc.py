@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from freshrec.config import Count, Weight, check_options
 from freshrec.data.batches import Targets, due_targets, in_parts, random_source
 from freshrec.data.carried import Carried, carried_by
 from freshrec.device import permutation
@@ -22,7 +23,6 @@ from freshrec.learn.weights import Weights, weights_of
 from freshrec.models.layers import best_inner_product
 from freshrec.models.scoring import item_table, item_vectors, user_vectors
 from freshrec.models.tables import served, tables_of
-from freshrec.options import Count, Weight, check_options
 from freshrec.types import Batch, EncodingModel, Forward, Span, State, Term
 
 DRAWN = 1201  # tells the random numbers apart from those of the epochs

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from freshrec.config import CountOrNone, Positive, Weight, check_options
 from freshrec.data.batches import due_targets, owners
 from freshrec.data.carried import Carried, carried_by, pad_interests
 from freshrec.errors import OptionError
@@ -21,7 +22,6 @@ from freshrec.learn.interests import expand
 from freshrec.learn.upkeep import Upkeep
 from freshrec.models.layers import FAR
 from freshrec.models.scoring import item_vectors
-from freshrec.options import CountOrNone, Positive, Weight, check_options
 from freshrec.types import DUE, Batch, Forward, Histories, InterestModel, Interests, Span, State
 
 

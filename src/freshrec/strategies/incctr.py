@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from freshrec.config import CountOrNone, Positive, Rate, check_options
 from freshrec.data.batches import Targets, due_targets
 from freshrec.data.carried import carried_by
 from freshrec.errors import IncompatibleError, OptionError
 from freshrec.learn.fit import Clock, Fit, adapt, finish, start, successor
 from freshrec.models.layers import best_inner_product
 from freshrec.models.tables import Table, tables_of
-from freshrec.options import CountOrNone, Positive, Rate, check_options
 from freshrec.types import Batch, ClickModel, Forward, Span, State, Term, TrainedModel
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from freshrec.config import Count, CountOrNone, Positive, check_options
 from freshrec.data.batches import Targets, due_targets, joined_events, place, random_source, targets_at
 from freshrec.device import permutation
 from freshrec.learn.fit import Clock, Fit, adapt, best_epoch, ndcg, ndcg_of, train
@@ -14,7 +15,6 @@ from freshrec.learn.listwise import LEVEL, better, refit, worth
 from freshrec.models.blend import Blend
 from freshrec.models.experts import TRAINED, N
 from freshrec.models.pooled import Pooled
-from freshrec.options import Count, CountOrNone, Positive, check_options
 from freshrec.strategies.plain import Absorb
 from freshrec.types import DUE, NEVER, NEXT, NOW, Histories, Span, State
 

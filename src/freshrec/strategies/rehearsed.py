@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from freshrec.config import Count, CountOrNone, Positive, check_options
 from freshrec.data.batches import due_targets, random_source
 from freshrec.data.carried import carried_by
 from freshrec.device import permutation
@@ -23,7 +24,6 @@ from freshrec.learn.fit import Clock, Fit, finish, ndcg, start, successor, train
 from freshrec.learn.rehearsal import rehearsal
 from freshrec.learn.reservoir import Reservoir, filled, joined, kept_length, stream
 from freshrec.learn.weights import put, weights_of
-from freshrec.options import Count, CountOrNone, Positive, check_options
 from freshrec.types import SEQUENCES, Histories, Span, State, TrainedModel
 
 FILL, DRAW, ASK = 1301, 1302, 1303  # tell the random numbers apart from each other and from those of the epochs

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from freshrec.config import Count, CountOrNone, Positive, Weight, check_options
 from freshrec.data.batches import Targets, due_targets
 from freshrec.data.carried import carried_by
 from freshrec.errors import OptionError
@@ -22,7 +23,6 @@ from freshrec.learn.rehearsal import rehearsal
 from freshrec.learn.transfer import CNNTransfer, LinearTransfer, MLPTransfer, Transfer, judged, moved, transferred
 from freshrec.learn.weights import Weights, grow, put, weights_of
 from freshrec.models.tables import tables_of
-from freshrec.options import Count, CountOrNone, Positive, Weight, check_options
 from freshrec.types import Batch, Forward, Interests, Span, State, Term, TrainedModel
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from freshrec.config import Positive, Weight, check_options
 from freshrec.data.batches import Targets, due_targets, query_batches, random_source, without_secrets
 from freshrec.data.carried import Carried, carried_by
 from freshrec.device import uniform
@@ -17,7 +18,6 @@ from freshrec.errors import OptionError
 from freshrec.learn.fit import Clock, Fit, adapt, finish, start, successor
 from freshrec.learn.reservoir import Kept, filled, joined, keep, kept_length, stream, together
 from freshrec.models.scoring import score_items
-from freshrec.options import Positive, Weight, check_options
 from freshrec.types import SEQUENCES, Span, State, TrainedModel
 
 DRAWS, FILL = 1001, 1002  # tell the random numbers apart from each other and from those of the epochs

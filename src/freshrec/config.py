@@ -1,6 +1,14 @@
-"""Options are fields of frozen dataclasses, whose types say which values they take: `d: Count`, `keep: Literal[...]`.
+"""Options and bounds, one system: models, strategies, the gate, the server, recipes and the command line.
 
-`name:field=value:part.field=value` is an instance from a table of instances, with some fields replaced.
+An option is a field of a frozen dataclass or of a recipe section. Its type says which values it takes, and may carry a
+sentence for --help and docs/reference.md:
+
+    d: Count = 64
+    keep: Literal["all", "last"] = "all"
+    share: Annotated[Rate, Field(description="Share of the targets held out.")] = 0.0
+
+pydantic checks the values; `option_error` says what it found in the words of this package. `choose` reads
+`name:field=value:part.field=value`: an instance from a table of instances, with some fields replaced.
 """
 
 import importlib
@@ -15,52 +23,109 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType, NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
 from freshrec.errors import OptionError, unknown
 
 T = TypeVar("T")
 IMPORTS = "FRESHREC_IMPORT"  # environment variable: modules, separated by commas, that commands import first
 
+HISTORY_LENGTH = 50  # most recent events of a user that a model reads or keeps, unless its paper says otherwise
 
-@dataclass(frozen=True)
-class Bounds:
-    """The numbers a field takes: from `low` on, or above it, and below `high`."""
-
-    low: float
-    above: bool = False  # `low` itself is refused
-    high: float = math.inf
-
-    def __str__(self) -> str:
-        least = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
-        return least + (f" and below {self.high:g}" if self.high < math.inf else "")
-
-    def holds(self, value: float) -> bool:
-        """Whether `value` is one of them; nan never is."""
-        return (self.low < value if self.above else self.low <= value) and value < self.high
-
-
-Count = Annotated[int, Bounds(1)]
-CountOrNone = Annotated[int, Bounds(0)]  # 0 = none of them
-Positive = Annotated[float, Bounds(0, above=True)]
-Weight = Annotated[float, Bounds(0)]
-Rate = Annotated[float, Bounds(0, high=1)]
+Count = Annotated[int, Ge(1)]
+CountOrNone = Annotated[int, Ge(0)]  # 0 = none of them
+Positive = Annotated[float, Gt(0), Lt(math.inf)]
+Weight = Annotated[float, Ge(0), Lt(math.inf)]
+Rate = Annotated[float, Ge(0), Lt(1)]
+Share = Annotated[float, Ge(0), Le(1)]  # of a whole, which may be all of it
+Fraction = Annotated[float, Gt(0), Lt(1)]  # a part of a whole, and something is left
 
 
 def check_options(instance: Any) -> None:
-    """OptionError where a field has a value that its type does not take; for `__post_init__`."""
-    for name, kind in _hints(instance.__class__).items():
-        value, option = getattr(instance, name), f"option {name} of {type(instance).__name__}"
-        if get_origin(kind) is Literal and value not in get_args(kind):
-            valid, near = get_args(kind), get_close_matches(str(value), get_args(kind), n=1, cutoff=0)
-            raise OptionError(f'{option} is one of {", ".join(valid)}, not "{value}"; did you mean "{near[0]}"?')
-        if get_origin(kind) is Annotated:
-            number, bounds = get_args(kind)
-            if not isinstance(value, int | number) or not bounds.holds(value):
-                raise OptionError(f"{option} is {value}; it must be {bounds}.")
+    """OptionError where a field of a dataclass has a value that its type does not take; for `__post_init__`.
+
+    Only fields with bounds or a list of valid values are checked. Values stay as they are: an int in a float's field
+    remains an int.
+    """
+    for name, adapter in _adapters(instance.__class__).items():
+        try:
+            adapter.validate_python(getattr(instance, name), strict=True)
+        except ValidationError as problem:
+            raise option_error(problem, type(instance), "option {} of " + type(instance).__name__, name) from None
+
+
+def option_error(problem: ValidationError, kind: type, place: str, *parents: str) -> OptionError:
+    """The first error that pydantic found, as one sentence: what, where, and the nearest valid name or value.
+
+    `kind`: the class whose fields are checked. `place`: how to say where, as in "recipe key {}". `parents`: the fields
+    that lead to what was checked.
+    """
+    error = problem.errors()[0]
+    path = [*parents, *error["loc"]]
+    where, value = place.format(".".join(map(str, path))), error["input"]
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        names = [".".join(map(str, [*path[:-1], name])) for name in hints_of(_type_at(kind, path[:-1]))]
+        return unknown(place.partition(" {}")[0], ".".join(map(str, path)), names)
+    if error["type"] == "literal_error":
+        valid = [str(choice) for choice in get_args(bare_type(_type_at(kind, path)))]
+        near = get_close_matches(str(value), valid, n=1, cutoff=0)
+        return OptionError(f'{where} is one of {", ".join(valid)}, not "{value}"; did you mean "{near[0]}"?')
+    if error["type"].startswith(("greater_than", "less_than")):
+        return OptionError(f"{where} is {value}; it must be {bounds_of(_type_at(kind, path))}.")
+    return OptionError(f"{where} is {value!r:.60}: {error['msg'][:1].lower()}{error['msg'][1:]}.")
+
+
+def bounds_of(annotation: Any) -> str:
+    """The bounds of a type in words, as in "at least 0 and below 1"; empty where it has none."""
+    words = []
+    for bound in _metadata(annotation):
+        match bound:
+            case Ge(ge):
+                words.append(f"at least {ge:g}")
+            case Gt(gt):
+                words.append(f"above {gt:g}")
+            case Le(le):
+                words.append(f"at most {le:g}")
+            case Lt(lt) if lt != math.inf:
+                words.append(f"below {lt:g}")
+    return " and ".join(words)
+
+
+def description_of(annotation: Any) -> str:
+    """The sentence that a type carries: `Annotated[Count, Field(description="...")]`; empty where it has none."""
+    found = [info.description for info in _metadata(annotation) if isinstance(info, FieldInfo)]
+    return next((text for text in found if text), "")
 
 
 @cache
-def _hints(kind: type) -> dict[str, Any]:
+def hints_of(kind: type) -> dict[str, Any]:
+    """The types of the fields of a class, with their bounds."""
     return get_type_hints(kind, include_extras=True)
+
+
+@cache
+def _adapters(kind: type) -> dict[str, "TypeAdapter[Any]"]:
+    """What checks each field that has bounds or a list of valid values."""
+    hints = {name: hint for name, hint in hints_of(kind).items() if get_origin(hint) in (Annotated, Literal)}
+    return {name: TypeAdapter(hint) for name, hint in hints.items()}
+
+
+def _type_at(kind: Any, path: list[str | int]) -> Any:
+    """The type of a field, of a field of a field, or of an entry of a list."""
+    for part in path:
+        kind = get_args(bare_type(kind))[0] if isinstance(part, int) else hints_of(bare_type(kind))[part]
+    return kind
+
+
+def bare_type(annotation: Any) -> Any:
+    """A type without its bounds."""
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+
+def _metadata(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
 
 
 @dataclass(frozen=True)
