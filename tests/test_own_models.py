@@ -173,14 +173,14 @@ def test_a_recommender_serves_and_updates_a_model_of_ones_own(
     recommender = Recommender(spec, update).fit(log)
     recommender.save(tmp_path / "store")
     for each in (recommender, Recommender.load(tmp_path / "store")):
-        found = each.recommend(["x"], k=3, filter_seen=False)
+        found = each.recommend(["x"], k=3, exclude_seen=False)
         assert sorted(found["item_id"]) == ["a", "b", "c"]
         if spec is COUNT:  # a was taken three times, b twice, c once
             assert found["item_id"].to_list() == ["a", "b", "c"] and found["score"].to_list() == [3, 2, 1]
             more = each.update(
                 pl.DataFrame({"user_id": list("uvw"), "item_id": list("ccc"), "timestamp": [NOON + 9] * 3})
             )
-            assert more.recommend(["x"], k=1, filter_seen=False)["item_id"].to_list() == ["c"]  # four times
+            assert more.recommend(["x"], k=1, exclude_seen=False)["item_id"].to_list() == ["c"]  # four times
 
 
 def test_a_model_whose_options_do_not_say_reads_the_last_50_events() -> None:
@@ -199,7 +199,7 @@ def test_a_model_whose_options_do_not_say_reads_the_last_50_events() -> None:
 
     assert history_length(LookingSpec().build(0)) == 50 and history_length(SUM.build(0)) == 20
     log = pl.DataFrame({"user_id": [1] * 60, "item_id": range(60), "timestamp": range(NOON, NOON + 60)})
-    Recommender(LookingSpec()).fit(log).recommend([1], filter_seen=False)
+    Recommender(LookingSpec()).fit(log).recommend([1], exclude_seen=False)
     assert asked[-1].shape == (1, 50) and asked[-1][0].tolist() == list(range(11, 61))
 
 

@@ -33,7 +33,7 @@ class ListRequest:
     category: Annotated[Any, Field(description="Only items of this category; all if not given.")] = None
     diversity: Annotated[
         Weight,
-        Field(description="Score that an item loses for each item of its category above it in the list; 0 = off."),
+        Field(description="Score an item loses for each item of its category above it in the list; 0 = off."),
     ] = 0.0
 
     def __post_init__(self) -> None:
