@@ -215,9 +215,32 @@ def class_of(name: str) -> type:
     return found
 
 
-def with_current_keys(content: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
-    """`content` with the names of now for its keys."""
-    return {keys.get(key, key): value for key, value in content.items()}
+def with_current_keys(content: Any, keys: Mapping[str, str]) -> Any:
+    """What JSON holds, with the names of now for its keys where it is a dict."""
+    return {keys.get(key, key): value for key, value in content.items()} if isinstance(content, dict) else content
+
+
+def current_manifest(content: Any) -> Any:
+    """What a manifest.json of any version holds, with the names of now."""
+    found = with_current_keys(content, MANIFEST_KEYS)
+    if not isinstance(found, dict):
+        return found
+    if isinstance(data := found.get("data"), dict) and "day" in data:
+        found["data"] = data | {"day": with_current_keys(data["day"], DAY_KEYS)}
+    if "numbers" in found:
+        found["numbers"] = with_current_keys(found["numbers"], NUMBER_KEYS)
+    return _current_word(found, "kind", KINDS)
+
+
+def current_move(content: Any) -> Any:
+    """What a live.json of any version holds of one move, with the names of now."""
+    found = with_current_keys(content, MOVE_KEYS)
+    return _current_word(found, "action", KINDS) if isinstance(found, dict) else found
+
+
+def _current_word(content: dict[str, Any], key: str, words: Mapping[str, str]) -> dict[str, Any]:
+    word = content.get(key)
+    return content | {key: words[word]} if isinstance(word, str) and word in words else content
 
 
 def with_current_names(node: dict[str, Any], weights: Mapping[str, str] | None = None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from freshrec.data.log import Log, before, positives, read_log
 from freshrec.data.spans import Cut, cut
 from freshrec.data.worlds import make
+from freshrec.disk_names import RECIPE_KEYS, with_current_keys
 from freshrec.errors import IncompatibleError, LogError, OptionError, unknown
 from freshrec.models import CONTROLS, COUNTERS, find_model
 from freshrec.replay.clicks import click_metric
@@ -100,7 +101,8 @@ def load_recipe(path: Path) -> Recipe:
 def recipe_from(tables: dict[str, Any]) -> Recipe:
     """The recipe of nested dictionaries. Raises OptionError, naming the nearest valid key."""
     try:
-        return Recipe.model_validate(tables)
+        current = {name: with_current_keys(part, RECIPE_KEYS.get(name, {})) for name, part in tables.items()}
+        return Recipe.model_validate(current)
     except ValidationError as problem:
         first = problem.errors()[0]
         *parents, name = map(str, first["loc"])
