@@ -21,7 +21,7 @@ SRC = ROOT / "src" / "freshrec"
 # A place (a folder or a file of src/freshrec) may import places with a smaller number.
 # Two folders with the same number do not know each other; two files with the same number may.
 LAYERS = {
-    "types": 0, "errors": 0, "config": 0, "version": 0, "device": 0, "deprecation": 0,
+    "types": 0, "errors": 0, "config": 0, "version": 0, "device": 0, "deprecation": 0, "disk_names": 0,
     "data": 1,
     "models": 2,
     "learn": 3,

@@ -1,12 +1,11 @@
 """The one save format: a state as a single safetensors file, written whole or not at all. No pickle.
 
-The tensors lie in the file by path ("model.items.packed"); what is not a tensor lies in its metadata as JSON. Only
-dataclasses of this package, or of modules that are already imported, are rebuilt.
+The tensors lie in the file by path ("model.items.packed"); what is not a tensor lies in its metadata as JSON. Classes
+have the names of `disk_names`: only dataclasses with a tag, or of modules that are already imported, are rebuilt.
 """
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -19,13 +18,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from freshrec.config import IMPORTS
 from freshrec.device import here
+from freshrec.disk_names import class_of, tag_of, with_current_names
 from freshrec.errors import StateError
 from freshrec.models.tables import tables_of
 from freshrec.types import Model, SeededModel, State, StateDictModel, Strategy, TrainedModel
 
-FORMAT = 1
+FORMAT = 2  # files of format 1 name classes by module and class; they are read too
 PIECE = 1 << 21  # bytes of a tensor that are read at once: what the file maps is given back after each
 
 
@@ -54,6 +53,27 @@ def save_tree(tree: Any, path: Path) -> None:
     tensors: dict[str, Tensor] = {}
     text = json.dumps({"format": FORMAT, "state": _encode(tree, "state", tensors)})
     write_whole(path, lambda aside: save_file(tensors, aside, metadata={"freshrec": text}))
+
+
+def encode_options(tree: Any) -> dict[str, Any]:
+    """JSON for a tree without tensors and models."""
+    tensors: dict[str, Tensor] = {}
+    found: dict[str, Any] = _encode(tree, "options", tensors)
+    if tensors:
+        raise StateError(f"options hold no tensors, and here is {min(tensors)}; keep tensors in states.")
+    return found
+
+
+def decode_options(encoded: dict[str, Any]) -> Any:
+    """What `encode_options` was given, now or by an earlier version. StateError where it is not that."""
+    try:
+        return _decode(with_current_names(encoded), _no_tensor, _whole_model)
+    except (KeyError, ValueError, TypeError, AttributeError) as problem:
+        raise StateError(f"these are no options ({problem}); choose another folder.") from None
+
+
+def _no_tensor(name: str, columns: int | None = None) -> Tensor:
+    raise StateError(f"options hold no tensors, and here is {name}; choose another folder.")
 
 
 def save_text(text: str, path: Path) -> None:
@@ -123,9 +143,9 @@ def _readable(path: Path) -> Iterator[None]:
 
 def _tree_in(text: str, path: Path) -> Any:
     tree = json.loads(text)
-    if tree["format"] != FORMAT:
+    if tree["format"] not in range(1, FORMAT + 1):
         raise StateError(f"{path} has state format {tree['format']}, this freshrec reads {FORMAT}; upgrade freshrec.")
-    return tree["state"]
+    return with_current_names(tree["state"])
 
 
 def _in_pieces(path: Path, name: str, columns: int | None = None) -> Tensor:
@@ -162,11 +182,10 @@ def _encode(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(node, Model):
         return {"model": _encode(_parts_of(node), path, tensors)}
     if isinstance(node, Strategy) and not is_dataclass(node) and not vars(node):  # a method only: its class is all
-        return {"class": f"{type(node).__module__}:{type(node).__qualname__}", "fields": {}}
+        return {"class": tag_of(type(node)), "fields": {}}
     if is_dataclass(node):
-        kind = type(node)
         parts_of = {f.name: _encode(getattr(node, f.name), f"{path}.{f.name}", tensors) for f in fields(node)}
-        return {"class": f"{kind.__module__}:{kind.__qualname__}", "fields": parts_of}
+        return {"class": tag_of(type(node)), "fields": parts_of}
     raise StateError(
         f"a {type(node).__name__} at {path} cannot be saved: keep tensors, numbers and dataclasses in states."
     )
@@ -216,16 +235,7 @@ def _decode(node: dict[str, Any], read: Read, model_of: Callable[[dict[str, Any]
         return {k: _decode(child, read, model_of) for k, child in node["dict"].items()}
     if "model" in node:
         return model_of(node["model"]["dict"], read)
-    module, _, name = node["class"].partition(":")
-    if module not in sys.modules:
-        raise StateError(
-            f"the state needs {module}, which is not imported; import it before loading, or set {IMPORTS}={module} "
-            "for the command line."
-        )
-    kind = vars(sys.modules[module]).get(name)
-    if not (isinstance(kind, type) and (is_dataclass(kind) or issubclass(kind, Strategy))):
-        raise StateError(f"the state needs the dataclass {module}:{name}, which this freshrec lacks; upgrade freshrec.")
-    return kind(**{k: _decode(child, read, model_of) for k, child in node["fields"].items()})
+    return class_of(node["class"])(**{k: _decode(child, read, model_of) for k, child in node["fields"].items()})
 
 
 def _whole_model(parts: dict[str, Any], read: Read) -> Model:

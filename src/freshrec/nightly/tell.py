@@ -57,12 +57,13 @@ def difference(store: Store, first: int, second: int) -> dict[str, Any]:
         for contents, found in zip(both_contents, lists)
     ]
     shared = ids[0].join(ids[1], on=["nth", "item"]).height / max(1, ids[0].height)
-    recipe = {key for key in one.recipe.keys() | other.recipe.keys() if one.recipe.get(key) != other.recipe.get(key)}
+    ways = [contents.recipe for contents in both_contents]  # not the manifests': those have the options' names of then
+    recipe = {key for key in ways[0].keys() | ways[1].keys() if ways[0].get(key) != ways[1].get(key)}
     return {
         "versions": [first, second],
         "sizes": {name: [one.sizes.get(name), other.sizes.get(name)] for name in one.sizes},
         "numbers": {name: [one.numbers.get(name), other.numbers.get(name)] for name in names},
-        "recipe": {key: [one.recipe.get(key), other.recipe.get(key)] for key in sorted(recipe)},
+        "recipe": {key: [way.get(key) for way in ways] for key in sorted(recipe)},
         "shared": shared, "users": len(users), "list": LIST,
     }  # fmt: skip
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from freshrec.disk_names import COST_KEYS, RANK_COLUMNS, with_current_keys
 from freshrec.replay.clicks import CLICK_METRICS, DOWN, evaluate_clicks
 from freshrec.replay.measure import SLICES
 from freshrec.replay.metrics import evaluate
@@ -62,6 +63,17 @@ def collect(
     return results
 
 
+def read_ranks(file: Path) -> pl.DataFrame:
+    """What a cell's span-*.parquet of any version holds, with the names of now."""
+    return pl.read_parquet(file).rename(RANK_COLUMNS, strict=False)
+
+
+def read_costs(file: Path) -> dict[str, float]:
+    """What a cell's costs-*.json of any version holds, with the names of now."""
+    found: dict[str, float] = with_current_keys(json.loads(file.read_text()), COST_KEYS)
+    return found
+
+
 def _empty_answers(metrics: Sequence[str]) -> pl.DataFrame:
     kinds = {"model": pl.String, "strategy": pl.String, "seed": pl.Int64, "span": pl.Int64, "after": pl.Int64}
     return pl.DataFrame(schema=kinds | {"user": pl.Int64, "target": pl.Int64} | dict.fromkeys(metrics, pl.Float64))
@@ -72,7 +84,7 @@ def _asked(cell: Cell, folder: Path, metrics: Sequence[str]) -> pl.DataFrame:
     files = sorted(folder.glob("span-*.parquet"))
     if not files:
         return _empty_answers(metrics)
-    asked = pl.concat([pl.read_parquet(file) for file in files])
+    asked = pl.concat([read_ranks(file) for file in files])
     clicks = "p" in asked.columns
     values_QM = evaluate_clicks(asked, metrics) if clicks else evaluate(asked["rank"].to_numpy(), metrics)
     readout = pl.col("readout")
@@ -161,7 +173,7 @@ def _all(answers: Answers, metrics: Sequence[str]) -> pl.DataFrame:
 
 def costs_of(cell: Cell, folder: Path, from_span: int = ReplayRecipe.from_span) -> pl.DataFrame:
     """What each update cost, as metrics of the span it trained on; over all: the mean from `from_span` on."""
-    by_span = {int(f.stem.rpartition("-")[2]): json.loads(f.read_text()) for f in folder.glob("costs-*.json")}
+    by_span = {int(file.stem.rpartition("-")[2]): read_costs(file) for file in folder.glob("costs-*.json")}
     rows = [(span, name, value) for span, costs in sorted(by_span.items()) for name, value in costs.items()]
     for name in sorted({name for span, name, _ in rows if span >= from_span}):
         rows.append((OVERALL, name, float(np.nanmean([v for s, n, v in rows if n == name and s >= from_span]))))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
-import re
 import signal
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from multiprocessing.pool import AsyncResult
 from pathlib import Path
-from zlib import crc32
 
 import torch
 from filelock import FileLock
@@ -19,8 +17,9 @@ from freshrec.data.spans import Cut
 from freshrec.device import here, on
 from freshrec.errors import OptionError
 from freshrec.learn.fit import Fit, start
-from freshrec.models.checkpoint import load_state, save_state, save_text
+from freshrec.models.checkpoint import load_state, save_state
 from freshrec.models.counted import absorb
+from freshrec.replay.made_of import Made, base_file, is_made_of, is_spec_of, write_made_of
 from freshrec.replay.replay import Cell, Settings, replay_cell, timed
 from freshrec.types import Span, State, TrainedModel
 
@@ -63,18 +62,15 @@ def run(
 
 def _claim(out: Path, cells: list[Cell], cut: Cut, settings: Settings) -> None:
     """Write down what is replayed. OptionError where `out` holds results of another log or of other options."""
-    made_of = {out: f"{settings}, log {cut.fingerprint()}"}
-    for cell in cells:  # an object without a repr of its own is written by class alone: its address changes
-        made_of[out / cell.name] = re.sub(" object at 0x[0-9a-f]+", "", repr(cell))
-    for folder, text in made_of.items():
-        file = folder / "made-of.txt"
-        if file.exists() and file.read_text() != text:
+    made_of: dict[Path, Made] = {out: (settings, cut.fingerprint())}
+    made_of |= {out / cell.name: cell for cell in cells}
+    for folder, made in made_of.items():
+        if not is_made_of(folder, made):
             raise OptionError(
                 f"{folder} holds results of another log, or made with other options: choose another --out."
             )
-    for folder, text in made_of.items():
-        folder.mkdir(parents=True, exist_ok=True)
-        save_text(text, folder / "made-of.txt")
+    for folder, made in made_of.items():
+        write_made_of(folder, made)
 
 
 def _group(cell: Cell) -> tuple[str, int]:
@@ -132,8 +128,7 @@ def moved(cut: Cut) -> Cut:
 
 def _base_file(cell: Cell, fit: Fit, out: Path) -> Path:
     """Where the state after the base block is kept for all that train it plainly with the same options."""
-    options = repr((cell.spec, fit.base_epochs, fit.max_epochs, fit.patience, fit.holdout))
-    return out / "bases" / f"{cell.model.replace(':', '_')}--{cell.seed}--{crc32(options.encode()):08x}.safetensors"
+    return base_file(cell, (fit.base_epochs, fit.max_epochs, fit.patience, fit.holdout), out)
 
 
 def _base(cell: Cell, fit: Fit, cut: Cut, out: Path) -> State:
@@ -141,8 +136,8 @@ def _base(cell: Cell, fit: Fit, cut: Cut, out: Path) -> State:
     path, span = _base_file(cell, fit, out), cut.spans[0]
     path.parent.mkdir(exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
-        if path.exists():
-            return load_state(path)
+        if path.exists() and is_spec_of(found := load_state(path), cell):
+            return found
         return _trained(cell, span, fit, path)
 
 

@@ -1,6 +1,5 @@
 """What a person sees of a replay: the plan, an estimate, a live table while it runs."""
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.table import Table
 from freshrec.learn.clicks import auc
 from freshrec.replay.metrics import evaluate, per_user
 from freshrec.replay.replay import Cell
+from freshrec.replay.results import read_costs, read_ranks
 
 
 class Board:
@@ -34,10 +34,10 @@ class Board:
     def tell(self, cell: Cell, span: int) -> None:
         """A cell has finished a span."""
         file = self.out / cell.name / f"span-{span}.parquet"
-        cost = json.loads((self.out / cell.name / f"costs-{span}.json").read_text()).get("update_cpu_s", 0.0)
+        cost = read_costs(self.out / cell.name / f"costs-{span}.json").get("update_cpu_s", 0.0)
         quality = ""
         if file.exists():
-            tested = pl.read_parquet(file).filter((pl.col("after") == span - 1) & (pl.col("readout") == "recent"))
+            tested = read_ranks(file).filter((pl.col("after") == span - 1) & (pl.col("readout") == "recent"))
             quality = f"{100 * _quality(tested):.2f}" if len(tested) else "-"
         self.seen[cell.name, span] = quality
         if self.console.is_terminal and self._live is not None:

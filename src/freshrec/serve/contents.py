@@ -10,6 +10,7 @@ from typing import Any
 
 from freshrec.data.batches import joined_events, owners
 from freshrec.data.catalog import Catalog
+from freshrec.disk_names import tag_of
 from freshrec.errors import StateError
 from freshrec.models import find_model
 from freshrec.models.blend import Blend
@@ -79,8 +80,8 @@ def begun(model: str | ModelSpec, strategy: str | Strategy | None, seed: int, re
         counting = "refit" if isinstance(empty, Blend) else "absorb"
         strategy = "finetune" if isinstance(empty, TrainedModel) else counting
     update = find_strategy(strategy)
-    model = model if isinstance(model, str) else type(model).__name__
-    strategy = strategy if isinstance(strategy, str) else type(update).__name__
+    model = model if isinstance(model, str) else tag_of(type(model))
+    strategy = strategy if isinstance(strategy, str) else tag_of(type(update))
     check_compatible(spec, model, update, strategy)
     counts = State(PopularitySpec(keep="decay").build(seed))
     served = Served(State(empty, seed=seed), counts, Catalog.empty(), Catalog.empty())

@@ -11,6 +11,7 @@ import polars as pl
 
 from freshrec import models  # so that the specs of all models are imported  # noqa: F401
 from freshrec.data.catalog import Catalog
+from freshrec.disk_names import TABLE_COLUMNS
 from freshrec.errors import StateError
 from freshrec.models.checkpoint import save_tree, write_whole
 from freshrec.serve.reading import Reading
@@ -61,6 +62,6 @@ def catalog_in(path: Path) -> Catalog:
 def parquet_in(path: Path) -> pl.DataFrame:
     """The rows of a Parquet file. StateError where it cannot be read."""
     try:
-        return pl.read_parquet(path)
+        return pl.read_parquet(path).rename(TABLE_COLUMNS, strict=False)
     except (OSError, pl.exceptions.PolarsError) as problem:
         raise StateError(f"{path} cannot be read ({problem}); go back to another version.") from None

@@ -26,6 +26,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from freshrec.disk_names import current_manifest, current_move
 from freshrec.errors import BusyError, OptionError, StateError
 from freshrec.store.signed import read_signed, sum_of_file, sync, write_signed
 from freshrec.version import __version__
@@ -136,7 +137,7 @@ class Store:
         if isinstance(content, dict) and content.get("format", FORMAT) not in range(1, FORMAT + 1):
             raise StateError(f"{path} is of a format that this freshrec does not know; upgrade freshrec.")
         try:
-            found = Manifest.model_validate(content)
+            found = Manifest.model_validate(current_manifest(content))
         except ValidationError as problem:
             wrong = problem.errors()[0]
             raise StateError(
@@ -150,7 +151,7 @@ class Store:
         """Every move of the live pointer, the oldest first."""
         path = self.folder / "live.json"
         try:
-            return [Move.model_validate(move) for move in read_signed(path)]
+            return [Move.model_validate(current_move(move)) for move in read_signed(path)]
         except (ValidationError, TypeError, StateError):
             raise StateError(
                 f"{path} is missing, or was changed by something else than freshrec; restore it from a backup, or "
