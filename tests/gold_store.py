@@ -75,10 +75,10 @@ def _python(folder: Path, next_day: pl.DataFrame) -> dict[str, Any]:
     some = ["item-3", "item-12", "item-20", "item-31", "item-47", "no-item"]
     ways: dict[str, Any] = {
         "plain": loved.recommend(USERS, 8),
-        "with what they had": loved.recommend(USERS, 8, filter_seen=False),
-        "allowed": loved.recommend(USERS, 4, filter_seen=False, allow=some),
+        "with what they had": loved.recommend(USERS, 8, exclude_seen=False),
+        "allowed": loved.recommend(USERS, 4, exclude_seen=False, allow=some),
         "denied": loved.recommend(USERS, 4, deny=some),
-        "of a category": loved.recommend(USERS, 4, filter_seen=False, category="1"),
+        "of a category": loved.recommend(USERS, 4, exclude_seen=False, category="1"),
         "diverse": loved.recommend(USERS, 6, diversity=0.05),
     }
     found: dict[str, Any] = {name: _lists(frame) for name, frame in ways.items()}

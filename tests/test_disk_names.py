@@ -23,9 +23,10 @@ from freshrec.models.checkpoint import load_tree, save_tree
 from freshrec.models.counted import absorb
 from freshrec.replay.made_of import base_file, is_made_of, write_made_of
 from freshrec.replay.measure import Asked
-from freshrec.replay.replay import Cell, Settings, check
+from freshrec.replay.replay import Cell, Settings
 from freshrec.replay.results import read_ranks
 from freshrec.strategies import STRATEGIES, find_strategy
+from freshrec.strategies.compatible import check_compatible
 from freshrec.types import State
 
 
@@ -71,7 +72,7 @@ def test_all_that_a_strategy_keeps_has_a_tag(name: str, spans: Cut, tmp_path: Pa
     for model in ("item-knn", "blend", "mf", "comirec-dr"):
         spec: Any = MODELS[model]
         try:
-            check(spec, model, strategy, name)
+            check_compatible(spec, model, strategy, name)
         except IncompatibleError:
             continue
         if model == "mf" and name in ("asmg", "sml"):

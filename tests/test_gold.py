@@ -33,7 +33,8 @@ from gold_store import nights
 from recorded import Record, differences, rounded, state_hash, write
 
 from freshrec.data.log import Log
-from freshrec.data.spans import HELDOUT, RULES, TARGETS, Cut, cut
+from freshrec.data.spans import Cut, cut
+from freshrec.data.split_config import HELDOUT, RULES, TARGETS
 from freshrec.data.worlds import WORLDS, make
 from freshrec.models import COUNTERS, find_model
 from freshrec.models.checkpoint import load_tree
