@@ -39,7 +39,7 @@ from freshrec.types import (
     State,
     Strategy,
     TrainedModel,
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
