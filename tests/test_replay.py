@@ -222,8 +222,12 @@ def test_slices_sum_to_the_whole(tmp_path: Path) -> None:
     results = collect([cell], facts(parts.spans), METRICS, tmp_path).filter(pl.col("metric") == "hr@20")
     n = {(span, part): n for span, part, n in results.select("span", "slice", "n").iter_rows()}
     for span in (OVERALL, 1, 2, 3):
-        for family in (("known pair", "new pair"), ("old item", "new item", "unseen item"), ("old user", "new user"),
-                       ("head", "tail")):  # fmt: skip
+        for family in (
+            ("known pair", "new pair"),
+            ("old item", "new item", "unseen item"),
+            ("old user", "new user"),
+            ("head", "tail"),
+        ):
             assert set(family) <= SLICES.keys()
             assert sum(n.get((span, part), 0) for part in family) == n[span, "all"]
 
