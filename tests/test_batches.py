@@ -149,8 +149,12 @@ def test_batches_depend_on_the_numbers_of_their_source_and_on_nothing_else() -> 
 
 def test_interests_are_padded_to_the_most_in_the_batch_and_newcomers_get_the_slots() -> None:
     # user 1 has interests (1, 1) born in span 0 and (2, 2) born in span 3, user 2 has none yet, user 3 is unknown
-    users = Interests(torch.tensor([[1.0, 1.0], [2.0, 2.0]]), torch.tensor([0, 0, 2, 2]),
-                      torch.tensor([0, 3], dtype=torch.int16), torch.tensor([0, 3], dtype=torch.int16))  # fmt: skip
+    users = Interests(
+        torch.tensor([[1.0, 1.0], [2.0, 2.0]]),
+        torch.tensor([0, 0, 2, 2]),
+        torch.tensor([0, 3], dtype=torch.int16),
+        torch.tensor([0, 3], dtype=torch.int16),
+    )
     slots_KD = torch.tensor([[7.0, 8.0]])
     vectors_BKD, alive_BK, born_BK = pad_interests(users, torch.tensor([1, 2, 3]), slots_KD)
     assert vectors_BKD.tolist() == [[[1, 1], [2, 2]], [[7, 8], [0, 0]], [[7, 8], [0, 0]]]

@@ -14,8 +14,8 @@ from freshrec.learn.listwise import LATEST, LEVEL, corrected, fit_listwise, refi
 from freshrec.models.blend import SOURCES, Blend, BlendSpec, Remembered, Rule
 from freshrec.models.checkpoint import load_state, save_state
 from freshrec.models.counted import absorb
-from freshrec.models.experts import EXPERTS, FEATURES, N, largest
-from freshrec.models.facts import OWN, USER
+from freshrec.models.experts import EXPERTS, FEATURES, POOLED, RANK, SHARE, N, largest
+from freshrec.models.facts import USER
 from freshrec.models.ranking import ranks, top
 from freshrec.strategies.refit import JUDGES, WORTH, Refit
 from freshrec.types import NEVER, NEXT, NOW, Batch, Events, Histories, OfferingModel, Span, State
@@ -131,9 +131,8 @@ def test_candidates_are_described_by_what_each_expert_says_of_all_items() -> Non
         score_BI = counter.score(batch, all_items)
         share_BI = score_BI / score_BI.sum(1, keepdim=True).clamp(min=1e-9)
         share_BC = (share_BI.gather(1, items_BC) + experts.settled.floor).log()
-        place = list(EXPERTS).index(name)
-        torch.testing.assert_close(x_BCF[..., place][real_BC], share_BC[real_BC], rtol=1e-5, atol=1e-5)
-        rank_BC, own_BC = x_BCF[..., N + place].exp().round(), score_BI.gather(1, items_BC)
+        torch.testing.assert_close(x_BCF[..., SHARE[name]][real_BC], share_BC[real_BC], rtol=1e-5, atol=1e-5)
+        rank_BC, own_BC = x_BCF[..., RANK[name]].exp().round(), score_BI.gather(1, items_BC)
         ahead_BC = (score_BI[:, None] > own_BC[..., None]).sum(2)  # of equal ones any may come first
         level_BC = (score_BI[:, None] == own_BC[..., None]).sum(2)
         offered_BC = real_BC & (rank_BC <= 7)
@@ -147,7 +146,7 @@ def test_candidates_are_described_by_what_each_expert_says_of_all_items() -> Non
         alone_C, x_CF = (
             part[0] for part in experts.describe(Batch(batch.users_B[b : b + 1], batch.history_BT[b : b + 1]))
         )
-        same = [f for f in range(len(FEATURES)) if not N <= f < 2 * N]  # all but ranks
+        same = [f for f in range(len(FEATURES)) if f not in RANK.values()]  # all but ranks
         assert set(batch.history_BT[b].tolist()) - {0} <= set(alone_C.tolist())
         for item in set(alone_C.tolist()) & set(items_BC[b].tolist()) - {0}:
             assert torch.equal(x_CF[alone_C == item][0, same], x_BCF[b, items_BC[b] == item][0, same])
@@ -205,8 +204,9 @@ def test_an_own_item_that_is_new_to_everybody_else_is_offered_again() -> None:
     events = Events.of(torch.from_numpy(np.repeat(np.arange(300) % USERS + 1, 2)), torch.from_numpy(twice))
     model.grow(USERS, ITEMS + 301)
     model.absorb(events, histories)
-    again_Q = model.remembered.x_QCF[:, 0, 2 * N].bool()  # those whose target was the user's own, one fact of which:
-    assert again_Q[-100:].all() and (model.remembered.x_QCF[-100:, 0, 2 * N + len(OWN) + 1] == 0).all()  # no events
+    taken, events = FEATURES.index("taken"), FEATURES.index("events")
+    again_Q = model.remembered.x_QCF[:, 0, taken].bool()  # those whose target was the user's own, one fact of which:
+    assert again_Q[-100:].all() and (model.remembered.x_QCF[-100:, 0, events] == 0).all()  # no events
     refit(model)
     assert ranks(model, asked([4, ITEMS + 301]), torch.tensor([ITEMS + 301]), n_items=ITEMS).tolist() == [1]
     assert ranks(model, asked([4]), torch.tensor([ITEMS + 301]), n_items=ITEMS).tolist() == [np.inf]
@@ -309,12 +309,13 @@ def test_the_trained_expert_is_heard_on_what_it_had_not_learnt_and_then_learns_i
     base, later = chain(1200, 0), chain(600, 1)
     after, counting = update([base, later]), update([base, later], trains="never")
     heard, silent = (states[0].model.remembered.x_QCF for states in (after, counting))
-    columns = [N - 1, 2 * N - 1]  # its share and its rank
+    columns = [SHARE["pooled"], RANK["pooled"]]
     others = [column for column in range(len(FEATURES)) if column not in columns]
     assert torch.equal(heard[..., others], silent[..., others]) and not torch.equal(heard, silent)
-    rank_QC = silent[..., 2 * N - 1]
+    rank_QC = silent[..., RANK["pooled"]]
     assert rank_QC.max() == rank_QC[:, 0].min()  # of those that nobody asked all ranks are alike
-    assert heard[:, 0, 2 * N - 1].float().exp().mean() < 8  # of the targets, among 30; it found out about the chain
+    heard_Q = heard[:, 0, RANK["pooled"]]
+    assert heard_Q.float().exp().mean() < 8  # of the targets, among 30; it found out about the chain
     assert all(int(state.model.experts.trained.items.steps_R.sum()) > 0 for state in after)
     assert not any(bool(state.model.experts.trained.items.steps_R.any()) for state in counting)
     moved = [state.model.experts.trained.items.weights for state in after]
@@ -354,14 +355,14 @@ def test_a_silent_expert_says_nothing_when_its_floor_moves() -> None:
     model, _ = fed([chain(1200, 0)])  # whose trained expert is silent: all its shares are a floor
     kept = model.remembered
     moved = replace(kept, x_QCF=kept.x_QCF.clone())
-    moved.x_QCF[len(kept.x_QCF) // 2 :, :, N - 1] -= 0.5  # as when items have been added
+    moved.x_QCF[len(kept.x_QCF) // 2 :, :, SHARE["pooled"]] -= 0.5  # as when items have been added
     for model.remembered in (kept, moved):
         model.rule = None
         refit(model)
         assert model.rule is not None
         _, x_BCF = model.experts.describe(asked([3, 9, 17]))
         before = model.rule.scores(x_BCF)
-        x_BCF[..., N - 1] -= 1.0
+        x_BCF[..., SHARE["pooled"]] -= 1.0
         assert torch.equal(model.rule.scores(x_BCF), before)
         assert not model.rule.std_F[-len(USER) :].isinf().any()
 
@@ -379,9 +380,9 @@ def test_what_features_are_worth() -> None:
 @pytest.mark.parametrize("name", ["markov", "item-knn", "popularity"])
 def test_an_expert_that_repeats_another_is_worth_nothing(name: str) -> None:
     kept = fed([chain(3000, 0)])[0].remembered
-    x_QCF, at = kept.x_QCF.clone(), list(EXPERTS).index(name)
-    x_QCF[..., [N - 1, 2 * N - 1]] = x_QCF[..., [at, N + at]]
-    nats, p = worth(replace(kept, x_QCF=x_QCF), [N - 1, 2 * N - 1])
+    x_QCF, columns = kept.x_QCF.clone(), [SHARE["pooled"], RANK["pooled"]]
+    x_QCF[..., columns] = x_QCF[..., [SHARE[name], RANK[name]]]
+    nats, p = worth(replace(kept, x_QCF=x_QCF), columns)
     assert len(x_QCF) > JUDGES and (nats < WORTH / 2 or p > LEVEL)
 
 
@@ -458,9 +459,9 @@ def test_held_back_events_are_trained_on_once_when_it_is_their_turn() -> None:
 def test_a_trained_expert_may_be_the_trusted_one() -> None:
     [state] = update([chain(1200, 0)])
     kept = state.model.remembered
-    assert kept.ranks_PR[:, N - 1].isfinite().float().mean() > 0.5  # of the base block too
-    found = kept.ranks_PR[kept.ranks_PR[:, : N - 1].isfinite().any(1), N - 1]
-    place = kept.x_QCF[:, 0, 2 * N - 1].float().exp().round()
+    assert kept.ranks_PR[:, POOLED].isfinite().float().mean() > 0.5  # of the base block too
+    found = kept.ranks_PR[kept.ranks_PR[:, :POOLED].isfinite().any(1), POOLED]
+    place = kept.x_QCF[:, 0, RANK["pooled"]].float().exp().round()
     assert torch.equal(found.nan_to_num(posinf=101), place)
 
 

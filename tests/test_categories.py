@@ -15,8 +15,23 @@ from freshrec.models.tables import Table, know, served, vectors_of
 from freshrec.strategies.plain import FineTune, Frozen
 from freshrec.types import Batch, Events, Histories, Span, State, Strategy, VectorModel
 
-TOLD = ("mf", "pooled", "sasrec", "gru4rec", "gru4rec:embeddings=separate", "stamp", "caser", "mind", "comirec-dr",
-        "comirec-sa", "mind-original", "comirec-dr-original", "comirec-sa-original", "limarec", "mimn")  # fmt: skip
+TOLD = (
+    "mf",
+    "pooled",
+    "sasrec",
+    "gru4rec",
+    "gru4rec:embeddings=separate",
+    "stamp",
+    "caser",
+    "mind",
+    "comirec-dr",
+    "comirec-sa",
+    "mind-original",
+    "comirec-dr-original",
+    "comirec-sa-original",
+    "limarec",
+    "mimn",
+)
 LR = 0.05
 
 

@@ -14,8 +14,15 @@ from freshrec.models.popularity import PopularitySpec
 from freshrec.models.repeat import RepeatSpec
 from freshrec.types import Batch, Events, Histories, Model
 
-SPECS = [PopularitySpec(), PopularitySpec("last"), PopularitySpec("decay"), RepeatSpec(), RepeatSpec("freq"),
-         PairsSpec(), PairsSpec("markov")]  # fmt: skip
+SPECS = [
+    PopularitySpec(),
+    PopularitySpec("last"),
+    PopularitySpec("decay"),
+    RepeatSpec(),
+    RepeatSpec("freq"),
+    PairsSpec(),
+    PairsSpec("markov"),
+]
 LOGS = Path(__file__).parents[2] / "shared" / "data"
 
 

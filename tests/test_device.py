@@ -19,9 +19,16 @@ from freshrec.replay.replay import Cell, Settings, replay_cell
 from freshrec.replay.run import moved, run
 
 QUICK = {
-    ("comirec-dr", "imsr"), ("comirec-sa", "full"), ("sasrec", "ader"), ("sasrec", "ewc"), ("mf", "sml"),
-    ("sasrec", "asmg"), ("mf", "spmf"), ("limarec", "finetune"), ("sasrec:categories=3", "full"),
-}  # fmt: skip
+    ("comirec-dr", "imsr"),
+    ("comirec-sa", "full"),
+    ("sasrec", "ader"),
+    ("sasrec", "ewc"),
+    ("mf", "sml"),
+    ("sasrec", "asmg"),
+    ("mf", "spmf"),
+    ("limarec", "finetune"),
+    ("sasrec:categories=3", "full"),
+}
 ALL_OF = {"sasrec", "comirec-dr", "mf"}  # with every strategy; other models with two
 
 

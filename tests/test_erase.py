@@ -23,11 +23,20 @@ from freshrec.types import Events, Histories, Interests
 GONE = "user-7-who-leaves"
 FAST = "fit.base_epochs=1:fit.epochs=1"
 WAYS = [
-    ("blend", None), ("user-knn", None), ("stan", None), ("mf:d=8", f"spmf:{FAST}"), ("mf:d=8", f"sml:{FAST}"),
-    ("mf:d=8", f"asmg-gru-full:{FAST}"), ("sasrec:d=8", f"ader:exemplars=50:{FAST}"), ("sasrec:d=8", f"full:{FAST}"),
-    ("comirec-dr:d=8", f"imsr:{FAST}"), ("comirec-dr:d=8", f"asmg:{FAST}"), ("comirec-dr:d=8", f"sml:{FAST}"),
-    ("caser:d=8", f"finetune:{FAST}"), ("gru4rec:d=8", f"ader:exemplars=50:{FAST}"),
-]  # fmt: skip
+    ("blend", None),
+    ("user-knn", None),
+    ("stan", None),
+    ("mf:d=8", f"spmf:{FAST}"),
+    ("mf:d=8", f"sml:{FAST}"),
+    ("mf:d=8", f"asmg-gru-full:{FAST}"),
+    ("sasrec:d=8", f"ader:exemplars=50:{FAST}"),
+    ("sasrec:d=8", f"full:{FAST}"),
+    ("comirec-dr:d=8", f"imsr:{FAST}"),
+    ("comirec-dr:d=8", f"asmg:{FAST}"),
+    ("comirec-dr:d=8", f"sml:{FAST}"),
+    ("caser:d=8", f"finetune:{FAST}"),
+    ("gru4rec:d=8", f"ader:exemplars=50:{FAST}"),
+]
 
 
 def named() -> list[pl.DataFrame]:

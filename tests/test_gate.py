@@ -122,8 +122,13 @@ POISONED: dict[str, Callable[[pl.DataFrame], pl.DataFrame]] = {
     "users not seen before": lambda f: f.with_columns(pl.col("user_id") + 9000),
 }
 WITHOUT_EARLIER_DAYS = (
-    "of one user", "older", "one second", "there is none", "say what another says", "items not seen before",
-)  # fmt: skip
+    "of one user",
+    "older",
+    "one second",
+    "there is none",
+    "say what another says",
+    "items not seen before",
+)
 
 
 @pytest.mark.parametrize("reason", POISONED)
@@ -138,8 +143,9 @@ def test_each_failure_is_noticed_for_its_own_reason(reason: str) -> None:
 
 
 def test_one_stray_row_in_the_far_future_is_noticed_because_all_later_days_would_be_late() -> None:
-    stray = a_day(21).with_columns(pl.when(pl.col("time") == pl.col("time").max()).then(pl.col("time") + 90 * DAY)
-                                   .otherwise("time"))  # fmt: skip
+    stray = a_day(21).with_columns(
+        pl.when(pl.col("time") == pl.col("time").max()).then(pl.col("time") + 90 * DAY).otherwise("time")
+    )
     (reason,) = looks_odd(facts(stray, 21), THREE_WEEKS)
     assert reason.startswith("for 2,160 hours before some row there is none; more than 336 are out of the ordinary")
 
@@ -259,9 +265,12 @@ def test_values_that_are_no_metrics_are_refused(value: float) -> None:
     bad = np.append(hits(0.2, 99), value)
     good = hits(0.2, 100)
     for found in (
-        measured(bad, good), measured(good, bad), measured(good, good, (bad, good)), measured(good, good, (good, bad)),
+        measured(bad, good),
+        measured(good, bad),
+        measured(good, good, (bad, good)),
+        measured(good, good, (good, bad)),
         Measured(good, good, NONE, NONE, bad.tolist()),
-    ):  # fmt: skip
+    ):
         (reason,) = judge(TODAY, THREE_WEEKS, found).reasons
         assert reason.startswith("1 of the 100 values") and reason.endswith("are no numbers from 0 to 1.")
 
@@ -306,9 +315,12 @@ def test_a_loss_of_what_the_gate_says_it_may_not_notice_is_refused_in_95_of_100_
 
 
 number = st.floats(allow_nan=False, allow_infinity=False)
-days = st.builds(Day, **dict.fromkeys(["n_rows", "n_users", "n_items"], st.integers(0, 10**9)),
-                 **dict.fromkeys([f for f in asdict(TODAY) if "share" in f or "hours" in f or "rows_" in f], number),
-                 whole_days=st.none() | st.booleans())  # fmt: skip
+days = st.builds(
+    Day,
+    **dict.fromkeys(["n_rows", "n_users", "n_items"], st.integers(0, 10**9)),
+    **dict.fromkeys([f for f in asdict(TODAY) if "share" in f or "hours" in f or "rows_" in f], number),
+    whole_days=st.none() | st.booleans(),
+)
 values = st.lists(st.floats(0, 1), max_size=60).map(np.array)
 sizes = st.integers(0, 60)
 

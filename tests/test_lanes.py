@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from freshrec.data.batches import Targets, append, due_targets, targets_at
-from freshrec.data.lanes import lane_batches, schedule
+from freshrec.data.lanes import HiddenStates, lane_batches, schedule
 from freshrec.models.gru4rec import GRU4Rec, GRU4RecSpec
 from freshrec.models.scoring import user_vectors
 from freshrec.types import NEVER, Batch, Events, Histories, Lanes
@@ -78,8 +78,8 @@ def model_of(layers: int) -> GRU4Rec:
     return model
 
 
-def vectors(model: GRU4Rec, batch: Batch) -> Tensor:
-    found = model(batch).vectors_BKD
+def vectors(hidden: HiddenStates, model: GRU4Rec, batch: Batch) -> Tensor:
+    found = hidden.run(model, batch).vectors_BKD
     assert found is not None
     return found[:, 0]
 
@@ -87,11 +87,11 @@ def vectors(model: GRU4Rec, batch: Batch) -> Tensor:
 @pytest.mark.parametrize("layers", [1, 2])
 def test_event_by_event_gives_what_the_whole_history_gives(layers: int) -> None:
     # Nothing is trained in between, so that the state carried along a lane is that of the history so far.
-    model, so_far = model_of(layers), dict[int, list[int]]()
+    model, hidden, so_far = model_of(layers), HiddenStates(), dict[int, list[int]]()
     for batch in lane_batches(targets_of([1, 2, 3, 8, 4], [4, 5], [6, 7, 1]), 2):
         assert batch.lanes is not None
         batch = replace(batch, negatives_N=torch.tensor([9]))
-        found_BD = vectors(model, batch)
+        found_BD = vectors(hidden, model, batch)
         for user, item, vector_D in zip(batch.users_B.tolist(), batch.history_BT[:, 0].tolist(), found_BD):
             so_far.setdefault(user, []).append(item)
             whole = user_vectors(model, Batch(torch.tensor([user]), torch.tensor([so_far[user]])))
@@ -100,21 +100,31 @@ def test_event_by_event_gives_what_the_whole_history_gives(layers: int) -> None:
 
 
 def test_no_gradient_reaches_an_earlier_step() -> None:
-    model, carried = model_of(1), dict[int, list[Tensor]]()
+    model, hidden = model_of(1), HiddenStates()
     first, second = (
-        Batch(one, one[:, None], 3 * one[:, None], torch.tensor([9]), lanes=Lanes(0 * one, one == begins, 1, carried))
+        Batch(one, one[:, None], 3 * one[:, None], torch.tensor([9]), lanes=Lanes(0 * one, one == begins, 1))
         for one, begins in ((torch.tensor([1]), 1), (torch.tensor([1]), 0))
     )
-    model(first)
+    hidden.run(model, first)
     rows_ND = model.items.in_step()[1]
-    model(second).loss.backward()
+    hidden.run(model, second).loss.backward()
     assert rows_ND.grad is None and model.items.in_step()[1].grad is not None
 
 
-def test_models_that_read_the_same_batches_carry_their_own_states() -> None:
-    model, other = model_of(1), model_of(1)
+def test_models_that_read_the_same_batches_have_their_own_states() -> None:
+    model, other, hidden, others = model_of(1), model_of(1), HiddenStates(), HiddenStates()
     for batch in lane_batches(targets_of([1, 2, 3]), 1):
         assert batch.lanes is not None
         batch = replace(batch, negatives_N=torch.tensor([9]))
-        assert torch.equal(vectors(model, batch), vectors(other, batch))  # one read the event before the other did
-    assert set(batch.lanes.carried) == {id(model), id(other)}
+        # one read the event before the other did
+        assert torch.equal(vectors(hidden, model, batch), vectors(others, other, batch))
+        assert batch.lanes.states is None  # the batch itself is left as it was
+
+
+def test_the_states_of_one_epoch_do_not_reach_the_next() -> None:
+    model, hidden, epochs = model_of(2), HiddenStates(), []
+    for _ in range(2):
+        batches = list(lane_batches(targets_of([1, 2, 3, 8], [4, 5], [6, 7, 1]), 2))
+        ready = [replace(batch, negatives_N=torch.tensor([9])) for batch in batches]
+        epochs.append(torch.cat([vectors(hidden, model, batch) for batch in ready]))
+    assert torch.equal(*epochs) and len(epochs[0].unique(dim=0)) == 3 + 1 + 2  # every history has another vector

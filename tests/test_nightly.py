@@ -29,8 +29,22 @@ from freshrec.serve.contents import Contents, begun, read_contents
 from freshrec.serve.recommender import Recommender
 from freshrec.store.versions import Manifest, Store, chain_of, new_store, open_store
 
-ANY = Limits(tolerance=0.99, forgetting=0.99, more=1e9, fewer=1e9, shorter=1e9, n_tails=1000, rise=1.0, small_rise=1.0,
-             one_user=1.0, one_item=1.0, unknown=1.0, doubled=1.0, late=1.0, same_second=1.0)  # fmt: skip
+ANY = Limits(
+    tolerance=0.99,
+    forgetting=0.99,
+    more=1e9,
+    fewer=1e9,
+    shorter=1e9,
+    n_tails=1000,
+    rise=1.0,
+    small_rise=1.0,
+    one_user=1.0,
+    one_item=1.0,
+    unknown=1.0,
+    doubled=1.0,
+    late=1.0,
+    same_second=1.0,
+)
 SIZE = 300
 
 
@@ -456,9 +470,10 @@ POOL = days(5)
 @given(
     st.lists(
         st.tuples(st.sampled_from(["deliver", "late", "again", "rollback", "kill"]), st.integers(0, 4)),
-        min_size=1, max_size=6,
+        min_size=1,
+        max_size=6,
     )
-)  # fmt: skip
+)
 def test_whatever_is_delivered_in_whatever_order_is_counted_once(
     tmp_path_factory: pytest.TempPathFactory, deeds: list[tuple[str, int]]
 ) -> None:

@@ -215,8 +215,11 @@ def test_positions_enter_the_weights_and_not_the_values() -> None:
 def test_self_attention_has_four_times_the_width_and_biases_where_they_matter() -> None:
     shapes = {name: tuple(weight.shape) for name, weight in SelfAttention(COMIREC_SA_ORIGINAL).named_parameters()}
     assert shapes == {
-        "positions_TD": (50, 64), "inner.weight": (256, 64), "inner.bias": (256,), "queries.weight": (4, 256),
-    }  # fmt: skip
+        "positions_TD": (50, 64),
+        "inner.weight": (256, 64),
+        "inner.bias": (256,),
+        "queries.weight": (4, 256),
+    }
 
 
 def test_attention_over_nothing_but_padding_is_zero_with_finite_gradients() -> None:

@@ -24,8 +24,12 @@ def test_a_third_is_the_base_and_the_other_parts_come_one_by_one() -> None:
     assert [items(recent, DUE) for recent, _ in parts] == [[1, 2, 3, 4], [5, 6], [7, 8], [9, 10], [11, 12]]
     assert [items(recent, DONE) for recent, _ in parts] == [list(range(1, n)) for n in (1, 5, 7, 9, 11)]
     assert [(span.index, span.n_users, span.n_items) for _, span in parts] == [
-        (-5, 2, 4), (-4, 2, 6), (-3, 2, 8), (-2, 2, 10), (-1, 2, 12)
-    ]  # fmt: skip
+        (-5, 2, 4),
+        (-4, 2, 6),
+        (-3, 2, 8),
+        (-2, 2, 10),
+        (-1, 2, 12),
+    ]
 
 
 def test_secret_events_stay_secret() -> None:

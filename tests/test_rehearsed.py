@@ -75,8 +75,11 @@ def test_the_knobs_are_turned_one_after_the_other_to_what_was_best(monkeypatch: 
     assert state.memory.manner == Manner(lr_scale=2.0, averaged=True)  # a replay as good as none is not taken
     assert len(asked) == 1 + sum(map(len, KNOBS.values())) and asked[0] == Manner()
     assert {name: state.costs[name] for name in KNOBS} == {
-        "lr_scale": 2.0, "current": 0.0, "replayed": 0.0, "averaged": 1.0,
-    }  # fmt: skip
+        "lr_scale": 2.0,
+        "current": 0.0,
+        "replayed": 0.0,
+        "averaged": 1.0,
+    }
 
 
 @pytest.mark.parametrize(

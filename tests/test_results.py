@@ -66,8 +66,19 @@ def test_forgetting_compares_with_the_model_just_updated_on_the_asked_span(tmp_p
     # Before span 1, user 1 is missed: that is no loss. Just after it users 1 and 2 are hits, after span 2 user 1 only:
     # lost 1/2. After span 3 none: lost 1 on span 1; on span 2 user 3 was a miss just after it and is a hit: lost -1.
     # Spans weigh equally: (1 - 1) / 2 = 0.
-    rows = [(1, 0, 1, MISS), (1, 0, 2, MISS), (1, 1, 1, HIT), (1, 1, 2, HIT), (1, 2, 1, HIT), (1, 2, 2, MISS),
-            (1, 3, 1, MISS), (1, 3, 2, MISS), (2, 1, 3, HIT), (2, 2, 3, MISS), (2, 3, 3, HIT)]  # fmt: skip
+    rows = [
+        (1, 0, 1, MISS),
+        (1, 0, 2, MISS),
+        (1, 1, 1, HIT),
+        (1, 1, 2, HIT),
+        (1, 2, 1, HIT),
+        (1, 2, 2, MISS),
+        (1, 3, 1, MISS),
+        (1, 3, 2, MISS),
+        (2, 1, 3, HIT),
+        (2, 2, 3, MISS),
+        (2, 3, 3, HIT),
+    ]
     results = collected([written(tmp_path, cell(), rows)], tmp_path)
     assert values(results, "forgetting hr@20") == {2: 0.5, 3: 0.0, OVERALL: 0.0}
 
@@ -145,8 +156,16 @@ def test_a_recipe_with_other_metrics_is_reproduced_span_by_span_and_shown_in_a_t
 def result(rows: list[tuple[str, str, float]]) -> dict[str, object]:
     names = ["model", "strategy", "value"]
     methods = pl.DataFrame(rows, schema=names, orient="row").with_columns(metric=pl.lit("ndcg@20"))
-    tests = {"model_a": ["item-knn"], "strategy_a": ["absorb"], "model_b": ["mind"], "strategy_b": ["full"],
-             "difference": [0.02], "low": [0.01], "high": [0.04], "p_adjusted": [0.01]}  # fmt: skip
+    tests = {
+        "model_a": ["item-knn"],
+        "strategy_a": ["absorb"],
+        "model_b": ["mind"],
+        "strategy_b": ["full"],
+        "difference": [0.02],
+        "low": [0.01],
+        "high": [0.04],
+        "p_adjusted": [0.01],
+    }
     return {"recipe": "mine", "methods": methods.to_dict(as_series=False), "tests": tests}
 
 

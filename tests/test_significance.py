@@ -119,8 +119,10 @@ def test_only_queries_that_both_methods_answered_are_compared():
 def test_every_pair_of_methods_is_compared_and_p_is_adjusted_for_their_number():
     # Three methods: three p-values. Benjamini-Hochberg: sorted p times 3 / rank, made monotone from the largest down.
     generator = np.random.default_rng(0)
-    tables = [queries("m", (generator.random(300) < rate).astype(float), strategy) for strategy, rate in
-              (("ewc", 0.1), ("full", 0.2), ("imsr", 0.22))]  # fmt: skip
+    tables = [
+        queries("m", (generator.random(300) < rate).astype(float), strategy)
+        for strategy, rate in (("ewc", 0.1), ("full", 0.2), ("imsr", 0.22))
+    ]
     found = compare(pl.concat(tables), HR).sort("p")
     assert found.select("strategy_a", "strategy_b").n_unique() == 3
     p = found["p"].to_list()

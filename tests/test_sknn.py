@@ -140,11 +140,19 @@ def test_so_is_any_mixture_of_options(
     blocks: list[Block], queries: list[tuple[int, list[int]]], data: st.DataObject
 ) -> None:
     options: dict[str, Any] = {
-        "k": [1, 3, 100], "sample": [1, 2, 100], "length": [3, 50], "last_n": [0, 1, 2], "ages": ["days", "blocks"],
-        "similarity": ["cosine", "vec"], "weights": ["same", "div", "linear", "log", "quadratic"], "idf": [0, 5],
+        "k": [1, 3, 100],
+        "sample": [1, 2, 100],
+        "length": [3, 50],
+        "last_n": [0, 1, 2],
+        "ages": ["days", "blocks"],
+        "similarity": ["cosine", "vec"],
+        "weights": ["same", "div", "linear", "log", "quadratic"],
+        "idf": [0, 5],
         "decay": ["same", "place", "div", "linear", "log", "quadratic"],
-        "lambda1": [0, 1.02], "lambda2": [0, 3], "lambda3": [0, 2.05],
-    }  # fmt: skip
+        "lambda1": [0, 1.02],
+        "lambda2": [0, 3],
+        "lambda3": [0, 2.05],
+    }
     chosen = {name: data.draw(st.sampled_from(values)) for name, values in options.items()}
     agrees(SKNNSpec(**chosen), blocks, queries)
 

@@ -113,11 +113,17 @@ def authors_order(strategy: SML, spans: list[Span]) -> list[tuple[Weights, Weigh
             transfer.requires_grad_(True)
             list(
                 train(
-                    model, then, strategy.transfer_epochs, (0, t + 1, n, 2), lr_scale=FAST / model.spec.lr,
-                    terms=[decaying(transfer, strategy.decay)], view=judged(transfer, before), learner=transfer,
+                    model,
+                    then,
+                    strategy.transfer_epochs,
+                    (0, t + 1, n, 2),
+                    lr_scale=FAST / model.spec.lr,
+                    terms=[decaying(transfer, strategy.decay)],
+                    view=judged(transfer, before),
+                    learner=transfer,
                     among_N=then.histories.items_R[then.rows_N].unique().long(),
                 )
-            )  # fmt: skip
+            )
             after = transferred(transfer, model, before)
             put(model, after)
         found.append((served, {name: theta.clone() for name, theta in transfer.state_dict().items()}))

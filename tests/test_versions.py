@@ -13,9 +13,15 @@ from freshrec.store.versions import Manifest, Store, collect, new_store, open_st
 
 def about(number: int, parent: int | None = None, promoted: bool = True) -> Manifest:
     return Manifest(
-        id=number, parent=parent, kind="update", recipe={"model": "m"}, spans_seen=1, sizes={"events": 1},
-        promoted=promoted, goes_live=promoted,
-    )  # fmt: skip
+        id=number,
+        parent=parent,
+        kind="update",
+        recipe={"model": "m"},
+        spans_seen=1,
+        sizes={"events": 1},
+        promoted=promoted,
+        goes_live=promoted,
+    )
 
 
 def write(store: Store, number: int, text: str = "", parent: int | None = None, promoted: bool = True) -> None:

@@ -137,12 +137,12 @@ class Interests:
 
 @dataclass(frozen=True)
 class Lanes:
-    """Where the rows of a session-parallel batch go on, and what models carry from one of its batches to the next."""
+    """The lane of each row of a session-parallel batch, and the state in which the model reads the row."""
 
     lane_B: Tensor
     begins_B: Tensor  # bool: a session begins; else it is that of the lane's last row
     n_lanes: int
-    carried: dict[int, list[Tensor]]  # by the model's id; one for all batches of an epoch
+    states: tuple[Tensor, ...] | None = None  # (B, H) of each layer before the row; None: all zero
 
 
 @dataclass(frozen=True)
@@ -174,6 +174,7 @@ class Forward:
     target_BD: Tensor | None = None
     logits_BN: Tensor | None = None  # of each target's candidates, itself among them
     rows_RD: Tensor | None = None  # the item vectors, where the candidates are all items
+    states: tuple[Tensor, ...] | None = None  # (B, H) of each layer after each row, where the batch has lanes
 
 
 @runtime_checkable

@@ -1,17 +1,19 @@
 """Session-parallel batches, as GRU4Rec's authors train: sessions side by side in lanes, one event of each a step.
 
 A session is a run of events of one user, each but the first a target. When one is over, the next that has not been read
-takes its lane; when none is left, the lane is dropped. A recurrent model carries its state along the lanes.
+takes its lane; when none is left, the lane is dropped. A recurrent model goes on from its state at the end of a lane:
+`HiddenStates` keeps that between batches.
 """
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from freshrec.data.batches import Targets, smaller, without_secrets
-from freshrec.types import SECRET, Batch, Lanes
+from freshrec.types import SECRET, Batch, Forward, Lanes
 
 
 def schedule(lengths_S: Tensor, n_lanes: int) -> tuple[Tensor, Tensor]:
@@ -46,9 +48,37 @@ def lane_batches(targets: Targets, size: int) -> Iterator[Batch]:
     lane_S, step_S = torch.empty_like(order_S), torch.empty_like(order_S)
     lane_S[order_S], step_S[order_S] = (part.to(order_S) for part in schedule(lengths_S[order_S], n_lanes))
     step_N = step_S[session_N] + torch.arange(len(targets)) - first_S[session_N]
-    lane_N, carried = lane_S[session_N], dict[int, list[Tensor]]()
+    lane_N = lane_S[session_N]
     for which in (step_N * n_lanes + lane_N).argsort().split(torch.bincount(step_N).tolist()):
         part, items_R = targets[which], targets.histories.items_R
-        lanes = Lanes(lane_N[which], begins_N[which], n_lanes, carried)
+        lanes = Lanes(lane_N[which], begins_N[which], n_lanes)
         history_B1 = items_R[part.rows_N - 1, None].long()
         yield Batch(part.users_N, history_B1, part.items_N[:, None], lanes=lanes)
+
+
+class HiddenStates:
+    """The hidden states of one recurrent model after the last row of each lane, kept from each batch to the next.
+
+    Whoever runs a model on batches owns one for each model and each sequence of batches: a teacher that reads the
+    student's batches has its own. It may be used for several epochs of the same targets, as all lanes begin anew.
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[Tensor] = []  # (n_lanes, H) of each layer; none before the first batch
+
+    def run(self, forward: Callable[[Batch], Forward], batch: Batch) -> Forward:
+        """`forward` of the batch, from the states at the ends of its lanes; a batch without lanes is read as it is."""
+        lanes = batch.lanes
+        if lanes is None:
+            return forward(batch)
+        if self.layers:
+            goes_on_B1 = ~lanes.begins_B[:, None]
+            before = tuple(state_LH[lanes.lane_B] * goes_on_B1 for state_LH in self.layers)
+            batch = replace(batch, lanes=replace(lanes, states=before))
+        result = forward(batch)
+        assert result.states is not None
+        if not self.layers:
+            self.layers = [state_BH.new_zeros(lanes.n_lanes, state_BH.shape[1]) for state_BH in result.states]
+        for state_LH, state_BH in zip(self.layers, result.states):
+            state_LH[lanes.lane_B] = state_BH
+        return result

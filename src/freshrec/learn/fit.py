@@ -26,7 +26,7 @@ from freshrec.data.batches import (
     without_secrets,
 )
 from freshrec.data.carried import Carried, carried_by
-from freshrec.data.lanes import lane_batches
+from freshrec.data.lanes import HiddenStates, lane_batches
 from freshrec.device import integers, permutation
 from freshrec.errors import TrainingError
 from freshrec.learn.clicks import auc, clicks_of
@@ -124,7 +124,7 @@ def train(
     lr = model.spec.lr * lr_scale
     tables = list(tables_of(model).values())
     trained: Learner = model if learner is None else learner
-    dense = _resume(trained, lr)
+    dense, hidden = _resume(trained, lr), HiddenStates()
     for epoch in range(n_epochs):
         total, n_steps = 0.0, 0
         model.train()
@@ -134,7 +134,7 @@ def train(
             for batch in batches(model, targets, source, carried):
                 negatives_N = negatives(model, source, among_N)
                 batch = replace(batch, negatives_N=negatives_N, project=project)
-                forward = forward_pass(batch)
+                forward = hidden.run(forward_pass, batch)
                 loss = forward.loss
                 for term in terms:
                     loss = loss + term(batch, forward)

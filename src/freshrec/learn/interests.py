@@ -4,16 +4,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from freshrec.data.batches import (
-    ends_of,
-    fresh_rows,
-    histories_before,
-    owners,
-    query_batches,
-    without_secrets,
-)
+from freshrec.data.batches import ends_of, fresh_rows, histories_before, owners, query_batches, without_secrets
 from freshrec.data.carried import Carried
 from freshrec.models.scoring import item_vectors, user_vectors
 from freshrec.types import Histories, InterestModel, Interests
@@ -71,34 +65,23 @@ def costs_of(users: Interests) -> dict[str, float]:
 def write(
     users: Interests, users_N: Tensor, vectors_NKD: Tensor, alive_NK: Tensor, used_NK: Tensor, span: int, n_users: int
 ) -> Interests:
-    """`users` with the interests of `users_N` replaced; the k-th stays the k-th, so its span of birth is kept."""
-    old_U = torch.zeros(n_users + 1, dtype=torch.int64)
-    old_U[: users.n_users + 1] = users.offsets_U.diff()
-    new_U = old_U.clone()
-    new_U[users_N] = alive_NK.sum(1)
-    offsets_U = torch.zeros(n_users + 2, dtype=torch.int64)
-    torch.cumsum(new_U, 0, out=offsets_U[1:])
-    n_rows = int(offsets_U[-1])
-    vectors_SD = torch.zeros(n_rows, vectors_NKD.shape[2])
-    born_S, used_S = torch.full((n_rows,), span, dtype=torch.int16), torch.full((n_rows,), span, dtype=torch.int16)
+    """`users` with the interests of `users_N`, ascending, replaced by those alive, and room for `n_users`.
 
-    rewritten_U = torch.zeros(n_users + 1, dtype=torch.bool)
-    rewritten_U[users_N] = True
-    owner_S = owners(users)
-    stays_S = ~rewritten_U[owner_S]
-    starts_U = torch.cumsum(old_U, 0) - old_U
-    to_S = torch.arange(len(owner_S)) - starts_U[owner_S] + offsets_U[owner_S]
-    vectors_SD[to_S[stays_S]] = users.vectors_SD[stays_S].float()
-    born_S[to_S[stays_S]], used_S[to_S[stays_S]] = users.born_S[stays_S], users.used_S[stays_S]
-
-    nth_NK = torch.arange(alive_NK.shape[1]).expand(len(users_N), -1)  # the place it had before trimming
-    at_NK = offsets_U[users_N][:, None] + torch.cumsum(alive_NK, 1) - 1
-    had_NK = alive_NK & (nth_NK < old_U[users_N][:, None])
-    from_S = (starts_U[users_N][:, None] + nth_NK)[had_NK]
-    born_S[at_NK[had_NK]] = users.born_S[from_S]
-    used_S[at_NK[had_NK]] = torch.where(used_NK[had_NK], used_S[at_NK[had_NK]], users.used_S[from_S])
-    vectors_SD[at_NK[alive_NK]] = vectors_NKD[alive_NK]
-    return Interests(vectors_SD, offsets_U, born_S, used_S)
+    The k-th of a user stays the k-th, so its span of birth is kept.
+    """
+    counts_U = F.pad(users.offsets_U.diff(), (0, n_users - users.n_users))
+    users = replace(users, offsets_U=_offsets(counts_U))
+    had_NK = alive_NK & (torch.arange(alive_NK.shape[1]) < counts_U[users_N][:, None])
+    before_NK = users.offsets_U[users_N][:, None] + torch.arange(alive_NK.shape[1])  # the row, where there was one
+    born_NK = torch.full(alive_NK.shape, span, dtype=torch.int16)
+    born_NK[had_NK] = users.born_S[before_NK[had_NK]]
+    last_used_NK = torch.full(alive_NK.shape, span, dtype=torch.int16)
+    rests_NK = had_NK & ~used_NK
+    last_used_NK[rests_NK] = users.used_S[before_NK[rests_NK]]
+    counts_U = torch.zeros_like(counts_U).index_copy(0, users_N, alive_NK.sum(1))
+    rewritten = Interests(vectors_NKD[alive_NK], _offsets(counts_U), born_NK[alive_NK], last_used_NK[alive_NK])
+    is_rewritten_U = torch.zeros(n_users + 1, dtype=torch.bool).index_fill(0, users_N, True)
+    return _merged(users, ~is_rewritten_U[owners(users)], rewritten)
 
 
 def expand(users: Interests, users_N: Tensor, n_more: int, k_max: int, starts_KD: Tensor, span: int) -> Interests:
@@ -106,14 +89,26 @@ def expand(users: Interests, users_N: Tensor, n_more: int, k_max: int, starts_KD
     counts_U = users.offsets_U.diff()
     extra_U = torch.zeros_like(counts_U)
     extra_U[users_N] = (k_max - counts_U[users_N]).clamp(0, n_more)
-    offsets_U = torch.zeros_like(users.offsets_U)
-    torch.cumsum(counts_U + extra_U, 0, out=offsets_U[1:])
-    owner_S = torch.repeat_interleave(torch.arange(len(counts_U)), counts_U + extra_U)
-    nth_S = torch.arange(len(owner_S)) - offsets_U[owner_S]
-    kept_S = nth_S < counts_U[owner_S]
-    vectors_SD = starts_KD[nth_S.clamp(max=len(starts_KD) - 1)]
-    vectors_SD[kept_S] = users.vectors_SD.float()
-    born_S = torch.full((len(owner_S),), span, dtype=torch.int16)
-    used_S = born_S.clone()
-    born_S[kept_S], used_S[kept_S] = users.born_S, users.used_S
-    return Interests(vectors_SD, offsets_U, born_S, used_S)
+    offsets_U = _offsets(extra_U)
+    owner_R = torch.repeat_interleave(torch.arange(len(extra_U)), extra_U)
+    slot_R = counts_U[owner_R] + torch.arange(len(owner_R)) - offsets_U[owner_R]
+    vectors_RD = starts_KD[slot_R.clamp(max=len(starts_KD) - 1)]
+    span_R = torch.full((len(owner_R),), span, dtype=torch.int16)
+    all_S = torch.ones(len(users.vectors_SD), dtype=torch.bool)
+    return _merged(users, all_S, Interests(vectors_RD, offsets_U, span_R, span_R))
+
+
+def _merged(users: Interests, stays_S: Tensor, new: Interests) -> Interests:
+    """User by user, those interests of `users` that stay, then the new ones (R); both have the same number of users."""
+    row_M = torch.cat([stays_S.nonzero()[:, 0], len(stays_S) + torch.arange(len(new.born_S))])
+    owner_M = torch.cat([owners(users), owners(new)])[row_M]
+    row_M = row_M[owner_M.argsort(stable=True)]
+    offsets_U = _offsets(torch.bincount(owner_M, minlength=users.n_users + 1))
+    vectors_MD = torch.cat([users.vectors_SD, new.vectors_SD]).float()[row_M]
+    born_M, used_M = torch.cat([users.born_S, new.born_S])[row_M], torch.cat([users.used_S, new.used_S])[row_M]
+    return Interests(vectors_MD, offsets_U, born_M, used_M)
+
+
+def _offsets(counts_U: Tensor) -> Tensor:
+    """(U + 1,) where the rows of each user begin, of so many each, and where the last ones end."""
+    return F.pad(counts_U.cumsum(0), (1, 0))

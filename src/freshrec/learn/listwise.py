@@ -11,9 +11,8 @@ from torch import Tensor
 
 from freshrec.data.batches import in_parts, random_source
 from freshrec.device import permutation
-from freshrec.models.blend import CORRECT, Blend, Remembered, Rule, crossed
-from freshrec.models.experts import N
-from freshrec.models.facts import USER
+from freshrec.models.blend import CORRECT, RULE, Blend, Remembered, Rule, crossed
+from freshrec.models.experts import Slots
 
 Floats = NDArray[np.float64]
 LEVEL = 0.05  # below it, being worse is no chance
@@ -34,8 +33,8 @@ def refit(model: Blend, decay: float = 20.0, least: int = 40, n_epochs: int = 6)
         model.rule = None
         return
     value_PR = kept.ndcg().astype(np.float64)
-    value_JR = value_PR[~np.isnan(value_PR[:, N])][-LATEST:]
-    model.overruled = better(value_JR[:, model.trusted], value_JR[:, N])
+    value_JR = value_PR[~np.isnan(value_PR[:, RULE])][-LATEST:]
+    model.overruled = better(value_JR[:, model.trusted], value_JR[:, RULE])
     x_QCF = kept.x_QCF.float()
     mean_F, std_F = scale_of(x_QCF, kept.real_QC)
     rule = replace(last, mean_F=mean_F, std_F=std_F)
@@ -55,7 +54,7 @@ def scale_of(x_QCF: Tensor, real_QC: Tensor) -> tuple[Tensor, Tensor]:
     std_F, mean_F = torch.std_mean(x_QCF[real_QC], 0)
     mean_Q1F = (x_QCF * real_QC[..., None]).sum(1, keepdim=True) / real_QC.sum(1)[:, None, None]
     within_F = torch.std((x_QCF - mean_Q1F)[real_QC], 0)
-    within_F[-len(USER) :] = std_F[-len(USER) :]
+    within_F[Slots.user] = std_F[Slots.user]
     return mean_F, torch.where(within_F < 1e-3, torch.inf, std_F)
 
 

@@ -18,14 +18,16 @@ from torch import Tensor
 from freshrec.config import HISTORY_LENGTH, Count, check_options
 from freshrec.data.batches import Targets, histories_before, in_parts, place, random_source, targets_at, turns_of
 from freshrec.device import normal, permutation, uniform
-from freshrec.models.experts import EXPERTS, FEATURES, Experts, N, in_one, part_of
-from freshrec.models.facts import ITEM, OWN, USER, among_last
+from freshrec.models.experts import EXPERTS, FEATURES, POOLED, RANK, SHARE, Experts, N, Slots, in_one, part_of
+from freshrec.models.facts import ITEM, OWN, among_last
 from freshrec.models.pairs import Pairs
 from freshrec.models.sparse import Floats, picked
 from freshrec.types import Batch, Events, Histories
 
 REMEMBER, CORRECT = 1401, 1402  # tell the random numbers from others
 HIDDEN = 32
+CROSSED = [FEATURES.index(name) for name in ("taken", "taken again", "takes again", "length")]  # in `crossed`
+RULE = N  # the column of the rule, after those of the experts, in what is remembered of ranks
 SOURCES = (*EXPERTS, "own history", "item", "correction")  # of a score
 
 
@@ -223,11 +225,11 @@ class Blend:
             asked = self.experts.asked(Batch(part.users_Q, part.history_QT))
             opinion = self.experts.opinion(part.items_QC, *asked)
             rows, n = slice(query, query + len(part.users_Q)), part.kept_QC.shape[1]
-            for column, value_QC in zip((N - 1, 2 * N - 1), opinion):
-                x_QCF[rows, :n, column] = value_QC.gather(1, part.kept_QC).half()
-            rank_Q = opinion[1].gather(1, part.kept_QC[:, :1])[:, 0].exp().round()
+            share_QC, log_rank_QC = (value_QC.gather(1, part.kept_QC) for value_QC in opinion)
+            x_QCF[rows, :n, SHARE["pooled"]], x_QCF[rows, :n, RANK["pooled"]] = share_QC.half(), log_rank_QC.half()
+            rank_Q = log_rank_QC[:, 0].exp().round()
             at_P = ranked + part.found_B.nonzero()[:, 0]
-            ranks_PR[at_P, N - 1] = torch.where(rank_Q > self.spec.offered, torch.inf, rank_Q)
+            ranks_PR[at_P, POOLED] = torch.where(rank_Q > self.spec.offered, torch.inf, rank_Q)
             query, ranked = query + len(part.users_Q), ranked + len(part.found_B)
         self.remembered, self.waiting = replace(self.remembered, x_QCF=x_QCF, ranks_PR=ranks_PR), []
         self.trusted = self.remembered.best()
@@ -267,7 +269,7 @@ class Blend:
             return []
         items_C, x_CF = items_BC[0, items_BC[0] > 0], x_BCF[0, items_BC[0] > 0]
         at = int((items_C == item).int().argmax())
-        ranks_N = x_CF[at, N : 2 * N].exp().round().int().tolist()
+        ranks_N = x_CF[at, Slots.rank].exp().round().int().tolist()
         places = {name: rank for name, rank in zip(EXPERTS, ranks_N) if rank <= self.spec.offered}
         pairs = {name: counter for name, counter in self.experts.counters.items() if isinstance(counter, Pairs)}
         because = {name: counter.because(batch, item) for name, counter in pairs.items()}
@@ -312,14 +314,14 @@ def _written(
     short = n - real_QC.shape[1]
     target_BF = (x_BCF * is_target_BC[..., None]).sum(1)
     ranks_BR = torch.full((len(found_B), N + 1), torch.inf)
-    ranks_BR[found_B, :N] = target_BF[found_B, N : 2 * N].exp().round()
+    ranks_BR[found_B, :N] = target_BF[found_B, Slots.rank].exp().round()
     ranks_BR[:, :N][ranks_BR[:, :N] > spec.offered] = torch.inf
     if rule is None:
-        ranks_BR[:, N] = torch.nan
+        ranks_BR[:, RULE] = torch.nan
     else:
         score_BC = rule.scores(x_BCF).masked_fill(~real_BC, -torch.inf)
         own_B1 = score_BC.masked_fill(~is_target_BC, -torch.inf).amax(1, keepdim=True)
-        ranks_BR[found_B, N] = 1.0 + (score_BC > own_B1).sum(1)[found_B]
+        ranks_BR[found_B, RULE] = 1.0 + (score_BC > own_B1).sum(1)[found_B]
     return found_B, chosen_QC, Remembered(F.pad(x_QCF, (0, 0, 0, short)), F.pad(real_QC, (0, short)), ranks_BR)
 
 
@@ -328,12 +330,10 @@ def crossed(x_BCF: Tensor) -> Tensor:
 
     That is how trust in an expert comes to depend on how often a user repeats, and on how long the history is.
     """
-    own, item = 2 * N, 2 * N + len(OWN)
-    share, mine, again = x_BCF[..., :N], x_BCF[..., own:item], x_BCF[..., item : item + 1]
-    user = len(FEATURES) - len(USER)
-    repeats, length = x_BCF[..., user : user + 1], x_BCF[..., user + 1 :]
-    products = [share * repeats, share * length, mine * repeats, mine * length, mine * again]
-    return torch.cat([x_BCF[..., :user], *products, mine[..., :1] * again * repeats], -1)
+    share, mine = x_BCF[..., Slots.share], x_BCF[..., Slots.own]
+    taken, again, repeats, length = (x_BCF[..., column, None] for column in CROSSED)
+    products = [share * repeats, share * length, mine * repeats, mine * length, mine * again, taken * again * repeats]
+    return torch.cat([x_BCF[..., : Slots.user.start], *products], -1)
 
 
 def sources_of_crossed() -> list[str]:

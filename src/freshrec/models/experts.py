@@ -35,11 +35,27 @@ TRAINED = PooledSpec()
 EXPERTS = (*COUNTING, "pooled")
 N = len(EXPERTS)
 FEATURES = (
-    *(f"share {name}" for name in EXPERTS), *(f"rank {name}" for name in EXPERTS), *OWN, *ITEM, *USER,
-)  # fmt: skip
-SHARE = {name: place for place, name in enumerate(EXPERTS)}  # columns of the features
-FIRST_OWN = FEATURES.index(OWN[0])
-RANK = {name: N + place for name, place in SHARE.items()}
+    *(f"share {name}" for name in EXPERTS),
+    *(f"rank {name}" for name in EXPERTS),
+    *OWN,
+    *ITEM,
+    *USER,
+)
+
+
+class Slots:
+    """The columns of each group of FEATURES."""
+
+    share = slice(0, N)  # ln of the share that each expert gives to a candidate
+    rank = slice(share.stop, share.stop + N)  # ln of its place in each expert's opinion
+    own = slice(rank.stop, rank.stop + len(OWN))
+    item = slice(own.stop, own.stop + len(ITEM))
+    user = slice(item.stop, item.stop + len(USER))
+
+
+SHARE = {name: FEATURES.index(f"share {name}") for name in EXPERTS}
+RANK = {name: FEATURES.index(f"rank {name}") for name in EXPERTS}
+POOLED = EXPERTS.index("pooled")  # the trained expert
 ALIKE = [name for name, spec in COUNTING.items() if isinstance(spec, PopularitySpec)]  # they think alike of all users
 FLOOR = 0.1  # events' worth of probability, shared by all items, known, that an expert gives to those it is silent on
 ENTRIES = 8_000_000  # users x items on one board
@@ -145,57 +161,76 @@ class Experts:
         return torch.from_numpy(items_BC), torch.from_numpy(x_BCF)
 
     def _described(self, batch: Batch, which: Tensor) -> tuple[Ints, Floats]:
+        """`describe` of some users."""
         history_BT = closed(batch.history_BT[which])[:, -self.length :]
-        batch, settled = Batch(batch.users_B[which], history_BT), self.settled
-        runs = Runs.of(history_BT.numpy())
+        batch, runs = Batch(batch.users_B[which], history_BT), Runs.of(history_BT.numpy())
         said = {name: _said(counter, batch, runs) for name, counter in self.counters.items() if name not in ALIKE}
         offers = {name: best(scores_BI, self.offered)[0] for name, scores_BI in said.items()}
-        alike = np.broadcast_to(settled.popular_P, (len(batch), len(settled.popular_P)))
-        offered = [history_BT.numpy(), alike, *offers.values()]
-        asked = self.asked(batch) if len(settled.shelf_S) else None
-        if asked is not None:
-            offered.append(settled.liked(*asked, self.offered))
-        items_BC = distinct(np.concatenate(offered, axis=1))
+        asked = self.asked(batch) if len(self.settled.shelf_S) else None
+        items_BC = self._candidates(history_BT, offers, asked)
         cells = Cells(items_BC, self.n_items + 1)
-        x_NF = np.empty((1 + items_BC.size, len(FEATURES)), np.float32)  # a row a cell; the first is for what is none
-        settled.x_IF.take(items_BC.ravel(), axis=0, out=x_NF[1:], mode="clip")
-        x_BCF = x_NF[1:].reshape(*items_BC.shape, len(FEATURES))
+        x_MF = self._for_a_stranger(items_BC)
+        x_BCF = x_MF[1:].reshape(*items_BC.shape, len(FEATURES))
+        self._write_counters(x_MF, cells, said, offers)
+        if asked is not None:
+            share_BC, rank_BC = self.opinion(torch.from_numpy(items_BC), *asked)
+            x_BCF[..., SHARE["pooled"]], x_BCF[..., RANK["pooled"]] = share_BC.numpy(), rank_BC.numpy()
+        x_MF[cells.cells_BI[runs.row_W, runs.items_W], Slots.own] = of_own(runs)
+        user_BF = of_users(runs, (history_BT.numpy() > 0).sum(1), self.settled.mean)
+        x_BCF[..., Slots.user] = user_BF[:, None] * (items_BC > 0)[..., None]
+        return items_BC, x_BCF
+
+    def _candidates(self, history_BT: Tensor, offers: dict[str, Ints], asked: tuple[Tensor, Tensor] | None) -> Ints:
+        """(B, C) what the user has taken and what any expert offers, ascending, then 0."""
+        popular_P = self.settled.popular_P
+        offered = [history_BT.numpy(), np.broadcast_to(popular_P, (len(history_BT), len(popular_P))), *offers.values()]
+        if asked is not None:
+            offered.append(self.settled.liked(*asked, self.offered))
+        return distinct(np.concatenate(offered, axis=1))
+
+    def _for_a_stranger(self, items_BC: Ints) -> Floats:
+        """(1 + B C, F) the features of the candidates for a user of whom nothing is known, a row for each of `Cells`.
+
+        The first row is for what is said of other items; it is never read.
+        """
+        x_MF = np.empty((1 + items_BC.size, len(FEATURES)), np.float32)
+        self.settled.x_IF.take(items_BC.ravel(), axis=0, out=x_MF[1:], mode="clip")  # "raise" would copy first
+        return x_MF
+
+    def _write_counters(self, x_MF: Floats, cells: Cells, said: dict[str, Any], offers: dict[str, Ints]) -> None:
+        """What each counter thinks of the candidates, and the places of those that it offers, into their features."""
         log_rank_K = np.log(np.arange(1, self.offered + 1, dtype=np.float32))
         for name, offered_BK in offers.items():
             cells_H, shares_H = cells.of(said[name])
-            x_NF[cells_H, SHARE[name]] = np.log(shares_H + settled.floor)
-            x_NF[cells.at(offered_BK), RANK[name]] = log_rank_K[: offered_BK.shape[1]]
-        if asked is not None:
-            share_BC, rank_BC = self.opinion(torch.from_numpy(items_BC), *asked)
-            x_BCF[..., N - 1], x_BCF[..., 2 * N - 1] = share_BC.numpy(), rank_BC.numpy()
-        x_NF[cells.cells_BI[runs.row_W, runs.items_W], FIRST_OWN : FIRST_OWN + len(OWN)] = of_own(runs)
-        n_B = (history_BT.numpy() > 0).sum(1)
-        x_BCF[..., -len(USER) :] = of_users(runs, n_B, settled.mean)[:, None] * (items_BC > 0)[..., None]
-        return items_BC, x_BCF
+            x_MF[cells_H, SHARE[name]] = np.log(shares_H + self.settled.floor)
+            x_MF[cells.at(offered_BK), RANK[name]] = log_rank_K[: offered_BK.shape[1]]
 
     @property
     def settled(self) -> Settled:
         """Made when first asked for, after something was counted or learnt."""
         if self._settled is None:
-            floor = FLOOR / max(1, int((self.facts.events_I > 0).sum()))
-            x_IF, offers = np.zeros((self.n_items + 1, len(FEATURES)), np.float32), []
-            x_IF[:, :N], x_IF[:, N : 2 * N] = np.log(np.float32(floor)), np.log(self.offered + 1)
-            x_IF[:, N - 1] = np.log(floor)
-            for name in ALIKE:
-                counts_I = cast(Popularity, self.counters[name]).counts_I.numpy()
-                best_K = largest(counts_I, self.offered)
-                best_K = best_K[counts_I[best_K] > 0]
-                x_IF[:, SHARE[name]] = np.log(counts_I / max(float(counts_I.sum()), 1e-9) + floor)
-                x_IF[best_K, RANK[name]] = np.log(np.arange(1, len(best_K) + 1, dtype=np.float32))
-                offers.append(best_K)
-            x_IF[:, FIRST_OWN + len(OWN) : -len(USER)] = self.facts.of_items(max(1, self.window))
-            lately_I = cast(Popularity, self.counters[LATELY]).counts_I
-            shelf_S = torch.from_numpy(largest(lately_I.numpy(), SHELF))
-            shelf_S = shelf_S[lately_I[shelf_S].gt(0) & self.trained.items.steps_R[shelf_S].gt(0)]
-            popular_P, shelf_SD = np.unique(np.concatenate(offers)), self.trained.items.weights[shelf_S]
-            log_rank_K = torch.arange(1, self.offered + 2).log()
-            self._settled = Settled(floor, self.facts.mean, x_IF, log_rank_K, popular_P, shelf_S, shelf_SD)
+            self._settled = self._settle()
         return self._settled
+
+    def _settle(self) -> Settled:
+        floor = FLOOR / max(1, int((self.facts.events_I > 0).sum()))
+        x_IF, offers = np.zeros((self.n_items + 1, len(FEATURES)), np.float32), []
+        x_IF[:, Slots.share], x_IF[:, Slots.rank] = np.log(np.float32(floor)), np.log(self.offered + 1)
+        x_IF[:, SHARE["pooled"]] = np.log(floor)
+        for name in ALIKE:
+            counts_I = cast(Popularity, self.counters[name]).counts_I.numpy()
+            best_K = largest(counts_I, self.offered)
+            best_K = best_K[counts_I[best_K] > 0]
+            x_IF[:, SHARE[name]] = np.log(counts_I / max(float(counts_I.sum()), 1e-9) + floor)
+            x_IF[best_K, RANK[name]] = np.log(np.arange(1, len(best_K) + 1, dtype=np.float32))
+            offers.append(best_K)
+        x_IF[:, Slots.item] = self.facts.of_items(max(1, self.window))
+        lately_I = cast(Popularity, self.counters[LATELY]).counts_I
+        shelf_S = torch.from_numpy(largest(lately_I.numpy(), SHELF))
+        shelf_S = shelf_S[lately_I[shelf_S].gt(0) & self.trained.items.steps_R[shelf_S].gt(0)]
+        popular_P, shelf_SD = np.unique(np.concatenate(offers)), self.trained.items.weights[shelf_S]
+        log_rank_K = torch.arange(1, self.offered + 2).log()
+        return Settled(floor, self.facts.mean, x_IF, log_rank_K, popular_P, shelf_S, shelf_SD)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything they know."""

@@ -184,16 +184,18 @@ class GRU4Rec(nn.Module):
         else:
             history_BTD = self.taken.pull(batch.history_BT)
             target_BD, negative_ND = pulled(self.items, target_B, negative_N)
+        states = None
         if batch.lanes is None:
             user_BD = self._read(history_BTD, batch.history_BT > 0)[wanted_BT]
         else:
-            user_BD = one_more(self, history_BTD[:, 0], batch.lanes)
+            user_BD, states = read_next(self, history_BTD[:, 0], batch.lanes)
         logits_BN = sampled_logits(user_BD, target_BD, negative_ND, target_B, negative_N)
         if self.spec.logq:
             log_BN = self._log_chances(target_B, negative_N, len(own_N))
-            return Forward(first_of(logits_BN - log_BN), user_BD[:, None], target_BD, logits_BN)
-        loss = loss_of(self.spec, logits_BN, target_B[:, None] != negative_N)
-        return Forward(loss, user_BD[:, None], target_BD, logits_BN)
+            loss = first_of(logits_BN - log_BN)
+        else:
+            loss = loss_of(self.spec, logits_BN, target_B[:, None] != negative_N)
+        return Forward(loss, user_BD[:, None], target_BD, logits_BN, states=states)
 
     def _drawn(self, uniform_N: Tensor) -> Tensor:
         """As many items drawn by popularity, one from each of N equal parts of it; `uniform_N` where all are alike."""
@@ -250,15 +252,18 @@ class GRU4Rec(nn.Module):
         return self._read(items_BTD, real_BT)[:, -1:] * real_BT.any(1)[:, None, None]
 
 
-def one_more(model: GRU4Rec, items_BD: Tensor, lanes: Lanes) -> Tensor:
-    """(B, D) the output after one more event in each lane; no gradient reaches the steps before."""
+def read_next(model: GRU4Rec, items_BD: Tensor, lanes: Lanes) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """(B, D) the output after one more event in each lane, and the (B, H) states of the layers after it.
+
+    No gradient reaches the steps before.
+    """
     spec = model.spec
     drop_in, drop_out = (spec.drop_in, spec.drop_out) if model.training else (0.0, 0.0)
-    blank = [torch.zeros(lanes.n_lanes, spec.hidden or spec.d) for _ in model.layers]
+    before = lanes.states or (torch.zeros(len(items_BD), spec.hidden or spec.d),) * spec.layers
+    after = []
     x_BH = F.dropout(items_BD, drop_in, model.training)
-    for layer, state_LH in zip(model.layers, lanes.carried.setdefault(id(model), blank)):
-        before_BH = state_LH[lanes.lane_B] * ~lanes.begins_B[:, None]
+    for layer, before_BH in zip(model.layers, before):
         x_BH = layer(x_BH[:, None], before_BH[None])[0][:, 0]
-        state_LH[lanes.lane_B] = x_BH.detach()
+        after.append(x_BH.detach())
         x_BH = F.dropout(x_BH, drop_out, model.training)
-    return x_BH if model.last is None else model.last(x_BH)
+    return x_BH if model.last is None else model.last(x_BH), tuple(after)

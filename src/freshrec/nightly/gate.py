@@ -147,8 +147,11 @@ def _odd_shares(day: Day, recent: Sequence[Day], limits: Limits) -> list[str]:
     days = [*recent, day]
     found = _above(
         "of the delivered rows say what another says",
-        [d.share_doubled for d in days], limits.doubled, limits.small_rise, limits,
-    )  # fmt: skip
+        [d.share_doubled for d in days],
+        limits.doubled,
+        limits.small_rise,
+        limits,
+    )
     if day.n_rows >= limits.few_rows:
         user, item = ([d.share_top_user for d in days], [d.share_top_item for d in days])
         found += _above("of the rows are of one user", user, limits.one_user, limits.small_rise, limits)

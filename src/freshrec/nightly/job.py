@@ -172,10 +172,13 @@ class Job:
         numbers |= verdict.numbers | _interests(before.served.state, after.served.state)
         about = _about(self.store, after, "update", numbers).model_copy(
             update={
-                "parent": self.store.live, "data": {"day": asdict(day)}, "notes": list(verdict.notes),
-                "promoted": verdict.promoted, "reasons": list(verdict.reasons),
+                "parent": self.store.live,
+                "data": {"day": asdict(day)},
+                "notes": list(verdict.notes),
+                "promoted": verdict.promoted,
+                "reasons": list(verdict.reasons),
             }
-        )  # fmt: skip
+        )
         return about, replace(after, asked=(*before.asked, asked)[-REMEMBERED:])
 
     def facts(self, frame: pl.DataFrame, left_out: tuple[int, int] = (0, 0), is_late: bool = False) -> Day:
@@ -329,6 +332,11 @@ def _interests(before: State, after: State) -> dict[str, float]:
 
 def _about(store: Store, contents: Contents, kind: Kind, numbers: dict[str, float]) -> Manifest:
     return Manifest(
-        id=store.next, kind=kind, recipe=contents.recipe, spans_seen=contents.served.state.spans_seen,
-        sizes=contents.sizes, held=len(contents.served.pending), numbers=numbers,
-    )  # fmt: skip
+        id=store.next,
+        kind=kind,
+        recipe=contents.recipe,
+        spans_seen=contents.served.state.spans_seen,
+        sizes=contents.sizes,
+        held=len(contents.served.pending),
+        numbers=numbers,
+    )

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import polars as pl
 import torch
 import torch.nn.functional as F
@@ -158,49 +157,54 @@ def click_rows(state: State, block: Block, asked: Asked) -> pl.DataFrame:
 
 def facts(spans: tuple[Span, ...]) -> pl.DataFrame:
     """The TEST events of every span but the base: span, event (its place there), user, item, and a column per slice."""
-    whole = pl.concat(
-        pl.DataFrame(
-            {
-                "span": np.full(len(s.events), s.index, np.int32),
-                "event": np.arange(len(s.events)),
-                "user": s.events.users_E.numpy(),
-                "item": s.events.items_E.numpy(),
-                "role": s.events.role_E.numpy(),
-            }
-        )
-        for s in spans
-    )
+    whole = pl.concat(_events(span) for span in spans)
     whole = whole.with_columns(~pl.struct("user", "item").is_first_distinct().alias("known pair"))
-    tested = whole.filter((pl.col("role") == TEST) & (pl.col("span") > 0)).drop("role")
-    users_before = [0] + [s.n_users for s in spans]
-    items_before = [0, 0] + [s.n_items for s in spans]
-    known = pl.DataFrame(
-        {
-            "span": np.arange(len(spans), dtype=np.int32),
-            "users_before": users_before[: len(spans)],
-            "items_before": items_before[1 : len(spans) + 1],
-            "items_earlier": [0, *items_before[2:3], *items_before[2 : len(spans)]][: len(spans)],  # all old at span 1
-        }
-    )
-    head = pl.concat(_head_items(whole, t) for t in range(1, len(spans))) if len(spans) > 1 else None
-    tested = tested.join(known, on="span", how="left", maintain_order="left")
-    if head is not None:
-        tested = tested.join(head, on=["span", "item"], how="left", maintain_order="left")
+    tested = whole.filter((pl.col("role") == TEST) & (pl.col("span") > 0))
+    head = pl.concat(_head_items(whole, span.index) for span in spans)
+    tested = tested.join(_known_before(spans), on="span", how="left", maintain_order="left")
+    tested = tested.join(head, on=["span", "item"], how="left", maintain_order="left")
     item, user = pl.col("item"), pl.col("user")
-    return tested.select(
-        "span", "event", "user", "item", pl.lit(True).alias("all"), "known pair",
-        (~pl.col("known pair")).alias("new pair"),
-        (item <= pl.col("items_earlier")).alias("old item"),
-        ((item > pl.col("items_earlier")) & (item <= pl.col("items_before"))).alias("new item"),
-        (item > pl.col("items_before")).alias("unseen item"),
-        (user <= pl.col("users_before")).alias("old user"),
-        (user > pl.col("users_before")).alias("new user"),
-        pl.col("head").fill_null(False),
-        (~pl.col("head").fill_null(False)).alias("tail"),
-    )  # fmt: skip
+    slices = {
+        "all": pl.lit(True),
+        "known pair": pl.col("known pair"),
+        "new pair": ~pl.col("known pair"),
+        "old item": item <= pl.col("items_earlier"),
+        "new item": (item > pl.col("items_earlier")) & (item <= pl.col("items_before")),
+        "unseen item": item > pl.col("items_before"),
+        "old user": user <= pl.col("users_before"),
+        "new user": user > pl.col("users_before"),
+        "head": pl.col("head").fill_null(False),
+        "tail": ~pl.col("head").fill_null(False),
+    }
+    return tested.select("span", "event", "user", "item", *(rows.alias(name) for name, rows in slices.items()))
+
+
+def _events(span: Span) -> pl.DataFrame:
+    """All events of a span: span, event (its place there), user, item, role."""
+    events = span.events
+    columns = {"user": events.users_E.numpy(), "item": events.items_E.numpy(), "role": events.role_E.numpy()}
+    number = pl.lit(span.index, pl.Int32).alias("span")
+    return pl.DataFrame(columns).select(number, pl.int_range(pl.len()).alias("event"), "user", "item", "role")
+
+
+def _known_before(spans: tuple[Span, ...]) -> pl.DataFrame:
+    """How many users and items were known before each span, and how many items before the span before it.
+
+    Before span 1 there is the base block only: its items count as old.
+    """
+    schema = {"span": pl.Int32, "users": pl.Int64, "items": pl.Int64}
+    after = pl.DataFrame([(s.index, s.n_users, s.n_items) for s in spans], schema=schema, orient="row")
+    users, items = pl.col("users"), pl.col("items")
+    return after.select(
+        "span",
+        users.shift(1, fill_value=0).alias("users_before"),
+        items.shift(1, fill_value=0).alias("items_before"),
+        items.shift(2, fill_value=items.first()).alias("items_earlier"),
+    )
 
 
 def _head_items(whole: pl.DataFrame, span: int) -> pl.DataFrame:
+    """The most popular items of all events before the span that make up half of them: span, item, head."""
     counts = whole.lazy().filter(pl.col("span") < span).group_by("item").len().sort("len", "item", descending=True)
     ahead = pl.col("len").cum_sum() - pl.col("len")
     top = counts.filter(ahead < pl.col("len").sum() / 2)

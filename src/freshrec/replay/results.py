@@ -17,9 +17,17 @@ from freshrec.replay.replay import Cell
 from freshrec.replay.significance import METHOD, Answers, Index, Mask, arrange, compare, interval
 
 COLUMNS = {
-    "model": pl.String, "strategy": pl.String, "seed": pl.Int64, "span": pl.Int64, "slice": pl.String,
-    "metric": pl.String, "value": pl.Float64, "low": pl.Float64, "high": pl.Float64, "n": pl.Int64,
-}  # fmt: skip
+    "model": pl.String,
+    "strategy": pl.String,
+    "seed": pl.Int64,
+    "span": pl.Int64,
+    "slice": pl.String,
+    "metric": pl.String,
+    "value": pl.Float64,
+    "low": pl.Float64,
+    "high": pl.Float64,
+    "n": pl.Int64,
+}
 CELL = (*METHOD, "seed")
 NUMBERS = ("metric", "value", "low", "high", "n")
 OVERALL = -1  # the span of a mean over spans
@@ -138,9 +146,11 @@ def _rows(answers: Answers, which_A: Index, which_Q: Mask, metrics: Sequence[str
     names = answers.methods[np.repeat(which_A, len(metrics))]
     return names.with_columns(
         pl.Series("metric", list(metrics) * len(which_A), pl.String),
-        pl.Series("value", by_user_UN.mean(0)), pl.Series("low", low_N), pl.Series("high", high_N),
+        pl.Series("value", by_user_UN.mean(0)),
+        pl.Series("low", low_N),
+        pl.Series("high", high_N),
         pl.lit(int(which_Q.sum()), pl.Int64).alias("n"),
-    )  # fmt: skip
+    )
 
 
 def _placed(rows: pl.DataFrame, span: int, part: str) -> pl.DataFrame:
@@ -179,10 +189,14 @@ def costs_of(cell: Cell, folder: Path, from_span: int = ReplayRecipe.from_span) 
         rows.append((OVERALL, name, float(np.nanmean([v for s, n, v in rows if n == name and s >= from_span]))))
     frame = pl.DataFrame(rows, schema={"span": pl.Int64, "metric": pl.String, "value": pl.Float64}, orient="row")
     return frame.with_columns(
-        pl.lit(cell.model).alias("model"), pl.lit(cell.strategy).alias("strategy"),
-        pl.lit(cell.seed, pl.Int64).alias("seed"), pl.lit("all").alias("slice"),
-        pl.col("value").alias("low"), pl.col("value").alias("high"), pl.lit(1, pl.Int64).alias("n"),
-    ).select(COLUMNS.keys())  # fmt: skip
+        pl.lit(cell.model).alias("model"),
+        pl.lit(cell.strategy).alias("strategy"),
+        pl.lit(cell.seed, pl.Int64).alias("seed"),
+        pl.lit("all").alias("slice"),
+        pl.col("value").alias("low"),
+        pl.col("value").alias("high"),
+        pl.lit(1, pl.Int64).alias("n"),
+    ).select(COLUMNS.keys())
 
 
 def _methods(

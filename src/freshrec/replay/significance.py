@@ -31,10 +31,18 @@ GROUPS = 2_000  # of users, at most, whose signs are flipped
 FLIPS = 9999  # of signs, for a test: the smallest p is 2 / 10,000
 DRAWN, FLIPPED = 100_000, 2_000_000  # resamples x users in memory at once: the fastest, and still small
 COLUMNS = {
-    "metric": pl.String, "model_a": pl.String, "strategy_a": pl.String, "model_b": pl.String, "strategy_b": pl.String,
-    "difference": pl.Float64, "low": pl.Float64, "high": pl.Float64, "p": pl.Float64, "p_adjusted": pl.Float64,
+    "metric": pl.String,
+    "model_a": pl.String,
+    "strategy_a": pl.String,
+    "model_b": pl.String,
+    "strategy_b": pl.String,
+    "difference": pl.Float64,
+    "low": pl.Float64,
+    "high": pl.Float64,
+    "p": pl.Float64,
+    "p_adjusted": pl.Float64,
     "n": pl.Int64,
-}  # fmt: skip
+}
 
 
 def contributions(
@@ -90,9 +98,15 @@ def interval(values_UM: Floats, seed: int = 0) -> tuple[Floats, Floats]:
         return means_MR
 
     found = stats.bootstrap(
-        (np.arange(n_users),), means, vectorized=True, n_resamples=RESAMPLES, batch=max(1, DRAWN // n_users),
-        confidence_level=LEVEL, method="percentile", rng=np.random.default_rng(seed),
-    ).confidence_interval  # fmt: skip
+        (np.arange(n_users),),
+        means,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        batch=max(1, DRAWN // n_users),
+        confidence_level=LEVEL,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
     return found.low + first_M, found.high + first_M
 
 
@@ -117,9 +131,14 @@ def paired_p(differences_UP: Floats, seed: int = 0) -> Floats:
         return np.round(signs_RU @ differences_UP / n_users, 12)  # equal sums must stay equal for ties to count
 
     test = stats.permutation_test(
-        (np.ones(len(differences_UP)),), means, permutation_type="samples", vectorized=True, n_resamples=FLIPS,
-        batch=max(1, FLIPPED // len(differences_UP)), rng=np.random.default_rng(seed),
-    )  # fmt: skip
+        (np.ones(len(differences_UP)),),
+        means,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=FLIPS,
+        batch=max(1, FLIPPED // len(differences_UP)),
+        rng=np.random.default_rng(seed),
+    )
     p_P: Floats = test.pvalue
     return p_P
 
@@ -184,10 +203,13 @@ def compare(
         low_N, high_N = interval(centred_UN, seed)
         numbers = pl.DataFrame(
             {
-                "metric": list(metrics) * len(pairs_P2), "difference": differences_UN.mean(0),
-                "low": low_N, "high": high_N, "p": paired_p(differences_UN, seed),
+                "metric": list(metrics) * len(pairs_P2),
+                "difference": differences_UN.mean(0),
+                "low": low_N,
+                "high": high_N,
+                "p": paired_p(differences_UN, seed),
             }
-        )  # fmt: skip
+        )
         first_N, second_N = np.repeat(first_P, len(metrics)), np.repeat(second_P, len(metrics))
         names = answers.methods[first_N].rename(FIRST), answers.methods[second_N].rename(SECOND)
         n_users = pl.lit(len(differences_UN), pl.Int64).alias("n")

@@ -137,6 +137,9 @@ def judged(base: State, known: Known, detect: Detect) -> Detection:
     hits = int(torch.isin(puzzled_N, users_N[torch.from_numpy(gained_N)]).sum())
     n_gained = int(gained_N.sum())
     return Detection(
-        len(users_N), n_gained, auc / max(n_gained * int((~gained_N).sum()), 1), hits / max(len(puzzled_N), 1),
+        len(users_N),
+        n_gained,
+        auc / max(n_gained * int((~gained_N).sum()), 1),
+        hits / max(len(puzzled_N), 1),
         hits / max(n_gained, 1),
-    )  # fmt: skip
+    )

@@ -60,12 +60,16 @@ def measured(
     found["versions"] = ", ".join(map(str, found["versions"]))
     rounded = {name: round(value, 2) if isinstance(value, float) else value for name, value in found.items()}
     return {
-        "search": search, "ready_s": round(ready_s, 2), **rounded,
-        "cpu_ms_a_request": round(1e3 * worked / max(1, found["asked"]), 2), "memory_mb": round(at_rest, 1),
-        "memory_peak_mb": round(max(peaks), 1), "memory_after_mb": round(after, 1),
+        "search": search,
+        "ready_s": round(ready_s, 2),
+        **rounded,
+        "cpu_ms_a_request": round(1e3 * worked / max(1, found["asked"]), 2),
+        "memory_mb": round(at_rest, 1),
+        "memory_peak_mb": round(max(peaks), 1),
+        "memory_after_mb": round(after, 1),
         "without_a_store_mb": round(empty(), 1),
         "vectors_mb": round(vector_bytes(store) / MB, 1),
-    }  # fmt: skip
+    }
 
 
 @contextmanager

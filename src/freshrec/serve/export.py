@@ -44,11 +44,15 @@ def export(version: Version, folder: Path, with_onnx: bool = False) -> dict[str,
     ids.with_columns(first=pl.Series(first_U), vectors=pl.Series(n_U)).write_parquet(folder / "users.parquet")
     _write_index(built(item_vectors(model)), folder / "items.faiss")
     about: dict[str, Any] = {
-        "version": version.number, "model": version.kept.names[0], "dimensions": items_ID.shape[1], "items": n_items,
-        "users": len(served.users), "user_vectors": len(vectors_SD),
+        "version": version.number,
+        "model": version.kept.names[0],
+        "dimensions": items_ID.shape[1],
+        "items": n_items,
+        "users": len(served.users),
+        "user_vectors": len(vectors_SD),
         "score": "the largest inner product of an item vector with one of the user's vectors",
         "files": ["items.parquet", "item_vectors.npy", "users.parquet", "user_vectors.npy", "items.faiss"],
-    }  # fmt: skip
+    }
     if with_onnx:
         inputs = write_tower(version, folder / "user_tower.onnx")
         about["files"].append("user_tower.onnx")
@@ -107,9 +111,15 @@ def write_tower(version: Version, path: Path) -> list[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's own exporter, about itself
         program = torch.onnx.export(
-            Tower(model).eval(), example, dynamo=True, input_names=names, output_names=["vectors"], verbose=False,
-            dynamic_shapes=({0: batch}, {0: batch}, stored), external_data=False,
-        )  # fmt: skip
+            Tower(model).eval(),
+            example,
+            dynamo=True,
+            input_names=names,
+            output_names=["vectors"],
+            verbose=False,
+            dynamic_shapes=({0: batch}, {0: batch}, stored),
+            external_data=False,
+        )
     assert program is not None
     program.save(str(path))
     return [value.name for value in program.model.graph.inputs if value.name is not None]

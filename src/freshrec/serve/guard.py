@@ -22,8 +22,10 @@ POLICY = b"default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; bas
 AFTER = [(b"retry-after", b"1")]
 HEADERS = [
     (b"content-security-policy", POLICY),
-    (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"cache-control", b"no-store"),
-]  # fmt: skip
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cache-control", b"no-store"),
+]
 
 
 @dataclass(frozen=True)

@@ -56,11 +56,17 @@ def bear(url: str, users: Sequence[str], rate: float, seconds: float, k: int, to
     late = np.array([late for _, late, _, _ in found] or [np.nan])
     p50, p95, p99 = (float(np.percentile(good, q)) for q in (50, 95, 99))
     return Borne(
-        asked=n_asked, answered=sum(status == "200" for _, _, status, _ in found),
+        asked=n_asked,
+        answered=sum(status == "200" for _, _, status, _ in found),
         wrong=dict(Counter(status for _, _, status, _ in found if status != "200")),
-        rate=len(found) / max(1e-9, time.perf_counter() - begin), p50=p50, p95=p95, p99=p99, most=float(good.max()),
-        late=float(np.percentile(late, 99)), versions=tuple(sorted({version for _, _, _, version in found if version})),
-    )  # fmt: skip
+        rate=len(found) / max(1e-9, time.perf_counter() - begin),
+        p50=p50,
+        p95=p95,
+        p99=p99,
+        most=float(good.max()),
+        late=float(np.percentile(late, 99)),
+        versions=tuple(sorted({version for _, _, _, version in found if version})),
+    )
 
 
 def _client(

@@ -172,9 +172,13 @@ class EventLog:
                     # A delete by predicate would write the id into the log. The rows stream from file to file.
                     rest = table.scan(predicate=f"{_among(batches)} AND user_id <> {who}")
                     write_deltalake(
-                        table, rest, mode="overwrite", predicate=_among(batches), writer_properties=WRITER,
+                        table,
+                        rest,
+                        mode="overwrite",
+                        predicate=_among(batches),
+                        writer_properties=WRITER,
                         commit_properties=CommitProperties(max_commit_retries=0),
-                    )  # fmt: skip
+                    )
             _sweep(self.folder, table)
             if table is not None:
                 _vouch(self.folder)

@@ -20,6 +20,7 @@ from torch import Tensor
 from freshrec.config import Count, CountOrNone, Positive, check_options
 from freshrec.data.batches import due_targets, interests_where, owners, random_source, rows_where
 from freshrec.data.carried import Carried, carried_by
+from freshrec.data.lanes import HiddenStates
 from freshrec.errors import OptionError
 from freshrec.learn.fit import Clock, Fit, batches, finish, negatives, start, successor, train
 from freshrec.learn.generators import GRU, Generator, Mix, Window, shares, untrained
@@ -163,14 +164,15 @@ class ASMG:
         """What makes the newest span's loss a weighted sum over all of them."""
         *weights, newest = shares(len(window.models), self.loss)
         streams = [self._stream(model, block, (*key, 0, j)) for j, block in enumerate(blocks)]
+        hidden = [HiddenStates() for _ in blocks]
 
         def term(batch: Batch, forward: Forward) -> Tensor:
             loss = (newest - 1) * forward.loss
-            for n, (weight, stream) in enumerate(zip(weights, streams, strict=True), 1):
+            for n, (weight, stream, states) in enumerate(zip(weights, streams, hidden, strict=True), 1):
                 older = next(stream, None)
                 if older is not None:
                     with seen_through(model, generator.view(window, n)) as forward_pass:
-                        loss = loss + weight * forward_pass(older).loss
+                        loss = loss + weight * states.run(forward_pass, older).loss
             return loss
 
         return term

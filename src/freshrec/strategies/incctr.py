@@ -13,6 +13,7 @@ from torch import Tensor
 from freshrec.config import CountOrNone, Positive, Rate, check_options
 from freshrec.data.batches import Targets, due_targets
 from freshrec.data.carried import carried_by
+from freshrec.data.lanes import HiddenStates
 from freshrec.errors import IncompatibleError, OptionError
 from freshrec.learn.fit import Clock, Fit, adapt, finish, start, successor
 from freshrec.models.layers import best_inner_product
@@ -47,11 +48,11 @@ class Distill:
     def term(self, teacher: TrainedModel) -> Term:
         """What to add to the loss, given the last model."""
 
-        opinion = soft_clicks if isinstance(teacher, ClickModel) else soft_choice
+        opinion, hidden = soft_clicks if isinstance(teacher, ClickModel) else soft_choice, HiddenStates()
 
         def distil(batch: Batch, forward: Forward) -> Tensor:
             with torch.no_grad():
-                teacher_BN = logits_of(teacher(batch))
+                teacher_BN = logits_of(hidden.run(teacher, batch))
             return self.weight * (opinion(logits_of(forward), teacher_BN, self.tau) - forward.loss)
 
         return distil

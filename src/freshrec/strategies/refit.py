@@ -13,7 +13,7 @@ from freshrec.device import permutation
 from freshrec.learn.fit import Clock, Fit, adapt, best_epoch, ndcg, ndcg_of, train
 from freshrec.learn.listwise import LEVEL, better, refit, worth
 from freshrec.models.blend import Blend
-from freshrec.models.experts import TRAINED, N
+from freshrec.models.experts import RANK, SHARE, TRAINED
 from freshrec.models.pooled import Pooled
 from freshrec.strategies.plain import Absorb
 from freshrec.types import DUE, NEVER, NEXT, NOW, Histories, Span, State
@@ -89,7 +89,7 @@ class Refit:
         heard = copy.copy(model)
         heard.hear_trained()
         if self.trains == "worth" and len(heard.remembered.x_QCF) >= JUDGES:
-            nats, p = worth(heard.remembered, [N - 1, 2 * N - 1])
+            nats, p = worth(heard.remembered, [SHARE["pooled"], RANK["pooled"]])
             clock.costs |= {"trained_worth": nats, "trained_worth_p": p}
             if not (p < LEVEL and nats > WORTH):
                 model.experts.trained = TRAINED.build(model.seed)
