@@ -344,7 +344,7 @@ def crossed(x_BCF: Tensor) -> Tensor:
     That is how trust in an expert comes to depend on how often a user repeats, and on how long the history is.
     """
     share, mine = x_BCF[..., Slots.share], x_BCF[..., Slots.own]
-    taken, again, repeats, length = (x_BCF[..., column, None] for column in CROSSED)
+    taken, again, repeats, length = (x_BCF[..., column : column + 1] for column in CROSSED)
     products = [share * repeats, share * length, mine * repeats, mine * length, mine * again, taken * again * repeats]
     return torch.cat([x_BCF[..., : Slots.user.start], *products], -1)
 

@@ -194,10 +194,10 @@ class Experts:
 
     def _write_counters(self, x_MF: Floats, cells: Cells, said: dict[str, Any], offers: dict[str, Ints]) -> None:
         """What each counter thinks of the candidates, and the places of those that it offers, into their features."""
-        log_rank_K = np.log(np.arange(1, self.offered + 1, dtype=np.float32))
+        log_rank_K, floor = np.log(np.arange(1, self.offered + 1, dtype=np.float32)), self.settled.floor
         for name, offered_BK in offers.items():
             cells_H, shares_H = cells.of(said[name])
-            x_MF[cells_H, SHARE[name]] = np.log(shares_H + self.settled.floor)
+            x_MF[cells_H, SHARE[name]] = np.log(shares_H + floor)
             x_MF[cells.at(offered_BK), RANK[name]] = log_rank_K[: offered_BK.shape[1]]
 
     @property
