@@ -69,7 +69,16 @@ class Remembered:
 
     def latest(self, n: int) -> Remembered:
         """Without the older ones."""
-        return Remembered(*(column[-n:] for column in vars(self).values()))
+        return Remembered(self.x_QCF[-n:], self.real_QC[-n:], self.ranks_PR[-n:])
+
+    @staticmethod
+    def joined(parts: list[Remembered]) -> Remembered:
+        """One part after the other."""
+        return Remembered(
+            torch.cat([part.x_QCF for part in parts]),
+            torch.cat([part.real_QC for part in parts]),
+            torch.cat([part.ranks_PR for part in parts]),
+        )
 
 
 @dataclass(frozen=True)
@@ -190,18 +199,7 @@ class Blend:
     def _remember(self, targets: Targets, is_base: bool) -> None:
         """Ask for some of the targets, and write down what the candidates looked like."""
         source = random_source(self.seed, REMEMBER, self.n_blocks)
-        known_N = (
-            among_last(targets, self.spec.length) | torch.from_numpy(self.experts.facts.events_I > 0)[targets.items_N]
-        )
-        able_N = (targets.lengths(1) > 0) & known_N
-        order_N = permutation(len(targets), source)
-        order_N = order_N[able_N[order_N]]
-        share = min(1.0, self.spec.per_window / self.experts.window)
-        wanted = min(self.spec.remembered, round(share * len(targets)))
-        by_turn_N = torch.argsort(
-            turns_of(targets.users_N[order_N]), stable=True
-        )  # one event of each user, then another
-        targets = targets[order_N[by_turn_N[:wanted]]]
+        targets = _chosen(targets, self.spec, self.experts, source)
         kept = [self.remembered]
         for which in in_parts(torch.arange(len(targets)), 256):
             part = targets[which]
@@ -212,8 +210,7 @@ class Blend:
             if is_base:
                 queries = batch.users_B[found_B], batch.history_BT[found_B], items_BC[found_B]
                 self.waiting.append(Waiting(found_B, *queries, kept_QC))
-        columns = zip(*(vars(rows).values() for rows in kept))
-        self.remembered = Remembered(*(torch.cat(column) for column in columns)).latest(self.spec.remembered)
+        self.remembered = Remembered.joined(kept).latest(self.spec.remembered)
 
     def hear_trained(self) -> None:
         """Add the opinion of the trained expert to what waits for it; it must not have learnt from what came later."""
@@ -298,6 +295,22 @@ class Blend:
         self.rule = Rule(**rule) if rule else None
 
 
+def _chosen(targets: Targets, spec: BlendSpec, experts: Experts, source: torch.Generator) -> Targets:
+    """The targets to ask for, drawn at random: one event of each user, then another, of users with a history.
+
+    Only items that somebody, or the user lately, took before: no expert offers others.
+    """
+    has_events_I = torch.from_numpy(experts.facts.events_I > 0)
+    known_N = among_last(targets, spec.length) | has_events_I[targets.items_N]
+    able_N = (targets.lengths(1) > 0) & known_N
+    order_N = permutation(len(targets), source)
+    order_N = order_N[able_N[order_N]]
+    turn_N = turns_of(targets.users_N[order_N])
+    share = min(1.0, spec.per_window / experts.window)
+    wanted = min(spec.remembered, round(share * len(targets)))
+    return targets[order_N[turn_N.argsort(stable=True)[:wanted]]]
+
+
 def _written(
     spec: BlendSpec, rule: Rule | None, items_BC: Tensor, x_BCF: Tensor, target_B1: Tensor, source: torch.Generator
 ) -> tuple[Tensor, Tensor, Remembered]:
@@ -331,7 +344,7 @@ def crossed(x_BCF: Tensor) -> Tensor:
     That is how trust in an expert comes to depend on how often a user repeats, and on how long the history is.
     """
     share, mine = x_BCF[..., Slots.share], x_BCF[..., Slots.own]
-    taken, again, repeats, length = (x_BCF[..., column, None] for column in CROSSED)
+    taken, again, repeats, length = (x_BCF[..., column : column + 1] for column in CROSSED)
     products = [share * repeats, share * length, mine * repeats, mine * length, mine * again, taken * again * repeats]
     return torch.cat([x_BCF[..., : Slots.user.start], *products], -1)
 

@@ -124,14 +124,26 @@ def sampled(queries: Queries, n: int) -> Tensor:
     """
     key_ND = queries.events_N[:, None] * 1_000_003 + torch.arange(4 * n)
     items_ND = mixed(key_ND) % max(queries.n_items, 1) + 1
-    sorted_ND, order_ND = items_ND.sort(dim=1, stable=True)
-    again_ND = F.pad(sorted_ND[:, 1:] == sorted_ND[:, :-1], (1, 0))
-    bad_ND = torch.zeros_like(again_ND).scatter_(1, order_ND, again_ND) | (items_ND == queries.items_N[:, None])
-    own_NT = queries.histories_NT.long().sort(1).values
-    at_ND = torch.searchsorted(own_NT, items_ND).clamp(max=max(own_NT.shape[1] - 1, 0))
-    bad_ND |= own_NT.gather(1, at_ND) == items_ND if own_NT.shape[1] else False
-    first_Nn = bad_ND.byte().argsort(dim=1, stable=True)[:, :n]
+    is_target_ND = items_ND == queries.items_N[:, None]
+    bad_ND = is_target_ND | _drawn_before(items_ND) | _is_among(items_ND, queries.histories_NT)
+    first_Nn = bad_ND.byte().argsort(dim=1, stable=True)[:, :n]  # the good ones, in the order in which they were drawn
     return torch.where(bad_ND.gather(1, first_Nn), 0, items_ND.gather(1, first_Nn))
+
+
+def _drawn_before(items_ND: Tensor) -> Tensor:
+    """(N, D) bool: the same item stands further left in the row."""
+    sorted_ND, order_ND = items_ND.sort(dim=1, stable=True)
+    is_again_ND = F.pad(sorted_ND[:, 1:] == sorted_ND[:, :-1], (1, 0))
+    return torch.zeros_like(is_again_ND).scatter_(1, order_ND, is_again_ND)
+
+
+def _is_among(items_ND: Tensor, histories_NT: Tensor) -> Tensor:
+    """(N, D) bool: the item is in the row's history. By binary search: comparing all with all takes N D T cells."""
+    if not histories_NT.shape[1]:
+        return torch.zeros_like(items_ND, dtype=torch.bool)
+    own_NT = histories_NT.long().sort(1).values
+    at_ND = torch.searchsorted(own_NT, items_ND).clamp(max=own_NT.shape[1] - 1)
+    return own_NT.gather(1, at_ND) == items_ND
 
 
 def mixed(keys: Tensor) -> Tensor:
