@@ -9,10 +9,10 @@ import time
 import numpy as np
 import torch
 
-from freshrec.data.batches import ends_of, histories_before
+from freshrec.data.batches import history_ends, history_items
 from freshrec.models.blend import BlendSpec
-from freshrec.models.counted import absorb
-from freshrec.models.ranking import top
+from freshrec.models.counted import absorb_block
+from freshrec.models.ranking import top_k
 from freshrec.strategies.refit import Refit
 from freshrec.types import Batch, Events, Histories, Model, Span, State
 
@@ -28,7 +28,7 @@ def world() -> Events:
     for i, user in enumerate(who):
         where[user] = (where[user] + source.zipf(2.0)) % ITEMS if source.random() < 0.7 else source.zipf(1.2) % ITEMS
         items[i] = where[user] + 1
-    return Events.of(torch.from_numpy(who), torch.from_numpy(items))
+    return Events.trainable(torch.from_numpy(who), torch.from_numpy(items))
 
 
 def spent(what, *arguments):  # noqa: ANN001, ANN002, ANN201
@@ -41,7 +41,7 @@ def spent(what, *arguments):  # noqa: ANN001, ANN002, ANN201
 def answer(model: Model, batches: list[Batch]) -> None:
     """One request a batch."""
     for batch in batches:
-        top(model, batch, 20)
+        top_k(model, batch, 20)
 
 
 def main() -> None:
@@ -54,15 +54,15 @@ def main() -> None:
     for name, strategy in strategies.items():
         state = State(BlendSpec().build(0))
         span = Span(0, base, USERS, ITEMS)
-        counted, state = spent(absorb, state, base, USERS, ITEMS)
+        counted, state = spent(absorb_block, state, base, USERS, ITEMS)
         fitted, state = spent(strategy.update, state, span)
-        absorbed, state = spent(absorb, state, new, USERS, ITEMS)
+        absorbed, state = spent(absorb_block, state, new, USERS, ITEMS)
         updated, state = spent(strategy.update, state, Span(1, new, USERS, ITEMS))
-        model, recent = state.model, state.recent
+        model, recent = state.model, state.histories
         source = torch.Generator().manual_seed(0)
         users = torch.randint(1, USERS + 1, (200,), generator=source)
-        ends = [ends_of(recent, user[None], "recent") for user in users]
-        batches = [Batch(end.users_N, histories_before(end, model.spec.length)) for end in ends]
+        ends = [history_ends(recent, user[None], "recent") for user in users]
+        batches = [Batch(end.users_N, history_items(end, model.spec.length)) for end in ends]
         answer(model, batches[:20])
         asked, _ = spent(answer, model, batches)
         costs = {"base_absorb": counted, "base_fit": fitted, "absorb": absorbed, "update": updated}

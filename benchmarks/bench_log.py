@@ -14,14 +14,14 @@ from pathlib import Path
 import polars as pl
 
 from freshrec.data.log import read_log
-from freshrec.data.spans import cut
-from freshrec.data.validate import validate
-from freshrec.data.worlds import make
+from freshrec.data.spans import split_log
+from freshrec.data.validate import validate_log
+from freshrec.data.worlds import make_world
 
 
 def write(file: Path, rows: int) -> None:
     """A world's events under the usual column names."""
-    log = make("drift", users=rows // 20, items=rows // 100, events=rows).log
+    log = make_world("drift", users=rows // 20, items=rows // 100, events=rows).log
     log.frame.select("user_id", "item_id", (pl.col("time") // 1_000_000).alias("timestamp")).write_parquet(file)
 
 
@@ -29,8 +29,8 @@ def measure(file: Path) -> dict[str, float | str]:
     """Read, validate and cut `file` in this process."""
     wall, cpu = time.perf_counter(), time.process_time()
     log = read_log(file)
-    report = validate(log)
-    spans = cut(log, by="count", spans=6).spans
+    report = validate_log(log)
+    spans = split_log(log, by="count", spans=6).spans
     assert sum(len(span.events) for span in spans) == report.rows
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {

@@ -14,9 +14,9 @@ import numpy as np
 import polars as pl
 
 from freshrec.data.log import read_log
-from freshrec.nightly.job import Job, source_of
-from freshrec.serve.contents import begun, read_contents
-from freshrec.store.versions import new_store, open_store
+from freshrec.nightly.job import NightlyJob, hash_source
+from freshrec.serve.contents import new_bundle, read_bundle
+from freshrec.store.versions import create_store, open_store
 
 DAY = 86_400_000_000  # microseconds
 
@@ -46,19 +46,19 @@ def main() -> None:
         for i in (1, 2):
             events(arguments.new, *sizes, 1_750_000_000_000_000 + i * DAY, i).write_parquet(paths[i])
         since = time.perf_counter()
-        with new_store(Path(folder) / "store") as store:
-            contents = begun(arguments.model, arguments.strategy, 0)
-            first = Job(store).begin(read_log(paths[0]), source_of(paths[0]), contents)
+        with create_store(Path(folder) / "store") as store:
+            contents = new_bundle(arguments.model, arguments.strategy, 0)
+            first = NightlyJob(store).fit_first_version(read_log(paths[0]), hash_source(paths[0]), contents)
         found = {"benchmark": "nightly", "model": arguments.model, **first.sizes, "fit_s": time.perf_counter() - since}
         for path in paths[1:]:  # the second is the one that tells: the first has no older events to be asked
             parts, since = {}, time.perf_counter()
-            job = Job(open_store(Path(folder) / "store"))
+            job = NightlyJob(open_store(Path(folder) / "store"))
             with job.store.locked():
                 begin = time.perf_counter()
-                _ = job.contents
+                _ = job.bundle
                 parts["open_s"] = time.perf_counter() - begin
                 begin = time.perf_counter()
-                taken = job.deliver(read_log(path), source_of(path))
+                taken = job.append_delivery(read_log(path), hash_source(path))
                 parts["log_s"] = time.perf_counter() - begin
                 [version] = job.catch_up()
             total = time.perf_counter() - since
@@ -66,9 +66,9 @@ def main() -> None:
         parts["gate_s"] = version.numbers["wait_s"] - version.numbers["update_s"]
         parts["save_s"] = total - sum(parts.values())
         since = time.perf_counter()
-        read_contents(job.store.files(version.id))
+        read_bundle(job.store.verified_files(version.id))
         n_bytes = sum(file.n_bytes for file in version.files.values())
-        found |= {"new": taken.kept, "total_s": total, **parts, "outside": 1 - parts["learn_s"] / total}
+        found |= {"new": taken.n_appended, "total_s": total, **parts, "outside": 1 - parts["learn_s"] / total}
         found |= {"load_s": time.perf_counter() - since, "mb": n_bytes / 2**20, "verdict": version.promoted}
         found |= {name: value for name, value in version.numbers.items() if name.endswith("_cpu_s")}
         found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

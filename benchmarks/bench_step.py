@@ -11,8 +11,8 @@ import time
 
 import torch
 
-from freshrec.data.batches import append, targets_at
-from freshrec.data.carried import carried_by
+from freshrec.data.batches import append_events, targets_at
+from freshrec.data.carried import stored_interests_of
 from freshrec.learn.fit import train
 from freshrec.models import MODELS
 from freshrec.types import Events, Histories, TrainedModel
@@ -26,7 +26,7 @@ def histories_of(n_items: int, source: torch.Generator) -> Histories:
     lengths = (torch.randn(n_users, generator=source) * 0.9 + 2.95).exp().clamp(1, LENGTH).long()
     users_E = torch.repeat_interleave(torch.arange(1, n_users + 1), lengths + 1)
     items_E = torch.randint(1, n_items + 1, (len(users_E),), generator=source)
-    return append(Histories.empty(), Events.of(users_E, items_E), n_users)
+    return append_events(Histories.empty(), Events.trainable(users_E, items_E), n_users)
 
 
 def speed(n_items: int, epochs: int = 3) -> float:
@@ -38,7 +38,9 @@ def speed(n_items: int, epochs: int = 3) -> float:
     model.grow(histories.n_users, n_items)
     targets = targets_at(histories, histories.offsets_U[2:] - 1)
     since, best = time.process_time(), 0.0
-    for epoch, _ in enumerate(train(model, targets, epochs + 1, (0, 0), carried=carried_by(model, None, 0))):
+    for epoch, _ in enumerate(
+        train(model, targets, epochs + 1, (0, 0), stored_interests=stored_interests_of(model, None, 0))
+    ):
         now = time.process_time()
         best = max(best, len(targets) / (now - since)) if epoch else best
         since = time.process_time()

@@ -12,17 +12,17 @@ from dataclasses import replace
 
 import torch
 
-from freshrec.data.spans import cut
-from freshrec.data.worlds import make
-from freshrec.learn.fit import Fit
+from freshrec.data.spans import split_log
+from freshrec.data.worlds import make_world
+from freshrec.learn.fit import FitConfig
 from freshrec.models import MODELS
-from freshrec.models.counted import absorb
+from freshrec.models.counted import absorb_block
 from freshrec.strategies.imsr import IMSR
 from freshrec.strategies.plain import FineTune, Retrain
 from freshrec.types import Span, State, Strategy
 
 ROUNDS = 5
-FIT = Fit(epochs=2, base_epochs=2)
+FIT = FitConfig(epochs=2, base_epochs=2)
 WAYS: dict[str, Strategy] = {
     "finetune": FineTune(FIT),
     "eir alone": IMSR(detect=None, trim=None, fit=FIT),
@@ -39,13 +39,13 @@ def seconds(strategy: Strategy, state: State, span: Span) -> tuple[float, dict[s
 
 def main() -> None:
     """Replay to span 6 with each way, then time its update there."""
-    world = make("newborn", users=2000, items=4_000, events=120_000, spans=6)
-    spans = cut(world.log, by="period", spans=6).spans
+    world = make_world("newborn", users=2000, items=4_000, events=120_000, spans=6)
+    spans = split_log(world.log, by="period", spans=6).spans
     state = State(MODELS["comirec-dr"].build(0))
     for span in spans[:6]:
-        state = WAYS["imsr"].update(absorb(state, span.events, span.n_users, span.n_items), span)
+        state = WAYS["imsr"].update(absorb_block(state, span.events, span.n_users, span.n_items), span)
     last = spans[6]
-    ready = absorb(state, last.events, last.n_users, last.n_items)
+    ready = absorb_block(state, last.events, last.n_users, last.n_items)
     rounds = [{way: seconds(strategy, ready, last) for way, strategy in WAYS.items()} for _ in range(ROUNDS)]
     cost = {way: statistics.median(r[way][0] for r in rounds) for way in WAYS}
     parts = {

@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 import torch
 
-from freshrec.data.batches import ends_of, histories_before
+from freshrec.data.batches import history_ends, history_items
 from freshrec.models.scoring import user_vectors
 from freshrec.serve.recommender import Recommender
 from freshrec.types import Batch, Interests
@@ -45,16 +45,16 @@ def log_of(n_users: int, n_items: int) -> pl.DataFrame:
 
 def with_interests(recommender: Recommender) -> Recommender:
     """4 to 9 interests of every user, read from the user's events by the model."""
-    contents = recommender.contents
+    contents = recommender.bundle
     state = contents.served.state
-    model, n_users = state.model, state.recent.n_users
+    model, n_users = state.model, state.histories.n_users
     n_U = torch.from_numpy(np.random.default_rng(1).integers(4, 10, n_users + 1))
     n_U[0] = 0
     offsets_U = torch.cat([torch.zeros(1, dtype=torch.int64), n_U.cumsum(0)])
     vectors_SD = torch.zeros(int(n_U.sum()), D)
     for n in range(4, 10):
         for users_B in (n_U == n).nonzero()[:, 0].split(1024):
-            history_BT = histories_before(ends_of(state.recent, users_B, "recent"), model.spec.length)
+            history_BT = history_items(history_ends(state.histories, users_B, "recent"), model.spec.length)
             alive_BK = torch.ones(len(users_B), n, dtype=torch.bool)
             slots_BKD = model.slots(n).expand(len(users_B), -1, -1)
             batch = Batch(users_B, history_BT, interests_BKD=slots_BKD, alive_BK=alive_BK, old_BK=~alive_BK)
@@ -62,8 +62,8 @@ def with_interests(recommender: Recommender) -> Recommender:
             vectors_SD[rows] = user_vectors(model, batch).flatten(0, 1)
     zeros = torch.zeros(len(vectors_SD), dtype=torch.int16)
     users = Interests(vectors_SD, offsets_U, zeros, zeros.clone())
-    served = replace(contents.served, state=replace(state, users=users))
-    return Recommender.of(replace(contents, served=served))
+    served = replace(contents.served, state=replace(state, interests=users))
+    return Recommender.from_bundle(replace(contents, served=served))
 
 
 def main() -> None:

@@ -12,14 +12,14 @@ import torch
 import typer
 from torch import Tensor
 
-from freshrec.data.batches import closed, in_parts
-from freshrec.data.carried import carried_by, pad_interests
+from freshrec.data.batches import close_gaps, split_chunks
+from freshrec.data.carried import pad_interests, stored_interests_of
 from freshrec.models import find_model
 from freshrec.models.scoring import item_vectors, user_vectors
-from freshrec.recipes import cut_of
-from freshrec.replay.measure import blocks_of, queries_of
+from freshrec.recipes import load_split
+from freshrec.replay.measure import make_queries, split_into_blocks
 from freshrec.replay.recipe_schema import load_recipe
-from freshrec.replay.replay import absorb
+from freshrec.replay.replay import absorb_block
 from freshrec.strategies import find_strategy
 from freshrec.types import Batch, InterestModel, Interests, Span, State
 
@@ -35,19 +35,19 @@ def study(
     """Replay the recipe's model under one strategy, looking at the interests after each update."""
     resolved = load_recipe(recipe)
     resolved = resolved.model_copy(update={"log": resolved.log.model_copy(update={"folder": data})})
-    cut, update = cut_of(resolved), find_strategy(strategy)
+    cut, update = load_split(resolved), find_strategy(strategy)
     state, states = State(find_model(resolved.replay.models[0]).build(0)), []
     for span in cut.spans[:-1]:
-        state = update.update(absorb(state, span.events, span.n_users, span.n_items), span)
+        state = update.update(absorb_block(state, span.events, span.n_users, span.n_items), span)
         states.append(state)
-    user = most_changed(state.users)
+    user = most_changed(state.interests)
     found = {
         "recipe": recipe.stem,
         "strategy": strategy,
         "spans": [span.name for span in cut.spans],
         "serving": serving(state, cut.spans[-1]),
         "kept": [kept(before, after) for before, after in zip(states, states[1:])],
-        "user": [interests_of(state, user, cut.items) for state in states],
+        "user": [interests_of(state, user, cut.item_catalog) for state in states],
     }
     (HERE / "results" / "case-interests.json").write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found["serving"]))
@@ -58,20 +58,20 @@ def serving(state: State, span: Span) -> dict[str, list[float]]:
 
     Users who have interests, and targets that the model knows, only; an interest is as read from the recent history.
     """
-    model, users = state.model, state.users
+    model, users = state.model, state.interests
     assert isinstance(model, InterestModel) and users is not None
-    queries = queries_of(state.recent, blocks_of(span, model.n_items, 1)[0], model.spec.length)
+    queries = make_queries(state.histories, split_into_blocks(span, model.n_items, 1)[0], model.spec.length)
     has_own_N = users.offsets_U.diff()[queries.users_N.clamp(max=users.n_users)] > 0
     queries = queries[has_own_N & (queries.users_N <= users.n_users) & (queries.items_N <= model.n_items)]
-    carried = carried_by(model, users, state.spans_seen)
+    carried = stored_interests_of(model, users, state.spans_seen)
     assert carried is not None
     n_spans = state.spans_seen
     nearest, there = torch.zeros(n_spans), torch.zeros(n_spans)
-    for which in in_parts(torch.arange(len(queries)), 256):
+    for which in split_chunks(torch.arange(len(queries)), 256):
         part = queries[which]
         known_NT = torch.where(part.histories_NT <= model.n_items, part.histories_NT, 0).long()
-        batch = carried.join(Batch(part.users_N, closed(known_NT)))
-        _, alive_BK, born_BK = pad_interests(users, part.users_N, model.slots(model.spec.k))
+        batch = carried.attach(Batch(part.users_N, close_gaps(known_NT)))
+        _, alive_BK, born_BK = pad_interests(users, part.users_N, model.initial_interests(model.spec.k))
         target_BD1 = item_vectors(model)[part.items_N][..., None]
         logits_BK = (user_vectors(model, batch) @ target_BD1)[..., 0].masked_fill(~alive_BK, -torch.inf)
         best_B1 = logits_BK.argmax(1, keepdim=True)
@@ -87,7 +87,7 @@ def _shares(counts: Tensor) -> list[float]:
 def kept(before: State, after: State) -> dict[str, float]:
     """How near the interests are to what they were an update ago, and how many are new, of users updated in between."""
     cosines, n_new, n_users = [], 0, 0
-    old, new = before.users, after.users
+    old, new = before.interests, after.interests
     assert old is not None and new is not None
     for user in range(1, old.n_users + 1):
         was, now = _of(old, user), _of(new, user)
@@ -109,7 +109,7 @@ def most_changed(users: Interests | None) -> int:
 
 def interests_of(state: State, user: int, items: Any) -> list[dict[str, Any]]:
     """The user's interests: the span each was born in, and the items nearest to it."""
-    users = state.users
+    users = state.interests
     assert users is not None
     if user > users.n_users or not len(_of(users, user)):
         return []

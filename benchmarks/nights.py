@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from freshrec.data.log import Log, positives, read_log
-from freshrec.nightly.job import Job
-from freshrec.serve.contents import begun
-from freshrec.store.versions import Manifest, new_store
+from freshrec.data.log import Log, keep_positives, read_log
+from freshrec.nightly.job import NightlyJob
+from freshrec.serve.contents import new_bundle
+from freshrec.store.versions import Manifest, create_store
 
 DAY = 86_400_000_000  # microseconds
 Frame = pl.DataFrame
@@ -95,7 +95,7 @@ BAD: tuple[Callable[[Frame, Frame, np.random.Generator], Frame], ...] = (
 def cut(days: Days, folder: Path) -> tuple[Frame, list[Frame]]:
     """The first log, and the days after it that have rows."""
     log = read_log(folder / days.path, users=days.users)
-    frame = positives(log).frame.select("user_id", "item_id", "time").unique(maintain_order=True)
+    frame = keep_positives(log).frame.select("user_id", "item_id", "time").unique(maintain_order=True)
     length = int(days.hours / 24 * DAY)
     frame = frame.with_columns(day=(pl.col("time") - frame["time"][0] // DAY * DAY) // length)
     first = frame["day"][round(days.base * len(frame))]
@@ -106,15 +106,15 @@ def cut(days: Days, folder: Path) -> tuple[Frame, list[Frame]]:
 def nights(name: str, days: Days, folder: Path, model: str, every: int) -> Iterator[tuple[str, int, Manifest]]:
     """The verdict on each day, good and bad: kind, which day, version."""
     base, later = cut(days, folder)
-    with tempfile.TemporaryDirectory() as where, new_store(Path(where) / "store") as store:
-        job = Job(store)
-        job.begin(Log(base, True, "us"), "base", begun(model, None, 0))
+    with tempfile.TemporaryDirectory() as where, create_store(Path(where) / "store") as store:
+        job = NightlyJob(store)
+        job.fit_first_version(Log(base, True, "us"), "base", new_bundle(model, None, 0))
         known = base
         for i, day in enumerate(later):
             for spoil in BAD if i % every == 0 else ():
                 bad = spoil(day, known, np.random.default_rng(i)).sort("time", maintain_order=True)
-                yield spoil.__name__, i, job.tried(bad)[0]
-            job.deliver(Log(day, True, "us"), f"day {i}")
+                yield spoil.__name__, i, job.make_challenger(bad)[0]
+            job.append_delivery(Log(day, True, "us"), f"day {i}")
             for version in job.catch_up("it is a good day"):
                 yield "good", i, version
             known = pl.concat([known, day])

@@ -12,11 +12,11 @@ import polars as pl
 import typer
 
 import freshrec
-from freshrec.cli_replay import resolved, run_recipe
-from freshrec.data.spans import plan
-from freshrec.recipes import cut_of
+from freshrec.cli_replay import resolve_recipe, run_recipe
+from freshrec.data.spans import describe_spans
+from freshrec.recipes import load_split
 from freshrec.replay.recipe_schema import load_recipe
-from freshrec.replay.results import OVERALL
+from freshrec.replay.results import OVERALL_SPAN
 
 SHOWN = "ndcg@20"  # what docs/results.md shows and tests, where a recipe measures it; else its first metric
 KEPT_COSTS = {
@@ -34,7 +34,7 @@ def reproduce(
 ) -> None:
     """Replay the recipe, or go on with it, and write what the results page needs."""
     out = Path("runs") / recipe.stem
-    run_recipe(resolved(recipe, {"log": {"folder": data}}), out, jobs, device, resume=True, as_json=False)
+    run_recipe(resolve_recipe(recipe, {"log": {"folder": data}}), out, jobs, device, resume=True, as_json=False)
     results.mkdir(parents=True, exist_ok=True)
     (results / f"{recipe.stem}.json").write_text(_lines(summary(recipe, out)) + "\n")
 
@@ -54,7 +54,7 @@ def summary(recipe: Path, out: Path) -> dict[str, Any]:
     table = pl.read_parquet(out / "results.parquet")
     metrics = resolved.replay.metrics
     wanted = [*metrics, *(f"forgetting {m}" for m in metrics), *KEPT_COSTS]
-    overall = table.filter((pl.col("span") == OVERALL) & pl.col("metric").is_in(wanted))
+    overall = table.filter((pl.col("span") == OVERALL_SPAN) & pl.col("metric").is_in(wanted))
     base = table.filter((pl.col("span") == 0) & (pl.col("metric") == "update_cpu_s"))
     shown = [SHOWN] if SHOWN in metrics else [*metrics, "update_cpu_s"]
     by_span = table.filter((pl.col("span") >= 0) & (pl.col("slice") == "all") & pl.col("metric").is_in(shown))
@@ -67,7 +67,7 @@ def summary(recipe: Path, out: Path) -> dict[str, Any]:
         "recipe": recipe.stem,
         "freshrec": freshrec.__version__,
         "resolved": tables,
-        "spans": plan(cut_of(resolved)).to_dicts(),
+        "spans": describe_spans(load_split(resolved)).to_dicts(),
         "methods": _rounded(methods),
         "overall": _rounded(overall.drop("span")),
         "base_cpu_s": _rounded(base.select("model", "strategy", "seed", "value")),

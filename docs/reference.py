@@ -12,7 +12,7 @@ from typing import Any
 from names import options_of
 
 from freshrec import errors
-from freshrec.cli import app, lines_of
+from freshrec.cli import app, describe_names
 from freshrec.config import description_of, hints_of
 from freshrec.models import MODELS
 from freshrec.replay.measure import SLICES
@@ -36,7 +36,12 @@ def reference_page(root: Path) -> str:
     parts += [_row(alias, f"Another name of `{name}`.") for alias, name in ALIASES.items()]
     parts += _options(_parts({type(s): s for s in STRATEGIES.values()}), root)
     for title in ("metrics", "worlds", "formats"):
-        parts += ["", f"## {title.capitalize()}", "", *(_row(name, line) for name, line in lines_of(title).items())]
+        parts += [
+            "",
+            f"## {title.capitalize()}",
+            "",
+            *(_row(name, line) for name, line in describe_names(title).items()),
+        ]
     parts += ["", "## Slices", "", *(_row(name, line) for name, line in SLICES.items())]
     parts += [
         "",

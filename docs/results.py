@@ -11,8 +11,8 @@ import polars as pl
 from studies import studies
 
 from freshrec.models import CONTROLS
-from freshrec.replay.clicks import DOWN
-from freshrec.replay.results import with_interval
+from freshrec.replay.clicks import LOWER_IS_BETTER
+from freshrec.replay.results import format_with_interval
 
 MULTI = ("comirec-dr", "comirec-sa", "mind")
 TRAINED = (*MULTI, "sasrec")
@@ -330,7 +330,7 @@ def _protocol(result: dict[str, Any]) -> list[str]:
     at, metrics = _means(result), part["metrics"]
     published = PUBLISHED.get(result["recipe"], {})
     methods = {(m, s) for m, s, metric in at if metric == metrics[0]}
-    up = -1 if metrics[0] in DOWN else 1
+    up = -1 if metrics[0] in LOWER_IS_BETTER else 1
     first, seeds = max(1, part["from_span"]), part["seeds"]
     lines = [
         f"`make reproduce RECIPE={result['recipe']} DATA=...` -- {result['resolved']['log']['path']}; base block "
@@ -347,7 +347,7 @@ def _protocol(result: dict[str, Any]) -> list[str]:
         costs = [at.get((model, strategy, cost)) for cost in ("update_cpu_s", "peak_mb")]
         known = published.get(strategy.partition(":")[0])
         cells = [_short_name(model), _short_name(strategy)]
-        cells += [with_interval(metric, at[model, strategy, metric]) for metric in metrics]
+        cells += [format_with_interval(metric, at[model, strategy, metric]) for metric in metrics]
         cells += [f"{cost['value']:.1f}" if cost else "" for cost in costs]
         cells += [" / ".join(f"{n:.2f}" for n in known) if known else ""] if published else []
         lines.append("| " + " | ".join(cells) + " |")

@@ -12,13 +12,13 @@ from serving import days, server
 
 from freshrec.data.log import read_log
 from freshrec.errors import IncompatibleError
-from freshrec.nightly.gate import Limits
-from freshrec.nightly.job import Job
-from freshrec.serve.contents import begun, read_contents
+from freshrec.nightly.gate import GateLimits
+from freshrec.nightly.job import NightlyJob
+from freshrec.serve.contents import new_bundle, read_bundle
 from freshrec.serve.recommender import Recommender
-from freshrec.store.versions import Manifest, Store, new_store, open_store
+from freshrec.store.versions import Manifest, Store, create_store, open_store
 
-LIMITS = Limits()
+LIMITS = GateLimits()
 USERS = ["user-0", "user-7", "user-60", "nobody"]
 
 
@@ -29,13 +29,13 @@ def nights(model: str, strategy: str, trains: bool = True) -> Record:
     """
     with TemporaryDirectory() as folder:
         base, one, two, three, four, five = days(5)
-        with new_store(Path(folder) / "s") as store:
-            Job(store, LIMITS).begin(read_log(base), "base", begun(model, strategy, 0))
-        job = Job(open_store(Path(folder) / "s"), LIMITS)
+        with create_store(Path(folder) / "s") as store:
+            NightlyJob(store, LIMITS).fit_first_version(read_log(base), "base", new_bundle(model, strategy, 0))
+        job = NightlyJob(open_store(Path(folder) / "s"), LIMITS)
         first = job.store.manifest(1)
         verdicts, numbers = {"1": _verdict(first, job)}, {"1": _numbers(first)}
         for day in (one, two.with_columns(user_id=pl.lit("user-7")), three, four):
-            job.deliver(read_log(day), f"day {len(verdicts)}")
+            job.append_delivery(read_log(day), f"day {len(verdicts)}")
             for about in job.catch_up():
                 verdicts[str(about.id)], numbers[str(about.id)] = _verdict(about, job), _numbers(about)
         lists = {"python": _python(Path(folder), five), "http": _http(Path(folder))}
@@ -46,7 +46,7 @@ def nights(model: str, strategy: str, trains: bool = True) -> Record:
         return Record({"verdicts": verdicts} | measured, {}, hashes)
 
 
-def _verdict(about: Manifest, job: Job) -> dict[str, Any]:
+def _verdict(about: Manifest, job: NightlyJob) -> dict[str, Any]:
     """Whether the gate let a version go live, which one is live then, and the facts of the day."""
     verdict = {"promoted": about.promoted, "reasons": len(about.reasons), "live": job.store.live}
     numbers = {"parent": about.parent, "batch": about.batch, "held": about.held, "spans_seen": about.spans_seen}
@@ -63,10 +63,10 @@ def _numbers(about: Manifest) -> dict[str, Any]:
 
 def _hash(store: Store, number: int) -> str:
     """Of all that a version holds: models, histories, ids, events that wait, queries for the nights to come."""
-    kept = read_contents(store.files(number))
+    kept = read_bundle(store.verified_files(number))
     served = kept.served
     ids = (served.users.frame, served.items.frame, served.categories)
-    return state_hash(served.state, served.counts, served.pending, ids, kept.asked)
+    return state_hash(served.state, served.counts, served.pending, ids, kept.holdout_queries)
 
 
 def _python(folder: Path, next_day: pl.DataFrame) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def _parts(node: Any) -> list[Any]:
         moments = node.moments if isinstance(node, TrainedModel) else {}
         return [node.n_users, node.n_items, dict(node.state_dict()), moments]
     assert is_dataclass(node), f"{type(node).__name__} in a state"
-    whole = replace(node, costs={}, started=None) if isinstance(node, State) else node
+    whole = replace(node, costs={}, shared_base=None) if isinstance(node, State) else node
     return [getattr(whole, field.name) for field in fields(whole)]
 
 

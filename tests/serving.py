@@ -15,12 +15,12 @@ import polars as pl
 from starlette.testclient import TestClient
 
 from freshrec.cli import main
-from freshrec.data.worlds import make
-from freshrec.nightly.erase import erase
-from freshrec.nightly.job import Job
-from freshrec.serve.guard import Rules
-from freshrec.serve.http import Service, app_of
-from freshrec.serve.live import Live
+from freshrec.data.worlds import make_world
+from freshrec.nightly.erase import erase_user
+from freshrec.nightly.job import NightlyJob
+from freshrec.serve.guard import ServerLimits
+from freshrec.serve.http import Service, create_app
+from freshrec.serve.live import LiveVersion
 from freshrec.store.versions import open_store
 
 TOKEN = "a-token-of-the-tests"
@@ -29,7 +29,9 @@ ANY = ["--force", "--reason", "a test"]
 
 def days(n: int = 2) -> list[pl.DataFrame]:
     """A base of 1,500 events and `n` days of 300, with text ids and categories."""
-    frame = make("drift", users=100, items=50, events=1500 + n * 300).log.frame.select("user_id", "item_id", "time")
+    frame = make_world("drift", users=100, items=50, events=1500 + n * 300).log.frame.select(
+        "user_id", "item_id", "time"
+    )
     frame = frame.select(
         user_id="user-" + pl.col("user_id").cast(pl.String),
         item_id="item-" + pl.col("item_id").cast(pl.String),
@@ -57,20 +59,22 @@ def run(command: str, folder: Path, *words: str) -> int:
 
 
 @contextmanager
-def server(folder: Path, rules: Rules = Rules(rate=0), **of_live: Any) -> Iterator[tuple[TestClient, Live]]:  # noqa: B008
+def server(
+    folder: Path, rules: ServerLimits = ServerLimits(max_requests_per_s=0), **of_live: Any
+) -> Iterator[tuple[TestClient, LiveVersion]]:  # noqa: B008
     """A client of a server of the store, and what it serves from."""
     said: list[str] = []
-    live = Live(open_store(folder / "s"), said.append, **of_live)
+    live = LiveVersion(open_store(folder / "s"), said.append, **of_live)
     live.said = said  # type: ignore[attr-defined]
-    live.begin()
+    live.start()
 
     def erased(user: str) -> dict[str, Any]:
         store = open_store(folder / "s")
         with store.locked():
-            return erase(Job(store), user)
+            return erase_user(NightlyJob(store), user)
 
     service = Service(live, rules, erased)
-    with TestClient(app_of(service), raise_server_exceptions=False) as client:
+    with TestClient(create_app(service), raise_server_exceptions=False) as client:
         yield client, live
 
 

@@ -13,29 +13,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from freshrec.data.batches import append, due_targets, random_source, targets_at
-from freshrec.data.carried import carried_by
+from freshrec.data.batches import append_events, due_targets, make_rng, targets_at
+from freshrec.data.carried import stored_interests_of
 from freshrec.learn.exemplars import (
-    Replay,
-    allocate,
-    batch_of,
+    ExperienceReplay,
+    allocate_exemplars,
+    build_pool,
+    exemplar_batch,
+    exemplar_batches,
     herd,
     largest_remainder,
-    learnable,
-    losses,
-    pool_of,
-    queries,
-    select,
-    smallest,
+    sample_losses,
+    select_exemplars,
+    smallest_per_group,
+    trainable_targets,
 )
-from freshrec.learn.fit import Fit, ndcg, start
-from freshrec.learn.reservoir import Kept
+from freshrec.learn.fit import FitConfig, fit_base_block, mean_ndcg
+from freshrec.learn.reservoir import TrainingSamples
 from freshrec.models import MODELS
 from freshrec.models.mf import MFSpec
 from freshrec.models.sasrec import SASRecSpec
 from freshrec.models.scoring import score_items
-from freshrec.strategies.ader import ADER, adaptive_weight, distil, distillation
-from freshrec.strategies.ader_s import ADERS, alike, truncated
+from freshrec.strategies.ader import ADER, adaptive_weight, distillation, exemplar_distillation_loss
+from freshrec.strategies.ader_s import ADERS, select_similar, truncate_sequences
 from freshrec.strategies.plain import FineTune
 from freshrec.types import NEVER, Batch, EncodingModel, Events, Histories, Span, State
 
@@ -47,15 +47,15 @@ def row(*numbers: float) -> Tensor:
     return torch.tensor([numbers], dtype=torch.float32)
 
 
-def kept(*rows: tuple[int, list[int], int]) -> Kept:
+def kept(*rows: tuple[int, list[int], int]) -> TrainingSamples:
     """Exemplars from (user, history, target), for models that look at 3 items."""
     histories = [[0] * (3 - len(history)) + history for _, history, _ in rows]
     users, items = [user for user, _, _ in rows], [item for _, _, item in rows]
-    return Kept(torch.tensor(users), torch.tensor(histories, dtype=torch.int32), torch.tensor(items))
+    return TrainingSamples(torch.tensor(users), torch.tensor(histories, dtype=torch.int32), torch.tensor(items))
 
 
 def histories_of(users: list[int], items: list[int]) -> Histories:
-    return append(Histories.empty(), Events.of(torch.tensor(users), torch.tensor(items)), max(users))
+    return append_events(Histories.empty(), Events.trainable(torch.tensor(users), torch.tensor(items)), max(users))
 
 
 # how much it counts
@@ -99,28 +99,33 @@ def test_exemplars_are_shared_out_as_the_samples_are() -> None:
     """[ADER eq. 1]"""
     # 3, 2, 1 of 6 samples, N = 3: 1.5, 1, 0.5; the one that is missing goes to the lowest of the two largest remainders
     counts_I = torch.tensor([0, 3, 2, 1])
-    assert allocate(counts_I, 3, "largest-remainder", False, NO_CHANCE).tolist() == [0, 2, 1, 0]
-    assert allocate(counts_I, 100, "largest-remainder", False, NO_CHANCE).tolist() == [0, 3, 2, 1]
-    assert allocate(counts_I, 6, "largest-remainder", True, NO_CHANCE).tolist() == [0, 2, 2, 1]  # 2 each, if there are
-    assert not allocate(0 * counts_I, 3, "largest-remainder", False, NO_CHANCE).any()
+    assert allocate_exemplars(counts_I, 3, "largest-remainder", False, NO_CHANCE).tolist() == [0, 2, 1, 0]
+    assert allocate_exemplars(counts_I, 100, "largest-remainder", False, NO_CHANCE).tolist() == [0, 3, 2, 1]
+    assert allocate_exemplars(counts_I, 6, "largest-remainder", True, NO_CHANCE).tolist() == [
+        0,
+        2,
+        2,
+        1,
+    ]  # 2 each, if there are
+    assert not allocate_exemplars(0 * counts_I, 3, "largest-remainder", False, NO_CHANCE).any()
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=20), st.integers(1, 200))
 def test_no_exemplar_is_lost_by_rounding(counts: list[int], n: int) -> None:
     counts_I = torch.tensor([0, *counts])
-    wanted_I = allocate(counts_I, n, "largest-remainder", False, NO_CHANCE)
+    wanted_I = allocate_exemplars(counts_I, n, "largest-remainder", False, NO_CHANCE)
     assert int(wanted_I.sum()) == min(n, sum(counts)) and (wanted_I <= counts_I).all()
     assert (largest_remainder(counts_I, n) * sum(counts) - n * counts_I).abs().max() <= sum(counts)  # less than 1 off
 
 
 def test_drawn_allocation_has_the_right_mean_and_loses_what_is_drawn_too_often() -> None:
     counts_I = torch.tensor([0, 5000, 3000, 2000])
-    wanted_I = allocate(counts_I, 2000, "multinomial", False, random_source(0))
+    wanted_I = allocate_exemplars(counts_I, 2000, "multinomial", False, make_rng(0))
     assert int(wanted_I.sum()) == 2000
     assert (wanted_I - torch.tensor([0, 1000, 600, 400])).abs().max() < 90  # 4 standard deviations, of 22
     few_I = torch.tensor([0, 1, 1, 1])  # all three are drawn in 2 of 9 cases
-    assert {int(allocate(few_I, 3, "multinomial", True, random_source(s)).sum()) for s in range(50)} == {1, 2, 3}
-    assert not allocate(0 * few_I, 3, "multinomial", False, random_source(0)).any()
+    assert {int(allocate_exemplars(few_I, 3, "multinomial", True, make_rng(s)).sum()) for s in range(50)} == {1, 2, 3}
+    assert not allocate_exemplars(0 * few_I, 3, "multinomial", False, make_rng(0)).any()
 
 
 # which exemplars
@@ -147,8 +152,8 @@ def test_herding_by_hand(points: Tensor, m: int, repeat: bool, expected: list[in
 
 def test_herding_keeps_the_mean_of_what_it_took_closest_to_the_mean_of_all() -> None:
     # Algorithm 1 as printed: argmin_x || mu - (phi(x) + sum of those taken) / k ||, in groups of different sizes.
-    features_SD = torch.randn(60, 5, generator=random_source(0))
-    group_S = torch.randint(0, 4, (60,), generator=random_source(1)) * 3
+    features_SD = torch.randn(60, 5, generator=make_rng(0))
+    group_S = torch.randint(0, 4, (60,), generator=make_rng(1)) * 3
     wanted_G = torch.zeros(10, dtype=torch.int64).index_fill(0, group_S.unique(), 6)
     found = herd(features_SD, group_S, wanted_G)
     phi_SD = F.normalize(features_SD, dim=1)
@@ -170,8 +175,8 @@ def test_copies_of_all_samples_do_not_change_which_comes_first() -> None:
 
 def test_the_smallest_keys_are_taken_group_by_group() -> None:
     key_S, group_S = torch.tensor([5.0, 1, 4, 2, 3, 0]), torch.tensor([2, 2, 1, 2, 1, 2])
-    assert sorted(smallest(key_S, group_S, torch.tensor([9, 1, 2])).tolist()) == [1, 4, 5]
-    assert len(smallest(key_S[:0], group_S[:0], torch.tensor([9, 1, 2]))) == 0
+    assert sorted(smallest_per_group(key_S, group_S, torch.tensor([9, 1, 2])).tolist()) == [1, 4, 5]
+    assert len(smallest_per_group(key_S[:0], group_S[:0], torch.tensor([9, 1, 2]))) == 0
 
 
 def test_exemplars_by_loss_are_those_of_each_item_that_are_predicted_best() -> None:
@@ -181,8 +186,8 @@ def test_exemplars_by_loss_are_those_of_each_item_that_are_predicted_best() -> N
     model.users.weights[1:], model.items.weights[1:] = torch.tensor([[3.0], [1], [2]]), torch.tensor([[1.0], [0]])
     pool = replace(kept((1, [], 1), (2, [], 1), (3, [], 1), (2, [], 2)), histories_NT=torch.zeros(4, 0).int())
     expected = [math.log1p(math.exp(-x)) for x in (3, 1, 2, -1)]
-    assert losses(model, pool, None).tolist() == near(expected, abs=1e-6)
-    chosen = select("loss", model, pool, None, torch.tensor([0, 2, 1]), NO_CHANCE)
+    assert sample_losses(model, pool, None).tolist() == near(expected, abs=1e-6)
+    chosen = select_exemplars("loss", model, pool, None, torch.tensor([0, 2, 1]), NO_CHANCE)
     assert list(zip(chosen.users_N.tolist(), chosen.items_N.tolist())) == [(1, 1), (3, 1), (2, 2)]
 
 
@@ -190,7 +195,9 @@ def test_random_exemplars_are_as_many_as_wanted_and_any_may_be_among_them() -> N
     model = SASRecSpec(d=4, length=3).build(0)
     model.grow(9, 2)
     pool = kept(*((user, [1], 1) for user in range(1, 10)))
-    taken = [select("random", model, pool, None, torch.tensor([0, 3, 0]), random_source(s)).users_N for s in range(40)]
+    taken = [
+        select_exemplars("random", model, pool, None, torch.tensor([0, 3, 0]), make_rng(s)).users_N for s in range(40)
+    ]
     assert all(len(users_N.unique()) == 3 for users_N in taken) and len(torch.cat(taken).unique()) == 9
 
 
@@ -200,18 +207,18 @@ def test_random_exemplars_are_as_many_as_wanted_and_any_may_be_among_them() -> N
 def test_an_exemplar_is_a_target_with_the_history_before_it_but_not_one_right_after_a_secret() -> None:
     # User 1: items 5, 6, 7 (secret), 8, 9; user 2: item 4 alone. 5 and 4 have no history, 8 comes right after a secret.
     joins = torch.tensor([0, 0, NEVER, 0, 0, 0])
-    events = Events.of(torch.tensor([1, 1, 1, 1, 1, 2]), torch.tensor([5, 6, 7, 8, 9, 4]))
-    targets = due_targets(append(Histories.empty(), replace(events, joins_E=joins.to(torch.int8)), 2))
-    pool = pool_of(targets, kept((3, [1, 2], 3)), 3)
+    events = Events.trainable(torch.tensor([1, 1, 1, 1, 1, 2]), torch.tensor([5, 6, 7, 8, 9, 4]))
+    targets = due_targets(append_events(Histories.empty(), replace(events, train_at_E=joins.to(torch.int8)), 2))
+    pool = build_pool(targets, kept((3, [1, 2], 3)), 3)
     assert pool.items_N.tolist() == [6, 9, 3] and pool.users_N.tolist() == [1, 1, 3]
     assert pool.histories_NT.tolist() == [[0, 0, 5], [6, 0, 8], [0, 1, 2]]
-    assert len(learnable(targets, 0)) == 5  # who reads no history needs none
+    assert len(trainable_targets(targets, 0)) == 5  # who reads no history needs none
 
 
 def test_exemplars_come_back_as_the_batches_that_their_model_knows() -> None:
     exemplars = kept((1, [4, 5], 6), (2, [7], 8))
     for spec, targets in ((SASRecSpec(d=4, length=3), [[0, 6], [0, 8]]), (MFSpec(d=4), [[6], [8]])):
-        batch = batch_of(exemplars, torch.tensor([0, 1]), spec.build(0), None)
+        batch = exemplar_batch(exemplars, torch.tensor([0, 1]), spec.build(0), None)
         assert batch.users_B.tolist() == [1, 2] and batch.history_BT.tolist() == [[4, 5], [0, 7]]
         assert batch.targets_BT is not None and batch.targets_BT.tolist() == targets
 
@@ -225,7 +232,7 @@ def test_all_exemplars_are_replayed_once_an_epoch_and_in_another_order_in_the_ne
         seen.append(batch.users_B)
         return torch.zeros(())
 
-    term = Replay(model, exemplars, None, 1.0, note, 4, random_source(0))
+    term = ExperienceReplay(model, exemplars, None, 1.0, note, 4, make_rng(0))
     batch = Batch(torch.tensor([1]), torch.tensor([[1]]))
     for _ in range(6):
         term(batch, None)  # type: ignore[arg-type]
@@ -246,10 +253,10 @@ def test_distillation_starts_at_the_entropy_of_the_teacher_and_tells_the_weights
     exemplars = kept((1, [1, 2], 3), (2, [4], 5), (3, [6, 7, 8], 9))
     teacher, model = model_of(name), model_of(name)
     model.grow(4, 12)  # new items are no part of it
-    carried = carried_by(model, None, 1)
-    loss = distil(model, teacher, exemplars, carried)
+    carried = stored_interests_of(model, None, 1)
+    loss = exemplar_distillation_loss(model, teacher, exemplars, carried)
     model.items.pull(torch.tensor([2, 5, 11]))  # the step's rows
-    batch = batch_of(exemplars, torch.tensor([2, 0]), model, carried)
+    batch = exemplar_batch(exemplars, torch.tensor([2, 0]), model, carried)
     p_BI = torch.softmax(score_items(teacher, replace(batch, targets_BT=None), torch.arange(1, 10)), 1)
     found = loss(torch.tensor([2, 0]), batch)
     assert found.item() == near(float(-(p_BI * p_BI.log()).sum(1).mean()), rel=1e-5)
@@ -267,9 +274,9 @@ def test_where_the_model_learns_by_the_full_softmax_every_old_item_feels_the_dis
     teacher, model = model_of("sasrec", **full), model_of("sasrec", **full)
     model.grow(4, 12)
     model.items.weights[5, 0] += 1
-    batch = batch_of(exemplars, torch.tensor([0]), model, None)
+    batch = exemplar_batch(exemplars, torch.tensor([0]), model, None)
     model(replace(batch, negatives_N=torch.zeros(0, dtype=torch.int64)))
-    distil(model, teacher, exemplars, None)(torch.tensor([0]), batch).backward()
+    exemplar_distillation_loss(model, teacher, exemplars, None)(torch.tensor([0]), batch).backward()
     ids_N, rows_ND = model.items.in_step()
     assert rows_ND.grad is not None
     assert ids_N[rows_ND.grad.any(1)].sort().values.tolist() == list(range(1, 10))
@@ -281,15 +288,15 @@ def test_where_the_model_learns_by_the_full_softmax_every_old_item_feels_the_dis
 @cache
 def two_periods() -> tuple[State, Span]:
     """The circles after the base block, which is trained once for all tests."""
-    return circles.two_periods(ADER(exemplars=200, fit=Fit(base_epochs=12)))
+    return circles.two_periods(ADER(exemplars=200, fit=FitConfig(base_epochs=12)))
 
 
 def old_and_new(after: State) -> tuple[float, float]:
     """ndcg@20 of the next item where one goes forwards, and where one goes backwards."""
     found = []
     for step in (1, -1):
-        histories = append(Histories.empty(), circles.circles(range(1, 61), step), 60)
-        found.append(ndcg(after.model, targets_at(histories, histories.offsets_U[2:] - 1), None))
+        histories = append_events(Histories.empty(), circles.circles(range(1, 61), step), 60)
+        found.append(mean_ndcg(after.model, targets_at(histories, histories.offsets_U[2:] - 1), None))
     return found[0], found[1]
 
 
@@ -297,7 +304,7 @@ def old_and_new(after: State) -> tuple[float, float]:
 def test_old_ways_are_still_known_where_fine_tuning_has_forgotten_them(distil: bool) -> None:
     # Measured: old 0.91 by distillation and by replay, 0.47 by fine-tuning; new 0.69, 0.57 and 0.82, before it 0.29.
     before, span = two_periods()
-    fit = Fit(epochs=15)
+    fit = FitConfig(epochs=15)
     old, new = old_and_new(ADER(weight=2.5, distil=distil, fit=fit).update(before, span))
     assert old > old_and_new(FineTune(fit).update(before, span))[0] + 0.2
     assert new > old_and_new(before)[1] + 0.1
@@ -321,11 +328,11 @@ def test_an_update_leaves_as_many_exemplars_as_it_may_of_old_and_new() -> None:
 
 
 def test_the_first_update_starts_like_everybody_elses(bits: Callable[[State], bytes]) -> None:
-    base = Events.of(torch.tensor([1, 1, 1, 2, 2, 2]), torch.tensor([1, 2, 3, 2, 3, 1]))
-    state = State(SASRecSpec(d=4, length=3).build(0), recent=append(Histories.empty(), base, 2))
-    span, fit = Span(0, base, 2, 3), Fit(base_epochs=1)
+    base = Events.trainable(torch.tensor([1, 1, 1, 2, 2, 2]), torch.tensor([1, 2, 3, 2, 3, 1]))
+    state = State(SASRecSpec(d=4, length=3).build(0), histories=append_events(Histories.empty(), base, 2))
+    span, fit = Span(0, base, 2, 3), FitConfig(base_epochs=1)
     for strategy in (ADER(fit=fit), ADERS(fit=fit)):
-        assert bits(replace(strategy.update(state, span), memory=None)) == bits(start(state, span, fit))
+        assert bits(replace(strategy.update(state, span), memory=None)) == bits(fit_base_block(state, span, fit))
 
 
 # ADER-S
@@ -334,10 +341,10 @@ def test_the_first_update_starts_like_everybody_elses(bits: Callable[[State], by
 def test_sequences_are_cut_off_at_different_random_ends() -> None:
     # User 1 has 5 events, and three ends of 3 or more items; user 2 has 2 events and none.
     targets = due_targets(histories_of([1] * 5 + [2] * 2, [1, 2, 3, 4, 5, 6, 7]), "span")
-    whole = truncated(targets, 5, 3, random_source(0))
+    whole = truncate_sequences(targets, 5, 3, make_rng(0))
     assert whole.items_N.tolist() == [3, 4, 5]
     assert whole.histories_NT.tolist() == [[0, 1, 2], [1, 2, 3], [2, 3, 4]]
-    ends = {tuple(truncated(targets, 2, 3, random_source(s)).items_N.tolist()) for s in range(30)}
+    ends = {tuple(truncate_sequences(targets, 2, 3, make_rng(s)).items_N.tolist()) for s in range(30)}
     assert ends == {(3, 4), (3, 5), (4, 5)}
 
 
@@ -347,12 +354,12 @@ def test_the_sequences_most_like_the_new_one_are_replayed_of_users_who_are_back(
     items_ID = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
     pool = kept((1, [3, 3], 3), (1, [2, 2], 2), (1, [4, 4], 4), (2, [1, 1], 1))
     targets = due_targets(histories_of([1, 1, 3], [1, 1, 2]))
-    assert alike(pool, targets, items_ID, 0.5).tolist() == [0, 1]
-    assert alike(pool, targets, items_ID, 0.3).tolist() == [1]
+    assert select_similar(pool, targets, items_ID, 0.5).tolist() == [0, 1]
+    assert select_similar(pool, targets, items_ID, 0.3).tolist() == [1]
 
 
 def test_every_user_with_three_events_adds_up_to_five_sequences_to_the_pool() -> None:
     before, span = two_periods()
-    after = ADERS(fit=Fit(epochs=1)).update(before, span)
+    after = ADERS(fit=FitConfig(epochs=1)).update(before, span)
     assert len(after.memory) == len(before.memory) + 40 * 5
-    assert len(list(queries(after.memory, after.model, None))) == 2  # 400 of them, 256 at a time
+    assert len(list(exemplar_batches(after.memory, after.model, None))) == 2  # 400 of them, 256 at a time

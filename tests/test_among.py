@@ -7,10 +7,10 @@ from torch import Tensor
 
 from freshrec.errors import OptionError
 from freshrec.models.mf import MF, MFSpec
-from freshrec.models.ranking import ranks_among
-from freshrec.replay.measure import Queries, sampled
-from freshrec.replay.metrics import evaluate, parse
-from freshrec.replay.metrics import sampled as n_sampled
+from freshrec.models.ranking import target_ranks_among
+from freshrec.replay.measure import Queries, sample_negatives
+from freshrec.replay.metrics import compute_metrics, parse_metric
+from freshrec.replay.metrics import n_sampled_items as n_sampled
 from freshrec.types import Batch
 
 near = pytest.approx
@@ -24,7 +24,7 @@ def queries(n: int, n_items: int, history: list[int], target: int) -> Queries:
 
 def test_the_sampled_items_are_distinct_and_new_to_the_user_and_as_likely_as_each_other() -> None:
     # Of items 1 .. 50 the user had 3, 4 and 5, and 6 is the target: each of the 46 others is one of 20 with 20 / 46.
-    chosen_Nn = sampled(queries(4000, 50, [0, 3, 4, 5], 6), 20)
+    chosen_Nn = sample_negatives(queries(4000, 50, [0, 3, 4, 5], 6), 20)
     assert chosen_Nn.shape == (4000, 20) and (chosen_Nn > 0).all()
     assert all(len(row.unique()) == 20 for row in chosen_Nn[:200])
     share_I = torch.bincount(chosen_Nn.reshape(-1), minlength=51) / 4000
@@ -36,13 +36,13 @@ def test_the_sampled_items_are_distinct_and_new_to_the_user_and_as_likely_as_eac
 def test_an_event_meets_the_same_items_however_it_is_asked() -> None:
     asked = queries(50, 1000, [1, 2], 9)
     part = torch.tensor([40, 7])
-    assert torch.equal(sampled(asked, 99)[part], sampled(asked[part], 99))
+    assert torch.equal(sample_negatives(asked, 99)[part], sample_negatives(asked[part], 99))
     empty = queries(50, 1000, [], 9)  # and where nothing is known of the user, nothing is left out
-    assert (sampled(empty, 99) > 0).all()
+    assert (sample_negatives(empty, 99) > 0).all()
 
 
 def test_where_items_run_out_all_of_them_are_there() -> None:
-    chosen_Nn = sampled(queries(20, 6, [2], 3), 40)
+    chosen_Nn = sample_negatives(queries(20, 6, [2], 3), 40)
     assert all(set(row.tolist()) == {0, 1, 4, 5, 6} for row in chosen_Nn)  # 0: nobody
 
 
@@ -58,24 +58,24 @@ def model_with(scores: Tensor) -> MF:
 def test_a_rank_among_some_items_by_hand() -> None:
     # The target, item 1, scores 5. Of its rivals 7 is ahead, 5 ties, 3 is behind, 0 is nobody: 1 + 1 + 1/2.
     model, batch = model_with(torch.tensor([5.0, 7, 5, 3])), Batch(torch.tensor([1]), torch.zeros(1, 0).long())
-    assert ranks_among(model, batch, torch.tensor([1]), torch.tensor([[2, 3, 4, 0, 0]])).tolist() == [2.5]
-    assert ranks_among(model, batch, torch.tensor([9]), torch.tensor([[2, 3, 4, 0, 0]])).tolist() == [torch.inf]
+    assert target_ranks_among(model, batch, torch.tensor([1]), torch.tensor([[2, 3, 4, 0, 0]])).tolist() == [2.5]
+    assert target_ranks_among(model, batch, torch.tensor([9]), torch.tensor([[2, 3, 4, 0, 0]])).tolist() == [torch.inf]
 
 
 def test_by_chance_a_target_is_among_the_first_k_of_a_thousand_in_k_of_a_thousand_cases() -> None:
     # T32: recall@5, @10, @20 = 0.005, 0.010, 0.020; ndcg = 0.002948, 0.004544, 0.007040. By all ranks at once:
     names = [f"{metric}@{k} among 999 sampled" for metric in ("recall", "ndcg") for k in (5, 10, 20)]
-    values = evaluate(np.arange(1, 1001), names).mean(0)
+    values = compute_metrics(np.arange(1, 1001), names).mean(0)
     assert values == near([0.005, 0.010, 0.020, 0.002948, 0.004544, 0.007040], abs=5e-7)
     # and a model that says the same of all items ties with all: the middle of 1,000 places
     model, batch = model_with(torch.zeros(2000)), Batch(torch.tensor([1]), torch.zeros(1, 0).long())
-    others_BN = sampled(queries(1, 2000, [], 5), 999)
-    assert ranks_among(model, batch, torch.tensor([5]), others_BN).item() == 500.5
+    others_BN = sample_negatives(queries(1, 2000, [], 5), 999)
+    assert target_ranks_among(model, batch, torch.tensor([5]), others_BN).item() == 500.5
 
 
 def test_the_name_of_the_metric_says_how_many_are_sampled() -> None:
     assert n_sampled(["recall@20 among 999 sampled", "ndcg@5 among 999 sampled"]) == 999
     assert n_sampled(["recall@20"]) == 0 == n_sampled([])
-    assert parse("recall@20 among 999 sampled")[1] == 20
+    assert parse_metric("recall@20 among 999 sampled")[1] == 20
     with pytest.raises(OptionError, match="do not mix"):
         n_sampled(["recall@20", "recall@20 among 999 sampled"])

@@ -8,29 +8,31 @@ from functools import cache
 import pytest
 import torch
 
-from freshrec.data.batches import append, due_targets
+from freshrec.data.batches import append_events, due_targets
 from freshrec.data.carried import pad_interests
-from freshrec.data.spans import Cut, cut
-from freshrec.data.worlds import make
+from freshrec.data.spans import LogSplit, split_log
+from freshrec.data.worlds import make_world
 from freshrec.errors import OptionError
-from freshrec.learn.fit import Fit, batches
-from freshrec.learn.generators import Generator, Window
-from freshrec.learn.weights import Weights, put, weights_of
+from freshrec.learn.fit import FitConfig, training_batches
+from freshrec.learn.generators import ModelGenerator, ModelWindow
+from freshrec.learn.weights import Weights, copy_weights, load_weights
 from freshrec.models import MODELS
 from freshrec.replay.plan import training_passes
-from freshrec.strategies.asmg import ASMG, Block
+from freshrec.strategies.asmg import ASMG, PastSpan
 from freshrec.strategies.plain import FineTune
 from freshrec.types import DUE, NEXT, NOW, Events, Forward, Histories, Span, State, Strategy, TrainedModel
 
 near = pytest.approx
-FIT = Fit(base_epochs=2, epochs=1)
-MULTI = ASMG(rehearsals=0, fit=FIT)
+FIT = FitConfig(base_epochs=2, epochs=1)
+MULTI = ASMG(base_parts=0, fit=FIT)
 SINGLE, LINEAR = replace(MULTI, loss="last"), replace(MULTI, generator="linear", loss="last")
 
 
 @cache
-def log() -> Cut:
-    return cut(make("checkerboard", users=60, items=40, events=1600, spans=5).log, by="period", forget_users=0)
+def log() -> LogSplit:
+    return split_log(
+        make_world("checkerboard", users=60, items=40, events=1600, spans=5).log, by="period", forget_users=0
+    )
 
 
 def spec(name: str) -> State:
@@ -40,7 +42,7 @@ def spec(name: str) -> State:
 
 
 def passed(strategy: Strategy, state: State, span: Span) -> State:
-    ready = replace(state, recent=append(state.recent, span.events, span.n_users))
+    ready = replace(state, histories=append_events(state.histories, span.events, span.n_users))
     return strategy.update(ready, span)
 
 
@@ -60,7 +62,7 @@ def same(some: Weights, other: Weights) -> bool:
 def test_the_chain_is_fine_tuning_to_the_bit_whatever_is_served(model: str, bits: Callable[[State], bytes]) -> None:
     """T29"""
     ours, plain = stream(MULTI, model, 4)[-1], stream(FineTune(FIT), model, 4)[-1]
-    chain = replace(ours, model=ours.memory.model, users=ours.memory.users, memory=None)
+    chain = replace(ours, model=ours.memory.model, interests=ours.memory.users, memory=None)
     assert bits(chain) == bits(plain)
     assert bits(replace(ours, memory=None)) != bits(plain)
 
@@ -68,36 +70,41 @@ def test_the_chain_is_fine_tuning_to_the_bit_whatever_is_served(model: str, bits
 def test_before_it_has_learnt_a_residual_generator_serves_the_chain(bits: Callable[[State], bytes]) -> None:
     # The first window is that of the second update: until then, without rehearsals, nothing has been learnt.
     ours, plain = stream(MULTI, "mf", 2), stream(FineTune(FIT), "mf", 2)
-    assert same(weights_of(ours[1].model), weights_of(plain[1].model))
+    assert same(copy_weights(ours[1].model), copy_weights(plain[1].model))
 
 
 def joining(t: int) -> Events:
     """The events that an update on span t trains on: its own, and those that the span before held back."""
     before, now = (log().spans[i].events for i in (t - 1, t))
-    before, now = before[before.joins_E == NEXT], now[now.joins_E == NOW]
-    return Events.of(torch.cat([before.users_E, now.users_E]), torch.cat([before.items_E, now.items_E]))
+    before, now = before[before.train_at_E == NEXT], now[now.train_at_E == NOW]
+    return Events.trainable(torch.cat([before.users_E, now.users_E]), torch.cat([before.items_E, now.items_E]))
 
 
 @dataclass
 class Lesson:
     """What a generator was trained on."""
 
-    window: Window
-    blocks: tuple[Block, ...]
+    window: ModelWindow
+    blocks: tuple[PastSpan, ...]
 
 
 def lessons(strategy: ASMG, monkeypatch: pytest.MonkeyPatch) -> list[Lesson]:
     """One for each update after the base block, of a stream without rehearsals."""
     seen: list[Lesson] = []
-    trained = ASMG._trained
+    trained = ASMG._train_generator
 
     def spy(
-        self: ASMG, generator: Generator, model: TrainedModel, window: Window, blocks: tuple[Block, ...], key: tuple
-    ) -> Generator:
+        self: ASMG,
+        generator: ModelGenerator,
+        model: TrainedModel,
+        window: ModelWindow,
+        blocks: tuple[PastSpan, ...],
+        key: tuple,
+    ) -> ModelGenerator:
         seen.append(Lesson(window, blocks))
         return trained(self, generator, model, window, blocks, key)
 
-    monkeypatch.setattr(ASMG, "_trained", spy)
+    monkeypatch.setattr(ASMG, "_train_generator", spy)
     stream(strategy)
     return seen
 
@@ -116,7 +123,7 @@ def test_a_model_made_of_those_up_to_i_learns_on_span_i_plus_1(
     strategy: ASMG, n_models: list[int], n_blocks: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """T29, and the base model is in no window."""
-    chain = [weights_of(state.model) for state in stream(FineTune(FIT))]
+    chain = [copy_weights(state.model) for state in stream(FineTune(FIT))]
     for t, lesson in enumerate(lessons(strategy, monkeypatch), 1):
         assert len(lesson.window.models) == n_models[t - 1] and len(lesson.blocks) == n_blocks[t - 1]
         newest_first = range(t - 1, 0, -1)
@@ -144,31 +151,31 @@ def test_the_loss_is_the_weighted_sum_over_the_spans() -> None:
     blocks = list(memory.blocks)
     assert len(window.models) == 3 and len(blocks) == 2
     key = (0, 4)
-    term = MULTI._older(memory.generator, state.model, window, blocks, key)
+    term = MULTI._past_spans_term(memory.generator, state.model, window, blocks, key)
     newest = Forward(torch.tensor(0.7))
     expected = 0.7 / 2
     for j, (block, share) in enumerate(zip(blocks, (1 / 6, 1 / 3))):
         made = copy.deepcopy(state.model)
-        put(made, memory.generator.whole(Window(window.models[: j + 1], window.hidden)))
-        expected += share * made(next(MULTI._stream(made, block, (*key, 0, j)))).loss.item()
+        load_weights(made, memory.generator.whole(ModelWindow(window.models[: j + 1], window.hidden)))
+        expected += share * made(next(MULTI._endless_batches(made, block, (*key, 0, j)))).loss.item()
     assert 0.7 + term(None, newest).item() == near(expected, rel=1e-5)  # type: ignore[arg-type]
 
 
 def test_past_spans_are_passed_again_and_again_with_negatives_of_their_time_and_empty_ones_left_out() -> None:
     state = stream(MULTI, "mf", 5)[-1]
     block = replace(state.memory.blocks[0], n_items=3)
-    once = list(batches(state.model, due_targets(block.histories), torch.Generator()))
-    endless = MULTI._stream(state.model, block, (0,))
+    once = list(training_batches(state.model, due_targets(block.histories), torch.Generator()))
+    endless = MULTI._endless_batches(state.model, block, (0,))
     drawn = [next(endless) for _ in range(3 * len(once))]
     n_targets = int((block.histories.due_R == DUE).sum())
     assert sum(len(batch) for batch in drawn) == 3 * n_targets
     assert max(int(batch.negatives_N.max()) for batch in drawn) == 3  # type: ignore[union-attr]
-    assert list(MULTI._stream(state.model, replace(block, histories=Histories.empty()), (0,))) == []
+    assert list(MULTI._endless_batches(state.model, replace(block, histories=Histories.empty()), (0,))) == []
 
 
 def test_a_block_remembers_the_interests_that_were_served_in_it() -> None:
     states = stream(MULTI, "comirec-dr", 4)
-    block, before = states[3].memory.blocks[-1], states[2].users  # the last span, and what it met
+    block, before = states[3].memory.blocks[-1], states[2].interests  # the last span, and what it met
     assert block.carried is not None and before is not None
     users_N = joining(3).users_E.unique()
     users_N = users_N[users_N <= before.n_users]
@@ -189,9 +196,9 @@ def test_what_was_shown_is_learnt_by_chain_and_generator_alike(bits: Callable[[S
     spans = [Span(t, shown[80 * t : 80 * t + 80], 20, 30) for t in range(5)]
     ours = plain = spec("embedding-mlp")
     for span in spans:
-        ours, plain = passed(replace(MULTI, rehearsals=6), ours, span), passed(FineTune(FIT), plain, span)
+        ours, plain = passed(replace(MULTI, base_parts=6), ours, span), passed(FineTune(FIT), plain, span)
     assert bits(replace(ours, model=ours.memory.model, memory=None)) == bits(plain)
-    assert not same(weights_of(ours.model), weights_of(plain.model))
+    assert not same(copy_weights(ours.model), copy_weights(plain.model))
     for t, block in zip((3, 4), ours.memory.blocks, strict=True):
         targets = due_targets(block.histories)
         assert torch.equal(targets.items_N, items_E[80 * t : 80 * t + 80])
@@ -210,19 +217,19 @@ def test_the_state_before_the_window_is_kept_once_the_window_is_full(strategy: A
 def test_the_generator_prefers_the_model_that_is_good_on_the_new_span() -> None:
     # Of two models in the window the older is the trained one, the newer is noise: the weights of a mean, which start
     # equal, move to the older one in every dimension of both tables.
-    state, span = stream(FineTune(Fit(base_epochs=10, epochs=3)), "mf", 2)[-1], log().spans[2]
-    good = weights_of(state.model)
+    state, span = stream(FineTune(FitConfig(base_epochs=10, epochs=3)), "mf", 2)[-1], log().spans[2]
+    good = copy_weights(state.model)
     source = torch.Generator().manual_seed(0)
     bad = {name: rows.std() * torch.randn(rows.shape, generator=source) for name, rows in good.items()}
-    ready = replace(state, recent=append(state.recent, span.events, span.n_users))
+    ready = replace(state, histories=append_events(state.histories, span.events, span.n_users))
     model = copy.deepcopy(state.model)
     model.grow(span.n_users, span.n_items)
     linear = replace(LINEAR, k=2, epochs=3)
-    window = Window((good, bad)).grown(weights_of(model))
+    window = ModelWindow((good, bad)).grow(copy_weights(model))
     generator = linear.update(spec("mf"), log().spans[0]).memory.generator
-    learnt = linear._trained(generator, model, window, (linear._block(ready, model, span),), (0, 2))
+    learnt = linear._train_generator(generator, model, window, (linear._past_span(ready, model, span),), (0, 2))
     for name in ("users", "items"):
-        alpha_PM = torch.softmax(learnt.makers[name].logits_PM, 1)  # type: ignore[union-attr]
+        alpha_PM = torch.softmax(learnt.networks[name].logits_PM, 1)  # type: ignore[union-attr]
         assert (alpha_PM[:, 0] > 0.5).all()
     assert torch.equal(generator.makers["items"].logits_PM, torch.zeros(8, 2))  # type: ignore[union-attr]
 
@@ -236,9 +243,9 @@ def test_the_variant_full_passes_20_spans_where_multi_passes_3() -> None:
 
 
 def test_rehearsals_train_the_generator_and_nothing_else(bits: Callable[[State], bytes]) -> None:
-    with_them, without = (stream(replace(MULTI, rehearsals=n), "mf", 1)[0] for n in (6, 0))
+    with_them, without = (stream(replace(MULTI, base_parts=n), "mf", 1)[0] for n in (6, 0))
     assert bits(replace(with_them, memory=None)) == bits(replace(without, memory=None))
-    assert with_them.memory.window == Window() and with_them.memory.blocks == ()
+    assert with_them.memory.window == ModelWindow() and with_them.memory.blocks == ()
     assert with_them.memory.generator.moments and not without.memory.generator.moments
 
 

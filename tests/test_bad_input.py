@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from freshrec import cli
-from freshrec.data.formats import readable
+from freshrec.data.formats import as_log_error
 from freshrec.data.log import Log, read_log
 from freshrec.errors import LogError, OptionError
 
@@ -96,7 +96,7 @@ def test_quarantine_takes_the_bad_rows_with_their_reasons(tmp_path: Path, aside:
     source = tmp_path / "log.csv"
     source.write_text("user_id,item_id,timestamp,note\n1,2,1600000000,a\n,2,1600000001,b\n1,3,soon,c\n")
     log = read_log(source, quarantine=tmp_path / aside)
-    assert (len(log.frame), log.n_aside) == (1, 2)
+    assert (len(log.frame), log.n_quarantined) == (1, 2)
     bad = (pl.read_csv if aside.endswith("csv") else pl.read_parquet)(tmp_path / aside)
     # Whole rows of the source, also the column that we do not know.
     assert bad["note"].to_list() == ["b", "c"]
@@ -226,12 +226,12 @@ def _nested(frame: pl.DataFrame) -> bool:
 
 def test_what_a_panicking_reader_says_is_kept_back_and_nothing_else_is(capfd: pytest.CaptureFixture[str]) -> None:
     def panic() -> None:
-        with readable("log.parquet"):
+        with as_log_error("log.parquet"):
             os.write(2, b"thread 'async-executor-0' panicked at src/parquet.rs\n")
             raise pl.exceptions.PanicException("range end out of bounds")
 
     with pytest.raises(LogError, match="its pages are not where its index says"):
         panic()
-    with readable("log.parquet"):
+    with as_log_error("log.parquet"):
         os.write(2, b"a warning\n")
     assert capfd.readouterr().err == "a warning\n"

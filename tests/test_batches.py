@@ -9,29 +9,29 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from freshrec.data.batches import (
-    append,
+    append_events,
     due_targets,
-    histories_before,
+    history_items,
+    insert_events,
+    limit_batch_size,
+    make_rng,
+    mark_trained,
     pair_batches,
-    place,
     query_batches,
-    random_source,
-    settle,
-    smaller,
     target_batches,
     targets_at,
     window_batches,
 )
 from freshrec.data.carried import pad_interests
-from freshrec.types import DONE, DUE, LATER, NEVER, NEXT, NOW, SECRET, Events, Histories, Interests
+from freshrec.types import DEFERRED, DUE, HELD_OUT, NEVER, NEXT, NOW, TRAINED, Events, Histories, Interests
 
 # Six events in time order: user 1 has items 1 2 3 4, user 2 has items 5 6.
 USERS, ITEMS = [1, 2, 1, 1, 2, 1], [1, 5, 2, 3, 6, 4]
 
 
 def events_of(users: list[int], items: list[int], joins: list[int] | None = None) -> Events:
-    events = Events.of(torch.tensor(users, dtype=torch.int64), torch.tensor(items, dtype=torch.int64))
-    joins_E = events.joins_E if joins is None else torch.tensor(joins, dtype=torch.int8)
+    events = Events.trainable(torch.tensor(users, dtype=torch.int64), torch.tensor(items, dtype=torch.int64))
+    joins_E = events.train_at_E if joins is None else torch.tensor(joins, dtype=torch.int8)
     return Events(events.users_E, events.items_E, events.times_E, events.role_E, joins_E)
 
 
@@ -47,7 +47,7 @@ def rows(tensor: Tensor) -> list[list[int]]:
 
 
 def test_appended_events_lie_by_user_in_time_order() -> None:
-    histories = append(Histories.empty(), events_of(USERS, ITEMS), n_users=2)
+    histories = append_events(Histories.empty(), events_of(USERS, ITEMS), n_users=2)
     assert histories.offsets_U.tolist() == [0, 0, 4, 6]  # the padding, user 0, owns no row
     assert histories.items_R.tolist() == [1, 2, 3, 4, 5, 6]
     assert histories.times_R.tolist() == [0, 2, 3, 5, 1, 4]  # the place of each event in the log
@@ -56,57 +56,59 @@ def test_appended_events_lie_by_user_in_time_order() -> None:
 @pytest.mark.parametrize("cut", range(7))
 def test_appending_in_two_blocks_gives_what_one_gives(cut: int) -> None:
     events = events_of(USERS, ITEMS)
-    whole = append(Histories.empty(), events, 2)
-    parts = append(append(Histories.empty(), events[:cut], 2), events[cut:], 2)
+    whole = append_events(Histories.empty(), events, 2)
+    parts = append_events(append_events(Histories.empty(), events[:cut], 2), events[cut:], 2)
     for a, b in zip((whole.offsets_U, whole.items_R, whole.times_R), (parts.offsets_U, parts.items_R, parts.times_R)):
         assert torch.equal(a, b)
 
 
 def test_place_says_which_row_each_event_got() -> None:
     events = events_of(USERS, ITEMS)
-    _, rows_E = place(append(Histories.empty(), events[:3], 2), events[3:], 2)
+    _, rows_E = insert_events(append_events(Histories.empty(), events[:3], 2), events[3:], 2)
     # user 1 owns rows 0-3, of which 0 and 1 are old; user 2 owns rows 4 and 5, of which 4 is old
     assert rows_E.tolist() == [2, 5, 3]
 
 
 def test_a_newcomer_gets_rows_behind_all_others() -> None:
-    histories = append(append(Histories.empty(), events_of([1, 1], [1, 2]), 1), events_of([3, 1], [9, 3]), 3)
+    histories = append_events(
+        append_events(Histories.empty(), events_of([1, 1], [1, 2]), 1), events_of([3, 1], [9, 3]), 3
+    )
     assert histories.offsets_U.tolist() == [0, 0, 3, 3, 4]  # user 2 exists and has no events
     assert histories.items_R.tolist() == [1, 2, 3, 9]
 
 
 def test_settling_makes_due_rows_done_and_held_back_rows_due_and_keeps_the_last_ones() -> None:
     joins = [NOW, NEVER, NOW, NEXT, NOW, NEXT]
-    histories = append(Histories.empty(), events_of(USERS, ITEMS, joins), 2)
-    assert histories.due_R.tolist() == [DUE, DUE, LATER, LATER, SECRET, DUE]
-    settled = settle(histories, keep=3)
+    histories = append_events(Histories.empty(), events_of(USERS, ITEMS, joins), 2)
+    assert histories.due_R.tolist() == [DUE, DUE, DEFERRED, DEFERRED, HELD_OUT, DUE]
+    settled = mark_trained(histories, n_recent=3)
     assert settled.items_R.tolist() == [2, 3, 4, 5, 6]  # user 1 had four rows
-    assert settled.due_R.tolist() == [DONE, DUE, DUE, SECRET, DONE]
+    assert settled.due_R.tolist() == [TRAINED, DUE, DUE, HELD_OUT, TRAINED]
     assert settled.offsets_U.tolist() == [0, 0, 3, 5]
 
 
 def test_a_target_sees_the_events_before_it_most_recent_last() -> None:
-    histories = append(Histories.empty(), events_of(USERS, ITEMS), 2)
+    histories = append_events(Histories.empty(), events_of(USERS, ITEMS), 2)
     targets = targets_at(histories, torch.tensor([0, 2, 3, 5]))
-    assert rows(histories_before(targets, 2)) == [[0, 0], [1, 2], [2, 3], [0, 5]]
+    assert rows(history_items(targets, 2)) == [[0, 0], [1, 2], [2, 3], [0, 5]]
 
 
 def test_history_of_the_span_reaches_back_to_its_first_event_only() -> None:
-    histories = one_user([DONE, DONE, DUE, DUE, LATER])
-    recent, span = (histories_before(due_targets(histories, how), 9) for how in ("recent", "span"))
+    histories = one_user([TRAINED, TRAINED, DUE, DUE, DEFERRED])
+    recent, span = (history_items(due_targets(histories, how), 9) for how in ("recent", "span"))
     assert rows(recent) == [[0, 1, 2], [1, 2, 3]]  # targets are items 3 and 4
     assert rows(span) == [[0], [3]]
 
 
 def test_only_due_rows_are_targets() -> None:
-    histories = one_user([DONE, DUE, SECRET, DUE, LATER])
+    histories = one_user([TRAINED, DUE, HELD_OUT, DUE, DEFERRED])
     assert due_targets(histories).rows_N.tolist() == [1, 3]
 
 
 def test_secret_events_are_hidden_in_training_and_seen_in_queries() -> None:
-    histories = one_user([DUE, SECRET, DUE])
+    histories = one_user([DUE, HELD_OUT, DUE])
     targets = targets_at(histories, torch.tensor([2]))
-    (trained,) = target_batches(targets, 8, 9, random_source(0))
+    (trained,) = target_batches(targets, 8, 9, make_rng(0))
     assert rows(trained.history_BT) == [[0, 1]]  # item 2 leaves no gap
     ((_, asked),) = query_batches(targets, 9)
     assert rows(asked.history_BT) == [[1, 2]]
@@ -114,25 +116,25 @@ def test_secret_events_are_hidden_in_training_and_seen_in_queries() -> None:
 
 def test_windows_are_cut_back_to_back_from_the_last_target() -> None:
     targets = due_targets(one_user([DUE] * 5))
-    windows = {tuple(w) for b in window_batches(targets, 8, 2, random_source(0)) for w in rows(b.history_BT)}
-    goals = {tuple(w) for b in window_batches(targets, 8, 2, random_source(0)) for w in rows(b.targets_BT)}
+    windows = {tuple(w) for b in window_batches(targets, 8, 2, make_rng(0)) for w in rows(b.history_BT)}
+    goals = {tuple(w) for b in window_batches(targets, 8, 2, make_rng(0)) for w in rows(b.targets_BT)}
     assert windows == {(3, 4), (1, 2)}  # item 1 has no history, so it is no target
     assert goals == {(4, 5), (2, 3)}
 
 
-@given(st.lists(st.sampled_from([DONE, DUE, LATER, SECRET]), min_size=2, max_size=14), st.integers(1, 4))
+@given(st.lists(st.sampled_from([TRAINED, DUE, DEFERRED, HELD_OUT]), min_size=2, max_size=14), st.integers(1, 4))
 def test_every_due_target_with_a_history_is_in_exactly_one_window(due: list[int], length: int) -> None:
-    batches = window_batches(due_targets(one_user(due)), 3, length, random_source(0))
+    batches = window_batches(due_targets(one_user(due)), 3, length, make_rng(0))
     found = [item for batch in batches for item in batch.targets_BT.flatten().tolist() if item]
-    after_secret = [i > 0 and due[i - 1] == SECRET for i in range(len(due))]  # nothing to predict them from
+    after_secret = [i > 0 and due[i - 1] == HELD_OUT for i in range(len(due))]  # nothing to predict them from
     wanted = [i + 1 for i, kind in enumerate(due) if kind == DUE and i > 0 and not after_secret[i]]
     assert sorted(found) == wanted
 
 
 def test_targets_without_history_are_left_out_of_target_batches_and_kept_as_pairs() -> None:
-    targets = due_targets(append(Histories.empty(), events_of(USERS, ITEMS), 2))
-    with_history = [i for b in target_batches(targets, 2, 9, random_source(0)) for i in b.targets_BT[:, 0].tolist()]
-    pairs = [i for b in pair_batches(targets, 2, random_source(0)) for i in b.targets_BT[:, 0].tolist()]
+    targets = due_targets(append_events(Histories.empty(), events_of(USERS, ITEMS), 2))
+    with_history = [i for b in target_batches(targets, 2, 9, make_rng(0)) for i in b.targets_BT[:, 0].tolist()]
+    pairs = [i for b in pair_batches(targets, 2, make_rng(0)) for i in b.targets_BT[:, 0].tolist()]
     assert sorted(with_history) == [2, 3, 4, 6]
     assert sorted(pairs) == [1, 2, 3, 4, 5, 6]
 
@@ -141,7 +143,7 @@ def test_batches_depend_on_the_numbers_of_their_source_and_on_nothing_else() -> 
     targets = due_targets(one_user([DUE] * 40))
 
     def order(*numbers: int) -> list[int]:
-        return [i for b in pair_batches(targets, 8, random_source(*numbers)) for i in b.targets_BT[:, 0].tolist()]
+        return [i for b in pair_batches(targets, 8, make_rng(*numbers)) for i in b.targets_BT[:, 0].tolist()]
 
     assert order(1, 2) == order(1, 2)
     assert order(1, 2) != order(2, 1)
@@ -170,21 +172,21 @@ def test_without_any_stored_interest_everybody_starts_from_the_slots() -> None:
 
 def test_settling_keeps_what_is_still_to_be_trained_on_however_old() -> None:
     # two rows stay, and the held-back one before them
-    left = settle(one_user([LATER, DONE, DUE, DUE]), keep=2)
+    left = mark_trained(one_user([DEFERRED, TRAINED, DUE, DUE]), n_recent=2)
     assert left.items_R.tolist() == [1, 3, 4]
-    assert left.due_R.tolist() == [DUE, DONE, DONE]
+    assert left.due_R.tolist() == [DUE, TRAINED, TRAINED]
     assert left.offsets_U.diff().tolist() == [0, 3]
 
 
 def test_few_rows_make_smaller_batches_so_that_an_epoch_has_steps_enough() -> None:
     # 5000 rows in batches of 256 are 20 steps; 5000 // 50 = 100 a batch are 50. 300 rows: 6 a batch, but at least 16.
-    assert [smaller(256, n) for n in (100_000, 5_000, 300)] == [256, 100, 16]
-    assert smaller(8, 300) == 8  # never more than was asked for
+    assert [limit_batch_size(256, n) for n in (100_000, 5_000, 300)] == [256, 100, 16]
+    assert limit_batch_size(8, 300) == 8  # never more than was asked for
 
 
 def test_a_history_of_secrets_alone_teaches_nothing_and_one_with_gaps_is_closed() -> None:
-    events = Events.of(torch.tensor([1, 1, 1, 2, 2]), torch.tensor([1, 2, 3, 2, 1]))
+    events = Events.trainable(torch.tensor([1, 1, 1, 2, 2]), torch.tensor([1, 2, 3, 2, 1]))
     joins_E = torch.tensor([NOW, NEVER, NOW, NEVER, NOW], dtype=torch.int8)
-    targets = due_targets(append(Histories.empty(), replace(events, joins_E=joins_E), 2))
-    found = list(target_batches(targets, 8, 50, random_source(0)))
+    targets = due_targets(append_events(Histories.empty(), replace(events, train_at_E=joins_E), 2))
+    found = list(target_batches(targets, 8, 50, make_rng(0)))
     assert [batch.history_BT.tolist() for batch in found] == [[[0, 1]]]  # not [1, 0]: what is secret was not there

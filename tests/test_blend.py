@@ -8,17 +8,24 @@ import numpy as np
 import pytest
 import torch
 
-from freshrec.data.batches import Targets, append, due_targets, random_source, turns_of
-from freshrec.learn.fit import Fit
-from freshrec.learn.listwise import LATEST, LEVEL, corrected, fit_listwise, refit, worth
-from freshrec.models.blend import SOURCES, Blend, BlendSpec, Remembered, Rule
+from freshrec.data.batches import Targets, append_events, due_targets, make_rng, occurrence_numbers
+from freshrec.learn.fit import FitConfig
+from freshrec.learn.listwise import (
+    MAX_JUDGED_QUERIES,
+    SIGNIFICANCE_LEVEL,
+    feature_gain,
+    fit_correction,
+    fit_listwise,
+    fit_rule,
+)
+from freshrec.models.blend import SCORE_SOURCES, Blend, BlendSpec, QueryLog, Rule
 from freshrec.models.checkpoint import load_state, save_state
-from freshrec.models.counted import absorb
-from freshrec.models.experts import EXPERTS, FEATURES, POOLED, RANK, SHARE, N, largest
-from freshrec.models.facts import USER
-from freshrec.models.ranking import ranks, top
-from freshrec.strategies.refit import JUDGES, WORTH, Refit
-from freshrec.types import NEVER, NEXT, NOW, Batch, Events, Histories, OfferingModel, Span, State
+from freshrec.models.counted import absorb_block
+from freshrec.models.experts import EXPERT_NAMES, FEATURES, N_EXPERTS, POOLED, RANK_COLUMN, SHARE_COLUMN, top_k_indices
+from freshrec.models.facts import USER_FEATURES
+from freshrec.models.ranking import target_ranks, top_k
+from freshrec.strategies.refit import MIN_GAIN_NATS, MIN_GAIN_QUERIES, Refit
+from freshrec.types import NEVER, NEXT, NOW, Batch, CandidateModel, Events, Histories, Span, State
 
 near = pytest.approx
 USERS, ITEMS = 40, 30
@@ -31,7 +38,7 @@ def chain(n: int, seed: int, users: int = USERS) -> Events:
     for i, user in enumerate(who):
         last[user] = last[user] % ITEMS + 1 if source.random() < 0.75 else source.integers(1, ITEMS + 1)
         items[i] = last[user]
-    return Events.of(torch.from_numpy(who), torch.from_numpy(items))
+    return Events.trainable(torch.from_numpy(who), torch.from_numpy(items))
 
 
 def fed(blocks: list[Events], **options: int) -> tuple[Blend, Histories]:
@@ -39,7 +46,7 @@ def fed(blocks: list[Events], **options: int) -> tuple[Blend, Histories]:
     for block in blocks:
         model.grow(USERS, ITEMS)
         model.absorb(block, histories)
-        histories = append(histories, block, USERS)
+        histories = append_events(histories, block, USERS)
     return model, histories
 
 
@@ -49,17 +56,17 @@ def asked(history: list[int], user: int = 0) -> Batch:
 
 def test_it_learns_whom_to_believe() -> None:
     model, _ = fed([chain(1200, 0), chain(600, 1)])
-    refit(model)
-    assert model.rule is not None and list(EXPERTS)[model.trusted] == "markov"
+    fit_rule(model)
+    assert model.rule is not None and list(EXPERT_NAMES)[model.best_expert] == "markov"
     items, scores = model.candidates(asked([3, 9, 17]))
     assert items[0, scores[0].argmax()] == 18 and scores.sum().item() == near(1.0)
-    assert isinstance(model, OfferingModel)
+    assert isinstance(model, CandidateModel)
 
 
 def test_without_enough_to_learn_from_the_best_expert_speaks_alone() -> None:
     model, _ = fed([chain(1200, 0)])
-    assert list(EXPERTS)[model.trusted] == "markov"  # even without a refit
-    refit(model, least=10_000)
+    assert list(EXPERT_NAMES)[model.best_expert] == "markov"  # even without a refit
+    fit_rule(model, min_queries=10_000)
     assert model.rule is None
     batch = asked([3, 9, 17])
     own = model.experts.counters["markov"].score(batch, torch.arange(1, ITEMS + 1))
@@ -68,42 +75,42 @@ def test_without_enough_to_learn_from_the_best_expert_speaks_alone() -> None:
 
 def test_a_rule_that_ordered_worse_than_an_expert_is_not_used() -> None:
     model, histories = fed([chain(1200, 0), chain(600, 1)])
-    refit(model)
-    assert model.ruling is not None
-    kept = model.remembered
-    ranks_PR = torch.ones(400, N + 1)
-    ranks_PR[:, N] = 2.0  # one place behind every expert, each time
-    model.remembered = replace(kept, ranks_PR=ranks_PR)
-    refit(model)
-    assert model.ruling is None and model.rule is not None
+    fit_rule(model)
+    assert model.active_rule is not None
+    kept = model.query_log
+    ranks_PR = torch.ones(400, N_EXPERTS + 1)
+    ranks_PR[:, N_EXPERTS] = 2.0  # one place behind every expert, each time
+    model.query_log = replace(kept, ranks_PR=ranks_PR)
+    fit_rule(model)
+    assert model.active_rule is None and model.rule is not None
     [reason] = model.explain(asked([3, 9, 17]), 18)
-    assert reason.source == EXPERTS[model.trusted]
+    assert reason.source == EXPERT_NAMES[model.best_expert]
     later = chain(600, 2)
     model.absorb(later, histories)
-    assert len(model.remembered.ranks_PR) > 400  # it goes on being judged
-    assert not model.remembered.ranks_PR[400:, N].isnan().any()
+    assert len(model.query_log.ranks_PR) > 400  # it goes on being judged
+    assert not model.query_log.ranks_PR[400:, N_EXPERTS].isnan().any()
     saved, other = model.state_dict(), BlendSpec().build(0)
     other.load_state_dict(saved)
-    assert other.ruling is None and other.rule is not None
+    assert other.active_rule is None and other.rule is not None
     del saved["overruled"]  # as versions were written before there was such a thing
     other.load_state_dict(saved)
-    assert other.ruling is not None
+    assert other.active_rule is not None
     blocks = 0
-    while model.ruling is None:  # and it comes back when what it has done lately is no worse
+    while model.active_rule is None:  # and it comes back when what it has done lately is no worse
         block, blocks = chain(600, 3 + blocks), blocks + 1
         model.absorb(block, histories)
-        histories = append(histories, block, USERS)
-        refit(model)
-    assert 0 < blocks <= -(-LATEST // 300)
+        histories = append_events(histories, block, USERS)
+        fit_rule(model)
+    assert 0 < blocks <= -(-MAX_JUDGED_QUERIES // 300)
 
 
 def test_what_comes_later_changes_nothing_that_was_remembered() -> None:
     base = chain(1200, 0)
     one, _ = fed([base, chain(300, 1)])
     two, _ = fed([base, chain(300, 2)])
-    n = len(fed([base])[0].remembered.x_QCF)
-    assert torch.equal(one.remembered.x_QCF[:n], two.remembered.x_QCF[:n]) and n > 50
-    assert not torch.equal(one.remembered.x_QCF[n:][:10], two.remembered.x_QCF[n:][:10])
+    n = len(fed([base])[0].query_log.x_QCF)
+    assert torch.equal(one.query_log.x_QCF[:n], two.query_log.x_QCF[:n]) and n > 50
+    assert not torch.equal(one.query_log.x_QCF[n:][:10], two.query_log.x_QCF[n:][:10])
 
 
 def test_the_target_comes_first_and_is_described_as_it_was_before_it_happened() -> None:
@@ -113,11 +120,11 @@ def test_the_target_comes_first_and_is_described_as_it_was_before_it_happened() 
     expected = []
     for user, item in zip(users, items):
         history = histories.items_R[histories.offsets_U[user] : histories.offsets_U[user + 1]].long()
-        found, x = model.experts.describe(Batch(user[None], history[None]))
+        found, x = model.experts.candidate_features(Batch(user[None], history[None]))
         expected.append(x[0, found[0] == item][0].half())
-    n = len(model.remembered.x_QCF)
-    model.absorb(Events.of(users, items), histories)
-    new = model.remembered.x_QCF[n:, 0]
+    n = len(model.query_log.x_QCF)
+    model.absorb(Events.trainable(users, items), histories)
+    new = model.query_log.x_QCF[n:, 0]
     assert len(new) and all(any(torch.equal(row, x) for x in expected) for row in new)
 
 
@@ -125,14 +132,14 @@ def test_candidates_are_described_by_what_each_expert_says_of_all_items() -> Non
     model, _ = fed([chain(1200, 0), chain(600, 1)], offered=7)
     experts = model.experts
     batch = Batch(torch.tensor([1, 2, 0]), torch.tensor([[0, 3, 9, 3], [4, 9, 2, 7], [0, 0, 0, 0]]))
-    items_BC, x_BCF = experts.describe(batch)
+    items_BC, x_BCF = experts.candidate_features(batch)
     real_BC, all_items, wanted = items_BC > 0, torch.arange(ITEMS + 1), []
     for name, counter in experts.counters.items():
         score_BI = counter.score(batch, all_items)
         share_BI = score_BI / score_BI.sum(1, keepdim=True).clamp(min=1e-9)
-        share_BC = (share_BI.gather(1, items_BC) + experts.settled.floor).log()
-        torch.testing.assert_close(x_BCF[..., SHARE[name]][real_BC], share_BC[real_BC], rtol=1e-5, atol=1e-5)
-        rank_BC, own_BC = x_BCF[..., RANK[name]].exp().round(), score_BI.gather(1, items_BC)
+        share_BC = (share_BI.gather(1, items_BC) + experts.cache.share_floor).log()
+        torch.testing.assert_close(x_BCF[..., SHARE_COLUMN[name]][real_BC], share_BC[real_BC], rtol=1e-5, atol=1e-5)
+        rank_BC, own_BC = x_BCF[..., RANK_COLUMN[name]].exp().round(), score_BI.gather(1, items_BC)
         ahead_BC = (score_BI[:, None] > own_BC[..., None]).sum(2)  # of equal ones any may come first
         level_BC = (score_BI[:, None] == own_BC[..., None]).sum(2)
         offered_BC = real_BC & (rank_BC <= 7)
@@ -144,9 +151,9 @@ def test_candidates_are_described_by_what_each_expert_says_of_all_items() -> Non
     assert not torch.stack(wanted).any()  # all that an expert offers are candidates
     for b in range(3):
         alone_C, x_CF = (
-            part[0] for part in experts.describe(Batch(batch.users_B[b : b + 1], batch.history_BT[b : b + 1]))
+            part[0] for part in experts.candidate_features(Batch(batch.users_B[b : b + 1], batch.history_BT[b : b + 1]))
         )
-        same = [f for f in range(len(FEATURES)) if f not in RANK.values()]  # all but ranks
+        same = [f for f in range(len(FEATURES)) if f not in RANK_COLUMN.values()]  # all but ranks
         assert set(batch.history_BT[b].tolist()) - {0} <= set(alone_C.tolist())
         for item in set(alone_C.tolist()) & set(items_BC[b].tolist()) - {0}:
             assert torch.equal(x_CF[alone_C == item][0, same], x_BCF[b, items_BC[b] == item][0, same])
@@ -155,43 +162,43 @@ def test_candidates_are_described_by_what_each_expert_says_of_all_items() -> Non
 @pytest.mark.parametrize("k", [1, 3, 5, 9])
 def test_the_largest_values_are_those_that_a_stable_sort_puts_first(k: int) -> None:
     values = np.array([2.0, 5, 2, 0, 5, 2, 1])
-    assert largest(values, k).tolist() == [1, 4, 0, 2, 5, 6, 3][:k]
+    assert top_k_indices(values, k).tolist() == [1, 4, 0, 2, 5, 6, 3][:k]
 
 
 def test_only_as_much_is_remembered_as_was_asked_for() -> None:
     model, _ = fed([chain(1200, 0), chain(400, 1)], remembered=120, per_window=60, others=7)
-    kept = model.remembered
+    kept = model.query_log
     assert len(kept.ranks_PR) == 120  # 60 of the base block's window of 200, then 120 of 400: the latest stay
     assert 0 < len(kept.x_QCF) <= 120 and kept.x_QCF.shape[1:] == (8, len(FEATURES)) and kept.real_QC[:, 0].all()
-    assert len(fed([chain(1200, 0)], per_window=60)[0].remembered.ranks_PR) == 60
+    assert len(fed([chain(1200, 0)], per_window=60)[0].query_log.ranks_PR) == 60
 
 
 def test_every_user_is_asked_for_once_before_anybody_is_twice() -> None:
-    assert turns_of(torch.tensor([5, 3, 5, 5, 3])).tolist() == [0, 0, 1, 2, 1]
-    assert turns_of(torch.zeros(0, dtype=torch.int64)).tolist() == []
+    assert occurrence_numbers(torch.tensor([5, 3, 5, 5, 3])).tolist() == [0, 0, 1, 2, 1]
+    assert occurrence_numbers(torch.zeros(0, dtype=torch.int64)).tolist() == []
 
 
 def test_ranks_and_lists_are_those_of_the_scores() -> None:
     model, histories = fed([chain(1200, 0), chain(600, 1)], offered=4)
-    refit(model)
+    fit_rule(model)
     batch = Batch(torch.tensor([1, 2, 3]), torch.tensor([[0, 3], [4, 9], [0, 0]]))
     scores = model.score(batch, torch.arange(1, ITEMS + 1))
     for target in range(1, ITEMS + 1):
         own = scores[:, target - 1 : target]
         expected = 1 + (scores > own).sum(1) + 0.5 * ((scores == own).sum(1) - 1)
-        assert ranks(model, batch, torch.full((3,), target)).tolist() == expected.tolist()
-    items, best = top(model, batch, 3)
+        assert target_ranks(model, batch, torch.full((3,), target)).tolist() == expected.tolist()
+    items, best = top_k(model, batch, 3)
     torch.testing.assert_close(best, scores.topk(3).values)
     torch.testing.assert_close(best, scores.gather(1, (items - 1).clamp(min=0)) * (items > 0))
-    banned, _ = top(model, batch, 3, banned_BM=items[:, :1])
+    banned, _ = top_k(model, batch, 3, excluded_BM=items[:, :1])
     assert not (banned[:, :, None] == items[:, :1, None]).any()
-    allowed, best = top(model, batch, 3, among_N=torch.tensor([4, 5]))
+    allowed, best = top_k(model, batch, 3, allowed_N=torch.tensor([4, 5]))
     assert set(allowed[best > 0].tolist()) <= {4, 5}
 
 
 def test_a_user_without_history_is_offered_what_is_popular() -> None:
     model, _ = fed([chain(1200, 0), chain(600, 1)])
-    refit(model)
+    fit_rule(model)
     nobody = model.score(asked([0]), torch.arange(1, ITEMS + 1))
     assert (nobody > 0).any() and torch.isfinite(nobody).all()
     alone = model.score(Batch(torch.tensor([0]), torch.zeros(1, 0, dtype=torch.int64)), torch.arange(1, ITEMS + 1))
@@ -201,37 +208,37 @@ def test_a_user_without_history_is_offered_what_is_popular() -> None:
 def test_an_own_item_that_is_new_to_everybody_else_is_offered_again() -> None:
     model, histories = fed([chain(1200, 0)])
     twice = np.repeat(np.arange(ITEMS + 1, ITEMS + 301), 2)  # from now on everybody takes everything new twice
-    events = Events.of(torch.from_numpy(np.repeat(np.arange(300) % USERS + 1, 2)), torch.from_numpy(twice))
+    events = Events.trainable(torch.from_numpy(np.repeat(np.arange(300) % USERS + 1, 2)), torch.from_numpy(twice))
     model.grow(USERS, ITEMS + 301)
     model.absorb(events, histories)
     taken, events = FEATURES.index("taken"), FEATURES.index("events")
-    again_Q = model.remembered.x_QCF[:, 0, taken].bool()  # those whose target was the user's own, one fact of which:
-    assert again_Q[-100:].all() and (model.remembered.x_QCF[-100:, 0, events] == 0).all()  # no events
-    refit(model)
-    assert ranks(model, asked([4, ITEMS + 301]), torch.tensor([ITEMS + 301]), n_items=ITEMS).tolist() == [1]
-    assert ranks(model, asked([4]), torch.tensor([ITEMS + 301]), n_items=ITEMS).tolist() == [np.inf]
+    again_Q = model.query_log.x_QCF[:, 0, taken].bool()  # those whose target was the user's own, one fact of which:
+    assert again_Q[-100:].all() and (model.query_log.x_QCF[-100:, 0, events] == 0).all()  # no events
+    fit_rule(model)
+    assert target_ranks(model, asked([4, ITEMS + 301]), torch.tensor([ITEMS + 301]), n_items=ITEMS).tolist() == [1]
+    assert target_ranks(model, asked([4]), torch.tensor([ITEMS + 301]), n_items=ITEMS).tolist() == [np.inf]
 
 
 def test_a_saved_blend_gives_the_same_scores() -> None:
     model, histories = fed([chain(1200, 0), chain(600, 1)])
-    refit(model)
+    fit_rule(model)
     other = BlendSpec().build(0)
     other.load_state_dict(model.state_dict())
     items = torch.arange(1, ITEMS + 1)
     assert torch.equal(other.score(asked([3, 9]), items), model.score(asked([3, 9]), items))
     for each in (model, other):
         each.absorb(chain(200, 3), histories)
-    assert torch.equal(other.remembered.x_QCF, model.remembered.x_QCF)
+    assert torch.equal(other.query_log.x_QCF, model.query_log.x_QCF)
 
 
 def test_a_saved_state_of_a_blend_goes_on_with_its_own_seed_and_moments(tmp_path: Path) -> None:
     base, later = chain(1200, 0), chain(300, 1)
-    strategy, span = Refit(fit=Fit(epochs=1, max_epochs=2, patience=1)), Span(1, later, USERS, ITEMS)
+    strategy, span = Refit(fit=FitConfig(epochs=1, max_epochs=2, patience=1)), Span(1, later, USERS, ITEMS)
     state = State(BlendSpec().build(5), seed=5)
-    state = strategy.update(absorb(state, base, USERS, ITEMS), Span(0, base, USERS, ITEMS))
+    state = strategy.update(absorb_block(state, base, USERS, ITEMS), Span(0, base, USERS, ITEMS))
     save_state(state, tmp_path / "state")
     one, two = (
-        strategy.update(absorb(before, later, USERS, ITEMS), span).model.state_dict()
+        strategy.update(absorb_block(before, later, USERS, ITEMS), span).model.state_dict()
         for before in (state, load_state(tmp_path / "state"))
     )
     assert set(one) == set(two) and any("moments" in name for name in one)
@@ -240,17 +247,17 @@ def test_a_saved_state_of_a_blend_goes_on_with_its_own_seed_and_moments(tmp_path
 
 def test_the_network_corrects_what_weights_cannot_say() -> None:
     # The better of two candidates is the one whose first two features have the same sign: no weights can say so.
-    x = torch.randn(600, 2, len(FEATURES), generator=random_source(0))
+    x = torch.randn(600, 2, len(FEATURES), generator=make_rng(0))
     better = x[..., 0] * x[..., 1]
     x = x.gather(1, better.argsort(1, descending=True)[..., None].expand_as(x))
-    real, rule = torch.ones(600, 2, dtype=torch.bool), Rule.start(0)
-    z, nothing = rule.standard(x), torch.zeros(600, 2)
-    found = corrected(rule, z, nothing, real, 30, random_source(1))
+    real, rule = torch.ones(600, 2, dtype=torch.bool), Rule.initial(0)
+    z, nothing = rule.standardize(x), torch.zeros(600, 2)
+    found = fit_correction(rule, z, nothing, real, 30, make_rng(1))
     right = (found.correction(z)[:, 0] > found.correction(z)[:, 1]).float().mean()
     assert right > 0.85 and (rule.correction(z) == 0).all()
     weights = fit_listwise(z, real, torch.zeros(len(FEATURES)), 1e-4)
     assert ((z @ weights)[:, 0] > (z @ weights)[:, 1]).float().mean() < 0.7
-    assert corrected(rule, z, nothing, real, 0, random_source(1)) is rule
+    assert fit_correction(rule, z, nothing, real, 0, make_rng(1)) is rule
 
 
 def test_listwise_weights_are_where_the_slope_is_zero() -> None:
@@ -267,15 +274,15 @@ def test_listwise_weights_are_where_the_slope_is_zero() -> None:
 
 
 def test_a_remembered_row_is_a_row_of_all_its_columns() -> None:
-    source = random_source(0)
-    kept = Remembered(torch.rand(5, 2, 3, generator=source).half(), torch.ones(5, 2) > 0, torch.rand(6, 2))
+    source = make_rng(0)
+    kept = QueryLog(torch.rand(5, 2, 3, generator=source).half(), torch.ones(5, 2) > 0, torch.rand(6, 2))
     latest = kept.latest(3)
     assert torch.equal(latest.x_QCF, kept.x_QCF[2:]) and torch.equal(latest.ranks_PR, kept.ranks_PR[3:])
 
 
 def test_reasons_add_up_to_the_score_and_name_who_offered_and_which_event_spoke() -> None:
     model, _ = fed([chain(1200, 0), chain(600, 1)])
-    refit(model)
+    fit_rule(model)
     batch = asked([3, 9, 17])
     items_BC, score_BC = model.candidates(batch)
     real_C = items_BC[0] > 0
@@ -283,12 +290,14 @@ def test_reasons_add_up_to_the_score_and_name_who_offered_and_which_event_spoke(
     for item in (18, 4, 17):
         reasons = model.explain(batch, item)
         above = log_C[items_BC[0, real_C] == item] - log_C.mean()
-        assert sum(reason.points for reason in reasons) == near(above.item(), abs=1e-4)
-        assert [reason.points for reason in reasons] == sorted((reason.points for reason in reasons), reverse=True)
+        assert sum(reason.contribution for reason in reasons) == near(above.item(), abs=1e-4)
+        assert [reason.contribution for reason in reasons] == sorted(
+            (reason.contribution for reason in reasons), reverse=True
+        )
     by_name = {reason.source: reason for reason in model.explain(batch, 18)}
-    assert set(by_name) == set(SOURCES) and by_name["markov"].place == 1 and by_name["markov"].because == 17
-    assert by_name["repeat-last"].place is None and by_name["pooled"].place is None  # which nobody trained
-    assert by_name["markov"].points > 0.5
+    assert set(by_name) == set(SCORE_SOURCES) and by_name["markov"].rank == 1 and by_name["markov"].history_item == 17
+    assert by_name["repeat-last"].rank is None and by_name["pooled"].rank is None  # which nobody trained
+    assert by_name["markov"].contribution > 0.5
     assert model.explain(batch, 0) == []
     model.rule = None
     assert [reason.source for reason in model.explain(batch, 18)] == ["markov"]
@@ -298,10 +307,10 @@ def test_reasons_add_up_to_the_score_and_name_who_offered_and_which_event_spoke(
 
 def update(blocks: list[Events], **options: Any) -> list[State]:
     """The states after each block, updated by `refit`, which trains, worth it or not."""
-    options = {"trains": "always", "fit": Fit(epochs=2, max_epochs=4, patience=3)} | options
+    options = {"trains": "always", "fit": FitConfig(epochs=2, max_epochs=4, patience=3)} | options
     states, strategy = [State(BlendSpec().build(0))], Refit(**options)
     for index, block in enumerate(blocks):
-        states.append(strategy.update(absorb(states[-1], block, USERS, ITEMS), Span(index, block, USERS, ITEMS)))
+        states.append(strategy.update(absorb_block(states[-1], block, USERS, ITEMS), Span(index, block, USERS, ITEMS)))
     return states[1:]
 
 
@@ -309,12 +318,12 @@ def test_the_trained_expert_is_heard_on_what_it_had_not_learnt_and_then_learns_i
     base, later = chain(1200, 0), chain(600, 1)
     after, counting = update([base, later]), update([base, later], trains="never")
     heard, silent = (states[0].model.remembered.x_QCF for states in (after, counting))
-    columns = [SHARE["pooled"], RANK["pooled"]]
+    columns = [SHARE_COLUMN["pooled"], RANK_COLUMN["pooled"]]
     others = [column for column in range(len(FEATURES)) if column not in columns]
     assert torch.equal(heard[..., others], silent[..., others]) and not torch.equal(heard, silent)
-    rank_QC = silent[..., RANK["pooled"]]
+    rank_QC = silent[..., RANK_COLUMN["pooled"]]
     assert rank_QC.max() == rank_QC[:, 0].min()  # of those that nobody asked all ranks are alike
-    heard_Q = heard[:, 0, RANK["pooled"]]
+    heard_Q = heard[:, 0, RANK_COLUMN["pooled"]]
     assert heard_Q.float().exp().mean() < 8  # of the targets, among 30; it found out about the chain
     assert all(int(state.model.experts.trained.items.steps_R.sum()) > 0 for state in after)
     assert not any(bool(state.model.experts.trained.items.steps_R.any()) for state in counting)
@@ -329,7 +338,7 @@ def test_an_update_that_would_harm_the_trained_expert_is_not_made() -> None:
     lured = replace(
         as_ever, items_E=torch.cat([turned_E[:1000], as_ever.items_E[1000:]])
     )  # its newest sixth is as ever
-    fit = Fit(epochs=6, max_epochs=6, patience=6)
+    fit = FitConfig(epochs=6, max_epochs=6, patience=6)
     for block, manner in ((turned, 1.0), (lured, 0.0)):
         before, after = update([base, block], fit=fit)
         old, new = (state.model.experts.trained.items.weights for state in (before, after))
@@ -342,7 +351,7 @@ def test_a_trained_expert_that_adds_nothing_is_given_up_and_costs_nothing_from_t
     draws = [chain(n, seed) for seed, n in enumerate((3000, 600))]
     base, later = (replace(e, items_E=torch.randint(1, ITEMS + 1, (len(e),), generator=source)) for e in draws)
     tried, counting = update([base, later], trains="worth"), update([base, later], trains="never")
-    assert tried[0].costs["trained_worth_p"] >= LEVEL
+    assert tried[0].costs["trained_worth_p"] >= SIGNIFICANCE_LEVEL
     assert "train_cpu_s" in tried[0].costs and "train_cpu_s" not in tried[1].costs
     assert "rows_read" not in tried[1].costs and not tried[1].model.experts.trained.items.steps_R.any()
     for mine, theirs in zip(tried, counting):
@@ -353,46 +362,46 @@ def test_a_trained_expert_that_adds_nothing_is_given_up_and_costs_nothing_from_t
 
 def test_a_silent_expert_says_nothing_when_its_floor_moves() -> None:
     model, _ = fed([chain(1200, 0)])  # whose trained expert is silent: all its shares are a floor
-    kept = model.remembered
+    kept = model.query_log
     moved = replace(kept, x_QCF=kept.x_QCF.clone())
-    moved.x_QCF[len(kept.x_QCF) // 2 :, :, SHARE["pooled"]] -= 0.5  # as when items have been added
-    for model.remembered in (kept, moved):
+    moved.x_QCF[len(kept.x_QCF) // 2 :, :, SHARE_COLUMN["pooled"]] -= 0.5  # as when items have been added
+    for model.query_log in (kept, moved):
         model.rule = None
-        refit(model)
+        fit_rule(model)
         assert model.rule is not None
-        _, x_BCF = model.experts.describe(asked([3, 9, 17]))
+        _, x_BCF = model.experts.candidate_features(asked([3, 9, 17]))
         before = model.rule.scores(x_BCF)
-        x_BCF[..., SHARE["pooled"]] -= 1.0
+        x_BCF[..., SHARE_COLUMN["pooled"]] -= 1.0
         assert torch.equal(model.rule.scores(x_BCF), before)
-        assert not model.rule.std_F[-len(USER) :].isinf().any()
+        assert not model.rule.std_F[-len(USER_FEATURES) :].isinf().any()
 
 
 def test_what_features_are_worth() -> None:
     source = torch.Generator().manual_seed(0)
     x_QCF = torch.randn(600, 20, len(FEATURES), generator=source)
     x_QCF[:, 0, 3] += 1.0  # the only one that tells the target
-    kept = Remembered(x_QCF.half(), torch.ones(600, 20, dtype=torch.bool), torch.zeros(600, N + 1))
-    nats, p = worth(kept, [3])
+    kept = QueryLog(x_QCF.half(), torch.ones(600, 20, dtype=torch.bool), torch.zeros(600, N_EXPERTS + 1))
+    nats, p = feature_gain(kept, [3])
     assert nats == near(0.45, abs=0.15) and p < 1e-9  # at best half a nat: the divergence of the two normals
-    assert worth(kept, [5, 7])[0] < 0.02 and worth(kept, [5, 7])[1] > LEVEL
+    assert feature_gain(kept, [5, 7])[0] < 0.02 and feature_gain(kept, [5, 7])[1] > SIGNIFICANCE_LEVEL
 
 
 @pytest.mark.parametrize("name", ["markov", "item-knn", "popularity"])
 def test_an_expert_that_repeats_another_is_worth_nothing(name: str) -> None:
-    kept = fed([chain(3000, 0)])[0].remembered
-    x_QCF, columns = kept.x_QCF.clone(), [SHARE["pooled"], RANK["pooled"]]
-    x_QCF[..., columns] = x_QCF[..., [SHARE[name], RANK[name]]]
-    nats, p = worth(replace(kept, x_QCF=x_QCF), columns)
-    assert len(x_QCF) > JUDGES and (nats < WORTH / 2 or p > LEVEL)
+    kept = fed([chain(3000, 0)])[0].query_log
+    x_QCF, columns = kept.x_QCF.clone(), [SHARE_COLUMN["pooled"], RANK_COLUMN["pooled"]]
+    x_QCF[..., columns] = x_QCF[..., [SHARE_COLUMN[name], RANK_COLUMN[name]]]
+    nats, p = feature_gain(replace(kept, x_QCF=x_QCF), columns)
+    assert len(x_QCF) > MIN_GAIN_QUERIES and (nats < MIN_GAIN_NATS / 2 or p > SIGNIFICANCE_LEVEL)
 
 
 def counting(passed: list[int], **options: Any) -> Refit:
     """A refit that writes down how many targets each of its trainings passes."""
 
     class Counted(Refit):
-        def _within(self, fit: Fit, targets: Targets) -> tuple[Fit, Targets]:
+        def _within(self, fit: FitConfig, targets: Targets) -> tuple[FitConfig, Targets]:
             passed.append(len(targets))
-            return super()._within(fit, targets)
+            return super()._limit_passes(fit, targets)
 
     return Counted(**options)
 
@@ -400,7 +409,7 @@ def counting(passed: list[int], **options: Any) -> Refit:
 def test_anew_is_to_do_with_all_events_as_with_a_base_block() -> None:
     base, later = chain(1200, 0), chain(600, 1)
     later = replace(later, times_E=later.times_E + 1200)
-    both = Events.of(torch.cat([base.users_E, later.users_E]), torch.cat([base.items_E, later.items_E]))
+    both = Events.trainable(torch.cat([base.users_E, later.users_E]), torch.cat([base.items_E, later.items_E]))
     [_, after], [whole] = update([base, later], anew=True, trains="never"), update([both], trains="never")
     found, expected = after.model.state_dict(), whole.model.state_dict()
     assert found.keys() == expected.keys()
@@ -409,24 +418,26 @@ def test_anew_is_to_do_with_all_events_as_with_a_base_block() -> None:
 
 def test_anew_trains_on_all_events_but_those_held_back_by_the_last_block(tmp_path: Path) -> None:
     passed: list[int] = []
-    strategy = counting(passed, anew=True, trains="always", fit=Fit(epochs=1, max_epochs=1, patience=1))
+    strategy = counting(passed, anew=True, trains="always", fit=FitConfig(epochs=1, max_epochs=1, patience=1))
     state = State(BlendSpec().build(0))
     for index, (n, expected) in enumerate([(1200, 600 + 0), (600, 1200 + 300), (600, 1800 + 300)]):
         block = chain(n, index)
         half = torch.where(torch.arange(n) % 2 == 0, NEXT, NOW).to(torch.int8)
-        span = Span(index, replace(block, joins_E=half), USERS, ITEMS)
+        span = Span(index, replace(block, train_at_E=half), USERS, ITEMS)
         passed.clear()
-        state = strategy.update(absorb(state, span.events, USERS, ITEMS), span)
+        state = strategy.update(absorb_block(state, span.events, USERS, ITEMS), span)
         assert sum(passed) == expected
         save_state(state, tmp_path / "state.safetensors")  # what is remembered goes with it
         state = load_state(tmp_path / "state.safetensors")
-    secret = replace(block, joins_E=torch.full_like(block.joins_E, NEVER))
-    after = strategy.update(absorb(state, secret, USERS, ITEMS), Span(3, secret, USERS, ITEMS))
+    secret = replace(block, train_at_E=torch.full_like(block.train_at_E, NEVER))
+    after = strategy.update(absorb_block(state, secret, USERS, ITEMS), Span(3, secret, USERS, ITEMS))
     assert after.model.experts.facts.clock == 2400  # of 3000 events
 
 
 def test_a_blend_that_began_with_too_little_trains_when_there_is_more() -> None:
-    tiny = Events.of(torch.arange(1, 7), torch.arange(1, 7))  # an event of each user: nobody can be asked anything
+    tiny = Events.trainable(
+        torch.arange(1, 7), torch.arange(1, 7)
+    )  # an event of each user: nobody can be asked anything
     begun = [bool(state.model.experts.trained.items.steps_R.any()) for state in update([tiny, chain(600, 1)])]
     assert begun == [False, True]
 
@@ -447,11 +458,11 @@ def test_a_budget_is_a_number_of_passes_that_training_keeps_to() -> None:
 
 def test_held_back_events_are_trained_on_once_when_it_is_their_turn() -> None:
     base = chain(1200, 0)
-    held = replace(base, joins_E=torch.where(torch.arange(len(base)) % 2 == 0, NEXT, NOW).to(torch.int8))
+    held = replace(base, train_at_E=torch.where(torch.arange(len(base)) % 2 == 0, NEXT, NOW).to(torch.int8))
     span = Span(0, held, USERS, ITEMS)
     passed: list[int] = []
-    counting(passed, fit=Fit(epochs=1, max_epochs=1, patience=1)).update(
-        absorb(State(BlendSpec().build(0)), held, USERS, ITEMS), span
+    counting(passed, fit=FitConfig(epochs=1, max_epochs=1, patience=1)).update(
+        absorb_block(State(BlendSpec().build(0)), held, USERS, ITEMS), span
     )
     assert sum(passed) == 600
 
@@ -461,15 +472,15 @@ def test_a_trained_expert_may_be_the_trusted_one() -> None:
     kept = state.model.remembered
     assert kept.ranks_PR[:, POOLED].isfinite().float().mean() > 0.5  # of the base block too
     found = kept.ranks_PR[kept.ranks_PR[:, :POOLED].isfinite().any(1), POOLED]
-    place = kept.x_QCF[:, 0, RANK["pooled"]].float().exp().round()
+    place = kept.x_QCF[:, 0, RANK_COLUMN["pooled"]].float().exp().round()
     assert torch.equal(found.nan_to_num(posinf=101), place)
 
 
 def test_a_large_log_gets_fewer_epochs_or_only_its_latest_targets() -> None:
-    histories = append(Histories.empty(), chain(100, 0), USERS)
+    histories = append_events(Histories.empty(), chain(100, 0), USERS)
     targets = due_targets(histories)
     for passes, n_epochs, n_targets in ((500, 5, 100), (250, 2, 100), (40, 1, 40)):
-        fit, kept = Refit(passes=passes)._within(Fit(epochs=5), targets)
+        fit, kept = Refit(max_passes=passes)._limit_passes(FitConfig(epochs=5), targets)
         assert (fit.epochs, len(kept)) == (n_epochs, n_targets)
         times = histories.times_R[kept.rows_N]
         assert times.min() == 100 - n_targets  # the latest, in the order that they had
@@ -485,14 +496,14 @@ def test_what_the_trained_expert_said_of_the_base_block_is_not_made_of_its_last_
 
     class Watched(Blend):
         def hear_trained(self) -> None:
-            seen.append(self.experts.trained.items.weights.clone())
-            super().hear_trained()
+            seen.append(self.experts.trained_model.items.weights.clone())
+            super().score_pending_queries()
 
     for last in (late, shuffled):
         both = Events(
             *(None if a is None else torch.cat([a, b]) for a, b in zip(vars(early).values(), vars(last).values()))
         )
         state = State(Watched(BlendSpec(), 0))
-        one_epoch = Refit(fit=Fit(epochs=1, max_epochs=1, patience=1))
-        one_epoch.update(absorb(state, both, USERS, ITEMS), Span(0, both, USERS, ITEMS))
+        one_epoch = Refit(fit=FitConfig(epochs=1, max_epochs=1, patience=1))
+        one_epoch.update(absorb_block(state, both, USERS, ITEMS), Span(0, both, USERS, ITEMS))
     assert torch.equal(*seen)

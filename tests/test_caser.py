@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from circles import circles
 from torch import Tensor
 
-from freshrec.data.batches import append, due_targets
+from freshrec.data.batches import append_events, due_targets
 from freshrec.errors import OptionError
 from freshrec.learn.fit import hit_rate, train
-from freshrec.learn.weights import seen_through, weights_of
+from freshrec.learn.weights import apply_parametrization, copy_weights
 from freshrec.models.caser import Caser, CaserSpec
 from freshrec.models.scoring import item_vectors, score_items, user_vectors
 from freshrec.types import Batch, Histories, VectorModel
@@ -100,7 +100,7 @@ def test_the_training_loss_does_not_depend_on_padding(loss: str) -> None:
         forward = model(asked([*padding, 4, 2], [*padding, 1, 5], targets=[2, 6]))
         forward.loss.backward()
         results.append([forward.loss, *(weight.grad for weight in model.parameters())])
-        ids_N, rows_ND = model.taken.in_step()
+        ids_N, rows_ND = model.taken.step_rows()
         assert rows_ND.grad is not None and (rows_ND.grad[ids_N == 0] == 0).all()
     for padded in results[1:]:
         torch.testing.assert_close(padded, results[0])
@@ -151,14 +151,14 @@ def test_weight_decay_pulls_at_each_weight_by_its_size(loss: str) -> None:
         torch.testing.assert_close(pulled.grad, free.grad + 0.1 * free.detach())
     for table, other in ((with_it.taken, without.taken), (with_it.users, without.users)):
         assert table is not None and other is not None
-        (ids_N, rows_ND), (_, free_ND) = table.in_step(), other.in_step()
+        (ids_N, rows_ND), (_, free_ND) = table.step_rows(), other.step_rows()
         assert rows_ND.grad is not None and free_ND.grad is not None
         torch.testing.assert_close(rows_ND.grad, free_ND.grad + 0.1 * table.weights[ids_N])
 
 
 def test_weight_decay_is_of_the_weights_that_the_forward_pass_sees() -> None:
     model, batch = built(decay=1.0), asked([4, 2, 7], targets=[2])
-    with seen_through(model, lambda name, ids, weight: weight * 0) as forward_pass:
+    with apply_parametrization(model, lambda name, ids, weight: weight * 0) as forward_pass:
         # all scores are 0: the target is one of 5
         assert forward_pass(batch).loss.item() == near(1.609438, abs=1e-6)
 
@@ -174,7 +174,7 @@ def test_dropout_is_for_training_only() -> None:
 @pytest.mark.parametrize("loss", ["sampled", "full", "bce"])
 def test_every_weight_learns(shape: str, loss: str) -> None:
     model = built(loss=loss, **SHAPES[shape])
-    assert isinstance(model, VectorModel) and model.unit == "target"
+    assert isinstance(model, VectorModel) and model.batch_format == "target"
     for layer in model.horizontal:
         torch.nn.init.constant_(layer.bias, 9.0)  # so that no filter sleeps
     model(asked([4, 2, 7, 3, 8], [9, 1, 6, 1, 5], targets=[2, 6])).loss.backward()
@@ -192,12 +192,12 @@ def trained(n_epochs: int, **options: Any) -> tuple[Caser, float]:
     The last item has two neighbours: who looks at it alone is right half of the time. Nothing but the order tells.
     """
     forwards, backwards = circles(range(1, 31), 1), circles(range(31, 61), -1)
-    targets = due_targets(append(append(Histories.empty(), forwards, 60), backwards, 60))
+    targets = due_targets(append_events(append_events(Histories.empty(), forwards, 60), backwards, 60))
     model = CaserSpec(d=16, negatives=16, lr=0.01, std=0.1, dropout=0.0, personal=False, **options).build(0)
     model.grow(60, 20)
     for _ in train(model, targets, n_epochs, (0,)):
         pass
-    return model, hit_rate(model, targets[targets.lengths(5) == 5], None, k=1)
+    return model, hit_rate(model, targets[targets.history_lengths(5) == 5], None, k=1)
 
 
 @pytest.mark.parametrize("options", [{}, {"horizontal": 0}, {"vertical": 0}, {"loss": "full"}, {"loss": "bce"}])
@@ -206,5 +206,5 @@ def test_the_order_of_the_last_items_tells_the_next(options: dict[str, Any]) -> 
 
 
 def test_the_same_seed_gives_the_same_bits() -> None:
-    first, again = (weights_of(trained(1)[0]) for _ in range(2))
+    first, again = (copy_weights(trained(1)[0]) for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in first)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from freshrec.data.batches import append
+from freshrec.data.batches import append_events
 from freshrec.errors import OptionError
-from freshrec.learn.fit import Fit
+from freshrec.learn.fit import FitConfig
 from freshrec.models import find_model
 from freshrec.models.scoring import score_items
-from freshrec.models.tables import Table, know, served, vectors_of
+from freshrec.models.tables import EmbeddingTable, embed, embedding_matrix, set_categories
 from freshrec.strategies.plain import FineTune, Frozen
 from freshrec.types import Batch, Events, Histories, Span, State, Strategy, VectorModel
 
@@ -35,11 +35,11 @@ TOLD = (
 LR = 0.05
 
 
-def told(n_rows: int, n_kinds: int, *kinds: int) -> Table:
+def told(n_rows: int, n_kinds: int, *kinds: int) -> EmbeddingTable:
     """A table of 2 dimensions whose items have these categories, from item 1 on."""
-    table = Table(2, std=1.0, seed=0, n_kinds=n_kinds)
+    table = EmbeddingTable(2, std=1.0, seed=0, n_categories=n_kinds)
     table.grow(n_rows)
-    know(table, torch.tensor([0, *kinds]))
+    set_categories(table, torch.tensor([0, *kinds]))
     return table
 
 
@@ -50,12 +50,12 @@ def test_a_vector_is_an_items_own_row_and_that_of_its_category() -> None:
     for item, kind in enumerate((0, 1, 2, 1, 0)):
         expected = [a + b for a, b in zip(own[item], common[kind])]
         for found in (
-            vectors_of(table)[item],
-            served(table, torch.tensor([item]))[0],
-            table.pull(torch.tensor([item]))[0],
+            embedding_matrix(table)[item],
+            embed(table, torch.tensor([item]))[0],
+            table.lookup(torch.tensor([item]))[0],
         ):
             assert found.tolist() == pytest.approx(expected)
-    assert vectors_of(table)[0].tolist() == [0.0, 0.0]
+    assert embedding_matrix(table)[0].tolist() == [0.0, 0.0]
 
 
 def test_more_categories_than_there_is_room_for_share_rows() -> None:
@@ -67,19 +67,19 @@ def test_items_may_be_told_of_later_and_a_category_may_be_new() -> None:
     table = told(2, 5, 1, 2)
     table.grow(4)
     assert table.kinds_R.tolist() == [0, 1, 2, 0, 0]
-    know(table, torch.tensor([0, 1, 2, 5]))  # of item 4 nothing is known
+    set_categories(table, torch.tensor([0, 1, 2, 5]))  # of item 4 nothing is known
     assert table.kinds_R.tolist() == [0, 1, 2, 5, 0]
 
 
 def test_a_step_moves_the_rows_of_its_items_and_of_their_categories_alone() -> None:
     table = told(5, 3, 1, 1, 2, 3, 0)
-    before = vectors_of(table).clone()
-    table.pull(torch.tensor([1, 5])).sum().backward()
+    before = embedding_matrix(table).clone()
+    table.lookup(torch.tensor([1, 5])).sum().backward()
     for part in (table, table.common):
         assert part is not None
-        part.push(LR)
+        part.step(LR)
     # Adam's first step is lr: item 1 moves by its own row and its category's, item 2 by the category's; 5 has none.
-    moved = (before - vectors_of(table))[:, 0].tolist()
+    moved = (before - embedding_matrix(table))[:, 0].tolist()
     assert moved == pytest.approx([0, 2 * LR, LR, 0, 0, LR], abs=1e-5)
 
 
@@ -87,35 +87,35 @@ def test_a_step_moves_the_rows_of_its_items_and_of_their_categories_alone() -> N
 def test_all_ways_to_a_row_give_the_same_gradients(how: str) -> None:
     table, ids_N = told(5, 3, 1, 1, 2, 3, 0), torch.tensor([1, 2, 3, 5, 3])
     weight_N1 = torch.arange(1.0, 6.0)[:, None]
-    rows = table.pull_all()[ids_N] if how == "pull_all" else table.pull(ids_N)
-    rows = table.whole()[ids_N] if how == "whole" else rows
+    rows = table.lookup_all()[ids_N] if how == "pull_all" else table.lookup(ids_N)
+    rows = table.full_matrix()[ids_N] if how == "whole" else rows
     (weight_N1 * rows).sum().backward()
     own, common = _gradients(table), _gradients(table.common)
     assert own == {1: 1.0, 2: 2.0, 3: 8.0, 5: 4.0} and common == {1: 3.0, 2: 8.0}  # items 1 and 2 share a category
 
 
-def _gradients(table: Table | None) -> dict[int, float]:
+def _gradients(table: EmbeddingTable | None) -> dict[int, float]:
     assert table is not None
-    ids_N, rows_ND = table.in_step()
+    ids_N, rows_ND = table.step_rows()
     assert rows_ND.grad is not None
     return {int(i): float(g) for i, g in zip(ids_N, rows_ND.grad[:, 0]) if g}
 
 
 def test_an_item_that_comes_after_training_starts_at_its_category() -> None:
     table = told(2, 2, 1, 2)
-    table.pull(torch.tensor([1, 2])).sum().backward()
-    table.push(LR)
+    table.lookup(torch.tensor([1, 2])).sum().backward()
+    table.step(LR)
     table.grow(4)
     random = table.weights[4].tolist()
-    know(table, torch.tensor([0, 1, 2, 2, 0]))
+    set_categories(table, torch.tensor([0, 1, 2, 2, 0]))
     assert table.common is not None
-    assert vectors_of(table)[3].tolist() == table.common.weights[2].tolist()
-    assert vectors_of(table)[4].tolist() == random  # of one without a category nothing better is known
+    assert embedding_matrix(table)[3].tolist() == table.common.weights[2].tolist()
+    assert embedding_matrix(table)[4].tolist() == random  # of one without a category nothing better is known
 
 
 def test_a_model_that_is_told_of_categories_refuses_a_log_without_any() -> None:
     with pytest.raises(OptionError, match="the log has none; leave categories at 0"):
-        know(Table(2, 1.0, 0, n_kinds=3), None)
+        set_categories(EmbeddingTable(2, 1.0, 0, n_categories=3), None)
 
 
 # what they are for
@@ -133,8 +133,8 @@ def base_and_newcomers() -> tuple[Span, Span, Tensor]:
     kinds_I = torch.where(torch.arange(29) % 2 == 0, 2, 1).int()
     kinds_I[0] = 0
     spans = []
-    for index, events in enumerate((Events.of(users_E, items_E), Events.of(41 + new_E % 2, new_E))):
-        events = replace(events, kinds_E=kinds_I[events.items_E])
+    for index, events in enumerate((Events.trainable(users_E, items_E), Events.trainable(41 + new_E % 2, new_E))):
+        events = replace(events, categories_E=kinds_I[events.items_E])
         spans.append(Span(index, events, (40, 42)[index], (20, 28)[index]))
     return spans[0], spans[1], kinds_I
 
@@ -145,12 +145,12 @@ def in_order(name: str, strategy: Strategy) -> float:
     spec = replace(find_model(name), d=16, negatives=16, batch=64)  # type: ignore[type-var]
     state = State(spec.build(0))
     for span in (base, after):
-        recent = append(state.recent, span.events, span.n_users)
-        state = strategy.update(replace(state, recent=recent), span)
+        recent = append_events(state.histories, span.events, span.n_users)
+        state = strategy.update(replace(state, histories=recent), span)
     model: VectorModel = state.model
-    items_R, offsets_U = state.recent.items_R, state.recent.offsets_U
+    items_R, offsets_U = state.histories.items_R, state.histories.offsets_U
     history_BT = torch.stack([items_R[offsets_U[u + 1] - 5 : offsets_U[u + 1]] for u in range(1, 41)]).long()
-    score_BN = score_items(model, Batch(torch.arange(1, 41), history_BT, kinds_I=kinds_I), torch.arange(21, 29))
+    score_BN = score_items(model, Batch(torch.arange(1, 41), history_BT, categories_I=kinds_I), torch.arange(21, 29))
     own_BN = torch.arange(1, 41)[:, None] % 2 == torch.arange(21, 29) % 2
     ahead_BNN = score_BN[:, :, None] > score_BN[:, None]
     return float(ahead_BNN[own_BN[:, :, None] & ~own_BN[:, None]].float().mean())
@@ -158,20 +158,20 @@ def in_order(name: str, strategy: Strategy) -> float:
 
 @pytest.mark.parametrize("name", TOLD)
 def test_a_new_item_is_recommended_by_its_category_before_anything_was_learnt_of_it(name: str) -> None:
-    strategy = Frozen(Fit(base_epochs=10))
+    strategy = Frozen(FitConfig(base_epochs=10))
     assert in_order(f"{name}:categories=4", strategy) > 0.9
     assert in_order(name, strategy) < 0.8  # by chance half of them are; where late items start at 0, none is
 
 
 @pytest.mark.parametrize("name", ["sasrec", "comirec-dr"])
 def test_few_events_of_others_do_not_undo_what_the_category_says(name: str) -> None:
-    assert in_order(f"{name}:categories=4", FineTune(Fit(base_epochs=10, epochs=3))) > 0.9
+    assert in_order(f"{name}:categories=4", FineTune(FitConfig(base_epochs=10, epochs=3))) > 0.9
 
 
 def test_the_history_of_a_log_without_categories_is_refused_where_the_model_wants_them() -> None:
     base, _, _ = base_and_newcomers()
     spec = find_model("sasrec:categories=4:d=8")
-    events = replace(base.events, kinds_E=None)
-    state = State(spec.build(0), recent=append(Histories.empty(), events, base.n_users))
+    events = replace(base.events, categories_E=None)
+    state = State(spec.build(0), histories=append_events(Histories.empty(), events, base.n_users))
     with pytest.raises(OptionError, match="the log has none"):
-        Frozen(Fit(base_epochs=1)).update(state, base)
+        Frozen(FitConfig(base_epochs=1)).update(state, base)

@@ -10,23 +10,23 @@ import polars as pl
 import pytest
 from names import options_of
 
-from freshrec.cli import GROUPS, KINDS, app, main
+from freshrec.cli import GROUPS, LISTED_KINDS, app, main
 from freshrec.cli_options import print_json
-from freshrec.cli_replay import resolved
+from freshrec.cli_replay import resolve_recipe
 from freshrec.data.split_config import SplitConfig
-from freshrec.data.worlds import make
+from freshrec.data.worlds import make_world
 from freshrec.models import MODELS, find_model
 from freshrec.replay.metrics import METRICS
 from freshrec.replay.recipe_schema import LogRecipe, Recipe, ReplayRecipe, save_recipe
 from freshrec.strategies import ALIASES, STRATEGIES, find_strategy
-from freshrec.strategies.refit import SPEED
+from freshrec.strategies.refit import TARGETS_PER_SECOND
 from freshrec.version import __version__
 
 
 @pytest.fixture
 def logs(tmp_path: Path) -> tuple[str, str]:
     """Paths of a log of 3,000 events with columns of its own, and of the 1,000 events after it."""
-    frame = make("drift", users=200, items=80, events=4000).log.frame
+    frame = make_world("drift", users=200, items=80, events=4000).log.frame
     frame = frame.select(who="user_id", what="item_id", when="time")
     paths = str(tmp_path / "log.parquet"), str(tmp_path / "new.csv")
     frame[:3000].write_parquet(paths[0])
@@ -82,7 +82,7 @@ def test_what_is_fitted_without_options_is_the_blend_and_a_budget_sizes_its_trai
     fitted = json.loads(answer(capsys, "fit", logs[0], "--store", str(at[0]), *COLUMNS, "--json"))
     assert (fitted["recipe"]["model"], fitted["recipe"]["strategy"]) == ("blend", "refit")
     fitted = json.loads(answer(capsys, "fit", logs[0], "--store", str(at[1]), "--budget", "2m", *COLUMNS, "--json"))
-    assert fitted["recipe"]["strategy"] == f"refit:passes={120 * SPEED}"
+    assert fitted["recipe"]["strategy"] == f"refit:passes={120 * TARGETS_PER_SECOND}"
     answer(capsys, "update", logs[1], "--store", str(at[1]))
 
 
@@ -152,7 +152,7 @@ def test_a_table_for_people_has_a_line_per_item(
     assert [line.split()[:2] for line in lines[1:]] == [["3", str(rank)] for rank in (1, 2, 3, 4)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LISTED_KINDS)
 def test_every_name_is_listed_on_a_line_with_what_it_is(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     names = json.loads(answer(capsys, "list", kind, "--json"))
     lines = answer(capsys, "list", kind).splitlines()
@@ -315,8 +315,8 @@ def test_the_share_of_the_base_and_the_fewest_events_of_a_user_are_options(
 def test_a_log_given_replaces_the_world_of_a_recipe_and_a_world_its_log(logs: tuple[str, str], tmp_path: Path) -> None:
     save_recipe(Recipe(log=LogRecipe(world="drift")), tmp_path / "world.toml")
     save_recipe(Recipe(log=LogRecipe(path="a.csv")), tmp_path / "log.toml")
-    by_log = resolved(tmp_path / "world.toml", {"log": {"path": logs[0], "world": None}})
-    by_world = resolved(tmp_path / "log.toml", {"log": {"path": None, "world": "newborn"}})
+    by_log = resolve_recipe(tmp_path / "world.toml", {"log": {"path": logs[0], "world": None}})
+    by_world = resolve_recipe(tmp_path / "log.toml", {"log": {"path": None, "world": "newborn"}})
     assert (by_log.log.path, by_log.log.world) == (logs[0], "")
     assert (by_world.log.path, by_world.log.world) == ("", "newborn")
 
@@ -345,7 +345,7 @@ def test_flags_of_every_kind_reach_the_recipe(
 ) -> None:
     (tmp_path / "recipe.toml").write_text("[spans]\nspans = 2\nalpha = 0.3\n[replay]\ntune = true\n")
     seen: list[Recipe] = []
-    monkeypatch.setattr("freshrec.cli_replay._plan", seen.append)
+    monkeypatch.setattr("freshrec.cli_replay._show_plan", seen.append)
     flags = ("--world", "drift", "--columns", "user_id=who,item_id=what", "--no-tune", "--sessions", "--spans", "3")
     more = (
         "--cadence",
@@ -363,7 +363,7 @@ def test_flags_of_every_kind_reach_the_recipe(
     log = LogRecipe(world="drift", columns={"user_id": "who", "item_id": "what"})
     spans = SplitConfig(spans=3, alpha=0.3, sessions=True, forget_users=0.2)
     pairs = ("mf/full", "mf/spmf")
-    assert seen == [Recipe(log, spans, ReplayRecipe(cadence=(1, 4), unseen="drop", controls=(), also=pairs))]
+    assert seen == [Recipe(log, spans, ReplayRecipe(cadence=(1, 4), unseen="drop", controls=(), extra_pairs=pairs))]
     assert main(["replay", "--world", "drift", "--alpha", "1"]) == 2
     assert "recipe key spans.alpha is 1.0; it must be above 0 and below 1" in capsys.readouterr().err
 
@@ -374,7 +374,7 @@ def test_an_interrupted_replay_says_how_to_go_on(
     def interrupt(*cells: object, jobs: int, device: str, tell: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("freshrec.replay.run.run", interrupt)
+    monkeypatch.setattr("freshrec.replay.run.run_cells", interrupt)
     code = main(["replay", logs[0], *COLUMNS, "--out", str(tmp_path / "out")])
     assert code == 130
     assert "the same command with --resume goes on" in " ".join(capsys.readouterr().err.split())

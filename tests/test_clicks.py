@@ -15,19 +15,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu
 
-from freshrec.data.batches import append, due_targets, histories_before, settle
+from freshrec.data.batches import append_events, due_targets, history_items, mark_trained
 from freshrec.data.log import Log
-from freshrec.data.spans import Cut, cut
-from freshrec.data.worlds import make
+from freshrec.data.spans import LogSplit, split_log
+from freshrec.data.worlds import make_world
 from freshrec.errors import IncompatibleError, OptionError
 from freshrec.learn.clicks import auc, log_losses
 from freshrec.models import find_model
-from freshrec.recipes import cells_of, settings_of
-from freshrec.replay.clicks import auc_shares, evaluate_clicks
-from freshrec.replay.measure import Asked
-from freshrec.replay.recipe_schema import recipe_from
-from freshrec.replay.replay import Cell, Settings, replay_cell
-from freshrec.replay.results import OVERALL, collect
+from freshrec.recipes import make_cells, make_replay_settings
+from freshrec.replay.clicks import auc_contributions, compute_click_metrics
+from freshrec.replay.measure import QueryOptions
+from freshrec.replay.recipe_schema import parse_recipe
+from freshrec.replay.replay import Cell, ReplaySettings, replay_cell
+from freshrec.replay.results import OVERALL_SPAN, collect_results
 from freshrec.strategies import find_strategy
 from freshrec.types import Events, Histories
 
@@ -60,7 +60,7 @@ def test_auc_is_the_statistic_of_mann_and_whitney(rows: list[tuple[bool, float]]
 def test_the_shares_of_an_auc_by_hand() -> None:
     # Of the two not taken, 0.9 is ahead of both and 0.4 ahead of none and level with one: 1 and 0.25. Of the two
     # taken, 0.5 is behind one: 0.5, and 0.4 behind one and level with one: 0.75. Kinds of 2 in 4 weigh 2.
-    shares = auc_shares(*labelled([1, 1, 0, 0], [0.9, 0.4, 0.5, 0.4]))
+    shares = auc_contributions(*labelled([1, 1, 0, 0], [0.9, 0.4, 0.5, 0.4]))
     assert shares == near([0.625 + 2 * (x - 0.625) for x in (1, 0.25, 0.5, 0.75)])
     assert shares.mean() == near(0.625)
 
@@ -68,7 +68,7 @@ def test_the_shares_of_an_auc_by_hand() -> None:
 @given(st.lists(st.tuples(st.booleans(), st.sampled_from([0.1, 0.2, 0.3, 0.7])), min_size=2, max_size=40))
 def test_shares_of_an_auc_average_to_it(rows: list[tuple[bool, float]]) -> None:
     taken, p = labelled([float(label) for label, _ in rows], [p for _, p in rows])
-    assert auc_shares(taken, p).mean() == near(auc(taken, p), nan_ok=True)
+    assert auc_contributions(taken, p).mean() == near(auc(taken, p), nan_ok=True)
 
 
 def test_the_interval_of_an_auc_is_as_wide_as_aucs_of_new_samples_differ() -> None:
@@ -78,13 +78,13 @@ def test_the_interval_of_an_auc_is_as_wide_as_aucs_of_new_samples_differ() -> No
         labels = (source.random(200) < 0.3).astype(np.float32)
         p = (source.normal(size=200) + labels).astype(np.float32)
         aucs.append(auc(labels, p))
-        widths.append(auc_shares(labels, p).std() / np.sqrt(200))
+        widths.append(auc_contributions(labels, p).std() / np.sqrt(200))
     assert np.mean(widths) == near(np.std(aucs), rel=0.1)
 
 
 def test_a_span_without_both_kinds_counts_in_no_metric() -> None:
     asked = pl.DataFrame({"asked": [1, 2, 1, 2], "label": [1.0, 1.0, 0.0, 1.0], "p": [0.8, 0.3, 0.4, 0.6]})
-    values = evaluate_clicks(asked, ["logloss", "auc"])
+    values = compute_click_metrics(asked, ["logloss", "auc"])
     assert np.isnan(values).tolist() == [[False] * 2, [True] * 2, [False] * 2, [True] * 2]
     assert values[0] == near([-np.log(0.8), 1.0]) and values[2] == near([-np.log(0.6), 1.0])
 
@@ -103,40 +103,42 @@ def test_a_target_looks_back_on_what_was_taken_strictly_earlier() -> None:
     # User 1: takes 11 at 1, leaves 12 at 2, takes 13 and leaves 14 at 3, is shown 15 at 4. User 2 takes 21 at 3.
     users, items = torch.tensor([1, 1, 2, 1, 1, 1]), torch.tensor([11, 12, 21, 13, 14, 15])
     events = replace(
-        Events.of(users, items, torch.tensor([1, 2, 3, 3, 3, 4])), labels_E=torch.tensor([1.0, 0, 1, 1, 0, 0])
+        Events.trainable(users, items, torch.tensor([1, 2, 3, 3, 3, 4])), labels_E=torch.tensor([1.0, 0, 1, 1, 0, 0])
     )
-    histories = append(Histories.empty(), events, 2)
+    histories = append_events(Histories.empty(), events, 2)
     assert histories.items_R.tolist() == [11, 13, 21]  # what was left is not history
     due = due_targets(histories)
     assert due.items_N.tolist() == [11, 12, 21, 13, 14, 15] and due.labels_N is not None
     assert due.labels_N.tolist() == [1, 0, 1, 1, 0, 0]
-    assert histories_before(due, 5).tolist() == [[0, 0], [0, 11], [0, 0], [0, 11], [0, 11], [11, 13]]
-    settled = settle(histories, 5)
+    assert history_items(due, 5).tolist() == [[0, 0], [0, 11], [0, 0], [0, 11], [0, 11], [11, 13]]
+    settled = mark_trained(histories, 5)
     assert len(due_targets(settled)) == 0 and settled.items_R.tolist() == [11, 13, 21]
-    later = append(settled, replace(Events.of(users[:1], items[:1] + 5, torch.tensor([9])), labels_E=torch.ones(1)), 2)
-    assert histories_before(due_targets(later), 5).tolist() == [[11, 13]]
+    later = append_events(
+        settled, replace(Events.trainable(users[:1], items[:1] + 5, torch.tensor([9])), labels_E=torch.ones(1)), 2
+    )
+    assert history_items(due_targets(later), 5).tolist() == [[11, 13]]
 
 
 def test_an_event_without_a_label_is_history_and_no_target() -> None:
     nan = float("nan")
-    events = replace(Events.of(torch.ones(2).long(), torch.tensor([7, 8])), labels_E=torch.tensor([nan, 0.0]))
-    due = due_targets(append(Histories.empty(), events, 1))
-    assert due.items_N.tolist() == [8] and histories_before(due, 5).tolist() == [[7]]
+    events = replace(Events.trainable(torch.ones(2).long(), torch.tensor([7, 8])), labels_E=torch.tensor([nan, 0.0]))
+    due = due_targets(append_events(Histories.empty(), events, 1))
+    assert due.items_N.tolist() == [8] and history_items(due, 5).tolist() == [[7]]
 
 
 # the replay
 
 
-def world(swap_from: int | None = None) -> Cut:
+def world(swap_from: int | None = None) -> LogSplit:
     """A base and three spans; from span `swap_from` on users like the other colour."""
-    frame = make("checkerboard", users=60, items=40, events=800, spans=3).log.frame
+    frame = make_world("checkerboard", users=60, items=40, events=800, spans=3).log.frame
     shown = frame.with_columns(item_id=pl.Series(np.random.default_rng(0).integers(0, 40, len(frame))))
     both = pl.concat([frame, shown]).sort("time", maintain_order=True)
     own = (pl.col("user_id") + pl.col("item_id")) % 2 == 0
     if swap_from is not None:
         own = own ^ (pl.col("period") >= swap_from)
     log = Log(both.with_columns(label=own.cast(pl.Float64), category=pl.col("item_id") % 2), True, "us")
-    return cut(log, by="period", spans=3, targets="all", forget_users=0)
+    return split_log(log, by="period", spans=3, targets="all", forget_users=0)
 
 
 def cell(strategy: str, fit: str = ":fit.base_epochs=6:fit.epochs=2") -> Cell:
@@ -144,12 +146,12 @@ def cell(strategy: str, fit: str = ":fit.base_epochs=6:fit.epochs=2") -> Cell:
     return Cell(model, find_model(model), strategy, find_strategy(strategy + fit), 0)
 
 
-CLICKS = Settings(asked=Asked(min_history=0))
+CLICKS = ReplaySettings(query_options=QueryOptions(min_history=0))
 
 
-def run(one: Cell, spans: Cut, out: Path) -> pl.DataFrame:
+def run(one: Cell, spans: LogSplit, out: Path) -> pl.DataFrame:
     assert list(replay_cell(one, spans, CLICKS, out)) == [0, 1, 2, 3]
-    return pl.concat([pl.read_parquet(out / one.name / f"span-{span}.parquet") for span in (1, 2, 3)])
+    return pl.concat([pl.read_parquet(out / one.folder_name / f"span-{span}.parquet") for span in (1, 2, 3)])
 
 
 @pytest.mark.parametrize("strategy", ["finetune", "full", "spmf", "spmf-all", "incctr", "sml", "asmg"])
@@ -158,9 +160,9 @@ def test_every_labelled_event_is_asked_once_before_it_is_trained_on(strategy: st
     asked = run(cell(strategy), spans, tmp_path)
     assert len(asked) == sum(len(span.events) for span in spans.spans[1:])
     assert (asked["after"] == asked["asked"] - 1).all() and asked["p"].is_between(0, 1).all()
-    results = collect([cell(strategy)], None, ["auc", "logloss"], tmp_path, "targets")
-    by_span = results.filter((pl.col("metric") == "auc") & (pl.col("span") != OVERALL))["value"].to_list()
-    overall = results.filter((pl.col("metric") == "auc") & (pl.col("span") == OVERALL))["value"].item()
+    results = collect_results([cell(strategy)], None, ["auc", "logloss"], tmp_path, "targets")
+    by_span = results.filter((pl.col("metric") == "auc") & (pl.col("span") != OVERALL_SPAN))["value"].to_list()
+    overall = results.filter((pl.col("metric") == "auc") & (pl.col("span") == OVERALL_SPAN))["value"].item()
     assert len(by_span) == 3 and overall == near(sum(by_span) / 3) and min(by_span) > 0.95
     assert f"| embedding-mlp:categories=2:lr=0.01 | {strategy} | {overall:.4f} (" in (tmp_path / "table.md").read_text()
 
@@ -179,7 +181,7 @@ def test_a_replay_of_clicks_that_stops_resumes_as_if_it_had_not(tmp_path: Path) 
     whole = run(one, world(), tmp_path / "a")
     assert list(islice(replay_cell(one, world(), CLICKS, tmp_path / "b"), 2)) == [0, 1]
     assert list(replay_cell(one, world(), CLICKS, tmp_path / "b")) == [2, 3]
-    parts = [pl.read_parquet(tmp_path / "b" / one.name / f"span-{span}.parquet") for span in (1, 2, 3)]
+    parts = [pl.read_parquet(tmp_path / "b" / one.folder_name / f"span-{span}.parquet") for span in (1, 2, 3)]
     assert pl.concat(parts).equals(whole)
 
 
@@ -191,9 +193,11 @@ def recipe(**replay: object) -> dict[str, dict[str, object]]:
 
 
 def test_only_models_that_predict_clicks_and_metrics_of_clicks_are_taken() -> None:
-    good = recipe_from(recipe(strategies=["finetune", "incctr"]))
-    assert {c.strategy for c in cells_of(good)} == {"finetune", "incctr"} and settings_of(good).asked.among == 0
+    good = parse_recipe(recipe(strategies=["finetune", "incctr"]))
+    assert {c.strategy_name for c in make_cells(good)} == {"finetune", "incctr"} and make_replay_settings(
+        good
+    ).query_options.n_sampled == 0
     with pytest.raises(IncompatibleError, match='"mf" ranks items, it does not say how likely one is taken'):
-        cells_of(recipe_from(recipe(models=["mf"], strategies=["finetune"])))
+        make_cells(parse_recipe(recipe(models=["mf"], strategies=["finetune"])))
     with pytest.raises(OptionError, match='no metric of a log with exposures "hr@20"'):
-        settings_of(recipe_from(recipe(metrics=["hr@20"])))
+        make_replay_settings(parse_recipe(recipe(metrics=["hr@20"])))

@@ -21,9 +21,9 @@ import pytest
 from typer.main import get_command
 
 from freshrec.cli import OLD_FLAGS, app, main
-from freshrec.data.worlds import make
+from freshrec.data.worlds import make_world
 from freshrec.models import find_model
-from freshrec.replay.recipe_schema import recipe_from
+from freshrec.replay.recipe_schema import parse_recipe
 from freshrec.strategies import find_strategy
 
 GOLD = Path(__file__).parent / "gold"
@@ -34,7 +34,7 @@ QUICK = ":fit.base_epochs=1:fit.epochs=1"
 
 def write_logs(folder: Path) -> None:
     """The files that the commands name: a log, the nights after it, and the same in other formats."""
-    log = make("drift", users=100, items=60, events=3600).log.frame
+    log = make_world("drift", users=100, items=60, events=3600).log.frame
     log = log.select(
         user_id=pl.format("u{}", "user_id"), item_id=pl.format("i{}", "item_id"), timestamp="time",
         category=pl.format("c{}", pl.col("item_id") % 3),
@@ -187,9 +187,9 @@ def test_every_name_and_option_of_0_1_0_is_taken(kind: str) -> None:
 
 def test_every_recipe_key_of_0_1_0_is_taken() -> None:
     for part, keys in WORDS["recipe_keys"].items():
-        default = asdict(recipe_from({}))[part]
+        default = asdict(parse_recipe({}))[part]
         for key in keys:
-            assert recipe_from({part: {key: default[key]}}) == recipe_from({})
+            assert parse_recipe({part: {key: default[key]}}) == parse_recipe({})
 
 
 JSON_COMMANDS = (

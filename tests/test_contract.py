@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from freshrec.data.batches import ends_of, query_batches
-from freshrec.data.carried import carried_by
-from freshrec.data.spans import Cut, cut
-from freshrec.data.worlds import make
+from freshrec.data.batches import history_ends, query_batches
+from freshrec.data.carried import stored_interests_of
+from freshrec.data.spans import LogSplit, split_log
+from freshrec.data.worlds import make_world
 from freshrec.errors import IncompatibleError
-from freshrec.learn.fit import Fit, start
-from freshrec.models import COUNTERS, MODELS, find_model
+from freshrec.learn.fit import FitConfig, fit_base_block
+from freshrec.models import COUNTING_MODELS, MODELS, find_model
 from freshrec.models.checkpoint import load_state, save_state
-from freshrec.models.counted import absorb
+from freshrec.models.counted import absorb_block
 from freshrec.models.scoring import score_items
 from freshrec.strategies import STRATEGIES
 from freshrec.strategies.compatible import check_compatible
@@ -43,7 +43,7 @@ class Pair:
 
     def spec(self) -> ModelSpec:
         spec = find_model(self.model)
-        if self.model in COUNTERS or self.model == "blend":
+        if self.model in COUNTING_MODELS or self.model == "blend":
             return spec
         return replace(spec, d=16, negatives=32, batch=BATCH.get(self.model.partition(":")[0], 64))  # type: ignore[type-var]
 
@@ -53,7 +53,7 @@ class Pair:
             return strategy
         if self.strategy == "refit":  # the epochs on the base block choose themselves
             return replace(strategy, fit=replace(strategy.fit, max_epochs=base_epochs))  # type: ignore[attr-defined,type-var]
-        fit: Fit = strategy.fit  # type: ignore[attr-defined]
+        fit: FitConfig = strategy.fit  # type: ignore[attr-defined]
         return replace(strategy, fit=replace(fit, base_epochs=base_epochs, epochs=epochs))  # type: ignore[type-var]
 
 
@@ -83,15 +83,15 @@ each_pair = pytest.mark.parametrize(
 
 
 @cache
-def checkerboard() -> Cut:
+def checkerboard() -> LogSplit:
     return with_categories(
-        cut(make("checkerboard", users=60, items=40, events=2500, spans=2).log, by="period", forget_users=0)
+        split_log(make_world("checkerboard", users=60, items=40, events=2500, spans=2).log, by="period", forget_users=0)
     )
 
 
-def with_categories(found: Cut) -> Cut:
+def with_categories(found: LogSplit) -> LogSplit:
     """The same, with a category for each seven rows of items: the last ones come late, as their items do."""
-    told = [replace(span.events, kinds_E=(span.events.items_E // 7).int()) for span in found.spans]
+    told = [replace(span.events, categories_E=(span.events.items_E // 7).int()) for span in found.spans]
     return replace(found, spans=tuple(replace(span, events=events) for span, events in zip(found.spans, told)))
 
 
@@ -99,29 +99,29 @@ def with_categories(found: Cut) -> Cut:
 def base(pair: Pair) -> State:
     """The state after the base block, trained for one epoch."""
     span = checkerboard().spans[0]
-    before = absorb(State(pair.spec().build(0)), span.events, span.n_users, span.n_items)
+    before = absorb_block(State(pair.spec().build(0)), span.events, span.n_users, span.n_items)
     return pair.update().update(before, span)
 
 
 def passed(pair: Pair, state: State, span: Span) -> State:
     """The state after absorbing a span and updating on it."""
-    return pair.update().update(absorb(state, span.events, span.n_users, span.n_items), span)
+    return pair.update().update(absorb_block(state, span.events, span.n_users, span.n_items), span)
 
 
 def day(state: State, users: list[int], items: list[int]) -> Span:
     """A span with these events."""
     n_users, n_items = max([state.model.n_users, *users]), max([state.model.n_items, *items])
-    events = Events.of(torch.tensor(users, dtype=torch.int64), torch.tensor(items, dtype=torch.int64))
+    events = Events.trainable(torch.tensor(users, dtype=torch.int64), torch.tensor(items, dtype=torch.int64))
     return Span(state.spans_seen, events, n_users, n_items)
 
 
 def scores(state: State) -> tuple[Tensor, Tensor]:
     """(N,) users with a history, (N, I) their scores of all items."""
-    users_N = (state.recent.offsets_U.diff() > 0).nonzero()[:, 0]
-    ends = ends_of(state.recent, users_N, "recent")
+    users_N = (state.histories.offsets_U.diff() > 0).nonzero()[:, 0]
+    ends = history_ends(state.histories, users_N, "recent")
     items_I = torch.arange(1, state.model.n_items + 1)
     scores_NI = torch.empty(len(users_N), len(items_I))
-    carried = carried_by(state.model, state.users, state.spans_seen)
+    carried = stored_interests_of(state.model, state.interests, state.spans_seen)
     for which, batch in query_batches(ends, state.model.spec.length, carried):
         scores_NI[which] = score_items(state.model, batch, items_I)
     return users_N, scores_NI
@@ -130,7 +130,7 @@ def scores(state: State) -> tuple[Tensor, Tensor]:
 @each_pair
 def test_an_update_leaves_the_old_state_alone(pair: Pair, bits: Callable[[State], bytes]) -> None:
     span = checkerboard().spans[1]
-    state = absorb(base(pair), span.events, span.n_users, span.n_items)
+    state = absorb_block(base(pair), span.events, span.n_users, span.n_items)
     before = bits(state)
     after = pair.update().update(state, span)
     assert bits(state) == before
@@ -191,10 +191,10 @@ def test_a_user_may_come_back_after_a_long_absence(pair: Pair) -> None:
 
 def of_user_2(state: State) -> tuple[list[int], list[list[float]]]:
     """The kept events and the stored interests of user 2."""
-    items = state.recent.items_R[state.recent.offsets_U[2] : state.recent.offsets_U[3]].tolist()
-    if state.users is None:
+    items = state.histories.items_R[state.histories.offsets_U[2] : state.histories.offsets_U[3]].tolist()
+    if state.interests is None:
         return items, []
-    return items, state.users.vectors_SD[state.users.offsets_U[2] : state.users.offsets_U[3]].tolist()
+    return items, state.interests.vectors_SD[state.interests.offsets_U[2] : state.interests.offsets_U[3]].tolist()
 
 
 @each_pair
@@ -217,9 +217,9 @@ def test_a_base_block_trained_for_all_is_the_one_that_a_strategy_trains_itself(
     if not isinstance(base(pair).model, TrainedModel):
         pytest.skip("counters are not trained")
     spans = checkerboard().spans
-    before = absorb(State(pair.spec().build(0)), spans[0].events, spans[0].n_users, spans[0].n_items)
-    started = start(before, spans[0], Fit(base_epochs=1))
-    shared = replace(pair.update().update(replace(before, started=started), spans[0]), started=None)
+    before = absorb_block(State(pair.spec().build(0)), spans[0].events, spans[0].n_users, spans[0].n_items)
+    started = fit_base_block(before, spans[0], FitConfig(base_epochs=1))
+    shared = replace(pair.update().update(replace(before, shared_base=started), spans[0]), shared_base=None)
     assert bits(shared) == bits(base(pair))
     assert bits(passed(pair, shared, spans[1])) == bits(passed(pair, base(pair), spans[1]))
 
@@ -237,11 +237,11 @@ def test_the_checkerboard_is_learnt(pair: Pair, request: pytest.FixtureRequest) 
     spans = checkerboard()
     state, strategy = State(pair.spec().build(0)), pair.update(base_epochs=40 if pair.model == "mind" else 20, epochs=5)
     for span in spans.spans:
-        state = strategy.update(absorb(state, span.events, span.n_users, span.n_items), span)
+        state = strategy.update(absorb_block(state, span.events, span.n_users, span.n_items), span)
     users_N, scores_NI = scores(state)
     n_base = spans.spans[0].n_items  # frozen knows no others
-    user_is_odd = torch.tensor(spans.users.frame["id"].to_list())[users_N - 1] % 2 == 1
-    item_is_odd = torch.tensor(spans.items.frame["id"].to_list())[:n_base] % 2 == 1
+    user_is_odd = torch.tensor(spans.user_catalog.frame["id"].to_list())[users_N - 1] % 2 == 1
+    item_is_odd = torch.tensor(spans.item_catalog.frame["id"].to_list())[:n_base] % 2 == 1
     is_own_NI = user_is_odd[:, None] == item_is_odd
     ahead_NII = scores_NI[:, :n_base, None] > scores_NI[:, None, :n_base]
     asked_NII = is_own_NI[:, :, None] & ~is_own_NI[:, None]

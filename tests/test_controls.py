@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from freshrec.models import pairs as pairs_module
-from freshrec.models.pairs import COSINE, PairsSpec
+from freshrec.models.pairs import COSINE, ItemKNNSpec
 from freshrec.models.popularity import PopularitySpec
 from freshrec.models.repeat import RepeatSpec
 from freshrec.types import Batch, Events, Histories, Model
@@ -20,14 +20,14 @@ SPECS = [
     PopularitySpec("decay"),
     RepeatSpec(),
     RepeatSpec("freq"),
-    PairsSpec(),
-    PairsSpec("markov"),
+    ItemKNNSpec(),
+    ItemKNNSpec("markov"),
 ]
 LOGS = Path(__file__).parents[2] / "shared" / "data"
 
 
 def events(users, items):
-    return Events.of(torch.tensor(users, dtype=torch.int64), torch.tensor(items, dtype=torch.int64))
+    return Events.trainable(torch.tensor(users, dtype=torch.int64), torch.tensor(items, dtype=torch.int64))
 
 
 def histories(users, items, n_users):
@@ -93,85 +93,85 @@ def test_repeat_freq_adds_up_the_events_of_an_item():
 
 def test_item_knn_scores_as_its_formula_says():
     # Pairs 1-2 and 2-3. d = 1, 2, 1 of 4 events: idf(1) = log(1 + 4/2), idf(2) = log(1 + 4/3). History 1, then 2.
-    model = model_of(PairsSpec(), [1, 1, 2, 2], [1, 2, 2, 3], 2, 3)
+    model = model_of(ItemKNNSpec(), [1, 1, 2, 2], [1, 2, 2, 3], 2, 3)
     near, norm = np.log(7 / 3), np.sqrt(11 * 12)
     assert scores(model, 0, 1, 2) == pytest.approx([near / norm, 0.85 * np.log(3) / norm, near / norm])
 
 
 def test_an_item_bought_again_pairs_with_itself():
     # One pair 1-1, counted from both ends: 2. d = 2 of 2 events: idf = log(1 + 2/3).
-    assert scores(model_of(PairsSpec(), [1, 1], [1, 1], 1, 1), 1) == pytest.approx([2 * np.log(5 / 3) / 12])
+    assert scores(model_of(ItemKNNSpec(), [1, 1], [1, 1], 1, 1), 1) == pytest.approx([2 * np.log(5 / 3) / 12])
 
 
 def test_markov_looks_forward_and_weighs_by_gap():
     # 1, 2, 3: 1 -> 2 weighs 1, 1 -> 3 weighs 1/2, 2 -> 3 weighs 1; d_1 = 3/2, d_2 = 1, d_3 = 0.
-    model = model_of(PairsSpec("markov"), [1, 1, 1], [1, 2, 3], 1, 3)
+    model = model_of(ItemKNNSpec("markov"), [1, 1, 1], [1, 2, 3], 1, 3)
     assert scores(model, 1) == pytest.approx([0, 1 / 11.5, 0.5 / 11.5])
     assert scores(model, 1, 2) == pytest.approx([0, 0.5 / 11.5, 0.25 / 11.5 + 1 / 11])
 
 
 def test_markov_keeps_four_fifths_of_the_old_counts():
     # The second block leaves 0.8 of 1 -> 2 and adds, across the boundary, 1/2 of 1 -> 3 and 1 of 2 -> 3.
-    model = model_of(PairsSpec("markov"), [1, 1, 1, 2], [1, 2, 3, 3], 2, 3, blocks=2)
+    model = model_of(ItemKNNSpec("markov"), [1, 1, 1, 2], [1, 2, 3, 3], 2, 3, blocks=2)
     assert scores(model, 1) == pytest.approx([0, 0.8 / 11.3, 0.5 / 11.3])
     assert scores(model, 2) == pytest.approx([0, 0, 1 / 11])
 
 
 def test_items_that_nobody_has_taken_yet_take_no_place_in_the_question():
     for kind in ("cosine", "markov"):
-        model = model_of(PairsSpec(kind=kind), [1, 1, 2, 2], [1, 2, 1, 2], 2, 2)
+        model = model_of(ItemKNNSpec(kind=kind), [1, 1, 2, 2], [1, 2, 1, 2], 2, 2)
         before = scores(model, 1)
         model.grow(2, 30)
         assert np.array_equal(scores(model, 1, *range(3, 28))[:2], before) and before[1] > 0
-        other = PairsSpec(kind=kind).build(0)
+        other = ItemKNNSpec(kind=kind).build(0)
         other.load_state_dict(model.state_dict())
         assert np.array_equal(scores(other, 1, *range(3, 28))[:2], before)
 
 
 def test_an_old_event_that_was_kept_secret_makes_no_pair():
     # Item row 0 hides an old event. What is around it keeps its distance: 1 -> 2 has a gap of 2, so half a pair.
-    model = PairsSpec("markov").build(0)
+    model = ItemKNNSpec("markov").build(0)
     model.grow(1, 2)
     model.absorb(events([1], [2]), histories([1, 1], [1, 0], 1))
-    assert model.pairs_II.toarray().tolist() == [[0, 0, 0], [0, 0, 0.5], [0, 0, 0]]
+    assert model.pair_counts_II.toarray().tolist() == [[0, 0, 0], [0, 0, 0.5], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("chunk", [7, 200_000])
 def test_pairs_are_those_of_a_double_loop(chunk, monkeypatch):
-    monkeypatch.setattr(pairs_module, "CHUNK", chunk)
+    monkeypatch.setattr(pairs_module, "CHUNK_EVENTS", chunk)
     users, items = random_log()
     wanted = np.zeros((16, 16))
     for user in range(1, 13):
         own = items[users == user]
         for later in range(len(own)):
-            for earlier in range(max(0, later - COSINE.window), later):
+            for earlier in range(max(0, later - COSINE.pair_window), later):
                 wanted[own[earlier], own[later]] += 1
                 wanted[own[later], own[earlier]] += 1
-    assert np.array_equal(model_of(PairsSpec(), users, items, 12, 15).pairs_II.toarray(), wanted)
+    assert np.array_equal(model_of(ItemKNNSpec(), users, items, 12, 15).pair_counts_II.toarray(), wanted)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "markov"])
 @pytest.mark.parametrize("chunk", [7, 50])
 def test_counting_in_parts_is_counting_at_once(kind, chunk, monkeypatch):
     users, items = random_log()
-    at_once = model_of(PairsSpec(kind), users, items, 12, 15, blocks=2)
-    monkeypatch.setattr(pairs_module, "CHUNK", chunk)
-    in_parts = model_of(PairsSpec(kind), users, items, 12, 15, blocks=2)
-    assert in_parts.pairs_II.nnz == at_once.pairs_II.nnz and in_parts.pairs_II.has_canonical_format
-    assert in_parts.pairs_II.toarray() == pytest.approx(at_once.pairs_II.toarray(), rel=1e-6)
+    at_once = model_of(ItemKNNSpec(kind), users, items, 12, 15, blocks=2)
+    monkeypatch.setattr(pairs_module, "CHUNK_EVENTS", chunk)
+    in_parts = model_of(ItemKNNSpec(kind), users, items, 12, 15, blocks=2)
+    assert in_parts.pair_counts_II.nnz == at_once.pair_counts_II.nnz and in_parts.pair_counts_II.has_canonical_format
+    assert in_parts.pair_counts_II.toarray() == pytest.approx(at_once.pair_counts_II.toarray(), rel=1e-6)
 
 
 def test_a_question_has_indices_as_narrow_as_the_pairs():
     # With wider ones every request would convert all pairs: 34 ms, not 2, after 2 million events.
     users, items = random_log()
     for kind in ("cosine", "markov"):
-        model = model_of(PairsSpec(kind), users, items, 12, 15)
-        question = model._question(Batch(torch.tensor([1]), torch.tensor([[3, 4]])))
-        assert question.indices.dtype == question.indptr.dtype == model.pairs_II.indices.dtype == np.int32
-        assert model.pairs_II.indptr.dtype == np.int32
+        model = model_of(ItemKNNSpec(kind), users, items, 12, 15)
+        question = model._query_weights(Batch(torch.tensor([1]), torch.tensor([[3, 4]])))
+        assert question.indices.dtype == question.indptr.dtype == model.pair_counts_II.indices.dtype == np.int32
+        assert model.pair_counts_II.indptr.dtype == np.int32
 
 
-@pytest.mark.parametrize("spec", [PopularitySpec(), PairsSpec()])
+@pytest.mark.parametrize("spec", [PopularitySpec(), ItemKNNSpec()])
 def test_events_in_blocks_are_learned_as_events_at_once(spec):
     users, items = random_log()
     once, often = (model_of(spec, users, items, 12, 15, blocks) for blocks in (1, 9))
@@ -232,7 +232,7 @@ def test_on_a_real_log_item_knn_finds_the_next_visits_first_purchase_twice_as_of
     asked = new.join(past, on="user_id", suffix="_past").filter(pl.col("item_id_past").list.len() == 20)
     batch = Batch(asked["user_id"].cast(pl.Int64).to_torch(), asked["item_id_past"].list.to_array(20).to_torch().long())
     hits = {}
-    for name, spec in (("popularity", PopularitySpec()), ("item-knn", PairsSpec())):
+    for name, spec in (("popularity", PopularitySpec()), ("item-knn", ItemKNNSpec())):
         sizes = int(log["user_id"].max()), int(log["item_id"].max())
         model = model_of(spec, old["user_id"].to_numpy().astype(int), old["item_id"].to_numpy().astype(int), *sizes)
         best = model.score(batch, torch.arange(sizes[1] + 1)).topk(20).indices

@@ -3,18 +3,18 @@
 import polars as pl
 import pytest
 
-from freshrec.replay.results import OVERALL
-from freshrec.report.demo import sentences
+from freshrec.replay.results import OVERALL_SPAN
+from freshrec.report.demo import describe_results
 
 QUALITY = {"frozen": 0.10, "finetune": 0.12, "full": 0.11, "imsr": 0.13}
 
 
 def results() -> pl.DataFrame:
     """Overlapping intervals everywhere; IMSR's interests grow from 4 to 5 to 6, whose mean is 5."""
-    rows = [("popularity", "absorb", OVERALL, "ndcg@20", 0.05)]
+    rows = [("popularity", "absorb", OVERALL_SPAN, "ndcg@20", 0.05)]
     for way, quality in QUALITY.items():
         costs = {"ndcg@20": quality, "update_cpu_s": 2.0, "forgetting ndcg@20": 0.01, "mean_k": 5.0}
-        rows += [("comirec-dr", way, OVERALL, metric, value) for metric, value in costs.items()]
+        rows += [("comirec-dr", way, OVERALL_SPAN, metric, value) for metric, value in costs.items()]
         rows += [("comirec-dr", way, span, "mean_k", 4.0 + span) for span in (0, 1, 2)]
     frame = pl.DataFrame(rows, schema=["model", "strategy", "span", "metric", "value"], orient="row")
     return frame.with_columns(slice=pl.lit("all"), low=pl.lit(0.0), high=pl.lit(1.0))
@@ -28,11 +28,11 @@ def told(p_updating: float, p_imsr: float) -> pl.DataFrame:
 
 @pytest.mark.parametrize(("p", "chance"), [(0.04, False), (0.06, True)])
 def test_what_is_chance_is_decided_by_the_paired_test_not_by_overlapping_intervals(p: float, chance: bool) -> None:
-    updating, imsr = (" ".join(sentences(results(), told(*ps))) for ps in ((p, 0.5), (0.5, p)))
+    updating, imsr = (" ".join(describe_results(results(), told(*ps))) for ps in ((p, 0.5), (0.5, p)))
     assert ("no more than chance" in updating) == chance
     assert ("call it a tie" in imsr) == chance
     assert "call it a tie" in updating and "no more than chance" in imsr
 
 
 def test_the_interests_that_imsr_leaves_are_those_after_the_last_span() -> None:
-    assert "leaves 6.0 interests a user" in " ".join(sentences(results(), told(0.01, 0.01)))
+    assert "leaves 6.0 interests a user" in " ".join(describe_results(results(), told(0.01, 0.01)))

@@ -10,13 +10,13 @@ import torch
 from pretend import NAME, Devices
 from test_contract import Pair, pairs, with_categories
 
-from freshrec.data.spans import Cut, cut
-from freshrec.data.worlds import make
-from freshrec.device import here, on
+from freshrec.data.spans import LogSplit, split_log
+from freshrec.data.worlds import make_world
+from freshrec.device import default_device, use_device
 from freshrec.errors import OptionError
-from freshrec.models import COUNTERS
-from freshrec.replay.replay import Cell, Settings, replay_cell
-from freshrec.replay.run import moved, run
+from freshrec.models import COUNTING_MODELS
+from freshrec.replay.replay import Cell, ReplaySettings, replay_cell
+from freshrec.replay.run import move_to_device, run_cells
 
 QUICK = {
     ("comirec-dr", "imsr"),
@@ -39,21 +39,21 @@ def pretend() -> Iterator[None]:
 
 
 @cache
-def world() -> Cut:
-    world = make("checkerboard", users=12, items=20, events=150, spans=2)
-    return with_categories(cut(world.log, by="period", forget_users=0))
+def world() -> LogSplit:
+    world = make_world("checkerboard", users=12, items=20, events=150, spans=2)
+    return with_categories(split_log(world.log, by="period", forget_users=0))
 
 
 def replayed(pair: Pair, out: Path, device: str = "cpu") -> pl.DataFrame:
     cell, log = Cell(pair.model, pair.spec(), pair.strategy, pair.update(), seed=0), world()
-    with on(device):
-        list(replay_cell(cell, moved(log), Settings(), out))
-    return pl.concat(pl.read_parquet(file) for file in sorted((out / cell.name).glob("span-*.parquet")))
+    with use_device(device):
+        list(replay_cell(cell, move_to_device(log), ReplaySettings(), out))
+    return pl.concat(pl.read_parquet(file) for file in sorted((out / cell.folder_name).glob("span-*.parquet")))
 
 
 def trained() -> Iterator[object]:
     for pair in pairs():
-        if pair.model in COUNTERS or pair.model == "blend":
+        if pair.model in COUNTING_MODELS or pair.model == "blend":
             continue
         if pair.model in ALL_OF or pair.strategy in {"finetune", "full"} or (pair.model, pair.strategy) in QUICK:
             slow = [] if (pair.model, pair.strategy) in QUICK else [pytest.mark.slow]
@@ -62,9 +62,9 @@ def trained() -> Iterator[object]:
 
 @pytest.mark.usefixtures("pretend")
 def test_the_pretend_device_refuses_what_a_gpu_refuses() -> None:
-    with on(NAME):
+    with use_device(NAME):
         there = torch.ones(2, 3)
-        assert there.device.type == NAME and here().type == NAME and float((there @ there.t()).sum()) == 12.0
+        assert there.device.type == NAME and default_device().type == NAME and float((there @ there.t()).sum()) == 12.0
         with pytest.raises(RuntimeError, match="two devices"):
             there + torch.ones(2, 3, device="cpu")
         with pytest.raises(RuntimeError, match="generator of another device"):
@@ -90,4 +90,4 @@ def test_another_device_gives_what_the_cpu_gives(tmp_path: Path) -> None:
 
 def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match='no device "abacus" here'):
-        run([], world(), Settings(), tmp_path, device="abacus", tell=lambda cell, span: None)
+        run_cells([], world(), ReplaySettings(), tmp_path, device="abacus", on_span_done=lambda cell, span: None)

@@ -14,16 +14,16 @@ from safetensors import safe_open
 from torch import Tensor
 
 from freshrec import disk_names
-from freshrec.data.spans import Cut, cut
-from freshrec.data.worlds import make
+from freshrec.data.spans import LogSplit, split_log
+from freshrec.data.worlds import make_world
 from freshrec.disk_names import CLASSES, FORMER, class_of, current_manifest, current_move, tag_of, with_current_names
 from freshrec.errors import IncompatibleError, StateError
-from freshrec.models import COUNTERS, MODELS, find_model
+from freshrec.models import COUNTING_MODELS, MODELS, find_model
 from freshrec.models.checkpoint import load_tree, save_tree
-from freshrec.models.counted import absorb
+from freshrec.models.counted import absorb_block
 from freshrec.replay.made_of import base_file, is_made_of, write_made_of
-from freshrec.replay.measure import Asked
-from freshrec.replay.replay import Cell, Settings
+from freshrec.replay.measure import QueryOptions
+from freshrec.replay.replay import Cell, ReplaySettings
 from freshrec.replay.results import read_ranks
 from freshrec.strategies import STRATEGIES, find_strategy
 from freshrec.strategies.compatible import check_compatible
@@ -42,9 +42,9 @@ def dataclasses_in(kind: Any, found: set[type]) -> set[type]:
 
 
 @pytest.fixture(scope="module")
-def spans() -> Cut:
-    log = make("newborn", users=25, items=20, events=300, spans=3).log
-    return cut(log, by="count", spans=3, forget_users=0.2)
+def spans() -> LogSplit:
+    log = make_world("newborn", users=25, items=20, events=300, spans=3).log
+    return split_log(log, by="count", spans=3, forget_users=0.2)
 
 
 def test_a_tag_is_of_one_class_and_every_former_name_has_one() -> None:
@@ -64,7 +64,7 @@ def test_every_option_and_every_part_of_what_has_a_tag_has_one() -> None:
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_all_that_a_strategy_keeps_has_a_tag(name: str, spans: Cut, tmp_path: Path) -> None:
+def test_all_that_a_strategy_keeps_has_a_tag(name: str, spans: LogSplit, tmp_path: Path) -> None:
     strategy: Any = STRATEGIES[name]
     if name != "absorb":
         quick = {"max_epochs": 1} if name == "refit" else {"base_epochs": 1, "epochs": 1}
@@ -77,9 +77,9 @@ def test_all_that_a_strategy_keeps_has_a_tag(name: str, spans: Cut, tmp_path: Pa
             continue
         if model == "mf" and name in ("asmg", "sml"):
             continue  # an interest model makes it keep more
-        state = State((spec if model in (*COUNTERS, "blend") else replace(spec, d=4)).build(0))
+        state = State((spec if model in (*COUNTING_MODELS, "blend") else replace(spec, d=4)).build(0))
         for span in spans.spans:  # some keep more after a second update
-            state = strategy.update(absorb(state, span.events, span.n_users, span.n_items), span)
+            state = strategy.update(absorb_block(state, span.events, span.n_users, span.n_items), span)
         save_tree((strategy, state), tmp_path / "state.safetensors")  # StateError where a class has no tag
         assert len(spans.spans) == state.spans_seen
         break
@@ -190,18 +190,18 @@ def test_what_0_1_0_wrote_of_a_cell_is_that_cell_and_no_other(cell: Cell, tmp_pa
     (tmp_path / "made-of.txt").write_text(repr(cell))  # no class or field of these was renamed since 0.1.0
     assert is_made_of(tmp_path, cell)
     assert not is_made_of(tmp_path, replace(cell, cadence=2))
-    assert not is_made_of(tmp_path, replace(cell, update=find_strategy("finetune")))
+    assert not is_made_of(tmp_path, replace(cell, strategy=find_strategy("finetune")))
     write_made_of(tmp_path, cell)
     assert is_made_of(tmp_path, cell) and not is_made_of(tmp_path, replace(cell, seed=1))
 
 
 def test_what_0_1_0_wrote_of_a_whole_replay_is_its_settings_and_its_log(tmp_path: Path) -> None:
-    settings = Settings(Asked(unseen="drop"), tune=True)
+    settings = ReplaySettings(QueryOptions(unseen="drop"), tune=True)
     (tmp_path / "made-of.txt").write_text(
         "Settings(asked=Asked(role=2, min_history=1, among=0, unseen='drop'), tune=True, last_update=True), log 7f"
     )
     assert is_made_of(tmp_path, (settings, "7f"))
-    assert not is_made_of(tmp_path, (settings, "7e")) and not is_made_of(tmp_path, (Settings(), "7f"))
+    assert not is_made_of(tmp_path, (settings, "7e")) and not is_made_of(tmp_path, (ReplaySettings(), "7f"))
 
 
 def test_what_is_damaged_is_of_nothing(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_a_replay_of_somebody_elses_model_goes_on(tmp_path: Path) -> None:
         def __repr__(self) -> str:
             return "Spec of mine"
 
-    cell = replace(cell_of("item-knn", "absorb"), spec=Spec())  # type: ignore[arg-type]
+    cell = replace(cell_of("item-knn", "absorb"), model_spec=Spec())  # type: ignore[arg-type]
     (tmp_path / "made-of.txt").write_text(repr(cell))
     assert is_made_of(tmp_path, cell)
     write_made_of(tmp_path, cell)
@@ -234,9 +234,11 @@ def test_options_of_a_later_version_that_were_not_there_then_have_their_defaults
     assert not is_made_of(tmp_path, cell_of("sasrec:predict=last", "finetune"))
 
 
-def test_state_dicts_are_read_by_current_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spans: Cut) -> None:
+def test_state_dicts_are_read_by_current_names(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spans: LogSplit
+) -> None:
     span = spans.spans[0]
-    state = absorb(State(MODELS["popularity"].build(0)), span.events, span.n_users, span.n_items)
+    state = absorb_block(State(MODELS["popularity"].build(0)), span.events, span.n_users, span.n_items)
     kept = dict(state.model.state_dict())
     name = next(name for name, tensor in kept.items() if tensor.ndim)
     save_tree(state, tmp_path / "state.safetensors")

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from freshrec.cli import main
 from freshrec.errors import OptionError
-from freshrec.models.layers import best_inner_product
-from freshrec.serve.diverse import diversified, kinds_of
+from freshrec.models.layers import max_inner_product
+from freshrec.serve.diverse import diversify, item_categories
 from freshrec.serve.recommender import Recommender
 
 A1, A2, B1 = 11, 12, 21  # items of categories 1, 1 and 2
@@ -22,7 +22,7 @@ SCORES, KINDS = torch.tensor([[5.0, 4.5, 4.0]]), torch.tensor([[1, 1, 2]])
 
 
 def listed(diversity: float, k: int = 3, kinds_BC: Tensor = KINDS) -> list[int]:
-    items_BK, scores_BK = diversified(CANDIDATES, SCORES, kinds_BC, k, diversity)
+    items_BK, scores_BK = diversify(CANDIDATES, SCORES, kinds_BC, k, diversity)
     of_item = dict(zip(CANDIDATES[0].tolist(), SCORES[0].tolist()))
     assert scores_BK[0].tolist() == [of_item[item] for item in items_BK[0].tolist()]  # the model's, nothing taken off
     return items_BK[0].tolist()
@@ -38,7 +38,7 @@ def test_an_item_of_a_category_makes_the_next_one_of_it_worth_less() -> None:
 def test_the_cost_grows_with_each_item_of_the_category() -> None:
     # of category 1: 5, 4.9, 4.8; of category 2: 3.5. Cost 1: 5, then 3.9 against 3.5, then 2.8 against 3.5
     items_BC, scores_BC = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[5.0, 4.9, 4.8, 3.5]])
-    items_BK, scores_BK = diversified(items_BC, scores_BC, torch.tensor([[1, 1, 1, 2]]), 4, 1.0)
+    items_BK, scores_BK = diversify(items_BC, scores_BC, torch.tensor([[1, 1, 1, 2]]), 4, 1.0)
     assert items_BK.tolist() == [[1, 2, 4, 3]]
     torch.testing.assert_close(scores_BK, torch.tensor([[5.0, 4.9, 3.5, 4.8]]))
 
@@ -49,13 +49,13 @@ def test_items_without_a_category_are_like_no_other() -> None:
 
 def test_what_must_not_be_shown_comes_last_and_nothing_comes_twice() -> None:
     scores_BC = torch.tensor([[5.0, 4.0, -torch.inf], [-torch.inf] * 3])
-    items_BK, scores_BK = diversified(CANDIDATES.expand(2, -1), scores_BC, KINDS.expand(2, -1), 9, 100.0)
+    items_BK, scores_BK = diversify(CANDIDATES.expand(2, -1), scores_BC, KINDS.expand(2, -1), 9, 100.0)
     assert items_BK[0, :2].tolist() == [A1, A2]
     assert scores_BK.tolist() == [[5, 4, -torch.inf], [-torch.inf] * 3]
 
 
 def test_no_candidates_make_no_list() -> None:
-    items_BK, scores_BK = diversified(CANDIDATES[:, :0], SCORES[:, :0], KINDS[:, :0], 3, 1.0)
+    items_BK, scores_BK = diversify(CANDIDATES[:, :0], SCORES[:, :0], KINDS[:, :0], 3, 1.0)
     assert items_BK.shape == scores_BK.shape == (1, 0)
 
 
@@ -69,7 +69,7 @@ def test_users_side_by_side_get_what_the_rule_gives_each(rows: list[tuple[int, i
     scores_C, kinds_C = torch.tensor([float(score) for score, _ in rows]), torch.tensor([kind for _, kind in rows])
     scores_BC, kinds_BC = torch.stack([scores_C, scores_C]), torch.stack([kinds_C, torch.ones_like(kinds_C)])
     items_BC = torch.arange(1, len(rows) + 1).expand(2, -1)
-    found_BK, _ = diversified(items_BC, scores_BC, kinds_BC, k, weight)
+    found_BK, _ = diversify(items_BC, scores_BC, kinds_BC, k, weight)
     for found, kinds in zip(found_BK.tolist(), kinds_BC.tolist()):
         chosen: list[int] = []
         for _ in range(min(k, len(rows))):
@@ -86,7 +86,7 @@ def test_the_best_of_each_interest_put_together_are_the_best_by_the_best_interes
     # ComiRec finds candidates interest by interest; exact lists of n each hold all of the n best by max_k h_k e_i
     source = torch.Generator().manual_seed(0)
     vectors_BKD, items_ND = torch.randn(5, 4, 8, generator=source), torch.randn(60, 8, generator=source)
-    best_BN = best_inner_product(vectors_BKD, items_ND).topk(10).indices
+    best_BN = max_inner_product(vectors_BKD, items_ND).topk(10).indices
     each_BKN = (vectors_BKD @ items_ND.t()).topk(10).indices
     for best_N, each_KN in zip(best_BN, each_BKN):
         assert set(best_N.tolist()) <= set(each_KN.flatten().tolist())
@@ -94,9 +94,9 @@ def test_the_best_of_each_interest_put_together_are_the_best_by_the_best_interes
 
 def test_categories_are_numbered_by_item_row() -> None:
     categories = pl.DataFrame({"item": [3, 1, 4], "category": ["b", "a", "b"]})
-    assert kinds_of(categories, 5).tolist() == [0, 1, 0, 2, 2, 0]
+    assert item_categories(categories, 5).tolist() == [0, 1, 0, 2, 2, 0]
     with pytest.raises(OptionError, match="needs categories"):
-        kinds_of(categories.head(0), 5)
+        item_categories(categories.head(0), 5)
 
 
 def test_the_command_line_asks_for_diversity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

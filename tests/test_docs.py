@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 
 from freshrec.cli import main
-from freshrec.data.worlds import make
+from freshrec.data.worlds import make_world
 from freshrec.errors import FreshrecError
 from freshrec.serve.recommender import Recommender
 
@@ -23,7 +23,7 @@ OUTSIDE = ("../shared/", "http://", "https://", "#", "mailto:")
 @pytest.fixture
 def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that holds the logs of which the README speaks, in which we are."""
-    log = make("drift", users=100, items=60, events=3000).log.frame
+    log = make_world("drift", users=100, items=60, events=3000).log.frame
     log = log.select(user_id=pl.format("u{}", "user_id"), item_id=pl.format("i{}", "item_id"), timestamp="time")
     log[:2600].write_parquet(tmp_path / "events.parquet")
     log[2600:].write_parquet(tmp_path / "last-night.parquet")

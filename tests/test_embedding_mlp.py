@@ -24,7 +24,7 @@ def batch(history: list[list[int]], users: list[int], targets: list[int], labels
         torch.tensor(targets)[:, None],
         torch.tensor([2, 3]),
         labels_B=None if labels is None else torch.tensor(labels),
-        kinds_I=KINDS,
+        categories_I=KINDS,
     )
 
 
@@ -49,7 +49,7 @@ def test_a_score_is_the_network_over_user_mean_history_and_item() -> None:
     assert torch.allclose(model.score(asked, torch.tensor([[2, 1]])), model.score(asked, torch.tensor([2, 1])))
     trained = model(batch([[0, 1, 3]], [2], [2], [1.0])).logits_BN
     assert trained is not None and trained.item() == near(expected.item(), abs=1e-6)
-    assert model.clicks(asked, torch.tensor([2])).item() == near(torch.sigmoid(expected).item(), abs=1e-6)
+    assert model.click_probabilities(asked, torch.tensor([2])).item() == near(torch.sigmoid(expected).item(), abs=1e-6)
 
 
 def test_who_has_no_history_has_a_mean_of_zero_and_padding_counts_for_nothing() -> None:

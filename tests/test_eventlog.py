@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from freshrec.errors import LogError, OptionError, StateError
-from freshrec.store.eventlog import EventLog, Taken
+from freshrec.store.eventlog import AppendResult, EventLog
 
 Event = tuple[object, ...]
 WHO = 7_340_033_557  # an id that no size, time or checksum is by chance
@@ -33,7 +33,7 @@ def log_of(folder: Path, *deliveries: pl.DataFrame) -> EventLog:
     """The deliveries s1, s2, ... in a log."""
     log = EventLog(folder)
     for n, delivery in enumerate(deliveries, 1):
-        log.take(delivery, f"s{n}", True)
+        log.append(delivery, f"s{n}", True)
     return log
 
 
@@ -43,13 +43,15 @@ def n_rows(log: EventLog) -> int:
 
 def test_rows_that_are_doubled_known_or_late_are_counted(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "log")
-    first = log.take(frame(("a", "x", 30), ("b", "x", 10), ("a", "x", 30)), "s1", True)
-    assert first == Taken(1, None, rows=3, doubled=1, kept=2, first=10, last=30)
+    first = log.append(frame(("a", "x", 30), ("b", "x", 10), ("a", "x", 30)), "s1", True)
+    assert first == AppendResult(1, None, n_rows=3, n_duplicates=1, n_appended=2, first_time=10, last_time=30)
     # (b, x, 10) is known; a's event at 20 is older than 30, the one at 30 by another item is not; (a, x, 40) came twice
     second = frame(("b", "x", 10), ("a", "x", 40), ("a", "y", 30), ("a", "x", 20), ("a", "x", 40))
-    assert log.take(second, "s2", True) == Taken(2, None, 5, doubled=1, known=1, late=1, kept=3, first=20, last=40)
-    assert (n_rows(log), log.newest, log.has_clock) == (5, 40, True)
-    assert (log.delivery(1), log.delivery(2)) == (
+    assert log.append(second, "s2", True) == AppendResult(
+        2, None, 5, n_duplicates=1, n_known=1, n_late=1, n_appended=3, first_time=20, last_time=40
+    )
+    assert (n_rows(log), log.newest_time, log.has_clock) == (5, 40, True)
+    assert (log.delivery_counts(1), log.delivery_counts(2)) == (
         ("s1", 1, 0),
         ("s2", 1, 1),
     )  # as told, also to whoever asks after a crash
@@ -59,30 +61,34 @@ def test_rows_that_are_doubled_known_or_late_are_counted(tmp_path: Path) -> None
 def test_a_delivery_that_is_empty_known_or_the_same_again_appends_nothing(tmp_path: Path) -> None:
     day = frame(("a", "x", 1), ("a", "y", 2), ("a", "x", 1))
     log = log_of(tmp_path, day)
-    assert log.take(day.clear(), "s2", True) == Taken(None, None, 0)
-    assert log.take(day, "s3", True) == Taken(None, None, 3, doubled=1, known=2)  # another file with the same rows
-    assert log.take(day, "s1", True) == Taken(None, 1, 3, doubled=1, known=2)
-    assert (len(log.batches()), log.delivery(1)[0]) == (1, "s1")
+    assert log.append(day.clear(), "s2", True) == AppendResult(None, None, 0)
+    assert log.append(day, "s3", True) == AppendResult(
+        None, None, 3, n_duplicates=1, n_known=2
+    )  # another file with the same rows
+    assert log.append(day, "s1", True) == AppendResult(None, 1, 3, n_duplicates=1, n_known=2)
+    assert (len(log.batches()), log.delivery_counts(1)[0]) == (1, "s1")
 
 
 def test_an_event_is_its_event_id_where_it_has_one(tmp_path: Path) -> None:
     log = log_of(tmp_path, frame(("a", "x", 1), ("a", "y", 2)), frame(("a", "x", 3, 7), ("b", "x", 3, None)))
     # 7 is known though all else differs; 8 is new though all else is as in event 7; 8 again is doubled; b's is known
     third = frame(("c", "z", 9, 7), ("a", "x", 3, 8), ("a", "x", 4, 8), ("b", "x", 3, None), ("c", "z", 9, None))
-    assert log.take(third, "s3", True) == Taken(3, None, 5, doubled=1, known=2, kept=2, first=3, last=9)
+    assert log.append(third, "s3", True) == AppendResult(
+        3, None, 5, n_duplicates=1, n_known=2, n_appended=2, first_time=3, last_time=9
+    )
     assert log.read([3]).rows() == [("a", "x", 3, 8), ("c", "z", 9, None)]
 
 
 def test_without_a_clock_only_sources_and_event_ids_are_known(tmp_path: Path) -> None:
     day = frame(("a", "x", 0), ("a", "x", 1))
     log = EventLog(tmp_path)
-    assert log.take(day, "s1", False) == Taken(1, None, 2, kept=2, first=0, last=1)
-    assert log.take(day, "s1", False) == Taken(None, 1, 2, known=2)
-    assert log.take(day, "s2", False) == Taken(2, None, 2, kept=2, first=0, last=1)
-    assert log.take(frame(("a", "x", 0, 5)), "s3", False).kept == 1
-    assert log.take(frame(("a", "x", 0, 5), ("a", "x", 1, None)), "s4", False).known == 1
+    assert log.append(day, "s1", False) == AppendResult(1, None, 2, n_appended=2, first_time=0, last_time=1)
+    assert log.append(day, "s1", False) == AppendResult(None, 1, 2, n_known=2)
+    assert log.append(day, "s2", False) == AppendResult(2, None, 2, n_appended=2, first_time=0, last_time=1)
+    assert log.append(frame(("a", "x", 0, 5)), "s3", False).n_appended == 1
+    assert log.append(frame(("a", "x", 0, 5), ("a", "x", 1, None)), "s4", False).n_known == 1
     with pytest.raises(LogError, match="the delivery has a clock, and the event log in .* has none"):
-        log.take(day, "s5", True)
+        log.append(day, "s5", True)
 
 
 def test_columns_come_and_go_and_absent_is_null(tmp_path: Path) -> None:
@@ -92,13 +98,13 @@ def test_columns_come_and_go_and_absent_is_null(tmp_path: Path) -> None:
     assert everything.columns == ["user_id", "item_id", "time", "event", "weight"]
     assert everything.rows() == [("a", "x", 1, None, None), ("b", "y", 2, None, 0.5), ("c", "z", 3, "buy", None)]
     assert log.read([2, 1]).columns == ["user_id", "item_id", "time", "weight"]
-    assert (log.read([1]).rows(), log.delivery(1)[0]) == ([("a", "x", 1)], "s1")
+    assert (log.read([1]).rows(), log.delivery_counts(1)[0]) == ([("a", "x", 1)], "s1")
 
 
 def test_rows_come_by_batch_then_by_time_then_as_delivered(tmp_path: Path) -> None:
     log = log_of(tmp_path, frame(("a", "z", 5), ("a", "y", 4), ("a", "x", 5)), frame(("a", "w", 1), ("b", "v", 1)))
     assert log.read()["item_id"].to_list() == ["y", "z", "x", "w", "v"]
-    assert log.erase("b") == 1  # and so after files were written anew
+    assert log.erase_user("b") == 1  # and so after files were written anew
     assert log.read()["item_id"].to_list() == ["y", "z", "x", "w"]
 
 
@@ -115,7 +121,7 @@ def test_rows_come_by_batch_then_by_time_then_as_delivered(tmp_path: Path) -> No
 def test_a_delivery_of_another_kind_is_refused(tmp_path: Path, delivery: pl.DataFrame, sentence: str) -> None:
     log = log_of(tmp_path, frame(("a", "x", 1, 3), extra="category"))
     with pytest.raises(LogError, match=sentence):
-        log.take(delivery, "s2", True)
+        log.append(delivery, "s2", True)
     assert n_rows(log) == 1
 
 
@@ -137,10 +143,14 @@ def test_whatever_is_delivered_the_log_holds_each_event_once(
     kinds = {"user_id": pl.String, "item_id": pl.Int64, "time": pl.Int64, "event_id": pl.Int64}
     seen: set[Event] = set()
     for n, events in enumerate(deliveries):
-        taken = log.take(pl.DataFrame(events, kinds, orient="row"), f"s{n}", True)
+        taken = log.append(pl.DataFrame(events, kinds, orient="row"), f"s{n}", True)
         new = set(events) - seen
-        assert (taken.rows, taken.doubled, taken.kept) == (len(events), len(events) - len(set(events)), len(new))
-        assert taken.known == len(set(events) & seen)
+        assert (taken.n_rows, taken.n_duplicates, taken.n_appended) == (
+            len(events),
+            len(events) - len(set(events)),
+            len(new),
+        )
+        assert taken.n_known == len(set(events) & seen)
         assert taken.batch is None or events_of(log.read([taken.batch])) == sorted(new, key=repr)
         seen |= new
     assert not seen or events_of(log.read()) == sorted(seen, key=repr)
@@ -168,40 +178,47 @@ def test_no_file_holds_the_id_of_an_erased_user(tmp_path: Path, who: int | str) 
     shutil.copy(next(tmp_path.glob("batch=1/*")), begun)
     assert len(holds(tmp_path, who)) == 3
     before = log.read().filter(pl.col("user_id") != who)
-    assert log.erase(who) == 2
+    assert log.erase_user(who) == 2
     assert holds(tmp_path, who) == []
     assert log.read().equals(before)
     assert log.batches()["rows"].to_list() == [1, 1, 0, 1]
-    assert (len(log.read([3])), log.delivery(3)[0], log.newest) == (0, "s3", 40)
-    assert log.take(days[2], "s3", True).again == 3  # it does not come back with its file
-    assert log.erase(who) == 0
+    assert (len(log.read([3])), log.delivery_counts(3)[0], log.newest_time) == (0, "s3", 40)
+    assert log.append(days[2], "s3", True).repeated_batch == 3  # it does not come back with its file
+    assert log.erase_user(who) == 0
 
 
 def test_numbers_go_on_when_nothing_is_left(tmp_path: Path) -> None:
     log = log_of(tmp_path, frame(("a", "x", 1)), frame(("a", "x", 2)))
-    assert log.erase("a") == 2
-    assert (n_rows(log), log.newest, len(log.read())) == (0, None, 0)
-    assert log.take(frame(("b", "x", 1, 0.5), extra="weight"), "s3", True) == Taken(3, None, 1, kept=1, first=1, last=1)
+    assert log.erase_user("a") == 2
+    assert (n_rows(log), log.newest_time, len(log.read())) == (0, None, 0)
+    assert log.append(frame(("b", "x", 1, 0.5), extra="weight"), "s3", True) == AppendResult(
+        3, None, 1, n_appended=1, first_time=1, last_time=1
+    )
     assert log.read([1, 2, 3]).rows() == [("b", "x", 1, 0.5)]
 
 
 def test_what_is_not_there_cannot_be_asked_for(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "log")
-    assert (n_rows(log), log.newest, log.erase("a"), log.batches().columns[:2]) == (0, None, 0, ["batch", "source"])
+    assert (n_rows(log), log.newest_time, log.erase_user("a"), log.batches().columns[:2]) == (
+        0,
+        None,
+        0,
+        ["batch", "source"],
+    )
     with pytest.raises(LogError, match="holds no batch yet; give it a delivery"):
         log.read()
-    log.take(frame((1, "x", 1)), "s1", True)
+    log.append(frame((1, "x", 1)), "s1", True)
     with pytest.raises(OptionError, match="has no batch 2; it has 1"):
         log.read([1, 2])
     with pytest.raises(OptionError, match="are whole numbers; 'a' is none"):
-        log.erase("a")
+        log.erase_user("a")
 
 
 def write(folder: Path, told: Connection) -> None:
     """Batch after batch, of 50 rows each by one user whose id is the number of the batch."""
     log = EventLog(folder)
     for n in range(len(log.batches()), 10_000):
-        log.take(frame(*((n, item, n + item) for item in range(50))), f"s{n}", True)
+        log.append(frame(*((n, item, n + item) for item in range(50))), f"s{n}", True)
         told.send(n)
 
 
@@ -226,7 +243,7 @@ def test_a_killed_process_leaves_whole_batches(tmp_path: Path) -> None:
 def test_a_file_that_was_changed_is_noticed(tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     log = log_of(whole, frame(("a", "x", 1), ("b", "x", 1)), frame(("a", "x", 2, "e")), frame(("a", "x", 3)))
-    log.erase("b")
+    log.erase_user("b")
     expected, batches = log.read(), log.batches()
     for path in sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file()):
         good = (whole / path).read_bytes()
@@ -237,7 +254,7 @@ def test_a_file_that_was_changed_is_noticed(tmp_path: Path) -> None:
             with pytest.raises(StateError, match=r"[;:] (restore|was this)"):
                 log.read()
             with pytest.raises(StateError):
-                log.take(frame(("c", "x", 1), ("c", "y", 3)), "s9", True)
+                log.append(frame(("c", "x", 1), ("c", "y", 3)), "s9", True)
         (whole / path).unlink()
         with pytest.raises(StateError):
             log.read()
@@ -248,10 +265,10 @@ def test_a_file_that_was_changed_is_noticed(tmp_path: Path) -> None:
 def test_a_commit_without_checksums_is_taken_on_trust_until_the_next(tmp_path: Path) -> None:
     log = log_of(tmp_path, frame(("a", "x", 1)))
     before = (tmp_path / "checksums.json").read_bytes()
-    log.take(frame(("a", "x", 2)), "s2", True)
+    log.append(frame(("a", "x", 2)), "s2", True)
     (tmp_path / "checksums.json").write_bytes(before)  # so it is when a process is killed right after its commit
     assert len(log.read()) == 2
-    log.take(frame(("a", "x", 3)), "s3", True)
+    log.append(frame(("a", "x", 3)), "s3", True)
     os.truncate(next(tmp_path.glob("batch=2/*")), 10)
     with pytest.raises(StateError, match="is damaged: batch=2"):
         log.read()
@@ -278,25 +295,25 @@ def test_a_full_disk_leaves_the_log_as_it_was(tmp_path: Path) -> None:
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
         with pytest.raises(StateError, match="cannot be written .*; see that the disk has room"):
-            log.take(frame(("a", "x", 2)), "s2", True)
+            log.append(frame(("a", "x", 2)), "s2", True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, previous)
-    assert log.take(frame(("a", "x", 2)), "s2", True).batch == 2
+    assert log.append(frame(("a", "x", 2)), "s2", True).batch == 2
 
 
 def test_two_writers_at_once_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = log_of(tmp_path, frame(("a", "x", 1)))
     stale = DeltaTable(tmp_path)
-    log.take(frame(("a", "x", 2)), "s2", True)
+    log.append(frame(("a", "x", 2)), "s2", True)
     monkeypatch.setattr("freshrec.store.eventlog.DeltaTable", lambda folder: stale)
     with pytest.raises(StateError, match="another process changed the event log"):
-        log.take(frame(("a", "x", 3)), "s3", True)
+        log.append(frame(("a", "x", 3)), "s3", True)
 
 
 def test_only_files_of_the_time_of_a_delivery_are_read(tmp_path: Path) -> None:
     log = log_of(tmp_path, frame(("a", "x", 1)), frame(("a", "x", 100)))
     os.truncate(next(tmp_path.glob("batch=1/*")), 10)  # would be noticed if it were read
-    assert log.take(frame(("a", "x", 90), ("a", "x", 100)), "s3", True).known == 1
+    assert log.append(frame(("a", "x", 90), ("a", "x", 100)), "s3", True).n_known == 1
     with pytest.raises(StateError, match=r"damaged: batch=1/.* is missing or not as it was written"):
-        log.take(frame(("a", "x", 1)), "s4", True)
+        log.append(frame(("a", "x", 1)), "s4", True)

@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freshrec.data.batches import append, random_source, targets_at
-from freshrec.data.carried import carried_by
-from freshrec.learn.fit import Fit, ndcg
-from freshrec.learn.reservoir import Kept
-from freshrec.learn.weights import grow
+from freshrec.data.batches import append_events, make_rng, targets_at
+from freshrec.data.carried import stored_interests_of
+from freshrec.learn.fit import FitConfig, mean_ndcg
+from freshrec.learn.reservoir import TrainingSamples
+from freshrec.learn.weights import grow_model
 from freshrec.models import MODELS
-from freshrec.models.layers import best_inner_product
-from freshrec.models.tables import tables_of
-from freshrec.strategies.ewc import EWC, fisher_of, hold, penalty
+from freshrec.models.layers import max_inner_product
+from freshrec.models.tables import embedding_tables
+from freshrec.strategies.ewc import EWC, empirical_fisher, penalty, penalty_term
 from freshrec.strategies.plain import FineTune
 from freshrec.types import Batch, EncodingModel, Forward, Histories, Interests, Span, State
 
@@ -28,12 +28,12 @@ near = pytest.approx
 def model_of(name: str, categories: int = 0) -> EncodingModel:
     """A small model of 4 users and 9 items, in two categories or none."""
     model = replace(MODELS[name], d=4, std=0.7, length=3, categories=categories).build(0)  # type: ignore[type-var]
-    grow(model, 4, 9, torch.tensor([0, 1, 2, 2, 1, 2, 0, 1, 1, 2]))  # type: ignore[arg-type]
+    grow_model(model, 4, 9, torch.tensor([0, 1, 2, 2, 1, 2, 0, 1, 1, 2]))  # type: ignore[arg-type]
     model.eval()
     return model  # type: ignore[no-any-return]
 
 
-SAMPLES = Kept(
+SAMPLES = TrainingSamples(
     torch.tensor([1, 2, 3, 2]),
     torch.tensor([[0, 1, 2], [0, 0, 3], [4, 5, 4], [2, 1, 6]], dtype=torch.int32),
     torch.tensor([3, 3, 4, 7]),
@@ -58,15 +58,15 @@ def one_by_one(model: EncodingModel, users: Interests | None) -> dict[str, Tenso
     """The same, by automatic differentiation of one sample after the other, through a whole table of items."""
     total: dict[str, Tensor] = {}
     for n in range(len(SAMPLES)):
-        carried = carried_by(model, users, 1)
+        carried = stored_interests_of(model, users, 1)
         own_ID = items_ID = model.items.weights.clone().requires_grad_()
         common = {} if model.items.common is None else {"items.common": model.items.common.weights.clone()}
         for common_CD in common.values():
             items_ID = own_ID + common_CD.requires_grad_()[model.items.kinds_R] * (model.items.kinds_R > 0)[:, None]
         batch = Batch(SAMPLES.users_N[n : n + 1], SAMPLES.histories_NT[n : n + 1].long())
-        batch = batch if carried is None else carried.join(batch)
+        batch = batch if carried is None else carried.attach(batch)
         vectors_BKD = model.encode(F.embedding(batch.history_BT, items_ID), batch)
-        loss = F.cross_entropy(best_inner_product(vectors_BKD, items_ID[1:]), SAMPLES.items_N[n : n + 1] - 1)
+        loss = F.cross_entropy(max_inner_product(vectors_BKD, items_ID[1:]), SAMPLES.items_N[n : n + 1] - 1)
         weights = {"items": own_ID} | common | dict(model.named_parameters())
         gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values()), allow_unused=True)))
         for name, gradient in gradients.items():
@@ -80,9 +80,9 @@ def one_by_one(model: EncodingModel, users: Interests | None) -> dict[str, Tenso
 def test_the_fisher_is_the_mean_of_squared_gradients_of_single_samples(name: str, categories: int) -> None:
     # User 2 has three interests of its own, the others start from four slots; user 3's history repeats its target.
     model, none = model_of(name, categories), torch.zeros(3, dtype=torch.int16)
-    stored_SD = torch.randn(3, 4, generator=random_source(0))
+    stored_SD = torch.randn(3, 4, generator=make_rng(0))
     users = Interests(stored_SD, torch.tensor([0, 0, 0, 3, 3, 3]), none, none)
-    found, expected = fisher_of(model, SAMPLES, carried_by(model, users, 1)), one_by_one(model, users)
+    found, expected = empirical_fisher(model, SAMPLES, stored_interests_of(model, users, 1)), one_by_one(model, users)
     assert found.keys() == expected.keys()
     for weights in found:
         torch.testing.assert_close(found[weights], expected[weights], rtol=1e-3, atol=1e-7)
@@ -95,14 +95,14 @@ def test_the_fisher_of_a_factorisation_by_hand() -> None:
     model = replace(MODELS["mf"], d=1).build(0)  # type: ignore[type-var]
     model.grow(3, 2)
     model.users.weights[1:], model.items.weights[1:] = torch.tensor([[2.0], [0], [5]]), torch.tensor([[0.0], [1]])
-    samples = Kept(torch.tensor([1, 2]), torch.zeros(2, 0, dtype=torch.int32), torch.tensor([1, 1]))
-    fisher = fisher_of(model, samples, None)
+    samples = TrainingSamples(torch.tensor([1, 2]), torch.zeros(2, 0, dtype=torch.int32), torch.tensor([1, 1]))
+    fisher = empirical_fisher(model, samples, None)
     assert fisher["items"][:, 0].tolist() == near([0, 1.551606, 1.551606], abs=1e-5)
     assert fisher["users"][:, 0].tolist() == near([0, 0.387902, 0.125, 0], abs=1e-5)
 
 
 def test_items_outside_all_samples_have_a_fisher_too_because_they_are_in_the_softmax() -> None:
-    fisher = fisher_of(model_of("sasrec"), SAMPLES, None)["items"]
+    fisher = empirical_fisher(model_of("sasrec"), SAMPLES, None)["items"]
     assert (fisher[8:] > 0).all() and (fisher >= 0).all() and (fisher[0] == 0).all()
 
 
@@ -112,11 +112,13 @@ def test_items_outside_all_samples_have_a_fisher_too_because_they_are_in_the_sof
 def test_the_rows_that_a_step_moves_are_held_and_new_ones_are_free() -> None:
     anchor, model = model_of("sasrec"), model_of("sasrec")
     model.grow(4, 12)
-    fisher = fisher_of(anchor, SAMPLES, None)
+    fisher = empirical_fisher(anchor, SAMPLES, None)
     model.items.weights[5:] += 0.5
     model.last.bias.data += 0.1
     model.items.pull(torch.tensor([5, 5, 1, 11]))
-    loss = hold(model, anchor, fisher, 3.0)(Batch(SAMPLES.users_N, SAMPLES.histories_NT), Forward(torch.zeros(())))
+    loss = penalty_term(model, anchor, fisher, 3.0)(
+        Batch(SAMPLES.users_N, SAMPLES.histories_NT), Forward(torch.zeros(()))
+    )
     dense = 1.5 * 0.01 * fisher["last.bias"].sum()
     assert loss.item() == near(float(dense + 1.5 * 0.25 * fisher["items"][5].sum()), rel=1e-4)
     loss.backward()
@@ -130,13 +132,13 @@ def test_the_rows_that_a_step_moves_are_held_and_new_ones_are_free() -> None:
 @cache
 def two_periods() -> tuple[State, Span]:
     """The circles after the base block, which is trained once for all tests."""
-    return circles.two_periods(EWC(samples=200, fit=Fit(base_epochs=12)))
+    return circles.two_periods(EWC(samples=200, fit=FitConfig(base_epochs=12)))
 
 
 def known(after: State, step: int) -> float:
     """ndcg@20 of the next item where one goes forwards (1), or backwards (-1)."""
-    histories = append(Histories.empty(), circles.circles(range(1, 61), step), 60)
-    return ndcg(after.model, targets_at(histories, histories.offsets_U[2:] - 1), None)
+    histories = append_events(Histories.empty(), circles.circles(range(1, 61), step), 60)
+    return mean_ndcg(after.model, targets_at(histories, histories.offsets_U[2:] - 1), None)
 
 
 def moved(before: State, after: State) -> float:
@@ -147,7 +149,9 @@ def moved(before: State, after: State) -> float:
 def test_old_ways_are_still_known_where_fine_tuning_has_forgotten_them() -> None:
     # Measured at weights 0, 100, 10,000: old 0.47, 0.48, 1.00; new 0.82, 0.60, 0.31; items moved by 1.5, 0.7, 0.05.
     before, span = two_periods()
-    afters = [EWC(weight=weight, samples=200, fit=Fit(epochs=15)).update(before, span) for weight in (0, 100, 10_000)]
+    afters = [
+        EWC(weight=weight, samples=200, fit=FitConfig(epochs=15)).update(before, span) for weight in (0, 100, 10_000)
+    ]
     assert moved(before, afters[0]) > 1.5 * moved(before, afters[1]) > 3 * moved(before, afters[2])
     assert known(afters[2], 1) > known(afters[0], 1) + 0.3 and known(afters[0], -1) > known(afters[2], -1) + 0.3
 
@@ -164,6 +168,8 @@ def test_the_anchor_is_the_last_model_alone_and_stays_where_nothing_is_learnt() 
     after = EWC(samples=200).update(before, span)
     assert all((after.memory[name] != before.memory[name]).any() for name in after.memory)
     nothing = Span(1, span.events[:0], 100, 20)
-    same = EWC(samples=200).update(replace(before, recent=append(Histories.empty(), nothing.events, 100)), nothing)
+    same = EWC(samples=200).update(
+        replace(before, histories=append_events(Histories.empty(), nothing.events, 100)), nothing
+    )
     assert all(torch.equal(same.memory[name], before.memory[name]) for name in before.memory)
-    assert set(after.memory) == {*tables_of(after.model), *dict(after.model.named_parameters())}
+    assert set(after.memory) == {*embedding_tables(after.model), *dict(after.model.named_parameters())}

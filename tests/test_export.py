@@ -12,12 +12,12 @@ from serving import run, stored
 
 from freshrec.errors import IncompatibleError, OptionError
 from freshrec.models.scoring import user_vectors
-from freshrec.serve.answers import Version
-from freshrec.serve.export import export
+from freshrec.serve.answers import LoadedVersion
+from freshrec.serve.export import export_version
 from freshrec.serve.list_request import ListRequest
-from freshrec.serve.live import loaded
+from freshrec.serve.live import load_version
 from freshrec.serve.reading import resolve_request
-from freshrec.serve.recommend import best_items
+from freshrec.serve.recommend import top_items
 from freshrec.store.versions import open_store
 from freshrec.types import Batch
 
@@ -25,10 +25,10 @@ IMSR = "imsr:fit.base_epochs=2:fit.epochs=1"
 FAST = "finetune:fit.base_epochs=1:fit.epochs=1"
 
 
-def version_of(folder: Path, model: str, strategy: str | None = None, n: int = 2) -> Version:
+def version_of(folder: Path, model: str, strategy: str | None = None, n: int = 2) -> LoadedVersion:
     stored(folder, model, strategy, n)
     store = open_store(folder / "s")
-    return loaded(store, store.manifest(n))
+    return load_version(store, store.manifest(n))
 
 
 @pytest.mark.parametrize("n", [1, 2])  # in the first, an item is so new that histories have it and the model has not
@@ -37,7 +37,7 @@ def test_ids_and_vectors_alone_make_the_versions_lists(model: str, strategy: str
     version = version_of(tmp_path, model, strategy, n)
     if n == 1:
         assert version.served.state.model.n_items < len(version.served.items)
-    about = export(version, tmp_path / "out")
+    about = export_version(version, tmp_path / "out")
     assert about == json.loads((tmp_path / "out" / "about.json").read_text()) and about["version"] == n
     items_ID, vectors_SD = (np.load(tmp_path / "out" / f"{name}_vectors.npy") for name in ("item", "user"))
     users, items = (pl.read_parquet(tmp_path / "out" / f"{name}.parquet") for name in ("users", "items"))
@@ -48,7 +48,7 @@ def test_ids_and_vectors_alone_make_the_versions_lists(model: str, strategy: str
         mine_KD = vectors_SD[user["first"] : user["first"] + user["vectors"]]
         scores_I = (mine_KD @ items_ID.T).max(0)
         wanted = resolve_request(served, ListRequest(k=5, exclude_seen=False))
-        best = best_items(served, served.users.rows(pl.Series([user["id"]])), wanted)
+        best = top_items(served, served.users.rows(pl.Series([user["id"]])), wanted)
         assert scores_I[best["item"].to_numpy() - 1] == pytest.approx(best["score"].to_numpy(), abs=1e-5)
         assert np.sort(scores_I)[::-1][:5] == pytest.approx(best["score"].to_numpy(), abs=1e-5)
         assert items["id"][int(best["item"][0]) - 1] == served.items.ids(torch.tensor([best["item"][0]]))[0]
@@ -61,7 +61,7 @@ def test_the_user_tower_in_onnx_gives_the_models_vectors(model: str, strategy: s
     import onnxruntime
 
     version = version_of(tmp_path, model, strategy)
-    about = export(version, tmp_path / "out", with_onnx=True)
+    about = export_version(version, tmp_path / "out", with_onnx=True)
     tower = onnxruntime.InferenceSession(str(tmp_path / "out" / "user_tower.onnx"))
     real, source = version.served.state.model, torch.Generator().manual_seed(0)
     for n, k in ((1, 4), (7, 4), (3, 9)):
@@ -79,12 +79,12 @@ def test_the_user_tower_in_onnx_gives_the_models_vectors(model: str, strategy: s
 def test_what_cannot_be_exported_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     version = version_of(tmp_path, "item-knn")
     with pytest.raises(IncompatibleError, match="no vectors"):
-        export(version, tmp_path / "out")
+        export_version(version, tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").touch()
     (tmp_path / "b").mkdir()
     version = version_of(tmp_path / "b", "mf:d=4", FAST)
     with pytest.raises(OptionError, match="holds something"):
-        export(version, tmp_path / "full")
+        export_version(version, tmp_path / "full")
     assert run("export", tmp_path / "b", str(tmp_path / "b" / "out")) == 0
     assert "items.faiss" in capsys.readouterr().out

@@ -8,21 +8,21 @@ import circles
 import pytest
 import torch
 
-from freshrec.data.batches import append, due_targets
+from freshrec.data.batches import append_events, due_targets
 from freshrec.errors import OptionError
 from freshrec.learn import fit
-from freshrec.learn.fit import Clock, Fit, adapt, best_epoch, parted
+from freshrec.learn.fit import CostMeter, FitConfig, fit_model, split_holdout, train_to_best_epoch
 from freshrec.learn.weights import snapshot
 from freshrec.models.sasrec import SASRecSpec
-from freshrec.models.tables import tables_of
+from freshrec.models.tables import embedding_tables
 from freshrec.strategies.incctr import IncCTR
 from freshrec.strategies.plain import FineTune
-from freshrec.strategies.rehearsed import Rehearsed
+from freshrec.strategies.rehearsed import SelfTuned
 from freshrec.strategies.sml import SML
 from freshrec.strategies.spmf import SPMF
 from freshrec.types import NEVER, NOW, Batch, Events, Histories, State, TrainedModel
 
-STOPPED = Fit(base_epochs=3, holdout=0.25, max_epochs=12, patience=2)
+STOPPED = FitConfig(base_epochs=3, holdout=0.25, max_epochs=12, patience=2)
 
 
 def untrained() -> TrainedModel:
@@ -37,21 +37,21 @@ def test_the_best_epoch_is_gone_back_to_with_the_weights_and_the_optimisers_of_t
 
     def epochs() -> Iterator[float]:
         for n in range(5):
-            tables_of(model)["items"].packed[1:] = n + 1.0
+            embedding_tables(model)["items"].packed[1:] = n + 1.0
             model.moments = {"n": torch.tensor(n + 1.0)}
             seen.append(n + 1)
             yield 0.0
 
-    assert best_epoch(model, epochs(), lambda: next(qualities), patience=2) == 2
+    assert train_to_best_epoch(model, epochs(), lambda: next(qualities), patience=2) == 2
     assert seen == [1, 2, 3, 4]
-    assert tables_of(model)["items"].packed[1:].unique().tolist() == [2.0] and model.moments["n"] == 2.0
+    assert embedding_tables(model)["items"].packed[1:].unique().tolist() == [2.0] and model.moments["n"] == 2.0
 
 
 def test_without_any_epoch_the_model_is_as_it_was() -> None:
     model = untrained()
-    before = tables_of(model)["items"].packed.clone()
-    assert best_epoch(model, iter([]), lambda: math.nan, patience=1) == 0
-    assert torch.equal(tables_of(model)["items"].packed, before)
+    before = embedding_tables(model)["items"].packed.clone()
+    assert train_to_best_epoch(model, iter([]), lambda: math.nan, patience=1) == 0
+    assert torch.equal(embedding_tables(model)["items"].packed, before)
 
 
 def test_a_snapshot_is_not_touched_by_later_training() -> None:
@@ -66,11 +66,13 @@ def test_a_snapshot_is_not_touched_by_later_training() -> None:
 
 
 def test_a_quarter_is_held_out_and_the_rest_is_trained_on() -> None:
-    targets = due_targets(append(Histories.empty(), circles.circles(range(1, 61), 1), 60))
-    learnt, held = parted(targets, STOPPED, (0, 1))
+    targets = due_targets(append_events(Histories.empty(), circles.circles(range(1, 61), 1), 60))
+    learnt, held = split_holdout(targets, STOPPED, (0, 1))
     assert len(held) == 240 and sorted([*learnt.rows_N.tolist(), *held.rows_N.tolist()]) == targets.rows_N.tolist()
-    assert len(parted(targets, Fit(), (0, 1))[0]) == len(targets)
-    assert parted(targets, STOPPED, (0, 2))[1].rows_N.tolist() != held.rows_N.tolist()  # another span, another part
+    assert len(split_holdout(targets, FitConfig(), (0, 1))[0]) == len(targets)
+    assert (
+        split_holdout(targets, STOPPED, (0, 2))[1].rows_N.tolist() != held.rows_N.tolist()
+    )  # another span, another part
 
 
 def test_base_block_and_update_stop_by_themselves_and_say_when() -> None:
@@ -82,12 +84,12 @@ def test_base_block_and_update_stop_by_themselves_and_say_when() -> None:
 
 @pytest.mark.parametrize("epochs", [1, 4])
 def test_the_number_of_epochs_does_not_matter_where_a_part_is_held_out(epochs: int) -> None:
-    histories = append(Histories.empty(), circles.circles(range(1, 61), 1), 60)
-    state = State(untrained(), recent=histories)
+    histories = append_events(Histories.empty(), circles.circles(range(1, 61), 1), 60)
+    state = State(untrained(), histories=histories)
     models = [untrained(), untrained()]
     for model, how in zip(models, (STOPPED, replace(STOPPED, epochs=epochs))):
-        adapt(model, due_targets(state.recent), how, (0, 0), Clock())
-    assert torch.equal(*(tables_of(model)["items"].packed for model in models))
+        fit_model(model, due_targets(state.histories), how, (0, 0), CostMeter())
+    assert torch.equal(*(embedding_tables(model)["items"].packed for model in models))
 
 
 @pytest.mark.parametrize(
@@ -96,8 +98,8 @@ def test_the_number_of_epochs_does_not_matter_where_a_part_is_held_out(epochs: i
         (lambda: SML(fit=STOPPED), "weights that nobody serves"),
         (lambda: SPMF(fit=STOPPED), "draws anew for each epoch"),
         (lambda: IncCTR(threshold=3, fit=STOPPED), "share of the common one"),
-        (lambda: Rehearsed(fit=STOPPED), "has no use for fit.holdout"),
-        (lambda: Rehearsed(rehearsals=3), "4 parts of the base block or more"),
+        (lambda: SelfTuned(fit=STOPPED), "has no use for fit.holdout"),
+        (lambda: SelfTuned(base_parts=3), "4 parts of the base block or more"),
     ],
 )
 def test_what_cannot_be_stopped_by_a_held_out_part_says_so(strategy: Callable[[], object], why: str) -> None:
@@ -106,20 +108,22 @@ def test_what_cannot_be_stopped_by_a_held_out_part_says_so(strategy: Callable[[]
 
 
 def test_the_least_log_that_can_be_held_out_from_is_one_of_two_targets() -> None:
-    targets = due_targets(append(Histories.empty(), Events.of(torch.tensor([1, 1]), torch.tensor([1, 2])), 1))
-    assert [len(part) for part in parted(targets, STOPPED, (0, 0))] == [1, 1]
-    assert [len(part) for part in parted(targets[torch.tensor([1])], STOPPED, (0, 0))] == [1, 0]
+    targets = due_targets(
+        append_events(Histories.empty(), Events.trainable(torch.tensor([1, 1]), torch.tensor([1, 2])), 1)
+    )
+    assert [len(part) for part in split_holdout(targets, STOPPED, (0, 0))] == [1, 1]
+    assert [len(part) for part in split_holdout(targets[torch.tensor([1])], STOPPED, (0, 0))] == [1, 0]
 
 
 def test_nothing_that_is_secret_is_read_where_training_stops(monkeypatch: pytest.MonkeyPatch) -> None:
-    events = Events.of(torch.tensor([1, 1, 1]), torch.tensor([1, 2, 3]))
-    events = replace(events, joins_E=torch.tensor([NOW, NEVER, NOW], dtype=torch.int8))
+    events = Events.trainable(torch.tensor([1, 1, 1]), torch.tensor([1, 2, 3]))
+    events = replace(events, train_at_E=torch.tensor([NOW, NEVER, NOW], dtype=torch.int8))
     read = []
 
     def asked(model: TrainedModel, batch: Batch, target_B: torch.Tensor) -> torch.Tensor:
         read.extend(batch.history_BT.flatten().tolist())
         return torch.ones(len(batch))
 
-    monkeypatch.setattr(fit, "ranks", asked)
-    fit.hit_rate(untrained(), due_targets(append(Histories.empty(), events, 1)), None)
+    monkeypatch.setattr(fit, "target_ranks", asked)
+    fit.hit_rate(untrained(), due_targets(append_events(Histories.empty(), events, 1)), None)
     assert 1 in read and 2 not in read

@@ -9,9 +9,9 @@ import pytest
 from test_nightly import days, learnt
 
 from freshrec.cli import main
-from freshrec.nightly.job import Job
-from freshrec.serve.contents import read_contents
-from freshrec.store.versions import chain_of, open_store
+from freshrec.nightly.job import NightlyJob
+from freshrec.serve.contents import read_bundle
+from freshrec.store.versions import open_store, version_chain
 
 CODES = {0, 2, 3, 6, 7, 8, 9}
 WORDS = [b"", b"nan", b"-1", b"1e400", b"99999999999999999999", b'"', b"\x00", b"\xff\xfe", b",", b"\n", b"null", b"{}"]
@@ -77,7 +77,7 @@ def harmed_stores(folder: Path, n: int, capsys: pytest.CaptureFixture[str]) -> N
             version = json.loads(out)[0]
             assert version["numbers"]["new_events"] == 300, done
         if code in (0, 8):
-            assert open_store(folder / "t").damaged(open_store(folder / "t").live) == [], done
+            assert open_store(folder / "t").find_damage(open_store(folder / "t").live) == [], done
 
 
 def harmed_deliveries(folder: Path, n: int, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,8 +94,8 @@ def harmed_deliveries(folder: Path, n: int, capsys: pytest.CaptureFixture[str]) 
             answer(capsys, "update", str(path), "--store", str(folder / "u"))
             answer(capsys, "doctor", "--store", str(folder / "u"))
             kept = open_store(folder / "u")
-            batches = [version.batch for version in chain_of(kept) if version.batch is not None]
-            assert learnt(read_contents(kept.files(kept.live))) == len(Job(kept).log.read(batches))
+            batches = [version.batch for version in version_chain(kept) if version.batch is not None]
+            assert learnt(read_bundle(kept.verified_files(kept.live))) == len(NightlyJob(kept).log.read(batches))
     assert {0, 3} <= reasons
 
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from freshrec.data.catalog import Catalog
 from freshrec.errors import OptionError
-from freshrec.nightly.day import Day, facts_of
-from freshrec.nightly.gate import Limits, Measured, judge, limits_of, looks_odd
-from freshrec.replay.metrics import Floats, ndcg
+from freshrec.nightly.day import DeliveryStats, compute_delivery_stats
+from freshrec.nightly.gate import GateLimits, HoldoutValues, find_anomalies, judge_challenger, parse_limits
+from freshrec.replay.metrics import Float64Array, ndcg
 
 SECOND, HOUR, DAY = 1_000_000, 3_600_000_000, 86_400_000_000
 MONDAY = 19_000 * DAY + 4 * DAY  # 2022-01-10
@@ -40,23 +40,28 @@ def a_day(n: int = 0, rows: int = 2000, share_new: float = 0.05) -> pl.DataFrame
     )
 
 
-def facts(frame: pl.DataFrame, n: int = 0, doubled: int = 0, known: int = 0, has_clock: bool = True) -> Day:
+def facts(frame: pl.DataFrame, n: int = 0, doubled: int = 0, known: int = 0, has_clock: bool = True) -> DeliveryStats:
     """Of day n, before which all was known until 20 o'clock of the day before."""
     newest = MONDAY + (n - 1) * DAY + 20 * HOUR
-    return facts_of(frame, USERS, ITEMS, has_clock, newest, doubled, known, HEAD)
+    return compute_delivery_stats(frame, USERS, ITEMS, has_clock, newest, doubled, known, HEAD)
 
 
 THREE_WEEKS = [facts(a_day(n), n) for n in range(21)]
 TODAY = facts(a_day(21), 21)  # a Monday
 
 
-def hits(rate: float, n_users: int = 1000, worth: float = 1.0) -> Floats:
+def hits(rate: float, n_users: int = 1000, worth: float = 1.0) -> Float64Array:
     """`worth` for a share of the users, the first ones."""
     return np.where(np.arange(n_users) < rate * n_users, worth, 0.0)
 
 
-def measured(new: Floats, live: Floats, older: tuple[Floats, Floats] = (NONE, NONE), tails: list[float] | None = None):
-    return Measured(new, live, *older, tails or [])
+def measured(
+    new: Float64Array,
+    live: Float64Array,
+    older: tuple[Float64Array, Float64Array] = (NONE, NONE),
+    tails: list[float] | None = None,
+):
+    return HoldoutValues(new, live, *older, tails or [])
 
 
 SAME = measured(hits(0.2), hits(0.2))
@@ -71,7 +76,7 @@ def test_the_facts_of_a_day_are_counted() -> None:
             "time": [5 * HOUR, 12 * HOUR, 13 * HOUR, 13 * HOUR, 13 * HOUR + 1, 14 * HOUR],
         }
     )
-    day = facts_of(frame, users, items, True, 10 * HOUR, 1, 3)
+    day = compute_delivery_stats(frame, users, items, True, 10 * HOUR, 1, 3)
     assert (day.n_rows, day.n_users, day.n_items, day.rows_per_user) == (6, 3, 3, 2)
     assert (day.share_unknown_users, day.share_unknown_items) == (1 / 6, 4 / 6)  # user 3; items 11 and 12
     assert (day.share_top_user, day.share_top_item) == (4 / 6, 3 / 6)  # user 1, item 11
@@ -87,22 +92,24 @@ def test_a_log_without_a_clock_has_no_facts_about_time_and_passes() -> None:
     day = facts(frame, has_clock=False)
     found = {name for name, value in asdict(day).items() if value is None}
     assert found == {"share_late", "share_same_second", "whole_days", "span_hours", "gap_hours", "hole_hours"}
-    assert looks_odd(day, [day] * 9) == []
+    assert find_anomalies(day, [day] * 9) == []
 
 
 def test_a_day_survives_json() -> None:
-    assert Day(**json.loads(json.dumps(asdict(TODAY)))) == TODAY
+    assert DeliveryStats(**json.loads(json.dumps(asdict(TODAY)))) == TODAY
 
 
 def test_a_day_without_rows_is_refused_and_says_how_many_were_there_already() -> None:
     day = facts(a_day().clear(), 21, known=500)
-    assert looks_odd(day, THREE_WEEKS) == ["the day has no new rows (100 % of the delivered ones were there already)."]
+    assert find_anomalies(day, THREE_WEEKS) == [
+        "the day has no new rows (100 % of the delivered ones were there already)."
+    ]
 
 
 @pytest.mark.parametrize("n", range(1, 42))
 def test_ordinary_days_pass_weekends_too(n: int) -> None:
     earlier = [facts(a_day(m), m) for m in range(max(0, n - 28), n)]
-    assert looks_odd(facts(a_day(n), n), earlier) == []
+    assert find_anomalies(facts(a_day(n), n), earlier) == []
 
 
 BOT = pl.when(pl.int_range(pl.len()) % 10 < 3)
@@ -134,11 +141,11 @@ WITHOUT_EARLIER_DAYS = (
 @pytest.mark.parametrize("reason", POISONED)
 def test_each_failure_is_noticed_for_its_own_reason(reason: str) -> None:
     day = facts(POISONED[reason](a_day(21)), 21)
-    found = looks_odd(day, THREE_WEEKS)
+    found = find_anomalies(day, THREE_WEEKS)
     assert any(reason in sentence for sentence in found)
-    verdict = judge(day, THREE_WEEKS, SAME)
+    verdict = judge_challenger(day, THREE_WEEKS, SAME)
     assert not verdict.promoted and verdict.reasons == tuple(found)
-    alone = looks_odd(day, [])
+    alone = find_anomalies(day, [])
     assert len(alone) == any(reason.endswith(known) or known in reason for known in WITHOUT_EARLIER_DAYS)
 
 
@@ -146,14 +153,16 @@ def test_one_stray_row_in_the_far_future_is_noticed_because_all_later_days_would
     stray = a_day(21).with_columns(
         pl.when(pl.col("time") == pl.col("time").max()).then(pl.col("time") + 90 * DAY).otherwise("time")
     )
-    (reason,) = looks_odd(facts(stray, 21), THREE_WEEKS)
+    (reason,) = find_anomalies(facts(stray, 21), THREE_WEEKS)
     assert reason.startswith("for 2,160 hours before some row there is none; more than 336 are out of the ordinary")
 
 
 def test_what_is_usual_in_a_log_is_not_odd() -> None:
     def all_days(**changes: float | bool) -> list[str]:
         earlier = [replace(day, **changes) for day in THREE_WEEKS]
-        return looks_odd(replace(TODAY, **changes), earlier) + looks_odd(replace(TODAY, **changes), earlier[:1])
+        return find_anomalies(replace(TODAY, **changes), earlier) + find_anomalies(
+            replace(TODAY, **changes), earlier[:1]
+        )
 
     assert all_days(share_unknown_users=1.0) == []  # a session stands as the user
     assert all_days(share_same_second=1.0, whole_days=True, span_hours=0.0) == []  # times are to the day
@@ -164,9 +173,9 @@ def test_what_is_usual_in_a_log_is_not_odd() -> None:
 
 def test_a_log_that_doubles_passes_and_one_that_shrinks_below_its_weekends_does_not() -> None:
     # Weekends have 1000 rows, other days 2000. One of the six least days is left out: fewer than 1000 / 1.75 are odd.
-    assert looks_odd(facts(a_day(21, rows=4000), 21), THREE_WEEKS) == []
-    assert looks_odd(facts(a_day(21, rows=600), 21), THREE_WEEKS) == []
-    reasons = looks_odd(facts(a_day(21, rows=560), 21), THREE_WEEKS)
+    assert find_anomalies(facts(a_day(21, rows=4000), 21), THREE_WEEKS) == []
+    assert find_anomalies(facts(a_day(21, rows=600), 21), THREE_WEEKS) == []
+    reasons = find_anomalies(facts(a_day(21, rows=560), 21), THREE_WEEKS)
     assert reasons == [
         "the day has 560 rows; the 21 days before had 1,000 to 2,000 as a rule, and fewer than 571 are out of the "
         "ordinary."
@@ -175,7 +184,7 @@ def test_a_log_that_doubles_passes_and_one_that_shrinks_below_its_weekends_does_
 
 def test_few_rows_are_not_judged_by_shares_and_a_note_says_so() -> None:
     day = facts(a_day(0, rows=10, share_new=1.0))
-    verdict = judge(day, [day] * 7, SAME)
+    verdict = judge_challenger(day, [day] * 7, SAME)
     assert verdict.promoted
     assert "10 rows are too few to judge the shares of users and items by." in verdict.notes
 
@@ -183,7 +192,7 @@ def test_few_rows_are_not_judged_by_shares_and_a_note_says_so() -> None:
 def test_a_loss_beyond_the_tolerance_is_refused_with_its_numbers() -> None:
     # 200 of 1000 users have a hit, 60 of them lose it: -0.06 of 0.2 is -30 %; standard error sqrt(0.06 * 0.94 / 1000)
     # = 0.0075 is 3.75 % of 0.2, so the interval is 30 +- 7.4 %.
-    verdict = judge(TODAY, THREE_WEEKS, measured(hits(0.14), hits(0.2)))
+    verdict = judge_challenger(TODAY, THREE_WEEKS, measured(hits(0.14), hits(0.2)))
     (reason,) = verdict.reasons
     assert reason.startswith(
         "ndcg@20 0.1400 against 0.2000 of the live version on 1,000 users of the newest events: -30"
@@ -196,8 +205,8 @@ def test_a_loss_beyond_the_tolerance_is_refused_with_its_numbers() -> None:
 
 def test_a_loss_within_the_tolerance_passes_however_certain_it_is() -> None:
     everybody = np.full(50_000, 0.5)
-    assert judge(TODAY, THREE_WEEKS, measured(0.96 * everybody, everybody)).promoted
-    assert not judge(TODAY, THREE_WEEKS, measured(0.94 * everybody, everybody)).promoted
+    assert judge_challenger(TODAY, THREE_WEEKS, measured(0.96 * everybody, everybody)).promoted
+    assert not judge_challenger(TODAY, THREE_WEEKS, measured(0.94 * everybody, everybody)).promoted
 
 
 def test_a_loss_that_chance_brings_passes_and_a_note_says_what_could_not_be_noticed() -> None:
@@ -205,7 +214,7 @@ def test_a_loss_that_chance_brings_passes_and_a_note_says_what_could_not_be_noti
     # live version's 0.2 the loss is 20 %.
     new, live = hits(0.2, 100), hits(0.2, 100)
     new[:8], new[50:54] = 0, 1
-    verdict = judge(TODAY, THREE_WEEKS, measured(new, live))
+    verdict = judge_challenger(TODAY, THREE_WEEKS, measured(new, live))
     assert verdict.promoted
     assert any("the newest events: 12 of 100 users see a difference, so a loss below" in note for note in verdict.notes)
 
@@ -213,27 +222,29 @@ def test_a_loss_that_chance_brings_passes_and_a_note_says_what_could_not_be_noti
 def test_what_may_stay_unnoticed_follows_from_the_number_of_users() -> None:
     # All agree, half have a hit: L * 0.5 = z sqrt(L * 0.5 / n), L = 2 z^2 / n, z = 2.807 + 1.645 = 4.452. For n = 1000
     # L = 0.0396; but the tolerance must be passed by 1.645 errors: 0.05 + 2 * 1.645^2 / 1000 = 0.0554.
-    few, many = (judge(TODAY, THREE_WEEKS, measured(hits(0.5, n), hits(0.5, n))).numbers for n in (100, 1000))
+    few, many = (
+        judge_challenger(TODAY, THREE_WEEKS, measured(hits(0.5, n), hits(0.5, n))).numbers for n in (100, 1000)
+    )
     assert few["unnoticed"] == pytest.approx(0.396, abs=0.001)
     assert many["unnoticed"] == pytest.approx(0.0554, abs=0.0001)
 
 
 def test_few_users_are_not_compared_and_a_note_says_so() -> None:
-    verdict = judge(TODAY, THREE_WEEKS, measured(hits(0, 29), hits(1, 29), tails=[1.0] * 9))
+    verdict = judge_challenger(TODAY, THREE_WEEKS, measured(hits(0, 29), hits(1, 29), tails=[1.0] * 9))
     assert verdict.promoted
     assert any("on 29 users of the newest events: with fewer than 30 they are not" in note for note in verdict.notes)
-    assert not judge(TODAY, THREE_WEEKS, measured(hits(0, 30), hits(1, 30))).promoted
+    assert not judge_challenger(TODAY, THREE_WEEKS, measured(hits(0, 30), hits(1, 30))).promoted
 
 
 def test_nothing_to_compare_with_is_noted_and_passes() -> None:
-    verdict = judge(TODAY, [], measured(NONE, NONE))
+    verdict = judge_challenger(TODAY, [], measured(NONE, NONE))
     assert verdict.promoted and verdict.numbers == {}
     assert verdict.notes == (
         "0 earlier days; rows, users and shares are compared with them from 7 on.",
         "no user could be asked for the newest events.",
         "no user could be asked for older events.",
     )
-    verdict = judge(TODAY, [], measured(hits(0.1), hits(0)))
+    verdict = judge_challenger(TODAY, [], measured(hits(0.1), hits(0)))
     assert any("there is nothing to lose" in note for note in verdict.notes)
     assert any("0 values of live versions before; 3 make a floor" in note for note in verdict.notes)
 
@@ -242,22 +253,24 @@ def test_random_clicks_make_both_versions_bad_and_are_noticed_by_the_floor() -> 
     # Three in four of 0.10, 0.11, 0.12, 0.14 are 0.1075 or more: the floor is 0.05375. 2 hits of 1000, and one more
     # that is worth a half, are 0.0025 +- 0.003.
     tails = [0.10, 0.12, 0.11, 0.14]
-    verdict = judge(TODAY, THREE_WEEKS, measured(hits(0.002), hits(0.002), tails=tails))
+    verdict = judge_challenger(TODAY, THREE_WEEKS, measured(hits(0.002), hits(0.002), tails=tails))
     assert verdict.numbers["floor"] == pytest.approx(0.05375)
     (reason,) = verdict.reasons
     assert "ndcg@20 0.0020 on 1,000 users" in reason and "less than 0.0537 is refused" in reason
-    assert judge(TODAY, THREE_WEEKS, measured(hits(0.05), hits(0.05), tails=tails)).promoted  # below, within chance
-    assert judge(TODAY, THREE_WEEKS, measured(hits(0.002), hits(0.002), tails=tails[:2])).promoted
+    assert judge_challenger(
+        TODAY, THREE_WEEKS, measured(hits(0.05), hits(0.05), tails=tails)
+    ).promoted  # below, within chance
+    assert judge_challenger(TODAY, THREE_WEEKS, measured(hits(0.002), hits(0.002), tails=tails[:2])).promoted
 
 
 def test_forgetting_beyond_its_limit_is_refused() -> None:
     forgot = measured(hits(0.2), hits(0.2), (hits(0.4), hits(0.5)))
-    verdict = judge(TODAY, THREE_WEEKS, forgot)
+    verdict = judge_challenger(TODAY, THREE_WEEKS, forgot)
     (reason,) = verdict.reasons
     assert "of the live version on 1,000 users of older events: -20 %" in reason and "at most -10 %" in reason
     assert verdict.numbers["forgetting"] == pytest.approx(0.1)
     assert (verdict.numbers["older"], verdict.numbers["older_live"]) == (0.4, 0.5)
-    assert judge(TODAY, THREE_WEEKS, forgot, Limits(forgetting=0.25)).promoted
+    assert judge_challenger(TODAY, THREE_WEEKS, forgot, GateLimits(forgetting=0.25)).promoted
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1.5, -0.1])
@@ -269,13 +282,13 @@ def test_values_that_are_no_metrics_are_refused(value: float) -> None:
         measured(good, bad),
         measured(good, good, (bad, good)),
         measured(good, good, (good, bad)),
-        Measured(good, good, NONE, NONE, bad.tolist()),
+        HoldoutValues(good, good, NONE, NONE, bad.tolist()),
     ):
-        (reason,) = judge(TODAY, THREE_WEEKS, found).reasons
+        (reason,) = judge_challenger(TODAY, THREE_WEEKS, found).reasons
         assert reason.startswith("1 of the 100 values") and reason.endswith("are no numbers from 0 to 1.")
 
 
-def similar(generator: np.random.Generator, n_users: int, n_models: int) -> list[Floats]:
+def similar(generator: np.random.Generator, n_users: int, n_models: int) -> list[Float64Array]:
     """ndcg@20 of models that are alike, but for their noise: hits for a sixth of the users, correlated by 0.95."""
     own_U = np.log(20.5) + 3 * (0.97 + generator.standard_normal(n_users))
     ranks = [np.exp(own_U + 0.3 * generator.standard_normal(n_users)).round().clip(1) for _ in range(n_models)]
@@ -288,8 +301,8 @@ def test_an_equal_update_goes_live_in_99_of_100_nights(n_users: int) -> None:
     tails = [values_U.mean() for values_U in similar(generator, n_users, 7)]
     promoted = []
     for _ in range(300):
-        found = Measured(*similar(generator, n_users, 2), *similar(generator, n_users, 2), tails)
-        promoted.append(judge(TODAY, THREE_WEEKS, found).promoted)
+        found = HoldoutValues(*similar(generator, n_users, 2), *similar(generator, n_users, 2), tails)
+        promoted.append(judge_challenger(TODAY, THREE_WEEKS, found).promoted)
     assert np.mean(promoted) >= 0.99
 
 
@@ -299,7 +312,7 @@ def test_an_update_that_is_30_percent_worse_is_refused_in_95_of_100_nights_with_
     for _ in range(300):
         new, live = similar(generator, 500, 2)
         new[generator.random(500) < 0.3] = 0
-        refused.append(not judge(TODAY, THREE_WEEKS, measured(new, live)).promoted)
+        refused.append(not judge_challenger(TODAY, THREE_WEEKS, measured(new, live)).promoted)
     assert np.mean(refused) >= 0.95
 
 
@@ -308,15 +321,15 @@ def test_a_loss_of_what_the_gate_says_it_may_not_notice_is_refused_in_95_of_100_
     refused = []
     for _ in range(100):
         new, live = similar(generator, 2000, 2)
-        unnoticed = judge(TODAY, THREE_WEEKS, measured(new, live)).numbers["unnoticed"]
+        unnoticed = judge_challenger(TODAY, THREE_WEEKS, measured(new, live)).numbers["unnoticed"]
         new[generator.random(2000) < unnoticed] = 0
-        refused.append(not judge(TODAY, THREE_WEEKS, measured(new, live)).promoted)
+        refused.append(not judge_challenger(TODAY, THREE_WEEKS, measured(new, live)).promoted)
     assert np.mean(refused) >= 0.95
 
 
 number = st.floats(allow_nan=False, allow_infinity=False)
 days = st.builds(
-    Day,
+    DeliveryStats,
     **dict.fromkeys(["n_rows", "n_users", "n_items"], st.integers(0, 10**9)),
     **dict.fromkeys([f for f in asdict(TODAY) if "share" in f or "hours" in f or "rows_" in f], number),
     whole_days=st.none() | st.booleans(),
@@ -327,26 +340,26 @@ sizes = st.integers(0, 60)
 
 @given(days, st.lists(days, max_size=9), values, st.lists(number, max_size=9), st.integers(0, 2**32 - 1))
 def test_judge_never_raises_and_refuses_exactly_for_reasons(
-    day: Day, earlier: list[Day], live: Floats, tails: list[float], seed: int
+    day: DeliveryStats, earlier: list[DeliveryStats], live: Float64Array, tails: list[float], seed: int
 ) -> None:
     new = np.random.default_rng(seed).permutation(live)
     for found in (
-        Measured(new, live, live, new, tails),
-        Measured(new, live, new * 0, live),
-        Measured(2 - new, new, NONE, NONE),
+        HoldoutValues(new, live, live, new, tails),
+        HoldoutValues(new, live, new * 0, live),
+        HoldoutValues(2 - new, new, NONE, NONE),
     ):
-        verdict = judge(day, earlier, found)
+        verdict = judge_challenger(day, earlier, found)
         assert verdict.promoted == (not verdict.reasons)
         assert np.isfinite(list(verdict.numbers.values())).all()
 
 
 @given(values, values, st.integers(0, 21))
 def test_an_update_that_answers_like_the_live_version_goes_live_on_an_ordinary_day(
-    newest: Floats, older: Floats, n_earlier: int
+    newest: Float64Array, older: Float64Array, n_earlier: int
 ) -> None:
     tails = [float(newest.mean())] * 5 if len(newest) else []
-    found = Measured(newest, newest.copy(), older, older.copy(), tails)
-    assert judge(TODAY, THREE_WEEKS[21 - n_earlier :], found).promoted
+    found = HoldoutValues(newest, newest.copy(), older, older.copy(), tails)
+    assert judge_challenger(TODAY, THREE_WEEKS[21 - n_earlier :], found).promoted
 
 
 def test_real_days_of_a_shop_pass_and_poisoned_ones_do_not(real_log: Callable[[str], Path]) -> None:
@@ -354,16 +367,18 @@ def test_real_days_of_a_shop_pass_and_poisoned_ones_do_not(real_log: Callable[[s
     log = log.with_columns(pl.col("user_id", "item_id").cast(pl.Int64)).sort("time", maintain_order=True)
     frames = log.with_columns(day=pl.col("time") // DAY).partition_by("day", maintain_order=True, include_key=False)
     users, items = (Catalog.empty().extend(frames[0][name], 0) for name in ("user_id", "item_id"))
-    earlier: list[Day] = []
+    earlier: list[DeliveryStats] = []
     passed, missed = 0, []
     for n, (before, frame) in enumerate(zip(frames[:100], frames[1:101])):
         newest = int(before["time"][-1])
-        day = facts_of(frame, users, items, True, newest, 0, 0)
-        if not looks_odd(day, earlier):
+        day = compute_delivery_stats(frame, users, items, True, newest, 0, 0)
+        if not find_anomalies(day, earlier):
             passed, earlier = passed + 1, [*earlier, day]
         for reason in ("of one user", "older", "one second", "there is none", "say what another", "items not seen"):
             poisoned = next(poison for name, poison in POISONED.items() if reason in name)(frame)
-            if n % 10 == 9 and not looks_odd(facts_of(poisoned, users, items, True, newest, 0, 0), earlier):
+            if n % 10 == 9 and not find_anomalies(
+                compute_delivery_stats(poisoned, users, items, True, newest, 0, 0), earlier
+            ):
                 missed.append((n, reason))
         users, items = users.extend(frame["user_id"], n), items.extend(frame["item_id"], n)
     assert passed >= 94 and missed == []
@@ -373,15 +388,17 @@ def test_what_gains_on_the_newest_events_may_forget_older_ones() -> None:
     source = np.random.default_rng(0)
     old_O, new_U = source.random(400), source.random(400)
     for gain, promoted in ((0.2, True), (0.0, False)):
-        verdict = judge(TODAY, [], measured(np.minimum(new_U * (1 + gain), 1), new_U, (old_O / 2, old_O)))
+        verdict = judge_challenger(TODAY, [], measured(np.minimum(new_U * (1 + gain), 1), new_U, (old_O / 2, old_O)))
         assert verdict.promoted == promoted and verdict.numbers["forgetting"] > 0.2
         told = verdict.notes if promoted else verdict.reasons
         assert any("of older events: -50 %" in line for line in told)
 
 
 def test_limits_are_options() -> None:
-    assert limits_of("") == Limits()
-    assert limits_of("metric=hr@10:tolerance=0.1:n_users=5") == Limits(metric="hr@10", tolerance=0.1, n_users=5)
+    assert parse_limits("") == GateLimits()
+    assert parse_limits("metric=hr@10:tolerance=0.1:n_users=5") == GateLimits(
+        metric="hr@10", tolerance=0.1, min_users=5
+    )
     for wrong in ("metric=speed@20", "tolerence=0.1", "tolerance=much", "tolerance"):
         with pytest.raises(OptionError):
-            limits_of(wrong)
+            parse_limits(wrong)

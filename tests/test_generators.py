@@ -7,9 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from freshrec.data.batches import random_source
-from freshrec.learn.generators import GRU, Generator, Mix, Window, cell, mixture, readout, shares, untrained
-from freshrec.models.tables import Table
+from freshrec.data.batches import make_rng
+from freshrec.learn.generators import (
+    GRUGenerator,
+    MeanGenerator,
+    ModelGenerator,
+    ModelWindow,
+    gru_step,
+    loss_weights,
+    new_generator,
+    readout,
+    weighted_mean,
+)
+from freshrec.models.tables import EmbeddingTable
 
 near = pytest.approx
 
@@ -19,16 +29,16 @@ class Net(nn.Module):
 
     def __init__(self, n_tables: int, *widths: int) -> None:
         super().__init__()
-        self.tables = nn.ModuleList(Table(8, 0.1, seed) for seed in range(n_tables))
+        self.tables = nn.ModuleList(EmbeddingTable(8, 0.1, seed) for seed in range(n_tables))
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
 
 
-def gru(n_slots: int, h: int = 4, *, residual: bool = False, seed: int = 0) -> GRU:
-    return GRU.untrained(n_slots, h, residual, random_source(seed))
+def gru(n_slots: int, h: int = 4, *, residual: bool = False, seed: int = 0) -> GRUGenerator:
+    return GRUGenerator.initial(n_slots, h, residual, make_rng(seed))
 
 
-def make(n_slots: int, source: torch.Generator) -> GRU:
-    return GRU.untrained(n_slots, 4, False, source)
+def make(n_slots: int, source: torch.Generator) -> GRUGenerator:
+    return GRUGenerator.initial(n_slots, 4, False, source)
 
 
 def noise(*shape: int, seed: int = 1) -> Tensor:
@@ -39,7 +49,7 @@ def steps(theta: list[float], recurrent: float) -> list[float]:
     """The states of a slot with one hidden unit and input weights 1."""
     h_PHN, states = torch.zeros(1, 1, 1), []
     for x in theta:
-        h_PHN = cell(torch.tensor([[x]]), h_PHN, torch.ones(1, 3), torch.full((1, 3, 1), recurrent))
+        h_PHN = gru_step(torch.tensor([[x]]), h_PHN, torch.ones(1, 3), torch.full((1, 3, 1), recurrent))
         states.append(h_PHN.item())
     return states
 
@@ -63,7 +73,7 @@ def test_the_cell_is_not_the_one_of_torch() -> None:
         theirs.weight_ih.copy_(ours.u_PG[0][order, None])
         theirs.weight_hh.copy_(ours.W_PGH[0][order])
     h, theta = noise(1, 4), noise(1, 1)
-    given = cell(theta, h[..., None], ours.u_PG, ours.W_PGH)[0, :, 0]
+    given = gru_step(theta, h[..., None], ours.u_PG, ours.W_PGH)[0, :, 0]
     assert (given - theirs(theta, h)[0]).abs().max() > 0.01
 
 
@@ -85,27 +95,27 @@ def test_the_readout_by_hand() -> None:
 def test_the_linear_generator_by_hand(logits: tuple[float, ...], expected: float) -> None:
     """[ASMG eq. linear] T30"""
     models = [torch.tensor([[x]]) for x in (1.0, 2.0, 4.0)]
-    assert mixture(models, torch.tensor([logits], dtype=torch.float32)).item() == near(expected, abs=1e-6)
+    assert weighted_mean(models, torch.tensor([logits], dtype=torch.float32)).item() == near(expected, abs=1e-6)
 
 
 def test_a_mixture_lies_between_its_models_and_a_short_window_takes_the_last_logits() -> None:
     """T30"""
     models, logits_PM = [noise(7, 5, seed=i) for i in range(3)], 3 * noise(5, 3)
-    made, among = mixture(models, logits_PM), torch.stack(models)
+    made, among = weighted_mean(models, logits_PM), torch.stack(models)
     assert (made >= among.amin(0) - 1e-6).all() and (made <= among.amax(0) + 1e-6).all()
-    torch.testing.assert_close(mixture(models[:2], logits_PM), mixture(models[:2], logits_PM[:, 1:]))
+    torch.testing.assert_close(weighted_mean(models[:2], logits_PM), weighted_mean(models[:2], logits_PM[:, 1:]))
 
 
 def test_how_much_each_span_counts() -> None:
     """[ASMG eq. lambda] T27"""
-    assert shares(3, "linear") == near([1 / 6, 1 / 3, 1 / 2])
-    assert shares(5, "linear") == near([1 / 15, 2 / 15, 3 / 15, 4 / 15, 5 / 15])
+    assert loss_weights(3, "linear") == near([1 / 6, 1 / 3, 1 / 2])
+    assert loss_weights(5, "linear") == near([1 / 15, 2 / 15, 3 / 15, 4 / 15, 5 / 15])
     losses = (0.6, 0.3, 0.1)
     totals = {"linear": 0.25, "uniform": 1 / 3, "last": 0.1}
     for form, total in totals.items():
-        assert sum(s * x for s, x in zip(shares(3, form), losses)) == near(total)
-        assert shares(1, form) == [1.0]
-    assert shares(2, "exponential") == near([1 / (1 + math.e), math.e / (1 + math.e)])
+        assert sum(s * x for s, x in zip(loss_weights(3, form), losses)) == near(total)
+        assert loss_weights(1, form) == [1.0]
+    assert loss_weights(2, "exponential") == near([1 / (1 + math.e), math.e / (1 + math.e)])
 
 
 @pytest.mark.parametrize(("h", "expected"), [(1, 8), (4, 65), (8, 225), (12, 481), (16, 833)])
@@ -124,15 +134,15 @@ def test_the_number_of_weights_of_a_slot(h: int, expected: int) -> None:
 )
 def test_the_number_of_weights_of_a_whole_generator(net: Net, expected: int) -> None:
     """T22, the papers' base models"""
-    generator = untrained(net, make, largest=10_000, seed=0).learning()  # type: ignore[arg-type]
+    generator = new_generator(net, make, largest=10_000, seed=0).trainable_copy()  # type: ignore[arg-type]
     assert sum(weight.numel() for _, weight in generator.named_parameters()) == expected
 
 
 def test_a_large_tensor_is_cut_in_rows_along_its_last_axis() -> None:
     net = Net(0, 6, 5)  # a weight of (5, 6) and a bias of 5
-    slots = {name: maker.n_slots for name, maker in untrained(net, make, largest=29, seed=0).makers.items()}  # type: ignore[arg-type]
+    slots = {name: maker.n_slots for name, maker in new_generator(net, make, largest=29, seed=0).networks.items()}  # type: ignore[arg-type]
     assert slots == {"layers.0.weight": 6, "layers.0.bias": 5}
-    slots = {name: maker.n_slots for name, maker in untrained(net, make, largest=30, seed=0).makers.items()}  # type: ignore[arg-type]
+    slots = {name: maker.n_slots for name, maker in new_generator(net, make, largest=30, seed=0).networks.items()}  # type: ignore[arg-type]
     assert slots == {"layers.0.weight": 30, "layers.0.bias": 5}
 
 
@@ -148,7 +158,7 @@ def test_an_untrained_network_starts_within_the_authors_limits(n_slots: int, u: 
 def test_an_untrained_residual_network_returns_the_newest_model_and_an_untrained_mix_the_mean() -> None:
     models = [noise(9, 5, seed=i) for i in range(3)]
     assert torch.equal(gru(5, residual=True)(models, None), models[-1])
-    torch.testing.assert_close(Mix(torch.zeros(5, 3))(models, None), sum(models) / 3)
+    torch.testing.assert_close(MeanGenerator(torch.zeros(5, 3))(models, None), sum(models) / 3)
 
 
 def test_rows_that_never_moved_from_zero_all_become_the_same_learnt_row() -> None:
@@ -158,28 +168,28 @@ def test_rows_that_never_moved_from_zero_all_become_the_same_learnt_row() -> Non
     assert torch.equal(made_NP, maker.b_P.expand(3, 5))
 
 
-def generator_of(window: Window, seed: int = 0) -> Generator:
+def generator_of(window: ModelWindow, seed: int = 0) -> ModelGenerator:
     """A generator with weights that do something, for tables (N, P)."""
-    return Generator({name: gru(x_NP.shape[1], seed=seed) for name, x_NP in window.models[0].items()}, {})
+    return ModelGenerator({name: gru(x_NP.shape[1], seed=seed) for name, x_NP in window.models[0].items()}, {})
 
 
-def window_of(n: int, n_rows: int = 20) -> Window:
-    return Window(tuple({"items": noise(n_rows, 5, seed=i)} for i in range(n)))
+def window_of(n: int, n_rows: int = 20) -> ModelWindow:
+    return ModelWindow(tuple({"items": noise(n_rows, 5, seed=i)} for i in range(n)))
 
 
 def test_generating_some_rows_is_the_same_as_looking_them_up_afterwards() -> None:
     """T24"""
     window, ids_N = window_of(3), torch.tensor([4, 19, 4, 1])
-    window = Window(window.models, {"items": noise(20, 5, 4)})
+    window = ModelWindow(window.models, {"items": noise(20, 5, 4)})
     generator = generator_of(window)
-    whole = generator.whole(window)["items"]
+    whole = generator.generate(window)["items"]
     torch.testing.assert_close(generator(window, "items", ids_N), whole[ids_N], rtol=0, atol=1e-6)
     assert (whole[4] - whole[19]).abs().max() > 0.01
 
 
 def test_a_view_leaves_padding_at_zero() -> None:
     window = window_of(2)
-    seen_NP = generator_of(window).view(window)("items", torch.tensor([0, 3]), torch.zeros(2, 5))
+    seen_NP = generator_of(window).parametrization(window)("items", torch.tensor([0, 3]), torch.zeros(2, 5))
     assert (seen_NP[0] == 0).all() and (seen_NP[1] != 0).all()
 
 
@@ -187,8 +197,8 @@ def test_a_window_goes_on_from_the_state_before_it() -> None:
     """T26: unrolling 3..5 from the state after 2 is the tail of unrolling 1..5 from 0."""
     five = window_of(5)
     generator = generator_of(five)
-    rest = Window(five.models[1:], generator.passed(five))
-    rest = Window(rest.models[1:], generator.passed(rest))
+    rest = ModelWindow(five.models[1:], generator.hidden_after_first(five))
+    rest = ModelWindow(rest.models[1:], generator.hidden_after_first(rest))
     for n in (1, 2, 3):
         torch.testing.assert_close(generator(rest, "items", n=n), generator(five, "items", n=n + 2))
     # After the generator has learnt they differ, as they should: the state was made by older weights.
@@ -198,18 +208,18 @@ def test_a_window_goes_on_from_the_state_before_it() -> None:
 
 def test_a_dense_tensor_keeps_its_shape() -> None:
     models = tuple({"w": noise(3, 4, seed=i), "fading": torch.tensor(float(i))} for i in range(2))
-    generator = Generator({"w": gru(12), "fading": gru(1)}, {})
-    made = generator.whole(Window(models))
+    generator = ModelGenerator({"w": gru(12), "fading": gru(1)}, {})
+    made = generator.generate(ModelWindow(models))
     assert {name: tuple(weight.shape) for name, weight in made.items()} == {"w": (3, 4), "fading": ()}
     # each scalar has a network of its own: the same inputs give different outputs
-    same = Window(tuple({"w": torch.ones(3, 4), "fading": torch.tensor(1.0)} for _ in range(2)))
-    assert len(generator.whole(same)["w"].unique()) == 12
+    same = ModelWindow(tuple({"w": torch.ones(3, 4), "fading": torch.tensor(1.0)} for _ in range(2)))
+    assert len(generator.generate(same)["w"].unique()) == 12
 
 
 def test_new_rows_enter_older_models_as_they_start_and_without_a_state() -> None:
-    window = Window(window_of(2, n_rows=3).models, {"items": noise(3, 5, 4)})
+    window = ModelWindow(window_of(2, n_rows=3).models, {"items": noise(3, 5, 4)})
     start = noise(5, 5, seed=9)
-    grown = window.grown({"items": start})
+    grown = window.grow({"items": start})
     for model, old in zip(grown.models, window.models, strict=True):
         assert torch.equal(model["items"], torch.cat([old["items"], start[3:]]))
     assert grown.hidden is not None and window.hidden is not None
@@ -218,9 +228,11 @@ def test_new_rows_enter_older_models_as_they_start_and_without_a_state() -> None
 
 def test_learning_changes_a_copy() -> None:
     generator = generator_of(window_of(1))
-    before = generator.makers["items"].each(torch.clone)
-    learner = generator.learning()
+    before = generator.networks["items"].map_tensors(torch.clone)
+    learner = generator.trainable_copy()
     for _, weight in learner.named_parameters():
         weight.data.add_(1)
-    assert all(torch.equal(vars(before)[k], v) for k, v in vars(generator.makers["items"]).items() if k != "residual")
-    assert not any(isinstance(weight, nn.Parameter) for weight in vars(learner.learnt().makers["items"]).values())
+    assert all(torch.equal(vars(before)[k], v) for k, v in vars(generator.networks["items"]).items() if k != "residual")
+    assert not any(
+        isinstance(weight, nn.Parameter) for weight in vars(learner.detached_copy().networks["items"]).values()
+    )

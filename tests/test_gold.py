@@ -33,14 +33,14 @@ from gold_store import nights
 from recorded import Record, differences, rounded, state_hash, write
 
 from freshrec.data.log import Log
-from freshrec.data.spans import Cut, cut
-from freshrec.data.split_config import HELDOUT, RULES, TARGETS
-from freshrec.data.worlds import WORLDS, make
-from freshrec.models import COUNTERS, find_model
+from freshrec.data.spans import LogSplit, split_log
+from freshrec.data.split_config import HELDOUT_RULES, SPLIT_RULES, TARGET_RULES
+from freshrec.data.worlds import WORLDS, make_world
+from freshrec.models import COUNTING_MODELS, find_model
 from freshrec.models.checkpoint import load_tree
-from freshrec.replay.measure import Asked, facts
-from freshrec.replay.replay import Cell, Settings, replay_cell
-from freshrec.replay.results import OVERALL, collect
+from freshrec.replay.measure import QueryOptions, slice_table
+from freshrec.replay.replay import Cell, ReplaySettings, replay_cell
+from freshrec.replay.results import OVERALL_SPAN, collect_results
 from freshrec.strategies import find_strategy
 
 GOLD = Path(__file__).parent / "gold"
@@ -78,39 +78,46 @@ UNSTEADY = ("sml",)  # its network makes weights of weights: last bits grow unti
 TIMES = ("_s", "_mb")  # ends of the names of costs that differ from run to run
 
 
-def newborn() -> Cut:
+def newborn() -> LogSplit:
     """Users who gain interests, items that come and go, a category for each item."""
-    log = make("newborn", users=100, items=80, events=2000, spans=SPANS).log
-    return cut(log, by="count", spans=SPANS, forget_users=0.2)
+    log = make_world("newborn", users=100, items=80, events=2000, spans=SPANS).log
+    return split_log(log, by="count", spans=SPANS, forget_users=0.2)
 
 
-def exposures() -> Cut:
+def exposures() -> LogSplit:
     """Half of the rows are what a user took, half what it was shown: taken if it is of the user's colour."""
-    frame = make("checkerboard", users=60, items=40, events=800, spans=SPANS).log.frame
+    frame = make_world("checkerboard", users=60, items=40, events=800, spans=SPANS).log.frame
     shown = frame.with_columns(item_id=pl.Series(np.random.default_rng(0).integers(0, 40, len(frame))))
     both = pl.concat([frame, shown]).sort("time", maintain_order=True)
     own = (pl.col("user_id") + pl.col("item_id")) % 2 == 0
     log = Log(both.with_columns(label=own.cast(pl.Float64), category=pl.col("item_id") % 2), True, "us")
-    return cut(log, by="period", spans=SPANS, targets="all", forget_users=0)
+    return split_log(log, by="period", spans=SPANS, targets="all", forget_users=0)
 
 
-def replayed(model: str, strategy: str, settings: Settings = Settings(), cadence: int = 1) -> Record:  # noqa: B008
+def replayed(model: str, strategy: str, settings: ReplaySettings = ReplaySettings(), cadence: int = 1) -> Record:  # noqa: B008
     """A replay of ranked lists."""
     spans = newborn()
-    found = _replayed(model, strategy, spans, settings, facts(spans.spans), RANKED, cadence)
+    found = _replayed(model, strategy, spans, settings, slice_table(spans.spans), RANKED, cadence)
     return Record({}, found.values | found.trained, found.hashes) if strategy.startswith(UNSTEADY) else found
 
 
 def replayed_clicks(model: str, strategy: str) -> Record:
     """A replay of a log that says what was shown."""
-    return _replayed(model, strategy, exposures(), Settings(asked=Asked(min_history=0)), None, ("auc", "logloss"))
+    return _replayed(
+        model,
+        strategy,
+        exposures(),
+        ReplaySettings(query_options=QueryOptions(min_history=0)),
+        None,
+        ("auc", "logloss"),
+    )
 
 
 def _replayed(
     model: str,
     strategy: str,
-    spans: Cut,
-    settings: Settings,
+    spans: LogSplit,
+    settings: ReplaySettings,
     slices: pl.DataFrame | None,
     metrics: tuple[str, ...],
     cadence: int = 1,
@@ -118,8 +125,8 @@ def _replayed(
     cell = Cell(model, find_model(model), strategy, find_strategy(strategy), 0, cadence)
     with TemporaryDirectory() as folder:
         for _ in replay_cell(cell, spans, settings, Path(folder)):  # the state goes when the last span has been yielded
-            state, _ = load_tree(Path(folder) / cell.name / "state.safetensors")
-        results = collect([cell], slices, metrics, Path(folder), "users" if slices is not None else "targets")
+            state, _ = load_tree(Path(folder) / cell.folder_name / "state.safetensors")
+        results = collect_results([cell], slices, metrics, Path(folder), "users" if slices is not None else "targets")
     table = _table(results, model)
     trained = {row: table.pop(row) for row in list(table) if row.startswith(TRAINED_ROWS)}
     return Record(table, trained, {"final state": state_hash(state)})
@@ -129,39 +136,44 @@ def _table(results: pl.DataFrame, model: str) -> dict[str, Any]:
     """ "metric" or "metric, slice, readout" -> the value of each span that has one, and the mean over spans."""
     found: dict[str, Any] = {}
     for name, span, part, metric, value in results.select("model", "span", "slice", "metric", "value").iter_rows():
-        if metric.endswith(TIMES) or (part != "all" and span != OVERALL):
+        if metric.endswith(TIMES) or (part != "all" and span != OVERALL_SPAN):
             continue
         readout = name.removeprefix(model).removeprefix("@")
         row = ", ".join([metric, *[part] * (part != "all"), *[readout] * bool(readout)])
-        found.setdefault(row, {})["mean" if span == OVERALL else f"span {span}"] = value
+        found.setdefault(row, {})["mean" if span == OVERALL_SPAN else f"span {span}"] = value
     return found
 
 
 def worlds() -> Record:
     """Every world, and every way of cutting one."""
-    log = make("drift", users=60, items=40, events=800, spans=SPANS).log
-    ways: dict[str, dict[str, Any]] = {rule: {"by": rule} for rule in RULES if rule != "dates"}
+    log = make_world("drift", users=60, items=40, events=800, spans=SPANS).log
+    ways: dict[str, dict[str, Any]] = {rule: {"by": rule} for rule in SPLIT_RULES if rule != "dates"}
     ways["dates"] = {"by": "dates", "dates": ["2025-01-04", "2025-01-05T12:00:00"]}
-    ways |= {targets: {"by": "count", "targets": targets} for targets in TARGETS if targets != "split"}
-    ways |= {heldout: {"by": "count", "heldout": heldout} for heldout in HELDOUT}
+    ways |= {targets: {"by": "count", "targets": targets} for targets in TARGET_RULES if targets != "split"}
+    ways |= {heldout: {"by": "count", "heldout": heldout} for heldout in HELDOUT_RULES}
     ways["sessions"] = {"by": "count", "sessions": True, "min_events": 3, "n_targets": 9, "seed": 1}
-    cuts = {name: cut(log, **({"spans": SPANS, "forget_users": 0.2} | way)) for name, way in ways.items()}
-    logs = {name: make(name, users=60, items=40, events=800, spans=SPANS).log for name in WORLDS}
+    cuts = {name: split_log(log, **({"spans": SPANS, "forget_users": 0.2} | way)) for name, way in ways.items()}
+    logs = {name: make_world(name, users=60, items=40, events=800, spans=SPANS).log for name in WORLDS}
     hashes = {f"world {name}": state_hash(one.frame) for name, one in logs.items()}
-    hashes |= {f"cut {name}": state_hash(one.spans, one.users.frame, one.items.frame) for name, one in cuts.items()}
+    hashes |= {
+        f"cut {name}": state_hash(one.spans, one.user_catalog.frame, one.item_catalog.frame)
+        for name, one in cuts.items()
+    }
     sizes = {name: [len(span.events) for span in one.spans] for name, one in cuts.items()}
     return Record({"events of spans": sizes}, {}, hashes)
 
 
-RECORDS: dict[str, Callable[[], Record]] = {f"{name}-absorb": partial(replayed, name, "absorb") for name in COUNTERS}
+RECORDS: dict[str, Callable[[], Record]] = {
+    f"{name}-absorb": partial(replayed, name, "absorb") for name in COUNTING_MODELS
+}
 RECORDS |= {"blend-refit": partial(replayed, "blend", "refit:fit.max_epochs=2")}
 RECORDS |= {name: partial(replayed, *way) for name, way in TRAINED.items()}
 RECORDS |= {name: partial(replayed_clicks, *way) for name, way in LABELLED.items()}
-SAMPLED = Settings(asked=Asked(min_history=2, among=20, unseen="drop"), last_update=False)
+SAMPLED = ReplaySettings(query_options=QueryOptions(min_history=2, n_sampled=20, unseen="drop"), last_update=False)
 RECORDS |= {
     "worlds": worlds,
     "markov-absorb-in-blocks": partial(replayed, "markov", "absorb", SAMPLED, 4),
-    "mf-finetune-tuned": partial(replayed, f"mf{SMALL}", f"finetune{SHORT}", Settings(tune=True)),
+    "mf-finetune-tuned": partial(replayed, f"mf{SMALL}", f"finetune{SHORT}", ReplaySettings(tune=True)),
     "nights-item-knn": partial(nights, "item-knn", "absorb", trains=False),
     "nights-blend": partial(nights, "blend", "refit:fit.max_epochs=2"),
     "nights-comirec-dr": partial(nights, "comirec-dr:d=8", f"imsr{SHORT}"),

@@ -9,26 +9,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freshrec.config import choose
-from freshrec.data.batches import ends_of, query_batches
-from freshrec.data.spans import Cut, cut
-from freshrec.data.worlds import make
+from freshrec.config import find_instance
+from freshrec.data.batches import history_ends, query_batches
+from freshrec.data.spans import LogSplit, split_log
+from freshrec.data.worlds import make_world
 from freshrec.errors import OptionError
-from freshrec.learn.exemplars import batch_of
-from freshrec.learn.fit import Fit
-from freshrec.learn.reservoir import Kept
-from freshrec.models.counted import absorb
-from freshrec.models.gru4rec import GRU4Rec, GRU4RecSpec, Loss, bpr, bpr_max, drawn, popularity, top1, top1_max
-from freshrec.models.layers import FAR, best_inner_product, first_of
+from freshrec.learn.exemplars import exemplar_batch
+from freshrec.learn.fit import FitConfig
+from freshrec.learn.reservoir import TrainingSamples
+from freshrec.models.counted import absorb_block
+from freshrec.models.gru4rec import (
+    GRU4Rec,
+    GRU4RecSpec,
+    Loss,
+    bpr,
+    bpr_max,
+    popularity_distribution,
+    sample_by_quantile,
+    top1,
+    top1_max,
+)
+from freshrec.models.layers import MASKED, max_inner_product, sampled_softmax_loss
 from freshrec.models.scoring import item_vectors, score_items, user_vectors
-from freshrec.models.softmax import full_softmax
+from freshrec.models.softmax import full_softmax_loss
 from freshrec.strategies import STRATEGIES
-from freshrec.strategies.ewc import EWC, fisher_of
+from freshrec.strategies.ewc import EWC, empirical_fisher
 from freshrec.types import Batch, EncodingModel, Forward, State
 
 near = pytest.approx
 N_ITEMS = 9
-QUIET = GRU4RecSpec(d=4, std=0.7, drop_in=0.0, drop_out=0.0, alpha=0.0, others=0, loss="xe")
+QUIET = GRU4RecSpec(d=4, std=0.7, drop_in=0.0, drop_out=0.0, alpha=0.0, batch_negatives=0, loss="xe")
 VARIANTS = [QUIET, replace(QUIET, hidden=6), replace(QUIET, layers=2), replace(QUIET, embeddings="separate")]
 each_variant = pytest.mark.parametrize("spec", VARIANTS, ids=["plain", "hidden", "layers", "separate"])
 
@@ -52,7 +62,7 @@ TARGET_B, NEGATIVE_BN, BOTH_BN = torch.tensor([1.0]), torch.tensor([[0.0, 2.0]])
 
 def test_cross_entropy_by_hand() -> None:
     # ln of e^1 + e^0 + e^2, less 1
-    assert first_of(torch.cat([TARGET_B[:, None], NEGATIVE_BN], 1)).item() == near(1.407606, abs=1e-6)
+    assert sampled_softmax_loss(torch.cat([TARGET_B[:, None], NEGATIVE_BN], 1)).item() == near(1.407606, abs=1e-6)
 
 
 def test_bpr_by_hand() -> None:
@@ -90,12 +100,12 @@ def test_the_elu_bends_scores_below_zero_first() -> None:
 
 @pytest.mark.parametrize("loss", [bpr, top1, top1_max, *(partial(bpr_max, bpreg=0.9, elu=elu) for elu in (0.0, 1.0))])
 def test_a_negative_that_is_the_target_counts_nothing(loss: Callable[..., Tensor]) -> None:
-    with_it_BN = torch.tensor([[0.0, FAR, 2.0]]).requires_grad_()
+    with_it_BN = torch.tensor([[0.0, MASKED, 2.0]]).requires_grad_()
     found = loss(TARGET_B, with_it_BN, torch.tensor([[True, False, True]]))
     torch.testing.assert_close(found, loss(TARGET_B, NEGATIVE_BN, BOTH_BN))
     found.backward()
     assert with_it_BN.grad is not None and with_it_BN.grad[0, 1] == 0 and with_it_BN.grad[0, 2] != 0
-    assert loss(TARGET_B, torch.tensor([[FAR, FAR]]), ~BOTH_BN).abs() < 1
+    assert loss(TARGET_B, torch.tensor([[MASKED, MASKED]]), ~BOTH_BN).abs() < 1
 
 
 @pytest.mark.parametrize(
@@ -114,14 +124,14 @@ def test_the_model_trains_with_the_loss_of_its_name(loss: Loss, expected: float)
 
 def test_popularity_to_the_power_of_alpha() -> None:
     counts_I = torch.tensor([8, 1, 1])
-    assert popularity(counts_I, 0.5).tolist() == near([0.585786, 0.207107, 0.207107], abs=1e-6)
-    assert popularity(counts_I, 0.75).tolist() == near([0.704003, 0.147998, 0.147998], abs=1e-6)
-    assert popularity(counts_I, 0.0).tolist() == near([1 / 3] * 3)
+    assert popularity_distribution(counts_I, 0.5).tolist() == near([0.585786, 0.207107, 0.207107], abs=1e-6)
+    assert popularity_distribution(counts_I, 0.75).tolist() == near([0.704003, 0.147998, 0.147998], abs=1e-6)
+    assert popularity_distribution(counts_I, 0.0).tolist() == near([1 / 3] * 3)
 
 
 def test_an_item_takes_up_as_much_of_the_draws_as_its_chance() -> None:
     at_N = torch.tensor([0.0, 0.49, 0.5, 0.74, 0.75, 0.999999999])
-    assert drawn(torch.tensor([0.5, 0.0, 0.25, 0.25]), at_N).tolist() == [0, 0, 2, 2, 3, 3]
+    assert sample_by_quantile(torch.tensor([0.5, 0.0, 0.25, 0.25]), at_N).tolist() == [0, 0, 2, 2, 3, 3]
 
 
 def test_negatives_are_drawn_by_what_was_trained_on() -> None:
@@ -130,15 +140,15 @@ def test_negatives_are_drawn_by_what_was_trained_on() -> None:
     learnt(model, [1] * 8, [2] * 7 + [3], [1])
     assert model.counts_I.tolist() == [0, 0, 7, 1, 0]
     model.eval()
-    assert torch.bincount(model._drawn(torch.ones(1200)))[1:].tolist() == [100, 800, 200, 100]
+    assert torch.bincount(model._sample_negatives(torch.ones(1200)))[1:].tolist() == [100, 800, 200, 100]
     model.train()
-    drawn_RN = torch.stack([model._drawn(torch.ones(10)) for _ in range(300)])
+    drawn_RN = torch.stack([model._sample_negatives(torch.ones(10)) for _ in range(300)])
     assert torch.bincount(drawn_RN.flatten())[1:].tolist() == near([250, 2000, 500, 250], abs=60)
     assert len(drawn_RN.unique(dim=0)) > 1  # chance has a say
 
 
 def test_with_alpha_zero_negatives_are_those_of_the_batch() -> None:
-    assert model_of()._drawn(torch.tensor([4, 4, 1])).tolist() == [4, 4, 1]
+    assert model_of()._sample_negatives(torch.tensor([4, 4, 1])).tolist() == [4, 4, 1]
 
 
 def test_looking_on_counts_nothing() -> None:
@@ -150,24 +160,24 @@ def test_looking_on_counts_nothing() -> None:
 
 def test_some_of_the_batchs_own_targets_are_negatives_of_the_others() -> None:
     # Of targets 5, 6, 7 the first and the last: each is ruled out where it is the target itself.
-    model = model_of(replace(QUIET, others=2))
+    model = model_of(replace(QUIET, batch_negatives=2))
     forward = learnt(model, [1, 2, 3], [5, 6, 7], [4])
     assert forward.logits_BN is not None and forward.vectors_BKD is not None
     torch.testing.assert_close(forward.logits_BN[1, 1:], model.items.weights[[4, 5, 7]] @ forward.vectors_BKD[1, 0])
-    assert (forward.logits_BN == FAR).nonzero().tolist() == [[0, 2], [2, 3]]
-    assert learnt(model_of(replace(QUIET, others=50)), [1, 2], [5, 6], [4]).logits_BN.shape == (2, 4)  # type: ignore[union-attr]
+    assert (forward.logits_BN == MASKED).nonzero().tolist() == [[0, 2], [2, 3]]
+    assert learnt(model_of(replace(QUIET, batch_negatives=50)), [1, 2], [5, 6], [4]).logits_BN.shape == (2, 4)  # type: ignore[union-attr]
 
 
 def test_logq_takes_the_log_of_the_chance_off_each_score() -> None:
     # Counts 1, 8, 2, 1 of 12 for targets and own ones; alpha = 0.5: roots 1, 2.828, 1.414, 1 of 6.243 for those drawn.
-    model = model_of(replace(QUIET, alpha=0.5, others=1, logq=0.7), n_items=4)
+    model = model_of(replace(QUIET, alpha=0.5, batch_negatives=1, logq=0.7), n_items=4)
     model.counts_I += torch.tensor([0, 0, 7, 1, 0])
     model.eval()
     found = learnt(model, [1], [3], [1])  # drawn: what stands in the middle, item 2; own: item 3, the target
     assert found.logits_BN is not None
     less_BN = 0.7 * torch.log(torch.tensor([[2 / 12, 2.828427 / 6.242641, 2 / 12]]))
-    assert found.loss.item() == near(first_of(found.logits_BN - less_BN).item(), rel=1e-5)
-    assert found.loss.item() != near(first_of(found.logits_BN).item(), rel=1e-3)
+    assert found.loss.item() == near(sampled_softmax_loss(found.logits_BN - less_BN).item(), rel=1e-5)
+    assert found.loss.item() != near(sampled_softmax_loss(found.logits_BN).item(), rel=1e-3)
 
 
 # the network
@@ -246,10 +256,10 @@ def test_the_gradient_goes_back_one_step_if_asked_to(layers: int) -> None:
     # The same outputs; only the last position has a target, so item 5, one step before it, learns by "all" alone.
     moved = {}
     for back in ("all", "one"):
-        model = model_of(replace(QUIET, back=back, layers=layers))
+        model = model_of(replace(QUIET, bptt=back, layers=layers))
         forward = learnt(model, [5, 6], [0, 7], [8])
         forward.loss.backward()
-        ids_N, rows_ND = model.items.in_step()
+        ids_N, rows_ND = model.items.step_rows()
         assert rows_ND.grad is not None and forward.vectors_BKD is not None
         moved[back] = set(ids_N[rows_ND.grad.any(1)].tolist())
         served_BKD = user_vectors(model, Batch(torch.tensor([1]), torch.tensor([[5, 6]])))
@@ -258,7 +268,7 @@ def test_the_gradient_goes_back_one_step_if_asked_to(layers: int) -> None:
 
 
 def test_a_step_cut_off_from_the_past_has_the_gradient_of_a_step_from_a_given_state() -> None:
-    model = model_of(replace(QUIET, back="one"))
+    model = model_of(replace(QUIET, bptt="one"))
     cell, (layer,) = torch.nn.GRUCell(4, 4), model.layers
     cell.load_state_dict({name.removesuffix("_l0"): weights for name, weights in layer.state_dict().items()})
     h_1D, loss, items_TD = torch.zeros(1, 4), torch.zeros(()), model.items.weights[[5, 6, 3]]
@@ -304,7 +314,7 @@ def test_growth_changes_no_score_of_known_items() -> None:
 def test_options_that_make_no_sense_are_refused() -> None:
     for wrong in ("loss=bprmax", "back=two", "embeddings=onehot", "alpha=-1", "drop_in=1"):
         with pytest.raises(OptionError, match=wrong.partition("=")[0]):
-            choose("model", f"gru4rec:{wrong}", {"gru4rec": QUIET})
+            find_instance("model", f"gru4rec:{wrong}", {"gru4rec": QUIET})
     with pytest.raises(OptionError, match="logq corrects the softmax only"):
         GRU4RecSpec(logq=1.0).build(0)
 
@@ -317,12 +327,12 @@ def test_gradients_of_the_scores_of_all_items_can_be_had(spec: GRU4RecSpec) -> N
     model = model_of(spec)
     assert isinstance(model, EncodingModel)
     forward = learnt(model, [4, 2], [0, 7], [8])
-    rows_RD, batch = model.items.whole(), Batch(torch.tensor([1]), torch.tensor([[4, 2]]))
+    rows_RD, batch = model.items.full_matrix(), Batch(torch.tensor([1]), torch.tensor([[4, 2]]))
     user_BD = model.encode(F.embedding(batch.history_BT, rows_RD), batch)[:, 0]
     torch.testing.assert_close(user_BD, user_vectors(model, batch)[:, 0])
-    full_softmax(user_BD, rows_RD, torch.tensor([7])).backward()
+    full_softmax_loss(user_BD, rows_RD, torch.tensor([7])).backward()
     read_from = model.items if model.taken is None else model.taken
-    ids_N, rows_ND = read_from.in_step()
+    ids_N, rows_ND = read_from.step_rows()
     assert rows_ND.grad is not None and rows_ND.grad[(ids_N == 4) | (ids_N == 2)].any(1).all()
     assert forward.loss.isfinite() and all(weights.grad is not None for weights in model.parameters())
 
@@ -331,16 +341,19 @@ def test_gradients_of_the_scores_of_all_items_can_be_had(spec: GRU4RecSpec) -> N
 def test_the_fisher_is_the_mean_of_squared_gradients_of_single_samples(spec: GRU4RecSpec) -> None:
     model, histories_NT = model_of(spec), torch.tensor([[0, 1, 2], [4, 5, 4], [0, 0, 6]], dtype=torch.int32)
     model.eval()
-    kept = Kept(torch.tensor([1, 2, 3]), histories_NT, torch.tensor([3, 4, 7]))
+    kept = TrainingSamples(torch.tensor([1, 2, 3]), histories_NT, torch.tensor([3, 4, 7]))
     expected: dict[str, Tensor] = {}
     for n in range(3):
-        batch, items_RD = batch_of(kept, torch.tensor([n]), model, None), model.items.weights.clone().requires_grad_()
+        batch, items_RD = (
+            exemplar_batch(kept, torch.tensor([n]), model, None),
+            model.items.weights.clone().requires_grad_(),
+        )
         vectors_BKD = model.encode(F.embedding(batch.history_BT, items_RD), batch)
-        loss = F.cross_entropy(best_inner_product(vectors_BKD, items_RD[1:]), kept.items_N[n : n + 1] - 1)
+        loss = F.cross_entropy(max_inner_product(vectors_BKD, items_RD[1:]), kept.items_N[n : n + 1] - 1)
         weights = {"items": items_RD} | dict(model.named_parameters())
         for name, slope in zip(weights, torch.autograd.grad(loss, list(weights.values()))):
             expected[name] = expected.get(name, torch.zeros(())) + slope.square() / 3
-    found = fisher_of(model, kept, None)
+    found = empirical_fisher(model, kept, None)
     for name, squares in expected.items():
         torch.testing.assert_close(found[name], squares, rtol=1e-3, atol=1e-7)
 
@@ -349,31 +362,33 @@ def test_the_fisher_is_the_mean_of_squared_gradients_of_single_samples(spec: GRU
 
 
 @cache
-def checkerboard() -> Cut:
-    return cut(make("checkerboard", users=60, items=40, events=2500, spans=2).log, by="period", forget_users=0)
+def checkerboard() -> LogSplit:
+    return split_log(
+        make_world("checkerboard", users=60, items=40, events=2500, spans=2).log, by="period", forget_users=0
+    )
 
 
 def replayed(spec: GRU4RecSpec, name: str, base_epochs: int, epochs: int) -> State:
     """The state after all spans."""
     strategy = STRATEGIES[name]
-    fit: Fit = replace(strategy.fit, base_epochs=base_epochs, epochs=epochs)  # type: ignore[attr-defined]
+    fit: FitConfig = replace(strategy.fit, base_epochs=base_epochs, epochs=epochs)  # type: ignore[attr-defined]
     strategy = replace(strategy, fit=fit)  # type: ignore[type-var]
     strategy = replace(strategy, samples=20) if isinstance(strategy, EWC) else strategy
     state = State(replace(spec, d=16, negatives=32, batch=8).build(0))
     for span in checkerboard().spans:
-        state = strategy.update(absorb(state, span.events, span.n_users, span.n_items), span)
+        state = strategy.update(absorb_block(state, span.events, span.n_users, span.n_items), span)
     return state
 
 
 def in_order(state: State) -> float:
     """The share of pairs of an item of one's colour and another of which the own one is ahead; by chance a half."""
     spans = checkerboard()
-    users_N = (state.recent.offsets_U.diff() > 0).nonzero()[:, 0]
+    users_N = (state.histories.offsets_U.diff() > 0).nonzero()[:, 0]
     scores_NI = torch.empty(len(users_N), state.model.n_items)
-    for which, batch in query_batches(ends_of(state.recent, users_N, "recent"), 50):
+    for which, batch in query_batches(history_ends(state.histories, users_N, "recent"), 50):
         scores_NI[which] = score_items(state.model, batch, torch.arange(1, state.model.n_items + 1))
-    user_is_odd = torch.tensor(spans.users.frame["id"].to_list())[users_N - 1] % 2 == 1
-    item_is_odd = torch.tensor(spans.items.frame["id"].to_list()) % 2 == 1
+    user_is_odd = torch.tensor(spans.user_catalog.frame["id"].to_list())[users_N - 1] % 2 == 1
+    item_is_odd = torch.tensor(spans.item_catalog.frame["id"].to_list()) % 2 == 1
     is_own_NI = user_is_odd[:, None] == item_is_odd
     ahead_NII = scores_NI[:, :, None] > scores_NI[:, None]
     return float(ahead_NII[is_own_NI[:, :, None] & ~is_own_NI[:, None]].float().mean())
@@ -387,10 +402,10 @@ OTHERS = {
     "linear": GRU4RecSpec(elu=0.0),
     "logq": GRU4RecSpec(loss="xe", logq=1.0),
     "separate": GRU4RecSpec(embeddings="separate"),
-    "one": GRU4RecSpec(back="one"),
+    "one": GRU4RecSpec(bptt="one"),
     "lanes": GRU4RecSpec(steps="lanes"),
     "deep": GRU4RecSpec(layers=2, hidden=24),
-    "uniform": GRU4RecSpec(alpha=0.0, others=0),
+    "uniform": GRU4RecSpec(alpha=0.0, batch_negatives=0),
 }
 
 

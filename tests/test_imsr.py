@@ -15,18 +15,18 @@ from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu
 from torch import Tensor
 
-from freshrec.data.batches import append
-from freshrec.data.spans import cut
-from freshrec.data.worlds import make
+from freshrec.data.batches import append_events
+from freshrec.data.spans import split_log
+from freshrec.data.worlds import make_world
 from freshrec.errors import OptionError
-from freshrec.learn.fit import Fit, start, successor
-from freshrec.learn.interests import expand
+from freshrec.learn.fit import FitConfig, fit_base_block, grown_copy
+from freshrec.learn.interests import add_interests
 from freshrec.models import COMIREC_DR
 from freshrec.models.interests import InterestNet, InterestSpec
 from freshrec.strategies.imsr import (
     IMSR,
-    Detect,
-    Retain,
+    Detector,
+    Retainer,
     Trimmer,
     divergence,
     is_puzzled,
@@ -100,7 +100,7 @@ def retained(
         torch.tensor([1]), torch.tensor([[1]]), interests_BKD=stored_BKD, old_BK=yes(*old), alive_BK=yes(1, 1)
     )
     forward = Forward(torch.tensor(2.0), vectors_BKD, row(1, 0))
-    return Retain(form, weight)(batch, forward).item()
+    return Retainer(form, weight)(batch, forward).item()
 
 
 def test_each_form_of_the_retainer_by_hand() -> None:
@@ -122,7 +122,7 @@ def test_the_retainer_teaches_interests_and_not_the_target_item() -> None:
     batch = Batch(
         torch.tensor([1]), torch.tensor([[1]]), interests_BKD=torch.zeros(1, 2, 3), old_BK=yes(1, 1), alive_BK=yes(1, 1)
     )
-    Retain()(batch, Forward(torch.tensor(0.0), vectors_BKD, target_BD)).backward()
+    Retainer()(batch, Forward(torch.tensor(0.0), vectors_BKD, target_BD)).backward()
     assert vectors_BKD.grad is not None and vectors_BKD.grad.abs().sum() > 0
     assert target_BD.grad is None
 
@@ -192,8 +192,8 @@ def test_the_detector_judges_users_with_stored_interests_by_two_new_events_on_kn
     users = Interests(torch.eye(2).repeat(4, 1), torch.tensor([0, 0, 2, 4, 6, 8]), no_born, no_born)
     items_by_user = {1: [1, 1], 2: [2, 2], 3: [2], 4: [2, 3, 3], 5: [2, 2]}
     columns = [(user, item) for user, items in items_by_user.items() for item in items]
-    histories = append(Histories.empty(), Events.of(*torch.tensor(columns).t()), 5)
-    puzzled_N, judged_N, kl_N = Detect(c1=0.4).judge(model, users, histories, n_known=2)
+    histories = append_events(Histories.empty(), Events.trainable(*torch.tensor(columns).t()), 5)
+    puzzled_N, judged_N, kl_N = Detector(c1=0.4).find_puzzled_users(model, users, histories, n_known_items=2)
     assert judged_N.tolist() == [1, 2] and kl_N.tolist() == near([0.433781, 0], abs=1e-6)
     assert puzzled_N.tolist() == [2]
 
@@ -204,7 +204,7 @@ def test_expansion_appends_up_to_the_most_a_user_may_have() -> None:
     zeros = torch.zeros(5, dtype=torch.int16)
     users = Interests(stored_SD, torch.tensor([0, 0, 2, 5, 5]), zeros, zeros)
     starts_KD = torch.tensor([[10.0, 10.0], [11, 11], [12, 12], [13, 13]])
-    more = expand(users, torch.tensor([1, 2]), 2, 4, starts_KD, span=7)
+    more = add_interests(users, torch.tensor([1, 2]), 2, 4, starts_KD, span=7)
     assert more.vectors_SD[:, 0].tolist() == [0, 1, 12, 13, 2, 3, 4, 13]  # the n-th starts at the n-th slot
     assert more.offsets_U.tolist() == [0, 0, 4, 8, 8]
     assert more.born_S.tolist() == [0, 0, 7, 7, 0, 0, 0, 7]
@@ -299,18 +299,18 @@ class Scene:
 
 @cache
 def scene(name: str) -> Scene:
-    world = make(name, users=400, items=200, events=16_000, spans=1)
-    spans = cut(world.log, by="period", forget_users=0)
+    world = make_world(name, users=400, items=200, events=16_000, spans=1)
+    spans = split_log(world.log, by="period", forget_users=0)
     base, span = spans.spans
     state = State(replace(COMIREC_DR, d=32, negatives=128).build(0))
-    state = replace(state, recent=append(state.recent, base.events, base.n_users))
-    state = start(state, base, Fit(base_epochs=12))
-    before = replace(state, recent=append(state.recent, span.events, span.n_users))
-    model = successor(before, span)
-    assert before.users is not None
-    _, judged_N, kl_N = Detect().judge(model, before.users, before.recent, base.n_items)  # type: ignore[arg-type]
+    state = replace(state, histories=append_events(state.histories, base.events, base.n_users))
+    state = fit_base_block(state, base, FitConfig(base_epochs=12))
+    before = replace(state, histories=append_events(state.histories, span.events, span.n_users))
+    model = grown_copy(before, span)
+    assert before.interests is not None
+    _, judged_N, kl_N = Detector().find_puzzled_users(model, before.interests, before.histories, base.n_items)  # type: ignore[arg-type]
     gained = pl.Series("user_id", [], pl.Int64) if world.truth is None else world.truth["user_id"]
-    return Scene(before, span, judged_N, kl_N, torch.isin(judged_N, spans.users.rows(gained.unique())))
+    return Scene(before, span, judged_N, kl_N, torch.isin(judged_N, spans.user_catalog.rows(gained.unique())))
 
 
 def counts(users: Interests | None, of_N: Tensor) -> Tensor:
@@ -331,9 +331,9 @@ def test_the_detector_finds_who_gained_interests() -> None:
     # AUC: the share of pairs in which the user who gained has the smaller KL; 0.95 measured, 0.94 with another seed
     won = mannwhitneyu(-newborn.kl_N.numpy()[gained], -newborn.kl_N.numpy()[~gained]).statistic
     assert won / (gained.sum() * (~gained).sum()) > 0.9
-    n_interests_N = counts(newborn.before.users, newborn.judged_N)
+    n_interests_N = counts(newborn.before.interests, newborn.judged_N)
     found = []
-    for detect in (Detect(), Detect("geo", c1=0.06)):  # the most puzzled 15 %, and the paper's threshold
+    for detect in (Detector(), Detector("geo", c1=0.06)):  # the most puzzled 15 %, and the paper's threshold
         fires_N = is_puzzled(-newborn.kl_N, n_interests_N, detect.form, detect.c1)
         hits = int((fires_N & newborn.gained_N).sum())
         found.append((int(fires_N.sum()), hits / int(fires_N.sum()), hits / gained.sum()))
@@ -345,24 +345,24 @@ def test_the_detector_finds_who_gained_interests() -> None:
 def test_new_interests_go_to_those_who_gained_and_nobody_loses_an_old_one() -> None:
     newborn = scene("newborn")
     after = IMSR().update(newborn.before, newborn.span)
-    n_before, n_after = counts(newborn.before.users, newborn.judged_N), counts(after.users, newborn.judged_N)
+    n_before, n_after = counts(newborn.before.interests, newborn.judged_N), counts(after.interests, newborn.judged_N)
     added_N = (n_after - n_before).float()
-    assert (added_N >= 0).all() and (added_N <= Detect().new).all()
+    assert (added_N >= 0).all() and (added_N <= Detector().new).all()
     assert added_N[newborn.gained_N].mean() > 5 * added_N[~newborn.gained_N].mean() > 0
-    assert after.users is not None
-    owners_S = torch.repeat_interleave(torch.arange(after.users.n_users + 1), after.users.offsets_U.diff())
-    born_today_N = torch.bincount(owners_S[after.users.born_S == 1], minlength=owners_S.max() + 1)[newborn.judged_N]
+    assert after.interests is not None
+    owners_S = torch.repeat_interleave(torch.arange(after.interests.n_users + 1), after.interests.offsets_U.diff())
+    born_today_N = torch.bincount(owners_S[after.interests.born_S == 1], minlength=owners_S.max() + 1)[newborn.judged_N]
     assert torch.equal(born_today_N.float(), added_N)
 
 
 def test_interests_of_absent_users_stay_as_they_were_to_the_bit() -> None:
     newborn = scene("newborn")
     after = IMSR().update(newborn.before, newborn.span)
-    known_N = (newborn.before.users.offsets_U.diff() > 0).nonzero()[:, 0]  # type: ignore[union-attr]
+    known_N = (newborn.before.interests.offsets_U.diff() > 0).nonzero()[:, 0]  # type: ignore[union-attr]
     absent_N = known_N[~torch.isin(known_N, newborn.span.events.users_E)]
     assert len(absent_N) > 0
-    assert torch.equal(first_four(after.users, absent_N), first_four(newborn.before.users, absent_N))
-    assert (counts(after.users, absent_N) == 4).all()
+    assert torch.equal(first_four(after.interests, absent_N), first_four(newborn.before.interests, absent_N))
+    assert (counts(after.interests, absent_N) == 4).all()
 
 
 def test_without_retainer_and_detector_imsr_is_fine_tuning_to_the_bit(bits: Callable[[State], bytes]) -> None:
@@ -375,7 +375,7 @@ def test_without_retainer_and_detector_imsr_is_fine_tuning_to_the_bit(bits: Call
 
 def moved(scene: Scene, after: State) -> float:
     """How far the interests of the judged users are from where they were, on average."""
-    apart_NKD = first_four(after.users, scene.judged_N) - first_four(scene.before.users, scene.judged_N)
+    apart_NKD = first_four(after.interests, scene.judged_N) - first_four(scene.before.interests, scene.judged_N)
     return float(apart_NKD.norm(dim=2).mean())
 
 
@@ -383,20 +383,20 @@ def test_where_tastes_do_not_change_the_retainer_keeps_interests_closer_to_what_
     # 0.44 by fine-tuning, 0.40 with the retainer at weight 1, 0.22 with the distance of DIR.
     frozen = scene("frozen")
     plain = moved(frozen, FineTune().update(frozen.before, frozen.span))
-    kept = moved(frozen, IMSR(Retain(weight=1.0), None).update(frozen.before, frozen.span))
-    closer = moved(frozen, IMSR(Retain("distance", weight=1.0), None).update(frozen.before, frozen.span))
+    kept = moved(frozen, IMSR(Retainer(weight=1.0), None).update(frozen.before, frozen.span))
+    closer = moved(frozen, IMSR(Retainer("distance", weight=1.0), None).update(frozen.before, frozen.span))
     assert closer < kept < 0.95 * plain
 
 
 def test_new_interests_that_start_too_long_disturb_the_old_ones() -> None:
     """The scale trap: routing starts from them, and N(0, I) has a norm of sqrt(32) where stored interests have < 1."""
-    newborn, everybody = scene("newborn"), IMSR(detect=Detect("exp", c1=-1.0))
+    newborn, everybody = scene("newborn"), IMSR(detect=Detector("exp", c1=-1.0))
     wild = replace(newborn.before, model=copy.deepcopy(newborn.before.model))
     wild.model.starts_KD.copy_(F.normalize(wild.model.starts_KD, dim=1) * 32**0.5)
     cosines = []
     for before in (newborn.before, wild):
         after = everybody.update(before, newborn.span)
-        pair = first_four(before.users, newborn.judged_N), first_four(after.users, newborn.judged_N)
+        pair = first_four(before.interests, newborn.judged_N), first_four(after.interests, newborn.judged_N)
         cosines.append(float(F.cosine_similarity(*pair, dim=2).median()))
     assert cosines[0] > 0.75 and cosines[1] < 0.25  # 0.84 and 0.00 measured
 

@@ -9,18 +9,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freshrec.data.batches import append
+from freshrec.data.batches import append_events
 from freshrec.errors import IncompatibleError
-from freshrec.learn.fit import Fit
-from freshrec.models.layers import first_of
+from freshrec.learn.fit import FitConfig
+from freshrec.models.layers import sampled_softmax_loss
 from freshrec.models.mf import MF, MFSpec
-from freshrec.models.tables import Table
-from freshrec.strategies.incctr import Distill, IncCTR, logits_of, part, share, soft_choice, soft_clicks
+from freshrec.models.tables import EmbeddingTable
+from freshrec.strategies.incctr import (
+    Distill,
+    IncCTR,
+    candidate_logits,
+    sigmoid_distillation,
+    softmax_distillation,
+    tie_rows,
+    untie_rows,
+)
 from freshrec.strategies.plain import FineTune
 from freshrec.types import Batch, Events, Forward, Span, State
 
 near = pytest.approx
-QUICK = Fit(base_epochs=2, epochs=2)
+QUICK = FitConfig(base_epochs=2, epochs=2)
 
 
 # distillation
@@ -30,14 +38,14 @@ def test_the_loss_is_that_of_a_label_mixed_with_the_teachers_opinion() -> None:
     # The teacher's odds are 3 : 1, so s = (0.75, 0.25); y = (1, 0), weight 0.2: the target is (0.95, 0.05). With the
     # logits (1, 0): ln p = (-0.313262, -1.313262), so 0.95 x 0.313262 + 0.05 x 1.313262 = 0.363262.
     logits_BN, teacher_BN = torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 1.0]]).log()
-    mixed = 0.8 * first_of(logits_BN) + 0.2 * soft_choice(logits_BN, teacher_BN)
+    mixed = 0.8 * sampled_softmax_loss(logits_BN) + 0.2 * softmax_distillation(logits_BN, teacher_BN)
     assert mixed.item() == near(0.363262, abs=1e-6)
 
 
 def test_the_temperature_softens_both_sides() -> None:
     # z / 2 = (1, 0); z_T / 2 has the odds e^0.549306 = sqrt(3) : 1, s_1 = 0.633975; 0.313262 + 0.366025 = 0.679287
     logits_BN, teacher_BN = torch.tensor([[2.0, 0.0]]), torch.tensor([[3.0, 1.0]]).log()
-    assert soft_choice(logits_BN, teacher_BN, tau=2.0).item() == near(0.679287, abs=1e-6)
+    assert softmax_distillation(logits_BN, teacher_BN, tau=2.0).item() == near(0.679287, abs=1e-6)
 
 
 def test_of_clicks_the_loss_is_that_of_a_label_mixed_with_the_teachers_opinion() -> None:
@@ -46,12 +54,12 @@ def test_of_clicks_the_loss_is_that_of_a_label_mixed_with_the_teachers_opinion()
     logits_BN, teacher_BN = torch.tensor([[0.3], [-1.2]]), torch.tensor([[0.6], [0.4]]).logit()
     plain = F.binary_cross_entropy_with_logits(logits_BN, torch.tensor([[1.0], [0.0]]))
     assert plain.item() == near(0.408819, abs=1e-6)
-    assert (0.8 * plain + 0.2 * soft_clicks(logits_BN, teacher_BN)).item() == near(0.468819, abs=1e-6)
+    assert (0.8 * plain + 0.2 * sigmoid_distillation(logits_BN, teacher_BN)).item() == near(0.468819, abs=1e-6)
 
 
 def test_nothing_but_the_teacher_leaves_a_model_that_agrees_with_it_where_it_is() -> None:
     # T21: lambda = 1, the gradient is sigma(z) - sigma(z_T), or softmax(z) - softmax(z_T), which is 0
-    for opinion in (soft_clicks, soft_choice):
+    for opinion in (sigmoid_distillation, softmax_distillation):
         for tau in (1.0, 3.0):
             logits_BN = torch.tensor([[0.3, -1.2, 2.0]], dtype=torch.float64, requires_grad=True)
             opinion(logits_BN, logits_BN.detach().clone(), tau).backward()
@@ -61,7 +69,7 @@ def test_nothing_but_the_teacher_leaves_a_model_that_agrees_with_it_where_it_is(
 def some(n: int, n_users: int, n_items: int) -> Events:
     """Events drawn at random."""
     source = torch.Generator().manual_seed(0)
-    return Events.of(*(torch.randint(1, high + 1, (n,), generator=source) for high in (n_users, n_items)))
+    return Events.trainable(*(torch.randint(1, high + 1, (n,), generator=source) for high in (n_users, n_items)))
 
 
 def after_base(threshold: int = 0) -> State:
@@ -71,7 +79,7 @@ def after_base(threshold: int = 0) -> State:
 
 
 def seen(state: State, span: Span) -> State:
-    return replace(state, recent=append(state.recent, span.events, span.n_users))
+    return replace(state, histories=append_events(state.histories, span.events, span.n_users))
 
 
 TODAY = Span(1, some(300, 35, 25), 35, 25)  # 5 new users and items
@@ -84,7 +92,7 @@ def gradient(model: MF, teacher: MF | None, weight: float) -> Tensor:
     forward = model(batch)
     loss = forward.loss
     if teacher is not None:
-        loss = loss + Distill(weight).term(teacher)(batch, forward)
+        loss = loss + Distill(weight).distillation_term(teacher)(batch, forward)
     loss.backward()
     assert model.items.leaf is not None and model.items.leaf.grad is not None
     return model.items.leaf.grad
@@ -121,28 +129,28 @@ def test_a_model_that_shows_no_logits_is_refused_with_a_sentence() -> None:
     ids = torch.tensor([1])
     batch = Batch(ids, torch.zeros(1, 0, dtype=torch.int64), ids[:, None], ids + 1)
     with pytest.raises(IncompatibleError, match="this model's forward gives none"):
-        Distill().term(after_base().model)(batch, Forward(torch.tensor(1.0)))
+        Distill().distillation_term(after_base().model)(batch, Forward(torch.tensor(1.0)))
 
 
 def test_where_the_softmax_is_over_all_items_so_is_the_opinion() -> None:
     users_BD, rows_RD = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.0, 0.0], [3.0, 1.0], [1.0, 4.0]])
     full = Forward(torch.tensor(1.0), users_BD[:, None], rows_RD=rows_RD)
-    assert logits_of(full).tolist() == [[3.0, 1.0], [2.0, 8.0]]
+    assert candidate_logits(full).tolist() == [[3.0, 1.0], [2.0, 8.0]]
 
 
 # admission
 
 
 def test_rows_that_share_learn_as_one_and_end_alike() -> None:
-    table = Table(2, 1.0, seed=0)
+    table = EmbeddingTable(2, 1.0, seed=0)
     table.grow(5)
     before = table.weights.clone()
-    share(table, torch.tensor([2, 4, 5]))
-    table.pull(torch.tensor([1, 4, 5])).sum().backward()
+    tie_rows(table, torch.tensor([2, 4, 5]))
+    table.lookup(torch.tensor([1, 4, 5])).sum().backward()
     assert table.leaf is not None and table.leaf.tolist() == [before[1].tolist(), before[2].tolist()]
     # one Adam step is lr long in each coordinate, however large the gradient: 1 for row 1, 2 for the shared row
-    table.push(lr=0.1)
-    part(table)
+    table.step(lr=0.1)
+    untie_rows(table)
     torch.testing.assert_close(table.weights[[2, 4, 5]], (before[2] - 0.1).expand(3, 2))
     torch.testing.assert_close(table.weights[[1, 3]], torch.stack([before[1] - 0.1, before[3]]))
     assert table.steps_R.tolist() == [0, 1, 1, 0, 0, 0]  # an admitted row starts its own steps
@@ -151,8 +159,8 @@ def test_rows_that_share_learn_as_one_and_end_alike() -> None:
 def test_new_ids_share_a_row_until_they_have_been_met_often_enough() -> None:
     # Items 21, 22 and 23 are new. They come once, twice and three times; then the first two once more. Three is enough.
     strategy = IncCTR(threshold=3, fit=QUICK)
-    first = Span(1, Events.of(torch.tensor([1, 2, 3, 4, 5, 6]), torch.tensor([21, 22, 22, 23, 23, 23])), 30, 23)
-    second = Span(2, Events.of(torch.tensor([1, 2]), torch.tensor([21, 22])), 30, 23)
+    first = Span(1, Events.trainable(torch.tensor([1, 2, 3, 4, 5, 6]), torch.tensor([21, 22, 22, 23, 23, 23])), 30, 23)
+    second = Span(2, Events.trainable(torch.tensor([1, 2]), torch.tensor([21, 22])), 30, 23)
     then = strategy.update(seen(after_base(threshold=3), first), first)
     now = strategy.update(seen(then, second), second)
     assert then.memory["items"][21:].tolist() == [1, 2, 3] and now.memory["items"][21:].tolist() == [2, 3, 3]

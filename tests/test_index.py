@@ -10,15 +10,22 @@ from hypothesis import strategies as st
 from serving import items, server, stored
 from torch import Tensor
 
-from freshrec.data.batches import append
+from freshrec.data.batches import append_events
 from freshrec.data.catalog import Catalog
 from freshrec.models.interests import InterestSpec
 from freshrec.models.popularity import PopularitySpec
-from freshrec.models.ranking import top, top_exact
+from freshrec.models.ranking import top_k, top_k_exact
 from freshrec.models.scoring import item_vectors, user_vectors
 from freshrec.serve import index as module
-from freshrec.serve.index import Limits, built, longest_first, recall_of, searching, through
-from freshrec.serve.recommend import Served
+from freshrec.serve.index import (
+    SearchOptions,
+    build_index,
+    choose_search,
+    index_search,
+    longest_first_search,
+    measure_recall,
+)
+from freshrec.serve.recommend import ServedState
 from freshrec.types import Batch, Events, Histories, State
 
 N, D, K = 6000, 16, 4
@@ -37,40 +44,40 @@ def isotropic(n: int = N) -> Tensor:
     return torch.cat([torch.zeros(1, D), torch.randn(n, D, generator=torch.Generator().manual_seed(1))])
 
 
-def served_of(items_ID: Tensor) -> Served:
+def served_of(items_ID: Tensor) -> ServedState:
     """A model with these item vectors, and 300 users with 12 events each."""
     model = InterestSpec(d=D, k=K).build(0)
     model.grow(300, len(items_ID) - 1)
     model.items.packed[:, :D] = items_ID
     source = torch.Generator().manual_seed(2)
     users_E = torch.arange(1, 301).repeat_interleave(12)
-    events = Events.of(users_E, torch.randint(1, len(items_ID), (len(users_E),), generator=source))
-    recent = append(Histories.empty(), events, 300)
+    events = Events.trainable(users_E, torch.randint(1, len(items_ID), (len(users_E),), generator=source))
+    recent = append_events(Histories.empty(), events, 300)
     counts = State(PopularitySpec().build(0))
     counts.model.grow(300, len(items_ID) - 1)
     none = Catalog.empty()
-    return Served(State(model, recent=recent), State(counts.model, recent=recent), none, none)
+    return ServedState(State(model, histories=recent), State(counts.model, histories=recent), none, none)
 
 
-def asked(served: Served, n: int = 40) -> Batch:
-    recent = served.state.recent
+def asked(served: ServedState, n: int = 40) -> Batch:
+    recent = served.state.histories
     history_BT = torch.stack([recent.items_R[recent.offsets_U[u] : recent.offsets_U[u + 1]] for u in range(1, n + 1)])
     return Batch(torch.arange(1, n + 1), history_BT.long())
 
 
 @pytest.fixture(autouse=True)
 def small_cells(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PER_CELL", 20)
+    monkeypatch.setattr(module, "MIN_ITEMS_PER_CELL", 20)
 
 
 def test_small_catalogues_are_searched_exactly_and_large_ones_by_an_index_with_its_recall() -> None:
     served = served_of(clustered())
-    assert searching(served)[0] is None and searching(served)[1].how == "exact"
-    search, about = searching(served, Limits(exact=1000))
+    assert choose_search(served)[0] is None and choose_search(served)[1].how == "exact"
+    search, about = choose_search(served, SearchOptions(exact_max_items=1000))
     assert search is not None and about.how == "index" and about.recall >= 0.98
     batch = asked(served)
-    exact, _ = top(served.state.model, batch, 20)
-    found, _ = top(served.state.model, batch, 20, search=search)
+    exact, _ = top_k(served.state.model, batch, 20)
+    found, _ = top_k(served.state.model, batch, 20, search=search)
     shared = (exact[..., None] == found[:, None]).any(2).float().mean()
     assert shared >= 0.98
 
@@ -78,14 +85,16 @@ def test_small_catalogues_are_searched_exactly_and_large_ones_by_an_index_with_i
 def test_recall_is_the_share_of_the_true_best_that_is_found() -> None:
     best_QN = torch.tensor([[1, 2], [3, 4]])
     found = torch.tensor([[2, 9, 1], [7, 3, 3]])
-    recall = recall_of(lambda vectors_QKD, n: (found, found), torch.zeros(2, 1, 1), best_QN)
+    recall = measure_recall(lambda vectors_QKD, n: (found, found), torch.zeros(2, 1, 1), best_QN)
     assert recall == 0.75  # 1, 2 and 3, but not 4
 
 
 def test_scores_and_order_are_those_of_the_vectors_and_an_item_comes_once() -> None:
     served = served_of(clustered())
     model, batch = served.state.model, asked(served)
-    items_BK, scores_BK = top(model, batch, 30, search=through(built(item_vectors(model)), item_vectors(model), 8))
+    items_BK, scores_BK = top_k(
+        model, batch, 30, search=index_search(build_index(item_vectors(model)), item_vectors(model), 8)
+    )
     vectors_BKD = user_vectors(model, batch)
     for row in range(len(batch)):
         chosen = items_BK[row].tolist()
@@ -99,24 +108,24 @@ def test_filters_never_come_back_short() -> None:
     # all that an index with a single probe finds for a user is banned; there are others, and the user gets them
     served = served_of(clustered(600))
     model, batch = served.state.model, asked(served, 5)
-    search = through(built(item_vectors(model)), item_vectors(model), 1)
+    search = index_search(build_index(item_vectors(model)), item_vectors(model), 1)
     banned_BM, _ = search(user_vectors(model, batch), torch.full((5,), 600))
-    items_BK, scores_BK = top(model, batch, 20, banned_BM, search=search)
-    exact_BK, _ = top_exact(item_vectors(model), user_vectors(model, batch), 20, banned_BM, torch.arange(1, 601))
+    items_BK, scores_BK = top_k(model, batch, 20, banned_BM, search=search)
+    exact_BK, _ = top_k_exact(item_vectors(model), user_vectors(model, batch), 20, banned_BM, torch.arange(1, 601))
     assert bool(torch.isfinite(scores_BK).all()) and torch.equal(items_BK, exact_BK)
     nearly_all_BM = torch.arange(1, 596).expand(5, -1)  # five items are left, fewer than were asked for
-    items_BK, scores_BK = top(model, batch, 20, nearly_all_BM, search=search)
+    items_BK, scores_BK = top_k(model, batch, 20, nearly_all_BM, search=search)
     assert torch.isfinite(scores_BK).sum(1).tolist() == [5] * 5
 
 
 def test_where_no_number_of_cells_is_enough_all_items_are_scored_and_it_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "PROBES", (1, 2))
-    search, about = searching(served_of(isotropic()), Limits(exact=1000))
+    monkeypatch.setattr(module, "PROBE_COUNTS", (1, 2))
+    search, about = choose_search(served_of(isotropic()), SearchOptions(exact_max_items=1000))
     assert search is None and about.how == "exact" and "less than 98%" in about.why
-    monkeypatch.setattr(module, "PROBES", (1, 300))
-    search, about = searching(served_of(isotropic()), Limits(exact=1000))
+    monkeypatch.setattr(module, "PROBE_COUNTS", (1, 300))
+    search, about = choose_search(served_of(isotropic()), SearchOptions(exact_max_items=1000))
     assert search is not None and about.probes == 300 and about.recall >= 0.98  # it searched wider
 
 
@@ -134,8 +143,8 @@ def test_what_the_longest_items_decide_is_the_exact_list(seed: int, n: int, head
     items_ID = torch.randint(-3, 4, (2000, 3), generator=source).float()
     items_ID[0] = 0.0
     vectors_BKD = torch.randint(-2, 3, (5, 3, 3), generator=source).float()
-    found_BN, own_BN = longest_first(items_ID, head)(vectors_BKD, torch.full((5,), n))
-    exact_BN, scores_BN = top_exact(items_ID, vectors_BKD, n, None, torch.arange(1, 2000))
+    found_BN, own_BN = longest_first_search(items_ID, head)(vectors_BKD, torch.full((5,), n))
+    exact_BN, scores_BN = top_k_exact(items_ID, vectors_BKD, n, None, torch.arange(1, 2000))
     for row in range(5):
         if bool((found_BN[row] == 0).any()):
             assert bool((found_BN[row] == 0).all())  # nothing is said, rather than half of it
@@ -147,7 +156,7 @@ def test_what_the_longest_items_decide_is_the_exact_list(seed: int, n: int, head
 
 def test_lists_are_exact_whether_or_not_the_longest_items_decide_them() -> None:
     served = served_of(some_long())
-    search, about = searching(served, Limits(head=2500))
+    search, about = choose_search(served, SearchOptions(n_longest=2500))
     assert search is not None and about.how == "longest" and about.recall == 1.0
     model, batch = served.state.model, asked(served)
     banned_BM = torch.zeros(len(batch), 300, dtype=torch.int64)
@@ -157,36 +166,36 @@ def test_lists_are_exact_whether_or_not_the_longest_items_decide_them() -> None:
     decided_B = (search(user_vectors(model, batch), n_B)[0] > 0).all(1)
     assert not bool(decided_B[::2].any()) and bool(decided_B[1::2].all())  # one user's wishes are not another's
     for banned in (None, banned_BM):
-        exact, scores = top_exact(item_vectors(model), user_vectors(model, batch), 20, banned, torch.arange(1, 6001))
-        found = top(model, batch, 20, banned, search=search)
+        exact, scores = top_k_exact(item_vectors(model), user_vectors(model, batch), 20, banned, torch.arange(1, 6001))
+        found = top_k(model, batch, 20, banned, search=search)
         assert torch.equal(found[0], exact) and torch.allclose(found[1], scores)
 
 
 def test_whoever_had_few_items_many_times_gets_a_whole_list() -> None:
     served = served_of(some_long(300))
     model, batch = served.state.model, asked(served, 3)
-    search = longest_first(item_vectors(model), 50)
+    search = longest_first_search(item_vectors(model), 50)
     banned_BM = torch.arange(1, 6).repeat(3, 64)
-    items_BK, scores_BK = top(model, batch, 10, banned_BM, search=search)
-    exact_BK, _ = top_exact(item_vectors(model), user_vectors(model, batch), 10, banned_BM, torch.arange(1, 301))
+    items_BK, scores_BK = top_k(model, batch, 10, banned_BM, search=search)
+    exact_BK, _ = top_k_exact(item_vectors(model), user_vectors(model, batch), 10, banned_BM, torch.arange(1, 301))
     assert torch.equal(items_BK, exact_BK) and bool(torch.isfinite(scores_BK).all())
 
 
 def test_where_all_items_are_as_long_the_longest_decide_nothing_and_are_not_asked() -> None:
     items_ID = torch.nn.functional.normalize(isotropic())
-    search, about = searching(served_of(items_ID), Limits(head=2500))
+    search, about = choose_search(served_of(items_ID), SearchOptions(n_longest=2500))
     assert search is None and about.how == "exact"
 
 
 def test_a_user_of_whom_nothing_is_known_is_not_decided() -> None:
-    assert not bool(longest_first(some_long(), 2500)(torch.zeros(1, 2, D), torch.tensor([20]))[0].any())
+    assert not bool(longest_first_search(some_long(), 2500)(torch.zeros(1, 2, D), torch.tensor([20]))[0].any())
 
 
 def test_a_served_list_through_an_index_is_the_exact_one(tmp_path: Path) -> None:
     stored(tmp_path, "comirec-dr:d=8", "finetune:fit.base_epochs=2:fit.epochs=1", n=2)
     lists = []
     for exact in (10, 50_000):
-        with server(tmp_path, limits=Limits(exact=exact)) as (client, _):
+        with server(tmp_path, limits=SearchOptions(exact_max_items=exact)) as (client, _):
             lists.append([items(client.get(f"/recommend/user-{n}?k=7")) for n in range(1, 30)])
             told = client.get("/version").json()["search"]
             assert told["how"] == ("index" if exact == 10 else "exact")

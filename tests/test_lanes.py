@@ -8,28 +8,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from freshrec.data.batches import Targets, append, due_targets, targets_at
-from freshrec.data.lanes import HiddenStates, lane_batches, schedule
+from freshrec.data.batches import Targets, append_events, due_targets, targets_at
+from freshrec.data.lanes import HiddenStates, assign_lanes, session_parallel_batches
 from freshrec.models.gru4rec import GRU4Rec, GRU4RecSpec
 from freshrec.models.scoring import user_vectors
-from freshrec.types import NEVER, Batch, Events, Histories, Lanes
+from freshrec.types import NEVER, Batch, Events, Histories, SessionLanes
 
 
 def targets_of(*sessions: list[int], secret: tuple[int, ...] = ()) -> Targets:
     """Users 1, 2, ... with these items, one user after the other in time; `secret` items are never trained on."""
     users_E = torch.tensor([user for user, items in enumerate(sessions, 1) for _ in items])
     items_E = torch.tensor([item for items in sessions for item in items])
-    events = Events.of(users_E, items_E)
-    events.joins_E[torch.isin(items_E, torch.tensor(secret, dtype=torch.int64))] = NEVER
-    return due_targets(append(Histories.empty(), events, len(sessions)))
+    events = Events.trainable(users_E, items_E)
+    events.train_at_E[torch.isin(items_E, torch.tensor(secret, dtype=torch.int64))] = NEVER
+    return due_targets(append_events(Histories.empty(), events, len(sessions)))
 
 
 def steps(targets: Targets, n_lanes: int) -> list[list[tuple[int, int, int, bool]]]:
     """Of each step: (lane, event, target, whether a session begins)."""
     found = []
-    for batch in lane_batches(targets, n_lanes):
+    for batch in session_parallel_batches(targets, n_lanes):
         assert batch.lanes is not None and batch.targets_BT is not None
-        columns = batch.lanes.lane_B, batch.history_BT[:, 0], batch.targets_BT[:, 0], batch.lanes.begins_B
+        columns = batch.lanes.lane_B, batch.history_BT[:, 0], batch.targets_BT[:, 0], batch.lanes.is_first_B
         found.append(list(zip(*(column.tolist() for column in columns))))
     return found
 
@@ -57,13 +57,13 @@ def test_what_must_not_be_known_parts_a_session() -> None:
 
 
 def test_old_events_are_where_a_session_begins_and_no_targets() -> None:
-    histories = append(Histories.empty(), Events.of(torch.ones(4), torch.tensor([1, 2, 3, 4])), 1)
+    histories = append_events(Histories.empty(), Events.trainable(torch.ones(4), torch.tensor([1, 2, 3, 4])), 1)
     assert steps(targets_at(histories, torch.tensor([2, 3])), 4) == [[(0, 2, 3, True)], [(0, 3, 4, False)]]
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=12), st.integers(1, 5))
 def test_each_target_is_met_once_and_each_lane_has_one_session_at_a_time(lengths: list[int], n_lanes: int) -> None:
-    lane_S, step_S = schedule(torch.tensor(lengths), n_lanes)
+    lane_S, step_S = assign_lanes(torch.tensor(lengths), n_lanes)
     taken = [(lane, step + n) for lane, step, m in zip(lane_S.tolist(), step_S.tolist(), lengths) for n in range(m)]
     assert len(set(taken)) == len(taken) == sum(lengths)  # steps times lanes = the sum of (length - 1) of sessions
     assert step_S.tolist() == sorted(step_S.tolist())  # in their order
@@ -88,7 +88,7 @@ def vectors(hidden: HiddenStates, model: GRU4Rec, batch: Batch) -> Tensor:
 def test_event_by_event_gives_what_the_whole_history_gives(layers: int) -> None:
     # Nothing is trained in between, so that the state carried along a lane is that of the history so far.
     model, hidden, so_far = model_of(layers), HiddenStates(), dict[int, list[int]]()
-    for batch in lane_batches(targets_of([1, 2, 3, 8, 4], [4, 5], [6, 7, 1]), 2):
+    for batch in session_parallel_batches(targets_of([1, 2, 3, 8, 4], [4, 5], [6, 7, 1]), 2):
         assert batch.lanes is not None
         batch = replace(batch, negatives_N=torch.tensor([9]))
         found_BD = vectors(hidden, model, batch)
@@ -102,18 +102,18 @@ def test_event_by_event_gives_what_the_whole_history_gives(layers: int) -> None:
 def test_no_gradient_reaches_an_earlier_step() -> None:
     model, hidden = model_of(1), HiddenStates()
     first, second = (
-        Batch(one, one[:, None], 3 * one[:, None], torch.tensor([9]), lanes=Lanes(0 * one, one == begins, 1))
+        Batch(one, one[:, None], 3 * one[:, None], torch.tensor([9]), lanes=SessionLanes(0 * one, one == begins, 1))
         for one, begins in ((torch.tensor([1]), 1), (torch.tensor([1]), 0))
     )
     hidden.run(model, first)
-    rows_ND = model.items.in_step()[1]
+    rows_ND = model.items.step_rows()[1]
     hidden.run(model, second).loss.backward()
-    assert rows_ND.grad is None and model.items.in_step()[1].grad is not None
+    assert rows_ND.grad is None and model.items.step_rows()[1].grad is not None
 
 
 def test_models_that_read_the_same_batches_have_their_own_states() -> None:
     model, other, hidden, others = model_of(1), model_of(1), HiddenStates(), HiddenStates()
-    for batch in lane_batches(targets_of([1, 2, 3]), 1):
+    for batch in session_parallel_batches(targets_of([1, 2, 3]), 1):
         assert batch.lanes is not None
         batch = replace(batch, negatives_N=torch.tensor([9]))
         # one read the event before the other did
@@ -124,7 +124,7 @@ def test_models_that_read_the_same_batches_have_their_own_states() -> None:
 def test_the_states_of_one_epoch_do_not_reach_the_next() -> None:
     model, hidden, epochs = model_of(2), HiddenStates(), []
     for _ in range(2):
-        batches = list(lane_batches(targets_of([1, 2, 3, 8], [4, 5], [6, 7, 1]), 2))
+        batches = list(session_parallel_batches(targets_of([1, 2, 3, 8], [4, 5], [6, 7, 1]), 2))
         ready = [replace(batch, negatives_N=torch.tensor([9])) for batch in batches]
         epochs.append(torch.cat([vectors(hidden, model, batch) for batch in ready]))
     assert torch.equal(*epochs) and len(epochs[0].unique(dim=0)) == 3 + 1 + 2  # every history has another vector

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from freshrec.models.layers import FAR, attend, best_inner_product, first_of, sampled_logits, squash, yes_or_no
+from freshrec.models.layers import (
+    MASKED,
+    attend,
+    bce_loss,
+    max_inner_product,
+    sampled_logits,
+    sampled_softmax_loss,
+    squash,
+)
 
 near = pytest.approx
 
@@ -76,22 +84,24 @@ def test_the_loss_is_the_surprise_of_the_target_among_the_negatives() -> None:
     negatives_ND = torch.tensor([[0.0, 1.0], [1.0, 1.0]])
     logits_BN = sampled_logits(user_BD, target_BD, negatives_ND, torch.tensor([7]), torch.tensor([8, 9]))
     assert logits_BN.tolist() == [[2.0, 0.0, 1.0]]
-    assert first_of(logits_BN).item() == near(0.407606, abs=1e-6)
+    assert sampled_softmax_loss(logits_BN).item() == near(0.407606, abs=1e-6)
 
 
 def test_a_negative_that_is_the_target_does_not_count() -> None:
     user_BD, target_BD = torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0]])
     negatives_ND = torch.tensor([[0.0, 1.0], [2.0, 0.0]])
     logits_BN = sampled_logits(user_BD, target_BD, negatives_ND, torch.tensor([7]), torch.tensor([8, 7]))
-    assert first_of(logits_BN).item() == near(math.log(1 + math.exp(-2)))  # only item 8, of logit 0, is left
+    assert sampled_softmax_loss(logits_BN).item() == near(
+        math.log(1 + math.exp(-2))
+    )  # only item 8, of logit 0, is left
 
 
 def test_yes_or_no_by_hand() -> None:
     # ln(1 + e^-1) + (ln(1 + e^0) + ln(1 + e^2)) / 2 = 0.313262 + (0.693147 + 2.126928) / 2; what is FAR is left out
-    assert yes_or_no(torch.tensor([[1.0, 0.0, 2.0]])).item() == near(1.723299, abs=1e-6)
-    assert yes_or_no(torch.tensor([[1.0, 0.0, FAR, 2.0]])).item() == near(1.723299, abs=1e-6)
-    assert yes_or_no(torch.tensor([[1.0, FAR]])).item() == near(0.313262, abs=1e-6)
-    assert yes_or_no(torch.tensor([[1.0, -1.0]])).item() == near(0.626523, abs=1e-6)  # SASRec's, of one negative
+    assert bce_loss(torch.tensor([[1.0, 0.0, 2.0]])).item() == near(1.723299, abs=1e-6)
+    assert bce_loss(torch.tensor([[1.0, 0.0, MASKED, 2.0]])).item() == near(1.723299, abs=1e-6)
+    assert bce_loss(torch.tensor([[1.0, MASKED]])).item() == near(0.313262, abs=1e-6)
+    assert bce_loss(torch.tensor([[1.0, -1.0]])).item() == near(0.626523, abs=1e-6)  # SASRec's, of one negative
 
 
 def test_the_best_inner_product_is_that_of_the_closest_interest() -> None:
@@ -99,5 +109,5 @@ def test_the_best_inner_product_is_that_of_the_closest_interest() -> None:
     items_ND = torch.tensor([[1.0, 1.0], [3.0, 1.0], [1.0, 0.0]])
     # user 1: max(1, 2), max(3, 2), max(1, 0); user 2: max(-1, -3), max(-3, -9), max(-1, -3)
     expected = [[2.0, 3.0, 1.0], [-1.0, -3.0, -1.0]]
-    assert best_inner_product(vectors_BKD, items_ND).tolist() == expected
-    assert best_inner_product(vectors_BKD, items_ND.expand(2, -1, -1)).tolist() == expected
+    assert max_inner_product(vectors_BKD, items_ND).tolist() == expected
+    assert max_inner_product(vectors_BKD, items_ND.expand(2, -1, -1)).tolist() == expected

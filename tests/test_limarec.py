@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freshrec.data.batches import append
+from freshrec.data.batches import append_events
 from freshrec.errors import OptionError
-from freshrec.learn.fit import Fit
+from freshrec.learn.fit import FitConfig
 from freshrec.models.limarec import LimaRec, LimaRecSpec, linear_attention
 from freshrec.models.scoring import item_vectors, score_items, user_vectors
-from freshrec.models.tables import Table, make_room
+from freshrec.models.tables import EmbeddingTable, grow_with_zeros
 from freshrec.strategies.plain import Frozen
 from freshrec.types import Batch, EncodingModel, Histories, InterestModel, Span, State
 
@@ -41,7 +41,7 @@ def learnt(model: LimaRec, history: list[int], targets: list[int]) -> Tensor:
 
 def streamed(model: LimaRec, history: list[int]) -> Tensor:
     """(T, K, D) the interests after each event, from the running sums S and z, as the attention's authors have it."""
-    layer, keep = model.layer, 1 - model.spec.fading
+    layer, keep = model.layer, 1 - model.spec.decay
     S_DD, z_D, interests = torch.zeros(8, 8), torch.zeros(8), []
     with torch.no_grad():
         for x_D in model.items.weights[history]:
@@ -73,7 +73,7 @@ def test_each_query_finds_what_its_own_features_find() -> None:
 
 @pytest.mark.parametrize("fading", [0.0, 0.3])
 def test_a_stream_of_events_gives_what_each_prefix_gives_at_once(fading: float) -> None:
-    model, history = model_of(replace(SMALL, fading=fading)), [4, 2, 7, 2, 9, 1]
+    model, history = model_of(replace(SMALL, decay=fading)), [4, 2, 7, 2, 9, 1]
     stream_TKD = streamed(model, history)
     for n in range(1, len(history) + 1):
         vectors_BKD = user_vectors(model, asked(history[:n]))
@@ -84,13 +84,13 @@ def test_a_stream_of_events_gives_what_each_prefix_gives_at_once(fading: float) 
 def test_fading_forgets() -> None:
     # With 1 - fading near 0 all that came before the last item is gone; without fading it is not.
     for fading, is_same in ((0.9999, True), (0.0, False)):
-        model = model_of(replace(SMALL, fading=fading))
+        model = model_of(replace(SMALL, decay=fading))
         vectors_BKD = user_vectors(model, asked([4, 2, 7], [9, 1, 7]))
         assert torch.allclose(vectors_BKD[0], vectors_BKD[1], atol=1e-2) == is_same
 
 
 def test_a_gap_in_a_window_changes_nothing_and_the_future_is_not_seen() -> None:
-    model = model_of(replace(SMALL, fading=0.3))
+    model = model_of(replace(SMALL, decay=0.3))
     gapped_NKD = learnt(model, [0, 4, 0, 2, 7], [0, 2, 0, 7, 8])
     torch.testing.assert_close(gapped_NKD, learnt(model, [4, 2, 7], [2, 7, 8]))
     assert torch.equal(gapped_NKD[:2], learnt(model, [0, 4, 0, 2, 5], [0, 2, 0, 7, 8])[:2])
@@ -130,30 +130,32 @@ def test_no_history_is_a_vector_of_zeros_and_encoding_is_what_serves() -> None:
 
 
 def test_rows_that_come_after_training_start_at_zero_and_can_be_trained() -> None:
-    table = Table(4, std=1.0, seed=0)
-    make_room(table, 2)
-    make_room(table, 3)  # nothing is trained yet
+    table = EmbeddingTable(4, std=1.0, seed=0)
+    grow_with_zeros(table, 2)
+    grow_with_zeros(table, 3)  # nothing is trained yet
     assert (table.weights[1:] != 0).all()
-    table.pull(torch.tensor([1])).sum().backward()
-    table.push(0.1)
+    table.lookup(torch.tensor([1])).sum().backward()
+    table.step(0.1)
     old = table.weights.clone()
-    make_room(table, 5)
+    grow_with_zeros(table, 5)
     assert torch.equal(table.weights[:4], old) and (table.weights[4:] == 0).all() and len(table.weights) == 6
-    table.pull(torch.tensor([5])).sum().backward()
-    table.push(0.1)
+    table.lookup(torch.tensor([5])).sum().backward()
+    table.step(0.1)
     assert table.weights[5].tolist() == pytest.approx([-0.1] * 4, rel=1e-4) and (table.weights[4] == 0).all()
 
 
 def test_frozen_follows_its_users_and_never_offers_or_heeds_an_item_it_was_not_trained_on() -> None:
     # Users 1..60 go round circles of 5 items each; then come items 21..30, and user 1 takes some of them.
     base = circles.circles(range(1, 61), 1)
-    strategy = Frozen(fit=Fit(base_epochs=10))
-    state = State(LimaRecSpec(d=16, negatives=16, lr=0.01).build(0), recent=append(Histories.empty(), base, 60))
+    strategy = Frozen(fit=FitConfig(base_epochs=10))
+    state = State(
+        LimaRecSpec(d=16, negatives=16, lr=0.01).build(0), histories=append_events(Histories.empty(), base, 60)
+    )
     state = strategy.update(state, Span(0, base, 60, 20))
     before = {name: weight.clone() for name, weight in state.model.named_parameters()}
     trained = item_vectors(state.model).clone()
     late = circles.circles(range(61, 62), 1)
-    state = strategy.update(replace(state, recent=append(state.recent, late, 61)), Span(1, late, 61, 30))
+    state = strategy.update(replace(state, histories=append_events(state.histories, late, 61)), Span(1, late, 61, 30))
     model = state.model
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
     assert torch.equal(item_vectors(model)[:21], trained) and model.n_items == 30
@@ -168,4 +170,4 @@ def test_the_same_seed_gives_the_same_bits_and_options_out_of_bounds_are_refused
     first, again, other = (user_vectors(model_of(seed=seed), asked([4, 2, 7])) for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.allclose(first, other)
     with pytest.raises(OptionError, match="option fading of LimaRecSpec is 1.0; it must be at least 0 and below 1."):
-        LimaRecSpec(fading=1.0)
+        LimaRecSpec(decay=1.0)

@@ -53,11 +53,13 @@ def test_http_has_every_field_with_its_default_and_its_description_in_both_route
         assert query[name]["schema"]["default"] == body[name]["default"] == getattr(DEFAULTS, name)
     assert (query["k"]["schema"]["minimum"], query["k"]["schema"]["maximum"]) == (1, 500)
     assert (query["diversity"]["schema"]["minimum"], query["diversity"]["schema"]["maximum"]) == (0, 1e6)
-    assert asked.Asked(users=["u"]).to_request() == DEFAULTS
+    assert asked.RecommendRequest(users=["u"]).to_request() == DEFAULTS
 
 
 def test_ids_of_a_request_over_http_are_of_one_kind() -> None:
-    both = asked.Asked(users=["u"], k=3, exclude_seen=False, allow=[1, "x"], deny=[2, 3], category="c", diversity=0.5)
+    both = asked.RecommendRequest(
+        users=["u"], k=3, exclude_seen=False, allow=[1, "x"], deny=[2, 3], category="c", diversity=0.5
+    )
     assert both.to_request() == ListRequest(3, False, ("1", "x"), (2, 3), "c", 0.5)
 
 
@@ -86,7 +88,7 @@ def test_the_keyword_of_0_1_0_still_works_with_a_warning() -> None:
     recommender = Recommender("popularity").fit(log)
     assert recommender.recommend("u").is_empty()  # u has had both items
     with pytest.warns(FutureWarning, match="filter_seen is called exclude_seen now") as caught:
-        found = recommender.recommend("u", filter_seen=False)
+        found = recommender.recommend("u", exclude_seen=False)
     assert found["item_id"].to_list() == ["a", "b"]
     assert [one.filename for one in caught] == [__file__]  # the line of the caller, once
     assert found.equals(recommender.recommend("u", exclude_seen=False))

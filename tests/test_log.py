@@ -11,7 +11,15 @@ import polars as pl
 import pytest
 
 from freshrec.data.formats import FORMATS
-from freshrec.data.log import Log, before, format_time, microseconds, positives, read_log, to_microseconds
+from freshrec.data.log import (
+    Log,
+    events_before,
+    format_time,
+    keep_positives,
+    parse_microseconds,
+    read_log,
+    to_microseconds,
+)
 from freshrec.errors import LogError, OptionError
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -118,7 +126,7 @@ def test_rows_at_one_time_keep_the_order_of_the_source() -> None:
         pl.DataFrame({"user_id": [1] * 4, "item_id": [5, 3, 4, 9], "timestamp": [NOON, NOON, NOON, NOON - 1]})
     )
     assert log.frame["item_id"].to_list() == [9, 5, 3, 4]
-    assert log.n_late == 1  # only the last row stands behind a later one
+    assert log.n_out_of_order == 1  # only the last row stands behind a later one
 
 
 def test_a_log_without_timestamps_is_in_the_order_of_its_periods() -> None:
@@ -160,7 +168,7 @@ def test_only_the_asked_event_types_are_kept() -> None:
 def test_exposures_are_kept_until_positives_are_asked_for() -> None:
     log = read_log(frame_of(click=[None, 0, 1]), columns={"label": "click"})
     assert len(log.frame) == 3
-    assert rows_of(positives(log)) == IN_ORDER[:2]  # the last in time is the row that was only shown
+    assert rows_of(keep_positives(log)) == IN_ORDER[:2]  # the last in time is the row that was only shown
 
 
 def test_a_sample_keeps_whole_users_and_repeats_with_its_seed() -> None:
@@ -205,7 +213,7 @@ def test_movielens_comes_with_three_endings(tmp_path: Path) -> None:
 def test_kuairand_has_its_history_and_its_clicks() -> None:
     log = read_log(kuairand(), columns={"label": "click"})
     assert (log.has_clock, len(log.frame)) == (False, 1_045_516)
-    kept = positives(log).frame
+    kept = keep_positives(log).frame
     # 817,187 rows of period 0 have no click flag and count; 100,900 of the later rows are clicks (the data's README).
     assert (kept["period"] == 0).sum() == 817_187
     assert (kept["period"] > 0).sum() == 100_900
@@ -218,22 +226,22 @@ def test_what_comes_after_a_moment_is_left_out_and_counted() -> None:
             {"user_id": [1, 1, 2], "item_id": [5, 6, 7], "timestamp": ["2025-01-01", "2025-01-02", "2025-03-01"]}
         )
     )
-    kept = before(log, "2025-01-02T00:01")
+    kept = events_before(log, "2025-01-02T00:01")
     assert kept.frame["item_id"].to_list() == [5, 6] and "1 rows from 2025-01-02T00:01 on left out" in kept.notes[-1]
     with pytest.raises(LogError, match="no row of the log is before 2024-01-01"):
-        before(log, "2024-01-01")
+        events_before(log, "2024-01-01")
     with pytest.raises(OptionError, match="a date cannot be read"):
-        before(log, "yesterday")
+        events_before(log, "yesterday")
 
 
 def test_a_log_of_periods_without_a_clock_can_end_before_a_period() -> None:
     log = read_log(pl.DataFrame({"user_id": [1, 1, 2], "item_id": [5, 6, 7], "period": [0, 1, 2]}))
-    kept = before(log, "2")
+    kept = events_before(log, "2")
     assert kept.frame["item_id"].to_list() == [5, 6] and "1 rows from 2 on left out" in kept.notes[-1]
     with pytest.raises(LogError, match="no row of the log is before 0"):
-        before(log, "0")
+        events_before(log, "0")
     with pytest.raises(LogError, match='until = "2025-01-01" is no moment of it; name a period'):
-        before(log, "2025-01-01")
+        events_before(log, "2025-01-01")
 
 
 def test_times_are_written_in_utc_with_what_is_smaller_cut_off_and_read_back() -> None:
@@ -243,7 +251,7 @@ def test_times_are_written_in_utc_with_what_is_smaller_cut_off_and_read_back() -
     assert format_time(time_us, "minutes") == "2020-09-13T12:26+00:00"
     assert format_time(time_us, "auto") == "2020-09-13T12:26:40.999999+00:00"
     assert format_time(NOON * 10**6, "auto") == "2020-09-13T12:26:40+00:00"
-    assert microseconds(format_time(time_us, "auto")) == time_us
+    assert parse_microseconds(format_time(time_us, "auto")) == time_us
     assert to_microseconds(datetime(2020, 9, 13, 12, 26, 40)) == NOON * 10**6  # without a zone: UTC
     east = timezone(timedelta(hours=2))
     assert to_microseconds(datetime(2020, 9, 13, 14, 26, 40, tzinfo=east)) == NOON * 10**6

@@ -30,7 +30,7 @@ def test_a_score_is_the_product_and_both_biases() -> None:
     assert isinstance(model, ClickModel) and isinstance(model, TrainedModel)
     # 1 x 3 + 2 x -1 + 0.5 + 0.25
     assert model.score(batch([1], [2]), torch.tensor([2])).item() == near(1.75)
-    assert model.clicks(batch([1], [2]), torch.tensor([[2]])).item() == near(0.851953, abs=1e-6)
+    assert model.click_probabilities(batch([1], [2]), torch.tensor([[2]])).item() == near(0.851953, abs=1e-6)
     assert torch.equal(
         model.score(batch([1], [2]), torch.tensor([[2, 1]])), model.score(batch([1], [2]), torch.tensor([2, 1]))
     )

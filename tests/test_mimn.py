@@ -9,9 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freshrec.data.batches import append
-from freshrec.learn.fit import Fit
-from freshrec.models.mimn import MIMN, Memory, MIMNSpec, address, gru, shift, unevenness, write
+from freshrec.data.batches import append_events
+from freshrec.learn.fit import FitConfig
+from freshrec.models.mimn import (
+    MIMN,
+    MIMNSpec,
+    SlotMemory,
+    address_slots,
+    gru_step,
+    shift_weights,
+    usage_variance,
+    write_slots,
+)
 from freshrec.models.scoring import item_vectors, score_items, user_vectors
 from freshrec.strategies.plain import Frozen
 from freshrec.types import Batch, EncodingModel, Histories, InterestModel, Span, State
@@ -30,12 +39,12 @@ def asked(*histories: list[int]) -> Batch:
     return Batch(torch.arange(1, len(histories) + 1), torch.tensor(histories))
 
 
-def run(model: MIMN, history: list[int], memory: Memory | None = None) -> Memory:
+def run(model: MIMN, history: list[int], memory: SlotMemory | None = None) -> SlotMemory:
     """The memory after these events, from the one before them."""
     history_1T = torch.tensor([history])
     with torch.no_grad():
-        memory = model.cell.start(1) if memory is None else memory
-        after: Memory = model.cell(model.items.weights[history_1T], history_1T > 0, memory)[1]
+        memory = model.cell.initial_memory(1) if memory is None else memory
+        after: SlotMemory = model.cell(model.items.weights[history_1T], history_1T > 0, memory)[1]
     return after
 
 
@@ -46,12 +55,12 @@ def asking(history: list[int], targets: list[int]) -> Batch:
 def test_a_write_by_hand() -> None:
     # All ones, w = (1/2, 1/2), e = (1, 0), a = (0.2, 0.4): 1 (1 - 1/2) + 0.1 = 0.6 and 1 (1 - 0) + 0.2 = 1.2.
     slots_BKM, erase_BM, add_BM = torch.ones(1, 2, 2), torch.tensor([[1.0, 0.0]]), torch.tensor([[0.2, 0.4]])
-    found_BKM = write(slots_BKM, torch.tensor([[0.5, 0.5]]), erase_BM, add_BM)
+    found_BKM = write_slots(slots_BKM, torch.tensor([[0.5, 0.5]]), erase_BM, add_BM)
     torch.testing.assert_close(found_BKM, torch.tensor([[[0.6, 1.2], [0.6, 1.2]]]), atol=1e-6, rtol=0)
 
 
 def test_a_write_to_one_slot_that_erases_all_clears_that_slot_only() -> None:
-    found_BKM = write(torch.ones(1, 2, 2), torch.tensor([[0.0, 1.0]]), torch.ones(1, 2), torch.zeros(1, 2))
+    found_BKM = write_slots(torch.ones(1, 2, 2), torch.tensor([[0.0, 1.0]]), torch.ones(1, 2), torch.zeros(1, 2))
     assert found_BKM.tolist() == [[[1.0, 1.0], [0.0, 0.0]]]
 
 
@@ -59,11 +68,11 @@ def test_a_slot_is_found_by_its_key_and_by_what_is_in_it() -> None:
     # Wanted (2, 0), of any length. Keys (1, 0), (0, 1): cosines 1, 0; slots (0, 3), (1, 1): 0, 1 / sqrt 2.
     # Half their sums: 1/2 and 0.353553; sharpness 4: logits 2 and 1.414214. A slot of zeros has the cosine 0.
     wanted_BHM, sharpness_BH = torch.tensor([[[2.0, 0.0]]]), torch.tensor([[4.0]])
-    log_w = address(wanted_BHM, sharpness_BH, torch.eye(2), torch.tensor([[[0.0, 3.0], [1.0, 1.0]]]))
+    log_w = address_slots(wanted_BHM, sharpness_BH, torch.eye(2), torch.tensor([[[0.0, 3.0], [1.0, 1.0]]]))
     w = 1 / (1 + math.exp(math.sqrt(2) - 2))
     torch.testing.assert_close(log_w.exp(), torch.tensor([[[w, 1 - w]]]))
     torch.testing.assert_close(
-        address(wanted_BHM, sharpness_BH, torch.eye(2), torch.zeros(1, 2, 2)).exp(),
+        address_slots(wanted_BHM, sharpness_BH, torch.eye(2), torch.zeros(1, 2, 2)).exp(),
         torch.softmax(torch.tensor([[[2.0, 0.0]]]), 2),
     )
 
@@ -73,15 +82,15 @@ def test_weights_are_shared_with_neighbours_in_the_circle_then_sharpened_by_a_po
     # 0.25 + (0.2 + 0.3) / 4 = 0.375, 0.15 + (0.5 + 0.2) / 4 = 0.325, 0.1 + (0.3 + 0.5) / 4 = 0.3; squared, normed.
     log_w_BK, moves_B3 = torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([[0.5, 0.25, 0.25]]).log()
     shared_BK = torch.tensor([[0.375, 0.325, 0.3]])
-    torch.testing.assert_close(shift(log_w_BK, moves_B3, torch.tensor([[1.0]])), shared_BK)
+    torch.testing.assert_close(shift_weights(log_w_BK, moves_B3, torch.tensor([[1.0]])), shared_BK)
     squared_BK = shared_BK.square() / shared_BK.square().sum()
-    torch.testing.assert_close(shift(log_w_BK, moves_B3, torch.tensor([[2.0]])), squared_BK)
+    torch.testing.assert_close(shift_weights(log_w_BK, moves_B3, torch.tensor([[2.0]])), squared_BK)
 
 
 def test_sharpening_by_a_high_power_stays_finite() -> None:
     # 0.25^84 is below the smallest float: the plain quotient of powers would be 0 / 0.
     log_w_BK = torch.full((1, 4), math.log(0.25), requires_grad=True)
-    w_BK = shift(log_w_BK, torch.zeros(1, 3), torch.tensor([[84.0]]))
+    w_BK = shift_weights(log_w_BK, torch.zeros(1, 3), torch.tensor([[84.0]]))
     w_BK[0, 0].backward()
     torch.testing.assert_close(w_BK, torch.full((1, 4), 0.25))
     assert log_w_BK.grad is not None and log_w_BK.grad.isfinite().all()
@@ -93,12 +102,12 @@ def test_the_controller_is_a_gated_recurrent_unit() -> None:
         input_BD, state_BC = torch.randn(2, 4), torch.randn(2, 3)
         by_input_BG = F.linear(input_BD, cell.weight_ih, cell.bias_ih)
         by_state_BG = F.linear(state_BC, cell.weight_hh, cell.bias_hh)
-        torch.testing.assert_close(gru(by_input_BG, by_state_BG, state_BC), cell(input_BD, state_BC))
+        torch.testing.assert_close(gru_step(by_input_BG, by_state_BG, state_BC), cell(input_BD, state_BC))
 
 
 def test_unevenness_by_hand() -> None:
     # Use (3, 1) and (2, 2): deviations 1, 1, 0, 0, mean of squares 1/2; over 2 slots and 2 users: 1/8.
-    assert unevenness(torch.tensor([[3.0, 1.0], [2.0, 2.0]])) == 0.125
+    assert usage_variance(torch.tensor([[3.0, 1.0], [2.0, 2.0]])) == 0.125
 
 
 def test_one_event_by_hand() -> None:
@@ -113,7 +122,7 @@ def test_one_event_by_hand() -> None:
     cell.heads.bias.data = torch.tensor([number for part in biases.values() for number in part])
     cell.keys_KM.data, cell.blank_KM = torch.tensor([[9.0, 0.0], [0.0, 9.0]]), torch.tensor([[0.0, 0.0], [4.0, 4.0]])
     with torch.no_grad():
-        slots_BTKM, memory = cell(torch.ones(1, 1, 2), torch.ones(1, 1, dtype=torch.bool), cell.start(1))
+        slots_BTKM, memory = cell(torch.ones(1, 1, 2), torch.ones(1, 1, dtype=torch.bool), cell.initial_memory(1))
     read_K = torch.softmax(21 * torch.tensor([1, 1 / math.sqrt(2)]), 0)
     torch.testing.assert_close(memory.read_BM[0], read_K[1] * torch.tensor([4.0, 4.0]))  # before anything is written
     w_K = torch.softmax((math.log(2) + 1) * torch.tensor([0, 1 + 1 / math.sqrt(2)]), 0)
@@ -127,14 +136,14 @@ def test_one_event_by_hand() -> None:
 
 def test_events_one_by_one_give_the_memory_of_all_at_once() -> None:
     model, history = model_of(), [4, 2, 7, 2, 9, 1]
-    memory = model.cell.start(1)
+    memory = model.cell.initial_memory(1)
     for n, item in enumerate(history, 1):
         memory = run(model, [item], memory)
         for carried, at_once in zip(memory, run(model, history[:n])):
             torch.testing.assert_close(carried, at_once)
         with torch.no_grad():
             torch.testing.assert_close(user_vectors(model, asked(history[:n])), model.project(memory.slots_BKM))
-    assert memory.used_BK.sum().item() == pytest.approx(6)  # each event writes 1 in all
+    assert memory.usage_BK.sum().item() == pytest.approx(6)  # each event writes 1 in all
 
 
 def test_padding_is_no_event() -> None:
@@ -153,31 +162,34 @@ def test_each_position_knows_its_past_and_not_its_future() -> None:
 
 
 def used_after(even: float) -> tuple[float, Tensor, MIMN]:
-    model = model_of(replace(SMALL, even=even))
+    model = model_of(replace(SMALL, usage_penalty=even))
     batch = asking([4, 2, 7], [2, 7, 8])
     forward = model(batch)
     assert forward.logits_BN is not None
     choice = F.cross_entropy(forward.logits_BN, torch.zeros(3, dtype=torch.int64))
-    return float((forward.loss - choice).detach()), unevenness(run(model, [4, 2, 7]).used_BK), model
+    return float((forward.loss - choice).detach()), usage_variance(run(model, [4, 2, 7]).usage_BK), model
 
 
 def test_uneven_use_costs_and_is_seen_by_the_heads_unless_it_is_switched_off() -> None:
     cost, uneven, model = used_after(2.0)
     assert cost == pytest.approx(2 * float(uneven), abs=1e-5) and uneven > 0
     with torch.no_grad():  # the heads are told how much each slot was used
-        fresh, worn = model.cell.start(1), model.cell.start(1)._replace(used_BK=torch.tensor([[400.0, 0.0, 0.0]]))
+        fresh, worn = (
+            model.cell.initial_memory(1),
+            model.cell.initial_memory(1)._replace(usage_BK=torch.tensor([[400.0, 0.0, 0.0]])),
+        )
         assert not torch.allclose(run(model, [4], fresh).slots_BKM, run(model, [4], worn).slots_BKM)
     cost, _, model = used_after(0.0)
     assert cost == 0
-    worn = model.cell.start(1)._replace(used_BK=torch.tensor([[400.0, 0.0, 0.0]]))
+    worn = model.cell.initial_memory(1)._replace(usage_BK=torch.tensor([[400.0, 0.0, 0.0]]))
     assert torch.equal(run(model, [4]).slots_BKM, run(model, [4], worn).slots_BKM)
 
 
 def test_the_heads_see_the_use_without_a_gradient() -> None:
     model = model_of()
-    worn = model.cell.start(1)._replace(used_BK=torch.tensor([[400.0, 0.0, 0.0]], requires_grad=True))
+    worn = model.cell.initial_memory(1)._replace(usage_BK=torch.tensor([[400.0, 0.0, 0.0]], requires_grad=True))
     slots_BTKM, _ = model.cell(model.items.weights[torch.tensor([[4]])], torch.tensor([[True]]), worn)
-    (gradient,) = torch.autograd.grad(slots_BTKM.sum(), worn.used_BK, allow_unused=True)
+    (gradient,) = torch.autograd.grad(slots_BTKM.sum(), worn.usage_BK, allow_unused=True)
     assert gradient is None
 
 
@@ -191,7 +203,7 @@ def test_all_that_can_learn_does_and_the_blank_memory_cannot() -> None:
 
 def test_hard_attention_teaches_the_closest_interest_and_soft_attention_all() -> None:
     for attention in ("hard", "soft"):
-        model = model_of(replace(SMALL, attention=attention, even=0.0))
+        model = model_of(replace(SMALL, attention=attention, usage_penalty=0.0))
         batch = asking([4, 2], [0, 8])
         vectors_KD = user_vectors(model, batch)[0]
         near_K = vectors_KD @ item_vectors(model)[8]
@@ -218,12 +230,12 @@ def test_the_interests_are_the_slots_projected_and_the_best_of_them_scores() -> 
 def test_frozen_follows_its_users_and_never_offers_or_heeds_an_item_it_was_not_trained_on() -> None:
     # Users 1..60 go round circles of 5 items each; then come items 21..30, of which nothing is learnt.
     base = circles.circles(range(1, 61), 1)
-    strategy = Frozen(fit=Fit(base_epochs=6))
-    state = State(MIMNSpec(d=16, negatives=16).build(0), recent=append(Histories.empty(), base, 60))
+    strategy = Frozen(fit=FitConfig(base_epochs=6))
+    state = State(MIMNSpec(d=16, negatives=16).build(0), histories=append_events(Histories.empty(), base, 60))
     state = strategy.update(state, Span(0, base, 60, 20))
     before = {name: weight.clone() for name, weight in state.model.named_parameters()}
     late = circles.circles(range(61, 62), 1)
-    state = strategy.update(replace(state, recent=append(state.recent, late, 61)), Span(1, late, 61, 30))
+    state = strategy.update(replace(state, histories=append_events(state.histories, late, 61)), Span(1, late, 61, 30))
     model = state.model
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
     best_B5 = score_items(model, asked([1, 2, 3], [6, 7, 8]), torch.arange(1, 31)).topk(5).indices + 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from freshrec.models import MODELS
-from freshrec.models.interests import InterestNet, InterestSpec, Routing, SelfAttention, Start
+from freshrec.models.interests import DynamicRouting, InitialInterests, InterestNet, InterestSpec, SelfAttention
 from freshrec.models.layers import squash
 from freshrec.models.sasrec import SASRec, SASRecSpec
 from freshrec.models.scoring import item_vectors, score_items
@@ -21,13 +21,13 @@ READERS = [name for name in TRAINED if name not in ("mf", "mf-biased")]  # they 
 N_ITEMS = 9
 
 
-def at(vectors_BKD: Tensor) -> Start:
+def at(vectors_BKD: Tensor) -> InitialInterests:
     """Extraction that starts from stored interests, all of them alive."""
-    return Start(vectors_BKD, None, None)
+    return InitialInterests(vectors_BKD, None, None)
 
 
-def routing(d: int, iterations: int = 3, noise: float = 0.0, recency: bool = False) -> Routing:
-    return Routing(d, iterations, noise, recency)
+def routing(d: int, iterations: int = 3, noise: float = 0.0, recency: bool = False) -> DynamicRouting:
+    return DynamicRouting(d, iterations, noise, recency)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -138,7 +138,7 @@ def test_noise_in_the_routing_is_for_training_only() -> None:
 def test_noise_in_the_routing_is_for_newcomers_only() -> None:
     route, items_BTD, starts_BKD = routing(4, noise=1.0), random(2, 5, 4), random(2, 3, 4, seed=1)
     everything = torch.ones(2, 5, 1)
-    found_BKD = route(items_BTD, everything, Start(starts_BKD, None, torch.tensor([True, False])))
+    found_BKD = route(items_BTD, everything, InitialInterests(starts_BKD, None, torch.tensor([True, False])))
     quiet_BKD = routing(4)(items_BTD, everything, at(starts_BKD))
     assert not torch.equal(found_BKD[0], quiet_BKD[0])
     torch.testing.assert_close(found_BKD[1], quiet_BKD[1])
@@ -146,7 +146,7 @@ def test_noise_in_the_routing_is_for_newcomers_only() -> None:
 
 def attention() -> SelfAttention:
     """Without positions, W_1 = (1, 0), W_u = ln 3 / tanh 1 and 0: (0, 1) and (1, 0) have logits 0 and ln 3, or 0."""
-    layer = SelfAttention(d=2, d_inner=1, k_max=2, length=4, source=torch.Generator())
+    layer = SelfAttention(d=2, d_inner=1, k_max=2, length=4, rng=torch.Generator())
     layer.positions_TD.data.zero_()
     layer.inner_AD.data = torch.tensor([[1.0, 0.0]])
     layer.queries_KA.data = torch.tensor([[math.log(3) / math.tanh(1)], [0.0]])
@@ -255,7 +255,7 @@ def test_the_same_seed_builds_the_same_model_and_another_seed_another(name: str)
 def test_a_newcomer_starts_with_distinct_directions_of_norm_below_one() -> None:
     # Of norm sqrt(d) = 8, as the paper's N(0, I) has, new interests would draw every item from the stored ones.
     model = InterestNet(InterestSpec(), seed=0)
-    starts_KD = model.slots(12)
+    starts_KD = model.initial_interests(12)
     assert (starts_KD.norm(dim=1) < 1).all() and (starts_KD.norm(dim=1) > 0.9).all()
     cosines_KK = torch.nn.functional.normalize(starts_KD) @ torch.nn.functional.normalize(starts_KD).t()
     assert (cosines_KK - torch.eye(12)).abs().max() < 0.6  # 4.8 standard deviations of a cosine at d = 64

@@ -18,54 +18,56 @@ from hypothesis import strategies as st
 
 from freshrec.cli import main
 from freshrec.data.log import read_log
-from freshrec.data.worlds import make
+from freshrec.data.worlds import make_world
 from freshrec.errors import LogError, OptionError, StateError, TrainingError
 from freshrec.nightly import job as job_module
-from freshrec.nightly.anew import GAIN, interval_of, planned, since_full
-from freshrec.nightly.gate import Limits
-from freshrec.nightly.job import Job, preview, source_of, waiting
-from freshrec.nightly.tell import user as inspected
-from freshrec.serve.contents import Contents, begun, read_contents
+from freshrec.nightly.anew import GAIN_KEY, retrain_interval, retrain_plan, updates_since_retrain
+from freshrec.nightly.gate import GateLimits
+from freshrec.nightly.job import NightlyJob, hash_source, preview_delivery, waiting_batches
+from freshrec.nightly.tell import user_profile as inspected
+from freshrec.serve.contents import Bundle, new_bundle, read_bundle
 from freshrec.serve.recommender import Recommender
-from freshrec.store.versions import Manifest, Store, chain_of, new_store, open_store
+from freshrec.store.versions import Manifest, Store, create_store, open_store, version_chain
 
-ANY = Limits(
+ANY = GateLimits(
     tolerance=0.99,
     forgetting=0.99,
-    more=1e9,
-    fewer=1e9,
-    shorter=1e9,
-    n_tails=1000,
-    rise=1.0,
-    small_rise=1.0,
-    one_user=1.0,
-    one_item=1.0,
-    unknown=1.0,
-    doubled=1.0,
-    late=1.0,
-    same_second=1.0,
+    max_growth_factor=1e9,
+    max_drop_factor=1e9,
+    max_shortening_factor=1e9,
+    min_floor_versions=1000,
+    max_rise=1.0,
+    max_small_rise=1.0,
+    max_share_top_user=1.0,
+    max_share_top_item=1.0,
+    max_share_unknown=1.0,
+    max_share_doubled=1.0,
+    max_share_late=1.0,
+    max_share_same_second=1.0,
 )
 SIZE = 300
 
 
 def days(n: int = 4) -> list[pl.DataFrame]:
     """A base of 1,500 events and `n` days after it, of a world in which users drift."""
-    frame = make("drift", users=120, items=50, events=1500 + n * SIZE).log.frame.select("user_id", "item_id", "time")
+    frame = make_world("drift", users=120, items=50, events=1500 + n * SIZE).log.frame.select(
+        "user_id", "item_id", "time"
+    )
     return [frame[:1500], *(frame[1500 + i * SIZE : 1500 + (i + 1) * SIZE] for i in range(n))]
 
 
-def started(folder: Path, base: pl.DataFrame, model: str = "popularity", limits: Limits = ANY) -> Job:
-    with new_store(folder) as store:
-        Job(store, limits).begin(read_log(base), "base", begun(model, None, 0))
-    return Job(open_store(folder), limits)
+def started(folder: Path, base: pl.DataFrame, model: str = "popularity", limits: GateLimits = ANY) -> NightlyJob:
+    with create_store(folder) as store:
+        NightlyJob(store, limits).fit_first_version(read_log(base), "base", new_bundle(model, None, 0))
+    return NightlyJob(open_store(folder), limits)
 
 
-def learn(job: Job, frame: pl.DataFrame, source: str) -> list[Manifest]:
-    job.deliver(read_log(frame), source)
+def learn(job: NightlyJob, frame: pl.DataFrame, source: str) -> list[Manifest]:
+    job.append_delivery(read_log(frame), source)
     return list(job.catch_up())
 
 
-def learnt(kept: Contents) -> int:
+def learnt(kept: Bundle) -> int:
     """How many events a popularity model has counted, and those that wait for the next update."""
     return round(float(kept.served.state.model.counts_I.sum())) + len(kept.served.pending)
 
@@ -73,13 +75,13 @@ def learnt(kept: Contents) -> int:
 def test_every_event_is_learnt_once_the_newest_ones_with_the_next_update(tmp_path: Path) -> None:
     base, *later = days()
     job = started(tmp_path / "s", base)
-    first = job.contents
+    first = job.bundle
     assert len(first.served.pending) == 75 and learnt(first) == 1500  # 5 % of the first log, then 20 % of each day
     for i, day in enumerate(later):
         [version] = learn(job, day, f"day {i}")
         assert (version.promoted, version.parent, version.held) == (True, i + 1, 60)
-        assert learnt(job.contents) == 1500 + (i + 1) * SIZE
-    assert [manifest.id for manifest in chain_of(job.store)] == [1, 2, 3, 4, 5]
+        assert learnt(job.bundle) == 1500 + (i + 1) * SIZE
+    assert [manifest.id for manifest in version_chain(job.store)] == [1, 2, 3, 4, 5]
     whole = pl.concat([base, *later])
     assert job.log.read().sort("time").select("user_id", "item_id").equals(whole.select("user_id", "item_id"))
 
@@ -89,14 +91,14 @@ def test_what_is_loaded_is_what_was_in_memory_and_histories_hold_the_newest_even
     base, day, *_ = days()
     job = started(tmp_path / "s", base, model)
     [version] = learn(job, day, "day")
-    kept = job.contents
-    again = read_contents(open_store(tmp_path / "s").files(version.id))
+    kept = job.bundle
+    again = read_bundle(open_store(tmp_path / "s").verified_files(version.id))
     users = day["user_id"].unique()
-    lists = Recommender.of(kept).recommend(users, 5)
-    assert lists.equals(Recommender.of(again).recommend(users, 5))
+    lists = Recommender.from_bundle(kept).recommend(users, 5)
+    assert lists.equals(Recommender.from_bundle(again).recommend(users, 5))
     assert lists.equals(Recommender.load(tmp_path / "s").recommend(users, 5))
     last = day[-1]
-    histories, row = kept.served.now.recent, int(kept.served.users.rows(last["user_id"]))
+    histories, row = kept.served.current_state.histories, int(kept.served.users.rows(last["user_id"]))
     assert (
         kept.served.items.ids(histories.items_R[histories.offsets_U[row + 1] - 1][None].long())[0] == last["item_id"][0]
     )
@@ -108,13 +110,18 @@ def test_what_is_delivered_twice_counts_once_and_overlaps_and_doubled_rows_are_t
     base, one, two, *_ = days()
     job = started(tmp_path / "s", base)
     learn(job, one, "one")
-    taken = job.deliver(read_log(one), "one")
-    assert (taken.batch, taken.again, taken.known, waiting(job.store, job.log)) == (None, 2, SIZE, [])
-    taken = job.deliver(read_log(pl.concat([one[200:], two, two[:10]])), "overlapping")
-    assert (taken.known, taken.doubled, taken.kept) == (100, 10, SIZE)
-    [version] = Job(job.store, job.limits).catch_up()  # the one that took the delivery has died
+    taken = job.append_delivery(read_log(one), "one")
+    assert (taken.batch, taken.repeated_batch, taken.n_known, waiting_batches(job.store, job.log)) == (
+        None,
+        2,
+        SIZE,
+        [],
+    )
+    taken = job.append_delivery(read_log(pl.concat([one[200:], two, two[:10]])), "overlapping")
+    assert (taken.n_known, taken.n_duplicates, taken.n_appended) == (100, 10, SIZE)
+    [version] = NightlyJob(job.store, job.limits).catch_up()  # the one that took the delivery has died
     shares = [version.data["day"][name] * (SIZE + 110) for name in ("share_known", "share_doubled")]
-    assert learnt(job.contents) == 1500 + 2 * SIZE and shares == pytest.approx([100, 10])
+    assert learnt(job.bundle) == 1500 + 2 * SIZE and shares == pytest.approx([100, 10])
 
 
 def test_late_rows_take_their_place_in_the_history_and_are_told(tmp_path: Path) -> None:
@@ -124,7 +131,7 @@ def test_late_rows_take_their_place_in_the_history_and_are_told(tmp_path: Path) 
     job = started(tmp_path / "s", base, "comirec-dr:d=8")
     [version] = learn(job, pl.concat([late, one]), "one")
     assert version.numbers["late"] == 4 and version.data["day"]["share_late"] == pytest.approx(4 / (SIZE + 4))
-    recent = job.contents.served.now.recent
+    recent = job.bundle.served.current_state.histories
     for user in range(1, recent.n_users + 1):
         times = recent.times_R[recent.offsets_U[user] : recent.offsets_U[user + 1]]
         assert bool((times.diff() >= 0).all())
@@ -150,35 +157,35 @@ def test_missed_days_are_caught_up_in_order(tmp_path: Path) -> None:
     base, *later = days()
     job = started(tmp_path / "s", base)
     for i, day in enumerate(later[:3]):
-        job.deliver(read_log(day), f"day {i}")  # and then it was killed
-    job = Job(open_store(tmp_path / "s"), ANY)
-    assert waiting(job.store, job.log) == [2, 3, 4]
+        job.append_delivery(read_log(day), f"day {i}")  # and then it was killed
+    job = NightlyJob(open_store(tmp_path / "s"), ANY)
+    assert waiting_batches(job.store, job.log) == [2, 3, 4]
     assert [version.batch for version in job.catch_up()] == [2, 3, 4]
-    assert learnt(job.contents) == 1500 + 3 * SIZE and waiting(job.store, job.log) == []
+    assert learnt(job.bundle) == 1500 + 3 * SIZE and waiting_batches(job.store, job.log) == []
 
 
 def test_a_refused_day_leaves_the_live_version_and_can_be_taken_again(tmp_path: Path) -> None:
     base, one, two, *_ = days()
     job = started(tmp_path / "s", base)
     bot = one.with_columns(user_id=pl.lit(7))
-    job.limits = Limits()
+    job.limits = GateLimits()
     [refused] = learn(job, bot, "bot")
     assert not refused.promoted and "of one user" in refused.reasons[0]
-    assert job.store.live == 1 and learnt(job.contents) == 1500
+    assert job.store.live == 1 and learnt(job.bundle) == 1500
     assert list(job.catch_up()) == []  # it is not tried night after night
     job.limits = ANY
     [version] = learn(job, two, "two")
-    assert (version.id, version.parent, learnt(job.contents)) == (3, 1, 1500 + SIZE)
-    taken = job.again(2)
-    assert (taken.id, taken.parent, taken.batch) == (4, 3, 2) and learnt(job.contents) == 1500 + 2 * SIZE
+    assert (version.id, version.parent, learnt(job.bundle)) == (3, 1, 1500 + SIZE)
+    taken = job.relearn(2)
+    assert (taken.id, taken.parent, taken.batch) == (4, 3, 2) and learnt(job.bundle) == 1500 + 2 * SIZE
     with pytest.raises(OptionError, match="nothing is left to take"):
-        job.again(3)
+        job.relearn(3)
 
 
 def test_force_lets_a_refused_version_go_live_and_both_are_recorded(tmp_path: Path) -> None:
     base, one, *_ = days()
-    job = started(tmp_path / "s", base, limits=Limits())
-    job.deliver(read_log(one.with_columns(user_id=pl.lit(7))), "bot")
+    job = started(tmp_path / "s", base, limits=GateLimits())
+    job.append_delivery(read_log(one.with_columns(user_id=pl.lit(7))), "bot")
     [version] = job.catch_up("the fair brought them")
     assert not version.promoted and version.reasons and "the fair brought them" in version.notes[-1]
     assert job.store.live == 2 and job.store.moves()[-1].reason == "the fair brought them"
@@ -189,47 +196,50 @@ def test_what_was_rolled_back_is_not_learnt_again_unasked(tmp_path: Path) -> Non
     job = started(tmp_path / "s", base)
     learn(job, one, "one")
     learn(job, two, "two")
-    job.store.point(2, "rollback", "a bad import")
-    assert waiting(job.store, job.log) == [] and learnt(job.contents) == 1500 + SIZE
+    job.store.move_pointer(2, "rollback", "a bad import")
+    assert waiting_batches(job.store, job.log) == [] and learnt(job.bundle) == 1500 + SIZE
     [version] = learn(job, three, "three")
-    assert (version.id, version.parent, learnt(job.contents)) == (4, 2, 1500 + 2 * SIZE)
-    assert job.again(3).parent == 4 and learnt(job.contents) == 1500 + 3 * SIZE
+    assert (version.id, version.parent, learnt(job.bundle)) == (4, 2, 1500 + 2 * SIZE)
+    assert job.relearn(3).parent == 4 and learnt(job.bundle) == 1500 + 3 * SIZE
 
 
 def test_a_corrected_delivery_is_learnt_whole_after_the_wrong_one_was_refused_or_rolled_back(tmp_path: Path) -> None:
     base, one, two, *_ = days()
     job = started(tmp_path / "s", base)
-    job.limits = Limits()
+    job.limits = GateLimits()
     bot = one.with_columns(
         user_id=pl.when(pl.int_range(pl.len()) % 2 == 0).then(pl.lit(7, one["user_id"].dtype)).otherwise("user_id")
     )
     own = one.filter(pl.int_range(pl.len()) % 2 == 0, pl.col("user_id") == 7).height  # as they were
     assert not learn(job, bot, "bot")[0].promoted
     job.limits = ANY
-    taken = job.deliver(read_log(one), "one")
-    assert (taken.kept, taken.known) == (SIZE, 0)  # half of the rows were delivered before, but nobody has learnt them
+    taken = job.append_delivery(read_log(one), "one")
+    assert (taken.n_appended, taken.n_known) == (
+        SIZE,
+        0,
+    )  # half of the rows were delivered before, but nobody has learnt them
     list(job.catch_up())
-    assert learnt(job.contents) == 1500 + SIZE
+    assert learnt(job.bundle) == 1500 + SIZE
     half = two.head(SIZE // 2).with_columns(item_id=pl.lit(3, two["item_id"].dtype))
     learn(job, pl.concat([half, two.tail(SIZE // 2)]), "a bad import")
-    job.store.point(3, "rollback", "it was bad")
+    job.store.move_pointer(3, "rollback", "it was bad")
     assert learn(job, two, "the import, mended")[0].numbers["new_events"] == SIZE
-    assert learnt(job.contents) == 1500 + 2 * SIZE
+    assert learnt(job.bundle) == 1500 + 2 * SIZE
     # of the refused version only what nobody else has taught since
-    assert job.again(2).numbers["new_events"] == SIZE // 2 - own
-    batches = [version.batch for version in chain_of(job.store)]
-    assert learnt(job.contents) == len(job.log.read(batches)) == 1500 + 2 * SIZE + SIZE // 2 - own
+    assert job.relearn(2).numbers["new_events"] == SIZE // 2 - own
+    batches = [version.batch for version in version_chain(job.store)]
+    assert learnt(job.bundle) == len(job.log.read(batches)) == 1500 + 2 * SIZE + SIZE // 2 - own
 
 
 def test_what_waits_is_not_learnt_twice_where_a_version_that_knows_it_was_promoted_meanwhile(tmp_path: Path) -> None:
     base, one, *_ = days()
     job = started(tmp_path / "s", base)
     learn(job, one, "one")
-    job.store.point(1, "rollback", "for a while")
-    job.deliver(read_log(one.tail(200)), "the end of it")  # and its maker dies
-    job.store.point(2, "promote", "after all")
+    job.store.move_pointer(1, "rollback", "for a while")
+    job.append_delivery(read_log(one.tail(200)), "the end of it")  # and its maker dies
+    job.store.move_pointer(2, "promote", "after all")
     [version] = job.catch_up()
-    assert version.kind == "no rows" and learnt(job.contents) == 1500 + SIZE
+    assert version.kind == "no rows" and learnt(job.bundle) == 1500 + SIZE
 
 
 def test_who_dies_before_a_version_goes_live_leaves_that_to_the_next_run(
@@ -241,17 +251,17 @@ def test_who_dies_before_a_version_goes_live_leaves_that_to_the_next_run(
     def die(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Store, "point", die)
+    monkeypatch.setattr(Store, "move_pointer", die)
     with pytest.raises(KeyboardInterrupt):
         learn(job, one, "one")
     monkeypatch.undo()
-    job = Job(open_store(tmp_path / "s"), ANY)
-    assert (job.store.live, job.store.numbers()) == (1, [1, 2])
-    assert list(job.catch_up()) == [] and job.store.live == 2 and learnt(job.contents) == 1500 + SIZE
-    job.store.point(1, "rollback")
+    job = NightlyJob(open_store(tmp_path / "s"), ANY)
+    assert (job.store.live, job.store.version_numbers()) == (1, [1, 2])
+    assert list(job.catch_up()) == [] and job.store.live == 2 and learnt(job.bundle) == 1500 + SIZE
+    job.store.move_pointer(1, "rollback")
     assert list(job.catch_up()) == [] and job.store.live == 1  # it has been live
     learn(job, two, "two")
-    assert learnt(job.contents) == 1500 + SIZE
+    assert learnt(job.bundle) == 1500 + SIZE
 
 
 def test_what_cannot_be_learnt_is_a_refused_version_and_does_not_stop_the_nights(
@@ -263,12 +273,12 @@ def test_what_cannot_be_learnt_is_a_refused_version_and_does_not_stop_the_nights
     def diverge(*_: object) -> None:
         raise TrainingError("the loss became nan")
 
-    monkeypatch.setattr(job_module, "_learnt", diverge)
+    monkeypatch.setattr(job_module, "_learn", diverge)
     [version] = learn(job, one, "one")
     assert not version.promoted and version.reasons == ["the loss became nan"] and job.store.live == 1
     monkeypatch.undo()
-    assert learn(job, two, "two")[0].parent == 1 and job.again(2).parent == 3
-    assert learnt(job.contents) == 1500 + 2 * SIZE
+    assert learn(job, two, "two")[0].parent == 1 and job.relearn(2).parent == 3
+    assert learnt(job.bundle) == 1500 + 2 * SIZE
 
 
 def test_a_log_that_was_lost_is_told(tmp_path: Path) -> None:
@@ -294,7 +304,7 @@ def test_what_the_first_log_left_out_is_new_later_and_clicks_are_no_doubles_of_w
     shown = pl.concat([one.with_columns(label=pl.lit(0)), one.with_columns(label=pl.lit(1))])
     job = started(tmp_path / "t", base)
     learn(job, shown, "shown")
-    assert learnt(job.contents) == 1500 + SIZE
+    assert learnt(job.bundle) == 1500 + SIZE
     one.with_columns(label=pl.lit(0)).write_parquet(tmp_path / "none.parquet")
     assert main(["update", str(tmp_path / "none.parquet"), "--store", str(tmp_path / "t")]) == 0
     with pytest.raises(LogError, match="nothing to learn from"):
@@ -322,16 +332,16 @@ def test_ids_that_are_text_stay_text_on_a_day_of_digits(tmp_path: Path) -> None:
     at = ["--store", str(tmp_path / "s")]
     assert main(["fit", str(tmp_path / "base.csv"), *at, "--model", "popularity"]) == 0
     assert main(["update", str(tmp_path / "one.csv"), *at, "--force", "--reason", "it is a test"]) == 0
-    items = Recommender.load(tmp_path / "s").contents.served.items.frame["id"]
+    items = Recommender.load(tmp_path / "s").bundle.served.items.frame["id"]
     assert items.str.starts_with("00").any() and not items.is_in([str(i) for i in range(60)]).any()
 
 
 def test_again_is_judged_without_what_is_known_to_be_late(tmp_path: Path) -> None:
     base, one, two, *_ = days()
-    job = started(tmp_path / "s", base, limits=Limits(one_user=0.0001))
+    job = started(tmp_path / "s", base, limits=GateLimits(max_share_top_user=0.0001))
     assert not learn(job, one, "one")[0].promoted
-    job.limits = Limits(more=1e9)
-    assert learn(job, two, "two")[0].promoted and job.again(2).promoted
+    job.limits = GateLimits(max_growth_factor=1e9)
+    assert learn(job, two, "two")[0].promoted and job.relearn(2).promoted
 
 
 @pytest.mark.parametrize("model", ["sasrec:d=8", "mf:d=8", "comirec-dr:d=8", "blend", "item-knn"])
@@ -340,22 +350,22 @@ def test_items_that_only_the_newest_events_have_break_no_answer(model: str, tmp_
     one = pl.concat([one[:-3], one[-3:].with_columns(item_id=pl.lit(999, pl.Int64))])
     job = started(tmp_path / "s", base.with_columns(category=pl.lit(1)), model)
     learn(job, one.with_columns(category=pl.lit(2)), "one")
-    recommender = Recommender.of(job.contents)
+    recommender = Recommender.from_bundle(job.bundle)
     users = [*one["user_id"][-3:], 10**6]
     for options in ({}, {"category": 2}, {"allow": [1, 999]}):
         recommender.recommend(users, 5, **options)  # type: ignore[arg-type]
     assert 999 not in recommender.similar_items([999, 1], 3)["item_id"]
-    assert inspected(job.contents, users[0])["events"][-1]["item_id"] == 999
+    assert inspected(job.bundle, users[0])["events"][-1]["item_id"] == 999
 
 
 def test_a_preview_changes_nothing_and_tells_what_is_odd(tmp_path: Path) -> None:
     base, one, *_ = days()
     job = started(tmp_path / "s", base)
-    job.limits = Limits()
+    job.limits = GateLimits()
     before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "s").rglob("*"))
-    found = preview(job, read_log(one.with_columns(user_id=pl.lit(7))))
+    found = preview_delivery(job, read_log(one.with_columns(user_id=pl.lit(7))))
     assert found["day"]["n_rows"] == SIZE and "of one user" in found["odd"][0]
-    assert preview(job, read_log(one))["odd"] == [] and preview(job, None)["day"] is None
+    assert preview_delivery(job, read_log(one))["odd"] == [] and preview_delivery(job, None)["day"] is None
     assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "s").rglob("*")) == before
 
 
@@ -364,18 +374,18 @@ def test_a_delivery_of_another_kind_is_refused_before_anything_is_written(tmp_pa
     job = started(tmp_path / "s", base)
     for wrong in (one.with_columns(pl.col("item_id").cast(pl.String) + "x"), one.drop("time").with_columns(period=1)):
         with pytest.raises(LogError):
-            job.deliver(read_log(wrong), "wrong")
-    assert len(job.log.batches()) == 1 and job.store.numbers() == [1]
+            job.append_delivery(read_log(wrong), "wrong")
+    assert len(job.log.batches()) == 1 and job.store.version_numbers() == [1]
 
 
 def test_a_log_without_a_clock_goes_on_where_it_was_and_the_same_file_is_known(tmp_path: Path) -> None:
     base, one, *_ = (day.drop("time").with_columns(period=pl.lit(1), order=pl.int_range(pl.len())) for day in days())
     job = started(tmp_path / "s", base)
     learn(job, one, "one")
-    assert job.deliver(read_log(one), "one").again == 2
-    assert learnt(job.contents) == 1500 + SIZE and job.log.read()["time"].is_sorted()
+    assert job.append_delivery(read_log(one), "one").repeated_batch == 2
+    assert learnt(job.bundle) == 1500 + SIZE and job.log.read()["time"].is_sorted()
     Recommender("popularity").fit(base).save(tmp_path / "p")
-    job = Job(open_store(tmp_path / "p"), ANY)
+    job = NightlyJob(open_store(tmp_path / "p"), ANY)
     assert learn(job, one, "one")[0].numbers["late"] == 0
     clocked = days()[2].reverse()  # its order is that of its times
     assert learn(job, clocked, "two")[0].numbers["late"] == 0
@@ -386,7 +396,7 @@ def test_a_disk_that_is_full_at_any_file_is_told_and_the_next_run_goes_on(tmp_pa
     """Files of at most so many bytes stand for a full disk; each library makes something else of it."""
     base, one, *_ = days()
     job = started(tmp_path / "s", base)
-    job.deliver(read_log(one), "one")
+    job.append_delivery(read_log(one), "one")
     sizes = sorted(path.stat().st_size for path in (tmp_path / "s" / "versions" / "1").iterdir())
     previous, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
     for size in (0, *(size - 1 for size in sizes)):
@@ -401,7 +411,7 @@ def test_a_disk_that_is_full_at_any_file_is_told_and_the_next_run_goes_on(tmp_pa
         assert [path.name for path in (tmp_path / "s" / "versions").iterdir()] == ["1"] and job.store.live == 1
     signal.signal(signal.SIGXFSZ, previous)
     list(job.catch_up())
-    assert job.store.live == 2 and learnt(job.contents) == 1500 + SIZE
+    assert job.store.live == 2 and learnt(job.bundle) == 1500 + SIZE
 
 
 @pytest.mark.parametrize("model", ["popularity", "mf:d=8"])
@@ -414,13 +424,13 @@ def test_what_dies_while_it_learns_or_saves_is_done_by_the_next_run(
     def die(*_: object) -> None:
         raise KeyboardInterrupt
 
-    for name in ("_learnt", "write_contents", "_about"):
+    for name in ("_learn", "write_bundle", "_new_manifest"):
         monkeypatch.setattr(job_module, name, die)
         with pytest.raises(KeyboardInterrupt):
             learn(job, one, "one")
         monkeypatch.undo()
-        job = Job(open_store(tmp_path / "s"), ANY)
-        assert job.store.live == 1 and waiting(job.store, job.log) == [2]
+        job = NightlyJob(open_store(tmp_path / "s"), ANY)
+        assert job.store.live == 1 and waiting_batches(job.store, job.log) == [2]
         with job.store.locked():
             pass
     [version] = job.catch_up()
@@ -432,17 +442,17 @@ def test_a_full_retrain_is_tried_every_so_often_and_what_it_gains_is_recorded(tm
     job = started(tmp_path / "s", base)
     job.full_every = "2"
     versions = [version for i, day in enumerate(later) for version in learn(job, day, f"day {i}")]
-    assert [GAIN in version.numbers for version in versions] == [False, True, False, True]
-    assert versions[1].numbers[GAIN] == 0  # counting all at once is counting day by day
-    assert learnt(job.contents) == 1500 + 4 * SIZE
-    chain = chain_of(job.store)
-    assert since_full(chain) == 0 and planned(chain)["last_full"].startswith("version 5: +0.0000")
-    assert interval_of("auto", chain[:1]) == 7 and interval_of("auto", chain) == 28  # twice for nothing
-    better = chain[-1].model_copy(update={"numbers": {GAIN: 0.1, "full_low": 0.05}})
-    assert interval_of("auto", [*chain, better]) == 14
+    assert [GAIN_KEY in version.numbers for version in versions] == [False, True, False, True]
+    assert versions[1].numbers[GAIN_KEY] == 0  # counting all at once is counting day by day
+    assert learnt(job.bundle) == 1500 + 4 * SIZE
+    chain = version_chain(job.store)
+    assert updates_since_retrain(chain) == 0 and retrain_plan(chain)["last_full"].startswith("version 5: +0.0000")
+    assert retrain_interval("auto", chain[:1]) == 7 and retrain_interval("auto", chain) == 28  # twice for nothing
+    better = chain[-1].model_copy(update={"numbers": {GAIN_KEY: 0.1, "full_low": 0.05}})
+    assert retrain_interval("auto", [*chain, better]) == 14
     for wrong in ("0", "often", "-1", "1.5"):
         with pytest.raises(OptionError, match="a number of updates or auto"):
-            interval_of(wrong, chain)
+            retrain_interval(wrong, chain)
 
 
 @pytest.mark.parametrize("model", ["mf:d=8", "comirec-dr:d=8", "blend"])
@@ -453,12 +463,12 @@ def test_a_full_retrain_goes_on_as_any_other_version(model: str, tmp_path: Path)
     late = base[:1].with_columns(time=pl.col("time") + 1)
     for i, day in enumerate([pl.concat([late, one]), two, three]):
         [version] = learn(job, day, f"day {i}")
-        assert GAIN in version.numbers and version.numbers["full_s"] > 0
-        for catalog in (job.contents.served.users, job.contents.served.items):
+        assert GAIN_KEY in version.numbers and version.numbers["full_s"] > 0
+        for catalog in (job.bundle.served.users, job.bundle.served.items):
             assert (catalog.frame["last_span"] >= catalog.frame["first_span"]).all()
     assert len(Recommender.load(tmp_path / "s").recommend(one["user_id"][:5].unique(), 5)) > 0
     Recommender("popularity").fit(base).save(tmp_path / "p")
-    job = Job(open_store(tmp_path / "p"), ANY, "1")
+    job = NightlyJob(open_store(tmp_path / "p"), ANY, "1")
     with pytest.raises(OptionError, match="does not hold what this store began with"):
         learn(job, one, "one")
 
@@ -484,30 +494,32 @@ def test_whatever_is_delivered_in_whatever_order_is_counted_once(
         if deed in ("deliver", "late", "kill"):
             rows = range(SIZE) if deed == "deliver" else range(50 * n, SIZE, 3)
             frame = read_log(later[n][list(rows)]).frame
-            taken = job.deliver(read_log(later[n][list(rows)]), f"{deed} {n}")
+            taken = job.append_delivery(read_log(later[n][list(rows)]), f"{deed} {n}")
             delivered |= {(n, i) for i in rows}
             if deed != "kill":
                 list(job.catch_up())
-                has = job.log.read([m.batch for m in chain_of(job.store) if m.batch is not None])
+                has = job.log.read([m.batch for m in version_chain(job.store) if m.batch is not None])
                 missing = frame.join(has, on=["user_id", "item_id", "time"], how="anti")
-                assert taken.again is not None or missing.is_empty()  # whatever became of what was delivered before
+                assert (
+                    taken.repeated_batch is not None or missing.is_empty()
+                )  # whatever became of what was delivered before
         elif deed == "rollback" and job.store.manifest(job.store.live).parent is not None:
-            job.store.point(job.store.manifest(job.store.live).parent or 0, "rollback")
-        job = Job(open_store(job.store.folder), ANY)
+            job.store.move_pointer(job.store.manifest(job.store.live).parent or 0, "rollback")
+        job = NightlyJob(open_store(job.store.folder), ANY)
     list(job.catch_up())
     assert len(job.log.read()) == len(delivered) and job.log.read().is_unique().all()
-    batches = [manifest.batch for manifest in chain_of(job.store)]
+    batches = [manifest.batch for manifest in version_chain(job.store)]
     assert len(set(batches)) == len(batches)
-    assert learnt(job.contents) == len(job.log.read([batch for batch in batches if batch]))
+    assert learnt(job.bundle) == len(job.log.read([batch for batch in batches if batch]))
 
 
 def test_the_source_of_a_delivery_is_its_bytes(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("x")
     (tmp_path / "f").mkdir()
     (tmp_path / "f" / "a.csv").write_text("x")
-    assert source_of(tmp_path / "a.csv") == source_of(tmp_path / "f")
+    assert hash_source(tmp_path / "a.csv") == hash_source(tmp_path / "f")
     (tmp_path / "f" / "b.csv").write_text("y")
-    assert source_of(tmp_path / "a.csv") != source_of(tmp_path / "f")
+    assert hash_source(tmp_path / "a.csv") != hash_source(tmp_path / "f")
 
 
 def crash(folder: Path, n_kills: int, deeds: str) -> None:
@@ -527,9 +539,9 @@ def crash(folder: Path, n_kills: int, deeds: str) -> None:
         process.wait()
         process.stdout.close()
         store = open_store(folder / "s")
-        contents, batches = read_contents(store.files(store.live)), [m.batch for m in chain_of(store)]
-        assert len(Recommender.of(contents).recommend(base["user_id"][:3].unique(), 3)) > 0
-        log = Job(store).log
+        contents, batches = read_bundle(store.verified_files(store.live)), [m.batch for m in version_chain(store)]
+        assert len(Recommender.from_bundle(contents).recommend(base["user_id"][:3].unique(), 3)) > 0
+        log = NightlyJob(store).log
         assert len(set(batches)) == len(batches), kill
         if "erase" not in deeds:  # counts that all users share are not unlearnt
             assert learnt(contents) == len(log.read([batch for batch in batches if batch]))
@@ -537,8 +549,8 @@ def crash(folder: Path, n_kills: int, deeds: str) -> None:
     assert main(["update", *at, "--force", "--reason", "a test"]) == 0 and main(["doctor", *at]) == 0
     if deeds == "update":
         store = open_store(folder / "s")
-        assert Job(store).log.batches()["batch"].to_list() == [
-            m.batch for m in chain_of(store)
+        assert NightlyJob(store).log.batches()["batch"].to_list() == [
+            m.batch for m in version_chain(store)
         ]  # all of them, in order
 
 
@@ -578,12 +590,12 @@ def test_a_store_that_python_saved_can_be_updated_by_the_night(tmp_path: Path) -
     base, one, *_ = days()
     recommender = Recommender("popularity").fit(base)
     recommender.save(tmp_path / "s")
-    job = Job(open_store(tmp_path / "s"), ANY)
+    job = NightlyJob(open_store(tmp_path / "s"), ANY)
     with pytest.raises(LogError, match="use one kind"):
-        job.deliver(read_log(one.with_columns(pl.col("user_id").cast(pl.String) + "x")), "text")
+        job.append_delivery(read_log(one.with_columns(pl.col("user_id").cast(pl.String) + "x")), "text")
     [version] = learn(job, one, "one")
     with pytest.raises(OptionError, match="save to another folder"):
         recommender.save(tmp_path / "s")
-    assert (version.id, version.parent) == (2, 1) and learnt(job.contents) == 1500 + SIZE
+    assert (version.id, version.parent) == (2, 1) and learnt(job.bundle) == 1500 + SIZE
     with pytest.raises(StateError, match="no version 9"):
-        job.store.point(9, "promote")
+        job.store.move_pointer(9, "promote")

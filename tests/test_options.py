@@ -12,11 +12,11 @@ from freshrec.config import Count, Positive, Rate, bounds_of, description_of, hi
 from freshrec.errors import IncompatibleError, OptionError
 from freshrec.models import find_model
 from freshrec.models.interests import InterestSpec
-from freshrec.recipes import cells_of, cut_of, log_of
-from freshrec.replay.plan import tuning_work
-from freshrec.replay.recipe_schema import Recipe, load_recipe, recipe_from, save_recipe
+from freshrec.recipes import load_log, load_split, make_cells
+from freshrec.replay.plan import count_tuning_targets
+from freshrec.replay.recipe_schema import Recipe, load_recipe, parse_recipe, save_recipe
 from freshrec.strategies import find_strategy
-from freshrec.strategies.imsr import IMSR, Retain
+from freshrec.strategies.imsr import IMSR, Retainer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,7 +25,7 @@ def test_options_set_fields_and_fields_of_parts_with_the_type_of_the_default() -
     spec = find_model("comirec-dr:k=6:attention=soft:recency=false")
     assert spec == InterestSpec(k=6, attention="soft", recency=False)
     strategy = find_strategy("imsr:retain.weight=1:detect=none")
-    assert strategy == IMSR(retain=Retain(weight=1.0), detect=None)
+    assert strategy == IMSR(retain=Retainer(weight=1.0), detect=None)
 
 
 @pytest.mark.parametrize(
@@ -91,19 +91,19 @@ def test_a_model_of_somebody_else_is_found_by_its_module() -> None:
 
 
 def test_a_recipe_survives_its_file_and_refuses_unknown_keys(tmp_path: Path) -> None:
-    recipe = recipe_from({"log": {"world": "newborn"}, "replay": {"models": ["mf"], "seeds": 2}})
+    recipe = parse_recipe({"log": {"world": "newborn"}, "replay": {"models": ["mf"], "seeds": 2}})
     save_recipe(recipe, tmp_path / "recipe.toml")
     assert load_recipe(tmp_path / "recipe.toml") == recipe
     with pytest.raises(OptionError, match="replay.seed.*seeds"):
-        recipe_from({"replay": {"seed": 2}})
+        parse_recipe({"replay": {"seed": 2}})
     with pytest.raises(OptionError, match="spans.spans"):
-        recipe_from({"spans": {"spans": "many"}})
+        parse_recipe({"spans": {"spans": "many"}})
 
 
 def test_every_recipe_of_the_repository_is_valid() -> None:
     files = sorted((ROOT / "recipes").glob("*.toml"))
     assert len(files) >= 6
-    assert all(isinstance(load_recipe(file), Recipe) and cells_of(load_recipe(file)) for file in files)
+    assert all(isinstance(load_recipe(file), Recipe) and make_cells(load_recipe(file)) for file in files)
 
 
 def tables_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -162,7 +162,7 @@ def test_a_recipe_that_extends_itself_or_nothing_is_refused(tmp_path: Path) -> N
 )
 def test_a_wrong_key_or_value_of_a_recipe_is_one_sentence(tables: dict[str, Any], says: str) -> None:
     with pytest.raises(OptionError, match=says):
-        recipe_from(tables)
+        parse_recipe(tables)
 
 
 def test_bounds_are_said_in_words_and_a_type_may_carry_a_sentence() -> None:
@@ -182,43 +182,43 @@ def test_each_field_of_a_recipe_has_a_sentence() -> None:
 
 def test_counters_are_replayed_at_each_cadence_and_trained_models_at_the_first() -> None:
     part = {"models": ["mf", "markov"], "strategies": ["finetune", "absorb"], "controls": [], "cadence": [4, 1]}
-    found = [(cell.model, cell.strategy, cell.cadence) for cell in cells_of(recipe_from({"replay": part}))]
+    found = [(cell.model_name, cell.strategy_name, cell.cadence) for cell in make_cells(parse_recipe({"replay": part}))]
     assert found == [("mf", "finetune x4", 4), ("markov", "absorb x4", 4), ("markov", "absorb", 1)]
-    assert {cell.cadence for cell in cells_of(recipe_from({"replay": part | {"cadence": 2}}))} == {2}
+    assert {cell.cadence for cell in make_cells(parse_recipe({"replay": part | {"cadence": 2}}))} == {2}
     for wrong in (0, [], [1, 0], "often"):
         with pytest.raises(OptionError, match="cadence"):
-            recipe_from({"replay": {"cadence": wrong}})
+            parse_recipe({"replay": {"cadence": wrong}})
 
 
 def test_a_strategy_runs_on_the_models_it_fits_and_is_an_error_only_where_it_fits_none() -> None:
-    both = recipe_from({"replay": {"models": ["sasrec", "mind"], "strategies": ["imsr"], "controls": []}})
-    assert [cell.model for cell in cells_of(both)] == ["mind"]
+    both = parse_recipe({"replay": {"models": ["sasrec", "mind"], "strategies": ["imsr"], "controls": []}})
+    assert [cell.model_name for cell in make_cells(both)] == ["mind"]
     with pytest.raises(IncompatibleError, match="several interests"):
-        cells_of(recipe_from({"replay": {"models": ["sasrec"], "strategies": ["imsr"]}}))
+        make_cells(parse_recipe({"replay": {"models": ["sasrec"], "strategies": ["imsr"]}}))
 
 
 def test_controls_run_with_every_replay_and_once_whatever_the_seeds() -> None:
-    cells = cells_of(recipe_from({"replay": {"models": ["mf"], "strategies": ["finetune"], "seeds": 3}}))
-    assert [(c.model, c.seed) for c in cells if c.strategy == "finetune"] == [("mf", 0), ("mf", 1), ("mf", 2)]
-    assert sum(c.strategy == "absorb" for c in cells) == 5
+    cells = make_cells(parse_recipe({"replay": {"models": ["mf"], "strategies": ["finetune"], "seeds": 3}}))
+    assert [(c.model_name, c.seed) for c in cells if c.strategy_name == "finetune"] == [("mf", 0), ("mf", 1), ("mf", 2)]
+    assert sum(c.strategy_name == "absorb" for c in cells) == 5
 
 
 @pytest.mark.parametrize(("targets", "spans"), [("all", 3), ("last", 1)])
 def test_tuning_without_events_to_choose_by_is_refused_once_the_log_is_cut(targets: str, spans: int) -> None:
     log = {"world": "drift", "world_users": 50, "world_items": 20, "world_events": 300}
     tables = {"log": log, "spans": {"targets": targets, "spans": spans}}
-    assert len(cut_of(recipe_from(tables)).spans) == spans + 1
+    assert len(load_split(parse_recipe(tables)).spans) == spans + 1
     with pytest.raises(OptionError, match="tuning chooses knobs by the validation events"):
-        cut_of(recipe_from(tables | {"replay": {"tune": True}}))
+        load_split(parse_recipe(tables | {"replay": {"tune": True}}))
 
 
 def test_a_recipe_names_one_log() -> None:
     with pytest.raises(OptionError, match="both a.csv and the world drift"):
-        log_of(recipe_from({"log": {"path": "a.csv", "world": "drift"}}))
+        load_log(parse_recipe({"log": {"path": "a.csv", "world": "drift"}}))
 
 
 def test_a_plan_counts_what_tuning_trains() -> None:
     # Spans of 100, 10, 20, 30 events. Fine-tuning is tuned before spans 2 and 3, on the 10 and 20 events of the spans
     # before them, by alternatives of 5, 2, 10, 5, 2, 10 epochs: (10 + 20) x 34. Frozen has nothing to choose.
-    assert tuning_work(find_strategy("finetune"), [100, 10, 20, 30]) == 30 * 34
-    assert tuning_work(find_strategy("frozen"), [100, 10, 20, 30]) == 0
+    assert count_tuning_targets(find_strategy("finetune"), [100, 10, 20, 30]) == 30 * 34
+    assert count_tuning_targets(find_strategy("frozen"), [100, 10, 20, 30]) == 0

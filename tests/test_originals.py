@@ -7,34 +7,34 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from freshrec.data.batches import ends_of, query_batches
-from freshrec.data.spans import cut
-from freshrec.data.worlds import make
+from freshrec.data.batches import history_ends, query_batches
+from freshrec.data.spans import split_log
+from freshrec.data.worlds import make_world
 from freshrec.errors import OptionError
-from freshrec.learn.fit import Fit
-from freshrec.models.counted import absorb
+from freshrec.learn.fit import FitConfig
+from freshrec.models.counted import absorb_block
 from freshrec.models.layers import squash
 from freshrec.models.originals import (
-    COMIREC_DR_ORIGINAL,
-    COMIREC_SA_ORIGINAL,
-    MIND_ORIGINAL,
-    Capsules,
-    OriginalNet,
-    OriginalSpec,
-    SelfAttention,
-    interests_of,
-    route,
+    COMIREC_DR_PUBLISHED,
+    COMIREC_SA_PUBLISHED,
+    MIND_PUBLISHED,
+    CapsuleRouting,
+    PublishedInterestNet,
+    PublishedInterestSpec,
+    PublishedSelfAttention,
+    interest_mask,
+    route_capsules,
 )
 from freshrec.models.scoring import item_vectors, score_items, user_vectors
 from freshrec.strategies.plain import FineTune
 from freshrec.types import Batch, EncodingModel, InterestModel, State
 
-ORIGINALS = {"mind": MIND_ORIGINAL, "dr": COMIREC_DR_ORIGINAL, "sa": COMIREC_SA_ORIGINAL}
+ORIGINALS = {"mind": MIND_PUBLISHED, "dr": COMIREC_DR_PUBLISHED, "sa": COMIREC_SA_PUBLISHED}
 VARIANTS = ORIGINALS | {
-    "mind-adaptive": replace(MIND_ORIGINAL, k_log2="n"),
-    "mind-relu": replace(MIND_ORIGINAL, relu=True),
-    "dr-by-interest": replace(COMIREC_DR_ORIGINAL, transform="interest"),
-    "sa-adaptive": replace(COMIREC_SA_ORIGINAL, k_log2="n+1"),
+    "mind-adaptive": replace(MIND_PUBLISHED, k_log2="n"),
+    "mind-relu": replace(MIND_PUBLISHED, relu=True),
+    "dr-by-interest": replace(COMIREC_DR_PUBLISHED, transform="interest"),
+    "sa-adaptive": replace(COMIREC_SA_PUBLISHED, k_log2="n+1"),
 }
 each_original = pytest.mark.parametrize("name", ORIGINALS)
 each_variant = pytest.mark.parametrize("name", VARIANTS)
@@ -46,7 +46,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def built(spec: OriginalSpec, seed: int = 0) -> OriginalNet:
+def built(spec: PublishedInterestSpec, seed: int = 0) -> PublishedInterestNet:
     model = replace(spec, d=8, std=1.0).build(seed)
     model.grow(3, N_ITEMS)
     model.eval()
@@ -57,20 +57,20 @@ def asked(*histories: list[int]) -> Batch:
     return Batch(torch.arange(1, len(histories) + 1), torch.tensor(histories))
 
 
-def vectors(model: OriginalNet, *histories: list[int]) -> Tensor:
+def vectors(model: PublishedInterestNet, *histories: list[int]) -> Tensor:
     return user_vectors(model, asked(*histories))
 
 
 @pytest.mark.parametrize(("before", "after"), [(0.5, 0.2), (1.0, 0.5), (3.0, 0.9)])  # r -> r^2 / (1 + r^2)
 def test_one_interest_takes_one_item_whole_and_squashes_it(before: float, after: float) -> None:
     direction_D = torch.tensor([0.6, -0.8])
-    found_BKD = route(before * direction_D[None, None, None], torch.zeros(1, 1, 1), torch.ones(1, 1), 3)
+    found_BKD = route_capsules(before * direction_D[None, None, None], torch.zeros(1, 1, 1), torch.ones(1, 1), 3)
     torch.testing.assert_close(found_BKD[0, 0], after * direction_D)
 
 
 def test_routing_items_that_are_zero_gives_zero_with_a_finite_gradient() -> None:
     zeros_BGTD = torch.zeros(1, 1, 2, 3, requires_grad=True)
-    found_BKD = route(zeros_BGTD, torch.zeros(1, 2, 2), torch.ones(1, 2), 3)
+    found_BKD = route_capsules(zeros_BGTD, torch.zeros(1, 2, 2), torch.ones(1, 2), 3)
     found_BKD.sum().backward()
     assert (found_BKD == 0).all() and zeros_BGTD.grad is not None and zeros_BGTD.grad.isfinite().all()
 
@@ -82,27 +82,27 @@ def test_routing_by_hand_for_one_two_and_three_iterations() -> None:
     # 2: its votes are (1.354414, 0.130382), its share 1 / (1 + e^-1.224032) = 0.772772; 3: 0.816160
     expected = [(0.354414, 0.130382), (0.377520, 0.111007), (0.401671, 0.090476)]
     for iterations, (x, y) in enumerate(expected, 1):
-        found_BKD = route(torch.eye(2)[None, None], torch.eye(2)[None], torch.ones(1, 2), iterations)
+        found_BKD = route_capsules(torch.eye(2)[None, None], torch.eye(2)[None], torch.ones(1, 2), iterations)
         torch.testing.assert_close(found_BKD, torch.tensor([[[x, y], [y, x]]]), atol=1e-6, rtol=0)
 
 
 def test_one_transform_and_equal_votes_keep_all_interests_the_same() -> None:
     sent_BGTD, votes_BKT, real_BT = random(1, 1, 5, 4), torch.zeros(1, 3, 5), torch.ones(1, 5)
-    alike_BKD = route(sent_BGTD, votes_BKT, real_BT, 3)
+    alike_BKD = route_capsules(sent_BGTD, votes_BKT, real_BT, 3)
     assert torch.equal(alike_BKD[:, 0], alike_BKD[:, 1])
-    apart_BKD = route(sent_BGTD, random(1, 3, 5, seed=1), real_BT, 3)  # MIND's way out of it
-    own_BKD = route(random(1, 3, 5, 4, seed=2), votes_BKT, real_BT, 3)  # ComiRec's: transforms of their own
+    apart_BKD = route_capsules(sent_BGTD, random(1, 3, 5, seed=1), real_BT, 3)  # MIND's way out of it
+    own_BKD = route_capsules(random(1, 3, 5, 4, seed=2), votes_BKT, real_BT, 3)  # ComiRec's: transforms of their own
     assert all((found[:, 0] - found[:, 1]).norm() > 0.1 for found in (apart_BKD, own_BKD))
-    for spec in (replace(MIND_ORIGINAL, noise=0.0), replace(COMIREC_DR_ORIGINAL, transform="shared")):
+    for spec in (replace(MIND_PUBLISHED, noise=0.0), replace(COMIREC_DR_PUBLISHED, transform="shared")):
         with pytest.raises(OptionError, match="all interests stay the same"):
             spec.build(0)
-    replace(MIND_ORIGINAL, noise=0.0, k=1).build(0)
+    replace(MIND_PUBLISHED, noise=0.0, k=1).build(0)
 
 
 def test_routing_learns_through_its_last_iteration_alone() -> None:
     # The shares are constants: those of the third iteration, as weights of the items, lead to the same gradient.
     sent_BTD, votes_BKT = random(1, 4, 3).requires_grad_(), random(1, 2, 4, seed=1)
-    route(sent_BTD[:, None], votes_BKT, torch.ones(1, 4), 3).sum().backward()
+    route_capsules(sent_BTD[:, None], votes_BKT, torch.ones(1, 4), 3).sum().backward()
     found_BTD, sent_BTD.grad = sent_BTD.grad, None
     fixed_BTD = sent_BTD.detach()
     for _ in range(2):
@@ -125,7 +125,7 @@ def by_the_book(W_TKDD: Tensor, items_TD: Tensor, votes_KT: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ["mind", "dr", "dr-by-interest"])
 def test_each_item_is_sent_through_the_transform_of_its_place_and_interest(name: str) -> None:
     # Three items of a history of at most five: they have the last three places.
-    layer, items_TD = Capsules(replace(VARIANTS[name], d=4, k=2, length=5)), random(3, 4)
+    layer, items_TD = CapsuleRouting(replace(VARIANTS[name], d=4, k=2, length=5)), random(3, 4)
     W_TKDD = layer.transform_TKDD.detach()
     assert W_TKDD.shape == {"mind": (1, 1, 4, 4), "dr": (5, 2, 4, 4), "dr-by-interest": (1, 2, 4, 4)}[name]
     votes_KT = layer.logits_KT[:, 2:] if name == "mind" else torch.zeros(2, 3)
@@ -135,13 +135,13 @@ def test_each_item_is_sent_through_the_transform_of_its_place_and_interest(name:
 
 
 def test_transforms_start_so_that_items_keep_their_length_or_as_the_authors_draw_them() -> None:
-    own = Capsules(COMIREC_DR_ORIGINAL).transform_TKDD.std().item()
-    authors = Capsules(replace(COMIREC_DR_ORIGINAL, gain=8.0)).transform_TKDD.std().item()  # the root of d = 64
+    own = CapsuleRouting(COMIREC_DR_PUBLISHED).transform_TKDD.std().item()
+    authors = CapsuleRouting(replace(COMIREC_DR_PUBLISHED, gain=8.0)).transform_TKDD.std().item()  # the root of d = 64
     assert [own, authors] == near([1 / 8, 1.0], rel=0.01)
 
 
 def test_the_layer_above_the_interests_is_linear_with_a_relu() -> None:
-    plain, layer = (Capsules(replace(MIND_ORIGINAL, d=4, relu=relu)) for relu in (False, True))
+    plain, layer = (CapsuleRouting(replace(MIND_PUBLISHED, d=4, relu=relu)) for relu in (False, True))
     assert layer.above is not None
     layer.load_state_dict(plain.state_dict() | {f"above.{k}": v for k, v in layer.above.state_dict().items()})
     below_BKD = plain(random(1, 5, 4), torch.ones(1, 5), None, False)
@@ -152,7 +152,7 @@ def test_the_layer_above_the_interests_is_linear_with_a_relu() -> None:
 
 
 def test_minds_noise_is_drawn_anew_in_training_and_once_for_serving() -> None:
-    model, batch = built(MIND_ORIGINAL), asked([4, 2, 7, 5])
+    model, batch = built(MIND_PUBLISHED), asked([4, 2, 7, 5])
     batch = replace(batch, targets_BT=torch.tensor([[3]]), negatives_N=torch.tensor([1, 6]))
     model.train()
     drawn = [model(batch).vectors_BKD for _ in range(2)]
@@ -161,8 +161,8 @@ def test_minds_noise_is_drawn_anew_in_training_and_once_for_serving() -> None:
     model.eval()
     assert torch.equal(model(batch).vectors_BKD, vectors(model, [4, 2, 7, 5]))
     torch.manual_seed(99)  # what else the process has drawn does not matter
-    assert torch.equal(vectors(built(MIND_ORIGINAL), [4, 2, 7, 5]), vectors(model, [4, 2, 7, 5]))
-    logits_KT = Capsules(replace(MIND_ORIGINAL, k=50, length=200)).logits_KT
+    assert torch.equal(vectors(built(MIND_PUBLISHED), [4, 2, 7, 5]), vectors(model, [4, 2, 7, 5]))
+    logits_KT = CapsuleRouting(replace(MIND_PUBLISHED, k=50, length=200)).logits_KT
     assert logits_KT.abs().max() <= 2 and logits_KT.std().item() == near(0.88, abs=0.02)  # of N(0, 1) within +-2
 
 
@@ -171,15 +171,15 @@ def test_minds_noise_is_drawn_anew_in_training_and_once_for_serving() -> None:
 )
 def test_a_history_of_n_items_has_log2_n_interests(n: int, of_n: int, of_more: int) -> None:
     real_BT = torch.arange(100)[None] >= 100 - n
-    assert interests_of(real_BT, 4, "n").sum() == of_n
-    assert interests_of(real_BT, 4, "n+1").sum() == of_more
-    assert interests_of(real_BT, 4, "n")[0].tolist() == [k < of_n for k in range(4)]  # the first ones
+    assert interest_mask(real_BT, 4, "n").sum() == of_n
+    assert interest_mask(real_BT, 4, "n+1").sum() == of_more
+    assert interest_mask(real_BT, 4, "n")[0].tolist() == [k < of_n for k in range(4)]  # the first ones
 
 
 def test_an_interest_that_a_history_lacks_takes_no_items_and_wins_no_score() -> None:
-    adaptive, narrow = built(replace(MIND_ORIGINAL, k_log2="n")), built(replace(MIND_ORIGINAL, k=2))
+    adaptive, narrow = built(replace(MIND_PUBLISHED, k_log2="n")), built(replace(MIND_PUBLISHED, k=2))
     narrow.load_state_dict({k: v for k, v in adaptive.state_dict().items() if k != "extract.logits_KT"}, strict=False)
-    assert isinstance(adaptive.extract, Capsules) and isinstance(narrow.extract, Capsules)
+    assert isinstance(adaptive.extract, CapsuleRouting) and isinstance(narrow.extract, CapsuleRouting)
     narrow.extract.logits_KT.copy_(adaptive.extract.logits_KT[:2])
     found_BKD = vectors(adaptive, [4, 2, 7, 5])  # log2 4 = 2
     torch.testing.assert_close(found_BKD[:, :2], vectors(narrow, [4, 2, 7, 5]))
@@ -188,9 +188,9 @@ def test_an_interest_that_a_history_lacks_takes_no_items_and_wins_no_score() -> 
     torch.testing.assert_close(adaptive(batch).loss, narrow(batch).loss)  # nor a share of the label attention
 
 
-def attention() -> SelfAttention:
+def attention() -> PublishedSelfAttention:
     """d = 2, d_a = 2: the hidden units are tanh of the item, the query reads the first one as ln 3; no positions."""
-    layer = SelfAttention(replace(COMIREC_SA_ORIGINAL, d=2, inner=1, k=1, length=4))
+    layer = PublishedSelfAttention(replace(COMIREC_SA_PUBLISHED, d=2, inner=1, k=1, length=4))
     with torch.no_grad():
         layer.positions_TD.zero_()
         layer.inner.weight.copy_(torch.eye(2))
@@ -213,7 +213,9 @@ def test_positions_enter_the_weights_and_not_the_values() -> None:
 
 
 def test_self_attention_has_four_times_the_width_and_biases_where_they_matter() -> None:
-    shapes = {name: tuple(weight.shape) for name, weight in SelfAttention(COMIREC_SA_ORIGINAL).named_parameters()}
+    shapes = {
+        name: tuple(weight.shape) for name, weight in PublishedSelfAttention(COMIREC_SA_PUBLISHED).named_parameters()
+    }
     assert shapes == {
         "positions_TD": (50, 64),
         "inner.weight": (256, 64),
@@ -243,7 +245,7 @@ class Given(nn.Module):
 
 def read_out(power: float, interests: list[list[float]], target: list[float], *negatives: list[float]) -> list[float]:
     """The logits of the target and the negatives, and the loss."""
-    model = OriginalSpec(d=len(target), k=len(interests), power=power).build(0)
+    model = PublishedInterestSpec(d=len(target), k=len(interests), power=power).build(0)
     model.extract = Given(torch.tensor([interests], dtype=torch.float32))
     model.grow(1, 1 + len(negatives))
     model.items.weights[1:] = torch.tensor([target, *negatives], dtype=torch.float32)
@@ -315,17 +317,17 @@ def test_the_same_seed_builds_the_same_model_and_another_seed_another(name: str)
 @each_original
 def test_the_checkerboard_is_learnt(name: str) -> None:
     """Of all pairs of an item of one's colour and another, at least 90 % are in order; by chance half of them are."""
-    world = make("checkerboard", users=40, items=20, events=1500, spans=1)
-    spans = cut(world.log, by="period", forget_users=0)
+    world = make_world("checkerboard", users=40, items=20, events=1500, spans=1)
+    spans = split_log(world.log, by="period", forget_users=0)
     span = spans.spans[0]
     spec = replace(ORIGINALS[name], d=16, negatives=16, batch=64, length=10)
-    state = absorb(State(spec.build(0)), span.events, span.n_users, span.n_items)
-    state = FineTune(Fit(base_epochs=12)).update(state, span)
+    state = absorb_block(State(spec.build(0)), span.events, span.n_users, span.n_items)
+    state = FineTune(FitConfig(base_epochs=12)).update(state, span)
     users_N, items_I = torch.arange(1, span.n_users + 1), torch.arange(1, span.n_items + 1)
-    [(which, batch)] = query_batches(ends_of(state.recent, users_N, "recent"), 10)
+    [(which, batch)] = query_batches(history_ends(state.histories, users_N, "recent"), 10)
     scores_NI = score_items(state.model, batch, items_I)
-    user_is_odd = torch.tensor(spans.users.frame["id"].to_list())[users_N[which] - 1] % 2 == 1
-    item_is_odd = torch.tensor(spans.items.frame["id"].to_list()[: span.n_items]) % 2 == 1
+    user_is_odd = torch.tensor(spans.user_catalog.frame["id"].to_list())[users_N[which] - 1] % 2 == 1
+    item_is_odd = torch.tensor(spans.item_catalog.frame["id"].to_list()[: span.n_items]) % 2 == 1
     is_own_NI = user_is_odd[:, None] == item_is_odd
     ahead_NII, asked_NII = scores_NI[:, :, None] > scores_NI[:, None], is_own_NI[:, :, None] & ~is_own_NI[:, None]
     assert ahead_NII[asked_NII].float().mean() > 0.9

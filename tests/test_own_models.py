@@ -17,27 +17,27 @@ from torch import Tensor, nn
 
 from freshrec import Recommender
 from freshrec.cli import main
-from freshrec.data.batches import place
-from freshrec.data.spans import Cut, cut
-from freshrec.data.worlds import make
+from freshrec.data.batches import insert_events
+from freshrec.data.spans import LogSplit, split_log
+from freshrec.data.worlds import make_world
 from freshrec.errors import OptionError, StateError
-from freshrec.learn.fit import Fit
-from freshrec.models.checkpoint import load_state, load_to_ask, save_state
-from freshrec.models.counted import absorb
-from freshrec.models.layers import first_of, sampled_logits
+from freshrec.learn.fit import FitConfig
+from freshrec.models.checkpoint import load_for_serving, load_state, save_state
+from freshrec.models.counted import absorb_block
+from freshrec.models.layers import sampled_logits, sampled_softmax_loss
 from freshrec.models.popularity import PopularitySpec
-from freshrec.models.ranking import top
+from freshrec.models.ranking import top_k
 from freshrec.models.requirements import build_model
 from freshrec.models.scoring import history_length, score_items
-from freshrec.models.tables import Table, pulled
-from freshrec.replay.replay import Cell, Settings, replay_cell
+from freshrec.models.tables import EmbeddingTable, lookup_many
+from freshrec.replay.replay import Cell, ReplaySettings, replay_cell
 from freshrec.strategies.ewc import EWC
 from freshrec.strategies.plain import Absorb, FineTune
 from freshrec.types import Batch, Events, Forward, Histories, ModelSpec, Span, State, Strategy
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "docs" / "examples" / "my_model.py"
 NOON = 1_767_268_800  # 2026-01-01, in seconds
-FIT = Fit(base_epochs=3, epochs=1)
+FIT = FitConfig(base_epochs=3, epochs=1)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Sum(nn.Module):
         super().__init__()
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
-        self.items = Table(spec.d, 0.1, seed)
+        self.items = EmbeddingTable(spec.d, 0.1, seed)
 
     def grow(self, n_users: int, n_items: int) -> None:
         self.n_users, self.n_items = n_users, n_items
@@ -90,9 +90,9 @@ class Sum(nn.Module):
     def forward(self, batch: Batch) -> Forward:
         assert batch.targets_BT is not None and batch.negatives_N is not None
         target_B, negative_N = batch.targets_BT[:, 0], batch.negatives_N
-        history_BTD, target_BD, negative_ND = pulled(self.items, batch.history_BT, target_B, negative_N)
+        history_BTD, target_BD, negative_ND = lookup_many(self.items, batch.history_BT, target_B, negative_N)
         user_BD = self.encode(history_BTD, batch)[:, 0]
-        return Forward(first_of(sampled_logits(user_BD, target_BD, negative_ND, target_B, negative_N)))
+        return Forward(sampled_softmax_loss(sampled_logits(user_BD, target_BD, negative_ND, target_B, negative_N)))
 
     def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
         return (items_BTD * (batch.history_BT > 0)[..., None]).sum(1, keepdim=True)
@@ -102,66 +102,77 @@ COUNT, SUM = CountSpec(), SumSpec()
 
 
 @pytest.fixture(scope="module")
-def checkerboard() -> Cut:
+def checkerboard() -> LogSplit:
     """Even users take even items only, odd users odd ones."""
-    return cut(make("checkerboard", users=60, items=40, events=2500, spans=3).log, by="period", forget_users=0)
+    return split_log(
+        make_world("checkerboard", users=60, items=40, events=2500, spans=3).log, by="period", forget_users=0
+    )
 
 
-def ranks(spec: ModelSpec, update: Strategy, cut: Cut, out: Path) -> pl.DataFrame:
+def ranks(spec: ModelSpec, update: Strategy, cut: LogSplit, out: Path) -> pl.DataFrame:
     """The ranks of a replayed cell."""
     cell = Cell("own", spec, "own", update, 0)
-    assert list(replay_cell(cell, cut, Settings(), out)) == [0, 1, 2, 3]
-    return pl.concat(pl.read_parquet(out / cell.name / f"span-{span}.parquet") for span in (1, 2, 3))
+    assert list(replay_cell(cell, cut, ReplaySettings(), out)) == [0, 1, 2, 3]
+    return pl.concat(pl.read_parquet(out / cell.folder_name / f"span-{span}.parquet") for span in (1, 2, 3))
 
 
 def learnt(spec: ModelSpec, update: Strategy, spans: tuple[Span, ...]) -> State:
     """The state after some spans."""
     state = State(spec.build(0))
     for span in spans:
-        state = update.update(absorb(state, span.events, span.n_users, span.n_items), span)
+        state = update.update(absorb_block(state, span.events, span.n_users, span.n_items), span)
     return state
 
 
-def test_the_smallest_counting_model_replays_as_the_popularity_that_it_is(checkerboard: Cut, tmp_path: Path) -> None:
+def test_the_smallest_counting_model_replays_as_the_popularity_that_it_is(
+    checkerboard: LogSplit, tmp_path: Path
+) -> None:
     own = ranks(COUNT, Absorb(), checkerboard, tmp_path / "own")
     assert len(own) > 100 and own.equals(ranks(PopularitySpec(), Absorb(), checkerboard, tmp_path / "ours"))
 
 
-def test_the_smallest_trained_model_learns_who_takes_what(checkerboard: Cut, tmp_path: Path) -> None:
+def test_the_smallest_trained_model_learns_who_takes_what(checkerboard: LogSplit, tmp_path: Path) -> None:
     # 40 items, of which a user takes 20: at random half of a list is of the user's colour.
     state = learnt(SUM, FineTune(FIT), checkerboard.spans)
     even, odd = (Batch(torch.tensor([1]), torch.tensor([row])) for row in rows_of_colours(checkerboard))
     for batch in (even, odd):
-        best_10 = top(state.model, batch, 10)[0][0]
-        colours = [checkerboard.items.ids(best_10).to_list(), checkerboard.items.ids(batch.history_BT[0]).to_list()]
+        best_10 = top_k(state.model, batch, 10)[0][0]
+        colours = [
+            checkerboard.item_catalog.ids(best_10).to_list(),
+            checkerboard.item_catalog.ids(batch.history_BT[0]).to_list(),
+        ]
         assert sum(int(item) % 2 == int(colours[1][0]) % 2 for item in colours[0]) >= 9
     found = ranks(SUM, FineTune(FIT), checkerboard, tmp_path / "finetune")["rank"]
     assert (found <= 20).mean() > 0.8  # 0.5 for a list that knows no colours
 
 
-def rows_of_colours(cut: Cut) -> Iterator[list[int]]:
+def rows_of_colours(cut: LogSplit) -> Iterator[list[int]]:
     """Rows of five even items, then of five odd ones."""
-    ids = cut.items.ids(torch.arange(1, 21)).to_list()
+    ids = cut.item_catalog.ids(torch.arange(1, 21)).to_list()
     for colour in (0, 1):
         yield [row for row, item in enumerate(ids, 1) if int(item) % 2 == colour][:5]
 
 
-def test_the_smallest_trained_model_goes_with_strategies_that_need_encode(checkerboard: Cut, tmp_path: Path) -> None:
+def test_the_smallest_trained_model_goes_with_strategies_that_need_encode(
+    checkerboard: LogSplit, tmp_path: Path
+) -> None:
     assert (ranks(SUM, EWC(fit=FIT), checkerboard, tmp_path)["rank"] <= 20).mean() > 0.8  # as above
 
 
 @pytest.mark.parametrize(("spec", "update"), [(COUNT, Absorb()), (SUM, FineTune(FIT))], ids=["counting", "trained"])
 def test_a_state_with_a_model_of_ones_own_is_saved_and_goes_on(
-    spec: ModelSpec, update: Strategy, checkerboard: Cut, tmp_path: Path, bits: Any
+    spec: ModelSpec, update: Strategy, checkerboard: LogSplit, tmp_path: Path, bits: Any
 ) -> None:
     *first, last = checkerboard.spans
     state = learnt(spec, update, tuple(first))
     save_state(state, tmp_path / "state")
     again, batch = load_state(tmp_path / "state"), Batch(torch.tensor([1, 2]), torch.tensor([[0, 3], [4, 7]]))
     all_items = torch.arange(1, state.model.n_items + 1)
-    for loaded in (again, load_to_ask(tmp_path / "state")):
+    for loaded in (again, load_for_serving(tmp_path / "state")):
         assert torch.equal(score_items(loaded.model, batch, all_items), score_items(state.model, batch, all_items))
-    after = [update.update(absorb(each, last.events, last.n_users, last.n_items), last) for each in (state, again)]
+    after = [
+        update.update(absorb_block(each, last.events, last.n_users, last.n_items), last) for each in (state, again)
+    ]
     assert bits(after[0]) == bits(after[1])
 
 
@@ -282,13 +293,15 @@ def test_the_example_counts_what_was_taken_within_an_hour(example: None, monkeyp
     import my_model
 
     hour = 3_600_000_000
-    events = Events.of(torch.tensor([1, 1, 2, 1]), torch.tensor([1, 2, 2, 3]), torch.tensor([0, 0.5, 1, 2.5]) * hour)
-    later = Events.of(torch.tensor([2]), torch.tensor([1]), torch.tensor([1.25]) * hour)
+    events = Events.trainable(
+        torch.tensor([1, 1, 2, 1]), torch.tensor([1, 2, 2, 3]), torch.tensor([0, 0.5, 1, 2.5]) * hour
+    )
+    later = Events.trainable(torch.tensor([2]), torch.tensor([1]), torch.tensor([1.25]) * hour)
     for hours, after_2 in ((1.0, [0, 2, 0, 0]), (2.0, [0, 2, 0, 1])):
         model = my_model.MyModelSpec(hours=hours).build(0)
         model.grow(2, 3)
         model.absorb(events, Histories.empty())
-        model.absorb(later, place(Histories.empty(), events, 2)[0])
+        model.absorb(later, insert_events(Histories.empty(), events, 2)[0])
         batch = Batch(torch.tensor([1, 2]), torch.tensor([[3, 2], [0, 0]]))
         assert model.score(batch, torch.arange(4)).tolist() == [after_2, [0, 0, 0, 0]]
         assert model.score(batch, torch.tensor([[1, 3], [1, 3]])).tolist() == [after_2[1::2], [0, 0]]

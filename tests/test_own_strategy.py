@@ -13,17 +13,17 @@ import torch
 
 from freshrec.cli import main
 from freshrec.config import IMPORTS
-from freshrec.data.spans import cut
-from freshrec.data.worlds import make
+from freshrec.data.spans import split_log
+from freshrec.data.worlds import make_world
 from freshrec.errors import IncompatibleError, OptionError, StateError
-from freshrec.learn.fit import Fit
-from freshrec.learn.weights import weights_of
+from freshrec.learn.fit import FitConfig
+from freshrec.learn.weights import copy_weights
 from freshrec.models import MODELS, find_model
 from freshrec.models.checkpoint import load_tree, save_tree
-from freshrec.models.counted import absorb
-from freshrec.replay.plan import training_passes, tuning_work
-from freshrec.replay.replay import Cell, Settings
-from freshrec.replay.run import run
+from freshrec.models.counted import absorb_block
+from freshrec.replay.plan import count_tuning_targets, training_passes
+from freshrec.replay.replay import Cell, ReplaySettings
+from freshrec.replay.run import run_cells
 from freshrec.replay.tuning import alternatives
 from freshrec.serve.recommender import Recommender
 from freshrec.strategies import ALIASES, STRATEGIES, find_strategy
@@ -97,7 +97,7 @@ def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 
 def world() -> pl.DataFrame:
     """1,200 events of 60 users and 40 items."""
-    return make("drift", users=60, items=40, events=1200).log.frame.select("user_id", "item_id", "time")
+    return make_world("drift", users=60, items=40, events=1200).log.frame.select("user_id", "item_id", "time")
 
 
 def cell(model: str, strategy: str) -> Cell:
@@ -115,12 +115,18 @@ WAYS = [
 def test_an_own_strategy_that_calls_ours_has_its_ranks_in_a_replay(
     model: str, own: str, ours: str, tmp_path: Path
 ) -> None:
-    log = make("drift", users=60, items=40, events=1200).log
+    log = make_world("drift", users=60, items=40, events=1200).log
     cells = [cell(model, own), cell(model, ours)]
     for _ in range(2):  # the second time it finds its own results, and is not told of others
-        run(cells, cut(log, by="count", spans=2), Settings(), tmp_path / "out", tell=lambda cell, span: None)
+        run_cells(
+            cells,
+            split_log(log, by="count", spans=2),
+            ReplaySettings(),
+            tmp_path / "out",
+            on_span_done=lambda cell, span: None,
+        )
         cells = [cell(model, own), cell(model, ours)]
-    found = [pl.read_parquet(tmp_path / "out" / c.name / "span-2.parquet") for c in cells]
+    found = [pl.read_parquet(tmp_path / "out" / c.folder_name / "span-2.parquet") for c in cells]
     assert len(found[0]) and found[0].equals(found[1])
 
 
@@ -161,7 +167,7 @@ def test_a_class_an_instance_and_both_kinds_of_names_are_accepted() -> None:
     counting = type(find_strategy("own_strategies:Counting"))
     assert counting.__name__ == "Counting"
     recommender = Recommender("item-knn", counting)  # type: ignore[arg-type]
-    assert isinstance(recommender._contents.strategy, counting)
+    assert isinstance(recommender._bundle.strategy, counting)
     assert find_model("freshrec.models.mf:MFSpec:d=4") == find_model("mf:d=4")
 
 
@@ -185,7 +191,7 @@ def test_a_name_that_stands_for_no_strategy_is_refused(text: str, says: str) -> 
 
 
 def test_a_strategy_without_a_method_update_is_refused_by_the_recommender() -> None:
-    not_a_strategy: Any = Fit()
+    not_a_strategy: Any = FitConfig()
     with pytest.raises(OptionError, match=r"Fit.* has no method update\(state, span\)"):
         Recommender("mf", not_a_strategy)
 
@@ -217,12 +223,12 @@ def test_an_object_with_attributes_has_to_be_a_dataclass_to_be_saved(tmp_path: P
 def test_an_own_strategy_has_nothing_to_tune_and_is_planned_as_fine_tuning() -> None:
     # 100 events in the base block, 10 epochs; spans of 10 and 20 events, 5 epochs by default
     counting, example = find_strategy("own_strategies:Counting"), find_strategy("my_strategy:MyStrategy:fit.epochs=2")
-    assert alternatives(counting) == (counting,) and tuning_work(counting, [100, 10, 20]) == 0
+    assert alternatives(counting) == (counting,) and count_tuning_targets(counting, [100, 10, 20]) == 0
     assert training_passes(counting, [100, 10, 20], 10) == [1000, 50, 100]
     assert training_passes(example, [100, 10, 20], 10) == [1000, 20, 40]  # what its field `fit` says
     assert training_passes(Absorb(), [100, 10, 20], 10) == [0, 0, 0]
     assert cell("mf", "own_strategies:Training").shared_fit is None  # what it does with a base block is not known
-    assert cell("mf", "finetune:fit.epochs=2").shared_fit == Fit(epochs=2)
+    assert cell("mf", "finetune:fit.epochs=2").shared_fit == FitConfig(epochs=2)
 
 
 def test_strategies_that_are_tuned_have_six_alternatives_the_strategy_first() -> None:
@@ -251,14 +257,14 @@ def test_aliases_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_example_is_the_mean_of_the_weights_before_and_after_fine_tuning() -> None:
     # keep = 0.25: a quarter of the previous weights, three quarters of those that fine-tuning gives, for rows of users
     # and items that were known; rows of new ones as fine-tuned
-    parts = cut(make("newborn", users=60, items=40, events=1500).log, by="count", spans=1, forget_users=0)
+    parts = split_log(make_world("newborn", users=60, items=40, events=1500).log, by="count", spans=1, forget_users=0)
     base, span = parts.spans
     fit = ":fit.epochs=1:fit.base_epochs=1"
     example, finetune = find_strategy(f"my_strategy:MyStrategy:keep=0.25{fit}"), find_strategy(f"finetune{fit}")
     before = example.update(counted(State(find_model("mf:d=4").build(0)), base), base)
     ready = counted(before, span)
     old, mixed, tuned = (
-        weights_of(s.model) for s in (before, example.update(ready, span), finetune.update(ready, span))
+        copy_weights(s.model) for s in (before, example.update(ready, span), finetune.update(ready, span))
     )
     n = len(old["items"])
     assert len(tuned["items"]) > n and not torch.equal(tuned["items"][:n], old["items"])
@@ -268,4 +274,4 @@ def test_the_example_is_the_mean_of_the_weights_before_and_after_fine_tuning() -
 
 
 def counted(state: State, span: Span) -> State:
-    return absorb(state, span.events, span.n_users, span.n_items)
+    return absorb_block(state, span.events, span.n_users, span.n_items)

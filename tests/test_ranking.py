@@ -8,12 +8,12 @@ from freshrec.errors import TrainingError
 from freshrec.models.interests import InterestSpec
 from freshrec.models.mf import MF, MFSpec
 from freshrec.models.popularity import Popularity, PopularitySpec
-from freshrec.models.ranking import ITEMS, USERS, ranks, top, vectors_of
+from freshrec.models.ranking import ITEM_BLOCK, USER_BLOCK, query_vectors, target_ranks, top_k
 from freshrec.models.repeat import RepeatSpec
 from freshrec.models.scoring import user_vectors
 from freshrec.types import Batch
 
-N_USERS, N_ITEMS = USERS + 7, 2 * ITEMS + 5  # so that there are several blocks of both, the last one short
+N_USERS, N_ITEMS = USER_BLOCK + 7, 2 * ITEM_BLOCK + 5  # so that there are several blocks of both, the last one short
 
 
 def model_with_ties() -> MF:
@@ -41,50 +41,55 @@ def counter(counts: list[float]) -> Popularity:
     return model
 
 
-@pytest.mark.parametrize("n_items", [N_ITEMS, ITEMS + 1])
+@pytest.mark.parametrize("n_items", [N_ITEMS, ITEM_BLOCK + 1])
 def test_a_rank_is_one_plus_those_ahead_plus_half_of_those_tied(n_items: int) -> None:
     model = model_with_ties()
     target_B = torch.randint(1, n_items + 1, (N_USERS,), generator=torch.Generator().manual_seed(1))
     scores = dense(model)[:, :n_items]
     own = scores[np.arange(N_USERS), target_B.numpy() - 1][:, None]
     expected = 1 + (scores > own).sum(1) + ((scores == own).sum(1) - 1) / 2  # the target ties with itself
-    found = ranks(model, batch_of(N_USERS), target_B, n_items=n_items)
+    found = target_ranks(model, batch_of(N_USERS), target_B, n_items=n_items)
     np.testing.assert_array_equal(found.numpy(), expected)
 
 
 def test_ranks_of_a_counter_by_hand() -> None:
     # counts 5 2 2 9: item 4 is first, item 1 second, items 2 and 3 share places 3 and 4
     batch = batch_of(4)
-    assert ranks(counter([5, 2, 2, 9]), batch, torch.tensor([1, 2, 3, 4])).tolist() == [2, 3.5, 3.5, 1]
+    assert target_ranks(counter([5, 2, 2, 9]), batch, torch.tensor([1, 2, 3, 4])).tolist() == [2, 3.5, 3.5, 1]
 
 
 def test_a_target_that_is_not_known_has_no_rank() -> None:
     model = counter([5, 2, 2, 9])
-    assert ranks(model, batch_of(2), torch.tensor([5, 1])).tolist() == [np.inf, 2]
+    assert target_ranks(model, batch_of(2), torch.tensor([5, 1])).tolist() == [np.inf, 2]
     # with only items 1 to 3 known, item 4 is not, and item 1 is first
-    assert ranks(model, batch_of(2), torch.tensor([4, 1]), n_items=3).tolist() == [np.inf, 1]
+    assert target_ranks(model, batch_of(2), torch.tensor([4, 1]), n_items=3).tolist() == [np.inf, 1]
 
 
 def test_an_own_item_that_is_new_to_everybody_else_may_be_offered_by_what_counts() -> None:
     # three items are known, 4 and 5 are the user's own; repeat-last: 1 for the latest, then 1/2, 1/3
     repeat, batch = RepeatSpec().build(0), Batch(torch.tensor([1, 1, 1, 1]), torch.tensor([[4, 5, 1]]).repeat(4, 1))
     repeat.grow(1, 5)
-    assert ranks(repeat, batch, torch.tensor([1, 5, 4, 2]), n_items=3).tolist() == [1, 2, 3, 4.5]  # 2 and 3 are level
+    assert target_ranks(repeat, batch, torch.tensor([1, 5, 4, 2]), n_items=3).tolist() == [
+        1,
+        2,
+        3,
+        4.5,
+    ]  # 2 and 3 are level
     other = Batch(torch.tensor([1, 1]), torch.tensor([[0, 5, 5], [0, 0, 1]]))
-    assert ranks(repeat, other, torch.tensor([5, 5]), n_items=3).tolist() == [1, np.inf]  # new, and not theirs
+    assert target_ranks(repeat, other, torch.tensor([5, 5]), n_items=3).tolist() == [1, np.inf]  # new, and not theirs
     trained = model_with_ties()
-    assert ranks(trained, batch, torch.tensor([1, 5, 4, 2]), n_items=3)[1:3].tolist() == [np.inf, np.inf]
+    assert target_ranks(trained, batch, torch.tensor([1, 5, 4, 2]), n_items=3)[1:3].tolist() == [np.inf, np.inf]
 
 
 def test_a_score_that_is_not_a_number_stops_everything() -> None:
     model = model_with_ties()
     model.items.weights[N_ITEMS] = torch.nan  # an item that nobody asks for
     with pytest.raises(TrainingError, match="not finite"):
-        ranks(model, batch_of(2), torch.tensor([1, 2]))
+        target_ranks(model, batch_of(2), torch.tensor([1, 2]))
     with pytest.raises(TrainingError, match="not finite"):
-        top(model, batch_of(2), 3)
+        top_k(model, batch_of(2), 3)
     with pytest.raises(TrainingError, match="not finite"):
-        ranks(counter([1, float("inf")]), batch_of(1), torch.tensor([1]))
+        target_ranks(counter([1, float("inf")]), batch_of(1), torch.tensor([1]))
 
 
 def test_history_items_that_the_model_has_no_row_for_are_as_if_they_were_not_there() -> None:
@@ -92,19 +97,19 @@ def test_history_items_that_the_model_has_no_row_for_are_as_if_they_were_not_the
     model.grow(1, 3)
     known, with_unknown = (Batch(torch.tensor([1]), torch.tensor([h])) for h in ([1, 0, 2], [1, 99, 2]))
     target = torch.tensor([3])
-    assert torch.equal(ranks(model, with_unknown, target), ranks(model, known, target))
-    assert torch.equal(top(model, with_unknown, 3)[1], top(model, known, 3)[1])
+    assert torch.equal(target_ranks(model, with_unknown, target), target_ranks(model, known, target))
+    assert torch.equal(top_k(model, with_unknown, 3)[1], top_k(model, known, 3)[1])
 
 
 def test_the_top_items_are_the_first_of_a_dense_sort_without_those_banned() -> None:
     model, source = MFSpec(d=3, std=1.0).build(0), torch.Generator().manual_seed(2)
-    model.grow(5, 8 * ITEMS + 9)  # more than one block
+    model.grow(5, 8 * ITEM_BLOCK + 9)  # more than one block
     banned_BM = torch.randint(0, model.n_items + 1, (5, 4000), generator=source)
-    banned_BM[:, 0] = 8 * ITEMS + 9  # the last item, for all
+    banned_BM[:, 0] = 8 * ITEM_BLOCK + 9  # the last item, for all
     scores = dense(model)
     for user, banned in enumerate(banned_BM.numpy()):
         scores[user, banned[banned > 0] - 1] = -np.inf
-    items_BK, scores_BK = top(model, batch_of(5), 50, banned_BM)
+    items_BK, scores_BK = top_k(model, batch_of(5), 50, banned_BM)
     expected = np.argsort(-scores, axis=1)[:, :50]
     np.testing.assert_array_equal(items_BK.numpy(), expected + 1)
     np.testing.assert_allclose(scores_BK.numpy(), np.take_along_axis(scores, expected, 1), rtol=1e-5)
@@ -112,16 +117,16 @@ def test_the_top_items_are_the_first_of_a_dense_sort_without_those_banned() -> N
 
 def test_the_top_items_come_from_among_those_allowed() -> None:
     model = counter([5, 2, 3, 9])
-    items_BK, scores_BK = top(model, batch_of(1), 9, torch.tensor([[3, 4]]), among_N=torch.tensor([2, 3]))
+    items_BK, scores_BK = top_k(model, batch_of(1), 9, torch.tensor([[3, 4]]), allowed_N=torch.tensor([2, 3]))
     assert items_BK.tolist() == [[2, 3]]  # item 4 is banned and not allowed either
     assert scores_BK.tolist() == [[2, -np.inf]]  # item 3 is banned: whoever shows the list leaves it out
-    assert top(model, batch_of(1), 2, among_N=torch.zeros(0, dtype=torch.int64))[0].shape == (1, 0)
+    assert top_k(model, batch_of(1), 2, allowed_N=torch.zeros(0, dtype=torch.int64))[0].shape == (1, 0)
 
 
 def test_asking_with_bans_changes_nothing_in_the_model() -> None:
     model = counter([5, 2, 3, 9])
-    top(model, batch_of(1), 2, torch.tensor([[4]]))
-    assert top(model, batch_of(1), 2)[0].tolist() == [[4, 1]]
+    top_k(model, batch_of(1), 2, torch.tensor([[4]]))
+    assert top_k(model, batch_of(1), 2)[0].tolist() == [[4, 1]]
 
 
 def test_the_readouts_are_interests_of_now_those_stored_or_both() -> None:
@@ -133,7 +138,7 @@ def test_the_readouts_are_interests_of_now_those_stored_or_both() -> None:
     batch = Batch(
         torch.tensor([1, 2, 3]), torch.tensor([[1, 2], [3, 4], [0, 5]]), None, None, stored_BKD, alive_BK, old_BK
     )
-    recent, stored, both = (vectors_of(model, batch, how) for how in ("recent", "stored", "both"))
+    recent, stored, both = (query_vectors(model, batch, how) for how in ("recent", "stored", "both"))
     assert torch.equal(recent, user_vectors(model, batch))
     # an interest that user 2 does not have repeats the first; a newcomer has nothing stored
     assert stored[:2].tolist() == [[[1, 2], [3, 4]], [[5, 6], [5, 6]]]

@@ -7,18 +7,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from freshrec.data.spans import cut
-from freshrec.data.worlds import make
+from freshrec.data.spans import split_log
+from freshrec.data.worlds import make_world
 from freshrec.errors import FreshrecError, IncompatibleError, LogError, OptionError, StateError
-from freshrec.learn.fit import Fit
+from freshrec.learn.fit import FitConfig
 from freshrec.models.mf import MF, MFSpec
 from freshrec.models.scoring import item_vectors
-from freshrec.replay.measure import facts
-from freshrec.replay.replay import Cell, Settings, replay_cell
-from freshrec.replay.results import collect
+from freshrec.replay.measure import slice_table
+from freshrec.replay.replay import Cell, ReplaySettings, replay_cell
+from freshrec.replay.results import collect_results
 from freshrec.serve import recommender as recommender_module
-from freshrec.serve.contents import Contents
-from freshrec.serve.explain import by_vectors
+from freshrec.serve.contents import Bundle
+from freshrec.serve.explain import explain_by_vectors
 from freshrec.serve.recommender import Recommender
 from freshrec.store.versions import open_store
 from freshrec.strategies.plain import FineTune
@@ -46,7 +46,7 @@ each_way = pytest.mark.parametrize(("model", "strategy"), WAYS)
 
 def days(world: str = "drift") -> tuple[pl.DataFrame, pl.DataFrame]:
     """A log of 3,000 events, and the 1,000 after them, with new users and items."""
-    frame = make(world, users=200, items=80, events=4000).log.frame.select("user_id", "item_id", "time")
+    frame = make_world(world, users=200, items=80, events=4000).log.frame.select("user_id", "item_id", "time")
     return frame[:3000], frame[3000:]
 
 
@@ -112,12 +112,12 @@ def test_the_update_reads_its_rows_as_the_fit_did() -> None:
     ours = {"user_id": "who", "item_id": "what", "timestamp": "when"}
     log, new = LOG.rename(ours), events("u1 c").rename(ours)
     recommender = Recommender("popularity").fit(log, columns=ours).update(new)
-    assert recommender.contents.sizes == {"events": 7, "users": 3, "items": 3}
+    assert recommender.bundle.sizes == {"events": 7, "users": 3, "items": 3}
 
 
 def test_exposures_teach_nothing() -> None:
     labelled = LOG.with_columns(label=pl.Series([1, 1, 1, 1, 1, 0]))
-    assert Recommender("popularity").fit(labelled).contents.sizes == {"events": 5, "users": 3, "items": 2}
+    assert Recommender("popularity").fit(labelled).bundle.sizes == {"events": 5, "users": 3, "items": 2}
 
 
 def test_each_of_two_colours_is_offered_its_own() -> None:
@@ -131,15 +131,15 @@ def test_each_of_two_colours_is_offered_its_own() -> None:
 
 @each_way
 def test_fit_then_evaluate_is_what_a_replay_measures(model: str, strategy: str | None, tmp_path: Path) -> None:
-    log = make("drift", users=200, items=80, events=4000).log
-    parts = cut(log, by="count", spans=1, targets="all", forget_users=0)
+    log = make_world("drift", users=200, items=80, events=4000).log
+    parts = split_log(log, by="count", spans=1, targets="all", forget_users=0)
     n_base = len(parts.spans[0].events)
     recommender = Recommender(model, strategy).fit(log.frame[:n_base])
     found = recommender.evaluate(log.frame[n_base:])
-    name, way = recommender.contents.names
-    cell = Cell(name, recommender.served.state.model.spec, way, recommender.contents.strategy, 0)
-    list(replay_cell(cell, parts, Settings(), tmp_path))
-    results = collect([cell], facts(parts.spans), ["hr@20", "ndcg@20"], tmp_path)
+    name, way = recommender.bundle.names
+    cell = Cell(name, recommender.served.state.model.spec, way, recommender.bundle.strategy, 0)
+    list(replay_cell(cell, parts, ReplaySettings(), tmp_path))
+    results = collect_results([cell], slice_table(parts.spans), ["hr@20", "ndcg@20"], tmp_path)
     rows = results.filter((pl.col("span") == 1) & (pl.col("slice") == "all") & (pl.col("model") == name))
     expected = rows.filter(pl.col("metric").is_in(found["metric"].to_list()))
     assert found["value"].to_list() == pytest.approx(expected["value"].to_list(), abs=1e-12)
@@ -160,7 +160,7 @@ def test_an_evaluation_by_hand() -> None:
     assert found.select("metric", "n", "n_users").rows() == [("hr@1", 4, 2), ("mrr@3", 4, 2)]
     assert found["value"].to_list() == pytest.approx([1 / 2, (2 / 3 + 1 / 2) / 2])
     assert (found["low"] <= found["value"]).all()
-    assert recommender.contents.sizes == {"events": 6, "users": 3, "items": 3}  # nothing was learnt
+    assert recommender.bundle.sizes == {"events": 6, "users": 3, "items": 3}  # nothing was learnt
 
 
 @each_way
@@ -172,7 +172,7 @@ def test_a_saved_recommender_answers_and_learns_as_the_one_in_memory(
     recommender = Recommender(model, strategy).fit(old)
     recommender.save(tmp_path)
     loaded = Recommender.load(tmp_path)
-    assert loaded.contents.names == recommender.contents.names
+    assert loaded.bundle.names == recommender.bundle.names
     assert loaded.recommend(users).equals(recommender.recommend(users))
     assert loaded.update(new).recommend(users).equals(recommender.update(new).recommend(users))
 
@@ -181,17 +181,17 @@ def test_a_save_that_dies_leaves_the_recommender_before_it(tmp_path: Path, monke
     recommender = Recommender("popularity").fit(LOG)
     recommender.save(tmp_path)
 
-    def die(kept: Contents, folder: Path) -> None:
+    def die(kept: Bundle, folder: Path) -> None:
         (folder / "served.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(recommender_module, "write_contents", die)
+    monkeypatch.setattr(recommender_module, "write_bundle", die)
     with pytest.raises(KeyboardInterrupt):
         recommender.update(events("u1 c")).save(tmp_path)
     monkeypatch.undo()
-    assert Recommender.load(tmp_path).contents.sizes["events"] == 6
+    assert Recommender.load(tmp_path).bundle.sizes["events"] == 6
     recommender.save(tmp_path)
-    assert Recommender.load(tmp_path).contents.sizes["events"] == 7
+    assert Recommender.load(tmp_path).bundle.sizes["events"] == 7
     assert sorted(path.name for path in tmp_path.glob("versions/*")) == ["1", "2"]
 
 
@@ -262,13 +262,13 @@ def test_of_several_interests_each_says_what_it_has_for_an_item_and_which_past_e
 
     alive_BK = torch.tensor([[True, True, False]])
     batch = Batch(torch.tensor([1]), torch.tensor([[0, 3, 1]]), alive_BK=alive_BK)
-    first, second = by_vectors(Fake(), batch, 2)
+    first, second = explain_by_vectors(Fake(), batch, 2)
     # 2 * 3.0, more than of any other item; 1 * 0.3, less than 2.0 of item 3 and 0.6 of item 4
-    assert (first.source, first.place, first.points, first.because) == ("interest 1 of 2", 1, 6.0, 1)
-    assert (second.source, second.place, second.because) == ("interest 2 of 2", 3, 3)
-    assert second.points == pytest.approx(0.3)
+    assert (first.source, first.rank, first.contribution, first.history_item) == ("interest 1 of 2", 1, 6.0, 1)
+    assert (second.source, second.rank, second.history_item) == ("interest 2 of 2", 3, 3)
+    assert second.contribution == pytest.approx(0.3)
     # item 4 lies between: the larger inner product comes first, by 2 * 0.5 against 1 * 0.6
-    assert [reason.source for reason in by_vectors(Fake(), batch, 4)] == ["interest 1 of 2", "interest 2 of 2"]
+    assert [reason.source for reason in explain_by_vectors(Fake(), batch, 4)] == ["interest 1 of 2", "interest 2 of 2"]
 
 
 @pytest.mark.parametrize("model", ["comirec-dr:d=16:k=3", "sasrec:d=16", "mf:d=16", "item-knn"])
@@ -308,8 +308,8 @@ def test_ids_given_as_text_find_integers() -> None:
 
 
 def test_models_and_strategies_may_be_ones_own_instances() -> None:
-    recommender = Recommender(MFSpec(d=8), FineTune(Fit(epochs=1, base_epochs=1)), seed=3).fit(LOG)
-    assert recommender.contents.names == ("mf-spec", "finetune-strategy")  # tags: class names may change
+    recommender = Recommender(MFSpec(d=8), FineTune(FitConfig(epochs=1, base_epochs=1)), seed=3).fit(LOG)
+    assert recommender.bundle.names == ("mf-spec", "finetune-strategy")  # tags: class names may change
     assert len(recommender.recommend("u1", exclude_seen=False)) == 3
 
 
@@ -347,7 +347,7 @@ ERRORS = [
 
 def test_events_without_a_clock_follow_what_was_learnt() -> None:
     recommender = Recommender("popularity").fit(WITHOUT_CLOCK).update(WITHOUT_CLOCK).update(WITHOUT_CLOCK)
-    recent = recommender.served.counts.recent
+    recent = recommender.served.counts.histories
     assert recent.items_R.tolist() == [1, 1, 1, 2, 2, 2]
     # each file alone has the orders 0 and 1: six of them go on counting
     assert recent.times_R.tolist() == [0, 2, 4, 1, 3, 5]
@@ -355,7 +355,7 @@ def test_events_without_a_clock_follow_what_was_learnt() -> None:
 
 def test_an_event_at_the_very_time_of_the_last_one_is_not_late() -> None:
     recommender = Recommender("popularity").fit(LOG).update(LOG.tail(1))
-    assert recommender.contents.sizes["events"] == 7
+    assert recommender.bundle.sizes["events"] == 7
 
 
 @pytest.mark.parametrize(("call", "error", "told"), ERRORS)

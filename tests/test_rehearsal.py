@@ -3,16 +3,16 @@
 import torch
 from torch import Tensor
 
-from freshrec.data.batches import append, due_targets
-from freshrec.learn.rehearsal import rehearsal
-from freshrec.types import DONE, DUE, SECRET, Events, Histories
+from freshrec.data.batches import append_events, due_targets
+from freshrec.learn.rehearsal import base_stream
+from freshrec.types import DUE, HELD_OUT, TRAINED, Events, Histories
 
 
 def base(labels_E: Tensor | None = None) -> Histories:
     """Twelve events, one an hour: users 1 and 2 take turns, items 1 .. 12."""
     hours_E = torch.arange(12)
-    events = Events.of(hours_E % 2 + 1, hours_E + 1, hours_E)
-    return append(Histories.empty(), Events(*list(vars(events).values())[:5], labels_E), 2)
+    events = Events.trainable(hours_E % 2 + 1, hours_E + 1, hours_E)
+    return append_events(Histories.empty(), Events(*list(vars(events).values())[:5], labels_E), 2)
 
 
 def items(histories: Histories, due: int) -> list[int]:
@@ -20,9 +20,9 @@ def items(histories: Histories, due: int) -> list[int]:
 
 
 def test_a_third_is_the_base_and_the_other_parts_come_one_by_one() -> None:
-    parts = list(rehearsal(base(), 6))
+    parts = list(base_stream(base(), 6))
     assert [items(recent, DUE) for recent, _ in parts] == [[1, 2, 3, 4], [5, 6], [7, 8], [9, 10], [11, 12]]
-    assert [items(recent, DONE) for recent, _ in parts] == [list(range(1, n)) for n in (1, 5, 7, 9, 11)]
+    assert [items(recent, TRAINED) for recent, _ in parts] == [list(range(1, n)) for n in (1, 5, 7, 9, 11)]
     assert [(span.index, span.n_users, span.n_items) for _, span in parts] == [
         (-5, 2, 4),
         (-4, 2, 6),
@@ -34,14 +34,14 @@ def test_a_third_is_the_base_and_the_other_parts_come_one_by_one() -> None:
 
 def test_secret_events_stay_secret() -> None:
     histories = base()
-    histories.due_R[histories.items_R == 2] = SECRET
-    assert all(items(recent, SECRET) == [2] for recent, _ in rehearsal(histories, 3))
+    histories.due_R[histories.items_R == 2] = HELD_OUT
+    assert all(items(recent, HELD_OUT) == [2] for recent, _ in base_stream(histories, 3))
 
 
 def test_what_was_shown_is_cut_at_the_same_hours_and_the_history_is_what_was_taken() -> None:
     # Items 1, 4, 7, 10 were taken. Parts of 4 hours: each part's own rows are due, with the histories up to it.
     labels_E = torch.tensor([1.0, 0, 0] * 4)
-    for i, (recent, span) in enumerate(rehearsal(base(labels_E), 3)):
+    for i, (recent, span) in enumerate(base_stream(base(labels_E), 3)):
         targets = due_targets(recent)
         assert targets.items_N.tolist() == list(range(4 * i + 1, 4 * i + 5))
         assert targets.labels_N is not None and targets.labels_N.tolist() == labels_E[4 * i : 4 * i + 4].tolist()
@@ -52,5 +52,5 @@ def test_what_was_shown_is_cut_at_the_same_hours_and_the_history_is_what_was_tak
 def test_an_empty_base_block_rehearses_nothing() -> None:
     assert [
         len(due_targets(recent))
-        for recent, _ in rehearsal(append(Histories.empty(), Events.of(*torch.zeros(2, 0)), 0), 3)
+        for recent, _ in base_stream(append_events(Histories.empty(), Events.trainable(*torch.zeros(2, 0)), 0), 3)
     ] == [0] * 3

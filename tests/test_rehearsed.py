@@ -7,33 +7,39 @@ import circles
 import pytest
 import torch
 
-from freshrec.data.batches import append, due_targets
-from freshrec.learn.fit import Fit, train
+from freshrec.data.batches import append_events, due_targets
+from freshrec.learn.fit import FitConfig, train
 from freshrec.models.sasrec import SASRecSpec
-from freshrec.models.tables import tables_of
+from freshrec.models.tables import embedding_tables
 from freshrec.strategies.plain import FineTune
-from freshrec.strategies.rehearsed import KNOBS, Manner, Rehearsed, average, mixed
+from freshrec.strategies.rehearsed import (
+    SEARCH_SPACE,
+    SelfTuned,
+    UpdateSettings,
+    average_epoch_weights,
+    mix_negative_pool,
+)
 from freshrec.types import Histories, Span, State, TrainedModel
 
-FIT = Fit(base_epochs=3, epochs=3)
+FIT = FitConfig(base_epochs=3, epochs=3)
 
 
 def model_and_targets() -> tuple[TrainedModel, Any]:
-    histories = append(Histories.empty(), circles.circles(range(1, 61), 1), 60)
+    histories = append_events(Histories.empty(), circles.circles(range(1, 61), 1), 60)
     model = SASRecSpec(d=16, negatives=16, length=8, dropout=0.0).build(0)
     model.grow(60, 20)
     return model, due_targets(histories)
 
 
 def weights(model: TrainedModel) -> torch.Tensor:
-    return tables_of(model)["items"].weights.clone()
+    return embedding_tables(model)["items"].weights.clone()
 
 
 def test_the_average_is_that_of_the_weights_after_each_epoch_but_the_first() -> None:
     one, targets = model_and_targets()
     seen = [weights(one) for _ in train(one, targets, 4, (0, 1))]
     other, _ = model_and_targets()
-    average(other, train(other, targets, 4, (0, 1)))
+    average_epoch_weights(other, train(other, targets, 4, (0, 1)))
     torch.testing.assert_close(weights(other), torch.stack(seen[1:]).mean(0))
 
 
@@ -43,38 +49,44 @@ def test_the_average_of_less_than_two_epochs_is_plain_training(epochs: int) -> N
     for _ in train(one, targets, epochs, (0, 1)):
         pass
     other, _ = model_and_targets()
-    average(other, train(other, targets, epochs, (0, 1)))
+    average_epoch_weights(other, train(other, targets, epochs, (0, 1)))
     assert torch.equal(weights(other), weights(one))
 
 
 def test_half_of_the_negatives_are_current_items() -> None:
-    items_N = mixed(torch.tensor([3, 7, 9]), 10)
+    items_N = mix_negative_pool(torch.tensor([3, 7, 9]), 10)
     assert len(items_N) == 20
     counts = torch.bincount(items_N, minlength=11).tolist()
     assert counts == [0, 1, 1, 5, 1, 1, 1, 4, 1, 4, 1]  # each of 10 once, and 10 places for three
 
 
 def test_without_a_rehearsal_it_is_fine_tuning() -> None:
-    mine, span = circles.two_periods(Rehearsed(rehearsals=0, fit=FIT))
+    mine, span = circles.two_periods(SelfTuned(base_parts=0, fit=FIT))
     plain, _ = circles.two_periods(FineTune(fit=FIT))
-    after, expected = Rehearsed(rehearsals=0, fit=FIT).update(mine, span), FineTune(fit=FIT).update(plain, span)
-    assert mine.memory.manner == Manner()
+    after, expected = SelfTuned(base_parts=0, fit=FIT).update(mine, span), FineTune(fit=FIT).update(plain, span)
+    assert mine.memory.manner == UpdateSettings()
     assert torch.equal(weights(after.model), weights(expected.model))
 
 
 def test_the_knobs_are_turned_one_after_the_other_to_what_was_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Manner] = []
+    asked: list[UpdateSettings] = []
 
-    def quality(self: Rehearsed, state: State, parts: Any, memory: Any) -> float:
-        manner: Manner = memory.manner
+    def quality(self: SelfTuned, state: State, parts: Any, memory: Any) -> float:
+        manner: UpdateSettings = memory.manner
         asked.append(manner)
-        return {0.3: 0.1, 1.0: 0.2, 2.0: 0.3}[manner.lr_scale] - 0.1 * manner.current + 0.05 * manner.averaged
+        return (
+            {0.3: 0.1, 1.0: 0.2, 2.0: 0.3}[manner.lr_scale]
+            - 0.1 * manner.current_negatives
+            + 0.05 * manner.average_epochs
+        )
 
-    monkeypatch.setattr(Rehearsed, "_chain", quality)
-    state, _ = circles.two_periods(Rehearsed(fit=FIT))
-    assert state.memory.manner == Manner(lr_scale=2.0, averaged=True)  # a replay as good as none is not taken
-    assert len(asked) == 1 + sum(map(len, KNOBS.values())) and asked[0] == Manner()
-    assert {name: state.costs[name] for name in KNOBS} == {
+    monkeypatch.setattr(SelfTuned, "_chain", quality)
+    state, _ = circles.two_periods(SelfTuned(fit=FIT))
+    assert state.memory.manner == UpdateSettings(
+        lr_scale=2.0, average_epochs=True
+    )  # a replay as good as none is not taken
+    assert len(asked) == 1 + sum(map(len, SEARCH_SPACE.values())) and asked[0] == UpdateSettings()
+    assert {name: state.costs[name] for name in SEARCH_SPACE} == {
         "lr_scale": 2.0,
         "current": 0.0,
         "replayed": 0.0,
@@ -86,14 +98,16 @@ def test_the_knobs_are_turned_one_after_the_other_to_what_was_best(monkeypatch: 
     ("knob", "rows"), [({"replayed": 0.5}, 1.5), ({"current": True}, 1.0), ({"lr_scale": 0.3}, 1.0), ({}, 1.0)]
 )
 def test_each_knob_changes_the_update(knob: dict[str, Any], rows: float) -> None:
-    strategy = Rehearsed(rehearsals=0, reservoir=1.0, fit=FIT)
+    strategy = SelfTuned(base_parts=0, reservoir=1.0, fit=FIT)
     base, after = circles.circles(range(1, 61), 1), circles.circles(range(1, 61), -1)
     after = after[after.items_E <= 10]  # half of the items are current
-    before = State(SASRecSpec(d=16, negatives=16, length=8).build(0), recent=append(Histories.empty(), base, 60))
+    before = State(
+        SASRecSpec(d=16, negatives=16, length=8).build(0), histories=append_events(Histories.empty(), base, 60)
+    )
     state = strategy.update(before, Span(0, base, 60, 20))
-    state, span = replace(state, recent=append(state.recent, after, 60)), Span(1, after, 60, 20)
+    state, span = replace(state, histories=append_events(state.histories, after, 60)), Span(1, after, 60, 20)
     plain = strategy.update(state, span)
-    turned = replace(state, memory=replace(state.memory, manner=Manner(**knob)))
+    turned = replace(state, memory=replace(state.memory, manner=UpdateSettings(**knob)))
     found = strategy.update(turned, span)
     assert torch.equal(weights(found.model), weights(plain.model)) == (not knob)
     assert found.costs["rows_read"] == rows * plain.costs["rows_read"]
@@ -102,8 +116,8 @@ def test_each_knob_changes_the_update(knob: dict[str, Any], rows: float) -> None
 def test_where_the_world_turns_round_a_rehearsal_finds_that_boldness_pays() -> None:
     """Users go round forwards until the last third of the base block, and backwards from then on."""
     forwards, backwards = circles.circles(range(1, 61), 1), circles.circles(range(61, 121), -1)
-    base = append(append(Histories.empty(), forwards, 60), backwards, 120)
+    base = append_events(append_events(Histories.empty(), forwards, 60), backwards, 120)
     spec = SASRecSpec(d=16, negatives=16, length=8, dropout=0.0, lr=0.001)
-    strategy = Rehearsed(rehearsals=4, fit=replace(FIT, epochs=2))
-    after = strategy.update(State(spec.build(0), recent=base), Span(0, backwards, 120, 20))
+    strategy = SelfTuned(base_parts=4, fit=replace(FIT, epochs=2))
+    after = strategy.update(State(spec.build(0), histories=base), Span(0, backwards, 120, 20))
     assert after.memory.manner.lr_scale == 2.0

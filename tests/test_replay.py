@@ -21,19 +21,19 @@ import torch
 from rich.console import Console
 
 import freshrec
-from freshrec.data.batches import append
+from freshrec.data.batches import append_events
 from freshrec.data.log import Log
-from freshrec.data.spans import Cut, cut
-from freshrec.data.worlds import make
+from freshrec.data.spans import LogSplit, split_log
+from freshrec.data.worlds import make_world
 from freshrec.errors import IncompatibleError, OptionError
 from freshrec.models import find_model
-from freshrec.models.counted import absorb
+from freshrec.models.counted import absorb_block
 from freshrec.models.popularity import PopularitySpec
-from freshrec.replay.measure import SLICES, Asked, Block, facts, queries_of
-from freshrec.replay.replay import Cell, Settings, replay_cell
-from freshrec.replay.results import OVERALL, collect
-from freshrec.replay.run import run
-from freshrec.report.board import Board
+from freshrec.replay.measure import SLICES, QueryOptions, SpanBlock, make_queries, slice_table
+from freshrec.replay.replay import Cell, ReplaySettings, replay_cell
+from freshrec.replay.results import OVERALL_SPAN, collect_results
+from freshrec.replay.run import run_cells
+from freshrec.report.board import ProgressBoard
 from freshrec.strategies import STRATEGIES, find_strategy
 from freshrec.strategies.compatible import check_compatible
 from freshrec.strategies.plain import Absorb
@@ -45,11 +45,11 @@ TIMES = ("_s", "_mb")  # ends of the names of costs that differ from run to run
 
 
 def world() -> Log:
-    return make("drift", users=200, items=80, events=4000, spans=SPANS).log
+    return make_world("drift", users=200, items=80, events=4000, spans=SPANS).log
 
 
-def cut_of(log: Log) -> Cut:
-    return cut(log, by="count", spans=SPANS, forget_users=0.2)
+def cut_of(log: Log) -> LogSplit:
+    return split_log(log, by="count", spans=SPANS, forget_users=0.2)
 
 
 def cell_of(model: str, strategy: str) -> Cell:
@@ -69,7 +69,7 @@ OTHERS = [cell_of("comirec-dr", name) for name in STRATEGIES if name not in ("ab
 
 
 def name_of(cell: Cell) -> str:
-    return cell.strategy.partition(":")[0]
+    return cell.strategy_name.partition(":")[0]
 
 
 each_cell = pytest.mark.parametrize("cell", CELLS, ids=name_of)
@@ -82,7 +82,7 @@ each_strategy = pytest.mark.parametrize(
 
 def written(cell: Cell, out: Path) -> dict[str, Any]:
     """All that a cell has written, by file name, without what a clock or the memory says."""
-    folder = out / cell.name
+    folder = out / cell.folder_name
     found: dict[str, Any] = {file.name: pl.read_parquet(file).rows() for file in folder.glob("*.parquet")}
     for file in folder.glob("*.json"):
         found[file.name] = {k: repr(v) for k, v in json.loads(file.read_text()).items() if not k.endswith(TIMES)}
@@ -91,7 +91,7 @@ def written(cell: Cell, out: Path) -> dict[str, Any]:
 
 
 def ranks_of(cell: Cell, out: Path, span: int) -> pl.DataFrame:
-    return pl.read_parquet(out / cell.name / f"span-{span}.parquet")
+    return pl.read_parquet(out / cell.folder_name / f"span-{span}.parquet")
 
 
 @each_strategy
@@ -103,7 +103,7 @@ def test_what_comes_after_a_span_changes_no_rank_up_to_it(cell: Cell, tmp_path: 
     shuffled = future.with_columns(future["user_id"].shuffle(1), future["item_id"].shuffle(2))  # the same counts
     garbage = cut_of(replace(clean, frame=pl.concat([clean.frame[:n_known], shuffled])))
     for parts, name in ((whole, "clean"), (garbage, "garbage")):
-        list(replay_cell(cell, parts, Settings(), tmp_path / name))
+        list(replay_cell(cell, parts, ReplaySettings(), tmp_path / name))
     same = [ranks_of(cell, tmp_path / "clean", t).equals(ranks_of(cell, tmp_path / "garbage", t)) for t in (1, 2, 3)]
     assert same == [True, True, False]  # the garbage did reach the replay, in span 3
 
@@ -111,15 +111,15 @@ def test_what_comes_after_a_span_changes_no_rank_up_to_it(cell: Cell, tmp_path: 
 @each_strategy
 def test_a_cell_that_stops_after_a_span_resumes_as_if_it_had_not(cell: Cell, tmp_path: Path) -> None:
     parts = cut_of(world())
-    assert list(replay_cell(cell, parts, Settings(), tmp_path / "whole")) == [0, 1, 2, 3]
-    assert list(islice(replay_cell(cell, parts, Settings(), tmp_path / "parts"), 2)) == [0, 1]
-    assert list(replay_cell(cell, parts, Settings(), tmp_path / "parts")) == [2, 3]
+    assert list(replay_cell(cell, parts, ReplaySettings(), tmp_path / "whole")) == [0, 1, 2, 3]
+    assert list(islice(replay_cell(cell, parts, ReplaySettings(), tmp_path / "parts"), 2)) == [0, 1]
+    assert list(replay_cell(cell, parts, ReplaySettings(), tmp_path / "parts")) == [2, 3]
     assert written(cell, tmp_path / "parts") == written(cell, tmp_path / "whole")
 
 
 @each_cell
 def test_a_cell_that_is_tuned_resumes_as_if_it_had_not_stopped(cell: Cell, tmp_path: Path) -> None:
-    parts, settings = cut_of(world()), Settings(tune=True)
+    parts, settings = cut_of(world()), ReplaySettings(tune=True)
     assert list(replay_cell(cell, parts, settings, tmp_path / "whole")) == [0, 1, 2, 3]
     assert list(islice(replay_cell(cell, parts, settings, tmp_path / "parts"), 3)) == [0, 1, 2]
     assert list(replay_cell(cell, parts, settings, tmp_path / "parts")) == [3]
@@ -147,15 +147,15 @@ def test_a_cell_killed_between_any_two_writes_resumes_as_if_it_had_not(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", kill_before(n))
         with pytest.raises(KeyboardInterrupt):
-            list(replay_cell(cell, parts, Settings(), tmp_path / "killed"))
+            list(replay_cell(cell, parts, ReplaySettings(), tmp_path / "killed"))
     for name in ("killed", "whole"):
-        list(replay_cell(cell, parts, Settings(), tmp_path / name))
+        list(replay_cell(cell, parts, ReplaySettings(), tmp_path / name))
     assert written(cell, tmp_path / "killed") == written(cell, tmp_path / "whole")
 
 
 def go(out: str) -> None:
     """What the process does that is killed below."""
-    run([CELLS[1]], cut_of(world()), Settings(), Path(out), tell=lambda cell, span: None)
+    run_cells([CELLS[1]], cut_of(world()), ReplaySettings(), Path(out), on_span_done=lambda cell, span: None)
 
 
 @pytest.mark.slow
@@ -165,30 +165,32 @@ def test_a_process_killed_twice_resumes_to_the_results_of_one_that_was_not(tmp_p
     command = [sys.executable, "-c", f"import test_replay; test_replay.go({str(tmp_path / 'killed')!r})"]
     for file in ("costs-0.json", "costs-2.json"):
         process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(places)})
-        while not (tmp_path / "killed" / cell.name / file).exists() and process.poll() is None:
+        while not (tmp_path / "killed" / cell.folder_name / file).exists() and process.poll() is None:
             time.sleep(0.005)
         process.kill()
         assert process.wait() == -9  # it was still running
     for name in ("killed", "whole"):
         go(str(tmp_path / name))
-    results = [collect([cell], facts(parts.spans), METRICS, tmp_path / name) for name in ("killed", "whole")]
+    results = [
+        collect_results([cell], slice_table(parts.spans), METRICS, tmp_path / name) for name in ("killed", "whole")
+    ]
     killed, whole = (r.filter(~pl.col("metric").str.contains("_s$|_mb$")) for r in results)
     assert killed.equals(whole)
 
 
 def test_a_folder_takes_no_results_of_another_log_or_of_other_options(tmp_path: Path) -> None:
     parts, cell = cut_of(world()), CELLS[0]
-    run([cell], parts, Settings(), tmp_path, tell=lambda cell, span: None)
+    run_cells([cell], parts, ReplaySettings(), tmp_path, on_span_done=lambda cell, span: None)
     span = parts.spans[-1]
     later = replace(span, events=replace(span.events, times_E=span.events.times_E + 1))
     others = (
-        ([cell], replace(parts, spans=(*parts.spans[:-1], later)), Settings()),
-        ([replace(cell, cadence=2)], parts, Settings()),
-        ([replace(cell, update=find_strategy("finetune:fit.epochs=7"))], parts, Settings()),
+        ([cell], replace(parts, spans=(*parts.spans[:-1], later)), ReplaySettings()),
+        ([replace(cell, cadence=2)], parts, ReplaySettings()),
+        ([replace(cell, strategy=find_strategy("finetune:fit.epochs=7"))], parts, ReplaySettings()),
     )
     for cells, spans, settings in others:
         with pytest.raises(OptionError, match="holds results of another log"):
-            run(cells, spans, settings, tmp_path, tell=lambda cell, span: None)
+            run_cells(cells, spans, settings, tmp_path, on_span_done=lambda cell, span: None)
 
 
 def test_facts_by_hand() -> None:
@@ -196,9 +198,9 @@ def test_facts_by_hand() -> None:
     cut = [([1, 1, 2], [1, 1, 2], 2, 2), ([1, 3], [3, 1], 3, 3), ([1, 2, 3], [3, 1, 4], 3, 4)]
     spans = []
     for t, (users, items, n_users, n_items) in enumerate(cut):
-        events = Events.of(torch.tensor(users), torch.tensor(items))
+        events = Events.trainable(torch.tensor(users), torch.tensor(items))
         spans.append(Span(t, replace(events, role_E=torch.full_like(events.role_E, TEST)), n_users, n_items))
-    found = facts(tuple(spans))
+    found = slice_table(tuple(spans))
     assert found.select("span", "event").rows() == [(1, 0), (1, 1), (2, 0), (2, 1), (2, 2)]
     assert found.select("user", "item").rows() == [(1, 3), (3, 1), (1, 3), (2, 1), (3, 4)]
     assert found["known pair"].to_list() == [False, False, True, False, False]  # only user 1 comes back to item 3
@@ -211,18 +213,18 @@ def test_facts_by_hand() -> None:
 
 
 def test_a_log_that_is_all_base_block_has_no_targets_to_slice() -> None:
-    events = Events.of(torch.tensor([1, 2]), torch.tensor([1, 1]))
+    events = Events.trainable(torch.tensor([1, 2]), torch.tensor([1, 1]))
     base = Span(0, replace(events, role_E=torch.full_like(events.role_E, TEST)), n_users=2, n_items=1)
-    found = facts((base,))
+    found = slice_table((base,))
     assert len(found) == 0 and found.columns == ["span", "event", "user", "item", *SLICES]
 
 
 def test_slices_sum_to_the_whole(tmp_path: Path) -> None:
     cell, parts = CELLS[0], cut_of(world())
-    list(replay_cell(cell, parts, Settings(), tmp_path))
-    results = collect([cell], facts(parts.spans), METRICS, tmp_path).filter(pl.col("metric") == "hr@20")
+    list(replay_cell(cell, parts, ReplaySettings(), tmp_path))
+    results = collect_results([cell], slice_table(parts.spans), METRICS, tmp_path).filter(pl.col("metric") == "hr@20")
     n = {(span, part): n for span, part, n in results.select("span", "slice", "n").iter_rows()}
-    for span in (OVERALL, 1, 2, 3):
+    for span in (OVERALL_SPAN, 1, 2, 3):
         for family in (
             ("known pair", "new pair"),
             ("old item", "new item", "unseen item"),
@@ -235,11 +237,11 @@ def test_slices_sum_to_the_whole(tmp_path: Path) -> None:
 
 def test_only_secret_events_are_asked_again_after_every_later_update(tmp_path: Path) -> None:
     cell, parts = CELLS[1], cut_of(world())
-    list(replay_cell(cell, parts, Settings(), tmp_path))
+    list(replay_cell(cell, parts, ReplaySettings(), tmp_path))
     rows = pl.concat(ranks_of(cell, tmp_path, t) for t in (1, 2, 3))
     for asked in (1, 2, 3):
         events = {after: e.to_list() for (after,), e in _events_by_update(rows.filter(pl.col("asked") == asked))}
-        is_secret_E = parts.spans[asked].events.joins_E == NEVER
+        is_secret_E = parts.spans[asked].events.train_at_E == NEVER
         secret = [event for event in events[asked - 1] if is_secret_E[event]]
         assert 0 < len(secret) < len(events[asked - 1])
         assert all(events[after] == secret for after in range(asked, 4))
@@ -256,25 +258,25 @@ class Spy:
     times: list[list[int]] = field(default_factory=list)
 
     def update(self, state: State, span: Span) -> State:
-        self.times.append(state.recent.times_R[state.recent.due_R == DUE].sort().values.tolist())
+        self.times.append(state.histories.times_R[state.histories.due_R == DUE].sort().values.tolist())
         return Absorb().update(state, span)
 
 
 def test_an_update_trains_on_its_span_and_on_what_the_last_one_held_back_but_never_on_secrets(tmp_path: Path) -> None:
     spy, parts = Spy(), cut_of(world())
-    list(replay_cell(Cell("popularity", PopularitySpec(), "spy", spy, 0), parts, Settings(), tmp_path))
+    list(replay_cell(Cell("popularity", PopularitySpec(), "spy", spy, 0), parts, ReplaySettings(), tmp_path))
     held: list[int] = []
     for span, times in zip(parts.spans, spy.times):
-        assert times == sorted(held + span.events.times_E[span.events.joins_E == NOW].tolist())
-        held = span.events.times_E[span.events.joins_E == NEXT].tolist()
-    assert any(bool((span.events.joins_E == NEVER).any()) for span in parts.spans)
+        assert times == sorted(held + span.events.times_E[span.events.train_at_E == NOW].tolist())
+        held = span.events.times_E[span.events.train_at_E == NEXT].tolist()
+    assert any(bool((span.events.train_at_E == NEVER).any()) for span in parts.spans)
 
 
 def test_what_is_absorbed_counts_all_events_but_the_secret_ones() -> None:
     span = cut_of(world()).spans[1]
-    state = absorb(State(PopularitySpec().build(0)), span.events, span.n_users, span.n_items)
-    assert state.model.counts_I.sum() == (span.events.joins_E != NEVER).sum() < len(span.events)
-    assert len(state.recent.items_R) == len(span.events)  # as history, the user's own, they are all there
+    state = absorb_block(State(PopularitySpec().build(0)), span.events, span.n_users, span.n_items)
+    assert state.model.counts_I.sum() == (span.events.train_at_E != NEVER).sum() < len(span.events)
+    assert len(state.histories.items_R) == len(span.events)  # as history, the user's own, they are all there
 
 
 @pytest.mark.parametrize("cell", CELLS[:2], ids=["item-knn", "sasrec"])
@@ -283,25 +285,25 @@ def test_a_finer_cadence_asks_the_same_targets_and_its_first_block_meets_the_sam
 ) -> None:
     parts = cut_of(world())
     for cadence in (1, 2):
-        list(islice(replay_cell(replace(cell, cadence=cadence), parts, Settings(), tmp_path / str(cadence)), 2))
+        list(islice(replay_cell(replace(cell, cadence=cadence), parts, ReplaySettings(), tmp_path / str(cadence)), 2))
     one, two = (ranks_of(cell, tmp_path / str(cadence), 1).filter(pl.col("after") == 0) for cadence in (1, 2))
     assert one.select("event", "user").equals(two.select("event", "user"))  # one row per target
     early = pl.col("event") < len(parts.spans[1].events) // 2
     assert one.filter(early).equals(two.filter(early))
-    if cell.strategy == "absorb":  # the second block meets a model that has counted the first
+    if cell.strategy_name == "absorb":  # the second block meets a model that has counted the first
         assert not one.filter(~early).equals(two.filter(~early))
 
 
 def test_a_query_has_all_of_its_users_events_before_it_those_of_its_own_block_too() -> None:
     # before: user 1 has item 5; the block: 1-6 1-7 2-8 1-9, of which all but the first are targets
-    recent = append(Histories.empty(), Events.of(torch.tensor([1]), torch.tensor([5])), 1)
-    events = Events.of(torch.tensor([1, 1, 2, 1]), torch.tensor([6, 7, 8, 9]))
+    recent = append_events(Histories.empty(), Events.trainable(torch.tensor([1]), torch.tensor([5])), 1)
+    events = Events.trainable(torch.tensor([1, 1, 2, 1]), torch.tensor([6, 7, 8, 9]))
     events = replace(events, role_E=torch.tensor([TRAIN, TEST, TEST, TEST], dtype=torch.int8))
-    queries = queries_of(recent, Block(events, first=10, n_users=2, n_items=5), 2)
+    queries = make_queries(recent, SpanBlock(events, offset=10, n_users=2, n_items=5), 2)
     assert queries.items_N.tolist() == [7, 9]  # user 2 has no event before
     assert queries.histories_NT.tolist() == [[5, 6], [6, 7]]  # at most two
     assert queries.events_N.tolist() == [11, 13]
-    no_minimum = queries_of(recent, Block(events, 10, 2, 5), 2, Asked(min_history=0))
+    no_minimum = make_queries(recent, SpanBlock(events, 10, 2, 5), 2, QueryOptions(min_history=0))
     assert no_minimum.histories_NT.tolist() == [[5, 6], [0, 0], [6, 7]]
 
 
@@ -312,12 +314,12 @@ def test_spans_without_events_and_with_a_single_one_are_survived(cell: Cell, tmp
     # span 1 ends before it begins to have events, span 3 holds the last event alone
     middle = log.frame["time"][2000]
     dates = [str(np.datetime64(t, "us")) for t in (middle - 1, middle, last[0] + 1)]
-    parts = cut(log, by="dates", dates=dates, forget_users=0.2)
+    parts = split_log(log, by="dates", dates=dates, forget_users=0.2)
     assert [len(span.events) for span in parts.spans] == [2000, 0, 1999, 1]
     for tune in (False, True):
-        assert list(replay_cell(cell, parts, Settings(tune=tune), tmp_path / str(tune))) == [0, 1, 2, 3]
-        results = collect([cell], facts(parts.spans), METRICS, tmp_path / str(tune))
-        assert set(results.filter(pl.col("metric") == "hr@20")["span"]) >= {OVERALL, 2}
+        assert list(replay_cell(cell, parts, ReplaySettings(tune=tune), tmp_path / str(tune))) == [0, 1, 2, 3]
+        results = collect_results([cell], slice_table(parts.spans), METRICS, tmp_path / str(tune))
+        assert set(results.filter(pl.col("metric") == "hr@20")["span"]) >= {OVERALL_SPAN, 2}
 
 
 @pytest.mark.parametrize(
@@ -337,23 +339,25 @@ def test_the_detector_judges_known_items_only_when_it_runs_in_a_replay() -> None
     # absorb leaves a trained model as it is, so what the detector takes for known is what the model has learnt
     parts = cut_of(world())
     base, span = parts.spans[0], parts.spans[1]
-    state = absorb(State(CELLS[2].spec.build(0)), base.events, base.n_users, base.n_items)
-    state = CELLS[2].update.update(state, base)
-    assert absorb(state, span.events, span.n_users, span.n_items).model.n_items == base.n_items
+    state = absorb_block(State(CELLS[2].model_spec.build(0)), base.events, base.n_users, base.n_items)
+    state = CELLS[2].strategy.update(state, base)
+    assert absorb_block(state, span.events, span.n_users, span.n_items).model.n_items == base.n_items
     assert span.n_items > base.n_items
 
 
 def test_secret_events_leave_no_trace_in_stored_interests() -> None:
     parts = cut_of(world())
     base, span = parts.spans[0], parts.spans[1]
-    cell = next(c for c in CELLS if c.model.startswith("comirec"))
-    state = cell.update.update(absorb(State(cell.spec.build(0)), base.events, base.n_users, base.n_items), base)
-    other = torch.where(span.events.joins_E == NEVER, 1, span.events.items_E)
+    cell = next(c for c in CELLS if c.model_name.startswith("comirec"))
+    state = cell.strategy.update(
+        absorb_block(State(cell.model_spec.build(0)), base.events, base.n_users, base.n_items), base
+    )
+    other = torch.where(span.events.train_at_E == NEVER, 1, span.events.items_E)
     assert not torch.equal(other, span.events.items_E)
 
     def stored(events: Events) -> torch.Tensor:
-        ready = absorb(state, events, span.n_users, span.n_items)
-        users = cell.update.update(ready, replace(span, events=events)).users
+        ready = absorb_block(state, events, span.n_users, span.n_items)
+        users = cell.strategy.update(ready, replace(span, events=events)).interests
         assert users is not None
         return users.vectors_SD
 
@@ -363,9 +367,11 @@ def test_secret_events_leave_no_trace_in_stored_interests() -> None:
 def test_events_of_unseen_items_can_be_left_out_of_the_test_as_if_they_were_not() -> None:
     # items 1..3 are known; user 1 meets 2, 9, 3, 9, 1: asked are 3 (after 2) and 1 (after 2, 3); user 2 meets 9, 1:
     # what is left is one event, with nothing before it. Places are those in the span.
-    events = Events.of(torch.tensor([1, 1, 1, 1, 1, 2, 2]), torch.tensor([2, 9, 3, 9, 1, 9, 1]))
+    events = Events.trainable(torch.tensor([1, 1, 1, 1, 1, 2, 2]), torch.tensor([2, 9, 3, 9, 1, 9, 1]))
     events = replace(events, role_E=torch.full_like(events.role_E, TEST))
-    queries = queries_of(Histories.empty(), Block(events, first=10, n_users=2, n_items=3), 4, Asked(unseen="drop"))
+    queries = make_queries(
+        Histories.empty(), SpanBlock(events, offset=10, n_users=2, n_items=3), 4, QueryOptions(unseen="drop")
+    )
     assert queries.items_N.tolist() == [3, 1] and queries.events_N.tolist() == [12, 14]
     assert [[item for item in row if item] for row in queries.histories_NT.tolist()] == [[2], [2, 3]]
 
@@ -373,23 +379,23 @@ def test_events_of_unseen_items_can_be_left_out_of_the_test_as_if_they_were_not(
 def test_within_a_span_a_user_is_offered_an_own_new_item_again_before_anybody_counted_it(tmp_path: Path) -> None:
     parts = cut_of(world())
     new, users = parts.spans[-1].n_items + 1, torch.tensor([1, 1, 1, 2])  # user 1 takes it three times, then user 2
-    events = Events.of(users, torch.full_like(users, new))
+    events = Events.trainable(users, torch.full_like(users, new))
     events = replace(events, role_E=torch.full_like(events.role_E, TEST))
     last = Span(SPANS, events, parts.spans[-1].n_users, new)
     for model, expected in (("repeat-last", [False, True, True, False]), ("popularity", [False] * 4)):
         cell, out = cell_of(model, "absorb"), tmp_path / model
-        list(replay_cell(cell, replace(parts, spans=(*parts.spans[:-1], last)), Settings(), out))
-        found = pl.read_parquet(out / cell.name / f"span-{SPANS}.parquet").filter(pl.col("asked") == SPANS)
+        list(replay_cell(cell, replace(parts, spans=(*parts.spans[:-1], last)), ReplaySettings(), out))
+        found = pl.read_parquet(out / cell.folder_name / f"span-{SPANS}.parquet").filter(pl.col("asked") == SPANS)
         assert (found["rank"] < new / 2).to_list() == expected
 
 
 def test_the_last_span_can_be_tested_without_being_learnt(tmp_path: Path) -> None:
     cell, parts = cell_of("sasrec", "finetune"), cut_of(world())
     for name, last in (("with", True), ("without", False)):
-        assert list(replay_cell(cell, parts, Settings(last_update=last), tmp_path / name)) == [0, 1, 2, 3]
+        assert list(replay_cell(cell, parts, ReplaySettings(last_update=last), tmp_path / name)) == [0, 1, 2, 3]
     both = [ranks_of(cell, tmp_path / name, SPANS).filter(pl.col("after") == SPANS - 1) for name in ("with", "without")]
     assert both[0].equals(both[1]) and len(both[0])
-    costs = json.loads((tmp_path / "without" / cell.name / f"costs-{SPANS}.json").read_text())
+    costs = json.loads((tmp_path / "without" / cell.folder_name / f"costs-{SPANS}.json").read_text())
     assert "update_cpu_s" not in costs
 
 
@@ -416,19 +422,19 @@ def test_a_strategy_refuses_a_model_that_it_cannot_update_with_a_sentence(
 
 def test_a_replay_without_a_last_update_ends_and_tells_of_every_span(tmp_path: Path) -> None:
     cell, told = cell_of("sasrec", "finetune"), []
-    board = Board([cell], [1, 2, 3], tmp_path, Console(stderr=True), "hr@20")
+    board = ProgressBoard([cell], [1, 2, 3], tmp_path, Console(stderr=True), "hr@20")
 
     def tell(one: Cell, span: int) -> None:
-        board.tell(one, span)
+        board.report_span(one, span)
         told.append(span)
 
-    run([cell], cut_of(world()), Settings(last_update=False), tmp_path, tell=tell)
-    assert told == [0, 1, 2, 3] and (tmp_path / cell.name / "done.json").exists()
+    run_cells([cell], cut_of(world()), ReplaySettings(last_update=False), tmp_path, on_span_done=tell)
+    assert told == [0, 1, 2, 3] and (tmp_path / cell.folder_name / "done.json").exists()
 
 
 def test_what_a_strategy_adds_to_a_shared_base_block_is_in_its_costs(tmp_path: Path) -> None:
     cell = Cell("mf:d=8", find_model("mf:d=8"), "rehearsed", find_strategy("rehearsed:fit.base_epochs=1"), 0)
-    run([cell], cut_of(world()), Settings(), tmp_path, tell=lambda cell, span: None)
-    costs = json.loads((tmp_path / cell.name / "costs-0.json").read_text())
+    run_cells([cell], cut_of(world()), ReplaySettings(), tmp_path, on_span_done=lambda cell, span: None)
+    costs = json.loads((tmp_path / cell.folder_name / "costs-0.json").read_text())
     assert costs["rehearsal_cpu_s"] > 0 and costs["update_cpu_s"] > costs["rehearsal_cpu_s"]
     assert costs["lr_scale"] in (0.3, 1.0, 2.0)

@@ -11,7 +11,7 @@ import results as page  # docs/results.py
 from freshrec.models import find_model
 from freshrec.replay.measure import SLICES
 from freshrec.replay.replay import Cell
-from freshrec.replay.results import OVERALL, collect
+from freshrec.replay.results import OVERALL_SPAN, collect_results
 from freshrec.strategies import find_strategy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,19 +26,19 @@ def cell(strategy: str = "frozen", seed: int = 0) -> Cell:
 
 def written(out: Path, cell: Cell, rows: list[Row], readout: str = "recent") -> Cell:
     """The cell's folder as a replay leaves it."""
-    (out / cell.name).mkdir(exist_ok=True)
+    (out / cell.folder_name).mkdir(exist_ok=True)
     asked, after, user, rank = zip(*rows)
     frame = pl.DataFrame({"asked": asked, "after": after, "user": user, "event": user, "rank": rank})
     kinds = [pl.col("asked", "after").cast(pl.Int32), pl.col("rank").cast(pl.Float32)]
-    name = f"span-{len(list((out / cell.name).iterdir()))}.parquet"
-    frame.with_columns(*kinds, readout=pl.lit(readout)).write_parquet(out / cell.name / name)
+    name = f"span-{len(list((out / cell.folder_name).iterdir()))}.parquet"
+    frame.with_columns(*kinds, readout=pl.lit(readout)).write_parquet(out / cell.folder_name / name)
     return cell
 
 
 def collected(cells: list[Cell], out: Path, spans: int = 3, users: int = 8) -> pl.DataFrame:
     events = [(span, user) for span in range(1, spans + 1) for user in range(1, users + 1)]
     facts = pl.DataFrame(events, schema={"span": pl.Int32, "event": pl.Int64}, orient="row")
-    return collect(cells, facts.with_columns(pl.lit(True).alias(part) for part in SLICES), HR, out)
+    return collect_results(cells, facts.with_columns(pl.lit(True).alias(part) for part in SLICES), HR, out)
 
 
 def values(results: pl.DataFrame, metric: str) -> dict[int, float]:
@@ -57,7 +57,7 @@ def test_a_difference_of_the_tests_is_the_difference_of_two_numbers_of_the_table
         ]
         cells.append(written(tmp_path, cell(way), rows))
     results = collected(cells, tmp_path)
-    overall = results.filter((pl.col("span") == OVERALL) & (pl.col("slice") == "all"))
+    overall = results.filter((pl.col("span") == OVERALL_SPAN) & (pl.col("slice") == "all"))
     assert dict(overall.select("strategy", "value").iter_rows()) == {"finetune": 0.625, "frozen": 0.25}
     assert pl.read_parquet(tmp_path / "tests.parquet")["difference"].to_list() == pytest.approx([0.375])
 
@@ -80,7 +80,7 @@ def test_forgetting_compares_with_the_model_just_updated_on_the_asked_span(tmp_p
         (2, 3, 3, HIT),
     ]
     results = collected([written(tmp_path, cell(), rows)], tmp_path)
-    assert values(results, "forgetting hr@20") == {2: 0.5, 3: 0.0, OVERALL: 0.0}
+    assert values(results, "forgetting hr@20") == {2: 0.5, 3: 0.0, OVERALL_SPAN: 0.0}
 
 
 def test_what_was_never_known_cannot_be_forgotten(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_each_query_is_averaged_over_seeds_before_users_are_drawn(tmp_path: Path
     for seed in (0, 1):
         rows = [(1, 0, user, HIT if user % 2 == seed else MISS) for user in range(1, 9)]
         cells.append(written(tmp_path, cell(seed=seed), rows))
-    results = collected(cells, tmp_path).filter((pl.col("span") == OVERALL) & (pl.col("slice") == "all"))
+    results = collected(cells, tmp_path).filter((pl.col("span") == OVERALL_SPAN) & (pl.col("slice") == "all"))
     assert (results["low"] < 0.5).all() and (results["high"] > 0.5).all() and results["seed"].to_list() == [0, 1]
     methods = pl.read_parquet(tmp_path / "methods.parquet")
     assert methods.select("strategy", "value", "low", "high", "n").rows() == [("frozen", 0.5, 0.5, 0.5, 8)]
@@ -118,9 +118,11 @@ def test_costs_are_averaged_over_the_updates_after_the_base_then_over_seeds(tmp_
     cells = [written(tmp_path, cell(seed=seed), [(1, 0, 1, HIT)]) for seed in (0, 1)]
     for one, seconds in zip(cells, ([100, 2, 4], [100, 5])):
         for span, cost in enumerate(seconds):
-            (tmp_path / one.name / f"costs-{span}.json").write_text(json.dumps({"update_cpu_s": cost}))
+            (tmp_path / one.folder_name / f"costs-{span}.json").write_text(json.dumps({"update_cpu_s": cost}))
     results = collected(cells, tmp_path)
-    assert results.filter((pl.col("span") == OVERALL) & (pl.col("metric") == "update_cpu_s"))["value"].to_list() == [
+    assert results.filter((pl.col("span") == OVERALL_SPAN) & (pl.col("metric") == "update_cpu_s"))[
+        "value"
+    ].to_list() == [
         3,
         5,
     ]
@@ -207,7 +209,7 @@ def test_means_and_tests_begin_with_the_span_that_is_asked_for(tmp_path: Path) -
     one = written(tmp_path, cell(), rows)
     facts = pl.DataFrame({"span": [1, 1, 2, 2, 3, 3], "event": [1, 2] * 3}, schema_overrides={"span": pl.Int32})
     facts = facts.with_columns(pl.lit(True).alias(part) for part in SLICES)
-    results = collect([one], facts, HR, tmp_path, from_span=2)
-    assert values(results, "hr@20") == {1: 0.0, 2: 0.5, 3: 1.0, OVERALL: 0.75}
+    results = collect_results([one], facts, HR, tmp_path, from_span=2)
+    assert values(results, "hr@20") == {1: 0.0, 2: 0.5, 3: 1.0, OVERALL_SPAN: 0.75}
     methods = pl.read_parquet(tmp_path / "methods.parquet").filter(pl.col("metric") == "hr@20")
     assert methods["value"].to_list() == [0.75]

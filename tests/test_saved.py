@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from freshrec.data.worlds import make
+from freshrec.data.worlds import make_world
 from freshrec.errors import StateError
-from freshrec.models.checkpoint import load_to_ask, load_tree, save_tree
+from freshrec.models.checkpoint import load_for_serving, load_tree, save_tree
 from freshrec.models.scoring import item_vectors
-from freshrec.models.tables import tables_of
-from freshrec.serve.contents import read_contents, write_contents
+from freshrec.models.tables import embedding_tables
+from freshrec.serve.contents import read_bundle, write_bundle
 from freshrec.serve.list_request import ListRequest
 from freshrec.serve.reading import resolve_request
-from freshrec.serve.recommend import best_items
+from freshrec.serve.recommend import top_items
 from freshrec.serve.recommender import Recommender
-from freshrec.serve.saved import SERVED, read_served
+from freshrec.serve.saved import SERVED_FILE, read_serving_bundle
 from freshrec.types import TrainedModel
 
 FAST = "finetune:fit.base_epochs=1:fit.epochs=1"
@@ -29,8 +29,8 @@ WAYS = [
 
 
 def files_of(model: str, strategy: str | None, folder: Path) -> dict[str, Path]:
-    frame = make("drift", users=60, items=40, events=900).log.frame.select("user_id", "item_id", "time")
-    write_contents(Recommender(model, strategy).fit(frame).update(frame[-1:]).contents, folder)
+    frame = make_world("drift", users=60, items=40, events=900).log.frame.select("user_id", "item_id", "time")
+    write_bundle(Recommender(model, strategy).fit(frame).update(frame[-1:]).bundle, folder)
     return {path.name: path for path in folder.iterdir()}
 
 
@@ -39,48 +39,52 @@ def test_what_is_loaded_to_ask_answers_to_the_last_bit_as_what_is_loaded_whole(
     model: str, strategy: str | None, tmp_path: Path
 ) -> None:
     files = files_of(model, strategy, tmp_path)
-    whole, asked = read_contents(files).served, read_served(files, load_to_ask).served
+    whole, asked = read_bundle(files).served, read_serving_bundle(files, load_for_serving).served
     users_N = torch.arange(len(whole.users) + 1)
     for request in (ListRequest(k=7), ListRequest(k=50, exclude_seen=False)):
         wanted = resolve_request(whole, request)
-        assert best_items(whole, users_N, wanted).equals(best_items(asked, users_N, wanted))
+        assert top_items(whole, users_N, wanted).equals(top_items(asked, users_N, wanted))
     if isinstance(whole.state.model, TrainedModel):
-        tables = zip(tables_of(whole.state.model).values(), tables_of(asked.state.model).values())
+        tables = zip(embedding_tables(whole.state.model).values(), embedding_tables(asked.state.model).values())
         assert all(len(large.packed.T) == 3 * len(small.packed.T) for large, small in tables)
     assert asked.state.memory is None
 
 
 def test_large_tensors_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = files_of("sasrec:d=8", FAST, tmp_path)
-    whole = load_to_ask(files[SERVED])
-    monkeypatch.setattr("freshrec.models.checkpoint.PIECE", 100)  # three rows of 8 floats, and less than one packed
-    again = load_to_ask(files[SERVED])
+    whole = load_for_serving(files[SERVED_FILE])
+    monkeypatch.setattr("freshrec.models.checkpoint.CHUNK_BYTES", 100)  # three rows of 8 floats, and less than one packed
+    again = load_for_serving(files[SERVED_FILE])
     assert torch.equal(item_vectors(whole[2].model), item_vectors(again[2].model))
     assert torch.equal(whole[2].recent.items_R, again[2].recent.items_R)
 
 
 def test_a_damaged_file_is_one_sentence(tmp_path: Path) -> None:
     files = files_of("popularity", None, tmp_path)
-    files[SERVED].write_bytes(files[SERVED].read_bytes()[:-50])
+    files[SERVED_FILE].write_bytes(files[SERVED_FILE].read_bytes()[:-50])
     with pytest.raises(StateError, match="holds no readable state"):
-        read_served(files, load_to_ask)
+        read_serving_bundle(files, load_for_serving)
     with pytest.raises(StateError, match=r"without served\.safetensors cannot be read"):
-        read_served({name: path for name, path in files.items() if name != SERVED}, load_to_ask)
+        read_serving_bundle({name: path for name, path in files.items() if name != SERVED_FILE}, load_for_serving)
 
 
 def test_what_learns_is_saved_beside_and_versions_of_one_file_are_still_read(tmp_path: Path) -> None:
     files = files_of("comirec-dr:d=8", "imsr:fit.base_epochs=1:fit.epochs=1", tmp_path)
-    contents = read_contents(files)
+    contents = read_bundle(files)
     assert contents.served.state.costs and contents.strategy == load_tree(files["learning.safetensors"])[0]
     served = contents.served
-    tree = (contents.strategy, contents.names, contents.reading, served.state, served.counts, served.pending)
+    tree = (contents.strategy, contents.names, contents.read_options, served.state, served.counts, served.pending)
     save_tree(tree, tmp_path / "state.safetensors")
-    older = {name: path for name, path in files.items() if name not in (SERVED, "learning.safetensors")}
-    again = read_contents(older | {"state.safetensors": tmp_path / "state.safetensors"})
+    older = {name: path for name, path in files.items() if name not in (SERVED_FILE, "learning.safetensors")}
+    again = read_bundle(older | {"state.safetensors": tmp_path / "state.safetensors"})
     users_N = torch.arange(20)
     wanted = resolve_request(served, ListRequest())
-    assert best_items(again.served, users_N, wanted).equals(best_items(served, users_N, wanted))
-    assert (again.strategy, again.names, again.reading) == (contents.strategy, contents.names, contents.reading)
+    assert top_items(again.served, users_N, wanted).equals(top_items(served, users_N, wanted))
+    assert (again.strategy, again.names, again.read_options) == (
+        contents.strategy,
+        contents.names,
+        contents.read_options,
+    )
 
 
 def test_reading_what_answers_imports_nothing_that_learns() -> None:

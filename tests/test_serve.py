@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from serving import TOKEN, click, items, server, stored
 
-from freshrec.cli_serve import token_of
+from freshrec.cli_serve import read_token
 from freshrec.errors import OptionError
-from freshrec.nightly.tell import user as inspect_user
-from freshrec.replay.measure import Asked, Block, queries_of, rank_queries
-from freshrec.serve.contents import read_contents
-from freshrec.serve.guard import Guard, Metrics, Rules
-from freshrec.serve.reading import numbered
+from freshrec.nightly.tell import user_profile as inspect_user
+from freshrec.replay.measure import QueryOptions, SpanBlock, make_queries, rank_queries
+from freshrec.serve.contents import read_bundle
+from freshrec.serve.guard import RequestMiddleware, ServerLimits, ServerMetrics
+from freshrec.serve.reading import encode_events
 from freshrec.store.versions import open_store
 from freshrec.types import TRAIN
 
@@ -36,11 +36,14 @@ def test_the_served_list_is_the_replays_list_for_the_same_state_and_history(
     # told each event after it was asked; a target's rank is then 1 + those ahead of it + half of those level with it.
     _, day, _ = stored(tmp_path, model, strategy)
     store = open_store(tmp_path / "s")
-    served = read_contents(store.files(store.live)).served
-    events = numbered(served, day.rename({"timestamp": "time"})).events
+    served = read_bundle(store.verified_files(store.live)).served
+    events = encode_events(served, day.rename({"timestamp": "time"})).events
     which = (events.items_E <= served.state.model.n_items).nonzero()[:50, 0]
-    block, state = Block(events[which], 0, int(events.users_E.max()), served.state.model.n_items), served.now
-    queries = queries_of(state.recent, block, state.model.spec.length, Asked(TRAIN))
+    block, state = (
+        SpanBlock(events[which], 0, int(events.users_E.max()), served.state.model.n_items),
+        served.current_state,
+    )
+    queries = make_queries(state.histories, block, state.model.spec.length, QueryOptions(TRAIN))
     ranks = dict(zip(queries.events_N.tolist(), rank_queries(state, queries).tolist()))
     assert len(ranks) > 25
     with server(tmp_path) as (client, _):
@@ -118,7 +121,7 @@ def test_a_person_is_shown_with_interests_and_the_events_behind_them(tmp_path: P
 def test_inspect_shows_the_same_profile_as_the_server(model: str, strategy: str | None, tmp_path: Path) -> None:
     stored(tmp_path, model, strategy)
     store = open_store(tmp_path / "s")
-    inspected = inspect_user(read_contents(store.files(store.live)), "user-1")
+    inspected = inspect_user(read_bundle(store.verified_files(store.live)), "user-1")
     with server(tmp_path) as (client, _):
         found = client.get("/users/user-1/interests").json()
     for name in ("user_id", "n_events", "first_span", "last_span", "kind"):
@@ -184,7 +187,7 @@ def test_what_is_asked_wrongly_is_told_in_a_sentence(
 
 
 def test_size_rate_and_waiting_are_limited(one_store: Path) -> None:
-    with server(one_store, Rules(rate=5, body=300)) as (client, _):
+    with server(one_store, ServerLimits(max_requests_per_s=5, max_body_bytes=300)) as (client, _):
         large = client.post("/recommend", json={"users": ["user-with-a-long-name"] * 20})
         assert large.status_code == 413 and "300 bytes" in large.json()["detail"]
         assert client.post("/recommend", content=iter([b"x" * 200] * 3)).status_code == 413  # without a length
@@ -200,7 +203,7 @@ def test_bodies_that_do_not_arrive_keep_nobody_waiting_who_sends_none() -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
-    async def ask(guard: Guard, method: str, arrives: asyncio.Event) -> None:
+    async def ask(guard: RequestMiddleware, method: str, arrives: asyncio.Event) -> None:
         async def receive() -> Any:
             await arrives.wait()
             return {"type": "http.request", "body": b"{}", "more_body": False}
@@ -213,7 +216,11 @@ def test_bodies_that_do_not_arrive_keep_nobody_waiting_who_sends_none() -> None:
         await guard({"type": "http", "path": "/recommend", "method": method, "headers": headers}, receive, send)
 
     async def all_of_them() -> None:
-        guard, never, now = Guard(app, Rules(waiting=2), Metrics()), asyncio.Event(), asyncio.Event()
+        guard, never, now = (
+            RequestMiddleware(app, ServerLimits(max_concurrent=2), ServerMetrics()),
+            asyncio.Event(),
+            asyncio.Event(),
+        )
         now.set()
         slow = [asyncio.create_task(ask(guard, "POST", never)) for _ in range(3)]
         await asyncio.sleep(0)
@@ -221,14 +228,14 @@ def test_bodies_that_do_not_arrive_keep_nobody_waiting_who_sends_none() -> None:
             await ask(guard, "GET", now)
         never.set()
         await asyncio.gather(*slow)
-        assert guard.arriving == guard.busy == 0
+        assert guard.n_receiving == guard.n_active == 0
 
     asyncio.run(all_of_them())
     assert told == [("POST", 429), *[("GET", 200)] * 5, ("POST", 200), ("POST", 200)]
 
 
 def test_a_token_is_asked_for_where_there_is_one(one_store: Path) -> None:
-    with server(one_store, Rules(TOKEN)) as (client, _):
+    with server(one_store, ServerLimits(TOKEN)) as (client, _):
         answer = client.get("/recommend/user-1")
         assert answer.status_code == 401 and "token" in answer.json()["detail"]
         for wrong in ("", "Bearer ", f"Bearer {TOKEN}x", f"Basic {TOKEN}", TOKEN):
@@ -241,13 +248,13 @@ def test_a_token_is_asked_for_where_there_is_one(one_store: Path) -> None:
 def test_a_token_is_read_from_a_file_and_must_be_one(tmp_path: Path) -> None:
     path = tmp_path / "token"
     path.write_text(f" {TOKEN}\n")
-    assert token_of(path) == TOKEN and token_of(None) == ""
+    assert read_token(path) == TOKEN and read_token(None) == ""
     for wrong in ("short", "a token\nin two lines of text", "ä" * 20):
         path.write_text(wrong)
         with pytest.raises(OptionError, match="no token"):
-            token_of(path)
+            read_token(path)
     with pytest.raises(OptionError, match="cannot be read"):
-        token_of(tmp_path / "none")
+        read_token(tmp_path / "none")
 
 
 def test_no_answer_may_load_anything_from_elsewhere(one_store: Path) -> None:

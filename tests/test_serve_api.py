@@ -9,9 +9,9 @@ from hypothesis import HealthCheck
 from serving import TOKEN, stored
 from starlette.types import ASGIApp
 
-from freshrec.serve.guard import Rules
-from freshrec.serve.http import Service, app_of
-from freshrec.serve.live import Live
+from freshrec.serve.guard import ServerLimits
+from freshrec.serve.http import Service, create_app
+from freshrec.serve.live import LiveVersion
 from freshrec.store.versions import open_store
 
 
@@ -19,10 +19,10 @@ from freshrec.store.versions import open_store
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ASGIApp]:
     folder = tmp_path_factory.mktemp("api")
     stored(folder, "comirec-dr:d=8", "imsr:fit.base_epochs=1:fit.epochs=1", n=2)
-    live = Live(open_store(folder / "s"), lambda said: None)
-    live.begin()
-    yield app_of(Service(live, Rules(TOKEN, rate=0), lambda user: {"user_id": user}))
-    live.end()
+    live = LiveVersion(open_store(folder / "s"), lambda said: None)
+    live.start()
+    yield create_app(Service(live, ServerLimits(TOKEN, max_requests_per_s=0), lambda user: {"user_id": user}))
+    live.stop()
 
 
 @pytest.mark.filterwarnings("ignore")

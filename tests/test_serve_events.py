@@ -12,20 +12,20 @@ import pytest
 import torch
 from serving import ANY, TOKEN, click, items, run, server, stored
 
-from freshrec.cli_serve import erased
-from freshrec.data.batches import joined_events
+from freshrec.cli_serve import erase_in_subprocess
+from freshrec.data.batches import concat_events
 from freshrec.data.log import read_log
 from freshrec.errors import StateError
-from freshrec.models.counted import absorb
+from freshrec.models.counted import absorb_block
 from freshrec.nightly import clicks as nightly
-from freshrec.nightly.job import Job
-from freshrec.serve.contents import read_contents
-from freshrec.serve.guard import Rules
+from freshrec.nightly.job import NightlyJob
+from freshrec.serve.contents import read_bundle
+from freshrec.serve.guard import ServerLimits
 from freshrec.serve.list_request import ListRequest
-from freshrec.serve.reading import numbered, resolve_request
-from freshrec.serve.recommend import best_items
+from freshrec.serve.reading import encode_events, resolve_request
+from freshrec.serve.recommend import top_items
 from freshrec.store import clicks as journal
-from freshrec.store.clicks import Click, Journal
+from freshrec.store.clicks import Click, ClickJournal
 from freshrec.store.eventlog import EventLog
 from freshrec.store.versions import open_store
 
@@ -38,7 +38,7 @@ def rows(folder: Path) -> pl.DataFrame:
 
 
 def waiting(folder: Path) -> list[Click]:
-    return [one for file in journal.written(folder / "s") for one in file.clicks]
+    return [one for file in journal.read_journal(folder / "s") for one in file.clicks]
 
 
 @pytest.mark.parametrize(("model", "strategy"), [("item-knn", None), ("blend", None), ("comirec-dr:d=8", IMSR)])
@@ -76,19 +76,19 @@ def test_what_is_folded_in_is_answered_as_if_the_version_held_it(tmp_path: Path)
         for n, item in enumerate(("item-3", "item-4", "item-3", "item-9")):
             click(client, "user-1", item, timestamp=NOON + n)
         assert live.version is not None
-        served = read_contents(live.store.files(1)).served
+        served = read_bundle(live.store.verified_files(1)).served
         frame = pl.DataFrame(
             {"user_id": ["user-1"] * 4, "item_id": ["item-3", "item-4", "item-3", "item-9"],
              "time": [(NOON + n) * 10**6 for n in range(4)]}
         )  # fmt: skip
-        new = numbered(served, frame)
-        pending = joined_events((served.pending, new.events))
-        counts = absorb(served.counts, new.events, len(new.users), len(new.items))
+        new = encode_events(served, frame)
+        pending = concat_events((served.pending, new.events))
+        counts = absorb_block(served.counts, new.events, len(new.users), len(new.items))
         whole = replace(served, pending=pending, counts=counts)
         row = served.users.rows(pl.Series(["user-1"]))
         for seen in (True, False):
             wanted = resolve_request(whole, ListRequest(k=20, exclude_seen=seen))
-            expected = best_items(whole, row, wanted)
+            expected = top_items(whole, row, wanted)
             found = client.get("/recommend/user-1", params={"k": 20, "exclude_seen": seen}).json()["items"]
             assert [one["score"] for one in found] == expected["score"].to_list()
 
@@ -126,8 +126,8 @@ def test_an_update_learns_each_click_once_also_when_the_nightly_file_has_it(tmp_
         assert log.select("user_id", "item_id", "time", "event_id").is_unique().all()
         about = open_store(tmp_path / "s").manifest(2)
         assert about.data["day"]["share_doubled"] == 0 and about.data["day"]["share_known"] == 0
-        live.look()
-        assert live.version is not None and live.version.number == 2 and live.version.served.fresh.clicks == {}
+        live.refresh()
+        assert live.version is not None and live.version.number == 2 and live.version.served.overlay.clicks == {}
         assert waiting(tmp_path) == []
         assert click(client, "user-2", "item-2", timestamp=NOON)["known"]
     assert run("update", tmp_path) == 0  # nothing new
@@ -144,7 +144,7 @@ def test_an_id_of_a_click_is_known_after_the_update_too_and_joins_it_to_a_row_wi
         )["known"]  # fmt: skip
         assert run("update", tmp_path, str(tmp_path / "day-1.parquet"), *ANY) == 0  # its rows have no event_id
         assert len(rows(tmp_path)) == 1800 + 1
-        live.look()
+        live.refresh()
         assert live.version is not None and live.version.number == 2
         assert click(client, "user-1", "item-1", event_id="e1")[
             "known"
@@ -164,13 +164,13 @@ def test_a_click_may_be_a_little_ahead_and_no_more(tmp_path: Path) -> None:
 
 def test_many_clicks_are_folded_in_fast_and_newcomers_get_rows_of_their_own(tmp_path: Path) -> None:
     stored(tmp_path)
-    wrote = Journal(tmp_path / "s")
-    wrote.add([Click(f"new-{n // 2}", f"item-{1 + n % 20}", NOON * 10**6 + n) for n in range(4000)])
-    wrote.end()
+    wrote = ClickJournal(tmp_path / "s")
+    wrote.append([Click(f"new-{n // 2}", f"item-{1 + n % 20}", NOON * 10**6 + n) for n in range(4000)])
+    wrote.close()
     with server(tmp_path) as (_, live):
         assert live.version is not None
-        fresh, n_users = live.version.served.fresh, len(live.version.served.users)
-        assert sorted(fresh.newcomers.values()) == list(range(n_users + 1, n_users + 2001))
+        fresh, n_users = live.version.served.overlay, len(live.version.served.users)
+        assert sorted(fresh.new_users.values()) == list(range(n_users + 1, n_users + 2001))
         assert all(len(clicks) == 2 for clicks in fresh.clicks.values())
 
 
@@ -181,14 +181,14 @@ def test_clicks_alone_are_a_day_and_stay_in_the_lists_where_it_is_refused(tmp_pa
             click(client, "user-1", f"item-{n % 5}", timestamp=NOON + n)
         listed = items(client.get("/recommend/user-1"))
         assert run("update", tmp_path) == 8
-        live.look()
+        live.refresh()
         assert live.version is not None and live.version.number == 1
         assert items(client.get("/recommend/user-1")) == listed
     with server(tmp_path) as (client, live):  # another process
         assert items(client.get("/recommend/user-1")) == listed
     assert run("update", tmp_path, "--again", "2", *ANY) == 0
     with server(tmp_path) as (client, live):
-        assert live.version is not None and live.version.number == 3 and live.version.served.fresh.clicks == {}
+        assert live.version is not None and live.version.number == 3 and live.version.served.overlay.clicks == {}
     assert len(rows(tmp_path)) == 1560
 
 
@@ -196,20 +196,20 @@ def test_somebody_who_dies_between_log_and_journal_doubles_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, day, _ = stored(tmp_path)
-    wrote = Journal(tmp_path / "s")
-    wrote.add([Click("user-1", "item-1", day["timestamp"][0] + n) for n in range(1, 6)])
-    wrote.end()
+    wrote = ClickJournal(tmp_path / "s")
+    wrote.append([Click("user-1", "item-1", day["timestamp"][0] + n) for n in range(1, 6)])
+    wrote.close()
 
     def die(files: Any, batch: int | None) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(journal, "taken", die)
-    job = Job(open_store(tmp_path / "s"))
+    monkeypatch.setattr(journal, "mark_taken", die)
+    job = NightlyJob(open_store(tmp_path / "s"))
     with pytest.raises(KeyboardInterrupt):
-        nightly.deliver(job, read_log(day), "day")
+        nightly.append_with_clicks(job, read_log(day), "day")
     monkeypatch.undo()
     assert len(waiting(tmp_path)) == 5
-    nightly.deliver(Job(open_store(tmp_path / "s")), read_log(day), "day")
+    nightly.append_with_clicks(NightlyJob(open_store(tmp_path / "s")), read_log(day), "day")
     assert len(rows(tmp_path)) == 1805 and waiting(tmp_path) == []
 
 
@@ -220,9 +220,9 @@ def test_clicks_newer_than_a_file_wait_for_the_next_and_make_none_of_it_late(
     # the file of the first day comes when half of the second is over
     _, first, second = stored(tmp_path)
     early = second.head(20).select("user_id", "item_id", "timestamp")
-    wrote = Journal(tmp_path / "s")
-    wrote.add([Click("user-1", "item-1", first["timestamp"][0] + 1), *(Click(*row) for row in early.iter_rows())])
-    wrote.end()
+    wrote = ClickJournal(tmp_path / "s")
+    wrote.append([Click("user-1", "item-1", first["timestamp"][0] + 1), *(Click(*row) for row in early.iter_rows())])
+    wrote.close()
     if dies:  # once they lie in a file of their own, before they have left the other one
 
         def die(path: Path, clicks: Any) -> None:
@@ -230,15 +230,15 @@ def test_clicks_newer_than_a_file_wait_for_the_next_and_make_none_of_it_late(
             path.with_name(".17-4242.closed").write_text("half of a file, with a user's id in it")
             raise KeyboardInterrupt
 
-        written_file = journal._write
-        monkeypatch.setattr(journal, "_write", die)
+        written_file = journal._write_file
+        monkeypatch.setattr(journal, "_write_file", die)
         with pytest.raises(KeyboardInterrupt):
-            nightly.deliver(Job(open_store(tmp_path / "s")), read_log(first), "day-1")
+            nightly.append_with_clicks(NightlyJob(open_store(tmp_path / "s")), read_log(first), "day-1")
         monkeypatch.undo()
         assert len(waiting(tmp_path)) == 41
         with server(tmp_path) as (_, live):  # each once, though they lie in two files
             assert live.version is not None
-            folded = live.version.served.fresh.clicks.values()
+            folded = live.version.served.overlay.clicks.values()
             assert folded and all(len(set(one)) == len(one) for one in folded)
     assert run("update", tmp_path, str(tmp_path / "day-1.parquet"), *ANY) == 0
     assert len(rows(tmp_path)) == 1500 + 300 + 1
@@ -256,9 +256,9 @@ def test_clicks_newer_than_a_file_wait_for_the_next_and_make_none_of_it_late(
 
 def test_a_click_that_the_file_has_by_its_id_does_not_wait_however_new_it_is(tmp_path: Path) -> None:
     _, day, _ = stored(tmp_path)
-    wrote = Journal(tmp_path / "s")
-    wrote.add([Click("user-1", "item-1", NOON * 10**6, "e1"), Click("user-1", "item-1", NOON * 10**6, "e2")])
-    wrote.end()
+    wrote = ClickJournal(tmp_path / "s")
+    wrote.append([Click("user-1", "item-1", NOON * 10**6, "e1"), Click("user-1", "item-1", NOON * 10**6, "e2")])
+    wrote.close()
     ids = [f"e{n}" for n in range(1, 300, 3)] + [None] * (len(day) - 100)
     day.with_columns(event_id=pl.Series(ids)).write_parquet(tmp_path / "night.parquet")
     assert run("update", tmp_path, str(tmp_path / "night.parquet"), *ANY) == 0
@@ -266,27 +266,27 @@ def test_a_click_that_the_file_has_by_its_id_does_not_wait_however_new_it_is(tmp
 
 
 def test_whoever_reads_while_files_are_parted_misses_no_click(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrote = Journal(tmp_path)
+    wrote = ClickJournal(tmp_path)
     for _ in range(2):
-        wrote.add([Click("user-1", "item-1", when) for when in (1, 9)])
-        wrote.end()
-    files = journal.close(tmp_path)
-    read = journal._clicks_in
+        wrote.append([Click("user-1", "item-1", when) for when in (1, 9)])
+        wrote.close()
+    files = journal.close_journal(tmp_path)
+    read = journal._read_clicks
 
     def meanwhile(path: Path) -> list[Click]:
-        monkeypatch.setattr(journal, "_clicks_in", read)
-        journal.put_off(files, lambda click: click.time > 5)  # between the list of the files and what is in them
+        monkeypatch.setattr(journal, "_read_clicks", read)
+        journal.defer_clicks(files, lambda click: click.time > 5)  # between the list of the files and what is in them
         return read(path)
 
-    monkeypatch.setattr(journal, "_clicks_in", meanwhile)
-    assert {one.time for file in journal.written(tmp_path) for one in file.clicks} == {1, 9}
+    monkeypatch.setattr(journal, "_read_clicks", meanwhile)
+    assert {one.time for file in journal.read_journal(tmp_path) for one in file.clicks} == {1, 9}
 
 
 def test_a_line_that_is_not_whole_was_never_acknowledged_and_damage_before_it_is_told(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
-    wrote = Journal(tmp_path / "s")
-    wrote.add([Click("a", "b", 1), Click("a", "c", 2)])
-    wrote.end()
+    wrote = ClickJournal(tmp_path / "s")
+    wrote.append([Click("a", "b", 1), Click("a", "c", 2)])
+    wrote.close()
     [path] = (tmp_path / "s" / "clicks").iterdir()
     whole = path.read_bytes()
     for cut in range(len(whole)):  # killed at any byte
@@ -299,23 +299,23 @@ def test_a_line_that_is_not_whole_was_never_acknowledged_and_damage_before_it_is
 
 def test_writers_and_an_update_that_closes_lose_nothing(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
-    writers = [Journal(tmp_path / "s") for _ in range(2)]
+    writers = [ClickJournal(tmp_path / "s") for _ in range(2)]
     found: list[Click] = []
 
     def write(n: int) -> None:
         for i in range(60):
-            writers[n].add([Click(f"u{n}", "i", i)])
+            writers[n].append([Click(f"u{n}", "i", i)])
 
     threads = [threading.Thread(target=write, args=(n,)) for n in range(2)]
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
-        closed = journal.close(tmp_path / "s")
+        closed = journal.close_journal(tmp_path / "s")
         found += [one for file in closed for one in file.clicks]
-        journal.taken(closed, None)
+        journal.mark_taken(closed, None)
     for one_of in writers:
-        one_of.end()
-    found += [one for file in journal.close(tmp_path / "s") for one in file.clicks]
+        one_of.close()
+    found += [one for file in journal.close_journal(tmp_path / "s") for one in file.clicks]
     assert sorted(found) == sorted(Click(f"u{n}", "i", i) for n in range(2) for i in range(60))
 
 
@@ -340,7 +340,7 @@ def test_a_full_disk_acknowledges_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 def test_an_erased_user_is_a_stranger_at_once_and_on_no_disk(tmp_path: Path) -> None:
     stored(tmp_path, n=2)
     right = {"authorization": f"Bearer {TOKEN}"}
-    with server(tmp_path, Rules(TOKEN, rate=0)) as (client, _):
+    with server(tmp_path, ServerLimits(TOKEN, max_requests_per_s=0)) as (client, _):
         client.headers.update(right)
         click(client, "user-1", "item-1", timestamp=NOON)
         click(client, "only-here", "item-1", timestamp=NOON)
@@ -358,9 +358,9 @@ def test_an_erased_user_is_a_stranger_at_once_and_on_no_disk(tmp_path: Path) -> 
 
 def test_the_server_erases_in_a_process_of_its_own(tmp_path: Path) -> None:
     stored(tmp_path)
-    assert erased(tmp_path / "s", "user-1")["versions"] == [1]
+    assert erase_in_subprocess(tmp_path / "s", "user-1")["versions"] == [1]
     with pytest.raises(StateError, match="no store"):
-        erased(tmp_path / "none", "user-1")
+        erase_in_subprocess(tmp_path / "none", "user-1")
 
 
 def test_a_log_without_a_clock_takes_clicks_in_their_order(tmp_path: Path) -> None:

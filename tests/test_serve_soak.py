@@ -14,10 +14,10 @@ import polars as pl
 import pytest
 from serving import ANY, TOKEN, process, run, stored
 
-from freshrec.serve.contents import read_contents
+from freshrec.serve.contents import read_bundle
 from freshrec.serve.list_request import ListRequest
 from freshrec.serve.reading import resolve_request
-from freshrec.serve.recommend import best_items
+from freshrec.serve.recommend import top_items
 from freshrec.store.eventlog import EventLog
 from freshrec.store.versions import open_store
 
@@ -85,9 +85,9 @@ def test_no_answer_mixes_versions_and_no_acknowledged_click_is_lost_or_doubled(t
     store = open_store(tmp_path / "s")
     expected = {}
     for number in (1, 2, 3):
-        served = read_contents(store.files(number)).served
+        served = read_bundle(store.verified_files(number)).served
         for user in QUIET:
-            found = best_items(served, served.users.rows(pl.Series([user])), resolve_request(served, ListRequest(k=12)))
+            found = top_items(served, served.users.rows(pl.Series([user])), resolve_request(served, ListRequest(k=12)))
             ids = served.items.frame["id"].gather(found["item"] - 1)
             expected[number, user] = ids.to_list()
     crowd = Crowd(expected)
@@ -104,7 +104,7 @@ def test_no_answer_mixes_versions_and_no_acknowledged_click_is_lost_or_doubled(t
             while time.monotonic() < until:
                 number = source.choice([1, 2, 3])
                 with store.locked(30):
-                    store.point(number, "promote", "soak")
+                    store.move_pointer(number, "promote", "soak")
                 time.sleep(0.7)
                 if len(gone) > len(ERASED) * (ROUNDS - 1 - nth) / ROUNDS:
                     status, found = crowd.ask("DELETE", f"/users/{gone.pop()}")
@@ -118,7 +118,7 @@ def test_no_answer_mixes_versions_and_no_acknowledged_click_is_lost_or_doubled(t
     allowed = {"200", "409", "ConnectionRefusedError", "ConnectionResetError", "RemoteDisconnected", "IncompleteRead",
                "BadStatusLine"}  # fmt: skip
     assert set(crowd.statuses) <= allowed and crowd.statuses["200"] > 50, crowd.statuses
-    store.point(3, "promote")
+    store.move_pointer(3, "promote")
     assert run("update", tmp_path, *ANY) == 0
     log = EventLog(tmp_path / "s" / "log").read()
     clicks = log.filter(pl.col("event_id").is_not_null())

@@ -14,9 +14,9 @@ from starlette.testclient import TestClient
 from freshrec.errors import StateError
 from freshrec.serve import answers
 from freshrec.serve import live as live_module
-from freshrec.serve.answers import Version
-from freshrec.serve.guard import Rules
-from freshrec.serve.live import Live
+from freshrec.serve.answers import LoadedVersion
+from freshrec.serve.guard import ServerLimits
+from freshrec.serve.live import LiveVersion
 from freshrec.store.versions import open_store
 
 
@@ -58,18 +58,18 @@ def test_a_broken_version_is_never_served_and_the_old_one_stays(
     stored(tmp_path, "sasrec:d=8", "finetune:fit.base_epochs=1:fit.epochs=1", n=2)
     store = open_store(tmp_path / "s")
     with server(tmp_path) as (client, live):
-        path = store.files(1)["served.safetensors"]
+        path = store.verified_files(1)["served.safetensors"]
         whole = path.read_bytes()
-        store.point(1, "rollback")  # whole at that moment
+        store.move_pointer(1, "rollback")  # whole at that moment
         path.write_bytes(whole[:-1] + b"x")
-        live.look()
+        live.refresh()
         assert client.get("/version").json()["version"] == 2
         ready = client.get("/health/ready").json()
         assert ready["version"] == 2 and "damaged" in ready["trouble"]
         assert "freshrec_version_refused 1.0" in client.get("/metrics").text
         path.write_bytes(whole)
-        store.point(2, "promote")
-        live.look()
+        store.move_pointer(2, "promote")
+        live.refresh()
         assert client.get("/health/ready").json()["trouble"] == ""
 
         def broken(path: Path) -> object:  # whole by its checksum, and yet nonsense: a diverged model, say
@@ -77,10 +77,10 @@ def test_a_broken_version_is_never_served_and_the_old_one_stays(
             tree[2].model.items.weights[3] = torch.nan
             return tree
 
-        load = live_module.load_to_ask
-        monkeypatch.setattr(live_module, "load_to_ask", broken)
-        store.point(1, "rollback")
-        live.look()
+        load = live_module.load_for_serving
+        monkeypatch.setattr(live_module, "load_for_serving", broken)
+        store.move_pointer(1, "rollback")
+        live.refresh()
         assert client.get("/version").json()["version"] == 2
         assert "not finite" in client.get("/health/ready").json()["trouble"]
 
@@ -88,8 +88,8 @@ def test_a_broken_version_is_never_served_and_the_old_one_stays(
 def test_what_could_not_be_served_is_tried_again_and_a_damaged_journal_stops_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live_module, "AGAIN_S", 0.0)
-    monkeypatch.setattr(live_module, "EVERY_S", 3600.0)  # this test looks by itself
+    monkeypatch.setattr(live_module, "RETRY_INTERVAL_S", 0.0)
+    monkeypatch.setattr(live_module, "POLL_INTERVAL_S", 3600.0)  # this test looks by itself
     stored(tmp_path, n=2)
     store = open_store(tmp_path / "s")
     with server(tmp_path) as (client, live):
@@ -98,19 +98,19 @@ def test_what_could_not_be_served_is_tried_again_and_a_damaged_journal_stops_not
         [journal] = (tmp_path / "s" / "clicks").iterdir()
         whole = journal.read_bytes()
         journal.write_bytes(whole.replace(b'"e1"', b'"e9"'))
-        store.point(1, "rollback")
-        live.look()
+        store.move_pointer(1, "rollback")
+        live.refresh()
         ready = client.get("/health/ready").json()
         assert ready["version"] == 2 and "not as it was written" in ready["trouble"]
         assert click(client, "user-1", "item-1", event_id="e1")["known"]  # nothing was forgotten
-        path = store.files(1)["served.safetensors"]
+        path = store.verified_files(1)["served.safetensors"]
         good = path.read_bytes()
         path.write_bytes(good[:-1] + b"x")
         journal.write_bytes(whole)
-        live.look()
+        live.refresh()
         assert "damaged" in client.get("/health/ready").json()["trouble"]
         path.write_bytes(good)  # mended; the pointer has not moved
-        live.look()
+        live.refresh()
         assert client.get("/health/ready").json() == {"status": "ready", "version": 1, "trouble": ""}
         assert click(client, "user-1", "item-1", event_id="e1")["known"]
 
@@ -118,11 +118,11 @@ def test_what_could_not_be_served_is_tried_again_and_a_damaged_journal_stops_not
 def test_ids_and_model_of_two_versions_are_not_served_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored(tmp_path, n=3)
     store = open_store(tmp_path / "s")
-    files = {**store.files(3), "items.parquet": store.files(1)["items.parquet"]}
-    monkeypatch.setattr(type(store), "files", lambda self, number: files)
-    live = Live(store, print)
+    files = {**store.verified_files(3), "items.parquet": store.verified_files(1)["items.parquet"]}
+    monkeypatch.setattr(type(store), "verified_files", lambda self, number: files)
+    live = LiveVersion(store, print)
     with pytest.raises(StateError, match="not of one version"):
-        live.begin()
+        live.start()
 
 
 def test_requests_in_flight_finish_on_the_version_they_began_with(
@@ -132,7 +132,7 @@ def test_requests_in_flight_finish_on_the_version_they_began_with(
     began, go_on = threading.Event(), threading.Event()
     ask = answers.recommend
 
-    def slow(version: Version, by: object) -> object:
+    def slow(version: LoadedVersion, by: object) -> object:
         began.set()
         assert go_on.wait(20)
         return ask(version, by)  # type: ignore[arg-type]
@@ -145,8 +145,8 @@ def test_requests_in_flight_finish_on_the_version_they_began_with(
         asking = threading.Thread(target=lambda: found.append(client.post("/recommend", json=wanted).json()))
         asking.start()
         assert began.wait(20)
-        live.store.point(1, "rollback")
-        live.look()
+        live.store.move_pointer(1, "rollback")
+        live.refresh()
         assert client.get("/version").json()["version"] == 1
         go_on.set()
         asking.join()
@@ -159,8 +159,8 @@ def test_clicks_outlive_a_swap_and_a_restart(tmp_path: Path) -> None:
     with server(tmp_path) as (client, live):
         answer = client.post("/events", json={"events": [{"user_id": "neu", "item_id": "item-1"}]}).json()
         assert answer["version"] == 2
-        live.store.point(1, "rollback")
-        live.look()
+        live.store.move_pointer(1, "rollback")
+        live.refresh()
         assert client.get("/recommend/neu").json()["fallback"] is None
     with server(tmp_path) as (client, _):
         found = client.get("/users/neu/interests").json()
@@ -170,7 +170,7 @@ def test_clicks_outlive_a_swap_and_a_restart(tmp_path: Path) -> None:
 def test_rolling_back_over_http_needs_the_token_and_an_earlier_version(tmp_path: Path) -> None:
     stored(tmp_path, n=2)
     assert run("update", tmp_path, *ANY) == 0
-    with server(tmp_path, Rules(TOKEN, rate=0)) as (client, _):
+    with server(tmp_path, ServerLimits(TOKEN, max_requests_per_s=0)) as (client, _):
         assert client.post("/rollback", json={"version": 1}).status_code == 401
         client.headers["authorization"] = f"Bearer {TOKEN}"
         assert "not earlier" in client.post("/rollback", json={"version": 2}).json()["detail"]
@@ -182,6 +182,6 @@ def test_rolling_back_over_http_needs_the_token_and_an_earlier_version(tmp_path:
 def test_a_store_whose_live_version_cannot_be_served_is_told_at_the_start(tmp_path: Path) -> None:
     stored(tmp_path)
     store = open_store(tmp_path / "s")
-    store.files(1)["served.safetensors"].write_bytes(b"damaged")
+    store.verified_files(1)["served.safetensors"].write_bytes(b"damaged")
     with pytest.raises(StateError, match="version 1 is not served: .*damaged"):
-        Live(store, print).begin()
+        LiveVersion(store, print).start()

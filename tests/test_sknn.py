@@ -11,24 +11,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from freshrec.config import choose
+from freshrec.config import find_instance
 from freshrec.errors import OptionError
 from freshrec.models.checkpoint import load_state, save_state
-from freshrec.models.ranking import ranks, top
+from freshrec.models.ranking import target_ranks, top_k
 from freshrec.models.sknn import (
     DAY,
     S_SKNN,
     SKNN,
     STAN,
     V_SKNN,
-    Query,
     SessionKNN,
+    SessionQuery,
     SKNNSpec,
-    best_of_each,
-    decay,
-    weights,
+    neighbour_decay,
+    query_item_weights,
+    top_k_per_row,
 )
-from freshrec.types import Batch, Events, Histories, OfferingModel, State
+from freshrec.types import Batch, CandidateModel, Events, Histories, State
 
 near = pytest.approx
 Block = list[tuple[int, int, int]]  # events: user, item, day
@@ -42,7 +42,7 @@ def fed(spec: SKNNSpec, *blocks: Block) -> SessionKNN:
     model.grow(9, N_ITEMS)
     for block in blocks:
         users_E, items_E, days_E = torch.tensor(block, dtype=torch.int64).reshape(-1, 3).T
-        model.absorb(Events.of(users_E, items_E, days_E * DAY), Histories.empty())
+        model.absorb(Events.trainable(users_E, items_E, days_E * DAY), Histories.empty())
     return model
 
 
@@ -200,10 +200,10 @@ def test_stan_weighs_by_place_by_age_and_by_distance() -> None:
 )
 def test_weights_of_the_first_and_the_last_two_of_twelve_events(kind: Any, expected: list[float]) -> None:
     row_Q = np.zeros(3, np.int64)
-    query = Query(row_Q, np.array([12]), row_Q, np.array([4, 5, 6]), np.array([1, 11, 12]))
-    assert weights(query, SKNNSpec(weights=kind)) == near(expected)
+    query = SessionQuery(row_Q, np.array([12]), row_Q, np.array([4, 5, 6]), np.array([1, 11, 12]))
+    assert query_item_weights(query, SKNNSpec(weights=kind)) == near(expected)
     faded = [weight * math.exp(-back / 2) for weight, back in zip(expected, [11, 1, 0])]
-    assert weights(query, SKNNSpec(weights=kind, lambda1=2.0)) == near(faded)
+    assert query_item_weights(query, SKNNSpec(weights=kind, lambda1=2.0)) == near(faded)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_weights_of_the_first_and_the_last_two_of_twelve_events(kind: Any, expec
     ],
 )
 def test_decay_where_the_first_or_the_last_two_of_twelve_events_are_shared(kind: Any, expected: list[float]) -> None:
-    assert decay(np.array([1, 11, 12]), np.full(3, 12), SKNNSpec(decay=kind)) == near(expected)
+    assert neighbour_decay(np.array([1, 11, 12]), np.full(3, 12), SKNNSpec(decay=kind)) == near(expected)
 
 
 def test_an_item_in_few_sessions_gains_by_idf() -> None:
@@ -262,16 +262,18 @@ def test_of_equally_near_sessions_the_later_one_is_taken() -> None:
 
 def test_sums_that_differ_in_their_last_bit_are_equally_near() -> None:
     row_N, value_N = np.array([0, 0, 0, 2, 2]), np.array([0.6, 0.1 + 0.2 + 0.3, 0.7, 0.0, 1e-40])
-    assert best_of_each(row_N, value_N, 3, 2).tolist() == [2, 0, 4]  # 0.6000000000000001 is no nearer; 0 is not near
-    assert best_of_each(row_N[:0], value_N[:0], 3, 2).tolist() == []
+    assert top_k_per_row(row_N, value_N, 3, 2).tolist() == [2, 0, 4]  # 0.6000000000000001 is no nearer; 0 is not near
+    assert top_k_per_row(row_N[:0], value_N[:0], 3, 2).tolist() == []
 
 
 def test_without_a_clock_sessions_fade_by_blocks_or_not_at_all() -> None:
     def ordered(spec: SKNNSpec) -> list[float]:
         model = fed(spec)
-        model.absorb(Events.of(torch.tensor([1, 1]), torch.tensor([1, 2])), Histories.empty())
-        model.absorb(Events.of(torch.zeros(0), torch.zeros(0)), Histories.empty())  # which is no block
-        model.absorb(Events.of(torch.tensor([2, 2]), torch.tensor([1, 3]), torch.tensor([2, 3])), Histories.empty())
+        model.absorb(Events.trainable(torch.tensor([1, 1]), torch.tensor([1, 2])), Histories.empty())
+        model.absorb(Events.trainable(torch.zeros(0), torch.zeros(0)), Histories.empty())  # which is no block
+        model.absorb(
+            Events.trainable(torch.tensor([2, 2]), torch.tensor([1, 3]), torch.tensor([2, 3])), Histories.empty()
+        )
         return asked(model, [1])
 
     spec = SKNNSpec(lambda2=2.0)
@@ -320,11 +322,11 @@ def test_a_copy_that_learns_more_or_forgets_leaves_the_old_one_alone() -> None:
     other.grow(9, N_ITEMS)
     other.load_state_dict(model.state_dict())
     assert asked(other, [1, 2]) == asked(model, [1, 2])
-    other.absorb(Events.of(torch.tensor([2, 5]), torch.tensor([5, 1])), Histories.empty())
+    other.absorb(Events.trainable(torch.tensor([2, 5]), torch.tensor([5, 1])), Histories.empty())
     assert asked(other, [1])[5] == 0 < asked(other, [2])[5]
     other.load_state_dict(model.state_dict())
     assert asked(other, [1, 2]) == asked(model, [1, 2])
-    other.forget(1)
+    other.erase_user(1)
     assert asked(other, [1])[3] == 0 < asked(model, [1])[3]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -334,7 +336,7 @@ def test_a_copy_that_learns_more_or_forgets_leaves_the_old_one_alone() -> None:
 def test_a_forgotten_user_is_as_if_it_had_never_been(blocks: list[Block], user: int) -> None:
     spec = replace(STAN, idf=1.0)
     model = fed(spec, *blocks)
-    model.forget(user)
+    model.erase_user(user)
     without = fed(spec, *([event for event in block if event[0] != user] for block in blocks))
     for name in ("offsets_U", "items_R", "time_U"):
         assert torch.equal(model.state_dict()[name], without.state_dict()[name])
@@ -346,7 +348,7 @@ def test_room_for_more_users_and_items_changes_no_score() -> None:
     before = asked(model, [1, 2])
     model.grow(model.n_users + 20, model.n_items + 5)
     assert asked(model, [1, 2]) == before + [0] * 5
-    model.absorb(Events.of(torch.tensor([25]), torch.tensor([14])), Histories.empty())
+    model.absorb(Events.trainable(torch.tensor([25]), torch.tensor([14])), Histories.empty())
     assert asked(model, [14])[14] > 0
 
 
@@ -363,15 +365,15 @@ def test_nothing_is_said_of_a_query_that_shares_nothing() -> None:
 
 def test_it_offers_the_items_of_the_neighbours_and_is_ranked_by_them() -> None:
     model = fed(SKNN, TWO)
-    assert isinstance(model, OfferingModel)
+    assert isinstance(model, CandidateModel)
     batch = Batch(torch.tensor([8, 9, 9]), torch.tensor([[1, 2], [0, 4], [0, 9]]))
     items_BC, score_BC = model.candidates(batch)
     dense_BI = model.score(batch, torch.arange(N_ITEMS + 1))
     assert torch.equal(torch.where(items_BC > 0, dense_BI.gather(1, items_BC), 0), score_BC)
     assert [set(row) - {0} for row in items_BC.tolist()] == [{1, 2, 3, 4}, {2, 4}, set()]
     # First row: 2 is ahead of 1 and 3, which are level. Second: 2 and 4 are level. Third: nothing is said of all nine.
-    assert ranks(model, batch, torch.tensor([3, 2, 9])).tolist() == [2.5, 1.5, 5]
-    assert top(model, batch, 1)[0][0].tolist() == [2]
+    assert target_ranks(model, batch, torch.tensor([3, 2, 9])).tolist() == [2.5, 1.5, 5]
+    assert top_k(model, batch, 1)[0][0].tolist() == [2]
 
 
 def test_each_row_may_have_its_own_items() -> None:
@@ -387,13 +389,13 @@ def test_a_saved_state_is_the_same_model(ages: Any, tmp_path: Path) -> None:
     assert asked(loaded, [1, 2]) == asked(model, [1, 2]) and loaded.spec == model.spec
     for each in (model, loaded):
         each.absorb(
-            Events.of(torch.tensor([4, 5]), torch.tensor([1, 2]), torch.tensor([5, 5]) * DAY), Histories.empty()
+            Events.trainable(torch.tensor([4, 5]), torch.tensor([1, 2]), torch.tensor([5, 5]) * DAY), Histories.empty()
         )
     assert asked(loaded, [1, 2]) == asked(model, [1, 2])
 
 
 def test_options_are_named_on_the_command_line_and_checked() -> None:
-    assert choose("model", "v-sknn:k=500:sample=5000:weights=quadratic:idf=5", NAMED) == SKNNSpec(
+    assert find_instance("model", "v-sknn:k=500:sample=5000:weights=quadratic:idf=5", NAMED) == SKNNSpec(
         k=500, sample=5000, similarity="vec", weights="quadratic", decay="div", idf=5
     )
     with pytest.raises(OptionError, match='similarity of SKNNSpec is one of cosine, vec, not "jaccard"'):

@@ -13,20 +13,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from freshrec.data.batches import append, due_targets
+from freshrec.data.batches import append_events, due_targets
 from freshrec.errors import OptionError
-from freshrec.learn.fit import Fit, start, train
-from freshrec.learn.transfer import CNNTransfer, LinearTransfer, MLPTransfer, Transfer, judged, moved, transferred
-from freshrec.learn.weights import Weights, put, weights_of
+from freshrec.learn.fit import FitConfig, fit_base_block, train
+from freshrec.learn.transfer import (
+    CNNTransfer,
+    LinearTransfer,
+    MLPTransfer,
+    Transfer,
+    adaptation_parametrization,
+    transfer_parametrization,
+    transfer_weights,
+)
+from freshrec.learn.weights import Weights, copy_weights, load_weights
 from freshrec.models import MODELS
 from freshrec.models.checkpoint import load_state, save_state
 from freshrec.replay.plan import training_passes
 from freshrec.strategies.plain import FineTune
-from freshrec.strategies.sml import SML, decaying, shrinking
+from freshrec.strategies.sml import SML, transfer_decay_term, weight_decay_term
 from freshrec.types import Events, Span, State, Strategy
 
 TRAINED = ["mf", "sasrec", "mind", "comirec-dr", "comirec-sa"]
-FIT = Fit(epochs=2, base_epochs=2)
+FIT = FitConfig(epochs=2, base_epochs=2)
 CNN = CNNTransfer(filters=3, filters2=2, hidden=8, residual=False)  # as the paper's, but small
 FAST = 0.05  # a learning rate that shows within a few steps
 
@@ -35,7 +43,7 @@ def span_of(index: int, seed: int | None = None, n: int = 90) -> Span:
     """Random events of 6 users and 9 items."""
     source = torch.Generator().manual_seed(index if seed is None else seed)
     users, items = (torch.randint(1, most + 1, (n,), generator=source) for most in (6, 9))
-    return Span(index, Events.of(users, items, torch.arange(n) + index * n), 6, 9)
+    return Span(index, Events.trainable(users, items, torch.arange(n) + index * n), 6, 9)
 
 
 def untrained(model: str) -> State:
@@ -43,7 +51,7 @@ def untrained(model: str) -> State:
 
 
 def absorbed(state: State, span: Span) -> State:
-    return replace(state, recent=append(state.recent, span.events, span.n_users))
+    return replace(state, histories=append_events(state.histories, span.events, span.n_users))
 
 
 def chain(strategy: Strategy, model: str = "mf", spans: list[Span] | None = None) -> list[State]:
@@ -62,17 +70,19 @@ def same(one: Weights, other: Weights) -> bool:
 @pytest.mark.parametrize("model", TRAINED)
 def test_keeping_nothing_of_the_past_is_fine_tuning_to_the_last_bit(model: str) -> None:
     """T1"""
-    sml = SML(transfer=LinearTransfer(alpha=0), fit=FIT, shrink=0)
+    sml = SML(transfer=LinearTransfer(alpha=0), fit=FIT, weight_decay=0)
     for ours, theirs in zip(chain(sml, model), chain(FineTune(fit=FIT), model), strict=True):
         assert same(dict(ours.model.state_dict()), dict(theirs.model.state_dict()))  # the moments as well
-        if ours.users is not None and theirs.users is not None:
-            assert torch.equal(ours.users.vectors_SD, theirs.users.vectors_SD)
+        if ours.interests is not None and theirs.interests is not None:
+            assert torch.equal(ours.interests.vectors_SD, theirs.interests.vectors_SD)
 
 
 @pytest.mark.parametrize("model", TRAINED)
 def test_keeping_all_of_the_past_is_never_learning(model: str) -> None:
     """T1: but for weights that are no whole rows, which are taken as adapted."""
-    first, *later = [weights_of(state.model) for state in chain(SML(transfer=LinearTransfer(alpha=1), fit=FIT), model)]
+    first, *later = [
+        copy_weights(state.model) for state in chain(SML(transfer=LinearTransfer(alpha=1), fit=FIT), model)
+    ]
     for weights in later:
         weights = weights | {name: first[name] for name in ("extract.log_fading",) if name in first}
         assert same(weights, first)
@@ -81,35 +91,44 @@ def test_keeping_all_of_the_past_is_never_learning(model: str) -> None:
 @pytest.mark.parametrize("other", [LinearTransfer(0.5), LinearTransfer(0.5, learned=True), MLPTransfer(), CNN])
 def test_beside_the_network_the_adapted_models_are_those_of_fine_tuning(other: Any) -> None:
     """T13"""
-    sml = SML(transfer=other, fit=FIT, shrink=0, through=False, transfer_lr=FAST)
+    sml = SML(transfer=other, fit=FIT, weight_decay=0, train_through_transfer=False, transfer_lr=FAST)
     for ours, theirs in zip(chain(sml)[1:], chain(FineTune(fit=FIT))[1:], strict=True):
-        assert same(weights_of(ours.memory.adapted), weights_of(theirs.model))
+        assert same(copy_weights(ours.memory.adapted), copy_weights(theirs.model))
 
 
 def test_beside_a_linear_transfer_what_is_served_is_a_moving_average_of_fine_tuned_models() -> None:
     """T13: W_t = W_{t-1} / 2 + IU_t / 2"""
-    sml = SML(transfer=LinearTransfer(0.5), fit=FIT, shrink=0, through=False)
-    tuned = [weights_of(state.model) for state in chain(FineTune(fit=FIT))]
+    sml = SML(transfer=LinearTransfer(0.5), fit=FIT, weight_decay=0, train_through_transfer=False)
+    tuned = [copy_weights(state.model) for state in chain(FineTune(fit=FIT))]
     mean = tuned[0]
     for state, newest in zip(chain(sml)[1:], tuned[1:], strict=True):
         mean = {name: 0.5 * mean[name] + 0.5 * newest[name] for name in mean}
-        assert same(weights_of(state.model), mean)
+        assert same(copy_weights(state.model), mean)
 
 
 def authors_order(strategy: SML, spans: list[Span]) -> list[tuple[Weights, Weights]]:
     """Stage after stage as printed, each with its next span at hand: (what is served, Theta at the end)."""
     states = chain(FineTune(fit=FIT), spans=spans)  # for the base, and for the histories before each span
     model, found = copy.deepcopy(states[0].model), []
-    transfer = Transfer.of(strategy.transfer, model, 0)
-    targets = [due_targets(absorbed(state, span).recent) for state, span in zip(states, spans[1:])]
+    transfer = Transfer.for_model(strategy.transfer, model, 0)
+    targets = [due_targets(absorbed(state, span).histories) for state, span in zip(states, spans[1:])]
     for t, (now, then) in enumerate(zip(targets, targets[1:]), start=1):
-        before, served = weights_of(model), None
+        before, served = copy_weights(model), None
         for n in range(1, strategy.rounds + 1):
             transfer.requires_grad_(False)
             key = (0, t) if n == 1 else (0, t, n)
-            terms = [shrinking(model, strategy.shrink)]
-            list(train(model, now, FIT.epochs, key, terms=terms, view=moved(transfer, before)))
-            served = transferred(transfer, model, before) if served is None else served
+            terms = [weight_decay_term(model, strategy.weight_decay)]
+            list(
+                train(
+                    model,
+                    now,
+                    FIT.epochs,
+                    key,
+                    terms=terms,
+                    parametrization=adaptation_parametrization(transfer, before),
+                )
+            )
+            served = transfer_weights(transfer, model, before) if served is None else served
             transfer.requires_grad_(True)
             list(
                 train(
@@ -118,14 +137,14 @@ def authors_order(strategy: SML, spans: list[Span]) -> list[tuple[Weights, Weigh
                     strategy.transfer_epochs,
                     (0, t + 1, n, 2),
                     lr_scale=FAST / model.spec.lr,
-                    terms=[decaying(transfer, strategy.decay)],
-                    view=judged(transfer, before),
-                    learner=transfer,
-                    among_N=then.histories.items_R[then.rows_N].unique().long(),
+                    terms=[transfer_decay_term(transfer, strategy.transfer_weight_decay)],
+                    parametrization=transfer_parametrization(transfer, before),
+                    trainable=transfer,
+                    negative_pool_N=then.histories.items_R[then.rows_N].unique().long(),
                 )
             )
-            after = transferred(transfer, model, before)
-            put(model, after)
+            after = transfer_weights(transfer, model, before)
+            load_weights(model, after)
         found.append((served, {name: theta.clone() for name, theta in transfer.state_dict().items()}))
     return found
 
@@ -134,10 +153,10 @@ def authors_order(strategy: SML, spans: list[Span]) -> list[tuple[Weights, Weigh
 def test_the_order_of_events_gives_what_the_order_of_the_authors_gives(rounds: int) -> None:
     """T14, T15: Theta after stage t is what serves at stage t + 1."""
     spans = [span_of(i) for i in range(5)]
-    strategy = SML(transfer=CNN, fit=FIT, rounds=rounds, transfer_lr=FAST, rehearsals=0)
+    strategy = SML(transfer=CNN, fit=FIT, rounds=rounds, transfer_lr=FAST, base_parts=0)
     states = chain(strategy, spans=spans)
     for t, (served, theta) in enumerate(authors_order(strategy, spans), start=1):
-        assert same(weights_of(states[t].model), served)
+        assert same(copy_weights(states[t].model), served)
         assert same(states[t + 1].memory.theta, theta)
     assert not same(states[2].memory.theta, states[3].memory.theta)
 
@@ -146,11 +165,11 @@ def test_what_is_served_is_one_mapping_of_the_adapted_weights_by_the_theta_it_wa
     """T15"""
     strategy = SML(transfer=CNN, fit=FIT, transfer_lr=FAST)
     for state in chain(strategy)[1:]:
-        transfer = Transfer.of(CNN, state.model, 0)
+        transfer = Transfer.for_model(CNN, state.model, 0)
         transfer.load_state_dict(state.memory.theta)
-        served = transferred(transfer, state.memory.adapted, state.memory.before)
-        assert same(weights_of(state.model), served)
-        assert not same(weights_of(state.memory.adapted), served)
+        served = transfer_weights(transfer, state.memory.adapted, state.memory.before)
+        assert same(copy_weights(state.model), served)
+        assert not same(copy_weights(state.memory.adapted), served)
 
 
 def test_more_rounds_change_nothing_that_is_served_first_and_all_that_follows() -> None:
@@ -159,8 +178,8 @@ def test_more_rounds_change_nothing_that_is_served_first_and_all_that_follows() 
     two = replace(three[0], memory=replace(three[0].memory, theta=one[0].memory.theta, moments=one[0].memory.moments))
     span = span_of(1)
     first = SML(transfer=CNN, fit=FIT, rounds=3, transfer_lr=FAST).update(absorbed(two, span), span)
-    assert same(weights_of(first.model), weights_of(one[1].model))
-    assert not same(weights_of(three[2].model), weights_of(one[2].model))
+    assert same(copy_weights(first.model), copy_weights(one[1].model))
+    assert not same(copy_weights(three[2].model), copy_weights(one[2].model))
 
 
 @pytest.mark.parametrize(("objective", "reads"), [("next", True), ("current", False)])
@@ -174,32 +193,32 @@ def test_only_the_objective_of_the_next_span_reads_it(objective: Any, reads: boo
 
 def test_a_network_that_is_fitted_in_the_base_block_only_stands_still_after_it() -> None:
     """T10: SML-S"""
-    states = chain(SML(transfer=CNN, fit=FIT, until=0, transfer_lr=FAST))
-    untouched = Transfer.of(CNN, states[0].model, 0).state_dict()
+    states = chain(SML(transfer=CNN, fit=FIT, last_trained_span=0, transfer_lr=FAST))
+    untouched = Transfer.for_model(CNN, states[0].model, 0).state_dict()
     assert not same(states[0].memory.theta, dict(untouched))
     assert all(same(state.memory.theta, states[0].memory.theta) for state in states)
-    until_2 = [state.memory.theta for state in chain(SML(transfer=CNN, fit=FIT, until=2, transfer_lr=FAST))]
+    until_2 = [state.memory.theta for state in chain(SML(transfer=CNN, fit=FIT, last_trained_span=2, transfer_lr=FAST))]
     assert [same(a, b) for a, b in zip(until_2, until_2[1:])] == [True, False, True]  # span 1 has no stage to close
 
 
 def test_rehearsals_leave_nothing_but_the_network() -> None:
     """The base block's model is that of `start`, to the last bit."""
     span = span_of(0)
-    plain = start(absorbed(untrained("mf"), span), span, FIT)
-    rehearsed, raw = (chain(SML(transfer=CNN, fit=FIT, rehearsals=n), spans=[span])[0] for n in (6, 0))
+    plain = fit_base_block(absorbed(untrained("mf"), span), span, FIT)
+    rehearsed, raw = (chain(SML(transfer=CNN, fit=FIT, base_parts=n), spans=[span])[0] for n in (6, 0))
     assert same(dict(rehearsed.model.state_dict()), dict(plain.model.state_dict()))
-    assert torch.equal(rehearsed.recent.items_R, plain.recent.items_R)
+    assert torch.equal(rehearsed.histories.items_R, plain.histories.items_R)
     assert not same(rehearsed.memory.theta, raw.memory.theta)
 
 
 @pytest.mark.parametrize("restart", ["transferred", "adapted", "before"])
 def test_a_later_round_begins_where_told(restart: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A2: seen without epochs, so that a round changes nothing but where it begins."""
-    strategy = SML(transfer=LinearTransfer(0.5, learned=True), fit=FIT, rounds=2, restart=restart, rehearsals=0)
+    strategy = SML(transfer=LinearTransfer(0.5, learned=True), fit=FIT, rounds=2, restart=restart, base_parts=0)
     states = chain(strategy, spans=[span_of(0), span_of(1)])
     memory, still = states[1].memory, replace(strategy, fit=replace(FIT, epochs=0), transfer_lr=1e-30)
     after = still.update(absorbed(states[1], span_of(2)), span_of(2)).memory.before["items"]
-    before, adapted = memory.before["items"], weights_of(memory.adapted)["items"]
+    before, adapted = memory.before["items"], copy_weights(memory.adapted)["items"]
     mean = 0.5 * (before + adapted)
     begun = {"transferred": mean, "adapted": adapted, "before": before}[restart]
     torch.testing.assert_close(after, 0.5 * (before + begun))
@@ -220,13 +239,13 @@ def test_a_state_that_waits_for_its_next_span_can_be_saved(
 def test_new_rows_begin_as_those_of_fine_tuning_and_are_mapped_from_there() -> None:
     """An item that comes with the last span was the same before and after, until the span's own step 1."""
     grown = replace(
-        span_of(2), events=Events.of(torch.tensor([7] * 20), torch.arange(20) % 12 + 1), n_users=7, n_items=12
+        span_of(2), events=Events.trainable(torch.tensor([7] * 20), torch.arange(20) % 12 + 1), n_users=7, n_items=12
     )
     state = chain(SML(transfer=LinearTransfer(0.5), fit=FIT), spans=[span_of(0), span_of(1), grown])[-1]
     starts = untrained("mf").model
     starts.grow(7, 12)
-    assert torch.equal(state.memory.before["items"][10:], weights_of(starts)["items"][10:])
-    assert len(weights_of(state.model)["items"]) == 13
+    assert torch.equal(state.memory.before["items"][10:], copy_weights(starts)["items"][10:])
+    assert len(copy_weights(state.model)["items"]) == 13
 
 
 def test_the_penalties_by_hand() -> None:
@@ -236,21 +255,21 @@ def test_the_penalties_by_hand() -> None:
     model.items.weights[1:] = torch.tensor([[1.0, 2.0], [3.0, 0.0]])
     model.items.pull(torch.tensor([1, 1, 2]))
     nothing: Any = None
-    assert shrinking(model, 0.1)(nothing, nothing).item() == pytest.approx(0.7)
-    transfer = Transfer.of(MLPTransfer(hidden=0), model, 0)  # users and items: 4 x 2 weights each
+    assert weight_decay_term(model, 0.1)(nothing, nothing).item() == pytest.approx(0.7)
+    transfer = Transfer.for_model(MLPTransfer(hidden=0), model, 0)  # users and items: 4 x 2 weights each
     for theta in transfer.parameters():
         theta.data.fill_(0.5)
-    assert decaying(transfer, 0.1)(nothing, nothing).item() == pytest.approx(0.1 / 2 * 16 * 0.25)
+    assert transfer_decay_term(transfer, 0.1)(nothing, nothing).item() == pytest.approx(0.1 / 2 * 16 * 0.25)
 
 
 def test_the_work_counts_every_pass() -> None:
     # base: 3 epochs of 60; of its 6 parts 2 train a base, 3 stages of 4 rounds x (2 + 1) epochs: 10 x (2 x 3 + 36).
     # Span 1: 2 x 10. Span 2: 2 x 20, the last span's 3 more rounds 3 x 2 x 10, the network 4 x 20.
-    strategy = SML(fit=Fit(epochs=2), rounds=4)
+    strategy = SML(fit=FitConfig(epochs=2), rounds=4)
     assert training_passes(strategy, [60, 10, 20], 3) == [180 + 420, 20, 40 + 60 + 80]
-    assert training_passes(replace(strategy, until=0), [60, 10, 20], 3) == [600, 20, 40]
+    assert training_passes(replace(strategy, last_trained_span=0), [60, 10, 20], 3) == [600, 20, 40]
     assert training_passes(replace(strategy, objective="current"), [60, 10, 20], 3) == [600, 20, 40 + 60 + 40]
-    assert training_passes(SML(transfer=LinearTransfer(), fit=Fit(epochs=2)), [60, 10, 20], 3) == [180, 20, 40]
+    assert training_passes(SML(transfer=LinearTransfer(), fit=FitConfig(epochs=2)), [60, 10, 20], 3) == [180, 20, 40]
 
 
 @pytest.mark.parametrize("options", [{"rounds": 2, "through": False}, {"rehearsals": 2}])
@@ -268,9 +287,9 @@ def test_a_share_that_is_learned_falls_where_the_past_misleads_and_rises_where_i
             users = torch.arange(n) % 24 + 1
             liked = (users + t * n_moves) % 6  # one of six groups of five items
             items = liked * 5 + torch.randint(1, 6, (n,), generator=torch.Generator().manual_seed(t))
-            return Span(t, Events.of(users, items, torch.arange(n) + 2400 * t), 24, 30)
+            return Span(t, Events.trainable(users, items, torch.arange(n) + 2400 * t), 24, 30)
 
-        linear = SML(transfer=LinearTransfer(0.5, learned=True), fit=Fit(epochs=5, base_epochs=20), rehearsals=0)
+        linear = SML(transfer=LinearTransfer(0.5, learned=True), fit=FitConfig(epochs=5, base_epochs=20), base_parts=0)
         states = chain(replace(linear, transfer_lr=FAST), spans=[span(t) for t in range(5)])
         rho: Tensor = states[-1].memory.theta["towers.of/items.rho"]
         return float(torch.sigmoid(rho))

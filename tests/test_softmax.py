@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freshrec.models import softmax
-from freshrec.models.softmax import distilled_softmax, full_softmax
+from freshrec.models.softmax import full_distillation_loss, full_softmax_loss
 
 
 @pytest.fixture(params=[3, 7, 100])
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that do not divide the 20 items, and one that holds them all."""
-    monkeypatch.setattr(softmax, "BLOCK", request.param)
+    monkeypatch.setattr(softmax, "ITEM_BLOCK", request.param)
 
 
 def tensors(scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,7 +30,7 @@ def gradients(loss: Tensor, *of: Tensor) -> list[Tensor]:
 def test_the_loss_and_its_gradients_are_those_of_cross_entropy(scale: float) -> None:
     user_BD, rows_RD, target_B = tensors(scale)
     expected = gradients(F.cross_entropy(user_BD @ rows_RD[1:].t(), target_B - 1), user_BD, rows_RD)
-    torch.testing.assert_close(gradients(full_softmax(user_BD, rows_RD, target_B), user_BD, rows_RD), expected)
+    torch.testing.assert_close(gradients(full_softmax_loss(user_BD, rows_RD, target_B), user_BD, rows_RD), expected)
 
 
 @pytest.mark.usefixtures("block")
@@ -39,5 +39,5 @@ def test_a_teacher_of_fewer_items_gives_the_gradients_of_cross_entropy_on_those(
     teacher_BD, known_RD = torch.randn(5, 4), torch.randn(16, 4)
     taught_BI = torch.softmax(teacher_BD @ known_RD[1:].t(), 1)
     expected = gradients(F.cross_entropy((user_BD @ rows_RD[1:].t())[:, :15], taught_BI), user_BD, rows_RD)
-    found = gradients(distilled_softmax(user_BD, rows_RD, teacher_BD, known_RD), user_BD, rows_RD)
+    found = gradients(full_distillation_loss(user_BD, rows_RD, teacher_BD, known_RD), user_BD, rows_RD)
     torch.testing.assert_close(found, expected)

@@ -6,24 +6,34 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 
-from freshrec.models.sparse import Cells, Runs, best, csr, distinct, pack_keys, rows_of, sums, unpack_keys
+from freshrec.models.sparse import (
+    CandidateCells,
+    ItemOccurrences,
+    build_csr,
+    distinct_items,
+    item_indicator,
+    pack_keys,
+    row_sums,
+    top_k_entries,
+    unpack_keys,
+)
 
 near = pytest.approx
 
 
 def test_a_row_has_each_item_once_and_padding_is_none() -> None:
     items = np.array([[0, 3, 1, 3], [0, 0, 0, 0], [2, 2, 2, 2]])
-    assert distinct(items).tolist() == [[1, 3], [0, 0], [2, 0]]
-    assert rows_of(items, 4).toarray().tolist() == [[0, 1, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0]]
-    assert distinct(items[1:2]).shape == (1, 0) and distinct(items[:, :0]).shape == (3, 0)
+    assert distinct_items(items).tolist() == [[1, 3], [0, 0], [2, 0]]
+    assert item_indicator(items, 4).toarray().tolist() == [[0, 1, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0]]
+    assert distinct_items(items[1:2]).shape == (1, 0) and distinct_items(items[:, :0]).shape == (3, 0)
 
 
 def test_the_best_of_each_row_come_first_and_a_zero_is_none() -> None:
     dense = np.array([[0.0, 2, 5, 1], [0, 0, 0, 0], [0, 0, 7, 0]], np.float32)
-    columns, values = best(sparse.csr_array(dense), 2)
+    columns, values = top_k_entries(sparse.csr_array(dense), 2)
     assert columns.tolist() == [[2, 1], [0, 0], [2, 0]] and values.tolist() == [[5, 2], [0, 0], [7, 0]]
     stored_zero = sparse.csr_array((np.zeros(1, np.float32), np.array([3]), np.array([0, 1])), shape=(1, 4))
-    assert best(stored_zero, 2)[0].tolist() == [[0]]
+    assert top_k_entries(stored_zero, 2)[0].tolist() == [[0]]
 
 
 def test_keys_are_in_the_order_of_the_values_then_of_the_places_from_the_last_and_give_both_back() -> None:
@@ -39,40 +49,42 @@ def test_keys_are_in_the_order_of_the_values_then_of_the_places_from_the_last_an
 
 def test_sums_are_those_of_each_row_also_of_an_empty_one() -> None:
     dense = np.array([[0.0, 2, 5, 1], [0, 0, 0, 0], [0, 0, 7, 0], [0, 0, 0, 0]], np.float32)
-    assert sums(sparse.csr_array(dense)).tolist() == [8, 0, 7, 0]
-    assert sums(sparse.csr_array((2, 3), dtype=np.float32)).tolist() == [0, 0]
+    assert row_sums(sparse.csr_array(dense)).tolist() == [8, 0, 7, 0]
+    assert row_sums(sparse.csr_array((2, 3), dtype=np.float32)).tolist() == [0, 0]
 
 
 def test_cells_say_which_candidate_an_item_is_and_what_share_it_has() -> None:
-    cells = Cells(np.array([[1, 4, 0], [2, 3, 4]]), 5)  # numbered 1 2 - and 4 5 6
-    assert cells.at(np.array([[4, 2, 0], [0, 1, 4]])).tolist() == [[2, 0, 0], [0, 0, 6]]
+    cells = CandidateCells(np.array([[1, 4, 0], [2, 3, 4]]), 5)  # numbered 1 2 - and 4 5 6
+    assert cells.cells_of(np.array([[4, 2, 0], [0, 1, 4]])).tolist() == [[2, 0, 0], [0, 0, 6]]
     dense = np.array([[9.0, 1, 0, 0, 2], [0, 4, 5, 0, 1]], np.float32)  # item 0, and item 1 of the second, are none
-    at, shares = cells.of(sparse.csr_array(dense))
+    at, shares = cells.matching_cells(sparse.csr_array(dense))
     assert at.tolist() == [1, 2, 4, 6] and shares.tolist() == near([1 / 12, 2 / 12, 5 / 10, 1 / 10])
-    alone = Cells(np.array([[2, 3, 4]]), 5).of(sparse.csr_array(dense[1:]))
+    alone = CandidateCells(np.array([[2, 3, 4]]), 5).matching_cells(sparse.csr_array(dense[1:]))
     assert alone[0].tolist() == [1, 3] and alone[1].tolist() == near([5 / 10, 1 / 10])
-    assert [len(part) for part in Cells(np.zeros((2, 0), np.int64), 5).of(sparse.csr_array(dense))] == [0, 0]
+    assert [
+        len(part) for part in CandidateCells(np.zeros((2, 0), np.int64), 5).matching_cells(sparse.csr_array(dense))
+    ] == [0, 0]
 
 
 def test_runs_are_the_items_of_each_row_with_their_steps() -> None:
-    runs = Runs.of(np.array([[0, 3, 1, 3], [0, 0, 0, 0], [2, 2, 2, 2]]))
+    runs = ItemOccurrences.from_items(np.array([[0, 3, 1, 3], [0, 0, 0, 0], [2, 2, 2, 2]]))
     assert runs.offsets_B.tolist() == [0, 2, 2, 3] and runs.row_W.tolist() == [0, 0, 2]
     assert runs.items_W.tolist() == [1, 3, 2] and runs.steps_E.tolist() == [2, 1, 3, 0, 1, 2, 3]
-    assert runs.n_W.tolist() == [1, 2, 4] and runs.last_W.tolist() == [2, 3, 3]
-    nothing = Runs.of(np.zeros((2, 0), np.int64))
-    assert nothing.offsets_B.tolist() == [0, 0, 0] and len(nothing.n_W) == len(nothing.last_W) == 0
+    assert runs.counts_W.tolist() == [1, 2, 4] and runs.last_step_W.tolist() == [2, 3, 3]
+    nothing = ItemOccurrences.from_items(np.zeros((2, 0), np.int64))
+    assert nothing.offsets_B.tolist() == [0, 0, 0] and len(nothing.counts_W) == len(nothing.last_step_W) == 0
 
 
 def test_indices_are_as_wide_as_needed() -> None:
     one = np.ones(1, np.float32), np.ones(1, np.int64), np.array([0, 1])
-    assert csr(*one, 5).indices.dtype == csr(*one, 5).indptr.dtype == np.int32
-    assert csr(*one, 2**40).indices.dtype == np.int64
+    assert build_csr(*one, 5).indices.dtype == build_csr(*one, 5).indptr.dtype == np.int32
+    assert build_csr(*one, 2**40).indices.dtype == np.int64
 
 
 @given(st.lists(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=6, max_size=6), min_size=2, max_size=5))
 def test_the_best_of_a_row_do_not_depend_on_the_rows_beside_it(scores: list[list[float]]) -> None:
     scores_BN = sparse.csr_array(np.array(scores, np.float32))
-    columns_BK, values_BK = best(scores_BN, 4)
+    columns_BK, values_BK = top_k_entries(scores_BN, 4)
     for row, line in enumerate(scores):
         order = sorted((n for n in range(6) if line[n] > 0), key=lambda n: (-line[n], n))[:4]  # the first of equals
         assert columns_BK[row][: len(order)].tolist() == order and not columns_BK[row][len(order) :].any()

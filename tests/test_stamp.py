@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from circles import circles
 from torch import Tensor, nn
 
-from freshrec.data.batches import append, due_targets
+from freshrec.data.batches import append_events, due_targets
 from freshrec.errors import OptionError
 from freshrec.learn.fit import hit_rate, train
-from freshrec.learn.weights import weights_of
+from freshrec.learn.weights import copy_weights
 from freshrec.models.scoring import score_items, user_vectors
 from freshrec.models.stamp import STAMP, STAMPSpec
 from freshrec.types import Batch, EncodingModel, Histories
@@ -118,10 +118,10 @@ def test_the_losses_are_the_surprise_of_the_target_among_all_items_or_among_the_
 @each_loss
 def test_every_weight_learns(kind: str, loss: str) -> None:
     model = built(kind=kind, loss=loss)
-    assert isinstance(model, EncodingModel) and model.unit == "target"
+    assert isinstance(model, EncodingModel) and model.batch_format == "target"
     model(asked([4, 2, 7], [0, 1, 5], targets=[2, 6])).loss.backward()
     assert all(weight.grad is not None and (weight.grad != 0).any() for weight in model.parameters())
-    ids_N, rows_ND = model.items.in_step()
+    ids_N, rows_ND = model.items.step_rows()
     assert rows_ND.grad is not None
     moved = set(ids_N[(rows_ND.grad != 0).any(1)].tolist())
     assert moved == {1, 2, 3, 4, 5, 6, 7, 8} | ({9} if loss == "full" else set())
@@ -147,12 +147,12 @@ def trained(n_epochs: int, **options: Any) -> tuple[STAMP, float]:
 
     A history of 8 items holds the whole circle: it is the last item that tells the next.
     """
-    targets = due_targets(append(Histories.empty(), circles(range(1, 61), 1), 60))
+    targets = due_targets(append_events(Histories.empty(), circles(range(1, 61), 1), 60))
     model = STAMPSpec(d=16, negatives=16, length=8, lr=0.01, **options).build(0)
     model.grow(60, 20)
     for _ in train(model, targets, n_epochs, (0,)):
         pass
-    return model, hit_rate(model, targets[targets.lengths(8) == 8], None, k=1)
+    return model, hit_rate(model, targets[targets.history_lengths(8) == 8], None, k=1)
 
 
 @each_kind
@@ -163,5 +163,5 @@ def test_the_item_that_follows_the_last_one_is_learnt(kind: str, loss: str) -> N
 
 @each_kind
 def test_the_same_seed_gives_the_same_bits(kind: str) -> None:
-    first, again = (weights_of(trained(1, kind=kind)[0]) for _ in range(2))
+    first, again = (copy_weights(trained(1, kind=kind)[0]) for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in first)

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from freshrec.models.tables import BLOCK, Table
+from freshrec.models.tables import BLOCK_ROWS, EmbeddingTable
 
 LR = 0.05
 BATCHES = [torch.tensor(ids) for ids in ([3, 1, 3, 2], [5], [2, 5, 5, 5, 1], [4, 4], [3, 1, 2, 5])]
 
 
-def table_of(n_rows: int, n_dims: int = 4, seed: int = 0) -> Table:
-    table = Table(n_dims, std=0.1, seed=seed)
+def table_of(n_rows: int, n_dims: int = 4, seed: int = 0) -> EmbeddingTable:
+    table = EmbeddingTable(n_dims, std=0.1, seed=seed)
     table.grow(n_rows)
     return table
 
@@ -22,9 +22,9 @@ def loss_of(vectors_ND: Tensor) -> Tensor:
     return (weight_N1 * (vectors_ND - 0.3) ** 2).sum()
 
 
-def step(table: Table, ids_N: Tensor) -> None:
-    loss_of(table.pull(ids_N)).backward()
-    table.push(LR)
+def step(table: EmbeddingTable, ids_N: Tensor) -> None:
+    loss_of(table.lookup(ids_N)).backward()
+    table.step(LR)
 
 
 def test_each_row_learns_as_if_an_adam_of_torch_had_it_alone() -> None:
@@ -54,9 +54,9 @@ def test_the_padding_row_stays_zero_where_its_loss_does_not_depend_on_it() -> No
     # Models multiply padding away, so its gradient is 0, and Adam's step for a gradient of 0 is 0 / (0 + eps) = 0.
     table = table_of(3)
     for _ in range(3):
-        vectors_ND = table.pull(torch.tensor([0, 1, 0, 2]))
+        vectors_ND = table.lookup(torch.tensor([0, 1, 0, 2]))
         loss_of(vectors_ND * torch.tensor([0.0, 1.0, 0.0, 1.0])[:, None]).backward()
-        table.push(LR)
+        table.step(LR)
     assert table.packed[0].tolist() == [0.0] * 12
     assert (table.packed[1:3] != table_of(3).packed[1:3]).any(1).all()
 
@@ -74,8 +74,8 @@ def test_growth_leaves_the_old_rows_and_their_moments_alone() -> None:
 
 
 def test_a_new_row_starts_from_its_seed_and_number_whenever_the_table_grew_to_it() -> None:
-    at_once, bit_by_bit, other = table_of(2 * BLOCK + 7), table_of(3), table_of(2 * BLOCK + 7, seed=1)
-    for n_rows in (5, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 7):
+    at_once, bit_by_bit, other = table_of(2 * BLOCK_ROWS + 7), table_of(3), table_of(2 * BLOCK_ROWS + 7, seed=1)
+    for n_rows in (5, BLOCK_ROWS - 1, BLOCK_ROWS, BLOCK_ROWS + 1, 2 * BLOCK_ROWS + 7):
         bit_by_bit.grow(n_rows)
     assert torch.equal(bit_by_bit.weights, at_once.weights)
     assert (at_once.weights[1:] != other.weights[1:]).all()
@@ -97,16 +97,16 @@ def test_where_all_rows_are_moved_they_count_together_and_a_new_row_starts_with_
     table.steps_R[1:] = 10_000
     table.grow(3)
     before = table.weights.clone()
-    loss_of(table.pull_all()).backward()
-    table.push(LR)
+    loss_of(table.lookup_all()).backward()
+    table.step(LR)
     assert table.steps_R.tolist() == [10_001] * 4
     assert (table.weights[3] - before[3]).abs().tolist() == pytest.approx([LR * 0.1 / 0.001**0.5] * 4, rel=1e-4)
 
 
 def test_a_push_without_a_loss_changes_nothing() -> None:
     table = table_of(3)
-    table.pull(torch.tensor([1, 2]))
-    table.push(LR)
+    table.lookup(torch.tensor([1, 2]))
+    table.step(LR)
     assert torch.equal(table.packed, table_of(3).packed) and not table.steps_R.any()
 
 
@@ -114,13 +114,13 @@ def test_two_pulls_of_a_step_are_one_pull_of_both() -> None:
     first, second = torch.tensor([3, 1, 3]), torch.tensor([4, 3])
     for ids_N, moved in ((second, [1, 3, 4]), (torch.tensor([2]), [1, 2, 3])):
         once, twice = table_of(5), table_of(5)
-        loss_of(once.pull(torch.cat([first, ids_N]))).backward()
-        once.push(LR)
-        both = [twice.pull(first)]
-        twice.again()
-        both.append(twice.pull(ids_N))
+        loss_of(once.lookup(torch.cat([first, ids_N]))).backward()
+        once.step(LR)
+        both = [twice.lookup(first)]
+        twice.continue_step()
+        both.append(twice.lookup(ids_N))
         loss_of(torch.cat(both)).backward()
-        twice.push(LR)
+        twice.step(LR)
         torch.testing.assert_close(twice.packed, once.packed)
         assert twice.steps_R.nonzero()[:, 0].tolist() == moved  # one step each
     step(twice, torch.tensor([5]))  # and the next step is one of its own
@@ -129,31 +129,31 @@ def test_two_pulls_of_a_step_are_one_pull_of_both() -> None:
 
 def test_a_loss_on_the_whole_table_moves_the_rows_of_the_step_alone() -> None:
     table = table_of(5)
-    table.pull(torch.tensor([2, 4, 2]))
-    assert torch.equal(table.whole().detach(), table.weights)
-    loss_of(table.whole()).backward()
-    ids_N, rows_ND = table.in_step()
+    table.lookup(torch.tensor([2, 4, 2]))
+    assert torch.equal(table.full_matrix().detach(), table.weights)
+    loss_of(table.full_matrix()).backward()
+    ids_N, rows_ND = table.step_rows()
     torch.testing.assert_close(rows_ND.grad, 2 * (ids_N + 1)[:, None] * (table.weights[ids_N] - 0.3))
     before = table.weights.clone()
-    table.push(LR)
+    table.step(LR)
     assert (table.weights != before).any(1).nonzero()[:, 0].tolist() == [2, 4]
 
 
 @pytest.mark.parametrize("pulls", [1, 2])
 def test_a_step_on_all_rows_is_the_step_on_each_of_them(pulls: int) -> None:
-    n_rows = BLOCK + 3  # more than are stepped together
+    n_rows = BLOCK_ROWS + 3  # more than are stepped together
     whole, listed = table_of(n_rows), table_of(n_rows)
     ids_N = torch.arange(n_rows + 1)
     for _ in range(3):
         for n in range(pulls):
             for table in (whole, listed):
                 if n:
-                    table.again()
-            loss = loss_of(whole.pull_all() if n == 0 else whole.pull(ids_N.flip(0)))
+                    table.continue_step()
+            loss = loss_of(whole.lookup_all() if n == 0 else whole.lookup(ids_N.flip(0)))
             loss.backward()
-            loss_of(listed.pull(ids_N if n == 0 else ids_N.flip(0))).backward()
-        assert whole.in_step()[1] is whole.whole()  # no copy: gradients reach every row
-        whole.push(LR)
-        listed.push(LR)
+            loss_of(listed.lookup(ids_N if n == 0 else ids_N.flip(0))).backward()
+        assert whole.step_rows()[1] is whole.full_matrix()  # no copy: gradients reach every row
+        whole.step(LR)
+        listed.step(LR)
     torch.testing.assert_close(whole.packed, listed.packed)
     assert whole.steps_R.tolist() == listed.steps_R.tolist()

@@ -9,24 +9,24 @@ from serving import stored
 
 from freshrec.errors import LogError
 from freshrec.serve import answers, asked
-from freshrec.serve.answers import Version
-from freshrec.serve.index import Limits
+from freshrec.serve.answers import LoadedVersion
+from freshrec.serve.index import SearchOptions
 from freshrec.serve.list_request import ListRequest
-from freshrec.serve.live import loaded
-from freshrec.serve.together import MOST, Lists, Together
+from freshrec.serve.live import load_version
+from freshrec.serve.together import MAX_BATCH_USERS, MicroBatcher, UserLists
 from freshrec.store.versions import open_store
 
 IMSR = "imsr:fit.base_epochs=1:fit.epochs=1"
 
 
-async def in_turn(work: Callable[[], Lists]) -> Lists:
+async def in_turn(work: Callable[[], UserLists]) -> UserLists:
     """What a worker does, here."""
     return work()
 
 
-def version_of(folder: Path, exact: int) -> Version:
+def version_of(folder: Path, exact: int) -> LoadedVersion:
     store = open_store(folder / "s")
-    return loaded(store, store.manifest(store.live), Limits(exact=exact))
+    return load_version(store, store.manifest(store.live), SearchOptions(exact_max_items=exact))
 
 
 @pytest.mark.parametrize(
@@ -42,15 +42,15 @@ def test_lists_made_together_are_those_made_alone(
     alone = [answers.recommend(version, [user], request)[0] for user, request in wants]
     goes, recommend = list[int](), answers.recommend
 
-    def counted(version: Version, users: list[int | str], request: ListRequest) -> Lists:
+    def counted(version: LoadedVersion, users: list[int | str], request: ListRequest) -> UserLists:
         goes.append(len(users))
         return recommend(version, users, request)
 
     monkeypatch.setattr(answers, "recommend", counted)
 
-    async def all_at_once() -> list[asked.Listed]:
-        together = Together(in_turn)
-        return await asyncio.gather(*(together.ask(version, *want) for want in wants))
+    async def all_at_once() -> list[asked.UserList]:
+        together = MicroBatcher(in_turn)
+        return await asyncio.gather(*(together.recommend(version, *want) for want in wants))
 
     for mine, theirs in zip(asyncio.run(all_at_once()), alone, strict=True):
         assert (mine.user_id, mine.fallback) == (theirs.user_id, theirs.fallback)
@@ -63,18 +63,20 @@ def test_more_than_may_be_asked_in_one_go_are_asked_in_several(tmp_path: Path, m
     stored(tmp_path, "popularity", None)
     version, goes, recommend = version_of(tmp_path, 0), list[int](), answers.recommend
 
-    def counted(version: Version, users: list[int | str], request: ListRequest) -> Lists:
+    def counted(version: LoadedVersion, users: list[int | str], request: ListRequest) -> UserLists:
         goes.append(len(users))
         return recommend(version, users, request)
 
     monkeypatch.setattr(answers, "recommend", counted)
 
-    async def all_at_once() -> list[asked.Listed]:
-        together = Together(in_turn)
-        return await asyncio.gather(*(together.ask(version, "x", ListRequest()) for _ in range(2 * MOST + 3)))
+    async def all_at_once() -> list[asked.UserList]:
+        together = MicroBatcher(in_turn)
+        return await asyncio.gather(
+            *(together.recommend(version, "x", ListRequest()) for _ in range(2 * MAX_BATCH_USERS + 3))
+        )
 
-    assert len(asyncio.run(all_at_once())) == 2 * MOST + 3
-    assert sorted(goes) == [3, MOST, MOST]
+    assert len(asyncio.run(all_at_once())) == 2 * MAX_BATCH_USERS + 3
+    assert sorted(goes) == [3, MAX_BATCH_USERS, MAX_BATCH_USERS]
 
 
 def test_who_asks_wrongly_fails_alone_and_who_goes_away_takes_nobody_along(
@@ -82,19 +84,19 @@ def test_who_asks_wrongly_fails_alone_and_who_goes_away_takes_nobody_along(
 ) -> None:
     _, day, _ = stored(tmp_path, "popularity", None)
     version = version_of(tmp_path, 0)
-    row_of = answers.row_of
+    row_of = answers.user_row
 
-    def picky(version: Version, user: int | str) -> int:
+    def picky(version: LoadedVersion, user: int | str) -> int:
         if user == "wrong":
             raise LogError("no id")
         return row_of(version, user)
 
-    monkeypatch.setattr(answers, "row_of", picky)
+    monkeypatch.setattr(answers, "user_row", picky)
 
-    async def some() -> list[asked.Listed | BaseException]:
-        together = Together(in_turn)
+    async def some() -> list[asked.UserList | BaseException]:
+        together = MicroBatcher(in_turn)
         asking = [
-            asyncio.create_task(together.ask(version, user, ListRequest()))
+            asyncio.create_task(together.recommend(version, user, ListRequest()))
             for user in (day["user_id"][0], "wrong", day["user_id"][1])
         ]
         await asyncio.sleep(0)
@@ -104,5 +106,5 @@ def test_who_asks_wrongly_fails_alone_and_who_goes_away_takes_nobody_along(
     gone, wrong, right = asyncio.run(some())
     assert isinstance(gone, asyncio.CancelledError)
     assert isinstance(wrong, LogError)
-    assert isinstance(right, asked.Listed)
+    assert isinstance(right, asked.UserList)
     assert right.user_id == day["user_id"][1]

@@ -8,23 +8,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from freshrec.data.batches import append, due_targets
-from freshrec.data.carried import carried_by
+from freshrec.data.batches import append_events, due_targets
+from freshrec.data.carried import stored_interests_of
 from freshrec.errors import OptionError
-from freshrec.learn.fit import batches, train
+from freshrec.learn.fit import train, training_batches
 from freshrec.learn.transfer import (
+    CNNTower,
     CNNTransfer,
-    Convolve,
     LinearTransfer,
     MLPTransfer,
     Transfer,
     TransferSpec,
-    judged,
-    moved,
-    picture,
-    transferred,
+    adaptation_parametrization,
+    stack_row_image,
+    transfer_parametrization,
+    transfer_weights,
 )
-from freshrec.learn.weights import put, seen_through, weights_of
+from freshrec.learn.weights import apply_parametrization, copy_weights, load_weights
 from freshrec.models import MODELS
 from freshrec.types import Events, Histories, TrainedModel
 
@@ -37,7 +37,7 @@ FORMS += [CNNTransfer(filters=3, filters2=2, hidden=8, kernel="5x5", residual=Fa
 def tower(spec: TransferSpec, width: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return spec.tower(width)
+        return spec.build_tower(width)
 
 
 def rows(n: int, width: int, seed: int = 0) -> Tensor:
@@ -108,7 +108,7 @@ def test_a_tower_has_as_many_weights_as_its_paper_says(spec: TransferSpec, width
 
 def test_the_picture_of_a_row_by_hand() -> None:
     """T4, [SML eq. picture]"""
-    seen_3D = picture(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 2.0]]))[0]
+    seen_3D = stack_row_image(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 2.0]]))[0]
     assert seen_3D[2].tolist() == near([0.6, 1.6])  # (3 x 1, 4 x 2) / 5
     for kernel, expected in [((-1, 1, 0), (-2, -2)), ((0, 0, 1), (0.6, 1.6)), ((1, 1, 1), (4.6, 7.6))]:
         assert (torch.tensor([kernel]).float() @ seen_3D)[0].tolist() == near(expected)
@@ -117,7 +117,7 @@ def test_the_picture_of_a_row_by_hand() -> None:
 def test_a_row_that_was_zero_has_a_finite_picture() -> None:
     """T9"""
     zero, after = torch.zeros(1, 4), rows(1, 4).requires_grad_()
-    seen = picture(zero, after, detach=False)
+    seen = stack_row_image(zero, after, detach=False)
     seen.sum().backward()
     assert seen.isfinite().all()
     assert after.grad is not None and after.grad.isfinite().all()
@@ -126,9 +126,9 @@ def test_a_row_that_was_zero_has_a_finite_picture() -> None:
 def test_the_small_dense_layers_are_the_convolutions_of_the_paper() -> None:
     """T4, [SML eq. cnn]"""
     net = tower(PLAIN, 16).double()
-    assert isinstance(net, Convolve)
+    assert isinstance(net, CNNTower)
     before, after = rows(7, 16, 1).double(), rows(7, 16, 2).double()
-    seen = picture(before, after)
+    seen = stack_row_image(before, after)
     first = F.gelu(F.conv2d(seen[:, None], net.first.weight[:, None, :, None], net.first.bias))  # (7, 10, 1, 16)
     second = F.gelu(F.conv2d(first, net.second.weight[:, :, None, None], net.second.bias))  # (7, 5, 1, 16)
     expected = net.last(F.gelu(net.third(second[:, :, 0].transpose(1, 2).flatten(1))))
@@ -138,7 +138,7 @@ def test_the_small_dense_layers_are_the_convolutions_of_the_paper() -> None:
 def test_the_gelu_is_the_exact_one() -> None:
     """T6: GELU(1) = 0.841345; the quick form would give 0.845796."""
     net = tower(CNNTransfer(filters=1, filters2=1, hidden=0, bias=False, residual=False), 1)
-    assert isinstance(net, Convolve)
+    assert isinstance(net, CNNTower)
     with torch.no_grad():
         net.first.weight[:] = torch.tensor([[0.0, 1.0, 0.0]])  # sees w^ alone
         net.second.weight[:], net.last.weight[:] = 1.0, 1.0
@@ -190,7 +190,7 @@ def test_detaching_the_product_changes_gradients_and_no_value() -> None:
     values, gradients = [], []
     for detach in (True, False):
         after = torch.tensor([[1.0, 2.0]], requires_grad=True)
-        seen = picture(torch.tensor([[3.0, 4.0]]), after, detach)
+        seen = stack_row_image(torch.tensor([[3.0, 4.0]]), after, detach)
         seen.sum().backward()
         assert after.grad is not None
         values.append(seen.detach())
@@ -214,20 +214,20 @@ def model_of(name: str, seed: int = 0) -> TrainedModel:
 
 def histories() -> Histories:
     users, items = torch.arange(60) % 6 + 1, (torch.arange(60) * 5 + torch.arange(60) // 7) % 9 + 1
-    return append(Histories.empty(), Events.of(users, items), 6)
+    return append_events(Histories.empty(), Events.trainable(users, items), 6)
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_what_is_seen_through_a_network_is_what_a_model_with_the_mapped_weights_sees(name: str) -> None:
-    model, before = model_of(name), weights_of(model_of(name, seed=1))
-    transfer, targets = Transfer.of(PLAIN, model, 0), due_targets(histories())
+    model, before = model_of(name), copy_weights(model_of(name, seed=1))
+    transfer, targets = Transfer.for_model(PLAIN, model, 0), due_targets(histories())
     source = torch.Generator().manual_seed(0)
-    batch = next(iter(batches(model, targets, source, carried_by(model, None, 0))))
+    batch = next(iter(training_batches(model, targets, source, stored_interests_of(model, None, 0))))
     batch = replace(batch, negatives_N=torch.arange(1, 10))
-    with seen_through(model, moved(transfer, before)) as forward_pass:
+    with apply_parametrization(model, adaptation_parametrization(transfer, before)) as forward_pass:
         through = forward_pass(batch).loss
     assert through.item() != near(model(batch).loss.item(), rel=1e-3)  # the view is gone, and it had made a difference
-    put(model, transferred(transfer, model, before))
+    load_weights(model, transfer_weights(transfer, model, before))
     assert through.item() == near(model(batch).loss.item(), rel=1e-5)
 
 
@@ -239,28 +239,51 @@ def theta_of(transfer: Transfer) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", TRAINED)
 def test_either_the_model_or_the_network_learns_and_the_other_stands_still(name: str) -> None:
     """T10"""
-    model, before = model_of(name), weights_of(model_of(name, seed=1))
-    transfer, targets, carried = Transfer.of(PLAIN, model, 0), due_targets(histories()), carried_by(model, None, 0)
-    model_was, theta_was = weights_of(model), theta_of(transfer)
-    list(train(model, targets, 1, (0, 1), carried=carried, view=judged(transfer, before), learner=transfer))
-    assert all(torch.equal(w, model_was[n]) for n, w in weights_of(model).items())
+    model, before = model_of(name), copy_weights(model_of(name, seed=1))
+    transfer, targets, carried = (
+        Transfer.for_model(PLAIN, model, 0),
+        due_targets(histories()),
+        stored_interests_of(model, None, 0),
+    )
+    model_was, theta_was = copy_weights(model), theta_of(transfer)
+    list(
+        train(
+            model,
+            targets,
+            1,
+            (0, 1),
+            stored_interests=carried,
+            parametrization=transfer_parametrization(transfer, before),
+            trainable=transfer,
+        )
+    )
+    assert all(torch.equal(w, model_was[n]) for n, w in copy_weights(model).items())
     assert model.moments == {}
     theta_now = theta_of(transfer)
     assert not any(torch.equal(theta_now[n], theta) for n, theta in theta_was.items())
     transfer.requires_grad_(False)
-    list(train(model, targets, 1, (0, 1), carried=carried, view=moved(transfer, before)))
-    assert not torch.equal(weights_of(model)["items"], model_was["items"])
+    list(
+        train(
+            model,
+            targets,
+            1,
+            (0, 1),
+            stored_interests=carried,
+            parametrization=adaptation_parametrization(transfer, before),
+        )
+    )
+    assert not torch.equal(copy_weights(model)["items"], model_was["items"])
     assert all(torch.equal(theta_now[n], theta) for n, theta in theta_of(transfer).items())
 
 
 def test_only_touched_rows_are_mapped_where_asked_and_padding_never_is() -> None:
     """T8"""
     model = model_of("mf")
-    transfer, before = Transfer.of(PLAIN, model, 0), weights_of(model)
-    list(train(model, due_targets(histories())[torch.tensor([0])], 1, (0, 1), among_N=torch.tensor([3])))
-    is_touched = (weights_of(model)["users"] != before["users"]).any(1)
+    transfer, before = Transfer.for_model(PLAIN, model, 0), copy_weights(model)
+    list(train(model, due_targets(histories())[torch.tensor([0])], 1, (0, 1), negative_pool_N=torch.tensor([3])))
+    is_touched = (copy_weights(model)["users"] != before["users"]).any(1)
     assert is_touched.sum() == 1
-    some, every = (transferred(transfer, model, before, rows)["users"] for rows in ("touched", "all"))
+    some, every = (transfer_weights(transfer, model, before, rows)["users"] for rows in ("touched", "all"))
     assert torch.equal(some[~is_touched], before["users"][~is_touched])
     assert torch.equal(some[is_touched], every[is_touched])
     assert (every[1:] != before["users"][1:]).any(1).all()
@@ -269,16 +292,16 @@ def test_only_touched_rows_are_mapped_where_asked_and_padding_never_is() -> None
 
 def test_weights_that_are_no_whole_rows_are_taken_as_adapted() -> None:
     model = model_of("comirec-dr")  # its routing has a scalar
-    transfer, before = Transfer.of(PLAIN, model, 0), weights_of(model_of("comirec-dr", seed=1))
-    mapped, now = transferred(transfer, model, before), weights_of(model)
+    transfer, before = Transfer.for_model(PLAIN, model, 0), copy_weights(model_of("comirec-dr", seed=1))
+    mapped, now = transfer_weights(transfer, model, before), copy_weights(model)
     same = {name for name in now if torch.equal(mapped[name], now[name])}
     assert same == {"extract.log_fading"}
 
 
 def test_negatives_are_drawn_among_the_items_asked_for() -> None:
     model = model_of("mf")
-    before = weights_of(model)["items"]
-    list(train(model, due_targets(histories()), 3, (0, 1), among_N=torch.tensor([2, 4])))
+    before = copy_weights(model)["items"]
+    list(train(model, due_targets(histories()), 3, (0, 1), negative_pool_N=torch.tensor([2, 4])))
     targets = histories().items_R.unique()
-    changed = (weights_of(model)["items"] != before).any(1).nonzero()[:, 0]
+    changed = (copy_weights(model)["items"] != before).any(1).nonzero()[:, 0]
     assert set(changed.tolist()) <= {2, 4, *targets.tolist()}

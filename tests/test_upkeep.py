@@ -9,19 +9,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from freshrec.data.batches import append, settle
-from freshrec.data.carried import Carried, pad_interests
-from freshrec.data.spans import Cut, cut
-from freshrec.data.worlds import make
+from freshrec.data.batches import append_events, mark_trained
+from freshrec.data.carried import StoredInterests, pad_interests
+from freshrec.data.spans import LogSplit, split_log
+from freshrec.data.worlds import make_world
 from freshrec.errors import OptionError
-from freshrec.learn.fit import Fit
-from freshrec.learn.interests import reread
-from freshrec.learn.upkeep import Upkeep, merged, retired
+from freshrec.learn.fit import FitConfig
+from freshrec.learn.interests import update_interests
+from freshrec.learn.upkeep import InterestBudget, merge_interests, retire_interests
 from freshrec.models import COMIREC_DR, COMIREC_SA
 from freshrec.models.checkpoint import load_state, save_state
 from freshrec.models.interests import InterestNet, InterestSpec
 from freshrec.strategies import find_strategy
-from freshrec.strategies.imsr import IMSR, Detect
+from freshrec.strategies.imsr import IMSR, Detector
 from freshrec.types import Events, Histories, Interests, State
 
 
@@ -36,33 +36,33 @@ def interests(vectors: list[list[float]], counts: list[int], used: list[int] | N
 def test_interests_unused_for_n_spans_are_retired_counted_from_the_users_last_use() -> None:
     # User 1 was last here in span 7, and user 2 in span 2: he is away, and what he has is not unused.
     users = interests([[float(i)] for i in range(6)], [4, 2], used=[7, 4, 5, 2, 2, 1])
-    assert retired(users, 3, ordered=False).vectors_SD[:, 0].tolist() == [0, 2, 4, 5]
-    assert retired(users, 3, ordered=False).offsets_U.tolist() == [0, 0, 2, 4]
-    assert retired(users, 1, ordered=False).vectors_SD[:, 0].tolist() == [0, 4]  # nobody is left without
+    assert retire_interests(users, 3, ordered=False).vectors_SD[:, 0].tolist() == [0, 2, 4, 5]
+    assert retire_interests(users, 3, ordered=False).offsets_U.tolist() == [0, 0, 2, 4]
+    assert retire_interests(users, 1, ordered=False).vectors_SD[:, 0].tolist() == [0, 4]  # nobody is left without
     # Where the k-th interest is the k-th of something learnt, only a user's last ones may go.
-    assert retired(users, 3, ordered=True).vectors_SD[:, 0].tolist() == [0, 1, 2, 4, 5]
+    assert retire_interests(users, 3, ordered=True).vectors_SD[:, 0].tolist() == [0, 1, 2, 4, 5]
 
 
 def test_the_most_similar_pairs_are_merged_until_the_budget_holds() -> None:
     # Cosines: user 1 has 0.8 (of its 0 and 2), user 2 has 0.6, user 3 a single interest.
     vectors = [[1.0, 0, 0], [0, 0, 2], [4, 3, 0], [1, 0, 0], [3, 4, 0], [5, 5, 5]]
     users = interests(vectors, [3, 2, 1], used=[3, 0, 1, 2, 4, 0])
-    once = merged(users, 5, ordered=False)
+    once = merge_interests(users, 5, ordered=False)
     assert once.vectors_SD.tolist() == [[2.5, 1.5, 0], [0, 0, 2], [1, 0, 0], [3, 4, 0], [5, 5, 5]]
     assert (once.offsets_U.tolist(), once.born_S.tolist()) == ([0, 0, 2, 4, 5], [0, 1, 3, 4, 5])
     assert once.used_S.tolist() == [3, 0, 2, 4, 0]
-    twice = merged(users, 4, ordered=False)  # both users' pairs, at once
+    twice = merge_interests(users, 4, ordered=False)  # both users' pairs, at once
     assert twice.vectors_SD.tolist() == [[2.5, 1.5, 0], [0, 0, 2], [2, 2, 0], [5, 5, 5]]
     assert twice.used_S.tolist() == [3, 0, 4, 0]
     for n_most in (3, 1, 0):  # a round more; then everybody has one, which stays
-        fewest = merged(users, n_most, ordered=False)
+        fewest = merge_interests(users, n_most, ordered=False)
         assert fewest.vectors_SD.tolist() == [[1.25, 0.75, 1], [2, 2, 0], [5, 5, 5]]
-    assert merged(users, 6, ordered=False) is users
+    assert merge_interests(users, 6, ordered=False) is users
 
 
 def test_of_ordered_interests_the_last_one_goes_into_the_one_it_is_most_like() -> None:
     users = interests([[1.0, 0], [0, 1], [1, 0.1], [0, 3]], [4])  # 0 and 2 are closest, but the last is like 1
-    assert merged(users, 3, ordered=True).vectors_SD.tolist() == near([[1, 0], [0, 2], [1, 0.1]])
+    assert merge_interests(users, 3, ordered=True).vectors_SD.tolist() == near([[1, 0], [0, 2], [1, 0.1]])
 
 
 def near(rows: list[list[float]]) -> list[object]:
@@ -77,7 +77,7 @@ def test_merging_meets_any_budget_that_leaves_everybody_one(
     users = interests(vectors_SD.tolist(), counts)
     if not sum(counts):
         return
-    fewer = merged(users, n_most, ordered)
+    fewer = merge_interests(users, n_most, ordered)
     n_with = sum(count > 0 for count in counts)
     assert len(fewer.vectors_SD) == min(sum(counts), max(n_most, n_with)) == int(fewer.offsets_U[-1])
     before_U, after_U = users.offsets_U.diff(), fewer.offsets_U.diff()
@@ -95,67 +95,69 @@ def test_an_interest_is_used_by_the_events_of_the_span_and_not_by_those_before()
     model.user_vectors = lambda batch: torch.eye(2)[None]  # type: ignore[method-assign]
     users, histories = Interests.empty(2), Histories.empty()
     for span, item in enumerate([1, 2]):
-        histories = append(histories, Events.of(torch.tensor([1]), torch.tensor([item])), 1)
-        users = reread(model, Carried(users, torch.eye(2), span), histories, "recent")
-        histories = settle(histories, 50)
+        histories = append_events(histories, Events.trainable(torch.tensor([1]), torch.tensor([item])), 1)
+        users = update_interests(model, StoredInterests(users, torch.eye(2), span), histories, "recent")
+        histories = mark_trained(histories, 50)
     assert (users.born_S.tolist(), users.used_S.tolist()) == ([0, 0], [0, 1])
 
 
 @pytest.fixture(scope="module")
-def world() -> Cut:
-    return cut(make("newborn", users=80, items=60, events=2400, spans=3).log, by="count", spans=3, forget_users=0)
+def world() -> LogSplit:
+    return split_log(
+        make_world("newborn", users=80, items=60, events=2400, spans=3).log, by="count", spans=3, forget_users=0
+    )
 
 
-def learnt(world: Cut, strategy: IMSR, spec: InterestSpec = COMIREC_DR) -> list[State]:
+def learnt(world: LogSplit, strategy: IMSR, spec: InterestSpec = COMIREC_DR) -> list[State]:
     state, states = State(replace(spec, d=16, negatives=32).build(0)), []
     for span in world.spans:
-        state = replace(state, recent=append(state.recent, span.events, span.n_users))
+        state = replace(state, histories=append_events(state.histories, span.events, span.n_users))
         state = strategy.update(state, span)
         states.append(state)
     return states
 
 
-FIT = Fit(base_epochs=2, epochs=1)
+FIT = FitConfig(base_epochs=2, epochs=1)
 
 
 @pytest.mark.parametrize("spec", [COMIREC_DR, COMIREC_SA])
-def test_a_budget_holds_after_every_update_and_what_it_costs_is_told(world: Cut, spec: InterestSpec) -> None:
-    plain = learnt(world, IMSR(detect=Detect(c1=0.5), fit=FIT), spec)
-    kept = learnt(world, IMSR(detect=Detect(c1=0.5), fit=FIT, upkeep=Upkeep(megabytes=0.015)), spec)
+def test_a_budget_holds_after_every_update_and_what_it_costs_is_told(world: LogSplit, spec: InterestSpec) -> None:
+    plain = learnt(world, IMSR(detect=Detector(c1=0.5), fit=FIT), spec)
+    kept = learnt(world, IMSR(detect=Detector(c1=0.5), fit=FIT, upkeep=InterestBudget(megabytes=0.015)), spec)
     for grown, state in zip(plain, kept):
-        assert grown.users is not None and state.users is not None
-        assert len(grown.users.vectors_SD) * (16 * 4 + 4) > 15_000 >= len(state.users.vectors_SD) * (16 * 4 + 4)
+        assert grown.interests is not None and state.interests is not None
+        assert len(grown.interests.vectors_SD) * (16 * 4 + 4) > 15_000 >= len(state.interests.vectors_SD) * (16 * 4 + 4)
         assert state.costs["interest_bytes"] < grown.costs["interest_bytes"]
         assert state.costs["interest_bytes"] == pytest.approx((16 * 4 + 4) * state.costs["mean_k"])
 
 
 def test_halved_interests_take_half_the_room_and_answer_in_full(
-    world: Cut, tmp_path: Path, bits: Callable[[State], bytes]
+    world: LogSplit, tmp_path: Path, bits: Callable[[State], bytes]
 ) -> None:
-    plain, half = learnt(world, IMSR(fit=FIT))[-1], learnt(world, IMSR(fit=FIT, upkeep=Upkeep(half=True)))[-1]
-    assert plain.users is not None and half.users is not None
-    assert half.users.vectors_SD.dtype == torch.float16
+    plain, half = learnt(world, IMSR(fit=FIT))[-1], learnt(world, IMSR(fit=FIT, upkeep=InterestBudget(fp16=True)))[-1]
+    assert plain.interests is not None and half.interests is not None
+    assert half.interests.vectors_SD.dtype == torch.float16
     assert half.costs["interest_bytes"] / half.costs["mean_k"] == 2 * 16 + 4
     some = torch.arange(1, 9)
-    read_BKD, alive_BK, _ = pad_interests(half.users, some, half.model.slots(4))
+    read_BKD, alive_BK, _ = pad_interests(half.interests, some, half.model.slots(4))
     assert read_BKD.dtype == torch.float32 and alive_BK.any(1).all()
     save_state(half, tmp_path / "state")
     assert bits(load_state(tmp_path / "state")) == bits(half)
 
 
-def test_retiring_after_one_span_leaves_what_the_last_visit_used(world: Cut) -> None:
-    state = learnt(world, IMSR(fit=FIT, upkeep=Upkeep(retire=1)))[-1]
-    users = state.users
+def test_retiring_after_one_span_leaves_what_the_last_visit_used(world: LogSplit) -> None:
+    state = learnt(world, IMSR(fit=FIT, upkeep=InterestBudget(retire=1)))[-1]
+    users = state.interests
     assert users is not None
     owner_S = torch.repeat_interleave(torch.arange(users.n_users + 1), users.offsets_U.diff())
     latest_U = torch.zeros(users.n_users + 1, dtype=torch.int16).scatter_reduce(0, owner_S, users.used_S, "amax")
     assert bool((users.used_S == latest_U[owner_S]).all()) and state.costs["mean_k"] < 4  # of which it started with
 
 
-def test_nothing_is_done_unless_it_is_asked_for(world: Cut, bits: Callable[[State], bytes]) -> None:
+def test_nothing_is_done_unless_it_is_asked_for(world: LogSplit, bits: Callable[[State], bytes]) -> None:
     asked = find_strategy("imsr:upkeep.retire=0:upkeep.half=false:upkeep.megabytes=0")
     state = learnt(world, IMSR(fit=FIT))[0]
-    assert asked == IMSR() and state.users is not None and bits(Upkeep()(state)) == bits(state)
-    assert find_strategy("imsr:upkeep.retire=3:upkeep.half=true").upkeep == Upkeep(retire=3, half=True)  # type: ignore[attr-defined]
+    assert asked == IMSR() and state.interests is not None and bits(InterestBudget()(state)) == bits(state)
+    assert find_strategy("imsr:upkeep.retire=3:upkeep.half=true").upkeep == InterestBudget(retire=3, fp16=True)  # type: ignore[attr-defined]
     with pytest.raises(OptionError, match="option megabytes of Upkeep is -1"):
         find_strategy("imsr:upkeep.megabytes=-1")

@@ -20,7 +20,7 @@ def fed(pairs: list[tuple[int, int]], cuts: tuple[int, ...] = (), **options: int
     model.grow(9, 9)
     for part in np.split(np.array(pairs), cuts):
         if len(part):
-            model.absorb(Events.of(torch.tensor(part[:, 0]), torch.tensor(part[:, 1])), NOTHING)
+            model.absorb(Events.trainable(torch.tensor(part[:, 0]), torch.tensor(part[:, 1])), NOTHING)
     return model
 
 
@@ -68,7 +68,7 @@ def test_a_copy_that_learns_more_leaves_the_old_one_alone() -> None:
     model = fed([(2, 1)])
     other = UserKNNSpec().build(0)
     other.load_state_dict(model.state_dict())
-    other.absorb(Events.of(torch.tensor([2]), torch.tensor([5])), NOTHING)
+    other.absorb(Events.trainable(torch.tensor([2]), torch.tensor([5])), NOTHING)
     assert asked(model, 1, [1])[5] == 0 and asked(other, 1, [1])[5] > 0
 
 
@@ -83,6 +83,6 @@ def test_a_copy_shares_what_it_has_not_changed() -> None:
     model = fed([(2, 1), (2, 5), (3, 1)])
     other = copy.deepcopy(model)
     assert other.recent_UT is model.recent_UT
-    other.absorb(Events.of(torch.tensor([2, 3]), torch.tensor([7, 8])), NOTHING)
+    other.absorb(Events.trainable(torch.tensor([2, 3]), torch.tensor([7, 8])), NOTHING)
     assert model.recent_UT[2, -2:].tolist() == [1, 5] and other.recent_UT[2, -3:].tolist() == [1, 5, 7]
-    assert model.recent_UT[3, -1] == 1 and model.turn_U[2] == 1
+    assert model.recent_UT[3, -1] == 1 and model.last_block_U[2] == 1

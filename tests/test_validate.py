@@ -10,17 +10,17 @@ import pytest
 
 from freshrec.cli import main
 from freshrec.data.log import read_log
-from freshrec.data.validate import Report, validate
+from freshrec.data.validate import LogReport, validate_log
 
 NOON, DAY = 1_600_000_000, 86_400  # seconds
 N = 4000
 
 
-def report_of(**columns: object) -> Report:
-    return validate(read_log(pl.DataFrame(columns)))
+def report_of(**columns: object) -> LogReport:
+    return validate_log(read_log(pl.DataFrame(columns)))
 
 
-def steady(**changes: object) -> Report:
+def steady(**changes: object) -> LogReport:
     """40 users and 50 items in turn, a row every quarter of an hour: nothing to warn of."""
     columns = {
         "user_id": [i % 40 for i in range(N)],
@@ -76,7 +76,7 @@ def test_a_bursty_log_is_cut_by_count() -> None:
     assert steady(timestamp=times).suggested_by == "count"
 
 
-def only(report: Report, words: str) -> str:
+def only(report: LogReport, words: str) -> str:
     """The one warning with these words."""
     [found] = [warning for warning in report.warnings if words in warning]
     return found
@@ -125,7 +125,7 @@ def test_the_command_prints_every_field(tmp_path: Path, capsys: pytest.CaptureFi
     command = ["validate", str(path), "--columns", "user_id=uid", "--events", "pv"]
     assert main([*command, "--json"]) == 0
     fields = json.loads(capsys.readouterr().out)
-    assert fields.keys() == Report.__dataclass_fields__.keys()
+    assert fields.keys() == LogReport.__dataclass_fields__.keys()
     assert (fields["rows"], fields["unit"]) == (1, "s")
     assert main(command) == 0
     assert "2020-09-13T12:26:40+00:00" in capsys.readouterr().out

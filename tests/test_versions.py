@@ -8,7 +8,7 @@ import pytest
 
 from freshrec.errors import BusyError, OptionError, StateError
 from freshrec.store import versions
-from freshrec.store.versions import Manifest, Store, collect, new_store, open_store
+from freshrec.store.versions import Manifest, Store, collect_garbage, create_store, open_store
 
 
 def about(number: int, parent: int | None = None, promoted: bool = True) -> Manifest:
@@ -31,27 +31,27 @@ def write(store: Store, number: int, text: str = "", parent: int | None = None, 
         (aside / "a").write_text(text or f"a of {number}")
         (aside / "b").write_text("as ever")
 
-    store.write(about(number, parent, promoted), save)
+    store.write_version(about(number, parent, promoted), save)
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     """Versions 1, 2 and 3; 3 is live."""
-    with new_store(tmp_path / "store") as made:
+    with create_store(tmp_path / "store") as made:
         for number in (1, 2, 3):
             write(made, number, parent=number - 1 or None)
-        made.point(3, "fit")
+        made.move_pointer(3, "fit")
     return open_store(tmp_path / "store")
 
 
 def test_a_store_is_there_when_it_is_filled_or_not_at_all(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), new_store(tmp_path / "store") as made:
+    with pytest.raises(KeyError), create_store(tmp_path / "store") as made:
         write(made, {}[1])
     assert list(tmp_path.iterdir()) == []
-    with new_store(tmp_path / "deep" / "store") as made:
+    with create_store(tmp_path / "deep" / "store") as made:
         write(made, 1)
-    assert open_store(tmp_path / "deep" / "store").numbers() == [1]
-    with pytest.raises(OptionError, match="holds something already"), new_store(tmp_path / "deep"):
+    assert open_store(tmp_path / "deep" / "store").version_numbers() == [1]
+    with pytest.raises(OptionError, match="holds something already"), create_store(tmp_path / "deep"):
         pass
     with pytest.raises(StateError, match="no version of .* is live yet"):
         _ = open_store(tmp_path / "deep" / "store").live
@@ -63,8 +63,8 @@ def test_a_version_that_is_not_finished_is_not_there_and_its_traces_vanish(store
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        store.write(about(4), die)
-    assert store.numbers() == [1, 2, 3] and store.next == 4
+        store.write_version(about(4), die)
+    assert store.version_numbers() == [1, 2, 3] and store.next_number == 4
     with store.locked():
         assert not list(store.folder.glob("versions/.*"))
         write(store, 4)
@@ -78,21 +78,21 @@ def test_every_changed_byte_is_noticed_and_the_last_good_version_is_named(store:
         for at in range(0, len(whole), 1 if len(whole) < 100 else 37):
             path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
             with pytest.raises(StateError):
-                store.files(3)
+                store.verified_files(3)
         path.write_bytes(whole[:-1])
         with pytest.raises(StateError):
-            store.files(3)
+            store.verified_files(3)
         path.write_bytes(whole)  # of other versions too: they share it
         path.unlink()
         with pytest.raises(StateError):
-            store.files(3)
+            store.verified_files(3)
         path.write_bytes(whole)
     (folder / "a").write_text("else")
     (store.folder / "versions" / "2" / "a").write_text("else")
     with pytest.raises(StateError, match=r"version 3 .* is damaged \(a has changed\); go back with .*rollback 1 "):
-        store.files(3)
+        store.verified_files(3)
     with pytest.raises(StateError, match="a has changed"):
-        store.point(2, "rollback")
+        store.move_pointer(2, "rollback")
     assert store.live == 3
 
 
@@ -100,7 +100,7 @@ def test_a_damaged_pointer_is_told_and_set_anew_by_promoting(store: Store) -> No
     (store.folder / "live.json").write_text('{"checksum": "", "content": []}')
     with pytest.raises(StateError, match="changed by something else .* point anew with `freshrec promote N`"):
         _ = store.live
-    store.point(2, "promote", "the pointer was damaged")
+    store.move_pointer(2, "promote", "the pointer was damaged")
     assert store.live == 2 and store.moves()[-1].reason == "the pointer was damaged"
     assert [move.to for move in store.moves()] == [1, 2, 3, 2]  # so nobody takes 3 for one whose maker died
 
@@ -108,7 +108,7 @@ def test_a_damaged_pointer_is_told_and_set_anew_by_promoting(store: Store) -> No
 def test_a_damaged_manifest_among_the_parents_names_where_to_go_back_to(store: Store) -> None:
     (store.folder / "versions" / "2" / "manifest.json").write_text("{")
     with pytest.raises(StateError, match=r"comes from is not known: .*2/manifest.json .* rollback 1 --reason"):
-        versions.chain_of(store)
+        versions.version_chain(store)
 
 
 @pytest.mark.parametrize(
@@ -121,14 +121,14 @@ def test_what_is_no_store_is_told_in_a_sentence(text: str, store: Store) -> None
     (store.folder / "versions" / "2" / "manifest.json").write_text(text)
     with pytest.raises(StateError):
         store.manifest(2)
-    assert [manifest.id for manifest in store.versions()] == [1, 3]
+    assert [manifest.id for manifest in store.manifests()] == [1, 3]
 
 
 def test_a_manifest_in_the_wrong_place_is_not_believed(store: Store) -> None:
     text = (store.folder / "versions" / "1" / "manifest.json").read_text()
     (store.folder / "versions" / "2" / "manifest.json").write_text(text)
     with pytest.raises(StateError, match="is the manifest of version 1"):
-        store.files(2)
+        store.verified_files(2)
 
 
 def test_two_who_change_a_store_never_mix(store: Store) -> None:
@@ -148,7 +148,7 @@ def test_two_who_change_a_store_never_mix(store: Store) -> None:
     with store.locked(wait_s=10):
         write(store, 4)
     other.join()
-    assert store.numbers() == [1, 2, 3, 4]
+    assert store.version_numbers() == [1, 2, 3, 4]
 
 
 def test_files_like_those_of_the_parent_share_their_bytes(store: Store) -> None:
@@ -160,22 +160,22 @@ def test_files_like_those_of_the_parent_share_their_bytes(store: Store) -> None:
 
 def test_a_version_is_written_anew_and_what_it_was_is_gone(store: Store) -> None:
     with store.locked():
-        store.rewrite(2, lambda aside: (aside / "a").write_text("anew"))
-    files = store.files(2)
+        store.rewrite_version(2, lambda aside: (aside / "a").write_text("anew"))
+    files = store.verified_files(2)
     assert files["a"].read_text() == "anew" and files.keys() == {"a"}
     left = [path for path in (store.folder / "versions" / "2").rglob("*") if path.is_file()]
     assert sorted(path.name for path in left) == ["a", "manifest.json"]
-    assert store.files(3)["b"].read_text() == "as ever"  # which shared its bytes
+    assert store.verified_files(3)["b"].read_text() == "as ever"  # which shared its bytes
 
 
 def test_a_rewriting_that_dies_leaves_what_was_there(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def die(content: object, path: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(versions, "write_signed", die)
+    monkeypatch.setattr(versions, "write_checksummed", die)
     with pytest.raises(KeyboardInterrupt):
-        store.rewrite(2, lambda aside: (aside / "a").write_text("anew"))
-    assert store.files(2)["a"].read_text() == "a of 2"
+        store.rewrite_version(2, lambda aside: (aside / "a").write_text("anew"))
+    assert store.verified_files(2)["a"].read_text() == "a of 2"
     with store.locked():
         assert sorted(path.name for path in (store.folder / "versions" / "2").iterdir()) == ["a", "b", "manifest.json"]
 
@@ -183,22 +183,22 @@ def test_a_rewriting_that_dies_leaves_what_was_there(store: Store, monkeypatch: 
 def test_old_and_refused_versions_give_up_their_files_but_not_their_history(store: Store) -> None:
     write(store, 4, promoted=False)
     write(store, 5)
-    store.point(1, "rollback")
-    assert collect(store, keep=2) == [2, 4]  # 1 is live, 3 and 5 are the last two that were promoted
-    assert [manifest.id for manifest in store.versions()] == [1, 2, 3, 4, 5]
+    store.move_pointer(1, "rollback")
+    assert collect_garbage(store, keep=2) == [2, 4]  # 1 is live, 3 and 5 are the last two that were promoted
+    assert [manifest.id for manifest in store.manifests()] == [1, 2, 3, 4, 5]
     for number in (1, 3, 5):
-        store.files(number)
+        store.verified_files(number)
     with pytest.raises(StateError, match="given up by `freshrec gc`"):
-        store.files(2)
+        store.verified_files(2)
     assert not (store.folder / "versions" / "2" / "a").exists()
-    assert collect(store, keep=2) == []
-    store.point(5, "promote")
-    assert collect(store, keep=1) == [1] and store.files(3)  # one stays to go back to
+    assert collect_garbage(store, keep=2) == []
+    store.move_pointer(5, "promote")
+    assert collect_garbage(store, keep=1) == [1] and store.verified_files(3)  # one stays to go back to
 
 
 def test_what_cannot_be_read_is_not_given_up(store: Store) -> None:
     (store.folder / "versions" / "1" / "manifest.json").write_text("{")
-    assert collect(store, keep=1) == [] and (store.folder / "versions" / "1" / "a").exists()
+    assert collect_garbage(store, keep=1) == [] and (store.folder / "versions" / "1" / "a").exists()
 
 
 def test_a_full_disk_is_told_and_changes_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,11 +206,11 @@ def test_a_full_disk_is_told_and_changes_nothing(store: Store, monkeypatch: pyte
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    for change in (lambda: write(store, 4), lambda: store.point(1, "rollback")):
+    for change in (lambda: write(store, 4), lambda: store.move_pointer(1, "rollback")):
         with pytest.raises(StateError, match=r"cannot be written \(No space left on device\)"):
             change()
     monkeypatch.undo()
-    assert store.live == 3 and store.numbers() == [1, 2, 3]
+    assert store.live == 3 and store.version_numbers() == [1, 2, 3]
 
 
 def test_what_others_leave_in_the_folder_and_a_disk_without_links_are_no_obstacle(
@@ -224,35 +224,37 @@ def test_what_others_leave_in_the_folder_and_a_disk_without_links_are_no_obstacl
     monkeypatch.setattr(os, "link", refuse)
     with store.locked():
         write(store, 4, parent=3)
-    assert store.files(4)["b"].read_text() == "as ever" and not (store.folder / "versions" / ".DS_Store").exists()
+    assert (
+        store.verified_files(4)["b"].read_text() == "as ever" and not (store.folder / "versions" / ".DS_Store").exists()
+    )
 
 
 @pytest.mark.parametrize("path", ["../../secret", "/etc/passwd", "", ".", "..", "a/../b", "a/b/c", "x" * 5000])
 def test_a_manifest_that_points_elsewhere_is_not_believed(path: str, store: Store) -> None:
     whole = store.manifest(3).model_dump()
     whole["files"]["a"]["path"] = path
-    versions.write_signed(whole, store.folder / "versions" / "3" / "manifest.json")
+    versions.write_checksummed(whole, store.folder / "versions" / "3" / "manifest.json")
     with pytest.raises(StateError, match="is no manifest"):
-        store.files(3)
+        store.verified_files(3)
 
 
 def test_a_version_of_a_later_format_is_left_to_a_later_freshrec(store: Store) -> None:
     path = store.folder / "versions" / "3" / "manifest.json"
-    versions.write_signed(store.manifest(3).model_dump() | {"format": 2, "shards": []}, path)
+    versions.write_checksummed(store.manifest(3).model_dump() | {"format": 2, "shards": []}, path)
     with pytest.raises(StateError, match=r"does not know; upgrade freshrec"):
-        store.files(3)
+        store.verified_files(3)
 
 
 def test_a_version_does_not_come_from_itself(store: Store) -> None:
     folder = store.folder / "versions" / "3"
-    versions.write_signed(store.manifest(3).model_dump() | {"parent": 3}, folder / "manifest.json")
+    versions.write_checksummed(store.manifest(3).model_dump() | {"parent": 3}, folder / "manifest.json")
     with pytest.raises(StateError):
-        versions.chain_of(store)
+        versions.version_chain(store)
 
 
 def test_a_version_that_is_written_anew_meanwhile_is_read_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     old, times = store.manifest(3), []
-    store.rewrite(3, lambda aside: (aside / "a").write_text("anew"))
+    store.rewrite_version(3, lambda aside: (aside / "a").write_text("anew"))
     manifest = Store.manifest
 
     def late(self: Store, number: int) -> Manifest:
@@ -260,4 +262,4 @@ def test_a_version_that_is_written_anew_meanwhile_is_read_again(store: Store, mo
         return old if len(times) <= 2 else manifest(self, number)
 
     monkeypatch.setattr(Store, "manifest", late)
-    assert store.files(3)["a"].read_text() == "anew"
+    assert store.verified_files(3)["a"].read_text() == "anew"

@@ -10,8 +10,8 @@ import polars as pl
 import pytest
 from scipy.stats import chi2_contingency, norm
 
-from freshrec.data.spans import cut
-from freshrec.data.worlds import FROM_GAINED, N_TASTES, REPEATED, WORLDS, make
+from freshrec.data.spans import split_log
+from freshrec.data.worlds import GAINED_TOPIC_SHARE, N_TASTES, REPEAT_SHARE, WORLDS, make_world
 from freshrec.errors import OptionError
 
 
@@ -22,7 +22,7 @@ def near(found: pl.Series, share: float) -> bool:
 
 def share_of_base_topics(name: str) -> float:
     """Of the last period's events of users with at least 30 base events: the share in a topic of their base events."""
-    frame = make(name, users=500, items=400, events=60_000).log.frame
+    frame = make_world(name, users=500, items=400, events=60_000).log.frame
     base = (
         frame.filter(period=0).filter(pl.len().over("user_id") >= 30).select("user_id", "category", known=True).unique()
     )
@@ -32,38 +32,40 @@ def share_of_base_topics(name: str) -> float:
 
 @pytest.mark.parametrize("name", WORLDS)
 def test_the_same_seed_gives_the_same_world_and_another_seed_another(name: str) -> None:
-    first, again, other = (make(name, events=5000, seed=seed) for seed in (3, 3, 4))
+    first, again, other = (make_world(name, events=5000, seed=seed) for seed in (3, 3, 4))
     assert first.log.frame.equals(again.log.frame)
     assert not first.log.frame.equals(other.log.frame)
 
 
 @pytest.mark.parametrize("name", WORLDS)
 def test_a_world_has_the_size_asked_for_and_its_periods_are_the_spans_of_a_cut_by_count(name: str) -> None:
-    world = make(name, users=300, items=200, events=5001, spans=4)
+    world = make_world(name, users=300, items=200, events=5001, spans=4)
     frame = world.log.frame
     assert len(frame) == 5001 and frame["time"].is_sorted() and frame["time"].is_unique().all()
     assert frame["user_id"].is_between(0, 299).all() and frame["item_id"].is_between(0, 199).all()
     assert (frame["item_id"] % world.n_topics).equals(frame["category"], check_names=False)
-    by_count, by_period = (cut(world.log, by=by, spans=4) for by in ("count", "period"))
+    by_count, by_period = (split_log(world.log, by=by, spans=4) for by in ("count", "period"))
     assert [len(span.events) for span in by_count.spans] == [len(span.events) for span in by_period.spans]
 
 
 @pytest.mark.parametrize("name", WORLDS)
 def test_every_span_brings_new_users_and_new_items(name: str) -> None:
-    spans = cut(make(name, users=4000, items=1000, events=60_000).log, by="count").spans
+    spans = split_log(make_world(name, users=4000, items=1000, events=60_000).log, by="count").spans
     assert all(b.n_users > a.n_users and b.n_items > a.n_items for a, b in zip(spans, spans[1:]))
 
 
 @pytest.mark.parametrize("name", [name for name in WORLDS if name != "repeat"])  # whose users take replaced items again
 def test_items_die(name: str) -> None:
-    last_seen = cut(make(name, users=4000, items=1000, events=60_000).log, by="count").items.frame["last_span"]
+    last_seen = split_log(make_world(name, users=4000, items=1000, events=60_000).log, by="count").item_catalog.frame[
+        "last_span"
+    ]
     # 400 of 1000 items replace another, half of them in the base block: 0.2 are gone by then, with standard deviation
     # sqrt(400 * .5 * .5) / 1000 = 0.01. A few unpopular ones happen to vanish too.
     assert 0.15 < (last_seen == 0).mean() < 0.3
 
 
 def test_the_most_active_tenth_of_the_users_has_the_lognormal_share_of_the_events() -> None:
-    frame = make("popularity", users=2000, events=200_000).log.frame
+    frame = make_world("popularity", users=2000, events=200_000).log.frame
     here = frame.filter(pl.col("user_id") < 1300)  # 70 % of 2000 are there from the start, with standard deviation 20
     counts = here["user_id"].value_counts()["count"].sort(descending=True)
     # Of a lognormal with sigma 1, the top tenth holds Phi(1 - 1.2816) = 0.389.
@@ -73,26 +75,26 @@ def test_the_most_active_tenth_of_the_users_has_the_lognormal_share_of_the_event
 def test_popularity_is_zipfs() -> None:
     # 100 items hold 60 ranks, of which the first has 1 / (1 + 1/2 + ... + 1/60) = 1 / 4.680 = 0.2137. In the first
     # hundredth of the log hardly any item is replaced.
-    early = make("popularity", items=100, events=500_000).log.frame.head(5000)
+    early = make_world("popularity", items=100, events=500_000).log.frame.head(5000)
     top = early["item_id"].mode()[0]
     assert near(early["item_id"] == top, 0.2137)
 
 
 def test_in_the_checkerboard_even_users_take_even_items() -> None:
-    frame = make("checkerboard", events=20_000).log.frame
+    frame = make_world("checkerboard", events=20_000).log.frame
     assert (frame["user_id"] % 2).equals(frame["item_id"] % 2, check_names=False)
     assert set(frame["item_id"] % 2) == {0, 1}
 
 
 def test_in_popularity_the_users_do_not_differ() -> None:
-    frame = make("popularity", items=100, events=50_000).log.frame.filter(pl.col("period") == 6)
+    frame = make_world("popularity", items=100, events=50_000).log.frame.filter(pl.col("period") == 6)
     table = np.zeros((2, 100))
     np.add.at(table, (frame["user_id"] % 2, frame["item_id"]), 1)
     assert chi2_contingency(table[:, table.sum(0) >= 10]).pvalue > 1e-6
 
 
 def test_in_frozen_each_user_keeps_three_topics_and_likes_them_equally() -> None:
-    frame = make("frozen").log.frame
+    frame = make_world("frozen").log.frame
     topics = (
         frame.select("user_id", "category")
         .unique()
@@ -114,7 +116,7 @@ def test_in_drift_tastes_move_and_in_frozen_they_do_not() -> None:
 
 
 def test_newborn_interests_appear_in_the_span_of_the_truth_and_stay() -> None:
-    world = make("newborn", users=1000, events=200_000)
+    world = make_world("newborn", users=1000, events=200_000)
     assert world.truth is not None
     frame = world.log.frame.join(world.truth, on=["user_id", "category"], how="left")
     gained = frame.filter(pl.col("span").is_not_null())
@@ -125,11 +127,11 @@ def test_newborn_interests_appear_in_the_span_of_the_truth_and_stay() -> None:
     # After the span in which both topics have appeared, 70 % of the events are drawn from them.
     born = world.truth.group_by("user_id").agg(pl.col("span").max().alias("since"), pl.len().alias("n")).filter(n=2)
     after = frame.join(born, on="user_id").filter(pl.col("period") > pl.col("since"))
-    assert near(after["span"].is_not_null(), FROM_GAINED)
+    assert near(after["span"].is_not_null(), GAINED_TOPIC_SHARE)
 
 
 def test_newborn_gains_are_those_of_half_of_the_early_users_and_all_others_are_frozen() -> None:
-    world = make("newborn", users=1000, events=200_000)
+    world = make_world("newborn", users=1000, events=200_000)
     assert world.truth is not None
     # 700 of 1000 users are early, half of them gain: 350, with standard deviation sqrt(1000 * .35 * .65) = 15. A few
     # have too few events to show it.
@@ -141,18 +143,18 @@ def test_newborn_gains_are_those_of_half_of_the_early_users_and_all_others_are_f
 
 
 def test_in_repeat_seven_in_ten_later_events_repeat_an_item_of_the_user() -> None:
-    frame = make("repeat", items=100_000, users=500, events=20_000).log.frame
+    frame = make_world("repeat", items=100_000, users=500, events=20_000).log.frame
     again = frame.select(
         (pl.int_range(pl.len()).over("user_id", "item_id") > 0).alias("again"),
         (pl.int_range(pl.len()).over("user_id") > 0).alias("later"),
     )
     found = float(again.filter("later")["again"].mean())
     # 0.7 copies, plus fresh draws that happen upon an own item: at most 0.3 times the chance of the same popular items.
-    assert REPEATED - 0.02 < found < REPEATED + 0.1
+    assert REPEAT_SHARE - 0.02 < found < REPEAT_SHARE + 0.1
 
 
 def test_an_unknown_world_and_an_impossible_size_are_refused() -> None:
     with pytest.raises(OptionError, match='did you mean "newborn"?'):
-        make("newborm")
+        make_world("newborm")
     with pytest.raises(OptionError, match="at least 1 user, 20 items"):
-        make("frozen", items=19)
+        make_world("frozen", items=19)

@@ -7,20 +7,20 @@ import numpy as np
 import torch
 from protocol import LENGTH, Data, main, once, search
 
-from freshrec.data.batches import append, due_targets
-from freshrec.learn.fit import carried_by, train
-from freshrec.models import COUNTERS, find_model
+from freshrec.data.batches import append_events, due_targets
+from freshrec.learn.fit import stored_interests_of, train
+from freshrec.models import COUNTING_MODELS, find_model
 from freshrec.models.scoring import score_items
 from freshrec.types import Batch, Events, Histories, TrainedModel
 
 
 def run(data: Data, name: str) -> dict[str, Any]:
     spec: Any = find_model(name)
-    model = (spec if name in COUNTERS else replace(spec, length=LENGTH)).build(0)
+    model = (spec if name in COUNTING_MODELS else replace(spec, length=LENGTH)).build(0)
     model.grow(data.n_users, data.n_items)
     users, items = data.training()
-    events = Events.of(torch.from_numpy(users), torch.from_numpy(items).long())
-    recent = append(Histories.empty(), events, data.n_users)
+    events = Events.trainable(torch.from_numpy(users), torch.from_numpy(items).long())
+    recent = append_events(Histories.empty(), events, data.n_users)
     every = torch.arange(1, data.n_items + 1)
 
     def score(users: Any, histories: Any) -> Any:
@@ -29,8 +29,8 @@ def run(data: Data, name: str) -> dict[str, Any]:
         return np.pad(score_items(model, batch, every).numpy(), ((0, 0), (1, 0)))
 
     if isinstance(model, TrainedModel):
-        carried = carried_by(model, None, 0)
-        return search(data, train(model, due_targets(recent), 1000, (0, 0), carried=carried), score)
+        carried = stored_interests_of(model, None, 0)
+        return search(data, train(model, due_targets(recent), 1000, (0, 0), stored_interests=carried), score)
     return search(data, once(lambda: model.absorb(events, Histories.empty())), score)
 
 

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freshrec.config import Positive, check_options
-from freshrec.data.batches import place
-from freshrec.models.sparse import picked
+from freshrec.data.batches import insert_events
+from freshrec.models.sparse import select_scores
 from freshrec.types import Batch, Events, Histories
 
 HOUR = 3_600_000_000  # microseconds
@@ -58,7 +58,9 @@ class MyModel:
 
     def absorb(self, events: Events, histories: Histories) -> None:
         """Count each new event's item with the item that its user took before; `histories` holds what came before."""
-        after, rows_E = place(histories, events, self.n_users)  # each user's events in time order, the new ones added
+        after, rows_E = insert_events(
+            histories, events, self.n_users
+        )  # each user's events in time order, the new ones added
         rows_E = rows_E[rows_E > after.offsets_U[events.users_E]]  # those that are not their user's first one
         gaps_E = after.times_R[rows_E] - after.times_R[rows_E - 1]
         rows_E = rows_E[gaps_E <= self.spec.hours * HOUR]
@@ -71,7 +73,7 @@ class MyModel:
     def score(self, batch: Batch, items: Tensor) -> Tensor:
         """(B, N) of `items`, shared (N,) or each row's own (B, N); higher is better, and 0 is no opinion."""
         last_B = F.pad(batch.history_BT, (1, 0))[:, -1]  # the most recent item; 0 where the history is empty
-        return picked(self.counts_II[last_B], items)
+        return select_scores(self.counts_II[last_B], items)
 
 
 MY_MODEL = MyModelSpec()

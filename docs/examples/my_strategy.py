@@ -17,9 +17,9 @@ import torch
 
 from freshrec.config import Rate, check_options
 from freshrec.data.batches import due_targets
-from freshrec.data.carried import carried_by
-from freshrec.learn.fit import Clock, Fit, adapt, finish, start, successor
-from freshrec.learn.weights import put, weights_of
+from freshrec.data.carried import stored_interests_of
+from freshrec.learn.fit import CostMeter, FitConfig, finish_update, fit_base_block, fit_model, grown_copy
+from freshrec.learn.weights import copy_weights, load_weights
 from freshrec.strategies.compatible import REQUIREMENTS, trained_models
 from freshrec.types import Span, State
 
@@ -29,7 +29,7 @@ class MyStrategy:
     """After each update, weights = keep * the previous weights + (1 - keep) * the fine-tuned ones."""
 
     keep: Rate = 0.5
-    fit: Fit = Fit()  # epochs and learning rate of an update
+    fit: FitConfig = FitConfig()  # epochs and learning rate of an update
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -37,18 +37,20 @@ class MyStrategy:
     def update(self, state: State, span: Span) -> State:
         """The state after the span; `state` itself stays as it was."""
         if state.spans_seen == 0:  # the base block: a new model
-            return start(state, span, self.fit)
-        model = successor(state, span)  # a copy of the model, with rows for new users and items
-        targets = due_targets(state.recent, self.fit.history)  # the events that this update may train on
-        interests = carried_by(model, state.users, span.index)  # of users, where the model keeps some; else None
-        costs = Clock({"rows_read": float(len(targets))})
-        adapt(model, targets, self.fit, (state.seed, span.index), costs, carried=interests)
+            return fit_base_block(state, span, self.fit)
+        model = grown_copy(state, span)  # a copy of the model, with rows for new users and items
+        targets = due_targets(state.histories, self.fit.history)  # the events that this update may train on
+        interests = stored_interests_of(
+            model, state.interests, span.index
+        )  # of users, where the model keeps some; else None
+        costs = CostMeter({"rows_read": float(len(targets))})
+        fit_model(model, targets, self.fit, (state.seed, span.index), costs, stored_interests=interests)
 
-        before, after = weights_of(state.model), weights_of(model)
+        before, after = copy_weights(state.model), copy_weights(model)
         for name, old in before.items():
             after[name][: len(old)] = torch.lerp(after[name][: len(old)], old, self.keep)  # rows of new items stay
-        put(model, after)
-        return finish(state, model, interests, self.fit.history, costs)
+        load_weights(model, after)
+        return finish_update(state, model, interests, self.fit.history, costs)
 
 
 REQUIREMENTS[MyStrategy] = trained_models  # optional: counting models are refused with a sentence, before anything runs

@@ -27,8 +27,8 @@ from freshrec.version import __version__
 
 if TYPE_CHECKING:
     from freshrec.data.log import read_log
-    from freshrec.data.spans import cut
-    from freshrec.data.worlds import make
+    from freshrec.data.spans import split_log
+    from freshrec.data.worlds import make_world
     from freshrec.models import MODELS
     from freshrec.serve.recommender import Recommender
     from freshrec.strategies import STRATEGIES
@@ -47,12 +47,12 @@ __all__ = [
     "StateError",
     "TrainingError",
     "__version__",
-    "cut",
-    "make",
+    "split_log",
+    "make_world",
     "read_log",
 ]
 
-_HOMES = {  # imported when first asked for, because torch alone takes seconds, and `freshrec --help` needs none of it
+_LAZY_IMPORTS = {  # imported when first asked for, because torch alone takes seconds, and `freshrec --help` needs none of it
     "MODELS": "freshrec.models",
     "STRATEGIES": "freshrec.strategies",
     "Recommender": "freshrec.serve.recommender",
@@ -63,6 +63,6 @@ _HOMES = {  # imported when first asked for, because torch alone takes seconds, 
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    if name in _LAZY_IMPORTS:
+        return getattr(import_module(_LAZY_IMPORTS[name]), name)
     raise AttributeError(f"module freshrec has no attribute {name}")

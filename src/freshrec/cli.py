@@ -19,15 +19,25 @@ from rich.table import Table
 from rich.text import Text
 
 from freshrec import cli_ask, cli_serve, cli_store
-from freshrec.cli_options import AsJson, Columns, EventTypes, FormatName, LogPath, Quarantine, pairs, print_json, words
+from freshrec.cli_options import (
+    AsJson,
+    Columns,
+    EventTypes,
+    FormatName,
+    LogPath,
+    Quarantine,
+    parse_list,
+    parse_pairs,
+    print_json,
+)
 from freshrec.cli_replay import demo, replay
 from freshrec.config import IMPORTS, import_named
 from freshrec.data.formats import FORMATS
 from freshrec.data.log import read_log
-from freshrec.data.validate import Report
-from freshrec.data.validate import validate as report_of
+from freshrec.data.validate import LogReport
+from freshrec.data.validate import validate_log as report_of
 from freshrec.deprecation import replace_old_flags
-from freshrec.errors import FreshrecError, OptionError, StateError, unknown
+from freshrec.errors import FreshrecError, OptionError, StateError, unknown_name_error
 from freshrec.version import __version__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -41,7 +51,7 @@ def print_version(wanted: bool) -> None:
 
 
 @app.callback()
-def about(
+def root(
     version: Annotated[
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
@@ -50,7 +60,7 @@ def about(
 
 
 OLD_FLAGS = {"recommend": {"--include-seen": "--no-exclude-seen"}}  # by command: flags of 0.1.0, and their new names
-KINDS = ("models", "strategies", "metrics", "worlds", "formats")
+LISTED_KINDS = ("models", "strategies", "metrics", "worlds", "formats")
 
 
 def validate(
@@ -63,7 +73,9 @@ def validate(
 ) -> None:
     """Say what a log holds, what is wrong with it, and how it could be cut into spans."""
     report = report_of(
-        read_log(log, columns=pairs(columns), format=format_name, events=words(events), quarantine=quarantine)
+        read_log(
+            log, columns=parse_pairs(columns), format=format_name, events=parse_list(events), quarantine=quarantine
+        )
     )
     if as_json:
         typer.echo(json.dumps(asdict(report), indent=2))
@@ -72,11 +84,11 @@ def validate(
 
 
 def list_names(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help=f"What to list: {', '.join(KINDS)}.")],
+    kind: Annotated[str, typer.Argument(metavar="KIND", help=f"What to list: {', '.join(LISTED_KINDS)}.")],
     as_json: AsJson = False,
 ) -> None:
     """List models, strategies, metrics, worlds or formats, with a line on each."""
-    lines = lines_of(kind)
+    lines = describe_names(kind)
     width = max(map(len, lines))
     typer.echo(json.dumps(lines, indent=2) if as_json else "\n".join(f"{n:<{width}}  {t}" for n, t in lines.items()))
 
@@ -99,12 +111,12 @@ for group, commands in GROUPS.items():
 app.add_typer(cli_serve.bench, name="bench", rich_help_panel="Serve")
 
 
-def lines_of(kind: str) -> dict[str, str]:
+def describe_names(kind: str) -> dict[str, str]:
     """Each name with what its own code says of it. OptionError for an unknown kind."""
     from freshrec.data.worlds import WORLDS
 
     if kind == "formats":
-        return {name: form.about for name, form in FORMATS.items()}
+        return {name: form.description for name, form in FORMATS.items()}
     if kind == "worlds":
         return {name: _first_line(world.__doc__) for name, world in WORLDS.items()}
     if kind == "metrics":
@@ -114,15 +126,15 @@ def lines_of(kind: str) -> dict[str, str]:
     if kind in ("models", "strategies"):  # written by docs/generate.py, because importing them imports torch
         listed: dict[str, str] = json.loads(files("freshrec").joinpath("names.json").read_text())[kind]
         return listed
-    raise unknown("list", kind, KINDS)
+    raise unknown_name_error("list", kind, LISTED_KINDS)
 
 
 def _first_line(doc: str | None) -> str:
     return (doc or "").partition("\n")[0]
 
 
-def _print_report(report: Report, name: str) -> None:
-    facts = {
+def _print_report(report: LogReport, name: str) -> None:
+    fields_shown = {
         "rows": f"{report.rows:,}",
         "users": f"{report.users:,}",
         "items": f"{report.items:,}",
@@ -139,7 +151,7 @@ def _print_report(report: Report, name: str) -> None:
         "suggested": f"{report.suggested_spans} spans after the base block, cut by {report.suggested_by}",
     }
     table = Table.grid(padding=(0, 2))
-    for fact, value in facts.items():
+    for fact, value in fields_shown.items():
         if value is not None:
             table.add_row(Text(fact, style="bold"), Text(value))
     console = Console(highlight=False)
@@ -174,19 +186,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import_own_modules()
         app(args=replace_old_flags(given, OLD_FLAGS, _warn), prog_name="freshrec")
     except FreshrecError as error:
-        return _failed(str(error), error.exit_code, as_json, error.answer)
+        return _report_failure(str(error), error.exit_code, as_json, error.json_output)
     except OSError as problem:
         where, why = problem.filename or "a file", problem.strerror or str(problem)
         mend = "see that it is there, that it may be used, and that the disk has room"
-        return _failed(f"{where} cannot be read or written ({why}); {mend}.", StateError.exit_code, as_json)
+        return _report_failure(f"{where} cannot be read or written ({why}); {mend}.", StateError.exit_code, as_json)
     except SystemExit as stop:
         if stop.code == 130:
-            return _failed("", 130, as_json)
+            return _report_failure("", 130, as_json)
         if stop.code == OptionError.exit_code and as_json:
             print_json({"error": "there is no such command, option or value; see --help.", "exit_code": stop.code})
         return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
-        return _failed("", 130, as_json)
+        return _report_failure("", 130, as_json)
     return 0
 
 
@@ -194,7 +206,7 @@ def _warn(sentence: str) -> None:
     print(f"warning: {sentence}", file=sys.stderr)  # noqa: T201
 
 
-def _failed(why: str, code: int, as_json: bool, answer: Any = None) -> int:
+def _report_failure(why: str, code: int, as_json: bool, answer: Any = None) -> int:
     """Say why a command ended early; its exit code."""
     print(f"error: {why}" if why else "interrupted", file=sys.stderr)  # noqa: T201
     if as_json:

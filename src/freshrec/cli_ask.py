@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from freshrec.cli_options import AsJson, StoreOption, StorePath, print_json, print_table, words
+from freshrec.cli_options import AsJson, StoreOption, StorePath, parse_list, print_json, print_table
 from freshrec.errors import StateError
 from freshrec.serve.list_request import DEFAULTS, help_of
 
 if TYPE_CHECKING:
     import polars as pl
 
-    from freshrec.serve.contents import Contents
+    from freshrec.serve.contents import Bundle
 
 K = Annotated[int, typer.Option("--k", "-k", help=help_of("k"))]
-Version = Annotated[int | None, typer.Option("--version", help="Another one than the live one.")]
+VersionOption = Annotated[int | None, typer.Option("--version", help="Another one than the live one.")]
 
 
 def recommend(
@@ -31,71 +31,71 @@ def recommend(
     deny: Annotated[str | None, typer.Option(metavar="ITEM,...", help=help_of("deny"))] = None,
     category: Annotated[str | None, typer.Option(help=help_of("category"))] = None,
     diversity: Annotated[float, typer.Option(help=help_of("diversity"))] = DEFAULTS.diversity,
-    version: Version = None,
+    version: VersionOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the best items of some users."""
     from freshrec.serve.recommender import Recommender
 
-    only, never = (None if text is None else words(text) for text in (allow, deny))
-    recommender = Recommender.of(_contents(store, version))
-    found = recommender.recommend(users, k, exclude_seen, only, never, category, diversity)
+    allowed, denied = (None if text is None else parse_list(text) for text in (allow, deny))
+    recommender = Recommender.from_bundle(_open_bundle(store, version))
+    found = recommender.recommend(users, k, exclude_seen, allowed, denied, category, diversity)
     rows = [(user, rank, item, f"{score:.4g}", why) for user, item, score, rank, why in found.iter_rows()]
-    _print(found, ("user", "rank", "item", "score", "fallback"), rows, as_json)
+    _print_frame(found, ("user", "rank", "item", "score", "fallback"), rows, as_json)
 
 
 def similar(
     items: Annotated[list[str], typer.Argument(metavar="ITEM...")],
     store: StorePath = Path("store"),
     k: K = DEFAULTS.k,
-    version: Version = None,
+    version: VersionOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the items most like some items."""
     from freshrec.serve.recommender import Recommender
 
-    found = Recommender.of(_contents(store, version)).similar_items(items, k)
+    found = Recommender.from_bundle(_open_bundle(store, version)).similar_items(items, k)
     rows = [(item, rank, other, f"{score:.4g}") for item, other, score, rank in found.iter_rows()]
-    _print(found, ("item", "rank", "similar", "score"), rows, as_json)
+    _print_frame(found, ("item", "rank", "similar", "score"), rows, as_json)
 
 
 def explain(
     user: Annotated[str, typer.Argument(metavar="USER")],
     item: Annotated[str, typer.Argument(metavar="ITEM")],
     store: StorePath = Path("store"),
-    version: Version = None,
+    version: VersionOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Print why a user is offered an item: which expert or interest put it there, and which past event."""
     from freshrec.serve.recommender import Recommender
 
-    found = Recommender.of(_contents(store, version)).explain(user, item)
+    found = Recommender.from_bundle(_open_bundle(store, version)).explain(user, item)
     if found.is_empty() and not as_json:
         typer.echo(f"{item} is not offered to {user}")
         return
     rows = [(source, place, f"{points:+.2f}", because) for source, place, points, because in found.iter_rows()]
-    _print(found, ("source", "place", "points", "because of"), rows, as_json)
+    _print_frame(found, ("source", "place", "points", "because of"), rows, as_json)
 
 
 def inspect(
     kind: Annotated[Literal["user", "item"], typer.Argument(help="user or item")],
     name: Annotated[str, typer.Argument(metavar="ID")],
     store: StorePath = Path("store"),
-    version: Version = None,
+    version: VersionOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Print what is known of one user, its events and interests, or of one item."""
     from freshrec.nightly import tell
 
-    contents = _contents(store, version)
-    found = tell.user(contents, name) if kind == "user" else tell.item(contents, name)
+    contents = _open_bundle(store, version)
+    found = tell.user_profile(contents, name) if kind == "user" else tell.item_profile(contents, name)
     if as_json:
         print_json(found)
         return
     events, interests = found.pop("events", []), found.pop("interests", [])
     if "kind" in found:
         found["interests"] = found.pop("kind")
-    _print_facts(found)
+    _print_fields(found)
     if events:
         print_table(("at", "item"), [(event["at"], event["item_id"]) for event in events])
     rows = [(one["title"], one["born_span"], one["used_span"], ", ".join(map(str, one["items"]))) for one in interests]
@@ -108,15 +108,15 @@ def status(store: StorePath = Path("store"), as_json: AsJson = False) -> None:
     from freshrec.nightly import tell
     from freshrec.store.versions import open_store
 
-    found = tell.status(open_store(store))
+    found = tell.store_status(open_store(store))
     if as_json:
         print_json(found)
         return
     numbers, notes = found.pop("numbers"), found.pop("notes")
-    _print_facts(found | found.pop("plan"))
+    _print_fields(found | found.pop("plan"))
     for note in notes:
         typer.echo(f" note: {note}")
-    _print_facts(numbers)
+    _print_fields(numbers)
 
 
 def diff(
@@ -129,13 +129,14 @@ def diff(
     from freshrec.nightly import tell
     from freshrec.store.versions import open_store
 
-    found = tell.difference(open_store(store), first, second)
+    found = tell.version_difference(open_store(store), first, second)
     if as_json:
         print_json(found)
         return
     pairs = {**found["sizes"], **found["numbers"], **found["recipe"]}
     print_table(
-        ("", f"version {first}", f"version {second}"), [(name, *map(_plain, pair)) for name, pair in pairs.items()]
+        ("", f"version {first}", f"version {second}"),
+        [(name, *map(_format_value, pair)) for name, pair in pairs.items()],
     )
     typer.echo(f"of the best {found['list']} items of {found['users']} users, {found['shared']:.0%} are the same")
 
@@ -145,44 +146,44 @@ def doctor(store: Annotated[Path | None, StoreOption] = None, as_json: AsJson = 
     from freshrec.nightly import tell
     from freshrec.store.versions import open_store
 
-    found = tell.checkup(None if store is None else open_store(store))
-    told = [{"ok": ok, "what": what} for ok, what in found]
+    found = tell.check_store(None if store is None else open_store(store))
+    checks = [{"ok": ok, "what": what} for ok, what in found]
     if not as_json:
         for ok, what in found:
             typer.echo(f"{'ok   ' if ok else 'WRONG'}  {what}")
     wrong = [what for ok, what in found if not ok]
     if wrong:
         error = StateError(f"{len(wrong)} of {len(found)} checks failed, the first: {wrong[0]}")
-        error.answer = told
+        error.json_output = checks
         raise error
     if as_json:
-        print_json(told)
+        print_json(checks)
 
 
-def _contents(folder: Path, number: int | None) -> Contents:
+def _open_bundle(folder: Path, number: int | None) -> Bundle:
     """What a version holds, the live one unless told."""
-    from freshrec.serve.contents import read_contents
+    from freshrec.serve.contents import read_bundle
     from freshrec.store.versions import open_store
 
     store = open_store(folder)
-    return read_contents(store.files(store.live if number is None else number))
+    return read_bundle(store.verified_files(store.live if number is None else number))
 
 
-def _print(found: pl.DataFrame, names: tuple[str, ...], rows: list[tuple[Any, ...]], as_json: bool) -> None:
+def _print_frame(found: pl.DataFrame, names: tuple[str, ...], rows: list[tuple[Any, ...]], as_json: bool) -> None:
     if as_json:
         print_json(found.to_dicts())
     else:
         print_table(names, rows)
 
 
-def _print_facts(facts: dict[str, Any]) -> None:
+def _print_fields(values: dict[str, Any]) -> None:
     """What is None is not known, and left out; an id is no quantity."""
-    given = {name: value for name, value in facts.items() if value is not None}
-    shown = {name: str(value) if name.endswith("_id") else _plain(value) for name, value in given.items()}
+    given = {name: value for name, value in values.items() if value is not None}
+    shown = {name: str(value) if name.endswith("_id") else _format_value(value) for name, value in given.items()}
     print_table(("", ""), [(name.replace("_", " "), value) for name, value in shown.items()])
 
 
-def _plain(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, list):

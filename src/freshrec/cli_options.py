@@ -15,34 +15,38 @@ from rich.table import Table
 from rich.text import Text
 
 from freshrec.data.formats import FORMATS
-from freshrec.data.log import ALIASES
+from freshrec.data.log import COLUMN_ALIASES
 from freshrec.errors import OptionError
 
 LogPath = Annotated[Path, typer.Argument(metavar="LOG", help="CSV(.gz), Parquet (file or folder) or JSON lines.")]
-Columns = Annotated[str, typer.Option(help=f"Our names and yours, as in user_id=uid,... Ours: {', '.join(ALIASES)}.")]
+Columns = Annotated[
+    str, typer.Option(help=f"Our names and yours, as in user_id=uid,... Ours: {', '.join(COLUMN_ALIASES)}.")
+]
 FormatName = Annotated[str | None, typer.Option("--format", help=f"A public format: {', '.join(FORMATS)}.")]
 EventTypes = Annotated[str, typer.Option(help="The event types to keep, as in pv,buy; all unless given.")]
 Quarantine = Annotated[Path | None, typer.Option(help="Set bad rows aside in this .parquet or .csv file, and go on.")]
 
 
-def local(path: Path | None) -> Path | None:
+def require_local_path(path: Path | None) -> Path | None:
     """OptionError where it is a URL: what a store promises rests on renaming, locks and fsync."""
     if re.match(r"[a-z][a-z0-9+.-]+:/", str(path)):
         raise OptionError(f"{path} is a URL, and a store lies in a folder of this machine; copy whole versions there.")
     return path
 
 
-StoreOption = typer.Option("--store", metavar="DIR", callback=local, help="The folder of versions that `fit` makes.")
+StoreOption = typer.Option(
+    "--store", metavar="DIR", callback=require_local_path, help="The folder of versions that `fit` makes."
+)
 StorePath = Annotated[Path, StoreOption]
 Jobs = Annotated[int, typer.Option(help="Processes, one thread each.")]
 JOBS = 1
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def pairs(text: str) -> dict[str, str]:
+def parse_pairs(text: str) -> dict[str, str]:
     """`a=b,c=d` as a dict. OptionError for what is not a pair."""
     found = {}
-    for pair in words(text):
+    for pair in parse_list(text):
         ours, equals, theirs = pair.partition("=")
         if not (ours and equals and theirs):
             raise OptionError(f'"{pair[:60]}" is not a pair of column names; write --columns user_id=uid,item_id=sku.')
@@ -50,12 +54,12 @@ def pairs(text: str) -> dict[str, str]:
     return found
 
 
-def words(text: str) -> list[str]:
+def parse_list(text: str) -> list[str]:
     """`a,b` as a list."""
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def seconds(text: str) -> int:
+def parse_duration(text: str) -> int:
     """`90s`, `10m` or `2h` in seconds. OptionError for anything else."""
     number, unit = text[:-1], {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
     if unit is None or not number.isdecimal() or not int(number):
@@ -78,12 +82,12 @@ def print_table(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
 
 def print_json(found: Any) -> None:
     """One line of JSON, in which a number that JSON does not know, such as infinity, is null."""
-    typer.echo(json.dumps(_known_to_json(found)))
+    typer.echo(json.dumps(_json_safe(found)))
 
 
-def _known_to_json(node: Any) -> Any:
+def _json_safe(node: Any) -> Any:
     if isinstance(node, dict):
-        return {name: _known_to_json(child) for name, child in node.items()}
+        return {name: _json_safe(child) for name, child in node.items()}
     if isinstance(node, list | tuple):
-        return [_known_to_json(child) for child in node]
+        return [_json_safe(child) for child in node]
     return None if isinstance(node, float) and not isfinite(node) else node

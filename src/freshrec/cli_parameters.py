@@ -8,11 +8,14 @@ from typing import Annotated, Any, get_origin
 
 import typer
 
-from freshrec.cli_options import pairs, words
+from freshrec.cli_options import parse_list, parse_pairs
 from freshrec.config import bare_type, description_of, hints_of
 
 Parameter = tuple[str, Any, Any]  # name, type with its typer.Option or typer.Argument, default
-SEVERAL: dict[Any, tuple[Any, str]] = {tuple: (words, "A,B"), dict: (pairs, "A=B,C=D")}  # how such fields are written
+SEVERAL: dict[Any, tuple[Any, str]] = {
+    tuple: (parse_list, "A,B"),
+    dict: (parse_pairs, "A=B,C=D"),
+}  # how such fields are written
 
 
 def parameters_of(section: type, panel: str, flags: dict[str, str], leave_out: Sequence[str] = ()) -> list[Parameter]:

@@ -14,7 +14,7 @@ from freshrec.cli_options import JOBS, Jobs
 from freshrec.cli_parameters import Parameter, command_of, parameters_of
 from freshrec.config import description_of, hints_of
 from freshrec.errors import OptionError
-from freshrec.replay.recipe_schema import LogRecipe, Recipe, load_recipe, merged, recipe_from, save_recipe
+from freshrec.replay.recipe_schema import LogRecipe, Recipe, load_recipe, merged, parse_recipe, save_recipe
 
 if TYPE_CHECKING:
     import polars as pl
@@ -27,13 +27,15 @@ def demo(
     jobs: Jobs = JOBS,
 ) -> None:
     """Replay a generated world in which users gain interests, and say in words what the table shows."""
-    from freshrec.report.board import Board
-    from freshrec.report.demo import cells, demo, world
+    from freshrec.report.board import ProgressBoard
+    from freshrec.report.demo import make_demo_cells, make_demo_world, run_demo
 
-    spans = world()
-    board = Board(cells(), [span.index for span in spans.cut.spans[1:]], out, Console(stderr=True))
+    demo_world = make_demo_world()
+    board = ProgressBoard(
+        make_demo_cells(), [span.index for span in demo_world.cut.spans[1:]], out, Console(stderr=True)
+    )
     with board.live():
-        text = demo(spans, out, board.tell, jobs)
+        text = run_demo(demo_world, out, board.report_span, jobs)
     typer.echo(text)
 
 
@@ -65,9 +67,9 @@ def _parameters() -> list[Parameter]:
 def _replay(values: dict[str, Any]) -> None:
     """Resolve the recipe, then say what would run, or run it."""
     given = {section: {name: values[name] for name in hints_of(kind)} for section, kind in hints_of(Recipe).items()}
-    recipe = resolved(values["recipe"], given)
+    recipe = resolve_recipe(values["recipe"], given)
     if values["plan_only"]:
-        _plan(recipe)
+        _show_plan(recipe)
     else:
         run_recipe(recipe, values["out"], values["jobs"], values["device"], values["resume"], values["as_json"])
 
@@ -75,7 +77,7 @@ def _replay(values: dict[str, Any]) -> None:
 replay = command_of("replay", "Compare ways of updating on your own log, span by span.", _parameters(), _replay)
 
 
-def resolved(file: Path | None, given: dict[str, dict[str, Any]]) -> Recipe:
+def resolve_recipe(file: Path | None, given: dict[str, dict[str, Any]]) -> Recipe:
     """The recipe in `file`, or the default one, with what was given on the command line."""
     path, world = given["log"].get("path"), given["log"].get("world")
     if path and world:
@@ -84,70 +86,70 @@ def resolved(file: Path | None, given: dict[str, dict[str, Any]]) -> Recipe:
     if path or world:
         tables["log"] |= {"path": "", "folder": "", "world": ""}  # those of the file give way
     changes = {part: {k: v for k, v in options.items() if v is not None} for part, options in given.items()}
-    return recipe_from(merged(tables, changes))
+    return parse_recipe(merged(tables, changes))
 
 
-def _plan(recipe: Recipe) -> None:
+def _show_plan(recipe: Recipe) -> None:
     """Say what would run, and how long it would take."""
-    from freshrec.data.spans import plan
-    from freshrec.recipes import cells_of, cut_of, settings_of
-    from freshrec.replay.plan import estimate
+    from freshrec.data.spans import describe_spans
+    from freshrec.recipes import load_split, make_cells, make_replay_settings
+    from freshrec.replay.plan import estimate_cost
     from freshrec.report.board import print_estimate, print_plan
 
-    cells, settings, cut, console = cells_of(recipe), settings_of(recipe), cut_of(recipe), Console()
-    print_plan(console, cells, plan(cut), cut.notes)
-    print_estimate(console, estimate(cells, cut, settings))
+    cells, settings, cut, console = make_cells(recipe), make_replay_settings(recipe), load_split(recipe), Console()
+    print_plan(console, cells, describe_spans(cut), cut.notes)
+    print_estimate(console, estimate_cost(cells, cut, settings))
 
 
 def run_recipe(recipe: Recipe, out: Path, jobs: int, device: str, resume: bool, as_json: bool) -> None:
     """Run what is not done yet, and write and print the results."""
-    from freshrec.data.spans import plan
-    from freshrec.recipes import cells_of, cut_of, settings_of
-    from freshrec.replay.measure import facts
-    from freshrec.replay.results import collect
-    from freshrec.replay.run import run
-    from freshrec.report.board import Board, print_plan
+    from freshrec.data.spans import describe_spans
+    from freshrec.recipes import load_split, make_cells, make_replay_settings
+    from freshrec.replay.measure import slice_table
+    from freshrec.replay.results import collect_results
+    from freshrec.replay.run import run_cells
+    from freshrec.report.board import ProgressBoard, print_plan
 
-    cells, settings, cut, part = cells_of(recipe), settings_of(recipe), cut_of(recipe), recipe.replay
+    cells, settings, cut, part = make_cells(recipe), make_replay_settings(recipe), load_split(recipe), recipe.replay
     if part.from_span >= len(cut.spans):
         raise OptionError(f"replay.from_span is {part.from_span}, and the last span is {len(cut.spans) - 1}: lower it.")
     console = Console(stderr=True)
-    _prepare(out, recipe, resume)
+    _prepare_folder(out, recipe, resume)
     if not as_json:
-        print_plan(console, cells, plan(cut), cut.notes)
+        print_plan(console, cells, describe_spans(cut), cut.notes)
     metric = "AUC" if recipe.log.exposures else "ndcg@20"
-    board = Board(cells, [span.index for span in cut.spans[1:]], out, console, metric)
+    board = ProgressBoard(cells, [span.index for span in cut.spans[1:]], out, console, metric)
     try:
         with board.live():
-            run(cells, cut, settings, out, jobs=jobs, device=device, tell=board.tell)
+            run_cells(cells, cut, settings, out, jobs=jobs, device=device, on_span_done=board.report_span)
     except KeyboardInterrupt:
         console.print(f"finished spans are kept in {out}: the same command with --resume goes on.", markup=False)
         raise
     if recipe.log.exposures:  # AUC and log loss are those of a span's events, whoever's they are, and of all of them
-        results = collect(cells, None, part.metrics, out, "targets", part.from_span)
+        results = collect_results(cells, None, part.metrics, out, "targets", part.from_span)
     else:
-        results = collect(cells, facts(cut.spans), part.metrics, out, part.mean, part.from_span)
+        results = collect_results(cells, slice_table(cut.spans), part.metrics, out, part.averaging, part.from_span)
     if as_json:
-        typer.echo(json.dumps({"out": str(out), "summary": _summary(results)}))
+        typer.echo(json.dumps({"out": str(out), "summary": _overall_rows(results)}))
         return
     typer.echo((out / "table.md").read_text())
     console.print(f"results.parquet, tests.parquet, recipe.toml and table.md are in {out}")
 
 
-def _prepare(out: Path, recipe: Recipe, resume: bool) -> None:
+def _prepare_folder(out: Path, recipe: Recipe, resume: bool) -> None:
     """Refuse to mix two replays in one folder."""
-    there = out / "recipe.toml"
-    if there.exists():
+    recipe_path = out / "recipe.toml"
+    if recipe_path.exists():
         if not resume:
             raise OptionError(f"{out} holds a replay already: go on with --resume, or choose another --out.")
-        kept = {
+        may_differ = {
             "log": {"folder"},
             "replay": {"models", "strategies", "also", "controls", "seeds", "metrics", "mean", "from_span"},
         }
-        if _without(load_recipe(there), kept) != _without(recipe, kept):
+        if _without(load_recipe(recipe_path), may_differ) != _without(recipe, may_differ):
             raise OptionError(f"{out} holds a replay of another log or protocol: choose another --out.")
     out.mkdir(parents=True, exist_ok=True)
-    save_recipe(recipe, there)
+    save_recipe(recipe, recipe_path)
 
 
 def _without(recipe: Recipe, fields: dict[str, set[str]]) -> dict[str, dict[str, Any]]:
@@ -156,11 +158,11 @@ def _without(recipe: Recipe, fields: dict[str, set[str]]) -> dict[str, dict[str,
     return {part: {k: v for k, v in table.items() if k not in fields.get(part, ())} for part, table in tables.items()}
 
 
-def _summary(results: pl.DataFrame) -> list[dict[str, Any]]:
+def _overall_rows(results: pl.DataFrame) -> list[dict[str, Any]]:
     """The averages over all spans."""
     import polars as pl
 
-    from freshrec.replay.results import OVERALL
+    from freshrec.replay.results import OVERALL_SPAN
 
-    overall = results.filter((pl.col("span") == OVERALL) & (pl.col("slice") == "all"))
+    overall = results.filter((pl.col("span") == OVERALL_SPAN) & (pl.col("slice") == "all"))
     return overall.select("model", "strategy", "seed", "metric", "value", "low", "high", "n").to_dicts()

@@ -20,24 +20,26 @@ from freshrec.cli_options import (
     LogPath,
     Quarantine,
     StorePath,
-    pairs,
+    parse_duration,
+    parse_list,
+    parse_pairs,
     print_json,
     print_table,
-    seconds,
-    words,
 )
-from freshrec.data.log import Log, before, read_log
+from freshrec.data.log import Log, events_before, read_log
 from freshrec.errors import FreshrecError, LogError, NoRowsError, OptionError, RefusedError
 
 if TYPE_CHECKING:
-    from freshrec.nightly.job import Job
-    from freshrec.store.eventlog import Taken
+    from freshrec.nightly.job import NightlyJob
+    from freshrec.store.eventlog import AppendResult
     from freshrec.store.versions import Manifest, Store
 
-Reason = Annotated[str, typer.Option(help="Why; it is kept.")]
-Gate = Annotated[str, typer.Option(help="Limits of the gate, as in metric=hr@20:tolerance=0.1.")]
-Wait = Annotated[str, typer.Option(help="How long to wait for another process that changes the store, as in 10m.")]
-Number = Annotated[int, typer.Argument(metavar="VERSION", help="See `freshrec history`.")]
+ReasonOption = Annotated[str, typer.Option(help="Why; it is kept.")]
+GateOption = Annotated[str, typer.Option(help="Limits of the gate, as in metric=hr@20:tolerance=0.1.")]
+WaitOption = Annotated[
+    str, typer.Option(help="How long to wait for another process that changes the store, as in 10m.")
+]
+VersionArgument = Annotated[int, typer.Argument(metavar="VERSION", help="See `freshrec history`.")]
 
 
 def fit(
@@ -52,80 +54,88 @@ def fit(
     quarantine: Quarantine = None,
     seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
     budget: Annotated[str, typer.Option(help="Time for the blend's training, as in 90s, 10m or 2h.")] = "",
-    gate: Gate = "",
+    gate: GateOption = "",
     as_json: AsJson = False,
 ) -> None:
     """Make a store: learn from a whole log, once; after that `update` needs the new events only."""
-    from freshrec.nightly.gate import limits_of
-    from freshrec.nightly.job import Job, source_of
-    from freshrec.serve.contents import begun
-    from freshrec.serve.reading import Reading
-    from freshrec.store.versions import new_store
-    from freshrec.strategies.refit import SPEED
+    from freshrec.nightly.gate import parse_limits
+    from freshrec.nightly.job import NightlyJob, hash_source
+    from freshrec.serve.contents import new_bundle
+    from freshrec.serve.reading import ReadOptions
+    from freshrec.store.versions import create_store
+    from freshrec.strategies.refit import TARGETS_PER_SECOND
 
     if budget and model.partition(":")[0] != "blend":
         raise OptionError(f'--budget sizes the blend; "{model}" trains as its options say, as in fit.base_epochs=5.')
     if budget:
-        strategy = f"{strategy or 'refit'}:passes={seconds(budget) * SPEED}"
-    reading, limits = Reading(pairs(columns), format_name, tuple(words(events))), limits_of(gate)
-    contents = begun(model, strategy, seed, reading)
-    found = read_log(log, columns=reading.columns, format=format_name, events=reading.events, quarantine=quarantine)
-    found = before(found, until) if until else found
-    with new_store(store) as made:
-        version = Job(made, limits).begin(found, source_of(log) + (f" until {until}" if until else ""), contents)
-    print_json(version.model_dump()) if as_json else typer.echo(f"{line_of(version)}; live in {store}")
+        strategy = f"{strategy or 'refit'}:passes={parse_duration(budget) * TARGETS_PER_SECOND}"
+    read_options, limits = ReadOptions(parse_pairs(columns), format_name, tuple(parse_list(events))), parse_limits(gate)
+    bundle = new_bundle(model, strategy, seed, read_options)
+    log_read = read_log(
+        log, columns=read_options.columns, format=format_name, events=read_options.events, quarantine=quarantine
+    )
+    log_read = events_before(log_read, until) if until else log_read
+    with create_store(store) as new_store_folder:
+        version = NightlyJob(new_store_folder, limits).fit_first_version(
+            log_read, hash_source(log) + (f" until {until}" if until else ""), bundle
+        )
+    print_json(version.model_dump()) if as_json else typer.echo(f"{version_line(version)}; live in {store}")
 
 
 def update(
     new: Annotated[list[Path] | None, typer.Argument(metavar="[NEW]...", help="New events; none: go on.")] = None,
     store: StorePath = Path("store"),
     force: Annotated[bool, typer.Option("--force", help="Go live whatever the gate says; needs --reason.")] = False,
-    reason: Reason = "",
-    again: Annotated[int | None, typer.Option(metavar="VERSION", help="Take a refused version's events again.")] = None,
+    reason: ReasonOption = "",
+    retry: Annotated[int | None, typer.Option(metavar="VERSION", help="Take a refused version's events again.")] = None,
     full_every: Annotated[str, typer.Option(metavar="N|auto", help="Try a full retrain every so many updates.")] = "",
-    gate: Gate = "",
+    gate: GateOption = "",
     columns: Columns = "",
     format_name: FormatName = None,
     quarantine: Quarantine = None,
-    wait: Wait = "",
+    wait: WaitOption = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be read and odd; change nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Learn from new events, test the result, and let it go live if it is not worse."""
-    from freshrec.nightly.anew import interval_of
-    from freshrec.nightly.gate import limits_of
-    from freshrec.nightly.job import Job, preview
-    from freshrec.store.versions import chain_of, open_store
+    from freshrec.nightly.anew import retrain_interval
+    from freshrec.nightly.gate import parse_limits
+    from freshrec.nightly.job import NightlyJob, preview_delivery
+    from freshrec.store.versions import open_store, version_chain
 
     if force and not reason:
         raise OptionError('--force needs --reason "..."; it is kept with the version.')
-    made = open_store(store)
-    job, force_why = Job(made, limits_of(gate), full_every), reason if force else ""
+    opened_store = open_store(store)
+    job, force_reason = NightlyJob(opened_store, parse_limits(gate), full_every), reason if force else ""
     if full_every:
-        interval_of(full_every, chain_of(made))  # tell at once if it is none
-    reads = partial(_read, job, quarantine=None if dry_run else quarantine, columns=columns, format_name=format_name)
+        retrain_interval(full_every, version_chain(opened_store))  # tell at once if it is none
+    read_delivery = partial(
+        _read_delivery, job, quarantine=None if dry_run else quarantine, columns=columns, format_name=format_name
+    )
     if dry_run:
-        if again is not None or force:
+        if retry is not None or force:
             raise OptionError("--dry-run reads new events only; leave --again and --force out.")
-        _show_previews([{"file": path.name, **preview(job, reads(path))} for path in new or []], as_json)
+        _print_previews(
+            [{"file": path.name, **preview_delivery(job, read_delivery(path))} for path in new or []], as_json
+        )
         return
     versions: list[Manifest] = []
     try:
-        with _changing(store, wait):
-            for version in _made(job, new or [], again, reads, force_why, as_json):
+        with _locked_store(store, wait):
+            for version in _make_versions(job, new or [], retry, read_delivery, force_reason, as_json):
                 versions.append(version)
                 if not as_json:
-                    _show(version)
-            live = made.live
+                    _print_version(version)
+            live = opened_store.live
     except FreshrecError as why:
         if versions:  # what was made before a delivery that cannot be read
-            told = {"error": str(why), "exit_code": why.exit_code}
-            why.answer = [*(version.model_dump() for version in versions), told]
+            failure = {"error": str(why), "exit_code": why.exit_code}
+            why.json_output = [*(version.model_dump() for version in versions), failure]
         raise
-    _conclude(store, live, versions, force, as_json)
+    _report_update(store, live, versions, force, as_json)
 
 
-def _conclude(store: Path, live: int, versions: list[Manifest], force: bool, as_json: bool) -> None:
+def _report_update(store: Path, live: int, versions: list[Manifest], force: bool, as_json: bool) -> None:
     """Say what an update came to. RefusedError where a version did not pass."""
     found = [version.model_dump() for version in versions]
     refused = [version.id for version in versions if not version.promoted and not force]
@@ -135,7 +145,7 @@ def _conclude(store: Path, live: int, versions: list[Manifest], force: bool, as_
             f"{numbers} of {store} did not pass the gate, version {live} is live; see `freshrec history`, "
             f"or learn the events nevertheless with `freshrec update --again {refused[-1]} --force --reason ...`."
         )
-        error.answer = found
+        error.json_output = found
         raise error
     if as_json:
         print_json(found)
@@ -143,85 +153,92 @@ def _conclude(store: Path, live: int, versions: list[Manifest], force: bool, as_
         typer.echo(f"nothing new: version {live} stays live")
 
 
-def _made(
-    job: Job, paths: list[Path], again: int | None, reads: Callable[[Path], Log | None], force: str, as_json: bool
+def _make_versions(
+    job: NightlyJob,
+    paths: list[Path],
+    retry: int | None,
+    read_delivery: Callable[[Path], Log | None],
+    force: str,
+    as_json: bool,
 ) -> Iterator[Manifest]:
     """The versions of what waits, of each delivery, and of what was refused before; clicks come with the last one."""
     from freshrec.nightly import clicks
 
     yield from job.catch_up(force)
     for path in paths:
-        yield from _learn_file(job, path, reads(path), path is paths[-1], force, as_json)
+        yield from _learn_file(job, path, read_delivery(path), path is paths[-1], force, as_json)
     if not paths:
         yield from _learn_clicks(job, force, as_json)
-    clicks.settle(job)
-    if (n := clicks.waiting(job)) and not as_json:
+    clicks.remove_learnt_clicks(job)
+    if (n := clicks.count_waiting_clicks(job)) and not as_json:
         typer.echo(f"clicks newer than the file: {n:,}; they wait for the next one, or for `update` without a file")
-    if again is not None:
-        yield job.again(again, force)
+    if retry is not None:
+        yield job.relearn(retry, force)
 
 
 def _learn_file(
-    job: Job, path: Path, log: Log | None, with_clicks: bool, force: str, as_json: bool
+    job: NightlyJob, path: Path, log: Log | None, with_clicks: bool, force: str, as_json: bool
 ) -> Iterator[Manifest]:
     """The versions of one file of new events, with the clicks that wait or without; `log` is None for no rows."""
     from freshrec.nightly import clicks
-    from freshrec.nightly.job import source_of, taken_rows
+    from freshrec.nightly.job import hash_source, interaction_rows
 
-    source = source_of(path)
-    log = None if log is None or not len(taken_rows(log.frame)) else log
-    taken: Taken | None = None
+    source = hash_source(path)
+    log = None if log is None or not len(interaction_rows(log.frame)) else log
+    taken: AppendResult | None = None
     try:
         if with_clicks:
-            taken = clicks.deliver(job, log, source)
+            taken = clicks.append_with_clicks(job, log, source)
         elif log is not None:
-            taken = job.deliver(log, source)
+            taken = job.append_delivery(log, source)
     except LogError as why:
         raise LogError(f"{path.name}: {why}") from None
     if taken is None:
-        yield job.rest(None, source)
+        yield job.add_unchanged_version(None, source)
         return
     if not as_json:
-        aside = f"; {log.n_aside:,} bad rows set aside" if log is not None and log.n_aside else ""
-        typer.echo(_told(job, taken, "clicks" if log is None else path.name) + aside)
+        aside = f"; {log.n_quarantined:,} bad rows set aside" if log is not None and log.n_quarantined else ""
+        typer.echo(_delivery_line(job, taken, "clicks" if log is None else path.name) + aside)
     yield from job.catch_up(force)
 
 
-def _learn_clicks(job: Job, force: str, as_json: bool) -> Iterator[Manifest]:
+def _learn_clicks(job: NightlyJob, force: str, as_json: bool) -> Iterator[Manifest]:
     """The versions of the clicks that wait, without a file; none where no click waits."""
     from freshrec.nightly import clicks
 
     try:
-        taken = clicks.deliver(job, None, "")
+        taken = clicks.append_with_clicks(job, None, "")
     except LogError as why:
         raise LogError(f"clicks: {why}") from None
     if taken is None:
         return
     if not as_json:
-        typer.echo(_told(job, taken, "clicks"))
+        typer.echo(_delivery_line(job, taken, "clicks"))
     yield from job.catch_up(force)
 
 
-def _read(job: Job, path: Path, quarantine: Path | None, columns: str, format_name: str | None) -> Log | None:
+def _read_delivery(
+    job: NightlyJob, path: Path, quarantine: Path | None, columns: str, format_name: str | None
+) -> Log | None:
     """A delivery, read as the log of `fit` was, but for what is said otherwise; None where it holds no rows."""
-    reading, served = job.contents.reading, job.contents.served
+    read_options, served = job.bundle.read_options, job.bundle.served
     catalogs = {"user_id": served.users, "item_id": served.items}
     text = [name for name, catalog in catalogs.items() if catalog.frame["id"].dtype == pl.String]
     try:
         return read_log(
             path,
-            columns={**reading.columns, **pairs(columns)},
-            format=format_name or reading.format,
-            events=reading.events,
-            quarantine=quarantine and _unused(quarantine),
-            absent=True,
-            text=text,
+            columns={**read_options.columns, **parse_pairs(columns)},
+            format=format_name or read_options.format,
+            events=read_options.events,
+            quarantine=quarantine and _free_path(quarantine),
+            allow_missing_events=True,
+            text_columns=text,
         )
     except NoRowsError:
         return None
 
 
-def _show_previews(previews: list[dict[str, Any]], as_json: bool) -> None:
+def _print_previews(previews: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         print_json(previews)
         return
@@ -232,37 +249,37 @@ def _show_previews(previews: list[dict[str, Any]], as_json: bool) -> None:
             typer.echo(f"  odd: {what}")
 
 
-def _unused(path: Path) -> Path:
+def _free_path(path: Path) -> Path:
     """The path, or, where there is a file, the first of name-1, name-2, ... that is free."""
-    numbered = (path.with_stem(f"{path.stem}-{n}") for n in count(1))
-    return path if not path.exists() else next(other for other in numbered if not other.exists())
+    candidates = (path.with_stem(f"{path.stem}-{n}") for n in count(1))
+    return path if not path.exists() else next(other for other in candidates if not other.exists())
 
 
-def _told(job: Job, taken: Taken, name: str) -> str:
+def _delivery_line(job: NightlyJob, result: AppendResult, name: str) -> str:
     """What became of the rows of a delivery."""
-    from freshrec.nightly.job import set_aside
+    from freshrec.nightly.job import rejected_batches
 
-    if taken.again is not None:
-        told = f"{name}: the very bytes of batch {taken.again}; nothing is taken again"
-        if taken.again not in set_aside(job.store):
-            return told
-        number = max(manifest.id for manifest in job.store.versions() if manifest.batch == taken.again)
-        return f"{told}: version {number} has learnt it and is not live; see `freshrec update --again {number}`"
-    left = [f"{n:,} {what}" for n, what in ((taken.doubled, "doubled"), (taken.known, "known already")) if n]
-    late = f", {taken.late:,} of them late" if taken.late else ""
+    if result.repeated_batch is not None:
+        message = f"{name}: the very bytes of batch {result.repeated_batch}; nothing is taken again"
+        if result.repeated_batch not in rejected_batches(job.store):
+            return message
+        number = max(manifest.id for manifest in job.store.manifests() if manifest.batch == result.repeated_batch)
+        return f"{message}: version {number} has learnt it and is not live; see `freshrec update --again {number}`"
+    left = [f"{n:,} {what}" for n, what in ((result.n_duplicates, "doubled"), (result.n_known, "known already")) if n]
+    late = f", {result.n_late:,} of them late" if result.n_late else ""
     left_out = f"; left out: {', '.join(left)}" if left else ""
-    return f"{name}: {taken.rows:,} rows, {taken.kept:,} new{late}{left_out}"
+    return f"{name}: {result.n_rows:,} rows, {result.n_appended:,} new{late}{left_out}"
 
 
-def _show(version: Manifest) -> None:
-    typer.echo(line_of(version))
+def _print_version(version: Manifest) -> None:
+    typer.echo(version_line(version))
     for reason in version.reasons:
         typer.echo(f"  refused: {reason}")
     for note in version.notes:
         typer.echo(f"  note: {note}")
 
 
-def line_of(version: Manifest) -> str:
+def version_line(version: Manifest) -> str:
     """A version in a line: what it has learnt, how long that took, how good it is, and the verdict."""
     numbers, parts = version.numbers, list[str]()
     name = f"version {version.id}" + (f" from {version.parent}" if version.parent is not None else "")
@@ -273,14 +290,14 @@ def line_of(version: Manifest) -> str:
         parts = [", ".join(f"{int(numbers[key]):,} {word}" for key, word in what if key in numbers)]
         full = f" (full retrain estimated {numbers['full_s']:.0f} s)" if "full_s" in numbers else ""
         parts += [f"{numbers.get('wait_s', 0.0):.1f} s{full}"]
-    parts += [quality for quality in [_quality(numbers)] if quality]
+    parts += [quality for quality in [_quality_text(numbers)] if quality]
     verdict = {"fit": "first version", "update": "promoted", "no rows": "no rows", "saved": "saved from Python"}
     refused = "refused, live by force" if version.goes_live else "refused"
     parts += [verdict[version.kind] if version.promoted else refused]
     return f"{name}: {'; '.join(parts)}"
 
 
-def _quality(numbers: dict[str, float]) -> str:
+def _quality_text(numbers: dict[str, float]) -> str:
     """The metric of a version beside that of the live one, or of popularity."""
     metric = next((name.removesuffix(" live") for name in numbers if name.endswith(" live")), "")
     if metric:
@@ -296,14 +313,20 @@ def history(store: StorePath = Path("store"), as_json: AsJson = False) -> None:
     """All versions, and what became of them."""
     from freshrec.store.versions import open_store
 
-    made = open_store(store)
-    versions, moves = made.versions(), made.moves()
+    opened_store = open_store(store)
+    versions, moves = opened_store.manifests(), opened_store.moves()
     if as_json:
-        told = {"versions": [v.model_dump() for v in versions], "moves": [m.model_dump() for m in moves]}
-        print_json(told)
+        answer = {"versions": [v.model_dump() for v in versions], "moves": [m.model_dump() for m in moves]}
+        print_json(answer)
         return
     rows = [
-        (v.id, "live" if v.id == made.live else "", v.made_at, line_of(v).partition(": ")[2], " ".join(v.reasons))
+        (
+            v.id,
+            "live" if v.id == opened_store.live else "",
+            v.made_at,
+            version_line(v).partition(": ")[2],
+            " ".join(v.reasons),
+        )
         for v in versions
     ]
     print_table(("version", "", "made", "what", "why"), rows)
@@ -311,25 +334,29 @@ def history(store: StorePath = Path("store"), as_json: AsJson = False) -> None:
 
 
 @contextmanager
-def _changing(folder: Path, wait: str) -> Iterator[Store]:
+def _locked_store(folder: Path, wait: str) -> Iterator[Store]:
     """A store that nobody else changes meanwhile."""
     from freshrec.store.versions import open_store
 
     store = open_store(folder)
-    with store.locked(seconds(wait) if wait else 0.0):
+    with store.locked(parse_duration(wait) if wait else 0.0):
         yield store
 
 
 def promote(
-    number: Number, store: StorePath = Path("store"), reason: Reason = "", wait: Wait = "", as_json: AsJson = False
+    number: VersionArgument,
+    store: StorePath = Path("store"),
+    reason: ReasonOption = "",
+    wait: WaitOption = "",
+    as_json: AsJson = False,
 ) -> None:
     """Make a version the live one; one that was refused needs a reason."""
-    with _changing(store, wait) as made:
-        if not made.manifest(number).promoted and not reason:
+    with _locked_store(store, wait) as opened_store:
+        if not opened_store.manifest(number).promoted and not reason:
             raise OptionError(
                 f'version {number} was refused by the gate; promote it with --reason "...", which is kept.'
             )
-        made.point(number, "promote", reason)
+        opened_store.move_pointer(number, "promote", reason)
     print_json({"live": number}) if as_json else typer.echo(f"version {number} is live")
 
 
@@ -338,54 +365,58 @@ def rollback(
         int | None, typer.Argument(metavar="[VERSION]", help="The parent of the live one if none.")
     ] = None,
     store: StorePath = Path("store"),
-    reason: Reason = "",
-    wait: Wait = "",
+    reason: ReasonOption = "",
+    wait: WaitOption = "",
     as_json: AsJson = False,
 ) -> None:
     """Go back to an earlier version. What later ones had learnt is not learnt again (but see `update --again`)."""
-    with _changing(store, wait) as made:
-        live = made.live
-        back = number if number is not None else made.manifest(live).parent
-        if back is None:
+    with _locked_store(store, wait) as opened_store:
+        live = opened_store.live
+        target = number if number is not None else opened_store.manifest(live).parent
+        if target is None:
             raise OptionError(f"version {live} is the first; there is nothing to go back to.")
-        if not made.manifest(back).goes_live and not reason:
-            raise OptionError(f'version {back} was refused by the gate; take it with --reason "...", which is kept.')
-        if back >= live:
+        if not opened_store.manifest(target).goes_live and not reason:
+            raise OptionError(f'version {target} was refused by the gate; take it with --reason "...", which is kept.')
+        if target >= live:
             raise OptionError(
-                f"version {back} is not earlier than the live one, {live}; use `freshrec promote {back}`."
+                f"version {target} is not earlier than the live one, {live}; use `freshrec promote {target}`."
             )
-        made.point(back, "rollback", reason)
-    told = f"version {back} is live, after {live}"
-    print_json({"live": back, "was": live}) if as_json else typer.echo(told)
+        opened_store.move_pointer(target, "rollback", reason)
+    message = f"version {target} is live, after {live}"
+    print_json({"live": target, "was": live}) if as_json else typer.echo(message)
 
 
 def gc(
     store: StorePath = Path("store"),
     keep: Annotated[int, typer.Option(min=1, help="Versions that were live and stay, beside the live one.")] = 5,
-    wait: Wait = "",
+    wait: WaitOption = "",
     as_json: AsJson = False,
 ) -> None:
     """Give up the files of old and refused versions; what they were is still told by `history`."""
-    from freshrec.store.versions import collect
+    from freshrec.store.versions import collect_garbage
 
-    with _changing(store, wait) as made:
-        gone = collect(made, keep)
-    told = f"versions {', '.join(map(str, gone))} were given up" if gone else "nothing to give up"
-    print_json({"gone": gone}) if as_json else typer.echo(told)
+    with _locked_store(store, wait) as opened_store:
+        collected_numbers = collect_garbage(opened_store, keep)
+    message = (
+        f"versions {', '.join(map(str, collected_numbers))} were given up"
+        if collected_numbers
+        else "nothing to give up"
+    )
+    print_json({"gone": collected_numbers}) if as_json else typer.echo(message)
 
 
 def erase(
     user: Annotated[str, typer.Argument(metavar="USER")],
     store: StorePath = Path("store"),
-    wait: Wait = "",
+    wait: WaitOption = "",
     as_json: AsJson = False,
 ) -> None:
     """Remove a user from the log and from every version, on the disk, and print a receipt of what stays."""
     from freshrec.nightly import erase as erasing
-    from freshrec.nightly.job import Job
+    from freshrec.nightly.job import NightlyJob
 
-    with _changing(store, wait) as made:
-        receipt = erasing.erase(Job(made), user)
+    with _locked_store(store, wait) as opened_store:
+        receipt = erasing.erase_user(NightlyJob(opened_store), user)
     if as_json:
         print_json(receipt)
         return

@@ -27,7 +27,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from freshrec.errors import OptionError, unknown
+from freshrec.errors import OptionError, unknown_name_error
 
 T = TypeVar("T")
 IMPORTS = "FRESHREC_IMPORT"  # environment variable: modules, separated by commas, that commands import first
@@ -35,7 +35,7 @@ IMPORTS = "FRESHREC_IMPORT"  # environment variable: modules, separated by comma
 HISTORY_LENGTH = 50  # most recent events of a user that a model reads or keeps, unless its paper says otherwise
 
 Count = Annotated[int, Ge(1)]
-CountOrNone = Annotated[int, Ge(0)]  # 0 = none of them
+CountOrZero = Annotated[int, Ge(0)]  # 0 = none of them
 Positive = Annotated[float, Gt(0), Lt(math.inf)]
 Weight = Annotated[float, Ge(0), Lt(math.inf)]
 Rate = Annotated[float, Ge(0), Lt(1)]
@@ -67,7 +67,7 @@ def option_error(problem: ValidationError, kind: type, place: str, *parents: str
     where, value = place.format(".".join(map(str, path))), error["input"]
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         names = [".".join(map(str, [*path[:-1], name])) for name in hints_of(_type_at(kind, path[:-1]))]
-        return unknown(place.partition(" {}")[0], ".".join(map(str, path)), names)
+        return unknown_name_error(place.partition(" {}")[0], ".".join(map(str, path)), names)
     if error["type"] == "literal_error":
         valid = [str(choice) for choice in get_args(bare_type(_type_at(kind, path)))]
         near = get_close_matches(str(value), valid, n=1, cutoff=0)
@@ -136,7 +136,7 @@ class Form:
     method: str  # of the protocol, for messages
 
 
-def choose(
+def find_instance(
     kind: str,
     text: str,
     table: Mapping[str, T],
@@ -152,20 +152,20 @@ def choose(
     name = aliases.get(name, name)
     if name not in table and options and "=" not in options[0]:  # the colon of "module:Thing", not that of an option
         name = f"{name}:{options.pop(0)}"
-    chosen: Any = table[name] if name in table else _imported(kind, name, [*table, *aliases], form)
-    wanted = []
+    instance: Any = table[name] if name in table else _import_instance(kind, name, [*table, *aliases], form)
+    changes = []
     for option in options:
         path, equals, value = option.partition("=")
         if not equals:
             raise OptionError(f'"{option[:60]}" in "{text[:60]}" is not an option: write {name}:field=value.')
-        wanted.append((path.split("."), value))
-    return _replaced(chosen, wanted, text) if wanted else chosen  # type: ignore[no-any-return]
+        changes.append((path.split("."), value))
+    return _replace_fields(instance, changes, text) if changes else instance  # type: ignore[no-any-return]
 
 
-def _imported(kind: str, name: str, valid: Iterable[str], form: Form | None) -> Any:
+def _import_instance(kind: str, name: str, valid: Iterable[str], form: Form | None) -> Any:
     module, mark, thing = name.rpartition(":" if ":" in name else ".")
     if not mark:
-        raise unknown(kind, name, valid)
+        raise unknown_name_error(kind, name, valid)
     try:
         found = vars(import_named(module))[thing]
     except (ImportError, KeyError, ValueError) as problem:
@@ -200,23 +200,23 @@ def import_named(module: str) -> ModuleType:
     return importlib.import_module(module)
 
 
-def _replaced(instance: Any, wanted: list[tuple[list[str], str]], text: str) -> Any:
+def _replace_fields(instance: Any, changes: list[tuple[list[str], str]], text: str) -> Any:
     """`instance` with fields, or fields of its parts, set from strings; all at once, as some go together only."""
-    changes: dict[str, Any] = {}
-    for (first, *rest), value in wanted:
+    new_values: dict[str, Any] = {}
+    for (first, *rest), value in changes:
         if not is_dataclass(instance) or isinstance(instance, type) or not fields(instance):
             raise OptionError(f'"{text[:60]}": there are no options below "{first[:60]}".')
         if first not in {f.name for f in fields(instance)}:
-            raise unknown(f"option of {type(instance).__name__}", first, [f.name for f in fields(instance)])
-        old = changes.get(first, getattr(instance, first))
+            raise unknown_name_error(f"option of {type(instance).__name__}", first, [f.name for f in fields(instance)])
+        old = new_values.get(first, getattr(instance, first))
         if rest:
-            changes[first] = _replaced(old, [(rest, value)], text)
+            new_values[first] = _replace_fields(old, [(rest, value)], text)
         else:
-            changes[first] = _parsed(get_type_hints(instance.__class__)[first], old, value, first)
-    return replace(instance, **changes)
+            new_values[first] = _parse_value(get_type_hints(instance.__class__)[first], old, value, first)
+    return replace(instance, **new_values)
 
 
-def _parsed(kind: Any, old: Any, value: str, name: str) -> Any:
+def _parse_value(kind: Any, current: Any, value: str, name: str) -> Any:
     """`value` as the type of its field; "none" leaves out a part that may be left out, a class's name puts one in."""
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     for part in kinds:
@@ -234,6 +234,6 @@ def _parsed(kind: Any, old: Any, value: str, name: str) -> Any:
                 return number(value)
         except ValueError:
             continue
-    if is_dataclass(old):
+    if is_dataclass(current):
         raise OptionError(f'{name} cannot be "{value[:60]}"; it has options of its own: write {name}.field=value.')
-    raise OptionError(f'option {name} cannot be "{value[:60]}"; its default is {old}.')
+    raise OptionError(f'option {name} cannot be "{value[:60]}"; its default is {current}.')

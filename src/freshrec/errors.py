@@ -23,7 +23,7 @@ class FreshrecError(Exception):
     """Root of all errors raised on purpose; the command line prints its message and exits with `exit_code`."""
 
     exit_code = 1
-    answer: Any = None  # what `--json` prints nevertheless, where the command has found or done something
+    json_output: Any = None  # what `--json` prints nevertheless, where the command has found or done something
 
 
 class LogError(FreshrecError):
@@ -78,9 +78,9 @@ class BusyError(FreshrecError):
     exit_code = 9
 
 
-def unknown(kind: str, name: str, valid: Iterable[str]) -> OptionError:
+def unknown_name_error(kind: str, name: str, valid: Iterable[str]) -> OptionError:
     """The error for an unknown `kind` ("model", "strategy", ...) called `name`, with the nearest valid name."""
     valid = sorted(valid)
-    near = get_close_matches(name, valid, n=1, cutoff=0.4)
-    hint = f'did you mean "{near[0]}"?' if near else f"valid: {', '.join(valid)}."
+    nearest = get_close_matches(name, valid, n=1, cutoff=0.4)
+    hint = f'did you mean "{nearest[0]}"?' if nearest else f"valid: {', '.join(valid)}."
     return OptionError(f'there is no {kind} "{name[:60]}"; {hint}')

@@ -13,10 +13,15 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-SEQUENCES = ("window", "lane")  # units of models that learn at each position of a history
+SEQUENCE_FORMATS = ("window", "lane")  # units of models that learn at each position of a history
 TRAIN, VALID, TEST = 0, 1, 2  # Events.role_E: what an event is for
 NOW, NEXT, NEVER = 0, 1, 2  # Events.joins_E: the update that may train on it
-DONE, DUE, LATER, SECRET = 0, 1, 2, 3  # Histories.due_R: already trained on; train now; at the next update; never
+TRAINED, DUE, DEFERRED, HELD_OUT = (
+    0,
+    1,
+    2,
+    3,
+)  # Histories.due_R: already trained on; train now; at the next update; never
 
 
 @dataclass(frozen=True)
@@ -27,15 +32,15 @@ class Events:
     items_E: Tensor  # int64, item rows
     times_E: Tensor  # int64, microseconds, or the order of the events where the log has no clock
     role_E: Tensor  # int8, TRAIN, VALID or TEST
-    joins_E: Tensor  # int8, NOW, NEXT or NEVER: which update may train on the event
+    train_at_E: Tensor  # int8, NOW, NEXT or NEVER: which update may train on the event
     labels_E: Tensor | None = None  # float32: 1 taken, 0 shown and not taken, nan not known; None: all are taken
-    kinds_E: Tensor | None = None  # int32, category rows of the items, 0 = none
+    categories_E: Tensor | None = None  # int32, category rows of the items, 0 = none
 
     def __len__(self) -> int:
         return len(self.users_E)
 
-    def __getitem__(self, which: Tensor | slice) -> Events:
-        columns: list[Any] = [None if column is None else column[which] for column in vars(self).values()]
+    def __getitem__(self, index: Tensor | slice) -> Events:
+        columns: list[Any] = [None if column is None else column[index] for column in vars(self).values()]
         return Events(*columns)
 
     def to(self, device: torch.device) -> Events:
@@ -44,7 +49,7 @@ class Events:
         return Events(*columns)
 
     @staticmethod
-    def of(users_E: Tensor, items_E: Tensor, times_E: Tensor | None = None) -> Events:
+    def trainable(users_E: Tensor, items_E: Tensor, times_E: Tensor | None = None) -> Events:
         """Events that may all be trained on at once; times count up where none are given."""
         zeros = torch.zeros(len(users_E), dtype=torch.int8)
         times_E = torch.arange(len(users_E)) if times_E is None else times_E
@@ -68,7 +73,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Shown:
+class Impressions:
     """What users were shown, in time order: where a log has such rows, these are what is trained on."""
 
     users_E: Tensor  # int64
@@ -80,8 +85,8 @@ class Shown:
     def __len__(self) -> int:
         return len(self.users_E)
 
-    def __getitem__(self, which: Tensor) -> Shown:
-        return Shown(*(column[which] for column in vars(self).values()))
+    def __getitem__(self, index: Tensor) -> Impressions:
+        return Impressions(*(column[index] for column in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -96,8 +101,8 @@ class Histories:
     items_R: Tensor  # int32
     times_R: Tensor  # int64
     due_R: Tensor  # int8: DONE, DUE, LATER or SECRET
-    shown: Shown | None = None
-    kinds_I: Tensor | None = None  # int32, the category row of each item, from item 0; None: the log has none
+    impressions: Impressions | None = None
+    categories_I: Tensor | None = None  # int32, the category row of each item, from item 0; None: the log has none
 
     @property
     def n_users(self) -> int:
@@ -136,11 +141,11 @@ class Interests:
 
 
 @dataclass(frozen=True)
-class Lanes:
+class SessionLanes:
     """The lane of each row of a session-parallel batch, and the state in which the model reads the row."""
 
     lane_B: Tensor
-    begins_B: Tensor  # bool: a session begins; else it is that of the lane's last row
+    is_first_B: Tensor  # bool: a session begins; else it is that of the lane's last row
     n_lanes: int
     states: tuple[Tensor, ...] | None = None  # (B, H) of each layer before the row; None: all zero
 
@@ -157,8 +162,8 @@ class Batch:
     alive_BK: Tensor | None = None  # bool: the interests this user has, new ones included
     old_BK: Tensor | None = None  # bool: those it had before this span
     labels_B: Tensor | None = None  # float32: whether the target was taken; None: all are
-    kinds_I: Tensor | None = None  # the category of each item, where the log has them
-    lanes: Lanes | None = None  # the rows go on where earlier batches ended
+    categories_I: Tensor | None = None  # the category of each item, where the log has them
+    lanes: SessionLanes | None = None  # the rows go on where earlier batches ended
     project: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # (vectors_BKD, alive_BK, old_BK) -> vectors_BKD
 
     def __len__(self) -> int:
@@ -227,7 +232,7 @@ class SeededModel(Model, Protocol):
 
 
 @runtime_checkable
-class OfferingModel(CountingModel, Protocol):
+class CandidateModel(CountingModel, Protocol):
     """A model that looks at a few items of each user only; it has no opinion of the others."""
 
     def candidates(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -235,10 +240,10 @@ class OfferingModel(CountingModel, Protocol):
 
 
 @runtime_checkable
-class RememberingModel(Model, Protocol):
+class ErasableModel(Model, Protocol):
     """A model that remembers what each user took."""
 
-    def forget(self, user: int) -> None:
+    def erase_user(self, user: int) -> None:
         """The user in this row has taken nothing."""
 
 
@@ -246,7 +251,9 @@ class RememberingModel(Model, Protocol):
 class TrainedModel(Model, Protocol):
     """A model that learns by gradients: an `nn.Module`, of which training uses the methods at the end."""
 
-    unit: str  # how it wants its batches: a row per "target" with history, per "window" of targets, per "pair" without,
+    batch_format: (
+        str  # how it wants its batches: a row per "target" with history, per "window" of targets, per "pair" without,
+    )
     # or per "click": a target with the history there is, which may be none, and its label; "lane": event by event
     seed: int
     moments: dict[str, Tensor]  # the optimiser's memory of the dense weights; tables carry their own
@@ -274,7 +281,7 @@ class TrainedModel(Model, Protocol):
 class ClickModel(TrainedModel, ScoringModel, Protocol):
     """A model whose score is the log-odds that the user takes the item: it can learn from what was not taken."""
 
-    def clicks(self, batch: Batch, items: Tensor) -> Tensor:
+    def click_probabilities(self, batch: Batch, items: Tensor) -> Tensor:
         """How likely the user takes each item, shaped as `score`."""
 
 
@@ -304,10 +311,10 @@ class InterestModel(EncodingModel, Protocol):
     """A model with several interests a user, kept between spans."""
 
     @property
-    def ordered(self) -> bool:
+    def has_ordered_interests(self) -> bool:
         """Whether the k-th interest is the k-th of something learnt, so that only a user's last ones may be dropped."""
 
-    def slots(self, n: int) -> Tensor:
+    def initial_interests(self, n: int) -> Tensor:
         """(n, D): where the interests of a newcomer, and new interests of anybody, start."""
 
 
@@ -335,12 +342,12 @@ class State:
     model: Any  # a Model; what is served
     seed: int = 0
     spans_seen: int = 0
-    recent: Histories = field(default_factory=Histories.empty)
-    users: Interests | None = None
+    histories: Histories = field(default_factory=Histories.empty)
+    interests: Interests | None = None
     base_epochs: int = 0  # how many epochs the base block needed; a full retrain uses as many
     memory: Any = None  # whatever the strategy keeps: a tree of tensors and dataclasses
     costs: dict[str, float] = field(default_factory=dict)  # what the last update measured of itself
-    started: State | None = None  # the base block's state, where another strategy has already trained the same one
+    shared_base: State | None = None  # the base block's state, where another strategy has already trained the same one
 
 
 @runtime_checkable
@@ -351,4 +358,4 @@ class Strategy(Protocol):
         """`state` is left as it was; `state.recent` already holds the span's events, marked as due."""
 
 
-Term = Callable[[Batch, Forward], Tensor]  # an extra scalar added to the loss
+LossTerm = Callable[[Batch, Forward], Tensor]  # an extra scalar added to the loss

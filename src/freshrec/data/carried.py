@@ -8,53 +8,53 @@ from torch import Tensor
 from freshrec.types import Batch, InterestModel, Interests, Model
 
 
-def pad_interests(users: Interests, users_B: Tensor, slots_KD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def pad_interests(interests: Interests, users_B: Tensor, initial_KD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Stored interests of some users: (B, K, D) vectors, (B, K) alive, (B, K) span of birth; newcomers get the slots.
 
     K is the largest number of interests in the batch. A newcomer's interests count as born in span 32767: not yet.
     """
-    known_B = torch.where(users_B <= users.n_users, users_B, 0)
-    start_B = users.offsets_U[known_B]
-    n_B = users.offsets_U[known_B + 1] - start_B
+    known_B = torch.where(users_B <= interests.n_users, users_B, 0)
+    start_B = interests.offsets_U[known_B]
+    n_B = interests.offsets_U[known_B + 1] - start_B
     is_new_B = n_B == 0
-    n_B = torch.where(is_new_B, len(slots_KD), n_B)
-    slot_K = torch.arange(int(n_B.max()) if len(n_B) else 1)
-    alive_BK = slot_K < n_B[:, None]
+    n_B = torch.where(is_new_B, len(initial_KD), n_B)
+    index_K = torch.arange(int(n_B.max()) if len(n_B) else 1)
+    alive_BK = index_K < n_B[:, None]
     stored_BK = alive_BK & ~is_new_B[:, None]
-    row_BK = torch.where(stored_BK, start_B[:, None] + slot_K, 0)
-    vectors_BKD = torch.zeros(*alive_BK.shape, slots_KD.shape[1])
+    row_BK = torch.where(stored_BK, start_B[:, None] + index_K, 0)
+    vectors_BKD = torch.zeros(*alive_BK.shape, initial_KD.shape[1])
     born_BK = torch.full(alive_BK.shape, 32767, dtype=torch.int16)
-    if len(users.vectors_SD):
-        vectors_BKD = users.vectors_SD[row_BK].float() * stored_BK[..., None]
-        born_BK = torch.where(stored_BK, users.born_S[row_BK], born_BK)
+    if len(interests.vectors_SD):
+        vectors_BKD = interests.vectors_SD[row_BK].float() * stored_BK[..., None]
+        born_BK = torch.where(stored_BK, interests.born_S[row_BK], born_BK)
     if bool(is_new_B.any()):
-        vectors_BKD[is_new_B, : len(slots_KD)] = slots_KD
+        vectors_BKD[is_new_B, : len(initial_KD)] = initial_KD
     return vectors_BKD, alive_BK, born_BK
 
 
 @dataclass(frozen=True)
-class Carried:
+class StoredInterests:
     """What travels with a batch of an interest model: stored interests, newcomers' slots, the span being learnt."""
 
-    users: Interests
-    slots_KD: Tensor
+    interests: Interests
+    initial_KD: Tensor
     span: int
 
-    def join(self, batch: Batch) -> Batch:
+    def attach(self, batch: Batch) -> Batch:
         """`batch` with each user's interests: which are alive, which are older than this span."""
-        vectors_BKD, alive_BK, born_BK = pad_interests(self.users, batch.users_B, self.slots_KD)
+        vectors_BKD, alive_BK, born_BK = pad_interests(self.interests, batch.users_B, self.initial_KD)
         return replace(batch, interests_BKD=vectors_BKD, alive_BK=alive_BK, old_BK=born_BK < self.span)
 
-    def counts(self, users_N: Tensor) -> Tensor:
+    def interest_counts(self, users_N: Tensor) -> Tensor:
         """How many interests each user has (N,)."""
-        known_N = torch.where(users_N <= self.users.n_users, users_N, 0)
-        n_N = self.users.offsets_U[known_N + 1] - self.users.offsets_U[known_N]
-        return torch.where(n_N == 0, len(self.slots_KD), n_N)
+        known_N = torch.where(users_N <= self.interests.n_users, users_N, 0)
+        n_N = self.interests.offsets_U[known_N + 1] - self.interests.offsets_U[known_N]
+        return torch.where(n_N == 0, len(self.initial_KD), n_N)
 
 
-def carried_by(model: Model, users: Interests | None, span: int) -> Carried | None:
+def stored_interests_of(model: Model, interests: Interests | None, span: int) -> StoredInterests | None:
     """What travels with the batches of an interest model; None for other models."""
     if not isinstance(model, InterestModel):
         return None
-    users = Interests.empty(model.spec.d) if users is None else users
-    return Carried(users, model.slots(model.spec.k), span)
+    interests = Interests.empty(model.spec.d) if interests is None else interests
+    return StoredInterests(interests, model.initial_interests(model.spec.k), span)

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from freshrec.errors import LogError, StateError
 
-WORDS = {pl.Int64: "whole numbers", pl.String: "text", pl.Float64: "numbers"}  # what people call the types
-INTEGERS = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt8, pl.UInt16, pl.UInt32)  # all of them fit in Int64
-COLUMNS = {"first_span": pl.Int32, "last_span": pl.Int32}  # beside "id", which is Int64 or String
-Rows: TypeAlias = NDArray[np.uint32]
-Column: TypeAlias = NDArray[np.int64] | pl.Series  # numbers, or text
+TYPE_NAMES = {pl.Int64: "whole numbers", pl.String: "text", pl.Float64: "numbers"}  # what people call the types
+INTEGER_TYPES = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt8, pl.UInt16, pl.UInt32)  # all of them fit in Int64
+SPAN_COLUMNS = {"first_span": pl.Int32, "last_span": pl.Int32}  # beside "id", which is Int64 or String
+UInt32Array: TypeAlias = NDArray[np.uint32]
+IdColumn: TypeAlias = NDArray[np.int64] | pl.Series  # numbers, or text
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,14 +41,14 @@ class Catalog:
     @staticmethod
     def empty() -> Catalog:
         """No ids yet; the first `extend` decides whether they are integers or strings."""
-        return Catalog(pl.DataFrame(schema={"id": pl.Null, **COLUMNS}))
+        return Catalog(pl.DataFrame(schema={"id": pl.Null, **SPAN_COLUMNS}))
 
     @staticmethod
     def load(frame: pl.DataFrame) -> Catalog:
         """The catalog whose `frame` was saved. StateError where it is not a numbering of distinct ids."""
         schema = dict(frame.schema)
         kind = schema.pop("id", None)
-        if schema != COLUMNS or kind not in (pl.Int64, pl.String, pl.Null):
+        if schema != SPAN_COLUMNS or kind not in (pl.Int64, pl.String, pl.Null):
             raise StateError(f"a saved catalog has the columns {frame.schema}; save it again from its log.")
         if not frame["id"].drop_nulls().is_unique().all():
             raise StateError("a saved catalog has repeated ids; save it again from its log.")
@@ -56,44 +56,44 @@ class Catalog:
 
     def extend(self, ids: pl.Series, span: int) -> Catalog:
         """The catalog after `span`, in which `ids` occurred: new ones get the next rows, in order of appearance."""
-        ids = self.checked(ids)
-        today = pl.DataFrame({"id": ids.unique(maintain_order=True)}).with_columns(
+        ids = self.normalize_ids(ids)
+        current = pl.DataFrame({"id": ids.unique(maintain_order=True)}).with_columns(
             pl.lit(span, pl.Int32).alias("first_span"), pl.lit(span, pl.Int32).alias("last_span")
         )
         old = self.frame.with_columns(pl.col("id").cast(ids.dtype))
-        again = old.join(today.select("id", today="last_span"), on="id", how="left", maintain_order="left")
-        seen = again.select("id", "first_span", pl.coalesce("today", "last_span").alias("last_span"))
-        new = today.join(old, on="id", how="anti", maintain_order="left")
+        returning = old.join(current.select("id", today="last_span"), on="id", how="left", maintain_order="left")
+        seen = returning.select("id", "first_span", pl.coalesce("today", "last_span").alias("last_span"))
+        new = current.join(old, on="id", how="anti", maintain_order="left")
         return Catalog(pl.concat([seen, new]))
 
     def rows(self, ids: pl.Series) -> Tensor:
         """int64 rows of `ids`; 0 for an id the catalog does not hold."""
-        ids = self.checked(ids)
-        order_I, sorted_ids = self._sorted
+        ids = self.normalize_ids(ids)
+        order_I, sorted_ids = self._sorted_ids
         if not len(order_I) or not len(ids):
             return torch.zeros(len(ids), dtype=torch.int64)
-        at_N, is_there_N = _places(sorted_ids, ids)
-        return torch.from_numpy((order_I[at_N].astype("int64") + 1) * is_there_N)
+        at_N, is_known_N = _search_sorted(sorted_ids, ids)
+        return torch.from_numpy((order_I[at_N].astype("int64") + 1) * is_known_N)
 
-    def row(self, one: int | str) -> int:
+    def row(self, raw_id: int | str) -> int:
         """The row of an id of the catalog's kind; 0 where it does not hold it: sooner than `rows` for one alone."""
-        order_I, sorted_ids = self._sorted
-        at = bisect_left(sorted_ids, one)
-        return int(order_I[at]) + 1 if at < len(order_I) and sorted_ids[at] == one else 0
+        order_I, sorted_ids = self._sorted_ids
+        position = bisect_left(sorted_ids, raw_id)
+        return int(order_I[position]) + 1 if position < len(order_I) and sorted_ids[position] == raw_id else 0
 
-    def without(self, row: int) -> Catalog:
+    def erase_row(self, row: int) -> Catalog:
         """The catalog after erasing the id of a row."""
         return Catalog(self.frame.with_columns(id=pl.when(pl.int_range(pl.len()) != row - 1).then("id")))
 
-    def restarted(self) -> Catalog:
+    def reset_spans(self) -> Catalog:
         """The same rows, as if span 0 had brought all ids: spans are counted from a base block."""
-        return Catalog(self.frame.with_columns(pl.lit(0, kind).alias(name) for name, kind in COLUMNS.items()))
+        return Catalog(self.frame.with_columns(pl.lit(0, kind).alias(name) for name, kind in SPAN_COLUMNS.items()))
 
     @cached_property
-    def _sorted(self) -> tuple[Rows, Column]:
+    def _sorted_ids(self) -> tuple[UInt32Array, IdColumn]:
         """The positions of the ids in ascending order, and the ids in it; without those erased."""
         order_I = self.frame["id"].arg_sort(nulls_last=True)[: len(self) - self.frame["id"].null_count()]
-        return order_I.to_numpy(), _one_by_one(self.frame["id"].gather(order_I))
+        return order_I.to_numpy(), _to_indexable(self.frame["id"].gather(order_I))
 
     def ids(self, rows: Tensor) -> pl.Series:
         """The ids of `rows`, which must be at most len(self); null for row 0."""
@@ -101,13 +101,13 @@ class Catalog:
         return self.frame["id"].gather(positions.set(positions < 0, None) if bool((rows == 0).any()) else positions)
 
     @cached_property
-    def column(self) -> Column:
+    def id_column(self) -> IdColumn:
         """The ids of all rows but 0: `.item(row - 1)` gives one sooner than `ids` does; nonsense for one erased."""
-        return _one_by_one(self.frame["id"])
+        return _to_indexable(self.frame["id"])
 
-    def checked(self, ids: pl.Series) -> pl.Series:
+    def normalize_ids(self, ids: pl.Series) -> pl.Series:
         """`ids` as Int64 or String. LogError for nulls, other types, and ids of another kind than the catalog's."""
-        if ids.dtype in INTEGERS:
+        if ids.dtype in INTEGER_TYPES:
             ids = ids.cast(pl.Int64)
         elif ids.dtype in (pl.Categorical, pl.Enum):
             ids = ids.cast(pl.String)
@@ -116,24 +116,24 @@ class Catalog:
             raise LogError(f"the ids in {ids.name!r} are {ids.dtype}; make them integers or strings.")
         if kind not in (ids.dtype, pl.Null):
             raise LogError(
-                f"{ids.name} holds {WORDS[type(ids.dtype)]}, and earlier ones are {WORDS[type(kind)]}; use one kind."
+                f"{ids.name} holds {TYPE_NAMES[type(ids.dtype)]}, and earlier ones are {TYPE_NAMES[type(kind)]}; use one kind."
             )
         if ids.null_count():
             raise LogError(f"{ids.null_count():,} of the ids in {ids.name!r} are null; remove those rows.")
         return ids
 
 
-def _one_by_one(ids: pl.Series) -> Column:
+def _to_indexable(ids: pl.Series) -> IdColumn:
     """The same to look into one by one, for which polars takes longer; what was erased is 0."""
     return ids.fill_null(0).to_numpy() if ids.dtype == pl.Int64 else ids
 
 
-def _places(sorted_ids: Column, ids: pl.Series) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def _search_sorted(sorted_ids: IdColumn, ids: pl.Series) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Where each of `ids` is among some, and whether it is."""
     last = len(sorted_ids) - 1
     if isinstance(sorted_ids, pl.Series):
         at_N = sorted_ids.search_sorted(ids).clip(upper_bound=last)
         return at_N.to_numpy(), (sorted_ids.gather(at_N) == ids).to_numpy()
-    wanted_N = ids.to_numpy()
-    places_N = sorted_ids.searchsorted(wanted_N).clip(max=last)
-    return places_N, sorted_ids[places_N] == wanted_N
+    ids_N = ids.to_numpy()
+    positions_N = sorted_ids.searchsorted(ids_N).clip(max=last)
+    return positions_N, sorted_ids[positions_N] == ids_N

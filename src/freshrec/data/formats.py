@@ -13,139 +13,141 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from freshrec.errors import LogError, unknown
+from freshrec.errors import LogError, unknown_name_error
 
 if TYPE_CHECKING:
     import pandas as pd
 
-ENDINGS = "CSV (.csv, .tsv, also .gz), Parquet (.parquet, a file or a folder) or JSON lines (.jsonl, .ndjson, also .gz)"
+SUPPORTED_ENDINGS = (
+    "CSV (.csv, .tsv, also .gz), Parquet (.parquet, a file or a folder) or JSON lines (.jsonl, .ndjson, also .gz)"
+)
 
 
 @dataclass(frozen=True)
-class Table:
+class SourceTable:
     """A table that is open but not yet read."""
 
     rows: pl.LazyFrame
-    where: str  # its name in messages
-    typed: bool  # its columns have types; otherwise all of it is text
-    mixed_ids: bool = False  # ids that are partly digits and partly letters are meant to be so
+    name: str  # its name in messages
+    has_types: bool  # its columns have types; otherwise all of it is text
+    allows_mixed_ids: bool = False  # ids that are partly digits and partly letters are meant to be so
 
 
 @dataclass(frozen=True)
-class Format:
+class LogFormat:
     """A public format: what it is, and how to open one file of it under our column names."""
 
-    about: str
-    open: Callable[[Path], pl.LazyFrame]
-    mixed_ids: bool = False
+    description: str
+    open_file: Callable[[Path], pl.LazyFrame]
+    allows_mixed_ids: bool = False
 
 
-def open_table(source: str | Path | pl.DataFrame | pd.DataFrame, format: str | None = None) -> Table:
+def open_table(source: str | Path | pl.DataFrame | pd.DataFrame, format: str | None = None) -> SourceTable:
     """The table that `source` names or is; `format` is a key of FORMATS. LogError where there is no such table."""
     if isinstance(source, pl.DataFrame):
-        return Table(source.lazy(), "the frame", typed=True)
+        return SourceTable(source.lazy(), "the frame", has_types=True)
     if type(source).__module__.split(".")[0] == "pandas":
-        return Table(_from_pandas(source).lazy(), "the frame", typed=True)
+        return SourceTable(_from_pandas(source).lazy(), "the frame", has_types=True)
     if not isinstance(source, str | Path):
         raise LogError(f"a log is a file or a frame of polars or pandas, not a {type(source).__name__}.")
     path = Path(source)
-    with readable(path.name):
-        _must_hold_something(path)
+    with as_log_error(path.name):
+        _check_not_empty(path)
         if format is None:
             return _open_by_ending(path)
         if format not in FORMATS:
-            raise unknown("format", format, FORMATS)
+            raise unknown_name_error("format", format, FORMATS)
         if path.is_dir():
             raise LogError(f'{path.name} is a folder; the format "{format}" is one file, name that.')
-        return Table(FORMATS[format].open(path), path.name, False, FORMATS[format].mixed_ids)
+        return SourceTable(FORMATS[format].open_file(path), path.name, False, FORMATS[format].allows_mixed_ids)
 
 
 @contextmanager
-def readable(where: str) -> Iterator[None]:
+def as_log_error(name: str) -> Iterator[None]:
     """Turns what a damaged or foreign file makes the reader raise into one LogError."""
     try:
-        with _quiet():
+        with _mute_panics():
             yield
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, UnicodeError, ValueError) as why:
-        inner = isinstance(why, pl.exceptions.PanicException)
-        told = "its pages are not where its index says" if inner else str(why).split("\n")[0].split(". ")[0]
-        reason = printable(told, 160).rstrip(".")
+        is_panic = isinstance(why, pl.exceptions.PanicException)
+        message = "its pages are not where its index says" if is_panic else str(why).split("\n")[0].split(". ")[0]
+        reason = to_printable(message, 160).rstrip(".")
         raise LogError(
-            f"{where} cannot be read as a table ({reason}); it may be cut off, damaged or of another format: "
+            f"{name} cannot be read as a table ({reason}); it may be cut off, damaged or of another format: "
             "check the file, or name its format with --format."
         ) from why
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _mute_panics() -> Iterator[None]:
     """Where the reader panics, what its threads say on the standard error is kept back: it is no sentence."""
     sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as said:
-        os.dup2(said.fileno(), 2)
+    original_stderr = os.dup(2)
+    with tempfile.TemporaryFile() as captured:
+        os.dup2(captured.fileno(), 2)
         try:
             yield
         except pl.exceptions.PanicException:
-            said.truncate(0)
+            captured.truncate(0)
             raise
         finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-            said.seek(0)
-            os.write(2, said.read())
+            os.dup2(original_stderr, 2)
+            os.close(original_stderr)
+            captured.seek(0)
+            os.write(2, captured.read())
 
 
-def printable(text: str, length: int) -> str:
+def to_printable(text: str, length: int) -> str:
     """At most `length` characters of `text`, fit for a terminal."""
-    safe = "".join(letter if letter.isprintable() else "?" for letter in text[: length + 1])
-    return safe if len(safe) <= length else safe[: length - 3] + "..."
+    cleaned = "".join(letter if letter.isprintable() else "?" for letter in text[: length + 1])
+    return cleaned if len(cleaned) <= length else cleaned[: length - 3] + "..."
 
 
-def _must_hold_something(path: Path) -> None:
+def _check_not_empty(path: Path) -> None:
     if not path.exists():
         raise LogError(f"there is no file {path}; check the path.")
     if path.is_file() and path.stat().st_size == 0:
         raise LogError(f"{path.name} is an empty file; a log needs at least one row.")
 
 
-def _open_by_ending(path: Path) -> Table:
+def _open_by_ending(path: Path) -> SourceTable:
     if path.is_dir():
-        parts = sorted(p for p in path.rglob("*.parquet") if p.stat().st_size)
-        if not parts:
+        files = sorted(p for p in path.rglob("*.parquet") if p.stat().st_size)
+        if not files:
             raise LogError(
                 f"{path.name} is a folder without .parquet files; name a file, or a folder of Parquet files."
             )
-        return Table(_scan_parquet(parts), path.name, typed=True)
+        return SourceTable(_scan_parquet(files), path.name, has_types=True)
     endings = [e.lower() for e in path.suffixes[-2:]]
     match endings[:-1] if endings[-1:] == [".gz"] else endings[-1:]:
         case [".parquet" | ".pq"]:
-            return Table(_scan_parquet([path]), path.name, typed=True)
+            return SourceTable(_scan_parquet([path]), path.name, has_types=True)
         case [".csv" | ".txt"]:
-            return Table(_scan_text(path), path.name, typed=False)
+            return SourceTable(_scan_text(path), path.name, has_types=False)
         case [".tsv"]:
-            return Table(_scan_text(path, "\t"), path.name, typed=False)
+            return SourceTable(_scan_text(path, "\t"), path.name, has_types=False)
         case [".jsonl" | ".ndjson" | ".json"]:
             # The whole file decides a column's type: what comes late may be text where the first rows hold numbers.
-            return Table(pl.scan_ndjson(path, infer_schema_length=None), path.name, typed=False)
+            return SourceTable(pl.scan_ndjson(path, infer_schema_length=None), path.name, has_types=False)
         case _:
             raise LogError(
-                f"{path.name} does not end like a table: a log is {ENDINGS}; for a public data set give --format "
+                f"{path.name} does not end like a table: a log is {SUPPORTED_ENDINGS}; for a public data set give --format "
                 f"({', '.join(FORMATS)})."
             )
 
 
-def _scan_parquet(parts: list[Path]) -> pl.LazyFrame:
-    for part in parts:
+def _scan_parquet(files: list[Path]) -> pl.LazyFrame:
+    for part in files:
         with part.open("rb") as file:
             start = file.read(4)
             file.seek(max(part.stat().st_size - 4, 0))
-            whole = start == file.read(4) == b"PAR1"
-        if not whole:
+            is_complete = start == file.read(4) == b"PAR1"
+        if not is_complete:
             raise LogError(
                 f"{part.name} is not a whole Parquet file, as its first or last bytes are missing; copy it anew."
             )
     casts = pl.ScanCastOptions(integer_cast="upcast")
-    return pl.scan_parquet(parts, hive_partitioning=False, cast_options=casts, extra_columns="ignore")
+    return pl.scan_parquet(files, hive_partitioning=False, cast_options=casts, extra_columns="ignore")
 
 
 def _scan_text(path: Path, separator: str = ",", names: Sequence[str] | None = None) -> pl.LazyFrame:
@@ -169,15 +171,15 @@ def _from_pandas(source: pd.DataFrame) -> pl.DataFrame:
             raise LogError(
                 f'column "{name}" of the frame mixes types, such as numbers and text; give it one type, or drop it.'
             ) from why
-    with readable("the frame"):
+    with as_log_error("the frame"):
         return pl.DataFrame(columns)
 
 
 def _open_movielens(path: Path) -> pl.LazyFrame:
     names = ["user_id", "item_id", "weight", "timestamp"]
     if path.suffix == ".dat":  # 1::1193::5::978300760, read as seven columns of which every other is empty
-        spaced = ["user_id", "_1", "item_id", "_2", "weight", "_3", "timestamp"]
-        return _scan_text(path, ":", spaced).select(names)
+        with_gaps = ["user_id", "_1", "item_id", "_2", "weight", "_3", "timestamp"]
+        return _scan_text(path, ":", with_gaps).select(names)
     if path.suffix == ".data":
         return _scan_text(path, "\t", names)
     return _scan_text(path).select(user_id="userId", item_id="movieId", weight="rating", timestamp="timestamp")
@@ -192,28 +194,30 @@ def _open_diginetica(path: Path) -> pl.LazyFrame:
 def _open_recbole(path: Path) -> pl.LazyFrame:
     rows = _scan_text(path, "\t")
     ours = {"rating": "weight"}
-    bare = {name: name.split(":")[0] for name in rows.collect_schema().names()}
-    return rows.rename({name: ours.get(short, short) for name, short in bare.items()})
+    base_names = {name: name.split(":")[0] for name in rows.collect_schema().names()}
+    return rows.rename({name: ours.get(short, short) for name, short in base_names.items()})
 
 
 FORMATS = {
-    "amazon": Format(
+    "amazon": LogFormat(
         "Amazon reviews, ratings only: user,item,rating,timestamp without a header (ratings_Beauty.csv)",
         lambda path: _scan_text(path, ",", ["user_id", "item_id", "weight", "timestamp"]),
-        mixed_ids=True,
+        allows_mixed_ids=True,
     ),
-    "diginetica": Format(
+    "diginetica": LogFormat(
         "train-item-views.csv; a session is a user, its time is the date plus the timeframe", _open_diginetica
     ),
-    "movielens": Format("ratings.dat (::), ratings.csv or u.data; the rating is the weight", _open_movielens),
-    "recbole": Format("RecBole's .inter: tabs, and a header such as user_id:token", _open_recbole, mixed_ids=True),
-    "taobao": Format(
+    "movielens": LogFormat("ratings.dat (::), ratings.csv or u.data; the rating is the weight", _open_movielens),
+    "recbole": LogFormat(
+        "RecBole's .inter: tabs, and a header such as user_id:token", _open_recbole, allows_mixed_ids=True
+    ),
+    "taobao": LogFormat(
         "UserBehavior.csv: user,item,category,behaviour,timestamp without a header; --events pv keeps the clicks",
         lambda path: _scan_text(path, ",", ["user_id", "item_id", "category", "event", "timestamp"]),
     ),
-    "yoochoose": Format(
+    "yoochoose": LogFormat(
         "yoochoose-clicks.dat: session,timestamp,item,category without a header; a session is a user",
         lambda path: _scan_text(path, ",", ["user_id", "timestamp", "item_id", "category"]),
-        mixed_ids=True,
+        allows_mixed_ids=True,
     ),
 }

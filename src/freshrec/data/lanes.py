@@ -12,11 +12,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from freshrec.data.batches import Targets, smaller, without_secrets
-from freshrec.types import SECRET, Batch, Forward, Lanes
+from freshrec.data.batches import Targets, limit_batch_size, mask_held_out
+from freshrec.types import HELD_OUT, Batch, Forward, SessionLanes
 
 
-def schedule(lengths_S: Tensor, n_lanes: int) -> tuple[Tensor, Tensor]:
+def assign_lanes(lengths_S: Tensor, n_lanes: int) -> tuple[Tensor, Tensor]:
     """(S,) the lane of each session, and the step in which it begins; a session of n targets takes n steps."""
     free = [(0, lane) for lane in range(n_lanes)]  # the step from which each lane is free; a heap
     lanes, steps = [], []
@@ -28,32 +28,36 @@ def schedule(lengths_S: Tensor, n_lanes: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(lanes, dtype=torch.int64), torch.tensor(steps, dtype=torch.int64)
 
 
-def lane_batches(targets: Targets, size: int) -> Iterator[Batch]:
+def session_parallel_batches(targets: Targets, size: int) -> Iterator[Batch]:
     """One epoch, a row per lane and step: an event and the next one, its target; sessions by their first event's time.
 
     A target that nothing may be known before, and one right after a secret row, are left out.
     """
-    targets = without_secrets(targets)
-    follows_N = (targets.lengths(1) > 0) & (targets.histories.due_R[(targets.rows_N - 1).clamp(min=0)] != SECRET)
-    targets = targets[follows_N]
+    targets = mask_held_out(targets)
+    has_event_before_N = (targets.history_lengths(1) > 0) & (
+        targets.histories.due_R[(targets.rows_N - 1).clamp(min=0)] != HELD_OUT
+    )
+    targets = targets[has_event_before_N]
     if not len(targets):
         return
     targets = targets[targets.rows_N.argsort()]
-    begins_N = torch.ones(len(targets), dtype=torch.bool)
-    begins_N[1:] = (targets.rows_N[1:] != targets.rows_N[:-1] + 1) | (targets.users_N[1:] != targets.users_N[:-1])
-    session_N = begins_N.cumsum(0) - 1
-    lengths_S, first_S = torch.bincount(session_N), begins_N.nonzero()[:, 0]
+    is_first_N = torch.ones(len(targets), dtype=torch.bool)
+    is_first_N[1:] = (targets.rows_N[1:] != targets.rows_N[:-1] + 1) | (targets.users_N[1:] != targets.users_N[:-1])
+    session_N = is_first_N.cumsum(0) - 1
+    lengths_S, first_S = torch.bincount(session_N), is_first_N.nonzero()[:, 0]
     order_S = targets.histories.times_R[targets.rows_N[first_S] - 1].argsort(stable=True)
-    n_lanes = smaller(size, len(order_S))
+    n_lanes = limit_batch_size(size, len(order_S))
     lane_S, step_S = torch.empty_like(order_S), torch.empty_like(order_S)
-    lane_S[order_S], step_S[order_S] = (part.to(order_S) for part in schedule(lengths_S[order_S], n_lanes))
+    lane_S[order_S], step_S[order_S] = (
+        batch_targets.to(order_S) for batch_targets in assign_lanes(lengths_S[order_S], n_lanes)
+    )
     step_N = step_S[session_N] + torch.arange(len(targets)) - first_S[session_N]
     lane_N = lane_S[session_N]
-    for which in (step_N * n_lanes + lane_N).argsort().split(torch.bincount(step_N).tolist()):
-        part, items_R = targets[which], targets.histories.items_R
-        lanes = Lanes(lane_N[which], begins_N[which], n_lanes)
-        history_B1 = items_R[part.rows_N - 1, None].long()
-        yield Batch(part.users_N, history_B1, part.items_N[:, None], lanes=lanes)
+    for index_B in (step_N * n_lanes + lane_N).argsort().split(torch.bincount(step_N).tolist()):
+        batch_targets, items_R = targets[index_B], targets.histories.items_R
+        lanes = SessionLanes(lane_N[index_B], is_first_N[index_B], n_lanes)
+        history_B1 = items_R[batch_targets.rows_N - 1, None].long()
+        yield Batch(batch_targets.users_N, history_B1, batch_targets.items_N[:, None], lanes=lanes)
 
 
 class HiddenStates:
@@ -72,7 +76,7 @@ class HiddenStates:
         if lanes is None:
             return forward(batch)
         if self.layers:
-            goes_on_B1 = ~lanes.begins_B[:, None]
+            goes_on_B1 = ~lanes.is_first_B[:, None]
             before = tuple(state_LH[lanes.lane_B] * goes_on_B1 for state_LH in self.layers)
             batch = replace(batch, lanes=replace(lanes, states=before))
         result = forward(batch)

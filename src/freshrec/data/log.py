@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from freshrec.data.columns import Fault, given, read_ids, read_numbers, read_times, read_words
-from freshrec.data.formats import Table, open_table, printable, readable
-from freshrec.errors import LogError, NoRowsError, OptionError, unknown
+from freshrec.data.columns import ColumnFault, has_value, read_ids, read_labels, read_numbers, read_times
+from freshrec.data.formats import SourceTable, as_log_error, open_table, to_printable
+from freshrec.errors import LogError, NoRowsError, OptionError, unknown_name_error
 
 if TYPE_CHECKING:
     import pandas as pd
 
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+UNIX_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 # Our columns, and what they may be called in a source, the most telling name first. `seq` counts through the log,
 # `position` only within a session.
-ALIASES = {
+COLUMN_ALIASES = {
     "user_id": ("user_id", "session_id"),
     "item_id": ("item_id",),
     "timestamp": ("timestamp", "time"),
@@ -51,8 +51,8 @@ class Log:
     has_clock: bool
     unit: str  # of the source: "s", "ms", "us", "ns", "ISO 8601" or "period + order"
     notes: tuple[str, ...] = ()  # what was detected, taken or left aside, for people
-    n_late: int = 0  # rows that stood behind a later one in the source
-    n_aside: int = 0  # bad rows that went to quarantine
+    n_out_of_order: int = 0  # rows that stood behind a later one in the source
+    n_quarantined: int = 0  # bad rows that went to quarantine
 
 
 def read_log(
@@ -64,8 +64,8 @@ def read_log(
     users: int | None = None,
     seed: int = 0,
     quarantine: Path | None = None,
-    absent: bool = False,
-    text: Sequence[str] = (),
+    allow_missing_events: bool = False,
+    text_columns: Sequence[str] = (),
 ) -> Log:
     """The log in `source`: CSV(.gz), Parquet (file or folder), JSON lines, or a frame of polars or pandas.
 
@@ -79,71 +79,71 @@ def read_log(
     if quarantine is not None and quarantine.suffix not in (".parquet", ".csv"):
         raise OptionError(f"{quarantine.name} cannot take bad rows; name a file that ends in .parquet or .csv.")
     table = open_table(source, format)
-    names, declared = _names(table, columns or {})
-    raw = _read(table, names, events, absent)
-    if not len(raw):
-        raise NoRowsError(f"{table.where} holds no rows; a log needs at least one.")
+    names, declared_text = _map_columns(table, columns or {})
+    source_rows = _collect_columns(table, names, events, allow_missing_events)
+    if not len(source_rows):
+        raise NoRowsError(f"{table.name} holds no rows; a log needs at least one.")
     try:
-        log, faults = _parse(raw, names, declared | set(text), table)
+        log, faults = _parse_columns(source_rows, names, declared_text | set(text_columns), table)
     except LogError as why:
-        raise LogError(f"{table.where}: {why}") from None
+        raise LogError(f"{table.name}: {why}") from None
     if faults:
         if quarantine is None:
-            raise LogError(_complaint(raw, names, faults, table.where))
-        _set_aside(raw, faults, table, quarantine)
-        good = ~pl.DataFrame([fault.rows.alias(str(i)) for i, fault in enumerate(faults)]).max_horizontal()
-        log = replace(log, frame=log.frame.filter(good), n_aside=int((~good).sum()))
-        log = _note(log, f"{log.n_aside:,} bad rows set aside in {quarantine.name}")
+            raise LogError(_fault_message(source_rows, names, faults, table.name))
+        _write_quarantine(source_rows, faults, table, quarantine)
+        is_good = ~pl.DataFrame([fault.rows.alias(str(i)) for i, fault in enumerate(faults)]).max_horizontal()
+        log = replace(log, frame=log.frame.filter(is_good), n_quarantined=int((~is_good).sum()))
+        log = _add_note(log, f"{log.n_quarantined:,} bad rows set aside in {quarantine.name}")
     if not len(log.frame):
-        raise LogError(f"{table.where} holds no good rows; all {len(raw):,} went to {quarantine}.")
-    log = _in_time_order(log)
-    return log if users is None else _sample(log, users, seed)
+        raise LogError(f"{table.name} holds no good rows; all {len(source_rows):,} went to {quarantine}.")
+    log = _sort_by_time(log)
+    return log if users is None else _sample_users(log, users, seed)
 
 
-def positives(log: Log) -> Log:
+def keep_positives(log: Log) -> Log:
     """The log without its exposures: rows whose label is null or above 0. A log without labels is all positive."""
     if "label" not in log.frame.columns:
         return log
-    kept = positive_rows(log.frame)
-    if not len(kept):
+    frame = filter_positives(log.frame)
+    if not len(frame):
         raise LogError("no row of the log has a label above 0, so there is nothing to learn from; check the labels.")
-    return _note(replace(log, frame=kept), f"{len(log.frame) - len(kept):,} exposures (label 0) left out")
+    return _add_note(replace(log, frame=frame), f"{len(log.frame) - len(frame):,} exposures (label 0) left out")
 
 
-def positive_rows(frame: pl.DataFrame) -> pl.DataFrame:
+def filter_positives(frame: pl.DataFrame) -> pl.DataFrame:
     """The rows of a log's frame whose label is null or above 0; all where there are no labels."""
     return frame.filter(pl.col("label").is_null() | (pl.col("label") > 0)) if "label" in frame.columns else frame
 
 
-def before(log: Log, moment: str) -> Log:
+def events_before(log: Log, moment: str) -> Log:
     """The log without what happened at this moment (ISO 8601) or later, such as stragglers long after the rest.
 
     Of a log with periods and no clock, the moment is the first period that is left out.
     """
     if log.has_clock:
-        is_before = pl.col("time") < microseconds(moment)
+        is_before = pl.col("time") < parse_microseconds(moment)
     elif "period" in log.frame.columns and moment.isdecimal():
         is_before = pl.col("period") < int(moment)
     else:
         raise LogError(f'this log has no clock, so that until = "{moment}" is no moment of it; name a period of it.')
-    kept = log.frame.filter(is_before)
-    if not len(kept):
+    frame = log.frame.filter(is_before)
+    if not len(frame):
         raise LogError(f"no row of the log is before {moment}; choose a later moment.")
-    return _note(replace(log, frame=kept), f"{len(log.frame) - len(kept):,} rows from {moment} on left out")
+    return _add_note(replace(log, frame=frame), f"{len(log.frame) - len(frame):,} rows from {moment} on left out")
 
 
-def microseconds(moment: str) -> int:
+def parse_microseconds(moment: str) -> int:
     """Since 1970, of an ISO 8601 text; UTC where it names no zone. Raises OptionError."""
     try:
-        found = datetime.fromisoformat(moment)
+        parsed = datetime.fromisoformat(moment)
     except ValueError as error:
         raise OptionError(f"a date cannot be read ({error}); write it as 2025-06-01 or 2025-06-01T04:00.") from None
-    return to_microseconds(found)
+    return to_microseconds(parsed)
 
 
 def to_microseconds(when: datetime) -> int:
     """Microseconds since 1970; a time without a zone is UTC."""
-    return ((when if when.tzinfo else when.replace(tzinfo=UTC)) - EPOCH) // timedelta(microseconds=1)
+    return ((when if when.tzinfo else when.replace(tzinfo=UTC)) - UNIX_EPOCH) // timedelta(microseconds=1)
 
 
 def format_time(time_us: int, timespec: str = "seconds") -> str:
@@ -151,84 +151,93 @@ def format_time(time_us: int, timespec: str = "seconds") -> str:
 
     `timespec` is that of `datetime.isoformat`: what is smaller is cut off, not rounded.
     """
-    return (EPOCH + timedelta(microseconds=time_us)).isoformat(timespec=timespec)
+    return (UNIX_EPOCH + timedelta(microseconds=time_us)).isoformat(timespec=timespec)
 
 
-def _names(table: Table, columns: Mapping[str, str]) -> tuple[dict[str, str], set[str]]:
+def _map_columns(table: SourceTable, columns: Mapping[str, str]) -> tuple[dict[str, str], set[str]]:
     """Our names -> theirs, and ours whose ids are declared to be text."""
-    with readable(table.where):
+    with as_log_error(table.name):
         found = table.rows.collect_schema().names()
     names: dict[str, str] = {}
-    text: set[str] = set()
+    text_columns: set[str] = set()
     for ours, theirs in columns.items():
-        if ours not in ALIASES:
-            raise unknown("column of ours", ours, ALIASES)
+        if ours not in COLUMN_ALIASES:
+            raise unknown_name_error("column of ours", ours, COLUMN_ALIASES)
         if theirs not in found and theirs.endswith(":text"):
             theirs = theirs.removesuffix(":text")
-            text.add(ours)
+            text_columns.add(ours)
         if theirs not in found:
-            raise LogError(f'{table.where} has no column "{theirs}" for {ours}; its columns are {_listed(found)}.')
+            raise LogError(f'{table.name} has no column "{theirs}" for {ours}; its columns are {_format_names(found)}.')
         names[ours] = theirs
-    for ours, aliases in ALIASES.items():
+    for ours, aliases in COLUMN_ALIASES.items():
         present = [alias for alias in aliases if alias in found and alias not in names.values()]
         if ours not in names and present:
             names[ours] = present[0]
-    twice = [theirs for theirs in names.values() if f"{theirs}_duplicated_0" in found]
-    if twice:
-        raise LogError(f'{table.where} has several columns called "{twice[0]}"; rename or remove all but one.')
+    duplicated = [theirs for theirs in names.values() if f"{theirs}_duplicated_0" in found]
+    if duplicated:
+        raise LogError(f'{table.name} has several columns called "{duplicated[0]}"; rename or remove all but one.')
     missing = [name for name in ("user_id", "item_id") if name not in names]
     missing += [] if names.keys() & {"timestamp", "period"} else ["timestamp"]
     if missing:
         raise LogError(
-            f"{table.where} has no {' and no '.join(missing)} among its columns {_listed(found)}; say which it is, as "
+            f"{table.name} has no {' and no '.join(missing)} among its columns {_format_names(found)}; say which it is, as "
             f"in --columns {missing[0]}=NAME, or name a public format with --format."
         )
     if "period" not in names:
         names.pop("order", None)
-    return names, text
+    return names, text_columns
 
 
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(printable(name, 40) for name in names[:20]) or "none"
+def _format_names(names: Sequence[str]) -> str:
+    shown = ", ".join(to_printable(name, 40) for name in names[:20]) or "none"
     return shown + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
-def _read(table: Table, names: Mapping[str, str], events: Sequence[str], may_miss: bool) -> pl.DataFrame:
+def _collect_columns(
+    table: SourceTable, names: Mapping[str, str], events: Sequence[str], allow_missing_events: bool
+) -> pl.DataFrame:
     """The columns we know under our names, as the source has them, with `row`, their place in the source from 0."""
     rows = table.rows.select(pl.col(theirs).alias(ours) for ours, theirs in names.items()).with_row_index("row")
     if events and "event" not in names:
-        raise LogError(f"{table.where} has no event column, to choose --events from; say --columns event=NAME.")
-    with readable(table.where):
+        raise LogError(f"{table.name} has no event column, to choose --events from; say --columns event=NAME.")
+    with as_log_error(table.name):
         if not events:
             return rows.collect()
-        kind = pl.col("event").cast(pl.String)
-        raw = rows.filter(kind.is_in(list(events))).collect()
-        absent = set() if may_miss else set(events) - set(raw["event"].cast(pl.String).unique())
-        found = rows.select(kind.unique()).collect()["event"].drop_nulls().to_list() if absent else []
-    if absent:
-        raise unknown("event type", min(absent), found)
+        event_type = pl.col("event").cast(pl.String)
+        raw = rows.filter(event_type.is_in(list(events))).collect()
+        missing = set() if allow_missing_events else set(events) - set(raw["event"].cast(pl.String).unique())
+        found = rows.select(event_type.unique()).collect()["event"].drop_nulls().to_list() if missing else []
+    if missing:
+        raise unknown_name_error("event type", min(missing), found)
     return raw
 
 
-def _parse(raw: pl.DataFrame, names: Mapping[str, str], text: set[str], table: Table) -> tuple[Log, list[Fault]]:
+def _parse_columns(
+    raw: pl.DataFrame, names: Mapping[str, str], text_columns: set[str], table: SourceTable
+) -> tuple[Log, list[ColumnFault]]:
     """The log in the order of the source, with its bad rows, and its faults."""
     frame: dict[str, pl.Series] = {}
-    faults: list[Fault] = []
+    faults: list[ColumnFault] = []
     unit = "period + order"
     for name in names:
-        found: list[Fault] = []
+        found: list[ColumnFault] = []
         if name in ("user_id", "item_id", "category", "event_id"):
             is_key = name in ("user_id", "item_id")
-            sniff, may_mix = not table.typed and name not in text, table.mixed_ids or not is_key
-            frame[name], found = read_ids(raw[name], required=is_key, sniff=sniff, may_mix=may_mix)
+            infer_integers, allow_mixed = (
+                not table.has_types and name not in text_columns,
+                table.allows_mixed_ids or not is_key,
+            )
+            frame[name], found = read_ids(
+                raw[name], required=is_key, infer_integers=infer_integers, allow_mixed=allow_mixed
+            )
         elif name == "timestamp":
             frame["time"], unit, found = read_times(raw[name])
         elif name in ("event", "split"):
-            frame[name] = read_words(raw[name])
+            frame[name] = read_labels(raw[name])
         else:
-            frame[name], found = read_numbers(raw[name], whole=name == "period")
+            frame[name], found = read_numbers(raw[name], integers_only=name == "period")
         faults += found
-    has_clock, found = _clock(frame, raw)
+    has_clock, found = _check_clock(frame, raw)
     faults = [fault for fault in faults + found if not (has_clock and fault.column == "order")]
     notes = [f'"{names[n]}" is taken as {n}' for n in names if names[n] != n and not (n == "order" and has_clock)]
     if has_clock:
@@ -238,60 +247,60 @@ def _parse(raw: pl.DataFrame, names: Mapping[str, str], text: set[str], table: T
         notes += [f"{frame['time'].null_count():,} timestamps are null"] if "time" in frame else []
         notes += [] if "order" in frame else ["no order column: within a period the rows keep the order of the source"]
         unit = "period + order"
-    return Log(pl.DataFrame(frame), has_clock, unit, tuple(notes)), _told_once(faults)
+    return Log(pl.DataFrame(frame), has_clock, unit, tuple(notes)), _first_faults(faults)
 
 
-def _clock(frame: Mapping[str, pl.Series], raw: pl.DataFrame) -> tuple[bool, list[Fault]]:
+def _check_clock(frame: Mapping[str, pl.Series], raw: pl.DataFrame) -> tuple[bool, list[ColumnFault]]:
     """Whether the timestamps place every row; if not, the periods do. The faults are the rows that nothing places."""
     if "period" not in frame:
-        return True, [Fault("timestamp", "is null", frame["time"].is_null())]
-    if "time" not in frame or (~given(raw["timestamp"]) & frame["period"].is_not_null()).any():
-        return False, [Fault("period", "is null", frame["period"].is_null())]
-    return True, [Fault("timestamp", "is null, and so is the period", frame["time"].is_null())]
+        return True, [ColumnFault("timestamp", "is null", frame["time"].is_null())]
+    if "time" not in frame or (~has_value(raw["timestamp"]) & frame["period"].is_not_null()).any():
+        return False, [ColumnFault("period", "is null", frame["period"].is_null())]
+    return True, [ColumnFault("timestamp", "is null, and so is the period", frame["time"].is_null())]
 
 
-def _told_once(faults: Sequence[Fault]) -> list[Fault]:
+def _first_faults(faults: Sequence[ColumnFault]) -> list[ColumnFault]:
     """The faults that occur, each bad row in the first that it has."""
-    told: list[Fault] = []
+    unique: list[ColumnFault] = []
     for fault in faults:
         rows = fault.rows.fill_null(False)
-        for earlier in told:
+        for earlier in unique:
             rows = rows & ~earlier.rows
-        told += [replace(fault, rows=rows)] if rows.any() else []
-    return told
+        unique += [replace(fault, rows=rows)] if rows.any() else []
+    return unique
 
 
-def _complaint(raw: pl.DataFrame, names: Mapping[str, str], faults: Sequence[Fault], where: str) -> str:
+def _fault_message(raw: pl.DataFrame, names: Mapping[str, str], faults: Sequence[ColumnFault], name: str) -> str:
     """One sentence: how many rows are bad, why, and the first three of each kind."""
-    kinds = []
+    messages = []
     for fault in faults:
         first = raw.filter(fault.rows).select("row", fault.column).head(3)
-        shown = ", ".join(f"row {row + 1:,}: {_short(value)}" for row, value in first.iter_rows())
-        kinds.append(f"{names[fault.column]} {fault.what} in {_rows(int(fault.rows.sum()))} ({shown})")
+        shown = ", ".join(f"row {row + 1:,}: {_format_value(value)}" for row, value in first.iter_rows())
+        messages.append(f"{names[fault.column]} {fault.problem} in {_format_rows(int(fault.rows.sum()))} ({shown})")
     n_bad = sum(fault.rows.sum() for fault in faults)
     return (
-        f"{where}: of {_rows(len(raw))}, {n_bad:,} cannot be used: {'; '.join(kinds)}; "
+        f"{name}: of {_format_rows(len(raw))}, {n_bad:,} cannot be used: {'; '.join(messages)}; "
         "mend them, or set them aside with --quarantine FILE."
     )
 
 
-def _rows(n: int) -> str:
+def _format_rows(n: int) -> str:
     return f"{n:,} row{'' if n == 1 else 's'}"
 
 
-def _short(value: object) -> str:
-    return "null" if value is None else printable(repr(value), 40)
+def _format_value(value: object) -> str:
+    return "null" if value is None else to_printable(repr(value), 40)
 
 
-def _set_aside(raw: pl.DataFrame, faults: Sequence[Fault], table: Table, quarantine: Path) -> None:
+def _write_quarantine(raw: pl.DataFrame, faults: Sequence[ColumnFault], table: SourceTable, quarantine: Path) -> None:
     """Write the bad rows as the source has them, plus a column `reason`, to a .parquet or .csv file."""
     reasons = pl.concat(
-        raw.filter(fault.rows).select("row", reason=pl.lit(f"{fault.column} {fault.what}")) for fault in faults
+        raw.filter(fault.rows).select("row", reason=pl.lit(f"{fault.column} {fault.problem}")) for fault in faults
     )
     numbered = table.rows.with_row_index("row in the source").filter(
         pl.col("row in the source").is_in(reasons["row"].implode())
     )
-    with readable(table.where):
+    with as_log_error(table.name):
         rows = numbered.collect().join(reasons, left_on="row in the source", right_on="row", maintain_order="left")
     rows = rows.drop("row in the source")
     try:
@@ -304,7 +313,7 @@ def _set_aside(raw: pl.DataFrame, faults: Sequence[Fault], table: Table, quarant
         raise LogError(f"the bad rows cannot be written to {quarantine} ({reason}); name another file.") from why
 
 
-def _in_time_order(log: Log) -> Log:
+def _sort_by_time(log: Log) -> Log:
     """Sorted by time, or by period, timestamp where there is one, and order; rows that tie keep the order they had."""
     frame, n_rows = log.frame, len(log.frame)
     keys = ["time"] if log.has_clock else [k for k in ("period", "time", "order") if k in frame.columns]
@@ -313,22 +322,22 @@ def _in_time_order(log: Log) -> Log:
         frame = frame.sort(keys, maintain_order=True)
     if not log.has_clock:
         frame = frame.with_columns(time=pl.int_range(n_rows, dtype=pl.Int64))
-    ours = ["user_id", "item_id", "time"]
-    kept = [name for name in frame.columns if name not in (*ours, "order")]
-    return replace(log, frame=frame.select(*ours, *kept), n_late=n_late)
+    key_columns = ["user_id", "item_id", "time"]
+    other_columns = [name for name in frame.columns if name not in (*key_columns, "order")]
+    return replace(log, frame=frame.select(*key_columns, *other_columns), n_out_of_order=n_late)
 
 
-def _sample(log: Log, users: int, seed: int) -> Log:
+def _sample_users(log: Log, users: int, seed: int) -> Log:
     """The log of `users` random users, the same for the same seed and log."""
     if users < 1:
         raise OptionError(f"{users} users cannot be kept; give a number of at least 1.")
     ids = log.frame["user_id"].unique().sort()
     if users >= len(ids):
-        return _note(log, f"all {len(ids):,} users kept, {users:,} were asked for")
+        return _add_note(log, f"all {len(ids):,} users kept, {users:,} were asked for")
     chosen = ids.sample(users, seed=seed)
     frame = log.frame.filter(pl.col("user_id").is_in(chosen.implode()))
-    return _note(replace(log, frame=frame), f"a sample of {users:,} of {len(ids):,} users, seed {seed}")
+    return _add_note(replace(log, frame=frame), f"a sample of {users:,} of {len(ids):,} users, seed {seed}")
 
 
-def _note(log: Log, note: str) -> Log:
+def _add_note(log: Log, note: str) -> Log:
     return replace(log, notes=(*log.notes, note))

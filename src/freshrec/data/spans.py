@@ -14,7 +14,7 @@ import polars as pl
 import torch
 
 from freshrec.data.catalog import Catalog
-from freshrec.data.log import Log, format_time, microseconds
+from freshrec.data.log import Log, format_time, parse_microseconds
 from freshrec.data.split_config import SplitConfig
 from freshrec.errors import OptionError, SpanError
 from freshrec.types import NEVER, NEXT, NOW, TEST, TRAIN, VALID, Events, Span
@@ -22,17 +22,17 @@ from freshrec.types import NEVER, NEXT, NOW, TEST, TRAIN, VALID, Events, Span
 JOINS = {"now": NOW, "next": NEXT, "never": NEVER}  # of `heldout`
 ROLES = {"train": TRAIN, "valid": VALID, "test": TEST}  # the words of a log's split column
 
-Ints = npt.NDArray[np.int64]
-Roles = npt.NDArray[np.int8]
+Int64Array = npt.NDArray[np.int64]
+Int8Array = npt.NDArray[np.int8]
 
 
 @dataclass(frozen=True, eq=False)
-class Cut:
+class LogSplit:
     """A log in spans. Span 0 is the base block; the catalogs number every user and item of the log."""
 
     spans: tuple[Span, ...]
-    users: Catalog
-    items: Catalog
+    user_catalog: Catalog
+    item_catalog: Catalog
     notes: tuple[str, ...]  # what a reader of the numbers should know
 
     def fingerprint(self) -> str:
@@ -46,7 +46,7 @@ class Cut:
         return digest.hexdigest()
 
 
-def cut(
+def split_log(
     log: Log,
     config: SplitConfig | None = None,
     *,
@@ -62,7 +62,7 @@ def cut(
     sessions: bool | None = None,
     n_targets: int | None = None,
     seed: int = 0,
-) -> Cut:
+) -> LogSplit:
     """The base block and the later spans of `log`; each event is in exactly one.
 
     `config` holds every option; a keyword replaces one of its fields. `SplitConfig` has the defaults and explains them.
@@ -80,50 +80,50 @@ def cut(
     return _split(log, replace(config or SplitConfig(), **given), seed)
 
 
-def _split(log: Log, config: SplitConfig, seed: int) -> Cut:
+def _split(log: Log, config: SplitConfig, seed: int) -> LogSplit:
     """The cut that `config` describes."""
-    frame, notes = _in_order(log.frame, config.by, config.min_events)
-    edges = _edges(frame, log.has_clock, config)
+    frame, notes = _select_events(log.frame, config.by, config.min_events)
+    edges = _span_edges(frame, log.has_clock, config)
     if config.sessions:
         span_E = np.repeat(np.arange(len(edges) - 1), np.diff(edges))
         frame = frame.with_columns(pl.concat_str("user_id", pl.lit("@"), pl.Series(span_E)).alias("user_id"))
-    users, items, sizes = _numbered(frame, edges)
+    users, items, sizes = _build_catalogs(frame, edges)
     users_E, items_E = users.rows(frame["user_id"]), items.rows(frame["item_id"])
     times_E = torch.from_numpy(frame["time"].to_numpy(writable=True))
-    split_E = _split_roles(frame) if config.targets == "split" else None
-    labels_E, kinds_E = _labels(frame), _kinds(frame)
-    secret_U = _chosen(len(users), config.forget_users, seed)
+    split_E = _roles_from_column(frame) if config.targets == "split" else None
+    labels_E, kinds_E = _labels(frame), _category_rows(frame)
+    secret_U = _select_users(len(users), config.forget_users, seed)
     kept = []
     for t, (a, b) in enumerate(zip(edges, edges[1:])):
         who, source = users_E[a:b].numpy(), np.random.default_rng((seed % 2**64, t))
-        tail = _tail(who, sizes[t][0]) if t > 0 else np.full(b - a, TRAIN, np.int8)
+        tail = _last_event_roles(who, sizes[t][0]) if t > 0 else np.full(b - a, TRAIN, np.int8)
         role = held = tail if split_E is None else split_E[a:b]
         if config.targets == "three" and t > 0:
-            role = held = _three(tail, who, sizes[t - 1][0], source)
+            role = held = _three_target_roles(tail, who, sizes[t - 1][0], source)
         elif config.targets == "all" and t > 0:
             role = np.full(b - a, TEST, np.int8)
         later = NOW if config.targets == "all" else JOINS[config.heldout]
         joins = np.where(held == TRAIN, NOW, np.where(secret_U[who], NEVER, later)).astype(np.int8)
-        role = _fewer(role, who, config.n_targets, source) if config.n_targets else role
+        role = _limit_test_targets(role, who, config.n_targets, source) if config.n_targets else role
         columns = users_E[a:b], items_E[a:b], times_E[a:b], torch.from_numpy(role), torch.from_numpy(joins)
         events = Events(*columns, *(None if column is None else column[a:b] for column in (labels_E, kinds_E)))
-        kept.append(Span(t, events, *sizes[t], _name(frame[a:b], a, config.by, log.has_clock)))
+        kept.append(Span(t, events, *sizes[t], _span_name(frame[a:b], a, config.by, log.has_clock)))
     notes += [f"span {span.index} has no events" for span in kept if len(span.events) == 0]
     notes += ["the log has a single user"] if len(users) == 1 else []
-    return Cut(tuple(kept), users, items, tuple(notes))
+    return LogSplit(tuple(kept), users, items, tuple(notes))
 
 
-def plan(cut: Cut) -> pl.DataFrame:
+def describe_spans(log_split: LogSplit) -> pl.DataFrame:
     """What each span holds: span, name, events, users, items, new_users, new_items, targets, seen_share.
 
     `targets` counts TEST events; `seen_share` is the share of them whose item occurred in an earlier span, the highest
     hit rate that a trained model of earlier spans can reach (null without targets, and in the base: nothing tests it).
     """
     rows = []
-    for span, before in zip(cut.spans, (None, *cut.spans)):
+    for span, before in zip(log_split.spans, (None, *log_split.spans)):
         events = span.events
         known_users, known_items = (before.n_users, before.n_items) if before else (0, 0)
-        tested = events.items_E[events.role_E == TEST]
+        test_items = events.items_E[events.role_E == TEST]
         rows.append(
             {
                 "span": span.index,
@@ -133,14 +133,16 @@ def plan(cut: Cut) -> pl.DataFrame:
                 "items": int(torch.bincount(events.items_E).count_nonzero()),
                 "new_users": span.n_users - known_users,
                 "new_items": span.n_items - known_items,
-                "targets": len(tested),
-                "seen_share": float((tested <= known_items).double().mean()) if before and len(tested) else None,
+                "targets": len(test_items),
+                "seen_share": float((test_items <= known_items).double().mean())
+                if before and len(test_items)
+                else None,
             }
         )
     return pl.DataFrame(rows, schema_overrides={"seen_share": pl.Float64})
 
 
-def _in_order(frame: pl.DataFrame, by: str, min_events: int) -> tuple[pl.DataFrame, list[str]]:
+def _select_events(frame: pl.DataFrame, by: str, min_events: int) -> tuple[pl.DataFrame, list[str]]:
     """The events that count, in the order of the cut, and notes."""
     notes = []
     if min_events > 1:
@@ -161,7 +163,7 @@ def _in_order(frame: pl.DataFrame, by: str, min_events: int) -> tuple[pl.DataFra
     return frame, notes
 
 
-def _edges(frame: pl.DataFrame, has_clock: bool, config: SplitConfig) -> list[int]:
+def _span_edges(frame: pl.DataFrame, has_clock: bool, config: SplitConfig) -> list[int]:
     """Positions that bound the spans: span t is edges[t] : edges[t + 1]. SpanError where the base would be empty."""
     times, by = frame["time"].to_numpy(), config.by
     if by == "period":
@@ -169,7 +171,7 @@ def _edges(frame: pl.DataFrame, has_clock: bool, config: SplitConfig) -> list[in
     elif by != "count" and not has_clock:
         raise SpanError(f'a cut by "{by}" needs a clock, and this log has none; cut by "count" or "period".')
     elif by == "dates":
-        inner = np.searchsorted(times, _microseconds(config.dates))
+        inner = np.searchsorted(times, _parse_dates(config.dates))
     else:
         inner = _rule_starts(times, by, config.spans, config.alpha)
     edges = [0, *inner.tolist(), len(frame)]
@@ -178,7 +180,7 @@ def _edges(frame: pl.DataFrame, has_clock: bool, config: SplitConfig) -> list[in
     return edges
 
 
-def _rule_starts(times: Ints, by: str, spans: int, alpha: float) -> Ints:
+def _rule_starts(times: Int64Array, by: str, spans: int, alpha: float) -> Int64Array:
     """Where spans 1, 2, ... start, by count or by equal stretches of time."""
     time_starts = np.flatnonzero(np.diff(times)) + 1
     if not len(time_starts):
@@ -201,17 +203,17 @@ def _rule_starts(times: Ints, by: str, spans: int, alpha: float) -> Ints:
     return np.searchsorted(times, [base_stop + (stop - base_stop) * t // spans for t in range(spans)])
 
 
-def _nearest(allowed: Ints, wanted: npt.NDArray[np.float64]) -> Ints:
+def _nearest(allowed: Int64Array, positions: npt.NDArray[np.float64]) -> Int64Array:
     """For each of the ascending `wanted`, the nearest of the ascending `allowed`, no two the same."""
-    right = np.searchsorted(allowed, wanted).clip(max=len(allowed) - 1)
+    right = np.searchsorted(allowed, positions).clip(max=len(allowed) - 1)
     left = (right - 1).clip(min=0)
-    chosen = np.where(wanted - allowed[left] <= allowed[right] - wanted, left, right)
-    order = np.arange(len(wanted))
+    chosen = np.where(positions - allowed[left] <= allowed[right] - positions, left, right)
+    order = np.arange(len(positions))
     chosen = np.maximum.accumulate(chosen - order) + order
-    return allowed[np.minimum(chosen, len(allowed) - len(wanted) + order)]
+    return allowed[np.minimum(chosen, len(allowed) - len(positions) + order)]
 
 
-def _period_starts(periods_E: Ints, spans: int, base_periods: int) -> Ints:
+def _period_starts(periods_E: Int64Array, spans: int, base_periods: int) -> Int64Array:
     later = np.unique(periods_E)[base_periods:]
     if len(later) == 0:
         n = "a single period, which is" if base_periods == 1 else f"no more than {base_periods} periods, which are"
@@ -220,14 +222,14 @@ def _period_starts(periods_E: Ints, spans: int, base_periods: int) -> Ints:
     return np.searchsorted(periods_E, [group[0] for group in groups])
 
 
-def _microseconds(dates: Sequence[str]) -> list[int]:
-    found = [microseconds(date) for date in dates]
+def _parse_dates(dates: Sequence[str]) -> list[int]:
+    found = [parse_microseconds(date) for date in dates]
     if any(a >= b for a, b in zip(found, found[1:])):
         raise OptionError(f"the dates {', '.join(dates)} do not ascend; put the earliest first, each once.")
     return found
 
 
-def _numbered(frame: pl.DataFrame, edges: list[int]) -> tuple[Catalog, Catalog, list[tuple[int, int]]]:
+def _build_catalogs(frame: pl.DataFrame, edges: list[int]) -> tuple[Catalog, Catalog, list[tuple[int, int]]]:
     """Both catalogs at the end of the log, and (n_users, n_items) at the end of each span."""
     users, items, sizes = Catalog.empty(), Catalog.empty(), []
     for t, (a, b) in enumerate(zip(edges, edges[1:])):
@@ -237,7 +239,7 @@ def _numbered(frame: pl.DataFrame, edges: list[int]) -> tuple[Catalog, Catalog, 
     return users, items, sizes
 
 
-def _split_roles(frame: pl.DataFrame) -> Roles:
+def _roles_from_column(frame: pl.DataFrame) -> Int8Array:
     if "split" not in frame.columns:
         raise SpanError('the log has no split column, which targets = "split" needs; name it or use targets = "last".')
     role = frame["split"].replace_strict(ROLES, default=None, return_dtype=pl.Int8)
@@ -254,7 +256,7 @@ def _labels(frame: pl.DataFrame) -> torch.Tensor | None:
     return torch.from_numpy(labels.to_numpy(writable=True))
 
 
-def _kinds(frame: pl.DataFrame) -> torch.Tensor | None:
+def _category_rows(frame: pl.DataFrame) -> torch.Tensor | None:
     """Categories as rows, in order of appearance; 0 for none."""
     if "category" not in frame.columns:
         return None
@@ -265,7 +267,7 @@ def _kinds(frame: pl.DataFrame) -> torch.Tensor | None:
     return kinds_E
 
 
-def _chosen(n_users: int, share: float, seed: int) -> npt.NDArray[np.bool_]:
+def _select_users(n_users: int, share: float, seed: int) -> npt.NDArray[np.bool_]:
     """For user rows 0..n_users, whether a hash of (seed, row) falls below `share`: no user depends on another."""
     z = np.arange(n_users + 1, dtype=np.uint64) + np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)  # splitmix64
@@ -273,26 +275,26 @@ def _chosen(n_users: int, share: float, seed: int) -> npt.NDArray[np.bool_]:
     return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53 < share
 
 
-def _tail(users_E: Ints, n_users: int) -> Roles:
+def _last_event_roles(users_E: Int64Array, n_users: int) -> Int8Array:
     """TEST for each user's last event, VALID for the one before it, TRAIN for the rest."""
     role_E = np.full(len(users_E), TRAIN, np.int8)
     for role in (TEST, VALID):
-        open_E = np.flatnonzero(role_E == TRAIN)
+        unassigned_E = np.flatnonzero(role_E == TRAIN)
         last_U = np.full(n_users + 1, -1)
-        last_U[users_E[open_E]] = open_E  # the last assignment to a user stays
+        last_U[users_E[unassigned_E]] = unassigned_E  # the last assignment to a user stays
         role_E[last_U[last_U >= 0]] = role
     return role_E
 
 
-def _three(tail_E: Roles, users_E: Ints, n_before: int, source: np.random.Generator) -> Roles:
+def _three_target_roles(tail_E: Int8Array, users_E: Int64Array, n_before: int, rng: np.random.Generator) -> Int8Array:
     """TEST for each user's last event and two of those that are not the user's first of all; TRAIN for the rest.
 
     `n_before`: the users of earlier spans, who have had their first event.
     """
-    able_E = tail_E != TEST
+    is_eligible_E = tail_E != TEST
     first_E = np.unique(users_E, return_index=True)[1]
-    able_E[first_E[users_E[first_E] > n_before]] = False
-    others_E = source.permutation(np.flatnonzero(able_E))
+    is_eligible_E[first_E[users_E[first_E] > n_before]] = False
+    others_E = rng.permutation(np.flatnonzero(is_eligible_E))
     others_E = others_E[np.argsort(users_E[others_E], kind="stable")]
     drawn = users_E[others_E]
     is_one_of_two = np.ones(len(drawn), np.bool_)
@@ -302,11 +304,11 @@ def _three(tail_E: Roles, users_E: Ints, n_before: int, source: np.random.Genera
     return role_E
 
 
-def _fewer(role_E: Roles, users_E: Ints, n: int, source: np.random.Generator) -> Roles:
+def _limit_test_targets(role_E: Int8Array, users_E: Int64Array, n: int, rng: np.random.Generator) -> Int8Array:
     """The roles, but that TEST events are asked for only of users drawn at random, one by one, until `n` are."""
     users_X = users_E[role_E == TEST]
     users_U, at_X, n_U = np.unique(users_X, return_inverse=True, return_counts=True)
-    order_U = source.permutation(len(users_U))
+    order_U = rng.permutation(len(users_U))
     before_U = np.empty(len(users_U), np.int64)
     before_U[order_U] = np.cumsum(n_U[order_U]) - n_U[order_U]
     role_E = role_E.copy()
@@ -314,7 +316,7 @@ def _fewer(role_E: Roles, users_E: Ints, n: int, source: np.random.Generator) ->
     return role_E
 
 
-def _name(events: pl.DataFrame, n_before: int, by: str, has_clock: bool) -> str:
+def _span_name(events: pl.DataFrame, n_before: int, by: str, has_clock: bool) -> str:
     """For people: the days, periods or event numbers of a span."""
     if len(events) == 0:
         return "no events"

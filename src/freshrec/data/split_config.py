@@ -24,13 +24,13 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import ConfigDict, Field
 
-from freshrec.config import Count, CountOrNone, Fraction, Share, check_options
+from freshrec.config import Count, CountOrZero, Fraction, Share, check_options
 from freshrec.errors import OptionError
 
 Rule = Literal["count", "time", "count-alpha", "clock-alpha", "dates", "period"]
 Targets = Literal["last", "three", "all", "split"]
 Heldout = Literal["now", "next", "never"]
-RULES, TARGETS, HELDOUT = get_args(Rule), get_args(Targets), get_args(Heldout)
+SPLIT_RULES, TARGET_RULES, HELDOUT_RULES = get_args(Rule), get_args(Targets), get_args(Heldout)
 
 
 @dataclass(frozen=True)
@@ -44,23 +44,23 @@ class SplitConfig:
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # an unknown key of a recipe is an error
 
-    by: Annotated[Rule, Field(description=f"How the log is cut: {', '.join(RULES)}.")] = "count"
+    by: Annotated[Rule, Field(description=f"How the log is cut: {', '.join(SPLIT_RULES)}.")] = "count"
     spans: Annotated[Count, Field(description="Number of spans after the base block.")] = 6
     alpha: Annotated[Fraction, Field(description="The base block's share of the log.")] = 0.5
     dates: Annotated[
         tuple[str, ...], Field(description="Where spans start, for a cut by dates, as in 2025-06-01,2025-07-01.")
     ] = ()
-    targets: Annotated[Targets, Field(description=f"What is tested: {', '.join(TARGETS)}.")] = "last"
-    heldout: Annotated[Heldout, Field(description=f"When held-out events join training: {', '.join(HELDOUT)}.")] = (
-        "next"
-    )
+    targets: Annotated[Targets, Field(description=f"What is tested: {', '.join(TARGET_RULES)}.")] = "last"
+    heldout: Annotated[
+        Heldout, Field(description=f"When held-out events join training: {', '.join(HELDOUT_RULES)}.")
+    ] = "next"
     min_events: Annotated[Count, Field(description="Leave out users with fewer events in the whole log.")] = 1
     forget_users: Annotated[
         Share, Field(description="Share of users whose held-out events never join training, to measure forgetting.")
     ] = 0.05
     base_periods: Annotated[Count, Field(description="Number of periods in the base block, for a cut by period.")] = 1
     n_targets: Annotated[
-        CountOrNone, Field(description="Test about this many events of a span, of random users; 0 = all.")
+        CountOrZero, Field(description="Test about this many events of a span, of random users; 0 = all.")
     ] = 0
     sessions: Annotated[
         bool, Field(description="Treat a user of another span as another user: histories end with the span.")

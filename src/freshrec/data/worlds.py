@@ -18,18 +18,18 @@ import polars as pl
 
 from freshrec.data.log import Log
 from freshrec.data.world_size import WorldSize
-from freshrec.errors import OptionError, unknown
+from freshrec.errors import OptionError, unknown_name_error
 
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
+Int64Array = npt.NDArray[np.int64]
+Float64Array = npt.NDArray[np.float64]
 
 DAY = 86_400_000_000  # microseconds
-START = 1_735_689_600_000_000  # 2025-01-01, in microseconds
+START_TIME = 1_735_689_600_000_000  # 2025-01-01, in microseconds
 N_TOPICS = 20
 N_TASTES = 3  # topics that a user likes at first
 N_GAINED = 2  # topics that half of the users of `newborn` gain
-FROM_GAINED = 0.7  # share of their events from then on that is drawn from the gained topics
-REPEATED = 0.7  # share of the events of `repeat` that are copies of an earlier event of the same user
+GAINED_TOPIC_SHARE = 0.7  # share of their events from then on that is drawn from the gained topics
+REPEAT_SHARE = 0.7  # share of the events of `repeat` that are copies of an earlier event of the same user
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,16 +42,16 @@ class World:
 
 
 @dataclass(frozen=True, eq=False)
-class Stage:
+class Timeline:
     """Who acts when, before anybody has chosen an item."""
 
-    moments_E: Floats  # ascending, in [0, 1)
-    periods_E: Ints
-    users_E: Ints
-    arrivals_U: Floats  # the moment of each user's arrival, 0 for those there from the start
+    time_fractions_E: Float64Array  # ascending, in [0, 1)
+    periods_E: Int64Array
+    users_E: Int64Array
+    arrival_fractions_U: Float64Array  # the moment of each user's arrival, 0 for those there from the start
 
 
-def make(
+def make_world(
     name: str,
     *,
     users: int = WorldSize.users,
@@ -65,7 +65,7 @@ def make(
     A user may turn out to have no events. `items` is rounded down to a multiple of the number of topics.
     """
     if name not in WORLDS:
-        raise unknown("world", name, WORLDS)
+        raise unknown_name_error("world", name, WORLDS)
     if users < 1 or spans < 1 or events < 2 * spans or items < N_TOPICS:
         raise OptionError(
             f"a world of {users} users, {items} items, {events} events and {spans} spans cannot be made; it takes at "
@@ -76,22 +76,22 @@ def make(
 
 def checkerboard(size: WorldSize, rng: np.random.Generator) -> World:
     """Even users take even items only, odd users odd ones: every item of one's own colour ranks above all others."""
-    stage = _stage(size, rng)
-    return World(_log(size, stage, stage.users_E % 2, 2, rng), 2)
+    stage = _make_timeline(size, rng)
+    return World(_make_log(size, stage, stage.users_E % 2, 2, rng), 2)
 
 
 def popularity(size: WorldSize, rng: np.random.Generator) -> World:
     """Everybody draws from the same popularity: no personal ranking beats the order of recent counts."""
-    stage = _stage(size, rng)
-    return World(_log(size, stage, np.zeros(size.events, np.int64), 1, rng), 1)
+    stage = _make_timeline(size, rng)
+    return World(_make_log(size, stage, np.zeros(size.events, np.int64), 1, rng), 1)
 
 
 def frozen(size: WorldSize, rng: np.random.Generator) -> World:
     """Each user likes three topics equally and for ever: new interests never appear, and detecting one is an error."""
-    stage = _stage(size, rng)
-    tastes_UK = _topics(size.users, N_TASTES, rng)
+    stage = _make_timeline(size, rng)
+    tastes_UK = _sample_topics(size.users, N_TASTES, rng)
     topics_E = tastes_UK[stage.users_E, rng.integers(N_TASTES, size=size.events)]
-    return World(_log(size, stage, topics_E, N_TOPICS, rng), N_TOPICS)
+    return World(_make_log(size, stage, topics_E, N_TOPICS, rng), N_TOPICS)
 
 
 def drift(size: WorldSize, rng: np.random.Generator) -> World:
@@ -100,11 +100,13 @@ def drift(size: WorldSize, rng: np.random.Generator) -> World:
     A model that is not updated decays span by span, and what a user liked in the base block says little about the last
     span. A strategy that keeps old knowledge scores better on old targets, and not on today's.
     """
-    stage = _stage(size, rng)
-    tastes_UK, phases_UK = _topics(size.users, N_TASTES, rng), rng.random((size.users, N_TASTES))
-    which_E = rng.integers(N_TASTES, size=size.events)
-    moves_E = (2 * stage.moments_E + phases_UK[stage.users_E, which_E]).astype(np.int64)
-    return World(_log(size, stage, (tastes_UK[stage.users_E, which_E] + moves_E) % N_TOPICS, N_TOPICS, rng), N_TOPICS)
+    stage = _make_timeline(size, rng)
+    tastes_UK, phases_UK = _sample_topics(size.users, N_TASTES, rng), rng.random((size.users, N_TASTES))
+    taste_index_E = rng.integers(N_TASTES, size=size.events)
+    moves_E = (2 * stage.time_fractions_E + phases_UK[stage.users_E, taste_index_E]).astype(np.int64)
+    return World(
+        _make_log(size, stage, (tastes_UK[stage.users_E, taste_index_E] + moves_E) % N_TOPICS, N_TOPICS, rng), N_TOPICS
+    )
 
 
 def newborn(size: WorldSize, rng: np.random.Generator) -> World:
@@ -114,22 +116,22 @@ def newborn(size: WorldSize, rng: np.random.Generator) -> World:
     users without an earlier span are left out, since all is new about them. A right detector names these users in these
     spans, and nobody else. (A light user may first show an *old* taste late: that is not in the truth.)
     """
-    stage = _stage(size, rng)
-    topics_UK = _topics(size.users, N_TASTES + N_GAINED, rng)
-    gains_U = (stage.arrivals_U == 0) & (rng.random(size.users) < 0.5)
-    born_U = np.where(gains_U, rng.integers(1, size.spans + 1, size.users), size.spans + 1)
-    gained_E = (stage.periods_E >= born_U[stage.users_E]) & (rng.random(size.events) < FROM_GAINED)
+    stage = _make_timeline(size, rng)
+    topics_UK = _sample_topics(size.users, N_TASTES + N_GAINED, rng)
+    gains_topics_U = (stage.arrival_fractions_U == 0) & (rng.random(size.users) < 0.5)
+    born_U = np.where(gains_topics_U, rng.integers(1, size.spans + 1, size.users), size.spans + 1)
+    is_gained_E = (stage.periods_E >= born_U[stage.users_E]) & (rng.random(size.events) < GAINED_TOPIC_SHARE)
     old_E, new_E = rng.integers(N_TASTES, size=size.events), rng.integers(N_GAINED, size=size.events) + N_TASTES
-    log = _log(size, stage, topics_UK[stage.users_E, np.where(gained_E, new_E, old_E)], N_TOPICS, rng)
-    return World(log, N_TOPICS, _truth(log.frame, gained_E))
+    log = _make_log(size, stage, topics_UK[stage.users_E, np.where(is_gained_E, new_E, old_E)], N_TOPICS, rng)
+    return World(log, N_TOPICS, _first_gained_spans(log.frame, is_gained_E))
 
 
 def repeat(size: WorldSize, rng: np.random.Generator) -> World:
     """70 % of a user's events copy one of its earlier ones, all as likely: its own items must rank first, by count."""
-    stage = _stage(size, rng)
-    tastes_UK = _topics(size.users, N_TASTES, rng)
-    log = _log(size, stage, tastes_UK[stage.users_E, rng.integers(N_TASTES, size=size.events)], N_TOPICS, rng)
-    source_E = _sources(stage.users_E, rng)
+    stage = _make_timeline(size, rng)
+    tastes_UK = _sample_topics(size.users, N_TASTES, rng)
+    log = _make_log(size, stage, tastes_UK[stage.users_E, rng.integers(N_TASTES, size=size.events)], N_TOPICS, rng)
+    source_E = _copy_sources(stage.users_E, rng)
     copied = log.frame.with_columns(pl.col("item_id", "category").gather(source_E))
     return World(Log(copied, log.has_clock, log.unit, log.notes), N_TOPICS)
 
@@ -144,7 +146,7 @@ WORLDS: dict[str, Callable[[WorldSize, np.random.Generator], World]] = {
 }
 
 
-def _stage(size: WorldSize, rng: np.random.Generator) -> Stage:
+def _make_timeline(size: WorldSize, rng: np.random.Generator) -> Timeline:
     """Events are evenly spaced; each goes to one of the users that have arrived, in proportion to their activity."""
     moments_E = np.arange(size.events) / size.events
     starts = np.ceil(size.events * (0.5 + 0.5 * np.arange(size.spans) / size.spans) - 0.5)
@@ -155,15 +157,15 @@ def _stage(size: WorldSize, rng: np.random.Generator) -> Stage:
     activity_U = np.cumsum(rng.lognormal(0.0, 1.0, size.users))
     n_here_E = np.searchsorted(arrivals_U, moments_E, "right")
     users_E = np.searchsorted(activity_U, rng.random(size.events) * activity_U[n_here_E - 1], "right")
-    return Stage(moments_E, periods_E, np.minimum(users_E, n_here_E - 1), arrivals_U)
+    return Timeline(moments_E, periods_E, np.minimum(users_E, n_here_E - 1), arrivals_U)
 
 
-def _topics(n_users: int, n: int, rng: np.random.Generator) -> Ints:
+def _sample_topics(n_users: int, n: int, rng: np.random.Generator) -> Int64Array:
     """(n_users, n) distinct topics of each user."""
     return np.argsort(rng.random((n_users, N_TOPICS), dtype=np.float32), axis=1)[:, :n]
 
 
-def _log(size: WorldSize, stage: Stage, topics_E: Ints, n_topics: int, rng: np.random.Generator) -> Log:
+def _make_log(size: WorldSize, stage: Timeline, topics_E: Int64Array, n_topics: int, rng: np.random.Generator) -> Log:
     """Each event takes an item of its topic. A rank of popularity is held by one item after the other."""
     n_per_topic = size.items // n_topics
     n_ranks = max(1, round(0.6 * n_per_topic))
@@ -172,18 +174,18 @@ def _log(size: WorldSize, stage: Stage, topics_E: Ints, n_topics: int, rng: np.r
     zipf = np.cumsum(1 / np.arange(1, n_ranks + 1))
     ranks_E = np.searchsorted(zipf, rng.random(size.events) * zipf[-1], "right").clip(max=n_ranks - 1)
     phases = rng.random((n_topics, n_ranks))  # when the first holder of a rank goes
-    holder_E = (stage.moments_E * (n_held[ranks_E] - 1) + phases[topics_E, ranks_E]).astype(np.int64)
+    holder_E = (stage.time_fractions_E * (n_held[ranks_E] - 1) + phases[topics_E, ranks_E]).astype(np.int64)
     columns = {
         "user_id": stage.users_E,
         "item_id": (first_item[ranks_E] + holder_E) * n_topics + topics_E,
-        "time": START + (stage.moments_E * 2 * size.spans * DAY).astype(np.int64),
+        "time": START_TIME + (stage.time_fractions_E * 2 * size.spans * DAY).astype(np.int64),
         "category": topics_E,
         "period": stage.periods_E,
     }
     return Log(pl.DataFrame(columns), True, "us", ("a generated log",))
 
 
-def _truth(frame: pl.DataFrame, gained_E: npt.NDArray[np.bool_]) -> pl.DataFrame:
+def _first_gained_spans(frame: pl.DataFrame, gained_E: npt.NDArray[np.bool_]) -> pl.DataFrame:
     """Each user's gained topics: the span of the first event and the events in that span."""
     first = pl.col("period").min()
     since = frame.group_by("user_id").agg(first.alias("since"))
@@ -193,16 +195,16 @@ def _truth(frame: pl.DataFrame, gained_E: npt.NDArray[np.bool_]) -> pl.DataFrame
     return truth.select("user_id", "span", "category", "events").sort("user_id", "span", "category")
 
 
-def _sources(users_E: Ints, rng: np.random.Generator) -> Ints:
+def _copy_sources(users_E: Int64Array, rng: np.random.Generator) -> Int64Array:
     """For each event, the event whose item it has: itself, or where it leads by way of copies of copies."""
     n_events = len(users_E)
     by_user = np.argsort(users_E, kind="stable")
     start_of_user = np.searchsorted(users_E[by_user], users_E[by_user])
     n_before = np.arange(n_events) - start_of_user  # of the same user
-    copies = (rng.random(n_events) < REPEATED) & (n_before > 0)
-    source = np.where(copies, start_of_user + (rng.random(n_events) * n_before).astype(np.int64), np.arange(n_events))
-    while not np.array_equal(further := source[source], source):  # each round doubles the copies passed over
-        source = further
+    is_copy = (rng.random(n_events) < REPEAT_SHARE) & (n_before > 0)
+    source = np.where(is_copy, start_of_user + (rng.random(n_events) * n_before).astype(np.int64), np.arange(n_events))
+    while not np.array_equal(resolved := source[source], source):  # each round doubles the copies passed over
+        source = resolved
     source_E = np.empty(n_events, np.int64)
     source_E[by_user] = by_user[source]
     return source_E

@@ -13,56 +13,58 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freshrec.data.batches import Targets, in_parts, random_source, shuffled
-from freshrec.data.carried import Carried
+from freshrec.data.batches import Targets, make_rng, shuffle_by_length, split_chunks
+from freshrec.data.carried import StoredInterests
 from freshrec.device import uniform
-from freshrec.learn.fit import batches
-from freshrec.learn.reservoir import Kept, keep, together
-from freshrec.models.layers import attend, best_inner_product
+from freshrec.learn.fit import training_batches
+from freshrec.learn.reservoir import TrainingSamples, concat_samples, copy_samples
+from freshrec.models.layers import attend, max_inner_product
 from freshrec.models.scoring import item_vectors, user_vectors
-from freshrec.models.tables import tables_of
-from freshrec.types import SECRET, SEQUENCES, Batch, EncodingModel, Forward, TrainedModel
+from freshrec.models.tables import embedding_tables
+from freshrec.types import HELD_OUT, SEQUENCE_FORMATS, Batch, EncodingModel, Forward, TrainedModel
 
-Select = Literal["herding", "herding-code", "random", "loss"]
-Allocate = Literal["largest-remainder", "multinomial"]
+SelectionRule = Literal["herding", "herding-code", "random", "loss"]
+AllocationRule = Literal["largest-remainder", "multinomial"]
 ExemplarLoss = Callable[[Tensor, Batch], Tensor]  # (indices of the exemplars (M,), their batch) -> scalar
-USERS = 64  # whose scores of all items are in memory at once
+USER_BLOCK = 64  # whose scores of all items are in memory at once
 
 
 # how exemplars are kept
 
 
-def learnable(targets: Targets, length: int) -> Targets:
+def trainable_targets(targets: Targets, length: int) -> Targets:
     """Those with a history whose last event may be looked at; all of them where no history is looked at."""
     if not length:
         return targets
     before_N = targets.histories.due_R[(targets.rows_N - 1).clamp(min=0)]
-    return targets[(targets.lengths(length) > 0) & (before_N != SECRET)]
+    return targets[(targets.history_lengths(length) > 0) & (before_N != HELD_OUT)]
 
 
-def pool_of(targets: Targets, exemplars: Kept | None, length: int) -> Kept:
+def build_pool(targets: Targets, exemplars: TrainingSamples | None, length: int) -> TrainingSamples:
     """What exemplars are chosen from: new targets, and earlier exemplars."""
-    new = keep(learnable(targets, length), length)
-    return new if exemplars is None else together(new, exemplars)
+    new = copy_samples(trainable_targets(targets, length), length)
+    return new if exemplars is None else concat_samples(new, exemplars)
 
 
-def batch_of(kept: Kept, which_M: Tensor, model: TrainedModel, carried: Carried | None) -> Batch:
+def exemplar_batch(
+    samples: TrainingSamples, which_M: Tensor, model: TrainedModel, stored_interests: StoredInterests | None
+) -> Batch:
     """Exemplars as the model wants its batches, with no more padding than the longest history needs."""
-    part = kept[which_M]
-    seen_T = (part.histories_NT > 0).any(0)
+    selected = samples[which_M]
+    seen_T = (selected.histories_NT > 0).any(0)
     n_padding = int(seen_T.int().argmax()) if bool(seen_T.any()) else len(seen_T)
-    history_BT, item_B1 = part.histories_NT[:, n_padding:].long(), part.items_N[:, None]
-    targets_BT = F.pad(item_B1, (history_BT.shape[1] - 1, 0)) if model.unit in SEQUENCES else item_B1
-    batch = Batch(part.users_N, history_BT, targets_BT)
-    return batch if carried is None else carried.join(batch)
+    history_BT, item_B1 = selected.histories_NT[:, n_padding:].long(), selected.items_N[:, None]
+    targets_BT = F.pad(item_B1, (history_BT.shape[1] - 1, 0)) if model.batch_format in SEQUENCE_FORMATS else item_B1
+    batch = Batch(selected.users_N, history_BT, targets_BT)
+    return batch if stored_interests is None else stored_interests.attach(batch)
 
 
-def queries(
-    kept: Kept, model: TrainedModel, carried: Carried | None, size: int = 256
+def exemplar_batches(
+    samples: TrainingSamples, model: TrainedModel, stored_interests: StoredInterests | None, size: int = 256
 ) -> Iterator[tuple[Tensor, Batch]]:
     """All of them in the order of their history length: (indices, batch)."""
-    for which_M in in_parts(torch.argsort((kept.histories_NT > 0).sum(1), stable=True), size):
-        yield which_M, batch_of(kept, which_M, model, carried)
+    for which_M in split_chunks(torch.argsort((samples.histories_NT > 0).sum(1), stable=True), size):
+        yield which_M, exemplar_batch(samples, which_M, model, stored_interests)
 
 
 # how many of each item
@@ -71,32 +73,32 @@ def queries(
 def largest_remainder(weights_G: Tensor, n: int) -> Tensor:
     """N w_g / sum w, rounded to whole numbers (G,) that sum to N: down, then up where most is lost; ties: lower g."""
     total = max(int(weights_G.sum()), 1)
-    floor_G, lost_G = n * weights_G // total, n * weights_G % total
+    floor_G, remainder_G = n * weights_G // total, n * weights_G % total
     n_missing = n - int(floor_G.sum()) if bool(weights_G.any()) else 0
     return floor_G.index_add(
-        0, lost_G.argsort(descending=True, stable=True)[:n_missing], torch.ones(n_missing, dtype=torch.int64)
+        0, remainder_G.argsort(descending=True, stable=True)[:n_missing], torch.ones(n_missing, dtype=torch.int64)
     )
 
 
-def allocate(counts_I: Tensor, n: int, how: Allocate, equal: bool, source: torch.Generator) -> Tensor:
+def allocate_exemplars(counts_I: Tensor, n: int, rule: AllocationRule, is_equal: bool, rng: torch.Generator) -> Tensor:
     """m_i = N |{(x, y) : y = i}| / |D_t and E_{t-1}|, at most what there is (I,) [ADER eq. 1].
 
     `counts_I`: the samples of each item, from item 0, the padding. `how`: rounded, or drawn N times with these
     probabilities, as in the authors' code. `equal`: the same for every known item, met or not.
     """
-    weights_I = torch.ones_like(counts_I).index_fill(0, torch.tensor([0]), 0) if equal else counts_I
-    if how == "largest-remainder":
+    weights_I = torch.ones_like(counts_I).index_fill(0, torch.tensor([0]), 0) if is_equal else counts_I
+    if rule == "largest-remainder":
         return torch.minimum(largest_remainder(weights_I, n), counts_I)
     if not bool(weights_I.any()):
         return counts_I
-    drawn_N = torch.multinomial(weights_I.cpu().double(), n, replacement=True, generator=source)
+    drawn_N = torch.multinomial(weights_I.cpu().double(), n, replacement=True, generator=rng)
     return torch.minimum(torch.bincount(drawn_N, minlength=len(counts_I)).to(counts_I.device), counts_I)
 
 
 # which ones
 
 
-def herd(features_SD: Tensor, group_S: Tensor, wanted_G: Tensor, repeat: bool = False) -> Tensor:
+def herd(features_SD: Tensor, group_S: Tensor, wanted_G: Tensor, may_repeat: bool = False) -> Tensor:
     """Samples (M,), in the order of choice, whose mean feature is close to that of their group: Algorithm 1 of ADER.
 
     Of unit vectors phi with mean mu, each group picks argmax w phi, then w <- w + mu - phi, starting from w = mu; ties:
@@ -108,13 +110,13 @@ def herd(features_SD: Tensor, group_S: Tensor, wanted_G: Tensor, repeat: bool = 
     group_S, wanted_G = torch.searchsorted(ids_G, group_S), wanted_G[ids_G]
     n_G = torch.bincount(group_S, minlength=len(ids_G))
     mean_GD = torch.zeros(len(ids_G), phi_SD.shape[1]).index_add_(0, group_S, phi_SD) / n_G[:, None]
-    rounds_G = (11 * wanted_G + 9) // 10 if repeat else wanted_G
-    w_GD, left_G, taken_S = mean_GD.clone(), wanted_G.clone(), torch.zeros(n_samples, dtype=torch.bool)
+    rounds_G = (11 * wanted_G + 9) // 10 if may_repeat else wanted_G
+    w_GD, n_left_G, is_picked_S = mean_GD.clone(), wanted_G.clone(), torch.zeros(n_samples, dtype=torch.bool)
     member_S = torch.arange(n_samples)
     picked: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]
     for n_rounds in itertools.count():
-        member_S = member_S[((left_G > 0) & (rounds_G > n_rounds))[group_S[member_S]]]
-        member_S = member_S if repeat else member_S[~taken_S[member_S]]
+        member_S = member_S[((n_left_G > 0) & (rounds_G > n_rounds))[group_S[member_S]]]
+        member_S = member_S if may_repeat else member_S[~is_picked_S[member_S]]
         if not len(member_S):
             break
         of_S = group_S[member_S]
@@ -125,14 +127,14 @@ def herd(features_SD: Tensor, group_S: Tensor, wanted_G: Tensor, repeat: bool = 
         first_G.scatter_reduce_(0, of_S[is_best_S], member_S[is_best_S], "amin")
         pick_G = first_G[first_G < n_samples]
         w_GD[group_S[pick_G]] += mean_GD[group_S[pick_G]] - phi_SD[pick_G]
-        new_G = pick_G[~taken_S[pick_G]]
-        taken_S[new_G] = True
-        left_G[group_S[new_G]] -= 1
+        new_G = pick_G[~is_picked_S[pick_G]]
+        is_picked_S[new_G] = True
+        n_left_G[group_S[new_G]] -= 1
         picked.append(new_G)
     return torch.cat(picked)
 
 
-def smallest(key_S: Tensor, group_S: Tensor, wanted_G: Tensor) -> Tensor:
+def smallest_per_group(key_S: Tensor, group_S: Tensor, wanted_G: Tensor) -> Tensor:
     """The wanted_G[g] samples of each group g with the smallest keys (M,); ties: the first."""
     by_key_S = torch.argsort(key_S, stable=True)
     order_S = by_key_S[torch.argsort(group_S[by_key_S], stable=True)]
@@ -141,88 +143,98 @@ def smallest(key_S: Tensor, group_S: Tensor, wanted_G: Tensor) -> Tensor:
     return order_S[place_S < wanted_G[group_S[order_S]]]
 
 
-def features(model: EncodingModel, kept: Kept, carried: Carried | None) -> Tensor:
+def sample_features(model: EncodingModel, samples: TrainingSamples, stored_interests: StoredInterests | None) -> Tensor:
     """(S, D) the user's vector in each sample; of several, the one that the target is closest to."""
-    features_SD = torch.zeros(len(kept), item_vectors(model).shape[1])
-    for which, batch in queries(kept, model, carried):
-        target_BD = item_vectors(model)[kept.items_N[which]]
-        features_SD[which] = attend(user_vectors(model, batch), target_BD, None, "hard")
+    features_SD = torch.zeros(len(samples), item_vectors(model).shape[1])
+    for index_B, batch in exemplar_batches(samples, model, stored_interests):
+        target_BD = item_vectors(model)[samples.items_N[index_B]]
+        features_SD[index_B] = attend(user_vectors(model, batch), target_BD, None, "hard")
     return features_SD
 
 
-def losses(model: EncodingModel, kept: Kept, carried: Carried | None) -> Tensor:
+def sample_losses(model: EncodingModel, samples: TrainingSamples, stored_interests: StoredInterests | None) -> Tensor:
     """(S,) -ln p(target) by the softmax of the scores of all known items."""
-    loss_S = torch.zeros(len(kept))
-    for which, batch in queries(kept, model, carried, USERS):
-        score_BI = best_inner_product(user_vectors(model, batch), item_vectors(model)[1 : model.n_items + 1])
-        loss_S[which] = F.cross_entropy(score_BI, kept.items_N[which] - 1, reduction="none")
+    loss_S = torch.zeros(len(samples))
+    for index_B, batch in exemplar_batches(samples, model, stored_interests, USER_BLOCK):
+        score_BI = max_inner_product(user_vectors(model, batch), item_vectors(model)[1 : model.n_items + 1])
+        loss_S[index_B] = F.cross_entropy(score_BI, samples.items_N[index_B] - 1, reduction="none")
     return loss_S
 
 
-def select(
-    how: Select, model: EncodingModel, pool: Kept, carried: Carried | None, wanted_I: Tensor, source: torch.Generator
-) -> Kept:
+def select_exemplars(
+    rule: SelectionRule,
+    model: EncodingModel,
+    pool: TrainingSamples,
+    stored_interests: StoredInterests | None,
+    wanted_I: Tensor,
+    rng: torch.Generator,
+) -> TrainingSamples:
     """wanted_I[i] samples of each item i: closest to the mean feature, at random, or with the smallest loss."""
     wanted_S = wanted_I[pool.items_N]
-    whole_S = wanted_S == torch.bincount(pool.items_N, minlength=len(wanted_I))[pool.items_N]
-    open_S = ((wanted_S > 0) & ~whole_S).nonzero()[:, 0]  # where there is a choice
-    part = pool[open_S]
-    if how == "random":
-        chosen_M = smallest(uniform((len(part),), source), part.items_N, wanted_I)
-    elif how == "loss":
-        chosen_M = smallest(losses(model, part, carried), part.items_N, wanted_I)
+    is_unconditional_S = wanted_S == torch.bincount(pool.items_N, minlength=len(wanted_I))[pool.items_N]
+    contested_S = ((wanted_S > 0) & ~is_unconditional_S).nonzero()[:, 0]  # where there is a choice
+    contested = pool[contested_S]
+    if rule == "random":
+        chosen_M = smallest_per_group(uniform((len(contested),), rng), contested.items_N, wanted_I)
+    elif rule == "loss":
+        chosen_M = smallest_per_group(sample_losses(model, contested, stored_interests), contested.items_N, wanted_I)
     else:
-        chosen_M = herd(features(model, part, carried), part.items_N, wanted_I, repeat=how == "herding-code")
-    return pool[torch.cat([whole_S.nonzero()[:, 0], open_S[chosen_M]]).sort().values]
+        chosen_M = herd(
+            sample_features(model, contested, stored_interests),
+            contested.items_N,
+            wanted_I,
+            may_repeat=rule == "herding-code",
+        )
+    return pool[torch.cat([is_unconditional_S.nonzero()[:, 0], contested_S[chosen_M]]).sort().values]
 
 
 # how they are trained on
 
 
 @dataclass
-class Replay:
+class ExperienceReplay:
     """A term of the loss: beside each training batch a batch of exemplars, all of them about once an epoch.
 
     Exemplars with histories of like length are side by side, so that little of a batch is padding.
     """
 
     model: TrainedModel
-    exemplars: Kept
-    carried: Carried | None
+    exemplars: TrainingSamples
+    stored_interests: StoredInterests | None
     weight: float
     loss: ExemplarLoss
-    n_each: int
-    source: torch.Generator
+    batch_size: int
+    rng: torch.Generator
     queue: list[Tensor] = field(default_factory=list)
 
     def __call__(self, batch: Batch, forward: Forward) -> Tensor:
         """The scalar to add to the loss."""
         if not self.queue:
-            self.queue = shuffled((self.exemplars.histories_NT > 0).sum(1), self.n_each, self.source)
+            self.queue = shuffle_by_length((self.exemplars.histories_NT > 0).sum(1), self.batch_size, self.rng)
         which_M = self.queue.pop()
-        replayed = batch_of(self.exemplars, which_M, self.model, self.carried)
-        for table in tables_of(self.model).values():
-            table.again()
-        return self.weight * self.loss(which_M, replace(replayed, negatives_N=batch.negatives_N))
+        replay_batch = exemplar_batch(self.exemplars, which_M, self.model, self.stored_interests)
+        for table in embedding_tables(self.model).values():
+            table.continue_step()
+        return self.weight * self.loss(which_M, replace(replay_batch, negatives_N=batch.negatives_N))
 
 
-def own_loss(model: TrainedModel) -> ExemplarLoss:
+def model_loss(model: TrainedModel) -> ExemplarLoss:
     """What the model trains with, on the true targets of exemplars."""
     return lambda which_M, batch: model(batch).loss
 
 
-def replay(
+def experience_replay(
     model: TrainedModel,
     targets: Targets,
-    exemplars: Kept,
-    carried: Carried | None,
+    exemplars: TrainingSamples,
+    stored_interests: StoredInterests | None,
     *,
     weight: float,
     loss: ExemplarLoss,
-    source: torch.Generator,
-) -> list[Replay]:
+    rng: torch.Generator,
+) -> list[ExperienceReplay]:
     """The term for `train(model, targets, ...)`; none where it would add nothing, so that training is fine-tuning."""
-    n_steps = sum(1 for _ in batches(model, targets, random_source(0)))
+    n_steps = sum(1 for _ in training_batches(model, targets, make_rng(0)))
     if not weight or not len(exemplars) or not n_steps:
         return []
-    return [Replay(model, exemplars, carried, weight, loss, max(1, len(exemplars) // n_steps), source)]
+    return [ExperienceReplay(model, exemplars, stored_interests, weight, loss, max(1, len(exemplars) // n_steps), rng)]

@@ -11,45 +11,45 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from freshrec.config import Count, CountOrNone, Positive, Rate, check_options
+from freshrec.config import Count, CountOrZero, Positive, Rate, check_options
 from freshrec.data.batches import (
     Targets,
     due_targets,
-    owners,
+    make_rng,
+    mark_trained,
+    mask_held_out,
     pair_batches,
     query_batches,
-    random_source,
-    settle,
+    row_users,
     target_batches,
     targets_at,
     window_batches,
-    without_secrets,
 )
-from freshrec.data.carried import Carried, carried_by
-from freshrec.data.lanes import HiddenStates, lane_batches
+from freshrec.data.carried import StoredInterests, stored_interests_of
+from freshrec.data.lanes import HiddenStates, session_parallel_batches
 from freshrec.device import integers, permutation
 from freshrec.errors import TrainingError
-from freshrec.learn.clicks import auc, clicks_of
-from freshrec.learn.interests import Trim, costs_of, reread
-from freshrec.learn.weights import View, grow, seen_through, snapshot
-from freshrec.models.ranking import ranks
-from freshrec.models.tables import tables_of
-from freshrec.types import DUE, Batch, ClickModel, Histories, InterestModel, Span, State, Term, TrainedModel
+from freshrec.learn.clicks import auc, target_click_probabilities
+from freshrec.learn.interests import TrimFunction, interest_costs, update_interests
+from freshrec.learn.weights import Parametrization, apply_parametrization, grow_model, snapshot
+from freshrec.models.ranking import target_ranks
+from freshrec.models.tables import embedding_tables
+from freshrec.types import DUE, Batch, ClickModel, Histories, InterestModel, LossTerm, Span, State, TrainedModel
 
-Project = Callable[[Tensor, Tensor, Tensor], Tensor]
+Projection = Callable[[Tensor, Tensor, Tensor], Tensor]
 LIST_LENGTH = 20  # k of the ndcg and the hit rate that choose a number of epochs
-USUAL_EPOCHS = 10  # of a training that chooses their number itself
-HELD = 1011  # tells the random numbers that choose held-out targets from those of the epochs
+EXPECTED_EPOCHS = 10  # of a training that chooses their number itself
+HOLDOUT_STREAM = 1011  # tells the random numbers that choose held-out targets from those of the epochs
 
 
 @dataclass(frozen=True)
-class Fit:
+class FitConfig:
     """How a strategy trains; the model's own spec holds lr, batch size, negatives and history length."""
 
-    epochs: CountOrNone = 5  # of an update
+    epochs: CountOrZero = 5  # of an update
     lr_scale: Positive = 1.0  # of an update's lr against the model's
     history: Literal["recent", "span"] = "recent"  # the last events across spans, or this span's only (IMSR)
-    base_epochs: CountOrNone = 0  # of the base block and of a full retrain; 0 = chosen on the base block's last sixth
+    base_epochs: CountOrZero = 0  # of the base block and of a full retrain; 0 = chosen on the base block's last sixth
     max_epochs: Count = 60  # where they are chosen
     patience: Count = 8  # epochs without a better ndcg@20 before the choice is made
     holdout: Rate = 0.0  # share of the targets of each training to stop by, as ADER does, instead of fixed epochs
@@ -57,17 +57,17 @@ class Fit:
     def __post_init__(self) -> None:
         check_options(self)
 
-    def held(self, n_targets: int) -> int:
+    def n_held_out(self, n_targets: int) -> int:
         """How many of so many targets are held out."""
         return max(1, round(n_targets * self.holdout)) if self.holdout and n_targets > 1 else 0
 
     @property
-    def usual_epochs(self) -> int:
+    def expected_epochs(self) -> int:
         """Of an update, for estimates."""
-        return USUAL_EPOCHS if self.holdout else self.epochs
+        return EXPECTED_EPOCHS if self.holdout else self.epochs
 
 
-class Learner(Protocol):
+class Trainable(Protocol):
     """What an optimiser trains: a model, or a network that maps a model's weights."""
 
     moments: dict[str, Tensor]
@@ -77,29 +77,29 @@ class Learner(Protocol):
 
 
 @dataclass
-class Clock:
+class CostMeter:
     """CPU seconds by part of an update, and whatever else it measures of itself."""
 
     costs: dict[str, float] = field(default_factory=dict)
 
-    def timed(self, part: str, since: float) -> None:
+    def add_time(self, part: str, started_at: float) -> None:
         """Add the CPU seconds since `since` (time.process_time) to `part`."""
-        self.costs[part] = self.costs.get(part, 0.0) + time.process_time() - since
+        self.costs[part] = self.costs.get(part, 0.0) + time.process_time() - started_at
 
 
-def batches(
-    model: TrainedModel, targets: Targets, source: torch.Generator, carried: Carried | None = None
+def training_batches(
+    model: TrainedModel, targets: Targets, rng: torch.Generator, stored_interests: StoredInterests | None = None
 ) -> Iterator[Batch]:
     """One epoch of batches, as the model wants them cut."""
     spec = model.spec
-    if model.unit == "pair":
-        return pair_batches(targets, spec.batch, source)
-    if model.unit == "lane":
-        return lane_batches(targets, spec.batch)
-    if model.unit == "window":
-        return window_batches(targets, spec.batch, spec.length, source)
-    least = 0 if model.unit == "click" else 1
-    return target_batches(targets, spec.batch, spec.length, source, carried, least)
+    if model.batch_format == "pair":
+        return pair_batches(targets, spec.batch, rng)
+    if model.batch_format == "lane":
+        return session_parallel_batches(targets, spec.batch)
+    if model.batch_format == "window":
+        return window_batches(targets, spec.batch, spec.length, rng)
+    min_history = 0 if model.batch_format == "click" else 1
+    return target_batches(targets, spec.batch, spec.length, rng, stored_interests, min_history)
 
 
 def train(
@@ -109,12 +109,12 @@ def train(
     key: tuple[int, ...],
     *,
     lr_scale: float = 1.0,
-    carried: Carried | None = None,
-    terms: Sequence[Term] = (),
-    project: Project | None = None,
-    view: View | None = None,
-    learner: Learner | None = None,
-    among_N: Tensor | None = None,
+    stored_interests: StoredInterests | None = None,
+    terms: Sequence[LossTerm] = (),
+    project: Projection | None = None,
+    parametrization: Parametrization | None = None,
+    trainable: Trainable | None = None,
+    negative_pool_N: Tensor | None = None,
 ) -> Iterator[float]:
     """Train `model` in place; yields the mean loss after each epoch. All randomness comes from `key`: seed, span, ...
 
@@ -122,17 +122,17 @@ def train(
     the model, which `view` then has to leave alone. `among_N`: the items that negatives are drawn from, else all.
     """
     lr = model.spec.lr * lr_scale
-    tables = list(tables_of(model).values())
-    trained: Learner = model if learner is None else learner
-    dense, hidden = _resume(trained, lr), HiddenStates()
+    tables = list(embedding_tables(model).values())
+    optimized: Trainable = model if trainable is None else trainable
+    optimizer, hidden = _resume_adam(optimized, lr), HiddenStates()
     for epoch in range(n_epochs):
         total, n_steps = 0.0, 0
         model.train()
-        with torch.random.fork_rng(devices=[]), seen_through(model, view) as forward_pass:
-            source = random_source(*key, epoch)
-            torch.manual_seed(int(integers(0, 2**31, 1, source)))  # dropout
-            for batch in batches(model, targets, source, carried):
-                negatives_N = negatives(model, source, among_N)
+        with torch.random.fork_rng(devices=[]), apply_parametrization(model, parametrization) as forward_pass:
+            rng = make_rng(*key, epoch)
+            torch.manual_seed(int(integers(0, 2**31, 1, rng)))  # dropout
+            for batch in training_batches(model, targets, rng, stored_interests):
+                negatives_N = sample_negatives(model, rng, negative_pool_N)
                 batch = replace(batch, negatives_N=negatives_N, project=project)
                 forward = hidden.run(forward_pass, batch)
                 loss = forward.loss
@@ -143,26 +143,26 @@ def train(
                     raise TrainingError(f"the loss became {value} in epoch {epoch + 1}: lower lr (now {lr:g}).")
                 loss.backward()
                 for table in tables:
-                    table.push(lr)
-                if dense is not None:
-                    dense.step()
-                    dense.zero_grad(set_to_none=True)
+                    table.step(lr)
+                if optimizer is not None:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
                 total, n_steps = total + value, n_steps + 1
         model.eval()
-        if dense is not None:
-            trained.moments = _moments(trained, dense)
+        if optimizer is not None:
+            optimized.moments = _adam_moments(optimized, optimizer)
         yield total / max(n_steps, 1)
 
 
-def negatives(model: TrainedModel, source: torch.Generator, among_N: Tensor | None = None) -> Tensor:
+def sample_negatives(model: TrainedModel, rng: torch.Generator, pool_N: Tensor | None = None) -> Tensor:
     """Item rows drawn with replacement from `among_N`, or from all items."""
     n = model.spec.negatives
-    if among_N is None:
-        return integers(1, model.n_items + 1, n, source)
-    return among_N[integers(0, len(among_N), n, source)]
+    if pool_N is None:
+        return integers(1, model.n_items + 1, n, rng)
+    return pool_N[integers(0, len(pool_N), n, rng)]
 
 
-def _resume(model: Learner, lr: float) -> torch.optim.Adam | None:
+def _resume_adam(model: Trainable, lr: float) -> torch.optim.Adam | None:
     named = dict(model.named_parameters())
     if not named:
         return None
@@ -173,7 +173,7 @@ def _resume(model: Learner, lr: float) -> torch.optim.Adam | None:
     return adam
 
 
-def _moments(model: Learner, adam: torch.optim.Adam) -> dict[str, Tensor]:
+def _adam_moments(model: Trainable, adam: torch.optim.Adam) -> dict[str, Tensor]:
     return {
         f"{name}.{k}": v.clone()
         for name, parameter in model.named_parameters()
@@ -181,138 +181,158 @@ def _moments(model: Learner, adam: torch.optim.Adam) -> dict[str, Tensor]:
     }
 
 
-def successor(state: State, span: Span) -> TrainedModel:
+def grown_copy(state: State, span: Span) -> TrainedModel:
     """A copy of the state's model with room for the span's new users and items."""
     model: TrainedModel = copy.deepcopy(state.model)
-    grow(model, span.n_users, span.n_items, state.recent.kinds_I)
+    grow_model(model, span.n_users, span.n_items, state.histories.categories_I)
     return model
 
 
-def fresh(state: State, n_users: int, n_items: int) -> TrainedModel:
+def new_model(state: State, n_users: int, n_items: int) -> TrainedModel:
     """An untrained model with the options of the state's."""
     model: TrainedModel = state.model.spec.build(state.seed)
-    grow(model, n_users, n_items, state.recent.kinds_I)
+    grow_model(model, n_users, n_items, state.histories.categories_I)
     return model
 
 
-def parted(targets: Targets, fit: Fit, key: tuple[int, ...]) -> tuple[Targets, Targets]:
+def split_holdout(targets: Targets, fit: FitConfig, key: tuple[int, ...]) -> tuple[Targets, Targets]:
     """What `adapt` trains on, and the held-out rest that it stops by: a share `fit.holdout`, drawn at random."""
-    n_held = fit.held(len(targets))
+    n_held = fit.n_held_out(len(targets))
     if not n_held:
         return targets, targets[torch.zeros(0, dtype=torch.int64)]
-    order_N = permutation(len(targets), random_source(*key, HELD))
+    order_N = permutation(len(targets), make_rng(*key, HOLDOUT_STREAM))
     return targets[order_N[n_held:].sort().values], targets[order_N[:n_held].sort().values]
 
 
-def adapt(
+def fit_model(
     model: TrainedModel,
     targets: Targets,
-    fit: Fit,
+    fit: FitConfig,
     key: tuple[int, ...],
-    clock: Clock,
+    meter: CostMeter,
     *,
-    carried: Carried | None = None,
-    terms: Sequence[Term] = (),
-    project: Project | None = None,
-    view: View | None = None,
+    stored_interests: StoredInterests | None = None,
+    terms: Sequence[LossTerm] = (),
+    project: Projection | None = None,
+    parametrization: Parametrization | None = None,
 ) -> int:
     """A whole training, its CPU seconds added to "train_cpu_s"; returns the epochs that the model has learnt for.
 
     That is `train` for `fit.epochs`; where a part is held out, until hr@20 (AUC, of labelled targets) on it has not
     risen for `fit.patience` epochs, and the model then is that of the best epoch [ADER section 3].
     """
-    since = time.process_time()
-    learnt, held = parted(targets, fit, key)
-    n_epochs = fit.max_epochs if len(held) else fit.epochs
+    started_at = time.process_time()
+    train_targets, held_out = split_holdout(targets, fit, key)
+    n_epochs = fit.max_epochs if len(held_out) else fit.epochs
     epochs = train(
-        model, learnt, n_epochs, key, lr_scale=fit.lr_scale, carried=carried, terms=terms, project=project, view=view
+        model,
+        train_targets,
+        n_epochs,
+        key,
+        lr_scale=fit.lr_scale,
+        stored_interests=stored_interests,
+        terms=terms,
+        project=project,
+        parametrization=parametrization,
     )
-    if len(held):
-        n_epochs = best_epoch(model, epochs, lambda: hit_rate(model, held, carried), fit.patience)
-        clock.costs["epochs"] = float(n_epochs)
+    if len(held_out):
+        n_epochs = train_to_best_epoch(model, epochs, lambda: hit_rate(model, held_out, stored_interests), fit.patience)
+        meter.costs["epochs"] = float(n_epochs)
     else:
         for _ in epochs:
             pass
-    clock.timed("train_cpu_s", since)
+    meter.add_time("train_cpu_s", started_at)
     return n_epochs
 
 
-def best_epoch(model: TrainedModel, epochs: Iterator[float], quality: Callable[[], float], patience: int) -> int:
+def train_to_best_epoch(
+    model: TrainedModel, epochs: Iterator[float], quality: Callable[[], float], patience: int
+) -> int:
     """Train until the quality has not risen for `patience` epochs; the best epoch, to which the model goes back."""
-    best, n_best, back = -math.inf, 0, snapshot(model)
+    best, n_best, restore = -math.inf, 0, snapshot(model)
     for n_epochs, _ in enumerate(epochs, 1):
         value = quality()
         if value > best:
-            best, n_best, back = value, n_epochs, snapshot(model)
+            best, n_best, restore = value, n_epochs, snapshot(model)
         elif n_epochs - n_best >= patience:
             break
-    back()
+    restore()
     return n_best
 
 
-def start(state: State, span: Span, fit: Fit) -> State:
+def fit_base_block(state: State, span: Span, fit: FitConfig) -> State:
     """The first update of every strategy that trains plainly: a fresh model on the base block."""
-    if state.started is not None:
-        return state.started
-    targets = due_targets(state.recent)
-    n_epochs = 0 if fit.held(len(targets)) else fit.base_epochs or choose_epochs(state, fit)
-    model = fresh(state, span.n_users, span.n_items)
-    carried = carried_by(model, None, span.index)
-    clock = Clock({"rows_read": float(len(targets))})
+    if state.shared_base is not None:
+        return state.shared_base
+    targets = due_targets(state.histories)
+    n_epochs = 0 if fit.n_held_out(len(targets)) else fit.base_epochs or choose_epochs(state, fit)
+    model = new_model(state, span.n_users, span.n_items)
+    stored_interests = stored_interests_of(model, None, span.index)
+    meter = CostMeter({"rows_read": float(len(targets))})
     fit = replace(fit, epochs=n_epochs, lr_scale=1.0)
-    n_epochs = adapt(model, targets, fit, (state.seed, span.index), clock, carried=carried)
-    return finish(replace(state, base_epochs=n_epochs), model, carried, "recent", clock)
+    n_epochs = fit_model(model, targets, fit, (state.seed, span.index), meter, stored_interests=stored_interests)
+    return finish_update(replace(state, base_epochs=n_epochs), model, stored_interests, "recent", meter)
 
 
-def finish(
-    state: State, model: TrainedModel, carried: Carried | None, history: str, clock: Clock, trim: Trim | None = None
+def finish_update(
+    state: State,
+    model: TrainedModel,
+    stored_interests: StoredInterests | None,
+    history: str,
+    meter: CostMeter,
+    trim: TrimFunction | None = None,
 ) -> State:
     """The state after an update: interests read again for the users seen in it, histories settled and cut to length."""
-    users = state.users
-    if carried is not None and isinstance(model, InterestModel):
-        since = time.process_time()
-        users = reread(model, carried, state.recent, history, trim)
-        clock.timed("extract_cpu_s", since)
-        clock.costs |= costs_of(users)
-    recent = settle(state.recent, model.spec.length)
+    interests = state.interests
+    if stored_interests is not None and isinstance(model, InterestModel):
+        started_at = time.process_time()
+        interests = update_interests(model, stored_interests, state.histories, history, trim)
+        meter.add_time("extract_cpu_s", started_at)
+        meter.costs |= interest_costs(interests)
+    recent = mark_trained(state.histories, model.spec.length)
     return replace(
-        state, model=model, users=users, recent=recent, spans_seen=state.spans_seen + 1, costs=dict(clock.costs)
+        state,
+        model=model,
+        interests=interests,
+        histories=recent,
+        spans_seen=state.spans_seen + 1,
+        costs=dict(meter.costs),
     )
 
 
-def choose_epochs(state: State, fit: Fit) -> int:
+def choose_epochs(state: State, fit: FitConfig) -> int:
     """How many epochs the base block needs: the best ndcg@20, or AUC, on its last sixth after training on the rest.
 
     The held-out part is a sixth, not a tail right behind the training rows: such a tail overstates quality 3-4 x.
     """
-    targets, late = early_and_late(state.recent)
-    late = late if late.labels_N is not None else late[late.lengths(1) > 0]
-    late = late[permutation(len(late), random_source(state.seed, 7))[:2000]]
-    if not len(late) or not len(targets):
+    targets, held_out = split_last_sixth(state.histories)
+    held_out = held_out if held_out.labels_N is not None else held_out[held_out.history_lengths(1) > 0]
+    held_out = held_out[permutation(len(held_out), make_rng(state.seed, 7))[:2000]]
+    if not len(held_out) or not len(targets):
         return 5  # too little to choose by
-    model = fresh(state, state.recent.n_users, int(targets.items_N.max()))
-    carried = carried_by(model, None, 0)
-    epochs = train(model, targets, fit.max_epochs, (state.seed, 0), carried=carried)
-    return best_epoch(model, epochs, lambda: ndcg(model, late, carried), fit.patience)
+    model = new_model(state, state.histories.n_users, int(targets.items_N.max()))
+    stored_interests = stored_interests_of(model, None, 0)
+    epochs = train(model, targets, fit.max_epochs, (state.seed, 0), stored_interests=stored_interests)
+    return train_to_best_epoch(model, epochs, lambda: mean_ndcg(model, held_out, stored_interests), fit.patience)
 
 
-def early_and_late(histories: Histories) -> tuple[Targets, Targets]:
+def split_last_sixth(histories: Histories) -> tuple[Targets, Targets]:
     """The due targets before the last sixth, and those in it."""
-    if histories.shown is not None:
+    if histories.impressions is not None:
         due = due_targets(histories)
-        late_N = histories.shown.times_E >= histories.shown.times_E.sort().values[len(due) * 5 // 6 :][:1]
+        late_N = histories.impressions.times_E >= histories.impressions.times_E.sort().values[len(due) * 5 // 6 :][:1]
         return due[~late_N], due[late_N]
-    late_R, due_R = last_sixth(histories), histories.due_R == DUE
+    late_R, due_R = is_in_last_sixth(histories), histories.due_R == DUE
     parts = [targets_at(histories, rows_R.nonzero()[:, 0]) for rows_R in (due_R & ~late_R, due_R & late_R)]
     return parts[0], parts[1]
 
 
-def last_sixth(histories: Histories) -> Tensor:
+def is_in_last_sixth(histories: Histories) -> Tensor:
     """(R,) whether a row is in the last sixth."""
-    return nth_part(histories, 6) == 5
+    return part_numbers(histories, 6) == 5
 
 
-def nth_part(histories: Histories, n: int) -> Tensor:
+def part_numbers(histories: Histories, n: int) -> Tensor:
     """(R,) in which of n equal parts, 0 .. n - 1, a row is: by time, or of each user's own rows where time tells the
     users apart.
 
@@ -323,7 +343,7 @@ def nth_part(histories: Histories, n: int) -> Tensor:
         return torch.zeros(0, dtype=torch.int64)
     edges = times_R.sort().values[[len(times_R) * i // n for i in range(1, n)]]
     part_R = torch.searchsorted(edges, times_R, right=True)
-    users_R, late_R = owners(histories), part_R == n - 1
+    users_R, late_R = row_users(histories), part_R == n - 1
     late_users = users_R[late_R].unique()
     if torch.isin(late_users, users_R[~late_R]).float().mean() > 0.2:
         return part_R
@@ -333,33 +353,43 @@ def nth_part(histories: Histories, n: int) -> Tensor:
     return (place_R[:, None] >= edges_UN[users_R]).sum(1)
 
 
-def ndcg(model: TrainedModel, targets: Targets, carried: Carried | None, k: int = LIST_LENGTH) -> float:
+def mean_ndcg(
+    model: TrainedModel, targets: Targets, stored_interests: StoredInterests | None, k: int = LIST_LENGTH
+) -> float:
     """ndcg@k of some targets; AUC, if they have labels."""
     if targets.labels_N is not None:
-        return _auc(model, targets)
-    return float(ndcg_of(model, targets, carried, k).sum()) / max(len(targets), 1)
+        return _target_auc(model, targets)
+    return float(target_ndcg(model, targets, stored_interests, k).sum()) / max(len(targets), 1)
 
 
-def ndcg_of(model: TrainedModel, targets: Targets, carried: Carried | None, k: int = LIST_LENGTH) -> Tensor:
+def target_ndcg(
+    model: TrainedModel, targets: Targets, stored_interests: StoredInterests | None, k: int = LIST_LENGTH
+) -> Tensor:
     """(N,) ndcg@k of each target, the same targets always in the same order."""
-    rank_N = _ranks(model, targets, carried)
+    rank_N = _target_ranks(model, targets, stored_interests)
     return ((rank_N <= k) / torch.log2(1 + rank_N)).nan_to_num(0.0)
 
 
-def hit_rate(model: TrainedModel, targets: Targets, carried: Carried | None, k: int = LIST_LENGTH) -> float:
+def hit_rate(
+    model: TrainedModel, targets: Targets, stored_interests: StoredInterests | None, k: int = LIST_LENGTH
+) -> float:
     """hr@k of some targets, which is ADER's recall@k; AUC, if they have labels."""
     if targets.labels_N is not None:
-        return _auc(model, targets)
-    return float((_ranks(model, targets, carried) <= k).sum()) / max(len(targets), 1)
+        return _target_auc(model, targets)
+    return float((_target_ranks(model, targets, stored_interests) <= k).sum()) / max(len(targets), 1)
 
 
-def _auc(model: TrainedModel, targets: Targets) -> float:
+def _target_auc(model: TrainedModel, targets: Targets) -> float:
     """AUC of targets with labels; 0 where all of them are alike."""
     assert isinstance(model, ClickModel) and targets.labels_N is not None
-    return float(np.nan_to_num(auc(targets.labels_N.cpu().numpy(), clicks_of(model, targets).cpu().numpy())))
+    return float(
+        np.nan_to_num(auc(targets.labels_N.cpu().numpy(), target_click_probabilities(model, targets).cpu().numpy()))
+    )
 
 
-def _ranks(model: TrainedModel, targets: Targets, carried: Carried | None) -> Tensor:
+def _target_ranks(model: TrainedModel, targets: Targets, stored_interests: StoredInterests | None) -> Tensor:
     """(N,) the rank of each target among all items, in no order."""
-    batches = query_batches(without_secrets(targets), model.spec.length, carried)
-    return torch.cat([torch.zeros(0), *(ranks(model, batch, targets.items_N[which]) for which, batch in batches)])
+    batches = query_batches(mask_held_out(targets), model.spec.length, stored_interests)
+    return torch.cat(
+        [torch.zeros(0), *(target_ranks(model, batch, targets.items_N[which]) for which, batch in batches)]
+    )

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freshrec.data.batches import Targets, histories_before, without_secrets
+from freshrec.data.batches import Targets, history_items, mask_held_out
 from freshrec.device import uniform
-from freshrec.types import DONE, TrainedModel
+from freshrec.types import TRAINED, TrainedModel
 
 
 @dataclass(frozen=True)
-class Kept:
+class TrainingSamples:
     """Targets with the history each had then, so that they can be trained on when their events are long gone."""
 
     users_N: Tensor
@@ -27,48 +27,48 @@ class Kept:
     def __len__(self) -> int:
         return len(self.items_N)
 
-    def __getitem__(self, which_N: Tensor) -> "Kept":
+    def __getitem__(self, which_N: Tensor) -> "TrainingSamples":
         columns: list[Any] = [None if column is None else column[which_N] for column in vars(self).values()]
-        return Kept(*columns)
+        return TrainingSamples(*columns)
 
 
-def kept_length(model: TrainedModel) -> int:
+def sample_history_length(model: TrainedModel) -> int:
     """How many history items a kept target needs: none for a model that does not read them."""
-    return 0 if model.unit == "pair" else int(model.spec.length)
+    return 0 if model.batch_format == "pair" else int(model.spec.length)
 
 
-def keep(targets: Targets, length: int) -> Kept:
+def copy_samples(targets: Targets, length: int) -> TrainingSamples:
     """Copies of `targets`, each with its last `length` history items; secret ones are padding."""
-    open_targets = without_secrets(targets)
-    history_NT = histories_before(open_targets, length).int()
+    visible_targets = mask_held_out(targets)
+    history_NT = history_items(visible_targets, length).int()
     history_NT = F.pad(history_NT, (length - history_NT.shape[1], 0))
-    return Kept(targets.users_N, history_NT, targets.items_N, targets.labels_N)
+    return TrainingSamples(targets.users_N, history_NT, targets.items_N, targets.labels_N)
 
 
-def together(first: Kept, second: Kept) -> Kept:
+def concat_samples(first: TrainingSamples, second: TrainingSamples) -> TrainingSamples:
     """Both, the first ones first; of the same history length, and both with labels or both without."""
     both = zip(vars(first).values(), vars(second).values())
     columns: list[Any] = [None if pair[0] is None else torch.cat(pair) for pair in both]
-    return Kept(*columns)
+    return TrainingSamples(*columns)
 
 
-def joined(targets: Targets, kept: Kept, which_M: Tensor, apart: bool) -> Targets:
+def append_samples(targets: Targets, samples: TrainingSamples, which_M: Tensor, separate_users: bool) -> Targets:
     """`targets`, and the kept ones at `which_M`, which may repeat: rows of theirs stand behind those of the histories.
 
     `apart`: each of these M counts as a user of its own, for models whose batches are windows of one user's targets.
     """
-    histories, (n_kept, width) = targets.histories, kept.histories_NT.shape
-    row_NT = torch.cat([kept.histories_NT, kept.items_N[:, None].int()], 1)
-    end_N = len(histories.items_R) + torch.arange(1, n_kept + 1) * (width + 1) - 1
+    histories, (n_samples, width) = targets.histories, samples.histories_NT.shape
+    row_NT = torch.cat([samples.histories_NT, samples.items_N[:, None].int()], 1)
+    end_N = len(histories.items_R) + torch.arange(1, n_samples + 1) * (width + 1) - 1
     is_item_NT = row_NT > 0
     from_N = end_N - width + is_item_NT.int().argmax(1)  # the first item; the target itself where there is none before
 
-    users_M, offsets_U = kept.users_N[which_M], histories.offsets_U
-    if apart:
+    users_M, offsets_U = samples.users_N[which_M], histories.offsets_U
+    if separate_users:
         users_M = histories.n_users + 1 + torch.arange(len(which_M))
         offsets_U = torch.cat([offsets_U, offsets_U[-1:].expand(len(which_M))])
-    done_R = torch.full((row_NT.numel(),), DONE, dtype=torch.int8)
-    longer = replace(
+    done_R = torch.full((row_NT.numel(),), TRAINED, dtype=torch.int8)
+    extended = replace(
         histories,
         offsets_U=offsets_U,
         items_R=torch.cat([histories.items_R, row_NT.reshape(-1)]),
@@ -76,14 +76,14 @@ def joined(targets: Targets, kept: Kept, which_M: Tensor, apart: bool) -> Target
         due_R=torch.cat([histories.due_R, done_R]),
     )
     labels_N, items_N = None, None
-    if targets.labels_N is not None and kept.labels_N is not None:
-        labels_N = torch.cat([targets.labels_N, kept.labels_N[which_M]])
-        items_N = torch.cat([targets.items_N, kept.items_N[which_M]])
+    if targets.labels_N is not None and samples.labels_N is not None:
+        labels_N = torch.cat([targets.labels_N, samples.labels_N[which_M]])
+        items_N = torch.cat([targets.items_N, samples.items_N[which_M]])
     return Targets(
-        longer,
+        extended,
         torch.cat([targets.rows_N, end_N[which_M]]),
         torch.cat([targets.users_N, users_M]),
-        torch.cat([targets.from_N, from_N[which_M]]),
+        torch.cat([targets.first_row_N, from_N[which_M]]),
         items_N,
         labels_N,
     )
@@ -93,36 +93,38 @@ def joined(targets: Targets, kept: Kept, which_M: Tensor, apart: bool) -> Target
 class Reservoir:
     """A uniform sample of a stream: of the `n_seen` targets that went by, each is in it with the same probability."""
 
-    kept: Kept
+    samples: TrainingSamples
     size: int  # it holds so many at most
     n_seen: int = 0
 
 
-def filled(targets: Targets, size: int, length: int, source: torch.Generator) -> Reservoir:
+def fill_reservoir(targets: Targets, size: int, length: int, rng: torch.Generator) -> Reservoir:
     """A reservoir of at most `size` after its first targets, with histories of `length` items."""
-    return stream(Reservoir(keep(targets[torch.zeros(0, dtype=torch.int64)], length), size), targets, source)
+    return update_reservoir(
+        Reservoir(copy_samples(targets[torch.zeros(0, dtype=torch.int64)], length), size), targets, rng
+    )
 
 
-def stream(reservoir: Reservoir, targets: Targets, source: torch.Generator) -> Reservoir:
+def update_reservoir(reservoir: Reservoir, targets: Targets, rng: torch.Generator) -> Reservoir:
     """The reservoir after `targets` have gone by."""
-    slot_W, nth_W = accepted(reservoir.n_seen, len(targets), reservoir.size, source)
-    new = keep(targets[nth_W], reservoir.kept.histories_NT.shape[1])
+    slot_W, nth_W = assign_slots(reservoir.n_seen, len(targets), reservoir.size, rng)
+    new = copy_samples(targets[nth_W], reservoir.samples.histories_NT.shape[1])
     n_seen = reservoir.n_seen + len(targets)
     from_N = torch.arange(min(reservoir.size, n_seen))  # slots keep what they hold ...
-    from_N[slot_W] = len(reservoir.kept) + torch.arange(len(new))  # ... or take one of the new
-    return Reservoir(together(reservoir.kept, new)[from_N], reservoir.size, n_seen)
+    from_N[slot_W] = len(reservoir.samples) + torch.arange(len(new))  # ... or take one of the new
+    return Reservoir(concat_samples(reservoir.samples, new)[from_N], reservoir.size, n_seen)
 
 
-def accepted(n_seen: int, n_new: int, size: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
+def assign_slots(n_seen: int, n_new: int, size: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """Which of `n_new` targets end up in which slots (W,), (W,), after `n_seen` before them: Algorithm R, at once.
 
     The i-th of a stream, from 0, takes slot i while slots are free; then slot u, if there is one, with u drawn from
     0..i. Whoever comes later overwrites, so each slot is left to its last taker.
     """
     nth_N = n_seen + torch.arange(n_new)
-    drawn_N = (uniform((n_new,), source, torch.float64) * (nth_N + 1)).long()
-    slot_N = torch.where(nth_N < size, nth_N, drawn_N)
-    taker_N = (slot_N < size).nonzero()[:, 0]
-    last_S = torch.full((size,), -1).scatter_reduce_(0, slot_N[taker_N], taker_N, "amax")
+    random_slot_N = (uniform((n_new,), rng, torch.float64) * (nth_N + 1)).long()
+    slot_N = torch.where(nth_N < size, nth_N, random_slot_N)
+    candidate_N = (slot_N < size).nonzero()[:, 0]
+    last_S = torch.full((size,), -1).scatter_reduce_(0, slot_N[candidate_N], candidate_N, "amax")
     slot_W = (last_S >= 0).nonzero()[:, 0]
     return slot_W, last_S[slot_W]

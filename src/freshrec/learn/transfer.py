@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from freshrec.config import Count, CountOrNone, Weight, check_options
+from freshrec.config import Count, CountOrZero, Weight, check_options
 from freshrec.errors import OptionError
-from freshrec.learn.weights import View, Weights, weights_of
-from freshrec.models.tables import tables_of
+from freshrec.learn.weights import Parametrization, Weights, copy_weights
+from freshrec.models.tables import embedding_tables
 from freshrec.types import TrainedModel
 
-ROWS = 4096  # mapped at once where a whole table is
+CHUNK_ROWS = 4096  # mapped at once where a whole table is
 
 
 @dataclass(frozen=True)
@@ -35,27 +35,27 @@ class LinearTransfer:
         if not (0 < self.alpha < 1 if self.learned else self.alpha <= 1):
             raise OptionError(f"alpha is {self.alpha:g}; it lies between 0 and 1, and is neither where it is learned.")
 
-    def tower(self, width: int) -> nn.Module:
+    def build_tower(self, width: int) -> nn.Module:
         """One scalar, whatever the width."""
-        return Mix(self.alpha, self.learned)
+        return LinearTower(self.alpha, self.learned)
 
 
 @dataclass(frozen=True)
 class MLPTransfer:
     """MLP([w_{t-1}; w^]): 2 D -> hidden -> D, tanh between."""
 
-    hidden: CountOrNone = 128  # 0 = one linear map without bias
+    hidden: CountOrZero = 128  # 0 = one linear map without bias
     residual: bool = True  # w^ + MLP, whose last layer starts at 0; see CNNTransfer
 
     def __post_init__(self) -> None:
         check_options(self)
 
-    def tower(self, width: int) -> nn.Module:
+    def build_tower(self, width: int) -> nn.Module:
         """Rows of this width."""
         layers: list[nn.Module] = [nn.Linear(2 * width, width, bias=False)]
         if self.hidden:
             layers = [nn.Linear(2 * width, self.hidden), nn.Tanh(), nn.Linear(self.hidden, width)]
-        return Beside(layers, self.residual)
+        return MLPTower(layers, self.residual)
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ class CNNTransfer:
     anything that ranks; with 4, all that the model knew is lost.
     """
 
-    filters: CountOrNone = 10  # of the first layer; 0 = no convolutions
+    filters: CountOrZero = 10  # of the first layer; 0 = no convolutions
     filters2: Count = 5
-    hidden: CountOrNone = 512  # 0 = no fully connected layers: a last 1x1 convolution instead
+    hidden: CountOrZero = 512  # 0 = no fully connected layers: a last 1x1 convolution instead
     kernel: Literal["3x1", "5x5"] = "3x1"
     bias: bool = True  # of the convolutions
     detach: bool = True  # no gradient through the product row
@@ -81,12 +81,12 @@ class CNNTransfer:
         if not self.filters and not self.hidden:
             raise OptionError("a transfer without filters and without hidden units is none; set one of them.")
 
-    def tower(self, width: int) -> nn.Module:
+    def build_tower(self, width: int) -> nn.Module:
         """Rows of this width."""
-        return Convolve(self, width)
+        return CNNTower(self, width)
 
 
-class Mix(nn.Module):
+class LinearTower(nn.Module):
     """The module of LinearTransfer."""
 
     def __init__(self, alpha: float, learned: bool) -> None:
@@ -100,14 +100,14 @@ class Mix(nn.Module):
         return alpha * before_ND + (1 - alpha) * after_ND
 
 
-class Beside(nn.Module):
+class MLPTower(nn.Module):
     """Layers on both rows side by side."""
 
     def __init__(self, layers: list[nn.Module], residual: bool) -> None:
         super().__init__()
         self.layers, self.residual = nn.Sequential(*layers), residual
         if residual:
-            _zero(layers[-1])
+            _zero_parameters(layers[-1])
 
     def forward(self, before_ND: Tensor, after_ND: Tensor) -> Tensor:
         """(N, D)"""
@@ -115,7 +115,7 @@ class Beside(nn.Module):
         return after_ND + out_ND if self.residual else out_ND
 
 
-def picture(before_ND: Tensor, after_ND: Tensor, detach: bool = True) -> Tensor:
+def stack_row_image(before_ND: Tensor, after_ND: Tensor, detach: bool = True) -> Tensor:
     """(N, 3, D): w_{t-1}, w^, and w_{t-1} . w^ / ||w_{t-1}|| coordinate by coordinate [SML eq. picture].
 
     Where detached, no gradient reaches w^ through the product. Differs from the authors' code: the product of a row
@@ -126,7 +126,7 @@ def picture(before_ND: Tensor, after_ND: Tensor, detach: bool = True) -> Tensor:
     return torch.stack([before_ND, after_ND, before_ND * other_ND / norm_N1], 1)
 
 
-class Convolve(nn.Module):
+class CNNTower(nn.Module):
     """The module of CNNTransfer: GELU (the exact one) after each layer but the last.
 
     A 3x1 kernel and the 1x1 one above it are the same small dense layers at every coordinate, and are computed so: it
@@ -147,11 +147,11 @@ class Convolve(nn.Module):
         else:
             self.last = nn.Linear(n_second, 1, spec.bias)
         if spec.residual:
-            _zero(self.last)
+            _zero_parameters(self.last)
 
     def forward(self, before_ND: Tensor, after_ND: Tensor) -> Tensor:
         """W2 GELU(W1 [GELU(conv2(GELU(conv1(picture))))]), (N, D) [SML eq. cnn]."""
-        seen_NDC = self._columns(picture(before_ND, after_ND, self.spec.detach))
+        seen_NDC = self._columns(stack_row_image(before_ND, after_ND, self.spec.detach))
         hidden = F.gelu(self.third(seen_NDC.flatten(1))) if self.spec.hidden else seen_NDC
         out_ND: Tensor = self.last(hidden).view_as(after_ND)
         return after_ND + out_ND if self.spec.residual else out_ND
@@ -165,7 +165,7 @@ class Convolve(nn.Module):
         return F.gelu(self.second(F.gelu(self.first(picture_N3D.transpose(1, 2)))))
 
 
-def _zero(layer: nn.Module) -> None:
+def _zero_parameters(layer: nn.Module) -> None:
     with torch.no_grad():
         for weight in layer.parameters():
             weight.zero_()
@@ -185,35 +185,35 @@ class Transfer(nn.Module):
         self.width, self.moments = width, dict[str, Tensor]()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.towers = nn.ModuleDict({_key(name): spec.tower(width) for name in names})
+            self.towers = nn.ModuleDict({_module_name(name): spec.build_tower(width) for name in names})
 
     @staticmethod
-    def of(spec: TransferSpec, model: TrainedModel, seed: int) -> "Transfer":
+    def for_model(spec: TransferSpec, model: TrainedModel, seed: int) -> "Transfer":
         """An untrained network for a model's weights."""
-        tables, weights = tables_of(model), weights_of(model)
+        tables, weights = embedding_tables(model), copy_weights(model)
         width = max(table.n_dims for table in tables.values())
         names = [n for n, w in weights.items() if (w.shape[1] if n in tables else w.numel()) % width == 0]
         return Transfer(spec, width, names, seed)
 
     @property
-    def learns(self) -> bool:
+    def is_trainable(self) -> bool:
         """Whether there is anything to train."""
         return any(True for _ in self.parameters())
 
     def forward(self, name: str, before: Tensor, after: Tensor) -> Tensor:
         """The rows, or the dense weight, called `name`, in the shape of `after`."""
-        if _key(name) not in self.towers:
+        if _module_name(name) not in self.towers:
             return after
-        tower = self.towers[_key(name)]
+        tower = self.towers[_module_name(name)]
         rows_ND: Tensor = tower(before.reshape(-1, self.width), after.reshape(-1, self.width))
         return rows_ND.view_as(after)
 
 
-def _key(name: str) -> str:
+def _module_name(name: str) -> str:
     return "of/" + name.replace(".", "/")  # a module has no dots in its name, and is not called "items"
 
 
-def moved(transfer: Transfer, before: Weights) -> View:
+def adaptation_parametrization(transfer: Transfer, before: Weights) -> Parametrization:
     """What step 1 sees: f_Theta(W_{t-1}, w), with gradients to both."""
 
     def view(name: str, ids: Tensor | None, now: Tensor) -> Tensor:
@@ -224,35 +224,38 @@ def moved(transfer: Transfer, before: Weights) -> View:
     return view
 
 
-def judged(transfer: Transfer, before: Weights, rows: str = "all") -> View:
+def transfer_parametrization(transfer: Transfer, before: Weights, rows: str = "all") -> Parametrization:
     """What step 2 sees: f_Theta(W_{t-1}, w^) with w^ standing still; rows="touched" as in `transferred`."""
 
     def view(name: str, ids: Tensor | None, now: Tensor) -> Tensor:
         old = before[name] if ids is None else before[name].index_select(0, ids)
-        return _mapped(transfer, name, old, now.detach(), rows)
+        return _transfer_rows(transfer, name, old, now.detach(), rows)
 
     return view
 
 
-def transferred(transfer: Transfer, model: TrainedModel, before: Weights, rows: str = "all") -> Weights:
+def transfer_weights(transfer: Transfer, model: TrainedModel, before: Weights, rows: str = "all") -> Weights:
     """f_Theta(W_{t-1}, w^) of all weights, w^ those of the model; padding stays 0.
 
     rows="touched" leaves the rows that w^ did not change as they are.
     """
-    mapped, tables = {}, tables_of(model)
+    mapped, tables = {}, embedding_tables(model)
     with torch.no_grad():
-        for name, now in weights_of(model).items():
+        for name, now in copy_weights(model).items():
             if name not in tables:
-                mapped[name] = _mapped(transfer, name, before[name], now, rows)
+                mapped[name] = _transfer_rows(transfer, name, before[name], now, rows)
                 continue
-            parts = [_mapped(transfer, name, *part, rows) for part in zip(before[name].split(ROWS), now.split(ROWS))]
+            parts = [
+                _transfer_rows(transfer, name, *part, rows)
+                for part in zip(before[name].split(CHUNK_ROWS), now.split(CHUNK_ROWS))
+            ]
             mapped[name] = torch.cat(parts)
             mapped[name][0] = 0
     return mapped
 
 
-def _mapped(transfer: Transfer, name: str, before: Tensor, after: Tensor, rows: str) -> Tensor:
-    seen: Tensor = transfer(name, before, after)
+def _transfer_rows(transfer: Transfer, name: str, before: Tensor, after: Tensor, rows: str) -> Tensor:
+    transferred: Tensor = transfer(name, before, after)
     if rows == "all" or not after.dim():
-        return seen
-    return torch.where((before != after).any(-1, keepdim=True), seen, after)
+        return transferred
+    return torch.where((before != after).any(-1, keepdim=True), transferred, after)

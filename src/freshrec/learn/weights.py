@@ -8,32 +8,34 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from freshrec.models.tables import know, tables_of
+from freshrec.models.tables import embedding_tables, set_categories
 from freshrec.types import Batch, Forward, TrainedModel
 
-View = Callable[[str, Tensor | None, Tensor], Tensor]  # (name, ids, weights) -> what the forward pass sees instead
+Parametrization = Callable[
+    [str, Tensor | None, Tensor], Tensor
+]  # (name, ids, weights) -> what the forward pass sees instead
 Weights = dict[str, Tensor]  # by name: tables (rows, D), padding first, and dense weights
 
 
-def grow(model: TrainedModel, n_users: int, n_items: int, kinds_I: Tensor | None) -> None:
+def grow_model(model: TrainedModel, n_users: int, n_items: int, categories_I: Tensor | None) -> None:
     """Room for new users and items, whose categories (from item 0; 0: none) a model that looks at them is told."""
     model.grow(n_users, n_items)
-    for table in tables_of(model).values():
-        know(table, kinds_I)
+    for table in embedding_tables(model).values():
+        set_categories(table, categories_I)
 
 
-def weights_of(model: TrainedModel) -> Weights:
+def copy_weights(model: TrainedModel) -> Weights:
     """A copy of all that the model learns by gradients."""
-    weights = {name: table.weights.clone() for name, table in tables_of(model).items()}
+    weights = {name: table.weights.clone() for name, table in embedding_tables(model).items()}
     return weights | {name: weight.detach().clone() for name, weight in model.named_parameters()}
 
 
-def put(model: TrainedModel, weights: Weights) -> None:
+def load_weights(model: TrainedModel, weights: Weights) -> None:
     """Overwrite the model's weights with others of the same shapes; what its optimisers remember stays.
 
     The padding row of a table stays 0.
     """
-    for name, table in tables_of(model).items():
+    for name, table in embedding_tables(model).items():
         table.weights[1:] = weights[name][1:]
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -45,36 +47,38 @@ def snapshot(model: TrainedModel) -> Callable[[], None]:
     assert isinstance(model, nn.Module)
     tensors, moments = {name: tensor.clone() for name, tensor in model.state_dict().items()}, model.moments
 
-    def back() -> None:
+    def restore() -> None:
         model.load_state_dict(tensors)
         model.moments = moments
 
-    return back
+    return restore
 
 
 @contextmanager
-def seen_through(model: TrainedModel, view: View | None) -> Iterator[Callable[[Batch], Forward]]:
+def apply_parametrization(
+    model: TrainedModel, parametrization: Parametrization | None
+) -> Iterator[Callable[[Batch], Forward]]:
     """The model's forward pass with `view(name, ids, weights)` in place of the weights.
 
     For a table: (N,) the ids of a batch, each once, and their (N, D) rows. For a dense weight: no ids, and all of it.
     Gradients flow through the view; one that is to leave the model's own weights alone detaches them.
     """
-    if view is None:
+    if parametrization is None:
         yield model
         return
     assert isinstance(model, nn.Module)
-    tables = tables_of(model)
-    before = [table.view for table in tables.values()]  # one view may be taken while another is on
+    tables = embedding_tables(model)
+    previous = [table.parametrization for table in tables.values()]  # one view may be taken while another is on
     for name, table in tables.items():
-        table.view = partial(view, name)
+        table.parametrization = partial(parametrization, name)
 
     def forward(batch: Batch) -> Forward:
-        seen = {name: view(name, None, weight) for name, weight in model.named_parameters()}
+        seen = {name: parametrization(name, None, weight) for name, weight in model.named_parameters()}
         result: Forward = functional_call(model, seen, (batch,))
         return result
 
     try:
         yield forward
     finally:
-        for table, old in zip(tables.values(), before):
-            table.view = old
+        for table, old in zip(tables.values(), previous):
+            table.parametrization = old

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from freshrec.config import Form, choose
+from freshrec.config import Form, find_instance
 from freshrec.models.blend import BlendSpec
 from freshrec.models.caser import CaserSpec
 from freshrec.models.comirec import COMIREC_DR, COMIREC_SA
@@ -13,8 +13,8 @@ from freshrec.models.mf import MFSpec
 from freshrec.models.mf_biased import BiasedMFSpec
 from freshrec.models.mimn import MIMNSpec
 from freshrec.models.mind import MIND
-from freshrec.models.originals import COMIREC_DR_ORIGINAL, COMIREC_SA_ORIGINAL, MIND_ORIGINAL
-from freshrec.models.pairs import PairsSpec
+from freshrec.models.originals import COMIREC_DR_PUBLISHED, COMIREC_SA_PUBLISHED, MIND_PUBLISHED
+from freshrec.models.pairs import ItemKNNSpec
 from freshrec.models.pooled import PooledSpec
 from freshrec.models.popularity import PopularitySpec
 from freshrec.models.repeat import RepeatSpec
@@ -26,14 +26,14 @@ from freshrec.types import ModelSpec
 
 CONTROLS: dict[str, ModelSpec] = {
     "popularity": PopularitySpec(),
-    "popularity-last": PopularitySpec(keep="last"),
-    "popularity-decay": PopularitySpec(keep="decay"),
+    "popularity-last": PopularitySpec(weighting="last"),
+    "popularity-decay": PopularitySpec(weighting="decay"),
     "repeat-last": RepeatSpec(),
-    "item-knn": PairsSpec(),
+    "item-knn": ItemKNNSpec(),
 }
 
-COUNTERS: dict[str, ModelSpec] = CONTROLS | {  # they have no randomness: one seed is all of them
-    "markov": PairsSpec(kind="markov"),
+COUNTING_MODELS: dict[str, ModelSpec] = CONTROLS | {  # they have no randomness: one seed is all of them
+    "markov": ItemKNNSpec(kind="markov"),
     "user-knn": UserKNNSpec(),
     "sknn": SKNN,
     "s-sknn": S_SKNN,
@@ -41,7 +41,7 @@ COUNTERS: dict[str, ModelSpec] = CONTROLS | {  # they have no randomness: one se
     "stan": STAN,
 }
 
-MODELS: dict[str, ModelSpec] = COUNTERS | {
+MODELS: dict[str, ModelSpec] = COUNTING_MODELS | {
     "blend": BlendSpec(),
     "mf": MFSpec(),
     "mf-biased": BiasedMFSpec(),
@@ -58,9 +58,9 @@ MODELS: dict[str, ModelSpec] = COUNTERS | {
     "mind-k1": replace(MIND, k=1),
     "comirec-dr-k1": replace(COMIREC_DR, k=1),
     "comirec-sa-k1": replace(COMIREC_SA, k=1),
-    "mind-original": MIND_ORIGINAL,
-    "comirec-dr-original": COMIREC_DR_ORIGINAL,
-    "comirec-sa-original": COMIREC_SA_ORIGINAL,
+    "mind-original": MIND_PUBLISHED,
+    "comirec-dr-original": COMIREC_DR_PUBLISHED,
+    "comirec-sa-original": COMIREC_SA_PUBLISHED,
     "limarec": LimaRecSpec(),
     "mimn": MIMNSpec(),
 }
@@ -68,4 +68,4 @@ MODELS: dict[str, ModelSpec] = COUNTERS | {
 
 def find_model(text: str) -> ModelSpec:
     """The spec that "comirec-dr" or "comirec-dr:k=1:attention=soft" names; OptionError for what does not exist."""
-    return choose("model", text, MODELS, Form(ModelSpec, "build(seed)"))
+    return find_instance("model", text, MODELS, Form(ModelSpec, "build(seed)"))

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from freshrec.config import Count, CountOrNone, Positive, Rate, Weight, check_options
+from freshrec.config import Count, CountOrZero, Positive, Rate, Weight, check_options
 from freshrec.errors import OptionError
-from freshrec.models.layers import first_of, sampled_logits, yes_or_no
-from freshrec.models.softmax import full_softmax
-from freshrec.models.tables import Table, served
+from freshrec.models.layers import bce_loss, sampled_logits, sampled_softmax_loss
+from freshrec.models.softmax import full_softmax_loss
+from freshrec.models.tables import EmbeddingTable, embed
 from freshrec.types import Batch, Forward
 
 
@@ -26,16 +26,16 @@ class CaserSpec:
 
     d: Count = 50
     length: Count = 5  # the image's height: how many items are looked at
-    vertical: CountOrNone = 4  # filters, each a weighted sum of the items
-    horizontal: CountOrNone = 16  # filters for each number of items in a row, from 1 to `length`
+    vertical: CountOrZero = 4  # filters, each a weighted sum of the items
+    horizontal: CountOrZero = 16  # filters for each number of items in a row, from 1 to `length`
     personal: bool = True  # a vector for each user
     dropout: Rate = 0.5
     lr: Positive = 0.003  # with the authors' 0.001, hr@20 on Amazon Beauty is 3.2 % after 4 epochs; with this, 4.9 %
     batch: Count = 512
     negatives: Count = 512  # the authors have 3 for each target
     std: Positive = 0.02  # of all vectors, 1 / d; biases start at 0
-    categories: CountOrNone = 0  # room for so many, of items; 0: they are not looked at
-    decay: Weight = 1e-6  # of the weights, as half a sum of squares in the loss
+    categories: CountOrZero = 0  # room for so many, of items; 0: they are not looked at
+    weight_decay: Weight = 1e-6  # of the weights, as half a sum of squares in the loss
     loss: Literal["sampled", "full", "bce"] = "sampled"  # softmax over the negatives or all items; yes or no to each
 
     def __post_init__(self) -> None:
@@ -54,16 +54,16 @@ class Caser(nn.Module):
     An item has two vectors: as what was taken, and as what may be next, whose last number is its bias.
     """
 
-    unit = "target"
+    batch_format = "target"
 
     def __init__(self, spec: CaserSpec, seed: int) -> None:
         super().__init__()
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
         width = spec.d * (2 if spec.personal else 1) + 1
-        self.taken = Table(spec.d, spec.std, seed, spec.categories)
-        self.items = Table(width, spec.std, seed + 1, spec.categories)
-        self.users = Table(spec.d, spec.std, seed + 2) if spec.personal else None
+        self.taken = EmbeddingTable(spec.d, spec.std, seed, spec.categories)
+        self.items = EmbeddingTable(width, spec.std, seed + 1, spec.categories)
+        self.users = EmbeddingTable(spec.d, spec.std, seed + 2) if spec.personal else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.vertical = nn.Linear(spec.length, spec.vertical) if spec.vertical else None
@@ -85,41 +85,45 @@ class Caser(nn.Module):
         assert batch.targets_BT is not None and batch.negatives_N is not None
         target_B, negative_N = batch.targets_BT[:, 0], batch.negatives_N
         image_BT = self._image(batch.history_BT)
-        taken_BTD = self.taken.pull(image_BT)
-        own_BD = None if self.users is None else self.users.pull(batch.users_B)
-        user_BD = self._read(taken_BTD, image_BT, own_BD)
+        history_BTD = self.taken.lookup(image_BT)
+        own_BD = None if self.users is None else self.users.lookup(batch.users_B)
+        user_BD = self._user_vector(history_BTD, image_BT, own_BD)
         if self.spec.loss == "full":  # it moves every row of the table
-            rows_RD = self.items.pull_all()
-            loss = full_softmax(user_BD, rows_RD, target_B) + self._decay(taken_BTD, own_BD, rows_RD)
+            rows_RD = self.items.lookup_all()
+            loss = full_softmax_loss(user_BD, rows_RD, target_B) + self._weight_decay_loss(history_BTD, own_BD, rows_RD)
             return Forward(loss, user_BD[:, None], rows_RD=rows_RD)
-        pulled_ND = self.items.pull(torch.cat([target_B, negative_N]))
+        pulled_ND = self.items.lookup(torch.cat([target_B, negative_N]))
         target_BD, negative_ND = pulled_ND.split([len(target_B), len(negative_N)])
         logits_BN = sampled_logits(user_BD, target_BD, negative_ND, target_B, negative_N)
-        loss = first_of(logits_BN) if self.spec.loss == "sampled" else yes_or_no(logits_BN)
-        return Forward(loss + self._decay(taken_BTD, own_BD, pulled_ND), user_BD[:, None], target_BD, logits_BN)
+        loss = sampled_softmax_loss(logits_BN) if self.spec.loss == "sampled" else bce_loss(logits_BN)
+        return Forward(
+            loss + self._weight_decay_loss(history_BTD, own_BD, pulled_ND), user_BD[:, None], target_BD, logits_BN
+        )
 
     def _image(self, history_BT: Tensor) -> Tensor:
         """(B, length) the last items, with padding before them where there are fewer."""
         recent_BT = history_BT[:, -self.spec.length :]
         return F.pad(recent_BT, (self.spec.length - recent_BT.shape[1], 0))
 
-    def _read(self, taken_BTD: Tensor, image_BT: Tensor, own_BD: Tensor | None) -> Tensor:
+    def _user_vector(self, taken_BTD: Tensor, image_BT: Tensor, own_BD: Tensor | None) -> Tensor:
         """(B, E) the user's vector, as wide as an item's."""
         image_BTD = taken_BTD * (image_BT > 0)[..., None]
         places = ((self.spec.d * (n + 1), filters) for n, filters in enumerate(self.horizontal))
         # half the time of a convolution: the items at each place of a filter are a stretch of the flattened image
-        found = [F.relu(filters(image_BTD.flatten(1).unfold(1, n, self.spec.d)).amax(1)) for n, filters in places]
+        filter_outputs = [
+            F.relu(filters(image_BTD.flatten(1).unfold(1, n, self.spec.d)).amax(1)) for n, filters in places
+        ]
         if self.vertical is not None:
-            found.append(self.vertical(image_BTD.transpose(1, 2)).flatten(1))
-        seen = F.dropout(torch.cat(found, 1), self.spec.dropout, self.training)
-        read_BD = F.relu(self.join(seen))
+            filter_outputs.append(self.vertical(image_BTD.transpose(1, 2)).flatten(1))
+        features = F.dropout(torch.cat(filter_outputs, 1), self.spec.dropout, self.training)
+        read_BD = F.relu(self.join(features))
         own = [] if own_BD is None else [own_BD]
         return torch.cat([read_BD, *own, torch.ones(len(image_BT), 1)], 1)
 
-    def _decay(self, *parts: Tensor | None) -> Tensor:
+    def _weight_decay_loss(self, *parts: Tensor | None) -> Tensor:
         """decay / 2 sum w^2, over the dense weights and the rows of the batch, as often as they are in it."""
         weights = [*self.parameters(), *(part for part in parts if part is not None)]
-        return self.spec.decay / 2 * torch.stack([(weight * weight).sum() for weight in weights]).sum()
+        return self.spec.weight_decay / 2 * torch.stack([(weight * weight).sum() for weight in weights]).sum()
 
     def user_vectors(self, batch: Batch) -> Tensor:
         """(B, 1, E); of who is not known yet, without a vector of its own."""
@@ -128,4 +132,4 @@ class Caser(nn.Module):
             own_BD = None
             if self.users is not None:
                 own_BD = self.users.weights[torch.where(batch.users_B <= self.n_users, batch.users_B, 0)]
-            return self._read(served(self.taken, image_BT), image_BT, own_BD)[:, None]
+            return self._user_vector(embed(self.taken, image_BT), image_BT, own_BD)[:, None]

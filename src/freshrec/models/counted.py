@@ -5,23 +5,23 @@ from dataclasses import replace
 
 import torch
 
-from freshrec.data.batches import append
-from freshrec.types import NEVER, SECRET, Events, State, TrainedModel
+from freshrec.data.batches import append_events
+from freshrec.types import HELD_OUT, NEVER, Events, State, TrainedModel
 
 
-def absorb(state: State, block: Events, n_users: int, n_items: int) -> State:
+def absorb_block(state: State, block: Events, n_users: int, n_items: int) -> State:
     """The state after counting a block: cheap experts learn at once, everybody's recent events are kept."""
-    recent = append(state.recent, block, n_users)
+    recent = append_events(state.histories, block, n_users)
     if isinstance(state.model, TrainedModel):
-        return replace(state, recent=recent)
+        return replace(state, histories=recent)
     model = copy.deepcopy(state.model)
     model.grow(n_users, n_items)
-    hidden_R = torch.where(state.recent.due_R == SECRET, 0, state.recent.items_R)
-    model.absorb(block[block.joins_E != NEVER], replace(state.recent, items_R=hidden_R))
-    return replace(state, model=model, recent=recent)
+    visible_items_R = torch.where(state.histories.due_R == HELD_OUT, 0, state.histories.items_R)
+    model.absorb(block[block.train_at_E != NEVER], replace(state.histories, items_R=visible_items_R))
+    return replace(state, model=model, histories=recent)
 
 
-def told(state: State, n_items: int) -> State:
+def grow_items(state: State, n_items: int) -> State:
     """The state with room for new items, where the model counts: it may offer a user an own one again.
 
     A trained model stays as it is until its update: what it has not learnt it neither offers nor finds.

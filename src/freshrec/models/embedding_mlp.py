@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from freshrec.config import Count, CountOrNone, Positive, check_options
+from freshrec.config import Count, CountOrZero, Positive, check_options
 from freshrec.errors import OptionError
-from freshrec.models.layers import judged
-from freshrec.models.tables import Table
+from freshrec.models.layers import labelled_candidates
+from freshrec.models.tables import EmbeddingTable
 from freshrec.types import Batch, Forward
 
 
@@ -23,7 +23,7 @@ class EmbeddingMLPSpec:
 
     d: Count = 8  # of each table
     hidden: Count = 20  # units of the first layer; the second has half as many
-    categories: CountOrNone = 0  # of items, at least as many as the log has; 0: they are not looked at
+    categories: CountOrZero = 0  # of items, at least as many as the log has; 0: they are not looked at
     length: Count = 30  # history items in the mean
     lr: Positive = 0.001
     batch: Count = 1024
@@ -41,14 +41,14 @@ class EmbeddingMLPSpec:
 class EmbeddingMLP(nn.Module):
     """A `ClickModel`; an item is its vector beside that of its category."""
 
-    unit = "click"
+    batch_format = "click"
 
     def __init__(self, spec: EmbeddingMLPSpec, seed: int) -> None:
         super().__init__()
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
-        self.users, self.items = Table(spec.d, spec.std, seed), Table(spec.d, spec.std, seed + 1)
-        self.categories = Table(spec.d, spec.std, seed + 2) if spec.categories else None
+        self.users, self.items = EmbeddingTable(spec.d, spec.std, seed), EmbeddingTable(spec.d, spec.std, seed + 1)
+        self.categories = EmbeddingTable(spec.d, spec.std, seed + 2) if spec.categories else None
         if self.categories is not None:
             self.categories.grow(spec.categories)
         item_width = spec.d * (2 if spec.categories else 1)
@@ -69,46 +69,46 @@ class EmbeddingMLP(nn.Module):
 
     def forward(self, batch: Batch) -> Forward:
         """Mean binary cross-entropy of the labels; without labels, of the target and of a random item beside it."""
-        candidates_BN, label_BN = judged(batch, self.n_items)
+        candidates_BN, label_BN = labelled_candidates(batch, self.n_items)
         ids_BM = torch.cat([batch.history_BT, candidates_BN], 1)
-        vectors_BMD = self.items.pull(ids_BM)
+        vectors_BMD = self.items.lookup(ids_BM)
         if self.categories is not None:
-            kind_BMD = self.categories.pull(self._kinds(batch, ids_BM))
-            vectors_BMD = torch.cat([vectors_BMD, kind_BMD], 2)
+            category_BMD = self.categories.lookup(self._item_categories(batch, ids_BM))
+            vectors_BMD = torch.cat([vectors_BMD, category_BMD], 2)
         n_history = batch.history_BT.shape[1]
-        user_BE = self._user(self.users.pull(batch.users_B), vectors_BMD[:, :n_history], batch.history_BT)
-        logits_BN = self._logits(user_BE, vectors_BMD[:, n_history:])
+        user_BE = self._user_features(self.users.lookup(batch.users_B), vectors_BMD[:, :n_history], batch.history_BT)
+        logits_BN = self._candidate_logits(user_BE, vectors_BMD[:, n_history:])
         loss = F.binary_cross_entropy_with_logits(logits_BN, label_BN)
         return Forward(loss, logits_BN=logits_BN)
 
-    def _kinds(self, batch: Batch, items: Tensor) -> Tensor:
+    def _item_categories(self, batch: Batch, items: Tensor) -> Tensor:
         """The category of each item, 0 where it has none."""
-        if batch.kinds_I is None:
+        if batch.categories_I is None:
             raise OptionError("embedding-mlp was told of categories, and the log has none; leave categories at 0.")
-        kinds = batch.kinds_I[items].long()
-        if int(kinds.max()) > self.spec.categories:
-            n = int(batch.kinds_I.max())
+        categories = batch.categories_I[items].long()
+        if int(categories.max()) > self.spec.categories:
+            n = int(batch.categories_I.max())
             raise OptionError(f"embedding-mlp has room for {self.spec.categories} categories: set categories={n}.")
-        return kinds
+        return categories
 
-    def _vectors(self, batch: Batch, items: Tensor) -> Tensor:
+    def _item_vectors(self, batch: Batch, items: Tensor) -> Tensor:
         """The vectors of items of any shape, as they are served; of an item not known yet, its category's only."""
         vectors = self.items.weights[torch.where(items <= self.n_items, items, 0)]
         if self.categories is None:
             return vectors
-        return torch.cat([vectors, self.categories.weights[self._kinds(batch, items)]], -1)
+        return torch.cat([vectors, self.categories.weights[self._item_categories(batch, items)]], -1)
 
-    def _user(self, user_BD: Tensor, history_BTD: Tensor, history_BT: Tensor) -> Tensor:
+    def _user_features(self, user_BD: Tensor, history_BTD: Tensor, history_BT: Tensor) -> Tensor:
         """(B, E): the user's vector beside the mean over its history, which is 0 where there is none."""
         real_BT = (history_BT > 0).float()
         mean_BD = torch.bmm(real_BT[:, None], history_BTD)[:, 0] / (real_BT.sum(1, keepdim=True) + 1e-8)
         return torch.cat([user_BD, mean_BD], 1)
 
-    def _logits(self, user_BE: Tensor, items: Tensor) -> Tensor:
+    def _candidate_logits(self, user_BE: Tensor, items: Tensor) -> Tensor:
         """(B, N) of items (N, D) shared or (B, N, D); the user's part of the first layer is worked out once a user."""
         n = user_BE.shape[1]
-        mine_B1H = F.linear(user_BE, self.first.weight[:, :n])[:, None]
-        hidden_BNH = F.relu(mine_B1H + F.linear(items, self.first.weight[:, n:], self.first.bias))
+        user_part_B1H = F.linear(user_BE, self.first.weight[:, :n])[:, None]
+        hidden_BNH = F.relu(user_part_B1H + F.linear(items, self.first.weight[:, n:], self.first.bias))
         logits: Tensor = self.last(F.relu(self.second(hidden_BNH)))[..., 0]
         return logits
 
@@ -116,9 +116,9 @@ class EmbeddingMLP(nn.Module):
         """The log-odds that the user takes each item."""
         with torch.no_grad():
             user_BD = self.users.weights[torch.where(batch.users_B <= self.n_users, batch.users_B, 0)]
-            user_BE = self._user(user_BD, self._vectors(batch, batch.history_BT), batch.history_BT)
-            return self._logits(user_BE, self._vectors(batch, items))
+            user_BE = self._user_features(user_BD, self._item_vectors(batch, batch.history_BT), batch.history_BT)
+            return self._candidate_logits(user_BE, self._item_vectors(batch, items))
 
-    def clicks(self, batch: Batch, items: Tensor) -> Tensor:
+    def click_probabilities(self, batch: Batch, items: Tensor) -> Tensor:
         """(B, N) how likely the user takes each item."""
         return torch.sigmoid(self.score(batch, items))

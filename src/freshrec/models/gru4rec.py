@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from freshrec.config import HISTORY_LENGTH, Count, CountOrNone, Positive, Rate, Weight, check_options
+from freshrec.config import HISTORY_LENGTH, Count, CountOrZero, Positive, Rate, Weight, check_options
 from freshrec.errors import OptionError
-from freshrec.models.layers import FAR, first_of, sampled_logits
-from freshrec.models.tables import Table, pulled, vectors_of
-from freshrec.types import Batch, Forward, Lanes
+from freshrec.models.layers import MASKED, sampled_logits, sampled_softmax_loss
+from freshrec.models.tables import EmbeddingTable, embedding_matrix, lookup_many
+from freshrec.types import Batch, Forward, SessionLanes
 
 Loss = Literal["xe", "bpr", "top1", "bpr-max", "top1-max"]
 
@@ -31,25 +31,25 @@ class GRU4RecSpec:
     """
 
     d: Count = 64  # of an item's vector
-    hidden: CountOrNone = 0  # units of each layer; 0: d. Where they differ, the output is mapped to d
+    hidden: CountOrZero = 0  # units of each layer; 0: d. Where they differ, the output is mapped to d
     layers: Count = 1
     embeddings: Literal["constrained", "separate"] = "constrained"  # one vector an item; or another as input
     drop_in: Rate = 0.2  # of the input vectors
     drop_out: Rate = 0.2  # of each layer's output
     steps: Literal["windows", "lanes"] = "windows"  # "lanes": one event of as many sessions, as in the authors' code
-    back: Literal["all", "one"] = "all"  # steps that the gradient goes back, in windows
+    bptt: Literal["all", "one"] = "all"  # steps that the gradient goes back, in windows
     length: Count = HISTORY_LENGTH
     lr: Positive = 0.006
     batch: Count = 64  # windows, each with up to `length` targets; or lanes
     negatives: Count = 512
-    others: CountOrNone = 64  # of the batch's own targets that are negatives too
+    batch_negatives: CountOrZero = 64  # of the batch's own targets that are negatives too
     alpha: Weight = 0.3  # negatives are drawn by their count to this power; 0: all alike, 1: by popularity
     logq: Weight = 0.0  # how much of ln P(drawn) is taken off a score; "xe" only
     loss: Loss = "bpr-max"
     bpreg: Weight = 0.9  # "bpr-max" only: weight of the squares
     elu: Weight = 1.0  # "bpr-max" only: alpha of the ELU of scores; 0: scores as they are
     std: Positive = 0.04
-    categories: CountOrNone = 0  # room for so many, of items; 0: they are not looked at
+    categories: CountOrZero = 0  # room for so many, of items; 0: they are not looked at
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -66,12 +66,12 @@ class GRU4RecSpec:
 
 def bpr(score_B: Tensor, negative_BN: Tensor, is_other_BN: Tensor) -> Tensor:
     """-1/N sum_j ln sigma(r - r_j); mean over B."""
-    return _mean(-F.logsigmoid(score_B[:, None] - negative_BN), is_other_BN)
+    return _masked_mean(-F.logsigmoid(score_B[:, None] - negative_BN), is_other_BN)
 
 
 def top1(score_B: Tensor, negative_BN: Tensor, is_other_BN: Tensor) -> Tensor:
     """1/N sum_j sigma(r_j - r) + sigma(r_j^2); mean over B."""
-    return _mean(_top1(score_B, negative_BN), is_other_BN)
+    return _masked_mean(_top1(score_B, negative_BN), is_other_BN)
 
 
 def top1_max(score_B: Tensor, negative_BN: Tensor, is_other_BN: Tensor) -> Tensor:
@@ -88,16 +88,16 @@ def bpr_max(score_B: Tensor, negative_BN: Tensor, is_other_BN: Tensor, bpreg: fl
     if elu:
         score_B, negative_BN = F.elu(score_B, elu), F.elu(negative_BN, elu)
     log_BN = _log_shares(negative_BN, is_other_BN)
-    ahead_B = torch.logsumexp(log_BN + F.logsigmoid(score_B[:, None] - negative_BN), 1)
+    log_win_B = torch.logsumexp(log_BN + F.logsigmoid(score_B[:, None] - negative_BN), 1)
     square_B = (log_BN.exp() * is_other_BN * negative_BN.square()).sum(1)
-    return (bpreg * square_B - ahead_B).mean()
+    return (bpreg * square_B - log_win_B).mean()
 
 
-def loss_of(spec: GRU4RecSpec, logits_BN: Tensor, is_other_BN: Tensor) -> Tensor:
+def ranking_loss(spec: GRU4RecSpec, logits_BN: Tensor, is_other_BN: Tensor) -> Tensor:
     """The loss that `spec` names, of the target's score and, after it, the negatives'."""
     score_B, negative_BN = logits_BN[:, 0], logits_BN[:, 1:]
     if spec.loss == "xe":
-        return first_of(logits_BN)
+        return sampled_softmax_loss(logits_BN)
     if spec.loss == "bpr-max":
         return bpr_max(score_B, negative_BN, is_other_BN, spec.bpreg, spec.elu)
     return {"bpr": bpr, "top1": top1, "top1-max": top1_max}[spec.loss](score_B, negative_BN, is_other_BN)
@@ -109,31 +109,31 @@ def _top1(score_B: Tensor, negative_BN: Tensor) -> Tensor:
 
 def _log_shares(negative_BN: Tensor, is_other_BN: Tensor) -> Tensor:
     """ln of the softmax over the negatives."""
-    return torch.log_softmax(negative_BN.masked_fill(~is_other_BN, FAR), 1)
+    return torch.log_softmax(negative_BN.masked_fill(~is_other_BN, MASKED), 1)
 
 
-def _mean(value_BN: Tensor, is_other_BN: Tensor) -> Tensor:
+def _masked_mean(value_BN: Tensor, is_other_BN: Tensor) -> Tensor:
     return ((value_BN * is_other_BN).sum(1) / is_other_BN.sum(1).clamp(min=1)).mean()
 
 
 # negatives
 
 
-def popularity(counts_I: Tensor, alpha: float) -> Tensor:
+def popularity_distribution(counts_I: Tensor, alpha: float) -> Tensor:
     """P(i) = n_i^alpha / sum_j n_j^alpha"""
     power_I = counts_I.float() ** alpha
     return power_I / power_I.sum(dtype=torch.float64)
 
 
-def chances(counts_I: Tensor, alpha: float) -> Tensor:
+def smoothed_popularity(counts_I: Tensor, alpha: float) -> Tensor:
     """(I,) `popularity` of the items 1, 2, ...; one is added to all counts, so that one not met so far may be drawn."""
-    return popularity(counts_I[1:] + 1, alpha)
+    return popularity_distribution(counts_I[1:] + 1, alpha)
 
 
-def drawn(chance_I: Tensor, at_N: Tensor) -> Tensor:
+def sample_by_quantile(probability_I: Tensor, quantiles_N: Tensor) -> Tensor:
     """The items, counted from 0, at these points of [0, 1) when each takes up as much of it as its chance."""
-    edges_I = chance_I.cumsum(0, dtype=torch.float64)
-    return torch.searchsorted(edges_I, at_N * edges_I[-1], right=True).clamp_(max=len(chance_I) - 1)
+    edges_I = probability_I.cumsum(0, dtype=torch.float64)
+    return torch.searchsorted(edges_I, quantiles_N * edges_I[-1], right=True).clamp_(max=len(probability_I) - 1)
 
 
 class GRU4Rec(nn.Module):
@@ -143,11 +143,13 @@ class GRU4Rec(nn.Module):
 
     def __init__(self, spec: GRU4RecSpec, seed: int) -> None:
         super().__init__()
-        self.unit = "window" if spec.steps == "windows" else "lane"
+        self.batch_format = "window" if spec.steps == "windows" else "lane"
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
-        self.items = Table(spec.d, spec.std, seed, spec.categories)
-        self.taken = Table(spec.d, spec.std, seed + 1, spec.categories) if spec.embeddings == "separate" else None
+        self.items = EmbeddingTable(spec.d, spec.std, seed, spec.categories)
+        self.taken = (
+            EmbeddingTable(spec.d, spec.std, seed + 1, spec.categories) if spec.embeddings == "separate" else None
+        )
         self.register_buffer("counts_I", torch.zeros(1, dtype=torch.int64))
         hidden = spec.hidden or spec.d
         with torch.random.fork_rng(devices=[]):
@@ -173,63 +175,70 @@ class GRU4Rec(nn.Module):
     def forward(self, batch: Batch) -> Forward:
         """The loss at each position that has a target."""
         assert batch.targets_BT is not None and batch.negatives_N is not None
-        wanted_BT = (batch.history_BT > 0) & (batch.targets_BT > 0)
-        target_B = batch.targets_BT[wanted_BT]
+        is_target_BT = (batch.history_BT > 0) & (batch.targets_BT > 0)
+        target_B = batch.targets_BT[is_target_BT]
         if self.training:
             self.counts_I += torch.bincount(target_B, minlength=len(self.counts_I))
-        own_N = target_B[torch.linspace(0, len(target_B) - 1, min(self.spec.others, len(target_B))).long()]
-        negative_N = torch.cat([self._drawn(batch.negatives_N), own_N])
+        batch_negative_N = target_B[
+            torch.linspace(0, len(target_B) - 1, min(self.spec.batch_negatives, len(target_B))).long()
+        ]
+        negative_N = torch.cat([self._sample_negatives(batch.negatives_N), batch_negative_N])
         if self.taken is None:
-            history_BTD, target_BD, negative_ND = pulled(self.items, batch.history_BT, target_B, negative_N)
+            history_BTD, target_BD, negative_ND = lookup_many(self.items, batch.history_BT, target_B, negative_N)
         else:
-            history_BTD = self.taken.pull(batch.history_BT)
-            target_BD, negative_ND = pulled(self.items, target_B, negative_N)
+            history_BTD = self.taken.lookup(batch.history_BT)
+            target_BD, negative_ND = lookup_many(self.items, target_B, negative_N)
         states = None
         if batch.lanes is None:
-            user_BD = self._read(history_BTD, batch.history_BT > 0)[wanted_BT]
+            user_BD = self._outputs(history_BTD, batch.history_BT > 0)[is_target_BT]
         else:
             user_BD, states = read_next(self, history_BTD[:, 0], batch.lanes)
         logits_BN = sampled_logits(user_BD, target_BD, negative_ND, target_B, negative_N)
         if self.spec.logq:
-            log_BN = self._log_chances(target_B, negative_N, len(own_N))
-            loss = first_of(logits_BN - log_BN)
+            log_BN = self._log_probabilities(target_B, negative_N, len(batch_negative_N))
+            loss = sampled_softmax_loss(logits_BN - log_BN)
         else:
-            loss = loss_of(self.spec, logits_BN, target_B[:, None] != negative_N)
+            loss = ranking_loss(self.spec, logits_BN, target_B[:, None] != negative_N)
         return Forward(loss, user_BD[:, None], target_BD, logits_BN, states=states)
 
-    def _drawn(self, uniform_N: Tensor) -> Tensor:
+    def _sample_negatives(self, uniform_N: Tensor) -> Tensor:
         """As many items drawn by popularity, one from each of N equal parts of it; `uniform_N` where all are alike."""
         if not self.spec.alpha:
             return uniform_N
         n = len(uniform_N)
-        inside_N = torch.rand(n, dtype=torch.float64) if self.training else torch.tensor(0.5)
-        return 1 + drawn(chances(self.counts_I, self.spec.alpha), (torch.arange(n) + inside_N) / n)
+        offset_N = torch.rand(n, dtype=torch.float64) if self.training else torch.tensor(0.5)
+        return 1 + sample_by_quantile(
+            smoothed_popularity(self.counts_I, self.spec.alpha), (torch.arange(n) + offset_N) / n
+        )
 
-    def _log_chances(self, target_B: Tensor, negative_N: Tensor, n_own: int) -> Tensor:
+    def _log_probabilities(self, target_B: Tensor, negative_N: Tensor, n_batch_negatives: int) -> Tensor:
         """(B, 1 + N) logq ln P: by popularity of targets, own ones too; to the power alpha of those drawn."""
-        own_I, drawn_I = chances(self.counts_I, 1.0).log(), chances(self.counts_I, self.spec.alpha).log()
-        drawn_N, own_N = negative_N.split([len(negative_N) - n_own, n_own])
-        log_N = torch.cat([drawn_I[drawn_N - 1], own_I[own_N - 1]])
-        log_BN = torch.cat([own_I[target_B - 1, None], log_N.expand(len(target_B), -1)], 1)
+        target_log_I, sampled_log_I = (
+            smoothed_popularity(self.counts_I, 1.0).log(),
+            smoothed_popularity(self.counts_I, self.spec.alpha).log(),
+        )
+        sampled_N, targets_N = negative_N.split([len(negative_N) - n_batch_negatives, n_batch_negatives])
+        log_N = torch.cat([sampled_log_I[sampled_N - 1], target_log_I[targets_N - 1]])
+        log_BN = torch.cat([target_log_I[target_B - 1, None], log_N.expand(len(target_B), -1)], 1)
         return self.spec.logq * log_BN.float()
 
-    def _read(self, items_BTD: Tensor, real_BT: Tensor) -> Tensor:
+    def _outputs(self, items_BTD: Tensor, real_BT: Tensor) -> Tensor:
         """(B, T, D) the output at each position; where that is padding, the one before it."""
         drop_in, drop_out = (self.spec.drop_in, self.spec.drop_out) if self.training else (0.0, 0.0)
         order_BT = torch.argsort(~real_BT, dim=1, stable=True)  # padding last, where nothing comes after it
         x_BTH = items_BTD.gather(1, order_BT[..., None].expand_as(items_BTD))
         x_BTH = F.dropout(x_BTH, drop_in, self.training)
         for layer in self.layers:
-            x_BTH = F.dropout(self._layer(layer, x_BTH), drop_out, self.training)
+            x_BTH = F.dropout(self._layer_states(layer, x_BTH), drop_out, self.training)
         if self.last is not None:
             x_BTH = self.last(x_BTH)
         place_BT = (real_BT.cumsum(1) - 1).clamp(min=0)
         return x_BTH.gather(1, place_BT[..., None].expand_as(x_BTH))
 
-    def _layer(self, layer: nn.Module, x_BTH: Tensor) -> Tensor:
+    def _layer_states(self, layer: nn.Module, x_BTH: Tensor) -> Tensor:
         """(B, T, H) the states of one layer; the first one starts from 0."""
         start_1BH = (x_BTH[:, :1, :1] * 0).transpose(0, 1).expand(-1, -1, self.spec.hidden or self.spec.d)
-        if self.spec.back == "all" or not self.training:
+        if self.spec.bptt == "all" or not self.training:
             states_BTH: Tensor = layer(x_BTH, start_1BH.contiguous())[0]
             return states_BTH
         with torch.no_grad():
@@ -246,13 +255,13 @@ class GRU4Rec(nn.Module):
         if batch.history_BT.shape[1] == 0:
             return torch.zeros(len(batch), 1, self.spec.d)
         if self.taken is not None:
-            table = vectors_of(self.taken) if self.taken.leaf is None else self.taken.whole()
+            table = embedding_matrix(self.taken) if self.taken.leaf is None else self.taken.full_matrix()
             items_BTD = F.embedding(batch.history_BT, table)
         real_BT = batch.history_BT > 0
-        return self._read(items_BTD, real_BT)[:, -1:] * real_BT.any(1)[:, None, None]
+        return self._outputs(items_BTD, real_BT)[:, -1:] * real_BT.any(1)[:, None, None]
 
 
-def read_next(model: GRU4Rec, items_BD: Tensor, lanes: Lanes) -> tuple[Tensor, tuple[Tensor, ...]]:
+def read_next(model: GRU4Rec, items_BD: Tensor, lanes: SessionLanes) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(B, D) the output after one more event in each lane, and the (B, H) states of the layers after it.
 
     No gradient reaches the steps before.

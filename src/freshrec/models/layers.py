@@ -6,7 +6,7 @@ from torch import Tensor
 
 from freshrec.types import Batch
 
-FAR = -1e9  # a logit that softmax turns into 0
+MASKED = -1e9  # a logit that softmax turns into 0
 
 
 def squash(s: Tensor) -> Tensor:
@@ -15,24 +15,24 @@ def squash(s: Tensor) -> Tensor:
     return s * (n2 / (1 + n2) / (n2 + 1e-9).sqrt())
 
 
-def passed(items_BTD: Tensor, history_BT: Tensor) -> Tensor:
+def has_vector(items_BTD: Tensor, history_BT: Tensor) -> Tensor:
     """(B, T) whether a place of the history holds an item with a vector."""
     return (history_BT > 0) & (items_BTD != 0).any(2)
 
 
-def attend(vectors_BKD: Tensor, target_BD: Tensor, alive_BK: Tensor | None, how: str, power: float = 1.0) -> Tensor:
+def attend(vectors_BKD: Tensor, target_BD: Tensor, alive_BK: Tensor | None, mode: str, power: float = 1.0) -> Tensor:
     """v = sum_k beta_k h_k with beta the softmax of e_a h_k over the interests a user has [IMSR eq. 5].
 
     `how`: "soft" as printed, with sign(x)|x|^power as the logit (MIND's p); "hard": the interest closest to the target.
     """
     logits_BK = torch.bmm(vectors_BKD, target_BD[..., None])[..., 0]
     if alive_BK is not None:
-        logits_BK = logits_BK.masked_fill(~alive_BK, FAR)
-    if how == "hard":
+        logits_BK = logits_BK.masked_fill(~alive_BK, MASKED)
+    if mode == "hard":
         closest_B1D = logits_BK.argmax(1)[:, None, None].expand(-1, 1, vectors_BKD.shape[2])
         return vectors_BKD.gather(1, closest_B1D)[:, 0]
     if power != 1.0:
-        logits_BK = torch.where(logits_BK > FAR, logits_BK.sign() * logits_BK.abs() ** power, logits_BK)
+        logits_BK = torch.where(logits_BK > MASKED, logits_BK.sign() * logits_BK.abs() ** power, logits_BK)
     return torch.bmm(torch.softmax(logits_BK, -1)[:, None], vectors_BKD)[:, 0]
 
 
@@ -40,12 +40,12 @@ def sampled_logits(
     user_BD: Tensor, target_BD: Tensor, negatives_ND: Tensor, target_B: Tensor, negative_N: Tensor
 ) -> Tensor:
     """(B, 1 + N): v e_a of the target first, then v e_i of the negatives; one that is the target is FAR below."""
-    negative_BN = (user_BD @ negatives_ND.t()).masked_fill_(target_B[:, None] == negative_N[None], FAR)
+    negative_BN = (user_BD @ negatives_ND.t()).masked_fill_(target_B[:, None] == negative_N[None], MASKED)
     positive_B1 = (user_BD * target_BD).sum(-1, keepdim=True)
     return torch.cat([positive_B1, negative_BN], 1)
 
 
-def first_of(logits_BN: Tensor) -> Tensor:
+def sampled_softmax_loss(logits_BN: Tensor) -> Tensor:
     """-log softmax of the first logit, mean over the batch [IMSR eq. 6].
 
     Differs from the paper: minus sign and the target in the denominator, without which the loss has no lower bound.
@@ -53,13 +53,13 @@ def first_of(logits_BN: Tensor) -> Tensor:
     return F.cross_entropy(logits_BN, torch.zeros(len(logits_BN), dtype=torch.int64))
 
 
-def yes_or_no(logits_BN: Tensor) -> Tensor:
+def bce_loss(logits_BN: Tensor) -> Tensor:
     """-ln sigma(z) of the first logit, mean, and -ln(1 - sigma(z)) of the others, mean without those FAR below."""
-    n_others = (logits_BN[:, 1:] > FAR).sum().clamp(min=1)
+    n_others = (logits_BN[:, 1:] > MASKED).sum().clamp(min=1)
     return F.softplus(-logits_BN[:, 0]).mean() + F.softplus(logits_BN[:, 1:]).sum() / n_others
 
 
-def best_inner_product(vectors_BKD: Tensor, items_ND: Tensor) -> Tensor:
+def max_inner_product(vectors_BKD: Tensor, items_ND: Tensor) -> Tensor:
     """max_k h_k e_i: (B, K, D) and (N, D) shared, or (B, N, D) each row's own -> (B, N)."""
     if items_ND.dim() == 3:
         return torch.bmm(vectors_BKD, items_ND.transpose(1, 2)).amax(1)
@@ -67,13 +67,13 @@ def best_inner_product(vectors_BKD: Tensor, items_ND: Tensor) -> Tensor:
     return (vectors_BKD.flatten(0, 1) @ items_ND.t()).view(n_users, n_interests, -1).amax(1)
 
 
-def judged(batch: Batch, n_items: int) -> tuple[Tensor, Tensor]:
+def labelled_candidates(batch: Batch, n_items: int) -> tuple[Tensor, Tensor]:
     """What a click model learns from, (B, N) items and labels: each row's target; without labels, a random item too."""
     assert batch.targets_BT is not None and batch.negatives_N is not None
     target_B1 = batch.targets_BT[:, :1]
     if batch.labels_B is not None:
         return target_B1, batch.labels_B[:, None]
     negative_B1 = batch.negatives_N[torch.arange(len(batch)) % len(batch.negatives_N), None]
-    other_B1 = negative_B1 % n_items + 1  # the next item, where the random one is the target
-    negative_B1 = torch.where(negative_B1 == target_B1, other_B1, negative_B1)
+    alternative_B1 = negative_B1 % n_items + 1  # the next item, where the random one is the target
+    negative_B1 = torch.where(negative_B1 == target_B1, alternative_B1, negative_B1)
     return torch.cat([target_B1, negative_B1], 1), torch.tensor([1.0, 0.0]).expand(len(batch), 2)

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from freshrec.config import Count, CountOrNone, Positive, Rate, check_options
-from freshrec.models.layers import attend, first_of, passed, sampled_logits
-from freshrec.models.tables import Table, make_room, pulled
+from freshrec.config import Count, CountOrZero, Positive, Rate, check_options
+from freshrec.models.layers import attend, has_vector, sampled_logits, sampled_softmax_loss
+from freshrec.models.tables import EmbeddingTable, grow_with_zeros, lookup_many
 from freshrec.types import Batch, Forward
 
 EPS = 1e-9  # keeps 0 / 0, of a history without items, at 0
@@ -30,13 +30,13 @@ class LimaRecSpec:
     k: Count = 4  # interests
     d: Count = 64
     attention: Literal["hard", "soft"] = "soft"  # "soft": all interests learn from a target; "hard": the closest one
-    fading: Rate = 0.0  # share of the attention's state that each event takes away
+    decay: Rate = 0.0  # share of the attention's state that each event takes away
     length: Count = 100
     lr: Positive = 0.003  # as good as 0.001, in half the epochs
     batch: Count = 128  # windows, each with up to `length` targets
     negatives: Count = 512
     std: Positive = 0.1
-    categories: CountOrNone = 0  # room for so many, of items; 0: they are not looked at
+    categories: CountOrZero = 0  # room for so many, of items; 0: they are not looked at
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -60,7 +60,7 @@ def linear_attention(queries_BPKD: Tensor, keys_BTD: Tensor, values_BTD: Tensor,
     return out
 
 
-class Layer(nn.Module):
+class LinearAttentionLayer(nn.Module):
     """Attention with K query maps, then feed-forward; residuals and norms after each, shared by the interests."""
 
     def __init__(self, k: int, d: int) -> None:
@@ -71,11 +71,11 @@ class Layer(nn.Module):
         self.inner, self.outer = nn.Linear(d, d), nn.Linear(d, d)
         self.between, self.last = nn.LayerNorm(d), nn.LayerNorm(d)
 
-    def forward(self, asked_BPD: Tensor, items_BTD: Tensor, weights_BPT: Tensor) -> Tensor:
+    def forward(self, query_items_BPD: Tensor, items_BTD: Tensor, weights_BPT: Tensor) -> Tensor:
         """(B, P, K, D) the interests at places whose item is `asked_BPD`, of items that weigh `weights_BPT` there."""
-        queries_BPKD = self.query(asked_BPD).unflatten(2, (self.k, -1))
-        found_BPKD = linear_attention(queries_BPKD, self.key(items_BTD), self.value(items_BTD), weights_BPT)
-        y_BPKD = self.between(asked_BPD[:, :, None] + found_BPKD)
+        queries_BPKD = self.query(query_items_BPD).unflatten(2, (self.k, -1))
+        attended_BPKD = linear_attention(queries_BPKD, self.key(items_BTD), self.value(items_BTD), weights_BPT)
+        y_BPKD = self.between(query_items_BPD[:, :, None] + attended_BPKD)
         out: Tensor = self.last(y_BPKD + self.outer(F.relu(self.inner(y_BPKD))))
         return out
 
@@ -83,39 +83,39 @@ class Layer(nn.Module):
 class LimaRec(nn.Module):
     """An `EncodingModel` with K interests, which no strategy carries from span to span."""
 
-    unit = "window"
+    batch_format = "window"
 
     def __init__(self, spec: LimaRecSpec, seed: int) -> None:
         super().__init__()
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
-        self.items = Table(spec.d, spec.std, seed, spec.categories)
+        self.items = EmbeddingTable(spec.d, spec.std, seed, spec.categories)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.layer = Layer(spec.k, spec.d)
+            self.layer = LinearAttentionLayer(spec.k, spec.d)
 
     def grow(self, n_users: int, n_items: int) -> None:
         """Make room for new users and items; items that come late have no vector until they are trained."""
         self.n_users, self.n_items = n_users, n_items
-        make_room(self.items, n_items)
+        grow_with_zeros(self.items, n_items)
 
     def forward(self, batch: Batch) -> Forward:
         """Sampled softmax at each position that has a target, under the label-aware mix of the interests there."""
         assert batch.targets_BT is not None and batch.negatives_N is not None
         real_BT, negative_N = batch.history_BT > 0, batch.negatives_N
-        wanted_BT = real_BT & (batch.targets_BT > 0)
-        target_B = batch.targets_BT[wanted_BT]
-        items_BTD, target_BD, negative_ND = pulled(self.items, batch.history_BT, target_B, negative_N)
-        weights_BTT = self._weights(real_BT.cumsum(1), real_BT).tril()
-        vectors_BKD = self.layer(items_BTD, items_BTD, weights_BTT)[wanted_BT]
+        is_target_BT = real_BT & (batch.targets_BT > 0)
+        target_B = batch.targets_BT[is_target_BT]
+        items_BTD, target_BD, negative_ND = lookup_many(self.items, batch.history_BT, target_B, negative_N)
+        weights_BTT = self._decay_weights(real_BT.cumsum(1), real_BT).tril()
+        vectors_BKD = self.layer(items_BTD, items_BTD, weights_BTT)[is_target_BT]
         user_BD = attend(vectors_BKD, target_BD, None, self.spec.attention)
         logits_BN = sampled_logits(user_BD, target_BD, negative_ND, target_B, negative_N)
-        return Forward(first_of(logits_BN), vectors_BKD, target_BD, logits_BN)
+        return Forward(sampled_softmax_loss(logits_BN), vectors_BKD, target_BD, logits_BN)
 
-    def _weights(self, n_until_BP: Tensor, real_BT: Tensor) -> Tensor:
+    def _decay_weights(self, event_number_BP: Tensor, real_BT: Tensor) -> Tensor:
         """(B, P, T): (1 - fading)^(events since) of each item, for places that are the n-th event of their user."""
-        since_BPT = n_until_BP[:, :, None] - real_BT.cumsum(1)[:, None]
-        weights_BPT: Tensor = (1 - self.spec.fading) ** since_BPT.clamp(min=0)
+        age_BPT = event_number_BP[:, :, None] - real_BT.cumsum(1)[:, None]
+        weights_BPT: Tensor = (1 - self.spec.decay) ** age_BPT.clamp(min=0)
         return weights_BPT * real_BT[:, None]
 
     def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
@@ -123,9 +123,9 @@ class LimaRec(nn.Module):
         n_steps = batch.history_BT.shape[1]
         if n_steps == 0:
             return torch.zeros(len(batch), self.spec.k, self.spec.d)
-        real_BT = passed(items_BTD, batch.history_BT)
+        real_BT = has_vector(items_BTD, batch.history_BT)
         last_B1D = (real_BT * torch.arange(1, n_steps + 1)).argmax(1)[:, None, None].expand(-1, 1, self.spec.d)
-        weights_B1T = self._weights(real_BT.sum(1, keepdim=True), real_BT)
+        weights_B1T = self._decay_weights(real_BT.sum(1, keepdim=True), real_BT)
         vectors_B1KD = self.layer(items_BTD.gather(1, last_B1D), items_BTD, weights_B1T)
         vectors_BKD: Tensor = vectors_B1KD[:, 0] * real_BT.any(1)[:, None, None]
         return vectors_BKD

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from freshrec.config import HISTORY_LENGTH, Count, CountOrNone, Positive, check_options
-from freshrec.models.layers import first_of, sampled_logits
-from freshrec.models.tables import Table, pulled
+from freshrec.config import HISTORY_LENGTH, Count, CountOrZero, Positive, check_options
+from freshrec.models.layers import sampled_logits, sampled_softmax_loss
+from freshrec.models.tables import EmbeddingTable, lookup_many
 from freshrec.types import Batch, Forward
 
 
@@ -21,7 +21,7 @@ class MFSpec:
     batch: Count = 1024
     negatives: Count = 512
     std: Positive = 0.1
-    categories: CountOrNone = 0  # room for so many, of items; 0: they are not looked at
+    categories: CountOrZero = 0  # room for so many, of items; 0: they are not looked at
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -34,14 +34,14 @@ class MFSpec:
 class MF(nn.Module):
     """A `VectorModel` with K = 1; it knows users, not histories, so a click counts only after an update."""
 
-    unit = "pair"
+    batch_format = "pair"
 
     def __init__(self, spec: MFSpec, seed: int) -> None:
         super().__init__()
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
-        self.users = Table(spec.d, spec.std, seed)
-        self.items = Table(spec.d, spec.std, seed + 1, spec.categories)
+        self.users = EmbeddingTable(spec.d, spec.std, seed)
+        self.items = EmbeddingTable(spec.d, spec.std, seed + 1, spec.categories)
 
     def grow(self, n_users: int, n_items: int) -> None:
         """Make room for new users and items."""
@@ -53,10 +53,10 @@ class MF(nn.Module):
         """Sampled softmax of the target."""
         assert batch.targets_BT is not None and batch.negatives_N is not None
         target_B, negative_N = batch.targets_BT[:, 0], batch.negatives_N
-        user_BD = self.users.pull(batch.users_B)
-        target_BD, negative_ND = pulled(self.items, target_B, negative_N)
+        user_BD = self.users.lookup(batch.users_B)
+        target_BD, negative_ND = lookup_many(self.items, target_B, negative_N)
         logits_BN = sampled_logits(user_BD, target_BD, negative_ND, target_B, negative_N)
-        return Forward(first_of(logits_BN), user_BD[:, None], target_BD, logits_BN)
+        return Forward(sampled_softmax_loss(logits_BN), user_BD[:, None], target_BD, logits_BN)
 
     def user_vectors(self, batch: Batch) -> Tensor:
         """(B, 1, D); zero for users that are not known yet."""
@@ -64,4 +64,4 @@ class MF(nn.Module):
 
     def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
         """The users' rows (B, 1, D), with gradients; what is in the history does not matter."""
-        return self.users.pull(batch.users_B)[:, None]
+        return self.users.lookup(batch.users_B)[:, None]

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from freshrec.config import Count, Positive, check_options
-from freshrec.models.layers import judged
-from freshrec.models.tables import Table
+from freshrec.models.layers import labelled_candidates
+from freshrec.models.tables import EmbeddingTable
 from freshrec.types import Batch, Forward
 
 
@@ -37,13 +37,16 @@ class BiasedMFSpec:
 class BiasedMF(nn.Module):
     """A `ClickModel`; the last number of each row is its bias, so that a strategy that maps rows maps it too."""
 
-    unit = "click"
+    batch_format = "click"
 
     def __init__(self, spec: BiasedMFSpec, seed: int) -> None:
         super().__init__()
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
-        self.users, self.items = Table(spec.d + 1, spec.std, seed), Table(spec.d + 1, spec.std, seed + 1)
+        self.users, self.items = (
+            EmbeddingTable(spec.d + 1, spec.std, seed),
+            EmbeddingTable(spec.d + 1, spec.std, seed + 1),
+        )
 
     def grow(self, n_users: int, n_items: int) -> None:
         """Make room for new users and items, without inclinations."""
@@ -55,9 +58,9 @@ class BiasedMF(nn.Module):
 
     def forward(self, batch: Batch) -> Forward:
         """Mean binary cross-entropy of the labels; without labels, of the target and of a random item beside it."""
-        candidates_BN, label_BN = judged(batch, self.n_items)
-        user_BE = self.users.pull(batch.users_B)
-        items_BNE = self.items.pull(candidates_BN)
+        candidates_BN, label_BN = labelled_candidates(batch, self.n_items)
+        user_BE = self.users.lookup(batch.users_B)
+        items_BNE = self.items.lookup(candidates_BN)
         logits_BN = _logits(user_BE, items_BNE)
         return Forward(F.binary_cross_entropy_with_logits(logits_BN, label_BN), logits_BN=logits_BN)
 
@@ -66,7 +69,7 @@ class BiasedMF(nn.Module):
         user_BE = self.users.weights[torch.where(batch.users_B <= self.n_users, batch.users_B, 0)]
         return _logits(user_BE, self.items.weights[torch.where(items <= self.n_items, items, 0)])
 
-    def clicks(self, batch: Batch, items: Tensor) -> Tensor:
+    def click_probabilities(self, batch: Batch, items: Tensor) -> Tensor:
         """(B, N) how likely the user takes each item."""
         return torch.sigmoid(self.score(batch, items))
 

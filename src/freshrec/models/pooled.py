@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from freshrec.config import HISTORY_LENGTH, Count, CountOrNone, Positive, check_options
-from freshrec.models.layers import first_of, sampled_logits
-from freshrec.models.tables import Table, pulled, served
+from freshrec.config import HISTORY_LENGTH, Count, CountOrZero, Positive, check_options
+from freshrec.models.layers import sampled_logits, sampled_softmax_loss
+from freshrec.models.tables import EmbeddingTable, embed, lookup_many
 from freshrec.types import Batch, Forward
 
 
@@ -25,7 +25,7 @@ class PooledSpec:
     batch: Count = 48  # windows, each with up to `length` targets
     negatives: Count = 512
     std: Positive = 0.04
-    categories: CountOrNone = 0  # room for so many, of items; 0: they are not looked at
+    categories: CountOrZero = 0  # room for so many, of items; 0: they are not looked at
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -38,14 +38,14 @@ class PooledSpec:
 class Pooled(nn.Module):
     """A `VectorModel` with K = 1: u = sum_t w_t e_t / sum_t w_t, w_t = exp(-fading age(t)); ages count events."""
 
-    unit = "window"
+    batch_format = "window"
 
     def __init__(self, spec: PooledSpec, seed: int) -> None:
         super().__init__()
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
-        self.taken = Table(spec.d, spec.std, seed, spec.categories)
-        self.items = Table(spec.d, spec.std, seed + 1, spec.categories)
+        self.taken = EmbeddingTable(spec.d, spec.std, seed, spec.categories)
+        self.items = EmbeddingTable(spec.d, spec.std, seed + 1, spec.categories)
         self.fading = nn.Parameter(torch.tensor(-0.5))  # before softplus
 
     def grow(self, n_users: int, n_items: int) -> None:
@@ -58,19 +58,19 @@ class Pooled(nn.Module):
         """Sampled softmax at each position that has a target."""
         assert batch.targets_BT is not None and batch.negatives_N is not None
         real_BT, negative_N = batch.history_BT > 0, batch.negatives_N
-        wanted_BT = real_BT & (batch.targets_BT > 0)
-        target_B = batch.targets_BT[wanted_BT]
-        history_BTD = self.taken.pull(batch.history_BT)
-        user_BD = (self._weights(real_BT) @ history_BTD)[wanted_BT]
-        target_BD, negative_ND = pulled(self.items, target_B, negative_N)
+        is_target_BT = real_BT & (batch.targets_BT > 0)
+        target_B = batch.targets_BT[is_target_BT]
+        history_BTD = self.taken.lookup(batch.history_BT)
+        user_BD = (self._history_weights(real_BT) @ history_BTD)[is_target_BT]
+        target_BD, negative_ND = lookup_many(self.items, target_B, negative_N)
         logits_BN = sampled_logits(user_BD, target_BD, negative_ND, target_B, negative_N)
-        return Forward(first_of(logits_BN), user_BD[:, None], target_BD, logits_BN)
+        return Forward(sampled_softmax_loss(logits_BN), user_BD[:, None], target_BD, logits_BN)
 
-    def _weights(self, real_BT: Tensor) -> Tensor:
+    def _history_weights(self, real_BT: Tensor) -> Tensor:
         """(B, T, T): of each earlier event at each position; a row adds up to 1, or to 0 where nothing came before."""
         step_T = torch.arange(real_BT.shape[1])
         age_TT = step_T[:, None] - step_T
-        weight_TT = self._faded(age_TT.clamp(min=0)) * (age_TT >= 0)
+        weight_TT = self._decay_weights(age_TT.clamp(min=0)) * (age_TT >= 0)
         weight_BTT = weight_TT * real_BT[:, None]
         total_BT1: Tensor = weight_BTT.sum(2, keepdim=True)
         return weight_BTT / total_BT1.clamp(min=1e-9)
@@ -80,10 +80,12 @@ class Pooled(nn.Module):
         if batch.history_BT.shape[1] == 0:
             return torch.zeros(len(batch), 1, self.spec.d)
         with torch.no_grad():
-            weight_BT = self._faded(torch.arange(batch.history_BT.shape[1] - 1, -1, -1)) * (batch.history_BT > 0)
+            weight_BT = self._decay_weights(torch.arange(batch.history_BT.shape[1] - 1, -1, -1)) * (
+                batch.history_BT > 0
+            )
             weight_BT /= weight_BT.sum(1, keepdim=True).clamp_(min=1e-9)
-            return weight_BT[:, None] @ served(self.taken, batch.history_BT)
+            return weight_BT[:, None] @ embed(self.taken, batch.history_BT)
 
-    def _faded(self, age: Tensor) -> Tensor:
+    def _decay_weights(self, age: Tensor) -> Tensor:
         """w, of any ages."""
         return torch.exp(-F.softplus(self.fading) * age)

@@ -21,7 +21,7 @@ class PopularitySpec:
     nothing.
     """
 
-    keep: Literal["all", "last", "decay"] = "all"
+    weighting: Literal["all", "last", "decay"] = "all"
     half_life: Positive = 1.0  # in windows; "decay" only
     window: Positive = 1 / 6  # share of the base block; not for "all"
     length: Count = HISTORY_LENGTH  # kept events a user; the model itself does not read them
@@ -56,16 +56,16 @@ class Popularity:
             return
         if self.window == 0:
             self.window = max(1, round(self.spec.window * len(events)))
-        if self.spec.keep == "last":
+        if self.spec.weighting == "last":
             self.latest_E = torch.cat([self.latest_E, events.items_E.int()])[-self.window :]
-            self.counts_I = self._count(self.latest_E, torch.ones(len(self.latest_E), dtype=torch.float64))
+            self.counts_I = self._weighted_counts(self.latest_E, torch.ones(len(self.latest_E), dtype=torch.float64))
             return
-        half_life = self.spec.half_life * self.window if self.spec.keep == "decay" else float("inf")
+        half_life = self.spec.half_life * self.window if self.spec.weighting == "decay" else float("inf")
         age_E = torch.arange(len(events) - 1, -1, -1, dtype=torch.float64)
-        fading = 0.5 ** (len(events) / half_life)
-        self.counts_I = self.counts_I * fading + self._count(events.items_E, 0.5 ** (age_E / half_life))
+        decay = 0.5 ** (len(events) / half_life)
+        self.counts_I = self.counts_I * decay + self._weighted_counts(events.items_E, 0.5 ** (age_E / half_life))
 
-    def _count(self, items_E: Tensor, weights_E: Tensor) -> Tensor:
+    def _weighted_counts(self, items_E: Tensor, weights_E: Tensor) -> Tensor:
         return torch.bincount(items_E, weights_E, minlength=self.n_items + 1)
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:

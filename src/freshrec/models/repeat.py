@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from freshrec.config import HISTORY_LENGTH, Count, check_options
-from freshrec.models.sparse import Runs, csr, picked
+from freshrec.models.sparse import ItemOccurrences, build_csr, select_scores
 from freshrec.types import Batch, Events, Histories
 
 FREQ_HALF_LIFE = 32  # events of the user's history
@@ -49,23 +49,23 @@ class Repeat:
     def absorb(self, events: Events, histories: Histories) -> None:
         """Nothing to learn: all that counts travels in the batch."""
 
-    def sparse(self, batch: Batch) -> Any:
+    def sparse_scores(self, batch: Batch) -> Any:
         """(B, I + 1) scores as a sparse matrix."""
-        return self.of(Runs.of(batch.history_BT.numpy()))
+        return self.scores_of_occurrences(ItemOccurrences.from_items(batch.history_BT.numpy()))
 
-    def of(self, runs: Runs) -> Any:
+    def scores_of_occurrences(self, occurrences: ItemOccurrences) -> Any:
         """`sparse`, of histories that were looked through before."""
-        age_T = np.arange(runs.n_steps - 1, -1, -1, dtype=np.float32)
+        age_T = np.arange(occurrences.n_steps - 1, -1, -1, dtype=np.float32)
         if self.spec.order == "last":
-            weights_W = (1 / (1 + age_T))[runs.last_W]
+            weights_W = (1 / (1 + age_T))[occurrences.last_step_W]
         else:
-            weights_E = (np.float32(0.5) ** (age_T / FREQ_HALF_LIFE))[runs.steps_E]
-            weights_W = np.add.reduceat(weights_E, runs.at_W[:-1]) if len(weights_E) else weights_E
-        return csr(weights_W, runs.items_W, runs.offsets_B, self.n_items + 1)
+            weights_E = (np.float32(0.5) ** (age_T / FREQ_HALF_LIFE))[occurrences.steps_E]
+            weights_W = np.add.reduceat(weights_E, occurrences.first_step_W[:-1]) if len(weights_E) else weights_E
+        return build_csr(weights_W, occurrences.items_W, occurrences.offsets_B, self.n_items + 1)
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
         """(B, N): from each row's own history alone."""
-        return picked(torch.from_numpy(self.sparse(batch).toarray()), items)
+        return select_scores(torch.from_numpy(self.sparse_scores(batch).toarray()), items)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything the model knows."""

@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import nn
 
 from freshrec.errors import OptionError
-from freshrec.models.tables import Table
+from freshrec.models.tables import EmbeddingTable
 from freshrec.types import Model
 
 SPEC = ("build",)
@@ -36,7 +36,9 @@ def build_model(spec: Any, name: str, seed: int = 0) -> Model:
     members = set(dir(model))
     if not members & {"encode", "user_vectors", "score"}:
         raise OptionError(f"{what} has no encode, user_vectors or score, so that nothing says how items are scored.")
-    if members & {"encode", "user_vectors"} and not isinstance(dict(model.named_children()).get("items"), Table):
+    if members & {"encode", "user_vectors"} and not isinstance(
+        dict(model.named_children()).get("items"), EmbeddingTable
+    ):
         raise OptionError(f"{what} has no table of item vectors: set self.items = freshrec.models.tables.Table(...).")
     return cast(Model, model)
 

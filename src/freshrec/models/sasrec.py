@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from freshrec.config import HISTORY_LENGTH, Count, CountOrNone, Positive, Rate, check_options
+from freshrec.config import HISTORY_LENGTH, Count, CountOrZero, Positive, Rate, check_options
 from freshrec.errors import OptionError
-from freshrec.models.layers import first_of, sampled_logits, yes_or_no
-from freshrec.models.softmax import full_softmax
-from freshrec.models.tables import Table, pulled
+from freshrec.models.layers import bce_loss, sampled_logits, sampled_softmax_loss
+from freshrec.models.softmax import full_softmax_loss
+from freshrec.models.tables import EmbeddingTable, lookup_many
 from freshrec.types import Batch, Forward
 
 
@@ -34,7 +34,7 @@ class SASRecSpec:
     batch: Count = 128  # windows, each with up to `length` targets
     negatives: Count = 512
     std: Positive = 0.1
-    categories: CountOrNone = 0  # room for so many, of items; 0: they are not looked at
+    categories: CountOrZero = 0  # room for so many, of items; 0: they are not looked at
     predict: Literal["each", "last"] = "each"  # position learns; "last": one target a history, as ADER's
     loss: Literal["sampled", "full", "bce"] = "sampled"  # softmax over the negatives or all items; yes or no to each
 
@@ -48,7 +48,7 @@ class SASRecSpec:
         return SASRec(self, seed)
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Attention and feed-forward; as in the authors' code, the residual adds the normalised query, not the input."""
 
     def __init__(self, spec: SASRecSpec) -> None:
@@ -80,15 +80,15 @@ class SASRec(nn.Module):
 
     def __init__(self, spec: SASRecSpec, seed: int) -> None:
         super().__init__()
-        self.unit = "window" if spec.predict == "each" else "target"
+        self.batch_format = "window" if spec.predict == "each" else "target"
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
-        self.items = Table(spec.d, spec.std, seed, spec.categories)
+        self.items = EmbeddingTable(spec.d, spec.std, seed, spec.categories)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.positions_TD = nn.Parameter(torch.empty(spec.length, spec.d))
             nn.init.xavier_uniform_(self.positions_TD)
-            self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.blocks))
+            self.blocks = nn.ModuleList(TransformerBlock(spec) for _ in range(spec.blocks))
             for layer in self.blocks.modules():
                 if isinstance(layer, nn.Linear):  # as in the authors' code
                     nn.init.xavier_uniform_(layer.weight)
@@ -103,30 +103,30 @@ class SASRec(nn.Module):
     def forward(self, batch: Batch) -> Forward:
         """Softmax cross-entropy at each position that has a target, or at the last one."""
         assert batch.targets_BT is not None and batch.negatives_N is not None
-        wanted_BT = batch.history_BT > 0
-        if self.unit == "window":
-            wanted_BT &= batch.targets_BT > 0
-            target_B = batch.targets_BT[wanted_BT]
+        is_target_BT = batch.history_BT > 0
+        if self.batch_format == "window":
+            is_target_BT &= batch.targets_BT > 0
+            target_B = batch.targets_BT[is_target_BT]
         else:
-            wanted_BT[:, :-1] = False
-            target_B = batch.targets_BT[wanted_BT[:, -1], 0]
+            is_target_BT[:, :-1] = False
+            target_B = batch.targets_BT[is_target_BT[:, -1], 0]
         if self.spec.loss == "full":
-            return self._full(batch, wanted_BT, target_B)
+            return self._full_softmax_forward(batch, is_target_BT, target_B)
         negative_N = batch.negatives_N
-        history_BTD, target_BD, negative_ND = pulled(self.items, batch.history_BT, target_B, negative_N)
-        user_BD = self._encode(history_BTD, batch.history_BT > 0)[wanted_BT]
+        history_BTD, target_BD, negative_ND = lookup_many(self.items, batch.history_BT, target_B, negative_N)
+        user_BD = self._hidden_states(history_BTD, batch.history_BT > 0)[is_target_BT]
         logits_BN = sampled_logits(user_BD, target_BD, negative_ND, target_B, negative_N)
-        loss = first_of(logits_BN) if self.spec.loss == "sampled" else yes_or_no(logits_BN)
+        loss = sampled_softmax_loss(logits_BN) if self.spec.loss == "sampled" else bce_loss(logits_BN)
         return Forward(loss, user_BD[:, None], target_BD, logits_BN)
 
-    def _full(self, batch: Batch, wanted_BT: Tensor, target_B: Tensor) -> Forward:
+    def _full_softmax_forward(self, batch: Batch, is_target_BT: Tensor, target_B: Tensor) -> Forward:
         """Cross-entropy over all known items; it moves every row of the table."""
-        rows_RD = self.items.pull_all()
+        rows_RD = self.items.lookup_all()
         history_BTD = F.embedding(batch.history_BT, rows_RD)
-        user_BD = self._encode(history_BTD, batch.history_BT > 0)[wanted_BT]
-        return Forward(full_softmax(user_BD, rows_RD, target_B), user_BD[:, None], rows_RD=rows_RD)
+        user_BD = self._hidden_states(history_BTD, batch.history_BT > 0)[is_target_BT]
+        return Forward(full_softmax_loss(user_BD, rows_RD, target_B), user_BD[:, None], rows_RD=rows_RD)
 
-    def _encode(self, items_BTD: Tensor, real_BT: Tensor) -> Tensor:
+    def _hidden_states(self, items_BTD: Tensor, real_BT: Tensor) -> Tensor:
         n_steps, drop = items_BTD.shape[1], self.spec.dropout if self.training else 0.0
         x_BTD = items_BTD * self.spec.d**0.5 + self.positions_TD[self.spec.length - n_steps :]
         x_BTD = F.dropout(x_BTD, drop, self.training) * real_BT[..., None]
@@ -143,4 +143,4 @@ class SASRec(nn.Module):
         if batch.history_BT.shape[1] == 0:
             return torch.zeros(len(batch), 1, self.spec.d)
         real_BT = batch.history_BT > 0
-        return self._encode(items_BTD, real_BT)[:, -1:] * real_BT[:, -1:, None]
+        return self._hidden_states(items_BTD, real_BT)[:, -1:] * real_BT[:, -1:, None]

@@ -5,8 +5,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from freshrec.models.layers import best_inner_product
-from freshrec.models.tables import Table, served, vectors_of
+from freshrec.models.layers import max_inner_product
+from freshrec.models.tables import EmbeddingTable, embed, embedding_matrix
 from freshrec.types import Batch, HistorySpec, Model, ScoringModel, UserVectorModel, VectorModel
 
 LENGTH = 50  # events kept of each user, where the model's options do not say
@@ -20,7 +20,7 @@ def score_items(model: Model, batch: Batch, items: Tensor) -> Tensor:
     if isinstance(model, ScoringModel):
         return model.score(batch, items)
     vector_model = cast(VectorModel, model)
-    return best_inner_product(user_vectors(vector_model, batch), served(item_table(vector_model), items))
+    return max_inner_product(user_vectors(vector_model, batch), embed(item_table(vector_model), items))
 
 
 def user_vectors(model: VectorModel, batch: Batch) -> Tensor:
@@ -28,20 +28,20 @@ def user_vectors(model: VectorModel, batch: Batch) -> Tensor:
     if isinstance(model, UserVectorModel):
         return model.user_vectors(batch)
     with torch.no_grad():
-        return model.encode(served(item_table(model), batch.history_BT), batch)
+        return model.encode(embed(item_table(model), batch.history_BT), batch)
 
 
 def item_vectors(model: VectorModel) -> Tensor:
     """(n_items + 1, D) the vectors of all items; row 0 is padding."""
-    return vectors_of(item_table(model))
+    return embedding_matrix(item_table(model))
 
 
-def item_table(model: VectorModel) -> Table:
+def item_table(model: VectorModel) -> EmbeddingTable:
     """The table of the item vectors.
 
     It is not a member of the protocols: from Python 3.12 on, `isinstance` does not see the parts of an `nn.Module`.
     """
-    table: Table = cast(Any, model).items
+    table: EmbeddingTable = cast(Any, model).items
     return table
 
 

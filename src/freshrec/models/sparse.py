@@ -11,83 +11,83 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
-Floats = NDArray[np.float32]
-Doubles = NDArray[np.float64]
-Ints = NDArray[np.int64]
+Float32Array = NDArray[np.float32]
+Float64Array = NDArray[np.float64]
+Int64Array = NDArray[np.int64]
 
 
-def csr(values_E: NDArray[Any], columns_E: NDArray[Any], offsets_B: NDArray[Any], n_columns: int) -> Any:
+def build_csr(values_E: NDArray[Any], columns_E: NDArray[Any], offsets_B: NDArray[Any], n_columns: int) -> Any:
     """(B, n_columns) sparse. Its indices have 32 bits where that is enough.
 
     scipy converts both sides of a product to the wider ones, all of them: a short question with indices of 64 bits made
     every request convert the pairs of the whole catalogue.
     """
-    width = np.int32 if max(len(columns_E), n_columns) < 2**31 else np.int64
-    parts = values_E, columns_E.astype(width, copy=False), offsets_B.astype(width, copy=False)
+    index_type = np.int32 if max(len(columns_E), n_columns) < 2**31 else np.int64
+    parts = values_E, columns_E.astype(index_type, copy=False), offsets_B.astype(index_type, copy=False)
     return sparse.csr_array(parts, shape=(len(offsets_B) - 1, n_columns))
 
 
-def rows_of(items_BT: NDArray[Any], n_columns: int) -> Any:
+def item_indicator(items_BT: NDArray[Any], n_columns: int) -> Any:
     """(B, n_columns) sparse, 1 where a row has the item, however often; 0, the padding, is no item."""
     sorted_BT = np.sort(items_BT, axis=1)
-    starts_BT = starts(sorted_BT)
+    starts_BT = run_starts(sorted_BT)
     columns_E = sorted_BT[starts_BT]
-    return csr(np.ones(len(columns_E), np.float32), columns_E, offsets_of(starts_BT.sum(1)), n_columns)
+    return build_csr(np.ones(len(columns_E), np.float32), columns_E, offsets_from_counts(starts_BT.sum(1)), n_columns)
 
 
-def offsets_of(n_B: NDArray[Any]) -> Ints:
+def offsets_from_counts(n_B: NDArray[Any]) -> Int64Array:
     """(B + 1,) where each row begins, of so many entries each, and where the last one ends."""
     offsets_B = np.zeros(len(n_B) + 1, np.int64)
     np.cumsum(n_B, out=offsets_B[1:])
     return offsets_B
 
 
-def starts(sorted_BT: NDArray[Any]) -> NDArray[np.bool_]:
+def run_starts(sorted_BT: NDArray[Any]) -> NDArray[np.bool_]:
     """Where a run of equal items begins, in rows that are sorted; 0, the padding, is no item."""
-    starts_BT: NDArray[np.bool_] = sorted_BT > 0
-    starts_BT[:, 1:] &= sorted_BT[:, 1:] != sorted_BT[:, :-1]
-    return starts_BT
+    is_start_BT: NDArray[np.bool_] = sorted_BT > 0
+    is_start_BT[:, 1:] &= sorted_BT[:, 1:] != sorted_BT[:, :-1]
+    return is_start_BT
 
 
-def distinct(items_BT: NDArray[Any]) -> Ints:
+def distinct_items(items_BT: NDArray[Any]) -> Int64Array:
     """(B, W): the items of each row, each once and ascending, then 0; no wider than needed."""
     sorted_BT = np.sort(items_BT, axis=1).astype(np.int64)
-    is_new_BT = starts(sorted_BT)
+    is_new_BT = run_starts(sorted_BT)
     n_B = is_new_BT.sum(1)
     items_BW = np.zeros((len(sorted_BT), int(n_B.max(initial=0))), np.int64)
     items_BW[np.arange(items_BW.shape[1]) < n_B[:, None]] = sorted_BT[is_new_BT]
     return items_BW
 
 
-def entries(scores_BN: Any) -> NDArray[Any]:
+def row_sizes(scores_BN: Any) -> NDArray[Any]:
     """(B,) how many each row of a sparse matrix has; np.diff takes five times as long for a few rows."""
     n_B: NDArray[Any] = scores_BN.indptr[1:] - scores_BN.indptr[:-1]
     return n_B
 
 
-def pack_keys(value_N: NDArray[Any], place_N: NDArray[Any]) -> Ints:
+def pack_keys(value_N: NDArray[Any], place_N: NDArray[Any]) -> Int64Array:
     """(N,) one integer per value (in single precision, not negative) and place (below 2^32): bits(value) 2^32 - place.
 
     The bits of positive floats, read as integers, are in the order of the floats, so that the keys are in the order of
     the values; of equal values the one with the smaller place has the larger key. A value of 0 gives no positive key.
     """
-    bits_N: Ints = value_N.astype(np.float32, copy=False).view(np.int32).astype(np.int64)
-    key_N: Ints = (bits_N << 32) - place_N
+    bits_N: Int64Array = value_N.astype(np.float32, copy=False).view(np.int32).astype(np.int64)
+    key_N: Int64Array = (bits_N << 32) - place_N
     return key_N
 
 
-def unpack_keys(key_N: NDArray[Any]) -> tuple[Ints, Floats]:
+def unpack_keys(key_N: NDArray[Any]) -> tuple[Int64Array, Float32Array]:
     """The places and the values of `pack_keys`; a key of 0 is place 0 with value 0."""
-    place_N: Ints = -key_N & 0xFFFFFFFF
+    place_N: Int64Array = -key_N & 0xFFFFFFFF
     return place_N, ((key_N + place_N) >> 32).astype(np.int32).view(np.float32)
 
 
-def best(scores_BN: Any, k: int) -> tuple[Ints, Floats]:
+def top_k_entries(scores_BN: Any, k: int) -> tuple[Int64Array, Float32Array]:
     """Columns and values (B, K) of the largest entries of each row, the best first; 0 where there are fewer.
 
     Of equal ones the first column is the better: a row's answer must not depend on the rows beside it.
     """
-    n_B = entries(scores_BN)
+    n_B = row_sizes(scores_BN)
     width = int(n_B.max(initial=0))
     keys_E = pack_keys(scores_BN.data, scores_BN.indices)
     if len(keys_E) == width * len(n_B):  # as is that of one row alone
@@ -100,78 +100,78 @@ def best(scores_BN: Any, k: int) -> tuple[Ints, Floats]:
     return np.where(values_BK > 0, columns_BK, 0), values_BK
 
 
-def sums(scores_BN: Any) -> Floats:
+def row_sums(scores_BN: Any) -> Float32Array:
     """(B,) of the entries of each row, none of which is negative."""
-    has_any_B = entries(scores_BN) > 0
+    has_any_B = row_sizes(scores_BN) > 0
     sums_B = np.zeros(len(has_any_B))
     if len(scores_BN.data):
         sums_B[has_any_B] = np.add.reduceat(scores_BN.data, scores_BN.indptr[:-1][has_any_B], dtype=np.float64)
     return sums_B.astype(np.float32)
 
 
-def picked(scores_BI: Tensor, items: Tensor) -> Tensor:
+def select_scores(scores_BI: Tensor, items: Tensor) -> Tensor:
     """(B, N): the scores of `items`, shared by all rows (N,) or each row's own (B, N)."""
     return scores_BI.gather(1, items) if items.ndim == 2 else scores_BI[:, items]
 
 
 @dataclass(frozen=True)
-class Runs:
+class ItemOccurrences:
     """The distinct items W of all rows, by row and ascending, and the steps E at which each stands in its row."""
 
     n_steps: int
-    offsets_B: Ints  # row b has the items offsets_B[b] : offsets_B[b + 1]
-    row_W: Ints
-    items_W: Ints
-    steps_E: Ints  # item by item, in time order
-    at_W: Ints  # (W + 1,) where the steps of each item begin, and where those of the last one end
+    offsets_B: Int64Array  # row b has the items offsets_B[b] : offsets_B[b + 1]
+    row_W: Int64Array
+    items_W: Int64Array
+    steps_E: Int64Array  # item by item, in time order
+    first_step_W: Int64Array  # (W + 1,) where the steps of each item begin, and where those of the last one end
 
     @staticmethod
-    def of(items_BT: NDArray[Any]) -> Runs:
+    def from_items(items_BT: NDArray[Any]) -> ItemOccurrences:
         """0, the padding, is no item."""
         row_B1 = np.arange(len(items_BT))[:, None]
         order_BT = np.argsort(items_BT, axis=1, kind="stable")
         sorted_BT = items_BT[row_B1, order_BT]
-        starts_BT, real_BT = starts(sorted_BT), sorted_BT > 0
+        starts_BT, real_BT = run_starts(sorted_BT), sorted_BT > 0
         row_W, column_W = starts_BT.nonzero()
-        offsets_B = offsets_of(starts_BT.sum(1))
+        offsets_B = offsets_from_counts(starts_BT.sum(1))
         items_W, steps_E = sorted_BT[row_W, column_W], order_BT[real_BT]
         at_W = np.append(starts_BT[real_BT].nonzero()[0], len(steps_E))
-        return Runs(items_BT.shape[1], offsets_B, row_W, items_W, steps_E, at_W)
+        return ItemOccurrences(items_BT.shape[1], offsets_B, row_W, items_W, steps_E, at_W)
 
     @property
-    def n_W(self) -> Ints:
+    def counts_W(self) -> Int64Array:
         """How often each item stands in its row."""
-        return self.at_W[1:] - self.at_W[:-1]
+        return self.first_step_W[1:] - self.first_step_W[:-1]
 
     @property
-    def last_W(self) -> Ints:
+    def last_step_W(self) -> Int64Array:
         """The last step of each item."""
-        last_W: Ints = self.steps_E[self.at_W[1:] - 1]
+        last_W: Int64Array = self.steps_E[self.first_step_W[1:] - 1]
         return last_W
 
 
-class Cells:
+class CandidateCells:
     """Where the candidates (B, C) of each row stand among all of them, from 1, row by row; 0 is anything else."""
 
-    def __init__(self, items_BC: Ints, n_columns: int) -> None:
+    def __init__(self, items_BC: Int64Array, n_columns: int) -> None:
         n_rows, self.width = items_BC.shape
         self.n_columns, self.row_B1 = n_columns, np.arange(n_rows)[:, None]
         self.cells_BI = np.zeros((n_rows, n_columns), np.int32)
         self.cells_BI[self.row_B1, items_BC] = np.arange(1, items_BC.size + 1).reshape(items_BC.shape)
         self.cells_BI[:, 0] = 0
 
-    def at(self, items_BK: Ints) -> NDArray[np.int32]:
+    def cells_of(self, items_BK: Int64Array) -> NDArray[np.int32]:
         """(B, K) the cells of some items of each row."""
         cells_BK: NDArray[np.int32] = self.cells_BI[self.row_B1, items_BK]
         return cells_BK
 
-    def of(self, scores_BI: Any) -> tuple[NDArray[np.int32], Floats]:
+    def matching_cells(self, scores_BI: Any) -> tuple[NDArray[np.int32], Float32Array]:
         """The cells (H,) of those entries of a sparse matrix that are candidates, and their shares of the row's sum."""
-        columns_E, n_B = scores_BI.indices, entries(scores_BI)
+        columns_E, n_B = scores_BI.indices, row_sizes(scores_BI)
         at_E = columns_E if len(n_B) == 1 else columns_E + np.repeat(np.arange(len(n_B)) * self.n_columns, n_B)
         cells_E = self.cells_BI.reshape(-1).take(at_E)
         hits_H = (cells_E > 0).nonzero()[0]
         cells_H = cells_E[hits_H]
-        sums_H = np.maximum(sums(scores_BI), 1e-9)[(cells_H - 1) // max(1, self.width)]
-        shares_H: Floats = scores_BI.data[hits_H] / sums_H
+        sums_H = np.maximum(row_sums(scores_BI), 1e-9)[(cells_H - 1) // max(1, self.width)]
+        shares_H: Float32Array = scores_BI.data[hits_H] / sums_H
         return cells_H, shares_H

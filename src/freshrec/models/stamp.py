@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from freshrec.config import HISTORY_LENGTH, Count, CountOrNone, Positive, check_options
-from freshrec.models.layers import first_of, sampled_logits
-from freshrec.models.softmax import full_softmax
-from freshrec.models.tables import Table, pulled
+from freshrec.config import HISTORY_LENGTH, Count, CountOrZero, Positive, check_options
+from freshrec.models.layers import sampled_logits, sampled_softmax_loss
+from freshrec.models.softmax import full_softmax_loss
+from freshrec.models.tables import EmbeddingTable, lookup_many
 from freshrec.types import Batch, Forward
 
 WEIGHT_STD = 0.05  # of the dense weights when they start, as in the authors' code
@@ -34,7 +34,7 @@ class STAMPSpec:
     batch: Count = 512
     negatives: Count = 512  # where the loss is sampled
     std: Positive = 0.05  # with the authors' 0.002, products are so small that 8 epochs end at hr@20 6 %, not 35 %
-    categories: CountOrNone = 0  # room for so many, of items; 0: they are not looked at
+    categories: CountOrZero = 0  # room for so many, of items; 0: they are not looked at
     loss: Literal["sampled", "full"] = "full"  # softmax over the negatives, or over all known items
 
     def __post_init__(self) -> None:
@@ -67,13 +67,13 @@ class STAMP(nn.Module):
     h_t = tanh(W_t x_last + b_t), and h_s = tanh(W_s m_a + b_s) with m_a = sum_t a_t x_t, or m of the session in STMP.
     """
 
-    unit = "target"
+    batch_format = "target"
 
     def __init__(self, spec: STAMPSpec, seed: int) -> None:
         super().__init__()
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
-        self.items = Table(spec.d, spec.std, seed, spec.categories)
+        self.items = EmbeddingTable(spec.d, spec.std, seed, spec.categories)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.attention = Attention(spec.d) if spec.kind == "stamp" else None
@@ -94,13 +94,13 @@ class STAMP(nn.Module):
         assert batch.targets_BT is not None and batch.negatives_N is not None
         target_B, negative_N, history_BT = batch.targets_BT[:, 0], batch.negatives_N, batch.history_BT
         if self.spec.loss == "full":  # it moves every row of the table
-            rows_RD = self.items.pull_all()
+            rows_RD = self.items.lookup_all()
             user_BD = self.encode(F.embedding(history_BT, rows_RD), batch)[:, 0]
-            return Forward(full_softmax(user_BD, rows_RD, target_B), user_BD[:, None], rows_RD=rows_RD)
-        history_BTD, target_BD, negative_ND = pulled(self.items, history_BT, target_B, negative_N)
+            return Forward(full_softmax_loss(user_BD, rows_RD, target_B), user_BD[:, None], rows_RD=rows_RD)
+        history_BTD, target_BD, negative_ND = lookup_many(self.items, history_BT, target_B, negative_N)
         user_BD = self.encode(history_BTD, batch)[:, 0]
         logits_BN = sampled_logits(user_BD, target_BD, negative_ND, target_B, negative_N)
-        return Forward(first_of(logits_BN), user_BD[:, None], target_BD, logits_BN)
+        return Forward(sampled_softmax_loss(logits_BN), user_BD[:, None], target_BD, logits_BN)
 
     def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
         """`user_vectors` of a history whose items have these vectors, with gradients."""

@@ -18,166 +18,178 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from freshrec.device import blocks_pay, normal
+from freshrec.device import normal, prefers_blocks
 from freshrec.errors import OptionError
 from freshrec.types import TrainedModel
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
-BLOCK = 1024  # rows whose starts are drawn together, and that a step on all rows moves together
-COMMON = 2003  # tells the random numbers of what items have in common from their own
+BLOCK_ROWS = 1024  # rows whose starts are drawn together, and that a step on all rows moves together
+CATEGORY_SEED_OFFSET = 2003  # tells the random numbers of what items have in common from their own
 
 
-class Table(nn.Module):
+class EmbeddingTable(nn.Module):
     """(n_rows + 1, n_dims) learnable vectors; row 0 is padding and stays 0."""
 
     packed: Tensor  # (rows, 3 D): weight, first moment, second moment
     steps_R: Tensor  # (rows,) how often each was trained
-    view: Callable[[Tensor, Tensor], Tensor] | None = None  # (ids, rows) -> the rows that `pull` gives instead
-    leader_R: Tensor | None = None  # which row is trained in place of each, where some are trained as one
+    parametrization: Callable[[Tensor, Tensor], Tensor] | None = (
+        None  # (ids, rows) -> the rows that `pull` gives instead
+    )
+    tied_to_R: Tensor | None = None  # which row is trained in place of each, where some are trained as one
     leaf: Tensor | None  # the weights of the last `pull`'s rows, each once; they get the gradients
     kinds_R: Tensor  # (rows,) which row of `common` is added to each; 0: none. Only where there is a `common`
 
-    def __init__(self, n_dims: int, std: float, seed: int, n_kinds: int = 0) -> None:
+    def __init__(self, n_dims: int, std: float, seed: int, n_categories: int = 0) -> None:
         super().__init__()
-        self.common: Table | None = None
-        if n_kinds:
-            self.common = Table(n_dims, std, seed + COMMON)
-            self.common.grow(n_kinds)
+        self.common: EmbeddingTable | None = None
+        if n_categories:
+            self.common = EmbeddingTable(n_dims, std, seed + CATEGORY_SEED_OFFSET)
+            self.common.grow(n_categories)
             self.register_buffer("kinds_R", torch.zeros(1, dtype=torch.int64))
         self.n_dims, self.std, self.seed = n_dims, std, seed
         self.register_buffer("packed", torch.zeros(1, 3 * n_dims))
         self.register_buffer("steps_R", torch.zeros(1))
-        self._slot = torch.zeros(1, dtype=torch.int64)
-        self._unique = self._rows = self.leaf = None
-        self._earlier: list[tuple[Tensor, Tensor]] = []  # ids and weights of the pulls before the last one of a step
+        self._slot_of_row = torch.zeros(1, dtype=torch.int64)
+        self._unique_ids = self._packed_rows = self.leaf = None
+        self._earlier_lookups: list[
+            tuple[Tensor, Tensor]
+        ] = []  # ids and weights of the pulls before the last one of a step
 
-    _again: bool = False  # the next pull belongs to the step of the last one
-    _is_whole: bool = False  # the last pull was of all rows
-    _unique: Tensor | None
-    _rows: Tensor | None
+    _continues_step: bool = False  # the next pull belongs to the step of the last one
+    _is_full_lookup: bool = False  # the last pull was of all rows
+    _unique_ids: Tensor | None
+    _packed_rows: Tensor | None
 
     def grow(self, n_rows: int) -> None:
         """Make room for rows 1..n_rows. A row's start depends on (seed, row) alone, not on when the table grew."""
         n_old = len(self.packed)
-        extra = n_rows + 1 - n_old
-        if extra <= 0:
+        n_new = n_rows + 1 - n_old
+        if n_new <= 0:
             return
-        fresh = torch.zeros(extra, 3 * self.n_dims)
-        fresh[:, : self.n_dims] = _starts(self.seed, n_old, n_rows + 1, self.n_dims) * self.std
-        self.packed = torch.cat([self.packed, fresh])
-        self.steps_R = torch.cat([self.steps_R, torch.zeros(extra)])
-        self._slot = torch.zeros(len(self.packed), dtype=torch.int64)
+        new_rows = torch.zeros(n_new, 3 * self.n_dims)
+        new_rows[:, : self.n_dims] = _initial_rows(self.seed, n_old, n_rows + 1, self.n_dims) * self.std
+        self.packed = torch.cat([self.packed, new_rows])
+        self.steps_R = torch.cat([self.steps_R, torch.zeros(n_new)])
+        self._slot_of_row = torch.zeros(len(self.packed), dtype=torch.int64)
         if self.common is not None:
-            self.kinds_R = F.pad(self.kinds_R, (0, extra))
+            self.kinds_R = F.pad(self.kinds_R, (0, n_new))
 
     @property
     def weights(self) -> Tensor:
         """(n_rows + 1, D) the rows themselves, a view."""
         return self.packed[:, : self.n_dims]
 
-    def pull(self, ids: Tensor) -> Tensor:
+    def lookup(self, ids: Tensor) -> Tensor:
         """(..., D) the vectors of `ids` (...), with gradients; once a step, then `push`."""
-        asked = ids
-        if self.leader_R is not None:
-            ids = self.leader_R[ids]
-        if self._again and self._is_whole:
-            return _with_common(self, F.embedding(ids, self._seen()), asked)
-        if self._again and self._unique is not None and self.leaf is not None:
-            self._earlier.append((self._unique, self.leaf))
-        self._again = self._is_whole = False
-        self._unique, place_N = self._distinct(ids.reshape(-1))
-        self._rows = self.packed.index_select(0, self._unique)
-        self.leaf = self._rows[:, : self.n_dims].contiguous().requires_grad_(True)
-        return _with_common(self, F.embedding(place_N.view(ids.shape), self._seen()), asked)
+        requested_ids = ids
+        if self.tied_to_R is not None:
+            ids = self.tied_to_R[ids]
+        if self._continues_step and self._is_full_lookup:
+            return _add_category_vectors(self, F.embedding(ids, self._visible_rows()), requested_ids)
+        if self._continues_step and self._unique_ids is not None and self.leaf is not None:
+            self._earlier_lookups.append((self._unique_ids, self.leaf))
+        self._continues_step = self._is_full_lookup = False
+        self._unique_ids, place_N = self._deduplicate(ids.reshape(-1))
+        self._packed_rows = self.packed.index_select(0, self._unique_ids)
+        self.leaf = self._packed_rows[:, : self.n_dims].contiguous().requires_grad_(True)
+        return _add_category_vectors(self, F.embedding(place_N.view(ids.shape), self._visible_rows()), requested_ids)
 
-    def pull_all(self) -> Tensor:
+    def lookup_all(self) -> Tensor:
         """(n_rows + 1, D) all vectors, with gradients; once a step, then `push`."""
-        if self.leader_R is not None:
-            return self.pull(torch.arange(len(self.packed)))
-        if not (self._again and self._is_whole):
-            assert not self._again, "a step that pulls all rows pulls them first"
-            self._is_whole, self._unique, self._rows = True, torch.arange(len(self.packed)), None
+        if self.tied_to_R is not None:
+            return self.lookup(torch.arange(len(self.packed)))
+        if not (self._continues_step and self._is_full_lookup):
+            assert not self._continues_step, "a step that pulls all rows pulls them first"
+            self._is_full_lookup, self._unique_ids, self._packed_rows = True, torch.arange(len(self.packed)), None
             self.leaf = self.weights.clone().requires_grad_(True)
-        self._again = False
-        return _with_common(self, self._seen(), slice(None))
+        self._continues_step = False
+        return _add_category_vectors(self, self._visible_rows(), slice(None))
 
-    def _seen(self) -> Tensor:
-        assert self._unique is not None and self.leaf is not None
-        return self.leaf if self.view is None else self.view(self._unique, self.leaf)
+    def _visible_rows(self) -> Tensor:
+        assert self._unique_ids is not None and self.leaf is not None
+        return self.leaf if self.parametrization is None else self.parametrization(self._unique_ids, self.leaf)
 
-    def _distinct(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def _deduplicate(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """`ids`, each once, and the place (N,) of each among them."""
         order = torch.arange(len(ids))
-        self._slot[ids] = order
-        unique = ids[self._slot.index_select(0, ids) == order]
-        self._slot[unique] = torch.arange(len(unique))
-        return unique, self._slot.index_select(0, ids)
+        self._slot_of_row[ids] = order
+        unique = ids[self._slot_of_row.index_select(0, ids) == order]
+        self._slot_of_row[unique] = torch.arange(len(unique))
+        return unique, self._slot_of_row.index_select(0, ids)
 
-    def again(self) -> None:
+    def continue_step(self) -> None:
         """The next `pull` belongs to the same step as the last one: `push` moves the rows of both."""
-        self._again = True
+        self._continues_step = True
 
-    def in_step(self) -> tuple[Tensor, Tensor]:
+    def step_rows(self) -> tuple[Tensor, Tensor]:
         """The rows (N,) of the last `pull`, each once, and their weights (N, D), with gradients."""
-        assert self._unique is not None and self.leaf is not None
-        return self._unique, self.leaf
+        assert self._unique_ids is not None and self.leaf is not None
+        return self._unique_ids, self.leaf
 
-    def whole(self) -> Tensor:
+    def full_matrix(self) -> Tensor:
         """(n_rows + 1, D) all vectors; gradients reach the rows of the last `pull`, which are those that will move."""
-        rows = self.in_step()[1] if self._is_whole else self.weights.index_copy(0, *self.in_step())
-        return rows if self.common is None else rows + self.common.whole()[self.kinds_R] * (self.kinds_R > 0)[:, None]
+        rows = self.step_rows()[1] if self._is_full_lookup else self.weights.index_copy(0, *self.step_rows())
+        return (
+            rows
+            if self.common is None
+            else rows + self.common.full_matrix()[self.kinds_R] * (self.kinds_R > 0)[:, None]
+        )
 
-    def push(self, lr: float) -> None:
+    def step(self, lr: float) -> None:
         """One Adam step on the rows of the last `pull`, or of all pulls of the step (`again`)."""
-        if self._earlier:
-            self._join()
-        self._again = False
-        if self.leaf is None or self._unique is None or self.leaf.grad is None:
+        if self._earlier_lookups:
+            self._merge_lookups()
+        self._continues_step = False
+        if self.leaf is None or self._unique_ids is None or self.leaf.grad is None:
             return
-        if self._is_whole:
+        if self._is_full_lookup:
             self.steps_R.fill_(float(self.steps_R.max()) + 1)
-            step = BLOCK if blocks_pay(self.packed) else len(self.packed)
+            step = BLOCK_ROWS if prefers_blocks(self.packed) else len(self.packed)
             for first in range(0, len(self.packed), step):
                 rows = slice(first, first + step)
-                _adam(self.packed[rows], self.steps_R[rows], self.leaf.grad[rows], lr)
-        elif self._rows is not None:
-            steps_N = self.steps_R.index_select(0, self._unique).add_(1)
-            _adam(self._rows, steps_N, self.leaf.grad, lr)
-            self.packed.index_copy_(0, self._unique, self._rows)
-            self.steps_R.index_copy_(0, self._unique, steps_N)
-        self._unique = self._rows = self.leaf = None
+                _adam_step(self.packed[rows], self.steps_R[rows], self.leaf.grad[rows], lr)
+        elif self._packed_rows is not None:
+            steps_N = self.steps_R.index_select(0, self._unique_ids).add_(1)
+            _adam_step(self._packed_rows, steps_N, self.leaf.grad, lr)
+            self.packed.index_copy_(0, self._unique_ids, self._packed_rows)
+            self.steps_R.index_copy_(0, self._unique_ids, steps_N)
+        self._unique_ids = self._packed_rows = self.leaf = None
 
-    def _join(self) -> None:
+    def _merge_lookups(self) -> None:
         """All pulls of the step as if they had been one: the gradients of a row are summed."""
-        pulls = [(ids, leaf.grad) for ids, leaf in [*self._earlier, self.in_step()] if leaf.grad is not None]
-        self._earlier = []
-        if not pulls:
+        lookups = [
+            (ids, leaf.grad) for ids, leaf in [*self._earlier_lookups, self.step_rows()] if leaf.grad is not None
+        ]
+        self._earlier_lookups = []
+        if not lookups:
             return
-        self._unique, place_M = self._distinct(torch.cat([ids for ids, _ in pulls]))
-        self._rows = self.packed.index_select(0, self._unique)
-        self.leaf = self._rows[:, : self.n_dims].contiguous()
-        self.leaf.grad = torch.zeros_like(self.leaf).index_add_(0, place_M, torch.cat([grad for _, grad in pulls]))
+        self._unique_ids, place_M = self._deduplicate(torch.cat([ids for ids, _ in lookups]))
+        self._packed_rows = self.packed.index_select(0, self._unique_ids)
+        self.leaf = self._packed_rows[:, : self.n_dims].contiguous()
+        self.leaf.grad = torch.zeros_like(self.leaf).index_add_(0, place_M, torch.cat([grad for _, grad in lookups]))
 
 
-def vectors_of(table: Table) -> Tensor:
+def embedding_matrix(table: EmbeddingTable) -> Tensor:
     """(n_rows + 1, D) what is served: the rows, each with what it has in common with others."""
     return table.weights if table.common is None else table.weights + table.common.weights[table.kinds_R]
 
 
-def served(table: Table, ids: Tensor) -> Tensor:
+def embed(table: EmbeddingTable, ids: Tensor) -> Tensor:
     """(..., D) the vectors of `ids` (...), as they are served."""
     rows = table.weights[ids]
     return rows if table.common is None else rows + table.common.weights[table.kinds_R[ids]]
 
 
-def _with_common(table: Table, rows: Tensor, ids: Tensor | slice) -> Tensor:
+def _add_category_vectors(table: EmbeddingTable, rows: Tensor, ids: Tensor | slice) -> Tensor:
     if table.common is None:
         return rows
-    kinds = table.kinds_R[ids]
-    return rows + table.common.pull(kinds) * (kinds > 0)[..., None]  # else what has no category would share row 0
+    categories = table.kinds_R[ids]
+    return (
+        rows + table.common.lookup(categories) * (categories > 0)[..., None]
+    )  # else what has no category would share row 0
 
 
-def know(table: Table, kinds_I: Tensor | None) -> None:
+def set_categories(table: EmbeddingTable, categories_I: Tensor | None) -> None:
     """From now on, each item has this category (I,), from item 0; 0: none. OptionError where the log has none.
 
     More categories than the table has room for share its rows. An item that has not been trained starts at what its
@@ -185,27 +197,27 @@ def know(table: Table, kinds_I: Tensor | None) -> None:
     """
     if table.common is None:
         return
-    if kinds_I is None:
+    if categories_I is None:
         raise OptionError("the model was told of categories, and the log has none; leave categories at 0.")
-    kinds_I, n_kinds = kinds_I[: len(table.packed)].to(table.kinds_R), len(table.common.packed) - 1
+    categories_I, n_categories = categories_I[: len(table.packed)].to(table.kinds_R), len(table.common.packed) - 1
     table.kinds_R = torch.zeros_like(table.kinds_R)
-    table.kinds_R[: len(kinds_I)] = torch.where(kinds_I > 0, (kinds_I - 1) % n_kinds + 1, 0)
+    table.kinds_R[: len(categories_I)] = torch.where(categories_I > 0, (categories_I - 1) % n_categories + 1, 0)
     if bool((table.steps_R > 0).any()):
         table.weights[(table.steps_R == 0) & (table.kinds_R > 0)] = 0.0
 
 
-def pulled(table: Table, *ids: Tensor) -> list[Tensor]:
+def lookup_many(table: EmbeddingTable, *ids: Tensor) -> list[Tensor]:
     """(..., D) rows of each of several tensors of ids (...), in one `pull`."""
-    rows = table.pull(torch.cat([part.reshape(-1) for part in ids])).split([part.numel() for part in ids])
+    rows = table.lookup(torch.cat([part.reshape(-1) for part in ids])).split([part.numel() for part in ids])
     return [part_ND.view(*part.shape, part_ND.shape[1]) for part, part_ND in zip(ids, rows)]
 
 
-def tables_of(model: TrainedModel) -> dict[str, Table]:
+def embedding_tables(model: TrainedModel) -> dict[str, EmbeddingTable]:
     """The tables of a model by name."""
-    return {name: part for name, part in model.named_modules() if isinstance(part, Table)}
+    return {name: part for name, part in model.named_modules() if isinstance(part, EmbeddingTable)}
 
 
-def make_room(table: Table, n_rows: int) -> None:
+def grow_with_zeros(table: EmbeddingTable, n_rows: int) -> None:
     """`table` with rows 1..n_rows; those that come after its first training start at 0.
 
     Where nothing trains them, an inner product with them is 0: what is scored above 0 is always ahead of them.
@@ -216,20 +228,20 @@ def make_room(table: Table, n_rows: int) -> None:
         table.weights[n_old:] = 0.0
 
 
-def _adam(rows: Tensor, steps_N: Tensor, g: Tensor, lr: float) -> None:
+def _adam_step(rows: Tensor, steps_N: Tensor, gradient: Tensor, lr: float) -> None:
     """A step of packed rows, in place; `steps_N` counts this one."""
     w, m, v = rows.chunk(3, dim=1)
-    m.mul_(BETA1).add_(g, alpha=1 - BETA1)
-    v.mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
+    m.mul_(BETA1).add_(gradient, alpha=1 - BETA1)
+    v.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
     second_N = (1 - BETA2**steps_N).sqrt_()  # corrections of the moments' bias towards 0
     size_N = second_N / (1 - BETA1**steps_N)
     w.addcdiv_(m * size_N[:, None], v.sqrt().add_(second_N[:, None], alpha=EPS), value=-lr)
 
 
-def _starts(seed: int, first: int, end: int, n_dims: int) -> Tensor:
+def _initial_rows(seed: int, first: int, stop: int, n_dims: int) -> Tensor:
     """(end - first, D) standard normal rows, drawn in blocks of `BLOCK` rows with a generator each."""
     blocks = []
-    for block in range(first // BLOCK, (end - 1) // BLOCK + 1):
-        source = torch.Generator().manual_seed(seed * 1_000_003 + block)
-        blocks.append(normal((BLOCK, n_dims), source))
-    return torch.cat(blocks)[first % BLOCK :][: end - first]
+    for block in range(first // BLOCK_ROWS, (stop - 1) // BLOCK_ROWS + 1):
+        rng = torch.Generator().manual_seed(seed * 1_000_003 + block)
+        blocks.append(normal((BLOCK_ROWS, n_dims), rng))
+    return torch.cat(blocks)[first % BLOCK_ROWS :][: stop - first]

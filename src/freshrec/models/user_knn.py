@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from freshrec.config import HISTORY_LENGTH, Count, check_options
-from freshrec.models.sparse import Floats, best, csr, entries, offsets_of, picked, rows_of
+from freshrec.models.sparse import (
+    Float32Array,
+    build_csr,
+    item_indicator,
+    offsets_from_counts,
+    row_sizes,
+    select_scores,
+    top_k_entries,
+)
 from freshrec.types import Batch, Events, Histories
 
 
@@ -21,7 +29,7 @@ class UserKNNSpec:
 
     neighbours: Count = 100
     length: Count = HISTORY_LENGTH  # last events of a user that are compared
-    through: Count = 1000  # users, the latest ones, that an item makes neighbours of who takes it
+    users_per_item: Count = 1000  # users, the latest ones, that an item makes neighbours of who takes it
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -42,8 +50,8 @@ class UserKNN:
         self.n_users = 0
         self.n_items = 0
         self.recent_UT = np.zeros((1, spec.length), dtype=np.int32)  # the latest last, 0 on the left
-        self.turn_U = np.zeros(1, dtype=np.int64)  # in which block of events a user came last
-        self._index: tuple[Any, Any, Floats] | None = None  # made of the above when first asked
+        self.last_block_U = np.zeros(1, dtype=np.int64)  # in which block of events a user came last
+        self._index: tuple[Any, Any, Float32Array] | None = None  # made of the above when first asked
 
     def __deepcopy__(self, memo: dict[int, Any]) -> UserKNN:
         """It shares all arrays, which are replaced and never changed."""
@@ -52,7 +60,7 @@ class UserKNN:
     def grow(self, n_users: int, n_items: int) -> None:
         """New users start without events."""
         self.recent_UT = np.pad(self.recent_UT, ((0, n_users - self.n_users), (0, 0)))
-        self.turn_U = np.pad(self.turn_U, (0, n_users - self.n_users))
+        self.last_block_U = np.pad(self.last_block_U, (0, n_users - self.n_users))
         self.n_users, self.n_items = n_users, n_items
         self._index = None
 
@@ -64,60 +72,63 @@ class UserKNN:
         users_E, items_E, length = events.users_E.numpy()[order], events.items_E.numpy()[order], self.spec.length
         starts_N = np.flatnonzero(np.diff(users_E, prepend=-1))
         users_N, n_N = users_E[starts_N], np.diff(starts_N, append=len(users_E))
-        recent_UT, turn_U = self.recent_UT.copy(), self.turn_U.copy()  # what was copied from this model keeps its own
-        is_old_N = turn_U[users_N] > 0
-        from_OT = np.minimum(n_N[is_old_N], length)[:, None] + np.arange(length)  # older events move to the left
-        recent_OT = np.take_along_axis(recent_UT[users_N[is_old_N]], np.minimum(from_OT, length - 1), 1)
-        recent_UT[users_N[is_old_N]] = recent_OT  # and what is left of them on the right is written over
+        recent_UT, last_block_U = (
+            self.recent_UT.copy(),
+            self.last_block_U.copy(),
+        )  # what was copied from this model keeps its own
+        is_known_N = last_block_U[users_N] > 0
+        from_OT = np.minimum(n_N[is_known_N], length)[:, None] + np.arange(length)  # older events move to the left
+        recent_OT = np.take_along_axis(recent_UT[users_N[is_known_N]], np.minimum(from_OT, length - 1), 1)
+        recent_UT[users_N[is_known_N]] = recent_OT  # and what is left of them on the right is written over
         step_E = length - (np.repeat(starts_N + n_N, n_N) - np.arange(len(users_E)))
         recent_UT[users_E[step_E >= 0], step_E[step_E >= 0]] = items_E[step_E >= 0]
-        turn_U[users_N] = turn_U.max() + 1
-        self.recent_UT, self.turn_U, self._index = recent_UT, turn_U, None
+        last_block_U[users_N] = last_block_U.max() + 1
+        self.recent_UT, self.last_block_U, self._index = recent_UT, last_block_U, None
 
-    def forget(self, user: int) -> None:
+    def erase_user(self, user: int) -> None:
         """The user in this row has taken nothing."""
-        self.recent_UT, self.turn_U = self.recent_UT.copy(), self.turn_U.copy()
-        self.recent_UT[user], self.turn_U[user], self._index = 0, 0, None
+        self.recent_UT, self.last_block_U = self.recent_UT.copy(), self.last_block_U.copy()
+        self.recent_UT[user], self.last_block_U[user], self._index = 0, 0, None
 
-    def sparse(self, batch: Batch) -> Any:
+    def sparse_scores(self, batch: Batch) -> Any:
         """(B, I + 1) scores, as a sparse matrix; a user is no neighbour of its own."""
-        took_UI, took_IU, idf_I = self._indexed()
-        asked_BI = rows_of(batch.history_BT[:, -self.spec.length :].numpy(), self.n_items + 1)
-        asked_BI.data = idf_I[asked_BI.indices]
-        sims_BU = asked_BI @ took_IU
-        row_E = np.repeat(np.arange(len(batch)), entries(sims_BU))
+        user_items_UI, item_users_IU, idf_I = self._build_index()
+        query_BI = item_indicator(batch.history_BT[:, -self.spec.length :].numpy(), self.n_items + 1)
+        query_BI.data = idf_I[query_BI.indices]
+        sims_BU = query_BI @ item_users_IU
+        row_E = np.repeat(np.arange(len(batch)), row_sizes(sims_BU))
         sims_BU.data[sims_BU.indices == batch.users_B.numpy()[row_E]] = 0
-        users_BK, sims_BK = best(sims_BU, self.spec.neighbours)
+        users_BK, sims_BK = top_k_entries(sims_BU, self.spec.neighbours)
         offsets = np.arange(len(batch) + 1) * users_BK.shape[1]
-        return csr(sims_BK.ravel(), users_BK.ravel(), offsets, self.n_users + 1) @ took_UI
+        return build_csr(sims_BK.ravel(), users_BK.ravel(), offsets, self.n_users + 1) @ user_items_UI
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
         """(B, N): from each row's own history."""
-        return picked(torch.from_numpy(self.sparse(batch).toarray()), items)
+        return select_scores(torch.from_numpy(self.sparse_scores(batch).toarray()), items)
 
-    def _indexed(self) -> tuple[Any, Any, Floats]:
+    def _build_index(self) -> tuple[Any, Any, Float32Array]:
         """(U, I) who took what lately, (I, U) of each item its latest users, (I,) idf."""
         if self._index is None:
-            took_UI = rows_of(self.recent_UT, self.n_items + 1)
-            n_I = np.bincount(took_UI.indices, minlength=self.n_items + 1)
+            user_items_UI = item_indicator(self.recent_UT, self.n_items + 1)
+            n_I = np.bincount(user_items_UI.indices, minlength=self.n_items + 1)
             idf_I = np.log1p(np.count_nonzero(self.recent_UT[:, -1]) / (1 + n_I)).astype(np.float32)
-            latest_U = np.argsort(-self.turn_U, kind="stable")
-            columns = took_UI[latest_U].tocsc()  # in each column the latest users come first
+            latest_U = np.argsort(-self.last_block_U, kind="stable")
+            columns = user_items_UI[latest_U].tocsc()  # in each column the latest users come first
             place_E = np.arange(columns.nnz) - np.repeat(columns.indptr[:-1], n_I)
-            stays_E, n_I = place_E < self.spec.through, np.minimum(n_I, self.spec.through)
-            users_E = latest_U[columns.indices[stays_E]]
-            took_IU = csr(columns.data[stays_E], users_E, offsets_of(n_I), self.n_users + 1)
-            self._index = took_UI, took_IU, idf_I
+            is_kept_E, n_I = place_E < self.spec.users_per_item, np.minimum(n_I, self.spec.users_per_item)
+            users_E = latest_U[columns.indices[is_kept_E]]
+            item_users_IU = build_csr(columns.data[is_kept_E], users_E, offsets_from_counts(n_I), self.n_users + 1)
+            self._index = user_items_UI, item_users_IU, idf_I
         return self._index
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything the model knows."""
         sizes = np.array([self.n_users, self.n_items])
-        arrays = {"sizes": sizes, "recent_UT": self.recent_UT, "turn_U": self.turn_U}
+        arrays = {"sizes": sizes, "recent_UT": self.recent_UT, "turn_U": self.last_block_U}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state_dict`."""
         self.n_users, self.n_items = tensors["sizes"].tolist()
-        self.recent_UT, self.turn_U = tensors["recent_UT"].numpy(), tensors["turn_U"].numpy()
+        self.recent_UT, self.last_block_U = tensors["recent_UT"].numpy(), tensors["turn_U"].numpy()
         self._index = None

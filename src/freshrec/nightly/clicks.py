@@ -10,48 +10,48 @@ from typing import Any
 import polars as pl
 
 from freshrec.data.log import Log
-from freshrec.nightly.job import Job, batches_of
+from freshrec.nightly.job import NightlyJob, batches_of
 from freshrec.store import clicks as journal
-from freshrec.store.eventlog import Taken
-from freshrec.store.rows import KEYS
-from freshrec.store.versions import chain_of
+from freshrec.store.eventlog import AppendResult
+from freshrec.store.rows import EVENT_KEYS
+from freshrec.store.versions import version_chain
 
 
-def deliver(job: Job, log: Log | None, source: str) -> Taken | None:
+def append_with_clicks(job: NightlyJob, log: Log | None, source: str) -> AppendResult | None:
     """Append a delivery, if there is one, and all clicks that are in no batch yet; None: there was nothing at all.
 
     A click that is in the delivery too is that row: the gate sees one day, not two, and nothing doubled. One that is
     newer than all of the delivery waits for the next: learnt now, it would make most of that one's rows late. Somebody
     who dies between the batch and the journal leaves clicks that the log knows by their identity.
     """
-    waiting = journal.close(job.store.folder)
-    if log is not None and job.contents.reading.has_clock:
-        waiting = journal.put_off(waiting, _not_yet(log, waiting))
-    clicks = journal.frame_of([click for file in waiting for click in file.clicks]) if waiting else None
+    files = journal.close_journal(job.store.folder)
+    if log is not None and job.bundle.read_options.has_clock:
+        files = journal.defer_clicks(files, _is_later_click(log, files))
+    clicks = journal.clicks_to_frame([click for file in files for click in file.clicks]) if files else None
     if clicks is None or not len(clicks):
-        journal.taken(waiting, None)
-        return None if log is None else job.deliver(log, source)
-    told = None
+        journal.mark_taken(files, None)
+        return None if log is None else job.append_delivery(log, source)
+    repeated = None
     if log is not None and (job.log.batches()["source"] == source).any():
-        told, log = job.deliver(log, source), None
-    has_clock = job.contents.reading.has_clock
+        repeated, log = job.append_delivery(log, source), None
+    has_clock = job.bundle.read_options.has_clock
     if log is None:
-        names = "".join(f"{file.path.name}\n" for file in waiting)
-        alone = clicks if has_clock else clicks.with_columns(time=pl.int_range(pl.len(), dtype=pl.Int64))
-        both, source = Log(alone, has_clock, "us"), f"clicks {hashlib.sha256(names.encode()).hexdigest()}"
+        names = "".join(f"{file.path.name}\n" for file in files)
+        click_rows = clicks if has_clock else clicks.with_columns(time=pl.int_range(pl.len(), dtype=pl.Int64))
+        delivery, source = Log(click_rows, has_clock, "us"), f"clicks {hashlib.sha256(names.encode()).hexdigest()}"
     else:
-        both = with_clicks(log, clicks)
-    found = job.deliver(both, source)
-    journal.taken(waiting, found.batch or found.again)
-    return told if told is not None and not found.kept else found
+        delivery = merge_clicks(log, clicks)
+    result = job.append_delivery(delivery, source)
+    journal.mark_taken(files, result.batch or result.repeated_batch)
+    return repeated if repeated is not None and not result.n_appended else result
 
 
-def waiting(job: Job) -> int:
+def count_waiting_clicks(job: NightlyJob) -> int:
     """How many clicks are in no batch of the log."""
-    return sum(len(file.clicks) for file in journal.written(job.store.folder) if file.batch is None)
+    return sum(len(file.clicks) for file in journal.read_journal(job.store.folder) if file.batch is None)
 
 
-def _not_yet(log: Log, files: list[journal.Written]) -> Callable[[journal.Click], bool]:
+def _is_later_click(log: Log, files: list[journal.JournalFile]) -> Callable[[journal.Click], bool]:
     """Whether a click is newer than a log, and not a row of it."""
     newest: Any = log.frame["time"].max()
     rows = set[str]()
@@ -62,23 +62,23 @@ def _not_yet(log: Log, files: list[journal.Written]) -> Callable[[journal.Click]
     return lambda click: click.time > newest and click.event_id not in rows
 
 
-def with_clicks(log: Log, clicks: pl.DataFrame) -> Log:
+def merge_clicks(log: Log, clicks: pl.DataFrame) -> Log:
     """A log and the clicks that are not in it, in time order."""
     frame = log.frame
-    named = "event_id" in frame.columns
-    if named:
+    has_event_ids = "event_id" in frame.columns
+    if has_event_ids:
         frame = frame.with_columns(pl.col("event_id").cast(pl.String))
         clicks = clicks.join(frame.select("event_id").drop_nulls(), on="event_id", how="anti")
     if log.has_clock:
         # a row may lack the id that its click has
-        rows = frame.filter(pl.col("event_id").is_null()) if named else frame
-        clicks = clicks.join(rows.select(KEYS), on=list(KEYS), how="anti", maintain_order="left")
+        rows = frame.filter(pl.col("event_id").is_null()) if has_event_ids else frame
+        clicks = clicks.join(rows.select(EVENT_KEYS), on=list(EVENT_KEYS), how="anti", maintain_order="left")
     else:
         clicks = clicks.with_columns(time=pl.int_range(pl.len(), dtype=pl.Int64) + len(frame))
     frame = frame.with_columns(pl.col("category").cast(pl.String)) if "category" in frame.columns else frame
     return replace(log, frame=pl.concat([frame, clicks], how="diagonal").sort("time", maintain_order=True))
 
 
-def settle(job: Job) -> None:
+def remove_learnt_clicks(job: NightlyJob) -> None:
     """Remove the clicks that the live version has learnt, or that it has passed over."""
-    journal.forget(job.store.folder, max(batches_of(chain_of(job.store)), default=0))
+    journal.remove_learnt_files(job.store.folder, max(batches_of(version_chain(job.store)), default=0))

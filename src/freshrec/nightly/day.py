@@ -14,7 +14,7 @@ SECOND, HOUR = 1_000_000, 3_600_000_000  # microseconds
 
 
 @dataclass(frozen=True)
-class Day:
+class DeliveryStats:
     """Facts of the rows that a day brought; shares are of its rows where nothing else is said. Fit for JSON."""
 
     n_rows: int
@@ -37,16 +37,16 @@ class Day:
     hole_hours: float | None  # the longest stretch without a row, from the newest that was known to the day's last
 
 
-def facts_of(
+def compute_delivery_stats(
     frame: pl.DataFrame,
     known_users: Catalog,
     known_items: Catalog,
     has_clock: bool,
-    newest: int | None,
-    doubled: int,
-    known: int,
-    head: pl.Series | None = None,
-) -> Day:
+    newest_time: int | None,
+    n_duplicates: int,
+    n_known: int,
+    head_ids: pl.Series | None = None,
+) -> DeliveryStats:
     """The facts of a `Log.frame`, in time order, against what was known before it.
 
     `newest`: the largest time known. `doubled`, `known`: rows of the delivery that are not in `frame`, because they say
@@ -54,31 +54,33 @@ def facts_of(
     lately.
     """
     n_rows, n_users = len(frame), frame["user_id"].n_unique()
-    n_delivered = max(1, n_rows + doubled + known)
+    n_delivered = max(1, n_rows + n_duplicates + n_known)
     if has_clock:
-        doubled += n_rows - len(frame.select("user_id", "item_id", "time").unique())
+        n_duplicates += n_rows - len(frame.select("user_id", "item_id", "time").unique())
     times = frame["time"]
-    timed = has_clock and n_rows > 0
-    fresh = times.filter(times >= newest) if newest is not None else times
+    has_times = has_clock and n_rows > 0
+    newer_times = times.filter(times >= newest_time) if newest_time is not None else times
     seconds = frame.select("user_id", second=pl.col("time") // SECOND).unique()
-    return Day(
+    return DeliveryStats(
         n_rows=n_rows,
         n_users=n_users,
         n_items=frame["item_id"].n_unique(),
         rows_per_user=n_rows / max(1, n_users),
         share_unknown_users=_share_unknown(frame["user_id"], known_users),
         share_unknown_items=_share_unknown(frame["item_id"], known_items),
-        share_top_user=_most(frame["user_id"]) / max(1, n_rows),
-        share_top_item=_most(frame["item_id"]) / max(1, n_rows),
-        share_doubled=doubled / n_delivered,
-        share_known=known / n_delivered,
-        share_head=None if head is None or not n_rows else int(frame["item_id"].is_in(head.implode()).sum()) / n_rows,
-        share_late=1 - len(fresh) / n_rows if timed and newest is not None else None,
-        share_same_second=_most(seconds["second"]) / n_users if timed else None,
-        whole_days=bool((times % DAY == 0).all()) if timed else None,
-        span_hours=(int(times[-1]) - int(times[0])) / HOUR if timed else None,
-        gap_hours=(int(times[n_rows // 2]) - newest) / HOUR if timed and newest is not None else None,
-        hole_hours=_longest_step(fresh, newest) / HOUR if timed else None,
+        share_top_user=_max_count(frame["user_id"]) / max(1, n_rows),
+        share_top_item=_max_count(frame["item_id"]) / max(1, n_rows),
+        share_doubled=n_duplicates / n_delivered,
+        share_known=n_known / n_delivered,
+        share_head=None
+        if head_ids is None or not n_rows
+        else int(frame["item_id"].is_in(head_ids.implode()).sum()) / n_rows,
+        share_late=1 - len(newer_times) / n_rows if has_times and newest_time is not None else None,
+        share_same_second=_max_count(seconds["second"]) / n_users if has_times else None,
+        whole_days=bool((times % DAY == 0).all()) if has_times else None,
+        span_hours=(int(times[-1]) - int(times[0])) / HOUR if has_times else None,
+        gap_hours=(int(times[n_rows // 2]) - newest_time) / HOUR if has_times and newest_time is not None else None,
+        hole_hours=_longest_gap(newer_times, newest_time) / HOUR if has_times else None,
     )
 
 
@@ -86,12 +88,12 @@ def _share_unknown(ids: pl.Series, known: Catalog) -> float:
     return float((known.rows(ids) == 0).sum()) / max(1, len(ids))
 
 
-def _most(values: pl.Series) -> int:
+def _max_count(values: pl.Series) -> int:
     """How often the most frequent value occurs."""
     return int(values.value_counts(name="n")["n"].to_numpy().max(initial=0))
 
 
-def _longest_step(times: pl.Series, start: int | None) -> int:
+def _longest_gap(times: pl.Series, start: int | None) -> int:
     """Between neighbours in time."""
     times_T = times.to_numpy() if start is None else np.concatenate([[start], times.to_numpy()])
     return int(np.diff(times_T).max(initial=0))

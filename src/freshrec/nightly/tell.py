@@ -12,72 +12,72 @@ import torch
 
 from freshrec.data.log import format_time
 from freshrec.errors import FreshrecError, StateError
-from freshrec.nightly.anew import planned
-from freshrec.nightly.job import batches_of, waiting
-from freshrec.serve.contents import Contents, read_contents
+from freshrec.nightly.anew import retrain_plan
+from freshrec.nightly.job import batches_of, waiting_batches
+from freshrec.serve.contents import Bundle, read_bundle
 from freshrec.serve.list_request import ListRequest
 from freshrec.serve.profile import profile_of
-from freshrec.serve.reading import ids_of, known_rows, resolve_request
-from freshrec.serve.recommend import best_items
+from freshrec.serve.reading import normalize_ids, require_rows, resolve_request
+from freshrec.serve.recommend import top_items
 from freshrec.store.eventlog import EventLog
-from freshrec.store.versions import Store, chain_of, collected
+from freshrec.store.versions import Store, is_collected, version_chain
 
-SAMPLE, LIST = 300, 20  # users, and items of each, by which two versions are compared
+N_SAMPLE_USERS, LIST_LENGTH = 300, 20  # users, and items of each, by which two versions are compared
 LIBRARIES = ("torch", "polars", "numpy", "scipy", "deltalake", "safetensors", "pydantic")
 
 
-def status(store: Store) -> dict[str, Any]:
+def store_status(store: Store) -> dict[str, Any]:
     """The live version, what waits, and what it takes on the disk."""
-    live, versions, log = store.live, store.versions(), EventLog(store.folder / "log")
-    about, chain = store.manifest(live), chain_of(store)
-    n_bytes = sum(file.n_bytes for file in about.files.values())
+    live, versions, log = store.live, store.manifests(), EventLog(store.folder / "log")
+    manifest, chain = store.manifest(live), version_chain(store)
+    n_bytes = sum(file.n_bytes for file in manifest.files.values())
     newest = log.batches().filter(pl.col("batch").is_in(batches_of(chain)))["last"].max()
     return {
-        "live": live, "made_at": about.made_at, "kind": about.kind, "model": about.recipe["model"],
-        "strategy": about.recipe["strategy"], **about.sizes, "held": about.held,
+        "live": live, "made_at": manifest.made_at, "kind": manifest.kind, "model": manifest.recipe["model"],
+        "strategy": manifest.recipe["strategy"], **manifest.sizes, "held": manifest.held,
         "newest_event": format_time(newest) if isinstance(newest, int) and log.has_clock else None,
         "versions": len(versions), "refused": [m.id for m in versions if not m.promoted and m.id > live],
-        "batches_waiting": waiting(store, log),
-        "bytes": n_bytes, "bytes_per_user": round(n_bytes / max(1, about.sizes["users"]), 1),
-        "plan": planned(chain), "numbers": about.numbers, "notes": about.notes,
+        "batches_waiting": waiting_batches(store, log),
+        "bytes": n_bytes, "bytes_per_user": round(n_bytes / max(1, manifest.sizes["users"]), 1),
+        "plan": retrain_plan(chain), "numbers": manifest.numbers, "notes": manifest.notes,
     }  # fmt: skip
 
 
-def difference(store: Store, first: int, second: int) -> dict[str, Any]:
+def version_difference(store: Store, first: int, second: int) -> dict[str, Any]:
     """What two versions differ in, and how much of the lists of a sample of users they share."""
     one, other = store.manifest(first), store.manifest(second)
     names = sorted(one.numbers.keys() | other.numbers.keys())
-    both_contents = [read_contents(store.files(number)) for number in (first, second)]
-    known = [contents.served.users.frame["id"].drop_nulls() for contents in both_contents]
+    bundles = [read_bundle(store.verified_files(number)) for number in (first, second)]
+    known = [contents.served.users.frame["id"].drop_nulls() for contents in bundles]
     users = known[0].filter(known[0].is_in(known[1].implode()))
-    users = users.sample(min(SAMPLE, len(users)), seed=0)
-    lists = [_lists_of(contents, users) for contents in both_contents]
+    users = users.sample(min(N_SAMPLE_USERS, len(users)), seed=0)
+    lists = [_lists_of(contents, users) for contents in bundles]
     ids = [
         found.select("nth", item=contents.served.items.ids(torch.from_numpy(found["item"].to_numpy(writable=True))))
-        for contents, found in zip(both_contents, lists)
+        for contents, found in zip(bundles, lists)
     ]
     shared = ids[0].join(ids[1], on=["nth", "item"]).height / max(1, ids[0].height)
-    ways = [contents.recipe for contents in both_contents]  # not the manifests': those have the options' names of then
+    ways = [contents.recipe for contents in bundles]  # not the manifests': those have the options' names of then
     recipe = {key for key in ways[0].keys() | ways[1].keys() if ways[0].get(key) != ways[1].get(key)}
     return {
         "versions": [first, second],
         "sizes": {name: [one.sizes.get(name), other.sizes.get(name)] for name in one.sizes},
         "numbers": {name: [one.numbers.get(name), other.numbers.get(name)] for name in names},
         "recipe": {key: [way.get(key) for way in ways] for key in sorted(recipe)},
-        "shared": shared, "users": len(users), "list": LIST,
+        "shared": shared, "users": len(users), "list": LIST_LENGTH,
     }  # fmt: skip
 
 
-def _lists_of(contents: Contents, users: pl.Series) -> pl.DataFrame:
+def _lists_of(contents: Bundle, users: pl.Series) -> pl.DataFrame:
     served = contents.served
-    return best_items(served, served.users.rows(users), resolve_request(served, ListRequest(k=LIST)))
+    return top_items(served, served.users.rows(users), resolve_request(served, ListRequest(k=LIST_LENGTH)))
 
 
-def user(contents: Contents, user_id: str | int) -> dict[str, Any]:
+def user_profile(bundle: Bundle, user_id: str | int) -> dict[str, Any]:
     """One user: events, the newest last, and interests with their best items. OptionError for an unknown user."""
-    served = contents.served
-    row = int(known_rows(ids_of("user_id", user_id, served.users), served.users))
-    found = profile_of(served, row, contents.reading.has_clock)
+    served = bundle.served
+    row = int(require_rows(normalize_ids("user_id", user_id, served.users), served.users))
+    found = profile_of(served, row, bundle.read_options.has_clock)
     interests = [
         {
             "title": one.title, "born_span": one.born_span, "used_span": one.used_span,
@@ -87,46 +87,46 @@ def user(contents: Contents, user_id: str | int) -> dict[str, Any]:
     ]  # fmt: skip
     return {
         "user_id": served.users.frame["id"][row - 1], "first_span": found.first_span, "last_span": found.last_span,
-        "n_events": len(found.events), "events": [asdict(event) for event in found.events[-LIST:]],
+        "n_events": len(found.events), "events": [asdict(event) for event in found.events[-LIST_LENGTH:]],
         "kind": found.kind, "interests": interests,
     }  # fmt: skip
 
 
-def item(contents: Contents, item_id: str | int) -> dict[str, Any]:
+def item_profile(bundle: Bundle, item_id: str | int) -> dict[str, Any]:
     """One item: how often, by how many, and when it was taken."""
-    served = contents.served
-    row = int(known_rows(ids_of("item_id", item_id, served.items), served.items))
-    mine = served.counts.recent
-    at_R = (mine.items_R == row).nonzero()[:, 0]
-    users_R = torch.searchsorted(mine.offsets_U, at_R, right=True)
-    about = served.items.frame.row(row - 1, named=True)
+    served = bundle.served
+    row = int(require_rows(normalize_ids("item_id", item_id, served.items), served.items))
+    histories = served.counts.histories
+    at_R = (histories.items_R == row).nonzero()[:, 0]
+    users_R = torch.searchsorted(histories.offsets_U, at_R, right=True)
+    catalog_row = served.items.frame.row(row - 1, named=True)
     found = {
-        "item_id": about["id"], "first_span": about["first_span"], "last_span": about["last_span"],
+        "item_id": catalog_row["id"], "first_span": catalog_row["first_span"], "last_span": catalog_row["last_span"],
         "n_events": len(at_R), "n_users": len(users_R.unique()),
     }  # fmt: skip
-    if contents.reading.has_clock and len(at_R):
-        times = mine.times_R[at_R]
+    if bundle.read_options.has_clock and len(at_R):
+        times = histories.times_R[at_R]
         found |= {"first": format_time(int(times.min())), "last": format_time(int(times.max()))}
     return found
 
 
-def checkup(store: Store | None) -> list[tuple[bool, str]]:
+def check_store(store: Store | None) -> list[tuple[bool, str]]:
     """What works and what does not: the environment, and every file of the store."""
-    about = ", ".join(f"{name} {version_of(name)}" for name in LIBRARIES)
-    found = [(True, f"Python {platform.python_version()}; {about}")]
+    libraries = ", ".join(f"{name} {version_of(name)}" for name in LIBRARIES)
+    found = [(True, f"Python {platform.python_version()}; {libraries}")]
     if store is None:
         return found
-    readable = {manifest.id for manifest in store.versions()}
-    for number in store.numbers():
-        if number in readable and collected(store, number):
+    readable = {manifest.id for manifest in store.manifests()}
+    for number in store.version_numbers():
+        if number in readable and is_collected(store, number):
             found.append((True, f"version {number}: its files were given up by `freshrec gc` or `erase`"))
             continue
         try:
-            wrong = store.damaged(number)
+            wrong = store.find_damage(number)
             found.append((not wrong, f"version {number}: {'; '.join(wrong) or 'whole'}"))
         except StateError as why:
             found.append((False, f"version {number}: {why}"))
-    for check in (_live, _log):
+    for check in (_check_live, _check_log):
         try:
             found.append((True, check(store)))
         except FreshrecError as why:
@@ -134,12 +134,12 @@ def checkup(store: Store | None) -> list[tuple[bool, str]]:
     return found
 
 
-def _live(store: Store) -> str:
-    store.files(store.live)
-    return f"version {store.live} is live, {len(chain_of(store)) - 1} updates after the first one"
+def _check_live(store: Store) -> str:
+    store.verified_files(store.live)
+    return f"version {store.live} is live, {len(version_chain(store)) - 1} updates after the first one"
 
 
-def _log(store: Store) -> str:
+def _check_log(store: Store) -> str:
     log = EventLog(store.folder / "log")
     n_batches = len(log.batches())
     n_rows = len(log.read()) if n_batches else 0

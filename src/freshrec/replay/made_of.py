@@ -16,15 +16,15 @@ from zlib import crc32
 
 from freshrec.disk_names import FORMER, tag_of
 from freshrec.errors import StateError
-from freshrec.models.checkpoint import decode_options, encode_options, save_text
-from freshrec.replay.replay import Cell, Settings
+from freshrec.models.checkpoint import decode_options, encode_options, write_text_atomically
+from freshrec.replay.replay import Cell, ReplaySettings
 from freshrec.types import State
 
 FILE, FORMER_FILE = "made-of.json", "made-of.txt"
 TAGS = {place.rpartition(":")[2]: tag for place, tag in FORMER.items()}  # by what `repr` says of a class
 NUMBERS = {"inf": math.inf, "nan": math.nan}
 
-Made = Cell | tuple[Settings, str]  # a cell's folder; the folder of all, with the fingerprint of the log
+Made = Cell | tuple[ReplaySettings, str]  # a cell's folder; the folder of all, with the fingerprint of the log
 
 
 def is_made_of(folder: Path, made: Made) -> bool:
@@ -45,12 +45,12 @@ def is_made_of(folder: Path, made: Made) -> bool:
 def write_made_of(folder: Path, made: Made) -> None:
     """Write down what a folder's results are of."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_text(json.dumps(_encoded(made)), folder / FILE)
+    write_text_atomically(json.dumps(_encoded(made)), folder / FILE)
 
 
 def is_spec_of(state: State, cell: Cell) -> bool:
     """Whether the model of a state has the options of a cell's."""
-    return _encoded(state.model.spec) == _encoded(cell.spec)
+    return _encoded(state.model.spec) == _encoded(cell.model_spec)
 
 
 def _encoded(made: Any) -> dict[str, Any]:
@@ -68,14 +68,14 @@ def base_file(cell: Cell, fit_options: tuple[float, ...], out: Path) -> Path:
     The name depends on the values of the options, not on their names. In a folder that 0.1.0 began it may be that of
     0.1.0, a checksum of the options' `repr`. Whoever reads the file checks that the model's options are these.
     """
-    stem = f"{cell.model.replace(':', '_')}--{cell.seed}"
-    former = _former_options(out / cell.name / FORMER_FILE)
+    stem = f"{cell.model_name.replace(':', '_')}--{cell.seed}"
+    former = _former_options(out / cell.folder_name / FORMER_FILE)
     if former is not None:
         path = _with_checksum(out, stem, repr((_Text(former), *fit_options)))
         if path.exists():
             return path
-    spec: Any = astuple(cell.spec) if is_dataclass(cell.spec) else repr(cell.spec)
-    options = json.dumps([tag_of(type(cell.spec)), spec, fit_options], default=str)
+    spec: Any = astuple(cell.model_spec) if is_dataclass(cell.model_spec) else repr(cell.model_spec)
+    options = json.dumps([tag_of(type(cell.model_spec)), spec, fit_options], default=str)
     return _with_checksum(out, stem, options)
 
 

@@ -7,10 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freshrec.data.batches import append, histories_before, in_parts, place, shown_of, shown_targets, targets_at
-from freshrec.data.carried import carried_by
-from freshrec.learn.clicks import clicks_of
-from freshrec.models.ranking import ranks, ranks_among
+from freshrec.data.batches import (
+    append_events,
+    history_items,
+    impression_targets,
+    impressions_of,
+    insert_events,
+    split_chunks,
+    targets_at,
+)
+from freshrec.data.carried import stored_interests_of
+from freshrec.learn.clicks import target_click_probabilities
+from freshrec.models.ranking import target_ranks, target_ranks_among
 from freshrec.replay.recipe_schema import ReplayRecipe, Unseen
 from freshrec.types import NEVER, TEST, Batch, ClickModel, Events, Histories, Model, Span, State
 
@@ -29,21 +37,21 @@ SLICES = {
 
 
 @dataclass(frozen=True)
-class Block:
+class SpanBlock:
     """A piece of a span: measured on, then absorbed."""
 
     events: Events
-    first: int  # where it begins in its span
+    offset: int  # where it begins in its span
     n_users: int  # known once it is over
     n_items: int  # known before it
 
 
-def blocks_of(span: Span, n_items: int, cadence: int) -> list[Block]:
+def split_into_blocks(span: Span, n_items: int, cadence: int) -> list[SpanBlock]:
     """The span in `cadence` blocks; `n_items` are known before it."""
-    blocks, first = [], 0
+    blocks, offset = [], 0
     for events in span.blocks(cadence):
-        blocks.append(Block(events, first, span.n_users, n_items))
-        first += len(events)
+        blocks.append(SpanBlock(events, offset, span.n_users, n_items))
+        offset += len(events)
         n_items = max(n_items, int(events.items_E.max()) if len(events) else 0)
     return blocks
 
@@ -56,7 +64,7 @@ class Queries:
     histories_NT: Tensor  # int32, all own events before the target, those inside the span too
     items_N: Tensor  # the targets
     events_N: Tensor  # where each stands in its span
-    secret_N: Tensor  # bool: never joins training; forgetting is measured on those
+    heldout_N: Tensor  # bool: never joins training; forgetting is measured on those
     n_items: int  # items that may be recommended, when asked again: those known at the time
 
     def __len__(self) -> int:
@@ -64,66 +72,68 @@ class Queries:
 
     def __getitem__(self, which_N: Tensor) -> "Queries":
         users_N, histories_NT, items_N = self.users_N[which_N], self.histories_NT[which_N], self.items_N[which_N]
-        return Queries(users_N, histories_NT, items_N, self.events_N[which_N], self.secret_N[which_N], self.n_items)
+        return Queries(users_N, histories_NT, items_N, self.events_N[which_N], self.heldout_N[which_N], self.n_items)
 
 
 @dataclass(frozen=True)
-class Asked:
+class QueryOptions:
     """Which events of a block become queries."""
 
     role: int = TEST
     min_history: int = ReplayRecipe.min_history  # own events a query needs
-    among: int = 0  # sampled items that a target is ranked among; 0: all items
+    n_sampled: int = 0  # sampled items that a target is ranked among; 0: all items
     unseen: Unseen = ReplayRecipe.unseen  # events of items new to all: asked for like others, or as if not there
 
 
-def queries_of(recent: Histories, block: Block, length: int, asked: Asked = Asked()) -> Queries:
+def make_queries(recent: Histories, block: SpanBlock, length: int, options: QueryOptions = QueryOptions()) -> Queries:
     """Queries for the events of one role; targets with too few own events before are left out."""
     events, places_E = block.events, torch.arange(len(block.events))
-    if asked.unseen == "drop":
+    if options.unseen == "drop":
         places_E = (events.items_E <= block.n_items).nonzero()[:, 0]
         events = events[places_E]
-    histories, rows_E = place(recent, events, block.n_users)
-    at_N = (events.role_E == asked.role).nonzero()[:, 0]
+    histories, rows_E = insert_events(recent, events, block.n_users)
+    at_N = (events.role_E == options.role).nonzero()[:, 0]
     targets = targets_at(histories, rows_E[at_N])
-    enough_N = targets.lengths(asked.min_history) >= asked.min_history
+    enough_N = targets.history_lengths(options.min_history) >= options.min_history
     at_N, targets = at_N[enough_N], targets[enough_N]
-    history_NT = histories_before(targets, length).int()
-    secret_N, events_N = events.joins_E[at_N] == NEVER, places_E[at_N] + block.first
-    return Queries(targets.users_N, history_NT, events.items_E[at_N], events_N, secret_N, block.n_items)
+    history_NT = history_items(targets, length).int()
+    heldout_N, events_N = events.train_at_E[at_N] == NEVER, places_E[at_N] + block.offset
+    return Queries(targets.users_N, history_NT, events.items_E[at_N], events_N, heldout_N, block.n_items)
 
 
-def rank_queries(state: State, queries: Queries, readout: str = "recent", among: int = 0, size: int = 256) -> Tensor:
+def rank_queries(
+    state: State, queries: Queries, readout: str = "recent", n_sampled: int = 0, size: int = 256
+) -> Tensor:
     """(N,) the rank of each target among the items known when the query was made, or `among` so many of them."""
-    carried = carried_by(state.model, state.users, state.spans_seen)
+    stored_interests = stored_interests_of(state.model, state.interests, state.spans_seen)
     lengths_N = (queries.histories_NT > 0).sum(1)
     rank_N = torch.zeros(len(queries))
-    for which in in_parts(torch.argsort(lengths_N, stable=True), size):
+    for which in split_chunks(torch.argsort(lengths_N, stable=True), size):
         longest = int(lengths_N[which].max())
         history_BT = queries.histories_NT[which][:, queries.histories_NT.shape[1] - longest :].long()
-        batch = Batch(queries.users_N[which], history_BT, kinds_I=state.recent.kinds_I)
-        batch = batch if carried is None else carried.join(batch)
-        if among:
-            rank_N[which] = _among(state.model, batch, queries[which], readout, among)
+        batch = Batch(queries.users_N[which], history_BT, categories_I=state.histories.categories_I)
+        batch = batch if stored_interests is None else stored_interests.attach(batch)
+        if n_sampled:
+            rank_N[which] = _rank_among_sampled(state.model, batch, queries[which], readout, n_sampled)
         else:
-            rank_N[which] = ranks(state.model, batch, queries.items_N[which], readout, queries.n_items)
+            rank_N[which] = target_ranks(state.model, batch, queries.items_N[which], readout, queries.n_items)
     return rank_N
 
 
-def _among(model: Model, batch: Batch, queries: Queries, readout: str, n: int) -> Tensor:
+def _rank_among_sampled(model: Model, batch: Batch, queries: Queries, readout: str, n: int) -> Tensor:
     """Ranks among n sampled items; a target that nobody could have recommended is found by none."""
-    rank_B = ranks_among(model, batch, queries.items_N, sampled(queries, n), readout)
+    rank_B = target_ranks_among(model, batch, queries.items_N, sample_negatives(queries, n), readout)
     return torch.where(queries.items_N <= queries.n_items, rank_B, torch.inf)
 
 
-def sampled(queries: Queries, n: int) -> Tensor:
+def sample_negatives(queries: Queries, n: int) -> Tensor:
     """(N, n) distinct items known then, neither the target nor in the history; 0 where 4 n draws do not give as many.
 
     Which are drawn depends on the place of the event in its span alone: all models and strategies face the same, but
     for what those with a longer history leave out.
     """
     key_ND = queries.events_N[:, None] * 1_000_003 + torch.arange(4 * n)
-    items_ND = mixed(key_ND) % max(queries.n_items, 1) + 1
+    items_ND = splitmix64(key_ND) % max(queries.n_items, 1) + 1
     is_target_ND = items_ND == queries.items_N[:, None]
     bad_ND = is_target_ND | _drawn_before(items_ND) | _is_among(items_ND, queries.histories_NT)
     first_Nn = bad_ND.byte().argsort(dim=1, stable=True)[:, :n]  # the good ones, in the order in which they were drawn
@@ -146,7 +156,7 @@ def _is_among(items_ND: Tensor, histories_NT: Tensor) -> Tensor:
     return own_NT.gather(1, at_ND) == items_ND
 
 
-def mixed(keys: Tensor) -> Tensor:
+def splitmix64(keys: Tensor) -> Tensor:
     """Each int64 as another one of 0 .. 2^62 - 1, as good as random (splitmix64, wrapping around)."""
     z = keys + 0x1E3779B97F4A7C15
     z = (z ^ (z >> 30)) * 0x3F58476D1CE4E5B9
@@ -154,27 +164,27 @@ def mixed(keys: Tensor) -> Tensor:
     return (z ^ (z >> 31)) & (2**62 - 1)
 
 
-def click_rows(state: State, block: Block, asked: Asked) -> pl.DataFrame:
+def predict_clicks(state: State, block: SpanBlock, options: QueryOptions) -> pl.DataFrame:
     """How likely the model holds it that each labelled event of one role is taken: event, user, label, p."""
     events, model = block.events, state.model
     assert events.labels_E is not None and isinstance(model, ClickModel)
-    at_N = ((events.role_E == asked.role) & ~events.labels_E.isnan()).nonzero()[:, 0]
-    targets = shown_targets(append(state.recent, events, block.n_users), shown_of(events[at_N]))
-    enough_N = targets.lengths(asked.min_history) >= asked.min_history
+    at_N = ((events.role_E == options.role) & ~events.labels_E.isnan()).nonzero()[:, 0]
+    targets = impression_targets(append_events(state.histories, events, block.n_users), impressions_of(events[at_N]))
+    enough_N = targets.history_lengths(options.min_history) >= options.min_history
     targets, at_N = targets[enough_N], at_N[enough_N]
-    columns = {"event": at_N + block.first, "user": targets.users_N, "label": events.labels_E[at_N]}
-    columns["p"] = clicks_of(model, targets)
+    columns = {"event": at_N + block.offset, "user": targets.users_N, "label": events.labels_E[at_N]}
+    columns["p"] = target_click_probabilities(model, targets)
     return pl.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
 
 
-def facts(spans: tuple[Span, ...]) -> pl.DataFrame:
+def slice_table(spans: tuple[Span, ...]) -> pl.DataFrame:
     """The TEST events of every span but the base: span, event (its place there), user, item, and a column per slice."""
-    whole = pl.concat(_events(span) for span in spans)
-    whole = whole.with_columns(~pl.struct("user", "item").is_first_distinct().alias("known pair"))
-    tested = whole.filter((pl.col("role") == TEST) & (pl.col("span") > 0))
-    head = pl.concat(_head_items(whole, span.index) for span in spans)
-    tested = tested.join(_known_before(spans), on="span", how="left", maintain_order="left")
-    tested = tested.join(head, on=["span", "item"], how="left", maintain_order="left")
+    events = pl.concat(_events(span) for span in spans)
+    events = events.with_columns(~pl.struct("user", "item").is_first_distinct().alias("known pair"))
+    targets = events.filter((pl.col("role") == TEST) & (pl.col("span") > 0))
+    head = pl.concat(_head_items(events, span.index) for span in spans)
+    targets = targets.join(_known_before(spans), on="span", how="left", maintain_order="left")
+    targets = targets.join(head, on=["span", "item"], how="left", maintain_order="left")
     item, user = pl.col("item"), pl.col("user")
     slices = {
         "all": pl.lit(True),
@@ -188,7 +198,7 @@ def facts(spans: tuple[Span, ...]) -> pl.DataFrame:
         "head": pl.col("head").fill_null(False),
         "tail": ~pl.col("head").fill_null(False),
     }
-    return tested.select("span", "event", "user", "item", *(rows.alias(name) for name, rows in slices.items()))
+    return targets.select("span", "event", "user", "item", *(rows.alias(name) for name, rows in slices.items()))
 
 
 def _events(span: Span) -> pl.DataFrame:
@@ -215,9 +225,9 @@ def _known_before(spans: tuple[Span, ...]) -> pl.DataFrame:
     )
 
 
-def _head_items(whole: pl.DataFrame, span: int) -> pl.DataFrame:
+def _head_items(events: pl.DataFrame, span: int) -> pl.DataFrame:
     """The most popular items of all events before the span that make up half of them: span, item, head."""
-    counts = whole.lazy().filter(pl.col("span") < span).group_by("item").len().sort("len", "item", descending=True)
-    ahead = pl.col("len").cum_sum() - pl.col("len")
-    top = counts.filter(ahead < pl.col("len").sum() / 2)
+    counts = events.lazy().filter(pl.col("span") < span).group_by("item").len().sort("len", "item", descending=True)
+    events_before = pl.col("len").cum_sum() - pl.col("len")
+    top = counts.filter(events_before < pl.col("len").sum() / 2)
     return top.select(pl.lit(span, pl.Int32).alias("span"), "item", pl.lit(True).alias("head")).collect()

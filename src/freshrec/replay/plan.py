@@ -13,80 +13,80 @@ import torch
 from torch import Tensor
 
 from freshrec.data.batches import due_targets
-from freshrec.data.carried import carried_by
-from freshrec.data.spans import Cut
-from freshrec.learn.fit import USUAL_EPOCHS, Fit, train
+from freshrec.data.carried import stored_interests_of
+from freshrec.data.spans import LogSplit
+from freshrec.learn.fit import EXPECTED_EPOCHS, FitConfig, train
 from freshrec.models.blend import Blend
-from freshrec.models.counted import absorb
-from freshrec.replay.replay import Cell, Settings
+from freshrec.models.counted import absorb_block
+from freshrec.replay.replay import Cell, ReplaySettings
 from freshrec.replay.tuning import alternatives
 from freshrec.strategies.ader import ADER
 from freshrec.strategies.ader_s import ADERS
 from freshrec.strategies.asmg import ASMG
 from freshrec.strategies.incctr import IncCTR
 from freshrec.strategies.plain import Absorb, Frozen, Retrain
-from freshrec.strategies.refit import TRIED, Refit
-from freshrec.strategies.rehearsed import KNOBS, Rehearsed
+from freshrec.strategies.refit import MAX_TRIAL_TARGETS, Refit
+from freshrec.strategies.rehearsed import SEARCH_SPACE, SelfTuned
 from freshrec.strategies.sml import SML
 from freshrec.strategies.spmf import SPMF
 from freshrec.types import Events, State, Strategy, TrainedModel
 
-CHOICE = 2.0  # choosing them trains about as much again
+EPOCH_SEARCH_FACTOR = 2.0  # choosing them trains about as much again
 
 
-def estimate(cells: list[Cell], cut: Cut, settings: Settings) -> pl.DataFrame:
+def estimate_cost(cells: list[Cell], cut: LogSplit, settings: ReplaySettings) -> pl.DataFrame:
     """model, strategy, seed, and CPU seconds of the base and of the updates of each cell; right to a factor of 2.
 
     The seconds of the updates include those of tuning them.
     """
-    sizes = [int(learnable(span.events).sum()) for span in cut.spans]
+    sizes = [int(trainable_mask(span.events).sum()) for span in cut.spans]
     speeds: dict[str, float] = {}
-    rows, based = [], set()
+    rows, trained_bases = [], set()
     for cell in cells:
-        if cell.model not in speeds:
-            speeds[cell.model] = speed(cell, cut)
-        base, *later = training_passes(cell.update, sizes, USUAL_EPOCHS)
+        if cell.model_name not in speeds:
+            speeds[cell.model_name] = measure_speed(cell, cut)
+        base, *later = training_passes(cell.strategy, sizes, EXPECTED_EPOCHS)
         later = later if settings.last_update else later[:-1]
-        base = 0.0 if (cell.model, cell.seed) in based else base * CHOICE
+        base = 0.0 if (cell.model_name, cell.seed) in trained_bases else base * EPOCH_SEARCH_FACTOR
         if cell.shared_fit:  # trained once for all
-            based.add((cell.model, cell.seed))
-        tuning = tuning_work(cell.update, sizes) if settings.tune else 0.0
-        seconds = (base / speeds[cell.model], (sum(later) + tuning) / speeds[cell.model])
-        rows.append((cell.model, cell.strategy, cell.seed, *seconds))
+            trained_bases.add((cell.model_name, cell.seed))
+        tuning = count_tuning_targets(cell.strategy, sizes) if settings.tune else 0.0
+        seconds = (base / speeds[cell.model_name], (sum(later) + tuning) / speeds[cell.model_name])
+        rows.append((cell.model_name, cell.strategy_name, cell.seed, *seconds))
     names = ["model", "strategy", "seed", "base_s", "updates_s"]
     return pl.DataFrame(rows, schema=names, orient="row")
 
 
-def learnable(events: Events) -> Tensor:
+def trainable_mask(events: Events) -> Tensor:
     """(E,) whether a model can be trained on an event: where the log has labels, on those that have one."""
     return torch.ones(len(events), dtype=torch.bool) if events.labels_E is None else ~events.labels_E.isnan()
 
 
-def tuning_work(strategy: Strategy, sizes: list[int]) -> float:
+def count_tuning_targets(strategy: Strategy, sizes: list[int]) -> float:
     """Targets trained on to choose knobs: from span 2 on, every alternative repeats the update of the span before."""
     choices = alternatives(strategy)
     if len(choices) < 2:
         return 0.0
-    return sum(sum(training_passes(choice, sizes, USUAL_EPOCHS)[1:-1]) for choice in choices)
+    return sum(sum(training_passes(choice, sizes, EXPECTED_EPOCHS)[1:-1]) for choice in choices)
 
 
-def speed(cell: Cell, cut: Cut, n_events: int = 10_000) -> float:
+def measure_speed(cell: Cell, cut: LogSplit, n_events: int = 10_000) -> float:
     """Targets a CPU-second that training this model passes, on the first events of the base block."""
-    model = cell.spec.build(cell.seed)
-    model = model.experts.trained if isinstance(model, Blend) else model
+    model = cell.model_spec.build(cell.seed)
+    model = model.experts.trained_model if isinstance(model, Blend) else model
     if not isinstance(model, TrainedModel):
         return float("inf")
     span = cut.spans[0]
-    some = span.events[learnable(span.events)][:n_events]
-    state = absorb(replace(State(model), seed=cell.seed), some, span.n_users, span.n_items)
+    sample = span.events[trainable_mask(span.events)][:n_events]
+    state = absorb_block(replace(State(model), seed=cell.seed), sample, span.n_users, span.n_items)
     model.grow(span.n_users, span.n_items)
-    targets = due_targets(state.recent)
-    carried = carried_by(model, None, 0)
-    epochs = train(model, targets, 2, (cell.seed, 0), carried=carried)
+    targets = due_targets(state.histories)
+    stored_interests = stored_interests_of(model, None, 0)
+    epochs = train(model, targets, 2, (cell.seed, 0), stored_interests=stored_interests)
     next(epochs)  # the first one also warms up
-    since = time.process_time()
+    started_s = time.process_time()
     next(epochs)
-    return max(len(targets), 1) / max(time.process_time() - since, 1e-6)
+    return max(len(targets), 1) / max(time.process_time() - started_s, 1e-6)
 
 
 @runtime_checkable
@@ -94,13 +94,13 @@ class HasFit(Protocol):
     """A strategy whose field `fit` says how it trains."""
 
     @property
-    def fit(self) -> Fit:
+    def fit(self) -> FitConfig:
         """Epochs, learning rate, held-out share."""
 
 
-def fine_tuning_passes(fit: Fit, sizes: list[int], base_epochs: int) -> list[float]:
+def fine_tuning_passes(fit: FitConfig, sizes: list[int], base_epochs: int) -> list[float]:
     """Targets passed in each span, epochs counted, by a strategy that trains on the new events only."""
-    return [float(sizes[0] * base_epochs)] + [float(size * fit.usual_epochs) for size in sizes[1:]]
+    return [float(sizes[0] * base_epochs)] + [float(size * fit.expected_epochs) for size in sizes[1:]]
 
 
 @singledispatch
@@ -109,7 +109,7 @@ def training_passes(strategy: Strategy, sizes: list[int], base_epochs: int) -> l
 
     By default those of fine-tuning: with the strategy's own `fit` where it has one.
     """
-    fit = strategy.fit if isinstance(strategy, HasFit) and isinstance(strategy.fit, Fit) else Fit()
+    fit = strategy.fit if isinstance(strategy, HasFit) and isinstance(strategy.fit, FitConfig) else FitConfig()
     return fine_tuning_passes(fit, sizes, base_epochs)
 
 
@@ -126,7 +126,7 @@ def _(strategy: Frozen, sizes: list[int], base_epochs: int) -> list[float]:
 @training_passes.register
 def _(strategy: Retrain, sizes: list[int], base_epochs: int) -> list[float]:
     """All remembered events, each time."""
-    n_epochs, spans = base_epochs if strategy.fresh else strategy.fit.usual_epochs, strategy.spans
+    n_epochs, spans = base_epochs if strategy.from_scratch else strategy.fit.expected_epochs, strategy.spans
     remembered = [sum(sizes[max(0, t + 1 - spans) if spans else 0 : t + 1]) for t in range(len(sizes))]
     return [float(sizes[0] * base_epochs)] + [float(size * n_epochs) for size in remembered[1:]]
 
@@ -137,12 +137,12 @@ def _(strategy: Refit, sizes: list[int], base_epochs: int) -> list[float]:
     if strategy.trains == "never":
         return [0.0] * len(sizes)
     passes = fine_tuning_passes(strategy.fit, sizes, base_epochs)
-    if strategy.anew:
+    if strategy.full_retrain:
         passes = [float(sum(sizes[: t + 1]) * base_epochs) for t in range(len(sizes))]
-    elif strategy.safe:
-        tried = TRIED * strategy.fit.usual_epochs
+    elif strategy.guard:
+        tried = MAX_TRIAL_TARGETS * strategy.fit.expected_epochs
         passes = passes[:1] + [n + 2 * 5 / 6 * min(n, tried) for n in passes[1:]]
-    return [min(n, float(strategy.passes)) for n in passes]
+    return [min(n, float(strategy.max_passes)) for n in passes]
 
 
 @training_passes.register
@@ -151,7 +151,7 @@ def _(strategy: SPMF, sizes: list[int], base_epochs: int) -> list[float]:
     base, *later = fine_tuning_passes(strategy.fit, sizes, base_epochs)
     if strategy.take == "all":
         return [base, *(n * (1 + strategy.share) for n in later)]
-    return [base, *(n + strategy.size(sizes[0]) * strategy.fit.epochs for n in later)]
+    return [base, *(n + strategy.reservoir_size(sizes[0]) * strategy.fit.epochs for n in later)]
 
 
 @training_passes.register
@@ -166,7 +166,7 @@ def _(strategy: ADER, sizes: list[int], base_epochs: int) -> list[float]:
     """The new events of each span, and the exemplars of all spans before it."""
     base, *later = fine_tuning_passes(strategy.fit, sizes, base_epochs)
     kept = [min(strategy.exemplars, sum(sizes[:t])) for t in range(1, len(sizes))]
-    return [base, *(n + m * strategy.fit.usual_epochs for n, m in zip(later, kept))]
+    return [base, *(n + m * strategy.fit.expected_epochs for n, m in zip(later, kept))]
 
 
 @training_passes.register
@@ -174,16 +174,16 @@ def _(strategy: ADERS, sizes: list[int], base_epochs: int) -> list[float]:
     """The new events of each span, and at most `share` of the pool, taken to hold a sequence per two events."""
     base, *later = fine_tuning_passes(strategy.fit, sizes, base_epochs)
     pools = [strategy.share * sum(sizes[:t]) / 2 for t in range(1, len(sizes))]
-    return [base, *(n + m * strategy.fit.usual_epochs for n, m in zip(later, pools))]
+    return [base, *(n + m * strategy.fit.expected_epochs for n, m in zip(later, pools))]
 
 
 @training_passes.register
 def _(strategy: SML, sizes: list[int], base_epochs: int) -> list[float]:
     """Those of fine-tuning; the end of a stage from the second update on; the base block's rehearsals."""
-    passes, epochs = fine_tuning_passes(strategy.fit, sizes, base_epochs), strategy.fit.usual_epochs
+    passes, epochs = fine_tuning_passes(strategy.fit, sizes, base_epochs), strategy.fit.expected_epochs
     again, learning = (strategy.rounds - 1) * epochs, strategy.rounds * strategy.transfer_epochs
-    if strategy.rehearsals and strategy.fits_network_on(0):
-        n, n_base = strategy.rehearsals, max(1, strategy.rehearsals // 3)
+    if strategy.base_parts and strategy.fits_network_on(0):
+        n, n_base = strategy.base_parts, max(1, strategy.base_parts // 3)
         stages = (n - n_base - 1) * (epochs + again + learning)
         passes[0] += sizes[0] / n * (n_base * base_epochs + stages)
     for t in range(2, len(sizes)):
@@ -199,20 +199,20 @@ def _(strategy: ASMG, sizes: list[int], base_epochs: int) -> list[float]:
     lengths = [min(max(t - 1, 0), strategy.k or t) for t in range(len(sizes))]
     spans = [min(length, 1) if strategy.loss == "last" else length for length in lengths]
     passes = [n + strategy.epochs * n_spans * size for n, n_spans, size in zip(chain, spans, sizes)]
-    if strategy.rehearsals:
-        part, n_base = sizes[0] // strategy.rehearsals, max(1, strategy.rehearsals // 3)
-        parts = [n_base * part] + [part] * (strategy.rehearsals - n_base)
-        passes[0] += sum(training_passes(replace(strategy, rehearsals=0), parts, base_epochs))
+    if strategy.base_parts:
+        part, n_base = sizes[0] // strategy.base_parts, max(1, strategy.base_parts // 3)
+        parts = [n_base * part] + [part] * (strategy.base_parts - n_base)
+        passes[0] += sum(training_passes(replace(strategy, base_parts=0), parts, base_epochs))
     return passes
 
 
 @training_passes.register
-def _(strategy: Rehearsed, sizes: list[int], base_epochs: int) -> list[float]:
+def _(strategy: SelfTuned, sizes: list[int], base_epochs: int) -> list[float]:
     """Those of fine-tuning, at most half as many again, and the rehearsals of the base block."""
     base, *later = fine_tuning_passes(strategy.fit, sizes, base_epochs)
-    part, n_base = sizes[0] / max(strategy.rehearsals, 1), max(1, strategy.rehearsals // 3)
-    n_chains = 1 + sum(map(len, KNOBS.values()))
-    if strategy.rehearsals:
-        n_stages = strategy.rehearsals - n_base - 1
+    part, n_base = sizes[0] / max(strategy.base_parts, 1), max(1, strategy.base_parts // 3)
+    n_chains = 1 + sum(map(len, SEARCH_SPACE.values()))
+    if strategy.base_parts:
+        n_stages = strategy.base_parts - n_base - 1
         base += part * (n_base * base_epochs + n_chains * n_stages * strategy.fit.epochs)
     return [base, *(1.5 * n for n in later)]

@@ -13,13 +13,13 @@ import tomli_w
 from annotated_types import MinLen
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from freshrec.config import Count, CountOrNone, check_options, option_error
+from freshrec.config import Count, CountOrZero, check_options, option_error
 from freshrec.data.split_config import SplitConfig
 from freshrec.data.world_size import WorldSize
-from freshrec.errors import OptionError, unknown
+from freshrec.errors import OptionError, unknown_name_error
 
 Words = tuple[str, ...]
-Equal = Literal["users", "targets", "pooled"]  # what weighs equally: within a span, or targets over all spans
+Averaging = Literal["users", "targets", "pooled"]  # what weighs equally: within a span, or targets over all spans
 Unseen = Literal["miss", "drop"]
 Cadence = Annotated[  # a number or a list of them
     tuple[Count, ...],
@@ -51,7 +51,7 @@ class LogRecipe:
     exposures: Annotated[
         bool, Field(description="Keep exposures without a click (label 0), for models that predict clicks.")
     ] = False
-    users: Annotated[CountOrNone, Field(description="Keep a seeded sample of this many whole users; 0 = all.")] = 0
+    users: Annotated[CountOrZero, Field(description="Keep a seeded sample of this many whole users; 0 = all.")] = 0
     until: Annotated[
         str,
         Field(description="Leave out events from this moment on: ISO 8601 (UTC unless it has a zone), or a period."),
@@ -78,7 +78,7 @@ class ReplayRecipe:
     strategies: Annotated[Words, Field(description="Strategies, as in finetune,imsr:retain.weight=1.")] = (
         "refit", "frozen", "finetune", "full", "imsr",
     )  # fmt: skip
-    also: Annotated[Words, Field(description="Further pairs, as in comirec-dr-k1/finetune.")] = ()
+    extra_pairs: Annotated[Words, Field(description="Further pairs, as in comirec-dr-k1/finetune.")] = ()
     controls: Annotated[Words, Field(description="Controls to run beside the models; all unless given.")] = field(
         default_factory=control_names
     )
@@ -86,13 +86,14 @@ class ReplayRecipe:
     cadence: Annotated[  # with several, trained models are replayed at the first only
         Cadence, Field(description="Blocks per span; counting models learn after each. 1,4 for both.")
     ] = (1,)
-    min_history: Annotated[CountOrNone, Field(description="Events that a user needs before a target.")] = 1
+    min_history: Annotated[CountOrZero, Field(description="Events that a user needs before a target.")] = 1
     tune: Annotated[bool, Field(description="Choose the options of each update on the span before.")] = False
     unseen: Annotated[
         Unseen, Field(description="Targets whose items are new to all: counted as a miss, or dropped.")
     ] = "miss"
-    mean: Annotated[
-        Equal, Field(description="What weighs equally within a span: users or targets; pooled = all targets together.")
+    averaging: Annotated[
+        Averaging,
+        Field(description="What weighs equally within a span: users or targets; pooled = all targets together."),
     ] = "users"
     from_span: Annotated[Count, Field(description="First span of means and tests; earlier ones are shown alone.")] = 1
     last_update: Annotated[
@@ -117,7 +118,7 @@ class Recipe:
 
 def load_recipe(path: Path) -> Recipe:
     """The recipe in a TOML file, and what it extends. OptionError where it is no TOML, or has an unknown key."""
-    return recipe_from(_tables(path, ()))
+    return parse_recipe(_tables(path, ()))
 
 
 def _tables(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
@@ -132,7 +133,9 @@ def _tables(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     if parent is None:
         return tables
     if not (path.parent / f"{parent}.toml").exists():
-        raise unknown(f"recipe beside {path}", str(parent), [file.stem for file in path.parent.glob("*.toml")])
+        raise unknown_name_error(
+            f"recipe beside {path}", str(parent), [file.stem for file in path.parent.glob("*.toml")]
+        )
     return merged(_tables(path.parent / f"{parent}.toml", (*children, path)), tables)
 
 
@@ -145,7 +148,7 @@ def merged(tables: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
     return both
 
 
-def recipe_from(tables: dict[str, Any]) -> Recipe:
+def parse_recipe(tables: dict[str, Any]) -> Recipe:
     """The recipe of nested dictionaries. OptionError with the nearest valid key or value."""
     try:
         return TypeAdapter(Recipe).validate_python(tables)

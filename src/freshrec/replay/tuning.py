@@ -9,9 +9,9 @@ from functools import singledispatch
 
 import torch
 
-from freshrec.learn.fit import Fit
+from freshrec.learn.fit import FitConfig
 from freshrec.models.scoring import history_length
-from freshrec.replay.measure import Asked, Block, queries_of, rank_queries
+from freshrec.replay.measure import QueryOptions, SpanBlock, make_queries, rank_queries
 from freshrec.strategies.ader import ADER
 from freshrec.strategies.ader_s import ADERS
 from freshrec.strategies.asmg import ASMG
@@ -37,8 +37,8 @@ def tune(
     since, qualities = time.process_time(), []
     for choice in choices:
         state = choice.update(before, last)
-        block = Block(span.events, 0, span.n_users, last.n_items)
-        queries = queries_of(state.recent, block, history_length(state.model), Asked(VALID, min_history))
+        block = SpanBlock(span.events, 0, span.n_users, last.n_items)
+        queries = make_queries(state.histories, block, history_length(state.model), QueryOptions(VALID, min_history))
         ranks_N = rank_queries(state, queries)
         qualities.append(float(((ranks_N <= 20) / torch.log2(1 + ranks_N)).nan_to_num(0.0).mean()))
     best = max(range(len(qualities)), key=qualities.__getitem__)
@@ -61,7 +61,7 @@ def _(strategy: FineTune | SPMF | ASMG | ADERS | SML) -> tuple[Strategy, ...]:
 
 @alternatives.register
 def _(strategy: Retrain) -> tuple[Strategy, ...]:
-    if strategy.fresh:  # it trains as was chosen for the base block
+    if strategy.from_scratch:  # it trains as was chosen for the base block
         return (strategy,)
     return tuple(replace(strategy, fit=fit) for fit in fit_grid(strategy.fit))
 
@@ -96,7 +96,7 @@ def _(strategy: IMSR) -> tuple[Strategy, ...]:
     return tuple(replace(strategy, fit=f, retain=replace(retain, weight=w)) for f, w in zip(fits, weights))
 
 
-def fit_grid(fit: Fit) -> list[Fit]:
+def fit_grid(fit: FitConfig) -> list[FitConfig]:
     """`fit` first, then 5, 2 or 10 epochs, at the model's learning rate or 0.3 of it; six in all.
 
     Where targets are held out, the number of epochs chooses itself, and there are six learning rates.

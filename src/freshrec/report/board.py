@@ -10,20 +10,20 @@ from rich.live import Live
 from rich.table import Table
 
 from freshrec.learn.clicks import auc
-from freshrec.replay.metrics import evaluate, per_user
+from freshrec.replay.metrics import compute_metrics, mean_per_user
 from freshrec.replay.replay import Cell
 from freshrec.replay.results import read_costs, read_ranks
 
 
-class Board:
+class ProgressBoard:
     """ndcg@20, or the AUC, of each cell and span as they come in: a live table on a terminal, plain lines elsewhere."""
 
     def __init__(
         self, cells: list[Cell], spans: list[int], out: Path, console: Console, metric: str = "ndcg@20"
     ) -> None:
         self.cells, self.spans, self.out, self.console, self.metric = cells, spans, out, console, metric
-        self.seen: dict[tuple[str, int], str] = {}
-        self.since = time.monotonic()
+        self.quality_by_span: dict[tuple[str, int], str] = {}
+        self.started_s = time.monotonic()
         self._live: Live | None = None
 
     def live(self) -> Live:
@@ -31,39 +31,39 @@ class Board:
         self._live = Live(self._table(), console=self.console, auto_refresh=False, transient=True)
         return self._live
 
-    def tell(self, cell: Cell, span: int) -> None:
+    def report_span(self, cell: Cell, span: int) -> None:
         """A cell has finished a span."""
-        file = self.out / cell.name / f"span-{span}.parquet"
-        cost = read_costs(self.out / cell.name / f"costs-{span}.json").get("update_cpu_s", 0.0)
+        file = self.out / cell.folder_name / f"span-{span}.parquet"
+        cost = read_costs(self.out / cell.folder_name / f"costs-{span}.json").get("update_cpu_s", 0.0)
         quality = ""
         if file.exists():
             tested = read_ranks(file).filter((pl.col("after") == span - 1) & (pl.col("readout") == "recent"))
-            quality = f"{100 * _quality(tested):.2f}" if len(tested) else "-"
-        self.seen[cell.name, span] = quality
+            quality = f"{100 * _mean_quality(tested):.2f}" if len(tested) else "-"
+        self.quality_by_span[cell.folder_name, span] = quality
         if self.console.is_terminal and self._live is not None:
             self._live.update(self._table(), refresh=True)
             return
-        done, total = len(self.seen), len(self.cells) * (len(self.spans) + 1)
-        passed = time.monotonic() - self.since
-        text = f"{cell.model} {cell.strategy} seed {cell.seed} span {span}: {self.metric} {quality or '-'} %"
+        done, total = len(self.quality_by_span), len(self.cells) * (len(self.spans) + 1)
+        elapsed_s = time.monotonic() - self.started_s
+        text = f"{cell.model_name} {cell.strategy_name} seed {cell.seed} span {span}: {self.metric} {quality or '-'} %"
         text += f", {cost:.1f} CPU-s"
-        print(f"[{done}/{total}, {passed:.0f} s] {text}", file=sys.stderr, flush=True)  # noqa: T201
+        print(f"[{done}/{total}, {elapsed_s:.0f} s] {text}", file=sys.stderr, flush=True)  # noqa: T201
 
     def _table(self) -> Table:
-        table = Table(title=f"{self.metric} in %, {time.monotonic() - self.since:.0f} s", title_justify="left")
+        table = Table(title=f"{self.metric} in %, {time.monotonic() - self.started_s:.0f} s", title_justify="left")
         for head in ("model", "strategy", "seed", *(f"span {span}" for span in self.spans)):
             table.add_column(head, justify="right" if head.startswith("s") else "left")
         for cell in self.cells:
-            values = [self.seen.get((cell.name, span), "") for span in self.spans]
-            table.add_row(cell.model, cell.strategy, str(cell.seed), *values)
+            values = [self.quality_by_span.get((cell.folder_name, span), "") for span in self.spans]
+            table.add_row(cell.model_name, cell.strategy_name, str(cell.seed), *values)
         return table
 
 
-def _quality(tested: pl.DataFrame) -> float:
+def _mean_quality(tested: pl.DataFrame) -> float:
     """The mean ndcg@20 over users, or the AUC of all events."""
     if "p" in tested.columns:
         return auc(tested["label"].to_numpy(), tested["p"].to_numpy())
-    _, values_U1 = per_user(tested["user"].to_numpy(), evaluate(tested["rank"].to_numpy(), ["ndcg@20"]))
+    _, values_U1 = mean_per_user(tested["user"].to_numpy(), compute_metrics(tested["rank"].to_numpy(), ["ndcg@20"]))
     return float(values_U1.mean())
 
 

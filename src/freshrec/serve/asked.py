@@ -9,38 +9,38 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from freshrec.serve.list_request import DEFAULTS, ListRequest, help_of, lower_bound
 
-MOST_K, MOST_USERS, MOST_EVENTS, MOST_IDS, MOST_PENALTY = 500, 256, 1000, 1000, 1e6
-ID_LENGTH = 256
-PLAIN = r"^[^\x00-\x1f\x7f]*$"  # an id is one line
-LEAST, GREATEST = -(2**63), 2**63 - 1  # of ids that are numbers
+MAX_K, MAX_USERS, MAX_EVENTS, MAX_IDS, MOST_PENALTY = 500, 256, 1000, 1000, 1e6
+MAX_ID_LENGTH = 256
+ID_PATTERN = r"^[^\x00-\x1f\x7f]*$"  # an id is one line
+MIN_INT_ID, MAX_INT_ID = -(2**63), 2**63 - 1  # of ids that are numbers
 
-Text = Annotated[str, Field(min_length=1, max_length=ID_LENGTH, pattern=PLAIN)]
-Id = Annotated[int, Field(ge=LEAST, le=GREATEST, strict=True)] | Text
-Ids = Annotated[list[Id], Field(max_length=MOST_IDS)]
+ShortText = Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH, pattern=ID_PATTERN)]
+Id = Annotated[int, Field(ge=MIN_INT_ID, le=MAX_INT_ID, strict=True)] | ShortText
+IdList = Annotated[list[Id], Field(max_length=MAX_IDS)]
 
 # The fields of `ListRequest`: its bounds, and the limits of a server, which must not work for one request too long.
-Many = Annotated[int, Field(ge=lower_bound("k"), le=MOST_K, description=help_of("k"))]
+ListLength = Annotated[int, Field(ge=lower_bound("k"), le=MAX_K, description=help_of("k"))]
 Seen = Annotated[bool, Field(description=help_of("exclude_seen"))]
-Allowed = Annotated[Ids | None, Field(description=help_of("allow"))]
-Denied = Annotated[Ids, Field(description=help_of("deny"))]
-Category = Annotated[Text | None, Field(description=help_of("category"))]
-Penalty = Annotated[
+Allowed = Annotated[IdList | None, Field(description=help_of("allow"))]
+Denied = Annotated[IdList, Field(description=help_of("deny"))]
+Category = Annotated[ShortText | None, Field(description=help_of("category"))]
+DiversityWeight = Annotated[
     float,
     Field(ge=lower_bound("diversity"), le=MOST_PENALTY, allow_inf_nan=False, description=help_of("diversity")),
 ]
 
 
-class Asked(BaseModel):
+class RecommendRequest(BaseModel):
     """A batch of users, and what their lists may hold: the fields of `ListRequest`."""
 
     model_config = ConfigDict(extra="forbid")
-    users: Annotated[list[Id], Field(min_length=1, max_length=MOST_USERS)]
-    k: Many = DEFAULTS.k
+    users: Annotated[list[Id], Field(min_length=1, max_length=MAX_USERS)]
+    k: ListLength = DEFAULTS.k
     exclude_seen: Seen = DEFAULTS.exclude_seen
     allow: Allowed = None
     deny: Denied = []
     category: Category = None
-    diversity: Penalty = DEFAULTS.diversity
+    diversity: DiversityWeight = DEFAULTS.diversity
 
     def to_request(self) -> ListRequest:
         """The options of the lists."""
@@ -53,7 +53,7 @@ def _of_one_kind(ids: list[int | str]) -> tuple[int | str, ...]:
     return tuple(ids) if all(isinstance(one, int) for one in ids) else tuple(map(str, ids))
 
 
-class Happened(BaseModel):
+class ClickIn(BaseModel):
     """A click, or whatever the log counts as taking an item."""
 
     model_config = ConfigDict(extra="forbid")
@@ -62,17 +62,17 @@ class Happened(BaseModel):
     timestamp: datetime | None = None  # seconds or milliseconds since 1970, or ISO 8601; now unless given
     event_id: Id | None = None
     category: Id | None = None
-    event: Text | None = None
+    event: ShortText | None = None
 
 
-class Clicks(BaseModel):
+class ClicksRequest(BaseModel):
     """Clicks, which change their users' lists at once."""
 
     model_config = ConfigDict(extra="forbid")
-    events: Annotated[list[Happened], Field(min_length=1, max_length=MOST_EVENTS)]
+    events: Annotated[list[ClickIn], Field(min_length=1, max_length=MAX_EVENTS)]
 
 
-class Move(BaseModel):
+class RollbackRequest(BaseModel):
     """Which version is to be live, and why."""
 
     model_config = ConfigDict(extra="forbid")
@@ -80,7 +80,7 @@ class Move(BaseModel):
     reason: Annotated[str, Field(max_length=500)] = ""
 
 
-class Item(BaseModel):
+class RankedItem(BaseModel):
     """An item of a list."""
 
     item_id: int | str
@@ -89,40 +89,40 @@ class Item(BaseModel):
     fallback: str | None = None  # why the item is there, where the model did not choose it
 
 
-class Listed(BaseModel):
+class UserList(BaseModel):
     """A user's list."""
 
     user_id: int | str
-    items: list[Item]
+    items: list[RankedItem]
     fallback: str | None = None  # why some of the items were not chosen by the model, or all
 
 
-class Recommended(BaseModel):
+class RecommendResponse(BaseModel):
     """A user's list, and the version that made it."""
 
     version: int
     user_id: int | str
-    items: list[Item]
+    items: list[RankedItem]
     fallback: str | None = None
 
 
-class Batch(BaseModel):
+class BatchRecommendResponse(BaseModel):
     """Lists of several users, all of one version."""
 
     version: int
-    lists: list[Listed]
+    lists: list[UserList]
 
 
-class Similar(BaseModel):
+class SimilarResponse(BaseModel):
     """The items most like one."""
 
     version: int
     item_id: int | str
-    items: list[Item]
+    items: list[RankedItem]
     fallback: str | None = None
 
 
-class Acknowledged(BaseModel):
+class ClickAcknowledgement(BaseModel):
     """What became of a click: it is on the disk, and in its user's history if `folded`."""
 
     event_id: str | None
@@ -132,33 +132,33 @@ class Acknowledged(BaseModel):
     why: str | None = None  # it is not folded in
 
 
-class Taken(BaseModel):
+class ClicksResponse(BaseModel):
     """What became of clicks."""
 
     version: int
     accepted: int
     known: int
-    events: list[Acknowledged]
+    events: list[ClickAcknowledgement]
 
 
-class Past(BaseModel):
+class PastEvent(BaseModel):
     """Something that a user took."""
 
     item_id: int | str
     at: str | int
 
 
-class Interest(BaseModel):
+class InterestCard(BaseModel):
     """What a user is interested in."""
 
     title: str
-    items: list[Item]
-    events: list[Past]
+    items: list[RankedItem]
+    events: list[PastEvent]
     born_span: int | None = None
     used_span: int | None = None
 
 
-class Person(BaseModel):
+class UserProfile(BaseModel):
     """What is known of a user."""
 
     version: int
@@ -167,23 +167,23 @@ class Person(BaseModel):
     n_fresh: int  # of these, events that no version has yet
     first_span: int | None
     last_span: int | None
-    events: list[Past]
-    interests: list[Interest]
+    events: list[PastEvent]
+    interests: list[InterestCard]
     kind: str  # of the interests, in words
 
 
-class Changed(BaseModel):
+class ListChanges(BaseModel):
     """How a user's list differs from that of the version before."""
 
     version: int
     before: int
-    came: list[Item]
-    left: list[Item]
+    came: list[RankedItem]
+    left: list[RankedItem]
     moved: list[dict[str, Any]]
     interests: list[int | None]
 
 
-class Reason(BaseModel):
+class ExplanationReason(BaseModel):
     """Something that speaks for an item."""
 
     source: str
@@ -192,17 +192,17 @@ class Reason(BaseModel):
     because: int | str | None = None
 
 
-class Explained(BaseModel):
+class ExplanationResponse(BaseModel):
     """Why a user is offered an item."""
 
     version: int
     user_id: int | str
     item_id: int | str
     offered: bool
-    reasons: list[Reason]
+    reasons: list[ExplanationReason]
 
 
-class About(BaseModel):
+class VersionInfo(BaseModel):
     """The live version."""
 
     version: int
@@ -222,7 +222,7 @@ class About(BaseModel):
     has_token: bool  # whether this server lets somebody with its token roll back and erase
 
 
-class Said(BaseModel):
+class ErrorDetail(BaseModel):
     """One sentence."""
 
     detail: str

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from freshrec.errors import IncompatibleError, OptionError
 from freshrec.models.scoring import item_vectors, user_vectors
-from freshrec.serve.answers import Version
-from freshrec.serve.index import built
-from freshrec.serve.recommend import vectors_of_users
+from freshrec.serve.answers import LoadedVersion
+from freshrec.serve.index import build_index
+from freshrec.serve.recommend import user_vector_batches
 from freshrec.types import Batch, InterestModel, VectorModel
 
 
-def export(version: Version, folder: Path, with_onnx: bool = False) -> dict[str, Any]:
+def export_version(version: LoadedVersion, folder: Path, with_onnx: bool = False) -> dict[str, Any]:
     """Write a version's ids, vectors and index into a new folder, and a note of what is there.
 
     items.parquet and users.parquet hold ids by row; item_vectors.npy is (items, D), user_vectors.npy (vectors, D), of
@@ -42,10 +42,10 @@ def export(version: Version, folder: Path, with_onnx: bool = False) -> dict[str,
     np.save(folder / "user_vectors.npy", vectors_SD)
     ids = served.users.frame.select("id", row=pl.int_range(1, pl.len() + 1))
     ids.with_columns(first=pl.Series(first_U), vectors=pl.Series(n_U)).write_parquet(folder / "users.parquet")
-    _write_index(built(item_vectors(model)), folder / "items.faiss")
-    about: dict[str, Any] = {
+    _write_index(build_index(item_vectors(model)), folder / "items.faiss")
+    summary: dict[str, Any] = {
         "version": version.number,
-        "model": version.kept.names[0],
+        "model": version.bundle.names[0],
         "dimensions": items_ID.shape[1],
         "items": n_items,
         "users": len(served.users),
@@ -54,18 +54,18 @@ def export(version: Version, folder: Path, with_onnx: bool = False) -> dict[str,
         "files": ["items.parquet", "item_vectors.npy", "users.parquet", "user_vectors.npy", "items.faiss"],
     }
     if with_onnx:
-        inputs = write_tower(version, folder / "user_tower.onnx")
-        about["files"].append("user_tower.onnx")
-        about["user_tower"] = {"inputs": inputs, "outputs": ["vectors"], "history": model.spec.length}
-    (folder / "about.json").write_text(json.dumps(about, indent=1))
-    return about
+        inputs = write_user_tower(version, folder / "user_tower.onnx")
+        summary["files"].append("user_tower.onnx")
+        summary["user_tower"] = {"inputs": inputs, "outputs": ["vectors"], "history": model.spec.length}
+    (folder / "about.json").write_text(json.dumps(summary, indent=1))
+    return summary
 
 
-def vectors_of_all_users(version: Version) -> tuple[np.ndarray, list[int], list[int]]:
+def vectors_of_all_users(version: LoadedVersion) -> tuple[np.ndarray, list[int], list[int]]:
     """The vectors of all users as they would be asked now, one user after the other; the first of each, how many."""
     users_N = torch.arange(1, len(version.served.users) + 1)
     found: dict[int, Tensor] = {}
-    for which, batch, vectors_BKD in vectors_of_users(version.served, users_N):
+    for which, batch, vectors_BKD in user_vector_batches(version.served, users_N):
         n_B = [vectors_BKD.shape[1]] * len(which) if batch.alive_BK is None else batch.alive_BK.sum(1).tolist()
         for row, user in enumerate(which.tolist()):
             found[user] = vectors_BKD[row, : n_B[row]]
@@ -74,7 +74,7 @@ def vectors_of_all_users(version: Version) -> tuple[np.ndarray, list[int], list[
     return torch.cat([found[user] for user in range(len(users_N))]).numpy(), first_U, n_U
 
 
-class Tower(nn.Module):
+class UserTower(nn.Module):
     """A model's vectors of users, as a function of tensors alone."""
 
     def __init__(self, model: Any) -> None:
@@ -89,7 +89,7 @@ class Tower(nn.Module):
         return user_vectors(self.model, Batch(users_B, history_BT))
 
 
-def write_tower(version: Version, path: Path) -> list[str]:
+def write_user_tower(version: LoadedVersion, path: Path) -> list[str]:
     """The user tower as ONNX, for any number of users: history, and stored interests, to vectors; its inputs.
 
     A history has the model's whole length, 0 on the left where it is shorter. OptionError without the libraries.
@@ -111,7 +111,7 @@ def write_tower(version: Version, path: Path) -> list[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's own exporter, about itself
         program = torch.onnx.export(
-            Tower(model).eval(),
+            UserTower(model).eval(),
             example,
             dynamo=True,
             input_names=names,

@@ -15,11 +15,11 @@ from urllib.parse import quote, urlsplit
 
 import numpy as np
 
-CLIENTS = 32  # connections, at most so many requests at a time
+N_CONNECTIONS = 32  # connections, at most so many requests at a time
 
 
 @dataclass(frozen=True)
-class Borne:
+class LoadReport:
     """How a server bore a load; times in milliseconds, from when a request was due to when its answer was whole."""
 
     asked: int
@@ -34,56 +34,58 @@ class Borne:
     versions: tuple[int, ...]
 
 
-def bear(url: str, users: Sequence[str], rate: float, seconds: float, k: int, token: str = "") -> Borne:
+def generate_load(url: str, users: Sequence[str], rate: float, seconds: float, k: int, token: str = "") -> LoadReport:
     """Ask for lists of random users, at random moments, `rate` a second."""
-    source, due = random.Random(0), queue.Queue[tuple[float, str] | None]()
+    source, requests = random.Random(0), queue.Queue[tuple[float, str] | None]()
     found: list[tuple[float, float, str, int]] = []
-    workers = [threading.Thread(target=_client, args=(url, due, found, k, token)) for _ in range(CLIENTS)]
+    workers = [
+        threading.Thread(target=_run_client, args=(url, requests, found, k, token)) for _ in range(N_CONNECTIONS)
+    ]
     for worker in workers:
         worker.start()
-    begin = time.perf_counter() + 0.2
-    moment, end = begin, begin + seconds
+    started_s = time.perf_counter() + 0.2
+    due_s, end_s = started_s, started_s + seconds
     n_asked = 0
-    while (moment := moment + source.expovariate(rate)) < end:
-        time.sleep(max(0.0, moment - time.perf_counter()))
-        due.put((moment, source.choice(users)))
+    while (due_s := due_s + source.expovariate(rate)) < end_s:
+        time.sleep(max(0.0, due_s - time.perf_counter()))
+        requests.put((due_s, source.choice(users)))
         n_asked += 1
     for _ in workers:
-        due.put(None)
+        requests.put(None)
     for worker in workers:
         worker.join()
-    good = np.array([took for took, _, status, _ in found if status == "200"] or [np.nan])
+    latencies_ms = np.array([took for took, _, status, _ in found if status == "200"] or [np.nan])
     late = np.array([late for _, late, _, _ in found] or [np.nan])
-    p50, p95, p99 = (float(np.percentile(good, q)) for q in (50, 95, 99))
-    return Borne(
+    p50, p95, p99 = (float(np.percentile(latencies_ms, q)) for q in (50, 95, 99))
+    return LoadReport(
         asked=n_asked,
         answered=sum(status == "200" for _, _, status, _ in found),
         wrong=dict(Counter(status for _, _, status, _ in found if status != "200")),
-        rate=len(found) / max(1e-9, time.perf_counter() - begin),
+        rate=len(found) / max(1e-9, time.perf_counter() - started_s),
         p50=p50,
         p95=p95,
         p99=p99,
-        most=float(good.max()),
+        most=float(latencies_ms.max()),
         late=float(np.percentile(late, 99)),
         versions=tuple(sorted({version for _, _, _, version in found if version})),
     )
 
 
-def _client(
+def _run_client(
     url: str,
-    due: queue.Queue[tuple[float, str] | None],
+    requests: queue.Queue[tuple[float, str] | None],
     found: list[tuple[float, float, str, int]],
     k: int,
     token: str,
 ) -> None:
     """Ask for what is due, one request after the other, through one connection."""
-    place = urlsplit(url)
-    assert place.hostname is not None
-    connection = HTTPConnection(place.hostname, place.port, timeout=30)
+    address = urlsplit(url)
+    assert address.hostname is not None
+    connection = HTTPConnection(address.hostname, address.port, timeout=30)
     headers = {"authorization": f"Bearer {token}"} if token else {}
-    while (asked := due.get()) is not None:
-        moment, user = asked
-        late, version = (time.perf_counter() - moment) * 1e3, 0
+    while (request := requests.get()) is not None:
+        due_s, user = request
+        late, version = (time.perf_counter() - due_s) * 1e3, 0
         try:
             connection.request("GET", f"/recommend/{quote(user, safe='')}?k={k}", headers=headers)
             answer = connection.getresponse()
@@ -93,5 +95,5 @@ def _client(
         except (OSError, HTTPException) as why:
             status = type(why).__name__
             connection.close()
-        found.append(((time.perf_counter() - moment) * 1e3, late, status, version))
+        found.append(((time.perf_counter() - due_s) * 1e3, late, status, version))
     connection.close()

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from freshrec.data.log import format_time
 from freshrec.models.blend import Blend
-from freshrec.models.pairs import Pairs
+from freshrec.models.pairs import ItemKNN
 from freshrec.models.scoring import item_vectors, user_vectors
-from freshrec.serve.fresh import asked_of
+from freshrec.serve.fresh import current_targets
 from freshrec.serve.list_request import Id, ListRequest
-from freshrec.serve.reading import resolve_request, rows_of
-from freshrec.serve.recommend import Served, batch_of_user, best_items
+from freshrec.serve.reading import column_tensor, resolve_request
+from freshrec.serve.recommend import ServedState, top_items, user_batch
 from freshrec.types import InterestModel, VectorModel
 
 N_ITEMS = 10  # items and events shown per interest
@@ -55,10 +55,10 @@ class Profile:
     kind: str  # what the interests are, in words
 
 
-def profile_of(served: Served, row: int, has_clock: bool) -> Profile:
+def profile_of(served: ServedState, row: int, has_clock: bool) -> Profile:
     """The profile of a user, by row; not of a stranger, row 0. `has_clock`: whether the log's times are a clock's."""
-    ends = asked_of(served.counts.recent, served.fresh, torch.tensor([row]))
-    rows = slice(int(ends.from_N), int(ends.rows_N))
+    ends = current_targets(served.counts.histories, served.overlay, torch.tensor([row]))
+    rows = slice(int(ends.first_row_N), int(ends.rows_N))
     items_T, times_T = ends.histories.items_R[rows].long(), ends.histories.times_R[rows]
     order_T = times_T.argsort(stable=True)
     items_T, times_T = items_T[order_T], times_T[order_T]
@@ -66,51 +66,51 @@ def profile_of(served: Served, row: int, has_clock: bool) -> Profile:
     is_in_catalog = row <= len(served.users)
     about = served.users.frame.row(row - 1, named=True) if is_in_catalog else {"first_span": None, "last_span": None}
     kind, interests = _interests(served, row, items_T, events)
-    n_fresh = len(served.fresh.clicks.get(row, ()))
+    n_fresh = len(served.overlay.clicks.get(row, ()))
     return Profile(n_fresh, about["first_span"], about["last_span"], events, interests, kind)
 
 
-def _past_events(served: Served, items_T: Tensor, times_T: Tensor, has_clock: bool) -> list[PastEvent]:
+def _past_events(served: ServedState, items_T: Tensor, times_T: Tensor, has_clock: bool) -> list[PastEvent]:
     times = times_T.tolist()
     when = map(format_time, times) if has_clock else times
     return [PastEvent(item, at) for item, at in zip(served.items.ids(items_T), when)]
 
 
-def _interests(served: Served, row: int, items_T: Tensor, events: list[PastEvent]) -> tuple[str, list[Interest]]:
+def _interests(served: ServedState, row: int, items_T: Tensor, events: list[PastEvent]) -> tuple[str, list[Interest]]:
     """What the interests are, in words, and the interests: the user's vectors, or groups of the items of the list."""
-    model = served.now.model
+    model = served.current_state.model
     if isinstance(model, VectorModel):
         return _interests_of_vectors(served, model, row, items_T, events)
     counter = model.experts.counters["item-knn"] if isinstance(model, Blend) else model
-    if isinstance(counter, Pairs):
+    if isinstance(counter, ItemKNN):
         return _interests_of_pairs(served, counter, row, items_T, events)
     return "this model has no interests: it knows what is popular, or what the user had", []
 
 
 def _interests_of_pairs(
-    served: Served, counter: Pairs, row: int, items_T: Tensor, events: list[PastEvent]
+    served: ServedState, counter: ItemKNN, row: int, items_T: Tensor, events: list[PastEvent]
 ) -> tuple[str, list[Interest]]:
     """The items of the user's list, in groups by the past event that speaks most for each."""
     user_1 = torch.tensor([row])
-    found = best_items(served, user_1, resolve_request(served, ListRequest(k=N_LISTED)))
-    batch, groups = batch_of_user(served, user_1), dict[int, list[int]]()
+    found = top_items(served, user_1, resolve_request(served, ListRequest(k=N_LISTED)))
+    batch, groups = user_batch(served, user_1), dict[int, list[int]]()
     for at, item in enumerate(found["item"]):
-        groups.setdefault(counter.because(batch, item), []).append(at)
+        groups.setdefault(counter.most_influential_item(batch, item), []).append(at)
     interests = []
     for because, places in sorted(groups.items(), key=lambda group: (group[0] == 0, -len(group[1]))):
         name = served.items.ids(torch.tensor([because]))[0] if because else None
         title = f"because of {name}" if because else "liked by others who are alike, or by all"
         which = torch.tensor(places)[:N_ITEMS]
-        items = _scored(served, rows_of(found)[which], rows_of(found, "score")[which])
+        items = _scored(served, column_tensor(found)[which], column_tensor(found, "score")[which])
         interests.append(Interest(title, items, _at(events, items_T == because)))
     return "items of the list, by the event that speaks most for them", interests
 
 
 def _interests_of_vectors(
-    served: Served, model: VectorModel, row: int, items_T: Tensor, events: list[PastEvent]
+    served: ServedState, model: VectorModel, row: int, items_T: Tensor, events: list[PastEvent]
 ) -> tuple[str, list[Interest]]:
     """The user's vectors, each with its best items and the past events that are closest to it of all vectors."""
-    batch = batch_of_user(served, torch.tensor([row]))
+    batch = user_batch(served, torch.tensor([row]))
     n = int(batch.alive_BK.sum()) if batch.alive_BK is not None else None
     vectors_KD, items_ID = user_vectors(model, batch)[0][:n], item_vectors(model)
     scores_KI = vectors_KD @ items_ID.T
@@ -129,10 +129,10 @@ def _interests_of_vectors(
     return "interests" if is_stored else "vectors, read from the user's last events", interests
 
 
-def _spans_of_interests(served: Served, row: int, n: int) -> tuple[list[int | None], list[int | None]]:
+def _spans_of_interests(served: ServedState, row: int, n: int) -> tuple[list[int | None], list[int | None]]:
     """The spans in which a user's n interests were born and last used; None for those that are not stored."""
     born, used = list[int | None]([None] * n), list[int | None]([None] * n)
-    users = served.now.users
+    users = served.current_state.interests
     if users is not None and row <= users.n_users:
         mine = slice(int(users.offsets_U[row]), int(users.offsets_U[row + 1]))
         stored = len(users.born_S[mine])
@@ -140,7 +140,7 @@ def _spans_of_interests(served: Served, row: int, n: int) -> tuple[list[int | No
     return born[:n], used[:n]
 
 
-def _scored(served: Served, rows_N: Tensor, scores_N: Tensor) -> list[tuple[Id, float]]:
+def _scored(served: ServedState, rows_N: Tensor, scores_N: Tensor) -> list[tuple[Id, float]]:
     return list(zip(served.items.ids(rows_N), scores_N.tolist()))
 
 

@@ -14,29 +14,29 @@ import polars as pl
 
 from freshrec.deprecation import UNSET, Unset, value_of_renamed
 from freshrec.errors import LogError, OptionError, StateError
-from freshrec.models.counted import told
+from freshrec.models.counted import grow_items
 from freshrec.models.scoring import history_length
-from freshrec.replay.measure import Asked, Block, queries_of, rank_queries
-from freshrec.replay.metrics import evaluate, parse, per_user
-from freshrec.replay.significance import interval
-from freshrec.serve.contents import Contents, begun, read_contents, read_older, taught, write_contents
-from freshrec.serve.explain import reasons
+from freshrec.replay.measure import QueryOptions, SpanBlock, make_queries, rank_queries
+from freshrec.replay.metrics import compute_metrics, mean_per_user, parse_metric
+from freshrec.replay.significance import bootstrap_interval
+from freshrec.serve.contents import Bundle, learn_events, new_bundle, read_bundle, read_legacy_bundle, write_bundle
+from freshrec.serve.explain import explain_item
 from freshrec.serve.list_request import DEFAULTS, ListRequest, check_k
 from freshrec.serve.reading import (
     Ids,
-    Reading,
-    Source,
+    LogSource,
+    ReadOptions,
+    column_tensor,
+    encode_events,
     id_tuple,
-    ids_of,
-    known_rows,
-    numbered,
-    read,
-    read_next,
+    normalize_ids,
+    read_interactions,
+    read_new_events,
+    require_rows,
     resolve_request,
-    rows_of,
 )
-from freshrec.serve.recommend import Served, best_items, similar_items
-from freshrec.store.versions import OLDER, Manifest, Store, new_store, open_store
+from freshrec.serve.recommend import ServedState, similar_items, top_items
+from freshrec.store.versions import LEGACY_FILE, Manifest, Store, create_store, open_store
 from freshrec.types import TRAIN, ModelSpec, Strategy
 
 
@@ -49,23 +49,23 @@ class Recommender:
     """
 
     def __init__(self, model: str | ModelSpec = "blend", strategy: str | Strategy | None = None, seed: int = 0) -> None:
-        self._empty = self._contents = begun(model, strategy, seed)
+        self._unfitted_bundle = self._bundle = new_bundle(model, strategy, seed)
 
     @property
-    def contents(self) -> Contents:
+    def bundle(self) -> Bundle:
         """All that it is. StateError before the first `fit`."""
-        if self._contents.served.state.spans_seen == 0:
+        if self._bundle.served.state.spans_seen == 0:
             raise StateError("this recommender knows nothing yet; call fit(log) first, or load(folder).")
-        return self._contents
+        return self._bundle
 
     @property
-    def served(self) -> Served:
+    def served(self) -> ServedState:
         """The state and the catalogs of now. StateError before the first `fit`."""
-        return self.contents.served
+        return self.bundle.served
 
     def fit(
         self,
-        log: Source,
+        log: LogSource,
         *,
         columns: Mapping[str, str] | None = None,
         format: str | None = None,
@@ -76,21 +76,24 @@ class Recommender:
         `log` is a file or a frame; `columns`, `format` and `events` are those of `read_log`, and hold for the updates
         too. Rows with label 0 (exposures) are left out. LogError where it is not a log.
         """
-        reading = Reading(dict(columns or {}), format, tuple(events))
-        found = read(log, reading)
-        reading = replace(reading, has_clock=found.has_clock)
-        self._contents = taught(replace(self._empty, reading=reading), numbered(self._empty.served, found.frame))
+        read_options = ReadOptions(dict(columns or {}), format, tuple(events))
+        found = read_interactions(log, read_options)
+        read_options = replace(read_options, has_clock=found.has_clock)
+        self._bundle = learn_events(
+            replace(self._unfitted_bundle, read_options=read_options),
+            encode_events(self._unfitted_bundle.served, found.frame),
+        )
         return self
 
-    def update(self, new_events: Source) -> Recommender:
+    def update(self, new_events: LogSource) -> Recommender:
         """Learn from new events; only the new rows are needed.
 
         New users and items are welcome. LogError where a row is older than the newest one learnt; rows given twice
         count twice.
         """
-        contents = self.contents
-        log = read_next(new_events, contents.reading, contents.served)
-        self._contents = taught(contents, numbered(contents.served, log.frame))
+        bundle = self.bundle
+        log = read_new_events(new_events, bundle.read_options, bundle.served)
+        self._bundle = learn_events(bundle, encode_events(bundle.served, log.frame))
         return self
 
     partial_fit = update
@@ -117,12 +120,16 @@ class Recommender:
         """
         exclude_seen = value_of_renamed("exclude_seen", exclude_seen, "filter_seen", filter_seen)
         served = self.served
-        ids = ids_of("user_id", users, served.users)
+        ids = normalize_ids("user_id", users, served.users)
         allow_ids, deny_ids = None if allow is None else id_tuple(allow), () if deny is None else id_tuple(deny)
         request = ListRequest(k, exclude_seen, allow_ids, deny_ids, category, diversity)
-        found = best_items(served, served.users.rows(ids), resolve_request(served, request))
+        found = top_items(served, served.users.rows(ids), resolve_request(served, request))
         return found.select(
-            ids.gather(found["nth"]), served.items.ids(rows_of(found)).alias("item_id"), "score", "rank", "fallback"
+            ids.gather(found["nth"]),
+            served.items.ids(column_tensor(found)).alias("item_id"),
+            "score",
+            "rank",
+            "fallback",
         )
 
     def similar_items(self, items: Ids, k: int = DEFAULTS.k) -> pl.DataFrame:
@@ -132,10 +139,10 @@ class Recommender:
         OptionError for an unknown item, IncompatibleError where the model does not relate items.
         """
         served = self.served
-        ids = ids_of("item_id", items, served.items)
-        rows_N = known_rows(ids, served.items)
+        ids = normalize_ids("item_id", items, served.items)
+        rows_N = require_rows(ids, served.items)
         found = similar_items(served, rows_N, check_k(k))
-        similar = served.items.ids(rows_of(found)).alias("similar_id")
+        similar = served.items.ids(column_tensor(found)).alias("similar_id")
         return found.select(ids.gather(found["nth"]), similar, "score", "rank")
 
     def explain(self, user: str | int, item: str | int) -> pl.DataFrame:
@@ -150,12 +157,12 @@ class Recommender:
         served = self.served
         if not isinstance(user, str | int) or not isinstance(item, str | int):
             raise OptionError("one user and one item are explained at a time; give an id of each.")
-        users_1 = known_rows(ids_of("user_id", user, served.users), served.users)
-        items_1 = known_rows(ids_of("item_id", item, served.items), served.items)
-        found = reasons(served, users_1, int(items_1))
-        return found.with_columns(served.items.ids(rows_of(found, "because")).alias("because"))
+        users_1 = require_rows(normalize_ids("user_id", user, served.users), served.users)
+        items_1 = require_rows(normalize_ids("item_id", item, served.items), served.items)
+        found = explain_item(served, users_1, int(items_1))
+        return found.with_columns(served.items.ids(column_tensor(found, "because")).alias("because"))
 
-    def evaluate(self, new_events: Source, metrics: Sequence[str] = ("hr@20", "ndcg@20")) -> pl.DataFrame:
+    def evaluate(self, new_events: LogSource, metrics: Sequence[str] = ("hr@20", "ndcg@20")) -> pl.DataFrame:
         """How well new events are predicted, before they are learnt: metric, value, low, high (95 %), n, n_users.
 
         Every event is asked for with all of its user's events before it, those among the new ones too, and ranked among
@@ -164,16 +171,19 @@ class Recommender:
         `update`, which takes the same rows.
         """
         for metric in metrics:
-            parse(metric)
+            parse_metric(metric)
         served = self.served
-        new = numbered(served, read_next(new_events, self.contents.reading, served).frame)
-        block, state = Block(new.events, 0, len(new.users), len(served.items)), told(served.now, len(new.items))
-        queries = queries_of(state.recent, block, history_length(state.model), Asked(TRAIN))
+        new = encode_events(served, read_new_events(new_events, self.bundle.read_options, served).frame)
+        block, state = (
+            SpanBlock(new.events, 0, len(new.users), len(served.items)),
+            grow_items(served.current_state, len(new.items)),
+        )
+        queries = make_queries(state.histories, block, history_length(state.model), QueryOptions(TRAIN))
         if not len(queries):
             raise LogError("no user of the new events has an event before, so nothing can be asked; give more rows.")
-        values_QM = evaluate(rank_queries(state, queries).numpy(), metrics)
-        _, values_UM = per_user(queries.users_N.numpy(), values_QM)
-        low_M, high_M = interval(values_UM)
+        values_QM = compute_metrics(rank_queries(state, queries).numpy(), metrics)
+        _, values_UM = mean_per_user(queries.users_N.numpy(), values_QM)
+        low_M, high_M = bootstrap_interval(values_UM)
         columns = {"metric": list(metrics), "value": values_UM.mean(0), "low": low_M, "high": high_M}
         return pl.DataFrame(columns).with_columns(n=pl.lit(len(queries)), n_users=pl.lit(len(values_UM)))
 
@@ -183,19 +193,19 @@ class Recommender:
         Until all is written, the version that was live before stays so. Older ones stay too (`freshrec gc`).
         OptionError for a store that `freshrec update` keeps.
         """
-        folder, contents = Path(folder), self.contents
+        folder, bundle = Path(folder), self.bundle
         if not (folder / "store.json").exists():
-            with new_store(folder) as store:
-                _add(store, contents)
+            with create_store(folder) as store:
+                _add_live_version(store, bundle)
             return
         store = open_store(folder)
         with store.locked():
-            if any(manifest.batch is not None for manifest in store.versions()):
+            if any(manifest.batch is not None for manifest in store.manifests()):
                 raise OptionError(
                     f"{folder} is kept by `freshrec update`, which knows what each version has learnt; "
                     "save to another folder."
                 )
-            _add(store, contents)
+            _add_live_version(store, bundle)
 
     @staticmethod
     def load(folder: str | Path) -> Recommender:
@@ -203,22 +213,27 @@ class Recommender:
 
         A folder that was saved before there were stores is read too; `save` it to a new one.
         """
-        if (Path(folder) / OLDER).exists():
-            return Recommender.of(read_older(Path(folder)))
+        if (Path(folder) / LEGACY_FILE).exists():
+            return Recommender.from_bundle(read_legacy_bundle(Path(folder)))
         store = open_store(Path(folder))
-        return Recommender.of(read_contents(store.files(store.live)))
+        return Recommender.from_bundle(read_bundle(store.verified_files(store.live)))
 
     @staticmethod
-    def of(contents: Contents) -> Recommender:
+    def from_bundle(bundle: Bundle) -> Recommender:
         """One that is what a version holds."""
-        recommender = Recommender(contents.served.state.model.spec, contents.strategy, contents.served.state.seed)
-        recommender._empty, recommender._contents = replace(recommender._empty, names=contents.names), contents
+        recommender = Recommender(bundle.served.state.model.spec, bundle.strategy, bundle.served.state.seed)
+        recommender._unfitted_bundle, recommender._bundle = (
+            replace(recommender._unfitted_bundle, names=bundle.names),
+            bundle,
+        )
         return recommender
 
 
-def _add(store: Store, contents: Contents) -> None:
+def _add_live_version(store: Store, bundle: Bundle) -> None:
     """A version that is live from now on."""
-    spans_seen = contents.served.state.spans_seen
-    about = Manifest(id=store.next, kind="saved", recipe=contents.recipe, spans_seen=spans_seen, sizes=contents.sizes)
-    store.write(about, lambda aside: write_contents(contents, aside))
-    store.point(about.id, "save")
+    spans_seen = bundle.served.state.spans_seen
+    manifest = Manifest(
+        id=store.next_number, kind="saved", recipe=bundle.recipe, spans_seen=spans_seen, sizes=bundle.sizes
+    )
+    store.write_version(manifest, lambda aside: write_bundle(bundle, aside))
+    store.move_pointer(manifest.id, "save")

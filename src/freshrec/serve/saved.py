@@ -13,53 +13,62 @@ from freshrec import models  # so that the specs of all models are imported  # n
 from freshrec.data.catalog import Catalog
 from freshrec.disk_names import TABLE_COLUMNS
 from freshrec.errors import StateError
-from freshrec.models.checkpoint import save_tree, write_whole
-from freshrec.serve.reading import Reading
-from freshrec.serve.recommend import Served
+from freshrec.models.checkpoint import save_tree, write_atomically
+from freshrec.serve.reading import ReadOptions
+from freshrec.serve.recommend import ServedState
 
-SERVED, USERS, ITEMS, CATEGORIES = "served.safetensors", "users.parquet", "items.parquet", "categories.parquet"
+SERVED_FILE, USERS_FILE, ITEMS_FILE, CATEGORIES_FILE = (
+    "served.safetensors",
+    "users.parquet",
+    "items.parquet",
+    "categories.parquet",
+)
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
+class ServingBundle:
     """All that answers are made of, and how it came to be."""
 
-    served: Served
+    served: ServedState
     names: tuple[str, str]  # of model and strategy, as they were asked for
-    reading: Reading
+    read_options: ReadOptions
 
 
-def write_served(kept: Kept, folder: Path) -> None:
+def write_serving_bundle(bundle: ServingBundle, folder: Path) -> None:
     """Write to a folder; without what the state keeps for its updates."""
-    served = kept.served
-    state = replace(served.state, memory=None, costs={}, started=None)
-    save_tree((kept.names, kept.reading, state, served.counts, served.pending), folder / SERVED)
-    for name, frame in ((USERS, served.users.frame), (ITEMS, served.items.frame), (CATEGORIES, served.categories)):
-        write_whole(folder / name, frame.write_parquet)
+    served = bundle.served
+    state = replace(served.state, memory=None, costs={}, shared_base=None)
+    save_tree((bundle.names, bundle.read_options, state, served.counts, served.pending), folder / SERVED_FILE)
+    for name, frame in (
+        (USERS_FILE, served.users.frame),
+        (ITEMS_FILE, served.items.frame),
+        (CATEGORIES_FILE, served.categories),
+    ):
+        write_atomically(folder / name, frame.write_parquet)
 
 
-def read_served(files: Mapping[str, Path], load: Callable[[Path], Any]) -> Kept:
+def read_serving_bundle(files: Mapping[str, Path], load: Callable[[Path], Any]) -> ServingBundle:
     """What `write_served` wrote; `load` is `load_tree`, or `load_to_ask`. StateError where it is not that."""
-    must_have(files, (SERVED, USERS, ITEMS, CATEGORIES))
-    names, reading, state, counts, pending = load(files[SERVED])
-    users, items = (catalog_in(files[name]) for name in (USERS, ITEMS))
-    served = Served(state, counts, users, items, parquet_in(files[CATEGORIES]), pending)
-    return Kept(served, names, reading)
+    require_files(files, (SERVED_FILE, USERS_FILE, ITEMS_FILE, CATEGORIES_FILE))
+    names, read_options, state, counts, pending = load(files[SERVED_FILE])
+    users, items = (read_catalog(files[name]) for name in (USERS_FILE, ITEMS_FILE))
+    served = ServedState(state, counts, users, items, read_parquet_file(files[CATEGORIES_FILE]), pending)
+    return ServingBundle(served, names, read_options)
 
 
-def must_have(files: Mapping[str, Path], names: Sequence[str]) -> None:
+def require_files(files: Mapping[str, Path], names: Sequence[str]) -> None:
     """StateError where a file is not there."""
     missing = [name for name in names if name not in files]
     if missing:
         raise StateError(f"a version without {missing[0]} cannot be read; go back to another one.")
 
 
-def catalog_in(path: Path) -> Catalog:
+def read_catalog(path: Path) -> Catalog:
     """The catalog in a Parquet file."""
-    return Catalog.load(parquet_in(path))
+    return Catalog.load(read_parquet_file(path))
 
 
-def parquet_in(path: Path) -> pl.DataFrame:
+def read_parquet_file(path: Path) -> pl.DataFrame:
     """The rows of a Parquet file. StateError where it cannot be read."""
     try:
         return pl.read_parquet(path).rename(TABLE_COLUMNS, strict=False)

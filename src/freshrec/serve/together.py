@@ -7,46 +7,46 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from freshrec.serve import answers, asked
-from freshrec.serve.answers import Version
+from freshrec.serve.answers import LoadedVersion
 from freshrec.serve.list_request import ListRequest
 
-MOST = 32  # users in one go
-Lists = list[asked.Listed]
-Run = Callable[[Callable[[], Lists]], Awaitable[Lists]]  # do something in a worker
+MAX_BATCH_USERS = 32  # users in one go
+UserLists = list[asked.UserList]
+RunInWorker = Callable[[Callable[[], UserLists]], Awaitable[UserLists]]  # do something in a worker
 
 
 @dataclass(eq=False)
-class Group:
+class PendingBatch:
     """Users who want the same of one version, and their lists to come."""
 
     users: list[int | str] = field(default_factory=list)
-    lists: asyncio.Task[Lists] = field(init=False)
+    lists: asyncio.Task[UserLists] = field(init=False)
 
 
-class Together:
+class MicroBatcher:
     """Who asks while others are being answered is answered with all who ask then."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self._turn = asyncio.Lock()
-        self._waiting: dict[tuple[Version, ListRequest], Group] = {}
+    def __init__(self, run_in_worker: RunInWorker) -> None:
+        self.run_in_worker = run_in_worker
+        self._batch_lock = asyncio.Lock()
+        self._pending: dict[tuple[LoadedVersion, ListRequest], PendingBatch] = {}
 
-    async def ask(self, version: Version, user: int | str, request: ListRequest) -> asked.Listed:
+    async def recommend(self, version: LoadedVersion, user: int | str, request: ListRequest) -> asked.UserList:
         """The list of one user. What `answers.recommend` raises."""
-        answers.row_of(version, user)  # LogError for what cannot be an id, before others are asked with it
+        answers.user_row(version, user)  # LogError for what cannot be an id, before others are asked with it
         key = (version, request)
-        group = self._waiting.get(key)
-        if group is None or len(group.users) == MOST:
-            group = self._waiting[key] = Group()
-            group.lists = asyncio.create_task(self._answer(version, request, group))
-        at = len(group.users)
-        group.users.append(user)
-        return (await asyncio.shield(group.lists))[at]  # though this one may go, the others stay
+        batch = self._pending.get(key)
+        if batch is None or len(batch.users) == MAX_BATCH_USERS:
+            batch = self._pending[key] = PendingBatch()
+            batch.lists = asyncio.create_task(self._run_batch(version, request, batch))
+        at = len(batch.users)
+        batch.users.append(user)
+        return (await asyncio.shield(batch.lists))[at]  # though this one may go, the others stay
 
-    async def _answer(self, version: Version, request: ListRequest, group: Group) -> Lists:
-        async with self._turn:
-            if self._waiting.get((version, request)) is group:  # nobody can join any more
-                del self._waiting[version, request]
-            if version.searching.how == "exact":  # it is long, and outside Python
-                return await self.run(lambda: answers.recommend(version, group.users, request))
-            return answers.recommend(version, group.users, request)
+    async def _run_batch(self, version: LoadedVersion, request: ListRequest, batch: PendingBatch) -> UserLists:
+        async with self._batch_lock:
+            if self._pending.get((version, request)) is batch:  # nobody can join any more
+                del self._pending[version, request]
+            if version.search_info.how == "exact":  # it is long, and outside Python
+                return await self.run_in_worker(lambda: answers.recommend(version, batch.users, request))
+            return answers.recommend(version, batch.users, request)

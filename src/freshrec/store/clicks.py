@@ -26,10 +26,10 @@ from typing import NamedTuple
 import polars as pl
 
 from freshrec.errors import StateError
-from freshrec.models.checkpoint import write_whole
-from freshrec.store.signed import sync
+from freshrec.models.checkpoint import write_atomically
+from freshrec.store.signed import sync_folder
 
-FOLDER, OPEN, CLOSED, TAKEN = "clicks", ".open", ".closed", ".taken-"
+JOURNAL_FOLDER, OPEN_SUFFIX, CLOSED_SUFFIX, TAKEN_SUFFIX = "clicks", ".open", ".closed", ".taken-"
 
 
 class Click(NamedTuple):
@@ -48,66 +48,66 @@ class Click(NamedTuple):
         return (self.event_id,) if self.event_id is not None else (self.user_id, self.item_id, self.time)
 
 
-class Journal:
+class ClickJournal:
     """What one server writes into a store's journal."""
 
     def __init__(self, store: Path) -> None:
-        self.folder = store / FOLDER
+        self.folder = store / JOURNAL_FOLDER
         self._file: FileIO | None = None
         self._path = self.folder
 
-    def add(self, clicks: Iterable[Click]) -> None:
+    def append(self, clicks: Iterable[Click]) -> None:
         """Write clicks, and return once they are on the disk. StateError where they are not."""
-        lines = b"".join(map(_line, clicks))
+        lines = b"".join(map(_encode_click, clicks))
         try:
-            with self._locked() as file:
+            with self._locked_file() as file:
                 before = os.fstat(file.fileno()).st_size
                 try:
-                    left = memoryview(lines)
-                    while left:
-                        left = left[file.write(left) :]
+                    unwritten = memoryview(lines)
+                    while unwritten:
+                        unwritten = unwritten[file.write(unwritten) :]
                     os.fsync(file.fileno())
                 except OSError:
                     os.ftruncate(file.fileno(), before)  # none of them, rather than some
                     raise
         except OSError as why:
-            self.end()
+            self.close()
             raise StateError(
                 f"the clicks cannot be written ({why.strerror}); none was taken: send them again."
             ) from why
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Nothing more is written to the file of now."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
     @contextmanager
-    def _locked(self) -> Iterator[FileIO]:
+    def _locked_file(self) -> Iterator[FileIO]:
         """The file to write to, which nobody closes meanwhile; a new one where it was closed."""
         while True:
-            file = self._opened()
+            file = self._open_file()
             fcntl.flock(file, fcntl.LOCK_EX)
             if self._path.exists():
                 break
-            self.end()  # an update has taken it
+            self.close()  # an update has taken it
         try:
             yield file
         finally:
             if not file.closed:
                 fcntl.flock(file, fcntl.LOCK_UN)
 
-    def _opened(self) -> FileIO:
+    def _open_file(self) -> FileIO:
         if self._file is None:
             self.folder.mkdir(exist_ok=True)
-            self._path = _new(self.folder, OPEN)
+            self._path = _new_path(self.folder, OPEN_SUFFIX)
             self._file = self._path.open("xb", buffering=0)
-            sync(self.folder)
+            sync_folder(self.folder)
         return self._file
 
 
 @dataclass(frozen=True)
-class Written:
+class JournalFile:
     """A file of the journal."""
 
     path: Path
@@ -115,32 +115,32 @@ class Written:
     clicks: list[Click]
 
 
-def written(store: Path) -> list[Written]:
+def read_journal(store: Path) -> list[JournalFile]:
     """All files of the journal, the oldest first."""
     found = []
-    for path in _files(store):
-        batch = path.name.partition(TAKEN)[2]
+    for path in _journal_paths(store):
+        batch = path.name.partition(TAKEN_SUFFIX)[2]
         try:
-            found.append(Written(path, int(batch) if batch else None, _clicks_in(path)))
+            found.append(JournalFile(path, int(batch) if batch else None, _read_clicks(path)))
         except FileNotFoundError:
-            return written(store)  # an update has renamed or removed it meanwhile
+            return read_journal(store)  # an update has renamed or removed it meanwhile
     return found
 
 
-def close(store: Path) -> list[Written]:
+def close_journal(store: Path) -> list[JournalFile]:
     """The files that no batch has yet; servers begin new ones. Whoever calls holds the store's lock."""
-    for aside in (store / FOLDER).glob(".*"):  # of somebody who died
-        aside.unlink()
-    for path in _files(store):
-        if path.name.endswith(OPEN):
+    for leftover in (store / JOURNAL_FOLDER).glob(".*"):  # of somebody who died
+        leftover.unlink()
+    for path in _journal_paths(store):
+        if path.name.endswith(OPEN_SUFFIX):
             with path.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)  # nobody is in the middle of a line
-                path.rename(path.with_suffix(CLOSED))
-    _synced(store)
-    return [file for file in written(store) if file.batch is None and file.path.name.endswith(CLOSED)]
+                path.rename(path.with_suffix(CLOSED_SUFFIX))
+    _sync_journal(store)
+    return [file for file in read_journal(store) if file.batch is None and file.path.name.endswith(CLOSED_SUFFIX)]
 
 
-def put_off(files: Iterable[Written], waits: Callable[[Click], bool]) -> list[Written]:
+def defer_clicks(files: Iterable[JournalFile], is_deferred: Callable[[Click], bool]) -> list[JournalFile]:
     """Closed files without the clicks that wait; these lie in files of their own, which no batch has.
 
     A file whose clicks part is replaced by two new ones, so that nobody who reads misses any. Whoever dies between
@@ -148,85 +148,87 @@ def put_off(files: Iterable[Written], waits: Callable[[Click], bool]) -> list[Wr
     """
     found = []
     for file in files:
-        now, later = ([click for click in file.clicks if waits(click) is so] for so in (False, True))
-        if now and later:
-            _, first = (_write(_new(file.path.parent, CLOSED), clicks) for clicks in (later, now))
+        kept_now, deferred = ([click for click in file.clicks if is_deferred(click) is so] for so in (False, True))
+        if kept_now and deferred:
+            _, first = (
+                _write_file(_new_path(file.path.parent, CLOSED_SUFFIX), clicks) for clicks in (deferred, kept_now)
+            )
             file.path.unlink()
-            sync(file.path.parent)
-            found.append(Written(first, None, now))
-        elif not later:
+            sync_folder(file.path.parent)
+            found.append(JournalFile(first, None, kept_now))
+        elif not deferred:
             found.append(file)
     return found
 
 
-def taken(files: Iterable[Written], batch: int | None) -> None:
+def mark_taken(files: Iterable[JournalFile], batch: int | None) -> None:
     """The clicks of these files are in a batch; None: they were in the log already."""
     for file in files:
         if batch is None:
             file.path.unlink()
         else:
-            file.path.rename(file.path.with_name(f"{file.path.stem}{TAKEN}{batch}"))
-        sync(file.path.parent)
+            file.path.rename(file.path.with_name(f"{file.path.stem}{TAKEN_SUFFIX}{batch}"))
+        sync_folder(file.path.parent)
 
 
-def forget(store: Path, last: int) -> None:
+def remove_learnt_files(store: Path, last_batch: int) -> None:
     """Remove the files whose batch is at most the last that the live version has met."""
-    for path in _files(store):
-        batch = path.name.partition(TAKEN)[2]
-        if batch and int(batch) <= last:
+    for path in _journal_paths(store):
+        batch = path.name.partition(TAKEN_SUFFIX)[2]
+        if batch and int(batch) <= last_batch:
             path.unlink()
-    _synced(store)
+    _sync_journal(store)
 
 
-def erase(store: Path, user_id: int | str) -> int:
+def erase_user_clicks(store: Path, user_id: int | str) -> int:
     """Remove a user's clicks, and what is not whole; how many there were. Whoever calls holds the store's lock."""
-    n_gone = 0
-    close(store)
-    for file in written(store):
-        stays = [click for click in file.clicks if click.user_id != user_id]
-        n_gone += len(file.clicks) - len(stays)
-        _write(file.path, stays)
-    _synced(store)
-    return n_gone
+    n_erased = 0
+    close_journal(store)
+    for file in read_journal(store):
+        remaining = [click for click in file.clicks if click.user_id != user_id]
+        n_erased += len(file.clicks) - len(remaining)
+        _write_file(file.path, remaining)
+    _sync_journal(store)
+    return n_erased
 
 
-def frame_of(clicks: Collection[Click]) -> pl.DataFrame:
+def clicks_to_frame(clicks: Collection[Click]) -> pl.DataFrame:
     """Clicks in the form of a `Log.frame`, in time order, each once."""
-    once = {click.identity: click for click in reversed(list(clicks))}
-    rows = sorted(once.values(), key=lambda click: click.time)
+    unique_clicks = {click.identity: click for click in reversed(list(clicks))}
+    rows = sorted(unique_clicks.values(), key=lambda click: click.time)
     frame = pl.DataFrame(rows, schema=list(Click._fields), orient="row", infer_schema_length=None)
     text = [pl.col(name).cast(pl.String) for name in ("event_id", "category", "event")]
     return frame.with_columns(*text).select("user_id", "item_id", "time", "event", "category", "event_id")
 
 
-def _files(store: Path) -> list[Path]:
-    folder = store / FOLDER
+def _journal_paths(store: Path) -> list[Path]:
+    folder = store / JOURNAL_FOLDER
     found = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
     return sorted(found, key=lambda path: int(path.name.partition("-")[0]))
 
 
-def _new(folder: Path, state: str) -> Path:
+def _new_path(folder: Path, state: str) -> Path:
     return folder / f"{time.time_ns()}-{os.getpid()}{state}"
 
 
-def _write(path: Path, clicks: Iterable[Click]) -> Path:
+def _write_file(path: Path, clicks: Iterable[Click]) -> Path:
     """A file of the journal, whole or not at all."""
-    write_whole(path, lambda aside: aside.write_bytes(b"".join(map(_line, clicks))))
-    sync(path.parent)
+    write_atomically(path, lambda aside: aside.write_bytes(b"".join(map(_encode_click, clicks))))
+    sync_folder(path.parent)
     return path
 
 
-def _synced(store: Path) -> None:
-    if (store / FOLDER).is_dir():
-        sync(store / FOLDER)
+def _sync_journal(store: Path) -> None:
+    if (store / JOURNAL_FOLDER).is_dir():
+        sync_folder(store / JOURNAL_FOLDER)
 
 
-def _line(click: Click) -> bytes:
+def _encode_click(click: Click) -> bytes:
     text = json.dumps(click).encode()
     return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
-def _clicks_in(path: Path) -> list[Click]:
+def _read_clicks(path: Path) -> list[Click]:
     """The clicks of a file, without what follows the last whole line. StateError where it is damaged before that."""
     *lines, _ = path.read_bytes().split(b"\n")
     good = [line[:8] == b"%08x" % zlib.crc32(line[9:]) for line in lines]

@@ -7,48 +7,48 @@ from pathlib import Path
 from typing import Any
 
 from freshrec.errors import StateError
-from freshrec.models.checkpoint import save_text
+from freshrec.models.checkpoint import write_text_atomically
 
-PIECE = 1 << 20  # bytes read at once
+CHUNK_BYTES = 1 << 20  # bytes read at once
 
 
-def write_signed(content: Any, path: Path) -> None:
+def write_checksummed(content: Any, path: Path) -> None:
     """Write what JSON can hold to `path`, whole or not at all."""
-    save_text(json.dumps({"checksum": _sum_of(content), "content": content}, indent=1), path)
-    sync(path.parent)
+    write_text_atomically(json.dumps({"checksum": _checksum(content), "content": content}, indent=1), path)
+    sync_folder(path.parent)
 
 
-def read_signed(path: Path) -> Any:
+def read_checksummed(path: Path) -> Any:
     """What `write_signed` wrote. StateError where there is nothing, or something else."""
     try:
-        whole = json.loads(path.read_bytes())
-        content, checksum = whole["content"], whole["checksum"]
+        document = json.loads(path.read_bytes())
+        content, checksum = document["content"], document["checksum"]
     except FileNotFoundError:
         raise StateError(f"{path} is missing; was this folder made by freshrec?") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as problem:
         raise StateError(f"{path} cannot be read ({str(problem)[:80]}); restore it from a backup.") from None
-    if checksum != _sum_of(content):
+    if checksum != _checksum(content):
         raise StateError(f"{path} was changed by something else than freshrec; restore it from a backup.")
     return content
 
 
-def sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """The names in a folder reach the disk."""
-    number = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(number)
+        os.fsync(descriptor)
     finally:
-        os.close(number)
+        os.close(descriptor)
 
 
-def _sum_of(content: Any) -> str:
+def _checksum(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def sum_of_file(path: Path) -> str:
+def file_checksum(path: Path) -> str:
     """The SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(PIECE):
-            digest.update(piece)
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
     return digest.hexdigest()

@@ -28,22 +28,22 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from freshrec.disk_names import current_manifest, current_move
 from freshrec.errors import BusyError, OptionError, StateError
-from freshrec.store.signed import read_signed, sum_of_file, sync, write_signed
+from freshrec.store.signed import file_checksum, read_checksummed, sync_folder, write_checksummed
 from freshrec.version import __version__
 
 FORMAT = 1
-MANIFEST, COLLECTED = "manifest.json", "collected"
-OLDER = "recommender.json"  # what a folder held before there were stores
-Kind = Literal["fit", "update", "no rows", "saved"]
-Action = Literal["fit", "update", "promote", "rollback", "save"]
+MANIFEST_FILE, COLLECTED_FILE = "manifest.json", "collected"
+LEGACY_FILE = "recommender.json"  # what a folder held before there were stores
+VersionKind = Literal["fit", "update", "no rows", "saved"]
+MoveAction = Literal["fit", "update", "promote", "rollback", "save"]
 
 
-def now() -> str:
+def utc_now() -> str:
     """This moment, UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-class File(BaseModel):
+class FileEntry(BaseModel):
     """What a file of a version must be."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -59,8 +59,8 @@ class Manifest(BaseModel):
     id: int
     format: int = FORMAT  # of this manifest and its files; those before there was this line are of format 1
     parent: int | None = None  # the version that it was updated from
-    kind: Kind
-    made_at: str = Field(default_factory=now)  # UTC
+    kind: VersionKind
+    made_at: str = Field(default_factory=utc_now)  # UTC
     batch: int | None = None  # of the log, that it has learnt from
     source: str = ""  # a hash of the bytes that were delivered
     recipe: dict[str, Any]  # model, strategy, their options, seed
@@ -74,15 +74,15 @@ class Manifest(BaseModel):
     goes_live: bool = True  # it passed, or was forced to: it is or was the live one, unless somebody died before
     reasons: list[str] = []  # why it was refused
     notes: list[str] = []
-    files: dict[str, File] = {}
+    files: dict[str, FileEntry] = {}
 
 
-class Move(BaseModel):
+class PointerMove(BaseModel):
     """One change of the live pointer."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     at: str
-    action: Action
+    action: MoveAction
     to: int
     reason: str = ""
 
@@ -97,43 +97,43 @@ class Store:
     def locked(self, wait_s: float = 0.0) -> Iterator[None]:
         """Nobody else changes this store meanwhile. BusyError where somebody does, for longer than `wait_s`."""
         lock = FileLock(self.folder / "lock", timeout=wait_s)
-        with writing(self.folder):
+        with translate_write_errors(self.folder):
             try:
                 lock.acquire()
             except Timeout:
                 raise BusyError(f"{self.folder} is being changed by another process; wait with --wait 10m.") from None
         try:
-            _sweep(self)
+            _remove_leftovers(self)
             yield
         finally:
             lock.release()
 
-    def versions(self) -> list[Manifest]:
+    def manifests(self) -> list[Manifest]:
         """All manifests that can be read, the oldest first."""
         found = []
-        for number in self.numbers():
+        for number in self.version_numbers():
             try:
                 found.append(self.manifest(number))
             except StateError:
                 continue  # `freshrec doctor` tells
         return found
 
-    def numbers(self) -> list[int]:
+    def version_numbers(self) -> list[int]:
         """The numbers of all versions, ascending."""
         names = (path.name for path in (self.folder / "versions").iterdir())
         return sorted(int(name) for name in names if name.isdecimal())
 
     @property
-    def next(self) -> int:
+    def next_number(self) -> int:
         """The number of the version to come."""
-        return max(self.numbers(), default=0) + 1
+        return max(self.version_numbers(), default=0) + 1
 
     def manifest(self, number: int) -> Manifest:
         """The manifest of one version. StateError where there is none, or it is damaged."""
-        path = _of(self, number) / MANIFEST
+        path = _version_folder(self, number) / MANIFEST_FILE
         if not path.parent.is_dir():
             raise StateError(f"there is no version {number} in {self.folder}; see `freshrec history`.")
-        content = read_signed(path)
+        content = read_checksummed(path)
         if isinstance(content, dict) and content.get("format", FORMAT) not in range(1, FORMAT + 1):
             raise StateError(f"{path} is of a format that this freshrec does not know; upgrade freshrec.")
         try:
@@ -147,11 +147,11 @@ class Store:
             raise StateError(f"{path} is the manifest of version {found.id}; go back to another version.")
         return found
 
-    def moves(self) -> list[Move]:
+    def moves(self) -> list[PointerMove]:
         """Every move of the live pointer, the oldest first."""
         path = self.folder / "live.json"
         try:
-            return [Move.model_validate(current_move(move)) for move in read_signed(path)]
+            return [PointerMove.model_validate(current_move(move)) for move in read_checksummed(path)]
         except (ValidationError, TypeError, StateError):
             raise StateError(
                 f"{path} is missing, or was changed by something else than freshrec; restore it from a backup, or "
@@ -166,65 +166,69 @@ class Store:
             raise StateError(f"no version of {self.folder} is live yet; choose one with `freshrec promote N`.")
         return moves[-1].to
 
-    def point(self, number: int, action: Action, reason: str = "") -> None:
+    def move_pointer(self, number: int, action: MoveAction, reason: str = "") -> None:
         """Make a version the live one, once all its files are found to be whole."""
-        self.files(number)
+        self.verified_files(number)
         try:
             moves = self.moves()
         except StateError:
-            moves = _told_moves(self)  # a damaged pointer is set anew
-        moves.append(Move(at=now(), action=action, to=number, reason=reason))
-        with writing(self.folder):
-            write_signed([move.model_dump() for move in moves], self.folder / "live.json")
+            moves = _moves_from_manifests(self)  # a damaged pointer is set anew
+        moves.append(PointerMove(at=utc_now(), action=action, to=number, reason=reason))
+        with translate_write_errors(self.folder):
+            write_checksummed([move.model_dump() for move in moves], self.folder / "live.json")
 
-    def write(self, manifest: Manifest, save: Callable[[Path], object]) -> Manifest:
+    def write_version(self, manifest: Manifest, save: Callable[[Path], object]) -> Manifest:
         """A new version: `save` writes its files into a folder. It is not live before `point`."""
-        final, parent, before = _of(self, manifest.id), None, None
-        aside = final.with_name(f".{manifest.id}")
+        folder, parent, parent_manifest = _version_folder(self, manifest.id), None, None
+        temporary = folder.with_name(f".{manifest.id}")
         if manifest.parent is not None:
-            parent, before = _of(self, manifest.parent), self.manifest(manifest.parent)
+            parent, parent_manifest = _version_folder(self, manifest.parent), self.manifest(manifest.parent)
         try:
-            with writing(final):
-                aside.mkdir()
-                save(aside)
-                manifest = manifest.model_copy(update={"files": _described(aside, aside, parent, before)})
-                write_signed(manifest.model_dump(), aside / MANIFEST)
-                aside.rename(final)
-                sync(final.parent)
+            with translate_write_errors(folder):
+                temporary.mkdir()
+                save(temporary)
+                manifest = manifest.model_copy(
+                    update={"files": _make_entries(temporary, temporary, parent, parent_manifest)}
+                )
+                write_checksummed(manifest.model_dump(), temporary / MANIFEST_FILE)
+                temporary.rename(folder)
+                sync_folder(folder.parent)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)  # a full disk has room again
+            shutil.rmtree(temporary, ignore_errors=True)  # a full disk has room again
         return manifest
 
-    def rewrite(self, number: int, save: Callable[[Path], object]) -> Manifest:
+    def rewrite_version(self, number: int, save: Callable[[Path], object]) -> Manifest:
         """A version with other files, which `save` writes into a folder; those it had are gone for good."""
-        manifest, folder = self.manifest(number), _of(self, number)
-        with writing(folder):
-            aside = Path(tempfile.mkdtemp(prefix="files-", dir=folder))
-            save(aside)
-            manifest = manifest.model_copy(update={"files": _described(aside, folder)})
-            write_signed(manifest.model_dump(), folder / MANIFEST)
-            _tidy(folder, manifest)
+        manifest, folder = self.manifest(number), _version_folder(self, number)
+        with translate_write_errors(folder):
+            temporary = Path(tempfile.mkdtemp(prefix="files-", dir=folder))
+            save(temporary)
+            manifest = manifest.model_copy(update={"files": _make_entries(temporary, folder)})
+            write_checksummed(manifest.model_dump(), folder / MANIFEST_FILE)
+            _remove_unlisted(folder, manifest)
         return manifest
 
-    def files(self, number: int) -> dict[str, Path]:
+    def verified_files(self, number: int) -> dict[str, Path]:
         """The files of a version by name, each found to be what it was. StateError names the last good version."""
         manifest = self.manifest(number)
-        found = self.damaged(number)
+        found = self.find_damage(number)
         if found and self.manifest(number) != manifest:  # somebody has written it anew meanwhile
-            return self.files(number)
+            return self.verified_files(number)
         if found:
-            raise StateError(f"version {number} of {self.folder} is damaged ({found[0]}); {_instead(self, number)}")
-        return {name: _of(self, number) / file.path for name, file in self.manifest(number).files.items()}
+            raise StateError(
+                f"version {number} of {self.folder} is damaged ({found[0]}); {_recovery_hint(self, number)}"
+            )
+        return {name: _version_folder(self, number) / file.path for name, file in self.manifest(number).files.items()}
 
-    def damaged(self, number: int) -> list[str]:
+    def find_damage(self, number: int) -> list[str]:
         """What is wrong with the files of a version. StateError where they were given up."""
-        folder, manifest = _of(self, number), self.manifest(number)
-        if collected(self, number):
+        folder, manifest = _version_folder(self, number), self.manifest(number)
+        if is_collected(self, number):
             raise StateError(f"the files of version {number} were given up by `freshrec gc`; choose another version.")
-        return [wrong for file in manifest.files.values() for wrong in _wrong(folder / file.path, file)]
+        return [wrong for file in manifest.files.values() for wrong in _file_damage(folder / file.path, file)]
 
 
-def chain_of(store: Store) -> list[Manifest]:
+def version_chain(store: Store) -> list[Manifest]:
     """The live version and all that it comes from, the oldest first. StateError where a manifest of them is damaged."""
     found = [store.manifest(store.live)]
     while (parent := found[0].parent) is not None:
@@ -232,103 +236,105 @@ def chain_of(store: Store) -> list[Manifest]:
             found.insert(0, store.manifest(parent))
         except StateError as why:
             raise StateError(
-                f"what the live version comes from is not known: {why} Or {_instead(store, parent)}"
+                f"what the live version comes from is not known: {why} Or {_recovery_hint(store, parent)}"
             ) from None
     return found
 
 
 @contextmanager
-def new_store(folder: Path) -> Iterator[Store]:
+def create_store(folder: Path) -> Iterator[Store]:
     """A store to be filled; afterwards it is in `folder`. OptionError where there is something already."""
     folder = folder.resolve()
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
         raise OptionError(f"{folder} holds something already; name a new folder.")
-    aside = folder.with_name(f".{folder.name}.new")
-    lock = FileLock(aside.with_suffix(".lock"), timeout=0)
-    with writing(folder):
+    temporary = folder.with_name(f".{folder.name}.new")
+    lock = FileLock(temporary.with_suffix(".lock"), timeout=0)
+    with translate_write_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire()
         except Timeout:
             raise BusyError(f"another process is making the store {folder}; wait for it.") from None
     try:
-        with writing(folder):
-            shutil.rmtree(aside, ignore_errors=True)  # left by somebody who was killed
-            (aside / "versions").mkdir(parents=True)
-            write_signed([], aside / "live.json")
-            write_signed({"format": FORMAT, "made_at": now()}, aside / "store.json")
-        yield Store(aside)
-        with writing(folder):
-            aside.rename(folder)
-            sync(folder.parent)
+        with translate_write_errors(folder):
+            shutil.rmtree(temporary, ignore_errors=True)  # left by somebody who was killed
+            (temporary / "versions").mkdir(parents=True)
+            write_checksummed([], temporary / "live.json")
+            write_checksummed({"format": FORMAT, "made_at": utc_now()}, temporary / "store.json")
+        yield Store(temporary)
+        with translate_write_errors(folder):
+            temporary.rename(folder)
+            sync_folder(folder.parent)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         lock.release()
         Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def open_store(folder: Path) -> Store:
     """The store in a folder. StateError where there is none, or one of another format."""
-    if (folder / OLDER).exists():
+    if (folder / LEGACY_FILE).exists():
         raise StateError(
             f"{folder} was saved before there were stores; make it one in Python: Recommender.load(folder).save(NEW)."
         )
     if not (folder / "store.json").exists():
         raise StateError(f"there is no store in {folder}; make one with `freshrec fit LOG --store {folder}`.")
-    about = read_signed(folder / "store.json")
+    about = read_checksummed(folder / "store.json")
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise StateError(f"{folder} is a store of another format than {FORMAT}; upgrade freshrec.")
     return Store(folder)
 
 
-def collected(store: Store, number: int) -> bool:
+def is_collected(store: Store, number: int) -> bool:
     """Whether the files of a version were given up."""
-    return (_of(store, number) / COLLECTED).exists()
+    return (_version_folder(store, number) / COLLECTED_FILE).exists()
 
 
-def collect(store: Store, keep: int) -> list[int]:
+def collect_garbage(store: Store, keep: int) -> list[int]:
     """Give up the files of all versions but the live one and the last `keep` others that went live; their numbers.
 
     A version whose manifest cannot be read is left alone: somebody may have a backup of it.
     """
-    live, versions = store.live, store.versions()
-    kept = {live, *[manifest.id for manifest in versions if manifest.goes_live and manifest.id != live][-keep:]}
-    gone = [manifest.id for manifest in versions if manifest.id not in kept and not collected(store, manifest.id)]
-    for number in store.numbers():
-        if number in gone or collected(store, number):
-            give_up(store, number)
-    return gone
+    live, versions = store.live, store.manifests()
+    kept_numbers = {live, *[manifest.id for manifest in versions if manifest.goes_live and manifest.id != live][-keep:]}
+    collected_numbers = [
+        manifest.id for manifest in versions if manifest.id not in kept_numbers and not is_collected(store, manifest.id)
+    ]
+    for number in store.version_numbers():
+        if number in collected_numbers or is_collected(store, number):
+            delete_files(store, number)
+    return collected_numbers
 
 
-def give_up(store: Store, number: int) -> None:
+def delete_files(store: Store, number: int) -> None:
     """Remove the files of a version; the manifest stays."""
-    folder = _of(store, number)
-    with writing(folder):
-        (folder / COLLECTED).touch()
+    folder = _version_folder(store, number)
+    with translate_write_errors(folder):
+        (folder / COLLECTED_FILE).touch()
         for path in folder.iterdir():
-            if path.name not in (COLLECTED, MANIFEST):
+            if path.name not in (COLLECTED_FILE, MANIFEST_FILE):
                 _remove(path)
 
 
-def _told_moves(store: Store) -> list[Move]:
+def _moves_from_manifests(store: Store) -> list[PointerMove]:
     """The moves of which the manifests tell, where those that were made are not known any more."""
-    actions: dict[Kind, Action] = {"fit": "fit", "update": "update", "no rows": "update", "saved": "save"}
-    live = [manifest for manifest in store.versions() if manifest.goes_live]
-    return [Move(at=m.made_at, action=actions[m.kind], to=m.id, reason="as its manifest tells") for m in live]
+    actions: dict[VersionKind, MoveAction] = {"fit": "fit", "update": "update", "no rows": "update", "saved": "save"}
+    live = [manifest for manifest in store.manifests() if manifest.goes_live]
+    return [PointerMove(at=m.made_at, action=actions[m.kind], to=m.id, reason="as its manifest tells") for m in live]
 
 
-def _sweep(store: Store) -> None:
+def _remove_leftovers(store: Store) -> None:
     """Remove what somebody who was killed has left."""
-    with writing(store.folder):
-        for left in (*store.folder.glob("versions/.*"), *store.folder.glob(".*.json.*")):
-            _remove(left)
-        for manifest in store.versions():
-            _tidy(_of(store, manifest.id), manifest)
+    with translate_write_errors(store.folder):
+        for leftover in (*store.folder.glob("versions/.*"), *store.folder.glob(".*.json.*")):
+            _remove(leftover)
+        for manifest in store.manifests():
+            _remove_unlisted(_version_folder(store, manifest.id), manifest)
 
 
-def _tidy(folder: Path, manifest: Manifest) -> None:
+def _remove_unlisted(folder: Path, manifest: Manifest) -> None:
     """Remove from a version's folder what its manifest does not name."""
-    listed = {MANIFEST, COLLECTED, *(Path(file.path).parts[0] for file in manifest.files.values())}
+    listed = {MANIFEST_FILE, COLLECTED_FILE, *(Path(file.path).parts[0] for file in manifest.files.values())}
     for path in folder.iterdir():
         if path.name not in listed:
             _remove(path)
@@ -338,12 +344,12 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _of(store: Store, number: int) -> Path:
+def _version_folder(store: Store, number: int) -> Path:
     return store.folder / "versions" / str(number)
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def translate_write_errors(path: Path) -> Iterator[None]:
     """StateError where the system refuses to write to `path`."""
     try:
         yield
@@ -354,46 +360,50 @@ def writing(path: Path) -> Iterator[None]:
         ) from problem
 
 
-def _described(
-    aside: Path, folder: Path, parent: Path | None = None, before: Manifest | None = None
-) -> dict[str, File]:
+def _make_entries(
+    written: Path, folder: Path, parent: Path | None = None, parent_manifest: Manifest | None = None
+) -> dict[str, FileEntry]:
     """The files in `aside`, which lies in `folder` or is it, safe on the disk; those like the parent's share bytes."""
     files = {}
-    for path in sorted(aside.iterdir()):
+    for path in sorted(written.iterdir()):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        found = File(path=str(path.relative_to(folder)), sha256=sum_of_file(path), n_bytes=path.stat().st_size)
-        if parent is not None and before is not None:
-            theirs = before.files.get(path.name)
-            if theirs is not None and theirs.sha256 == found.sha256 and not _wrong(parent / theirs.path, theirs):
-                _share(parent / theirs.path, path)
+        found = FileEntry(path=str(path.relative_to(folder)), sha256=file_checksum(path), n_bytes=path.stat().st_size)
+        if parent is not None and parent_manifest is not None:
+            parent_entry = parent_manifest.files.get(path.name)
+            if (
+                parent_entry is not None
+                and parent_entry.sha256 == found.sha256
+                and not _file_damage(parent / parent_entry.path, parent_entry)
+            ):
+                _hard_link(parent / parent_entry.path, path)
         files[path.name] = found
-    sync(aside)
+    sync_folder(written)
     return files
 
 
-def _share(theirs: Path, path: Path) -> None:
+def _hard_link(source: Path, path: Path) -> None:
     """One copy of the bytes for both, where the file system can."""
     link = path.with_name(f".{path.name}")
     try:
-        os.link(theirs, link)
+        os.link(source, link)
     except OSError:
         return
     link.replace(path)
 
 
-def _wrong(path: Path, wanted: File) -> list[str]:
+def _file_damage(path: Path, expected: FileEntry) -> list[str]:
     if not path.is_file():
         return [f"{path.name} is missing"]
-    is_same = path.stat().st_size == wanted.n_bytes and sum_of_file(path) == wanted.sha256
+    is_same = path.stat().st_size == expected.n_bytes and file_checksum(path) == expected.sha256
     return [] if is_same else [f"{path.name} has changed"]
 
 
-def _instead(store: Store, number: int) -> str:
+def _recovery_hint(store: Store, number: int) -> str:
     """What to do where a version is damaged."""
-    for other in reversed([n for n in store.numbers() if n < number]):
+    for other in reversed([n for n in store.version_numbers() if n < number]):
         try:
-            if store.manifest(other).promoted and not store.damaged(other):
+            if store.manifest(other).promoted and not store.find_damage(other):
                 return f"go back with `freshrec rollback {other} --reason damage`."
         except StateError:
             continue

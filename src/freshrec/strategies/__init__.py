@@ -2,23 +2,23 @@
 
 from dataclasses import replace
 
-from freshrec.config import Form, as_instance, choose
-from freshrec.learn.fit import Fit
+from freshrec.config import Form, as_instance, find_instance
+from freshrec.learn.fit import FitConfig
 from freshrec.learn.transfer import CNNTransfer, LinearTransfer, MLPTransfer
 from freshrec.strategies.ader import ADER
 from freshrec.strategies.ader_s import ADERS
 from freshrec.strategies.asmg import ASMG
 from freshrec.strategies.ewc import EWC
-from freshrec.strategies.imsr import IMSR, Retain
+from freshrec.strategies.imsr import IMSR, Retainer
 from freshrec.strategies.incctr import IncCTR
 from freshrec.strategies.plain import Absorb, FineTune, Frozen, Retrain
 from freshrec.strategies.refit import Refit
-from freshrec.strategies.rehearsed import Rehearsed
+from freshrec.strategies.rehearsed import SelfTuned
 from freshrec.strategies.sml import SML
 from freshrec.strategies.spmf import SPMF
 from freshrec.types import Strategy
 
-SPAN_ONLY = Fit(history="span")
+SPAN_ONLY = FitConfig(history="span")
 
 STRATEGIES: dict[str, Strategy] = {
     "absorb": Absorb(),
@@ -27,10 +27,10 @@ STRATEGIES: dict[str, Strategy] = {
     "finetune": FineTune(),
     "finetune-span": FineTune(fit=SPAN_ONLY),
     "full": Retrain(),
-    "full-warm": Retrain(fresh=False),
-    "batch-3": Retrain(fresh=False, spans=3),
-    "batch-5": Retrain(fresh=False, spans=5),
-    "batch-7": Retrain(fresh=False, spans=7),
+    "full-warm": Retrain(from_scratch=False),
+    "batch-3": Retrain(from_scratch=False, spans=3),
+    "batch-5": Retrain(from_scratch=False, spans=5),
+    "batch-7": Retrain(from_scratch=False, spans=7),
     "ewc": EWC(),
     "spmf": SPMF(),
     "spmf-all": SPMF(take="all"),
@@ -49,23 +49,23 @@ STRATEGIES: dict[str, Strategy] = {
     "sml-no-cnn": SML(transfer=CNNTransfer(filters=0)),
     "sml-no-fc": SML(transfer=CNNTransfer(hidden=0)),
     "sml-n": SML(objective="current"),
-    "sml-s": SML(until=0, fit=Fit(epochs=2)),
-    "sml-fp": SML(through=False),
+    "sml-s": SML(last_trained_span=0, fit=FitConfig(epochs=2)),
+    "sml-fp": SML(train_through_transfer=False),
     "asmg": ASMG(),
     "asmg-gru-single": ASMG(loss="last"),
     "asmg-gru-full": ASMG(k=0, carry=False),
     "asmg-gru-zero": ASMG(carry=False),
     "asmg-gru-unif": ASMG(loss="uniform"),
     "asmg-linear": ASMG(generator="linear", loss="last"),
-    "rehearsed": Rehearsed(),
+    "rehearsed": SelfTuned(),
     "imsr": IMSR(),
     "imsr-span": IMSR(fit=SPAN_ONLY),
     "imsr-no-eir": IMSR(retain=None),
     "imsr-no-expansion": IMSR(detect=None, trim=None),
-    "imsr-dir": IMSR(retain=replace(Retain(), form="distance")),
-    "imsr-kd1": IMSR(retain=replace(Retain(), form="kd1")),
-    "imsr-kd2": IMSR(retain=replace(Retain(), form="kd2")),
-    "imsr-kd3": IMSR(retain=replace(Retain(), form="kd3", weight=1.0)),
+    "imsr-dir": IMSR(retain=replace(Retainer(), form="distance")),
+    "imsr-kd1": IMSR(retain=replace(Retainer(), form="kd1")),
+    "imsr-kd2": IMSR(retain=replace(Retainer(), form="kd2")),
+    "imsr-kd3": IMSR(retain=replace(Retainer(), form="kd3", weight=1.0)),
 }
 
 
@@ -83,7 +83,7 @@ def find_strategy(named: str | Strategy | type[Strategy]) -> Strategy:
     An instance of one's own is returned as it is; of a class, an instance. OptionError for what is no strategy.
     """
     if isinstance(named, str):
-        return choose("strategy", named, STRATEGIES, FORM, ALIASES)
+        return find_instance("strategy", named, STRATEGIES, FORM, ALIASES)
     name = named.__name__ if isinstance(named, type) else type(named).__name__
     found: Strategy = as_instance("strategy", name, named, FORM)
     return found

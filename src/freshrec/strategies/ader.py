@@ -13,28 +13,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freshrec.config import Count, Weight, check_options
-from freshrec.data.batches import Targets, due_targets, random_source
-from freshrec.data.carried import Carried, carried_by
+from freshrec.data.batches import Targets, due_targets, make_rng
+from freshrec.data.carried import StoredInterests, stored_interests_of
 from freshrec.learn.exemplars import (
-    Allocate,
+    AllocationRule,
     ExemplarLoss,
-    Select,
-    allocate,
-    learnable,
-    own_loss,
-    pool_of,
-    queries,
-    replay,
-    select,
+    SelectionRule,
+    allocate_exemplars,
+    build_pool,
+    exemplar_batches,
+    experience_replay,
+    model_loss,
+    select_exemplars,
+    trainable_targets,
 )
-from freshrec.learn.fit import Clock, Fit, adapt, finish, parted, start, successor
-from freshrec.learn.reservoir import Kept, kept_length
-from freshrec.models.layers import best_inner_product
+from freshrec.learn.fit import CostMeter, FitConfig, finish_update, fit_base_block, fit_model, grown_copy, split_holdout
+from freshrec.learn.reservoir import TrainingSamples, sample_history_length
+from freshrec.models.layers import max_inner_product
 from freshrec.models.scoring import item_table, item_vectors, user_vectors
-from freshrec.models.softmax import distilled_softmax
+from freshrec.models.softmax import full_distillation_loss
 from freshrec.types import Batch, EncodingModel, Span, State
 
-PLAYED, CHOSEN = 1101, 1102  # tell the random numbers apart from each other and from those of the epochs
+REPLAY_STREAM, SELECTION_STREAM = (
+    1101,
+    1102,
+)  # tell the random numbers apart from each other and from those of the epochs
 
 
 def distillation(student_BI: Tensor, teacher_BI: Tensor) -> Tensor:
@@ -52,7 +55,9 @@ def adaptive_weight(base: float, n_known: int, n_items: int, n_exemplars: int, n
     return base * math.sqrt(n_known / n_items * n_exemplars / n_targets) if n_items and n_targets else 0.0
 
 
-def distil(model: EncodingModel, teacher: EncodingModel, exemplars: Kept, carried: Carried | None) -> ExemplarLoss:
+def exemplar_distillation_loss(
+    model: EncodingModel, teacher: EncodingModel, exemplars: TrainingSamples, stored_interests: StoredInterests | None
+) -> ExemplarLoss:
     """The loss that keeps `model` to what `teacher` says of exemplars.
 
     Gradients reach the dense weights, and those item rows that the training batch moves in the same step: all of them
@@ -60,22 +65,24 @@ def distil(model: EncodingModel, teacher: EncodingModel, exemplars: Kept, carrie
     """
     n_known = teacher.n_items
     known_RD = item_vectors(teacher)[: n_known + 1]
-    said = [(which, user_vectors(teacher, batch)) for which, batch in queries(exemplars, teacher, carried)]
-    n_most = max((vectors_BKD.shape[1] for _, vectors_BKD in said), default=1)
-    teacher_MKD = torch.zeros(len(exemplars), n_most, known_RD.shape[1])
-    for which, vectors_BKD in said:
+    teacher_outputs = [
+        (which, user_vectors(teacher, batch)) for which, batch in exemplar_batches(exemplars, teacher, stored_interests)
+    ]
+    max_vectors = max((vectors_BKD.shape[1] for _, vectors_BKD in teacher_outputs), default=1)
+    teacher_MKD = torch.zeros(len(exemplars), max_vectors, known_RD.shape[1])
+    for which, vectors_BKD in teacher_outputs:
         teacher_MKD[which] = vectors_BKD[:, :1]  # again where there are fewer: it changes no score
         teacher_MKD[which, : vectors_BKD.shape[1]] = vectors_BKD
 
     table = item_table(model)
 
     def loss(which_M: Tensor, batch: Batch) -> Tensor:
-        rows_RD = table.whole()
+        rows_RD = table.full_matrix()
         vectors_BKD = model.encode(F.embedding(batch.history_BT, rows_RD), batch)
-        if vectors_BKD.shape[1] == n_most == 1:
-            return distilled_softmax(vectors_BKD[:, 0], rows_RD, teacher_MKD[which_M, 0], known_RD)
-        said_BI = best_inner_product(teacher_MKD[which_M], known_RD[1:])
-        return distillation(best_inner_product(vectors_BKD, rows_RD[1 : n_known + 1]), said_BI)
+        if vectors_BKD.shape[1] == max_vectors == 1:
+            return full_distillation_loss(vectors_BKD[:, 0], rows_RD, teacher_MKD[which_M, 0], known_RD)
+        said_BI = max_inner_product(teacher_MKD[which_M], known_RD[1:])
+        return distillation(max_inner_product(vectors_BKD, rows_RD[1 : n_known + 1]), said_BI)
 
     return loss
 
@@ -91,48 +98,54 @@ class ADER:
     """
 
     exemplars: Count = 30_000
-    select: Select = "herding"
-    allocate: Allocate = "largest-remainder"
+    select: SelectionRule = "herding"
+    allocate: AllocationRule = "largest-remainder"
     equal: bool = False
     distil: bool = True
     adaptive: bool = True
     weight: Weight = 0.8
-    fit: Fit = Fit()
+    fit: FitConfig = FitConfig()
 
     def __post_init__(self) -> None:
         check_options(self)
 
     def update(self, state: State, span: Span) -> State:
         """Train on the new events and the exemplars, then choose exemplars from both."""
-        targets = due_targets(state.recent, self.fit.history)
+        targets = due_targets(state.histories, self.fit.history)
         if state.spans_seen == 0:
-            return self._remember(start(state, span, self.fit), targets, None, span.index)
-        model, exemplars = successor(state, span), state.memory
+            return self._select_exemplars(fit_base_block(state, span, self.fit), targets, None, span.index)
+        model, exemplars = grown_copy(state, span), state.memory
         assert isinstance(model, EncodingModel)
-        carried = carried_by(model, state.users, span.index)
-        clock = Clock({"rows_read": float(len(targets) + len(exemplars))})
+        stored_interests = stored_interests_of(model, state.interests, span.index)
+        meter = CostMeter({"rows_read": float(len(targets) + len(exemplars))})
         since = time.process_time()
         key = state.seed, span.index
-        learnt, _ = parted(targets, self.fit, key)
-        n_targets = len(learnable(learnt, kept_length(model)))
+        train_targets, _ = split_holdout(targets, self.fit, key)
+        n_targets = len(trainable_targets(train_targets, sample_history_length(model)))
         weight = self.weight
         if self.adaptive:
             weight = adaptive_weight(weight, state.model.n_items, span.n_items, len(exemplars), n_targets)
-        loss = distil(model, state.model, exemplars, carried) if self.distil and weight else own_loss(model)
-        source = random_source(state.seed, span.index, PLAYED)
-        terms = replay(model, learnt, exemplars, carried, weight=weight, loss=loss, source=source)
-        clock.timed("train_cpu_s", since)
-        adapt(model, targets, self.fit, key, clock, carried=carried, terms=terms)
-        return self._remember(finish(state, model, carried, self.fit.history, clock), targets, exemplars, span.index)
+        loss = (
+            exemplar_distillation_loss(model, state.model, exemplars, stored_interests)
+            if self.distil and weight
+            else model_loss(model)
+        )
+        rng = make_rng(state.seed, span.index, REPLAY_STREAM)
+        terms = experience_replay(model, train_targets, exemplars, stored_interests, weight=weight, loss=loss, rng=rng)
+        meter.add_time("train_cpu_s", since)
+        fit_model(model, targets, self.fit, key, meter, stored_interests=stored_interests, terms=terms)
+        return self._select_exemplars(
+            finish_update(state, model, stored_interests, self.fit.history, meter), targets, exemplars, span.index
+        )
 
-    def _remember(self, after: State, targets: Targets, exemplars: Kept | None, span: int) -> State:
+    def _select_exemplars(self, after: State, targets: Targets, exemplars: TrainingSamples | None, span: int) -> State:
         """`after` with exemplars that its model chooses from the new targets and the exemplars so far."""
-        since, clock = time.process_time(), Clock(dict(after.costs))
-        source = random_source(after.seed, span, CHOSEN)
-        pool = pool_of(targets, exemplars, kept_length(after.model))
+        since, meter = time.process_time(), CostMeter(dict(after.costs))
+        rng = make_rng(after.seed, span, SELECTION_STREAM)
+        pool = build_pool(targets, exemplars, sample_history_length(after.model))
         counts_I = torch.bincount(pool.items_N, minlength=after.model.n_items + 1)
-        wanted_I = allocate(counts_I, self.exemplars, self.allocate, self.equal, source)
-        carried = carried_by(after.model, after.users, after.spans_seen)
-        chosen = select(self.select, after.model, pool, carried, wanted_I, source)
-        clock.timed("remember_cpu_s", since)
-        return replace(after, memory=chosen, costs=dict(clock.costs))
+        wanted_I = allocate_exemplars(counts_I, self.exemplars, self.allocate, self.equal, rng)
+        stored_interests = stored_interests_of(after.model, after.interests, after.spans_seen)
+        exemplars_after = select_exemplars(self.select, after.model, pool, stored_interests, wanted_I, rng)
+        meter.add_time("remember_cpu_s", since)
+        return replace(after, memory=exemplars_after, costs=dict(meter.costs))

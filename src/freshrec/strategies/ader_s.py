@@ -12,31 +12,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freshrec.config import Count, Rate, Weight, check_options
-from freshrec.data.batches import Targets, due_targets, in_parts, random_source
-from freshrec.data.carried import carried_by
+from freshrec.data.batches import Targets, due_targets, make_rng, split_chunks
+from freshrec.data.carried import stored_interests_of
 from freshrec.device import uniform
-from freshrec.learn.exemplars import learnable, own_loss, replay, smallest
-from freshrec.learn.fit import Clock, Fit, adapt, finish, parted, start, successor
-from freshrec.learn.reservoir import Kept, keep, together
+from freshrec.learn.exemplars import experience_replay, model_loss, smallest_per_group, trainable_targets
+from freshrec.learn.fit import CostMeter, FitConfig, finish_update, fit_base_block, fit_model, grown_copy, split_holdout
+from freshrec.learn.reservoir import TrainingSamples, concat_samples, copy_samples
 from freshrec.models.scoring import item_vectors
 from freshrec.types import EncodingModel, Span, State
 
-PLAYED, CUT = 1301, 1302  # tell the random numbers apart from each other and from those of the epochs
-SHORTEST = 3  # items of a sequence
+REPLAY_STREAM, TRUNCATION_STREAM = (
+    1301,
+    1302,
+)  # tell the random numbers apart from each other and from those of the epochs
+MIN_SEQUENCE_ITEMS = 3  # items of a sequence
 
 
-def truncated(targets: Targets, n_each: int, length: int, source: torch.Generator) -> Kept:
+def truncate_sequences(targets: Targets, n_each: int, length: int, rng: torch.Generator) -> TrainingSamples:
     """The sequences of due events, each user's cut off at `n_each` random ends, as a last item and what is before it.
 
     Fewer where a sequence has fewer ends; `targets` look back on the span's own events only.
     """
-    long_enough = targets[targets.lengths(SHORTEST) >= SHORTEST - 1]
+    eligible = targets[targets.history_lengths(MIN_SEQUENCE_ITEMS) >= MIN_SEQUENCE_ITEMS - 1]
     wanted_U = torch.full((targets.histories.n_users + 1,), n_each)
-    ends_M = smallest(uniform((len(long_enough),), source), long_enough.users_N, wanted_U).sort().values
-    return keep(learnable(long_enough[ends_M], length), length)
+    ends_M = smallest_per_group(uniform((len(eligible),), rng), eligible.users_N, wanted_U).sort().values
+    return copy_samples(trainable_targets(eligible[ends_M], length), length)
 
 
-def alike(pool: Kept, targets: Targets, items_ID: Tensor, share: float) -> Tensor:
+def select_similar(pool: TrainingSamples, targets: Targets, items_ID: Tensor, share: float) -> Tensor:
     """Indices (M,) of past sequences of each user with new events: the `share` of its own most like the new ones.
 
     By the cosine of mean item vectors; rounded up.
@@ -44,24 +47,24 @@ def alike(pool: Kept, targets: Targets, items_ID: Tensor, share: float) -> Tenso
     users_N, item_N = targets.users_N, targets.items_N
     n_users = targets.histories.n_users
     new_UD = torch.zeros(n_users + 1, items_ID.shape[1]).index_add_(0, users_N, items_ID[item_N])
-    unlike_S = torch.zeros(len(pool))
-    for part in in_parts(torch.arange(len(pool)), 4096):
+    dissimilarity_S = torch.zeros(len(pool))
+    for part in split_chunks(torch.arange(len(pool)), 4096):
         sequence_ST = torch.cat([pool.histories_NT[part].long(), pool.items_N[part, None]], 1)
         old_SD = items_ID[sequence_ST].sum(1)  # padding is 0, and a sum has the direction of the mean
-        unlike_S[part] = -F.cosine_similarity(old_SD, new_UD[pool.users_N[part]], dim=1)
-    is_back_U = torch.bincount(users_N, minlength=n_users + 1) > 0
-    wanted_U = (share * torch.bincount(pool.users_N, minlength=n_users + 1)).ceil().long() * is_back_U
-    return smallest(unlike_S, pool.users_N, wanted_U).sort().values
+        dissimilarity_S[part] = -F.cosine_similarity(old_SD, new_UD[pool.users_N[part]], dim=1)
+    is_active_U = torch.bincount(users_N, minlength=n_users + 1) > 0
+    wanted_U = (share * torch.bincount(pool.users_N, minlength=n_users + 1)).ceil().long() * is_active_U
+    return smallest_per_group(dissimilarity_S, pool.users_N, wanted_U).sort().values
 
 
 @dataclass(frozen=True)
 class ADERS:
     """Fine-tuning with the model's own loss on past sequences beside the new events; the pool of them only grows."""
 
-    each: Count = 5  # sequences a user and span that enter the pool
+    sequences_per_user: Count = 5  # sequences a user and span that enter the pool
     share: Rate = 0.5  # of a user's past sequences, replayed
     weight: Weight = 1.0
-    fit: Fit = Fit()
+    fit: FitConfig = FitConfig()
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -69,30 +72,32 @@ class ADERS:
     def update(self, state: State, span: Span) -> State:
         """Train on the new events and on past sequences like them; then the new sequences enter the pool."""
         length = int(state.model.spec.length)
-        cut = random_source(state.seed, span.index, CUT)
-        new = truncated(due_targets(state.recent, "span"), self.each, length, cut)
+        truncation_rng = make_rng(state.seed, span.index, TRUNCATION_STREAM)
+        new = truncate_sequences(due_targets(state.histories, "span"), self.sequences_per_user, length, truncation_rng)
         if state.spans_seen == 0:
-            return replace(start(state, span, self.fit), memory=new)
-        model, pool = successor(state, span), state.memory
+            return replace(fit_base_block(state, span, self.fit), memory=new)
+        model, pool = grown_copy(state, span), state.memory
         assert isinstance(model, EncodingModel)
-        targets = due_targets(state.recent, self.fit.history)
-        carried = carried_by(model, state.users, span.index)
-        clock = Clock()
+        targets = due_targets(state.histories, self.fit.history)
+        stored_interests = stored_interests_of(model, state.interests, span.index)
+        meter = CostMeter()
         since = time.process_time()
-        exemplars = pool[alike(pool, targets, item_vectors(model), self.share)]
-        clock.timed("choose_cpu_s", since)
-        clock.costs["rows_read"] = float(len(targets) + len(exemplars))
+        exemplars = pool[select_similar(pool, targets, item_vectors(model), self.share)]
+        meter.add_time("choose_cpu_s", since)
+        meter.costs["rows_read"] = float(len(targets) + len(exemplars))
         since = time.process_time()
-        source, key = random_source(state.seed, span.index, PLAYED), (state.seed, span.index)
-        terms = replay(
+        rng, key = make_rng(state.seed, span.index, REPLAY_STREAM), (state.seed, span.index)
+        terms = experience_replay(
             model,
-            parted(targets, self.fit, key)[0],
+            split_holdout(targets, self.fit, key)[0],
             exemplars,
-            carried,
+            stored_interests,
             weight=self.weight,
-            loss=own_loss(model),
-            source=source,
+            loss=model_loss(model),
+            rng=rng,
         )
-        clock.timed("train_cpu_s", since)
-        adapt(model, targets, self.fit, key, clock, carried=carried, terms=terms)
-        return replace(finish(state, model, carried, self.fit.history, clock), memory=together(pool, new))
+        meter.add_time("train_cpu_s", since)
+        fit_model(model, targets, self.fit, key, meter, stored_interests=stored_interests, terms=terms)
+        return replace(
+            finish_update(state, model, stored_interests, self.fit.history, meter), memory=concat_samples(pool, new)
+        )

@@ -17,39 +17,55 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from freshrec.config import Count, CountOrNone, Positive, check_options
-from freshrec.data.batches import due_targets, interests_where, owners, random_source, rows_where
-from freshrec.data.carried import Carried, carried_by
+from freshrec.config import Count, CountOrZero, Positive, check_options
+from freshrec.data.batches import due_targets, filter_interests, filter_rows, make_rng, row_users
+from freshrec.data.carried import StoredInterests, stored_interests_of
 from freshrec.data.lanes import HiddenStates
 from freshrec.errors import OptionError
-from freshrec.learn.fit import Clock, Fit, batches, finish, negatives, start, successor, train
-from freshrec.learn.generators import GRU, Generator, Mix, Window, shares, untrained
-from freshrec.learn.rehearsal import rehearsal
-from freshrec.learn.weights import put, seen_through, weights_of
+from freshrec.learn.fit import (
+    CostMeter,
+    FitConfig,
+    finish_update,
+    fit_base_block,
+    grown_copy,
+    sample_negatives,
+    train,
+    training_batches,
+)
+from freshrec.learn.generators import (
+    GRUGenerator,
+    MeanGenerator,
+    ModelGenerator,
+    ModelWindow,
+    loss_weights,
+    new_generator,
+)
+from freshrec.learn.rehearsal import base_stream
+from freshrec.learn.weights import apply_parametrization, copy_weights, load_weights
 from freshrec.strategies.plain import FineTune
-from freshrec.types import Batch, Forward, Histories, Interests, Span, State, Term, TrainedModel
+from freshrec.types import Batch, Forward, Histories, Interests, LossTerm, Span, State, TrainedModel
 
-GENERATOR = 31  # tells the generator's random numbers from the chain's
+GENERATOR_STREAM = 31  # tells the generator's random numbers from the chain's
 
 
 @dataclass(frozen=True)
-class Block:
+class PastSpan:
     """What training on a span again takes: its users' events as they were due, and what travelled with the batches."""
 
     histories: Histories
-    carried: Carried | None
+    stored_interests: StoredInterests | None
     n_items: int
 
 
 @dataclass(frozen=True)
-class Memory:
+class ASMGMemory:
     """The chain and the generator. What a state serves is neither."""
 
     model: Any  # the chain: a TrainedModel, fine-tuned on the last span
-    users: Interests | None  # its interests
-    generator: Generator
-    window: Window  # the last k models of the chain
-    blocks: tuple[Block, ...]  # the last k - 1 spans, where the generator learns on several at once
+    interests: Interests | None  # its interests
+    generator: ModelGenerator
+    window: ModelWindow  # the last k models of the chain
+    past_spans: tuple[PastSpan, ...]  # the last k - 1 spans, where the generator learns on several at once
 
 
 @dataclass(frozen=True)
@@ -62,7 +78,7 @@ class ASMG:
     """
 
     generator: Literal["gru", "linear"] = "gru"
-    k: CountOrNone = 3  # models in the window; 0 = all since the base block, which is never in it
+    k: CountOrZero = 3  # models in the window; 0 = all since the base block, which is never in it
     carry: bool = True  # start from the state before the window; else from 0
     loss: Literal["linear", "uniform", "last", "exponential"] = "linear"  # on the last k spans: how much each counts
     h: Count = 4  # hidden units of each slot
@@ -70,75 +86,86 @@ class ASMG:
     largest: Count = 10_000  # scalars of a dense tensor that get a network each; above, one for each of its last axis
     epochs: Count = 1  # of the generator
     lr: Positive = 0.01  # of the generator
-    rehearsals: CountOrNone = 6  # parts of the base block, on which the generator learns before its first use
-    fit: Fit = Fit()  # of the chain
+    base_parts: CountOrZero = 6  # parts of the base block, on which the generator learns before its first use
+    fit: FitConfig = FitConfig()  # of the chain
 
     def __post_init__(self) -> None:
         check_options(self)
         if self.generator == "linear" and (self.k == 0 or self.loss != "last"):
             raise OptionError("the linear generator mixes k models and learns on one span: set k >= 1 and loss=last.")
-        if self.rehearsals in (1, 2):
+        if self.base_parts in (1, 2):
             raise OptionError("ASMG rehearses on 3 parts of the base block or more: raise rehearsals, or set it to 0.")
 
     def update(self, state: State, span: Span) -> State:
         """Train the generator, fine-tune the chain, generate what is served."""
         if state.spans_seen == 0:
-            return self._begun(state, span)
-        memory: Memory = state.memory
-        model = successor(replace(state, model=memory.model), span)
-        window = memory.window.grown(weights_of(model))
-        blocks = (*memory.blocks, self._block(state, model, span))
+            return self._fit_base(state, span)
+        memory: ASMGMemory = state.memory
+        model = grown_copy(replace(state, model=memory.model), span)
+        window = memory.window.grow(copy_weights(model))
+        past_spans = (*memory.past_spans, self._past_span(state, model, span))
         since = time.process_time()
-        generator = self._trained(memory.generator, model, window, blocks, (state.seed, span.index, GENERATOR))
+        generator = self._train_generator(
+            memory.generator, model, window, past_spans, (state.seed, span.index, GENERATOR_STREAM)
+        )
         seconds = time.process_time() - since
-        chain = FineTune(self.fit).update(replace(state, model=memory.model, users=memory.users), span)
-        clock = Clock(chain.costs | {"generator_cpu_s": seconds})
+        chain = FineTune(self.fit).update(replace(state, model=memory.model, interests=memory.interests), span)
+        meter = CostMeter(chain.costs | {"generator_cpu_s": seconds})
         since = time.process_time()
-        window = self._pushed(generator, window, chain.model)
+        window = self._push_model(generator, window, chain.model)
         served = copy.deepcopy(chain.model)
-        put(served, generator.whole(window))
-        clock.timed("generator_cpu_s", since)
-        carried = carried_by(served, state.users, span.index)
-        after = finish(state, served, carried, self.fit.history, clock)
-        kept = blocks[-len(window.models) + 1 :] if self.loss != "last" and len(window.models) > 1 else ()
-        return replace(after, memory=Memory(chain.model, chain.users, generator, window, kept))
+        load_weights(served, generator.generate(window))
+        meter.add_time("generator_cpu_s", since)
+        stored_interests = stored_interests_of(served, state.interests, span.index)
+        after = finish_update(state, served, stored_interests, self.fit.history, meter)
+        remembered_spans = (
+            past_spans[-len(window.models) + 1 :] if self.loss != "last" and len(window.models) > 1 else ()
+        )
+        return replace(after, memory=ASMGMemory(chain.model, chain.interests, generator, window, remembered_spans))
 
-    def _begun(self, state: State, span: Span) -> State:
-        base = start(state, span, self.fit)
-        generator = untrained(base.model, self._maker, self.largest, state.seed)
-        if self.rehearsals:
+    def _fit_base(self, state: State, span: Span) -> State:
+        base = fit_base_block(state, span, self.fit)
+        generator = new_generator(base.model, self._new_network, self.largest, state.seed)
+        if self.base_parts:
             since = time.process_time()
-            generator = replace(self, rehearsals=0)._rehearsed(state, base.base_epochs, self.rehearsals)
+            generator = replace(self, base_parts=0)._train_on_base_stream(state, base.base_epochs, self.base_parts)
             base = replace(base, costs=base.costs | {"generator_cpu_s": time.process_time() - since})
-        return replace(base, memory=Memory(base.model, base.users, generator, Window(), ()))
+        return replace(base, memory=ASMGMemory(base.model, base.interests, generator, ModelWindow(), ()))
 
-    def _maker(self, n_slots: int, source: torch.Generator) -> GRU | Mix:
+    def _new_network(self, n_slots: int, rng: torch.Generator) -> GRUGenerator | MeanGenerator:
         if self.generator == "linear":
-            return Mix(torch.zeros(n_slots, self.k))
-        return GRU.untrained(n_slots, self.h, self.residual, source)
+            return MeanGenerator(torch.zeros(n_slots, self.k))
+        return GRUGenerator.initial(n_slots, self.h, self.residual, rng)
 
-    def _rehearsed(self, state: State, base_epochs: int, n: int) -> Generator:
+    def _train_on_base_stream(self, state: State, base_epochs: int, n: int) -> ModelGenerator:
         """The generator after a replay of parts of the base block. The models of that replay are thrown away."""
         strategy = replace(self, fit=replace(self.fit, base_epochs=max(base_epochs, 1)))
-        past = State(state.model, state.seed)
-        for recent, span in rehearsal(state.recent, n):
-            past = strategy.update(replace(past, recent=recent), span)
-        memory: Memory = past.memory
+        stream_state = State(state.model, state.seed)
+        for recent, span in base_stream(state.histories, n):
+            stream_state = strategy.update(replace(stream_state, histories=recent), span)
+        memory: ASMGMemory = stream_state.memory
         return memory.generator
 
-    def _block(self, state: State, model: TrainedModel, span: Span) -> Block:
+    def _past_span(self, state: State, model: TrainedModel, span: Span) -> PastSpan:
         """The span, with the interests that were served in it."""
-        carried = carried_by(model, state.users, span.index)
-        users_N = due_targets(state.recent).users_N.unique()
-        if carried is not None:
-            theirs_S = torch.isin(owners(carried.users), users_N)
-            carried = replace(carried, users=interests_where(carried.users, theirs_S))
-        of_theirs_R = torch.isin(owners(state.recent), users_N)
-        return Block(rows_where(state.recent, of_theirs_R), carried, span.n_items)
+        stored_interests = stored_interests_of(model, state.interests, span.index)
+        users_N = due_targets(state.histories).users_N.unique()
+        if stored_interests is not None:
+            is_active_S = torch.isin(row_users(stored_interests.interests), users_N)
+            stored_interests = replace(
+                stored_interests, interests=filter_interests(stored_interests.interests, is_active_S)
+            )
+        is_active_R = torch.isin(row_users(state.histories), users_N)
+        return PastSpan(filter_rows(state.histories, is_active_R), stored_interests, span.n_items)
 
-    def _trained(
-        self, generator: Generator, model: TrainedModel, window: Window, blocks: tuple[Block, ...], key: tuple[int, ...]
-    ) -> Generator:
+    def _train_generator(
+        self,
+        generator: ModelGenerator,
+        model: TrainedModel,
+        window: ModelWindow,
+        past_spans: tuple[PastSpan, ...],
+        key: tuple[int, ...],
+    ) -> ModelGenerator:
         """The generator after learning: the model made of those up to i has to be good on span i + 1.
 
         Each step takes a batch of each of the last spans. Differs from the paper: all are of one size, so that an older
@@ -146,52 +173,57 @@ class ASMG:
         """
         if not window.models:
             return generator
-        learner = generator.learning()
-        *older, newest = blocks
+        learner = generator.trainable_copy()
+        *older, newest = past_spans
         targets = due_targets(newest.histories, self.fit.history)
-        terms = [self._older(learner, model, window, older, key)] if older else []
+        terms = [self._past_spans_term(learner, model, window, older, key)] if older else []
         lr_scale = self.lr / model.spec.lr
         for _ in train(
-            model, targets, self.epochs, key, lr_scale=lr_scale, carried=newest.carried, terms=terms,
-            view=learner.view(window), learner=learner,
+            model, targets, self.epochs, key, lr_scale=lr_scale, stored_interests=newest.stored_interests, terms=terms,
+            parametrization=learner.parametrization(window), trainable=learner,
         ):  # fmt: skip
             pass
-        return learner.learnt()
+        return learner.detached_copy()
 
-    def _older(
-        self, generator: Generator, model: TrainedModel, window: Window, blocks: list[Block], key: tuple[int, ...]
-    ) -> Term:
+    def _past_spans_term(
+        self,
+        generator: ModelGenerator,
+        model: TrainedModel,
+        window: ModelWindow,
+        past_spans: list[PastSpan],
+        key: tuple[int, ...],
+    ) -> LossTerm:
         """What makes the newest span's loss a weighted sum over all of them."""
-        *weights, newest = shares(len(window.models), self.loss)
-        streams = [self._stream(model, block, (*key, 0, j)) for j, block in enumerate(blocks)]
-        hidden = [HiddenStates() for _ in blocks]
+        *weights, newest = loss_weights(len(window.models), self.loss)
+        streams = [self._endless_batches(model, block, (*key, 0, j)) for j, block in enumerate(past_spans)]
+        hidden = [HiddenStates() for _ in past_spans]
 
         def term(batch: Batch, forward: Forward) -> Tensor:
             loss = (newest - 1) * forward.loss
             for n, (weight, stream, states) in enumerate(zip(weights, streams, hidden, strict=True), 1):
                 older = next(stream, None)
                 if older is not None:
-                    with seen_through(model, generator.view(window, n)) as forward_pass:
+                    with apply_parametrization(model, generator.parametrization(window, n)) as forward_pass:
                         loss = loss + weight * states.run(forward_pass, older).loss
             return loss
 
         return term
 
-    def _stream(self, model: TrainedModel, block: Block, key: tuple[int, ...]) -> Iterator[Batch]:
+    def _endless_batches(self, model: TrainedModel, past_span: PastSpan, key: tuple[int, ...]) -> Iterator[Batch]:
         """Batches of a past span without end, or none where there is none."""
-        targets, source = due_targets(block.histories, self.fit.history), random_source(*key)
-        among_N = torch.arange(1, block.n_items + 1)  # no item that came later
-        empty = False
-        while not empty:
-            empty = True
-            for batch in batches(model, targets, source, block.carried):
-                empty = False
-                yield replace(batch, negatives_N=negatives(model, source, among_N))
+        targets, rng = due_targets(past_span.histories, self.fit.history), make_rng(*key)
+        negative_pool_N = torch.arange(1, past_span.n_items + 1)  # no item that came later
+        is_empty = False
+        while not is_empty:
+            is_empty = True
+            for batch in training_batches(model, targets, rng, past_span.stored_interests):
+                is_empty = False
+                yield replace(batch, negatives_N=sample_negatives(model, rng, negative_pool_N))
 
-    def _pushed(self, generator: Generator, window: Window, model: TrainedModel) -> Window:
+    def _push_model(self, generator: ModelGenerator, window: ModelWindow, model: TrainedModel) -> ModelWindow:
         """The window with one more model, and without its first one if it was full."""
-        models, hidden = (*window.models, weights_of(model)), window.hidden
+        models, hidden = (*window.models, copy_weights(model)), window.hidden
         if self.k and len(models) > self.k:
-            hidden = generator.passed(window) if self.carry else None
+            hidden = generator.hidden_after_first(window) if self.carry else None
             models = models[1:]
-        return Window(models, hidden)
+        return ModelWindow(models, hidden)

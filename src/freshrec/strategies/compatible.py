@@ -16,7 +16,7 @@ from freshrec.strategies.imsr import IMSR
 from freshrec.strategies.incctr import IncCTR
 from freshrec.strategies.plain import Absorb, FineTune, Frozen, Retrain
 from freshrec.strategies.refit import Refit
-from freshrec.strategies.rehearsed import Rehearsed
+from freshrec.strategies.rehearsed import SelfTuned
 from freshrec.strategies.sml import SML
 from freshrec.strategies.spmf import SPMF
 from freshrec.types import EncodingModel, InterestModel, ModelSpec, Strategy, TrainedModel
@@ -87,7 +87,7 @@ REQUIREMENTS: dict[type, Requirement] = {  # somebody else's strategy may add it
     IncCTR: trained_models,
     SML: trained_models,
     ASMG: trained_models,
-    Rehearsed: trained_models,
+    SelfTuned: trained_models,
     ADER: encoding_models,
     ADERS: encoding_models,
     EWC: encoding_models,

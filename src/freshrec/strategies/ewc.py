@@ -13,20 +13,20 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from freshrec.config import Count, Weight, check_options
-from freshrec.data.batches import Targets, due_targets, in_parts, random_source
-from freshrec.data.carried import Carried, carried_by
+from freshrec.data.batches import Targets, due_targets, make_rng, split_chunks
+from freshrec.data.carried import StoredInterests, stored_interests_of
 from freshrec.device import permutation
-from freshrec.learn.exemplars import batch_of, learnable
-from freshrec.learn.fit import Clock, Fit, adapt, finish, start, successor
-from freshrec.learn.reservoir import Kept, keep, kept_length
-from freshrec.learn.weights import Weights, weights_of
-from freshrec.models.layers import best_inner_product
+from freshrec.learn.exemplars import exemplar_batch, trainable_targets
+from freshrec.learn.fit import CostMeter, FitConfig, finish_update, fit_base_block, fit_model, grown_copy
+from freshrec.learn.reservoir import TrainingSamples, copy_samples, sample_history_length
+from freshrec.learn.weights import Weights, copy_weights
+from freshrec.models.layers import max_inner_product
 from freshrec.models.scoring import item_table, item_vectors, user_vectors
-from freshrec.models.tables import served, tables_of
-from freshrec.types import Batch, EncodingModel, Forward, Span, State, Term
+from freshrec.models.tables import embed, embedding_tables
+from freshrec.types import Batch, EncodingModel, Forward, LossTerm, Span, State
 
-DRAWN = 1201  # tells the random numbers apart from those of the epochs
-SAMPLES = 32  # whose gradients are in memory at once
+SAMPLE_STREAM = 1201  # tells the random numbers apart from those of the epochs
+SAMPLE_BLOCK = 32  # whose gradients are in memory at once
 
 
 def penalty(weights: Tensor, anchor: Tensor, fisher: Tensor, weight: float) -> Tensor:
@@ -34,20 +34,20 @@ def penalty(weights: Tensor, anchor: Tensor, fisher: Tensor, weight: float) -> T
     return weight / 2 * (fisher * (weights - anchor) ** 2).sum()
 
 
-def hold(model: EncodingModel, anchor: EncodingModel, fisher: Weights, weight: float) -> Term:
+def penalty_term(model: EncodingModel, anchor: EncodingModel, fisher: Weights, weight: float) -> LossTerm:
     """The term of the loss that keeps `model` near `anchor`.
 
     Of the tables it holds the rows that the step moves, as far as there were such rows when `fisher` was made.
     """
-    tables, dense = tables_of(model), dict(model.named_parameters())
-    anchor_tables, anchor_dense = tables_of(anchor), {n: w.detach() for n, w in anchor.named_parameters()}
+    tables, dense = embedding_tables(model), dict(model.named_parameters())
+    anchor_tables, anchor_dense = embedding_tables(anchor), {n: w.detach() for n, w in anchor.named_parameters()}
 
     def term(batch: Batch, forward: Forward) -> Tensor:
         total = torch.zeros(())
         for name, weights in dense.items():
             total = total + penalty(weights, anchor_dense[name], fisher[name], weight)
         for name, table in tables.items():
-            ids_N, rows_ND = table.in_step()
+            ids_N, rows_ND = table.step_rows()
             old_N = (ids_N < len(fisher[name])).nonzero()[:, 0]
             ids_N, rows_ND = ids_N[old_N], rows_ND[old_N]
             total = total + penalty(rows_ND, anchor_tables[name].weights[ids_N], fisher[name][ids_N], weight)
@@ -56,22 +56,28 @@ def hold(model: EncodingModel, anchor: EncodingModel, fisher: Weights, weight: f
     return term
 
 
-def fisher_of(model: EncodingModel, samples: Kept, carried: Carried | None) -> Weights:
+def empirical_fisher(
+    model: EncodingModel, samples: TrainingSamples, stored_interests: StoredInterests | None
+) -> Weights:
     """F_j = mean over samples of (d -ln p(y | x) / d theta_j)^2, y the true target: the empirical Fisher diagonal.
 
     p is the softmax of the scores of all known items; j runs over all dense weights and all rows of the tables.
     """
-    total = {name: torch.zeros_like(weights) for name, weights in weights_of(model).items()}
-    n_interests_N = torch.ones(len(samples), dtype=torch.int64) if carried is None else carried.counts(samples.users_N)
+    squares_by_name = {name: torch.zeros_like(weights) for name, weights in copy_weights(model).items()}
+    n_interests_N = (
+        torch.ones(len(samples), dtype=torch.int64)
+        if stored_interests is None
+        else stored_interests.interest_counts(samples.users_N)
+    )
     for k in n_interests_N.unique():  # so that nobody in a batch lacks an interest that others have
-        for which in in_parts((n_interests_N == k).nonzero()[:, 0], SAMPLES):
-            batch = batch_of(samples, which, model, carried)
+        for which in split_chunks((n_interests_N == k).nonzero()[:, 0], SAMPLE_BLOCK):
+            batch = exemplar_batch(samples, which, model, stored_interests)
             batch = Batch(batch.users_B, batch.history_BT, samples.items_N[which][:, None], None, batch.interests_BKD)
-            _add_squares(total, model, batch)
-    return {name: squares / max(len(samples), 1) for name, squares in total.items()}
+            _add_squared_gradients(squares_by_name, model, batch)
+    return {name: squares / max(len(samples), 1) for name, squares in squares_by_name.items()}
 
 
-def _add_squares(total: Weights, model: EncodingModel, batch: Batch) -> None:
+def _add_squared_gradients(total: Weights, model: EncodingModel, batch: Batch) -> None:
     """Add each sample's squared gradients. B samples, I items from 1 on; of an item row only two kinds of gradient
     exist, (p - y) v from its score and that from its places in the history, so none of (B, I, D) is ever formed."""
     assert batch.targets_BT is not None
@@ -85,14 +91,16 @@ def _add_squares(total: Weights, model: EncodingModel, batch: Batch) -> None:
     total["items"][1 : model.n_items + 1] += squares_BKI.flatten(0, 1).t() @ vectors_BKD.square().flatten(0, 1)
 
     dense: Weights = {}
-    if model.unit == "pair":  # the user's vector is a row of its own
+    if model.batch_format == "pair":  # the user's vector is a row of its own
         total["users"].index_add_(0, batch.users_B, (error_BI @ items_ID).square())
         history_BTD = torch.zeros(*batch.history_BT.shape, items_ID.shape[1])
     else:
-        dense, history_BTD = _gradients(model, batch)
+        dense, history_BTD = _per_sample_gradients(model, batch)
     if "items.common" in total:
         error_BKI = error_BI[:, None] * is_best_BKI
-        total["items.common"] += _common_squares(model, batch.history_BT, history_BTD, error_BKI, vectors_BKD)
+        total["items.common"] += _category_squared_gradients(
+            model, batch.history_BT, history_BTD, error_BKI, vectors_BKD
+        )
     for name, gradient in dense.items():
         total[name] += gradient.square().sum(0)
     rows, places = (batch.history_BT > 0).nonzero(as_tuple=True)
@@ -103,24 +111,24 @@ def _add_squares(total: Weights, model: EncodingModel, batch: Batch) -> None:
     total["items"].index_add_(0, item_P, inner_PD * (inner_PD + 2 * outer_PD))  # (a + b)^2 = a^2 + b (b + 2 a)
 
 
-def _common_squares(
+def _category_squared_gradients(
     model: EncodingModel, history_BT: Tensor, history_BTD: Tensor, error_BKI: Tensor, vectors_BKD: Tensor
 ) -> Tensor:
     """(C, D) the sum over samples of the squared gradients of what the items of each category have in common."""
     items = item_table(model)
     assert items.common is not None
-    kinds_R = items.kinds_R
-    by_kind_BKC = torch.zeros(*error_BKI.shape[:2], len(items.common.packed))
-    by_kind_BKC.index_add_(2, kinds_R[1 : model.n_items + 1], error_BKI)
-    gradient_BCD = by_kind_BKC.transpose(1, 2) @ vectors_BKD
-    places = torch.arange(len(history_BT))[:, None].expand_as(history_BT), kinds_R[history_BT]
+    categories_R = items.kinds_R
+    by_category_BKC = torch.zeros(*error_BKI.shape[:2], len(items.common.packed))
+    by_category_BKC.index_add_(2, categories_R[1 : model.n_items + 1], error_BKI)
+    gradient_BCD = by_category_BKC.transpose(1, 2) @ vectors_BKD
+    places = torch.arange(len(history_BT))[:, None].expand_as(history_BT), categories_R[history_BT]
     gradient_BCD.index_put_(places, history_BTD, accumulate=True)
     squares_CD: Tensor = gradient_BCD.square().sum(0)
     squares_CD[0] = 0.0
     return squares_CD
 
 
-class Reader(nn.Module):
+class EncoderModule(nn.Module):
     """A model's `encode` as a forward pass, so that it can be called with other weights."""
 
     def __init__(self, model: EncodingModel) -> None:
@@ -132,25 +140,27 @@ class Reader(nn.Module):
         return self.model.encode(items_BTD, batch)
 
 
-def _gradients(model: EncodingModel, batch: Batch) -> tuple[Weights, Tensor]:
+def _per_sample_gradients(model: EncodingModel, batch: Batch) -> tuple[Weights, Tensor]:
     """Of each sample's -ln p, by the dense weights, (B, ...) each, and by the vectors of its history (B, T, D)."""
     assert batch.targets_BT is not None
-    items_ID, reader = item_vectors(model)[1 : model.n_items + 1], Reader(model)
+    items_ID, reader = item_vectors(model)[1 : model.n_items + 1], EncoderModule(model)
     dense = {f"model.{name}": weights.detach() for name, weights in model.named_parameters()}
 
     def loss(
         dense: Weights, items_TD: Tensor, user: Tensor, history_T: Tensor, interests_KD: Tensor | None, item_1: Tensor
     ) -> Tensor:
         stored_1KD = None if interests_KD is None else interests_KD[None]
-        alone = Batch(user[None], history_T[None], interests_BKD=stored_1KD)
-        vectors_1KD = functional_call(reader, dense, (items_TD[None], alone))
-        score_I = best_inner_product(vectors_1KD, items_ID)[0]
+        single_batch = Batch(user[None], history_T[None], interests_BKD=stored_1KD)
+        vectors_1KD = functional_call(reader, dense, (items_TD[None], single_batch))
+        score_I = max_inner_product(vectors_1KD, items_ID)[0]
         return torch.logsumexp(score_I, 0) - score_I.gather(0, item_1 - 1)[0]
 
-    of_each = vmap(partial(grad(loss, (0, 1)), dense), in_dims=(0, 0, 0, None if batch.interests_BKD is None else 0, 0))
-    history_BTD = served(item_table(model), batch.history_BT)
+    per_sample_gradient = vmap(
+        partial(grad(loss, (0, 1)), dense), in_dims=(0, 0, 0, None if batch.interests_BKD is None else 0, 0)
+    )
+    history_BTD = embed(item_table(model), batch.history_BT)
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels know no vmap
-        by_dense, by_items_BTD = of_each(
+        by_dense, by_items_BTD = per_sample_gradient(
             history_BTD, batch.users_B, batch.history_BT, batch.interests_BKD, batch.targets_BT
         )
     return {name.removeprefix("model."): gradient for name, gradient in by_dense.items()}, by_items_BTD
@@ -166,33 +176,37 @@ class EWC:
 
     weight: Weight = 1000.0
     samples: Count = 1000
-    fit: Fit = Fit()
+    fit: FitConfig = FitConfig()
 
     def __post_init__(self) -> None:
         check_options(self)
 
     def update(self, state: State, span: Span) -> State:
         """Train with the penalty, then measure what the new model depends on."""
-        targets = due_targets(state.recent, self.fit.history)
+        targets = due_targets(state.histories, self.fit.history)
         if state.spans_seen == 0:
-            return self._measured(start(state, span, self.fit), targets, None, span.index)
-        model = successor(state, span)
+            return self._update_fisher(fit_base_block(state, span, self.fit), targets, None, span.index)
+        model = grown_copy(state, span)
         assert isinstance(model, EncodingModel)
-        carried = carried_by(model, state.users, span.index)
-        clock = Clock({"rows_read": float(len(targets))})
-        terms = [hold(model, state.model, state.memory, self.weight)] if self.weight else []
-        adapt(model, targets, self.fit, (state.seed, span.index), clock, carried=carried, terms=terms)
-        return self._measured(finish(state, model, carried, self.fit.history, clock), targets, state.memory, span.index)
+        stored_interests = stored_interests_of(model, state.interests, span.index)
+        meter = CostMeter({"rows_read": float(len(targets))})
+        terms = [penalty_term(model, state.model, state.memory, self.weight)] if self.weight else []
+        fit_model(
+            model, targets, self.fit, (state.seed, span.index), meter, stored_interests=stored_interests, terms=terms
+        )
+        return self._update_fisher(
+            finish_update(state, model, stored_interests, self.fit.history, meter), targets, state.memory, span.index
+        )
 
-    def _measured(self, after: State, targets: Targets, before: Weights | None, span: int) -> State:
+    def _update_fisher(self, after: State, targets: Targets, before: Weights | None, span: int) -> State:
         """`after` with the Fisher of its model, by some of the span's targets; the last one where there are none."""
-        since, clock = time.process_time(), Clock(dict(after.costs))
-        length = kept_length(after.model)
-        targets = learnable(targets, length)
-        drawn_N = permutation(len(targets), random_source(after.seed, span, DRAWN))[: self.samples]
-        carried = carried_by(after.model, after.users, after.spans_seen)
+        since, meter = time.process_time(), CostMeter(dict(after.costs))
+        length = sample_history_length(after.model)
+        targets = trainable_targets(targets, length)
+        drawn_N = permutation(len(targets), make_rng(after.seed, span, SAMPLE_STREAM))[: self.samples]
+        stored_interests = stored_interests_of(after.model, after.interests, after.spans_seen)
         fisher = before
         if len(targets) or before is None:
-            fisher = fisher_of(after.model, keep(targets[drawn_N], length), carried)
-        clock.timed("fisher_cpu_s", since)
-        return replace(after, memory=fisher, costs=dict(clock.costs))
+            fisher = empirical_fisher(after.model, copy_samples(targets[drawn_N], length), stored_interests)
+        meter.add_time("fisher_cpu_s", since)
+        return replace(after, memory=fisher, costs=dict(meter.costs))

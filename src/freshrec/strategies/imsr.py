@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freshrec.config import CountOrNone, Positive, Weight, check_options
-from freshrec.data.batches import due_targets, owners
-from freshrec.data.carried import Carried, carried_by, pad_interests
+from freshrec.config import CountOrZero, Positive, Weight, check_options
+from freshrec.data.batches import due_targets, row_users
+from freshrec.data.carried import StoredInterests, pad_interests, stored_interests_of
 from freshrec.errors import OptionError
-from freshrec.learn.fit import Clock, Fit, adapt, finish, start, successor
-from freshrec.learn.interests import expand
-from freshrec.learn.upkeep import Upkeep
-from freshrec.models.layers import FAR
+from freshrec.learn.fit import CostMeter, FitConfig, finish_update, fit_base_block, fit_model, grown_copy
+from freshrec.learn.interests import add_interests
+from freshrec.learn.upkeep import InterestBudget
+from freshrec.models.layers import MASKED
 from freshrec.models.scoring import item_vectors
 from freshrec.types import DUE, Batch, Forward, Histories, InterestModel, Interests, Span, State
 
@@ -37,14 +37,14 @@ def sigmoid_distillation(new_BK: Tensor, stored_BK: Tensor, old_BK: Tensor, tau:
 
 def softmax_distillation(new_BK: Tensor, stored_BK: Tensor, old_BK: Tensor, tau: float = 2.0) -> Tensor:
     """-sum_k p'_k ln p_k over the old interests, p = softmax(logits / tau); mean over the batch."""
-    teacher_BK = torch.softmax((stored_BK.detach() / tau).masked_fill(~old_BK, FAR), 1)
-    student_BK = torch.log_softmax((new_BK / tau).masked_fill(~old_BK, FAR), 1)
+    teacher_BK = torch.softmax((stored_BK.detach() / tau).masked_fill(~old_BK, MASKED), 1)
+    student_BK = torch.log_softmax((new_BK / tau).masked_fill(~old_BK, MASKED), 1)
     each_B = -(teacher_BK * student_BK).sum(1) * old_BK.any(1)
     return each_B.sum() / max(len(new_BK), 1)
 
 
 @dataclass(frozen=True)
-class Retain:
+class Retainer:
     """The existing-interests retainer: an extra loss that keeps old interests close to what was stored.
 
     `form`: "sigmoid" (the paper's), "distance" (DIR: squared Euclidean distance), "kd1" (softmax over interests, as in
@@ -66,8 +66,8 @@ class Retain:
         assert batch.interests_BKD is not None and batch.old_BK is not None and batch.alive_BK is not None
         new_BKD, stored_BKD, old_BK = forward.vectors_BKD, batch.interests_BKD, batch.old_BK
         if self.form == "distance":
-            apart_BK = ((new_BKD - stored_BKD) ** 2).sum(2)
-            return self.weight * (apart_BK * old_BK).sum() / len(batch)
+            distance_BK = ((new_BKD - stored_BKD) ** 2).sum(2)
+            return self.weight * (distance_BK * old_BK).sum() / len(batch)
         target_BD1 = forward.target_BD.detach()[..., None]
         if self.form == "kd2":
             new_BKD, stored_BKD = F.normalize(new_BKD, dim=2), F.normalize(stored_BKD, dim=2)
@@ -117,39 +117,39 @@ def is_puzzled(mean_N: Tensor, n_interests_N: Tensor, form: str, c1: float) -> T
 
 
 @dataclass(frozen=True)
-class Detect:
+class Detector:
     """The new-interests detector: who gets new interests, by the model of the last span on this span's events."""
 
     form: Literal["geo", "exp", "kl", "quantile"] = "quantile"  # does not depend on the scale of the item vectors
     c1: float = 0.15
-    new: CountOrNone = 3  # delta K
+    new: CountOrZero = 3  # delta K
 
     def __post_init__(self) -> None:
         check_options(self)
 
-    def judge(
-        self, model: InterestModel, users: Interests, histories: Histories, n_known: int
+    def find_puzzled_users(
+        self, model: InterestModel, interests: Interests, histories: Histories, n_known_items: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(puzzled users, judged users, mean KL of each judged user).
 
         Items the last model has not seen (rows above `n_known`) do not count: their vectors are untrained, so each
         looks puzzled. Users with fewer than 2 events are not judged.
         """
-        rows_N = ((histories.due_R == DUE) & (histories.items_R <= n_known)).nonzero()[:, 0]
-        users_N = owners(histories)[rows_N]
-        counts_U = users.offsets_U.diff()
-        stored_N = (users_N <= users.n_users) & (counts_U[users_N.clamp(max=users.n_users)] > 0)
+        rows_N = ((histories.due_R == DUE) & (histories.items_R <= n_known_items)).nonzero()[:, 0]
+        users_N = row_users(histories)[rows_N]
+        counts_U = interests.offsets_U.diff()
+        stored_N = (users_N <= interests.n_users) & (counts_U[users_N.clamp(max=interests.n_users)] > 0)
         rows_N, users_N = rows_N[stored_N], users_N[stored_N]
         kl_N = torch.zeros(len(rows_N))
         for part in torch.arange(len(rows_N)).split(8192):
-            vectors_NKD, alive_NK, _ = pad_interests(users, users_N[part], model.slots(1))
+            vectors_NKD, alive_NK, _ = pad_interests(interests, users_N[part], model.initial_interests(1))
             items_ND = item_vectors(model)[histories.items_R[rows_N[part]].long()]
             kl_N[part] = divergence(torch.bmm(vectors_NKD, items_ND[..., None])[..., 0], alive_NK)
         total_U = torch.zeros(histories.n_users + 1).index_add_(0, users_N, kl_N)
         n_U = torch.bincount(users_N, minlength=histories.n_users + 1)
-        judged_U = (n_U >= 2).nonzero()[:, 0]
-        mean_kl = total_U[judged_U] / n_U[judged_U]
-        return judged_U[is_puzzled(-mean_kl, counts_U[judged_U], self.form, self.c1)], judged_U, mean_kl
+        rated_U = (n_U >= 2).nonzero()[:, 0]
+        mean_kl = total_U[rated_U] / n_U[rated_U]
+        return rated_U[is_puzzled(-mean_kl, counts_U[rated_U], self.form, self.c1)], rated_U, mean_kl
 
 
 def residual(vectors_BKD: Tensor, alive_BK: Tensor, old_BK: Tensor) -> Tensor:
@@ -161,12 +161,12 @@ def residual(vectors_BKD: Tensor, alive_BK: Tensor, old_BK: Tensor) -> Tensor:
     is_new_BK = alive_BK & ~old_BK & old_BK.any(1, keepdim=True)
     if not bool(is_new_BK.any()):
         return vectors_BKD
-    basis_BKD = _orthonormal(vectors_BKD.detach(), old_BK)
+    basis_BKD = _orthonormal_basis(vectors_BKD.detach(), old_BK)
     inside_BKD = torch.bmm(torch.bmm(vectors_BKD, basis_BKD.transpose(1, 2)), basis_BKD)
     return torch.where(is_new_BK[..., None], vectors_BKD - inside_BKD, vectors_BKD)
 
 
-def _orthonormal(vectors_BKD: Tensor, which_BK: Tensor) -> Tensor:
+def _orthonormal_basis(vectors_BKD: Tensor, is_used_BK: Tensor) -> Tensor:
     """(B, K, D) an orthonormal basis of the chosen rows, by Gram-Schmidt over the few rows for all users at once.
 
     Rows that are left out, or that the rows before them span, become 0: a plain QR would invent directions for them,
@@ -178,7 +178,7 @@ def _orthonormal(vectors_BKD: Tensor, which_BK: Tensor) -> Tensor:
         for _ in range(2):  # twice is enough in float32
             row_B1D = row_B1D - torch.bmm(torch.bmm(row_B1D, basis_BKD.transpose(1, 2)), basis_BKD)
         norm_B11 = row_B1D.norm(dim=2, keepdim=True)
-        independent_B11 = (norm_B11 > 1e-4) & which_BK[:, k, None, None]
+        independent_B11 = (norm_B11 > 1e-4) & is_used_BK[:, k, None, None]
         basis_BKD[:, k : k + 1] = torch.where(independent_B11, row_B1D / norm_B11.clamp(min=1e-9), 0.0)
     return basis_BKD
 
@@ -202,53 +202,59 @@ class Trimmer:
 
     def __call__(self, vectors_BKD: Tensor, alive_BK: Tensor, old_BK: Tensor) -> tuple[Tensor, Tensor]:
         """(B, K, D) interests and (B, K) which are kept; old interests and those of newcomers always are."""
-        left_BKD = residual(vectors_BKD, alive_BK, old_BK)
+        residual_BKD = residual(vectors_BKD, alive_BK, old_BK)
         candidate_BK = alive_BK & ~old_BK & old_BK.any(1, keepdim=True)
         norm_BK = vectors_BKD.norm(dim=2) * old_BK
         scale_B: Tensor | float = norm_BK.sum(1) / old_BK.sum(1).clamp(min=1) if self.relative else 1.0
-        kept_BK = alive_BK & ~(candidate_BK & is_trivial(left_BKD, self.c2, scale_B))
+        is_kept_BK = alive_BK & ~(candidate_BK & is_trivial(residual_BKD, self.c2, scale_B))
         if self.last_only:
-            kept_BK = kept_BK.flip(1).cummax(1).values.flip(1) & alive_BK
-        return left_BKD, kept_BK
+            is_kept_BK = is_kept_BK.flip(1).cummax(1).values.flip(1) & alive_BK
+        return residual_BKD, is_kept_BK
 
 
 @dataclass(frozen=True)
 class IMSR:
     """Fine-tuning with the three parts, each of which is left out by setting it to None; `upkeep` is ours."""
 
-    retain: Retain | None = Retain()
-    detect: Detect | None = Detect()
+    retain: Retainer | None = Retainer()
+    detect: Detector | None = Detector()
     trim: Trimmer | None = Trimmer()
-    fit: Fit = Fit()
-    upkeep: Upkeep = Upkeep()
+    fit: FitConfig = FitConfig()
+    upkeep: InterestBudget = InterestBudget()
 
     def update(self, state: State, span: Span) -> State:
         """Detect, train with the retainer, trim; then the upkeep of what is stored."""
         if state.spans_seen == 0:
-            return self.upkeep(start(state, span, self.fit))
-        model = successor(state, span)
+            return self.upkeep(fit_base_block(state, span, self.fit))
+        model = grown_copy(state, span)
         assert isinstance(model, InterestModel)
-        targets = due_targets(state.recent, self.fit.history)
-        clock = Clock({"rows_read": float(len(targets))})
-        carried = carried_by(model, state.users, span.index)
-        assert carried is not None
+        targets = due_targets(state.histories, self.fit.history)
+        meter = CostMeter({"rows_read": float(len(targets))})
+        stored_interests = stored_interests_of(model, state.interests, span.index)
+        assert stored_interests is not None
         if self.detect is not None:
-            carried = self._detected(model, carried, state, clock)
-        trim = replace(self.trim, last_only=model.ordered) if self.trim and self.detect else None
+            stored_interests = self._add_new_interests(model, stored_interests, state, meter)
+        trim = replace(self.trim, last_only=model.has_ordered_interests) if self.trim and self.detect else None
         terms = [self.retain] if self.retain is not None else []
         project = residual if trim is not None else None
         key = (state.seed, span.index)
-        adapt(model, targets, self.fit, key, clock, carried=carried, terms=terms, project=project)
-        return self.upkeep(finish(state, model, carried, self.fit.history, clock, trim))
+        fit_model(model, targets, self.fit, key, meter, stored_interests=stored_interests, terms=terms, project=project)
+        return self.upkeep(finish_update(state, model, stored_interests, self.fit.history, meter, trim))
 
-    def _detected(self, model: InterestModel, carried: Carried, state: State, clock: Clock) -> Carried:
+    def _add_new_interests(
+        self, model: InterestModel, stored_interests: StoredInterests, state: State, meter: CostMeter
+    ) -> StoredInterests:
         assert self.detect is not None
         since = time.process_time()
-        puzzled_N, _, kl_N = self.detect.judge(model, carried.users, state.recent, state.model.n_items)
-        starts_KD = model.slots(model.spec.k_max)
-        users = expand(carried.users, puzzled_N, self.detect.new, model.spec.k_max, starts_KD, carried.span)
-        clock.timed("detect_cpu_s", since)
-        clock.costs["nid_rate"] = len(puzzled_N) / max(len(kl_N), 1)
+        puzzled_N, _, kl_N = self.detect.find_puzzled_users(
+            model, stored_interests.interests, state.histories, state.model.n_items
+        )
+        starts_KD = model.initial_interests(model.spec.k_max)
+        interests = add_interests(
+            stored_interests.interests, puzzled_N, self.detect.new, model.spec.k_max, starts_KD, stored_interests.span
+        )
+        meter.add_time("detect_cpu_s", since)
+        meter.costs["nid_rate"] = len(puzzled_N) / max(len(kl_N), 1)
         for q in (0.05, 0.25, 0.5, 0.75, 0.95):
-            clock.costs[f"kl_p{round(100 * q):02d}"] = float(kl_N.quantile(q)) if len(kl_N) else math.nan
-        return replace(carried, users=users)
+            meter.costs[f"kl_p{round(100 * q):02d}"] = float(kl_N.quantile(q)) if len(kl_N) else math.nan
+        return replace(stored_interests, interests=interests)

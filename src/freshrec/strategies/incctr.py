@@ -10,23 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freshrec.config import CountOrNone, Positive, Rate, check_options
+from freshrec.config import CountOrZero, Positive, Rate, check_options
 from freshrec.data.batches import Targets, due_targets
-from freshrec.data.carried import carried_by
+from freshrec.data.carried import stored_interests_of
 from freshrec.data.lanes import HiddenStates
 from freshrec.errors import IncompatibleError, OptionError
-from freshrec.learn.fit import Clock, Fit, adapt, finish, start, successor
-from freshrec.models.layers import best_inner_product
-from freshrec.models.tables import Table, tables_of
-from freshrec.types import Batch, ClickModel, Forward, Span, State, Term, TrainedModel
+from freshrec.learn.fit import CostMeter, FitConfig, finish_update, fit_base_block, fit_model, grown_copy
+from freshrec.models.layers import max_inner_product
+from freshrec.models.tables import EmbeddingTable, embedding_tables
+from freshrec.types import Batch, ClickModel, Forward, LossTerm, Span, State, TrainedModel
 
 
-def soft_choice(logits_BN: Tensor, teacher_BN: Tensor, tau: float = 1.0) -> Tensor:
+def softmax_distillation(logits_BN: Tensor, teacher_BN: Tensor, tau: float = 1.0) -> Tensor:
     """CE(softmax(z / tau), softmax(z_T / tau)) over the candidates, mean over the batch; the teacher is fixed."""
     return F.cross_entropy(logits_BN / tau, torch.softmax(teacher_BN.detach() / tau, 1))
 
 
-def soft_clicks(logits_BN: Tensor, teacher_BN: Tensor, tau: float = 1.0) -> Tensor:
+def sigmoid_distillation(logits_BN: Tensor, teacher_BN: Tensor, tau: float = 1.0) -> Tensor:
     """CE(sigma(z / tau), sigma(z_T / tau)), mean over all logits; the teacher is fixed."""
     return F.binary_cross_entropy_with_logits(logits_BN / tau, torch.sigmoid(teacher_BN.detach() / tau))
 
@@ -45,26 +45,29 @@ class Distill:
     def __post_init__(self) -> None:
         check_options(self)
 
-    def term(self, teacher: TrainedModel) -> Term:
+    def distillation_term(self, teacher: TrainedModel) -> LossTerm:
         """What to add to the loss, given the last model."""
 
-        opinion, hidden = soft_clicks if isinstance(teacher, ClickModel) else soft_choice, HiddenStates()
+        distillation_loss, hidden = (
+            sigmoid_distillation if isinstance(teacher, ClickModel) else softmax_distillation,
+            HiddenStates(),
+        )
 
         def distil(batch: Batch, forward: Forward) -> Tensor:
             with torch.no_grad():
-                teacher_BN = logits_of(hidden.run(teacher, batch))
-            return self.weight * (opinion(logits_of(forward), teacher_BN, self.tau) - forward.loss)
+                teacher_BN = candidate_logits(hidden.run(teacher, batch))
+            return self.weight * (distillation_loss(candidate_logits(forward), teacher_BN, self.tau) - forward.loss)
 
         return distil
 
 
-def logits_of(forward: Forward) -> Tensor:
+def candidate_logits(forward: Forward) -> Tensor:
     """(B, N) of the candidates of each target, or of all items where these are the candidates."""
     if forward.logits_BN is not None:
         return forward.logits_BN
     if forward.vectors_BKD is None or forward.rows_RD is None:
         raise IncompatibleError("incctr distils logits, and this model's forward gives none; set logits_BN.")
-    return best_inner_product(forward.vectors_BKD, forward.rows_RD[1:])
+    return max_inner_product(forward.vectors_BKD, forward.rows_RD[1:])
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,8 @@ class IncCTR:
     """
 
     distill: Distill | None = Distill()
-    threshold: CountOrNone = 0
-    fit: Fit = Fit()
+    threshold: CountOrZero = 0
+    fit: FitConfig = FitConfig()
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -90,43 +93,45 @@ class IncCTR:
     def update(self, state: State, span: Span) -> State:
         """Count who was met, let the rare share a row, train with the teacher."""
         if state.spans_seen == 0:
-            started = start(state, span, self.fit)
+            started = fit_base_block(state, span, self.fit)
             sizes = {"users": span.n_users, "items": span.n_items}
             return replace(started, memory={name: torch.full((n + 1,), self.threshold) for name, n in sizes.items()})
-        model = successor(state, span)
-        targets = due_targets(state.recent, self.fit.history)
-        met = _met(state.memory, targets, model)
-        self._share(model, met)
-        carried = carried_by(model, state.users, span.index)
-        terms = [self.distill.term(copy.deepcopy(model))] if self.distill else []
-        clock = Clock({"rows_read": float(len(targets))})
-        adapt(model, targets, self.fit, (state.seed, span.index), clock, carried=carried, terms=terms)
-        for table in tables_of(model).values():
-            part(table)
-        return replace(finish(state, model, carried, self.fit.history, clock), memory=met)
+        model = grown_copy(state, span)
+        targets = due_targets(state.histories, self.fit.history)
+        n_seen = _count_seen(state.memory, targets, model)
+        self._tie_rare_rows(model, n_seen)
+        stored_interests = stored_interests_of(model, state.interests, span.index)
+        terms = [self.distill.distillation_term(copy.deepcopy(model))] if self.distill else []
+        meter = CostMeter({"rows_read": float(len(targets))})
+        fit_model(
+            model, targets, self.fit, (state.seed, span.index), meter, stored_interests=stored_interests, terms=terms
+        )
+        for table in embedding_tables(model).values():
+            untie_rows(table)
+        return replace(finish_update(state, model, stored_interests, self.fit.history, meter), memory=n_seen)
 
-    def _share(self, model: TrainedModel, met: dict[str, Tensor]) -> None:
+    def _tie_rare_rows(self, model: TrainedModel, n_seen: dict[str, Tensor]) -> None:
         """From now on, the users that were met too rarely are one row, and so are the items."""
-        for name, table in tables_of(model).items():
-            rare_N = (met[name] < self.threshold).nonzero()[:, 0] if name in met else torch.zeros(0)
+        for name, table in embedding_tables(model).items():
+            rare_N = (n_seen[name] < self.threshold).nonzero()[:, 0] if name in n_seen else torch.zeros(0)
             if len(rare_N):
-                share(table, rare_N)
+                tie_rows(table, rare_N)
 
 
-def share(table: Table, rows_N: Tensor) -> None:
+def tie_rows(table: EmbeddingTable, rows_N: Tensor) -> None:
     """Train these rows as one, the first of them, until `part`. They start alike, and are alike in the end."""
-    table.leader_R = torch.arange(len(table.packed)).index_fill(0, rows_N, int(rows_N[0]))
-    table.weights.copy_(table.weights[table.leader_R])
+    table.tied_to_R = torch.arange(len(table.packed)).index_fill(0, rows_N, int(rows_N[0]))
+    table.weights.copy_(table.weights[table.tied_to_R])
 
 
-def part(table: Table) -> None:
+def untie_rows(table: EmbeddingTable) -> None:
     """Each row is trained for itself again."""
-    if table.leader_R is not None:
-        table.weights.copy_(table.weights[table.leader_R])
-    table.leader_R = None
+    if table.tied_to_R is not None:
+        table.weights.copy_(table.weights[table.tied_to_R])
+    table.tied_to_R = None
 
 
-def _met(before: dict[str, Tensor], targets: Targets, model: TrainedModel) -> dict[str, Tensor]:
+def _count_seen(before: dict[str, Tensor], targets: Targets, model: TrainedModel) -> dict[str, Tensor]:
     """How often each user and each item was trained on so far; those of the base block often enough."""
     now = {
         "users": torch.bincount(targets.users_N, minlength=model.n_users + 1),

@@ -7,128 +7,147 @@ from typing import Literal
 
 import torch
 
-from freshrec.config import Count, CountOrNone, Positive, check_options
-from freshrec.data.batches import Targets, due_targets, joined_events, place, random_source, targets_at
+from freshrec.config import Count, CountOrZero, Positive, check_options
+from freshrec.data.batches import Targets, concat_events, due_targets, insert_events, make_rng, targets_at
 from freshrec.device import permutation
-from freshrec.learn.fit import Clock, Fit, adapt, best_epoch, ndcg, ndcg_of, train
-from freshrec.learn.listwise import LEVEL, better, refit, worth
+from freshrec.learn.fit import CostMeter, FitConfig, fit_model, mean_ndcg, target_ndcg, train, train_to_best_epoch
+from freshrec.learn.listwise import SIGNIFICANCE_LEVEL, feature_gain, fit_rule, is_significantly_better
 from freshrec.models.blend import Blend
-from freshrec.models.experts import RANK, SHARE, TRAINED
+from freshrec.models.experts import RANK_COLUMN, SHARE_COLUMN, TRAINED_SPEC
 from freshrec.models.pooled import Pooled
 from freshrec.strategies.plain import Absorb
 from freshrec.types import DUE, NEVER, NEXT, NOW, Histories, Span, State
 
-JUDGED = 1407  # tells the random numbers from others
-SPEED = 30_000  # passes in a second, with as much time again for what counts: half of what one core does
-QUERIES = 1000  # by which the epochs of the first training are chosen, and the manner of the others
-TRIED = 24_000  # targets, the latest, on which manners are tried
-LEAST = 100  # queries to choose a manner by; with fewer it is the first
-JUDGES = 300  # queries that tell whether the trained expert adds anything; with fewer it is kept
-WORTH = 0.005  # nats by which it must make the targets likelier
-MANNERS = (1.0, 0.3, 0.0)  # of an update: what the learning rate is multiplied by; 0: nothing is trained
+VALIDATION_STREAM = 1407  # tells the random numbers from others
+TARGETS_PER_SECOND = 30_000  # passes in a second, with as much time again for what counts: half of what one core does
+MAX_VALIDATION_QUERIES = 1000  # by which the epochs of the first training are chosen, and the manner of the others
+MAX_TRIAL_TARGETS = 24_000  # targets, the latest, on which manners are tried
+MIN_TRIAL_QUERIES = 100  # queries to choose a manner by; with fewer it is the first
+MIN_GAIN_QUERIES = 300  # queries that tell whether the trained expert adds anything; with fewer it is kept
+MIN_GAIN_NATS = 0.005  # nats by which it must make the targets likelier
+LR_FACTORS = (1.0, 0.3, 0.0)  # of an update: what the learning rate is multiplied by; 0: nothing is trained
 
 
 @dataclass(frozen=True)
 class Refit:
     """Learn again how the experts of a blend are joined; what they count, the replay has already given them."""
 
-    decay: Positive = 20.0  # on the squares of the weights, as against the sum over queries
-    least: Count = 40  # queries to learn from; with fewer the best expert speaks alone
-    epochs: CountOrNone = 6  # of the network that corrects the weights; 0: weights only
+    weight_decay: Positive = 20.0  # on the squares of the weights, as against the sum over queries
+    min_queries: Count = 40  # queries to learn from; with fewer the best expert speaks alone
+    epochs: CountOrZero = 6  # of the network that corrects the weights; 0: weights only
     trains: Literal["worth", "always", "never"] = "worth"  # the expert that learns by gradients: unless it adds nothing
-    fit: Fit = Fit(epochs=3, max_epochs=30, patience=3)  # how it is trained
-    safe: bool = True  # each update trains in the manner that was best on the newest sixth of its targets
-    passes: Count = 6_000_000  # targets of one training, epochs counted: a large log gets fewer epochs, or its latest
-    anew: bool = False  # forget everything, and do with all events so far as with a base block: a full retrain
+    fit: FitConfig = FitConfig(epochs=3, max_epochs=30, patience=3)  # how it is trained
+    guard: bool = True  # each update trains in the manner that was best on the newest sixth of its targets
+    max_passes: Count = (
+        6_000_000  # targets of one training, epochs counted: a large log gets fewer epochs, or its latest
+    )
+    full_retrain: bool = False  # forget everything, and do with all events so far as with a base block: a full retrain
 
     def __post_init__(self) -> None:
         check_options(self)
 
     def update(self, state: State, span: Span) -> State:
         """The same experts, joined by what was remembered up to now, then trained on what is new."""
-        after, clock = Absorb().update(state, span), Clock()
-        if self.anew:
-            span = replace(span, events=joined_events((*(state.memory or ()), span.events)))
+        after, meter = Absorb().update(state, span), CostMeter()
+        if self.full_retrain:
+            span = replace(span, events=concat_events((*(state.memory or ()), span.events)))
             model = Blend(state.model.spec, state.model.seed)
             model.grow(span.n_users, span.n_items)
-            model.absorb(span.events[span.events.joins_E != NEVER], Histories.empty())
-            released = torch.where(span.events.joins_E == NEXT, NOW, span.events.joins_E)
-            after = replace(after, model=model, memory=(replace(span.events, joins_E=released),))
-        model, rest = after.model, due_targets(state.recent)
+            model.absorb(span.events[span.events.train_at_E != NEVER], Histories.empty())
+            train_at = torch.where(span.events.train_at_E == NEXT, NOW, span.events.train_at_E)
+            after = replace(after, model=model, memory=(replace(span.events, train_at_E=train_at),))
+        model, targets = after.model, due_targets(state.histories)
         if model.waiting and self.trains != "never":
-            model, rest = self._begin(model, span, state.seed, clock)
+            model, targets = self._train_base(model, span, state.seed, meter)
         since = time.process_time()
-        refit(model, self.decay, self.least, self.epochs)
-        clock.timed("refit_cpu_s", since)
-        if self.trains == "always" or (self.trains == "worth" and not model.given_up):
-            fit, rest = self._within(self.fit, rest)
+        fit_rule(model, self.weight_decay, self.min_queries, self.epochs)
+        meter.add_time("refit_cpu_s", since)
+        if self.trains == "always" or (self.trains == "worth" and not model.is_trained_expert_dropped):
+            fit, targets = self._limit_passes(self.fit, targets)
             key = state.seed, span.index
-            if self.safe and state.spans_seen and not self.anew:
-                fit = _safest(model.experts.trained, rest, fit, key, clock)
+            if self.guard and state.spans_seen and not self.full_retrain:
+                fit = _choose_lr_factor(model.experts.trained_model, targets, fit, key, meter)
             if fit.epochs:
-                adapt(model.experts.trained, rest, fit, key, clock)
-            model.experts.unsettle()
-        return replace(after, model=model, costs=clock.costs)
+                fit_model(model.experts.trained_model, targets, fit, key, meter)
+            model.experts.invalidate_cache()
+        return replace(after, model=model, costs=meter.costs)
 
-    def _begin(self, model: Blend, span: Span, seed: int, clock: Clock) -> tuple[Blend, Targets]:
+    def _train_base(self, model: Blend, span: Span, seed: int, meter: CostMeter) -> tuple[Blend, Targets]:
         """Train on what came before the base block's last window; as long as it gets better at that, which is the rest.
 
         What was remembered of the window then hears what this expert thinks of it. If that adds nothing to what the
         others think, beyond chance, the expert is given up; fewer than JUDGES queries cannot tell.
         """
         since = time.process_time()
-        histories, rows_E = place(Histories.empty(), span.events[span.events.joins_E != NEVER], span.n_users)
-        parts = rows_E.split([len(rows_E) - model.experts.window, model.experts.window])
-        early, late = (targets_at(histories, rows[histories.due_R[rows] == DUE]) for rows in parts)
-        judges = late[late.lengths(1) > 0]
-        judges = judges[permutation(len(judges), random_source(seed, JUDGED))[:QUERIES]]
-        fit, early = self._within(replace(self.fit, epochs=self.fit.max_epochs), early)
-        epochs = train(model.experts.trained, early, fit.epochs, (seed, span.index, JUDGED))
-        best_epoch(model.experts.trained, epochs, lambda: ndcg(model.experts.trained, judges, None), self.fit.patience)
-        clock.timed("train_cpu_s", since)
-        heard = copy.copy(model)
-        heard.hear_trained()
-        if self.trains == "worth" and len(heard.remembered.x_QCF) >= JUDGES:
-            nats, p = worth(heard.remembered, [SHARE["pooled"], RANK["pooled"]])
-            clock.costs |= {"trained_worth": nats, "trained_worth_p": p}
-            if not (p < LEVEL and nats > WORTH):
-                model.experts.trained = TRAINED.build(model.seed)
-                model.experts.trained.grow(model.n_users, model.n_items)
-                model.experts.unsettle()
-                model.waiting, model.given_up = [], True
-                return model, late
-        return heard, late
+        histories, rows_E = insert_events(Histories.empty(), span.events[span.events.train_at_E != NEVER], span.n_users)
+        parts = rows_E.split([len(rows_E) - model.experts.window_events, model.experts.window_events])
+        train_targets, window_targets = (targets_at(histories, rows[histories.due_R[rows] == DUE]) for rows in parts)
+        validation = window_targets[window_targets.history_lengths(1) > 0]
+        validation = validation[
+            permutation(len(validation), make_rng(seed, VALIDATION_STREAM))[:MAX_VALIDATION_QUERIES]
+        ]
+        fit, train_targets = self._limit_passes(replace(self.fit, epochs=self.fit.max_epochs), train_targets)
+        epochs = train(model.experts.trained_model, train_targets, fit.epochs, (seed, span.index, VALIDATION_STREAM))
+        train_to_best_epoch(
+            model.experts.trained_model,
+            epochs,
+            lambda: mean_ndcg(model.experts.trained_model, validation, None),
+            self.fit.patience,
+        )
+        meter.add_time("train_cpu_s", since)
+        scored = copy.copy(model)
+        scored.score_pending_queries()
+        if self.trains == "worth" and len(scored.query_log.x_QCF) >= MIN_GAIN_QUERIES:
+            nats, p = feature_gain(scored.query_log, [SHARE_COLUMN["pooled"], RANK_COLUMN["pooled"]])
+            meter.costs |= {"trained_worth": nats, "trained_worth_p": p}
+            if not (p < SIGNIFICANCE_LEVEL and nats > MIN_GAIN_NATS):
+                model.experts.trained_model = TRAINED_SPEC.build(model.seed)
+                model.experts.trained_model.grow(model.n_users, model.n_items)
+                model.experts.invalidate_cache()
+                model.pending_queries, model.is_trained_expert_dropped = [], True
+                return model, window_targets
+        return scored, window_targets
 
-    def _within(self, fit: Fit, targets: Targets) -> tuple[Fit, Targets]:
+    def _limit_passes(self, fit: FitConfig, targets: Targets) -> tuple[FitConfig, Targets]:
         """Fewer epochs, and in the end fewer targets, the latest, where there would be too many passes."""
-        latest = targets.histories.times_R[targets.rows_N].argsort(stable=True)[-self.passes :].sort().values
-        n_epochs = max(1, min(fit.epochs, self.passes // max(1, len(latest))))
+        latest = targets.histories.times_R[targets.rows_N].argsort(stable=True)[-self.max_passes :].sort().values
+        n_epochs = max(1, min(fit.epochs, self.max_passes // max(1, len(latest))))
         return replace(fit, epochs=n_epochs), targets[latest]
 
 
-def _safest(trained: Pooled, due: Targets, fit: Fit, key: tuple[int, ...], clock: Clock) -> Fit:
+def _choose_lr_factor(
+    model: Pooled, targets: Targets, fit: FitConfig, key: tuple[int, ...], meter: CostMeter
+) -> FitConfig:
     """`fit`, or with less of a learning rate, or without epochs: which is best on the newest sixth of the targets.
 
     The others have to be better than `fit` beyond chance (t-test of the differences in ndcg@20, the level halved, as
     there are two of them). What was chosen stands in the costs: "manner", what the learning rate is multiplied by.
     """
     since = time.process_time()
-    by_time_N = due.histories.times_R[due.rows_N].argsort(stable=True)[-TRIED:]
+    by_time_N = targets.histories.times_R[targets.rows_N].argsort(stable=True)[-MAX_TRIAL_TARGETS:]
     n_late = len(by_time_N) // 6
-    early, late = (due[part_N.sort().values] for part_N in by_time_N.split([len(by_time_N) - n_late, n_late]))
-    late = late[late.lengths(1) > 0]
-    late = late[permutation(len(late), random_source(*key, JUDGED))[:QUERIES]]
-    if len(late) < LEAST:
+    train_targets, validation = (
+        targets[part_N.sort().values] for part_N in by_time_N.split([len(by_time_N) - n_late, n_late])
+    )
+    validation = validation[validation.history_lengths(1) > 0]
+    validation = validation[permutation(len(validation), make_rng(*key, VALIDATION_STREAM))[:MAX_VALIDATION_QUERIES]]
+    if len(validation) < MIN_TRIAL_QUERIES:
         return fit
-    values, chosen = [], 0
-    for i, manner in enumerate(MANNERS):
-        candidate = copy.deepcopy(trained)
-        if manner:
-            for _ in train(candidate, early, fit.epochs, key, lr_scale=fit.lr_scale * manner):
+    ndcg_by_factor, chosen = [], 0
+    for i, lr_factor in enumerate(LR_FACTORS):
+        candidate = copy.deepcopy(model)
+        if lr_factor:
+            for _ in train(candidate, train_targets, fit.epochs, key, lr_scale=fit.lr_scale * lr_factor):
                 pass
-        values.append(ndcg_of(candidate, late, None).numpy())
-        if i and better(values[i], values[0], LEVEL / 2) and values[i].mean() > values[chosen].mean():
+        ndcg_by_factor.append(target_ndcg(candidate, validation, None).numpy())
+        if (
+            i
+            and is_significantly_better(ndcg_by_factor[i], ndcg_by_factor[0], SIGNIFICANCE_LEVEL / 2)
+            and ndcg_by_factor[i].mean() > ndcg_by_factor[chosen].mean()
+        ):
             chosen = i
-    clock.timed("manner_cpu_s", since)
-    clock.costs["manner"] = MANNERS[chosen]
-    return replace(fit, lr_scale=fit.lr_scale * (MANNERS[chosen] or 1.0), epochs=fit.epochs if MANNERS[chosen] else 0)
+    meter.add_time("manner_cpu_s", since)
+    meter.costs["manner"] = LR_FACTORS[chosen]
+    return replace(
+        fit, lr_scale=fit.lr_scale * (LR_FACTORS[chosen] or 1.0), epochs=fit.epochs if LR_FACTORS[chosen] else 0
+    )

@@ -11,16 +11,24 @@ import torch
 from torch import Tensor
 
 from freshrec.config import Positive, Weight, check_options
-from freshrec.data.batches import Targets, due_targets, query_batches, random_source, without_secrets
-from freshrec.data.carried import Carried, carried_by
+from freshrec.data.batches import Targets, due_targets, make_rng, mask_held_out, query_batches
+from freshrec.data.carried import StoredInterests, stored_interests_of
 from freshrec.device import uniform
 from freshrec.errors import OptionError
-from freshrec.learn.fit import Clock, Fit, adapt, finish, start, successor
-from freshrec.learn.reservoir import Kept, filled, joined, keep, kept_length, stream, together
+from freshrec.learn.fit import CostMeter, FitConfig, finish_update, fit_base_block, fit_model, grown_copy
+from freshrec.learn.reservoir import (
+    TrainingSamples,
+    append_samples,
+    concat_samples,
+    copy_samples,
+    fill_reservoir,
+    sample_history_length,
+    update_reservoir,
+)
 from freshrec.models.scoring import score_items
-from freshrec.types import SEQUENCES, Span, State, TrainedModel
+from freshrec.types import SEQUENCE_FORMATS, Span, State, TrainedModel
 
-DRAWS, FILL = 1001, 1002  # tell the random numbers apart from each other and from those of the epochs
+DRAW_STREAM, FILL_STREAM = 1001, 1002  # tell the random numbers apart from each other and from those of the epochs
 
 
 def rank_weights(scores_N: Tensor) -> Tensor:
@@ -31,35 +39,35 @@ def rank_weights(scores_N: Tensor) -> Tensor:
     return torch.softmax(rank_N / max(len(scores_N), 1), 0)
 
 
-def chances(scores_N: Tensor, labels_N: Tensor | None) -> Tensor:
+def sampling_probabilities(scores_N: Tensor, labels_N: Tensor | None) -> Tensor:
     """The `rank_weights` of what was taken; what was shown and not taken is drawn as often as by chance (N,)."""
     if labels_N is None:
         return rank_weights(scores_N)
-    taken_N, p_N = labels_N > 0, torch.full((len(scores_N),), 1 / max(len(scores_N), 1), dtype=torch.float64)
-    p_N[taken_N] = rank_weights(scores_N[taken_N]) * p_N[taken_N].sum()
+    is_positive_N, p_N = labels_N > 0, torch.full((len(scores_N),), 1 / max(len(scores_N), 1), dtype=torch.float64)
+    p_N[is_positive_N] = rank_weights(scores_N[is_positive_N]) * p_N[is_positive_N].sum()
     return p_N
 
 
-def draw(p_N: Tensor, n: int, source: torch.Generator) -> Tensor:
+def sample_with_replacement(p_N: Tensor, n: int, rng: torch.Generator) -> Tensor:
     """(n,) indices with replacement, i with probability p_i; none where there is nothing to draw from."""
     if not len(p_N):
         return torch.zeros(0, dtype=torch.int64)
-    upto_N = p_N.cumsum(0)
-    at_M = uniform((n,), source, torch.float64) * upto_N[-1]
-    return torch.searchsorted(upto_N, at_M, right=True).clamp(max=len(p_N) - 1)
+    cumulative_N = p_N.cumsum(0)
+    at_M = uniform((n,), rng, torch.float64) * cumulative_N[-1]
+    return torch.searchsorted(cumulative_N, at_M, right=True).clamp(max=len(p_N) - 1)
 
 
-def draw_distinct(p_N: Tensor, n: int, source: torch.Generator) -> Tensor:
+def sample_without_replacement(p_N: Tensor, n: int, rng: torch.Generator) -> Tensor:
     """(n,) indices without replacement, one after the other in proportion to what is left of p; all if n is more."""
-    clock_N = -uniform((len(p_N),), source, torch.float64).log() / p_N  # the first n to ring
-    return clock_N.topk(min(n, len(p_N)), largest=False).indices
+    arrival_N = -uniform((len(p_N),), rng, torch.float64).log() / p_N  # the first n to ring
+    return arrival_N.topk(min(n, len(p_N)), largest=False).indices
 
 
-def scores_of(model: TrainedModel, targets: Targets, carried: Carried | None) -> Tensor:
+def target_scores(model: TrainedModel, targets: Targets, stored_interests: StoredInterests | None) -> Tensor:
     """(N,) the model's score of each target, from the history before it."""
     item_N = targets.items_N
     score_N = torch.zeros(len(targets))
-    for which, batch in query_batches(without_secrets(targets), model.spec.length, carried):
+    for which, batch in query_batches(mask_held_out(targets), model.spec.length, stored_interests):
         score_N[which] = score_items(model, batch, item_N[which][:, None])[:, 0]
     return score_N
 
@@ -77,7 +85,7 @@ class SPMF:
     take: Literal["sampled", "all"] = "sampled"
     share: Weight = 0.5
     reservoir: Positive = 0.3  # targets in it: up to 1, this share of the base block's; above 1, so many
-    fit: Fit = Fit()
+    fit: FitConfig = FitConfig()
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -86,42 +94,56 @@ class SPMF:
                 "SPMF draws anew for each epoch, so nothing can be held out; set take=all, or no holdout."
             )
 
-    def size(self, n_base: int) -> int:
+    def reservoir_size(self, n_base: int) -> int:
         """How many targets the reservoir holds, after a base block of `n_base`."""
         return max(1, round(self.reservoir * n_base)) if self.reservoir <= 1 else int(self.reservoir)
 
     def update(self, state: State, span: Span) -> State:
         """Score, draw, train; then the new events go by the reservoir."""
-        due = due_targets(state.recent, self.fit.history)
-        fill = random_source(state.seed, span.index, FILL)
+        due = due_targets(state.histories, self.fit.history)
+        fill_rng = make_rng(state.seed, span.index, FILL_STREAM)
         if state.spans_seen == 0:
-            started = start(state, span, self.fit)
-            return replace(started, memory=filled(due, self.size(len(due)), kept_length(started.model), fill))
-        model = successor(state, span)
-        carried = carried_by(model, state.users, span.index)
+            base_state = fit_base_block(state, span, self.fit)
+            return replace(
+                base_state,
+                memory=fill_reservoir(
+                    due, self.reservoir_size(len(due)), sample_history_length(base_state.model), fill_rng
+                ),
+            )
+        model = grown_copy(state, span)
+        stored_interests = stored_interests_of(model, state.interests, span.index)
         key = (state.seed, span.index)
-        clock = Clock()
+        meter = CostMeter()
         since = time.process_time()
-        rounds = self._rounds(model, due, state.memory.kept, carried, key)
+        rounds = self._epoch_targets(model, due, state.memory.kept, stored_interests, key)
         fit = self.fit if self.take == "all" else replace(self.fit, epochs=1)
-        clock.costs["rows_read"] = float(len(rounds[0]))
-        clock.timed("choose_cpu_s", since)
+        meter.costs["rows_read"] = float(len(rounds[0]))
+        meter.add_time("choose_cpu_s", since)
         for nth, targets in enumerate(rounds):
-            adapt(model, targets, fit, (*key, nth) if nth else key, clock, carried=carried)
-        after = finish(state, model, carried, self.fit.history, clock)
-        return replace(after, memory=stream(state.memory, due, fill))
+            fit_model(model, targets, fit, (*key, nth) if nth else key, meter, stored_interests=stored_interests)
+        after = finish_update(state, model, stored_interests, self.fit.history, meter)
+        return replace(after, memory=update_reservoir(state.memory, due, fill_rng))
 
-    def _rounds(
-        self, model: TrainedModel, due: Targets, kept: Kept, carried: Carried | None, key: tuple[int, int]
+    def _epoch_targets(
+        self,
+        model: TrainedModel,
+        due: Targets,
+        samples: TrainingSamples,
+        stored_interests: StoredInterests | None,
+        key: tuple[int, int],
     ) -> list[Targets]:
         """What to train on: new draws for each epoch, or the same for all epochs."""
-        source, apart = random_source(*key, DRAWS), model.unit in SEQUENCES
-        none = due[torch.zeros(0, dtype=torch.int64)]
+        rng, separate_users = make_rng(*key, DRAW_STREAM), model.batch_format in SEQUENCE_FORMATS
+        no_targets = due[torch.zeros(0, dtype=torch.int64)]
         if self.take == "sampled":
-            kept = together(kept, keep(due, kept.histories_NT.shape[1]))
-        candidates = joined(none, kept, torch.arange(len(kept)), apart=False)
-        p_N = chances(scores_of(model, candidates, carried), kept.labels_N)
+            samples = concat_samples(samples, copy_samples(due, samples.histories_NT.shape[1]))
+        candidates = append_samples(no_targets, samples, torch.arange(len(samples)), separate_users=False)
+        p_N = sampling_probabilities(target_scores(model, candidates, stored_interests), samples.labels_N)
         if self.take == "sampled":
-            draws = [draw(p_N, len(kept), source) for _ in range(max(1, self.fit.epochs))]
-            return [joined(none, kept, drawn_M, apart) for drawn_M in draws]
-        return [joined(due, kept, draw_distinct(p_N, int(self.share * len(due)), source), apart)]
+            draws = [sample_with_replacement(p_N, len(samples), rng) for _ in range(max(1, self.fit.epochs))]
+            return [append_samples(no_targets, samples, drawn_M, separate_users) for drawn_M in draws]
+        return [
+            append_samples(
+                due, samples, sample_without_replacement(p_N, int(self.share * len(due)), rng), separate_users
+            )
+        ]
