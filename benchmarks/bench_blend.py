@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from freshrec.data.batches import history_ends, history_items
-from freshrec.models.blend import BlendSpec
-from freshrec.models.counted import absorb_block
-from freshrec.models.ranking import top_k
+from freshrec.models.absorb import absorb_block
+from freshrec.models.blend.model import BlendSpec
+from freshrec.nn.ranking import top_k
 from freshrec.strategies.refit import Refit
 from freshrec.types import Batch, Events, Histories, Model, Span, State
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import polars as pl
 
 from freshrec.data.log import read_log
-from freshrec.data.spans import split_log
+from freshrec.data.split import split_log
+from freshrec.data.synthetic import make_world
 from freshrec.data.validate import validate_log
-from freshrec.data.worlds import make_world
 
 
 def write(file: Path, rows: int) -> None:

@@ -15,7 +15,7 @@ import polars as pl
 
 from freshrec.data.log import read_log
 from freshrec.nightly.job import NightlyJob, hash_source
-from freshrec.serve.contents import new_bundle, read_bundle
+from freshrec.recommender.bundle import new_bundle, read_bundle
 from freshrec.store.versions import create_store, open_store
 
 DAY = 86_400_000_000  # microseconds

@@ -12,7 +12,7 @@ import time
 import torch
 
 from freshrec.data.batches import append_events, targets_at
-from freshrec.data.carried import stored_interests_of
+from freshrec.data.stored_interests import stored_interests_of
 from freshrec.learn.fit import train
 from freshrec.models import MODELS
 from freshrec.types import Events, Histories, TrainedModel

@@ -12,13 +12,13 @@ from dataclasses import replace
 
 import torch
 
-from freshrec.data.spans import split_log
-from freshrec.data.worlds import make_world
+from freshrec.data.split import split_log
+from freshrec.data.synthetic import make_world
 from freshrec.learn.fit import FitConfig
 from freshrec.models import MODELS
-from freshrec.models.counted import absorb_block
+from freshrec.models.absorb import absorb_block
+from freshrec.strategies.baselines import FineTune, Retrain
 from freshrec.strategies.imsr import IMSR
-from freshrec.strategies.plain import FineTune, Retrain
 from freshrec.types import Span, State, Strategy
 
 ROUNDS = 5

@@ -16,8 +16,8 @@ import polars as pl
 import torch
 
 from freshrec.data.batches import history_ends, history_items
-from freshrec.models.scoring import user_vectors
-from freshrec.serve.recommender import Recommender
+from freshrec.nn.scoring import user_vectors
+from freshrec.recommender.recommender import Recommender
 from freshrec.types import Batch, Interests
 
 TOPICS, EVENTS, D = 2000, 15, 64

@@ -13,13 +13,13 @@ import typer
 from torch import Tensor
 
 from freshrec.data.batches import close_gaps, split_chunks
-from freshrec.data.carried import pad_interests, stored_interests_of
+from freshrec.data.stored_interests import pad_interests, stored_interests_of
 from freshrec.models import find_model
-from freshrec.models.scoring import item_vectors, user_vectors
-from freshrec.recipes import load_split
+from freshrec.nn.scoring import item_vectors, user_vectors
+from freshrec.replay.cell import absorb_block
 from freshrec.replay.measure import make_queries, split_into_blocks
 from freshrec.replay.recipe_schema import load_recipe
-from freshrec.replay.replay import absorb_block
+from freshrec.replay.recipes import load_split
 from freshrec.strategies import find_strategy
 from freshrec.types import Batch, InterestModel, Interests, Span, State
 

@@ -19,7 +19,7 @@ import polars as pl
 
 from freshrec.data.log import Log, keep_positives, read_log
 from freshrec.nightly.job import NightlyJob
-from freshrec.serve.contents import new_bundle
+from freshrec.recommender.bundle import new_bundle
 from freshrec.store.versions import Manifest, create_store
 
 DAY = 86_400_000_000  # microseconds

@@ -12,10 +12,10 @@ import polars as pl
 import typer
 
 import freshrec
-from freshrec.cli_replay import resolve_recipe, run_recipe
-from freshrec.data.spans import describe_spans
-from freshrec.recipes import load_split
+from freshrec.cli.replay import resolve_recipe, run_recipe
+from freshrec.data.split import describe_spans
 from freshrec.replay.recipe_schema import load_recipe
+from freshrec.replay.recipes import load_split
 from freshrec.replay.results import OVERALL_SPAN
 
 SHOWN = "ndcg@20"  # what docs/results.md shows and tests, where a recipe measures it; else its first metric

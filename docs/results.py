@@ -11,7 +11,7 @@ import polars as pl
 from studies import studies
 
 from freshrec.models import CONTROLS
-from freshrec.replay.clicks import LOWER_IS_BETTER
+from freshrec.replay.click_metrics import LOWER_IS_BETTER
 from freshrec.replay.results import format_with_interval
 
 MULTI = ("comirec-dr", "comirec-sa", "mind")

@@ -8,7 +8,7 @@ import cpu_instructions  # noqa: F401  # first of all, and before torch
 import pytest
 from hypothesis import settings
 
-from freshrec.models.checkpoint import save_state
+from freshrec.store.checkpoint import save_state
 from freshrec.types import State
 
 settings.register_profile("house", derandomize=True, deadline=None)  # the same examples on every machine, at any speed

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from freshrec.cli import main
+from freshrec.cli.app import main
 from freshrec.nightly import job  # noqa: F401  (imported before it is ready, as it takes seconds)
-from freshrec.serve import recommender  # noqa: F401
+from freshrec.recommender import recommender  # noqa: F401
 
 folder, deeds, source = Path(sys.argv[1]), sys.argv[2].split(","), np.random.default_rng()
 at = ["--store", str(folder / "s")]

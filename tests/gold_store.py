@@ -14,8 +14,8 @@ from freshrec.data.log import read_log
 from freshrec.errors import IncompatibleError
 from freshrec.nightly.gate import GateLimits
 from freshrec.nightly.job import NightlyJob
-from freshrec.serve.contents import new_bundle, read_bundle
-from freshrec.serve.recommender import Recommender
+from freshrec.recommender.bundle import new_bundle, read_bundle
+from freshrec.recommender.recommender import Recommender
 from freshrec.store.versions import Manifest, Store, create_store, open_store
 
 LIMITS = GateLimits()

@@ -14,13 +14,13 @@ from typing import Any
 import polars as pl
 from starlette.testclient import TestClient
 
-from freshrec.cli import main
-from freshrec.data.worlds import make_world
+from freshrec.cli.app import main
+from freshrec.data.synthetic import make_world
 from freshrec.nightly.erase import erase_user
 from freshrec.nightly.job import NightlyJob
-from freshrec.serve.guard import ServerLimits
-from freshrec.serve.http import Service, create_app
-from freshrec.serve.live import LiveVersion
+from freshrec.server.app import Service, create_app
+from freshrec.server.live_version import LiveVersion
+from freshrec.server.middleware import ServerLimits
 from freshrec.store.versions import open_store
 
 TOKEN = "a-token-of-the-tests"
@@ -60,8 +60,10 @@ def run(command: str, folder: Path, *words: str) -> int:
 
 @contextmanager
 def server(
-    folder: Path, rules: ServerLimits = ServerLimits(max_requests_per_s=0), **of_live: Any
-) -> Iterator[tuple[TestClient, LiveVersion]]:  # noqa: B008
+    folder: Path,
+    rules: ServerLimits = ServerLimits(max_requests_per_s=0),
+    **of_live: Any,  # noqa: B008
+) -> Iterator[tuple[TestClient, LiveVersion]]:
     """A client of a server of the store, and what it serves from."""
     said: list[str] = []
     live = LiveVersion(open_store(folder / "s"), said.append, **of_live)
@@ -94,7 +96,7 @@ def click(client: TestClient, user: str, item: str, **more: Any) -> Any:
 @contextmanager
 def process(folder: Path, *words: str, wait_s: float = 60) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """`freshrec serve` in a process of its own, on a free port: its address, and the process."""
-    command = [sys.executable, "-m", "freshrec.cli", "serve", "--store", str(folder / "s"), "--port", "0", *words]
+    command = [sys.executable, "-m", "freshrec", "serve", "--store", str(folder / "s"), "--port", "0", *words]
     log = (folder / "serve.log").open("a+")
     since = len((folder / "serve.log").read_text())
     with log, subprocess.Popen(command, stderr=log, stdout=log, text=True) as running:

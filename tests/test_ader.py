@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from freshrec.data.batches import append_events, due_targets, make_rng, targets_at
-from freshrec.data.carried import stored_interests_of
+from freshrec.data.stored_interests import stored_interests_of
 from freshrec.learn.exemplars import (
     ExperienceReplay,
     allocate_exemplars,
@@ -33,10 +33,10 @@ from freshrec.learn.reservoir import TrainingSamples
 from freshrec.models import MODELS
 from freshrec.models.mf import MFSpec
 from freshrec.models.sasrec import SASRecSpec
-from freshrec.models.scoring import score_items
+from freshrec.nn.scoring import score_items
 from freshrec.strategies.ader import ADER, adaptive_weight, distillation, exemplar_distillation_loss
 from freshrec.strategies.ader_s import ADERS, select_similar, truncate_sequences
-from freshrec.strategies.plain import FineTune
+from freshrec.strategies.baselines import FineTune
 from freshrec.types import NEVER, Batch, EncodingModel, Events, Histories, Span, State
 
 near = pytest.approx

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from freshrec.errors import OptionError
 from freshrec.models.mf import MF, MFSpec
-from freshrec.models.ranking import target_ranks_among
+from freshrec.nn.ranking import target_ranks_among
 from freshrec.replay.measure import Queries, sample_negatives
 from freshrec.replay.metrics import compute_metrics, parse_metric
 from freshrec.replay.metrics import n_sampled_items as n_sampled

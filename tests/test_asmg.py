@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from freshrec.data.batches import append_events, due_targets
-from freshrec.data.carried import pad_interests
-from freshrec.data.spans import LogSplit, split_log
-from freshrec.data.worlds import make_world
+from freshrec.data.split import LogSplit, split_log
+from freshrec.data.stored_interests import pad_interests
+from freshrec.data.synthetic import make_world
 from freshrec.errors import OptionError
 from freshrec.learn.fit import FitConfig, training_batches
 from freshrec.learn.generators import ModelGenerator, ModelWindow
@@ -19,7 +19,7 @@ from freshrec.learn.weights import Weights, copy_weights, load_weights
 from freshrec.models import MODELS
 from freshrec.replay.plan import training_passes
 from freshrec.strategies.asmg import ASMG, PastSpan
-from freshrec.strategies.plain import FineTune
+from freshrec.strategies.baselines import FineTune
 from freshrec.types import DUE, NEXT, NOW, Events, Forward, Histories, Span, State, Strategy, TrainedModel
 
 near = pytest.approx

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from freshrec import cli
+from freshrec.cli.app import app
 from freshrec.data.formats import as_log_error
 from freshrec.data.log import Log, read_log
 from freshrec.errors import LogError, OptionError
@@ -50,7 +50,7 @@ BAD_FILES = {
 def test_a_bad_file_is_refused_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     content, complaint = BAD_FILES[name]
     (tmp_path / name).write_text(content)
-    assert cli.main(["validate", str(tmp_path / name)]) == LogError.exit_code
+    assert app.main(["validate", str(tmp_path / name)]) == LogError.exit_code
     said = capsys.readouterr()
     assert said.err.startswith(f"error: {name}")
     assert complaint in said.err
@@ -133,7 +133,7 @@ def test_wrong_options_name_the_nearest_right_one(tmp_path: Path, capsys: pytest
         (["--columns", "user_id"], "is not a pair of column names"),
         (["--colums", "user_id=a"], "--columns"),
     ):
-        assert cli.main(["validate", log, *options]) == 2
+        assert app.main(["validate", log, *options]) == 2
         assert said in capsys.readouterr().err
 
 
@@ -146,7 +146,7 @@ def test_a_pandas_column_of_numbers_and_text_is_refused() -> None:
 
 def test_the_process_exits_with_the_code_and_without_a_traceback(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text("a,b\n1,2\n")
-    command = [sys.executable, "-m", "freshrec.cli", "validate", str(tmp_path / "log.csv")]
+    command = [sys.executable, "-m", "freshrec", "validate", str(tmp_path / "log.csv")]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 3
     assert ended.stderr.startswith("error: log.csv has no user_id")
@@ -156,8 +156,8 @@ def test_ctrl_c_ends_with_one_line_and_130(monkeypatch: pytest.MonkeyPatch, caps
     def interrupted(*_: object, **__: object) -> Log:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "read_log", interrupted)
-    assert cli.main(["validate", "log.csv"]) == 130
+    monkeypatch.setattr(app, "read_log", interrupted)
+    assert app.main(["validate", "log.csv"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
 

@@ -22,7 +22,7 @@ from freshrec.data.batches import (
     targets_at,
     window_batches,
 )
-from freshrec.data.carried import pad_interests
+from freshrec.data.stored_interests import pad_interests
 from freshrec.types import DEFERRED, DUE, HELD_OUT, NEVER, NEXT, NOW, TRAINED, Events, Histories, Interests
 
 # Six events in time order: user 1 has items 1 2 3 4, user 2 has items 5 6.

@@ -10,7 +10,19 @@ import torch
 
 from freshrec.data.batches import Targets, append_events, due_targets, make_rng, occurrence_numbers
 from freshrec.learn.fit import FitConfig
-from freshrec.learn.listwise import (
+from freshrec.models.absorb import absorb_block
+from freshrec.models.blend.experts import (
+    EXPERT_NAMES,
+    FEATURES,
+    N_EXPERTS,
+    POOLED,
+    RANK_COLUMN,
+    SHARE_COLUMN,
+    top_k_indices,
+)
+from freshrec.models.blend.features import USER_FEATURES
+from freshrec.models.blend.model import SCORE_SOURCES, Blend, BlendSpec, QueryLog, Rule
+from freshrec.models.blend.rule import (
     MAX_JUDGED_QUERIES,
     SIGNIFICANCE_LEVEL,
     feature_gain,
@@ -18,12 +30,8 @@ from freshrec.learn.listwise import (
     fit_listwise,
     fit_rule,
 )
-from freshrec.models.blend import SCORE_SOURCES, Blend, BlendSpec, QueryLog, Rule
-from freshrec.models.checkpoint import load_state, save_state
-from freshrec.models.counted import absorb_block
-from freshrec.models.experts import EXPERT_NAMES, FEATURES, N_EXPERTS, POOLED, RANK_COLUMN, SHARE_COLUMN, top_k_indices
-from freshrec.models.facts import USER_FEATURES
-from freshrec.models.ranking import target_ranks, top_k
+from freshrec.nn.ranking import target_ranks, top_k
+from freshrec.store.checkpoint import load_state, save_state
 from freshrec.strategies.refit import MIN_GAIN_NATS, MIN_GAIN_QUERIES, Refit
 from freshrec.types import NEVER, NEXT, NOW, Batch, CandidateModel, Events, Histories, Span, State
 

@@ -13,7 +13,7 @@ from freshrec.errors import OptionError
 from freshrec.learn.fit import hit_rate, train
 from freshrec.learn.weights import apply_parametrization, copy_weights
 from freshrec.models.caser import Caser, CaserSpec
-from freshrec.models.scoring import item_vectors, score_items, user_vectors
+from freshrec.nn.scoring import item_vectors, score_items, user_vectors
 from freshrec.types import Batch, Histories, VectorModel
 
 N_ITEMS = 9

@@ -10,9 +10,9 @@ from freshrec.data.batches import append_events
 from freshrec.errors import OptionError
 from freshrec.learn.fit import FitConfig
 from freshrec.models import find_model
-from freshrec.models.scoring import score_items
-from freshrec.models.tables import EmbeddingTable, embed, embedding_matrix, set_categories
-from freshrec.strategies.plain import FineTune, Frozen
+from freshrec.nn.embedding_table import EmbeddingTable, embed, embedding_matrix, set_categories
+from freshrec.nn.scoring import score_items
+from freshrec.strategies.baselines import FineTune, Frozen
 from freshrec.types import Batch, Events, Histories, Span, State, Strategy, VectorModel
 
 TOLD = (

@@ -10,11 +10,11 @@ import polars as pl
 import pytest
 from names import options_of
 
-from freshrec.cli import GROUPS, LISTED_KINDS, app, main
-from freshrec.cli_options import print_json
-from freshrec.cli_replay import resolve_recipe
+from freshrec.cli.app import GROUPS, LISTED_KINDS, app, main
+from freshrec.cli.options import print_json
+from freshrec.cli.replay import resolve_recipe
 from freshrec.data.split_config import SplitConfig
-from freshrec.data.worlds import make_world
+from freshrec.data.synthetic import make_world
 from freshrec.models import MODELS, find_model
 from freshrec.replay.metrics import METRICS
 from freshrec.replay.recipe_schema import LogRecipe, Recipe, ReplayRecipe, save_recipe
@@ -168,7 +168,7 @@ def test_the_lists_are_those_of_the_code(capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.parametrize("command", [["--help"], ["list", "models"], ["list", "strategies"], ["fit", "--help"]])
 def test_what_only_informs_starts_without_torch(command: list[str]) -> None:
-    code = f"import sys; from freshrec.cli import main; main({command}); sys.exit('torch' in sys.modules)"
+    code = f"import sys; from freshrec.cli.app import main; main({command}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
 
 
@@ -345,7 +345,7 @@ def test_flags_of_every_kind_reach_the_recipe(
 ) -> None:
     (tmp_path / "recipe.toml").write_text("[spans]\nspans = 2\nalpha = 0.3\n[replay]\ntune = true\n")
     seen: list[Recipe] = []
-    monkeypatch.setattr("freshrec.cli_replay._show_plan", seen.append)
+    monkeypatch.setattr("freshrec.cli.replay._show_plan", seen.append)
     flags = ("--world", "drift", "--columns", "user_id=who,item_id=what", "--no-tune", "--sessions", "--spans", "3")
     more = (
         "--cadence",
@@ -374,12 +374,12 @@ def test_an_interrupted_replay_says_how_to_go_on(
     def interrupt(*cells: object, jobs: int, device: str, tell: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("freshrec.replay.run.run_cells", interrupt)
+    monkeypatch.setattr("freshrec.replay.runner.run_cells", interrupt)
     code = main(["replay", logs[0], *COLUMNS, "--out", str(tmp_path / "out")])
     assert code == 130
     assert "the same command with --resume goes on" in " ".join(capsys.readouterr().err.split())
 
 
 def test_help_does_not_wait_for_torch() -> None:
-    code = "import sys, freshrec.cli; sys.exit('torch' in sys.modules)"
+    code = "import sys, freshrec.cli.app; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -17,16 +17,16 @@ from scipy.stats import mannwhitneyu
 
 from freshrec.data.batches import append_events, due_targets, history_items, mark_trained
 from freshrec.data.log import Log
-from freshrec.data.spans import LogSplit, split_log
-from freshrec.data.worlds import make_world
+from freshrec.data.split import LogSplit, split_log
+from freshrec.data.synthetic import make_world
 from freshrec.errors import IncompatibleError, OptionError
-from freshrec.learn.clicks import auc, log_losses
+from freshrec.learn.click_quality import auc, log_losses
 from freshrec.models import find_model
-from freshrec.recipes import make_cells, make_replay_settings
-from freshrec.replay.clicks import auc_contributions, compute_click_metrics
+from freshrec.replay.cell import Cell, ReplaySettings, replay_cell
+from freshrec.replay.click_metrics import auc_contributions, compute_click_metrics
 from freshrec.replay.measure import QueryOptions
 from freshrec.replay.recipe_schema import parse_recipe
-from freshrec.replay.replay import Cell, ReplaySettings, replay_cell
+from freshrec.replay.recipes import make_cells, make_replay_settings
 from freshrec.replay.results import OVERALL_SPAN, collect_results
 from freshrec.strategies import find_strategy
 from freshrec.types import Events, Histories

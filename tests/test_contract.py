@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 from freshrec.data.batches import history_ends, query_batches
-from freshrec.data.carried import stored_interests_of
-from freshrec.data.spans import LogSplit, split_log
-from freshrec.data.worlds import make_world
+from freshrec.data.split import LogSplit, split_log
+from freshrec.data.stored_interests import stored_interests_of
+from freshrec.data.synthetic import make_world
 from freshrec.errors import IncompatibleError
 from freshrec.learn.fit import FitConfig, fit_base_block
 from freshrec.models import COUNTING_MODELS, MODELS, find_model
-from freshrec.models.checkpoint import load_state, save_state
-from freshrec.models.counted import absorb_block
-from freshrec.models.scoring import score_items
+from freshrec.models.absorb import absorb_block
+from freshrec.nn.scoring import score_items
+from freshrec.store.checkpoint import load_state, save_state
 from freshrec.strategies import STRATEGIES
+from freshrec.strategies.baselines import Retrain
 from freshrec.strategies.compatible import check_compatible
-from freshrec.strategies.plain import Retrain
 from freshrec.types import Events, ModelSpec, Span, State, Strategy, TrainedModel
 
 QUICK_MODELS = {"item-knn", "mf", "sasrec", "comirec-dr"}

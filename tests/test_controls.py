@@ -8,8 +8,8 @@ import polars as pl
 import pytest
 import torch
 
-from freshrec.models import pairs as pairs_module
-from freshrec.models.pairs import COSINE, ItemKNNSpec
+from freshrec.models import item_knn as pairs_module
+from freshrec.models.item_knn import COSINE, ItemKNNSpec
 from freshrec.models.popularity import PopularitySpec
 from freshrec.models.repeat import RepeatSpec
 from freshrec.types import Batch, Events, Histories, Model

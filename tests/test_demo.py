@@ -3,8 +3,8 @@
 import polars as pl
 import pytest
 
+from freshrec.replay.demo import describe_results
 from freshrec.replay.results import OVERALL_SPAN
-from freshrec.report.demo import describe_results
 
 QUALITY = {"frozen": 0.10, "finetune": 0.12, "full": 0.11, "imsr": 0.13}
 

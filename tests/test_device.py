@@ -10,13 +10,13 @@ import torch
 from pretend import NAME, Devices
 from test_contract import Pair, pairs, with_categories
 
-from freshrec.data.spans import LogSplit, split_log
-from freshrec.data.worlds import make_world
+from freshrec.data.split import LogSplit, split_log
+from freshrec.data.synthetic import make_world
 from freshrec.device import default_device, use_device
 from freshrec.errors import OptionError
 from freshrec.models import COUNTING_MODELS
-from freshrec.replay.replay import Cell, ReplaySettings, replay_cell
-from freshrec.replay.run import move_to_device, run_cells
+from freshrec.replay.cell import Cell, ReplaySettings, replay_cell
+from freshrec.replay.runner import move_to_device, run_cells
 
 QUICK = {
     ("comirec-dr", "imsr"),

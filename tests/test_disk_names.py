@@ -10,20 +10,20 @@ from typing import Any, get_args, get_type_hints
 import polars as pl
 import pytest
 import torch
+from freshrec.data.spans import LogSplit, split_log
+from freshrec.data.worlds import make_world
+from freshrec.models.checkpoint import load_tree, save_tree
+from freshrec.models.counted import absorb_block
+from freshrec.replay.made_of import base_file, is_made_of, write_made_of
+from freshrec.replay.replay import Cell, ReplaySettings
 from safetensors import safe_open
 from torch import Tensor
 
 from freshrec import disk_names
-from freshrec.data.spans import LogSplit, split_log
-from freshrec.data.worlds import make_world
 from freshrec.disk_names import CLASSES, FORMER, class_of, current_manifest, current_move, tag_of, with_current_names
 from freshrec.errors import IncompatibleError, StateError
 from freshrec.models import COUNTING_MODELS, MODELS, find_model
-from freshrec.models.checkpoint import load_tree, save_tree
-from freshrec.models.counted import absorb_block
-from freshrec.replay.made_of import base_file, is_made_of, write_made_of
 from freshrec.replay.measure import QueryOptions
-from freshrec.replay.replay import Cell, ReplaySettings
 from freshrec.replay.results import read_ranks
 from freshrec.strategies import STRATEGIES, find_strategy
 from freshrec.strategies.compatible import check_compatible
@@ -60,7 +60,7 @@ def test_every_option_and_every_part_of_what_has_a_tag_has_one() -> None:
     found: set[type] = set()
     for root in roots:
         dataclasses_in(root, found)
-    assert {tag_of(kind) for kind in found} == CLASSES.keys()
+    assert {tag_of(kind) for kind in found} == CLASSES.keys() - {"gate-limits"}  # no checkpoint holds these
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -190,7 +190,7 @@ def test_what_0_1_0_wrote_of_a_cell_is_that_cell_and_no_other(cell: Cell, tmp_pa
     (tmp_path / "made-of.txt").write_text(repr(cell))  # no class or field of these was renamed since 0.1.0
     assert is_made_of(tmp_path, cell)
     assert not is_made_of(tmp_path, replace(cell, cadence=2))
-    assert not is_made_of(tmp_path, replace(cell, strategy=find_strategy("finetune")))
+    assert not is_made_of(tmp_path, replace(cell, strategy_instance=find_strategy("finetune")))
     write_made_of(tmp_path, cell)
     assert is_made_of(tmp_path, cell) and not is_made_of(tmp_path, replace(cell, seed=1))
 

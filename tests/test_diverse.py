@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from freshrec.cli import main
+from freshrec.cli.app import main
 from freshrec.errors import OptionError
-from freshrec.models.layers import max_inner_product
-from freshrec.serve.diverse import diversify, item_categories
-from freshrec.serve.recommender import Recommender
+from freshrec.nn.layers import max_inner_product
+from freshrec.recommender.diversity import diversify, item_categories
+from freshrec.recommender.recommender import Recommender
 
 A1, A2, B1 = 11, 12, 21  # items of categories 1, 1 and 2
 CANDIDATES = torch.tensor([[A1, A2, B1]])

@@ -10,10 +10,10 @@ from typing import Any
 import polars as pl
 import pytest
 
-from freshrec.cli import main
-from freshrec.data.worlds import make_world
+from freshrec.cli.app import main
+from freshrec.data.synthetic import make_world
 from freshrec.errors import FreshrecError
-from freshrec.serve.recommender import Recommender
+from freshrec.recommender.recommender import Recommender
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])

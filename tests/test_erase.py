@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_nightly import ANY, days, learn
 
-from freshrec.cli import main
+from freshrec.cli.app import main
 from freshrec.data.batches import insert_events
 from freshrec.data.catalog import Catalog
 from freshrec.data.log import read_log
@@ -15,8 +15,8 @@ from freshrec.errors import StateError
 from freshrec.learn.reservoir import Reservoir, TrainingSamples
 from freshrec.nightly.erase import erase_user, without_user
 from freshrec.nightly.job import NightlyJob
-from freshrec.serve.contents import new_bundle, read_bundle
-from freshrec.serve.recommender import Recommender
+from freshrec.recommender.bundle import new_bundle, read_bundle
+from freshrec.recommender.recommender import Recommender
 from freshrec.store.versions import create_store, open_store
 from freshrec.types import Events, Histories, Interests
 

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from freshrec.errors import LogError, OptionError, StateError
-from freshrec.store.eventlog import AppendResult, EventLog
+from freshrec.store.event_log import AppendResult, EventLog
 
 Event = tuple[object, ...]
 WHO = 7_340_033_557  # an id that no size, time or checksum is by chance
@@ -224,7 +224,7 @@ def write(folder: Path, told: Connection) -> None:
 
 def test_a_killed_process_leaves_whole_batches(tmp_path: Path) -> None:
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["freshrec.store.eventlog", "hypothesis", "pytest"])
+    processes.set_forkserver_preload(["freshrec.store.event_log", "hypothesis", "pytest"])
     for seed in range(4):
         told, tells = processes.Pipe(duplex=False)
         writer = processes.Process(target=write, args=(tmp_path, tells))
@@ -306,7 +306,7 @@ def test_two_writers_at_once_are_told(tmp_path: Path, monkeypatch: pytest.Monkey
     log = log_of(tmp_path, frame(("a", "x", 1)))
     stale = DeltaTable(tmp_path)
     log.append(frame(("a", "x", 2)), "s2", True)
-    monkeypatch.setattr("freshrec.store.eventlog.DeltaTable", lambda folder: stale)
+    monkeypatch.setattr("freshrec.store.event_log.DeltaTable", lambda folder: stale)
     with pytest.raises(StateError, match="another process changed the event log"):
         log.append(frame(("a", "x", 3)), "s3", True)
 

@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freshrec.data.batches import append_events, make_rng, targets_at
-from freshrec.data.carried import stored_interests_of
+from freshrec.data.stored_interests import stored_interests_of
 from freshrec.learn.fit import FitConfig, mean_ndcg
 from freshrec.learn.reservoir import TrainingSamples
 from freshrec.learn.weights import grow_model
 from freshrec.models import MODELS
-from freshrec.models.layers import max_inner_product
-from freshrec.models.tables import embedding_tables
+from freshrec.nn.embedding_table import embedding_tables
+from freshrec.nn.layers import max_inner_product
+from freshrec.strategies.baselines import FineTune
 from freshrec.strategies.ewc import EWC, empirical_fisher, penalty, penalty_term
-from freshrec.strategies.plain import FineTune
 from freshrec.types import Batch, EncodingModel, Forward, Histories, Interests, Span, State
 
 near = pytest.approx

@@ -11,13 +11,13 @@ import torch
 from serving import run, stored
 
 from freshrec.errors import IncompatibleError, OptionError
-from freshrec.models.scoring import user_vectors
-from freshrec.serve.answers import LoadedVersion
-from freshrec.serve.export import export_version
-from freshrec.serve.list_request import ListRequest
-from freshrec.serve.live import load_version
-from freshrec.serve.reading import resolve_request
-from freshrec.serve.recommend import top_items
+from freshrec.nn.scoring import user_vectors
+from freshrec.recommender.ids import resolve_request
+from freshrec.recommender.list_request import ListRequest
+from freshrec.recommender.lists import top_items
+from freshrec.server.export import export_version
+from freshrec.server.handlers import LoadedVersion
+from freshrec.server.live_version import load_version
 from freshrec.store.versions import open_store
 from freshrec.types import Batch
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from freshrec.data.batches import append_events, insert_events, targets_at
-from freshrec.models.facts import (
+from freshrec.models.blend.features import (
     ITEM_FEATURES,
     OWN_FEATURES,
     PRIOR_EVENTS,
@@ -14,7 +14,7 @@ from freshrec.models.facts import (
     own_history_features,
     user_features,
 )
-from freshrec.models.sparse import ItemOccurrences
+from freshrec.nn.sparse import ItemOccurrences
 from freshrec.types import Events, Histories
 
 near = pytest.approx

@@ -14,10 +14,10 @@ from freshrec.learn import fit
 from freshrec.learn.fit import CostMeter, FitConfig, fit_model, split_holdout, train_to_best_epoch
 from freshrec.learn.weights import snapshot
 from freshrec.models.sasrec import SASRecSpec
-from freshrec.models.tables import embedding_tables
+from freshrec.nn.embedding_table import embedding_tables
+from freshrec.strategies.baselines import FineTune
 from freshrec.strategies.incctr import IncCTR
-from freshrec.strategies.plain import FineTune
-from freshrec.strategies.rehearsed import SelfTuned
+from freshrec.strategies.self_tuned import SelfTuned
 from freshrec.strategies.sml import SML
 from freshrec.strategies.spmf import SPMF
 from freshrec.types import NEVER, NOW, Batch, Events, Histories, State, TrainedModel

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from test_nightly import days, learnt
 
-from freshrec.cli import main
+from freshrec.cli.app import main
 from freshrec.nightly.job import NightlyJob
-from freshrec.serve.contents import read_bundle
+from freshrec.recommender.bundle import read_bundle
 from freshrec.store.versions import open_store, version_chain
 
 CODES = {0, 2, 3, 6, 7, 8, 9}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from freshrec.data.catalog import Catalog
 from freshrec.errors import OptionError
-from freshrec.nightly.day import DeliveryStats, compute_delivery_stats
+from freshrec.nightly.delivery_stats import DeliveryStats, compute_delivery_stats
 from freshrec.nightly.gate import GateLimits, HoldoutValues, find_anomalies, judge_challenger, parse_limits
 from freshrec.replay.metrics import Float64Array, ndcg
 

@@ -19,7 +19,7 @@ from freshrec.learn.generators import (
     readout,
     weighted_mean,
 )
-from freshrec.models.tables import EmbeddingTable
+from freshrec.nn.embedding_table import EmbeddingTable
 
 near = pytest.approx
 

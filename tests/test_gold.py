@@ -33,14 +33,14 @@ from gold_store import nights
 from recorded import Record, differences, rounded, state_hash, write
 
 from freshrec.data.log import Log
-from freshrec.data.spans import LogSplit, split_log
+from freshrec.data.split import LogSplit, split_log
 from freshrec.data.split_config import HELDOUT_RULES, SPLIT_RULES, TARGET_RULES
-from freshrec.data.worlds import WORLDS, make_world
+from freshrec.data.synthetic import WORLDS, make_world
 from freshrec.models import COUNTING_MODELS, find_model
-from freshrec.models.checkpoint import load_tree
+from freshrec.replay.cell import Cell, ReplaySettings, replay_cell
 from freshrec.replay.measure import QueryOptions, slice_table
-from freshrec.replay.replay import Cell, ReplaySettings, replay_cell
 from freshrec.replay.results import OVERALL_SPAN, collect_results
+from freshrec.store.checkpoint import load_tree
 from freshrec.strategies import find_strategy
 
 GOLD = Path(__file__).parent / "gold"

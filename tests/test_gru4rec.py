@@ -11,13 +11,13 @@ from torch import Tensor
 
 from freshrec.config import find_instance
 from freshrec.data.batches import history_ends, query_batches
-from freshrec.data.spans import LogSplit, split_log
-from freshrec.data.worlds import make_world
+from freshrec.data.split import LogSplit, split_log
+from freshrec.data.synthetic import make_world
 from freshrec.errors import OptionError
 from freshrec.learn.exemplars import exemplar_batch
 from freshrec.learn.fit import FitConfig
 from freshrec.learn.reservoir import TrainingSamples
-from freshrec.models.counted import absorb_block
+from freshrec.models.absorb import absorb_block
 from freshrec.models.gru4rec import (
     GRU4Rec,
     GRU4RecSpec,
@@ -29,9 +29,9 @@ from freshrec.models.gru4rec import (
     top1,
     top1_max,
 )
-from freshrec.models.layers import MASKED, max_inner_product, sampled_softmax_loss
-from freshrec.models.scoring import item_vectors, score_items, user_vectors
-from freshrec.models.softmax import full_softmax_loss
+from freshrec.nn.full_softmax import full_softmax_loss
+from freshrec.nn.layers import MASKED, max_inner_product, sampled_softmax_loss
+from freshrec.nn.scoring import item_vectors, score_items, user_vectors
 from freshrec.strategies import STRATEGIES
 from freshrec.strategies.ewc import EWC, empirical_fisher
 from freshrec.types import Batch, EncodingModel, Forward, State

@@ -16,13 +16,14 @@ from scipy.stats import mannwhitneyu
 from torch import Tensor
 
 from freshrec.data.batches import append_events
-from freshrec.data.spans import split_log
-from freshrec.data.worlds import make_world
+from freshrec.data.split import split_log
+from freshrec.data.synthetic import make_world
 from freshrec.errors import OptionError
 from freshrec.learn.fit import FitConfig, fit_base_block, grown_copy
-from freshrec.learn.interests import add_interests
+from freshrec.learn.interest_store import add_interests
 from freshrec.models import COMIREC_DR
-from freshrec.models.interests import InterestNet, InterestSpec
+from freshrec.models.multi_interest import InterestNet, InterestSpec
+from freshrec.strategies.baselines import FineTune
 from freshrec.strategies.imsr import (
     IMSR,
     Detector,
@@ -36,7 +37,6 @@ from freshrec.strategies.imsr import (
     sigmoid_distillation,
     softmax_distillation,
 )
-from freshrec.strategies.plain import FineTune
 from freshrec.types import Batch, Events, Forward, Histories, Interests, Span, State
 
 near = pytest.approx

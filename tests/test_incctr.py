@@ -12,9 +12,10 @@ from torch import Tensor
 from freshrec.data.batches import append_events
 from freshrec.errors import IncompatibleError
 from freshrec.learn.fit import FitConfig
-from freshrec.models.layers import sampled_softmax_loss
 from freshrec.models.mf import MF, MFSpec
-from freshrec.models.tables import EmbeddingTable
+from freshrec.nn.embedding_table import EmbeddingTable
+from freshrec.nn.layers import sampled_softmax_loss
+from freshrec.strategies.baselines import FineTune
 from freshrec.strategies.incctr import (
     Distill,
     IncCTR,
@@ -24,7 +25,6 @@ from freshrec.strategies.incctr import (
     tie_rows,
     untie_rows,
 )
-from freshrec.strategies.plain import FineTune
 from freshrec.types import Batch, Events, Forward, Span, State
 
 near = pytest.approx

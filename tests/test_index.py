@@ -12,12 +12,13 @@ from torch import Tensor
 
 from freshrec.data.batches import append_events
 from freshrec.data.catalog import Catalog
-from freshrec.models.interests import InterestSpec
+from freshrec.models.multi_interest import InterestSpec
 from freshrec.models.popularity import PopularitySpec
-from freshrec.models.ranking import top_k, top_k_exact
-from freshrec.models.scoring import item_vectors, user_vectors
-from freshrec.serve import index as module
-from freshrec.serve.index import (
+from freshrec.nn.ranking import top_k, top_k_exact
+from freshrec.nn.scoring import item_vectors, user_vectors
+from freshrec.recommender import search as module
+from freshrec.recommender.lists import ServedState
+from freshrec.recommender.search import (
     SearchOptions,
     build_index,
     choose_search,
@@ -25,7 +26,6 @@ from freshrec.serve.index import (
     longest_first_search,
     measure_recall,
 )
-from freshrec.serve.recommend import ServedState
 from freshrec.types import Batch, Events, Histories, State
 
 N, D, K = 6000, 16, 4

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from freshrec.data.batches import Targets, append_events, due_targets, targets_at
-from freshrec.data.lanes import HiddenStates, assign_lanes, session_parallel_batches
+from freshrec.data.session_parallel import HiddenStates, assign_lanes, session_parallel_batches
 from freshrec.models.gru4rec import GRU4Rec, GRU4RecSpec
-from freshrec.models.scoring import user_vectors
+from freshrec.nn.scoring import user_vectors
 from freshrec.types import NEVER, Batch, Events, Histories, SessionLanes
 
 

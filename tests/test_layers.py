@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from freshrec.models.layers import (
+from freshrec.nn.layers import (
     MASKED,
     attend,
     bce_loss,

@@ -12,9 +12,9 @@ from freshrec.data.batches import append_events
 from freshrec.errors import OptionError
 from freshrec.learn.fit import FitConfig
 from freshrec.models.limarec import LimaRec, LimaRecSpec, linear_attention
-from freshrec.models.scoring import item_vectors, score_items, user_vectors
-from freshrec.models.tables import EmbeddingTable, grow_with_zeros
-from freshrec.strategies.plain import Frozen
+from freshrec.nn.embedding_table import EmbeddingTable, grow_with_zeros
+from freshrec.nn.scoring import item_vectors, score_items, user_vectors
+from freshrec.strategies.baselines import Frozen
 from freshrec.types import Batch, EncodingModel, Histories, InterestModel, Span, State
 
 N_ITEMS = 9

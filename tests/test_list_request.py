@@ -14,11 +14,11 @@ import pytest
 from serving import server, stored
 from typer.main import get_command
 
-from freshrec.cli import app
+from freshrec.cli.app import app
 from freshrec.errors import OptionError
-from freshrec.serve import asked
-from freshrec.serve.list_request import DEFAULTS, ListRequest, check_k, help_of, lower_bound
-from freshrec.serve.recommender import Recommender
+from freshrec.recommender.list_request import DEFAULTS, ListRequest, check_k, help_of, lower_bound
+from freshrec.recommender.recommender import Recommender
+from freshrec.server import schemas
 
 FIELDS = ("k", "exclude_seen", "allow", "deny", "category", "diversity")
 
@@ -53,11 +53,11 @@ def test_http_has_every_field_with_its_default_and_its_description_in_both_route
         assert query[name]["schema"]["default"] == body[name]["default"] == getattr(DEFAULTS, name)
     assert (query["k"]["schema"]["minimum"], query["k"]["schema"]["maximum"]) == (1, 500)
     assert (query["diversity"]["schema"]["minimum"], query["diversity"]["schema"]["maximum"]) == (0, 1e6)
-    assert asked.RecommendRequest(users=["u"]).to_request() == DEFAULTS
+    assert schemas.RecommendRequest(users=["u"]).to_request() == DEFAULTS
 
 
 def test_ids_of_a_request_over_http_are_of_one_kind() -> None:
-    both = asked.RecommendRequest(
+    both = schemas.RecommendRequest(
         users=["u"], k=3, exclude_seen=False, allow=[1, "x"], deny=[2, 3], category="c", diversity=0.5
     )
     assert both.to_request() == ListRequest(3, False, ("1", "x"), (2, 3), "c", 0.5)
@@ -95,5 +95,5 @@ def test_the_keyword_of_0_1_0_still_works_with_a_warning() -> None:
 
 
 def test_the_options_of_a_list_are_read_without_torch() -> None:
-    code = "import sys, freshrec.serve.list_request; assert not {'torch', 'polars'} & sys.modules.keys()"
+    code = "import sys, freshrec.recommender.list_request; assert not {'torch', 'polars'} & sys.modules.keys()"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

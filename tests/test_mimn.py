@@ -21,8 +21,8 @@ from freshrec.models.mimn import (
     usage_variance,
     write_slots,
 )
-from freshrec.models.scoring import item_vectors, score_items, user_vectors
-from freshrec.strategies.plain import Frozen
+from freshrec.nn.scoring import item_vectors, score_items, user_vectors
+from freshrec.strategies.baselines import Frozen
 from freshrec.types import Batch, EncodingModel, Histories, InterestModel, Span, State
 
 N_ITEMS = 9

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from freshrec.models import MODELS
-from freshrec.models.interests import DynamicRouting, InitialInterests, InterestNet, InterestSpec, SelfAttention
-from freshrec.models.layers import squash
+from freshrec.models.multi_interest import DynamicRouting, InitialInterests, InterestNet, InterestSpec, SelfAttention
 from freshrec.models.sasrec import SASRec, SASRecSpec
-from freshrec.models.scoring import item_vectors, score_items
+from freshrec.nn.layers import squash
+from freshrec.nn.scoring import item_vectors, score_items
 from freshrec.types import Batch, ClickModel, EncodingModel, InterestModel, TrainedModel, UserVectorModel, VectorModel
 
 TRAINED = [name for name, spec in MODELS.items() if isinstance(spec.build(0), TrainedModel)]

@@ -16,17 +16,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from freshrec.cli import main
+from freshrec.cli.app import main
 from freshrec.data.log import read_log
-from freshrec.data.worlds import make_world
+from freshrec.data.synthetic import make_world
 from freshrec.errors import LogError, OptionError, StateError, TrainingError
 from freshrec.nightly import job as job_module
-from freshrec.nightly.anew import GAIN_KEY, retrain_interval, retrain_plan, updates_since_retrain
+from freshrec.nightly.full_retrain import GAIN_KEY, retrain_interval, retrain_plan, updates_since_retrain
 from freshrec.nightly.gate import GateLimits
+from freshrec.nightly.inspection import user_profile as inspected
 from freshrec.nightly.job import NightlyJob, hash_source, preview_delivery, waiting_batches
-from freshrec.nightly.tell import user_profile as inspected
-from freshrec.serve.contents import Bundle, new_bundle, read_bundle
-from freshrec.serve.recommender import Recommender
+from freshrec.recommender.bundle import Bundle, new_bundle, read_bundle
+from freshrec.recommender.recommender import Recommender
 from freshrec.store.versions import Manifest, Store, create_store, open_store, version_chain
 
 ANY = GateLimits(

@@ -11,10 +11,10 @@ from pydantic import Field
 from freshrec.config import Count, Positive, Rate, bounds_of, description_of, hints_of
 from freshrec.errors import IncompatibleError, OptionError
 from freshrec.models import find_model
-from freshrec.models.interests import InterestSpec
-from freshrec.recipes import load_log, load_split, make_cells
+from freshrec.models.multi_interest import InterestSpec
 from freshrec.replay.plan import count_tuning_targets
 from freshrec.replay.recipe_schema import Recipe, load_recipe, parse_recipe, save_recipe
+from freshrec.replay.recipes import load_log, load_split, make_cells
 from freshrec.strategies import find_strategy
 from freshrec.strategies.imsr import IMSR, Retainer
 

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from freshrec.data.batches import history_ends, query_batches
-from freshrec.data.spans import split_log
-from freshrec.data.worlds import make_world
+from freshrec.data.split import split_log
+from freshrec.data.synthetic import make_world
 from freshrec.errors import OptionError
 from freshrec.learn.fit import FitConfig
-from freshrec.models.counted import absorb_block
-from freshrec.models.layers import squash
-from freshrec.models.originals import (
+from freshrec.models.absorb import absorb_block
+from freshrec.models.multi_interest_published import (
     COMIREC_DR_PUBLISHED,
     COMIREC_SA_PUBLISHED,
     MIND_PUBLISHED,
@@ -25,8 +24,9 @@ from freshrec.models.originals import (
     interest_mask,
     route_capsules,
 )
-from freshrec.models.scoring import item_vectors, score_items, user_vectors
-from freshrec.strategies.plain import FineTune
+from freshrec.nn.layers import squash
+from freshrec.nn.scoring import item_vectors, score_items, user_vectors
+from freshrec.strategies.baselines import FineTune
 from freshrec.types import Batch, EncodingModel, InterestModel, State
 
 ORIGINALS = {"mind": MIND_PUBLISHED, "dr": COMIREC_DR_PUBLISHED, "sa": COMIREC_SA_PUBLISHED}

@@ -16,23 +16,23 @@ from serving import items, server, stored
 from torch import Tensor, nn
 
 from freshrec import Recommender
-from freshrec.cli import main
+from freshrec.cli.app import main
 from freshrec.data.batches import insert_events
-from freshrec.data.spans import LogSplit, split_log
-from freshrec.data.worlds import make_world
+from freshrec.data.split import LogSplit, split_log
+from freshrec.data.synthetic import make_world
 from freshrec.errors import OptionError, StateError
 from freshrec.learn.fit import FitConfig
-from freshrec.models.checkpoint import load_for_serving, load_state, save_state
-from freshrec.models.counted import absorb_block
-from freshrec.models.layers import sampled_logits, sampled_softmax_loss
+from freshrec.models.absorb import absorb_block
 from freshrec.models.popularity import PopularitySpec
-from freshrec.models.ranking import top_k
 from freshrec.models.requirements import build_model
-from freshrec.models.scoring import history_length, score_items
-from freshrec.models.tables import EmbeddingTable, lookup_many
-from freshrec.replay.replay import Cell, ReplaySettings, replay_cell
+from freshrec.nn.embedding_table import EmbeddingTable, lookup_many
+from freshrec.nn.layers import sampled_logits, sampled_softmax_loss
+from freshrec.nn.ranking import top_k
+from freshrec.nn.scoring import history_length, score_items
+from freshrec.replay.cell import Cell, ReplaySettings, replay_cell
+from freshrec.store.checkpoint import load_for_serving, load_state, save_state
+from freshrec.strategies.baselines import Absorb, FineTune
 from freshrec.strategies.ewc import EWC
-from freshrec.strategies.plain import Absorb, FineTune
 from freshrec.types import Batch, Events, Forward, Histories, ModelSpec, Span, State, Strategy
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "docs" / "examples" / "my_model.py"

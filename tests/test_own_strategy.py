@@ -11,32 +11,32 @@ import polars as pl
 import pytest
 import torch
 
-from freshrec.cli import main
-from freshrec.config import IMPORTS
-from freshrec.data.spans import split_log
-from freshrec.data.worlds import make_world
+from freshrec.cli.app import main
+from freshrec.data.split import split_log
+from freshrec.data.synthetic import make_world
 from freshrec.errors import IncompatibleError, OptionError, StateError
 from freshrec.learn.fit import FitConfig
 from freshrec.learn.weights import copy_weights
 from freshrec.models import MODELS, find_model
-from freshrec.models.checkpoint import load_tree, save_tree
-from freshrec.models.counted import absorb_block
+from freshrec.models.absorb import absorb_block
+from freshrec.recommender.recommender import Recommender
+from freshrec.replay.cell import Cell, ReplaySettings
 from freshrec.replay.plan import count_tuning_targets, training_passes
-from freshrec.replay.replay import Cell, ReplaySettings
-from freshrec.replay.run import run_cells
+from freshrec.replay.runner import run_cells
 from freshrec.replay.tuning import alternatives
-from freshrec.serve.recommender import Recommender
+from freshrec.store.checkpoint import load_tree, save_tree
 from freshrec.strategies import ALIASES, STRATEGIES, find_strategy
+from freshrec.strategies.baselines import Absorb, FineTune
 from freshrec.strategies.compatible import REQUIREMENTS, check_compatible
-from freshrec.strategies.plain import Absorb, FineTune
 from freshrec.types import Span, State
+from freshrec.user_modules import IMPORTS
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 OWN = '''
 from dataclasses import dataclass, replace
 
 from freshrec.learn.fit import Fit
-from freshrec.strategies.plain import Absorb, FineTune
+from freshrec.strategies.baselines import Absorb, FineTune
 from freshrec.strategies.refit import Refit
 
 

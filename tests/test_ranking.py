@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from freshrec.errors import TrainingError
-from freshrec.models.interests import InterestSpec
 from freshrec.models.mf import MF, MFSpec
+from freshrec.models.multi_interest import InterestSpec
 from freshrec.models.popularity import Popularity, PopularitySpec
-from freshrec.models.ranking import ITEM_BLOCK, USER_BLOCK, query_vectors, target_ranks, top_k
 from freshrec.models.repeat import RepeatSpec
-from freshrec.models.scoring import user_vectors
+from freshrec.nn.ranking import ITEM_BLOCK, USER_BLOCK, query_vectors, target_ranks, top_k
+from freshrec.nn.scoring import user_vectors
 from freshrec.types import Batch
 
 N_USERS, N_ITEMS = USER_BLOCK + 7, 2 * ITEM_BLOCK + 5  # so that there are several blocks of both, the last one short

@@ -7,21 +7,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from freshrec.data.spans import split_log
-from freshrec.data.worlds import make_world
+from freshrec.data.split import split_log
+from freshrec.data.synthetic import make_world
 from freshrec.errors import FreshrecError, IncompatibleError, LogError, OptionError, StateError
 from freshrec.learn.fit import FitConfig
 from freshrec.models.mf import MF, MFSpec
-from freshrec.models.scoring import item_vectors
+from freshrec.nn.scoring import item_vectors
+from freshrec.recommender import recommender as recommender_module
+from freshrec.recommender.bundle import Bundle
+from freshrec.recommender.explain import explain_by_vectors
+from freshrec.recommender.recommender import Recommender
+from freshrec.replay.cell import Cell, ReplaySettings, replay_cell
 from freshrec.replay.measure import slice_table
-from freshrec.replay.replay import Cell, ReplaySettings, replay_cell
 from freshrec.replay.results import collect_results
-from freshrec.serve import recommender as recommender_module
-from freshrec.serve.contents import Bundle
-from freshrec.serve.explain import explain_by_vectors
-from freshrec.serve.recommender import Recommender
 from freshrec.store.versions import open_store
-from freshrec.strategies.plain import FineTune
+from freshrec.strategies.baselines import FineTune
 from freshrec.types import Batch
 
 NOON = 1_767_268_800  # 2026-01-01, in seconds

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from freshrec.data.batches import append_events, due_targets
-from freshrec.learn.rehearsal import base_stream
+from freshrec.learn.base_stream import base_stream
 from freshrec.types import DUE, HELD_OUT, TRAINED, Events, Histories
 
 

@@ -10,9 +10,9 @@ import torch
 from freshrec.data.batches import append_events, due_targets
 from freshrec.learn.fit import FitConfig, train
 from freshrec.models.sasrec import SASRecSpec
-from freshrec.models.tables import embedding_tables
-from freshrec.strategies.plain import FineTune
-from freshrec.strategies.rehearsed import (
+from freshrec.nn.embedding_table import embedding_tables
+from freshrec.strategies.baselines import FineTune
+from freshrec.strategies.self_tuned import (
     SEARCH_SPACE,
     SelfTuned,
     UpdateSettings,

@@ -23,20 +23,20 @@ from rich.console import Console
 import freshrec
 from freshrec.data.batches import append_events
 from freshrec.data.log import Log
-from freshrec.data.spans import LogSplit, split_log
-from freshrec.data.worlds import make_world
+from freshrec.data.split import LogSplit, split_log
+from freshrec.data.synthetic import make_world
 from freshrec.errors import IncompatibleError, OptionError
 from freshrec.models import find_model
-from freshrec.models.counted import absorb_block
+from freshrec.models.absorb import absorb_block
 from freshrec.models.popularity import PopularitySpec
+from freshrec.replay.cell import Cell, ReplaySettings, replay_cell
 from freshrec.replay.measure import SLICES, QueryOptions, SpanBlock, make_queries, slice_table
-from freshrec.replay.replay import Cell, ReplaySettings, replay_cell
+from freshrec.replay.progress import ProgressBoard
 from freshrec.replay.results import OVERALL_SPAN, collect_results
-from freshrec.replay.run import run_cells
-from freshrec.report.board import ProgressBoard
+from freshrec.replay.runner import run_cells
 from freshrec.strategies import STRATEGIES, find_strategy
+from freshrec.strategies.baselines import Absorb
 from freshrec.strategies.compatible import check_compatible
-from freshrec.strategies.plain import Absorb
 from freshrec.types import DUE, NEVER, NEXT, NOW, TEST, TRAIN, Events, Histories, Span, State
 
 METRICS = ("hr@20", "ndcg@20")
@@ -186,7 +186,7 @@ def test_a_folder_takes_no_results_of_another_log_or_of_other_options(tmp_path: 
     others = (
         ([cell], replace(parts, spans=(*parts.spans[:-1], later)), ReplaySettings()),
         ([replace(cell, cadence=2)], parts, ReplaySettings()),
-        ([replace(cell, strategy=find_strategy("finetune:fit.epochs=7"))], parts, ReplaySettings()),
+        ([replace(cell, strategy_instance=find_strategy("finetune:fit.epochs=7"))], parts, ReplaySettings()),
     )
     for cells, spans, settings in others:
         with pytest.raises(OptionError, match="holds results of another log"):
@@ -340,7 +340,7 @@ def test_the_detector_judges_known_items_only_when_it_runs_in_a_replay() -> None
     parts = cut_of(world())
     base, span = parts.spans[0], parts.spans[1]
     state = absorb_block(State(CELLS[2].model_spec.build(0)), base.events, base.n_users, base.n_items)
-    state = CELLS[2].strategy.update(state, base)
+    state = CELLS[2].strategy_instance.update(state, base)
     assert absorb_block(state, span.events, span.n_users, span.n_items).model.n_items == base.n_items
     assert span.n_items > base.n_items
 
@@ -349,7 +349,7 @@ def test_secret_events_leave_no_trace_in_stored_interests() -> None:
     parts = cut_of(world())
     base, span = parts.spans[0], parts.spans[1]
     cell = next(c for c in CELLS if c.model_name.startswith("comirec"))
-    state = cell.strategy.update(
+    state = cell.strategy_instance.update(
         absorb_block(State(cell.model_spec.build(0)), base.events, base.n_users, base.n_items), base
     )
     other = torch.where(span.events.train_at_E == NEVER, 1, span.events.items_E)
@@ -357,7 +357,7 @@ def test_secret_events_leave_no_trace_in_stored_interests() -> None:
 
     def stored(events: Events) -> torch.Tensor:
         ready = absorb_block(state, events, span.n_users, span.n_items)
-        users = cell.strategy.update(ready, replace(span, events=events)).interests
+        users = cell.strategy_instance.update(ready, replace(span, events=events)).interests
         assert users is not None
         return users.vectors_SD
 

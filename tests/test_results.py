@@ -9,8 +9,8 @@ import pytest
 import results as page  # docs/results.py
 
 from freshrec.models import find_model
+from freshrec.replay.cell import Cell
 from freshrec.replay.measure import SLICES
-from freshrec.replay.replay import Cell
 from freshrec.replay.results import OVERALL_SPAN, collect_results
 from freshrec.strategies import find_strategy
 

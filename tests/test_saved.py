@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from freshrec.data.worlds import make_world
+from freshrec.data.synthetic import make_world
 from freshrec.errors import StateError
-from freshrec.models.checkpoint import load_for_serving, load_tree, save_tree
-from freshrec.models.scoring import item_vectors
-from freshrec.models.tables import embedding_tables
-from freshrec.serve.contents import read_bundle, write_bundle
-from freshrec.serve.list_request import ListRequest
-from freshrec.serve.reading import resolve_request
-from freshrec.serve.recommend import top_items
-from freshrec.serve.recommender import Recommender
-from freshrec.serve.saved import SERVED_FILE, read_serving_bundle
+from freshrec.nn.embedding_table import embedding_tables
+from freshrec.nn.scoring import item_vectors
+from freshrec.recommender.bundle import read_bundle, write_bundle
+from freshrec.recommender.ids import resolve_request
+from freshrec.recommender.list_request import ListRequest
+from freshrec.recommender.lists import top_items
+from freshrec.recommender.recommender import Recommender
+from freshrec.recommender.serving_bundle import SERVED_FILE, read_serving_bundle
+from freshrec.store.checkpoint import load_for_serving, load_tree, save_tree
 from freshrec.types import TrainedModel
 
 FAST = "finetune:fit.base_epochs=1:fit.epochs=1"
@@ -53,7 +53,9 @@ def test_what_is_loaded_to_ask_answers_to_the_last_bit_as_what_is_loaded_whole(
 def test_large_tensors_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = files_of("sasrec:d=8", FAST, tmp_path)
     whole = load_for_serving(files[SERVED_FILE])
-    monkeypatch.setattr("freshrec.models.checkpoint.CHUNK_BYTES", 100)  # three rows of 8 floats, and less than one packed
+    monkeypatch.setattr(
+        "freshrec.store.checkpoint.CHUNK_BYTES", 100
+    )  # three rows of 8 floats, and less than one packed
     again = load_for_serving(files[SERVED_FILE])
     assert torch.equal(item_vectors(whole[2].model), item_vectors(again[2].model))
     assert torch.equal(whole[2].recent.items_R, again[2].recent.items_R)
@@ -88,7 +90,7 @@ def test_what_learns_is_saved_beside_and_versions_of_one_file_are_still_read(tmp
 
 
 def test_reading_what_answers_imports_nothing_that_learns() -> None:
-    code = "import sys, freshrec.serve.saved, freshrec.store.versions; print(*sys.modules)"
+    code = "import sys, freshrec.recommender.serving_bundle, freshrec.store.versions; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     wrong = [n for n in loaded if n.startswith(("freshrec.learn", "freshrec.strategies", "freshrec.nightly"))]
-    assert "freshrec.serve.saved" in loaded and wrong == []
+    assert "freshrec.recommender.serving_bundle" in loaded and wrong == []

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from serving import TOKEN, click, items, server, stored
 
-from freshrec.cli_serve import read_token
+from freshrec.cli.server import read_token
 from freshrec.errors import OptionError
-from freshrec.nightly.tell import user_profile as inspect_user
+from freshrec.nightly.inspection import user_profile as inspect_user
+from freshrec.recommender.bundle import read_bundle
+from freshrec.recommender.ids import encode_events
 from freshrec.replay.measure import QueryOptions, SpanBlock, make_queries, rank_queries
-from freshrec.serve.contents import read_bundle
-from freshrec.serve.guard import RequestMiddleware, ServerLimits, ServerMetrics
-from freshrec.serve.reading import encode_events
+from freshrec.server.middleware import RequestMiddleware, ServerLimits, ServerMetrics
 from freshrec.store.versions import open_store
 from freshrec.types import TRAIN
 
@@ -268,15 +268,15 @@ def test_no_answer_may_load_anything_from_elsewhere(one_store: Path) -> None:
 
 def test_a_serving_process_imports_nothing_that_learns(one_store: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from freshrec import cli; from freshrec.serve.http import app_of;"
-        "from freshrec.serve.live import Live; from freshrec.store.versions import open_store;"
+        "import sys; from pathlib import Path; from freshrec import cli; from freshrec.server.app import app_of;"
+        "from freshrec.server.live_version import Live; from freshrec.store.versions import open_store;"
         f"live = Live(open_store(Path({str(one_store / 's')!r})), print); live.begin(); live.end();"
         "print(*sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = done.stdout.split()
-    above = ("freshrec.learn", "freshrec.strategies", "freshrec.nightly", "freshrec.replay.replay", "deltalake")
-    assert "freshrec.serve.live" in loaded and not [name for name in loaded if name.startswith(above)]
+    above = ("freshrec.learn", "freshrec.strategies", "freshrec.nightly", "freshrec.replay.cell", "deltalake")
+    assert "freshrec.server.live_version" in loaded and not [name for name in loaded if name.startswith(above)]
 
 
 def test_the_openapi_document_describes_every_route(one_store: Path) -> None:

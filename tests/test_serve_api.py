@@ -9,9 +9,9 @@ from hypothesis import HealthCheck
 from serving import TOKEN, stored
 from starlette.types import ASGIApp
 
-from freshrec.serve.guard import ServerLimits
-from freshrec.serve.http import Service, create_app
-from freshrec.serve.live import LiveVersion
+from freshrec.server.app import Service, create_app
+from freshrec.server.live_version import LiveVersion
+from freshrec.server.middleware import ServerLimits
 from freshrec.store.versions import open_store
 
 

@@ -12,21 +12,21 @@ import pytest
 import torch
 from serving import ANY, TOKEN, click, items, run, server, stored
 
-from freshrec.cli_serve import erase_in_subprocess
+from freshrec.cli.server import erase_in_subprocess
 from freshrec.data.batches import concat_events
 from freshrec.data.log import read_log
 from freshrec.errors import StateError
-from freshrec.models.counted import absorb_block
-from freshrec.nightly import clicks as nightly
+from freshrec.models.absorb import absorb_block
+from freshrec.nightly import click_intake as nightly
 from freshrec.nightly.job import NightlyJob
-from freshrec.serve.contents import read_bundle
-from freshrec.serve.guard import ServerLimits
-from freshrec.serve.list_request import ListRequest
-from freshrec.serve.reading import encode_events, resolve_request
-from freshrec.serve.recommend import top_items
-from freshrec.store import clicks as journal
-from freshrec.store.clicks import Click, ClickJournal
-from freshrec.store.eventlog import EventLog
+from freshrec.recommender.bundle import read_bundle
+from freshrec.recommender.ids import encode_events, resolve_request
+from freshrec.recommender.list_request import ListRequest
+from freshrec.recommender.lists import top_items
+from freshrec.server.middleware import ServerLimits
+from freshrec.store import click_journal as journal
+from freshrec.store.click_journal import Click, ClickJournal
+from freshrec.store.event_log import EventLog
 from freshrec.store.versions import open_store
 
 NOON = 1_790_000_000  # seconds, after all of the world's events

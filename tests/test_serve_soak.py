@@ -14,11 +14,11 @@ import polars as pl
 import pytest
 from serving import ANY, TOKEN, process, run, stored
 
-from freshrec.serve.contents import read_bundle
-from freshrec.serve.list_request import ListRequest
-from freshrec.serve.reading import resolve_request
-from freshrec.serve.recommend import top_items
-from freshrec.store.eventlog import EventLog
+from freshrec.recommender.bundle import read_bundle
+from freshrec.recommender.ids import resolve_request
+from freshrec.recommender.list_request import ListRequest
+from freshrec.recommender.lists import top_items
+from freshrec.store.event_log import EventLog
 from freshrec.store.versions import open_store
 
 NOON = 1_790_000_000

@@ -12,11 +12,11 @@ from serving import ANY, TOKEN, click, items, run, server, stored
 from starlette.testclient import TestClient
 
 from freshrec.errors import StateError
-from freshrec.serve import answers
-from freshrec.serve import live as live_module
-from freshrec.serve.answers import LoadedVersion
-from freshrec.serve.guard import ServerLimits
-from freshrec.serve.live import LiveVersion
+from freshrec.server import handlers
+from freshrec.server import live_version as live_module
+from freshrec.server.handlers import LoadedVersion
+from freshrec.server.live_version import LiveVersion
+from freshrec.server.middleware import ServerLimits
 from freshrec.store.versions import open_store
 
 
@@ -42,7 +42,7 @@ def test_promote_and_rollback_in_another_process_are_seen_within_two_seconds(tmp
     with server(tmp_path) as (client, _):
         lists = {3: items(client.get("/recommend/user-1"))}
         for words, version in ((["rollback"], 2), (["rollback", "1"], 1), (["promote", "3"], 3)):
-            command = [sys.executable, "-m", "freshrec.cli", *words, "--store", str(tmp_path / "s")]
+            command = [sys.executable, "-m", "freshrec", *words, "--store", str(tmp_path / "s")]
             assert subprocess.run(command, capture_output=True).returncode == 0
             comes(client, version)
             answer = client.get("/recommend/user-1").json()
@@ -130,7 +130,7 @@ def test_requests_in_flight_finish_on_the_version_they_began_with(
 ) -> None:
     stored(tmp_path, n=2)
     began, go_on = threading.Event(), threading.Event()
-    ask = answers.recommend
+    ask = handlers.recommend
 
     def slow(version: LoadedVersion, by: object) -> object:
         began.set()
@@ -140,7 +140,7 @@ def test_requests_in_flight_finish_on_the_version_they_began_with(
     with server(tmp_path) as (client, live):
         wanted = {"users": ["user-1", "user-2"]}
         before = client.post("/recommend", json=wanted).json()
-        monkeypatch.setattr(answers, "recommend", slow)
+        monkeypatch.setattr(handlers, "recommend", slow)
         found: list[object] = []
         asking = threading.Thread(target=lambda: found.append(client.post("/recommend", json=wanted).json()))
         asking.start()

@@ -13,9 +13,7 @@ from hypothesis import strategies as st
 
 from freshrec.config import find_instance
 from freshrec.errors import OptionError
-from freshrec.models.checkpoint import load_state, save_state
-from freshrec.models.ranking import target_ranks, top_k
-from freshrec.models.sknn import (
+from freshrec.models.session_knn import (
     DAY,
     S_SKNN,
     SKNN,
@@ -28,6 +26,8 @@ from freshrec.models.sknn import (
     query_item_weights,
     top_k_per_row,
 )
+from freshrec.nn.ranking import target_ranks, top_k
+from freshrec.store.checkpoint import load_state, save_state
 from freshrec.types import Batch, CandidateModel, Events, Histories, State
 
 near = pytest.approx

@@ -27,9 +27,9 @@ from freshrec.learn.transfer import (
 )
 from freshrec.learn.weights import Weights, copy_weights, load_weights
 from freshrec.models import MODELS
-from freshrec.models.checkpoint import load_state, save_state
 from freshrec.replay.plan import training_passes
-from freshrec.strategies.plain import FineTune
+from freshrec.store.checkpoint import load_state, save_state
+from freshrec.strategies.baselines import FineTune
 from freshrec.strategies.sml import SML, transfer_decay_term, weight_decay_term
 from freshrec.types import Events, Span, State, Strategy
 

@@ -5,14 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freshrec.models import softmax
-from freshrec.models.softmax import full_distillation_loss, full_softmax_loss
+from freshrec.nn.full_softmax import full_distillation_loss, full_softmax_loss
 
 
 @pytest.fixture(params=[3, 7, 100])
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that do not divide the 20 items, and one that holds them all."""
-    monkeypatch.setattr(softmax, "ITEM_BLOCK", request.param)
+    monkeypatch.setattr(full_softmax, "ITEM_BLOCK", request.param)
 
 
 def tensors(scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from freshrec.data.log import Log, read_log
-from freshrec.data.spans import LogSplit, describe_spans, split_log
+from freshrec.data.split import LogSplit, describe_spans, split_log
 from freshrec.data.split_config import SplitConfig
 from freshrec.errors import OptionError, SpanError
 from freshrec.replay.measure import QueryOptions, SpanBlock, make_queries

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 
-from freshrec.models.sparse import (
+from freshrec.nn.sparse import (
     CandidateCells,
     ItemOccurrences,
     build_csr,

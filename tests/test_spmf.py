@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from freshrec.data.batches import append_events, due_targets, history_items, make_rng
-from freshrec.data.spans import LogSplit, split_log
-from freshrec.data.worlds import make_world
+from freshrec.data.split import LogSplit, split_log
+from freshrec.data.synthetic import make_world
 from freshrec.learn.fit import FitConfig, grown_copy, training_batches
 from freshrec.learn.reservoir import append_samples, assign_slots, copy_samples, fill_reservoir, update_reservoir
 from freshrec.models.mf import MFSpec
 from freshrec.models.sasrec import SASRecSpec
-from freshrec.models.scoring import user_vectors
-from freshrec.strategies.plain import FineTune
+from freshrec.nn.scoring import user_vectors
+from freshrec.strategies.baselines import FineTune
 from freshrec.strategies.spmf import (
     SPMF,
     rank_weights,

@@ -12,8 +12,8 @@ from freshrec.data.batches import append_events, due_targets
 from freshrec.errors import OptionError
 from freshrec.learn.fit import hit_rate, train
 from freshrec.learn.weights import copy_weights
-from freshrec.models.scoring import score_items, user_vectors
 from freshrec.models.stamp import STAMP, STAMPSpec
+from freshrec.nn.scoring import score_items, user_vectors
 from freshrec.types import Batch, EncodingModel, Histories
 
 KINDS = ("stamp", "stmp")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from freshrec.models.tables import BLOCK_ROWS, EmbeddingTable
+from freshrec.nn.embedding_table import BLOCK_ROWS, EmbeddingTable
 
 LR = 0.05
 BATCHES = [torch.tensor(ids) for ids in ([3, 1, 3, 2], [5], [2, 5, 5, 5, 1], [4, 4], [3, 1, 2, 5])]

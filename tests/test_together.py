@@ -8,12 +8,12 @@ import pytest
 from serving import stored
 
 from freshrec.errors import LogError
-from freshrec.serve import answers, asked
-from freshrec.serve.answers import LoadedVersion
-from freshrec.serve.index import SearchOptions
-from freshrec.serve.list_request import ListRequest
-from freshrec.serve.live import load_version
-from freshrec.serve.together import MAX_BATCH_USERS, MicroBatcher, UserLists
+from freshrec.recommender.list_request import ListRequest
+from freshrec.recommender.search import SearchOptions
+from freshrec.server import handlers, schemas
+from freshrec.server.handlers import LoadedVersion
+from freshrec.server.live_version import load_version
+from freshrec.server.micro_batching import MAX_BATCH_USERS, MicroBatcher, UserLists
 from freshrec.store.versions import open_store
 
 IMSR = "imsr:fit.base_epochs=1:fit.epochs=1"
@@ -39,16 +39,16 @@ def test_lists_made_together_are_those_made_alone(
     version = version_of(tmp_path, exact)
     users = day["user_id"].unique(maintain_order=True).to_list()
     wants = [(user, ListRequest(k=5 + nth % 2)) for nth, user in enumerate(users[:50] + ["a stranger"])]
-    alone = [answers.recommend(version, [user], request)[0] for user, request in wants]
-    goes, recommend = list[int](), answers.recommend
+    alone = [handlers.recommend(version, [user], request)[0] for user, request in wants]
+    goes, recommend = list[int](), handlers.recommend
 
     def counted(version: LoadedVersion, users: list[int | str], request: ListRequest) -> UserLists:
         goes.append(len(users))
         return recommend(version, users, request)
 
-    monkeypatch.setattr(answers, "recommend", counted)
+    monkeypatch.setattr(handlers, "recommend", counted)
 
-    async def all_at_once() -> list[asked.UserList]:
+    async def all_at_once() -> list[schemas.UserList]:
         together = MicroBatcher(in_turn)
         return await asyncio.gather(*(together.recommend(version, *want) for want in wants))
 
@@ -61,15 +61,15 @@ def test_lists_made_together_are_those_made_alone(
 
 def test_more_than_may_be_asked_in_one_go_are_asked_in_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored(tmp_path, "popularity", None)
-    version, goes, recommend = version_of(tmp_path, 0), list[int](), answers.recommend
+    version, goes, recommend = version_of(tmp_path, 0), list[int](), handlers.recommend
 
     def counted(version: LoadedVersion, users: list[int | str], request: ListRequest) -> UserLists:
         goes.append(len(users))
         return recommend(version, users, request)
 
-    monkeypatch.setattr(answers, "recommend", counted)
+    monkeypatch.setattr(handlers, "recommend", counted)
 
-    async def all_at_once() -> list[asked.UserList]:
+    async def all_at_once() -> list[schemas.UserList]:
         together = MicroBatcher(in_turn)
         return await asyncio.gather(
             *(together.recommend(version, "x", ListRequest()) for _ in range(2 * MAX_BATCH_USERS + 3))
@@ -84,16 +84,16 @@ def test_who_asks_wrongly_fails_alone_and_who_goes_away_takes_nobody_along(
 ) -> None:
     _, day, _ = stored(tmp_path, "popularity", None)
     version = version_of(tmp_path, 0)
-    row_of = answers.user_row
+    row_of = handlers.user_row
 
     def picky(version: LoadedVersion, user: int | str) -> int:
         if user == "wrong":
             raise LogError("no id")
         return row_of(version, user)
 
-    monkeypatch.setattr(answers, "user_row", picky)
+    monkeypatch.setattr(handlers, "user_row", picky)
 
-    async def some() -> list[asked.UserList | BaseException]:
+    async def some() -> list[schemas.UserList | BaseException]:
         together = MicroBatcher(in_turn)
         asking = [
             asyncio.create_task(together.recommend(version, user, ListRequest()))
@@ -106,5 +106,5 @@ def test_who_asks_wrongly_fails_alone_and_who_goes_away_takes_nobody_along(
     gone, wrong, right = asyncio.run(some())
     assert isinstance(gone, asyncio.CancelledError)
     assert isinstance(wrong, LogError)
-    assert isinstance(right, asked.UserList)
+    assert isinstance(right, schemas.UserList)
     assert right.user_id == day["user_id"][1]

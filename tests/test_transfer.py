@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from freshrec.data.batches import append_events, due_targets
-from freshrec.data.carried import stored_interests_of
+from freshrec.data.stored_interests import stored_interests_of
 from freshrec.errors import OptionError
 from freshrec.learn.fit import train, training_batches
 from freshrec.learn.transfer import (

@@ -10,16 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from freshrec.data.batches import append_events, mark_trained
-from freshrec.data.carried import StoredInterests, pad_interests
-from freshrec.data.spans import LogSplit, split_log
-from freshrec.data.worlds import make_world
+from freshrec.data.split import LogSplit, split_log
+from freshrec.data.stored_interests import StoredInterests, pad_interests
+from freshrec.data.synthetic import make_world
 from freshrec.errors import OptionError
 from freshrec.learn.fit import FitConfig
-from freshrec.learn.interests import update_interests
-from freshrec.learn.upkeep import InterestBudget, merge_interests, retire_interests
+from freshrec.learn.interest_budget import InterestBudget, merge_interests, retire_interests
+from freshrec.learn.interest_store import update_interests
 from freshrec.models import COMIREC_DR, COMIREC_SA
-from freshrec.models.checkpoint import load_state, save_state
-from freshrec.models.interests import InterestNet, InterestSpec
+from freshrec.models.multi_interest import InterestNet, InterestSpec
+from freshrec.store.checkpoint import load_state, save_state
 from freshrec.strategies import find_strategy
 from freshrec.strategies.imsr import IMSR, Detector
 from freshrec.types import Events, Histories, Interests, State

@@ -8,7 +8,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from freshrec.cli import main
+from freshrec.cli.app import main
 from freshrec.data.log import read_log
 from freshrec.data.validate import LogReport, validate_log
 

@@ -10,8 +10,8 @@ import polars as pl
 import pytest
 from scipy.stats import chi2_contingency, norm
 
-from freshrec.data.spans import split_log
-from freshrec.data.worlds import GAINED_TOPIC_SHARE, N_TASTES, REPEAT_SHARE, WORLDS, make_world
+from freshrec.data.split import split_log
+from freshrec.data.synthetic import GAINED_TOPIC_SHARE, N_TASTES, REPEAT_SHARE, WORLDS, make_world
 from freshrec.errors import OptionError
 
 

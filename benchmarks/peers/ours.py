@@ -10,7 +10,7 @@ from protocol import LENGTH, Data, main, once, search
 from freshrec.data.batches import append_events, due_targets
 from freshrec.learn.fit import stored_interests_of, train
 from freshrec.models import COUNTING_MODELS, find_model
-from freshrec.models.scoring import score_items
+from freshrec.nn.scoring import score_items
 from freshrec.types import Batch, Events, Histories, TrainedModel
 
 

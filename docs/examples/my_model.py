@@ -20,7 +20,7 @@ from torch import Tensor
 
 from freshrec.config import Positive, check_options
 from freshrec.data.batches import insert_events
-from freshrec.models.sparse import select_scores
+from freshrec.nn.sparse import select_scores
 from freshrec.types import Batch, Events, Histories
 
 HOUR = 3_600_000_000  # microseconds

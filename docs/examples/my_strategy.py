@@ -17,7 +17,7 @@ import torch
 
 from freshrec.config import Rate, check_options
 from freshrec.data.batches import due_targets
-from freshrec.data.carried import stored_interests_of
+from freshrec.data.stored_interests import stored_interests_of
 from freshrec.learn.fit import CostMeter, FitConfig, finish_update, fit_base_block, fit_model, grown_copy
 from freshrec.learn.weights import copy_weights, load_weights
 from freshrec.strategies.compatible import REQUIREMENTS, trained_models

@@ -9,9 +9,11 @@ recommender.recommend(["u42"], k=10)
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from freshrec.deprecation import describe_rename
 from freshrec.errors import (
     BusyError,
     FreshrecError,
@@ -27,10 +29,11 @@ from freshrec.version import __version__
 
 if TYPE_CHECKING:
     from freshrec.data.log import read_log
-    from freshrec.data.spans import split_log
-    from freshrec.data.worlds import make_world
+    from freshrec.data.split import split_log
+    from freshrec.data.split_config import SplitConfig
+    from freshrec.data.synthetic import make_world
     from freshrec.models import MODELS
-    from freshrec.serve.recommender import Recommender
+    from freshrec.recommender.recommender import Recommender
     from freshrec.strategies import STRATEGIES
 
 __all__ = [
@@ -44,6 +47,7 @@ __all__ = [
     "RefusedError",
     "STRATEGIES",
     "SpanError",
+    "SplitConfig",
     "StateError",
     "TrainingError",
     "__version__",
@@ -52,17 +56,22 @@ __all__ = [
     "read_log",
 ]
 
-_LAZY_IMPORTS = {  # imported when first asked for, because torch alone takes seconds, and `freshrec --help` needs none of it
+_HOMES = {  # imported when first asked for: torch alone takes seconds, and `freshrec --help` needs none of it
     "MODELS": "freshrec.models",
     "STRATEGIES": "freshrec.strategies",
-    "Recommender": "freshrec.serve.recommender",
-    "cut": "freshrec.data.spans",
-    "make": "freshrec.data.worlds",
+    "Recommender": "freshrec.recommender.recommender",
+    "SplitConfig": "freshrec.data.split_config",
+    "make_world": "freshrec.data.synthetic",
     "read_log": "freshrec.data.log",
+    "split_log": "freshrec.data.split",
 }
+_FORMER = {"cut": "split_log", "make": "make_world"}  # names of 0.1.0
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY_IMPORTS:
-        return getattr(import_module(_LAZY_IMPORTS[name]), name)
+    if name in _FORMER:
+        warnings.warn(describe_rename(f"freshrec.{name}", _FORMER[name]), FutureWarning, stacklevel=2)
+        name = _FORMER[name]
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module freshrec has no attribute {name}")

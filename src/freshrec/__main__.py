@@ -2,6 +2,6 @@
 
 import sys
 
-from freshrec.cli import main
+from freshrec.cli.app import main
 
 sys.exit(main())

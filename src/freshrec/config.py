@@ -11,26 +11,25 @@ pydantic checks the values; `option_error` says what it found in the words of th
 `name:field=value:part.field=value`: an instance from a table of instances, with some fields replaced.
 """
 
-import importlib
-import inspect
 import math
-import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+import warnings
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import cache
-from pathlib import Path
-from types import MappingProxyType, ModuleType, NoneType, UnionType
+from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from freshrec.deprecation import describe_rename
+from freshrec.disk_names import former_class_names, former_fields, former_values
 from freshrec.errors import OptionError, unknown_name_error
+from freshrec.user_modules import Form, import_instance
 
 T = TypeVar("T")
-IMPORTS = "FRESHREC_IMPORT"  # environment variable: modules, separated by commas, that commands import first
 
 HISTORY_LENGTH = 50  # most recent events of a user that a model reads or keeps, unless its paper says otherwise
 
@@ -128,14 +127,6 @@ def _metadata(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
 
 
-@dataclass(frozen=True)
-class Form:
-    """What somebody else's model or strategy must be."""
-
-    protocol: type
-    method: str  # of the protocol, for messages
-
-
 def find_instance(
     kind: str,
     text: str,
@@ -152,7 +143,7 @@ def find_instance(
     name = aliases.get(name, name)
     if name not in table and options and "=" not in options[0]:  # the colon of "module:Thing", not that of an option
         name = f"{name}:{options.pop(0)}"
-    instance: Any = table[name] if name in table else _import_instance(kind, name, [*table, *aliases], form)
+    instance: Any = table[name] if name in table else import_instance(kind, name, [*table, *aliases], form)
     changes = []
     for option in options:
         path, equals, value = option.partition("=")
@@ -162,56 +153,23 @@ def find_instance(
     return _replace_fields(instance, changes, text) if changes else instance  # type: ignore[no-any-return]
 
 
-def _import_instance(kind: str, name: str, valid: Iterable[str], form: Form | None) -> Any:
-    module, mark, thing = name.rpartition(":" if ":" in name else ".")
-    if not mark:
-        raise unknown_name_error(kind, name, valid)
-    try:
-        found = vars(import_named(module))[thing]
-    except (ImportError, KeyError, ValueError) as problem:
-        reason = "there is no such name" if isinstance(problem, KeyError) else problem
-        raise OptionError(f'{kind} "{name[:60]}": cannot import "{thing}" from "{module}" ({reason}).') from None
-    return as_instance(kind, name, found, form) if form else found
-
-
-def as_instance(kind: str, name: str, found: Any, form: Form) -> Any:
-    """`found`, or an instance made without arguments where it is a class. OptionError where that has another form."""
-    instance = found
-    if isinstance(found, type):
-        try:
-            inspect.signature(found).bind()
-        except (TypeError, ValueError):
-            raise OptionError(
-                f'{kind} "{name[:60]}" is a class that needs arguments; give them defaults, or name an instance.'
-            ) from None
-        instance = found()
-    if not isinstance(instance, form.protocol):
-        raise OptionError(
-            f'{kind} "{name[:60]}" has no method {form.method}; name a class that has it, or an instance of one.'
-        )
-    return instance
-
-
-def import_named(module: str) -> ModuleType:
-    """A module that the user names: it may lie in the current folder, which the `freshrec` script does not search."""
-    folder = str(Path.cwd())
-    if folder not in sys.path:
-        sys.path.append(folder)  # last, so that it hides nothing
-    return importlib.import_module(module)
-
-
 def _replace_fields(instance: Any, changes: list[tuple[list[str], str]], text: str) -> Any:
     """`instance` with fields, or fields of its parts, set from strings; all at once, as some go together only."""
     new_values: dict[str, Any] = {}
     for (first, *rest), value in changes:
         if not is_dataclass(instance) or isinstance(instance, type) or not fields(instance):
             raise OptionError(f'"{text[:60]}": there are no options below "{first[:60]}".')
-        if first not in {f.name for f in fields(instance)}:
+        names = {f.name for f in fields(instance)}
+        if first not in names and (current := former_fields(type(instance)).get(first)):
+            warnings.warn(describe_rename(f"option {first} of {text[:60]}", current), FutureWarning, stacklevel=2)
+            first = current
+        if first not in names:
             raise unknown_name_error(f"option of {type(instance).__name__}", first, [f.name for f in fields(instance)])
         old = new_values.get(first, getattr(instance, first))
         if rest:
             new_values[first] = _replace_fields(old, [(rest, value)], text)
         else:
+            value = former_values(type(instance), first).get(value, value)
             new_values[first] = _parse_value(get_type_hints(instance.__class__)[first], old, value, first)
     return replace(instance, **new_values)
 
@@ -220,7 +178,7 @@ def _parse_value(kind: Any, current: Any, value: str, name: str) -> Any:
     """`value` as the type of its field; "none" leaves out a part that may be left out, a class's name puts one in."""
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     for part in kinds:
-        if isinstance(part, type) and is_dataclass(part) and part.__name__ == value:
+        if isinstance(part, type) and is_dataclass(part) and value in (part.__name__, *former_class_names(part)):
             return part()
     if NoneType in kinds and value.lower() == "none":
         return None

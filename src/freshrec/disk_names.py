@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import is_dataclass
 from typing import Any
 
-from freshrec.config import IMPORTS
 from freshrec.errors import StateError
+from freshrec.user_modules import IMPORTS
 
 # tag -> where the class is now. A tag is never changed and never given to another class.
 CLASSES = {
@@ -22,78 +22,162 @@ CLASSES = {
     "state": "freshrec.types:State",
     "histories": "freshrec.types:Histories",
     "events": "freshrec.types:Events",
-    "impressions": "freshrec.types:Shown",
+    "impressions": "freshrec.types:Impressions",
     "interests": "freshrec.types:Interests",
-    "batch-interests": "freshrec.data.carried:Carried",
+    "batch-interests": "freshrec.data.stored_interests:StoredInterests",
     "targets": "freshrec.data.batches:Targets",
-    "exemplars": "freshrec.learn.reservoir:Kept",
+    "exemplars": "freshrec.learn.reservoir:TrainingSamples",
     "reservoir": "freshrec.learn.reservoir:Reservoir",
     "queries": "freshrec.replay.measure:Queries",
-    "log-options": "freshrec.serve.reading:Reading",
+    "log-options": "freshrec.recommender.ids:ReadOptions",
     # the options of models
-    "blend-spec": "freshrec.models.blend:BlendSpec",
+    "blend-spec": "freshrec.models.blend.model:BlendSpec",
     "biased-mf-spec": "freshrec.models.mf_biased:BiasedMFSpec",
     "caser-spec": "freshrec.models.caser:CaserSpec",
     "embedding-mlp-spec": "freshrec.models.embedding_mlp:EmbeddingMLPSpec",
     "gru4rec-spec": "freshrec.models.gru4rec:GRU4RecSpec",
-    "item-pairs-spec": "freshrec.models.pairs:PairsSpec",
+    "item-pairs-spec": "freshrec.models.item_knn:ItemKNNSpec",
     "limarec-spec": "freshrec.models.limarec:LimaRecSpec",
     "mf-spec": "freshrec.models.mf:MFSpec",
     "mimn-spec": "freshrec.models.mimn:MIMNSpec",
-    "multi-interest-spec": "freshrec.models.interests:InterestSpec",
-    "multi-interest-published-spec": "freshrec.models.originals:OriginalSpec",
+    "multi-interest-spec": "freshrec.models.multi_interest:InterestSpec",
+    "multi-interest-published-spec": "freshrec.models.multi_interest_published:PublishedInterestSpec",
     "pooled-spec": "freshrec.models.pooled:PooledSpec",
     "popularity-spec": "freshrec.models.popularity:PopularitySpec",
     "repeat-spec": "freshrec.models.repeat:RepeatSpec",
     "sasrec-spec": "freshrec.models.sasrec:SASRecSpec",
-    "session-knn-spec": "freshrec.models.sknn:SKNNSpec",
+    "session-knn-spec": "freshrec.models.session_knn:SKNNSpec",
     "stamp-spec": "freshrec.models.stamp:STAMPSpec",
     "user-knn-spec": "freshrec.models.user_knn:UserKNNSpec",
     # strategies, their parts, and what they keep
-    "absorb-strategy": "freshrec.strategies.plain:Absorb",
-    "frozen-strategy": "freshrec.strategies.plain:Frozen",
-    "finetune-strategy": "freshrec.strategies.plain:FineTune",
-    "retrain-strategy": "freshrec.strategies.plain:Retrain",
+    "absorb-strategy": "freshrec.strategies.baselines:Absorb",
+    "frozen-strategy": "freshrec.strategies.baselines:Frozen",
+    "finetune-strategy": "freshrec.strategies.baselines:FineTune",
+    "retrain-strategy": "freshrec.strategies.baselines:Retrain",
     "refit-strategy": "freshrec.strategies.refit:Refit",
-    "fit-config": "freshrec.learn.fit:Fit",
+    "fit-config": "freshrec.learn.fit:FitConfig",
     "ader-strategy": "freshrec.strategies.ader:ADER",
     "ader-s-strategy": "freshrec.strategies.ader_s:ADERS",
     "asmg-strategy": "freshrec.strategies.asmg:ASMG",
-    "asmg-memory": "freshrec.strategies.asmg:Memory",
-    "asmg-span": "freshrec.strategies.asmg:Block",
-    "weight-generator": "freshrec.learn.generators:Generator",
-    "gru-generator": "freshrec.learn.generators:GRU",
-    "linear-generator": "freshrec.learn.generators:Mix",
-    "model-window": "freshrec.learn.generators:Window",
+    "asmg-memory": "freshrec.strategies.asmg:ASMGMemory",
+    "asmg-span": "freshrec.strategies.asmg:PastSpan",
+    "weight-generator": "freshrec.learn.generators:ModelGenerator",
+    "gru-generator": "freshrec.learn.generators:GRUGenerator",
+    "linear-generator": "freshrec.learn.generators:MeanGenerator",
+    "model-window": "freshrec.learn.generators:ModelWindow",
     "ewc-strategy": "freshrec.strategies.ewc:EWC",
     "imsr-strategy": "freshrec.strategies.imsr:IMSR",
-    "interest-retainer": "freshrec.strategies.imsr:Retain",
-    "interest-detector": "freshrec.strategies.imsr:Detect",
+    "interest-retainer": "freshrec.strategies.imsr:Retainer",
+    "interest-detector": "freshrec.strategies.imsr:Detector",
     "interest-trimmer": "freshrec.strategies.imsr:Trimmer",
-    "interest-budget": "freshrec.learn.upkeep:Upkeep",
+    "interest-budget": "freshrec.learn.interest_budget:InterestBudget",
     "incctr-strategy": "freshrec.strategies.incctr:IncCTR",
     "distillation": "freshrec.strategies.incctr:Distill",
-    "self-tuned-strategy": "freshrec.strategies.rehearsed:Rehearsed",
-    "self-tuned-memory": "freshrec.strategies.rehearsed:Memory",
-    "training-regime": "freshrec.strategies.rehearsed:Manner",
+    "self-tuned-strategy": "freshrec.strategies.self_tuned:SelfTuned",
+    "self-tuned-memory": "freshrec.strategies.self_tuned:SelfTunedMemory",
+    "training-regime": "freshrec.strategies.self_tuned:UpdateSettings",
     "sml-strategy": "freshrec.strategies.sml:SML",
-    "sml-memory": "freshrec.strategies.sml:Memory",
-    "sml-span": "freshrec.strategies.sml:Block",
+    "sml-memory": "freshrec.strategies.sml:SMLMemory",
+    "sml-span": "freshrec.strategies.sml:SpanData",
     "cnn-transfer": "freshrec.learn.transfer:CNNTransfer",
     "linear-transfer": "freshrec.learn.transfer:LinearTransfer",
     "mlp-transfer": "freshrec.learn.transfer:MLPTransfer",
     "spmf-strategy": "freshrec.strategies.spmf:SPMF",
     # what a replay is made of
-    "replay-cell": "freshrec.replay.replay:Cell",
-    "replay-settings": "freshrec.replay.replay:Settings",
-    "query-selection": "freshrec.replay.measure:Asked",
+    "replay-cell": "freshrec.replay.cell:Cell",
+    "replay-settings": "freshrec.replay.cell:ReplaySettings",
+    "query-selection": "freshrec.replay.measure:QueryOptions",
+    # options that no checkpoint holds, but that users name
+    "gate-limits": "freshrec.nightly.gate:GateLimits",
 }
 
-# tag -> {former name of a field: its name now; None: it is no longer kept}
-FIELDS: dict[str, dict[str, str | None]] = {}
+# tag -> {former name of a field: its name now; None: it is no longer kept}. Options of models, strategies and the gate
+# may be typed by their former names too.
+FIELDS: dict[str, dict[str, str | None]] = {
+    "ader-s-strategy": {"each": "sequences_per_user"},
+    "asmg-memory": {"users": "interests", "blocks": "past_spans"},
+    "asmg-span": {"carried": "stored_interests"},
+    "asmg-strategy": {"rehearsals": "base_parts"},
+    "batch-interests": {"users": "interests", "slots_KD": "initial_KD"},
+    "blend-spec": {
+        "offered": "items_per_expert",
+        "remembered": "max_queries",
+        "per_window": "queries_per_window",
+        "others": "negatives_per_query",
+    },
+    "caser-spec": {"decay": "weight_decay"},
+    "events": {"joins_E": "train_at_E", "kinds_E": "categories_E"},
+    "gate-limits": {
+        "chance": "false_alarm_rate",
+        "n_users": "min_users",
+        "unnoticed": "max_undetected_loss",
+        "floor": "floor_share",
+        "n_tails": "min_floor_versions",
+        "n_recent": "n_recent_days",
+        "n_earlier": "min_earlier_days",
+        "fewer": "max_drop_factor",
+        "more": "max_growth_factor",
+        "shorter": "max_shortening_factor",
+        "aside": "max_head_drop_factor",
+        "few_rows": "min_rows",
+        "few_users": "min_users_same_second",
+        "common": "uninformative_share",
+        "rise": "max_rise",
+        "small_rise": "max_small_rise",
+        "one_user": "max_share_top_user",
+        "one_item": "max_share_top_item",
+        "unknown": "max_share_unknown",
+        "doubled": "max_share_doubled",
+        "late": "max_share_late",
+        "same_second": "max_share_same_second",
+        "hole_hours": "max_hole_hours",
+        "usual_hole_hours": "max_usual_hole_hours",
+        "holes": "max_hole_factor",
+    },
+    "gru4rec-spec": {"others": "batch_negatives", "back": "bptt"},
+    "histories": {"shown": "impressions", "kinds_I": "categories_I"},
+    "interest-budget": {"half": "fp16"},
+    "limarec-spec": {"fading": "decay"},
+    "mimn-spec": {"even": "usage_penalty"},
+    "popularity-spec": {"keep": "weighting"},
+    "queries": {"secret_N": "heldout_N"},
+    "query-selection": {"among": "n_sampled"},
+    "refit-strategy": {
+        "decay": "weight_decay",
+        "least": "min_queries",
+        "safe": "guard",
+        "passes": "max_passes",
+        "anew": "full_retrain",
+    },
+    "replay-cell": {
+        "model": "model_name",
+        "spec": "model_spec",
+        "strategy": "strategy_name",
+        "update": "strategy_instance",
+    },
+    "replay-settings": {"asked": "query_options"},
+    "reservoir": {"kept": "samples"},
+    "retrain-strategy": {"fresh": "from_scratch"},
+    "self-tuned-memory": {"manner": "settings"},
+    "self-tuned-strategy": {"rehearsals": "base_parts", "asked": "max_queries"},
+    "sml-memory": {"block": "span_data"},
+    "sml-span": {"users": "interests"},
+    "sml-strategy": {
+        "shrink": "weight_decay",
+        "decay": "transfer_weight_decay",
+        "through": "train_through_transfer",
+        "until": "last_trained_span",
+        "rehearsals": "base_parts",
+    },
+    "state": {"recent": "histories", "users": "interests", "started": "shared_base"},
+    "targets": {"from_N": "first_row_N", "shown_N": "impression_items_N"},
+    "training-regime": {"current": "current_negatives", "replayed": "replay_share", "averaged": "average_epochs"},
+    "user-knn-spec": {"through": "users_per_item"},
+    "weight-generator": {"makers": "networks"},
+}
 
 # tag -> {field, by its name now: {a former value: the value now}}, of options that are words
-VALUES: dict[str, dict[str, dict[str, str]]] = {}
+VALUES: dict[str, dict[str, dict[str, str]]] = {"gru4rec-spec": {"steps": {"lanes": "session-parallel"}}}
 
 # tag -> {field that older files lack and that has no default in its class: its value, as JSON holds it}
 ADDED: dict[str, dict[str, str | float | bool | None]] = {}
@@ -107,7 +191,9 @@ NUMBER_KEYS: dict[str, str] = {}  # of "numbers" in it
 DAY_KEYS: dict[str, str] = {}  # of the facts of a day in it
 MOVE_KEYS: dict[str, str] = {}  # of live.json
 KINDS: dict[str, str] = {}  # values of "kind" in manifest.json, and of "action" in live.json
-RECIPE_KEYS: dict[str, dict[str, str]] = {}  # of recipe.toml, by its table
+RECIPE_KEYS: dict[str, dict[str, str]] = {
+    "replay": {"also": "extra_pairs", "mean": "averaging"}
+}  # of recipe.toml, by its table
 RANK_COLUMNS: dict[str, str] = {}  # of span-*.parquet in a replay
 COST_KEYS: dict[str, str] = {}  # of costs-*.json in a replay
 TABLE_COLUMNS: dict[str, str] = {}  # of users.parquet, items.parquet and categories.parquet
@@ -187,13 +273,37 @@ def tag_of(kind: type) -> str:
 
     StateError for a class of this package that has no tag.
     """
-    place = f"{kind.__module__}:{kind.__qualname__}"
-    tags = {where: tag for tag, where in CLASSES.items()}
-    if place in tags:
-        return tags[place]
+    place = _place(kind)
+    if place in _tags():
+        return _tags()[place]
     if kind.__module__.partition(".")[0] == __name__.partition(".")[0]:
         raise StateError(f"{place} cannot be saved, it has no tag; give it one in CLASSES of freshrec/disk_names.py.")
     return place
+
+
+def former_fields(kind: type) -> dict[str, str]:
+    """Former names of a class's fields, and their names now."""
+    return {former: name for former, name in FIELDS.get(_tags().get(_place(kind), ""), {}).items() if name}
+
+
+def former_values(kind: type, field: str) -> Mapping[str, str]:
+    """Former values of a field that is a word, and what they are now."""
+    return VALUES.get(_tags().get(_place(kind), ""), {}).get(field, {})
+
+
+def former_class_names(kind: type) -> list[str]:
+    """What a class was called before."""
+    tag = _tags().get(_place(kind))
+    return [place.partition(":")[2] for place, its_tag in FORMER.items() if its_tag == tag]
+
+
+def _place(kind: type) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _tags() -> dict[str, str]:
+    """The tag of each class by its place."""
+    return {place: tag for tag, place in CLASSES.items()}
 
 
 def class_of(name: str) -> type:

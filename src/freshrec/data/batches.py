@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from freshrec.data.carried import StoredInterests
+from freshrec.data.stored_interests import StoredInterests
 from freshrec.device import permutation
 from freshrec.errors import OptionError
 from freshrec.types import DEFERRED, DUE, HELD_OUT, NEVER, TRAINED, Batch, Events, Histories, Impressions, Interests

@@ -116,7 +116,8 @@ class Catalog:
             raise LogError(f"the ids in {ids.name!r} are {ids.dtype}; make them integers or strings.")
         if kind not in (ids.dtype, pl.Null):
             raise LogError(
-                f"{ids.name} holds {TYPE_NAMES[type(ids.dtype)]}, and earlier ones are {TYPE_NAMES[type(kind)]}; use one kind."
+                f"{ids.name} holds {TYPE_NAMES[type(ids.dtype)]}, and earlier ones are {TYPE_NAMES[type(kind)]}; "
+                "use one kind."
             )
         if ids.null_count():
             raise LogError(f"{ids.null_count():,} of the ids in {ids.name!r} are null; remove those rows.")

@@ -131,8 +131,8 @@ def _open_by_ending(path: Path) -> SourceTable:
             return SourceTable(pl.scan_ndjson(path, infer_schema_length=None), path.name, has_types=False)
         case _:
             raise LogError(
-                f"{path.name} does not end like a table: a log is {SUPPORTED_ENDINGS}; for a public data set give --format "
-                f"({', '.join(FORMATS)})."
+                f"{path.name} does not end like a table: a log is {SUPPORTED_ENDINGS}; for a public data set "
+                f"give --format ({', '.join(FORMATS)})."
             )
 
 

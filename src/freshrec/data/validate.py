@@ -147,7 +147,10 @@ def _warn_uneven_timeline(log: Log) -> str | None:
     if minority_percent >= 10 or time[0] == time[-1]:
         return None
     half = "earlier" if early < 0.5 else "later"
-    return f"the {half} half of the timeline holds {minority_percent:.2g} % of the rows, so cut by count or count-alpha, not by time"
+    return (
+        f"the {half} half of the timeline holds {minority_percent:.2g} % of the rows, so cut by count or count-alpha, "
+        "not by time"
+    )
 
 
 def _warn_unseen_items(log: Log, by: str, n_spans: int) -> str | None:

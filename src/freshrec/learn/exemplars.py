@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freshrec.data.batches import Targets, make_rng, shuffle_by_length, split_chunks
-from freshrec.data.carried import StoredInterests
+from freshrec.data.stored_interests import StoredInterests
 from freshrec.device import uniform
 from freshrec.learn.fit import training_batches
 from freshrec.learn.reservoir import TrainingSamples, concat_samples, copy_samples
-from freshrec.models.layers import attend, max_inner_product
-from freshrec.models.scoring import item_vectors, user_vectors
-from freshrec.models.tables import embedding_tables
+from freshrec.nn.embedding_table import embedding_tables
+from freshrec.nn.layers import attend, max_inner_product
+from freshrec.nn.scoring import item_vectors, user_vectors
 from freshrec.types import HELD_OUT, SEQUENCE_FORMATS, Batch, EncodingModel, Forward, TrainedModel
 
 SelectionRule = Literal["herding", "herding-code", "random", "loss"]

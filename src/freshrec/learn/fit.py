@@ -25,15 +25,15 @@ from freshrec.data.batches import (
     targets_at,
     window_batches,
 )
-from freshrec.data.carried import StoredInterests, stored_interests_of
-from freshrec.data.lanes import HiddenStates, session_parallel_batches
+from freshrec.data.session_parallel import HiddenStates, session_parallel_batches
+from freshrec.data.stored_interests import StoredInterests, stored_interests_of
 from freshrec.device import integers, permutation
 from freshrec.errors import TrainingError
-from freshrec.learn.clicks import auc, target_click_probabilities
-from freshrec.learn.interests import TrimFunction, interest_costs, update_interests
+from freshrec.learn.click_quality import auc, target_click_probabilities
+from freshrec.learn.interest_store import TrimFunction, interest_costs, update_interests
 from freshrec.learn.weights import Parametrization, apply_parametrization, grow_model, snapshot
-from freshrec.models.ranking import target_ranks
-from freshrec.models.tables import embedding_tables
+from freshrec.nn.embedding_table import embedding_tables
+from freshrec.nn.ranking import target_ranks
 from freshrec.types import DUE, Batch, ClickModel, Histories, InterestModel, LossTerm, Span, State, TrainedModel
 
 Projection = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from freshrec.data.batches import make_rng
 from freshrec.device import uniform
 from freshrec.learn.weights import Parametrization, Weights
-from freshrec.models.tables import embedding_tables
+from freshrec.nn.embedding_table import embedding_tables
 from freshrec.types import TrainedModel
 
 CHUNK_ROWS = 8192  # rows of a table generated at a time

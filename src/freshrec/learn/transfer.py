@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from freshrec.config import Count, CountOrZero, Weight, check_options
 from freshrec.errors import OptionError
 from freshrec.learn.weights import Parametrization, Weights, copy_weights
-from freshrec.models.tables import embedding_tables
+from freshrec.nn.embedding_table import embedding_tables
 from freshrec.types import TrainedModel
 
 CHUNK_ROWS = 4096  # mapped at once where a whole table is

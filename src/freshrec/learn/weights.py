@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from freshrec.models.tables import embedding_tables, set_categories
+from freshrec.nn.embedding_table import embedding_tables, set_categories
 from freshrec.types import Batch, Forward, TrainedModel
 
 Parametrization = Callable[

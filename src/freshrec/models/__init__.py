@@ -2,27 +2,28 @@
 
 from dataclasses import replace
 
-from freshrec.config import Form, find_instance
-from freshrec.models.blend import BlendSpec
+from freshrec.config import find_instance
+from freshrec.models.blend.model import BlendSpec
 from freshrec.models.caser import CaserSpec
 from freshrec.models.comirec import COMIREC_DR, COMIREC_SA
 from freshrec.models.embedding_mlp import EmbeddingMLPSpec
 from freshrec.models.gru4rec import GRU4RecSpec
+from freshrec.models.item_knn import ItemKNNSpec
 from freshrec.models.limarec import LimaRecSpec
 from freshrec.models.mf import MFSpec
 from freshrec.models.mf_biased import BiasedMFSpec
 from freshrec.models.mimn import MIMNSpec
 from freshrec.models.mind import MIND
-from freshrec.models.originals import COMIREC_DR_PUBLISHED, COMIREC_SA_PUBLISHED, MIND_PUBLISHED
-from freshrec.models.pairs import ItemKNNSpec
+from freshrec.models.multi_interest_published import COMIREC_DR_PUBLISHED, COMIREC_SA_PUBLISHED, MIND_PUBLISHED
 from freshrec.models.pooled import PooledSpec
 from freshrec.models.popularity import PopularitySpec
 from freshrec.models.repeat import RepeatSpec
 from freshrec.models.sasrec import SASRecSpec
-from freshrec.models.sknn import S_SKNN, SKNN, STAN, V_SKNN
+from freshrec.models.session_knn import S_SKNN, SKNN, STAN, V_SKNN
 from freshrec.models.stamp import STAMPSpec
 from freshrec.models.user_knn import UserKNNSpec
 from freshrec.types import ModelSpec
+from freshrec.user_modules import Form
 
 CONTROLS: dict[str, ModelSpec] = {
     "popularity": PopularitySpec(),

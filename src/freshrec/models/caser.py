@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from freshrec.config import Count, CountOrZero, Positive, Rate, Weight, check_options
 from freshrec.errors import OptionError
-from freshrec.models.layers import bce_loss, sampled_logits, sampled_softmax_loss
-from freshrec.models.softmax import full_softmax_loss
-from freshrec.models.tables import EmbeddingTable, embed
+from freshrec.nn.embedding_table import EmbeddingTable, embed
+from freshrec.nn.full_softmax import full_softmax_loss
+from freshrec.nn.layers import bce_loss, sampled_logits, sampled_softmax_loss
 from freshrec.types import Batch, Forward
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from freshrec.config import Count, CountOrZero, Positive, check_options
 from freshrec.errors import OptionError
-from freshrec.models.layers import labelled_candidates
-from freshrec.models.tables import EmbeddingTable
+from freshrec.nn.embedding_table import EmbeddingTable
+from freshrec.nn.layers import labelled_candidates
 from freshrec.types import Batch, Forward
 
 

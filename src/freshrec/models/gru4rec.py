@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from freshrec.config import HISTORY_LENGTH, Count, CountOrZero, Positive, Rate, Weight, check_options
 from freshrec.errors import OptionError
-from freshrec.models.layers import MASKED, sampled_logits, sampled_softmax_loss
-from freshrec.models.tables import EmbeddingTable, embedding_matrix, lookup_many
+from freshrec.nn.embedding_table import EmbeddingTable, embedding_matrix, lookup_many
+from freshrec.nn.layers import MASKED, sampled_logits, sampled_softmax_loss
 from freshrec.types import Batch, Forward, SessionLanes
 
 Loss = Literal["xe", "bpr", "top1", "bpr-max", "top1-max"]

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from freshrec.config import Count, CountOrZero, Positive, Rate, check_options
-from freshrec.models.layers import attend, has_vector, sampled_logits, sampled_softmax_loss
-from freshrec.models.tables import EmbeddingTable, grow_with_zeros, lookup_many
+from freshrec.nn.embedding_table import EmbeddingTable, grow_with_zeros, lookup_many
+from freshrec.nn.layers import attend, has_vector, sampled_logits, sampled_softmax_loss
 from freshrec.types import Batch, Forward
 
 EPS = 1e-9  # keeps 0 / 0, of a history without items, at 0

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from freshrec.config import Count, Positive, check_options
-from freshrec.models.layers import labelled_candidates
-from freshrec.models.tables import EmbeddingTable
+from freshrec.nn.embedding_table import EmbeddingTable
+from freshrec.nn.layers import labelled_candidates
 from freshrec.types import Batch, Forward
 
 

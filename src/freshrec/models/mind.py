@@ -3,6 +3,6 @@
 Differs from ComiRec-DR by the noise in the routing logits while training, and by the soft attention.
 """
 
-from freshrec.models.interests import InterestSpec
+from freshrec.models.multi_interest import InterestSpec
 
 MIND = InterestSpec(extractor="routing", noise=1.0, attention="soft", power=2.0)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from freshrec.config import HISTORY_LENGTH, Count, CountOrZero, Positive, check_options
-from freshrec.models.layers import sampled_logits, sampled_softmax_loss
-from freshrec.models.tables import EmbeddingTable, embed, lookup_many
+from freshrec.nn.embedding_table import EmbeddingTable, embed, lookup_many
+from freshrec.nn.layers import sampled_logits, sampled_softmax_loss
 from freshrec.types import Batch, Forward
 
 

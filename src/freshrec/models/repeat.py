@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from freshrec.config import HISTORY_LENGTH, Count, check_options
-from freshrec.models.sparse import ItemOccurrences, build_csr, select_scores
+from freshrec.nn.sparse import ItemOccurrences, build_csr, select_scores
 from freshrec.types import Batch, Events, Histories
 
 FREQ_HALF_LIFE = 32  # events of the user's history

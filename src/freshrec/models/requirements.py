@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import nn
 
 from freshrec.errors import OptionError
-from freshrec.models.tables import EmbeddingTable
+from freshrec.nn.embedding_table import EmbeddingTable
 from freshrec.types import Model
 
 SPEC = ("build",)
@@ -39,7 +39,9 @@ def build_model(spec: Any, name: str, seed: int = 0) -> Model:
     if members & {"encode", "user_vectors"} and not isinstance(
         dict(model.named_children()).get("items"), EmbeddingTable
     ):
-        raise OptionError(f"{what} has no table of item vectors: set self.items = freshrec.models.tables.Table(...).")
+        raise OptionError(
+            f"{what} has no table of item vectors: set self.items = freshrec.nn.embedding_table.Table(...)."
+        )
     return cast(Model, model)
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from freshrec.config import HISTORY_LENGTH, Count, CountOrZero, Positive, Rate, check_options
 from freshrec.errors import OptionError
-from freshrec.models.layers import bce_loss, sampled_logits, sampled_softmax_loss
-from freshrec.models.softmax import full_softmax_loss
-from freshrec.models.tables import EmbeddingTable, lookup_many
+from freshrec.nn.embedding_table import EmbeddingTable, lookup_many
+from freshrec.nn.full_softmax import full_softmax_loss
+from freshrec.nn.layers import bce_loss, sampled_logits, sampled_softmax_loss
 from freshrec.types import Batch, Forward
 
 

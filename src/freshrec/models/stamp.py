@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from freshrec.config import HISTORY_LENGTH, Count, CountOrZero, Positive, check_options
-from freshrec.models.layers import sampled_logits, sampled_softmax_loss
-from freshrec.models.softmax import full_softmax_loss
-from freshrec.models.tables import EmbeddingTable, lookup_many
+from freshrec.nn.embedding_table import EmbeddingTable, lookup_many
+from freshrec.nn.full_softmax import full_softmax_loss
+from freshrec.nn.layers import sampled_logits, sampled_softmax_loss
 from freshrec.types import Batch, Forward
 
 WEIGHT_STD = 0.05  # of the dense weights when they start, as in the authors' code

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from freshrec.config import HISTORY_LENGTH, Count, check_options
-from freshrec.models.sparse import (
+from freshrec.nn.sparse import (
     Float32Array,
     build_csr,
     item_indicator,

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from freshrec.data.batches import Targets, filter_interests, filter_rows, row_users
 from freshrec.learn.reservoir import Reservoir, TrainingSamples
-from freshrec.models.blend import Blend
-from freshrec.models.tables import embedding_tables
+from freshrec.models.blend.model import Blend
 from freshrec.nightly.job import NightlyJob
+from freshrec.nn.embedding_table import embedding_tables
+from freshrec.recommender.bundle import read_bundle, write_bundle
+from freshrec.recommender.ids import normalize_ids
 from freshrec.replay.measure import Queries
-from freshrec.serve.contents import read_bundle, write_bundle
-from freshrec.serve.reading import normalize_ids
-from freshrec.store import clicks
+from freshrec.store import click_journal
 from freshrec.store.versions import delete_files, is_collected
 from freshrec.types import ErasableModel, Events, Histories, Impressions, Interests, Model, TrainedModel
 
@@ -53,7 +53,7 @@ def erase_user(job: NightlyJob, user_id: str) -> dict[str, Any]:
             reduced = replace(reduced, served=replace(reduced.served, users=contents.served.users.erase_row(row)))
             store.rewrite_version(number, lambda aside, less=reduced: write_bundle(less, aside))  # type: ignore[misc]
             rewritten.append(number)
-    n_clicks, n_events = clicks.erase_user_clicks(store.folder, stored_id), job.log.erase_user(stored_id)
+    n_clicks, n_events = click_journal.erase_user_clicks(store.folder, stored_id), job.log.erase_user(stored_id)
     return {"user_id": user_id, "events": n_events, "clicks": n_clicks, "versions": rewritten, "stays": REMAINING_DATA}
 
 

@@ -25,19 +25,19 @@ import torch
 from freshrec.data.catalog import Catalog
 from freshrec.data.log import Log, filter_positives, keep_positives
 from freshrec.errors import LogError, OptionError, StateError, TrainingError
-from freshrec.models.counted import absorb_block
+from freshrec.models.absorb import absorb_block
 from freshrec.models.popularity import PopularitySpec
-from freshrec.nightly.anew import GAIN_KEY, retrain_interval, start_from_scratch, updates_since_retrain
-from freshrec.nightly.compare import newest_queries, user_values
-from freshrec.nightly.day import DeliveryStats, compute_delivery_stats
+from freshrec.nightly.delivery_stats import DeliveryStats, compute_delivery_stats
+from freshrec.nightly.full_retrain import GAIN_KEY, retrain_interval, start_from_scratch, updates_since_retrain
 from freshrec.nightly.gate import GateLimits, HoldoutValues, Verdict, find_anomalies, judge_challenger
+from freshrec.nightly.holdout import newest_queries, user_values
+from freshrec.recommender.bundle import Bundle, learn_events, read_bundle, write_bundle
+from freshrec.recommender.ids import EncodedEvents, encode_events, match_clock
+from freshrec.recommender.lists import ServedState
 from freshrec.replay.measure import Queries
 from freshrec.replay.significance import bootstrap_interval
-from freshrec.serve.contents import Bundle, learn_events, read_bundle, write_bundle
-from freshrec.serve.reading import EncodedEvents, encode_events, match_clock
-from freshrec.serve.recommend import ServedState
-from freshrec.store.eventlog import AppendResult, EventLog
-from freshrec.store.signed import file_checksum
+from freshrec.store.checksummed_json import file_checksum
+from freshrec.store.event_log import AppendResult, EventLog
 from freshrec.store.versions import Manifest, MoveAction, Store, VersionKind, version_chain
 from freshrec.types import State
 

@@ -16,9 +16,9 @@ from freshrec.data.batches import (
     split_chunks,
     targets_at,
 )
-from freshrec.data.carried import stored_interests_of
-from freshrec.learn.clicks import target_click_probabilities
-from freshrec.models.ranking import target_ranks, target_ranks_among
+from freshrec.data.stored_interests import stored_interests_of
+from freshrec.learn.click_quality import target_click_probabilities
+from freshrec.nn.ranking import target_ranks, target_ranks_among
 from freshrec.replay.recipe_schema import ReplayRecipe, Unseen
 from freshrec.types import NEVER, TEST, Batch, ClickModel, Events, Histories, Model, Span, State
 

@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 from freshrec.data.batches import due_targets
-from freshrec.data.carried import stored_interests_of
-from freshrec.data.spans import LogSplit
+from freshrec.data.split import LogSplit
+from freshrec.data.stored_interests import stored_interests_of
 from freshrec.learn.fit import EXPECTED_EPOCHS, FitConfig, train
-from freshrec.models.blend import Blend
-from freshrec.models.counted import absorb_block
-from freshrec.replay.replay import Cell, ReplaySettings
+from freshrec.models.absorb import absorb_block
+from freshrec.models.blend.model import Blend
+from freshrec.replay.cell import Cell, ReplaySettings
 from freshrec.replay.tuning import alternatives
 from freshrec.strategies.ader import ADER
 from freshrec.strategies.ader_s import ADERS
 from freshrec.strategies.asmg import ASMG
+from freshrec.strategies.baselines import Absorb, Frozen, Retrain
 from freshrec.strategies.incctr import IncCTR
-from freshrec.strategies.plain import Absorb, Frozen, Retrain
 from freshrec.strategies.refit import MAX_TRIAL_TARGETS, Refit
-from freshrec.strategies.rehearsed import SEARCH_SPACE, SelfTuned
+from freshrec.strategies.self_tuned import SEARCH_SPACE, SelfTuned
 from freshrec.strategies.sml import SML
 from freshrec.strategies.spmf import SPMF
 from freshrec.types import Events, State, Strategy, TrainedModel
@@ -45,12 +45,12 @@ def estimate_cost(cells: list[Cell], cut: LogSplit, settings: ReplaySettings) ->
     for cell in cells:
         if cell.model_name not in speeds:
             speeds[cell.model_name] = measure_speed(cell, cut)
-        base, *later = training_passes(cell.strategy, sizes, EXPECTED_EPOCHS)
+        base, *later = training_passes(cell.strategy_instance, sizes, EXPECTED_EPOCHS)
         later = later if settings.last_update else later[:-1]
         base = 0.0 if (cell.model_name, cell.seed) in trained_bases else base * EPOCH_SEARCH_FACTOR
         if cell.shared_fit:  # trained once for all
             trained_bases.add((cell.model_name, cell.seed))
-        tuning = count_tuning_targets(cell.strategy, sizes) if settings.tune else 0.0
+        tuning = count_tuning_targets(cell.strategy_instance, sizes) if settings.tune else 0.0
         seconds = (base / speeds[cell.model_name], (sum(later) + tuning) / speeds[cell.model_name])
         rows.append((cell.model_name, cell.strategy_name, cell.seed, *seconds))
     names = ["model", "strategy", "seed", "base_s", "updates_s"]

@@ -9,11 +9,11 @@ import numpy as np
 import polars as pl
 
 from freshrec.disk_names import COST_KEYS, RANK_COLUMNS, with_current_keys
-from freshrec.replay.clicks import CLICK_METRICS, LOWER_IS_BETTER, compute_click_metrics
+from freshrec.replay.cell import Cell
+from freshrec.replay.click_metrics import CLICK_METRICS, LOWER_IS_BETTER, compute_click_metrics
 from freshrec.replay.measure import SLICES
 from freshrec.replay.metrics import compute_metrics
 from freshrec.replay.recipe_schema import Averaging, ReplayRecipe
-from freshrec.replay.replay import Cell
 from freshrec.replay.significance import (
     METHOD_COLUMNS,
     BoolArray,

@@ -10,15 +10,15 @@ from functools import singledispatch
 import torch
 
 from freshrec.learn.fit import FitConfig
-from freshrec.models.scoring import history_length
+from freshrec.nn.scoring import history_length
 from freshrec.replay.measure import QueryOptions, SpanBlock, make_queries, rank_queries
 from freshrec.strategies.ader import ADER
 from freshrec.strategies.ader_s import ADERS
 from freshrec.strategies.asmg import ASMG
+from freshrec.strategies.baselines import FineTune, Retrain
 from freshrec.strategies.ewc import EWC
 from freshrec.strategies.imsr import IMSR
 from freshrec.strategies.incctr import IncCTR
-from freshrec.strategies.plain import FineTune, Retrain
 from freshrec.strategies.sml import SML
 from freshrec.strategies.spmf import SPMF
 from freshrec.types import VALID, Span, State, Strategy

@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from freshrec.disk_names import current_manifest, current_move
 from freshrec.errors import BusyError, OptionError, StateError
-from freshrec.store.signed import file_checksum, read_checksummed, sync_folder, write_checksummed
+from freshrec.store.checksummed_json import file_checksum, read_checksummed, sync_folder, write_checksummed
 from freshrec.version import __version__
 
 FORMAT = 1

@@ -2,21 +2,22 @@
 
 from dataclasses import replace
 
-from freshrec.config import Form, as_instance, find_instance
+from freshrec.config import find_instance
 from freshrec.learn.fit import FitConfig
 from freshrec.learn.transfer import CNNTransfer, LinearTransfer, MLPTransfer
 from freshrec.strategies.ader import ADER
 from freshrec.strategies.ader_s import ADERS
 from freshrec.strategies.asmg import ASMG
+from freshrec.strategies.baselines import Absorb, FineTune, Frozen, Retrain
 from freshrec.strategies.ewc import EWC
 from freshrec.strategies.imsr import IMSR, Retainer
 from freshrec.strategies.incctr import IncCTR
-from freshrec.strategies.plain import Absorb, FineTune, Frozen, Retrain
 from freshrec.strategies.refit import Refit
-from freshrec.strategies.rehearsed import SelfTuned
+from freshrec.strategies.self_tuned import SelfTuned
 from freshrec.strategies.sml import SML
 from freshrec.strategies.spmf import SPMF
 from freshrec.types import Strategy
+from freshrec.user_modules import Form, as_instance
 
 SPAN_ONLY = FitConfig(history="span")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from freshrec.config import Count, Weight, check_options
 from freshrec.data.batches import Targets, due_targets, make_rng
-from freshrec.data.carried import StoredInterests, stored_interests_of
+from freshrec.data.stored_interests import StoredInterests, stored_interests_of
 from freshrec.learn.exemplars import (
     AllocationRule,
     ExemplarLoss,
@@ -29,9 +29,9 @@ from freshrec.learn.exemplars import (
 )
 from freshrec.learn.fit import CostMeter, FitConfig, finish_update, fit_base_block, fit_model, grown_copy, split_holdout
 from freshrec.learn.reservoir import TrainingSamples, sample_history_length
-from freshrec.models.layers import max_inner_product
-from freshrec.models.scoring import item_table, item_vectors, user_vectors
-from freshrec.models.softmax import full_distillation_loss
+from freshrec.nn.full_softmax import full_distillation_loss
+from freshrec.nn.layers import max_inner_product
+from freshrec.nn.scoring import item_table, item_vectors, user_vectors
 from freshrec.types import Batch, EncodingModel, Span, State
 
 REPLAY_STREAM, SELECTION_STREAM = (

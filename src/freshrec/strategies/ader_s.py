@@ -13,12 +13,12 @@ from torch import Tensor
 
 from freshrec.config import Count, Rate, Weight, check_options
 from freshrec.data.batches import Targets, due_targets, make_rng, split_chunks
-from freshrec.data.carried import stored_interests_of
+from freshrec.data.stored_interests import stored_interests_of
 from freshrec.device import uniform
 from freshrec.learn.exemplars import experience_replay, model_loss, smallest_per_group, trainable_targets
 from freshrec.learn.fit import CostMeter, FitConfig, finish_update, fit_base_block, fit_model, grown_copy, split_holdout
 from freshrec.learn.reservoir import TrainingSamples, concat_samples, copy_samples
-from freshrec.models.scoring import item_vectors
+from freshrec.nn.scoring import item_vectors
 from freshrec.types import EncodingModel, Span, State
 
 REPLAY_STREAM, TRUNCATION_STREAM = (

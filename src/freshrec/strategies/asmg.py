@@ -19,9 +19,10 @@ from torch import Tensor
 
 from freshrec.config import Count, CountOrZero, Positive, check_options
 from freshrec.data.batches import due_targets, filter_interests, filter_rows, make_rng, row_users
-from freshrec.data.carried import StoredInterests, stored_interests_of
-from freshrec.data.lanes import HiddenStates
+from freshrec.data.session_parallel import HiddenStates
+from freshrec.data.stored_interests import StoredInterests, stored_interests_of
 from freshrec.errors import OptionError
+from freshrec.learn.base_stream import base_stream
 from freshrec.learn.fit import (
     CostMeter,
     FitConfig,
@@ -40,9 +41,8 @@ from freshrec.learn.generators import (
     loss_weights,
     new_generator,
 )
-from freshrec.learn.rehearsal import base_stream
 from freshrec.learn.weights import apply_parametrization, copy_weights, load_weights
-from freshrec.strategies.plain import FineTune
+from freshrec.strategies.baselines import FineTune
 from freshrec.types import Batch, Forward, Histories, Interests, LossTerm, Span, State, TrainedModel
 
 GENERATOR_STREAM = 31  # tells the generator's random numbers from the chain's

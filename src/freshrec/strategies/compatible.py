@@ -6,17 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 from freshrec.errors import IncompatibleError
-from freshrec.models.blend import Blend
+from freshrec.models.blend.model import Blend
 from freshrec.models.requirements import build_model
 from freshrec.strategies.ader import ADER
 from freshrec.strategies.ader_s import ADERS
 from freshrec.strategies.asmg import ASMG
+from freshrec.strategies.baselines import Absorb, FineTune, Frozen, Retrain
 from freshrec.strategies.ewc import EWC
 from freshrec.strategies.imsr import IMSR
 from freshrec.strategies.incctr import IncCTR
-from freshrec.strategies.plain import Absorb, FineTune, Frozen, Retrain
 from freshrec.strategies.refit import Refit
-from freshrec.strategies.rehearsed import SelfTuned
+from freshrec.strategies.self_tuned import SelfTuned
 from freshrec.strategies.sml import SML
 from freshrec.strategies.spmf import SPMF
 from freshrec.types import EncodingModel, InterestModel, ModelSpec, Strategy, TrainedModel

@@ -14,15 +14,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from freshrec.config import Count, Weight, check_options
 from freshrec.data.batches import Targets, due_targets, make_rng, split_chunks
-from freshrec.data.carried import StoredInterests, stored_interests_of
+from freshrec.data.stored_interests import StoredInterests, stored_interests_of
 from freshrec.device import permutation
 from freshrec.learn.exemplars import exemplar_batch, trainable_targets
 from freshrec.learn.fit import CostMeter, FitConfig, finish_update, fit_base_block, fit_model, grown_copy
 from freshrec.learn.reservoir import TrainingSamples, copy_samples, sample_history_length
 from freshrec.learn.weights import Weights, copy_weights
-from freshrec.models.layers import max_inner_product
-from freshrec.models.scoring import item_table, item_vectors, user_vectors
-from freshrec.models.tables import embed, embedding_tables
+from freshrec.nn.embedding_table import embed, embedding_tables
+from freshrec.nn.layers import max_inner_product
+from freshrec.nn.scoring import item_table, item_vectors, user_vectors
 from freshrec.types import Batch, EncodingModel, Forward, LossTerm, Span, State
 
 SAMPLE_STREAM = 1201  # tells the random numbers apart from those of the epochs

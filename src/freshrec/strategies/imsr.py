@@ -15,13 +15,13 @@ from torch import Tensor
 
 from freshrec.config import CountOrZero, Positive, Weight, check_options
 from freshrec.data.batches import due_targets, row_users
-from freshrec.data.carried import StoredInterests, pad_interests, stored_interests_of
+from freshrec.data.stored_interests import StoredInterests, pad_interests, stored_interests_of
 from freshrec.errors import OptionError
 from freshrec.learn.fit import CostMeter, FitConfig, finish_update, fit_base_block, fit_model, grown_copy
-from freshrec.learn.interests import add_interests
-from freshrec.learn.upkeep import InterestBudget
-from freshrec.models.layers import MASKED
-from freshrec.models.scoring import item_vectors
+from freshrec.learn.interest_budget import InterestBudget
+from freshrec.learn.interest_store import add_interests
+from freshrec.nn.layers import MASKED
+from freshrec.nn.scoring import item_vectors
 from freshrec.types import DUE, Batch, Forward, Histories, InterestModel, Interests, Span, State
 
 

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from freshrec.config import CountOrZero, Positive, Rate, check_options
 from freshrec.data.batches import Targets, due_targets
-from freshrec.data.carried import stored_interests_of
-from freshrec.data.lanes import HiddenStates
+from freshrec.data.session_parallel import HiddenStates
+from freshrec.data.stored_interests import stored_interests_of
 from freshrec.errors import IncompatibleError, OptionError
 from freshrec.learn.fit import CostMeter, FitConfig, finish_update, fit_base_block, fit_model, grown_copy
-from freshrec.models.layers import max_inner_product
-from freshrec.models.tables import EmbeddingTable, embedding_tables
+from freshrec.nn.embedding_table import EmbeddingTable, embedding_tables
+from freshrec.nn.layers import max_inner_product
 from freshrec.types import Batch, ClickModel, Forward, LossTerm, Span, State, TrainedModel
 
 

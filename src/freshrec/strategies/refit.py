@@ -11,11 +11,11 @@ from freshrec.config import Count, CountOrZero, Positive, check_options
 from freshrec.data.batches import Targets, concat_events, due_targets, insert_events, make_rng, targets_at
 from freshrec.device import permutation
 from freshrec.learn.fit import CostMeter, FitConfig, fit_model, mean_ndcg, target_ndcg, train, train_to_best_epoch
-from freshrec.learn.listwise import SIGNIFICANCE_LEVEL, feature_gain, fit_rule, is_significantly_better
-from freshrec.models.blend import Blend
-from freshrec.models.experts import RANK_COLUMN, SHARE_COLUMN, TRAINED_SPEC
+from freshrec.models.blend.experts import RANK_COLUMN, SHARE_COLUMN, TRAINED_SPEC
+from freshrec.models.blend.model import Blend
+from freshrec.models.blend.rule import SIGNIFICANCE_LEVEL, feature_gain, fit_rule, is_significantly_better
 from freshrec.models.pooled import Pooled
-from freshrec.strategies.plain import Absorb
+from freshrec.strategies.baselines import Absorb
 from freshrec.types import DUE, NEVER, NEXT, NOW, Histories, Span, State
 
 VALIDATION_STREAM = 1407  # tells the random numbers from others

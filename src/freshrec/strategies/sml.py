@@ -16,10 +16,10 @@ import torch
 
 from freshrec.config import Count, CountOrZero, Positive, Weight, check_options
 from freshrec.data.batches import Targets, due_targets
-from freshrec.data.carried import stored_interests_of
+from freshrec.data.stored_interests import stored_interests_of
 from freshrec.errors import OptionError
+from freshrec.learn.base_stream import base_stream
 from freshrec.learn.fit import CostMeter, FitConfig, finish_update, fit_base_block, fit_model, grown_copy, train
-from freshrec.learn.rehearsal import base_stream
 from freshrec.learn.transfer import (
     CNNTransfer,
     LinearTransfer,
@@ -30,7 +30,7 @@ from freshrec.learn.transfer import (
     transfer_weights,
 )
 from freshrec.learn.weights import Weights, copy_weights, grow_model, load_weights
-from freshrec.models.tables import embedding_tables
+from freshrec.nn.embedding_table import embedding_tables
 from freshrec.types import Batch, Forward, Interests, LossTerm, Span, State, TrainedModel
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from freshrec.config import Positive, Weight, check_options
 from freshrec.data.batches import Targets, due_targets, make_rng, mask_held_out, query_batches
-from freshrec.data.carried import StoredInterests, stored_interests_of
+from freshrec.data.stored_interests import StoredInterests, stored_interests_of
 from freshrec.device import uniform
 from freshrec.errors import OptionError
 from freshrec.learn.fit import CostMeter, FitConfig, finish_update, fit_base_block, fit_model, grown_copy
@@ -25,7 +25,7 @@ from freshrec.learn.reservoir import (
     sample_history_length,
     update_reservoir,
 )
-from freshrec.models.scoring import score_items
+from freshrec.nn.scoring import score_items
 from freshrec.types import SEQUENCE_FORMATS, Span, State, TrainedModel
 
 DRAW_STREAM, FILL_STREAM = 1001, 1002  # tell the random numbers apart from each other and from those of the epochs

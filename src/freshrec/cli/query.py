@@ -1,0 +1,193 @@
+"""The commands that ask a store: recommend, similar, explain, inspect, status, diff, doctor. They change nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from freshrec.cli.options import AsJson, StoreOption, StorePath, parse_list, print_json, print_table
+from freshrec.errors import StateError
+from freshrec.recommender.list_request import DEFAULTS, help_of
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from freshrec.recommender.bundle import Bundle
+
+K = Annotated[int, typer.Option("--k", "-k", help=help_of("k"))]
+VersionOption = Annotated[int | None, typer.Option("--version", help="Another one than the live one.")]
+
+
+def recommend(
+    users: Annotated[list[str], typer.Argument(metavar="USER...", help="User ids; an unknown one gets popular items.")],
+    store: StorePath = Path("store"),
+    k: K = DEFAULTS.k,
+    exclude_seen: Annotated[
+        bool, typer.Option("--exclude-seen/--no-exclude-seen", help=help_of("exclude_seen"))
+    ] = DEFAULTS.exclude_seen,
+    allow: Annotated[str | None, typer.Option(metavar="ITEM,...", help=help_of("allow"))] = None,
+    deny: Annotated[str | None, typer.Option(metavar="ITEM,...", help=help_of("deny"))] = None,
+    category: Annotated[str | None, typer.Option(help=help_of("category"))] = None,
+    diversity: Annotated[float, typer.Option(help=help_of("diversity"))] = DEFAULTS.diversity,
+    version: VersionOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the best items of some users."""
+    from freshrec.recommender.recommender import Recommender
+
+    allowed, denied = (None if text is None else parse_list(text) for text in (allow, deny))
+    recommender = Recommender.from_bundle(_open_bundle(store, version))
+    found = recommender.recommend(users, k, exclude_seen, allowed, denied, category, diversity)
+    rows = [(user, rank, item, f"{score:.4g}", why) for user, item, score, rank, why in found.iter_rows()]
+    _print_frame(found, ("user", "rank", "item", "score", "fallback"), rows, as_json)
+
+
+def similar(
+    items: Annotated[list[str], typer.Argument(metavar="ITEM...")],
+    store: StorePath = Path("store"),
+    k: K = DEFAULTS.k,
+    version: VersionOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the items most like some items."""
+    from freshrec.recommender.recommender import Recommender
+
+    found = Recommender.from_bundle(_open_bundle(store, version)).similar_items(items, k)
+    rows = [(item, rank, other, f"{score:.4g}") for item, other, score, rank in found.iter_rows()]
+    _print_frame(found, ("item", "rank", "similar", "score"), rows, as_json)
+
+
+def explain(
+    user: Annotated[str, typer.Argument(metavar="USER")],
+    item: Annotated[str, typer.Argument(metavar="ITEM")],
+    store: StorePath = Path("store"),
+    version: VersionOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print why a user is offered an item: which expert or interest put it there, and which past event."""
+    from freshrec.recommender.recommender import Recommender
+
+    found = Recommender.from_bundle(_open_bundle(store, version)).explain(user, item)
+    if found.is_empty() and not as_json:
+        typer.echo(f"{item} is not offered to {user}")
+        return
+    rows = [(source, place, f"{points:+.2f}", because) for source, place, points, because in found.iter_rows()]
+    _print_frame(found, ("source", "place", "points", "because of"), rows, as_json)
+
+
+def inspect(
+    kind: Annotated[Literal["user", "item"], typer.Argument(help="user or item")],
+    name: Annotated[str, typer.Argument(metavar="ID")],
+    store: StorePath = Path("store"),
+    version: VersionOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print what is known of one user, its events and interests, or of one item."""
+    from freshrec.nightly import inspection
+
+    contents = _open_bundle(store, version)
+    found = inspection.user_profile(contents, name) if kind == "user" else inspection.item_profile(contents, name)
+    if as_json:
+        print_json(found)
+        return
+    events, interests = found.pop("events", []), found.pop("interests", [])
+    if "kind" in found:
+        found["interests"] = found.pop("kind")
+    _print_fields(found)
+    if events:
+        print_table(("at", "item"), [(event["at"], event["item_id"]) for event in events])
+    rows = [(one["title"], one["born_span"], one["used_span"], ", ".join(map(str, one["items"]))) for one in interests]
+    if rows:
+        print_table(("interest", "born in span", "last used in span", "best items"), rows)
+
+
+def status(store: StorePath = Path("store"), as_json: AsJson = False) -> None:
+    """Print what is live, how old it is, what waits, and what it takes on the disk."""
+    from freshrec.nightly import inspection
+    from freshrec.store.versions import open_store
+
+    found = inspection.store_status(open_store(store))
+    if as_json:
+        print_json(found)
+        return
+    numbers, notes = found.pop("numbers"), found.pop("notes")
+    _print_fields(found | found.pop("plan"))
+    for note in notes:
+        typer.echo(f" note: {note}")
+    _print_fields(numbers)
+
+
+def diff(
+    first: Annotated[int, typer.Argument(metavar="A")],
+    second: Annotated[int, typer.Argument(metavar="B")],
+    store: StorePath = Path("store"),
+    as_json: AsJson = False,
+) -> None:
+    """Print what two versions differ in, and how much of their lists they share."""
+    from freshrec.nightly import inspection
+    from freshrec.store.versions import open_store
+
+    found = inspection.version_difference(open_store(store), first, second)
+    if as_json:
+        print_json(found)
+        return
+    pairs = {**found["sizes"], **found["numbers"], **found["recipe"]}
+    print_table(
+        ("", f"version {first}", f"version {second}"),
+        [(name, *map(_format_value, pair)) for name, pair in pairs.items()],
+    )
+    typer.echo(f"of the best {found['list']} items of {found['users']} users, {found['shared']:.0%} are the same")
+
+
+def doctor(store: Annotated[Path | None, StoreOption] = None, as_json: AsJson = False) -> None:
+    """Check the installation, and every file of a store."""
+    from freshrec.nightly import inspection
+    from freshrec.store.versions import open_store
+
+    found = inspection.check_store(None if store is None else open_store(store))
+    checks = [{"ok": ok, "what": what} for ok, what in found]
+    if not as_json:
+        for ok, what in found:
+            typer.echo(f"{'ok   ' if ok else 'WRONG'}  {what}")
+    wrong = [what for ok, what in found if not ok]
+    if wrong:
+        error = StateError(f"{len(wrong)} of {len(found)} checks failed, the first: {wrong[0]}")
+        error.json_output = checks
+        raise error
+    if as_json:
+        print_json(checks)
+
+
+def _open_bundle(folder: Path, number: int | None) -> Bundle:
+    """What a version holds, the live one unless told."""
+    from freshrec.recommender.bundle import read_bundle
+    from freshrec.store.versions import open_store
+
+    store = open_store(folder)
+    return read_bundle(store.verified_files(store.live if number is None else number))
+
+
+def _print_frame(found: pl.DataFrame, names: tuple[str, ...], rows: list[tuple[Any, ...]], as_json: bool) -> None:
+    if as_json:
+        print_json(found.to_dicts())
+    else:
+        print_table(names, rows)
+
+
+def _print_fields(values: dict[str, Any]) -> None:
+    """What is None is not known, and left out; an id is no quantity."""
+    given = {name: value for name, value in values.items() if value is not None}
+    shown = {name: str(value) if name.endswith("_id") else _format_value(value) for name, value in given.items()}
+    print_table(("", ""), [(name.replace("_", " "), value) for name, value in shown.items()])
+
+
+def _format_value(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, float) and not value.is_integer():
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if isinstance(value, int | float) else str(value)

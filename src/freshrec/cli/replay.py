@@ -1,0 +1,168 @@
+"""`freshrec replay` and `freshrec demo`: options -> recipe -> cells, a live table while they run, and the results."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from freshrec.cli.options import JOBS, Jobs
+from freshrec.cli.parameters import Parameter, command_of, parameters_of
+from freshrec.config import description_of, hints_of
+from freshrec.errors import OptionError
+from freshrec.replay.recipe_schema import LogRecipe, Recipe, load_recipe, merged, parse_recipe, save_recipe
+
+if TYPE_CHECKING:
+    import polars as pl
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Where results go; what is there already is not run again.")] = Path(
+        "runs/demo"
+    ),
+    jobs: Jobs = JOBS,
+) -> None:
+    """Replay a generated world in which users gain interests, and say in words what the table shows."""
+    from freshrec.replay.demo import make_demo_cells, make_demo_world, run_demo
+    from freshrec.replay.progress import ProgressBoard
+
+    demo_world = make_demo_world()
+    board = ProgressBoard(
+        make_demo_cells(), [span.index for span in demo_world.cut.spans[1:]], out, Console(stderr=True)
+    )
+    with board.live():
+        text = run_demo(demo_world, out, board.report_span, jobs)
+    typer.echo(text)
+
+
+OWN_PARAMETERS: list[Parameter] = [  # of the command itself; all others are fields of a recipe
+    (
+        "path",
+        Annotated[str | None, typer.Argument(metavar="[LOG]", help=description_of(hints_of(LogRecipe)["path"]))],
+        None,
+    ),
+    ("recipe", Annotated[Path | None, typer.Option(help="A TOML recipe; options override it.")], None),
+    ("out", Annotated[Path, typer.Option(help="Where results go.")], Path("runs/replay")),
+    ("jobs", Jobs, JOBS),
+    ("device", Annotated[str, typer.Option(help="Where models train: cpu, cuda.")], "cpu"),
+    ("resume", Annotated[bool, typer.Option("--resume", help="Go on with what is in --out.")], False),
+    ("plan_only", Annotated[bool, typer.Option("--plan", help="Print spans and estimated time, and stop.")], False),
+    ("as_json", Annotated[bool, typer.Option("--json", help="Print the path and a summary as JSON.")], False),
+]
+PANELS = {"log": "The log", "spans": "Spans", "replay": "What is compared"}
+
+
+def _parameters() -> list[Parameter]:
+    """Those of the command, then a parameter for each field of a recipe."""
+    found = list(OWN_PARAMETERS)
+    for section, kind in hints_of(Recipe).items():
+        found += parameters_of(kind, PANELS[section], {"folder": "--data"}, leave_out=["path"])
+    return found
+
+
+def _replay(values: dict[str, Any]) -> None:
+    """Resolve the recipe, then say what would run, or run it."""
+    given = {section: {name: values[name] for name in hints_of(kind)} for section, kind in hints_of(Recipe).items()}
+    recipe = resolve_recipe(values["recipe"], given)
+    if values["plan_only"]:
+        _show_plan(recipe)
+    else:
+        run_recipe(recipe, values["out"], values["jobs"], values["device"], values["resume"], values["as_json"])
+
+
+replay = command_of("replay", "Compare ways of updating on your own log, span by span.", _parameters(), _replay)
+
+
+def resolve_recipe(file: Path | None, given: dict[str, dict[str, Any]]) -> Recipe:
+    """The recipe in `file`, or the default one, with what was given on the command line."""
+    path, world = given["log"].get("path"), given["log"].get("world")
+    if path and world:
+        raise OptionError(f"a replay is of one log, and both {path} and --world {world} are given; drop one.")
+    tables = asdict(load_recipe(file) if file else Recipe())
+    if path or world:
+        tables["log"] |= {"path": "", "folder": "", "world": ""}  # those of the file give way
+    changes = {part: {k: v for k, v in options.items() if v is not None} for part, options in given.items()}
+    return parse_recipe(merged(tables, changes))
+
+
+def _show_plan(recipe: Recipe) -> None:
+    """Say what would run, and how long it would take."""
+    from freshrec.data.split import describe_spans
+    from freshrec.replay.plan import estimate_cost
+    from freshrec.replay.progress import print_estimate, print_plan
+    from freshrec.replay.recipes import load_split, make_cells, make_replay_settings
+
+    cells, settings, cut, console = make_cells(recipe), make_replay_settings(recipe), load_split(recipe), Console()
+    print_plan(console, cells, describe_spans(cut), cut.notes)
+    print_estimate(console, estimate_cost(cells, cut, settings))
+
+
+def run_recipe(recipe: Recipe, out: Path, jobs: int, device: str, resume: bool, as_json: bool) -> None:
+    """Run what is not done yet, and write and print the results."""
+    from freshrec.data.split import describe_spans
+    from freshrec.replay.measure import slice_table
+    from freshrec.replay.progress import ProgressBoard, print_plan
+    from freshrec.replay.recipes import load_split, make_cells, make_replay_settings
+    from freshrec.replay.results import collect_results
+    from freshrec.replay.runner import run_cells
+
+    cells, settings, cut, part = make_cells(recipe), make_replay_settings(recipe), load_split(recipe), recipe.replay
+    if part.from_span >= len(cut.spans):
+        raise OptionError(f"replay.from_span is {part.from_span}, and the last span is {len(cut.spans) - 1}: lower it.")
+    console = Console(stderr=True)
+    _prepare_folder(out, recipe, resume)
+    if not as_json:
+        print_plan(console, cells, describe_spans(cut), cut.notes)
+    metric = "AUC" if recipe.log.exposures else "ndcg@20"
+    board = ProgressBoard(cells, [span.index for span in cut.spans[1:]], out, console, metric)
+    try:
+        with board.live():
+            run_cells(cells, cut, settings, out, jobs=jobs, device=device, on_span_done=board.report_span)
+    except KeyboardInterrupt:
+        console.print(f"finished spans are kept in {out}: the same command with --resume goes on.", markup=False)
+        raise
+    if recipe.log.exposures:  # AUC and log loss are those of a span's events, whoever's they are, and of all of them
+        results = collect_results(cells, None, part.metrics, out, "targets", part.from_span)
+    else:
+        results = collect_results(cells, slice_table(cut.spans), part.metrics, out, part.averaging, part.from_span)
+    if as_json:
+        typer.echo(json.dumps({"out": str(out), "summary": _overall_rows(results)}))
+        return
+    typer.echo((out / "table.md").read_text())
+    console.print(f"results.parquet, tests.parquet, recipe.toml and table.md are in {out}")
+
+
+def _prepare_folder(out: Path, recipe: Recipe, resume: bool) -> None:
+    """Refuse to mix two replays in one folder."""
+    recipe_path = out / "recipe.toml"
+    if recipe_path.exists():
+        if not resume:
+            raise OptionError(f"{out} holds a replay already: go on with --resume, or choose another --out.")
+        may_differ = {
+            "log": {"folder"},
+            "replay": {"models", "strategies", "also", "controls", "seeds", "metrics", "mean", "from_span"},
+        }
+        if _without(load_recipe(recipe_path), may_differ) != _without(recipe, may_differ):
+            raise OptionError(f"{out} holds a replay of another log or protocol: choose another --out.")
+    out.mkdir(parents=True, exist_ok=True)
+    save_recipe(recipe, recipe_path)
+
+
+def _without(recipe: Recipe, fields: dict[str, set[str]]) -> dict[str, dict[str, Any]]:
+    """The recipe without some fields of its sections."""
+    tables = asdict(recipe)
+    return {part: {k: v for k, v in table.items() if k not in fields.get(part, ())} for part, table in tables.items()}
+
+
+def _overall_rows(results: pl.DataFrame) -> list[dict[str, Any]]:
+    """The averages over all spans."""
+    import polars as pl
+
+    from freshrec.replay.results import OVERALL_SPAN
+
+    overall = results.filter((pl.col("span") == OVERALL_SPAN) & (pl.col("slice") == "all"))
+    return overall.select("model", "strategy", "seed", "metric", "value", "low", "high", "n").to_dicts()

@@ -1,0 +1,155 @@
+"""The commands that serve a store over HTTP."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from socket import IPPROTO_TCP, TCP_NODELAY
+from typing import Annotated, Any
+
+import typer
+
+from freshrec.cli.options import AsJson, StorePath, print_table
+from freshrec.errors import OptionError, StateError
+
+LongestFirstOption = Annotated[
+    int, typer.Option(min=0, help="Score so many items with the longest vectors first, where there are more; 0: off.")
+]
+PortOption = Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")]
+
+
+def serve(
+    store: StorePath = Path("store"),
+    host: Annotated[str, typer.Option(help="Where to listen; this machine alone unless told.")] = "127.0.0.1",
+    port: PortOption = 8000,
+    token_file: Annotated[
+        Path | None, typer.Option(help="A file with a token: whoever asks must send it as `Authorization: Bearer`.")
+    ] = None,
+    rate: Annotated[int, typer.Option(min=0, help="Requests of a client in a second; 0: any number.")] = 500,
+    threads: Annotated[int, typer.Option(min=1, help="Of the numerical libraries.")] = 1,
+    exact_max_items: Annotated[
+        int, typer.Option(min=0, help="Up to so many items all are scored; above, an index.")
+    ] = 50_000,
+    min_recall: Annotated[float, typer.Option(min=0, max=1, help="The recall@20 that an index must reach.")] = 0.98,
+    n_longest: LongestFirstOption = 16_384,
+) -> None:
+    """Answer over HTTP from the live version, and from clicks as they come; follow promotions and rollbacks."""
+    try:
+        import uvicorn
+
+        from freshrec.server.app import Service, create_app, log_line
+    except ImportError as missing:
+        raise OptionError(f'serving needs more libraries ({missing.name}); pip install "freshrec[serve]".') from None
+    import faiss
+    import torch
+
+    from freshrec.recommender.search import SearchOptions
+    from freshrec.server.live_version import LiveVersion, tune_memory
+    from freshrec.server.middleware import ServerLimits
+    from freshrec.store.versions import open_store
+
+    tune_memory()
+    torch.set_num_threads(threads)
+    faiss.omp_set_num_threads(threads)
+    opened_store = open_store(store)
+    live = LiveVersion(opened_store, log_line, SearchOptions(exact_max_items, min_recall, n_longest))
+    live.start()
+    service = Service(
+        live,
+        ServerLimits(read_token(token_file), max_requests_per_s=rate),
+        lambda user: erase_in_subprocess(store, user),
+    )
+    config = uvicorn.Config(
+        create_app(service), host, port, access_log=False, log_level="warning", server_header=False,
+        timeout_graceful_shutdown=10, timeout_keep_alive=75, limit_concurrency=1000, lifespan="on",
+    )  # fmt: skip
+    server = uvicorn.Server(config)
+    with config.bind_socket() as socket:
+        socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)  # or the second packet of an answer waits 40 ms for an ACK
+        log_line(f"listening on http://{socket.getsockname()[0]}:{socket.getsockname()[1]}")
+        server.run([socket])
+
+
+def export(
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new one.")],
+    store: StorePath = Path("store"),
+    version: Annotated[int | None, typer.Option("--version", help="Another one than the live one.")] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Also what makes vectors of histories, as ONNX.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write ids, vectors and an index of a version for other programs: Parquet, npy, faiss, ONNX."""
+    from freshrec.recommender.search import EXACT_SEARCH
+    from freshrec.server import export as exporting
+    from freshrec.server.live_version import load_version
+    from freshrec.store.versions import open_store
+
+    opened_store = open_store(store)
+    manifest = opened_store.manifest(opened_store.live if version is None else version)
+    summary = exporting.export_version(load_version(opened_store, manifest, EXACT_SEARCH), out, onnx)
+    files = ", ".join(summary["files"])
+    typer.echo(
+        json.dumps(summary) if as_json else f"version {manifest.id} in {out}: {files}; about.json says what they are"
+    )
+
+
+bench = typer.Typer(no_args_is_help=True, help="Measure on this machine.")
+
+
+@bench.command("serve")
+def bench_serve(
+    store: StorePath = Path("store"),
+    rate: Annotated[float, typer.Option(min=0.1, help="Requests a second, at random moments.")] = 20.0,
+    seconds: Annotated[float, typer.Option(min=1, help="How long.")] = 20.0,
+    k: Annotated[int, typer.Option("--k", "-k", help="Items of a list.")] = 20,
+    exact_max_items: Annotated[int, typer.Option(min=0, help="As in `freshrec serve`.")] = 50_000,
+    n_longest: LongestFirstOption = 16_384,
+    threads: Annotated[int, typer.Option(min=1, help="As in `freshrec serve`.")] = 1,
+    swap: Annotated[bool, typer.Option("--swap", help="Move the live pointer away and back meanwhile.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Start a server of the store, ask it for lists whether or not it keeps up, and print how it bore that."""
+    from freshrec.server.benchmark import run_benchmark
+
+    options = ("--exact-max-items", str(exact_max_items), "--n-longest", str(n_longest), "--threads", str(threads))
+    report = run_benchmark(store, rate, seconds, k, options, swap)
+    if as_json:
+        typer.echo(json.dumps(report))
+        return
+    print_table(("", ""), [(name.replace("_", " "), str(value)) for name, value in report.items()])
+
+
+def read_token(path: Path | None) -> str:
+    """The token in a file; "" without one. OptionError where it is none."""
+    if path is None:
+        return ""
+    try:
+        token = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as why:
+        raise OptionError(f"the token cannot be read from {path} ({type(why).__name__}).") from None
+    if len(token) < 16 or not token.isascii() or not token.isprintable():
+        raise OptionError(f"the token in {path} is no token; write at least 16 letters and digits, in one line.")
+    return token
+
+
+def erase_in_subprocess(store: Path, user: str) -> dict[str, Any]:
+    """`freshrec erase`, in a process that may learn. StateError where it fails."""
+    command = [
+        sys.executable,
+        "-m",
+        "freshrec",
+        "erase",
+        "--store",
+        str(store),
+        "--wait",
+        "1m",
+        "--json",
+        "--",
+        user,
+    ]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=3600)
+    if process.returncode:
+        raise StateError(process.stderr.strip().splitlines()[-1].removeprefix("error: ") or "the user was not erased.")
+    receipt: dict[str, Any] = json.loads(process.stdout)
+    return receipt

@@ -1,0 +1,132 @@
+"""Interests that outlive a span: read again from each user's events, expanded, trimmed, written back."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from freshrec.data.batches import history_ends, history_items, is_new_row, mask_held_out, query_batches, row_users
+from freshrec.data.stored_interests import StoredInterests
+from freshrec.nn.scoring import item_vectors, user_vectors
+from freshrec.types import Histories, InterestModel, Interests
+
+TrimFunction = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # (vectors, alive, old) -> (vectors, alive)
+
+
+def active_users(histories: Histories) -> Tensor:
+    """Users with events since the last update (N,), ascending."""
+    cumulative_R = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cumsum(is_new_row(histories), 0)])
+    n_U = cumulative_R[histories.offsets_U[1:]] - cumulative_R[histories.offsets_U[:-1]]
+    return n_U.nonzero()[:, 0]
+
+
+def update_interests(
+    model: InterestModel,
+    stored_interests: StoredInterests,
+    histories: Histories,
+    history: str,
+    trim: TrimFunction | None = None,
+) -> Interests:
+    """Interests of the users active since the last update, read by the new model; those of others as they were."""
+    users_N = active_users(histories)
+    ends = mask_held_out(history_ends(histories, users_N, history))  # or they would help to answer for themselves later
+    max_interests = (
+        int(stored_interests.interest_counts(users_N).max()) if len(users_N) else len(stored_interests.initial_KD)
+    )
+    vectors_NKD = torch.zeros(len(users_N), max_interests, stored_interests.initial_KD.shape[1])
+    alive_NK = torch.zeros(len(users_N), max_interests, dtype=torch.bool)
+    used_NK = torch.zeros(len(users_N), max_interests, dtype=torch.bool)
+    new_items_R = torch.where(is_new_row(histories), histories.items_R, 0)
+    new_events = replace(ends, histories=replace(histories, items_R=new_items_R))
+    for index_B, batch in query_batches(ends, model.spec.length, stored_interests):
+        assert batch.alive_BK is not None and batch.old_BK is not None
+        vectors_BKD, alive_BK = user_vectors(model, batch), batch.alive_BK
+        if trim is not None:
+            vectors_BKD, alive_BK = trim(vectors_BKD, alive_BK, batch.old_BK)
+        k = alive_BK.shape[1]
+        vectors_NKD[index_B, :k] = vectors_BKD
+        alive_NK[index_B, :k] = alive_BK
+        used_NK[index_B, :k] = _is_closest_interest(
+            model, history_items(new_events[index_B], model.spec.length), vectors_BKD, alive_BK
+        )
+    return replace_interests(
+        stored_interests.interests, users_N, vectors_NKD, alive_NK, used_NK, stored_interests.span, histories.n_users
+    )
+
+
+def _is_closest_interest(model: InterestModel, events_BT: Tensor, vectors_BKD: Tensor, alive_BK: Tensor) -> Tensor:
+    """(B, K) whether an interest is the closest one of some event since the last update; 0 is none."""
+    items_BTD = item_vectors(model)[events_BT]
+    logits_BTK = torch.bmm(items_BTD, vectors_BKD.transpose(1, 2)).masked_fill(~alive_BK[:, None], -torch.inf)
+    used_BK = torch.zeros(alive_BK.shape)
+    used_BK.scatter_add_(1, logits_BTK.argmax(2), (events_BT > 0).float())
+    return used_BK > 0
+
+
+def interest_costs(interests: Interests) -> dict[str, float]:
+    """How many interests, and how many bytes of them, a user has who has any."""
+    n_users = max(1, int((interests.offsets_U.diff() > 0).sum()))
+    n_bytes = sum(column.nbytes for column in (interests.vectors_SD, interests.born_S, interests.used_S))
+    return {"mean_k": len(interests.vectors_SD) / n_users, "interest_bytes": n_bytes / n_users}
+
+
+def replace_interests(
+    interests: Interests,
+    users_N: Tensor,
+    vectors_NKD: Tensor,
+    alive_NK: Tensor,
+    used_NK: Tensor,
+    span: int,
+    n_users: int,
+) -> Interests:
+    """`users` with the interests of `users_N`, ascending, replaced by those alive, and room for `n_users`.
+
+    The k-th of a user stays the k-th, so its span of birth is kept.
+    """
+    counts_U = F.pad(interests.offsets_U.diff(), (0, n_users - interests.n_users))
+    interests = replace(interests, offsets_U=_offsets(counts_U))
+    is_existing_NK = alive_NK & (torch.arange(alive_NK.shape[1]) < counts_U[users_N][:, None])
+    before_NK = interests.offsets_U[users_N][:, None] + torch.arange(alive_NK.shape[1])  # the row, where there was one
+    born_NK = torch.full(alive_NK.shape, span, dtype=torch.int16)
+    born_NK[is_existing_NK] = interests.born_S[before_NK[is_existing_NK]]
+    last_used_NK = torch.full(alive_NK.shape, span, dtype=torch.int16)
+    rests_NK = is_existing_NK & ~used_NK
+    last_used_NK[rests_NK] = interests.used_S[before_NK[rests_NK]]
+    counts_U = torch.zeros_like(counts_U).index_copy(0, users_N, alive_NK.sum(1))
+    rewritten = Interests(vectors_NKD[alive_NK], _offsets(counts_U), born_NK[alive_NK], last_used_NK[alive_NK])
+    is_rewritten_U = torch.zeros(n_users + 1, dtype=torch.bool).index_fill(0, users_N, True)
+    return _merged(interests, ~is_rewritten_U[row_users(interests)], rewritten)
+
+
+def add_interests(
+    interests: Interests, users_N: Tensor, n_more: int, k_max: int, initial_KD: Tensor, span: int
+) -> Interests:
+    """`users` with `n_more` interests added to each of `users_N`, at most `k_max` a user, starting from their slots."""
+    counts_U = interests.offsets_U.diff()
+    extra_U = torch.zeros_like(counts_U)
+    extra_U[users_N] = (k_max - counts_U[users_N]).clamp(0, n_more)
+    offsets_U = _offsets(extra_U)
+    owner_R = torch.repeat_interleave(torch.arange(len(extra_U)), extra_U)
+    slot_R = counts_U[owner_R] + torch.arange(len(owner_R)) - offsets_U[owner_R]
+    vectors_RD = initial_KD[slot_R.clamp(max=len(initial_KD) - 1)]
+    span_R = torch.full((len(owner_R),), span, dtype=torch.int16)
+    all_S = torch.ones(len(interests.vectors_SD), dtype=torch.bool)
+    return _merged(interests, all_S, Interests(vectors_RD, offsets_U, span_R, span_R))
+
+
+def _merged(users: Interests, stays_S: Tensor, new: Interests) -> Interests:
+    """User by user, those interests of `users` that stay, then the new ones (R); both have the same number of users."""
+    row_M = torch.cat([stays_S.nonzero()[:, 0], len(stays_S) + torch.arange(len(new.born_S))])
+    owner_M = torch.cat([row_users(users), row_users(new)])[row_M]
+    row_M = row_M[owner_M.argsort(stable=True)]
+    offsets_U = _offsets(torch.bincount(owner_M, minlength=users.n_users + 1))
+    vectors_MD = torch.cat([users.vectors_SD, new.vectors_SD]).float()[row_M]
+    born_M, used_M = torch.cat([users.born_S, new.born_S])[row_M], torch.cat([users.used_S, new.used_S])[row_M]
+    return Interests(vectors_MD, offsets_U, born_M, used_M)
+
+
+def _offsets(counts_U: Tensor) -> Tensor:
+    """(U + 1,) where the rows of each user begin, of so many each, and where the last ones end."""
+    return F.pad(counts_U.cumsum(0), (1, 0))

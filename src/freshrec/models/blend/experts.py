@@ -1,0 +1,301 @@
+"""The experts of a blend: what they offer a user, and how they and the facts describe each candidate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from freshrec.data.batches import Targets, close_gaps, split_chunks
+from freshrec.models.blend.features import (
+    ITEM_FEATURES,
+    OWN_FEATURES,
+    USER_FEATURES,
+    ItemStatistics,
+    own_history_features,
+    user_features,
+)
+from freshrec.models.item_knn import ItemKNNSpec
+from freshrec.models.pooled import Pooled, PooledSpec
+from freshrec.models.popularity import Popularity, PopularitySpec
+from freshrec.models.repeat import Repeat, RepeatSpec
+from freshrec.models.user_knn import UserKNNSpec
+from freshrec.nn.sparse import (
+    CandidateCells,
+    Float32Array,
+    Int64Array,
+    ItemOccurrences,
+    distinct_items,
+    top_k_entries,
+)
+from freshrec.types import Batch, CountingModel, Events, Histories, StateDictModel
+
+COUNTER_SPECS: dict[str, Any] = {
+    "popularity": PopularitySpec(),
+    "popularity-1": PopularitySpec(weighting="decay", half_life=1.0),
+    "popularity-1/4": PopularitySpec(weighting="decay", half_life=1 / 4),
+    "popularity-1/16": PopularitySpec(weighting="decay", half_life=1 / 16),
+    "repeat-last": RepeatSpec(),
+    "repeat-freq": RepeatSpec(order="freq"),
+    "item-knn": ItemKNNSpec(),
+    "markov": ItemKNNSpec(kind="markov"),
+    "user-knn": UserKNNSpec(),
+}
+TRAINED_SPEC = PooledSpec()
+EXPERT_NAMES = (*COUNTER_SPECS, "pooled")
+N_EXPERTS = len(EXPERT_NAMES)
+FEATURES = (
+    *(f"share {name}" for name in EXPERT_NAMES),
+    *(f"rank {name}" for name in EXPERT_NAMES),
+    *OWN_FEATURES,
+    *ITEM_FEATURES,
+    *USER_FEATURES,
+)
+
+
+class Slots:
+    """The columns of each group of FEATURES."""
+
+    share = slice(0, N_EXPERTS)  # ln of the share that each expert gives to a candidate
+    rank = slice(share.stop, share.stop + N_EXPERTS)  # ln of its place in each expert's opinion
+    own = slice(rank.stop, rank.stop + len(OWN_FEATURES))
+    item = slice(own.stop, own.stop + len(ITEM_FEATURES))
+    user = slice(item.stop, item.stop + len(USER_FEATURES))
+
+
+SHARE_COLUMN = {name: FEATURES.index(f"share {name}") for name in EXPERT_NAMES}
+RANK_COLUMN = {name: FEATURES.index(f"rank {name}") for name in EXPERT_NAMES}
+POOLED = EXPERT_NAMES.index("pooled")  # the trained expert
+POPULARITY_EXPERTS = [
+    name for name, spec in COUNTER_SPECS.items() if isinstance(spec, PopularitySpec)
+]  # they think alike of all users
+FLOOR_EVENTS = (
+    0.1  # events' worth of probability, shared by all items, known, that an expert gives to those it is silent on
+)
+MAX_CELLS = 8_000_000  # users x items on one board
+POOL_EXPERT = "popularity-1"
+POOL_SIZE = 8192  # items, those most taken lately (by LATELY), among which the trained expert looks for what it offers
+
+
+class Expert(CountingModel, StateDictModel, Protocol):
+    """A counting model as part of a blend."""
+
+
+class SparseExpert(Expert, Protocol):
+    """It has an opinion of few items of each user."""
+
+    def sparse_scores(self, batch: Batch) -> Any:
+        """(B, I + 1) scores as a sparse matrix; what is not in it is 0, which is no opinion."""
+
+
+@dataclass(frozen=True)
+class ExpertCache:
+    """What stays as it is until more is counted or learnt."""
+
+    share_floor: float  # what an expert that is silent on an item is taken to think of it: a share
+    repeat_rate: float  # of the facts
+    x_IF: Float32Array  # (I + 1, F) features of all items for a user of whom nothing is known
+    log_rank_K: Tensor  # of places 1, 2, ...; the last is that of what is not offered
+    popular_items_P: Int64Array  # what any of the popularities offers, ascending
+    pool_items_S: Tensor  # what the trained expert may offer: items that it has learnt
+    pool_vectors_SD: Tensor  # their vectors
+
+    def top_of_pool(self, vectors_BD: Tensor, known_B: Tensor, k: int) -> Int64Array:
+        """(B, K) the items on the shelf that the trained expert likes best; 0 where it knows nothing of the user."""
+        best_BK = (vectors_BD @ self.pool_vectors_SD.T).topk(min(k, len(self.pool_items_S))).indices
+        items_BK: Int64Array = torch.where(known_B[:, None], self.pool_items_S[best_BK], 0).numpy()
+        return items_BK
+
+    def features_of(self, items_BC: Int64Array) -> Float32Array:
+        """(1 + B C, F) the features of the candidates for a user of whom nothing is known, a row for each of `Cells`.
+
+        The first row is for what is said of other items; it is never read.
+        """
+        x_MF = np.empty((1 + items_BC.size, len(FEATURES)), np.float32)
+        self.x_IF.take(items_BC.ravel(), axis=0, out=x_MF[1:], mode="clip")  # "raise" would copy first
+        return x_MF
+
+
+class Experts:
+    """Counters, of which each offers its best items, and one that is trained. Together with facts they describe."""
+
+    def __init__(self, offered: int, length: int, seed: int) -> None:
+        self.items_per_expert, self.length, self.n_items = offered, length, 0
+        self.counters: dict[str, Expert] = {name: counter.build(seed) for name, counter in COUNTER_SPECS.items()}
+        self.trained_model: Pooled = TRAINED_SPEC.build(seed)  # by the strategy; until then it has no opinion
+        self.item_statistics = ItemStatistics.empty()
+        self.window_events = (
+            0  # events: a sixth of the first block; 0 until that is known. Ages of items are measured in it
+        )
+        self._cache: ExpertCache | None = None  # made when first asked
+
+    def grow(self, n_users: int, n_items: int) -> None:
+        """Make room for new users and items."""
+        for expert in (*self.counters.values(), self.trained_model):
+            expert.grow(n_users, n_items)
+        self.item_statistics.grow(n_items)
+        self.n_items, self._cache = n_items, None
+
+    def absorb(self, events: Events, histories: Histories, targets: Targets) -> None:
+        """Count the events; `targets` are the same, in their histories."""
+        for counter in self.counters.values():
+            counter.absorb(events, histories)
+        self.item_statistics.absorb(targets)
+        self._cache = None
+
+    def invalidate_cache(self) -> None:
+        """To be called after `trained` has learnt."""
+        self._cache = None
+
+    def trained_user_vectors(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The trained expert's vectors of the users (B, D), and whether it has learnt any of their items (B,)."""
+        history_BT = batch.history_BT.numpy()
+        trained_items_BT = np.where(self.trained_model.taken.steps_R.numpy().take(history_BT) > 0, history_BT, 0)
+        known_BT = close_gaps(torch.from_numpy(trained_items_BT))
+        vectors_BD = self.trained_model.user_vectors(Batch(batch.users_B, known_BT))[:, 0]
+        return vectors_BD, torch.from_numpy((trained_items_BT > 0).any(1))
+
+    def trained_features(self, items_BC: Tensor, vectors_BD: Tensor, known_B: Tensor) -> tuple[Tensor, Tensor]:
+        """What the trained expert thinks of the candidates: log share among them (B, C), and log rank.
+
+        It is silent on items, and on histories, that it has not learnt.
+        """
+        items, cache = self.trained_model.items, self.cache
+        known_BC = torch.from_numpy(items.steps_R.numpy().take(items_BC.numpy()) > 0) & known_B[:, None]
+        logit_BC = (items.weights[items_BC] @ vectors_BD[..., None])[..., 0].masked_fill_(~known_BC, -torch.inf)
+        order_BC = logit_BC.argsort(dim=1, descending=True, stable=True)
+        rank_BC = torch.empty_like(order_BC).scatter_(1, order_BC, torch.arange(order_BC.shape[1]).expand_as(order_BC))
+        rank_BC = torch.where(known_BC, rank_BC, self.items_per_expert).clamp_(max=self.items_per_expert)  # from 0
+        share_BC = logit_BC.softmax(1).nan_to_num_(0.0)
+        return share_BC.add_(cache.share_floor).log_(), cache.log_rank_K[rank_BC]
+
+    def candidate_features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The candidates (B, C), 0 where a user has fewer, and their features (B, C, F)."""
+        size = max(1, MAX_CELLS // (self.n_items + 1))
+        parts = [self._chunk_features(batch, index_B) for index_B in split_chunks(torch.arange(len(batch)), size)]
+        if len(parts) == 1:
+            return torch.from_numpy(parts[0][0]), torch.from_numpy(parts[0][1])
+        width = max((items_BC.shape[1] for items_BC, _ in parts), default=0)
+        items_BC = np.zeros((len(batch), width), np.int64)
+        x_BCF = np.zeros((len(batch), width, len(FEATURES)), np.float32)
+        first = 0
+        for part_BC, part_BCF in parts:
+            rows = slice(first, first + len(part_BC))
+            items_BC[rows, : part_BC.shape[1]], x_BCF[rows, : part_BC.shape[1]] = part_BC, part_BCF
+            first += len(part_BC)
+        return torch.from_numpy(items_BC), torch.from_numpy(x_BCF)
+
+    def _chunk_features(self, batch: Batch, index_B: Tensor) -> tuple[Int64Array, Float32Array]:
+        """`describe` of some users."""
+        history_BT = close_gaps(batch.history_BT[index_B])[:, -self.length :]
+        batch, occurrences = Batch(batch.users_B[index_B], history_BT), ItemOccurrences.from_items(history_BT.numpy())
+        scores = {
+            name: _score_sparsely(counter, batch, occurrences)
+            for name, counter in self.counters.items()
+            if name not in POPULARITY_EXPERTS
+        }
+        top_items = {name: top_k_entries(scores_BI, self.items_per_expert)[0] for name, scores_BI in scores.items()}
+        cache = self.cache
+        trained_users = self.trained_user_vectors(batch) if len(cache.pool_items_S) else None
+        liked = [] if trained_users is None else [cache.top_of_pool(*trained_users, self.items_per_expert)]
+        popular_BP = np.broadcast_to(cache.popular_items_P, (len(batch), len(cache.popular_items_P)))
+        items_BC = distinct_items(np.concatenate([history_BT.numpy(), popular_BP, *top_items.values(), *liked], axis=1))
+        cells = CandidateCells(items_BC, self.n_items + 1)
+        x_MF = cache.features_of(items_BC)
+        x_BCF = x_MF[1:].reshape(*items_BC.shape, len(FEATURES))
+        self._write_counters(x_MF, cells, scores, top_items)
+        if trained_users is not None:
+            share_BC, rank_BC = self.trained_features(torch.from_numpy(items_BC), *trained_users)
+            x_BCF[..., SHARE_COLUMN["pooled"]], x_BCF[..., RANK_COLUMN["pooled"]] = share_BC.numpy(), rank_BC.numpy()
+        x_MF[cells.cells_BI[occurrences.row_W, occurrences.items_W], Slots.own] = own_history_features(occurrences)
+        user_BF = user_features(occurrences, (history_BT.numpy() > 0).sum(1), cache.repeat_rate)
+        x_BCF[..., Slots.user] = user_BF[:, None] * (items_BC > 0)[..., None]
+        return items_BC, x_BCF
+
+    def _write_counters(
+        self, x_MF: Float32Array, cells: CandidateCells, said: dict[str, Any], offers: dict[str, Int64Array]
+    ) -> None:
+        """What each counter thinks of the candidates, and the places of those that it offers, into their features."""
+        log_rank_K, floor = np.log(np.arange(1, self.items_per_expert + 1, dtype=np.float32)), self.cache.share_floor
+        for name, offered_BK in offers.items():
+            cells_H, shares_H = cells.matching_cells(said[name])
+            x_MF[cells_H, SHARE_COLUMN[name]] = np.log(shares_H + floor)
+            x_MF[cells.cells_of(offered_BK), RANK_COLUMN[name]] = log_rank_K[: offered_BK.shape[1]]
+
+    @property
+    def cache(self) -> ExpertCache:
+        """Made when first asked for, after something was counted or learnt."""
+        if self._cache is None:
+            self._cache = _settle(self)
+        return self._cache
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything they know."""
+        parts = {name: dict(counter.state_dict()) for name, counter in self.counters.items()}
+        parts |= {"facts": self.item_statistics.state_dict(), "trained": dict(self.trained_model.state_dict())}
+        parts |= {"moments": self.trained_model.moments}
+        return flatten_state_dicts(parts)
+
+    def load_state_dict(self, tensors: dict[str, Tensor], n_users: int, n_items: int) -> None:
+        """The inverse of `state_dict`."""
+        self.grow(n_users, n_items)
+        for name, counter in self.counters.items():
+            counter.load_state_dict(extract_state_dict(tensors, name))
+        self.item_statistics = ItemStatistics.from_state_dict(extract_state_dict(tensors, "facts"))
+        self.trained_model.load_state_dict(extract_state_dict(tensors, "trained"))
+        self.trained_model.moments = extract_state_dict(tensors, "moments")
+        self._cache = None
+
+
+def _settle(experts: Experts) -> ExpertCache:
+    floor = FLOOR_EVENTS / max(1, int((experts.item_statistics.event_counts_I > 0).sum()))
+    x_IF, offers = np.zeros((experts.n_items + 1, len(FEATURES)), np.float32), []
+    x_IF[:, Slots.share], x_IF[:, Slots.rank] = np.log(np.float32(floor)), np.log(experts.items_per_expert + 1)
+    x_IF[:, SHARE_COLUMN["pooled"]] = np.log(floor)
+    for name in POPULARITY_EXPERTS:
+        counts_I = cast(Popularity, experts.counters[name]).counts_I.numpy()
+        best_K = top_k_indices(counts_I, experts.items_per_expert)
+        best_K = best_K[counts_I[best_K] > 0]
+        x_IF[:, SHARE_COLUMN[name]] = np.log(counts_I / max(float(counts_I.sum()), 1e-9) + floor)
+        x_IF[best_K, RANK_COLUMN[name]] = np.log(np.arange(1, len(best_K) + 1, dtype=np.float32))
+        offers.append(best_K)
+    x_IF[:, Slots.item] = experts.item_statistics.item_features(max(1, experts.window_events))
+    lately_I = cast(Popularity, experts.counters[POOL_EXPERT]).counts_I
+    shelf_S = torch.from_numpy(top_k_indices(lately_I.numpy(), POOL_SIZE))
+    shelf_S = shelf_S[lately_I[shelf_S].gt(0) & experts.trained_model.items.steps_R[shelf_S].gt(0)]
+    popular_P, shelf_SD = np.unique(np.concatenate(offers)), experts.trained_model.items.weights[shelf_S]
+    log_rank_K = torch.arange(1, experts.items_per_expert + 2).log()
+    return ExpertCache(floor, experts.item_statistics.repeat_rate, x_IF, log_rank_K, popular_P, shelf_S, shelf_SD)
+
+
+def _score_sparsely(counter: Expert, batch: Batch, occurrences: ItemOccurrences) -> Any:
+    return (
+        counter.scores_of_occurrences(occurrences)
+        if isinstance(counter, Repeat)
+        else cast(SparseExpert, counter).sparse_scores(batch)
+    )
+
+
+def top_k_indices(values_I: NDArray[Any], k: int) -> Int64Array:
+    """(K,) where the k largest values are, the largest first; of equal ones the first."""
+    if k < len(values_I):
+        at_least = np.partition(values_I, len(values_I) - k)[len(values_I) - k]
+        at_N = np.flatnonzero(values_I >= at_least)
+    else:
+        at_N = np.arange(len(values_I))
+    largest_K: Int64Array = at_N[np.argsort(-values_I[at_N], kind="stable")[:k]]
+    return largest_K
+
+
+def flatten_state_dicts(parts: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of all parts, by the part's name, a point, and their own."""
+    return {f"{part}.{name}": tensor for part, inner in parts.items() for name, tensor in inner.items()}
+
+
+def extract_state_dict(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The inverse of `in_one`, for one part: those whose names begin with `name` and a point, without it."""
+    return {key[len(name) + 1 :]: tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}

@@ -1,0 +1,417 @@
+"""Blend: experts that count and one that is trained, joined by weights learned from what each said beforehand.
+
+Each counter offers its best items; these and the user's own are the candidates. A candidate is described by what every
+expert thinks of it, and by facts about item and history; a rule orders them (`learn.listwise.refit`). What is learnt
+from is written down when events arrive, from the state before them, and never made again: it cannot know the future.
+Until there is a rule, or while it does worse, the best expert speaks alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from freshrec.config import HISTORY_LENGTH, Count, check_options
+from freshrec.data.batches import (
+    Targets,
+    history_items,
+    insert_events,
+    make_rng,
+    occurrence_numbers,
+    split_chunks,
+    targets_at,
+)
+from freshrec.device import normal, permutation, uniform
+from freshrec.models.blend.experts import (
+    EXPERT_NAMES,
+    FEATURES,
+    N_EXPERTS,
+    POOLED,
+    RANK_COLUMN,
+    SHARE_COLUMN,
+    Experts,
+    Slots,
+    extract_state_dict,
+    flatten_state_dicts,
+)
+from freshrec.models.blend.features import ITEM_FEATURES, OWN_FEATURES, is_repeat
+from freshrec.models.item_knn import ItemKNN
+from freshrec.nn.sparse import Float32Array, select_scores
+from freshrec.types import Batch, Events, Histories
+
+QUERY_STREAM, CORRECTION_STREAM = 1401, 1402  # tell the random numbers from others
+HIDDEN_UNITS = 32
+CROSSED = [FEATURES.index(name) for name in ("taken", "taken again", "takes again", "length")]  # in `crossed`
+RULE = N_EXPERTS  # the column of the rule, after those of the experts, in what is remembered of ranks
+SCORE_SOURCES = (*EXPERT_NAMES, "own history", "item", "correction")  # of a score
+
+
+@dataclass(frozen=True)
+class BlendSpec:
+    """How many candidates, and how much is remembered to learn from."""
+
+    items_per_expert: Count = 100  # items by each expert
+    length: Count = HISTORY_LENGTH  # history items looked at
+    max_queries: Count = 6000  # queries, the latest
+    queries_per_window: Count = (
+        2000  # queries remembered of a sixth of the base block, and in proportion of what comes later
+    )
+    negatives_per_query: Count = 60  # candidates remembered with a query, beside the target
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def build(self, seed: int) -> Blend:
+        """A model without users and items."""
+        return Blend(self, seed)
+
+
+@dataclass(frozen=True)
+class QueryLog:
+    """Queries as they were when their events arrived, the oldest first."""
+
+    x_QCF: Tensor  # float16; those whose target was a candidate, which is the first
+    real_QC: Tensor  # bool: not padding
+    ranks_PR: Tensor  # float32: all queries: the rank of the target by each expert and by the rule; inf: not offered
+
+    def ndcg(self) -> Float32Array:
+        """(P, N + 1) ndcg@20 of each query, by each expert and by the rule; nan where there was no rule."""
+        rank_PR = self.ranks_PR.numpy()
+        value_PR: Float32Array = np.where(rank_PR > 20, 0.0, 1 / np.log2(1 + rank_PR))
+        return value_PR
+
+    def best_expert(self) -> int:
+        """The expert that was best on average; the first one while there are no queries."""
+        return int(self.ndcg()[:, :N_EXPERTS].mean(0).argmax()) if len(self.ranks_PR) else 0
+
+    def latest(self, n: int) -> QueryLog:
+        """Without the older ones."""
+        return QueryLog(self.x_QCF[-n:], self.real_QC[-n:], self.ranks_PR[-n:])
+
+    @staticmethod
+    def joined(parts: list[QueryLog]) -> QueryLog:
+        """One part after the other."""
+        return QueryLog(
+            torch.cat([part.x_QCF for part in parts]),
+            torch.cat([part.real_QC for part in parts]),
+            torch.cat([part.ranks_PR for part in parts]),
+        )
+
+
+@dataclass(frozen=True)
+class PendingQueries:
+    """Remembered queries that the trained expert was not asked about, as there was none yet.
+
+    `found_B` says which of the queries, as they are ranked, had their target among the candidates: only these are here.
+    """
+
+    has_target_B: Tensor
+    users_Q: Tensor
+    history_QT: Tensor
+    items_QC: Tensor  # all candidates: an opinion is one among them
+    sampled_QC: Tensor  # the places of those that are remembered, the target's first
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How candidates are ordered: weights of `crossed` features, which can be read, and a small network's correction.
+
+    Features are standardised first. H: the network's hidden units, in two layers.
+    """
+
+    weights_G: Tensor
+    mean_F: Tensor
+    std_F: Tensor
+    first_HF: Tensor
+    first_H: Tensor
+    second_HH: Tensor
+    second_H: Tensor
+    last_H: Tensor
+
+    @staticmethod
+    def initial(seed: int) -> Rule:
+        """A rule that finds all candidates alike."""
+        n, rng = len(FEATURES), make_rng(seed, CORRECTION_STREAM)
+        first_HF = normal((HIDDEN_UNITS, n), rng) / n**0.5
+        second_HH = normal((HIDDEN_UNITS, HIDDEN_UNITS), rng) / HIDDEN_UNITS**0.5
+        zeros_H, zeros_G = torch.zeros(HIDDEN_UNITS), torch.zeros(cross_features(torch.zeros(1, 1, n)).shape[2])
+        return Rule(zeros_G, torch.zeros(n), torch.ones(n), first_HF, zeros_H, second_HH, zeros_H, zeros_H)
+
+    def standardize(self, x_BCF: Tensor) -> Tensor:
+        """(B, C, F) of mean 0 and deviation 1."""
+        return (x_BCF - self.mean_F) / self.std_F
+
+    def correction(self, z_BCF: Tensor) -> Tensor:
+        """(B, C): what the network adds, from `standard` features."""
+        hidden_BCH = F.silu(F.linear(z_BCF.clamp(-5.0, 5.0), self.first_HF, self.first_H))
+        return F.silu(F.linear(hidden_BCH, self.second_HH, self.second_H)) @ self.last_H
+
+    def scores(self, x_BCF: Tensor) -> Tensor:
+        """(B, C)"""
+        z_BCF = self.standardize(x_BCF)
+        return cross_features(z_BCF) @ self.weights_G + self.correction(z_BCF)
+
+    def contributions(self, x_CF: Tensor) -> Tensor:
+        """(C, S) what each of SOURCES adds to the score of each of a user's candidates, above their mean."""
+        z_1CF = self.standardize(x_CF)[None]
+        terms_CG, correction_C = cross_features(z_1CF)[0] * self.weights_G, self.correction(z_1CF)[0]
+        source_G = torch.tensor([SCORE_SOURCES.index(source) for source in cross_feature_sources()])
+        points_CS = torch.zeros(len(x_CF), len(SCORE_SOURCES)).index_add(1, source_G, terms_CG)
+        points_CS[:, SCORE_SOURCES.index("correction")] = correction_C
+        return points_CS - points_CS.mean(0)
+
+
+@dataclass(frozen=True)
+class Reason:
+    """What one expert, or one kind of fact, says for an item, and how much that counts."""
+
+    source: str
+    rank: int | None  # of the item among those that the expert offers, or among all candidates if it is trained
+    contribution: float  # of the score's logarithm, above the user's candidates on average; of all reasons they add up
+    history_item: int  # the history item that speaks most for it; 0 where that is not known
+
+
+class Blend:
+    """A model of experts. Scores are probabilities over the user's candidates; 0 for other items."""
+
+    rule: Rule | None
+    is_rule_suspended: (
+        bool  # the rule, by the trusted expert, which was better: it speaks alone while the rule is judged on
+    )
+    best_expert: int  # the expert that was best on what is remembered: it speaks where there is no rule
+
+    def __init__(self, spec: BlendSpec, seed: int) -> None:
+        self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
+        self.experts = Experts(spec.items_per_expert, spec.length, seed)
+        self.rule, self.is_rule_suspended, self.best_expert = None, False, 0
+        self.is_trained_expert_dropped = False  # the trained expert: it added nothing to the others
+        self.n_blocks = 0
+        nothing = torch.zeros(0, spec.negatives_per_query + 1, len(FEATURES), dtype=torch.float16)
+        self.query_log = QueryLog(nothing, nothing[..., 0] > 0, torch.zeros(0, N_EXPERTS + 1))
+        self.pending_queries: list[PendingQueries] = []  # those of the base block, until `hear_trained`
+
+    def grow(self, n_users: int, n_items: int) -> None:
+        """Make room for new users and items."""
+        self.experts.grow(n_users, n_items)
+        self.n_users, self.n_items = n_users, n_items
+
+    def absorb(self, events: Events, histories: Histories) -> None:
+        """Remember what was said of some of these events before they came, then count them.
+
+        The first events, the base block, come in two parts, so that there is something to learn from at once.
+        """
+        if not len(events):
+            return
+        parts, self.pending_queries = [events], []
+        if is_base := not self.experts.window_events:
+            self.experts.window_events = window = max(1, round(len(events) / 6))
+            parts = [events[:-window], events[-window:]]
+        for part in parts:
+            histories_after, rows_E = insert_events(histories, part, self.n_users)
+            targets = targets_at(histories_after, rows_E)
+            if self.experts.item_statistics.n_events:
+                self._log_queries(targets, is_base)
+            self.experts.absorb(part, histories, targets)
+            histories, self.n_blocks = histories_after, self.n_blocks + 1
+        self.best_expert = self.query_log.best_expert()
+
+    def _log_queries(self, targets: Targets, is_base: bool) -> None:
+        """Ask for some of the targets, and write down what the candidates looked like."""
+        rng = make_rng(self.seed, QUERY_STREAM, self.n_blocks)
+        targets = _chosen(targets, self.spec, self.experts, rng)
+        logs = [self.query_log]
+        for index_B in split_chunks(torch.arange(len(targets)), 256):
+            batch_targets = targets[index_B]
+            batch = Batch(batch_targets.users_N, history_items(batch_targets, self.spec.length))
+            items_BC, x_BCF = self.experts.candidate_features(batch)
+            has_target_B, sampled_QC, rows = _sample_queries(
+                self.spec, self.rule, items_BC, x_BCF, batch_targets.items_N[:, None], rng
+            )
+            logs.append(rows)
+            if is_base:
+                queries = batch.users_B[has_target_B], batch.history_BT[has_target_B], items_BC[has_target_B]
+                self.pending_queries.append(PendingQueries(has_target_B, *queries, sampled_QC))
+        self.query_log = QueryLog.joined(logs).latest(self.spec.max_queries)
+
+    def score_pending_queries(self) -> None:
+        """Add the opinion of the trained expert to what waits for it; it must not have learnt from what came later."""
+        self.experts.invalidate_cache()
+        x_QCF, ranks_PR = self.query_log.x_QCF.clone(), self.query_log.ranks_PR.clone()
+        query = len(x_QCF) - sum(len(part.users_Q) for part in self.pending_queries)
+        ranked = len(ranks_PR) - sum(len(part.has_target_B) for part in self.pending_queries)
+        for part in self.pending_queries:
+            user_vectors = self.experts.trained_user_vectors(Batch(part.users_Q, part.history_QT))
+            features = self.experts.trained_features(part.items_QC, *user_vectors)
+            rows, n = slice(query, query + len(part.users_Q)), part.sampled_QC.shape[1]
+            share_QC, log_rank_QC = (value_QC.gather(1, part.sampled_QC) for value_QC in features)
+            x_QCF[rows, :n, SHARE_COLUMN["pooled"]], x_QCF[rows, :n, RANK_COLUMN["pooled"]] = (
+                share_QC.half(),
+                log_rank_QC.half(),
+            )
+            rank_Q = log_rank_QC[:, 0].exp().round()
+            at_P = ranked + part.has_target_B.nonzero()[:, 0]
+            ranks_PR[at_P, POOLED] = torch.where(rank_Q > self.spec.items_per_expert, torch.inf, rank_Q)
+            query, ranked = query + len(part.users_Q), ranked + len(part.has_target_B)
+        self.query_log, self.pending_queries = replace(self.query_log, x_QCF=x_QCF, ranks_PR=ranks_PR), []
+        self.best_expert = self.query_log.best_expert()
+
+    def candidates(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(B, C) items, 0 where a user has fewer, and how likely each is the next among them; 0 is no opinion."""
+        items_BC, x_BCF = self.experts.candidate_features(batch)
+        return items_BC, self._candidate_probabilities(items_BC, x_BCF)
+
+    @property
+    def active_rule(self) -> Rule | None:
+        """What orders candidates; None while the trusted expert does."""
+        return None if self.is_rule_suspended else self.rule
+
+    def _candidate_probabilities(self, items_BC: Tensor, x_BCF: Tensor) -> Tensor:
+        if self.active_rule is None:
+            share_BC = x_BCF[..., self.best_expert].exp() - self.experts.cache.share_floor
+            return torch.where((items_BC > 0) & (share_BC > 1e-9), share_BC, 0.0)
+        score_BC = self.active_rule.scores(x_BCF).masked_fill(items_BC == 0, -torch.inf)
+        return score_BC.softmax(1).nan_to_num(0.0)
+
+    def score(self, batch: Batch, items: Tensor) -> Tensor:
+        """(B, N) of the items that are candidates; 0 of others."""
+        items_BC, score_BC = self.candidates(batch)
+        scores_BI = torch.zeros(len(batch), self.n_items + 1).scatter_(1, items_BC, score_BC)
+        scores_BI[:, 0] = 0.0
+        return select_scores(scores_BI, items)
+
+    def explain(self, batch: Batch, item: int) -> list[Reason]:
+        """Why a batch of one user is offered `item`, the weightiest reason first; none where it is not.
+
+        Where the trusted expert speaks alone, it is the only reason.
+        """
+        items_BC, x_BCF = self.experts.candidate_features(batch)
+        is_candidate_C = self._candidate_probabilities(items_BC, x_BCF)[0] > 0
+        if not bool((is_candidate_C & (items_BC[0] == item)).any()):
+            return []
+        items_C, x_CF = items_BC[0, items_BC[0] > 0], x_BCF[0, items_BC[0] > 0]
+        position = int((items_C == item).int().argmax())
+        ranks_N = x_CF[position, Slots.rank].exp().round().int().tolist()
+        ranks = {name: rank for name, rank in zip(EXPERT_NAMES, ranks_N) if rank <= self.spec.items_per_expert}
+        pairs = {name: counter for name, counter in self.experts.counters.items() if isinstance(counter, ItemKNN)}
+        history_items = {name: counter.most_influential_item(batch, item) for name, counter in pairs.items()}
+        contributions = {EXPERT_NAMES[self.best_expert]: 0.0}
+        if self.active_rule is not None:
+            contributions = dict(zip(SCORE_SOURCES, self.active_rule.contributions(x_CF)[position].tolist()))
+        reasons = [
+            Reason(name, ranks.get(name), contributions[name], history_items.get(name, 0)) for name in contributions
+        ]
+        return sorted(reasons, key=lambda reason: -reason.contribution)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything the model knows."""
+        numbers = [
+            self.n_users,
+            self.n_items,
+            self.experts.window_events,
+            self.n_blocks,
+            self.best_expert,
+            int(self.is_trained_expert_dropped),
+        ]
+        parts = {"experts": self.experts.state_dict(), "remembered": vars(self.query_log)}
+        parts |= {} if self.rule is None else {"rule": vars(self.rule)}
+        return {
+            "numbers": torch.tensor(numbers),
+            "overruled": torch.tensor(self.is_rule_suspended),
+        } | flatten_state_dicts(parts)
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `state_dict`."""
+        *numbers, given_up = tensors["numbers"].tolist()
+        self.n_users, self.n_items, self.experts.window_events, self.n_blocks, self.best_expert = numbers
+        self.is_trained_expert_dropped = bool(given_up)
+        self.is_rule_suspended = bool(tensors.get("overruled", False))  # what was saved earlier had no overruled rules
+        self.experts.load_state_dict(extract_state_dict(tensors, "experts"), self.n_users, self.n_items)
+        self.query_log = QueryLog(**extract_state_dict(tensors, "remembered"))
+        rule = extract_state_dict(tensors, "rule")
+        self.rule = Rule(**rule) if rule else None
+
+
+def _chosen(targets: Targets, spec: BlendSpec, experts: Experts, source: torch.Generator) -> Targets:
+    """The targets to ask for, drawn at random: one event of each user, then another, of users with a history.
+
+    Only items that somebody, or the user lately, took before: no expert offers others.
+    """
+    has_events_I = torch.from_numpy(experts.item_statistics.event_counts_I > 0)
+    known_N = is_repeat(targets, spec.length) | has_events_I[targets.items_N]
+    able_N = (targets.history_lengths(1) > 0) & known_N
+    order_N = permutation(len(targets), source)
+    order_N = order_N[able_N[order_N]]
+    turn_N = occurrence_numbers(targets.users_N[order_N])
+    share = min(1.0, spec.queries_per_window / experts.window_events)
+    wanted = min(spec.max_queries, round(share * len(targets)))
+    return targets[order_N[turn_N.argsort(stable=True)[:wanted]]]
+
+
+def _sample_queries(
+    spec: BlendSpec, rule: Rule | None, items_BC: Tensor, x_BCF: Tensor, target_B1: Tensor, rng: torch.Generator
+) -> tuple[Tensor, Tensor, QueryLog]:
+    """Of the queries whose target was offered, it and other candidates, drawn at random; of all queries the ranks.
+
+    Which queries those are (B,), and the places (Q, C) of what was drawn.
+    """
+    is_target_BC, real_BC, n = items_BC == target_B1, items_BC > 0, spec.negatives_per_query + 1
+    has_target_B = is_target_BC.any(1)
+    draw_BC = uniform(real_BC.shape, rng) + 2.0 * ~real_BC - 2.0 * is_target_BC
+    chosen_QC = draw_BC.argsort(1)[has_target_B, :n]
+    x_QCF = x_BCF[has_target_B].gather(1, chosen_QC[..., None].expand(-1, -1, x_BCF.shape[2])).half()
+    real_QC = real_BC[has_target_B].gather(1, chosen_QC)
+    n_missing = n - real_QC.shape[1]
+    target_BF = (x_BCF * is_target_BC[..., None]).sum(1)
+    ranks_BR = torch.full((len(has_target_B), N_EXPERTS + 1), torch.inf)
+    ranks_BR[has_target_B, :N_EXPERTS] = target_BF[has_target_B, Slots.rank].exp().round()
+    ranks_BR[:, :N_EXPERTS][ranks_BR[:, :N_EXPERTS] > spec.items_per_expert] = torch.inf
+    if rule is None:
+        ranks_BR[:, RULE] = torch.nan
+    else:
+        score_BC = rule.scores(x_BCF).masked_fill(~real_BC, -torch.inf)
+        own_B1 = score_BC.masked_fill(~is_target_BC, -torch.inf).amax(1, keepdim=True)
+        ranks_BR[has_target_B, RULE] = 1.0 + (score_BC > own_B1).sum(1)[has_target_B]
+    return (
+        has_target_B,
+        chosen_QC,
+        QueryLog(F.pad(x_QCF, (0, 0, 0, n_missing)), F.pad(real_QC, (0, n_missing)), ranks_BR),
+    )
+
+
+def cross_features(x_BCF: Tensor) -> Tensor:
+    """(B, C, G): the features that differ between candidates, and products of them with those that do not.
+
+    That is how trust in an expert comes to depend on how often a user repeats, and on how long the history is.
+    """
+    share, own_features = x_BCF[..., Slots.share], x_BCF[..., Slots.own]
+    taken, repeat_rate, repeats, length = (x_BCF[..., column : column + 1] for column in CROSSED)
+    products = [
+        share * repeats,
+        share * length,
+        own_features * repeats,
+        own_features * length,
+        own_features * repeat_rate,
+        taken * repeat_rate * repeats,
+    ]
+    return torch.cat([x_BCF[..., : Slots.user.start], *products], -1)
+
+
+def cross_feature_sources() -> list[str]:
+    """Which of SOURCES each of the G crossed features speaks for."""
+    own_sources = ["own history"] * len(OWN_FEATURES)
+    return [
+        *EXPERT_NAMES,
+        *EXPERT_NAMES,
+        *own_sources,
+        *["item"] * len(ITEM_FEATURES),
+        *EXPERT_NAMES,
+        *EXPERT_NAMES,
+        *own_sources,
+        *own_sources,
+        *own_sources,
+        "own history",
+    ]

@@ -1,0 +1,205 @@
+"""Models with several interests a user: items -> interests (routing or self-attention) -> label-aware attention.
+
+Symbols of the paper: e_i -> items_BTD, W -> transform_DD, h_k -> vectors_BKD, c_ik -> share_BTK, W_1 -> inner_AD,
+W_u -> queries_KA. The specs in mind.py and comirec.py say which extractor, and with which options.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from freshrec.config import HISTORY_LENGTH, Count, CountOrZero, Positive, Weight, check_options
+from freshrec.device import normal
+from freshrec.errors import OptionError
+from freshrec.nn.embedding_table import EmbeddingTable, lookup_many
+from freshrec.nn.layers import MASKED, attend, sampled_logits, sampled_softmax_loss, squash
+from freshrec.types import Batch, Forward
+
+
+@dataclass(frozen=True)
+class InterestSpec:
+    """Options of MIND, ComiRec-DR and ComiRec-SA.
+
+    Defaults are what validation targets prefer (docs/diary.md), not the paper's: attention="soft" is the paper's.
+    """
+
+    extractor: Literal["routing", "attention"] = "routing"
+    k: Count = 4  # interests of a newcomer
+    k_max: Count = 12  # no user ever has more
+    d: Count = 64
+    attention: Literal["hard", "soft"] = "hard"  # "hard": the closest interest learns; "soft": all do
+    power: Positive = 1.0  # of the soft attention's logits (MIND's p)
+    noise: Weight = 0.0  # of the routing logits of users without stored interests, in training (MIND: 1)
+    iterations: Count = 3  # of the routing
+    recency: bool = True  # weigh history items in the routing by a learnt decay of their age
+    inner: Count = 1  # d_a / d of the self-attention; ComiRec has 4, which is 4 x slower
+    length: Count = HISTORY_LENGTH  # history items looked at
+    lr: Positive = 0.015
+    batch: Count = 256
+    negatives: Count = 512
+    std: Positive = 0.1  # of new item vectors
+    categories: CountOrZero = 0  # room for so many, of items; 0: they are not looked at
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def build(self, seed: int) -> "InterestNet":
+        """A model without users and items. OptionError where k is above k_max."""
+        if self.k > self.k_max:
+            raise OptionError(f"k must be between 1 and k_max = {self.k_max}, not {self.k}.")
+        return InterestNet(self, seed)
+
+
+@dataclass(frozen=True)
+class InitialInterests:
+    """Where extraction starts from: a user's stored interests, or the slots."""
+
+    vectors_BKD: Tensor
+    alive_BK: Tensor | None  # None: all of them
+    is_newcomer_B: Tensor | None  # has nothing stored; None: nobody has
+
+
+class InterestExtractor(Protocol):
+    """Items to interests."""
+
+    has_ordered_interests: (
+        bool  # the k-th interest is the k-th of something learnt, so that only the last ones may be dropped
+    )
+
+    def __call__(self, items_BTD: Tensor, real_BT1: Tensor, start: InitialInterests) -> Tensor:
+        """(B, K, D) interests of `items_BTD`; padding is where `real_BT1` is 0."""
+
+
+class DynamicRouting(nn.Module):
+    """Behaviour-to-interest dynamic routing with one shared transform, starting from each user's stored interests.
+
+    Differs from the paper: the vote of an item is a softmax over interests, and routing does not start from zeros (with
+    one shared transform all interests would stay identical). Gradients flow through the last iteration only.
+    """
+
+    def __init__(self, d: int, iterations: int, noise: float, recency: bool) -> None:
+        super().__init__()
+        self.iterations, self.noise = iterations, noise
+        self.transform_DD = nn.Parameter(torch.eye(d))
+        self.log_fading = nn.Parameter(torch.tensor(-3.0)) if recency else None
+
+    has_ordered_interests = False
+
+    def forward(self, items_BTD: Tensor, real_BT1: Tensor, start: InitialInterests) -> Tensor:
+        """h_k = squash(sum_i c_ik W e_i), c_i = softmax over k of the summed votes W e_i . h_k [IMSR eq. 4].
+
+        W e_i [IMSR eq. 3] is never formed: W is applied to the K interests, not to the T items.
+        """
+        W = self.transform_DD
+        real_B1T = real_BT1.transpose(1, 2)
+        if self.log_fading is not None:
+            age_T = torch.arange(items_BTD.shape[1] - 1, -1, -1)
+            real_B1T = real_B1T * torch.exp(-self.log_fading.exp() * age_T)
+        with torch.no_grad():  # softmax along the middle dimension is 10 x faster than along a short last one
+            votes_BKT = torch.bmm(start.vectors_BKD @ W, items_BTD.transpose(1, 2))
+            if self.noise and self.training:
+                noise_BKT = self.noise * torch.randn_like(votes_BKT)
+                votes_BKT += (
+                    noise_BKT if start.is_newcomer_B is None else noise_BKT * start.is_newcomer_B[:, None, None]
+                )
+            if start.alive_BK is not None:
+                votes_BKT.masked_fill_(~start.alive_BK[..., None], MASKED)
+            for i in range(self.iterations):
+                share_BKT = torch.softmax(votes_BKT, 1)
+                if i < self.iterations - 1:
+                    vectors_BKD = squash(torch.bmm(share_BKT * real_B1T, items_BTD) @ W.t())
+                    votes_BKT = torch.baddbmm(votes_BKT, vectors_BKD @ W, items_BTD.transpose(1, 2))
+        return squash(torch.bmm(share_BKT * real_B1T, items_BTD) @ W.t())
+
+
+class SelfAttention(nn.Module):
+    """Interests as attention-weighted sums of the items; one learnt query per interest, shared by all users.
+
+    Differs from the paper: W_u is shared (per-user queries would need d_a K floats for every user), positions enter the
+    weights, padding is masked.
+    """
+
+    def __init__(self, d: int, d_inner: int, k_max: int, length: int, rng: torch.Generator) -> None:
+        super().__init__()
+        self.positions_TD = nn.Parameter(0.02 * normal((length, d), rng))
+        self.inner_AD = nn.Parameter(normal((d_inner, d), rng) / d**0.5)
+        self.queries_KA = nn.Parameter(normal((k_max, d_inner), rng) / d_inner**0.5)
+
+    has_ordered_interests = True
+
+    def forward(self, items_BTD: Tensor, real_BT1: Tensor, start: InitialInterests) -> Tensor:
+        """H = A E with A = softmax over items of W_u^T tanh(W_1 E) [IMSR eq. 8]."""
+        n_items, n_interests = items_BTD.shape[1], start.vectors_BKD.shape[1]
+        placed_BTD = items_BTD + self.positions_TD[len(self.positions_TD) - n_items :]
+        logits_BTK = torch.tanh(placed_BTD @ self.inner_AD.t()) @ self.queries_KA[:n_interests].t()
+        weights_BTK = torch.softmax(logits_BTK.masked_fill(real_BT1 == 0, MASKED), 1) * real_BT1
+        vectors_BKD = torch.bmm(weights_BTK.transpose(1, 2), items_BTD)
+        return vectors_BKD if start.alive_BK is None else vectors_BKD * start.alive_BK[..., None]
+
+
+class InterestNet(nn.Module):
+    """MIND, ComiRec-DR and ComiRec-SA, as an `InterestModel`."""
+
+    batch_format = "target"
+
+    def __init__(self, spec: InterestSpec, seed: int) -> None:
+        super().__init__()
+        self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
+        self.moments: dict[str, Tensor] = {}
+        rng = torch.Generator().manual_seed(seed)
+        self.items = EmbeddingTable(spec.d, spec.std, seed, spec.categories)
+        self.extract: nn.Module
+        if spec.extractor == "routing":
+            self.extract = DynamicRouting(spec.d, spec.iterations, spec.noise, spec.recency)
+        else:
+            self.extract = SelfAttention(spec.d, spec.inner * spec.d, spec.k_max, spec.length, rng)
+        # random directions of norm below 1: with norm sqrt(d), new interests would grab every item
+        self.register_buffer("starts_KD", squash(normal((spec.k_max, spec.d), rng)))
+
+    starts_KD: Tensor
+
+    def grow(self, n_users: int, n_items: int) -> None:
+        """Make room for new users and items."""
+        self.n_users, self.n_items = n_users, n_items
+        self.items.grow(n_items)
+
+    def initial_interests(self, n: int) -> Tensor:
+        """(n, D): where the first n interests of a newcomer start."""
+        return self.starts_KD[:n]
+
+    def forward(self, batch: Batch) -> Forward:
+        """Sampled softmax of the target under the label-aware mix of the user's interests."""
+        assert batch.targets_BT is not None and batch.negatives_N is not None
+        target_B, negative_N = batch.targets_BT[:, 0], batch.negatives_N
+        history_BTD, target_BD, negatives_ND = lookup_many(self.items, batch.history_BT, target_B, negative_N)
+        vectors_BKD = self._extract_interests(history_BTD, batch)
+        if batch.project is not None and batch.alive_BK is not None and batch.old_BK is not None:
+            vectors_BKD = batch.project(vectors_BKD, batch.alive_BK, batch.old_BK)
+        user_BD = attend(vectors_BKD, target_BD, batch.alive_BK, self.spec.attention, self.spec.power)
+        logits_BN = sampled_logits(user_BD, target_BD, negatives_ND, target_B, negative_N)
+        return Forward(sampled_softmax_loss(logits_BN), vectors_BKD, target_BD, logits_BN)
+
+    def _extract_interests(self, items_BTD: Tensor, batch: Batch) -> Tensor:
+        stored_BKD, alive_BK = batch.interests_BKD, batch.alive_BK
+        if stored_BKD is None:
+            stored_BKD = self.initial_interests(self.spec.k).expand(len(batch), -1, -1)
+        if alive_BK is not None and bool(alive_BK.all()):
+            alive_BK = None
+        newcomer_B = None if batch.old_BK is None else ~batch.old_BK.any(1)
+        start = InitialInterests(stored_BKD, alive_BK, newcomer_B)
+        vectors: Tensor = self.extract(items_BTD, (batch.history_BT > 0)[..., None].float(), start)
+        return vectors
+
+    @property
+    def has_ordered_interests(self) -> bool:
+        """Whether only a user's last interests may be dropped."""
+        return bool(self.extract.ordered)
+
+    def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
+        """`user_vectors` of a history whose items have these vectors, with gradients."""
+        vectors_BKD = self._extract_interests(items_BTD, batch)
+        if batch.alive_BK is None:
+            return vectors_BKD
+        return torch.where(batch.alive_BK[..., None], vectors_BKD, vectors_BKD[:, :1])

@@ -1,0 +1,84 @@
+"""Clicks that a server took become part of a delivery: an update learns them once, wherever else they arrive."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import polars as pl
+
+from freshrec.data.log import Log
+from freshrec.nightly.job import NightlyJob, batches_of
+from freshrec.store import click_journal as journal
+from freshrec.store.dedup import EVENT_KEYS
+from freshrec.store.event_log import AppendResult
+from freshrec.store.versions import version_chain
+
+
+def append_with_clicks(job: NightlyJob, log: Log | None, source: str) -> AppendResult | None:
+    """Append a delivery, if there is one, and all clicks that are in no batch yet; None: there was nothing at all.
+
+    A click that is in the delivery too is that row: the gate sees one day, not two, and nothing doubled. One that is
+    newer than all of the delivery waits for the next: learnt now, it would make most of that one's rows late. Somebody
+    who dies between the batch and the journal leaves clicks that the log knows by their identity.
+    """
+    files = journal.close_journal(job.store.folder)
+    if log is not None and job.bundle.read_options.has_clock:
+        files = journal.defer_clicks(files, _is_later_click(log, files))
+    clicks = journal.clicks_to_frame([click for file in files for click in file.clicks]) if files else None
+    if clicks is None or not len(clicks):
+        journal.mark_taken(files, None)
+        return None if log is None else job.append_delivery(log, source)
+    repeated = None
+    if log is not None and (job.log.batches()["source"] == source).any():
+        repeated, log = job.append_delivery(log, source), None
+    has_clock = job.bundle.read_options.has_clock
+    if log is None:
+        names = "".join(f"{file.path.name}\n" for file in files)
+        click_rows = clicks if has_clock else clicks.with_columns(time=pl.int_range(pl.len(), dtype=pl.Int64))
+        delivery, source = Log(click_rows, has_clock, "us"), f"clicks {hashlib.sha256(names.encode()).hexdigest()}"
+    else:
+        delivery = merge_clicks(log, clicks)
+    result = job.append_delivery(delivery, source)
+    journal.mark_taken(files, result.batch or result.repeated_batch)
+    return repeated if repeated is not None and not result.n_appended else result
+
+
+def count_waiting_clicks(job: NightlyJob) -> int:
+    """How many clicks are in no batch of the log."""
+    return sum(len(file.clicks) for file in journal.read_journal(job.store.folder) if file.batch is None)
+
+
+def _is_later_click(log: Log, files: list[journal.JournalFile]) -> Callable[[journal.Click], bool]:
+    """Whether a click is newer than a log, and not a row of it."""
+    newest: Any = log.frame["time"].max()
+    rows = set[str]()
+    if "event_id" in log.frame.columns:
+        ids = [click.event_id for file in files for click in file.clicks if click.event_id is not None]
+        column = log.frame["event_id"].cast(pl.String)
+        rows = set(column.filter(column.is_in(pl.Series(ids, dtype=pl.String).implode())))
+    return lambda click: click.time > newest and click.event_id not in rows
+
+
+def merge_clicks(log: Log, clicks: pl.DataFrame) -> Log:
+    """A log and the clicks that are not in it, in time order."""
+    frame = log.frame
+    has_event_ids = "event_id" in frame.columns
+    if has_event_ids:
+        frame = frame.with_columns(pl.col("event_id").cast(pl.String))
+        clicks = clicks.join(frame.select("event_id").drop_nulls(), on="event_id", how="anti")
+    if log.has_clock:
+        # a row may lack the id that its click has
+        rows = frame.filter(pl.col("event_id").is_null()) if has_event_ids else frame
+        clicks = clicks.join(rows.select(EVENT_KEYS), on=list(EVENT_KEYS), how="anti", maintain_order="left")
+    else:
+        clicks = clicks.with_columns(time=pl.int_range(pl.len(), dtype=pl.Int64) + len(frame))
+    frame = frame.with_columns(pl.col("category").cast(pl.String)) if "category" in frame.columns else frame
+    return replace(log, frame=pl.concat([frame, clicks], how="diagonal").sort("time", maintain_order=True))
+
+
+def remove_learnt_clicks(job: NightlyJob) -> None:
+    """Remove the clicks that the live version has learnt, or that it has passed over."""
+    journal.remove_learnt_files(job.store.folder, max(batches_of(version_chain(job.store)), default=0))

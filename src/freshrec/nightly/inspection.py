@@ -1,0 +1,146 @@
+"""What a store can tell of itself: its state, differences between versions, one user, one item, whether it is whole."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict
+from importlib.metadata import version as version_of
+from typing import Any
+
+import polars as pl
+import torch
+
+from freshrec.data.log import format_time
+from freshrec.errors import FreshrecError, StateError
+from freshrec.nightly.full_retrain import retrain_plan
+from freshrec.nightly.job import batches_of, waiting_batches
+from freshrec.recommender.bundle import Bundle, read_bundle
+from freshrec.recommender.ids import normalize_ids, require_rows, resolve_request
+from freshrec.recommender.list_request import ListRequest
+from freshrec.recommender.lists import top_items
+from freshrec.recommender.user_profile import profile_of
+from freshrec.store.event_log import EventLog
+from freshrec.store.versions import Store, is_collected, version_chain
+
+N_SAMPLE_USERS, LIST_LENGTH = 300, 20  # users, and items of each, by which two versions are compared
+LIBRARIES = ("torch", "polars", "numpy", "scipy", "deltalake", "safetensors", "pydantic")
+
+
+def store_status(store: Store) -> dict[str, Any]:
+    """The live version, what waits, and what it takes on the disk."""
+    live, versions, log = store.live, store.manifests(), EventLog(store.folder / "log")
+    manifest, chain = store.manifest(live), version_chain(store)
+    n_bytes = sum(file.n_bytes for file in manifest.files.values())
+    newest = log.batches().filter(pl.col("batch").is_in(batches_of(chain)))["last"].max()
+    return {
+        "live": live, "made_at": manifest.made_at, "kind": manifest.kind, "model": manifest.recipe["model"],
+        "strategy": manifest.recipe["strategy"], **manifest.sizes, "held": manifest.held,
+        "newest_event": format_time(newest) if isinstance(newest, int) and log.has_clock else None,
+        "versions": len(versions), "refused": [m.id for m in versions if not m.promoted and m.id > live],
+        "batches_waiting": waiting_batches(store, log),
+        "bytes": n_bytes, "bytes_per_user": round(n_bytes / max(1, manifest.sizes["users"]), 1),
+        "plan": retrain_plan(chain), "numbers": manifest.numbers, "notes": manifest.notes,
+    }  # fmt: skip
+
+
+def version_difference(store: Store, first: int, second: int) -> dict[str, Any]:
+    """What two versions differ in, and how much of the lists of a sample of users they share."""
+    one, other = store.manifest(first), store.manifest(second)
+    names = sorted(one.numbers.keys() | other.numbers.keys())
+    bundles = [read_bundle(store.verified_files(number)) for number in (first, second)]
+    known = [contents.served.users.frame["id"].drop_nulls() for contents in bundles]
+    users = known[0].filter(known[0].is_in(known[1].implode()))
+    users = users.sample(min(N_SAMPLE_USERS, len(users)), seed=0)
+    lists = [_lists_of(contents, users) for contents in bundles]
+    ids = [
+        found.select("nth", item=contents.served.items.ids(torch.from_numpy(found["item"].to_numpy(writable=True))))
+        for contents, found in zip(bundles, lists)
+    ]
+    shared = ids[0].join(ids[1], on=["nth", "item"]).height / max(1, ids[0].height)
+    ways = [contents.recipe for contents in bundles]  # not the manifests': those have the options' names of then
+    recipe = {key for key in ways[0].keys() | ways[1].keys() if ways[0].get(key) != ways[1].get(key)}
+    return {
+        "versions": [first, second],
+        "sizes": {name: [one.sizes.get(name), other.sizes.get(name)] for name in one.sizes},
+        "numbers": {name: [one.numbers.get(name), other.numbers.get(name)] for name in names},
+        "recipe": {key: [way.get(key) for way in ways] for key in sorted(recipe)},
+        "shared": shared, "users": len(users), "list": LIST_LENGTH,
+    }  # fmt: skip
+
+
+def _lists_of(contents: Bundle, users: pl.Series) -> pl.DataFrame:
+    served = contents.served
+    return top_items(served, served.users.rows(users), resolve_request(served, ListRequest(k=LIST_LENGTH)))
+
+
+def user_profile(bundle: Bundle, user_id: str | int) -> dict[str, Any]:
+    """One user: events, the newest last, and interests with their best items. OptionError for an unknown user."""
+    served = bundle.served
+    row = int(require_rows(normalize_ids("user_id", user_id, served.users), served.users))
+    found = profile_of(served, row, bundle.read_options.has_clock)
+    interests = [
+        {
+            "title": one.title, "born_span": one.born_span, "used_span": one.used_span,
+            "items": [item_id for item_id, _ in one.items], "events": [asdict(event) for event in one.events],
+        }
+        for one in found.interests
+    ]  # fmt: skip
+    return {
+        "user_id": served.users.frame["id"][row - 1], "first_span": found.first_span, "last_span": found.last_span,
+        "n_events": len(found.events), "events": [asdict(event) for event in found.events[-LIST_LENGTH:]],
+        "kind": found.kind, "interests": interests,
+    }  # fmt: skip
+
+
+def item_profile(bundle: Bundle, item_id: str | int) -> dict[str, Any]:
+    """One item: how often, by how many, and when it was taken."""
+    served = bundle.served
+    row = int(require_rows(normalize_ids("item_id", item_id, served.items), served.items))
+    histories = served.counts.histories
+    at_R = (histories.items_R == row).nonzero()[:, 0]
+    users_R = torch.searchsorted(histories.offsets_U, at_R, right=True)
+    catalog_row = served.items.frame.row(row - 1, named=True)
+    found = {
+        "item_id": catalog_row["id"], "first_span": catalog_row["first_span"], "last_span": catalog_row["last_span"],
+        "n_events": len(at_R), "n_users": len(users_R.unique()),
+    }  # fmt: skip
+    if bundle.read_options.has_clock and len(at_R):
+        times = histories.times_R[at_R]
+        found |= {"first": format_time(int(times.min())), "last": format_time(int(times.max()))}
+    return found
+
+
+def check_store(store: Store | None) -> list[tuple[bool, str]]:
+    """What works and what does not: the environment, and every file of the store."""
+    libraries = ", ".join(f"{name} {version_of(name)}" for name in LIBRARIES)
+    found = [(True, f"Python {platform.python_version()}; {libraries}")]
+    if store is None:
+        return found
+    readable = {manifest.id for manifest in store.manifests()}
+    for number in store.version_numbers():
+        if number in readable and is_collected(store, number):
+            found.append((True, f"version {number}: its files were given up by `freshrec gc` or `erase`"))
+            continue
+        try:
+            wrong = store.find_damage(number)
+            found.append((not wrong, f"version {number}: {'; '.join(wrong) or 'whole'}"))
+        except StateError as why:
+            found.append((False, f"version {number}: {why}"))
+    for check in (_check_live, _check_log):
+        try:
+            found.append((True, check(store)))
+        except FreshrecError as why:
+            found.append((False, str(why)))
+    return found
+
+
+def _check_live(store: Store) -> str:
+    store.verified_files(store.live)
+    return f"version {store.live} is live, {len(version_chain(store)) - 1} updates after the first one"
+
+
+def _check_log(store: Store) -> str:
+    log = EventLog(store.folder / "log")
+    n_batches = len(log.batches())
+    n_rows = len(log.read()) if n_batches else 0
+    return f"the log holds {n_rows:,} events in {n_batches:,} batches"

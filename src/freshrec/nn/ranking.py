@@ -1,0 +1,255 @@
+"""Ranks of targets and best items, over the whole catalogue in blocks: never a dense (users, items) table."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from freshrec.data.batches import close_gaps, split_chunks
+from freshrec.device import prefers_blocks
+from freshrec.errors import TrainingError
+from freshrec.nn.layers import max_inner_product
+from freshrec.nn.scoring import item_vectors, score_items, user_vectors
+from freshrec.nn.sparse import distinct_items
+from freshrec.types import Batch, CandidateModel, Model, TrainedModel, VectorModel
+
+USER_BLOCK, ITEM_BLOCK = 64, 2048  # measured best block of the rank count: two thirds of the peak of a matrix product
+READOUTS = ("recent", "stored", "both")
+# (vectors_BKD, n_B) -> (B, C) rows of at least the n best items that were found, each once, 0: none; and their scores
+VectorSearch = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def query_vectors(model: VectorModel, batch: Batch, readout: str = "recent") -> Tensor:
+    """(B, K, D) what represents the users: interests read from the recent history, as stored, or both side by side."""
+    recent_BKD = user_vectors(model, batch)
+    if readout == "recent" or batch.interests_BKD is None or batch.alive_BK is None or batch.old_BK is None:
+        return recent_BKD
+    first_B1D = batch.interests_BKD[:, :1]
+    stored_BKD = torch.where(batch.alive_BK[..., None], batch.interests_BKD, first_B1D)
+    known_B11 = batch.old_BK.any(1)[:, None, None]  # a newcomer has nothing stored
+    stored_BKD = torch.where(known_B11, stored_BKD, recent_BKD)
+    return stored_BKD if readout == "stored" else torch.cat([stored_BKD, recent_BKD], 1)
+
+
+def target_ranks(
+    model: Model, batch: Batch, target_B: Tensor, readout: str = "recent", n_items: int | None = None
+) -> Tensor:
+    """(B,) 1-based rank of each target among items 1..n_items (all the model knows); ties count half; inf if not known.
+
+    What counts may offer a user an own item again that is new to everybody else; what is trained has no vector of it.
+    Raises TrainingError where a score is not finite.
+    """
+    n_items = model.n_items if n_items is None else min(n_items, model.n_items)
+    batch = drop_unknown_items(model, batch)
+    new_items_BN = (
+        torch.zeros(len(batch), 0, dtype=torch.int64)
+        if isinstance(model, TrainedModel)
+        else _new_history_items(batch, n_items)
+    )
+    known_B = (target_B <= n_items) | (new_items_BN == target_B[:, None]).any(1)
+    target_B = torch.where(known_B, target_B, 0)
+    rank_B = torch.ones(len(target_B))
+    size = USER_BLOCK if prefers_blocks(target_B) else max(len(target_B), 1)
+    for users in torch.arange(len(target_B)).split(size):
+        rank_B[users] += _count_ahead(
+            model, _select_users(batch, users), target_B[users], readout, n_items, new_items_BN[users]
+        )
+    return torch.where(known_B, rank_B, torch.inf)
+
+
+def target_ranks_among(
+    model: Model, batch: Batch, target_B: Tensor, others_BN: Tensor, readout: str = "recent"
+) -> Tensor:
+    """(B,) 1-based rank of each target among itself and some other items (0: none); ties count half; inf if not known.
+
+    Raises TrainingError where a score is not finite.
+    """
+    known_B = target_B <= model.n_items
+    others_BN = torch.where(others_BN <= model.n_items, others_BN, 0)
+    items_BN = torch.cat([torch.where(known_B, target_B, 0)[:, None], others_BN], 1)
+    batch = drop_unknown_items(model, batch)
+    if isinstance(model, VectorModel):
+        score_BN = max_inner_product(query_vectors(model, batch, readout), item_vectors(model)[items_BN])
+    else:
+        score_BN = score_items(model, batch, items_BN)
+    _check_finite(score_BN)
+    target_B1, score_BN = score_BN[:, :1], score_BN[:, 1:]
+    ahead_BN = (score_BN > target_B1).float() + 0.5 * (score_BN == target_B1)
+    return torch.where(known_B, 1 + (ahead_BN * (others_BN > 0)).sum(1), torch.inf)
+
+
+def drop_unknown_items(model: Model, batch: Batch) -> Batch:
+    """`batch` without history items that the model has no row for yet: the others close the gaps."""
+    history_BT = batch.history_BT
+    if history_BT.numel() and int(history_BT.max()) > model.n_items:
+        history_BT = torch.where(history_BT <= model.n_items, history_BT, 0)
+    history_BT = close_gaps(history_BT)
+    return batch if history_BT is batch.history_BT else replace(batch, history_BT=history_BT)
+
+
+def _new_history_items(batch: Batch, n_items: int) -> Tensor:
+    """(B, N) the items of each history that are not 1..n_items, each once, then 0."""
+    return torch.from_numpy(distinct_items(torch.where(batch.history_BT > n_items, batch.history_BT, 0).numpy()))
+
+
+def _select_users(batch: Batch, index: Tensor) -> Batch:
+    interest_columns = (batch.interests_BKD, batch.alive_BK, batch.old_BK)
+    interests, alive, old = (None if x is None else x[index] for x in interest_columns)
+    users_B, history_BT = batch.users_B[index], batch.history_BT[index]
+    return Batch(
+        users_B, history_BT, interests_BKD=interests, alive_BK=alive, old_BK=old, categories_I=batch.categories_I
+    )
+
+
+def _count_ahead(
+    model: Model, batch: Batch, target_B: Tensor, readout: str, n_items: int, new_items_BN: Tensor
+) -> Tensor:
+    """How many items, 1..n_items and own ones, are ahead of the target, those with an equal score counted half."""
+    if isinstance(model, CandidateModel):
+        return _count_ahead_of_candidates(*model.candidates(batch), target_B, n_items, new_items_BN)
+    ahead_B = torch.zeros(len(batch))
+    vectors_BKD = query_vectors(model, batch, readout) if isinstance(model, VectorModel) else None
+    items_ID = item_vectors(model) if isinstance(model, VectorModel) else None
+    if vectors_BKD is not None and items_ID is not None:
+        target_B1 = max_inner_product(vectors_BKD, items_ID[target_B][:, None])
+    else:
+        target_B1 = score_items(model, batch, target_B[:, None])
+    in_blocks = isinstance(model, TrainedModel) and prefers_blocks(target_B)
+    block = ITEM_BLOCK if in_blocks else max(n_items, 1)  # a counter's sparse scores are made once for all
+    blocks = [torch.arange(first, min(first + block, n_items + 1)) for first in range(1, n_items + 1, block)]
+    if new_items_BN.shape[1]:
+        blocks.append(torch.where(new_items_BN > 0, new_items_BN, target_B[:, None]))  # which is not ahead of itself
+    for items_N in blocks:
+        if vectors_BKD is not None and items_ID is not None:
+            score_BN = max_inner_product(vectors_BKD, items_ID[items_N[0] : items_N[-1] + 1])
+        else:
+            score_BN = score_items(model, batch, items_N)
+        _check_finite(score_BN)
+        other_BN = items_N != target_B[:, None]  # the target's own score may differ in the last bit between blocks
+        ahead_B += ((score_BN > target_B1) & other_BN).sum(1) + 0.5 * ((score_BN == target_B1) & other_BN).sum(1)
+    return ahead_B
+
+
+def _count_ahead_of_candidates(
+    items_BC: Tensor, score_BC: Tensor, target_B: Tensor, n_items: int, new_items_BN: Tensor
+) -> Tensor:
+    _check_finite(score_BC)
+    is_allowed_BC = (items_BC > 0) & (items_BC <= n_items)
+    if new_items_BN.shape[1]:
+        is_allowed_BC = is_allowed_BC | (
+            (items_BC[..., None] == new_items_BN[:, None]) & (items_BC > 0)[..., None]
+        ).any(2)
+    score_BC = torch.where(is_allowed_BC, score_BC, 0.0)
+    is_target_BC = items_BC == target_B[:, None]
+    target_B1 = (score_BC * is_target_BC).sum(1, keepdim=True)
+    ahead_B, tied_B = (score_BC > target_B1).sum(1), ((score_BC == target_B1) & ~is_target_BC & (score_BC > 0)).sum(1)
+    others_B = n_items + (new_items_BN > 0).sum(1) - 1
+    unscored_B = torch.where(target_B1[:, 0] > 0, 0, others_B - (score_BC > 0).sum(1))  # of these nothing is said
+    return ahead_B + 0.5 * (tied_B + unscored_B)
+
+
+def top_k(
+    model: Model,
+    batch: Batch,
+    k: int,
+    excluded_BM: Tensor | None = None,
+    allowed_N: Tensor | None = None,
+    search: VectorSearch | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The best k items and their scores, (B, k) each, the best first; -inf where a user has no more.
+
+    `banned_BM` holds item rows a user must not get (0: none): their score is -inf. `among_N` holds the item rows to
+    choose from, ascending; all unless given. Where a vector model has a `search`, only what that finds is scored, but
+    for users who would come back short. TrainingError where a score is not finite.
+    """
+    batch = drop_unknown_items(model, batch)
+    if search is not None and allowed_N is None:  # before asking what the model is, which takes as long as its vectors
+        return _top_k_by_search(cast(VectorModel, model), batch, k, excluded_BM, search)
+    if isinstance(model, CandidateModel):
+        return _top_k_of_candidates(*model.candidates(batch), k, excluded_BM, allowed_N)
+    allowed_N = torch.arange(1, model.n_items + 1) if allowed_N is None else allowed_N[allowed_N <= model.n_items]
+    if isinstance(model, VectorModel):
+        return top_k_exact(item_vectors(model), user_vectors(model, batch), k, excluded_BM, allowed_N)
+    return _top_k_by_score(lambda items_N: score_items(model, batch, items_N), len(batch), k, excluded_BM, allowed_N)
+
+
+def _top_k_by_score(
+    score: Callable[[Tensor], Tensor], n_users: int, k: int, excluded_BM: Tensor | None, allowed_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The best of some items, in blocks."""
+    best_items, best_scores = torch.zeros(n_users, 0, dtype=torch.int64), torch.zeros(n_users, 0)
+    for items_N in split_chunks(allowed_N, 8 * ITEM_BLOCK):
+        score_BN = score(items_N)
+        _check_finite(score_BN)
+        if excluded_BM is not None:
+            at_BM = torch.searchsorted(items_N, excluded_BM.contiguous()).clamp(max=len(items_N) - 1)
+            hit_BM = items_N[at_BM] == excluded_BM
+            at = (hit_BM.nonzero()[:, 0], at_BM[hit_BM])
+            score_BN = score_BN.index_put(at, torch.tensor(-torch.inf))
+        scores_BK, at_BK = score_BN.topk(min(k, len(items_N)))
+        best_items = torch.cat([best_items, items_N[at_BK]], 1)
+        best_scores, order = torch.cat([best_scores, scores_BK], 1).topk(min(k, best_items.shape[1]))
+        best_items = best_items.gather(1, order)
+    return best_items, best_scores
+
+
+def top_k_exact(
+    items_ID: Tensor, vectors_BKD: Tensor, k: int, excluded_BM: Tensor | None, allowed_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(B, k) the best of some items (ascending rows) by max_k h_k e_i, and their scores; -inf where banned."""
+
+    def score(items_N: Tensor) -> Tensor:
+        first, last = int(items_N[0]), int(items_N[-1])
+        rows_ND = items_ID[first : last + 1] if last - first + 1 == len(items_N) else items_ID[items_N]
+        return max_inner_product(vectors_BKD, rows_ND)
+
+    return _top_k_by_score(score, len(vectors_BKD), k, excluded_BM, allowed_N)
+
+
+@torch.inference_mode()
+def _top_k_by_search(
+    model: VectorModel, batch: Batch, k: int, excluded_BM: Tensor | None, search: VectorSearch
+) -> tuple[Tensor, Tensor]:
+    """The best of what a search finds; of all items for users of whom it finds too few."""
+    vectors_BKD = user_vectors(model, batch)
+    excluded_BM = torch.zeros(len(batch), 0, dtype=torch.int64) if excluded_BM is None else excluded_BM
+    excluded_BM = torch.from_numpy(distinct_items(torch.where(excluded_BM <= model.n_items, excluded_BM, 0).numpy()))
+    n_excluded_B = (excluded_BM > 0).sum(1)
+    candidates_BC, score_BC = search(vectors_BKD, k + n_excluded_B)
+    items_BK, score_BK = _top_k_of_candidates(candidates_BC, score_BC, k, excluded_BM, None)
+    is_incomplete_B = torch.isfinite(score_BK).sum(1) < (model.n_items - n_excluded_B).clamp(max=k)
+    if bool(is_incomplete_B.any()):
+        all_N = torch.arange(1, model.n_items + 1)
+        exact = top_k_exact(item_vectors(model), vectors_BKD[is_incomplete_B], k, excluded_BM[is_incomplete_B], all_N)
+        items_BK, score_BK = _pad_columns(items_BK, 0, k), _pad_columns(score_BK, -torch.inf, k)
+        items_BK[is_incomplete_B, : exact[0].shape[1]], score_BK[is_incomplete_B, : exact[1].shape[1]] = exact
+    return items_BK, score_BK
+
+
+def _pad_columns(values_BC: Tensor, fill_value: float, k: int) -> Tensor:
+    """(B, k) with nothing in the columns that were not there."""
+    return F.pad(values_BC, (0, k - values_BC.shape[1]), value=fill_value)
+
+
+def _top_k_of_candidates(
+    items_BC: Tensor, score_BC: Tensor, k: int, excluded_BM: Tensor | None, allowed_N: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    _check_finite(score_BC)
+    is_excluded_BC = items_BC == 0
+    if excluded_BM is not None and excluded_BM.shape[1]:
+        sorted_BM = excluded_BM.sort(1).values
+        at_BC = torch.searchsorted(sorted_BM, items_BC).clamp(max=sorted_BM.shape[1] - 1)
+        is_excluded_BC = is_excluded_BC | (sorted_BM.gather(1, at_BC) == items_BC)
+    if allowed_N is not None:
+        is_excluded_BC = is_excluded_BC | ~torch.isin(items_BC, allowed_N)
+    best_BK, order_BK = score_BC.masked_fill(is_excluded_BC, -torch.inf).topk(min(k, items_BC.shape[1]))
+    return items_BC.gather(1, order_BK), best_BK
+
+
+def _check_finite(scores: Tensor) -> None:
+    """A NaN must never look like a hit."""
+    if not bool(torch.isfinite(scores).all()):
+        raise TrainingError("a score is not finite: the model diverged; lower its lr and train again.")

@@ -1,0 +1,271 @@
+"""From what is served and users to ranked items: pure functions of rows; ids are translated by the caller."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from freshrec.data.batches import append_events, history_items, query_batches, split_chunks
+from freshrec.data.catalog import Catalog
+from freshrec.data.stored_interests import StoredInterests, stored_interests_of
+from freshrec.errors import IncompatibleError
+from freshrec.models.absorb import grow_items
+from freshrec.models.blend.model import Blend
+from freshrec.models.item_knn import ItemKNN
+from freshrec.nn.ranking import VectorSearch, drop_unknown_items, top_k
+from freshrec.nn.scoring import history_length, item_vectors, user_vectors
+from freshrec.recommender.click_overlay import ClickOverlay, current_targets
+from freshrec.recommender.diversity import N_EXTRA_CANDIDATES, diversify, item_categories
+from freshrec.recommender.list_request import ListRequest
+from freshrec.types import Batch, Events, State, TrainedModel, VectorModel
+
+USERS_PER_BATCH = 256  # users asked at once
+UNKNOWN_USER, NO_MORE_ITEMS = "unknown user", "no more items with a score"
+FALLBACK_REASONS = (None, UNKNOWN_USER, NO_MORE_ITEMS)  # an item is in a list; None: the model chose it
+
+
+def _empty_categories() -> pl.DataFrame:
+    return pl.DataFrame(schema={"item": pl.Int64, "category": pl.String})
+
+
+def _empty_events() -> Events:
+    return Events.trainable(*torch.zeros(2, 0, dtype=torch.int64))
+
+
+@dataclass(frozen=True, eq=False)
+class ServedState:
+    """What every answer is made of, and what changes together."""
+
+    state: State  # the model, and what its next update needs
+    counts: State  # popularity, for strangers; its `recent` is never cut, so it knows all items that a user has had
+    users: Catalog
+    items: Catalog
+    categories: pl.DataFrame = field(default_factory=_empty_categories)  # item (a row), category
+    pending: Events = field(
+        default_factory=_empty_events
+    )  # newer than what the model has learnt; in no history of `state`
+    overlay: ClickOverlay = field(default_factory=ClickOverlay)  # newer than all of that; in no history either
+    search: VectorSearch | None = None  # in the model's item vectors; None: all of them are scored
+
+    @property
+    def newest_time(self) -> int | None:
+        """The largest time of any event known; None where there is none."""
+        times_R = self.counts.histories.times_R
+        return int(times_R.max()) if len(times_R) else None
+
+    @cached_property
+    def current_state(self) -> State:
+        """The state in whose histories the pending events are: users are asked about as they are now."""
+        if not len(self.pending):
+            return self.state
+        recent = append_events(self.state.histories, self.pending, len(self.users))
+        return grow_items(replace(self.state, histories=recent), len(self.items))
+
+    @cached_property
+    def stored_interests(self) -> StoredInterests | None:
+        """What travels with the batches of `now`."""
+        return stored_interests_of(
+            self.current_state.model, self.current_state.interests, self.current_state.spans_seen
+        )
+
+    @cached_property
+    def is_counting(self) -> bool:
+        """Whether a score of 0 is no opinion."""
+        return not isinstance(self.state.model, TrainedModel)
+
+    @property
+    def serving_copy(self) -> "ServedState":
+        """The same answers from less memory: nothing is pending, and equal histories are one. It cannot be updated."""
+        state, counts = self.current_state, self.counts
+        model_histories, all_histories = state.histories, counts.histories
+        columns = ("offsets_U", "items_R", "times_R")  # what is due concerns those who learn
+        if all(torch.equal(getattr(model_histories, name), getattr(all_histories, name)) for name in columns):
+            counts = replace(counts, histories=model_histories)  # as long as no history was cut
+        return replace(self, state=state, counts=counts, pending=_empty_events())
+
+    @cached_property
+    def item_norms_I(self) -> Tensor:
+        """The length of each item's vector, at least a little, from item 0."""
+        lengths_I: Tensor = item_vectors(self.state.model).norm(dim=1)
+        return lengths_I.clamp(min=1e-12)
+
+    @cached_property
+    def categories_I(self) -> Tensor:
+        """The number of each item's category, from item 0; 0: none. OptionError where no item has one."""
+        return item_categories(self.categories, len(self.items))
+
+
+@dataclass(frozen=True, eq=False)
+class ResolvedRequest:
+    """A list request with its items as rows; `reading.resolve_request` makes it."""
+
+    request: ListRequest
+    allow_M: Tensor | None  # only these item rows, ascending; those of the request's category
+    deny_M: Tensor  # none of these item rows
+
+    @property
+    def n_candidates(self) -> int:
+        """How many of the best items the list is made of."""
+        return self.request.k + N_EXTRA_CANDIDATES if self.request.diversity else self.request.k
+
+
+@dataclass(frozen=True, eq=False)
+class RankedLists:
+    """The lists of N users, the best item first; 0 where a list is shorter, its score is then -inf."""
+
+    items_NK: Tensor
+    scores_NK: Tensor
+    fallback_NK: Tensor  # WHY an item is there: the place in it
+
+    @staticmethod
+    def empty(n_users: int, k: int) -> "RankedLists":
+        """Nothing yet."""
+        items_NK = torch.zeros(n_users, k, dtype=torch.int64)
+        return RankedLists(items_NK, torch.full((n_users, k), -torch.inf), torch.zeros_like(items_NK))
+
+    def set_items(self, which_N: Tensor, items_BC: Tensor, scores_BC: Tensor) -> None:
+        """The best of what a model found for some users."""
+        n = min(self.items_NK.shape[1], items_BC.shape[1])
+        self.scores_NK[which_N, :n] = scores_BC[:, :n]
+        self.items_NK[which_N, :n] = torch.where(scores_BC[:, :n] > -torch.inf, items_BC[:, :n], 0)
+
+    def append_fallback(self, which_N: Tensor, fallback_lists: "RankedLists", reason: int) -> None:
+        """After a user's own items come those of `more` that are not among them."""
+        items_BK = self.items_NK[which_N]
+        repeated_BK = (fallback_lists.items_NK[..., None] == items_BK[:, None]).any(2)
+        items_BC = torch.cat([items_BK, fallback_lists.items_NK.masked_fill(repeated_BK, 0)], 1)
+        scores_BC = torch.cat([self.scores_NK[which_N], fallback_lists.scores_NK], 1)
+        fallback_BC = torch.cat([self.fallback_NK[which_N], torch.full_like(fallback_lists.items_NK, reason)], 1)
+        order_BK = (items_BC == 0).byte().argsort(dim=1, stable=True)[:, : items_BK.shape[1]]
+        self.items_NK[which_N] = items_BC.gather(1, order_BK)
+        self.scores_NK[which_N] = scores_BC.gather(1, order_BK)
+        self.fallback_NK[which_N] = fallback_BC.gather(1, order_BK)
+
+
+def top_items(served: ServedState, users_N: Tensor, request: ResolvedRequest) -> pl.DataFrame:
+    """`lists_of` as a frame: nth, the place in `users_N`; item, a row; score; rank, from 1; fallback."""
+    lists = make_lists(served, users_N, request)
+    nth_L, at_L = lists.items_NK.nonzero(as_tuple=True)
+    fallback = pl.Series("fallback", FALLBACK_REASONS, pl.String).gather(lists.fallback_NK[nth_L, at_L].numpy())
+    items_L, scores_L = lists.items_NK[nth_L, at_L].numpy(), lists.scores_NK[nth_L, at_L].numpy()
+    rank_L = (at_L + 1).numpy()
+    return pl.DataFrame(
+        {"nth": nth_L.numpy(), "item": items_L, "score": scores_L, "rank": rank_L, "fallback": fallback}
+    )
+
+
+def make_lists(served: ServedState, users_N: Tensor, request: ResolvedRequest) -> RankedLists:
+    """The lists of user rows (0: a stranger).
+
+    Popular items complete the list of a stranger, and of a counting model that has counted nothing more; the score is
+    then the popularity.
+    """
+    lists = RankedLists.empty(len(users_N), request.request.k)
+    _fill_from_model(served, users_N, request, lists)
+    short_N = (lists.items_NK == 0).any(1)
+    for reason, which_N in ((UNKNOWN_USER, users_N == 0), (NO_MORE_ITEMS, short_N & (users_N > 0))):
+        for which_B in split_chunks(which_N.nonzero()[:, 0], USERS_PER_BATCH):
+            lists.append_fallback(
+                which_B, _popular_lists(served, users_N[which_B], request), FALLBACK_REASONS.index(reason)
+            )
+    return lists
+
+
+def _fill_from_model(served: ServedState, users_N: Tensor, request: ResolvedRequest, lists: RankedLists) -> None:
+    state, nth_N = served.current_state, users_N.nonzero()[:, 0]
+    targets = current_targets(state.histories, served.overlay, users_N[nth_N])
+    for which, batch in query_batches(targets, history_length(state.model), served.stored_interests, USERS_PER_BATCH):
+        banned_BM = _excluded_items(served, batch.users_B, request)
+        items_BC, scores_BC = top_k(state.model, batch, request.n_candidates, banned_BM, request.allow_M, served.search)
+        if served.is_counting:
+            scores_BC = scores_BC.masked_fill(scores_BC <= 0, -torch.inf)
+        lists.set_items(nth_N[which], *_diversify_if_asked(served, items_BC, scores_BC, request))
+
+
+def user_vector_batches(served: ServedState, users_N: Tensor) -> Iterator[tuple[Tensor, Batch, Tensor]]:
+    """Parts of some user rows as a model with vectors sees them now: which of them, their batch, and (B, K, D)."""
+    model = served.current_state.model
+    assert isinstance(model, VectorModel)
+    targets = current_targets(served.current_state.histories, served.overlay, users_N)
+    for which, batch in query_batches(targets, history_length(model), served.stored_interests, USERS_PER_BATCH):
+        batch = drop_unknown_items(model, batch)
+        yield which, batch, user_vectors(model, batch)
+
+
+def user_batch(served: ServedState, user_1: Tensor) -> Batch:
+    """One user row as the model sees it now."""
+    model = served.current_state.model
+    targets = current_targets(served.current_state.histories, served.overlay, user_1)
+    [(_, batch)] = query_batches(targets, history_length(model), served.stored_interests)
+    return drop_unknown_items(model, batch)
+
+
+def _popular_lists(served: ServedState, users_B: Tensor, request: ResolvedRequest) -> RankedLists:
+    batch = Batch(users_B, torch.zeros(len(users_B), 0, dtype=torch.int64))
+    banned_BM = _excluded_items(served, users_B, request)
+    items_BC, scores_BC = top_k(served.counts.model, batch, request.n_candidates, banned_BM, request.allow_M)
+    lists = RankedLists.empty(len(users_B), request.request.k)
+    lists.set_items(torch.arange(len(users_B)), *_diversify_if_asked(served, items_BC, scores_BC, request))
+    return lists
+
+
+def _diversify_if_asked(
+    served: ServedState, items_BC: Tensor, scores_BC: Tensor, request: ResolvedRequest
+) -> tuple[Tensor, Tensor]:
+    """(B, k) of the candidates and their scores; as they are, where nobody asked for diversity."""
+    k, diversity = request.request.k, request.request.diversity
+    if not diversity:
+        return items_BC, scores_BC
+    return diversify(items_BC, scores_BC, served.categories_I[items_BC], k, diversity)
+
+
+def _excluded_items(served: ServedState, users_B: Tensor, request: ResolvedRequest) -> Tensor:
+    """(B, M) item rows that each user must not get; 0 where there is none."""
+    denied_BM = request.deny_M.expand(len(users_B), -1)
+    known_B = users_B > 0
+    if not request.request.exclude_seen or not bool(known_B.any()):
+        return denied_BM
+    histories = served.counts.histories
+    targets = current_targets(histories, served.overlay, users_B[known_B])
+    seen_NT = history_items(targets, len(targets.histories.items_R))
+    seen_BT = torch.zeros(len(users_B), seen_NT.shape[1], dtype=torch.int64)
+    seen_BT[known_B] = seen_NT
+    return torch.cat([denied_BM, seen_BT], 1)
+
+
+def similar_items(served: ServedState, items_N: Tensor, k: int) -> pl.DataFrame:
+    """The k items most like each of `items_N` (rows): nth, item, score, rank.
+
+    By the cosine of item vectors; a pair counter, a blend's too, is asked as for a user whose only event is the item.
+    """
+    model = served.state.model
+    model = model.experts.counters["item-knn"] if isinstance(model, Blend) else model
+    known_N = (items_N <= model.n_items).nonzero()[:, 0]  # of the others the model has not learnt anything yet
+    found = [_lists_frame(known_N[:0], torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, 0))]
+    for which in known_N.split(USERS_PER_BATCH // 8):
+        items_B1 = items_N[which][:, None]
+        if isinstance(model, VectorModel):
+            scores_BI = item_vectors(model)[items_B1[:, 0]] @ item_vectors(model).T
+            scores_BI /= served.item_norms_I * served.item_norms_I[items_B1]
+            scores_BI.scatter_(1, items_B1, -torch.inf)[:, 0] = -torch.inf
+            scores_BK, items_BK = scores_BI.topk(min(k, model.n_items))
+        elif isinstance(model, ItemKNN):
+            items_BK, scores_BK = top_k(model, Batch(torch.zeros(len(which), dtype=torch.int64), items_B1), k, items_B1)
+            scores_BK = scores_BK.masked_fill(scores_BK <= 0, -torch.inf)
+        else:
+            raise IncompatibleError("this model does not relate items to each other; use item-knn, sasrec or another.")
+        found.append(_lists_frame(which, items_BK, scores_BK))
+    return pl.concat(found).with_columns(rank=pl.int_range(1, pl.len() + 1).over("nth"))
+
+
+def _lists_frame(nth_B: Tensor, items_BK: Tensor, scores_BK: Tensor) -> pl.DataFrame:
+    """A row per item that may be shown, in the order of the lists."""
+    columns = {
+        "nth": nth_B[:, None].expand_as(items_BK).reshape(-1).numpy(),
+        "item": items_BK.reshape(-1).numpy(),
+        "score": scores_BK.reshape(-1).numpy(),
+    }
+    return pl.DataFrame(columns).filter(pl.col("score") > -float("inf"))

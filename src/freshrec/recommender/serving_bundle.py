@@ -1,0 +1,76 @@
+"""The part of a version that answers, without what its updates need: how it lies on the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from freshrec import models  # so that the specs of all models are imported  # noqa: F401
+from freshrec.data.catalog import Catalog
+from freshrec.disk_names import TABLE_COLUMNS
+from freshrec.errors import StateError
+from freshrec.recommender.ids import ReadOptions
+from freshrec.recommender.lists import ServedState
+from freshrec.store.checkpoint import save_tree, write_atomically
+
+SERVED_FILE, USERS_FILE, ITEMS_FILE, CATEGORIES_FILE = (
+    "served.safetensors",
+    "users.parquet",
+    "items.parquet",
+    "categories.parquet",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class ServingBundle:
+    """All that answers are made of, and how it came to be."""
+
+    served: ServedState
+    names: tuple[str, str]  # of model and strategy, as they were asked for
+    read_options: ReadOptions
+
+
+def write_serving_bundle(bundle: ServingBundle, folder: Path) -> None:
+    """Write to a folder; without what the state keeps for its updates."""
+    served = bundle.served
+    state = replace(served.state, memory=None, costs={}, shared_base=None)
+    save_tree((bundle.names, bundle.read_options, state, served.counts, served.pending), folder / SERVED_FILE)
+    for name, frame in (
+        (USERS_FILE, served.users.frame),
+        (ITEMS_FILE, served.items.frame),
+        (CATEGORIES_FILE, served.categories),
+    ):
+        write_atomically(folder / name, frame.write_parquet)
+
+
+def read_serving_bundle(files: Mapping[str, Path], load: Callable[[Path], Any]) -> ServingBundle:
+    """What `write_served` wrote; `load` is `load_tree`, or `load_to_ask`. StateError where it is not that."""
+    require_files(files, (SERVED_FILE, USERS_FILE, ITEMS_FILE, CATEGORIES_FILE))
+    names, read_options, state, counts, pending = load(files[SERVED_FILE])
+    users, items = (read_catalog(files[name]) for name in (USERS_FILE, ITEMS_FILE))
+    served = ServedState(state, counts, users, items, read_parquet_file(files[CATEGORIES_FILE]), pending)
+    return ServingBundle(served, names, read_options)
+
+
+def require_files(files: Mapping[str, Path], names: Sequence[str]) -> None:
+    """StateError where a file is not there."""
+    missing = [name for name in names if name not in files]
+    if missing:
+        raise StateError(f"a version without {missing[0]} cannot be read; go back to another one.")
+
+
+def read_catalog(path: Path) -> Catalog:
+    """The catalog in a Parquet file."""
+    return Catalog.load(read_parquet_file(path))
+
+
+def read_parquet_file(path: Path) -> pl.DataFrame:
+    """The rows of a Parquet file. StateError where it cannot be read."""
+    try:
+        return pl.read_parquet(path).rename(TABLE_COLUMNS, strict=False)
+    except (OSError, pl.exceptions.PolarsError) as problem:
+        raise StateError(f"{path} cannot be read ({problem}); go back to another version.") from None

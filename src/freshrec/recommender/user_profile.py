@@ -1,0 +1,148 @@
+"""The profile of a user: past events, and interests with their best items and the events behind each.
+
+The server and `freshrec inspect` show the same profile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from freshrec.data.log import format_time
+from freshrec.models.blend.model import Blend
+from freshrec.models.item_knn import ItemKNN
+from freshrec.nn.scoring import item_vectors, user_vectors
+from freshrec.recommender.click_overlay import current_targets
+from freshrec.recommender.ids import column_tensor, resolve_request
+from freshrec.recommender.list_request import Id, ListRequest
+from freshrec.recommender.lists import ServedState, top_items, user_batch
+from freshrec.types import InterestModel, VectorModel
+
+N_ITEMS = 10  # items and events shown per interest
+N_LISTED = 30  # items of the list that is grouped by the event behind each, where a model has no vectors
+
+
+@dataclass(frozen=True)
+class PastEvent:
+    """An item that the user took, and when: ISO 8601, or the event's number where the log has no clock."""
+
+    item_id: Id
+    at: str | int
+
+
+@dataclass(frozen=True)
+class Interest:
+    """A group of items that the user may like, and the past events that speak for it."""
+
+    title: str
+    items: list[tuple[Id, float]]  # ids and scores, the best first
+    events: list[PastEvent]
+    born_span: int | None = None  # None for an interest that is not stored
+    used_span: int | None = None
+
+
+@dataclass(frozen=True)
+class Profile:
+    """All that is known of a user."""
+
+    n_fresh: int  # number of events that no version has learnt yet
+    first_span: int | None  # None for a user who is in no version yet
+    last_span: int | None
+    events: list[PastEvent]  # all of them, in time order
+    interests: list[Interest]
+    kind: str  # what the interests are, in words
+
+
+def profile_of(served: ServedState, row: int, has_clock: bool) -> Profile:
+    """The profile of a user, by row; not of a stranger, row 0. `has_clock`: whether the log's times are a clock's."""
+    ends = current_targets(served.counts.histories, served.overlay, torch.tensor([row]))
+    rows = slice(int(ends.first_row_N), int(ends.rows_N))
+    items_T, times_T = ends.histories.items_R[rows].long(), ends.histories.times_R[rows]
+    order_T = times_T.argsort(stable=True)
+    items_T, times_T = items_T[order_T], times_T[order_T]
+    events = _past_events(served, items_T, times_T, has_clock)
+    is_in_catalog = row <= len(served.users)
+    about = served.users.frame.row(row - 1, named=True) if is_in_catalog else {"first_span": None, "last_span": None}
+    kind, interests = _interests(served, row, items_T, events)
+    n_fresh = len(served.overlay.clicks.get(row, ()))
+    return Profile(n_fresh, about["first_span"], about["last_span"], events, interests, kind)
+
+
+def _past_events(served: ServedState, items_T: Tensor, times_T: Tensor, has_clock: bool) -> list[PastEvent]:
+    times = times_T.tolist()
+    when = map(format_time, times) if has_clock else times
+    return [PastEvent(item, at) for item, at in zip(served.items.ids(items_T), when)]
+
+
+def _interests(served: ServedState, row: int, items_T: Tensor, events: list[PastEvent]) -> tuple[str, list[Interest]]:
+    """What the interests are, in words, and the interests: the user's vectors, or groups of the items of the list."""
+    model = served.current_state.model
+    if isinstance(model, VectorModel):
+        return _interests_of_vectors(served, model, row, items_T, events)
+    counter = model.experts.counters["item-knn"] if isinstance(model, Blend) else model
+    if isinstance(counter, ItemKNN):
+        return _interests_of_pairs(served, counter, row, items_T, events)
+    return "this model has no interests: it knows what is popular, or what the user had", []
+
+
+def _interests_of_pairs(
+    served: ServedState, counter: ItemKNN, row: int, items_T: Tensor, events: list[PastEvent]
+) -> tuple[str, list[Interest]]:
+    """The items of the user's list, in groups by the past event that speaks most for each."""
+    user_1 = torch.tensor([row])
+    found = top_items(served, user_1, resolve_request(served, ListRequest(k=N_LISTED)))
+    batch, groups = user_batch(served, user_1), dict[int, list[int]]()
+    for at, item in enumerate(found["item"]):
+        groups.setdefault(counter.most_influential_item(batch, item), []).append(at)
+    interests = []
+    for because, places in sorted(groups.items(), key=lambda group: (group[0] == 0, -len(group[1]))):
+        name = served.items.ids(torch.tensor([because]))[0] if because else None
+        title = f"because of {name}" if because else "liked by others who are alike, or by all"
+        which = torch.tensor(places)[:N_ITEMS]
+        items = _scored(served, column_tensor(found)[which], column_tensor(found, "score")[which])
+        interests.append(Interest(title, items, _at(events, items_T == because)))
+    return "items of the list, by the event that speaks most for them", interests
+
+
+def _interests_of_vectors(
+    served: ServedState, model: VectorModel, row: int, items_T: Tensor, events: list[PastEvent]
+) -> tuple[str, list[Interest]]:
+    """The user's vectors, each with its best items and the past events that are closest to it of all vectors."""
+    batch = user_batch(served, torch.tensor([row]))
+    n = int(batch.alive_BK.sum()) if batch.alive_BK is not None else None
+    vectors_KD, items_ID = user_vectors(model, batch)[0][:n], item_vectors(model)
+    scores_KI = vectors_KD @ items_ID.T
+    scores_KI[:, 0] = -torch.inf
+    best_KN = scores_KI.topk(min(N_ITEMS, model.n_items))
+    learnt_T = torch.where(items_T <= model.n_items, items_T, 0)
+    closest_T = scores_KI[:, learnt_T].argmax(0)
+    born_K, used_K = _spans_of_interests(served, row, len(vectors_KD))
+    interests = []
+    for k in range(len(vectors_KD)):
+        title = f"interest {k + 1}" if len(vectors_KD) > 1 else "what the user is like now"
+        items = _scored(served, best_KN.indices[k], best_KN.values[k])
+        behind = _at(events, (closest_T == k) & (learnt_T > 0))[-N_ITEMS:]
+        interests.append(Interest(title, items, behind, born_K[k], used_K[k]))
+    is_stored = isinstance(model, InterestModel)
+    return "interests" if is_stored else "vectors, read from the user's last events", interests
+
+
+def _spans_of_interests(served: ServedState, row: int, n: int) -> tuple[list[int | None], list[int | None]]:
+    """The spans in which a user's n interests were born and last used; None for those that are not stored."""
+    born, used = list[int | None]([None] * n), list[int | None]([None] * n)
+    users = served.current_state.interests
+    if users is not None and row <= users.n_users:
+        mine = slice(int(users.offsets_U[row]), int(users.offsets_U[row + 1]))
+        stored = len(users.born_S[mine])
+        born[:stored], used[:stored] = users.born_S[mine].tolist(), users.used_S[mine].tolist()
+    return born[:n], used[:n]
+
+
+def _scored(served: ServedState, rows_N: Tensor, scores_N: Tensor) -> list[tuple[Id, float]]:
+    return list(zip(served.items.ids(rows_N), scores_N.tolist()))
+
+
+def _at(events: list[PastEvent], which_T: Tensor) -> list[PastEvent]:
+    return [events[place] for place in which_T.nonzero()[:, 0].tolist()]

@@ -1,0 +1,136 @@
+"""What a folder of a replay was made of, written so that it is still known after a renaming of classes and options.
+
+made-of.json holds the cell, or the settings and the log's fingerprint, by the names of `disk_names`. Version 0.1.0
+wrote made-of.txt instead: the `repr` of the same dataclasses, which is read as the expression that it is.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+from dataclasses import astuple, is_dataclass
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+from freshrec.disk_names import FORMER, tag_of
+from freshrec.errors import StateError
+from freshrec.replay.cell import Cell, ReplaySettings
+from freshrec.store.checkpoint import decode_options, encode_options, write_text_atomically
+from freshrec.types import State
+
+FILE, FORMER_FILE = "made-of.json", "made-of.txt"
+TAGS = {place.rpartition(":")[2]: tag for place, tag in FORMER.items()}  # by what `repr` says of a class
+NUMBERS = {"inf": math.inf, "nan": math.nan}
+
+Made = Cell | tuple[ReplaySettings, str]  # a cell's folder; the folder of all, with the fingerprint of the log
+
+
+def is_made_of(folder: Path, made: Made) -> bool:
+    """Whether the results in a folder, if there are any, are of `made`."""
+    try:
+        if (folder / FILE).exists():
+            there = json.loads((folder / FILE).read_text())
+        elif (folder / FORMER_FILE).exists():
+            there = _former_encoded((folder / FORMER_FILE).read_text(), made)
+        else:
+            return True
+        # the second comparison is for options that got another name, or were not there yet
+        return there == _encoded(made) or _encoded(decode_options(there)) == _encoded(made)
+    except (StateError, ValueError):
+        return False
+
+
+def write_made_of(folder: Path, made: Made) -> None:
+    """Write down what a folder's results are of."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(json.dumps(_encoded(made)), folder / FILE)
+
+
+def is_spec_of(state: State, cell: Cell) -> bool:
+    """Whether the model of a state has the options of a cell's."""
+    return _encoded(state.model.spec) == _encoded(cell.model_spec)
+
+
+def _encoded(made: Any) -> dict[str, Any]:
+    """As JSON, as it is after writing and reading; the `repr` of what is not of dataclasses, such as a stranger's."""
+    try:
+        found: dict[str, Any] = json.loads(json.dumps(encode_options(made)))
+    except StateError:
+        found = {"value": repr(made)}
+    return found
+
+
+def base_file(cell: Cell, fit_options: tuple[float, ...], out: Path) -> Path:
+    """Where the state after the base block is kept, for all cells of the same model, seed and options of training.
+
+    The name depends on the values of the options, not on their names. In a folder that 0.1.0 began it may be that of
+    0.1.0, a checksum of the options' `repr`. Whoever reads the file checks that the model's options are these.
+    """
+    stem = f"{cell.model_name.replace(':', '_')}--{cell.seed}"
+    former = _former_options(out / cell.folder_name / FORMER_FILE)
+    if former is not None:
+        path = _with_checksum(out, stem, repr((_Text(former), *fit_options)))
+        if path.exists():
+            return path
+    spec: Any = astuple(cell.model_spec) if is_dataclass(cell.model_spec) else repr(cell.model_spec)
+    options = json.dumps([tag_of(type(cell.model_spec)), spec, fit_options], default=str)
+    return _with_checksum(out, stem, options)
+
+
+def _with_checksum(out: Path, stem: str, options: str) -> Path:
+    return out / "bases" / f"{stem}--{crc32(options.encode()):08x}.safetensors"
+
+
+class _Text:
+    """Something whose `repr` is known."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def _former_options(path: Path) -> str | None:
+    """The `repr` of the model's options in a cell's made-of.txt, if there is one."""
+    try:
+        text = path.read_text()
+        call = ast.parse(text, mode="eval").body
+    except (OSError, ValueError, SyntaxError):
+        return None
+    keywords = call.keywords if isinstance(call, ast.Call) else []
+    return next((ast.get_source_segment(text, one.value) for one in keywords if one.arg == "spec"), None)
+
+
+def _former_encoded(text: str, made: Made) -> dict[str, Any]:
+    """What 0.1.0 wrote, as `_encoded` has it; ValueError where it is something else.
+
+    Of a class that is not of this package only its name is in the text. Then the text is compared with what 0.1.0 would
+    write of `made`, and where they are equal, the text is of `made`.
+    """
+    settings, _, log = (text, "", "") if isinstance(made, Cell) else text.rpartition(", log ")
+    try:
+        found = _encoded_repr(ast.parse(settings, mode="eval").body)
+    except (SyntaxError, ValueError):
+        if text != (repr(made) if isinstance(made, Cell) else f"{made[0]}, log {made[1]}"):
+            raise ValueError("the text is of something else") from None
+        return _encoded(made)
+    return found if isinstance(made, Cell) else {"tuple": [found, {"value": log}]}
+
+
+def _encoded_repr(node: ast.expr) -> dict[str, Any]:
+    """The `repr` of a tree of dataclasses, as `encode_options` would have it. ValueError where it is something else."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in TAGS and not node.args:
+        return {
+            "class": TAGS[node.func.id],
+            "fields": {str(one.arg): _encoded_repr(one.value) for one in node.keywords},
+        }
+    if isinstance(node, ast.Tuple):
+        return {"tuple": [_encoded_repr(child) for child in node.elts]}
+    if isinstance(node, ast.List):
+        return {"list": [_encoded_repr(child) for child in node.elts]}
+    if isinstance(node, ast.Name) and node.id in NUMBERS:
+        return {"value": NUMBERS[node.id]}
+    return {"value": ast.literal_eval(node)}

@@ -1,0 +1,120 @@
+"""A recipe -> what a replay runs: its log, the cut of it, the settings, and the cells."""
+
+from pathlib import Path
+
+import polars as pl
+
+from freshrec.data.log import Log, events_before, keep_positives, read_log
+from freshrec.data.split import LogSplit, split_log
+from freshrec.data.synthetic import make_world
+from freshrec.errors import IncompatibleError, LogError, OptionError
+from freshrec.models import COUNTING_MODELS, find_model
+from freshrec.replay.cell import Cell, ReplaySettings, check_click_model
+from freshrec.replay.click_metrics import find_click_metric
+from freshrec.replay.measure import QueryOptions
+from freshrec.replay.metrics import n_sampled_items, parse_metric
+from freshrec.replay.recipe_schema import Recipe, ReplayRecipe
+from freshrec.strategies import find_strategy
+from freshrec.strategies.compatible import check_compatible
+from freshrec.types import VALID, TrainedModel
+
+
+def load_log(recipe: Recipe) -> Log:
+    """The events a recipe names: interactions only, unless it asks for exposures too."""
+    log_recipe = recipe.log
+    if log_recipe.world and log_recipe.path:
+        raise OptionError(
+            f"a replay is of one log; both {log_recipe.path} and the world {log_recipe.world} are given, drop one."
+        )
+    if log_recipe.world:
+        sizes = {"users": log_recipe.world_users, "items": log_recipe.world_items, "events": log_recipe.world_events}
+        return make_world(log_recipe.world, **sizes, spans=recipe.spans.spans, seed=log_recipe.seed).log
+    if not log_recipe.path:
+        raise OptionError("a replay needs a log: give LOG, --world NAME, or log.path in the recipe.")
+    columns, events, users = log_recipe.columns, log_recipe.events, log_recipe.users or None
+    log = read_log(
+        Path(log_recipe.folder) / log_recipe.path,
+        columns=columns,
+        format=log_recipe.format or None,
+        events=events,
+        users=users,
+        seed=log_recipe.seed,
+    )
+    if log_recipe.exposures and not (log.frame.get_column("label", default=pl.Series([None])) == 0).any():
+        raise LogError("exposures were asked for, and no row has a label of 0; name the column, as label = ...")
+    log = events_before(log, log_recipe.until) if log_recipe.until else log
+    return log if log_recipe.exposures else keep_positives(log)
+
+
+def load_split(recipe: Recipe) -> LogSplit:
+    """The recipe's log in spans. OptionError where it asks for tuning, and no event is there to choose by."""
+    split = split_log(load_log(recipe), recipe.spans, seed=recipe.log.seed)
+    if recipe.replay.tune and not any(bool((span.events.role_E == VALID).any()) for span in split.spans[2:]):
+        raise OptionError(
+            "tuning chooses knobs by the validation events of spans 2, 3, ..., and this cut has none; use targets = "
+            '"last" and at least 2 spans, or do not tune.'
+        )
+    return split
+
+
+def make_replay_settings(recipe: Recipe) -> ReplaySettings:
+    """What all cells share."""
+    replay_recipe = recipe.replay
+    if recipe.log.exposures:
+        for metric in replay_recipe.metrics:
+            find_click_metric(metric)
+        if (
+            replay_recipe.tune
+            or replay_recipe.unseen != ReplayRecipe.unseen
+            or replay_recipe.averaging != ReplayRecipe.averaging
+        ):
+            raise OptionError("tune, unseen and mean are of rankings; on a log with exposures leave them out.")
+        query_options = QueryOptions(min_history=replay_recipe.min_history)
+        return ReplaySettings(query_options, last_update=replay_recipe.last_update)
+    for metric in replay_recipe.metrics:
+        parse_metric(metric)
+    query_options = QueryOptions(
+        min_history=replay_recipe.min_history,
+        n_sampled=n_sampled_items(replay_recipe.metrics),
+        unseen=replay_recipe.unseen,
+    )
+    return ReplaySettings(query_options, replay_recipe.tune, replay_recipe.last_update)
+
+
+def make_cells(recipe: Recipe) -> list[Cell]:
+    """Every control, and every model with every strategy that can update it, once per seed and cadence.
+
+    A trained model learns when a span is over, and meets the first cadence only. A strategy that fits none of the
+    models is an error; one that fits only some of them is left out for the others.
+    """
+    replay_recipe = recipe.replay
+    cells: list[Cell] = []
+    incompatible: dict[str, IncompatibleError] = {}
+    compatible: set[str] = set()
+    pairs = [
+        (name, "absorb") for name in replay_recipe.controls if not recipe.log.exposures
+    ]  # they say nothing of clicks
+    pairs += [(model, strategy) for model in replay_recipe.models for strategy in replay_recipe.strategies]
+    pairs += [(model, strategy) for model, _, strategy in (pair.partition("/") for pair in replay_recipe.extra_pairs)]
+    for model, strategy in dict.fromkeys(pairs):
+        spec, chosen_strategy = find_model(model), find_strategy(strategy)
+        try:
+            check_compatible(spec, model, chosen_strategy, strategy)
+            if recipe.log.exposures:
+                check_click_model(spec, model)
+        except IncompatibleError as problem:
+            incompatible.setdefault(strategy, problem)
+            continue
+        compatible.add(strategy)
+        seeds = 1 if model.partition(":")[0] in COUNTING_MODELS else replay_recipe.seeds
+        for cadence in (
+            replay_recipe.cadence[:1]
+            if isinstance(spec.build(0), TrainedModel)
+            else dict.fromkeys(replay_recipe.cadence)
+        ):
+            label = strategy if cadence == 1 else f"{strategy} x{cadence}"
+            cells += [Cell(model, spec, label, chosen_strategy, seed, cadence) for seed in range(seeds)]
+    for strategy, reason in incompatible.items():
+        if strategy not in compatible:
+            raise reason
+    return cells

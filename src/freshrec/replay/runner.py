@@ -1,0 +1,159 @@
+"""Run the cells of a replay, by (model, seed) so that a base block is trained once, in one or more processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from multiprocessing.pool import AsyncResult
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from freshrec.data.split import LogSplit
+from freshrec.device import default_device, use_device
+from freshrec.errors import OptionError
+from freshrec.learn.fit import FitConfig, fit_base_block
+from freshrec.models.absorb import absorb_block
+from freshrec.replay.cell import Cell, ReplaySettings, measure_cost, replay_cell
+from freshrec.replay.provenance import Made, base_file, is_made_of, is_spec_of, write_made_of
+from freshrec.store.checkpoint import load_state, save_state
+from freshrec.types import Span, State, TrainedModel
+
+ProgressCallback = Callable[[Cell, int], None]  # called with a cell and the span it has just finished
+
+
+def run_cells(
+    cells: Iterable[Cell],
+    cut: LogSplit,
+    settings: ReplaySettings,
+    out: Path,
+    *,
+    jobs: int = 1,
+    device: str = "cpu",
+    on_span_done: ProgressCallback,
+) -> None:
+    """Run all cells that are not done yet, what trains on `device`.
+
+    One thread a process: on small operations two wait for each other. Cells that share a base block share its training.
+    OptionError where there is no such device.
+    """
+    cells = list(cells)
+    use_device(device)  # it is there: asked before anything is written
+    _claim_folder(out, cells, cut, settings)
+    unfinished = sorted((c for c in cells if not (out / c.folder_name / "done.json").exists()), key=_sort_key)
+    if jobs <= 1:
+        for cell in unfinished:
+            _run_cell(cell, cut, device, settings, out, on_span_done)
+        return
+    bases = {_base_path(cell, cell.shared_fit, out): cell for cell in unfinished if cell.shared_fit}
+    previous_handler = signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C is for this process: the workers inherit the deafness
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:  # leaving it ends them
+        signal.signal(signal.SIGINT, previous_handler)
+        running = [
+            pool.apply_async(_prepare_base, (cell, cut, device, out)) for cell in bases.values()
+        ]  # and meanwhile ...
+        running += [
+            pool.apply_async(_run_cell, (cell, cut, device, settings, out, _ignore_progress)) for cell in unfinished
+        ]
+        _report_progress(running, unfinished, out, on_span_done)
+
+
+def _claim_folder(out: Path, cells: list[Cell], cut: LogSplit, settings: ReplaySettings) -> None:
+    """Write down what is replayed. OptionError where `out` holds results of another log or of other options."""
+    descriptions: dict[Path, Made] = {out: (settings, cut.fingerprint())}
+    descriptions |= {out / cell.folder_name: cell for cell in cells}
+    for folder, made in descriptions.items():
+        if not is_made_of(folder, made):
+            raise OptionError(
+                f"{folder} holds results of another log, or made with other options: choose another --out."
+            )
+    for folder, made in descriptions.items():
+        write_made_of(folder, made)
+
+
+def _sort_key(cell: Cell) -> tuple[str, int]:
+    return cell.model_name, cell.seed
+
+
+def _ignore_progress(cell: Cell, span: int) -> None:
+    """In a worker: the files tell."""
+
+
+def _report_progress(
+    running: list[AsyncResult[None]], cells: list[Cell], out: Path, on_span_done: ProgressCallback
+) -> None:
+    """Tell what the workers' files say until all are through."""
+    reported: set[tuple[str, int]] = set()
+    while True:
+        is_finished = all(task.ready() for task in running)
+        for cell in cells:
+            for file in sorted((out / cell.folder_name).glob("costs-*.json")):
+                span = int(file.stem.rpartition("-")[2])
+                if (cell.folder_name, span) not in reported:
+                    reported.add((cell.folder_name, span))
+                    on_span_done(cell, span)
+        for task in running:
+            if task.ready():
+                task.get()  # raises what the worker raised
+        if is_finished:
+            return
+        time.sleep(0.5)
+
+
+def _run_cell(
+    cell: Cell, cut: LogSplit, device: str, settings: ReplaySettings, out: Path, on_span_done: ProgressCallback
+) -> None:
+    torch.set_num_threads(1)
+    with use_device(_cell_device(cell, device)):
+        cut = move_to_device(cut)
+        base = _load_or_train_base(cell, cell.shared_fit, cut, out) if cell.shared_fit else None
+        for span in replay_cell(cell, cut, settings, out, base):
+            on_span_done(cell, span)
+
+
+def _prepare_base(cell: Cell, cut: LogSplit, device: str, out: Path) -> None:
+    torch.set_num_threads(1)
+    with use_device(_cell_device(cell, device)):
+        assert cell.shared_fit
+        _load_or_train_base(cell, cell.shared_fit, move_to_device(cut), out)
+
+
+def _cell_device(cell: Cell, device: str) -> str:
+    """What counts does so on the CPU, and so does the blend, which is counters but for one small model."""
+    return device if isinstance(cell.model_spec.build(cell.seed), TrainedModel) else "cpu"
+
+
+def move_to_device(cut: LogSplit) -> LogSplit:
+    """The cut with its events where new tensors lie."""
+    return replace(cut, spans=tuple(replace(span, events=span.events.to(default_device())) for span in cut.spans))
+
+
+def _base_path(cell: Cell, fit: FitConfig, out: Path) -> Path:
+    """Where the state after the base block is kept for all that train it plainly with the same options."""
+    return base_file(cell, (fit.base_epochs, fit.max_epochs, fit.patience, fit.holdout), out)
+
+
+def _load_or_train_base(cell: Cell, fit: FitConfig, cut: LogSplit, out: Path) -> State:
+    """The state after the base block: of several processes that want it, one trains it and the others wait."""
+    path, span = _base_path(cell, fit, out), cut.spans[0]
+    path.parent.mkdir(exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if path.exists() and is_spec_of(found := load_state(path), cell):
+            return found
+        return _train_base_state(cell, span, fit, path)
+
+
+def _train_base_state(cell: Cell, span: Span, fit: FitConfig, path: Path) -> State:
+    model = cell.model_spec.build(cell.seed)
+    assert isinstance(model, TrainedModel)
+    absorbed = absorb_block(State(model, seed=cell.seed), span.events, span.n_users, span.n_items)
+    state, costs = measure_cost(lambda: fit_base_block(absorbed, span, fit))
+    state = replace(state, costs=costs)
+    save_state(state, path)
+    return state

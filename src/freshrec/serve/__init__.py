@@ -1,1 +1,0 @@
-"""Serving: from a state and users to ranked items."""

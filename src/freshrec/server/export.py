@@ -1,0 +1,131 @@
+"""What a version knows, for other programs: ids, vectors, an index, and the user tower as ONNX."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor, nn
+
+from freshrec.errors import IncompatibleError, OptionError
+from freshrec.nn.scoring import item_vectors, user_vectors
+from freshrec.recommender.lists import user_vector_batches
+from freshrec.recommender.search import build_index
+from freshrec.server.handlers import LoadedVersion
+from freshrec.types import Batch, InterestModel, VectorModel
+
+
+def export_version(version: LoadedVersion, folder: Path, with_onnx: bool = False) -> dict[str, Any]:
+    """Write a version's ids, vectors and index into a new folder, and a note of what is there.
+
+    items.parquet and users.parquet hold ids by row; item_vectors.npy is (items, D), user_vectors.npy (vectors, D), of
+    which users.parquet says the first and how many; items.faiss is an inverted file whose numbers are rows, from 1.
+    OptionError where the folder is not new, IncompatibleError for a model without vectors.
+    """
+    served = version.served
+    model = served.state.model
+    if not isinstance(model, VectorModel):
+        raise IncompatibleError("this model has no vectors to export; export one with vectors, such as comirec-dr.")
+    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        raise OptionError(f"{folder} holds something already; name a new folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    n_items = model.n_items
+    items_ID = np.ascontiguousarray(item_vectors(model)[1:].numpy())
+    np.save(folder / "item_vectors.npy", items_ID)
+    served.items.frame[:n_items].select("id", row=pl.int_range(1, pl.len() + 1)).write_parquet(folder / "items.parquet")
+    vectors_SD, first_U, n_U = vectors_of_all_users(version)
+    np.save(folder / "user_vectors.npy", vectors_SD)
+    ids = served.users.frame.select("id", row=pl.int_range(1, pl.len() + 1))
+    ids.with_columns(first=pl.Series(first_U), vectors=pl.Series(n_U)).write_parquet(folder / "users.parquet")
+    _write_index(build_index(item_vectors(model)), folder / "items.faiss")
+    summary: dict[str, Any] = {
+        "version": version.number,
+        "model": version.bundle.names[0],
+        "dimensions": items_ID.shape[1],
+        "items": n_items,
+        "users": len(served.users),
+        "user_vectors": len(vectors_SD),
+        "score": "the largest inner product of an item vector with one of the user's vectors",
+        "files": ["items.parquet", "item_vectors.npy", "users.parquet", "user_vectors.npy", "items.faiss"],
+    }
+    if with_onnx:
+        inputs = write_user_tower(version, folder / "user_tower.onnx")
+        summary["files"].append("user_tower.onnx")
+        summary["user_tower"] = {"inputs": inputs, "outputs": ["vectors"], "history": model.spec.length}
+    (folder / "about.json").write_text(json.dumps(summary, indent=1))
+    return summary
+
+
+def vectors_of_all_users(version: LoadedVersion) -> tuple[np.ndarray, list[int], list[int]]:
+    """The vectors of all users as they would be asked now, one user after the other; the first of each, how many."""
+    users_N = torch.arange(1, len(version.served.users) + 1)
+    found: dict[int, Tensor] = {}
+    for which, batch, vectors_BKD in user_vector_batches(version.served, users_N):
+        n_B = [vectors_BKD.shape[1]] * len(which) if batch.alive_BK is None else batch.alive_BK.sum(1).tolist()
+        for row, user in enumerate(which.tolist()):
+            found[user] = vectors_BKD[row, : n_B[row]]
+    n_U = [len(found[user]) for user in range(len(users_N))]
+    first_U = [0, *np.cumsum(n_U)[:-1].tolist()] if n_U else []
+    return torch.cat([found[user] for user in range(len(users_N))]).numpy(), first_U, n_U
+
+
+class UserTower(nn.Module):
+    """A model's vectors of users, as a function of tensors alone."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.has_interests = isinstance(model, InterestModel)
+
+    def forward(self, users_B: Tensor, history_BT: Tensor, stored_BKD: Tensor) -> Tensor:
+        """(B, K, D); `stored_BKD`: the interests stored of each user, which other models do not look at."""
+        if self.has_interests:
+            return user_vectors(self.model, Batch(users_B, history_BT, interests_BKD=stored_BKD))
+        return user_vectors(self.model, Batch(users_B, history_BT))
+
+
+def write_user_tower(version: LoadedVersion, path: Path) -> list[str]:
+    """The user tower as ONNX, for any number of users: history, and stored interests, to vectors; its inputs.
+
+    A history has the model's whole length, 0 on the left where it is shorter. OptionError without the libraries.
+    """
+    model = version.served.state.model
+    length, n = model.spec.length, 2
+    k = 2 if isinstance(model, InterestModel) else 1
+    d = item_vectors(model).shape[1]
+    example = (torch.ones(n, dtype=torch.int64), torch.ones(n, length, dtype=torch.int64), torch.zeros(n, k, d))
+    names = ["users", "history", "stored"]
+    batch = torch.export.Dim("users_", min=1, max=4096)
+    stored: dict[int, Any] = {0: batch}
+    if isinstance(model, InterestModel):
+        stored[1] = torch.export.Dim("interests_", min=1, max=model.spec.k_max)
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as missing:
+        raise OptionError(f'ONNX needs more libraries ({missing.name}); pip install "freshrec[onnx]".') from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own exporter, about itself
+        program = torch.onnx.export(
+            UserTower(model).eval(),
+            example,
+            dynamo=True,
+            input_names=names,
+            output_names=["vectors"],
+            verbose=False,
+            dynamic_shapes=({0: batch}, {0: batch}, stored),
+            external_data=False,
+        )
+    assert program is not None
+    program.save(str(path))
+    return [value.name for value in program.model.graph.inputs if value.name is not None]
+
+
+def _write_index(index: Any, path: Path) -> None:
+    import faiss
+
+    faiss.write_index(index, str(path))

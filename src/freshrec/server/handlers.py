@@ -1,0 +1,125 @@
+"""Answers to what is asked over HTTP: from one version and ids to plain values. Nothing here knows HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from freshrec.recommender.explain import explain_item
+from freshrec.recommender.ids import column_tensor, normalize_id, normalize_ids, require_rows, resolve_request
+from freshrec.recommender.list_request import ListRequest
+from freshrec.recommender.lists import FALLBACK_REASONS, ServedState, make_lists, similar_items
+from freshrec.recommender.search import SearchInfo
+from freshrec.recommender.serving_bundle import ServingBundle
+from freshrec.recommender.user_profile import Interest, PastEvent, profile_of
+from freshrec.server import schemas
+from freshrec.store.versions import Manifest
+
+N_PAST_EVENTS = 30  # events of a user
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedVersion:
+    """All of one version that answers come from, and what changes with it."""
+
+    manifest: Manifest
+    bundle: ServingBundle
+    search_info: SearchInfo
+    live_since: str
+
+    @property
+    def served(self) -> ServedState:
+        """What it serves."""
+        return self.bundle.served
+
+    @property
+    def number(self) -> int:
+        """Its number."""
+        return self.manifest.id
+
+
+def user_row(version: LoadedVersion, user: int | str) -> int:
+    """The row of a user, known to the version or since; 0: a stranger. LogError where it cannot be an id."""
+    served = version.served
+    user_id = normalize_id("user_id", user, served.users)
+    row = served.users.row(user_id) or served.overlay.new_users.get(user_id, 0)
+    return 0 if row in served.overlay.erased_users else row
+
+
+def recommend(version: LoadedVersion, users: Sequence[int | str], request: ListRequest) -> list[schemas.UserList]:
+    """The lists of some users, in the order asked. OptionError for an unknown category."""
+    users_N = torch.tensor([user_row(version, user) for user in users])
+    found = make_lists(version.served, users_N, resolve_request(version.served, request))
+    lists, ids = [], version.served.items.id_column
+    columns = (found.items_NK.tolist(), found.scores_NK.tolist(), found.fallback_NK.tolist())
+    for user, items, scores, why in zip(users, *columns):
+        listed = [
+            schemas.RankedItem(
+                item_id=ids.item(items[at] - 1), score=scores[at], rank=at + 1, fallback=FALLBACK_REASONS[why[at]]
+            )
+            for at in range(len(items)) if items[at]
+        ]  # fmt: skip
+        lists.append(schemas.UserList(user_id=user, items=listed, fallback=FALLBACK_REASONS[max(why, default=0)]))
+    return lists
+
+
+def similar(version: LoadedVersion, item: str, k: int) -> list[schemas.RankedItem]:
+    """The items most like one. OptionError where it is not known."""
+    rows_N = require_rows(normalize_ids("item_id", item, version.served.items), version.served.items)
+    found = similar_items(version.served, rows_N, k)
+    return _rank_items(version, column_tensor(found), column_tensor(found, "score"))
+
+
+def user_profile(version: LoadedVersion, user: str) -> schemas.UserProfile | None:
+    """What is known of a user, the newest events last; None of a stranger."""
+    row = user_row(version, user)
+    if not row:
+        return None
+    found = profile_of(version.served, row, version.bundle.read_options.has_clock)
+    return schemas.UserProfile(
+        version=version.number, user_id=user, n_events=len(found.events), n_fresh=found.n_fresh,
+        first_span=found.first_span, last_span=found.last_span, events=_past_events(found.events[-N_PAST_EVENTS:]),
+        interests=[_interest(one) for one in found.interests], kind=found.kind,
+    )  # fmt: skip
+
+
+def _interest(one: Interest) -> schemas.InterestCard:
+    items = [schemas.RankedItem(item_id=item, score=score, rank=n + 1) for n, (item, score) in enumerate(one.items)]
+    return schemas.InterestCard(
+        title=one.title, items=items, events=_past_events(one.events), born_span=one.born_span, used_span=one.used_span
+    )
+
+
+def _past_events(events: list[PastEvent]) -> list[schemas.PastEvent]:
+    return [schemas.PastEvent(item_id=event.item_id, at=event.at) for event in events]
+
+
+def explain(version: LoadedVersion, user: str, item: str) -> schemas.ExplanationResponse:
+    """Why a user is offered an item. OptionError for unknown ids, IncompatibleError for models that cannot say."""
+    served = version.served
+    row, item_row = (
+        user_row(version, user),
+        int(require_rows(normalize_ids("item_id", item, served.items), served.items)),
+    )
+    if not row:
+        require_rows(normalize_ids("user_id", user, served.users), served.users)
+    found = [
+        schemas.ExplanationReason(source=source, place=place, points=points, because=_item_id(served, because))
+        for source, place, points, because in explain_item(served, torch.tensor([row]), item_row).iter_rows()
+    ]
+    return schemas.ExplanationResponse(
+        version=version.number, user_id=user, item_id=item, offered=bool(found), reasons=found
+    )
+
+
+def _item_id(served: ServedState, item: int) -> int | str | None:
+    name: int | str | None = served.items.ids(torch.tensor([item]))[0]
+    return name
+
+
+def _rank_items(version: LoadedVersion, rows_N: Tensor, scores_N: Tensor) -> list[schemas.RankedItem]:
+    ids = version.served.items.ids(rows_N)
+    return [schemas.RankedItem(item_id=i, score=s, rank=n + 1) for n, (i, s) in enumerate(zip(ids, scores_N.tolist()))]

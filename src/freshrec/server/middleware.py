@@ -1,0 +1,250 @@
+"""What stands before every answer: size, rate, token, waiting; and after it: how long it took. No id is kept."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from freshrec.config import Count, CountOrZero, check_options
+
+PUBLIC_PATHS = (
+    "/",
+    "/page.css",
+    "/page.js",
+    "/docs",
+    "/openapi.json",
+    "/health/live",
+    "/health/ready",
+)  # without a token
+MAX_TRACKED_CLIENTS = 10_000  # whose rate is remembered; those seen longest ago are forgotten
+LATENCY_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+CONTENT_SECURITY_POLICY = (
+    b"default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
+)
+RETRY_AFTER = [(b"retry-after", b"1")]
+SECURITY_HEADERS = [
+    (b"content-security-policy", CONTENT_SECURITY_POLICY),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cache-control", b"no-store"),
+]
+
+
+@dataclass(frozen=True)
+class ServerLimits:
+    """What a server allows."""
+
+    token: str = ""  # whoever asks must have it; "": nobody needs one
+    max_body_bytes: Count = 1 << 20  # bytes of a request
+    max_requests_per_s: CountOrZero = 500  # requests of a client in a second, 0: no limit
+    max_concurrent: Count = 64  # requests that are answered at a time, and bodies that arrive; more are sent away
+    body_timeout_s: Count = 10  # how long a request's body may take to arrive
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+class ServerMetrics:
+    """What /metrics tells."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        r = self.registry
+        self.request_seconds = Histogram(
+            "freshrec_request_seconds",
+            "How long answers took.",
+            ("route", "status"),
+            buckets=LATENCY_BUCKETS,
+            registry=r,
+        )
+        self.version = Gauge("freshrec_version", "The version that is served.", registry=r)
+        self.newest_event_age = Gauge(
+            "freshrec_newest_event_age_seconds", "Since the newest event that is answered from.", registry=r
+        )
+        self.fallbacks = Counter("freshrec_fallbacks", "Lists that popular items complete.", ("reason",), registry=r)
+        self.index_recall = Gauge(
+            "freshrec_index_recall", "Of the best items the index finds; 1: all are scored.", registry=r
+        )
+        self.events = Counter("freshrec_events", "Clicks taken.", ("known",), registry=r)
+        self.swaps = Gauge("freshrec_swaps", "How often a version was taken into service.", registry=r)
+        self.version_refused = Gauge(
+            "freshrec_version_refused", "1: the store points to a version that cannot be served.", registry=r
+        )
+
+
+@dataclass
+class TokenBucket:
+    """How many requests a client may still make, and since when."""
+
+    tokens: float
+    updated_at: float
+
+
+@dataclass
+class RequestMiddleware:
+    """An ASGI application around another."""
+
+    app: ASGIApp
+    limits: ServerLimits
+    metrics: ServerMetrics
+    buckets: OrderedDict[str, TokenBucket] = field(default_factory=OrderedDict)
+    n_active: int = 0
+    n_receiving: int = 0  # requests whose bodies are on their way: they keep nobody waiting who sends none
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request, or the start and the end of the server."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started_s, status = time.perf_counter(), 500
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {**message, "headers": [*message.get("headers", []), *SECURITY_HEADERS]}
+            await send(message)
+
+        try:
+            await self._handle(scope, receive, send_with_headers)
+        finally:
+            route = scope.get("route")
+            name = "none" if route is None else route.path
+            self.metrics.request_seconds.labels(name, str(status)).observe(time.perf_counter() - started_s)
+
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+        if not self._is_authorized(scope):
+            headers = [(b"www-authenticate", b"Bearer")]
+            await send_detail(send, 401, "this server wants a token: send it as `Authorization: Bearer ...`.", headers)
+            return
+        health = path.startswith("/health/")
+        if not health and not self._is_within_rate(scope):
+            rate = self.limits.max_requests_per_s
+            sentence = f"this server answers {rate} requests a second of one client; ask more slowly."
+            await send_detail(send, 429, sentence, RETRY_AFTER)
+            return
+        if has_body(scope):
+            body = await self._receive_body(receive, send)
+            if body is None:
+                return
+            receive = replay_body(body, receive)
+        if not health and self.n_active >= self.limits.max_concurrent:
+            await send_detail(send, 429, "too many requests wait for an answer; try again.", RETRY_AFTER)
+            return
+        try:
+            self.n_active += 1
+            await self.app(scope, receive, send)
+        finally:
+            self.n_active -= 1
+
+    async def _receive_body(self, receive: Receive, send: Send) -> bytes | None:
+        """What a request brings; None where that was wrong, and was said."""
+        if self.n_receiving >= self.limits.max_concurrent:
+            await send_detail(send, 429, "too many requests are on their way; try again.", RETRY_AFTER)
+            return None
+        try:
+            self.n_receiving += 1
+            async with asyncio.timeout(self.limits.body_timeout_s):
+                body = await read_body(receive, self.limits.max_body_bytes)
+        except TimeoutError:
+            await send_detail(
+                send, 408, f"the request did not arrive within {self.limits.body_timeout_s} seconds; send it again."
+            )
+            return None
+        finally:
+            self.n_receiving -= 1
+        if body is None:
+            await send_detail(
+                send, 413, f"a request may have {self.limits.max_body_bytes:,} bytes; send less at a time."
+            )
+        return body
+
+    def _is_authorized(self, scope: Scope) -> bool:
+        """Whether this request has the token it needs; compared in a time that does not depend on where it differs."""
+        if not self.limits.token or scope["path"] in PUBLIC_PATHS:
+            return True
+        return has_token(scope, self.limits.token)
+
+    def _is_within_rate(self, scope: Scope) -> bool:
+        """Whether the client has not asked too often: a bucket of a second's requests that fills as time goes by."""
+        if not self.limits.max_requests_per_s:
+            return True
+        client = scope["client"][0] if scope.get("client") else ""
+        now, bucket = time.monotonic(), self.buckets.pop(client, None)
+        bucket = bucket or TokenBucket(self.limits.max_requests_per_s, now)
+        bucket.tokens = (
+            min(
+                self.limits.max_requests_per_s,
+                bucket.tokens + (now - bucket.updated_at) * self.limits.max_requests_per_s,
+            )
+            - 1
+        )
+        bucket.updated_at = now
+        self.buckets[client] = bucket
+        if len(self.buckets) > MAX_TRACKED_CLIENTS:
+            self.buckets.popitem(last=False)
+        if bucket.tokens < 0:
+            bucket.tokens = 0
+            return False
+        return True
+
+
+def has_body(scope: Scope) -> bool:
+    """Whether a request says that it has a body."""
+    headers = dict(scope["headers"])
+    return b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
+
+
+def has_token(scope: Scope, token: str) -> bool:
+    """Whether a request has this token."""
+    header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+    scheme, _, given_token = header.partition(b" ")
+    return bool(token) and scheme.lower() == b"bearer" and hmac.compare_digest(given_token.strip(), token.encode())
+
+
+async def read_body(receive: Receive, max_bytes: int) -> bytes | None:
+    """All of a request's body; None where it is larger than may be. TimeoutError where its client has gone."""
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        part = message.get("body", b"")
+        size += len(part)
+        if size > max_bytes:
+            return None
+        parts.append(part)
+        if message["type"] == "http.disconnect":
+            raise TimeoutError
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def replay_body(body: bytes, receive: Receive) -> Receive:
+    """A body that was read, to be read by somebody else."""
+    unread = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive_again() -> Any:
+        return unread.pop() if unread else await receive()
+
+    return receive_again
+
+
+async def send_detail(send: Send, status: int, sentence: str, headers: list[tuple[bytes, bytes]] | None = None) -> None:
+    """An answer of one sentence."""
+    body = json.dumps({"detail": sentence}).encode()
+    all_headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        *(headers or []),
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": all_headers})
+    await send({"type": "http.response.body", "body": body})

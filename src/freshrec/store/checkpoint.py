@@ -1,0 +1,272 @@
+"""The one save format: a state as a single safetensors file, written whole or not at all. No pickle.
+
+The tensors lie in the file by path ("model.items.packed"); what is not a tensor lies in its metadata as JSON. Classes
+have the names of `disk_names`: only dataclasses with a tag, or of modules that are already imported, are rebuilt.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import polars as pl
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from freshrec.device import default_device
+from freshrec.disk_names import class_of, tag_of, with_current_names
+from freshrec.errors import StateError
+from freshrec.nn.embedding_table import embedding_tables
+from freshrec.types import Model, SeededModel, State, StateDictModel, Strategy, TrainedModel
+
+FORMAT_VERSION = 2  # files of format 1 name classes by module and class; they are read too
+CHUNK_BYTES = 1 << 21  # bytes of a tensor that are read at once: what the file maps is given back after each
+
+
+class TensorReader(Protocol):
+    """How tensors come out of a file."""
+
+    def __call__(self, name: str, columns: int | None = None) -> Tensor:
+        """By the name in the file; all, or the first columns."""
+
+
+def save_state(state: State, path: Path) -> None:
+    """Write `state` to `path`, whole or not at all."""
+    save_tree(state, path)
+
+
+def load_state(path: Path) -> State:
+    """The state in `path`. Raises StateError where there is none, or it is damaged or of another format."""
+    state = load_tree(path)
+    if not isinstance(state, State):
+        raise StateError(f"{path} holds something else than a state; use another file.")
+    return state
+
+
+def save_tree(tree: Any, path: Path) -> None:
+    """Write tensors, numbers, texts, models and dataclasses, in tuples, lists and dicts of any depth."""
+    tensors: dict[str, Tensor] = {}
+    text = json.dumps({"format": FORMAT_VERSION, "state": _encode(tree, "state", tensors)})
+    write_atomically(path, lambda aside: save_file(tensors, aside, metadata={"freshrec": text}))
+
+
+def encode_options(tree: Any) -> dict[str, Any]:
+    """JSON for a tree without tensors and models."""
+    tensors: dict[str, Tensor] = {}
+    found: dict[str, Any] = _encode(tree, "options", tensors)
+    if tensors:
+        raise StateError(f"options hold no tensors, and here is {min(tensors)}; keep tensors in states.")
+    return found
+
+
+def decode_options(encoded: dict[str, Any]) -> Any:
+    """What `encode_options` was given, now or by an earlier version. StateError where it is not that."""
+    try:
+        return _decode(with_current_names(encoded), _no_tensor, _build_full_model)
+    except (KeyError, ValueError, TypeError, AttributeError) as problem:
+        raise StateError(f"these are no options ({problem}); choose another folder.") from None
+
+
+def _no_tensor(name: str, columns: int | None = None) -> Tensor:
+    raise StateError(f"options hold no tensors, and here is {name}; choose another folder.")
+
+
+def write_text_atomically(text: str, path: Path) -> None:
+    """Write a text, whole or not at all."""
+    write_atomically(path, lambda aside: aside.write_text(text))
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """`write` writes a file beside `path`, which then takes its name: whole or not at all.
+
+    OSError where the system refuses, whatever the library that writes makes of it.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors lets nobody else read: whoever serves may be another user
+        write(temporary)
+        temporary.chmod(mode)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (SafetensorError, pl.exceptions.PolarsError) as problem:
+        raise OSError(str(problem)) from problem
+    finally:
+        temporary.unlink(missing_ok=True)  # of a full disk nothing is taken by what is of no use
+
+
+def load_tree(path: Path) -> Any:
+    """What `save_tree` wrote. Raises StateError where there is nothing, or it is damaged or of another format."""
+    with _as_state_error(path):
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {})["freshrec"]
+            # copies lie in memory as new tensors do: sums over those that do not differ in their last bits
+            tensors = {name: file.get_tensor(name).to(default_device(), copy=True) for name in file.keys()}  # noqa: SIM118
+        return _decode(_parse_tree(text, path), lambda name, columns=None: tensors[name], _build_full_model)
+
+
+def load_for_serving(path: Path) -> Any:
+    """`load_tree`, for asking only: tables without the memory of their optimiser, a third of the size.
+
+    Tensors are read piece by piece, and one that equals the first of its shape is that one (the histories that a model
+    reads, and all that users had). What is so loaded cannot be trained, and nobody may write to it.
+    """
+    shared: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
+
+    def read_shared(name: str, columns: int | None = None) -> Tensor:
+        tensor = _read_in_chunks(path, name, columns)
+        earlier = shared.setdefault((tensor.shape, tensor.dtype), tensor)
+        return earlier if torch.equal(earlier, tensor) else tensor
+
+    with _as_state_error(path):
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {})["freshrec"]
+        return _decode(_parse_tree(text, path), read_shared, _build_serving_model)
+
+
+@contextmanager
+def _as_state_error(path: Path) -> Iterator[None]:
+    """Turns what is wrong with a file into a StateError."""
+    try:
+        yield
+    except (SafetensorError, OSError) as problem:
+        raise StateError(f"{path} holds no readable state ({problem}); use an earlier version or fit again.") from None
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as problem:
+        raise StateError(f"{path} is not a whole state ({problem}); use an earlier version or fit again.") from None
+
+
+def _parse_tree(text: str, path: Path) -> Any:
+    tree = json.loads(text)
+    if tree["format"] not in range(1, FORMAT_VERSION + 1):
+        raise StateError(
+            f"{path} has state format {tree['format']}, this freshrec reads {FORMAT_VERSION}; upgrade freshrec."
+        )
+    return with_current_names(tree["state"])
+
+
+def _read_in_chunks(path: Path, name: str, columns: int | None = None) -> Tensor:
+    """A tensor of the file, or its first columns."""
+    with safe_open(path, framework="pt") as file:
+        shape = file.get_slice(name).get_shape()
+        if not shape or 0 in shape:
+            tensor: Tensor = file.get_tensor(name).clone()
+            return tensor if columns is None else tensor[:, :columns]
+        like = file.get_slice(name)[:1]
+    n_rows = max(1, CHUNK_BYTES // max(1, like.nbytes))
+    out = torch.empty((shape[0], *like.shape[1:]) if columns is None else (shape[0], columns), dtype=like.dtype)
+    for first in range(0, shape[0], n_rows):
+        with safe_open(path, framework="pt") as file:
+            part = file.get_slice(name)[first : first + n_rows]
+            out[first : first + n_rows] = part if columns is None else part[:, :columns]
+    return out
+
+
+def _encode(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """JSON for `node`; its tensors go into `tensors` by path."""
+    if node is None or isinstance(node, bool | int | float | str):
+        return {"value": node}
+    if isinstance(node, Tensor):
+        tensors[path] = node.detach().cpu().contiguous().clone()
+        return {"tensor": path}
+    if isinstance(node, tuple | list):
+        parts = [_encode(child, f"{path}.{i}", tensors) for i, child in enumerate(node)]
+        return {"tuple" if isinstance(node, tuple) else "list": parts}
+    if isinstance(node, dict):
+        if not all(isinstance(k, str) for k in node):
+            raise StateError(f"a dict at {path} has keys that are no texts, and cannot be saved; use a tensor.")
+        return {"dict": {k: _encode(child, f"{path}.{k}", tensors) for k, child in node.items()}}
+    if isinstance(node, Model):
+        return {"model": _encode(_model_parts(node), path, tensors)}
+    if isinstance(node, Strategy) and not is_dataclass(node) and not vars(node):  # a method only: its class is all
+        return {"class": tag_of(type(node)), "fields": {}}
+    if is_dataclass(node):
+        encoded_fields = {f.name: _encode(getattr(node, f.name), f"{path}.{f.name}", tensors) for f in fields(node)}
+        return {"class": tag_of(type(node)), "fields": encoded_fields}
+    raise StateError(
+        f"a {type(node).__name__} at {path} cannot be saved: keep tensors, numbers and dataclasses in states."
+    )
+
+
+MODEL_PARTS = ("spec", "sizes", "seed", "moments", "weights")
+BUILT = ("spec", "n_users", "n_items", "seed")  # attributes that a model gets when it is built and grown
+
+
+def _model_parts(model: Model) -> dict[str, Any]:
+    """What a model is built of again."""
+    return {
+        "spec": model.spec,
+        "sizes": (model.n_users, model.n_items),
+        "seed": model.seed if isinstance(model, SeededModel) else 0,  # counters draw nothing
+        "moments": model.moments if isinstance(model, TrainedModel) else {},
+        "weights": _weights_of(model),
+    }
+
+
+def _weights_of(model: Model) -> dict[str, Any]:
+    """What a model has learnt, by name; all its attributes, where it does not say."""
+    if isinstance(model, StateDictModel):
+        return dict(model.state_dict())
+    return {name: value for name, value in vars(model).items() if name not in BUILT}
+
+
+def _load_weights(model: Model, weights: dict[str, Any]) -> None:
+    """The inverse of `_weights_of`."""
+    if isinstance(model, StateDictModel):
+        model.load_state_dict(weights)
+        return
+    for name, value in weights.items():
+        setattr(model, name, value)
+
+
+def _decode(
+    node: dict[str, Any], read: TensorReader, build_model: Callable[[dict[str, Any], TensorReader], Model]
+) -> Any:
+    """The inverse of `_encode`; `model_of` makes a model of its encoded parts."""
+    if "value" in node:
+        return node["value"]
+    if "tensor" in node:
+        return read(node["tensor"])
+    if "tuple" in node or "list" in node:
+        children = [_decode(child, read, build_model) for child in node.get("tuple", node.get("list", []))]
+        return tuple(children) if "tuple" in node else children
+    if "dict" in node:
+        return {k: _decode(child, read, build_model) for k, child in node["dict"].items()}
+    if "model" in node:
+        return build_model(node["model"]["dict"], read)
+    return class_of(node["class"])(**{k: _decode(child, read, build_model) for k, child in node["fields"].items()})
+
+
+def _build_full_model(parts: dict[str, Any], read: TensorReader) -> Model:
+    spec, sizes, seed, moments, weights = (_decode(parts[name], read, _build_full_model) for name in MODEL_PARTS)
+    model: Model = spec.build(seed)
+    model.grow(*sizes)
+    _load_weights(model, weights)
+    if isinstance(model, TrainedModel):
+        model.moments = moments
+        model.eval()
+    return model
+
+
+def _build_serving_model(parts: dict[str, Any], read: TensorReader) -> Model:
+    spec, sizes, seed = (_decode(parts[name], read, _build_serving_model) for name in MODEL_PARTS[:3])
+    model: Model = spec.build(seed)
+    names = parts["weights"]["dict"]
+    tables = embedding_tables(model) if isinstance(model, TrainedModel) else {}
+    for name, table in tables.items():  # room for the weights alone, of which nothing is written yet
+        n_rows = len(read(names[f"{name}.steps_R"]["tensor"]))
+        table.packed, table.steps_R = torch.empty(n_rows, table.n_dims), torch.zeros(n_rows)
+    model.grow(*sizes)
+    for name, table in tables.items():
+        table.packed = read(names[f"{name}.packed"]["tensor"], table.n_dims)
+    own = {f"{name}.packed": table.packed for name, table in tables.items()}
+    others = {name: _decode(child, read, _build_serving_model) for name, child in names.items() if name not in own}
+    _load_weights(model, own | others)
+    if isinstance(model, TrainedModel):
+        model.eval()
+    return model
