@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--base", type=int, default=500_000)
     parser.add_argument("--new", type=int, default=100_000)
     parser.add_argument("--model", default="blend")
-    parser.add_argument("--strategy", default="refit:passes=1000000")
+    parser.add_argument("--strategy", default="refit:max_passes=1000000")
     arguments = parser.parse_args()
     sizes = arguments.users, arguments.items
     with tempfile.TemporaryDirectory() as folder:

@@ -56,7 +56,7 @@ def with_interests(recommender: Recommender) -> Recommender:
         for users_B in (n_U == n).nonzero()[:, 0].split(1024):
             history_BT = history_items(history_ends(state.histories, users_B, "recent"), model.spec.length)
             alive_BK = torch.ones(len(users_B), n, dtype=torch.bool)
-            slots_BKD = model.slots(n).expand(len(users_B), -1, -1)
+            slots_BKD = model.initial_interests(n).expand(len(users_B), -1, -1)
             batch = Batch(users_B, history_BT, interests_BKD=slots_BKD, alive_BK=alive_BK, old_BK=~alive_BK)
             rows = (offsets_U[users_B][:, None] + torch.arange(n)).flatten()
             vectors_SD[rows] = user_vectors(model, batch).flatten(0, 1)

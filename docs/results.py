@@ -38,7 +38,7 @@ CLAIMS = (
     Claim("IMSR against a full retrain: the difference IMSR - full", "imsr", "full", MULTI),
     Claim("Interests unused for 1 span may go", "imsr:upkeep.retire=1", "imsr", MULTI),
     Claim("Interests unused for 3 spans may go", "imsr:upkeep.retire=3", "imsr", MULTI),
-    Claim("Half precision is enough for stored interests", "imsr:upkeep.half=true", "imsr", MULTI),
+    Claim("Half precision is enough for stored interests", "imsr:upkeep.fp16=true", "imsr", MULTI),
     Claim("About two interests a user, the closest merged, are enough", "imsr:upkeep.megabytes=0.5", "imsr", MULTI),
     Claim("One interest a user is enough", "imsr:upkeep.megabytes=0.001", "imsr", MULTI),
 )

@@ -61,8 +61,8 @@ def run(command: str, folder: Path, *words: str) -> int:
 @contextmanager
 def server(
     folder: Path,
-    rules: ServerLimits = ServerLimits(max_requests_per_s=0),
-    **of_live: Any,  # noqa: B008
+    rules: ServerLimits = ServerLimits(max_requests_per_s=0),  # noqa: B008
+    **of_live: Any,
 ) -> Iterator[tuple[TestClient, LiveVersion]]:
     """A client of a server of the store, and what it serves from."""
     said: list[str] = []

@@ -125,12 +125,12 @@ def test_a_model_made_of_those_up_to_i_learns_on_span_i_plus_1(
     """T29, and the base model is in no window."""
     chain = [copy_weights(state.model) for state in stream(FineTune(FIT))]
     for t, lesson in enumerate(lessons(strategy, monkeypatch), 1):
-        assert len(lesson.window.models) == n_models[t - 1] and len(lesson.blocks) == n_blocks[t - 1]
+        assert len(lesson.window.models) == n_models[t - 1] and len(lesson.past_spans) == n_blocks[t - 1]
         newest_first = range(t - 1, 0, -1)
         for i, model in zip(newest_first, reversed(lesson.window.models)):
             known = {name: model[name][: len(rows)] for name, rows in chain[i].items()}
             assert same(known, chain[i])
-        for i, block in zip(range(t, 0, -1), reversed(lesson.blocks)):
+        for i, block in zip(range(t, 0, -1), reversed(lesson.past_spans)):
             due_R = block.histories.due_R == DUE
             assert sorted(block.histories.items_R[due_R].tolist()) == sorted(joining(i).items_E.tolist())
             assert block.n_items == log().spans[i].n_items
@@ -148,7 +148,7 @@ def test_the_loss_is_the_weighted_sum_over_the_spans() -> None:
     """[ASMG eq. lambda] T27, with models that hold the generated weights."""
     state = stream(replace(MULTI, residual=False), "mf", 5)[-1]
     memory, window = state.memory, state.memory.window
-    blocks = list(memory.blocks)
+    blocks = list(memory.past_spans)
     assert len(window.models) == 3 and len(blocks) == 2
     key = (0, 4)
     term = MULTI._past_spans_term(memory.generator, state.model, window, blocks, key)
@@ -163,7 +163,7 @@ def test_the_loss_is_the_weighted_sum_over_the_spans() -> None:
 
 def test_past_spans_are_passed_again_and_again_with_negatives_of_their_time_and_empty_ones_left_out() -> None:
     state = stream(MULTI, "mf", 5)[-1]
-    block = replace(state.memory.blocks[0], n_items=3)
+    block = replace(state.memory.past_spans[0], n_items=3)
     once = list(training_batches(state.model, due_targets(block.histories), torch.Generator()))
     endless = MULTI._endless_batches(state.model, block, (0,))
     drawn = [next(endless) for _ in range(3 * len(once))]
@@ -175,16 +175,20 @@ def test_past_spans_are_passed_again_and_again_with_negatives_of_their_time_and_
 
 def test_a_block_remembers_the_interests_that_were_served_in_it() -> None:
     states = stream(MULTI, "comirec-dr", 4)
-    block, before = states[3].memory.blocks[-1], states[2].interests  # the last span, and what it met
-    assert block.carried is not None and before is not None
+    block, before = states[3].memory.past_spans[-1], states[2].interests  # the last span, and what it met
+    assert block.stored_interests is not None and before is not None
     users_N = joining(3).users_E.unique()
     users_N = users_N[users_N <= before.n_users]
     ours, theirs = (
-        pad_interests(block.carried.users, users_N, block.carried.slots_KD),
-        pad_interests(before, users_N, block.carried.slots_KD),
+        pad_interests(block.stored_interests.interests, users_N, block.stored_interests.initial_KD),
+        pad_interests(before, users_N, block.stored_interests.initial_KD),
     )
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    assert len(block.carried.users.vectors_SD) == before.offsets_U.diff()[users_N].sum() < len(before.vectors_SD)
+    assert (
+        len(block.stored_interests.interests.vectors_SD)
+        == before.offsets_U.diff()[users_N].sum()
+        < len(before.vectors_SD)
+    )
 
 
 def test_what_was_shown_is_learnt_by_chain_and_generator_alike(bits: Callable[[State], bytes]) -> None:
@@ -199,7 +203,7 @@ def test_what_was_shown_is_learnt_by_chain_and_generator_alike(bits: Callable[[S
         ours, plain = passed(replace(MULTI, base_parts=6), ours, span), passed(FineTune(FIT), plain, span)
     assert bits(replace(ours, model=ours.memory.model, memory=None)) == bits(plain)
     assert not same(copy_weights(ours.model), copy_weights(plain.model))
-    for t, block in zip((3, 4), ours.memory.blocks, strict=True):
+    for t, block in zip((3, 4), ours.memory.past_spans, strict=True):
         targets = due_targets(block.histories)
         assert torch.equal(targets.items_N, items_E[80 * t : 80 * t + 80])
         assert torch.equal(targets.labels_N, labels_E[80 * t : 80 * t + 80])  # type: ignore[arg-type]
@@ -231,7 +235,7 @@ def test_the_generator_prefers_the_model_that_is_good_on_the_new_span() -> None:
     for name in ("users", "items"):
         alpha_PM = torch.softmax(learnt.networks[name].logits_PM, 1)  # type: ignore[union-attr]
         assert (alpha_PM[:, 0] > 0.5).all()
-    assert torch.equal(generator.makers["items"].logits_PM, torch.zeros(8, 2))  # type: ignore[union-attr]
+    assert torch.equal(generator.networks["items"].logits_PM, torch.zeros(8, 2))  # type: ignore[union-attr]
 
 
 def test_the_variant_full_passes_20_spans_where_multi_passes_3() -> None:
@@ -245,7 +249,7 @@ def test_the_variant_full_passes_20_spans_where_multi_passes_3() -> None:
 def test_rehearsals_train_the_generator_and_nothing_else(bits: Callable[[State], bytes]) -> None:
     with_them, without = (stream(replace(MULTI, base_parts=n), "mf", 1)[0] for n in (6, 0))
     assert bits(replace(with_them, memory=None)) == bits(replace(without, memory=None))
-    assert with_them.memory.window == ModelWindow() and with_them.memory.blocks == ()
+    assert with_them.memory.window == ModelWindow() and with_them.memory.past_spans == ()
     assert with_them.memory.generator.moments and not without.memory.generator.moments
 
 

@@ -174,11 +174,11 @@ def test_the_largest_values_are_those_that_a_stable_sort_puts_first(k: int) -> N
 
 
 def test_only_as_much_is_remembered_as_was_asked_for() -> None:
-    model, _ = fed([chain(1200, 0), chain(400, 1)], remembered=120, per_window=60, others=7)
+    model, _ = fed([chain(1200, 0), chain(400, 1)], max_queries=120, queries_per_window=60, negatives_per_query=7)
     kept = model.query_log
     assert len(kept.ranks_PR) == 120  # 60 of the base block's window of 200, then 120 of 400: the latest stay
     assert 0 < len(kept.x_QCF) <= 120 and kept.x_QCF.shape[1:] == (8, len(FEATURES)) and kept.real_QC[:, 0].all()
-    assert len(fed([chain(1200, 0)], per_window=60)[0].query_log.ranks_PR) == 60
+    assert len(fed([chain(1200, 0)], queries_per_window=60)[0].query_log.ranks_PR) == 60
 
 
 def test_every_user_is_asked_for_once_before_anybody_is_twice() -> None:
@@ -325,7 +325,7 @@ def update(blocks: list[Events], **options: Any) -> list[State]:
 def test_the_trained_expert_is_heard_on_what_it_had_not_learnt_and_then_learns_it() -> None:
     base, later = chain(1200, 0), chain(600, 1)
     after, counting = update([base, later]), update([base, later], trains="never")
-    heard, silent = (states[0].model.remembered.x_QCF for states in (after, counting))
+    heard, silent = (states[0].model.query_log.x_QCF for states in (after, counting))
     columns = [SHARE_COLUMN["pooled"], RANK_COLUMN["pooled"]]
     others = [column for column in range(len(FEATURES)) if column not in columns]
     assert torch.equal(heard[..., others], silent[..., others]) and not torch.equal(heard, silent)
@@ -350,8 +350,8 @@ def test_an_update_that_would_harm_the_trained_expert_is_not_made() -> None:
     for block, manner in ((turned, 1.0), (lured, 0.0)):
         before, after = update([base, block], fit=fit)
         old, new = (state.model.experts.trained.items.weights for state in (before, after))
-        assert after.costs["manner"] == manner and torch.equal(old, new) == (manner == 0)
-    assert "manner" not in update([base, lured], fit=fit, safe=False)[1].costs
+        assert after.costs["lr_factor"] == manner and torch.equal(old, new) == (manner == 0)
+    assert "lr_factor" not in update([base, lured], fit=fit, safe=False)[1].costs
 
 
 def test_a_trained_expert_that_adds_nothing_is_given_up_and_costs_nothing_from_then_on() -> None:
@@ -363,7 +363,7 @@ def test_a_trained_expert_that_adds_nothing_is_given_up_and_costs_nothing_from_t
     assert "train_cpu_s" in tried[0].costs and "train_cpu_s" not in tried[1].costs
     assert "rows_read" not in tried[1].costs and not tried[1].model.experts.trained.items.steps_R.any()
     for mine, theirs in zip(tried, counting):
-        assert mine.model.trusted == theirs.model.trusted and not mine.model.waiting
+        assert mine.model.best_expert == theirs.model.best_expert and not mine.model.pending_queries
         assert (mine.model.rule is None) == (theirs.model.rule is None)
         assert torch.equal(mine.model.candidates(asked([3, 9]))[1], theirs.model.candidates(asked([3, 9]))[1])
 
@@ -439,7 +439,7 @@ def test_anew_trains_on_all_events_but_those_held_back_by_the_last_block(tmp_pat
         state = load_state(tmp_path / "state.safetensors")
     secret = replace(block, train_at_E=torch.full_like(block.train_at_E, NEVER))
     after = strategy.update(absorb_block(state, secret, USERS, ITEMS), Span(3, secret, USERS, ITEMS))
-    assert after.model.experts.facts.clock == 2400  # of 3000 events
+    assert after.model.experts.item_statistics.n_events == 2400  # of 3000 events
 
 
 def test_a_blend_that_began_with_too_little_trains_when_there_is_more() -> None:
@@ -452,7 +452,7 @@ def test_a_blend_that_began_with_too_little_trains_when_there_is_more() -> None:
 
 def test_what_is_kept_at_hand_is_not_older_than_what_was_learnt() -> None:
     for state in update([chain(1200, 0), chain(300, 1)]):
-        settled, trained = state.model.experts.settled, state.model.experts.trained
+        settled, trained = state.model.experts.cache, state.model.experts.trained_model
         assert len(settled.shelf_S) == ITEMS
         assert torch.equal(settled.shelf_SD, trained.items.weights[settled.shelf_S])
 
@@ -477,7 +477,7 @@ def test_held_back_events_are_trained_on_once_when_it_is_their_turn() -> None:
 
 def test_a_trained_expert_may_be_the_trusted_one() -> None:
     [state] = update([chain(1200, 0)])
-    kept = state.model.remembered
+    kept = state.model.query_log
     assert kept.ranks_PR[:, POOLED].isfinite().float().mean() > 0.5  # of the base block too
     found = kept.ranks_PR[kept.ranks_PR[:, :POOLED].isfinite().any(1), POOLED]
     place = kept.x_QCF[:, 0, RANK_COLUMN["pooled"]].float().exp().round()
@@ -503,7 +503,7 @@ def test_what_the_trained_expert_said_of_the_base_block_is_not_made_of_its_last_
     seen: list[torch.Tensor] = []
 
     class Watched(Blend):
-        def hear_trained(self) -> None:
+        def score_pending_queries(self) -> None:
             seen.append(self.experts.trained_model.items.weights.clone())
             super().score_pending_queries()
 

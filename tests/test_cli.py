@@ -82,7 +82,7 @@ def test_what_is_fitted_without_options_is_the_blend_and_a_budget_sizes_its_trai
     fitted = json.loads(answer(capsys, "fit", logs[0], "--store", str(at[0]), *COLUMNS, "--json"))
     assert (fitted["recipe"]["model"], fitted["recipe"]["strategy"]) == ("blend", "refit")
     fitted = json.loads(answer(capsys, "fit", logs[0], "--store", str(at[1]), "--budget", "2m", *COLUMNS, "--json"))
-    assert fitted["recipe"]["strategy"] == f"refit:passes={120 * TARGETS_PER_SECOND}"
+    assert fitted["recipe"]["strategy"] == f"refit:max_passes={120 * TARGETS_PER_SECOND}"
     answer(capsys, "update", logs[1], "--store", str(at[1]))
 
 
@@ -193,7 +193,7 @@ def test_a_variant_is_listed_with_the_options_that_make_it(capsys: pytest.Captur
 
 @pytest.mark.parametrize("name", [*MODELS, *STRATEGIES])
 def test_the_options_listed_for_a_variant_make_it_from_its_plain_form(name: str) -> None:
-    """What is printed in brackets can be typed: popularity:keep=last is popularity-last."""
+    """What is printed in brackets can be typed: popularity:weighting=last is popularity-last."""
     table, find = (MODELS, find_model) if name in MODELS else (STRATEGIES, find_strategy)
     plain = next(n for n, thing in table.items() if thing == type(table[name])())  # type: ignore[attr-defined]
     assert find(":".join([plain, *options_of(table[name])])) == table[name]  # type: ignore[operator]

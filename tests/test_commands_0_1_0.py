@@ -22,6 +22,7 @@ from typer.main import get_command
 
 from freshrec.cli.app import OLD_FLAGS, app, main
 from freshrec.data.synthetic import make_world
+from freshrec.disk_names import RECIPE_KEYS
 from freshrec.models import find_model
 from freshrec.replay.recipe_schema import parse_recipe
 from freshrec.strategies import find_strategy
@@ -178,6 +179,10 @@ def test_every_flag_of_0_1_0_is_taken(name: str) -> None:
     assert set(WORDS["flags"][name]) - flags - OLD_FLAGS.get(name.split()[0], {}).keys() == set()
 
 
+RENAMED = pytest.mark.filterwarnings("ignore:.*the old name still works:FutureWarning")
+
+
+@RENAMED
 @pytest.mark.parametrize("kind", ["models", "strategies"])
 def test_every_name_and_option_of_0_1_0_is_taken(kind: str) -> None:
     find: Any = {"models": find_model, "strategies": find_strategy}[kind]
@@ -185,11 +190,22 @@ def test_every_name_and_option_of_0_1_0_is_taken(kind: str) -> None:
         assert find(":".join([name, *options])) == find(name), name
 
 
+@RENAMED
 def test_every_recipe_key_of_0_1_0_is_taken() -> None:
     for part, keys in WORDS["recipe_keys"].items():
         default = asdict(parse_recipe({}))[part]
         for key in keys:
-            assert parse_recipe({part: {key: default[key]}}) == parse_recipe({})
+            value = default[RECIPE_KEYS.get(part, {}).get(key, key)]
+            assert parse_recipe({part: {key: value}}) == parse_recipe({})
+
+
+def test_a_former_name_is_taken_with_one_line_of_warning(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "events.parquet", "--store", "a", "--model", "popularity:keep=last"]) == 0
+    assert capsys.readouterr().err == (
+        "warning: option keep of popularity:keep=last is called weighting now; the old name still works.\n"
+    )
+    assert main(["recommend", "u1", "--store", "a", "--include-seen"]) == 0
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 JSON_COMMANDS = (

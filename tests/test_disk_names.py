@@ -10,21 +10,22 @@ from typing import Any, get_args, get_type_hints
 import polars as pl
 import pytest
 import torch
-from freshrec.data.spans import LogSplit, split_log
-from freshrec.data.worlds import make_world
-from freshrec.models.checkpoint import load_tree, save_tree
-from freshrec.models.counted import absorb_block
-from freshrec.replay.made_of import base_file, is_made_of, write_made_of
-from freshrec.replay.replay import Cell, ReplaySettings
 from safetensors import safe_open
 from torch import Tensor
 
 from freshrec import disk_names
-from freshrec.disk_names import CLASSES, FORMER, class_of, current_manifest, current_move, tag_of, with_current_names
+from freshrec.data.split import LogSplit, split_log
+from freshrec.data.synthetic import make_world
+from freshrec.disk_names import CLASSES, class_of, current_manifest, current_move, tag_of, with_current_names
 from freshrec.errors import IncompatibleError, StateError
+from freshrec.former_names import FORMER
 from freshrec.models import COUNTING_MODELS, MODELS, find_model
+from freshrec.models.absorb import absorb_block
+from freshrec.replay.cell import Cell, ReplaySettings
 from freshrec.replay.measure import QueryOptions
+from freshrec.replay.provenance import base_file, is_made_of, write_made_of
 from freshrec.replay.results import read_ranks
+from freshrec.store.checkpoint import load_tree, save_tree
 from freshrec.strategies import STRATEGIES, find_strategy
 from freshrec.strategies.compatible import check_compatible
 from freshrec.types import State

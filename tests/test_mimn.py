@@ -131,7 +131,7 @@ def test_one_event_by_hand() -> None:
     erase_M, add_M = torch.tensor([0.0, 0.5]), torch.tensor([1.0, math.tanh(0.5)])
     written_KM = torch.stack([w_K[0] * add_M, 4 * (1 - w_K[1] * erase_M) + w_K[1] * add_M])
     torch.testing.assert_close(slots_BTKM[0, 0], written_KM)
-    torch.testing.assert_close(memory.used_BK[0], w_K)
+    torch.testing.assert_close(memory.usage_BK[0], w_K)
 
 
 def test_events_one_by_one_give_the_memory_of_all_at_once() -> None:

@@ -47,7 +47,7 @@ def test_what_is_unknown_is_refused_with_a_sentence(text: str, says: str) -> Non
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("popularity:keep=lats", 'keep of PopularitySpec.*not "lats"; did you mean "last"'),
+        ("popularity:weighting=lats", 'weighting of PopularitySpec.*not "lats"; did you mean "last"'),
         ("item-knn:kind=markvo", 'did you mean "markov"'),
         ("repeat-last:order=x", "one of last, freq"),
         ("sasrec:length=0", "length of SASRecSpec is 0; it must be at least 1"),

@@ -64,7 +64,7 @@ def test_without_a_rehearsal_it_is_fine_tuning() -> None:
     mine, span = circles.two_periods(SelfTuned(base_parts=0, fit=FIT))
     plain, _ = circles.two_periods(FineTune(fit=FIT))
     after, expected = SelfTuned(base_parts=0, fit=FIT).update(mine, span), FineTune(fit=FIT).update(plain, span)
-    assert mine.memory.manner == UpdateSettings()
+    assert mine.memory.settings == UpdateSettings()
     assert torch.equal(weights(after.model), weights(expected.model))
 
 
@@ -72,7 +72,7 @@ def test_the_knobs_are_turned_one_after_the_other_to_what_was_best(monkeypatch: 
     asked: list[UpdateSettings] = []
 
     def quality(self: SelfTuned, state: State, parts: Any, memory: Any) -> float:
-        manner: UpdateSettings = memory.manner
+        manner: UpdateSettings = memory.settings
         asked.append(manner)
         return (
             {0.3: 0.1, 1.0: 0.2, 2.0: 0.3}[manner.lr_scale]
@@ -82,7 +82,7 @@ def test_the_knobs_are_turned_one_after_the_other_to_what_was_best(monkeypatch: 
 
     monkeypatch.setattr(SelfTuned, "_chain", quality)
     state, _ = circles.two_periods(SelfTuned(fit=FIT))
-    assert state.memory.manner == UpdateSettings(
+    assert state.memory.settings == UpdateSettings(
         lr_scale=2.0, average_epochs=True
     )  # a replay as good as none is not taken
     assert len(asked) == 1 + sum(map(len, SEARCH_SPACE.values())) and asked[0] == UpdateSettings()
@@ -120,4 +120,4 @@ def test_where_the_world_turns_round_a_rehearsal_finds_that_boldness_pays() -> N
     spec = SASRecSpec(d=16, negatives=16, length=8, dropout=0.0, lr=0.001)
     strategy = SelfTuned(base_parts=4, fit=replace(FIT, epochs=2))
     after = strategy.update(State(spec.build(0), histories=base), Span(0, backwards, 120, 20))
-    assert after.memory.manner.lr_scale == 2.0
+    assert after.memory.settings.lr_scale == 2.0

@@ -58,7 +58,7 @@ def test_large_tensors_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Mo
     )  # three rows of 8 floats, and less than one packed
     again = load_for_serving(files[SERVED_FILE])
     assert torch.equal(item_vectors(whole[2].model), item_vectors(again[2].model))
-    assert torch.equal(whole[2].recent.items_R, again[2].recent.items_R)
+    assert torch.equal(whole[2].histories.items_R, again[2].histories.items_R)
 
 
 def test_a_damaged_file_is_one_sentence(tmp_path: Path) -> None:

@@ -230,7 +230,7 @@ def test_a_state_that_waits_for_its_next_span_can_be_saved(
 ) -> None:
     strategy, span = SML(transfer=CNN, fit=FIT, rounds=rounds), span_of(3)
     state = chain(strategy, "comirec-dr", [span_of(0), span_of(1), span_of(2)])[-1]
-    assert (state.memory.block is not None) == (rounds > 1)  # the last events are kept only where they are needed
+    assert (state.memory.span_data is not None) == (rounds > 1)  # the last events are kept only where they are needed
     save_state(state, tmp_path / "state")
     loaded = load_state(tmp_path / "state")
     assert bits(strategy.update(absorbed(loaded, span), span)) == bits(strategy.update(absorbed(state, span), span))

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from freshrec.nn import full_softmax
 from freshrec.nn.full_softmax import full_distillation_loss, full_softmax_loss
 
 

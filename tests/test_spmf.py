@@ -164,8 +164,8 @@ def test_the_reservoir_holds_a_share_of_the_base_block_or_so_many() -> None:
     n_base = len(world().spans[0].events)
     for reservoir, size in ((0.1, round(0.1 * n_base)), (1.0, n_base), (50, 50)):
         state = after_base(SPMF(reservoir=reservoir, fit=QUICK), MFSpec(d=4), world())
-        assert len(state.memory.kept) == size and state.memory.n_seen == n_base
-        assert state.memory.kept.histories_NT.shape[1] == 0  # mf reads no history, so none is kept
+        assert len(state.memory.samples) == size and state.memory.n_seen == n_base
+        assert state.memory.samples.histories_NT.shape[1] == 0  # mf reads no history, so none is kept
 
 
 def test_without_a_share_of_the_reservoir_spmf_is_fine_tuning_to_the_bit(bits: Callable[[State], bytes]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from freshrec.cli.app import main
-from freshrec.disk_names import FORMER
+from freshrec.former_names import FORMER
 from freshrec.recommender.recommender import Recommender
 
 GOLD = Path(__file__).parent / "gold"
@@ -114,5 +114,5 @@ def test_a_replay_that_0_1_0_left_half_finished_goes_on_and_ends_as_if_it_had_no
 
 def test_the_stores_hold_every_class_that_0_1_0_could_save() -> None:
     held = set[str]().union(*(about["classes"] for name, about in KNOWN.items() if name != "machine"))
-    of_replays = {"freshrec.replay.cell:Cell", "freshrec.replay.cell:Settings", "freshrec.replay.measure:Asked"}
+    of_replays = {"freshrec.replay.replay:Cell", "freshrec.replay.replay:Settings", "freshrec.replay.measure:Asked"}
     assert held == FORMER.keys() - of_replays  # those are in made-of.txt

@@ -139,7 +139,7 @@ def test_halved_interests_take_half_the_room_and_answer_in_full(
     assert half.interests.vectors_SD.dtype == torch.float16
     assert half.costs["interest_bytes"] / half.costs["mean_k"] == 2 * 16 + 4
     some = torch.arange(1, 9)
-    read_BKD, alive_BK, _ = pad_interests(half.interests, some, half.model.slots(4))
+    read_BKD, alive_BK, _ = pad_interests(half.interests, some, half.model.initial_interests(4))
     assert read_BKD.dtype == torch.float32 and alive_BK.any(1).all()
     save_state(half, tmp_path / "state")
     assert bits(load_state(tmp_path / "state")) == bits(half)
@@ -155,9 +155,9 @@ def test_retiring_after_one_span_leaves_what_the_last_visit_used(world: LogSplit
 
 
 def test_nothing_is_done_unless_it_is_asked_for(world: LogSplit, bits: Callable[[State], bytes]) -> None:
-    asked = find_strategy("imsr:upkeep.retire=0:upkeep.half=false:upkeep.megabytes=0")
+    asked = find_strategy("imsr:upkeep.retire=0:upkeep.fp16=false:upkeep.megabytes=0")
     state = learnt(world, IMSR(fit=FIT))[0]
     assert asked == IMSR() and state.interests is not None and bits(InterestBudget()(state)) == bits(state)
-    assert find_strategy("imsr:upkeep.retire=3:upkeep.half=true").upkeep == InterestBudget(retire=3, fp16=True)  # type: ignore[attr-defined]
+    assert find_strategy("imsr:upkeep.retire=3:upkeep.fp16=true").upkeep == InterestBudget(retire=3, fp16=True)  # type: ignore[attr-defined]
     with pytest.raises(OptionError, match="option megabytes of Upkeep is -1"):
         find_strategy("imsr:upkeep.megabytes=-1")

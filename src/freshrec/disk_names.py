@@ -14,6 +14,7 @@ from dataclasses import is_dataclass
 from typing import Any
 
 from freshrec.errors import StateError
+from freshrec.former_names import FORMER
 from freshrec.user_modules import IMPORTS
 
 # tag -> where the class is now. A tag is never changed and never given to another class.
@@ -195,77 +196,14 @@ RECIPE_KEYS: dict[str, dict[str, str]] = {
     "replay": {"also": "extra_pairs", "mean": "averaging"}
 }  # of recipe.toml, by its table
 RANK_COLUMNS: dict[str, str] = {}  # of span-*.parquet in a replay
-COST_KEYS: dict[str, str] = {}  # of costs-*.json in a replay
-TABLE_COLUMNS: dict[str, str] = {}  # of users.parquet, items.parquet and categories.parquet
-
-# What 0.1.0 wrote -> the tag. These are names of the past: whoever renames code leaves them alone.
-FORMER = {
-    "freshrec.data.batches:Targets": "targets",
-    "freshrec.data.carried:Carried": "batch-interests",
-    "freshrec.learn.fit:Fit": "fit-config",
-    "freshrec.learn.generators:GRU": "gru-generator",
-    "freshrec.learn.generators:Generator": "weight-generator",
-    "freshrec.learn.generators:Mix": "linear-generator",
-    "freshrec.learn.generators:Window": "model-window",
-    "freshrec.learn.reservoir:Kept": "exemplars",
-    "freshrec.learn.reservoir:Reservoir": "reservoir",
-    "freshrec.learn.transfer:CNNTransfer": "cnn-transfer",
-    "freshrec.learn.transfer:LinearTransfer": "linear-transfer",
-    "freshrec.learn.transfer:MLPTransfer": "mlp-transfer",
-    "freshrec.learn.upkeep:Upkeep": "interest-budget",
-    "freshrec.models.blend:BlendSpec": "blend-spec",
-    "freshrec.models.caser:CaserSpec": "caser-spec",
-    "freshrec.models.embedding_mlp:EmbeddingMLPSpec": "embedding-mlp-spec",
-    "freshrec.models.gru4rec:GRU4RecSpec": "gru4rec-spec",
-    "freshrec.models.interests:InterestSpec": "multi-interest-spec",
-    "freshrec.models.limarec:LimaRecSpec": "limarec-spec",
-    "freshrec.models.mf:MFSpec": "mf-spec",
-    "freshrec.models.mf_biased:BiasedMFSpec": "biased-mf-spec",
-    "freshrec.models.mimn:MIMNSpec": "mimn-spec",
-    "freshrec.models.originals:OriginalSpec": "multi-interest-published-spec",
-    "freshrec.models.pairs:PairsSpec": "item-pairs-spec",
-    "freshrec.models.pooled:PooledSpec": "pooled-spec",
-    "freshrec.models.popularity:PopularitySpec": "popularity-spec",
-    "freshrec.models.repeat:RepeatSpec": "repeat-spec",
-    "freshrec.models.sasrec:SASRecSpec": "sasrec-spec",
-    "freshrec.models.sknn:SKNNSpec": "session-knn-spec",
-    "freshrec.models.stamp:STAMPSpec": "stamp-spec",
-    "freshrec.models.user_knn:UserKNNSpec": "user-knn-spec",
-    "freshrec.replay.measure:Asked": "query-selection",
-    "freshrec.replay.measure:Queries": "queries",
-    "freshrec.replay.replay:Cell": "replay-cell",
-    "freshrec.replay.replay:Settings": "replay-settings",
-    "freshrec.serve.reading:Reading": "log-options",
-    "freshrec.strategies.ader:ADER": "ader-strategy",
-    "freshrec.strategies.ader_s:ADERS": "ader-s-strategy",
-    "freshrec.strategies.asmg:ASMG": "asmg-strategy",
-    "freshrec.strategies.asmg:Block": "asmg-span",
-    "freshrec.strategies.asmg:Memory": "asmg-memory",
-    "freshrec.strategies.ewc:EWC": "ewc-strategy",
-    "freshrec.strategies.imsr:Detect": "interest-detector",
-    "freshrec.strategies.imsr:IMSR": "imsr-strategy",
-    "freshrec.strategies.imsr:Retain": "interest-retainer",
-    "freshrec.strategies.imsr:Trimmer": "interest-trimmer",
-    "freshrec.strategies.incctr:Distill": "distillation",
-    "freshrec.strategies.incctr:IncCTR": "incctr-strategy",
-    "freshrec.strategies.plain:Absorb": "absorb-strategy",
-    "freshrec.strategies.plain:FineTune": "finetune-strategy",
-    "freshrec.strategies.plain:Frozen": "frozen-strategy",
-    "freshrec.strategies.plain:Retrain": "retrain-strategy",
-    "freshrec.strategies.refit:Refit": "refit-strategy",
-    "freshrec.strategies.rehearsed:Manner": "training-regime",
-    "freshrec.strategies.rehearsed:Memory": "self-tuned-memory",
-    "freshrec.strategies.rehearsed:Rehearsed": "self-tuned-strategy",
-    "freshrec.strategies.sml:Block": "sml-span",
-    "freshrec.strategies.sml:Memory": "sml-memory",
-    "freshrec.strategies.sml:SML": "sml-strategy",
-    "freshrec.strategies.spmf:SPMF": "spmf-strategy",
-    "freshrec.types:Events": "events",
-    "freshrec.types:Histories": "histories",
-    "freshrec.types:Interests": "interests",
-    "freshrec.types:Shown": "impressions",
-    "freshrec.types:State": "state",
+COST_KEYS: dict[str, str] = {  # of costs-*.json in a replay
+    "manner": "lr_factor",
+    "manner_cpu_s": "lr_choice_cpu_s",
+    "current": "current_negatives",
+    "replayed": "replay_share",
+    "averaged": "average_epochs",
 }
+TABLE_COLUMNS: dict[str, str] = {}  # of users.parquet, items.parquet and categories.parquet
 
 
 def tag_of(kind: type) -> str:

@@ -13,9 +13,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-SEQUENCE_FORMATS = ("window", "lane")  # units of models that learn at each position of a history
+SEQUENCE_FORMATS = ("window", "session-parallel")  # batches of models that learn at each position of a history
 TRAIN, VALID, TEST = 0, 1, 2  # Events.role_E: what an event is for
-NOW, NEXT, NEVER = 0, 1, 2  # Events.joins_E: the update that may train on it
+NOW, NEXT, NEVER = 0, 1, 2  # Events.train_at_E: the update that may train on it
 TRAINED, DUE, DEFERRED, HELD_OUT = (
     0,
     1,
@@ -251,10 +251,9 @@ class ErasableModel(Model, Protocol):
 class TrainedModel(Model, Protocol):
     """A model that learns by gradients: an `nn.Module`, of which training uses the methods at the end."""
 
-    batch_format: (
-        str  # how it wants its batches: a row per "target" with history, per "window" of targets, per "pair" without,
-    )
-    # or per "click": a target with the history there is, which may be none, and its label; "lane": event by event
+    # How batches are cut: a row per "target" with its history, per "window" of targets, per "pair" without a history,
+    # per "click" (a labelled target with the history there is, which may be empty), or "session-parallel" (an event a step).
+    batch_format: str
     seed: int
     moments: dict[str, Tensor]  # the optimiser's memory of the dense weights; tables carry their own
 
@@ -355,7 +354,7 @@ class Strategy(Protocol):
     """One pure function from a state and a span to the next state."""
 
     def update(self, state: State, span: Span) -> State:
-        """`state` is left as it was; `state.recent` already holds the span's events, marked as due."""
+        """`state` is left as it was; `state.histories` already holds the span's events, marked as due."""
 
 
 LossTerm = Callable[[Batch, Forward], Tensor]  # an extra scalar added to the loss

@@ -144,7 +144,7 @@ def _prepare_folder(out: Path, recipe: Recipe, resume: bool) -> None:
             raise OptionError(f"{out} holds a replay already: go on with --resume, or choose another --out.")
         may_differ = {
             "log": {"folder"},
-            "replay": {"models", "strategies", "also", "controls", "seeds", "metrics", "mean", "from_span"},
+            "replay": {"models", "strategies", "extra_pairs", "controls", "seeds", "metrics", "averaging", "from_span"},
         }
         if _without(load_recipe(recipe_path), may_differ) != _without(recipe, may_differ):
             raise OptionError(f"{out} holds a replay of another log or protocol: choose another --out.")

@@ -68,7 +68,7 @@ def fit(
     if budget and model.partition(":")[0] != "blend":
         raise OptionError(f'--budget sizes the blend; "{model}" trains as its options say, as in fit.base_epochs=5.')
     if budget:
-        strategy = f"{strategy or 'refit'}:passes={parse_duration(budget) * TARGETS_PER_SECOND}"
+        strategy = f"{strategy or 'refit'}:max_passes={parse_duration(budget) * TARGETS_PER_SECOND}"
     read_options, limits = ReadOptions(parse_pairs(columns), format_name, tuple(parse_list(events))), parse_limits(gate)
     bundle = new_bundle(model, strategy, seed, read_options)
     log_read = read_log(

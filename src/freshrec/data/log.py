@@ -180,8 +180,8 @@ def _map_columns(table: SourceTable, columns: Mapping[str, str]) -> tuple[dict[s
     missing += [] if names.keys() & {"timestamp", "period"} else ["timestamp"]
     if missing:
         raise LogError(
-            f"{table.name} has no {' and no '.join(missing)} among its columns {_format_names(found)}; say which it is, "
-            f"as in --columns {missing[0]}=NAME, or name a public format with --format."
+            f"{table.name} has no {' and no '.join(missing)} among its columns {_format_names(found)}; say which it "
+            f"is, as in --columns {missing[0]}=NAME, or name a public format with --format."
         )
     if "period" not in names:
         names.pop("order", None)

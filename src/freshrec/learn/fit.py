@@ -94,7 +94,7 @@ def training_batches(
     spec = model.spec
     if model.batch_format == "pair":
         return pair_batches(targets, spec.batch, rng)
-    if model.batch_format == "lane":
+    if model.batch_format == "session-parallel":
         return session_parallel_batches(targets, spec.batch)
     if model.batch_format == "window":
         return window_batches(targets, spec.batch, spec.length, rng)

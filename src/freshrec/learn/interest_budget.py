@@ -33,7 +33,7 @@ class InterestBudget:
 
     def __call__(self, state: State) -> State:
         """`state` with its users' interests so kept."""
-        interests, ordered = state.interests, state.model.ordered
+        interests, ordered = state.interests, state.model.has_ordered_interests
         assert interests is not None
         if self.retire:
             interests = retire_interests(interests, self.retire, ordered)
@@ -52,7 +52,7 @@ class InterestBudget:
 def retire_interests(interests: Interests, n_spans: int, ordered: bool) -> Interests:
     """`users` without the interests last used `n_spans` or more before their user's latest used one.
 
-    `ordered` ones go only from the end: see `InterestModel.ordered`.
+    `ordered` ones go only from the end: see `InterestModel.has_ordered_interests`.
     """
     user_S = row_users(interests)
     latest_U = torch.zeros(interests.n_users + 1, dtype=torch.int16)

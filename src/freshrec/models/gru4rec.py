@@ -1,9 +1,9 @@
 """GRU4Rec: a recurrent network reads the history; its output at each position predicts the next item.
 
 After the code that Hidasi and others released (2016 to 2018; its port to PyTorch, 2023), where sessions lie side by
-side in lanes, and each step moves one event ahead: steps="lanes". Differs from it: by default a step trains on windows
-with a target after each position, whose gradient goes back through the whole window (`back="one"`: through one step),
-which takes fewer and larger steps; in lanes, events before those of an update are not read; Adam, not Adagrad with
+side in lanes, and each step moves one event ahead: steps="session-parallel". Differs from it: by default a step trains
+on windows with a target after each position, whose gradient goes back through the whole window (`bptt="one"`: through
+one step), which takes fewer and larger steps; in lanes, events before those of an update are not read; Adam, not Adagrad with
 momentum; losses are means, not sums; a negative that is the target counts nothing; an item's score has no bias; the
 input is an item's vector, never one-hot; of a batch's own targets a part are negatives.
 """
@@ -36,7 +36,9 @@ class GRU4RecSpec:
     embeddings: Literal["constrained", "separate"] = "constrained"  # one vector an item; or another as input
     drop_in: Rate = 0.2  # of the input vectors
     drop_out: Rate = 0.2  # of each layer's output
-    steps: Literal["windows", "lanes"] = "windows"  # "lanes": one event of as many sessions, as in the authors' code
+    steps: Literal["windows", "session-parallel"] = (
+        "windows"  # "session-parallel": one event of as many sessions, as in the authors' code
+    )
     bptt: Literal["all", "one"] = "all"  # steps that the gradient goes back, in windows
     length: Count = HISTORY_LENGTH
     lr: Positive = 0.006
@@ -143,7 +145,7 @@ class GRU4Rec(nn.Module):
 
     def __init__(self, spec: GRU4RecSpec, seed: int) -> None:
         super().__init__()
-        self.batch_format = "window" if spec.steps == "windows" else "lane"
+        self.batch_format = "window" if spec.steps == "windows" else "session-parallel"
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
         self.items = EmbeddingTable(spec.d, spec.std, seed, spec.categories)

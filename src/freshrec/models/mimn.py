@@ -194,7 +194,7 @@ class MIMN(nn.Module):
         vectors_BKD = self.project(slots_BTKM[is_target_BT])
         user_BD = attend(vectors_BKD, target_BD, None, self.spec.attention)
         logits_BN = sampled_logits(user_BD, target_BD, negative_ND, target_B, negative_N)
-        loss = sampled_softmax_loss(logits_BN) + self.spec.usage_penalty * usage_variance(memory.used_BK)
+        loss = sampled_softmax_loss(logits_BN) + self.spec.usage_penalty * usage_variance(memory.usage_BK)
         return Forward(loss, vectors_BKD, target_BD, logits_BN)
 
     def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:

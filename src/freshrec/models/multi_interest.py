@@ -195,7 +195,7 @@ class InterestNet(nn.Module):
     @property
     def has_ordered_interests(self) -> bool:
         """Whether only a user's last interests may be dropped."""
-        return bool(self.extract.ordered)
+        return bool(self.extract.has_ordered_interests)
 
     def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
         """`user_vectors` of a history whose items have these vectors, with gradients."""

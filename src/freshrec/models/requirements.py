@@ -14,8 +14,8 @@ SPEC = ("build",)
 TRAINED_SPEC = ("length", "lr", "batch", "negatives")
 MODEL = ("spec", "n_users", "n_items", "grow")
 COUNTING = ("absorb", "score")
-TRAINED = ("seed", "unit", "moments", "forward")
-UNITS = ("target", "window", "pair", "click", "lane")
+TRAINED = ("seed", "batch_format", "moments", "forward")
+BATCH_FORMATS = ("target", "window", "pair", "click", "session-parallel")
 
 
 def build_model(spec: Any, name: str, seed: int = 0) -> Model:
@@ -31,8 +31,10 @@ def build_model(spec: Any, name: str, seed: int = 0) -> Model:
         return cast(Model, model)
     _check_names(f'the options of model "{name}" ({type(spec).__name__})', spec, TRAINED_SPEC)
     _check_names(what, model, (*MODEL, *TRAINED))
-    if model.unit not in UNITS:
-        raise OptionError(f'unit of {what} is "{model.unit}"; it must be one of {", ".join(UNITS)}.')
+    if model.batch_format not in BATCH_FORMATS:
+        raise OptionError(
+            f'batch_format of {what} is "{model.batch_format}"; it must be one of {", ".join(BATCH_FORMATS)}.'
+        )
     members = set(dir(model))
     if not members & {"encode", "user_vectors", "score"}:
         raise OptionError(f"{what} has no encode, user_vectors or score, so that nothing says how items are scored.")

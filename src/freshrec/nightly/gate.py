@@ -186,8 +186,9 @@ def _share_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats], limits
         least = _usual_range(heads)[0]
         if day.share_head < least / limits.max_head_drop_factor:
             found.append(
-                f"{_format_percent(day.share_head)} of the rows are on items that had half of the attention lately; on "
-                f"the {len(heads)} days before it was {_format_percent(least)} or more as a rule: are the clicks made up?"
+                f"{_format_percent(day.share_head)} of the rows are on items that had half of the attention lately; "
+                f"on the {len(heads)} days before it was {_format_percent(least)} or more as a rule: are the clicks "
+                "made up?"
             )
     if day.n_users >= limits.min_users_same_second and (recent or not day.whole_days):
         seconds = [d.share_same_second for d in days]
@@ -237,8 +238,8 @@ def _time_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats], limits:
         if day.span_hours < shortest / limits.max_shortening_factor:
             found.append(
                 f"the day's rows span {day.span_hours:.3g} hours; those of the {len(spans)} days before spanned "
-                f"{shortest:.3g} or more as a rule, and less than {shortest / limits.max_shortening_factor:.3g} is out of "
-                "the ordinary: is the end missing?"
+                f"{shortest:.3g} or more as a rule, and less than {shortest / limits.max_shortening_factor:.3g} is "
+                "out of the ordinary: is the end missing?"
             )
     return found
 

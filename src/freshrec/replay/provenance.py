@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from freshrec.disk_names import FORMER, tag_of
+from freshrec.disk_names import tag_of
 from freshrec.errors import StateError
+from freshrec.former_names import FORMER
 from freshrec.replay.cell import Cell, ReplaySettings
 from freshrec.store.checkpoint import decode_options, encode_options, write_text_atomically
 from freshrec.types import State

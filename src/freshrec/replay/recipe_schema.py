@@ -4,6 +4,7 @@ A recipe may begin with `extends = "name"`: the recipe name.toml beside it, whos
 """
 
 import tomllib
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from freshrec.config import Count, CountOrZero, check_options, option_error
 from freshrec.data.split_config import SplitConfig
 from freshrec.data.world_size import WorldSize
+from freshrec.deprecation import describe_rename
+from freshrec.disk_names import RECIPE_KEYS, with_current_keys
 from freshrec.errors import OptionError, unknown_name_error
 
 Words = tuple[str, ...]
@@ -149,11 +152,23 @@ def merged(tables: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
 
 
 def parse_recipe(tables: dict[str, Any]) -> Recipe:
-    """The recipe of nested dictionaries. OptionError with the nearest valid key or value."""
+    """The recipe of nested dictionaries. OptionError with the nearest valid key or value.
+
+    Keys may have their former names, with a warning.
+    """
     try:
-        return TypeAdapter(Recipe).validate_python(tables)
+        return TypeAdapter(Recipe).validate_python(
+            {name: _with_current_keys(name, table) for name, table in tables.items()}
+        )
     except ValidationError as problem:
         raise option_error(problem, Recipe, "recipe key {}") from None
+
+
+def _with_current_keys(section: str, table: Any) -> Any:
+    former = RECIPE_KEYS.get(section, {})
+    for key in former.keys() & table.keys() if isinstance(table, dict) else ():
+        warnings.warn(describe_rename(f"recipe key {section}.{key}", former[key]), FutureWarning, stacklevel=3)
+    return with_current_keys(table, former)
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:

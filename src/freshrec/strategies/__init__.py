@@ -58,7 +58,7 @@ STRATEGIES: dict[str, Strategy] = {
     "asmg-gru-zero": ASMG(carry=False),
     "asmg-gru-unif": ASMG(loss="uniform"),
     "asmg-linear": ASMG(generator="linear", loss="last"),
-    "rehearsed": SelfTuned(),
+    "self-tuned": SelfTuned(),
     "imsr": IMSR(),
     "imsr-span": IMSR(fit=SPAN_ONLY),
     "imsr-no-eir": IMSR(retain=None),
@@ -70,10 +70,11 @@ STRATEGIES: dict[str, Strategy] = {
 }
 
 
-ALIASES = {  # what papers call them -> what they are here
+ALIASES = {  # what papers call them, or 0.1.0 did -> what they are here
     "joint": "full",  # ADER
     "dropout": "finetune",  # ADER, where the model has dropout
     "asmg-gru-multi": "asmg",  # ASMG
+    "rehearsed": "self-tuned",  # 0.1.0
 }
 FORM = Form(Strategy, "update(state, span)")
 

@@ -57,7 +57,7 @@ class Refit:
             train_at = torch.where(span.events.train_at_E == NEXT, NOW, span.events.train_at_E)
             after = replace(after, model=model, memory=(replace(span.events, train_at_E=train_at),))
         model, targets = after.model, due_targets(state.histories)
-        if model.waiting and self.trains != "never":
+        if model.pending_queries and self.trains != "never":
             model, targets = self._train_base(model, span, state.seed, meter)
         since = time.process_time()
         fit_rule(model, self.weight_decay, self.min_queries, self.epochs)
@@ -121,7 +121,7 @@ def _choose_lr_factor(
     """`fit`, or with less of a learning rate, or without epochs: which is best on the newest sixth of the targets.
 
     The others have to be better than `fit` beyond chance (t-test of the differences in ndcg@20, the level halved, as
-    there are two of them). What was chosen stands in the costs: "manner", what the learning rate is multiplied by.
+    there are two of them). What was chosen stands in the costs: "lr_factor", what the learning rate is multiplied by.
     """
     since = time.process_time()
     by_time_N = targets.histories.times_R[targets.rows_N].argsort(stable=True)[-MAX_TRIAL_TARGETS:]
@@ -146,8 +146,8 @@ def _choose_lr_factor(
             and ndcg_by_factor[i].mean() > ndcg_by_factor[chosen].mean()
         ):
             chosen = i
-    meter.add_time("manner_cpu_s", since)
-    meter.costs["manner"] = LR_FACTORS[chosen]
+    meter.add_time("lr_choice_cpu_s", since)
+    meter.costs["lr_factor"] = LR_FACTORS[chosen]
     return replace(
         fit, lr_scale=fit.lr_scale * (LR_FACTORS[chosen] or 1.0), epochs=fit.epochs if LR_FACTORS[chosen] else 0
     )

@@ -45,9 +45,9 @@ class UpdateSettings:
 
 SEARCH_SPACE: dict[str, tuple[Any, ...]] = {
     "lr_scale": (0.3, 2.0),
-    "current": (True,),
-    "replayed": (0.5,),
-    "averaged": (True,),
+    "current_negatives": (True,),
+    "replay_share": (0.5,),
+    "average_epochs": (True,),
 }
 
 

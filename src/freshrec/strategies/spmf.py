@@ -1,6 +1,6 @@
 """SPMF: train on what the model predicts badly, among new events and a reservoir of all earlier ones.
 
-Symbols of the paper: R -> reservoir.kept, W -> the due targets, w_i = exp(rank_i / N) -> rank_weights.
+Symbols of the paper: R -> reservoir.samples, W -> the due targets, w_i = exp(rank_i / N) -> rank_weights.
 """
 
 import time
@@ -115,7 +115,7 @@ class SPMF:
         key = (state.seed, span.index)
         meter = CostMeter()
         since = time.process_time()
-        rounds = self._epoch_targets(model, due, state.memory.kept, stored_interests, key)
+        rounds = self._epoch_targets(model, due, state.memory.samples, stored_interests, key)
         fit = self.fit if self.take == "all" else replace(self.fit, epochs=1)
         meter.costs["rows_read"] = float(len(rounds[0]))
         meter.add_time("choose_cpu_s", since)

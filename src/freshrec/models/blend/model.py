@@ -192,7 +192,7 @@ class Blend:
         self.n_blocks = 0
         nothing = torch.zeros(0, spec.negatives_per_query + 1, len(FEATURES), dtype=torch.float16)
         self.query_log = QueryLog(nothing, nothing[..., 0] > 0, torch.zeros(0, N_EXPERTS + 1))
-        self.pending_queries: list[PendingQueries] = []  # those of the base block, until `hear_trained`
+        self.pending_queries: list[PendingQueries] = []  # those of the base block, until `score_pending_queries`
 
     def grow(self, n_users: int, n_items: int) -> None:
         """Make room for new users and items."""
