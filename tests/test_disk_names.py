@@ -185,7 +185,7 @@ def cell_of(model: str, strategy: str) -> Cell:
         cell_of("item-knn", "absorb"),
         cell_of("mf", "sml-linear"),
     ],
-    ids=lambda cell: cell.model,
+    ids=lambda cell: cell.model_name,
 )
 def test_what_0_1_0_wrote_of_a_cell_is_that_cell_and_no_other(cell: Cell, tmp_path: Path) -> None:
     (tmp_path / "made-of.txt").write_text(repr(cell))  # no class or field of these was renamed since 0.1.0

@@ -148,13 +148,13 @@ class SML:
         stage = Stage(model, _grow_weights(memory.before, model), transfer, meter)
         if self.fits_network_on(span.index):
             network_data = (
-                collect_span_data(state, span, self.fit.history) if self.objective == "next" else memory.block
+                collect_span_data(state, span, self.fit.history) if self.objective == "next" else memory.span_data
             )
             for n in range(1, self.rounds + 1):
                 if n > 1:
                     if self.restart != "adapted":  # the moments of w's optimiser stay
                         load_weights(model, stage.before if self.restart == "before" else self._transfer_weights(stage))
-                    self._adapt_model(stage, memory.block, (state.seed, memory.block.span, n))
+                    self._adapt_model(stage, memory.span_data, (state.seed, memory.span_data.span, n))
                 self._train_network(stage, network_data, (state.seed, network_data.span, n, 2))
         after = self._transfer_weights(stage)
         if self.train_through_transfer:
