@@ -11,7 +11,8 @@ import time
 
 import torch
 
-from freshrec.data.batches import append_events, targets_at
+from freshrec.data.batches import targets_at
+from freshrec.data.histories import append_events
 from freshrec.data.stored_interests import stored_interests_of
 from freshrec.learn.fit import train
 from freshrec.models import MODELS

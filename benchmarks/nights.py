@@ -20,7 +20,8 @@ import polars as pl
 from freshrec.data.log import Log, keep_positives, read_log
 from freshrec.nightly.job import NightlyJob
 from freshrec.recommender.bundle import new_bundle
-from freshrec.store.versions import Manifest, create_store
+from freshrec.store.manifest import Manifest
+from freshrec.store.versions import create_store
 
 DAY = 86_400_000_000  # microseconds
 Frame = pl.DataFrame

@@ -16,8 +16,8 @@ from freshrec.cli.app import app, describe_names
 from freshrec.config import description_of, hints_of
 from freshrec.models import MODELS
 from freshrec.recommender.list_request import DEFAULTS, ListRequest, help_of
-from freshrec.replay.measure import SLICES
 from freshrec.replay.recipe_schema import Recipe
+from freshrec.replay.slices import SLICES
 from freshrec.strategies import ALIASES, STRATEGIES
 
 

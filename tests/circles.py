@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from freshrec.data.batches import append_events
+from freshrec.data.histories import append_events
 from freshrec.models.sasrec import SASRecSpec
 from freshrec.types import Events, Histories, Span, State, Strategy
 

@@ -16,7 +16,8 @@ from freshrec.nightly.gate import GateLimits
 from freshrec.nightly.job import NightlyJob
 from freshrec.recommender.bundle import new_bundle, read_bundle
 from freshrec.recommender.recommender import Recommender
-from freshrec.store.versions import Manifest, Store, create_store, open_store
+from freshrec.store.manifest import Manifest
+from freshrec.store.versions import Store, create_store, open_store
 
 LIMITS = GateLimits()
 USERS = ["user-0", "user-7", "user-60", "nobody"]

@@ -18,9 +18,10 @@ from freshrec.cli.app import main
 from freshrec.data.synthetic import make_world
 from freshrec.nightly.erase import erase_user
 from freshrec.nightly.job import NightlyJob
-from freshrec.server.app import Service, create_app
+from freshrec.server.app import create_app
 from freshrec.server.live_version import LiveVersion
 from freshrec.server.middleware import ServerLimits
+from freshrec.server.service import Service
 from freshrec.store.versions import open_store
 
 TOKEN = "a-token-of-the-tests"

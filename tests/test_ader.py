@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from freshrec.data.batches import append_events, due_targets, make_rng, targets_at
+from freshrec.data.batches import due_targets, make_rng, targets_at
+from freshrec.data.histories import append_events
 from freshrec.data.stored_interests import stored_interests_of
 from freshrec.learn.exemplars import (
     ExperienceReplay,
@@ -28,8 +29,9 @@ from freshrec.learn.exemplars import (
     smallest_per_group,
     trainable_targets,
 )
-from freshrec.learn.fit import FitConfig, fit_base_block, mean_ndcg
+from freshrec.learn.fit import FitConfig, fit_base_block
 from freshrec.learn.reservoir import TrainingSamples
+from freshrec.learn.validation import mean_ndcg
 from freshrec.models import MODELS
 from freshrec.models.mf import MFSpec
 from freshrec.models.sasrec import SASRecSpec

@@ -8,7 +8,8 @@ from functools import cache
 import pytest
 import torch
 
-from freshrec.data.batches import append_events, due_targets
+from freshrec.data.batches import due_targets
+from freshrec.data.histories import append_events
 from freshrec.data.split import LogSplit, split_log
 from freshrec.data.stored_interests import pad_interests
 from freshrec.data.synthetic import make_world

@@ -9,19 +9,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from freshrec.data.batches import (
-    append_events,
     due_targets,
     history_items,
-    insert_events,
     limit_batch_size,
     make_rng,
-    mark_trained,
     pair_batches,
     query_batches,
     target_batches,
     targets_at,
     window_batches,
 )
+from freshrec.data.histories import append_events, insert_events, mark_trained
 from freshrec.data.stored_interests import pad_interests
 from freshrec.types import DEFERRED, DUE, HELD_OUT, NEVER, NEXT, NOW, TRAINED, Events, Histories, Interests
 

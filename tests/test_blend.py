@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from freshrec.data.batches import Targets, append_events, due_targets, make_rng, occurrence_numbers
+from freshrec.data.batches import Targets, due_targets, make_rng, occurrence_numbers
+from freshrec.data.histories import append_events
 from freshrec.learn.fit import FitConfig
 from freshrec.models.absorb import absorb_block
 from freshrec.models.blend.experts import (
@@ -21,14 +22,15 @@ from freshrec.models.blend.experts import (
     top_k_indices,
 )
 from freshrec.models.blend.features import USER_FEATURES
-from freshrec.models.blend.model import SCORE_SOURCES, Blend, BlendSpec, QueryLog, Rule
+from freshrec.models.blend.model import MAX_JUDGED_QUERIES, Blend, BlendSpec, fit_rule
 from freshrec.models.blend.rule import (
-    MAX_JUDGED_QUERIES,
+    SCORE_SOURCES,
     SIGNIFICANCE_LEVEL,
+    QueryLog,
+    Rule,
     feature_gain,
     fit_correction,
     fit_listwise,
-    fit_rule,
 )
 from freshrec.nn.ranking import target_ranks, top_k
 from freshrec.store.checkpoint import load_state, save_state

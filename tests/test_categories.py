@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from freshrec.data.batches import append_events
+from freshrec.data.histories import append_events
 from freshrec.errors import OptionError
 from freshrec.learn.fit import FitConfig
 from freshrec.models import find_model

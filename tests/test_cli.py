@@ -11,7 +11,7 @@ import pytest
 from names import options_of
 
 from freshrec.cli.app import GROUPS, LISTED_KINDS, app, main
-from freshrec.cli.options import print_json
+from freshrec.cli.output import print_json
 from freshrec.cli.replay import resolve_recipe
 from freshrec.data.split_config import SplitConfig
 from freshrec.data.synthetic import make_world

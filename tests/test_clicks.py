@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu
 
-from freshrec.data.batches import append_events, due_targets, history_items, mark_trained
+from freshrec.data.batches import due_targets, history_items
+from freshrec.data.histories import append_events, mark_trained
 from freshrec.data.log import Log
 from freshrec.data.split import LogSplit, split_log
 from freshrec.data.synthetic import make_world

@@ -229,7 +229,7 @@ def test_options_of_a_later_version_that_were_not_there_then_have_their_defaults
     write_made_of(tmp_path, cell)
     file = tmp_path / "made-of.json"
     whole = json.loads(file.read_text())
-    del whole["fields"]["spec"]["fields"]["predict"]  # as if this option were new
+    del whole["fields"]["model_spec"]["fields"]["predict"]  # as if this option were new
     file.write_text(json.dumps(whole))
     assert is_made_of(tmp_path, cell)
     assert not is_made_of(tmp_path, cell_of("sasrec:predict=last", "finetune"))

@@ -8,8 +8,8 @@ import torch
 from test_nightly import ANY, days, learn
 
 from freshrec.cli.app import main
-from freshrec.data.batches import insert_events
 from freshrec.data.catalog import Catalog
+from freshrec.data.histories import insert_events
 from freshrec.data.log import read_log
 from freshrec.errors import StateError
 from freshrec.learn.reservoir import Reservoir, TrainingSamples

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freshrec.data.batches import append_events, make_rng, targets_at
+from freshrec.data.batches import make_rng, targets_at
+from freshrec.data.histories import append_events
 from freshrec.data.stored_interests import stored_interests_of
-from freshrec.learn.fit import FitConfig, mean_ndcg
+from freshrec.learn.fit import FitConfig
 from freshrec.learn.reservoir import TrainingSamples
+from freshrec.learn.validation import mean_ndcg
 from freshrec.learn.weights import grow_model
 from freshrec.models import MODELS
 from freshrec.nn.embedding_table import embedding_tables

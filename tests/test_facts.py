@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from freshrec.data.batches import append_events, insert_events, targets_at
+from freshrec.data.batches import targets_at
+from freshrec.data.histories import append_events, insert_events
 from freshrec.models.blend.features import (
     ITEM_FEATURES,
     OWN_FEATURES,

@@ -8,7 +8,8 @@ import circles
 import pytest
 import torch
 
-from freshrec.data.batches import append_events, due_targets
+from freshrec.data.batches import due_targets
+from freshrec.data.histories import append_events
 from freshrec.errors import OptionError
 from freshrec.learn import fit
 from freshrec.learn.fit import CostMeter, FitConfig, fit_model, split_holdout, train_to_best_epoch

@@ -38,8 +38,9 @@ from freshrec.data.split_config import HELDOUT_RULES, SPLIT_RULES, TARGET_RULES
 from freshrec.data.synthetic import WORLDS, make_world
 from freshrec.models import COUNTING_MODELS, find_model
 from freshrec.replay.cell import Cell, ReplaySettings, replay_cell
-from freshrec.replay.measure import QueryOptions, slice_table
+from freshrec.replay.measure import QueryOptions
 from freshrec.replay.results import OVERALL_SPAN, collect_results
+from freshrec.replay.slices import slice_table
 from freshrec.store.checkpoint import load_tree
 from freshrec.strategies import find_strategy
 

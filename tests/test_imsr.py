@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu
 from torch import Tensor
 
-from freshrec.data.batches import append_events
+from freshrec.data.histories import append_events
 from freshrec.data.split import split_log
 from freshrec.data.synthetic import make_world
 from freshrec.errors import OptionError

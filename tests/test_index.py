@@ -10,14 +10,13 @@ from hypothesis import strategies as st
 from serving import items, server, stored
 from torch import Tensor
 
-from freshrec.data.batches import append_events
 from freshrec.data.catalog import Catalog
+from freshrec.data.histories import append_events
 from freshrec.models.multi_interest import InterestSpec
 from freshrec.models.popularity import PopularitySpec
 from freshrec.nn.ranking import top_k, top_k_exact
 from freshrec.nn.scoring import item_vectors, user_vectors
 from freshrec.recommender import search as module
-from freshrec.recommender.lists import ServedState
 from freshrec.recommender.search import (
     SearchOptions,
     build_index,
@@ -26,6 +25,7 @@ from freshrec.recommender.search import (
     longest_first_search,
     measure_recall,
 )
+from freshrec.recommender.served_state import ServedState
 from freshrec.types import Batch, Events, Histories, State
 
 N, D, K = 6000, 16, 4

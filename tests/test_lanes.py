@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from freshrec.data.batches import Targets, append_events, due_targets, targets_at
+from freshrec.data.batches import Targets, due_targets, targets_at
+from freshrec.data.histories import append_events
 from freshrec.data.session_parallel import HiddenStates, assign_lanes, session_parallel_batches
 from freshrec.models.gru4rec import GRU4Rec, GRU4RecSpec
 from freshrec.nn.scoring import user_vectors

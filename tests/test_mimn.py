@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freshrec.data.batches import append_events
+from freshrec.data.histories import append_events
 from freshrec.learn.fit import FitConfig
 from freshrec.models.mimn import (
     MIMN,

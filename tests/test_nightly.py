@@ -27,7 +27,8 @@ from freshrec.nightly.inspection import user_profile as inspected
 from freshrec.nightly.job import NightlyJob, hash_source, preview_delivery, waiting_batches
 from freshrec.recommender.bundle import Bundle, new_bundle, read_bundle
 from freshrec.recommender.recommender import Recommender
-from freshrec.store.versions import Manifest, Store, create_store, open_store, version_chain
+from freshrec.store.manifest import Manifest
+from freshrec.store.versions import Store, create_store, open_store, version_chain
 
 ANY = GateLimits(
     tolerance=0.99,

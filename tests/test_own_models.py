@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from freshrec import Recommender
 from freshrec.cli.app import main
-from freshrec.data.batches import insert_events
+from freshrec.data.histories import insert_events
 from freshrec.data.split import LogSplit, split_log
 from freshrec.data.synthetic import make_world
 from freshrec.errors import OptionError, StateError

@@ -18,8 +18,8 @@ from freshrec.recommender.bundle import Bundle
 from freshrec.recommender.explain import explain_by_vectors
 from freshrec.recommender.recommender import Recommender
 from freshrec.replay.cell import Cell, ReplaySettings, replay_cell
-from freshrec.replay.measure import slice_table
 from freshrec.replay.results import collect_results
+from freshrec.replay.slices import slice_table
 from freshrec.store.versions import open_store
 from freshrec.strategies.baselines import FineTune
 from freshrec.types import Batch

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from freshrec.data.batches import append_events, due_targets
+from freshrec.data.batches import due_targets
+from freshrec.data.histories import append_events
 from freshrec.learn.base_stream import base_stream
 from freshrec.types import DUE, HELD_OUT, TRAINED, Events, Histories
 

@@ -7,7 +7,8 @@ import circles
 import pytest
 import torch
 
-from freshrec.data.batches import append_events, due_targets
+from freshrec.data.batches import due_targets
+from freshrec.data.histories import append_events
 from freshrec.learn.fit import FitConfig, train
 from freshrec.models.sasrec import SASRecSpec
 from freshrec.nn.embedding_table import embedding_tables

@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 
 import freshrec
-from freshrec.data.batches import append_events
+from freshrec.data.histories import append_events
 from freshrec.data.log import Log
 from freshrec.data.split import LogSplit, split_log
 from freshrec.data.synthetic import make_world
@@ -30,10 +30,11 @@ from freshrec.models import find_model
 from freshrec.models.absorb import absorb_block
 from freshrec.models.popularity import PopularitySpec
 from freshrec.replay.cell import Cell, ReplaySettings, replay_cell
-from freshrec.replay.measure import SLICES, QueryOptions, SpanBlock, make_queries, slice_table
+from freshrec.replay.measure import QueryOptions, SpanBlock, make_queries
 from freshrec.replay.progress import ProgressBoard
 from freshrec.replay.results import OVERALL_SPAN, collect_results
 from freshrec.replay.runner import run_cells
+from freshrec.replay.slices import SLICES, slice_table
 from freshrec.strategies import STRATEGIES, find_strategy
 from freshrec.strategies.baselines import Absorb
 from freshrec.strategies.compatible import check_compatible

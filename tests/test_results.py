@@ -10,8 +10,8 @@ import results as page  # docs/results.py
 
 from freshrec.models import find_model
 from freshrec.replay.cell import Cell
-from freshrec.replay.measure import SLICES
 from freshrec.replay.results import OVERALL_SPAN, collect_results
+from freshrec.replay.slices import SLICES
 from freshrec.strategies import find_strategy
 
 ROOT = Path(__file__).resolve().parent.parent

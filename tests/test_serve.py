@@ -14,9 +14,10 @@ from freshrec.cli.server import read_token
 from freshrec.errors import OptionError
 from freshrec.nightly.inspection import user_profile as inspect_user
 from freshrec.recommender.bundle import read_bundle
-from freshrec.recommender.ids import encode_events
+from freshrec.recommender.log_reading import encode_events
 from freshrec.replay.measure import QueryOptions, SpanBlock, make_queries, rank_queries
-from freshrec.server.middleware import RequestMiddleware, ServerLimits, ServerMetrics
+from freshrec.server.metrics import ServerMetrics
+from freshrec.server.middleware import RequestMiddleware, ServerLimits
 from freshrec.store.versions import open_store
 from freshrec.types import TRAIN
 

@@ -9,9 +9,10 @@ from hypothesis import HealthCheck
 from serving import TOKEN, stored
 from starlette.types import ASGIApp
 
-from freshrec.server.app import Service, create_app
+from freshrec.server.app import create_app
 from freshrec.server.live_version import LiveVersion
 from freshrec.server.middleware import ServerLimits
+from freshrec.server.service import Service
 from freshrec.store.versions import open_store
 
 

@@ -13,16 +13,17 @@ import torch
 from serving import ANY, TOKEN, click, items, run, server, stored
 
 from freshrec.cli.server import erase_in_subprocess
-from freshrec.data.batches import concat_events
+from freshrec.data.histories import concat_events
 from freshrec.data.log import read_log
 from freshrec.errors import StateError
 from freshrec.models.absorb import absorb_block
 from freshrec.nightly import click_intake as nightly
 from freshrec.nightly.job import NightlyJob
 from freshrec.recommender.bundle import read_bundle
-from freshrec.recommender.ids import encode_events, resolve_request
+from freshrec.recommender.ids import resolve_request
 from freshrec.recommender.list_request import ListRequest
 from freshrec.recommender.lists import top_items
+from freshrec.recommender.log_reading import encode_events
 from freshrec.server.middleware import ServerLimits
 from freshrec.store import click_journal as journal
 from freshrec.store.click_journal import Click, ClickJournal

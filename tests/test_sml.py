@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from freshrec.data.batches import append_events, due_targets
+from freshrec.data.batches import due_targets
+from freshrec.data.histories import append_events
 from freshrec.errors import OptionError
 from freshrec.learn.fit import FitConfig, fit_base_block, train
 from freshrec.learn.transfer import (

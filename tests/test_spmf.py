@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from freshrec.data.batches import append_events, due_targets, history_items, make_rng
+from freshrec.data.batches import due_targets, history_items, make_rng
+from freshrec.data.histories import append_events
 from freshrec.data.split import LogSplit, split_log
 from freshrec.data.synthetic import make_world
 from freshrec.learn.fit import FitConfig, grown_copy, training_batches

@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from circles import circles
 from torch import Tensor, nn
 
-from freshrec.data.batches import append_events, due_targets
+from freshrec.data.batches import due_targets
+from freshrec.data.histories import append_events
 from freshrec.errors import OptionError
-from freshrec.learn.fit import hit_rate, train
+from freshrec.learn.fit import train
+from freshrec.learn.validation import hit_rate
 from freshrec.learn.weights import copy_weights
 from freshrec.models.stamp import STAMP, STAMPSpec
 from freshrec.nn.scoring import score_items, user_vectors

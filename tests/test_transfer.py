@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from freshrec.data.batches import append_events, due_targets
+from freshrec.data.batches import due_targets
+from freshrec.data.histories import append_events
 from freshrec.data.stored_interests import stored_interests_of
 from freshrec.errors import OptionError
 from freshrec.learn.fit import train, training_batches

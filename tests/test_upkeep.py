@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from freshrec.data.batches import append_events, mark_trained
+from freshrec.data.histories import append_events, mark_trained
 from freshrec.data.split import LogSplit, split_log
 from freshrec.data.stored_interests import StoredInterests, pad_interests
 from freshrec.data.synthetic import make_world

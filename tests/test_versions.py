@@ -8,7 +8,8 @@ import pytest
 
 from freshrec.errors import BusyError, OptionError, StateError
 from freshrec.store import versions
-from freshrec.store.versions import Manifest, Store, collect_garbage, create_store, open_store
+from freshrec.store.manifest import Manifest
+from freshrec.store.versions import Store, collect_garbage, create_store, open_store
 
 
 def about(number: int, parent: int | None = None, promoted: bool = True) -> Manifest:

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from protocol import LENGTH, Data, main, once, search
 
-from freshrec.data.batches import append_events, due_targets
+from freshrec.data.batches import due_targets
+from freshrec.data.histories import append_events
 from freshrec.learn.fit import stored_interests_of, train
 from freshrec.models import COUNTING_MODELS, find_model
 from freshrec.nn.scoring import score_items

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freshrec.config import Positive, check_options
-from freshrec.data.batches import insert_events
+from freshrec.data.histories import insert_events
 from freshrec.nn.sparse import select_scores
 from freshrec.types import Batch, Events, Histories
 

@@ -30,7 +30,7 @@ CLASSES = {
     "exemplars": "freshrec.learn.reservoir:TrainingSamples",
     "reservoir": "freshrec.learn.reservoir:Reservoir",
     "queries": "freshrec.replay.measure:Queries",
-    "log-options": "freshrec.recommender.ids:ReadOptions",
+    "log-options": "freshrec.recommender.log_reading:ReadOptions",
     # the options of models
     "blend-spec": "freshrec.models.blend.model:BlendSpec",
     "biased-mf-spec": "freshrec.models.mf_biased:BiasedMFSpec",

@@ -252,7 +252,7 @@ class TrainedModel(Model, Protocol):
     """A model that learns by gradients: an `nn.Module`, of which training uses the methods at the end."""
 
     # How batches are cut: a row per "target" with its history, per "window" of targets, per "pair" without a history,
-    # per "click" (a labelled target, with the history there is), or "session-parallel" (one event of each session a step).
+    # per "click" (a labelled target and the history there is), or "session-parallel" (one event per session a step).
     batch_format: str
     seed: int
     moments: dict[str, Tensor]  # the optimiser's memory of the dense weights; tables carry their own

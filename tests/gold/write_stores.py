@@ -19,19 +19,19 @@ from pathlib import Path
 
 import polars as pl
 import torch
-from safetensors import safe_open
-from starlette.testclient import TestClient
-
-from freshrec.cli import main
 from freshrec.cli_replay import _prepare
 from freshrec.recipes import cells_of, cut_of, recipe_from, save_recipe, settings_of
-from freshrec.replay.measure import facts
 from freshrec.replay.replay import Cell
-from freshrec.replay.results import collect
 from freshrec.replay.run import _claim, run
 from freshrec.serve.guard import Rules
 from freshrec.serve.http import Service, app_of
 from freshrec.serve.live import Live
+from safetensors import safe_open
+from starlette.testclient import TestClient
+
+from freshrec.cli import main
+from freshrec.replay.measure import facts
+from freshrec.replay.results import collect
 from freshrec.store.versions import open_store
 
 QUICK = "fit.base_epochs=1:fit.epochs=1"

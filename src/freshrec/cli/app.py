@@ -19,18 +19,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from freshrec.cli import query, server, store
-from freshrec.cli.options import (
-    AsJson,
-    Columns,
-    EventTypes,
-    FormatName,
-    LogPath,
-    Quarantine,
-    parse_list,
-    parse_pairs,
-    print_json,
-)
+from freshrec.cli import query, server, store, versions
+from freshrec.cli.options import AsJson, Columns, EventTypes, FormatName, LogPath, Quarantine, parse_list, parse_pairs
+from freshrec.cli.output import print_json
 from freshrec.cli.replay import demo, replay
 from freshrec.data.formats import FORMATS
 from freshrec.data.log import read_log
@@ -104,12 +95,18 @@ GROUPS: dict[str, tuple[Callable[..., None], ...]] = {  # the headings of `fresh
     "Update a store": (store.fit, store.update),
     "Ask a store": (query.recommend, query.similar, query.explain, query.inspect),
     "Operate a store": (
-        query.status, store.history, query.diff, store.promote, store.rollback, store.erase,
-        store.gc, query.doctor,
+        query.status,
+        versions.history,
+        query.diff,
+        versions.promote,
+        versions.rollback,
+        versions.erase,
+        versions.gc,
+        query.doctor,
     ),
     "Serve": (server.serve, server.export),
     "Compare ways of updating": (validate, replay, demo, list_names),
-}  # fmt: skip
+}
 NAMES = {list_names: "list"}  # of commands whose functions are called otherwise
 
 for group, commands in GROUPS.items():

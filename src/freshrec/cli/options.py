@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Sequence
-from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from freshrec.data.formats import FORMATS
 from freshrec.data.log import COLUMN_ALIASES
@@ -22,6 +16,8 @@ LogPath = Annotated[Path, typer.Argument(metavar="LOG", help="CSV(.gz), Parquet 
 Columns = Annotated[
     str, typer.Option(help=f"Our names and yours, as in user_id=uid,... Ours: {', '.join(COLUMN_ALIASES)}.")
 ]
+
+
 FormatName = Annotated[str | None, typer.Option("--format", help=f"A public format: {', '.join(FORMATS)}.")]
 EventTypes = Annotated[str, typer.Option(help="The event types to keep, as in pv,buy; all unless given.")]
 Quarantine = Annotated[Path | None, typer.Option(help="Set bad rows aside in this .parquet or .csv file, and go on.")]
@@ -37,9 +33,15 @@ def require_local_path(path: Path | None) -> Path | None:
 StoreOption = typer.Option(
     "--store", metavar="DIR", callback=require_local_path, help="The folder of versions that `fit` makes."
 )
+
+
 StorePath = Annotated[Path, StoreOption]
 Jobs = Annotated[int, typer.Option(help="Processes, one thread each.")]
 JOBS = 1
+ReasonOption = Annotated[str, typer.Option(help="Why; it is kept.")]
+WaitOption = Annotated[
+    str, typer.Option(help="How long to wait for another process that changes the store, as in 10m.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -65,29 +67,3 @@ def parse_duration(text: str) -> int:
     if unit is None or not number.isdecimal() or not int(number):
         raise OptionError(f'"{text[:60]}" is no time; write 90s, 10m or 2h.')
     return int(number) * unit
-
-
-def print_table(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Rows under their names; what is None stays empty.
-
-    Ids are printed as they are, whatever they look like, and whole, however narrow the terminal.
-    """
-    table = Table(box=None)
-    for name in names:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
-    Console(highlight=False).print(table)
-
-
-def print_json(found: Any) -> None:
-    """One line of JSON, in which a number that JSON does not know, such as infinity, is null."""
-    typer.echo(json.dumps(_json_safe(found)))
-
-
-def _json_safe(node: Any) -> Any:
-    if isinstance(node, dict):
-        return {name: _json_safe(child) for name, child in node.items()}
-    if isinstance(node, list | tuple):
-        return [_json_safe(child) for child in node]
-    return None if isinstance(node, float) and not isfinite(node) else node

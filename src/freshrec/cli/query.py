@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from freshrec.cli.options import AsJson, StoreOption, StorePath, parse_list, print_json, print_table
+from freshrec.cli.options import AsJson, StoreOption, StorePath, parse_list
+from freshrec.cli.output import print_json, print_table
 from freshrec.errors import StateError
 from freshrec.recommender.list_request import DEFAULTS, help_of
 

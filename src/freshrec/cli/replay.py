@@ -104,11 +104,11 @@ def _show_plan(recipe: Recipe) -> None:
 def run_recipe(recipe: Recipe, out: Path, jobs: int, device: str, resume: bool, as_json: bool) -> None:
     """Run what is not done yet, and write and print the results."""
     from freshrec.data.split import describe_spans
-    from freshrec.replay.measure import slice_table
     from freshrec.replay.progress import ProgressBoard, print_plan
     from freshrec.replay.recipes import load_split, make_cells, make_replay_settings
     from freshrec.replay.results import collect_results
     from freshrec.replay.runner import run_cells
+    from freshrec.replay.slices import slice_table
 
     cells, settings, cut, part = make_cells(recipe), make_replay_settings(recipe), load_split(recipe), recipe.replay
     if part.from_span >= len(cut.spans):

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from freshrec.cli.options import AsJson, StorePath, print_table
+from freshrec.cli.options import AsJson, StorePath
+from freshrec.cli.output import print_table
 from freshrec.errors import OptionError, StateError
 
 LongestFirstOption = Annotated[
@@ -39,14 +40,16 @@ def serve(
     try:
         import uvicorn
 
-        from freshrec.server.app import Service, create_app, log_line
+        from freshrec.server.app import create_app
+        from freshrec.server.service import Service, log_line
     except ImportError as missing:
         raise OptionError(f'serving needs more libraries ({missing.name}); pip install "freshrec[serve]".') from None
     import faiss
     import torch
 
     from freshrec.recommender.search import SearchOptions
-    from freshrec.server.live_version import LiveVersion, tune_memory
+    from freshrec.server.live_version import LiveVersion
+    from freshrec.server.memory import tune_memory
     from freshrec.server.middleware import ServerLimits
     from freshrec.store.versions import open_store
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -19,27 +18,26 @@ from freshrec.cli.options import (
     FormatName,
     LogPath,
     Quarantine,
+    ReasonOption,
     StorePath,
+    WaitOption,
     parse_duration,
     parse_list,
     parse_pairs,
-    print_json,
-    print_table,
 )
+from freshrec.cli.output import print_json
+from freshrec.cli.version_text import version_line
+from freshrec.cli.versions import locked_store
 from freshrec.data.log import Log, events_before, read_log
 from freshrec.errors import FreshrecError, LogError, NoRowsError, OptionError, RefusedError
 
 if TYPE_CHECKING:
     from freshrec.nightly.job import NightlyJob
     from freshrec.store.event_log import AppendResult
-    from freshrec.store.versions import Manifest, Store
+    from freshrec.store.manifest import Manifest
 
-ReasonOption = Annotated[str, typer.Option(help="Why; it is kept.")]
+
 GateOption = Annotated[str, typer.Option(help="Limits of the gate, as in metric=hr@20:tolerance=0.1.")]
-WaitOption = Annotated[
-    str, typer.Option(help="How long to wait for another process that changes the store, as in 10m.")
-]
-VersionArgument = Annotated[int, typer.Argument(metavar="VERSION", help="See `freshrec history`.")]
 
 
 def fit(
@@ -61,7 +59,7 @@ def fit(
     from freshrec.nightly.gate import parse_limits
     from freshrec.nightly.job import NightlyJob, hash_source
     from freshrec.recommender.bundle import new_bundle
-    from freshrec.recommender.ids import ReadOptions
+    from freshrec.recommender.log_reading import ReadOptions
     from freshrec.store.versions import create_store
     from freshrec.strategies.refit import TARGETS_PER_SECOND
 
@@ -121,7 +119,7 @@ def update(
         return
     versions: list[Manifest] = []
     try:
-        with _locked_store(store, wait):
+        with locked_store(store, wait):
             for version in _make_versions(job, new or [], retry, read_delivery, force_reason, as_json):
                 versions.append(version)
                 if not as_json:
@@ -277,152 +275,3 @@ def _print_version(version: Manifest) -> None:
         typer.echo(f"  refused: {reason}")
     for note in version.notes:
         typer.echo(f"  note: {note}")
-
-
-def version_line(version: Manifest) -> str:
-    """A version in a line: what it has learnt, how long that took, how good it is, and the verdict."""
-    numbers, parts = version.numbers, list[str]()
-    name = f"version {version.id}" + (f" from {version.parent}" if version.parent is not None else "")
-    if version.kind in ("fit", "update"):
-        new = "" if version.kind == "fit" else "new "
-        what = [("new_events", "events"), ("new_users", f"{new}users"), ("new_items", f"{new}items")]
-        what += [("gained_interests", "users gained an interest"), ("lost_interests", "users lost one")]
-        parts = [", ".join(f"{int(numbers[key]):,} {word}" for key, word in what if key in numbers)]
-        full = f" (full retrain estimated {numbers['full_s']:.0f} s)" if "full_s" in numbers else ""
-        parts += [f"{numbers.get('wait_s', 0.0):.1f} s{full}"]
-    parts += [quality for quality in [_quality_text(numbers)] if quality]
-    verdict = {"fit": "first version", "update": "promoted", "no rows": "no rows", "saved": "saved from Python"}
-    refused = "refused, live by force" if version.goes_live else "refused"
-    parts += [verdict[version.kind] if version.promoted else refused]
-    return f"{name}: {'; '.join(parts)}"
-
-
-def _quality_text(numbers: dict[str, float]) -> str:
-    """The metric of a version beside that of the live one, or of popularity."""
-    metric = next((name.removesuffix(" live") for name in numbers if name.endswith(" live")), "")
-    if metric:
-        found = f"{metric} {numbers[metric]:.4f} against live {numbers[f'{metric} live']:.4f}"
-        if "low" in numbers:
-            found += f" ({numbers['low']:+.4f} to {numbers['high']:+.4f})"
-        return found + (f", forgetting {numbers['forgetting']:+.4f}" if "forgetting" in numbers else "")
-    metric = next((name.removesuffix(" popularity") for name in numbers if name.endswith(" popularity")), "")
-    return f"{metric} {numbers[metric]:.4f}, popularity {numbers[f'{metric} popularity']:.4f}" if metric else ""
-
-
-def history(store: StorePath = Path("store"), as_json: AsJson = False) -> None:
-    """All versions, and what became of them."""
-    from freshrec.store.versions import open_store
-
-    opened_store = open_store(store)
-    versions, moves = opened_store.manifests(), opened_store.moves()
-    if as_json:
-        answer = {"versions": [v.model_dump() for v in versions], "moves": [m.model_dump() for m in moves]}
-        print_json(answer)
-        return
-    rows = [
-        (
-            v.id,
-            "live" if v.id == opened_store.live else "",
-            v.made_at,
-            version_line(v).partition(": ")[2],
-            " ".join(v.reasons),
-        )
-        for v in versions
-    ]
-    print_table(("version", "", "made", "what", "why"), rows)
-    print_table(("moved", "by", "to", "why"), [(m.at, m.action, m.to, m.reason) for m in moves])
-
-
-@contextmanager
-def _locked_store(folder: Path, wait: str) -> Iterator[Store]:
-    """A store that nobody else changes meanwhile."""
-    from freshrec.store.versions import open_store
-
-    store = open_store(folder)
-    with store.locked(parse_duration(wait) if wait else 0.0):
-        yield store
-
-
-def promote(
-    number: VersionArgument,
-    store: StorePath = Path("store"),
-    reason: ReasonOption = "",
-    wait: WaitOption = "",
-    as_json: AsJson = False,
-) -> None:
-    """Make a version the live one; one that was refused needs a reason."""
-    with _locked_store(store, wait) as opened_store:
-        if not opened_store.manifest(number).promoted and not reason:
-            raise OptionError(
-                f'version {number} was refused by the gate; promote it with --reason "...", which is kept.'
-            )
-        opened_store.move_pointer(number, "promote", reason)
-    print_json({"live": number}) if as_json else typer.echo(f"version {number} is live")
-
-
-def rollback(
-    number: Annotated[
-        int | None, typer.Argument(metavar="[VERSION]", help="The parent of the live one if none.")
-    ] = None,
-    store: StorePath = Path("store"),
-    reason: ReasonOption = "",
-    wait: WaitOption = "",
-    as_json: AsJson = False,
-) -> None:
-    """Go back to an earlier version. What later ones had learnt is not learnt again (but see `update --retry`)."""
-    with _locked_store(store, wait) as opened_store:
-        live = opened_store.live
-        target = number if number is not None else opened_store.manifest(live).parent
-        if target is None:
-            raise OptionError(f"version {live} is the first; there is nothing to go back to.")
-        if not opened_store.manifest(target).goes_live and not reason:
-            raise OptionError(f'version {target} was refused by the gate; take it with --reason "...", which is kept.')
-        if target >= live:
-            raise OptionError(
-                f"version {target} is not earlier than the live one, {live}; use `freshrec promote {target}`."
-            )
-        opened_store.move_pointer(target, "rollback", reason)
-    message = f"version {target} is live, after {live}"
-    print_json({"live": target, "was": live}) if as_json else typer.echo(message)
-
-
-def gc(
-    store: StorePath = Path("store"),
-    keep: Annotated[int, typer.Option(min=1, help="Versions that were live and stay, beside the live one.")] = 5,
-    wait: WaitOption = "",
-    as_json: AsJson = False,
-) -> None:
-    """Give up the files of old and refused versions; what they were is still told by `history`."""
-    from freshrec.store.versions import collect_garbage
-
-    with _locked_store(store, wait) as opened_store:
-        collected_numbers = collect_garbage(opened_store, keep)
-    message = (
-        f"versions {', '.join(map(str, collected_numbers))} were given up"
-        if collected_numbers
-        else "nothing to give up"
-    )
-    print_json({"gone": collected_numbers}) if as_json else typer.echo(message)
-
-
-def erase(
-    user: Annotated[str, typer.Argument(metavar="USER")],
-    store: StorePath = Path("store"),
-    wait: WaitOption = "",
-    as_json: AsJson = False,
-) -> None:
-    """Remove a user from the log and from every version, on the disk, and print a receipt of what stays."""
-    from freshrec.nightly import erase as erasing
-    from freshrec.nightly.job import NightlyJob
-
-    with _locked_store(store, wait) as opened_store:
-        receipt = erasing.erase_user(NightlyJob(opened_store), user)
-    if as_json:
-        print_json(receipt)
-        return
-    if not receipt["events"] and not receipt["versions"]:
-        typer.echo(f"{user}: there was nothing to erase: no event and no version holds this id")
-        return
-    versions = ", ".join(map(str, receipt["versions"])) or "none"
-    typer.echo(f"{user}: {receipt['events']:,} events erased from the log; versions written anew: {versions}")
-    typer.echo(f"what stays: {receipt['stays']}")

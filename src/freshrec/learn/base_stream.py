@@ -6,9 +6,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from freshrec.data.batches import filter_rows
-from freshrec.learn.fit import part_numbers
-from freshrec.types import HELD_OUT, TRAINED, Events, Histories, Span
+from freshrec.data.batches import (
+    Targets,
+    due_targets,
+    targets_at,
+)
+from freshrec.data.histories import filter_rows, row_users
+from freshrec.types import (
+    DUE,
+    HELD_OUT,
+    TRAINED,
+    Events,
+    Histories,
+    Span,
+)
 
 
 def base_stream(histories: Histories, n: int) -> Iterator[tuple[Histories, Span]]:
@@ -40,3 +51,40 @@ def _part_numbers(histories: Histories, n: int) -> tuple[Tensor, Tensor]:
     times_E = histories.impressions.times_E
     edges = times_E.sort().values[[len(times_E) * i // n for i in range(1, n)]] if len(times_E) else times_E
     return torch.searchsorted(edges, histories.times_R, right=True), torch.searchsorted(edges, times_E, right=True)
+
+
+def split_last_sixth(histories: Histories) -> tuple[Targets, Targets]:
+    """The due targets before the last sixth, and those in it."""
+    if histories.impressions is not None:
+        due = due_targets(histories)
+        late_N = histories.impressions.times_E >= histories.impressions.times_E.sort().values[len(due) * 5 // 6 :][:1]
+        return due[~late_N], due[late_N]
+    late_R, due_R = is_in_last_sixth(histories), histories.due_R == DUE
+    parts = [targets_at(histories, rows_R.nonzero()[:, 0]) for rows_R in (due_R & ~late_R, due_R & late_R)]
+    return parts[0], parts[1]
+
+
+def is_in_last_sixth(histories: Histories) -> Tensor:
+    """(R,) whether a row is in the last sixth."""
+    return part_numbers(histories, 6) == 5
+
+
+def part_numbers(histories: Histories, n: int) -> Tensor:
+    """(R,) in which of n equal parts, 0 .. n - 1, a row is: by time, or of each user's own rows where time tells the
+    users apart.
+
+    Without a clock the order of events often runs user by user, so that the last part by time would be other users.
+    """
+    times_R = histories.times_R
+    if not len(times_R):
+        return torch.zeros(0, dtype=torch.int64)
+    edges = times_R.sort().values[[len(times_R) * i // n for i in range(1, n)]]
+    part_R = torch.searchsorted(edges, times_R, right=True)
+    users_R, late_R = row_users(histories), part_R == n - 1
+    late_users = users_R[late_R].unique()
+    if torch.isin(late_users, users_R[~late_R]).float().mean() > 0.2:
+        return part_R
+    sizes_U = histories.offsets_U.diff()
+    place_R = torch.arange(len(times_R)) - histories.offsets_U[users_R]
+    edges_UN = sizes_U[:, None] * torch.arange(1, n) // n
+    return (place_R[:, None] >= edges_UN[users_R]).sum(1)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,28 +15,23 @@ from freshrec.data.batches import (
     Targets,
     due_targets,
     make_rng,
-    mark_trained,
-    mask_held_out,
     pair_batches,
-    query_batches,
-    row_users,
     target_batches,
-    targets_at,
     window_batches,
 )
+from freshrec.data.histories import mark_trained
 from freshrec.data.session_parallel import HiddenStates, session_parallel_batches
 from freshrec.data.stored_interests import StoredInterests, stored_interests_of
 from freshrec.device import integers, permutation
 from freshrec.errors import TrainingError
-from freshrec.learn.click_quality import auc, target_click_probabilities
+from freshrec.learn.base_stream import split_last_sixth
 from freshrec.learn.interest_store import TrimFunction, interest_costs, update_interests
+from freshrec.learn.validation import hit_rate, mean_ndcg
 from freshrec.learn.weights import Parametrization, apply_parametrization, grow_model, snapshot
 from freshrec.nn.embedding_table import embedding_tables
-from freshrec.nn.ranking import target_ranks
-from freshrec.types import DUE, Batch, ClickModel, Histories, InterestModel, LossTerm, Span, State, TrainedModel
+from freshrec.types import Batch, InterestModel, LossTerm, Span, State, TrainedModel
 
 Projection = Callable[[Tensor, Tensor, Tensor], Tensor]
-LIST_LENGTH = 20  # k of the ndcg and the hit rate that choose a number of epochs
 EXPECTED_EPOCHS = 10  # of a training that chooses their number itself
 HOLDOUT_STREAM = 1011  # tells the random numbers that choose held-out targets from those of the epochs
 
@@ -314,82 +308,3 @@ def choose_epochs(state: State, fit: FitConfig) -> int:
     stored_interests = stored_interests_of(model, None, 0)
     epochs = train(model, targets, fit.max_epochs, (state.seed, 0), stored_interests=stored_interests)
     return train_to_best_epoch(model, epochs, lambda: mean_ndcg(model, held_out, stored_interests), fit.patience)
-
-
-def split_last_sixth(histories: Histories) -> tuple[Targets, Targets]:
-    """The due targets before the last sixth, and those in it."""
-    if histories.impressions is not None:
-        due = due_targets(histories)
-        late_N = histories.impressions.times_E >= histories.impressions.times_E.sort().values[len(due) * 5 // 6 :][:1]
-        return due[~late_N], due[late_N]
-    late_R, due_R = is_in_last_sixth(histories), histories.due_R == DUE
-    parts = [targets_at(histories, rows_R.nonzero()[:, 0]) for rows_R in (due_R & ~late_R, due_R & late_R)]
-    return parts[0], parts[1]
-
-
-def is_in_last_sixth(histories: Histories) -> Tensor:
-    """(R,) whether a row is in the last sixth."""
-    return part_numbers(histories, 6) == 5
-
-
-def part_numbers(histories: Histories, n: int) -> Tensor:
-    """(R,) in which of n equal parts, 0 .. n - 1, a row is: by time, or of each user's own rows where time tells the
-    users apart.
-
-    Without a clock the order of events often runs user by user, so that the last part by time would be other users.
-    """
-    times_R = histories.times_R
-    if not len(times_R):
-        return torch.zeros(0, dtype=torch.int64)
-    edges = times_R.sort().values[[len(times_R) * i // n for i in range(1, n)]]
-    part_R = torch.searchsorted(edges, times_R, right=True)
-    users_R, late_R = row_users(histories), part_R == n - 1
-    late_users = users_R[late_R].unique()
-    if torch.isin(late_users, users_R[~late_R]).float().mean() > 0.2:
-        return part_R
-    sizes_U = histories.offsets_U.diff()
-    place_R = torch.arange(len(times_R)) - histories.offsets_U[users_R]
-    edges_UN = sizes_U[:, None] * torch.arange(1, n) // n
-    return (place_R[:, None] >= edges_UN[users_R]).sum(1)
-
-
-def mean_ndcg(
-    model: TrainedModel, targets: Targets, stored_interests: StoredInterests | None, k: int = LIST_LENGTH
-) -> float:
-    """ndcg@k of some targets; AUC, if they have labels."""
-    if targets.labels_N is not None:
-        return _target_auc(model, targets)
-    return float(target_ndcg(model, targets, stored_interests, k).sum()) / max(len(targets), 1)
-
-
-def target_ndcg(
-    model: TrainedModel, targets: Targets, stored_interests: StoredInterests | None, k: int = LIST_LENGTH
-) -> Tensor:
-    """(N,) ndcg@k of each target, the same targets always in the same order."""
-    rank_N = _target_ranks(model, targets, stored_interests)
-    return ((rank_N <= k) / torch.log2(1 + rank_N)).nan_to_num(0.0)
-
-
-def hit_rate(
-    model: TrainedModel, targets: Targets, stored_interests: StoredInterests | None, k: int = LIST_LENGTH
-) -> float:
-    """hr@k of some targets, which is ADER's recall@k; AUC, if they have labels."""
-    if targets.labels_N is not None:
-        return _target_auc(model, targets)
-    return float((_target_ranks(model, targets, stored_interests) <= k).sum()) / max(len(targets), 1)
-
-
-def _target_auc(model: TrainedModel, targets: Targets) -> float:
-    """AUC of targets with labels; 0 where all of them are alike."""
-    assert isinstance(model, ClickModel) and targets.labels_N is not None
-    return float(
-        np.nan_to_num(auc(targets.labels_N.cpu().numpy(), target_click_probabilities(model, targets).cpu().numpy()))
-    )
-
-
-def _target_ranks(model: TrainedModel, targets: Targets, stored_interests: StoredInterests | None) -> Tensor:
-    """(N,) the rank of each target among all items, in no order."""
-    batches = query_batches(mask_held_out(targets), model.spec.length, stored_interests)
-    return torch.cat(
-        [torch.zeros(0), *(target_ranks(model, batch, targets.items_N[which]) for which, batch in batches)]
-    )

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freshrec.config import CountOrZero, Weight, check_options
-from freshrec.data.batches import filter_interests, row_users, split_chunks
+from freshrec.data.batches import split_chunks
+from freshrec.data.histories import filter_interests, row_users
 from freshrec.learn.interest_store import interest_costs
 from freshrec.types import Interests, State
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freshrec.data.batches import history_ends, history_items, is_new_row, mask_held_out, query_batches, row_users
+from freshrec.data.batches import history_ends, history_items, mask_held_out, query_batches
+from freshrec.data.histories import is_new_row, row_users
 from freshrec.data.stored_interests import StoredInterests
 from freshrec.nn.scoring import item_vectors, user_vectors
 from freshrec.types import Histories, InterestModel, Interests

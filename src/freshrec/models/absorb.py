@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from freshrec.data.batches import append_events
+from freshrec.data.histories import append_events
 from freshrec.types import HELD_OUT, NEVER, Events, State, TrainedModel
 
 

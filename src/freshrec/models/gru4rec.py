@@ -4,8 +4,8 @@ After the code that Hidasi and others released (2016 to 2018; its port to PyTorc
 side in lanes, and each step moves one event ahead: steps="session-parallel". Differs from it: by default a step trains
 on windows with a target after each position, whose gradient goes back through the whole window (`bptt="one"`: through
 one step), which takes fewer and larger steps; in lanes, events before those of an update are not read; Adam, not
-Adagrad with momentum; losses are means, not sums; a negative that is the target counts nothing; an item's score has no bias; the
-input is an item's vector, never one-hot; of a batch's own targets a part are negatives.
+Adagrad with momentum; losses are means, not sums; a negative that is the target counts nothing; an item's score has
+no bias; the input is an item's vector, never one-hot; of a batch's own targets a part are negatives.
 """
 
 from dataclasses import dataclass

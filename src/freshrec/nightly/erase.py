@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from freshrec.data.batches import Targets, filter_interests, filter_rows, row_users
+from freshrec.data.batches import Targets
+from freshrec.data.histories import filter_interests, filter_rows, row_users
 from freshrec.learn.reservoir import Reservoir, TrainingSamples
 from freshrec.models.blend.model import Blend
 from freshrec.nightly.job import NightlyJob

@@ -12,7 +12,7 @@ import polars as pl
 from freshrec.errors import OptionError
 from freshrec.recommender.bundle import Bundle, new_bundle
 from freshrec.store.event_log import EventLog
-from freshrec.store.versions import Manifest
+from freshrec.store.manifest import Manifest
 
 FIRST_INTERVAL, MAX_INTERVAL = (
     7,

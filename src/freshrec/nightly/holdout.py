@@ -4,7 +4,7 @@ from freshrec.data.batches import make_rng, occurrence_numbers
 from freshrec.device import permutation
 from freshrec.models.absorb import grow_items
 from freshrec.nn.scoring import history_length
-from freshrec.recommender.lists import ServedState
+from freshrec.recommender.served_state import ServedState
 from freshrec.replay.measure import Queries, QueryOptions, SpanBlock, make_queries, rank_queries
 from freshrec.replay.metrics import Float64Array, compute_metrics, mean_per_user
 from freshrec.types import TRAIN, State

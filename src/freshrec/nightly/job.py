@@ -25,6 +25,7 @@ import torch
 from freshrec.data.catalog import Catalog
 from freshrec.data.log import Log, filter_positives, keep_positives
 from freshrec.errors import LogError, OptionError, StateError, TrainingError
+from freshrec.files import file_checksum
 from freshrec.models.absorb import absorb_block
 from freshrec.models.popularity import PopularitySpec
 from freshrec.nightly.delivery_stats import DeliveryStats, compute_delivery_stats
@@ -32,13 +33,13 @@ from freshrec.nightly.full_retrain import GAIN_KEY, retrain_interval, start_from
 from freshrec.nightly.gate import GateLimits, HoldoutValues, Verdict, find_anomalies, judge_challenger
 from freshrec.nightly.holdout import newest_queries, user_values
 from freshrec.recommender.bundle import Bundle, learn_events, read_bundle, write_bundle
-from freshrec.recommender.ids import EncodedEvents, encode_events, match_clock
-from freshrec.recommender.lists import ServedState
+from freshrec.recommender.log_reading import EncodedEvents, encode_events, match_clock
+from freshrec.recommender.served_state import ServedState
 from freshrec.replay.measure import Queries
 from freshrec.replay.significance import bootstrap_interval
-from freshrec.store.checksummed_json import file_checksum
 from freshrec.store.event_log import AppendResult, EventLog
-from freshrec.store.versions import Manifest, MoveAction, Store, VersionKind, version_chain
+from freshrec.store.manifest import Manifest, MoveAction, VersionKind
+from freshrec.store.versions import Store, version_chain
 from freshrec.types import State
 
 N_HOLDOUT_QUERIES, N_HOLDOUT_VERSIONS = (

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from freshrec.data.batches import concat_events, row_users
 from freshrec.data.catalog import Catalog
+from freshrec.data.histories import concat_events, row_users
 from freshrec.disk_names import tag_of
 from freshrec.errors import StateError
 from freshrec.models import find_model
@@ -17,8 +17,8 @@ from freshrec.models.absorb import absorb_block
 from freshrec.models.blend.model import Blend
 from freshrec.models.popularity import PopularitySpec
 from freshrec.models.requirements import build_model
-from freshrec.recommender.ids import EncodedEvents, ReadOptions
-from freshrec.recommender.lists import ServedState
+from freshrec.recommender.log_reading import EncodedEvents, ReadOptions
+from freshrec.recommender.served_state import ServedState
 from freshrec.recommender.serving_bundle import (
     CATEGORIES_FILE,
     ITEMS_FILE,

@@ -9,7 +9,8 @@ from freshrec.errors import IncompatibleError
 from freshrec.models.blend.model import Blend, Reason
 from freshrec.models.item_knn import ItemKNN
 from freshrec.nn.scoring import item_vectors, score_items, user_vectors
-from freshrec.recommender.lists import ServedState, user_batch
+from freshrec.recommender.lists import user_batch
+from freshrec.recommender.served_state import ServedState
 from freshrec.types import Batch, VectorModel
 
 

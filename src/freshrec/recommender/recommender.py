@@ -18,25 +18,16 @@ from freshrec.models.absorb import grow_items
 from freshrec.nn.scoring import history_length
 from freshrec.recommender.bundle import Bundle, learn_events, new_bundle, read_bundle, read_legacy_bundle, write_bundle
 from freshrec.recommender.explain import explain_item
-from freshrec.recommender.ids import (
-    Ids,
-    LogSource,
-    ReadOptions,
-    column_tensor,
-    encode_events,
-    id_tuple,
-    normalize_ids,
-    read_interactions,
-    read_new_events,
-    require_rows,
-    resolve_request,
-)
+from freshrec.recommender.ids import Ids, column_tensor, id_tuple, normalize_ids, require_rows, resolve_request
 from freshrec.recommender.list_request import DEFAULTS, ListRequest, check_k
-from freshrec.recommender.lists import ServedState, similar_items, top_items
+from freshrec.recommender.lists import similar_items, top_items
+from freshrec.recommender.log_reading import LogSource, ReadOptions, encode_events, read_interactions, read_new_events
+from freshrec.recommender.served_state import ServedState
 from freshrec.replay.measure import QueryOptions, SpanBlock, make_queries, rank_queries
 from freshrec.replay.metrics import compute_metrics, mean_per_user, parse_metric
 from freshrec.replay.significance import bootstrap_interval
-from freshrec.store.versions import LEGACY_FILE, Manifest, Store, create_store, open_store
+from freshrec.store.manifest import Manifest
+from freshrec.store.versions import LEGACY_FILE, Store, create_store, open_store
 from freshrec.types import TRAIN, ModelSpec, Strategy
 
 

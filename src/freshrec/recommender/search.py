@@ -22,7 +22,8 @@ from torch import Tensor
 from freshrec.nn.layers import max_inner_product
 from freshrec.nn.ranking import VectorSearch, top_k_exact
 from freshrec.nn.scoring import item_vectors
-from freshrec.recommender.lists import ServedState, user_vector_batches
+from freshrec.recommender.lists import user_vector_batches
+from freshrec.recommender.served_state import ServedState
 from freshrec.types import VectorModel
 
 ITEMS_PER_BLOCK = 2_048  # of the longest items, how many are scored at once

@@ -13,9 +13,10 @@ from freshrec import models  # so that the specs of all models are imported  # n
 from freshrec.data.catalog import Catalog
 from freshrec.disk_names import TABLE_COLUMNS
 from freshrec.errors import StateError
-from freshrec.recommender.ids import ReadOptions
-from freshrec.recommender.lists import ServedState
-from freshrec.store.checkpoint import save_tree, write_atomically
+from freshrec.files import write_atomically
+from freshrec.recommender.log_reading import ReadOptions
+from freshrec.recommender.served_state import ServedState
+from freshrec.store.checkpoint import save_tree
 
 SERVED_FILE, USERS_FILE, ITEMS_FILE, CATEGORIES_FILE = (
     "served.safetensors",

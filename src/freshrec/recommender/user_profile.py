@@ -17,7 +17,8 @@ from freshrec.nn.scoring import item_vectors, user_vectors
 from freshrec.recommender.click_overlay import current_targets
 from freshrec.recommender.ids import column_tensor, resolve_request
 from freshrec.recommender.list_request import Id, ListRequest
-from freshrec.recommender.lists import ServedState, top_items, user_batch
+from freshrec.recommender.lists import top_items, user_batch
+from freshrec.recommender.served_state import ServedState
 from freshrec.types import InterestModel, VectorModel
 
 N_ITEMS = 10  # items and events shown per interest

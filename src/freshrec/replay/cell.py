@@ -17,9 +17,10 @@ from pathlib import Path
 import polars as pl
 import torch
 
-from freshrec.data.batches import append_events
+from freshrec.data.histories import append_events
 from freshrec.data.split import LogSplit
 from freshrec.errors import IncompatibleError
+from freshrec.files import write_atomically, write_text_atomically
 from freshrec.learn.fit import CostMeter, FitConfig
 from freshrec.models.absorb import absorb_block, grow_items
 from freshrec.nn.ranking import READOUTS
@@ -35,7 +36,7 @@ from freshrec.replay.measure import (
 )
 from freshrec.replay.recipe_schema import ReplayRecipe
 from freshrec.replay.tuning import tune
-from freshrec.store.checkpoint import load_tree, save_tree, write_atomically, write_text_atomically
+from freshrec.store.checkpoint import load_tree, save_tree
 from freshrec.strategies.ader import ADER
 from freshrec.strategies.ader_s import ADERS
 from freshrec.strategies.asmg import ASMG

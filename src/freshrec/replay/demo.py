@@ -13,9 +13,9 @@ from freshrec.data.synthetic import World, make_world
 from freshrec.models import CONTROLS, MODELS
 from freshrec.models.absorb import absorb_block
 from freshrec.replay.cell import Cell, ReplaySettings
-from freshrec.replay.measure import slice_table
 from freshrec.replay.results import OVERALL_SPAN, collect_results
 from freshrec.replay.runner import ProgressCallback, run_cells
+from freshrec.replay.slices import slice_table
 from freshrec.store.checkpoint import load_state
 from freshrec.strategies import STRATEGIES, find_strategy
 from freshrec.strategies.imsr import Detector

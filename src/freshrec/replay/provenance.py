@@ -16,9 +16,10 @@ from zlib import crc32
 
 from freshrec.disk_names import tag_of
 from freshrec.errors import StateError
+from freshrec.files import write_text_atomically
 from freshrec.former_names import FORMER
 from freshrec.replay.cell import Cell, ReplaySettings
-from freshrec.store.checkpoint import decode_options, encode_options, write_text_atomically
+from freshrec.store.checkpoint import decode_options, encode_options
 from freshrec.types import State
 
 FILE, FORMER_FILE = "made-of.json", "made-of.txt"

@@ -11,7 +11,6 @@ import polars as pl
 from freshrec.disk_names import COST_KEYS, RANK_COLUMNS, with_current_keys
 from freshrec.replay.cell import Cell
 from freshrec.replay.click_metrics import CLICK_METRICS, LOWER_IS_BETTER, compute_click_metrics
-from freshrec.replay.measure import SLICES
 from freshrec.replay.metrics import compute_metrics
 from freshrec.replay.recipe_schema import Averaging, ReplayRecipe
 from freshrec.replay.significance import (
@@ -23,6 +22,7 @@ from freshrec.replay.significance import (
     bootstrap_interval,
     compare_methods,
 )
+from freshrec.replay.slices import SLICES
 
 RESULT_SCHEMA = {
     "model": pl.String,

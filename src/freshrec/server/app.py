@@ -2,94 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-import sys
 import time
-import uuid
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI, HTTPException, Query, Request
-from fastapi import Path as InPath
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import generate_latest
-from pydantic import Field
 
-from freshrec.data.log import format_time, to_microseconds
 from freshrec.errors import BusyError, FreshrecError, IncompatibleError, LogError, OptionError, StateError
-from freshrec.recommender.ids import normalize_ids
-from freshrec.recommender.list_request import DEFAULTS, ListRequest, help_of
-from freshrec.recommender.search import EXACT_SEARCH
-from freshrec.server import handlers, schemas
-from freshrec.server.handlers import LoadedVersion
-from freshrec.server.live_version import LiveVersion, check_click_ids, load_version
-from freshrec.server.micro_batching import MicroBatcher
-from freshrec.server.middleware import RequestMiddleware, ServerLimits, ServerMetrics, has_token
-from freshrec.store.click_journal import Click
+from freshrec.server.middleware import RequestMiddleware
+from freshrec.server.routes import (
+    ERROR_RESPONSES,
+    add_event_routes,
+    add_list_routes,
+    add_user_routes,
+    add_version_routes,
+)
+from freshrec.server.service import Service, log_line
 from freshrec.version import __version__
 
-T = TypeVar("T")
 PAGE_FOLDER = Path(__file__).parent / "page"
-MAX_CLOCK_SKEW_S = 600  # how far in the future an event may be: clocks differ
-MIN_TIMESTAMP = datetime(1980, 1, 1, tzinfo=UTC)
 STATUS_BY_ERROR = {LogError: 422, OptionError: 409, IncompatibleError: 409, BusyError: 409, StateError: 409}
-ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
-    code: {"model": schemas.ErrorDetail, "description": why}
-    for code, why in {
-        401: "A token is missing.", 403: "This server has no token, so that nobody may do this.",
-        404: "The id has never occurred.", 408: "The request came too slowly.",
-        409: "Not now, or not with this model.", 413: "The request is too large.",
-        422: "Something in the request is not what it must be.", 429: "Too many requests.",
-    }.items()
-}  # fmt: skip
-UserIdPath = Annotated[
-    str,
-    InPath(min_length=1, max_length=schemas.MAX_ID_LENGTH, pattern=schemas.ID_PATTERN, description="An id of a user."),
-]
-ItemIdPath = Annotated[
-    str,
-    InPath(min_length=1, max_length=schemas.MAX_ID_LENGTH, pattern=schemas.ID_PATTERN, description="An id of an item."),
-]
-KQuery = Annotated[schemas.ListLength, Query(description=help_of("k"))]
-IdsQuery = Annotated[list[schemas.ShortText] | None, Field(max_length=schemas.MAX_IDS)]
-
-
-@dataclass
-class Service:
-    """What all routes share."""
-
-    live: LiveVersion
-    limits: ServerLimits
-    erase: Callable[[str], dict[str, Any]]  # a user, out of the store: in a process of its own, which may learn
-    metrics: ServerMetrics = field(default_factory=ServerMetrics)
-    workers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "answer"))
-
-    def __post_init__(self) -> None:
-        self.batcher = MicroBatcher(self.run_in_worker)
-
-    async def run_in_worker(self, work: Callable[[], T]) -> T:
-        """In a worker, so that health is told while others wait."""
-        return await asyncio.get_running_loop().run_in_executor(self.workers, work)
-
-    @property
-    def version(self) -> LoadedVersion:
-        """The live version. StateError before it is loaded."""
-        if self.live.version is None:
-            raise StateError(self.live.problem or "the live version is being loaded; try again.")
-        return self.live.version
-
-    def count_fallbacks(self, lists: list[schemas.UserList]) -> None:
-        """Count why popular items completed lists."""
-        for user_list in lists:
-            if user_list.fallback:
-                self.metrics.fallbacks.labels(user_list.fallback).inc()
 
 
 def create_app(service: Service) -> RequestMiddleware:
@@ -107,10 +43,10 @@ def create_app(service: Service) -> RequestMiddleware:
         responses={code: ERROR_RESPONSES[code] for code in (401, 408, 409, 413, 422, 429)},
     )  # fmt: skip
     _add_error_handlers(app)
-    _add_list_routes(app, service)
-    _add_event_routes(app, service)
-    _add_user_routes(app, service)
-    _add_version_routes(app, service)
+    add_list_routes(app, service)
+    add_event_routes(app, service)
+    add_user_routes(app, service)
+    add_version_routes(app, service)
     _add_page_routes(app, service)
     return RequestMiddleware(app, service.limits, service.metrics)
 
@@ -139,208 +75,6 @@ def _add_error_handlers(app: FastAPI) -> None:
         return JSONResponse({"detail": "this is a fault of the server; it was written to its log."}, 500)
 
 
-def _add_list_routes(app: FastAPI, service: Service) -> None:
-    @app.get(
-        "/recommend/{user:path}",
-        tags=["lists"],
-        response_model=schemas.RecommendResponse,
-        responses={404: ERROR_RESPONSES[404]},
-    )
-    async def recommend(
-        user: UserIdPath, k: KQuery = DEFAULTS.k,
-        exclude_seen: Annotated[bool, Query(description=help_of("exclude_seen"))] = DEFAULTS.exclude_seen,
-        allow: Annotated[IdsQuery, Query(description=help_of("allow"))] = None,
-        deny: Annotated[IdsQuery, Query(description=help_of("deny"))] = None,
-        category: Annotated[schemas.ShortText | None, Query(description=help_of("category"))] = None,
-        diversity: Annotated[schemas.DiversityWeight, Query(description=help_of("diversity"))] = DEFAULTS.diversity,
-    ) -> Response:  # fmt: skip
-        """The best items of one user. A stranger gets what is popular, and `fallback` says so."""
-        allowed = None if allow is None else tuple(allow)
-        request = ListRequest(k, exclude_seen, allowed, tuple(deny or ()), category, diversity)
-        version = service.version
-        _require_category(version, category)
-        found = await service.batcher.recommend(version, user, request)
-        service.count_fallbacks([found])
-        answer = schemas.RecommendResponse(
-            version=version.number, user_id=user, items=found.items, fallback=found.fallback
-        )  # fmt: skip
-        return Response(answer.model_dump_json(), media_type="application/json")
-
-    @app.post("/recommend", tags=["lists"], responses={404: ERROR_RESPONSES[404]})
-    async def recommend_many(request: schemas.RecommendRequest) -> schemas.BatchRecommendResponse:
-        """The best items of several users, all from one version."""
-        version = service.version
-        _require_category(version, request.category)
-        found = await service.run_in_worker(lambda: handlers.recommend(version, request.users, request.to_request()))
-        service.count_fallbacks(found)
-        return schemas.BatchRecommendResponse(version=version.number, lists=found)
-
-    @app.get("/similar/{item:path}", tags=["lists"], responses={404: ERROR_RESPONSES[404]})
-    async def similar(item: ItemIdPath, k: KQuery = DEFAULTS.k) -> schemas.SimilarResponse:
-        """The items most like one."""
-        version = service.version
-        _require_known(version.served.items, "item_id", item)
-        items = await service.run_in_worker(lambda: handlers.similar(version, item, k))
-        return schemas.SimilarResponse(version=version.number, item_id=item, items=items)
-
-
-def _add_event_routes(app: FastAPI, service: Service) -> None:
-    @app.post("/events", tags=["events"])
-    async def events(clicks: schemas.ClicksRequest) -> schemas.ClicksResponse:
-        """Clicks. They are on the disk when this answers, and in their users' histories; the next update learns them.
-
-        `event_id`, else user, item and timestamp, says which click it is: sent twice, or in a nightly file too, it
-        counts once.
-        """
-        version = service.version
-        checked_clicks = [check_click_ids(version, _to_click(one, version)) for one in clicks.events]
-        number, found = await service.run_in_worker(lambda: service.live.accept_clicks(checked_clicks))
-        n_known = sum(one.is_duplicate for one in found)
-        service.metrics.events.labels("yes").inc(n_known)
-        service.metrics.events.labels("no").inc(len(found) - n_known)
-        rows = [
-            schemas.ClickAcknowledgement(
-                event_id=one.click.event_id,
-                timestamp=one.click.time,
-                known=one.is_duplicate,
-                folded=one.is_in_overlay,
-                why=one.reason,
-            )
-            for one in found
-        ]
-        return schemas.ClicksResponse(version=number, accepted=len(found) - n_known, known=n_known, events=rows)
-
-
-def _add_user_routes(app: FastAPI, service: Service) -> None:
-    @app.get("/explain/{user}/{item}", tags=["people"], responses={404: ERROR_RESPONSES[404]})
-    async def explain(user: UserIdPath, item: ItemIdPath) -> schemas.ExplanationResponse:
-        """Why a user is offered an item: which experts or which interest, and by which past events."""
-        version = service.version
-        _require_known(version.served.items, "item_id", item)
-        if not handlers.user_row(version, user):
-            raise HTTPException(404, "this user has no event, so nothing can be explained.")
-        return await service.run_in_worker(lambda: handlers.explain(version, user, item))
-
-    @app.get("/users/{user:path}/interests", tags=["people"], responses={404: ERROR_RESPONSES[404]})
-    async def interests(user: UserIdPath) -> schemas.UserProfile:
-        """What is known of a user: events, and interests with their best items and the events behind them."""
-        version = service.version
-        found = await service.run_in_worker(lambda: handlers.user_profile(version, user))
-        if found is None:
-            raise HTTPException(404, "this user has no event; /recommend answers with what is popular.")
-        return found
-
-    @app.get("/users/{user:path}/changes", tags=["people"], responses={404: ERROR_RESPONSES[404]})
-    async def changes(user: UserIdPath, k: KQuery = 20) -> schemas.ListChanges:
-        """How a user's list differs from that of the version before, which is loaded for it."""
-        version = service.version
-        parent = version.manifest.parent
-        if parent is None:
-            raise HTTPException(404, "the live version is the first one; nothing can have changed.")
-        return await service.run_in_worker(lambda: _compare_lists(service, version, parent, user, k))
-
-    @app.delete("/users/{user:path}", tags=["people"], responses={403: ERROR_RESPONSES[403]})
-    async def leave(user: UserIdPath, request: Request) -> dict[str, Any]:
-        """Erase a user from the log, from the clicks and from every version; needs the token. A receipt."""
-        _require_token(service, request)
-        handlers.user_row(service.version, user)  # it can be an id
-
-        def work() -> dict[str, Any]:
-            with service.live.erasing(user):
-                return service.erase(user)
-
-        receipt = await asyncio.to_thread(work)
-        return {"version": service.version.number, **receipt}
-
-
-def _compare_lists(service: Service, version: LoadedVersion, parent: int, user: str, k: int) -> schemas.ListChanges:
-    """Compare the lists of two versions; one such comparison at a time, and none while a version is loaded."""
-    if not service.live.loading_lock.acquire(blocking=False):
-        raise BusyError("another version is being loaded at this moment; try again.")
-    try:
-        before = load_version(service.live.store, service.live.store.manifest(parent), EXACT_SEARCH)
-        [before_list], [current_list] = (handlers.recommend(one, [user], ListRequest(k=k)) for one in (before, version))
-        profiles = [handlers.user_profile(one, user) for one in (before, version)]
-    finally:
-        service.live.loading_lock.release()
-    old, new = ({item.item_id: item for item in one.items} for one in (before_list, current_list))
-    moved = [
-        {"item_id": item, "rank": new[item].rank, "was": old[item].rank}
-        for item in new.keys() & old.keys() if new[item].rank != old[item].rank
-    ]  # fmt: skip
-    return schemas.ListChanges(
-        version=version.number, before=parent, came=[new[item] for item in new if item not in old],
-        left=[old[item] for item in old if item not in new],
-        moved=sorted(moved, key=lambda one: int(one["rank"])),
-        interests=[None if one is None else len(one.interests) for one in profiles],
-    )  # fmt: skip
-
-
-def _add_version_routes(app: FastAPI, service: Service) -> None:
-    @app.get("/version", tags=["versions"])
-    async def about() -> schemas.VersionInfo:
-        """The live version: how old, how good, how it is searched."""
-        return describe_version(service)
-
-    @app.get("/versions", tags=["versions"])
-    async def history() -> dict[str, Any]:
-        """All versions, the newest first, and every move of the live pointer."""
-        store = service.live.store
-        fields_shown = (
-            "id",
-            "parent",
-            "kind",
-            "made_at",
-            "promoted",
-            "goes_live",
-            "reasons",
-            "notes",
-            "numbers",
-            "sizes",
-        )
-        versions = [manifest.model_dump(include=set(fields_shown)) for manifest in reversed(store.manifests())]
-        moves = [move.model_dump() for move in reversed(store.moves())]
-        return {
-            "version": service.version.number,
-            "trouble": service.live.problem,
-            "versions": versions,
-            "moves": moves,
-        }
-
-    @app.post("/rollback", tags=["versions"], responses={403: ERROR_RESPONSES[403]})
-    async def rollback(move: schemas.RollbackRequest, request: Request) -> dict[str, Any]:
-        """Go back to an earlier version, once it is found to be whole; needs the token."""
-        _require_token(service, request)
-        store = service.live.store
-
-        def work() -> dict[str, Any]:
-            was = store.live
-            if move.version >= was:
-                raise OptionError(f"version {move.version} is not earlier than the live one, {was}.")
-            if not store.manifest(move.version).goes_live and not move.reason:
-                raise OptionError(f"version {move.version} was refused by the gate; give a reason, which is kept.")
-            with store.locked():
-                store.move_pointer(move.version, "rollback", move.reason)
-            service.live.refresh()
-            return {"version": service.version.number, "was": was}
-
-        return await asyncio.to_thread(work)
-
-    @app.get("/health/live", tags=["health"])
-    async def alive() -> dict[str, str]:
-        """The process answers."""
-        return {"status": "alive"}
-
-    @app.get(
-        "/health/ready", tags=["health"], responses={503: {"model": schemas.ErrorDetail, "description": "Not yet."}}
-    )
-    async def ready() -> JSONResponse:
-        """A version is served."""
-        if service.live.version is None:
-            return JSONResponse({"detail": service.live.problem or "the live version is being loaded."}, 503)
-        return JSONResponse({"status": "ready", "version": service.version.number, "trouble": service.live.problem})
-
-
 def _add_page_routes(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", tags=["health"], response_class=PlainTextResponse)
     async def metrics() -> Response:
@@ -364,56 +98,3 @@ def _add_page_routes(app: FastAPI, service: Service) -> None:
             return Response(body, media_type=kind)
 
         app.add_api_route(path, page, include_in_schema=False, response_class=HTMLResponse)
-
-
-def describe_version(service: Service) -> schemas.VersionInfo:
-    """What is to be said of the live version."""
-    version, manifest, newest = service.version, service.version.manifest, service.live.newest_time
-    has_clock = version.bundle.read_options.has_clock
-    return schemas.VersionInfo(
-        version=manifest.id, parent=manifest.parent, kind=manifest.kind, made_at=manifest.made_at,
-        live_since=version.live_since,
-        model=version.bundle.names[0], strategy=version.bundle.names[1], sizes=manifest.sizes, numbers=manifest.numbers,
-        promoted=manifest.promoted, reasons=manifest.reasons, notes=manifest.notes,
-        newest_event=format_time(newest) if newest is not None and has_clock else newest,
-        search=asdict(version.search_info), has_token=bool(service.limits.token),
-    )  # fmt: skip
-
-
-def _to_click(click: schemas.ClickIn, version: LoadedVersion) -> Click:
-    """A click as the journal keeps it. LogError where this log would not take it."""
-    reading, now = version.bundle.read_options, datetime.now(UTC)
-    timestamp = click.timestamp or now
-    timestamp = timestamp if timestamp.tzinfo else timestamp.replace(tzinfo=UTC)
-    if not timestamp >= MIN_TIMESTAMP or (timestamp - now).total_seconds() > MAX_CLOCK_SKEW_S:
-        raise LogError(
-            f"a timestamp is {timestamp:%Y-%m-%d %H:%M}, which is before 1980 or to come; send when it happened, "
-            "in UTC."
-        )
-    if reading.events and click.event not in reading.events:
-        raise LogError(f"this log takes events of the types {', '.join(reading.events)}; say which one it is.")
-    event_id, category = (None if value is None else str(value) for value in (click.event_id, click.category))
-    if not reading.has_clock:  # without times only an id says that it is the same click
-        event_id = event_id or uuid.uuid4().hex
-    return Click(click.user_id, click.item_id, to_microseconds(timestamp), event_id, category, click.event)
-
-
-def _require_known(catalog: Any, name: str, given: str) -> None:
-    if not int(catalog.rows(normalize_ids(name, given, catalog))):
-        raise HTTPException(404, f"this {name} has never occurred in an event; ask for one that has.")
-
-
-def _require_category(version: LoadedVersion, category: str | None) -> None:
-    if category is not None and not (version.served.categories["category"] == category).any():
-        raise HTTPException(404, "no item has this category; ask for one that the log has.")
-
-
-def _require_token(service: Service, request: Request) -> None:
-    if not has_token(request.scope, service.limits.token):
-        raise HTTPException(403, "only a server with a token lets somebody do this; start it with --token-file FILE.")
-
-
-def log_line(line: str) -> None:
-    """A line for whoever runs the server, as JSON; it never holds an id of a user or an item."""
-    sys.stderr.write(json.dumps({"at": datetime.now(UTC).isoformat(timespec="milliseconds"), "what": line}) + "\n")
-    sys.stderr.flush()

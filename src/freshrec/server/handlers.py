@@ -11,12 +11,13 @@ from torch import Tensor
 from freshrec.recommender.explain import explain_item
 from freshrec.recommender.ids import column_tensor, normalize_id, normalize_ids, require_rows, resolve_request
 from freshrec.recommender.list_request import ListRequest
-from freshrec.recommender.lists import FALLBACK_REASONS, ServedState, make_lists, similar_items
+from freshrec.recommender.lists import FALLBACK_REASONS, make_lists, similar_items
 from freshrec.recommender.search import SearchInfo
+from freshrec.recommender.served_state import ServedState
 from freshrec.recommender.serving_bundle import ServingBundle
 from freshrec.recommender.user_profile import Interest, PastEvent, profile_of
 from freshrec.server import schemas
-from freshrec.store.versions import Manifest
+from freshrec.store.manifest import Manifest
 
 N_PAST_EVENTS = 30  # events of a user
 

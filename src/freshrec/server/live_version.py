@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import math
-import platform
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,20 +16,22 @@ from freshrec.errors import FreshrecError, OptionError, StateError
 from freshrec.recommender.click_overlay import ClickOverlay
 from freshrec.recommender.ids import normalize_id, resolve_request
 from freshrec.recommender.list_request import ListRequest
-from freshrec.recommender.lists import ServedState, top_items
+from freshrec.recommender.lists import top_items
 from freshrec.recommender.search import DEFAULT_SEARCH, SearchOptions, choose_search
+from freshrec.recommender.served_state import ServedState
 from freshrec.recommender.serving_bundle import ServingBundle, read_serving_bundle
 from freshrec.server.handlers import LoadedVersion, user_row
+from freshrec.server.memory import release_memory
 from freshrec.store.checkpoint import load_for_serving
 from freshrec.store.click_journal import Click, ClickJournal, read_journal
-from freshrec.store.versions import Manifest, Store, utc_now
+from freshrec.store.manifest import Manifest, utc_now
+from freshrec.store.versions import Store
 
 POLL_INTERVAL_S = 0.5  # how often the live pointer is looked at
 N_TRIAL_USERS = 8  # users whose lists a new version must make before it is served: it is in memory beside the old one
 RETRY_INTERVAL_S = 30.0  # until a version that could not be served is tried once more
 MAX_REMEMBERED_IDS = 100_000  # ids of learnt clicks that are remembered, to know them again
 LOAD_ERRORS = (FreshrecError, OSError, MemoryError, RuntimeError, ValueError, IndexError, KeyError, TypeError)
-M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 Identity = tuple[int | str, ...]
 LogLine = Callable[[str], object]  # where to say what happened, never with an id of a user
 
@@ -288,27 +287,6 @@ def check_click_ids(version: LoadedVersion, click: Click) -> Click:
         normalize_id("item_id", click.item_id, served.items),
     )
     return click._replace(user_id=user_id, item_id=item_id)
-
-
-def release_memory() -> None:
-    """Give what a former version took back to the system; what stays is not searched for garbage again, for 100 ms."""
-    gc.unfreeze()
-    gc.collect()
-    gc.freeze()
-    _call_glibc("malloc_trim", 0)
-
-
-def tune_memory() -> None:
-    """Look for garbage seldom; let what is freed go back to the system at once where it is large, which glibc would
-    learn to keep."""
-    gc.set_threshold(50_000, 20, 100)
-    _call_glibc("mallopt", M_MMAP_THRESHOLD, 1 << 20)
-
-
-def _call_glibc(name: str, *numbers: int) -> None:
-    """Call a function that only glibc has; elsewhere nothing happens."""
-    if platform.libc_ver()[0] == "glibc":
-        getattr(ctypes.CDLL(None), name)(*numbers)
 
 
 def _describe_error(why: BaseException) -> str:

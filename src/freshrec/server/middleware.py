@@ -10,10 +10,10 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from freshrec.config import Count, CountOrZero, check_options
+from freshrec.server.metrics import ServerMetrics
 
 PUBLIC_PATHS = (
     "/",
@@ -24,11 +24,14 @@ PUBLIC_PATHS = (
     "/health/live",
     "/health/ready",
 )  # without a token
+
+
 MAX_TRACKED_CLIENTS = 10_000  # whose rate is remembered; those seen longest ago are forgotten
-LATENCY_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 CONTENT_SECURITY_POLICY = (
     b"default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
 )
+
+
 RETRY_AFTER = [(b"retry-after", b"1")]
 SECURITY_HEADERS = [
     (b"content-security-policy", CONTENT_SECURITY_POLICY),
@@ -50,35 +53,6 @@ class ServerLimits:
 
     def __post_init__(self) -> None:
         check_options(self)
-
-
-class ServerMetrics:
-    """What /metrics tells."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
-        r = self.registry
-        self.request_seconds = Histogram(
-            "freshrec_request_seconds",
-            "How long answers took.",
-            ("route", "status"),
-            buckets=LATENCY_BUCKETS,
-            registry=r,
-        )
-        self.version = Gauge("freshrec_version", "The version that is served.", registry=r)
-        self.newest_event_age = Gauge(
-            "freshrec_newest_event_age_seconds", "Since the newest event that is answered from.", registry=r
-        )
-        self.fallbacks = Counter("freshrec_fallbacks", "Lists that popular items complete.", ("reason",), registry=r)
-        self.index_recall = Gauge(
-            "freshrec_index_recall", "Of the best items the index finds; 1: all are scored.", registry=r
-        )
-        self.events = Counter("freshrec_events", "Clicks taken.", ("known",), registry=r)
-        self.swaps = Gauge("freshrec_swaps", "How often a version was taken into service.", registry=r)
-        self.version_refused = Gauge(
-            "freshrec_version_refused", "1: the store points to a version that cannot be served.", registry=r
-        )
 
 
 @dataclass

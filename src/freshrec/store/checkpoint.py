@@ -5,14 +5,12 @@ have the names of `disk_names`: only dataclasses with a tag, or of modules that 
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import polars as pl
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -21,6 +19,7 @@ from torch import Tensor
 from freshrec.device import default_device
 from freshrec.disk_names import class_of, tag_of, with_current_names
 from freshrec.errors import StateError
+from freshrec.files import write_atomically
 from freshrec.nn.embedding_table import embedding_tables
 from freshrec.types import Model, SeededModel, State, StateDictModel, Strategy, TrainedModel
 
@@ -74,31 +73,6 @@ def decode_options(encoded: dict[str, Any]) -> Any:
 
 def _no_tensor(name: str, columns: int | None = None) -> Tensor:
     raise StateError(f"options hold no tensors, and here is {name}; choose another folder.")
-
-
-def write_text_atomically(text: str, path: Path) -> None:
-    """Write a text, whole or not at all."""
-    write_atomically(path, lambda aside: aside.write_text(text))
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` writes a file beside `path`, which then takes its name: whole or not at all.
-
-    OSError where the system refuses, whatever the library that writes makes of it.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # safetensors lets nobody else read: whoever serves may be another user
-        write(temporary)
-        temporary.chmod(mode)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (SafetensorError, pl.exceptions.PolarsError) as problem:
-        raise OSError(str(problem)) from problem
-    finally:
-        temporary.unlink(missing_ok=True)  # of a full disk nothing is taken by what is of no use
 
 
 def load_tree(path: Path) -> Any:

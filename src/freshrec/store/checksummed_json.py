@@ -2,14 +2,11 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from freshrec.errors import StateError
-from freshrec.store.checkpoint import write_text_atomically
-
-CHUNK_BYTES = 1 << 20  # bytes read at once
+from freshrec.files import sync_folder, write_text_atomically
 
 
 def write_checksummed(content: Any, path: Path) -> None:
@@ -32,23 +29,5 @@ def read_checksummed(path: Path) -> Any:
     return content
 
 
-def sync_folder(folder: Path) -> None:
-    """The names in a folder reach the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _checksum(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def file_checksum(path: Path) -> str:
-    """The SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

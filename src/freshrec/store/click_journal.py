@@ -26,8 +26,7 @@ from typing import NamedTuple
 import polars as pl
 
 from freshrec.errors import StateError
-from freshrec.store.checkpoint import write_atomically
-from freshrec.store.checksummed_json import sync_folder
+from freshrec.files import sync_folder, write_atomically
 
 JOURNAL_FOLDER, OPEN_SUFFIX, CLOSED_SUFFIX, TAKEN_SUFFIX = "clicks", ".open", ".closed", ".taken-"
 

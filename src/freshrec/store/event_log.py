@@ -25,7 +25,8 @@ from deltalake.exceptions import CommitFailedError, DeltaError
 from freshrec.data.catalog import TYPE_NAMES
 from freshrec.data.formats import to_printable
 from freshrec.errors import LogError, OptionError, StateError
-from freshrec.store.checksummed_json import file_checksum, read_checksummed, sync_folder, write_checksummed
+from freshrec.files import file_checksum, sync_folder
+from freshrec.store.checksummed_json import read_checksummed, write_checksummed
 from freshrec.store.dedup import COLUMN_TYPES, EVENT_KEYS, as_time, drop_duplicates, split_by_event_id, time_range
 
 TABLE_NAME = "freshrec event log 1"  # of the table, with the number of this format

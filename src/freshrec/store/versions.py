@@ -19,72 +19,19 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from freshrec.disk_names import current_manifest, current_move
 from freshrec.errors import BusyError, OptionError, StateError
-from freshrec.store.checksummed_json import file_checksum, read_checksummed, sync_folder, write_checksummed
-from freshrec.version import __version__
+from freshrec.files import file_checksum, sync_folder
+from freshrec.store.checksummed_json import read_checksummed, write_checksummed
+from freshrec.store.manifest import FORMAT, FileEntry, Manifest, MoveAction, PointerMove, VersionKind, utc_now
 
-FORMAT = 1
 MANIFEST_FILE, COLLECTED_FILE = "manifest.json", "collected"
 LEGACY_FILE = "recommender.json"  # what a folder held before there were stores
-VersionKind = Literal["fit", "update", "no rows", "saved"]
-MoveAction = Literal["fit", "update", "promote", "rollback", "save"]
-
-
-def utc_now() -> str:
-    """This moment, UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-class FileEntry(BaseModel):
-    """What a file of a version must be."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-    path: str = Field(pattern=r"^\w[\w.-]{0,99}(/\w[\w.-]{0,99})?$")  # in the version's folder
-    sha256: str
-    n_bytes: int
-
-
-class Manifest(BaseModel):
-    """What a version is, and how it came to be."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-    id: int
-    format: int = FORMAT  # of this manifest and its files; those before there was this line are of format 1
-    parent: int | None = None  # the version that it was updated from
-    kind: VersionKind
-    made_at: str = Field(default_factory=utc_now)  # UTC
-    batch: int | None = None  # of the log, that it has learnt from
-    source: str = ""  # a hash of the bytes that were delivered
-    recipe: dict[str, Any]  # model, strategy, their options, seed
-    code: str = __version__  # of freshrec
-    spans_seen: int
-    sizes: dict[str, int]  # events, users, items
-    held: int = 0  # the newest events, on which it was tested: the next update learns from them
-    data: dict[str, Any] = {}  # what was delivered, and what was odd about it
-    numbers: dict[str, float] = {}  # qualities, costs
-    promoted: bool = True  # the gate's verdict
-    goes_live: bool = True  # it passed, or was forced to: it is or was the live one, unless somebody died before
-    reasons: list[str] = []  # why it was refused
-    notes: list[str] = []
-    files: dict[str, FileEntry] = {}
-
-
-class PointerMove(BaseModel):
-    """One change of the live pointer."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-    at: str
-    action: MoveAction
-    to: int
-    reason: str = ""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from freshrec.config import Count, CountOrZero, Positive, check_options
-from freshrec.data.batches import due_targets, filter_interests, filter_rows, make_rng, row_users
+from freshrec.data.batches import due_targets, make_rng
+from freshrec.data.histories import filter_interests, filter_rows, row_users
 from freshrec.data.session_parallel import HiddenStates
 from freshrec.data.stored_interests import StoredInterests, stored_interests_of
 from freshrec.errors import OptionError

@@ -3,7 +3,8 @@
 import copy
 from dataclasses import dataclass, replace
 
-from freshrec.data.batches import append_events, due_targets, mark_trained, release_deferred
+from freshrec.data.batches import due_targets
+from freshrec.data.histories import append_events, mark_trained, release_deferred
 from freshrec.data.stored_interests import stored_interests_of
 from freshrec.learn.fit import CostMeter, FitConfig, finish_update, fit_base_block, fit_model, grown_copy, new_model
 from freshrec.nn.scoring import history_length

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freshrec.config import CountOrZero, Positive, Weight, check_options
-from freshrec.data.batches import due_targets, row_users
+from freshrec.data.batches import due_targets
+from freshrec.data.histories import row_users
 from freshrec.data.stored_interests import StoredInterests, pad_interests, stored_interests_of
 from freshrec.errors import OptionError
 from freshrec.learn.fit import CostMeter, FitConfig, finish_update, fit_base_block, fit_model, grown_copy

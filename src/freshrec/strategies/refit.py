@@ -8,12 +8,14 @@ from typing import Literal
 import torch
 
 from freshrec.config import Count, CountOrZero, Positive, check_options
-from freshrec.data.batches import Targets, concat_events, due_targets, insert_events, make_rng, targets_at
+from freshrec.data.batches import Targets, due_targets, make_rng, targets_at
+from freshrec.data.histories import concat_events, insert_events
 from freshrec.device import permutation
-from freshrec.learn.fit import CostMeter, FitConfig, fit_model, mean_ndcg, target_ndcg, train, train_to_best_epoch
+from freshrec.learn.fit import CostMeter, FitConfig, fit_model, train, train_to_best_epoch
+from freshrec.learn.validation import mean_ndcg, target_ndcg
 from freshrec.models.blend.experts import RANK_COLUMN, SHARE_COLUMN, TRAINED_SPEC
-from freshrec.models.blend.model import Blend
-from freshrec.models.blend.rule import SIGNIFICANCE_LEVEL, feature_gain, fit_rule, is_significantly_better
+from freshrec.models.blend.model import Blend, fit_rule
+from freshrec.models.blend.rule import SIGNIFICANCE_LEVEL, feature_gain, is_significantly_better
 from freshrec.models.pooled import Pooled
 from freshrec.strategies.baselines import Absorb
 from freshrec.types import DUE, NEVER, NEXT, NOW, Histories, Span, State

@@ -21,8 +21,9 @@ from freshrec.data.stored_interests import stored_interests_of
 from freshrec.device import permutation
 from freshrec.errors import OptionError
 from freshrec.learn.base_stream import base_stream
-from freshrec.learn.fit import CostMeter, FitConfig, finish_update, fit_base_block, grown_copy, mean_ndcg, train
+from freshrec.learn.fit import CostMeter, FitConfig, finish_update, fit_base_block, grown_copy, train
 from freshrec.learn.reservoir import Reservoir, append_samples, fill_reservoir, sample_history_length, update_reservoir
+from freshrec.learn.validation import mean_ndcg
 from freshrec.learn.weights import copy_weights, load_weights
 from freshrec.types import SEQUENCE_FORMATS, Histories, Span, State, TrainedModel
 

@@ -1,48 +1,32 @@
 """The blend's rule: weights and a correction, learned from remembered queries, and whether to trust it."""
 
-from dataclasses import replace
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy import stats
 from scipy.optimize import minimize
 from torch import Tensor
 
 from freshrec.data.batches import make_rng, split_chunks
-from freshrec.device import permutation
-from freshrec.models.blend.experts import Slots
-from freshrec.models.blend.model import CORRECTION_STREAM, RULE, Blend, QueryLog, Rule, cross_features
+from freshrec.device import normal, permutation
+from freshrec.models.blend.experts import (
+    EXPERT_NAMES,
+    FEATURES,
+    N_EXPERTS,
+    Slots,
+)
+from freshrec.models.blend.features import ITEM_FEATURES, OWN_FEATURES
+from freshrec.nn.sparse import Float32Array
 
 Float64Array = NDArray[np.float64]
 SIGNIFICANCE_LEVEL = 0.05  # below it, being worse is no chance
-MAX_JUDGED_QUERIES = 1000  # queries by which a rule is judged
 WEAK_PENALTY = 1e-4  # of a penalty, a query
 LEARNING_RATE, BATCH_SIZE = 3e-3, 128  # of the network's training; queries a step
-
-
-def fit_rule(model: Blend, weight_decay: float = 20.0, min_queries: int = 40, n_epochs: int = 6) -> None:
-    """Learn the rule again from what is remembered, beginning with the last one.
-
-    There is none with fewer than `least` queries to learn from. While the rule has ordered the latest queries worse
-    than the best expert, beyond chance (t-test of the differences in ndcg@20), that expert speaks alone; the rule goes
-    on being learnt and judged, so that it can come back.
-    """
-    query_log, previous_rule = model.query_log, model.rule or Rule.initial(model.seed)
-    if len(query_log.x_QCF) < min_queries:
-        model.rule = None
-        return
-    value_PR = query_log.ndcg().astype(np.float64)
-    value_JR = value_PR[~np.isnan(value_PR[:, RULE])][-MAX_JUDGED_QUERIES:]
-    model.is_rule_suspended = is_significantly_better(value_JR[:, model.best_expert], value_JR[:, RULE])
-    x_QCF = query_log.x_QCF.float()
-    mean_F, std_F = feature_scale(x_QCF, query_log.real_QC)
-    rule = replace(previous_rule, mean_F=mean_F, std_F=std_F)
-    z_QCF = rule.standardize(x_QCF)
-    z_QCG = cross_features(z_QCF)
-    rule = replace(rule, weights_G=fit_listwise(z_QCG, query_log.real_QC, rule.weights_G, weight_decay))
-    rng = make_rng(model.seed, CORRECTION_STREAM, model.n_blocks)
-    model.rule = fit_correction(rule, z_QCF, z_QCG @ rule.weights_G, query_log.real_QC, n_epochs, rng)
 
 
 def feature_scale(x_QCF: Tensor, real_QC: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,3 +119,126 @@ def fit_listwise(
     start = initial_G.double().numpy()
     result = minimize(loss_and_gradient, start, jac=True, method="L-BFGS-B", options={"maxiter": max_steps})
     return torch.from_numpy(result.x).float()
+
+
+CORRECTION_STREAM = 1402  # tells the random numbers from others
+HIDDEN_UNITS = 32
+CROSSED = [FEATURES.index(name) for name in ("taken", "taken again", "takes again", "length")]  # in `crossed`
+RULE = N_EXPERTS  # the column of the rule, after those of the experts, in what is remembered of ranks
+SCORE_SOURCES = (*EXPERT_NAMES, "own history", "item", "correction")  # of a score
+
+
+@dataclass(frozen=True)
+class QueryLog:
+    """Queries as they were when their events arrived, the oldest first."""
+
+    x_QCF: Tensor  # float16; those whose target was a candidate, which is the first
+    real_QC: Tensor  # bool: not padding
+    ranks_PR: Tensor  # float32: all queries: the rank of the target by each expert and by the rule; inf: not offered
+
+    def ndcg(self) -> Float32Array:
+        """(P, N + 1) ndcg@20 of each query, by each expert and by the rule; nan where there was no rule."""
+        rank_PR = self.ranks_PR.numpy()
+        value_PR: Float32Array = np.where(rank_PR > 20, 0.0, 1 / np.log2(1 + rank_PR))
+        return value_PR
+
+    def best_expert(self) -> int:
+        """The expert that was best on average; the first one while there are no queries."""
+        return int(self.ndcg()[:, :N_EXPERTS].mean(0).argmax()) if len(self.ranks_PR) else 0
+
+    def latest(self, n: int) -> QueryLog:
+        """Without the older ones."""
+        return QueryLog(self.x_QCF[-n:], self.real_QC[-n:], self.ranks_PR[-n:])
+
+    @staticmethod
+    def joined(parts: list[QueryLog]) -> QueryLog:
+        """One part after the other."""
+        return QueryLog(
+            torch.cat([part.x_QCF for part in parts]),
+            torch.cat([part.real_QC for part in parts]),
+            torch.cat([part.ranks_PR for part in parts]),
+        )
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How candidates are ordered: weights of `crossed` features, which can be read, and a small network's correction.
+
+    Features are standardised first. H: the network's hidden units, in two layers.
+    """
+
+    weights_G: Tensor
+    mean_F: Tensor
+    std_F: Tensor
+    first_HF: Tensor
+    first_H: Tensor
+    second_HH: Tensor
+    second_H: Tensor
+    last_H: Tensor
+
+    @staticmethod
+    def initial(seed: int) -> Rule:
+        """A rule that finds all candidates alike."""
+        n, rng = len(FEATURES), make_rng(seed, CORRECTION_STREAM)
+        first_HF = normal((HIDDEN_UNITS, n), rng) / n**0.5
+        second_HH = normal((HIDDEN_UNITS, HIDDEN_UNITS), rng) / HIDDEN_UNITS**0.5
+        zeros_H, zeros_G = torch.zeros(HIDDEN_UNITS), torch.zeros(cross_features(torch.zeros(1, 1, n)).shape[2])
+        return Rule(zeros_G, torch.zeros(n), torch.ones(n), first_HF, zeros_H, second_HH, zeros_H, zeros_H)
+
+    def standardize(self, x_BCF: Tensor) -> Tensor:
+        """(B, C, F) of mean 0 and deviation 1."""
+        return (x_BCF - self.mean_F) / self.std_F
+
+    def correction(self, z_BCF: Tensor) -> Tensor:
+        """(B, C): what the network adds, from `standard` features."""
+        hidden_BCH = F.silu(F.linear(z_BCF.clamp(-5.0, 5.0), self.first_HF, self.first_H))
+        return F.silu(F.linear(hidden_BCH, self.second_HH, self.second_H)) @ self.last_H
+
+    def scores(self, x_BCF: Tensor) -> Tensor:
+        """(B, C)"""
+        z_BCF = self.standardize(x_BCF)
+        return cross_features(z_BCF) @ self.weights_G + self.correction(z_BCF)
+
+    def contributions(self, x_CF: Tensor) -> Tensor:
+        """(C, S) what each of SOURCES adds to the score of each of a user's candidates, above their mean."""
+        z_1CF = self.standardize(x_CF)[None]
+        terms_CG, correction_C = cross_features(z_1CF)[0] * self.weights_G, self.correction(z_1CF)[0]
+        source_G = torch.tensor([SCORE_SOURCES.index(source) for source in cross_feature_sources()])
+        points_CS = torch.zeros(len(x_CF), len(SCORE_SOURCES)).index_add(1, source_G, terms_CG)
+        points_CS[:, SCORE_SOURCES.index("correction")] = correction_C
+        return points_CS - points_CS.mean(0)
+
+
+def cross_features(x_BCF: Tensor) -> Tensor:
+    """(B, C, G): the features that differ between candidates, and products of them with those that do not.
+
+    That is how trust in an expert comes to depend on how often a user repeats, and on how long the history is.
+    """
+    share, own_features = x_BCF[..., Slots.share], x_BCF[..., Slots.own]
+    taken, repeat_rate, repeats, length = (x_BCF[..., column : column + 1] for column in CROSSED)
+    products = [
+        share * repeats,
+        share * length,
+        own_features * repeats,
+        own_features * length,
+        own_features * repeat_rate,
+        taken * repeat_rate * repeats,
+    ]
+    return torch.cat([x_BCF[..., : Slots.user.start], *products], -1)
+
+
+def cross_feature_sources() -> list[str]:
+    """Which of SOURCES each of the G crossed features speaks for."""
+    own_sources = ["own history"] * len(OWN_FEATURES)
+    return [
+        *EXPERT_NAMES,
+        *EXPERT_NAMES,
+        *own_sources,
+        *["item"] * len(ITEM_FEATURES),
+        *EXPERT_NAMES,
+        *EXPERT_NAMES,
+        *own_sources,
+        *own_sources,
+        *own_sources,
+        "own history",
+    ]
