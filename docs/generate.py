@@ -31,7 +31,7 @@ class Tagged:
 
     paper: str
     number: str
-    function: str  # `fisher`, `Table.pull`
+    function: str  # `fisher`, `EmbeddingTable.lookup`
     file: str  # relative to the root
     line: int
     summary: str

@@ -283,7 +283,7 @@ def test_the_same_file_after_a_rollback_says_how_to_take_it_again(
     answer(capsys, "fit", log, *at, "--model", "popularity", *COLUMNS)
     assert main(["update", new, *at, "--force", "--reason", "a test"]) == 0
     answer(capsys, "rollback", *at)
-    assert "update --again 2" in answer(capsys, "update", new, *at)
+    assert "update --retry 2" in answer(capsys, "update", new, *at)
     assert "there was nothing to erase" in answer(capsys, "erase", "999999", *at)
     assert "nothing" in answer(capsys, "gc", *at)
 
@@ -356,7 +356,7 @@ def test_flags_of_every_kind_reach_the_recipe(
         "drop",
         "--controls",
         "",
-        "--also",
+        "--extra-pairs",
         "mf/full,mf/spmf",
     )
     answer(capsys, "replay", "--recipe", str(tmp_path / "recipe.toml"), "--plan", *flags, *more)
@@ -371,7 +371,7 @@ def test_flags_of_every_kind_reach_the_recipe(
 def test_an_interrupted_replay_says_how_to_go_on(
     logs: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*cells: object, jobs: int, device: str, tell: object) -> None:
+    def interrupt(*cells: object, jobs: int, device: str, on_span_done: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("freshrec.replay.runner.run_cells", interrupt)

@@ -51,9 +51,9 @@ __all__ = [
     "StateError",
     "TrainingError",
     "__version__",
-    "split_log",
     "make_world",
     "read_log",
+    "split_log",
 ]
 
 _HOMES = {  # imported when first asked for: torch alone takes seconds, and `freshrec --help` needs none of it

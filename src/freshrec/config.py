@@ -7,7 +7,7 @@ sentence for --help and docs/reference.md:
     keep: Literal["all", "last"] = "all"
     share: Annotated[Rate, Field(description="Share of the targets held out.")] = 0.0
 
-pydantic checks the values; `option_error` says what it found in the words of this package. `choose` reads
+pydantic checks the values; `option_error` says what it found in the words of this package. `find_instance` reads
 `name:field=value:part.field=value`: an instance from a table of instances, with some fields replaced.
 """
 

@@ -301,7 +301,7 @@ class UserVectorModel(TrainedModel, Protocol):
 
 
 # A model whose score is the largest inner product of an item vector with one of the user's vectors. The
-# `models.tables.Table` of its item vectors is named "items"; `models.scoring` computes vectors and scores.
+# `EmbeddingTable` of its item vectors is named "items"; `nn.scoring` computes vectors and scores.
 VectorModel = EncodingModel | UserVectorModel
 
 

@@ -50,7 +50,7 @@ def _to_integers(column: pl.Series) -> pl.Series:
 def read_ids(
     column: pl.Series, *, required: bool, infer_integers: bool, allow_mixed: bool
 ) -> tuple[pl.Series, list[ColumnFault]]:
-    """Ids as Int64 or String. `sniff`: text that is whole numbers throughout becomes Int64; 007 stays text."""
+    """Ids as Int64 or String. `infer_integers`: text that is whole numbers throughout becomes Int64; 007 stays text."""
     name, ids = column.name, _to_plain_type(column, "text or whole numbers")
     if ids.dtype != pl.String:
         ids = _to_integers(ids)

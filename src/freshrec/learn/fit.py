@@ -190,7 +190,7 @@ def new_model(state: State, n_users: int, n_items: int) -> TrainedModel:
 
 
 def split_holdout(targets: Targets, fit: FitConfig, key: tuple[int, ...]) -> tuple[Targets, Targets]:
-    """What `adapt` trains on, and the held-out rest that it stops by: a share `fit.holdout`, drawn at random."""
+    """What `fit_model` trains on, and the held-out rest that it stops by: a share `fit.holdout`, drawn at random."""
     n_held = fit.n_held_out(len(targets))
     if not n_held:
         return targets, targets[torch.zeros(0, dtype=torch.int64)]

@@ -68,7 +68,7 @@ def retire_interests(interests: Interests, n_spans: int, ordered: bool) -> Inter
 
 
 def merge_interests(interests: Interests, max_interests: int, ordered: bool) -> Interests:
-    """`users` with the most similar pairs of one user's interests averaged, until `n_most` are left or one each.
+    """`users` with the most similar pairs of one user's interests averaged, until `max_interests` are left or one each.
 
     An average is as old as its older part and was used when either was. Of `ordered` ones the last goes into another.
     """

@@ -78,7 +78,7 @@ class ItemKNN:
         self.last_counted_item = 0  # items up to this row have been counted; later ones take no place in a question
         self.item_mass_I = np.zeros(1, dtype=np.float32)  # d
         self.pair_counts_II: Any = sparse.csr_array((1, 1), dtype=np.float32)
-        self._cached_weights: tuple[Float32Array, Float32Array] | None = None  # made of `mass_I` when first asked
+        self._cached_weights: tuple[Float32Array, Float32Array] | None = None  # made of `item_mass_I` when first asked
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ItemKNN:
         """It shares all arrays, which are replaced and never changed."""

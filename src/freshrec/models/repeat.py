@@ -54,7 +54,7 @@ class Repeat:
         return self.scores_of_occurrences(ItemOccurrences.from_items(batch.history_BT.numpy()))
 
     def scores_of_occurrences(self, occurrences: ItemOccurrences) -> Any:
-        """`sparse`, of histories that were looked through before."""
+        """`sparse_scores`, of histories that were looked through before."""
         age_T = np.arange(occurrences.n_steps - 1, -1, -1, dtype=np.float32)
         if self.spec.order == "last":
             weights_W = (1 / (1 + age_T))[occurrences.last_step_W]

@@ -206,7 +206,7 @@ def build_session_index(
     n_items: int,
     spec: SKNNSpec,
 ) -> SessionIndex:
-    """The index of these sessions, the latest first; `when_S`: in the unit of lambda2."""
+    """The index of these sessions, the latest first; `time_S`: in the unit of lambda2."""
     parts = np.ones(len(items_E)), items_E, offsets_S
     columns = sparse.csr_array(parts, shape=(len(user_S), n_items + 1)).tocsc()
     n_I = np.diff(columns.indptr)

@@ -6,8 +6,8 @@ odd, a loss that is larger than tolerated and more than chance, a value that no 
 What that is worth, where values vary from model to model as on real logs (tests/test_gate.py):
 - An update as good as the live version is refused by each of the two comparisons, on the newest and on older events,
   in at most one of 200 nights, however few the users: on an ordinary day it goes live in 99 of 100.
-- One that loses more than `unnoticed`, a share of the live version's value, is refused in 95 of 100 nights. How much
-  that is follows from the number of users and from how they differ: between two seeds of the blend 16 to 59 % with 500
+- One that loses more than `max_undetected_loss`, a share of the live version's value, is refused in 95 of 100 nights. How
+  much that is follows from the number of users and from how they differ: between two seeds of the blend 16 to 59 % with 500
   users of a log, 12 to 18 % with 2,000. A note tells where it is large; below `n_users` nothing is compared.
 - Nothing goes live because it looks better: no gain is asked for, so none can be chance.
 - Losses within the tolerance add up, night after night, and are not noticed here: only a version of some weeks ago
@@ -207,7 +207,7 @@ def _share_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats], limits
 def _above_usual_share(
     what: str, values: Sequence[float | None], max_share: float, max_rise: float, limits: GateLimits
 ) -> list[str]:
-    """A share that is larger than `most`, or than what is usual by `rise`; what is usual passes in any case."""
+    """A share that is larger than `most`, or than what is usual by `max_rise`; what is usual passes in any case."""
     past, today = [value for value in values[:-1] if value is not None], values[-1]
     usual = _usual_range(past)[1] if past else 0.0
     limit = (

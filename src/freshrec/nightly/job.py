@@ -108,7 +108,7 @@ class NightlyJob:
         return self.log.append(frame, source, log.has_clock, rejected_batches(self.store))
 
     def catch_up(self, force: str = "") -> Iterator[Manifest]:
-        """A version of each batch that waits, as `advance` makes them.
+        """A version of each batch that waits, as `learn_batch` makes them.
 
         First of all, a version that was to go live when its maker died does so.
         """

@@ -3,12 +3,13 @@
 A row holds its weight and both Adam moments side by side, so a step is one gather and one scatter, whatever the table's
 size. This is lazy Adam: the moments of a row that is not in the batch do not decay (as in `torch.optim.SparseAdam`).
 Differs from it: each row counts its own steps, so that a row first met late starts as gently as one met early; with one
-count for the table its first steps would be 3 to 6 times as long. Where a step moves all rows (`pull_all`) it is dense
-Adam, with one count for the table: new items need those long steps to be known at all, among rows that all move.
+count for the table its first steps would be 3 to 6 times as long. Where a step moves all rows (`lookup_all`) it is
+dense Adam, with one count for the table: new items need those long steps to be known at all, among rows that all move.
 
-What a batch sees of its rows may be a function of them (`Table.view`): strategies that learn how to map weights use it.
+What a batch sees of its rows may be a function of them (`EmbeddingTable.parametrization`): strategies that learn
+how to map weights use it.
 
-Items may have categories (`n_kinds`): a vector is then the item's own row plus one that all items of its category
+Items may have categories (`n_categories`): a vector is then the item's own row plus one that all items of its category
 share, and an item that comes late starts at its category's vector, not at a random one.
 """
 
@@ -33,10 +34,10 @@ class EmbeddingTable(nn.Module):
     packed: Tensor  # (rows, 3 D): weight, first moment, second moment
     steps_R: Tensor  # (rows,) how often each was trained
     parametrization: Callable[[Tensor, Tensor], Tensor] | None = (
-        None  # (ids, rows) -> the rows that `pull` gives instead
+        None  # (ids, rows) -> the rows that `lookup` gives instead
     )
     tied_to_R: Tensor | None = None  # which row is trained in place of each, where some are trained as one
-    leaf: Tensor | None  # the weights of the last `pull`'s rows, each once; they get the gradients
+    leaf: Tensor | None  # the weights of the last `lookup`'s rows, each once; they get the gradients
     kinds_R: Tensor  # (rows,) which row of `common` is added to each; 0: none. Only where there is a `common`
 
     def __init__(self, n_dims: int, std: float, seed: int, n_categories: int = 0) -> None:
@@ -80,7 +81,7 @@ class EmbeddingTable(nn.Module):
         return self.packed[:, : self.n_dims]
 
     def lookup(self, ids: Tensor) -> Tensor:
-        """(..., D) the vectors of `ids` (...), with gradients; once a step, then `push`."""
+        """(..., D) the vectors of `ids` (...), with gradients; once a step, then `step`."""
         requested_ids = ids
         if self.tied_to_R is not None:
             ids = self.tied_to_R[ids]
@@ -95,7 +96,7 @@ class EmbeddingTable(nn.Module):
         return _add_category_vectors(self, F.embedding(place_N.view(ids.shape), self._visible_rows()), requested_ids)
 
     def lookup_all(self) -> Tensor:
-        """(n_rows + 1, D) all vectors, with gradients; once a step, then `push`."""
+        """(n_rows + 1, D) all vectors, with gradients; once a step, then `step`."""
         if self.tied_to_R is not None:
             return self.lookup(torch.arange(len(self.packed)))
         if not (self._continues_step and self._is_full_lookup):
@@ -118,16 +119,16 @@ class EmbeddingTable(nn.Module):
         return unique, self._slot_of_row.index_select(0, ids)
 
     def continue_step(self) -> None:
-        """The next `pull` belongs to the same step as the last one: `push` moves the rows of both."""
+        """The next `lookup` belongs to the same step as the last one: `step` moves the rows of both."""
         self._continues_step = True
 
     def step_rows(self) -> tuple[Tensor, Tensor]:
-        """The rows (N,) of the last `pull`, each once, and their weights (N, D), with gradients."""
+        """The rows (N,) of the last `lookup`, each once, and their weights (N, D), with gradients."""
         assert self._unique_ids is not None and self.leaf is not None
         return self._unique_ids, self.leaf
 
     def full_matrix(self) -> Tensor:
-        """(n_rows + 1, D) all vectors; gradients reach the rows of the last `pull`, which are those that will move."""
+        """(n_rows + 1, D) all vectors; gradients reach the rows of the last `lookup`, which will move."""
         rows = self.step_rows()[1] if self._is_full_lookup else self.weights.index_copy(0, *self.step_rows())
         return (
             rows
@@ -136,7 +137,7 @@ class EmbeddingTable(nn.Module):
         )
 
     def step(self, lr: float) -> None:
-        """One Adam step on the rows of the last `pull`, or of all pulls of the step (`again`)."""
+        """One Adam step on the rows of the last `lookup`, or of all pulls of the step (`again`)."""
         if self._earlier_lookups:
             self._merge_lookups()
         self._continues_step = False
@@ -207,7 +208,7 @@ def set_categories(table: EmbeddingTable, categories_I: Tensor | None) -> None:
 
 
 def lookup_many(table: EmbeddingTable, *ids: Tensor) -> list[Tensor]:
-    """(..., D) rows of each of several tensors of ids (...), in one `pull`."""
+    """(..., D) rows of each of several tensors of ids (...), in one `lookup`."""
     rows = table.lookup(torch.cat([part.reshape(-1) for part in ids])).split([part.numel() for part in ids])
     return [part_ND.view(*part.shape, part_ND.shape[1]) for part, part_ND in zip(ids, rows)]
 

@@ -132,7 +132,7 @@ def write_bundle(bundle: Bundle, folder: Path) -> None:
 
 
 def read_bundle(files: Mapping[str, Path]) -> Bundle:
-    """What `write_contents` wrote. StateError where it is not that."""
+    """What `write_bundle` wrote. StateError where it is not that."""
     require_files(files, (QUERIES_FILE, USERS_FILE, ITEMS_FILE, CATEGORIES_FILE))
     if LEGACY_STATE_FILE in files:
         strategy, names, read_options, state, counts, pending = load_tree(files[LEGACY_STATE_FILE])

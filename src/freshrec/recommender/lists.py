@@ -72,7 +72,7 @@ class RankedLists:
 
 
 def top_items(served: ServedState, users_N: Tensor, request: ResolvedRequest) -> pl.DataFrame:
-    """`lists_of` as a frame: nth, the place in `users_N`; item, a row; score; rank, from 1; fallback."""
+    """`make_lists` as a frame: nth, the place in `users_N`; item, a row; score; rank, from 1; fallback."""
     lists = make_lists(served, users_N, request)
     nth_L, at_L = lists.items_NK.nonzero(as_tuple=True)
     fallback = pl.Series("fallback", FALLBACK_REASONS, pl.String).gather(lists.fallback_NK[nth_L, at_L].numpy())

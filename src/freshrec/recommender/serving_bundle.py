@@ -49,7 +49,7 @@ def write_serving_bundle(bundle: ServingBundle, folder: Path) -> None:
 
 
 def read_serving_bundle(files: Mapping[str, Path], load: Callable[[Path], Any]) -> ServingBundle:
-    """What `write_served` wrote; `load` is `load_tree`, or `load_to_ask`. StateError where it is not that."""
+    """What `write_serving_bundle` wrote; `load` is `load_tree` or `load_for_serving`. StateError for anything else."""
     require_files(files, (SERVED_FILE, USERS_FILE, ITEMS_FILE, CATEGORIES_FILE))
     names, read_options, state, counts, pending = load(files[SERVED_FILE])
     users, items = (read_catalog(files[name]) for name in (USERS_FILE, ITEMS_FILE))

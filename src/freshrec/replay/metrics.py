@@ -3,7 +3,7 @@
 A query is one target with the history before it. Its rank is 1 for the best item, the middle of the tied places where
 scores tie (1.5, 2.0, ...), and infinity where the target cannot be found: an item that was never seen before, or that
 got no score. Every query counts in the denominator, misses too; users without a query do not count. A user with several
-targets has several queries: metrics are averaged within the user first (`per_user`), then over users.
+targets has several queries: metrics are averaged within the user first (`mean_per_user`), then over users.
 
 With one target a query, recall@k is hr@k, and the ideal list has its only hit at rank 1, so that
 mrr@k <= ndcg@k <= hr@k for each query.

@@ -164,7 +164,7 @@ def _groups_by_queries(answers: QueryMetrics) -> Iterator[tuple[Int64Array, Bool
 def _summarize(
     answers: QueryMetrics, which_A: Int64Array, which_Q: BoolArray, metrics: Sequence[str], has_interval: bool = True
 ) -> pl.DataFrame:
-    """A row a method and metric on these queries; an interval where `sure`: bootstraps are what takes the time."""
+    """A row per method and metric on these queries; an interval where `has_interval`, as bootstraps take the time."""
     by_user_UAM = answers.by_user(which_A, which_Q, centred=True)
     by_user_UN = by_user_UAM.reshape(len(by_user_UAM), -1)
     no_interval_N = np.full(by_user_UN.shape[1], np.nan)

@@ -190,6 +190,12 @@ def _compare_lists(service: Service, version: LoadedVersion, parent: int, user: 
     )  # fmt: skip
 
 
+# Fields of a manifest that GET /versions shows.
+VERSION_FIELDS = set(
+    ["id", "parent", "kind", "made_at", "promoted", "goes_live", "reasons", "notes", "numbers", "sizes"]
+)
+
+
 def add_version_routes(app: FastAPI, service: Service) -> None:
     @app.get("/version", tags=["versions"])
     async def about() -> schemas.VersionInfo:
@@ -200,19 +206,7 @@ def add_version_routes(app: FastAPI, service: Service) -> None:
     async def history() -> dict[str, Any]:
         """All versions, the newest first, and every move of the live pointer."""
         store = service.live.store
-        fields_shown = (
-            "id",
-            "parent",
-            "kind",
-            "made_at",
-            "promoted",
-            "goes_live",
-            "reasons",
-            "notes",
-            "numbers",
-            "sizes",
-        )
-        versions = [manifest.model_dump(include=set(fields_shown)) for manifest in reversed(store.manifests())]
+        versions = [manifest.model_dump(include=VERSION_FIELDS) for manifest in reversed(store.manifests())]
         moves = [move.model_dump() for move in reversed(store.moves())]
         return {
             "version": service.version.number,

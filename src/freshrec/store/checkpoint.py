@@ -201,7 +201,7 @@ def _load_weights(model: Model, weights: dict[str, Any]) -> None:
 def _decode(
     node: dict[str, Any], read: TensorReader, build_model: Callable[[dict[str, Any], TensorReader], Model]
 ) -> Any:
-    """The inverse of `_encode`; `model_of` makes a model of its encoded parts."""
+    """The inverse of `_encode`; `build_model` makes a model of its encoded parts."""
     if "value" in node:
         return node["value"]
     if "tensor" in node:

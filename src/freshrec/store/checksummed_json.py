@@ -16,7 +16,7 @@ def write_checksummed(content: Any, path: Path) -> None:
 
 
 def read_checksummed(path: Path) -> Any:
-    """What `write_signed` wrote. StateError where there is nothing, or something else."""
+    """What `write_checksummed` wrote. StateError where there is nothing, or something else."""
     try:
         document = json.loads(path.read_bytes())
         content, checksum = document["content"], document["checksum"]

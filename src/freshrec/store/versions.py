@@ -125,7 +125,7 @@ class Store:
             write_checksummed([move.model_dump() for move in moves], self.folder / "live.json")
 
     def write_version(self, manifest: Manifest, save: Callable[[Path], object]) -> Manifest:
-        """A new version: `save` writes its files into a folder. It is not live before `point`."""
+        """A new version: `save` writes its files into a folder. It is not live before `move_pointer`."""
         folder, parent, parent_manifest = _version_folder(self, manifest.id), None, None
         temporary = folder.with_name(f".{manifest.id}")
         if manifest.parent is not None:

@@ -111,7 +111,7 @@ class ExpertCache:
         return items_BK
 
     def features_of(self, items_BC: Int64Array) -> Float32Array:
-        """(1 + B C, F) the features of the candidates for a user of whom nothing is known, a row for each of `Cells`.
+        """(1 + B C, F) the features of the candidates for an unknown user, a row for each of `CandidateCells`.
 
         The first row is for what is said of other items; it is never read.
         """
@@ -297,5 +297,5 @@ def flatten_state_dicts(parts: dict[str, dict[str, Tensor]]) -> dict[str, Tensor
 
 
 def extract_state_dict(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The inverse of `in_one`, for one part: those whose names begin with `name` and a point, without it."""
+    """The inverse of `flatten_state_dicts`, for one part: the tensors named `name.*`, without that prefix."""
     return {key[len(name) + 1 :]: tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}

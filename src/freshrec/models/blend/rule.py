@@ -123,7 +123,7 @@ def fit_listwise(
 
 CORRECTION_STREAM = 1402  # tells the random numbers from others
 HIDDEN_UNITS = 32
-CROSSED = [FEATURES.index(name) for name in ("taken", "taken again", "takes again", "length")]  # in `crossed`
+CROSSED = [FEATURES.index(name) for name in ("taken", "taken again", "takes again", "length")]  # in `cross_features`
 RULE = N_EXPERTS  # the column of the rule, after those of the experts, in what is remembered of ranks
 SCORE_SOURCES = (*EXPERT_NAMES, "own history", "item", "correction")  # of a score
 
@@ -162,7 +162,7 @@ class QueryLog:
 
 @dataclass(frozen=True)
 class Rule:
-    """How candidates are ordered: weights of `crossed` features, which can be read, and a small network's correction.
+    """How candidates are ordered: readable weights of crossed features, and the correction of a small network.
 
     Features are standardised first. H: the network's hidden units, in two layers.
     """
@@ -190,7 +190,7 @@ class Rule:
         return (x_BCF - self.mean_F) / self.std_F
 
     def correction(self, z_BCF: Tensor) -> Tensor:
-        """(B, C): what the network adds, from `standard` features."""
+        """(B, C): what the network adds, from `standardize` features."""
         hidden_BCH = F.silu(F.linear(z_BCF.clamp(-5.0, 5.0), self.first_HF, self.first_H))
         return F.silu(F.linear(hidden_BCH, self.second_HH, self.second_H)) @ self.last_H
 
