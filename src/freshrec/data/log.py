@@ -71,8 +71,9 @@ def read_log(
 
     `columns`: our name -> theirs, where the names differ; `item_id=sku:text` says that ids are text even where some are
     digits. `format`: a key of FORMATS. `events`: the event types to keep, all if empty. `users`: keep a random sample
-    of so many whole users. `quarantine`: a .parquet or .csv file for bad rows. `allow_missing_events`: an event type may
-    have no rows. `text_columns`: which of our columns hold text even where all ids are digits. LogError where the log is not one.
+    of so many whole users. `quarantine`: a .parquet or .csv file for bad rows. `allow_missing_events`: an event type
+    may have no rows. `text_columns`: which of our columns hold text even where all ids are digits. LogError where the
+    log is not one.
     """
     if quarantine is not None and isinstance(source, str | Path) and quarantine.resolve() == Path(source).resolve():
         raise OptionError(f"the bad rows of {quarantine.name} cannot replace the log itself; name another file.")

@@ -55,7 +55,8 @@ def concat_samples(first: TrainingSamples, second: TrainingSamples) -> TrainingS
 def append_samples(targets: Targets, samples: TrainingSamples, which_M: Tensor, separate_users: bool) -> Targets:
     """`targets`, and the kept ones at `which_M`, which may repeat: rows of theirs stand behind those of the histories.
 
-    `separate_users`: each of these M counts as a user of its own, for models whose batches are windows of a user's targets.
+    `separate_users`: each of these M counts as a user of its own, for models whose batches are windows of a user's
+    targets.
     """
     histories, (n_samples, width) = targets.histories, samples.histories_NT.shape
     row_NT = torch.cat([samples.histories_NT, samples.items_N[:, None].int()], 1)

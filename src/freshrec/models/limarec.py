@@ -72,7 +72,7 @@ class LinearAttentionLayer(nn.Module):
         self.between, self.last = nn.LayerNorm(d), nn.LayerNorm(d)
 
     def forward(self, query_items_BPD: Tensor, items_BTD: Tensor, weights_BPT: Tensor) -> Tensor:
-        """(B, P, K, D) the interests at positions with item `query_items_BPD`, from items with weights `weights_BPT`."""
+        """(B, P, K, D) interests at positions with item `query_items_BPD`, items weighted by `weights_BPT`."""
         queries_BPKD = self.query(query_items_BPD).unflatten(2, (self.k, -1))
         attended_BPKD = linear_attention(queries_BPKD, self.key(items_BTD), self.value(items_BTD), weights_BPT)
         y_BPKD = self.between(query_items_BPD[:, :, None] + attended_BPKD)

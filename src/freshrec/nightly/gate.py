@@ -6,9 +6,9 @@ odd, a loss that is larger than tolerated and more than chance, a value that no 
 What that is worth, where values vary from model to model as on real logs (tests/test_gate.py):
 - An update as good as the live version is refused by each of the two comparisons, on the newest and on older events,
   in at most one of 200 nights, however few the users: on an ordinary day it goes live in 99 of 100.
-- One that loses more than `max_undetected_loss`, a share of the live version's value, is refused in 95 of 100 nights. How
-  much that is follows from the number of users and from how they differ: between two seeds of the blend 16 to 59 % with 500
-  users of a log, 12 to 18 % with 2,000. A note tells where it is large; below `n_users` nothing is compared.
+- One that loses more than `max_undetected_loss`, a share of the live version's value, is refused in 95 of 100 nights.
+  How much that is follows from the number of users and from how they differ: between two seeds of the blend 16 to 59 %
+  with 500 users of a log, 12 to 18 % with 2,000. A note tells where it is large; below `n_users` nothing is compared.
 - Nothing goes live because it looks better: no gain is asked for, so none can be chance.
 - Losses within the tolerance add up, night after night, and are not noticed here: only a version of some weeks ago
   can show them.

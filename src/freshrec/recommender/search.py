@@ -2,9 +2,10 @@
 
 An item cannot score more than its length times the user's. So the longest come first, and where those that many users
 had have grown long, a few thousand of them decide the lists, exactly. Where that is not so, all items are scored in
-blocks, up to `SearchOptions.exact_max_items`; above it an inverted file (faiss) looks into the cells nearest to each vector.
-All of it is measured on users of the version: how many lists the longest decide, and how many of the true best items the cells
-hold, with as many cells as that takes. Where no number of cells is enough, all items are scored; `SearchInfo` says it.
+blocks, up to `SearchOptions.exact_max_items`; above it an inverted file (faiss) looks into the cells nearest to each
+vector. All of it is measured on users of the version: how many lists the longest decide, and how many of the true best
+items the cells hold, with as many cells as that takes. Where no number of cells is enough, all items are scored;
+`SearchInfo` says it.
 """
 
 from __future__ import annotations

@@ -191,9 +191,7 @@ def _compare_lists(service: Service, version: LoadedVersion, parent: int, user: 
 
 
 # Fields of a manifest that GET /versions shows.
-VERSION_FIELDS = set(
-    ["id", "parent", "kind", "made_at", "promoted", "goes_live", "reasons", "notes", "numbers", "sizes"]
-)
+VERSION_FIELDS = {"id", "parent", "kind", "made_at", "promoted", "goes_live", "reasons", "notes", "numbers", "sizes"}
 
 
 def add_version_routes(app: FastAPI, service: Service) -> None:

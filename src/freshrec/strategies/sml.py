@@ -69,8 +69,8 @@ class SML:
     """Sequential meta-learning. The defaults have the budget of fine-tuning; the paper's are rounds=10, fit.epochs=1.
 
     Differs from the authors' code: the loss, the batches and lr_scale are the model's own; only the rows of a batch are
-    stepped, and their moments decay only then; a row counts once in `weight_decay`, however often the batch has it; rows
-    are made when users and items arrive; a dense weight is cut in rows as wide as the tables'.
+    stepped, and their moments decay only then; a row counts once in `weight_decay`, however often the batch has it;
+    rows are made when users and items arrive; a dense weight is cut in rows as wide as the tables'.
     """
 
     transfer: LinearTransfer | MLPTransfer | CNNTransfer = CNNTransfer()

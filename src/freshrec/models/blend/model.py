@@ -1,8 +1,9 @@
 """Blend: experts that count and one that is trained, joined by weights learned from what each said beforehand.
 
 Each counter offers its best items; these and the user's own are the candidates. A candidate is described by what every
-expert thinks of it, and by facts about item and history; a rule orders them (`fit_rule`). What is learnt from is written down when events arrive, from the state before them, and never made again: it cannot know the future.
-Until there is a rule, or while it does worse, the best expert speaks alone.
+expert thinks of it, and by facts about item and history; a rule orders them (`fit_rule`). What is learnt from is
+written down when events arrive, from the state before them, and never made again: it cannot know the future. Until
+there is a rule, or while it does worse, the best expert speaks alone.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ class BlendSpec:
 class PendingQueries:
     """Remembered queries that the trained expert was not asked about, as there was none yet.
 
-    `has_target_B`: which of the queries, as they are ranked, had their target among the candidates; only these are here.
+    `has_target_B`: which of the queries, as they are ranked, had their target among the candidates; only these are
+    here.
     """
 
     has_target_B: Tensor
