@@ -9,12 +9,12 @@ import polars as pl
 
 from freshrec.errors import LogError
 
-MAX_ID_BYTES = 1000  # bytes
+MAX_ID_BYTES = 1000
 SECOND = 1_000_000  # microseconds
 DAY = 86_400 * SECOND
 YEAR_1980, YEAR_2100 = 315_532_800 * SECOND, 4_102_444_800 * SECOND
 NUMBER_PATTERN = r"^[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?$"
-UNITS_PER_SECOND = {"s": 1, "ms": 1000, "us": 1_000_000, "ns": 1_000_000_000}  # per second
+UNITS_PER_SECOND = {"s": 1, "ms": 1000, "us": 1_000_000, "ns": 1_000_000_000}
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def read_times(column: pl.Series) -> tuple[pl.Series, str, list[ColumnFault]]:
 
 
 def _to_microseconds(column: pl.Series) -> tuple[pl.Series, str]:
-    """Microseconds UTC, null where unreadable, and the unit: that of the type, or told from the size of the median."""
+    """Microseconds UTC, null where unreadable, and the unit: that of the type, or inferred from the median."""
     dtype = column.dtype
     if isinstance(dtype, pl.Datetime):
         return column.dt.timestamp("us"), dtype.time_unit

@@ -83,8 +83,8 @@ def largest_remainder(weights_G: Tensor, n: int) -> Tensor:
 def allocate_exemplars(counts_I: Tensor, n: int, rule: AllocationRule, is_equal: bool, rng: torch.Generator) -> Tensor:
     """m_i = N |{(x, y) : y = i}| / |D_t and E_{t-1}|, at most what there is (I,) [ADER eq. 1].
 
-    `counts_I`: the samples of each item, from item 0, the padding. `how`: rounded, or drawn N times with these
-    probabilities, as in the authors' code. `equal`: the same for every known item, met or not.
+    `counts_I`: the samples of each item, from item 0, the padding. `rule`: rounded, or drawn N times with these
+    probabilities, as in the authors' code. `is_equal`: the same for every known item, met or not.
     """
     weights_I = torch.ones_like(counts_I).index_fill(0, torch.tensor([0]), 0) if is_equal else counts_I
     if rule == "largest-remainder":
@@ -102,8 +102,8 @@ def herd(features_SD: Tensor, group_S: Tensor, wanted_G: Tensor, may_repeat: boo
     """Samples (M,), in the order of choice, whose mean feature is close to that of their group: Algorithm 1 of ADER.
 
     Of unit vectors phi with mean mu, each group picks argmax w phi, then w <- w + mu - phi, starting from w = mu; ties:
-    the first. Differs from the paper: what is picked is out. `repeat`: as in the authors' code, it is not, and counts
-    once; a group stops after 1.1 m rounds, so that it may end with fewer than the m that it wants.
+    the first. Differs from the paper: what is picked is out. `may_repeat`: as in the authors' code, it is not, and
+    counts once; a group stops after 1.1 m rounds, so that it may end with fewer than the m that it wants.
     """
     phi_SD = F.normalize(features_SD, dim=1)
     n_samples, ids_G = len(group_S), group_S.unique()
@@ -119,12 +119,12 @@ def herd(features_SD: Tensor, group_S: Tensor, wanted_G: Tensor, may_repeat: boo
         member_S = member_S if may_repeat else member_S[~is_picked_S[member_S]]
         if not len(member_S):
             break
-        of_S = group_S[member_S]
-        score_S = (phi_SD[member_S] * w_GD[of_S]).sum(1)
-        best_G = torch.full((len(ids_G),), -torch.inf).scatter_reduce_(0, of_S, score_S, "amax")
-        is_best_S = score_S == best_G[of_S]
+        member_group_S = group_S[member_S]
+        score_S = (phi_SD[member_S] * w_GD[member_group_S]).sum(1)
+        best_G = torch.full((len(ids_G),), -torch.inf).scatter_reduce_(0, member_group_S, score_S, "amax")
+        is_best_S = score_S == best_G[member_group_S]
         first_G = torch.full((len(ids_G),), n_samples)
-        first_G.scatter_reduce_(0, of_S[is_best_S], member_S[is_best_S], "amin")
+        first_G.scatter_reduce_(0, member_group_S[is_best_S], member_S[is_best_S], "amin")
         pick_G = first_G[first_G < n_samples]
         w_GD[group_S[pick_G]] += mean_GD[group_S[pick_G]] - phi_SD[pick_G]
         new_G = pick_G[~is_picked_S[pick_G]]
@@ -179,12 +179,8 @@ def select_exemplars(
     elif rule == "loss":
         chosen_M = smallest_per_group(sample_losses(model, contested, stored_interests), contested.items_N, wanted_I)
     else:
-        chosen_M = herd(
-            sample_features(model, contested, stored_interests),
-            contested.items_N,
-            wanted_I,
-            may_repeat=rule == "herding-code",
-        )
+        features_SD = sample_features(model, contested, stored_interests)
+        chosen_M = herd(features_SD, contested.items_N, wanted_I, may_repeat=rule == "herding-code")
     return pool[torch.cat([is_unconditional_S.nonzero()[:, 0], contested_S[chosen_M]]).sort().values]
 
 

@@ -1,4 +1,4 @@
-"""The only training loop, and what every strategy does around it: start, succeed, finish."""
+"""The only training loop, and what every strategy does around it: copy and grow, fit, finish."""
 
 import copy
 import math
@@ -11,14 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from freshrec.config import Count, CountOrZero, Positive, Rate, check_options
-from freshrec.data.batches import (
-    Targets,
-    due_targets,
-    make_rng,
-    pair_batches,
-    target_batches,
-    window_batches,
-)
+from freshrec.data.batches import Targets, due_targets, make_rng, pair_batches, target_batches, window_batches
 from freshrec.data.histories import mark_trained
 from freshrec.data.session_parallel import HiddenStates, session_parallel_batches
 from freshrec.data.stored_interests import StoredInterests, stored_interests_of
@@ -77,7 +70,7 @@ class CostMeter:
     costs: dict[str, float] = field(default_factory=dict)
 
     def add_time(self, part: str, started_at: float) -> None:
-        """Add the CPU seconds since `since` (time.process_time) to `part`."""
+        """Add the CPU seconds since `started_at` (time.process_time) to `part`."""
         self.costs[part] = self.costs.get(part, 0.0) + time.process_time() - started_at
 
 
@@ -112,8 +105,9 @@ def train(
 ) -> Iterator[float]:
     """Train `model` in place; yields the mean loss after each epoch. All randomness comes from `key`: seed, span, ...
 
-    `view`: what the forward pass sees instead of the weights (`learn.weights`). `learner`: what is trained in place of
-    the model, which `view` then has to leave alone. `among_N`: the items that negatives are drawn from, else all.
+    `parametrization`: what the forward pass sees instead of the weights (`learn.weights`). `trainable`: what is trained
+    in place of the model, whose weights `parametrization` then detaches. `negative_pool_N`: the items that negatives
+    are drawn from, else all.
     """
     lr = model.spec.lr * lr_scale
     tables = list(embedding_tables(model).values())
@@ -149,7 +143,7 @@ def train(
 
 
 def sample_negatives(model: TrainedModel, rng: torch.Generator, pool_N: Tensor | None = None) -> Tensor:
-    """Item rows drawn with replacement from `among_N`, or from all items."""
+    """Item rows drawn with replacement from `pool_N`, or from all items."""
     n = model.spec.negatives
     if pool_N is None:
         return integers(1, model.n_items + 1, n, rng)
@@ -276,7 +270,7 @@ def finish_update(
     meter: CostMeter,
     trim: TrimFunction | None = None,
 ) -> State:
-    """The state after an update: interests read again for the users seen in it, histories settled and cut to length."""
+    """The state after an update: interests of the users seen in it read again, histories marked as trained on."""
     interests = state.interests
     if stored_interests is not None and isinstance(model, InterestModel):
         started_at = time.process_time()

@@ -33,12 +33,12 @@ class TrainingSamples:
 
 
 def sample_history_length(model: TrainedModel) -> int:
-    """How many history items a kept target needs: none for a model that does not read them."""
+    """How many history items a stored target needs: none for a model that does not read them."""
     return 0 if model.batch_format == "pair" else int(model.spec.length)
 
 
 def copy_samples(targets: Targets, length: int) -> TrainingSamples:
-    """Copies of `targets`, each with its last `length` history items; secret ones are padding."""
+    """Copies of `targets`, each with its last `length` history items; held-out ones are padding."""
     visible_targets = mask_held_out(targets)
     history_NT = history_items(visible_targets, length).int()
     history_NT = F.pad(history_NT, (length - history_NT.shape[1], 0))
@@ -53,7 +53,7 @@ def concat_samples(first: TrainingSamples, second: TrainingSamples) -> TrainingS
 
 
 def append_samples(targets: Targets, samples: TrainingSamples, which_M: Tensor, separate_users: bool) -> Targets:
-    """`targets`, and the kept ones at `which_M`, which may repeat: rows of theirs stand behind those of the histories.
+    """`targets`, and the samples at `which_M`, which may repeat: their rows stand behind those of the histories.
 
     `separate_users`: each of these M counts as a user of its own, for models whose batches are windows of a user's
     targets.
@@ -68,13 +68,13 @@ def append_samples(targets: Targets, samples: TrainingSamples, which_M: Tensor, 
     if separate_users:
         users_M = histories.n_users + 1 + torch.arange(len(which_M))
         offsets_U = torch.cat([offsets_U, offsets_U[-1:].expand(len(which_M))])
-    done_R = torch.full((row_NT.numel(),), TRAINED, dtype=torch.int8)
+    trained_R = torch.full((row_NT.numel(),), TRAINED, dtype=torch.int8)
     extended = replace(
         histories,
         offsets_U=offsets_U,
         items_R=torch.cat([histories.items_R, row_NT.reshape(-1)]),
-        times_R=torch.cat([histories.times_R, torch.zeros(len(done_R), dtype=torch.int64)]),
-        due_R=torch.cat([histories.due_R, done_R]),
+        times_R=torch.cat([histories.times_R, torch.zeros(len(trained_R), dtype=torch.int64)]),
+        due_R=torch.cat([histories.due_R, trained_R]),
     )
     labels_N, items_N = None, None
     if targets.labels_N is not None and samples.labels_N is not None:

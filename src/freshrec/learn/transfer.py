@@ -225,7 +225,7 @@ def adaptation_parametrization(transfer: Transfer, before: Weights) -> Parametri
 
 
 def transfer_parametrization(transfer: Transfer, before: Weights, rows: str = "all") -> Parametrization:
-    """What step 2 sees: f_Theta(W_{t-1}, w^) with w^ standing still; rows="touched" as in `transferred`."""
+    """What step 2 sees: f_Theta(W_{t-1}, w^) with w^ standing still; rows="touched" as in `transfer_weights`."""
 
     def view(name: str, ids: Tensor | None, now: Tensor) -> Tensor:
         old = before[name] if ids is None else before[name].index_select(0, ids)

@@ -113,7 +113,7 @@ class LimaRec(nn.Module):
         return Forward(sampled_softmax_loss(logits_BN), vectors_BKD, target_BD, logits_BN)
 
     def _decay_weights(self, event_number_BP: Tensor, real_BT: Tensor) -> Tensor:
-        """(B, P, T): (1 - fading)^(events since) of each item, for places that are the n-th event of their user."""
+        """(B, P, T): (1 - decay)^(events since) of each item, for places that are the n-th event of their user."""
         age_BPT = event_number_BP[:, :, None] - real_BT.cumsum(1)[:, None]
         weights_BPT: Tensor = (1 - self.spec.decay) ** age_BPT.clamp(min=0)
         return weights_BPT * real_BT[:, None]

@@ -43,10 +43,8 @@ class BiasedMF(nn.Module):
         super().__init__()
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
-        self.users, self.items = (
-            EmbeddingTable(spec.d + 1, spec.std, seed),
-            EmbeddingTable(spec.d + 1, spec.std, seed + 1),
-        )
+        self.users = EmbeddingTable(spec.d + 1, spec.std, seed)
+        self.items = EmbeddingTable(spec.d + 1, spec.std, seed + 1)
 
     def grow(self, n_users: int, n_items: int) -> None:
         """Make room for new users and items, without inclinations."""

@@ -54,7 +54,7 @@ class InterestSpec:
 
 @dataclass(frozen=True)
 class InitialInterests:
-    """Where extraction starts from: a user's stored interests, or the slots."""
+    """Where extraction starts from: a user's stored interests, or the initial ones."""
 
     vectors_BKD: Tensor
     alive_BK: Tensor | None  # None: all of them
@@ -64,9 +64,8 @@ class InitialInterests:
 class InterestExtractor(Protocol):
     """Items to interests."""
 
-    has_ordered_interests: (
-        bool  # the k-th interest is the k-th of something learnt, so that only the last ones may be dropped
-    )
+    # whether the k-th interest is the k-th of something learnt, so that only the last ones may be dropped
+    has_ordered_interests: bool
 
     def __call__(self, items_BTD: Tensor, real_BT1: Tensor, start: InitialInterests) -> Tensor:
         """(B, K, D) interests of `items_BTD`; padding is where `real_BT1` is 0."""
@@ -101,9 +100,9 @@ class DynamicRouting(nn.Module):
             votes_BKT = torch.bmm(start.vectors_BKD @ W, items_BTD.transpose(1, 2))
             if self.noise and self.training:
                 noise_BKT = self.noise * torch.randn_like(votes_BKT)
-                votes_BKT += (
-                    noise_BKT if start.is_newcomer_B is None else noise_BKT * start.is_newcomer_B[:, None, None]
-                )
+                if start.is_newcomer_B is not None:
+                    noise_BKT = noise_BKT * start.is_newcomer_B[:, None, None]
+                votes_BKT += noise_BKT
             if start.alive_BK is not None:
                 votes_BKT.masked_fill_(~start.alive_BK[..., None], MASKED)
             for i in range(self.iterations):

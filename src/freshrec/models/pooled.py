@@ -80,9 +80,8 @@ class Pooled(nn.Module):
         if batch.history_BT.shape[1] == 0:
             return torch.zeros(len(batch), 1, self.spec.d)
         with torch.no_grad():
-            weight_BT = self._decay_weights(torch.arange(batch.history_BT.shape[1] - 1, -1, -1)) * (
-                batch.history_BT > 0
-            )
+            age_T = torch.arange(batch.history_BT.shape[1] - 1, -1, -1)
+            weight_BT = self._decay_weights(age_T) * (batch.history_BT > 0)
             weight_BT /= weight_BT.sum(1, keepdim=True).clamp_(min=1e-9)
             return weight_BT[:, None] @ embed(self.taken, batch.history_BT)
 

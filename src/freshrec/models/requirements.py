@@ -38,16 +38,15 @@ def build_model(spec: Any, name: str, seed: int = 0) -> Model:
     members = set(dir(model))
     if not members & {"encode", "user_vectors", "score"}:
         raise OptionError(f"{what} has no encode, user_vectors or score, so that nothing says how items are scored.")
-    if members & {"encode", "user_vectors"} and not isinstance(
-        dict(model.named_children()).get("items"), EmbeddingTable
-    ):
+    items = dict(model.named_children()).get("items")
+    if members & {"encode", "user_vectors"} and not isinstance(items, EmbeddingTable):
         raise OptionError(
-            f"{what} has no table of item vectors: set self.items = freshrec.nn.embedding_table.Table(...)."
+            f"{what} has no table of item vectors: set self.items = freshrec.nn.embedding_table.EmbeddingTable(...)."
         )
     return cast(Model, model)
 
 
-def _check_names(what: str, thing: object, names: Sequence[str]) -> None:
-    present = set(dir(thing))
+def _check_names(what: str, instance: object, names: Sequence[str]) -> None:
+    present = set(dir(instance))
     if missing := [name for name in names if name not in present]:
         raise OptionError(f'{what} lacks {", ".join(missing)}; CONTRIBUTING.md, "A new model", says what they are.')

@@ -1,4 +1,4 @@
-"""What versions answer to the newest events, which they have not learnt from, and to older ones."""
+"""How well versions predict the newest events, which they have not learnt from, and older ones."""
 
 from freshrec.data.batches import make_rng, occurrence_numbers
 from freshrec.device import permutation
@@ -26,7 +26,7 @@ def newest_queries(served: ServedState) -> Queries:
 
 
 def user_values(state: State, queries: Queries, metric: str, n_items: int) -> Float64Array:
-    """(U,) the metric of each user that asks; their histories may hold any of `n_items`."""
+    """(U,) the metric of each user with a query; their histories may hold any of `n_items`."""
     ranks_N = rank_queries(grow_items(state, n_items), queries)
     values_U: Float64Array = mean_per_user(queries.users_N.numpy(), compute_metrics(ranks_N.numpy(), [metric]))[1][:, 0]
     return values_U

@@ -38,14 +38,14 @@ def split_into_blocks(span: Span, n_items: int, cadence: int) -> list[SpanBlock]
 
 @dataclass(frozen=True)
 class Queries:
-    """Targets with the history before each: everything needed to ask now, or again later."""
+    """Targets with the history before each: everything needed to rank them now, or again later."""
 
     users_N: Tensor
     histories_NT: Tensor  # int32, all own events before the target, those inside the span too
     items_N: Tensor  # the targets
     events_N: Tensor  # where each stands in its span
     heldout_N: Tensor  # bool: never joins training; forgetting is measured on those
-    n_items: int  # items that may be recommended, when asked again: those known at the time
+    n_items: int  # items that may be recommended, when ranked again: those known at the time
 
     def __len__(self) -> int:
         return len(self.users_N)
@@ -62,7 +62,7 @@ class QueryOptions:
     role: int = TEST
     min_history: int = ReplayRecipe.min_history  # own events a query needs
     n_sampled: int = 0  # sampled items that a target is ranked among; 0: all items
-    unseen: Unseen = ReplayRecipe.unseen  # events of items new to all: asked for like others, or as if not there
+    unseen: Unseen = ReplayRecipe.unseen  # events of items new to all: ranked like others, or dropped
 
 
 def make_queries(recent: Histories, block: SpanBlock, length: int, options: QueryOptions = QueryOptions()) -> Queries:
@@ -84,7 +84,7 @@ def make_queries(recent: Histories, block: SpanBlock, length: int, options: Quer
 def rank_queries(
     state: State, queries: Queries, readout: str = "recent", n_sampled: int = 0, size: int = 256
 ) -> Tensor:
-    """(N,) the rank of each target among the items known when the query was made, or `among` so many of them."""
+    """(N,) the rank of each target among the items known when the query was made, or among `n_sampled` of them."""
     stored_interests = stored_interests_of(state.model, state.interests, state.spans_seen)
     lengths_N = (queries.histories_NT > 0).sum(1)
     rank_N = torch.zeros(len(queries))

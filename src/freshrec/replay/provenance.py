@@ -26,10 +26,10 @@ FILE, FORMER_FILE = "made-of.json", "made-of.txt"
 TAGS = {place.rpartition(":")[2]: tag for place, tag in FORMER.items()}  # by what `repr` says of a class
 NUMBERS = {"inf": math.inf, "nan": math.nan}
 
-Made = Cell | tuple[ReplaySettings, str]  # a cell's folder; the folder of all, with the fingerprint of the log
+Provenance = Cell | tuple[ReplaySettings, str]  # a cell's folder; the folder of all, with the fingerprint of the log
 
 
-def is_made_of(folder: Path, made: Made) -> bool:
+def is_made_of(folder: Path, made: Provenance) -> bool:
     """Whether the results in a folder, if there are any, are of `made`."""
     try:
         if (folder / FILE).exists():
@@ -44,7 +44,7 @@ def is_made_of(folder: Path, made: Made) -> bool:
         return False
 
 
-def write_made_of(folder: Path, made: Made) -> None:
+def write_made_of(folder: Path, made: Provenance) -> None:
     """Write down what a folder's results are of."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text_atomically(json.dumps(_encoded(made)), folder / FILE)
@@ -103,10 +103,10 @@ def _former_options(path: Path) -> str | None:
     except (OSError, ValueError, SyntaxError):
         return None
     keywords = call.keywords if isinstance(call, ast.Call) else []
-    return next((ast.get_source_segment(text, one.value) for one in keywords if one.arg == "spec"), None)
+    return next((ast.get_source_segment(text, keyword.value) for keyword in keywords if keyword.arg == "spec"), None)
 
 
-def _former_encoded(text: str, made: Made) -> dict[str, Any]:
+def _former_encoded(text: str, made: Provenance) -> dict[str, Any]:
     """What 0.1.0 wrote, as `_encoded` has it; ValueError where it is something else.
 
     Of a class that is not of this package only its name is in the text. Then the text is compared with what 0.1.0 would
@@ -127,7 +127,7 @@ def _encoded_repr(node: ast.expr) -> dict[str, Any]:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in TAGS and not node.args:
         return {
             "class": TAGS[node.func.id],
-            "fields": {str(one.arg): _encoded_repr(one.value) for one in node.keywords},
+            "fields": {str(keyword.arg): _encoded_repr(keyword.value) for keyword in node.keywords},
         }
     if isinstance(node, ast.Tuple):
         return {"tuple": [_encoded_repr(child) for child in node.elts]}

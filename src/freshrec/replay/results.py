@@ -56,9 +56,9 @@ def collect_results(
     tests.parquet     each pair of these, in the recent readout: the paired tests
     table.md          methods.parquet for people
 
-    Spans weigh equally, users (or targets: `equal`) equally within a span. The row of span -1 is the mean over spans
-    from `from_span` on, and so is what the other files say (of forgetting, from the first span on). A model's other
-    readouts are rows of their own: "comirec-dr@stored". Without `facts`, no slices but "all".
+    Spans weigh equally, users (or targets: `averaging`) equally within a span. The row of span -1 is the mean over
+    spans from `from_span` on, and so is what the other files say (of forgetting, from the first span on). A model's
+    other readouts are rows of their own: "comirec-dr@stored". Without `slices`, no slices but "all".
     """
     answers_per_cell = [_read_answers(cell, out / cell.folder_name, metrics) for cell in cells]
     answers = pl.concat([_empty_answers(metrics), *answers_per_cell])
@@ -81,9 +81,8 @@ def collect_results(
     results.write_parquet(out / "results.parquet")
     methods = _summarize_methods(reported, forgetting, costs, metrics, averaging)
     methods.write_parquet(out / "methods.parquet")
-    compare_methods(reported.filter(~pl.col("model").str.contains("@")), metrics, averaging=averaging).write_parquet(
-        out / "tests.parquet"
-    )
+    tests = compare_methods(reported.filter(~pl.col("model").str.contains("@")), metrics, averaging=averaging)
+    tests.write_parquet(out / "tests.parquet")
     (out / "table.md").write_text(markdown_table(methods, metrics) + "\n")
     return results
 
@@ -105,7 +104,7 @@ def _empty_answers(metrics: Sequence[str]) -> pl.DataFrame:
 
 
 def _read_answers(cell: Cell, folder: Path, metrics: Sequence[str]) -> pl.DataFrame:
-    """A row per query and time of asking: its span, the last span the model had been updated on, and the metrics."""
+    """A row per query and time of ranking: its span, the last span the model had been updated on, and the metrics."""
     files = sorted(folder.glob("span-*.parquet"))
     if not files:
         return _empty_answers(metrics)
@@ -144,9 +143,8 @@ def _quality_by_slice(
             in_part_Q = answered_Q & queries[part].to_numpy()
             for span in [OVERALL_SPAN, *np.unique(span_Q[in_part_Q]).tolist()] if in_part_Q.any() else []:
                 which_Q = in_part_Q if span == OVERALL_SPAN else in_part_Q & (span_Q == span)
-                rows = _summarize(
-                    answers, which_A, which_Q, metrics, has_interval=part == "all" or span == OVERALL_SPAN
-                )
+                has_interval = part == "all" or span == OVERALL_SPAN
+                rows = _summarize(answers, which_A, which_Q, metrics, has_interval)
                 found.append(_add_span_and_slice(rows, span, part))
     return pl.concat(found)
 
@@ -184,7 +182,7 @@ def _add_span_and_slice(rows: pl.DataFrame, span: int, part: str) -> pl.DataFram
 
 
 def _forgetting_per_query(answered: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
-    """By how much each later model answers an earlier span's secret queries worse than the model just updated on it."""
+    """By how much each later model ranks an earlier span's held-out queries worse than the model just updated on it."""
     query = [*CELL_COLUMNS, "span", "user", "target"]
     after_update = answered.filter(pl.col("after") == pl.col("span")).select(*query, *metrics)
     both = answered.filter(pl.col("after") > pl.col("span")).join(after_update, on=query, suffix=" then")
@@ -232,17 +230,13 @@ def _summarize_methods(
 ) -> pl.DataFrame:
     """A row per model, strategy and metric, over all spans: each query averaged over seeds, and only then resampled."""
     names = [f"forgetting {m}" for m in metrics]
-    found = [
-        pl.DataFrame(
-            schema={name: kind for name, kind in RESULT_SCHEMA.items() if name in (*METHOD_COLUMNS, *VALUE_COLUMNS)}
-        )
-    ]
+    columns = (*METHOD_COLUMNS, *VALUE_COLUMNS)
+    found = [pl.DataFrame(schema={name: kind for name, kind in RESULT_SCHEMA.items() if name in columns})]
     last = forgetting.filter(pl.col("after") == pl.col("after").max())
-    found += [
-        _summarize_all(arrange_metrics(rows, of, METHOD_COLUMNS, averaging), of)
-        for rows, of in ((tested, metrics), (last, names))
-        if len(rows)
-    ]
+    for rows, metric_names in ((tested, metrics), (last, names)):
+        if len(rows):
+            arranged = arrange_metrics(rows, metric_names, METHOD_COLUMNS, averaging)
+            found.append(_summarize_all(arranged, metric_names))
     overall = costs.filter(pl.col("span") == OVERALL_SPAN).group_by(*METHOD_COLUMNS, "metric", maintain_order=True)
     found.append(overall.agg(pl.col("value", "low", "high").mean(), pl.len().cast(pl.Int64).alias("n")))
     return pl.concat(found)

@@ -51,7 +51,7 @@ def save_tree(tree: Any, path: Path) -> None:
     """Write tensors, numbers, texts, models and dataclasses, in tuples, lists and dicts of any depth."""
     tensors: dict[str, Tensor] = {}
     text = json.dumps({"format": FORMAT_VERSION, "state": _encode(tree, "state", tensors)})
-    write_atomically(path, lambda aside: save_file(tensors, aside, metadata={"freshrec": text}))
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"freshrec": text}))
 
 
 def encode_options(tree: Any) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def load_tree(path: Path) -> Any:
 
 
 def load_for_serving(path: Path) -> Any:
-    """`load_tree`, for asking only: tables without the memory of their optimiser, a third of the size.
+    """`load_tree`, for serving only: tables without the memory of their optimiser, a third of the size.
 
     Tensors are read piece by piece, and one that equals the first of its shape is that one (the histories that a model
     reads, and all that users had). What is so loaded cannot be trained, and nobody may write to it.

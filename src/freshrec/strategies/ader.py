@@ -1,4 +1,4 @@
-"""ADER: fine-tuning that also keeps to what the last model said of exemplars, a few past events of each item.
+"""ADER: fine-tuning that also keeps to the last model's scores of exemplars, a few past events of each item.
 
 Symbols of the paper: E_{t-1} -> state.memory, D_t -> targets, I_{t-1} and I_t -> the items that the last model knew and
 that this one knows, m_{t,i} -> wanted_I, N -> exemplars, phi -> features, lambda_base -> weight.
@@ -34,10 +34,8 @@ from freshrec.nn.layers import max_inner_product
 from freshrec.nn.scoring import item_table, item_vectors, user_vectors
 from freshrec.types import Batch, EncodingModel, Span, State
 
-REPLAY_STREAM, SELECTION_STREAM = (
-    1101,
-    1102,
-)  # tell the random numbers apart from each other and from those of the epochs
+# Tell the random numbers apart from each other and from those of the epochs
+REPLAY_STREAM, SELECTION_STREAM = 1101, 1102
 
 
 def distillation(student_BI: Tensor, teacher_BI: Tensor) -> Tensor:
@@ -81,15 +79,15 @@ def exemplar_distillation_loss(
         vectors_BKD = model.encode(F.embedding(batch.history_BT, rows_RD), batch)
         if vectors_BKD.shape[1] == max_vectors == 1:
             return full_distillation_loss(vectors_BKD[:, 0], rows_RD, teacher_MKD[which_M, 0], known_RD)
-        said_BI = max_inner_product(teacher_MKD[which_M], known_RD[1:])
-        return distillation(max_inner_product(vectors_BKD, rows_RD[1 : n_known + 1]), said_BI)
+        teacher_BI = max_inner_product(teacher_MKD[which_M], known_RD[1:])
+        return distillation(max_inner_product(vectors_BKD, rows_RD[1 : n_known + 1]), teacher_BI)
 
     return loss
 
 
 @dataclass(frozen=True)
 class ADER:
-    """Fine-tuning with a second loss on exemplars, which are chosen anew after each update.
+    """Fine-tuning with a second loss on exemplars, which are chosen again after each update.
 
     `distil`: the second loss is the distance to what the last model says of them; else ("ER") it is the model's own
     loss on their true targets. `adaptive`: its weight follows the shares of old items and of exemplars. `equal`: as
@@ -118,34 +116,31 @@ class ADER:
         assert isinstance(model, EncodingModel)
         stored_interests = stored_interests_of(model, state.interests, span.index)
         meter = CostMeter({"rows_read": float(len(targets) + len(exemplars))})
-        since = time.process_time()
+        started_at = time.process_time()
         key = state.seed, span.index
         train_targets, _ = split_holdout(targets, self.fit, key)
         n_targets = len(trainable_targets(train_targets, sample_history_length(model)))
         weight = self.weight
         if self.adaptive:
             weight = adaptive_weight(weight, state.model.n_items, span.n_items, len(exemplars), n_targets)
-        loss = (
-            exemplar_distillation_loss(model, state.model, exemplars, stored_interests)
-            if self.distil and weight
-            else model_loss(model)
-        )
+        loss = model_loss(model)
+        if self.distil and weight:
+            loss = exemplar_distillation_loss(model, state.model, exemplars, stored_interests)
         rng = make_rng(state.seed, span.index, REPLAY_STREAM)
         terms = experience_replay(model, train_targets, exemplars, stored_interests, weight=weight, loss=loss, rng=rng)
-        meter.add_time("train_cpu_s", since)
+        meter.add_time("train_cpu_s", started_at)
         fit_model(model, targets, self.fit, key, meter, stored_interests=stored_interests, terms=terms)
-        return self._select_exemplars(
-            finish_update(state, model, stored_interests, self.fit.history, meter), targets, exemplars, span.index
-        )
+        after = finish_update(state, model, stored_interests, self.fit.history, meter)
+        return self._select_exemplars(after, targets, exemplars, span.index)
 
     def _select_exemplars(self, after: State, targets: Targets, exemplars: TrainingSamples | None, span: int) -> State:
         """`after` with exemplars that its model chooses from the new targets and the exemplars so far."""
-        since, meter = time.process_time(), CostMeter(dict(after.costs))
+        started_at, meter = time.process_time(), CostMeter(dict(after.costs))
         rng = make_rng(after.seed, span, SELECTION_STREAM)
         pool = build_pool(targets, exemplars, sample_history_length(after.model))
         counts_I = torch.bincount(pool.items_N, minlength=after.model.n_items + 1)
         wanted_I = allocate_exemplars(counts_I, self.exemplars, self.allocate, self.equal, rng)
         stored_interests = stored_interests_of(after.model, after.interests, after.spans_seen)
         exemplars_after = select_exemplars(self.select, after.model, pool, stored_interests, wanted_I, rng)
-        meter.add_time("remember_cpu_s", since)
+        meter.add_time("remember_cpu_s", started_at)
         return replace(after, memory=exemplars_after, costs=dict(meter.costs))

@@ -21,10 +21,8 @@ from freshrec.learn.reservoir import TrainingSamples, concat_samples, copy_sampl
 from freshrec.nn.scoring import item_vectors
 from freshrec.types import EncodingModel, Span, State
 
-REPLAY_STREAM, TRUNCATION_STREAM = (
-    1301,
-    1302,
-)  # tell the random numbers apart from each other and from those of the epochs
+# Tell the random numbers apart from each other and from those of the epochs
+REPLAY_STREAM, TRUNCATION_STREAM = 1301, 1302
 MIN_SEQUENCE_ITEMS = 3  # items of a sequence
 
 
@@ -81,11 +79,11 @@ class ADERS:
         targets = due_targets(state.histories, self.fit.history)
         stored_interests = stored_interests_of(model, state.interests, span.index)
         meter = CostMeter()
-        since = time.process_time()
+        started_at = time.process_time()
         exemplars = pool[select_similar(pool, targets, item_vectors(model), self.share)]
-        meter.add_time("choose_cpu_s", since)
+        meter.add_time("choose_cpu_s", started_at)
         meter.costs["rows_read"] = float(len(targets) + len(exemplars))
-        since = time.process_time()
+        started_at = time.process_time()
         rng, key = make_rng(state.seed, span.index, REPLAY_STREAM), (state.seed, span.index)
         terms = experience_replay(
             model,
@@ -96,8 +94,7 @@ class ADERS:
             loss=model_loss(model),
             rng=rng,
         )
-        meter.add_time("train_cpu_s", since)
+        meter.add_time("train_cpu_s", started_at)
         fit_model(model, targets, self.fit, key, meter, stored_interests=stored_interests, terms=terms)
-        return replace(
-            finish_update(state, model, stored_interests, self.fit.history, meter), memory=concat_samples(pool, new)
-        )
+        after = finish_update(state, model, stored_interests, self.fit.history, meter)
+        return replace(after, memory=concat_samples(pool, new))

@@ -1,7 +1,7 @@
 """ASMG: fine-tune as usual, and serve a model that a generator makes of the last k fine-tuned ones.
 
-Symbols of the paper: D_t -> the due targets of span t, Theta_i -> Window.models, M_w -> Generator, h_{t-k} ->
-Window.hidden, lambda_i -> shares. The generator itself is in `learn.generators`.
+Symbols of the paper: D_t -> the due targets of span t, Theta_i -> ModelWindow.models, M_w ->
+ModelGenerator, h_{t-k} -> ModelWindow.hidden, lambda_i -> loss_weights. The generator itself is in `learn.generators`.
 
 When span t arrives: the generator learns to make, of models up to t - 1, one that is good on span t, which those models
 have not seen; then the chain is fine-tuned on span t; then the generator makes the model to serve in span t + 1. What
@@ -74,12 +74,12 @@ class ASMG:
     """The variants differ in what the generator is, starts from and learns on.
 
     Differs from the paper: a residual generator starts as plain fine-tuning, so that it may serve before it has learnt
-    much; the first windows are shorter than k; it rehearses on parts of the base block, because logs here have far
+    much; the first windows are shorter than k; it practises on parts of the base block, because logs here have far
     fewer spans; tables gain rows.
     """
 
     generator: Literal["gru", "linear"] = "gru"
-    k: CountOrZero = 3  # models in the window; 0 = all since the base block, which is never in it
+    k: CountOrZero = 3  # models in the window; 0 = all started_at the base block, which is never in it
     carry: bool = True  # start from the state before the window; else from 0
     loss: Literal["linear", "uniform", "last", "exponential"] = "linear"  # on the last k spans: how much each counts
     h: Count = 4  # hidden units of each slot
@@ -95,7 +95,7 @@ class ASMG:
         if self.generator == "linear" and (self.k == 0 or self.loss != "last"):
             raise OptionError("the linear generator mixes k models and learns on one span: set k >= 1 and loss=last.")
         if self.base_parts in (1, 2):
-            raise OptionError("ASMG rehearses on 3 parts of the base block or more: raise rehearsals, or set it to 0.")
+            raise OptionError("ASMG needs at least 3 parts of the base block: set base_parts to 3 or more, or to 0.")
 
     def update(self, state: State, span: Span) -> State:
         """Train the generator, fine-tune the chain, generate what is served."""
@@ -105,32 +105,31 @@ class ASMG:
         model = grown_copy(replace(state, model=memory.model), span)
         window = memory.window.grow(copy_weights(model))
         past_spans = (*memory.past_spans, self._past_span(state, model, span))
-        since = time.process_time()
+        started_at = time.process_time()
         generator = self._train_generator(
             memory.generator, model, window, past_spans, (state.seed, span.index, GENERATOR_STREAM)
         )
-        seconds = time.process_time() - since
+        seconds = time.process_time() - started_at
         chain = FineTune(self.fit).update(replace(state, model=memory.model, interests=memory.interests), span)
         meter = CostMeter(chain.costs | {"generator_cpu_s": seconds})
-        since = time.process_time()
+        started_at = time.process_time()
         window = self._push_model(generator, window, chain.model)
         served = copy.deepcopy(chain.model)
         load_weights(served, generator.generate(window))
-        meter.add_time("generator_cpu_s", since)
+        meter.add_time("generator_cpu_s", started_at)
         stored_interests = stored_interests_of(served, state.interests, span.index)
         after = finish_update(state, served, stored_interests, self.fit.history, meter)
-        remembered_spans = (
-            past_spans[-len(window.models) + 1 :] if self.loss != "last" and len(window.models) > 1 else ()
-        )
-        return replace(after, memory=ASMGMemory(chain.model, chain.interests, generator, window, remembered_spans))
+        has_past_spans = self.loss != "last" and len(window.models) > 1
+        past_spans = past_spans[-len(window.models) + 1 :] if has_past_spans else ()
+        return replace(after, memory=ASMGMemory(chain.model, chain.interests, generator, window, past_spans))
 
     def _fit_base(self, state: State, span: Span) -> State:
         base = fit_base_block(state, span, self.fit)
         generator = new_generator(base.model, self._new_network, self.largest, state.seed)
         if self.base_parts:
-            since = time.process_time()
+            started_at = time.process_time()
             generator = replace(self, base_parts=0)._train_on_base_stream(state, base.base_epochs, self.base_parts)
-            base = replace(base, costs=base.costs | {"generator_cpu_s": time.process_time() - since})
+            base = replace(base, costs=base.costs | {"generator_cpu_s": time.process_time() - started_at})
         return replace(base, memory=ASMGMemory(base.model, base.interests, generator, ModelWindow(), ()))
 
     def _new_network(self, n_slots: int, rng: torch.Generator) -> GRUGenerator | MeanGenerator:
@@ -153,9 +152,8 @@ class ASMG:
         users_N = due_targets(state.histories).users_N.unique()
         if stored_interests is not None:
             is_active_S = torch.isin(row_users(stored_interests.interests), users_N)
-            stored_interests = replace(
-                stored_interests, interests=filter_interests(stored_interests.interests, is_active_S)
-            )
+            interests = filter_interests(stored_interests.interests, is_active_S)
+            stored_interests = replace(stored_interests, interests=interests)
         is_active_R = torch.isin(row_users(state.histories), users_N)
         return PastSpan(filter_rows(state.histories, is_active_R), stored_interests, span.n_items)
 
@@ -174,17 +172,17 @@ class ASMG:
         """
         if not window.models:
             return generator
-        learner = generator.trainable_copy()
+        trainable = generator.trainable_copy()
         *older, newest = past_spans
         targets = due_targets(newest.histories, self.fit.history)
-        terms = [self._past_spans_term(learner, model, window, older, key)] if older else []
+        terms = [self._past_spans_term(trainable, model, window, older, key)] if older else []
         lr_scale = self.lr / model.spec.lr
         for _ in train(
             model, targets, self.epochs, key, lr_scale=lr_scale, stored_interests=newest.stored_interests, terms=terms,
-            parametrization=learner.parametrization(window), trainable=learner,
+            parametrization=trainable.parametrization(window), trainable=trainable,
         ):  # fmt: skip
             pass
-        return learner.detached_copy()
+        return trainable.detached_copy()
 
     def _past_spans_term(
         self,
@@ -196,7 +194,7 @@ class ASMG:
     ) -> LossTerm:
         """What makes the newest span's loss a weighted sum over all of them."""
         *weights, newest = loss_weights(len(window.models), self.loss)
-        streams = [self._endless_batches(model, block, (*key, 0, j)) for j, block in enumerate(past_spans)]
+        streams = [self._endless_batches(model, past_span, (*key, 0, j)) for j, past_span in enumerate(past_spans)]
         hidden = [HiddenStates() for _ in past_spans]
 
         def term(batch: Batch, forward: Forward) -> Tensor:

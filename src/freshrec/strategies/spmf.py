@@ -76,7 +76,7 @@ def target_scores(model: TrainedModel, targets: Targets, stored_interests: Store
 class SPMF:
     """Fine-tuning on a sample of new and remembered events, or on all new ones and some of those remembered.
 
-    `take`: "sampled", as many events as there are new and remembered ones, drawn from both with replacement, anew for
+    `take`: "sampled", as many events as there are new and remembered ones, drawn from both with replacement, again for
     each epoch; "all": every new event, and remembered ones, `share` to a new one, drawn from the reservoir without
     replacement. Both draw by `rank_weights` of the scores that the last model gives. Differs from the paper: one
     reservoir rule for all, Algorithm R; negatives are those of the model's own loss; batches are shuffled.
@@ -91,7 +91,7 @@ class SPMF:
         check_options(self)
         if self.fit.holdout and self.take == "sampled":
             raise OptionError(
-                "SPMF draws anew for each epoch, so nothing can be held out; set take=all, or no holdout."
+                "SPMF draws new samples for each epoch, so nothing can be held out; set take=all, or no holdout."
             )
 
     def reservoir_size(self, n_base: int) -> int:
@@ -104,22 +104,18 @@ class SPMF:
         fill_rng = make_rng(state.seed, span.index, FILL_STREAM)
         if state.spans_seen == 0:
             base_state = fit_base_block(state, span, self.fit)
-            return replace(
-                base_state,
-                memory=fill_reservoir(
-                    due, self.reservoir_size(len(due)), sample_history_length(base_state.model), fill_rng
-                ),
-            )
+            length = sample_history_length(base_state.model)
+            return replace(base_state, memory=fill_reservoir(due, self.reservoir_size(len(due)), length, fill_rng))
         model = grown_copy(state, span)
         stored_interests = stored_interests_of(model, state.interests, span.index)
         key = (state.seed, span.index)
         meter = CostMeter()
-        since = time.process_time()
-        rounds = self._epoch_targets(model, due, state.memory.samples, stored_interests, key)
+        started_at = time.process_time()
+        targets_by_epoch = self._epoch_targets(model, due, state.memory.samples, stored_interests, key)
         fit = self.fit if self.take == "all" else replace(self.fit, epochs=1)
-        meter.costs["rows_read"] = float(len(rounds[0]))
-        meter.add_time("choose_cpu_s", since)
-        for nth, targets in enumerate(rounds):
+        meter.costs["rows_read"] = float(len(targets_by_epoch[0]))
+        meter.add_time("choose_cpu_s", started_at)
+        for nth, targets in enumerate(targets_by_epoch):
             fit_model(model, targets, fit, (*key, nth) if nth else key, meter, stored_interests=stored_interests)
         after = finish_update(state, model, stored_interests, self.fit.history, meter)
         return replace(after, memory=update_reservoir(state.memory, due, fill_rng))
@@ -142,8 +138,5 @@ class SPMF:
         if self.take == "sampled":
             draws = [sample_with_replacement(p_N, len(samples), rng) for _ in range(max(1, self.fit.epochs))]
             return [append_samples(no_targets, samples, drawn_M, separate_users) for drawn_M in draws]
-        return [
-            append_samples(
-                due, samples, sample_without_replacement(p_N, int(self.share * len(due)), rng), separate_users
-            )
-        ]
+        drawn_M = sample_without_replacement(p_N, int(self.share * len(due)), rng)
+        return [append_samples(due, samples, drawn_M, separate_users)]

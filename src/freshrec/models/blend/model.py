@@ -309,9 +309,9 @@ MAX_JUDGED_QUERIES = 1000  # queries by which a rule is judged
 def fit_rule(model: Blend, weight_decay: float = 20.0, min_queries: int = 40, n_epochs: int = 6) -> None:
     """Learn the rule again from what is remembered, beginning with the last one.
 
-    There is none with fewer than `least` queries to learn from. While the rule has ordered the latest queries worse
-    than the best expert, beyond chance (t-test of the differences in ndcg@20), that expert speaks alone; the rule goes
-    on being learnt and judged, so that it can come back.
+    There is none with fewer than `min_queries` queries to learn from. While the rule has ordered the latest queries
+    worse than the best expert, beyond chance (t-test of the differences in ndcg@20), that expert speaks alone; the rule
+    goes on being learnt and judged, so that it can come back.
     """
     query_log, previous_rule = model.query_log, model.rule or Rule.initial(model.seed)
     if len(query_log.x_QCF) < min_queries:

@@ -101,7 +101,7 @@ def fit_listwise(
 ) -> Tensor:
     """(G,) w that minimises -sum_q ln softmax_c(x_qc w) of the first candidate + decay |w|^2; by L-BFGS.
 
-    The loss is convex: where it begins, `start_G`, decides only how soon it is there. `real_QC`: what is no padding.
+    The loss is convex: where it begins, `initial_G`, decides only how soon it is there. `real_QC`: what is no padding.
     """
     n_queries, n_candidates, n_features = x_QCG.shape
     weight_decay /= n_queries  # as the mean of the loss is what is computed
@@ -190,7 +190,7 @@ class Rule:
         return (x_BCF - self.mean_F) / self.std_F
 
     def correction(self, z_BCF: Tensor) -> Tensor:
-        """(B, C): what the network adds, from `standardize` features."""
+        """(B, C): what the network adds, from standardized features."""
         hidden_BCH = F.silu(F.linear(z_BCF.clamp(-5.0, 5.0), self.first_HF, self.first_H))
         return F.silu(F.linear(hidden_BCH, self.second_HH, self.second_H)) @ self.last_H
 
@@ -200,7 +200,7 @@ class Rule:
         return cross_features(z_BCF) @ self.weights_G + self.correction(z_BCF)
 
     def contributions(self, x_CF: Tensor) -> Tensor:
-        """(C, S) what each of SOURCES adds to the score of each of a user's candidates, above their mean."""
+        """(C, S) what each of SCORE_SOURCES adds to the score of each of a user's candidates, above their mean."""
         z_1CF = self.standardize(x_CF)[None]
         terms_CG, correction_C = cross_features(z_1CF)[0] * self.weights_G, self.correction(z_1CF)[0]
         source_G = torch.tensor([SCORE_SOURCES.index(source) for source in cross_feature_sources()])
@@ -228,7 +228,7 @@ def cross_features(x_BCF: Tensor) -> Tensor:
 
 
 def cross_feature_sources() -> list[str]:
-    """Which of SOURCES each of the G crossed features speaks for."""
+    """Which of SCORE_SOURCES each of the G crossed features speaks for."""
     own_sources = ["own history"] * len(OWN_FEATURES)
     return [
         *EXPERT_NAMES,
