@@ -170,7 +170,45 @@ def check_tags(path: str, tree: ast.Module, source: str) -> Wrong:
                 free.remove(tag)
 
 
+# Words that no name may have as a part: a reader who has not met the project cannot know what they mean here.
+PRIVATE_WORDS = {
+    "alike", "anew", "apart", "ask", "asked", "aside", "begun", "enough", "fading", "happened", "heard", "here",
+    "joins", "kinds", "knob", "knobs", "lately", "liked", "manner", "mine", "one", "ours", "rehearsal", "rehearsals",
+    "rehearsed", "said", "say", "settle", "settled", "shelf", "taken", "taught", "tell", "theirs", "there", "thing",
+    "things", "told", "wanted", "way", "ways", "what", "which", "who", "whose", "why",
+}  # fmt: skip
+# Names that files, HTTP answers or options hold, and so cannot change without an alias.
+PUBLISHED_NAMES = {
+    "TAKEN_SUFFIX", "mark_taken",  # the ending of a journal's file
+    "asked",  # a number of `freshrec bench serve --json`
+    "fading", "kinds_R", "log_fading", "taken", "taken_BTD",  # weights in checkpoints
+    "why",  # of a click and of a search, in HTTP answers
+    "KINDS", "LISTED_KINDS",  # of versions, and of what `freshrec list` lists
+}  # fmt: skip
+
+
+def check_names(path: str, tree: ast.Module, source: str) -> Wrong:
+    """A name is made of the field's words."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                pass
+            case ast.arg(arg=name) | ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()):
+                pass
+            case _:
+                continue
+        parts = re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower().split("_")
+        if name not in PUBLISHED_NAMES and (private := PRIVATE_WORDS & set(parts)):
+            yield node.lineno, f'"{name}" says "{min(private)}"; take the term that papers and libraries use'
+
+
 BAD = [
+    (check_names, "types.py", "def told(): ...", '"told" says "told"'),
+    (check_names, "types.py", "class Asked: ...", '"Asked" says "asked"'),
+    (check_names, "types.py", "class WhatHappened: ...", '"WhatHappened" says "happened"'),
+    (check_names, "types.py", "def f(n_wanted): ...", '"n_wanted" says "wanted"'),
+    (check_names, "types.py", "self.said_BN = x", '"said_BN" says "said"'),
+    (check_names, "types.py", "for one in x: ...", '"one" says "one"'),
     (check_layers, "data/log.py", "from freshrec.models.mf import MF", "which is above it"),
     (check_layers, "data/log.py", "def f():\n    import freshrec.cli.app", "which is above it"),
     (check_layers, "data/log.py", "from ..models import mf", "which is above it"),
@@ -216,7 +254,7 @@ GOOD = """
             except KeyError as e:
                 raise OptionError from e
 """
-CHECKS: list[Check] = [check_layers, check_sizes, check_inheritance, check_guessing, check_tags]
+CHECKS: list[Check] = [check_layers, check_sizes, check_inheritance, check_guessing, check_tags, check_names]
 
 
 @pytest.mark.parametrize(("check", "path", "source", "expected"), BAD)

@@ -177,19 +177,19 @@ def _replace_fields(instance: Any, changes: list[tuple[list[str], str]], text: s
 
 def _parse_value(kind: Any, current: Any, value: str, name: str) -> Any:
     """`value` as the type of its field; "none" leaves out a part that may be left out, a class's name puts one in."""
-    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    for part in kinds:
+    members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    for part in members:
         if isinstance(part, type) and is_dataclass(part) and value in (part.__name__, *former_class_names(part)):
             return part()
-    if NoneType in kinds and value.lower() == "none":
+    if NoneType in members and value.lower() == "none":
         return None
-    if str in kinds or get_origin(kind) is Literal:
+    if str in members or get_origin(kind) is Literal:
         return value
-    if bool in kinds and value.lower() in ("true", "false"):
+    if bool in members and value.lower() in ("true", "false"):
         return value.lower() == "true"
     for number in (int, float):
         try:
-            if number in kinds:
+            if number in members:
                 return number(value)
         except ValueError:
             continue

@@ -149,11 +149,11 @@ def doctor(store: Annotated[Path | None, StoreOption] = None, as_json: AsJson = 
     from freshrec.store.versions import open_store
 
     found = inspection.check_store(None if store is None else open_store(store))
-    checks = [{"ok": ok, "what": what} for ok, what in found]
+    checks = [{"ok": ok, "what": message} for ok, message in found]
     if not as_json:
-        for ok, what in found:
-            typer.echo(f"{'ok   ' if ok else 'WRONG'}  {what}")
-    wrong = [what for ok, what in found if not ok]
+        for ok, message in found:
+            typer.echo(f"{'ok   ' if ok else 'WRONG'}  {message}")
+    wrong = [message for ok, message in found if not ok]
     if wrong:
         error = StateError(f"{len(wrong)} of {len(found)} checks failed, the first: {wrong[0]}")
         error.json_output = checks
@@ -180,8 +180,8 @@ def _print_frame(found: pl.DataFrame, names: tuple[str, ...], rows: list[tuple[A
 
 def _print_fields(values: dict[str, Any]) -> None:
     """What is None is not known, and left out; an id is no quantity."""
-    given = {name: value for name, value in values.items() if value is not None}
-    shown = {name: str(value) if name.endswith("_id") else _format_value(value) for name, value in given.items()}
+    known = {name: value for name, value in values.items() if value is not None}
+    shown = {name: str(value) if name.endswith("_id") else _format_value(value) for name, value in known.items()}
     print_table(("", ""), [(name.replace("_", " "), value) for name, value in shown.items()])
 
 

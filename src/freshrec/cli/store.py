@@ -262,7 +262,7 @@ def _delivery_line(job: NightlyJob, result: AppendResult, name: str) -> str:
             return message
         number = max(manifest.id for manifest in job.store.manifests() if manifest.batch == result.repeated_batch)
         return f"{message}: version {number} has learnt it and is not live; see `freshrec update --retry {number}`"
-    left = [f"{n:,} {what}" for n, what in ((result.n_duplicates, "doubled"), (result.n_known, "known already")) if n]
+    left = [f"{n:,} {label}" for n, label in ((result.n_duplicates, "doubled"), (result.n_known, "known already")) if n]
     late = f", {result.n_late:,} of them late" if result.n_late else ""
     left_out = f"; left out: {', '.join(left)}" if left else ""
     return f"{name}: {result.n_rows:,} rows, {result.n_appended:,} new{late}{left_out}"

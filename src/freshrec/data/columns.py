@@ -68,8 +68,10 @@ def read_ids(
         padded = ids.str.contains(r"^-?0[0-9]|^-0").any()
         return ids if padded else ids.cast(pl.Int64), faults
     if n_digits and not allow_mixed:
-        rare, what = (~digits, "text among whole numbers") if 2 * n_digits >= n_ids else (digits, "a number among text")
-        faults.append(ColumnFault(name, f"is {what} (if meant so: --columns {name}=NAME:text)", rare))
+        rare, description = (
+            (~digits, "text among whole numbers") if 2 * n_digits >= n_ids else (digits, "a number among text")
+        )
+        faults.append(ColumnFault(name, f"is {description} (if meant so: --columns {name}=NAME:text)", rare))
     return ids, faults
 
 
@@ -82,11 +84,11 @@ def read_numbers(column: pl.Series, *, integers_only: bool) -> tuple[pl.Series, 
     """Int64 or Float64; flags are 0 and 1."""
     plain = _to_plain_type(column.cast(pl.Int64) if column.dtype == pl.Boolean else column, "numbers")
     if integers_only:
-        numbers, what = _to_integers(plain), "is no whole number"
+        numbers, problem = _to_integers(plain), "is no whole number"
     else:
-        numbers, what = plain.cast(pl.Float64, strict=False), "is no finite number"
+        numbers, problem = plain.cast(pl.Float64, strict=False), "is no finite number"
         numbers = numbers.set(~numbers.is_finite(), None)
-    return numbers, [ColumnFault(column.name, what, numbers.is_null() & has_value(column))]
+    return numbers, [ColumnFault(column.name, problem, numbers.is_null() & has_value(column))]
 
 
 def has_value(column: pl.Series) -> pl.Series:

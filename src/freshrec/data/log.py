@@ -275,7 +275,7 @@ def _first_faults(faults: Sequence[ColumnFault]) -> list[ColumnFault]:
 
 
 def _fault_message(raw: pl.DataFrame, names: Mapping[str, str], faults: Sequence[ColumnFault], name: str) -> str:
-    """One sentence: how many rows are bad, problem, and the first three of each kind."""
+    """One sentence: how many rows are bad, why, and the first three of each kind."""
     messages = []
     for fault in faults:
         first = raw.filter(fault.rows).select("row", fault.column).head(3)

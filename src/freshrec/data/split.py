@@ -261,8 +261,8 @@ def _category_rows(frame: pl.DataFrame) -> torch.Tensor | None:
         return None
     known = frame["category"].drop_nulls()
     categories_E = torch.zeros(len(frame), dtype=torch.int32)
-    has_one_E = torch.from_numpy(frame["category"].is_not_null().to_numpy(writable=True))
-    categories_E[has_one_E] = Catalog.empty().extend(known, 0).rows(known).int()
+    has_category_E = torch.from_numpy(frame["category"].is_not_null().to_numpy(writable=True))
+    categories_E[has_category_E] = Catalog.empty().extend(known, 0).rows(known).int()
     return categories_E
 
 
@@ -296,10 +296,10 @@ def _three_target_roles(tail_E: Int8Array, users_E: Int64Array, n_before: int, r
     others_E = rng.permutation(np.flatnonzero(is_eligible_E))
     others_E = others_E[np.argsort(users_E[others_E], kind="stable")]
     drawn = users_E[others_E]
-    is_one_of_two = np.ones(len(drawn), np.bool_)
-    is_one_of_two[2:] = drawn[2:] != drawn[:-2]
+    is_drawn = np.ones(len(drawn), np.bool_)
+    is_drawn[2:] = drawn[2:] != drawn[:-2]
     role_E = np.where(tail_E == TEST, tail_E, np.int8(TRAIN))
-    role_E[others_E[is_one_of_two]] = TEST
+    role_E[others_E[is_drawn]] = TEST
     return role_E
 
 

@@ -158,9 +158,9 @@ def _make_timeline(size: WorldSize, rng: np.random.Generator) -> Timeline:
     late_U[0] = False  # somebody must be there when the log begins
     arrivals_U = np.sort(np.where(late_U, rng.random(size.users), 0.0))
     activity_U = np.cumsum(rng.lognormal(0.0, 1.0, size.users))
-    n_here_E = np.searchsorted(arrivals_U, moments_E, "right")
-    users_E = np.searchsorted(activity_U, rng.random(size.events) * activity_U[n_here_E - 1], "right")
-    return Timeline(moments_E, periods_E, np.minimum(users_E, n_here_E - 1), arrivals_U)
+    n_arrived_E = np.searchsorted(arrivals_U, moments_E, "right")
+    users_E = np.searchsorted(activity_U, rng.random(size.events) * activity_U[n_arrived_E - 1], "right")
+    return Timeline(moments_E, periods_E, np.minimum(users_E, n_arrived_E - 1), arrivals_U)
 
 
 def _sample_topics(n_users: int, n: int, rng: np.random.Generator) -> Int64Array:

@@ -18,7 +18,7 @@ def base_stream(histories: Histories, n: int) -> Iterator[tuple[Histories, Span]
     number is drawn twice; a span's events are in the histories only.
     """
     part_R, part_E = _part_numbers(histories, n)
-    n_base, nothing = max(1, n // 3), Events.trainable(torch.zeros(0), torch.zeros(0))
+    n_base, no_events = max(1, n // 3), Events.trainable(torch.zeros(0), torch.zeros(0))
     for last_part in range(n_base - 1, n):
         first_due_part = 0 if last_part < n_base else last_part  # what came before counts as trained on
         is_trained_R = (part_R < first_due_part) & (histories.due_R != HELD_OUT)
@@ -30,7 +30,7 @@ def base_stream(histories: Histories, n: int) -> Iterator[tuple[Histories, Span]
                 recent, impressions=histories.impressions[(part_E >= first_due_part) & (part_E <= last_part)]
             )
         n_items = int(seen_items.max()) if len(seen_items) else 0
-        yield filter_rows(recent, part_R <= last_part), Span(last_part - n, nothing, histories.n_users, n_items)
+        yield filter_rows(recent, part_R <= last_part), Span(last_part - n, no_events, histories.n_users, n_items)
 
 
 def _part_numbers(histories: Histories, n: int) -> tuple[Tensor, Tensor]:

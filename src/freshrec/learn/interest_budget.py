@@ -73,7 +73,7 @@ def merge_interests(interests: Interests, max_interests: int, ordered: bool) -> 
         several_N = (interests.offsets_U.diff() > 1).nonzero()[:, 0]
         if not len(several_N):
             break
-        pairs = [_closest_pairs(interests, some_N, ordered) for some_N in split_chunks(several_N, USER_BLOCK)]
+        pairs = [_closest_pairs(interests, users_N, ordered) for users_N in split_chunks(several_N, USER_BLOCK)]
         into_N, from_N, cosine_N = (torch.cat(columns) for columns in zip(*pairs))
         merged_pairs_N = cosine_N.argsort(descending=True, stable=True)[:n_over]
         into_N, from_N = into_N[merged_pairs_N], from_N[merged_pairs_N]

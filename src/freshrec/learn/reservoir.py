@@ -27,8 +27,8 @@ class TrainingSamples:
     def __len__(self) -> int:
         return len(self.items_N)
 
-    def __getitem__(self, which_N: Tensor) -> "TrainingSamples":
-        columns: list[Any] = [None if column is None else column[which_N] for column in vars(self).values()]
+    def __getitem__(self, index_N: Tensor) -> "TrainingSamples":
+        columns: list[Any] = [None if column is None else column[index_N] for column in vars(self).values()]
         return TrainingSamples(*columns)
 
 
@@ -52,8 +52,8 @@ def concat_samples(first: TrainingSamples, second: TrainingSamples) -> TrainingS
     return TrainingSamples(*columns)
 
 
-def append_samples(targets: Targets, samples: TrainingSamples, which_M: Tensor, separate_users: bool) -> Targets:
-    """`targets`, and the samples at `which_M`, which may repeat: their rows stand behind those of the histories.
+def append_samples(targets: Targets, samples: TrainingSamples, index_M: Tensor, separate_users: bool) -> Targets:
+    """`targets`, and the samples at `index_M`, which may repeat: their rows stand behind those of the histories.
 
     `separate_users`: each of these M counts as a user of its own, for models whose batches are windows of a user's
     targets.
@@ -64,10 +64,10 @@ def append_samples(targets: Targets, samples: TrainingSamples, which_M: Tensor, 
     is_item_NT = row_NT > 0
     from_N = end_N - width + is_item_NT.int().argmax(1)  # the first item; the target itself where there is none before
 
-    users_M, offsets_U = samples.users_N[which_M], histories.offsets_U
+    users_M, offsets_U = samples.users_N[index_M], histories.offsets_U
     if separate_users:
-        users_M = histories.n_users + 1 + torch.arange(len(which_M))
-        offsets_U = torch.cat([offsets_U, offsets_U[-1:].expand(len(which_M))])
+        users_M = histories.n_users + 1 + torch.arange(len(index_M))
+        offsets_U = torch.cat([offsets_U, offsets_U[-1:].expand(len(index_M))])
     trained_R = torch.full((row_NT.numel(),), TRAINED, dtype=torch.int8)
     extended = replace(
         histories,
@@ -78,13 +78,13 @@ def append_samples(targets: Targets, samples: TrainingSamples, which_M: Tensor, 
     )
     labels_N, items_N = None, None
     if targets.labels_N is not None and samples.labels_N is not None:
-        labels_N = torch.cat([targets.labels_N, samples.labels_N[which_M]])
-        items_N = torch.cat([targets.items_N, samples.items_N[which_M]])
+        labels_N = torch.cat([targets.labels_N, samples.labels_N[index_M]])
+        items_N = torch.cat([targets.items_N, samples.items_N[index_M]])
     return Targets(
         extended,
-        torch.cat([targets.rows_N, end_N[which_M]]),
+        torch.cat([targets.rows_N, end_N[index_M]]),
         torch.cat([targets.users_N, users_M]),
-        torch.cat([targets.first_row_N, from_N[which_M]]),
+        torch.cat([targets.first_row_N, from_N[index_M]]),
         items_N,
         labels_N,
     )

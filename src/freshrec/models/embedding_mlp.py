@@ -84,7 +84,7 @@ class EmbeddingMLP(nn.Module):
     def _item_categories(self, batch: Batch, items: Tensor) -> Tensor:
         """The category of each item, 0 where it has none."""
         if batch.categories_I is None:
-            raise OptionError("embedding-mlp was told of categories, and the log has none; leave categories at 0.")
+            raise OptionError("the log has no categories; set embedding-mlp's option categories to 0.")
         categories = batch.categories_I[items].long()
         if int(categories.max()) > self.spec.categories:
             n = int(batch.categories_I.max())

@@ -99,9 +99,9 @@ def _reservoir_without_user(reservoir: Reservoir, user: int) -> Reservoir:
     other_rows_M = (~is_user_N).nonzero()[:, 0]
     if not len(other_rows_M):
         return Reservoir(reservoir.samples[other_rows_M], reservoir.size)
-    which_N = torch.arange(len(is_user_N))
-    which_N[is_user_N] = other_rows_M[torch.arange(int(is_user_N.sum())) % len(other_rows_M)]
-    return replace(reservoir, samples=reservoir.samples[which_N])
+    index_N = torch.arange(len(is_user_N))
+    index_N[is_user_N] = other_rows_M[torch.arange(int(is_user_N.sum())) % len(other_rows_M)]
+    return replace(reservoir, samples=reservoir.samples[index_N])
 
 
 def _model_without_user(model: M, user: int) -> M:

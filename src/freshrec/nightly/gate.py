@@ -135,14 +135,14 @@ def _count_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats], limits
     ]
 
 
-def _outside_usual_range(what: str, values: Sequence[int], drop_factor: float, growth_factor: float) -> list[str]:
+def _outside_usual_range(label: str, values: Sequence[int], drop_factor: float, growth_factor: float) -> list[str]:
     *past, today = values
     least, most = _usual_range(past)
     if least / drop_factor <= today <= most * growth_factor:
         return []
     limit = f"fewer than {least / drop_factor:,.0f}" if today < least else f"more than {most * growth_factor:,.0f}"
     usual = f"the {len(past)} days before had {least:,.0f} to {most:,.0f} as a rule"
-    return [f"the day has {today:,} {what}; {usual}, and {limit} are out of the ordinary."]
+    return [f"the day has {today:,} {label}; {usual}, and {limit} are out of the ordinary."]
 
 
 def _usual_range(values: Sequence[float]) -> tuple[float, float]:
@@ -199,7 +199,7 @@ def _share_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats], limits
 
 
 def _above_usual_share(
-    what: str, values: Sequence[float | None], max_share: float, max_rise: float, limits: GateLimits
+    label: str, values: Sequence[float | None], max_share: float, max_rise: float, limits: GateLimits
 ) -> list[str]:
     """A share above `max_share`, or above what is usual by `max_rise`; what is usual passes in any case."""
     past, today = [value for value in values[:-1] if value is not None], values[-1]
@@ -210,7 +210,7 @@ def _above_usual_share(
     if today is None or today <= limit or (past and median(past) >= limits.uninformative_share):
         return []
     before = f"; on the {len(past)} days before it was {_format_percent(usual)} at most as a rule" if past else ""
-    return [f"{_format_percent(today)} {what}{before}; more than {_format_percent(limit)} is out of the ordinary."]
+    return [f"{_format_percent(today)} {label}{before}; more than {_format_percent(limit)} is out of the ordinary."]
 
 
 def _time_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats], limits: GateLimits) -> list[str]:
@@ -332,8 +332,8 @@ def _detectable_loss(differences_U: Float64Array, live_U: Float64Array, z: float
     """The share L of the live version's mean m whose loss is z standard errors, if it means that a share L of the users
     gets nothing more: L m = z sqrt((var(differences) + L mean(live^2)) / U), solved for L.
     """
-    mean, worth = live_U.mean(), z**2 / len(live_U)
-    b, c = worth * (live_U**2).mean() / mean**2, worth * differences_U.var() / mean**2
+    mean, variance_factor = live_U.mean(), z**2 / len(live_U)
+    b, c = variance_factor * (live_U**2).mean() / mean**2, variance_factor * differences_U.var() / mean**2
     return float((b + np.sqrt(b**2 + 4 * c)) / 2)
 
 

@@ -132,7 +132,7 @@ class NightlyJob:
         return self._go_live(manifest, bundle, "update")
 
     def learn_batch(self, batch: int, force: str = "", is_late: bool = False) -> Manifest:
-        """A version that has learnt from a batch, live if it passes the gate, or by `force`, which says problem.
+        """A version that has learnt from a batch, live if it passes the gate, or by `force`, which says why.
 
         Events that other batches have taught the live version since are left out. Where learning fails, a version like
         the live one is refused, with the reason. `is_late`: that the events are old is known.

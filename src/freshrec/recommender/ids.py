@@ -57,8 +57,10 @@ def known_item_rows(served: ServedState, ids: Ids) -> Tensor:
 def category_item_rows(served: ServedState, category: str | int, allowed_M: Tensor | None) -> Tensor:
     """Ascending rows of the items of a category, among `allowed_M` if given. OptionError for an unknown category."""
     if not (served.categories["category"] == str(category)).any():
-        some = ", ".join(served.categories["category"].unique().sort().head(5)) or "none: the log has no such column"
-        raise OptionError(f'no item has the category "{str(category)[:60]}"; known ones are {some}.')
+        examples = (
+            ", ".join(served.categories["category"].unique().sort().head(5)) or "none: the log has no such column"
+        )
+        raise OptionError(f'no item has the category "{str(category)[:60]}"; known ones are {examples}.')
     found = served.categories.filter(pl.col("category") == str(category))["item"].sort()
     rows_M = torch.from_numpy(found.to_numpy(writable=True))
     return rows_M if allowed_M is None else rows_M[torch.isin(rows_M, allowed_M)]
@@ -68,8 +70,8 @@ def require_rows(ids: pl.Series, catalog: Catalog) -> Tensor:
     """Rows of ids that must be known. OptionError where one is not."""
     rows_N = catalog.rows(ids)
     if bool((rows_N == 0).any()):
-        what, name = ids.name.removesuffix("_id"), str(ids[int((rows_N == 0).int().argmax())])
-        raise OptionError(f'{what} "{name[:60]}" has never occurred in an event; ask for one that has.')
+        kind, name = ids.name.removesuffix("_id"), str(ids[int((rows_N == 0).int().argmax())])
+        raise OptionError(f'{kind} "{name[:60]}" has never occurred in an event; ask for one that has.')
     return rows_N
 
 

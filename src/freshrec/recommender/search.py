@@ -84,8 +84,8 @@ def choose_search(
         ]
         decided = float((torch.cat(lists) > 0).all(1).float().mean())
         if decided >= MIN_DECIDED_SHARE:
-            why = f"{options.n_longest:,} items with the longest vectors decide {decided:.1%} of the lists, exactly"
-            return search, SearchInfo("longest", why)
+            reason = f"{options.n_longest:,} items with the longest vectors decide {decided:.1%} of the lists, exactly"
+            return search, SearchInfo("longest", reason)
     if model.n_items <= options.exact_max_items:
         return None, exact_info
     index = build_index(item_vectors(model))
@@ -100,11 +100,13 @@ def choose_search(
         search = index_search(index, item_vectors(model), probes)
         recall = measure_recall(search, vectors_QKD, best_QN)
         if recall >= options.min_recall:
-            why = f"finds {recall:.1%} of the best {LIST_LENGTH} items, looking into {probes} of {index.nlist:,} cells"
-            return search, SearchInfo("index", why, recall, probes)
-    least = f"less than {options.min_recall:.0%}"
-    why = f"an index finds {recall:.1%} of the best {LIST_LENGTH} items, {least}: all are scored"
-    return None, SearchInfo("exact", why)
+            reason = (
+                f"finds {recall:.1%} of the best {LIST_LENGTH} items, looking into {probes} of {index.nlist:,} cells"
+            )
+            return search, SearchInfo("index", reason, recall, probes)
+    limit = f"less than {options.min_recall:.0%}"
+    reason = f"an index finds {recall:.1%} of the best {LIST_LENGTH} items, {limit}: all are scored"
+    return None, SearchInfo("exact", reason)
 
 
 def build_index(items_ID: Tensor) -> Any:

@@ -65,10 +65,12 @@ def profile_of(served: ServedState, row: int, has_clock: bool) -> Profile:
     items_T, times_T = items_T[order_T], times_T[order_T]
     events = _past_events(served, items_T, times_T, has_clock)
     is_in_catalog = row <= len(served.users)
-    about = served.users.frame.row(row - 1, named=True) if is_in_catalog else {"first_span": None, "last_span": None}
+    catalog_row = (
+        served.users.frame.row(row - 1, named=True) if is_in_catalog else {"first_span": None, "last_span": None}
+    )
     kind, interests = _interests(served, row, items_T, events)
     n_fresh = len(served.overlay.clicks.get(row, ()))
-    return Profile(n_fresh, about["first_span"], about["last_span"], events, interests, kind)
+    return Profile(n_fresh, catalog_row["first_span"], catalog_row["last_span"], events, interests, kind)
 
 
 def _past_events(served: ServedState, items_T: Tensor, times_T: Tensor, has_clock: bool) -> list[PastEvent]:
@@ -101,8 +103,8 @@ def _interests_of_pairs(
     for because, places in sorted(groups.items(), key=lambda group: (group[0] == 0, -len(group[1]))):
         name = served.items.ids(torch.tensor([because]))[0] if because else None
         title = f"because of {name}" if because else "liked by others who are alike, or by all"
-        which = torch.tensor(places)[:N_ITEMS]
-        items = _items_with_scores(served, column_tensor(found)[which], column_tensor(found, "score")[which])
+        index = torch.tensor(places)[:N_ITEMS]
+        items = _items_with_scores(served, column_tensor(found)[index], column_tensor(found, "score")[index])
         interests.append(Interest(title, items, _select_events(events, items_T == because)))
     return "items of the list, by the event that speaks most for them", interests
 
@@ -145,5 +147,5 @@ def _items_with_scores(served: ServedState, rows_N: Tensor, scores_N: Tensor) ->
     return list(zip(served.items.ids(rows_N), scores_N.tolist()))
 
 
-def _select_events(events: list[PastEvent], which_T: Tensor) -> list[PastEvent]:
-    return [events[place] for place in which_T.nonzero()[:, 0].tolist()]
+def _select_events(events: list[PastEvent], is_selected_T: Tensor) -> list[PastEvent]:
+    return [events[place] for place in is_selected_T.nonzero()[:, 0].tolist()]

@@ -50,9 +50,9 @@ class Queries:
     def __len__(self) -> int:
         return len(self.users_N)
 
-    def __getitem__(self, which_N: Tensor) -> "Queries":
-        users_N, histories_NT, items_N = self.users_N[which_N], self.histories_NT[which_N], self.items_N[which_N]
-        return Queries(users_N, histories_NT, items_N, self.events_N[which_N], self.heldout_N[which_N], self.n_items)
+    def __getitem__(self, index_N: Tensor) -> "Queries":
+        users_N, histories_NT, items_N = self.users_N[index_N], self.histories_NT[index_N], self.items_N[index_N]
+        return Queries(users_N, histories_NT, items_N, self.events_N[index_N], self.heldout_N[index_N], self.n_items)
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def make_queries(recent: Histories, block: SpanBlock, length: int, options: Quer
     histories, rows_E = insert_events(recent, events, block.n_users)
     at_N = (events.role_E == options.role).nonzero()[:, 0]
     targets = targets_at(histories, rows_E[at_N])
-    enough_N = targets.history_lengths(options.min_history) >= options.min_history
-    at_N, targets = at_N[enough_N], targets[enough_N]
+    has_history_N = targets.history_lengths(options.min_history) >= options.min_history
+    at_N, targets = at_N[has_history_N], targets[has_history_N]
     history_NT = history_items(targets, length).int()
     heldout_N, events_N = events.train_at_E[at_N] == NEVER, places_E[at_N] + block.offset
     return Queries(targets.users_N, history_NT, events.items_E[at_N], events_N, heldout_N, block.n_items)
@@ -88,15 +88,15 @@ def rank_queries(
     stored_interests = stored_interests_of(state.model, state.interests, state.spans_seen)
     lengths_N = (queries.histories_NT > 0).sum(1)
     rank_N = torch.zeros(len(queries))
-    for which in split_chunks(torch.argsort(lengths_N, stable=True), size):
-        longest = int(lengths_N[which].max())
-        history_BT = queries.histories_NT[which][:, queries.histories_NT.shape[1] - longest :].long()
-        batch = Batch(queries.users_N[which], history_BT, categories_I=state.histories.categories_I)
+    for index in split_chunks(torch.argsort(lengths_N, stable=True), size):
+        longest = int(lengths_N[index].max())
+        history_BT = queries.histories_NT[index][:, queries.histories_NT.shape[1] - longest :].long()
+        batch = Batch(queries.users_N[index], history_BT, categories_I=state.histories.categories_I)
         batch = batch if stored_interests is None else stored_interests.attach(batch)
         if n_sampled:
-            rank_N[which] = _rank_among_sampled(state.model, batch, queries[which], readout, n_sampled)
+            rank_N[index] = _rank_among_sampled(state.model, batch, queries[index], readout, n_sampled)
         else:
-            rank_N[which] = target_ranks(state.model, batch, queries.items_N[which], readout, queries.n_items)
+            rank_N[index] = target_ranks(state.model, batch, queries.items_N[index], readout, queries.n_items)
     return rank_N
 
 
@@ -150,8 +150,8 @@ def predict_clicks(state: State, block: SpanBlock, options: QueryOptions) -> pl.
     assert events.labels_E is not None and isinstance(model, ClickModel)
     at_N = ((events.role_E == options.role) & ~events.labels_E.isnan()).nonzero()[:, 0]
     targets = impression_targets(append_events(state.histories, events, block.n_users), impressions_of(events[at_N]))
-    enough_N = targets.history_lengths(options.min_history) >= options.min_history
-    targets, at_N = targets[enough_N], at_N[enough_N]
+    has_history_N = targets.history_lengths(options.min_history) >= options.min_history
+    targets, at_N = targets[has_history_N], at_N[has_history_N]
     columns = {"event": at_N + block.offset, "user": targets.users_N, "label": events.labels_E[at_N]}
     columns["p"] = target_click_probabilities(model, targets)
     return pl.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})

@@ -138,13 +138,13 @@ def _quality_by_slice(
         )
     span_Q = queries["span"].to_numpy()
     found = [pl.DataFrame(schema=RESULT_SCHEMA)]
-    for which_A, answered_Q in _groups_by_queries(answers):
+    for methods_A, answered_Q in _groups_by_queries(answers):
         for part in SLICES if slices is not None else ("all",):
             in_part_Q = answered_Q & queries[part].to_numpy()
             for span in [OVERALL_SPAN, *np.unique(span_Q[in_part_Q]).tolist()] if in_part_Q.any() else []:
-                which_Q = in_part_Q if span == OVERALL_SPAN else in_part_Q & (span_Q == span)
+                is_included_Q = in_part_Q if span == OVERALL_SPAN else in_part_Q & (span_Q == span)
                 has_interval = part == "all" or span == OVERALL_SPAN
-                rows = _summarize(answers, which_A, which_Q, metrics, has_interval)
+                rows = _summarize(answers, methods_A, is_included_Q, metrics, has_interval)
                 found.append(_add_span_and_slice(rows, span, part))
     return pl.concat(found)
 
@@ -160,20 +160,24 @@ def _groups_by_queries(answers: QueryMetrics) -> Iterator[tuple[Int64Array, Bool
 
 
 def _summarize(
-    answers: QueryMetrics, which_A: Int64Array, which_Q: BoolArray, metrics: Sequence[str], has_interval: bool = True
+    answers: QueryMetrics,
+    methods_A: Int64Array,
+    is_included_Q: BoolArray,
+    metrics: Sequence[str],
+    has_interval: bool = True,
 ) -> pl.DataFrame:
     """A row per method and metric on these queries; an interval where `has_interval`, as bootstraps take the time."""
-    by_user_UAM = answers.by_user(which_A, which_Q, centred=True)
+    by_user_UAM = answers.by_user(methods_A, is_included_Q, centred=True)
     by_user_UN = by_user_UAM.reshape(len(by_user_UAM), -1)
     no_interval_N = np.full(by_user_UN.shape[1], np.nan)
     low_N, high_N = bootstrap_interval(by_user_UN) if has_interval else (no_interval_N, no_interval_N)
-    names = answers.methods[np.repeat(which_A, len(metrics))]
+    names = answers.methods[np.repeat(methods_A, len(metrics))]
     return names.with_columns(
-        pl.Series("metric", list(metrics) * len(which_A), pl.String),
+        pl.Series("metric", list(metrics) * len(methods_A), pl.String),
         pl.Series("value", by_user_UN.mean(0)),
         pl.Series("low", low_N),
         pl.Series("high", high_N),
-        pl.lit(int(which_Q.sum()), pl.Int64).alias("n"),
+        pl.lit(int(is_included_Q.sum()), pl.Int64).alias("n"),
     )
 
 
@@ -203,7 +207,10 @@ def _forgetting_by_span(forgetting: pl.DataFrame, averaging: Averaging) -> pl.Da
 
 def _summarize_all(answers: QueryMetrics, metrics: Sequence[str]) -> pl.DataFrame:
     return pl.concat(
-        [_summarize(answers, which_A, which_Q, metrics) for which_A, which_Q in _groups_by_queries(answers)]
+        [
+            _summarize(answers, methods_A, is_included_Q, metrics)
+            for methods_A, is_included_Q in _groups_by_queries(answers)
+        ]
     )
 
 

@@ -19,7 +19,7 @@ from freshrec.errors import OptionError
 from freshrec.learn.fit import FitConfig, fit_base_block
 from freshrec.models.absorb import absorb_block
 from freshrec.replay.cell import Cell, ReplaySettings, measure_cost, replay_cell
-from freshrec.replay.provenance import Provenance, base_file, is_made_of, is_spec_of, write_made_of
+from freshrec.replay.provenance import Provenance, base_file, is_spec_of, matches_provenance, write_provenance
 from freshrec.store.checkpoint import load_state, save_state
 from freshrec.types import Span, State, TrainedModel
 
@@ -65,13 +65,13 @@ def _claim_folder(out: Path, cells: list[Cell], split: LogSplit, settings: Repla
     """Write down what is replayed. OptionError where `out` holds results of another log or of other options."""
     descriptions: dict[Path, Provenance] = {out: (settings, split.fingerprint())}
     descriptions |= {out / cell.folder_name: cell for cell in cells}
-    for folder, made in descriptions.items():
-        if not is_made_of(folder, made):
+    for folder, source in descriptions.items():
+        if not matches_provenance(folder, source):
             raise OptionError(
                 f"{folder} holds results of another log, or made with other options: choose another --out."
             )
-    for folder, made in descriptions.items():
-        write_made_of(folder, made)
+    for folder, source in descriptions.items():
+        write_provenance(folder, source)
 
 
 def _sort_key(cell: Cell) -> tuple[str, int]:

@@ -156,12 +156,12 @@ class QueryMetrics:
     def answered_AQ(self) -> BoolArray:
         return ~np.isnan(self.values_AQM[:, :, 0])
 
-    def by_user(self, which_A: Int64Array, which_Q: BoolArray, centred: bool = False) -> Float64Array:
+    def by_user(self, methods_A: Int64Array, is_included_Q: BoolArray, centred: bool = False) -> Float64Array:
         """(U, A, M): the `user_contributions` of some of some queries; NaN for methods that did not answer them all."""
-        values_AQM = self.values_AQM[which_A][:, which_Q]
+        values_AQM = self.values_AQM[methods_A][:, is_included_Q]
         n_methods, n_queries, n_metrics = values_AQM.shape
         values_QN = values_AQM.transpose(1, 0, 2).reshape(n_queries, n_methods * n_metrics)
-        spans_Q, users_Q = (self.queries[name].to_numpy()[which_Q] for name in ("span", "user"))
+        spans_Q, users_Q = (self.queries[name].to_numpy()[is_included_Q] for name in ("span", "user"))
         by_user_UN = user_contributions(spans_Q, users_Q, values_QN, self.averaging, centred)
         return by_user_UN.reshape(-1, n_methods, n_metrics)
 

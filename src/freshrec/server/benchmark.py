@@ -56,7 +56,7 @@ def run_benchmark(
         watcher.join()
         search = describe_search(url)
         final_mb = resident_mb(pid)
-    found["wrong"] = ", ".join(f"{n} x {what}" for what, n in found["wrong"].items()) or "none"
+    found["wrong"] = ", ".join(f"{n} x {error}" for error, n in found["wrong"].items()) or "none"
     found["versions"] = ", ".join(map(str, found["versions"]))
     rounded = {name: round(value, 2) if isinstance(value, float) else value for name, value in found.items()}
     return {

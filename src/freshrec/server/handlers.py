@@ -56,14 +56,14 @@ def recommend(version: LoadedVersion, users: Sequence[int | str], request: ListR
     found = make_lists(version.served, users_N, resolve_request(version.served, request))
     lists, ids = [], version.served.items.id_column
     columns = (found.items_NK.tolist(), found.scores_NK.tolist(), found.fallback_NK.tolist())
-    for user, items, scores, why in zip(users, *columns):
+    for user, items, scores, reasons in zip(users, *columns):
         listed = [
             schemas.RankedItem(
-                item_id=ids.item(items[at] - 1), score=scores[at], rank=at + 1, fallback=FALLBACK_REASONS[why[at]]
+                item_id=ids.item(items[at] - 1), score=scores[at], rank=at + 1, fallback=FALLBACK_REASONS[reasons[at]]
             )
             for at in range(len(items)) if items[at]
         ]  # fmt: skip
-        lists.append(schemas.UserList(user_id=user, items=listed, fallback=FALLBACK_REASONS[max(why, default=0)]))
+        lists.append(schemas.UserList(user_id=user, items=listed, fallback=FALLBACK_REASONS[max(reasons, default=0)]))
     return lists
 
 

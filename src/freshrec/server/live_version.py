@@ -52,7 +52,7 @@ class LiveVersion:
     def __init__(self, store: Store, log_line: LogLine, search_options: SearchOptions = DEFAULT_SEARCH) -> None:
         self.store, self.log_line, self.search_options = store, log_line, search_options
         self.version: LoadedVersion | None = None
-        self.problem = ""  # problem the version that the store points to is not served
+        self.problem = ""  # why the version that the store points to is not served
         self.n_swaps = 0
         self._journal = ClickJournal(store.folder)
         self._known_clicks = dict[Identity, None]()  # identities of accepted clicks, the oldest first
@@ -99,7 +99,7 @@ class LiveVersion:
         release_memory()
 
     def _record_problem(self, fingerprint: object, problem: str) -> None:
-        """Say problem nothing new is served; what was wrong may be mended, so it is tried again in a while."""
+        """Say why nothing new is served; what was wrong may be mended, so it is tried again in a while."""
         if problem != self.problem:
             self.log_line(problem)
         self._last_checked, self._retry_at_s, self.problem = fingerprint, time.monotonic() + RETRY_INTERVAL_S, problem
@@ -245,7 +245,7 @@ def _version_chain(store: Store, manifest: Manifest) -> list[Manifest]:
 
 
 def _add_to_overlay(version: LoadedVersion, click: Click, known_clicks: dict[Identity, None]) -> str | None:
-    """Put a click into its user's history; problem not, where it cannot be."""
+    """Put a click into its user's history; why not, where it cannot be."""
     served = version.served
     known_clicks[click.identity] = None
     if _is_in_history(served, click):

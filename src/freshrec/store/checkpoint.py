@@ -131,9 +131,11 @@ def _read_in_chunks(path: Path, name: str, columns: int | None = None) -> Tensor
         if not shape or 0 in shape:
             tensor: Tensor = file.get_tensor(name).clone()
             return tensor if columns is None else tensor[:, :columns]
-        like = file.get_slice(name)[:1]
-    n_rows = max(1, CHUNK_BYTES // max(1, like.nbytes))
-    out = torch.empty((shape[0], *like.shape[1:]) if columns is None else (shape[0], columns), dtype=like.dtype)
+        first_row = file.get_slice(name)[:1]
+    n_rows = max(1, CHUNK_BYTES // max(1, first_row.nbytes))
+    out = torch.empty(
+        (shape[0], *first_row.shape[1:]) if columns is None else (shape[0], columns), dtype=first_row.dtype
+    )
     for first in range(0, shape[0], n_rows):
         with safe_open(path, framework="pt") as file:
             part = file.get_slice(name)[first : first + n_rows]

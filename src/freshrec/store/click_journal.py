@@ -147,14 +147,14 @@ def defer_clicks(files: Iterable[JournalFile], is_deferred: Callable[[Click], bo
     """
     found = []
     for file in files:
-        kept_now = [click for click in file.clicks if not is_deferred(click)]
+        ready = [click for click in file.clicks if not is_deferred(click)]
         deferred = [click for click in file.clicks if is_deferred(click)]
-        if kept_now and deferred:
+        if ready and deferred:
             _write_file(_new_path(file.path.parent, CLOSED_SUFFIX), deferred)
-            first = _write_file(_new_path(file.path.parent, CLOSED_SUFFIX), kept_now)
+            first = _write_file(_new_path(file.path.parent, CLOSED_SUFFIX), ready)
             file.path.unlink()
             sync_folder(file.path.parent)
-            found.append(JournalFile(first, None, kept_now))
+            found.append(JournalFile(first, None, ready))
         elif not deferred:
             found.append(file)
     return found

@@ -283,9 +283,9 @@ def _remove_stale_files(folder: Path, table: DeltaTable | None) -> None:
 
     A vacuum passes over unfinished files, which have a # in their names.
     """
-    kept = {folder / name for name in _data_files(table)["name"]}
+    current_files = {folder / name for name in _data_files(table)["name"]}
     for path in folder.glob("batch=*/**/*"):
-        if path.is_file() and path not in kept:
+        if path.is_file() and path not in current_files:
             path.unlink()
 
 
@@ -323,13 +323,15 @@ def _match_schema(frame: pl.DataFrame, table: DeltaTable | None, has_clock: bool
             )
         if kind != column_types.get(name, kind):
             advice = f"declare it: --columns {name}=NAME:text" if kind == pl.Int64 else "check the delivery"
-            found, wanted = TYPE_NAMES[type(kind)], TYPE_NAMES[type(column_types[name])]
-            raise LogError(f"{name} holds {found}, but {wanted} in the event log in {folder}; {advice}.")
+            found, expected = TYPE_NAMES[type(kind)], TYPE_NAMES[type(column_types[name])]
+            raise LogError(f"{name} holds {found}, but {expected} in the event log in {folder}; {advice}.")
     if frame.select(EVENT_KEYS).null_count().sum_horizontal().item():
         raise LogError("a delivery has rows without user_id, item_id or time; give frames that read_log has read.")
     if table is not None and table.metadata().description != CLOCK_DESCRIPTIONS[has_clock]:
-        here, there = ("a clock", "none") if has_clock else ("no clock", "one")
-        raise LogError(f"the delivery has {here}, and the event log in {folder} has {there}; check its time column.")
+        delivered, stored = ("a clock", "none") if has_clock else ("no clock", "one")
+        raise LogError(
+            f"the delivery has {delivered}, and the event log in {folder} has {stored}; check its time column."
+        )
     return frame.with_columns(row=pl.int_range(pl.len(), dtype=pl.Int64))
 
 
@@ -352,7 +354,7 @@ def _new_rows(
 
 
 def _anti_join(rows: pl.DataFrame, keys: Sequence[str], table: DeltaTable, predicate: str) -> pl.DataFrame:
-    """The rows whose keys no row of the table has, in_batches those that meet the predicate."""
+    """The rows whose keys no row of the table has, among those that meet the predicate."""
     existing = pl.DataFrame(table.scan(columns=list(keys), predicate=predicate))
     return rows.join(existing, on=list(keys), how="anti")
 

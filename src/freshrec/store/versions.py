@@ -226,8 +226,8 @@ def open_store(folder: Path) -> Store:
         )
     if not (folder / "store.json").exists():
         raise StateError(f"there is no store in {folder}; make one with `freshrec fit LOG --store {folder}`.")
-    about = read_checksummed(folder / "store.json")
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
+    description = read_checksummed(folder / "store.json")
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise StateError(f"{folder} is a store of another format than {FORMAT}; upgrade freshrec.")
     return Store(folder)
 
@@ -243,9 +243,14 @@ def collect_garbage(store: Store, keep: int) -> list[int]:
     A version whose manifest cannot be read is left alone: somebody may have a backup of it.
     """
     live, versions = store.live, store.manifests()
-    kept_numbers = {live, *[manifest.id for manifest in versions if manifest.goes_live and manifest.id != live][-keep:]}
+    numbers_to_keep = {
+        live,
+        *[manifest.id for manifest in versions if manifest.goes_live and manifest.id != live][-keep:],
+    }
     collected_numbers = [
-        manifest.id for manifest in versions if manifest.id not in kept_numbers and not is_collected(store, manifest.id)
+        manifest.id
+        for manifest in versions
+        if manifest.id not in numbers_to_keep and not is_collected(store, manifest.id)
     ]
     for number in store.version_numbers():
         if number in collected_numbers or is_collected(store, number):

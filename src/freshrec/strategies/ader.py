@@ -1,7 +1,7 @@
 """ADER: fine-tuning that also keeps to the last model's scores of exemplars, a few past events of each item.
 
 Symbols of the paper: E_{t-1} -> state.memory, D_t -> targets, I_{t-1} and I_t -> the items that the last model knew and
-that this one knows, m_{t,i} -> wanted_I, N -> exemplars, phi -> features, lambda_base -> weight.
+that this one knows, m_{t,i} -> quota_I, N -> exemplars, phi -> features, lambda_base -> weight.
 """
 
 import math
@@ -64,22 +64,22 @@ def exemplar_distillation_loss(
     n_known = teacher.n_items
     known_RD = item_vectors(teacher)[: n_known + 1]
     teacher_outputs = [
-        (which, user_vectors(teacher, batch)) for which, batch in exemplar_batches(exemplars, teacher, stored_interests)
+        (index, user_vectors(teacher, batch)) for index, batch in exemplar_batches(exemplars, teacher, stored_interests)
     ]
     max_vectors = max((vectors_BKD.shape[1] for _, vectors_BKD in teacher_outputs), default=1)
     teacher_MKD = torch.zeros(len(exemplars), max_vectors, known_RD.shape[1])
-    for which, vectors_BKD in teacher_outputs:
-        teacher_MKD[which] = vectors_BKD[:, :1]  # again where there are fewer: it changes no score
-        teacher_MKD[which, : vectors_BKD.shape[1]] = vectors_BKD
+    for index, vectors_BKD in teacher_outputs:
+        teacher_MKD[index] = vectors_BKD[:, :1]  # again where there are fewer: it changes no score
+        teacher_MKD[index, : vectors_BKD.shape[1]] = vectors_BKD
 
     table = item_table(model)
 
-    def loss(which_M: Tensor, batch: Batch) -> Tensor:
+    def loss(index_M: Tensor, batch: Batch) -> Tensor:
         rows_RD = table.full_matrix()
         vectors_BKD = model.encode(F.embedding(batch.history_BT, rows_RD), batch)
         if vectors_BKD.shape[1] == max_vectors == 1:
-            return full_distillation_loss(vectors_BKD[:, 0], rows_RD, teacher_MKD[which_M, 0], known_RD)
-        teacher_BI = max_inner_product(teacher_MKD[which_M], known_RD[1:])
+            return full_distillation_loss(vectors_BKD[:, 0], rows_RD, teacher_MKD[index_M, 0], known_RD)
+        teacher_BI = max_inner_product(teacher_MKD[index_M], known_RD[1:])
         return distillation(max_inner_product(vectors_BKD, rows_RD[1 : n_known + 1]), teacher_BI)
 
     return loss
@@ -139,8 +139,8 @@ class ADER:
         rng = make_rng(after.seed, span, SELECTION_STREAM)
         pool = build_pool(targets, exemplars, sample_history_length(after.model))
         counts_I = torch.bincount(pool.items_N, minlength=after.model.n_items + 1)
-        wanted_I = allocate_exemplars(counts_I, self.exemplars, self.allocate, self.equal, rng)
+        quota_I = allocate_exemplars(counts_I, self.exemplars, self.allocate, self.equal, rng)
         stored_interests = stored_interests_of(after.model, after.interests, after.spans_seen)
-        exemplars_after = select_exemplars(self.select, after.model, pool, stored_interests, wanted_I, rng)
+        exemplars_after = select_exemplars(self.select, after.model, pool, stored_interests, quota_I, rng)
         meter.add_time("remember_cpu_s", started_at)
         return replace(after, memory=exemplars_after, costs=dict(meter.costs))

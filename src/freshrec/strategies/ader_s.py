@@ -32,8 +32,8 @@ def truncate_sequences(targets: Targets, n_each: int, length: int, rng: torch.Ge
     Fewer where a sequence has fewer ends; `targets` look back on the span's own events only.
     """
     eligible = targets[targets.history_lengths(MIN_SEQUENCE_ITEMS) >= MIN_SEQUENCE_ITEMS - 1]
-    wanted_U = torch.full((targets.histories.n_users + 1,), n_each)
-    ends_M = smallest_per_group(uniform((len(eligible),), rng), eligible.users_N, wanted_U).sort().values
+    quota_U = torch.full((targets.histories.n_users + 1,), n_each)
+    ends_M = smallest_per_group(uniform((len(eligible),), rng), eligible.users_N, quota_U).sort().values
     return copy_samples(trainable_targets(eligible[ends_M], length), length)
 
 
@@ -51,8 +51,8 @@ def select_similar(pool: TrainingSamples, targets: Targets, items_ID: Tensor, sh
         old_SD = items_ID[sequence_ST].sum(1)  # padding is 0, and a sum has the direction of the mean
         dissimilarity_S[part] = -F.cosine_similarity(old_SD, new_UD[pool.users_N[part]], dim=1)
     is_active_U = torch.bincount(users_N, minlength=n_users + 1) > 0
-    wanted_U = (share * torch.bincount(pool.users_N, minlength=n_users + 1)).ceil().long() * is_active_U
-    return smallest_per_group(dissimilarity_S, pool.users_N, wanted_U).sort().values
+    quota_U = (share * torch.bincount(pool.users_N, minlength=n_users + 1)).ceil().long() * is_active_U
+    return smallest_per_group(dissimilarity_S, pool.users_N, quota_U).sort().values
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class ASMG:
     """
 
     generator: Literal["gru", "linear"] = "gru"
-    k: CountOrZero = 3  # models in the window; 0 = all started_at the base block, which is never in it
+    k: CountOrZero = 3  # models in the window; 0 = all since the base block, which is never in it
     carry: bool = True  # start from the state before the window; else from 0
     loss: Literal["linear", "uniform", "last", "exponential"] = "linear"  # on the last k spans: how much each counts
     h: Count = 4  # hidden units of each slot

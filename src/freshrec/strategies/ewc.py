@@ -68,9 +68,9 @@ def empirical_fisher(
     if stored_interests is not None:
         n_interests_N = stored_interests.interest_counts(samples.users_N)
     for k in n_interests_N.unique():  # so that nobody in a batch lacks an interest that others have
-        for which in split_chunks((n_interests_N == k).nonzero()[:, 0], SAMPLE_BLOCK):
-            batch = exemplar_batch(samples, which, model, stored_interests)
-            batch = Batch(batch.users_B, batch.history_BT, samples.items_N[which][:, None], None, batch.interests_BKD)
+        for index in split_chunks((n_interests_N == k).nonzero()[:, 0], SAMPLE_BLOCK):
+            batch = exemplar_batch(samples, index, model, stored_interests)
+            batch = Batch(batch.users_B, batch.history_BT, samples.items_N[index][:, None], None, batch.interests_BKD)
             _add_squared_gradients(squares_by_name, model, batch)
     return {name: squares / max(len(samples), 1) for name, squares in squares_by_name.items()}
 
@@ -168,7 +168,7 @@ class EWC:
     """Fine-tuning with a quadratic penalty on leaving the last weights; only the last: anchors do not pile up.
 
     The penalty is scaled by the mean over samples, so `weight` has to be large. Differs from ADER's comparison: the
-    Fisher's samples are drawn from the span's targets, started_at EWC keeps no exemplars.
+    Fisher's samples are drawn from the span's targets, since EWC keeps no exemplars.
     """
 
     weight: Weight = 1000.0

@@ -100,7 +100,7 @@ def puzzlement(logits_NK: Tensor, alive_NK: Tensor) -> Tensor:
 def is_puzzled(mean_N: Tensor, n_interests_N: Tensor, form: str, c1: float) -> Tensor:
     """Whether a user's mean puzzlement exceeds c_1 (N,) [IMSR eq. 14].
 
-    As printed, P > c_1 > 0 can never hold, started_at P <= 0. `form` says on which scale c_1 is read: "geo", the
+    As printed, P > c_1 > 0 can never hold, since P <= 0. `form` says on which scale c_1 is read: "geo", the
     geometric mean exp(P) / K of p(h_k | e_i), in which the paper's range 0.02-0.12 works; "exp", exp(P), for the
     slides' 0.4-0.6; "kl", KL < c_1; "quantile", the c_1 share of active users with the largest P.
     """

@@ -137,8 +137,8 @@ class SelfTuned:
 
     def _mean_quality(self, state: State, span: Span) -> float:
         due = due_targets(state.histories)
-        which_N = permutation(len(due), make_rng(state.seed, span.index, QUERY_STREAM))[: self.max_queries]
-        return mean_ndcg(state.model, due[which_N], stored_interests_of(state.model, state.interests, span.index))
+        index_N = permutation(len(due), make_rng(state.seed, span.index, QUERY_STREAM))[: self.max_queries]
+        return mean_ndcg(state.model, due[index_N], stored_interests_of(state.model, state.interests, span.index))
 
     def _apply_update(self, state: State, span: Span) -> State:
         memory: SelfTunedMemory = state.memory
@@ -146,8 +146,8 @@ class SelfTuned:
         targets, samples = due, memory.reservoir.samples
         if memory.settings.replay_share:
             order_M = permutation(len(samples), make_rng(state.seed, span.index, DRAW_STREAM))
-            which_M = order_M[: int(memory.settings.replay_share * len(due))]
-            targets = append_samples(due, samples, which_M, separate_users=model.batch_format in SEQUENCE_FORMATS)
+            index_M = order_M[: int(memory.settings.replay_share * len(due))]
+            targets = append_samples(due, samples, index_M, separate_users=model.batch_format in SEQUENCE_FORMATS)
         stored_interests = stored_interests_of(model, state.interests, span.index)
         meter, started_at = CostMeter({"rows_read": float(len(targets))}), time.process_time()
         negative_pool_N = None

@@ -67,8 +67,8 @@ def target_scores(model: TrainedModel, targets: Targets, stored_interests: Store
     """(N,) the model's score of each target, from the history before it."""
     item_N = targets.items_N
     score_N = torch.zeros(len(targets))
-    for which, batch in query_batches(mask_held_out(targets), model.spec.length, stored_interests):
-        score_N[which] = score_items(model, batch, item_N[which][:, None])[:, 0]
+    for index, batch in query_batches(mask_held_out(targets), model.spec.length, stored_interests):
+        score_N[index] = score_items(model, batch, item_N[index][:, None])[:, 0]
     return score_N
 
 

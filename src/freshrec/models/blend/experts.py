@@ -203,9 +203,11 @@ class Experts:
         top_items = {name: top_k_entries(scores_BI, self.items_per_expert)[0] for name, scores_BI in scores.items()}
         cache = self.cache
         trained_users = self.trained_user_vectors(batch) if len(cache.pool_items_S) else None
-        liked = [] if trained_users is None else [cache.top_of_pool(*trained_users, self.items_per_expert)]
+        pool_items = [] if trained_users is None else [cache.top_of_pool(*trained_users, self.items_per_expert)]
         popular_BP = np.broadcast_to(cache.popular_items_P, (len(batch), len(cache.popular_items_P)))
-        items_BC = distinct_items(np.concatenate([history_BT.numpy(), popular_BP, *top_items.values(), *liked], axis=1))
+        items_BC = distinct_items(
+            np.concatenate([history_BT.numpy(), popular_BP, *top_items.values(), *pool_items], axis=1)
+        )
         cells = CandidateCells(items_BC, self.n_items + 1)
         x_MF = cache.features_of(items_BC)
         x_BCF = x_MF[1:].reshape(*items_BC.shape, len(FEATURES))
@@ -232,7 +234,7 @@ class Experts:
     def cache(self) -> ExpertCache:
         """Made when first asked for, after something was counted or learnt."""
         if self._cache is None:
-            self._cache = _settle(self)
+            self._cache = _build_cache(self)
         return self._cache
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -253,7 +255,7 @@ class Experts:
         self._cache = None
 
 
-def _settle(experts: Experts) -> ExpertCache:
+def _build_cache(experts: Experts) -> ExpertCache:
     floor = FLOOR_EVENTS / max(1, int((experts.item_statistics.event_counts_I > 0).sum()))
     x_IF, offers = np.zeros((experts.n_items + 1, len(FEATURES)), np.float32), []
     x_IF[:, Slots.share], x_IF[:, Slots.rank] = np.log(np.float32(floor)), np.log(experts.items_per_expert + 1)
@@ -266,9 +268,9 @@ def _settle(experts: Experts) -> ExpertCache:
         x_IF[best_K, RANK_COLUMN[name]] = np.log(np.arange(1, len(best_K) + 1, dtype=np.float32))
         offers.append(best_K)
     x_IF[:, Slots.item] = experts.item_statistics.item_features(max(1, experts.window_events))
-    lately_I = cast(Popularity, experts.counters[POOL_EXPERT]).counts_I
-    pool_S = torch.from_numpy(top_k_indices(lately_I.numpy(), POOL_SIZE))
-    pool_S = pool_S[lately_I[pool_S].gt(0) & experts.trained_model.items.steps_R[pool_S].gt(0)]
+    recent_counts_I = cast(Popularity, experts.counters[POOL_EXPERT]).counts_I
+    pool_S = torch.from_numpy(top_k_indices(recent_counts_I.numpy(), POOL_SIZE))
+    pool_S = pool_S[recent_counts_I[pool_S].gt(0) & experts.trained_model.items.steps_R[pool_S].gt(0)]
     popular_P, pool_SD = np.unique(np.concatenate(offers)), experts.trained_model.items.weights[pool_S]
     log_rank_K = torch.arange(1, experts.items_per_expert + 2).log()
     return ExpertCache(floor, experts.item_statistics.repeat_rate, x_IF, log_rank_K, popular_P, pool_S, pool_SD)

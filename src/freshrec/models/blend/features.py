@@ -79,9 +79,9 @@ class ItemStatistics:
 def is_repeat(targets: Targets, n: int) -> Tensor:
     """(N,) whether each target's item is among the last `n` before it; in parts, since all at once take much room."""
     is_repeat_N = torch.zeros(len(targets), dtype=torch.bool)
-    for which in split_chunks(torch.arange(len(targets)), 32_768):
-        part = targets[which]
-        is_repeat_N[which] = (history_items(part, n) == part.items_N[:, None]).any(1)
+    for index in split_chunks(torch.arange(len(targets)), 32_768):
+        part = targets[index]
+        is_repeat_N[index] = (history_items(part, n) == part.items_N[:, None]).any(1)
     return is_repeat_N
 
 

@@ -268,8 +268,8 @@ def _chosen(targets: Targets, spec: BlendSpec, experts: Experts, source: torch.G
     order_N = order_N[able_N[order_N]]
     turn_N = occurrence_numbers(targets.users_N[order_N])
     share = min(1.0, spec.queries_per_window / experts.window_events)
-    wanted = min(spec.max_queries, round(share * len(targets)))
-    return targets[order_N[turn_N.argsort(stable=True)[:wanted]]]
+    n_queries = min(spec.max_queries, round(share * len(targets)))
+    return targets[order_N[turn_N.argsort(stable=True)[:n_queries]]]
 
 
 def _sample_queries(

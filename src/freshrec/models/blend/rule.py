@@ -54,9 +54,9 @@ def fit_correction(
     n_steps = n_epochs * len(split_chunks(torch.arange(len(z_QCF)), BATCH_SIZE))
     cycle = torch.optim.lr_scheduler.OneCycleLR(adam, LEARNING_RATE, total_steps=n_steps)
     for _ in range(n_epochs):
-        for which in split_chunks(permutation(len(z_QCF), rng), BATCH_SIZE):
-            score_QC = linear_QC[which] + trained.correction(z_QCF[which])
-            loss = -score_QC.masked_fill(~real_QC[which], -torch.inf).log_softmax(1)[:, 0].mean()
+        for index in split_chunks(permutation(len(z_QCF), rng), BATCH_SIZE):
+            score_QC = linear_QC[index] + trained.correction(z_QCF[index])
+            loss = -score_QC.masked_fill(~real_QC[index], -torch.inf).log_softmax(1)[:, 0].mean()
             adam.zero_grad()
             loss.backward()
             adam.step()
