@@ -49,7 +49,7 @@ def row(*numbers: float) -> Tensor:
     return torch.tensor([numbers], dtype=torch.float32)
 
 
-def kept(*rows: tuple[int, list[int], int]) -> TrainingSamples:
+def make_samples(*rows: tuple[int, list[int], int]) -> TrainingSamples:
     """Exemplars from (user, history, target), for models that look at 3 items."""
     histories = [[0] * (3 - len(history)) + history for _, history, _ in rows]
     users, items = [user for user, _, _ in rows], [item for _, _, item in rows]
@@ -186,7 +186,7 @@ def test_exemplars_by_loss_are_those_of_each_item_that_are_predicted_best() -> N
     model = MFSpec(d=1).build(0)
     model.grow(3, 2)
     model.users.weights[1:], model.items.weights[1:] = torch.tensor([[3.0], [1], [2]]), torch.tensor([[1.0], [0]])
-    pool = replace(kept((1, [], 1), (2, [], 1), (3, [], 1), (2, [], 2)), histories_NT=torch.zeros(4, 0).int())
+    pool = replace(make_samples((1, [], 1), (2, [], 1), (3, [], 1), (2, [], 2)), histories_NT=torch.zeros(4, 0).int())
     expected = [math.log1p(math.exp(-x)) for x in (3, 1, 2, -1)]
     assert sample_losses(model, pool, None).tolist() == near(expected, abs=1e-6)
     chosen = select_exemplars("loss", model, pool, None, torch.tensor([0, 2, 1]), NO_CHANCE)
@@ -196,7 +196,7 @@ def test_exemplars_by_loss_are_those_of_each_item_that_are_predicted_best() -> N
 def test_random_exemplars_are_as_many_as_wanted_and_any_may_be_among_them() -> None:
     model = SASRecSpec(d=4, length=3).build(0)
     model.grow(9, 2)
-    pool = kept(*((user, [1], 1) for user in range(1, 10)))
+    pool = make_samples(*((user, [1], 1) for user in range(1, 10)))
     taken = [
         select_exemplars("random", model, pool, None, torch.tensor([0, 3, 0]), make_rng(s)).users_N for s in range(40)
     ]
@@ -211,14 +211,14 @@ def test_an_exemplar_is_a_target_with_the_history_before_it_but_not_one_right_af
     joins = torch.tensor([0, 0, NEVER, 0, 0, 0])
     events = Events.trainable(torch.tensor([1, 1, 1, 1, 1, 2]), torch.tensor([5, 6, 7, 8, 9, 4]))
     targets = due_targets(append_events(Histories.empty(), replace(events, train_at_E=joins.to(torch.int8)), 2))
-    pool = build_pool(targets, kept((3, [1, 2], 3)), 3)
+    pool = build_pool(targets, make_samples((3, [1, 2], 3)), 3)
     assert pool.items_N.tolist() == [6, 9, 3] and pool.users_N.tolist() == [1, 1, 3]
     assert pool.histories_NT.tolist() == [[0, 0, 5], [6, 0, 8], [0, 1, 2]]
     assert len(trainable_targets(targets, 0)) == 5  # who reads no history needs none
 
 
 def test_exemplars_come_back_as_the_batches_that_their_model_knows() -> None:
-    exemplars = kept((1, [4, 5], 6), (2, [7], 8))
+    exemplars = make_samples((1, [4, 5], 6), (2, [7], 8))
     for spec, targets in ((SASRecSpec(d=4, length=3), [[0, 6], [0, 8]]), (MFSpec(d=4), [[6], [8]])):
         batch = exemplar_batch(exemplars, torch.tensor([0, 1]), spec.build(0), None)
         assert batch.users_B.tolist() == [1, 2] and batch.history_BT.tolist() == [[4, 5], [0, 7]]
@@ -227,7 +227,7 @@ def test_exemplars_come_back_as_the_batches_that_their_model_knows() -> None:
 
 def test_all_exemplars_are_replayed_once_an_epoch_and_in_another_order_in_the_next() -> None:
     model = SASRecSpec(d=4, length=3).build(0)
-    exemplars = kept(*((user, [1], 1) for user in range(1, 13)))
+    exemplars = make_samples(*((user, [1], 1) for user in range(1, 13)))
     seen: list[Tensor] = []
 
     def note(which_M: Tensor, batch: Batch) -> Tensor:
@@ -252,7 +252,7 @@ def model_of(name: str, **options: object) -> EncodingModel:
 
 @pytest.mark.parametrize("name", ["sasrec", "mf", "mind", "comirec-dr", "comirec-sa"])
 def test_distillation_starts_at_the_entropy_of_the_teacher_and_tells_the_weights_how_to_return(name: str) -> None:
-    exemplars = kept((1, [1, 2], 3), (2, [4], 5), (3, [6, 7, 8], 9))
+    exemplars = make_samples((1, [1, 2], 3), (2, [4], 5), (3, [6, 7, 8], 9))
     teacher, model = model_of(name), model_of(name)
     model.grow(4, 12)  # new items are no part of it
     carried = stored_interests_of(model, None, 1)
@@ -272,7 +272,7 @@ def test_distillation_starts_at_the_entropy_of_the_teacher_and_tells_the_weights
 
 
 def test_where_the_model_learns_by_the_full_softmax_every_old_item_feels_the_distillation() -> None:
-    exemplars, full = kept((1, [1, 2], 3)), {"predict": "last", "loss": "full"}
+    exemplars, full = make_samples((1, [1, 2], 3)), {"predict": "last", "loss": "full"}
     teacher, model = model_of("sasrec", **full), model_of("sasrec", **full)
     model.grow(4, 12)
     model.items.weights[5, 0] += 1
@@ -354,7 +354,7 @@ def test_the_sequences_most_like_the_new_one_are_replayed_of_users_who_are_back(
     # Items 1 and 2 point the same way, 3 across, 4 against. User 1 is back with item 1: of its three sequences, with
     # cosines 0 (3), 1 (2), -1 (4), it replays ceil(3 / 2) = 2; user 2 is not back.
     items_ID = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
-    pool = kept((1, [3, 3], 3), (1, [2, 2], 2), (1, [4, 4], 4), (2, [1, 1], 1))
+    pool = make_samples((1, [3, 3], 3), (1, [2, 2], 2), (1, [4, 4], 4), (2, [1, 1], 1))
     targets = due_targets(histories_of([1, 1, 3], [1, 1, 2]))
     assert select_similar(pool, targets, items_ID, 0.5).tolist() == [0, 1]
     assert select_similar(pool, targets, items_ID, 0.3).tolist() == [1]

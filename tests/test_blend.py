@@ -60,7 +60,7 @@ def fed(blocks: list[Events], **options: int) -> tuple[Blend, Histories]:
     return model, histories
 
 
-def asked(history: list[int], user: int = 0) -> Batch:
+def query_batch(history: list[int], user: int = 0) -> Batch:
     return Batch(torch.tensor([user]), torch.tensor([history]))
 
 
@@ -68,7 +68,7 @@ def test_it_learns_whom_to_believe() -> None:
     model, _ = fed([chain(1200, 0), chain(600, 1)])
     fit_rule(model)
     assert model.rule is not None and list(EXPERT_NAMES)[model.best_expert] == "markov"
-    items, scores = model.candidates(asked([3, 9, 17]))
+    items, scores = model.candidates(query_batch([3, 9, 17]))
     assert items[0, scores[0].argmax()] == 18 and scores.sum().item() == near(1.0)
     assert isinstance(model, CandidateModel)
 
@@ -78,7 +78,7 @@ def test_without_enough_to_learn_from_the_best_expert_speaks_alone() -> None:
     assert list(EXPERT_NAMES)[model.best_expert] == "markov"  # even without a refit
     fit_rule(model, min_queries=10_000)
     assert model.rule is None
-    batch = asked([3, 9, 17])
+    batch = query_batch([3, 9, 17])
     own = model.experts.counters["markov"].score(batch, torch.arange(1, ITEMS + 1))
     assert model.score(batch, torch.arange(1, ITEMS + 1)).argmax() == own.argmax()
 
@@ -93,7 +93,7 @@ def test_a_rule_that_ordered_worse_than_an_expert_is_not_used() -> None:
     model.query_log = replace(kept, ranks_PR=ranks_PR)
     fit_rule(model)
     assert model.active_rule is None and model.rule is not None
-    [reason] = model.explain(asked([3, 9, 17]), 18)
+    [reason] = model.explain(query_batch([3, 9, 17]), 18)
     assert reason.source == EXPERT_NAMES[model.best_expert]
     later = chain(600, 2)
     model.absorb(later, histories)
@@ -209,7 +209,7 @@ def test_ranks_and_lists_are_those_of_the_scores() -> None:
 def test_a_user_without_history_is_offered_what_is_popular() -> None:
     model, _ = fed([chain(1200, 0), chain(600, 1)])
     fit_rule(model)
-    nobody = model.score(asked([0]), torch.arange(1, ITEMS + 1))
+    nobody = model.score(query_batch([0]), torch.arange(1, ITEMS + 1))
     assert (nobody > 0).any() and torch.isfinite(nobody).all()
     alone = model.score(Batch(torch.tensor([0]), torch.zeros(1, 0, dtype=torch.int64)), torch.arange(1, ITEMS + 1))
     torch.testing.assert_close(alone, nobody)
@@ -225,8 +225,10 @@ def test_an_own_item_that_is_new_to_everybody_else_is_offered_again() -> None:
     again_Q = model.query_log.x_QCF[:, 0, taken].bool()  # those whose target was the user's own, one fact of which:
     assert again_Q[-100:].all() and (model.query_log.x_QCF[-100:, 0, events] == 0).all()  # no events
     fit_rule(model)
-    assert target_ranks(model, asked([4, ITEMS + 301]), torch.tensor([ITEMS + 301]), n_items=ITEMS).tolist() == [1]
-    assert target_ranks(model, asked([4]), torch.tensor([ITEMS + 301]), n_items=ITEMS).tolist() == [np.inf]
+    assert target_ranks(model, query_batch([4, ITEMS + 301]), torch.tensor([ITEMS + 301]), n_items=ITEMS).tolist() == [
+        1
+    ]
+    assert target_ranks(model, query_batch([4]), torch.tensor([ITEMS + 301]), n_items=ITEMS).tolist() == [np.inf]
 
 
 def test_a_saved_blend_gives_the_same_scores() -> None:
@@ -235,7 +237,7 @@ def test_a_saved_blend_gives_the_same_scores() -> None:
     other = BlendSpec().build(0)
     other.load_state_dict(model.state_dict())
     items = torch.arange(1, ITEMS + 1)
-    assert torch.equal(other.score(asked([3, 9]), items), model.score(asked([3, 9]), items))
+    assert torch.equal(other.score(query_batch([3, 9]), items), model.score(query_batch([3, 9]), items))
     for each in (model, other):
         each.absorb(chain(200, 3), histories)
     assert torch.equal(other.query_log.x_QCF, model.query_log.x_QCF)
@@ -293,7 +295,7 @@ def test_a_remembered_row_is_a_row_of_all_its_columns() -> None:
 def test_reasons_add_up_to_the_score_and_name_who_offered_and_which_event_spoke() -> None:
     model, _ = fed([chain(1200, 0), chain(600, 1)])
     fit_rule(model)
-    batch = asked([3, 9, 17])
+    batch = query_batch([3, 9, 17])
     items_BC, score_BC = model.candidates(batch)
     real_C = items_BC[0] > 0
     log_C = score_BC[0, real_C].log()
@@ -367,7 +369,9 @@ def test_a_trained_expert_that_adds_nothing_is_given_up_and_costs_nothing_from_t
     for mine, theirs in zip(tried, counting):
         assert mine.model.best_expert == theirs.model.best_expert and not mine.model.pending_queries
         assert (mine.model.rule is None) == (theirs.model.rule is None)
-        assert torch.equal(mine.model.candidates(asked([3, 9]))[1], theirs.model.candidates(asked([3, 9]))[1])
+        assert torch.equal(
+            mine.model.candidates(query_batch([3, 9]))[1], theirs.model.candidates(query_batch([3, 9]))[1]
+        )
 
 
 def test_a_silent_expert_says_nothing_when_its_floor_moves() -> None:
@@ -379,7 +383,7 @@ def test_a_silent_expert_says_nothing_when_its_floor_moves() -> None:
         model.rule = None
         fit_rule(model)
         assert model.rule is not None
-        _, x_BCF = model.experts.candidate_features(asked([3, 9, 17]))
+        _, x_BCF = model.experts.candidate_features(query_batch([3, 9, 17]))
         before = model.rule.scores(x_BCF)
         x_BCF[..., SHARE_COLUMN["pooled"]] -= 1.0
         assert torch.equal(model.rule.scores(x_BCF), before)
