@@ -257,15 +257,15 @@ def test_distillation_starts_at_the_entropy_of_the_teacher_and_tells_the_weights
     model.grow(4, 12)  # new items are no part of it
     carried = stored_interests_of(model, None, 1)
     loss = exemplar_distillation_loss(model, teacher, exemplars, carried)
-    model.items.pull(torch.tensor([2, 5, 11]))  # the step's rows
+    model.items.lookup(torch.tensor([2, 5, 11]))  # the step's rows
     batch = exemplar_batch(exemplars, torch.tensor([2, 0]), model, carried)
     p_BI = torch.softmax(score_items(teacher, replace(batch, targets_BT=None), torch.arange(1, 10)), 1)
     found = loss(torch.tensor([2, 0]), batch)
     assert found.item() == near(float(-(p_BI * p_BI.log()).sum(1).mean()), rel=1e-5)
     model.items.weights[5, 0] += 1
-    model.items.pull(torch.tensor([2, 5, 11]))
+    model.items.lookup(torch.tensor([2, 5, 11]))
     loss(torch.tensor([2, 0]), batch).backward()
-    ids_N, rows_ND = model.items.in_step()
+    ids_N, rows_ND = model.items.step_rows()
     assert rows_ND.grad is not None
     moved = rows_ND.grad.abs().amax(1) > 1e-5
     assert ids_N.tolist() == [2, 5, 11] and moved.tolist() == [True, True, False]
@@ -279,7 +279,7 @@ def test_where_the_model_learns_by_the_full_softmax_every_old_item_feels_the_dis
     batch = exemplar_batch(exemplars, torch.tensor([0]), model, None)
     model(replace(batch, negatives_N=torch.zeros(0, dtype=torch.int64)))
     exemplar_distillation_loss(model, teacher, exemplars, None)(torch.tensor([0]), batch).backward()
-    ids_N, rows_ND = model.items.in_step()
+    ids_N, rows_ND = model.items.step_rows()
     assert rows_ND.grad is not None
     assert ids_N[rows_ND.grad.any(1)].sort().values.tolist() == list(range(1, 10))
 

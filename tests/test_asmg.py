@@ -63,7 +63,7 @@ def same(some: Weights, other: Weights) -> bool:
 def test_the_chain_is_fine_tuning_to_the_bit_whatever_is_served(model: str, bits: Callable[[State], bytes]) -> None:
     """T29"""
     ours, plain = stream(MULTI, model, 4)[-1], stream(FineTune(FIT), model, 4)[-1]
-    chain = replace(ours, model=ours.memory.model, interests=ours.memory.users, memory=None)
+    chain = replace(ours, model=ours.memory.model, interests=ours.memory.interests, memory=None)
     assert bits(chain) == bits(plain)
     assert bits(replace(ours, memory=None)) != bits(plain)
 
@@ -126,12 +126,12 @@ def test_a_model_made_of_those_up_to_i_learns_on_span_i_plus_1(
     """T29, and the base model is in no window."""
     chain = [copy_weights(state.model) for state in stream(FineTune(FIT))]
     for t, lesson in enumerate(lessons(strategy, monkeypatch), 1):
-        assert len(lesson.window.models) == n_models[t - 1] and len(lesson.past_spans) == n_blocks[t - 1]
+        assert len(lesson.window.models) == n_models[t - 1] and len(lesson.blocks) == n_blocks[t - 1]
         newest_first = range(t - 1, 0, -1)
         for i, model in zip(newest_first, reversed(lesson.window.models)):
             known = {name: model[name][: len(rows)] for name, rows in chain[i].items()}
             assert same(known, chain[i])
-        for i, block in zip(range(t, 0, -1), reversed(lesson.past_spans)):
+        for i, block in zip(range(t, 0, -1), reversed(lesson.blocks)):
             due_R = block.histories.due_R == DUE
             assert sorted(block.histories.items_R[due_R].tolist()) == sorted(joining(i).items_E.tolist())
             assert block.n_items == log().spans[i].n_items
@@ -157,7 +157,7 @@ def test_the_loss_is_the_weighted_sum_over_the_spans() -> None:
     expected = 0.7 / 2
     for j, (block, share) in enumerate(zip(blocks, (1 / 6, 1 / 3))):
         made = copy.deepcopy(state.model)
-        load_weights(made, memory.generator.whole(ModelWindow(window.models[: j + 1], window.hidden)))
+        load_weights(made, memory.generator.generate(ModelWindow(window.models[: j + 1], window.hidden)))
         expected += share * made(next(MULTI._endless_batches(made, block, (*key, 0, j)))).loss.item()
     assert 0.7 + term(None, newest).item() == near(expected, rel=1e-5)  # type: ignore[arg-type]
 
@@ -259,7 +259,7 @@ def test_rehearsals_train_the_generator_and_nothing_else(bits: Callable[[State],
     [
         ({"generator": "linear"}, "learns on one span"),
         ({"generator": "linear", "loss": "last", "k": 0}, "set k >= 1"),
-        ({"rehearsals": 2}, "3 parts of the base block or more"),
+        ({"base_parts": 2}, "3 parts of the base block or more"),
         ({"loss": "newest"}, 'not "newest"'),
     ],
 )

@@ -139,7 +139,7 @@ def test_the_target_comes_first_and_is_described_as_it_was_before_it_happened() 
 
 
 def test_candidates_are_described_by_what_each_expert_says_of_all_items() -> None:
-    model, _ = fed([chain(1200, 0), chain(600, 1)], offered=7)
+    model, _ = fed([chain(1200, 0), chain(600, 1)], items_per_expert=7)
     experts = model.experts
     batch = Batch(torch.tensor([1, 2, 0]), torch.tensor([[0, 3, 9, 3], [4, 9, 2, 7], [0, 0, 0, 0]]))
     items_BC, x_BCF = experts.candidate_features(batch)
@@ -189,7 +189,7 @@ def test_every_user_is_asked_for_once_before_anybody_is_twice() -> None:
 
 
 def test_ranks_and_lists_are_those_of_the_scores() -> None:
-    model, histories = fed([chain(1200, 0), chain(600, 1)], offered=4)
+    model, histories = fed([chain(1200, 0), chain(600, 1)], items_per_expert=4)
     fit_rule(model)
     batch = Batch(torch.tensor([1, 2, 3]), torch.tensor([[0, 3], [4, 9], [0, 0]]))
     scores = model.score(batch, torch.arange(1, ITEMS + 1))
@@ -335,9 +335,9 @@ def test_the_trained_expert_is_heard_on_what_it_had_not_learnt_and_then_learns_i
     assert rank_QC.max() == rank_QC[:, 0].min()  # of those that nobody asked all ranks are alike
     heard_Q = heard[:, 0, RANK_COLUMN["pooled"]]
     assert heard_Q.float().exp().mean() < 8  # of the targets, among 30; it found out about the chain
-    assert all(int(state.model.experts.trained.items.steps_R.sum()) > 0 for state in after)
-    assert not any(bool(state.model.experts.trained.items.steps_R.any()) for state in counting)
-    moved = [state.model.experts.trained.items.weights for state in after]
+    assert all(int(state.model.experts.trained_model.items.steps_R.sum()) > 0 for state in after)
+    assert not any(bool(state.model.experts.trained_model.items.steps_R.any()) for state in counting)
+    moved = [state.model.experts.trained_model.items.weights for state in after]
     assert not torch.equal(*moved)
 
 
@@ -351,9 +351,9 @@ def test_an_update_that_would_harm_the_trained_expert_is_not_made() -> None:
     fit = FitConfig(epochs=6, max_epochs=6, patience=6)
     for block, manner in ((turned, 1.0), (lured, 0.0)):
         before, after = update([base, block], fit=fit)
-        old, new = (state.model.experts.trained.items.weights for state in (before, after))
+        old, new = (state.model.experts.trained_model.items.weights for state in (before, after))
         assert after.costs["lr_factor"] == manner and torch.equal(old, new) == (manner == 0)
-    assert "lr_factor" not in update([base, lured], fit=fit, safe=False)[1].costs
+    assert "lr_factor" not in update([base, lured], fit=fit, guard=False)[1].costs
 
 
 def test_a_trained_expert_that_adds_nothing_is_given_up_and_costs_nothing_from_then_on() -> None:
@@ -363,7 +363,7 @@ def test_a_trained_expert_that_adds_nothing_is_given_up_and_costs_nothing_from_t
     tried, counting = update([base, later], trains="worth"), update([base, later], trains="never")
     assert tried[0].costs["trained_worth_p"] >= SIGNIFICANCE_LEVEL
     assert "train_cpu_s" in tried[0].costs and "train_cpu_s" not in tried[1].costs
-    assert "rows_read" not in tried[1].costs and not tried[1].model.experts.trained.items.steps_R.any()
+    assert "rows_read" not in tried[1].costs and not tried[1].model.experts.trained_model.items.steps_R.any()
     for mine, theirs in zip(tried, counting):
         assert mine.model.best_expert == theirs.model.best_expert and not mine.model.pending_queries
         assert (mine.model.rule is None) == (theirs.model.rule is None)
@@ -409,7 +409,7 @@ def counting(passed: list[int], **options: Any) -> Refit:
     """A refit that writes down how many targets each of its trainings passes."""
 
     class Counted(Refit):
-        def _within(self, fit: FitConfig, targets: Targets) -> tuple[FitConfig, Targets]:
+        def _limit_passes(self, fit: FitConfig, targets: Targets) -> tuple[FitConfig, Targets]:
             passed.append(len(targets))
             return super()._limit_passes(fit, targets)
 
@@ -420,7 +420,7 @@ def test_anew_is_to_do_with_all_events_as_with_a_base_block() -> None:
     base, later = chain(1200, 0), chain(600, 1)
     later = replace(later, times_E=later.times_E + 1200)
     both = Events.trainable(torch.cat([base.users_E, later.users_E]), torch.cat([base.items_E, later.items_E]))
-    [_, after], [whole] = update([base, later], anew=True, trains="never"), update([both], trains="never")
+    [_, after], [whole] = update([base, later], full_retrain=True, trains="never"), update([both], trains="never")
     found, expected = after.model.state_dict(), whole.model.state_dict()
     assert found.keys() == expected.keys()
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
@@ -428,7 +428,7 @@ def test_anew_is_to_do_with_all_events_as_with_a_base_block() -> None:
 
 def test_anew_trains_on_all_events_but_those_held_back_by_the_last_block(tmp_path: Path) -> None:
     passed: list[int] = []
-    strategy = counting(passed, anew=True, trains="always", fit=FitConfig(epochs=1, max_epochs=1, patience=1))
+    strategy = counting(passed, full_retrain=True, trains="always", fit=FitConfig(epochs=1, max_epochs=1, patience=1))
     state = State(BlendSpec().build(0))
     for index, (n, expected) in enumerate([(1200, 600 + 0), (600, 1200 + 300), (600, 1800 + 300)]):
         block = chain(n, index)
@@ -448,21 +448,21 @@ def test_a_blend_that_began_with_too_little_trains_when_there_is_more() -> None:
     tiny = Events.trainable(
         torch.arange(1, 7), torch.arange(1, 7)
     )  # an event of each user: nobody can be asked anything
-    begun = [bool(state.model.experts.trained.items.steps_R.any()) for state in update([tiny, chain(600, 1)])]
+    begun = [bool(state.model.experts.trained_model.items.steps_R.any()) for state in update([tiny, chain(600, 1)])]
     assert begun == [False, True]
 
 
 def test_what_is_kept_at_hand_is_not_older_than_what_was_learnt() -> None:
     for state in update([chain(1200, 0), chain(300, 1)]):
         settled, trained = state.model.experts.cache, state.model.experts.trained_model
-        assert len(settled.shelf_S) == ITEMS
-        assert torch.equal(settled.shelf_SD, trained.items.weights[settled.shelf_S])
+        assert len(settled.pool_items_S) == ITEMS
+        assert torch.equal(settled.pool_vectors_SD, trained.items.weights[settled.pool_items_S])
 
 
 def test_a_budget_is_a_number_of_passes_that_training_keeps_to() -> None:
     # 50 passes: one epoch on the latest 50 targets before the last sixth, one on the latest 50 of it. Each is at most
     # 40 windows, a user's own, in batches of 16: at most 3 steps, in which an item of the histories moves once.
-    few, many = (update([chain(1200, 0)], passes=passes)[0].model.experts.trained.taken for passes in (50, 4000))
+    few, many = (update([chain(1200, 0)], max_passes=passes)[0].model.experts.trained_model.taken for passes in (50, 4000))
     assert 0 < few.steps_R.max() <= 6 < many.steps_R.max()
 
 

@@ -31,7 +31,7 @@ each_shape = pytest.mark.parametrize("shape", SHAPES)
 
 
 def built(**options: Any) -> Caser:
-    model = CaserSpec(**{"d": 6, "std": 1.0, "dropout": 0.0, "decay": 0.0} | options).build(0)
+    model = CaserSpec(**{"d": 6, "std": 1.0, "dropout": 0.0, "weight_decay": 0.0} | options).build(0)
     model.grow(3, N_ITEMS)
     model.items.weights[1:, -1] = torch.arange(N_ITEMS) / 4  # biases
     return model
@@ -146,7 +146,7 @@ def test_the_losses_are_of_the_scores_that_are_served() -> None:
 @pytest.mark.parametrize("loss", ["sampled", "full", "bce"])
 def test_weight_decay_pulls_at_each_weight_by_its_size(loss: str) -> None:
     batch = asked([4, 2, 7], [0, 1, 5], targets=[2, 6])
-    with_it, without = built(loss=loss, decay=0.1), built(loss=loss)
+    with_it, without = built(loss=loss, weight_decay=0.1), built(loss=loss)
     with_it(batch).loss.backward()
     without(batch).loss.backward()
     for pulled, free in zip(with_it.parameters(), without.parameters()):
@@ -159,7 +159,7 @@ def test_weight_decay_pulls_at_each_weight_by_its_size(loss: str) -> None:
 
 
 def test_weight_decay_is_of_the_weights_that_the_forward_pass_sees() -> None:
-    model, batch = built(decay=1.0), asked([4, 2, 7], targets=[2])
+    model, batch = built(weight_decay=1.0), asked([4, 2, 7], targets=[2])
     with apply_parametrization(model, lambda name, ids, weight: weight * 0) as forward_pass:
         # all scores are 0: the target is one of 5
         assert forward_pass(batch).loss.item() == near(1.609438, abs=1e-6)

@@ -117,14 +117,14 @@ def test_the_rows_that_a_step_moves_are_held_and_new_ones_are_free() -> None:
     fisher = empirical_fisher(anchor, SAMPLES, None)
     model.items.weights[5:] += 0.5
     model.last.bias.data += 0.1
-    model.items.pull(torch.tensor([5, 5, 1, 11]))
+    model.items.lookup(torch.tensor([5, 5, 1, 11]))
     loss = penalty_term(model, anchor, fisher, 3.0)(
         Batch(SAMPLES.users_N, SAMPLES.histories_NT), Forward(torch.zeros(()))
     )
     dense = 1.5 * 0.01 * fisher["last.bias"].sum()
     assert loss.item() == near(float(dense + 1.5 * 0.25 * fisher["items"][5].sum()), rel=1e-4)
     loss.backward()
-    gradient = model.items.in_step()[1].grad
+    gradient = model.items.step_rows()[1].grad
     assert gradient is not None and [bool(row.any()) for row in gradient] == [True, False, False]  # 5, 1, 11
 
 

@@ -195,7 +195,7 @@ def test_a_served_list_through_an_index_is_the_exact_one(tmp_path: Path) -> None
     stored(tmp_path, "comirec-dr:d=8", "finetune:fit.base_epochs=2:fit.epochs=1", n=2)
     lists = []
     for exact in (10, 50_000):
-        with server(tmp_path, limits=SearchOptions(exact_max_items=exact)) as (client, _):
+        with server(tmp_path, search_options=SearchOptions(exact_max_items=exact)) as (client, _):
             lists.append([items(client.get(f"/recommend/user-{n}?k=7")) for n in range(1, 30)])
             told = client.get("/version").json()["search"]
             assert told["how"] == ("index" if exact == 10 else "exact")

@@ -69,7 +69,7 @@ def test_a_value_that_an_option_does_not_take_is_refused_before_anything_is_buil
     [
         ("finetune:fit=none", "write fit.field=value"),  # only a part that may be None can be left out
         ("finetune:fit.history=spam", 'history of Fit.*did you mean "span"'),
-        ("finetune:fit.epochs=-1", "epochs of Fit is -1"),
+        ("finetune:fit.epochs=-1", "epochs of FitConfig is -1"),
         ("imsr:detect.form=qantile", 'form of Detect.*did you mean "quantile"'),
         ("imsr:retain.form=distanc", 'form of Retain.*did you mean "distance"'),
         ("absorb:fit.epochs=1", 'no options below "fit"'),

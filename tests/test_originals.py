@@ -130,7 +130,7 @@ def test_each_item_is_sent_through_the_transform_of_its_place_and_interest(name:
     assert W_TKDD.shape == {"mind": (1, 1, 4, 4), "dr": (5, 2, 4, 4), "dr-by-interest": (1, 2, 4, 4)}[name]
     votes_KT = layer.logits_KT[:, 2:] if name == "mind" else torch.zeros(2, 3)
     expected_KD = by_the_book(W_TKDD.expand(5, 2, 4, 4)[2:], items_TD, votes_KT)
-    found_BKD = layer(items_TD[None], torch.ones(1, 3), None, noisy=False)
+    found_BKD = layer(items_TD[None], torch.ones(1, 3), None, is_noisy=False)
     torch.testing.assert_close(found_BKD[0], expected_KD)
 
 
@@ -239,7 +239,7 @@ class Given(nn.Module):
         super().__init__()
         self.vectors_BKD = vectors_BKD
 
-    def forward(self, items_BTD: Tensor, real_BT: Tensor, alive_BK: Tensor | None, noisy: bool) -> Tensor:
+    def forward(self, items_BTD: Tensor, real_BT: Tensor, alive_BK: Tensor | None, is_noisy: bool) -> Tensor:
         return self.vectors_BKD
 
 

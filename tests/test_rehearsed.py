@@ -81,7 +81,7 @@ def test_the_knobs_are_turned_one_after_the_other_to_what_was_best(monkeypatch: 
             + 0.05 * manner.average_epochs
         )
 
-    monkeypatch.setattr(SelfTuned, "_chain", quality)
+    monkeypatch.setattr(SelfTuned, "_simulate_updates", quality)
     state, _ = circles.two_periods(SelfTuned(fit=FIT))
     assert state.memory.settings == UpdateSettings(
         lr_scale=2.0, average_epochs=True
@@ -89,14 +89,14 @@ def test_the_knobs_are_turned_one_after_the_other_to_what_was_best(monkeypatch: 
     assert len(asked) == 1 + sum(map(len, SEARCH_SPACE.values())) and asked[0] == UpdateSettings()
     assert {name: state.costs[name] for name in SEARCH_SPACE} == {
         "lr_scale": 2.0,
-        "current": 0.0,
-        "replayed": 0.0,
-        "averaged": 1.0,
+        "current_negatives": 0.0,
+        "replay_share": 0.0,
+        "average_epochs": 1.0,
     }
 
 
 @pytest.mark.parametrize(
-    ("knob", "rows"), [({"replayed": 0.5}, 1.5), ({"current": True}, 1.0), ({"lr_scale": 0.3}, 1.0), ({}, 1.0)]
+    ("knob", "rows"), [({"replay_share": 0.5}, 1.5), ({"current_negatives": True}, 1.0), ({"lr_scale": 0.3}, 1.0), ({}, 1.0)]
 )
 def test_each_knob_changes_the_update(knob: dict[str, Any], rows: float) -> None:
     strategy = SelfTuned(base_parts=0, reservoir=1.0, fit=FIT)
@@ -108,7 +108,7 @@ def test_each_knob_changes_the_update(knob: dict[str, Any], rows: float) -> None
     state = strategy.update(before, Span(0, base, 60, 20))
     state, span = replace(state, histories=append_events(state.histories, after, 60)), Span(1, after, 60, 20)
     plain = strategy.update(state, span)
-    turned = replace(state, memory=replace(state.memory, manner=UpdateSettings(**knob)))
+    turned = replace(state, memory=replace(state.memory, settings=UpdateSettings(**knob)))
     found = strategy.update(turned, span)
     assert torch.equal(weights(found.model), weights(plain.model)) == (not knob)
     assert found.costs["rows_read"] == rows * plain.costs["rows_read"]

@@ -254,7 +254,7 @@ def test_the_penalties_by_hand() -> None:
     model = replace(MODELS["mf"], d=2).build(0)  # type: ignore[type-var]
     model.grow(2, 2)
     model.items.weights[1:] = torch.tensor([[1.0, 2.0], [3.0, 0.0]])
-    model.items.pull(torch.tensor([1, 1, 2]))
+    model.items.lookup(torch.tensor([1, 1, 2]))
     nothing: Any = None
     assert weight_decay_term(model, 0.1)(nothing, nothing).item() == pytest.approx(0.7)
     transfer = Transfer.for_model(MLPTransfer(hidden=0), model, 0)  # users and items: 4 x 2 weights each
@@ -273,7 +273,7 @@ def test_the_work_counts_every_pass() -> None:
     assert training_passes(SML(transfer=LinearTransfer(), fit=FitConfig(epochs=2)), [60, 10, 20], 3) == [180, 20, 40]
 
 
-@pytest.mark.parametrize("options", [{"rounds": 2, "through": False}, {"rehearsals": 2}])
+@pytest.mark.parametrize("options", [{"rounds": 2, "train_through_transfer": False}, {"base_parts": 2}])
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match="SML"):
         SML(**options)

@@ -48,7 +48,7 @@ def test_a_user_is_no_neighbour_of_its_own_and_only_the_nearest_count() -> None:
 
 def test_an_item_makes_neighbours_of_its_latest_users_only() -> None:
     pairs = [(2, 1), (2, 5), (3, 1), (3, 6)]
-    assert asked(fed(pairs, (2,), through=1), 1, [1])[5:7] == [0, near(np.log1p(2 / 3))]
+    assert asked(fed(pairs, (2,), users_per_item=1), 1, [1])[5:7] == [0, near(np.log1p(2 / 3))]
 
 
 def test_what_is_older_than_the_last_events_is_forgotten() -> None:
