@@ -96,7 +96,8 @@ def test_the_knobs_are_turned_one_after_the_other_to_what_was_best(monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    ("knob", "rows"), [({"replay_share": 0.5}, 1.5), ({"current_negatives": True}, 1.0), ({"lr_scale": 0.3}, 1.0), ({}, 1.0)]
+    ("knob", "rows"),
+    [({"replay_share": 0.5}, 1.5), ({"current_negatives": True}, 1.0), ({"lr_scale": 0.3}, 1.0), ({}, 1.0)],
 )
 def test_each_knob_changes_the_update(knob: dict[str, Any], rows: float) -> None:
     strategy = SelfTuned(base_parts=0, reservoir=1.0, fit=FIT)
