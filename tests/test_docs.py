@@ -4,17 +4,18 @@ import ast
 import importlib
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
+from test_house import LAYERS, ROOT, SRC, imports
 
 from freshrec.cli.app import main
 from freshrec.data.synthetic import make_world
 from freshrec.errors import FreshrecError
 from freshrec.recommender.recommender import Recommender
-from test_house import LAYERS, ROOT, SRC, imports
 
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 HISTORY = ("CHANGELOG.md", "diary.md", "016-rooms-and-names.md")  # they name files that were there once
@@ -123,10 +124,14 @@ def test_the_file_map_holds_every_file_of_the_library_once() -> None:
     assert sorted(mapped) == sorted(path.relative_to(ROOT).as_posix() for path in there)
 
 
+@cache
+def syntax_tree(file: Path) -> ast.AST | None:
+    return ast.parse(file.read_text()) if file.exists() else None
+
+
 def definition(path: str, name: str | None) -> ast.AST | None:
     """The function, class, method or variable in a file, or the file if `name` is None; None where there is none."""
-    file = (ROOT if path.startswith(("docs/", "tests/")) else SRC) / path
-    found: ast.AST | None = ast.parse(file.read_text()) if file.exists() else None
+    found = syntax_tree((ROOT if path.startswith(("docs/", "tests/")) else SRC) / path)
     for part in name.split(".") if name else []:
         found = next((node for node in vars(found).get("body", []) if part in defined_names(node)), None)
         if found is None:
@@ -176,7 +181,7 @@ def walks(text: str) -> list[str]:
 
 def test_each_step_of_a_walk_is_called_by_the_step_above_it_in_this_order() -> None:
     # fine-tuning copies the model, then trains: neither the other way round, nor below another function
-    calls = "1. `strategies/baselines.py: FineTune.update` is first\n   1. `learn/fit.py: {}`\n   2. `learn/fit.py: {}`\n"
+    calls = "1. `strategies/baselines.py: FineTune.update`\n   1. `learn/fit.py: {}`\n   2. `learn/fit.py: {}`\n"
     assert walks(calls.format("grown_copy", "fit_model")) == []
     assert len(walks(calls.format("fit_model", "grown_copy"))) == 1
     assert len(walks(calls.format("grown_copy", "choose_epochs"))) == 1
