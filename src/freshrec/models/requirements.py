@@ -42,7 +42,7 @@ def build_model(spec: Any, name: str, seed: int = 0) -> Model:
         dict(model.named_children()).get("items"), EmbeddingTable
     ):
         raise OptionError(
-            f"{what} has no table of item vectors: set self.items = freshrec.nn.embedding_table.Table(...)."
+            f"{what} has no table of item vectors: set self.items = freshrec.nn.embedding_table.EmbeddingTable(...)."
         )
     return cast(Model, model)
 
