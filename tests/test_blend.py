@@ -466,7 +466,9 @@ def test_what_is_kept_at_hand_is_not_older_than_what_was_learnt() -> None:
 def test_a_budget_is_a_number_of_passes_that_training_keeps_to() -> None:
     # 50 passes: one epoch on the latest 50 targets before the last sixth, one on the latest 50 of it. Each is at most
     # 40 windows, a user's own, in batches of 16: at most 3 steps, in which an item of the histories moves once.
-    few, many = (update([chain(1200, 0)], max_passes=passes)[0].model.experts.trained_model.taken for passes in (50, 4000))
+    few, many = (
+        update([chain(1200, 0)], max_passes=passes)[0].model.experts.trained_model.taken for passes in (50, 4000)
+    )
     assert 0 < few.steps_R.max() <= 6 < many.steps_R.max()
 
 

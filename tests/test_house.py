@@ -278,6 +278,46 @@ def test_the_house_keeps(check: Check) -> None:
     assert not wrong, "\n" + "\n".join(wrong)
 
 
+def imported_modules(file: Path, modules: set[str]) -> set[str]:
+    """The modules of freshrec that a file imports, inside functions too, but not for type checking alone."""
+    found, nodes = set[str](), list[ast.AST](ast.parse(file.read_text()).body)
+    while nodes:
+        match nodes.pop():
+            case ast.If(test=ast.Name("TYPE_CHECKING"), orelse=others):
+                nodes += others
+            case ast.Import(names):
+                found |= {alias.name for alias in names} & modules
+            case ast.ImportFrom(module=str(module), names=names) if module.partition(".")[0] == "freshrec":
+                inner = {f"{module}.{alias.name}" for alias in names}
+                found |= inner & modules or {module}
+            case node:
+                nodes += ast.iter_child_nodes(node)
+    return found
+
+
+def circles(imports_of: dict[str, set[str]]) -> set[str]:
+    """Modules that import each other in a circle: what remains when those without imports are taken away, both ways."""
+    left = dict(imports_of)
+    while free := {m for m, its in left.items() if not its & left.keys() or not any(m in left[o] for o in left)}:
+        left = {module: its for module, its in left.items() if module not in free}
+    return set(left)
+
+
+def test_a_circle_of_imports_is_found() -> None:
+    # c and d import each other; b imports them, they import a, and neither a nor b is part of the circle
+    assert circles({"a": set(), "b": {"c"}, "c": {"d", "a"}, "d": {"c"}}) == {"c", "d"}
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    files = {
+        f"freshrec.{file.relative_to(SRC).with_suffix('').as_posix().replace('/', '.')}": file
+        for file in SRC.rglob("*.py")
+    }
+    files = {module.removesuffix(".__init__"): file for module, file in files.items()}
+    assert len(files) > 100
+    assert circles({module: imported_modules(file, set(files)) for module, file in files.items()}) == set()
+
+
 def check_equations(root: Path) -> Iterator[str]:
     """Rule 1: one equation of a known paper, one function, at least one test."""
     papers, homes, tests = generate.papers(root), generate.homes(root), generate.checks(root)

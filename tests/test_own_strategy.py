@@ -192,7 +192,7 @@ def test_a_name_that_stands_for_no_strategy_is_refused(text: str, says: str) -> 
 
 def test_a_strategy_without_a_method_update_is_refused_by_the_recommender() -> None:
     not_a_strategy: Any = FitConfig()
-    with pytest.raises(OptionError, match=r"Fit.* has no method update\(state, span\)"):
+    with pytest.raises(OptionError, match=r"FitConfig.* has no method update\(state, span\)"):
         Recommender("mf", not_a_strategy)
 
 
