@@ -15,6 +15,7 @@ import polars as pl
 
 from freshrec.data.columns import ColumnFault, has_value, read_ids, read_labels, read_numbers, read_times
 from freshrec.data.formats import SourceTable, as_log_error, open_table, to_printable
+from freshrec.deprecation import UNSET, Unset, value_of_renamed
 from freshrec.errors import LogError, NoRowsError, OptionError, unknown_name_error
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ def read_log(
     quarantine: Path | None = None,
     allow_missing_events: bool = False,
     text_columns: Sequence[str] = (),
+    absent: bool | Unset = UNSET,
+    text: Sequence[str] | Unset = UNSET,
 ) -> Log:
     """The log in `source`: CSV(.gz), Parquet (file or folder), JSON lines, or a frame of polars or pandas.
 
@@ -73,8 +76,10 @@ def read_log(
     some are digits. `format`: a key of FORMATS. `events`: the event types to keep, all if empty. `users`: keep a random
     sample of so many whole users. `quarantine`: a .parquet or .csv file for bad rows. `allow_missing_events`: an event
     type may have no rows. `text_columns`: which of our columns hold text even where all ids are digits. LogError where
-    the log is not one.
+    the log is not one. `absent` and `text` are former names of the last two.
     """
+    allow_missing_events = value_of_renamed("allow_missing_events", allow_missing_events, "absent", absent)
+    text_columns = value_of_renamed("text_columns", text_columns, "text", text)
     if quarantine is not None and isinstance(source, str | Path) and quarantine.resolve() == Path(source).resolve():
         raise OptionError(f"the bad rows of {quarantine.name} cannot replace the log itself; name another file.")
     if quarantine is not None and quarantine.suffix not in (".parquet", ".csv"):
