@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from freshrec.data.batches import due_targets, make_rng, targets_at
+from freshrec.data.batches import due_targets, targets_at
 from freshrec.data.histories import append_events
 from freshrec.data.stored_interests import stored_interests_of
 from freshrec.learn.exemplars import (
@@ -36,6 +36,7 @@ from freshrec.models import MODELS
 from freshrec.models.mf import MFSpec
 from freshrec.models.sasrec import SASRecSpec
 from freshrec.nn.scoring import score_items
+from freshrec.random_streams import stream
 from freshrec.strategies.ader import ADER, adaptive_weight, distillation, exemplar_distillation_loss
 from freshrec.strategies.ader_s import ADERS, select_similar, truncate_sequences
 from freshrec.strategies.baselines import FineTune
@@ -122,12 +123,16 @@ def test_no_exemplar_is_lost_by_rounding(counts: list[int], n: int) -> None:
 
 def test_drawn_allocation_has_the_right_mean_and_loses_what_is_drawn_too_often() -> None:
     counts_I = torch.tensor([0, 5000, 3000, 2000])
-    wanted_I = allocate_exemplars(counts_I, 2000, "multinomial", False, make_rng(0))
+    wanted_I = allocate_exemplars(counts_I, 2000, "multinomial", False, stream(0, "test"))
     assert int(wanted_I.sum()) == 2000
     assert (wanted_I - torch.tensor([0, 1000, 600, 400])).abs().max() < 90  # 4 standard deviations, of 22
     few_I = torch.tensor([0, 1, 1, 1])  # all three are drawn in 2 of 9 cases
-    assert {int(allocate_exemplars(few_I, 3, "multinomial", True, make_rng(s)).sum()) for s in range(50)} == {1, 2, 3}
-    assert not allocate_exemplars(0 * few_I, 3, "multinomial", False, make_rng(0)).any()
+    assert {int(allocate_exemplars(few_I, 3, "multinomial", True, stream(s, "test")).sum()) for s in range(50)} == {
+        1,
+        2,
+        3,
+    }
+    assert not allocate_exemplars(0 * few_I, 3, "multinomial", False, stream(0, "test")).any()
 
 
 # which exemplars
@@ -154,8 +159,8 @@ def test_herding_by_hand(points: Tensor, m: int, repeat: bool, expected: list[in
 
 def test_herding_keeps_the_mean_of_what_it_took_closest_to_the_mean_of_all() -> None:
     # Algorithm 1 as printed: argmin_x || mu - (phi(x) + sum of those taken) / k ||, in groups of different sizes.
-    features_SD = torch.randn(60, 5, generator=make_rng(0))
-    group_S = torch.randint(0, 4, (60,), generator=make_rng(1)) * 3
+    features_SD = torch.randn(60, 5, generator=stream(0, "test"))
+    group_S = torch.randint(0, 4, (60,), generator=stream(1, "test")) * 3
     wanted_G = torch.zeros(10, dtype=torch.int64).index_fill(0, group_S.unique(), 6)
     found = herd(features_SD, group_S, wanted_G)
     phi_SD = F.normalize(features_SD, dim=1)
@@ -198,7 +203,8 @@ def test_random_exemplars_are_as_many_as_wanted_and_any_may_be_among_them() -> N
     model.grow(9, 2)
     pool = make_samples(*((user, [1], 1) for user in range(1, 10)))
     taken = [
-        select_exemplars("random", model, pool, None, torch.tensor([0, 3, 0]), make_rng(s)).users_N for s in range(40)
+        select_exemplars("random", model, pool, None, torch.tensor([0, 3, 0]), stream(s, "test")).users_N
+        for s in range(40)
     ]
     assert all(len(users_N.unique()) == 3 for users_N in taken) and len(torch.cat(taken).unique()) == 9
 
@@ -234,7 +240,7 @@ def test_all_exemplars_are_replayed_once_an_epoch_and_in_another_order_in_the_ne
         seen.append(batch.users_B)
         return torch.zeros(())
 
-    term = ExperienceReplay(model, exemplars, None, 1.0, note, 4, make_rng(0))
+    term = ExperienceReplay(model, exemplars, None, 1.0, note, 4, stream(0, "test"))
     batch = Batch(torch.tensor([1]), torch.tensor([[1]]))
     for _ in range(6):
         term(batch, None)  # type: ignore[arg-type]
@@ -343,10 +349,10 @@ def test_the_first_update_starts_like_everybody_elses(bits: Callable[[State], by
 def test_sequences_are_cut_off_at_different_random_ends() -> None:
     # User 1 has 5 events, and three ends of 3 or more items; user 2 has 2 events and none.
     targets = due_targets(histories_of([1] * 5 + [2] * 2, [1, 2, 3, 4, 5, 6, 7]), "span")
-    whole = truncate_sequences(targets, 5, 3, make_rng(0))
+    whole = truncate_sequences(targets, 5, 3, stream(0, "test"))
     assert whole.items_N.tolist() == [3, 4, 5]
     assert whole.histories_NT.tolist() == [[0, 1, 2], [1, 2, 3], [2, 3, 4]]
-    ends = {tuple(truncate_sequences(targets, 2, 3, make_rng(s)).items_N.tolist()) for s in range(30)}
+    ends = {tuple(truncate_sequences(targets, 2, 3, stream(s, "test")).items_N.tolist()) for s in range(30)}
     assert ends == {(3, 4), (3, 5), (4, 5)}
 
 

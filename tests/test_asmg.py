@@ -8,6 +8,7 @@ from functools import cache
 import pytest
 import torch
 
+from freshrec import random_streams
 from freshrec.data.batches import due_targets
 from freshrec.data.histories import append_events
 from freshrec.data.split import LogSplit, split_log
@@ -158,7 +159,8 @@ def test_the_loss_is_the_weighted_sum_over_the_spans() -> None:
     for j, (past_span, share) in enumerate(zip(past_spans, (1 / 6, 1 / 3))):
         made = copy.deepcopy(state.model)
         load_weights(made, memory.generator.generate(ModelWindow(window.models[: j + 1], window.hidden)))
-        expected += share * made(next(MULTI._endless_batches(made, past_span, (*key, 0, j)))).loss.item()
+        rng = random_streams.stream(0, "past spans", 4, j)
+        expected += share * made(next(MULTI._endless_batches(made, past_span, rng))).loss.item()
     assert 0.7 + term(None, newest).item() == near(expected, rel=1e-5)  # type: ignore[arg-type]
 
 
@@ -166,12 +168,13 @@ def test_past_spans_are_passed_again_and_again_with_negatives_of_their_time_and_
     state = stream(MULTI, "mf", 5)[-1]
     block = replace(state.memory.past_spans[0], n_items=3)
     once = list(training_batches(state.model, due_targets(block.histories), torch.Generator()))
-    endless = MULTI._endless_batches(state.model, block, (0,))
+    endless = MULTI._endless_batches(state.model, block, torch.Generator())
     drawn = [next(endless) for _ in range(3 * len(once))]
     n_targets = int((block.histories.due_R == DUE).sum())
     assert sum(len(batch) for batch in drawn) == 3 * n_targets
     assert max(int(batch.negatives_N.max()) for batch in drawn) == 3  # type: ignore[union-attr]
-    assert list(MULTI._endless_batches(state.model, replace(block, histories=Histories.empty()), (0,))) == []
+    empty = replace(block, histories=Histories.empty())
+    assert list(MULTI._endless_batches(state.model, empty, torch.Generator())) == []
 
 
 def test_a_block_remembers_the_interests_that_were_served_in_it() -> None:

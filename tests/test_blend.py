@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from freshrec.data.batches import Targets, due_targets, make_rng, occurrence_numbers
+from freshrec.data.batches import Targets, due_targets, occurrence_numbers
 from freshrec.data.histories import append_events
 from freshrec.learn.fit import FitConfig
 from freshrec.models.absorb import absorb_block
@@ -33,6 +33,7 @@ from freshrec.models.blend.rule import (
     fit_listwise,
 )
 from freshrec.nn.ranking import target_ranks, top_k
+from freshrec.random_streams import stream
 from freshrec.store.checkpoint import load_state, save_state
 from freshrec.strategies.refit import MIN_GAIN_NATS, MIN_GAIN_QUERIES, Refit
 from freshrec.types import NEVER, NEXT, NOW, Batch, CandidateModel, Events, Histories, Span, State
@@ -259,17 +260,17 @@ def test_a_saved_state_of_a_blend_goes_on_with_its_own_seed_and_moments(tmp_path
 
 def test_the_network_corrects_what_weights_cannot_say() -> None:
     # The better of two candidates is the one whose first two features have the same sign: no weights can say so.
-    x = torch.randn(600, 2, len(FEATURES), generator=make_rng(0))
+    x = torch.randn(600, 2, len(FEATURES), generator=stream(0, "test"))
     better = x[..., 0] * x[..., 1]
     x = x.gather(1, better.argsort(1, descending=True)[..., None].expand_as(x))
     real, rule = torch.ones(600, 2, dtype=torch.bool), Rule.initial(0)
     z, nothing = rule.standardize(x), torch.zeros(600, 2)
-    found = fit_correction(rule, z, nothing, real, 30, make_rng(1))
+    found = fit_correction(rule, z, nothing, real, 30, stream(1, "test"))
     right = (found.correction(z)[:, 0] > found.correction(z)[:, 1]).float().mean()
     assert right > 0.85 and (rule.correction(z) == 0).all()
     weights = fit_listwise(z, real, torch.zeros(len(FEATURES)), 1e-4)
     assert ((z @ weights)[:, 0] > (z @ weights)[:, 1]).float().mean() < 0.7
-    assert fit_correction(rule, z, nothing, real, 0, make_rng(1)) is rule
+    assert fit_correction(rule, z, nothing, real, 0, stream(1, "test")) is rule
 
 
 def test_listwise_weights_are_where_the_slope_is_zero() -> None:
@@ -286,7 +287,7 @@ def test_listwise_weights_are_where_the_slope_is_zero() -> None:
 
 
 def test_a_remembered_row_is_a_row_of_all_its_columns() -> None:
-    source = make_rng(0)
+    source = stream(0, "test")
     kept = QueryLog(torch.rand(5, 2, 3, generator=source).half(), torch.ones(5, 2) > 0, torch.rand(6, 2))
     latest = kept.latest(3)
     assert torch.equal(latest.x_QCF, kept.x_QCF[2:]) and torch.equal(latest.ranks_PR, kept.ranks_PR[3:])

@@ -178,7 +178,8 @@ def test_every_weight_learns(shape: str, loss: str) -> None:
     model = built(loss=loss, **SHAPES[shape])
     assert isinstance(model, VectorModel) and model.batch_format == "target"
     for layer in model.horizontal:
-        torch.nn.init.constant_(layer.bias, 9.0)  # so that no filter sleeps
+        torch.nn.init.constant_(layer.bias, 9.0)  # so that no filter sleeps ...
+    torch.nn.init.constant_(model.join.bias, 99.0)  # ... nor a unit of the layer above them
     model(query_batch([4, 2, 7, 3, 8], [9, 1, 6, 1, 5], targets=[2, 6])).loss.backward()
     assert all(weight.grad is not None and (weight.grad != 0).any() for weight in model.parameters())
 

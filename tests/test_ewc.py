@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freshrec.data.batches import make_rng, targets_at
+from freshrec.data.batches import targets_at
 from freshrec.data.histories import append_events
 from freshrec.data.stored_interests import stored_interests_of
 from freshrec.learn.fit import FitConfig
@@ -20,6 +20,7 @@ from freshrec.learn.weights import grow_model
 from freshrec.models import MODELS
 from freshrec.nn.embedding_table import embedding_tables
 from freshrec.nn.layers import max_inner_product
+from freshrec.random_streams import stream
 from freshrec.strategies.baselines import FineTune
 from freshrec.strategies.ewc import EWC, empirical_fisher, penalty, penalty_term
 from freshrec.types import Batch, EncodingModel, Forward, Histories, Interests, Span, State
@@ -82,7 +83,7 @@ def one_by_one(model: EncodingModel, users: Interests | None) -> dict[str, Tenso
 def test_the_fisher_is_the_mean_of_squared_gradients_of_single_samples(name: str, categories: int) -> None:
     # User 2 has three interests of its own, the others start from four slots; user 3's history repeats its target.
     model, none = model_of(name, categories), torch.zeros(3, dtype=torch.int16)
-    stored_SD = torch.randn(3, 4, generator=make_rng(0))
+    stored_SD = torch.randn(3, 4, generator=stream(0, "test"))
     users = Interests(stored_SD, torch.tensor([0, 0, 0, 3, 3, 3]), none, none)
     found, expected = empirical_fisher(model, SAMPLES, stored_interests_of(model, users, 1)), one_by_one(model, users)
     assert found.keys() == expected.keys()

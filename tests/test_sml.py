@@ -28,6 +28,7 @@ from freshrec.learn.transfer import (
 )
 from freshrec.learn.weights import Weights, copy_weights, load_weights
 from freshrec.models import MODELS
+from freshrec.random_streams import stream_seed
 from freshrec.replay.plan import training_passes
 from freshrec.store.checkpoint import load_state, save_state
 from freshrec.strategies.baselines import FineTune
@@ -136,7 +137,7 @@ def authors_order(strategy: SML, spans: list[Span]) -> list[tuple[Weights, Weigh
                     model,
                     then,
                     strategy.transfer_epochs,
-                    (0, t + 1, n, 2),
+                    (stream_seed(0, "transfer training"), t + 1, n),
                     lr_scale=FAST / model.spec.lr,
                     terms=[transfer_decay_term(transfer, strategy.transfer_weight_decay)],
                     parametrization=transfer_parametrization(transfer, before),

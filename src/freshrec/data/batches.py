@@ -136,15 +136,6 @@ def occurrence_numbers(users_N: Tensor) -> Tensor:
     return torch.empty_like(at_N).index_copy(0, order_N, number_N)
 
 
-def make_rng(*numbers: int) -> torch.Generator:
-    """A generator that depends on all the numbers (seed, span, ...) and on nothing else."""
-    state = 0x9E3779B97F4A7C15
-    for n in numbers:
-        state = ((state ^ (n & 0xFFFFFFFF)) * 0xBF58476D1CE4E5B9) % 2**64
-        state ^= state >> 31
-    return torch.Generator().manual_seed(state % 2**63)
-
-
 def split_chunks(order_N: Tensor, size: int) -> list[Tensor]:
     """`order_N` in pieces of `size`; no piece at all, rather than an empty one, where there is nothing."""
     return list(order_N.split(size)) if len(order_N) else []

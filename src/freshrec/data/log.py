@@ -343,7 +343,7 @@ def _sample_users(log: Log, users: int, seed: int) -> Log:
     ids = log.frame["user_id"].unique().sort()
     if users >= len(ids):
         return _add_note(log, f"all {len(ids):,} users kept, {users:,} were asked for")
-    chosen = ids.sample(users, seed=seed)
+    chosen = ids.sample(users, seed=seed)  # no named stream: published results are of these users
     frame = log.frame.filter(pl.col("user_id").is_in(chosen.implode()))
     return _add_note(replace(log, frame=frame), f"a sample of {users:,} of {len(ids):,} users, seed {seed}")
 

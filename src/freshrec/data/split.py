@@ -94,6 +94,7 @@ def _split(log: Log, config: SplitConfig, seed: int) -> LogSplit:
     labels_E, categories_E = _labels(frame), _category_rows(frame)
     is_forget_user_U = _select_users(len(user_catalog), config.forget_users, seed)
     spans = []
+    # no named streams here and in `_select_users`: published results are of these users and targets
     for t, (a, b) in enumerate(zip(edges, edges[1:])):
         users, rng = users_E[a:b].numpy(), np.random.default_rng((seed % 2**64, t))
         tail = _last_event_roles(users, sizes[t][0]) if t > 0 else np.full(b - a, TRAIN, np.int8)
@@ -231,6 +232,7 @@ def _parse_dates(dates: Sequence[str]) -> list[int]:
 def _build_catalogs(frame: pl.DataFrame, edges: list[int]) -> tuple[Catalog, Catalog, list[tuple[int, int]]]:
     """Both catalogs at the end of the log, and (n_users, n_items) at the end of each span."""
     users, items, sizes = Catalog.empty(), Catalog.empty(), []
+    # no named streams here and in `_select_users`: published results are of these users and targets
     for t, (a, b) in enumerate(zip(edges, edges[1:])):
         users = users.extend(frame["user_id"][a:b], t)
         items = items.extend(frame["item_id"][a:b], t)

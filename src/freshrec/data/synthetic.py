@@ -71,6 +71,7 @@ def make_world(
             f"a world of {users} users, {items} items, {events} events and {spans} spans cannot be made; it takes at "
             f"least 1 user, {N_TOPICS} items, 1 span and 2 events per span."
         )
+    # no named stream: published results are of these worlds, so a seed keeps its world
     return WORLDS[name](WorldSize(users, items, events, spans), np.random.default_rng(seed))
 
 

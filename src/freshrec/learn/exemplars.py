@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freshrec.data.batches import Targets, make_rng, shuffle_by_length, split_chunks
+from freshrec.data.batches import Targets, shuffle_by_length, split_chunks
 from freshrec.data.stored_interests import StoredInterests
 from freshrec.device import uniform
 from freshrec.learn.fit import training_batches
@@ -21,6 +21,7 @@ from freshrec.learn.reservoir import TrainingSamples, concat_samples, copy_sampl
 from freshrec.nn.embedding_table import embedding_tables
 from freshrec.nn.layers import attend, max_inner_product
 from freshrec.nn.scoring import item_vectors, user_vectors
+from freshrec.random_streams import stream
 from freshrec.types import HELD_OUT, SEQUENCE_FORMATS, Batch, EncodingModel, Forward, TrainedModel
 
 SelectionRule = Literal["herding", "herding-code", "random", "loss"]
@@ -230,7 +231,7 @@ def experience_replay(
     rng: torch.Generator,
 ) -> list[ExperienceReplay]:
     """The term for `train(model, targets, ...)`; none where it would add nothing, so that training is fine-tuning."""
-    n_steps = sum(1 for _ in training_batches(model, targets, make_rng(0)))
+    n_steps = sum(1 for _ in training_batches(model, targets, stream(0, "number of steps")))
     if not weight or not len(exemplars) or not n_steps:
         return []
     return [ExperienceReplay(model, exemplars, stored_interests, weight, loss, max(1, len(exemplars) // n_steps), rng)]

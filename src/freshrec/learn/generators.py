@@ -16,10 +16,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from freshrec.data.batches import make_rng
 from freshrec.device import uniform
 from freshrec.learn.weights import Parametrization, Weights
 from freshrec.nn.embedding_table import embedding_tables
+from freshrec.random_streams import stream
 from freshrec.types import TrainedModel
 
 CHUNK_ROWS = 8192  # rows of a table generated at a time
@@ -250,4 +250,5 @@ def new_generator(
     slots = {name: table.n_dims for name, table in embedding_tables(model).items()}
     for name, weight in model.named_parameters():
         slots[name] = weight.numel() if weight.numel() <= largest else weight.shape[-1]
-    return ModelGenerator({name: make(n, make_rng(seed, i)) for i, (name, n) in enumerate(slots.items())}, {})
+    rngs = [stream(seed, "generator network", i) for i in range(len(slots))]
+    return ModelGenerator({name: make(n, rng) for (name, n), rng in zip(slots.items(), rngs)}, {})

@@ -18,6 +18,7 @@ from freshrec.config import Count, CountOrZero, Weight, check_options
 from freshrec.errors import OptionError
 from freshrec.learn.weights import Parametrization, Weights, copy_weights
 from freshrec.nn.embedding_table import embedding_tables
+from freshrec.random_streams import global_stream
 from freshrec.types import TrainedModel
 
 CHUNK_ROWS = 4096  # mapped at once where a whole table is
@@ -183,8 +184,7 @@ class Transfer(nn.Module):
     def __init__(self, spec: TransferSpec, width: int, names: Iterable[str], seed: int) -> None:
         super().__init__()
         self.width, self.moments = width, dict[str, Tensor]()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with global_stream(seed, "transfer network"):
             self.towers = nn.ModuleDict({_module_name(name): spec.build_tower(width) for name in names})
 
     @staticmethod

@@ -17,6 +17,7 @@ from freshrec.errors import OptionError
 from freshrec.nn.embedding_table import EmbeddingTable, embed
 from freshrec.nn.full_softmax import full_softmax_loss
 from freshrec.nn.layers import bce_loss, sampled_logits, sampled_softmax_loss
+from freshrec.random_streams import global_stream, stream_seed
 from freshrec.types import Batch, Forward
 
 
@@ -61,11 +62,10 @@ class Caser(nn.Module):
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
         width = spec.d * (2 if spec.personal else 1) + 1
-        self.taken = EmbeddingTable(spec.d, spec.std, seed, spec.categories)
-        self.items = EmbeddingTable(width, spec.std, seed + 1, spec.categories)
-        self.users = EmbeddingTable(spec.d, spec.std, seed + 2) if spec.personal else None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        self.taken = EmbeddingTable(spec.d, spec.std, stream_seed(seed, "taken"), spec.categories)
+        self.items = EmbeddingTable(width, spec.std, stream_seed(seed, "items"), spec.categories)
+        self.users = EmbeddingTable(spec.d, spec.std, stream_seed(seed, "users")) if spec.personal else None
+        with global_stream(seed, "dense weights"):
             self.vertical = nn.Linear(spec.length, spec.vertical) if spec.vertical else None
             heights = range(1, spec.length + 1) if spec.horizontal else ()
             self.horizontal = nn.ModuleList(nn.Linear(height * spec.d, spec.horizontal) for height in heights)

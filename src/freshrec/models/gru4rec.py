@@ -19,6 +19,7 @@ from freshrec.config import HISTORY_LENGTH, Count, CountOrZero, Positive, Rate, 
 from freshrec.errors import OptionError
 from freshrec.nn.embedding_table import EmbeddingTable, embedding_matrix, lookup_many
 from freshrec.nn.layers import MASKED, sampled_logits, sampled_softmax_loss
+from freshrec.random_streams import global_stream, stream_seed
 from freshrec.types import Batch, Forward, SessionLanes
 
 Loss = Literal["xe", "bpr", "top1", "bpr-max", "top1-max"]
@@ -148,14 +149,13 @@ class GRU4Rec(nn.Module):
         self.batch_format = "window" if spec.steps == "windows" else "session-parallel"
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
-        self.items = EmbeddingTable(spec.d, spec.std, seed, spec.categories)
+        self.items = EmbeddingTable(spec.d, spec.std, stream_seed(seed, "items"), spec.categories)
         self.taken: EmbeddingTable | None = None  # vectors of items as input, where they are not those of the output
         if spec.embeddings == "separate":
-            self.taken = EmbeddingTable(spec.d, spec.std, seed + 1, spec.categories)
+            self.taken = EmbeddingTable(spec.d, spec.std, stream_seed(seed, "taken"), spec.categories)
         self.register_buffer("counts_I", torch.zeros(1, dtype=torch.int64))
         hidden = spec.hidden or spec.d
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with global_stream(seed, "dense weights"):
             sizes = [spec.d] + [hidden] * spec.layers
             self.layers = nn.ModuleList(nn.GRU(n, m, batch_first=True) for n, m in zip(sizes, sizes[1:]))
             self.last = nn.Linear(hidden, spec.d) if hidden != spec.d else None

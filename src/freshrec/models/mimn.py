@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from freshrec.config import Count, CountOrZero, Positive, Weight, check_options
 from freshrec.nn.embedding_table import EmbeddingTable, grow_with_zeros, lookup_many
 from freshrec.nn.layers import attend, has_vector, sampled_logits, sampled_softmax_loss
+from freshrec.random_streams import global_stream, stream_seed
 from freshrec.types import Batch, Forward
 
 # Constants of the authors' code: bound of the heads' outputs, sharpness, and the use of a slot that is used much
@@ -165,9 +166,8 @@ class MIMN(nn.Module):
         super().__init__()
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
-        self.items = EmbeddingTable(spec.d, spec.std, seed, spec.categories)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        self.items = EmbeddingTable(spec.d, spec.std, stream_seed(seed, "items"), spec.categories)
+        with global_stream(seed, "dense weights"):
             self.cell = MemoryCell(spec)
             self.project = nn.Linear(spec.slot, spec.d)
 

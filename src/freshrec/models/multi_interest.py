@@ -15,6 +15,7 @@ from freshrec.device import normal
 from freshrec.errors import OptionError
 from freshrec.nn.embedding_table import EmbeddingTable, lookup_many
 from freshrec.nn.layers import MASKED, attend, sampled_logits, sampled_softmax_loss, squash
+from freshrec.random_streams import stream, stream_seed
 from freshrec.types import Batch, Forward
 
 
@@ -147,15 +148,15 @@ class InterestNet(nn.Module):
         super().__init__()
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
-        rng = torch.Generator().manual_seed(seed)
-        self.items = EmbeddingTable(spec.d, spec.std, seed, spec.categories)
+        self.items = EmbeddingTable(spec.d, spec.std, stream_seed(seed, "items"), spec.categories)
         self.extract: nn.Module
         if spec.extractor == "routing":
             self.extract = DynamicRouting(spec.d, spec.iterations, spec.noise, spec.recency)
         else:
+            rng = stream(seed, "self-attention")
             self.extract = SelfAttention(spec.d, spec.inner * spec.d, spec.k_max, spec.length, rng)
         # random directions of norm below 1: with norm sqrt(d), new interests would grab every item
-        self.register_buffer("starts_KD", squash(normal((spec.k_max, spec.d), rng)))
+        self.register_buffer("starts_KD", squash(normal((spec.k_max, spec.d), stream(seed, "initial interests"))))
 
     starts_KD: Tensor
 

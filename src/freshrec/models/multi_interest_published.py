@@ -20,6 +20,7 @@ from freshrec.config import HISTORY_LENGTH, Count, CountOrZero, Positive, Weight
 from freshrec.errors import OptionError
 from freshrec.nn.embedding_table import EmbeddingTable, lookup_many
 from freshrec.nn.layers import MASKED, attend, sampled_logits, sampled_softmax_loss, squash
+from freshrec.random_streams import global_stream, stream_seed
 from freshrec.types import Batch, Forward
 
 HARD_POWER = 100.0  # from this power on, label attention takes the closest interest alone
@@ -181,9 +182,8 @@ class PublishedInterestNet(nn.Module):
         super().__init__()
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
-        self.items = EmbeddingTable(spec.d, spec.std, seed, spec.categories)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        self.items = EmbeddingTable(spec.d, spec.std, stream_seed(seed, "items"), spec.categories)
+        with global_stream(seed, "dense weights"):
             self.extract: nn.Module = (
                 CapsuleRouting(spec) if spec.extractor == "routing" else PublishedSelfAttention(spec)
             )

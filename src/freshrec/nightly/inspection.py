@@ -14,6 +14,7 @@ from freshrec.data.log import format_time
 from freshrec.errors import FreshrecError, StateError
 from freshrec.nightly.full_retrain import retrain_plan
 from freshrec.nightly.job import batches_of, waiting_batches
+from freshrec.random_streams import stream_seed
 from freshrec.recommender.bundle import Bundle, read_bundle
 from freshrec.recommender.ids import normalize_ids, require_rows, resolve_request
 from freshrec.recommender.list_request import ListRequest
@@ -50,7 +51,7 @@ def version_difference(store: Store, first: int, second: int) -> dict[str, Any]:
     bundles = [read_bundle(store.verified_files(number)) for number in (first, second)]
     known = [bundle.served.users.frame["id"].drop_nulls() for bundle in bundles]
     users = known[0].filter(known[0].is_in(known[1].implode()))
-    users = users.sample(min(N_SAMPLE_USERS, len(users)), seed=0)
+    users = users.sample(min(N_SAMPLE_USERS, len(users)), seed=stream_seed(0, "compared users"))
     lists = [_sample_lists(bundle, users) for bundle in bundles]
     ids = [
         found.select("nth", item=bundle.served.items.ids(torch.from_numpy(found["item"].to_numpy(writable=True))))

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from freshrec.device import normal, prefers_blocks
 from freshrec.errors import OptionError
+from freshrec.random_streams import stream, stream_seed
 from freshrec.types import TrainedModel
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 BLOCK_ROWS = 1024  # rows whose starts are drawn together, and that a step on all rows moves together
-CATEGORY_SEED_OFFSET = 2003  # tells the random numbers of what items have in common from their own
 
 
 class EmbeddingTable(nn.Module):
@@ -42,7 +42,7 @@ class EmbeddingTable(nn.Module):
         super().__init__()
         self.common: EmbeddingTable | None = None
         if n_categories:
-            self.common = EmbeddingTable(n_dims, std, seed + CATEGORY_SEED_OFFSET)
+            self.common = EmbeddingTable(n_dims, std, stream_seed(seed, "category rows"))
             self.common.grow(n_categories)
             self.register_buffer("kinds_R", torch.zeros(1, dtype=torch.int64))
         self.n_dims, self.std, self.seed = n_dims, std, seed
@@ -236,6 +236,5 @@ def _initial_rows(seed: int, first: int, stop: int, n_dims: int) -> Tensor:
     """(stop - first, D) standard normal rows, drawn in blocks of `BLOCK_ROWS` rows with a generator each."""
     blocks = []
     for block in range(first // BLOCK_ROWS, (stop - 1) // BLOCK_ROWS + 1):
-        rng = torch.Generator().manual_seed(seed * 1_000_003 + block)
-        blocks.append(normal((BLOCK_ROWS, n_dims), rng))
+        blocks.append(normal((BLOCK_ROWS, n_dims), stream(seed, "rows", block)))
     return torch.cat(blocks)[first % BLOCK_ROWS :][: stop - first]

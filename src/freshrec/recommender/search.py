@@ -23,6 +23,7 @@ from torch import Tensor
 from freshrec.nn.layers import max_inner_product
 from freshrec.nn.ranking import VectorSearch, top_k_exact
 from freshrec.nn.scoring import item_vectors
+from freshrec.random_streams import stream
 from freshrec.recommender.lists import user_vector_batches
 from freshrec.recommender.served_state import ServedState
 from freshrec.types import VectorModel
@@ -179,7 +180,7 @@ def measure_recall(search: VectorSearch, vectors_QKD: Tensor, best_QN: Tensor) -
 def _sample_user_vectors(served: ServedState) -> Tensor:
     """(Q, K, D) vectors of some users who have events, as a list would be made for them now."""
     active_users_U = (served.current_state.histories.offsets_U.diff() > 0).nonzero()[:, 0]
-    order_U = torch.randperm(len(active_users_U), generator=torch.Generator().manual_seed(0))
+    order_U = torch.randperm(len(active_users_U), generator=stream(0, "index queries"))
     users_N = active_users_U[order_U[:N_SAMPLE_USERS]]
     found = [vectors_BKD for _, _, vectors_BKD in user_vector_batches(served, users_N)]
     return torch.cat(found) if found else torch.zeros(0, 1, 1)

@@ -112,6 +112,7 @@ def sample_negatives(queries: Queries, n: int) -> Tensor:
     Which are drawn depends on the place of the event in its span alone: all models and strategies face the same, but
     for what those with a longer history leave out.
     """
+    # no named stream: published results are of these negatives
     key_ND = queries.events_N[:, None] * 1_000_003 + torch.arange(4 * n)
     items_ND = splitmix64(key_ND) % max(queries.n_items, 1) + 1
     is_target_ND = items_ND == queries.items_N[:, None]

@@ -105,7 +105,7 @@ def bootstrap_interval(values_UM: Float64Array, seed: int = 0) -> tuple[Float64A
         batch=max(1, BOOTSTRAP_BATCH // n_users),
         confidence_level=CONFIDENCE_LEVEL,
         method="percentile",
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng(seed),  # no named stream: published intervals and p-values are of these draws
     ).confidence_interval
     return found.low + first_M, found.high + first_M
 
@@ -137,7 +137,7 @@ def paired_p_values(differences_UP: Float64Array, seed: int = 0) -> Float64Array
         vectorized=True,
         n_resamples=N_PERMUTATIONS,
         batch=max(1, PERMUTATION_BATCH // len(differences_UP)),
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng(seed),  # no named stream: published intervals and p-values are of these draws
     )
     p_P: Float64Array = test.pvalue
     return p_P

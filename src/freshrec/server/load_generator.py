@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import queue
-import random
 import threading
 import time
 from collections import Counter
@@ -14,6 +13,8 @@ from http.client import HTTPConnection, HTTPException
 from urllib.parse import quote, urlsplit
 
 import numpy as np
+
+from freshrec.random_streams import numpy_stream
 
 N_CONNECTIONS = 32  # connections, at most so many requests at a time
 
@@ -36,7 +37,7 @@ class LoadReport:
 
 def generate_load(url: str, users: Sequence[str], rate: float, seconds: float, k: int, token: str = "") -> LoadReport:
     """Ask for lists of random users, at random moments, `rate` a second."""
-    rng, requests = random.Random(0), queue.Queue[tuple[float, str] | None]()
+    rng, requests = numpy_stream(0, "load"), queue.Queue[tuple[float, str] | None]()
     found: list[tuple[float, float, str, int]] = []
     workers = [
         threading.Thread(target=_run_client, args=(url, requests, found, k, token)) for _ in range(N_CONNECTIONS)
@@ -46,9 +47,9 @@ def generate_load(url: str, users: Sequence[str], rate: float, seconds: float, k
     started_s = time.perf_counter() + 0.2
     due_s, end_s = started_s, started_s + seconds
     n_requests = 0
-    while (due_s := due_s + rng.expovariate(rate)) < end_s:
+    while (due_s := due_s + rng.exponential(1 / rate)) < end_s:
         time.sleep(max(0.0, due_s - time.perf_counter()))
-        requests.put((due_s, rng.choice(users)))
+        requests.put((due_s, users[int(rng.integers(len(users)))]))
         n_requests += 1
     for _ in workers:
         requests.put(None)

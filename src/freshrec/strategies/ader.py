@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freshrec.config import Count, Weight, check_options
-from freshrec.data.batches import Targets, due_targets, make_rng
+from freshrec.data.batches import Targets, due_targets
 from freshrec.data.stored_interests import StoredInterests, stored_interests_of
 from freshrec.learn.exemplars import (
     AllocationRule,
@@ -32,10 +32,8 @@ from freshrec.learn.reservoir import TrainingSamples, sample_history_length
 from freshrec.nn.full_softmax import full_distillation_loss
 from freshrec.nn.layers import max_inner_product
 from freshrec.nn.scoring import item_table, item_vectors, user_vectors
+from freshrec.random_streams import stream
 from freshrec.types import Batch, EncodingModel, Span, State
-
-# Tell the random numbers apart from each other and from those of the epochs
-REPLAY_STREAM, SELECTION_STREAM = 1101, 1102
 
 
 def distillation(student_BI: Tensor, teacher_BI: Tensor) -> Tensor:
@@ -126,7 +124,7 @@ class ADER:
         loss = model_loss(model)
         if self.distil and weight:
             loss = exemplar_distillation_loss(model, state.model, exemplars, stored_interests)
-        rng = make_rng(state.seed, span.index, REPLAY_STREAM)
+        rng = stream(state.seed, "exemplar replay", span.index)
         terms = experience_replay(model, train_targets, exemplars, stored_interests, weight=weight, loss=loss, rng=rng)
         meter.add_time("train_cpu_s", started_at)
         fit_model(model, targets, self.fit, key, meter, stored_interests=stored_interests, terms=terms)
@@ -136,7 +134,7 @@ class ADER:
     def _select_exemplars(self, after: State, targets: Targets, exemplars: TrainingSamples | None, span: int) -> State:
         """`after` with exemplars that its model chooses from the new targets and the exemplars so far."""
         started_at, meter = time.process_time(), CostMeter(dict(after.costs))
-        rng = make_rng(after.seed, span, SELECTION_STREAM)
+        rng = stream(after.seed, "exemplar selection", span)
         pool = build_pool(targets, exemplars, sample_history_length(after.model))
         counts_I = torch.bincount(pool.items_N, minlength=after.model.n_items + 1)
         quota_I = allocate_exemplars(counts_I, self.exemplars, self.allocate, self.equal, rng)

@@ -12,17 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freshrec.config import Count, Rate, Weight, check_options
-from freshrec.data.batches import Targets, due_targets, make_rng, split_chunks
+from freshrec.data.batches import Targets, due_targets, split_chunks
 from freshrec.data.stored_interests import stored_interests_of
 from freshrec.device import uniform
 from freshrec.learn.exemplars import experience_replay, model_loss, smallest_per_group, trainable_targets
 from freshrec.learn.fit import CostMeter, FitConfig, finish_update, fit_base_block, fit_model, grown_copy, split_holdout
 from freshrec.learn.reservoir import TrainingSamples, concat_samples, copy_samples
 from freshrec.nn.scoring import item_vectors
+from freshrec.random_streams import stream
 from freshrec.types import EncodingModel, Span, State
 
-# Tell the random numbers apart from each other and from those of the epochs
-REPLAY_STREAM, TRUNCATION_STREAM = 1301, 1302
 MIN_SEQUENCE_ITEMS = 3  # items of a sequence
 
 
@@ -70,7 +69,7 @@ class ADERS:
     def update(self, state: State, span: Span) -> State:
         """Train on the new events and on past sequences like them; then the new sequences enter the pool."""
         length = int(state.model.spec.length)
-        truncation_rng = make_rng(state.seed, span.index, TRUNCATION_STREAM)
+        truncation_rng = stream(state.seed, "sequence truncation", span.index)
         new = truncate_sequences(due_targets(state.histories, "span"), self.sequences_per_user, length, truncation_rng)
         if state.spans_seen == 0:
             return replace(fit_base_block(state, span, self.fit), memory=new)
@@ -84,7 +83,7 @@ class ADERS:
         meter.add_time("choose_cpu_s", started_at)
         meter.costs["rows_read"] = float(len(targets) + len(exemplars))
         started_at = time.process_time()
-        rng, key = make_rng(state.seed, span.index, REPLAY_STREAM), (state.seed, span.index)
+        rng, key = stream(state.seed, "sequence replay", span.index), (state.seed, span.index)
         terms = experience_replay(
             model,
             split_holdout(targets, self.fit, key)[0],

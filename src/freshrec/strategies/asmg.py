@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from freshrec.config import Count, CountOrZero, Positive, check_options
-from freshrec.data.batches import due_targets, make_rng
+from freshrec.data.batches import due_targets
 from freshrec.data.histories import filter_interests, filter_rows, row_users
 from freshrec.data.session_parallel import HiddenStates
 from freshrec.data.stored_interests import StoredInterests, stored_interests_of
@@ -43,10 +43,9 @@ from freshrec.learn.generators import (
     new_generator,
 )
 from freshrec.learn.weights import apply_parametrization, copy_weights, load_weights
+from freshrec.random_streams import stream, stream_seed
 from freshrec.strategies.baselines import FineTune
 from freshrec.types import Batch, Forward, Histories, Interests, LossTerm, Span, State, TrainedModel
-
-GENERATOR_STREAM = 31  # tells the generator's random numbers from the chain's
 
 
 @dataclass(frozen=True)
@@ -106,9 +105,8 @@ class ASMG:
         window = memory.window.grow(copy_weights(model))
         past_spans = (*memory.past_spans, self._past_span(state, model, span))
         started_at = time.process_time()
-        generator = self._train_generator(
-            memory.generator, model, window, past_spans, (state.seed, span.index, GENERATOR_STREAM)
-        )
+        key = (stream_seed(state.seed, "generator"), span.index)
+        generator = self._train_generator(memory.generator, model, window, past_spans, key)
         seconds = time.process_time() - started_at
         chain = FineTune(self.fit).update(replace(state, model=memory.model, interests=memory.interests), span)
         meter = CostMeter(chain.costs | {"generator_cpu_s": seconds})
@@ -194,13 +192,15 @@ class ASMG:
     ) -> LossTerm:
         """What makes the newest span's loss a weighted sum over all of them."""
         *weights, newest = loss_weights(len(window.models), self.loss)
-        streams = [self._endless_batches(model, past_span, (*key, 0, j)) for j, past_span in enumerate(past_spans)]
+        seed, *path = key
+        rngs = [stream(seed, "past spans", *path, j) for j in range(len(past_spans))]
+        past_batches = [self._endless_batches(model, past_span, rng) for past_span, rng in zip(past_spans, rngs)]
         hidden = [HiddenStates() for _ in past_spans]
 
         def term(batch: Batch, forward: Forward) -> Tensor:
             loss = (newest - 1) * forward.loss
-            for n, (weight, stream, states) in enumerate(zip(weights, streams, hidden, strict=True), 1):
-                older = next(stream, None)
+            for n, (weight, batches, states) in enumerate(zip(weights, past_batches, hidden, strict=True), 1):
+                older = next(batches, None)
                 if older is not None:
                     with apply_parametrization(model, generator.parametrization(window, n)) as forward_pass:
                         loss = loss + weight * states.run(forward_pass, older).loss
@@ -208,9 +208,9 @@ class ASMG:
 
         return term
 
-    def _endless_batches(self, model: TrainedModel, past_span: PastSpan, key: tuple[int, ...]) -> Iterator[Batch]:
+    def _endless_batches(self, model: TrainedModel, past_span: PastSpan, rng: torch.Generator) -> Iterator[Batch]:
         """Batches of a past span without end, or none where there is none."""
-        targets, rng = due_targets(past_span.histories, self.fit.history), make_rng(*key)
+        targets = due_targets(past_span.histories, self.fit.history)
         negative_pool_N = torch.arange(1, past_span.n_items + 1)  # no item that came later
         is_empty = False
         while not is_empty:

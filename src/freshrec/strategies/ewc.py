@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from freshrec.config import Count, Weight, check_options
-from freshrec.data.batches import Targets, due_targets, make_rng, split_chunks
+from freshrec.data.batches import Targets, due_targets, split_chunks
 from freshrec.data.stored_interests import StoredInterests, stored_interests_of
 from freshrec.device import permutation
 from freshrec.learn.exemplars import exemplar_batch, trainable_targets
@@ -23,9 +23,9 @@ from freshrec.learn.weights import Weights, copy_weights
 from freshrec.nn.embedding_table import embed, embedding_tables
 from freshrec.nn.layers import max_inner_product
 from freshrec.nn.scoring import item_table, item_vectors, user_vectors
+from freshrec.random_streams import stream
 from freshrec.types import Batch, EncodingModel, Forward, LossTerm, Span, State
 
-SAMPLE_STREAM = 1201  # tells the random numbers apart from those of the epochs
 SAMPLE_BLOCK = 32  # whose gradients are in memory at once
 
 
@@ -199,7 +199,7 @@ class EWC:
         started_at, meter = time.process_time(), CostMeter(dict(after.costs))
         length = sample_history_length(after.model)
         targets = trainable_targets(targets, length)
-        drawn_N = permutation(len(targets), make_rng(after.seed, span, SAMPLE_STREAM))[: self.samples]
+        drawn_N = permutation(len(targets), stream(after.seed, "fisher sample", span))[: self.samples]
         stored_interests = stored_interests_of(after.model, after.interests, after.spans_seen)
         fisher = before
         if len(targets) or before is None:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from freshrec.config import Count, CountOrZero, Positive, check_options
-from freshrec.data.batches import Targets, due_targets, make_rng, targets_at
+from freshrec.data.batches import Targets, due_targets, targets_at
 from freshrec.data.histories import concat_events, insert_events
 from freshrec.device import permutation
 from freshrec.learn.fit import CostMeter, FitConfig, fit_model, train, train_to_best_epoch
@@ -18,10 +18,10 @@ from freshrec.models.blend.experts import RANK_COLUMN, SHARE_COLUMN, TRAINED_SPE
 from freshrec.models.blend.model import Blend, fit_rule
 from freshrec.models.blend.rule import SIGNIFICANCE_LEVEL, feature_gain, is_significantly_better
 from freshrec.models.pooled import Pooled
+from freshrec.random_streams import stream, stream_seed
 from freshrec.strategies.baselines import Absorb
 from freshrec.types import DUE, NEVER, NEXT, NOW, Histories, Span, State
 
-VALIDATION_STREAM = 1407  # tells the random numbers from others
 TARGETS_PER_SECOND = 30_000  # passes in a second, with as much time again for what counts: half of what one core does
 MAX_VALIDATION_QUERIES = (
     1000  # by which the epochs of the first training are chosen, and the learning rate of the others
@@ -88,10 +88,11 @@ class Refit:
         parts = rows_E.split([len(rows_E) - model.experts.window_events, model.experts.window_events])
         train_targets, window_targets = (targets_at(histories, rows[histories.due_R[rows] == DUE]) for rows in parts)
         validation = window_targets[window_targets.history_lengths(1) > 0]
-        order_N = permutation(len(validation), make_rng(seed, VALIDATION_STREAM))
+        order_N = permutation(len(validation), stream(seed, "refit base queries"))
         validation = validation[order_N[:MAX_VALIDATION_QUERIES]]
         fit, train_targets = self._limit_passes(replace(self.fit, epochs=self.fit.max_epochs), train_targets)
-        epochs = train(model.experts.trained_model, train_targets, fit.epochs, (seed, span.index, VALIDATION_STREAM))
+        key = (stream_seed(seed, "refit base"), span.index)
+        epochs = train(model.experts.trained_model, train_targets, fit.epochs, key)
         quality = partial(mean_ndcg, model.experts.trained_model, validation, None)
         train_to_best_epoch(model.experts.trained_model, epochs, quality, self.fit.patience)
         meter.add_time("train_cpu_s", started_at)
@@ -123,21 +124,22 @@ def _choose_lr_factor(
     The others have to be better than `fit` beyond chance (t-test of the differences in ndcg@20, the level halved, as
     there are two of them). What was chosen stands in the costs: "lr_factor", what the learning rate is multiplied by.
     """
-    started_at = time.process_time()
+    started_at, (seed, *path) = time.process_time(), key
     by_time_N = targets.histories.times_R[targets.rows_N].argsort(stable=True)[-MAX_TRIAL_TARGETS:]
     n_late = len(by_time_N) // 6
     train_targets, validation = (
         targets[part_N.sort().values] for part_N in by_time_N.split([len(by_time_N) - n_late, n_late])
     )
     validation = validation[validation.history_lengths(1) > 0]
-    validation = validation[permutation(len(validation), make_rng(*key, VALIDATION_STREAM))[:MAX_VALIDATION_QUERIES]]
+    order_N = permutation(len(validation), stream(seed, "refit trial queries", *path))
+    validation = validation[order_N[:MAX_VALIDATION_QUERIES]]
     if len(validation) < MIN_TRIAL_QUERIES:
         return fit
-    ndcg_by_factor, chosen = [], 0
+    ndcg_by_factor, chosen, trial_key = [], 0, (stream_seed(seed, "refit trials"), *path)
     for i, lr_factor in enumerate(LR_FACTORS):
         candidate = copy.deepcopy(model)
         if lr_factor:
-            for _ in train(candidate, train_targets, fit.epochs, key, lr_scale=fit.lr_scale * lr_factor):
+            for _ in train(candidate, train_targets, fit.epochs, trial_key, lr_scale=fit.lr_scale * lr_factor):
                 pass
         ndcg_by_factor.append(target_ndcg(candidate, validation, None).numpy())
         is_better = i > 0 and is_significantly_better(ndcg_by_factor[i], ndcg_by_factor[0], SIGNIFICANCE_LEVEL / 2)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from freshrec.config import Count, CountOrZero, Positive, check_options
-from freshrec.data.batches import due_targets, make_rng
+from freshrec.data.batches import due_targets
 from freshrec.data.stored_interests import stored_interests_of
 from freshrec.device import permutation
 from freshrec.errors import OptionError
@@ -25,10 +25,8 @@ from freshrec.learn.fit import CostMeter, FitConfig, finish_update, fit_base_blo
 from freshrec.learn.reservoir import Reservoir, append_samples, fill_reservoir, sample_history_length, update_reservoir
 from freshrec.learn.validation import mean_ndcg
 from freshrec.learn.weights import copy_weights, load_weights
+from freshrec.random_streams import stream
 from freshrec.types import SEQUENCE_FORMATS, Histories, Span, State, TrainedModel
-
-# Tell the random numbers apart from each other and from those of the epochs
-FILL_STREAM, DRAW_STREAM, QUERY_STREAM = 1301, 1302, 1303
 
 
 @dataclass(frozen=True)
@@ -97,9 +95,8 @@ class SelfTuned:
     def _fill_reservoir(self, state: State) -> Reservoir:
         due = due_targets(state.histories)
         size = max(1, round(self.reservoir * len(due)))
-        return fill_reservoir(
-            due, size, sample_history_length(state.model), make_rng(state.seed, state.spans_seen, FILL_STREAM)
-        )
+        rng = stream(state.seed, "self-tuned base reservoir")
+        return fill_reservoir(due, size, sample_history_length(state.model), rng)
 
     def _tune(self, state: State, base_epochs: int) -> UpdateSettings:
         """The settings whose chain of updates on parts of the base block was best on the parts that came next."""
@@ -137,7 +134,7 @@ class SelfTuned:
 
     def _mean_quality(self, state: State, span: Span) -> float:
         due = due_targets(state.histories)
-        index_N = permutation(len(due), make_rng(state.seed, span.index, QUERY_STREAM))[: self.max_queries]
+        index_N = permutation(len(due), stream(state.seed, "self-tuned queries", span.index))[: self.max_queries]
         return mean_ndcg(state.model, due[index_N], stored_interests_of(state.model, state.interests, span.index))
 
     def _apply_update(self, state: State, span: Span) -> State:
@@ -145,7 +142,7 @@ class SelfTuned:
         model, due = grown_copy(state, span), due_targets(state.histories, self.fit.history)
         targets, samples = due, memory.reservoir.samples
         if memory.settings.replay_share:
-            order_M = permutation(len(samples), make_rng(state.seed, span.index, DRAW_STREAM))
+            order_M = permutation(len(samples), stream(state.seed, "self-tuned replay", span.index))
             index_M = order_M[: int(memory.settings.replay_share * len(due))]
             targets = append_samples(due, samples, index_M, separate_users=model.batch_format in SEQUENCE_FORMATS)
         stored_interests = stored_interests_of(model, state.interests, span.index)
@@ -170,7 +167,7 @@ class SelfTuned:
                 pass
         meter.add_time("train_cpu_s", started_at)
         after = finish_update(state, model, stored_interests, self.fit.history, meter)
-        fill_rng = make_rng(state.seed, span.index, FILL_STREAM)
+        fill_rng = stream(state.seed, "self-tuned reservoir", span.index)
         return replace(after, memory=replace(memory, reservoir=update_reservoir(memory.reservoir, due, fill_rng)))
 
 

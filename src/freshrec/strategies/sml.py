@@ -31,6 +31,7 @@ from freshrec.learn.transfer import (
 )
 from freshrec.learn.weights import Weights, copy_weights, grow_model, load_weights
 from freshrec.nn.embedding_table import embedding_tables
+from freshrec.random_streams import stream_seed
 from freshrec.types import Batch, Forward, Interests, LossTerm, Span, State, TrainedModel
 
 
@@ -153,7 +154,8 @@ class SML:
                     if self.restart != "adapted":  # the moments of w's optimiser stay
                         load_weights(model, stage.before if self.restart == "before" else self._transfer_weights(stage))
                     self._adapt_model(stage, memory.span_data, (state.seed, memory.span_data.span, n))
-                self._train_network(stage, network_data, (state.seed, network_data.span, n, 2))
+                seed = stream_seed(state.seed, "transfer training")
+                self._train_network(stage, network_data, (seed, network_data.span, n))
         after = self._transfer_weights(stage)
         if self.train_through_transfer:
             load_weights(model, after)

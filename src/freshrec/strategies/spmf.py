@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from freshrec.config import Positive, Weight, check_options
-from freshrec.data.batches import Targets, due_targets, make_rng, mask_held_out, query_batches
+from freshrec.data.batches import Targets, due_targets, mask_held_out, query_batches
 from freshrec.data.stored_interests import StoredInterests, stored_interests_of
 from freshrec.device import uniform
 from freshrec.errors import OptionError
@@ -26,9 +26,8 @@ from freshrec.learn.reservoir import (
     update_reservoir,
 )
 from freshrec.nn.scoring import score_items
+from freshrec.random_streams import stream
 from freshrec.types import SEQUENCE_FORMATS, Span, State, TrainedModel
-
-DRAW_STREAM, FILL_STREAM = 1001, 1002  # tell the random numbers apart from each other and from those of the epochs
 
 
 def rank_weights(scores_N: Tensor) -> Tensor:
@@ -101,7 +100,7 @@ class SPMF:
     def update(self, state: State, span: Span) -> State:
         """Score, draw, train; then the new events go by the reservoir."""
         due = due_targets(state.histories, self.fit.history)
-        fill_rng = make_rng(state.seed, span.index, FILL_STREAM)
+        fill_rng = stream(state.seed, "spmf reservoir", span.index)
         if state.spans_seen == 0:
             base_state = fit_base_block(state, span, self.fit)
             length = sample_history_length(base_state.model)
@@ -129,7 +128,7 @@ class SPMF:
         key: tuple[int, int],
     ) -> list[Targets]:
         """What to train on: new draws for each epoch, or the same for all epochs."""
-        rng, separate_users = make_rng(*key, DRAW_STREAM), model.batch_format in SEQUENCE_FORMATS
+        rng, separate_users = stream(key[0], "spmf draws", key[1]), model.batch_format in SEQUENCE_FORMATS
         no_targets = due[torch.zeros(0, dtype=torch.int64)]
         if self.take == "sampled":
             samples = concat_samples(samples, copy_samples(due, samples.histories_NT.shape[1]))

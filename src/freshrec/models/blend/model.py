@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freshrec.config import HISTORY_LENGTH, Count, check_options
-from freshrec.data.batches import Targets, history_items, make_rng, occurrence_numbers, split_chunks, targets_at
+from freshrec.data.batches import Targets, history_items, occurrence_numbers, split_chunks, targets_at
 from freshrec.data.histories import insert_events
 from freshrec.device import permutation, uniform
 from freshrec.models.blend.experts import (
@@ -33,7 +33,6 @@ from freshrec.models.blend.experts import (
 )
 from freshrec.models.blend.features import is_repeat
 from freshrec.models.blend.rule import (
-    CORRECTION_STREAM,
     RULE,
     SCORE_SOURCES,
     QueryLog,
@@ -46,9 +45,8 @@ from freshrec.models.blend.rule import (
 )
 from freshrec.models.item_knn import ItemKNN
 from freshrec.nn.sparse import select_scores
+from freshrec.random_streams import stream
 from freshrec.types import Batch, Events, Histories
-
-QUERY_STREAM = 1401  # tells the random numbers from others
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,7 @@ class Blend:
 
     def _log_queries(self, targets: Targets, is_base: bool) -> None:
         """Ask for some of the targets, and write down what the candidates looked like."""
-        rng = make_rng(self.seed, QUERY_STREAM, self.n_blocks)
+        rng = stream(self.seed, "blend queries", self.n_blocks)
         targets = _chosen(targets, self.spec, self.experts, rng)
         logs = [self.query_log]
         for index_B in split_chunks(torch.arange(len(targets)), 256):
@@ -326,5 +324,5 @@ def fit_rule(model: Blend, weight_decay: float = 20.0, min_queries: int = 40, n_
     z_QCF = rule.standardize(x_QCF)
     z_QCG = cross_features(z_QCF)
     rule = replace(rule, weights_G=fit_listwise(z_QCG, query_log.real_QC, rule.weights_G, weight_decay))
-    rng = make_rng(model.seed, CORRECTION_STREAM, model.n_blocks)
+    rng = stream(model.seed, "rule training", model.n_blocks)
     model.rule = fit_correction(rule, z_QCF, z_QCG @ rule.weights_G, query_log.real_QC, n_epochs, rng)

@@ -12,7 +12,7 @@ from scipy import stats
 from scipy.optimize import minimize
 from torch import Tensor
 
-from freshrec.data.batches import make_rng, split_chunks
+from freshrec.data.batches import split_chunks
 from freshrec.device import normal, permutation
 from freshrec.models.blend.experts import (
     EXPERT_NAMES,
@@ -22,6 +22,7 @@ from freshrec.models.blend.experts import (
 )
 from freshrec.models.blend.features import ITEM_FEATURES, OWN_FEATURES
 from freshrec.nn.sparse import Float32Array
+from freshrec.random_streams import stream
 
 Float64Array = NDArray[np.float64]
 SIGNIFICANCE_LEVEL = 0.05  # below it, being worse is no chance
@@ -121,7 +122,6 @@ def fit_listwise(
     return torch.from_numpy(result.x).float()
 
 
-CORRECTION_STREAM = 1402  # tells the random numbers from others
 HIDDEN_UNITS = 32
 CROSSED = [FEATURES.index(name) for name in ("taken", "taken again", "takes again", "length")]  # in `cross_features`
 RULE = N_EXPERTS  # the column of the rule, after those of the experts, in what is remembered of ranks
@@ -179,7 +179,7 @@ class Rule:
     @staticmethod
     def initial(seed: int) -> Rule:
         """A rule that finds all candidates alike."""
-        n, rng = len(FEATURES), make_rng(seed, CORRECTION_STREAM)
+        n, rng = len(FEATURES), stream(seed, "rule network")
         first_HF = normal((HIDDEN_UNITS, n), rng) / n**0.5
         second_HH = normal((HIDDEN_UNITS, HIDDEN_UNITS), rng) / HIDDEN_UNITS**0.5
         zeros_H, zeros_G = torch.zeros(HIDDEN_UNITS), torch.zeros(cross_features(torch.zeros(1, 1, n)).shape[2])
