@@ -60,7 +60,7 @@ def with_interests(recommender: Recommender) -> Recommender:
             batch = Batch(users_B, history_BT, interests_BKD=slots_BKD, alive_BK=alive_BK, old_BK=~alive_BK)
             rows = (offsets_U[users_B][:, None] + torch.arange(n)).flatten()
             vectors_SD[rows] = user_vectors(model, batch).flatten(0, 1)
-    zeros = torch.zeros(len(vectors_SD), dtype=torch.int16)
+    zeros = torch.zeros(len(vectors_SD), dtype=torch.int32)
     users = Interests(vectors_SD, offsets_U, zeros, zeros.clone())
     served = replace(contents.served, state=replace(state, interests=users))
     return Recommender.from_bundle(replace(contents, served=served))

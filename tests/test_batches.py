@@ -156,14 +156,15 @@ def test_interests_are_padded_to_the_most_in_the_batch_and_newcomers_get_the_slo
     users = Interests(
         torch.tensor([[1.0, 1.0], [2.0, 2.0]]),
         torch.tensor([0, 0, 2, 2]),
-        torch.tensor([0, 3], dtype=torch.int16),
-        torch.tensor([0, 3], dtype=torch.int16),
+        torch.tensor([0, 3], dtype=torch.int32),
+        torch.tensor([0, 3], dtype=torch.int32),
     )
     slots_KD = torch.tensor([[7.0, 8.0]])
     vectors_BKD, alive_BK, born_BK = pad_interests(users, torch.tensor([1, 2, 3]), slots_KD)
     assert vectors_BKD.tolist() == [[[1, 1], [2, 2]], [[7, 8], [0, 0]], [[7, 8], [0, 0]]]
     assert alive_BK.tolist() == [[True, True], [True, False], [True, False]]
-    assert born_BK.tolist() == [[0, 3], [32767, 32767], [32767, 32767]]
+    later = 2**31 - 1  # than any span
+    assert born_BK.tolist() == [[0, 3], [later, later], [later, later]]
 
 
 def test_without_any_stored_interest_everybody_starts_from_the_slots() -> None:

@@ -82,7 +82,7 @@ def one_by_one(model: EncodingModel, users: Interests | None) -> dict[str, Tenso
 @pytest.mark.parametrize("name", ["sasrec", "mind", "comirec-dr", "comirec-sa"])
 def test_the_fisher_is_the_mean_of_squared_gradients_of_single_samples(name: str, categories: int) -> None:
     # User 2 has three interests of its own, the others start from four slots; user 3's history repeats its target.
-    model, none = model_of(name, categories), torch.zeros(3, dtype=torch.int16)
+    model, none = model_of(name, categories), torch.zeros(3, dtype=torch.int32)
     stored_SD = torch.randn(3, 4, generator=stream(0, "test"))
     users = Interests(stored_SD, torch.tensor([0, 0, 0, 3, 3, 3]), none, none)
     found, expected = empirical_fisher(model, SAMPLES, stored_interests_of(model, users, 1)), one_by_one(model, users)

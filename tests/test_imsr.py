@@ -188,7 +188,7 @@ def test_the_detector_judges_users_with_stored_interests_by_two_new_events_on_kn
     model = InterestNet(InterestSpec(d=2, k=2), 0)
     model.grow(4, 3)
     model.items.packed[1:, :2] = torch.tensor([[2.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
-    no_born = torch.zeros(8, dtype=torch.int16)
+    no_born = torch.zeros(8, dtype=torch.int32)
     users = Interests(torch.eye(2).repeat(4, 1), torch.tensor([0, 0, 2, 4, 6, 8]), no_born, no_born)
     items_by_user = {1: [1, 1], 2: [2, 2], 3: [2], 4: [2, 3, 3], 5: [2, 2]}
     columns = [(user, item) for user, items in items_by_user.items() for item in items]
@@ -201,7 +201,7 @@ def test_the_detector_judges_users_with_stored_interests_by_two_new_events_on_kn
 def test_expansion_appends_up_to_the_most_a_user_may_have() -> None:
     # Users 1, 2, 3 have 2, 3 and 0 interests; 1 and 2 get 2 more, but nobody more than 4.
     stored_SD = torch.arange(5.0)[:, None].repeat(1, 2)
-    zeros = torch.zeros(5, dtype=torch.int16)
+    zeros = torch.zeros(5, dtype=torch.int32)
     users = Interests(stored_SD, torch.tensor([0, 0, 2, 5, 5]), zeros, zeros)
     starts_KD = torch.tensor([[10.0, 10.0], [11, 11], [12, 12], [13, 13]])
     more = add_interests(users, torch.tensor([1, 2]), 2, 4, starts_KD, span=7)

@@ -28,8 +28,8 @@ from freshrec.types import Events, Histories, Interests, State
 def interests(vectors: list[list[float]], counts: list[int], used: list[int] | None = None) -> Interests:
     """Interests of users 1, 2, ..., each born in the span of its number."""
     offsets_U = torch.tensor([0, 0, *counts]).cumsum(0)
-    born_S = torch.arange(len(vectors), dtype=torch.int16)
-    used_S = torch.tensor(used or [0] * len(vectors), dtype=torch.int16)
+    born_S = torch.arange(len(vectors), dtype=torch.int32)
+    used_S = torch.tensor(used or [0] * len(vectors), dtype=torch.int32)
     return Interests(torch.tensor(vectors), offsets_U, born_S, used_S)
 
 
@@ -126,9 +126,9 @@ def test_a_budget_holds_after_every_update_and_what_it_costs_is_told(world: LogS
     kept = learnt(world, IMSR(detect=Detector(c1=0.5), fit=FIT, upkeep=InterestBudget(megabytes=0.015)), spec)
     for grown, state in zip(plain, kept):
         assert grown.interests is not None and state.interests is not None
-        assert len(grown.interests.vectors_SD) * (16 * 4 + 4) > 15_000 >= len(state.interests.vectors_SD) * (16 * 4 + 4)
+        assert len(grown.interests.vectors_SD) * (16 * 4 + 8) > 15_000 >= len(state.interests.vectors_SD) * (16 * 4 + 8)
         assert state.costs["interest_bytes"] < grown.costs["interest_bytes"]
-        assert state.costs["interest_bytes"] == pytest.approx((16 * 4 + 4) * state.costs["mean_k"])
+        assert state.costs["interest_bytes"] == pytest.approx((16 * 4 + 8) * state.costs["mean_k"])
 
 
 def test_halved_interests_take_half_the_room_and_answer_in_full(
@@ -137,7 +137,7 @@ def test_halved_interests_take_half_the_room_and_answer_in_full(
     plain, half = learnt(world, IMSR(fit=FIT))[-1], learnt(world, IMSR(fit=FIT, upkeep=InterestBudget(fp16=True)))[-1]
     assert plain.interests is not None and half.interests is not None
     assert half.interests.vectors_SD.dtype == torch.float16
-    assert half.costs["interest_bytes"] / half.costs["mean_k"] == 2 * 16 + 4
+    assert half.costs["interest_bytes"] / half.costs["mean_k"] == pytest.approx(2 * 16 + 8)
     some = torch.arange(1, 9)
     read_BKD, alive_BK, _ = pad_interests(half.interests, some, half.model.initial_interests(4))
     assert read_BKD.dtype == torch.float32 and alive_BK.any(1).all()
@@ -150,7 +150,7 @@ def test_retiring_after_one_span_leaves_what_the_last_visit_used(world: LogSplit
     users = state.interests
     assert users is not None
     owner_S = torch.repeat_interleave(torch.arange(users.n_users + 1), users.offsets_U.diff())
-    latest_U = torch.zeros(users.n_users + 1, dtype=torch.int16).scatter_reduce(0, owner_S, users.used_S, "amax")
+    latest_U = torch.zeros(users.n_users + 1, dtype=torch.int32).scatter_reduce(0, owner_S, users.used_S, "amax")
     assert bool((users.used_S == latest_U[owner_S]).all()) and state.costs["mean_k"] < 4  # of which it started with
 
 

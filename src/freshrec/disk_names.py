@@ -183,6 +183,9 @@ VALUES: dict[str, dict[str, dict[str, str]]] = {"gru4rec-spec": {"steps": {"lane
 # tag -> {field that older files lack and that has no default in its class: its value, as JSON holds it}
 ADDED: dict[str, dict[str, str | float | bool | None]] = {}
 
+# tag -> fields with numbers that older files hold in fewer bits: their tensors are int32 once read
+INT32_FIELDS: dict[str, tuple[str, ...]] = {"interests": ("born_S", "used_S")}  # int16 in 0.1.0
+
 # tag of what holds them, a model's by its options, or "" for all -> {former part of a weight's name: the part now}
 WEIGHTS: dict[str, dict[str, str]] = {}
 

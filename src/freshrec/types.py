@@ -122,8 +122,8 @@ class Interests:
 
     vectors_SD: Tensor  # float32, or float16 where the strategy halves them
     offsets_U: Tensor  # int64, n_users + 2 entries
-    born_S: Tensor  # int16, the span that created the interest
-    used_S: Tensor  # int16, the last span in which it was the closest interest of an event of that span
+    born_S: Tensor  # int32, the span that created the interest
+    used_S: Tensor  # int32, the last span in which it was the closest interest of an event of that span
 
     @property
     def n_users(self) -> int:
@@ -131,7 +131,7 @@ class Interests:
 
     @staticmethod
     def empty(n_dims: int) -> Interests:
-        none = torch.zeros(0, dtype=torch.int16)
+        none = torch.zeros(0, dtype=torch.int32)
         return Interests(torch.zeros(0, n_dims), torch.zeros(2, dtype=torch.int64), none, none.clone())
 
 

@@ -7,11 +7,13 @@ from torch import Tensor
 
 from freshrec.types import Batch, InterestModel, Interests, Model
 
+NOT_YET_BORN = torch.iinfo(torch.int32).max  # the span of birth of interests that no update has stored yet
+
 
 def pad_interests(interests: Interests, users_B: Tensor, initial_KD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Stored interests of some users: (B, K, D) vectors, (B, K) alive, (B, K) birth span; newcomers get `initial_KD`.
 
-    K is the largest number of interests in the batch. A newcomer's interests count as born in span 32767: not yet.
+    K is the largest number of interests in the batch. A newcomer's interests are NOT_YET_BORN.
     """
     known_B = torch.where(users_B <= interests.n_users, users_B, 0)
     start_B = interests.offsets_U[known_B]
@@ -23,7 +25,7 @@ def pad_interests(interests: Interests, users_B: Tensor, initial_KD: Tensor) -> 
     stored_BK = alive_BK & ~is_new_B[:, None]
     row_BK = torch.where(stored_BK, start_B[:, None] + index_K, 0)
     vectors_BKD = torch.zeros(*alive_BK.shape, initial_KD.shape[1])
-    born_BK = torch.full(alive_BK.shape, 32767, dtype=torch.int16)
+    born_BK = torch.full(alive_BK.shape, NOT_YET_BORN, dtype=torch.int32)
     if len(interests.vectors_SD):
         vectors_BKD = interests.vectors_SD[row_BK].float() * stored_BK[..., None]
         born_BK = torch.where(stored_BK, interests.born_S[row_BK], born_BK)

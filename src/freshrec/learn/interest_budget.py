@@ -53,7 +53,7 @@ def retire_interests(interests: Interests, n_spans: int, ordered: bool) -> Inter
     `ordered` ones go only from the end: see `InterestModel.has_ordered_interests`.
     """
     user_S = row_users(interests)
-    latest_U = torch.zeros(interests.n_users + 1, dtype=torch.int16)
+    latest_U = torch.zeros(interests.n_users + 1, dtype=torch.int32)
     latest_U.scatter_reduce_(0, user_S, interests.used_S, "amax")
     is_kept_S = latest_U[user_S] - interests.used_S < n_spans
     if ordered:

@@ -92,9 +92,9 @@ def replace_interests(
     interests = replace(interests, offsets_U=_offsets(counts_U))
     is_existing_NK = alive_NK & (torch.arange(alive_NK.shape[1]) < counts_U[users_N][:, None])
     before_NK = interests.offsets_U[users_N][:, None] + torch.arange(alive_NK.shape[1])  # the row, where there was one
-    born_NK = torch.full(alive_NK.shape, span, dtype=torch.int16)
+    born_NK = torch.full(alive_NK.shape, span, dtype=torch.int32)
     born_NK[is_existing_NK] = interests.born_S[before_NK[is_existing_NK]]
-    last_used_NK = torch.full(alive_NK.shape, span, dtype=torch.int16)
+    last_used_NK = torch.full(alive_NK.shape, span, dtype=torch.int32)
     rests_NK = is_existing_NK & ~used_NK
     last_used_NK[rests_NK] = interests.used_S[before_NK[rests_NK]]
     counts_U = torch.zeros_like(counts_U).index_copy(0, users_N, alive_NK.sum(1))
@@ -114,7 +114,7 @@ def add_interests(
     owner_R = torch.repeat_interleave(torch.arange(len(extra_U)), extra_U)
     slot_R = counts_U[owner_R] + torch.arange(len(owner_R)) - offsets_U[owner_R]
     vectors_RD = initial_KD[slot_R.clamp(max=len(initial_KD) - 1)]
-    span_R = torch.full((len(owner_R),), span, dtype=torch.int16)
+    span_R = torch.full((len(owner_R),), span, dtype=torch.int32)
     all_S = torch.ones(len(interests.vectors_SD), dtype=torch.bool)
     return _merge(interests, all_S, Interests(vectors_RD, offsets_U, span_R, span_R))
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from freshrec.config import HISTORY_LENGTH, Count, Positive, check_options
+from freshrec.nn.forward_decay import WINDOW_SHARE, window_size
 from freshrec.types import Batch, Events, Histories
 
 
@@ -17,13 +18,13 @@ class PopularitySpec:
     """Which events count: all of them, only the last window, or all with a weight that halves with age.
 
     One window is as many events as `window` of the first events absorbed, the base block; a sixth is about one span
-    where half of the log is the base and six spans follow. Age is counted in events, so that a quiet night forgets
-    nothing.
+    where half of the log is the base and six spans follow. Within a blend it is a sixth of all of the base block, which
+    comes in two parts. Age is counted in events, so that a quiet night forgets nothing.
     """
 
     weighting: Literal["all", "last", "decay"] = "all"
     half_life: Positive = 1.0  # in windows; "decay" only
-    window: Positive = 1 / 6  # share of the base block; not for "all"
+    window: Positive = WINDOW_SHARE  # share of the base block; not for "all"
     length: Count = HISTORY_LENGTH  # kept events a user; the model itself does not read them
 
     def __post_init__(self) -> None:
@@ -41,7 +42,7 @@ class Popularity:
         self.spec = spec
         self.n_users = 0
         self.n_items = 0
-        self.window = 0  # events; 0 until the base block is known
+        self.window_events = 0  # 0 until the base block is known; set before, by whoever absorbs that in parts
         self.counts_I = torch.zeros(1, dtype=torch.float64)
         self.latest_E = torch.zeros(0, dtype=torch.int32)  # the items of the last window, for keep = "last"
 
@@ -51,16 +52,16 @@ class Popularity:
         self.n_users, self.n_items = n_users, n_items
 
     def absorb(self, events: Events, histories: Histories) -> None:
-        """Count the events; the first ones, the base block, also set the length of a window."""
+        """Count the events; the first ones, the base block, also set the length of a window that nobody has set."""
         if len(events) == 0:
             return
-        if self.window == 0:
-            self.window = max(1, round(self.spec.window * len(events)))
+        if self.window_events == 0:
+            self.window_events = window_size(len(events), self.spec.window)
         if self.spec.weighting == "last":
-            self.latest_E = torch.cat([self.latest_E, events.items_E.int()])[-self.window :]
+            self.latest_E = torch.cat([self.latest_E, events.items_E.int()])[-self.window_events :]
             self.counts_I = self._weighted_counts(self.latest_E, torch.ones(len(self.latest_E), dtype=torch.float64))
             return
-        half_life = self.spec.half_life * self.window if self.spec.weighting == "decay" else float("inf")
+        half_life = self.spec.half_life * self.window_events if self.spec.weighting == "decay" else float("inf")
         age_E = torch.arange(len(events) - 1, -1, -1, dtype=torch.float64)
         decay = 0.5 ** (len(events) / half_life)
         self.counts_I = self.counts_I * decay + self._weighted_counts(events.items_E, 0.5 ** (age_E / half_life))
@@ -75,10 +76,10 @@ class Popularity:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything the model knows."""
-        sizes = torch.tensor([self.n_users, self.n_items, self.window])
+        sizes = torch.tensor([self.n_users, self.n_items, self.window_events])
         return {"sizes": sizes, "counts_I": self.counts_I, "latest_E": self.latest_E}
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state_dict`."""
-        self.n_users, self.n_items, self.window = tensors["sizes"].tolist()
+        self.n_users, self.n_items, self.window_events = tensors["sizes"].tolist()
         self.counts_I, self.latest_E = tensors["counts_I"], tensors["latest_E"]

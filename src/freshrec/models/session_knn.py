@@ -48,7 +48,8 @@ class SKNNSpec:
     lambda2: Weight = 0.0  # similarities are times exp(-age of the session / lambda2)
     lambda3: Weight = 0.0  # a neighbour's items are times exp(-distance from its latest shared item / lambda3)
     # lambda2 is in days of the session's last time, or in blocks since it was last absorbed. Without a clock times are
-    # the order of events, which is next to nothing in days: no session fades there unless ages are in blocks.
+    # the order of events, which is next to nothing in days: no session fades there unless ages are in blocks. A block
+    # is what was absorbed at once, so ages in blocks, and `last_n`, mean something else at every cadence.
     ages: Literal["days", "blocks"] = "days"
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from freshrec.device import default_device
-from freshrec.disk_names import class_of, tag_of, with_current_names
+from freshrec.disk_names import INT32_FIELDS, class_of, tag_of, with_current_names
 from freshrec.errors import StateError
 from freshrec.files import write_atomically
 from freshrec.nn.embedding_table import embedding_tables
@@ -215,7 +215,9 @@ def _decode(
         return {k: _decode(child, read, build_model) for k, child in node["dict"].items()}
     if "model" in node:
         return build_model(node["model"]["dict"], read)
-    return class_of(node["class"])(**{k: _decode(child, read, build_model) for k, child in node["fields"].items()})
+    decoded = {k: _decode(child, read, build_model) for k, child in node["fields"].items()}
+    decoded |= {name: decoded[name].int() for name in INT32_FIELDS.get(node["class"], ()) if name in decoded}
+    return class_of(node["class"])(**decoded)
 
 
 def _build_full_model(parts: dict[str, Any], read: TensorReader) -> Model:

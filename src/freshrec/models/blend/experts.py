@@ -19,7 +19,7 @@ from freshrec.models.blend.features import (
     own_history_features,
     user_features,
 )
-from freshrec.models.item_knn import ItemKNNSpec
+from freshrec.models.item_knn import ItemKNN, ItemKNNSpec
 from freshrec.models.pooled import Pooled, PooledSpec
 from freshrec.models.popularity import Popularity, PopularitySpec
 from freshrec.models.repeat import Repeat, RepeatSpec
@@ -131,7 +131,7 @@ class Experts:
         self.trained_model: Pooled = TRAINED_SPEC.build(seed)  # by the strategy; until then it has no opinion
         self.item_statistics = ItemStatistics.empty()
         self.window_events = (
-            0  # events: a sixth of the first block; 0 until that is known. Ages of items are measured in it
+            0  # a sixth of the base block; 0 until that is known. Ages, of items too, are measured in it: `set_window`
         )
         self._cache: ExpertCache | None = None  # made when first asked
 
@@ -253,6 +253,17 @@ class Experts:
         self.trained_model.load_state_dict(extract_state_dict(tensors, "trained"))
         self.trained_model.moments = extract_state_dict(tensors, "moments")
         self._cache = None
+
+
+def set_window(experts: Experts, window_events: int) -> None:
+    """Make all that measures ages in windows use one of so many events.
+
+    A counter alone takes a share of what it absorbs first; here the base block comes in two parts.
+    """
+    experts.window_events = window_events
+    for counter in experts.counters.values():
+        if isinstance(counter, Popularity | ItemKNN):
+            counter.window_events = window_events
 
 
 def _build_cache(experts: Experts) -> ExpertCache:

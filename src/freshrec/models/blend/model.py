@@ -30,6 +30,7 @@ from freshrec.models.blend.experts import (
     Slots,
     extract_state_dict,
     flatten_state_dicts,
+    set_window,
 )
 from freshrec.models.blend.features import is_repeat
 from freshrec.models.blend.rule import (
@@ -44,6 +45,7 @@ from freshrec.models.blend.rule import (
     is_significantly_better,
 )
 from freshrec.models.item_knn import ItemKNN
+from freshrec.nn.forward_decay import window_size
 from freshrec.nn.sparse import select_scores
 from freshrec.random_streams import stream
 from freshrec.types import Batch, Events, Histories
@@ -127,7 +129,8 @@ class Blend:
             return
         parts, self.pending_queries = [events], []
         if is_base := not self.experts.window_events:
-            self.experts.window_events = window = max(1, round(len(events) / 6))
+            window = window_size(len(events))
+            set_window(self.experts, window)
             parts = [events[:-window], events[-window:]]
         for part in parts:
             histories_after, rows_E = insert_events(histories, part, self.n_users)
@@ -243,12 +246,17 @@ class Blend:
         } | flatten_state_dicts(parts)
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state_dict`."""
+        """The inverse of `state_dict`.
+
+        Where version 0.1.0 wrote it, the popularities had a window of their own and Markov none: from now on they have
+        that of the blend; what they had counted stays.
+        """
         *numbers, given_up = tensors["numbers"].tolist()
-        self.n_users, self.n_items, self.experts.window_events, self.n_blocks, self.best_expert = numbers
+        self.n_users, self.n_items, window_events, self.n_blocks, self.best_expert = numbers
         self.is_trained_expert_dropped = bool(given_up)
         self.is_rule_suspended = bool(tensors.get("overruled", False))  # what was saved earlier had no overruled rules
         self.experts.load_state_dict(extract_state_dict(tensors, "experts"), self.n_users, self.n_items)
+        set_window(self.experts, window_events)
         self.query_log = QueryLog(**extract_state_dict(tensors, "remembered"))
         rule = extract_state_dict(tensors, "rule")
         self.rule = Rule(**rule) if rule else None
