@@ -12,7 +12,7 @@ from typing import Any
 from names import options_of
 
 from freshrec import errors
-from freshrec.cli.app import app, describe_names
+from freshrec.cli.app import OWN_NAMES, app, describe_names
 from freshrec.config import description_of, hints_of
 from freshrec.models import MODELS
 from freshrec.recommender.list_request import DEFAULTS, ListRequest, help_of
@@ -30,10 +30,12 @@ def reference_page(root: Path) -> str:
     parts += ["| 0 | done |", *(f"| {error.exit_code} | {inspect.getdoc(error)} |" for error in _leaves())]
     parts += ["| 130 | interrupted |", "", "## Lists", "", *_list_options(), "", "## Models", ""]
     parts += [_row(name, None, options_of(spec)) for name, spec in MODELS.items()]
+    parts += ["", f"{OWN_NAMES['models']} [CONTRIBUTING.md](../CONTRIBUTING.md) says how to write one."]
     parts += _options({type(spec): spec for spec in MODELS.values()}, root)
     parts += ["", "## Strategies", ""]
     parts += [_row(name, inspect.getdoc(type(s)), options_of(s)) for name, s in STRATEGIES.items()]
     parts += [_row(alias, f"Another name of `{name}`.") for alias, name in ALIASES.items()]
+    parts += ["", f"{OWN_NAMES['strategies']} [CONTRIBUTING.md](../CONTRIBUTING.md) says how to write one."]
     parts += _options(_parts({type(s): s for s in STRATEGIES.values()}), root)
     for title in ("metrics", "worlds", "formats"):
         parts += [

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -98,16 +98,29 @@ def click(client: TestClient, user: str, item: str, **more: Any) -> Any:
 def process(folder: Path, *words: str, wait_s: float = 60) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """`freshrec serve` in a process of its own, on a free port: its address, and the process."""
     command = [sys.executable, "-m", "freshrec", "serve", "--store", str(folder / "s"), "--port", "0", *words]
-    log = (folder / "serve.log").open("a+")
-    since = len((folder / "serve.log").read_text())
-    with log, subprocess.Popen(command, stderr=log, stdout=log, text=True) as running:
+    with listening(command, folder / "serve.log", wait_s) as found:
+        yield found
+
+
+@contextmanager
+def listening(
+    command: Sequence[str],
+    log_path: Path,
+    wait_s: float = 60,
+    cwd: Path | None = None,
+    env: dict[str, str] | None = None,
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A command that serves, once it listens: its address, and the process. What it prints is added to the log."""
+    log = log_path.open("a+")
+    since = len(log_path.read_text())
+    with log, subprocess.Popen(command, stderr=log, stdout=log, text=True, cwd=cwd, env=env) as running:
         try:
             until = time.monotonic() + wait_s
             said: list[str] = []
             while not said:
-                assert running.poll() is None and time.monotonic() < until, (folder / "serve.log").read_text()
+                assert running.poll() is None and time.monotonic() < until, log_path.read_text()
                 time.sleep(0.05)
-                said = re.findall(r"listening on (http://[\d.:]+)", (folder / "serve.log").read_text()[since:])
+                said = re.findall(r"listening on (http://[\d.:]+)", log_path.read_text()[since:])
             yield said[0], running
         finally:
             running.terminate()

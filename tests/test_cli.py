@@ -155,8 +155,13 @@ def test_a_table_for_people_has_a_line_per_item(
 @pytest.mark.parametrize("kind", LISTED_KINDS)
 def test_every_name_is_listed_on_a_line_with_what_it_is(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     names = json.loads(answer(capsys, "list", kind, "--json"))
-    lines = answer(capsys, "list", kind).splitlines()
+    assert main(["list", kind]) == 0
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
     assert [line.split()[0] for line in lines] == list(names)
+    # how to name one's own goes to stderr, so that stdout has a line for each name and nothing else
+    hint = {"models": " my_model:MyModelSpec:hours=2.", "strategies": " my_strategy:MyStrategy:keep=0.3."}.get(kind, "")
+    assert hint in printed.err and bool(hint) == bool(printed.err)
     assert all(len(text) > 10 for text in names.values())
 
 

@@ -20,7 +20,7 @@ from freshrec.cli.app import main
 from freshrec.data.histories import insert_events
 from freshrec.data.split import LogSplit, split_log
 from freshrec.data.synthetic import make_world
-from freshrec.errors import OptionError, StateError
+from freshrec.errors import OptionError, StateError, TrainingError
 from freshrec.learn.fit import FitConfig
 from freshrec.models.absorb import absorb_block
 from freshrec.models.popularity import PopularitySpec
@@ -276,6 +276,46 @@ def test_what_a_model_lacks_is_said_before_anything_is_read() -> None:
         Recommender(Spec(Mute))
 
 
+def test_scores_of_another_form_are_refused_and_the_form_is_named() -> None:
+    class Flat(Count):
+        def score(self, batch: Batch, items: Tensor) -> Tensor:
+            return self.counts_I[items]
+
+    class Whole(Count):
+        def score(self, batch: Batch, items: Tensor) -> Tensor:
+            return super().score(batch, items).long()
+
+    batch, items_N = Batch(torch.tensor([1, 2]), torch.tensor([[0, 3], [4, 7]])), torch.arange(1, 6)
+    for kind, form in ((Flat, r"\(5,\) and torch.float32"), (Whole, r"\(2, 5\) and torch.int64")):
+        model = kind(COUNT)
+        model.grow(2, 5)
+        with pytest.raises(
+            TrainingError, match=rf"{kind.__name__}.score .* shape {form}; it must be of shape \(2, 5\)"
+        ):
+            score_items(model, batch, items_N)
+
+
+def test_user_vectors_of_another_form_are_refused_and_the_form_is_named() -> None:
+    class OneVector(Sum):
+        def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
+            return super().encode(items_BTD, batch)[:, 0]
+
+    model = OneVector(SUM, 0)
+    model.grow(2, 7)
+    batch = Batch(torch.tensor([1, 2]), torch.tensor([[0, 3], [4, 7]]))
+    with pytest.raises(TrainingError, match=r"OneVector.encode .* \(2, 8\) .*; it must be of shape \(2, K, 8\)"):
+        score_items(model, batch, torch.arange(1, 8))
+
+
+def test_the_class_of_the_options_may_stand_for_an_instance_of_them() -> None:
+    log = pl.DataFrame({"user_id": list("xyzxyz"), "item_id": list("aaabbc"), "timestamp": range(NOON, NOON + 6)})
+    found = Recommender(CountSpec).fit(log).recommend(["x"], k=3, exclude_seen=False)
+    assert found["item_id"].to_list() == ["a", "b", "c"]  # taken three times, twice, once
+    no_options: Any = Count
+    with pytest.raises(OptionError, match='model "Count" is a class that needs arguments'):
+        Recommender(no_options)
+
+
 @pytest.fixture
 def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The documented example in a folder where we are, imported by nobody yet."""
@@ -310,10 +350,10 @@ def test_the_example_counts_what_was_taken_within_an_hour(example: None, monkeyp
 def test_the_example_replays_and_a_store_of_it_opens_where_its_module_is_named(
     example: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    *_, day = stored(tmp_path, "my_model.MY_MODEL:hours=2")
+    *_, day = stored(tmp_path, "my_model.MyModelSpec:hours=2")
     world = ["--world", "drift", "--users", "50", "--spans", "2"]
-    assert main(["replay", *world, "--models", "my_model.MY_MODEL", "--strategies", "absorb", "--out", "out"]) == 0
-    assert "| my_model.MY_MODEL | absorb |" in capsys.readouterr().out
+    assert main(["replay", *world, "--models", "my_model:MyModelSpec", "--strategies", "absorb", "--out", "out"]) == 0
+    assert "| my_model:MyModelSpec | absorb |" in capsys.readouterr().out
     del sys.modules["my_model"]  # as in a new process
     ask = ["recommend", "user-1", "--store", "s", "--json"]
     assert main(ask) == 7

@@ -20,7 +20,7 @@ from freshrec.learn.weights import copy_weights
 from freshrec.models import MODELS, find_model
 from freshrec.models.absorb import absorb_block
 from freshrec.recommender.recommender import Recommender
-from freshrec.replay.cell import Cell, ReplaySettings
+from freshrec.replay.cell import Cell, ReplaySettings, replay_cell
 from freshrec.replay.plan import count_tuning_targets, training_passes
 from freshrec.replay.runner import run_cells
 from freshrec.replay.tuning import alternatives
@@ -69,6 +69,21 @@ class Demanding:
 class Broken:
     def update(self, state, span):
         return state.model.no_such_thing
+
+
+class Nothing:
+    def update(self, state, span):
+        pass
+
+
+class Same:
+    def update(self, state, span):
+        return state
+
+
+class Ungrown:
+    def update(self, state, span):
+        return replace(state, spans_seen=state.spans_seen + 1)
 
 
 class Other:
@@ -204,6 +219,28 @@ def test_an_own_strategy_may_update_any_model_and_its_errors_are_its_own() -> No
         Recommender("item-knn", broken).fit(world())
 
 
+@pytest.mark.parametrize(
+    ("own", "says"),
+    [
+        ("Nothing", r'update\(state, span\) of strategy "Nothing" returned None; it must return the next State'),
+        ("Same", '"Same" returned a state with spans_seen=0; it must be 1, one more than before'),
+        (
+            "Ungrown",
+            '"Ungrown" returned a model of 0 users and 0 items, and the span has [0-9]+ and [0-9]+; let the model grow',
+        ),
+    ],
+)
+def test_an_update_that_returns_no_next_state_is_refused_in_a_recommender_and_a_replay(
+    own: str, says: str, tmp_path: Path
+) -> None:
+    # a trained model has neither users nor items before its first update
+    with pytest.raises(OptionError, match=says):
+        Recommender("mf:d=4", find_strategy(f"own_strategies:{own}")).fit(world())
+    parts = split_log(make_world("drift", users=60, items=40, events=1200).log, by="count", spans=1, min_events=1)
+    with pytest.raises(OptionError, match=says):
+        list(replay_cell(cell("mf:d=4", f"own_strategies:{own}"), parts, ReplaySettings(), tmp_path))
+
+
 def test_an_own_strategy_may_say_which_models_it_takes() -> None:
     example = find_strategy("my_strategy:MyStrategy")
     check_compatible(MODELS["mf"], "mf", example, "mine")
@@ -216,7 +253,7 @@ def test_an_object_with_attributes_has_to_be_a_dataclass_to_be_saved(tmp_path: P
     counting, demanding = (find_strategy(f"own_strategies:{name}") for name in ("Counting", "DEMANDING"))
     save_tree(counting, tmp_path / "counting")
     assert type(load_tree(tmp_path / "counting")) is type(counting)
-    with pytest.raises(StateError, match="a Demanding at state cannot be saved"):
+    with pytest.raises(StateError, match="a Demanding at state cannot be saved: make it a dataclass"):
         save_tree(demanding, tmp_path / "demanding")
 
 
@@ -252,6 +289,21 @@ def test_aliases_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "strategies", "--json"]) == 0
     lines = json.loads(capsys.readouterr().out)
     assert lines["joint"] == "Another name of full." and lines.keys() == STRATEGIES.keys() | ALIASES.keys()
+
+
+@pytest.mark.parametrize("model", ["pooled:d=4", "comirec-dr:d=4:k=2", "embedding-mlp:d=4"])
+def test_the_example_updates_models_with_scalars_interests_and_several_tables(model: str) -> None:
+    # pooled has a weight without dimensions; keep = 0 is fine-tuning
+    parts = split_log(make_world("newborn", users=60, items=40, events=1500).log, by="count", spans=1, forget_users=0)
+    fit = ":fit.epochs=1:fit.base_epochs=1"
+    after = []
+    for strategy in (find_strategy(f"my_strategy:MyStrategy:keep=0{fit}"), find_strategy(f"finetune{fit}")):
+        state = State(find_model(model).build(0))
+        for span in parts.spans:
+            state = strategy.update(counted(state, span), span)
+        after.append(copy_weights(state.model))
+    assert after[0].keys() == after[1].keys() and len(after[0])
+    assert all(torch.equal(weight, after[1][name]) for name, weight in after[0].items())
 
 
 def test_the_example_is_the_mean_of_the_weights_before_and_after_fine_tuning() -> None:

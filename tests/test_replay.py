@@ -407,7 +407,12 @@ def test_the_last_span_can_be_tested_without_being_learnt(tmp_path: Path) -> Non
         ("item-knn", "finetune", '"item-knn" counts, it is not trained: its only strategy is absorb.'),
         ("item-knn", "imsr", '"item-knn" counts, it is not trained: its only strategy is absorb.'),
         ("blend", "finetune", "its only strategy is refit (or absorb, which trusts the best expert)."),
-        ("mf", "refit", '"refit" joins experts, and "mf" has none: use it with blend.'),
+        (
+            "mf",
+            "refit",
+            '"refit" joins experts, and "mf" has none: use it with blend. A strategy for "mf" is finetune.',
+        ),
+        ("popularity", "refit", '"popularity" has none: use it with blend. A strategy for "popularity" is absorb.'),
         ("embedding-mlp", "ader", '"ader" follows the scores of all items back to their vectors; "embedding-mlp" does'),
         ("embedding-mlp", "ewc", "Use a model with user and item vectors, such as sasrec or comirec-dr."),
         ("sasrec", "imsr", '"imsr" needs a model with several interests a user; "sasrec" has one vector.'),

@@ -2,15 +2,17 @@
 
 import asyncio
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from serving import TOKEN, click, items, server, stored
 
-from freshrec.cli.server import read_token
+from freshrec.cli.server import listening_socket, read_token
 from freshrec.errors import OptionError
 from freshrec.nightly.inspection import user_profile as inspect_user
 from freshrec.recommender.bundle import read_bundle
@@ -279,6 +281,14 @@ def test_a_serving_process_imports_nothing_that_learns(one_store: Path) -> None:
     loaded = done.stdout.split()
     above = ("freshrec.learn", "freshrec.strategies", "freshrec.nightly", "freshrec.replay.cell", "deltalake")
     assert "freshrec.server.live_version" in loaded and not [name for name in loaded if name.startswith(above)]
+
+
+def test_a_server_accepts_connections_before_it_says_that_it_listens() -> None:
+    async def no_app(scope: Any, receive: Any, send: Any) -> None: ...
+
+    # `serve` prints the address when it has this socket, and runs the server after that
+    with listening_socket(uvicorn.Config(no_app, "127.0.0.1", 0, log_level="critical")) as opened:
+        socket.create_connection(opened.getsockname(), timeout=5).close()
 
 
 def test_the_openapi_document_describes_every_route(one_store: Path) -> None:

@@ -1,15 +1,19 @@
-"""A model of one's own: what a user takes next is what others took within an hour of the user's last item.
+"""A model of your own: a user's next item is one that others took within an hour of the user's last item.
 
-Copy this file, change it, and name its instance wherever freshrec takes the name of a model:
+Copy this file, change it, and name its options wherever freshrec takes the name of a model:
 
     export FRESHREC_IMPORT=my_model
-    freshrec replay --world drift --models my_model.MY_MODEL:hours=2 --strategies absorb
-    freshrec fit events.parquet --store shop --model my_model.MY_MODEL
+    freshrec replay --world drift --models my_model:MyModelSpec:hours=2 --strategies absorb
+    freshrec fit events.parquet --store shop --model my_model:MyModelSpec
+    freshrec update tomorrow.parquet --store shop
     freshrec recommend u42 --store shop
+    freshrec serve --store shop
 
-The module is found in the current folder, or where Python finds others. A store holds the model's numbers, not its
-code: FRESHREC_IMPORT names the modules that commands, the server too, import before they open a store. In Python,
-`import my_model` before `Recommender.load("shop")` does the same.
+Python looks for the module in the current folder too. A store holds what the model has learnt, not its code:
+FRESHREC_IMPORT names the modules to import before a store is opened. In Python, write `import my_model` instead.
+
+Names of tensors end in their dimensions: E events, R rows of the histories, U users, I items, B users of a batch,
+T events of a user, N items to score. Users and items are rows 1, 2, ...; row 0 is padding.
 """
 
 from dataclasses import dataclass
@@ -23,57 +27,51 @@ from freshrec.data.histories import insert_events
 from freshrec.nn.sparse import select_scores
 from freshrec.types import Batch, Events, Histories
 
-HOUR = 3_600_000_000  # microseconds
+HOUR = 3_600_000_000  # microseconds, the unit of all times
 
 
 @dataclass(frozen=True)
 class MyModelSpec:
-    """The options, with their defaults; the command line finds them here."""
+    """The options and their defaults."""
 
-    hours: Positive = 1.0  # between two events of a user whose items count as a pair
+    hours: Positive = 1.0  # longest time between two events of a user whose items count as a pair
 
     def __post_init__(self) -> None:
         check_options(self)
 
     def build(self, seed: int) -> "MyModel":
-        """A model without users and items; it draws no random numbers, so that it needs no seed."""
+        """A model without users and items. It draws no random numbers, so it needs no seed."""
         return MyModel(self)
 
 
 class MyModel:
-    """score(item) = how often it and the user's last item were taken in a row within some hours, by any user.
+    """score(item) = how often any user took it directly before or after the user's last item, within some hours.
 
-    The table of all pairs of items is dense: for catalogs of up to some ten thousand items.
+    The table of all pairs of items is dense, so this is for catalogs of up to some ten thousand items.
     """
 
     def __init__(self, spec: MyModelSpec) -> None:
         self.spec, self.n_users, self.n_items = spec, 0, 0
-        self.counts_II = torch.zeros(1, 1)  # by item rows, 1..n_items; row 0 is padding
+        self.counts_II = torch.zeros(1, 1)
 
     def grow(self, n_users: int, n_items: int) -> None:
         """Make room for new users and items."""
-        more = n_items - self.n_items
-        self.counts_II = F.pad(self.counts_II, (0, more, 0, more))
+        n_new = n_items - self.n_items
+        self.counts_II = F.pad(self.counts_II, (0, n_new, 0, n_new))
         self.n_users, self.n_items = n_users, n_items
 
     def absorb(self, events: Events, histories: Histories) -> None:
-        """Count each new event's item with the item that its user took before; `histories` holds what came before."""
-        after, rows_E = insert_events(
-            histories, events, self.n_users
-        )  # each user's events in time order, the new ones added
-        rows_E = rows_E[rows_E > after.offsets_U[events.users_E]]  # those that are not their user's first one
-        gaps_E = after.times_R[rows_E] - after.times_R[rows_E - 1]
+        """Learn from new events; `histories` holds each user's events before them, in time order."""
+        merged, rows_E = insert_events(histories, events, self.n_users)  # all events, and the rows of the new ones
+        rows_E = rows_E[rows_E > merged.offsets_U[events.users_E]]  # a user's first event follows nothing
+        gaps_E = merged.times_R[rows_E] - merged.times_R[rows_E - 1]
         rows_E = rows_E[gaps_E <= self.spec.hours * HOUR]
-        items_E, before_E = after.items_R[rows_E].long(), after.items_R[rows_E - 1].long()
-        one = torch.ones(len(items_E))
-        counts_II = self.counts_II.index_put((before_E, items_E), one, accumulate=True)
-        self.counts_II = counts_II.index_put((items_E, before_E), one, accumulate=True)
-        self.counts_II[0] = self.counts_II[:, 0] = 0.0  # events that are held out stand in histories as item 0
+        items_E, previous_E = merged.items_R[rows_E].long(), merged.items_R[rows_E - 1].long()
+        for pair in ((previous_E, items_E), (items_E, previous_E)):
+            self.counts_II.index_put_(pair, torch.tensor(1.0), accumulate=True)
+        self.counts_II[0] = self.counts_II[:, 0] = 0.0  # a replay shows held-out events as item 0
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
-        """(B, N) of `items`, shared (N,) or each row's own (B, N); higher is better, and 0 is no opinion."""
-        last_B = F.pad(batch.history_BT, (1, 0))[:, -1]  # the most recent item; 0 where the history is empty
+        """(B, N) scores of `items`, which are (N,) or (B, N); higher is better, 0 is no opinion."""
+        last_B = F.pad(batch.history_BT, (1, 0))[:, -1]  # the last item, or 0 where there is none
         return select_scores(self.counts_II[last_B], items)
-
-
-MY_MODEL = MyModelSpec()

@@ -57,6 +57,10 @@ OLD_FLAGS = {  # by the first word of a command: flags of 0.1.0, and their new n
     "serve": SEARCH_FLAGS,
     "bench": SEARCH_FLAGS,
 }
+OWN_NAMES = {  # how to name what is no part of freshrec
+    "models": "Your own model is named as in my_model:MyModelSpec:hours=2.",
+    "strategies": "Your own strategy is named as in my_strategy:MyStrategy:keep=0.3.",
+}
 LISTED_KINDS = ("models", "strategies", "metrics", "worlds", "formats")
 
 
@@ -85,6 +89,8 @@ def list_names(
     lines = describe_names(kind)
     width = max(map(len, lines))
     typer.echo(json.dumps(lines, indent=2) if as_json else "\n".join(f"{n:<{width}}  {t}" for n, t in lines.items()))
+    if not as_json and kind in OWN_NAMES:
+        typer.echo(f"{OWN_NAMES[kind]} CONTRIBUTING.md and docs/examples show how to write one.", err=True)
 
 
 GROUPS: dict[str, tuple[Callable[..., None], ...]] = {  # the headings of `freshrec --help`, and the commands below each

@@ -6,14 +6,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from socket import IPPROTO_TCP, TCP_NODELAY
-from typing import Annotated, Any
+from socket import IPPROTO_TCP, TCP_NODELAY, socket
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from freshrec.cli.options import AsJson, StorePath
 from freshrec.cli.output import print_table
 from freshrec.errors import OptionError, StateError
+
+if TYPE_CHECKING:
+    import uvicorn
 
 LongestFirstOption = Annotated[
     int, typer.Option(min=0, help="Score so many items with the longest vectors first, where there are more; 0: off.")
@@ -69,10 +72,17 @@ def serve(
         timeout_graceful_shutdown=10, timeout_keep_alive=75, limit_concurrency=1000, lifespan="on",
     )  # fmt: skip
     server = uvicorn.Server(config)
-    with config.bind_socket() as socket:
-        socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)  # or the second packet of an answer waits 40 ms for an ACK
-        log_line(f"listening on http://{socket.getsockname()[0]}:{socket.getsockname()[1]}")
-        server.run([socket])
+    with listening_socket(config) as opened:
+        log_line(f"listening on http://{opened.getsockname()[0]}:{opened.getsockname()[1]}")
+        server.run([opened])
+
+
+def listening_socket(config: uvicorn.Config) -> socket:
+    """A socket that accepts connections from now on; the server answers them once it runs."""
+    opened = config.bind_socket()
+    opened.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)  # or the second packet of an answer waits 40 ms for an ACK
+    opened.listen(config.backlog)  # uvicorn listens only after its start-up: who came before was refused
+    return opened
 
 
 def export(

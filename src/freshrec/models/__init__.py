@@ -23,7 +23,7 @@ from freshrec.models.session_knn import S_SKNN, SKNN, STAN, V_SKNN
 from freshrec.models.stamp import STAMPSpec
 from freshrec.models.user_knn import UserKNNSpec
 from freshrec.types import ModelSpec
-from freshrec.user_modules import Interface
+from freshrec.user_modules import Interface, as_instance
 
 CONTROLS: dict[str, ModelSpec] = {
     "popularity": PopularitySpec(),
@@ -67,6 +67,16 @@ MODELS: dict[str, ModelSpec] = COUNTING_MODELS | {
 }
 
 
-def find_model(text: str) -> ModelSpec:
-    """The spec that "comirec-dr" or "comirec-dr:k=1:attention=soft" names; OptionError for what does not exist."""
-    return find_instance("model", text, MODELS, Interface(ModelSpec, "build(seed)"))
+INTERFACE = Interface(ModelSpec, "build(seed)")
+
+
+def find_model(named: str | ModelSpec | type[ModelSpec]) -> ModelSpec:
+    """The spec that "comirec-dr", "comirec-dr:k=1:attention=soft" or "their_package.module:Thing" names.
+
+    An instance of one's own is returned as it is; of a class, an instance. OptionError for what is no spec.
+    """
+    if isinstance(named, str):
+        return find_instance("model", named, MODELS, INTERFACE)
+    name = named.__name__ if isinstance(named, type) else type(named).__name__
+    found: ModelSpec = as_instance("model", name, named, INTERFACE)
+    return found

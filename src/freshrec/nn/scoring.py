@@ -5,6 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from freshrec.errors import TrainingError
 from freshrec.nn.embedding_table import EmbeddingTable, embed, embedding_matrix
 from freshrec.nn.layers import max_inner_product
 from freshrec.types import Batch, HistorySpec, Model, ScoringModel, UserVectorModel, VectorModel
@@ -18,17 +19,32 @@ def score_items(model: Model, batch: Batch, items: Tensor) -> Tensor:
     Of a vector model max_k h_k e_i, the best inner product of an item's vector with one of the user's.
     """
     if isinstance(model, ScoringModel):
-        return model.score(batch, items)
+        scores_BN = model.score(batch, items)
+        if scores_BN.shape != (len(batch), items.shape[-1]) or not scores_BN.is_floating_point():
+            raise _wrong_tensor(model, "score", scores_BN, f"({len(batch)}, {items.shape[-1]})")
+        return scores_BN
     vector_model = cast(VectorModel, model)
     return max_inner_product(user_vectors(vector_model, batch), embed(item_table(vector_model), items))
 
 
 def user_vectors(model: VectorModel, batch: Batch) -> Tensor:
     """(B, K, D) the users' vectors, without gradients: the model's own, or those it encodes from the item vectors."""
+    table = item_table(model)
     if isinstance(model, UserVectorModel):
-        return model.user_vectors(batch)
-    with torch.no_grad():
-        return model.encode(embed(item_table(model), batch.history_BT), batch)
+        vectors_BKD, method = model.user_vectors(batch), "user_vectors"
+    else:
+        with torch.no_grad():
+            vectors_BKD, method = model.encode(embed(table, batch.history_BT), batch), "encode"
+    if vectors_BKD.ndim != 3 or vectors_BKD.shape[::2] != (len(batch), table.n_dims):
+        raise _wrong_tensor(model, method, vectors_BKD, f"({len(batch)}, K, {table.n_dims})")
+    return vectors_BKD
+
+
+def _wrong_tensor(model: Model, method: str, found: Tensor, shape: str) -> TrainingError:
+    return TrainingError(
+        f"{type(model).__name__}.{method} returned a tensor of shape {tuple(found.shape)} and {found.dtype}; it must "
+        f"be of shape {shape} and of floats."
+    )
 
 
 def item_vectors(model: VectorModel) -> Tensor:

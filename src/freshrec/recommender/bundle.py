@@ -34,7 +34,7 @@ from freshrec.replay.measure import Queries
 from freshrec.store.checkpoint import load_tree, save_tree
 from freshrec.store.versions import LEGACY_FILE
 from freshrec.strategies import find_strategy
-from freshrec.strategies.compatible import check_compatible
+from freshrec.strategies.compatible import check_compatible, next_state
 from freshrec.types import Histories, ModelSpec, Span, State, Strategy, TrainedModel
 
 LEGACY_FORMAT = 2  # of what was saved before there were stores
@@ -71,8 +71,8 @@ class Bundle:
 
 
 def new_bundle(
-    model: str | ModelSpec,
-    strategy: str | Strategy | None,
+    model: str | ModelSpec | type[ModelSpec],
+    strategy: str | Strategy | type[Strategy] | None,
     seed: int,
     read_options: ReadOptions = ReadOptions(),  # noqa: B008
 ) -> Bundle:
@@ -81,13 +81,13 @@ def new_bundle(
     Without a strategy a model is fine-tuned; one that counts absorbs; a blend is refitted. OptionError for an unknown
     name, IncompatibleError where the strategy cannot update the model.
     """
-    spec = find_model(model) if isinstance(model, str) else model
-    empty_model = build_model(spec, model if isinstance(model, str) else type(model).__name__, seed)
+    spec = find_model(model)
+    empty_model = build_model(spec, model if isinstance(model, str) else type(spec).__name__, seed)
     if strategy is None:
         default_counting = "refit" if isinstance(empty_model, Blend) else "absorb"
         strategy = "finetune" if isinstance(empty_model, TrainedModel) else default_counting
     chosen_strategy = find_strategy(strategy)
-    model = model if isinstance(model, str) else tag_of(type(model))
+    model = model if isinstance(model, str) else tag_of(type(spec))
     strategy = strategy if isinstance(strategy, str) else tag_of(type(chosen_strategy))
     check_compatible(spec, model, chosen_strategy, strategy)
     counts = State(PopularitySpec(weighting="decay").build(seed))
@@ -106,7 +106,7 @@ def learn_events(bundle: Bundle, new: EncodedEvents, n_learnt: int | None = None
     sizes = [max(int(rows_E.max()) if len(due) else 0, n) for rows_E, n in known]
     state = absorb_block(served_before.state, due, *sizes)
     state = replace(state, histories=sort_by_time(state.histories))
-    state = bundle.strategy.update(state, Span(state.spans_seen, due, *sizes))
+    state = next_state(bundle.strategy, state, Span(state.spans_seen, due, *sizes))
     counts = absorb_block(served_before.counts, new.events, len(new.users), len(new.items))
     served = ServedState(state, counts, new.users, new.items, new.categories, new.events[n_learnt:])
     return replace(bundle, served=served)

@@ -34,12 +34,18 @@ from freshrec.types import TRAIN, ModelSpec, Strategy
 class Recommender:
     """A model that is updated from new events only.
 
-    `model` and `strategy` are names, with options ("comirec-dr:k=1", "imsr:fit.epochs=5"), or instances of one's own.
-    Without a strategy a model is fine-tuned; one that counts, such as item-knn, absorbs; a blend is refitted.
+    `model` and `strategy` are names, with options ("comirec-dr:k=1", "imsr:fit.epochs=5"), or classes or instances of
+    one's own. Without a strategy a model is fine-tuned; one that counts, such as item-knn, absorbs; a blend is
+    refitted.
     OptionError for an unknown name, IncompatibleError where the strategy cannot update the model.
     """
 
-    def __init__(self, model: str | ModelSpec = "blend", strategy: str | Strategy | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: str | ModelSpec | type[ModelSpec] = "blend",
+        strategy: str | Strategy | type[Strategy] | None = None,
+        seed: int = 0,
+    ) -> None:
         self._unfitted_bundle = self._bundle = new_bundle(model, strategy, seed)
 
     @property

@@ -41,6 +41,7 @@ from freshrec.strategies.ader import ADER
 from freshrec.strategies.ader_s import ADERS
 from freshrec.strategies.asmg import ASMG
 from freshrec.strategies.baselines import FineTune, Frozen, Retrain
+from freshrec.strategies.compatible import next_state
 from freshrec.strategies.ewc import EWC
 from freshrec.strategies.imsr import IMSR
 from freshrec.strategies.incctr import IncCTR
@@ -122,7 +123,7 @@ def replay_cell(
             yield span.index
             break
         previous_state = state if state.spans_seen and settings.tune else None
-        state, update_costs = measure_cost(partial(strategy.update, state, span))
+        state, update_costs = measure_cost(partial(next_state, strategy, state, span))
         if span.index == 0 and base is not None:  # the base is trained once for all; what this strategy adds counts too
             added = update_costs["update_cpu_s"]
             update_costs = state.costs | base.costs

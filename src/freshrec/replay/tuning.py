@@ -16,6 +16,7 @@ from freshrec.strategies.ader import ADER
 from freshrec.strategies.ader_s import ADERS
 from freshrec.strategies.asmg import ASMG
 from freshrec.strategies.baselines import FineTune, Retrain
+from freshrec.strategies.compatible import next_state
 from freshrec.strategies.ewc import EWC
 from freshrec.strategies.imsr import IMSR
 from freshrec.strategies.incctr import IncCTR
@@ -36,7 +37,7 @@ def tune(
         return strategy, {}
     started_at, qualities = time.process_time(), []
     for choice in choices:
-        state = choice.update(before, last)
+        state = next_state(choice, before, last)
         block = SpanBlock(span.events, 0, span.n_users, last.n_items)
         queries = make_queries(state.histories, block, history_length(state.model), QueryOptions(VALID, min_history))
         ranks_N = rank_queries(state, queries)

@@ -165,7 +165,8 @@ def _encode(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         encoded_fields = {f.name: _encode(getattr(node, f.name), f"{path}.{f.name}", tensors) for f in fields(node)}
         return {"class": tag_of(type(node)), "fields": encoded_fields}
     raise StateError(
-        f"a {type(node).__name__} at {path} cannot be saved: keep tensors, numbers and dataclasses in states."
+        f"a {type(node).__name__} at {path} cannot be saved: make it a dataclass; states hold tensors, numbers, "
+        "texts and dataclasses, in tuples, lists and dicts."
     )
 
 

@@ -1,11 +1,14 @@
-"""What can update what: the models that each strategy takes, and a sentence where it does not take one."""
+"""What can update what: the models that each strategy takes, and a sentence where it does not take one.
+
+And what every update must return, checked in the one place where replay and store call `update`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from freshrec.errors import IncompatibleError
+from freshrec.errors import IncompatibleError, OptionError
 from freshrec.models.blend.model import Blend
 from freshrec.models.requirements import build_model
 from freshrec.strategies.ader import ADER
@@ -19,7 +22,7 @@ from freshrec.strategies.refit import Refit
 from freshrec.strategies.self_tuned import SelfTuned
 from freshrec.strategies.sml import SML
 from freshrec.strategies.spmf import SPMF
-from freshrec.types import EncodingModel, InterestModel, ModelSpec, Strategy, TrainedModel
+from freshrec.types import EncodingModel, InterestModel, ModelSpec, Span, State, Strategy, TrainedModel
 
 Requirement = Callable[[Any, str, str], str | None]  # (model, its name, the strategy's name) -> why not; None: it fits
 
@@ -35,6 +38,26 @@ def check_compatible(spec: ModelSpec, model_name: str, strategy: Strategy, strat
             raise IncompatibleError(reason)
 
 
+def next_state(strategy: Strategy, state: State, span: Span) -> State:
+    """What `strategy.update` returns. OptionError where that is no state that a replay or a store can go on from."""
+    after: Any = strategy.update(state, span)
+    what = f'update(state, span) of strategy "{type(strategy).__name__}"'
+    if not isinstance(after, State):
+        raise OptionError(f"{what} returned {after!r:.60}; it must return the next State.")
+    if after.spans_seen != state.spans_seen + 1:
+        raise OptionError(
+            f"{what} returned a state with spans_seen={after.spans_seen}; it must be {state.spans_seen + 1}, "
+            "one more than before, as finish_update in freshrec/learn/fit.py sets it."
+        )
+    sizes, needed = (after.model.n_users, after.model.n_items), (span.n_users, span.n_items)
+    if sizes != needed:
+        raise OptionError(
+            f"{what} returned a model of {sizes[0]} users and {sizes[1]} items, and the span has {needed[0]} and "
+            f"{needed[1]}; let the model grow, as grown_copy in freshrec/learn/fit.py does."
+        )
+    return after
+
+
 def counters_only(model: Any, model_name: str, strategy_name: str) -> str | None:
     """For strategies without training."""
     if isinstance(model, TrainedModel):
@@ -45,7 +68,11 @@ def counters_only(model: Any, model_name: str, strategy_name: str) -> str | None
 def blends_only(model: Any, model_name: str, strategy_name: str) -> str | None:
     """For strategies that combine experts."""
     if not isinstance(model, Blend):
-        return f'"{strategy_name}" joins experts, and "{model_name}" has none: use it with blend.'
+        fitting = "finetune" if isinstance(model, TrainedModel) else "absorb"
+        return (
+            f'"{strategy_name}" joins experts, and "{model_name}" has none: use it with blend. '
+            f'A strategy for "{model_name}" is {fitting}.'
+        )
     return None
 
 
