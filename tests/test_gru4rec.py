@@ -403,7 +403,7 @@ OTHERS = {
     "logq": GRU4RecSpec(loss="xe", logq=1.0),
     "separate": GRU4RecSpec(embeddings="separate"),
     "one": GRU4RecSpec(bptt="one"),
-    "lanes": GRU4RecSpec(steps="lanes"),
+    "lanes": GRU4RecSpec(steps="session-parallel"),
     "deep": GRU4RecSpec(layers=2, hidden=24),
     "uniform": GRU4RecSpec(alpha=0.0, batch_negatives=0),
 }
