@@ -17,10 +17,10 @@ demo: $(READY) ## the main job on a generated log, under three minutes
 	$(BIN)/freshrec demo --jobs 2
 
 test: $(READY) ## the tests, a few minutes
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadgroup
 
 test-all: $(READY) ## the slow ones too
-	$(BIN)/pytest -n 2 -m ""
+	$(BIN)/pytest -n 2 --dist loadgroup -m ""
 
 check: $(READY) ## linter, formatter, strict types
 	$(BIN)/ruff check .
