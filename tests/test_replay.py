@@ -75,14 +75,12 @@ def name_of(cell: Cell) -> str:
     return cell.strategy_name.partition(":")[0]
 
 
-def with_marks(cell: Cell) -> Any:
-    """The cell as a parameter; tests of one cell run in one process, as they share a whole replay of it."""
-    slow = [] if cell in CELLS or name_of(cell) in QUICK else [pytest.mark.slow]
-    return pytest.param(cell, marks=[*slow, pytest.mark.xdist_group(f"replay-{name_of(cell)}")])
-
-
-each_cell = pytest.mark.parametrize("cell", [with_marks(cell) for cell in CELLS], ids=name_of)
-each_strategy = pytest.mark.parametrize("cell", [with_marks(cell) for cell in (*CELLS, *OTHERS)], ids=name_of)
+each_cell = pytest.mark.parametrize("cell", CELLS, ids=name_of)
+each_strategy = pytest.mark.parametrize(
+    "cell",
+    [*CELLS, *(pytest.param(cell, marks=[] if name_of(cell) in QUICK else pytest.mark.slow) for cell in OTHERS)],
+    ids=name_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +253,6 @@ def test_slices_sum_to_the_whole(tmp_path: Path) -> None:
             assert sum(n.get((span, part), 0) for part in family) == n[span, "all"]
 
 
-@pytest.mark.xdist_group(f"replay-{name_of(CELLS[1])}")
 def test_only_secret_events_are_asked_again_after_every_later_update(whole: Callable[[Cell], Path]) -> None:
     cell, parts = CELLS[1], cut_of(world())
     rows = pl.concat(ranks_of(cell, whole(cell), t) for t in (1, 2, 3))
@@ -299,7 +296,7 @@ def test_what_is_absorbed_counts_all_events_but_the_secret_ones() -> None:
     assert len(state.histories.items_R) == len(span.events)  # as history, the user's own, they are all there
 
 
-@pytest.mark.parametrize("cell", [with_marks(cell) for cell in CELLS[:2]], ids=["item-knn", "sasrec"])
+@pytest.mark.parametrize("cell", CELLS[:2], ids=["item-knn", "sasrec"])
 def test_a_finer_cadence_asks_the_same_targets_and_its_first_block_meets_the_same_base(
     cell: Cell, whole: Callable[[Cell], Path], tmp_path: Path
 ) -> None:
@@ -408,7 +405,6 @@ def test_within_a_span_a_user_is_offered_an_own_new_item_again_before_anybody_co
         assert (found["rank"] < new / 2).to_list() == expected
 
 
-@pytest.mark.xdist_group(f"replay-{name_of(CELLS[1])}")
 def test_the_last_span_can_be_tested_without_being_learnt(whole: Callable[[Cell], Path], tmp_path: Path) -> None:
     cell, parts = CELLS[1], cut_of(world())
     assert list(replay_cell(cell, parts, ReplaySettings(last_update=False), tmp_path)) == [0, 1, 2, 3]

@@ -187,7 +187,6 @@ def reader(one_store: Path) -> Iterator[TestClient]:
         yield client
 
 
-@pytest.mark.xdist_group("one-server")
 @pytest.mark.parametrize(("method", "path", "body", "status", "said"), WRONG)
 def test_what_is_asked_wrongly_is_told_in_a_sentence(
     method: str, path: str, body: Any, status: int, said: str, reader: TestClient
@@ -267,7 +266,6 @@ def test_a_token_is_read_from_a_file_and_must_be_one(tmp_path: Path) -> None:
         read_token(tmp_path / "none")
 
 
-@pytest.mark.xdist_group("one-server")
 def test_no_answer_may_load_anything_from_elsewhere(reader: TestClient) -> None:
     page = reader.get("/")
     assert page.headers["content-security-policy"].startswith("default-src 'self'")
@@ -289,7 +287,6 @@ def test_a_serving_process_imports_nothing_that_learns(one_store: Path) -> None:
     assert "freshrec.server.live_version" in loaded and not [name for name in loaded if name.startswith(above)]
 
 
-@pytest.mark.xdist_group("one-server")
 def test_the_openapi_document_describes_every_route(reader: TestClient) -> None:
     document = json.dumps(reader.get("/openapi.json").json())
     for path in ("/recommend/{user}", "/events", "/similar/{item}", "/users/{user}", "/rollback", "/metrics"):
