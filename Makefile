@@ -16,6 +16,7 @@ help: ## this list
 demo: $(READY) ## the main job on a generated log, under three minutes
 	$(BIN)/freshrec demo --jobs 2
 
+# Tests of a file run in one process: they share stores, replays and models that take long to make.
 test: $(READY) ## the tests, a few minutes
 	$(BIN)/pytest -n 2 --dist loadfile
 
@@ -43,7 +44,6 @@ docs: $(READY) ## write the generated pages anew
 clean: ## forget the environment and the caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-# Tests of a file run in one process: they share stores, replays and models that take long to make.
 # One thread each: tests and demo run in two processes, and small tensors are slower on two threads than on one.
 demo test test-all bench reproduce: export OMP_NUM_THREADS = 1
 

@@ -10,6 +10,7 @@ from typing import Any
 import polars as pl
 from studies import studies
 
+from freshrec.disk_names import RECIPE_KEYS, with_current_keys
 from freshrec.models import CONTROLS
 from freshrec.replay.click_metrics import LOWER_IS_BETTER
 from freshrec.replay.results import format_with_interval
@@ -328,6 +329,7 @@ def _table(result: dict[str, Any]) -> list[str]:
 def _protocol(result: dict[str, Any]) -> list[str]:
     """A table of a recipe that follows a paper's own protocol: every metric, the cost, and what was published."""
     part, (base, *later) = result["resolved"]["replay"], result["spans"]
+    part = with_current_keys(part, RECIPE_KEYS["replay"])
     at, metrics = _means(result), part["metrics"]
     published = PUBLISHED.get(result["recipe"], {})
     methods = {(m, s) for m, s, metric in at if metric == metrics[0]}
@@ -336,7 +338,7 @@ def _protocol(result: dict[str, Any]) -> list[str]:
     lines = [
         f"`make reproduce RECIPE={result['recipe']} DATA=...` -- {result['resolved']['log']['path']}; base block "
         f"{base['events']:,} events, then {len(later)} spans; means over spans {first} to {len(later)}, where "
-        f"{EQUAL[part['mean']]} weigh equally; {seeds} seed{'s' if seeds > 1 else ''}.",
+        f"{EQUAL[part['averaging']]} weigh equally; {seeds} seed{'s' if seeds > 1 else ''}.",
         "",
         "| model | strategy | "
         + " | ".join(metrics)

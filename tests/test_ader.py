@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from freshrec.data.batches import due_targets, make_rng, targets_at
+from freshrec.data.batches import due_targets, targets_at
 from freshrec.data.histories import append_events
 from freshrec.data.stored_interests import stored_interests_of
 from freshrec.learn.exemplars import (
@@ -36,6 +36,7 @@ from freshrec.models import MODELS
 from freshrec.models.mf import MFSpec
 from freshrec.models.sasrec import SASRecSpec
 from freshrec.nn.scoring import score_items
+from freshrec.random_streams import stream
 from freshrec.strategies.ader import ADER, adaptive_weight, distillation, exemplar_distillation_loss
 from freshrec.strategies.ader_s import ADERS, select_similar, truncate_sequences
 from freshrec.strategies.baselines import FineTune
@@ -49,7 +50,7 @@ def row(*numbers: float) -> Tensor:
     return torch.tensor([numbers], dtype=torch.float32)
 
 
-def kept(*rows: tuple[int, list[int], int]) -> TrainingSamples:
+def make_samples(*rows: tuple[int, list[int], int]) -> TrainingSamples:
     """Exemplars from (user, history, target), for models that look at 3 items."""
     histories = [[0] * (3 - len(history)) + history for _, history, _ in rows]
     users, items = [user for user, _, _ in rows], [item for _, _, item in rows]
@@ -122,12 +123,16 @@ def test_no_exemplar_is_lost_by_rounding(counts: list[int], n: int) -> None:
 
 def test_drawn_allocation_has_the_right_mean_and_loses_what_is_drawn_too_often() -> None:
     counts_I = torch.tensor([0, 5000, 3000, 2000])
-    wanted_I = allocate_exemplars(counts_I, 2000, "multinomial", False, make_rng(0))
+    wanted_I = allocate_exemplars(counts_I, 2000, "multinomial", False, stream(0, "test"))
     assert int(wanted_I.sum()) == 2000
     assert (wanted_I - torch.tensor([0, 1000, 600, 400])).abs().max() < 90  # 4 standard deviations, of 22
     few_I = torch.tensor([0, 1, 1, 1])  # all three are drawn in 2 of 9 cases
-    assert {int(allocate_exemplars(few_I, 3, "multinomial", True, make_rng(s)).sum()) for s in range(50)} == {1, 2, 3}
-    assert not allocate_exemplars(0 * few_I, 3, "multinomial", False, make_rng(0)).any()
+    assert {int(allocate_exemplars(few_I, 3, "multinomial", True, stream(s, "test")).sum()) for s in range(50)} == {
+        1,
+        2,
+        3,
+    }
+    assert not allocate_exemplars(0 * few_I, 3, "multinomial", False, stream(0, "test")).any()
 
 
 # which exemplars
@@ -154,8 +159,8 @@ def test_herding_by_hand(points: Tensor, m: int, repeat: bool, expected: list[in
 
 def test_herding_keeps_the_mean_of_what_it_took_closest_to_the_mean_of_all() -> None:
     # Algorithm 1 as printed: argmin_x || mu - (phi(x) + sum of those taken) / k ||, in groups of different sizes.
-    features_SD = torch.randn(60, 5, generator=make_rng(0))
-    group_S = torch.randint(0, 4, (60,), generator=make_rng(1)) * 3
+    features_SD = torch.randn(60, 5, generator=stream(0, "test"))
+    group_S = torch.randint(0, 4, (60,), generator=stream(1, "test")) * 3
     wanted_G = torch.zeros(10, dtype=torch.int64).index_fill(0, group_S.unique(), 6)
     found = herd(features_SD, group_S, wanted_G)
     phi_SD = F.normalize(features_SD, dim=1)
@@ -186,7 +191,7 @@ def test_exemplars_by_loss_are_those_of_each_item_that_are_predicted_best() -> N
     model = MFSpec(d=1).build(0)
     model.grow(3, 2)
     model.users.weights[1:], model.items.weights[1:] = torch.tensor([[3.0], [1], [2]]), torch.tensor([[1.0], [0]])
-    pool = replace(kept((1, [], 1), (2, [], 1), (3, [], 1), (2, [], 2)), histories_NT=torch.zeros(4, 0).int())
+    pool = replace(make_samples((1, [], 1), (2, [], 1), (3, [], 1), (2, [], 2)), histories_NT=torch.zeros(4, 0).int())
     expected = [math.log1p(math.exp(-x)) for x in (3, 1, 2, -1)]
     assert sample_losses(model, pool, None).tolist() == near(expected, abs=1e-6)
     chosen = select_exemplars("loss", model, pool, None, torch.tensor([0, 2, 1]), NO_CHANCE)
@@ -196,9 +201,10 @@ def test_exemplars_by_loss_are_those_of_each_item_that_are_predicted_best() -> N
 def test_random_exemplars_are_as_many_as_wanted_and_any_may_be_among_them() -> None:
     model = SASRecSpec(d=4, length=3).build(0)
     model.grow(9, 2)
-    pool = kept(*((user, [1], 1) for user in range(1, 10)))
+    pool = make_samples(*((user, [1], 1) for user in range(1, 10)))
     taken = [
-        select_exemplars("random", model, pool, None, torch.tensor([0, 3, 0]), make_rng(s)).users_N for s in range(40)
+        select_exemplars("random", model, pool, None, torch.tensor([0, 3, 0]), stream(s, "test")).users_N
+        for s in range(40)
     ]
     assert all(len(users_N.unique()) == 3 for users_N in taken) and len(torch.cat(taken).unique()) == 9
 
@@ -211,14 +217,14 @@ def test_an_exemplar_is_a_target_with_the_history_before_it_but_not_one_right_af
     joins = torch.tensor([0, 0, NEVER, 0, 0, 0])
     events = Events.trainable(torch.tensor([1, 1, 1, 1, 1, 2]), torch.tensor([5, 6, 7, 8, 9, 4]))
     targets = due_targets(append_events(Histories.empty(), replace(events, train_at_E=joins.to(torch.int8)), 2))
-    pool = build_pool(targets, kept((3, [1, 2], 3)), 3)
+    pool = build_pool(targets, make_samples((3, [1, 2], 3)), 3)
     assert pool.items_N.tolist() == [6, 9, 3] and pool.users_N.tolist() == [1, 1, 3]
     assert pool.histories_NT.tolist() == [[0, 0, 5], [6, 0, 8], [0, 1, 2]]
     assert len(trainable_targets(targets, 0)) == 5  # who reads no history needs none
 
 
 def test_exemplars_come_back_as_the_batches_that_their_model_knows() -> None:
-    exemplars = kept((1, [4, 5], 6), (2, [7], 8))
+    exemplars = make_samples((1, [4, 5], 6), (2, [7], 8))
     for spec, targets in ((SASRecSpec(d=4, length=3), [[0, 6], [0, 8]]), (MFSpec(d=4), [[6], [8]])):
         batch = exemplar_batch(exemplars, torch.tensor([0, 1]), spec.build(0), None)
         assert batch.users_B.tolist() == [1, 2] and batch.history_BT.tolist() == [[4, 5], [0, 7]]
@@ -227,14 +233,14 @@ def test_exemplars_come_back_as_the_batches_that_their_model_knows() -> None:
 
 def test_all_exemplars_are_replayed_once_an_epoch_and_in_another_order_in_the_next() -> None:
     model = SASRecSpec(d=4, length=3).build(0)
-    exemplars = kept(*((user, [1], 1) for user in range(1, 13)))
+    exemplars = make_samples(*((user, [1], 1) for user in range(1, 13)))
     seen: list[Tensor] = []
 
     def note(which_M: Tensor, batch: Batch) -> Tensor:
         seen.append(batch.users_B)
         return torch.zeros(())
 
-    term = ExperienceReplay(model, exemplars, None, 1.0, note, 4, make_rng(0))
+    term = ExperienceReplay(model, exemplars, None, 1.0, note, 4, stream(0, "test"))
     batch = Batch(torch.tensor([1]), torch.tensor([[1]]))
     for _ in range(6):
         term(batch, None)  # type: ignore[arg-type]
@@ -252,34 +258,34 @@ def model_of(name: str, **options: object) -> EncodingModel:
 
 @pytest.mark.parametrize("name", ["sasrec", "mf", "mind", "comirec-dr", "comirec-sa"])
 def test_distillation_starts_at_the_entropy_of_the_teacher_and_tells_the_weights_how_to_return(name: str) -> None:
-    exemplars = kept((1, [1, 2], 3), (2, [4], 5), (3, [6, 7, 8], 9))
+    exemplars = make_samples((1, [1, 2], 3), (2, [4], 5), (3, [6, 7, 8], 9))
     teacher, model = model_of(name), model_of(name)
     model.grow(4, 12)  # new items are no part of it
     carried = stored_interests_of(model, None, 1)
     loss = exemplar_distillation_loss(model, teacher, exemplars, carried)
-    model.items.pull(torch.tensor([2, 5, 11]))  # the step's rows
+    model.items.lookup(torch.tensor([2, 5, 11]))  # the step's rows
     batch = exemplar_batch(exemplars, torch.tensor([2, 0]), model, carried)
     p_BI = torch.softmax(score_items(teacher, replace(batch, targets_BT=None), torch.arange(1, 10)), 1)
     found = loss(torch.tensor([2, 0]), batch)
     assert found.item() == near(float(-(p_BI * p_BI.log()).sum(1).mean()), rel=1e-5)
     model.items.weights[5, 0] += 1
-    model.items.pull(torch.tensor([2, 5, 11]))
+    model.items.lookup(torch.tensor([2, 5, 11]))
     loss(torch.tensor([2, 0]), batch).backward()
-    ids_N, rows_ND = model.items.in_step()
+    ids_N, rows_ND = model.items.step_rows()
     assert rows_ND.grad is not None
     moved = rows_ND.grad.abs().amax(1) > 1e-5
     assert ids_N.tolist() == [2, 5, 11] and moved.tolist() == [True, True, False]
 
 
 def test_where_the_model_learns_by_the_full_softmax_every_old_item_feels_the_distillation() -> None:
-    exemplars, full = kept((1, [1, 2], 3)), {"predict": "last", "loss": "full"}
+    exemplars, full = make_samples((1, [1, 2], 3)), {"predict": "last", "loss": "full"}
     teacher, model = model_of("sasrec", **full), model_of("sasrec", **full)
     model.grow(4, 12)
     model.items.weights[5, 0] += 1
     batch = exemplar_batch(exemplars, torch.tensor([0]), model, None)
     model(replace(batch, negatives_N=torch.zeros(0, dtype=torch.int64)))
     exemplar_distillation_loss(model, teacher, exemplars, None)(torch.tensor([0]), batch).backward()
-    ids_N, rows_ND = model.items.in_step()
+    ids_N, rows_ND = model.items.step_rows()
     assert rows_ND.grad is not None
     assert ids_N[rows_ND.grad.any(1)].sort().values.tolist() == list(range(1, 10))
 
@@ -343,10 +349,10 @@ def test_the_first_update_starts_like_everybody_elses(bits: Callable[[State], by
 def test_sequences_are_cut_off_at_different_random_ends() -> None:
     # User 1 has 5 events, and three ends of 3 or more items; user 2 has 2 events and none.
     targets = due_targets(histories_of([1] * 5 + [2] * 2, [1, 2, 3, 4, 5, 6, 7]), "span")
-    whole = truncate_sequences(targets, 5, 3, make_rng(0))
+    whole = truncate_sequences(targets, 5, 3, stream(0, "test"))
     assert whole.items_N.tolist() == [3, 4, 5]
     assert whole.histories_NT.tolist() == [[0, 1, 2], [1, 2, 3], [2, 3, 4]]
-    ends = {tuple(truncate_sequences(targets, 2, 3, make_rng(s)).items_N.tolist()) for s in range(30)}
+    ends = {tuple(truncate_sequences(targets, 2, 3, stream(s, "test")).items_N.tolist()) for s in range(30)}
     assert ends == {(3, 4), (3, 5), (4, 5)}
 
 
@@ -354,7 +360,7 @@ def test_the_sequences_most_like_the_new_one_are_replayed_of_users_who_are_back(
     # Items 1 and 2 point the same way, 3 across, 4 against. User 1 is back with item 1: of its three sequences, with
     # cosines 0 (3), 1 (2), -1 (4), it replays ceil(3 / 2) = 2; user 2 is not back.
     items_ID = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
-    pool = kept((1, [3, 3], 3), (1, [2, 2], 2), (1, [4, 4], 4), (2, [1, 1], 1))
+    pool = make_samples((1, [3, 3], 3), (1, [2, 2], 2), (1, [4, 4], 4), (2, [1, 1], 1))
     targets = due_targets(histories_of([1, 1, 3], [1, 1, 2]))
     assert select_similar(pool, targets, items_ID, 0.5).tolist() == [0, 1]
     assert select_similar(pool, targets, items_ID, 0.3).tolist() == [1]

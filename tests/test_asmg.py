@@ -8,6 +8,7 @@ from functools import cache
 import pytest
 import torch
 
+from freshrec import random_streams
 from freshrec.data.batches import due_targets
 from freshrec.data.histories import append_events
 from freshrec.data.split import LogSplit, split_log
@@ -63,13 +64,13 @@ def same(some: Weights, other: Weights) -> bool:
 def test_the_chain_is_fine_tuning_to_the_bit_whatever_is_served(model: str, bits: Callable[[State], bytes]) -> None:
     """T29"""
     ours, plain = stream(MULTI, model, 4)[-1], stream(FineTune(FIT), model, 4)[-1]
-    chain = replace(ours, model=ours.memory.model, interests=ours.memory.users, memory=None)
+    chain = replace(ours, model=ours.memory.model, interests=ours.memory.interests, memory=None)
     assert bits(chain) == bits(plain)
     assert bits(replace(ours, memory=None)) != bits(plain)
 
 
 def test_before_it_has_learnt_a_residual_generator_serves_the_chain(bits: Callable[[State], bytes]) -> None:
-    # The first window is that of the second update: until then, without rehearsals, nothing has been learnt.
+    # The first window is that of the second update: until then, without base parts, nothing has been learnt.
     ours, plain = stream(MULTI, "mf", 2), stream(FineTune(FIT), "mf", 2)
     assert same(copy_weights(ours[1].model), copy_weights(plain[1].model))
 
@@ -82,16 +83,16 @@ def joining(t: int) -> Events:
 
 
 @dataclass
-class Lesson:
+class TrainingCall:
     """What a generator was trained on."""
 
     window: ModelWindow
-    blocks: tuple[PastSpan, ...]
+    past_spans: tuple[PastSpan, ...]
 
 
-def lessons(strategy: ASMG, monkeypatch: pytest.MonkeyPatch) -> list[Lesson]:
-    """One for each update after the base block, of a stream without rehearsals."""
-    seen: list[Lesson] = []
+def training_calls(strategy: ASMG, monkeypatch: pytest.MonkeyPatch) -> list[TrainingCall]:
+    """One for each update after the base block, of a stream without base parts."""
+    seen: list[TrainingCall] = []
     trained = ASMG._train_generator
 
     def spy(
@@ -99,11 +100,11 @@ def lessons(strategy: ASMG, monkeypatch: pytest.MonkeyPatch) -> list[Lesson]:
         generator: ModelGenerator,
         model: TrainedModel,
         window: ModelWindow,
-        blocks: tuple[PastSpan, ...],
+        past_spans: tuple[PastSpan, ...],
         key: tuple,
     ) -> ModelGenerator:
-        seen.append(Lesson(window, blocks))
-        return trained(self, generator, model, window, blocks, key)
+        seen.append(TrainingCall(window, past_spans))
+        return trained(self, generator, model, window, past_spans, key)
 
     monkeypatch.setattr(ASMG, "_train_generator", spy)
     stream(strategy)
@@ -125,13 +126,13 @@ def test_a_model_made_of_those_up_to_i_learns_on_span_i_plus_1(
 ) -> None:
     """T29, and the base model is in no window."""
     chain = [copy_weights(state.model) for state in stream(FineTune(FIT))]
-    for t, lesson in enumerate(lessons(strategy, monkeypatch), 1):
-        assert len(lesson.window.models) == n_models[t - 1] and len(lesson.past_spans) == n_blocks[t - 1]
+    for t, call in enumerate(training_calls(strategy, monkeypatch), 1):
+        assert len(call.window.models) == n_models[t - 1] and len(call.past_spans) == n_blocks[t - 1]
         newest_first = range(t - 1, 0, -1)
-        for i, model in zip(newest_first, reversed(lesson.window.models)):
+        for i, model in zip(newest_first, reversed(call.window.models)):
             known = {name: model[name][: len(rows)] for name, rows in chain[i].items()}
             assert same(known, chain[i])
-        for i, block in zip(range(t, 0, -1), reversed(lesson.past_spans)):
+        for i, block in zip(range(t, 0, -1), reversed(call.past_spans)):
             due_R = block.histories.due_R == DUE
             assert sorted(block.histories.items_R[due_R].tolist()) == sorted(joining(i).items_E.tolist())
             assert block.n_items == log().spans[i].n_items
@@ -149,16 +150,17 @@ def test_the_loss_is_the_weighted_sum_over_the_spans() -> None:
     """[ASMG eq. lambda] T27, with models that hold the generated weights."""
     state = stream(replace(MULTI, residual=False), "mf", 5)[-1]
     memory, window = state.memory, state.memory.window
-    blocks = list(memory.past_spans)
-    assert len(window.models) == 3 and len(blocks) == 2
+    past_spans = list(memory.past_spans)
+    assert len(window.models) == 3 and len(past_spans) == 2
     key = (0, 4)
-    term = MULTI._past_spans_term(memory.generator, state.model, window, blocks, key)
+    term = MULTI._past_spans_term(memory.generator, state.model, window, past_spans, key)
     newest = Forward(torch.tensor(0.7))
     expected = 0.7 / 2
-    for j, (block, share) in enumerate(zip(blocks, (1 / 6, 1 / 3))):
+    for j, (past_span, share) in enumerate(zip(past_spans, (1 / 6, 1 / 3))):
         made = copy.deepcopy(state.model)
-        load_weights(made, memory.generator.whole(ModelWindow(window.models[: j + 1], window.hidden)))
-        expected += share * made(next(MULTI._endless_batches(made, block, (*key, 0, j)))).loss.item()
+        load_weights(made, memory.generator.generate(ModelWindow(window.models[: j + 1], window.hidden)))
+        rng = random_streams.stream(0, "past spans", 4, j)
+        expected += share * made(next(MULTI._endless_batches(made, past_span, rng))).loss.item()
     assert 0.7 + term(None, newest).item() == near(expected, rel=1e-5)  # type: ignore[arg-type]
 
 
@@ -166,12 +168,13 @@ def test_past_spans_are_passed_again_and_again_with_negatives_of_their_time_and_
     state = stream(MULTI, "mf", 5)[-1]
     block = replace(state.memory.past_spans[0], n_items=3)
     once = list(training_batches(state.model, due_targets(block.histories), torch.Generator()))
-    endless = MULTI._endless_batches(state.model, block, (0,))
+    endless = MULTI._endless_batches(state.model, block, torch.Generator())
     drawn = [next(endless) for _ in range(3 * len(once))]
     n_targets = int((block.histories.due_R == DUE).sum())
     assert sum(len(batch) for batch in drawn) == 3 * n_targets
     assert max(int(batch.negatives_N.max()) for batch in drawn) == 3  # type: ignore[union-attr]
-    assert list(MULTI._endless_batches(state.model, replace(block, histories=Histories.empty()), (0,))) == []
+    empty = replace(block, histories=Histories.empty())
+    assert list(MULTI._endless_batches(state.model, empty, torch.Generator())) == []
 
 
 def test_a_block_remembers_the_interests_that_were_served_in_it() -> None:
@@ -247,7 +250,7 @@ def test_the_variant_full_passes_20_spans_where_multi_passes_3() -> None:
     assert training_passes(SINGLE, sizes, 2)[-1] - 100 == 100
 
 
-def test_rehearsals_train_the_generator_and_nothing_else(bits: Callable[[State], bytes]) -> None:
+def test_base_parts_train_the_generator_and_nothing_else(bits: Callable[[State], bytes]) -> None:
     with_them, without = (stream(replace(MULTI, base_parts=n), "mf", 1)[0] for n in (6, 0))
     assert bits(replace(with_them, memory=None)) == bits(replace(without, memory=None))
     assert with_them.memory.window == ModelWindow() and with_them.memory.past_spans == ()
@@ -259,7 +262,7 @@ def test_rehearsals_train_the_generator_and_nothing_else(bits: Callable[[State],
     [
         ({"generator": "linear"}, "learns on one span"),
         ({"generator": "linear", "loss": "last", "k": 0}, "set k >= 1"),
-        ({"rehearsals": 2}, "3 parts of the base block or more"),
+        ({"base_parts": 2}, "at least 3 parts of the base block"),
         ({"loss": "newest"}, 'not "newest"'),
     ],
 )

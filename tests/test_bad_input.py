@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from freshrec.cli.app import app
+from freshrec.cli import app
 from freshrec.data.formats import as_log_error
 from freshrec.data.log import Log, read_log
 from freshrec.errors import LogError, OptionError

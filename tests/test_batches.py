@@ -12,7 +12,6 @@ from freshrec.data.batches import (
     due_targets,
     history_items,
     limit_batch_size,
-    make_rng,
     pair_batches,
     query_batches,
     target_batches,
@@ -21,6 +20,7 @@ from freshrec.data.batches import (
 )
 from freshrec.data.histories import append_events, insert_events, mark_trained
 from freshrec.data.stored_interests import pad_interests
+from freshrec.random_streams import stream
 from freshrec.types import DEFERRED, DUE, HELD_OUT, NEVER, NEXT, NOW, TRAINED, Events, Histories, Interests
 
 # Six events in time order: user 1 has items 1 2 3 4, user 2 has items 5 6.
@@ -106,7 +106,7 @@ def test_only_due_rows_are_targets() -> None:
 def test_secret_events_are_hidden_in_training_and_seen_in_queries() -> None:
     histories = one_user([DUE, HELD_OUT, DUE])
     targets = targets_at(histories, torch.tensor([2]))
-    (trained,) = target_batches(targets, 8, 9, make_rng(0))
+    (trained,) = target_batches(targets, 8, 9, stream(0, "test"))
     assert rows(trained.history_BT) == [[0, 1]]  # item 2 leaves no gap
     ((_, asked),) = query_batches(targets, 9)
     assert rows(asked.history_BT) == [[1, 2]]
@@ -114,15 +114,15 @@ def test_secret_events_are_hidden_in_training_and_seen_in_queries() -> None:
 
 def test_windows_are_cut_back_to_back_from_the_last_target() -> None:
     targets = due_targets(one_user([DUE] * 5))
-    windows = {tuple(w) for b in window_batches(targets, 8, 2, make_rng(0)) for w in rows(b.history_BT)}
-    goals = {tuple(w) for b in window_batches(targets, 8, 2, make_rng(0)) for w in rows(b.targets_BT)}
+    windows = {tuple(w) for b in window_batches(targets, 8, 2, stream(0, "test")) for w in rows(b.history_BT)}
+    goals = {tuple(w) for b in window_batches(targets, 8, 2, stream(0, "test")) for w in rows(b.targets_BT)}
     assert windows == {(3, 4), (1, 2)}  # item 1 has no history, so it is no target
     assert goals == {(4, 5), (2, 3)}
 
 
 @given(st.lists(st.sampled_from([TRAINED, DUE, DEFERRED, HELD_OUT]), min_size=2, max_size=14), st.integers(1, 4))
 def test_every_due_target_with_a_history_is_in_exactly_one_window(due: list[int], length: int) -> None:
-    batches = window_batches(due_targets(one_user(due)), 3, length, make_rng(0))
+    batches = window_batches(due_targets(one_user(due)), 3, length, stream(0, "test"))
     found = [item for batch in batches for item in batch.targets_BT.flatten().tolist() if item]
     after_secret = [i > 0 and due[i - 1] == HELD_OUT for i in range(len(due))]  # nothing to predict them from
     wanted = [i + 1 for i, kind in enumerate(due) if kind == DUE and i > 0 and not after_secret[i]]
@@ -131,8 +131,8 @@ def test_every_due_target_with_a_history_is_in_exactly_one_window(due: list[int]
 
 def test_targets_without_history_are_left_out_of_target_batches_and_kept_as_pairs() -> None:
     targets = due_targets(append_events(Histories.empty(), events_of(USERS, ITEMS), 2))
-    with_history = [i for b in target_batches(targets, 2, 9, make_rng(0)) for i in b.targets_BT[:, 0].tolist()]
-    pairs = [i for b in pair_batches(targets, 2, make_rng(0)) for i in b.targets_BT[:, 0].tolist()]
+    with_history = [i for b in target_batches(targets, 2, 9, stream(0, "test")) for i in b.targets_BT[:, 0].tolist()]
+    pairs = [i for b in pair_batches(targets, 2, stream(0, "test")) for i in b.targets_BT[:, 0].tolist()]
     assert sorted(with_history) == [2, 3, 4, 6]
     assert sorted(pairs) == [1, 2, 3, 4, 5, 6]
 
@@ -141,7 +141,11 @@ def test_batches_depend_on_the_numbers_of_their_source_and_on_nothing_else() -> 
     targets = due_targets(one_user([DUE] * 40))
 
     def order(*numbers: int) -> list[int]:
-        return [i for b in pair_batches(targets, 8, make_rng(*numbers)) for i in b.targets_BT[:, 0].tolist()]
+        return [
+            i
+            for b in pair_batches(targets, 8, stream(numbers[0], "test", *numbers[1:]))
+            for i in b.targets_BT[:, 0].tolist()
+        ]
 
     assert order(1, 2) == order(1, 2)
     assert order(1, 2) != order(2, 1)
@@ -186,5 +190,5 @@ def test_a_history_of_secrets_alone_teaches_nothing_and_one_with_gaps_is_closed(
     events = Events.trainable(torch.tensor([1, 1, 1, 2, 2]), torch.tensor([1, 2, 3, 2, 1]))
     joins_E = torch.tensor([NOW, NEVER, NOW, NEVER, NOW], dtype=torch.int8)
     targets = due_targets(append_events(Histories.empty(), replace(events, train_at_E=joins_E), 2))
-    found = list(target_batches(targets, 8, 50, make_rng(0)))
+    found = list(target_batches(targets, 8, 50, stream(0, "test")))
     assert [batch.history_BT.tolist() for batch in found] == [[[0, 1]]]  # not [1, 0]: what is secret was not there

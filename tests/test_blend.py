@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from freshrec.data.batches import Targets, due_targets, make_rng, occurrence_numbers
+from freshrec.data.batches import Targets, due_targets, occurrence_numbers
 from freshrec.data.histories import append_events
 from freshrec.learn.fit import FitConfig
 from freshrec.models.absorb import absorb_block
@@ -33,6 +33,7 @@ from freshrec.models.blend.rule import (
     fit_listwise,
 )
 from freshrec.nn.ranking import target_ranks, top_k
+from freshrec.random_streams import stream
 from freshrec.store.checkpoint import load_state, save_state
 from freshrec.strategies.refit import MIN_GAIN_NATS, MIN_GAIN_QUERIES, Refit
 from freshrec.types import NEVER, NEXT, NOW, Batch, CandidateModel, Events, Histories, Span, State
@@ -60,7 +61,7 @@ def fed(blocks: list[Events], **options: int) -> tuple[Blend, Histories]:
     return model, histories
 
 
-def asked(history: list[int], user: int = 0) -> Batch:
+def query_batch(history: list[int], user: int = 0) -> Batch:
     return Batch(torch.tensor([user]), torch.tensor([history]))
 
 
@@ -68,7 +69,7 @@ def test_it_learns_whom_to_believe() -> None:
     model, _ = fed([chain(1200, 0), chain(600, 1)])
     fit_rule(model)
     assert model.rule is not None and list(EXPERT_NAMES)[model.best_expert] == "markov"
-    items, scores = model.candidates(asked([3, 9, 17]))
+    items, scores = model.candidates(query_batch([3, 9, 17]))
     assert items[0, scores[0].argmax()] == 18 and scores.sum().item() == near(1.0)
     assert isinstance(model, CandidateModel)
 
@@ -78,7 +79,7 @@ def test_without_enough_to_learn_from_the_best_expert_speaks_alone() -> None:
     assert list(EXPERT_NAMES)[model.best_expert] == "markov"  # even without a refit
     fit_rule(model, min_queries=10_000)
     assert model.rule is None
-    batch = asked([3, 9, 17])
+    batch = query_batch([3, 9, 17])
     own = model.experts.counters["markov"].score(batch, torch.arange(1, ITEMS + 1))
     assert model.score(batch, torch.arange(1, ITEMS + 1)).argmax() == own.argmax()
 
@@ -93,7 +94,7 @@ def test_a_rule_that_ordered_worse_than_an_expert_is_not_used() -> None:
     model.query_log = replace(kept, ranks_PR=ranks_PR)
     fit_rule(model)
     assert model.active_rule is None and model.rule is not None
-    [reason] = model.explain(asked([3, 9, 17]), 18)
+    [reason] = model.explain(query_batch([3, 9, 17]), 18)
     assert reason.source == EXPERT_NAMES[model.best_expert]
     later = chain(600, 2)
     model.absorb(later, histories)
@@ -139,7 +140,7 @@ def test_the_target_comes_first_and_is_described_as_it_was_before_it_happened() 
 
 
 def test_candidates_are_described_by_what_each_expert_says_of_all_items() -> None:
-    model, _ = fed([chain(1200, 0), chain(600, 1)], offered=7)
+    model, _ = fed([chain(1200, 0), chain(600, 1)], items_per_expert=7)
     experts = model.experts
     batch = Batch(torch.tensor([1, 2, 0]), torch.tensor([[0, 3, 9, 3], [4, 9, 2, 7], [0, 0, 0, 0]]))
     items_BC, x_BCF = experts.candidate_features(batch)
@@ -189,7 +190,7 @@ def test_every_user_is_asked_for_once_before_anybody_is_twice() -> None:
 
 
 def test_ranks_and_lists_are_those_of_the_scores() -> None:
-    model, histories = fed([chain(1200, 0), chain(600, 1)], offered=4)
+    model, histories = fed([chain(1200, 0), chain(600, 1)], items_per_expert=4)
     fit_rule(model)
     batch = Batch(torch.tensor([1, 2, 3]), torch.tensor([[0, 3], [4, 9], [0, 0]]))
     scores = model.score(batch, torch.arange(1, ITEMS + 1))
@@ -209,7 +210,7 @@ def test_ranks_and_lists_are_those_of_the_scores() -> None:
 def test_a_user_without_history_is_offered_what_is_popular() -> None:
     model, _ = fed([chain(1200, 0), chain(600, 1)])
     fit_rule(model)
-    nobody = model.score(asked([0]), torch.arange(1, ITEMS + 1))
+    nobody = model.score(query_batch([0]), torch.arange(1, ITEMS + 1))
     assert (nobody > 0).any() and torch.isfinite(nobody).all()
     alone = model.score(Batch(torch.tensor([0]), torch.zeros(1, 0, dtype=torch.int64)), torch.arange(1, ITEMS + 1))
     torch.testing.assert_close(alone, nobody)
@@ -225,8 +226,10 @@ def test_an_own_item_that_is_new_to_everybody_else_is_offered_again() -> None:
     again_Q = model.query_log.x_QCF[:, 0, taken].bool()  # those whose target was the user's own, one fact of which:
     assert again_Q[-100:].all() and (model.query_log.x_QCF[-100:, 0, events] == 0).all()  # no events
     fit_rule(model)
-    assert target_ranks(model, asked([4, ITEMS + 301]), torch.tensor([ITEMS + 301]), n_items=ITEMS).tolist() == [1]
-    assert target_ranks(model, asked([4]), torch.tensor([ITEMS + 301]), n_items=ITEMS).tolist() == [np.inf]
+    assert target_ranks(model, query_batch([4, ITEMS + 301]), torch.tensor([ITEMS + 301]), n_items=ITEMS).tolist() == [
+        1
+    ]
+    assert target_ranks(model, query_batch([4]), torch.tensor([ITEMS + 301]), n_items=ITEMS).tolist() == [np.inf]
 
 
 def test_a_saved_blend_gives_the_same_scores() -> None:
@@ -235,7 +238,7 @@ def test_a_saved_blend_gives_the_same_scores() -> None:
     other = BlendSpec().build(0)
     other.load_state_dict(model.state_dict())
     items = torch.arange(1, ITEMS + 1)
-    assert torch.equal(other.score(asked([3, 9]), items), model.score(asked([3, 9]), items))
+    assert torch.equal(other.score(query_batch([3, 9]), items), model.score(query_batch([3, 9]), items))
     for each in (model, other):
         each.absorb(chain(200, 3), histories)
     assert torch.equal(other.query_log.x_QCF, model.query_log.x_QCF)
@@ -257,17 +260,17 @@ def test_a_saved_state_of_a_blend_goes_on_with_its_own_seed_and_moments(tmp_path
 
 def test_the_network_corrects_what_weights_cannot_say() -> None:
     # The better of two candidates is the one whose first two features have the same sign: no weights can say so.
-    x = torch.randn(600, 2, len(FEATURES), generator=make_rng(0))
+    x = torch.randn(600, 2, len(FEATURES), generator=stream(0, "test"))
     better = x[..., 0] * x[..., 1]
     x = x.gather(1, better.argsort(1, descending=True)[..., None].expand_as(x))
     real, rule = torch.ones(600, 2, dtype=torch.bool), Rule.initial(0)
     z, nothing = rule.standardize(x), torch.zeros(600, 2)
-    found = fit_correction(rule, z, nothing, real, 30, make_rng(1))
+    found = fit_correction(rule, z, nothing, real, 30, stream(1, "test"))
     right = (found.correction(z)[:, 0] > found.correction(z)[:, 1]).float().mean()
     assert right > 0.85 and (rule.correction(z) == 0).all()
     weights = fit_listwise(z, real, torch.zeros(len(FEATURES)), 1e-4)
     assert ((z @ weights)[:, 0] > (z @ weights)[:, 1]).float().mean() < 0.7
-    assert fit_correction(rule, z, nothing, real, 0, make_rng(1)) is rule
+    assert fit_correction(rule, z, nothing, real, 0, stream(1, "test")) is rule
 
 
 def test_listwise_weights_are_where_the_slope_is_zero() -> None:
@@ -284,7 +287,7 @@ def test_listwise_weights_are_where_the_slope_is_zero() -> None:
 
 
 def test_a_remembered_row_is_a_row_of_all_its_columns() -> None:
-    source = make_rng(0)
+    source = stream(0, "test")
     kept = QueryLog(torch.rand(5, 2, 3, generator=source).half(), torch.ones(5, 2) > 0, torch.rand(6, 2))
     latest = kept.latest(3)
     assert torch.equal(latest.x_QCF, kept.x_QCF[2:]) and torch.equal(latest.ranks_PR, kept.ranks_PR[3:])
@@ -293,7 +296,7 @@ def test_a_remembered_row_is_a_row_of_all_its_columns() -> None:
 def test_reasons_add_up_to_the_score_and_name_who_offered_and_which_event_spoke() -> None:
     model, _ = fed([chain(1200, 0), chain(600, 1)])
     fit_rule(model)
-    batch = asked([3, 9, 17])
+    batch = query_batch([3, 9, 17])
     items_BC, score_BC = model.candidates(batch)
     real_C = items_BC[0] > 0
     log_C = score_BC[0, real_C].log()
@@ -335,9 +338,9 @@ def test_the_trained_expert_is_heard_on_what_it_had_not_learnt_and_then_learns_i
     assert rank_QC.max() == rank_QC[:, 0].min()  # of those that nobody asked all ranks are alike
     heard_Q = heard[:, 0, RANK_COLUMN["pooled"]]
     assert heard_Q.float().exp().mean() < 8  # of the targets, among 30; it found out about the chain
-    assert all(int(state.model.experts.trained.items.steps_R.sum()) > 0 for state in after)
-    assert not any(bool(state.model.experts.trained.items.steps_R.any()) for state in counting)
-    moved = [state.model.experts.trained.items.weights for state in after]
+    assert all(int(state.model.experts.trained_model.items.steps_R.sum()) > 0 for state in after)
+    assert not any(bool(state.model.experts.trained_model.items.steps_R.any()) for state in counting)
+    moved = [state.model.experts.trained_model.items.weights for state in after]
     assert not torch.equal(*moved)
 
 
@@ -351,9 +354,9 @@ def test_an_update_that_would_harm_the_trained_expert_is_not_made() -> None:
     fit = FitConfig(epochs=6, max_epochs=6, patience=6)
     for block, manner in ((turned, 1.0), (lured, 0.0)):
         before, after = update([base, block], fit=fit)
-        old, new = (state.model.experts.trained.items.weights for state in (before, after))
+        old, new = (state.model.experts.trained_model.items.weights for state in (before, after))
         assert after.costs["lr_factor"] == manner and torch.equal(old, new) == (manner == 0)
-    assert "lr_factor" not in update([base, lured], fit=fit, safe=False)[1].costs
+    assert "lr_factor" not in update([base, lured], fit=fit, guard=False)[1].costs
 
 
 def test_a_trained_expert_that_adds_nothing_is_given_up_and_costs_nothing_from_then_on() -> None:
@@ -363,11 +366,13 @@ def test_a_trained_expert_that_adds_nothing_is_given_up_and_costs_nothing_from_t
     tried, counting = update([base, later], trains="worth"), update([base, later], trains="never")
     assert tried[0].costs["trained_worth_p"] >= SIGNIFICANCE_LEVEL
     assert "train_cpu_s" in tried[0].costs and "train_cpu_s" not in tried[1].costs
-    assert "rows_read" not in tried[1].costs and not tried[1].model.experts.trained.items.steps_R.any()
+    assert "rows_read" not in tried[1].costs and not tried[1].model.experts.trained_model.items.steps_R.any()
     for mine, theirs in zip(tried, counting):
         assert mine.model.best_expert == theirs.model.best_expert and not mine.model.pending_queries
         assert (mine.model.rule is None) == (theirs.model.rule is None)
-        assert torch.equal(mine.model.candidates(asked([3, 9]))[1], theirs.model.candidates(asked([3, 9]))[1])
+        assert torch.equal(
+            mine.model.candidates(query_batch([3, 9]))[1], theirs.model.candidates(query_batch([3, 9]))[1]
+        )
 
 
 def test_a_silent_expert_says_nothing_when_its_floor_moves() -> None:
@@ -379,7 +384,7 @@ def test_a_silent_expert_says_nothing_when_its_floor_moves() -> None:
         model.rule = None
         fit_rule(model)
         assert model.rule is not None
-        _, x_BCF = model.experts.candidate_features(asked([3, 9, 17]))
+        _, x_BCF = model.experts.candidate_features(query_batch([3, 9, 17]))
         before = model.rule.scores(x_BCF)
         x_BCF[..., SHARE_COLUMN["pooled"]] -= 1.0
         assert torch.equal(model.rule.scores(x_BCF), before)
@@ -409,7 +414,7 @@ def counting(passed: list[int], **options: Any) -> Refit:
     """A refit that writes down how many targets each of its trainings passes."""
 
     class Counted(Refit):
-        def _within(self, fit: FitConfig, targets: Targets) -> tuple[FitConfig, Targets]:
+        def _limit_passes(self, fit: FitConfig, targets: Targets) -> tuple[FitConfig, Targets]:
             passed.append(len(targets))
             return super()._limit_passes(fit, targets)
 
@@ -420,7 +425,7 @@ def test_anew_is_to_do_with_all_events_as_with_a_base_block() -> None:
     base, later = chain(1200, 0), chain(600, 1)
     later = replace(later, times_E=later.times_E + 1200)
     both = Events.trainable(torch.cat([base.users_E, later.users_E]), torch.cat([base.items_E, later.items_E]))
-    [_, after], [whole] = update([base, later], anew=True, trains="never"), update([both], trains="never")
+    [_, after], [whole] = update([base, later], full_retrain=True, trains="never"), update([both], trains="never")
     found, expected = after.model.state_dict(), whole.model.state_dict()
     assert found.keys() == expected.keys()
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
@@ -428,7 +433,7 @@ def test_anew_is_to_do_with_all_events_as_with_a_base_block() -> None:
 
 def test_anew_trains_on_all_events_but_those_held_back_by_the_last_block(tmp_path: Path) -> None:
     passed: list[int] = []
-    strategy = counting(passed, anew=True, trains="always", fit=FitConfig(epochs=1, max_epochs=1, patience=1))
+    strategy = counting(passed, full_retrain=True, trains="always", fit=FitConfig(epochs=1, max_epochs=1, patience=1))
     state = State(BlendSpec().build(0))
     for index, (n, expected) in enumerate([(1200, 600 + 0), (600, 1200 + 300), (600, 1800 + 300)]):
         block = chain(n, index)
@@ -448,21 +453,23 @@ def test_a_blend_that_began_with_too_little_trains_when_there_is_more() -> None:
     tiny = Events.trainable(
         torch.arange(1, 7), torch.arange(1, 7)
     )  # an event of each user: nobody can be asked anything
-    begun = [bool(state.model.experts.trained.items.steps_R.any()) for state in update([tiny, chain(600, 1)])]
+    begun = [bool(state.model.experts.trained_model.items.steps_R.any()) for state in update([tiny, chain(600, 1)])]
     assert begun == [False, True]
 
 
 def test_what_is_kept_at_hand_is_not_older_than_what_was_learnt() -> None:
     for state in update([chain(1200, 0), chain(300, 1)]):
         settled, trained = state.model.experts.cache, state.model.experts.trained_model
-        assert len(settled.shelf_S) == ITEMS
-        assert torch.equal(settled.shelf_SD, trained.items.weights[settled.shelf_S])
+        assert len(settled.pool_items_S) == ITEMS
+        assert torch.equal(settled.pool_vectors_SD, trained.items.weights[settled.pool_items_S])
 
 
 def test_a_budget_is_a_number_of_passes_that_training_keeps_to() -> None:
     # 50 passes: one epoch on the latest 50 targets before the last sixth, one on the latest 50 of it. Each is at most
     # 40 windows, a user's own, in batches of 16: at most 3 steps, in which an item of the histories moves once.
-    few, many = (update([chain(1200, 0)], passes=passes)[0].model.experts.trained.taken for passes in (50, 4000))
+    few, many = (
+        update([chain(1200, 0)], max_passes=passes)[0].model.experts.trained_model.taken for passes in (50, 4000)
+    )
     assert 0 < few.steps_R.max() <= 6 < many.steps_R.max()
 
 

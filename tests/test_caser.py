@@ -31,20 +31,20 @@ each_shape = pytest.mark.parametrize("shape", SHAPES)
 
 
 def built(**options: Any) -> Caser:
-    model = CaserSpec(**{"d": 6, "std": 1.0, "dropout": 0.0, "decay": 0.0} | options).build(0)
+    model = CaserSpec(**{"d": 6, "std": 1.0, "dropout": 0.0, "weight_decay": 0.0} | options).build(0)
     model.grow(3, N_ITEMS)
     model.items.weights[1:, -1] = torch.arange(N_ITEMS) / 4  # biases
     return model
 
 
-def asked(*histories: list[int], targets: list[int] | None = None, users: list[int] | None = None) -> Batch:
+def query_batch(*histories: list[int], targets: list[int] | None = None, users: list[int] | None = None) -> Batch:
     users = list(range(1, len(histories) + 1)) if users is None else users
     targets_BT = None if targets is None else torch.tensor(targets)[:, None]
     return Batch(torch.tensor(users), torch.tensor(histories, dtype=torch.int64), targets_BT, NEGATIVES)
 
 
 def scores(model: Caser, *histories: list[int], users: list[int] | None = None) -> Tensor:
-    return score_items(model, asked(*histories, users=users), torch.arange(1, N_ITEMS + 1))
+    return score_items(model, query_batch(*histories, users=users), torch.arange(1, N_ITEMS + 1))
 
 
 def test_the_network_by_hand() -> None:
@@ -77,7 +77,7 @@ def test_the_filters_are_those_of_a_convolution_over_the_image() -> None:
     found.append(map_1VD[0].t().flatten())  # which column a sum stands in is a matter of the order of weights
     z_D = F.relu(model.join(torch.cat(found)))
     user_E = torch.cat([z_D, model.users.weights[1], torch.ones(1)])
-    torch.testing.assert_close(user_vectors(model, asked(history))[0, 0], user_E.detach())
+    torch.testing.assert_close(user_vectors(model, query_batch(history))[0, 0], user_E.detach())
     torch.testing.assert_close(scores(model, history)[0], (model.items.weights[1:] @ user_E).detach())
 
 
@@ -99,7 +99,7 @@ def test_the_training_loss_does_not_depend_on_padding(loss: str) -> None:
     results = []
     for padding in ([], [0], [0, 0, 0, 0]):
         model = built(loss=loss)
-        forward = model(asked([*padding, 4, 2], [*padding, 1, 5], targets=[2, 6]))
+        forward = model(query_batch([*padding, 4, 2], [*padding, 1, 5], targets=[2, 6]))
         forward.loss.backward()
         results.append([forward.loss, *(weight.grad for weight in model.parameters())])
         ids_N, rows_ND = model.taken.step_rows()
@@ -130,7 +130,7 @@ def test_growth_keeps_what_was_learnt_and_a_new_item_has_no_bias() -> None:
 
 
 def test_the_losses_are_of_the_scores_that_are_served() -> None:
-    batch = asked([4, 2, 7], [0, 1, 5], targets=[2, 3])
+    batch = query_batch([4, 2, 7], [0, 1, 5], targets=[2, 3])
     score_BI = scores(built(), [4, 2, 7], [0, 1, 5])
     full = built(loss="full")(batch)
     assert full.loss.item() == near(F.cross_entropy(score_BI, torch.tensor([1, 2])).item(), abs=1e-5)
@@ -145,8 +145,8 @@ def test_the_losses_are_of_the_scores_that_are_served() -> None:
 
 @pytest.mark.parametrize("loss", ["sampled", "full", "bce"])
 def test_weight_decay_pulls_at_each_weight_by_its_size(loss: str) -> None:
-    batch = asked([4, 2, 7], [0, 1, 5], targets=[2, 6])
-    with_it, without = built(loss=loss, decay=0.1), built(loss=loss)
+    batch = query_batch([4, 2, 7], [0, 1, 5], targets=[2, 6])
+    with_it, without = built(loss=loss, weight_decay=0.1), built(loss=loss)
     with_it(batch).loss.backward()
     without(batch).loss.backward()
     for pulled, free in zip(with_it.parameters(), without.parameters()):
@@ -159,14 +159,14 @@ def test_weight_decay_pulls_at_each_weight_by_its_size(loss: str) -> None:
 
 
 def test_weight_decay_is_of_the_weights_that_the_forward_pass_sees() -> None:
-    model, batch = built(decay=1.0), asked([4, 2, 7], targets=[2])
+    model, batch = built(weight_decay=1.0), query_batch([4, 2, 7], targets=[2])
     with apply_parametrization(model, lambda name, ids, weight: weight * 0) as forward_pass:
         # all scores are 0: the target is one of 5
         assert forward_pass(batch).loss.item() == near(1.609438, abs=1e-6)
 
 
 def test_dropout_is_for_training_only() -> None:
-    model, batch = built(dropout=0.5), asked([4, 2, 7], targets=[2])
+    model, batch = built(dropout=0.5), query_batch([4, 2, 7], targets=[2])
     assert model(batch).loss.item() != model(batch).loss.item()
     model.eval()
     assert model(batch).loss.item() == model(batch).loss.item() == near(built()(batch).loss.item(), abs=1e-6)
@@ -178,8 +178,9 @@ def test_every_weight_learns(shape: str, loss: str) -> None:
     model = built(loss=loss, **SHAPES[shape])
     assert isinstance(model, VectorModel) and model.batch_format == "target"
     for layer in model.horizontal:
-        torch.nn.init.constant_(layer.bias, 9.0)  # so that no filter sleeps
-    model(asked([4, 2, 7, 3, 8], [9, 1, 6, 1, 5], targets=[2, 6])).loss.backward()
+        torch.nn.init.constant_(layer.bias, 9.0)  # so that no filter sleeps ...
+    torch.nn.init.constant_(model.join.bias, 99.0)  # ... nor a unit of the layer above them
+    model(query_batch([4, 2, 7, 3, 8], [9, 1, 6, 1, 5], targets=[2, 6])).loss.backward()
     assert all(weight.grad is not None and (weight.grad != 0).any() for weight in model.parameters())
 
 

@@ -35,7 +35,7 @@ TOLD = (
 LR = 0.05
 
 
-def told(n_rows: int, n_kinds: int, *kinds: int) -> EmbeddingTable:
+def table_with_categories(n_rows: int, n_kinds: int, *kinds: int) -> EmbeddingTable:
     """A table of 2 dimensions whose items have these categories, from item 1 on."""
     table = EmbeddingTable(2, std=1.0, seed=0, n_categories=n_kinds)
     table.grow(n_rows)
@@ -44,7 +44,7 @@ def told(n_rows: int, n_kinds: int, *kinds: int) -> EmbeddingTable:
 
 
 def test_a_vector_is_an_items_own_row_and_that_of_its_category() -> None:
-    table = told(4, 2, 1, 2, 1, 0)
+    table = table_with_categories(4, 2, 1, 2, 1, 0)
     assert table.common is not None
     own, common = table.weights.tolist(), table.common.weights.tolist()
     for item, kind in enumerate((0, 1, 2, 1, 0)):
@@ -60,11 +60,11 @@ def test_a_vector_is_an_items_own_row_and_that_of_its_category() -> None:
 
 def test_more_categories_than_there_is_room_for_share_rows() -> None:
     # Room for 3: the fourth takes the first one's row, the fifth the second one's.
-    assert told(6, 3, 1, 2, 3, 4, 5, 0).kinds_R.tolist() == [0, 1, 2, 3, 1, 2, 0]
+    assert table_with_categories(6, 3, 1, 2, 3, 4, 5, 0).kinds_R.tolist() == [0, 1, 2, 3, 1, 2, 0]
 
 
 def test_items_may_be_told_of_later_and_a_category_may_be_new() -> None:
-    table = told(2, 5, 1, 2)
+    table = table_with_categories(2, 5, 1, 2)
     table.grow(4)
     assert table.kinds_R.tolist() == [0, 1, 2, 0, 0]
     set_categories(table, torch.tensor([0, 1, 2, 5]))  # of item 4 nothing is known
@@ -72,7 +72,7 @@ def test_items_may_be_told_of_later_and_a_category_may_be_new() -> None:
 
 
 def test_a_step_moves_the_rows_of_its_items_and_of_their_categories_alone() -> None:
-    table = told(5, 3, 1, 1, 2, 3, 0)
+    table = table_with_categories(5, 3, 1, 1, 2, 3, 0)
     before = embedding_matrix(table).clone()
     table.lookup(torch.tensor([1, 5])).sum().backward()
     for part in (table, table.common):
@@ -85,7 +85,7 @@ def test_a_step_moves_the_rows_of_its_items_and_of_their_categories_alone() -> N
 
 @pytest.mark.parametrize("how", ["pull", "pull_all", "whole"])
 def test_all_ways_to_a_row_give_the_same_gradients(how: str) -> None:
-    table, ids_N = told(5, 3, 1, 1, 2, 3, 0), torch.tensor([1, 2, 3, 5, 3])
+    table, ids_N = table_with_categories(5, 3, 1, 1, 2, 3, 0), torch.tensor([1, 2, 3, 5, 3])
     weight_N1 = torch.arange(1.0, 6.0)[:, None]
     rows = table.lookup_all()[ids_N] if how == "pull_all" else table.lookup(ids_N)
     rows = table.full_matrix()[ids_N] if how == "whole" else rows
@@ -102,7 +102,7 @@ def _gradients(table: EmbeddingTable | None) -> dict[int, float]:
 
 
 def test_an_item_that_comes_after_training_starts_at_its_category() -> None:
-    table = told(2, 2, 1, 2)
+    table = table_with_categories(2, 2, 1, 2)
     table.lookup(torch.tensor([1, 2])).sum().backward()
     table.step(LR)
     table.grow(4)
@@ -114,7 +114,7 @@ def test_an_item_that_comes_after_training_starts_at_its_category() -> None:
 
 
 def test_a_model_that_is_told_of_categories_refuses_a_log_without_any() -> None:
-    with pytest.raises(OptionError, match="the log has none; leave categories at 0"):
+    with pytest.raises(OptionError, match="the log has no categories; set the model's option categories to 0"):
         set_categories(EmbeddingTable(2, 1.0, 0, n_categories=3), None)
 
 
@@ -173,5 +173,5 @@ def test_the_history_of_a_log_without_categories_is_refused_where_the_model_want
     spec = find_model("sasrec:categories=4:d=8")
     events = replace(base.events, categories_E=None)
     state = State(spec.build(0), histories=append_events(Histories.empty(), events, base.n_users))
-    with pytest.raises(OptionError, match="the log has none"):
+    with pytest.raises(OptionError, match="the log has no categories"):
         Frozen(FitConfig(base_epochs=1)).update(state, base)

@@ -20,6 +20,7 @@ import polars as pl
 import pytest
 from typer.main import get_command
 
+import freshrec
 from freshrec.cli.app import OLD_FLAGS, app, main
 from freshrec.data.synthetic import make_world
 from freshrec.disk_names import RECIPE_KEYS
@@ -241,3 +242,25 @@ def without_more(found: Any, known: Any) -> Any:
     if isinstance(known, list) and isinstance(found, list):
         return [without_more(a, b) for a, b in zip(found, known)]
     return found
+
+
+@pytest.mark.parametrize("module", ["freshrec", "freshrec.cli"])
+def test_both_modules_run_the_command_line(module: str) -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", module, "list", "formats"], check=True, capture_output=True, text=True
+    )
+    assert found.stdout.startswith("amazon ")
+
+
+@pytest.mark.parametrize("name", ["make", "cut"])
+def test_public_functions_of_0_1_0_are_there_with_a_warning(name: str) -> None:
+    with pytest.warns(FutureWarning, match=f"freshrec.{name} is called"):
+        assert callable(getattr(freshrec, name))
+
+
+def test_keywords_of_0_1_0_are_taken_with_a_warning(shop: Path) -> None:
+    with pytest.warns(FutureWarning, match="text is called text_columns now"):
+        log = freshrec.read_log("events.parquet", text=["user_id"])
+    assert log.frame["user_id"].dtype == pl.String
+    with pytest.warns(FutureWarning, match="absent is called allow_missing_events now"):
+        assert freshrec.read_log("events.parquet", absent=True).frame.equals(log.frame)

@@ -20,7 +20,7 @@ def results() -> pl.DataFrame:
     return frame.with_columns(slice=pl.lit("all"), low=pl.lit(0.0), high=pl.lit(1.0))
 
 
-def told(p_updating: float, p_imsr: float) -> pl.DataFrame:
+def make_tests(p_updating: float, p_imsr: float) -> pl.DataFrame:
     pairs = [("finetune", "frozen", p_updating), ("finetune", "imsr", p_imsr), ("frozen", "imsr", 0.5)]
     frame = pl.DataFrame(pairs, schema=["strategy_a", "strategy_b", "p_adjusted"], orient="row")
     return frame.with_columns(model_a=pl.lit("comirec-dr"), model_b=pl.lit("comirec-dr"), metric=pl.lit("ndcg@20"))
@@ -28,11 +28,11 @@ def told(p_updating: float, p_imsr: float) -> pl.DataFrame:
 
 @pytest.mark.parametrize(("p", "chance"), [(0.04, False), (0.06, True)])
 def test_what_is_chance_is_decided_by_the_paired_test_not_by_overlapping_intervals(p: float, chance: bool) -> None:
-    updating, imsr = (" ".join(describe_results(results(), told(*ps))) for ps in ((p, 0.5), (0.5, p)))
+    updating, imsr = (" ".join(describe_results(results(), make_tests(*ps))) for ps in ((p, 0.5), (0.5, p)))
     assert ("no more than chance" in updating) == chance
     assert ("call it a tie" in imsr) == chance
     assert "call it a tie" in updating and "no more than chance" in imsr
 
 
 def test_the_interests_that_imsr_leaves_are_those_after_the_last_span() -> None:
-    assert "leaves 6.0 interests a user" in " ".join(describe_results(results(), told(0.01, 0.01)))
+    assert "leaves 6.0 interests a user" in " ".join(describe_results(results(), make_tests(0.01, 0.01)))

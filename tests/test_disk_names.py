@@ -23,7 +23,7 @@ from freshrec.models import COUNTING_MODELS, MODELS, find_model
 from freshrec.models.absorb import absorb_block
 from freshrec.replay.cell import Cell, ReplaySettings
 from freshrec.replay.measure import QueryOptions
-from freshrec.replay.provenance import base_file, is_made_of, write_made_of
+from freshrec.replay.provenance import base_file, matches_provenance, write_provenance
 from freshrec.replay.results import read_ranks
 from freshrec.store.checkpoint import load_tree, save_tree
 from freshrec.strategies import STRATEGIES, find_strategy
@@ -189,11 +189,11 @@ def cell_of(model: str, strategy: str) -> Cell:
 )
 def test_what_0_1_0_wrote_of_a_cell_is_that_cell_and_no_other(cell: Cell, tmp_path: Path) -> None:
     (tmp_path / "made-of.txt").write_text(repr(cell))  # no class or field of these was renamed since 0.1.0
-    assert is_made_of(tmp_path, cell)
-    assert not is_made_of(tmp_path, replace(cell, cadence=2))
-    assert not is_made_of(tmp_path, replace(cell, strategy_instance=find_strategy("finetune")))
-    write_made_of(tmp_path, cell)
-    assert is_made_of(tmp_path, cell) and not is_made_of(tmp_path, replace(cell, seed=1))
+    assert matches_provenance(tmp_path, cell)
+    assert not matches_provenance(tmp_path, replace(cell, cadence=2))
+    assert not matches_provenance(tmp_path, replace(cell, strategy_instance=find_strategy("finetune")))
+    write_provenance(tmp_path, cell)
+    assert matches_provenance(tmp_path, cell) and not matches_provenance(tmp_path, replace(cell, seed=1))
 
 
 def test_what_0_1_0_wrote_of_a_whole_replay_is_its_settings_and_its_log(tmp_path: Path) -> None:
@@ -201,14 +201,16 @@ def test_what_0_1_0_wrote_of_a_whole_replay_is_its_settings_and_its_log(tmp_path
     (tmp_path / "made-of.txt").write_text(
         "Settings(asked=Asked(role=2, min_history=1, among=0, unseen='drop'), tune=True, last_update=True), log 7f"
     )
-    assert is_made_of(tmp_path, (settings, "7f"))
-    assert not is_made_of(tmp_path, (settings, "7e")) and not is_made_of(tmp_path, (ReplaySettings(), "7f"))
+    assert matches_provenance(tmp_path, (settings, "7f"))
+    assert not matches_provenance(tmp_path, (settings, "7e")) and not matches_provenance(
+        tmp_path, (ReplaySettings(), "7f")
+    )
 
 
 def test_what_is_damaged_is_of_nothing(tmp_path: Path) -> None:
     for name, text in (("made-of.txt", "Cell(model="), ("made-of.json", "{"), ("made-of.json", '{"class": "no"}')):
         (tmp_path / name).write_text(text)
-        assert not is_made_of(tmp_path, cell_of("item-knn", "absorb"))
+        assert not matches_provenance(tmp_path, cell_of("item-knn", "absorb"))
 
 
 def test_a_replay_of_somebody_elses_model_goes_on(tmp_path: Path) -> None:
@@ -218,21 +220,21 @@ def test_a_replay_of_somebody_elses_model_goes_on(tmp_path: Path) -> None:
 
     cell = replace(cell_of("item-knn", "absorb"), model_spec=Spec())  # type: ignore[arg-type]
     (tmp_path / "made-of.txt").write_text(repr(cell))
-    assert is_made_of(tmp_path, cell)
-    write_made_of(tmp_path, cell)
-    assert is_made_of(tmp_path, cell) and not is_made_of(tmp_path, replace(cell, seed=1))
+    assert matches_provenance(tmp_path, cell)
+    write_provenance(tmp_path, cell)
+    assert matches_provenance(tmp_path, cell) and not matches_provenance(tmp_path, replace(cell, seed=1))
     assert base_file(cell, (1, 2), tmp_path) != base_file(cell, (1, 3), tmp_path)
 
 
 def test_options_of_a_later_version_that_were_not_there_then_have_their_defaults(tmp_path: Path) -> None:
     cell = cell_of("sasrec", "finetune")
-    write_made_of(tmp_path, cell)
+    write_provenance(tmp_path, cell)
     file = tmp_path / "made-of.json"
     whole = json.loads(file.read_text())
     del whole["fields"]["model_spec"]["fields"]["predict"]  # as if this option were new
     file.write_text(json.dumps(whole))
-    assert is_made_of(tmp_path, cell)
-    assert not is_made_of(tmp_path, cell_of("sasrec:predict=last", "finetune"))
+    assert matches_provenance(tmp_path, cell)
+    assert not matches_provenance(tmp_path, cell_of("sasrec:predict=last", "finetune"))
 
 
 def test_state_dicts_are_read_by_current_names(

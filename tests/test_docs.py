@@ -1,21 +1,24 @@
-"""The documentation says what is there: short README, true file map, no link or path that leads nowhere."""
+"""The documentation says what is there: short README, true rooms, file map and walks, no link or path to nowhere."""
 
 import ast
 import importlib
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
+from test_house import LAYERS, ROOT, SRC, imports
 
 from freshrec.cli.app import main
 from freshrec.data.synthetic import make_world
 from freshrec.errors import FreshrecError
 from freshrec.recommender.recommender import Recommender
 
-ROOT = Path(__file__).resolve().parent.parent
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
+HISTORY = ("CHANGELOG.md", "diary.md", "016-rooms-and-names.md")  # they name files that were there once
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 OUTSIDE = ("../shared/", "http://", "https://", "#", "mailto:")
 
@@ -69,13 +72,128 @@ def test_the_readme_is_at_most_150_lines_and_names_the_two_commands() -> None:
     assert "make test" in readme
 
 
-def test_the_file_map_of_the_readme_matches_the_tree() -> None:
+def test_the_readme_links_the_file_map_and_names_only_files_that_are_there() -> None:
     readme = (ROOT / "README.md").read_text()
-    named = set(re.findall(r"\b\w+\.py\b", readme)) - {"__init__.py"}
-    there = {path.name for path in (ROOT / "src/freshrec").rglob("*.py")} - {"__init__.py", "__main__.py"}
-    assert there - named == set(), "files that the README's map leaves out"
-    others = {path.name for folder in ("tests", "docs", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
-    assert named - there - others == set(), "files that the README names and that are not there"
+    assert "(docs/architecture.md)" in readme
+    named = set(re.findall(r"\b\w+\.py\b", readme))
+    folders = ("src", "tests", "docs", "benchmarks")
+    assert named - {path.name for folder in folders for path in (ROOT / folder).rglob("*.py")} == set()
+
+
+def section(name: str) -> list[str]:
+    """The lines of docs/architecture.md between <!-- name --> and <!-- /name -->."""
+    return ARCHITECTURE.partition(f"<!-- {name} -->\n")[2].partition(f"<!-- /{name} -->")[0].splitlines()
+
+
+def test_the_drawn_rooms_are_the_layers_from_top_to_bottom_with_their_real_imports() -> None:
+    drawn: list[tuple[str, int]] = []
+    imported: dict[str, set[str]] = {}
+    for line in section("rooms")[2:-1]:  # without the fences and the heading
+        words = re.split(" {2,}", line.strip())
+        if words[0].isdigit():
+            layer = int(words.pop(0))
+        if words[0] and words[0] not in "│▼":
+            drawn += [(name, layer) for name in words[0].split()]
+            imported[words[0]] = set(words[2].split()) if len(words) > 2 else set()
+    assert [layer for _, layer in drawn] == sorted((layer for _, layer in drawn), reverse=True)
+    assert dict(drawn) == LAYERS and len(drawn) == len(LAYERS)
+    real: dict[str, set[str]] = {room: set() for room, layer in LAYERS.items() if layer}
+    for file in SRC.rglob("*.py"):
+        path = file.relative_to(SRC).as_posix()
+        room = path.partition("/")[0].removesuffix(".py")
+        real.get(room, set()).update(other for _, other in imports(path, ast.parse(file.read_text())) if other != room)
+    assert {room: imported[room] for room in real} == {room: others & real.keys() for room, others in real.items()}
+
+
+def is_empty(file: Path) -> bool:
+    """Whether a Python file holds at most a docstring."""
+    return all(isinstance(node, ast.Expr) for node in ast.parse(file.read_text()).body)
+
+
+def test_the_file_map_holds_every_file_of_the_library_once() -> None:
+    mapped, folder = [], ""
+    for line in section("map"):
+        if line.startswith("### "):
+            folder = line.removeprefix("### ")
+        elif line:
+            entry = re.match(r"- `([^`]+)`: \S", line)
+            assert entry, line
+            mapped.append(f"{folder}/{entry[1]}")
+    files = [path for path in SRC.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    there = [path for path in files if not (path.name == "__init__.py" and is_empty(path))]
+    assert sorted(mapped) == sorted(path.relative_to(ROOT).as_posix() for path in there)
+
+
+@cache
+def syntax_tree(file: Path) -> ast.AST | None:
+    return ast.parse(file.read_text()) if file.exists() else None
+
+
+def definition(path: str, name: str | None) -> ast.AST | None:
+    """The function, class, method or variable in a file, or the file if `name` is None; None where there is none."""
+    found = syntax_tree((ROOT if path.startswith(("docs/", "tests/")) else SRC) / path)
+    for part in name.split(".") if name else []:
+        found = next((node for node in vars(found).get("body", []) if part in defined_names(node)), None)
+        if found is None:
+            return None
+    return found
+
+
+def defined_names(node: ast.stmt) -> list[str]:
+    match node:
+        case ast.FunctionDef(name) | ast.AsyncFunctionDef(name) | ast.ClassDef(name):
+            return [name]
+        case ast.Assign(targets=[target]) | ast.AnnAssign(target=target):
+            return [part.id for part in ast.walk(target) if isinstance(part, ast.Name)]
+    return []
+
+
+def test_every_file_and_function_that_the_architecture_names_exists() -> None:
+    text = re.sub(r"^- `[^`]+`", "-", ARCHITECTURE, flags=re.MULTILINE)  # the map's entries are relative to headings
+    named = re.findall(r"`([\w/]+\.py)(?:: ([\w.]+))?`", text)
+    assert len(named) > 100
+    assert [f"{path}: {name}" for path, name in named if definition(path, name or None) is None] == []
+
+
+def uses(node: ast.AST, name: str) -> list[int]:
+    """The lines on which a function or class uses a name."""
+    found = [part for part in ast.walk(node) if isinstance(part, ast.Name | ast.Attribute)]
+    return sorted(part.lineno for part in found if name == (part.id if isinstance(part, ast.Name) else part.attr))
+
+
+def walks(text: str) -> list[str]:
+    """What is wrong with the steps of walks: an indented step must be used by the one above it, in order of lines."""
+    wrong: list[str] = []
+    above: list[tuple[int, str, ast.AST, int]] = []  # indent, step, what it names, the line of its last step
+    for indent, path, name in re.findall(r"^( *)\d+\. `([\w/]+\.py): ([\w.]+)`", text, re.MULTILINE):
+        while above and above[-1][0] >= len(indent):
+            above.pop()
+        node, step = definition(path, name), f"{path}: {name}"
+        assert node is not None, step
+        if above:
+            depth, parent, caller, line = above[-1]
+            lines = [at for at in uses(caller, name.rpartition(".")[2]) if at >= line]
+            wrong += [] if lines else [f"{parent} does not use {step}, or not after the step before it"]
+            above[-1] = (depth, parent, caller, lines[0] if lines else line)
+        above.append((len(indent), step, node, 0))
+    return wrong
+
+
+def test_each_step_of_a_walk_is_called_by_the_step_above_it_in_this_order() -> None:
+    # fine-tuning copies the model, then trains: neither the other way round, nor below another function
+    calls = "1. `strategies/baselines.py: FineTune.update`\n   1. `learn/fit.py: {}`\n   2. `learn/fit.py: {}`\n"
+    assert walks(calls.format("grown_copy", "fit_model")) == []
+    assert len(walks(calls.format("fit_model", "grown_copy"))) == 1
+    assert len(walks(calls.format("grown_copy", "choose_epochs"))) == 1
+    assert len(re.findall(r"^### \d\.", ARCHITECTURE, re.MULTILINE)) == 6
+    assert walks(ARCHITECTURE) == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in HISTORY], ids=lambda page: page.name)
+def test_every_room_and_file_that_a_page_names_is_there(page: Path) -> None:
+    rooms = "|".join(name for name in LAYERS if (SRC / name).is_dir())
+    paths = re.findall(rf"`((?:{rooms})/[\w/]+\.py)\b", page.read_text())
+    assert [path for path in paths if not (SRC / path).exists()] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freshrec.data.batches import make_rng, targets_at
+from freshrec.data.batches import targets_at
 from freshrec.data.histories import append_events
 from freshrec.data.stored_interests import stored_interests_of
 from freshrec.learn.fit import FitConfig
@@ -20,6 +20,7 @@ from freshrec.learn.weights import grow_model
 from freshrec.models import MODELS
 from freshrec.nn.embedding_table import embedding_tables
 from freshrec.nn.layers import max_inner_product
+from freshrec.random_streams import stream
 from freshrec.strategies.baselines import FineTune
 from freshrec.strategies.ewc import EWC, empirical_fisher, penalty, penalty_term
 from freshrec.types import Batch, EncodingModel, Forward, Histories, Interests, Span, State
@@ -82,7 +83,7 @@ def one_by_one(model: EncodingModel, users: Interests | None) -> dict[str, Tenso
 def test_the_fisher_is_the_mean_of_squared_gradients_of_single_samples(name: str, categories: int) -> None:
     # User 2 has three interests of its own, the others start from four slots; user 3's history repeats its target.
     model, none = model_of(name, categories), torch.zeros(3, dtype=torch.int16)
-    stored_SD = torch.randn(3, 4, generator=make_rng(0))
+    stored_SD = torch.randn(3, 4, generator=stream(0, "test"))
     users = Interests(stored_SD, torch.tensor([0, 0, 0, 3, 3, 3]), none, none)
     found, expected = empirical_fisher(model, SAMPLES, stored_interests_of(model, users, 1)), one_by_one(model, users)
     assert found.keys() == expected.keys()
@@ -117,14 +118,14 @@ def test_the_rows_that_a_step_moves_are_held_and_new_ones_are_free() -> None:
     fisher = empirical_fisher(anchor, SAMPLES, None)
     model.items.weights[5:] += 0.5
     model.last.bias.data += 0.1
-    model.items.pull(torch.tensor([5, 5, 1, 11]))
+    model.items.lookup(torch.tensor([5, 5, 1, 11]))
     loss = penalty_term(model, anchor, fisher, 3.0)(
         Batch(SAMPLES.users_N, SAMPLES.histories_NT), Forward(torch.zeros(()))
     )
     dense = 1.5 * 0.01 * fisher["last.bias"].sum()
     assert loss.item() == near(float(dense + 1.5 * 0.25 * fisher["items"][5].sum()), rel=1e-4)
     loss.backward()
-    gradient = model.items.in_step()[1].grad
+    gradient = model.items.step_rows()[1].grad
     assert gradient is not None and [bool(row.any()) for row in gradient] == [True, False, False]  # 5, 1, 11
 
 

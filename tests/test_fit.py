@@ -11,7 +11,7 @@ import torch
 from freshrec.data.batches import due_targets
 from freshrec.data.histories import append_events
 from freshrec.errors import OptionError
-from freshrec.learn import fit
+from freshrec.learn import validation
 from freshrec.learn.fit import CostMeter, FitConfig, fit_model, split_holdout, train_to_best_epoch
 from freshrec.learn.weights import snapshot
 from freshrec.models.sasrec import SASRecSpec
@@ -97,10 +97,10 @@ def test_the_number_of_epochs_does_not_matter_where_a_part_is_held_out(epochs: i
     ("strategy", "why"),
     [
         (lambda: SML(fit=STOPPED), "weights that nobody serves"),
-        (lambda: SPMF(fit=STOPPED), "draws anew for each epoch"),
+        (lambda: SPMF(fit=STOPPED), "draws new samples for each epoch"),
         (lambda: IncCTR(threshold=3, fit=STOPPED), "share of the common one"),
         (lambda: SelfTuned(fit=STOPPED), "has no use for fit.holdout"),
-        (lambda: SelfTuned(base_parts=3), "4 parts of the base block or more"),
+        (lambda: SelfTuned(base_parts=3), "at least 4 parts of the base block"),
     ],
 )
 def test_what_cannot_be_stopped_by_a_held_out_part_says_so(strategy: Callable[[], object], why: str) -> None:
@@ -116,15 +116,15 @@ def test_the_least_log_that_can_be_held_out_from_is_one_of_two_targets() -> None
     assert [len(part) for part in split_holdout(targets[torch.tensor([1])], STOPPED, (0, 0))] == [1, 0]
 
 
-def test_nothing_that_is_secret_is_read_where_training_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_that_is_held_out_is_read_where_training_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     events = Events.trainable(torch.tensor([1, 1, 1]), torch.tensor([1, 2, 3]))
     events = replace(events, train_at_E=torch.tensor([NOW, NEVER, NOW], dtype=torch.int8))
     read = []
 
-    def asked(model: TrainedModel, batch: Batch, target_B: torch.Tensor) -> torch.Tensor:
+    def all_first(model: TrainedModel, batch: Batch, target_B: torch.Tensor) -> torch.Tensor:
         read.extend(batch.history_BT.flatten().tolist())
         return torch.ones(len(batch))
 
-    monkeypatch.setattr(fit, "target_ranks", asked)
-    fit.hit_rate(untrained(), due_targets(append_events(Histories.empty(), events, 1)), None)
+    monkeypatch.setattr(validation, "target_ranks", all_first)
+    validation.hit_rate(untrained(), due_targets(append_events(Histories.empty(), events, 1)), None)
     assert 1 in read and 2 not in read

@@ -396,7 +396,7 @@ def test_what_gains_on_the_newest_events_may_forget_older_ones() -> None:
 
 def test_limits_are_options() -> None:
     assert parse_limits("") == GateLimits()
-    assert parse_limits("metric=hr@10:tolerance=0.1:n_users=5") == GateLimits(
+    assert parse_limits("metric=hr@10:tolerance=0.1:min_users=5") == GateLimits(
         metric="hr@10", tolerance=0.1, min_users=5
     )
     for wrong in ("metric=speed@20", "tolerence=0.1", "tolerance=much", "tolerance"):

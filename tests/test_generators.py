@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from freshrec.data.batches import make_rng
 from freshrec.learn.generators import (
     GRUGenerator,
     MeanGenerator,
@@ -20,6 +19,7 @@ from freshrec.learn.generators import (
     weighted_mean,
 )
 from freshrec.nn.embedding_table import EmbeddingTable
+from freshrec.random_streams import stream
 
 near = pytest.approx
 
@@ -34,7 +34,7 @@ class Net(nn.Module):
 
 
 def gru(n_slots: int, h: int = 4, *, residual: bool = False, seed: int = 0) -> GRUGenerator:
-    return GRUGenerator.initial(n_slots, h, residual, make_rng(seed))
+    return GRUGenerator.initial(n_slots, h, residual, stream(seed, "test"))
 
 
 def make(n_slots: int, source: torch.Generator) -> GRUGenerator:

@@ -312,7 +312,7 @@ def test_growth_changes_no_score_of_known_items() -> None:
 
 
 def test_options_that_make_no_sense_are_refused() -> None:
-    for wrong in ("loss=bprmax", "back=two", "embeddings=onehot", "alpha=-1", "drop_in=1"):
+    for wrong in ("loss=bprmax", "bptt=two", "embeddings=onehot", "alpha=-1", "drop_in=1"):
         with pytest.raises(OptionError, match=wrong.partition("=")[0]):
             find_instance("model", f"gru4rec:{wrong}", {"gru4rec": QUIET})
     with pytest.raises(OptionError, match="logq corrects the softmax only"):

@@ -22,7 +22,7 @@ SRC = ROOT / "src" / "freshrec"
 # Two folders with the same number do not know each other; two files with the same number may.
 LAYERS = {
     "types": 0, "errors": 0, "version": 0, "device": 0, "config": 0, "deprecation": 0, "disk_names": 0, "files": 0,
-    "former_names": 0, "user_modules": 0,
+    "former_names": 0, "random_streams": 0, "user_modules": 0,
     "data": 1,
     "nn": 2,
     "models": 3,
@@ -170,7 +170,45 @@ def check_tags(path: str, tree: ast.Module, source: str) -> Wrong:
                 free.remove(tag)
 
 
+# Words that no name may have as a part: a reader who has not met the project cannot know what they mean here.
+PRIVATE_WORDS = {
+    "alike", "anew", "apart", "ask", "asked", "aside", "begun", "enough", "fading", "happened", "heard", "here",
+    "joins", "kinds", "knob", "knobs", "lately", "liked", "manner", "mine", "one", "ours", "rehearsal", "rehearsals",
+    "rehearsed", "said", "say", "settle", "settled", "shelf", "taken", "taught", "tell", "theirs", "there", "thing",
+    "things", "told", "wanted", "way", "ways", "what", "which", "who", "whose", "why",
+}  # fmt: skip
+# Names that files, HTTP answers or options hold, and so cannot change without an alias.
+PUBLISHED_NAMES = {
+    "TAKEN_SUFFIX", "mark_taken",  # the ending of a journal's file
+    "asked",  # a number of `freshrec bench serve --json`
+    "fading", "kinds_R", "log_fading", "taken", "taken_BTD",  # weights in checkpoints
+    "why",  # of a click and of a search, in HTTP answers
+    "KINDS", "LISTED_KINDS",  # of versions, and of what `freshrec list` lists
+}  # fmt: skip
+
+
+def check_names(path: str, tree: ast.Module, source: str) -> Wrong:
+    """A name is made of the field's words."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                pass
+            case ast.arg(arg=name) | ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()):
+                pass
+            case _:
+                continue
+        parts = re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower().split("_")
+        if name not in PUBLISHED_NAMES and (private := PRIVATE_WORDS & set(parts)):
+            yield node.lineno, f'"{name}" says "{min(private)}"; take the term that papers and libraries use'
+
+
 BAD = [
+    (check_names, "types.py", "def told(): ...", '"told" says "told"'),
+    (check_names, "types.py", "class Asked: ...", '"Asked" says "asked"'),
+    (check_names, "types.py", "class WhatHappened: ...", '"WhatHappened" says "happened"'),
+    (check_names, "types.py", "def f(n_wanted): ...", '"n_wanted" says "wanted"'),
+    (check_names, "types.py", "self.said_BN = x", '"said_BN" says "said"'),
+    (check_names, "types.py", "for one in x: ...", '"one" says "one"'),
     (check_layers, "data/log.py", "from freshrec.models.mf import MF", "which is above it"),
     (check_layers, "data/log.py", "def f():\n    import freshrec.cli.app", "which is above it"),
     (check_layers, "data/log.py", "from ..models import mf", "which is above it"),
@@ -216,7 +254,7 @@ GOOD = """
             except KeyError as e:
                 raise OptionError from e
 """
-CHECKS: list[Check] = [check_layers, check_sizes, check_inheritance, check_guessing, check_tags]
+CHECKS: list[Check] = [check_layers, check_sizes, check_inheritance, check_guessing, check_tags, check_names]
 
 
 @pytest.mark.parametrize(("check", "path", "source", "expected"), BAD)
@@ -238,6 +276,46 @@ def test_the_house_keeps(check: Check) -> None:
         source, path = file.read_text(), file.relative_to(SRC).as_posix()
         wrong += [f"src/freshrec/{path}:{line}: {what}" for line, what in check(path, ast.parse(source), source)]
     assert not wrong, "\n" + "\n".join(wrong)
+
+
+def imported_modules(file: Path, modules: set[str]) -> set[str]:
+    """The modules of freshrec that a file imports, inside functions too, but not for type checking alone."""
+    found, nodes = set[str](), list[ast.AST](ast.parse(file.read_text()).body)
+    while nodes:
+        match nodes.pop():
+            case ast.If(test=ast.Name("TYPE_CHECKING"), orelse=others):
+                nodes += others
+            case ast.Import(names):
+                found |= {alias.name for alias in names} & modules
+            case ast.ImportFrom(module=str(module), names=names) if module.partition(".")[0] == "freshrec":
+                inner = {f"{module}.{alias.name}" for alias in names}
+                found |= inner & modules or {module}
+            case node:
+                nodes += ast.iter_child_nodes(node)
+    return found
+
+
+def circles(imports_of: dict[str, set[str]]) -> set[str]:
+    """Modules that import each other in a circle: what remains when those without imports are taken away, both ways."""
+    left = dict(imports_of)
+    while free := {m for m, its in left.items() if not its & left.keys() or not any(m in left[o] for o in left)}:
+        left = {module: its for module, its in left.items() if module not in free}
+    return set(left)
+
+
+def test_a_circle_of_imports_is_found() -> None:
+    # c and d import each other; b imports them, they import a, and neither a nor b is part of the circle
+    assert circles({"a": set(), "b": {"c"}, "c": {"d", "a"}, "d": {"c"}}) == {"c", "d"}
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    files = {
+        f"freshrec.{file.relative_to(SRC).with_suffix('').as_posix().replace('/', '.')}": file
+        for file in SRC.rglob("*.py")
+    }
+    files = {module.removesuffix(".__init__"): file for module, file in files.items()}
+    assert len(files) > 100
+    assert circles({module: imported_modules(file, set(files)) for module, file in files.items()}) == set()
 
 
 def check_equations(root: Path) -> Iterator[str]:

@@ -27,13 +27,13 @@ def model_of(spec: LimaRecSpec = SMALL, seed: int = 0) -> LimaRec:
     return model
 
 
-def asked(*histories: list[int]) -> Batch:
+def query_batch(*histories: list[int]) -> Batch:
     return Batch(torch.arange(1, len(histories) + 1), torch.tensor(histories))
 
 
 def learnt(model: LimaRec, history: list[int], targets: list[int]) -> Tensor:
     """(N, K, D) the interests where there is a target."""
-    batch = replace(asked(history), targets_BT=torch.tensor([targets]), negatives_N=torch.tensor([1, 3]))
+    batch = replace(query_batch(history), targets_BT=torch.tensor([targets]), negatives_N=torch.tensor([1, 3]))
     vectors_NKD = model.forward(batch).vectors_BKD
     assert vectors_NKD is not None
     return vectors_NKD.detach()
@@ -76,7 +76,7 @@ def test_a_stream_of_events_gives_what_each_prefix_gives_at_once(fading: float) 
     model, history = model_of(replace(SMALL, decay=fading)), [4, 2, 7, 2, 9, 1]
     stream_TKD = streamed(model, history)
     for n in range(1, len(history) + 1):
-        vectors_BKD = user_vectors(model, asked(history[:n]))
+        vectors_BKD = user_vectors(model, query_batch(history[:n]))
         torch.testing.assert_close(vectors_BKD[0], stream_TKD[n - 1], atol=1e-5, rtol=0)
     torch.testing.assert_close(learnt(model, history, [2, 7, 2, 9, 1, 5]), stream_TKD, atol=1e-5, rtol=0)
 
@@ -85,7 +85,7 @@ def test_fading_forgets() -> None:
     # With 1 - fading near 0 all that came before the last item is gone; without fading it is not.
     for fading, is_same in ((0.9999, True), (0.0, False)):
         model = model_of(replace(SMALL, decay=fading))
-        vectors_BKD = user_vectors(model, asked([4, 2, 7], [9, 1, 7]))
+        vectors_BKD = user_vectors(model, query_batch([4, 2, 7], [9, 1, 7]))
         assert torch.allclose(vectors_BKD[0], vectors_BKD[1], atol=1e-2) == is_same
 
 
@@ -94,11 +94,13 @@ def test_a_gap_in_a_window_changes_nothing_and_the_future_is_not_seen() -> None:
     gapped_NKD = learnt(model, [0, 4, 0, 2, 7], [0, 2, 0, 7, 8])
     torch.testing.assert_close(gapped_NKD, learnt(model, [4, 2, 7], [2, 7, 8]))
     assert torch.equal(gapped_NKD[:2], learnt(model, [0, 4, 0, 2, 5], [0, 2, 0, 7, 8])[:2])
-    torch.testing.assert_close(user_vectors(model, asked([4, 0, 2, 0]))[0], user_vectors(model, asked([4, 2]))[0])
+    torch.testing.assert_close(
+        user_vectors(model, query_batch([4, 0, 2, 0]))[0], user_vectors(model, query_batch([4, 2]))[0]
+    )
 
 
 def test_interests_differ_and_the_best_of_them_scores() -> None:
-    model, batch = model_of(), asked([4, 2, 7])
+    model, batch = model_of(), query_batch([4, 2, 7])
     vectors_KD = user_vectors(model, batch)[0]
     assert vectors_KD.shape == (3, 8) and (vectors_KD[0] - vectors_KD[1]).norm() > 0.1
     items_N = torch.tensor([5, 3])
@@ -111,7 +113,7 @@ def test_hard_attention_teaches_the_closest_interest_and_soft_attention_all() ->
     # Target 8, negatives 1 and 3: the logits are v e of the closest interest, or of the softmax mix, by definition.
     for attention in ("hard", "soft"):
         model = model_of(replace(SMALL, attention=attention))
-        batch = replace(asked([4, 2]), targets_BT=torch.tensor([[0, 8]]), negatives_N=torch.tensor([1, 3]))
+        batch = replace(query_batch([4, 2]), targets_BT=torch.tensor([[0, 8]]), negatives_N=torch.tensor([1, 3]))
         vectors_KD = user_vectors(model, batch)[0]
         near_K = vectors_KD @ item_vectors(model)[8]
         share_K = torch.softmax(near_K, 0) if attention == "soft" else F.one_hot(near_K.argmax(), 3).float()
@@ -122,7 +124,7 @@ def test_hard_attention_teaches_the_closest_interest_and_soft_attention_all() ->
 def test_no_history_is_a_vector_of_zeros_and_encoding_is_what_serves() -> None:
     model = model_of()
     assert isinstance(model, EncodingModel) and not isinstance(model, InterestModel)
-    nobody = asked([0, 0], [0, 4])
+    nobody = query_batch([0, 0], [0, 4])
     assert (user_vectors(model, nobody)[0] == 0).all() and user_vectors(model, nobody)[1].norm() > 1
     nothing = Batch(torch.tensor([1]), torch.zeros(1, 0, dtype=torch.int64))
     assert torch.equal(user_vectors(model, nothing), torch.zeros(1, 3, 8))
@@ -159,15 +161,15 @@ def test_frozen_follows_its_users_and_never_offers_or_heeds_an_item_it_was_not_t
     model = state.model
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
     assert torch.equal(item_vectors(model)[:21], trained) and model.n_items == 30
-    batch = asked([1, 2, 3], [6, 7, 8])
+    batch = query_batch([1, 2, 3], [6, 7, 8])
     best_B5 = score_items(model, batch, torch.arange(1, 31)).topk(5).indices + 1
     assert best_B5[:, 0].tolist() == [4, 9] and best_B5.max() <= 20
-    with_KD, without_KD = user_vectors(model, asked([1, 22, 2, 3, 21], [0, 1, 0, 2, 3]))
+    with_KD, without_KD = user_vectors(model, query_batch([1, 22, 2, 3, 21], [0, 1, 0, 2, 3]))
     torch.testing.assert_close(with_KD, without_KD)
 
 
 def test_the_same_seed_gives_the_same_bits_and_options_out_of_bounds_are_refused() -> None:
-    first, again, other = (user_vectors(model_of(seed=seed), asked([4, 2, 7])) for seed in (0, 0, 1))
+    first, again, other = (user_vectors(model_of(seed=seed), query_batch([4, 2, 7])) for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.allclose(first, other)
-    with pytest.raises(OptionError, match="option fading of LimaRecSpec is 1.0; it must be at least 0 and below 1."):
+    with pytest.raises(OptionError, match="option decay of LimaRecSpec is 1.0; it must be at least 0 and below 1."):
         LimaRecSpec(decay=1.0)

@@ -46,7 +46,7 @@ def test_http_has_every_field_with_its_default_and_its_description_in_both_route
     with server(tmp_path) as (client, _):
         document = client.get("/openapi.json").json()
     query = {one["name"]: one for one in document["paths"]["/recommend/{user}"]["get"]["parameters"]}
-    body = document["components"]["schemas"]["Asked"]["properties"]
+    body = document["components"]["schemas"]["RecommendRequest"]["properties"]
     for name in FIELDS:
         assert query[name]["description"] == body[name]["description"] == help_of(name)
     for name in ("k", "exclude_seen", "diversity"):
@@ -88,7 +88,7 @@ def test_the_keyword_of_0_1_0_still_works_with_a_warning() -> None:
     recommender = Recommender("popularity").fit(log)
     assert recommender.recommend("u").is_empty()  # u has had both items
     with pytest.warns(FutureWarning, match="filter_seen is called exclude_seen now") as caught:
-        found = recommender.recommend("u", exclude_seen=False)
+        found = recommender.recommend("u", filter_seen=False)
     assert found["item_id"].to_list() == ["a", "b"]
     assert [one.filename for one in caught] == [__file__]  # the line of the caller, once
     assert found.equals(recommender.recommend("u", exclude_seen=False))

@@ -35,7 +35,7 @@ def model_of(spec: MIMNSpec = SMALL, seed: int = 0) -> MIMN:
     return model
 
 
-def asked(*histories: list[int]) -> Batch:
+def query_batch(*histories: list[int]) -> Batch:
     return Batch(torch.arange(1, len(histories) + 1), torch.tensor(histories))
 
 
@@ -49,7 +49,7 @@ def run(model: MIMN, history: list[int], memory: SlotMemory | None = None) -> Sl
 
 
 def asking(history: list[int], targets: list[int]) -> Batch:
-    return replace(asked(history), targets_BT=torch.tensor([targets]), negatives_N=torch.tensor([1, 3]))
+    return replace(query_batch(history), targets_BT=torch.tensor([targets]), negatives_N=torch.tensor([1, 3]))
 
 
 def test_a_write_by_hand() -> None:
@@ -142,7 +142,7 @@ def test_events_one_by_one_give_the_memory_of_all_at_once() -> None:
         for carried, at_once in zip(memory, run(model, history[:n])):
             torch.testing.assert_close(carried, at_once)
         with torch.no_grad():
-            torch.testing.assert_close(user_vectors(model, asked(history[:n])), model.project(memory.slots_BKM))
+            torch.testing.assert_close(user_vectors(model, query_batch(history[:n])), model.project(memory.slots_BKM))
     assert memory.usage_BK.sum().item() == pytest.approx(6)  # each event writes 1 in all
 
 
@@ -158,7 +158,7 @@ def test_each_position_knows_its_past_and_not_its_future() -> None:
     model = model_of()
     first, other = (model(asking([4, 2, last], [2, 7, 8])).vectors_BKD for last in (7, 5))
     assert torch.equal(first[:2], other[:2]) and (first[2] - other[2]).abs().max() > 0.01
-    torch.testing.assert_close(first[2:], user_vectors(model, asked([4, 2, 7])))
+    torch.testing.assert_close(first[2:], user_vectors(model, query_batch([4, 2, 7])))
 
 
 def used_after(even: float) -> tuple[float, Tensor, MIMN]:
@@ -213,7 +213,7 @@ def test_hard_attention_teaches_the_closest_interest_and_soft_attention_all() ->
 
 
 def test_the_interests_are_the_slots_projected_and_the_best_of_them_scores() -> None:
-    model, batch = model_of(), asked([4, 2, 7])
+    model, batch = model_of(), query_batch([4, 2, 7])
     assert isinstance(model, EncodingModel) and not isinstance(model, InterestModel)
     vectors_KD, items_N = user_vectors(model, batch)[0], torch.tensor([5, 3])
     with torch.no_grad():
@@ -222,7 +222,7 @@ def test_the_interests_are_the_slots_projected_and_the_best_of_them_scores() -> 
         score_items(model, batch, items_N)[0], (item_vectors(model)[items_N] @ vectors_KD.t()).amax(1)
     )
     assert torch.equal(model.encode(item_vectors(model)[batch.history_BT], batch)[0], vectors_KD)
-    assert (user_vectors(model, asked([0, 0])) == 0).all()
+    assert (user_vectors(model, query_batch([0, 0])) == 0).all()
     nothing = Batch(torch.tensor([1]), torch.zeros(1, 0, dtype=torch.int64))
     assert torch.equal(user_vectors(model, nothing), torch.zeros(1, 3, 8))
 
@@ -238,12 +238,12 @@ def test_frozen_follows_its_users_and_never_offers_or_heeds_an_item_it_was_not_t
     state = strategy.update(replace(state, histories=append_events(state.histories, late, 61)), Span(1, late, 61, 30))
     model = state.model
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
-    best_B5 = score_items(model, asked([1, 2, 3], [6, 7, 8]), torch.arange(1, 31)).topk(5).indices + 1
+    best_B5 = score_items(model, query_batch([1, 2, 3], [6, 7, 8]), torch.arange(1, 31)).topk(5).indices + 1
     assert ((best_B5[:, 0] - 1) // 5).tolist() == [0, 1] and best_B5.max() <= 20  # of one's own circle
-    with_KD, without_KD = user_vectors(model, asked([1, 22, 2, 3, 21], [0, 1, 0, 2, 3]))
+    with_KD, without_KD = user_vectors(model, query_batch([1, 22, 2, 3, 21], [0, 1, 0, 2, 3]))
     torch.testing.assert_close(with_KD, without_KD)
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_another_model() -> None:
-    first, again, other = (user_vectors(model_of(seed=seed), asked([4, 2, 7])) for seed in (0, 0, 1))
+    first, again, other = (user_vectors(model_of(seed=seed), query_batch([4, 2, 7])) for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.allclose(first, other)

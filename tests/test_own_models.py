@@ -75,7 +75,7 @@ class SumSpec:
 
 
 class Sum(nn.Module):
-    unit = "target"
+    batch_format = "target"
 
     def __init__(self, spec: SumSpec, seed: int) -> None:
         super().__init__()
@@ -245,7 +245,7 @@ def test_what_a_model_lacks_is_said_before_anything_is_read() -> None:
             del self.items
 
     class Odd(Sum):
-        unit = "session"
+        batch_format = "session"
 
     @dataclass(frozen=True)
     class Spec:
@@ -266,7 +266,7 @@ def test_what_a_model_lacks_is_said_before_anything_is_read() -> None:
     for spec, sentence in (
         (Spec(Mute), r'model "mine" \(Mute\) lacks absorb, score; CONTRIBUTING.md'),
         (Spec(Blind), "has no table of item vectors"),
-        (Spec(lambda: Odd(SUM, 0)), 'unit of model "mine" .* is "session"; it must be one of target, window'),
+        (Spec(lambda: Odd(SUM, 0)), 'batch_format of model "mine" .* is "session"; it must be one of target, window'),
         (Short(), r'the options of model "mine" \(Short\) lacks length, lr, batch, negatives'),
         (CountSpec, "is no instance of a dataclass"),
     ):

@@ -35,7 +35,7 @@ EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 OWN = '''
 from dataclasses import dataclass, replace
 
-from freshrec.learn.fit import Fit
+from freshrec.learn.fit import FitConfig
 from freshrec.strategies.baselines import Absorb, FineTune
 from freshrec.strategies.refit import Refit
 
@@ -55,7 +55,7 @@ class Training:
     epochs: int = 1
 
     def update(self, state, span):
-        return FineTune(Fit(epochs=self.epochs, base_epochs=1)).update(state, span)
+        return FineTune(FitConfig(epochs=self.epochs, base_epochs=1)).update(state, span)
 
 
 class Demanding:
@@ -175,7 +175,7 @@ def test_a_class_an_instance_and_both_kinds_of_names_are_accepted() -> None:
     ("text", "says"),
     [
         ("own_strategies:Other", r'"own_strategies:Other" has no method update\(state, span\); name a class'),
-        ("own_strategies:Fit", r"has no method update\(state, span\)"),
+        ("own_strategies:FitConfig", r"has no method update\(state, span\)"),
         ("own_strategies:Demanding", "is a class that needs arguments; give them defaults, or name an instance"),
         ("own_strategies:Missing", 'cannot import "Missing" from "own_strategies"'),
         ("no_such_module:Thing", 'cannot import "Thing" from "no_such_module"'),
@@ -192,7 +192,7 @@ def test_a_name_that_stands_for_no_strategy_is_refused(text: str, says: str) -> 
 
 def test_a_strategy_without_a_method_update_is_refused_by_the_recommender() -> None:
     not_a_strategy: Any = FitConfig()
-    with pytest.raises(OptionError, match=r"Fit.* has no method update\(state, span\)"):
+    with pytest.raises(OptionError, match=r"FitConfig.* has no method update\(state, span\)"):
         Recommender("mf", not_a_strategy)
 
 
@@ -232,17 +232,17 @@ def test_an_own_strategy_has_nothing_to_tune_and_is_planned_as_fine_tuning() -> 
 
 
 def test_strategies_that_are_tuned_have_six_alternatives_the_strategy_first() -> None:
-    # refit and rehearsed choose for themselves; absorb and frozen train nothing; full trains as the base block did
+    # refit and self-tuned choose for themselves; absorb and frozen train nothing; full trains as the base block did
     found = {name: alternatives(strategy) for name, strategy in STRATEGIES.items()}
     assert {name for name, choices in found.items() if len(choices) == 1} == {
-        "absorb", "refit", "frozen", "full", "rehearsed",
+        "absorb", "refit", "frozen", "full", "self-tuned",
     }  # fmt: skip
     assert {len(choices) for choices in found.values()} == {1, 6}
     assert all(choices[0] == STRATEGIES[name] for name, choices in found.items())
 
 
 def test_names_of_papers_are_aliases() -> None:
-    assert ALIASES == {"joint": "full", "dropout": "finetune", "asmg-gru-multi": "asmg"}
+    assert ALIASES == {"joint": "full", "dropout": "finetune", "asmg-gru-multi": "asmg", "rehearsed": "self-tuned"}
     assert not ALIASES.keys() & STRATEGIES.keys()
     for alias, name in ALIASES.items():
         assert find_strategy(f"{alias}:fit.epochs=2") == find_strategy(f"{name}:fit.epochs=2")

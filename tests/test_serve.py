@@ -276,7 +276,8 @@ def test_no_answer_may_load_anything_from_elsewhere(reader: TestClient) -> None:
 
 def test_a_serving_process_imports_nothing_that_learns(one_store: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from freshrec import cli; from freshrec.server.app import create_app;"
+        "import sys; from pathlib import Path; from freshrec.cli import app;"
+        "from freshrec.server.app import create_app;"
         "from freshrec.server.live_version import LiveVersion; from freshrec.store.versions import open_store;"
         f"live = LiveVersion(open_store(Path({str(one_store / 's')!r})), print); live.start(); live.stop();"
         "print(*sys.modules)"

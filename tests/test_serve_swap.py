@@ -132,10 +132,10 @@ def test_requests_in_flight_finish_on_the_version_they_began_with(
     began, go_on = threading.Event(), threading.Event()
     ask = handlers.recommend
 
-    def slow(version: LoadedVersion, by: object) -> object:
+    def slow(version: LoadedVersion, *rest: object) -> object:
         began.set()
         assert go_on.wait(20)
-        return ask(version, by)  # type: ignore[arg-type]
+        return ask(version, *rest)  # type: ignore[arg-type]
 
     with server(tmp_path) as (client, live):
         wanted = {"users": ["user-1", "user-2"]}

@@ -28,6 +28,7 @@ from freshrec.learn.transfer import (
 )
 from freshrec.learn.weights import Weights, copy_weights, load_weights
 from freshrec.models import MODELS
+from freshrec.random_streams import stream_seed
 from freshrec.replay.plan import training_passes
 from freshrec.store.checkpoint import load_state, save_state
 from freshrec.strategies.baselines import FineTune
@@ -136,7 +137,7 @@ def authors_order(strategy: SML, spans: list[Span]) -> list[tuple[Weights, Weigh
                     model,
                     then,
                     strategy.transfer_epochs,
-                    (0, t + 1, n, 2),
+                    (stream_seed(0, "transfer training"), t + 1, n),
                     lr_scale=FAST / model.spec.lr,
                     terms=[transfer_decay_term(transfer, strategy.transfer_weight_decay)],
                     parametrization=transfer_parametrization(transfer, before),
@@ -202,14 +203,14 @@ def test_a_network_that_is_fitted_in_the_base_block_only_stands_still_after_it()
     assert [same(a, b) for a, b in zip(until_2, until_2[1:])] == [True, False, True]  # span 1 has no stage to close
 
 
-def test_rehearsals_leave_nothing_but_the_network() -> None:
+def test_base_parts_leave_nothing_but_the_network() -> None:
     """The base block's model is that of `start`, to the last bit."""
     span = span_of(0)
     plain = fit_base_block(absorbed(untrained("mf"), span), span, FIT)
-    rehearsed, raw = (chain(SML(transfer=CNN, fit=FIT, base_parts=n), spans=[span])[0] for n in (6, 0))
-    assert same(dict(rehearsed.model.state_dict()), dict(plain.model.state_dict()))
-    assert torch.equal(rehearsed.histories.items_R, plain.histories.items_R)
-    assert not same(rehearsed.memory.theta, raw.memory.theta)
+    trained, raw = (chain(SML(transfer=CNN, fit=FIT, base_parts=n), spans=[span])[0] for n in (6, 0))
+    assert same(dict(trained.model.state_dict()), dict(plain.model.state_dict()))
+    assert torch.equal(trained.histories.items_R, plain.histories.items_R)
+    assert not same(trained.memory.theta, raw.memory.theta)
 
 
 @pytest.mark.parametrize("restart", ["transferred", "adapted", "before"])
@@ -254,7 +255,7 @@ def test_the_penalties_by_hand() -> None:
     model = replace(MODELS["mf"], d=2).build(0)  # type: ignore[type-var]
     model.grow(2, 2)
     model.items.weights[1:] = torch.tensor([[1.0, 2.0], [3.0, 0.0]])
-    model.items.pull(torch.tensor([1, 1, 2]))
+    model.items.lookup(torch.tensor([1, 1, 2]))
     nothing: Any = None
     assert weight_decay_term(model, 0.1)(nothing, nothing).item() == pytest.approx(0.7)
     transfer = Transfer.for_model(MLPTransfer(hidden=0), model, 0)  # users and items: 4 x 2 weights each
@@ -273,7 +274,7 @@ def test_the_work_counts_every_pass() -> None:
     assert training_passes(SML(transfer=LinearTransfer(), fit=FitConfig(epochs=2)), [60, 10, 20], 3) == [180, 20, 40]
 
 
-@pytest.mark.parametrize("options", [{"rounds": 2, "through": False}, {"rehearsals": 2}])
+@pytest.mark.parametrize("options", [{"rounds": 2, "train_through_transfer": False}, {"base_parts": 2}])
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match="SML"):
         SML(**options)

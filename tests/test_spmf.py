@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from freshrec.data.batches import due_targets, history_items, make_rng
+from freshrec.data.batches import due_targets, history_items
 from freshrec.data.histories import append_events
 from freshrec.data.split import LogSplit, split_log
 from freshrec.data.synthetic import make_world
@@ -16,6 +16,7 @@ from freshrec.learn.reservoir import append_samples, assign_slots, copy_samples,
 from freshrec.models.mf import MFSpec
 from freshrec.models.sasrec import SASRecSpec
 from freshrec.nn.scoring import user_vectors
+from freshrec.random_streams import stream
 from freshrec.strategies.baselines import FineTune
 from freshrec.strategies.spmf import (
     SPMF,
@@ -36,7 +37,7 @@ def held(size: int, parts: list[int], seed: int) -> Tensor:
     """(size,) which of the events 0, 1, 2, ... the slots hold after a stream in these parts."""
     slots, first = torch.full((size,), -1), 0
     for part in parts:
-        slot_W, nth_W = assign_slots(first, part, size, make_rng(seed, first))
+        slot_W, nth_W = assign_slots(first, part, size, stream(seed, "test", first))
         slots[slot_W] = first + nth_W
         first += part
     return slots
@@ -61,14 +62,14 @@ def test_new_events_may_push_each_other_out() -> None:
 @pytest.mark.parametrize(("n_seen", "n_new", "size"), [(0, 40, 7), (3, 40, 7), (100, 500, 7), (100, 3, 7), (0, 3, 7)])
 def test_all_at_once_is_one_after_the_other(n_seen: int, n_new: int, size: int) -> None:
     # Algorithm R as it is written, with the same random numbers: event i draws u from 0..i and takes slot u.
-    draws = torch.rand(n_new, generator=make_rng(1), dtype=torch.float64)
+    draws = torch.rand(n_new, generator=stream(1, "test"), dtype=torch.float64)
     expected: dict[int, int] = {}
     for nth, u in enumerate(draws.tolist()):
         i = n_seen + nth
         slot = i if i < size else int(u * (i + 1))
         if slot < size:
             expected[slot] = nth
-    slot_W, nth_W = assign_slots(n_seen, n_new, size, make_rng(1))
+    slot_W, nth_W = assign_slots(n_seen, n_new, size, stream(1, "test"))
     assert dict(zip(slot_W.tolist(), nth_W.tolist())) == expected
 
 
@@ -79,10 +80,10 @@ def logged(users: list[int], items: list[int]) -> Histories:
 def test_a_reservoir_keeps_a_small_block_as_it_is_and_then_never_grows() -> None:
     # T19. Three targets in a reservoir of four; then twenty more.
     targets = due_targets(logged([1, 1, 2], [7, 8, 9]))
-    three = fill_reservoir(targets, 4, 2, make_rng(0))
+    three = fill_reservoir(targets, 4, 2, stream(0, "test"))
     assert three.samples.users_N.tolist() == [1, 1, 2] and three.samples.items_N.tolist() == [7, 8, 9]
     assert three.samples.histories_NT.tolist() == [[0, 0], [0, 7], [0, 0]]
-    four = update_reservoir(three, due_targets(logged([3] * 20, list(range(1, 21)))), make_rng(0))
+    four = update_reservoir(three, due_targets(logged([3] * 20, list(range(1, 21)))), stream(0, "test"))
     assert len(four.samples) == four.size == 4 and four.n_seen == 23
     assert len(three.samples) == 3  # the old one is left as it was
 
@@ -105,7 +106,7 @@ def test_windows_of_what_is_kept_hold_one_target_each_and_those_of_the_span_stay
     both = append_samples(today, kept, torch.tensor([2, 2, 0]), separate_users=True)
     found = [
         (history[history > 0].tolist(), targets[targets > 0].tolist())
-        for batch in training_batches(model, both, make_rng(0))
+        for batch in training_batches(model, both, stream(0, "test"))
         for history, targets in zip(batch.history_BT, batch.targets_BT)  # type: ignore[arg-type]
     ]
     # the third event of the four, twice; the first has no history, so nothing predicts it
@@ -120,22 +121,22 @@ def test_rank_weights_by_hand() -> None:
     assert rank_weights(torch.tensor([2.0, 1.0])).tolist() == near([0.37754, 0.62246], abs=5e-6)
     four = rank_weights(torch.tensor([1.0, 3.0, 2.0, 4.0]))
     assert four.tolist() == near([0.34993, 0.21224, 0.27253, 0.16530], abs=5e-6)
-    many = rank_weights(torch.randn(1000, generator=make_rng(0)))
+    many = rank_weights(torch.randn(1000, generator=stream(0, "test")))
     assert (many.max() / many.min()).item() == near(torch.tensor(0.999).exp().item())  # e^((N - 1) / N) < e
     assert len(rank_weights(torch.zeros(0))) == 0
 
 
 def test_draws_follow_the_weights() -> None:
     p_N = torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64)
-    share_N = torch.bincount(sample_with_replacement(p_N, 100_000, make_rng(0))) / 100_000
+    share_N = torch.bincount(sample_with_replacement(p_N, 100_000, stream(0, "test"))) / 100_000
     assert share_N.tolist() == near([0.1, 0.2, 0.7], abs=0.006)
     first_N = (
-        torch.bincount(torch.stack([sample_without_replacement(p_N, 1, make_rng(s))[0] for s in range(10_000)]))
+        torch.bincount(torch.stack([sample_without_replacement(p_N, 1, stream(s, "test"))[0] for s in range(10_000)]))
         / 10_000
     )
     assert first_N.tolist() == near([0.1, 0.2, 0.7], abs=0.02)
-    assert sorted(sample_without_replacement(p_N, 9, make_rng(0)).tolist()) == [0, 1, 2]
-    assert len(sample_with_replacement(torch.zeros(0), 5, make_rng(0))) == 0
+    assert sorted(sample_without_replacement(p_N, 9, stream(0, "test")).tolist()) == [0, 1, 2]
+    assert len(sample_with_replacement(torch.zeros(0), 5, stream(0, "test"))) == 0
 
 
 # the whole

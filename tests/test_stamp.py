@@ -43,14 +43,14 @@ def plain(**options: Any) -> STAMP:
     return model
 
 
-def asked(*histories: list[int], targets: list[int] | None = None) -> Batch:
+def query_batch(*histories: list[int], targets: list[int] | None = None) -> Batch:
     users_B = torch.arange(1, len(histories) + 1)
     targets_BT = None if targets is None else torch.tensor(targets)[:, None]
     return Batch(users_B, torch.tensor(histories, dtype=torch.int64), targets_BT, NEGATIVES)
 
 
 def scores(model: STAMP, *histories: list[int]) -> Tensor:
-    return score_items(model, asked(*histories), torch.arange(1, N_ITEMS + 1))
+    return score_items(model, query_batch(*histories), torch.arange(1, N_ITEMS + 1))
 
 
 def test_stmp_by_hand() -> None:
@@ -86,7 +86,7 @@ def test_padding_changes_nothing(kind: str, loss: str) -> None:
     for padding in ([], [0], [0, 0, 0]):
         model = built(kind=kind, loss=loss)
         model.items.weights[0] = 50.0 * len(padding)  # whatever stands in the padding row
-        forward = model(asked([*padding, 4, 2, 7], [*padding, 1, 1, 5], targets=[2, 6]))
+        forward = model(query_batch([*padding, 4, 2, 7], [*padding, 1, 1, 5], targets=[2, 6]))
         forward.loss.backward()
         grads = [weight.grad for weight in model.parameters()]
         results.append([scores(model, [*padding, 4, 2, 7]), forward.loss, *grads])
@@ -105,7 +105,7 @@ def test_who_has_no_history_has_a_vector_of_zeros(kind: str) -> None:
 
 @each_kind
 def test_the_losses_are_the_surprise_of_the_target_among_all_items_or_among_the_negatives(kind: str) -> None:
-    batch = asked([4, 2, 7], [0, 1, 5], targets=[2, 3])
+    batch = query_batch([4, 2, 7], [0, 1, 5], targets=[2, 3])
     score_BI = scores(built(kind=kind), [4, 2, 7], [0, 1, 5])
     full = built(kind=kind, loss="full")(batch)
     assert full.loss.item() == near(F.cross_entropy(score_BI, torch.tensor([1, 2])).item(), abs=1e-5)
@@ -121,7 +121,7 @@ def test_the_losses_are_the_surprise_of_the_target_among_all_items_or_among_the_
 def test_every_weight_learns(kind: str, loss: str) -> None:
     model = built(kind=kind, loss=loss)
     assert isinstance(model, EncodingModel) and model.batch_format == "target"
-    model(asked([4, 2, 7], [0, 1, 5], targets=[2, 6])).loss.backward()
+    model(query_batch([4, 2, 7], [0, 1, 5], targets=[2, 6])).loss.backward()
     assert all(weight.grad is not None and (weight.grad != 0).any() for weight in model.parameters())
     ids_N, rows_ND = model.items.step_rows()
     assert rows_ND.grad is not None
@@ -130,7 +130,7 @@ def test_every_weight_learns(kind: str, loss: str) -> None:
 
 
 def test_the_scores_of_all_items_can_be_followed_back_to_the_vectors_of_the_history() -> None:
-    model, batch = built(), asked([4, 2, 7], [0, 1, 5])
+    model, batch = built(), query_batch([4, 2, 7], [0, 1, 5])
     items_BTD = model.items.weights[batch.history_BT].clone().requires_grad_()
     vectors_BKD = model.encode(items_BTD, batch)
     torch.testing.assert_close(vectors_BKD.detach(), user_vectors(model, batch))

@@ -24,7 +24,7 @@ def fed(pairs: list[tuple[int, int]], cuts: tuple[int, ...] = (), **options: int
     return model
 
 
-def asked(model: UserKNN, user: int, history: list[int]) -> list[float]:
+def all_scores(model: UserKNN, user: int, history: list[int]) -> list[float]:
     scores: list[float] = model.score(Batch(torch.tensor([user]), torch.tensor([history])), torch.arange(10))[
         0
     ].tolist()
@@ -35,25 +35,25 @@ def test_items_of_like_users_by_how_telling_the_shared_ones_are() -> None:
     # 2 users have events; item 1 was taken by both: idf = ln(1 + 2 / 3); item 2 by user 3 alone: ln(1 + 2 / 2).
     model = fed([(2, 1), (2, 5), (3, 1), (3, 2), (3, 6)])
     one, two = np.log1p(2 / 3), np.log1p(1.0)
-    scores = asked(model, 1, [1, 2, 1])  # taking item 1 twice counts once
+    scores = all_scores(model, 1, [1, 2, 1])  # taking item 1 twice counts once
     assert scores[5] == near(one) and scores[6] == near(one + two)
     assert scores[1] == near(one + one + two) and scores[2] == near(one + two) and scores[7] == scores[0] == 0
 
 
 def test_a_user_is_no_neighbour_of_its_own_and_only_the_nearest_count() -> None:
     model = fed([(1, 1), (1, 7), (2, 1), (2, 5), (3, 1), (3, 2), (3, 6)], neighbours=1)
-    scores = asked(model, 1, [1, 2])
+    scores = all_scores(model, 1, [1, 2])
     assert scores[7] == 0 and scores[5] == 0 and scores[6] > 0
 
 
 def test_an_item_makes_neighbours_of_its_latest_users_only() -> None:
     pairs = [(2, 1), (2, 5), (3, 1), (3, 6)]
-    assert asked(fed(pairs, (2,), through=1), 1, [1])[5:7] == [0, near(np.log1p(2 / 3))]
+    assert all_scores(fed(pairs, (2,), users_per_item=1), 1, [1])[5:7] == [0, near(np.log1p(2 / 3))]
 
 
 def test_what_is_older_than_the_last_events_is_forgotten() -> None:
     model = fed([(2, 1), (2, 3), (2, 4)], length=2)
-    assert model.recent_UT[2].tolist() == [3, 4] and sum(asked(model, 1, [1])) == 0
+    assert model.recent_UT[2].tolist() == [3, 4] and sum(all_scores(model, 1, [1])) == 0
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=30), st.data())
@@ -61,7 +61,7 @@ def test_the_last_events_do_not_depend_on_how_they_came(pairs: list[tuple[int, i
     cuts = tuple(sorted(data.draw(st.lists(st.integers(0, len(pairs)), max_size=4))))
     at_once, in_parts = fed(pairs, length=3), fed(pairs, cuts, length=3)
     assert (at_once.recent_UT == in_parts.recent_UT).all()
-    assert asked(at_once, 1, [1, 2]) == near(asked(in_parts, 1, [1, 2]))
+    assert all_scores(at_once, 1, [1, 2]) == near(all_scores(in_parts, 1, [1, 2]))
 
 
 def test_a_copy_that_learns_more_leaves_the_old_one_alone() -> None:
@@ -69,14 +69,14 @@ def test_a_copy_that_learns_more_leaves_the_old_one_alone() -> None:
     other = UserKNNSpec().build(0)
     other.load_state_dict(model.state_dict())
     other.absorb(Events.trainable(torch.tensor([2]), torch.tensor([5])), NOTHING)
-    assert asked(model, 1, [1])[5] == 0 and asked(other, 1, [1])[5] > 0
+    assert all_scores(model, 1, [1])[5] == 0 and all_scores(other, 1, [1])[5] > 0
 
 
 def test_room_for_more_users_and_items_changes_no_score() -> None:
     model = fed([(1, 1), (1, 2), (2, 1), (2, 3), (3, 4)])
-    before = asked(model, 0, [1])
+    before = all_scores(model, 0, [1])
     model.grow(model.n_users + 20, model.n_items + 5)
-    assert asked(model, 0, [1])[: len(before)] == before
+    assert all_scores(model, 0, [1])[: len(before)] == before
 
 
 def test_a_copy_shares_what_it_has_not_changed() -> None:

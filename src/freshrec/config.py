@@ -27,7 +27,7 @@ from pydantic.fields import FieldInfo
 from freshrec.deprecation import describe_rename
 from freshrec.disk_names import former_class_names, former_fields, former_values
 from freshrec.errors import OptionError, unknown_name_error
-from freshrec.user_modules import Form, import_instance
+from freshrec.user_modules import Interface, import_instance
 
 T = TypeVar("T")
 
@@ -131,19 +131,20 @@ def find_instance(
     kind: str,
     text: str,
     table: Mapping[str, T],
-    form: Form | None = None,
+    interface: Interface | None = None,
     aliases: Mapping[str, str] = MappingProxyType({}),
 ) -> T:
     """The instance that `text` names, as in "comirec-dr:k=1:attention=soft" or "imsr:fit.epochs=5:retain=none".
 
     `aliases`: other names -> names in the table. A name may also be "their_package.module:Thing", somebody else's
-    instance of this `form`, or class of such; "their_package.module.Thing" is the same. OptionError for anything else.
+    instance that has this `interface`, or a class of such; "their_package.module.Thing" is the same. OptionError for
+    anything else.
     """
     name, *options = text.split(":")
     name = aliases.get(name, name)
     if name not in table and options and "=" not in options[0]:  # the colon of "module:Thing", not that of an option
         name = f"{name}:{options.pop(0)}"
-    instance: Any = table[name] if name in table else import_instance(kind, name, [*table, *aliases], form)
+    instance: Any = table[name] if name in table else import_instance(kind, name, [*table, *aliases], interface)
     changes = []
     for option in options:
         path, equals, value = option.partition("=")
@@ -176,19 +177,19 @@ def _replace_fields(instance: Any, changes: list[tuple[list[str], str]], text: s
 
 def _parse_value(kind: Any, current: Any, value: str, name: str) -> Any:
     """`value` as the type of its field; "none" leaves out a part that may be left out, a class's name puts one in."""
-    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    for part in kinds:
+    members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    for part in members:
         if isinstance(part, type) and is_dataclass(part) and value in (part.__name__, *former_class_names(part)):
             return part()
-    if NoneType in kinds and value.lower() == "none":
+    if NoneType in members and value.lower() == "none":
         return None
-    if str in kinds or get_origin(kind) is Literal:
+    if str in members or get_origin(kind) is Literal:
         return value
-    if bool in kinds and value.lower() in ("true", "false"):
+    if bool in members and value.lower() in ("true", "false"):
         return value.lower() == "true"
     for number in (int, float):
         try:
-            if number in kinds:
+            if number in members:
                 return number(value)
         except ValueError:
             continue

@@ -1,7 +1,7 @@
 """Where tensors lie, and random numbers.
 
-Within `on("cuda")` every new tensor lies on the GPU, and so does all that is made of it. Random numbers are drawn on
-the CPU and moved, so that a seed means the same order of events and the same negatives on every device.
+Within `use_device("cuda")` every new tensor lies on the GPU, and so does all that is made of it. Random numbers are
+drawn on the CPU and moved, so that a seed means the same order of events and the same negatives on every device.
 """
 
 from contextlib import AbstractContextManager, nullcontext

@@ -189,12 +189,12 @@ WEIGHTS: dict[str, dict[str, str]] = {}
 # former names -> names now, of the keys and columns of the other files
 MANIFEST_KEYS: dict[str, str] = {}  # of a version's manifest.json
 NUMBER_KEYS: dict[str, str] = {}  # of "numbers" in it
-DAY_KEYS: dict[str, str] = {}  # of the facts of a day in it
+DAY_KEYS: dict[str, str] = {}  # of the delivery statistics in it
 MOVE_KEYS: dict[str, str] = {}  # of live.json
 KINDS: dict[str, str] = {}  # values of "kind" in manifest.json, and of "action" in live.json
-RECIPE_KEYS: dict[str, dict[str, str]] = {
-    "replay": {"also": "extra_pairs", "mean": "averaging"}
-}  # of recipe.toml, by its table
+RECIPE_KEYS: dict[str, dict[str, str]] = {  # of recipe.toml, by its table
+    "replay": {"also": "extra_pairs", "mean": "averaging"},
+}
 RANK_COLUMNS: dict[str, str] = {}  # of span-*.parquet in a replay
 COST_KEYS: dict[str, str] = {  # of costs-*.json in a replay
     "manner": "lr_factor",
@@ -314,8 +314,11 @@ def with_current_names(node: dict[str, Any], weights: Mapping[str, str] | None =
         others = {name: with_current_names(part, weights) for name, part in parts.items() if name != "spec"}
         return {"model": {"dict": {"spec": spec} | others}}
     if "dict" in node:
-        children = node["dict"].items()
-        return {"dict": {_current_weight(name, at, weights): with_current_names(at, weights) for name, at in children}}
+        children = {
+            _current_weight(name, child, weights): with_current_names(child, weights)
+            for name, child in node["dict"].items()
+        }
+        return {"dict": children}
     for kind in ("tuple", "list"):
         if kind in node:
             return {kind: [with_current_names(child, weights) for child in node[kind]]}

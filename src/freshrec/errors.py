@@ -8,7 +8,7 @@
     ├── OptionError               an unknown name, option or value; the nearest valid one is suggested
     ├── TrainingError             training diverged or a score is not finite
     ├── StateError                a state on disk is damaged, incomplete or of another format
-    ├── RefusedError              the gate let a new version not pass; the live one stays
+    ├── RefusedError              the gate rejected a new version; the live one stays
     └── BusyError                 somebody else is changing the same store
 
 Each message is one sentence that says what is wrong, where, and what to do.

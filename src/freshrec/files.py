@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 def write_text_atomically(text: str, path: Path) -> None:
     """Write a text, whole or not at all."""
-    write_atomically(path, lambda aside: aside.write_text(text))
+    write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -31,7 +31,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except (SafetensorError, pl.exceptions.PolarsError) as problem:
         raise OSError(str(problem)) from problem
     finally:
-        temporary.unlink(missing_ok=True)  # of a full disk nothing is taken by what is of no use
+        temporary.unlink(missing_ok=True)  # a write that failed, as on a full disk, leaves nothing
 
 
 CHUNK_BYTES = 1 << 20  # bytes read at once

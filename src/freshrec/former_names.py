@@ -38,6 +38,7 @@ FORMER = {
     "freshrec.replay.replay:Cell": "replay-cell",
     "freshrec.replay.replay:Settings": "replay-settings",
     "freshrec.serve.reading:Reading": "log-options",
+    "freshrec.serve.recommender:Reading": "log-options",  # before there were stores
     "freshrec.strategies.ader:ADER": "ader-strategy",
     "freshrec.strategies.ader_s:ADERS": "ader-s-strategy",
     "freshrec.strategies.asmg:ASMG": "asmg-strategy",

@@ -16,12 +16,7 @@ from torch import Tensor, nn
 SEQUENCE_FORMATS = ("window", "session-parallel")  # batches of models that learn at each position of a history
 TRAIN, VALID, TEST = 0, 1, 2  # Events.role_E: what an event is for
 NOW, NEXT, NEVER = 0, 1, 2  # Events.train_at_E: the update that may train on it
-TRAINED, DUE, DEFERRED, HELD_OUT = (
-    0,
-    1,
-    2,
-    3,
-)  # Histories.due_R: already trained on; train now; at the next update; never
+TRAINED, DUE, DEFERRED, HELD_OUT = 0, 1, 2, 3  # Histories.due_R: trained on; at this update; at the next one; never
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,7 @@ class Impressions:
     items_E: Tensor  # int64
     times_E: Tensor  # int64
     labels_E: Tensor  # float32, 1 taken, 0 not
-    due_E: Tensor  # int8: DUE or LATER
+    due_E: Tensor  # int8: DUE or DEFERRED
 
     def __len__(self) -> int:
         return len(self.users_E)
@@ -93,14 +88,14 @@ class Impressions:
 class Histories:
     """Each user's events in time order: user u owns rows offsets_U[u] : offsets_U[u + 1]; user 0, the padding, none.
 
-    Rows are what users took. Where the log also says what they were shown, `shown` holds what is still to be trained
-    on, and no row is due.
+    Rows are what users took. Where the log also says what they were shown, `impressions` holds what is still to
+    be trained on, and no row is due.
     """
 
     offsets_U: Tensor  # int64, n_users + 2 entries
     items_R: Tensor  # int32
     times_R: Tensor  # int64
-    due_R: Tensor  # int8: DONE, DUE, LATER or SECRET
+    due_R: Tensor  # int8: TRAINED, DUE, DEFERRED or HELD_OUT
     impressions: Impressions | None = None
     categories_I: Tensor | None = None  # int32, the category row of each item, from item 0; None: the log has none
 
@@ -199,7 +194,7 @@ class Model(Protocol):
 
 @runtime_checkable
 class ScoringModel(Model, Protocol):
-    """A model that computes its scores itself. Those of a vector model are inner products (`models.scoring`)."""
+    """A model that computes its scores itself. Those of a vector model are inner products (`nn.scoring`)."""
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
         """Scores (B, N) of `items`, shared (N,) or each row's own (B, N); higher is better."""

@@ -15,28 +15,28 @@ IMPORTS = "FRESHREC_IMPORT"  # environment variable: modules, separated by comma
 
 
 @dataclass(frozen=True)
-class Form:
+class Interface:
     """What a model or strategy of the user's own must be."""
 
     protocol: type
     method: str  # of the protocol, for messages
 
 
-def import_instance(kind: str, name: str, valid: Iterable[str], form: Form | None) -> Any:
+def import_instance(kind: str, name: str, valid: Iterable[str], interface: Interface | None) -> Any:
     """The instance "their_package.module:Thing" or "their_package.module.Thing". OptionError where there is none."""
-    module, mark, thing = name.rpartition(":" if ":" in name else ".")
+    module, mark, attribute = name.rpartition(":" if ":" in name else ".")
     if not mark:
         raise unknown_name_error(kind, name, valid)
     try:
-        found = vars(import_named(module))[thing]
+        found = vars(import_named(module))[attribute]
     except (ImportError, KeyError, ValueError) as problem:
         reason = "there is no such name" if isinstance(problem, KeyError) else problem
-        raise OptionError(f'{kind} "{name[:60]}": cannot import "{thing}" from "{module}" ({reason}).') from None
-    return as_instance(kind, name, found, form) if form else found
+        raise OptionError(f'{kind} "{name[:60]}": cannot import "{attribute}" from "{module}" ({reason}).') from None
+    return as_instance(kind, name, found, interface) if interface else found
 
 
-def as_instance(kind: str, name: str, found: Any, form: Form) -> Any:
-    """`found`, or an instance made without arguments where it is a class. OptionError where that has another form."""
+def as_instance(kind: str, name: str, found: Any, interface: Interface) -> Any:
+    """`found`, or an instance made without arguments where it is a class. OptionError where that does not fit."""
     instance = found
     if isinstance(found, type):
         try:
@@ -46,9 +46,9 @@ def as_instance(kind: str, name: str, found: Any, form: Form) -> Any:
                 f'{kind} "{name[:60]}" is a class that needs arguments; give them defaults, or name an instance.'
             ) from None
         instance = found()
-    if not isinstance(instance, form.protocol):
+    if not isinstance(instance, interface.protocol):
         raise OptionError(
-            f'{kind} "{name[:60]}" has no method {form.method}; name a class that has it, or an instance of one.'
+            f'{kind} "{name[:60]}" has no method {interface.method}; name a class that has it, or an instance of one.'
         )
     return instance
 

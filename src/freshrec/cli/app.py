@@ -25,8 +25,7 @@ from freshrec.cli.output import print_json
 from freshrec.cli.replay import demo, replay
 from freshrec.data.formats import FORMATS
 from freshrec.data.log import read_log
-from freshrec.data.validate import LogReport
-from freshrec.data.validate import validate_log as report_of
+from freshrec.data.validate import LogReport, validate_log
 from freshrec.deprecation import replace_old_flags
 from freshrec.errors import FreshrecError, OptionError, StateError, unknown_name_error
 from freshrec.user_modules import IMPORTS, import_named
@@ -35,9 +34,9 @@ from freshrec.version import __version__
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
-def print_version(wanted: bool) -> None:
+def print_version(is_requested: bool) -> None:
     """Print the version and stop, where `--version` is given."""
-    if wanted:
+    if is_requested:
         typer.echo(f"freshrec {__version__}")
         raise typer.Exit
 
@@ -70,11 +69,8 @@ def validate(
     as_json: AsJson = False,
 ) -> None:
     """Say what a log holds, what is wrong with it, and how it could be cut into spans."""
-    report = report_of(
-        read_log(
-            log, columns=parse_pairs(columns), format=format_name, events=parse_list(events), quarantine=quarantine
-        )
-    )
+    names, event_types = parse_pairs(columns), parse_list(events)
+    report = validate_log(read_log(log, columns=names, format=format_name, events=event_types, quarantine=quarantine))
     if as_json:
         typer.echo(json.dumps(asdict(report), indent=2))
     else:
@@ -120,7 +116,7 @@ def describe_names(kind: str) -> dict[str, str]:
     from freshrec.data.synthetic import WORLDS
 
     if kind == "formats":
-        return {name: form.description for name, form in FORMATS.items()}
+        return {name: log_format.description for name, log_format in FORMATS.items()}
     if kind == "worlds":
         return {name: _first_line(world.__doc__) for name, world in WORLDS.items()}
     if kind == "metrics":
@@ -182,22 +178,24 @@ def import_own_modules() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit code. What is raised on purpose becomes one line on stderr, for all commands.
 
-    With --json, stdout holds one piece of JSON in any case: where nothing else was to be told, the error.
+    With --json, stdout holds one piece of JSON in any case: the error, where the command has no other answer.
     """
-    given = sys.argv[1:] if arguments is None else arguments
-    as_json = "--json" in given
+    given_arguments = sys.argv[1:] if arguments is None else arguments
+    as_json = "--json" in given_arguments
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("default", FutureWarning)  # of former names of options
             warnings.showwarning = lambda message, *_: _warn(str(message))
             import_own_modules()
-            app(args=replace_old_flags(given, OLD_FLAGS, _warn), prog_name="freshrec")
+            app(args=replace_old_flags(given_arguments, OLD_FLAGS, _warn), prog_name="freshrec")
     except FreshrecError as error:
         return _report_failure(str(error), error.exit_code, as_json, error.json_output)
     except OSError as problem:
-        where, why = problem.filename or "a file", problem.strerror or str(problem)
-        mend = "see that it is there, that it may be used, and that the disk has room"
-        return _report_failure(f"{where} cannot be read or written ({why}); {mend}.", StateError.exit_code, as_json)
+        where, reason = problem.filename or "a file", problem.strerror or str(problem)
+        advice = "see that it is there, that it may be used, and that the disk has room"
+        return _report_failure(
+            f"{where} cannot be read or written ({reason}); {advice}.", StateError.exit_code, as_json
+        )
     except SystemExit as stop:
         if stop.code == 130:
             return _report_failure("", 130, as_json)
@@ -213,11 +211,11 @@ def _warn(sentence: str) -> None:
     print(f"warning: {sentence}", file=sys.stderr)  # noqa: T201
 
 
-def _report_failure(why: str, code: int, as_json: bool, answer: Any = None) -> int:
+def _report_failure(message: str, code: int, as_json: bool, answer: Any = None) -> int:
     """Say why a command ended early; its exit code."""
-    print(f"error: {why}" if why else "interrupted", file=sys.stderr)  # noqa: T201
+    print(f"error: {message}" if message else "interrupted", file=sys.stderr)  # noqa: T201
     if as_json:
-        print_json({"error": why or "interrupted", "exit_code": code} if answer is None else answer)
+        print_json({"error": message or "interrupted", "exit_code": code} if answer is None else answer)
     return code
 
 

@@ -1,4 +1,4 @@
-"""Options that several commands have, how those with several values are written, and how answers are printed."""
+"""Options that several commands have, and how those with several values are written."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ StoreOption = typer.Option(
 StorePath = Annotated[Path, StoreOption]
 Jobs = Annotated[int, typer.Option(help="Processes, one thread each.")]
 JOBS = 1
-ReasonOption = Annotated[str, typer.Option(help="Why; it is kept.")]
+ReasonOption = Annotated[str, typer.Option(help="Reason, stored in the history.")]
 WaitOption = Annotated[
     str, typer.Option(help="How long to wait for another process that changes the store, as in 10m.")
 ]
@@ -49,10 +49,10 @@ def parse_pairs(text: str) -> dict[str, str]:
     """`a=b,c=d` as a dict. OptionError for what is not a pair."""
     found = {}
     for pair in parse_list(text):
-        ours, equals, theirs = pair.partition("=")
-        if not (ours and equals and theirs):
+        name, equals, source_name = pair.partition("=")
+        if not (name and equals and source_name):
             raise OptionError(f'"{pair[:60]}" is not a pair of column names; write --columns user_id=uid,item_id=sku.')
-        found[ours.strip()] = theirs.strip()
+        found[name.strip()] = source_name.strip()
     return found
 
 

@@ -12,10 +12,8 @@ from freshrec.cli.options import parse_list, parse_pairs
 from freshrec.config import bare_type, description_of, hints_of
 
 Parameter = tuple[str, Any, Any]  # name, type with its typer.Option or typer.Argument, default
-SEVERAL: dict[Any, tuple[Any, str]] = {
-    tuple: (parse_list, "A,B"),
-    dict: (parse_pairs, "A=B,C=D"),
-}  # how such fields are written
+# How fields with several values are written
+COLLECTION_PARSERS: dict[Any, tuple[Any, str]] = {tuple: (parse_list, "A,B"), dict: (parse_pairs, "A=B,C=D")}
 
 
 def parameters_of(section: type, panel: str, flags: dict[str, str], leave_out: Sequence[str] = ()) -> list[Parameter]:
@@ -31,23 +29,22 @@ def parameters_of(section: type, panel: str, flags: dict[str, str], leave_out: S
         flag, kind = flags.get(name, "--" + name.replace("_", "-")), bare_type(hint)
         if kind is bool:
             flag += "/--no-" + flag.removeprefix("--")
-        parser, metavar = SEVERAL.get(get_origin(kind), (None, None))
-        about = description_of(hint)
-        option = typer.Option(flag, help=about, parser=parser, metavar=metavar, rich_help_panel=panel)
+        parser, metavar = COLLECTION_PARSERS.get(get_origin(kind), (None, None))
+        option = typer.Option(flag, help=description_of(hint), parser=parser, metavar=metavar, rich_help_panel=panel)
         found.append((name, Annotated[(kind if kind in (bool, int, float) else str) | None, option], None))
     return found
 
 
-def command_of(
-    name: str, about: str, parameters: Sequence[Parameter], act: Callable[[dict[str, Any]], None]
+def make_command(
+    name: str, description: str, parameters: Sequence[Parameter], run: Callable[[dict[str, Any]], None]
 ) -> Callable[..., Any]:
-    """A command with these parameters, to be registered with typer: `act` gets their values by name.
+    """A command with these parameters, to be registered with typer: `run` gets their values by name.
 
     Typer reads the parameters of a callable and calls it with keywords. The callable is a dataclass, because a function
     cannot be given parameters without `**kwargs`, which would accept any name.
     """
 
     def __post_init__(self: Any) -> None:  # noqa: N807
-        act(dict(vars(self)))
+        run(dict(vars(self)))
 
-    return make_dataclass(name, parameters, namespace={"__doc__": about, "__post_init__": __post_init__})
+    return make_dataclass(name, parameters, namespace={"__doc__": description, "__post_init__": __post_init__})

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from freshrec.recommender.bundle import Bundle
 
 K = Annotated[int, typer.Option("--k", "-k", help=help_of("k"))]
-VersionOption = Annotated[int | None, typer.Option("--version", help="Another one than the live one.")]
+VersionOption = Annotated[int | None, typer.Option("--version", help="Version to use (default: the live one).")]
 
 
 def recommend(
@@ -41,7 +41,7 @@ def recommend(
     allowed, denied = (None if text is None else parse_list(text) for text in (allow, deny))
     recommender = Recommender.from_bundle(_open_bundle(store, version))
     found = recommender.recommend(users, k, exclude_seen, allowed, denied, category, diversity)
-    rows = [(user, rank, item, f"{score:.4g}", why) for user, item, score, rank, why in found.iter_rows()]
+    rows = [(user, rank, item, f"{score:.4g}", fallback) for user, item, score, rank, fallback in found.iter_rows()]
     _print_frame(found, ("user", "rank", "item", "score", "fallback"), rows, as_json)
 
 
@@ -88,8 +88,8 @@ def inspect(
     """Print what is known of one user, its events and interests, or of one item."""
     from freshrec.nightly import inspection
 
-    contents = _open_bundle(store, version)
-    found = inspection.user_profile(contents, name) if kind == "user" else inspection.item_profile(contents, name)
+    bundle = _open_bundle(store, version)
+    found = inspection.user_profile(bundle, name) if kind == "user" else inspection.item_profile(bundle, name)
     if as_json:
         print_json(found)
         return
@@ -99,7 +99,8 @@ def inspect(
     _print_fields(found)
     if events:
         print_table(("at", "item"), [(event["at"], event["item_id"]) for event in events])
-    rows = [(one["title"], one["born_span"], one["used_span"], ", ".join(map(str, one["items"]))) for one in interests]
+    fields = ("title", "born_span", "used_span")
+    rows = [(*(card[field] for field in fields), ", ".join(map(str, card["items"]))) for card in interests]
     if rows:
         print_table(("interest", "born in span", "last used in span", "best items"), rows)
 
@@ -148,11 +149,11 @@ def doctor(store: Annotated[Path | None, StoreOption] = None, as_json: AsJson = 
     from freshrec.store.versions import open_store
 
     found = inspection.check_store(None if store is None else open_store(store))
-    checks = [{"ok": ok, "what": what} for ok, what in found]
+    checks = [{"ok": ok, "what": message} for ok, message in found]
     if not as_json:
-        for ok, what in found:
-            typer.echo(f"{'ok   ' if ok else 'WRONG'}  {what}")
-    wrong = [what for ok, what in found if not ok]
+        for ok, message in found:
+            typer.echo(f"{'ok   ' if ok else 'WRONG'}  {message}")
+    wrong = [message for ok, message in found if not ok]
     if wrong:
         error = StateError(f"{len(wrong)} of {len(found)} checks failed, the first: {wrong[0]}")
         error.json_output = checks
@@ -162,7 +163,7 @@ def doctor(store: Annotated[Path | None, StoreOption] = None, as_json: AsJson = 
 
 
 def _open_bundle(folder: Path, number: int | None) -> Bundle:
-    """What a version holds, the live one unless told."""
+    """What a version holds, the live one unless `number` is given."""
     from freshrec.recommender.bundle import read_bundle
     from freshrec.store.versions import open_store
 
@@ -179,8 +180,8 @@ def _print_frame(found: pl.DataFrame, names: tuple[str, ...], rows: list[tuple[A
 
 def _print_fields(values: dict[str, Any]) -> None:
     """What is None is not known, and left out; an id is no quantity."""
-    given = {name: value for name, value in values.items() if value is not None}
-    shown = {name: str(value) if name.endswith("_id") else _format_value(value) for name, value in given.items()}
+    known = {name: value for name, value in values.items() if value is not None}
+    shown = {name: str(value) if name.endswith("_id") else _format_value(value) for name, value in known.items()}
     print_table(("", ""), [(name.replace("_", " "), value) for name, value in shown.items()])
 
 

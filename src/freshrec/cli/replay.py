@@ -11,10 +11,10 @@ import typer
 from rich.console import Console
 
 from freshrec.cli.options import JOBS, Jobs
-from freshrec.cli.parameters import Parameter, command_of, parameters_of
+from freshrec.cli.parameters import Parameter, make_command, parameters_of
 from freshrec.config import description_of, hints_of
 from freshrec.errors import OptionError
-from freshrec.replay.recipe_schema import LogRecipe, Recipe, load_recipe, merged, parse_recipe, save_recipe
+from freshrec.replay.recipe_schema import LogRecipe, Recipe, load_recipe, merge_tables, parse_recipe, save_recipe
 
 if TYPE_CHECKING:
     import polars as pl
@@ -31,9 +31,8 @@ def demo(
     from freshrec.replay.progress import ProgressBoard
 
     demo_world = make_demo_world()
-    board = ProgressBoard(
-        make_demo_cells(), [span.index for span in demo_world.cut.spans[1:]], out, Console(stderr=True)
-    )
+    spans = [span.index for span in demo_world.split.spans[1:]]
+    board = ProgressBoard(make_demo_cells(), spans, out, Console(stderr=True))
     with board.live():
         text = run_demo(demo_world, out, board.report_span, jobs)
     typer.echo(text)
@@ -74,7 +73,7 @@ def _replay(values: dict[str, Any]) -> None:
         run_recipe(recipe, values["out"], values["jobs"], values["device"], values["resume"], values["as_json"])
 
 
-replay = command_of("replay", "Compare ways of updating on your own log, span by span.", _parameters(), _replay)
+replay = make_command("replay", "Compare ways of updating on your own log, span by span.", _parameters(), _replay)
 
 
 def resolve_recipe(file: Path | None, given: dict[str, dict[str, Any]]) -> Recipe:
@@ -86,7 +85,7 @@ def resolve_recipe(file: Path | None, given: dict[str, dict[str, Any]]) -> Recip
     if path or world:
         tables["log"] |= {"path": "", "folder": "", "world": ""}  # those of the file give way
     changes = {part: {k: v for k, v in options.items() if v is not None} for part, options in given.items()}
-    return parse_recipe(merged(tables, changes))
+    return parse_recipe(merge_tables(tables, changes))
 
 
 def _show_plan(recipe: Recipe) -> None:
@@ -96,9 +95,9 @@ def _show_plan(recipe: Recipe) -> None:
     from freshrec.replay.progress import print_estimate, print_plan
     from freshrec.replay.recipes import load_split, make_cells, make_replay_settings
 
-    cells, settings, cut, console = make_cells(recipe), make_replay_settings(recipe), load_split(recipe), Console()
-    print_plan(console, cells, describe_spans(cut), cut.notes)
-    print_estimate(console, estimate_cost(cells, cut, settings))
+    cells, settings, split, console = make_cells(recipe), make_replay_settings(recipe), load_split(recipe), Console()
+    print_plan(console, cells, describe_spans(split), split.notes)
+    print_estimate(console, estimate_cost(cells, split, settings))
 
 
 def run_recipe(recipe: Recipe, out: Path, jobs: int, device: str, resume: bool, as_json: bool) -> None:
@@ -110,25 +109,27 @@ def run_recipe(recipe: Recipe, out: Path, jobs: int, device: str, resume: bool, 
     from freshrec.replay.runner import run_cells
     from freshrec.replay.slices import slice_table
 
-    cells, settings, cut, part = make_cells(recipe), make_replay_settings(recipe), load_split(recipe), recipe.replay
-    if part.from_span >= len(cut.spans):
-        raise OptionError(f"replay.from_span is {part.from_span}, and the last span is {len(cut.spans) - 1}: lower it.")
+    cells, settings, split, part = make_cells(recipe), make_replay_settings(recipe), load_split(recipe), recipe.replay
+    if part.from_span >= len(split.spans):
+        raise OptionError(
+            f"replay.from_span is {part.from_span}, and the last span is {len(split.spans) - 1}: lower it."
+        )
     console = Console(stderr=True)
     _prepare_folder(out, recipe, resume)
     if not as_json:
-        print_plan(console, cells, describe_spans(cut), cut.notes)
+        print_plan(console, cells, describe_spans(split), split.notes)
     metric = "AUC" if recipe.log.exposures else "ndcg@20"
-    board = ProgressBoard(cells, [span.index for span in cut.spans[1:]], out, console, metric)
+    board = ProgressBoard(cells, [span.index for span in split.spans[1:]], out, console, metric)
     try:
         with board.live():
-            run_cells(cells, cut, settings, out, jobs=jobs, device=device, on_span_done=board.report_span)
+            run_cells(cells, split, settings, out, jobs=jobs, device=device, on_span_done=board.report_span)
     except KeyboardInterrupt:
         console.print(f"finished spans are kept in {out}: the same command with --resume goes on.", markup=False)
         raise
     if recipe.log.exposures:  # AUC and log loss are those of a span's events, whoever's they are, and of all of them
         results = collect_results(cells, None, part.metrics, out, "targets", part.from_span)
     else:
-        results = collect_results(cells, slice_table(cut.spans), part.metrics, out, part.averaging, part.from_span)
+        results = collect_results(cells, slice_table(split.spans), part.metrics, out, part.averaging, part.from_span)
     if as_json:
         typer.echo(json.dumps({"out": str(out), "summary": _overall_rows(results)}))
         return

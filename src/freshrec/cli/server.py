@@ -23,7 +23,7 @@ PortOption = Annotated[int, typer.Option(min=0, max=65535, help="0: any that is 
 
 def serve(
     store: StorePath = Path("store"),
-    host: Annotated[str, typer.Option(help="Where to listen; this machine alone unless told.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Where to listen; this machine alone by default.")] = "127.0.0.1",
     port: PortOption = 8000,
     token_file: Annotated[
         Path | None, typer.Option(help="A file with a token: whoever asks must send it as `Authorization: Bearer`.")
@@ -78,19 +78,19 @@ def serve(
 def export(
     out: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new one.")],
     store: StorePath = Path("store"),
-    version: Annotated[int | None, typer.Option("--version", help="Another one than the live one.")] = None,
+    version: Annotated[int | None, typer.Option("--version", help="Version to use (default: the live one).")] = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="Also what makes vectors of histories, as ONNX.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write ids, vectors and an index of a version for other programs: Parquet, npy, faiss, ONNX."""
     from freshrec.recommender.search import EXACT_SEARCH
-    from freshrec.server import export as exporting
+    from freshrec.server.export import export_version
     from freshrec.server.live_version import load_version
     from freshrec.store.versions import open_store
 
     opened_store = open_store(store)
     manifest = opened_store.manifest(opened_store.live if version is None else version)
-    summary = exporting.export_version(load_version(opened_store, manifest, EXACT_SEARCH), out, onnx)
+    summary = export_version(load_version(opened_store, manifest, EXACT_SEARCH), out, onnx)
     files = ", ".join(summary["files"])
     typer.echo(
         json.dumps(summary) if as_json else f"version {manifest.id} in {out}: {files}; about.json says what they are"
@@ -112,7 +112,7 @@ def bench_serve(
     swap: Annotated[bool, typer.Option("--swap", help="Move the live pointer away and back meanwhile.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Start a server of the store, ask it for lists whether or not it keeps up, and print how it bore that."""
+    """Start a server of the store, ask it for lists whether or not it keeps up, and report latency and errors."""
     from freshrec.server.benchmark import run_benchmark
 
     options = ("--exact-max-items", str(exact_max_items), "--n-longest", str(n_longest), "--threads", str(threads))
@@ -129,8 +129,8 @@ def read_token(path: Path | None) -> str:
         return ""
     try:
         token = path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as why:
-        raise OptionError(f"the token cannot be read from {path} ({type(why).__name__}).") from None
+    except (OSError, UnicodeDecodeError) as problem:
+        raise OptionError(f"the token cannot be read from {path} ({type(problem).__name__}).") from None
     if len(token) < 16 or not token.isascii() or not token.isprintable():
         raise OptionError(f"the token in {path} is no token; write at least 16 letters and digits, in one line.")
     return token
@@ -138,19 +138,8 @@ def read_token(path: Path | None) -> str:
 
 def erase_in_subprocess(store: Path, user: str) -> dict[str, Any]:
     """`freshrec erase`, in a process that may learn. StateError where it fails."""
-    command = [
-        sys.executable,
-        "-m",
-        "freshrec",
-        "erase",
-        "--store",
-        str(store),
-        "--wait",
-        "1m",
-        "--json",
-        "--",
-        user,
-    ]
+    options = ("--store", str(store), "--wait", "1m", "--json", "--", user)
+    command = [sys.executable, "-m", "freshrec", "erase", *options]
     process = subprocess.run(command, capture_output=True, text=True, timeout=3600)
     if process.returncode:
         raise StateError(process.stderr.strip().splitlines()[-1].removeprefix("error: ") or "the user was not erased.")

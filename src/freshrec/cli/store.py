@@ -1,4 +1,4 @@
-"""The commands that change a store: fit, update, promote, rollback, erase, gc; and those that tell of it."""
+"""The commands that make a store learn: fit and update."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def fit(
     events: EventTypes = "",
     until: Annotated[str, typer.Option(help="Leave out what happened then or later, as in 2025-06-01.")] = "",
     quarantine: Quarantine = None,
-    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     budget: Annotated[str, typer.Option(help="Time for the blend's training, as in 90s, 10m or 2h.")] = "",
     gate: GateOption = "",
     as_json: AsJson = False,
@@ -69,13 +69,13 @@ def fit(
         strategy = f"{strategy or 'refit'}:max_passes={parse_duration(budget) * TARGETS_PER_SECOND}"
     read_options, limits = ReadOptions(parse_pairs(columns), format_name, tuple(parse_list(events))), parse_limits(gate)
     bundle = new_bundle(model, strategy, seed, read_options)
-    log_read = read_log(
+    interactions = read_log(
         log, columns=read_options.columns, format=format_name, events=read_options.events, quarantine=quarantine
     )
-    log_read = events_before(log_read, until) if until else log_read
-    with create_store(store) as new_store_folder:
-        version = NightlyJob(new_store_folder, limits).fit_first_version(
-            log_read, hash_source(log) + (f" until {until}" if until else ""), bundle
+    interactions = events_before(interactions, until) if until else interactions
+    with create_store(store) as new_store:
+        version = NightlyJob(new_store, limits).fit_first_version(
+            interactions, hash_source(log) + (f" until {until}" if until else ""), bundle
         )
     print_json(version.model_dump()) if as_json else typer.echo(f"{version_line(version)}; live in {store}")
 
@@ -106,16 +106,15 @@ def update(
     opened_store = open_store(store)
     job, force_reason = NightlyJob(opened_store, parse_limits(gate), full_every), reason if force else ""
     if full_every:
-        retrain_interval(full_every, version_chain(opened_store))  # tell at once if it is none
+        retrain_interval(full_every, version_chain(opened_store))  # an OptionError before any work
     read_delivery = partial(
         _read_delivery, job, quarantine=None if dry_run else quarantine, columns=columns, format_name=format_name
     )
     if dry_run:
         if retry is not None or force:
             raise OptionError("--dry-run reads new events only; leave --retry and --force out.")
-        _print_previews(
-            [{"file": path.name, **preview_delivery(job, read_delivery(path))} for path in new or []], as_json
-        )
+        previews = [{"file": path.name, **preview_delivery(job, read_delivery(path))} for path in new or []]
+        _print_previews(previews, as_json)
         return
     versions: list[Manifest] = []
     try:
@@ -125,10 +124,10 @@ def update(
                 if not as_json:
                     _print_version(version)
             live = opened_store.live
-    except FreshrecError as why:
+    except FreshrecError as problem:
         if versions:  # what was made before a delivery that cannot be read
-            failure = {"error": str(why), "exit_code": why.exit_code}
-            why.json_output = [*(version.model_dump() for version in versions), failure]
+            failure = {"error": str(problem), "exit_code": problem.exit_code}
+            problem.json_output = [*(version.model_dump() for version in versions), failure]
         raise
     _report_update(store, live, versions, force, as_json)
 
@@ -183,20 +182,20 @@ def _learn_file(
 
     source = hash_source(path)
     log = None if log is None or not len(interaction_rows(log.frame)) else log
-    taken: AppendResult | None = None
+    result: AppendResult | None = None
     try:
         if with_clicks:
-            taken = click_intake.append_with_clicks(job, log, source)
+            result = click_intake.append_with_clicks(job, log, source)
         elif log is not None:
-            taken = job.append_delivery(log, source)
-    except LogError as why:
-        raise LogError(f"{path.name}: {why}") from None
-    if taken is None:
+            result = job.append_delivery(log, source)
+    except LogError as problem:
+        raise LogError(f"{path.name}: {problem}") from None
+    if result is None:
         yield job.add_unchanged_version(None, source)
         return
     if not as_json:
-        aside = f"; {log.n_quarantined:,} bad rows set aside" if log is not None and log.n_quarantined else ""
-        typer.echo(_delivery_line(job, taken, "clicks" if log is None else path.name) + aside)
+        quarantined = f"; {log.n_quarantined:,} bad rows set aside" if log is not None and log.n_quarantined else ""
+        typer.echo(_delivery_line(job, result, "clicks" if log is None else path.name) + quarantined)
     yield from job.catch_up(force)
 
 
@@ -205,20 +204,20 @@ def _learn_clicks(job: NightlyJob, force: str, as_json: bool) -> Iterator[Manife
     from freshrec.nightly import click_intake
 
     try:
-        taken = click_intake.append_with_clicks(job, None, "")
-    except LogError as why:
-        raise LogError(f"clicks: {why}") from None
-    if taken is None:
+        result = click_intake.append_with_clicks(job, None, "")
+    except LogError as problem:
+        raise LogError(f"clicks: {problem}") from None
+    if result is None:
         return
     if not as_json:
-        typer.echo(_delivery_line(job, taken, "clicks"))
+        typer.echo(_delivery_line(job, result, "clicks"))
     yield from job.catch_up(force)
 
 
 def _read_delivery(
     job: NightlyJob, path: Path, quarantine: Path | None, columns: str, format_name: str | None
 ) -> Log | None:
-    """A delivery, read as the log of `fit` was, but for what is said otherwise; None where it holds no rows."""
+    """A delivery, read as the log of `fit` was, but for the options given; None where it holds no rows."""
     read_options, served = job.bundle.read_options, job.bundle.served
     catalogs = {"user_id": served.users, "item_id": served.items}
     text = [name for name, catalog in catalogs.items() if catalog.frame["id"].dtype == pl.String]
@@ -240,11 +239,11 @@ def _print_previews(previews: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         print_json(previews)
         return
-    for one in previews:
-        day = one["day"] or {"n_rows": 0, "n_users": 0, "n_items": 0}
-        typer.echo(f"{one['file']}: {day['n_rows']:,} rows, {day['n_users']:,} users, {day['n_items']:,} items")
-        for what in one["odd"] or ["nothing"]:
-            typer.echo(f"  odd: {what}")
+    for preview in previews:
+        day = preview["day"] or {"n_rows": 0, "n_users": 0, "n_items": 0}
+        typer.echo(f"{preview['file']}: {day['n_rows']:,} rows, {day['n_users']:,} users, {day['n_items']:,} items")
+        for anomaly in preview["odd"] or ["nothing"]:
+            typer.echo(f"  odd: {anomaly}")
 
 
 def _free_path(path: Path) -> Path:
@@ -263,7 +262,7 @@ def _delivery_line(job: NightlyJob, result: AppendResult, name: str) -> str:
             return message
         number = max(manifest.id for manifest in job.store.manifests() if manifest.batch == result.repeated_batch)
         return f"{message}: version {number} has learnt it and is not live; see `freshrec update --retry {number}`"
-    left = [f"{n:,} {what}" for n, what in ((result.n_duplicates, "doubled"), (result.n_known, "known already")) if n]
+    left = [f"{n:,} {label}" for n, label in ((result.n_duplicates, "doubled"), (result.n_known, "known already")) if n]
     late = f", {result.n_late:,} of them late" if result.n_late else ""
     left_out = f"; left out: {', '.join(left)}" if left else ""
     return f"{name}: {result.n_rows:,} rows, {result.n_appended:,} new{late}{left_out}"

@@ -14,9 +14,9 @@ def version_line(version: Manifest) -> str:
     name = f"version {version.id}" + (f" from {version.parent}" if version.parent is not None else "")
     if version.kind in ("fit", "update"):
         new = "" if version.kind == "fit" else "new "
-        what = [("new_events", "events"), ("new_users", f"{new}users"), ("new_items", f"{new}items")]
-        what += [("gained_interests", "users gained an interest"), ("lost_interests", "users lost one")]
-        parts = [", ".join(f"{int(numbers[key]):,} {word}" for key, word in what if key in numbers)]
+        counts = [("new_events", "events"), ("new_users", f"{new}users"), ("new_items", f"{new}items")]
+        counts += [("gained_interests", "users gained an interest"), ("lost_interests", "users lost one")]
+        parts = [", ".join(f"{int(numbers[key]):,} {word}" for key, word in counts if key in numbers)]
         full = f" (full retrain estimated {numbers['full_s']:.0f} s)" if "full_s" in numbers else ""
         parts += [f"{numbers.get('wait_s', 0.0):.1f} s{full}"]
     parts += [quality for quality in [_quality_text(numbers)] if quality]

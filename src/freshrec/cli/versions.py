@@ -9,13 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from freshrec.cli.options import (
-    AsJson,
-    ReasonOption,
-    StorePath,
-    WaitOption,
-    parse_duration,
-)
+from freshrec.cli.options import AsJson, ReasonOption, StorePath, WaitOption, parse_duration
 from freshrec.cli.output import print_json, print_table
 from freshrec.cli.version_text import version_line
 from freshrec.errors import OptionError
@@ -37,16 +31,10 @@ def history(store: StorePath = Path("store"), as_json: AsJson = False) -> None:
         answer = {"versions": [v.model_dump() for v in versions], "moves": [m.model_dump() for m in moves]}
         print_json(answer)
         return
-    rows = [
-        (
-            v.id,
-            "live" if v.id == opened_store.live else "",
-            v.made_at,
-            version_line(v).partition(": ")[2],
-            " ".join(v.reasons),
-        )
-        for v in versions
-    ]
+    live, rows = opened_store.live if versions else None, []
+    for v in versions:
+        summary = version_line(v).partition(": ")[2]
+        rows.append((v.id, "live" if v.id == live else "", v.made_at, summary, " ".join(v.reasons)))
     print_table(("version", "", "made", "what", "why"), rows)
     print_table(("moved", "by", "to", "why"), [(m.at, m.action, m.to, m.reason) for m in moves])
 
@@ -110,16 +98,14 @@ def gc(
     wait: WaitOption = "",
     as_json: AsJson = False,
 ) -> None:
-    """Give up the files of old and refused versions; what they were is still told by `history`."""
+    """Give up the files of old and refused versions; `history` still lists them."""
     from freshrec.store.versions import collect_garbage
 
     with locked_store(store, wait) as opened_store:
         collected_numbers = collect_garbage(opened_store, keep)
-    message = (
-        f"versions {', '.join(map(str, collected_numbers))} were given up"
-        if collected_numbers
-        else "nothing to give up"
-    )
+    message = "nothing to give up"
+    if collected_numbers:
+        message = f"versions {', '.join(map(str, collected_numbers))} were given up"
     print_json({"gone": collected_numbers}) if as_json else typer.echo(message)
 
 
@@ -130,11 +116,11 @@ def erase(
     as_json: AsJson = False,
 ) -> None:
     """Remove a user from the log and from every version, on the disk, and print a receipt of what stays."""
-    from freshrec.nightly import erase as erasing
+    from freshrec.nightly.erase import erase_user
     from freshrec.nightly.job import NightlyJob
 
     with locked_store(store, wait) as opened_store:
-        receipt = erasing.erase_user(NightlyJob(opened_store), user)
+        receipt = erase_user(NightlyJob(opened_store), user)
     if as_json:
         print_json(receipt)
         return
@@ -142,5 +128,5 @@ def erase(
         typer.echo(f"{user}: there was nothing to erase: no event and no version holds this id")
         return
     versions = ", ".join(map(str, receipt["versions"])) or "none"
-    typer.echo(f"{user}: {receipt['events']:,} events erased from the log; versions written anew: {versions}")
+    typer.echo(f"{user}: {receipt['events']:,} events erased from the log; versions rewritten: {versions}")
     typer.echo(f"what stays: {receipt['stays']}")

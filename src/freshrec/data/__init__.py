@@ -1,1 +1,1 @@
-"""Logs: reading, cutting, generating, batching."""
+"""Logs: reading, splitting, generating, batching."""

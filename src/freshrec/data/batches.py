@@ -45,9 +45,9 @@ class Targets:
     @property
     def items_N(self) -> Tensor:
         """(N,) the items to predict."""
-        return (
-            self.histories.items_R[self.rows_N].long() if self.impression_items_N is None else self.impression_items_N
-        )
+        if self.impression_items_N is not None:
+            return self.impression_items_N
+        return self.histories.items_R[self.rows_N].long()
 
     def history_lengths(self, limit: int) -> Tensor:
         """How many history items each target has (N,), at most `limit`."""
@@ -121,7 +121,7 @@ def close_gaps(history_BT: Tensor) -> Tensor:
 
 
 def mask_held_out(targets: Targets) -> Targets:
-    """The targets with secret rows as padding: training must not see them, not even as history."""
+    """The targets with held-out rows as padding: training must not see them, not even as history."""
     items_R = torch.where(targets.histories.due_R == HELD_OUT, 0, targets.histories.items_R)
     return replace(targets, histories=replace(targets.histories, items_R=items_R))
 
@@ -136,22 +136,13 @@ def occurrence_numbers(users_N: Tensor) -> Tensor:
     return torch.empty_like(at_N).index_copy(0, order_N, number_N)
 
 
-def make_rng(*numbers: int) -> torch.Generator:
-    """A generator that depends on all the numbers (seed, span, ...) and on nothing else."""
-    state = 0x9E3779B97F4A7C15
-    for n in numbers:
-        state = ((state ^ (n & 0xFFFFFFFF)) * 0xBF58476D1CE4E5B9) % 2**64
-        state ^= state >> 31
-    return torch.Generator().manual_seed(state % 2**63)
-
-
 def split_chunks(order_N: Tensor, size: int) -> list[Tensor]:
     """`order_N` in pieces of `size`; no piece at all, rather than an empty one, where there is nothing."""
     return list(order_N.split(size)) if len(order_N) else []
 
 
 def limit_batch_size(size: int, n_rows: int) -> int:
-    """`size`, or less where few rows would make few steps: an epoch has STEPS of them, of at least SMALLEST rows.
+    """`size`, or less where few rows would make few steps: an epoch has MIN_STEPS, of at least MIN_BATCH_ROWS.
 
     A batch that suits a large log leaves 8 steps an epoch on a thousand users: such a model never gets trained.
     """
@@ -174,17 +165,16 @@ def target_batches(
     stored_interests: StoredInterests | None = None,
     min_history: int = 1,
 ) -> Iterator[Batch]:
-    """One epoch, a row per target with the history before it; targets with less than `least` of it are left out."""
+    """One epoch, a row per target with the history before it; those with less than `min_history` are left out."""
     targets = mask_held_out(targets[targets.history_lengths(length) >= min_history])
     key_N = targets.history_lengths(length)
     if stored_interests is not None:
-        key_N = key_N + (length + 1) * stored_interests.interest_counts(
-            targets.users_N
-        )  # rows with as many interests side by side
+        # rows with equally many interests side by side
+        key_N = key_N + (length + 1) * stored_interests.interest_counts(targets.users_N)
     for index_B in shuffle_by_length(key_N, limit_batch_size(size, len(key_N)), rng):
         batch_targets = targets[index_B]
         history_BT = close_gaps(history_items(batch_targets, length))
-        if min_history and not bool((has_item_B := history_BT[:, -1] > 0).all()):  # else nothing but secrets
+        if min_history and not bool((has_item_B := history_BT[:, -1] > 0).all()):  # else nothing but held-out rows
             batch_targets, history_BT = batch_targets[has_item_B], history_BT[has_item_B]
             if not len(batch_targets):
                 continue
@@ -210,7 +200,7 @@ def window_batches(targets: Targets, size: int, length: int, rng: torch.Generato
     """One epoch, a row per window of at most `length` events with a target after each position that is one.
 
     A user's windows are cut back to back from the last target, so each target is in exactly one. A target right after a
-    secret row is left out: the position that should predict it is padding.
+    held-out row is left out: the position that should predict it is padding.
     """
     targets = mask_held_out(targets)
     targets = targets[targets.histories.due_R[(targets.rows_N - 1).clamp(min=0)] != HELD_OUT]
@@ -223,9 +213,8 @@ def window_batches(targets: Targets, size: int, length: int, rng: torch.Generato
         at_BT = batch_windows.rows_N[:, None] + torch.arange(-history_BT.shape[1], 0) + 1
         inside_BT = at_BT > batch_windows.first_row_N[:, None]
         at_BT = at_BT.clamp_(min=0)
-        yield Batch(
-            batch_windows.users_N, history_BT, targets.histories.items_R[at_BT] * (inside_BT & is_target_R[at_BT])
-        )
+        targets_BT = targets.histories.items_R[at_BT] * (inside_BT & is_target_R[at_BT])
+        yield Batch(batch_windows.users_N, history_BT, targets_BT)
 
 
 def _cut_windows(targets: Targets, length: int) -> Targets:
@@ -240,8 +229,8 @@ def _cut_windows(targets: Targets, length: int) -> Targets:
     rows_W = torch.zeros(n_windows, dtype=torch.int64).scatter_reduce_(0, window_N, targets.rows_N, "amax")
     users_W = torch.zeros(n_windows, dtype=torch.int64).scatter_(0, window_N, targets.users_N)
     first_N = torch.maximum(targets.first_row_N, last_U[targets.users_N] - (nth_N + 1) * length)
-    from_W = torch.zeros(n_windows, dtype=torch.int64).scatter_(0, window_N, first_N)
-    return Targets(targets.histories, rows_W, users_W, from_W)
+    first_row_W = torch.zeros(n_windows, dtype=torch.int64).scatter_(0, window_N, first_N)
+    return Targets(targets.histories, rows_W, users_W, first_row_W)
 
 
 def query_batches(

@@ -9,12 +9,12 @@ import polars as pl
 
 from freshrec.errors import LogError
 
-MAX_ID_BYTES = 1000  # bytes
+MAX_ID_BYTES = 1000
 SECOND = 1_000_000  # microseconds
 DAY = 86_400 * SECOND
 YEAR_1980, YEAR_2100 = 315_532_800 * SECOND, 4_102_444_800 * SECOND
 NUMBER_PATTERN = r"^[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?$"
-UNITS_PER_SECOND = {"s": 1, "ms": 1000, "us": 1_000_000, "ns": 1_000_000_000}  # per second
+UNITS_PER_SECOND = {"s": 1, "ms": 1000, "us": 1_000_000, "ns": 1_000_000_000}
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,10 @@ def read_ids(
         padded = ids.str.contains(r"^-?0[0-9]|^-0").any()
         return ids if padded else ids.cast(pl.Int64), faults
     if n_digits and not allow_mixed:
-        rare, what = (~digits, "text among whole numbers") if 2 * n_digits >= n_ids else (digits, "a number among text")
-        faults.append(ColumnFault(name, f"is {what} (if meant so: --columns {name}=NAME:text)", rare))
+        rare, description = (
+            (~digits, "text among whole numbers") if 2 * n_digits >= n_ids else (digits, "a number among text")
+        )
+        faults.append(ColumnFault(name, f"is {description} (if meant so: --columns {name}=NAME:text)", rare))
     return ids, faults
 
 
@@ -82,11 +84,11 @@ def read_numbers(column: pl.Series, *, integers_only: bool) -> tuple[pl.Series, 
     """Int64 or Float64; flags are 0 and 1."""
     plain = _to_plain_type(column.cast(pl.Int64) if column.dtype == pl.Boolean else column, "numbers")
     if integers_only:
-        numbers, what = _to_integers(plain), "is no whole number"
+        numbers, problem = _to_integers(plain), "is no whole number"
     else:
-        numbers, what = plain.cast(pl.Float64, strict=False), "is no finite number"
+        numbers, problem = plain.cast(pl.Float64, strict=False), "is no finite number"
         numbers = numbers.set(~numbers.is_finite(), None)
-    return numbers, [ColumnFault(column.name, what, numbers.is_null() & has_value(column))]
+    return numbers, [ColumnFault(column.name, problem, numbers.is_null() & has_value(column))]
 
 
 def has_value(column: pl.Series) -> pl.Series:
@@ -112,7 +114,7 @@ def read_times(column: pl.Series) -> tuple[pl.Series, str, list[ColumnFault]]:
 
 
 def _to_microseconds(column: pl.Series) -> tuple[pl.Series, str]:
-    """Microseconds UTC, null where unreadable, and the unit: that of the type, or told from the size of the median."""
+    """Microseconds UTC, null where unreadable, and the unit: that of the type, or inferred from the median."""
     dtype = column.dtype
     if isinstance(dtype, pl.Datetime):
         return column.dt.timestamp("us"), dtype.time_unit

@@ -68,14 +68,14 @@ def as_log_error(name: str) -> Iterator[None]:
     try:
         with _mute_panics():
             yield
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, UnicodeError, ValueError) as why:
-        is_panic = isinstance(why, pl.exceptions.PanicException)
-        message = "its pages are not where its index says" if is_panic else str(why).split("\n")[0].split(". ")[0]
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, UnicodeError, ValueError) as problem:
+        is_panic = isinstance(problem, pl.exceptions.PanicException)
+        message = "its pages are not where its index says" if is_panic else str(problem).split("\n")[0].split(". ")[0]
         reason = to_printable(message, 160).rstrip(".")
         raise LogError(
             f"{name} cannot be read as a table ({reason}); it may be cut off, damaged or of another format: "
             "check the file, or name its format with --format."
-        ) from why
+        ) from problem
 
 
 @contextmanager
@@ -144,7 +144,7 @@ def _scan_parquet(files: list[Path]) -> pl.LazyFrame:
             is_complete = start == file.read(4) == b"PAR1"
         if not is_complete:
             raise LogError(
-                f"{part.name} is not a whole Parquet file, as its first or last bytes are missing; copy it anew."
+                f"{part.name} is not a whole Parquet file, as its first or last bytes are missing; copy it again."
             )
     casts = pl.ScanCastOptions(integer_cast="upcast")
     return pl.scan_parquet(files, hive_partitioning=False, cast_options=casts, extra_columns="ignore")
@@ -167,10 +167,10 @@ def _from_pandas(source: pd.DataFrame) -> pl.DataFrame:
                 columns.append(pl.Series(str(name), column.to_numpy(), nan_to_null=True))
             else:
                 columns.append(pl.Series(str(name), column.astype(object).where(column.notna(), None).tolist()))
-        except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError) as why:
+        except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError) as problem:
             raise LogError(
                 f'column "{name}" of the frame mixes types, such as numbers and text; give it one type, or drop it.'
-            ) from why
+            ) from problem
     with as_log_error("the frame"):
         return pl.DataFrame(columns)
 
@@ -193,9 +193,9 @@ def _open_diginetica(path: Path) -> pl.LazyFrame:
 
 def _open_recbole(path: Path) -> pl.LazyFrame:
     rows = _scan_text(path, "\t")
-    ours = {"rating": "weight"}
+    renamed = {"rating": "weight"}
     base_names = {name: name.split(":")[0] for name in rows.collect_schema().names()}
-    return rows.rename({name: ours.get(short, short) for name, short in base_names.items()})
+    return rows.rename({name: renamed.get(short, short) for name, short in base_names.items()})
 
 
 FORMATS = {

@@ -13,7 +13,7 @@ from freshrec.types import DEFERRED, DUE, HELD_OUT, NEVER, TRAINED, Events, Hist
 def append_events(histories: Histories, events: Events, n_users: int) -> Histories:
     """`histories` with `events`, which are newer, at the end of each user's rows.
 
-    Where the events have labels, only what was taken becomes a row, and what has a label waits among those shown.
+    Where the events have labels, only what was taken becomes a row, and what has a label becomes an impression.
     """
     if events.labels_E is None:
         return insert_events(histories, events, n_users)[0]
@@ -55,7 +55,7 @@ def _item_categories(known_I: Tensor | None, events: Events) -> Tensor | None:
 
 
 def insert_events(histories: Histories, events: Events, n_users: int) -> tuple[Histories, Tensor]:
-    """`append`, and the row (E,) that each event got."""
+    """`append_events`, and the row (E,) that each event got."""
     old_U = torch.zeros(n_users + 1, dtype=torch.int64)
     old_U[: histories.n_users + 1] = histories.offsets_U.diff()
     new_U = torch.bincount(events.users_E, minlength=n_users + 1)
@@ -77,7 +77,7 @@ def insert_events(histories: Histories, events: Events, n_users: int) -> tuple[H
 
     rows_E = torch.empty(len(events), dtype=torch.int64)
     rows_E[by_user] = new_positions
-    due_E = events.train_at_E + 1  # NOW -> DUE, NEXT -> LATER, NEVER -> SECRET
+    due_E = events.train_at_E + 1  # NOW -> DUE, NEXT -> DEFERRED, NEVER -> HELD_OUT
     merged_histories = Histories(
         offsets_U,
         merge_columns(histories.items_R, events.items_E),
@@ -111,9 +111,9 @@ def is_new_row(histories: Histories) -> Tensor:
 
 
 def mark_trained(histories: Histories, n_recent: int) -> Histories:
-    """What an update leaves: due rows are done, held-back ones are due next.
+    """What an update leaves: due rows are trained on, deferred ones are due next.
 
-    Each user's last `keep` rows stay, and every row that is still to be trained on.
+    Each user's last `n_recent` rows stay, and every row that is still to be trained on.
     """
     ends_R = torch.repeat_interleave(histories.offsets_U[1:], histories.offsets_U.diff())
     is_kept_R = (torch.arange(len(histories.items_R)) >= ends_R - n_recent) | (histories.due_R == DEFERRED)
@@ -128,7 +128,7 @@ def mark_trained(histories: Histories, n_recent: int) -> Histories:
 
 
 def release_deferred(histories: Histories) -> Histories:
-    """`histories` in which what was held back is due."""
+    """`histories` in which deferred rows are due."""
     due_R = torch.where(histories.due_R == DEFERRED, DUE, histories.due_R)
     impressions = histories.impressions
     if impressions is not None:
@@ -145,6 +145,6 @@ def filter_rows(histories: Histories, is_kept_R: Tensor) -> Histories:
 
 
 def filter_interests(interests: Interests, is_kept_S: Tensor) -> Interests:
-    """`users` without the other interests."""
+    """`interests` without the other interests."""
     columns = interests.born_S[is_kept_S], interests.used_S[is_kept_S]
     return Interests(interests.vectors_SD[is_kept_S], offsets_after_filter(interests, is_kept_S), *columns)

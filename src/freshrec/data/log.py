@@ -15,6 +15,7 @@ import polars as pl
 
 from freshrec.data.columns import ColumnFault, has_value, read_ids, read_labels, read_numbers, read_times
 from freshrec.data.formats import SourceTable, as_log_error, open_table, to_printable
+from freshrec.deprecation import UNSET, Unset, value_of_renamed
 from freshrec.errors import LogError, NoRowsError, OptionError, unknown_name_error
 
 if TYPE_CHECKING:
@@ -66,15 +67,19 @@ def read_log(
     quarantine: Path | None = None,
     allow_missing_events: bool = False,
     text_columns: Sequence[str] = (),
+    absent: bool | Unset = UNSET,
+    text: Sequence[str] | Unset = UNSET,
 ) -> Log:
     """The log in `source`: CSV(.gz), Parquet (file or folder), JSON lines, or a frame of polars or pandas.
 
-    `columns`: our name -> theirs, where the names differ; `item_id=sku:text` says that ids are text even where some are
-    digits. `format`: a key of FORMATS. `events`: the event types to keep, all if empty. `users`: keep a random sample
-    of so many whole users. `quarantine`: a .parquet or .csv file for bad rows. `allow_missing_events`: an event type
-    may have no rows. `text_columns`: which of our columns hold text even where all ids are digits. LogError where the
-    log is not one.
+    `columns`: our name -> the source's, where the names differ; `item_id=sku:text` says that ids are text even where
+    some are digits. `format`: a key of FORMATS. `events`: the event types to keep, all if empty. `users`: keep a random
+    sample of so many whole users. `quarantine`: a .parquet or .csv file for bad rows. `allow_missing_events`: an event
+    type may have no rows. `text_columns`: which of our columns hold text even where all ids are digits. LogError where
+    the log is not one. `absent` and `text` are former names of the last two.
     """
+    allow_missing_events = value_of_renamed("allow_missing_events", allow_missing_events, "absent", absent)
+    text_columns = value_of_renamed("text_columns", text_columns, "text", text)
     if quarantine is not None and isinstance(source, str | Path) and quarantine.resolve() == Path(source).resolve():
         raise OptionError(f"the bad rows of {quarantine.name} cannot replace the log itself; name another file.")
     if quarantine is not None and quarantine.suffix not in (".parquet", ".csv"):
@@ -86,8 +91,8 @@ def read_log(
         raise NoRowsError(f"{table.name} holds no rows; a log needs at least one.")
     try:
         log, faults = _parse_columns(source_rows, names, declared_text | set(text_columns), table)
-    except LogError as why:
-        raise LogError(f"{table.name}: {why}") from None
+    except LogError as problem:
+        raise LogError(f"{table.name}: {problem}") from None
     if faults:
         if quarantine is None:
             raise LogError(_fault_message(source_rows, names, faults, table.name))
@@ -156,25 +161,27 @@ def format_time(time_us: int, timespec: str = "seconds") -> str:
 
 
 def _map_columns(table: SourceTable, columns: Mapping[str, str]) -> tuple[dict[str, str], set[str]]:
-    """Our names -> theirs, and ours whose ids are declared to be text."""
+    """Our names -> the names in the source, and those of ours whose ids are declared to be text."""
     with as_log_error(table.name):
         found = table.rows.collect_schema().names()
     names: dict[str, str] = {}
     text_columns: set[str] = set()
-    for ours, theirs in columns.items():
-        if ours not in COLUMN_ALIASES:
-            raise unknown_name_error("column of ours", ours, COLUMN_ALIASES)
-        if theirs not in found and theirs.endswith(":text"):
-            theirs = theirs.removesuffix(":text")
-            text_columns.add(ours)
-        if theirs not in found:
-            raise LogError(f'{table.name} has no column "{theirs}" for {ours}; its columns are {_format_names(found)}.')
-        names[ours] = theirs
-    for ours, aliases in COLUMN_ALIASES.items():
+    for name, source_name in columns.items():
+        if name not in COLUMN_ALIASES:
+            raise unknown_name_error("column", name, COLUMN_ALIASES)
+        if source_name not in found and source_name.endswith(":text"):
+            source_name = source_name.removesuffix(":text")
+            text_columns.add(name)
+        if source_name not in found:
+            raise LogError(
+                f'{table.name} has no column "{source_name}" for {name}; its columns are {_format_names(found)}.'
+            )
+        names[name] = source_name
+    for name, aliases in COLUMN_ALIASES.items():
         present = [alias for alias in aliases if alias in found and alias not in names.values()]
-        if ours not in names and present:
-            names[ours] = present[0]
-    duplicated = [theirs for theirs in names.values() if f"{theirs}_duplicated_0" in found]
+        if name not in names and present:
+            names[name] = present[0]
+    duplicated = [source_name for source_name in names.values() if f"{source_name}_duplicated_0" in found]
     if duplicated:
         raise LogError(f'{table.name} has several columns called "{duplicated[0]}"; rename or remove all but one.')
     missing = [name for name in ("user_id", "item_id") if name not in names]
@@ -198,7 +205,9 @@ def _collect_columns(
     table: SourceTable, names: Mapping[str, str], events: Sequence[str], allow_missing_events: bool
 ) -> pl.DataFrame:
     """The columns we know under our names, as the source has them, with `row`, their place in the source from 0."""
-    rows = table.rows.select(pl.col(theirs).alias(ours) for ours, theirs in names.items()).with_row_index("row")
+    rows = table.rows.select(pl.col(source_name).alias(name) for name, source_name in names.items()).with_row_index(
+        "row"
+    )
     if events and "event" not in names:
         raise LogError(f"{table.name} has no event column, to choose --events from; say --columns event=NAME.")
     with as_log_error(table.name):
@@ -224,12 +233,11 @@ def _parse_columns(
         found: list[ColumnFault] = []
         if name in ("user_id", "item_id", "category", "event_id"):
             is_key = name in ("user_id", "item_id")
-            infer_integers, allow_mixed = (
-                not table.has_types and name not in text_columns,
-                table.allows_mixed_ids or not is_key,
-            )
             frame[name], found = read_ids(
-                raw[name], required=is_key, infer_integers=infer_integers, allow_mixed=allow_mixed
+                raw[name],
+                required=is_key,
+                infer_integers=not table.has_types and name not in text_columns,
+                allow_mixed=table.allows_mixed_ids or not is_key,
             )
         elif name == "timestamp":
             frame["time"], unit, found = read_times(raw[name])
@@ -309,9 +317,9 @@ def _write_quarantine(raw: pl.DataFrame, faults: Sequence[ColumnFault], table: S
             rows.write_parquet(quarantine)
         else:
             rows.write_csv(quarantine)
-    except (OSError, pl.exceptions.PolarsError) as why:
-        reason = str(why)[:120]
-        raise LogError(f"the bad rows cannot be written to {quarantine} ({reason}); name another file.") from why
+    except (OSError, pl.exceptions.PolarsError) as problem:
+        reason = str(problem)[:120]
+        raise LogError(f"the bad rows cannot be written to {quarantine} ({reason}); name another file.") from problem
 
 
 def _sort_by_time(log: Log) -> Log:
@@ -335,7 +343,7 @@ def _sample_users(log: Log, users: int, seed: int) -> Log:
     ids = log.frame["user_id"].unique().sort()
     if users >= len(ids):
         return _add_note(log, f"all {len(ids):,} users kept, {users:,} were asked for")
-    chosen = ids.sample(users, seed=seed)
+    chosen = ids.sample(users, seed=seed)  # no named stream: published results are of these users
     frame = log.frame.filter(pl.col("user_id").is_in(chosen.implode()))
     return _add_note(replace(log, frame=frame), f"a sample of {users:,} of {len(ids):,} users, seed {seed}")
 

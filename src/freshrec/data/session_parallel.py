@@ -31,7 +31,7 @@ def assign_lanes(lengths_S: Tensor, n_lanes: int) -> tuple[Tensor, Tensor]:
 def session_parallel_batches(targets: Targets, size: int) -> Iterator[Batch]:
     """One epoch, a row per lane and step: an event and the next one, its target; sessions by their first event's time.
 
-    A target that nothing may be known before, and one right after a secret row, are left out.
+    A target that nothing may be known before, and one right after a held-out row, are left out.
     """
     targets = mask_held_out(targets)
     has_event_before_N = (targets.history_lengths(1) > 0) & (
@@ -48,9 +48,7 @@ def session_parallel_batches(targets: Targets, size: int) -> Iterator[Batch]:
     order_S = targets.histories.times_R[targets.rows_N[first_S] - 1].argsort(stable=True)
     n_lanes = limit_batch_size(size, len(order_S))
     lane_S, step_S = torch.empty_like(order_S), torch.empty_like(order_S)
-    lane_S[order_S], step_S[order_S] = (
-        batch_targets.to(order_S) for batch_targets in assign_lanes(lengths_S[order_S], n_lanes)
-    )
+    lane_S[order_S], step_S[order_S] = (column.to(order_S) for column in assign_lanes(lengths_S[order_S], n_lanes))
     step_N = step_S[session_N] + torch.arange(len(targets)) - first_S[session_N]
     lane_N = lane_S[session_N]
     for index_B in (step_N * n_lanes + lane_N).argsort().split(torch.bincount(step_N).tolist()):
@@ -64,7 +62,8 @@ class HiddenStates:
     """The hidden states of one recurrent model after the last row of each lane, kept from each batch to the next.
 
     Whoever runs a model on batches owns one for each model and each sequence of batches: a teacher that reads the
-    student's batches has its own. It may be used for several epochs of the same targets, as all lanes begin anew.
+    student's batches has its own. It may be used for several epochs of the same targets, as each epoch starts all lanes
+    again.
     """
 
     def __init__(self) -> None:
@@ -76,8 +75,8 @@ class HiddenStates:
         if lanes is None:
             return forward(batch)
         if self.layers:
-            goes_on_B1 = ~lanes.is_first_B[:, None]
-            before = tuple(state_LH[lanes.lane_B] * goes_on_B1 for state_LH in self.layers)
+            continues_B1 = ~lanes.is_first_B[:, None]
+            before = tuple(state_LH[lanes.lane_B] * continues_B1 for state_LH in self.layers)
             batch = replace(batch, lanes=replace(lanes, states=before))
         result = forward(batch)
         assert result.states is not None

@@ -19,7 +19,7 @@ from freshrec.data.split_config import SplitConfig
 from freshrec.errors import OptionError, SpanError
 from freshrec.types import NEVER, NEXT, NOW, TEST, TRAIN, VALID, Events, Span
 
-JOINS = {"now": NOW, "next": NEXT, "never": NEVER}  # of `heldout`
+TRAIN_AT = {"now": NOW, "next": NEXT, "never": NEVER}  # of `heldout`
 ROLES = {"train": TRAIN, "valid": VALID, "test": TEST}  # the words of a log's split column
 
 Int64Array = npt.NDArray[np.int64]
@@ -87,30 +87,31 @@ def _split(log: Log, config: SplitConfig, seed: int) -> LogSplit:
     if config.sessions:
         span_E = np.repeat(np.arange(len(edges) - 1), np.diff(edges))
         frame = frame.with_columns(pl.concat_str("user_id", pl.lit("@"), pl.Series(span_E)).alias("user_id"))
-    users, items, sizes = _build_catalogs(frame, edges)
-    users_E, items_E = users.rows(frame["user_id"]), items.rows(frame["item_id"])
+    user_catalog, item_catalog, sizes = _build_catalogs(frame, edges)
+    users_E, items_E = user_catalog.rows(frame["user_id"]), item_catalog.rows(frame["item_id"])
     times_E = torch.from_numpy(frame["time"].to_numpy(writable=True))
     split_E = _roles_from_column(frame) if config.targets == "split" else None
-    labels_E, kinds_E = _labels(frame), _category_rows(frame)
-    secret_U = _select_users(len(users), config.forget_users, seed)
-    kept = []
+    labels_E, categories_E = _labels(frame), _category_rows(frame)
+    is_forget_user_U = _select_users(len(user_catalog), config.forget_users, seed)
+    spans = []
+    # no named streams here and in `_select_users`: published results are of these users and targets
     for t, (a, b) in enumerate(zip(edges, edges[1:])):
-        who, source = users_E[a:b].numpy(), np.random.default_rng((seed % 2**64, t))
-        tail = _last_event_roles(who, sizes[t][0]) if t > 0 else np.full(b - a, TRAIN, np.int8)
+        users, rng = users_E[a:b].numpy(), np.random.default_rng((seed % 2**64, t))
+        tail = _last_event_roles(users, sizes[t][0]) if t > 0 else np.full(b - a, TRAIN, np.int8)
         role = held = tail if split_E is None else split_E[a:b]
         if config.targets == "three" and t > 0:
-            role = held = _three_target_roles(tail, who, sizes[t - 1][0], source)
+            role = held = _three_target_roles(tail, users, sizes[t - 1][0], rng)
         elif config.targets == "all" and t > 0:
             role = np.full(b - a, TEST, np.int8)
-        later = NOW if config.targets == "all" else JOINS[config.heldout]
-        joins = np.where(held == TRAIN, NOW, np.where(secret_U[who], NEVER, later)).astype(np.int8)
-        role = _limit_test_targets(role, who, config.n_targets, source) if config.n_targets else role
-        columns = users_E[a:b], items_E[a:b], times_E[a:b], torch.from_numpy(role), torch.from_numpy(joins)
-        events = Events(*columns, *(None if column is None else column[a:b] for column in (labels_E, kinds_E)))
-        kept.append(Span(t, events, *sizes[t], _span_name(frame[a:b], a, config.by, log.has_clock)))
-    notes += [f"span {span.index} has no events" for span in kept if len(span.events) == 0]
-    notes += ["the log has a single user"] if len(users) == 1 else []
-    return LogSplit(tuple(kept), users, items, tuple(notes))
+        later = NOW if config.targets == "all" else TRAIN_AT[config.heldout]
+        train_at = np.where(held == TRAIN, NOW, np.where(is_forget_user_U[users], NEVER, later)).astype(np.int8)
+        role = _limit_test_targets(role, users, config.n_targets, rng) if config.n_targets else role
+        columns = users_E[a:b], items_E[a:b], times_E[a:b], torch.from_numpy(role), torch.from_numpy(train_at)
+        events = Events(*columns, *(None if column is None else column[a:b] for column in (labels_E, categories_E)))
+        spans.append(Span(t, events, *sizes[t], _span_name(frame[a:b], a, config.by, log.has_clock)))
+    notes += [f"span {span.index} has no events" for span in spans if len(span.events) == 0]
+    notes += ["the log has a single user"] if len(user_catalog) == 1 else []
+    return LogSplit(tuple(spans), user_catalog, item_catalog, tuple(notes))
 
 
 def describe_spans(log_split: LogSplit) -> pl.DataFrame:
@@ -124,6 +125,7 @@ def describe_spans(log_split: LogSplit) -> pl.DataFrame:
         events = span.events
         known_users, known_items = (before.n_users, before.n_items) if before else (0, 0)
         test_items = events.items_E[events.role_E == TEST]
+        has_seen_share = before is not None and len(test_items) > 0
         rows.append(
             {
                 "span": span.index,
@@ -134,9 +136,7 @@ def describe_spans(log_split: LogSplit) -> pl.DataFrame:
                 "new_users": span.n_users - known_users,
                 "new_items": span.n_items - known_items,
                 "targets": len(test_items),
-                "seen_share": float((test_items <= known_items).double().mean())
-                if before and len(test_items)
-                else None,
+                "seen_share": float((test_items <= known_items).double().mean()) if has_seen_share else None,
             }
         )
     return pl.DataFrame(rows, schema_overrides={"seen_share": pl.Float64})
@@ -204,7 +204,7 @@ def _rule_starts(times: Int64Array, by: str, spans: int, alpha: float) -> Int64A
 
 
 def _nearest(allowed: Int64Array, positions: npt.NDArray[np.float64]) -> Int64Array:
-    """For each of the ascending `wanted`, the nearest of the ascending `allowed`, no two the same."""
+    """For each of the ascending `positions`, the nearest of the ascending `allowed`, no two the same."""
     right = np.searchsorted(allowed, positions).clip(max=len(allowed) - 1)
     left = (right - 1).clip(min=0)
     chosen = np.where(positions - allowed[left] <= allowed[right] - positions, left, right)
@@ -232,6 +232,7 @@ def _parse_dates(dates: Sequence[str]) -> list[int]:
 def _build_catalogs(frame: pl.DataFrame, edges: list[int]) -> tuple[Catalog, Catalog, list[tuple[int, int]]]:
     """Both catalogs at the end of the log, and (n_users, n_items) at the end of each span."""
     users, items, sizes = Catalog.empty(), Catalog.empty(), []
+    # no named streams here and in `_select_users`: published results are of these users and targets
     for t, (a, b) in enumerate(zip(edges, edges[1:])):
         users = users.extend(frame["user_id"][a:b], t)
         items = items.extend(frame["item_id"][a:b], t)
@@ -261,10 +262,10 @@ def _category_rows(frame: pl.DataFrame) -> torch.Tensor | None:
     if "category" not in frame.columns:
         return None
     known = frame["category"].drop_nulls()
-    kinds_E = torch.zeros(len(frame), dtype=torch.int32)
-    has_one_E = torch.from_numpy(frame["category"].is_not_null().to_numpy(writable=True))
-    kinds_E[has_one_E] = Catalog.empty().extend(known, 0).rows(known).int()
-    return kinds_E
+    categories_E = torch.zeros(len(frame), dtype=torch.int32)
+    has_category_E = torch.from_numpy(frame["category"].is_not_null().to_numpy(writable=True))
+    categories_E[has_category_E] = Catalog.empty().extend(known, 0).rows(known).int()
+    return categories_E
 
 
 def _select_users(n_users: int, share: float, seed: int) -> npt.NDArray[np.bool_]:
@@ -297,10 +298,10 @@ def _three_target_roles(tail_E: Int8Array, users_E: Int64Array, n_before: int, r
     others_E = rng.permutation(np.flatnonzero(is_eligible_E))
     others_E = others_E[np.argsort(users_E[others_E], kind="stable")]
     drawn = users_E[others_E]
-    is_one_of_two = np.ones(len(drawn), np.bool_)
-    is_one_of_two[2:] = drawn[2:] != drawn[:-2]
+    is_drawn = np.ones(len(drawn), np.bool_)
+    is_drawn[2:] = drawn[2:] != drawn[:-2]
     role_E = np.where(tail_E == TEST, tail_E, np.int8(TRAIN))
-    role_E[others_E[is_one_of_two]] = TEST
+    role_E[others_E[is_drawn]] = TEST
     return role_E
 
 

@@ -1,4 +1,4 @@
-"""How a log is cut into spans: every choice, its bounds and its default. Imports nothing heavy; `spans.py` cuts.
+"""How a log is cut into spans: every choice, its bounds and its default. Imports nothing heavy; `split.py` cuts.
 
 by            events of one time are never separated
   count         the base has `alpha` of the events, the later spans share the rest equally
@@ -27,15 +27,15 @@ from pydantic import ConfigDict, Field
 from freshrec.config import Count, CountOrZero, Fraction, Share, check_options
 from freshrec.errors import OptionError
 
-Rule = Literal["count", "time", "count-alpha", "clock-alpha", "dates", "period"]
-Targets = Literal["last", "three", "all", "split"]
-Heldout = Literal["now", "next", "never"]
-SPLIT_RULES, TARGET_RULES, HELDOUT_RULES = get_args(Rule), get_args(Targets), get_args(Heldout)
+SplitRule = Literal["count", "time", "count-alpha", "clock-alpha", "dates", "period"]
+TargetRule = Literal["last", "three", "all", "split"]
+HeldoutRule = Literal["now", "next", "never"]
+SPLIT_RULES, TARGET_RULES, HELDOUT_RULES = get_args(SplitRule), get_args(TargetRule), get_args(HeldoutRule)
 
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """How a log is cut into a base block and later spans. The defaults of `cut`, recipes and the command line.
+    """How a log is cut into a base block and later spans. The defaults of `split_log`, recipes and the command line.
 
     For a share `forget_users` of the users, held-out events (under targets = "all": the last two of each later span)
     never join training, so that forgetting can be measured on them. `n_targets` limits the TEST events only: what is
@@ -44,15 +44,15 @@ class SplitConfig:
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # an unknown key of a recipe is an error
 
-    by: Annotated[Rule, Field(description=f"How the log is cut: {', '.join(SPLIT_RULES)}.")] = "count"
+    by: Annotated[SplitRule, Field(description=f"How the log is cut: {', '.join(SPLIT_RULES)}.")] = "count"
     spans: Annotated[Count, Field(description="Number of spans after the base block.")] = 6
     alpha: Annotated[Fraction, Field(description="The base block's share of the log.")] = 0.5
     dates: Annotated[
         tuple[str, ...], Field(description="Where spans start, for a cut by dates, as in 2025-06-01,2025-07-01.")
     ] = ()
-    targets: Annotated[Targets, Field(description=f"What is tested: {', '.join(TARGET_RULES)}.")] = "last"
+    targets: Annotated[TargetRule, Field(description=f"What is tested: {', '.join(TARGET_RULES)}.")] = "last"
     heldout: Annotated[
-        Heldout, Field(description=f"When held-out events join training: {', '.join(HELDOUT_RULES)}.")
+        HeldoutRule, Field(description=f"When held-out events join training: {', '.join(HELDOUT_RULES)}.")
     ] = "next"
     min_events: Annotated[Count, Field(description="Leave out users with fewer events in the whole log.")] = 1
     forget_users: Annotated[

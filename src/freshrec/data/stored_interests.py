@@ -9,7 +9,7 @@ from freshrec.types import Batch, InterestModel, Interests, Model
 
 
 def pad_interests(interests: Interests, users_B: Tensor, initial_KD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Stored interests of some users: (B, K, D) vectors, (B, K) alive, (B, K) span of birth; newcomers get the slots.
+    """Stored interests of some users: (B, K, D) vectors, (B, K) alive, (B, K) birth span; newcomers get `initial_KD`.
 
     K is the largest number of interests in the batch. A newcomer's interests count as born in span 32767: not yet.
     """
@@ -34,7 +34,7 @@ def pad_interests(interests: Interests, users_B: Tensor, initial_KD: Tensor) -> 
 
 @dataclass(frozen=True)
 class StoredInterests:
-    """What travels with a batch of an interest model: stored interests, newcomers' slots, the span being learnt."""
+    """What travels with a batch of an interest model: stored interests, those of newcomers, the span being learnt."""
 
     interests: Interests
     initial_KD: Tensor

@@ -1,10 +1,10 @@
 """Generated logs whose right answer is known: what a model, or a strategy, must find in each is in its docstring.
 
-All worlds share one stage. Users differ in activity (lognormal); 30 % of them arrive while the log runs. Items belong
-to topics, item i to topic i modulo the number of topics (the log's `category`). Within a topic popularity is Zipf's;
-40 % of the items replace an earlier one of the same topic and popularity, which is then never drawn again. Half of the
-events are period 0, the base block; the others form `spans` periods of equal count, about a day each, so that a cut by
-count and one by period agree. Ids start at 0 on purpose: a raw id is not a row.
+All worlds share one timeline. Users differ in activity (lognormal); 30 % of them arrive while the log runs. Items
+belong to topics, item i to topic i modulo the number of topics (the log's `category`). Within a topic popularity is
+Zipf's; 40 % of the items replace an earlier one of the same topic and popularity, which is then never drawn again. Half
+of the events are period 0, the base block; the others form `spans` periods of equal count, about a day each, so that a
+cut by count and one by period agree. Ids start at 0 on purpose: a raw id is not a row.
 """
 
 from __future__ import annotations
@@ -71,27 +71,28 @@ def make_world(
             f"a world of {users} users, {items} items, {events} events and {spans} spans cannot be made; it takes at "
             f"least 1 user, {N_TOPICS} items, 1 span and 2 events per span."
         )
+    # no named stream: published results are of these worlds, so a seed keeps its world
     return WORLDS[name](WorldSize(users, items, events, spans), np.random.default_rng(seed))
 
 
 def checkerboard(size: WorldSize, rng: np.random.Generator) -> World:
     """Even users take even items only, odd users odd ones: every item of one's own colour ranks above all others."""
-    stage = _make_timeline(size, rng)
-    return World(_make_log(size, stage, stage.users_E % 2, 2, rng), 2)
+    timeline = _make_timeline(size, rng)
+    return World(_make_log(size, timeline, timeline.users_E % 2, 2, rng), 2)
 
 
 def popularity(size: WorldSize, rng: np.random.Generator) -> World:
     """Everybody draws from the same popularity: no personal ranking beats the order of recent counts."""
-    stage = _make_timeline(size, rng)
-    return World(_make_log(size, stage, np.zeros(size.events, np.int64), 1, rng), 1)
+    timeline = _make_timeline(size, rng)
+    return World(_make_log(size, timeline, np.zeros(size.events, np.int64), 1, rng), 1)
 
 
 def frozen(size: WorldSize, rng: np.random.Generator) -> World:
     """Each user likes three topics equally and for ever: new interests never appear, and detecting one is an error."""
-    stage = _make_timeline(size, rng)
+    timeline = _make_timeline(size, rng)
     tastes_UK = _sample_topics(size.users, N_TASTES, rng)
-    topics_E = tastes_UK[stage.users_E, rng.integers(N_TASTES, size=size.events)]
-    return World(_make_log(size, stage, topics_E, N_TOPICS, rng), N_TOPICS)
+    topics_E = tastes_UK[timeline.users_E, rng.integers(N_TASTES, size=size.events)]
+    return World(_make_log(size, timeline, topics_E, N_TOPICS, rng), N_TOPICS)
 
 
 def drift(size: WorldSize, rng: np.random.Generator) -> World:
@@ -100,12 +101,13 @@ def drift(size: WorldSize, rng: np.random.Generator) -> World:
     A model that is not updated decays span by span, and what a user liked in the base block says little about the last
     span. A strategy that keeps old knowledge scores better on old targets, and not on today's.
     """
-    stage = _make_timeline(size, rng)
+    timeline = _make_timeline(size, rng)
     tastes_UK, phases_UK = _sample_topics(size.users, N_TASTES, rng), rng.random((size.users, N_TASTES))
     taste_index_E = rng.integers(N_TASTES, size=size.events)
-    moves_E = (2 * stage.time_fractions_E + phases_UK[stage.users_E, taste_index_E]).astype(np.int64)
+    moves_E = (2 * timeline.time_fractions_E + phases_UK[timeline.users_E, taste_index_E]).astype(np.int64)
     return World(
-        _make_log(size, stage, (tastes_UK[stage.users_E, taste_index_E] + moves_E) % N_TOPICS, N_TOPICS, rng), N_TOPICS
+        _make_log(size, timeline, (tastes_UK[timeline.users_E, taste_index_E] + moves_E) % N_TOPICS, N_TOPICS, rng),
+        N_TOPICS,
     )
 
 
@@ -116,22 +118,24 @@ def newborn(size: WorldSize, rng: np.random.Generator) -> World:
     users without an earlier span are left out, since all is new about them. A right detector names these users in these
     spans, and nobody else. (A light user may first show an *old* taste late: that is not in the truth.)
     """
-    stage = _make_timeline(size, rng)
+    timeline = _make_timeline(size, rng)
     topics_UK = _sample_topics(size.users, N_TASTES + N_GAINED, rng)
-    gains_topics_U = (stage.arrival_fractions_U == 0) & (rng.random(size.users) < 0.5)
+    gains_topics_U = (timeline.arrival_fractions_U == 0) & (rng.random(size.users) < 0.5)
     born_U = np.where(gains_topics_U, rng.integers(1, size.spans + 1, size.users), size.spans + 1)
-    is_gained_E = (stage.periods_E >= born_U[stage.users_E]) & (rng.random(size.events) < GAINED_TOPIC_SHARE)
+    is_gained_E = (timeline.periods_E >= born_U[timeline.users_E]) & (rng.random(size.events) < GAINED_TOPIC_SHARE)
     old_E, new_E = rng.integers(N_TASTES, size=size.events), rng.integers(N_GAINED, size=size.events) + N_TASTES
-    log = _make_log(size, stage, topics_UK[stage.users_E, np.where(is_gained_E, new_E, old_E)], N_TOPICS, rng)
+    log = _make_log(size, timeline, topics_UK[timeline.users_E, np.where(is_gained_E, new_E, old_E)], N_TOPICS, rng)
     return World(log, N_TOPICS, _first_gained_spans(log.frame, is_gained_E))
 
 
 def repeat(size: WorldSize, rng: np.random.Generator) -> World:
     """70 % of a user's events copy one of its earlier ones, all as likely: its own items must rank first, by count."""
-    stage = _make_timeline(size, rng)
+    timeline = _make_timeline(size, rng)
     tastes_UK = _sample_topics(size.users, N_TASTES, rng)
-    log = _make_log(size, stage, tastes_UK[stage.users_E, rng.integers(N_TASTES, size=size.events)], N_TOPICS, rng)
-    source_E = _copy_sources(stage.users_E, rng)
+    log = _make_log(
+        size, timeline, tastes_UK[timeline.users_E, rng.integers(N_TASTES, size=size.events)], N_TOPICS, rng
+    )
+    source_E = _copy_sources(timeline.users_E, rng)
     copied = log.frame.with_columns(pl.col("item_id", "category").gather(source_E))
     return World(Log(copied, log.has_clock, log.unit, log.notes), N_TOPICS)
 
@@ -155,9 +159,9 @@ def _make_timeline(size: WorldSize, rng: np.random.Generator) -> Timeline:
     late_U[0] = False  # somebody must be there when the log begins
     arrivals_U = np.sort(np.where(late_U, rng.random(size.users), 0.0))
     activity_U = np.cumsum(rng.lognormal(0.0, 1.0, size.users))
-    n_here_E = np.searchsorted(arrivals_U, moments_E, "right")
-    users_E = np.searchsorted(activity_U, rng.random(size.events) * activity_U[n_here_E - 1], "right")
-    return Timeline(moments_E, periods_E, np.minimum(users_E, n_here_E - 1), arrivals_U)
+    n_arrived_E = np.searchsorted(arrivals_U, moments_E, "right")
+    users_E = np.searchsorted(activity_U, rng.random(size.events) * activity_U[n_arrived_E - 1], "right")
+    return Timeline(moments_E, periods_E, np.minimum(users_E, n_arrived_E - 1), arrivals_U)
 
 
 def _sample_topics(n_users: int, n: int, rng: np.random.Generator) -> Int64Array:
@@ -165,7 +169,9 @@ def _sample_topics(n_users: int, n: int, rng: np.random.Generator) -> Int64Array
     return np.argsort(rng.random((n_users, N_TOPICS), dtype=np.float32), axis=1)[:, :n]
 
 
-def _make_log(size: WorldSize, stage: Timeline, topics_E: Int64Array, n_topics: int, rng: np.random.Generator) -> Log:
+def _make_log(
+    size: WorldSize, timeline: Timeline, topics_E: Int64Array, n_topics: int, rng: np.random.Generator
+) -> Log:
     """Each event takes an item of its topic. A rank of popularity is held by one item after the other."""
     n_per_topic = size.items // n_topics
     n_ranks = max(1, round(0.6 * n_per_topic))
@@ -174,13 +180,13 @@ def _make_log(size: WorldSize, stage: Timeline, topics_E: Int64Array, n_topics: 
     zipf = np.cumsum(1 / np.arange(1, n_ranks + 1))
     ranks_E = np.searchsorted(zipf, rng.random(size.events) * zipf[-1], "right").clip(max=n_ranks - 1)
     phases = rng.random((n_topics, n_ranks))  # when the first holder of a rank goes
-    holder_E = (stage.time_fractions_E * (n_held[ranks_E] - 1) + phases[topics_E, ranks_E]).astype(np.int64)
+    holder_E = (timeline.time_fractions_E * (n_held[ranks_E] - 1) + phases[topics_E, ranks_E]).astype(np.int64)
     columns = {
-        "user_id": stage.users_E,
+        "user_id": timeline.users_E,
         "item_id": (first_item[ranks_E] + holder_E) * n_topics + topics_E,
-        "time": START_TIME + (stage.time_fractions_E * 2 * size.spans * DAY).astype(np.int64),
+        "time": START_TIME + (timeline.time_fractions_E * 2 * size.spans * DAY).astype(np.int64),
         "category": topics_E,
-        "period": stage.periods_E,
+        "period": timeline.periods_E,
     }
     return Log(pl.DataFrame(columns), True, "us", ("a generated log",))
 

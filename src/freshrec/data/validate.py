@@ -93,8 +93,8 @@ def suggest_spans(log: Log) -> tuple[str, int]:
     later = frame["time"][len(frame) // 2 :]
     length = (int(later[-1]) - int(later[0])) // n_spans + 1
     rows = ((later - later[0]) // length).value_counts()["count"].to_list()
-    steady = len(rows) == n_spans and min(rows) * n_spans * 3 >= len(later)
-    return ("count-alpha" if steady else "count"), n_spans
+    is_steady = len(rows) == n_spans and min(rows) * n_spans * 3 >= len(later)
+    return ("count-alpha" if is_steady else "count"), n_spans
 
 
 def _n_distinct(frame: pl.DataFrame, columns: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""How large a generated world is: the defaults of `make`, recipes and the command line. Imports nothing heavy."""
+"""How large a generated world is: the defaults of `make_world`, recipes and the command line. Imports nothing heavy."""
 
 from dataclasses import dataclass
 

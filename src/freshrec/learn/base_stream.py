@@ -6,20 +6,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from freshrec.data.batches import (
-    Targets,
-    due_targets,
-    targets_at,
-)
+from freshrec.data.batches import Targets, due_targets, targets_at
 from freshrec.data.histories import filter_rows, row_users
-from freshrec.types import (
-    DUE,
-    HELD_OUT,
-    TRAINED,
-    Events,
-    Histories,
-    Span,
-)
+from freshrec.types import DUE, HELD_OUT, TRAINED, Events, Histories, Span
 
 
 def base_stream(histories: Histories, n: int) -> Iterator[tuple[Histories, Span]]:
@@ -29,11 +18,11 @@ def base_stream(histories: Histories, n: int) -> Iterator[tuple[Histories, Span]
     number is drawn twice; a span's events are in the histories only.
     """
     part_R, part_E = _part_numbers(histories, n)
-    n_base, nothing = max(1, n // 3), Events.trainable(torch.zeros(0), torch.zeros(0))
+    n_base, no_events = max(1, n // 3), Events.trainable(torch.zeros(0), torch.zeros(0))
     for last_part in range(n_base - 1, n):
         first_due_part = 0 if last_part < n_base else last_part  # what came before counts as trained on
-        is_done_R = (part_R < first_due_part) & (histories.due_R != HELD_OUT)
-        recent = replace(histories, due_R=torch.where(is_done_R, TRAINED, histories.due_R))
+        is_trained_R = (part_R < first_due_part) & (histories.due_R != HELD_OUT)
+        recent = replace(histories, due_R=torch.where(is_trained_R, TRAINED, histories.due_R))
         seen_items = histories.items_R[part_R <= last_part].long()
         if histories.impressions is not None:
             seen_items = torch.cat([seen_items, histories.impressions.items_E[part_E <= last_part]])
@@ -41,7 +30,7 @@ def base_stream(histories: Histories, n: int) -> Iterator[tuple[Histories, Span]
                 recent, impressions=histories.impressions[(part_E >= first_due_part) & (part_E <= last_part)]
             )
         n_items = int(seen_items.max()) if len(seen_items) else 0
-        yield filter_rows(recent, part_R <= last_part), Span(last_part - n, nothing, histories.n_users, n_items)
+        yield filter_rows(recent, part_R <= last_part), Span(last_part - n, no_events, histories.n_users, n_items)
 
 
 def _part_numbers(histories: Histories, n: int) -> tuple[Tensor, Tensor]:
@@ -70,10 +59,10 @@ def is_in_last_sixth(histories: Histories) -> Tensor:
 
 
 def part_numbers(histories: Histories, n: int) -> Tensor:
-    """(R,) in which of n equal parts, 0 .. n - 1, a row is: by time, or of each user's own rows where time tells the
-    users apart.
+    """(R,) in which of n equal parts, 0 .. n - 1, each row is: by time, or of its user's rows.
 
-    Without a clock the order of events often runs user by user, so that the last part by time would be other users.
+    Without a clock the order of events often runs user by user, so that the last part by time would hold other users;
+    the rows of each user are then divided.
     """
     times_R = histories.times_R
     if not len(times_R):

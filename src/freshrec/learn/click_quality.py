@@ -19,8 +19,8 @@ def target_click_probabilities(
 ) -> Tensor:
     """(N,) how likely each target is taken. TrainingError where one is not a number."""
     p_N = torch.zeros(len(targets))
-    for which, batch in query_batches(targets, model.spec.length, stored_interests, size=4096):
-        p_N[which] = model.click_probabilities(batch, targets.items_N[which][:, None])[:, 0]
+    for index, batch in query_batches(targets, model.spec.length, stored_interests, size=4096):
+        p_N[index] = model.click_probabilities(batch, targets.items_N[index][:, None])[:, 0]
     if not bool(torch.isfinite(p_N).all()):
         raise TrainingError("a probability is not a number: the model diverged; lower its lr and train again.")
     return p_N

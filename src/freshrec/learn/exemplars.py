@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freshrec.data.batches import Targets, make_rng, shuffle_by_length, split_chunks
+from freshrec.data.batches import Targets, shuffle_by_length, split_chunks
 from freshrec.data.stored_interests import StoredInterests
 from freshrec.device import uniform
 from freshrec.learn.fit import training_batches
@@ -21,6 +21,7 @@ from freshrec.learn.reservoir import TrainingSamples, concat_samples, copy_sampl
 from freshrec.nn.embedding_table import embedding_tables
 from freshrec.nn.layers import attend, max_inner_product
 from freshrec.nn.scoring import item_vectors, user_vectors
+from freshrec.random_streams import stream
 from freshrec.types import HELD_OUT, SEQUENCE_FORMATS, Batch, EncodingModel, Forward, TrainedModel
 
 SelectionRule = Literal["herding", "herding-code", "random", "loss"]
@@ -47,10 +48,10 @@ def build_pool(targets: Targets, exemplars: TrainingSamples | None, length: int)
 
 
 def exemplar_batch(
-    samples: TrainingSamples, which_M: Tensor, model: TrainedModel, stored_interests: StoredInterests | None
+    samples: TrainingSamples, index_M: Tensor, model: TrainedModel, stored_interests: StoredInterests | None
 ) -> Batch:
     """Exemplars as the model wants its batches, with no more padding than the longest history needs."""
-    selected = samples[which_M]
+    selected = samples[index_M]
     seen_T = (selected.histories_NT > 0).any(0)
     n_padding = int(seen_T.int().argmax()) if bool(seen_T.any()) else len(seen_T)
     history_BT, item_B1 = selected.histories_NT[:, n_padding:].long(), selected.items_N[:, None]
@@ -63,8 +64,8 @@ def exemplar_batches(
     samples: TrainingSamples, model: TrainedModel, stored_interests: StoredInterests | None, size: int = 256
 ) -> Iterator[tuple[Tensor, Batch]]:
     """All of them in the order of their history length: (indices, batch)."""
-    for which_M in split_chunks(torch.argsort((samples.histories_NT > 0).sum(1), stable=True), size):
-        yield which_M, exemplar_batch(samples, which_M, model, stored_interests)
+    for index_M in split_chunks(torch.argsort((samples.histories_NT > 0).sum(1), stable=True), size):
+        yield index_M, exemplar_batch(samples, index_M, model, stored_interests)
 
 
 # how many of each item
@@ -83,8 +84,8 @@ def largest_remainder(weights_G: Tensor, n: int) -> Tensor:
 def allocate_exemplars(counts_I: Tensor, n: int, rule: AllocationRule, is_equal: bool, rng: torch.Generator) -> Tensor:
     """m_i = N |{(x, y) : y = i}| / |D_t and E_{t-1}|, at most what there is (I,) [ADER eq. 1].
 
-    `counts_I`: the samples of each item, from item 0, the padding. `how`: rounded, or drawn N times with these
-    probabilities, as in the authors' code. `equal`: the same for every known item, met or not.
+    `counts_I`: the samples of each item, from item 0, the padding. `rule`: rounded, or drawn N times with these
+    probabilities, as in the authors' code. `is_equal`: the same for every known item, met or not.
     """
     weights_I = torch.ones_like(counts_I).index_fill(0, torch.tensor([0]), 0) if is_equal else counts_I
     if rule == "largest-remainder":
@@ -98,20 +99,20 @@ def allocate_exemplars(counts_I: Tensor, n: int, rule: AllocationRule, is_equal:
 # which ones
 
 
-def herd(features_SD: Tensor, group_S: Tensor, wanted_G: Tensor, may_repeat: bool = False) -> Tensor:
+def herd(features_SD: Tensor, group_S: Tensor, quota_G: Tensor, may_repeat: bool = False) -> Tensor:
     """Samples (M,), in the order of choice, whose mean feature is close to that of their group: Algorithm 1 of ADER.
 
     Of unit vectors phi with mean mu, each group picks argmax w phi, then w <- w + mu - phi, starting from w = mu; ties:
-    the first. Differs from the paper: what is picked is out. `repeat`: as in the authors' code, it is not, and counts
-    once; a group stops after 1.1 m rounds, so that it may end with fewer than the m that it wants.
+    the first. Differs from the paper: what is picked is out. `may_repeat`: as in the authors' code, it is not, and
+    counts once; a group stops after 1.1 m rounds, so that it may end with fewer than the m that it wants.
     """
     phi_SD = F.normalize(features_SD, dim=1)
     n_samples, ids_G = len(group_S), group_S.unique()
-    group_S, wanted_G = torch.searchsorted(ids_G, group_S), wanted_G[ids_G]
+    group_S, quota_G = torch.searchsorted(ids_G, group_S), quota_G[ids_G]
     n_G = torch.bincount(group_S, minlength=len(ids_G))
     mean_GD = torch.zeros(len(ids_G), phi_SD.shape[1]).index_add_(0, group_S, phi_SD) / n_G[:, None]
-    rounds_G = (11 * wanted_G + 9) // 10 if may_repeat else wanted_G
-    w_GD, n_left_G, is_picked_S = mean_GD.clone(), wanted_G.clone(), torch.zeros(n_samples, dtype=torch.bool)
+    rounds_G = (11 * quota_G + 9) // 10 if may_repeat else quota_G
+    w_GD, n_left_G, is_picked_S = mean_GD.clone(), quota_G.clone(), torch.zeros(n_samples, dtype=torch.bool)
     member_S = torch.arange(n_samples)
     picked: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]
     for n_rounds in itertools.count():
@@ -119,12 +120,12 @@ def herd(features_SD: Tensor, group_S: Tensor, wanted_G: Tensor, may_repeat: boo
         member_S = member_S if may_repeat else member_S[~is_picked_S[member_S]]
         if not len(member_S):
             break
-        of_S = group_S[member_S]
-        score_S = (phi_SD[member_S] * w_GD[of_S]).sum(1)
-        best_G = torch.full((len(ids_G),), -torch.inf).scatter_reduce_(0, of_S, score_S, "amax")
-        is_best_S = score_S == best_G[of_S]
+        member_group_S = group_S[member_S]
+        score_S = (phi_SD[member_S] * w_GD[member_group_S]).sum(1)
+        best_G = torch.full((len(ids_G),), -torch.inf).scatter_reduce_(0, member_group_S, score_S, "amax")
+        is_best_S = score_S == best_G[member_group_S]
         first_G = torch.full((len(ids_G),), n_samples)
-        first_G.scatter_reduce_(0, of_S[is_best_S], member_S[is_best_S], "amin")
+        first_G.scatter_reduce_(0, member_group_S[is_best_S], member_S[is_best_S], "amin")
         pick_G = first_G[first_G < n_samples]
         w_GD[group_S[pick_G]] += mean_GD[group_S[pick_G]] - phi_SD[pick_G]
         new_G = pick_G[~is_picked_S[pick_G]]
@@ -134,13 +135,13 @@ def herd(features_SD: Tensor, group_S: Tensor, wanted_G: Tensor, may_repeat: boo
     return torch.cat(picked)
 
 
-def smallest_per_group(key_S: Tensor, group_S: Tensor, wanted_G: Tensor) -> Tensor:
-    """The wanted_G[g] samples of each group g with the smallest keys (M,); ties: the first."""
+def smallest_per_group(key_S: Tensor, group_S: Tensor, quota_G: Tensor) -> Tensor:
+    """The quota_G[g] samples of each group g with the smallest keys (M,); ties: the first."""
     by_key_S = torch.argsort(key_S, stable=True)
     order_S = by_key_S[torch.argsort(group_S[by_key_S], stable=True)]
-    n_G = torch.bincount(group_S, minlength=len(wanted_G))
+    n_G = torch.bincount(group_S, minlength=len(quota_G))
     place_S = torch.arange(len(order_S)) - (torch.cumsum(n_G, 0) - n_G)[group_S[order_S]]
-    return order_S[place_S < wanted_G[group_S[order_S]]]
+    return order_S[place_S < quota_G[group_S[order_S]]]
 
 
 def sample_features(model: EncodingModel, samples: TrainingSamples, stored_interests: StoredInterests | None) -> Tensor:
@@ -166,25 +167,21 @@ def select_exemplars(
     model: EncodingModel,
     pool: TrainingSamples,
     stored_interests: StoredInterests | None,
-    wanted_I: Tensor,
+    quota_I: Tensor,
     rng: torch.Generator,
 ) -> TrainingSamples:
-    """wanted_I[i] samples of each item i: closest to the mean feature, at random, or with the smallest loss."""
-    wanted_S = wanted_I[pool.items_N]
-    is_unconditional_S = wanted_S == torch.bincount(pool.items_N, minlength=len(wanted_I))[pool.items_N]
-    contested_S = ((wanted_S > 0) & ~is_unconditional_S).nonzero()[:, 0]  # where there is a choice
+    """quota_I[i] samples of each item i: closest to the mean feature, at random, or with the smallest loss."""
+    quota_S = quota_I[pool.items_N]
+    is_unconditional_S = quota_S == torch.bincount(pool.items_N, minlength=len(quota_I))[pool.items_N]
+    contested_S = ((quota_S > 0) & ~is_unconditional_S).nonzero()[:, 0]  # where there is a choice
     contested = pool[contested_S]
     if rule == "random":
-        chosen_M = smallest_per_group(uniform((len(contested),), rng), contested.items_N, wanted_I)
+        chosen_M = smallest_per_group(uniform((len(contested),), rng), contested.items_N, quota_I)
     elif rule == "loss":
-        chosen_M = smallest_per_group(sample_losses(model, contested, stored_interests), contested.items_N, wanted_I)
+        chosen_M = smallest_per_group(sample_losses(model, contested, stored_interests), contested.items_N, quota_I)
     else:
-        chosen_M = herd(
-            sample_features(model, contested, stored_interests),
-            contested.items_N,
-            wanted_I,
-            may_repeat=rule == "herding-code",
-        )
+        features_SD = sample_features(model, contested, stored_interests)
+        chosen_M = herd(features_SD, contested.items_N, quota_I, may_repeat=rule == "herding-code")
     return pool[torch.cat([is_unconditional_S.nonzero()[:, 0], contested_S[chosen_M]]).sort().values]
 
 
@@ -211,16 +208,16 @@ class ExperienceReplay:
         """The scalar to add to the loss."""
         if not self.queue:
             self.queue = shuffle_by_length((self.exemplars.histories_NT > 0).sum(1), self.batch_size, self.rng)
-        which_M = self.queue.pop()
-        replay_batch = exemplar_batch(self.exemplars, which_M, self.model, self.stored_interests)
+        index_M = self.queue.pop()
+        replay_batch = exemplar_batch(self.exemplars, index_M, self.model, self.stored_interests)
         for table in embedding_tables(self.model).values():
             table.continue_step()
-        return self.weight * self.loss(which_M, replace(replay_batch, negatives_N=batch.negatives_N))
+        return self.weight * self.loss(index_M, replace(replay_batch, negatives_N=batch.negatives_N))
 
 
 def model_loss(model: TrainedModel) -> ExemplarLoss:
     """What the model trains with, on the true targets of exemplars."""
-    return lambda which_M, batch: model(batch).loss
+    return lambda index_M, batch: model(batch).loss
 
 
 def experience_replay(
@@ -234,7 +231,7 @@ def experience_replay(
     rng: torch.Generator,
 ) -> list[ExperienceReplay]:
     """The term for `train(model, targets, ...)`; none where it would add nothing, so that training is fine-tuning."""
-    n_steps = sum(1 for _ in training_batches(model, targets, make_rng(0)))
+    n_steps = sum(1 for _ in training_batches(model, targets, stream(0, "number of steps")))
     if not weight or not len(exemplars) or not n_steps:
         return []
     return [ExperienceReplay(model, exemplars, stored_interests, weight, loss, max(1, len(exemplars) // n_steps), rng)]

@@ -1,4 +1,4 @@
-"""The only training loop, and what every strategy does around it: start, succeed, finish."""
+"""The only training loop, and what every strategy does around it: copy and grow, fit, finish."""
 
 import copy
 import math
@@ -11,14 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from freshrec.config import Count, CountOrZero, Positive, Rate, check_options
-from freshrec.data.batches import (
-    Targets,
-    due_targets,
-    make_rng,
-    pair_batches,
-    target_batches,
-    window_batches,
-)
+from freshrec.data.batches import Targets, due_targets, pair_batches, target_batches, window_batches
 from freshrec.data.histories import mark_trained
 from freshrec.data.session_parallel import HiddenStates, session_parallel_batches
 from freshrec.data.stored_interests import StoredInterests, stored_interests_of
@@ -29,11 +22,11 @@ from freshrec.learn.interest_store import TrimFunction, interest_costs, update_i
 from freshrec.learn.validation import hit_rate, mean_ndcg
 from freshrec.learn.weights import Parametrization, apply_parametrization, grow_model, snapshot
 from freshrec.nn.embedding_table import embedding_tables
+from freshrec.random_streams import global_stream, stream, stream_seed
 from freshrec.types import Batch, InterestModel, LossTerm, Span, State, TrainedModel
 
 Projection = Callable[[Tensor, Tensor, Tensor], Tensor]
 EXPECTED_EPOCHS = 10  # of a training that chooses their number itself
-HOLDOUT_STREAM = 1011  # tells the random numbers that choose held-out targets from those of the epochs
 
 
 @dataclass(frozen=True)
@@ -77,7 +70,7 @@ class CostMeter:
     costs: dict[str, float] = field(default_factory=dict)
 
     def add_time(self, part: str, started_at: float) -> None:
-        """Add the CPU seconds since `since` (time.process_time) to `part`."""
+        """Add the CPU seconds since `started_at` (time.process_time) to `part`."""
         self.costs[part] = self.costs.get(part, 0.0) + time.process_time() - started_at
 
 
@@ -112,21 +105,25 @@ def train(
 ) -> Iterator[float]:
     """Train `model` in place; yields the mean loss after each epoch. All randomness comes from `key`: seed, span, ...
 
-    `view`: what the forward pass sees instead of the weights (`learn.weights`). `learner`: what is trained in place of
-    the model, which `view` then has to leave alone. `among_N`: the items that negatives are drawn from, else all.
+    `parametrization`: what the forward pass sees instead of the weights (`learn.weights`). `trainable`: what is trained
+    in place of the model, whose weights `parametrization` then detaches. `negative_pool_N`: the items that negatives
+    are drawn from, else all.
     """
-    lr = model.spec.lr * lr_scale
+    (seed, *path), lr = key, model.spec.lr * lr_scale
     tables = list(embedding_tables(model).values())
     optimized: Trainable = model if trainable is None else trainable
     optimizer, hidden = _resume_adam(optimized, lr), HiddenStates()
     for epoch in range(n_epochs):
         total, n_steps = 0.0, 0
         model.train()
-        with torch.random.fork_rng(devices=[]), apply_parametrization(model, parametrization) as forward_pass:
-            rng = make_rng(*key, epoch)
-            torch.manual_seed(int(integers(0, 2**31, 1, rng)))  # dropout
-            for batch in training_batches(model, targets, rng, stored_interests):
-                negatives_N = sample_negatives(model, rng, negative_pool_N)
+        batch_rng = stream(seed, "training batches", *path, epoch)
+        negative_rng = stream(seed, "training negatives", *path, epoch)
+        with (
+            global_stream(seed, "forward pass", *path, epoch),  # dropout
+            apply_parametrization(model, parametrization) as forward_pass,
+        ):
+            for batch in training_batches(model, targets, batch_rng, stored_interests):
+                negatives_N = sample_negatives(model, negative_rng, negative_pool_N)
                 batch = replace(batch, negatives_N=negatives_N, project=project)
                 forward = hidden.run(forward_pass, batch)
                 loss = forward.loss
@@ -149,7 +146,7 @@ def train(
 
 
 def sample_negatives(model: TrainedModel, rng: torch.Generator, pool_N: Tensor | None = None) -> Tensor:
-    """Item rows drawn with replacement from `among_N`, or from all items."""
+    """Item rows drawn with replacement from `pool_N`, or from all items."""
     n = model.spec.negatives
     if pool_N is None:
         return integers(1, model.n_items + 1, n, rng)
@@ -194,7 +191,8 @@ def split_holdout(targets: Targets, fit: FitConfig, key: tuple[int, ...]) -> tup
     n_held = fit.n_held_out(len(targets))
     if not n_held:
         return targets, targets[torch.zeros(0, dtype=torch.int64)]
-    order_N = permutation(len(targets), make_rng(*key, HOLDOUT_STREAM))
+    seed, *path = key
+    order_N = permutation(len(targets), stream(seed, "holdout", *path))
     return targets[order_N[n_held:].sort().values], targets[order_N[:n_held].sort().values]
 
 
@@ -276,7 +274,7 @@ def finish_update(
     meter: CostMeter,
     trim: TrimFunction | None = None,
 ) -> State:
-    """The state after an update: interests read again for the users seen in it, histories settled and cut to length."""
+    """The state after an update: interests of the users seen in it read again, histories marked as trained on."""
     interests = state.interests
     if stored_interests is not None and isinstance(model, InterestModel):
         started_at = time.process_time()
@@ -301,10 +299,11 @@ def choose_epochs(state: State, fit: FitConfig) -> int:
     """
     targets, held_out = split_last_sixth(state.histories)
     held_out = held_out if held_out.labels_N is not None else held_out[held_out.history_lengths(1) > 0]
-    held_out = held_out[permutation(len(held_out), make_rng(state.seed, 7))[:2000]]
+    held_out = held_out[permutation(len(held_out), stream(state.seed, "epoch choice queries"))[:2000]]
     if not len(held_out) or not len(targets):
         return 5  # too little to choose by
     model = new_model(state, state.histories.n_users, int(targets.items_N.max()))
     stored_interests = stored_interests_of(model, None, 0)
-    epochs = train(model, targets, fit.max_epochs, (state.seed, 0), stored_interests=stored_interests)
+    key = (stream_seed(state.seed, "epoch choice"), 0)
+    epochs = train(model, targets, fit.max_epochs, key, stored_interests=stored_interests)
     return train_to_best_epoch(model, epochs, lambda: mean_ndcg(model, held_out, stored_interests), fit.patience)

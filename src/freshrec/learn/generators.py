@@ -16,10 +16,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from freshrec.data.batches import make_rng
 from freshrec.device import uniform
 from freshrec.learn.weights import Parametrization, Weights
 from freshrec.nn.embedding_table import embedding_tables
+from freshrec.random_streams import stream
 from freshrec.types import TrainedModel
 
 CHUNK_ROWS = 8192  # rows of a table generated at a time
@@ -172,8 +172,8 @@ class ModelGenerator:
 
     def __call__(self, window: ModelWindow, name: str, ids_N: Tensor | None = None, n: int | None = None) -> Tensor:
         """A tensor made from the first `n` models of the window (all): its rows `ids_N` (N, P), or the whole of it."""
-        made_NP = self.networks[name](*self._select_rows(window, name, ids_N, n))
-        return made_NP if ids_N is not None else made_NP.reshape(window.models[-1][name].shape)
+        rows_NP = self.networks[name](*self._select_rows(window, name, ids_N, n))
+        return rows_NP if ids_N is not None else rows_NP.reshape(window.models[-1][name].shape)
 
     def _select_rows(
         self, window: ModelWindow, name: str, ids_N: Tensor | None, n: int | None
@@ -189,8 +189,8 @@ class ModelGenerator:
         """The model made from the first `n` models of the window, as the forward pass sees it; padding stays 0."""
 
         def generated(name: str, ids_N: Tensor | None, weights: Tensor) -> Tensor:
-            made = self(window, name, ids_N, n)
-            return made if ids_N is None else made * (ids_N > 0)[:, None]
+            tensor = self(window, name, ids_N, n)
+            return tensor if ids_N is None else tensor * (ids_N > 0)[:, None]
 
         return generated
 
@@ -208,11 +208,11 @@ class ModelGenerator:
         """The state after the first model of the window, (N, P, H) each; None where the generator has none."""
         hidden = {}
         for name, tensor in window.models[0].items():
-            maker, parts = self.networks[name], []
-            if not isinstance(maker, GRUGenerator):
+            network, parts = self.networks[name], []
+            if not isinstance(network, GRUGenerator):
                 return None
             for ids_N in self._row_chunks(name, tensor):
-                parts.append(maker.hidden_state(*self._select_rows(window, name, ids_N, 1)).permute(2, 0, 1))
+                parts.append(network.hidden_state(*self._select_rows(window, name, ids_N, 1)).permute(2, 0, 1))
             hidden[name] = torch.cat(parts)
         return hidden
 
@@ -220,9 +220,9 @@ class ModelGenerator:
         return list(torch.arange(tensor.numel() // self.networks[name].n_slots).split(CHUNK_ROWS))
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What is learnt, of a generator that `learning` made."""
-        for name, maker in self.networks.items():
-            for part, weight in vars(maker).items():
+        """What is learnt, of a generator that `trainable_copy` made."""
+        for name, network in self.networks.items():
+            for part, weight in vars(network).items():
                 if isinstance(weight, nn.Parameter):
                     yield f"{name}.{part}", weight
 
@@ -236,7 +236,7 @@ class ModelGenerator:
 
     def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> "ModelGenerator":
         return ModelGenerator(
-            {name: maker.map_tensors(change) for name, maker in self.networks.items()}, dict(self.moments)
+            {name: network.map_tensors(change) for name, network in self.networks.items()}, dict(self.moments)
         )
 
 
@@ -250,4 +250,5 @@ def new_generator(
     slots = {name: table.n_dims for name, table in embedding_tables(model).items()}
     for name, weight in model.named_parameters():
         slots[name] = weight.numel() if weight.numel() <= largest else weight.shape[-1]
-    return ModelGenerator({name: make(n, make_rng(seed, i)) for i, (name, n) in enumerate(slots.items())}, {})
+    rngs = [stream(seed, "generator network", i) for i in range(len(slots))]
+    return ModelGenerator({name: make(n, rng) for (name, n), rng in zip(slots.items(), rngs)}, {})

@@ -22,7 +22,7 @@ class InterestBudget:
     Interests only ever grow in number: the paper drops new ones, never old ones. `retire` drops those that have been no
     new event's closest one for so many spans, counted from the last span in which the user was seen: who stays away
     loses nothing. `megabytes` merges the most similar pairs within a user until all interests together fit, but leaves
-    everybody one. `half` stores numbers of 16 bits; whatever is computed with them has 32.
+    everybody one. `fp16` stores numbers of 16 bits; whatever is computed with them has 32.
     """
 
     retire: CountOrZero = 0  # spans; 0: never
@@ -33,25 +33,22 @@ class InterestBudget:
         check_options(self)
 
     def __call__(self, state: State) -> State:
-        """`state` with its users' interests so kept."""
+        """`state` with its interests within the budget."""
         interests, ordered = state.interests, state.model.has_ordered_interests
         assert interests is not None
         if self.retire:
             interests = retire_interests(interests, self.retire, ordered)
         if self.megabytes:
-            each = (
-                (2 if self.fp16 else 4) * interests.vectors_SD.shape[1]
-                + interests.born_S.itemsize
-                + interests.used_S.itemsize
-            )
-            interests = merge_interests(interests, int(self.megabytes * 1e6 / each), ordered)
+            n_bytes = (2 if self.fp16 else 4) * interests.vectors_SD.shape[1]  # of one interest
+            n_bytes += interests.born_S.itemsize + interests.used_S.itemsize
+            interests = merge_interests(interests, int(self.megabytes * 1e6 / n_bytes), ordered)
         if self.fp16:
             interests = replace(interests, vectors_SD=interests.vectors_SD.half())
         return replace(state, interests=interests, costs=state.costs | interest_costs(interests))
 
 
 def retire_interests(interests: Interests, n_spans: int, ordered: bool) -> Interests:
-    """`users` without the interests last used `n_spans` or more before their user's latest used one.
+    """`interests` without those last used `n_spans` or more before their user's latest used one.
 
     `ordered` ones go only from the end: see `InterestModel.has_ordered_interests`.
     """
@@ -68,7 +65,7 @@ def retire_interests(interests: Interests, n_spans: int, ordered: bool) -> Inter
 
 
 def merge_interests(interests: Interests, max_interests: int, ordered: bool) -> Interests:
-    """`users` with the most similar pairs of one user's interests averaged, until `max_interests` are left or one each.
+    """`interests` with the most similar pairs of a user averaged, until `max_interests` are left or one each.
 
     An average is as old as its older part and was used when either was. Of `ordered` ones the last goes into another.
     """
@@ -76,7 +73,7 @@ def merge_interests(interests: Interests, max_interests: int, ordered: bool) -> 
         several_N = (interests.offsets_U.diff() > 1).nonzero()[:, 0]
         if not len(several_N):
             break
-        pairs = [_closest_pairs(interests, some_N, ordered) for some_N in split_chunks(several_N, USER_BLOCK)]
+        pairs = [_closest_pairs(interests, users_N, ordered) for users_N in split_chunks(several_N, USER_BLOCK)]
         into_N, from_N, cosine_N = (torch.cat(columns) for columns in zip(*pairs))
         merged_pairs_N = cosine_N.argsort(descending=True, stable=True)[:n_over]
         into_N, from_N = into_N[merged_pairs_N], from_N[merged_pairs_N]

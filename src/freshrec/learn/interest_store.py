@@ -32,11 +32,13 @@ def update_interests(
 ) -> Interests:
     """Interests of the users active since the last update, read by the new model; those of others as they were."""
     users_N = active_users(histories)
-    ends = mask_held_out(history_ends(histories, users_N, history))  # or they would help to answer for themselves later
-    max_interests = (
-        int(stored_interests.interest_counts(users_N).max()) if len(users_N) else len(stored_interests.initial_KD)
-    )
-    vectors_NKD = torch.zeros(len(users_N), max_interests, stored_interests.initial_KD.shape[1])
+    ends = mask_held_out(
+        history_ends(histories, users_N, history)
+    )  # they are tested later, and must not be part of the answer
+    max_interests, n_dims = stored_interests.initial_KD.shape
+    if len(users_N):
+        max_interests = int(stored_interests.interest_counts(users_N).max())
+    vectors_NKD = torch.zeros(len(users_N), max_interests, n_dims)
     alive_NK = torch.zeros(len(users_N), max_interests, dtype=torch.bool)
     used_NK = torch.zeros(len(users_N), max_interests, dtype=torch.bool)
     new_items_R = torch.where(is_new_row(histories), histories.items_R, 0)
@@ -82,7 +84,7 @@ def replace_interests(
     span: int,
     n_users: int,
 ) -> Interests:
-    """`users` with the interests of `users_N`, ascending, replaced by those alive, and room for `n_users`.
+    """`interests` with those of `users_N`, ascending, replaced by those alive, and room for `n_users`.
 
     The k-th of a user stays the k-th, so its span of birth is kept.
     """
@@ -98,13 +100,13 @@ def replace_interests(
     counts_U = torch.zeros_like(counts_U).index_copy(0, users_N, alive_NK.sum(1))
     rewritten = Interests(vectors_NKD[alive_NK], _offsets(counts_U), born_NK[alive_NK], last_used_NK[alive_NK])
     is_rewritten_U = torch.zeros(n_users + 1, dtype=torch.bool).index_fill(0, users_N, True)
-    return _merged(interests, ~is_rewritten_U[row_users(interests)], rewritten)
+    return _merge(interests, ~is_rewritten_U[row_users(interests)], rewritten)
 
 
 def add_interests(
     interests: Interests, users_N: Tensor, n_more: int, k_max: int, initial_KD: Tensor, span: int
 ) -> Interests:
-    """`users` with `n_more` interests added to each of `users_N`, at most `k_max` a user, starting from their slots."""
+    """`interests` with `n_more` added to each of `users_N`, at most `k_max` a user, starting from `initial_KD`."""
     counts_U = interests.offsets_U.diff()
     extra_U = torch.zeros_like(counts_U)
     extra_U[users_N] = (k_max - counts_U[users_N]).clamp(0, n_more)
@@ -114,17 +116,17 @@ def add_interests(
     vectors_RD = initial_KD[slot_R.clamp(max=len(initial_KD) - 1)]
     span_R = torch.full((len(owner_R),), span, dtype=torch.int16)
     all_S = torch.ones(len(interests.vectors_SD), dtype=torch.bool)
-    return _merged(interests, all_S, Interests(vectors_RD, offsets_U, span_R, span_R))
+    return _merge(interests, all_S, Interests(vectors_RD, offsets_U, span_R, span_R))
 
 
-def _merged(users: Interests, stays_S: Tensor, new: Interests) -> Interests:
-    """User by user, those interests of `users` that stay, then the new ones (R); both have the same number of users."""
-    row_M = torch.cat([stays_S.nonzero()[:, 0], len(stays_S) + torch.arange(len(new.born_S))])
-    owner_M = torch.cat([row_users(users), row_users(new)])[row_M]
+def _merge(interests: Interests, is_kept_S: Tensor, new: Interests) -> Interests:
+    """User by user, those of `interests` that are kept, then the new ones (R); both have the same number of users."""
+    row_M = torch.cat([is_kept_S.nonzero()[:, 0], len(is_kept_S) + torch.arange(len(new.born_S))])
+    owner_M = torch.cat([row_users(interests), row_users(new)])[row_M]
     row_M = row_M[owner_M.argsort(stable=True)]
-    offsets_U = _offsets(torch.bincount(owner_M, minlength=users.n_users + 1))
-    vectors_MD = torch.cat([users.vectors_SD, new.vectors_SD]).float()[row_M]
-    born_M, used_M = torch.cat([users.born_S, new.born_S])[row_M], torch.cat([users.used_S, new.used_S])[row_M]
+    offsets_U = _offsets(torch.bincount(owner_M, minlength=interests.n_users + 1))
+    vectors_MD = torch.cat([interests.vectors_SD, new.vectors_SD]).float()[row_M]
+    born_M, used_M = torch.cat([interests.born_S, new.born_S])[row_M], torch.cat([interests.used_S, new.used_S])[row_M]
     return Interests(vectors_MD, offsets_U, born_M, used_M)
 
 

@@ -27,18 +27,18 @@ class TrainingSamples:
     def __len__(self) -> int:
         return len(self.items_N)
 
-    def __getitem__(self, which_N: Tensor) -> "TrainingSamples":
-        columns: list[Any] = [None if column is None else column[which_N] for column in vars(self).values()]
+    def __getitem__(self, index_N: Tensor) -> "TrainingSamples":
+        columns: list[Any] = [None if column is None else column[index_N] for column in vars(self).values()]
         return TrainingSamples(*columns)
 
 
 def sample_history_length(model: TrainedModel) -> int:
-    """How many history items a kept target needs: none for a model that does not read them."""
+    """How many history items a stored target needs: none for a model that does not read them."""
     return 0 if model.batch_format == "pair" else int(model.spec.length)
 
 
 def copy_samples(targets: Targets, length: int) -> TrainingSamples:
-    """Copies of `targets`, each with its last `length` history items; secret ones are padding."""
+    """Copies of `targets`, each with its last `length` history items; held-out ones are padding."""
     visible_targets = mask_held_out(targets)
     history_NT = history_items(visible_targets, length).int()
     history_NT = F.pad(history_NT, (length - history_NT.shape[1], 0))
@@ -52,8 +52,8 @@ def concat_samples(first: TrainingSamples, second: TrainingSamples) -> TrainingS
     return TrainingSamples(*columns)
 
 
-def append_samples(targets: Targets, samples: TrainingSamples, which_M: Tensor, separate_users: bool) -> Targets:
-    """`targets`, and the kept ones at `which_M`, which may repeat: rows of theirs stand behind those of the histories.
+def append_samples(targets: Targets, samples: TrainingSamples, index_M: Tensor, separate_users: bool) -> Targets:
+    """`targets`, and the samples at `index_M`, which may repeat: their rows stand behind those of the histories.
 
     `separate_users`: each of these M counts as a user of its own, for models whose batches are windows of a user's
     targets.
@@ -64,27 +64,27 @@ def append_samples(targets: Targets, samples: TrainingSamples, which_M: Tensor, 
     is_item_NT = row_NT > 0
     from_N = end_N - width + is_item_NT.int().argmax(1)  # the first item; the target itself where there is none before
 
-    users_M, offsets_U = samples.users_N[which_M], histories.offsets_U
+    users_M, offsets_U = samples.users_N[index_M], histories.offsets_U
     if separate_users:
-        users_M = histories.n_users + 1 + torch.arange(len(which_M))
-        offsets_U = torch.cat([offsets_U, offsets_U[-1:].expand(len(which_M))])
-    done_R = torch.full((row_NT.numel(),), TRAINED, dtype=torch.int8)
+        users_M = histories.n_users + 1 + torch.arange(len(index_M))
+        offsets_U = torch.cat([offsets_U, offsets_U[-1:].expand(len(index_M))])
+    trained_R = torch.full((row_NT.numel(),), TRAINED, dtype=torch.int8)
     extended = replace(
         histories,
         offsets_U=offsets_U,
         items_R=torch.cat([histories.items_R, row_NT.reshape(-1)]),
-        times_R=torch.cat([histories.times_R, torch.zeros(len(done_R), dtype=torch.int64)]),
-        due_R=torch.cat([histories.due_R, done_R]),
+        times_R=torch.cat([histories.times_R, torch.zeros(len(trained_R), dtype=torch.int64)]),
+        due_R=torch.cat([histories.due_R, trained_R]),
     )
     labels_N, items_N = None, None
     if targets.labels_N is not None and samples.labels_N is not None:
-        labels_N = torch.cat([targets.labels_N, samples.labels_N[which_M]])
-        items_N = torch.cat([targets.items_N, samples.items_N[which_M]])
+        labels_N = torch.cat([targets.labels_N, samples.labels_N[index_M]])
+        items_N = torch.cat([targets.items_N, samples.items_N[index_M]])
     return Targets(
         extended,
-        torch.cat([targets.rows_N, end_N[which_M]]),
+        torch.cat([targets.rows_N, end_N[index_M]]),
         torch.cat([targets.users_N, users_M]),
-        torch.cat([targets.first_row_N, from_N[which_M]]),
+        torch.cat([targets.first_row_N, from_N[index_M]]),
         items_N,
         labels_N,
     )

@@ -18,6 +18,7 @@ from freshrec.config import Count, CountOrZero, Weight, check_options
 from freshrec.errors import OptionError
 from freshrec.learn.weights import Parametrization, Weights, copy_weights
 from freshrec.nn.embedding_table import embedding_tables
+from freshrec.random_streams import global_stream
 from freshrec.types import TrainedModel
 
 CHUNK_ROWS = 4096  # mapped at once where a whole table is
@@ -183,8 +184,7 @@ class Transfer(nn.Module):
     def __init__(self, spec: TransferSpec, width: int, names: Iterable[str], seed: int) -> None:
         super().__init__()
         self.width, self.moments = width, dict[str, Tensor]()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with global_stream(seed, "transfer network"):
             self.towers = nn.ModuleDict({_module_name(name): spec.build_tower(width) for name in names})
 
     @staticmethod
@@ -225,7 +225,7 @@ def adaptation_parametrization(transfer: Transfer, before: Weights) -> Parametri
 
 
 def transfer_parametrization(transfer: Transfer, before: Weights, rows: str = "all") -> Parametrization:
-    """What step 2 sees: f_Theta(W_{t-1}, w^) with w^ standing still; rows="touched" as in `transferred`."""
+    """What step 2 sees: f_Theta(W_{t-1}, w^) with w^ standing still; rows="touched" as in `transfer_weights`."""
 
     def view(name: str, ids: Tensor | None, now: Tensor) -> Tensor:
         old = before[name] if ids is None else before[name].index_select(0, ids)

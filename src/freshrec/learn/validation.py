@@ -51,5 +51,5 @@ def _target_ranks(model: TrainedModel, targets: Targets, stored_interests: Store
     """(N,) the rank of each target among all items, in no order."""
     batches = query_batches(mask_held_out(targets), model.spec.length, stored_interests)
     return torch.cat(
-        [torch.zeros(0), *(target_ranks(model, batch, targets.items_N[which]) for which, batch in batches)]
+        [torch.zeros(0), *(target_ranks(model, batch, targets.items_N[index]) for index, batch in batches)]
     )

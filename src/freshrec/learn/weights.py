@@ -11,14 +11,13 @@ from torch.func import functional_call
 from freshrec.nn.embedding_table import embedding_tables, set_categories
 from freshrec.types import Batch, Forward, TrainedModel
 
-Parametrization = Callable[
-    [str, Tensor | None, Tensor], Tensor
-]  # (name, ids, weights) -> what the forward pass sees instead
+# (name, ids, weights) -> what the forward pass sees instead
+Parametrization = Callable[[str, Tensor | None, Tensor], Tensor]
 Weights = dict[str, Tensor]  # by name: tables (rows, D), padding first, and dense weights
 
 
 def grow_model(model: TrainedModel, n_users: int, n_items: int, categories_I: Tensor | None) -> None:
-    """Room for new users and items, whose categories (from item 0; 0: none) a model that looks at them is told."""
+    """Make room for new users and items; set the items' categories (from item 0; 0: none) in models that use them."""
     model.grow(n_users, n_items)
     for table in embedding_tables(model).values():
         set_categories(table, categories_I)
@@ -58,17 +57,17 @@ def snapshot(model: TrainedModel) -> Callable[[], None]:
 def apply_parametrization(
     model: TrainedModel, parametrization: Parametrization | None
 ) -> Iterator[Callable[[Batch], Forward]]:
-    """The model's forward pass with `view(name, ids, weights)` in place of the weights.
+    """The model's forward pass with `parametrization(name, ids, weights)` in place of the weights.
 
     For a table: (N,) the ids of a batch, each once, and their (N, D) rows. For a dense weight: no ids, and all of it.
-    Gradients flow through the view; one that is to leave the model's own weights alone detaches them.
+    Gradients flow through the function; one that is to leave the model's own weights alone detaches them.
     """
     if parametrization is None:
         yield model
         return
     assert isinstance(model, nn.Module)
     tables = embedding_tables(model)
-    previous = [table.parametrization for table in tables.values()]  # one view may be taken while another is on
+    previous = [table.parametrization for table in tables.values()]  # one may be applied while another is
     for name, table in tables.items():
         table.parametrization = partial(parametrization, name)
 

@@ -23,7 +23,7 @@ from freshrec.models.session_knn import S_SKNN, SKNN, STAN, V_SKNN
 from freshrec.models.stamp import STAMPSpec
 from freshrec.models.user_knn import UserKNNSpec
 from freshrec.types import ModelSpec
-from freshrec.user_modules import Form
+from freshrec.user_modules import Interface
 
 CONTROLS: dict[str, ModelSpec] = {
     "popularity": PopularitySpec(),
@@ -69,4 +69,4 @@ MODELS: dict[str, ModelSpec] = COUNTING_MODELS | {
 
 def find_model(text: str) -> ModelSpec:
     """The spec that "comirec-dr" or "comirec-dr:k=1:attention=soft" names; OptionError for what does not exist."""
-    return find_instance("model", text, MODELS, Form(ModelSpec, "build(seed)"))
+    return find_instance("model", text, MODELS, Interface(ModelSpec, "build(seed)"))

@@ -17,6 +17,7 @@ from freshrec.errors import OptionError
 from freshrec.nn.embedding_table import EmbeddingTable, embed
 from freshrec.nn.full_softmax import full_softmax_loss
 from freshrec.nn.layers import bce_loss, sampled_logits, sampled_softmax_loss
+from freshrec.random_streams import global_stream, stream_seed
 from freshrec.types import Batch, Forward
 
 
@@ -61,11 +62,10 @@ class Caser(nn.Module):
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
         width = spec.d * (2 if spec.personal else 1) + 1
-        self.taken = EmbeddingTable(spec.d, spec.std, seed, spec.categories)
-        self.items = EmbeddingTable(width, spec.std, seed + 1, spec.categories)
-        self.users = EmbeddingTable(spec.d, spec.std, seed + 2) if spec.personal else None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        self.taken = EmbeddingTable(spec.d, spec.std, stream_seed(seed, "taken"), spec.categories)
+        self.items = EmbeddingTable(width, spec.std, stream_seed(seed, "items"), spec.categories)
+        self.users = EmbeddingTable(spec.d, spec.std, stream_seed(seed, "users")) if spec.personal else None
+        with global_stream(seed, "dense weights"):
             self.vertical = nn.Linear(spec.length, spec.vertical) if spec.vertical else None
             heights = range(1, spec.length + 1) if spec.horizontal else ()
             self.horizontal = nn.ModuleList(nn.Linear(height * spec.d, spec.horizontal) for height in heights)
@@ -92,12 +92,12 @@ class Caser(nn.Module):
             rows_RD = self.items.lookup_all()
             loss = full_softmax_loss(user_BD, rows_RD, target_B) + self._weight_decay_loss(history_BTD, own_BD, rows_RD)
             return Forward(loss, user_BD[:, None], rows_RD=rows_RD)
-        pulled_ND = self.items.lookup(torch.cat([target_B, negative_N]))
-        target_BD, negative_ND = pulled_ND.split([len(target_B), len(negative_N)])
+        candidates_ND = self.items.lookup(torch.cat([target_B, negative_N]))
+        target_BD, negative_ND = candidates_ND.split([len(target_B), len(negative_N)])
         logits_BN = sampled_logits(user_BD, target_BD, negative_ND, target_B, negative_N)
         loss = sampled_softmax_loss(logits_BN) if self.spec.loss == "sampled" else bce_loss(logits_BN)
         return Forward(
-            loss + self._weight_decay_loss(history_BTD, own_BD, pulled_ND), user_BD[:, None], target_BD, logits_BN
+            loss + self._weight_decay_loss(history_BTD, own_BD, candidates_ND), user_BD[:, None], target_BD, logits_BN
         )
 
     def _image(self, history_BT: Tensor) -> Tensor:
@@ -116,12 +116,12 @@ class Caser(nn.Module):
         if self.vertical is not None:
             filter_outputs.append(self.vertical(image_BTD.transpose(1, 2)).flatten(1))
         features = F.dropout(torch.cat(filter_outputs, 1), self.spec.dropout, self.training)
-        read_BD = F.relu(self.join(features))
+        convolved_BD = F.relu(self.join(features))
         own = [] if own_BD is None else [own_BD]
-        return torch.cat([read_BD, *own, torch.ones(len(image_BT), 1)], 1)
+        return torch.cat([convolved_BD, *own, torch.ones(len(image_BT), 1)], 1)
 
     def _weight_decay_loss(self, *parts: Tensor | None) -> Tensor:
-        """decay / 2 sum w^2, over the dense weights and the rows of the batch, as often as they are in it."""
+        """weight_decay / 2 sum w^2, over the dense weights and the rows of the batch, as often as they are in it."""
         weights = [*self.parameters(), *(part for part in parts if part is not None)]
         return self.spec.weight_decay / 2 * torch.stack([(weight * weight).sum() for weight in weights]).sum()
 

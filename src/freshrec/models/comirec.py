@@ -1,4 +1,4 @@
-"""ComiRec as IMSR restates it: dynamic routing (DR) or self-attention (SA), hard label attention (see interests.py).
+"""ComiRec as IMSR restates it: dynamic routing (DR) or self-attention (SA), hard attention (see multi_interest.py).
 
 Differs from ComiRec: one transform for all positions and interests, because the number of interests varies by user.
 """

@@ -14,6 +14,7 @@ from freshrec.config import Count, CountOrZero, Positive, check_options
 from freshrec.errors import OptionError
 from freshrec.nn.embedding_table import EmbeddingTable
 from freshrec.nn.layers import labelled_candidates
+from freshrec.random_streams import global_stream, stream_seed
 from freshrec.types import Batch, Forward
 
 
@@ -47,13 +48,13 @@ class EmbeddingMLP(nn.Module):
         super().__init__()
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
-        self.users, self.items = EmbeddingTable(spec.d, spec.std, seed), EmbeddingTable(spec.d, spec.std, seed + 1)
-        self.categories = EmbeddingTable(spec.d, spec.std, seed + 2) if spec.categories else None
+        self.users = EmbeddingTable(spec.d, spec.std, stream_seed(seed, "users"))
+        self.items = EmbeddingTable(spec.d, spec.std, stream_seed(seed, "items"))
+        self.categories = EmbeddingTable(spec.d, spec.std, stream_seed(seed, "categories")) if spec.categories else None
         if self.categories is not None:
             self.categories.grow(spec.categories)
         item_width = spec.d * (2 if spec.categories else 1)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with global_stream(seed, "dense weights"):
             self.first = nn.Linear(spec.d + 2 * item_width, spec.hidden)
             self.second = nn.Linear(spec.hidden, max(1, spec.hidden // 2))
             self.last = nn.Linear(max(1, spec.hidden // 2), 1)
@@ -84,7 +85,7 @@ class EmbeddingMLP(nn.Module):
     def _item_categories(self, batch: Batch, items: Tensor) -> Tensor:
         """The category of each item, 0 where it has none."""
         if batch.categories_I is None:
-            raise OptionError("embedding-mlp was told of categories, and the log has none; leave categories at 0.")
+            raise OptionError("the log has no categories; set embedding-mlp's option categories to 0.")
         categories = batch.categories_I[items].long()
         if int(categories.max()) > self.spec.categories:
             n = int(batch.categories_I.max())

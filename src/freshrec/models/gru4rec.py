@@ -19,6 +19,7 @@ from freshrec.config import HISTORY_LENGTH, Count, CountOrZero, Positive, Rate, 
 from freshrec.errors import OptionError
 from freshrec.nn.embedding_table import EmbeddingTable, embedding_matrix, lookup_many
 from freshrec.nn.layers import MASKED, sampled_logits, sampled_softmax_loss
+from freshrec.random_streams import global_stream, stream_seed
 from freshrec.types import Batch, Forward, SessionLanes
 
 Loss = Literal["xe", "bpr", "top1", "bpr-max", "top1-max"]
@@ -26,8 +27,9 @@ Loss = Literal["xe", "bpr", "top1", "bpr-max", "top1-max"]
 
 @dataclass(frozen=True)
 class GRU4RecSpec:
-    """Options of GRU4Rec. The authors' for DIGINETICA: d=512, drop_in=0.5, drop_out=0.3, negatives=2048, others=127,
-    alpha=0.3, loss="bpr-max", bpreg=0.9; for YOOCHOOSE: d=480, drop_out=0.2, others=47, alpha=0.2, logq=1, loss="xe".
+    """Options of GRU4Rec. The authors' for DIGINETICA: d=512, drop_in=0.5, drop_out=0.3, negatives=2048,
+    batch_negatives=127, alpha=0.3, loss="bpr-max", bpreg=0.9; for YOOCHOOSE: d=480, drop_out=0.2, batch_negatives=47,
+    alpha=0.2, logq=1, loss="xe".
     """
 
     d: Count = 64  # of an item's vector
@@ -36,9 +38,8 @@ class GRU4RecSpec:
     embeddings: Literal["constrained", "separate"] = "constrained"  # one vector an item; or another as input
     drop_in: Rate = 0.2  # of the input vectors
     drop_out: Rate = 0.2  # of each layer's output
-    steps: Literal["windows", "session-parallel"] = (
-        "windows"  # "session-parallel": one event of as many sessions, as in the authors' code
-    )
+    # "session-parallel": one event of each of several sessions a step, as in the authors' code
+    steps: Literal["windows", "session-parallel"] = "windows"
     bptt: Literal["all", "one"] = "all"  # steps that the gradient goes back, in windows
     length: Count = HISTORY_LENGTH
     lr: Positive = 0.006
@@ -128,7 +129,7 @@ def popularity_distribution(counts_I: Tensor, alpha: float) -> Tensor:
 
 
 def smoothed_popularity(counts_I: Tensor, alpha: float) -> Tensor:
-    """(I,) `popularity` of the items 1, 2, ...; one is added to all counts, so that one not met so far may be drawn."""
+    """(I,) `popularity_distribution` of the items 1, 2, ...; one is added to all counts, so that any may be drawn."""
     return popularity_distribution(counts_I[1:] + 1, alpha)
 
 
@@ -148,14 +149,13 @@ class GRU4Rec(nn.Module):
         self.batch_format = "window" if spec.steps == "windows" else "session-parallel"
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
-        self.items = EmbeddingTable(spec.d, spec.std, seed, spec.categories)
-        self.taken = (
-            EmbeddingTable(spec.d, spec.std, seed + 1, spec.categories) if spec.embeddings == "separate" else None
-        )
+        self.items = EmbeddingTable(spec.d, spec.std, stream_seed(seed, "items"), spec.categories)
+        self.taken: EmbeddingTable | None = None  # vectors of items as input, where they are not those of the output
+        if spec.embeddings == "separate":
+            self.taken = EmbeddingTable(spec.d, spec.std, stream_seed(seed, "taken"), spec.categories)
         self.register_buffer("counts_I", torch.zeros(1, dtype=torch.int64))
         hidden = spec.hidden or spec.d
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with global_stream(seed, "dense weights"):
             sizes = [spec.d] + [hidden] * spec.layers
             self.layers = nn.ModuleList(nn.GRU(n, m, batch_first=True) for n, m in zip(sizes, sizes[1:]))
             self.last = nn.Linear(hidden, spec.d) if hidden != spec.d else None
@@ -181,9 +181,8 @@ class GRU4Rec(nn.Module):
         target_B = batch.targets_BT[is_target_BT]
         if self.training:
             self.counts_I += torch.bincount(target_B, minlength=len(self.counts_I))
-        batch_negative_N = target_B[
-            torch.linspace(0, len(target_B) - 1, min(self.spec.batch_negatives, len(target_B))).long()
-        ]
+        n_batch_negatives = min(self.spec.batch_negatives, len(target_B))
+        batch_negative_N = target_B[torch.linspace(0, len(target_B) - 1, n_batch_negatives).long()]
         negative_N = torch.cat([self._sample_negatives(batch.negatives_N), batch_negative_N])
         if self.taken is None:
             history_BTD, target_BD, negative_ND = lookup_many(self.items, batch.history_BT, target_B, negative_N)
@@ -197,7 +196,7 @@ class GRU4Rec(nn.Module):
             user_BD, states = read_next(self, history_BTD[:, 0], batch.lanes)
         logits_BN = sampled_logits(user_BD, target_BD, negative_ND, target_B, negative_N)
         if self.spec.logq:
-            log_BN = self._log_probabilities(target_B, negative_N, len(batch_negative_N))
+            log_BN = self._log_probabilities(target_B, negative_N, n_batch_negatives)
             loss = sampled_softmax_loss(logits_BN - log_BN)
         else:
             loss = ranking_loss(self.spec, logits_BN, target_B[:, None] != negative_N)
@@ -209,16 +208,13 @@ class GRU4Rec(nn.Module):
             return uniform_N
         n = len(uniform_N)
         offset_N = torch.rand(n, dtype=torch.float64) if self.training else torch.tensor(0.5)
-        return 1 + sample_by_quantile(
-            smoothed_popularity(self.counts_I, self.spec.alpha), (torch.arange(n) + offset_N) / n
-        )
+        probability_I = smoothed_popularity(self.counts_I, self.spec.alpha)
+        return 1 + sample_by_quantile(probability_I, (torch.arange(n) + offset_N) / n)
 
     def _log_probabilities(self, target_B: Tensor, negative_N: Tensor, n_batch_negatives: int) -> Tensor:
         """(B, 1 + N) logq ln P: by popularity of targets, own ones too; to the power alpha of those drawn."""
-        target_log_I, sampled_log_I = (
-            smoothed_popularity(self.counts_I, 1.0).log(),
-            smoothed_popularity(self.counts_I, self.spec.alpha).log(),
-        )
+        target_log_I = smoothed_popularity(self.counts_I, 1.0).log()
+        sampled_log_I = smoothed_popularity(self.counts_I, self.spec.alpha).log()
         sampled_N, targets_N = negative_N.split([len(negative_N) - n_batch_negatives, n_batch_negatives])
         log_N = torch.cat([sampled_log_I[sampled_N - 1], target_log_I[targets_N - 1]])
         log_BN = torch.cat([target_log_I[target_B - 1, None], log_N.expand(len(target_B), -1)], 1)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from freshrec.config import Count, CountOrZero, Positive, Rate, check_options
 from freshrec.nn.embedding_table import EmbeddingTable, grow_with_zeros, lookup_many
 from freshrec.nn.layers import attend, has_vector, sampled_logits, sampled_softmax_loss
+from freshrec.random_streams import global_stream, stream_seed
 from freshrec.types import Batch, Forward
 
 EPS = 1e-9  # keeps 0 / 0, of a history without items, at 0
@@ -89,9 +90,8 @@ class LimaRec(nn.Module):
         super().__init__()
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
-        self.items = EmbeddingTable(spec.d, spec.std, seed, spec.categories)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        self.items = EmbeddingTable(spec.d, spec.std, stream_seed(seed, "items"), spec.categories)
+        with global_stream(seed, "dense weights"):
             self.layer = LinearAttentionLayer(spec.k, spec.d)
 
     def grow(self, n_users: int, n_items: int) -> None:
@@ -113,7 +113,7 @@ class LimaRec(nn.Module):
         return Forward(sampled_softmax_loss(logits_BN), vectors_BKD, target_BD, logits_BN)
 
     def _decay_weights(self, event_number_BP: Tensor, real_BT: Tensor) -> Tensor:
-        """(B, P, T): (1 - fading)^(events since) of each item, for places that are the n-th event of their user."""
+        """(B, P, T): (1 - decay)^(events since) of each item, for places that are the n-th event of their user."""
         age_BPT = event_number_BP[:, :, None] - real_BT.cumsum(1)[:, None]
         weights_BPT: Tensor = (1 - self.spec.decay) ** age_BPT.clamp(min=0)
         return weights_BPT * real_BT[:, None]

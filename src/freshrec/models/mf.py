@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from freshrec.config import HISTORY_LENGTH, Count, CountOrZero, Positive, check_options
 from freshrec.nn.embedding_table import EmbeddingTable, lookup_many
 from freshrec.nn.layers import sampled_logits, sampled_softmax_loss
+from freshrec.random_streams import stream_seed
 from freshrec.types import Batch, Forward
 
 
@@ -40,8 +41,8 @@ class MF(nn.Module):
         super().__init__()
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
-        self.users = EmbeddingTable(spec.d, spec.std, seed)
-        self.items = EmbeddingTable(spec.d, spec.std, seed + 1, spec.categories)
+        self.users = EmbeddingTable(spec.d, spec.std, stream_seed(seed, "users"))
+        self.items = EmbeddingTable(spec.d, spec.std, stream_seed(seed, "items"), spec.categories)
 
     def grow(self, n_users: int, n_items: int) -> None:
         """Make room for new users and items."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from freshrec.config import Count, Positive, check_options
 from freshrec.nn.embedding_table import EmbeddingTable
 from freshrec.nn.layers import labelled_candidates
+from freshrec.random_streams import stream_seed
 from freshrec.types import Batch, Forward
 
 
@@ -43,10 +44,8 @@ class BiasedMF(nn.Module):
         super().__init__()
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
-        self.users, self.items = (
-            EmbeddingTable(spec.d + 1, spec.std, seed),
-            EmbeddingTable(spec.d + 1, spec.std, seed + 1),
-        )
+        self.users = EmbeddingTable(spec.d + 1, spec.std, stream_seed(seed, "users"))
+        self.items = EmbeddingTable(spec.d + 1, spec.std, stream_seed(seed, "items"))
 
     def grow(self, n_users: int, n_items: int) -> None:
         """Make room for new users and items, without inclinations."""

@@ -21,13 +21,11 @@ from torch import Tensor, nn
 from freshrec.config import Count, CountOrZero, Positive, Weight, check_options
 from freshrec.nn.embedding_table import EmbeddingTable, grow_with_zeros, lookup_many
 from freshrec.nn.layers import attend, has_vector, sampled_logits, sampled_softmax_loss
+from freshrec.random_streams import global_stream, stream_seed
 from freshrec.types import Batch, Forward
 
-CLIP, SHARPNESS, USAGE_SCALE = (
-    20.0,
-    2.0,
-    400.0,
-)  # constants of the authors' code: bound, sharpness, and a slot that is used much
+# Constants of the authors' code: bound of the heads' outputs, sharpness, and the use of a slot that is used much
+CLIP, SHARPNESS, USAGE_SCALE = 20.0, 2.0, 400.0
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def gru_step(by_input_BG: Tensor, by_state_BG: Tensor, state_BC: Tensor) -> Tens
 
 
 def address_slots(query_BHM: Tensor, sharpness_BH: Tensor, keys_KM: Tensor, slots_BKM: Tensor) -> Tensor:
-    """(B, H, K) ln w, w_j the softmax of sharpness (cos(wanted, key_j) + cos(wanted, slot_j)) / 2; keys of length 1."""
+    """(B, H, K) ln w, w_j the softmax of sharpness (cos(query, key_j) + cos(query, slot_j)) / 2; keys of length 1."""
     both_BKM = F.normalize(slots_BKM, dim=2) + keys_KM
     cosines_BHK = torch.bmm(F.normalize(query_BHM, dim=2), both_BKM.transpose(1, 2))
     return F.log_softmax(sharpness_BH[..., None] / 2 * cosines_BHK, 2)
@@ -107,12 +105,8 @@ class MemoryCell(nn.Module):
         self.by_item, self.by_state = nn.Linear(spec.d, n_gates), nn.Linear(spec.units, n_gates)
         self.by_read = nn.Linear(spec.slot, n_gates, bias=False)
         n_used, n_moves = (spec.k, 3) if self.balances_usage else (0, 0)
-        self.sizes = [
-            3 * spec.slot,
-            spec.slot,
-            3 if self.balances_usage else 2,
-            n_moves,
-        ]  # tanh, sigmoid, softplus, softmax
+        n_sharpness = 3 if self.balances_usage else 2
+        self.sizes = [3 * spec.slot, spec.slot, n_sharpness, n_moves]  # of tanh, sigmoid, softplus, softmax
         self.heads = nn.Linear(spec.units + n_used, sum(self.sizes))
         nn.init.trunc_normal_(self.heads.weight, std=spec.units**-0.5)
         nn.init.zeros_(self.heads.bias)
@@ -144,9 +138,9 @@ class MemoryCell(nn.Module):
         controller_BC = gru_step(
             gates_BG + self.by_read(old.read_BM), self.by_state(old.controller_BC), old.controller_BC
         )
-        head_inputs = (
-            torch.cat([controller_BC, old.usage_BK.detach() / USAGE_SCALE], 1) if self.balances_usage else controller_BC
-        )
+        head_inputs = controller_BC
+        if self.balances_usage:
+            head_inputs = torch.cat([controller_BC, old.usage_BK.detach() / USAGE_SCALE], 1)
         tanh, sigmoid, softplus, softmax = self.heads(head_inputs).clamp(-CLIP, CLIP).split(self.sizes, 1)
         query_BHM, add_BM = torch.tanh(tanh).unflatten(1, (3, -1)).split([2, 1], 1)
         sharpness_BH = SHARPNESS * (F.softplus(softplus) + 1)
@@ -172,9 +166,8 @@ class MIMN(nn.Module):
         super().__init__()
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
-        self.items = EmbeddingTable(spec.d, spec.std, seed, spec.categories)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        self.items = EmbeddingTable(spec.d, spec.std, stream_seed(seed, "items"), spec.categories)
+        with global_stream(seed, "dense weights"):
             self.cell = MemoryCell(spec)
             self.project = nn.Linear(spec.slot, spec.d)
 

@@ -1,4 +1,4 @@
-"""MIND as IMSR restates it: shared transform, noisy routing, soft label attention with a power (see interests.py).
+"""MIND as IMSR restates it: shared transform, noisy routing, soft label attention with a power (see multi_interest.py).
 
 Differs from ComiRec-DR by the noise in the routing logits while training, and by the soft attention.
 """

@@ -15,6 +15,7 @@ from freshrec.device import normal
 from freshrec.errors import OptionError
 from freshrec.nn.embedding_table import EmbeddingTable, lookup_many
 from freshrec.nn.layers import MASKED, attend, sampled_logits, sampled_softmax_loss, squash
+from freshrec.random_streams import stream, stream_seed
 from freshrec.types import Batch, Forward
 
 
@@ -54,7 +55,7 @@ class InterestSpec:
 
 @dataclass(frozen=True)
 class InitialInterests:
-    """Where extraction starts from: a user's stored interests, or the slots."""
+    """Where extraction starts from: a user's stored interests, or the initial ones."""
 
     vectors_BKD: Tensor
     alive_BK: Tensor | None  # None: all of them
@@ -64,9 +65,8 @@ class InitialInterests:
 class InterestExtractor(Protocol):
     """Items to interests."""
 
-    has_ordered_interests: (
-        bool  # the k-th interest is the k-th of something learnt, so that only the last ones may be dropped
-    )
+    # whether the k-th interest is the k-th of something learnt, so that only the last ones may be dropped
+    has_ordered_interests: bool
 
     def __call__(self, items_BTD: Tensor, real_BT1: Tensor, start: InitialInterests) -> Tensor:
         """(B, K, D) interests of `items_BTD`; padding is where `real_BT1` is 0."""
@@ -101,9 +101,9 @@ class DynamicRouting(nn.Module):
             votes_BKT = torch.bmm(start.vectors_BKD @ W, items_BTD.transpose(1, 2))
             if self.noise and self.training:
                 noise_BKT = self.noise * torch.randn_like(votes_BKT)
-                votes_BKT += (
-                    noise_BKT if start.is_newcomer_B is None else noise_BKT * start.is_newcomer_B[:, None, None]
-                )
+                if start.is_newcomer_B is not None:
+                    noise_BKT = noise_BKT * start.is_newcomer_B[:, None, None]
+                votes_BKT += noise_BKT
             if start.alive_BK is not None:
                 votes_BKT.masked_fill_(~start.alive_BK[..., None], MASKED)
             for i in range(self.iterations):
@@ -148,15 +148,15 @@ class InterestNet(nn.Module):
         super().__init__()
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
-        rng = torch.Generator().manual_seed(seed)
-        self.items = EmbeddingTable(spec.d, spec.std, seed, spec.categories)
+        self.items = EmbeddingTable(spec.d, spec.std, stream_seed(seed, "items"), spec.categories)
         self.extract: nn.Module
         if spec.extractor == "routing":
             self.extract = DynamicRouting(spec.d, spec.iterations, spec.noise, spec.recency)
         else:
+            rng = stream(seed, "self-attention")
             self.extract = SelfAttention(spec.d, spec.inner * spec.d, spec.k_max, spec.length, rng)
         # random directions of norm below 1: with norm sqrt(d), new interests would grab every item
-        self.register_buffer("starts_KD", squash(normal((spec.k_max, spec.d), rng)))
+        self.register_buffer("starts_KD", squash(normal((spec.k_max, spec.d), stream(seed, "initial interests"))))
 
     starts_KD: Tensor
 

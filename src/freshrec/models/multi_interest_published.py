@@ -1,9 +1,9 @@
 """MIND and ComiRec as their own papers and code have them: interests are read from the history, and none is kept.
 
-interests.py has the same models as IMSR restates them. Here the number of interests is fixed, so that each may have
-transforms of its own. Sources: Li and others, Multi-Interest Network with Dynamic Routing (CIKM 2019), without its user
-profile, which a log does not have; Cen and others, Controllable Multi-Interest Framework (KDD 2020), with their code,
-which has MIND too.
+multi_interest.py has the same models as IMSR restates them. Here the number of interests is fixed, so that each may
+have transforms of its own. Sources: Li and others, Multi-Interest Network with Dynamic Routing (CIKM 2019), without its
+user profile, which a log does not have; Cen and others, Controllable Multi-Interest Framework (KDD 2020), with their
+code, which has MIND too.
 
 Symbols of the papers: e_n -> items_BTD, e^_n and e^_kn -> sent_BGTD, S and W_nk -> transform_TKDD, b_kn -> votes_BKT,
 c_kn -> share_BKT, h_k -> vectors_BKD. K = G A: an item is sent G times, each time to A of the interests: once to all
@@ -20,6 +20,7 @@ from freshrec.config import HISTORY_LENGTH, Count, CountOrZero, Positive, Weight
 from freshrec.errors import OptionError
 from freshrec.nn.embedding_table import EmbeddingTable, lookup_many
 from freshrec.nn.layers import MASKED, attend, sampled_logits, sampled_softmax_loss, squash
+from freshrec.random_streams import global_stream, stream_seed
 from freshrec.types import Batch, Forward
 
 HARD_POWER = 100.0  # from this power on, label attention takes the closest interest alone
@@ -30,7 +31,7 @@ class PublishedInterestSpec:
     """Options of the original MIND, ComiRec-DR and ComiRec-SA.
 
     d, k, iterations, inner, and length and batch (Taobao's) are those of ComiRec's code. Differs from it: `lr`, `std`
-    and `negatives` are the house's (its Adam at 0.001, with 10 negatives a row, runs for up to a million steps), and
+    and `negatives` are this library's (its Adam at 0.001, with 10 negatives a row, runs for up to a million steps), and
     negatives are uniform, where its log-uniform ones by popularity are corrected by how often they are drawn. Its
     MIND attends hard and has a ReLU: power=100:relu=true.
     """
@@ -109,8 +110,8 @@ class CapsuleRouting(nn.Module):
         super().__init__()
         self.iterations, self.noise = spec.iterations, spec.noise
         n_places = spec.length if spec.transform == "position" else 1
-        n_apart = 1 if spec.transform == "shared" else spec.k
-        start_TKDD = torch.randn(n_places, n_apart, spec.d, spec.d) * (spec.gain / spec.d**0.5)
+        n_transforms = 1 if spec.transform == "shared" else spec.k
+        start_TKDD = torch.randn(n_places, n_transforms, spec.d, spec.d) * (spec.gain / spec.d**0.5)
         self.transform_TKDD = nn.Parameter(start_TKDD)
         self.register_buffer("logits_KT", _fill_truncated_normal(torch.empty(spec.k, spec.length)))
         self.above = nn.Linear(spec.d, spec.d) if spec.relu else None
@@ -181,9 +182,8 @@ class PublishedInterestNet(nn.Module):
         super().__init__()
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
-        self.items = EmbeddingTable(spec.d, spec.std, seed, spec.categories)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        self.items = EmbeddingTable(spec.d, spec.std, stream_seed(seed, "items"), spec.categories)
+        with global_stream(seed, "dense weights"):
             self.extract: nn.Module = (
                 CapsuleRouting(spec) if spec.extractor == "routing" else PublishedSelfAttention(spec)
             )

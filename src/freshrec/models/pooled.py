@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from freshrec.config import HISTORY_LENGTH, Count, CountOrZero, Positive, check_options
 from freshrec.nn.embedding_table import EmbeddingTable, embed, lookup_many
 from freshrec.nn.layers import sampled_logits, sampled_softmax_loss
+from freshrec.random_streams import stream_seed
 from freshrec.types import Batch, Forward
 
 
@@ -44,8 +45,8 @@ class Pooled(nn.Module):
         super().__init__()
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
-        self.taken = EmbeddingTable(spec.d, spec.std, seed, spec.categories)
-        self.items = EmbeddingTable(spec.d, spec.std, seed + 1, spec.categories)
+        self.taken = EmbeddingTable(spec.d, spec.std, stream_seed(seed, "taken"), spec.categories)
+        self.items = EmbeddingTable(spec.d, spec.std, stream_seed(seed, "items"), spec.categories)
         self.fading = nn.Parameter(torch.tensor(-0.5))  # before softplus
 
     def grow(self, n_users: int, n_items: int) -> None:
@@ -80,9 +81,8 @@ class Pooled(nn.Module):
         if batch.history_BT.shape[1] == 0:
             return torch.zeros(len(batch), 1, self.spec.d)
         with torch.no_grad():
-            weight_BT = self._decay_weights(torch.arange(batch.history_BT.shape[1] - 1, -1, -1)) * (
-                batch.history_BT > 0
-            )
+            age_T = torch.arange(batch.history_BT.shape[1] - 1, -1, -1)
+            weight_BT = self._decay_weights(age_T) * (batch.history_BT > 0)
             weight_BT /= weight_BT.sum(1, keepdim=True).clamp_(min=1e-9)
             return weight_BT[:, None] @ embed(self.taken, batch.history_BT)
 

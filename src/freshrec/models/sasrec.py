@@ -18,6 +18,7 @@ from freshrec.errors import OptionError
 from freshrec.nn.embedding_table import EmbeddingTable, lookup_many
 from freshrec.nn.full_softmax import full_softmax_loss
 from freshrec.nn.layers import bce_loss, sampled_logits, sampled_softmax_loss
+from freshrec.random_streams import global_stream, stream_seed
 from freshrec.types import Batch, Forward
 
 
@@ -83,9 +84,8 @@ class SASRec(nn.Module):
         self.batch_format = "window" if spec.predict == "each" else "target"
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
-        self.items = EmbeddingTable(spec.d, spec.std, seed, spec.categories)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        self.items = EmbeddingTable(spec.d, spec.std, stream_seed(seed, "items"), spec.categories)
+        with global_stream(seed, "dense weights"):
             self.positions_TD = nn.Parameter(torch.empty(spec.length, spec.d))
             nn.init.xavier_uniform_(self.positions_TD)
             self.blocks = nn.ModuleList(TransformerBlock(spec) for _ in range(spec.blocks))

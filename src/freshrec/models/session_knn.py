@@ -104,10 +104,7 @@ class SessionKNN:
         owner_R = np.append(self._event_users(), users_E)
         order_R = np.argsort(owner_R, kind="stable")  # each user's old events, then the new ones
         self._store_recent(owner_R[order_R], np.append(self.items_R, events.items_E.numpy().astype(np.int32))[order_R])
-        last_time_U, last_block_U = (
-            self.last_time_U.copy(),
-            self.last_block_U.copy(),
-        )  # what was copied from this model keeps its own
+        last_time_U, last_block_U = self.last_time_U.copy(), self.last_block_U.copy()  # copies of the model share these
         np.maximum.at(last_time_U, users_E, events.times_E.numpy())
         last_block_U[users_E] = last_block_U.max() + 1
         self.last_time_U, self.last_block_U = last_time_U, last_block_U
@@ -153,9 +150,8 @@ class SessionKNN:
     def _build_index(self) -> SessionIndex:
         n_U, oldest = np.diff(self.offsets_U), self.last_block_U.max() - self.spec.last_n if self.spec.last_n else 0
         user_S = np.flatnonzero((n_U > 0) & (self.last_block_U > oldest))
-        user_S = user_S[np.argsort(self.last_time_U[user_S], kind="stable")][
-            ::-1
-        ]  # of equal times, the later row first
+        order_S = np.argsort(self.last_time_U[user_S], kind="stable")[::-1]  # of equal times, the later row first
+        user_S = user_S[order_S]
         session_U = np.full(len(n_U), len(user_S), dtype=np.int64)
         session_U[user_S] = np.arange(len(user_S))
         owner_R = self._event_users()
@@ -164,9 +160,9 @@ class SessionKNN:
         owner_E, items_E = owner_R[last_E], self.items_R[last_E].astype(np.int64)
         offsets_S = np.append(0, np.cumsum(np.bincount(session_U[owner_E], minlength=len(user_S))))
         positions_E = last_E - self.offsets_U[owner_E]
-        time_S = (
-            self.last_time_U[user_S] / DAY if self.spec.ages == "days" else self.last_block_U[user_S].astype(np.float64)
-        )
+        time_S = self.last_block_U[user_S].astype(np.float64)
+        if self.spec.ages == "days":
+            time_S = self.last_time_U[user_S] / DAY
         return build_session_index(user_S, time_S, offsets_S, items_E, positions_E, self.n_items, self.spec)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -328,10 +324,8 @@ def score_neighbours(query: SessionQuery, neighbours: Neighbours, index: Session
     items_F, positions_F = index.items_E[at_F], index.positions_E[at_F]
     query_positions_F = query.find_positions(np.repeat(neighbours.row_N, n_N), items_F, n_columns)
     latest_shared_N = np.maximum.reduceat(query_positions_F, first_N)  # where in the query the latest shared item is
-    score_F = (
-        np.repeat(neighbours.sim_N * neighbour_decay(latest_shared_N, query.n_events_B[neighbours.row_N], spec), n_N)
-        * index.idf_I[items_F]
-    )
+    decay_N = neighbour_decay(latest_shared_N, query.n_events_B[neighbours.row_N], spec)
+    score_F = np.repeat(neighbours.sim_N * decay_N, n_N) * index.idf_I[items_F]
     if spec.lambda3:
         latest_N = np.maximum.reduceat(np.where(query_positions_F > 0, positions_F, 0), first_N)  # and in the neighbour
         score_F *= np.exp(-np.abs(positions_F - np.repeat(latest_N, n_N)) / spec.lambda3)

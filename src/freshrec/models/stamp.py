@@ -17,6 +17,7 @@ from freshrec.config import HISTORY_LENGTH, Count, CountOrZero, Positive, check_
 from freshrec.nn.embedding_table import EmbeddingTable, lookup_many
 from freshrec.nn.full_softmax import full_softmax_loss
 from freshrec.nn.layers import sampled_logits, sampled_softmax_loss
+from freshrec.random_streams import global_stream, stream_seed
 from freshrec.types import Batch, Forward
 
 WEIGHT_STD = 0.05  # of the dense weights when they start, as in the authors' code
@@ -73,9 +74,8 @@ class STAMP(nn.Module):
         super().__init__()
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
-        self.items = EmbeddingTable(spec.d, spec.std, seed, spec.categories)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        self.items = EmbeddingTable(spec.d, spec.std, stream_seed(seed, "items"), spec.categories)
+        with global_stream(seed, "dense weights"):
             self.attention = Attention(spec.d) if spec.kind == "stamp" else None
             self.whole, self.last = nn.Linear(spec.d, spec.d), nn.Linear(spec.d, spec.d)
             for name, weight in self.named_parameters():

@@ -72,10 +72,7 @@ class UserKNN:
         users_E, items_E, length = events.users_E.numpy()[order], events.items_E.numpy()[order], self.spec.length
         starts_N = np.flatnonzero(np.diff(users_E, prepend=-1))
         users_N, n_N = users_E[starts_N], np.diff(starts_N, append=len(users_E))
-        recent_UT, last_block_U = (
-            self.recent_UT.copy(),
-            self.last_block_U.copy(),
-        )  # what was copied from this model keeps its own
+        recent_UT, last_block_U = self.recent_UT.copy(), self.last_block_U.copy()  # copies of the model share these
         is_known_N = last_block_U[users_N] > 0
         from_OT = np.minimum(n_N[is_known_N], length)[:, None] + np.arange(length)  # older events move to the left
         recent_OT = np.take_along_axis(recent_UT[users_N[is_known_N]], np.minimum(from_OT, length - 1), 1)

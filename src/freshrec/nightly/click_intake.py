@@ -11,7 +11,7 @@ import polars as pl
 
 from freshrec.data.log import Log
 from freshrec.nightly.job import NightlyJob, batches_of
-from freshrec.store import click_journal as journal
+from freshrec.store import click_journal
 from freshrec.store.dedup import EVENT_KEYS
 from freshrec.store.event_log import AppendResult
 from freshrec.store.versions import version_chain
@@ -24,12 +24,12 @@ def append_with_clicks(job: NightlyJob, log: Log | None, source: str) -> AppendR
     newer than all of the delivery waits for the next: learnt now, it would make most of that one's rows late. Somebody
     who dies between the batch and the journal leaves clicks that the log knows by their identity.
     """
-    files = journal.close_journal(job.store.folder)
+    files = click_journal.close_journal(job.store.folder)
     if log is not None and job.bundle.read_options.has_clock:
-        files = journal.defer_clicks(files, _is_later_click(log, files))
-    clicks = journal.clicks_to_frame([click for file in files for click in file.clicks]) if files else None
+        files = click_journal.defer_clicks(files, _is_later_click(log, files))
+    clicks = click_journal.clicks_to_frame([click for file in files for click in file.clicks]) if files else None
     if clicks is None or not len(clicks):
-        journal.mark_taken(files, None)
+        click_journal.mark_taken(files, None)
         return None if log is None else job.append_delivery(log, source)
     repeated = None
     if log is not None and (job.log.batches()["source"] == source).any():
@@ -42,16 +42,16 @@ def append_with_clicks(job: NightlyJob, log: Log | None, source: str) -> AppendR
     else:
         delivery = merge_clicks(log, clicks)
     result = job.append_delivery(delivery, source)
-    journal.mark_taken(files, result.batch or result.repeated_batch)
+    click_journal.mark_taken(files, result.batch or result.repeated_batch)
     return repeated if repeated is not None and not result.n_appended else result
 
 
 def count_waiting_clicks(job: NightlyJob) -> int:
     """How many clicks are in no batch of the log."""
-    return sum(len(file.clicks) for file in journal.read_journal(job.store.folder) if file.batch is None)
+    return sum(len(file.clicks) for file in click_journal.read_journal(job.store.folder) if file.batch is None)
 
 
-def _is_later_click(log: Log, files: list[journal.JournalFile]) -> Callable[[journal.Click], bool]:
+def _is_later_click(log: Log, files: list[click_journal.JournalFile]) -> Callable[[click_journal.Click], bool]:
     """Whether a click is newer than a log, and not a row of it."""
     newest: Any = log.frame["time"].max()
     rows = set[str]()
@@ -81,4 +81,4 @@ def merge_clicks(log: Log, clicks: pl.DataFrame) -> Log:
 
 def remove_learnt_clicks(job: NightlyJob) -> None:
     """Remove the clicks that the live version has learnt, or that it has passed over."""
-    journal.remove_learnt_files(job.store.folder, max(batches_of(version_chain(job.store)), default=0))
+    click_journal.remove_learnt_files(job.store.folder, max(batches_of(version_chain(job.store)), default=0))

@@ -1,4 +1,4 @@
-"""Facts of the rows that a day brought, by which the gate sees whether it is a day like others."""
+"""Statistics of a delivery, by which the gate sees whether it is a usual one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SECOND, HOUR = 1_000_000, 3_600_000_000  # microseconds
 
 @dataclass(frozen=True)
 class DeliveryStats:
-    """Facts of the rows that a day brought; shares are of its rows where nothing else is said. Fit for JSON."""
+    """Statistics of the rows of a delivery; shares are of its rows where nothing else is said. Fit for JSON."""
 
     n_rows: int
     n_users: int
@@ -47,11 +47,11 @@ def compute_delivery_stats(
     n_known: int,
     head_ids: pl.Series | None = None,
 ) -> DeliveryStats:
-    """The facts of a `Log.frame`, in time order, against what was known before it.
+    """The statistics of a `Log.frame`, in time order, against what was known before it.
 
-    `newest`: the largest time known. `doubled`, `known`: rows of the delivery that are not in `frame`, because they say
-    what another row of it, or one of an earlier delivery, says. `head`: ids of the items that had half of the attention
-    lately.
+    `newest_time`: the largest time known. `n_duplicates`, `n_known`: rows of the delivery that are not in `frame`,
+    because they repeat another row of it, or one of an earlier delivery. `head_ids`: the most popular items, which had
+    half of the recent events.
     """
     n_rows, n_users = len(frame), frame["user_id"].n_unique()
     n_delivered = max(1, n_rows + n_duplicates + n_known)
@@ -61,6 +61,9 @@ def compute_delivery_stats(
     has_times = has_clock and n_rows > 0
     newer_times = times.filter(times >= newest_time) if newest_time is not None else times
     seconds = frame.select("user_id", second=pl.col("time") // SECOND).unique()
+    share_head = None
+    if head_ids is not None and n_rows:
+        share_head = int(frame["item_id"].is_in(head_ids.implode()).sum()) / n_rows
     return DeliveryStats(
         n_rows=n_rows,
         n_users=n_users,
@@ -72,9 +75,7 @@ def compute_delivery_stats(
         share_top_item=_max_count(frame["item_id"]) / max(1, n_rows),
         share_doubled=n_duplicates / n_delivered,
         share_known=n_known / n_delivered,
-        share_head=None
-        if head_ids is None or not n_rows
-        else int(frame["item_id"].is_in(head_ids.implode()).sum()) / n_rows,
+        share_head=share_head,
         share_late=1 - len(newer_times) / n_rows if has_times and newest_time is not None else None,
         share_same_second=_max_count(seconds["second"]) / n_users if has_times else None,
         whole_days=bool((times % DAY == 0).all()) if has_times else None,

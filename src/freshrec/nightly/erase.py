@@ -47,12 +47,12 @@ def erase_user(job: NightlyJob, user_id: str) -> dict[str, Any]:
         if number not in readable or store.find_damage(number):
             delete_files(store, number)
             continue
-        contents = read_bundle(store.verified_files(number))
-        row = int(contents.served.users.rows(normalize_ids("user_id", user_id, contents.served.users)))
+        bundle = read_bundle(store.verified_files(number))
+        row = int(bundle.served.users.rows(normalize_ids("user_id", user_id, bundle.served.users)))
         if row:
-            reduced = without_user(contents, row)
-            reduced = replace(reduced, served=replace(reduced.served, users=contents.served.users.erase_row(row)))
-            store.rewrite_version(number, lambda aside, less=reduced: write_bundle(less, aside))  # type: ignore[misc]
+            reduced = without_user(bundle, row)
+            reduced = replace(reduced, served=replace(reduced.served, users=bundle.served.users.erase_row(row)))
+            store.rewrite_version(number, lambda folder, new=reduced: write_bundle(new, folder))  # type: ignore[misc]
             rewritten.append(number)
     n_clicks, n_events = click_journal.erase_user_clicks(store.folder, stored_id), job.log.erase_user(stored_id)
     return {"user_id": user_id, "events": n_events, "clicks": n_clicks, "versions": rewritten, "stays": REMAINING_DATA}
@@ -68,9 +68,8 @@ def without_user(node: T, user: int) -> T:
             result = node[(node.users_E != user).nonzero()[:, 0]]
         case Histories():
             remaining = filter_rows(node, row_users(node) != user)
-            result = replace(
-                remaining, impressions=None if node.impressions is None else without_user(node.impressions, user)
-            )
+            impressions = None if node.impressions is None else without_user(node.impressions, user)
+            result = replace(remaining, impressions=impressions)
         case Targets():
             items_R = torch.where(row_users(node.histories) == user, 0, node.histories.items_R)
             others = node[(node.users_N != user).nonzero()[:, 0]]
@@ -100,9 +99,9 @@ def _reservoir_without_user(reservoir: Reservoir, user: int) -> Reservoir:
     other_rows_M = (~is_user_N).nonzero()[:, 0]
     if not len(other_rows_M):
         return Reservoir(reservoir.samples[other_rows_M], reservoir.size)
-    which_N = torch.arange(len(is_user_N))
-    which_N[is_user_N] = other_rows_M[torch.arange(int(is_user_N.sum())) % len(other_rows_M)]
-    return replace(reservoir, samples=reservoir.samples[which_N])
+    index_N = torch.arange(len(is_user_N))
+    index_N[is_user_N] = other_rows_M[torch.arange(int(is_user_N.sum())) % len(other_rows_M)]
+    return replace(reservoir, samples=reservoir.samples[index_N])
 
 
 def _model_without_user(model: M, user: int) -> M:

@@ -14,10 +14,7 @@ from freshrec.recommender.bundle import Bundle, new_bundle
 from freshrec.store.event_log import EventLog
 from freshrec.store.manifest import Manifest
 
-FIRST_INTERVAL, MAX_INTERVAL = (
-    7,
-    56,
-)  # updates between two retrains, at first and at most, where the store finds out itself
+FIRST_INTERVAL, MAX_INTERVAL = 7, 56  # updates between two retrains by "auto", at first and at most
 GAIN_KEY = "full_gain"  # what a retrain had over the update of the same night, in the metric; with its interval
 
 
@@ -44,12 +41,12 @@ def updates_since_retrain(chain: Sequence[Manifest]) -> int:
 def start_from_scratch(
     bundle: Bundle, log: EventLog, chain: Sequence[Manifest], frame: pl.DataFrame
 ) -> tuple[Bundle, pl.DataFrame]:
-    """One that knows nothing but the rows that ids have, and all that it has to learn, `frame` last.
+    """A bundle that knows nothing but the rows that ids have, and all that it has to learn, `frame` last.
 
     OptionError where the log does not hold all that the live version has learnt.
     """
     if chain[0].batch is None:
-        raise OptionError("the log does not hold what this store began with, so there is no full retrain; fit anew.")
+        raise OptionError("the log does not hold what this store began with, so there is no full retrain; fit again.")
     empty = new_bundle(bundle.served.state.model.spec, bundle.strategy, bundle.served.state.seed, bundle.read_options)
     served = replace(empty.served, users=bundle.served.users.reset_spans(), items=bundle.served.items.reset_spans())
     past = log.read([manifest.batch for manifest in chain if manifest.batch is not None])

@@ -1,4 +1,4 @@
-"""Whether a new version takes the place of the live one: facts of the day, limits, and a verdict with its reasons.
+"""Whether a new version takes the place of the live one: statistics of the day, limits, and a verdict with its reasons.
 
 An update has seen what the live version has not, so it goes live unless something speaks against it: a day that looks
 odd, a loss that is larger than tolerated and more than chance, a value that no live version had, forgetting.
@@ -8,7 +8,7 @@ What that is worth, where values vary from model to model as on real logs (tests
   in at most one of 200 nights, however few the users: on an ordinary day it goes live in 99 of 100.
 - One that loses more than `max_undetected_loss`, a share of the live version's value, is refused in 95 of 100 nights.
   How much that is follows from the number of users and from how they differ: between two seeds of the blend 16 to 59 %
-  with 500 users of a log, 12 to 18 % with 2,000. A note tells where it is large; below `n_users` nothing is compared.
+  with 500 users of a log, 12 to 18 % with 2,000. A note tells where it is large; below `min_users` nothing is compared.
 - Nothing goes live because it looks better: no gain is asked for, so none can be chance.
 - Losses within the tolerance add up, night after night, and are not noticed here: only a version of some weeks ago
   can show them.
@@ -51,14 +51,10 @@ class GateLimits:
     n_recent_days: int = 28  # days that a day is compared with: four weekends
     min_earlier_days: int = 7  # days before which only the limits that are no comparisons hold: one weekend
     max_drop_factor: float = 1.75  # rows and users, times less than the least usual day; half of a steady day is caught
-    max_growth_factor: float = (
-        3.0  # rows, users, items, times more than the largest: logs grow, and doubled rows are told apart
-    )
+    max_growth_factor: float = 3.0  # rows, users, items, times more than the largest: logs grow; doubled rows are known
     max_shortening_factor: float = 1.3  # times less than the shortest usual day: the end is missing
 
-    max_head_drop_factor: float = (
-        2.0  # times less attention for what had it, than on the least usual day: clicks at random
-    )
+    max_head_drop_factor: float = 2.0  # times fewer events on popular items than the least usual day: random clicks
     min_rows: int = 50  # with fewer, one user's and unknown shares are left to chance
     min_users_same_second: int = 20  # with fewer, it is no wonder if they share a second
     uninformative_share: float = 0.9  # a share that half of the days reach says nothing: every session is a new user
@@ -139,18 +135,18 @@ def _count_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats], limits
     ]
 
 
-def _outside_usual_range(what: str, values: Sequence[int], drop_factor: float, growth_factor: float) -> list[str]:
+def _outside_usual_range(label: str, values: Sequence[int], drop_factor: float, growth_factor: float) -> list[str]:
     *past, today = values
     least, most = _usual_range(past)
     if least / drop_factor <= today <= most * growth_factor:
         return []
     limit = f"fewer than {least / drop_factor:,.0f}" if today < least else f"more than {most * growth_factor:,.0f}"
     usual = f"the {len(past)} days before had {least:,.0f} to {most:,.0f} as a rule"
-    return [f"the day has {today:,} {what}; {usual}, and {limit} are out of the ordinary."]
+    return [f"the day has {today:,} {label}; {usual}, and {limit} are out of the ordinary."]
 
 
 def _usual_range(values: Sequence[float]) -> tuple[float, float]:
-    """The least and the most, one in DROPPED left out at either end: some day was odd, and weekends are not."""
+    """Least and most, without one in DAYS_PER_OUTLIER at either end: some day was odd, and weekends are not."""
     ordered, n = sorted(values), len(values) // DAYS_PER_OUTLIER
     return ordered[n], ordered[-1 - n]
 
@@ -165,12 +161,12 @@ def _share_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats], limits
         limits,
     )
     if day.n_rows >= limits.min_rows:
-        user, item = ([d.share_top_user for d in days], [d.share_top_item for d in days])
+        top_user, top_item = [d.share_top_user for d in days], [d.share_top_item for d in days]
         found += _above_usual_share(
-            "of the rows are of one user", user, limits.max_share_top_user, limits.max_small_rise, limits
+            "of the rows are of one user", top_user, limits.max_share_top_user, limits.max_small_rise, limits
         )
         found += _above_usual_share(
-            "of the rows are on one item", item, limits.max_share_top_item, limits.max_rise, limits
+            "of the rows are on one item", top_item, limits.max_share_top_item, limits.max_rise, limits
         )
         items = [d.share_unknown_items for d in days]
         found += _above_usual_share(
@@ -196,29 +192,25 @@ def _share_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats], limits
             "of the users have a row in one second", seconds, limits.max_share_same_second, limits.max_rise, limits
         )
     late = "of the rows are older than the newest one that was known"
-    late += (
-        f" (the middle row by {-day.gap_hours:,.0f} hours)" if day.gap_hours is not None and day.gap_hours < 0 else ""
-    )
-    return found + _above_usual_share(
-        late, [d.share_late for d in days], limits.max_share_late, limits.max_rise, limits
-    )
+    if day.gap_hours is not None and day.gap_hours < 0:
+        late += f" (the middle row by {-day.gap_hours:,.0f} hours)"
+    shares = [d.share_late for d in days]
+    return found + _above_usual_share(late, shares, limits.max_share_late, limits.max_rise, limits)
 
 
 def _above_usual_share(
-    what: str, values: Sequence[float | None], max_share: float, max_rise: float, limits: GateLimits
+    label: str, values: Sequence[float | None], max_share: float, max_rise: float, limits: GateLimits
 ) -> list[str]:
-    """A share that is larger than `most`, or than what is usual by `max_rise`; what is usual passes in any case."""
+    """A share above `max_share`, or above what is usual by `max_rise`; what is usual passes in any case."""
     past, today = [value for value in values[:-1] if value is not None], values[-1]
     usual = _usual_range(past)[1] if past else 0.0
-    limit = (
-        max(usual, min(usual + max_rise, max_share))
-        if len(past) >= limits.min_earlier_days
-        else max([max_share, *past])
-    )
+    limit = max([max_share, *past])
+    if len(past) >= limits.min_earlier_days:
+        limit = max(usual, min(usual + max_rise, max_share))
     if today is None or today <= limit or (past and median(past) >= limits.uninformative_share):
         return []
     before = f"; on the {len(past)} days before it was {_format_percent(usual)} at most as a rule" if past else ""
-    return [f"{_format_percent(today)} {what}{before}; more than {_format_percent(limit)} is out of the ordinary."]
+    return [f"{_format_percent(today)} {label}{before}; more than {_format_percent(limit)} is out of the ordinary."]
 
 
 def _time_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats], limits: GateLimits) -> list[str]:
@@ -250,9 +242,9 @@ def judge_challenger(
     """Refused where the day looks odd, or where a value is no number, below the floor, or worse by more than accepted.
 
     On older events any loss is accepted of a version that is better on the newest ones, beyond chance: news forget.
-    `numbers` holds, where they could be found: the metric, the same followed by " live", `low` and `high`, the ends of
-    the 95 % interval of their difference, `unnoticed`, `floor`, and of the older events `older`, `older_live` and
-    `forgetting`, what was lost.
+    `numbers` holds, where they could be computed: the metric, the same followed by " live", "low" and "high", the ends
+    of the 95 % interval of their difference, "unnoticed", "floor", and of the older events "older", "older_live" and
+    "forgetting", what was lost.
     """
     reasons, notes = find_anomalies(day, earlier, limits), _missing_checks(day, earlier, limits)
     if broken := _invalid_values(values):
@@ -270,9 +262,8 @@ def judge_challenger(
     if older:
         numbers |= {"older": older["new"], "older_live": older["live"], "forgetting": older["live"] - older["new"]}
     if newest.get("low", 0.0) > 0:  # the world moves on: what is newer is liked instead
-        accepted_losses = [
-            f"{why} That is accepted for what it gains on the newest events." for why in comparisons[2].reasons
-        ]
+        accepted = "That is accepted for what it gains on the newest events."
+        accepted_losses = [f"{reason} {accepted}" for reason in comparisons[2].reasons]
         comparisons[2] = Verdict(True, notes=(*comparisons[2].notes, *accepted_losses))
     reasons += [reason for part in comparisons for reason in part.reasons]
     notes += [note for part in comparisons for note in part.notes]
@@ -326,9 +317,8 @@ def _compare(where: str, new_U: Float64Array, live_U: Float64Array, max_loss: fl
     detectable = [_detectable_loss(new_U - live_U, live_U, n_errors) for n_errors in (POWER_Z, z + POWER_Z)]
     numbers["unnoticed"] = min(1.0, max(max_loss + detectable[0], detectable[1]))
     if change < -max_loss * live and change + z / INTERVAL_Z * (high - change) < 0:
-        shown = (
-            f"{_format_change(change / live)}, interval {_format_change(low / live)} to {_format_change(high / live)}"
-        )
+        interval = f"interval {_format_change(low / live)} to {_format_change(high / live)}"
+        shown = f"{_format_change(change / live)}, {interval}"
         return Verdict(False, (f"{values}: {shown}; at most {_format_change(-max_loss)} is accepted.",), (), numbers)
     notes = []
     if numbers["unnoticed"] > limits.max_undetected_loss:
@@ -342,8 +332,8 @@ def _detectable_loss(differences_U: Float64Array, live_U: Float64Array, z: float
     """The share L of the live version's mean m whose loss is z standard errors, if it means that a share L of the users
     gets nothing more: L m = z sqrt((var(differences) + L mean(live^2)) / U), solved for L.
     """
-    mean, worth = live_U.mean(), z**2 / len(live_U)
-    b, c = worth * (live_U**2).mean() / mean**2, worth * differences_U.var() / mean**2
+    mean, variance_factor = live_U.mean(), z**2 / len(live_U)
+    b, c = variance_factor * (live_U**2).mean() / mean**2, variance_factor * differences_U.var() / mean**2
     return float((b + np.sqrt(b**2 + 4 * c)) / 2)
 
 
@@ -353,21 +343,19 @@ def _check_floor(new_U: Float64Array, earlier_values: Sequence[float], limits: G
     if len(new_U) < limits.min_users:
         return Verdict(True)  # a note says so already
     if len(recent) < limits.min_floor_versions:
-        return Verdict(
-            True, notes=(f"{len(recent)} values of live versions before; {limits.min_floor_versions} make a floor.",)
-        )
+        note = f"{len(recent)} values of live versions before; {limits.min_floor_versions} make a floor."
+        return Verdict(True, notes=(note,))
     usual = float(np.quantile(recent, 0.25))
     floor = limits.floor_share * usual
     # One user more with a hit: that n users had none proves no share of 0, but one below 3 / n.
     high = float(bootstrap_interval(np.append(new_U, MEAN_HIT_VALUE)[:, None])[1][0])
     if high >= floor:
         return Verdict(True, numbers={"floor": floor})
-    value = (
-        f"{limits.metric} {float(new_U.mean()):.4f} on {len(new_U):,} users of the newest events, {high:.4f} at best"
-    )
+    mean = float(new_U.mean())
+    value = f"{limits.metric} {mean:.4f} on {len(new_U):,} users of the newest events, {high:.4f} at best"
     before = f"three in four of {len(recent)} live versions before had {usual:.4f} or more"
-    why = f"{value}; {before}, and less than {floor:.4f} is refused: are the day's events made up?"
-    return Verdict(False, (why,), (), {"floor": floor})
+    reason = f"{value}; {before}, and less than {floor:.4f} is refused: are the day's events made up?"
+    return Verdict(False, (reason,), (), {"floor": floor})
 
 
 def _format_percent(share: float) -> str:

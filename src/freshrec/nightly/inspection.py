@@ -14,6 +14,7 @@ from freshrec.data.log import format_time
 from freshrec.errors import FreshrecError, StateError
 from freshrec.nightly.full_retrain import retrain_plan
 from freshrec.nightly.job import batches_of, waiting_batches
+from freshrec.random_streams import stream_seed
 from freshrec.recommender.bundle import Bundle, read_bundle
 from freshrec.recommender.ids import normalize_ids, require_rows, resolve_request
 from freshrec.recommender.list_request import ListRequest
@@ -45,31 +46,31 @@ def store_status(store: Store) -> dict[str, Any]:
 
 def version_difference(store: Store, first: int, second: int) -> dict[str, Any]:
     """What two versions differ in, and how much of the lists of a sample of users they share."""
-    one, other = store.manifest(first), store.manifest(second)
-    names = sorted(one.numbers.keys() | other.numbers.keys())
+    manifests = [store.manifest(first), store.manifest(second)]
+    names = sorted({name for manifest in manifests for name in manifest.numbers})
     bundles = [read_bundle(store.verified_files(number)) for number in (first, second)]
-    known = [contents.served.users.frame["id"].drop_nulls() for contents in bundles]
+    known = [bundle.served.users.frame["id"].drop_nulls() for bundle in bundles]
     users = known[0].filter(known[0].is_in(known[1].implode()))
-    users = users.sample(min(N_SAMPLE_USERS, len(users)), seed=0)
-    lists = [_lists_of(contents, users) for contents in bundles]
+    users = users.sample(min(N_SAMPLE_USERS, len(users)), seed=stream_seed(0, "compared users"))
+    lists = [_sample_lists(bundle, users) for bundle in bundles]
     ids = [
-        found.select("nth", item=contents.served.items.ids(torch.from_numpy(found["item"].to_numpy(writable=True))))
-        for contents, found in zip(bundles, lists)
+        found.select("nth", item=bundle.served.items.ids(torch.from_numpy(found["item"].to_numpy(writable=True))))
+        for bundle, found in zip(bundles, lists)
     ]
     shared = ids[0].join(ids[1], on=["nth", "item"]).height / max(1, ids[0].height)
-    ways = [contents.recipe for contents in bundles]  # not the manifests': those have the options' names of then
-    recipe = {key for key in ways[0].keys() | ways[1].keys() if ways[0].get(key) != ways[1].get(key)}
+    recipes = [bundle.recipe for bundle in bundles]  # not the manifests', which may hold former names of options
+    different = {key for key in recipes[0].keys() | recipes[1].keys() if recipes[0].get(key) != recipes[1].get(key)}
     return {
         "versions": [first, second],
-        "sizes": {name: [one.sizes.get(name), other.sizes.get(name)] for name in one.sizes},
-        "numbers": {name: [one.numbers.get(name), other.numbers.get(name)] for name in names},
-        "recipe": {key: [way.get(key) for way in ways] for key in sorted(recipe)},
+        "sizes": {name: [manifest.sizes.get(name) for manifest in manifests] for name in manifests[0].sizes},
+        "numbers": {name: [manifest.numbers.get(name) for manifest in manifests] for name in names},
+        "recipe": {key: [recipe.get(key) for recipe in recipes] for key in sorted(different)},
         "shared": shared, "users": len(users), "list": LIST_LENGTH,
     }  # fmt: skip
 
 
-def _lists_of(contents: Bundle, users: pl.Series) -> pl.DataFrame:
-    served = contents.served
+def _sample_lists(bundle: Bundle, users: pl.Series) -> pl.DataFrame:
+    served = bundle.served
     return top_items(served, served.users.rows(users), resolve_request(served, ListRequest(k=LIST_LENGTH)))
 
 
@@ -80,10 +81,11 @@ def user_profile(bundle: Bundle, user_id: str | int) -> dict[str, Any]:
     found = profile_of(served, row, bundle.read_options.has_clock)
     interests = [
         {
-            "title": one.title, "born_span": one.born_span, "used_span": one.used_span,
-            "items": [item_id for item_id, _ in one.items], "events": [asdict(event) for event in one.events],
+            "title": interest.title, "born_span": interest.born_span, "used_span": interest.used_span,
+            "items": [item_id for item_id, _ in interest.items],
+            "events": [asdict(event) for event in interest.events],
         }
-        for one in found.interests
+        for interest in found.interests
     ]  # fmt: skip
     return {
         "user_id": served.users.frame["id"][row - 1], "first_span": found.first_span, "last_span": found.last_span,
@@ -124,13 +126,13 @@ def check_store(store: Store | None) -> list[tuple[bool, str]]:
         try:
             wrong = store.find_damage(number)
             found.append((not wrong, f"version {number}: {'; '.join(wrong) or 'whole'}"))
-        except StateError as why:
-            found.append((False, f"version {number}: {why}"))
+        except StateError as problem:
+            found.append((False, f"version {number}: {problem}"))
     for check in (_check_live, _check_log):
         try:
             found.append((True, check(store)))
-        except FreshrecError as why:
-            found.append((False, str(why)))
+        except FreshrecError as problem:
+            found.append((False, str(problem)))
     return found
 
 

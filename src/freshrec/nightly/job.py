@@ -3,7 +3,7 @@
     delivery ──▶ log ──▶ batch ──▶ challenger ──▶ gate ──▶ version, live if it passes
                           │ its newest events are held back: on them challenger and live version are compared,
                           ▼ and the next update learns from them
-                         facts of the day, compared with those of the days before
+                         statistics of the day, compared with those of the days before
 
 Every delivery becomes a batch of the log, and every batch a version, in order: whatever moment the job dies, the next
 run goes on where it was. A batch that was refused or rolled back is not learnt from again, unless asked for.
@@ -42,10 +42,7 @@ from freshrec.store.manifest import Manifest, MoveAction, VersionKind
 from freshrec.store.versions import Store, version_chain
 from freshrec.types import State
 
-N_HOLDOUT_QUERIES, N_HOLDOUT_VERSIONS = (
-    250,
-    5,
-)  # queries of a version that later ones are asked, and of how many versions
+N_HOLDOUT_QUERIES, N_HOLDOUT_VERSIONS = 250, 5  # queries of a version that later ones rank; of how many versions
 HOLDOUT_SHARE, FIRST_HOLDOUT_SHARE = 0.2, 0.05  # of a day, and of the first log, is held back to be tested on
 MAX_HOLDOUT_EVENTS = 20_000  # events
 
@@ -67,7 +64,7 @@ class NightlyJob:
         return self._loaded[1]
 
     def fit_first_version(self, log: Log, source: str, bundle: Bundle) -> Manifest:
-        """The first version, live at once; `contents` knows nothing yet, `source` is a hash of the delivery."""
+        """The first version, live at once; `bundle` knows nothing yet, `source` is a hash of the delivery."""
         started_s = time.perf_counter()
         result = self.log.append(interaction_rows(keep_positives(log).frame), source, log.has_clock)
         assert result.batch is not None  # the store is new, and the log has rows
@@ -77,10 +74,8 @@ class NightlyJob:
         learnt, numbers = _learn(bundle, new, FIRST_HOLDOUT_SHARE)
         metric, queries, notes = self.limits.metric, newest_queries(learnt.served), []
         if len(queries):
-            for name, state in (
-                (metric, learnt.served.state),
-                (f"{metric} popularity", _popularity_state(learnt, new)),
-            ):
+            states = {metric: learnt.served.state, f"{metric} popularity": _popularity_state(learnt, new)}
+            for name, state in states.items():
                 numbers[name] = float(user_values(state, queries, metric, len(learnt.served.items)).mean())
         else:
             notes.append("no user of the newest events has an event before, so nothing could be asked.")
@@ -150,9 +145,9 @@ class NightlyJob:
             return self.add_unchanged_version(batch, source)
         try:
             manifest, challenger = self.make_challenger(frame, (n_duplicates, n_known), is_late)
-        except (LogError, TrainingError) as why:
+        except (LogError, TrainingError) as problem:
             manifest = _new_manifest(self.store, self.bundle, "update", {}).model_copy(
-                update={"parent": self.store.live, "promoted": False, "reasons": [str(why)]}
+                update={"parent": self.store.live, "promoted": False, "reasons": [str(problem)]}
             )
             challenger, force = self.bundle, ""
         notes = [*manifest.notes, *([f"let go live by force: {force}"] if force and not manifest.promoted else [])]
@@ -162,7 +157,7 @@ class NightlyJob:
         manifest = manifest.model_copy(update=update)
         if goes_live:
             return self._go_live(manifest, challenger, "update", force)
-        return self.store.write_version(manifest, lambda aside: write_bundle(challenger, aside))
+        return self.store.write_version(manifest, lambda folder: write_bundle(challenger, folder))
 
     def make_challenger(
         self, frame: pl.DataFrame, left_out: tuple[int, int] = (0, 0), is_late: bool = False
@@ -171,15 +166,11 @@ class NightlyJob:
         champion, chain = self.bundle, version_chain(self.store)
         day, first = self.delivery_stats(frame, left_out, is_late), chain[0]
         challenger, numbers = _learn(champion, encode_events(champion.served, frame), HOLDOUT_SHARE)
-        numbers["full_s"] = (
-            first.numbers.get("update_s", 0.0) * challenger.sizes["events"] / max(1, first.sizes["events"])
-        )
+        growth = challenger.sizes["events"] / max(1, first.sizes["events"])
+        numbers["full_s"] = first.numbers.get("update_s", 0.0) * growth
         queries = newest_queries(challenger.served)
-        if (
-            self.full_every
-            and updates_since_retrain(chain) + 1 >= retrain_interval(self.full_every, chain)
-            and len(queries)
-        ):
+        is_due = self.full_every and updates_since_retrain(chain) + 1 >= retrain_interval(self.full_every, chain)
+        if is_due and len(queries):
             is_even_N = queries.users_N % 2 == 0  # by these one of two is chosen, by the others it is judged
             challenger, more = _try_full_retrain(self, challenger, frame, chain, queries[is_even_N.nonzero()[:, 0]])
             numbers, queries = numbers | more, queries[(~is_even_N).nonzero()[:, 0]]
@@ -194,14 +185,13 @@ class NightlyJob:
                 "reasons": list(verdict.reasons),
             }
         )
-        return manifest, replace(
-            challenger, holdout_queries=(*champion.holdout_queries, new_queries)[-N_HOLDOUT_VERSIONS:]
-        )
+        holdout_queries = (*champion.holdout_queries, new_queries)[-N_HOLDOUT_VERSIONS:]
+        return manifest, replace(challenger, holdout_queries=holdout_queries)
 
     def delivery_stats(
         self, frame: pl.DataFrame, left_out: tuple[int, int] = (0, 0), is_late: bool = False
     ) -> DeliveryStats:
-        """What is to be said of a day's rows, of which so many doubled and so many known ones were left out."""
+        """The statistics of a day's rows, of which so many doubled and so many known ones were left out."""
         served = self.bundle.served
         newest_time = None if is_late else served.newest_time
         has_clock, head = self.bundle.read_options.has_clock, _head_item_ids(served)
@@ -210,25 +200,23 @@ class NightlyJob:
     def _judge(
         self, day: DeliveryStats, champion: Bundle, challenger: Bundle, chain: list[Manifest], queries: Queries
     ) -> tuple[Verdict, Queries]:
-        """The gate's verdict, and the queries that later versions are asked."""
+        """The gate's verdict, and the queries that later versions rank."""
         metric, n_items = self.limits.metric, len(challenger.served.items)
         states = (challenger.served.state, champion.served.state)
         challenger_U, champion_U = (user_values(state, queries, metric, n_items) for state in states)
-        older = [
-            past for past in champion.holdout_queries[:-1] if len(past)
-        ]  # the last ones are news to the live version alone
+        # without the last ones, from which the live version has not learnt either
+        older = [past for past in champion.holdout_queries[:-1] if len(past)]
         challenger_O, champion_O = (
             np.concatenate([np.zeros(0), *(user_values(state, past, metric, n_items) for past in older)])
             for state in states
         )
         earlier = _earlier_stats(chain)
         earlier_values = [manifest.numbers[metric] for manifest in chain if metric in manifest.numbers]
-        return judge_challenger(
-            day, earlier, HoldoutValues(challenger_U, champion_U, challenger_O, champion_O, earlier_values), self.limits
-        ), _first_queries(queries)
+        values = HoldoutValues(challenger_U, champion_U, challenger_O, champion_O, earlier_values)
+        return judge_challenger(day, earlier, values, self.limits), _first_queries(queries)
 
     def _go_live(self, manifest: Manifest, bundle: Bundle, action: MoveAction, reason: str = "") -> Manifest:
-        manifest = self.store.write_version(manifest, lambda aside: write_bundle(bundle, aside))
+        manifest = self.store.write_version(manifest, lambda folder: write_bundle(bundle, folder))
         self.store.move_pointer(manifest.id, action, reason)
         self._loaded = manifest, bundle
         return manifest
@@ -250,9 +238,7 @@ def waiting_batches(store: Store, log: EventLog) -> list[int]:
     StateError where the log lacks one that a version has learnt, or where a damaged manifest may name one.
     """
     versions_by_batch = {manifest.batch: manifest.id for manifest in store.manifests() if manifest.batch is not None}
-    last = max(
-        versions_by_batch.values(), default=0
-    )  # as batches are met in order, earlier versions name no later ones
+    last = max(versions_by_batch.values(), default=0)  # batches are met in order: earlier versions name no later ones
     for number in store.version_numbers():
         if number > last:
             store.manifest(number)
@@ -275,7 +261,7 @@ def _try_full_retrain(
     seconds, metric = time.perf_counter() - started_s, job.limits.metric
     if not len(queries):
         return challenger, {"full_s": seconds, GAIN_KEY: 0.0, "full_low": 0.0, "full_high": 0.0}
-    values = [user_values(one.served.state, queries, metric, len(new.items)) for one in (full, challenger)]
+    values = [user_values(bundle.served.state, queries, metric, len(new.items)) for bundle in (full, challenger)]
     gain_U = values[0] - values[1]
     low, high = (float(end[0]) for end in bootstrap_interval(gain_U[:, None]))
     more = {GAIN_KEY: float(gain_U.mean()), "full_low": low, "full_high": high, "full_s": seconds}
@@ -283,7 +269,7 @@ def _try_full_retrain(
 
 
 def preview_delivery(job: NightlyJob, log: Log | None) -> dict[str, Any]:
-    """The facts of a delivery, and what is odd about it; nothing is changed."""
+    """The statistics of a delivery, and what is odd about it; nothing is changed."""
     if log is None:
         return {"day": None, "odd": ["the delivery holds no rows."]}
     day, chain = job.delivery_stats(interaction_rows(log.frame)), version_chain(job.store)

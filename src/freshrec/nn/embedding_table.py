@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from freshrec.device import normal, prefers_blocks
 from freshrec.errors import OptionError
+from freshrec.random_streams import stream, stream_seed
 from freshrec.types import TrainedModel
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 BLOCK_ROWS = 1024  # rows whose starts are drawn together, and that a step on all rows moves together
-CATEGORY_SEED_OFFSET = 2003  # tells the random numbers of what items have in common from their own
 
 
 class EmbeddingTable(nn.Module):
@@ -33,9 +33,7 @@ class EmbeddingTable(nn.Module):
 
     packed: Tensor  # (rows, 3 D): weight, first moment, second moment
     steps_R: Tensor  # (rows,) how often each was trained
-    parametrization: Callable[[Tensor, Tensor], Tensor] | None = (
-        None  # (ids, rows) -> the rows that `lookup` gives instead
-    )
+    parametrization: Callable[[Tensor, Tensor], Tensor] | None = None  # (ids, rows) -> what `lookup` gives instead
     tied_to_R: Tensor | None = None  # which row is trained in place of each, where some are trained as one
     leaf: Tensor | None  # the weights of the last `lookup`'s rows, each once; they get the gradients
     kinds_R: Tensor  # (rows,) which row of `common` is added to each; 0: none. Only where there is a `common`
@@ -44,7 +42,7 @@ class EmbeddingTable(nn.Module):
         super().__init__()
         self.common: EmbeddingTable | None = None
         if n_categories:
-            self.common = EmbeddingTable(n_dims, std, seed + CATEGORY_SEED_OFFSET)
+            self.common = EmbeddingTable(n_dims, std, stream_seed(seed, "category rows"))
             self.common.grow(n_categories)
             self.register_buffer("kinds_R", torch.zeros(1, dtype=torch.int64))
         self.n_dims, self.std, self.seed = n_dims, std, seed
@@ -52,12 +50,10 @@ class EmbeddingTable(nn.Module):
         self.register_buffer("steps_R", torch.zeros(1))
         self._slot_of_row = torch.zeros(1, dtype=torch.int64)
         self._unique_ids = self._packed_rows = self.leaf = None
-        self._earlier_lookups: list[
-            tuple[Tensor, Tensor]
-        ] = []  # ids and weights of the pulls before the last one of a step
+        self._earlier_lookups: list[tuple[Tensor, Tensor]] = []  # ids and weights of a step's lookups before the last
 
-    _continues_step: bool = False  # the next pull belongs to the step of the last one
-    _is_full_lookup: bool = False  # the last pull was of all rows
+    _continues_step: bool = False  # the next lookup belongs to the step of the last one
+    _is_full_lookup: bool = False  # the last lookup was of all rows
     _unique_ids: Tensor | None
     _packed_rows: Tensor | None
 
@@ -100,7 +96,7 @@ class EmbeddingTable(nn.Module):
         if self.tied_to_R is not None:
             return self.lookup(torch.arange(len(self.packed)))
         if not (self._continues_step and self._is_full_lookup):
-            assert not self._continues_step, "a step that pulls all rows pulls them first"
+            assert not self._continues_step, "a step that looks up all rows does so first"
             self._is_full_lookup, self._unique_ids, self._packed_rows = True, torch.arange(len(self.packed)), None
             self.leaf = self.weights.clone().requires_grad_(True)
         self._continues_step = False
@@ -130,14 +126,12 @@ class EmbeddingTable(nn.Module):
     def full_matrix(self) -> Tensor:
         """(n_rows + 1, D) all vectors; gradients reach the rows of the last `lookup`, which will move."""
         rows = self.step_rows()[1] if self._is_full_lookup else self.weights.index_copy(0, *self.step_rows())
-        return (
-            rows
-            if self.common is None
-            else rows + self.common.full_matrix()[self.kinds_R] * (self.kinds_R > 0)[:, None]
-        )
+        if self.common is None:
+            return rows
+        return rows + self.common.full_matrix()[self.kinds_R] * (self.kinds_R > 0)[:, None]
 
     def step(self, lr: float) -> None:
-        """One Adam step on the rows of the last `lookup`, or of all pulls of the step (`again`)."""
+        """One Adam step on the rows of the last `lookup`, or of all lookups of the step (`continue_step`)."""
         if self._earlier_lookups:
             self._merge_lookups()
         self._continues_step = False
@@ -157,7 +151,7 @@ class EmbeddingTable(nn.Module):
         self._unique_ids = self._packed_rows = self.leaf = None
 
     def _merge_lookups(self) -> None:
-        """All pulls of the step as if they had been one: the gradients of a row are summed."""
+        """All lookups of the step as if they had been one: the gradients of a row are summed."""
         lookups = [
             (ids, leaf.grad) for ids, leaf in [*self._earlier_lookups, self.step_rows()] if leaf.grad is not None
         ]
@@ -185,9 +179,8 @@ def _add_category_vectors(table: EmbeddingTable, rows: Tensor, ids: Tensor | sli
     if table.common is None:
         return rows
     categories = table.kinds_R[ids]
-    return (
-        rows + table.common.lookup(categories) * (categories > 0)[..., None]
-    )  # else what has no category would share row 0
+    # without the mask, items without a category would share row 0
+    return rows + table.common.lookup(categories) * (categories > 0)[..., None]
 
 
 def set_categories(table: EmbeddingTable, categories_I: Tensor | None) -> None:
@@ -199,7 +192,7 @@ def set_categories(table: EmbeddingTable, categories_I: Tensor | None) -> None:
     if table.common is None:
         return
     if categories_I is None:
-        raise OptionError("the model was told of categories, and the log has none; leave categories at 0.")
+        raise OptionError("the log has no categories; set the model's option categories to 0.")
     categories_I, n_categories = categories_I[: len(table.packed)].to(table.kinds_R), len(table.common.packed) - 1
     table.kinds_R = torch.zeros_like(table.kinds_R)
     table.kinds_R[: len(categories_I)] = torch.where(categories_I > 0, (categories_I - 1) % n_categories + 1, 0)
@@ -240,9 +233,8 @@ def _adam_step(rows: Tensor, steps_N: Tensor, gradient: Tensor, lr: float) -> No
 
 
 def _initial_rows(seed: int, first: int, stop: int, n_dims: int) -> Tensor:
-    """(end - first, D) standard normal rows, drawn in blocks of `BLOCK` rows with a generator each."""
+    """(stop - first, D) standard normal rows, drawn in blocks of `BLOCK_ROWS` rows with a generator each."""
     blocks = []
     for block in range(first // BLOCK_ROWS, (stop - 1) // BLOCK_ROWS + 1):
-        rng = torch.Generator().manual_seed(seed * 1_000_003 + block)
-        blocks.append(normal((BLOCK_ROWS, n_dims), rng))
+        blocks.append(normal((BLOCK_ROWS, n_dims), stream(seed, "rows", block)))
     return torch.cat(blocks)[first % BLOCK_ROWS :][: stop - first]

@@ -40,7 +40,7 @@ class _BlockSoftmax:
         self._sums: list[Tensor] = []
 
     def next_logits(self, items_JD: Tensor, rows: slice) -> Tensor:
-        """(J, B) the next block's z, for `take`."""
+        """(J, B) the next block's z, for `exponentiate`."""
         return torch.mm(items_JD, self.user_DB, out=self.exp_IB[rows])
 
     def exponentiate(self, z_JB: Tensor) -> Tensor:
@@ -53,9 +53,9 @@ class _BlockSoftmax:
 
     def normalise(self) -> tuple[Tensor, Tensor]:
         """(B,) ln sum_i exp z_i, and (blocks, B) what each block's exp(z - m) is to be multiplied by."""
-        most_NB = torch.stack(self._maxima)
-        total_B = torch.logsumexp(most_NB + torch.stack(self._sums).log(), 0)
-        return total_B, (most_NB - total_B).exp()
+        maxima_NB = torch.stack(self._maxima)
+        total_B = torch.logsumexp(maxima_NB + torch.stack(self._sums).log(), 0)
+        return total_B, (maxima_NB - total_B).exp()
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -88,7 +88,7 @@ class _CrossEntropy(torch.autograd.Function):
             assert target_B is not None
             expected_logit_B = (user_BD * rows_RD[target_B]).sum(1)
         ctx.save_for_backward(user_BD, rows_RD, target_B, scale_NB, teacher_scale_NB)
-        ctx.exp_IB, ctx.taught_IB = student.exp_IB, None if teacher is None else teacher.exp_IB
+        ctx.exp_IB, ctx.teacher_exp_IB = student.exp_IB, None if teacher is None else teacher.exp_IB
         return (total_B - expected_logit_B).mean()
 
     @staticmethod
@@ -103,7 +103,7 @@ class _CrossEntropy(torch.autograd.Function):
         for n, (items, rows) in enumerate(_item_blocks(n_items, user_BD)):
             p_JB, scale_B1 = ctx.exp_IB[items], (scale_NB[n] * grad_output)[:, None]
             if teacher_scale_NB is not None:
-                p_JB = p_JB * scale_NB[n] - ctx.taught_IB[items] * teacher_scale_NB[n]
+                p_JB = p_JB * scale_NB[n] - ctx.teacher_exp_IB[items] * teacher_scale_NB[n]
                 scale_B1 = grad_output.expand(len(user_BD), 1)
             torch.mm(p_JB, user_BD * scale_B1, out=d_rows_RD[rows])
             d_user_BD += (p_JB.t() @ rows_RD[rows]).mul_(scale_B1)

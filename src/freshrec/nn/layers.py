@@ -16,14 +16,15 @@ def squash(s: Tensor) -> Tensor:
 
 
 def has_vector(items_BTD: Tensor, history_BT: Tensor) -> Tensor:
-    """(B, T) whether a place of the history holds an item with a vector."""
+    """(B, T) whether a position of the history holds an item with a vector."""
     return (history_BT > 0) & (items_BTD != 0).any(2)
 
 
 def attend(vectors_BKD: Tensor, target_BD: Tensor, alive_BK: Tensor | None, mode: str, power: float = 1.0) -> Tensor:
     """v = sum_k beta_k h_k with beta the softmax of e_a h_k over the interests a user has [IMSR eq. 5].
 
-    `how`: "soft" as printed, with sign(x)|x|^power as the logit (MIND's p); "hard": the interest closest to the target.
+    `mode`: "soft" as printed, with sign(x)|x|^power as the logit (MIND's p); "hard": the interest closest to the
+    target.
     """
     logits_BK = torch.bmm(vectors_BKD, target_BD[..., None])[..., 0]
     if alive_BK is not None:
@@ -39,7 +40,7 @@ def attend(vectors_BKD: Tensor, target_BD: Tensor, alive_BK: Tensor | None, mode
 def sampled_logits(
     user_BD: Tensor, target_BD: Tensor, negatives_ND: Tensor, target_B: Tensor, negative_N: Tensor
 ) -> Tensor:
-    """(B, 1 + N): v e_a of the target first, then v e_i of the negatives; one that is the target is FAR below."""
+    """(B, 1 + N): v e_a of the target first, then v e_i of the negatives; one that is the target is MASKED."""
     negative_BN = (user_BD @ negatives_ND.t()).masked_fill_(target_B[:, None] == negative_N[None], MASKED)
     positive_B1 = (user_BD * target_BD).sum(-1, keepdim=True)
     return torch.cat([positive_B1, negative_BN], 1)
@@ -54,7 +55,7 @@ def sampled_softmax_loss(logits_BN: Tensor) -> Tensor:
 
 
 def bce_loss(logits_BN: Tensor) -> Tensor:
-    """-ln sigma(z) of the first logit, mean, and -ln(1 - sigma(z)) of the others, mean without those FAR below."""
+    """-ln sigma(z) of the first logit, mean, and -ln(1 - sigma(z)) of the others, mean without those MASKED."""
     n_others = (logits_BN[:, 1:] > MASKED).sum().clamp(min=1)
     return F.softplus(-logits_BN[:, 0]).mean() + F.softplus(logits_BN[:, 1:]).sum() / n_others
 

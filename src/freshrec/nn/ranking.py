@@ -39,16 +39,14 @@ def target_ranks(
 ) -> Tensor:
     """(B,) 1-based rank of each target among items 1..n_items (all the model knows); ties count half; inf if not known.
 
-    What counts may offer a user an own item again that is new to everybody else; what is trained has no vector of it.
+    A counting model may offer a user an own item that is new to everybody else; a trained one has no vector of it.
     Raises TrainingError where a score is not finite.
     """
     n_items = model.n_items if n_items is None else min(n_items, model.n_items)
     batch = drop_unknown_items(model, batch)
-    new_items_BN = (
-        torch.zeros(len(batch), 0, dtype=torch.int64)
-        if isinstance(model, TrainedModel)
-        else _new_history_items(batch, n_items)
-    )
+    new_items_BN = torch.zeros(len(batch), 0, dtype=torch.int64)
+    if not isinstance(model, TrainedModel):
+        new_items_BN = _new_history_items(batch, n_items)
     known_B = (target_B <= n_items) | (new_items_BN == target_B[:, None]).any(1)
     target_B = torch.where(known_B, target_B, 0)
     rank_B = torch.ones(len(target_B))
@@ -139,15 +137,14 @@ def _count_ahead_of_candidates(
     _check_finite(score_BC)
     is_allowed_BC = (items_BC > 0) & (items_BC <= n_items)
     if new_items_BN.shape[1]:
-        is_allowed_BC = is_allowed_BC | (
-            (items_BC[..., None] == new_items_BN[:, None]) & (items_BC > 0)[..., None]
-        ).any(2)
+        is_own_BC = (items_BC[..., None] == new_items_BN[:, None]).any(2)
+        is_allowed_BC = is_allowed_BC | (is_own_BC & (items_BC > 0))
     score_BC = torch.where(is_allowed_BC, score_BC, 0.0)
     is_target_BC = items_BC == target_B[:, None]
     target_B1 = (score_BC * is_target_BC).sum(1, keepdim=True)
     ahead_B, tied_B = (score_BC > target_B1).sum(1), ((score_BC == target_B1) & ~is_target_BC & (score_BC > 0)).sum(1)
     others_B = n_items + (new_items_BN > 0).sum(1) - 1
-    unscored_B = torch.where(target_B1[:, 0] > 0, 0, others_B - (score_BC > 0).sum(1))  # of these nothing is said
+    unscored_B = torch.where(target_B1[:, 0] > 0, 0, others_B - (score_BC > 0).sum(1))  # these have no score
     return ahead_B + 0.5 * (tied_B + unscored_B)
 
 
@@ -161,7 +158,7 @@ def top_k(
 ) -> tuple[Tensor, Tensor]:
     """The best k items and their scores, (B, k) each, the best first; -inf where a user has no more.
 
-    `banned_BM` holds item rows a user must not get (0: none): their score is -inf. `among_N` holds the item rows to
+    `excluded_BM` holds item rows a user must not get (0: none): their score is -inf. `allowed_N` holds the item rows to
     choose from, ascending; all unless given. Where a vector model has a `search`, only what that finds is scored, but
     for users who would come back short. TrainingError where a score is not finite.
     """
@@ -199,7 +196,7 @@ def _top_k_by_score(
 def top_k_exact(
     items_ID: Tensor, vectors_BKD: Tensor, k: int, excluded_BM: Tensor | None, allowed_N: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(B, k) the best of some items (ascending rows) by max_k h_k e_i, and their scores; -inf where banned."""
+    """(B, k) the best of some items (ascending rows) by max_k h_k e_i, and their scores; -inf where excluded."""
 
     def score(items_N: Tensor) -> Tensor:
         first, last = int(items_N[0]), int(items_N[-1])

@@ -19,7 +19,7 @@ Int64Array = NDArray[np.int64]
 def build_csr(values_E: NDArray[Any], columns_E: NDArray[Any], offsets_B: NDArray[Any], n_columns: int) -> Any:
     """(B, n_columns) sparse. Its indices have 32 bits where that is enough.
 
-    scipy converts both sides of a product to the wider ones, all of them: a short question with indices of 64 bits made
+    scipy converts both sides of a product to the wider ones, all of them: a short query with indices of 64 bits made
     every request convert the pairs of the whole catalogue.
     """
     index_type = np.int32 if max(len(columns_E), n_columns) < 2**31 else np.int64

@@ -39,7 +39,9 @@ from freshrec.types import Histories, ModelSpec, Span, State, Strategy, TrainedM
 
 LEGACY_FORMAT = 2  # of what was saved before there were stores
 LEARNING_FILE, QUERIES_FILE = "learning.safetensors", "asked.safetensors"
-LEGACY_STATE_FILE = "state.safetensors"  # what both SERVED and LEARNING hold, in versions of before there was serving
+LEGACY_STATE_FILE = (
+    "state.safetensors"  # what both SERVED_FILE and LEARNING_FILE hold, in versions of before there was serving
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +50,7 @@ class Bundle:
 
     served: ServedState
     strategy: Strategy
-    names: tuple[str, str]  # of model and strategy, as they were asked for
+    names: tuple[str, str]  # of model and strategy, as the user named them
     read_options: ReadOptions = ReadOptions()
     holdout_queries: tuple[Queries, ...] = ()  # by which earlier versions were tested, the oldest first
 

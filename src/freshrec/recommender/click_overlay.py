@@ -49,8 +49,7 @@ def current_targets(histories: Histories, overlay: ClickOverlay, users_N: Tensor
         times.append(times_T[order_T])
         ends.append(ends[-1] + len(items_T))
     items_R = torch.cat(items)
-    merged = replace(
-        histories, items_R=items_R, times_R=torch.cat(times), due_R=torch.zeros(len(items_R), dtype=torch.int8)
-    )
+    due_R = torch.zeros(len(items_R), dtype=torch.int8)
+    merged = replace(histories, items_R=items_R, times_R=torch.cat(times), due_R=due_R)
     ends_N = torch.tensor(ends)
     return Targets(merged, ends_N[1:], users_N, ends_N[:-1])

@@ -1,9 +1,9 @@
-"""Logs as they come, into rows: what `fit` and `update` read, and ids that somebody asks about."""
+"""Ids of the log and rows of the catalogs: one or many ids, list requests, items of a category."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import polars as pl
 import torch
@@ -14,10 +14,6 @@ from freshrec.errors import LogError, OptionError
 from freshrec.recommender.list_request import ListRequest
 from freshrec.recommender.lists import ResolvedRequest
 from freshrec.recommender.served_state import ServedState
-
-if TYPE_CHECKING:
-    pass
-
 
 Ids: TypeAlias = str | int | Sequence[str | int] | pl.Series  # one id or many
 
@@ -58,22 +54,24 @@ def known_item_rows(served: ServedState, ids: Ids) -> Tensor:
     return rows_M[rows_M > 0]
 
 
-def category_item_rows(served: ServedState, category: str | int, among_M: Tensor | None) -> Tensor:
-    """Ascending rows of the items of a category, or of those among some rows. OptionError for one that is not known."""
+def category_item_rows(served: ServedState, category: str | int, allowed_M: Tensor | None) -> Tensor:
+    """Ascending rows of the items of a category, among `allowed_M` if given. OptionError for an unknown category."""
     if not (served.categories["category"] == str(category)).any():
-        some = ", ".join(served.categories["category"].unique().sort().head(5)) or "none: the log has no such column"
-        raise OptionError(f'no item has the category "{str(category)[:60]}"; known ones are {some}.')
+        examples = (
+            ", ".join(served.categories["category"].unique().sort().head(5)) or "none: the log has no such column"
+        )
+        raise OptionError(f'no item has the category "{str(category)[:60]}"; known ones are {examples}.')
     found = served.categories.filter(pl.col("category") == str(category))["item"].sort()
     rows_M = torch.from_numpy(found.to_numpy(writable=True))
-    return rows_M if among_M is None else rows_M[torch.isin(rows_M, among_M)]
+    return rows_M if allowed_M is None else rows_M[torch.isin(rows_M, allowed_M)]
 
 
 def require_rows(ids: pl.Series, catalog: Catalog) -> Tensor:
     """Rows of ids that must be known. OptionError where one is not."""
     rows_N = catalog.rows(ids)
     if bool((rows_N == 0).any()):
-        what, name = ids.name.removesuffix("_id"), str(ids[int((rows_N == 0).int().argmax())])
-        raise OptionError(f'{what} "{name[:60]}" has never occurred in an event; ask for one that has.')
+        kind, name = ids.name.removesuffix("_id"), str(ids[int((rows_N == 0).int().argmax())])
+        raise OptionError(f'{kind} "{name[:60]}" has never occurred in an event; ask for one that has.')
     return rows_N
 
 

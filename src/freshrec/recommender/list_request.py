@@ -43,9 +43,9 @@ class ListRequest:
 
 def check_k(k: int) -> int:
     """k, the number of items of a list. OptionError where it is not a whole number of at least 1."""
-    least = lower_bound("k")
-    if not isinstance(k, int) or k < least:
-        raise OptionError(f"k is {str(k)[:40]}; ask for a whole number of items, at least {least:g}.")
+    minimum = lower_bound("k")
+    if not isinstance(k, int) or k < minimum:
+        raise OptionError(f"k is {str(k)[:40]}; ask for a whole number of items, at least {minimum:g}.")
     return k
 
 

@@ -19,14 +19,14 @@ from freshrec.recommender.list_request import ListRequest
 from freshrec.recommender.served_state import ServedState
 from freshrec.types import Batch, VectorModel
 
-USERS_PER_BATCH = 256  # users asked at once
+USERS_PER_BATCH = 256  # users whose lists are made at once
 UNKNOWN_USER, NO_MORE_ITEMS = "unknown user", "no more items with a score"
 FALLBACK_REASONS = (None, UNKNOWN_USER, NO_MORE_ITEMS)  # an item is in a list; None: the model chose it
 
 
 @dataclass(frozen=True, eq=False)
 class ResolvedRequest:
-    """A list request with its items as rows; `reading.resolve_request` makes it."""
+    """A list request with its items as rows; `ids.resolve_request` makes it."""
 
     request: ListRequest
     allow_M: Tensor | None  # only these item rows, ascending; those of the request's category
@@ -44,7 +44,7 @@ class RankedLists:
 
     items_NK: Tensor
     scores_NK: Tensor
-    fallback_NK: Tensor  # WHY an item is there: the place in it
+    fallback_NK: Tensor  # index into FALLBACK_REASONS: why an item is there
 
     @staticmethod
     def empty(n_users: int, k: int) -> "RankedLists":
@@ -52,23 +52,23 @@ class RankedLists:
         items_NK = torch.zeros(n_users, k, dtype=torch.int64)
         return RankedLists(items_NK, torch.full((n_users, k), -torch.inf), torch.zeros_like(items_NK))
 
-    def set_items(self, which_N: Tensor, items_BC: Tensor, scores_BC: Tensor) -> None:
+    def set_items(self, index_N: Tensor, items_BC: Tensor, scores_BC: Tensor) -> None:
         """The best of what a model found for some users."""
         n = min(self.items_NK.shape[1], items_BC.shape[1])
-        self.scores_NK[which_N, :n] = scores_BC[:, :n]
-        self.items_NK[which_N, :n] = torch.where(scores_BC[:, :n] > -torch.inf, items_BC[:, :n], 0)
+        self.scores_NK[index_N, :n] = scores_BC[:, :n]
+        self.items_NK[index_N, :n] = torch.where(scores_BC[:, :n] > -torch.inf, items_BC[:, :n], 0)
 
-    def append_fallback(self, which_N: Tensor, fallback_lists: "RankedLists", reason: int) -> None:
-        """After a user's own items come those of `more` that are not among them."""
-        items_BK = self.items_NK[which_N]
+    def append_fallback(self, index_N: Tensor, fallback_lists: "RankedLists", reason: int) -> None:
+        """After a user's own items come those of `fallback_lists` that are not among them."""
+        items_BK = self.items_NK[index_N]
         repeated_BK = (fallback_lists.items_NK[..., None] == items_BK[:, None]).any(2)
         items_BC = torch.cat([items_BK, fallback_lists.items_NK.masked_fill(repeated_BK, 0)], 1)
-        scores_BC = torch.cat([self.scores_NK[which_N], fallback_lists.scores_NK], 1)
-        fallback_BC = torch.cat([self.fallback_NK[which_N], torch.full_like(fallback_lists.items_NK, reason)], 1)
+        scores_BC = torch.cat([self.scores_NK[index_N], fallback_lists.scores_NK], 1)
+        fallback_BC = torch.cat([self.fallback_NK[index_N], torch.full_like(fallback_lists.items_NK, reason)], 1)
         order_BK = (items_BC == 0).byte().argsort(dim=1, stable=True)[:, : items_BK.shape[1]]
-        self.items_NK[which_N] = items_BC.gather(1, order_BK)
-        self.scores_NK[which_N] = scores_BC.gather(1, order_BK)
-        self.fallback_NK[which_N] = fallback_BC.gather(1, order_BK)
+        self.items_NK[index_N] = items_BC.gather(1, order_BK)
+        self.scores_NK[index_N] = scores_BC.gather(1, order_BK)
+        self.fallback_NK[index_N] = fallback_BC.gather(1, order_BK)
 
 
 def top_items(served: ServedState, users_N: Tensor, request: ResolvedRequest) -> pl.DataFrame:
@@ -78,9 +78,8 @@ def top_items(served: ServedState, users_N: Tensor, request: ResolvedRequest) ->
     fallback = pl.Series("fallback", FALLBACK_REASONS, pl.String).gather(lists.fallback_NK[nth_L, at_L].numpy())
     items_L, scores_L = lists.items_NK[nth_L, at_L].numpy(), lists.scores_NK[nth_L, at_L].numpy()
     rank_L = (at_L + 1).numpy()
-    return pl.DataFrame(
-        {"nth": nth_L.numpy(), "item": items_L, "score": scores_L, "rank": rank_L, "fallback": fallback}
-    )
+    columns = {"nth": nth_L.numpy(), "item": items_L, "score": scores_L, "rank": rank_L, "fallback": fallback}
+    return pl.DataFrame(columns)
 
 
 def make_lists(served: ServedState, users_N: Tensor, request: ResolvedRequest) -> RankedLists:
@@ -92,23 +91,24 @@ def make_lists(served: ServedState, users_N: Tensor, request: ResolvedRequest) -
     lists = RankedLists.empty(len(users_N), request.request.k)
     _fill_from_model(served, users_N, request, lists)
     short_N = (lists.items_NK == 0).any(1)
-    for reason, which_N in ((UNKNOWN_USER, users_N == 0), (NO_MORE_ITEMS, short_N & (users_N > 0))):
-        for which_B in split_chunks(which_N.nonzero()[:, 0], USERS_PER_BATCH):
-            lists.append_fallback(
-                which_B, _popular_lists(served, users_N[which_B], request), FALLBACK_REASONS.index(reason)
-            )
+    for reason, index_N in ((UNKNOWN_USER, users_N == 0), (NO_MORE_ITEMS, short_N & (users_N > 0))):
+        for index_B in split_chunks(index_N.nonzero()[:, 0], USERS_PER_BATCH):
+            fallback_lists = _popular_lists(served, users_N[index_B], request)
+            lists.append_fallback(index_B, fallback_lists, FALLBACK_REASONS.index(reason))
     return lists
 
 
 def _fill_from_model(served: ServedState, users_N: Tensor, request: ResolvedRequest, lists: RankedLists) -> None:
     state, nth_N = served.current_state, users_N.nonzero()[:, 0]
     targets = current_targets(state.histories, served.overlay, users_N[nth_N])
-    for which, batch in query_batches(targets, history_length(state.model), served.stored_interests, USERS_PER_BATCH):
-        banned_BM = _excluded_items(served, batch.users_B, request)
-        items_BC, scores_BC = top_k(state.model, batch, request.n_candidates, banned_BM, request.allow_M, served.search)
+    for index, batch in query_batches(targets, history_length(state.model), served.stored_interests, USERS_PER_BATCH):
+        excluded_BM = _excluded_items(served, batch.users_B, request)
+        items_BC, scores_BC = top_k(
+            state.model, batch, request.n_candidates, excluded_BM, request.allow_M, served.search
+        )
         if served.is_counting:
             scores_BC = scores_BC.masked_fill(scores_BC <= 0, -torch.inf)
-        lists.set_items(nth_N[which], *_diversify_if_asked(served, items_BC, scores_BC, request))
+        lists.set_items(nth_N[index], *_diversify_if_requested(served, items_BC, scores_BC, request))
 
 
 def user_vector_batches(served: ServedState, users_N: Tensor) -> Iterator[tuple[Tensor, Batch, Tensor]]:
@@ -116,9 +116,9 @@ def user_vector_batches(served: ServedState, users_N: Tensor) -> Iterator[tuple[
     model = served.current_state.model
     assert isinstance(model, VectorModel)
     targets = current_targets(served.current_state.histories, served.overlay, users_N)
-    for which, batch in query_batches(targets, history_length(model), served.stored_interests, USERS_PER_BATCH):
+    for index, batch in query_batches(targets, history_length(model), served.stored_interests, USERS_PER_BATCH):
         batch = drop_unknown_items(model, batch)
-        yield which, batch, user_vectors(model, batch)
+        yield index, batch, user_vectors(model, batch)
 
 
 def user_batch(served: ServedState, user_1: Tensor) -> Batch:
@@ -131,17 +131,17 @@ def user_batch(served: ServedState, user_1: Tensor) -> Batch:
 
 def _popular_lists(served: ServedState, users_B: Tensor, request: ResolvedRequest) -> RankedLists:
     batch = Batch(users_B, torch.zeros(len(users_B), 0, dtype=torch.int64))
-    banned_BM = _excluded_items(served, users_B, request)
-    items_BC, scores_BC = top_k(served.counts.model, batch, request.n_candidates, banned_BM, request.allow_M)
+    excluded_BM = _excluded_items(served, users_B, request)
+    items_BC, scores_BC = top_k(served.counts.model, batch, request.n_candidates, excluded_BM, request.allow_M)
     lists = RankedLists.empty(len(users_B), request.request.k)
-    lists.set_items(torch.arange(len(users_B)), *_diversify_if_asked(served, items_BC, scores_BC, request))
+    lists.set_items(torch.arange(len(users_B)), *_diversify_if_requested(served, items_BC, scores_BC, request))
     return lists
 
 
-def _diversify_if_asked(
+def _diversify_if_requested(
     served: ServedState, items_BC: Tensor, scores_BC: Tensor, request: ResolvedRequest
 ) -> tuple[Tensor, Tensor]:
-    """(B, k) of the candidates and their scores; as they are, where nobody asked for diversity."""
+    """(B, k) of the candidates and their scores; unchanged where the request has no diversity."""
     k, diversity = request.request.k, request.request.diversity
     if not diversity:
         return items_BC, scores_BC
@@ -171,19 +171,19 @@ def similar_items(served: ServedState, items_N: Tensor, k: int) -> pl.DataFrame:
     model = model.experts.counters["item-knn"] if isinstance(model, Blend) else model
     known_N = (items_N <= model.n_items).nonzero()[:, 0]  # of the others the model has not learnt anything yet
     found = [_lists_frame(known_N[:0], torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, 0))]
-    for which in known_N.split(USERS_PER_BATCH // 8):
-        items_B1 = items_N[which][:, None]
+    for index in known_N.split(USERS_PER_BATCH // 8):
+        items_B1 = items_N[index][:, None]
         if isinstance(model, VectorModel):
             scores_BI = item_vectors(model)[items_B1[:, 0]] @ item_vectors(model).T
             scores_BI /= served.item_norms_I * served.item_norms_I[items_B1]
             scores_BI.scatter_(1, items_B1, -torch.inf)[:, 0] = -torch.inf
             scores_BK, items_BK = scores_BI.topk(min(k, model.n_items))
         elif isinstance(model, ItemKNN):
-            items_BK, scores_BK = top_k(model, Batch(torch.zeros(len(which), dtype=torch.int64), items_B1), k, items_B1)
+            items_BK, scores_BK = top_k(model, Batch(torch.zeros(len(index), dtype=torch.int64), items_B1), k, items_B1)
             scores_BK = scores_BK.masked_fill(scores_BK <= 0, -torch.inf)
         else:
             raise IncompatibleError("this model does not relate items to each other; use item-knn, sasrec or another.")
-        found.append(_lists_frame(which, items_BK, scores_BK))
+        found.append(_lists_frame(index, items_BK, scores_BK))
     return pl.concat(found).with_columns(rank=pl.int_range(1, pl.len() + 1).over("nth"))
 
 

@@ -29,7 +29,7 @@ class ReadOptions:
     columns: dict[str, str] = field(default_factory=dict)
     format: str | None = None
     events: tuple[str, ...] = ()
-    has_clock: bool = True  # whether the log of `fit` had one; new events must be alike
+    has_clock: bool = True  # whether the log of `fit` had one; new events must have one too, or none
 
 
 def read_interactions(source: LogSource, options: ReadOptions) -> Log:

@@ -1,4 +1,4 @@
-"""The Python face: fit a recommender, update it from new events only, ask it, save it.
+"""The Python face: fit a recommender, update it from new events only, get lists from it, save it.
 
 The same pieces as in a replay: fit = absorb and update on span 0, update = the same on the next span. Ids are the
 user's own everywhere. A saved recommender is a folder of safetensors, Parquet and JSON, without pickle.
@@ -156,19 +156,17 @@ class Recommender:
     def evaluate(self, new_events: LogSource, metrics: Sequence[str] = ("hr@20", "ndcg@20")) -> pl.DataFrame:
         """How well new events are predicted, before they are learnt: metric, value, low, high (95 %), n, n_users.
 
-        Every event is asked for with all of its user's events before it, those among the new ones too, and ranked among
-        all known items; an unknown item is a miss (but what counts may offer a user an own one again). A user's very
-        first event is not asked for. Users weigh equally; `n` counts events. Nothing is learnt: call it before
+        Every event is a query with all of its user's events before it, those among the new ones too, and ranked among
+        all known items; an unknown item is a miss (but a counting model may offer a user an own one again). A user's
+        very first event is no query. Users weigh equally; `n` counts events. Nothing is learnt: call it before
         `update`, which takes the same rows.
         """
         for metric in metrics:
             parse_metric(metric)
         served = self.served
         new = encode_events(served, read_new_events(new_events, self.bundle.read_options, served).frame)
-        block, state = (
-            SpanBlock(new.events, 0, len(new.users), len(served.items)),
-            grow_items(served.current_state, len(new.items)),
-        )
+        block = SpanBlock(new.events, 0, len(new.users), len(served.items))
+        state = grow_items(served.current_state, len(new.items))
         queries = make_queries(state.histories, block, history_length(state.model), QueryOptions(TRAIN))
         if not len(queries):
             raise LogError("no user of the new events has an event before, so nothing can be asked; give more rows.")
@@ -213,10 +211,8 @@ class Recommender:
     def from_bundle(bundle: Bundle) -> Recommender:
         """One that is what a version holds."""
         recommender = Recommender(bundle.served.state.model.spec, bundle.strategy, bundle.served.state.seed)
-        recommender._unfitted_bundle, recommender._bundle = (
-            replace(recommender._unfitted_bundle, names=bundle.names),
-            bundle,
-        )
+        recommender._unfitted_bundle = replace(recommender._unfitted_bundle, names=bundle.names)
+        recommender._bundle = bundle
         return recommender
 
 
@@ -226,5 +222,5 @@ def _add_live_version(store: Store, bundle: Bundle) -> None:
     manifest = Manifest(
         id=store.next_number, kind="saved", recipe=bundle.recipe, spans_seen=spans_seen, sizes=bundle.sizes
     )
-    store.write_version(manifest, lambda aside: write_bundle(bundle, aside))
+    store.write_version(manifest, lambda folder: write_bundle(bundle, folder))
     store.move_pointer(manifest.id, "save")

@@ -23,21 +23,17 @@ from torch import Tensor
 from freshrec.nn.layers import max_inner_product
 from freshrec.nn.ranking import VectorSearch, top_k_exact
 from freshrec.nn.scoring import item_vectors
+from freshrec.random_streams import stream
 from freshrec.recommender.lists import user_vector_batches
 from freshrec.recommender.served_state import ServedState
 from freshrec.types import VectorModel
 
 ITEMS_PER_BLOCK = 2_048  # of the longest items, how many are scored at once
-MIN_DECIDED_SHARE, N_SEEN_ALLOWANCE = (
-    0.99,
-    40,
-)  # the share of lists that the longest must decide; a user had so many of the best items already
+MIN_DECIDED_SHARE = 0.99  # share of lists that the longest must decide
+N_SEEN_ALLOWANCE = 40  # best items that a user has had already, and that its list leaves out
 ROUNDING_MARGIN = 1 + 1e-5  # a score may be larger than the product of the lengths, by rounding
-LIST_LENGTH, N_SAMPLE_USERS, USERS_PER_BATCH = (
-    20,
-    200,
-    16,
-)  # items and users by which it is measured, and users at once: all need much memory
+LIST_LENGTH, N_SAMPLE_USERS = 20, 200  # items and users by which a search is measured
+USERS_PER_BATCH = 16  # users measured at once: all need much memory
 PROBE_COUNTS = (16, 32, 48, 64, 96, 128)  # cells, tried in this order
 MIN_ITEMS_PER_CELL, MAX_CELLS = 300, 1024  # items in a cell, at the least; cells, at the most
 TRAINING_ITEMS_PER_CELL = 64  # items of each cell, from which the cells are found
@@ -47,10 +43,8 @@ TRAINING_ITEMS_PER_CELL = 64  # items of each cell, from which the cells are fou
 class SearchOptions:
     """What decides how a version is searched."""
 
-    exact_max_items: int = (
-        50_000  # items: above it an index answers sooner than all scores are made (`freshrec bench serve`)
-    )
-    min_recall: float = 0.98  # of the best LIST items, on average over users, an index must find
+    exact_max_items: int = 50_000  # above it an index is faster than scoring all items (`freshrec bench serve`)
+    min_recall: float = 0.98  # of the best LIST_LENGTH items, on average over users, an index must find
     n_longest: int = 16_384  # of more items, so many with the longest vectors are tried first; 0: none
 
 
@@ -64,7 +58,7 @@ class SearchInfo:
 
     how: str  # "candidates", "exact", "longest" or "index"
     why: str  # in words
-    recall: float = 1.0  # of the best LIST items
+    recall: float = 1.0  # of the best LIST_LENGTH items
     probes: int = 0  # cells looked into
 
 
@@ -75,10 +69,8 @@ def choose_search(
     model = served.state.model
     if not isinstance(model, VectorModel):
         return None, SearchInfo("candidates", "the model offers candidates of its own")
-    exact_info, has_tail = (
-        SearchInfo("exact", f"all {model.n_items:,} items are scored"),
-        0 < options.n_longest < model.n_items,
-    )
+    exact_info = SearchInfo("exact", f"all {model.n_items:,} items are scored")
+    has_tail = 0 < options.n_longest < model.n_items
     if model.n_items <= options.exact_max_items and not has_tail:
         return None, exact_info
     vectors_QKD = _sample_user_vectors(served)
@@ -93,8 +85,8 @@ def choose_search(
         ]
         decided = float((torch.cat(lists) > 0).all(1).float().mean())
         if decided >= MIN_DECIDED_SHARE:
-            why = f"{options.n_longest:,} items with the longest vectors decide {decided:.1%} of the lists, exactly"
-            return search, SearchInfo("longest", why)
+            reason = f"{options.n_longest:,} items with the longest vectors decide {decided:.1%} of the lists, exactly"
+            return search, SearchInfo("longest", reason)
     if model.n_items <= options.exact_max_items:
         return None, exact_info
     index = build_index(item_vectors(model))
@@ -109,11 +101,13 @@ def choose_search(
         search = index_search(index, item_vectors(model), probes)
         recall = measure_recall(search, vectors_QKD, best_QN)
         if recall >= options.min_recall:
-            why = f"finds {recall:.1%} of the best {LIST_LENGTH} items, looking into {probes} of {index.nlist:,} cells"
-            return search, SearchInfo("index", why, recall, probes)
-    least = f"less than {options.min_recall:.0%}"
-    why = f"an index finds {recall:.1%} of the best {LIST_LENGTH} items, {least}: all are scored"
-    return None, SearchInfo("exact", why)
+            reason = (
+                f"finds {recall:.1%} of the best {LIST_LENGTH} items, looking into {probes} of {index.nlist:,} cells"
+            )
+            return search, SearchInfo("index", reason, recall, probes)
+    limit = f"less than {options.min_recall:.0%}"
+    reason = f"an index finds {recall:.1%} of the best {LIST_LENGTH} items, {limit}: all are scored"
+    return None, SearchInfo("exact", reason)
 
 
 def build_index(items_ID: Tensor) -> Any:
@@ -184,10 +178,9 @@ def measure_recall(search: VectorSearch, vectors_QKD: Tensor, best_QN: Tensor) -
 
 
 def _sample_user_vectors(served: ServedState) -> Tensor:
-    """(Q, K, D) vectors of some users who have events, as they would be asked now."""
+    """(Q, K, D) vectors of some users who have events, as a list would be made for them now."""
     active_users_U = (served.current_state.histories.offsets_U.diff() > 0).nonzero()[:, 0]
-    users_N = active_users_U[
-        torch.randperm(len(active_users_U), generator=torch.Generator().manual_seed(0))[:N_SAMPLE_USERS]
-    ]
+    order_U = torch.randperm(len(active_users_U), generator=stream(0, "index queries"))
+    users_N = active_users_U[order_U[:N_SAMPLE_USERS]]
     found = [vectors_BKD for _, _, vectors_BKD in user_vector_batches(served, users_N)]
     return torch.cat(found) if found else torch.zeros(0, 1, 1)

@@ -31,13 +31,13 @@ class ServedState:
     """What every answer is made of, and what changes together."""
 
     state: State  # the model, and what its next update needs
-    counts: State  # popularity, for strangers; its `recent` is never cut, so it knows all items that a user has had
+    counts: (
+        State  # popularity, for strangers; its histories are never truncated, so it knows all items that a user has had
+    )
     users: Catalog
     items: Catalog
     categories: pl.DataFrame = field(default_factory=_empty_categories)  # item (a row), category
-    pending: Events = field(
-        default_factory=_empty_events
-    )  # newer than what the model has learnt; in no history of `state`
+    pending: Events = field(default_factory=_empty_events)  # newer than what the model has learnt; not in `state`
     overlay: ClickOverlay = field(default_factory=ClickOverlay)  # newer than all of that; in no history either
     search: VectorSearch | None = None  # in the model's item vectors; None: all of them are scored
 
@@ -49,7 +49,7 @@ class ServedState:
 
     @cached_property
     def current_state(self) -> State:
-        """The state in whose histories the pending events are: users are asked about as they are now."""
+        """The state in whose histories the pending events are: users are seen as they are now."""
         if not len(self.pending):
             return self.state
         recent = append_events(self.state.histories, self.pending, len(self.users))
@@ -57,10 +57,9 @@ class ServedState:
 
     @cached_property
     def stored_interests(self) -> StoredInterests | None:
-        """What travels with the batches of `now`."""
-        return stored_interests_of(
-            self.current_state.model, self.current_state.interests, self.current_state.spans_seen
-        )
+        """What travels with the batches of `current_state`."""
+        state = self.current_state
+        return stored_interests_of(state.model, state.interests, state.spans_seen)
 
     @cached_property
     def is_counting(self) -> bool:
@@ -74,7 +73,7 @@ class ServedState:
         model_histories, all_histories = state.histories, counts.histories
         columns = ("offsets_U", "items_R", "times_R")  # what is due concerns those who learn
         if all(torch.equal(getattr(model_histories, name), getattr(all_histories, name)) for name in columns):
-            counts = replace(counts, histories=model_histories)  # as long as no history was cut
+            counts = replace(counts, histories=model_histories)  # as long as no history was truncated
         return replace(self, state=state, counts=counts, pending=_empty_events())
 
     @cached_property

@@ -18,12 +18,8 @@ from freshrec.recommender.log_reading import ReadOptions
 from freshrec.recommender.served_state import ServedState
 from freshrec.store.checkpoint import save_tree
 
-SERVED_FILE, USERS_FILE, ITEMS_FILE, CATEGORIES_FILE = (
-    "served.safetensors",
-    "users.parquet",
-    "items.parquet",
-    "categories.parquet",
-)
+SERVED_FILE = "served.safetensors"
+USERS_FILE, ITEMS_FILE, CATEGORIES_FILE = "users.parquet", "items.parquet", "categories.parquet"
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +27,7 @@ class ServingBundle:
     """All that answers are made of, and how it came to be."""
 
     served: ServedState
-    names: tuple[str, str]  # of model and strategy, as they were asked for
+    names: tuple[str, str]  # of model and strategy, as the user named them
     read_options: ReadOptions
 
 

@@ -65,10 +65,12 @@ def profile_of(served: ServedState, row: int, has_clock: bool) -> Profile:
     items_T, times_T = items_T[order_T], times_T[order_T]
     events = _past_events(served, items_T, times_T, has_clock)
     is_in_catalog = row <= len(served.users)
-    about = served.users.frame.row(row - 1, named=True) if is_in_catalog else {"first_span": None, "last_span": None}
+    catalog_row = (
+        served.users.frame.row(row - 1, named=True) if is_in_catalog else {"first_span": None, "last_span": None}
+    )
     kind, interests = _interests(served, row, items_T, events)
     n_fresh = len(served.overlay.clicks.get(row, ()))
-    return Profile(n_fresh, about["first_span"], about["last_span"], events, interests, kind)
+    return Profile(n_fresh, catalog_row["first_span"], catalog_row["last_span"], events, interests, kind)
 
 
 def _past_events(served: ServedState, items_T: Tensor, times_T: Tensor, has_clock: bool) -> list[PastEvent]:
@@ -101,9 +103,9 @@ def _interests_of_pairs(
     for because, places in sorted(groups.items(), key=lambda group: (group[0] == 0, -len(group[1]))):
         name = served.items.ids(torch.tensor([because]))[0] if because else None
         title = f"because of {name}" if because else "liked by others who are alike, or by all"
-        which = torch.tensor(places)[:N_ITEMS]
-        items = _scored(served, column_tensor(found)[which], column_tensor(found, "score")[which])
-        interests.append(Interest(title, items, _at(events, items_T == because)))
+        index = torch.tensor(places)[:N_ITEMS]
+        items = _items_with_scores(served, column_tensor(found)[index], column_tensor(found, "score")[index])
+        interests.append(Interest(title, items, _select_events(events, items_T == because)))
     return "items of the list, by the event that speaks most for them", interests
 
 
@@ -123,9 +125,9 @@ def _interests_of_vectors(
     interests = []
     for k in range(len(vectors_KD)):
         title = f"interest {k + 1}" if len(vectors_KD) > 1 else "what the user is like now"
-        items = _scored(served, best_KN.indices[k], best_KN.values[k])
-        behind = _at(events, (closest_T == k) & (learnt_T > 0))[-N_ITEMS:]
-        interests.append(Interest(title, items, behind, born_K[k], used_K[k]))
+        items = _items_with_scores(served, best_KN.indices[k], best_KN.values[k])
+        reasons = _select_events(events, (closest_T == k) & (learnt_T > 0))[-N_ITEMS:]
+        interests.append(Interest(title, items, reasons, born_K[k], used_K[k]))
     is_stored = isinstance(model, InterestModel)
     return "interests" if is_stored else "vectors, read from the user's last events", interests
 
@@ -133,17 +135,17 @@ def _interests_of_vectors(
 def _spans_of_interests(served: ServedState, row: int, n: int) -> tuple[list[int | None], list[int | None]]:
     """The spans in which a user's n interests were born and last used; None for those that are not stored."""
     born, used = list[int | None]([None] * n), list[int | None]([None] * n)
-    users = served.current_state.interests
-    if users is not None and row <= users.n_users:
-        mine = slice(int(users.offsets_U[row]), int(users.offsets_U[row + 1]))
-        stored = len(users.born_S[mine])
-        born[:stored], used[:stored] = users.born_S[mine].tolist(), users.used_S[mine].tolist()
+    interests = served.current_state.interests
+    if interests is not None and row <= interests.n_users:
+        rows = slice(int(interests.offsets_U[row]), int(interests.offsets_U[row + 1]))
+        n_stored = len(interests.born_S[rows])
+        born[:n_stored], used[:n_stored] = interests.born_S[rows].tolist(), interests.used_S[rows].tolist()
     return born[:n], used[:n]
 
 
-def _scored(served: ServedState, rows_N: Tensor, scores_N: Tensor) -> list[tuple[Id, float]]:
+def _items_with_scores(served: ServedState, rows_N: Tensor, scores_N: Tensor) -> list[tuple[Id, float]]:
     return list(zip(served.items.ids(rows_N), scores_N.tolist()))
 
 
-def _at(events: list[PastEvent], which_T: Tensor) -> list[PastEvent]:
-    return [events[place] for place in which_T.nonzero()[:, 0].tolist()]
+def _select_events(events: list[PastEvent], is_selected_T: Tensor) -> list[PastEvent]:
+    return [events[place] for place in is_selected_T.nonzero()[:, 0].tolist()]

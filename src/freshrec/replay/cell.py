@@ -1,4 +1,4 @@
-"""The replay: for each span, measure what the model of the past says, absorb, update. Stops anywhere, resumes exactly.
+"""The replay: for each span, measure the model of the past, absorb, update. Stops anywhere, resumes exactly.
 
 A cell is one (model, strategy, seed, cadence). Its folder holds a Parquet file of ranks and a JSON file of costs per
 span, and the state after the last finished span until the cell is done.
@@ -49,7 +49,7 @@ from freshrec.strategies.sml import SML
 from freshrec.strategies.spmf import SPMF
 from freshrec.types import ClickModel, Histories, InterestModel, ModelSpec, Span, State, Strategy
 
-# Their base block is trained by `learn.fit.start` alone, so cells with the same options share it.
+# Their base block is trained by `learn.fit.fit_base_block` alone, so cells with the same options share it.
 SHARING = Frozen | FineTune | Retrain | ADER | ADERS | ASMG | EWC | IMSR | IncCTR | SelfTuned | SML | SPMF
 
 
@@ -80,7 +80,7 @@ class ReplaySettings:
     """What all cells of a replay share."""
 
     query_options: QueryOptions = QueryOptions()
-    tune: bool = ReplayRecipe.tune  # choose each update's knobs by the span before
+    tune: bool = ReplayRecipe.tune  # choose each update's options by the span before
     last_update: bool = ReplayRecipe.last_update  # after the last span too, although nothing tests it
 
 
@@ -94,28 +94,25 @@ def check_click_model(model: ModelSpec, model_name: str) -> None:
 
 
 def replay_cell(
-    cell: Cell, cut: LogSplit, settings: ReplaySettings, out: Path, base: State | None = None
+    cell: Cell, split: LogSplit, settings: ReplaySettings, out: Path, base: State | None = None
 ) -> Iterator[int]:
     """Run or resume a cell; yields each span once its files are written. `base`: the base state, if already trained."""
     folder = out / cell.folder_name
     folder.mkdir(parents=True, exist_ok=True)
-    state, previous_state, earlier_queries = _resume_cell(cell, folder, cut, settings)
-    for span in cut.spans[state.spans_seen :]:
+    state, previous_state, earlier_queries = _resume_cell(cell, folder, split, settings)
+    for span in split.spans[state.spans_seen :]:
         strategy = cell.strategy_instance
         rows: list[pl.DataFrame] = []
         meter = CostMeter()
         costs: dict[str, float] = {}
-        skips_update = span.index == len(cut.spans) - 1 and not settings.last_update
+        skips_update = span.index == len(split.spans) - 1 and not settings.last_update
         if state.spans_seen:
-            state, new_rows, new_queries = _test_then_absorb(
-                state, _blocks_of_span(span, cut, cell.cadence), span, settings, meter
-            )
+            blocks = _blocks_of_span(span, split, cell.cadence)
+            state, new_rows, new_queries = _test_then_absorb(state, blocks, span, settings, meter)
             rows, earlier_queries = rows + new_rows, [*earlier_queries, *new_queries]
             if settings.tune and previous_state is not None and not skips_update:
-                last = cut.spans[span.index - 1]
-                strategy, costs = tune(
-                    cell.strategy_instance, previous_state, last, span, settings.query_options.min_history
-                )
+                last, min_history = split.spans[span.index - 1], settings.query_options.min_history
+                strategy, costs = tune(cell.strategy_instance, previous_state, last, span, min_history)
         else:
             started_s = time.process_time()
             state = replace(absorb_block(state, span.events, span.n_users, span.n_items), shared_base=base)
@@ -141,16 +138,16 @@ def replay_cell(
 
 
 def _resume_cell(
-    cell: Cell, folder: Path, cut: LogSplit, settings: ReplaySettings
+    cell: Cell, folder: Path, split: LogSplit, settings: ReplaySettings
 ) -> tuple[State, State | None, list[tuple[int, Queries]]]:
-    """Where to go on: state, the state before the last update, and queries to ask again."""
+    """Where to go on: state, the state before the last update, and queries to rank again."""
     path = folder / "state.safetensors"
     if not path.exists():
         return State(cell.model_spec.build(cell.seed), seed=cell.seed), None, []
     state, previous_state = load_tree(path)
     recent, earlier_queries = Histories.empty(), []
-    for span in cut.spans[: state.spans_seen]:  # the queries are made of the log alone, so they need not be saved
-        for block in _blocks_of_span(span, cut, cell.cadence) if span.index else []:
+    for span in split.spans[: state.spans_seen]:  # the queries are made of the log alone, so they need not be saved
+        for block in _blocks_of_span(span, split, cell.cadence) if span.index else []:
             if block.events.labels_E is None:
                 queries = make_queries(recent, block, history_length(state.model), settings.query_options)
                 earlier_queries.append((span.index, _heldout_queries(queries)))
@@ -159,8 +156,8 @@ def _resume_cell(
     return state, previous_state, earlier_queries
 
 
-def _blocks_of_span(span: Span, cut: LogSplit, cadence: int) -> list[SpanBlock]:
-    return split_into_blocks(span, cut.spans[span.index - 1].n_items, cadence)
+def _blocks_of_span(span: Span, split: LogSplit, cadence: int) -> list[SpanBlock]:
+    return split_into_blocks(span, split.spans[span.index - 1].n_items, cadence)
 
 
 def _heldout_queries(queries: Queries) -> Queries:
@@ -170,7 +167,7 @@ def _heldout_queries(queries: Queries) -> Queries:
 def _test_then_absorb(
     state: State, blocks: list[SpanBlock], span: Span, settings: ReplaySettings, meter: CostMeter
 ) -> tuple[State, list[pl.DataFrame], list[tuple[int, Queries]]]:
-    """Measure each block, then absorb it; the state that is ready for the update, ranks, and queries to ask again."""
+    """Measure each block, then absorb it; the state that is ready for the update, ranks, and queries to rank again."""
     rows, heldout_queries = [], []
     for block in blocks:
         n_items = max(block.n_items, int(block.events.items_E.max()) if len(block.events) else 0)
@@ -193,13 +190,12 @@ def _rank_rows(
     queries: Queries, ranks_N: torch.Tensor, target_span: int, after: int, readout: str = "recent"
 ) -> pl.DataFrame:
     columns = {"event": queries.events_N, "user": queries.users_N, "rank": ranks_N}
-    return _label_rows(
-        pl.DataFrame({name: column.cpu().numpy() for name, column in columns.items()}), target_span, after, readout
-    )
+    rows = pl.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
+    return _label_rows(rows, target_span, after, readout)
 
 
 def _label_rows(rows: pl.DataFrame, target_span: int, after: int, readout: str = "recent") -> pl.DataFrame:
-    """`asked`: the span of the targets; `after`: the last span the model was updated on."""
+    """The rows with columns `asked`, the span of the targets, and `after`, the last span the model was updated on."""
     names = [
         pl.lit(target_span, pl.Int32).alias("asked"),
         pl.lit(after, pl.Int32).alias("after"),
@@ -211,7 +207,7 @@ def _label_rows(rows: pl.DataFrame, target_span: int, after: int, readout: str =
 def _rank_earlier_queries(
     state: State, earlier_queries: list[tuple[int, Queries]], span: int, n_sampled: int
 ) -> list[pl.DataFrame]:
-    """Ranks of earlier spans' secret queries under today's state: what has been forgotten since."""
+    """Ranks of earlier spans' held-out queries under today's state: what has been forgotten since."""
     rows = []
     for target_span, queries in earlier_queries:
         rows.append(_rank_rows(queries, rank_queries(state, queries, n_sampled=n_sampled), target_span, span))
@@ -233,7 +229,7 @@ def measure_cost(update: Callable[[], State]) -> tuple[State, dict[str, float]]:
 
 
 def _reset_peak_memory() -> None:
-    """Start the process's peak memory anew, where the system can (Linux)."""
+    """Reset the process's peak memory, where the system can (Linux)."""
     if os.access("/proc/self/clear_refs", os.W_OK):
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -20,15 +20,15 @@ def auc_contributions(labels_N: Float32Array, p_N: Float32Array) -> Float64Array
     its difference from the AUC weighed by how rare its kind is. Resampled by user, they give the interval for an AUC of
     clustered data (Obuchowski, Biometrics 53, 1997); without clusters, DeLong's.
     """
-    taken_N = labels_N > 0
+    is_positive_N = labels_N > 0
     share_N, total_auc = np.empty(len(p_N)), auc(labels_N, p_N)
     if np.isnan(total_auc):
         return np.full(len(p_N), np.nan)
     rank_N = rankdata(p_N)
-    for class_N in (taken_N, ~taken_N):
+    for class_N in (is_positive_N, ~is_positive_N):
         n_others = len(p_N) - class_N.sum()
         below_M = (rank_N[class_N] - rankdata(p_N[class_N])) / n_others  # share of the other kind that is less likely
-        share_N[class_N] = (below_M if class_N is taken_N else 1 - below_M) - total_auc
+        share_N[class_N] = (below_M if class_N is is_positive_N else 1 - below_M) - total_auc
         share_N[class_N] *= len(p_N) / class_N.sum()
     return total_auc + share_N
 

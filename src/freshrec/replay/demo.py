@@ -34,7 +34,7 @@ class DemoWorld:
     """A world, and its log in spans."""
 
     world: World
-    cut: LogSplit
+    split: LogSplit
 
 
 def make_demo_world() -> DemoWorld:
@@ -46,24 +46,20 @@ def make_demo_world() -> DemoWorld:
 def make_demo_cells() -> list[Cell]:
     """The controls, and ComiRec-DR updated in four ways."""
     controls = [Cell(name, spec, "absorb", STRATEGIES["absorb"], 0) for name, spec in CONTROLS.items()]
-    updated = [
-        (way, find_strategy(f"{way}:fit.base_epochs=4:fit.epochs=2")) for way in DEMO_STRATEGIES
-    ]  # enough for 400 items
-    return controls + [Cell("comirec-dr", MODELS["comirec-dr"], way, strategy, 0) for way, strategy in updated]
+    epochs = "fit.base_epochs=4:fit.epochs=2"  # enough for 400 items
+    strategies = [(name, find_strategy(f"{name}:{epochs}")) for name in DEMO_STRATEGIES]
+    return controls + [Cell("comirec-dr", MODELS["comirec-dr"], name, strategy, 0) for name, strategy in strategies]
 
 
 def run_demo(demo_world: DemoWorld, out: Path, on_span_done: ProgressCallback, jobs: int = 1) -> str:
     """Replay the world into `out`; the table and its explanation, made from the numbers."""
-    run_cells(make_demo_cells(), demo_world.cut, ReplaySettings(), out, jobs=jobs, on_span_done=on_span_done)
-    results = collect_results(make_demo_cells(), slice_table(demo_world.cut.spans), DEMO_METRICS, out)
+    run_cells(make_demo_cells(), demo_world.split, ReplaySettings(), out, jobs=jobs, on_span_done=on_span_done)
+    results = collect_results(make_demo_cells(), slice_table(demo_world.split.spans), DEMO_METRICS, out)
     tests = pl.read_parquet(out / "tests.parquet")
     base = load_state(next((out / "bases").glob("comirec-dr--0--*.safetensors")))
     detection = measure_detection(base, demo_world, Detector())
-    return (
-        (out / "table.md").read_text()
-        + EXPLANATION
-        + "\n".join([*describe_results(results, tests), detection.describe()])
-    )
+    sentences = [*describe_results(results, tests), detection.describe()]
+    return (out / "table.md").read_text() + EXPLANATION + "\n".join(sentences)
 
 
 def describe_results(results: pl.DataFrame, tests: pl.DataFrame) -> list[str]:
@@ -71,17 +67,16 @@ def describe_results(results: pl.DataFrame, tests: pl.DataFrame) -> list[str]:
     comirec = results.filter((pl.col("slice") == "all") & (pl.col("model") == "comirec-dr"))
     overall = comirec.filter(pl.col("span") == OVERALL_SPAN)
     value = {(r["strategy"], r["metric"]): float(r["value"]) for r in overall.iter_rows(named=True)}
-    final_interests = comirec.filter((pl.col("strategy") == "imsr") & (pl.col("metric") == "mean_k")).sort("span")[
-        "value"
-    ][-1]
+    mean_k = comirec.filter((pl.col("strategy") == "imsr") & (pl.col("metric") == "mean_k"))
+    final_interests = mean_k.sort("span")["value"][-1]
 
-    def quality(way: str) -> float:
-        return 100 * value[way, "ndcg@20"]
+    def quality(strategy: str) -> float:
+        return 100 * value[strategy, "ndcg@20"]
 
-    def seconds(way: str) -> float:
-        return max(value[way, "update_cpu_s"], 1e-3)
+    def seconds(strategy: str) -> float:
+        return max(value[strategy, "update_cpu_s"], 1e-3)
 
-    forgetting = {way: 100 * value[way, "forgetting ndcg@20"] for way in ("finetune", "imsr")}
+    forgetting = {name: 100 * value[name, "forgetting ndcg@20"] for name in ("finetune", "imsr")}
     lines = [
         f"- Updating at all is worth {quality('finetune') - quality('frozen'):+.1f} points of ndcg@20: "
         f"{quality('frozen'):.1f} % frozen, {quality('finetune'):.1f} % fine-tuned"
@@ -103,15 +98,15 @@ def describe_results(results: pl.DataFrame, tests: pl.DataFrame) -> list[str]:
         (pl.col("span") == OVERALL_SPAN) & (pl.col("slice") == "all") & (pl.col("metric") == "ndcg@20")
     )
     best = controls.filter(pl.col("model").is_in(list(CONTROLS))).sort("value", descending=True).row(0, named=True)
-    ways = ", ".join(w for w in DEMO_STRATEGIES if quality(w) > 100 * best["value"]) or "none"
-    lines.append(f"- The best control is {best['model']} with {100 * best['value']:.1f} %; above it: {ways}.")
+    better = ", ".join(name for name in DEMO_STRATEGIES if quality(name) > 100 * best["value"]) or "none"
+    lines.append(f"- The best control is {best['model']} with {100 * best['value']:.1f} %; above it: {better}.")
     return lines
 
 
 def _is_different(tests: pl.DataFrame, a: str, b: str) -> bool:
     """Whether the paired test tells two ways of updating ComiRec-DR apart, corrected for the number of tests."""
-    ways, models = pl.concat_list("strategy_a", "strategy_b"), pl.concat_list("model_a", "model_b")
-    pair = ways.list.contains(a) & ways.list.contains(b) & (models.list.unique() == ["comirec-dr"])
+    strategies, models = pl.concat_list("strategy_a", "strategy_b"), pl.concat_list("model_a", "model_b")
+    pair = strategies.list.contains(a) & strategies.list.contains(b) & (models.list.unique() == ["comirec-dr"])
     return bool(tests.filter(pair & (pl.col("metric") == "ndcg@20"))["p_adjusted"].item() < 0.05)
 
 
@@ -136,14 +131,14 @@ class DetectionQuality:
 
 def measure_detection(base: State, demo_world: DemoWorld, detect: Detector) -> DetectionQuality:
     """`detect` on span 1, from the state after the base block."""
-    span, truth = demo_world.cut.spans[1], demo_world.world.truth
+    span, truth = demo_world.split.spans[1], demo_world.world.truth
     state = absorb_block(base, span.events, span.n_users, span.n_items)
     assert state.interests is not None and truth is not None
     flagged_N, users_N, kl_N = detect.find_puzzled_users(
         state.model, state.interests, state.histories, base.model.n_items
     )
     gained = truth.filter(pl.col("span") == 1)["user_id"].unique()
-    gained_N = np.isin(users_N.numpy(), demo_world.cut.user_catalog.rows(gained).numpy())
+    gained_N = np.isin(users_N.numpy(), demo_world.split.user_catalog.rows(gained).numpy())
     auc = float(mannwhitneyu(-kl_N.numpy()[gained_N], -kl_N.numpy()[~gained_N]).statistic)
     hits = int(torch.isin(flagged_N, users_N[torch.from_numpy(gained_N)]).sum())
     n_gained = int(gained_N.sum())

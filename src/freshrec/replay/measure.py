@@ -38,21 +38,21 @@ def split_into_blocks(span: Span, n_items: int, cadence: int) -> list[SpanBlock]
 
 @dataclass(frozen=True)
 class Queries:
-    """Targets with the history before each: everything needed to ask now, or again later."""
+    """Targets with the history before each: everything needed to rank them now, or again later."""
 
     users_N: Tensor
     histories_NT: Tensor  # int32, all own events before the target, those inside the span too
     items_N: Tensor  # the targets
     events_N: Tensor  # where each stands in its span
     heldout_N: Tensor  # bool: never joins training; forgetting is measured on those
-    n_items: int  # items that may be recommended, when asked again: those known at the time
+    n_items: int  # items that may be recommended, when ranked again: those known at the time
 
     def __len__(self) -> int:
         return len(self.users_N)
 
-    def __getitem__(self, which_N: Tensor) -> "Queries":
-        users_N, histories_NT, items_N = self.users_N[which_N], self.histories_NT[which_N], self.items_N[which_N]
-        return Queries(users_N, histories_NT, items_N, self.events_N[which_N], self.heldout_N[which_N], self.n_items)
+    def __getitem__(self, index_N: Tensor) -> "Queries":
+        users_N, histories_NT, items_N = self.users_N[index_N], self.histories_NT[index_N], self.items_N[index_N]
+        return Queries(users_N, histories_NT, items_N, self.events_N[index_N], self.heldout_N[index_N], self.n_items)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class QueryOptions:
     role: int = TEST
     min_history: int = ReplayRecipe.min_history  # own events a query needs
     n_sampled: int = 0  # sampled items that a target is ranked among; 0: all items
-    unseen: Unseen = ReplayRecipe.unseen  # events of items new to all: asked for like others, or as if not there
+    unseen: Unseen = ReplayRecipe.unseen  # events of items new to all: ranked like others, or dropped
 
 
 def make_queries(recent: Histories, block: SpanBlock, length: int, options: QueryOptions = QueryOptions()) -> Queries:
@@ -74,8 +74,8 @@ def make_queries(recent: Histories, block: SpanBlock, length: int, options: Quer
     histories, rows_E = insert_events(recent, events, block.n_users)
     at_N = (events.role_E == options.role).nonzero()[:, 0]
     targets = targets_at(histories, rows_E[at_N])
-    enough_N = targets.history_lengths(options.min_history) >= options.min_history
-    at_N, targets = at_N[enough_N], targets[enough_N]
+    has_history_N = targets.history_lengths(options.min_history) >= options.min_history
+    at_N, targets = at_N[has_history_N], targets[has_history_N]
     history_NT = history_items(targets, length).int()
     heldout_N, events_N = events.train_at_E[at_N] == NEVER, places_E[at_N] + block.offset
     return Queries(targets.users_N, history_NT, events.items_E[at_N], events_N, heldout_N, block.n_items)
@@ -84,19 +84,19 @@ def make_queries(recent: Histories, block: SpanBlock, length: int, options: Quer
 def rank_queries(
     state: State, queries: Queries, readout: str = "recent", n_sampled: int = 0, size: int = 256
 ) -> Tensor:
-    """(N,) the rank of each target among the items known when the query was made, or `among` so many of them."""
+    """(N,) the rank of each target among the items known when the query was made, or among `n_sampled` of them."""
     stored_interests = stored_interests_of(state.model, state.interests, state.spans_seen)
     lengths_N = (queries.histories_NT > 0).sum(1)
     rank_N = torch.zeros(len(queries))
-    for which in split_chunks(torch.argsort(lengths_N, stable=True), size):
-        longest = int(lengths_N[which].max())
-        history_BT = queries.histories_NT[which][:, queries.histories_NT.shape[1] - longest :].long()
-        batch = Batch(queries.users_N[which], history_BT, categories_I=state.histories.categories_I)
+    for index in split_chunks(torch.argsort(lengths_N, stable=True), size):
+        longest = int(lengths_N[index].max())
+        history_BT = queries.histories_NT[index][:, queries.histories_NT.shape[1] - longest :].long()
+        batch = Batch(queries.users_N[index], history_BT, categories_I=state.histories.categories_I)
         batch = batch if stored_interests is None else stored_interests.attach(batch)
         if n_sampled:
-            rank_N[which] = _rank_among_sampled(state.model, batch, queries[which], readout, n_sampled)
+            rank_N[index] = _rank_among_sampled(state.model, batch, queries[index], readout, n_sampled)
         else:
-            rank_N[which] = target_ranks(state.model, batch, queries.items_N[which], readout, queries.n_items)
+            rank_N[index] = target_ranks(state.model, batch, queries.items_N[index], readout, queries.n_items)
     return rank_N
 
 
@@ -112,6 +112,7 @@ def sample_negatives(queries: Queries, n: int) -> Tensor:
     Which are drawn depends on the place of the event in its span alone: all models and strategies face the same, but
     for what those with a longer history leave out.
     """
+    # no named stream: published results are of these negatives
     key_ND = queries.events_N[:, None] * 1_000_003 + torch.arange(4 * n)
     items_ND = splitmix64(key_ND) % max(queries.n_items, 1) + 1
     is_target_ND = items_ND == queries.items_N[:, None]
@@ -150,8 +151,8 @@ def predict_clicks(state: State, block: SpanBlock, options: QueryOptions) -> pl.
     assert events.labels_E is not None and isinstance(model, ClickModel)
     at_N = ((events.role_E == options.role) & ~events.labels_E.isnan()).nonzero()[:, 0]
     targets = impression_targets(append_events(state.histories, events, block.n_users), impressions_of(events[at_N]))
-    enough_N = targets.history_lengths(options.min_history) >= options.min_history
-    targets, at_N = targets[enough_N], at_N[enough_N]
+    has_history_N = targets.history_lengths(options.min_history) >= options.min_history
+    targets, at_N = targets[has_history_N], at_N[has_history_N]
     columns = {"event": at_N + block.offset, "user": targets.users_N, "label": events.labels_E[at_N]}
     columns["p"] = target_click_probabilities(model, targets)
     return pl.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})

@@ -87,6 +87,6 @@ def compute_metrics(ranks_Q: NDArray[Any], names: Sequence[str]) -> Float64Array
 
 def mean_per_user(users_Q: NDArray[Any], values_QM: Float64Array) -> tuple[NDArray[Any], Float64Array]:
     """The users (U,), each once and sorted, and the mean (U, M) of the values over each user's queries."""
-    users_U, which_Q, n_U = np.unique(users_Q, return_inverse=True, return_counts=True)
-    sums = [np.bincount(which_Q, column, minlength=len(users_U)) for column in values_QM.T]
+    users_U, index_Q, n_U = np.unique(users_Q, return_inverse=True, return_counts=True)
+    sums = [np.bincount(index_Q, column, minlength=len(users_U)) for column in values_QM.T]
     return users_U, np.stack(sums, axis=1) / n_U[:, None]

@@ -34,17 +34,17 @@ from freshrec.types import Events, State, Strategy, TrainedModel
 EPOCH_SEARCH_FACTOR = 2.0  # choosing them trains about as much again
 
 
-def estimate_cost(cells: list[Cell], cut: LogSplit, settings: ReplaySettings) -> pl.DataFrame:
+def estimate_cost(cells: list[Cell], split: LogSplit, settings: ReplaySettings) -> pl.DataFrame:
     """model, strategy, seed, and CPU seconds of the base and of the updates of each cell; right to a factor of 2.
 
     The seconds of the updates include those of tuning them.
     """
-    sizes = [int(trainable_mask(span.events).sum()) for span in cut.spans]
+    sizes = [int(trainable_mask(span.events).sum()) for span in split.spans]
     speeds: dict[str, float] = {}
     rows, trained_bases = [], set()
     for cell in cells:
         if cell.model_name not in speeds:
-            speeds[cell.model_name] = measure_speed(cell, cut)
+            speeds[cell.model_name] = measure_speed(cell, split)
         base, *later = training_passes(cell.strategy_instance, sizes, EXPECTED_EPOCHS)
         later = later if settings.last_update else later[:-1]
         base = 0.0 if (cell.model_name, cell.seed) in trained_bases else base * EPOCH_SEARCH_FACTOR
@@ -63,20 +63,20 @@ def trainable_mask(events: Events) -> Tensor:
 
 
 def count_tuning_targets(strategy: Strategy, sizes: list[int]) -> float:
-    """Targets trained on to choose knobs: from span 2 on, every alternative repeats the update of the span before."""
+    """Targets trained on to choose options: from span 2 on, every alternative repeats the update of the span before."""
     choices = alternatives(strategy)
     if len(choices) < 2:
         return 0.0
     return sum(sum(training_passes(choice, sizes, EXPECTED_EPOCHS)[1:-1]) for choice in choices)
 
 
-def measure_speed(cell: Cell, cut: LogSplit, n_events: int = 10_000) -> float:
+def measure_speed(cell: Cell, split: LogSplit, n_events: int = 10_000) -> float:
     """Targets a CPU-second that training this model passes, on the first events of the base block."""
     model = cell.model_spec.build(cell.seed)
     model = model.experts.trained_model if isinstance(model, Blend) else model
     if not isinstance(model, TrainedModel):
         return float("inf")
-    span = cut.spans[0]
+    span = split.spans[0]
     sample = span.events[trainable_mask(span.events)][:n_events]
     state = absorb_block(replace(State(model), seed=cell.seed), sample, span.n_users, span.n_items)
     model.grow(span.n_users, span.n_items)
@@ -140,8 +140,8 @@ def _(strategy: Refit, sizes: list[int], base_epochs: int) -> list[float]:
     if strategy.full_retrain:
         passes = [float(sum(sizes[: t + 1]) * base_epochs) for t in range(len(sizes))]
     elif strategy.guard:
-        tried = MAX_TRIAL_TARGETS * strategy.fit.expected_epochs
-        passes = passes[:1] + [n + 2 * 5 / 6 * min(n, tried) for n in passes[1:]]
+        trial_passes = MAX_TRIAL_TARGETS * strategy.fit.expected_epochs
+        passes = passes[:1] + [n + 2 * 5 / 6 * min(n, trial_passes) for n in passes[1:]]
     return [min(n, float(strategy.max_passes)) for n in passes]
 
 
@@ -165,8 +165,8 @@ def _(strategy: IncCTR, sizes: list[int], base_epochs: int) -> list[float]:
 def _(strategy: ADER, sizes: list[int], base_epochs: int) -> list[float]:
     """The new events of each span, and the exemplars of all spans before it."""
     base, *later = fine_tuning_passes(strategy.fit, sizes, base_epochs)
-    kept = [min(strategy.exemplars, sum(sizes[:t])) for t in range(1, len(sizes))]
-    return [base, *(n + m * strategy.fit.expected_epochs for n, m in zip(later, kept))]
+    counts = [min(strategy.exemplars, sum(sizes[:t])) for t in range(1, len(sizes))]
+    return [base, *(n + m * strategy.fit.expected_epochs for n, m in zip(later, counts))]
 
 
 @training_passes.register
@@ -179,22 +179,22 @@ def _(strategy: ADERS, sizes: list[int], base_epochs: int) -> list[float]:
 
 @training_passes.register
 def _(strategy: SML, sizes: list[int], base_epochs: int) -> list[float]:
-    """Those of fine-tuning; the end of a stage from the second update on; the base block's rehearsals."""
+    """Those of fine-tuning; the end of a stage from the second update on; the parts of the base block."""
     passes, epochs = fine_tuning_passes(strategy.fit, sizes, base_epochs), strategy.fit.expected_epochs
-    again, learning = (strategy.rounds - 1) * epochs, strategy.rounds * strategy.transfer_epochs
+    later_rounds, transfer_epochs = (strategy.rounds - 1) * epochs, strategy.rounds * strategy.transfer_epochs
     if strategy.base_parts and strategy.fits_network_on(0):
         n, n_base = strategy.base_parts, max(1, strategy.base_parts // 3)
-        stages = (n - n_base - 1) * (epochs + again + learning)
+        stages = (n - n_base - 1) * (epochs + later_rounds + transfer_epochs)
         passes[0] += sizes[0] / n * (n_base * base_epochs + stages)
     for t in range(2, len(sizes)):
-        judge = sizes[t] if strategy.objective == "next" else sizes[t - 1]
-        passes[t] += strategy.fits_network_on(t) * (again * sizes[t - 1] + learning * judge)
+        n_targets = sizes[t] if strategy.objective == "next" else sizes[t - 1]
+        passes[t] += strategy.fits_network_on(t) * (later_rounds * sizes[t - 1] + transfer_epochs * n_targets)
     return passes
 
 
 @training_passes.register
 def _(strategy: ASMG, sizes: list[int], base_epochs: int) -> list[float]:
-    """Those of the chain, the spans that the generator learns on, counted at the size of the new one; rehearsals."""
+    """Those of the chain, and those of the generator, whose past spans count at the size of the new one."""
     chain = fine_tuning_passes(strategy.fit, sizes, base_epochs)
     lengths = [min(max(t - 1, 0), strategy.k or t) for t in range(len(sizes))]
     spans = [min(length, 1) if strategy.loss == "last" else length for length in lengths]
@@ -208,7 +208,7 @@ def _(strategy: ASMG, sizes: list[int], base_epochs: int) -> list[float]:
 
 @training_passes.register
 def _(strategy: SelfTuned, sizes: list[int], base_epochs: int) -> list[float]:
-    """Those of fine-tuning, at most half as many again, and the rehearsals of the base block."""
+    """Those of fine-tuning, at most half as many again, and the parts of the base block."""
     base, *later = fine_tuning_passes(strategy.fit, sizes, base_epochs)
     part, n_base = sizes[0] / max(strategy.base_parts, 1), max(1, strategy.base_parts // 3)
     n_chains = 1 + sum(map(len, SEARCH_SPACE.values()))

@@ -26,28 +26,28 @@ FILE, FORMER_FILE = "made-of.json", "made-of.txt"
 TAGS = {place.rpartition(":")[2]: tag for place, tag in FORMER.items()}  # by what `repr` says of a class
 NUMBERS = {"inf": math.inf, "nan": math.nan}
 
-Made = Cell | tuple[ReplaySettings, str]  # a cell's folder; the folder of all, with the fingerprint of the log
+Provenance = Cell | tuple[ReplaySettings, str]  # a cell's folder; the folder of all, with the fingerprint of the log
 
 
-def is_made_of(folder: Path, made: Made) -> bool:
-    """Whether the results in a folder, if there are any, are of `made`."""
+def matches_provenance(folder: Path, source: Provenance) -> bool:
+    """Whether the results in a folder, if there are any, are of `source`."""
     try:
         if (folder / FILE).exists():
-            there = json.loads((folder / FILE).read_text())
+            stored = json.loads((folder / FILE).read_text())
         elif (folder / FORMER_FILE).exists():
-            there = _former_encoded((folder / FORMER_FILE).read_text(), made)
+            stored = _former_encoded((folder / FORMER_FILE).read_text(), source)
         else:
             return True
         # the second comparison is for options that got another name, or were not there yet
-        return there == _encoded(made) or _encoded(decode_options(there)) == _encoded(made)
+        return stored == _encoded(source) or _encoded(decode_options(stored)) == _encoded(source)
     except (StateError, ValueError):
         return False
 
 
-def write_made_of(folder: Path, made: Made) -> None:
+def write_provenance(folder: Path, source: Provenance) -> None:
     """Write down what a folder's results are of."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(json.dumps(_encoded(made)), folder / FILE)
+    write_text_atomically(json.dumps(_encoded(source)), folder / FILE)
 
 
 def is_spec_of(state: State, cell: Cell) -> bool:
@@ -55,12 +55,12 @@ def is_spec_of(state: State, cell: Cell) -> bool:
     return _encoded(state.model.spec) == _encoded(cell.model_spec)
 
 
-def _encoded(made: Any) -> dict[str, Any]:
+def _encoded(source: Any) -> dict[str, Any]:
     """As JSON, as it is after writing and reading; the `repr` of what is not of dataclasses, such as a stranger's."""
     try:
-        found: dict[str, Any] = json.loads(json.dumps(encode_options(made)))
+        found: dict[str, Any] = json.loads(json.dumps(encode_options(source)))
     except StateError:
-        found = {"value": repr(made)}
+        found = {"value": repr(source)}
     return found
 
 
@@ -103,23 +103,23 @@ def _former_options(path: Path) -> str | None:
     except (OSError, ValueError, SyntaxError):
         return None
     keywords = call.keywords if isinstance(call, ast.Call) else []
-    return next((ast.get_source_segment(text, one.value) for one in keywords if one.arg == "spec"), None)
+    return next((ast.get_source_segment(text, keyword.value) for keyword in keywords if keyword.arg == "spec"), None)
 
 
-def _former_encoded(text: str, made: Made) -> dict[str, Any]:
+def _former_encoded(text: str, source: Provenance) -> dict[str, Any]:
     """What 0.1.0 wrote, as `_encoded` has it; ValueError where it is something else.
 
     Of a class that is not of this package only its name is in the text. Then the text is compared with what 0.1.0 would
-    write of `made`, and where they are equal, the text is of `made`.
+    write of `source`, and where they are equal, the text is of `source`.
     """
-    settings, _, log = (text, "", "") if isinstance(made, Cell) else text.rpartition(", log ")
+    settings, _, log = (text, "", "") if isinstance(source, Cell) else text.rpartition(", log ")
     try:
         found = _encoded_repr(ast.parse(settings, mode="eval").body)
     except (SyntaxError, ValueError):
-        if text != (repr(made) if isinstance(made, Cell) else f"{made[0]}, log {made[1]}"):
+        if text != (repr(source) if isinstance(source, Cell) else f"{source[0]}, log {source[1]}"):
             raise ValueError("the text is of something else") from None
-        return _encoded(made)
-    return found if isinstance(made, Cell) else {"tuple": [found, {"value": log}]}
+        return _encoded(source)
+    return found if isinstance(source, Cell) else {"tuple": [found, {"value": log}]}
 
 
 def _encoded_repr(node: ast.expr) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def _encoded_repr(node: ast.expr) -> dict[str, Any]:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in TAGS and not node.args:
         return {
             "class": TAGS[node.func.id],
-            "fields": {str(one.arg): _encoded_repr(one.value) for one in node.keywords},
+            "fields": {str(keyword.arg): _encoded_repr(keyword.value) for keyword in node.keywords},
         }
     if isinstance(node, ast.Tuple):
         return {"tuple": [_encoded_repr(child) for child in node.elts]}

@@ -139,16 +139,16 @@ def _tables(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
         raise unknown_name_error(
             f"recipe beside {path}", str(parent), [file.stem for file in path.parent.glob("*.toml")]
         )
-    return merged(_tables(path.parent / f"{parent}.toml", (*children, path)), tables)
+    return merge_tables(_tables(path.parent / f"{parent}.toml", (*children, path)), tables)
 
 
-def merged(tables: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def merge_tables(tables: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """`tables` with the keys of `changes` in place of their own, section by section; a list replaces a list."""
-    both = dict(tables)
+    merged = dict(tables)
     for section, table in changes.items():
-        old = both.get(section)
-        both[section] = old | table if isinstance(old, dict) and isinstance(table, dict) else table
-    return both
+        old = merged.get(section)
+        merged[section] = old | table if isinstance(old, dict) and isinstance(table, dict) else table
+    return merged
 
 
 def parse_recipe(tables: dict[str, Any]) -> Recipe:
@@ -157,9 +157,8 @@ def parse_recipe(tables: dict[str, Any]) -> Recipe:
     Keys may have their former names, with a warning.
     """
     try:
-        return TypeAdapter(Recipe).validate_python(
-            {name: _with_current_keys(name, table) for name, table in tables.items()}
-        )
+        current_tables = {name: _with_current_keys(name, table) for name, table in tables.items()}
+        return TypeAdapter(Recipe).validate_python(current_tables)
     except ValidationError as problem:
         raise option_error(problem, Recipe, "recipe key {}") from None
 

@@ -1,4 +1,4 @@
-"""A recipe -> what a replay runs: its log, the cut of it, the settings, and the cells."""
+"""A recipe -> what a replay runs: its log, its split, the settings, and the cells."""
 
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def load_split(recipe: Recipe) -> LogSplit:
     split = split_log(load_log(recipe), recipe.spans, seed=recipe.log.seed)
     if recipe.replay.tune and not any(bool((span.events.role_E == VALID).any()) for span in split.spans[2:]):
         raise OptionError(
-            "tuning chooses knobs by the validation events of spans 2, 3, ..., and this cut has none; use targets = "
+            "tuning chooses options by the validation events of spans 2, 3, ..., and there are none; use targets = "
             '"last" and at least 2 spans, or do not tune.'
         )
     return split
@@ -63,12 +63,9 @@ def make_replay_settings(recipe: Recipe) -> ReplaySettings:
     if recipe.log.exposures:
         for metric in replay_recipe.metrics:
             find_click_metric(metric)
-        if (
-            replay_recipe.tune
-            or replay_recipe.unseen != ReplayRecipe.unseen
-            or replay_recipe.averaging != ReplayRecipe.averaging
-        ):
-            raise OptionError("tune, unseen and mean are of rankings; on a log with exposures leave them out.")
+        defaults = ReplayRecipe.unseen, ReplayRecipe.averaging
+        if replay_recipe.tune or (replay_recipe.unseen, replay_recipe.averaging) != defaults:
+            raise OptionError("tune, unseen and averaging are of rankings; on a log with exposures leave them out.")
         query_options = QueryOptions(min_history=replay_recipe.min_history)
         return ReplaySettings(query_options, last_update=replay_recipe.last_update)
     for metric in replay_recipe.metrics:
@@ -91,9 +88,8 @@ def make_cells(recipe: Recipe) -> list[Cell]:
     cells: list[Cell] = []
     incompatible: dict[str, IncompatibleError] = {}
     compatible: set[str] = set()
-    pairs = [
-        (name, "absorb") for name in replay_recipe.controls if not recipe.log.exposures
-    ]  # they say nothing of clicks
+    controls = () if recipe.log.exposures else replay_recipe.controls  # controls predict no clicks
+    pairs = [(name, "absorb") for name in controls]
     pairs += [(model, strategy) for model in replay_recipe.models for strategy in replay_recipe.strategies]
     pairs += [(model, strategy) for model, _, strategy in (pair.partition("/") for pair in replay_recipe.extra_pairs)]
     for model, strategy in dict.fromkeys(pairs):
@@ -107,11 +103,8 @@ def make_cells(recipe: Recipe) -> list[Cell]:
             continue
         compatible.add(strategy)
         seeds = 1 if model.partition(":")[0] in COUNTING_MODELS else replay_recipe.seeds
-        for cadence in (
-            replay_recipe.cadence[:1]
-            if isinstance(spec.build(0), TrainedModel)
-            else dict.fromkeys(replay_recipe.cadence)
-        ):
+        is_trained = isinstance(spec.build(0), TrainedModel)
+        for cadence in replay_recipe.cadence[:1] if is_trained else dict.fromkeys(replay_recipe.cadence):
             label = strategy if cadence == 1 else f"{strategy} x{cadence}"
             cells += [Cell(model, spec, label, chosen_strategy, seed, cadence) for seed in range(seeds)]
     for strategy, reason in incompatible.items():

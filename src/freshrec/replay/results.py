@@ -56,9 +56,9 @@ def collect_results(
     tests.parquet     each pair of these, in the recent readout: the paired tests
     table.md          methods.parquet for people
 
-    Spans weigh equally, users (or targets: `equal`) equally within a span. The row of span -1 is the mean over spans
-    from `from_span` on, and so is what the other files say (of forgetting, from the first span on). A model's other
-    readouts are rows of their own: "comirec-dr@stored". Without `facts`, no slices but "all".
+    Spans weigh equally, users (or targets: `averaging`) equally within a span. The row of span -1 is the mean over
+    spans from `from_span` on, and so is what the other files say (of forgetting, from the first span on). A model's
+    other readouts are rows of their own: "comirec-dr@stored". Without `slices`, no slices but "all".
     """
     answers_per_cell = [_read_answers(cell, out / cell.folder_name, metrics) for cell in cells]
     answers = pl.concat([_empty_answers(metrics), *answers_per_cell])
@@ -81,9 +81,8 @@ def collect_results(
     results.write_parquet(out / "results.parquet")
     methods = _summarize_methods(reported, forgetting, costs, metrics, averaging)
     methods.write_parquet(out / "methods.parquet")
-    compare_methods(reported.filter(~pl.col("model").str.contains("@")), metrics, averaging=averaging).write_parquet(
-        out / "tests.parquet"
-    )
+    tests = compare_methods(reported.filter(~pl.col("model").str.contains("@")), metrics, averaging=averaging)
+    tests.write_parquet(out / "tests.parquet")
     (out / "table.md").write_text(markdown_table(methods, metrics) + "\n")
     return results
 
@@ -105,7 +104,7 @@ def _empty_answers(metrics: Sequence[str]) -> pl.DataFrame:
 
 
 def _read_answers(cell: Cell, folder: Path, metrics: Sequence[str]) -> pl.DataFrame:
-    """A row per query and time of asking: its span, the last span the model had been updated on, and the metrics."""
+    """A row per query and time of ranking: its span, the last span the model had been updated on, and the metrics."""
     files = sorted(folder.glob("span-*.parquet"))
     if not files:
         return _empty_answers(metrics)
@@ -139,14 +138,13 @@ def _quality_by_slice(
         )
     span_Q = queries["span"].to_numpy()
     found = [pl.DataFrame(schema=RESULT_SCHEMA)]
-    for which_A, answered_Q in _groups_by_queries(answers):
+    for methods_A, answered_Q in _groups_by_queries(answers):
         for part in SLICES if slices is not None else ("all",):
             in_part_Q = answered_Q & queries[part].to_numpy()
             for span in [OVERALL_SPAN, *np.unique(span_Q[in_part_Q]).tolist()] if in_part_Q.any() else []:
-                which_Q = in_part_Q if span == OVERALL_SPAN else in_part_Q & (span_Q == span)
-                rows = _summarize(
-                    answers, which_A, which_Q, metrics, has_interval=part == "all" or span == OVERALL_SPAN
-                )
+                is_included_Q = in_part_Q if span == OVERALL_SPAN else in_part_Q & (span_Q == span)
+                has_interval = part == "all" or span == OVERALL_SPAN
+                rows = _summarize(answers, methods_A, is_included_Q, metrics, has_interval)
                 found.append(_add_span_and_slice(rows, span, part))
     return pl.concat(found)
 
@@ -162,20 +160,24 @@ def _groups_by_queries(answers: QueryMetrics) -> Iterator[tuple[Int64Array, Bool
 
 
 def _summarize(
-    answers: QueryMetrics, which_A: Int64Array, which_Q: BoolArray, metrics: Sequence[str], has_interval: bool = True
+    answers: QueryMetrics,
+    methods_A: Int64Array,
+    is_included_Q: BoolArray,
+    metrics: Sequence[str],
+    has_interval: bool = True,
 ) -> pl.DataFrame:
     """A row per method and metric on these queries; an interval where `has_interval`, as bootstraps take the time."""
-    by_user_UAM = answers.by_user(which_A, which_Q, centred=True)
+    by_user_UAM = answers.by_user(methods_A, is_included_Q, centred=True)
     by_user_UN = by_user_UAM.reshape(len(by_user_UAM), -1)
     no_interval_N = np.full(by_user_UN.shape[1], np.nan)
     low_N, high_N = bootstrap_interval(by_user_UN) if has_interval else (no_interval_N, no_interval_N)
-    names = answers.methods[np.repeat(which_A, len(metrics))]
+    names = answers.methods[np.repeat(methods_A, len(metrics))]
     return names.with_columns(
-        pl.Series("metric", list(metrics) * len(which_A), pl.String),
+        pl.Series("metric", list(metrics) * len(methods_A), pl.String),
         pl.Series("value", by_user_UN.mean(0)),
         pl.Series("low", low_N),
         pl.Series("high", high_N),
-        pl.lit(int(which_Q.sum()), pl.Int64).alias("n"),
+        pl.lit(int(is_included_Q.sum()), pl.Int64).alias("n"),
     )
 
 
@@ -184,7 +186,7 @@ def _add_span_and_slice(rows: pl.DataFrame, span: int, part: str) -> pl.DataFram
 
 
 def _forgetting_per_query(answered: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
-    """By how much each later model answers an earlier span's secret queries worse than the model just updated on it."""
+    """By how much each later model ranks an earlier span's held-out queries worse than the model just updated on it."""
     query = [*CELL_COLUMNS, "span", "user", "target"]
     after_update = answered.filter(pl.col("after") == pl.col("span")).select(*query, *metrics)
     both = answered.filter(pl.col("after") > pl.col("span")).join(after_update, on=query, suffix=" then")
@@ -205,7 +207,10 @@ def _forgetting_by_span(forgetting: pl.DataFrame, averaging: Averaging) -> pl.Da
 
 def _summarize_all(answers: QueryMetrics, metrics: Sequence[str]) -> pl.DataFrame:
     return pl.concat(
-        [_summarize(answers, which_A, which_Q, metrics) for which_A, which_Q in _groups_by_queries(answers)]
+        [
+            _summarize(answers, methods_A, is_included_Q, metrics)
+            for methods_A, is_included_Q in _groups_by_queries(answers)
+        ]
     )
 
 
@@ -232,17 +237,13 @@ def _summarize_methods(
 ) -> pl.DataFrame:
     """A row per model, strategy and metric, over all spans: each query averaged over seeds, and only then resampled."""
     names = [f"forgetting {m}" for m in metrics]
-    found = [
-        pl.DataFrame(
-            schema={name: kind for name, kind in RESULT_SCHEMA.items() if name in (*METHOD_COLUMNS, *VALUE_COLUMNS)}
-        )
-    ]
+    columns = (*METHOD_COLUMNS, *VALUE_COLUMNS)
+    found = [pl.DataFrame(schema={name: kind for name, kind in RESULT_SCHEMA.items() if name in columns})]
     last = forgetting.filter(pl.col("after") == pl.col("after").max())
-    found += [
-        _summarize_all(arrange_metrics(rows, of, METHOD_COLUMNS, averaging), of)
-        for rows, of in ((tested, metrics), (last, names))
-        if len(rows)
-    ]
+    for rows, metric_names in ((tested, metrics), (last, names)):
+        if len(rows):
+            arranged = arrange_metrics(rows, metric_names, METHOD_COLUMNS, averaging)
+            found.append(_summarize_all(arranged, metric_names))
     overall = costs.filter(pl.col("span") == OVERALL_SPAN).group_by(*METHOD_COLUMNS, "metric", maintain_order=True)
     found.append(overall.agg(pl.col("value", "low", "high").mean(), pl.len().cast(pl.Int64).alias("n")))
     return pl.concat(found)

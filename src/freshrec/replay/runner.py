@@ -19,7 +19,7 @@ from freshrec.errors import OptionError
 from freshrec.learn.fit import FitConfig, fit_base_block
 from freshrec.models.absorb import absorb_block
 from freshrec.replay.cell import Cell, ReplaySettings, measure_cost, replay_cell
-from freshrec.replay.provenance import Made, base_file, is_made_of, is_spec_of, write_made_of
+from freshrec.replay.provenance import Provenance, base_file, is_spec_of, matches_provenance, write_provenance
 from freshrec.store.checkpoint import load_state, save_state
 from freshrec.types import Span, State, TrainedModel
 
@@ -28,7 +28,7 @@ ProgressCallback = Callable[[Cell, int], None]  # called with a cell and the spa
 
 def run_cells(
     cells: Iterable[Cell],
-    cut: LogSplit,
+    split: LogSplit,
     settings: ReplaySettings,
     out: Path,
     *,
@@ -43,38 +43,35 @@ def run_cells(
     """
     cells = list(cells)
     use_device(device)  # it is there: asked before anything is written
-    _claim_folder(out, cells, cut, settings)
+    _claim_folder(out, cells, split, settings)
     unfinished = sorted((c for c in cells if not (out / c.folder_name / "done.json").exists()), key=_sort_key)
     if jobs <= 1:
         for cell in unfinished:
-            _run_cell(cell, cut, device, settings, out, on_span_done)
+            _run_cell(cell, split, device, settings, out, on_span_done)
         return
     bases = {_base_path(cell, cell.shared_fit, out): cell for cell in unfinished if cell.shared_fit}
     previous_handler = signal.signal(
         signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C is for this process: the workers inherit the deafness
+    )  # the workers inherit it: Ctrl-C is for this process
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:  # leaving it ends them
         signal.signal(signal.SIGINT, previous_handler)
-        running = [
-            pool.apply_async(_prepare_base, (cell, cut, device, out)) for cell in bases.values()
-        ]  # and meanwhile ...
-        running += [
-            pool.apply_async(_run_cell, (cell, cut, device, settings, out, _ignore_progress)) for cell in unfinished
-        ]
+        running = [pool.apply_async(_prepare_base, (cell, split, device, out)) for cell in bases.values()]
+        for cell in unfinished:
+            running.append(pool.apply_async(_run_cell, (cell, split, device, settings, out, _ignore_progress)))
         _report_progress(running, unfinished, out, on_span_done)
 
 
-def _claim_folder(out: Path, cells: list[Cell], cut: LogSplit, settings: ReplaySettings) -> None:
+def _claim_folder(out: Path, cells: list[Cell], split: LogSplit, settings: ReplaySettings) -> None:
     """Write down what is replayed. OptionError where `out` holds results of another log or of other options."""
-    descriptions: dict[Path, Made] = {out: (settings, cut.fingerprint())}
+    descriptions: dict[Path, Provenance] = {out: (settings, split.fingerprint())}
     descriptions |= {out / cell.folder_name: cell for cell in cells}
-    for folder, made in descriptions.items():
-        if not is_made_of(folder, made):
+    for folder, source in descriptions.items():
+        if not matches_provenance(folder, source):
             raise OptionError(
                 f"{folder} holds results of another log, or made with other options: choose another --out."
             )
-    for folder, made in descriptions.items():
-        write_made_of(folder, made)
+    for folder, source in descriptions.items():
+        write_provenance(folder, source)
 
 
 def _sort_key(cell: Cell) -> tuple[str, int]:
@@ -82,13 +79,13 @@ def _sort_key(cell: Cell) -> tuple[str, int]:
 
 
 def _ignore_progress(cell: Cell, span: int) -> None:
-    """In a worker: the files tell."""
+    """In a worker: progress is read from the files."""
 
 
 def _report_progress(
     running: list[AsyncResult[None]], cells: list[Cell], out: Path, on_span_done: ProgressCallback
 ) -> None:
-    """Tell what the workers' files say until all are through."""
+    """Report what the workers' files hold until all have finished."""
     reported: set[tuple[str, int]] = set()
     while True:
         is_finished = all(task.ready() for task in running)
@@ -107,31 +104,31 @@ def _report_progress(
 
 
 def _run_cell(
-    cell: Cell, cut: LogSplit, device: str, settings: ReplaySettings, out: Path, on_span_done: ProgressCallback
+    cell: Cell, split: LogSplit, device: str, settings: ReplaySettings, out: Path, on_span_done: ProgressCallback
 ) -> None:
     torch.set_num_threads(1)
     with use_device(_cell_device(cell, device)):
-        cut = move_to_device(cut)
-        base = _load_or_train_base(cell, cell.shared_fit, cut, out) if cell.shared_fit else None
-        for span in replay_cell(cell, cut, settings, out, base):
+        split = move_to_device(split)
+        base = _load_or_train_base(cell, cell.shared_fit, split, out) if cell.shared_fit else None
+        for span in replay_cell(cell, split, settings, out, base):
             on_span_done(cell, span)
 
 
-def _prepare_base(cell: Cell, cut: LogSplit, device: str, out: Path) -> None:
+def _prepare_base(cell: Cell, split: LogSplit, device: str, out: Path) -> None:
     torch.set_num_threads(1)
     with use_device(_cell_device(cell, device)):
         assert cell.shared_fit
-        _load_or_train_base(cell, cell.shared_fit, move_to_device(cut), out)
+        _load_or_train_base(cell, cell.shared_fit, move_to_device(split), out)
 
 
 def _cell_device(cell: Cell, device: str) -> str:
-    """What counts does so on the CPU, and so does the blend, which is counters but for one small model."""
+    """Counting models run on the CPU, and so does the blend, which is counters but for one small model."""
     return device if isinstance(cell.model_spec.build(cell.seed), TrainedModel) else "cpu"
 
 
-def move_to_device(cut: LogSplit) -> LogSplit:
-    """The cut with its events where new tensors lie."""
-    return replace(cut, spans=tuple(replace(span, events=span.events.to(default_device())) for span in cut.spans))
+def move_to_device(split: LogSplit) -> LogSplit:
+    """The split with its events where new tensors lie."""
+    return replace(split, spans=tuple(replace(span, events=span.events.to(default_device())) for span in split.spans))
 
 
 def _base_path(cell: Cell, fit: FitConfig, out: Path) -> Path:
@@ -139,9 +136,9 @@ def _base_path(cell: Cell, fit: FitConfig, out: Path) -> Path:
     return base_file(cell, (fit.base_epochs, fit.max_epochs, fit.patience, fit.holdout), out)
 
 
-def _load_or_train_base(cell: Cell, fit: FitConfig, cut: LogSplit, out: Path) -> State:
+def _load_or_train_base(cell: Cell, fit: FitConfig, split: LogSplit, out: Path) -> State:
     """The state after the base block: of several processes that want it, one trains it and the others wait."""
-    path, span = _base_path(cell, fit, out), cut.spans[0]
+    path, span = _base_path(cell, fit, out), split.spans[0]
     path.parent.mkdir(exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if path.exists() and is_spec_of(found := load_state(path), cell):

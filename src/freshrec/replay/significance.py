@@ -1,9 +1,9 @@
 """Which differences are larger than chance: bootstrap intervals, and paired tests corrected for their number.
 
 The unit is always the user: queries of one user are not independent. What is covered is the chance of having met these
-users and not others. Differences weigh queries as the table of results does (`contributions`): they are differences of
-its numbers. Training seeds are averaged before anything is compared; a few seeds are too few to resample, so look at
-them one by one before believing a small difference.
+users and not others. Differences weigh queries as the table of results does (`user_contributions`): they are
+differences of its numbers. Training seeds are averaged before anything is compared; a few seeds are too few to
+resample, so look at them one by one before believing a small difference.
 """
 
 from __future__ import annotations
@@ -29,10 +29,7 @@ CONFIDENCE_LEVEL = 0.95
 N_RESAMPLES = 500  # of users, for an interval
 MAX_FLIP_GROUPS = 2_000  # of users, at most, whose signs are flipped
 N_PERMUTATIONS = 9999  # of signs, for a test: the smallest p is 2 / 10,000
-BOOTSTRAP_BATCH, PERMUTATION_BATCH = (
-    100_000,
-    2_000_000,
-)  # resamples x users in memory at once: the fastest, and still small
+BOOTSTRAP_BATCH, PERMUTATION_BATCH = 100_000, 2_000_000  # resamples x users in memory at once: the fastest sizes
 TEST_SCHEMA = {
     "metric": pl.String,
     "model_a": pl.String,
@@ -58,9 +55,9 @@ def user_contributions(
     """(U, M): what each user adds to the value of each metric, times U: the mean over users is the value.
 
     The value is the mean over spans of the mean over the span's users of the mean over the user's queries in it; where
-    `equal` = "targets", of the mean over the span's queries; "pooled", the mean over all queries. `centred`: what each
-    adds to the difference from the span's own mean, which is then added to all alike; to resample users, because a user
-    who is drawn twice counts twice above and below the line.
+    `averaging` = "targets", of the mean over the span's queries; "pooled", the mean over all queries. `centred`: what
+    each adds to the difference from the span's own mean, which is then added to all alike; to resample users, because a
+    user who is drawn twice counts twice above and below the line.
     """
     if averaging == "pooled":
         spans_Q, averaging = np.zeros_like(spans_Q), "targets"
@@ -108,7 +105,7 @@ def bootstrap_interval(values_UM: Float64Array, seed: int = 0) -> tuple[Float64A
         batch=max(1, BOOTSTRAP_BATCH // n_users),
         confidence_level=CONFIDENCE_LEVEL,
         method="percentile",
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng(seed),  # no named stream: published intervals and p-values are of these draws
     ).confidence_interval
     return found.low + first_M, found.high + first_M
 
@@ -116,9 +113,9 @@ def bootstrap_interval(values_UM: Float64Array, seed: int = 0) -> tuple[Float64A
 def paired_p_values(differences_UP: Float64Array, seed: int = 0) -> Float64Array:
     """(P,): two-sided p-values of "the mean difference is zero", one column of per-user differences per comparison.
 
-    Sign-flip permutation test: if two methods are alike, each user's difference could as well have the other sign. It
-    tests the mean, which is what is printed, and assumes no shape; users with a difference of zero neither help nor
-    harm. With six equal wins, no losses and zeros elsewhere it says 2 / 2^6 = 0.03, where a t-test says 0.014;
+    Sign-flip permutation test: if two methods are equally good, each user's difference could as well have the other
+    sign. It tests the mean, which is what is printed, and assumes no shape; users with a difference of zero neither
+    help nor harm. With six equal wins, no losses and zeros elsewhere it says 2 / 2^6 = 0.03, where a t-test says 0.014;
     Wilcoxon's test is about ranks, and can contradict the sign of the mean. All comparisons share the flips. More than
     2,000 users are flipped in that many groups: what holds for each of them holds for their sums.
     """
@@ -140,7 +137,7 @@ def paired_p_values(differences_UP: Float64Array, seed: int = 0) -> Float64Array
         vectorized=True,
         n_resamples=N_PERMUTATIONS,
         batch=max(1, PERMUTATION_BATCH // len(differences_UP)),
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng(seed),  # no named stream: published intervals and p-values are of these draws
     )
     p_P: Float64Array = test.pvalue
     return p_P
@@ -159,15 +156,14 @@ class QueryMetrics:
     def answered_AQ(self) -> BoolArray:
         return ~np.isnan(self.values_AQM[:, :, 0])
 
-    def by_user(self, which_A: Int64Array, which_Q: BoolArray, centred: bool = False) -> Float64Array:
-        """(U, A, M): the `contributions` of the users of some queries; NaN for methods that did not answer them all."""
-        values_AQM = self.values_AQM[which_A][:, which_Q]
+    def by_user(self, methods_A: Int64Array, is_included_Q: BoolArray, centred: bool = False) -> Float64Array:
+        """(U, A, M): the `user_contributions` of some of some queries; NaN for methods that did not answer them all."""
+        values_AQM = self.values_AQM[methods_A][:, is_included_Q]
         n_methods, n_queries, n_metrics = values_AQM.shape
         values_QN = values_AQM.transpose(1, 0, 2).reshape(n_queries, n_methods * n_metrics)
-        spans_Q, users_Q = (self.queries[name].to_numpy()[which_Q] for name in ("span", "user"))
-        return user_contributions(spans_Q, users_Q, values_QN, self.averaging, centred).reshape(
-            -1, n_methods, n_metrics
-        )
+        spans_Q, users_Q = (self.queries[name].to_numpy()[is_included_Q] for name in ("span", "user"))
+        by_user_UN = user_contributions(spans_Q, users_Q, values_QN, self.averaging, centred)
+        return by_user_UN.reshape(-1, n_methods, n_metrics)
 
 
 def arrange_metrics(
@@ -176,15 +172,12 @@ def arrange_metrics(
     method_columns: Sequence[str] = METHOD_COLUMNS,
     averaging: Averaging = ReplayRecipe.averaging,
 ) -> QueryMetrics:
-    """The rows of `table` as arrays; what `method` does not tell apart, such as seeds, is averaged query by query."""
+    """The rows of `table` as arrays; other columns, such as seeds, are averaged query by query."""
     mean = table.group_by(*method_columns, *QUERY_COLUMNS).agg(pl.col(metrics).mean())
-    methods, queries = (
-        mean.select(method_columns).unique().sort(method_columns),
-        mean.select(QUERY_COLUMNS).unique().sort(QUERY_COLUMNS),
-    )
-    mean = mean.join(methods.with_row_index("method"), on=method_columns).join(
-        queries.with_row_index("query"), on=QUERY_COLUMNS
-    )
+    methods = mean.select(method_columns).unique().sort(method_columns)
+    queries = mean.select(QUERY_COLUMNS).unique().sort(QUERY_COLUMNS)
+    mean = mean.join(methods.with_row_index("method"), on=method_columns)
+    mean = mean.join(queries.with_row_index("query"), on=QUERY_COLUMNS)
     values_AQM = np.full((len(methods), len(queries), len(metrics)), np.nan)
     values_AQM[mean["method"].to_numpy(), mean["query"].to_numpy()] = mean.select(metrics).to_numpy()
     return QueryMetrics(methods, queries, values_AQM, averaging)
@@ -196,7 +189,7 @@ def compare_methods(
     """Every pair of methods on the queries that both answered: difference (a - b), its interval, p, and p adjusted.
 
     `table` has a row per query with columns model, strategy, seed, span, user, target, and the metrics. Values are
-    averaged over seeds, then weighed by `contributions`; `n` counts users. p_adjusted controls the false discovery
+    averaged over seeds, then weighed by `user_contributions`; `n` counts users. p_adjusted controls the false discovery
     rate (Benjamini-Hochberg) over the pairs of one metric: another metric, or the same one by another name, changes
     nothing. Two methods without a common query are not compared.
     """
@@ -221,12 +214,10 @@ def compare_methods(
             }
         )
         first_N, second_N = np.repeat(first_P, len(metrics)), np.repeat(second_P, len(metrics))
-        names = (
-            answers.methods[first_N].rename(FIRST_METHOD_COLUMNS),
-            answers.methods[second_N].rename(SECOND_METHOD_COLUMNS),
-        )
+        first_methods = answers.methods[first_N].rename(FIRST_METHOD_COLUMNS)
+        second_methods = answers.methods[second_N].rename(SECOND_METHOD_COLUMNS)
         n_users = pl.lit(len(differences_UN), pl.Int64).alias("n")
-        found.append(pl.concat([*names, numbers], how="horizontal").with_columns(n_users))
+        found.append(pl.concat([first_methods, second_methods, numbers], how="horizontal").with_columns(n_users))
     if not found:
         return pl.DataFrame(schema=TEST_SCHEMA)
     by_metric = pl.concat(found).group_by("metric", maintain_order=True)

@@ -34,7 +34,7 @@ def tune(
     choices = alternatives(strategy)
     if len(choices) < 2 or not bool((span.events.role_E == VALID).any()):
         return strategy, {}
-    since, qualities = time.process_time(), []
+    started_at, qualities = time.process_time(), []
     for choice in choices:
         state = choice.update(before, last)
         block = SpanBlock(span.events, 0, span.n_users, last.n_items)
@@ -42,7 +42,7 @@ def tune(
         ranks_N = rank_queries(state, queries)
         qualities.append(float(((ranks_N <= 20) / torch.log2(1 + ranks_N)).nan_to_num(0.0).mean()))
     best = max(range(len(qualities)), key=qualities.__getitem__)
-    return choices[best], {"tune_cpu_s": time.process_time() - since, "tuned_to": float(best)}
+    return choices[best], {"tune_cpu_s": time.process_time() - started_at, "tuned_to": float(best)}
 
 
 @singledispatch

@@ -1,4 +1,4 @@
-"""The routes: what is asked over HTTP to answers, and errors to one sentence."""
+"""The application: routes, error handlers, metrics and the page."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STATUS_BY_ERROR = {LogError: 422, OptionError: 409, IncompatibleError: 409, Busy
 
 
 def create_app(service: Service) -> RequestMiddleware:
-    """The application, behind its guard."""
+    """The application behind its middleware."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -55,23 +55,23 @@ def _add_error_handlers(app: FastAPI) -> None:
     """Everything that may go wrong, as a status and a sentence."""
 
     @app.exception_handler(FreshrecError)
-    async def handle_freshrec_error(request: Request, why: FreshrecError) -> JSONResponse:
-        return JSONResponse({"detail": str(why)}, STATUS_BY_ERROR.get(type(why), 409))
+    async def handle_freshrec_error(request: Request, error: FreshrecError) -> JSONResponse:
+        return JSONResponse({"detail": str(error)}, STATUS_BY_ERROR.get(type(error), 409))
 
     @app.exception_handler(RequestValidationError)
-    async def handle_validation_error(request: Request, why: RequestValidationError) -> JSONResponse:
-        errors = why.errors()
-        wrong = next((error for error in errors if error["type"] != "int_type"), errors[0])  # an id may be text
+    async def handle_validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
+        errors = error.errors()
+        wrong = next((entry for entry in errors if entry["type"] != "int_type"), errors[0])  # an id may be text
         where = ".".join(str(part) for part in wrong["loc"] if part not in ("str", "int") and len(str(part)) < 40)
         return JSONResponse({"detail": f"{where}: {wrong['msg'][:200]}."}, 422)
 
     @app.exception_handler(Exception)
-    async def handle_unexpected_error(request: Request, why: Exception) -> JSONResponse:
-        line = why.__traceback__
+    async def handle_unexpected_error(request: Request, error: Exception) -> JSONResponse:
+        line = error.__traceback__
         while line is not None and line.tb_next is not None:
             line = line.tb_next
         at = f"{Path(line.tb_frame.f_code.co_filename).name}:{line.tb_lineno}" if line is not None else "?"
-        log_line(f"an answer failed: {type(why).__name__} at {at}")  # not its text, which may hold an id
+        log_line(f"an answer failed: {type(error).__name__} at {at}")  # not its text, which may hold an id
         return JSONResponse({"detail": "this is a fault of the server; it was written to its log."}, 500)
 
 

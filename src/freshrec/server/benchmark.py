@@ -1,4 +1,4 @@
-"""How a server of a store bears a load: started for it, measured from outside, stopped."""
+"""Benchmark of a server: started on a store, loaded, measured from outside, stopped."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def run_benchmark(
     store = open_store(folder)
     users = pl.read_parquet(store.verified_files(store.live)[USERS_FILE])["id"].drop_nulls().cast(pl.String).to_list()
     if not users:
-        raise StateError(f"the live version of {folder} knows no user; nobody can be asked for.")
+        raise StateError(f"the live version of {folder} knows no user; there is nobody to request lists for.")
     started_s = time.perf_counter()
     with running_server(folder, "--rate", "0", *options) as (url, pid):
         ready_s = time.perf_counter() - started_s
-        generate_load(url, users, min(rate, 20.0), 2.0, k)  # what is asked first is slower
+        generate_load(url, users, min(rate, 20.0), 2.0, k)  # the first requests are slower
         idle_mb, peaks = resident_mb(pid), [0.0]
         stop = threading.Event()
         watcher = threading.Thread(target=_track_peak, args=(pid, peaks, stop))
@@ -56,7 +56,7 @@ def run_benchmark(
         watcher.join()
         search = describe_search(url)
         final_mb = resident_mb(pid)
-    found["wrong"] = ", ".join(f"{n} x {what}" for what, n in found["wrong"].items()) or "none"
+    found["wrong"] = ", ".join(f"{n} x {error}" for error, n in found["wrong"].items()) or "none"
     found["versions"] = ", ".join(map(str, found["versions"]))
     rounded = {name: round(value, 2) if isinstance(value, float) else value for name, value in found.items()}
     return {

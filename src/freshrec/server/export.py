@@ -65,9 +65,9 @@ def vectors_of_all_users(version: LoadedVersion) -> tuple[np.ndarray, list[int],
     """The vectors of all users as they would be asked now, one user after the other; the first of each, how many."""
     users_N = torch.arange(1, len(version.served.users) + 1)
     found: dict[int, Tensor] = {}
-    for which, batch, vectors_BKD in user_vector_batches(version.served, users_N):
-        n_B = [vectors_BKD.shape[1]] * len(which) if batch.alive_BK is None else batch.alive_BK.sum(1).tolist()
-        for row, user in enumerate(which.tolist()):
+    for index, batch, vectors_BKD in user_vector_batches(version.served, users_N):
+        n_B = [vectors_BKD.shape[1]] * len(index) if batch.alive_BK is None else batch.alive_BK.sum(1).tolist()
+        for row, user in enumerate(index.tolist()):
             found[user] = vectors_BKD[row, : n_B[row]]
     n_U = [len(found[user]) for user in range(len(users_N))]
     first_U = [0, *np.cumsum(n_U)[:-1].tolist()] if n_U else []

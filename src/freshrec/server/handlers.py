@@ -1,4 +1,4 @@
-"""Answers to what is asked over HTTP: from one version and ids to plain values. Nothing here knows HTTP."""
+"""Handlers of HTTP requests: from one version and ids to plain values. Nothing here knows HTTP."""
 
 from __future__ import annotations
 
@@ -51,19 +51,19 @@ def user_row(version: LoadedVersion, user: int | str) -> int:
 
 
 def recommend(version: LoadedVersion, users: Sequence[int | str], request: ListRequest) -> list[schemas.UserList]:
-    """The lists of some users, in the order asked. OptionError for an unknown category."""
+    """The lists of some users, in the order given. OptionError for an unknown category."""
     users_N = torch.tensor([user_row(version, user) for user in users])
     found = make_lists(version.served, users_N, resolve_request(version.served, request))
     lists, ids = [], version.served.items.id_column
     columns = (found.items_NK.tolist(), found.scores_NK.tolist(), found.fallback_NK.tolist())
-    for user, items, scores, why in zip(users, *columns):
+    for user, items, scores, reasons in zip(users, *columns):
         listed = [
             schemas.RankedItem(
-                item_id=ids.item(items[at] - 1), score=scores[at], rank=at + 1, fallback=FALLBACK_REASONS[why[at]]
+                item_id=ids.item(items[at] - 1), score=scores[at], rank=at + 1, fallback=FALLBACK_REASONS[reasons[at]]
             )
             for at in range(len(items)) if items[at]
         ]  # fmt: skip
-        lists.append(schemas.UserList(user_id=user, items=listed, fallback=FALLBACK_REASONS[max(why, default=0)]))
+        lists.append(schemas.UserList(user_id=user, items=listed, fallback=FALLBACK_REASONS[max(reasons, default=0)]))
     return lists
 
 
@@ -83,14 +83,17 @@ def user_profile(version: LoadedVersion, user: str) -> schemas.UserProfile | Non
     return schemas.UserProfile(
         version=version.number, user_id=user, n_events=len(found.events), n_fresh=found.n_fresh,
         first_span=found.first_span, last_span=found.last_span, events=_past_events(found.events[-N_PAST_EVENTS:]),
-        interests=[_interest(one) for one in found.interests], kind=found.kind,
+        interests=[_interest_card(interest) for interest in found.interests], kind=found.kind,
     )  # fmt: skip
 
 
-def _interest(one: Interest) -> schemas.InterestCard:
-    items = [schemas.RankedItem(item_id=item, score=score, rank=n + 1) for n, (item, score) in enumerate(one.items)]
+def _interest_card(interest: Interest) -> schemas.InterestCard:
     return schemas.InterestCard(
-        title=one.title, items=items, events=_past_events(one.events), born_span=one.born_span, used_span=one.used_span
+        title=interest.title,
+        items=[schemas.RankedItem(item_id=i, score=s, rank=n + 1) for n, (i, s) in enumerate(interest.items)],
+        events=_past_events(interest.events),
+        born_span=interest.born_span,
+        used_span=interest.used_span,
     )
 
 
@@ -101,10 +104,8 @@ def _past_events(events: list[PastEvent]) -> list[schemas.PastEvent]:
 def explain(version: LoadedVersion, user: str, item: str) -> schemas.ExplanationResponse:
     """Why a user is offered an item. OptionError for unknown ids, IncompatibleError for models that cannot say."""
     served = version.served
-    row, item_row = (
-        user_row(version, user),
-        int(require_rows(normalize_ids("item_id", item, served.items), served.items)),
-    )
+    row = user_row(version, user)
+    item_row = int(require_rows(normalize_ids("item_id", item, served.items), served.items))
     if not row:
         require_rows(normalize_ids("user_id", user, served.users), served.users)
     found = [

@@ -54,10 +54,8 @@ class LiveVersion:
         self.version: LoadedVersion | None = None
         self.problem = ""  # why the version that the store points to is not served
         self.n_swaps = 0
-        self._journal, self._known_clicks = (
-            ClickJournal(store.folder),
-            dict[Identity, None](),
-        )  # what was taken, the oldest first
+        self._journal = ClickJournal(store.folder)
+        self._known_clicks = dict[Identity, None]()  # identities of accepted clicks, the oldest first
         self._clicks_during_swap: list[Click] | None = None  # what is taken while a swap reads the journal
         self._users_being_erased = set[int | str]()  # users who are being erased
         self._overlay_lock, self.loading_lock = threading.Lock(), threading.Lock()
@@ -81,12 +79,12 @@ class LiveVersion:
         self._journal.close()
 
     def refresh(self) -> None:
-        """Serve what the store points to, if that is not what is served. What cannot be served is told, not served."""
+        """Serve what the store points to, if that is not served yet. What cannot be served is reported instead."""
         with self.loading_lock:
             try:
                 manifest = self.store.manifest(self.store.live)
-            except FreshrecError as why:
-                self._record_problem("pointer", str(why))
+            except FreshrecError as problem:
+                self._record_problem("pointer", str(problem))
                 return
             fingerprint = (manifest.id, tuple(sorted((name, file.sha256) for name, file in manifest.files.items())))
             if fingerprint == self._last_checked and time.monotonic() < self._retry_at_s:
@@ -94,37 +92,35 @@ class LiveVersion:
             release_memory()
             try:
                 self._swap(load_version(self.store, manifest, self.search_options))
-            except LOAD_ERRORS as why:
-                self._record_problem(fingerprint, f"version {manifest.id} is not served: {_describe_error(why)}")
+            except LOAD_ERRORS as problem:
+                self._record_problem(fingerprint, f"version {manifest.id} is not served: {_describe_error(problem)}")
                 return
             self._last_checked, self._retry_at_s, self.problem = fingerprint, math.inf, ""
         release_memory()
 
-    def _record_problem(self, fingerprint: object, why: str) -> None:
+    def _record_problem(self, fingerprint: object, problem: str) -> None:
         """Say why nothing new is served; what was wrong may be mended, so it is tried again in a while."""
-        if why != self.problem:
-            self.log_line(why)
-        self._last_checked, self._retry_at_s, self.problem = fingerprint, time.monotonic() + RETRY_INTERVAL_S, why
+        if problem != self.problem:
+            self.log_line(problem)
+        self._last_checked, self._retry_at_s, self.problem = fingerprint, time.monotonic() + RETRY_INTERVAL_S, problem
 
     def _swap(self, version: LoadedVersion) -> None:
         """All at once: model, ids, interests, index, and the clicks that this version does not hold.
 
         StateError where the journal is damaged: then all stays as it was.
         """
-        ids = [one for one in self._known_clicks if len(one) == 1][
-            -MAX_REMEMBERED_IDS:
-        ]  # what is learnt keeps no trace of them
-        known_clicks = dict[Identity, None](dict.fromkeys(ids))
+        # event ids, because histories of learnt events keep none
+        ids = [identity for identity in self._known_clicks if len(identity) == 1]
+        known_clicks = dict[Identity, None](dict.fromkeys(ids[-MAX_REMEMBERED_IDS:]))
         self._clicks_during_swap = []
         try:
             learnt_batches = {manifest.batch for manifest in _version_chain(self.store, version.manifest)} - {None}
             files = [file for file in read_journal(self.store.folder) if file.batch not in learnt_batches]
-            pending_clicks = {
-                click.identity: click for file in files for click in file.clicks
-            }  # some may be in two files
+            # by identity, as some may be in two files
+            pending_clicks = {click.identity: click for file in files for click in file.clicks}
             for click in pending_clicks.values():
                 _add_to_overlay(version, click, known_clicks)
-            with self._overlay_lock:  # the clicks of meanwhile, and those who leave
+            with self._overlay_lock:  # the clicks that came meanwhile, and users being erased
                 for click in self._clicks_during_swap:
                     if click.identity not in known_clicks:
                         _add_to_overlay(version, click, known_clicks)
@@ -155,8 +151,10 @@ class LiveVersion:
             outcomes = []
             for click in clicks:
                 is_duplicate = new.pop(click.identity, None) is None
-                why = "it was taken before" if is_duplicate else _add_to_overlay(version, click, self._known_clicks)
-                outcomes.append(ClickOutcome(click, is_duplicate, why is None, why))
+                reason: str | None = "it was taken before"
+                if not is_duplicate:
+                    reason = _add_to_overlay(version, click, self._known_clicks)
+                outcomes.append(ClickOutcome(click, is_duplicate, reason is None, reason))
         return version.number, outcomes
 
     def _is_known(self, version: LoadedVersion, click: Click) -> bool:
@@ -183,13 +181,12 @@ class LiveVersion:
             self.refresh()
             with self.loading_lock:  # the clicks that are left
                 bundle = self.version.bundle
-                self._swap(
-                    replace(self.version, bundle=replace(bundle, served=replace(bundle.served, overlay=ClickOverlay())))
-                )
+                bundle = replace(bundle, served=replace(bundle.served, overlay=ClickOverlay()))
+                self._swap(replace(self.version, bundle=bundle))
 
     @property
     def newest_time(self) -> int | None:
-        """The time of the newest event that is answered from."""
+        """The time of the newest event that lists are made from."""
         assert self.version is not None
         served = self.version.served
         click_times = [click[0] for clicks in list(served.overlay.clicks.values()) for click in clicks[-1:]]
@@ -225,18 +222,18 @@ def check_sizes(bundle: ServingBundle) -> None:
 
 
 def check_lists(bundle: ServingBundle) -> None:
-    """Ask for some lists. StateError where one is not what it must be."""
+    """Make some lists. StateError where one is not what it must be."""
     served = bundle.served
     state, n_items = served.state, len(served.items)
     active_users_U = (state.histories.offsets_U.diff() > 0).nonzero()[:, 0]
     users_N = torch.cat([torch.zeros(1, dtype=torch.int64), active_users_U[-N_TRIAL_USERS:]])
-    wanted = resolve_request(served, ListRequest(k=10, exclude_seen=False))
-    lists, repeated_lists = top_items(served, users_N, wanted), top_items(served, users_N, wanted)
+    request = resolve_request(served, ListRequest(k=10, exclude_seen=False))
+    lists, repeated_lists = top_items(served, users_N, request), top_items(served, users_N, request)
     rows = lists["item"]
     if not len(lists) or not rows.is_between(1, n_items).all() or not lists["score"].is_finite().all():
         raise StateError("its lists are empty, hold items that nobody knows, or scores that are not finite.")
     if lists.filter(pl.col("nth") == 0).is_empty() or not lists.equals(repeated_lists):
-        raise StateError("a stranger gets nothing from it, or it does not answer twice alike.")
+        raise StateError("a stranger gets nothing from it, or its lists differ when made twice.")
 
 
 def _version_chain(store: Store, manifest: Manifest) -> list[Manifest]:
@@ -259,9 +256,8 @@ def _add_to_overlay(version: LoadedVersion, click: Click, known_clicks: dict[Ide
         return "the item is new: the next update learns it"
     if not user:
         user = overlay.add_user(click.user_id, len(served.users))
-    overlay.add_click(
-        user, click.time if version.bundle.read_options.has_clock else 2**62 + len(overlay.clicks.get(user, ())), item
-    )
+    has_clock = version.bundle.read_options.has_clock
+    overlay.add_click(user, click.time if has_clock else 2**62 + len(overlay.clicks.get(user, ())), item)
     return None
 
 
@@ -282,12 +278,12 @@ def _is_in_history(served: ServedState, click: Click) -> bool:
 def check_click_ids(version: LoadedVersion, click: Click) -> Click:
     """A click whose ids are of the store's kind. LogError where they are not."""
     served = version.served
-    user_id, item_id = (
-        normalize_id("user_id", click.user_id, served.users),
-        normalize_id("item_id", click.item_id, served.items),
-    )
+    user_id = normalize_id("user_id", click.user_id, served.users)
+    item_id = normalize_id("item_id", click.item_id, served.items)
     return click._replace(user_id=user_id, item_id=item_id)
 
 
-def _describe_error(why: BaseException) -> str:
-    return str(why) if isinstance(why, FreshrecError) else f"{type(why).__name__} while it was loaded or tried"
+def _describe_error(problem: BaseException) -> str:
+    return (
+        str(problem) if isinstance(problem, FreshrecError) else f"{type(problem).__name__} while it was loaded or tried"
+    )

@@ -1,10 +1,9 @@
-"""Load on a server, and how it bears it: requests come when they come, whether or not earlier ones were answered."""
+"""Open-loop load on a server: requests come at random moments, whether or not earlier ones were answered."""
 
 from __future__ import annotations
 
 import json
 import queue
-import random
 import threading
 import time
 from collections import Counter
@@ -15,12 +14,14 @@ from urllib.parse import quote, urlsplit
 
 import numpy as np
 
+from freshrec.random_streams import numpy_stream
+
 N_CONNECTIONS = 32  # connections, at most so many requests at a time
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """How a server bore a load; times in milliseconds, from when a request was due to when its answer was whole."""
+    """Latencies and errors of a load; milliseconds from when a request was due to when its answer was whole."""
 
     asked: int
     answered: int  # with status 200
@@ -36,7 +37,7 @@ class LoadReport:
 
 def generate_load(url: str, users: Sequence[str], rate: float, seconds: float, k: int, token: str = "") -> LoadReport:
     """Ask for lists of random users, at random moments, `rate` a second."""
-    source, requests = random.Random(0), queue.Queue[tuple[float, str] | None]()
+    rng, requests = numpy_stream(0, "load"), queue.Queue[tuple[float, str] | None]()
     found: list[tuple[float, float, str, int]] = []
     workers = [
         threading.Thread(target=_run_client, args=(url, requests, found, k, token)) for _ in range(N_CONNECTIONS)
@@ -45,20 +46,20 @@ def generate_load(url: str, users: Sequence[str], rate: float, seconds: float, k
         worker.start()
     started_s = time.perf_counter() + 0.2
     due_s, end_s = started_s, started_s + seconds
-    n_asked = 0
-    while (due_s := due_s + source.expovariate(rate)) < end_s:
+    n_requests = 0
+    while (due_s := due_s + rng.exponential(1 / rate)) < end_s:
         time.sleep(max(0.0, due_s - time.perf_counter()))
-        requests.put((due_s, source.choice(users)))
-        n_asked += 1
+        requests.put((due_s, users[int(rng.integers(len(users)))]))
+        n_requests += 1
     for _ in workers:
         requests.put(None)
     for worker in workers:
         worker.join()
-    latencies_ms = np.array([took for took, _, status, _ in found if status == "200"] or [np.nan])
+    latencies_ms = np.array([latency_ms for latency_ms, _, status, _ in found if status == "200"] or [np.nan])
     late = np.array([late for _, late, _, _ in found] or [np.nan])
     p50, p95, p99 = (float(np.percentile(latencies_ms, q)) for q in (50, 95, 99))
     return LoadReport(
-        asked=n_asked,
+        asked=n_requests,
         answered=sum(status == "200" for _, _, status, _ in found),
         wrong=dict(Counter(status for _, _, status, _ in found if status != "200")),
         rate=len(found) / max(1e-9, time.perf_counter() - started_s),
@@ -78,7 +79,7 @@ def _run_client(
     k: int,
     token: str,
 ) -> None:
-    """Ask for what is due, one request after the other, through one connection."""
+    """Send what is due, one request after the other, through one connection."""
     address = urlsplit(url)
     assert address.hostname is not None
     connection = HTTPConnection(address.hostname, address.port, timeout=30)
@@ -92,8 +93,8 @@ def _run_client(
             body, status = answer.read(), str(answer.status)
             if status == "200":
                 version = json.loads(body)["version"]
-        except (OSError, HTTPException) as why:
-            status = type(why).__name__
+        except (OSError, HTTPException) as problem:
+            status = type(problem).__name__
             connection.close()
         found.append(((time.perf_counter() - due_s) * 1e3, late, status, version))
     connection.close()

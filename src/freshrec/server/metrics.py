@@ -8,7 +8,7 @@ LATENCY_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5
 
 
 class ServerMetrics:
-    """What /metrics tells."""
+    """The metrics of GET /metrics."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

@@ -1,4 +1,4 @@
-"""Lists for those who ask at the same moment, made in one go: a list alone costs more than its share of many."""
+"""Micro-batching of concurrent requests: a list alone costs more than its share of a batch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from freshrec.recommender.list_request import ListRequest
 from freshrec.server import handlers, schemas
 from freshrec.server.handlers import LoadedVersion
 
-MAX_BATCH_USERS = 32  # users in one go
+MAX_BATCH_USERS = 32  # users of a batch
 UserLists = list[schemas.UserList]
 RunInWorker = Callable[[Callable[[], UserLists]], Awaitable[UserLists]]  # do something in a worker
 
@@ -24,7 +24,7 @@ class PendingBatch:
 
 
 class MicroBatcher:
-    """Who asks while others are being answered is answered with all who ask then."""
+    """Requests that arrive while a batch runs make up the next batch."""
 
     def __init__(self, run_in_worker: RunInWorker) -> None:
         self.run_in_worker = run_in_worker
@@ -32,8 +32,8 @@ class MicroBatcher:
         self._pending: dict[tuple[LoadedVersion, ListRequest], PendingBatch] = {}
 
     async def recommend(self, version: LoadedVersion, user: int | str, request: ListRequest) -> schemas.UserList:
-        """The list of one user. What `answers.recommend` raises."""
-        handlers.user_row(version, user)  # LogError for what cannot be an id, before others are asked with it
+        """The list of one user. Raises what `handlers.recommend` raises."""
+        handlers.user_row(version, user)  # LogError for what cannot be an id, before it joins a batch
         key = (version, request)
         batch = self._pending.get(key)
         if batch is None or len(batch.users) == MAX_BATCH_USERS:

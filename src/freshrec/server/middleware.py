@@ -15,23 +15,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from freshrec.config import Count, CountOrZero, check_options
 from freshrec.server.metrics import ServerMetrics
 
-PUBLIC_PATHS = (
-    "/",
-    "/page.css",
-    "/page.js",
-    "/docs",
-    "/openapi.json",
-    "/health/live",
-    "/health/ready",
-)  # without a token
-
-
+# Paths that need no token
+PUBLIC_PATHS = ("/", "/page.css", "/page.js", "/docs", "/openapi.json", "/health/live", "/health/ready")
 MAX_TRACKED_CLIENTS = 10_000  # whose rate is remembered; those seen longest ago are forgotten
 CONTENT_SECURITY_POLICY = (
     b"default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
 )
-
-
 RETRY_AFTER = [(b"retry-after", b"1")]
 SECURITY_HEADERS = [
     (b"content-security-policy", CONTENT_SECURITY_POLICY),
@@ -122,7 +111,7 @@ class RequestMiddleware:
             self.n_active -= 1
 
     async def _receive_body(self, receive: Receive, send: Send) -> bytes | None:
-        """What a request brings; None where that was wrong, and was said."""
+        """What a request brings; None where that was wrong, and an error was sent."""
         if self.n_receiving >= self.limits.max_concurrent:
             await send_detail(send, 429, "too many requests are on their way; try again.", RETRY_AFTER)
             return None
@@ -131,9 +120,8 @@ class RequestMiddleware:
             async with asyncio.timeout(self.limits.body_timeout_s):
                 body = await read_body(receive, self.limits.max_body_bytes)
         except TimeoutError:
-            await send_detail(
-                send, 408, f"the request did not arrive within {self.limits.body_timeout_s} seconds; send it again."
-            )
+            seconds = self.limits.body_timeout_s
+            await send_detail(send, 408, f"the request did not arrive within {seconds} seconds; send it again.")
             return None
         finally:
             self.n_receiving -= 1
@@ -156,13 +144,8 @@ class RequestMiddleware:
         client = scope["client"][0] if scope.get("client") else ""
         now, bucket = time.monotonic(), self.buckets.pop(client, None)
         bucket = bucket or TokenBucket(self.limits.max_requests_per_s, now)
-        bucket.tokens = (
-            min(
-                self.limits.max_requests_per_s,
-                bucket.tokens + (now - bucket.updated_at) * self.limits.max_requests_per_s,
-            )
-            - 1
-        )
+        rate = self.limits.max_requests_per_s
+        bucket.tokens = min(rate, bucket.tokens + (now - bucket.updated_at) * rate) - 1
         bucket.updated_at = now
         self.buckets[client] = bucket
         if len(self.buckets) > MAX_TRACKED_CLIENTS:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from fastapi import FastAPI, HTTPException, Query, Request
-from fastapi import Path as InPath
+from fastapi import Path as PathParameter
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
@@ -27,8 +27,8 @@ from freshrec.store.click_journal import Click
 MAX_CLOCK_SKEW_S = 600  # how far in the future an event may be: clocks differ
 MIN_TIMESTAMP = datetime(1980, 1, 1, tzinfo=UTC)
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
-    code: {"model": schemas.ErrorDetail, "description": why}
-    for code, why in {
+    code: {"model": schemas.ErrorDetail, "description": description}
+    for code, description in {
         401: "A token is missing.", 403: "This server has no token, so that nobody may do this.",
         404: "The id has never occurred.", 408: "The request came too slowly.",
         409: "Not now, or not with this model.", 413: "The request is too large.",
@@ -39,13 +39,17 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 UserIdPath = Annotated[
     str,
-    InPath(min_length=1, max_length=schemas.MAX_ID_LENGTH, pattern=schemas.ID_PATTERN, description="An id of a user."),
+    PathParameter(
+        min_length=1, max_length=schemas.MAX_ID_LENGTH, pattern=schemas.ID_PATTERN, description="An id of a user."
+    ),
 ]
 
 
 ItemIdPath = Annotated[
     str,
-    InPath(min_length=1, max_length=schemas.MAX_ID_LENGTH, pattern=schemas.ID_PATTERN, description="An id of an item."),
+    PathParameter(
+        min_length=1, max_length=schemas.MAX_ID_LENGTH, pattern=schemas.ID_PATTERN, description="An id of an item."
+    ),
 ]
 
 
@@ -107,20 +111,20 @@ def add_event_routes(app: FastAPI, service: Service) -> None:
         counts once.
         """
         version = service.version
-        checked_clicks = [check_click_ids(version, _to_click(one, version)) for one in clicks.events]
+        checked_clicks = [check_click_ids(version, _to_click(click, version)) for click in clicks.events]
         number, found = await service.run_in_worker(lambda: service.live.accept_clicks(checked_clicks))
-        n_known = sum(one.is_duplicate for one in found)
+        n_known = sum(outcome.is_duplicate for outcome in found)
         service.metrics.events.labels("yes").inc(n_known)
         service.metrics.events.labels("no").inc(len(found) - n_known)
         rows = [
             schemas.ClickAcknowledgement(
-                event_id=one.click.event_id,
-                timestamp=one.click.time,
-                known=one.is_duplicate,
-                folded=one.is_in_overlay,
-                why=one.reason,
+                event_id=outcome.click.event_id,
+                timestamp=outcome.click.time,
+                known=outcome.is_duplicate,
+                folded=outcome.is_in_overlay,
+                why=outcome.reason,
             )
-            for one in found
+            for outcome in found
         ]
         return schemas.ClicksResponse(version=number, accepted=len(found) - n_known, known=n_known, events=rows)
 
@@ -172,12 +176,13 @@ def _compare_lists(service: Service, version: LoadedVersion, parent: int, user: 
     if not service.live.loading_lock.acquire(blocking=False):
         raise BusyError("another version is being loaded at this moment; try again.")
     try:
-        before = load_version(service.live.store, service.live.store.manifest(parent), EXACT_SEARCH)
-        [before_list], [current_list] = (handlers.recommend(one, [user], ListRequest(k=k)) for one in (before, version))
-        profiles = [handlers.user_profile(one, user) for one in (before, version)]
+        earlier = load_version(service.live.store, service.live.store.manifest(parent), EXACT_SEARCH)
+        versions = earlier, version
+        lists = [handlers.recommend(loaded, [user], ListRequest(k=k))[0] for loaded in versions]
+        profiles = [handlers.user_profile(loaded, user) for loaded in versions]
     finally:
         service.live.loading_lock.release()
-    old, new = ({item.item_id: item for item in one.items} for one in (before_list, current_list))
+    old, new = ({item.item_id: item for item in user_list.items} for user_list in lists)
     moved = [
         {"item_id": item, "rank": new[item].rank, "was": old[item].rank}
         for item in new.keys() & old.keys() if new[item].rank != old[item].rank
@@ -185,8 +190,8 @@ def _compare_lists(service: Service, version: LoadedVersion, parent: int, user: 
     return schemas.ListChanges(
         version=version.number, before=parent, came=[new[item] for item in new if item not in old],
         left=[old[item] for item in old if item not in new],
-        moved=sorted(moved, key=lambda one: int(one["rank"])),
-        interests=[None if one is None else len(one.interests) for one in profiles],
+        moved=sorted(moved, key=lambda item: int(item["rank"])),
+        interests=[None if profile is None else len(profile.interests) for profile in profiles],
     )  # fmt: skip
 
 
@@ -249,7 +254,7 @@ def add_version_routes(app: FastAPI, service: Service) -> None:
 
 def _to_click(click: schemas.ClickIn, version: LoadedVersion) -> Click:
     """A click as the journal keeps it. LogError where this log would not take it."""
-    reading, now = version.bundle.read_options, datetime.now(UTC)
+    read_options, now = version.bundle.read_options, datetime.now(UTC)
     timestamp = click.timestamp or now
     timestamp = timestamp if timestamp.tzinfo else timestamp.replace(tzinfo=UTC)
     if not timestamp >= MIN_TIMESTAMP or (timestamp - now).total_seconds() > MAX_CLOCK_SKEW_S:
@@ -257,10 +262,10 @@ def _to_click(click: schemas.ClickIn, version: LoadedVersion) -> Click:
             f"a timestamp is {timestamp:%Y-%m-%d %H:%M}, which is before 1980 or to come; send when it happened, "
             "in UTC."
         )
-    if reading.events and click.event not in reading.events:
-        raise LogError(f"this log takes events of the types {', '.join(reading.events)}; say which one it is.")
+    if read_options.events and click.event not in read_options.events:
+        raise LogError(f"this log takes events of the types {', '.join(read_options.events)}; say which one it is.")
     event_id, category = (None if value is None else str(value) for value in (click.event_id, click.category))
-    if not reading.has_clock:  # without times only an id says that it is the same click
+    if not read_options.has_clock:  # without times only an id says that it is the same click
         event_id = event_id or uuid.uuid4().hex
     return Click(click.user_id, click.item_id, to_microseconds(timestamp), event_id, category, click.event)
 

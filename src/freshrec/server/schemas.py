@@ -1,4 +1,4 @@
-"""What may be asked over HTTP, and what is answered: the shapes, from which the OpenAPI document is made."""
+"""Schemas of requests and responses, from which the OpenAPI document is made."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from freshrec.recommender.list_request import DEFAULTS, ListRequest, help_of, lower_bound
 
-MAX_K, MAX_USERS, MAX_EVENTS, MAX_IDS, MOST_PENALTY = 500, 256, 1000, 1000, 1e6
+MAX_K, MAX_USERS, MAX_EVENTS, MAX_IDS, MAX_DIVERSITY = 500, 256, 1000, 1000, 1e6
 MAX_ID_LENGTH = 256
 ID_PATTERN = r"^[^\x00-\x1f\x7f]*$"  # an id is one line
 MIN_INT_ID, MAX_INT_ID = -(2**63), 2**63 - 1  # of ids that are numbers
@@ -26,7 +26,7 @@ Denied = Annotated[IdList, Field(description=help_of("deny"))]
 Category = Annotated[ShortText | None, Field(description=help_of("category"))]
 DiversityWeight = Annotated[
     float,
-    Field(ge=lower_bound("diversity"), le=MOST_PENALTY, allow_inf_nan=False, description=help_of("diversity")),
+    Field(ge=lower_bound("diversity"), le=MAX_DIVERSITY, allow_inf_nan=False, description=help_of("diversity")),
 ]
 
 
@@ -44,13 +44,13 @@ class RecommendRequest(BaseModel):
 
     def to_request(self) -> ListRequest:
         """The options of the lists."""
-        allow = None if self.allow is None else _of_one_kind(self.allow)
-        return ListRequest(self.k, self.exclude_seen, allow, _of_one_kind(self.deny), self.category, self.diversity)
+        allow = None if self.allow is None else _unify_id_types(self.allow)
+        return ListRequest(self.k, self.exclude_seen, allow, _unify_id_types(self.deny), self.category, self.diversity)
 
 
-def _of_one_kind(ids: list[int | str]) -> tuple[int | str, ...]:
+def _unify_id_types(ids: list[int | str]) -> tuple[int | str, ...]:
     """The ids, all of them as text where one is."""
-    return tuple(ids) if all(isinstance(one, int) for one in ids) else tuple(map(str, ids))
+    return tuple(ids) if all(isinstance(value, int) for value in ids) else tuple(map(str, ids))
 
 
 class ClickIn(BaseModel):

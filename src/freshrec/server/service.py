@@ -37,7 +37,7 @@ class Service:
         self.batcher = MicroBatcher(self.run_in_worker)
 
     async def run_in_worker(self, work: Callable[[], T]) -> T:
-        """In a worker, so that health is told while others wait."""
+        """In a worker, so that health checks are answered while others wait."""
         return await asyncio.get_running_loop().run_in_executor(self.workers, work)
 
     @property
@@ -55,7 +55,7 @@ class Service:
 
 
 def describe_version(service: Service) -> schemas.VersionInfo:
-    """What is to be said of the live version."""
+    """The live version, as GET /version answers."""
     version, manifest, newest = service.version, service.version.manifest, service.live.newest_time
     has_clock = version.bundle.read_options.has_clock
     return schemas.VersionInfo(

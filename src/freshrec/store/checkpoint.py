@@ -51,7 +51,7 @@ def save_tree(tree: Any, path: Path) -> None:
     """Write tensors, numbers, texts, models and dataclasses, in tuples, lists and dicts of any depth."""
     tensors: dict[str, Tensor] = {}
     text = json.dumps({"format": FORMAT_VERSION, "state": _encode(tree, "state", tensors)})
-    write_atomically(path, lambda aside: save_file(tensors, aside, metadata={"freshrec": text}))
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"freshrec": text}))
 
 
 def encode_options(tree: Any) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def load_tree(path: Path) -> Any:
 
 
 def load_for_serving(path: Path) -> Any:
-    """`load_tree`, for asking only: tables without the memory of their optimiser, a third of the size.
+    """`load_tree`, for serving only: tables without the memory of their optimiser, a third of the size.
 
     Tensors are read piece by piece, and one that equals the first of its shape is that one (the histories that a model
     reads, and all that users had). What is so loaded cannot be trained, and nobody may write to it.
@@ -131,9 +131,11 @@ def _read_in_chunks(path: Path, name: str, columns: int | None = None) -> Tensor
         if not shape or 0 in shape:
             tensor: Tensor = file.get_tensor(name).clone()
             return tensor if columns is None else tensor[:, :columns]
-        like = file.get_slice(name)[:1]
-    n_rows = max(1, CHUNK_BYTES // max(1, like.nbytes))
-    out = torch.empty((shape[0], *like.shape[1:]) if columns is None else (shape[0], columns), dtype=like.dtype)
+        first_row = file.get_slice(name)[:1]
+    n_rows = max(1, CHUNK_BYTES // max(1, first_row.nbytes))
+    out = torch.empty(
+        (shape[0], *first_row.shape[1:]) if columns is None else (shape[0], columns), dtype=first_row.dtype
+    )
     for first in range(0, shape[0], n_rows):
         with safe_open(path, framework="pt") as file:
             part = file.get_slice(name)[first : first + n_rows]

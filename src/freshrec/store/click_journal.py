@@ -69,11 +69,11 @@ class ClickJournal:
                 except OSError:
                     os.ftruncate(file.fileno(), before)  # none of them, rather than some
                     raise
-        except OSError as why:
+        except OSError as problem:
             self.close()
             raise StateError(
-                f"the clicks cannot be written ({why.strerror}); none was taken: send them again."
-            ) from why
+                f"the clicks cannot be written ({problem.strerror}); none was taken: send them again."
+            ) from problem
 
     def close(self) -> None:
         """Nothing more is written to the file of now."""
@@ -147,14 +147,14 @@ def defer_clicks(files: Iterable[JournalFile], is_deferred: Callable[[Click], bo
     """
     found = []
     for file in files:
-        kept_now, deferred = ([click for click in file.clicks if is_deferred(click) is so] for so in (False, True))
-        if kept_now and deferred:
-            _, first = (
-                _write_file(_new_path(file.path.parent, CLOSED_SUFFIX), clicks) for clicks in (deferred, kept_now)
-            )
+        ready = [click for click in file.clicks if not is_deferred(click)]
+        deferred = [click for click in file.clicks if is_deferred(click)]
+        if ready and deferred:
+            _write_file(_new_path(file.path.parent, CLOSED_SUFFIX), deferred)
+            first = _write_file(_new_path(file.path.parent, CLOSED_SUFFIX), ready)
             file.path.unlink()
             sync_folder(file.path.parent)
-            found.append(JournalFile(first, None, kept_now))
+            found.append(JournalFile(first, None, ready))
         elif not deferred:
             found.append(file)
     return found
@@ -212,7 +212,7 @@ def _new_path(folder: Path, state: str) -> Path:
 
 def _write_file(path: Path, clicks: Iterable[Click]) -> Path:
     """A file of the journal, whole or not at all."""
-    write_atomically(path, lambda aside: aside.write_bytes(b"".join(map(_encode_click, clicks))))
+    write_atomically(path, lambda temporary: temporary.write_bytes(b"".join(map(_encode_click, clicks))))
     sync_folder(path.parent)
     return path
 

@@ -48,7 +48,7 @@ WRITER_PROPERTIES = WriterProperties(
 
 @dataclass(frozen=True)
 class AppendResult:
-    """What became of a delivery: rows = doubled + known + kept."""
+    """What became of a delivery: n_rows = n_duplicates + n_known + n_appended."""
 
     batch: int | None  # the number of the new batch; None: nothing was appended
     repeated_batch: int | None  # the batch that this very source already was
@@ -73,8 +73,8 @@ class EventLog:
         """Append what is new of a delivery (a `Log.frame`) in one commit, or nothing. LogError where it does not fit.
 
         An event is its event_id where it has one, else (user_id, item_id, time); without a clock a row that has no
-        event_id is always new. What only batches `aside` hold is new too: nobody has learnt it. The very same `source`,
-        a hash of what was delivered, is never taken twice: that would bring back users who were erased.
+        event_id is always new. What only `ignored_batches` hold is new too: nobody has learnt it. The very same
+        `source`, a hash of what was delivered, is never taken twice: that would bring back users who were erased.
         """
         if not len(frame):
             return AppendResult(None, None, 0)
@@ -82,22 +82,24 @@ class EventLog:
             table = _open_table(self.folder)
             rows = _match_schema(frame, table, has_clock, self.folder)
             distinct = drop_duplicates(rows, has_clock)
-            n_doubled, sources = len(rows) - len(distinct), _batch_sources(table)
+            n_duplicates, sources = len(rows) - len(distinct), _batch_sources(table)
             repeated_batch = next((batch for batch, known in sources.items() if known == source), None)
             if repeated_batch is not None:
-                return AppendResult(None, repeated_batch, len(rows), n_doubled, len(distinct))
+                return AppendResult(None, repeated_batch, len(rows), n_duplicates, len(distinct))
             known_batches = sources.keys() - set(ignored_batches)
             new = distinct if table is None else _new_rows(distinct, table, has_clock, self.folder, known_batches)
             if not len(new):
-                return AppendResult(None, None, len(rows), n_doubled, len(distinct))
+                return AppendResult(None, None, len(rows), n_duplicates, len(distinct))
             newest = as_time(_data_files(table).filter(pl.col("batch").is_in(known_batches))["last"].max())
             batch = 1 + max(sources, default=0)
-            commit_info = {"batch": batch, "source": source, "doubled": n_doubled, "known": len(distinct) - len(new)}
+            commit_info = {"batch": batch, "source": source, "doubled": n_duplicates, "known": len(distinct) - len(new)}
             _commit_rows(new, commit_info, table or self.folder, has_clock)
             _write_checksums(self.folder)
         n_late = int((new["time"] < newest).sum()) if has_clock and newest is not None else 0
         first, last = time_range(new)
-        return AppendResult(batch, None, len(rows), n_doubled, len(distinct) - len(new), n_late, len(new), first, last)
+        return AppendResult(
+            batch, None, len(rows), n_duplicates, len(distinct) - len(new), n_late, len(new), first, last
+        )
 
     def read(self, batches: Sequence[int] | None = None) -> pl.DataFrame:
         """The events of all batches, or of some, in the order of arrival: by batch, then time, then as delivered.
@@ -133,9 +135,9 @@ class EventLog:
             table = _open_table(self.folder)
             sources = list(_batch_sources(table).items())
             files = _data_files(table).group_by("batch")
-            of_each = files.agg(pl.col("rows").sum(), pl.col("first").min(), pl.col("last").max())
+            totals = files.agg(pl.col("rows").sum(), pl.col("first").min(), pl.col("last").max())
         found = pl.DataFrame(sources, {"batch": pl.Int32, "source": pl.String}, orient="row")
-        return found.join(of_each, on="batch", how="left").with_columns(pl.col("rows").fill_null(0)).sort("batch")
+        return found.join(totals, on="batch", how="left").with_columns(pl.col("rows").fill_null(0)).sort("batch")
 
     def delivery_counts(self, batch: int) -> tuple[str, int, int]:
         """The source of a batch, and how many rows were left out as doubled or known; also of one empty by now."""
@@ -159,7 +161,7 @@ class EventLog:
     def erase_user(self, user_id: int | str) -> int:
         """Remove all rows of a user, in one commit and from the disk; how many they were.
 
-        After it no file below the folder holds the id: not the rows, which are written anew, not statistics, not the
+        After it no file below the folder holds the id: not the rows, which are rewritten, not statistics, not the
         log. One that was interrupted is completed by another call, which then may count 0. Numbers and sources of
         batches stay.
         """
@@ -168,12 +170,12 @@ class EventLog:
             table = _open_table(self.folder)
             if table is not None:
                 _verify_files(self.folder, _data_files(table))
-                who = _user_literal(user_id, table, self.folder)
-                matching = pl.DataFrame(table.scan(columns=["batch"], predicate=f"user_id = {who}"))
+                user_literal = _user_literal(user_id, table, self.folder)
+                matching = pl.DataFrame(table.scan(columns=["batch"], predicate=f"user_id = {user_literal}"))
                 n_rows, batches = len(matching), matching["batch"].unique().sort().to_list()
                 if n_rows:
                     # A delete by predicate would write the id into the log. The rows stream from file to file.
-                    remaining = table.scan(predicate=f"{_batch_predicate(batches)} AND user_id <> {who}")
+                    remaining = table.scan(predicate=f"{_batch_predicate(batches)} AND user_id <> {user_literal}")
                     write_deltalake(
                         table,
                         remaining,
@@ -224,9 +226,9 @@ def _commit_files(folder: Path) -> list[str]:
 
 def _read_checksums(folder: Path) -> dict[str, str] | None:
     """The checksums of files by name; None where there are none at all."""
-    found: dict[str, str] | None = (
-        read_checksummed(folder / CHECKSUM_FILE) if (folder / CHECKSUM_FILE).exists() else None
-    )
+    if not (folder / CHECKSUM_FILE).exists():
+        return None
+    found: dict[str, str] = read_checksummed(folder / CHECKSUM_FILE)
     return found
 
 
@@ -281,14 +283,14 @@ def _remove_stale_files(folder: Path, table: DeltaTable | None) -> None:
 
     A vacuum passes over unfinished files, which have a # in their names.
     """
-    kept = {folder / name for name in _data_files(table)["name"]}
+    current_files = {folder / name for name in _data_files(table)["name"]}
     for path in folder.glob("batch=*/**/*"):
-        if path.is_file() and path not in kept:
+        if path.is_file() and path not in current_files:
             path.unlink()
 
 
 def _commit_rows(rows: pl.DataFrame, commit_info: dict[str, Any], table: DeltaTable | Path, has_clock: bool) -> None:
-    """One commit, which says of itself what it is `about`; the first one makes the table."""
+    """One commit, which `commit_info` describes; the first one makes the table."""
     if isinstance(table, Path):
         if unquote(str(table.absolute())) != str(table.absolute()):
             raise StateError(f"Delta tables cannot lie in {table}, for its percent sign; choose another folder.")
@@ -320,14 +322,16 @@ def _match_schema(frame: pl.DataFrame, table: DeltaTable | None, has_clock: bool
                 f"a log has no column {to_printable(name, 60)} of {kind}; give frames that read_log has read."
             )
         if kind != column_types.get(name, kind):
-            mend = f"declare it: --columns {name}=NAME:text" if kind == pl.Int64 else "check the delivery"
-            found, wanted = TYPE_NAMES[type(kind)], TYPE_NAMES[type(column_types[name])]
-            raise LogError(f"{name} holds {found}, but {wanted} in the event log in {folder}; {mend}.")
+            advice = f"declare it: --columns {name}=NAME:text" if kind == pl.Int64 else "check the delivery"
+            found, expected = TYPE_NAMES[type(kind)], TYPE_NAMES[type(column_types[name])]
+            raise LogError(f"{name} holds {found}, but {expected} in the event log in {folder}; {advice}.")
     if frame.select(EVENT_KEYS).null_count().sum_horizontal().item():
         raise LogError("a delivery has rows without user_id, item_id or time; give frames that read_log has read.")
     if table is not None and table.metadata().description != CLOCK_DESCRIPTIONS[has_clock]:
-        here, there = ("a clock", "none") if has_clock else ("no clock", "one")
-        raise LogError(f"the delivery has {here}, and the event log in {folder} has {there}; check its time column.")
+        delivered, stored = ("a clock", "none") if has_clock else ("no clock", "one")
+        raise LogError(
+            f"the delivery has {delivered}, and the event log in {folder} has {stored}; check its time column."
+        )
     return frame.with_columns(row=pl.int_range(pl.len(), dtype=pl.Int64))
 
 
@@ -337,14 +341,14 @@ def _new_rows(
     """The rows whose event none of these batches holds, in their order."""
     with_id, without_id = split_by_event_id(rows.with_row_index("place"))
     ids_known = "event_id" in [field.name for field in table.schema().fields]
-    files, among = _data_files(table).filter(pl.col("batch").is_in(batches)), _batch_predicate(batches)
+    files, in_batches = _data_files(table).filter(pl.col("batch").is_in(batches)), _batch_predicate(batches)
     if len(with_id) and ids_known:
         _verify_files(folder, files)
-        with_id = _anti_join(with_id, ["event_id"], table, f"{among} AND event_id IS NOT NULL")
+        with_id = _anti_join(with_id, ["event_id"], table, f"{in_batches} AND event_id IS NOT NULL")
     if len(without_id) and has_clock:
         first, last = time_range(without_id)
         _verify_files(folder, files.filter(pl.col("first") <= last, pl.col("last") >= first))
-        during = f"{among} AND time >= {first} AND time <= {last}"
+        during = f"{in_batches} AND time >= {first} AND time <= {last}"
         without_id = _anti_join(without_id, EVENT_KEYS, table, during + (" AND event_id IS NULL" if ids_known else ""))
     return pl.concat([with_id, without_id]).sort("place").drop("place")
 
@@ -381,12 +385,14 @@ def _translate_errors(folder: Path, verb: str) -> Iterator[None]:
     """Turns what the library or the disk makes of trouble into one StateError."""
     try:
         yield
-    except CommitFailedError as why:
+    except CommitFailedError as problem:
         raise StateError(
             f"another process changed the event log in {folder} at the same time, so that nothing was written; "
             "run it again."
-        ) from why
-    except (DeltaError, pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as why:
-        mend = "see that the disk has room and the folder may be written" if verb == "written" else "restore it"
-        reason = to_printable(str(why).split("\n")[0], 160).rstrip(".")
-        raise StateError(f"the event log in {folder} cannot be {verb} ({reason}); {mend}, and run it again.") from why
+        ) from problem
+    except (DeltaError, pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as problem:
+        advice = "see that the disk has room and the folder may be written" if verb == "written" else "restore it"
+        reason = to_printable(str(problem).split("\n")[0], 160).rstrip(".")
+        raise StateError(
+            f"the event log in {folder} cannot be {verb} ({reason}); {advice}, and run it again."
+        ) from problem

@@ -3,12 +3,12 @@
     store/
       store.json          that this is a store, and its format
       live.json           every move of the live pointer, the last one is where it points
-      log/                every event, in the order of delivery (store.eventlog)
+      log/                every event, in the order of delivery (store.event_log)
       versions/7/         manifest.json, and the files whose checksums it holds
       lock                held by whoever changes something
 
-A version is written aside and renamed when all of it is on the disk. It never changes after that, but for the erasure
-of a user, which writes its files anew, and for collection, which takes them and leaves the manifest.
+A version is written to a temporary folder and renamed when all of it is on the disk. It never changes after that, but
+for the erasure of a user, which rewrites its files, and for collection, which takes them and leaves the manifest.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Store:
             try:
                 found.append(self.manifest(number))
             except StateError:
-                continue  # `freshrec doctor` tells
+                continue  # `freshrec doctor` reports it
         return found
 
     def version_numbers(self) -> list[int]:
@@ -119,7 +119,7 @@ class Store:
         try:
             moves = self.moves()
         except StateError:
-            moves = _moves_from_manifests(self)  # a damaged pointer is set anew
+            moves = _moves_from_manifests(self)  # a damaged pointer is rebuilt
         moves.append(PointerMove(at=utc_now(), action=action, to=number, reason=reason))
         with translate_write_errors(self.folder):
             write_checksummed([move.model_dump() for move in moves], self.folder / "live.json")
@@ -159,7 +159,7 @@ class Store:
         """The files of a version by name, each found to be what it was. StateError names the last good version."""
         manifest = self.manifest(number)
         found = self.find_damage(number)
-        if found and self.manifest(number) != manifest:  # somebody has written it anew meanwhile
+        if found and self.manifest(number) != manifest:  # somebody has rewritten it meanwhile
             return self.verified_files(number)
         if found:
             raise StateError(
@@ -181,9 +181,9 @@ def version_chain(store: Store) -> list[Manifest]:
     while (parent := found[0].parent) is not None:
         try:
             found.insert(0, store.manifest(parent))
-        except StateError as why:
+        except StateError as problem:
             raise StateError(
-                f"what the live version comes from is not known: {why} Or {_recovery_hint(store, parent)}"
+                f"what the live version comes from is not known: {problem} Or {_recovery_hint(store, parent)}"
             ) from None
     return found
 
@@ -226,8 +226,8 @@ def open_store(folder: Path) -> Store:
         )
     if not (folder / "store.json").exists():
         raise StateError(f"there is no store in {folder}; make one with `freshrec fit LOG --store {folder}`.")
-    about = read_checksummed(folder / "store.json")
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
+    description = read_checksummed(folder / "store.json")
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise StateError(f"{folder} is a store of another format than {FORMAT}; upgrade freshrec.")
     return Store(folder)
 
@@ -243,9 +243,14 @@ def collect_garbage(store: Store, keep: int) -> list[int]:
     A version whose manifest cannot be read is left alone: somebody may have a backup of it.
     """
     live, versions = store.live, store.manifests()
-    kept_numbers = {live, *[manifest.id for manifest in versions if manifest.goes_live and manifest.id != live][-keep:]}
+    numbers_to_keep = {
+        live,
+        *[manifest.id for manifest in versions if manifest.goes_live and manifest.id != live][-keep:],
+    }
     collected_numbers = [
-        manifest.id for manifest in versions if manifest.id not in kept_numbers and not is_collected(store, manifest.id)
+        manifest.id
+        for manifest in versions
+        if manifest.id not in numbers_to_keep and not is_collected(store, manifest.id)
     ]
     for number in store.version_numbers():
         if number in collected_numbers or is_collected(store, number):
@@ -264,7 +269,7 @@ def delete_files(store: Store, number: int) -> None:
 
 
 def _moves_from_manifests(store: Store) -> list[PointerMove]:
-    """The moves of which the manifests tell, where those that were made are not known any more."""
+    """The moves that follow from the manifests, where the pointer's own record is damaged."""
     actions: dict[VersionKind, MoveAction] = {"fit": "fit", "update": "update", "no rows": "update", "saved": "save"}
     live = [manifest for manifest in store.manifests() if manifest.goes_live]
     return [PointerMove(at=m.made_at, action=actions[m.kind], to=m.id, reason="as its manifest tells") for m in live]
@@ -301,29 +306,25 @@ def translate_write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as problem:
-        why = problem.strerror or str(problem)
+        reason = problem.strerror or str(problem)
         raise StateError(
-            f"{path} cannot be written ({why}); what was live still is: see that there is room and you may write."
+            f"{path} cannot be written ({reason}); what was live still is: see that there is room and you may write."
         ) from problem
 
 
 def _make_entries(
     written: Path, folder: Path, parent: Path | None = None, parent_manifest: Manifest | None = None
 ) -> dict[str, FileEntry]:
-    """The files in `aside`, which lies in `folder` or is it, safe on the disk; those like the parent's share bytes."""
+    """The files in `written`, which is `folder` or in it, safe on the disk; those like the parent's share bytes."""
     files = {}
     for path in sorted(written.iterdir()):
         with path.open("rb") as file:
             os.fsync(file.fileno())
         found = FileEntry(path=str(path.relative_to(folder)), sha256=file_checksum(path), n_bytes=path.stat().st_size)
         if parent is not None and parent_manifest is not None:
-            parent_entry = parent_manifest.files.get(path.name)
-            if (
-                parent_entry is not None
-                and parent_entry.sha256 == found.sha256
-                and not _file_damage(parent / parent_entry.path, parent_entry)
-            ):
-                _hard_link(parent / parent_entry.path, path)
+            entry = parent_manifest.files.get(path.name)
+            if entry and entry.sha256 == found.sha256 and not _file_damage(parent / entry.path, entry):
+                _hard_link(parent / entry.path, path)
         files[path.name] = found
     sync_folder(written)
     return files

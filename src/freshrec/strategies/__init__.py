@@ -17,7 +17,7 @@ from freshrec.strategies.self_tuned import SelfTuned
 from freshrec.strategies.sml import SML
 from freshrec.strategies.spmf import SPMF
 from freshrec.types import Strategy
-from freshrec.user_modules import Form, as_instance
+from freshrec.user_modules import Interface, as_instance
 
 SPAN_ONLY = FitConfig(history="span")
 
@@ -76,7 +76,7 @@ ALIASES = {  # what papers call them, or 0.1.0 did -> what they are here
     "asmg-gru-multi": "asmg",  # ASMG
     "rehearsed": "self-tuned",  # 0.1.0
 }
-FORM = Form(Strategy, "update(state, span)")
+INTERFACE = Interface(Strategy, "update(state, span)")
 
 
 def find_strategy(named: str | Strategy | type[Strategy]) -> Strategy:
@@ -85,7 +85,7 @@ def find_strategy(named: str | Strategy | type[Strategy]) -> Strategy:
     An instance of one's own is returned as it is; of a class, an instance. OptionError for what is no strategy.
     """
     if isinstance(named, str):
-        return find_instance("strategy", named, STRATEGIES, FORM, ALIASES)
+        return find_instance("strategy", named, STRATEGIES, INTERFACE, ALIASES)
     name = named.__name__ if isinstance(named, type) else type(named).__name__
-    found: Strategy = as_instance("strategy", name, named, FORM)
+    found: Strategy = as_instance("strategy", name, named, INTERFACE)
     return found

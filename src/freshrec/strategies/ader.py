@@ -1,7 +1,7 @@
-"""ADER: fine-tuning that also keeps to what the last model said of exemplars, a few past events of each item.
+"""ADER: fine-tuning that also keeps to the last model's scores of exemplars, a few past events of each item.
 
 Symbols of the paper: E_{t-1} -> state.memory, D_t -> targets, I_{t-1} and I_t -> the items that the last model knew and
-that this one knows, m_{t,i} -> wanted_I, N -> exemplars, phi -> features, lambda_base -> weight.
+that this one knows, m_{t,i} -> quota_I, N -> exemplars, phi -> features, lambda_base -> weight.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freshrec.config import Count, Weight, check_options
-from freshrec.data.batches import Targets, due_targets, make_rng
+from freshrec.data.batches import Targets, due_targets
 from freshrec.data.stored_interests import StoredInterests, stored_interests_of
 from freshrec.learn.exemplars import (
     AllocationRule,
@@ -32,12 +32,8 @@ from freshrec.learn.reservoir import TrainingSamples, sample_history_length
 from freshrec.nn.full_softmax import full_distillation_loss
 from freshrec.nn.layers import max_inner_product
 from freshrec.nn.scoring import item_table, item_vectors, user_vectors
+from freshrec.random_streams import stream
 from freshrec.types import Batch, EncodingModel, Span, State
-
-REPLAY_STREAM, SELECTION_STREAM = (
-    1101,
-    1102,
-)  # tell the random numbers apart from each other and from those of the epochs
 
 
 def distillation(student_BI: Tensor, teacher_BI: Tensor) -> Tensor:
@@ -66,30 +62,30 @@ def exemplar_distillation_loss(
     n_known = teacher.n_items
     known_RD = item_vectors(teacher)[: n_known + 1]
     teacher_outputs = [
-        (which, user_vectors(teacher, batch)) for which, batch in exemplar_batches(exemplars, teacher, stored_interests)
+        (index, user_vectors(teacher, batch)) for index, batch in exemplar_batches(exemplars, teacher, stored_interests)
     ]
     max_vectors = max((vectors_BKD.shape[1] for _, vectors_BKD in teacher_outputs), default=1)
     teacher_MKD = torch.zeros(len(exemplars), max_vectors, known_RD.shape[1])
-    for which, vectors_BKD in teacher_outputs:
-        teacher_MKD[which] = vectors_BKD[:, :1]  # again where there are fewer: it changes no score
-        teacher_MKD[which, : vectors_BKD.shape[1]] = vectors_BKD
+    for index, vectors_BKD in teacher_outputs:
+        teacher_MKD[index] = vectors_BKD[:, :1]  # again where there are fewer: it changes no score
+        teacher_MKD[index, : vectors_BKD.shape[1]] = vectors_BKD
 
     table = item_table(model)
 
-    def loss(which_M: Tensor, batch: Batch) -> Tensor:
+    def loss(index_M: Tensor, batch: Batch) -> Tensor:
         rows_RD = table.full_matrix()
         vectors_BKD = model.encode(F.embedding(batch.history_BT, rows_RD), batch)
         if vectors_BKD.shape[1] == max_vectors == 1:
-            return full_distillation_loss(vectors_BKD[:, 0], rows_RD, teacher_MKD[which_M, 0], known_RD)
-        said_BI = max_inner_product(teacher_MKD[which_M], known_RD[1:])
-        return distillation(max_inner_product(vectors_BKD, rows_RD[1 : n_known + 1]), said_BI)
+            return full_distillation_loss(vectors_BKD[:, 0], rows_RD, teacher_MKD[index_M, 0], known_RD)
+        teacher_BI = max_inner_product(teacher_MKD[index_M], known_RD[1:])
+        return distillation(max_inner_product(vectors_BKD, rows_RD[1 : n_known + 1]), teacher_BI)
 
     return loss
 
 
 @dataclass(frozen=True)
 class ADER:
-    """Fine-tuning with a second loss on exemplars, which are chosen anew after each update.
+    """Fine-tuning with a second loss on exemplars, which are chosen again after each update.
 
     `distil`: the second loss is the distance to what the last model says of them; else ("ER") it is the model's own
     loss on their true targets. `adaptive`: its weight follows the shares of old items and of exemplars. `equal`: as
@@ -118,34 +114,31 @@ class ADER:
         assert isinstance(model, EncodingModel)
         stored_interests = stored_interests_of(model, state.interests, span.index)
         meter = CostMeter({"rows_read": float(len(targets) + len(exemplars))})
-        since = time.process_time()
+        started_at = time.process_time()
         key = state.seed, span.index
         train_targets, _ = split_holdout(targets, self.fit, key)
         n_targets = len(trainable_targets(train_targets, sample_history_length(model)))
         weight = self.weight
         if self.adaptive:
             weight = adaptive_weight(weight, state.model.n_items, span.n_items, len(exemplars), n_targets)
-        loss = (
-            exemplar_distillation_loss(model, state.model, exemplars, stored_interests)
-            if self.distil and weight
-            else model_loss(model)
-        )
-        rng = make_rng(state.seed, span.index, REPLAY_STREAM)
+        loss = model_loss(model)
+        if self.distil and weight:
+            loss = exemplar_distillation_loss(model, state.model, exemplars, stored_interests)
+        rng = stream(state.seed, "exemplar replay", span.index)
         terms = experience_replay(model, train_targets, exemplars, stored_interests, weight=weight, loss=loss, rng=rng)
-        meter.add_time("train_cpu_s", since)
+        meter.add_time("train_cpu_s", started_at)
         fit_model(model, targets, self.fit, key, meter, stored_interests=stored_interests, terms=terms)
-        return self._select_exemplars(
-            finish_update(state, model, stored_interests, self.fit.history, meter), targets, exemplars, span.index
-        )
+        after = finish_update(state, model, stored_interests, self.fit.history, meter)
+        return self._select_exemplars(after, targets, exemplars, span.index)
 
     def _select_exemplars(self, after: State, targets: Targets, exemplars: TrainingSamples | None, span: int) -> State:
         """`after` with exemplars that its model chooses from the new targets and the exemplars so far."""
-        since, meter = time.process_time(), CostMeter(dict(after.costs))
-        rng = make_rng(after.seed, span, SELECTION_STREAM)
+        started_at, meter = time.process_time(), CostMeter(dict(after.costs))
+        rng = stream(after.seed, "exemplar selection", span)
         pool = build_pool(targets, exemplars, sample_history_length(after.model))
         counts_I = torch.bincount(pool.items_N, minlength=after.model.n_items + 1)
-        wanted_I = allocate_exemplars(counts_I, self.exemplars, self.allocate, self.equal, rng)
+        quota_I = allocate_exemplars(counts_I, self.exemplars, self.allocate, self.equal, rng)
         stored_interests = stored_interests_of(after.model, after.interests, after.spans_seen)
-        exemplars_after = select_exemplars(self.select, after.model, pool, stored_interests, wanted_I, rng)
-        meter.add_time("remember_cpu_s", since)
+        exemplars_after = select_exemplars(self.select, after.model, pool, stored_interests, quota_I, rng)
+        meter.add_time("remember_cpu_s", started_at)
         return replace(after, memory=exemplars_after, costs=dict(meter.costs))

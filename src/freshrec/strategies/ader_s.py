@@ -12,19 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freshrec.config import Count, Rate, Weight, check_options
-from freshrec.data.batches import Targets, due_targets, make_rng, split_chunks
+from freshrec.data.batches import Targets, due_targets, split_chunks
 from freshrec.data.stored_interests import stored_interests_of
 from freshrec.device import uniform
 from freshrec.learn.exemplars import experience_replay, model_loss, smallest_per_group, trainable_targets
 from freshrec.learn.fit import CostMeter, FitConfig, finish_update, fit_base_block, fit_model, grown_copy, split_holdout
 from freshrec.learn.reservoir import TrainingSamples, concat_samples, copy_samples
 from freshrec.nn.scoring import item_vectors
+from freshrec.random_streams import stream
 from freshrec.types import EncodingModel, Span, State
 
-REPLAY_STREAM, TRUNCATION_STREAM = (
-    1301,
-    1302,
-)  # tell the random numbers apart from each other and from those of the epochs
 MIN_SEQUENCE_ITEMS = 3  # items of a sequence
 
 
@@ -34,8 +31,8 @@ def truncate_sequences(targets: Targets, n_each: int, length: int, rng: torch.Ge
     Fewer where a sequence has fewer ends; `targets` look back on the span's own events only.
     """
     eligible = targets[targets.history_lengths(MIN_SEQUENCE_ITEMS) >= MIN_SEQUENCE_ITEMS - 1]
-    wanted_U = torch.full((targets.histories.n_users + 1,), n_each)
-    ends_M = smallest_per_group(uniform((len(eligible),), rng), eligible.users_N, wanted_U).sort().values
+    quota_U = torch.full((targets.histories.n_users + 1,), n_each)
+    ends_M = smallest_per_group(uniform((len(eligible),), rng), eligible.users_N, quota_U).sort().values
     return copy_samples(trainable_targets(eligible[ends_M], length), length)
 
 
@@ -53,8 +50,8 @@ def select_similar(pool: TrainingSamples, targets: Targets, items_ID: Tensor, sh
         old_SD = items_ID[sequence_ST].sum(1)  # padding is 0, and a sum has the direction of the mean
         dissimilarity_S[part] = -F.cosine_similarity(old_SD, new_UD[pool.users_N[part]], dim=1)
     is_active_U = torch.bincount(users_N, minlength=n_users + 1) > 0
-    wanted_U = (share * torch.bincount(pool.users_N, minlength=n_users + 1)).ceil().long() * is_active_U
-    return smallest_per_group(dissimilarity_S, pool.users_N, wanted_U).sort().values
+    quota_U = (share * torch.bincount(pool.users_N, minlength=n_users + 1)).ceil().long() * is_active_U
+    return smallest_per_group(dissimilarity_S, pool.users_N, quota_U).sort().values
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ class ADERS:
     def update(self, state: State, span: Span) -> State:
         """Train on the new events and on past sequences like them; then the new sequences enter the pool."""
         length = int(state.model.spec.length)
-        truncation_rng = make_rng(state.seed, span.index, TRUNCATION_STREAM)
+        truncation_rng = stream(state.seed, "sequence truncation", span.index)
         new = truncate_sequences(due_targets(state.histories, "span"), self.sequences_per_user, length, truncation_rng)
         if state.spans_seen == 0:
             return replace(fit_base_block(state, span, self.fit), memory=new)
@@ -81,12 +78,12 @@ class ADERS:
         targets = due_targets(state.histories, self.fit.history)
         stored_interests = stored_interests_of(model, state.interests, span.index)
         meter = CostMeter()
-        since = time.process_time()
+        started_at = time.process_time()
         exemplars = pool[select_similar(pool, targets, item_vectors(model), self.share)]
-        meter.add_time("choose_cpu_s", since)
+        meter.add_time("choose_cpu_s", started_at)
         meter.costs["rows_read"] = float(len(targets) + len(exemplars))
-        since = time.process_time()
-        rng, key = make_rng(state.seed, span.index, REPLAY_STREAM), (state.seed, span.index)
+        started_at = time.process_time()
+        rng, key = stream(state.seed, "sequence replay", span.index), (state.seed, span.index)
         terms = experience_replay(
             model,
             split_holdout(targets, self.fit, key)[0],
@@ -96,8 +93,7 @@ class ADERS:
             loss=model_loss(model),
             rng=rng,
         )
-        meter.add_time("train_cpu_s", since)
+        meter.add_time("train_cpu_s", started_at)
         fit_model(model, targets, self.fit, key, meter, stored_interests=stored_interests, terms=terms)
-        return replace(
-            finish_update(state, model, stored_interests, self.fit.history, meter), memory=concat_samples(pool, new)
-        )
+        after = finish_update(state, model, stored_interests, self.fit.history, meter)
+        return replace(after, memory=concat_samples(pool, new))

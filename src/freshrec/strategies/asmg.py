@@ -1,7 +1,7 @@
 """ASMG: fine-tune as usual, and serve a model that a generator makes of the last k fine-tuned ones.
 
-Symbols of the paper: D_t -> the due targets of span t, Theta_i -> Window.models, M_w -> Generator, h_{t-k} ->
-Window.hidden, lambda_i -> shares. The generator itself is in `learn.generators`.
+Symbols of the paper: D_t -> the due targets of span t, Theta_i -> ModelWindow.models, M_w ->
+ModelGenerator, h_{t-k} -> ModelWindow.hidden, lambda_i -> loss_weights. The generator itself is in `learn.generators`.
 
 When span t arrives: the generator learns to make, of models up to t - 1, one that is good on span t, which those models
 have not seen; then the chain is fine-tuned on span t; then the generator makes the model to serve in span t + 1. What
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from freshrec.config import Count, CountOrZero, Positive, check_options
-from freshrec.data.batches import due_targets, make_rng
+from freshrec.data.batches import due_targets
 from freshrec.data.histories import filter_interests, filter_rows, row_users
 from freshrec.data.session_parallel import HiddenStates
 from freshrec.data.stored_interests import StoredInterests, stored_interests_of
@@ -43,10 +43,9 @@ from freshrec.learn.generators import (
     new_generator,
 )
 from freshrec.learn.weights import apply_parametrization, copy_weights, load_weights
+from freshrec.random_streams import stream, stream_seed
 from freshrec.strategies.baselines import FineTune
 from freshrec.types import Batch, Forward, Histories, Interests, LossTerm, Span, State, TrainedModel
-
-GENERATOR_STREAM = 31  # tells the generator's random numbers from the chain's
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class ASMG:
     """The variants differ in what the generator is, starts from and learns on.
 
     Differs from the paper: a residual generator starts as plain fine-tuning, so that it may serve before it has learnt
-    much; the first windows are shorter than k; it rehearses on parts of the base block, because logs here have far
+    much; the first windows are shorter than k; it practises on parts of the base block, because logs here have far
     fewer spans; tables gain rows.
     """
 
@@ -95,7 +94,7 @@ class ASMG:
         if self.generator == "linear" and (self.k == 0 or self.loss != "last"):
             raise OptionError("the linear generator mixes k models and learns on one span: set k >= 1 and loss=last.")
         if self.base_parts in (1, 2):
-            raise OptionError("ASMG rehearses on 3 parts of the base block or more: raise rehearsals, or set it to 0.")
+            raise OptionError("ASMG needs at least 3 parts of the base block: set base_parts to 3 or more, or to 0.")
 
     def update(self, state: State, span: Span) -> State:
         """Train the generator, fine-tune the chain, generate what is served."""
@@ -105,32 +104,30 @@ class ASMG:
         model = grown_copy(replace(state, model=memory.model), span)
         window = memory.window.grow(copy_weights(model))
         past_spans = (*memory.past_spans, self._past_span(state, model, span))
-        since = time.process_time()
-        generator = self._train_generator(
-            memory.generator, model, window, past_spans, (state.seed, span.index, GENERATOR_STREAM)
-        )
-        seconds = time.process_time() - since
+        started_at = time.process_time()
+        key = (stream_seed(state.seed, "generator"), span.index)
+        generator = self._train_generator(memory.generator, model, window, past_spans, key)
+        seconds = time.process_time() - started_at
         chain = FineTune(self.fit).update(replace(state, model=memory.model, interests=memory.interests), span)
         meter = CostMeter(chain.costs | {"generator_cpu_s": seconds})
-        since = time.process_time()
+        started_at = time.process_time()
         window = self._push_model(generator, window, chain.model)
         served = copy.deepcopy(chain.model)
         load_weights(served, generator.generate(window))
-        meter.add_time("generator_cpu_s", since)
+        meter.add_time("generator_cpu_s", started_at)
         stored_interests = stored_interests_of(served, state.interests, span.index)
         after = finish_update(state, served, stored_interests, self.fit.history, meter)
-        remembered_spans = (
-            past_spans[-len(window.models) + 1 :] if self.loss != "last" and len(window.models) > 1 else ()
-        )
-        return replace(after, memory=ASMGMemory(chain.model, chain.interests, generator, window, remembered_spans))
+        has_past_spans = self.loss != "last" and len(window.models) > 1
+        past_spans = past_spans[-len(window.models) + 1 :] if has_past_spans else ()
+        return replace(after, memory=ASMGMemory(chain.model, chain.interests, generator, window, past_spans))
 
     def _fit_base(self, state: State, span: Span) -> State:
         base = fit_base_block(state, span, self.fit)
         generator = new_generator(base.model, self._new_network, self.largest, state.seed)
         if self.base_parts:
-            since = time.process_time()
+            started_at = time.process_time()
             generator = replace(self, base_parts=0)._train_on_base_stream(state, base.base_epochs, self.base_parts)
-            base = replace(base, costs=base.costs | {"generator_cpu_s": time.process_time() - since})
+            base = replace(base, costs=base.costs | {"generator_cpu_s": time.process_time() - started_at})
         return replace(base, memory=ASMGMemory(base.model, base.interests, generator, ModelWindow(), ()))
 
     def _new_network(self, n_slots: int, rng: torch.Generator) -> GRUGenerator | MeanGenerator:
@@ -153,9 +150,8 @@ class ASMG:
         users_N = due_targets(state.histories).users_N.unique()
         if stored_interests is not None:
             is_active_S = torch.isin(row_users(stored_interests.interests), users_N)
-            stored_interests = replace(
-                stored_interests, interests=filter_interests(stored_interests.interests, is_active_S)
-            )
+            interests = filter_interests(stored_interests.interests, is_active_S)
+            stored_interests = replace(stored_interests, interests=interests)
         is_active_R = torch.isin(row_users(state.histories), users_N)
         return PastSpan(filter_rows(state.histories, is_active_R), stored_interests, span.n_items)
 
@@ -174,17 +170,17 @@ class ASMG:
         """
         if not window.models:
             return generator
-        learner = generator.trainable_copy()
+        trainable = generator.trainable_copy()
         *older, newest = past_spans
         targets = due_targets(newest.histories, self.fit.history)
-        terms = [self._past_spans_term(learner, model, window, older, key)] if older else []
+        terms = [self._past_spans_term(trainable, model, window, older, key)] if older else []
         lr_scale = self.lr / model.spec.lr
         for _ in train(
             model, targets, self.epochs, key, lr_scale=lr_scale, stored_interests=newest.stored_interests, terms=terms,
-            parametrization=learner.parametrization(window), trainable=learner,
+            parametrization=trainable.parametrization(window), trainable=trainable,
         ):  # fmt: skip
             pass
-        return learner.detached_copy()
+        return trainable.detached_copy()
 
     def _past_spans_term(
         self,
@@ -196,13 +192,15 @@ class ASMG:
     ) -> LossTerm:
         """What makes the newest span's loss a weighted sum over all of them."""
         *weights, newest = loss_weights(len(window.models), self.loss)
-        streams = [self._endless_batches(model, block, (*key, 0, j)) for j, block in enumerate(past_spans)]
+        seed, *path = key
+        rngs = [stream(seed, "past spans", *path, j) for j in range(len(past_spans))]
+        past_batches = [self._endless_batches(model, past_span, rng) for past_span, rng in zip(past_spans, rngs)]
         hidden = [HiddenStates() for _ in past_spans]
 
         def term(batch: Batch, forward: Forward) -> Tensor:
             loss = (newest - 1) * forward.loss
-            for n, (weight, stream, states) in enumerate(zip(weights, streams, hidden, strict=True), 1):
-                older = next(stream, None)
+            for n, (weight, batches, states) in enumerate(zip(weights, past_batches, hidden, strict=True), 1):
+                older = next(batches, None)
                 if older is not None:
                     with apply_parametrization(model, generator.parametrization(window, n)) as forward_pass:
                         loss = loss + weight * states.run(forward_pass, older).loss
@@ -210,9 +208,9 @@ class ASMG:
 
         return term
 
-    def _endless_batches(self, model: TrainedModel, past_span: PastSpan, key: tuple[int, ...]) -> Iterator[Batch]:
+    def _endless_batches(self, model: TrainedModel, past_span: PastSpan, rng: torch.Generator) -> Iterator[Batch]:
         """Batches of a past span without end, or none where there is none."""
-        targets, rng = due_targets(past_span.histories, self.fit.history), make_rng(*key)
+        targets = due_targets(past_span.histories, self.fit.history)
         negative_pool_N = torch.arange(1, past_span.n_items + 1)  # no item that came later
         is_empty = False
         while not is_empty:

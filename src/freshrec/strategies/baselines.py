@@ -60,9 +60,7 @@ class FineTune:
 class Retrain:
     """Train on all events so far, or on those of the last `spans` spans."""
 
-    from_scratch: bool = (
-        True  # from untrained weights, with as many epochs as the base block needed; else from the last ones
-    )
+    from_scratch: bool = True  # from untrained weights, for the base block's number of epochs; else from the last ones
     spans: int = 0  # 0 = all
     fit: FitConfig = FitConfig()
 
@@ -84,7 +82,7 @@ class Retrain:
 
 
 def _rebuild_histories(past: tuple[Events, ...], n_users: int) -> Histories:
-    """All remembered events by user, due once more; what the last span held back stays held back."""
+    """All remembered events by user, due once more; what the last span deferred stays deferred."""
     histories = Histories.empty()
     for events in past:
         histories = append_events(release_deferred(histories), events, n_users)

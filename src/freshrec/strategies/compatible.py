@@ -52,8 +52,8 @@ def blends_only(model: Any, model_name: str, strategy_name: str) -> str | None:
 def trained_models(model: Any, model_name: str, strategy_name: str) -> str | None:
     """For strategies that train by gradients."""
     if not isinstance(model, TrainedModel):
-        ways = "refit (or absorb, which trusts the best expert)" if isinstance(model, Blend) else "absorb"
-        return f'"{model_name}" counts, it is not trained: its only strategy is {ways}.'
+        strategies = "refit (or absorb, which trusts the best expert)" if isinstance(model, Blend) else "absorb"
+        return f'"{model_name}" counts, it is not trained: its only strategy is {strategies}.'
     return None
 
 

@@ -1,4 +1,4 @@
-"""EWC: fine-tuning held to the last weights, each as firmly as what was said of the last events depends on it.
+"""EWC: fine-tuning held to the last weights, each as firmly as the predictions of the last events depend on it.
 
 Symbols of the paper: F_i -> fisher, theta -> weights, theta*_A -> anchor (the last model), lambda -> weight.
 """
@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from freshrec.config import Count, Weight, check_options
-from freshrec.data.batches import Targets, due_targets, make_rng, split_chunks
+from freshrec.data.batches import Targets, due_targets, split_chunks
 from freshrec.data.stored_interests import StoredInterests, stored_interests_of
 from freshrec.device import permutation
 from freshrec.learn.exemplars import exemplar_batch, trainable_targets
@@ -23,9 +23,9 @@ from freshrec.learn.weights import Weights, copy_weights
 from freshrec.nn.embedding_table import embed, embedding_tables
 from freshrec.nn.layers import max_inner_product
 from freshrec.nn.scoring import item_table, item_vectors, user_vectors
+from freshrec.random_streams import stream
 from freshrec.types import Batch, EncodingModel, Forward, LossTerm, Span, State
 
-SAMPLE_STREAM = 1201  # tells the random numbers apart from those of the epochs
 SAMPLE_BLOCK = 32  # whose gradients are in memory at once
 
 
@@ -64,15 +64,13 @@ def empirical_fisher(
     p is the softmax of the scores of all known items; j runs over all dense weights and all rows of the tables.
     """
     squares_by_name = {name: torch.zeros_like(weights) for name, weights in copy_weights(model).items()}
-    n_interests_N = (
-        torch.ones(len(samples), dtype=torch.int64)
-        if stored_interests is None
-        else stored_interests.interest_counts(samples.users_N)
-    )
+    n_interests_N = torch.ones(len(samples), dtype=torch.int64)
+    if stored_interests is not None:
+        n_interests_N = stored_interests.interest_counts(samples.users_N)
     for k in n_interests_N.unique():  # so that nobody in a batch lacks an interest that others have
-        for which in split_chunks((n_interests_N == k).nonzero()[:, 0], SAMPLE_BLOCK):
-            batch = exemplar_batch(samples, which, model, stored_interests)
-            batch = Batch(batch.users_B, batch.history_BT, samples.items_N[which][:, None], None, batch.interests_BKD)
+        for index in split_chunks((n_interests_N == k).nonzero()[:, 0], SAMPLE_BLOCK):
+            batch = exemplar_batch(samples, index, model, stored_interests)
+            batch = Batch(batch.users_B, batch.history_BT, samples.items_N[index][:, None], None, batch.interests_BKD)
             _add_squared_gradients(squares_by_name, model, batch)
     return {name: squares / max(len(samples), 1) for name, squares in squares_by_name.items()}
 
@@ -143,7 +141,7 @@ class EncoderModule(nn.Module):
 def _per_sample_gradients(model: EncodingModel, batch: Batch) -> tuple[Weights, Tensor]:
     """Of each sample's -ln p, by the dense weights, (B, ...) each, and by the vectors of its history (B, T, D)."""
     assert batch.targets_BT is not None
-    items_ID, reader = item_vectors(model)[1 : model.n_items + 1], EncoderModule(model)
+    items_ID, encoder = item_vectors(model)[1 : model.n_items + 1], EncoderModule(model)
     dense = {f"model.{name}": weights.detach() for name, weights in model.named_parameters()}
 
     def loss(
@@ -151,13 +149,12 @@ def _per_sample_gradients(model: EncodingModel, batch: Batch) -> tuple[Weights, 
     ) -> Tensor:
         stored_1KD = None if interests_KD is None else interests_KD[None]
         single_batch = Batch(user[None], history_T[None], interests_BKD=stored_1KD)
-        vectors_1KD = functional_call(reader, dense, (items_TD[None], single_batch))
+        vectors_1KD = functional_call(encoder, dense, (items_TD[None], single_batch))
         score_I = max_inner_product(vectors_1KD, items_ID)[0]
         return torch.logsumexp(score_I, 0) - score_I.gather(0, item_1 - 1)[0]
 
-    per_sample_gradient = vmap(
-        partial(grad(loss, (0, 1)), dense), in_dims=(0, 0, 0, None if batch.interests_BKD is None else 0, 0)
-    )
+    interests_dim = None if batch.interests_BKD is None else 0
+    per_sample_gradient = vmap(partial(grad(loss, (0, 1)), dense), in_dims=(0, 0, 0, interests_dim, 0))
     history_BTD = embed(item_table(model), batch.history_BT)
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels know no vmap
         by_dense, by_items_BTD = per_sample_gradient(
@@ -194,19 +191,18 @@ class EWC:
         fit_model(
             model, targets, self.fit, (state.seed, span.index), meter, stored_interests=stored_interests, terms=terms
         )
-        return self._update_fisher(
-            finish_update(state, model, stored_interests, self.fit.history, meter), targets, state.memory, span.index
-        )
+        after = finish_update(state, model, stored_interests, self.fit.history, meter)
+        return self._update_fisher(after, targets, state.memory, span.index)
 
     def _update_fisher(self, after: State, targets: Targets, before: Weights | None, span: int) -> State:
         """`after` with the Fisher of its model, by some of the span's targets; the last one where there are none."""
-        since, meter = time.process_time(), CostMeter(dict(after.costs))
+        started_at, meter = time.process_time(), CostMeter(dict(after.costs))
         length = sample_history_length(after.model)
         targets = trainable_targets(targets, length)
-        drawn_N = permutation(len(targets), make_rng(after.seed, span, SAMPLE_STREAM))[: self.samples]
+        drawn_N = permutation(len(targets), stream(after.seed, "fisher sample", span))[: self.samples]
         stored_interests = stored_interests_of(after.model, after.interests, after.spans_seen)
         fisher = before
         if len(targets) or before is None:
             fisher = empirical_fisher(after.model, copy_samples(targets[drawn_N], length), stored_interests)
-        meter.add_time("fisher_cpu_s", since)
+        meter.add_time("fisher_cpu_s", started_at)
         return replace(after, memory=fisher, costs=dict(meter.costs))

@@ -32,16 +32,16 @@ def sigmoid_distillation(new_BK: Tensor, stored_BK: Tensor, old_BK: Tensor, tau:
     Logits (B, K) of the student and the teacher. No gradient reaches the teacher.
     """
     teacher_BK = torch.sigmoid(stored_BK.detach() / tau)
-    each_BK = F.binary_cross_entropy_with_logits(new_BK / tau, teacher_BK, reduction="none")
-    return (each_BK * old_BK).sum() / max(len(new_BK), 1)
+    loss_BK = F.binary_cross_entropy_with_logits(new_BK / tau, teacher_BK, reduction="none")
+    return (loss_BK * old_BK).sum() / max(len(new_BK), 1)
 
 
 def softmax_distillation(new_BK: Tensor, stored_BK: Tensor, old_BK: Tensor, tau: float = 2.0) -> Tensor:
     """-sum_k p'_k ln p_k over the old interests, p = softmax(logits / tau); mean over the batch."""
     teacher_BK = torch.softmax((stored_BK.detach() / tau).masked_fill(~old_BK, MASKED), 1)
     student_BK = torch.log_softmax((new_BK / tau).masked_fill(~old_BK, MASKED), 1)
-    each_B = -(teacher_BK * student_BK).sum(1) * old_BK.any(1)
-    return each_B.sum() / max(len(new_BK), 1)
+    loss_B = -(teacher_BK * student_BK).sum(1) * old_BK.any(1)
+    return loss_B.sum() / max(len(new_BK), 1)
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,9 @@ def puzzlement(logits_NK: Tensor, alive_NK: Tensor) -> Tensor:
 def is_puzzled(mean_N: Tensor, n_interests_N: Tensor, form: str, c1: float) -> Tensor:
     """Whether a user's mean puzzlement exceeds c_1 (N,) [IMSR eq. 14].
 
-    As printed, P > c_1 > 0 can never hold, since P <= 0. `form` says on which scale c_1 is read: "geo", the geometric
-    mean exp(P) / K of p(h_k | e_i), in which the paper's range 0.02-0.12 works; "exp", exp(P), for the slides' 0.4-0.6;
-    "kl", KL < c_1; "quantile", the c_1 share of active users with the largest P.
+    As printed, P > c_1 > 0 can never hold, since P <= 0. `form` says on which scale c_1 is read: "geo", the
+    geometric mean exp(P) / K of p(h_k | e_i), in which the paper's range 0.02-0.12 works; "exp", exp(P), for the
+    slides' 0.4-0.6; "kl", KL < c_1; "quantile", the c_1 share of active users with the largest P.
     """
     if form == "geo":
         return mean_N.exp() / n_interests_N > c1
@@ -133,8 +133,8 @@ class Detector:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(puzzled users, judged users, mean KL of each judged user).
 
-        Items the last model has not seen (rows above `n_known`) do not count: their vectors are untrained, so each
-        looks puzzled. Users with fewer than 2 events are not judged.
+        Items the last model has not seen (rows above `n_known_items`) do not count: their vectors are untrained, so
+        each looks puzzled. Users with fewer than 2 events are not judged.
         """
         rows_N = ((histories.due_R == DUE) & (histories.items_R <= n_known_items)).nonzero()[:, 0]
         users_N = row_users(histories)[rows_N]
@@ -246,7 +246,7 @@ class IMSR:
         self, model: InterestModel, stored_interests: StoredInterests, state: State, meter: CostMeter
     ) -> StoredInterests:
         assert self.detect is not None
-        since = time.process_time()
+        started_at = time.process_time()
         puzzled_N, _, kl_N = self.detect.find_puzzled_users(
             model, stored_interests.interests, state.histories, state.model.n_items
         )
@@ -254,7 +254,7 @@ class IMSR:
         interests = add_interests(
             stored_interests.interests, puzzled_N, self.detect.new, model.spec.k_max, starts_KD, stored_interests.span
         )
-        meter.add_time("detect_cpu_s", since)
+        meter.add_time("detect_cpu_s", started_at)
         meter.costs["nid_rate"] = len(puzzled_N) / max(len(kl_N), 1)
         for q in (0.05, 0.25, 0.5, 0.75, 0.95):
             meter.costs[f"kl_p{round(100 * q):02d}"] = float(kl_N.quantile(q)) if len(kl_N) else math.nan

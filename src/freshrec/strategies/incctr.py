@@ -1,4 +1,4 @@
-"""IncCTR: fine-tuning that also learns from what the last model says, and gives a row to an id once it is met often.
+"""IncCTR: fine-tuning that also learns from the last model's predictions, and gives frequent ids rows of their own.
 
 Symbols of the paper: lambda -> weight, tau -> tau, THR -> threshold, z -> logits_BN, z_T -> teacher_BN.
 """
@@ -33,7 +33,7 @@ def sigmoid_distillation(logits_BN: Tensor, teacher_BN: Tensor, tau: float = 1.0
 
 @dataclass(frozen=True)
 class Distill:
-    """The loss becomes (1 - weight) of itself and `weight` of what the last model says of the same candidates.
+    """The loss becomes (1 - weight) of itself and `weight` of the distance to the last model's logits.
 
     Cross-entropy is linear in what it is compared with: this is the loss for the label (1 - weight) y + weight s, where
     s is the teacher's opinion. At the first step both models agree, and the gradient is 1 - weight of fine-tuning's.
@@ -47,11 +47,8 @@ class Distill:
 
     def distillation_term(self, teacher: TrainedModel) -> LossTerm:
         """What to add to the loss, given the last model."""
-
-        distillation_loss, hidden = (
-            sigmoid_distillation if isinstance(teacher, ClickModel) else softmax_distillation,
-            HiddenStates(),
-        )
+        distillation_loss = sigmoid_distillation if isinstance(teacher, ClickModel) else softmax_distillation
+        hidden = HiddenStates()
 
         def distil(batch: Batch, forward: Forward) -> Tensor:
             with torch.no_grad():
@@ -93,9 +90,9 @@ class IncCTR:
     def update(self, state: State, span: Span) -> State:
         """Count who was met, let the rare share a row, train with the teacher."""
         if state.spans_seen == 0:
-            started = fit_base_block(state, span, self.fit)
+            base_state = fit_base_block(state, span, self.fit)
             sizes = {"users": span.n_users, "items": span.n_items}
-            return replace(started, memory={name: torch.full((n + 1,), self.threshold) for name, n in sizes.items()})
+            return replace(base_state, memory={name: torch.full((n + 1,), self.threshold) for name, n in sizes.items()})
         model = grown_copy(state, span)
         targets = due_targets(state.histories, self.fit.history)
         n_seen = _count_seen(state.memory, targets, model)
@@ -119,7 +116,7 @@ class IncCTR:
 
 
 def tie_rows(table: EmbeddingTable, rows_N: Tensor) -> None:
-    """Train these rows as one, the first of them, until `part`. They start alike, and are alike in the end."""
+    """Train these rows as one, the first of them, until `untie_rows`. They start equal, and end equal."""
     table.tied_to_R = torch.arange(len(table.packed)).index_fill(0, rows_N, int(rows_N[0]))
     table.weights.copy_(table.weights[table.tied_to_R])
 

@@ -3,12 +3,13 @@
 import copy
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
 
 from freshrec.config import Count, CountOrZero, Positive, check_options
-from freshrec.data.batches import Targets, due_targets, make_rng, targets_at
+from freshrec.data.batches import Targets, due_targets, targets_at
 from freshrec.data.histories import concat_events, insert_events
 from freshrec.device import permutation
 from freshrec.learn.fit import CostMeter, FitConfig, fit_model, train, train_to_best_epoch
@@ -17,14 +18,16 @@ from freshrec.models.blend.experts import RANK_COLUMN, SHARE_COLUMN, TRAINED_SPE
 from freshrec.models.blend.model import Blend, fit_rule
 from freshrec.models.blend.rule import SIGNIFICANCE_LEVEL, feature_gain, is_significantly_better
 from freshrec.models.pooled import Pooled
+from freshrec.random_streams import stream, stream_seed
 from freshrec.strategies.baselines import Absorb
 from freshrec.types import DUE, NEVER, NEXT, NOW, Histories, Span, State
 
-VALIDATION_STREAM = 1407  # tells the random numbers from others
 TARGETS_PER_SECOND = 30_000  # passes in a second, with as much time again for what counts: half of what one core does
-MAX_VALIDATION_QUERIES = 1000  # by which the epochs of the first training are chosen, and the manner of the others
-MAX_TRIAL_TARGETS = 24_000  # targets, the latest, on which manners are tried
-MIN_TRIAL_QUERIES = 100  # queries to choose a manner by; with fewer it is the first
+MAX_VALIDATION_QUERIES = (
+    1000  # by which the epochs of the first training are chosen, and the learning rate of the others
+)
+MAX_TRIAL_TARGETS = 24_000  # targets, the latest, on which learning rates are tried
+MIN_TRIAL_QUERIES = 100  # queries to choose a learning rate by; with fewer it is the first
 MIN_GAIN_QUERIES = 300  # queries that tell whether the trained expert adds anything; with fewer it is kept
 MIN_GAIN_NATS = 0.005  # nats by which it must make the targets likelier
 LR_FACTORS = (1.0, 0.3, 0.0)  # of an update: what the learning rate is multiplied by; 0: nothing is trained
@@ -39,7 +42,7 @@ class Refit:
     epochs: CountOrZero = 6  # of the network that corrects the weights; 0: weights only
     trains: Literal["worth", "always", "never"] = "worth"  # the expert that learns by gradients: unless it adds nothing
     fit: FitConfig = FitConfig(epochs=3, max_epochs=30, patience=3)  # how it is trained
-    guard: bool = True  # each update trains in the manner that was best on the newest sixth of its targets
+    guard: bool = True  # each update trains with the learning rate that was best on the newest sixth of its targets
     max_passes: Count = (
         6_000_000  # targets of one training, epochs counted: a large log gets fewer epochs, or its latest
     )
@@ -61,9 +64,9 @@ class Refit:
         model, targets = after.model, due_targets(state.histories)
         if model.pending_queries and self.trains != "never":
             model, targets = self._train_base(model, span, state.seed, meter)
-        since = time.process_time()
+        started_at = time.process_time()
         fit_rule(model, self.weight_decay, self.min_queries, self.epochs)
-        meter.add_time("refit_cpu_s", since)
+        meter.add_time("refit_cpu_s", started_at)
         if self.trains == "always" or (self.trains == "worth" and not model.is_trained_expert_dropped):
             fit, targets = self._limit_passes(self.fit, targets)
             key = state.seed, span.index
@@ -77,26 +80,22 @@ class Refit:
     def _train_base(self, model: Blend, span: Span, seed: int, meter: CostMeter) -> tuple[Blend, Targets]:
         """Train on what came before the base block's last window; as long as it gets better at that, which is the rest.
 
-        What was remembered of the window then hears what this expert thinks of it. If that adds nothing to what the
-        others think, beyond chance, the expert is given up; fewer than JUDGES queries cannot tell.
+        What was remembered of the window then gets this expert's scores. If that adds nothing to what the
+        others think, beyond chance, the expert is given up; fewer than MIN_GAIN_QUERIES queries cannot tell.
         """
-        since = time.process_time()
+        started_at = time.process_time()
         histories, rows_E = insert_events(Histories.empty(), span.events[span.events.train_at_E != NEVER], span.n_users)
         parts = rows_E.split([len(rows_E) - model.experts.window_events, model.experts.window_events])
         train_targets, window_targets = (targets_at(histories, rows[histories.due_R[rows] == DUE]) for rows in parts)
         validation = window_targets[window_targets.history_lengths(1) > 0]
-        validation = validation[
-            permutation(len(validation), make_rng(seed, VALIDATION_STREAM))[:MAX_VALIDATION_QUERIES]
-        ]
+        order_N = permutation(len(validation), stream(seed, "refit base queries"))
+        validation = validation[order_N[:MAX_VALIDATION_QUERIES]]
         fit, train_targets = self._limit_passes(replace(self.fit, epochs=self.fit.max_epochs), train_targets)
-        epochs = train(model.experts.trained_model, train_targets, fit.epochs, (seed, span.index, VALIDATION_STREAM))
-        train_to_best_epoch(
-            model.experts.trained_model,
-            epochs,
-            lambda: mean_ndcg(model.experts.trained_model, validation, None),
-            self.fit.patience,
-        )
-        meter.add_time("train_cpu_s", since)
+        key = (stream_seed(seed, "refit base"), span.index)
+        epochs = train(model.experts.trained_model, train_targets, fit.epochs, key)
+        quality = partial(mean_ndcg, model.experts.trained_model, validation, None)
+        train_to_best_epoch(model.experts.trained_model, epochs, quality, self.fit.patience)
+        meter.add_time("train_cpu_s", started_at)
         scored = copy.copy(model)
         scored.score_pending_queries()
         if self.trains == "worth" and len(scored.query_log.x_QCF) >= MIN_GAIN_QUERIES:
@@ -125,31 +124,27 @@ def _choose_lr_factor(
     The others have to be better than `fit` beyond chance (t-test of the differences in ndcg@20, the level halved, as
     there are two of them). What was chosen stands in the costs: "lr_factor", what the learning rate is multiplied by.
     """
-    since = time.process_time()
+    started_at, (seed, *path) = time.process_time(), key
     by_time_N = targets.histories.times_R[targets.rows_N].argsort(stable=True)[-MAX_TRIAL_TARGETS:]
     n_late = len(by_time_N) // 6
     train_targets, validation = (
         targets[part_N.sort().values] for part_N in by_time_N.split([len(by_time_N) - n_late, n_late])
     )
     validation = validation[validation.history_lengths(1) > 0]
-    validation = validation[permutation(len(validation), make_rng(*key, VALIDATION_STREAM))[:MAX_VALIDATION_QUERIES]]
+    order_N = permutation(len(validation), stream(seed, "refit trial queries", *path))
+    validation = validation[order_N[:MAX_VALIDATION_QUERIES]]
     if len(validation) < MIN_TRIAL_QUERIES:
         return fit
-    ndcg_by_factor, chosen = [], 0
+    ndcg_by_factor, chosen, trial_key = [], 0, (stream_seed(seed, "refit trials"), *path)
     for i, lr_factor in enumerate(LR_FACTORS):
         candidate = copy.deepcopy(model)
         if lr_factor:
-            for _ in train(candidate, train_targets, fit.epochs, key, lr_scale=fit.lr_scale * lr_factor):
+            for _ in train(candidate, train_targets, fit.epochs, trial_key, lr_scale=fit.lr_scale * lr_factor):
                 pass
         ndcg_by_factor.append(target_ndcg(candidate, validation, None).numpy())
-        if (
-            i
-            and is_significantly_better(ndcg_by_factor[i], ndcg_by_factor[0], SIGNIFICANCE_LEVEL / 2)
-            and ndcg_by_factor[i].mean() > ndcg_by_factor[chosen].mean()
-        ):
+        is_better = i > 0 and is_significantly_better(ndcg_by_factor[i], ndcg_by_factor[0], SIGNIFICANCE_LEVEL / 2)
+        if is_better and ndcg_by_factor[i].mean() > ndcg_by_factor[chosen].mean():
             chosen = i
-    meter.add_time("lr_choice_cpu_s", since)
-    meter.costs["lr_factor"] = LR_FACTORS[chosen]
-    return replace(
-        fit, lr_scale=fit.lr_scale * (LR_FACTORS[chosen] or 1.0), epochs=fit.epochs if LR_FACTORS[chosen] else 0
-    )
+    meter.add_time("lr_choice_cpu_s", started_at)
+    lr_factor = meter.costs["lr_factor"] = LR_FACTORS[chosen]
+    return replace(fit, lr_scale=fit.lr_scale * (lr_factor or 1.0), epochs=fit.epochs if lr_factor else 0)

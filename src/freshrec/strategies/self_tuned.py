@@ -1,10 +1,10 @@
-"""Rehearsed: fine-tuning in the manner that would have been best on the base block, replayed as if it were a stream.
+"""Self-tuned: fine-tuning with the settings that would have been best on the base block, replayed as a stream.
 
 None of the four papers has it; it joins what their parts are good for. How much an update should change a model is the
 question that all of them answer once for all logs, and differently: retain (IMSR), replay (SPMF, ADER), join with the
 weights before (SML, ASMG), draw negatives from what is new (SML). News want the opposite of what a shop wants. Here
-each answer is a knob, and each log turns them itself, before its first update and on nothing but its base block. On
-another sample than it was developed on it was worse than fine-tuning (docs/results.md): an experiment, no advice.
+each answer is a setting, and each log chooses them itself, before its first update and on nothing but its base block.
+On another sample than it was developed on it was worse than fine-tuning (docs/results.md): an experiment, no advice.
 """
 
 import time
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from freshrec.config import Count, CountOrZero, Positive, check_options
-from freshrec.data.batches import due_targets, make_rng
+from freshrec.data.batches import due_targets
 from freshrec.data.stored_interests import stored_interests_of
 from freshrec.device import permutation
 from freshrec.errors import OptionError
@@ -25,13 +25,8 @@ from freshrec.learn.fit import CostMeter, FitConfig, finish_update, fit_base_blo
 from freshrec.learn.reservoir import Reservoir, append_samples, fill_reservoir, sample_history_length, update_reservoir
 from freshrec.learn.validation import mean_ndcg
 from freshrec.learn.weights import copy_weights, load_weights
+from freshrec.random_streams import stream
 from freshrec.types import SEQUENCE_FORMATS, Histories, Span, State, TrainedModel
-
-FILL_STREAM, DRAW_STREAM, QUERY_STREAM = (
-    1301,
-    1302,
-    1303,
-)  # tell the random numbers apart from each other and from those of the epochs
 
 
 @dataclass(frozen=True)
@@ -62,11 +57,12 @@ class SelfTunedMemory:
 
 @dataclass(frozen=True)
 class SelfTuned:
-    """The knobs are turned one after the other: what was better in the rehearsal stays.
+    """Settings are chosen one after the other: a value that was better in the simulation stays.
 
-    A rehearsal trains a model on the first third of the base block and goes through the parts after that: all but the
-    first are asked for, all but the last are learnt. An update costs what fine-tuning costs, and half as much again
-    where it replays. Knobs that do nothing stay as they are: negatives of a model without them, a mean of two epochs.
+    The simulation trains a model on the first third of the base block and goes through the parts after that: all but
+    the first are tested, all but the last are trained on. An update costs what fine-tuning costs, and half as much
+    again where it replays. Settings that do nothing stay as they are: negatives of a model without them, a mean of two
+    epochs.
     """
 
     base_parts: CountOrZero = 6  # parts of the base block; 0: plain fine-tuning
@@ -77,17 +73,19 @@ class SelfTuned:
     def __post_init__(self) -> None:
         check_options(self)
         if self.base_parts in (1, 2, 3):
-            raise OptionError("a rehearsal takes 4 parts of the base block or more: raise rehearsals, or set it to 0.")
+            raise OptionError(
+                "self-tuned needs at least 4 parts of the base block: set base_parts to 4 or more, or to 0."
+            )
         if self.fit.holdout:
-            raise OptionError("rehearsed chooses how to update before it updates; it has no use for fit.holdout.")
+            raise OptionError("self-tuned chooses how to update before it updates; it has no use for fit.holdout.")
 
     def update(self, state: State, span: Span) -> State:
-        """The base block plainly, then the rehearsal; later, an update in the manner that it has found."""
+        """The base block plainly, then the simulation; later, updates with the settings that were best in it."""
         if state.spans_seen == 0:
             after = fit_base_block(state, span, self.fit)
-            meter, since = CostMeter(dict(after.costs)), time.process_time()
+            meter, started_at = CostMeter(dict(after.costs)), time.process_time()
             settings = self._tune(state, after.base_epochs)
-            meter.add_time("rehearsal_cpu_s", since)
+            meter.add_time("rehearsal_cpu_s", started_at)
             meter.costs |= {name: float(getattr(settings, name)) for name in SEARCH_SPACE}
             return replace(
                 after, memory=SelfTunedMemory(settings, self._fill_reservoir(state)), costs=dict(meter.costs)
@@ -97,12 +95,11 @@ class SelfTuned:
     def _fill_reservoir(self, state: State) -> Reservoir:
         due = due_targets(state.histories)
         size = max(1, round(self.reservoir * len(due)))
-        return fill_reservoir(
-            due, size, sample_history_length(state.model), make_rng(state.seed, state.spans_seen, FILL_STREAM)
-        )
+        rng = stream(state.seed, "self-tuned base reservoir")
+        return fill_reservoir(due, size, sample_history_length(state.model), rng)
 
     def _tune(self, state: State, base_epochs: int) -> UpdateSettings:
-        """The manner whose chain of updates on parts of the base block was best on the parts that came next."""
+        """The settings whose chain of updates on parts of the base block was best on the parts that came next."""
         if not self.base_parts:
             return UpdateSettings()
         (recent, span), *parts = base_stream(state.histories, self.base_parts)
@@ -124,7 +121,7 @@ class SelfTuned:
         return best
 
     def _simulate_updates(self, state: State, parts: list[tuple[Histories, Span]], memory: SelfTunedMemory) -> float:
-        """Mean ndcg@20 (AUC of labelled targets) on all parts but the first, which meets all manners alike."""
+        """Mean ndcg@20 (AUC of labelled targets) on all parts but the first, which comes before any update."""
         qualities = []
         state = replace(state, memory=memory)
         for n, (recent, span) in enumerate(parts, 1):
@@ -137,24 +134,22 @@ class SelfTuned:
 
     def _mean_quality(self, state: State, span: Span) -> float:
         due = due_targets(state.histories)
-        which_N = permutation(len(due), make_rng(state.seed, span.index, QUERY_STREAM))[: self.max_queries]
-        return mean_ndcg(state.model, due[which_N], stored_interests_of(state.model, state.interests, span.index))
+        index_N = permutation(len(due), stream(state.seed, "self-tuned queries", span.index))[: self.max_queries]
+        return mean_ndcg(state.model, due[index_N], stored_interests_of(state.model, state.interests, span.index))
 
     def _apply_update(self, state: State, span: Span) -> State:
         memory: SelfTunedMemory = state.memory
         model, due = grown_copy(state, span), due_targets(state.histories, self.fit.history)
         targets, samples = due, memory.reservoir.samples
         if memory.settings.replay_share:
-            order_M = permutation(len(samples), make_rng(state.seed, span.index, DRAW_STREAM))
-            which_M = order_M[: int(memory.settings.replay_share * len(due))]
-            targets = append_samples(due, samples, which_M, separate_users=model.batch_format in SEQUENCE_FORMATS)
+            order_M = permutation(len(samples), stream(state.seed, "self-tuned replay", span.index))
+            index_M = order_M[: int(memory.settings.replay_share * len(due))]
+            targets = append_samples(due, samples, index_M, separate_users=model.batch_format in SEQUENCE_FORMATS)
         stored_interests = stored_interests_of(model, state.interests, span.index)
-        meter, since = CostMeter({"rows_read": float(len(targets))}), time.process_time()
-        among_N = (
-            mix_negative_pool(due.items_N.unique(), model.n_items)
-            if memory.settings.current_negatives and len(due)
-            else None
-        )
+        meter, started_at = CostMeter({"rows_read": float(len(targets))}), time.process_time()
+        negative_pool_N = None
+        if memory.settings.current_negatives and len(due):
+            negative_pool_N = mix_negative_pool(due.items_N.unique(), model.n_items)
         key, lr_scale = (state.seed, span.index), memory.settings.lr_scale * self.fit.lr_scale
         epochs = train(
             model,
@@ -163,17 +158,17 @@ class SelfTuned:
             key,
             lr_scale=lr_scale,
             stored_interests=stored_interests,
-            negative_pool_N=among_N,
+            negative_pool_N=negative_pool_N,
         )
         if memory.settings.average_epochs:
             average_epoch_weights(model, epochs)
         else:
             for _ in epochs:
                 pass
-        meter.add_time("train_cpu_s", since)
+        meter.add_time("train_cpu_s", started_at)
         after = finish_update(state, model, stored_interests, self.fit.history, meter)
-        fill = make_rng(state.seed, span.index, FILL_STREAM)
-        return replace(after, memory=replace(memory, reservoir=update_reservoir(memory.reservoir, due, fill)))
+        fill_rng = stream(state.seed, "self-tuned reservoir", span.index)
+        return replace(after, memory=replace(memory, reservoir=update_reservoir(memory.reservoir, due, fill_rng)))
 
 
 def mix_negative_pool(current_N: Tensor, n_items: int) -> Tensor:

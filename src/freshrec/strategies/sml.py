@@ -1,10 +1,10 @@
 """SML: learn how to join the weights before a span with those adapted to it, judged by the span after.
 
 Symbols: W_{t-1} -> before, W^_t -> the weights of the adapted model, f_Theta -> transfer, S -> rounds, lambda_1 ->
-shrink, lambda_2 -> decay. A *stage* is one span's work: step 1 fits w on D_t with f_Theta(W_{t-1}, w) as the weights of
-the loss; step 2 fits Theta on D_{t+1} with w standing still. D_{t+1} comes with the next update, which therefore begins
-by closing the last stage. What is served was made in round 1, by the Theta of the stage before: it cannot know the span
-that it is tested on.
+weight_decay, lambda_2 -> transfer_weight_decay. A *stage* is one span's work: step 1 fits w on D_t with
+f_Theta(W_{t-1}, w) as the weights of the loss; step 2 fits Theta on D_{t+1} with w standing still. D_{t+1} comes with
+the next update, which therefore begins by closing the last stage. What is served was made in round 1, by the Theta of
+the stage before: it cannot know the span that it is tested on.
 """
 
 import copy
@@ -31,6 +31,7 @@ from freshrec.learn.transfer import (
 )
 from freshrec.learn.weights import Weights, copy_weights, grow_model, load_weights
 from freshrec.nn.embedding_table import embedding_tables
+from freshrec.random_streams import stream_seed
 from freshrec.types import Batch, Forward, Interests, LossTerm, Span, State, TrainedModel
 
 
@@ -84,9 +85,7 @@ class SML:
     rows: Literal["all", "touched"] = "all"  # which are mapped at the end of a stage; "touched": those that w changed
     objective: Literal["next", "current"] = "next"  # the span that the network is fitted on; "current": SML-N
     train_through_transfer: bool = True  # step 1 sees the network; no: w is a fine-tuned model beside it, SML-FP
-    last_trained_span: int | None = (
-        None  # the last span on which the network is fitted; 0: in the base block only, SML-S
-    )
+    last_trained_span: int | None = None  # the last span on which the network is fitted; 0: the base block only, SML-S
     base_parts: CountOrZero = 6  # parts of the base block, on which the network is fitted before its first use
 
     def __post_init__(self) -> None:
@@ -96,10 +95,10 @@ class SML:
         if self.fit.holdout and self.train_through_transfer:
             raise OptionError(
                 "fit.holdout would stop SML by weights that nobody serves, those before the network; leave it out, or "
-                "set through=False."
+                "set train_through_transfer=False."
             )
         if self.base_parts in (1, 2):
-            raise OptionError("SML rehearses on 3 parts of the base block or more: raise rehearsals, or set it to 0.")
+            raise OptionError("SML needs at least 3 parts of the base block: set base_parts to 3 or more, or to 0.")
 
     def fits_network_on(self, span: int) -> bool:
         """Whether the network is fitted in the update on this span."""
@@ -118,10 +117,10 @@ class SML:
     def _fit_base(self, state: State, span: Span) -> State:
         """The base block trained plainly; the network fitted on a stream made of it."""
         after = fit_base_block(state, span, self.fit)
-        transfer, since = Transfer.for_model(self.transfer, after.model, state.seed), time.process_time()
+        transfer, started_at = Transfer.for_model(self.transfer, after.model, state.seed), time.process_time()
         if self.base_parts and self.fits_network_on(0):
             self._train_on_base_stream(state, after.base_epochs, transfer)
-        costs = after.costs | {"transfer_cpu_s": time.process_time() - since}
+        costs = after.costs | {"transfer_cpu_s": time.process_time() - started_at}
         return replace(after, memory=_new_memory(transfer), costs=costs)
 
     def _train_on_base_stream(self, state: State, base_epochs: int, transfer: Transfer) -> None:
@@ -147,15 +146,16 @@ class SML:
         grow_model(model, span.n_users, span.n_items, state.histories.categories_I)
         stage = Stage(model, _grow_weights(memory.before, model), transfer, meter)
         if self.fits_network_on(span.index):
-            network_data = (
-                collect_span_data(state, span, self.fit.history) if self.objective == "next" else memory.span_data
-            )
+            network_data = memory.span_data
+            if self.objective == "next":
+                network_data = collect_span_data(state, span, self.fit.history)
             for n in range(1, self.rounds + 1):
                 if n > 1:
                     if self.restart != "adapted":  # the moments of w's optimiser stay
                         load_weights(model, stage.before if self.restart == "before" else self._transfer_weights(stage))
                     self._adapt_model(stage, memory.span_data, (state.seed, memory.span_data.span, n))
-                self._train_network(stage, network_data, (state.seed, network_data.span, n, 2))
+                seed = stream_seed(state.seed, "transfer training")
+                self._train_network(stage, network_data, (seed, network_data.span, n))
         after = self._transfer_weights(stage)
         if self.train_through_transfer:
             load_weights(model, after)
@@ -175,14 +175,17 @@ class SML:
         return replace(after, memory=memory)
 
     def _transfer_weights(self, stage: Stage) -> Weights:
-        since = time.process_time()
+        started_at = time.process_time()
         after = transfer_weights(stage.transfer, stage.model, stage.before, self.rows)
-        stage.meter.add_time("transfer_cpu_s", since)
+        stage.meter.add_time("transfer_cpu_s", started_at)
         return after
 
     def _adapt_model(self, stage: Stage, span_data: SpanData, key: tuple[int, ...]) -> None:
         """Step 1: w = argmin L(f_Theta(W_{t-1}, w) | D_t) + lambda_1 / 2 |w|^2; the network stands still."""
         stage.transfer.requires_grad_(False)
+        parametrization = None
+        if self.train_through_transfer:
+            parametrization = adaptation_parametrization(stage.transfer, stage.before)
         fit_model(
             stage.model,
             span_data.targets,
@@ -191,9 +194,7 @@ class SML:
             stage.meter,
             stored_interests=stored_interests_of(stage.model, span_data.interests, span_data.span),
             terms=[weight_decay_term(stage.model, self.weight_decay)] if self.weight_decay else [],
-            parametrization=adaptation_parametrization(stage.transfer, stage.before)
-            if self.train_through_transfer
-            else None,
+            parametrization=parametrization,
         )
         stage.meter.costs["rows_read"] += len(span_data.targets)
 
@@ -202,8 +203,9 @@ class SML:
 
         Negatives are drawn from the items of D_{t+1}.
         """
-        since = time.process_time()
+        started_at = time.process_time()
         stage.transfer.requires_grad_(True)
+        weight_decay = self.transfer_weight_decay
         for _ in train(
             stage.model,
             span_data.targets,
@@ -211,15 +213,13 @@ class SML:
             key,
             lr_scale=self.transfer_lr / stage.model.spec.lr,
             stored_interests=stored_interests_of(stage.model, span_data.interests, span_data.span),
-            terms=[transfer_decay_term(stage.transfer, self.transfer_weight_decay)]
-            if self.transfer_weight_decay
-            else [],
+            terms=[transfer_decay_term(stage.transfer, weight_decay)] if weight_decay else [],
             parametrization=transfer_parametrization(stage.transfer, stage.before, self.rows),
             trainable=stage.transfer,
             negative_pool_N=span_data.targets.items_N.unique(),
         ):
             pass
-        stage.meter.add_time("transfer_cpu_s", since)
+        stage.meter.add_time("transfer_cpu_s", started_at)
         stage.meter.costs["rows_read"] += len(span_data.targets)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from freshrec.config import Positive, Weight, check_options
-from freshrec.data.batches import Targets, due_targets, make_rng, mask_held_out, query_batches
+from freshrec.data.batches import Targets, due_targets, mask_held_out, query_batches
 from freshrec.data.stored_interests import StoredInterests, stored_interests_of
 from freshrec.device import uniform
 from freshrec.errors import OptionError
@@ -26,9 +26,8 @@ from freshrec.learn.reservoir import (
     update_reservoir,
 )
 from freshrec.nn.scoring import score_items
+from freshrec.random_streams import stream
 from freshrec.types import SEQUENCE_FORMATS, Span, State, TrainedModel
-
-DRAW_STREAM, FILL_STREAM = 1001, 1002  # tell the random numbers apart from each other and from those of the epochs
 
 
 def rank_weights(scores_N: Tensor) -> Tensor:
@@ -67,8 +66,8 @@ def target_scores(model: TrainedModel, targets: Targets, stored_interests: Store
     """(N,) the model's score of each target, from the history before it."""
     item_N = targets.items_N
     score_N = torch.zeros(len(targets))
-    for which, batch in query_batches(mask_held_out(targets), model.spec.length, stored_interests):
-        score_N[which] = score_items(model, batch, item_N[which][:, None])[:, 0]
+    for index, batch in query_batches(mask_held_out(targets), model.spec.length, stored_interests):
+        score_N[index] = score_items(model, batch, item_N[index][:, None])[:, 0]
     return score_N
 
 
@@ -76,7 +75,7 @@ def target_scores(model: TrainedModel, targets: Targets, stored_interests: Store
 class SPMF:
     """Fine-tuning on a sample of new and remembered events, or on all new ones and some of those remembered.
 
-    `take`: "sampled", as many events as there are new and remembered ones, drawn from both with replacement, anew for
+    `take`: "sampled", as many events as there are new and remembered ones, drawn from both with replacement, again for
     each epoch; "all": every new event, and remembered ones, `share` to a new one, drawn from the reservoir without
     replacement. Both draw by `rank_weights` of the scores that the last model gives. Differs from the paper: one
     reservoir rule for all, Algorithm R; negatives are those of the model's own loss; batches are shuffled.
@@ -91,7 +90,7 @@ class SPMF:
         check_options(self)
         if self.fit.holdout and self.take == "sampled":
             raise OptionError(
-                "SPMF draws anew for each epoch, so nothing can be held out; set take=all, or no holdout."
+                "SPMF draws new samples for each epoch, so nothing can be held out; set take=all, or no holdout."
             )
 
     def reservoir_size(self, n_base: int) -> int:
@@ -101,25 +100,21 @@ class SPMF:
     def update(self, state: State, span: Span) -> State:
         """Score, draw, train; then the new events go by the reservoir."""
         due = due_targets(state.histories, self.fit.history)
-        fill_rng = make_rng(state.seed, span.index, FILL_STREAM)
+        fill_rng = stream(state.seed, "spmf reservoir", span.index)
         if state.spans_seen == 0:
             base_state = fit_base_block(state, span, self.fit)
-            return replace(
-                base_state,
-                memory=fill_reservoir(
-                    due, self.reservoir_size(len(due)), sample_history_length(base_state.model), fill_rng
-                ),
-            )
+            length = sample_history_length(base_state.model)
+            return replace(base_state, memory=fill_reservoir(due, self.reservoir_size(len(due)), length, fill_rng))
         model = grown_copy(state, span)
         stored_interests = stored_interests_of(model, state.interests, span.index)
         key = (state.seed, span.index)
         meter = CostMeter()
-        since = time.process_time()
-        rounds = self._epoch_targets(model, due, state.memory.samples, stored_interests, key)
+        started_at = time.process_time()
+        targets_by_epoch = self._epoch_targets(model, due, state.memory.samples, stored_interests, key)
         fit = self.fit if self.take == "all" else replace(self.fit, epochs=1)
-        meter.costs["rows_read"] = float(len(rounds[0]))
-        meter.add_time("choose_cpu_s", since)
-        for nth, targets in enumerate(rounds):
+        meter.costs["rows_read"] = float(len(targets_by_epoch[0]))
+        meter.add_time("choose_cpu_s", started_at)
+        for nth, targets in enumerate(targets_by_epoch):
             fit_model(model, targets, fit, (*key, nth) if nth else key, meter, stored_interests=stored_interests)
         after = finish_update(state, model, stored_interests, self.fit.history, meter)
         return replace(after, memory=update_reservoir(state.memory, due, fill_rng))
@@ -133,7 +128,7 @@ class SPMF:
         key: tuple[int, int],
     ) -> list[Targets]:
         """What to train on: new draws for each epoch, or the same for all epochs."""
-        rng, separate_users = make_rng(*key, DRAW_STREAM), model.batch_format in SEQUENCE_FORMATS
+        rng, separate_users = stream(key[0], "spmf draws", key[1]), model.batch_format in SEQUENCE_FORMATS
         no_targets = due[torch.zeros(0, dtype=torch.int64)]
         if self.take == "sampled":
             samples = concat_samples(samples, copy_samples(due, samples.histories_NT.shape[1]))
@@ -142,8 +137,5 @@ class SPMF:
         if self.take == "sampled":
             draws = [sample_with_replacement(p_N, len(samples), rng) for _ in range(max(1, self.fit.epochs))]
             return [append_samples(no_targets, samples, drawn_M, separate_users) for drawn_M in draws]
-        return [
-            append_samples(
-                due, samples, sample_without_replacement(p_N, int(self.share * len(due)), rng), separate_users
-            )
-        ]
+        drawn_M = sample_without_replacement(p_N, int(self.share * len(due)), rng)
+        return [append_samples(due, samples, drawn_M, separate_users)]

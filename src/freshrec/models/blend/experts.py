@@ -78,7 +78,9 @@ FLOOR_EVENTS = (
 )
 MAX_CELLS = 8_000_000  # users x items on one board
 POOL_EXPERT = "popularity-1"
-POOL_SIZE = 8192  # items, those most taken lately (by LATELY), among which the trained expert looks for what it offers
+POOL_SIZE = (
+    8192  # items, those most taken lately (by POOL_EXPERT), among which the trained expert looks for what it offers
+)
 
 
 class Expert(CountingModel, StateDictModel, Protocol):
@@ -105,7 +107,7 @@ class ExpertCache:
     pool_vectors_SD: Tensor  # their vectors
 
     def top_of_pool(self, vectors_BD: Tensor, known_B: Tensor, k: int) -> Int64Array:
-        """(B, K) the items on the shelf that the trained expert likes best; 0 where it knows nothing of the user."""
+        """(B, K) the items of the pool that the trained expert likes best; 0 where it knows nothing of the user."""
         best_BK = (vectors_BD @ self.pool_vectors_SD.T).topk(min(k, len(self.pool_items_S))).indices
         items_BK: Int64Array = torch.where(known_B[:, None], self.pool_items_S[best_BK], 0).numpy()
         return items_BK
@@ -148,7 +150,7 @@ class Experts:
         self._cache = None
 
     def invalidate_cache(self) -> None:
-        """To be called after `trained` has learnt."""
+        """To be called after `trained_model` has learnt."""
         self._cache = None
 
     def trained_user_vectors(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -190,7 +192,7 @@ class Experts:
         return torch.from_numpy(items_BC), torch.from_numpy(x_BCF)
 
     def _chunk_features(self, batch: Batch, index_B: Tensor) -> tuple[Int64Array, Float32Array]:
-        """`describe` of some users."""
+        """`candidate_features` of some users."""
         history_BT = close_gaps(batch.history_BT[index_B])[:, -self.length :]
         batch, occurrences = Batch(batch.users_B[index_B], history_BT), ItemOccurrences.from_items(history_BT.numpy())
         scores = {
@@ -201,9 +203,11 @@ class Experts:
         top_items = {name: top_k_entries(scores_BI, self.items_per_expert)[0] for name, scores_BI in scores.items()}
         cache = self.cache
         trained_users = self.trained_user_vectors(batch) if len(cache.pool_items_S) else None
-        liked = [] if trained_users is None else [cache.top_of_pool(*trained_users, self.items_per_expert)]
+        pool_items = [] if trained_users is None else [cache.top_of_pool(*trained_users, self.items_per_expert)]
         popular_BP = np.broadcast_to(cache.popular_items_P, (len(batch), len(cache.popular_items_P)))
-        items_BC = distinct_items(np.concatenate([history_BT.numpy(), popular_BP, *top_items.values(), *liked], axis=1))
+        items_BC = distinct_items(
+            np.concatenate([history_BT.numpy(), popular_BP, *top_items.values(), *pool_items], axis=1)
+        )
         cells = CandidateCells(items_BC, self.n_items + 1)
         x_MF = cache.features_of(items_BC)
         x_BCF = x_MF[1:].reshape(*items_BC.shape, len(FEATURES))
@@ -217,12 +221,12 @@ class Experts:
         return items_BC, x_BCF
 
     def _write_counters(
-        self, x_MF: Float32Array, cells: CandidateCells, said: dict[str, Any], offers: dict[str, Int64Array]
+        self, x_MF: Float32Array, cells: CandidateCells, scores: dict[str, Any], offers: dict[str, Int64Array]
     ) -> None:
         """What each counter thinks of the candidates, and the places of those that it offers, into their features."""
         log_rank_K, floor = np.log(np.arange(1, self.items_per_expert + 1, dtype=np.float32)), self.cache.share_floor
         for name, offered_BK in offers.items():
-            cells_H, shares_H = cells.matching_cells(said[name])
+            cells_H, shares_H = cells.matching_cells(scores[name])
             x_MF[cells_H, SHARE_COLUMN[name]] = np.log(shares_H + floor)
             x_MF[cells.cells_of(offered_BK), RANK_COLUMN[name]] = log_rank_K[: offered_BK.shape[1]]
 
@@ -230,7 +234,7 @@ class Experts:
     def cache(self) -> ExpertCache:
         """Made when first asked for, after something was counted or learnt."""
         if self._cache is None:
-            self._cache = _settle(self)
+            self._cache = _build_cache(self)
         return self._cache
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -251,7 +255,7 @@ class Experts:
         self._cache = None
 
 
-def _settle(experts: Experts) -> ExpertCache:
+def _build_cache(experts: Experts) -> ExpertCache:
     floor = FLOOR_EVENTS / max(1, int((experts.item_statistics.event_counts_I > 0).sum()))
     x_IF, offers = np.zeros((experts.n_items + 1, len(FEATURES)), np.float32), []
     x_IF[:, Slots.share], x_IF[:, Slots.rank] = np.log(np.float32(floor)), np.log(experts.items_per_expert + 1)
@@ -264,12 +268,12 @@ def _settle(experts: Experts) -> ExpertCache:
         x_IF[best_K, RANK_COLUMN[name]] = np.log(np.arange(1, len(best_K) + 1, dtype=np.float32))
         offers.append(best_K)
     x_IF[:, Slots.item] = experts.item_statistics.item_features(max(1, experts.window_events))
-    lately_I = cast(Popularity, experts.counters[POOL_EXPERT]).counts_I
-    shelf_S = torch.from_numpy(top_k_indices(lately_I.numpy(), POOL_SIZE))
-    shelf_S = shelf_S[lately_I[shelf_S].gt(0) & experts.trained_model.items.steps_R[shelf_S].gt(0)]
-    popular_P, shelf_SD = np.unique(np.concatenate(offers)), experts.trained_model.items.weights[shelf_S]
+    recent_counts_I = cast(Popularity, experts.counters[POOL_EXPERT]).counts_I
+    pool_S = torch.from_numpy(top_k_indices(recent_counts_I.numpy(), POOL_SIZE))
+    pool_S = pool_S[recent_counts_I[pool_S].gt(0) & experts.trained_model.items.steps_R[pool_S].gt(0)]
+    popular_P, pool_SD = np.unique(np.concatenate(offers)), experts.trained_model.items.weights[pool_S]
     log_rank_K = torch.arange(1, experts.items_per_expert + 2).log()
-    return ExpertCache(floor, experts.item_statistics.repeat_rate, x_IF, log_rank_K, popular_P, shelf_S, shelf_SD)
+    return ExpertCache(floor, experts.item_statistics.repeat_rate, x_IF, log_rank_K, popular_P, pool_S, pool_SD)
 
 
 def _score_sparsely(counter: Expert, batch: Batch, occurrences: ItemOccurrences) -> Any:

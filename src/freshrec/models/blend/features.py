@@ -57,7 +57,7 @@ class ItemStatistics:
         return float(self.repeat_counts_I.sum() / max(self.event_counts_I.sum(), 1.0))
 
     def item_features(self, window: int) -> Float32Array:
-        """(I + 1, 3) of each of ITEM, 0 of the padding. Ages are measured in windows of so many events."""
+        """(I + 1, 3) of each of ITEM_FEATURES, 0 of the padding. Ages are measured in windows of so many events."""
         repeat_rate_I = (self.repeat_counts_I + PRIOR_EVENTS * self.repeat_rate) / (self.event_counts_I + PRIOR_EVENTS)
         age_I = np.log1p(np.maximum(self.n_events - self.first_event_I, 0) / window)
         x_I3 = np.stack([repeat_rate_I, np.log1p(self.event_counts_I), age_I], axis=1, dtype=np.float32)
@@ -79,14 +79,14 @@ class ItemStatistics:
 def is_repeat(targets: Targets, n: int) -> Tensor:
     """(N,) whether each target's item is among the last `n` before it; in parts, since all at once take much room."""
     is_repeat_N = torch.zeros(len(targets), dtype=torch.bool)
-    for which in split_chunks(torch.arange(len(targets)), 32_768):
-        part = targets[which]
-        is_repeat_N[which] = (history_items(part, n) == part.items_N[:, None]).any(1)
+    for index in split_chunks(torch.arange(len(targets)), 32_768):
+        part = targets[index]
+        is_repeat_N[index] = (history_items(part, n) == part.items_N[:, None]).any(1)
     return is_repeat_N
 
 
 def own_history_features(occurrences: ItemOccurrences) -> Float32Array:
-    """(W, 4) of each of OWN, of the items of histories."""
+    """(W, 4) of each of OWN_FEATURES, of the items of histories."""
     n_W, age_W = (
         occurrences.counts_W.astype(np.float32),
         (occurrences.n_steps - 1 - occurrences.last_step_W).astype(np.float32),
@@ -95,7 +95,7 @@ def own_history_features(occurrences: ItemOccurrences) -> Float32Array:
 
 
 def user_features(occurrences: ItemOccurrences, n_B: Int64Array, repeat_rate: float) -> Float32Array:
-    """(B, 2) of each of USER, of histories with so many events; `mean`: that of the facts."""
+    """(B, 2) of each of USER_FEATURES, of histories with so many events; `repeat_rate`: that of all users."""
     repeat_rate_B = (n_B - (occurrences.offsets_B[1:] - occurrences.offsets_B[:-1]) + PRIOR_EVENTS * repeat_rate) / (
         n_B + PRIOR_EVENTS
     )

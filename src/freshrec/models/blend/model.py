@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freshrec.config import HISTORY_LENGTH, Count, check_options
-from freshrec.data.batches import Targets, history_items, make_rng, occurrence_numbers, split_chunks, targets_at
+from freshrec.data.batches import Targets, history_items, occurrence_numbers, split_chunks, targets_at
 from freshrec.data.histories import insert_events
 from freshrec.device import permutation, uniform
 from freshrec.models.blend.experts import (
@@ -33,7 +33,6 @@ from freshrec.models.blend.experts import (
 )
 from freshrec.models.blend.features import is_repeat
 from freshrec.models.blend.rule import (
-    CORRECTION_STREAM,
     RULE,
     SCORE_SOURCES,
     QueryLog,
@@ -46,9 +45,8 @@ from freshrec.models.blend.rule import (
 )
 from freshrec.models.item_knn import ItemKNN
 from freshrec.nn.sparse import select_scores
+from freshrec.random_streams import stream
 from freshrec.types import Batch, Events, Histories
-
-QUERY_STREAM = 1401  # tells the random numbers from others
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,7 @@ class Blend:
 
     def _log_queries(self, targets: Targets, is_base: bool) -> None:
         """Ask for some of the targets, and write down what the candidates looked like."""
-        rng = make_rng(self.seed, QUERY_STREAM, self.n_blocks)
+        rng = stream(self.seed, "blend queries", self.n_blocks)
         targets = _chosen(targets, self.spec, self.experts, rng)
         logs = [self.query_log]
         for index_B in split_chunks(torch.arange(len(targets)), 256):
@@ -268,8 +266,8 @@ def _chosen(targets: Targets, spec: BlendSpec, experts: Experts, source: torch.G
     order_N = order_N[able_N[order_N]]
     turn_N = occurrence_numbers(targets.users_N[order_N])
     share = min(1.0, spec.queries_per_window / experts.window_events)
-    wanted = min(spec.max_queries, round(share * len(targets)))
-    return targets[order_N[turn_N.argsort(stable=True)[:wanted]]]
+    n_queries = min(spec.max_queries, round(share * len(targets)))
+    return targets[order_N[turn_N.argsort(stable=True)[:n_queries]]]
 
 
 def _sample_queries(
@@ -309,9 +307,9 @@ MAX_JUDGED_QUERIES = 1000  # queries by which a rule is judged
 def fit_rule(model: Blend, weight_decay: float = 20.0, min_queries: int = 40, n_epochs: int = 6) -> None:
     """Learn the rule again from what is remembered, beginning with the last one.
 
-    There is none with fewer than `least` queries to learn from. While the rule has ordered the latest queries worse
-    than the best expert, beyond chance (t-test of the differences in ndcg@20), that expert speaks alone; the rule goes
-    on being learnt and judged, so that it can come back.
+    There is none with fewer than `min_queries` queries to learn from. While the rule has ordered the latest queries
+    worse than the best expert, beyond chance (t-test of the differences in ndcg@20), that expert speaks alone; the rule
+    goes on being learnt and judged, so that it can come back.
     """
     query_log, previous_rule = model.query_log, model.rule or Rule.initial(model.seed)
     if len(query_log.x_QCF) < min_queries:
@@ -326,5 +324,5 @@ def fit_rule(model: Blend, weight_decay: float = 20.0, min_queries: int = 40, n_
     z_QCF = rule.standardize(x_QCF)
     z_QCG = cross_features(z_QCF)
     rule = replace(rule, weights_G=fit_listwise(z_QCG, query_log.real_QC, rule.weights_G, weight_decay))
-    rng = make_rng(model.seed, CORRECTION_STREAM, model.n_blocks)
+    rng = stream(model.seed, "rule training", model.n_blocks)
     model.rule = fit_correction(rule, z_QCF, z_QCG @ rule.weights_G, query_log.real_QC, n_epochs, rng)

@@ -12,7 +12,7 @@ from scipy import stats
 from scipy.optimize import minimize
 from torch import Tensor
 
-from freshrec.data.batches import make_rng, split_chunks
+from freshrec.data.batches import split_chunks
 from freshrec.device import normal, permutation
 from freshrec.models.blend.experts import (
     EXPERT_NAMES,
@@ -22,6 +22,7 @@ from freshrec.models.blend.experts import (
 )
 from freshrec.models.blend.features import ITEM_FEATURES, OWN_FEATURES
 from freshrec.nn.sparse import Float32Array
+from freshrec.random_streams import stream
 
 Float64Array = NDArray[np.float64]
 SIGNIFICANCE_LEVEL = 0.05  # below it, being worse is no chance
@@ -54,9 +55,9 @@ def fit_correction(
     n_steps = n_epochs * len(split_chunks(torch.arange(len(z_QCF)), BATCH_SIZE))
     cycle = torch.optim.lr_scheduler.OneCycleLR(adam, LEARNING_RATE, total_steps=n_steps)
     for _ in range(n_epochs):
-        for which in split_chunks(permutation(len(z_QCF), rng), BATCH_SIZE):
-            score_QC = linear_QC[which] + trained.correction(z_QCF[which])
-            loss = -score_QC.masked_fill(~real_QC[which], -torch.inf).log_softmax(1)[:, 0].mean()
+        for index in split_chunks(permutation(len(z_QCF), rng), BATCH_SIZE):
+            score_QC = linear_QC[index] + trained.correction(z_QCF[index])
+            loss = -score_QC.masked_fill(~real_QC[index], -torch.inf).log_softmax(1)[:, 0].mean()
             adam.zero_grad()
             loss.backward()
             adam.step()
@@ -101,7 +102,7 @@ def fit_listwise(
 ) -> Tensor:
     """(G,) w that minimises -sum_q ln softmax_c(x_qc w) of the first candidate + decay |w|^2; by L-BFGS.
 
-    The loss is convex: where it begins, `start_G`, decides only how soon it is there. `real_QC`: what is no padding.
+    The loss is convex: where it begins, `initial_G`, decides only how soon it is there. `real_QC`: what is no padding.
     """
     n_queries, n_candidates, n_features = x_QCG.shape
     weight_decay /= n_queries  # as the mean of the loss is what is computed
@@ -121,7 +122,6 @@ def fit_listwise(
     return torch.from_numpy(result.x).float()
 
 
-CORRECTION_STREAM = 1402  # tells the random numbers from others
 HIDDEN_UNITS = 32
 CROSSED = [FEATURES.index(name) for name in ("taken", "taken again", "takes again", "length")]  # in `cross_features`
 RULE = N_EXPERTS  # the column of the rule, after those of the experts, in what is remembered of ranks
@@ -179,7 +179,7 @@ class Rule:
     @staticmethod
     def initial(seed: int) -> Rule:
         """A rule that finds all candidates alike."""
-        n, rng = len(FEATURES), make_rng(seed, CORRECTION_STREAM)
+        n, rng = len(FEATURES), stream(seed, "rule network")
         first_HF = normal((HIDDEN_UNITS, n), rng) / n**0.5
         second_HH = normal((HIDDEN_UNITS, HIDDEN_UNITS), rng) / HIDDEN_UNITS**0.5
         zeros_H, zeros_G = torch.zeros(HIDDEN_UNITS), torch.zeros(cross_features(torch.zeros(1, 1, n)).shape[2])
@@ -190,7 +190,7 @@ class Rule:
         return (x_BCF - self.mean_F) / self.std_F
 
     def correction(self, z_BCF: Tensor) -> Tensor:
-        """(B, C): what the network adds, from `standardize` features."""
+        """(B, C): what the network adds, from standardized features."""
         hidden_BCH = F.silu(F.linear(z_BCF.clamp(-5.0, 5.0), self.first_HF, self.first_H))
         return F.silu(F.linear(hidden_BCH, self.second_HH, self.second_H)) @ self.last_H
 
@@ -200,7 +200,7 @@ class Rule:
         return cross_features(z_BCF) @ self.weights_G + self.correction(z_BCF)
 
     def contributions(self, x_CF: Tensor) -> Tensor:
-        """(C, S) what each of SOURCES adds to the score of each of a user's candidates, above their mean."""
+        """(C, S) what each of SCORE_SOURCES adds to the score of each of a user's candidates, above their mean."""
         z_1CF = self.standardize(x_CF)[None]
         terms_CG, correction_C = cross_features(z_1CF)[0] * self.weights_G, self.correction(z_1CF)[0]
         source_G = torch.tensor([SCORE_SOURCES.index(source) for source in cross_feature_sources()])
@@ -228,7 +228,7 @@ def cross_features(x_BCF: Tensor) -> Tensor:
 
 
 def cross_feature_sources() -> list[str]:
-    """Which of SOURCES each of the G crossed features speaks for."""
+    """Which of SCORE_SOURCES each of the G crossed features speaks for."""
     own_sources = ["own history"] * len(OWN_FEATURES)
     return [
         *EXPERT_NAMES,

@@ -224,7 +224,7 @@ def test_held_out_events_of_the_users_kept_for_forgetting_never_join() -> None:
     assert (roles(every, 1), joins(every, 1)) == ([TEST] * 4, [NOW, NOW, NEVER, NEVER])
 
 
-def secret_users(n_users: int, seed: int) -> set[int]:
+def held_out_users(n_users: int, seed: int) -> set[int]:
     """The users kept for forgetting in a log where each user has one event in the base and one after it."""
     log = log_of(list(range(2 * n_users)), users=[*range(n_users), *range(n_users)])
     events = split_log(log, by="count", spans=1, seed=seed).spans[1].events
@@ -232,12 +232,12 @@ def secret_users(n_users: int, seed: int) -> set[int]:
 
 
 def test_users_kept_for_forgetting_are_a_twentieth_and_depend_on_the_seed_not_on_other_users() -> None:
-    chosen = secret_users(20_000, seed=0)
+    chosen = held_out_users(20_000, seed=0)
     # 20,000 draws at 0.05 have mean 1,000 and standard deviation 31; five of them are 155.
     assert abs(len(chosen) - 1000) < 155
-    assert secret_users(10_000, seed=0) == {user for user in chosen if user <= 10_000}
+    assert held_out_users(10_000, seed=0) == {user for user in chosen if user <= 10_000}
     # Two independent choices share 0.05 * 1,000 = 50 users, with standard deviation 7.
-    assert len(chosen & secret_users(20_000, seed=1)) < 100
+    assert len(chosen & held_out_users(20_000, seed=1)) < 100
 
 
 def test_users_with_few_events_are_left_out_with_a_note() -> None:

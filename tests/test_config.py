@@ -69,7 +69,7 @@ def test_a_value_that_an_option_does_not_take_is_refused_before_anything_is_buil
     [
         ("finetune:fit=none", "write fit.field=value"),  # only a part that may be None can be left out
         ("finetune:fit.history=spam", 'history of Fit.*did you mean "span"'),
-        ("finetune:fit.epochs=-1", "epochs of Fit is -1"),
+        ("finetune:fit.epochs=-1", "epochs of FitConfig is -1"),
         ("imsr:detect.form=qantile", 'form of Detect.*did you mean "quantile"'),
         ("imsr:retain.form=distanc", 'form of Retain.*did you mean "distance"'),
         ("absorb:fit.epochs=1", 'no options below "fit"'),
@@ -208,7 +208,7 @@ def test_tuning_without_events_to_choose_by_is_refused_once_the_log_is_cut(targe
     log = {"world": "drift", "world_users": 50, "world_items": 20, "world_events": 300}
     tables = {"log": log, "spans": {"targets": targets, "spans": spans}}
     assert len(load_split(parse_recipe(tables)).spans) == spans + 1
-    with pytest.raises(OptionError, match="tuning chooses knobs by the validation events"):
+    with pytest.raises(OptionError, match="tuning chooses options by the validation events"):
         load_split(parse_recipe(tables | {"replay": {"tune": True}}))
 
 

@@ -74,7 +74,9 @@ def test_each_target_is_met_once_and_each_lane_has_one_session_at_a_time(lengths
 
 
 def model_of(layers: int) -> GRU4Rec:
-    model = GRU4Rec(GRU4RecSpec(d=6, hidden=5, layers=layers, std=1.0, steps="lanes", drop_in=0, drop_out=0), seed=0)
+    model = GRU4Rec(
+        GRU4RecSpec(d=6, hidden=5, layers=layers, std=1.0, steps="session-parallel", drop_in=0, drop_out=0), seed=0
+    )
     model.grow(3, 9)
     return model
 

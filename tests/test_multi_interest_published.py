@@ -53,12 +53,12 @@ def built(spec: PublishedInterestSpec, seed: int = 0) -> PublishedInterestNet:
     return model
 
 
-def asked(*histories: list[int]) -> Batch:
+def query_batch(*histories: list[int]) -> Batch:
     return Batch(torch.arange(1, len(histories) + 1), torch.tensor(histories))
 
 
 def vectors(model: PublishedInterestNet, *histories: list[int]) -> Tensor:
-    return user_vectors(model, asked(*histories))
+    return user_vectors(model, query_batch(*histories))
 
 
 @pytest.mark.parametrize(("before", "after"), [(0.5, 0.2), (1.0, 0.5), (3.0, 0.9)])  # r -> r^2 / (1 + r^2)
@@ -130,7 +130,7 @@ def test_each_item_is_sent_through_the_transform_of_its_place_and_interest(name:
     assert W_TKDD.shape == {"mind": (1, 1, 4, 4), "dr": (5, 2, 4, 4), "dr-by-interest": (1, 2, 4, 4)}[name]
     votes_KT = layer.logits_KT[:, 2:] if name == "mind" else torch.zeros(2, 3)
     expected_KD = by_the_book(W_TKDD.expand(5, 2, 4, 4)[2:], items_TD, votes_KT)
-    found_BKD = layer(items_TD[None], torch.ones(1, 3), None, noisy=False)
+    found_BKD = layer(items_TD[None], torch.ones(1, 3), None, is_noisy=False)
     torch.testing.assert_close(found_BKD[0], expected_KD)
 
 
@@ -152,7 +152,7 @@ def test_the_layer_above_the_interests_is_linear_with_a_relu() -> None:
 
 
 def test_minds_noise_is_drawn_anew_in_training_and_once_for_serving() -> None:
-    model, batch = built(MIND_PUBLISHED), asked([4, 2, 7, 5])
+    model, batch = built(MIND_PUBLISHED), query_batch([4, 2, 7, 5])
     batch = replace(batch, targets_BT=torch.tensor([[3]]), negatives_N=torch.tensor([1, 6]))
     model.train()
     drawn = [model(batch).vectors_BKD for _ in range(2)]
@@ -184,7 +184,7 @@ def test_an_interest_that_a_history_lacks_takes_no_items_and_wins_no_score() -> 
     found_BKD = vectors(adaptive, [4, 2, 7, 5])  # log2 4 = 2
     torch.testing.assert_close(found_BKD[:, :2], vectors(narrow, [4, 2, 7, 5]))
     assert torch.equal(found_BKD[:, 2], found_BKD[:, 0]) and torch.equal(found_BKD[:, 3], found_BKD[:, 0])
-    batch = replace(asked([4, 2, 7, 5]), targets_BT=torch.tensor([[3]]), negatives_N=torch.tensor([1, 6]))
+    batch = replace(query_batch([4, 2, 7, 5]), targets_BT=torch.tensor([[3]]), negatives_N=torch.tensor([1, 6]))
     torch.testing.assert_close(adaptive(batch).loss, narrow(batch).loss)  # nor a share of the label attention
 
 
@@ -239,7 +239,7 @@ class Given(nn.Module):
         super().__init__()
         self.vectors_BKD = vectors_BKD
 
-    def forward(self, items_BTD: Tensor, real_BT: Tensor, alive_BK: Tensor | None, noisy: bool) -> Tensor:
+    def forward(self, items_BTD: Tensor, real_BT: Tensor, alive_BK: Tensor | None, is_noisy: bool) -> Tensor:
         return self.vectors_BKD
 
 
@@ -250,7 +250,7 @@ def read_out(power: float, interests: list[list[float]], target: list[float], *n
     model.grow(1, 1 + len(negatives))
     model.items.weights[1:] = torch.tensor([target, *negatives], dtype=torch.float32)
     negatives_N = torch.arange(2, 2 + len(negatives))
-    found = model(replace(asked([1]), targets_BT=torch.tensor([[1]]), negatives_N=negatives_N))
+    found = model(replace(query_batch([1]), targets_BT=torch.tensor([[1]]), negatives_N=negatives_N))
     assert found.logits_BN is not None
     return [*found.logits_BN[0].tolist(), found.loss.item()]
 
@@ -299,7 +299,7 @@ def test_the_order_of_the_items_matters_through_places_alone() -> None:
 
 @each_variant
 def test_gradients_of_a_score_reach_the_items_of_the_history(name: str) -> None:
-    model, batch = built(VARIANTS[name]), asked([4, 2, 7, 5])
+    model, batch = built(VARIANTS[name]), query_batch([4, 2, 7, 5])
     assert isinstance(model, EncodingModel) and not isinstance(model, InterestModel)
     items_BTD = item_vectors(model)[batch.history_BT].clone().requires_grad_()
     found_BKD = model.encode(items_BTD, batch)

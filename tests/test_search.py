@@ -59,7 +59,7 @@ def served_of(items_ID: Tensor) -> ServedState:
     return ServedState(State(model, histories=recent), State(counts.model, histories=recent), none, none)
 
 
-def asked(served: ServedState, n: int = 40) -> Batch:
+def query_batch(served: ServedState, n: int = 40) -> Batch:
     recent = served.state.histories
     history_BT = torch.stack([recent.items_R[recent.offsets_U[u] : recent.offsets_U[u + 1]] for u in range(1, n + 1)])
     return Batch(torch.arange(1, n + 1), history_BT.long())
@@ -75,7 +75,7 @@ def test_small_catalogues_are_searched_exactly_and_large_ones_by_an_index_with_i
     assert choose_search(served)[0] is None and choose_search(served)[1].how == "exact"
     search, about = choose_search(served, SearchOptions(exact_max_items=1000))
     assert search is not None and about.how == "index" and about.recall >= 0.98
-    batch = asked(served)
+    batch = query_batch(served)
     exact, _ = top_k(served.state.model, batch, 20)
     found, _ = top_k(served.state.model, batch, 20, search=search)
     shared = (exact[..., None] == found[:, None]).any(2).float().mean()
@@ -91,7 +91,7 @@ def test_recall_is_the_share_of_the_true_best_that_is_found() -> None:
 
 def test_scores_and_order_are_those_of_the_vectors_and_an_item_comes_once() -> None:
     served = served_of(clustered())
-    model, batch = served.state.model, asked(served)
+    model, batch = served.state.model, query_batch(served)
     items_BK, scores_BK = top_k(
         model, batch, 30, search=index_search(build_index(item_vectors(model)), item_vectors(model), 8)
     )
@@ -107,7 +107,7 @@ def test_scores_and_order_are_those_of_the_vectors_and_an_item_comes_once() -> N
 def test_filters_never_come_back_short() -> None:
     # all that an index with a single probe finds for a user is banned; there are others, and the user gets them
     served = served_of(clustered(600))
-    model, batch = served.state.model, asked(served, 5)
+    model, batch = served.state.model, query_batch(served, 5)
     search = index_search(build_index(item_vectors(model)), item_vectors(model), 1)
     banned_BM, _ = search(user_vectors(model, batch), torch.full((5,), 600))
     items_BK, scores_BK = top_k(model, batch, 20, banned_BM, search=search)
@@ -158,7 +158,7 @@ def test_lists_are_exact_whether_or_not_the_longest_items_decide_them() -> None:
     served = served_of(some_long())
     search, about = choose_search(served, SearchOptions(n_longest=2500))
     assert search is not None and about.how == "longest" and about.recall == 1.0
-    model, batch = served.state.model, asked(served)
+    model, batch = served.state.model, query_batch(served)
     banned_BM = torch.zeros(len(batch), 300, dtype=torch.int64)
     long_N = torch.arange(1, 6001, 20)
     banned_BM[::2] = long_N  # every second user must not get any of the long ones: the others cannot be decided by them
@@ -173,7 +173,7 @@ def test_lists_are_exact_whether_or_not_the_longest_items_decide_them() -> None:
 
 def test_whoever_had_few_items_many_times_gets_a_whole_list() -> None:
     served = served_of(some_long(300))
-    model, batch = served.state.model, asked(served, 3)
+    model, batch = served.state.model, query_batch(served, 3)
     search = longest_first_search(item_vectors(model), 50)
     banned_BM = torch.arange(1, 6).repeat(3, 64)
     items_BK, scores_BK = top_k(model, batch, 10, banned_BM, search=search)
@@ -195,7 +195,7 @@ def test_a_served_list_through_an_index_is_the_exact_one(tmp_path: Path) -> None
     stored(tmp_path, "comirec-dr:d=8", "finetune:fit.base_epochs=2:fit.epochs=1", n=2)
     lists = []
     for exact in (10, 50_000):
-        with server(tmp_path, limits=SearchOptions(exact_max_items=exact)) as (client, _):
+        with server(tmp_path, search_options=SearchOptions(exact_max_items=exact)) as (client, _):
             lists.append([items(client.get(f"/recommend/user-{n}?k=7")) for n in range(1, 30)])
             told = client.get("/version").json()["search"]
             assert told["how"] == ("index" if exact == 10 else "exact")

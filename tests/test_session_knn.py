@@ -46,7 +46,7 @@ def fed(spec: SKNNSpec, *blocks: Block) -> SessionKNN:
     return model
 
 
-def asked(model: SessionKNN, history: list[int], user: int = 9) -> list[float]:
+def all_scores(model: SessionKNN, history: list[int], user: int = 9) -> list[float]:
     batch = Batch(torch.tensor([user]), torch.tensor([history], dtype=torch.int64))
     scores: list[float] = model.score(batch, torch.arange(model.n_items + 1))[0].tolist()
     return scores
@@ -160,31 +160,31 @@ def test_so_is_any_mixture_of_options(
 def test_sknn_adds_up_the_cosines() -> None:
     # 2 of {1, 2} and {1, 2, 3} are shared: 2 / sqrt(6); of {1, 2} and {2, 4} one: 1/2. Item 2 is in both.
     far, close = 2 / math.sqrt(6), 0.5
-    assert asked(fed(SKNN, TWO), [1, 2])[1:5] == near([0.816497, 1.316497, 0.816497, 0.5], abs=1e-6)
-    assert asked(fed(SKNN, TWO), [2, 1])[1:5] == near([far, far + close, far, close])  # in any order
+    assert all_scores(fed(SKNN, TWO), [1, 2])[1:5] == near([0.816497, 1.316497, 0.816497, 0.5], abs=1e-6)
+    assert all_scores(fed(SKNN, TWO), [2, 1])[1:5] == near([far, far + close, far, close])  # in any order
 
 
 def test_s_sknn_halves_the_say_of_a_neighbour_that_shares_the_first_of_two() -> None:
     # {2, 4} shares item 2, at place 1 of 2: 0.5 x 1/2. {1, 2, 3} shares the last one too.
-    assert asked(fed(S_SKNN, TWO), [2, 1])[3:5] == near([0.816497, 0.25], abs=1e-6)
+    assert all_scores(fed(S_SKNN, TWO), [2, 1])[3:5] == near([0.816497, 0.25], abs=1e-6)
 
 
 def test_v_sknn_weighs_what_is_shared_by_its_place() -> None:
     # Weights 1/2 and 1 over 2 items: (1/2 + 1) / 2 and (1/2) / 2, of which the step of 2 halves the second.
-    assert asked(fed(replace(V_SKNN, decay="same"), TWO), [2, 1])[3:5] == near([0.75, 0.25])
-    assert asked(fed(V_SKNN, TWO), [2, 1])[3:5] == near([0.75, 0.125])
+    assert all_scores(fed(replace(V_SKNN, decay="same"), TWO), [2, 1])[3:5] == near([0.75, 0.25])
+    assert all_scores(fed(V_SKNN, TWO), [2, 1])[3:5] == near([0.75, 0.125])
 
 
 def test_stan_weighs_by_place_by_age_and_by_distance() -> None:
     # Weights e^-1 and 1: (e^-1 + 1) / sqrt(e^-2 + 1) / sqrt(3) and e^-1 / sqrt(e^-2 + 1) / sqrt(2), at no age.
     spec = replace(STAN, lambda1=1.0)
     sims = [0.741182, 0.244134]
-    assert asked(fed(replace(spec, lambda3=0.0), TWO), [2, 1])[3:5] == near(sims, abs=1e-6)
+    assert all_scores(fed(replace(spec, lambda3=0.0), TWO), [2, 1])[3:5] == near(sims, abs=1e-6)
     # In {1, 2, 3} the latest shared item is 2, one before item 3; in {2, 4} it is one before item 4.
     fades = math.exp(-1 / 2.05)
-    assert asked(fed(spec, TWO), [2, 1])[3:5] == near([sims[0] * fades, sims[1] * fades], abs=1e-6)
+    assert all_scores(fed(spec, TWO), [2, 1])[3:5] == near([sims[0] * fades, sims[1] * fades], abs=1e-6)
     # Ten days later comes a session that shares nothing: both are ten days old, at 5 days an e-fold.
-    older = asked(fed(spec, TWO, [(3, 9, 10)]), [2, 1])
+    older = all_scores(fed(spec, TWO, [(3, 9, 10)]), [2, 1])
     assert older[3:5] == near([sim * fades * math.exp(-2) for sim in sims], abs=1e-6)
 
 
@@ -223,22 +223,22 @@ def test_decay_where_the_first_or_the_last_two_of_twelve_events_are_shared(kind:
 
 def test_an_item_in_few_sessions_gains_by_idf() -> None:
     # Items 3 and 4 are in 1 of 2 sessions, item 2 in both: 1 + 5 ln 2 times, and 1 times.
-    plain, boosted = (asked(fed(replace(SKNN, idf=idf), TWO), [1, 2]) for idf in (0.0, 5.0))
+    plain, boosted = (all_scores(fed(replace(SKNN, idf=idf), TWO), [1, 2]) for idf in (0.0, 5.0))
     assert boosted[2] == near(plain[2]) and boosted[3:5] == near(
         [score * (1 + 5 * math.log(2)) for score in plain[3:5]]
     )
 
 
 def test_a_session_is_no_neighbour_of_its_own() -> None:
-    assert asked(fed(SKNN, TWO), [1], user=1) == [0] * 10
-    assert asked(fed(SKNN, TWO), [2], user=1)[3:5] == near([0, 1 / math.sqrt(2)])
+    assert all_scores(fed(SKNN, TWO), [1], user=1) == [0] * 10
+    assert all_scores(fed(SKNN, TWO), [2], user=1)[3:5] == near([0, 1 / math.sqrt(2)])
 
 
 def test_of_an_item_that_comes_again_the_last_place_counts() -> None:
     # In 1, 2, 1 the places are 3 and 2: of two items, and three events. Session 2 shares item 2, one step back.
-    assert asked(fed(V_SKNN, TWO), [1, 2, 1])[4] == near(2 / 3 / 2 / 2)
+    assert all_scores(fed(V_SKNN, TWO), [1, 2, 1])[4] == near(2 / 3 / 2 / 2)
     # In the session 3, 1, 3 item 3 is one behind item 1, not one before it, nor both.
-    assert asked(fed(STAN, [(1, 3, 0), (1, 1, 0), (1, 5, 0), (1, 3, 0)]), [1])[3] == near(
+    assert all_scores(fed(STAN, [(1, 3, 0), (1, 1, 0), (1, 5, 0), (1, 3, 0)]), [1])[3] == near(
         math.exp(-2 / 2.05) / math.sqrt(3)
     )
 
@@ -246,18 +246,18 @@ def test_of_an_item_that_comes_again_the_last_place_counts() -> None:
 def test_only_the_latest_sessions_that_share_an_item_are_compared() -> None:
     # Session 3 came last and 2 before it, though 1 is the one most like the query; the query's own is not counted.
     log = [(1, 1, 0), (1, 2, 0), (2, 1, 1), (2, 5, 1), (2, 6, 1), (3, 2, 2), (3, 7, 2), (4, 1, 3)]
-    scores = asked(fed(replace(SKNN, sample=2), log), [1, 2], user=4)
+    scores = all_scores(fed(replace(SKNN, sample=2), log), [1, 2], user=4)
     assert scores[5] > 0 and scores[7] > 0 and scores[1] == near(scores[5])
-    assert asked(fed(replace(SKNN, sample=2), log), [1, 2])[5:8] == near([0, 0, 0.5])  # of others it is counted
+    assert all_scores(fed(replace(SKNN, sample=2), log), [1, 2])[5:8] == near([0, 0, 0.5])  # of others it is counted
     late = [*log, (1, 8, 9)]  # a session is as late as its last event
-    assert asked(fed(replace(SKNN, sample=1), late), [1, 2])[8] > 0
+    assert all_scores(fed(replace(SKNN, sample=1), late), [1, 2])[8] > 0
 
 
 def test_of_equally_near_sessions_the_later_one_is_taken() -> None:
     log = [(1, 1, 5), (1, 2, 5), (2, 1, 4), (2, 3, 4)]
-    assert asked(fed(replace(SKNN, k=1), log), [1])[2:4] == near([1 / math.sqrt(2), 0])
+    assert all_scores(fed(replace(SKNN, k=1), log), [1])[2:4] == near([1 / math.sqrt(2), 0])
     log[2:] = [(2, 1, 5), (2, 3, 5)]  # at the same time: the later row
-    assert asked(fed(replace(SKNN, k=1), log), [1])[2:4] == near([0, 1 / math.sqrt(2)])
+    assert all_scores(fed(replace(SKNN, k=1), log), [1])[2:4] == near([0, 1 / math.sqrt(2)])
 
 
 def test_sums_that_differ_in_their_last_bit_are_equally_near() -> None:
@@ -274,7 +274,7 @@ def test_without_a_clock_sessions_fade_by_blocks_or_not_at_all() -> None:
         model.absorb(
             Events.trainable(torch.tensor([2, 2]), torch.tensor([1, 3]), torch.tensor([2, 3])), Histories.empty()
         )
-        return asked(model, [1])
+        return all_scores(model, [1])
 
     spec = SKNNSpec(lambda2=2.0)
     assert ordered(spec)[2] == near(ordered(spec)[3], rel=1e-6)
@@ -284,20 +284,20 @@ def test_without_a_clock_sessions_fade_by_blocks_or_not_at_all() -> None:
 
 def test_a_session_of_ten_years_ago_is_still_found() -> None:
     model = fed(STAN, [(1, 1, 0), (1, 2, 0)], [(2, 5, 3650)])
-    assert asked(model, [1])[2] > 0
+    assert all_scores(model, [1])[2] > 0
 
 
 def test_only_the_latest_blocks_are_asked_where_that_is_wanted() -> None:
     blocks = [[(1, 1, 0), (1, 2, 0)], [(2, 1, 1), (2, 3, 1)], [(3, 1, 2), (3, 4, 2)]]
-    assert [score > 0 for score in asked(fed(SKNNSpec(last_n=2), *blocks), [1])[2:5]] == [False, True, True]
+    assert [score > 0 for score in all_scores(fed(SKNNSpec(last_n=2), *blocks), [1])[2:5]] == [False, True, True]
     again = [*blocks, [(1, 5, 3)]]  # a session comes back whole
-    assert [score > 0 for score in asked(fed(SKNNSpec(last_n=1), *again), [1])[2:6]] == [True, False, False, True]
+    assert [score > 0 for score in all_scores(fed(SKNNSpec(last_n=1), *again), [1])[2:6]] == [True, False, False, True]
 
 
 def test_what_is_older_than_the_last_events_is_forgotten() -> None:
     model = fed(SKNNSpec(length=2), [(2, 1, 0), (2, 3, 0)], [(2, 4, 0)])
-    assert sum(asked(model, [1])) == 0 and asked(model, [9, 3])[4] > 0
-    assert asked(model, [3, 1, 1]) == asked(model, [3])  # which nobody has any more, and which takes no place
+    assert sum(all_scores(model, [1])) == 0 and all_scores(model, [9, 3])[4] > 0
+    assert all_scores(model, [3, 1, 1]) == all_scores(model, [3])  # which nobody has any more, and which takes no place
 
 
 @settings(max_examples=40)
@@ -312,7 +312,7 @@ def test_the_index_does_not_depend_on_how_the_events_came(pairs: list[tuple[int,
     parts = [log[a:b] for a, b in zip(edges, edges[1:])]
     at_once, in_parts = fed(spec, log), fed(spec, *parts)
     by_user = fed(spec, *([event for event in log if event[0] == user] for user in (3, 7, 1, 2, 6, 5, 4)))
-    assert asked(at_once, [1, 2, 3]) == asked(in_parts, [1, 2, 3]) == asked(by_user, [1, 2, 3])
+    assert all_scores(at_once, [1, 2, 3]) == all_scores(in_parts, [1, 2, 3]) == all_scores(by_user, [1, 2, 3])
 
 
 def test_a_copy_that_learns_more_or_forgets_leaves_the_old_one_alone() -> None:
@@ -321,13 +321,13 @@ def test_a_copy_that_learns_more_or_forgets_leaves_the_old_one_alone() -> None:
     other = STAN.build(0)
     other.grow(9, N_ITEMS)
     other.load_state_dict(model.state_dict())
-    assert asked(other, [1, 2]) == asked(model, [1, 2])
+    assert all_scores(other, [1, 2]) == all_scores(model, [1, 2])
     other.absorb(Events.trainable(torch.tensor([2, 5]), torch.tensor([5, 1])), Histories.empty())
-    assert asked(other, [1])[5] == 0 < asked(other, [2])[5]
+    assert all_scores(other, [1])[5] == 0 < all_scores(other, [2])[5]
     other.load_state_dict(model.state_dict())
-    assert asked(other, [1, 2]) == asked(model, [1, 2])
+    assert all_scores(other, [1, 2]) == all_scores(model, [1, 2])
     other.erase_user(1)
-    assert asked(other, [1])[3] == 0 < asked(model, [1])[3]
+    assert all_scores(other, [1])[3] == 0 < all_scores(model, [1])[3]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -340,16 +340,16 @@ def test_a_forgotten_user_is_as_if_it_had_never_been(blocks: list[Block], user: 
     without = fed(spec, *([event for event in block if event[0] != user] for block in blocks))
     for name in ("offsets_U", "items_R", "time_U"):
         assert torch.equal(model.state_dict()[name], without.state_dict()[name])
-    assert asked(model, [1, 2, 3]) == asked(without, [1, 2, 3])
+    assert all_scores(model, [1, 2, 3]) == all_scores(without, [1, 2, 3])
 
 
 def test_room_for_more_users_and_items_changes_no_score() -> None:
     model = fed(STAN, TWO)
-    before = asked(model, [1, 2])
+    before = all_scores(model, [1, 2])
     model.grow(model.n_users + 20, model.n_items + 5)
-    assert asked(model, [1, 2]) == before + [0] * 5
+    assert all_scores(model, [1, 2]) == before + [0] * 5
     model.absorb(Events.trainable(torch.tensor([25]), torch.tensor([14])), Histories.empty())
-    assert asked(model, [14])[14] > 0
+    assert all_scores(model, [14])[14] > 0
 
 
 def test_nothing_is_said_of_a_query_that_shares_nothing() -> None:
@@ -358,8 +358,8 @@ def test_nothing_is_said_of_a_query_that_shares_nothing() -> None:
     assert empty.score(batch, torch.arange(1)).tolist() == [[0], [0]]
     empty.grow(2, 3)
     for spec in NAMED.values():
-        assert not any(asked(fed(spec), [1])) and not any(asked(fed(spec, TWO), [9, 52]))
-        assert not any(asked(fed(spec, TWO), []))
+        assert not any(all_scores(fed(spec), [1])) and not any(all_scores(fed(spec, TWO), [9, 52]))
+        assert not any(all_scores(fed(spec, TWO), []))
     assert [part.shape for part in empty.candidates(batch)] == [(2, 0), (2, 0)]
 
 
@@ -386,12 +386,12 @@ def test_a_saved_state_is_the_same_model(ages: Any, tmp_path: Path) -> None:
     model = fed(replace(STAN, ages=ages), TWO, [(4, 2, 3), (4, 6, 3)])
     save_state(State(model), tmp_path / "state")
     loaded = load_state(tmp_path / "state").model
-    assert asked(loaded, [1, 2]) == asked(model, [1, 2]) and loaded.spec == model.spec
+    assert all_scores(loaded, [1, 2]) == all_scores(model, [1, 2]) and loaded.spec == model.spec
     for each in (model, loaded):
         each.absorb(
             Events.trainable(torch.tensor([4, 5]), torch.tensor([1, 2]), torch.tensor([5, 5]) * DAY), Histories.empty()
         )
-    assert asked(loaded, [1, 2]) == asked(model, [1, 2])
+    assert all_scores(loaded, [1, 2]) == all_scores(model, [1, 2])
 
 
 def test_options_are_named_on_the_command_line_and_checked() -> None:

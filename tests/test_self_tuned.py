@@ -1,4 +1,4 @@
-"""Rehearsed: knobs are turned by what the base block, replayed as a stream, says; and each knob does what it says."""
+"""Self-tuned: settings are chosen on the base block, replayed as a stream; and each setting does what it says."""
 
 from dataclasses import replace
 from typing import Any
@@ -61,7 +61,7 @@ def test_half_of_the_negatives_are_current_items() -> None:
     assert counts == [0, 1, 1, 5, 1, 1, 1, 4, 1, 4, 1]  # each of 10 once, and 10 places for three
 
 
-def test_without_a_rehearsal_it_is_fine_tuning() -> None:
+def test_without_base_parts_it_is_fine_tuning() -> None:
     mine, span = circles.two_periods(SelfTuned(base_parts=0, fit=FIT))
     plain, _ = circles.two_periods(FineTune(fit=FIT))
     after, expected = SelfTuned(base_parts=0, fit=FIT).update(mine, span), FineTune(fit=FIT).update(plain, span)
@@ -69,36 +69,33 @@ def test_without_a_rehearsal_it_is_fine_tuning() -> None:
     assert torch.equal(weights(after.model), weights(expected.model))
 
 
-def test_the_knobs_are_turned_one_after_the_other_to_what_was_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[UpdateSettings] = []
+def test_settings_are_chosen_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[UpdateSettings] = []
 
     def quality(self: SelfTuned, state: State, parts: Any, memory: Any) -> float:
-        manner: UpdateSettings = memory.settings
-        asked.append(manner)
-        return (
-            {0.3: 0.1, 1.0: 0.2, 2.0: 0.3}[manner.lr_scale]
-            - 0.1 * manner.current_negatives
-            + 0.05 * manner.average_epochs
-        )
+        settings: UpdateSettings = memory.settings
+        tried.append(settings)
+        of_lr_scale = {0.3: 0.1, 1.0: 0.2, 2.0: 0.3}[settings.lr_scale]
+        return of_lr_scale - 0.1 * settings.current_negatives + 0.05 * settings.average_epochs
 
-    monkeypatch.setattr(SelfTuned, "_chain", quality)
+    monkeypatch.setattr(SelfTuned, "_simulate_updates", quality)
     state, _ = circles.two_periods(SelfTuned(fit=FIT))
-    assert state.memory.settings == UpdateSettings(
-        lr_scale=2.0, average_epochs=True
-    )  # a replay as good as none is not taken
-    assert len(asked) == 1 + sum(map(len, SEARCH_SPACE.values())) and asked[0] == UpdateSettings()
+    # a replay as good as none is not chosen
+    assert state.memory.settings == UpdateSettings(lr_scale=2.0, average_epochs=True)
+    assert len(tried) == 1 + sum(map(len, SEARCH_SPACE.values())) and tried[0] == UpdateSettings()
     assert {name: state.costs[name] for name in SEARCH_SPACE} == {
         "lr_scale": 2.0,
-        "current": 0.0,
-        "replayed": 0.0,
-        "averaged": 1.0,
+        "current_negatives": 0.0,
+        "replay_share": 0.0,
+        "average_epochs": 1.0,
     }
 
 
 @pytest.mark.parametrize(
-    ("knob", "rows"), [({"replayed": 0.5}, 1.5), ({"current": True}, 1.0), ({"lr_scale": 0.3}, 1.0), ({}, 1.0)]
+    ("setting", "rows"),
+    [({"replay_share": 0.5}, 1.5), ({"current_negatives": True}, 1.0), ({"lr_scale": 0.3}, 1.0), ({}, 1.0)],
 )
-def test_each_knob_changes_the_update(knob: dict[str, Any], rows: float) -> None:
+def test_each_setting_changes_the_update(setting: dict[str, Any], rows: float) -> None:
     strategy = SelfTuned(base_parts=0, reservoir=1.0, fit=FIT)
     base, after = circles.circles(range(1, 61), 1), circles.circles(range(1, 61), -1)
     after = after[after.items_E <= 10]  # half of the items are current
@@ -108,13 +105,13 @@ def test_each_knob_changes_the_update(knob: dict[str, Any], rows: float) -> None
     state = strategy.update(before, Span(0, base, 60, 20))
     state, span = replace(state, histories=append_events(state.histories, after, 60)), Span(1, after, 60, 20)
     plain = strategy.update(state, span)
-    turned = replace(state, memory=replace(state.memory, manner=UpdateSettings(**knob)))
-    found = strategy.update(turned, span)
-    assert torch.equal(weights(found.model), weights(plain.model)) == (not knob)
+    changed = replace(state, memory=replace(state.memory, settings=UpdateSettings(**setting)))
+    found = strategy.update(changed, span)
+    assert torch.equal(weights(found.model), weights(plain.model)) == (not setting)
     assert found.costs["rows_read"] == rows * plain.costs["rows_read"]
 
 
-def test_where_the_world_turns_round_a_rehearsal_finds_that_boldness_pays() -> None:
+def test_where_the_world_turns_round_a_larger_learning_rate_is_chosen() -> None:
     """Users go round forwards until the last third of the base block, and backwards from then on."""
     forwards, backwards = circles.circles(range(1, 61), 1), circles.circles(range(61, 121), -1)
     base = append_events(append_events(Histories.empty(), forwards, 60), backwards, 120)
