@@ -16,11 +16,12 @@ help: ## this list
 demo: $(READY) ## the main job on a generated log, under three minutes
 	$(BIN)/freshrec demo --jobs 2
 
+# Tests of a file run in one process: they share stores, replays and models that take long to make.
 test: $(READY) ## the tests, a few minutes
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-all: $(READY) ## the slow ones too
-	$(BIN)/pytest -n 2 -m ""
+	$(BIN)/pytest -n 2 --dist loadfile -m ""
 
 check: $(READY) ## linter, formatter, strict types
 	$(BIN)/ruff check .

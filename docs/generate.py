@@ -11,9 +11,8 @@ import ast
 import io
 import re
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from names import names_file
@@ -65,22 +64,29 @@ def checks(root: Path = ROOT) -> list[Tagged]:
     found = []
     for path in sorted((root / "tests").rglob("test_*.py")):
         source = path.read_text()
+        comments = _comments(source)
         for name, node in functions(ast.parse(source)):
             if name.rpartition(".")[2].startswith("test_"):
-                text = "\n".join([ast.get_docstring(node) or "", *_comments(source, node)])
+                lines = _lines_of(source, node)
+                own = [comment for line, comment in comments if line in lines]
+                text = "\n".join([ast.get_docstring(node) or "", *own])
                 found += _tagged(text, name, node, path.relative_to(root))
     return found
 
 
-def _comments(source: str, node: Function) -> list[str]:
-    """Comments inside a function, and those right above it."""
+def _comments(source: str) -> list[tuple[int, str]]:
+    """Line and text of every comment of a file; a "#" in a string is no comment."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return [(token.start[0], token.string) for token in tokens if token.type == tokenize.COMMENT]
+
+
+def _lines_of(source: str, node: Function) -> range:
+    """Line numbers of a function, with its decorators and the comments right above them."""
     lines = source.splitlines()
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
     while first > 1 and lines[first - 2].lstrip().startswith("#"):
         first -= 1
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)  # a "#" in a string is no comment
-    last = node.end_lineno or first
-    return [t.string for t in tokens if t.type == tokenize.COMMENT and first <= t.start[0] <= last]
+    return range(first, (node.end_lineno or first) + 1)
 
 
 def _tagged(text: str, name: str, node: Function, file: Path) -> list[Tagged]:
@@ -122,20 +128,18 @@ def _number(number: str) -> tuple[int, str]:
     return (int(digits.group()) if digits and digits.group() else 0, number)
 
 
-@cache
-def pages(root: Path = ROOT) -> dict[str, str]:
-    """Every generated page: path relative to the root -> what it should say."""
-    return {
-        "README.md": readme(root),
-        "docs/operations.md": operations(root),
-        "docs/equations.md": equations_page(root),
-        "docs/reference.md": reference_page(root),
-        "docs/results.md": results_page(root),
-        "src/freshrec/names.json": names_file(),
-    }
+# Every generated page: path relative to the root -> what it should say. Each is computed when it is asked for.
+PAGES: dict[str, Callable[[Path], str]] = {
+    "README.md": readme,
+    "docs/operations.md": operations,
+    "docs/equations.md": equations_page,
+    "docs/reference.md": reference_page,
+    "docs/results.md": results_page,
+    "src/freshrec/names.json": lambda root: names_file(),
+}
 
 
 if __name__ == "__main__":
-    for page, text in pages().items():
-        (ROOT / page).write_text(text)
+    for page, text_of in PAGES.items():
+        (ROOT / page).write_text(text_of(ROOT))
         print(f"wrote {page}")

@@ -258,9 +258,10 @@ def _best_full(result: dict[str, Any]) -> str:
 
 def _difference(tests: dict[str, list[Any]], a: tuple[str, str], b: tuple[str, str]) -> str:
     """a - b with its interval, bold where it is significant; empty where the pair was not run."""
-    for row in pl.DataFrame(tests).iter_rows(named=True):
-        first, second = (row["model_a"], row["strategy_a"]), (row["model_b"], row["strategy_b"])
+    pairs = zip(zip(tests["model_a"], tests["strategy_a"]), zip(tests["model_b"], tests["strategy_b"]))
+    for i, (first, second) in enumerate(pairs):
         if {first, second} == {a, b}:
+            row = {name: column[i] for name, column in tests.items()}
             sign = 1 if first == a else -1
             low, high = sorted((sign * row["low"], sign * row["high"]))
             text = f"{100 * sign * row['difference']:+.2f} ({100 * low:+.2f} .. {100 * high:+.2f})"

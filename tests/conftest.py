@@ -1,5 +1,6 @@
 """What every test may ask for."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,17 @@ from freshrec.types import State
 
 settings.register_profile("house", derandomize=True, deadline=None)  # the same examples on every machine, at any speed
 settings.load_profile("house")
+
+
+def pytest_collection_finish() -> None:
+    """Exclude what is imported by now from garbage collection.
+
+    Every update of a replay first collects garbage, and searching all imported modules takes longer than most updates
+    of the tests.
+    """
+    gc.collect()
+    gc.freeze()
+
 
 LOGS = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 

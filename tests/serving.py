@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +48,24 @@ def days(n: int = 2) -> list[pl.DataFrame]:
 
 def stored(folder: Path, model: str = "item-knn", strategy: str | None = None, n: int = 1) -> list[pl.DataFrame]:
     """A store in `folder`/s with a version of each of `n` days; the days."""
-    frames = days()
-    for i, frame in enumerate(frames):
+    shutil.copytree(_prepared(model, strategy, n), folder, dirs_exist_ok=True)
+    return days()
+
+
+@cache
+def _prepared(model: str, strategy: str | None, n: int) -> Path:
+    """A folder with such a store, fitted once in each process; tests get copies of it."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    if n > 1:
+        shutil.copytree(_prepared(model, strategy, n - 1), folder, dirs_exist_ok=True)
+        assert run("update", folder, str(folder / f"day-{n - 1}.parquet"), *ANY) == 0
+        return folder
+    for i, frame in enumerate(days()):
         frame.write_parquet(folder / f"day-{i}.parquet")
     way = [] if strategy is None else ["--strategy", strategy]
     assert run("fit", folder, str(folder / "day-0.parquet"), "--model", model, *way) == 0
-    for i in range(1, n):
-        assert run("update", folder, str(folder / f"day-{i}.parquet"), *ANY) == 0
-    return frames
+    return folder
 
 
 def run(command: str, folder: Path, *words: str) -> int:

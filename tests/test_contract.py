@@ -57,8 +57,13 @@ class Pair:
         return replace(strategy, fit=replace(fit, base_epochs=base_epochs, epochs=epochs))  # type: ignore[type-var]
 
 
-def pairs() -> Iterator[Pair]:
+@cache
+def pairs() -> tuple[Pair, ...]:
     """Those that go together."""
+    return tuple(_compatible_pairs())
+
+
+def _compatible_pairs() -> Iterator[Pair]:
     for model in (*MODELS, *TOLD):
         spec = find_model(model)
         for strategy, update in STRATEGIES.items():

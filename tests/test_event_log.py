@@ -11,6 +11,7 @@ import signal
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import crashing
 import polars as pl
 import pytest
 from deltalake import DeltaTable
@@ -224,7 +225,7 @@ def write(folder: Path, told: Connection) -> None:
 
 def test_a_killed_process_leaves_whole_batches(tmp_path: Path) -> None:
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["freshrec.store.event_log", "hypothesis", "pytest"])
+    processes.set_forkserver_preload(crashing.PRELOADED)
     for seed in range(4):
         told, tells = processes.Pipe(duplex=False)
         writer = processes.Process(target=write, args=(tmp_path, tells))

@@ -14,7 +14,6 @@ recorded, so a rename passes as it is.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
@@ -186,11 +185,9 @@ def record(name: str) -> Record:
     threads, onednn = torch.get_num_threads(), torch.backends.mkldnn.enabled
     torch.set_num_threads(1)
     torch.backends.mkldnn.enabled = False
-    gc.freeze()  # each update of a replay first collects garbage; searching all imported modules takes 0.4 s
     try:
         return RECORDS[name]()
     finally:
-        gc.unfreeze()
         torch.backends.mkldnn.enabled = onednn
         torch.set_num_threads(threads)
 

@@ -5,11 +5,10 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import crashing
 import numpy as np
 import polars as pl
 import pytest
@@ -531,14 +530,12 @@ def crash(folder: Path, n_kills: int, deeds: str) -> None:
         day.write_parquet(folder / f"day-{i}.parquet")
     at, source = ["--store", str(folder / "s")], np.random.default_rng(0)
     assert main(["fit", str(folder / "base.parquet"), *at, "--model", "popularity"]) == 0
-    script = Path(__file__).with_name("crashing.py")
     for kill in range(n_kills):
-        process = subprocess.Popen([sys.executable, str(script), str(folder), deeds], stdout=subprocess.PIPE)
-        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        process = crashing.start(folder, deeds)
         time.sleep(source.exponential(0.4))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL  # it was still running
         store = open_store(folder / "s")
         contents, batches = read_bundle(store.verified_files(store.live)), [m.batch for m in version_chain(store)]
         assert len(Recommender.from_bundle(contents).recommend(base["user_id"][:3].unique(), 3)) > 0

@@ -16,7 +16,7 @@ IMSR = "imsr:fit.base_epochs=2:fit.epochs=1"
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     if not CHROMIUM.exists():
-        pytest.skip(f"needs a browser, and there is no {CHROMIUM}: apt-get install chromium")
+        pytest.skip(f"needs a browser, and there is no {CHROMIUM}: run scripts/install-test-tools.sh")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as running:

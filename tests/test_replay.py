@@ -5,11 +5,13 @@ On a tiny world: 200 users, 80 items, 4,000 events, half of them the base block,
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,19 @@ each_strategy = pytest.mark.parametrize(
 )
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Cell], Path]:
+    """`whole(cell)`: the folder of a replay of the world that did not stop. Tests only read it."""
+
+    @cache
+    def replayed(cell: Cell) -> Path:
+        out = tmp_path_factory.mktemp("whole")
+        assert list(replay_cell(cell, cut_of(world()), ReplaySettings(), out)) == [0, 1, 2, 3]
+        return out
+
+    return replayed
+
+
 def written(cell: Cell, out: Path) -> dict[str, Any]:
     """All that a cell has written, by file name, without what a clock or the memory says."""
     folder = out / cell.folder_name
@@ -96,33 +111,36 @@ def ranks_of(cell: Cell, out: Path, span: int) -> pl.DataFrame:
 
 
 @each_strategy
-def test_what_comes_after_a_span_changes_no_rank_up_to_it(cell: Cell, tmp_path: Path) -> None:
+def test_what_comes_after_a_span_changes_no_rank_up_to_it(
+    cell: Cell, whole: Callable[[Cell], Path], tmp_path: Path
+) -> None:
     clean = world()
-    whole = cut_of(clean)
-    n_known = sum(len(span.events) for span in whole.spans[:3])  # the base and spans 1 and 2
+    n_known = sum(len(span.events) for span in cut_of(clean).spans[:3])  # the base and spans 1 and 2
     future = clean.frame[n_known:]
     shuffled = future.with_columns(future["user_id"].shuffle(1), future["item_id"].shuffle(2))  # the same counts
     garbage = cut_of(replace(clean, frame=pl.concat([clean.frame[:n_known], shuffled])))
-    for parts, name in ((whole, "clean"), (garbage, "garbage")):
-        list(replay_cell(cell, parts, ReplaySettings(), tmp_path / name))
-    same = [ranks_of(cell, tmp_path / "clean", t).equals(ranks_of(cell, tmp_path / "garbage", t)) for t in (1, 2, 3)]
+    list(replay_cell(cell, garbage, ReplaySettings(), tmp_path))
+    same = [ranks_of(cell, whole(cell), t).equals(ranks_of(cell, tmp_path, t)) for t in (1, 2, 3)]
     assert same == [True, True, False]  # the garbage did reach the replay, in span 3
 
 
 @each_strategy
-def test_a_cell_that_stops_after_a_span_resumes_as_if_it_had_not(cell: Cell, tmp_path: Path) -> None:
+def test_a_cell_that_stops_after_a_span_resumes_as_if_it_had_not(
+    cell: Cell, whole: Callable[[Cell], Path], tmp_path: Path
+) -> None:
     parts = cut_of(world())
-    assert list(replay_cell(cell, parts, ReplaySettings(), tmp_path / "whole")) == [0, 1, 2, 3]
-    assert list(islice(replay_cell(cell, parts, ReplaySettings(), tmp_path / "parts"), 2)) == [0, 1]
-    assert list(replay_cell(cell, parts, ReplaySettings(), tmp_path / "parts")) == [2, 3]
-    assert written(cell, tmp_path / "parts") == written(cell, tmp_path / "whole")
+    assert list(islice(replay_cell(cell, parts, ReplaySettings(), tmp_path), 2)) == [0, 1]
+    assert list(replay_cell(cell, parts, ReplaySettings(), tmp_path)) == [2, 3]
+    assert written(cell, tmp_path) == written(cell, whole(cell))
 
 
 @each_cell
 def test_a_cell_that_is_tuned_resumes_as_if_it_had_not_stopped(cell: Cell, tmp_path: Path) -> None:
     parts, settings = cut_of(world()), ReplaySettings(tune=True)
-    assert list(replay_cell(cell, parts, settings, tmp_path / "whole")) == [0, 1, 2, 3]
-    assert list(islice(replay_cell(cell, parts, settings, tmp_path / "parts"), 3)) == [0, 1, 2]
+    running = replay_cell(cell, parts, settings, tmp_path / "whole")
+    assert list(islice(running, 3)) == [0, 1, 2]
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")  # the folder as a process leaves it that is killed here
+    assert list(running) == [3]
     assert list(replay_cell(cell, parts, settings, tmp_path / "parts")) == [3]
     assert written(cell, tmp_path / "parts") == written(cell, tmp_path / "whole")
 
@@ -141,17 +159,16 @@ def kill_before(n_writes: int) -> Callable[[Path, Path], Path]:
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 11])
 def test_a_cell_killed_between_any_two_writes_resumes_as_if_it_had_not(
-    n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    n: int, whole: Callable[[Cell], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # the base writes costs 0 and state 1, span 1 ranks 2, costs 3, state 4; after three spans 11 marks the end
     cell, parts = cell_of("popularity", "absorb"), cut_of(world())
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", kill_before(n))
         with pytest.raises(KeyboardInterrupt):
-            list(replay_cell(cell, parts, ReplaySettings(), tmp_path / "killed"))
-    for name in ("killed", "whole"):
-        list(replay_cell(cell, parts, ReplaySettings(), tmp_path / name))
-    assert written(cell, tmp_path / "killed") == written(cell, tmp_path / "whole")
+            list(replay_cell(cell, parts, ReplaySettings(), tmp_path))
+    list(replay_cell(cell, parts, ReplaySettings(), tmp_path))
+    assert written(cell, tmp_path) == written(cell, whole(cell))
 
 
 def go(out: str) -> None:
@@ -222,7 +239,7 @@ def test_a_log_that_is_all_base_block_has_no_targets_to_slice() -> None:
 
 def test_slices_sum_to_the_whole(tmp_path: Path) -> None:
     cell, parts = CELLS[0], cut_of(world())
-    list(replay_cell(cell, parts, ReplaySettings(), tmp_path))
+    list(replay_cell(cell, parts, ReplaySettings(), tmp_path))  # a folder of its own: results are written into it
     results = collect_results([cell], slice_table(parts.spans), METRICS, tmp_path).filter(pl.col("metric") == "hr@20")
     n = {(span, part): n for span, part, n in results.select("span", "slice", "n").iter_rows()}
     for span in (OVERALL_SPAN, 1, 2, 3):
@@ -236,10 +253,9 @@ def test_slices_sum_to_the_whole(tmp_path: Path) -> None:
             assert sum(n.get((span, part), 0) for part in family) == n[span, "all"]
 
 
-def test_only_secret_events_are_asked_again_after_every_later_update(tmp_path: Path) -> None:
+def test_only_secret_events_are_asked_again_after_every_later_update(whole: Callable[[Cell], Path]) -> None:
     cell, parts = CELLS[1], cut_of(world())
-    list(replay_cell(cell, parts, ReplaySettings(), tmp_path))
-    rows = pl.concat(ranks_of(cell, tmp_path, t) for t in (1, 2, 3))
+    rows = pl.concat(ranks_of(cell, whole(cell), t) for t in (1, 2, 3))
     for asked in (1, 2, 3):
         events = {after: e.to_list() for (after,), e in _events_by_update(rows.filter(pl.col("asked") == asked))}
         is_secret_E = parts.spans[asked].events.train_at_E == NEVER
@@ -282,12 +298,11 @@ def test_what_is_absorbed_counts_all_events_but_the_secret_ones() -> None:
 
 @pytest.mark.parametrize("cell", CELLS[:2], ids=["item-knn", "sasrec"])
 def test_a_finer_cadence_asks_the_same_targets_and_its_first_block_meets_the_same_base(
-    cell: Cell, tmp_path: Path
+    cell: Cell, whole: Callable[[Cell], Path], tmp_path: Path
 ) -> None:
     parts = cut_of(world())
-    for cadence in (1, 2):
-        list(islice(replay_cell(replace(cell, cadence=cadence), parts, ReplaySettings(), tmp_path / str(cadence)), 2))
-    one, two = (ranks_of(cell, tmp_path / str(cadence), 1).filter(pl.col("after") == 0) for cadence in (1, 2))
+    list(islice(replay_cell(replace(cell, cadence=2), parts, ReplaySettings(), tmp_path), 2))
+    one, two = (ranks_of(cell, out, 1).filter(pl.col("after") == 0) for out in (whole(cell), tmp_path))
     assert one.select("event", "user").equals(two.select("event", "user"))  # one row per target
     early = pl.col("event") < len(parts.spans[1].events) // 2
     assert one.filter(early).equals(two.filter(early))
@@ -390,13 +405,12 @@ def test_within_a_span_a_user_is_offered_an_own_new_item_again_before_anybody_co
         assert (found["rank"] < new / 2).to_list() == expected
 
 
-def test_the_last_span_can_be_tested_without_being_learnt(tmp_path: Path) -> None:
-    cell, parts = cell_of("sasrec", "finetune"), cut_of(world())
-    for name, last in (("with", True), ("without", False)):
-        assert list(replay_cell(cell, parts, ReplaySettings(last_update=last), tmp_path / name)) == [0, 1, 2, 3]
-    both = [ranks_of(cell, tmp_path / name, SPANS).filter(pl.col("after") == SPANS - 1) for name in ("with", "without")]
+def test_the_last_span_can_be_tested_without_being_learnt(whole: Callable[[Cell], Path], tmp_path: Path) -> None:
+    cell, parts = CELLS[1], cut_of(world())
+    assert list(replay_cell(cell, parts, ReplaySettings(last_update=False), tmp_path)) == [0, 1, 2, 3]
+    both = [ranks_of(cell, out, SPANS).filter(pl.col("after") == SPANS - 1) for out in (whole(cell), tmp_path)]
     assert both[0].equals(both[1]) and len(both[0])
-    costs = json.loads((tmp_path / "without" / cell.folder_name / f"costs-{SPANS}.json").read_text())
+    costs = json.loads((tmp_path / cell.folder_name / f"costs-{SPANS}.json").read_text())
     assert "update_cpu_s" not in costs
 
 

@@ -5,12 +5,14 @@ import json
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import uvicorn
 from serving import TOKEN, click, items, server, stored
+from starlette.testclient import TestClient
 
 from freshrec.cli.server import listening_socket, read_token
 from freshrec.errors import OptionError
@@ -180,13 +182,19 @@ def one_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def reader(one_store: Path) -> Iterator[TestClient]:
+    """A client of one server, for tests that change nothing."""
+    with server(one_store) as (client, _):
+        yield client
+
+
 @pytest.mark.parametrize(("method", "path", "body", "status", "said"), WRONG)
 def test_what_is_asked_wrongly_is_told_in_a_sentence(
-    method: str, path: str, body: Any, status: int, said: str, one_store: Path
+    method: str, path: str, body: Any, status: int, said: str, reader: TestClient
 ) -> None:
-    with server(one_store) as (client, _):
-        answer = client.request(method, path, json=body)
-        assert answer.status_code == status and said in answer.json()["detail"], answer.text
+    answer = reader.request(method, path, json=body)
+    assert answer.status_code == status and said in answer.json()["detail"], answer.text
 
 
 def test_size_rate_and_waiting_are_limited(one_store: Path) -> None:
@@ -260,13 +268,12 @@ def test_a_token_is_read_from_a_file_and_must_be_one(tmp_path: Path) -> None:
         read_token(tmp_path / "none")
 
 
-def test_no_answer_may_load_anything_from_elsewhere(one_store: Path) -> None:
-    with server(one_store) as (client, _):
-        page = client.get("/")
-        assert page.headers["content-security-policy"].startswith("default-src 'self'")
-        for path in ("/", "/docs", "/page.css", "/page.js"):
-            text = client.get(path).text
-            assert "http://" not in text.replace("http://www.w3.org", "") and "https://" not in text, path
+def test_no_answer_may_load_anything_from_elsewhere(reader: TestClient) -> None:
+    page = reader.get("/")
+    assert page.headers["content-security-policy"].startswith("default-src 'self'")
+    for path in ("/", "/docs", "/page.css", "/page.js"):
+        text = reader.get(path).text
+        assert "http://" not in text.replace("http://www.w3.org", "") and "https://" not in text, path
 
 
 def test_a_serving_process_imports_nothing_that_learns(one_store: Path) -> None:
@@ -291,8 +298,7 @@ def test_a_server_accepts_connections_before_it_says_that_it_listens() -> None:
         socket.create_connection(opened.getsockname(), timeout=5).close()
 
 
-def test_the_openapi_document_describes_every_route(one_store: Path) -> None:
-    with server(one_store) as (client, _):
-        document = json.dumps(client.get("/openapi.json").json())
-        for path in ("/recommend/{user}", "/events", "/similar/{item}", "/users/{user}", "/rollback", "/metrics"):
-            assert f'"{path}"' in document
+def test_the_openapi_document_describes_every_route(reader: TestClient) -> None:
+    document = json.dumps(reader.get("/openapi.json").json())
+    for path in ("/recommend/{user}", "/events", "/similar/{item}", "/users/{user}", "/rollback", "/metrics"):
+        assert f'"{path}"' in document

@@ -23,9 +23,9 @@ from freshrec.store.versions import open_store
 def slower() -> float:
     """How many times slower than alone this process is now, because of others; 1 on a quiet machine."""
     wall, cpu = time.monotonic(), time.thread_time()
-    while time.thread_time() - cpu < 0.1:
+    while time.thread_time() - cpu < 0.02:
         pass
-    return max(1.0, (time.monotonic() - wall) / 0.1)
+    return max(1.0, (time.monotonic() - wall) / 0.02)
 
 
 def comes(client: TestClient, version: int, within_s: float = 2.0) -> None:

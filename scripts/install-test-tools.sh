@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Install what the tests start and pip does not bring: a browser, for tests/test_page.py.
+# Where that is impossible, say so and go on: the tests that need it are then skipped.
+set -euo pipefail
+
+if [ -x /usr/bin/chromium ]; then exit 0; fi
+if ! command -v apt-get > /dev/null || [ "$(id -u)" != 0 ]; then
+  echo "no browser: installing chromium needs apt-get and root; tests/test_page.py will be skipped"
+  exit 0
+fi
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+export DEBIAN_FRONTEND=noninteractive
+if ! { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } > "$log" 2>&1; then
+  tail -n 5 "$log"
+  echo "no browser: chromium could not be installed; tests/test_page.py will be skipped"
+fi
