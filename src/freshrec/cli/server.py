@@ -68,9 +68,17 @@ def serve(
         lambda user: erase_in_subprocess(store, user),
     )
     config = uvicorn.Config(
-        create_app(service), host, port, access_log=False, log_level="warning", server_header=False,
-        timeout_graceful_shutdown=10, timeout_keep_alive=75, limit_concurrency=1000, lifespan="on",
-    )  # fmt: skip
+        create_app(service),
+        host,
+        port,
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=10,
+        timeout_keep_alive=75,
+        limit_concurrency=1000,
+        lifespan="on",
+    )
     server = uvicorn.Server(config)
     with listening_socket(config) as opened:
         log_line(f"listening on http://{opened.getsockname()[0]}:{opened.getsockname()[1]}")

@@ -72,10 +72,18 @@ def split_log(
     3 % of the events, hence count-alpha.
     """
     keywords = {
-        "by": by, "spans": spans, "alpha": alpha, "dates": None if dates is None else tuple(dates), "targets": targets,
-        "heldout": heldout, "min_events": min_events, "forget_users": forget_users, "base_periods": base_periods,
-        "sessions": sessions, "n_targets": n_targets,
-    }  # fmt: skip
+        "by": by,
+        "spans": spans,
+        "alpha": alpha,
+        "dates": None if dates is None else tuple(dates),
+        "targets": targets,
+        "heldout": heldout,
+        "min_events": min_events,
+        "forget_users": forget_users,
+        "base_periods": base_periods,
+        "sessions": sessions,
+        "n_targets": n_targets,
+    }
     given: dict[str, Any] = {name: value for name, value in keywords.items() if value is not None}
     return _split(log, replace(config or SplitConfig(), **given), seed)
 

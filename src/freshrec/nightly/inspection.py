@@ -34,14 +34,23 @@ def store_status(store: Store) -> dict[str, Any]:
     n_bytes = sum(file.n_bytes for file in manifest.files.values())
     newest = log.batches().filter(pl.col("batch").is_in(batches_of(chain)))["last"].max()
     return {
-        "live": live, "made_at": manifest.made_at, "kind": manifest.kind, "model": manifest.recipe["model"],
-        "strategy": manifest.recipe["strategy"], **manifest.sizes, "held": manifest.held,
+        "live": live,
+        "made_at": manifest.made_at,
+        "kind": manifest.kind,
+        "model": manifest.recipe["model"],
+        "strategy": manifest.recipe["strategy"],
+        **manifest.sizes,
+        "held": manifest.held,
         "newest_event": format_time(newest) if isinstance(newest, int) and log.has_clock else None,
-        "versions": len(versions), "refused": [m.id for m in versions if not m.promoted and m.id > live],
+        "versions": len(versions),
+        "refused": [m.id for m in versions if not m.promoted and m.id > live],
         "batches_waiting": waiting_batches(store, log),
-        "bytes": n_bytes, "bytes_per_user": round(n_bytes / max(1, manifest.sizes["users"]), 1),
-        "plan": retrain_plan(chain), "numbers": manifest.numbers, "notes": manifest.notes,
-    }  # fmt: skip
+        "bytes": n_bytes,
+        "bytes_per_user": round(n_bytes / max(1, manifest.sizes["users"]), 1),
+        "plan": retrain_plan(chain),
+        "numbers": manifest.numbers,
+        "notes": manifest.notes,
+    }
 
 
 def version_difference(store: Store, first: int, second: int) -> dict[str, Any]:
@@ -65,8 +74,10 @@ def version_difference(store: Store, first: int, second: int) -> dict[str, Any]:
         "sizes": {name: [manifest.sizes.get(name) for manifest in manifests] for name in manifests[0].sizes},
         "numbers": {name: [manifest.numbers.get(name) for manifest in manifests] for name in names},
         "recipe": {key: [recipe.get(key) for recipe in recipes] for key in sorted(different)},
-        "shared": shared, "users": len(users), "list": LIST_LENGTH,
-    }  # fmt: skip
+        "shared": shared,
+        "users": len(users),
+        "list": LIST_LENGTH,
+    }
 
 
 def _sample_lists(bundle: Bundle, users: pl.Series) -> pl.DataFrame:
@@ -81,17 +92,23 @@ def user_profile(bundle: Bundle, user_id: str | int) -> dict[str, Any]:
     found = profile_of(served, row, bundle.read_options.has_clock)
     interests = [
         {
-            "title": interest.title, "born_span": interest.born_span, "used_span": interest.used_span,
+            "title": interest.title,
+            "born_span": interest.born_span,
+            "used_span": interest.used_span,
             "items": [item_id for item_id, _ in interest.items],
             "events": [asdict(event) for event in interest.events],
         }
         for interest in found.interests
-    ]  # fmt: skip
+    ]
     return {
-        "user_id": served.users.frame["id"][row - 1], "first_span": found.first_span, "last_span": found.last_span,
-        "n_events": len(found.events), "events": [asdict(event) for event in found.events[-LIST_LENGTH:]],
-        "kind": found.kind, "interests": interests,
-    }  # fmt: skip
+        "user_id": served.users.frame["id"][row - 1],
+        "first_span": found.first_span,
+        "last_span": found.last_span,
+        "n_events": len(found.events),
+        "events": [asdict(event) for event in found.events[-LIST_LENGTH:]],
+        "kind": found.kind,
+        "interests": interests,
+    }
 
 
 def item_profile(bundle: Bundle, item_id: str | int) -> dict[str, Any]:
@@ -103,9 +120,12 @@ def item_profile(bundle: Bundle, item_id: str | int) -> dict[str, Any]:
     users_R = torch.searchsorted(histories.offsets_U, at_R, right=True)
     catalog_row = served.items.frame.row(row - 1, named=True)
     found = {
-        "item_id": catalog_row["id"], "first_span": catalog_row["first_span"], "last_span": catalog_row["last_span"],
-        "n_events": len(at_R), "n_users": len(users_R.unique()),
-    }  # fmt: skip
+        "item_id": catalog_row["id"],
+        "first_span": catalog_row["first_span"],
+        "last_span": catalog_row["last_span"],
+        "n_events": len(at_R),
+        "n_users": len(users_R.unique()),
+    }
     if bundle.read_options.has_clock and len(at_R):
         times = histories.times_R[at_R]
         found |= {"first": format_time(int(times.min())), "last": format_time(int(times.max()))}

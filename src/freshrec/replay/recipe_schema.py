@@ -76,11 +76,17 @@ class ReplayRecipe:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     models: Annotated[Words, Field(description="Models, with options as in comirec-dr:k=1,sasrec.")] = (
-        "blend", "comirec-dr", "sasrec",
-    )  # fmt: skip
+        "blend",
+        "comirec-dr",
+        "sasrec",
+    )
     strategies: Annotated[Words, Field(description="Strategies, as in finetune,imsr:retain.weight=1.")] = (
-        "refit", "frozen", "finetune", "full", "imsr",
-    )  # fmt: skip
+        "refit",
+        "frozen",
+        "finetune",
+        "full",
+        "imsr",
+    )
     extra_pairs: Annotated[Words, Field(description="Further pairs, as in comirec-dr-k1/finetune.")] = ()
     controls: Annotated[Words, Field(description="Controls to run beside the models; all unless given.")] = field(
         default_factory=control_names

@@ -38,10 +38,14 @@ def create_app(service: Service) -> RequestMiddleware:
         service.workers.shutdown(wait=True)
 
     app = FastAPI(
-        title="freshrec", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan,
+        title="freshrec",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
         description="Recommendations of the live version of a store. Every answer names its version.",
         responses={code: ERROR_RESPONSES[code] for code in (401, 408, 409, 413, 422, 429)},
-    )  # fmt: skip
+    )
     _add_error_handlers(app)
     add_list_routes(app, service)
     add_event_routes(app, service)
@@ -89,9 +93,11 @@ def _add_page_routes(app: FastAPI, service: Service) -> None:
         return Response(generate_latest(gauges.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     for path, name, kind in (
-        ("/", "page.html", "text/html"), ("/docs", "docs.html", "text/html"),
-        ("/page.css", "page.css", "text/css"), ("/page.js", "page.js", "text/javascript"),
-    ):  # fmt: skip
+        ("/", "page.html", "text/html"),
+        ("/docs", "docs.html", "text/html"),
+        ("/page.css", "page.css", "text/css"),
+        ("/page.js", "page.js", "text/javascript"),
+    ):
         body = (PAGE_FOLDER / name).read_bytes()
 
         async def page(body: bytes = body, kind: str = kind) -> Response:

@@ -61,8 +61,9 @@ def recommend(version: LoadedVersion, users: Sequence[int | str], request: ListR
             schemas.RankedItem(
                 item_id=ids.item(items[at] - 1), score=scores[at], rank=at + 1, fallback=FALLBACK_REASONS[reasons[at]]
             )
-            for at in range(len(items)) if items[at]
-        ]  # fmt: skip
+            for at in range(len(items))
+            if items[at]
+        ]
         lists.append(schemas.UserList(user_id=user, items=listed, fallback=FALLBACK_REASONS[max(reasons, default=0)]))
     return lists
 
@@ -81,10 +82,16 @@ def user_profile(version: LoadedVersion, user: str) -> schemas.UserProfile | Non
         return None
     found = profile_of(version.served, row, version.bundle.read_options.has_clock)
     return schemas.UserProfile(
-        version=version.number, user_id=user, n_events=len(found.events), n_fresh=found.n_fresh,
-        first_span=found.first_span, last_span=found.last_span, events=_past_events(found.events[-N_PAST_EVENTS:]),
-        interests=[_interest_card(interest) for interest in found.interests], kind=found.kind,
-    )  # fmt: skip
+        version=version.number,
+        user_id=user,
+        n_events=len(found.events),
+        n_fresh=found.n_fresh,
+        first_span=found.first_span,
+        last_span=found.last_span,
+        events=_past_events(found.events[-N_PAST_EVENTS:]),
+        interests=[_interest_card(interest) for interest in found.interests],
+        kind=found.kind,
+    )
 
 
 def _interest_card(interest: Interest) -> schemas.InterestCard:

@@ -29,12 +29,16 @@ MIN_TIMESTAMP = datetime(1980, 1, 1, tzinfo=UTC)
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     code: {"model": schemas.ErrorDetail, "description": description}
     for code, description in {
-        401: "A token is missing.", 403: "This server has no token, so that nobody may do this.",
-        404: "The id has never occurred.", 408: "The request came too slowly.",
-        409: "Not now, or not with this model.", 413: "The request is too large.",
-        422: "Something in the request is not what it must be.", 429: "Too many requests.",
+        401: "A token is missing.",
+        403: "This server has no token, so that nobody may do this.",
+        404: "The id has never occurred.",
+        408: "The request came too slowly.",
+        409: "Not now, or not with this model.",
+        413: "The request is too large.",
+        422: "Something in the request is not what it must be.",
+        429: "Too many requests.",
     }.items()
-}  # fmt: skip
+}
 
 
 UserIdPath = Annotated[
@@ -65,13 +69,14 @@ def add_list_routes(app: FastAPI, service: Service) -> None:
         responses={404: ERROR_RESPONSES[404]},
     )
     async def recommend(
-        user: UserIdPath, k: KQuery = DEFAULTS.k,
+        user: UserIdPath,
+        k: KQuery = DEFAULTS.k,
         exclude_seen: Annotated[bool, Query(description=help_of("exclude_seen"))] = DEFAULTS.exclude_seen,
         allow: Annotated[IdsQuery, Query(description=help_of("allow"))] = None,
         deny: Annotated[IdsQuery, Query(description=help_of("deny"))] = None,
         category: Annotated[schemas.ShortText | None, Query(description=help_of("category"))] = None,
         diversity: Annotated[schemas.DiversityWeight, Query(description=help_of("diversity"))] = DEFAULTS.diversity,
-    ) -> Response:  # fmt: skip
+    ) -> Response:
         """The best items of one user. A stranger gets what is popular, and `fallback` says so."""
         allowed = None if allow is None else tuple(allow)
         request = ListRequest(k, exclude_seen, allowed, tuple(deny or ()), category, diversity)
@@ -81,7 +86,7 @@ def add_list_routes(app: FastAPI, service: Service) -> None:
         service.count_fallbacks([found])
         answer = schemas.RecommendResponse(
             version=version.number, user_id=user, items=found.items, fallback=found.fallback
-        )  # fmt: skip
+        )
         return Response(answer.model_dump_json(), media_type="application/json")
 
     @app.post("/recommend", tags=["lists"], responses={404: ERROR_RESPONSES[404]})
@@ -185,14 +190,17 @@ def _compare_lists(service: Service, version: LoadedVersion, parent: int, user: 
     old, new = ({item.item_id: item for item in user_list.items} for user_list in lists)
     moved = [
         {"item_id": item, "rank": new[item].rank, "was": old[item].rank}
-        for item in new.keys() & old.keys() if new[item].rank != old[item].rank
-    ]  # fmt: skip
+        for item in new.keys() & old.keys()
+        if new[item].rank != old[item].rank
+    ]
     return schemas.ListChanges(
-        version=version.number, before=parent, came=[new[item] for item in new if item not in old],
+        version=version.number,
+        before=parent,
+        came=[new[item] for item in new if item not in old],
         left=[old[item] for item in old if item not in new],
         moved=sorted(moved, key=lambda item: int(item["rank"])),
         interests=[None if profile is None else len(profile.interests) for profile in profiles],
-    )  # fmt: skip
+    )
 
 
 # Fields of a manifest that GET /versions shows.

@@ -59,13 +59,22 @@ def describe_version(service: Service) -> schemas.VersionInfo:
     version, manifest, newest = service.version, service.version.manifest, service.live.newest_time
     has_clock = version.bundle.read_options.has_clock
     return schemas.VersionInfo(
-        version=manifest.id, parent=manifest.parent, kind=manifest.kind, made_at=manifest.made_at,
+        version=manifest.id,
+        parent=manifest.parent,
+        kind=manifest.kind,
+        made_at=manifest.made_at,
         live_since=version.live_since,
-        model=version.bundle.names[0], strategy=version.bundle.names[1], sizes=manifest.sizes, numbers=manifest.numbers,
-        promoted=manifest.promoted, reasons=manifest.reasons, notes=manifest.notes,
+        model=version.bundle.names[0],
+        strategy=version.bundle.names[1],
+        sizes=manifest.sizes,
+        numbers=manifest.numbers,
+        promoted=manifest.promoted,
+        reasons=manifest.reasons,
+        notes=manifest.notes,
         newest_event=format_time(newest) if newest is not None and has_clock else newest,
-        search=asdict(version.search_info), has_token=bool(service.limits.token),
-    )  # fmt: skip
+        search=asdict(version.search_info),
+        has_token=bool(service.limits.token),
+    )
 
 
 def log_line(line: str) -> None:

@@ -176,9 +176,16 @@ class ASMG:
         terms = [self._past_spans_term(trainable, model, window, older, key)] if older else []
         lr_scale = self.lr / model.spec.lr
         for _ in train(
-            model, targets, self.epochs, key, lr_scale=lr_scale, stored_interests=newest.stored_interests, terms=terms,
-            parametrization=trainable.parametrization(window), trainable=trainable,
-        ):  # fmt: skip
+            model,
+            targets,
+            self.epochs,
+            key,
+            lr_scale=lr_scale,
+            stored_interests=newest.stored_interests,
+            terms=terms,
+            parametrization=trainable.parametrization(window),
+            trainable=trainable,
+        ):
             pass
         return trainable.detached_copy()
 

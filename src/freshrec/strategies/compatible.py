@@ -41,18 +41,18 @@ def check_compatible(spec: ModelSpec, model_name: str, strategy: Strategy, strat
 def next_state(strategy: Strategy, state: State, span: Span) -> State:
     """What `strategy.update` returns. OptionError where that is no state that a replay or a store can go on from."""
     after: Any = strategy.update(state, span)
-    what = f'update(state, span) of strategy "{type(strategy).__name__}"'
+    call = f'update(state, span) of strategy "{type(strategy).__name__}"'
     if not isinstance(after, State):
-        raise OptionError(f"{what} returned {after!r:.60}; it must return the next State.")
+        raise OptionError(f"{call} returned {after!r:.60}; it must return the next State.")
     if after.spans_seen != state.spans_seen + 1:
         raise OptionError(
-            f"{what} returned a state with spans_seen={after.spans_seen}; it must be {state.spans_seen + 1}, "
+            f"{call} returned a state with spans_seen={after.spans_seen}; it must be {state.spans_seen + 1}, "
             "one more than before, as finish_update in freshrec/learn/fit.py sets it."
         )
     sizes, needed = (after.model.n_users, after.model.n_items), (span.n_users, span.n_items)
     if sizes != needed:
         raise OptionError(
-            f"{what} returned a model of {sizes[0]} users and {sizes[1]} items, and the span has {needed[0]} and "
+            f"{call} returned a model of {sizes[0]} users and {sizes[1]} items, and the span has {needed[0]} and "
             f"{needed[1]}; let the model grow, as grown_copy in freshrec/learn/fit.py does."
         )
     return after
