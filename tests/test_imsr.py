@@ -298,8 +298,8 @@ class Scene:
 
 
 @cache
-def scene(name: str) -> Scene:
-    world = make_world(name, users=400, items=200, events=16_000, spans=1)
+def scene(name: str, events: int = 16_000) -> Scene:
+    world = make_world(name, users=400, items=200, events=events, spans=1)
     spans = split_log(world.log, by="period", forget_users=0)
     base, span = spans.spans
     state = State(replace(COMIREC_DR, d=32, negatives=128).build(0))
@@ -380,25 +380,31 @@ def moved(scene: Scene, after: State) -> float:
 
 
 def test_where_tastes_do_not_change_the_retainer_keeps_interests_closer_to_what_they_were() -> None:
-    # 0.44 by fine-tuning, 0.40 with the retainer at weight 1, 0.22 with the distance of DIR.
-    frozen = scene("frozen")
-    plain = moved(frozen, FineTune().update(frozen.before, frozen.span))
-    kept = moved(frozen, IMSR(Retainer(weight=1.0), None).update(frozen.before, frozen.span))
-    closer = moved(frozen, IMSR(Retainer("distance", weight=1.0), None).update(frozen.before, frozen.span))
+    # 0.60 by fine-tuning, 0.49 with the retainer at weight 1 (of two other seeds: 0.87 and 0.85 times fine-tuning).
+    frozen, fit = scene("frozen", events=32_000), FitConfig(epochs=10)
+    plain = moved(frozen, FineTune(fit).update(frozen.before, frozen.span))
+    kept = moved(frozen, IMSR(Retainer(weight=1.0), None, fit=fit).update(frozen.before, frozen.span))
+    closer = moved(frozen, IMSR(Retainer("distance", weight=1.0), None, fit=fit).update(frozen.before, frozen.span))
     assert closer < kept < 0.95 * plain
 
 
 def test_new_interests_that_start_too_long_disturb_the_old_ones() -> None:
     """The scale trap: routing starts from them, and N(0, I) has a norm of sqrt(32) where stored interests have < 1."""
     newborn, everybody = scene("newborn"), IMSR(detect=Detector("exp", c1=-1.0))
-    wild = replace(newborn.before, model=copy.deepcopy(newborn.before.model))
-    wild.model.starts_KD.copy_(F.normalize(wild.model.starts_KD, dim=1) * 32**0.5)
-    cosines = []
-    for before in (newborn.before, wild):
+
+    def cosines(before: State) -> Tensor:
         after = everybody.update(before, newborn.span)
         pair = first_four(before.interests, newborn.judged_N), first_four(after.interests, newborn.judged_N)
-        cosines.append(float(F.cosine_similarity(*pair, dim=2).median()))
-    assert cosines[0] > 0.75 and cosines[1] < 0.25  # 0.84 and 0.00 measured
+        return F.cosine_similarity(*pair, dim=2)
+
+    disturbed = []
+    for seed in range(1, 6):  # how much depends on the directions: medians of 0.0 to 0.7 were seen
+        wild = replace(newborn.before, model=copy.deepcopy(newborn.before.model))
+        directions_KD = torch.randn(wild.model.starts_KD.shape, generator=torch.Generator().manual_seed(seed))
+        wild.model.starts_KD.copy_(F.normalize(directions_KD, dim=1) * 32**0.5)
+        disturbed.append(cosines(wild))
+    assert cosines(newborn.before).median() > 0.75  # 0.82 measured
+    assert torch.cat(disturbed).median() < 0.25  # 0.00 measured
 
 
 def test_where_interests_are_ordered_only_the_last_ones_are_dropped() -> None:

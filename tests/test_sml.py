@@ -292,7 +292,7 @@ def test_a_share_that_is_learned_falls_where_the_past_misleads_and_rises_where_i
             return Span(t, Events.trainable(users, items, torch.arange(n) + 2400 * t), 24, 30)
 
         linear = SML(transfer=LinearTransfer(0.5, learned=True), fit=FitConfig(epochs=5, base_epochs=20), base_parts=0)
-        states = chain(replace(linear, transfer_lr=FAST), spans=[span(t) for t in range(5)])
+        states = chain(replace(linear, transfer_lr=FAST), spans=[span(t) for t in range(10)])
         rho: Tensor = states[-1].memory.theta["towers.of/items.rho"]
         return float(torch.sigmoid(rho))
 
