@@ -26,7 +26,7 @@ NOON, DAY, MINUTE = 1_767_268_800, 86_400, 60  # 2026-01-01, in seconds
 SMALLER = {
     "sasrec": "sasrec:d=8",
     "--strategies finetune,": "--strategies ",
-    "my_strategy:MyStrategy": "my_strategy:MyStrategy:fit.epochs=1:fit.base_epochs=1",
+    "my_strategy:MyStrategy": "my_strategy:MyStrategy:fit.epochs=10:fit.base_epochs=10",
     "--world drift": "--world drift --world-users 60 --world-items 40 --world-events 1200"
     " --controls popularity --spans 2",
 }

@@ -35,6 +35,8 @@ def user_vectors(model: VectorModel, batch: Batch) -> Tensor:
     else:
         with torch.no_grad():
             vectors_BKD, method = model.encode(embed(table, batch.history_BT), batch), "encode"
+    if torch.compiler.is_exporting():  # a comparison of sizes would make the exported network one for this many users
+        return vectors_BKD
     if vectors_BKD.ndim != 3 or vectors_BKD.shape[::2] != (len(batch), table.n_dims):
         raise _wrong_tensor(model, method, vectors_BKD, f"({len(batch)}, K, {table.n_dims})")
     return vectors_BKD
