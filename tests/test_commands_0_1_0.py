@@ -205,6 +205,10 @@ def test_a_former_name_is_taken_with_one_line_of_warning(shop: Path, capsys: pyt
     assert capsys.readouterr().err == (
         "warning: option keep of popularity:keep=last is called weighting now; the old name still works.\n"
     )
+    with pytest.warns(FutureWarning, match="strategy rehearsed is called self-tuned now"):
+        assert find_strategy("rehearsed") == find_strategy("self-tuned")
+    with pytest.warns(FutureWarning, match="steps=lanes of gru4rec:steps=lanes is called session-parallel now"):
+        assert find_model("gru4rec:steps=lanes") == find_model("gru4rec:steps=session-parallel")
     assert main(["recommend", "u1", "--store", "a", "--include-seen"]) == 0
     assert capsys.readouterr().err.count("\n") == 1
 

@@ -278,6 +278,7 @@ def test_strategies_that_are_tuned_have_six_alternatives_the_strategy_first() ->
     assert all(choices[0] == STRATEGIES[name] for name, choices in found.items())
 
 
+@pytest.mark.filterwarnings("ignore:strategy rehearsed is called")  # a former name, not a paper's
 def test_names_of_papers_are_aliases() -> None:
     assert ALIASES == {"joint": "full", "dropout": "finetune", "asmg-gru-multi": "asmg", "rehearsed": "self-tuned"}
     assert not ALIASES.keys() & STRATEGIES.keys()

@@ -453,7 +453,7 @@ def test_a_replay_without_a_last_update_ends_and_tells_of_every_span(tmp_path: P
 
 
 def test_what_a_strategy_adds_to_a_shared_base_block_is_in_its_costs(tmp_path: Path) -> None:
-    cell = Cell("mf:d=8", find_model("mf:d=8"), "rehearsed", find_strategy("rehearsed:fit.base_epochs=1"), 0)
+    cell = Cell("mf:d=8", find_model("mf:d=8"), "self-tuned", find_strategy("self-tuned:fit.base_epochs=1"), 0)
     run_cells([cell], cut_of(world()), ReplaySettings(), tmp_path, on_span_done=lambda cell, span: None)
     costs = json.loads((tmp_path / cell.folder_name / "costs-0.json").read_text())
     assert costs["rehearsal_cpu_s"] > 0 and costs["update_cpu_s"] > costs["rehearsal_cpu_s"]

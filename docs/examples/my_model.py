@@ -3,11 +3,11 @@
 Copy this file, change it, and name its options wherever freshrec takes the name of a model:
 
     export FRESHREC_IMPORT=my_model
-    freshrec replay --world drift --models my_model:MyModelSpec:hours=2 --strategies absorb
-    freshrec fit events.parquet --store shop --model my_model:MyModelSpec
-    freshrec update tomorrow.parquet --store shop
-    freshrec recommend u42 --store shop
-    freshrec serve --store shop
+    freshrec replay --world drift --models my_model:MyModelSpec:hours=2 --strategies absorb --out runs/model
+    freshrec fit events.parquet --store my-model-shop --model my_model:MyModelSpec
+    freshrec update tomorrow.parquet --store my-model-shop
+    freshrec recommend u42 --store my-model-shop
+    freshrec serve --store my-model-shop
 
 Python looks for the module in the current folder too. A store holds what the model has learnt, not its code:
 FRESHREC_IMPORT names the modules to import before a store is opened. In Python, write `import my_model` instead.

@@ -3,11 +3,11 @@
 Copy this file, change it, and name its class wherever freshrec takes the name of a strategy:
 
     export FRESHREC_IMPORT=my_strategy
-    freshrec replay --world drift --models sasrec --strategies finetune,my_strategy:MyStrategy:keep=0.3
-    freshrec fit events.parquet --store shop --model sasrec --strategy my_strategy:MyStrategy
-    freshrec update tomorrow.parquet --store shop
-    freshrec recommend u42 --store shop
-    freshrec serve --store shop
+    freshrec replay --world drift --models sasrec --strategies finetune,my_strategy:MyStrategy:keep=0.3 --out runs/mine
+    freshrec fit events.parquet --store my-strategy-shop --model sasrec --strategy my_strategy:MyStrategy
+    freshrec update tomorrow.parquet --store my-strategy-shop
+    freshrec recommend u42 --store my-strategy-shop
+    freshrec serve --store my-strategy-shop
 
 Python looks for the module in the current folder too. A store holds the name of the class, not its code:
 FRESHREC_IMPORT names the modules to import before a store is opened. In Python, write `import my_strategy` instead.

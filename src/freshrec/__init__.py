@@ -68,6 +68,10 @@ _HOMES = {  # imported when first asked for: torch alone takes seconds, and `fre
 _FORMER = {"cut": "split_log", "make": "make_world"}  # names of 0.1.0
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     if name in _FORMER:
         warnings.warn(describe_rename(f"freshrec.{name}", _FORMER[name]), FutureWarning, stacklevel=2)

@@ -4,7 +4,7 @@ An option is a field of a frozen dataclass or of a recipe section. Its type says
 sentence for --help and docs/reference.md:
 
     d: Count = 64
-    keep: Literal["all", "last"] = "all"
+    weighting: Literal["all", "last"] = "all"
     share: Annotated[Rate, Field(description="Share of the targets held out.")] = 0.0
 
 pydantic checks the values; `option_error` says what it found in the words of this package. `find_instance` reads
@@ -170,7 +170,9 @@ def _replace_fields(instance: Any, changes: list[tuple[list[str], str]], text: s
         if rest:
             new_values[first] = _replace_fields(old, [(rest, value)], text)
         else:
-            value = former_values(type(instance), first).get(value, value)
+            if current := former_values(type(instance), first).get(value):
+                warnings.warn(describe_rename(f"{first}={value} of {text[:60]}", current), FutureWarning, stacklevel=2)
+                value = current
             new_values[first] = _parse_value(get_type_hints(instance.__class__)[first], old, value, first)
     return replace(instance, **new_values)
 

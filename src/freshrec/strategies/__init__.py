@@ -1,8 +1,10 @@
 """Strategies by name. A line each; a variant is another instance, an ablation a part set to None."""
 
+import warnings
 from dataclasses import replace
 
 from freshrec.config import find_instance
+from freshrec.deprecation import describe_rename
 from freshrec.learn.fit import FitConfig
 from freshrec.learn.transfer import CNNTransfer, LinearTransfer, MLPTransfer
 from freshrec.strategies.ader import ADER
@@ -76,6 +78,7 @@ ALIASES = {  # what papers call them, or 0.1.0 did -> what they are here
     "asmg-gru-multi": "asmg",  # ASMG
     "rehearsed": "self-tuned",  # 0.1.0
 }
+FORMER = ("rehearsed",)  # aliases that are not a paper's: they print a warning
 INTERFACE = Interface(Strategy, "update(state, span)")
 
 
@@ -85,6 +88,8 @@ def find_strategy(named: str | Strategy | type[Strategy]) -> Strategy:
     An instance of one's own is returned as it is; of a class, an instance. OptionError for what is no strategy.
     """
     if isinstance(named, str):
+        if (former := named.partition(":")[0]) in FORMER:
+            warnings.warn(describe_rename(f"strategy {former}", ALIASES[former]), FutureWarning, stacklevel=2)
         return find_instance("strategy", named, STRATEGIES, INTERFACE, ALIASES)
     name = named.__name__ if isinstance(named, type) else type(named).__name__
     found: Strategy = as_instance("strategy", name, named, INTERFACE)
