@@ -16,12 +16,14 @@ settings.register_profile("house", derandomize=True, deadline=None)  # the same 
 settings.load_profile("house")
 
 
-def pytest_collection_finish() -> None:
-    """Exclude what is imported by now from garbage collection.
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Exclude all that is imported from garbage collection.
 
     Every update of a replay first collects garbage, and searching all imported modules takes longer than most updates
     of the tests.
     """
+    if len(session.items) > 500:  # it takes seconds, and the first optimizer imports it
+        import torch._dynamo  # noqa: F401
     gc.collect()
     gc.freeze()
 
