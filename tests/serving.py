@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import polars as pl
 from starlette.testclient import TestClient
@@ -22,6 +24,7 @@ from freshrec.cli.app import main
 from freshrec.data.synthetic import make_world
 from freshrec.nightly.erase import erase_user
 from freshrec.nightly.job import NightlyJob
+from freshrec.server import live_version
 from freshrec.server.app import create_app
 from freshrec.server.live_version import LiveVersion
 from freshrec.server.middleware import ServerLimits
@@ -79,20 +82,25 @@ def server(
     rules: ServerLimits = ServerLimits(max_requests_per_s=0),  # noqa: B008
     **of_live: Any,
 ) -> Iterator[tuple[TestClient, LiveVersion]]:
-    """A client of a server of the store, and what it serves from."""
+    """A client of a server of the store, and what it serves from.
+
+    A server in a process of its own searches all of it for garbage when a version comes or goes. Here that would be
+    what all tests have imported, half a second each time.
+    """
     said: list[str] = []
     live = LiveVersion(open_store(folder / "s"), said.append, **of_live)
     live.said = said  # type: ignore[attr-defined]
-    live.start()
 
     def erased(user: str) -> dict[str, Any]:
         store = open_store(folder / "s")
         with store.locked():
             return erase_user(NightlyJob(store), user)
 
-    service = Service(live, rules, erased)
-    with TestClient(create_app(service), raise_server_exceptions=False) as client:
-        yield client, live
+    with patch.object(live_version, "release_memory", gc.collect):
+        live.start()
+        app = create_app(Service(live, rules, erased))
+        with TestClient(app, raise_server_exceptions=False) as client:
+            yield client, live
 
 
 def items(answer: Any) -> list[str]:
