@@ -25,6 +25,7 @@ from freshrec.cli.app import OLD_FLAGS, app, main
 from freshrec.data.synthetic import make_world
 from freshrec.disk_names import RECIPE_KEYS
 from freshrec.models import find_model
+from freshrec.nightly.gate import GateLimits, parse_limits
 from freshrec.replay.recipe_schema import parse_recipe
 from freshrec.strategies import find_strategy
 
@@ -189,6 +190,12 @@ def test_every_name_and_option_of_0_1_0_is_taken(kind: str) -> None:
     find: Any = {"models": find_model, "strategies": find_strategy}[kind]
     for name, options in WORDS["options"][kind].items():
         assert find(":".join([name, *options])) == find(name), name
+
+
+@RENAMED
+def test_every_limit_of_the_gate_of_0_1_0_is_taken_and_has_its_default() -> None:
+    for limit in WORDS["gate"]:
+        assert parse_limits(limit) == GateLimits(), limit
 
 
 @RENAMED

@@ -5,7 +5,7 @@ W_u -> queries_KA. The specs in mind.py and comirec.py say which extractor, and 
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -60,16 +60,6 @@ class InitialInterests:
     vectors_BKD: Tensor
     alive_BK: Tensor | None  # None: all of them
     is_newcomer_B: Tensor | None  # has nothing stored; None: nobody has
-
-
-class InterestExtractor(Protocol):
-    """Items to interests."""
-
-    # whether the k-th interest is the k-th of something learnt, so that only the last ones may be dropped
-    has_ordered_interests: bool
-
-    def __call__(self, items_BTD: Tensor, real_BT1: Tensor, start: InitialInterests) -> Tensor:
-        """(B, K, D) interests of `items_BTD`; padding is where `real_BT1` is 0."""
 
 
 class DynamicRouting(nn.Module):
