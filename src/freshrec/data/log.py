@@ -309,7 +309,9 @@ def _fault_message(raw: pl.DataFrame, names: Mapping[str, str], faults: Sequence
     for fault in faults:
         first = raw.filter(fault.rows).select("row", fault.column).head(3)
         shown = ", ".join(f"data row {row + 1:,}: {_format_value(value)}" for row, value in first.iter_rows())
-        messages.append(f"{names[fault.column]} {fault.problem} in {format_count(fault.rows.sum(), 'row')} ({shown})")
+        messages.append(
+            f"{names[fault.column]} {fault.problem} in {format_count(int(fault.rows.sum()), 'row')} ({shown})"
+        )
     n_bad = sum(fault.rows.sum() for fault in faults)
     return (
         f"{name}: {n_bad:,} of {format_count(len(raw), 'row')} cannot be used: {'; '.join(messages)}. "

@@ -161,7 +161,7 @@ def _select_events(frame: pl.DataFrame, by: str, min_events: int) -> tuple[pl.Da
         n_left_out = n_users - frame["user_id"].n_unique()
         notes.append(
             f"Left out {format_count(n_left_out, 'user')} with fewer than {min_events} "
-            f"events in the whole log ({format_count(n_events - len(frame), 'event')}). This choice looks into the future."
+            f"events in the whole log ({format_count(n_events - len(frame), 'event')}). This choice uses the future."
         )
     if len(frame) == 0:
         raise SpanError("No events are left to split. Check the log, the event types and min_events.")

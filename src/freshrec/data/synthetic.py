@@ -102,8 +102,8 @@ def frozen(size: WorldSize, rng: np.random.Generator) -> World:
 def drift(size: WorldSize, rng: np.random.Generator) -> World:
     """Each of a user's three interests moves to the next topic twice during the log, each at its own times.
 
-    A model without updates gets worse span by span: what a user liked in the base block says little about the last span.
-    A strategy that keeps old knowledge scores better on old targets, not on new ones.
+    A model without updates gets worse span by span: the base block says little about a user's taste in the last span. A
+    strategy that keeps old knowledge scores better on old targets, not on new ones.
     """
     timeline = _make_timeline(size, rng)
     tastes_UK, phases_UK = _sample_topics(size.users, N_TASTES, rng), rng.random((size.users, N_TASTES))
