@@ -321,7 +321,7 @@ def test_partial_fit_is_update() -> None:
 
 ERRORS = [
     (lambda r: Recommender("popularity").recommend("u1"), StateError, "call fit"),
-    (lambda r: Recommender("poplarity"), OptionError, 'did you mean "popularity"'),
+    (lambda r: Recommender("poplarity"), OptionError, 'Did you mean "popularity"'),
     (lambda r: Recommender("popularity", "finetune"), IncompatibleError, "only strategy is absorb"),
     (lambda r: r.recommend("u1", k=0), OptionError, "k is 0"),
     (lambda r: r.recommend("u1", k="3"), OptionError, "k is 3; ask for a whole number"),
@@ -337,7 +337,7 @@ ERRORS = [
     (lambda r: r.explain("u1", "z"), OptionError, 'item "z" has never occurred'),
     (lambda r: r.explain("u1", "a"), IncompatibleError, "use the blend"),
     (lambda r: r.evaluate(events("u9 a")), LogError, "nothing can be asked"),
-    (lambda r: r.evaluate(LOG, ["ndgc@20"]), OptionError, 'did you mean "ndcg"'),
+    (lambda r: r.evaluate(LOG, ["ndgc@20"]), OptionError, 'Did you mean "ndcg"'),
     (lambda r: r.update(LOG.head(0)), LogError, "no rows"),
     (lambda r: r.update(LOG), LogError, "5 of 6 rows .*12:00:00. are older than 2026-01-01T12:00:05.* or fit again"),
     (lambda r: r.evaluate(LOG.head(1)), LogError, "1 of 1 rows"),

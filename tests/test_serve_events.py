@@ -1,4 +1,4 @@
-"""Clicks: on the disk before they are acknowledged, in the next list at once, and learnt by an update exactly once."""
+"""Clicks: on disk before they are acknowledged, in the next list at once, and learned by an update exactly once."""
 
 import os
 import threading
@@ -160,7 +160,7 @@ def test_a_click_may_be_a_little_ahead_and_no_more(tmp_path: Path) -> None:
         answer = client.post(
             "/events", json={"events": [{"user_id": "user-1", "item_id": "item-1", "timestamp": int(now) + 3600}]}
         )
-        assert answer.status_code == 422 and "to come" in answer.json()["detail"]
+        assert answer.status_code == 422 and "in the future" in answer.json()["detail"]
 
 
 def test_many_clicks_are_folded_in_fast_and_newcomers_get_rows_of_their_own(tmp_path: Path) -> None:

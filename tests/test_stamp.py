@@ -140,7 +140,7 @@ def test_the_scores_of_all_items_can_be_followed_back_to_the_vectors_of_the_hist
 
 
 def test_a_kind_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(OptionError, match='option kind of STAMPSpec is one of stamp, stmp, not "stmap"'):
+    with pytest.raises(OptionError, match='Option kind is "stmap". Use one of stamp, stmp.'):
         STAMPSpec(kind="stmap")  # type: ignore[arg-type]
 
 

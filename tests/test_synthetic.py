@@ -154,7 +154,7 @@ def test_in_repeat_seven_in_ten_later_events_repeat_an_item_of_the_user() -> Non
 
 
 def test_an_unknown_world_and_an_impossible_size_are_refused() -> None:
-    with pytest.raises(OptionError, match='did you mean "newborn"?'):
+    with pytest.raises(OptionError, match='Did you mean "newborn"?'):
         make_world("newborm")
     with pytest.raises(OptionError, match="at least 1 user, 20 items"):
         make_world("frozen", items=19)

@@ -73,7 +73,8 @@ def option_error(problem: ValidationError, kind: type, place: str, *parents: str
         near = get_close_matches(str(value), valid, n=1, cutoff=0)
         return OptionError(f'{where} is "{value}". Use one of {", ".join(valid)}. Did you mean "{near[0]}"?')
     if error["type"].startswith(("greater_than", "less_than")):
-        return OptionError(f"{where} is {value}. It must be {bounds_of(_type_at(kind, path))}.")
+        finite = "" if math.isfinite(value) else " and finite"
+        return OptionError(f"{where} is {value}. It must be {bounds_of(_type_at(kind, path))}{finite}.")
     return OptionError(f"{where} is {value!r:.60}. {error['msg']}.")
 
 

@@ -263,8 +263,8 @@ def class_of(name: str) -> type:
         )
     if module not in sys.modules:
         raise StateError(
-            f"The state needs module {module}, which is not imported. Import it before loading; for the command line, "
-            f"set {IMPORTS}={module}."
+            f"The state needs module {module}, which is not imported. Import it before loading, or set "
+            f"{IMPORTS}={module} for the command line."
         )
     from freshrec.types import Strategy  # imported late, because it imports torch
 

@@ -122,7 +122,7 @@ class Catalog:
                 f"{TYPE_NAMES[type(kind)]}. Use one type."
             )
         if ids.null_count():
-            raise LogError(f"The column {ids.name!r} has no id in {ids.null_count():,} rows. Remove these rows.")
+            raise LogError(f"Rows without an id in column {ids.name!r}: {ids.null_count():,}. Remove them.")
         return ids
 
 

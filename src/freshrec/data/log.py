@@ -112,10 +112,7 @@ def read_log(
         log = replace(log, frame=log.frame.filter(is_good), n_quarantined=int((~is_good).sum()))
         log = _add_note(log, f"Wrote {format_count(log.n_quarantined, 'bad row')} to {quarantine.name}.")
     if not len(log.frame):
-        raise LogError(
-            f"{table.name} has no valid rows. {quarantine} holds all {format_count(len(source_rows), 'row')} and the "
-            "reasons."
-        )
+        raise LogError(f"{table.name} has no valid rows. {quarantine} gives the reason for each row.")
     log = _sort_by_time(log)
     return log if users is None else _sample_users(log, users, seed)
 

@@ -75,10 +75,10 @@ class SplitConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        if (self.by == "dates") != (len(self.dates) > 0):
-            raise OptionError(
-                f'by is "{self.by}" with {len(self.dates)} dates. Use by = "dates" together with a list of dates.'
-            )
+        if self.by == "dates" and not self.dates:
+            raise OptionError('by = "dates" needs dates. Set them, such as 2025-06-01,2025-07-01.')
+        if self.by != "dates" and self.dates:
+            raise OptionError(f'dates are set, but by is "{self.by}". Use by = "dates", or remove the dates.')
         if self.targets == "all" and self.heldout == "never":
             raise OptionError(
                 'targets = "all" trains on every event, which contradicts heldout = "never". Change one of them.'
