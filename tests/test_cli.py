@@ -212,7 +212,7 @@ FAILS = [
     (["fit", "LOG", "--store", "OUT", "--budget", "10"], 2, '"10" is no time; write 90s, 10m or 2h'),
     (["fit", "LOG", "--store", "OUT", "--budget", "0m"], 2, '"0m" is no time'),
     (["fit", "LOG", "--store", "OUT", "--budget", "10m", "--model", "mf"], 2, "--budget sizes the blend"),
-    (["fit", "LOG", "--store", "OUT"], 3, "no user_id"),
+    (["fit", "LOG", "--store", "OUT"], 3, "has no column user_id"),
     (["fit", "OUT", "--store", "NEW"], 3, "OUT"),
     (["fit", "LOG", "--store", "FULL", *COLUMNS], 2, "holds something already"),
     (["update", "LOG", "--store", "OUT"], 7, "there is no store in"),
@@ -269,7 +269,7 @@ def test_a_delivery_may_have_other_columns_and_what_it_is_can_be_seen_before(
     pl.read_csv(new).rename({"who": "customer"}).write_csv(tmp_path / "other.csv")
     other = str(tmp_path / "other.csv")
     assert main(["update", other, "--store", at]) == 3
-    assert 'other.csv has no column "who" for user_id' in capsys.readouterr().err
+    assert 'other.csv has no column "who". Its columns are' in capsys.readouterr().err
     seen = json.loads(
         answer(capsys, "update", other, "--store", at, "--dry-run", "--json", "--columns", "user_id=customer")
     )

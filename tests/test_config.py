@@ -219,6 +219,6 @@ def test_a_recipe_names_one_log() -> None:
 
 def test_a_plan_counts_what_tuning_trains() -> None:
     # Spans of 100, 10, 20, 30 events. Fine-tuning is tuned before spans 2 and 3, on the 10 and 20 events of the spans
-    # before them, by alternatives of 5, 2, 10, 5, 2, 10 epochs: (10 + 20) x 34. Frozen has nothing to choose.
+    # before them. Its alternatives have 5, 2, 10, 5, 2 and 10 epochs: (10 + 20) x 34. Frozen has nothing to choose.
     assert count_tuning_targets(find_strategy("finetune"), [100, 10, 20, 30]) == 30 * 34
     assert count_tuning_targets(find_strategy("frozen"), [100, 10, 20, 30]) == 0

@@ -33,7 +33,9 @@ def version_of(folder: Path, model: str, strategy: str | None = None, n: int = 2
 
 @pytest.mark.parametrize("n", [1, 2])  # in the first, an item is so new that histories have it and the model has not
 @pytest.mark.parametrize(("model", "strategy"), [("comirec-dr:d=8", IMSR), ("sasrec:d=8", FAST), ("mf:d=8", FAST)])
-def test_exported_ids_and_vectors_give_the_lists_of_the_version(model: str, strategy: str, n: int, tmp_path: Path) -> None:
+def test_exported_ids_and_vectors_give_the_lists_of_the_version(
+    model: str, strategy: str, n: int, tmp_path: Path
+) -> None:
     version = version_of(tmp_path, model, strategy, n)
     if n == 1:
         assert version.served.state.model.n_items < len(version.served.items)

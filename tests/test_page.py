@@ -49,7 +49,9 @@ def visit(browser: Any, tmp_path: Path) -> Iterator[Any]:
     assert [line for line in wrong if "401" not in line] == []
 
 
-def test_looking_up_a_user_adding_a_click_and_rolling_back_work_with_the_keyboard_alone(visit: Any, tmp_path: Path) -> None:
+def test_looking_up_a_user_adding_a_click_and_rolling_back_work_with_the_keyboard_alone(
+    visit: Any, tmp_path: Path
+) -> None:
     stored(tmp_path, "comirec-dr:d=8", IMSR, n=2)
     (tmp_path / "token").write_text(TOKEN)
     with process(tmp_path, "--token-file", str(tmp_path / "token")) as (address, _):
@@ -89,7 +91,9 @@ def test_looking_up_a_user_adding_a_click_and_rolling_back_work_with_the_keyboar
         page.close()  # before the server stops, because the page polls the live version
 
 
-def test_a_phone_in_dark_mode_needs_no_horizontal_scrolling_and_ids_are_never_markup(visit: Any, tmp_path: Path) -> None:
+def test_a_phone_in_dark_mode_needs_no_horizontal_scrolling_and_ids_are_never_markup(
+    visit: Any, tmp_path: Path
+) -> None:
     stored(tmp_path, "blend", n=2)
     with process(tmp_path) as (address, _):
         page = visit(address, 390, "dark")

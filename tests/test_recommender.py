@@ -328,7 +328,7 @@ ERRORS = [
     (lambda r: r.recommend("u1", diversity=-1.0), OptionError, "diversity .* must be at least 0"),
     (lambda r: r.recommend("u1", diversity=0.5), OptionError, "diversity needs categories, .* leave it at 0"),
     (lambda r: r.recommend(["u1", 2]), LogError, "mixes numbers and text"),
-    (lambda r: r.recommend([1, 2]), LogError, "use one kind"),
+    (lambda r: r.recommend([1, 2]), LogError, "Use one type"),
     (lambda r: Recommender("popularity").fit(days()[0]).recommend("x"), LogError, "not an integer"),
     (lambda r: r.similar_items("z"), OptionError, '"z" has never occurred'),
     (lambda r: r.similar_items("a"), IncompatibleError, "use item-knn"),

@@ -1,7 +1,6 @@
 """Serving: lists equal those of a replay, every answer names its version, and a wrong request gets a sentence."""
 
 import asyncio
-import json
 import socket
 import subprocess
 import sys
@@ -38,7 +37,7 @@ def test_a_served_list_equals_the_list_of_a_replay_with_the_same_state_and_histo
     model: str, strategy: str | None, tmp_path: Path
 ) -> None:
     # The replay ranks each event of the next day, with all events before it in the history. The server gets each event
-    # as a click after its list was requested. The rank of a target is 1 + items ahead + half of the items level with it.
+    # as a click after its list was requested. A target's rank is 1 + the items ahead + half of those level with it.
     _, day, _ = stored(tmp_path, model, strategy)
     store = open_store(tmp_path / "s")
     served = read_bundle(store.verified_files(store.live)).served
@@ -98,7 +97,9 @@ def test_filters_exclude_and_allow_items(tmp_path: Path) -> None:
         ]  # fmt: skip
         assert items(client.get(f"/recommend/user-1?k=2&deny={unseen[0]}&deny={unseen[2]}")) == [unseen[1], unseen[3]]
         third = [item for item in unseen if int(item.removeprefix("item-")) % 3 == 0]
-        assert sorted(items(client.get("/recommend/user-1?k=100&category=0"))) == sorted(third)  # some have the same score
+        assert sorted(items(client.get("/recommend/user-1?k=100&category=0"))) == sorted(
+            third
+        )  # some have the same score
         mixed = items(client.get("/recommend/user-1?k=3&diversity=1000000"))
         assert len({int(item.removeprefix("item-")) % 3 for item in mixed}) == 3  # one of each category
 
@@ -167,7 +168,13 @@ WRONG: list[tuple[str, str, Any, int, str]] = [
     ("POST", "/events", {"events": [{"user_id": "a"}]}, 422, "item_id"),
     ("POST", "/events", {"events": [{"user_id": 1, "item_id": "b"}]}, 422, "send it as text"),
     ("POST", "/events", {"events": [{"user_id": "a\n", "item_id": "b"}]}, 422, "pattern"),
-    ("POST", "/events", {"events": [{"user_id": "a", "item_id": "b", "timestamp": "2999-01-01"}]}, 422, "in the future"),
+    (
+        "POST",
+        "/events",
+        {"events": [{"user_id": "a", "item_id": "b", "timestamp": "2999-01-01"}]},
+        422,
+        "in the future",
+    ),
     ("POST", "/recommend", {"users": [5]}, 422, "send it as text"),
     ("POST", "/events", {"events": [{"user_id": "a", "item_id": "b"}] * 1001}, 422, "at most 1000"),
     ("DELETE", "/users/user-1", None, 403, "token"),

@@ -298,8 +298,8 @@ def test_a_user_with_n_events_in_a_span_trains_on_n_minus_2(users: list[int]) ->
 
 
 def test_split_log_takes_a_config_keywords_or_both_and_splits_by_count_by_default() -> None:
-    # Ten events in a base of half and two spans: by count 5, 2, 3 (see above); with alpha = 0.2 the base has 2, and the
-    # later 8 are shared as 4 and 4.
+    # Ten events in a base block and two spans. By count with alpha = 0.5: 5, 2, 3 (see above). With alpha = 0.2 the
+    # base block has 2 events, and the other 8 are split into 4 and 4.
     log = log_of([0, 1, 2, 3, 4, 5, 6, 7, 8, 40])
     assert sizes(split_log(log, spans=2)) == sizes(split_log(log, SplitConfig(spans=2))) == [5, 2, 3]
     assert sizes(split_log(log, SplitConfig(spans=2, alpha=0.2))) == [2, 4, 4]
