@@ -1,4 +1,4 @@
-"""The documentation says what is there: short README, true rooms, file map and walks, no link or path to nowhere."""
+"""The documentation says what is there: short README, true packages, file map and walks, no link or path to nowhere."""
 
 import ast
 import importlib
@@ -88,7 +88,7 @@ def section(name: str) -> list[str]:
 def test_the_drawn_rooms_are_the_layers_from_top_to_bottom_with_their_real_imports() -> None:
     drawn: list[tuple[str, int]] = []
     imported: dict[str, set[str]] = {}
-    for line in section("rooms")[2:-1]:  # without the fences and the heading
+    for line in section("packages")[2:-1]:  # without the fences and the heading
         words = re.split(" {2,}", line.strip())
         if words[0].isdigit():
             layer = int(words.pop(0))

@@ -51,7 +51,7 @@ DIALECT = {
     r"\bthe latest so\b": "the most recent N",
     r"\bas it comes\b": "with default options",
     r"\bdoes so\b": "the verb itself",
-    r"\bthat counts?\b(?! as| the| how)": "counting model",
+    r"\b(?:models?|experts?) that counts?\b": "counting model",
     r"\bwhat counts\b": "counting models",
     r"\bhow it bore\b": "latency and errors",
     r"\bleaves? aside\b": "ignores",
@@ -66,7 +66,7 @@ LONG_SENTENCES: tuple[str, ...] = ()
 UNREAD = {"tests/test_language.py", "src/freshrec/names.json"}
 
 WORD = re.compile(r"[A-Za-z0-9]")
-END = re.compile(r"(?<=[.!?])[\"')\]*_`]*\s+(?=[\"'(\[*_`]*[A-Z0-9`])")
+END = re.compile(r"(?<=[.!?])[\"')\]*_`]*\s+(?=[\"'(*_`]*[A-Z0-9`\[])")
 CLOSED = re.compile(r"\be\.g\.|\bi\.e\.|\betc\.|\bcf\.|\bvs\.|\bsec\.|\beq\.|\bTab\.|\bFig\.|\bal\.")
 
 
