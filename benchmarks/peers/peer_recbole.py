@@ -1,6 +1,6 @@
 """RecBole: SASRec and GRU4Rec with its default options (cross-entropy over all items, d = 64) except the batch size.
 
-Its default of 2,048 rows gives three steps per epoch on a sample of this size. With 256, training needs far fewer epochs.
+Its default of 2,048 rows gives three steps per epoch on a sample of this size. 256 needs far fewer epochs.
 """
 
 import tempfile

@@ -1,6 +1,6 @@
 """torch-rechub: MIND, ComirecDR and ComirecSA as in its examples (list-wise softmax), with our sizes.
 
-d = 64, four interests, 20 negatives per row (its examples have 3), Adam with learning rate 0.001 (its examples: 0.0001).
+d = 64, four interests, 20 negatives per row (its examples have 3), Adam with lr 0.001 (its examples: 0.0001).
 """
 
 from collections.abc import Iterator
