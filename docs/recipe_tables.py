@@ -101,17 +101,20 @@ def protocol_table(result: dict[str, Any]) -> list[str]:
     published = PUBLISHED.get(result["recipe"], {})
     methods = {(m, s) for m, s, metric in at if metric == metrics[0]}
     up = -1 if metrics[0] in LOWER_IS_BETTER else 1
-    first, seeds = max(1, part["from_span"]), part["seeds"]
+    first, last, seeds = max(1, part["from_span"]), len(later), part["seeds"]
+    mean = f"means over spans {first} to {last}" if first < last else f"those of span {last}"
+    candidates = {metric.partition(" among ")[2] for metric in metrics}  # {"999 sampled"}, or {""}: all items
+    ranking = f"among {candidates.pop()}" if len(candidates) == 1 and "" not in candidates else ""
     lines = [
         _command(result),
         "",
         f"- Log: {result['resolved']['log']['path']}. The base block has {base['events']:,} events.",
-        f"- Spans: {len(later)}. Values are means over spans {first} to {len(later)}, where {EQUAL[part['averaging']]} "
-        "weigh equally.",
+        f"- Spans: {len(later)}. Values are {mean}, where {EQUAL[part['averaging']]} weigh equally.",
+        *([f"- Ranking: {ranking} items."] if ranking else []),
         f"- Seeds: {seeds}.",
         "",
         "| model | strategy | "
-        + " | ".join(metrics)
+        + " | ".join(metric.removesuffix(f" {ranking}") for metric in metrics)
         + " | CPU-s per update | peak MB |"
         + f" published: {PUBLISHED_METRICS} |" * bool(published),
         "|---" * (4 + len(metrics) + bool(published)) + "|",

@@ -121,7 +121,7 @@ def results_page(root: Path) -> str:
     parts += ["", "## The blend", "", *_blend([r for r in found if r["recipe"] in WITH_EXPERTS])]
     parts += _strategies([r for r in found if r["recipe"].startswith("strategies-")])
     parts += studies(root, found, _difference)
-    parts += ["", "## Benchmarks", "", "`make bench`, one thread:", "", "```json", bench, "```"]
+    parts += ["", "## Benchmarks", "", "The output of `make bench`, on one thread:", "", "```json", bench, "```"]
     for result in found:
         parts += ["", f"## {result['recipe']}", "", *recipe_facts(result), "", *recipe_table(result)]
     for result in every:
