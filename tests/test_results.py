@@ -226,3 +226,24 @@ def test_pages_print_fractions_and_say_readouts_and_blocks_in_words() -> None:
     assert formatting.model_name("mind:k=2") == "mind:k=2"
     assert formatting.strategy_name("absorb x16") == "absorb (16 blocks)"
     assert formatting.strategy_name("sml-5x5") == "sml-5x5"
+
+
+def test_the_readme_shows_the_best_other_method_and_the_costs_of_an_update() -> None:
+    # 0.7 of mind@both reads interests in another way, so the best other method is sasrec's full retrain
+    ways = [
+        ("blend", "refit", 0.8),
+        ("item-knn", "absorb", 0.1),
+        ("popularity", "absorb", 0.2),
+        ("sasrec", "full", 0.6),
+    ]
+    ways += [("comirec-dr", "finetune", 0.3), ("comirec-dr", "full", 0.4), ("mind@both", "full", 0.7)]
+    quality = pl.DataFrame(ways, schema=["model", "strategy", "value"], orient="row").with_columns(
+        metric=pl.lit("ndcg@20")
+    )
+    costs = quality.filter(pl.col("model") == "comirec-dr").with_columns(
+        metric=pl.lit("update_cpu_s"), value=pl.Series([1.5, 20.0])
+    )
+    methods = pl.concat([quality, costs]).to_dict(as_series=False)
+    found = {"recipe": "default-mine", "methods": methods, "resolved": {"log": {"path": "my_log.parquet"}}}
+    line = "| my log | 0.8000 | 0.6000 (sasrec, full) | 0.1000 | 0.2000 | 0.3000 | 0.4000 | 1.5 / 20.0 |"
+    assert page._short([found])[2:] == [line]
