@@ -1,4 +1,4 @@
-"""Write src/freshrec/names.json: one line per model and strategy, so that `freshrec list` needs no torch."""
+"""Writes src/freshrec/names.json: a line on each model and strategy, which `freshrec list` prints without torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from freshrec.strategies import ALIASES, STRATEGIES
 
 
 def names_file() -> str:
-    """Return the text of the whole file."""
+    """The whole file."""
     models = {name: _line(spec, sys.modules[type(spec).__module__].__doc__) for name, spec in MODELS.items()}
     strategies = {name: _line(strategy, type(strategy).__doc__) for name, strategy in STRATEGIES.items()}
     strategies |= {alias: f"Another name of {name}." for alias, name in ALIASES.items()}
@@ -20,12 +20,12 @@ def names_file() -> str:
 
 
 def _line(instance: Any, doc: str | None) -> str:
-    """Return the first line of the docstring, and the options that differ from the defaults of the class."""
+    """The first line of the docstring, and the options in which this instance differs from its class's defaults."""
     return " ".join([(doc or "").partition("\n")[0], *(f"[{option}]" for option in options_of(instance))])
 
 
 def options_of(instance: Any) -> list[str]:
-    """Return the fields that differ from the defaults of the class, as users write them: `fit.epochs=5`."""
+    """The fields in which a dataclass differs from its class's defaults, as a user writes them: `fit.epochs=5`."""
     options = []
     for name in (field.name for field in fields(instance)):
         value, default = getattr(instance, name), getattr(type(instance)(), name)
