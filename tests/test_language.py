@@ -31,7 +31,7 @@ DIALECT = {
     r"\bunless told otherwise\b": "by default",
     r"\bnevertheless\b": "anyway, or by force",
     r"\bof which\b": "a sentence of its own",
-    r"\bso many\b": "the number, as in `at most k items`",
+    r"\b(?:of|if|for|every|the latest|latest) so many\b": "the number, as in `at most k items`",
     r"\bmend(?:s|ed|ing)?\b": "fix",
     r"\bdear(?:er|est)?\b": "expensive",
     r"\bknobs?\b": "options",
