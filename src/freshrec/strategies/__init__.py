@@ -43,7 +43,10 @@ STRATEGY_TABLE: dict[str, tuple[Strategy, str]] = {
     "er-loss": (ADER(distil=False, select="loss"), "Experience replay. Exemplars of smallest loss, no distillation."),
     "er-herding": (ADER(distil=False), "Experience replay. Exemplars chosen by herding, no distillation."),
     "ader": (ADER(), "Exemplars chosen by herding, with distillation of adaptive weight."),
-    "ader-equal": (ADER(equal=True, allocate="multinomial"), "ADER in which each item can expect as many exemplars as any other."),
+    "ader-equal": (
+        ADER(equal=True, allocate="multinomial"),
+        "ADER that draws exemplars of each item with equal probability.",
+    ),
     "ader-fix": (ADER(adaptive=False), "ADER with a fixed distillation weight."),
     "ader-s": (ADERS(), "Replay of each active user's past sequences that resemble the new events."),
     "sml": (SML(), "A trained transfer network (CNN) merges the previous and the adapted weights."),
