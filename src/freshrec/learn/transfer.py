@@ -36,8 +36,8 @@ class LinearTransfer:
     def __post_init__(self) -> None:
         check_options(self)
         if not (0 < self.alpha < 1 if self.learned else self.alpha <= 1):
-            between = "strictly between 0 and 1 with learned=true" if self.learned else "from 0 to 1"
-            raise OptionError(f"transfer.alpha is {self.alpha:g}. It must be {between}.")
+            condition = ", excluding both, with learned=true" if self.learned else ""
+            raise OptionError(f"transfer.alpha is {self.alpha:g}. It must be between 0 and 1{condition}.")
 
     def build_tower(self, width: int) -> nn.Module:
         """Build the module. It has one scalar, whatever the width."""

@@ -99,7 +99,7 @@ class ADER:
     allocate: AllocationRule = "largest-remainder"  # How exemplars are divided among items: rounded or drawn.
     equal: bool = False  # Plan equally many exemplars for all items, not in proportion to their samples.
     distil: bool = True  # Distil the previous model's scores. false = train on the true targets (ER).
-    adaptive: bool = True  # Scale the weight by the shares of old items and of exemplars [ADER eq. 4].
+    adaptive: bool = True  # Scale the weight by the shares of old items and of exemplars (equation 4 of ADER).
     weight: Weight = 0.8  # Weight of the loss on exemplars. 0 = fine-tuning.
     fit: FitConfig = FitConfig()  # How the model is trained.
 
