@@ -33,7 +33,7 @@ def options_of(instance: Any) -> list[str]:
             options += [] if type(value) is type(default) else [f"{name}={type(value).__name__}"]
             options += [f"{name}.{option}" for option in options_of(value)]
         elif value != default:
-            options.append(f"{name}={'none' if value is None else value}")
+            options.append(f"{name}={str(value).lower() if value is None or isinstance(value, bool) else value}")
     return options
 
 

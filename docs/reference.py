@@ -94,10 +94,13 @@ def _strategies(root: Path) -> list[str]:
         names = names_of_type(STRATEGIES, kind)
         lines += _option_table(kind, f"{_first_line(kind)} Used by {_list_of(f'`{name}`' for name in names)}.", root)
     for part, paths in _parts(kinds).items():
-        first_kind, field_name = paths[0]
-        example = f"`{names_of_type(STRATEGIES, first_kind)[0]}:{field_name}.{fields(part)[0].name}=...`"
+        kind, field_name = paths[-1]
+        is_default = type(getattr(kind(), field_name)) is part
+        chosen = "" if is_default else f"{field_name}={part.__name__}:"
+        option = fields(part)[0].name
+        example = f"{names_of_type(STRATEGIES, kind)[0]}:{chosen}{field_name}.{option}={getattr(part(), option)}"
         owners = _list_of(f"[{kind.__name__}](#{kind.__name__.lower()})" for kind, _ in paths)
-        about = f"{_first_line(part)} The part `{field_name}` of {owners}, set as in {example}."
+        about = f"{_first_line(part)} It is the part `{field_name}` of {owners}. Example: `{example}`."
         lines += _option_table(part, about, root)
     return lines
 

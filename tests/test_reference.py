@@ -75,7 +75,7 @@ def test_every_option_has_a_plain_sentence(kind: type) -> None:
 
 
 def test_options_of_all_parts_are_in_the_reference() -> None:
-    # transfer networks and generators too, of which the default instance has only one
+    # transfer networks too, although the default instance has only one of the three
     names = {kind.__name__ for kind in option_classes()}
     assert names >= {"FitConfig", "Retainer", "Detector", "Trimmer", "InterestBudget", "Distill", "GateLimits"}
     assert names >= {"LinearTransfer", "MLPTransfer", "CNNTransfer", "InterestSpec", "SplitConfig"}

@@ -30,7 +30,7 @@ ExemplarLoss = Callable[[Tensor, Batch], Tensor]  # (indices of the exemplars (M
 USER_BLOCK = 64  # users whose scores of all items are in memory at the same time
 
 
-# how exemplars are kept
+# how exemplars are stored and batched
 
 
 def trainable_targets(targets: Targets, length: int) -> Targets:
@@ -68,7 +68,7 @@ def exemplar_batches(
         yield index_M, exemplar_batch(samples, index_M, model, stored_interests)
 
 
-# how many of each item
+# how many exemplars each item gets
 
 
 def largest_remainder(weights_G: Tensor, n: int) -> Tensor:
@@ -97,7 +97,7 @@ def allocate_exemplars(counts_I: Tensor, n: int, rule: AllocationRule, is_equal:
     return torch.minimum(torch.bincount(drawn_N, minlength=len(counts_I)).to(counts_I.device), counts_I)
 
 
-# which ones
+# which samples become exemplars
 
 
 def herd(features_SD: Tensor, group_S: Tensor, quota_G: Tensor, may_repeat: bool = False) -> Tensor:
@@ -188,7 +188,7 @@ def select_exemplars(
     return pool[torch.cat([is_unconditional_S.nonzero()[:, 0], contested_S[chosen_M]]).sort().values]
 
 
-# how they are trained on
+# how exemplars are trained on
 
 
 @dataclass

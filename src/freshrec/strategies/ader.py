@@ -95,7 +95,7 @@ class ADER:
     """
 
     exemplars: Count = 30_000  # Maximum number of exemplars of all items together.
-    select: SelectionRule = "herding"  # Which samples of an item become exemplars. "loss" = smallest loss.
+    select: SelectionRule = "herding"  # How exemplars are chosen. "herding-code" follows the authors' code.
     allocate: AllocationRule = "largest-remainder"  # How exemplars are divided among items: rounded or drawn.
     equal: bool = False  # Plan equally many exemplars for all items, not in proportion to their samples.
     distil: bool = True  # Distil the previous model's scores. false = train on the true targets (ER).

@@ -223,7 +223,7 @@ class Trimmer:
 
 @dataclass(frozen=True)
 class IMSR:
-    """Fine-tuning with three parts: retainer, detector and trimmer. A part that is None is left out.
+    """Fine-tuning with three parts: retainer, detector and trimmer. Each can be left out.
 
     `upkeep` is not in the paper.
     """

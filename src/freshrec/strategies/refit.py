@@ -40,7 +40,7 @@ class Refit:
     weight_decay: Positive = 20.0  # L2 penalty on the expert weights, relative to the loss summed over queries.
     min_queries: Count = 40  # Queries needed to fit the weights. With fewer, the best expert is used alone.
     epochs: CountOrZero = 6  # Epochs of the network that corrects the weights. 0 = weights only.
-    trains: Literal["worth", "always", "never"] = "worth"  # When to train the trained expert. "worth" = if it helps.
+    trains: Literal["worth", "always", "never"] = "worth"  # Whether to train the trained expert. "worth" = if it helps.
     fit: FitConfig = FitConfig(epochs=3, max_epochs=30, patience=3)  # How the trained expert is trained.
     guard: bool = True  # Use the learning rate that is best on the newest sixth of an update's targets.
     max_passes: Count = 6_000_000  # Limit of targets x epochs per training. Epochs are reduced first, then targets.
