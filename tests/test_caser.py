@@ -185,7 +185,7 @@ def test_every_weight_learns(shape: str, loss: str) -> None:
 
 
 def test_without_any_filter_it_is_refused() -> None:
-    with pytest.raises(OptionError, match="reads no history; set vertical or horizontal above 0"):
+    with pytest.raises(OptionError, match="cannot read a history. Set vertical or horizontal above 0"):
         CaserSpec(vertical=0, horizontal=0)
 
 

@@ -114,7 +114,7 @@ def test_an_item_that_comes_after_training_starts_at_its_category() -> None:
 
 
 def test_a_model_that_is_told_of_categories_refuses_a_log_without_any() -> None:
-    with pytest.raises(OptionError, match="the log has no categories; set the model's option categories to 0"):
+    with pytest.raises(OptionError, match="The log has no item categories. Set the model's option categories=0"):
         set_categories(EmbeddingTable(2, 1.0, 0, n_categories=3), None)
 
 
@@ -173,5 +173,5 @@ def test_the_history_of_a_log_without_categories_is_refused_where_the_model_want
     spec = find_model("sasrec:categories=4:d=8")
     events = replace(base.events, categories_E=None)
     state = State(spec.build(0), histories=append_events(Histories.empty(), events, base.n_users))
-    with pytest.raises(OptionError, match="the log has no categories"):
+    with pytest.raises(OptionError, match="The log has no item categories"):
         Frozen(FitConfig(base_epochs=1)).update(state, base)

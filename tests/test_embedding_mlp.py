@@ -84,9 +84,9 @@ def test_without_labels_each_target_is_told_from_one_random_item_that_is_another
 
 
 def test_categories_that_do_not_fit_are_refused_with_a_sentence() -> None:
-    with pytest.raises(OptionError, match="room for 1 categories: set categories=2"):
+    with pytest.raises(OptionError, match="embedding-mlp has 1. Set categories=2"):
         built(categories=1).score(batch([[1]], [1], [2]), torch.tensor([2]))
-    with pytest.raises(OptionError, match="the log has no categories"):
+    with pytest.raises(OptionError, match="The log has no item categories"):
         built(categories=1).score(Batch(torch.tensor([1]), torch.tensor([[1]])), torch.tensor([2]))
 
 

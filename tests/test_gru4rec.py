@@ -315,7 +315,7 @@ def test_options_that_make_no_sense_are_refused() -> None:
     for wrong in ("loss=bprmax", "bptt=two", "embeddings=onehot", "alpha=-1", "drop_in=1"):
         with pytest.raises(OptionError, match=wrong.partition("=")[0]):
             find_instance("model", f"gru4rec:{wrong}", {"gru4rec": QUIET})
-    with pytest.raises(OptionError, match="logq corrects the softmax only"):
+    with pytest.raises(OptionError, match="logq works with loss=xe only"):
         GRU4RecSpec(logq=1.0).build(0)
 
 

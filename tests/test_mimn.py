@@ -16,7 +16,7 @@ from freshrec.models.mimn import (
     MIMNSpec,
     SlotMemory,
     address_slots,
-    gru_step,
+    gru_cell,
     shift_weights,
     usage_variance,
     write_slots,
@@ -102,7 +102,7 @@ def test_the_controller_is_a_gated_recurrent_unit() -> None:
         input_BD, state_BC = torch.randn(2, 4), torch.randn(2, 3)
         by_input_BG = F.linear(input_BD, cell.weight_ih, cell.bias_ih)
         by_state_BG = F.linear(state_BC, cell.weight_hh, cell.bias_hh)
-        torch.testing.assert_close(gru_step(by_input_BG, by_state_BG, state_BC), cell(input_BD, state_BC))
+        torch.testing.assert_close(gru_cell(by_input_BG, by_state_BG, state_BC), cell(input_BD, state_BC))
 
 
 def test_unevenness_by_hand() -> None:

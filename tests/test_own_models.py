@@ -264,15 +264,15 @@ def test_what_a_model_lacks_is_said_before_anything_is_read() -> None:
             return Sum(SUM, seed)
 
     for spec, sentence in (
-        (Spec(Mute), r'model "mine" \(Mute\) lacks absorb, score; CONTRIBUTING.md'),
-        (Spec(Blind), "has no table of item vectors"),
-        (Spec(lambda: Odd(SUM, 0)), 'batch_format of model "mine" .* is "session"; it must be one of target, window'),
-        (Short(), r'the options of model "mine" \(Short\) lacks length, lr, batch, negatives'),
-        (CountSpec, "is no instance of a dataclass"),
+        (Spec(Mute), r'Missing in model "mine" \(Mute\): absorb, score\. CONTRIBUTING.md'),
+        (Spec(Blind), "The table of item vectors is missing in model"),
+        (Spec(lambda: Odd(SUM, 0)), 'batch_format of model "mine" .* is "session". Use one of target, window'),
+        (Short(), r'Missing in the options of model "mine" \(Short\): length, lr, batch, negatives'),
+        (CountSpec, "is not an instance of a dataclass"),
     ):
         with pytest.raises(OptionError, match=sentence):
             build_model(spec, "mine")
-    with pytest.raises(OptionError, match=r'model "Spec" \(Mute\) lacks absorb, score'):
+    with pytest.raises(OptionError, match=r'Missing in model "Spec" \(Mute\): absorb, score'):
         Recommender(Spec(Mute))
 
 
@@ -286,11 +286,11 @@ def test_scores_of_another_form_are_refused_and_the_form_is_named() -> None:
             return super().score(batch, items).long()
 
     batch, items_N = Batch(torch.tensor([1, 2]), torch.tensor([[0, 3], [4, 7]])), torch.arange(1, 6)
-    for kind, form in ((Flat, r"\(5,\) and torch.float32"), (Whole, r"\(2, 5\) and torch.int64")):
+    for kind, form in ((Flat, r"\(5,\) and type torch.float32"), (Whole, r"\(2, 5\) and type torch.int64")):
         model = kind(COUNT)
         model.grow(2, 5)
         with pytest.raises(
-            TrainingError, match=rf"{kind.__name__}.score .* shape {form}; it must be of shape \(2, 5\)"
+            TrainingError, match=rf"{kind.__name__}.score .* shape {form}. Return floats of shape \(2, 5\)"
         ):
             score_items(model, batch, items_N)
 
@@ -303,7 +303,7 @@ def test_user_vectors_of_another_form_are_refused_and_the_form_is_named() -> Non
     model = OneVector(SUM, 0)
     model.grow(2, 7)
     batch = Batch(torch.tensor([1, 2]), torch.tensor([[0, 3], [4, 7]]))
-    with pytest.raises(TrainingError, match=r"OneVector.encode .* \(2, 8\) .*; it must be of shape \(2, K, 8\)"):
+    with pytest.raises(TrainingError, match=r"OneVector.encode .* \(2, 8\) .*. Return floats of shape \(2, K, 8\)"):
         score_items(model, batch, torch.arange(1, 8))
 
 

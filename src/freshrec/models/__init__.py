@@ -1,4 +1,4 @@
-"""Models by name. A line each; an option is a field of the spec, a variant another instance."""
+"""Table of models by name. An option is a field of the spec; a variant is another instance of the spec."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ CONTROLS: dict[str, ModelSpec] = {
     "item-knn": ItemKNNSpec(),
 }
 
-COUNTING_MODELS: dict[str, ModelSpec] = CONTROLS | {  # they have no randomness: one seed is all of them
+COUNTING_MODELS: dict[str, ModelSpec] = CONTROLS | {  # deterministic: one seed is enough
     "markov": ItemKNNSpec(kind="markov"),
     "user-knn": UserKNNSpec(),
     "sknn": SKNN,
@@ -71,9 +71,10 @@ INTERFACE = Interface(ModelSpec, "build(seed)")
 
 
 def find_model(named: str | ModelSpec | type[ModelSpec]) -> ModelSpec:
-    """The spec that "comirec-dr", "comirec-dr:k=1:attention=soft" or "their_package.module:Thing" names.
+    """Return the spec for a name such as "comirec-dr", "comirec-dr:k=1:attention=soft" or "my_module:MySpec".
 
-    An instance of one's own is returned as it is; of a class, an instance. OptionError for what is no spec.
+    A custom spec is returned unchanged, and a spec class is instantiated with its defaults. Raises OptionError for
+    anything that is not a spec.
     """
     if isinstance(named, str):
         return find_instance("model", named, MODELS, INTERFACE)
