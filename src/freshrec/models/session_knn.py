@@ -65,9 +65,9 @@ class SKNNSpec:
     lambda1: Weight = 0.0  # Weights of shared items are multiplied by exp((p - n) / lambda1); 0 = off.
     lambda2: Weight = 0.0  # Similarities are multiplied by exp(-age of the session / lambda2); 0 = off.
     lambda3: Weight = 0.0  # Scores are multiplied by exp(-distance to the last shared item / lambda3); 0 = off.
-    # The age of a session is the time, or the number of blocks, since its last event. In a log without timestamps, times
-    # are the order of events. Ages in days are then close to 0, and no session decays: use blocks there. A block is the
-    # events of one `absorb`. So ages in blocks, and `last_n`, depend on how often the model absorbs events.
+    # The age of a session is the time, or the number of blocks, since its last event. In a log without timestamps,
+    # times are the order of events. Ages in days are then close to 0, and no session decays: use blocks there. A block
+    # is the events of one `absorb`. So ages in blocks, and `last_n`, depend on how often the model absorbs events.
     ages: Literal["days", "blocks"] = "days"  # Unit of lambda2: "days", or "blocks" of absorbed events.
 
     def __post_init__(self) -> None:
