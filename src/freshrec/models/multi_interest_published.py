@@ -221,7 +221,7 @@ class PublishedInterestNet(nn.Module):
     def _extract_interests(self, items_BTD: Tensor, batch: Batch, is_noisy: bool) -> tuple[Tensor, Tensor | None]:
         """Return the interests (B, K, D), and a mask of those that a user has.
 
-        The others repeat the first interest, so that they never score highest alone.
+        The others repeat the first interest, so that they change no score.
         """
         real_BT, count = batch.history_BT > 0, self.spec.k_log2
         alive_BK = None if count == "off" else interest_mask(real_BT, self.spec.k, count)
