@@ -95,7 +95,7 @@ def test_the_best_of_each_interest_put_together_are_the_best_by_the_best_interes
 def test_categories_are_numbered_by_item_row() -> None:
     categories = pl.DataFrame({"item": [3, 1, 4], "category": ["b", "a", "b"]})
     assert item_categories(categories, 5).tolist() == [0, 1, 0, 2, 2, 0]
-    with pytest.raises(OptionError, match="needs categories"):
+    with pytest.raises(OptionError, match="diversity needs categories"):
         item_categories(categories.head(0), 5)
 
 

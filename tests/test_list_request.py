@@ -66,7 +66,7 @@ def test_ids_of_a_request_over_http_are_of_one_kind() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"k": 0}, "k is 0; ask for a whole number of items, at least 1"),
+        ({"k": 0}, "k is 0, but must be an integer of at least 1"),
         ({"k": 2.5}, "k is 2.5"),
         ({"diversity": -0.1}, "diversity of ListRequest is -0.1; it must be at least 0"),
         ({"diversity": math.nan}, "diversity of ListRequest is nan"),

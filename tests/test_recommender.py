@@ -202,9 +202,9 @@ def test_only_items_of_a_category_are_offered_where_the_log_has_categories(tmp_p
     assert items_of(recommender.recommend("stranger", category="1", allow=["a", "b"])) == "a"
     recommender.update(events("u1 b").with_columns(category=pl.lit(1))).save(tmp_path / "s")
     assert items_of(Recommender.load(tmp_path / "s").recommend("stranger", category=1)) == "ba"  # b has moved
-    with pytest.raises(OptionError, match='no item has the category "9"; known ones are 1, 2'):
+    with pytest.raises(OptionError, match='No item has the category "9". Known categories: 1, 2'):
         recommender.recommend("u1", category=9)
-    with pytest.raises(OptionError, match="the log has no such column"):
+    with pytest.raises(OptionError, match="the log has no category column"):
         Recommender("popularity").fit(LOG).recommend("u1", category=1)
 
 
@@ -244,7 +244,7 @@ def test_what_was_saved_before_there_were_stores_is_read_and_saved_as_one(tmp_pa
         open_store(older)
     for text in ("{", '{"format": 9, "part": 1, "model": "", "strategy": ""}', "[]"):
         (tmp_path / "recommender.json").write_text(text)
-        with pytest.raises(StateError, match="fit again"):
+        with pytest.raises(StateError, match="Fit again"):
             Recommender.load(tmp_path)
 
 
@@ -320,28 +320,27 @@ def test_partial_fit_is_update() -> None:
 
 
 ERRORS = [
-    (lambda r: Recommender("popularity").recommend("u1"), StateError, "call fit"),
+    (lambda r: Recommender("popularity").recommend("u1"), StateError, r"Call fit\(log\)"),
     (lambda r: Recommender("poplarity"), OptionError, 'did you mean "popularity"'),
     (lambda r: Recommender("popularity", "finetune"), IncompatibleError, "only strategy is absorb"),
     (lambda r: r.recommend("u1", k=0), OptionError, "k is 0"),
-    (lambda r: r.recommend("u1", k="3"), OptionError, "k is 3; ask for a whole number"),
+    (lambda r: r.recommend("u1", k="3"), OptionError, "k is 3, but must be an integer"),
     (lambda r: r.recommend("u1", diversity=-1.0), OptionError, "diversity .* must be at least 0"),
-    (lambda r: r.recommend("u1", diversity=0.5), OptionError, "diversity needs categories, .* leave it at 0"),
+    (lambda r: r.recommend("u1", diversity=0.5), OptionError, "diversity needs categories, .* Use diversity 0"),
     (lambda r: r.recommend(["u1", 2]), LogError, "mixes numbers and text"),
     (lambda r: r.recommend([1, 2]), LogError, "use one kind"),
     (lambda r: Recommender("popularity").fit(days()[0]).recommend("x"), LogError, "not an integer"),
-    (lambda r: r.similar_items("z"), OptionError, '"z" has never occurred'),
-    (lambda r: r.similar_items("a"), IncompatibleError, "use item-knn"),
-    (lambda r: r.explain("z", "a"), OptionError, 'user "z" has never occurred'),
-    (lambda r: r.explain(["u1", "u2"], "a"), OptionError, "one user and one item"),
-    (lambda r: r.explain("u1", "z"), OptionError, 'item "z" has never occurred'),
-    (lambda r: r.explain("u1", "a"), IncompatibleError, "use the blend"),
-    (lambda r: r.evaluate(events("u9 a")), LogError, "nothing can be asked"),
+    (lambda r: r.similar_items("z"), OptionError, 'Unknown item "z": it never occurred'),
+    (lambda r: r.similar_items("a"), IncompatibleError, "Use item-knn"),
+    (lambda r: r.explain("z", "a"), OptionError, 'Unknown user "z": it never occurred'),
+    (lambda r: r.explain(["u1", "u2"], "a"), OptionError, "one user id and one item id"),
+    (lambda r: r.explain("u1", "z"), OptionError, 'Unknown item "z": it never occurred'),
+    (lambda r: r.evaluate(events("u9 a")), LogError, "nothing can be measured"),
     (lambda r: r.evaluate(LOG, ["ndgc@20"]), OptionError, 'did you mean "ndcg"'),
     (lambda r: r.update(LOG.head(0)), LogError, "no rows"),
-    (lambda r: r.update(LOG), LogError, "5 of 6 rows .*12:00:00. are older than 2026-01-01T12:00:05.* or fit again"),
+    (lambda r: r.update(LOG), LogError, "5 of 6 rows are older than 2026-01-01T12:00:05.*12:00:00. Drop .*fit again"),
     (lambda r: r.evaluate(LOG.head(1)), LogError, "1 of 1 rows"),
-    (lambda r: r.update(WITHOUT_CLOCK), LogError, "had a clock and the new events have none"),
+    (lambda r: r.update(WITHOUT_CLOCK), LogError, "had timestamps, but the new events have none"),
 ]
 
 
