@@ -145,7 +145,7 @@ def test_an_item_without_a_score_is_not_offered() -> None:
     user = days()["user_id"][0]
     others = [item for item in days()["item_id"].unique() if explained(blend, user, item).score is None]
     text = " ".join(explanation_text(explained(blend, user, others[0])).split())
-    assert re.search(r"The blend scores \d+ candidates for this user: the best 1 items of each expert", text)
+    assert re.search(r"The blend scores \d+ candidates for this user: the best item of each expert", text)
 
 
 def test_an_item_that_a_trained_model_has_not_learned_yet_is_not_offered() -> None:

@@ -110,10 +110,10 @@ def _why_not_offered(model: Model, batch: Batch, item: int, model_name: str) -> 
     about = "Its score is 0, which means that the model has no opinion."
     if isinstance(model, Blend):
         n_candidates = int((model.candidates(batch)[0][0] > 0).sum())
-        about += (
-            f" The blend scores {n_candidates:,} candidates for this user: the best {model.spec.items_per_expert} "
-            "items of each expert, and recent items of the user."
-        )
+        n = model.spec.items_per_expert
+        best = "best item" if n == 1 else f"best {n:,} items"
+        about += f" The blend scores {n_candidates:,} candidates for this user: the {best} of each expert, and "
+        about += "recent items of the user."
     return about
 
 
