@@ -253,7 +253,7 @@ def test_a_folder_from_before_stores_is_read_and_saved_as_a_store(tmp_path: Path
 
 def test_each_interest_has_its_inner_product_rank_and_past_event() -> None:
     class Fake(MF):
-        """Items 1 and 2 point in one direction, item 3 in another. The user has one interest in each, and a removed one."""
+        """Items 1 and 2 point in one direction, item 3 in another. Each has an interest; a third one is removed."""
 
         def __init__(self) -> None:
             super().__init__(MFSpec(d=2), 0)

@@ -22,7 +22,9 @@ VersionOption = Annotated[int | None, typer.Option("--version", help="Version to
 
 
 def recommend(
-    users: Annotated[list[str], typer.Argument(metavar="USER...", help="User ids; an unknown one gets popular items.")],
+    users: Annotated[
+        list[str], typer.Argument(metavar="USER...", help="User ids; an unknown user gets popular items.")
+    ],
     store: StorePath = Path("store"),
     k: K = DEFAULTS.k,
     exclude_seen: Annotated[
@@ -35,7 +37,7 @@ def recommend(
     version: VersionOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the best items of some users."""
+    """Print recommended items for each user."""
     from freshrec.recommender.recommender import Recommender
 
     allowed, denied = (None if text is None else parse_list(text) for text in (allow, deny))
@@ -52,7 +54,7 @@ def similar(
     version: VersionOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the items most like some items."""
+    """Print the most similar items for each item."""
     from freshrec.recommender.recommender import Recommender
 
     found = Recommender.from_bundle(_open_bundle(store, version)).similar_items(items, k)
@@ -80,7 +82,7 @@ def explain(
 
 
 def inspect(
-    kind: Annotated[Literal["user", "item"], typer.Argument(help="user or item")],
+    kind: Annotated[Literal["user", "item"], typer.Argument(help="What to show: user or item.")],
     name: Annotated[str, typer.Argument(metavar="ID")],
     store: StorePath = Path("store"),
     version: VersionOption = None,

@@ -80,19 +80,21 @@ def explain_pair(served: ServedState, user: Id, item: Id, model_name: str, has_c
     last_events = dict(zip(items_T.tolist(), past_events(served, items_T, times_T, has_clock)))
     reasons, n_own = find_reasons(model, batch, item_row), int((items_T == item_row).sum())
     if not reasons:
-        return Explanation(user, item, None, 0, 0, n_own, (), _why_not_offered(model, batch, item_row, model_name))
+        return Explanation(
+            user, item, None, 0, 0, n_own, (), _describe_missing_score(model, batch, item_row, model_name)
+        )
     score_I = score_items(model, batch, torch.arange(1, model.n_items + 1))[0]
     score, is_ranked_I = float(score_I[item_row - 1]), torch.ones(model.n_items, dtype=torch.bool)
     if not n_own:
         is_ranked_I[items_T[items_T <= model.n_items] - 1] = False
     rank = 1 + int((is_ranked_I & (score_I > score)).sum())
-    question = Question(model, batch, item_row, score, reasons, last_events)
-    parts, about = _split_score(question, model_name)
+    scored = ScoredItem(model, batch, item_row, score, reasons, last_events)
+    parts, about = _split_score(scored, model_name)
     return Explanation(user, item, score, rank, int(is_ranked_I.sum()), n_own, tuple(parts), about)
 
 
 @dataclass(frozen=True)
-class Question:
+class ScoredItem:
     """A score to explain, with the reasons for it and the past events of the user."""
 
     model: Model
@@ -103,7 +105,7 @@ class Question:
     last_events: dict[int, PastEvent]  # item row -> the user's last event with it
 
 
-def _why_not_offered(model: Model, batch: Batch, item: int, model_name: str) -> str:
+def _describe_missing_score(model: Model, batch: Batch, item: int, model_name: str) -> str:
     """Sentences about an item without a score."""
     if item > model.n_items:
         return f"It is newer than the last update of {model_name}, so the model has not learned it yet."
@@ -117,25 +119,25 @@ def _why_not_offered(model: Model, batch: Batch, item: int, model_name: str) -> 
     return about
 
 
-def _split_score(question: Question, model_name: str) -> tuple[list[Contribution], str]:
+def _split_score(scored: ScoredItem, model_name: str) -> tuple[list[Contribution], str]:
     """Return contributions, largest first, and sentences about the score and the total."""
-    model = question.model
+    model = scored.model
     if isinstance(model, Blend):
-        return _split_blend(model, question)
+        return _split_blend(model, scored)
     if isinstance(model, VectorModel):
-        return _split_vectors(question)
+        return _split_vectors(scored)
     if isinstance(model, ItemKNN | Repeat):
-        return _split_by_event(question), "The score is the sum of the contributions of the user's past events."
+        return _split_by_event(scored), "The score is the sum of the contributions of the user's past events."
     if isinstance(model, Popularity):
         counted = _counted_events(model.spec, model.window_events)
         about = f"The score is the number of events of the item ({counted}). It is the same for every user."
-        return [Contribution(counted, question.score)], about
+        return [Contribution(counted, scored.score)], about
     return [], f"freshrec cannot split a score of {model_name} into contributions."
 
 
-def _split_blend(model: Blend, question: Question) -> tuple[list[Contribution], str]:
+def _split_blend(model: Blend, scored: ScoredItem) -> tuple[list[Contribution], str]:
     """Contributions of experts and features: to ln(score) minus its mean, or to the score if one expert ranks alone."""
-    last_events, labels = question.last_events, _expert_labels(model.experts)
+    last_events, labels = scored.last_events, _expert_labels(model.experts)
     parts = [
         Contribution(
             labels[reason.source],
@@ -144,12 +146,12 @@ def _split_blend(model: Blend, question: Question) -> tuple[list[Contribution], 
             last_events.get(reason.history_item),
             f", the largest part of {reason.source}",
         )
-        for reason in question.reasons
+        for reason in scored.reasons
     ]
     if model.active_rule is None:
         about = f"One expert ranks alone at present ({parts[0].source}). The score is the item's share of its scores."
-        return [replace(parts[0], value=question.score)], about
-    n_candidates = int((model.candidates(question.batch)[0][0] > 0).sum())
+        return [replace(parts[0], value=scored.score)], about
+    n_candidates = int((model.candidates(scored.batch)[0][0] > 0).sum())
     total = sum(part.value for part in parts)
     about = (
         f"The score is a probability: the scores of the user's {n_candidates:,} candidates sum to 1. The contributions "
@@ -177,9 +179,9 @@ def _counted_events(spec: PopularitySpec, window_events: int) -> str:
     return f"only the last {window_events:,} events of the log" if spec.weighting == "last" else "all events"
 
 
-def _split_vectors(question: Question) -> tuple[list[Contribution], str]:
+def _split_vectors(scored: ScoredItem) -> tuple[list[Contribution], str]:
     """The largest inner product is the score; other interests contribute 0."""
-    reasons, last_events = question.reasons, question.last_events
+    reasons, last_events = scored.reasons, scored.last_events
     best, note = reasons[0], ", the most similar item by cosine"
     if len(reasons) == 1:
         part = Contribution("user vector", best.contribution, best.rank, last_events.get(best.history_item), note)
@@ -203,22 +205,22 @@ def _split_vectors(question: Question) -> tuple[list[Contribution], str]:
     return parts, about
 
 
-def _split_by_event(question: Question) -> list[Contribution]:
+def _split_by_event(scored: ScoredItem) -> list[Contribution]:
     """s(events t, t + 1, ...) - s(events t + 1, ...) for each past event t, summed by item.
 
     Scores of these models are sums over past events whose weights depend on the number of later events only. So the
     difference is exactly the contribution of event t, and all of them add up to the score.
     """
-    history_T = question.batch.history_BT[0]
+    history_T = scored.batch.history_BT[0]
     n = len(history_T)
     is_kept_ST = torch.arange(n) >= torch.arange(n + 1)[:, None]  # row s starts at event s
-    batch = Batch(question.batch.users_B.expand(n + 1), torch.where(is_kept_ST, history_T, 0))
-    score_S = score_items(question.model, batch, torch.tensor([question.item]))[:, 0].double()
+    batch = Batch(scored.batch.users_B.expand(n + 1), torch.where(is_kept_ST, history_T, 0))
+    score_S = score_items(scored.model, batch, torch.tensor([scored.item]))[:, 0].double()
     values: dict[int, float] = {}
     for item, value in zip(history_T.tolist(), (score_S[:-1] - score_S[1:]).tolist()):
         values[item] = values.get(item, 0.0) + value
     parts = [
-        Contribution("past events", value, None, question.last_events[item], ", the largest contribution")
+        Contribution("past events", value, None, scored.last_events[item], ", the largest contribution")
         for item, value in values.items()
         if value != 0.0
     ]
