@@ -196,7 +196,7 @@ def test_inspect_reads_well_and_fits_100_columns(
     assert f"The {min(20, n_events)} most recent events, newest last:" in of_user or "All events" in of_user
     assert of_item.startswith(f"Item {item} has {len(days().filter(item_id=item))} events from ")
     assert ("An interest is a vector for one part of what the user likes." in of_user) == model.startswith("comirec")
-    assert ("this model has no interests" in of_user) == (model == "popularity")
+    assert ("Interests: this model has none." in of_user) == (model == "popularity")
     for text in (of_user, of_item):
         assert "_" not in text and "None" not in text and max(map(len, text.splitlines())) <= 100
 

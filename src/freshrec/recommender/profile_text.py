@@ -34,7 +34,7 @@ def user_text(found: dict[str, Any]) -> str:
 def _interests_heading(found: dict[str, Any]) -> str:
     kind, n = found["kind"], len(found["interests"])
     if not n:
-        return f"Interests: none; {kind}." if kind == "this model has no interests" else "Interests: none yet."
+        return "Interests: this model has none." if kind == "this model has no interests" else "Interests: none yet."
     if kind == "interests":
         return _fill(f"Interests: {n}. {INTERESTS}")
     return _fill(f"Interests: the model stores none. Shown are {kind}.")
