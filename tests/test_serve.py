@@ -105,7 +105,8 @@ def test_filters_leave_out_and_admit(tmp_path: Path) -> None:
 
 def test_a_person_is_shown_with_interests_and_the_events_behind_them(tmp_path: Path) -> None:
     for model, strategy, kind in (
-        ("comirec-dr:d=8", IMSR, "interests"), ("blend", None, "items of the list"), ("popularity", None, "this model"),
+        ("comirec-dr:d=8", IMSR, "interests"), ("blend", None, "items of the user's list"),
+        ("popularity", None, "this model"),
     ):  # fmt: skip
         folder = tmp_path / kind.split()[0]
         folder.mkdir()
