@@ -95,9 +95,9 @@ def test_a_blend_says_why_it_offers_an_item(
     reasons = json.loads(answer(capsys, "explain", "3", str(item), "--store", at, "--json"))
     assert {"markov", "pooled", "own history", "correction"} <= {reason["source"] for reason in reasons}
     assert any(reason["place"] for reason in reasons)  # somebody offers it
-    assert "because of" in answer(capsys, "explain", "3", str(item), "--store", at).splitlines()[0]
+    assert answer(capsys, "explain", "3", str(item), "--store", at).startswith(f"Item {item} is ranked 1 of ")
     assert main(["explain", "3", "999999", "--store", at]) == 2
-    assert 'item "999999" has never occurred' in capsys.readouterr().err
+    assert 'Unknown item "999999": it never occurred in an event' in capsys.readouterr().err
 
 
 def test_a_fitted_model_and_its_strategy_take_options(

@@ -82,7 +82,7 @@ def test_a_value_that_a_strategy_does_not_take_is_refused(text: str, says: str) 
 
 def test_heads_must_divide_d_once_all_options_are_set() -> None:
     assert find_model("sasrec:heads=3:d=66").build(0).spec.d == 66  # though 3 does not divide the default of 64
-    with pytest.raises(OptionError, match="d = 64 cannot be shared by 3 heads"):
+    with pytest.raises(OptionError, match="d = 64 cannot be divided by heads = 3"):
         find_model("sasrec:heads=3").build(0)
 
 

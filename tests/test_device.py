@@ -1,4 +1,4 @@
-"""Training works on other devices: every tensor is created there or moved there."""
+"""Everything that trains on the CPU trains on another device: each tensor is created there, or moved."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -82,12 +82,12 @@ def test_a_replay_runs_on_another_device(pair: Pair, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("pretend")
-def test_another_device_gives_the_same_results_as_the_cpu(tmp_path: Path) -> None:
-    # the random numbers are the same; only the order of some sums differs
+def test_another_device_gives_the_results_of_the_cpu(tmp_path: Path) -> None:
+    # random numbers are the same, and arithmetic differs only in the order of some sums
     pair = Pair("mf", "finetune")
     assert replayed(pair, tmp_path / "there", NAME).equals(replayed(pair, tmp_path / "here"))
 
 
-def test_an_unavailable_device_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_device_is_named(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match='There is no device "abacus" here'):
         run_cells([], world(), ReplaySettings(), tmp_path, device="abacus", on_span_done=lambda cell, span: None)

@@ -96,11 +96,11 @@ def test_the_number_of_epochs_does_not_matter_where_a_part_is_held_out(epochs: i
 @pytest.mark.parametrize(
     ("strategy", "why"),
     [
-        (lambda: SML(fit=STOPPED), "weights that nobody serves"),
-        (lambda: SPMF(fit=STOPPED), "draws new samples for each epoch"),
-        (lambda: IncCTR(threshold=3, fit=STOPPED), "share of the common one"),
-        (lambda: SelfTuned(fit=STOPPED), "has no use for fit.holdout"),
-        (lambda: SelfTuned(base_parts=3), "at least 4 parts of the base block"),
+        (lambda: SML(fit=STOPPED), "weights that are not served"),
+        (lambda: SPMF(fit=STOPPED), "draws new samples in each epoch"),
+        (lambda: IncCTR(threshold=3, fit=STOPPED), "while rare ids share a row"),
+        (lambda: SelfTuned(fit=STOPPED), "Leave out fit.holdout"),
+        (lambda: SelfTuned(base_parts=3), "Set base_parts to 0 or at least 4"),
     ],
 )
 def test_what_cannot_be_stopped_by_a_held_out_part_says_so(strategy: Callable[[], object], why: str) -> None:

@@ -222,11 +222,11 @@ def test_an_own_strategy_may_update_any_model_and_its_errors_are_its_own() -> No
 @pytest.mark.parametrize(
     ("own", "says"),
     [
-        ("Nothing", r'update\(state, span\) of strategy "Nothing" returned None; it must return the next State'),
-        ("Same", '"Same" returned a state with spans_seen=0; it must be 1, one more than before'),
+        ("Nothing", r'update\(state, span\) of strategy "Nothing" returned None. It must return the next State'),
+        ("Same", '"Same" returned a state with spans_seen=0. It must be 1, one more than before'),
         (
             "Ungrown",
-            '"Ungrown" returned a model of 0 users and 0 items, and the span has [0-9]+ and [0-9]+; let the model grow',
+            '"Ungrown" returned a model with 0 users and 0 items, but the span has [0-9]+ and [0-9]+. Grow the model',
         ),
     ],
 )
@@ -245,7 +245,7 @@ def test_an_own_strategy_may_say_which_models_it_takes() -> None:
     example = find_strategy("my_strategy:MyStrategy")
     check_compatible(MODELS["mf"], "mf", example, "mine")
     for name in ("item-knn", "blend"):
-        with pytest.raises(IncompatibleError, match=f'"{name}" counts, it is not trained'):
+        with pytest.raises(IncompatibleError, match=f'Strategy "mine" cannot train model "{name}"'):
             check_compatible(MODELS[name], name, example, "mine")
 
 

@@ -106,7 +106,8 @@ def test_filters_exclude_and_allow_items(tmp_path: Path) -> None:
 
 def test_a_profile_has_interests_and_their_events(tmp_path: Path) -> None:
     for model, strategy, kind in (
-        ("comirec-dr:d=8", IMSR, "interests"), ("blend", None, "items of the list"), ("popularity", None, "this model"),
+        ("comirec-dr:d=8", IMSR, "interests"), ("blend", None, "items of the user's list"),
+        ("popularity", None, "this model"),
     ):  # fmt: skip
         folder = tmp_path / kind.split()[0]
         folder.mkdir()

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -60,9 +62,9 @@ OLD_FLAGS = {  # by the first word of a command: flags of 0.1.0, and their new n
     "serve": SEARCH_FLAGS,
     "bench": SEARCH_FLAGS,
 }
-OWN_NAMES = {  # how to name what is no part of freshrec
-    "models": "Your own model is named as in my_model:MyModelSpec:hours=2.",
-    "strategies": "Your own strategy is named as in my_strategy:MyStrategy:keep=0.3.",
+OWN_NAMES = {  # how to name a user's own model or strategy
+    "models": "Name your own model by its module and class, as in my_model:MyModelSpec:hours=2.",
+    "strategies": "Name your own strategy by its module and class, as in my_strategy:MyStrategy:keep=0.3.",
 }
 LISTED_KINDS = ("models", "strategies", "metrics", "worlds", "formats")
 
@@ -87,15 +89,27 @@ def validate(
 
 
 def list_names(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help=f"What to list: {', '.join(LISTED_KINDS)}.")],
+    kind: Annotated[str, typer.Argument(metavar="KIND", help=f"Names to list: {', '.join(LISTED_KINDS)}.")],
     as_json: AsJson = False,
 ) -> None:
-    """List models, strategies, metrics, worlds or formats, with a line on each."""
+    """List models, strategies, metrics, worlds or formats, with one line about each."""
     lines = describe_names(kind)
+    if as_json:
+        typer.echo(json.dumps(lines, indent=2))
+        return
     width = max(map(len, lines))
-    typer.echo(json.dumps(lines, indent=2) if as_json else "\n".join(f"{n:<{width}}  {t}" for n, t in lines.items()))
-    if not as_json and kind in OWN_NAMES:
+    for name, text in lines.items():
+        sentence = text.partition(" [")[0]  # the options in brackets stand in docs/reference.md
+        typer.echo(_wrap_on_terminal(f"{name:<{width}}  {sentence}", indent=width + 2))
+    if kind in OWN_NAMES:
         typer.echo(f"{OWN_NAMES[kind]} CONTRIBUTING.md and docs/examples show how to write one.", err=True)
+
+
+def _wrap_on_terminal(line: str, indent: int) -> str:
+    """Wrap a line at the width of the terminal. In a pipe or a file it stays one line."""
+    if not sys.stdout.isatty():
+        return line
+    return textwrap.fill(line, min(shutil.get_terminal_size().columns, 100), subsequent_indent=" " * indent)
 
 
 GROUPS: dict[str, tuple[Callable[..., None], ...]] = {  # the headings of `freshrec --help`, and the commands below each
@@ -123,7 +137,7 @@ app.add_typer(server.bench, name="bench", rich_help_panel="Serve")
 
 
 def describe_names(kind: str) -> dict[str, str]:
-    """Each name with what its own code says of it. OptionError for an unknown kind."""
+    """Return name -> description for one kind of names. Raises OptionError for an unknown kind."""
     from freshrec.data.synthetic import WORLDS
 
     if kind == "formats":
@@ -134,7 +148,7 @@ def describe_names(kind: str) -> dict[str, str]:
         from freshrec.replay.metrics import METRICS
 
         return {f"{name}@k": metric.description for name, metric in METRICS.items()}
-    if kind in ("models", "strategies"):  # written by docs/generate.py, because importing them imports torch
+    if kind in ("models", "strategies"):  # from a generated file, because importing them would import torch
         listed: dict[str, str] = json.loads(files("freshrec").joinpath("names.json").read_text())[kind]
         return listed
     raise unknown_name_error("list", kind, LISTED_KINDS)

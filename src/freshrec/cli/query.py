@@ -22,7 +22,9 @@ VersionOption = Annotated[int | None, typer.Option("--version", help="Version to
 
 
 def recommend(
-    users: Annotated[list[str], typer.Argument(metavar="USER...", help="User ids; an unknown one gets popular items.")],
+    users: Annotated[
+        list[str], typer.Argument(metavar="USER...", help="User ids; an unknown user gets popular items.")
+    ],
     store: StorePath = Path("store"),
     k: K = DEFAULTS.k,
     exclude_seen: Annotated[
@@ -35,7 +37,7 @@ def recommend(
     version: VersionOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the best items of some users."""
+    """Print recommended items for each user."""
     from freshrec.recommender.recommender import Recommender
 
     allowed, denied = (None if text is None else parse_list(text) for text in (allow, deny))
@@ -52,7 +54,7 @@ def similar(
     version: VersionOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the items most like some items."""
+    """Print the most similar items for each item."""
     from freshrec.recommender.recommender import Recommender
 
     found = Recommender.from_bundle(_open_bundle(store, version)).similar_items(items, k)
@@ -67,25 +69,26 @@ def explain(
     version: VersionOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print why a user is offered an item: which expert or interest put it there, and which past event."""
+    """Explain the score of an item for a user: its rank, its contributions, and the most important past event."""
+    from freshrec.recommender.explanation import explain_pair, explanation_text
     from freshrec.recommender.recommender import Recommender
 
-    found = Recommender.from_bundle(_open_bundle(store, version)).explain(user, item)
-    if found.is_empty() and not as_json:
-        typer.echo(f"{item} is not offered to {user}")
-        return
-    rows = [(source, place, f"{points:+.2f}", because) for source, place, points, because in found.iter_rows()]
-    _print_frame(found, ("source", "place", "points", "because of"), rows, as_json)
+    bundle = _open_bundle(store, version)
+    if as_json:
+        print_json(Recommender.from_bundle(bundle).explain(user, item).to_dicts())
+    else:
+        found = explain_pair(bundle.served, user, item, bundle.names[0], bundle.read_options.has_clock)
+        typer.echo(explanation_text(found))
 
 
 def inspect(
-    kind: Annotated[Literal["user", "item"], typer.Argument(help="user or item")],
+    kind: Annotated[Literal["user", "item"], typer.Argument(help="What to show: user or item.")],
     name: Annotated[str, typer.Argument(metavar="ID")],
     store: StorePath = Path("store"),
     version: VersionOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print what is known of one user, its events and interests, or of one item."""
+    """Print the events and interests of a user, or the statistics of an item."""
     from freshrec.nightly import inspection
 
     bundle = _open_bundle(store, version)
@@ -93,16 +96,9 @@ def inspect(
     if as_json:
         print_json(found)
         return
-    events, interests = found.pop("events", []), found.pop("interests", [])
-    if "kind" in found:
-        found["interests"] = found.pop("kind")
-    _print_fields(found)
-    if events:
-        print_table(("at", "item"), [(event["at"], event["item_id"]) for event in events])
-    fields = ("title", "born_span", "used_span")
-    rows = [(*(card[field] for field in fields), ", ".join(map(str, card["items"]))) for card in interests]
-    if rows:
-        print_table(("interest", "born in span", "last used in span", "best items"), rows)
+    from freshrec.recommender import profile_text
+
+    typer.echo(profile_text.user_text(found) if kind == "user" else profile_text.item_text(found))
 
 
 def status(store: StorePath = Path("store"), as_json: AsJson = False) -> None:
