@@ -217,7 +217,7 @@ def test_a_loss_that_chance_brings_passes_and_a_note_says_what_could_not_be_noti
     new[:8], new[50:54] = 0, 1
     verdict = judge_challenger(TODAY, THREE_WEEKS, measured(new, live))
     assert verdict.promoted
-    (text,) = (note.text for note in verdict.notes if note.kind == "weak-test-newest")
+    (text,) = (note.text for note in verdict.notes if note.code == "weak-test-newest")
     assert text.startswith("On the newest events, ndcg@20 differs from that of the live version for 12 of 100 users. ")
     # L * 0.2 = z sqrt((0.12 - 0.04^2 + L * 0.2) / 100) with z = 4.452 gives L = 1.41: more than everything.
     assert text.endswith(" With so few users, any loss could go unnoticed.")
@@ -230,15 +230,15 @@ def test_what_may_stay_unnoticed_follows_from_the_number_of_users() -> None:
     assert few.numbers["unnoticed"] == pytest.approx(0.396, abs=0.001)
     assert many.numbers["unnoticed"] == pytest.approx(0.0554, abs=0.0001)
     # A note is added above max_undetected_loss, 30 %; there are no older events and no floor in either case.
-    assert few.notes[0].kind == "weak-test-newest"
+    assert few.notes[0].code == "weak-test-newest"
     assert few.notes[0].text.endswith(" With so few users, a loss of up to 39.6 % could go unnoticed.")
-    assert [note.kind for note in many.notes] == ["no-floor", "no-users-older"]
+    assert [note.code for note in many.notes] == ["no-floor", "no-users-older"]
 
 
 def test_few_users_are_not_compared_and_a_note_says_so() -> None:
     verdict = judge_challenger(TODAY, THREE_WEEKS, measured(hits(0, 29), hits(1, 29), tails=[1.0] * 9))
     assert verdict.promoted
-    (text,) = (note.text for note in verdict.notes if note.kind == "few-users-newest")
+    (text,) = (note.text for note in verdict.notes if note.code == "few-users-newest")
     assert "for 29 users only" in text and text.endswith("The versions are compared from 30 users on.")
     assert not judge_challenger(TODAY, THREE_WEEKS, measured(hits(0, 30), hits(1, 30))).promoted
 
@@ -252,9 +252,9 @@ def test_nothing_to_compare_with_is_noted_and_passes() -> None:
         "The versions were not compared on the newest events, because no user in them has an earlier event.",
         "The versions were not compared on older events, because none are held out yet.",
     ]
-    assert [note.kind for note in verdict.notes] == ["few-deliveries", "no-users-newest", "no-users-older"]
+    assert [note.code for note in verdict.notes] == ["few-deliveries", "no-users-newest", "no-users-older"]
     verdict = judge_challenger(TODAY, [], measured(hits(0.1), hits(0)))
-    texts = {note.kind: note.text for note in verdict.notes}
+    texts = {note.code: note.text for note in verdict.notes}
     assert "so nothing can be lost" in texts["zero-newest"]
     assert texts["no-floor"] == (
         "ndcg@20 is known for no earlier live versions. From 3 on, an unusually low value is refused."

@@ -63,7 +63,7 @@ def test_a_note_is_printed_on_the_first_night_and_again_after_seven_days() -> No
     assert printed_on == [0, 7, 14]
 
 
-def test_a_note_with_other_numbers_is_the_same_note_and_another_kind_is_a_new_one() -> None:
+def test_a_note_with_other_numbers_is_the_same_note_and_another_code_is_a_new_one() -> None:
     first, later = version(2, (FEW,)), Note("few-deliveries", "The store has 1 earlier delivery.")
     assert notes_to_print([version(1), first], version(3, (later, WEAK), day=1)) == ([WEAK.text], 1)
 
@@ -78,12 +78,12 @@ def test_what_happened_to_one_version_alone_is_printed_every_time() -> None:
     assert notes_to_print([version(1), version(2, (forced,))], version(3, (forced,), day=1)) == ([forced.text], 0)
 
 
-def test_manifests_without_kinds_of_notes_open_and_every_note_of_theirs_is_printed() -> None:
+def test_manifests_without_codes_of_notes_open_and_every_note_of_theirs_is_printed() -> None:
     store = Path(__file__).parent / "gold" / "store-0.1.0-popularity" / "versions" / "2" / "manifest.json"
     content = json.loads(store.read_text())
     content = content.get("content", content)
     old = version(2, notes=()).model_copy(update={"notes": content["notes"], "data": content["data"]})
-    assert len(old.notes) > 0 and "note_kinds" not in old.data
+    assert len(old.notes) > 0 and "note_codes" not in old.data
     assert [note.text for note in notes_of(old)] == old.notes
     assert notes_to_print([version(1)], old) == (old.notes, 0)
 

@@ -41,6 +41,18 @@ if TYPE_CHECKING:
 
 
 GateOption = Annotated[str, typer.Option(help="Limits of the gate, such as metric=hr@20:tolerance=0.1.")]
+NewEvents = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        metavar="[NEW]...", help="Files of new events; none = learn waiting clicks and unfinished deliveries."
+    ),
+]
+FullEvery = Annotated[
+    str,
+    typer.Option(
+        metavar="N|auto", help="Also try a full retrain every N updates; auto = as often as it improves quality."
+    ),
+]
 
 
 def fit(
@@ -114,32 +126,20 @@ def _skipped_rows(job: NightlyJob, version: Manifest, log: Log) -> list[str]:
 
 
 def update(
-    new: Annotated[
-        list[Path] | None,
-        typer.Argument(
-            metavar="[NEW]...",
-            help="Files of new events; none = continue an interrupted update, and learn waiting clicks.",
-        ),
-    ] = None,
+    new: NewEvents = None,
     store: StorePath = Path("store"),
-    force: Annotated[
-        bool, typer.Option("--force", help="Promote the new version even if the gate refuses it; needs --reason.")
-    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Promote a refused version anyway; needs --reason.")] = False,
     reason: ReasonOption = "",
     retry: Annotated[
-        int | None, typer.Option(metavar="VERSION", help="Learn the events of a refused version again.")
+        int | None, typer.Option(metavar="VERSION", help="Learn a refused version's events again.")
     ] = None,
-    full_every: Annotated[
-        str, typer.Option(metavar="N|auto", help="Also try a full retrain every N updates, or as often as it pays.")
-    ] = "",
+    full_every: FullEvery = "",
     gate: GateOption = "",
     columns: Columns = "",
     format_name: FormatName = None,
     quarantine: Quarantine = None,
     wait: WaitOption = "",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what the files contain and what is unusual; change nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what is in the files; change nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Learn new events, measure the new version, and promote it unless it is worse than the live one."""
@@ -166,8 +166,8 @@ def update(
     versions: list[Manifest] = []
     try:
         with locked_store(store, wait), show_progress(not as_json, with_lines=False) as clear_progress:
-            say = partial(_say, clear_progress, as_json)
-            for version in _make_versions(job, new or [], retry, read_delivery, force_reason, say):
+            print_line = partial(_print_line, clear_progress, as_json)
+            for version in _make_versions(job, new or [], retry, read_delivery, force_reason, print_line):
                 versions.append(version)
                 clear_progress()
                 if not as_json:
@@ -181,7 +181,7 @@ def update(
     _report_update(store, live, versions, force, as_json)
 
 
-def _say(clear_progress: Callable[[], None], as_json: bool, text: str) -> None:
+def _print_line(clear_progress: Callable[[], None], as_json: bool, text: str) -> None:
     """Print a line for people, above the progress bar."""
     clear_progress()
     if not as_json:
@@ -213,7 +213,7 @@ def _make_versions(
     retry: int | None,
     read_delivery: Callable[[Path], Log | None],
     force: str,
-    say: Callable[[str], None],
+    print_line: Callable[[str], None],
 ) -> Iterator[Manifest]:
     """Yield the versions of waiting batches, of each file, and of --retry. Clicks are learned with the last file."""
     from freshrec.nightly import click_intake
@@ -221,19 +221,19 @@ def _make_versions(
     yield from job.catch_up(force)
     for path in paths:
         report_progress(READING, detail=path.name)
-        yield from _learn_file(job, path, read_delivery(path), path is paths[-1], force, say)
+        yield from _learn_file(job, path, read_delivery(path), path is paths[-1], force, print_line)
     if not paths:
-        yield from _learn_clicks(job, force, say)
+        yield from _learn_clicks(job, force, print_line)
     click_intake.remove_learnt_clicks(job)
     if n := click_intake.count_waiting_clicks(job):
         clicks = "1 click is" if n == 1 else f"{n:,} clicks are"
-        say(f"{clicks} newer than the file. The next update learns them, or `freshrec update` without a file.")
+        print_line(f"{clicks} newer than the file. The next update learns them, or `freshrec update` without a file.")
     if retry is not None:
         yield job.relearn(retry, force)
 
 
 def _learn_file(
-    job: NightlyJob, path: Path, log: Log | None, with_clicks: bool, force: str, say: Callable[[str], None]
+    job: NightlyJob, path: Path, log: Log | None, with_clicks: bool, force: str, print_line: Callable[[str], None]
 ) -> Iterator[Manifest]:
     """Yield the versions of one file, which is None if it has no rows. `with_clicks`: also learn waiting clicks."""
     from freshrec.nightly import click_intake
@@ -250,15 +250,15 @@ def _learn_file(
     except LogError as error:
         raise LogError(f"{path.name}: {error}") from None
     if result is None:
-        say(f"{path.name}: no rows")
+        print_line(f"{path.name}: no rows")
         yield job.add_unchanged_version(None, source)
         return
     n_bad = 0 if log is None else log.n_quarantined
-    say(_delivery_line(job, result, "Clicks of the server" if log is None else path.name, n_bad))
+    print_line(_delivery_line(job, result, "Clicks of the server" if log is None else path.name, n_bad))
     yield from job.catch_up(force)
 
 
-def _learn_clicks(job: NightlyJob, force: str, say: Callable[[str], None]) -> Iterator[Manifest]:
+def _learn_clicks(job: NightlyJob, force: str, print_line: Callable[[str], None]) -> Iterator[Manifest]:
     """Yield the versions of the waiting clicks, without a file. There is none if no click waits."""
     from freshrec.nightly import click_intake
 
@@ -268,7 +268,7 @@ def _learn_clicks(job: NightlyJob, force: str, say: Callable[[str], None]) -> It
         raise LogError(f"Clicks of the server: {error}") from None
     if result is None:
         return
-    say(_delivery_line(job, result, "Clicks of the server"))
+    print_line(_delivery_line(job, result, "Clicks of the server"))
     yield from job.catch_up(force)
 
 

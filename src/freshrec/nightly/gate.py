@@ -114,7 +114,7 @@ class Verdict:
 class HoldoutEvents(NamedTuple):
     """Which held-out events a comparison uses, in words."""
 
-    kind: str  # in the kinds of notes
+    kind: str  # part of the codes of notes
     name: str
     missing: str  # why there may be none
 

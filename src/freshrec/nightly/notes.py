@@ -8,31 +8,31 @@ from typing import NamedTuple
 
 from freshrec.store.manifest import Manifest
 
-KINDS_KEY = "note_kinds"  # in a manifest's "data": the kind of each note, in the order of "notes"
-REPEAT_AFTER = timedelta(days=7)  # a note of the same kind is printed again after this time
-# Notes about this version alone. They are printed every time.
-ONE_TIME_KINDS = {"forced", "unchanged", "accepted-loss"}
+CODES_KEY = "note_codes"  # in a manifest's "data": the code of each note, in the order of "notes"
+REPEAT_AFTER = timedelta(days=7)  # a note with the same code is printed again after this time
+# Codes of notes about one version alone, which are printed every time
+ALWAYS_PRINTED = {"forced", "unchanged", "accepted-loss"}
 
 
 class Note(NamedTuple):
-    """A sentence or two for people. Notes of the same kind say the same thing about different numbers."""
+    """A sentence or two for people. Notes with the same code differ only in their numbers."""
 
-    kind: str  # stable: stored in manifests
+    code: str  # stable, because manifests hold it
     text: str
 
 
 def with_notes(manifest: Manifest, notes: Sequence[Note]) -> Manifest:
     """Return a copy of the manifest with these notes in place of its own."""
-    data = manifest.data | {KINDS_KEY: [note.kind for note in notes]}
+    data = manifest.data | {CODES_KEY: [note.code for note in notes]}
     return manifest.model_copy(update={"notes": [note.text for note in notes], "data": data})
 
 
 def notes_of(manifest: Manifest) -> list[Note]:
-    """Return the notes of a version. Versions of freshrec 0.1.0 stored no kinds: there every note is its own kind."""
-    kinds = manifest.data.get(KINDS_KEY, [])
-    if len(kinds) != len(manifest.notes):
-        kinds = manifest.notes
-    return [Note(str(kind), text) for kind, text in zip(kinds, manifest.notes)]
+    """Return the notes of a version. Versions of freshrec 0.1.0 stored no codes; the text of each note is its code."""
+    codes = manifest.data.get(CODES_KEY, [])
+    if len(codes) != len(manifest.notes):
+        codes = manifest.notes
+    return [Note(str(code), text) for code, text in zip(codes, manifest.notes)]
 
 
 def notes_to_print(chain: Sequence[Manifest], manifest: Manifest) -> tuple[list[str], int]:
@@ -46,9 +46,9 @@ def notes_to_print(chain: Sequence[Manifest], manifest: Manifest) -> tuple[list[
     for version in (*(v for v in chain if v.id < manifest.id), manifest):
         made_at, new = datetime.fromisoformat(version.made_at), []
         for note in notes_of(version):
-            last = printed_at.get(note.kind)
-            if note.kind in ONE_TIME_KINDS or last is None or made_at - last >= REPEAT_AFTER:
-                printed_at[note.kind] = made_at
+            last = printed_at.get(note.code)
+            if note.code in ALWAYS_PRINTED or last is None or made_at - last >= REPEAT_AFTER:
+                printed_at[note.code] = made_at
                 new.append(note.text)
     return new, len(manifest.notes) - len(new)
 
