@@ -134,7 +134,9 @@ def test_the_verdict_of_refused_forced_and_unchanged_versions_is_plain() -> None
     refused = version(7, promoted=False, goes_live=False)
     assert verdict_sentence(refused) == "Version 7 was refused; version 6 stays live."
     forced = version(7, promoted=False)
-    assert verdict_sentence(forced).startswith("Version 7 is live because of --force (updated from version 6).")
+    assert verdict_sentence(forced) == (
+        "Version 7 is live because of --force, although the gate refused it (updated from version 6)."
+    )
     assert version_line(forced).endswith("; refused, but promoted by --force")
     assert "a copy of version 6" in verdict_sentence(version(7, kind="no rows"))
 
@@ -153,7 +155,7 @@ def test_the_block_of_a_fit_says_what_was_read_and_measured() -> None:
     fitted = version(1, kind="fit", numbers=numbers, sizes={"events": 3000, "users": 20, "items": 1000})
     assert fit_lines(fitted, "2025-01-01 to 2025-06-01", ["2 duplicates skipped"]) == [
         ("Read", "3,000 events, 20 users, 1,000 items; 2025-01-01 to 2025-06-01; 2 duplicates skipped"),
-        ("Quality", "hr@10 0.5000, popularity 0.2500 (higher is better; 1 held-out query)"),
+        ("Quality", "hr@10 0.5000, popularity baseline 0.2500 (higher is better; 1 held-out query)"),
         ("Time", "1.0 s"),
     ]
 
@@ -172,7 +174,9 @@ def test_fit_ends_with_a_block_and_commands_that_run(logs: Path, capsys: pytest.
     assert lines[0] == "Version 1 is live in shop."
     assert [line[:13].strip() for line in lines[1:4]] == ["Read", "Quality", "Time"]
     assert "3,000 events, " in lines[1] and re.search(r"\d{4}-\d\d-\d\d(T\S+)? to \d{4}", lines[1])
-    assert re.search(r"ndcg@20 0\.\d{4}, popularity 0\.\d{4} \(higher is better; \d+ held-out queries\)$", lines[2])
+    assert re.search(
+        r"ndcg@20 0\.\d{4}, popularity baseline 0\.\d{4} \(higher is better; \d+ held-out queries\)$", lines[2]
+    )
     # 5 % of 3,000 events are held out
     assert re.sub(r"\[\d+ s\] ", "", err).splitlines() == [
         "read: 3,000 rows of log.parquet",
@@ -218,7 +222,7 @@ def test_a_refused_update_says_why_what_stays_and_what_to_type(logs: Path, capsy
         '`freshrec update --retry 2 --force --reason "..." --store shop`.\n'
     )
     out, _ = printed(capsys, "update --retry 2 --force --reason fair --store shop")
-    assert "Version 3 is live because of --force (updated from version 1). The gate had refused it." in out
+    assert "Version 3 is live because of --force, although the gate refused it (updated from version 1)." in out
     assert "It was promoted by --force: fair" in " ".join(out.split())
 
 

@@ -336,6 +336,8 @@ def _print_version(job: NightlyJob, version: Manifest) -> None:
     print_wrapped(verdict_sentence(version), "  ")
     print_labelled(("Reason", reason) for reason in version.reasons)
     print_labelled(update_lines(version))
+    if version.kind == "no rows":
+        return  # its note says the same as the verdict
     notes, n_earlier = notes_to_print(version_chain(job.store), version)
     print_labelled(("Note", note) for note in notes)
     if n_earlier:

@@ -34,7 +34,7 @@ def verdict_sentence(version: Manifest) -> str:
     if version.promoted:
         return f"{name} is live (updated from {parent})."
     if version.goes_live:
-        return f"{name} is live because of --force (updated from {parent}). The gate had refused it."
+        return f"{name} is live because of --force, although the gate refused it (updated from {parent})."
     return f"{name} was refused; {parent} stays live."
 
 
@@ -66,7 +66,7 @@ def fit_lines(version: Manifest, times: str, skipped: Sequence[str]) -> Lines:
     metric = next((name.removesuffix(" popularity") for name in numbers if name.endswith(" popularity")), "")
     if metric:
         queries = f"{numbers['asked']:,.0f} held-out " + ("query" if numbers["asked"] == 1 else "queries")
-        values = f"{metric} {numbers[metric]:.4f}, popularity {numbers[f'{metric} popularity']:.4f}"
+        values = f"{metric} {numbers[metric]:.4f}, popularity baseline {numbers[f'{metric} popularity']:.4f}"
         lines.append(("Quality", f"{values} (higher is better; {queries})"))
     return [*lines, ("Time", f"{numbers.get('wait_s', 0.0):.1f} s")]
 

@@ -48,8 +48,6 @@ N_HOLDOUT_QUERIES = 250  # queries of a version that are kept to measure later v
 N_HOLDOUT_VERSIONS = 5  # number of latest versions whose queries are kept
 HOLDOUT_SHARE, FIRST_HOLDOUT_SHARE = 0.2, 0.05  # held-out share of a delivery, and of the first log
 MAX_HOLDOUT_EVENTS = 20_000  # held-out events at most
-
-
 COMPARED_KEY = "compared_users"  # in a manifest's "data": users measured on the newest events, and on older ones
 
 
