@@ -1,4 +1,4 @@
-"""Clicks: on the disk before they are acknowledged, in the next list at once, and learnt by an update exactly once."""
+"""Clicks: on disk before they are acknowledged, in the next list at once, and learned by an update exactly once."""
 
 import os
 import threading
@@ -71,7 +71,7 @@ def test_a_click_changes_the_next_list_and_nothing_is_trained_for_it(
 
 
 def test_what_is_folded_in_is_answered_as_if_the_version_held_it(tmp_path: Path) -> None:
-    # The same clicks delivered to a copy of the store, none of them learnt yet but pending, give the same lists.
+    # The same clicks delivered to a copy of the store, pending and not yet learned, give the same lists.
     stored(tmp_path, "comirec-dr:d=8", IMSR)
     with server(tmp_path) as (client, live):
         for n, item in enumerate(("item-3", "item-4", "item-3", "item-9")):
