@@ -143,7 +143,7 @@ def test_the_flag_of_0_1_0_that_keeps_seen_items_still_works_with_one_line_of_wa
     assert main(["recommend", "3", "--store", at, "--include-seen", "--json"]) == 0
     out, err = capsys.readouterr()
     assert out == new
-    assert err == "warning: --include-seen is called --no-exclude-seen now; the old name still works.\n"
+    assert err == "warning: --include-seen is now called --no-exclude-seen. The old name still works.\n"
 
 
 def test_a_table_for_people_has_a_line_per_item(
@@ -209,8 +209,8 @@ def test_the_options_listed_for_a_variant_make_it_from_its_plain_form(name: str)
 
 
 FAILS = [
-    (["fit", "LOG", "--store", "OUT", "--model", "sasrek"], 2, 'there is no model "sasrek"; did you mean "sasrec"?'),
-    (["fit", "LOG", "--store", "OUT", "--strategy", "fintune"], 2, 'did you mean "finetune"?'),
+    (["fit", "LOG", "--store", "OUT", "--model", "sasrek"], 2, 'There is no model "sasrek". Did you mean "sasrec"?'),
+    (["fit", "LOG", "--store", "OUT", "--strategy", "fintune"], 2, 'Did you mean "finetune"?'),
     (["fit", "LOG", "--store", "OUT", "--model", "mf", "--strategy", "imsr"], 5, "several interests"),
     (["fit", "LOG", "--store", "OUT", "--model", "mf:dim=3"], 2, "dim"),
     (["fit", "LOG", "--store", "OUT", "--budget", "10"], 2, '"10" is no time; write 90s, 10m or 2h'),
@@ -220,14 +220,14 @@ FAILS = [
         2,
         "--budget applies only to the default model",
     ),
-    (["fit", "LOG", "--store", "OUT"], 3, "no user_id"),
+    (["fit", "LOG", "--store", "OUT"], 3, "has no column user_id"),
     (["fit", "OUT", "--store", "NEW"], 3, "OUT"),
     (["fit", "LOG", "--store", "FULL", *COLUMNS], 2, "holds something already"),
     (["update", "LOG", "--store", "OUT"], 7, "there is no store in"),
     (["fit", "LOG", "--store", "s3://bucket/shop", *COLUMNS], 2, "is a URL, and a store lies in a folder"),
     (["recommend", "3", "--store", "OUT"], 7, "there is no store in"),
     (["replay", "LOG", "--world", "drift", "--out", "OUT"], 2, "both"),
-    (["list", "world"], 2, 'did you mean "worlds"?'),
+    (["list", "world"], 2, 'Did you mean "worlds"?'),
 ]
 
 
@@ -277,7 +277,7 @@ def test_a_delivery_may_have_other_columns_and_what_it_is_can_be_seen_before(
     pl.read_csv(new).rename({"who": "customer"}).write_csv(tmp_path / "other.csv")
     other = str(tmp_path / "other.csv")
     assert main(["update", other, "--store", at]) == 3
-    assert 'other.csv has no column "who" for user_id' in capsys.readouterr().err
+    assert 'other.csv has no column "who". Its columns are' in capsys.readouterr().err
     seen = json.loads(
         answer(capsys, "update", other, "--store", at, "--dry-run", "--json", "--columns", "user_id=customer")
     )
@@ -378,7 +378,7 @@ def test_flags_of_every_kind_reach_the_recipe(
     pairs = ("mf/full", "mf/spmf")
     assert seen == [Recipe(log, spans, ReplayRecipe(cadence=(1, 4), unseen="drop", controls=(), extra_pairs=pairs))]
     assert main(["replay", "--world", "drift", "--alpha", "1"]) == 2
-    assert "recipe key spans.alpha is 1.0; it must be above 0 and below 1" in capsys.readouterr().err
+    assert "Recipe key spans.alpha is 1.0. It must be above 0 and below 1" in capsys.readouterr().err
 
 
 def test_an_interrupted_replay_says_how_to_go_on(

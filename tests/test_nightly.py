@@ -596,7 +596,7 @@ def test_a_store_that_python_saved_can_be_updated_by_the_night(tmp_path: Path) -
     recommender = Recommender("popularity").fit(base)
     recommender.save(tmp_path / "s")
     job = NightlyJob(open_store(tmp_path / "s"), ANY)
-    with pytest.raises(LogError, match="use one kind"):
+    with pytest.raises(LogError, match="Use one type"):
         job.append_delivery(read_log(one.with_columns(pl.col("user_id").cast(pl.String) + "x")), "text")
     [version] = learn(job, one, "one")
     with pytest.raises(OptionError, match="save to another folder"):
