@@ -113,7 +113,7 @@ def test_each_form_of_the_retainer_by_hand() -> None:
     # KD3: one of two interests is old, mu = 1/2; over one interest KD1 is 0; (1 - mu) 2 + mu 0 = 2 - 1
     assert retained("kd3", [1, 7], [0, 7], (1, 0), weight=1.0) == near(-1)
     assert retained("kd3", [1, 7], [0, 7], (1, 0), weight=0.5) == near(-0.5)  # the weight scales mu
-    with pytest.raises(OptionError, match='not "kd4"'):
+    with pytest.raises(OptionError, match='Option form is "kd4"'):
         retained("kd4", [1], [1], (1,))
 
 
