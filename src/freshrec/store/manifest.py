@@ -52,6 +52,12 @@ class Manifest(BaseModel):
     notes: list[str] = []
     files: dict[str, FileEntry] = {}
 
+    @property
+    def metric(self) -> str:
+        """The metric by which the gate measured the version, such as "ndcg@20"; "" if it measured nothing."""
+        names = (name.rpartition(" ") for name in self.numbers)
+        return next((metric for metric, _, other in names if other in ("live", "popularity")), "")
+
 
 class PointerMove(BaseModel):
     """One change of the live pointer."""
