@@ -121,18 +121,15 @@ def _same_query_lines(same: dict[str, Any], first: int, second: int) -> list[str
         return [f"  {same['reason']}"]
     metric, (value, other) = same["metric"], same["values"]
     interval = f"95 % interval {same['low']:+.4f} to {same['high']:+.4f}"
+    users = "1 user" if same["users"] == 1 else f"{same['users']:,} users"
     better = f"positive = version {second} is better"
     rows = [
         (f"{metric} of version {first}", format_quantity(value, "fraction"), "0 to 1, higher is better"),
         (f"{metric} of version {second}", format_quantity(other, "fraction"), "same queries"),
         ("difference", format_quantity(same["difference"], "change"), f"{better}; {interval}"),
-        ("queries", f"{same['queries']:,}", f"of {_users(same['users'])}: held-out events that neither version has learned"),
+        ("queries", f"{same['queries']:,}", f"of {users}: held-out events that neither version has learned"),
     ]
     return [f"  {line}" for line in align_rows(rows)] + [f"  {_conclusion(same, first, second)}"]
-
-
-def _users(n: int) -> str:
-    return "1 user" if n == 1 else f"{n:,} users"
 
 
 def _conclusion(same: dict[str, Any], first: int, second: int) -> str:

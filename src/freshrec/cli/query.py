@@ -25,7 +25,7 @@ VersionOption = Annotated[int | None, typer.Option("--version", help="Version to
 
 
 def recommend(
-    users: Annotated[list[str], typer.Argument(metavar="USER...", help="User ids. An unknown user gets popular items.")],
+    users: Annotated[list[str], typer.Argument(metavar="USER...", help="User ids. Unknown users get popular items.")],
     store: StorePath = Path("store"),
     k: K = DEFAULTS.k,
     exclude_seen: Annotated[

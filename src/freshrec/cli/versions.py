@@ -70,9 +70,7 @@ def promote(
     """Make a version the live one. A refused version needs --reason."""
     with locked_store(store, wait) as opened_store:
         if not opened_store.manifest(number).promoted and not reason:
-            raise OptionError(
-                f'The gate refused version {number}. To make it live anyway, pass --reason "...".'
-            )
+            raise OptionError(f'The gate refused version {number}. To make it live anyway, pass --reason "...".')
         opened_store.move_pointer(number, "promote", reason)
     print_json({"live": number}) if as_json else typer.echo(f"Version {number} is live.")
 
@@ -86,7 +84,7 @@ def rollback(
     wait: WaitOption = "",
     as_json: AsJson = False,
 ) -> None:
-    """Make an earlier version the live one. Later updates do not learn the dropped events again; see `update --retry`."""
+    """Make an earlier version the live one. What later versions learned is dropped; see `update --retry`."""
     with locked_store(store, wait) as opened_store:
         live = opened_store.live
         target = number if number is not None else opened_store.manifest(live).parent

@@ -100,16 +100,15 @@ def version_difference(store: Store, first: int, second: int) -> dict[str, Any]:
         return found | {"recipe": _different_options([manifest.recipe for manifest in manifests])}
     bundles = [read_bundle(store.verified_files(number)) for number in (first, second)]
     shared, n_users = _shared_items(bundles)
-    found |= {"shared": shared, "users": n_users, "same_queries": compare_on_same_queries(*bundles, manifests)}
+    same_queries = compare_on_same_queries(bundles[0], bundles[1], manifests)
+    found |= {"shared": shared, "users": n_users, "same_queries": same_queries}
     # not the recipes of the manifests, which may hold former names of options
     return found | {"recipe": _different_options([bundle.recipe for bundle in bundles])}
 
 
 def _different_options(recipes: list[dict[str, Any]]) -> dict[str, list[Any]]:
     keys = sorted(recipes[0].keys() | recipes[1].keys())
-    return {
-        key: [recipe.get(key) for recipe in recipes] for key in keys if recipes[0].get(key) != recipes[1].get(key)
-    }
+    return {key: [recipe.get(key) for recipe in recipes] for key in keys if recipes[0].get(key) != recipes[1].get(key)}
 
 
 def _shared_items(bundles: list[Bundle]) -> tuple[float, int]:

@@ -58,7 +58,8 @@ def shared_queries(first: Bundle, second: Bundle, manifests: tuple[Manifest, Man
     """
     second_queries = _held_out_queries(second.served, first.served, manifests[1])
     first_queries = _held_out_queries(first.served, second.served, manifests[0])
-    first_queries = first_queries[~_is_among(_query_events(first_queries, first.served), _pending_events(second.served))]
+    is_in_both_N = _is_among(_query_events(first_queries, first.served), _pending_events(second.served))
+    first_queries = first_queries[~is_in_both_N]
     if not len(first_queries) and _is_prefix(first.served, second.served):
         return second_queries
     if not len(second_queries) and _is_prefix(second.served, first.served):
