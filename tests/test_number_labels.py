@@ -99,12 +99,14 @@ def test_labels_are_distinct_words_in_known_sections() -> None:
     assert {label.section for label in LABELS.values()} == set(SECTIONS)
     names = [label.label for label in LABELS.values()]
     assert len(set(names)) == len(names) and not [name for name in names if "_" in name]
+    # `freshrec diff` prints the label, two values of up to 11 columns, and the explanation in 100 columns.
+    assert max(map(len, names)) <= 30 and max(len(label.explanation) for label in LABELS.values()) <= 40
 
 
 @pytest.mark.parametrize("key", ["forgetting", "low", "high", "ndcg@20", "ndcg@20 live", "older", "full_gain"])
 def test_every_quality_says_which_direction_is_better(key: str) -> None:
     text = " ".join(label_of(key))
-    assert "higher is better" in text or "positive = " in text or "minus its parent" in text or "same queries" in text
+    assert "higher is better" in text or "positive = " in text or "95 % interval" in text or "same queries" in text
 
 
 def test_forgetting_has_a_sign_and_says_what_it_means() -> None:

@@ -71,6 +71,8 @@ def _state_of(version: Manifest, moves: Sequence[PointerMove], ancestors: set[in
 
 def history_lines(versions: Sequence[Manifest], states: Mapping[int, VersionState]) -> list[str]:
     """A table with one line a version, oldest first, at most 100 columns wide."""
+    if not versions:
+        return ["No version to show."]
     metrics = Counter(version.metric for version in versions if version.metric)
     metric = metrics.most_common(1)[0][0] if metrics else "ndcg@20"
     rows = [_history_row(version, states[version.id], metric) for version in versions]
@@ -134,6 +136,8 @@ def long_lines(versions: Sequence[Manifest], states: Mapping[int, VersionState])
 
 def move_lines(moves: Sequence[PointerMove]) -> list[str]:
     """Every change of the live version, oldest first."""
+    if not moves:
+        return []
     rows = [(format_moment(move.at), move.action, f"version {move.to}", move.reason) for move in moves]
     heads = ("at (UTC)", "command", "made live", "reason")
     return ["Changes of the live version", *(f"  {line}" for line in align_rows([heads, *rows]))]

@@ -12,8 +12,8 @@ Row = tuple[str, ...]  # label, value, explanation
 MIN_USERS = 30  # the gate does not compare two versions with fewer users either
 KINDS = {
     "fit": "first version",
-    "update": "update",
-    "no rows": "update without new events",
+    "update": "made by an update",
+    "no rows": "made by an update without new events",
     "saved": "saved from Python",
 }
 
@@ -40,14 +40,14 @@ def _live_rows(found: dict[str, Any]) -> list[Row]:
     newest = found["newest_event"]
     return [
         ("version", str(found["live"]), KINDS.get(found["kind"], found["kind"])),
-        ("made", f"{format_moment(found['made_at'])} UTC", ""),
-        ("model", found["model"], ""),
-        ("strategy", found["strategy"], "how updates learn"),
+        ("made", f"{format_moment(found['made_at'])} UTC"),
+        ("model", found["model"]),
+        ("strategy of updates", found["strategy"]),
         ("events", f"{found['events']:,}", "all that it knows, held-out ones included"),
         ("held-out events", f"{found['held']:,}", "its newest; the next update learns them"),
         ("users", f"{found['users']:,}", ""),
         ("items", f"{found['items']:,}", ""),
-        *([("newest event", f"{format_moment(newest)} UTC", "of the live version")] if newest else []),
+        *([("newest event", f"{format_moment(newest)} UTC", "that it knows")] if newest else []),
         ("size", format_bytes(found["bytes"]), f"{format_bytes(found['bytes_per_user'])} per user"),
     ]
 
@@ -66,10 +66,10 @@ def _waiting_rows(found: dict[str, Any]) -> list[Row]:
     batches, refused = found["batches_waiting"], found["refused"]
     rows = [
         ("deliveries", f"{len(batches):,}", "in the event log; `freshrec update` learns them"),
-        ("clicks", f"{found['clicks_waiting']:,}", "received by a server; the next update learns them"),
+        ("clicks", f"{found['clicks_waiting']:,}", "from servers; the next update learns them"),
     ]
     if refused:
-        rows += [("refused versions", _short_list(refused), "newer than the live one; their events are not learned")]
+        rows += [("refused versions", _short_list(refused), "newer than the live one; events not learned")]
     return [*rows, *_retrain_rows(found["plan"])]
 
 

@@ -42,21 +42,21 @@ def _training(label: str, unit: str, explanation: str = "") -> NumberLabel:
 
 LABELS: dict[str, NumberLabel] = {
     # what an update received
-    "new_events": _new("new events"),
+    "new_events": _new("new events", "received by this update"),
     "new_users": _new("new users"),
     "new_items": _new("new items"),
     "late": _new("late events", "older than the newest event known before"),
     "gained_interests": _new("users who gained an interest"),
     "lost_interests": _new("users who lost an interest"),
     # what the gate measured; the parent was the live version at that time
-    "low": _quality("difference, lower end", "95 % interval of this version minus its parent", "change"),
+    "low": _quality("difference, lower end", "95 % interval of this minus its parent", "change"),
     "high": _quality("difference, upper end", "positive = better than the parent", "change"),
     "asked": _quality("queries", "held-out events that were asked", "count"),
-    "unnoticed": _quality("loss that would be noticed", "in 95 of 100 nights; smaller losses can pass", "share"),
+    "unnoticed": _quality("loss that would be noticed", "in 95 of 100 nights, relative", "share"),
     "floor": _quality("floor", "a version is refused below it"),
     "older": _quality("older events, this version", f"same metric, {HIGHER}"),
     "older_live": _quality("older events, its parent", "same queries, higher is better"),
-    "forgetting": _quality("forgetting", "parent minus this version there; positive = lost", "change"),
+    "forgetting": _quality("forgetting", "on older events, positive = lost", "change"),
     "full_gain": _quality("gain of a full retrain", "over the update; positive = better", "change"),
     "full_low": _quality("gain, lower end", "95 % interval", "change"),
     "full_high": _quality("gain, upper end", "95 % interval", "change"),
@@ -67,11 +67,11 @@ LABELS: dict[str, NumberLabel] = {
     "full_s": _time("a full retrain", "estimated, unless this update tried one", "s"),
     "train_cpu_s": _time("gradient training"),
     "extract_cpu_s": _time("computing users' interests"),
-    "refit_cpu_s": _time("fitting the weights of the blend"),
+    "refit_cpu_s": _time("fitting the blend's weights"),
     "lr_choice_cpu_s": _time("choosing the learning rate"),
     "choose_cpu_s": _time("choosing past events to replay"),
     "remember_cpu_s": _time("choosing exemplars"),
-    "fisher_cpu_s": _time("estimating the importance of weights", "Fisher information"),
+    "fisher_cpu_s": _time("estimating weight importance", "Fisher information"),
     "generator_cpu_s": _time("training the weight generator"),
     "transfer_cpu_s": _time("training the transfer network"),
     "detect_cpu_s": _time("detecting new interests"),
@@ -85,8 +85,8 @@ LABELS: dict[str, NumberLabel] = {
     "interest_bytes": _training("size of interests per user", "bytes", "mean over users who have any"),
     "trained_worth": _training("gain of the trained expert", "number", "nats per query, higher is better"),
     "trained_worth_p": _training("p-value of that gain", "number", "below 0.05 = beyond chance"),
-    "lr_factor": _training("learning-rate factor", "number", "chosen on held-out events; 0 = not trained"),
-    "lr_scale": _training("learning-rate factor of updates", "number", "chosen by simulated updates"),
+    "lr_factor": _training("learning-rate factor", "number", "chosen on held-out events; 0 = none"),
+    "lr_scale": _training("learning-rate factor, updates", "number", "chosen by simulated updates"),
     "current_negatives": _training("negatives from new events only", "count", "1 = yes, 0 = no"),
     "replay_share": _training("share of past events replayed", "number", "0 to 1"),
     "average_epochs": _training("weights averaged over epochs", "count", "1 = yes, 0 = no"),
@@ -94,9 +94,9 @@ LABELS: dict[str, NumberLabel] = {
     "tuned_to": _training("option chosen by tuning", "count", "its position in the list"),
 }
 METRIC_SUFFIXES = {  # of a metric's name, such as "ndcg@20 live"
-    "": ("this version", f"{HIGHER}; on newest, held-out events"),
+    "": ("this version", f"{HIGHER}; newest events"),
     " live": ("its parent", "the live version then; same queries"),
-    " popularity": ("popularity", "a baseline without personal lists; same queries"),
+    " popularity": ("popularity", "baseline without personal lists"),
 }
 
 
@@ -118,8 +118,8 @@ def label_of(key: str) -> NumberLabel:
     if key in LABELS:
         return LABELS[key]
     if metric := re.fullmatch(r"([\w-]+@\d+(?: among \d+ sampled)?)( live| popularity|)", key):
-        who, explanation = METRIC_SUFFIXES[metric[2]]
-        return _quality(f"{metric[1]}, {who}", explanation)
+        version, explanation = METRIC_SUFFIXES[metric[2]]
+        return _quality(f"{metric[1]}, {version}", explanation)
     if percentile := re.fullmatch(r"kl_p(\d\d)", key):
         explanation = f"{int(percentile[1])} % of the users are below"
         return _training(f"puzzlement, percentile {int(percentile[1])}", "number", explanation)

@@ -12,10 +12,14 @@ WIDTH = 100  # columns of a line
 def align_rows(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
     """Rows of cells as lines with columns of equal width; the columns in `right` are aligned to the right.
 
-    A row may lack its last cells. No line ends with spaces.
+    Rows may have fewer cells than others. The last cell of a row may be wider than its column, unless it is in `right`.
+    No line ends with spaces.
     """
-    n_columns = max(map(len, rows), default=0)
-    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(n_columns)]
+    widths = [0] * max(map(len, rows), default=0)
+    for row in rows:
+        for i, cell in enumerate(row):
+            if i in right or i < len(row) - 1:
+                widths[i] = max(widths[i], len(cell))
     lines = []
     for row in rows:
         padded = enumerate(zip(row, widths))

@@ -46,8 +46,10 @@ def history(
         print_json(answer)
         return
     states = version_states(opened_store)
-    lines = long_lines(versions, states) + move_lines(moves) if long else history_lines(versions, states)
-    typer.echo("\n".join(lines) if versions else "No version matches." if refused else "The store has no version.")
+    for line in long_lines(versions, states) + move_lines(moves) if long else history_lines(versions, states):
+        typer.echo(line)
+    for number in [number for number, found in states.items() if found.state == "damaged"]:
+        typer.echo(f"Version {number} is damaged: its manifest cannot be read. See `freshrec doctor`.")
 
 
 @contextmanager

@@ -120,7 +120,7 @@ def _n_common_rows(first: pl.Series, second: pl.Series) -> int:
 def _is_prefix(first: ServedState, second: ServedState) -> bool:
     """Whether every user and item of the first has the same row in the second."""
     catalogs = ((first.users, second.users), (first.items, second.items))
-    return all(_n_common_rows(one.frame["id"], other.frame["id"]) == len(one) for one, other in catalogs)
+    return all(_n_common_rows(catalog.frame["id"], other.frame["id"]) == len(catalog) for catalog, other in catalogs)
 
 
 def _common_queries(queries: Queries, n_users: int, n_items: int) -> Queries:
