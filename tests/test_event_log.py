@@ -88,7 +88,7 @@ def test_without_a_clock_only_sources_and_event_ids_are_known(tmp_path: Path) ->
     assert log.append(day, "s2", False) == AppendResult(2, None, 2, n_appended=2, first_time=0, last_time=1)
     assert log.append(frame(("a", "x", 0, 5)), "s3", False).n_appended == 1
     assert log.append(frame(("a", "x", 0, 5), ("a", "x", 1, None)), "s4", False).n_known == 1
-    with pytest.raises(LogError, match="the delivery has a clock, and the event log in .* has none"):
+    with pytest.raises(LogError, match="delivery has timestamps, but the event log in .* has none"):
         log.append(day, "s5", True)
 
 
@@ -112,10 +112,10 @@ def test_rows_come_by_batch_then_by_time_then_as_delivered(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("delivery", "sentence"),
     [
-        (frame((1, "x", 2)), "user_id holds whole numbers, but text in the event log in .*; declare it: --columns"),
+        (frame((1, "x", 2)), r"user_id holds whole numbers, but text in the event log in .*\. Pass --columns"),
         (frame(("b", "x", 2, "e"), extra="category"), "category holds text, but whole numbers in the event log"),
-        (frame(("b", "x", 2, 1), extra="colour"), "no column colour of Int64"),
-        (frame(("b", "x", 2.5)), "no column time of Float64"),
+        (frame(("b", "x", 2, 1), extra="colour"), "no column colour of type Int64"),
+        (frame(("b", "x", 2.5)), "no column time of type Float64"),
         (frame(("b", None, 2), ("b", "x", 2)), "rows without user_id, item_id or time"),
     ],
 )
@@ -206,10 +206,10 @@ def test_what_is_not_there_cannot_be_asked_for(tmp_path: Path) -> None:
         0,
         ["batch", "source"],
     )
-    with pytest.raises(LogError, match="holds no batch yet; give it a delivery"):
+    with pytest.raises(LogError, match=r"is empty\. Append a delivery"):
         log.read()
     log.append(frame((1, "x", 1)), "s1", True)
-    with pytest.raises(OptionError, match="has no batch 2; it has 1"):
+    with pytest.raises(OptionError, match=r"has no batch 2\. The last one is 1"):
         log.read([1, 2])
     with pytest.raises(OptionError, match="are whole numbers; 'a' is none"):
         log.erase_user("a")
@@ -252,7 +252,7 @@ def test_a_file_that_was_changed_is_noticed(tmp_path: Path) -> None:
         bad = [good[:at] + bytes([good[at] ^ 1 << at % 8]) + good[at + 1 :] for at in places]
         for content in [*bad, b"", good[: len(good) // 2], good[:-1]]:
             (whole / path).write_bytes(content)
-            with pytest.raises(StateError, match=r"[;:] (restore|was this)"):
+            with pytest.raises(StateError, match=r"\. (Restore|Check that)"):
                 log.read()
             with pytest.raises(StateError):
                 log.append(frame(("c", "x", 1), ("c", "y", 3)), "s9", True)
@@ -277,14 +277,14 @@ def test_a_commit_without_checksums_is_taken_on_trust_until_the_next(tmp_path: P
 
 def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
-    with pytest.raises(StateError, match="holds photos and no event log; choose another folder"):
+    with pytest.raises(StateError, match=r"holds photos and no event log\. Choose another folder"):
         log_of(tmp_path, frame(("a", "x", 1)))
     frame(("a", "x", 1)).write_delta(tmp_path / "table")
     with pytest.raises(StateError, match="has a Delta table but no checksums.json"):
         log_of(tmp_path / "table", frame(("a", "x", 1)))
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file" / "log", tmp_path / "a%20log"):
-        with pytest.raises(StateError, match="cannot (be written|lie in)"):
+        with pytest.raises(StateError, match="(cannot be written|do not support the percent sign)"):
             log_of(folder, frame(("a", "x", 1)))
 
 
@@ -295,7 +295,7 @@ def test_a_full_disk_leaves_the_log_as_it_was(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
-        with pytest.raises(StateError, match="cannot be written .*; see that the disk has room"):
+        with pytest.raises(StateError, match=r"cannot be written .*\. Check free disk space"):
             log.append(frame(("a", "x", 2)), "s2", True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -308,7 +308,7 @@ def test_two_writers_at_once_are_told(tmp_path: Path, monkeypatch: pytest.Monkey
     stale = DeltaTable(tmp_path)
     log.append(frame(("a", "x", 2)), "s2", True)
     monkeypatch.setattr("freshrec.store.event_log.DeltaTable", lambda folder: stale)
-    with pytest.raises(StateError, match="another process changed the event log"):
+    with pytest.raises(StateError, match="Another process changed the event log"):
         log.append(frame(("a", "x", 3)), "s3", True)
 
 
@@ -316,5 +316,5 @@ def test_only_files_of_the_time_of_a_delivery_are_read(tmp_path: Path) -> None:
     log = log_of(tmp_path, frame(("a", "x", 1)), frame(("a", "x", 100)))
     os.truncate(next(tmp_path.glob("batch=1/*")), 10)  # would be noticed if it were read
     assert log.append(frame(("a", "x", 90), ("a", "x", 100)), "s3", True).n_known == 1
-    with pytest.raises(StateError, match=r"damaged: batch=1/.* is missing or not as it was written"):
+    with pytest.raises(StateError, match=r"damaged: batch=1/.* is missing or has changed"):
         log.append(frame(("a", "x", 1)), "s4", True)

@@ -26,7 +26,7 @@ def about(number: int, parent: int | None = None, promoted: bool = True) -> Mani
 
 
 def write(store: Store, number: int, text: str = "", parent: int | None = None, promoted: bool = True) -> None:
-    """A version of two files, of which the second is always the same."""
+    """Write a version of two files. The second one is always the same."""
 
     def save(aside: Path) -> None:
         (aside / "a").write_text(text or f"a of {number}")
@@ -52,9 +52,9 @@ def test_a_store_is_there_when_it_is_filled_or_not_at_all(tmp_path: Path) -> Non
     with create_store(tmp_path / "deep" / "store") as made:
         write(made, 1)
     assert open_store(tmp_path / "deep" / "store").version_numbers() == [1]
-    with pytest.raises(OptionError, match="holds something already"), create_store(tmp_path / "deep"):
+    with pytest.raises(OptionError, match="deep is not empty"), create_store(tmp_path / "deep"):
         pass
-    with pytest.raises(StateError, match="no version of .* is live yet"):
+    with pytest.raises(StateError, match="No version of .* is live yet"):
         _ = open_store(tmp_path / "deep" / "store").live
 
 
@@ -90,7 +90,7 @@ def test_every_changed_byte_is_noticed_and_the_last_good_version_is_named(store:
         path.write_bytes(whole)
     (folder / "a").write_text("else")
     (store.folder / "versions" / "2" / "a").write_text("else")
-    with pytest.raises(StateError, match=r"version 3 .* is damaged \(a has changed\); go back with .*rollback 1 "):
+    with pytest.raises(StateError, match=r"Version 3 .* is damaged \(a has changed\)\. Roll back with .*rollback 1 "):
         store.verified_files(3)
     with pytest.raises(StateError, match="a has changed"):
         store.move_pointer(2, "rollback")
@@ -99,7 +99,9 @@ def test_every_changed_byte_is_noticed_and_the_last_good_version_is_named(store:
 
 def test_a_damaged_pointer_is_told_and_set_anew_by_promoting(store: Store) -> None:
     (store.folder / "live.json").write_text('{"checksum": "", "content": []}')
-    with pytest.raises(StateError, match="changed by something else .* point anew with `freshrec promote N`"):
+    with pytest.raises(
+        StateError, match="changed by another program.* choose a live version with `freshrec promote N`"
+    ):
         _ = store.live
     store.move_pointer(2, "promote", "the pointer was damaged")
     assert store.live == 2 and store.moves()[-1].reason == "the pointer was damaged"
@@ -108,7 +110,9 @@ def test_a_damaged_pointer_is_told_and_set_anew_by_promoting(store: Store) -> No
 
 def test_a_damaged_manifest_among_the_parents_names_where_to_go_back_to(store: Store) -> None:
     (store.folder / "versions" / "2" / "manifest.json").write_text("{")
-    with pytest.raises(StateError, match=r"comes from is not known: .*2/manifest.json .* rollback 1 --reason"):
+    with pytest.raises(
+        StateError, match=r"ancestor of the live version cannot be read: .*2/manifest.json .* rollback 1 --reason"
+    ):
         versions.version_chain(store)
 
 
@@ -143,7 +147,7 @@ def test_two_who_change_a_store_never_mix(store: Store) -> None:
     other = threading.Thread(target=hold)
     other.start()
     held.wait(10)
-    with pytest.raises(BusyError, match="another process"), store.locked():
+    with pytest.raises(BusyError, match="Another process"), store.locked():
         pass
     threading.Timer(0.1, done.set).start()
     with store.locked(wait_s=10):
@@ -189,7 +193,7 @@ def test_old_and_refused_versions_give_up_their_files_but_not_their_history(stor
     assert [manifest.id for manifest in store.manifests()] == [1, 2, 3, 4, 5]
     for number in (1, 3, 5):
         store.verified_files(number)
-    with pytest.raises(StateError, match="given up by `freshrec gc`"):
+    with pytest.raises(StateError, match="deleted by `freshrec gc`"):
         store.verified_files(2)
     assert not (store.folder / "versions" / "2" / "a").exists()
     assert collect_garbage(store, keep=2) == []
@@ -235,14 +239,14 @@ def test_a_manifest_that_points_elsewhere_is_not_believed(path: str, store: Stor
     whole = store.manifest(3).model_dump()
     whole["files"]["a"]["path"] = path
     versions.write_checksummed(whole, store.folder / "versions" / "3" / "manifest.json")
-    with pytest.raises(StateError, match="is no manifest"):
+    with pytest.raises(StateError, match="is not a valid manifest"):
         store.verified_files(3)
 
 
 def test_a_version_of_a_later_format_is_left_to_a_later_freshrec(store: Store) -> None:
     path = store.folder / "versions" / "3" / "manifest.json"
     versions.write_checksummed(store.manifest(3).model_dump() | {"format": 2, "shards": []}, path)
-    with pytest.raises(StateError, match=r"does not know; upgrade freshrec"):
+    with pytest.raises(StateError, match=r"does not know\. Upgrade freshrec"):
         store.verified_files(3)
 
 

@@ -65,7 +65,7 @@ def _store_rows(found: dict[str, Any]) -> list[Row]:
 def _waiting_rows(found: dict[str, Any]) -> list[Row]:
     batches, refused = found["batches_waiting"], found["refused"]
     rows = [
-        ("deliveries", f"{len(batches):,}", "in the event log; `freshrec update` learns them"),
+        ("deliveries", f"{len(batches):,}", "in the event log; `update` learns them"),
         ("clicks", f"{found['clicks_waiting']:,}", "from servers; the next update learns them"),
     ]
     if refused:
@@ -79,7 +79,7 @@ def _retrain_rows(plan: dict[str, Any]) -> list[Row]:
     left = max(0, interval - since)
     return [
         ("updates since a full retrain", f"{since:,}", "or since one was tried"),
-        ("updates until the next one", f"{left:,}", "0 = due; only with `update --full-every auto`"),
+        ("updates until the next one", f"{left:,}", "only by `update --full-every auto`; 0 = due"),
     ]
 
 

@@ -73,7 +73,7 @@ def explain(
     version: VersionOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print why a user gets an item: which experts or interests propose it, and because of which past events."""
+    """Print why a user gets an item: which experts or interests propose it, and after which past events."""
     from freshrec.recommender.recommender import Recommender
 
     recommender = Recommender.from_bundle(_open_bundle(store, version))

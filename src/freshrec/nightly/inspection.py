@@ -1,4 +1,4 @@
-"""What a store can tell of itself: its state, differences between versions, one user, one item, whether it is whole."""
+"""Reports about a store: its status, the difference of two versions, one user, one item, damage."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from freshrec.store.click_journal import read_journal
 from freshrec.store.event_log import EventLog
 from freshrec.store.versions import Store, is_collected, version_chain
 
-N_SAMPLE_USERS, LIST_LENGTH = 300, 20  # users, and items of each, by which two versions are compared
+N_SAMPLE_USERS, LIST_LENGTH = 300, 20  # sampled users, and items per list, to compare two versions
 LIBRARIES = ("torch", "polars", "numpy", "scipy", "deltalake", "safetensors", "pydantic")
 
 
@@ -130,7 +130,10 @@ def _sample_lists(bundle: Bundle, users: pl.Series) -> pl.DataFrame:
 
 
 def user_profile(bundle: Bundle, user_id: str | int) -> dict[str, Any]:
-    """One user: events, the newest last, and interests with their best items. OptionError for an unknown user."""
+    """Return the events of a user, newest last, and the interests with their best items.
+
+    Raises OptionError for an unknown user.
+    """
     served = bundle.served
     row = int(require_rows(normalize_ids("user_id", user_id, served.users), served.users))
     found = profile_of(served, row, bundle.read_options.has_clock)
@@ -156,7 +159,7 @@ def user_profile(bundle: Bundle, user_id: str | int) -> dict[str, Any]:
 
 
 def item_profile(bundle: Bundle, item_id: str | int) -> dict[str, Any]:
-    """One item: how often, by how many, and when it was taken."""
+    """Return the counts of events and users of an item, and its first and last times. Raises OptionError if unknown."""
     served = bundle.served
     row = int(require_rows(normalize_ids("item_id", item_id, served.items), served.items))
     histories = served.counts.histories
@@ -177,7 +180,7 @@ def item_profile(bundle: Bundle, item_id: str | int) -> dict[str, Any]:
 
 
 def check_store(store: Store | None) -> list[tuple[bool, str]]:
-    """What works and what does not: the environment, and every file of the store."""
+    """Check the environment and every file of the store. Each check is a pair: whether it passed, and a sentence."""
     libraries = ", ".join(f"{name} {version_of(name)}" for name in LIBRARIES)
     found = [(True, f"Python {platform.python_version()}; {libraries}")]
     if store is None:
@@ -185,11 +188,11 @@ def check_store(store: Store | None) -> list[tuple[bool, str]]:
     readable = {manifest.id for manifest in store.manifests()}
     for number in store.version_numbers():
         if number in readable and is_collected(store, number):
-            found.append((True, f"version {number}: its files were given up by `freshrec gc` or `erase`"))
+            found.append((True, f"version {number}: its files were deleted by `freshrec gc` or `freshrec erase`"))
             continue
         try:
             wrong = store.find_damage(number)
-            found.append((not wrong, f"version {number}: {'; '.join(wrong) or 'whole'}"))
+            found.append((not wrong, f"version {number}: {'; '.join(wrong) or 'all files are intact'}"))
         except StateError as problem:
             found.append((False, f"version {number}: {problem}"))
     for check in (_check_live, _check_log):
@@ -202,11 +205,14 @@ def check_store(store: Store | None) -> list[tuple[bool, str]]:
 
 def _check_live(store: Store) -> str:
     store.verified_files(store.live)
-    return f"version {store.live} is live, {len(version_chain(store)) - 1} updates after the first one"
+    n_updates = len(version_chain(store)) - 1
+    updates = "1 update" if n_updates == 1 else f"{n_updates} updates"
+    return f"version {store.live} is live, {updates} after the first version"
 
 
 def _check_log(store: Store) -> str:
     log = EventLog(store.folder / "log")
     n_batches = len(log.batches())
     n_rows = len(log.read()) if n_batches else 0
-    return f"the log holds {n_rows:,} events in {n_batches:,} batches"
+    batches = "1 batch" if n_batches == 1 else f"{n_batches:,} batches"
+    return f"the event log holds {n_rows:,} events in {batches}"
