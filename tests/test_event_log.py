@@ -211,7 +211,7 @@ def test_what_is_not_there_cannot_be_asked_for(tmp_path: Path) -> None:
     log.append(frame((1, "x", 1)), "s1", True)
     with pytest.raises(OptionError, match=r"has no batch 2\. The last one is 1"):
         log.read([1, 2])
-    with pytest.raises(OptionError, match="are whole numbers; 'a' is none"):
+    with pytest.raises(OptionError, match="are whole numbers, but 'a' is not"):
         log.erase_user("a")
 
 

@@ -220,7 +220,7 @@ def test_what_cannot_be_saved_is_refused_and_named(tmp_path: Path) -> None:
     with pytest.raises(StateError, match=r"The dict at state\.model\.weights\.seen has keys that are not strings"):
         save_state(State(model), tmp_path / "state")
     model.seen = object()  # type: ignore[attr-defined]
-    with pytest.raises(StateError, match=r"a object at state\.model\.weights\.seen cannot be saved"):
+    with pytest.raises(StateError, match=r"The object at state\.model\.weights\.seen cannot be saved"):
         save_state(State(model), tmp_path / "state")
 
 

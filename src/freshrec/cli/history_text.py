@@ -72,7 +72,7 @@ def _state_of(version: Manifest, moves: Sequence[PointerMove], ancestors: set[in
 def history_lines(versions: Sequence[Manifest], states: Mapping[int, VersionState]) -> list[str]:
     """A table with one line a version, oldest first, at most 100 columns wide."""
     if not versions:
-        return ["No version to show."]
+        return []
     metrics = Counter(version.metric for version in versions if version.metric)
     metric = metrics.most_common(1)[0][0] if metrics else "ndcg@20"
     rows = [_history_row(version, states[version.id], metric) for version in versions]

@@ -17,7 +17,7 @@ LogPath = Annotated[
 ]
 Columns = Annotated[
     str,
-    typer.Option(help=f"Your column names, as in user_id=uid,item_id=sku. freshrec reads {', '.join(COLUMN_ALIASES)}."),
+    typer.Option(help=f"Your column names, as in user_id=uid,item_id=sku. Known columns: {', '.join(COLUMN_ALIASES)}."),
 ]
 
 

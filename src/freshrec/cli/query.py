@@ -50,7 +50,7 @@ def recommend(
 
 
 def similar(
-    items: Annotated[list[str], typer.Argument(metavar="ITEM...")],
+    items: Annotated[list[str], typer.Argument(metavar="ITEM...", help="Item ids.")],
     store: StorePath = Path("store"),
     k: K = DEFAULTS.k,
     version: VersionOption = None,
@@ -67,8 +67,8 @@ def similar(
 
 
 def explain(
-    user: Annotated[str, typer.Argument(metavar="USER")],
-    item: Annotated[str, typer.Argument(metavar="ITEM")],
+    user: Annotated[str, typer.Argument(metavar="USER", help="User id.")],
+    item: Annotated[str, typer.Argument(metavar="ITEM", help="Item id.")],
     store: StorePath = Path("store"),
     version: VersionOption = None,
     as_json: AsJson = False,
@@ -88,7 +88,7 @@ def explain(
 
 def inspect(
     kind: Annotated[Literal["user", "item"], typer.Argument(help="Either user or item.")],
-    name: Annotated[str, typer.Argument(metavar="ID")],
+    name: Annotated[str, typer.Argument(metavar="ID", help="User id or item id.")],
     store: StorePath = Path("store"),
     version: VersionOption = None,
     as_json: AsJson = False,
@@ -124,8 +124,8 @@ def status(store: StorePath = Path("store"), as_json: AsJson = False) -> None:
 
 
 def diff(
-    first: Annotated[int, typer.Argument(metavar="A")],
-    second: Annotated[int, typer.Argument(metavar="B")],
+    first: Annotated[int, typer.Argument(metavar="A", help="Number of the first version.")],
+    second: Annotated[int, typer.Argument(metavar="B", help="Number of the second version.")],
     store: StorePath = Path("store"),
     as_json: AsJson = False,
 ) -> None:

@@ -21,26 +21,24 @@ if TYPE_CHECKING:
 LongestFirstOption = Annotated[
     int, typer.Option(min=0, help="Number of items with the longest vectors that are scored first (0 = off).")
 ]
+HostOption = Annotated[str, typer.Option(help="Address to listen on. By default only this machine can connect.")]
+TokenOption = Annotated[
+    Path | None, typer.Option(help="File with a token that clients must send as `Authorization: Bearer TOKEN`.")
+]
+ExactMaxItemsOption = Annotated[
+    int, typer.Option(min=0, help="Score all items up to this catalog size, and use an index above it.")
+]
 PortOption = Annotated[int, typer.Option(min=0, max=65535, help="Port (0 = any free port).")]
 
 
 def serve(
     store: StorePath = Path("store"),
-    host: Annotated[
-        str, typer.Option(help="Address to listen on. The default accepts requests from this machine only.")
-    ] = "127.0.0.1",
+    host: HostOption = "127.0.0.1",
     port: PortOption = 8000,
-    token_file: Annotated[
-        Path | None, typer.Option(help="File with a token that clients must send as `Authorization: Bearer TOKEN`.")
-    ] = None,
+    token_file: TokenOption = None,
     rate: Annotated[int, typer.Option(min=0, help="Maximum requests per second and client (0 = no limit).")] = 500,
     threads: Annotated[int, typer.Option(min=1, help="Threads of the numerical libraries.")] = 1,
-    exact_max_items: Annotated[
-        int,
-        typer.Option(
-            min=0, help="Catalogs of at most this many items are scored completely; larger ones use an index."
-        ),
-    ] = 50_000,
+    exact_max_items: ExactMaxItemsOption = 50_000,
     min_recall: Annotated[float, typer.Option(min=0, max=1, help="Minimum recall@20 of the index (0 to 1).")] = 0.98,
     n_longest: LongestFirstOption = 16_384,
 ) -> None:

@@ -46,7 +46,8 @@ def history(
         print_json(answer)
         return
     states = version_states(opened_store)
-    for line in long_lines(versions, states) + move_lines(moves) if long else history_lines(versions, states):
+    lines = long_lines(versions, states) + move_lines(moves) if long else history_lines(versions, states)
+    for line in lines or ["No version to show."]:
         typer.echo(line)
     for number in [number for number, found in states.items() if found.state == "damaged"]:
         typer.echo(f"Version {number} is damaged: its manifest cannot be read. See `freshrec doctor`.")
@@ -122,7 +123,7 @@ def gc(
 
 
 def erase(
-    user: Annotated[str, typer.Argument(metavar="USER")],
+    user: Annotated[str, typer.Argument(metavar="USER", help="User id.")],
     store: StorePath = Path("store"),
     wait: WaitOption = "",
     as_json: AsJson = False,
