@@ -27,7 +27,7 @@ def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def write(store: Store, number: int, parent: int, promoted: bool = True, goes_live: bool | None = None) -> None:
-    """A version without a model, of which history knows all."""
+    """Write a version without a model; its manifest is complete."""
     update = Manifest(
         id=number,
         parent=parent or None,
