@@ -72,7 +72,8 @@ def test_an_empty_known_or_repeated_delivery_appends_nothing(tmp_path: Path) -> 
 
 def test_events_with_the_same_event_id_are_the_same_event(tmp_path: Path) -> None:
     log = log_of(tmp_path, frame(("a", "x", 1), ("a", "y", 2)), frame(("a", "x", 3, 7), ("b", "x", 3, None)))
-    # 7 is known although everything else differs; 8 is new although everything else is as in event 7; 8 again is a duplicate; b's is known
+    # 7 is known although everything else differs; 8 is new although everything else is as in event 7; 8 again is a
+    # duplicate; b's is known
     third = frame(("c", "z", 9, 7), ("a", "x", 3, 8), ("a", "x", 4, 8), ("b", "x", 3, None), ("c", "z", 9, None))
     assert log.append(third, "s3", True) == AppendResult(
         3, None, 5, n_duplicates=1, n_known=2, n_appended=2, first_time=3, last_time=9
