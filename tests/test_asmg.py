@@ -260,9 +260,9 @@ def test_base_parts_train_the_generator_and_nothing_else(bits: Callable[[State],
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"generator": "linear"}, "learns on one span"),
-        ({"generator": "linear", "loss": "last", "k": 0}, "set k >= 1"),
-        ({"base_parts": 2}, "at least 3 parts of the base block"),
+        ({"generator": "linear"}, "trains on one span"),
+        ({"generator": "linear", "loss": "last", "k": 0}, "Set k >= 1"),
+        ({"base_parts": 2}, "Set base_parts to 0 or at least 3"),
         ({"loss": "newest"}, 'not "newest"'),
     ],
 )

@@ -43,7 +43,7 @@ def test_the_best_epoch_is_gone_back_to_with_the_weights_and_the_optimisers_of_t
             seen.append(n + 1)
             yield 0.0
 
-    assert train_to_best_epoch(model, epochs(), lambda: next(qualities), patience=2) == 2
+    assert train_to_best_epoch(model, epochs(), lambda: next(qualities), patience=2, max_epochs=5) == 2
     assert seen == [1, 2, 3, 4]
     assert embedding_tables(model)["items"].packed[1:].unique().tolist() == [2.0] and model.moments["n"] == 2.0
 
@@ -51,7 +51,7 @@ def test_the_best_epoch_is_gone_back_to_with_the_weights_and_the_optimisers_of_t
 def test_without_any_epoch_the_model_is_as_it_was() -> None:
     model = untrained()
     before = embedding_tables(model)["items"].packed.clone()
-    assert train_to_best_epoch(model, iter([]), lambda: math.nan, patience=1) == 0
+    assert train_to_best_epoch(model, iter([]), lambda: math.nan, patience=1, max_epochs=0) == 0
     assert torch.equal(embedding_tables(model)["items"].packed, before)
 
 
@@ -96,11 +96,11 @@ def test_the_number_of_epochs_does_not_matter_where_a_part_is_held_out(epochs: i
 @pytest.mark.parametrize(
     ("strategy", "why"),
     [
-        (lambda: SML(fit=STOPPED), "weights that nobody serves"),
-        (lambda: SPMF(fit=STOPPED), "draws new samples for each epoch"),
-        (lambda: IncCTR(threshold=3, fit=STOPPED), "share of the common one"),
-        (lambda: SelfTuned(fit=STOPPED), "has no use for fit.holdout"),
-        (lambda: SelfTuned(base_parts=3), "at least 4 parts of the base block"),
+        (lambda: SML(fit=STOPPED), "weights that are not served"),
+        (lambda: SPMF(fit=STOPPED), "draws new samples in each epoch"),
+        (lambda: IncCTR(threshold=3, fit=STOPPED), "while rare ids share a row"),
+        (lambda: SelfTuned(fit=STOPPED), "Leave out fit.holdout"),
+        (lambda: SelfTuned(base_parts=3), "Set base_parts to 0 or at least 4"),
     ],
 )
 def test_what_cannot_be_stopped_by_a_held_out_part_says_so(strategy: Callable[[], object], why: str) -> None:

@@ -128,7 +128,7 @@ def test_without_the_teacher_it_is_fine_tuning_to_the_bit(bits: Callable[[State]
 def test_a_model_that_shows_no_logits_is_refused_with_a_sentence() -> None:
     ids = torch.tensor([1])
     batch = Batch(ids, torch.zeros(1, 0, dtype=torch.int64), ids[:, None], ids + 1)
-    with pytest.raises(IncompatibleError, match="this model's forward gives none"):
+    with pytest.raises(IncompatibleError, match="this model returns none"):
         Distill().distillation_term(after_base().model)(batch, Forward(torch.tensor(1.0)))
 
 

@@ -159,5 +159,5 @@ def test_nothing_is_done_unless_it_is_asked_for(world: LogSplit, bits: Callable[
     state = learnt(world, IMSR(fit=FIT))[0]
     assert asked == IMSR() and state.interests is not None and bits(InterestBudget()(state)) == bits(state)
     assert find_strategy("imsr:upkeep.retire=3:upkeep.fp16=true").upkeep == InterestBudget(retire=3, fp16=True)  # type: ignore[attr-defined]
-    with pytest.raises(OptionError, match="option megabytes of InterestBudget is -1"):
+    with pytest.raises(OptionError, match="Option megabytes is -1"):
         find_strategy("imsr:upkeep.megabytes=-1")

@@ -31,7 +31,7 @@ DIALECT = {
     r"\bunless told otherwise\b": "by default",
     r"\bnevertheless\b": "anyway, or by force",
     r"\bof which\b": "a sentence of its own",
-    r"\bso many\b": "the number, as in `at most k items`",
+    r"\b(?:of|if|for|every|the latest|latest) so many\b": "the number, as in `at most k items`",
     r"\bmend(?:s|ed|ing)?\b": "fix",
     r"\bdear(?:er|est)?\b": "expensive",
     r"\bknobs?\b": "options",
@@ -51,7 +51,7 @@ DIALECT = {
     r"\bthe latest so\b": "the most recent N",
     r"\bas it comes\b": "with default options",
     r"\bdoes so\b": "the verb itself",
-    r"\bthat counts?\b(?! as| the| how)": "counting model",
+    r"\b(?:models?|experts?) that counts?\b": "counting model",
     r"\bwhat counts\b": "counting models",
     r"\bhow it bore\b": "latency and errors",
     r"\bleaves? aside\b": "ignores",
@@ -66,7 +66,7 @@ LONG_SENTENCES: tuple[str, ...] = ()
 UNREAD = {"tests/test_language.py", "src/freshrec/names.json"}
 
 WORD = re.compile(r"[A-Za-z0-9]")
-END = re.compile(r"(?<=[.!?])[\"')\]*_`]*\s+(?=[\"'(\[*_`]*[A-Z0-9`])")
+END = re.compile(r"(?<=[.!?])[\"')\]*_`]*\s+(?=[\"'(*_`]*[A-Z0-9`\[])")
 CLOSED = re.compile(r"\be\.g\.|\bi\.e\.|\betc\.|\bcf\.|\bvs\.|\bsec\.|\beq\.|\bTab\.|\bFig\.|\bal\.")
 
 
@@ -124,8 +124,7 @@ def texts_of_python(source: str) -> Iterator[Text]:
                 parts = (p.value if isinstance(p, ast.Constant) else "X" for p in node.values)
                 yield Text(node.lineno, "".join(map(str, parts)))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside:
-            if " " in node.value.strip():
-                yield Text(node.lineno, node.value)
+            yield from [Text(node.lineno, node.value)] * (" " in node.value.strip())
     comment, start, last = "", 0, -1
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT and not re.match(r"#\s*(fmt|noqa|type|pragma)\b|#!", token.string):
@@ -193,10 +192,33 @@ def all_problems(places: list[Path]) -> list[Problem]:
     ]
 
 
+@pytest.mark.parametrize(
+    ("path", "source", "expected"),
+    [
+        ("a.md", "One. Then " + "word " * 30 + "end.", ["32 words in one sentence"]),
+        ("a.md", "- " + "word " * 20 + "\n- " + "word " * 20, []),  # bullets are sentences of their own
+        ("a.md", "| " + "word " * 20 + "| " + "word " * 20 + "|", []),  # and so are cells
+        ("a.md", "```\n" + "word " * 40 + "\n```", []),  # code is not text
+        ("a.md", "[" + "word " * 20 + "](a link counts by its text, not by its address) " + "word " * 9, []),
+        ("a.py", "def f():\n    '''" + "word " * 31 + "'''", ["31 words in one sentence"]),
+        ("a.py", "raise E(f'" + "word " * 16 + "{x} ' '" + "word " * 16 + "')", ["33 words in one sentence"]),
+        ("a.py", "# " + "word " * 16 + "\n# " + "word " * 16, ["32 words in one sentence"]),  # one comment, two lines
+        ("a.py", "x = 1  # " + "word " * 16 + "\ny = 1  # " + "word " * 16, []),  # two comments
+        ("a.py", "raise E('version 3 is set anew')", ['"anew" is dialect']),
+        ("a.html", "<p>Both are alike.</p>", ['"alike" is dialect']),
+        ("a.js", "// It goes live nevertheless.", ['"nevertheless" is dialect']),
+        ("a.toml", "x = 1  # " + "word " * 31, ["31 words in one sentence"]),
+    ],
+)
+def test_long_sentences_and_dialect_are_found(path: str, source: str, expected: list[str]) -> None:
+    found = [problem.what for problem in problems_of(path, source)]
+    assert [what.partition(";")[0].partition(":")[0] for what in found] == expected
+
+
 def main() -> None:
     """Print the problems of the files and folders that are named."""
     found = all_problems([Path(name).resolve() for name in sys.argv[1:]] or READ)
-    print(*found, f"{len(found)} problems", sep="\n")
+    sys.stdout.write("".join(f"{line}\n" for line in [*found, f"{len(found)} problems"]))
 
 
 if __name__ == "__main__":

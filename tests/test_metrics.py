@@ -67,7 +67,7 @@ def test_a_name_is_a_metric_and_a_length():
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("ndgc@20", 'did you mean "ndcg"'),
+        ("ndgc@20", 'Did you mean "ndcg"'),
         ("ndcg", "ndcg@20"),
         ("ndcg@", "ndcg@20"),
         ("hr@0", "hr@20"),

@@ -189,15 +189,15 @@ def test_a_class_an_instance_and_both_kinds_of_names_are_accepted() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("own_strategies:Other", r'"own_strategies:Other" has no method update\(state, span\); name a class'),
+        ("own_strategies:Other", r'"own_strategies:Other" has no method update\(state, span\). Add it'),
         ("own_strategies:FitConfig", r"has no method update\(state, span\)"),
-        ("own_strategies:Demanding", "is a class that needs arguments; give them defaults, or name an instance"),
+        ("own_strategies:Demanding", "is a class that needs arguments. Give them defaults, or name an instance"),
         ("own_strategies:Missing", 'cannot import "Missing" from "own_strategies"'),
         ("no_such_module:Thing", 'cannot import "Thing" from "no_such_module"'),
         ("own_strategies:Counting:epochs=3", "no options"),
         ("own_strategies:Training:epochs", '"epochs" in .* is not an option'),
-        ("finetune:epochs", '"epochs" in .* is not an option: write finetune:field=value'),
-        ("fintune:fit.epochs=3", 'did you mean "finetune"'),
+        ("finetune:epochs", '"epochs" in .* is not an option. Write finetune:field=value'),
+        ("fintune:fit.epochs=3", 'Did you mean "finetune"'),
     ],
 )
 def test_a_name_that_stands_for_no_strategy_is_refused(text: str, says: str) -> None:
@@ -222,11 +222,11 @@ def test_an_own_strategy_may_update_any_model_and_its_errors_are_its_own() -> No
 @pytest.mark.parametrize(
     ("own", "says"),
     [
-        ("Nothing", r'update\(state, span\) of strategy "Nothing" returned None; it must return the next State'),
-        ("Same", '"Same" returned a state with spans_seen=0; it must be 1, one more than before'),
+        ("Nothing", r'update\(state, span\) of strategy "Nothing" returned None. It must return the next State'),
+        ("Same", '"Same" returned a state with spans_seen=0. It must be 1, one more than before'),
         (
             "Ungrown",
-            '"Ungrown" returned a model of 0 users and 0 items, and the span has [0-9]+ and [0-9]+; let the model grow',
+            '"Ungrown" returned a model with 0 users and 0 items, but the span has [0-9]+ and [0-9]+. Grow the model',
         ),
     ],
 )
@@ -245,7 +245,7 @@ def test_an_own_strategy_may_say_which_models_it_takes() -> None:
     example = find_strategy("my_strategy:MyStrategy")
     check_compatible(MODELS["mf"], "mf", example, "mine")
     for name in ("item-knn", "blend"):
-        with pytest.raises(IncompatibleError, match=f'"{name}" counts, it is not trained'):
+        with pytest.raises(IncompatibleError, match=f'Strategy "mine" cannot train model "{name}"'):
             check_compatible(MODELS[name], name, example, "mine")
 
 
@@ -278,7 +278,7 @@ def test_strategies_that_are_tuned_have_six_alternatives_the_strategy_first() ->
     assert all(choices[0] == STRATEGIES[name] for name, choices in found.items())
 
 
-@pytest.mark.filterwarnings("ignore:strategy rehearsed is called")  # a former name, not a paper's
+@pytest.mark.filterwarnings("ignore:strategy rehearsed is now called")  # a former name, not a paper's
 def test_names_of_papers_are_aliases() -> None:
     assert ALIASES == {"joint": "full", "dropout": "finetune", "asmg-gru-multi": "asmg", "rehearsed": "self-tuned"}
     assert not ALIASES.keys() & STRATEGIES.keys()

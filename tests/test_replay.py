@@ -341,8 +341,8 @@ def test_spans_without_events_and_with_a_single_one_are_survived(cell: Cell, tmp
 @pytest.mark.parametrize(
     ("model", "strategy", "why"),
     [
-        ("sasrec", "absorb", "learns only by training"),
-        ("item-knn", "finetune", "its only strategy is absorb"),
+        ("sasrec", "absorb", "needs training"),
+        ("item-knn", "finetune", "Use strategy absorb."),
         ("sasrec", "imsr", "several interests"),
     ],
 )
@@ -417,19 +417,20 @@ def test_the_last_span_can_be_tested_without_being_learnt(whole: Callable[[Cell]
 @pytest.mark.parametrize(
     ("model", "strategy", "sentence"),
     [
-        ("sasrec", "absorb", '"absorb" trains nothing, and "sasrec" learns only by training: use frozen.'),
-        ("item-knn", "finetune", '"item-knn" counts, it is not trained: its only strategy is absorb.'),
-        ("item-knn", "imsr", '"item-knn" counts, it is not trained: its only strategy is absorb.'),
-        ("blend", "finetune", "its only strategy is refit (or absorb, which trusts the best expert)."),
+        ("sasrec", "absorb", '"absorb" trains nothing, and model "sasrec" needs training. Use strategy frozen.'),
+        ("item-knn", "finetune", 'train model "item-knn", which is a counting model. Use strategy absorb.'),
+        ("item-knn", "imsr", 'Strategy "imsr" cannot train model "item-knn", which is a counting model.'),
+        ("blend", "finetune", "is a blend. Use strategy refit, or absorb, which uses the best expert alone."),
         (
             "mf",
             "refit",
-            '"refit" joins experts, and "mf" has none: use it with blend. A strategy for "mf" is finetune.',
+            'Strategy "refit" updates blends, and model "mf" is none. Use strategy finetune, or model blend.',
         ),
-        ("popularity", "refit", '"popularity" has none: use it with blend. A strategy for "popularity" is absorb.'),
-        ("embedding-mlp", "ader", '"ader" follows the scores of all items back to their vectors; "embedding-mlp" does'),
-        ("embedding-mlp", "ewc", "Use a model with user and item vectors, such as sasrec or comirec-dr."),
-        ("sasrec", "imsr", '"imsr" needs a model with several interests a user; "sasrec" has one vector.'),
+        ("popularity", "refit", 'model "popularity" is none. Use strategy absorb, or model blend.'),
+        ("embedding-mlp", "ader", "a model that scores by user and item vectors. "),
+        ("embedding-mlp", "ader", ' "embedding-mlp" does not.'),
+        ("embedding-mlp", "ewc", "Use a model such as sasrec or comirec-dr."),
+        ("sasrec", "imsr", '"imsr" needs a model with several interests per user, and "sasrec" has one vector.'),
     ],
 )
 def test_a_strategy_refuses_a_model_that_it_cannot_update_with_a_sentence(

@@ -276,7 +276,7 @@ def test_the_work_counts_every_pass() -> None:
 
 @pytest.mark.parametrize("options", [{"rounds": 2, "train_through_transfer": False}, {"base_parts": 2}])
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(OptionError, match="SML"):
+    with pytest.raises(OptionError, match="sml .*Set (rounds=1|base_parts to 0 or at least 3)"):
         SML(**options)
 
 

@@ -38,7 +38,7 @@ def recommend(
     version: VersionOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the best items for one or more users."""
+    """Print recommended items for each user."""
     from freshrec.recommender.recommender import Recommender
 
     allowed, denied = (None if text is None else parse_list(text) for text in (allow, deny))
@@ -56,7 +56,7 @@ def similar(
     version: VersionOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the items that are most similar to one or more items."""
+    """Print the most similar items for each item."""
     from freshrec.recommender.recommender import Recommender
 
     recommender = Recommender.from_bundle(_open_bundle(store, version))
@@ -73,27 +73,27 @@ def explain(
     version: VersionOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print why a user gets an item: which experts or interests propose it, and after which past events."""
+    """Explain the score of an item for a user: its rank, its contributions, and the most important past event."""
+    from freshrec.recommender.explanation import explain_pair, explanation_text
     from freshrec.recommender.recommender import Recommender
 
-    recommender = Recommender.from_bundle(_open_bundle(store, version))
+    bundle = _open_bundle(store, version)
     with _id_errors_as_option_errors():
-        found = recommender.explain(user, item)
-    if found.is_empty() and not as_json:
-        typer.echo(f"Item {item} is not recommended to user {user}.")
-        return
-    rows = [(source, place, f"{points:+.2f}", because) for source, place, points, because in found.iter_rows()]
-    _print_frame(found, ("source", "place", "points", "because of"), rows, as_json)
+        if as_json:
+            print_json(Recommender.from_bundle(bundle).explain(user, item).to_dicts())
+            return
+        found = explain_pair(bundle.served, user, item, bundle.names[0], bundle.read_options.has_clock)
+    typer.echo(explanation_text(found))
 
 
 def inspect(
-    kind: Annotated[Literal["user", "item"], typer.Argument(help="Either user or item.")],
+    kind: Annotated[Literal["user", "item"], typer.Argument(help="What to show: user or item.")],
     name: Annotated[str, typer.Argument(metavar="ID", help="User id or item id.")],
     store: StorePath = Path("store"),
     version: VersionOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the events and interests of one user, or the counts of one item."""
+    """Print the events and interests of a user, or the statistics of an item."""
     from freshrec.nightly import inspection
 
     bundle = _open_bundle(store, version)
@@ -102,16 +102,9 @@ def inspect(
     if as_json:
         print_json(found)
         return
-    events, interests = found.pop("events", []), found.pop("interests", [])
-    if "kind" in found:
-        found["interests"] = found.pop("kind")
-    _print_fields(found)
-    if events:
-        print_table(("at", "item"), [(event["at"], event["item_id"]) for event in events])
-    fields = ("title", "born_span", "used_span")
-    rows = [(*(card[field] for field in fields), ", ".join(map(str, card["items"]))) for card in interests]
-    if rows:
-        print_table(("interest", "born in span", "last used in span", "best items"), rows)
+    from freshrec.recommender import profile_text
+
+    typer.echo(profile_text.user_text(found) if kind == "user" else profile_text.item_text(found))
 
 
 def status(store: StorePath = Path("store"), as_json: AsJson = False) -> None:

@@ -16,6 +16,7 @@ from freshrec.data.log import format_time
 from freshrec.errors import FreshrecError, StateError
 from freshrec.nightly.full_retrain import retrain_plan
 from freshrec.nightly.job import batches_of, waiting_batches
+from freshrec.nightly.notes import current_notes
 from freshrec.nightly.same_queries import compare_on_same_queries
 from freshrec.random_streams import stream_seed
 from freshrec.recommender.bundle import Bundle, read_bundle
@@ -61,7 +62,7 @@ def store_status(store: Store) -> dict[str, Any]:
         "versions_deleted": [m.id for m in versions if is_collected(store, m.id)],
         "plan": retrain_plan(chain),
         "numbers": manifest.numbers,
-        "notes": manifest.notes,
+        "notes": current_notes(chain),
     }
 
 
