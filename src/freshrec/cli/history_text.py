@@ -105,11 +105,13 @@ def _history_row(version: Manifest, state: VersionState, metric: str) -> tuple[s
 
 
 def short_reason(reason: str, width: int) -> str:
-    """The first clause of a reason, cut at a word where it is longer than `width`."""
+    """The first clause of a reason. A long one loses words before its last two: "71.4 % of the rows ... one user"."""
     clause = re.split(r"; |: (?!by force)|\. |\.$", reason)[0] if not reason.startswith("by force") else reason
     if len(clause) <= width:
         return clause
-    return clause[: width - 3].rpartition(" ")[0] + " ..."
+    end = " ".join(["...", *clause.split()[-2:]])
+    start = clause[: max(0, width - len(end))].rpartition(" ")[0]
+    return f"{start} {end}"[:width]
 
 
 def long_lines(versions: Sequence[Manifest], states: Mapping[int, VersionState]) -> list[str]:
