@@ -1,4 +1,4 @@
-"""Erasing a user: no file of the store holds the id afterwards, and nothing that is stored by user belongs to it."""
+"""Erasing a user: no file of the store holds the id afterwards, and no data by user is left."""
 
 from pathlib import Path
 

@@ -81,17 +81,13 @@ def test_the_statistics_of_a_day_are_counted() -> None:
     assert (day.n_rows, day.n_users, day.n_items, day.rows_per_user) == (6, 3, 3, 2)
     assert (day.share_unknown_users, day.share_unknown_items) == (1 / 6, 4 / 6)  # user 3; items 11 and 12
     assert (day.share_top_user, day.share_top_item) == (4 / 6, 3 / 6)  # user 1, item 11
-    assert (day.share_doubled, day.share_known) == (
-        2 / 10,
-        3 / 10,
-    )  # of 6 + 1 + 3; rows 3 and 4 are duplicates
+    # 1 duplicate and 3 known rows were removed from 6 + 1 + 3 rows. Rows 3 and 4 are duplicates, too.
+    assert (day.share_doubled, day.share_known) == (2 / 10, 3 / 10)
     assert day.share_late == pytest.approx(1 / 6)  # the row at 5:00
     assert day.share_same_second == 1 / 3  # one of three users has several rows within a second, at 13:00
     assert (day.whole_days, day.span_hours) == (False, 9)
-    assert (day.gap_hours, day.hole_hours) == (
-        3,
-        2,
-    )  # 10:00 to the middle row, the fourth; no rows from 10:00 to 12:00
+    # from 10:00 to the middle row, the fourth, at 13:00; no rows from 10:00 to 12:00
+    assert (day.gap_hours, day.hole_hours) == (3, 2)
 
 
 def test_a_log_without_timestamps_has_no_statistics_of_time_and_passes() -> None:
@@ -181,8 +177,8 @@ def test_what_is_usual_in_a_log_is_not_an_anomaly() -> None:
 
 
 def test_twice_the_usual_rows_pass_and_far_fewer_rows_than_on_weekends_do_not() -> None:
-    # Weekends have 1000 rows, other days 2000. One of the 6 weekend days is ignored as an outlier, so
-    # fewer than 1000 / 1.75 rows are unusual.
+    # Weekends have 1000 rows, other days 2000. One of the 6 weekend days is ignored as an outlier, so fewer than
+    # 1000 / 1.75 rows are unusual.
     assert find_anomalies(stats(a_day(21, rows=4000), 21), THREE_WEEKS) == []
     assert find_anomalies(stats(a_day(21, rows=600), 21), THREE_WEEKS) == []
     reasons = find_anomalies(stats(a_day(21, rows=560), 21), THREE_WEEKS)
