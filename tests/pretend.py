@@ -1,8 +1,8 @@
 """A pretend device, which tests code for GPUs without a GPU.
 
-Its tensors are stored on the CPU but report the device "pretend". Three things are errors, as with tensors of a GPU:
-combining them with CPU tensors that have a dimension, filling them from a CPU random generator, and converting them
-to numpy arrays.
+Its tensors are stored on the CPU but report the device "pretend". They raise errors where tensors of a GPU would.
+They cannot be combined with CPU tensors that have a dimension, filled by a CPU random generator, or converted to numpy
+arrays.
 """
 
 from typing import Any
