@@ -138,9 +138,9 @@ def test_the_losses_are_computed_from_the_scores_that_are_served() -> None:
     first, second = score_BI[0, [1, 0, 2, 7, 2]], score_BI[1, [2, 0, 7]]
     losses_B = torch.stack([first.logsumexp(0) - first[0], second.logsumexp(0) - second[0]])
     assert built(loss="sampled")(batch).loss.item() == near(losses_B.mean().item(), abs=1e-5)
-    no = F.softplus(torch.cat([first[1:], second[1:]])).mean()
-    yes = F.softplus(-torch.stack([first[0], second[0]])).mean()
-    assert built(loss="bce")(batch).loss.item() == near((yes + no).item(), abs=1e-5)
+    negative_loss = F.softplus(torch.cat([first[1:], second[1:]])).mean()
+    positive_loss = F.softplus(-torch.stack([first[0], second[0]])).mean()
+    assert built(loss="bce")(batch).loss.item() == near((positive_loss + negative_loss).item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("loss", ["sampled", "full", "bce"])
@@ -178,8 +178,8 @@ def test_every_weight_learns(shape: str, loss: str) -> None:
     model = built(loss=loss, **SHAPES[shape])
     assert isinstance(model, VectorModel) and model.batch_format == "target"
     for layer in model.horizontal:
-        torch.nn.init.constant_(layer.bias, 9.0)  # so that all filters are active ...
-    torch.nn.init.constant_(model.join.bias, 99.0)  # ... and all units of the layer above them
+        torch.nn.init.constant_(layer.bias, 9.0)  # so that all filters are active
+    torch.nn.init.constant_(model.join.bias, 99.0)  # and all units of the layer above them
     model(query_batch([4, 2, 7, 3, 8], [9, 1, 6, 1, 5], targets=[2, 6])).loss.backward()
     assert all(weight.grad is not None and (weight.grad != 0).any() for weight in model.parameters())
 

@@ -1,4 +1,4 @@
-"""Categories as an input: a vector is the item's own row plus that of its category; a new item has the latter only."""
+"""Categories as an input: an item's vector is its own row plus that of its category. A new item has only the latter."""
 
 from dataclasses import replace
 
@@ -35,11 +35,11 @@ WITH_CATEGORIES = (
 LR = 0.05
 
 
-def table_with_categories(n_rows: int, n_kinds: int, *kinds: int) -> EmbeddingTable:
+def table_with_categories(n_rows: int, n_categories: int, *categories: int) -> EmbeddingTable:
     """A table with 2 dimensions. Items 1, 2, ... have these categories."""
-    table = EmbeddingTable(2, std=1.0, seed=0, n_categories=n_kinds)
+    table = EmbeddingTable(2, std=1.0, seed=0, n_categories=n_categories)
     table.grow(n_rows)
-    set_categories(table, torch.tensor([0, *kinds]))
+    set_categories(table, torch.tensor([0, *categories]))
     return table
 
 
@@ -47,8 +47,8 @@ def test_a_vector_is_the_sum_of_the_items_own_row_and_that_of_its_category() -> 
     table = table_with_categories(4, 2, 1, 2, 1, 0)
     assert table.common is not None
     own, common = table.weights.tolist(), table.common.weights.tolist()
-    for item, kind in enumerate((0, 1, 2, 1, 0)):
-        expected = [a + b for a, b in zip(own[item], common[kind])]
+    for item, category in enumerate((0, 1, 2, 1, 0)):
+        expected = [a + b for a, b in zip(own[item], common[category])]
         for found in (
             embedding_matrix(table)[item],
             embed(table, torch.tensor([item]))[0],
@@ -130,18 +130,18 @@ def base_and_newcomers() -> tuple[Span, Span, Tensor]:
     users_E = torch.arange(1, 41).repeat_interleave(20)
     items_E = 2 * torch.randint(0, 10, (800,), generator=source) + 2 - users_E % 2
     new_E = torch.arange(21, 29)
-    kinds_I = torch.where(torch.arange(29) % 2 == 0, 2, 1).int()
-    kinds_I[0] = 0
+    categories_I = torch.where(torch.arange(29) % 2 == 0, 2, 1).int()
+    categories_I[0] = 0
     spans = []
     for index, events in enumerate((Events.trainable(users_E, items_E), Events.trainable(41 + new_E % 2, new_E))):
-        events = replace(events, categories_E=kinds_I[events.items_E])
+        events = replace(events, categories_E=categories_I[events.items_E])
         spans.append(Span(index, events, (40, 42)[index], (20, 28)[index]))
-    return spans[0], spans[1], kinds_I
+    return spans[0], spans[1], categories_I
 
 
 def in_order(name: str, strategy: Strategy) -> float:
-    """The share of pairs, a new item of the user's colour and one of the other, that are in the right order."""
-    base, after, kinds_I = base_and_newcomers()
+    """Share of pairs in the right order: a new item of the user's colour above a new item of the other colour."""
+    base, after, categories_I = base_and_newcomers()
     spec = replace(find_model(name), d=16, negatives=16, batch=64)  # type: ignore[type-var]
     state = State(spec.build(0))
     for span in (base, after):
@@ -150,7 +150,8 @@ def in_order(name: str, strategy: Strategy) -> float:
     model: VectorModel = state.model
     items_R, offsets_U = state.histories.items_R, state.histories.offsets_U
     history_BT = torch.stack([items_R[offsets_U[u + 1] - 5 : offsets_U[u + 1]] for u in range(1, 41)]).long()
-    score_BN = score_items(model, Batch(torch.arange(1, 41), history_BT, categories_I=kinds_I), torch.arange(21, 29))
+    batch = Batch(torch.arange(1, 41), history_BT, categories_I=categories_I)
+    score_BN = score_items(model, batch, torch.arange(21, 29))
     own_BN = torch.arange(1, 41)[:, None] % 2 == torch.arange(21, 29) % 2
     ahead_BNN = score_BN[:, :, None] > score_BN[:, None]
     return float(ahead_BNN[own_BN[:, :, None] & ~own_BN[:, None]].float().mean())
@@ -160,7 +161,7 @@ def in_order(name: str, strategy: Strategy) -> float:
 def test_a_new_item_is_recommended_by_its_category_before_it_is_trained(name: str) -> None:
     strategy = Frozen(FitConfig(base_epochs=10))
     assert in_order(f"{name}:categories=4", strategy) > 0.9
-    assert in_order(name, strategy) < 0.8  # 0.5 by chance; 0 if late items start at 0
+    assert in_order(name, strategy) < 0.8  # 0.5 by chance; 0 if new items start at 0
 
 
 @pytest.mark.parametrize("name", ["sasrec", "comirec-dr"])

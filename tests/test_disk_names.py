@@ -51,7 +51,7 @@ def spans() -> LogSplit:
 def test_a_tag_belongs_to_one_class_and_every_former_name_has_a_tag() -> None:
     assert len(set(CLASSES.values())) == len(CLASSES)
     assert set(FORMER.values()) <= CLASSES.keys()
-    assert not [tag for tag in CLASSES if ":" in tag]  # which tells a tag from somebody else's module:qualname
+    assert not [tag for tag in CLASSES if ":" in tag]  # a colon marks the module:qualname of another package
     for tag in CLASSES:
         assert tag_of(class_of(tag)) == tag
 
@@ -77,9 +77,9 @@ def test_everything_that_a_strategy_keeps_has_a_tag(name: str, spans: LogSplit, 
         except IncompatibleError:
             continue
         if model == "mf" and name in ("asmg", "sml"):
-            continue  # an interest model makes it keep more
+            continue  # they keep more with an interest model
         state = State((spec if model in (*COUNTING_MODELS, "blend") else replace(spec, d=4)).build(0))
-        for span in spans.spans:  # some keep more after a second update
+        for span in spans.spans:  # some strategies keep more after a second update
             state = strategy.update(absorb_block(state, span.events, span.n_users, span.n_items), span)
         save_tree((strategy, state), tmp_path / "state.safetensors")  # StateError where a class has no tag
         assert len(spans.spans) == state.spans_seen
@@ -113,7 +113,7 @@ def test_a_class_of_another_package_is_saved_by_its_module_and_name(tmp_path: Pa
 def test_a_file_may_name_only_existing_dataclasses(name: str) -> None:
     with pytest.raises(StateError, match="The state needs"):
         class_of(name)
-    assert "antigravity" not in sys.modules  # nothing is imported because a file says so
+    assert "antigravity" not in sys.modules  # a file cannot cause an import
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,8 @@ def test_a_file_with_former_names_gives_the_current_class(monkeypatch: pytest.Mo
     monkeypatch.setitem(disk_names.ADDED, "mf-spec", {"bias": True})
     monkeypatch.setitem(disk_names.WEIGHTS, "", {"packed": "rows"})
     monkeypatch.setitem(disk_names.WEIGHTS, "mf-spec", {"users": "user_table"})
-    weights = {"dict": {"users.packed": {"tensor": "a"}, "users": {"value": 3}}}  # a number's key is no weight's name
+    # the key of a number is not the name of a weight
+    weights = {"dict": {"users.packed": {"tensor": "a"}, "users": {"value": 3}}}
     former = {"d": {"value": 4}, "lr": {"value": 0.1}, "kind": {"value": "lanes"}, "weights": weights}
     found = with_current_names({"class": "freshrec.models.mf:MFSpec", "fields": former})
     assert class_of(found["class"]) is MFOptions
@@ -214,7 +215,7 @@ def test_a_damaged_record_matches_nothing(tmp_path: Path) -> None:
 
 
 def test_a_replay_of_a_custom_model_resumes(tmp_path: Path) -> None:
-    class Spec:  # no dataclass, and nobody can import it
+    class Spec:  # not a dataclass, and it cannot be imported
         def __repr__(self) -> str:
             return "Spec of mine"
 

@@ -46,7 +46,7 @@ def test_duplicates_known_rows_and_late_rows_are_counted(tmp_path: Path) -> None
     log = EventLog(tmp_path / "log")
     first = log.append(frame(("a", "x", 30), ("b", "x", 10), ("a", "x", 30)), "s1", True)
     assert first == AppendResult(1, None, n_rows=3, n_duplicates=1, n_appended=2, first_time=10, last_time=30)
-    # (b, x, 10) is known; a's event at 20 is older than 30, the one at 30 by another item is not; (a, x, 40) came twice
+    # (b, x, 10) is known. (a, x, 20) is older than 30, so it is late; (a, y, 30) is not. (a, x, 40) is a duplicate.
     second = frame(("b", "x", 10), ("a", "x", 40), ("a", "y", 30), ("a", "x", 20), ("a", "x", 40))
     assert log.append(second, "s2", True) == AppendResult(
         2, None, 5, n_duplicates=1, n_known=1, n_late=1, n_appended=3, first_time=20, last_time=40
@@ -127,7 +127,7 @@ def test_a_delivery_with_other_types_is_an_error(tmp_path: Path, delivery: pl.Da
     assert n_rows(log) == 1
 
 
-# with and without event_id; users, items and times are shared by several
+# Half of the events have an event_id. Events share users, items and times.
 POOL = [(f"u{n % 3}", n // 3, 100 + n % 4, n if n % 2 else None) for n in range(12)]
 
 
@@ -142,18 +142,18 @@ def test_the_log_holds_each_event_once_for_random_deliveries(
     tmp_path_factory: pytest.TempPathFactory, deliveries: list[list[Event]]
 ) -> None:
     log = EventLog(tmp_path_factory.mktemp("log"))
-    kinds = {"user_id": pl.String, "item_id": pl.Int64, "time": pl.Int64, "event_id": pl.Int64}
+    schema = {"user_id": pl.String, "item_id": pl.Int64, "time": pl.Int64, "event_id": pl.Int64}
     seen: set[Event] = set()
     for n, events in enumerate(deliveries):
-        taken = log.append(pl.DataFrame(events, kinds, orient="row"), f"s{n}", True)
+        result = log.append(pl.DataFrame(events, schema, orient="row"), f"s{n}", True)
         new = set(events) - seen
-        assert (taken.n_rows, taken.n_duplicates, taken.n_appended) == (
+        assert (result.n_rows, result.n_duplicates, result.n_appended) == (
             len(events),
             len(events) - len(set(events)),
             len(new),
         )
-        assert taken.n_known == len(set(events) & seen)
-        assert taken.batch is None or events_of(log.read([taken.batch])) == sorted(new, key=repr)
+        assert result.n_known == len(set(events) & seen)
+        assert result.batch is None or events_of(log.read([result.batch])) == sorted(new, key=repr)
         seen |= new
     assert not seen or events_of(log.read()) == sorted(seen, key=repr)
 
@@ -164,7 +164,7 @@ def holds(folder: Path, user_id: int | str) -> list[str]:
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         values = pl.read_parquet(path).write_ndjson() if ".parquet" in path.name else ""
         raw = [str(user_id).encode(), *([user_id.to_bytes(8, "little")] if isinstance(user_id, int) else [])]
-        if str(user_id) in values or any(spelt in path.read_bytes() for spelt in raw):
+        if str(user_id) in values or any(encoded in path.read_bytes() for encoded in raw):
             found.append(path.name)
     return found
 

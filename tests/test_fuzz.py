@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_nightly import days, learnt
+from test_nightly import days, n_learned
 
 from freshrec.cli.app import main
 from freshrec.nightly.job import NightlyJob
@@ -95,7 +95,7 @@ def harmed_deliveries(folder: Path, n: int, capsys: pytest.CaptureFixture[str]) 
             answer(capsys, "doctor", "--store", str(folder / "u"))
             kept = open_store(folder / "u")
             batches = [version.batch for version in version_chain(kept) if version.batch is not None]
-            assert learnt(read_bundle(kept.verified_files(kept.live))) == len(NightlyJob(kept).log.read(batches))
+            assert n_learned(read_bundle(kept.verified_files(kept.live))) == len(NightlyJob(kept).log.read(batches))
     assert {0, 3} <= reasons
 
 

@@ -90,7 +90,7 @@ def check_layers(path: str, tree: ast.Module, source: str) -> Wrong:
 
 
 def imports(path: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Lines and places of freshrec that a file imports, wherever in the file it does so; "" is the package itself."""
+    """Lines and modules of freshrec that a file imports anywhere. "" is the package itself."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             modules = {alias.name for alias in node.names}

@@ -1,4 +1,4 @@
-"""Custom models: the smallest of either kind, with only the members that CONTRIBUTING.md requires."""
+"""Custom models: the smallest of each kind, with only the members that CONTRIBUTING.md requires."""
 
 import json
 import shutil
@@ -110,7 +110,7 @@ def checkerboard() -> LogSplit:
 
 
 def ranks(spec: ModelSpec, update: Strategy, cut: LogSplit, out: Path) -> pl.DataFrame:
-    """Run one cell of a replay and return its ranks."""
+    """Replay one run and return its ranks."""
     cell = Cell("own", spec, "own", update, 0)
     assert list(replay_cell(cell, cut, ReplaySettings(), out)) == [0, 1, 2, 3]
     return pl.concat(pl.read_parquet(out / cell.folder_name / f"span-{span}.parquet") for span in (1, 2, 3))
@@ -131,7 +131,7 @@ def test_the_smallest_counting_model_has_the_ranks_of_popularity_in_a_replay(
     assert len(own) > 100 and own.equals(ranks(PopularitySpec(), Absorb(), checkerboard, tmp_path / "ours"))
 
 
-def test_the_smallest_trained_model_learns_who_takes_what(checkerboard: LogSplit, tmp_path: Path) -> None:
+def test_the_smallest_trained_model_learns_which_items_a_user_takes(checkerboard: LogSplit, tmp_path: Path) -> None:
     # A user takes 20 of 40 items, so half of a random list has the user's colour.
     state = trained_state(SUM, FineTune(FIT), checkerboard.spans)
     even, odd = (Batch(torch.tensor([1]), torch.tensor([row])) for row in rows_of_colours(checkerboard))
