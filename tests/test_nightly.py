@@ -605,7 +605,7 @@ def test_a_store_that_python_saved_can_be_updated_by_the_nightly_job(tmp_path: P
     with pytest.raises(LogError, match="Use one type"):
         job.append_delivery(read_log(one.with_columns(pl.col("user_id").cast(pl.String) + "x")), "text")
     [version] = learn(job, one, "one")
-    with pytest.raises(OptionError, match="save to another folder"):
+    with pytest.raises(OptionError, match="Save to another folder"):
         recommender.save(tmp_path / "s")
     assert (version.id, version.parent) == (2, 1) and n_learned(job.bundle) == 1500 + SIZE
     with pytest.raises(StateError, match="no version 9"):

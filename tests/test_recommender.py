@@ -325,7 +325,7 @@ def test_partial_fit_is_update() -> None:
 ERRORS = [
     (lambda r: Recommender("popularity").recommend("u1"), StateError, r"Call fit\(log\)"),
     (lambda r: Recommender("poplarity"), OptionError, 'Did you mean "popularity"'),
-    (lambda r: Recommender("popularity", "finetune"), IncompatibleError, "only strategy is absorb"),
+    (lambda r: Recommender("popularity", "finetune"), IncompatibleError, "Use strategy absorb"),
     (lambda r: r.recommend("u1", k=0), OptionError, "k is 0"),
     (lambda r: r.recommend("u1", k="3"), OptionError, "k is 3, but must be an integer"),
     (lambda r: r.recommend("u1", diversity=-1.0), OptionError, "diversity .* must be at least 0"),

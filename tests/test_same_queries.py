@@ -5,7 +5,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from test_nightly import ANY, days, learn, started
+from test_nightly import ANY, days, learn, new_job
 
 from freshrec.nightly.inspection import version_difference
 from freshrec.nightly.job import NightlyJob
@@ -32,7 +32,7 @@ def newest(day: pl.DataFrame, n: int) -> set[tuple[int, int]]:
 @pytest.mark.parametrize("model", ["popularity", "comirec-dr:d=8"])
 def test_a_version_and_its_parent_are_compared_as_the_gate_compared_them(model: str, tmp_path: Path) -> None:
     base, one, two, *_ = days()
-    job = started(tmp_path / "s", base, model)
+    job = new_job(tmp_path / "s", base, model)
     learn(job, one, "one")
     [version] = learn(job, two, "two")
     found = version_difference(job.store, 2, 3)["same_queries"]
@@ -46,7 +46,7 @@ def test_a_version_and_its_parent_are_compared_as_the_gate_compared_them(model: 
 
 def test_versions_far_apart_are_asked_what_the_newer_one_holds_out(tmp_path: Path) -> None:
     base, *later = days()
-    job = started(tmp_path / "s", base)
+    job = new_job(tmp_path / "s", base)
     for i, day in enumerate(later):
         learn(job, day, f"day {i}")
     first, last = read(job, 1), read(job, 5)
@@ -57,7 +57,7 @@ def test_versions_far_apart_are_asked_what_the_newer_one_holds_out(tmp_path: Pat
 
 def test_after_a_rollback_both_branches_are_asked_what_each_of_them_holds_out(tmp_path: Path) -> None:
     base, one, two, *_ = days()
-    job = started(tmp_path / "s", base)
+    job = new_job(tmp_path / "s", base)
     learn(job, one, "one")
     job.store.move_pointer(1, "rollback", "a test")
     learn(job, two, "two")
@@ -74,7 +74,7 @@ def test_after_a_rollback_both_branches_are_asked_what_each_of_them_holds_out(tm
 
 def test_branches_that_number_new_ids_differently_are_asked_about_what_both_know(tmp_path: Path) -> None:
     base, one, two, *_ = days()
-    job = started(tmp_path / "s", base)
+    job = new_job(tmp_path / "s", base)
     # The last user and the last item of each day are new, and have another id in each: 1001 and 2001, 1002 and 2002.
     one, two = (
         pl.concat([day, day[-5:].with_columns(user_id=1000 + i, item_id=2000 + i)], how="vertical_relaxed")
@@ -95,7 +95,7 @@ def test_branches_that_number_new_ids_differently_are_asked_about_what_both_know
 
 def test_a_redelivered_event_that_one_branch_has_learned_is_no_query(tmp_path: Path) -> None:
     base, one, two, *_ = days()
-    job = started(tmp_path / "s", base)
+    job = new_job(tmp_path / "s", base)
     learn(job, one, "one")
     job.store.move_pointer(1, "rollback", "a test")
     learn(job, pl.concat([one, two]).sort("time"), "both days")
@@ -109,7 +109,7 @@ def test_a_redelivered_event_that_one_branch_has_learned_is_no_query(tmp_path: P
 
 def test_a_version_of_a_day_without_rows_equals_its_parent(tmp_path: Path) -> None:
     base, one, *_ = days()
-    job = started(tmp_path / "s", base)
+    job = new_job(tmp_path / "s", base)
     learn(job, one, "one")
     job.add_unchanged_version(None, "nothing")
     found = version_difference(job.store, 2, 3)["same_queries"]
@@ -120,7 +120,7 @@ def test_a_version_of_a_day_without_rows_equals_its_parent(tmp_path: Path) -> No
 
 def test_after_a_trial_of_a_full_retrain_only_users_count_that_did_not_choose(tmp_path: Path) -> None:
     base, one, *_ = days()
-    job = started(tmp_path / "s", base)
+    job = new_job(tmp_path / "s", base)
     [version] = learn(NightlyJob(job.store, replace(ANY), "1"), one, "one")
     assert "full_gain" in version.numbers
     queries = shared_queries(read(job, 1), read(job, 2), (job.store.manifest(1), version))
@@ -131,7 +131,7 @@ def test_after_a_trial_of_a_full_retrain_only_users_count_that_did_not_choose(tm
 
 def test_versions_without_files_or_without_held_out_events_say_so_in_one_sentence(tmp_path: Path) -> None:
     base, one, two, *_ = days()
-    job = started(tmp_path / "s", base)
+    job = new_job(tmp_path / "s", base)
     learn(job, one, "one")
     learn(job, two, "two")
     assert collect_garbage(job.store, keep=1) == [1]
@@ -139,7 +139,7 @@ def test_versions_without_files_or_without_held_out_events_say_so_in_one_sentenc
     assert found["same_queries"] == {"reason": "The files of version 1 were deleted, so it cannot be queried."}
     assert found["shared"] is None and found["sizes"]["events"] == [1500, 2100]
     # Nobody has two events, so that no event can be asked.
-    lonely = started(tmp_path / "t", base.unique("user_id"))
+    lonely = new_job(tmp_path / "t", base.unique("user_id"))
     learn(lonely, one.unique("user_id").with_columns(user_id=pl.col("user_id") + 1000), "strangers")
     reason = "Versions 1 and 2 cannot be compared: they have no held-out events in common."
     assert version_difference(lonely.store, 1, 2)["same_queries"] == {"reason": reason}

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_nightly import days, learn, started
+from test_nightly import days, learn, new_job
 
 from freshrec.cli.app import main
 from freshrec.cli.history_text import short_reason, version_states
@@ -143,7 +143,7 @@ def test_a_reason_is_cut_to_its_first_clause(reason: str, width: int, expected: 
 def job(tmp_path: Path) -> NightlyJob:
     """A store of item-knn with three versions, the last one refused, and a click that waits."""
     base, one, two, *_ = days()
-    job = started(tmp_path / "shop", base, "item-knn")
+    job = new_job(tmp_path / "shop", base, "item-knn")
     learn(job, one, "one")
     job.append_delivery(read_log(two), "two")
     write(job.store, 3, 2, promoted=False)

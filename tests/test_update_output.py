@@ -18,8 +18,8 @@ from freshrec.cli.app import main
 from freshrec.cli.progress import ProgressBar, ProgressLines, format_duration
 from freshrec.cli.version_text import fit_lines, next_commands, update_lines, verdict_sentence, version_line
 from freshrec.data.synthetic import make_world
-from freshrec.learn.progress import Progress, listen, report_epoch, report_progress
 from freshrec.nightly.notes import Note, count_of, current_notes, notes_of, notes_to_print, with_notes
+from freshrec.progress import Progress, listen, report_epoch, report_progress
 from freshrec.store.manifest import Manifest
 
 MONDAY = datetime.fromisoformat("2025-06-02T04:15:00+00:00")
@@ -253,7 +253,7 @@ MISTAKES = [
     ("update x.parquet --store shop", 3, "x.parquet"),
     ("update --store shop --retry 1", 2, "--retry 1: the live version has learned all events of version 1 already."),
     ("fit log.parquet --store s2 --model mf --budget 1m", 2, "For --model mf, set the number of epochs in --strategy"),
-    ("fit log.parquet --store shop", 2, "holds something already"),
+    ("fit log.parquet --store shop", 2, "is not empty. Choose a new folder."),
 ]
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from freshrec.learn.progress import Progress, listen
+from freshrec.progress import Progress, listen
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -32,7 +32,7 @@ from freshrec.cli.version_text import fit_lines, next_commands, update_lines, ve
 from freshrec.cli.versions import locked_store
 from freshrec.data.log import Log, events_before, filter_positives, format_time, read_log
 from freshrec.errors import FreshrecError, LogError, NoRowsError, OptionError, RefusedError
-from freshrec.learn.progress import report_progress
+from freshrec.progress import report_progress
 
 if TYPE_CHECKING:
     from freshrec.nightly.job import NightlyJob

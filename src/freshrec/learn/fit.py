@@ -20,10 +20,10 @@ from freshrec.device import integers, permutation
 from freshrec.errors import TrainingError
 from freshrec.learn.base_stream import split_last_sixth
 from freshrec.learn.interest_store import TrimFunction, interest_costs, update_interests
-from freshrec.learn.progress import report_epoch
 from freshrec.learn.validation import hit_rate, mean_ndcg
 from freshrec.learn.weights import Parametrization, apply_parametrization, grow_model, snapshot
 from freshrec.nn.embedding_table import embedding_tables
+from freshrec.progress import report_epoch
 from freshrec.random_streams import global_stream, stream, stream_seed
 from freshrec.types import Batch, InterestModel, LossTerm, Span, State, TrainedModel
 

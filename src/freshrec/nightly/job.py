@@ -26,7 +26,6 @@ from freshrec.data.catalog import Catalog
 from freshrec.data.log import Log, filter_positives, keep_positives
 from freshrec.errors import LogError, OptionError, StateError, TrainingError
 from freshrec.files import file_checksum
-from freshrec.learn.progress import report_progress
 from freshrec.models.absorb import absorb_block
 from freshrec.models.popularity import PopularitySpec
 from freshrec.nightly.delivery_stats import DeliveryStats, compute_delivery_stats
@@ -34,6 +33,7 @@ from freshrec.nightly.full_retrain import GAIN_KEY, retrain_interval, start_from
 from freshrec.nightly.gate import GateLimits, HoldoutValues, Verdict, find_anomalies, judge_challenger
 from freshrec.nightly.holdout import newest_queries, user_values
 from freshrec.nightly.notes import Note, count_of, notes_of, with_notes
+from freshrec.progress import report_progress
 from freshrec.recommender.bundle import Bundle, learn_events, read_bundle, write_bundle
 from freshrec.recommender.log_reading import EncodedEvents, encode_events, match_clock
 from freshrec.recommender.served_state import ServedState

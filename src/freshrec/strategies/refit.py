@@ -13,12 +13,12 @@ from freshrec.data.batches import Targets, due_targets, targets_at
 from freshrec.data.histories import concat_events, insert_events
 from freshrec.device import permutation
 from freshrec.learn.fit import CostMeter, FitConfig, fit_model, train, train_to_best_epoch
-from freshrec.learn.progress import report_progress
 from freshrec.learn.validation import mean_ndcg, target_ndcg
 from freshrec.models.blend.experts import RANK_COLUMN, SHARE_COLUMN, TRAINED_SPEC
 from freshrec.models.blend.model import Blend, fit_rule
 from freshrec.models.blend.rule import SIGNIFICANCE_LEVEL, feature_gain, is_significantly_better
 from freshrec.models.pooled import Pooled
+from freshrec.progress import report_progress
 from freshrec.random_streams import stream, stream_seed
 from freshrec.strategies.baselines import Absorb
 from freshrec.types import DUE, NEVER, NEXT, NOW, Histories, Span, State

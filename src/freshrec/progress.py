@@ -1,7 +1,7 @@
-"""Progress of a long computation, for whoever listens. Reports never influence a result.
+"""Progress reports of a long computation. They never influence a result.
 
 with listen(print):
-    strategy.update(state, span)  # calls report_progress where something takes long
+    strategy.update(state, span)  # calls report_progress
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _listener: ContextVar[Callable[[Progress], object] | None] = ContextVar("progres
 
 @contextmanager
 def listen(listener: Callable[[Progress], object] | None) -> Iterator[None]:
-    """Pass all reports within this context to `listener`; None = to nobody."""
+    """Pass all reports within this context to `listener`; None = no listener."""
     token = _listener.set(listener)
     try:
         yield
@@ -35,7 +35,7 @@ def listen(listener: Callable[[Progress], object] | None) -> Iterator[None]:
 
 
 def report_progress(stage: str, step: int = 0, n_steps: int = 0, detail: str = "") -> None:
-    """Tell the listener, if there is one, what is being done."""
+    """Pass a report to the listener, if there is one."""
     if (listener := _listener.get()) is not None:
         listener(Progress(stage, step, n_steps, detail))
 
