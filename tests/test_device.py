@@ -89,5 +89,5 @@ def test_another_device_gives_the_results_of_the_cpu(tmp_path: Path) -> None:
 
 
 def test_a_missing_device_is_named(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match='no device "abacus" here'):
+    with pytest.raises(OptionError, match='There is no device "abacus" here'):
         run_cells([], world(), ReplaySettings(), tmp_path, device="abacus", on_span_done=lambda cell, span: None)

@@ -94,7 +94,7 @@ def test_users_whose_ids_are_numbers_are_erased_one_after_the_other(tmp_path: Pa
         NightlyJob(store, ANY).fit_first_version(read_log(base), "base", new_bundle("popularity", None, 0))
     job = NightlyJob(open_store(tmp_path / "s"), ANY)
     learn(job, one, "one")
-    for user in (7, 3, 5, 9):  # in one process: each writes the versions anew
+    for user in (7, 3, 5, 9):  # in one process: each rewrites the versions
         theirs = len(pl.concat([base, one]).filter(pl.col("user_id") == user))
         with job.store.locked():
             receipt = erase_user(job, str(user))

@@ -1,4 +1,4 @@
-"""What is exported says what the version says: vectors and ids make its lists, the index finds, ONNX gives the same."""
+"""Exports agree with the version: vectors and ids give its lists, the index finds the items, ONNX gives the vectors."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,9 @@ def version_of(folder: Path, model: str, strategy: str | None = None, n: int = 2
 
 @pytest.mark.parametrize("n", [1, 2])  # in the first, an item is so new that histories have it and the model has not
 @pytest.mark.parametrize(("model", "strategy"), [("comirec-dr:d=8", IMSR), ("sasrec:d=8", FAST), ("mf:d=8", FAST)])
-def test_ids_and_vectors_alone_make_the_versions_lists(model: str, strategy: str, n: int, tmp_path: Path) -> None:
+def test_exported_ids_and_vectors_give_the_lists_of_the_version(
+    model: str, strategy: str, n: int, tmp_path: Path
+) -> None:
     version = version_of(tmp_path, model, strategy, n)
     if n == 1:
         assert version.served.state.model.n_items < len(version.served.items)
@@ -76,15 +78,15 @@ def test_the_user_tower_in_onnx_gives_the_models_vectors(model: str, strategy: s
         assert found == pytest.approx(expected.detach().numpy(), abs=1e-4)
 
 
-def test_what_cannot_be_exported_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_export_that_is_impossible_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     version = version_of(tmp_path, "item-knn")
-    with pytest.raises(IncompatibleError, match="no vectors"):
+    with pytest.raises(IncompatibleError, match="has no vectors to export"):
         export_version(version, tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").touch()
     (tmp_path / "b").mkdir()
     version = version_of(tmp_path / "b", "mf:d=4", FAST)
-    with pytest.raises(OptionError, match="holds something"):
+    with pytest.raises(OptionError, match="is not empty"):
         export_version(version, tmp_path / "full")
     assert run("export", tmp_path / "b", str(tmp_path / "b" / "out")) == 0
     assert "items.faiss" in capsys.readouterr().out

@@ -166,5 +166,5 @@ def test_the_default_budget_changes_nothing(world: LogSplit, bits: Callable[[Sta
     state = states_of(world, IMSR(fit=FIT))[0]
     assert strategy == IMSR() and state.interests is not None and bits(InterestBudget()(state)) == bits(state)
     assert find_strategy("imsr:upkeep.retire=3:upkeep.fp16=true").upkeep == InterestBudget(retire=3, fp16=True)  # type: ignore[attr-defined]
-    with pytest.raises(OptionError, match="option megabytes of InterestBudget is -1"):
+    with pytest.raises(OptionError, match="Option megabytes is -1"):
         find_strategy("imsr:upkeep.megabytes=-1")

@@ -172,5 +172,5 @@ def test_a_frozen_model_follows_its_users_and_ignores_items_that_it_was_not_trai
 def test_the_same_seed_gives_the_same_bits_and_options_out_of_bounds_are_refused() -> None:
     first, again, other = (user_vectors(model_of(seed=seed), query_batch([4, 2, 7])) for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.allclose(first, other)
-    with pytest.raises(OptionError, match="option decay of LimaRecSpec is 1.0; it must be at least 0 and below 1."):
+    with pytest.raises(OptionError, match="Option decay is 1.0. It must be at least 0 and below 1."):
         LimaRecSpec(decay=1.0)

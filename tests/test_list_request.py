@@ -68,9 +68,9 @@ def test_ids_of_an_http_request_have_one_type() -> None:
     [
         ({"k": 0}, "k is 0, but must be an integer of at least 1"),
         ({"k": 2.5}, "k is 2.5"),
-        ({"diversity": -0.1}, "diversity of ListRequest is -0.1; it must be at least 0"),
-        ({"diversity": math.nan}, "diversity of ListRequest is nan"),
-        ({"diversity": math.inf}, "diversity of ListRequest is inf"),
+        ({"diversity": -0.1}, "Option diversity is -0.1. It must be at least 0"),
+        ({"diversity": math.nan}, "Option diversity is nan. It must be at least 0 and finite."),
+        ({"diversity": math.inf}, "Option diversity is inf. It must be at least 0 and finite."),
     ],
 )
 def test_a_value_out_of_bounds_is_an_error(options: dict[str, Any], says: str) -> None:
@@ -87,7 +87,7 @@ def test_the_keyword_of_0_1_0_still_works_with_a_warning() -> None:
     log = pl.DataFrame({"user_id": ["u", "u", "v"], "item_id": ["a", "b", "a"], "timestamp": [1e9, 1e9 + 1, 1e9 + 2]})
     recommender = Recommender("popularity").fit(log)
     assert recommender.recommend("u").is_empty()  # u has had both items
-    with pytest.warns(FutureWarning, match="filter_seen is called exclude_seen now") as caught:
+    with pytest.warns(FutureWarning, match="filter_seen is now called exclude_seen") as caught:
         found = recommender.recommend("u", filter_seen=False)
     assert found["item_id"].to_list() == ["a", "b"]
     assert [one.filename for one in caught] == [__file__]  # the line of the caller, once

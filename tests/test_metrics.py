@@ -67,7 +67,7 @@ def test_a_metric_name_is_parsed_into_a_metric_and_a_list_length():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("ndgc@20", 'did you mean "ndcg"'),
+        ("ndgc@20", 'Did you mean "ndcg"'),
         ("ndcg", "ndcg@20"),
         ("ndcg@", "ndcg@20"),
         ("hr@0", "hr@20"),

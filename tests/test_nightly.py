@@ -1,4 +1,4 @@
-"""The nightly job: every event is learnt once, in order, whatever happens; what is worse does not go live."""
+"""The nightly job: every event is learned once and in order, whatever happens. A worse version is not promoted."""
 
 import json
 import os
@@ -150,7 +150,10 @@ def test_a_day_without_rows_is_a_version_with_a_note(tmp_path: Path, capsys: pyt
     assert main(["fit", str(tmp_path / "base.parquet"), *at, "--model", "popularity"]) == 0
     assert main(["update", str(tmp_path / "none.parquet"), str(tmp_path / "day.csv"), *at]) == 0
     told = capsys.readouterr().out
-    assert "version 2 from 1: no rows" in told and "nothing was delivered" in told and "version 3 from 2" in told
+    assert "Version 2 is live. It is a copy of version 1, because there were no new events." in told
+    assert "Version 3 is live (updated from version 2)." in told
+    (note,) = open_store(tmp_path / "s").manifest(2).notes
+    assert note == "The delivery had no new events, so the model is that of version 1."
     one, two = (os.stat(tmp_path / "s" / "versions" / n / "served.safetensors").st_ino for n in "12")  # noqa: PTH116
     assert one == two
 
@@ -172,7 +175,7 @@ def test_a_refused_day_leaves_the_live_version_and_can_be_taken_again(tmp_path: 
     bot = one.with_columns(user_id=pl.lit(7))
     job.limits = GateLimits()
     [refused] = learn(job, bot, "bot")
-    assert not refused.promoted and "of one user" in refused.reasons[0]
+    assert not refused.promoted and "to one user" in refused.reasons[0]
     assert job.store.live == 1 and learnt(job.bundle) == 1500
     assert list(job.catch_up()) == []  # it is not tried night after night
     job.limits = ANY
@@ -180,7 +183,7 @@ def test_a_refused_day_leaves_the_live_version_and_can_be_taken_again(tmp_path: 
     assert (version.id, version.parent, learnt(job.bundle)) == (3, 1, 1500 + SIZE)
     taken = job.relearn(2)
     assert (taken.id, taken.parent, taken.batch) == (4, 3, 2) and learnt(job.bundle) == 1500 + 2 * SIZE
-    with pytest.raises(OptionError, match="nothing is left to take"):
+    with pytest.raises(OptionError, match="has learned all events of version 3 already"):
         job.relearn(3)
 
 
@@ -219,15 +222,15 @@ def test_a_corrected_delivery_is_learnt_whole_after_the_wrong_one_was_refused_or
     assert (taken.n_appended, taken.n_known) == (
         SIZE,
         0,
-    )  # half of the rows were delivered before, but nobody has learnt them
+    )  # half of the rows were delivered before, but no live version has learned them
     list(job.catch_up())
     assert learnt(job.bundle) == 1500 + SIZE
     half = two.head(SIZE // 2).with_columns(item_id=pl.lit(3, two["item_id"].dtype))
     learn(job, pl.concat([half, two.tail(SIZE // 2)]), "a bad import")
     job.store.move_pointer(3, "rollback", "it was bad")
-    assert learn(job, two, "the import, mended")[0].numbers["new_events"] == SIZE
+    assert learn(job, two, "the import, fixed")[0].numbers["new_events"] == SIZE
     assert learnt(job.bundle) == 1500 + 2 * SIZE
-    # of the refused version only what nobody else has taught since
+    # only those events of the refused version that were not learned from another batch since
     assert job.relearn(2).numbers["new_events"] == SIZE // 2 - own
     batches = [version.batch for version in version_chain(job.store)]
     assert learnt(job.bundle) == len(job.log.read(batches)) == 1500 + 2 * SIZE + SIZE // 2 - own
@@ -302,7 +305,7 @@ def test_what_the_first_log_left_out_is_new_later_and_clicks_are_no_doubles_of_w
     log = str(tmp_path / "whole.parquet")
     assert main(["fit", log, *at, "--until", until, "--model", "popularity"]) == 0
     assert main(["update", log, *at, "--force", "--reason", "it is a test"]) == 0
-    assert f"{SIZE} new; left out: 1,500 known already" in capsys.readouterr().out
+    assert f": {SIZE} new, 1,500 known events skipped" in capsys.readouterr().out
     shown = pl.concat([one.with_columns(label=pl.lit(0)), one.with_columns(label=pl.lit(1))])
     job = started(tmp_path / "t", base)
     learn(job, shown, "shown")
@@ -366,7 +369,7 @@ def test_a_preview_changes_nothing_and_tells_what_is_odd(tmp_path: Path) -> None
     job.limits = GateLimits()
     before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "s").rglob("*"))
     found = preview_delivery(job, read_log(one.with_columns(user_id=pl.lit(7))))
-    assert found["day"]["n_rows"] == SIZE and "of one user" in found["odd"][0]
+    assert found["day"]["n_rows"] == SIZE and "to one user" in found["odd"][0]
     assert preview_delivery(job, read_log(one))["odd"] == [] and preview_delivery(job, None)["day"] is None
     assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "s").rglob("*")) == before
 
@@ -395,7 +398,7 @@ def test_a_log_without_a_clock_goes_on_where_it_was_and_the_same_file_is_known(t
 
 
 def test_a_disk_that_is_full_at_any_file_is_told_and_the_next_run_goes_on(tmp_path: Path) -> None:
-    """Files of at most so many bytes stand for a full disk; each library makes something else of it."""
+    """A limit on file sizes stands for a full disk. Each library reacts to it in another way."""
     base, one, *_ = days()
     job = started(tmp_path / "s", base)
     job.append_delivery(read_log(one), "one")
@@ -448,7 +451,9 @@ def test_a_full_retrain_is_tried_every_so_often_and_what_it_gains_is_recorded(tm
     assert versions[1].numbers[GAIN_KEY] == 0  # counting all at once is counting day by day
     assert learnt(job.bundle) == 1500 + 4 * SIZE
     chain = version_chain(job.store)
-    assert updates_since_retrain(chain) == 0 and retrain_plan(chain)["last_full"].startswith("version 5: +0.0000")
+    assert updates_since_retrain(chain) == 0 and retrain_plan(chain)["last_full"].startswith(
+        "version 5: ndcg@20 +0.0000"
+    )
     assert retrain_interval("auto", chain[:1]) == 7 and retrain_interval("auto", chain) == 28  # twice for nothing
     better = chain[-1].model_copy(update={"numbers": {GAIN_KEY: 0.1, "full_low": 0.05}})
     assert retrain_interval("auto", [*chain, better]) == 14
@@ -471,7 +476,7 @@ def test_a_full_retrain_goes_on_as_any_other_version(model: str, tmp_path: Path)
     assert len(Recommender.load(tmp_path / "s").recommend(one["user_id"][:5].unique(), 5)) > 0
     Recommender("popularity").fit(base).save(tmp_path / "p")
     job = NightlyJob(open_store(tmp_path / "p"), ANY, "1")
-    with pytest.raises(OptionError, match="does not hold what this store began with"):
+    with pytest.raises(OptionError, match="the log lacks the events of version 1"):
         learn(job, one, "one")
 
 
@@ -591,7 +596,7 @@ def test_a_store_that_python_saved_can_be_updated_by_the_night(tmp_path: Path) -
     recommender = Recommender("popularity").fit(base)
     recommender.save(tmp_path / "s")
     job = NightlyJob(open_store(tmp_path / "s"), ANY)
-    with pytest.raises(LogError, match="use one kind"):
+    with pytest.raises(LogError, match="Use one type"):
         job.append_delivery(read_log(one.with_columns(pl.col("user_id").cast(pl.String) + "x")), "text")
     [version] = learn(job, one, "one")
     with pytest.raises(OptionError, match="save to another folder"):

@@ -312,7 +312,7 @@ def test_the_class_of_the_options_may_be_given_instead_of_an_instance() -> None:
     found = Recommender(CountSpec).fit(log).recommend(["x"], k=3, exclude_seen=False)
     assert found["item_id"].to_list() == ["a", "b", "c"]  # taken three times, twice, once
     no_options: Any = Count
-    with pytest.raises(OptionError, match='model "Count" is a class that needs arguments'):
+    with pytest.raises(OptionError, match='Model "Count" is a class that needs arguments'):
         Recommender(no_options)
 
 
@@ -357,7 +357,7 @@ def test_the_example_replays_and_its_store_opens_if_its_module_is_named(
     del sys.modules["my_model"]  # as in a new process
     ask = ["recommend", "user-1", "--store", "s", "--json"]
     assert main(ask) == 7
-    assert "needs my_model, which is not imported; import it before loading, or set FRESHREC_IMPORT=my_model" in (
+    assert "module my_model, which is not imported. Import it before loading, or set FRESHREC_IMPORT=my_model" in (
         capsys.readouterr().err
     )
     monkeypatch.setenv("FRESHREC_IMPORT", "my_model")

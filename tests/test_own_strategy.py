@@ -194,15 +194,15 @@ def test_a_class_an_instance_and_both_forms_of_names_are_accepted() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("own_strategies:Other", r'"own_strategies:Other" has no method update\(state, span\); name a class'),
+        ("own_strategies:Other", r'"own_strategies:Other" has no method update\(state, span\). Add it'),
         ("own_strategies:FitConfig", r"has no method update\(state, span\)"),
-        ("own_strategies:Demanding", "is a class that needs arguments; give them defaults, or name an instance"),
+        ("own_strategies:Demanding", "is a class that needs arguments. Give them defaults, or name an instance"),
         ("own_strategies:Missing", 'cannot import "Missing" from "own_strategies"'),
         ("no_such_module:Thing", 'cannot import "Thing" from "no_such_module"'),
         ("own_strategies:Counting:epochs=3", "no options"),
         ("own_strategies:Training:epochs", '"epochs" in .* is not an option'),
-        ("finetune:epochs", '"epochs" in .* is not an option: write finetune:field=value'),
-        ("fintune:fit.epochs=3", 'did you mean "finetune"'),
+        ("finetune:epochs", '"epochs" in .* is not an option. Write finetune:field=value'),
+        ("fintune:fit.epochs=3", 'Did you mean "finetune"'),
     ],
 )
 def test_a_name_that_is_no_strategy_is_refused(text: str, message: str) -> None:
@@ -283,7 +283,7 @@ def test_strategies_that_are_tuned_have_six_alternatives_and_the_strategy_itself
     assert all(choices[0] == STRATEGIES[name] for name, choices in found.items())
 
 
-@pytest.mark.filterwarnings("ignore:strategy rehearsed is called")  # a former name, not a paper's
+@pytest.mark.filterwarnings("ignore:strategy rehearsed is now called")  # a former name, not a paper's
 def test_names_of_papers_are_aliases() -> None:
     assert ALIASES == {"joint": "full", "dropout": "finetune", "asmg-gru-multi": "asmg", "rehearsed": "self-tuned"}
     assert not ALIASES.keys() & STRATEGIES.keys()

@@ -398,7 +398,7 @@ def test_options_can_be_set_by_name_and_are_checked() -> None:
     assert find_instance("model", "v-sknn:k=500:sample=5000:weights=quadratic:idf=5", NAMED) == SKNNSpec(
         k=500, sample=5000, similarity="vec", weights="quadratic", decay="div", idf=5
     )
-    with pytest.raises(OptionError, match='similarity of SKNNSpec is one of cosine, vec, not "jaccard"'):
+    with pytest.raises(OptionError, match='Option similarity is "jaccard". Use one of cosine, vec.'):
         SKNNSpec(similarity="jaccard")  # type: ignore[arg-type]
-    with pytest.raises(OptionError, match="lambda2 of SKNNSpec is -1"):
+    with pytest.raises(OptionError, match="Option lambda2 is -1"):
         SKNNSpec(lambda2=-1)

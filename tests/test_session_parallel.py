@@ -1,4 +1,4 @@
-"""Session-parallel batches: which events of which sessions are side by side in a step, and what is carried along."""
+"""Session-parallel batches: the events that share a step, and the hidden states that are kept between steps."""
 
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ def targets_of(*sessions: list[int], secret: tuple[int, ...] = ()) -> Targets:
 
 
 def steps(targets: Targets, n_lanes: int) -> list[list[tuple[int, int, int, bool]]]:
-    """Of each step: (lane, event, target, whether a session begins)."""
+    """Return for each step: (lane, event, target, whether a session starts)."""
     found = []
     for batch in session_parallel_batches(targets, n_lanes):
         assert batch.lanes is not None and batch.targets_BT is not None
@@ -36,7 +36,7 @@ def steps(targets: Targets, n_lanes: int) -> list[list[tuple[int, int, int, bool
 
 
 def test_two_lanes_by_hand() -> None:
-    # A = [1, 2, 3] and B = [4, 5] begin; B is over after a step, and C = [6, 7] takes its lane; then both are over.
+    # A = [1, 2, 3] and B = [4, 5] start. B ends after one step, and C = [6, 7] takes its lane. Then both end.
     assert steps(targets_of([1, 2, 3], [4, 5], [6, 7]), 2) == [
         [(0, 1, 2, True), (1, 4, 5, True)],
         [(0, 2, 3, False), (1, 6, 7, True)],
@@ -52,18 +52,18 @@ def test_lanes_are_dropped_where_no_session_is_left() -> None:
     assert steps(targets_of([1], [2]), 2) == []  # nothing follows anything
 
 
-def test_what_must_not_be_known_parts_a_session() -> None:
-    # Of [1, 2, 9, 3, 4], where 9 is secret: 1 -> 2, and 3 -> 4 as a session of its own.
+def test_a_held_out_event_splits_a_session() -> None:
+    # In [1, 2, 9, 3, 4], 9 is held out: 1 -> 2, and 3 -> 4 as another session.
     assert steps(targets_of([1, 2, 9, 3, 4], secret=(9,)), 1) == [[(0, 1, 2, True)], [(0, 3, 4, True)]]
 
 
-def test_old_events_are_where_a_session_begins_and_no_targets() -> None:
+def test_old_events_start_a_session_and_are_no_targets() -> None:
     histories = append_events(Histories.empty(), Events.trainable(torch.ones(4), torch.tensor([1, 2, 3, 4])), 1)
     assert steps(targets_at(histories, torch.tensor([2, 3])), 4) == [[(0, 2, 3, True)], [(0, 3, 4, False)]]
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=12), st.integers(1, 5))
-def test_each_target_is_met_once_and_each_lane_has_one_session_at_a_time(lengths: list[int], n_lanes: int) -> None:
+def test_each_target_occurs_once_and_each_lane_has_one_session_at_a_time(lengths: list[int], n_lanes: int) -> None:
     lane_S, step_S = assign_lanes(torch.tensor(lengths), n_lanes)
     taken = [(lane, step + n) for lane, step, m in zip(lane_S.tolist(), step_S.tolist(), lengths) for n in range(m)]
     assert len(set(taken)) == len(taken) == sum(lengths)  # steps times lanes = the sum of (length - 1) of sessions
@@ -88,8 +88,8 @@ def vectors(hidden: HiddenStates, model: GRU4Rec, batch: Batch) -> Tensor:
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-def test_event_by_event_gives_what_the_whole_history_gives(layers: int) -> None:
-    # Nothing is trained in between, so that the state carried along a lane is that of the history so far.
+def test_event_by_event_equals_the_whole_history(layers: int) -> None:
+    # Without training in between, the hidden state of a lane is that of the history so far.
     model, hidden, so_far = model_of(layers), HiddenStates(), dict[int, list[int]]()
     for batch in session_parallel_batches(targets_of([1, 2, 3, 8, 4], [4, 5], [6, 7, 1]), 2):
         assert batch.lanes is not None

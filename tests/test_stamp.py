@@ -140,7 +140,7 @@ def test_gradients_of_the_user_vectors_reach_the_items_of_the_history() -> None:
 
 
 def test_a_kind_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(OptionError, match='option kind of STAMPSpec is one of stamp, stmp, not "stmap"'):
+    with pytest.raises(OptionError, match='Option kind is "stmap". Use one of stamp, stmp.'):
         STAMPSpec(kind="stmap")  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""Each generated log has the right answer that its docstring promises.
+"""Each generated log has the properties that its docstring describes.
 
 Bounds are five standard deviations of the count in question, so a correct world fails one seed in a million.
 """
@@ -38,7 +38,7 @@ def test_the_same_seed_gives_the_same_world_and_another_seed_another(name: str) 
 
 
 @pytest.mark.parametrize("name", WORLDS)
-def test_a_world_has_the_size_asked_for_and_its_periods_are_the_spans_of_a_cut_by_count(name: str) -> None:
+def test_a_world_has_the_requested_size_and_its_periods_equal_spans_by_count(name: str) -> None:
     world = make_world(name, users=300, items=200, events=5001, spans=4)
     frame = world.log.frame
     assert len(frame) == 5001 and frame["time"].is_sorted() and frame["time"].is_unique().all()
@@ -55,7 +55,7 @@ def test_every_span_brings_new_users_and_new_items(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in WORLDS if name != "repeat"])  # whose users take replaced items again
-def test_items_die(name: str) -> None:
+def test_items_disappear(name: str) -> None:
     last_seen = split_log(make_world(name, users=4000, items=1000, events=60_000).log, by="count").item_catalog.frame[
         "last_span"
     ]
@@ -73,8 +73,8 @@ def test_the_most_active_tenth_of_the_users_has_the_lognormal_share_of_the_event
 
 
 def test_popularity_is_zipfs() -> None:
-    # 100 items hold 60 ranks, of which the first has 1 / (1 + 1/2 + ... + 1/60) = 1 / 4.680 = 0.2137. In the first
-    # hundredth of the log hardly any item is replaced.
+    # 100 items hold 60 ranks. The first rank has 1 / (1 + 1/2 + ... + 1/60) = 1 / 4.680 = 0.2137. In the first
+    # hundredth of the log, hardly any item is replaced.
     early = make_world("popularity", items=100, events=500_000).log.frame.head(5000)
     top = early["item_id"].mode()[0]
     assert near(early["item_id"] == top, 0.2137)
@@ -86,7 +86,7 @@ def test_in_the_checkerboard_even_users_take_even_items() -> None:
     assert set(frame["item_id"] % 2) == {0, 1}
 
 
-def test_in_popularity_the_users_do_not_differ() -> None:
+def test_in_popularity_all_users_have_the_same_taste() -> None:
     frame = make_world("popularity", items=100, events=50_000).log.frame.filter(pl.col("period") == 6)
     table = np.zeros((2, 100))
     np.add.at(table, (frame["user_id"] % 2, frame["item_id"]), 1)
@@ -109,9 +109,10 @@ def test_in_frozen_each_user_keeps_three_topics_and_likes_them_equally() -> None
 def test_in_drift_tastes_move_and_in_frozen_they_do_not() -> None:
     # Frozen: with 30 events or more, a topic of three is missed with probability 3 * (2/3)^30 < 2e-5.
     assert share_of_base_topics("frozen") > 0.999
-    # Drift: from the base block (moments 0 to 0.5) each interest shows its steps 0 and 1; in the last period (moments
-    # 11/12 to 1) it is at step 2 unless its phase is below 2 - 2 * moment, on average 1/12. Of the rest, the other two
-    # interests' two topics each hit by chance: 1 - (1 - 2/19)^2 = 0.2. Together about 1/12 + 11/12 * 0.2 = 0.27.
+    # Drift: in the base block (moments 0 to 0.5) each interest shows its steps 0 and 1. In the last period (moments
+    # 11/12 to 1) it is at step 2, unless its phase is below 2 - 2 * moment: 1/12 on average. Otherwise, the two
+    # topics of each of the other two interests match by chance: 1 - (1 - 2/19)^2 = 0.2. Together, that is about
+    # 1/12 + 11/12 * 0.2 = 0.27.
     assert 0.2 < share_of_base_topics("drift") < 0.34
 
 
@@ -154,7 +155,7 @@ def test_in_repeat_seven_in_ten_later_events_repeat_an_item_of_the_user() -> Non
 
 
 def test_an_unknown_world_and_an_impossible_size_are_refused() -> None:
-    with pytest.raises(OptionError, match='did you mean "newborn"?'):
+    with pytest.raises(OptionError, match='Did you mean "newborn"?'):
         make_world("newborm")
     with pytest.raises(OptionError, match="at least 1 user, 20 items"):
         make_world("frozen", items=19)

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.resources import files
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -26,8 +29,8 @@ from freshrec.cli.options import AsJson, Columns, EventTypes, FormatName, LogPat
 from freshrec.cli.output import print_json
 from freshrec.cli.replay import demo, replay
 from freshrec.data.formats import FORMATS
-from freshrec.data.log import read_log
-from freshrec.data.validate import LogReport, validate_log
+from freshrec.data.log import format_count, read_log
+from freshrec.data.validate import LogReport, format_percent, validate_log
 from freshrec.deprecation import replace_old_flags
 from freshrec.errors import FreshrecError, OptionError, StateError, unknown_name_error
 from freshrec.user_modules import IMPORTS, import_named
@@ -74,13 +77,15 @@ def validate(
     quarantine: Quarantine = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a log holds, what is wrong with it, and how it could be cut into spans."""
+    """Check a log: count what it holds, warn of problems, and suggest how to split it into spans."""
     names, event_types = parse_pairs(columns), parse_list(events)
     report = validate_log(read_log(log, columns=names, format=format_name, events=event_types, quarantine=quarantine))
     if as_json:
         typer.echo(json.dumps(asdict(report), indent=2))
     else:
-        _print_report(report, log.name)
+        given = {"--columns": columns, "--format": format_name, "--events": events}
+        options = [word for flag, value in given.items() if value for word in (flag, value)]
+        _print_report(report, log, options)
 
 
 def list_names(
@@ -153,34 +158,60 @@ def _first_line(doc: str | None) -> str:
     return (doc or "").partition("\n")[0]
 
 
-def _print_report(report: LogReport, name: str) -> None:
-    fields_shown = {
-        "rows": f"{report.rows:,}",
-        "users": f"{report.users:,}",
-        "items": f"{report.items:,}",
-        "time": f"{report.first} .. {report.last}" if report.first else "no clock",
-        "unit": report.unit,
-        "periods": None if report.periods is None else f"{report.periods:,}",
-        "duplicates": "unknown without a clock" if report.duplicates is None else f"{report.duplicates:,}",
-        "ties": "unknown without a clock" if report.ties is None else f"{report.ties:.1%} of the rows",
-        "out of order": f"{report.out_of_order:.1%} of the rows",
-        "repeats": f"{report.repeats:.1%} of the rows",
-        "exposures": f"{report.exposures:.1%} of the rows" if report.exposures else None,
-        "nulls": ", ".join(f"{column} {n:,}" for column, n in report.nulls.items()) or "none",
-        "bad rows": f"{report.bad_rows:,} set aside" if report.bad_rows else "none",
-        "suggested": f"{report.suggested_spans} spans after the base block, cut by {report.suggested_by}",
-    }
+SUGGESTED_SPLITS = {  # rule -> what its spans are
+    "period": "one span per period",
+    "count-alpha": "spans of equal duration",
+    "count": "spans with equal numbers of rows",
+}
+MAX_REPORT_WIDTH = 100  # columns
+
+
+def _print_report(report: LogReport, path: Path, options: Sequence[str]) -> None:
+    """Print what a log holds, notes, warnings and the next commands. `options` are those that read the log."""
     table = Table.grid(padding=(0, 2))
-    for fact, value in fields_shown.items():
-        if value is not None:
-            table.add_row(Text(fact, style="bold"), Text(value))
+    for label, text in _report_lines(report).items():
+        table.add_row(Text(label, style="bold"), Text(text))
     console = Console(highlight=False)
-    console.print(Text(name, style="bold"))
-    console.print(table)
+    width = min(console.width, MAX_REPORT_WIDTH)
+    console.print(Text(path.name, style="bold"))
+    console.print(table, width=width)
     for note in report.notes:
-        console.print(Text(f"note: {note}", style="dim"))
+        console.print(Text(f"Note: {note}", style="dim"), width=width)
     for warning in report.warnings:
-        console.print(Text(f"warning: {warning}", style="yellow"))
+        console.print(Text(f"Warning: {warning}", style="yellow"), width=width)
+    log = shlex.join([str(path), *options])
+    typer.echo("\nNext, look at the spans of a replay and its estimated time, or make the first version of a store:")
+    if report.suggested_spans:
+        typer.echo(f"  freshrec replay {log} --by {report.suggested_by} --spans {report.suggested_spans} --plan")
+    typer.echo(f"  freshrec fit {log} --store shop")
+
+
+def _report_lines(report: LogReport) -> dict[str, str]:
+    """The facts of a report, each as a label and its explanation."""
+    rows, share, unknown = partial(format_count, noun="row"), format_percent, "unknown: the log has no timestamps"
+    by, n_spans = report.suggested_by, report.suggested_spans
+    lines = {"Rows": f"{report.rows:,}", "Users": f"{report.users:,}", "Items": f"{report.items:,}"}
+    lines["Time range"] = lines["Duplicates"] = lines["Same-time events"] = unknown
+    if report.first:
+        lines["Time range"] = f"{report.first} to {report.last}"
+    if report.periods is not None:
+        lines["Periods"] = f"{report.periods:,}"
+    if report.duplicates is not None:
+        lines["Duplicates"] = (
+            f"{rows(report.duplicates)} with the event_id, or user, item and timestamp, of another row."
+        )
+    if report.ties is not None:
+        lines["Same-time events"] = (
+            f"{share(report.ties)} of rows share user and timestamp with another row; their order in the file is kept."
+        )
+    lines["Out of order"] = f"{share(report.out_of_order)} of rows come after a later row in the file; they are sorted."
+    lines["Repeats"] = f"{share(report.repeats)} of rows have an item that their user had before."
+    if report.exposures:
+        lines["Exposures"] = f"{share(report.exposures)} of rows were shown and not taken (label 0)."
+    lines["Missing values"] = ", ".join(f"{name}: {rows(n)}" for name, n in report.nulls.items()) or "none"
+    lines["Bad rows"] = f"{rows(report.bad_rows)}, written to the quarantine file" if report.bad_rows else "none"
+    spans = f"a base block and {format_count(n_spans, 'span')}, by {by} ({SUGGESTED_SPLITS[by]})"
+    return lines | {"Suggested split": spans if n_spans else "none: the log cannot be split into spans"}
 
 
 def import_own_modules() -> None:

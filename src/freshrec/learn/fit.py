@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from freshrec.device import integers, permutation
 from freshrec.errors import TrainingError
 from freshrec.learn.base_stream import split_last_sixth
 from freshrec.learn.interest_store import TrimFunction, interest_costs, update_interests
+from freshrec.learn.progress import report_epoch
 from freshrec.learn.validation import hit_rate, mean_ndcg
 from freshrec.learn.weights import Parametrization, apply_parametrization, grow_model, snapshot
 from freshrec.nn.embedding_table import embedding_tables
@@ -232,22 +234,30 @@ def fit_model(
         parametrization=parametrization,
     )
     if len(held_out):
-        n_epochs = train_to_best_epoch(model, epochs, lambda: hit_rate(model, held_out, stored_interests), fit.patience)
+        metric = "hr@20" if held_out.labels_N is None else "AUC"
+        quality = partial(hit_rate, model, held_out, stored_interests)
+        n_epochs = train_to_best_epoch(model, epochs, quality, fit.patience, n_epochs, metric)
         meter.costs["epochs"] = float(n_epochs)
     else:
-        for _ in epochs:
-            pass
+        for epoch, _ in enumerate(epochs, 1):
+            report_epoch(epoch, n_epochs)
     meter.add_time("train_cpu_s", started_at)
     return n_epochs
 
 
 def train_to_best_epoch(
-    model: TrainedModel, epochs: Iterator[float], quality: Callable[[], float], patience: int
+    model: TrainedModel,
+    epochs: Iterator[float],
+    quality: Callable[[], float],
+    patience: int,
+    max_epochs: int,
+    metric: str = "ndcg@20",
 ) -> int:
     """Train until the quality has not risen for `patience` epochs. Restore and return the best epoch."""
     best, n_best, restore = -math.inf, 0, snapshot(model)
     for n_epochs, _ in enumerate(epochs, 1):
         value = quality()
+        report_epoch(n_epochs, max_epochs, f"held-out {metric} {value:.4f}")
         if value > best:
             best, n_best, restore = value, n_epochs, snapshot(model)
         elif n_epochs - n_best >= patience:
@@ -311,4 +321,6 @@ def choose_epochs(state: State, fit: FitConfig) -> int:
     stored_interests = stored_interests_of(model, None, 0)
     key = (stream_seed(state.seed, "epoch choice"), 0)
     epochs = train(model, targets, fit.max_epochs, key, stored_interests=stored_interests)
-    return train_to_best_epoch(model, epochs, lambda: mean_ndcg(model, held_out, stored_interests), fit.patience)
+    metric = "ndcg@20" if held_out.labels_N is None else "AUC"
+    quality = partial(mean_ndcg, model, held_out, stored_interests)
+    return train_to_best_epoch(model, epochs, quality, fit.patience, fit.max_epochs, metric)

@@ -13,6 +13,7 @@ from freshrec.data.batches import Targets, due_targets, targets_at
 from freshrec.data.histories import concat_events, insert_events
 from freshrec.device import permutation
 from freshrec.learn.fit import CostMeter, FitConfig, fit_model, train, train_to_best_epoch
+from freshrec.learn.progress import report_progress
 from freshrec.learn.validation import mean_ndcg, target_ndcg
 from freshrec.models.blend.experts import RANK_COLUMN, SHARE_COLUMN, TRAINED_SPEC
 from freshrec.models.blend.model import Blend, fit_rule
@@ -62,6 +63,7 @@ class Refit:
         model, targets = after.model, due_targets(state.histories)
         if model.pending_queries and self.trains != "never":
             model, targets = self._train_base(model, span, state.seed, meter)
+        report_progress("combining experts")
         started_at = time.process_time()
         fit_rule(model, self.weight_decay, self.min_queries, self.epochs)
         meter.add_time("refit_cpu_s", started_at)
@@ -93,7 +95,7 @@ class Refit:
         key = (stream_seed(seed, "refit base"), span.index)
         epochs = train(model.experts.trained_model, train_targets, fit.epochs, key)
         quality = partial(mean_ndcg, model.experts.trained_model, validation, None)
-        train_to_best_epoch(model.experts.trained_model, epochs, quality, self.fit.patience)
+        train_to_best_epoch(model.experts.trained_model, epochs, quality, self.fit.patience, fit.epochs)
         meter.add_time("train_cpu_s", started_at)
         scored = copy.copy(model)
         scored.score_pending_queries()
@@ -134,6 +136,7 @@ def _choose_lr_factor(
     validation = validation[order_N[:MAX_VALIDATION_QUERIES]]
     if len(validation) < MIN_TRIAL_QUERIES:
         return fit
+    report_progress("choosing the learning rate")
     ndcg_by_factor, chosen, trial_key = [], 0, (stream_seed(seed, "refit trials"), *path)
     for i, lr_factor in enumerate(LR_FACTORS):
         candidate = copy.deepcopy(model)
