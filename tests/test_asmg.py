@@ -79,9 +79,11 @@ def test_an_untrained_residual_generator_serves_the_newest_model_of_the_chain(bi
 
 def events_of_update(t: int) -> Events:
     """Return the events that the update on span t trains on: its own, and those that the span before held back."""
-    before, now = (log().spans[i].events for i in (t - 1, t))
-    before, now = before[before.train_at_E == NEXT], now[now.train_at_E == NOW]
-    return Events.trainable(torch.cat([before.users_E, now.users_E]), torch.cat([before.items_E, now.items_E]))
+    previous, current = (log().spans[i].events for i in (t - 1, t))
+    previous, current = previous[previous.train_at_E == NEXT], current[current.train_at_E == NOW]
+    return Events.trainable(
+        torch.cat([previous.users_E, current.users_E]), torch.cat([previous.items_E, current.items_E])
+    )
 
 
 @dataclass
@@ -123,7 +125,7 @@ def training_calls(strategy: ASMG, monkeypatch: pytest.MonkeyPatch) -> list[Trai
         (LINEAR, [0, 1, 2, 3, 3], [1, 1, 1, 1, 1]),
     ],
 )
-def test_the_model_made_from_those_up_to_i_is_trained_on_span_i_plus_1(
+def test_the_model_generated_from_those_up_to_span_i_is_trained_on_span_i_plus_1(
     strategy: ASMG, n_models: list[int], n_past_spans: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """T29. The base model is in no window."""
@@ -140,7 +142,7 @@ def test_the_model_made_from_those_up_to_i_is_trained_on_span_i_plus_1(
             assert past_span.n_items == log().spans[i].n_items
 
 
-def test_with_one_model_in_the_window_all_span_weights_are_the_same(bits: Callable[[State], bytes]) -> None:
+def test_with_one_model_in_the_window_all_weightings_of_the_spans_are_equal(bits: Callable[[State], bytes]) -> None:
     """T27: with k = 1, the losses of multi, single and unif are equal."""
     multi, single, uniform = (
         stream(replace(MULTI, k=1, loss=loss), "mf", 4)[-1] for loss in ("linear", "last", "uniform")

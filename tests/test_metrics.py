@@ -14,7 +14,8 @@ NAMES = ["recall@20", "mrr@20", "recall@10", "mrr@10", "ndcg@20", "hr@20"]
 
 def test_the_metrics_of_four_ranks_by_hand():
     # Ranks 1, 3, 25, 11: three of four are within 20, and two within 10.
-    # mrr@20 = (1 + 1/3 + 0 + 1/11) / 4. mrr@10 = (1 + 1/3) / 4. ndcg@20 = (1/log2(2) + 1/log2(4) + 0 + 1/log2(12)) / 4
+    # - mrr@20 = (1 + 1/3 + 0 + 1/11) / 4 and mrr@10 = (1 + 1/3) / 4
+    # - ndcg@20 = (1/log2(2) + 1/log2(4) + 0 + 1/log2(12)) / 4
     values = compute_metrics(np.array([1, 3, 25, 11]), NAMES).mean(0)
     assert values == pytest.approx([0.75, 0.356061, 0.5, 0.333333, 0.444736, 0.75], abs=5e-7)
 

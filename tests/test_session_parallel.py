@@ -105,8 +105,14 @@ def test_event_by_event_equals_the_whole_history(layers: int) -> None:
 def test_no_gradient_reaches_an_earlier_step() -> None:
     model, hidden = model_of(1), HiddenStates()
     first, second = (
-        Batch(one, one[:, None], 3 * one[:, None], torch.tensor([9]), lanes=SessionLanes(0 * one, one == begins, 1))
-        for one, begins in ((torch.tensor([1]), 1), (torch.tensor([1]), 0))
+        Batch(
+            item,
+            item[:, None],
+            3 * item[:, None],
+            torch.tensor([9]),
+            lanes=SessionLanes(0 * item, item == first_item, 1),
+        )
+        for item, first_item in ((torch.tensor([1]), 1), (torch.tensor([1]), 0))
     )
     hidden.run(model, first)
     rows_ND = model.items.step_rows()[1]

@@ -302,8 +302,8 @@ def test_with_rows_touched_only_changed_rows_are_mapped_and_padding_never_is() -
 def test_weights_that_are_not_whole_rows_are_not_mapped() -> None:
     model = model_of("comirec-dr")  # its routing has a scalar
     transfer, before = Transfer.for_model(NO_RESIDUAL, model, 0), copy_weights(model_of("comirec-dr", seed=1))
-    mapped, now = transfer_weights(transfer, model, before), copy_weights(model)
-    not_mapped = {name for name in now if torch.equal(mapped[name], now[name])}
+    mapped, adapted = transfer_weights(transfer, model, before), copy_weights(model)
+    not_mapped = {name for name in adapted if torch.equal(mapped[name], adapted[name])}
     assert not_mapped == {"extract.log_fading"}
 
 
