@@ -270,7 +270,7 @@ def test_base_parts_train_the_generator_and_nothing_else(bits: Callable[[State],
         ({"generator": "linear"}, "trains on one span"),
         ({"generator": "linear", "loss": "last", "k": 0}, "Set k >= 1"),
         ({"base_parts": 2}, "Set base_parts to 0 or at least 3"),
-        ({"loss": "newest"}, 'not "newest"'),
+        ({"loss": "newest"}, 'Option loss is "newest"'),
     ],
 )
 def test_invalid_combinations_of_options_are_refused(options: dict[str, object], expected: str) -> None:

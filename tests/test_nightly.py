@@ -408,7 +408,7 @@ def test_a_disk_that_is_full_at_any_file_is_told_and_the_next_run_goes_on(tmp_pa
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
             with pytest.raises(
-                StateError, match=r"cannot be written .*; what was live still is: see that there is room"
+                StateError, match=r"cannot be written .*\. The live version has not changed\. Check free disk space"
             ):
                 list(job.catch_up())
         finally:

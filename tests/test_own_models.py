@@ -217,10 +217,10 @@ def test_a_model_without_the_option_length_reads_the_last_50_events() -> None:
 def test_an_attribute_that_cannot_be_saved_is_named_in_the_error(tmp_path: Path) -> None:
     model = COUNT.build(0)
     model.seen = {3: 1.0}  # type: ignore[attr-defined]
-    with pytest.raises(StateError, match=r"a dict at state\.model\.weights\.seen has keys that are no texts"):
+    with pytest.raises(StateError, match=r"The dict at state\.model\.weights\.seen has keys that are not strings"):
         save_state(State(model), tmp_path / "state")
     model.seen = object()  # type: ignore[attr-defined]
-    with pytest.raises(StateError, match=r"a object at state\.model\.weights\.seen cannot be saved"):
+    with pytest.raises(StateError, match=r"The object at state\.model\.weights\.seen cannot be saved"):
         save_state(State(model), tmp_path / "state")
 
 

@@ -258,7 +258,7 @@ def test_an_object_with_attributes_must_be_a_dataclass_to_be_saved(tmp_path: Pat
     counting, demanding = (find_strategy(f"own_strategies:{name}") for name in ("Counting", "DEMANDING"))
     save_tree(counting, tmp_path / "counting")
     assert type(load_tree(tmp_path / "counting")) is type(counting)
-    with pytest.raises(StateError, match="a Demanding at state cannot be saved: make it a dataclass"):
+    with pytest.raises(StateError, match=r"The Demanding at state cannot be saved\. Make it a dataclass"):
         save_tree(demanding, tmp_path / "demanding")
 
 

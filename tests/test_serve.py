@@ -270,7 +270,7 @@ def test_a_token_is_read_from_a_file_and_must_be_valid(tmp_path: Path) -> None:
     assert read_token(path) == TOKEN and read_token(None) == ""
     for wrong in ("short", "a token\nin two lines of text", "ä" * 20):
         path.write_text(wrong)
-        with pytest.raises(OptionError, match="no token"):
+        with pytest.raises(OptionError, match="is not valid"):
             read_token(path)
     with pytest.raises(OptionError, match="cannot be read"):
         read_token(tmp_path / "none")

@@ -292,7 +292,7 @@ def test_an_incomplete_last_line_was_never_acknowledged_and_earlier_damage_is_an
         path.write_bytes(whole[:cut])
         assert waiting(tmp_path) == [Click("a", "b", 1), Click("a", "c", 2)][: whole[:cut].count(b"\n")]
     path.write_bytes(whole.replace(b'"b"', b'"x"'))
-    with pytest.raises(StateError, match="line 1 of .* is not as it was written"):
+    with pytest.raises(StateError, match="Line 1 of .* is damaged"):
         waiting(tmp_path)
 
 
@@ -330,7 +330,7 @@ def test_a_full_disk_acknowledges_nothing(tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.setattr(os, "fsync", full)
         answer = client.post("/events", json={"events": [{"user_id": "user-1", "item_id": before[0]}]})
         monkeypatch.undo()
-        assert answer.status_code == 409 and "none was taken" in answer.json()["detail"]
+        assert answer.status_code == 409 and "None was stored" in answer.json()["detail"]
         assert items(client.get("/recommend/user-1")) == before and len(waiting(tmp_path)) == 1
         click(client, "user-1", before[0])
         assert len(waiting(tmp_path)) == 2

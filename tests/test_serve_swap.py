@@ -101,7 +101,7 @@ def test_a_version_that_cannot_be_served_is_tried_again_and_a_damaged_journal_st
         store.move_pointer(1, "rollback")
         live.refresh()
         ready = client.get("/health/ready").json()
-        assert ready["version"] == 2 and "not as it was written" in ready["trouble"]
+        assert ready["version"] == 2 and "is damaged" in ready["trouble"]
         assert click(client, "user-1", "item-1", event_id="e1")["known"]  # nothing was forgotten
         path = store.verified_files(1)["served.safetensors"]
         good = path.read_bytes()

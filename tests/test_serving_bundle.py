@@ -64,7 +64,7 @@ def test_large_tensors_are_read_in_chunks(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_damaged_or_missing_file_is_an_error(tmp_path: Path) -> None:
     files = files_of("popularity", None, tmp_path)
     files[SERVED_FILE].write_bytes(files[SERVED_FILE].read_bytes()[:-50])
-    with pytest.raises(StateError, match="holds no readable state"):
+    with pytest.raises(StateError, match="cannot be read"):
         read_serving_bundle(files, load_for_serving)
     with pytest.raises(StateError, match=r"A version without served\.safetensors cannot be read"):
         read_serving_bundle({name: path for name, path in files.items() if name != SERVED_FILE}, load_for_serving)

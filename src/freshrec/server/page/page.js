@@ -224,6 +224,12 @@ function on(id, event, work, where = "said") {
   });
 }
 
+function prose(tag, text) {
+  const node = make(tag);
+  text.split("`").forEach((piece, nth) => node.append(nth % 2 ? make("code", piece) : piece));
+  return node;
+}
+
 function schema(part) {
   if (!part) return "";
   if (part.$ref) return part.$ref.split("/").pop();
@@ -245,7 +251,7 @@ async function routes() {
     box.append(make("h2", group[0].toUpperCase() + group.slice(1)), ...list.map(([path, method, route]) => {
       const part = make("details"), head = make("summary"), rows = make("ul", null, "plain list");
       head.append(make("span", method.toUpperCase(), "method"), make("code", path), ` ${route.summary}`);
-      part.append(head, ...(route.description || "").split("\n\n").map((text) => make("p", text)));
+      part.append(head, ...(route.description || "").split("\n\n").map((text) => prose("p", text)));
       const body = route.requestBody && route.requestBody.content["application/json"];
       const fields = (route.parameters || []).map((one) => [one.name, schema(one.schema), one.description || ""]);
       if (body) {
@@ -254,14 +260,14 @@ async function routes() {
       }
       rows.append(...fields.map(([name, kind, text]) => {
         const row = make("li"), left = make("span");
-        left.append(make("code", name), text ? ` ${text}` : "");
+        left.append(make("code", name), " ", prose("span", text));
         row.append(left, make("span", kind, "at"));
         return row;
       }));
       const codes = make("ul", null, "plain list");
       codes.append(...Object.entries(route.responses).map(([code, one]) => {
         const row = make("li");
-        row.append(make("span", one.description), make("span", code, "at"));
+        row.append(make("code", code), prose("span", one.description));
         return row;
       }));
       if (fields.length) part.append(make("h3", "Parameters"), rows);
