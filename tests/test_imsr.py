@@ -108,9 +108,10 @@ def test_each_form_of_the_retainer_by_hand() -> None:
     assert retainer_loss("distance", [1, 0], [0.5, 2]) == near(10 * (0.25 + 4))  # DIR: squared distances
     assert retainer_loss("distance", [3, 4], [3, 4]) == 0
     assert retainer_loss("kd1", [1, 0], [0, 0]) == near(10 * 0.724077, abs=1e-5)
-    # KD2 sees directions only: cosines (1, -1) on both sides, tau 0.1, p_2 = e^-20: the entropy, 4e-8
+    # KD2 depends on directions only. Both sides have the cosines (1, -1). With tau = 0.1, p_2 is e^-20, and the loss
+    # is the entropy, 4e-8.
     assert retainer_loss("kd2", [1, -1], [5, -0.1]) == near(0, abs=1e-5)
-    # KD3: one of two interests is old, mu = 1/2; over one interest KD1 is 0; (1 - mu) 2 + mu 0 = 2 - 1
+    # KD3: one of two interests is old, so mu = 1/2. KD1 of a single interest is 0. (1 - mu) 2 + mu 0 = 2 - 1.
     assert retainer_loss("kd3", [1, 7], [0, 7], (1, 0), weight=1.0) == near(-1)
     assert retainer_loss("kd3", [1, 7], [0, 7], (1, 0), weight=0.5) == near(-0.5)  # the weight scales mu
     with pytest.raises(OptionError, match='Option form is "kd4"'):
