@@ -96,13 +96,15 @@ def _show_plan(recipe: Recipe) -> None:
     from freshrec.replay.recipes import load_split, make_cells, make_replay_settings
 
     cells, settings, split, console = make_cells(recipe), make_replay_settings(recipe), load_split(recipe), Console()
-    print_plan(console, cells, describe_spans(split), split.notes)
+    print_plan(console, len(cells), describe_spans(split), split.notes)
     print_estimate(console, estimate_cost(cells, split, settings))
 
 
 def run_recipe(recipe: Recipe, out: Path, jobs: int, device: str, resume: bool, as_json: bool) -> None:
     """Run what is not done yet, and write and print the results."""
     from freshrec.data.split import describe_spans
+    from freshrec.replay.answer import headline_metric, read_answer
+    from freshrec.replay.answer_text import output_width, render_answer
     from freshrec.replay.progress import ProgressBoard, print_plan
     from freshrec.replay.recipes import load_split, make_cells, make_replay_settings
     from freshrec.replay.results import collect_results
@@ -117,8 +119,8 @@ def run_recipe(recipe: Recipe, out: Path, jobs: int, device: str, resume: bool, 
     console = Console(stderr=True)
     _prepare_folder(out, recipe, resume)
     if not as_json:
-        print_plan(console, cells, describe_spans(split), split.notes)
-    metric = "AUC" if recipe.log.exposures else "ndcg@20"
+        print_plan(console, len(cells), describe_spans(split), split.notes)
+    metric = "auc" if recipe.log.exposures else headline_metric(part.metrics)
     board = ProgressBoard(cells, [span.index for span in split.spans[1:]], out, console, metric)
     try:
         with board.live():
@@ -133,8 +135,8 @@ def run_recipe(recipe: Recipe, out: Path, jobs: int, device: str, resume: bool, 
     if as_json:
         typer.echo(json.dumps({"out": str(out), "summary": _overall_rows(results)}))
         return
-    typer.echo((out / "table.md").read_text())
-    console.print(f"results.parquet, tests.parquet, recipe.toml and table.md are in {out}")
+    typer.echo(render_answer(read_answer(cells, out, headline_metric(part.metrics)), recipe.log, output_width()))
+    console.print(f"\nThe folder {out} holds table.md, results.parquet, tests.parquet and recipe.toml.", markup=False)
 
 
 def _prepare_folder(out: Path, recipe: Recipe, resume: bool) -> None:

@@ -72,8 +72,19 @@ class Cell:
 
     @property
     def shared_fit(self) -> FitConfig | None:
-        """How its base block is trained, where cells with the same options may share it; None: it is its own."""
+        """How the base block is trained, if cells with the same options share it; None: this cell trains its own."""
         return self.strategy_instance.fit if isinstance(self.strategy_instance, SHARING) else None
+
+    @property
+    def base_options(self) -> tuple[float, ...]:
+        """The options on which a shared base block depends, beside the model and the seed; () if it is not shared."""
+        fit = self.shared_fit
+        return (fit.base_epochs, fit.max_epochs, fit.patience, fit.holdout) if fit else ()
+
+    @property
+    def base_key(self) -> tuple[str, int, tuple[float, ...]] | None:
+        """What cells that share a base block have in common; None: this cell trains its own."""
+        return (self.model_name, self.seed, self.base_options) if self.shared_fit else None
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
-"""What a person sees of a replay: the plan, an estimate, a live table while it runs."""
+"""What a person sees of a replay before and while it runs: the spans, and the quality of each run span by span."""
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 from rich.console import Console
@@ -10,19 +12,22 @@ from rich.live import Live
 from rich.table import Table
 
 from freshrec.learn.click_quality import auc
+from freshrec.replay.answer_text import Labels
 from freshrec.replay.cell import Cell
 from freshrec.replay.metrics import compute_metrics, mean_per_user
 from freshrec.replay.results import read_costs, read_ranks
 
 
 class ProgressBoard:
-    """ndcg@20, or the AUC, of each cell and span as they come in: a live table on a terminal, plain lines elsewhere."""
+    """The quality of each run and span as it comes in: a live table on a terminal, plain lines elsewhere."""
 
     def __init__(
         self, cells: list[Cell], spans: list[int], out: Path, console: Console, metric: str = "ndcg@20"
     ) -> None:
         self.cells, self.spans, self.out, self.console, self.metric = cells, spans, out, console, metric
+        self.labels = Labels.of((cell.model_name, cell.strategy_name) for cell in cells)
         self.quality_by_span: dict[tuple[str, int], str] = {}
+        self.trained_bases: set[Any] = set()  # keys of the base blocks that were trained
         self.started_s = time.monotonic()
         self._live: Live | None = None
 
@@ -32,50 +37,85 @@ class ProgressBoard:
         return self._live
 
     def report_span(self, cell: Cell, span: int) -> None:
-        """A cell has finished a span."""
+        """Show that a run has finished a span."""
         file = self.out / cell.folder_name / f"span-{span}.parquet"
-        cost = read_costs(self.out / cell.folder_name / f"costs-{span}.json").get("update_cpu_s", 0.0)
+        costs = read_costs(self.out / cell.folder_name / f"costs-{span}.json")
         quality = ""
         if file.exists():
             tested = read_ranks(file).filter((pl.col("after") == span - 1) & (pl.col("readout") == "recent"))
-            quality = f"{100 * _mean_quality(tested):.2f}" if len(tested) else "-"
+            quality = f"{_mean_quality(tested, self.metric):.4f}" if len(tested) else ""
         self.quality_by_span[cell.folder_name, span] = quality
         if self.console.is_terminal and self._live is not None:
             self._live.update(self._table(), refresh=True)
             return
         done, total = len(self.quality_by_span), len(self.cells) * (len(self.spans) + 1)
         elapsed_s = time.monotonic() - self.started_s
-        text = f"{cell.model_name} {cell.strategy_name} seed {cell.seed} span {span}: {self.metric} {quality or '-'} %"
-        text += f", {cost:.1f} CPU-s"
+        place, result = f"span {span}", f"{self.metric} {quality}" if quality else "no targets"
+        if span == 0:
+            place, result = "base block", self._describe_base(cell)
+        cost = f"{costs['update_cpu_s']:.1f} CPU-s" if "update_cpu_s" in costs else "no update"
+        text = f"{' '.join(self._names(cell))}, seed {cell.seed}, {place}: {result}, {cost}"
         print(f"[{done}/{total}, {elapsed_s:.0f} s] {text}", file=sys.stderr, flush=True)  # noqa: T201
 
+    def _describe_base(self, cell: Cell) -> str:
+        """What happened to the base block, which no run is tested on."""
+        if cell.strategy_name.startswith("absorb"):
+            return "absorbed"
+        if cell.base_key is None:
+            return "trained"
+        is_shared = cell.base_key in self.trained_bases
+        self.trained_bases.add(cell.base_key)
+        return "trained earlier" if is_shared else "trained"
+
+    def _names(self, cell: Cell) -> tuple[str, str]:
+        method = cell.model_name, cell.strategy_name
+        return self.labels.model(method), self.labels.strategy(method)
+
     def _table(self) -> Table:
-        table = Table(title=f"{self.metric} in %, {time.monotonic() - self.started_s:.0f} s", title_justify="left")
-        for head in ("model", "strategy", "seed", *(f"span {span}" for span in self.spans)):
-            table.add_column(head, justify="right" if head.startswith("s") else "left")
+        elapsed_s = time.monotonic() - self.started_s
+        title = f"{self.metric} by span (higher is better), {elapsed_s:.0f} s"
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        for head in ("model", "strategy", "seed", *map(str, self.spans)):
+            table.add_column(head, justify="left" if head in ("model", "strategy") else "right")
         for cell in self.cells:
             values = [self.quality_by_span.get((cell.folder_name, span), "") for span in self.spans]
-            table.add_row(cell.model_name, cell.strategy_name, str(cell.seed), *values)
+            table.add_row(*self._names(cell), str(cell.seed), *values)
         return table
 
 
-def _mean_quality(tested: pl.DataFrame) -> float:
-    """The mean ndcg@20 over users, or the AUC of all events."""
+def _mean_quality(tested: pl.DataFrame, metric: str) -> float:
+    """The mean of the metric over users, or the AUC of all events."""
     if "p" in tested.columns:
         return auc(tested["label"].to_numpy(), tested["p"].to_numpy())
-    _, values_U1 = mean_per_user(tested["user"].to_numpy(), compute_metrics(tested["rank"].to_numpy(), ["ndcg@20"]))
+    _, values_U1 = mean_per_user(tested["user"].to_numpy(), compute_metrics(tested["rank"].to_numpy(), [metric]))
     return float(values_U1.mean())
 
 
-def print_plan(console: Console, cells: list[Cell], spans: pl.DataFrame, notes: tuple[str, ...]) -> None:
-    table = Table(title=f"{len(cells)} cells", title_justify="left")
+HEADS = {  # of the table of spans; one line each, so that it fits 80 columns
+    "name": "dates",
+    "new_users": "new",
+    "new_items": "new",
+    "seen_share": "seen",
+}
+
+
+def print_plan(console: Console, n_cells: int, spans: pl.DataFrame, notes: Sequence[str]) -> None:
+    """Print the spans of a replay, and what each column means."""
+    table = Table(title=f"{n_cells} runs over {len(spans)} spans", title_justify="left", box=None, pad_edge=False)
+    table.padding = (0, 1, 0, 0)
     for name in spans.columns:
-        table.add_column(name.replace("_", " "), justify="right" if spans[name].dtype.is_numeric() else "left")
+        is_text = name == "name"
+        table.add_column(HEADS.get(name, name), justify="left" if is_text else "right", no_wrap=not is_text)
     for row in spans.iter_rows():
-        table.add_row(*("" if v is None else f"{v:.2f}" if isinstance(v, float) else f"{v}" for v in row))
-    console.print(table)
+        table.add_row(*("-" if v is None else f"{v:.2f}" if isinstance(v, float) else f"{v}" for v in row))
+    console.print(table, highlight=False, markup=False)
+    console.print(
+        "Span 0 is the base block. new: users or items without an earlier event. "
+        "seen: share of the targets whose item has an earlier event.",
+        highlight=False,
+    )
     for note in notes:
-        console.print(f"note: {note}")
+        console.print(f"note: {note}", highlight=False, markup=False)
 
 
 def print_estimate(console: Console, seconds: pl.DataFrame) -> None:

@@ -10,7 +10,7 @@ import polars as pl
 
 from freshrec.disk_names import COST_KEYS, RANK_COLUMNS, with_current_keys
 from freshrec.replay.cell import Cell
-from freshrec.replay.click_metrics import CLICK_METRICS, LOWER_IS_BETTER, compute_click_metrics
+from freshrec.replay.click_metrics import LOWER_IS_BETTER, compute_click_metrics
 from freshrec.replay.metrics import compute_metrics
 from freshrec.replay.recipe_schema import Averaging, ReplayRecipe
 from freshrec.replay.significance import (
@@ -83,7 +83,8 @@ def collect_results(
     methods.write_parquet(out / "methods.parquet")
     tests = compare_methods(reported.filter(~pl.col("model").str.contains("@")), metrics, averaging=averaging)
     tests.write_parquet(out / "tests.parquet")
-    (out / "table.md").write_text(markdown_table(methods, metrics) + "\n")
+    notes = "\n".join(table_notes(methods, metrics))
+    (out / "table.md").write_text(f"{markdown_table(methods, metrics)}\n\n{notes}\n")
     return results
 
 
@@ -275,7 +276,7 @@ def markdown_table(methods: pl.DataFrame, metrics: Sequence[str]) -> str:
         ]
         if has_forgetting:
             forgetting = values.get((model, strategy, forgetting_metric))
-            cells.append(f"{100 * forgetting['value']:+.2f}" if forgetting else "")
+            cells.append(f"{forgetting['value']:+.4f}" if forgetting else "")
         for cost in costs:
             cost_row = values.get((model.partition("@")[0], strategy, cost))
             cells.append(f"{cost_row['value']:.1f}" if cost_row else "")
@@ -283,8 +284,26 @@ def markdown_table(methods: pl.DataFrame, metrics: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def table_notes(methods: pl.DataFrame, metrics: Sequence[str]) -> list[str]:
+    """What the columns and the names of a Markdown table mean."""
+    lines = ["- Quality: mean over spans and users, with its 95 % interval. Higher is better."]
+    if any(metric in LOWER_IS_BETTER for metric in metrics):
+        lines[0] = "- Quality: mean over spans, with its 95 % interval. Higher is better; lower for logloss."
+    if any(metric.startswith("forgetting ") for metric in methods["metric"]):
+        lines.append("- Forgetting: loss on held-out events of earlier spans, after the last update. Positive = lost.")
+    lines.append("- CPU-s: seconds of processor time, without measuring. Peak MB: largest memory of the process.")
+    if any("@" in model for model in methods["model"]):
+        lines.append(
+            "- `MODEL@stored` ranks by the interests that the last update stored, `MODEL@both` by these and the recent "
+            "ones. All other rows rank by interests read from recent events."
+        )
+    if any(" x" in strategy for strategy in methods["strategy"]):
+        lines.append(
+            "- `absorb x3`: each span is replayed in 3 blocks, and the model absorbs each block after its test."
+        )
+    return lines
+
+
 def format_with_interval(metric: str, row: dict[str, Any]) -> str:
-    """The value and the ends of its interval: shares in %, AUC and log loss as they are."""
-    scale, digits = (1, 4) if metric in CLICK_METRICS else (100, 2)
-    value, low, high = (f"{scale * row[name]:.{digits}f}" for name in ("value", "low", "high"))
-    return f"{value} ({low} .. {high})"
+    """A value and its 95 % interval, with 4 digits; quality is a fraction."""
+    return "{value:.4f} ({low:.4f} .. {high:.4f})".format_map(row)

@@ -49,7 +49,7 @@ def run_cells(
         for cell in unfinished:
             _run_cell(cell, split, device, settings, out, on_span_done)
         return
-    bases = {_base_path(cell, cell.shared_fit, out): cell for cell in unfinished if cell.shared_fit}
+    bases = {base_file(cell, cell.base_options, out): cell for cell in unfinished if cell.shared_fit}
     previous_handler = signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # the workers inherit it: Ctrl-C is for this process
@@ -131,14 +131,9 @@ def move_to_device(split: LogSplit) -> LogSplit:
     return replace(split, spans=tuple(replace(span, events=span.events.to(default_device())) for span in split.spans))
 
 
-def _base_path(cell: Cell, fit: FitConfig, out: Path) -> Path:
-    """Where the state after the base block is kept for all that train it plainly with the same options."""
-    return base_file(cell, (fit.base_epochs, fit.max_epochs, fit.patience, fit.holdout), out)
-
-
 def _load_or_train_base(cell: Cell, fit: FitConfig, split: LogSplit, out: Path) -> State:
     """The state after the base block: of several processes that want it, one trains it and the others wait."""
-    path, span = _base_path(cell, fit, out), split.spans[0]
+    path, span = base_file(cell, cell.base_options, out), split.spans[0]
     path.parent.mkdir(exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if path.exists() and is_spec_of(found := load_state(path), cell):
