@@ -383,7 +383,7 @@ def test_an_interrupted_replay_says_how_to_go_on(
     monkeypatch.setattr("freshrec.replay.runner.run_cells", interrupt)
     code = main(["replay", logs[0], *COLUMNS, "--out", str(tmp_path / "out")])
     assert code == 130
-    assert "the same command with --resume goes on" in " ".join(capsys.readouterr().err.split())
+    assert "To continue, add --resume to the command." in " ".join(capsys.readouterr().err.split())
 
 
 def test_help_does_not_wait_for_torch() -> None:

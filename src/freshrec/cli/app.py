@@ -72,7 +72,7 @@ def validate(
     quarantine: Quarantine = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a log holds, what is wrong with it, and how it could be cut into spans."""
+    """Check a log: its size, its faults, and how to cut it into spans."""
     names, event_types = parse_pairs(columns), parse_list(events)
     report = validate_log(read_log(log, columns=names, format=format_name, events=event_types, quarantine=quarantine))
     if as_json:
@@ -144,17 +144,17 @@ def _print_report(report: LogReport, name: str) -> None:
         "rows": f"{report.rows:,}",
         "users": f"{report.users:,}",
         "items": f"{report.items:,}",
-        "time": f"{report.first} .. {report.last}" if report.first else "no clock",
+        "time": f"{report.first} .. {report.last}" if report.first else "no timestamps",
         "unit": report.unit,
         "periods": None if report.periods is None else f"{report.periods:,}",
-        "duplicates": "unknown without a clock" if report.duplicates is None else f"{report.duplicates:,}",
-        "ties": "unknown without a clock" if report.ties is None else f"{report.ties:.1%} of the rows",
+        "duplicates": "unknown without timestamps" if report.duplicates is None else f"{report.duplicates:,}",
+        "ties": "unknown without timestamps" if report.ties is None else f"{report.ties:.1%} of the rows",
         "out of order": f"{report.out_of_order:.1%} of the rows",
         "repeats": f"{report.repeats:.1%} of the rows",
         "exposures": f"{report.exposures:.1%} of the rows" if report.exposures else None,
         "nulls": ", ".join(f"{column} {n:,}" for column, n in report.nulls.items()) or "none",
-        "bad rows": f"{report.bad_rows:,} set aside" if report.bad_rows else "none",
-        "suggested": f"{report.suggested_spans} spans after the base block, cut by {report.suggested_by}",
+        "bad rows": f"{report.bad_rows:,} in quarantine" if report.bad_rows else "none",
+        "suggested": f"{report.suggested_spans} spans after the base block (--by {report.suggested_by})",
     }
     table = Table.grid(padding=(0, 2))
     for fact, value in fields_shown.items():

@@ -19,7 +19,7 @@ from freshrec.replay.results import read_costs, read_ranks
 
 
 class ProgressBoard:
-    """The quality of each run and span as it comes in: a live table on a terminal, plain lines elsewhere."""
+    """Shows the quality of each run and span: in a live table on a terminal, in plain lines elsewhere."""
 
     def __init__(
         self, cells: list[Cell], spans: list[int], out: Path, console: Console, metric: str = "ndcg@20"

@@ -1,4 +1,4 @@
-"""From the cells' files to results.parquet, methods.parquet, tests.parquet and table.md."""
+"""Turns the files of all cells into results.parquet, methods.parquet, tests.parquet and table.md."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -38,7 +38,7 @@ RESULT_SCHEMA = {
 }
 CELL_COLUMNS = (*METHOD_COLUMNS, "seed")
 VALUE_COLUMNS = ("metric", "value", "low", "high", "n")
-OVERALL_SPAN = -1  # the span of a mean over spans
+OVERALL_SPAN = -1  # the span number of a mean over spans
 
 
 def collect_results(
@@ -49,16 +49,17 @@ def collect_results(
     averaging: Averaging = ReplayRecipe.averaging,
     from_span: int = ReplayRecipe.from_span,
 ) -> pl.DataFrame:
-    """The long results table of all finished cells, written to `out` with what is made of it.
+    """Return the results of all cells as a long table, and write it and its summaries to `out`.
 
     results.parquet   each cell, span, slice and metric; costs are metrics too
-    methods.parquet   each model and strategy over all spans and seeds
-    tests.parquet     each pair of these, in the recent readout: the paired tests
-    table.md          methods.parquet for people
+    methods.parquet   each model and strategy, averaged over spans and seeds
+    tests.parquet     the paired test of each pair of methods
+    table.md          methods.parquet as a table for people
 
-    Spans weigh equally, users (or targets: `averaging`) equally within a span. The row of span -1 is the mean over
-    spans from `from_span` on, and so is what the other files say (of forgetting, from the first span on). A model's
-    other readouts are rows of their own: "comirec-dr@stored". Without `slices`, no slices but "all".
+    All spans have equal weight, and within a span all users (or targets: `averaging`). The rows of span -1 are means
+    over the spans from `from_span` on. The other files hold the same means; forgetting covers all spans. A model with
+    stored interests has further rows, such as "comirec-dr@stored", which are not tested. Without `slices`, the only
+    slice is "all".
     """
     answers_per_cell = [_read_answers(cell, out / cell.folder_name, metrics) for cell in cells]
     answers = pl.concat([_empty_answers(metrics), *answers_per_cell])
@@ -89,12 +90,12 @@ def collect_results(
 
 
 def read_ranks(file: Path) -> pl.DataFrame:
-    """What a cell's span-*.parquet of any version holds, with the names of now."""
+    """Read span-*.parquet of a cell, of any version, with the current column names."""
     return pl.read_parquet(file).rename(RANK_COLUMNS, strict=False)
 
 
 def read_costs(file: Path) -> dict[str, float]:
-    """What a cell's costs-*.json of any version holds, with the names of now."""
+    """Read costs-*.json of a cell, of any version, with the current names."""
     found: dict[str, float] = with_current_keys(json.loads(file.read_text()), COST_KEYS)
     return found
 
@@ -105,7 +106,7 @@ def _empty_answers(metrics: Sequence[str]) -> pl.DataFrame:
 
 
 def _read_answers(cell: Cell, folder: Path, metrics: Sequence[str]) -> pl.DataFrame:
-    """A row per query and time of ranking: its span, the last span the model had been updated on, and the metrics."""
+    """A row per query and ranking: span, last span that the model was updated on (`after`), and the metrics."""
     files = sorted(folder.glob("span-*.parquet"))
     if not files:
         return _empty_answers(metrics)
@@ -130,7 +131,7 @@ def _read_answers(cell: Cell, folder: Path, metrics: Sequence[str]) -> pl.DataFr
 def _quality_by_slice(
     tested: pl.DataFrame, slices: pl.DataFrame | None, metrics: Sequence[str], averaging: Averaging
 ) -> pl.DataFrame:
-    """Each metric by cell and slice, for each span and over all; a slice of a single span goes without interval."""
+    """Each metric by cell and slice, for each span and over all. Slices of one span have no interval."""
     answers = arrange_metrics(tested, metrics, CELL_COLUMNS, averaging)
     queries = answers.queries.with_columns(pl.lit(True).alias("all"))
     if slices is not None:
@@ -151,7 +152,7 @@ def _quality_by_slice(
 
 
 def _groups_by_queries(answers: QueryMetrics) -> Iterator[tuple[Int64Array, BoolArray]]:
-    """The methods (A,) that answered the same queries, and which (Q,) these are: they can share drawn users."""
+    """Yield methods (A,) that answered the same queries, with the mask (Q,); they can share the resampled users."""
     answered_AQ = answers.answered_AQ
     groups: dict[bytes, list[int]] = {}
     for a, answered_Q in enumerate(answered_AQ):
@@ -167,7 +168,7 @@ def _summarize(
     metrics: Sequence[str],
     has_interval: bool = True,
 ) -> pl.DataFrame:
-    """A row per method and metric on these queries; an interval where `has_interval`, as bootstraps take the time."""
+    """A row per method and metric on these queries. The interval is optional, because the bootstrap is slow."""
     by_user_UAM = answers.by_user(methods_A, is_included_Q, centred=True)
     by_user_UN = by_user_UAM.reshape(len(by_user_UAM), -1)
     no_interval_N = np.full(by_user_UN.shape[1], np.nan)
@@ -187,7 +188,7 @@ def _add_span_and_slice(rows: pl.DataFrame, span: int, part: str) -> pl.DataFram
 
 
 def _forgetting_per_query(answered: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
-    """By how much each later model ranks an earlier span's held-out queries worse than the model just updated on it."""
+    """Loss of each later model on held-out queries of an earlier span, against the model just updated on that span."""
     query = [*CELL_COLUMNS, "span", "user", "target"]
     after_update = answered.filter(pl.col("after") == pl.col("span")).select(*query, *metrics)
     both = answered.filter(pl.col("after") > pl.col("span")).join(after_update, on=query, suffix=" then")
@@ -195,7 +196,7 @@ def _forgetting_per_query(answered: pl.DataFrame, metrics: Sequence[str]) -> pl.
 
 
 def _forgetting_by_span(forgetting: pl.DataFrame, averaging: Averaging) -> pl.DataFrame:
-    """What is lost after each span, the mean over the spans before it; over all: what is lost after the last span."""
+    """Forgetting after each span, a mean over the earlier spans; overall: forgetting after the last span."""
     names = [name for name in forgetting.columns if name.startswith("forgetting ")]
     found = [pl.DataFrame(schema=RESULT_SCHEMA)]
     for (after,), rows in forgetting.group_by("after", maintain_order=True):
@@ -216,7 +217,7 @@ def _summarize_all(answers: QueryMetrics, metrics: Sequence[str]) -> pl.DataFram
 
 
 def cell_costs(cell: Cell, folder: Path, from_span: int = ReplayRecipe.from_span) -> pl.DataFrame:
-    """What each update cost, as metrics of the span it trained on; over all: the mean from `from_span` on."""
+    """Costs of each update, as metrics of the span that it trained on; overall: the mean from `from_span` on."""
     by_span = {int(file.stem.rpartition("-")[2]): read_costs(file) for file in folder.glob("costs-*.json")}
     rows = [(span, name, value) for span, costs in sorted(by_span.items()) for name, value in costs.items()]
     for name in sorted({name for span, name, _ in rows if span >= from_span}):
@@ -236,7 +237,7 @@ def cell_costs(cell: Cell, folder: Path, from_span: int = ReplayRecipe.from_span
 def _summarize_methods(
     tested: pl.DataFrame, forgetting: pl.DataFrame, costs: pl.DataFrame, metrics: Sequence[str], averaging: Averaging
 ) -> pl.DataFrame:
-    """A row per model, strategy and metric, over all spans: each query averaged over seeds, and only then resampled."""
+    """A row per model, strategy and metric over all spans. Each query is averaged over seeds before resampling."""
     names = [f"forgetting {m}" for m in metrics]
     columns = (*METHOD_COLUMNS, *VALUE_COLUMNS)
     found = [pl.DataFrame(schema={name: kind for name, kind in RESULT_SCHEMA.items() if name in columns})]
@@ -251,10 +252,10 @@ def _summarize_methods(
 
 
 def markdown_table(methods: pl.DataFrame, metrics: Sequence[str]) -> str:
-    """A Markdown table, a row per method, the best in the first metric first, all but forgetting as means over spans.
+    """A Markdown table with a row per method, sorted by the first metric, the best first.
 
-    Quality comes with 95 % intervals, forgetting is what the model after the last span has lost, on earlier spans'
-    held-out targets, since it was updated on them: positive = forgotten.
+    Quality has 95 % intervals. Forgetting is the loss of the last model on held-out targets of earlier spans, against
+    the model just updated on them; positive = lost. All other numbers are means over spans.
     """
     costs = {"update_cpu_s": "CPU-s per update", "peak_mb": "peak MB", "mean_k": "interests per user"}
     forgetting_metric = f"forgetting {metrics[0]}"
