@@ -97,13 +97,13 @@ def resolve_recipe(file: Path | None, given: dict[str, dict[str, Any]]) -> Recip
 def _show_plan(recipe: Recipe) -> None:
     """Print the spans, and how long the replay would take."""
     from freshrec.data.split import describe_spans
-    from freshrec.replay.plan import estimate_cost
-    from freshrec.replay.progress import print_estimate, print_plan
+    from freshrec.replay.estimate import estimate_cost
+    from freshrec.replay.progress import MeasuringLog, print_estimate, print_plan
     from freshrec.replay.recipes import load_split, make_cells, make_replay_settings
 
     cells, settings, split, console = make_cells(recipe), make_replay_settings(recipe), load_split(recipe), Console()
     print_plan(console, len(cells), describe_spans(split), split.notes)
-    print_estimate(console, estimate_cost(cells, split, settings))
+    print_estimate(console, estimate_cost(cells, split, settings, MeasuringLog()))
 
 
 def run_recipe(recipe: Recipe, out: Path, jobs: int, device: str, resume: bool, as_json: bool) -> None:

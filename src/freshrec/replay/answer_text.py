@@ -289,13 +289,16 @@ def fit_command(log: LogRecipe, method: Method) -> list[str]:
 
 def render_command(words: Sequence[str], width: int = MAX_WIDTH) -> str:
     """A command to copy; lines that are too long continue after a backslash."""
-    lines, line = [], "  "
-    for word in map(shlex.quote, words):
-        if line.strip() and len(line) + len(word) + 3 > width:
-            lines.append(f"{line}\\")
-            line = "    "
-        line += f"{word} "
-    return "\n".join([*lines, line.rstrip()])
+    quoted = [shlex.quote(word) for word in words]
+    parts = re.split(r" (?=--)", " ".join(quoted))  # an option stays beside its value
+    lines = [f"  {parts[0]}"]
+    for part in parts[1:]:
+        if len(lines[-1]) + len(part) + 3 > width:
+            lines[-1] += " \\"
+            lines.append(f"    {part}")
+        else:
+            lines[-1] += f" {part}"
+    return "\n".join(lines)
 
 
 def render_answer(answer: Answer, log: LogRecipe, width: int = MAX_WIDTH) -> str:

@@ -14,6 +14,7 @@ from rich.table import Table
 from freshrec.learn.click_quality import auc
 from freshrec.replay.answer_text import Labels
 from freshrec.replay.cell import Cell
+from freshrec.replay.estimate import Range, RunEstimate
 from freshrec.replay.metrics import compute_metrics, mean_per_user
 from freshrec.replay.results import read_costs, read_ranks
 
@@ -91,6 +92,7 @@ def _mean_quality(tested: pl.DataFrame, metric: str) -> float:
     return float(values_U1.mean())
 
 
+ROUNDING = 1.2  # a range whose ends differ by less is printed as one number
 HEADS = {  # of the table of spans; one line each, so that it fits 80 columns
     "name": "dates",
     "new_users": "new",
@@ -118,12 +120,45 @@ def print_plan(console: Console, n_cells: int, spans: pl.DataFrame, notes: Seque
         console.print(f"note: {note}", highlight=False, markup=False)
 
 
-def print_estimate(console: Console, seconds: pl.DataFrame) -> None:
-    table = Table(title="estimated CPU seconds (within a factor of 2)", title_justify="left")
-    for name in seconds.columns:
-        table.add_column(name.replace("_", " "))
-    for row in seconds.iter_rows():
-        table.add_row(*(f"{v:.0f}" if isinstance(v, float) else f"{v}" for v in row))
-    console.print(table)
-    total = sum(seconds["base_s"].to_list()) + sum(seconds["updates_s"].to_list())
-    console.print(f"in all {total:.0f} s with --jobs 1; measuring comes on top")
+class MeasuringLog:
+    """Reports on stderr what a plan measures at the moment."""
+
+    def __init__(self) -> None:
+        self.started_s = time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        """Print one line."""
+        elapsed_s = time.monotonic() - self.started_s
+        print(f"[{elapsed_s:.0f} s] measuring {text}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def print_estimate(console: Console, estimates: Sequence[RunEstimate]) -> None:
+    """Print the estimated CPU-s of each model with each strategy, and their sum."""
+    title = "Estimated CPU-s, from short runs on this log"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    labels = Labels.of((row.model, row.strategy) for row in estimates)
+    for head in ("model", "strategy", "seeds", "base block", "updates", "measuring", "total"):
+        is_text = head in ("model", "strategy")
+        table.add_column(head, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
+    for row in estimates:
+        method = row.model, row.strategy
+        seconds = [format_range(part) for part in (row.base, row.updates, row.measuring, row.total)]
+        table.add_row(labels.model(method), labels.strategy(method), str(row.n_seeds), *seconds)
+    console.print(table, highlight=False, markup=False)
+    total = sum((row.total for row in estimates), Range())
+    lines = [
+        f"Total: {format_range(total)} CPU-s. With --jobs 1 the replay takes about as long.",
+        "base block: choosing the number of epochs and training; 0 where another strategy trains the same one. "
+        "updates: absorbing and training, all spans. measuring: ranking the targets before and after each update. "
+        "Not included: reading the log and writing the tables.",
+    ]
+    if total.high > ROUNDING * total.low:
+        lines.append("A range: the number of epochs is chosen on the whole base block, and may be half or twice that.")
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
+
+
+def format_range(seconds: Range) -> str:
+    """One number, or two if they differ by more than rounding: "12" or "12 .. 40"."""
+    low, high = (f"{value:.1f}" if value < 10 else f"{value:,.0f}" for value in (seconds.low, seconds.high))
+    return high if seconds.high <= ROUNDING * seconds.low or low == high else f"{low} .. {high}"
