@@ -79,7 +79,7 @@ def test_the_part_of_a_cost_that_does_not_grow_is_that_of_an_update_without_even
 def test_the_base_block_costs_the_search_for_the_number_of_epochs_and_the_training() -> None:
     speed = ModelSpeed((), State(find_model("mf").build(0)), epoch_s=6.0, rank_s={"recent": 0.01})
     sizes = Sizes([1200, 300], [0, 40], [0, 10])
-    # 4 epochs: 24 s. The search stops 8 epochs later: 12 of them, each with 5 s on 5/6 of the targets and 200 tests, 2 s.
+    # 4 epochs: 24 s. The search stops 8 epochs later: 12 of them, each 5 s on 5/6 of the targets and 2 s for 200 tests.
     chosen = base_seconds(cell("finetune"), speed, Range(4, 8), sizes)
     assert (chosen.low, chosen.high) == pytest.approx((24 + 12 * 7, 48 + 16 * 7))
     assert base_seconds(cell("finetune:fit.base_epochs=4"), speed, Range(4, 4), sizes) == Range(24.0, 24.0)
@@ -101,8 +101,8 @@ def test_a_shared_base_block_is_estimated_once_and_seeds_multiply() -> None:
 
 @pytest.mark.slow
 def test_an_estimate_is_right_within_a_factor_of_two(tmp_path: Path) -> None:
-    # CPU seconds of a run of half a minute; both are measured on this machine, in this process
-    split = split_log(make_world("newborn", users=600, items=300, events=24_000, spans=3).log, spans=3)
+    # CPU seconds of a short run; both are measured on this machine, in this process
+    split = split_log(make_world("newborn", users=300, items=150, events=9_000, spans=3).log, spans=3)
     cells = [cell(name, "comirec-dr:d=16") for name in ("finetune", "full", "imsr")]
     estimates = {row.strategy: row for row in estimate_cost(cells, split, ReplaySettings())}
     run_cells(cells, split, ReplaySettings(), tmp_path, on_span_done=lambda cell, span: None)
