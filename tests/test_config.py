@@ -137,7 +137,7 @@ def test_a_recipe_replaces_single_keys_of_the_one_that_it_extends(tmp_path: Path
 def test_a_recipe_that_extends_itself_or_nothing_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text('extends = "b"')
     (tmp_path / "b.toml").write_text('extends = "a"')
-    with pytest.raises(OptionError, match="extends itself, by way of .*b.toml"):
+    with pytest.raises(OptionError, match="extends itself, through .*b.toml"):
         load_recipe(tmp_path / "a.toml")
     (tmp_path / "default.toml").touch()
     (tmp_path / "c.toml").write_text('extends = "defualt"')
@@ -208,7 +208,7 @@ def test_tuning_without_events_to_choose_by_is_refused_once_the_log_is_cut(targe
     log = {"world": "drift", "world_users": 50, "world_items": 20, "world_events": 300}
     tables = {"log": log, "spans": {"targets": targets, "spans": spans}}
     assert len(load_split(parse_recipe(tables)).spans) == spans + 1
-    with pytest.raises(OptionError, match="tuning chooses options by the validation events"):
+    with pytest.raises(OptionError, match="Tuning needs validation events"):
         load_split(parse_recipe(tables | {"replay": {"tune": True}}))
 
 

@@ -112,7 +112,7 @@ def test_each_query_is_averaged_over_seeds_before_users_are_drawn(tmp_path: Path
     assert (results["low"] < 0.5).all() and (results["high"] > 0.5).all() and results["seed"].to_list() == [0, 1]
     methods = pl.read_parquet(tmp_path / "methods.parquet")
     assert methods.select("strategy", "value", "low", "high", "n").rows() == [("frozen", 0.5, 0.5, 0.5, 8)]
-    assert "| mf | frozen | 50.00 (50.00 .. 50.00) |" in (tmp_path / "table.md").read_text()
+    assert "| mf | frozen | 0.5000 (0.5000 .. 0.5000) |" in (tmp_path / "table.md").read_text()
 
 
 def test_costs_are_averaged_over_the_updates_after_the_base_then_over_seeds(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Commands whose parameters are made from the fields of dataclasses, so that a new field needs no second line."""
+"""Makes command-line parameters from the fields of dataclasses, so that each option is declared once."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from freshrec.cli.options import parse_list, parse_pairs
 from freshrec.config import bare_type, description_of, hints_of
 
 Parameter = tuple[str, Any, Any]  # name, type with its typer.Option or typer.Argument, default
-# How fields with several values are written
+# parser and placeholder of fields with several values
 COLLECTION_PARSERS: dict[Any, tuple[Any, str]] = {tuple: (parse_list, "A,B"), dict: (parse_pairs, "A=B,C=D")}
 
 
 def parameters_of(section: type, panel: str, flags: dict[str, str], leave_out: Sequence[str] = ()) -> list[Parameter]:
-    """An option for each field of a dataclass, None where it is not given; its help is the field's description.
+    """Make an option for each field of a dataclass. The field's description is its help, None its default.
 
-    `panel`: the heading in --help. `flags`: names of options where they differ from the field's. Fields with several
-    values are written `a,b`, those with names and values `a=b,c=d`.
+    `panel`: heading in --help. `flags`: names of options that differ from the field's. A tuple is typed as `a,b`, a
+    dictionary as `a=b,c=d`.
     """
     found = []
     for name, hint in hints_of(section).items():
@@ -38,10 +38,10 @@ def parameters_of(section: type, panel: str, flags: dict[str, str], leave_out: S
 def make_command(
     name: str, description: str, parameters: Sequence[Parameter], run: Callable[[dict[str, Any]], None]
 ) -> Callable[..., Any]:
-    """A command with these parameters, to be registered with typer: `run` gets their values by name.
+    """Make a typer command with these parameters, which calls `run` with their values by name.
 
     Typer reads the parameters of a callable and calls it with keywords. The callable is a dataclass, because a function
-    cannot be given parameters without `**kwargs`, which would accept any name.
+    with computed parameters would need `**kwargs`, which accepts any name.
     """
 
     def __post_init__(self: Any) -> None:  # noqa: N807

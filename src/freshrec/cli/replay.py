@@ -1,4 +1,4 @@
-"""`freshrec replay` and `freshrec demo`: options -> recipe -> cells, a live table while they run, and the results."""
+"""`freshrec replay` and `freshrec demo`: from options to a recipe, its runs, and the answer."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Where results go; what is there already is not run again.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for the results. Finished runs in it are not repeated.")] = Path(
         "runs/demo"
     ),
     jobs: Jobs = JOBS,
 ) -> None:
-    """Replay a generated world in which users gain interests, and say in words what the table shows."""
+    """Replay a generated world in which users gain interests, and explain the result."""
     from freshrec.replay.demo import make_demo_cells, make_demo_world, run_demo
     from freshrec.replay.progress import ProgressBoard
 
@@ -38,25 +38,29 @@ def demo(
     typer.echo(text)
 
 
-OWN_PARAMETERS: list[Parameter] = [  # of the command itself; all others are fields of a recipe
+OWN_PARAMETERS: list[Parameter] = [  # all other parameters are fields of a recipe
     (
         "path",
         Annotated[str | None, typer.Argument(metavar="[LOG]", help=description_of(hints_of(LogRecipe)["path"]))],
         None,
     ),
-    ("recipe", Annotated[Path | None, typer.Option(help="A TOML recipe; options override it.")], None),
-    ("out", Annotated[Path, typer.Option(help="Where results go.")], Path("runs/replay")),
+    ("recipe", Annotated[Path | None, typer.Option(help="Recipe, a TOML file. Options override it.")], None),
+    ("out", Annotated[Path, typer.Option(help="Folder for the results.")], Path("runs/replay")),
     ("jobs", Jobs, JOBS),
-    ("device", Annotated[str, typer.Option(help="Where models train: cpu, cuda.")], "cpu"),
-    ("resume", Annotated[bool, typer.Option("--resume", help="Go on with what is in --out.")], False),
-    ("plan_only", Annotated[bool, typer.Option("--plan", help="Print spans and estimated time, and stop.")], False),
-    ("as_json", Annotated[bool, typer.Option("--json", help="Print the path and a summary as JSON.")], False),
+    ("device", Annotated[str, typer.Option(help="Device for training: cpu or cuda.")], "cpu"),
+    ("resume", Annotated[bool, typer.Option("--resume", help="Continue the replay in --out.")], False),
+    (
+        "plan_only",
+        Annotated[bool, typer.Option("--plan", help="Print the spans and the estimated cost, then stop.")],
+        False,
+    ),
+    ("as_json", Annotated[bool, typer.Option("--json", help="Print the folder and a summary as JSON.")], False),
 ]
 PANELS = {"log": "The log", "spans": "Spans", "replay": "What is compared"}
 
 
 def _parameters() -> list[Parameter]:
-    """Those of the command, then a parameter for each field of a recipe."""
+    """Return the parameters of the command itself, then one for each field of a recipe."""
     found = list(OWN_PARAMETERS)
     for section, kind in hints_of(Recipe).items():
         found += parameters_of(kind, PANELS[section], {"folder": "--data"}, leave_out=["path"])
@@ -64,7 +68,7 @@ def _parameters() -> list[Parameter]:
 
 
 def _replay(values: dict[str, Any]) -> None:
-    """Resolve the recipe, then say what would run, or run it."""
+    """Resolve the recipe, then plan it or run it."""
     given = {section: {name: values[name] for name in hints_of(kind)} for section, kind in hints_of(Recipe).items()}
     recipe = resolve_recipe(values["recipe"], given)
     if values["plan_only"]:
@@ -73,36 +77,40 @@ def _replay(values: dict[str, Any]) -> None:
         run_recipe(recipe, values["out"], values["jobs"], values["device"], values["resume"], values["as_json"])
 
 
-replay = make_command("replay", "Compare ways of updating on your own log, span by span.", _parameters(), _replay)
+replay = make_command(
+    "replay", "Compare ways of updating a model on your own log, span by span.", _parameters(), _replay
+)
 
 
 def resolve_recipe(file: Path | None, given: dict[str, dict[str, Any]]) -> Recipe:
-    """The recipe in `file`, or the default one, with what was given on the command line."""
+    """Return the recipe in `file`, or the default one, with the options of the command line."""
     path, world = given["log"].get("path"), given["log"].get("world")
     if path and world:
-        raise OptionError(f"a replay is of one log, and both {path} and --world {world} are given; drop one.")
+        raise OptionError(f"A replay uses one log, and both {path} and --world {world} are given. Remove one.")
     tables = asdict(load_recipe(file) if file else Recipe())
     if path or world:
-        tables["log"] |= {"path": "", "folder": "", "world": ""}  # those of the file give way
+        tables["log"] |= {"path": "", "folder": "", "world": ""}  # they replace those of the file
     changes = {part: {k: v for k, v in options.items() if v is not None} for part, options in given.items()}
     return parse_recipe(merge_tables(tables, changes))
 
 
 def _show_plan(recipe: Recipe) -> None:
-    """Say what would run, and how long it would take."""
+    """Print the spans, and how long the replay would take."""
     from freshrec.data.split import describe_spans
-    from freshrec.replay.plan import estimate_cost
-    from freshrec.replay.progress import print_estimate, print_plan
+    from freshrec.replay.estimate import estimate_cost
+    from freshrec.replay.progress import MeasuringLog, print_estimate, print_plan
     from freshrec.replay.recipes import load_split, make_cells, make_replay_settings
 
     cells, settings, split, console = make_cells(recipe), make_replay_settings(recipe), load_split(recipe), Console()
-    print_plan(console, cells, describe_spans(split), split.notes)
-    print_estimate(console, estimate_cost(cells, split, settings))
+    print_plan(console, len(cells), describe_spans(split), split.notes)
+    print_estimate(console, estimate_cost(cells, split, settings, MeasuringLog()))
 
 
 def run_recipe(recipe: Recipe, out: Path, jobs: int, device: str, resume: bool, as_json: bool) -> None:
-    """Run what is not done yet, and write and print the results."""
+    """Run what is not done yet, then write the results and print the answer."""
     from freshrec.data.split import describe_spans
+    from freshrec.replay.answer import headline_metric, read_answer
+    from freshrec.replay.answer_text import output_width, render_answer
     from freshrec.replay.progress import ProgressBoard, print_plan
     from freshrec.replay.recipes import load_split, make_cells, make_replay_settings
     from freshrec.replay.results import collect_results
@@ -112,55 +120,55 @@ def run_recipe(recipe: Recipe, out: Path, jobs: int, device: str, resume: bool, 
     cells, settings, split, part = make_cells(recipe), make_replay_settings(recipe), load_split(recipe), recipe.replay
     if part.from_span >= len(split.spans):
         raise OptionError(
-            f"replay.from_span is {part.from_span}, and the last span is {len(split.spans) - 1}: lower it."
+            f"--from-span is {part.from_span}, but the last span is {len(split.spans) - 1}. Use a lower number."
         )
     console = Console(stderr=True)
     _prepare_folder(out, recipe, resume)
     if not as_json:
-        print_plan(console, cells, describe_spans(split), split.notes)
-    metric = "AUC" if recipe.log.exposures else "ndcg@20"
+        print_plan(console, len(cells), describe_spans(split), split.notes)
+    metric = "auc" if recipe.log.exposures else headline_metric(part.metrics)
     board = ProgressBoard(cells, [span.index for span in split.spans[1:]], out, console, metric)
     try:
         with board.live():
             run_cells(cells, split, settings, out, jobs=jobs, device=device, on_span_done=board.report_span)
     except KeyboardInterrupt:
-        console.print(f"finished spans are kept in {out}: the same command with --resume goes on.", markup=False)
+        console.print(f"Finished spans are kept in {out}. To continue, add --resume to the command.", markup=False)
         raise
-    if recipe.log.exposures:  # AUC and log loss are those of a span's events, whoever's they are, and of all of them
+    if recipe.log.exposures:  # AUC and log loss are means over events, not over users
         results = collect_results(cells, None, part.metrics, out, "targets", part.from_span)
     else:
         results = collect_results(cells, slice_table(split.spans), part.metrics, out, part.averaging, part.from_span)
     if as_json:
         typer.echo(json.dumps({"out": str(out), "summary": _overall_rows(results)}))
         return
-    typer.echo((out / "table.md").read_text())
-    console.print(f"results.parquet, tests.parquet, recipe.toml and table.md are in {out}")
+    typer.echo(render_answer(read_answer(cells, out, headline_metric(part.metrics)), recipe.log, output_width()))
+    console.print(f"\nThe folder {out} holds table.md, results.parquet, tests.parquet and recipe.toml.", markup=False)
 
 
 def _prepare_folder(out: Path, recipe: Recipe, resume: bool) -> None:
-    """Refuse to mix two replays in one folder."""
+    """Write the recipe to `out`. OptionError if the folder holds another replay."""
     recipe_path = out / "recipe.toml"
     if recipe_path.exists():
         if not resume:
-            raise OptionError(f"{out} holds a replay already: go on with --resume, or choose another --out.")
+            raise OptionError(f"{out} already holds a replay. Continue it with --resume, or choose another --out.")
         may_differ = {
             "log": {"folder"},
             "replay": {"models", "strategies", "extra_pairs", "controls", "seeds", "metrics", "averaging", "from_span"},
         }
         if _without(load_recipe(recipe_path), may_differ) != _without(recipe, may_differ):
-            raise OptionError(f"{out} holds a replay of another log or protocol: choose another --out.")
+            raise OptionError(f"{out} holds a replay of another log or protocol. Choose another --out.")
     out.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, recipe_path)
 
 
 def _without(recipe: Recipe, fields: dict[str, set[str]]) -> dict[str, dict[str, Any]]:
-    """The recipe without some fields of its sections."""
+    """Return the recipe without some fields of its sections."""
     tables = asdict(recipe)
     return {part: {k: v for k, v in table.items() if k not in fields.get(part, ())} for part, table in tables.items()}
 
 
 def _overall_rows(results: pl.DataFrame) -> list[dict[str, Any]]:
-    """The averages over all spans."""
+    """Return the means over all spans."""
     import polars as pl
 
     from freshrec.replay.results import OVERALL_SPAN

@@ -1,7 +1,7 @@
-"""The replay: for each span, measure the model of the past, absorb, update. Stops anywhere, resumes exactly.
+"""The replay of one run. For each span: test the previous model, absorb the events, update. It resumes exactly.
 
-A cell is one (model, strategy, seed, cadence). Its folder holds a Parquet file of ranks and a JSON file of costs per
-span, and the state after the last finished span until the cell is done.
+A cell is one model with one strategy, seed and cadence. Its folder holds a Parquet file of ranks and a JSON file of
+costs for each span. Until the cell is done, it also holds the state after the last finished span.
 """
 
 import gc
@@ -50,54 +50,68 @@ from freshrec.strategies.sml import SML
 from freshrec.strategies.spmf import SPMF
 from freshrec.types import ClickModel, Histories, InterestModel, ModelSpec, Span, State, Strategy
 
-# Their base block is trained by `learn.fit.fit_base_block` alone, so cells with the same options share it.
+# `learn.fit.fit_base_block` alone trains their base block, so cells with the same options can share it.
 SHARING = Frozen | FineTune | Retrain | ADER | ADERS | ASMG | EWC | IMSR | IncCTR | SelfTuned | SML | SPMF
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One way of updating one model, with one seed."""
+    """One run: a model, a strategy, a seed and a cadence."""
 
     model_name: str
     model_spec: ModelSpec
     strategy_name: str
     strategy_instance: Strategy
     seed: int
-    cadence: int = 1  # blocks a span is replayed in: measure, count; the neural update comes at the span's end
+    cadence: int = 1  # blocks per span; the model is tested on each block, then absorbs it; training ends the span
 
     @property
     def folder_name(self) -> str:
-        """Its folder."""
+        """Name of the folder with the cell's results."""
         return f"{self.model_name}--{self.strategy_name}--{self.seed}".replace("/", "_").replace(":", "_")
 
     @property
     def shared_fit(self) -> FitConfig | None:
-        """How its base block is trained, where cells with the same options may share it; None: it is its own."""
+        """How the base block is trained, if cells with the same options share it; None: this cell trains its own."""
         return self.strategy_instance.fit if isinstance(self.strategy_instance, SHARING) else None
+
+    @property
+    def base_options(self) -> tuple[float, ...]:
+        """The options on which a shared base block depends, beside the model and the seed; () if it is not shared."""
+        fit = self.shared_fit
+        return (fit.base_epochs, fit.max_epochs, fit.patience, fit.holdout) if fit else ()
+
+    @property
+    def base_key(self) -> tuple[str, int, tuple[float, ...]] | None:
+        """What cells that share a base block have in common; None: this cell trains its own."""
+        return (self.model_name, self.seed, self.base_options) if self.shared_fit else None
 
 
 @dataclass(frozen=True)
 class ReplaySettings:
-    """What all cells of a replay share."""
+    """The settings that all cells of a replay share."""
 
     query_options: QueryOptions = QueryOptions()
-    tune: bool = ReplayRecipe.tune  # choose each update's options by the span before
-    last_update: bool = ReplayRecipe.last_update  # after the last span too, although nothing tests it
+    tune: bool = ReplayRecipe.tune  # choose the options of each update on the previous span
+    last_update: bool = ReplayRecipe.last_update  # update after the last span too, although nothing tests it
 
 
 def check_click_model(model: ModelSpec, model_name: str) -> None:
-    """Raises IncompatibleError, with a sentence, where the model cannot say how likely a click is."""
+    """Raise IncompatibleError if the model cannot predict click probabilities."""
     if not isinstance(model.build(0), ClickModel):
         raise IncompatibleError(
-            f'"{model_name}" ranks items, it does not say how likely one is taken: on a log with exposures use '
-            "embedding-mlp, or leave the exposures out."
+            f'"{model_name}" ranks items and predicts no clicks. '
+            "On a log with exposures use embedding-mlp, or leave the exposures out."
         )
 
 
 def replay_cell(
     cell: Cell, split: LogSplit, settings: ReplaySettings, out: Path, base: State | None = None
 ) -> Iterator[int]:
-    """Run or resume a cell; yields each span once its files are written. `base`: the base state, if already trained."""
+    """Run or resume a cell. Yield the number of each span after its files are written.
+
+    `base`: the state after the base block, if another cell has trained it.
+    """
     folder = out / cell.folder_name
     folder.mkdir(parents=True, exist_ok=True)
     state, previous_state, earlier_queries = _resume_cell(cell, folder, split, settings)
@@ -124,7 +138,7 @@ def replay_cell(
             break
         previous_state = state if state.spans_seen and settings.tune else None
         state, update_costs = measure_cost(partial(next_state, strategy, state, span))
-        if span.index == 0 and base is not None:  # the base is trained once for all; what this strategy adds counts too
+        if span.index == 0 and base is not None:  # the cost of the shared base, and what this strategy adds to it
             added = update_costs["update_cpu_s"]
             update_costs = state.costs | base.costs
             update_costs["update_cpu_s"] += added
@@ -132,7 +146,7 @@ def replay_cell(
         state = replace(state, shared_base=None)
         rows += _rank_earlier_queries(state, earlier_queries, span.index, settings.query_options.n_sampled)
         _write_span(folder, span.index, rows, meter.costs | costs | update_costs)
-        save_tree((state, previous_state), folder / "state.safetensors")  # one file, so that a kill never parts the two
+        save_tree((state, previous_state), folder / "state.safetensors")  # one file: a kill cannot separate the two
         yield span.index
     write_text_atomically("{}", folder / "done.json")
     (folder / "state.safetensors").unlink(missing_ok=True)
@@ -141,13 +155,13 @@ def replay_cell(
 def _resume_cell(
     cell: Cell, folder: Path, split: LogSplit, settings: ReplaySettings
 ) -> tuple[State, State | None, list[tuple[int, Queries]]]:
-    """Where to go on: state, the state before the last update, and queries to rank again."""
+    """Where to resume: the state, the state before the last update, and the earlier queries to rank again."""
     path = folder / "state.safetensors"
     if not path.exists():
         return State(cell.model_spec.build(cell.seed), seed=cell.seed), None, []
     state, previous_state = load_tree(path)
     recent, earlier_queries = Histories.empty(), []
-    for span in split.spans[: state.spans_seen]:  # the queries are made of the log alone, so they need not be saved
+    for span in split.spans[: state.spans_seen]:  # queries depend on the log alone, so they are not saved
         for block in _blocks_of_span(span, split, cell.cadence) if span.index else []:
             if block.events.labels_E is None:
                 queries = make_queries(recent, block, history_length(state.model), settings.query_options)
@@ -168,7 +182,7 @@ def _heldout_queries(queries: Queries) -> Queries:
 def _test_then_absorb(
     state: State, blocks: list[SpanBlock], span: Span, settings: ReplaySettings, meter: CostMeter
 ) -> tuple[State, list[pl.DataFrame], list[tuple[int, Queries]]]:
-    """Measure each block, then absorb it; the state that is ready for the update, ranks, and queries to rank again."""
+    """Test the model on each block, then absorb it. Return the state, the ranks and the held-out queries."""
     rows, heldout_queries = [], []
     for block in blocks:
         n_items = max(block.n_items, int(block.events.items_E.max()) if len(block.events) else 0)
@@ -196,7 +210,7 @@ def _rank_rows(
 
 
 def _label_rows(rows: pl.DataFrame, target_span: int, after: int, readout: str = "recent") -> pl.DataFrame:
-    """The rows with columns `asked`, the span of the targets, and `after`, the last span the model was updated on."""
+    """Add three columns: `asked` (span of the targets), `after` (last span of the model's updates) and `readout`."""
     names = [
         pl.lit(target_span, pl.Int32).alias("asked"),
         pl.lit(after, pl.Int32).alias("after"),
@@ -208,7 +222,7 @@ def _label_rows(rows: pl.DataFrame, target_span: int, after: int, readout: str =
 def _rank_earlier_queries(
     state: State, earlier_queries: list[tuple[int, Queries]], span: int, n_sampled: int
 ) -> list[pl.DataFrame]:
-    """Ranks of earlier spans' held-out queries under today's state: what has been forgotten since."""
+    """Rank the held-out queries of earlier spans with the present state, to measure forgetting."""
     rows = []
     for target_span, queries in earlier_queries:
         rows.append(_rank_rows(queries, rank_queries(state, queries, n_sampled=n_sampled), target_span, span))
@@ -216,7 +230,7 @@ def _rank_earlier_queries(
 
 
 def measure_cost(update: Callable[[], State]) -> tuple[State, dict[str, float]]:
-    """What an update gives and what it cost: wall and CPU seconds, peak memory of the process in MB, its own counts."""
+    """Run an update. Return its state and its costs: wall seconds, CPU-s, peak memory in MB, and its own counters."""
     gc.collect()
     _reset_peak_memory()
     wall, cpu = time.perf_counter(), time.process_time()
@@ -230,7 +244,7 @@ def measure_cost(update: Callable[[], State]) -> tuple[State, dict[str, float]]:
 
 
 def _reset_peak_memory() -> None:
-    """Reset the process's peak memory, where the system can (Linux)."""
+    """Reset the peak memory of the process, where the system supports it (Linux)."""
     if os.access("/proc/self/clear_refs", os.W_OK):
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -1,4 +1,4 @@
-"""AUC and log loss as means over events, so that intervals and tests treat them as they treat every other metric."""
+"""AUC and log loss as means over events, so that intervals and tests apply to them like to any other metric."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,11 +14,11 @@ Float32Array = NDArray[np.float32]
 
 
 def auc_contributions(labels_N: Float32Array, p_N: Float32Array) -> Float64Array:
-    """(N,): each event's share in the AUC of all; their mean is the AUC. nan where all were taken, or none.
+    """Contribution of each event to the AUC, shape (N,); the mean is the AUC. NaN if all labels are equal.
 
-    The first-order part of what an event adds: how often it stands on the right side of the events of the other kind,
-    its difference from the AUC weighed by how rare its kind is. Resampled by user, they give the interval for an AUC of
-    clustered data (Obuchowski, Biometrics 53, 1997); without clusters, DeLong's.
+    It is the first-order part of an event's effect. The share of events with the other label that are ranked correctly
+    against it, minus the AUC, is weighted by how rare its label is. Resampling users gives the interval for the AUC of
+    clustered data (Obuchowski, Biometrics 53, 1997). Without clusters it is DeLong's interval.
     """
     is_positive_N = labels_N > 0
     share_N, total_auc = np.empty(len(p_N)), auc(labels_N, p_N)
@@ -27,7 +27,7 @@ def auc_contributions(labels_N: Float32Array, p_N: Float32Array) -> Float64Array
     rank_N = rankdata(p_N)
     for class_N in (is_positive_N, ~is_positive_N):
         n_others = len(p_N) - class_N.sum()
-        below_M = (rank_N[class_N] - rankdata(p_N[class_N])) / n_others  # share of the other kind that is less likely
+        below_M = (rank_N[class_N] - rankdata(p_N[class_N])) / n_others  # share of the other label with a lower p
         share_N[class_N] = (below_M if class_N is is_positive_N else 1 - below_M) - total_auc
         share_N[class_N] *= len(p_N) / class_N.sum()
     return total_auc + share_N
@@ -37,20 +37,20 @@ CLICK_METRICS: dict[str, Callable[[Float32Array, Float32Array], Float64Array]] =
     "auc": auc_contributions,
     "logloss": log_losses,
 }
-LOWER_IS_BETTER = {"logloss"}  # the lower the better
+LOWER_IS_BETTER = {"logloss"}
 
 
 def find_click_metric(name: str) -> Callable[[Float32Array, Float32Array], Float64Array]:
-    """The function (labels, probabilities) -> values, one an event, that `name` names. Raises OptionError."""
+    """Return the function (labels, probabilities) -> one value per event. OptionError for an unknown name."""
     if name not in CLICK_METRICS:
         raise unknown_name_error("metric of a log with exposures", name, CLICK_METRICS)
     return CLICK_METRICS[name]
 
 
 def compute_click_metrics(predictions: pl.DataFrame, metrics: Sequence[str]) -> Float64Array:
-    """(N, M): the value of each metric for each row, from its span's `label` and `p`.
+    """Value of each metric for each row, shape (N, M), from the columns `label` and `p` of the row's span.
 
-    A span without both kinds of labels has no AUC: where that is among the metrics, all of them are nan there.
+    A span with only one kind of label has no AUC. If AUC is requested, all metrics are NaN in such a span.
     """
     values_NM = np.empty((len(predictions), len(metrics)))
     for _, part in predictions.with_row_index("row").group_by("asked"):

@@ -1,4 +1,4 @@
-"""The demo: a world in which users gain interests, replayed; the table, and in words what it shows."""
+"""The demo: the replay of a world in which users gain interests, its table, and what the table shows."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,8 @@ from freshrec.data.split import LogSplit, split_log
 from freshrec.data.synthetic import World, make_world
 from freshrec.models import CONTROLS, MODELS
 from freshrec.models.absorb import absorb_block
+from freshrec.replay.answer import SIGNIFICANCE_LEVEL, read_answer
+from freshrec.replay.answer_text import output_width, render_table, wrap
 from freshrec.replay.cell import Cell, ReplaySettings
 from freshrec.replay.results import OVERALL_SPAN, collect_results
 from freshrec.replay.runner import ProgressCallback, run_cells
@@ -23,28 +25,28 @@ from freshrec.types import State
 
 DEMO_STRATEGIES = ("frozen", "finetune", "full", "imsr")
 DEMO_METRICS = ("ndcg@20", "hr@20")
-EXPLANATION = """
-What it shows. The world is called newborn: half of the users start to like something new on the way, and an
-update sees only the newest events.
-"""
+EXPLANATION = (
+    "What it shows. In this generated world half of the users start to like something new along the way. "
+    "An update sees the newest events only."
+)
 
 
 @dataclass(frozen=True, eq=False)
 class DemoWorld:
-    """A world, and its log in spans."""
+    """A world and its log, cut into spans."""
 
     world: World
     split: LogSplit
 
 
 def make_demo_world() -> DemoWorld:
-    """Half of the users gain an interest on the way."""
+    """Generate the world: half of the users gain an interest along the way."""
     generated = make_world("newborn", users=1000, items=400, events=60_000, spans=4)
     return DemoWorld(generated, split_log(generated.log, by="period", spans=4))
 
 
 def make_demo_cells() -> list[Cell]:
-    """The controls, and ComiRec-DR updated in four ways."""
+    """The runs of the demo: the controls, and ComiRec-DR updated in four ways."""
     controls = [Cell(name, spec, "absorb", STRATEGIES["absorb"], 0) for name, spec in CONTROLS.items()]
     epochs = "fit.base_epochs=4:fit.epochs=2"  # enough for 400 items
     strategies = [(name, find_strategy(f"{name}:{epochs}")) for name in DEMO_STRATEGIES]
@@ -52,18 +54,21 @@ def make_demo_cells() -> list[Cell]:
 
 
 def run_demo(demo_world: DemoWorld, out: Path, on_span_done: ProgressCallback, jobs: int = 1) -> str:
-    """Replay the world into `out`; the table and its explanation, made from the numbers."""
-    run_cells(make_demo_cells(), demo_world.split, ReplaySettings(), out, jobs=jobs, on_span_done=on_span_done)
-    results = collect_results(make_demo_cells(), slice_table(demo_world.split.spans), DEMO_METRICS, out)
+    """Replay the world into `out`. Return the table and its explanation, made from the numbers."""
+    cells = make_demo_cells()
+    run_cells(cells, demo_world.split, ReplaySettings(), out, jobs=jobs, on_span_done=on_span_done)
+    results = collect_results(cells, slice_table(demo_world.split.spans), DEMO_METRICS, out)
     tests = pl.read_parquet(out / "tests.parquet")
     base = load_state(next((out / "bases").glob("comirec-dr--0--*.safetensors")))
-    detection = measure_detection(base, demo_world, Detector())
-    sentences = [*describe_results(results, tests), detection.describe()]
-    return (out / "table.md").read_text() + EXPLANATION + "\n".join(sentences)
+    sentences = [*describe_results(results, tests), measure_detection(base, demo_world, Detector()).describe()]
+    width = output_width()
+    lines = [EXPLANATION, *sentences, "Next: the same on your own log, `freshrec replay LOG --plan`."]
+    table = render_table(read_answer(cells, out, DEMO_METRICS[0]), width)
+    return "\n".join([table, "", *(wrap(line, width, "  " * line.startswith("- ")) for line in lines)])
 
 
 def describe_results(results: pl.DataFrame, tests: pl.DataFrame) -> list[str]:
-    """What table and tests say of quality, cost and forgetting; each sentence follows from the numbers beside it."""
+    """Sentences on quality, cost and forgetting, each derived from the numbers in it."""
     comirec = results.filter((pl.col("slice") == "all") & (pl.col("model") == "comirec-dr"))
     overall = comirec.filter(pl.col("span") == OVERALL_SPAN)
     value = {(r["strategy"], r["metric"]): float(r["value"]) for r in overall.iter_rows(named=True)}
@@ -71,66 +76,70 @@ def describe_results(results: pl.DataFrame, tests: pl.DataFrame) -> list[str]:
     final_interests = mean_k.sort("span")["value"][-1]
 
     def quality(strategy: str) -> float:
-        return 100 * value[strategy, "ndcg@20"]
+        return value[strategy, "ndcg@20"]
 
     def seconds(strategy: str) -> float:
         return max(value[strategy, "update_cpu_s"], 1e-3)
 
-    forgetting = {name: 100 * value[name, "forgetting ndcg@20"] for name in ("finetune", "imsr")}
+    forgetting = {name: value[name, "forgetting ndcg@20"] for name in ("finetune", "imsr")}
+    is_chance = {
+        "updating": not _is_different(tests, "finetune", "frozen"),
+        "imsr": not _is_different(tests, "imsr", "finetune"),
+    }
     lines = [
-        f"- Updating at all is worth {quality('finetune') - quality('frozen'):+.1f} points of ndcg@20: "
-        f"{quality('frozen'):.1f} % frozen, {quality('finetune'):.1f} % fine-tuned"
-        + ("." if _is_different(tests, "finetune", "frozen") else "; by the paired test no more than chance."),
-        f"- A full retrain reaches {quality('full'):.1f} % and costs {seconds('full') / seconds('finetune'):.0f} x the "
-        f"CPU seconds of fine-tuning ({seconds('full'):.1f} against {seconds('finetune'):.1f}) for each update.",
-        f"- IMSR reaches {quality('imsr'):.1f} % at {seconds('imsr') / seconds('finetune'):.1f} x fine-tuning's cost, "
-        f"and after the last span leaves {final_interests:.1f} interests a user where all began with 4; "
+        f"- Updating gains {quality('finetune') - quality('frozen'):+.4f} ndcg@20: {quality('finetune'):.4f} with "
+        f"fine-tuning, {quality('frozen'):.4f} frozen. "
+        + ("By the paired test this is within chance." if is_chance["updating"] else "This is beyond chance."),
+        f"- A full retrain reaches {quality('full'):.4f}. It costs {seconds('full'):.1f} CPU-s per update, "
+        f"{seconds('full') / seconds('finetune'):.0f} times as much as fine-tuning ({seconds('finetune'):.1f}).",
+        f"- IMSR reaches {quality('imsr'):.4f} at {seconds('imsr') / seconds('finetune'):.1f} times the cost of "
+        "fine-tuning. "
         + (
-            "its quality differs from fine-tuning's by more than chance."
-            if _is_different(tests, "imsr", "finetune")
-            else "the paired test does not tell its quality from fine-tuning's, so call it a tie."
+            "The paired test cannot separate the two: call it a tie."
+            if is_chance["imsr"]
+            else "By the paired test it differs from fine-tuning beyond chance."
         ),
-        "- Forgetting is what the model after the last span has lost on earlier spans' questions since it was updated "
-        f"on them; below zero it has gained. Fine-tuning: {forgetting['finetune']:+.1f} points, "
-        f"IMSR: {forgetting['imsr']:+.1f}.",
+        f"- Every user starts with 4 interests. After the last span IMSR keeps {final_interests:.1f} per user.",
+        f"- Forgetting of earlier spans (positive = lost): {forgetting['finetune']:+.4f} with fine-tuning, "
+        f"{forgetting['imsr']:+.4f} with IMSR.",
     ]
     controls = results.filter(
         (pl.col("span") == OVERALL_SPAN) & (pl.col("slice") == "all") & (pl.col("metric") == "ndcg@20")
     )
     best = controls.filter(pl.col("model").is_in(list(CONTROLS))).sort("value", descending=True).row(0, named=True)
-    better = ", ".join(name for name in DEMO_STRATEGIES if quality(name) > 100 * best["value"]) or "none"
-    lines.append(f"- The best control is {best['model']} with {100 * best['value']:.1f} %; above it: {better}.")
+    better = ", ".join(name for name in DEMO_STRATEGIES if quality(name) > best["value"]) or "none"
+    lines.append(f"- The best control is {best['model']} with {best['value']:.4f}. Better than it: {better}.")
     return lines
 
 
 def _is_different(tests: pl.DataFrame, a: str, b: str) -> bool:
-    """Whether the paired test tells two ways of updating ComiRec-DR apart, corrected for the number of tests."""
+    """Whether two ways of updating ComiRec-DR differ beyond chance by the paired test."""
     strategies, models = pl.concat_list("strategy_a", "strategy_b"), pl.concat_list("model_a", "model_b")
     pair = strategies.list.contains(a) & strategies.list.contains(b) & (models.list.unique() == ["comirec-dr"])
-    return bool(tests.filter(pair & (pl.col("metric") == "ndcg@20"))["p_adjusted"].item() < 0.05)
+    return bool(tests.filter(pair & (pl.col("metric") == "ndcg@20"))["p_adjusted"].item() < SIGNIFICANCE_LEVEL)
 
 
 @dataclass(frozen=True)
 class DetectionQuality:
-    """The new-interests detector against the truth, for the users judged in the first span after the base."""
+    """How well IMSR's detector finds new interests in span 1, compared with the truth of the world."""
 
-    n_users: int
-    n_gained: int
-    auc: float  # that a user with a new interest looks more puzzling than one without
-    precision: float
-    recall: float
+    n_users: int  # judged by the detector
+    n_gained: int  # with a new interest in truth
+    auc: float  # probability that a user with a new interest has the higher puzzlement of two
+    precision: float  # share of the detected users who have a new interest
+    recall: float  # share of the users with a new interest who are detected
 
     def describe(self) -> str:
-        """In words."""
+        """The numbers in words."""
         return (
-            f"- The detector of new interests, against the truth of the world ({self.n_users} users judged in span 1, "
-            f"{self.n_gained} with something new): AUC {self.auc:.2f}; of those whom IMSR lets gain interests, "
-            f"{100 * self.precision:.0f} % have gained one, and they are {100 * self.recall:.0f} % of all who have."
+            f"- IMSR's detector of new interests judges {self.n_users} users in span 1, and {self.n_gained} of them "
+            f"have a new interest in truth. Its AUC is {self.auc:.4f}, its precision {self.precision:.4f}, "
+            f"its recall {self.recall:.4f}."
         )
 
 
 def measure_detection(base: State, demo_world: DemoWorld, detect: Detector) -> DetectionQuality:
-    """`detect` on span 1, from the state after the base block."""
+    """Run `detect` on span 1, with the state after the base block."""
     span, truth = demo_world.split.spans[1], demo_world.world.truth
     state = absorb_block(base, span.events, span.n_users, span.n_items)
     assert state.interests is not None and truth is not None

@@ -1,4 +1,4 @@
-"""A state on a block of events -> the rank of each target, and facts about the targets to slice by."""
+"""Ranks the targets of a block of events with the model of a state, and predicts clicks."""
 
 from dataclasses import dataclass
 
@@ -18,16 +18,16 @@ from freshrec.types import NEVER, TEST, Batch, ClickModel, Events, Histories, Mo
 
 @dataclass(frozen=True)
 class SpanBlock:
-    """A piece of a span: measured on, then absorbed."""
+    """A part of a span: the model is tested on it, then absorbs it."""
 
     events: Events
-    offset: int  # where it begins in its span
-    n_users: int  # known once it is over
-    n_items: int  # known before it
+    offset: int  # position of its first event in the span
+    n_users: int  # users known after it
+    n_items: int  # items known before it
 
 
 def split_into_blocks(span: Span, n_items: int, cadence: int) -> list[SpanBlock]:
-    """The span in `cadence` blocks; `n_items` are known before it."""
+    """Split a span into `cadence` blocks; `n_items` is the number of items known before the span."""
     blocks, offset = [], 0
     for events in span.blocks(cadence):
         blocks.append(SpanBlock(events, offset, span.n_users, n_items))
@@ -38,14 +38,14 @@ def split_into_blocks(span: Span, n_items: int, cadence: int) -> list[SpanBlock]
 
 @dataclass(frozen=True)
 class Queries:
-    """Targets with the history before each: everything needed to rank them now, or again later."""
+    """Targets, each with the history before it: all that is needed to rank them now and later."""
 
     users_N: Tensor
-    histories_NT: Tensor  # int32, all own events before the target, those inside the span too
+    histories_NT: Tensor  # int32, the user's last events before the target, including those in the same span
     items_N: Tensor  # the targets
-    events_N: Tensor  # where each stands in its span
-    heldout_N: Tensor  # bool: never joins training; forgetting is measured on those
-    n_items: int  # items that may be recommended, when ranked again: those known at the time
+    events_N: Tensor  # position of each target in its span
+    heldout_N: Tensor  # bool: the target never joins training; forgetting is measured on these
+    n_items: int  # number of items known when the queries were made; later rankings use the same items
 
     def __len__(self) -> int:
         return len(self.users_N)
@@ -57,16 +57,16 @@ class Queries:
 
 @dataclass(frozen=True)
 class QueryOptions:
-    """Which events of a block become queries."""
+    """Which events of a block become queries, and what they are ranked among."""
 
     role: int = TEST
-    min_history: int = ReplayRecipe.min_history  # own events a query needs
-    n_sampled: int = 0  # sampled items that a target is ranked among; 0: all items
-    unseen: Unseen = ReplayRecipe.unseen  # events of items new to all: ranked like others, or dropped
+    min_history: int = ReplayRecipe.min_history  # events that a user needs before a target
+    n_sampled: int = 0  # number of sampled items that a target is ranked among; 0 = all items
+    unseen: Unseen = ReplayRecipe.unseen  # targets whose items no model has seen: ranked as a miss, or dropped
 
 
 def make_queries(recent: Histories, block: SpanBlock, length: int, options: QueryOptions = QueryOptions()) -> Queries:
-    """Queries for the events of one role; targets with too few own events before are left out."""
+    """Make queries of the events of one role; targets with too short a history are left out."""
     events, places_E = block.events, torch.arange(len(block.events))
     if options.unseen == "drop":
         places_E = (events.items_E <= block.n_items).nonzero()[:, 0]
@@ -84,7 +84,7 @@ def make_queries(recent: Histories, block: SpanBlock, length: int, options: Quer
 def rank_queries(
     state: State, queries: Queries, readout: str = "recent", n_sampled: int = 0, size: int = 256
 ) -> Tensor:
-    """(N,) the rank of each target among the items known when the query was made, or among `n_sampled` of them."""
+    """Rank of each target, shape (N,), among the items known when the query was made, or `n_sampled` of them."""
     stored_interests = stored_interests_of(state.model, state.interests, state.spans_seen)
     lengths_N = (queries.histories_NT > 0).sum(1)
     rank_N = torch.zeros(len(queries))
@@ -101,35 +101,35 @@ def rank_queries(
 
 
 def _rank_among_sampled(model: Model, batch: Batch, queries: Queries, readout: str, n: int) -> Tensor:
-    """Ranks among n sampled items; a target that nobody could have recommended is found by none."""
+    """Ranks among n sampled items, shape (B,); infinite for a target that was not known when the query was made."""
     rank_B = target_ranks_among(model, batch, queries.items_N, sample_negatives(queries, n), readout)
     return torch.where(queries.items_N <= queries.n_items, rank_B, torch.inf)
 
 
 def sample_negatives(queries: Queries, n: int) -> Tensor:
-    """(N, n) distinct items known then, neither the target nor in the history; 0 where 4 n draws do not give as many.
+    """Draw distinct known items, shape (N, n), without the target and the history; 0 where 4 n draws are not enough.
 
-    Which are drawn depends on the place of the event in its span alone: all models and strategies face the same, but
-    for what those with a longer history leave out.
+    The draw depends only on the position of the event in its span. All models and strategies face the same negatives,
+    except for those that a longer history excludes.
     """
-    # no named stream: published results are of these negatives
+    # no named stream: the published results use these negatives
     key_ND = queries.events_N[:, None] * 1_000_003 + torch.arange(4 * n)
     items_ND = splitmix64(key_ND) % max(queries.n_items, 1) + 1
     is_target_ND = items_ND == queries.items_N[:, None]
     bad_ND = is_target_ND | _drawn_before(items_ND) | _is_among(items_ND, queries.histories_NT)
-    first_Nn = bad_ND.byte().argsort(dim=1, stable=True)[:, :n]  # the good ones, in the order in which they were drawn
+    first_Nn = bad_ND.byte().argsort(dim=1, stable=True)[:, :n]  # the valid ones, in the order of the draw
     return torch.where(bad_ND.gather(1, first_Nn), 0, items_ND.gather(1, first_Nn))
 
 
 def _drawn_before(items_ND: Tensor) -> Tensor:
-    """(N, D) bool: the same item stands further left in the row."""
+    """Whether the same item occurs earlier in the row, shape (N, D)."""
     sorted_ND, order_ND = items_ND.sort(dim=1, stable=True)
     is_again_ND = F.pad(sorted_ND[:, 1:] == sorted_ND[:, :-1], (1, 0))
     return torch.zeros_like(is_again_ND).scatter_(1, order_ND, is_again_ND)
 
 
 def _is_among(items_ND: Tensor, histories_NT: Tensor) -> Tensor:
-    """(N, D) bool: the item is in the row's history. By binary search: comparing all with all takes N D T cells."""
+    """Whether the item is in the row's history, shape (N, D). A binary search avoids an (N, D, T) comparison."""
     if not histories_NT.shape[1]:
         return torch.zeros_like(items_ND, dtype=torch.bool)
     own_NT = histories_NT.long().sort(1).values
@@ -138,7 +138,7 @@ def _is_among(items_ND: Tensor, histories_NT: Tensor) -> Tensor:
 
 
 def splitmix64(keys: Tensor) -> Tensor:
-    """Each int64 as another one of 0 .. 2^62 - 1, as good as random (splitmix64, wrapping around)."""
+    """Hash each int64 to a number from 0 to 2^62 - 1 (splitmix64 with wrap-around)."""
     z = keys + 0x1E3779B97F4A7C15
     z = (z ^ (z >> 30)) * 0x3F58476D1CE4E5B9
     z = (z ^ (z >> 27)) * 0x14D049BB133111EB
@@ -146,7 +146,7 @@ def splitmix64(keys: Tensor) -> Tensor:
 
 
 def predict_clicks(state: State, block: SpanBlock, options: QueryOptions) -> pl.DataFrame:
-    """How likely the model holds it that each labelled event of one role is taken: event, user, label, p."""
+    """Predicted click probability of each labelled event of one role, with columns event, user, label, p."""
     events, model = block.events, state.model
     assert events.labels_E is not None and isinstance(model, ClickModel)
     at_N = ((events.role_E == options.role) & ~events.labels_E.isnan()).nonzero()[:, 0]

@@ -1,11 +1,11 @@
-"""Metrics of one ranked list with one relevant item, from the rank of that item.
+"""Metrics of a ranked list with one relevant item, computed from the rank of that item. They are fractions from 0 to 1.
 
-A query is one target with the history before it. Its rank is 1 for the best item, the middle of the tied places where
-scores tie (1.5, 2.0, ...), and infinity where the target cannot be found: an item that was never seen before, or that
-got no score. Every query counts in the denominator, misses too; users without a query do not count. A user with several
-targets has several queries: metrics are averaged within the user first (`mean_per_user`), then over users.
+A query is one target with the history before it. The best item has rank 1. Where scores tie, the rank is the middle of
+the tied places (1.5, 2.0, ...). It is infinite if the item was never seen before or got no score. Every query counts in
+the denominator, misses included; users without a query do not count. A user with several targets has several queries.
+Metrics are averaged within each user first (`mean_per_user`), then over users.
 
-With one target a query, recall@k is hr@k, and the ideal list has its only hit at rank 1, so that
+With one target per query, recall@k equals hr@k. The ideal list has its only hit at rank 1, so
 mrr@k <= ndcg@k <= hr@k for each query.
 """
 
@@ -41,7 +41,7 @@ def mrr(ranks_Q: Float64Array, k: int) -> Float64Array:
 
 @dataclass(frozen=True)
 class Metric:
-    """A function of ranks (Q,) and k with values (Q,) from 0 to 1, and what it says in words."""
+    """A function of ranks (Q,) and k with values (Q,) from 0 to 1, and its description."""
 
     function: Callable[[Float64Array, int], Float64Array]
     description: str
@@ -49,9 +49,9 @@ class Metric:
 
 METRICS = {
     "hr": Metric(hr, "share of queries whose target is among the first k (hit rate)"),
-    "recall": Metric(hr, "share of the targets found among the first k; with one target a query the same as hr"),
-    "ndcg": Metric(ndcg, "hr with a discount of 1 / log2(1 + rank)"),
-    "mrr": Metric(mrr, "hr with a discount of 1 / rank (mean reciprocal rank)"),
+    "recall": Metric(hr, "share of the targets found among the first k; the same as hr with one target per query"),
+    "ndcg": Metric(ndcg, "hr, discounted by 1 / log2(1 + rank)"),
+    "mrr": Metric(mrr, "hr, discounted by 1 / rank (mean reciprocal rank)"),
 }
 
 
@@ -59,34 +59,36 @@ SAMPLED_SUFFIX = re.compile(r" among (\d+) sampled$")
 
 
 def n_sampled_items(names: Sequence[str]) -> int:
-    """999 for names such as "recall@20 among 999 sampled", 0 where all items are ranked. OptionError for a mixture."""
+    """Number of sampled items in names such as "recall@20 among 999 sampled"; 0 = all items. OptionError if mixed."""
     numbers = {int(found[1]) if (found := SAMPLED_SUFFIX.search(name)) else 0 for name in names}
     if len(numbers) > 1:
-        raise OptionError("a replay ranks among all items or among one number of sampled ones; do not mix metrics.")
+        raise OptionError(
+            'The metrics rank among different numbers of items. Use the same "among N sampled" for all, or for none.'
+        )
     return numbers.pop() if numbers else 0
 
 
 def parse_metric(name: str) -> tuple[Metric, int]:
-    """The metric and the k of a name such as "ndcg@20" or "ndcg@20 among 999 sampled". Raises OptionError."""
+    """Return the metric and k of "ndcg@20" or "ndcg@20 among 999 sampled". OptionError for any other name."""
     metric, at, k = SAMPLED_SUFFIX.sub("", name).partition("@")
     if metric not in METRICS:
         raise unknown_name_error("metric", metric, METRICS)
     if not (at and k.isdecimal() and int(k) > 0):
-        raise OptionError(f'metric "{name[:60]}" needs a number of items, from 1 up: write "{metric}@20".')
+        raise OptionError(f'Metric "{name[:60]}" needs the length of the list. Write "{metric}@20".')
     return METRICS[metric], int(k)
 
 
 def compute_metrics(ranks_Q: NDArray[Any], names: Sequence[str]) -> Float64Array:
-    """(Q, M): the value of each metric for each query. Raises OptionError; TrainingError where a rank is not one."""
+    """Value of each metric for each query, shape (Q, M). OptionError for an unknown metric, TrainingError for a NaN."""
     ranks_Q = np.asarray(ranks_Q, dtype=np.float64)
     if not np.all(ranks_Q >= 1):  # NaN is not >= 1 either
-        raise TrainingError("a target has no rank because a score is not a number; train with a lower learning rate.")
+        raise TrainingError("A target has no rank because a score is not a number. Train with a lower learning rate.")
     values = [metric.function(ranks_Q, k) for metric, k in map(parse_metric, names)]
     return np.stack(values, axis=1)
 
 
 def mean_per_user(users_Q: NDArray[Any], values_QM: Float64Array) -> tuple[NDArray[Any], Float64Array]:
-    """The users (U,), each once and sorted, and the mean (U, M) of the values over each user's queries."""
+    """Sorted unique users (U,), and the mean of the values over each user's queries, shape (U, M)."""
     users_U, index_Q, n_U = np.unique(users_Q, return_inverse=True, return_counts=True)
     sums = [np.bincount(index_Q, column, minlength=len(users_U)) for column in values_QM.T]
     return users_U, np.stack(sums, axis=1) / n_U[:, None]

@@ -1,8 +1,10 @@
-"""What a person sees of a replay: the plan, an estimate, a live table while it runs."""
+"""What a person sees of a replay before and while it runs: the spans, and the quality of each run span by span."""
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 from rich.console import Console
@@ -10,19 +12,23 @@ from rich.live import Live
 from rich.table import Table
 
 from freshrec.learn.click_quality import auc
+from freshrec.replay.answer_text import Labels
 from freshrec.replay.cell import Cell
+from freshrec.replay.estimate import Range, RunEstimate
 from freshrec.replay.metrics import compute_metrics, mean_per_user
 from freshrec.replay.results import read_costs, read_ranks
 
 
 class ProgressBoard:
-    """ndcg@20, or the AUC, of each cell and span as they come in: a live table on a terminal, plain lines elsewhere."""
+    """Shows the quality of each run and span: in a live table on a terminal, in plain lines elsewhere."""
 
     def __init__(
         self, cells: list[Cell], spans: list[int], out: Path, console: Console, metric: str = "ndcg@20"
     ) -> None:
         self.cells, self.spans, self.out, self.console, self.metric = cells, spans, out, console, metric
+        self.labels = Labels.of((cell.model_name, cell.strategy_name) for cell in cells)
         self.quality_by_span: dict[tuple[str, int], str] = {}
+        self.trained_bases: set[Any] = set()  # keys of the base blocks that were trained
         self.started_s = time.monotonic()
         self._live: Live | None = None
 
@@ -32,58 +38,127 @@ class ProgressBoard:
         return self._live
 
     def report_span(self, cell: Cell, span: int) -> None:
-        """A cell has finished a span."""
+        """Show that a run has finished a span."""
         file = self.out / cell.folder_name / f"span-{span}.parquet"
-        cost = read_costs(self.out / cell.folder_name / f"costs-{span}.json").get("update_cpu_s", 0.0)
+        costs = read_costs(self.out / cell.folder_name / f"costs-{span}.json")
         quality = ""
         if file.exists():
             tested = read_ranks(file).filter((pl.col("after") == span - 1) & (pl.col("readout") == "recent"))
-            quality = f"{100 * _mean_quality(tested):.2f}" if len(tested) else "-"
+            quality = f"{_mean_quality(tested, self.metric):.4f}" if len(tested) else ""
         self.quality_by_span[cell.folder_name, span] = quality
         if self.console.is_terminal and self._live is not None:
             self._live.update(self._table(), refresh=True)
             return
         done, total = len(self.quality_by_span), len(self.cells) * (len(self.spans) + 1)
         elapsed_s = time.monotonic() - self.started_s
-        text = f"{cell.model_name} {cell.strategy_name} seed {cell.seed} span {span}: {self.metric} {quality or '-'} %"
-        text += f", {cost:.1f} CPU-s"
+        place, result = f"span {span}", f"{self.metric} {quality}" if quality else "no targets"
+        if span == 0:
+            place, result = "base block", self._describe_base(cell)
+        cost = f"{costs['update_cpu_s']:.1f} CPU-s" if "update_cpu_s" in costs else "no update"
+        text = f"{' '.join(self._names(cell))}, seed {cell.seed}, {place}: {result}, {cost}"
         print(f"[{done}/{total}, {elapsed_s:.0f} s] {text}", file=sys.stderr, flush=True)  # noqa: T201
 
+    def _describe_base(self, cell: Cell) -> str:
+        """What happened to the base block, which no run is tested on."""
+        if cell.strategy_name.startswith("absorb"):
+            return "absorbed"
+        if cell.base_key is None:
+            return "trained"
+        is_shared = cell.base_key in self.trained_bases
+        self.trained_bases.add(cell.base_key)
+        return "trained earlier" if is_shared else "trained"
+
+    def _names(self, cell: Cell) -> tuple[str, str]:
+        method = cell.model_name, cell.strategy_name
+        return self.labels.model(method), self.labels.strategy(method)
+
     def _table(self) -> Table:
-        table = Table(title=f"{self.metric} in %, {time.monotonic() - self.started_s:.0f} s", title_justify="left")
-        for head in ("model", "strategy", "seed", *(f"span {span}" for span in self.spans)):
-            table.add_column(head, justify="right" if head.startswith("s") else "left")
+        elapsed_s = time.monotonic() - self.started_s
+        title = f"{self.metric} by span (higher is better), {elapsed_s:.0f} s"
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        for head in ("model", "strategy", "seed", *map(str, self.spans)):
+            table.add_column(head, justify="left" if head in ("model", "strategy") else "right")
         for cell in self.cells:
             values = [self.quality_by_span.get((cell.folder_name, span), "") for span in self.spans]
-            table.add_row(cell.model_name, cell.strategy_name, str(cell.seed), *values)
+            table.add_row(*self._names(cell), str(cell.seed), *values)
         return table
 
 
-def _mean_quality(tested: pl.DataFrame) -> float:
-    """The mean ndcg@20 over users, or the AUC of all events."""
+def _mean_quality(tested: pl.DataFrame, metric: str) -> float:
+    """The mean of the metric over users, or the AUC of all events."""
     if "p" in tested.columns:
         return auc(tested["label"].to_numpy(), tested["p"].to_numpy())
-    _, values_U1 = mean_per_user(tested["user"].to_numpy(), compute_metrics(tested["rank"].to_numpy(), ["ndcg@20"]))
+    _, values_U1 = mean_per_user(tested["user"].to_numpy(), compute_metrics(tested["rank"].to_numpy(), [metric]))
     return float(values_U1.mean())
 
 
-def print_plan(console: Console, cells: list[Cell], spans: pl.DataFrame, notes: tuple[str, ...]) -> None:
-    table = Table(title=f"{len(cells)} cells", title_justify="left")
+ROUNDING = 1.2  # a range whose ends differ by less is printed as one number
+HEADS = {  # of the table of spans; one line each, so that it fits 80 columns
+    "name": "dates",
+    "new_users": "new",
+    "new_items": "new",
+    "seen_share": "seen",
+}
+
+
+def print_plan(console: Console, n_cells: int, spans: pl.DataFrame, notes: Sequence[str]) -> None:
+    """Print the spans of a replay, and what each column means."""
+    table = Table(title=f"{n_cells} runs over {len(spans)} spans", title_justify="left", box=None, pad_edge=False)
+    table.padding = (0, 1, 0, 0)
     for name in spans.columns:
-        table.add_column(name.replace("_", " "), justify="right" if spans[name].dtype.is_numeric() else "left")
+        is_text = name == "name"
+        table.add_column(HEADS.get(name, name), justify="left" if is_text else "right", no_wrap=not is_text)
     for row in spans.iter_rows():
-        table.add_row(*("" if v is None else f"{v:.2f}" if isinstance(v, float) else f"{v}" for v in row))
-    console.print(table)
+        table.add_row(*("-" if v is None else f"{v:.2f}" if isinstance(v, float) else f"{v}" for v in row))
+    console.print(table, highlight=False, markup=False)
+    console.print(
+        "Span 0 is the base block. new: users or items without an earlier event. "
+        "seen: share of the targets whose item has an earlier event.",
+        highlight=False,
+    )
     for note in notes:
-        console.print(f"note: {note}")
+        console.print(f"note: {note}", highlight=False, markup=False)
 
 
-def print_estimate(console: Console, seconds: pl.DataFrame) -> None:
-    table = Table(title="estimated CPU seconds (within a factor of 2)", title_justify="left")
-    for name in seconds.columns:
-        table.add_column(name.replace("_", " "))
-    for row in seconds.iter_rows():
-        table.add_row(*(f"{v:.0f}" if isinstance(v, float) else f"{v}" for v in row))
-    console.print(table)
-    total = sum(seconds["base_s"].to_list()) + sum(seconds["updates_s"].to_list())
-    console.print(f"in all {total:.0f} s with --jobs 1; measuring comes on top")
+class MeasuringLog:
+    """Reports on stderr what a plan measures at the moment."""
+
+    def __init__(self) -> None:
+        self.started_s = time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        """Print one line."""
+        elapsed_s = time.monotonic() - self.started_s
+        print(f"[{elapsed_s:.0f} s] measuring {text}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def print_estimate(console: Console, estimates: Sequence[RunEstimate]) -> None:
+    """Print the estimated CPU-s of each model with each strategy, and their sum."""
+    title = "Estimated CPU-s, from short runs on this log"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    labels = Labels.of((row.model, row.strategy) for row in estimates)
+    for head in ("model", "strategy", "seeds", "base block", "updates", "measuring", "total"):
+        is_text = head in ("model", "strategy")
+        table.add_column(head, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
+    for row in estimates:
+        method = row.model, row.strategy
+        seconds = [format_range(part) for part in (row.base, row.updates, row.measuring, row.total)]
+        table.add_row(labels.model(method), labels.strategy(method), str(row.n_seeds), *seconds)
+    console.print(table, highlight=False, markup=False)
+    total = sum((row.total for row in estimates), Range())
+    lines = [
+        f"Total: {format_range(total)} CPU-s. With --jobs 1 the replay takes about as long.",
+        "base block: choosing the number of epochs and training; 0 where another strategy trains the same one. "
+        "updates: absorbing and training, all spans. measuring: ranking the targets before and after each update. "
+        "Not included: reading the log and writing the tables.",
+    ]
+    if total.high > ROUNDING * total.low:
+        lines.append("A range: the number of epochs is chosen on the whole base block, and may be half or twice that.")
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
+
+
+def format_range(seconds: Range) -> str:
+    """One number, or two if they differ by more than rounding: "12" or "12 .. 40"."""
+    low, high = (f"{value:.1f}" if value < 10 else f"{value:,.0f}" for value in (seconds.low, seconds.high))
+    return high if seconds.high <= ROUNDING * seconds.low or low == high else f"{low} .. {high}"

@@ -1,7 +1,7 @@
-"""What a folder of a replay was made of, written so that it is still known after a renaming of classes and options.
+"""Records what the results in a folder were made from, in a form that survives renamed classes and options.
 
-made-of.json holds the cell, or the settings and the log's fingerprint, by the names of `disk_names`. Version 0.1.0
-wrote made-of.txt instead: the `repr` of the same dataclasses, which is read as the expression that it is.
+made-of.json holds the cell, or the settings and the fingerprint of the log, by the names of `disk_names`. Version 0.1.0
+wrote made-of.txt instead, with the `repr` of the same dataclasses. It is parsed as a Python expression.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from freshrec.store.checkpoint import decode_options, encode_options
 from freshrec.types import State
 
 FILE, FORMER_FILE = "made-of.json", "made-of.txt"
-TAGS = {place.rpartition(":")[2]: tag for place, tag in FORMER.items()}  # by what `repr` says of a class
+TAGS = {place.rpartition(":")[2]: tag for place, tag in FORMER.items()}  # by the name of the class in its `repr`
 NUMBERS = {"inf": math.inf, "nan": math.nan}
 
-Provenance = Cell | tuple[ReplaySettings, str]  # a cell's folder; the folder of all, with the fingerprint of the log
+Provenance = Cell | tuple[ReplaySettings, str]  # of a cell's folder; of the replay's folder, with the log's fingerprint
 
 
 def matches_provenance(folder: Path, source: Provenance) -> bool:
-    """Whether the results in a folder, if there are any, are of `source`."""
+    """Whether a folder is empty or holds results of `source`."""
     try:
         if (folder / FILE).exists():
             stored = json.loads((folder / FILE).read_text())
@@ -38,25 +38,25 @@ def matches_provenance(folder: Path, source: Provenance) -> bool:
             stored = _former_encoded((folder / FORMER_FILE).read_text(), source)
         else:
             return True
-        # the second comparison is for options that got another name, or were not there yet
+        # the second comparison is for options that were renamed or added since
         return stored == _encoded(source) or _encoded(decode_options(stored)) == _encoded(source)
     except (StateError, ValueError):
         return False
 
 
 def write_provenance(folder: Path, source: Provenance) -> None:
-    """Write down what a folder's results are of."""
+    """Record what the results in a folder are made from."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text_atomically(json.dumps(_encoded(source)), folder / FILE)
 
 
 def is_spec_of(state: State, cell: Cell) -> bool:
-    """Whether the model of a state has the options of a cell's."""
+    """Whether the model of a state has the same options as the model of a cell."""
     return _encoded(state.model.spec) == _encoded(cell.model_spec)
 
 
 def _encoded(source: Any) -> dict[str, Any]:
-    """As JSON, as it is after writing and reading; the `repr` of what is not of dataclasses, such as a stranger's."""
+    """The source as JSON, after a round trip; the `repr` of objects that cannot be encoded, such as custom classes."""
     try:
         found: dict[str, Any] = json.loads(json.dumps(encode_options(source)))
     except StateError:
@@ -65,10 +65,10 @@ def _encoded(source: Any) -> dict[str, Any]:
 
 
 def base_file(cell: Cell, fit_options: tuple[float, ...], out: Path) -> Path:
-    """Where the state after the base block is kept, for all cells of the same model, seed and options of training.
+    """Path of the state after the base block, which cells with the same model, seed and training options share.
 
-    The name depends on the values of the options, not on their names. In a folder that 0.1.0 began it may be that of
-    0.1.0, a checksum of the options' `repr`. Whoever reads the file checks that the model's options are these.
+    The file name depends on the values of the options, not on their names. A folder from 0.1.0 may hold a file with the
+    old name, a checksum of the options' `repr`. The caller must check that the stored model has the same options.
     """
     stem = f"{cell.model_name.replace(':', '_')}--{cell.seed}"
     former = _former_options(out / cell.folder_name / FORMER_FILE)
@@ -86,7 +86,7 @@ def _with_checksum(out: Path, stem: str, options: str) -> Path:
 
 
 class _Text:
-    """Something whose `repr` is known."""
+    """An object with a given `repr`."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -96,7 +96,7 @@ class _Text:
 
 
 def _former_options(path: Path) -> str | None:
-    """The `repr` of the model's options in a cell's made-of.txt, if there is one."""
+    """The `repr` of the model's options in a cell's made-of.txt; None without such a file."""
     try:
         text = path.read_text()
         call = ast.parse(text, mode="eval").body
@@ -107,23 +107,23 @@ def _former_options(path: Path) -> str | None:
 
 
 def _former_encoded(text: str, source: Provenance) -> dict[str, Any]:
-    """What 0.1.0 wrote, as `_encoded` has it; ValueError where it is something else.
+    """Convert the text that 0.1.0 wrote to the form of `_encoded`. ValueError if it describes something else.
 
-    Of a class that is not of this package only its name is in the text. Then the text is compared with what 0.1.0 would
-    write of `source`, and where they are equal, the text is of `source`.
+    For a class outside this package the text holds only the name. Then it is compared with the text that 0.1.0 would
+    write for `source`.
     """
     settings, _, log = (text, "", "") if isinstance(source, Cell) else text.rpartition(", log ")
     try:
         found = _encoded_repr(ast.parse(settings, mode="eval").body)
     except (SyntaxError, ValueError):
         if text != (repr(source) if isinstance(source, Cell) else f"{source[0]}, log {source[1]}"):
-            raise ValueError("the text is of something else") from None
+            raise ValueError("The text describes something else.") from None
         return _encoded(source)
     return found if isinstance(source, Cell) else {"tuple": [found, {"value": log}]}
 
 
 def _encoded_repr(node: ast.expr) -> dict[str, Any]:
-    """The `repr` of a tree of dataclasses, as `encode_options` would have it. ValueError where it is something else."""
+    """Convert the `repr` of a tree of dataclasses to the form of `encode_options`. ValueError for anything else."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in TAGS and not node.args:
         return {
             "class": TAGS[node.func.id],

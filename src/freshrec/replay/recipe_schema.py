@@ -1,6 +1,7 @@
-"""Recipes: everything a replay is made from, in one TOML file; unknown keys are errors. Imports nothing heavy.
+"""Recipes: one TOML file with all options of a replay. Unknown keys are errors. This module imports nothing heavy.
 
-A recipe may begin with `extends = "name"`: the recipe name.toml beside it, whose keys it replaces one by one.
+A recipe may start with `extends = "name"`. Then it takes over the keys of name.toml in the same folder, except for
+those that it sets itself.
 """
 
 import tomllib
@@ -22,7 +23,7 @@ from freshrec.disk_names import RECIPE_KEYS, with_current_keys
 from freshrec.errors import OptionError, unknown_name_error
 
 Words = tuple[str, ...]
-Averaging = Literal["users", "targets", "pooled"]  # what weighs equally: within a span, or targets over all spans
+Averaging = Literal["users", "targets", "pooled"]  # what has equal weight within a span; pooled: over all spans
 Unseen = Literal["miss", "drop"]
 Cadence = Annotated[  # a number or a list of them
     tuple[Count, ...],
@@ -32,7 +33,7 @@ Cadence = Annotated[  # a number or a list of them
 
 
 def control_names() -> Words:
-    """The names of all controls, looked up late: the models need torch."""
+    """The names of all controls. The import is late because models import torch."""
     from freshrec.models import CONTROLS
 
     return tuple(CONTROLS)
@@ -40,30 +41,34 @@ def control_names() -> Words:
 
 @dataclass(frozen=True)
 class LogRecipe:
-    """[log] Which events: a file, or a generated world."""
+    """[log] The events: a file or a generated world."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    path: Annotated[str, Field(description="The log; or --world, or log.path in a recipe.")] = ""
-    folder: Annotated[str, Field(description="Folder of a relative log path; the current folder unless given.")] = ""
-    columns: Annotated[dict[str, str], Field(description="Our column names and yours, as in user_id=uid.")] = field(
-        default_factory=dict
-    )
-    format: Annotated[str, Field(description="A public format.")] = ""
-    events: Annotated[Words, Field(description="The event types to keep; all unless given.")] = ()
+    path: Annotated[str, Field(description="The log. Or give --world, or log.path in a recipe.")] = ""
+    folder: Annotated[str, Field(description="Folder of a relative log path. Default: the current folder.")] = ""
+    columns: Annotated[
+        dict[str, str], Field(description="Column names of freshrec and of the log, as in user_id=uid.")
+    ] = field(default_factory=dict)
+    format: Annotated[str, Field(description="Name of a public format. See `freshrec list formats`.")] = ""
+    events: Annotated[Words, Field(description="Event types to keep. Default: all.")] = ()
     exposures: Annotated[
-        bool, Field(description="Keep exposures without a click (label 0), for models that predict clicks.")
+        bool, Field(description="Keep exposures without a click (label 0). For models that predict clicks.")
     ] = False
-    users: Annotated[CountOrZero, Field(description="Keep a seeded sample of this many whole users; 0 = all.")] = 0
+    users: Annotated[
+        CountOrZero, Field(description="Number of users in a random sample, with all their events. 0 = all users.")
+    ] = 0
     until: Annotated[
         str,
-        Field(description="Leave out events from this moment on: ISO 8601 (UTC unless it has a zone), or a period."),
+        Field(description="Leave out events from this time on: ISO 8601 (UTC without a zone), or a period."),
     ] = ""
-    world: Annotated[str, Field(description="Replay a generated world instead of a log.")] = ""
+    world: Annotated[
+        str, Field(description="Replay a generated world instead of a log. See `freshrec list worlds`.")
+    ] = ""
     world_users: Annotated[int, Field(description="Number of users of the world.")] = WorldSize.users
     world_items: Annotated[int, Field(description="Number of items of the world.")] = WorldSize.items
     world_events: Annotated[int, Field(description="Number of events of the world.")] = WorldSize.events
-    seed: Annotated[int, Field(description="Random seed of the sample, the cut and the world.")] = 0
+    seed: Annotated[int, Field(description="Random seed of the sample of users, the split and the world.")] = 0
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -71,44 +76,56 @@ class LogRecipe:
 
 @dataclass(frozen=True)
 class ReplayRecipe:
-    """[replay] What is compared. Controls run with every replay: no table is printed without them."""
+    """[replay] What is compared. By default, controls run beside the models."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    models: Annotated[Words, Field(description="Models, with options as in comirec-dr:k=1,sasrec.")] = (
+    models: Annotated[
+        Words, Field(description="Models, separated by commas. Options follow a colon: comirec-dr:k=1,sasrec.")
+    ] = (
         "blend",
         "comirec-dr",
         "sasrec",
     )
-    strategies: Annotated[Words, Field(description="Strategies, as in finetune,imsr:retain.weight=1.")] = (
+    strategies: Annotated[
+        Words, Field(description="Strategies, separated by commas: finetune,imsr:retain.weight=1.")
+    ] = (
         "refit",
         "frozen",
         "finetune",
         "full",
         "imsr",
     )
-    extra_pairs: Annotated[Words, Field(description="Further pairs, as in comirec-dr-k1/finetune.")] = ()
-    controls: Annotated[Words, Field(description="Controls to run beside the models; all unless given.")] = field(
+    extra_pairs: Annotated[Words, Field(description="Further runs, each MODEL/STRATEGY: comirec-dr-k1/finetune.")] = ()
+    controls: Annotated[Words, Field(description="Controls to run beside the models. Default: all.")] = field(
         default_factory=control_names
     )
-    seeds: Annotated[Count, Field(description="Number of training seeds.")] = 1
-    cadence: Annotated[  # with several, trained models are replayed at the first only
-        Cadence, Field(description="Blocks per span; counting models learn after each. 1,4 for both.")
+    seeds: Annotated[Count, Field(description="Number of runs of each trained model, with seeds 0, 1, ...")] = 1
+    cadence: Annotated[  # trained models use the first value only
+        Cadence, Field(description="Blocks per span. Counting models absorb each block after its test. 1,4 = both.")
     ] = (1,)
-    min_history: Annotated[CountOrZero, Field(description="Events that a user needs before a target.")] = 1
-    tune: Annotated[bool, Field(description="Choose the options of each update on the span before.")] = False
+    min_history: Annotated[CountOrZero, Field(description="Number of events that a user needs before a target.")] = 1
+    tune: Annotated[bool, Field(description="Choose the options of each update on the previous span.")] = False
     unseen: Annotated[
-        Unseen, Field(description="Targets whose items are new to all: counted as a miss, or dropped.")
+        Unseen,
+        Field(description="Targets whose items are new to every model: miss = count as a miss, drop = leave out."),
     ] = "miss"
     averaging: Annotated[
         Averaging,
-        Field(description="What weighs equally within a span: users or targets; pooled = all targets together."),
+        Field(description="What has equal weight in a span: users or targets. pooled = all targets of all spans."),
     ] = "users"
-    from_span: Annotated[Count, Field(description="First span of means and tests; earlier ones are shown alone.")] = 1
+    from_span: Annotated[
+        Count, Field(description="First span of means and tests. Earlier spans are reported one by one.")
+    ] = 1
     last_update: Annotated[
-        bool, Field(description="Train on the last span too, although nothing tests that update.")
+        bool, Field(description="Update after the last span too. Needed for its cost and for forgetting.")
     ] = True
-    metrics: Annotated[Words, Field(description="As in ndcg@20,hr@10.")] = ("hr@20", "ndcg@20", "mrr@20", "recall@20")
+    metrics: Annotated[Words, Field(description="Metrics, as in ndcg@20,hr@10. See `freshrec list metrics`.")] = (
+        "hr@20",
+        "ndcg@20",
+        "mrr@20",
+        "recall@20",
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -116,7 +133,7 @@ class ReplayRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole replay."""
+    """All options of a replay."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -126,18 +143,18 @@ class Recipe:
 
 
 def load_recipe(path: Path) -> Recipe:
-    """The recipe in a TOML file, and what it extends. OptionError where it is no TOML, or has an unknown key."""
+    """Read a recipe and those that it extends. OptionError for invalid TOML or an unknown key."""
     return parse_recipe(_tables(path, ()))
 
 
 def _tables(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
-    """The tables of a file over those of the file it extends; `children` are the files that led here."""
+    """The tables of a file, merged into those of its parent. `children`: the files that led here."""
     if path in children:
-        raise OptionError(f"{path} extends itself, by way of {children[-1]}; drop one `extends`.")
+        raise OptionError(f"{path} extends itself, through {children[-1]}. Remove one `extends`.")
     try:
         tables = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as problem:
-        raise OptionError(f"{path} is not a readable recipe ({problem}).") from None
+        raise OptionError(f"{path} is not a readable recipe ({problem}). Check the file and its TOML.") from None
     parent = tables.pop("extends", None)
     if parent is None:
         return tables
@@ -149,7 +166,7 @@ def _tables(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def merge_tables(tables: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`tables` with the keys of `changes` in place of their own, section by section; a list replaces a list."""
+    """Merge `changes` into `tables`, section by section. Its keys win, and a list replaces a list."""
     merged = dict(tables)
     for section, table in changes.items():
         old = merged.get(section)
@@ -158,9 +175,9 @@ def merge_tables(tables: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[
 
 
 def parse_recipe(tables: dict[str, Any]) -> Recipe:
-    """The recipe of nested dictionaries. OptionError with the nearest valid key or value.
+    """Make a recipe from nested dictionaries. OptionError names the nearest valid key or value.
 
-    Keys may have their former names, with a warning.
+    Former names of keys are accepted with a warning.
     """
     try:
         current_tables = {name: _with_current_keys(name, table) for name, table in tables.items()}
@@ -177,5 +194,5 @@ def _with_current_keys(section: str, table: Any) -> Any:
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write a recipe as resolved: every option, defaults too."""
+    """Write a recipe with all its options, defaults included."""
     path.write_text(tomli_w.dumps(asdict(recipe)))

@@ -1,4 +1,4 @@
-"""A recipe -> what a replay runs: its log, its split, the settings, and the cells."""
+"""From a recipe to a replay: the log, its spans, the settings and the cells."""
 
 from pathlib import Path
 
@@ -20,17 +20,17 @@ from freshrec.types import VALID, TrainedModel
 
 
 def load_log(recipe: Recipe) -> Log:
-    """The events a recipe names: interactions only, unless it asks for exposures too."""
+    """Read the events of a recipe: interactions, and exposures if the recipe asks for them."""
     log_recipe = recipe.log
     if log_recipe.world and log_recipe.path:
         raise OptionError(
-            f"a replay is of one log; both {log_recipe.path} and the world {log_recipe.world} are given, drop one."
+            f"A replay uses one log, and both {log_recipe.path} and the world {log_recipe.world} are given. Remove one."
         )
     if log_recipe.world:
         sizes = {"users": log_recipe.world_users, "items": log_recipe.world_items, "events": log_recipe.world_events}
         return make_world(log_recipe.world, **sizes, spans=recipe.spans.spans, seed=log_recipe.seed).log
     if not log_recipe.path:
-        raise OptionError("a replay needs a log: give LOG, --world NAME, or log.path in the recipe.")
+        raise OptionError("A replay needs a log. Give LOG, --world NAME, or log.path in the recipe.")
     columns, events, users = log_recipe.columns, log_recipe.events, log_recipe.users or None
     log = read_log(
         Path(log_recipe.folder) / log_recipe.path,
@@ -41,31 +41,33 @@ def load_log(recipe: Recipe) -> Log:
         seed=log_recipe.seed,
     )
     if log_recipe.exposures and not (log.frame.get_column("label", default=pl.Series([None])) == 0).any():
-        raise LogError("exposures were asked for, and no row has a label of 0; name the column, as label = ...")
+        raise LogError(
+            "The recipe asks for exposures, and no row has the label 0. Name the column, as in --columns label=click."
+        )
     log = events_before(log, log_recipe.until) if log_recipe.until else log
     return log if log_recipe.exposures else keep_positives(log)
 
 
 def load_split(recipe: Recipe) -> LogSplit:
-    """The recipe's log in spans. OptionError where it asks for tuning, and no event is there to choose by."""
+    """Cut the log of a recipe into spans. OptionError if the recipe asks for tuning without validation events."""
     split = split_log(load_log(recipe), recipe.spans, seed=recipe.log.seed)
     if recipe.replay.tune and not any(bool((span.events.role_E == VALID).any()) for span in split.spans[2:]):
         raise OptionError(
-            "tuning chooses options by the validation events of spans 2, 3, ..., and there are none; use targets = "
-            '"last" and at least 2 spans, or do not tune.'
+            "Tuning needs validation events in spans 2, 3, ..., and there are none. "
+            "Use --targets last and at least 2 spans, or leave --tune out."
         )
     return split
 
 
 def make_replay_settings(recipe: Recipe) -> ReplaySettings:
-    """What all cells share."""
+    """Return the settings that all cells share."""
     replay_recipe = recipe.replay
     if recipe.log.exposures:
         for metric in replay_recipe.metrics:
             find_click_metric(metric)
         defaults = ReplayRecipe.unseen, ReplayRecipe.averaging
         if replay_recipe.tune or (replay_recipe.unseen, replay_recipe.averaging) != defaults:
-            raise OptionError("tune, unseen and averaging are of rankings; on a log with exposures leave them out.")
+            raise OptionError("tune, unseen and averaging apply to rankings. Leave them out on a log with exposures.")
         query_options = QueryOptions(min_history=replay_recipe.min_history)
         return ReplaySettings(query_options, last_update=replay_recipe.last_update)
     for metric in replay_recipe.metrics:
@@ -79,16 +81,16 @@ def make_replay_settings(recipe: Recipe) -> ReplaySettings:
 
 
 def make_cells(recipe: Recipe) -> list[Cell]:
-    """Every control, and every model with every strategy that can update it, once per seed and cadence.
+    """Make the cells: every control, and every model with every compatible strategy, once per seed and cadence.
 
-    A trained model learns when a span is over, and meets the first cadence only. A strategy that fits none of the
-    models is an error; one that fits only some of them is left out for the others.
+    A trained model is trained at the end of a span, so it is replayed at the first cadence only. A strategy that fits
+    some of the models is left out for the others. IncompatibleError if it fits none.
     """
     replay_recipe = recipe.replay
     cells: list[Cell] = []
     incompatible: dict[str, IncompatibleError] = {}
     compatible: set[str] = set()
-    controls = () if recipe.log.exposures else replay_recipe.controls  # controls predict no clicks
+    controls = () if recipe.log.exposures else replay_recipe.controls  # controls cannot predict clicks
     pairs = [(name, "absorb") for name in controls]
     pairs += [(model, strategy) for model in replay_recipe.models for strategy in replay_recipe.strategies]
     pairs += [(model, strategy) for model, _, strategy in (pair.partition("/") for pair in replay_recipe.extra_pairs)]

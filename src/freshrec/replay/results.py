@@ -1,4 +1,4 @@
-"""From the cells' files to results.parquet, methods.parquet, tests.parquet and table.md."""
+"""Turns the files of all cells into results.parquet, methods.parquet, tests.parquet and table.md."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ import polars as pl
 
 from freshrec.disk_names import COST_KEYS, RANK_COLUMNS, with_current_keys
 from freshrec.replay.cell import Cell
-from freshrec.replay.click_metrics import CLICK_METRICS, LOWER_IS_BETTER, compute_click_metrics
+from freshrec.replay.click_metrics import LOWER_IS_BETTER, compute_click_metrics
 from freshrec.replay.metrics import compute_metrics
 from freshrec.replay.recipe_schema import Averaging, ReplayRecipe
 from freshrec.replay.significance import (
@@ -38,7 +38,7 @@ RESULT_SCHEMA = {
 }
 CELL_COLUMNS = (*METHOD_COLUMNS, "seed")
 VALUE_COLUMNS = ("metric", "value", "low", "high", "n")
-OVERALL_SPAN = -1  # the span of a mean over spans
+OVERALL_SPAN = -1  # the span number of a mean over spans
 
 
 def collect_results(
@@ -49,16 +49,17 @@ def collect_results(
     averaging: Averaging = ReplayRecipe.averaging,
     from_span: int = ReplayRecipe.from_span,
 ) -> pl.DataFrame:
-    """The long results table of all finished cells, written to `out` with what is made of it.
+    """Return the results of all cells as a long table, and write it and its summaries to `out`.
 
     results.parquet   each cell, span, slice and metric; costs are metrics too
-    methods.parquet   each model and strategy over all spans and seeds
-    tests.parquet     each pair of these, in the recent readout: the paired tests
-    table.md          methods.parquet for people
+    methods.parquet   each model and strategy, averaged over spans and seeds
+    tests.parquet     the paired test of each pair of methods
+    table.md          methods.parquet as a table for people
 
-    Spans weigh equally, users (or targets: `averaging`) equally within a span. The row of span -1 is the mean over
-    spans from `from_span` on, and so is what the other files say (of forgetting, from the first span on). A model's
-    other readouts are rows of their own: "comirec-dr@stored". Without `slices`, no slices but "all".
+    All spans have equal weight, and within a span all users (or targets: `averaging`). The rows of span -1 are means
+    over the spans from `from_span` on. The other files hold the same means; forgetting covers all spans. A model with
+    stored interests has further rows, such as "comirec-dr@stored", which are not tested. Without `slices`, the only
+    slice is "all".
     """
     answers_per_cell = [_read_answers(cell, out / cell.folder_name, metrics) for cell in cells]
     answers = pl.concat([_empty_answers(metrics), *answers_per_cell])
@@ -83,17 +84,18 @@ def collect_results(
     methods.write_parquet(out / "methods.parquet")
     tests = compare_methods(reported.filter(~pl.col("model").str.contains("@")), metrics, averaging=averaging)
     tests.write_parquet(out / "tests.parquet")
-    (out / "table.md").write_text(markdown_table(methods, metrics) + "\n")
+    notes = "\n".join(table_notes(methods, metrics))
+    (out / "table.md").write_text(f"{markdown_table(methods, metrics)}\n\n{notes}\n")
     return results
 
 
 def read_ranks(file: Path) -> pl.DataFrame:
-    """What a cell's span-*.parquet of any version holds, with the names of now."""
+    """Read span-*.parquet of a cell, of any version, with the current column names."""
     return pl.read_parquet(file).rename(RANK_COLUMNS, strict=False)
 
 
 def read_costs(file: Path) -> dict[str, float]:
-    """What a cell's costs-*.json of any version holds, with the names of now."""
+    """Read costs-*.json of a cell, of any version, with the current names."""
     found: dict[str, float] = with_current_keys(json.loads(file.read_text()), COST_KEYS)
     return found
 
@@ -104,7 +106,7 @@ def _empty_answers(metrics: Sequence[str]) -> pl.DataFrame:
 
 
 def _read_answers(cell: Cell, folder: Path, metrics: Sequence[str]) -> pl.DataFrame:
-    """A row per query and time of ranking: its span, the last span the model had been updated on, and the metrics."""
+    """A row per query and ranking: span, last span that the model was updated on (`after`), and the metrics."""
     files = sorted(folder.glob("span-*.parquet"))
     if not files:
         return _empty_answers(metrics)
@@ -129,7 +131,7 @@ def _read_answers(cell: Cell, folder: Path, metrics: Sequence[str]) -> pl.DataFr
 def _quality_by_slice(
     tested: pl.DataFrame, slices: pl.DataFrame | None, metrics: Sequence[str], averaging: Averaging
 ) -> pl.DataFrame:
-    """Each metric by cell and slice, for each span and over all; a slice of a single span goes without interval."""
+    """Each metric by cell and slice, for each span and over all. Slices of one span have no interval."""
     answers = arrange_metrics(tested, metrics, CELL_COLUMNS, averaging)
     queries = answers.queries.with_columns(pl.lit(True).alias("all"))
     if slices is not None:
@@ -150,7 +152,7 @@ def _quality_by_slice(
 
 
 def _groups_by_queries(answers: QueryMetrics) -> Iterator[tuple[Int64Array, BoolArray]]:
-    """The methods (A,) that answered the same queries, and which (Q,) these are: they can share drawn users."""
+    """Yield methods (A,) that answered the same queries, with the mask (Q,); they can share the resampled users."""
     answered_AQ = answers.answered_AQ
     groups: dict[bytes, list[int]] = {}
     for a, answered_Q in enumerate(answered_AQ):
@@ -166,7 +168,7 @@ def _summarize(
     metrics: Sequence[str],
     has_interval: bool = True,
 ) -> pl.DataFrame:
-    """A row per method and metric on these queries; an interval where `has_interval`, as bootstraps take the time."""
+    """A row per method and metric on these queries. The interval is optional, because the bootstrap is slow."""
     by_user_UAM = answers.by_user(methods_A, is_included_Q, centred=True)
     by_user_UN = by_user_UAM.reshape(len(by_user_UAM), -1)
     no_interval_N = np.full(by_user_UN.shape[1], np.nan)
@@ -186,7 +188,7 @@ def _add_span_and_slice(rows: pl.DataFrame, span: int, part: str) -> pl.DataFram
 
 
 def _forgetting_per_query(answered: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
-    """By how much each later model ranks an earlier span's held-out queries worse than the model just updated on it."""
+    """Loss of each later model on held-out queries of an earlier span, against the model just updated on that span."""
     query = [*CELL_COLUMNS, "span", "user", "target"]
     after_update = answered.filter(pl.col("after") == pl.col("span")).select(*query, *metrics)
     both = answered.filter(pl.col("after") > pl.col("span")).join(after_update, on=query, suffix=" then")
@@ -194,7 +196,7 @@ def _forgetting_per_query(answered: pl.DataFrame, metrics: Sequence[str]) -> pl.
 
 
 def _forgetting_by_span(forgetting: pl.DataFrame, averaging: Averaging) -> pl.DataFrame:
-    """What is lost after each span, the mean over the spans before it; over all: what is lost after the last span."""
+    """Forgetting after each span, a mean over the earlier spans; overall: forgetting after the last span."""
     names = [name for name in forgetting.columns if name.startswith("forgetting ")]
     found = [pl.DataFrame(schema=RESULT_SCHEMA)]
     for (after,), rows in forgetting.group_by("after", maintain_order=True):
@@ -215,7 +217,7 @@ def _summarize_all(answers: QueryMetrics, metrics: Sequence[str]) -> pl.DataFram
 
 
 def cell_costs(cell: Cell, folder: Path, from_span: int = ReplayRecipe.from_span) -> pl.DataFrame:
-    """What each update cost, as metrics of the span it trained on; over all: the mean from `from_span` on."""
+    """Costs of each update, as metrics of the span that it trained on; overall: the mean from `from_span` on."""
     by_span = {int(file.stem.rpartition("-")[2]): read_costs(file) for file in folder.glob("costs-*.json")}
     rows = [(span, name, value) for span, costs in sorted(by_span.items()) for name, value in costs.items()]
     for name in sorted({name for span, name, _ in rows if span >= from_span}):
@@ -235,7 +237,7 @@ def cell_costs(cell: Cell, folder: Path, from_span: int = ReplayRecipe.from_span
 def _summarize_methods(
     tested: pl.DataFrame, forgetting: pl.DataFrame, costs: pl.DataFrame, metrics: Sequence[str], averaging: Averaging
 ) -> pl.DataFrame:
-    """A row per model, strategy and metric, over all spans: each query averaged over seeds, and only then resampled."""
+    """A row per model, strategy and metric over all spans. Each query is averaged over seeds before resampling."""
     names = [f"forgetting {m}" for m in metrics]
     columns = (*METHOD_COLUMNS, *VALUE_COLUMNS)
     found = [pl.DataFrame(schema={name: kind for name, kind in RESULT_SCHEMA.items() if name in columns})]
@@ -250,10 +252,10 @@ def _summarize_methods(
 
 
 def markdown_table(methods: pl.DataFrame, metrics: Sequence[str]) -> str:
-    """A Markdown table, a row per method, the best in the first metric first, all but forgetting as means over spans.
+    """A Markdown table with a row per method, sorted by the first metric, the best first.
 
-    Quality comes with 95 % intervals, forgetting is what the model after the last span has lost, on earlier spans'
-    held-out targets, since it was updated on them: positive = forgotten.
+    Quality has 95 % intervals. Forgetting is the loss of the last model on held-out targets of earlier spans, against
+    the model just updated on them; positive = lost. All other numbers are means over spans.
     """
     costs = {"update_cpu_s": "CPU-s per update", "peak_mb": "peak MB", "mean_k": "interests per user"}
     forgetting_metric = f"forgetting {metrics[0]}"
@@ -275,7 +277,7 @@ def markdown_table(methods: pl.DataFrame, metrics: Sequence[str]) -> str:
         ]
         if has_forgetting:
             forgetting = values.get((model, strategy, forgetting_metric))
-            cells.append(f"{100 * forgetting['value']:+.2f}" if forgetting else "")
+            cells.append(f"{forgetting['value']:+.4f}" if forgetting else "")
         for cost in costs:
             cost_row = values.get((model.partition("@")[0], strategy, cost))
             cells.append(f"{cost_row['value']:.1f}" if cost_row else "")
@@ -283,8 +285,26 @@ def markdown_table(methods: pl.DataFrame, metrics: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def table_notes(methods: pl.DataFrame, metrics: Sequence[str]) -> list[str]:
+    """What the columns and the names of a Markdown table mean."""
+    lines = ["- Quality: mean over spans and users, with its 95 % interval. Higher is better."]
+    if any(metric in LOWER_IS_BETTER for metric in metrics):
+        lines[0] = "- Quality: mean over spans, with its 95 % interval. Higher is better; lower for logloss."
+    if any(metric.startswith("forgetting ") for metric in methods["metric"]):
+        lines.append("- Forgetting: loss on held-out events of earlier spans, after the last update. Positive = lost.")
+    lines.append("- CPU-s: seconds of processor time, without measuring. Peak MB: largest memory of the process.")
+    if any("@" in model for model in methods["model"]):
+        lines.append(
+            "- `MODEL@stored` ranks by the interests that the last update stored, `MODEL@both` by these and the recent "
+            "ones. All other rows rank by interests read from recent events."
+        )
+    if any(" x" in strategy for strategy in methods["strategy"]):
+        lines.append(
+            "- `absorb x3`: each span is replayed in 3 blocks, and the model absorbs each block after its test."
+        )
+    return lines
+
+
 def format_with_interval(metric: str, row: dict[str, Any]) -> str:
-    """The value and the ends of its interval: shares in %, AUC and log loss as they are."""
-    scale, digits = (1, 4) if metric in CLICK_METRICS else (100, 2)
-    value, low, high = (f"{scale * row[name]:.{digits}f}" for name in ("value", "low", "high"))
-    return f"{value} ({low} .. {high})"
+    """A value and its 95 % interval, with 4 digits; quality is a fraction."""
+    return "{value:.4f} ({low:.4f} .. {high:.4f})".format_map(row)

@@ -1,4 +1,4 @@
-"""Run the cells of a replay, by (model, seed) so that a base block is trained once, in one or more processes."""
+"""Runs the cells of a replay in one or more processes, ordered so that a shared base block is trained once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from freshrec.replay.provenance import Provenance, base_file, is_spec_of, matche
 from freshrec.store.checkpoint import load_state, save_state
 from freshrec.types import Span, State, TrainedModel
 
-ProgressCallback = Callable[[Cell, int], None]  # called with a cell and the span it has just finished
+ProgressCallback = Callable[[Cell, int], None]  # called with a cell and the span that it has just finished
 
 
 def run_cells(
@@ -36,24 +36,23 @@ def run_cells(
     device: str = "cpu",
     on_span_done: ProgressCallback,
 ) -> None:
-    """Run all cells that are not done yet, what trains on `device`.
+    """Run all cells that are not done yet; trained models run on `device`.
 
-    One thread a process: on small operations two wait for each other. Cells that share a base block share its training.
-    OptionError where there is no such device.
+    Each process has one thread, because threads wait for each other on small operations. A shared base block is trained
+    once. OptionError if the device does not exist, or if `out` holds other results.
     """
     cells = list(cells)
-    use_device(device)  # it is there: asked before anything is written
+    use_device(device)  # raises before anything is written
     _claim_folder(out, cells, split, settings)
     unfinished = sorted((c for c in cells if not (out / c.folder_name / "done.json").exists()), key=_sort_key)
     if jobs <= 1:
         for cell in unfinished:
             _run_cell(cell, split, device, settings, out, on_span_done)
         return
-    bases = {_base_path(cell, cell.shared_fit, out): cell for cell in unfinished if cell.shared_fit}
-    previous_handler = signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # the workers inherit it: Ctrl-C is for this process
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:  # leaving it ends them
+    bases = {base_file(cell, cell.base_options, out): cell for cell in unfinished if cell.shared_fit}
+    # the workers inherit the handler, so that only this process reacts to Ctrl-C
+    previous_handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:  # leaving the context ends the workers
         signal.signal(signal.SIGINT, previous_handler)
         running = [pool.apply_async(_prepare_base, (cell, split, device, out)) for cell in bases.values()]
         for cell in unfinished:
@@ -62,14 +61,12 @@ def run_cells(
 
 
 def _claim_folder(out: Path, cells: list[Cell], split: LogSplit, settings: ReplaySettings) -> None:
-    """Write down what is replayed. OptionError where `out` holds results of another log or of other options."""
+    """Record what is replayed. OptionError if `out` holds results of another log or of other options."""
     descriptions: dict[Path, Provenance] = {out: (settings, split.fingerprint())}
     descriptions |= {out / cell.folder_name: cell for cell in cells}
     for folder, source in descriptions.items():
         if not matches_provenance(folder, source):
-            raise OptionError(
-                f"{folder} holds results of another log, or made with other options: choose another --out."
-            )
+            raise OptionError(f"{folder} holds results of another log or of other options. Choose another --out.")
     for folder, source in descriptions.items():
         write_provenance(folder, source)
 
@@ -79,13 +76,13 @@ def _sort_key(cell: Cell) -> tuple[str, int]:
 
 
 def _ignore_progress(cell: Cell, span: int) -> None:
-    """In a worker: progress is read from the files."""
+    """Do nothing: the main process reads the progress of a worker from its files."""
 
 
 def _report_progress(
     running: list[AsyncResult[None]], cells: list[Cell], out: Path, on_span_done: ProgressCallback
 ) -> None:
-    """Report what the workers' files hold until all have finished."""
+    """Report new files of the workers until all have finished."""
     reported: set[tuple[str, int]] = set()
     while True:
         is_finished = all(task.ready() for task in running)
@@ -122,23 +119,18 @@ def _prepare_base(cell: Cell, split: LogSplit, device: str, out: Path) -> None:
 
 
 def _cell_device(cell: Cell, device: str) -> str:
-    """Counting models run on the CPU, and so does the blend, which is counters but for one small model."""
+    """The device of a cell. Counting models and the blend, which mostly counts, run on the CPU."""
     return device if isinstance(cell.model_spec.build(cell.seed), TrainedModel) else "cpu"
 
 
 def move_to_device(split: LogSplit) -> LogSplit:
-    """The split with its events where new tensors lie."""
+    """Move the events of a split to the default device."""
     return replace(split, spans=tuple(replace(span, events=span.events.to(default_device())) for span in split.spans))
 
 
-def _base_path(cell: Cell, fit: FitConfig, out: Path) -> Path:
-    """Where the state after the base block is kept for all that train it plainly with the same options."""
-    return base_file(cell, (fit.base_epochs, fit.max_epochs, fit.patience, fit.holdout), out)
-
-
 def _load_or_train_base(cell: Cell, fit: FitConfig, split: LogSplit, out: Path) -> State:
-    """The state after the base block: of several processes that want it, one trains it and the others wait."""
-    path, span = _base_path(cell, fit, out), split.spans[0]
+    """Return the state after the base block. If several processes need it, one trains and the others wait."""
+    path, span = base_file(cell, cell.base_options, out), split.spans[0]
     path.parent.mkdir(exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if path.exists() and is_spec_of(found := load_state(path), cell):

@@ -1,9 +1,9 @@
-"""Which differences are larger than chance: bootstrap intervals, and paired tests corrected for their number.
+"""Differences beyond chance: bootstrap intervals, and paired tests corrected for the number of comparisons.
 
-The unit is always the user: queries of one user are not independent. What is covered is the chance of having met these
-users and not others. Differences weigh queries as the table of results does (`user_contributions`): they are
-differences of its numbers. Training seeds are averaged before anything is compared; a few seeds are too few to
-resample, so look at them one by one before believing a small difference.
+The unit is the user, because the queries of one user are not independent. Intervals and tests cover the chance of
+having these users and not others. They weight queries like the table of results (`user_contributions`), so each
+difference is the difference of two numbers in it. Seeds are averaged before anything is compared. A few seeds are too
+few to resample: look at them one by one before you trust a small difference.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ BoolArray = NDArray[np.bool_]
 METHOD_COLUMNS, QUERY_COLUMNS = ("model", "strategy"), ("span", "user", "target")
 FIRST_METHOD_COLUMNS, SECOND_METHOD_COLUMNS = ({name: f"{name}_{end}" for name in METHOD_COLUMNS} for end in "ab")
 CONFIDENCE_LEVEL = 0.95
-N_RESAMPLES = 500  # of users, for an interval
-MAX_FLIP_GROUPS = 2_000  # of users, at most, whose signs are flipped
-N_PERMUTATIONS = 9999  # of signs, for a test: the smallest p is 2 / 10,000
-BOOTSTRAP_BATCH, PERMUTATION_BATCH = 100_000, 2_000_000  # resamples x users in memory at once: the fastest sizes
+N_RESAMPLES = 500  # resamples of the users for an interval
+MAX_FLIP_GROUPS = 2_000  # maximum number of groups of users whose signs are flipped together
+N_PERMUTATIONS = 9999  # sign flips for a test; the smallest p is 2 / 10,000
+BOOTSTRAP_BATCH, PERMUTATION_BATCH = 100_000, 2_000_000  # resamples x users in memory at once; measured as the fastest
 TEST_SCHEMA = {
     "metric": pl.String,
     "model_a": pl.String,
@@ -52,12 +52,12 @@ def user_contributions(
     averaging: Averaging = ReplayRecipe.averaging,
     centred: bool = False,
 ) -> Float64Array:
-    """(U, M): what each user adds to the value of each metric, times U: the mean over users is the value.
+    """Contribution of each user to the value of each metric, times U, shape (U, M); the mean over users is the value.
 
-    The value is the mean over spans of the mean over the span's users of the mean over the user's queries in it; where
-    `averaging` = "targets", of the mean over the span's queries; "pooled", the mean over all queries. `centred`: what
-    each adds to the difference from the span's own mean, which is then added to all alike; to resample users, because a
-    user who is drawn twice counts twice above and below the line.
+    With `averaging` = "users", queries are averaged by user, users by span, then spans. With "targets", queries are
+    averaged by span, then spans. "pooled" is the mean over all queries. `centred` is for resampling users: a user who
+    is drawn twice counts twice in numerator and denominator. Contributions are then relative to the mean of the span,
+    and the mean over spans is added to each.
     """
     if averaging == "pooled":
         spans_Q, averaging = np.zeros_like(spans_Q), "targets"
@@ -79,10 +79,10 @@ def user_contributions(
 
 
 def bootstrap_interval(values_UM: Float64Array, seed: int = 0) -> tuple[Float64Array, Float64Array]:
-    """The ends (M,) and (M,) of 95 % bootstrap intervals of the mean over users, from one value per user and metric.
+    """Lower and upper ends of 95 % bootstrap intervals of the mean over users, (M,) each, from values (U, M).
 
-    Percentile bootstrap. All metrics share the drawn users. Needs at least one user; with one, or with equal values,
-    both ends are that value.
+    This is the percentile bootstrap. All metrics share the drawn users. It needs at least one user. With one user, or
+    with equal values, both ends are that value.
     """
     n_users = len(values_UM)
     first_M = values_UM[0]
@@ -105,30 +105,30 @@ def bootstrap_interval(values_UM: Float64Array, seed: int = 0) -> tuple[Float64A
         batch=max(1, BOOTSTRAP_BATCH // n_users),
         confidence_level=CONFIDENCE_LEVEL,
         method="percentile",
-        rng=np.random.default_rng(seed),  # no named stream: published intervals and p-values are of these draws
+        rng=np.random.default_rng(seed),  # no named stream: published intervals and p-values use these draws
     ).confidence_interval
     return found.low + first_M, found.high + first_M
 
 
 def paired_p_values(differences_UP: Float64Array, seed: int = 0) -> Float64Array:
-    """(P,): two-sided p-values of "the mean difference is zero", one column of per-user differences per comparison.
+    """Two-sided p-values of "the mean difference is zero", shape (P,), from differences (U, P) per user and comparison.
 
-    Sign-flip permutation test: if two methods are equally good, each user's difference could as well have the other
-    sign. It tests the mean, which is what is printed, and assumes no shape; users with a difference of zero neither
-    help nor harm. With six equal wins, no losses and zeros elsewhere it says 2 / 2^6 = 0.03, where a t-test says 0.014;
-    Wilcoxon's test is about ranks, and can contradict the sign of the mean. All comparisons share the flips. More than
-    2,000 users are flipped in that many groups: what holds for each of them holds for their sums.
+    This is the sign-flip permutation test: if two methods are equally good, each user's difference could have the other
+    sign as well. It tests the mean, which is the number in the table, and assumes no distribution. Users with a
+    difference of zero have no effect. Six equal wins, no losses and zeros elsewhere give 2 / 2^6 = 0.03, where a
+    t-test gives 0.014. Wilcoxon's test compares ranks and can contradict the sign of the mean. All comparisons share
+    the flips. More than 2,000 users are flipped in 2,000 groups, because the argument also holds for sums of users.
     """
     n_users = len(differences_UP)
     if n_users == 1:
-        return np.ones(differences_UP.shape[1])  # either sign is as likely: nothing is shown
+        return np.ones(differences_UP.shape[1])  # both signs are equally likely, so one user shows nothing
     if n_users > MAX_FLIP_GROUPS:
         per_group = -(-n_users // MAX_FLIP_GROUPS)
         padded_UP = np.pad(differences_UP, ((0, per_group * MAX_FLIP_GROUPS - n_users), (0, 0)))
         differences_UP = padded_UP.reshape(per_group, MAX_FLIP_GROUPS, -1).sum(0)
 
     def means(signs_RU: Float64Array, axis: int) -> Float64Array:
-        return np.round(signs_RU @ differences_UP / n_users, 12)  # equal sums must stay equal for ties to count
+        return np.round(signs_RU @ differences_UP / n_users, 12)  # equal sums must stay equal, so that ties are counted
 
     test = stats.permutation_test(
         (np.ones(len(differences_UP)),),
@@ -137,7 +137,7 @@ def paired_p_values(differences_UP: Float64Array, seed: int = 0) -> Float64Array
         vectorized=True,
         n_resamples=N_PERMUTATIONS,
         batch=max(1, PERMUTATION_BATCH // len(differences_UP)),
-        rng=np.random.default_rng(seed),  # no named stream: published intervals and p-values are of these draws
+        rng=np.random.default_rng(seed),  # no named stream: published intervals and p-values use these draws
     )
     p_P: Float64Array = test.pvalue
     return p_P
@@ -145,7 +145,7 @@ def paired_p_values(differences_UP: Float64Array, seed: int = 0) -> Float64Array
 
 @dataclass(frozen=True, eq=False)
 class QueryMetrics:
-    """What A methods gave on Q queries, in M metrics; NaN where a method did not answer."""
+    """Values of M metrics for A methods on Q queries; NaN where a method did not answer."""
 
     methods: pl.DataFrame  # A rows
     queries: pl.DataFrame  # Q rows: span, user, target
@@ -157,7 +157,7 @@ class QueryMetrics:
         return ~np.isnan(self.values_AQM[:, :, 0])
 
     def by_user(self, methods_A: Int64Array, is_included_Q: BoolArray, centred: bool = False) -> Float64Array:
-        """(U, A, M): the `user_contributions` of some of some queries; NaN for methods that did not answer them all."""
+        """`user_contributions` of some methods on some queries, (U, A, M); NaN where a method did not answer all."""
         values_AQM = self.values_AQM[methods_A][:, is_included_Q]
         n_methods, n_queries, n_metrics = values_AQM.shape
         values_QN = values_AQM.transpose(1, 0, 2).reshape(n_queries, n_methods * n_metrics)
@@ -172,7 +172,7 @@ def arrange_metrics(
     method_columns: Sequence[str] = METHOD_COLUMNS,
     averaging: Averaging = ReplayRecipe.averaging,
 ) -> QueryMetrics:
-    """The rows of `table` as arrays; other columns, such as seeds, are averaged query by query."""
+    """The rows of `table` as arrays. Each query is averaged over all other columns, such as the seed."""
     mean = table.group_by(*method_columns, *QUERY_COLUMNS).agg(pl.col(metrics).mean())
     methods = mean.select(method_columns).unique().sort(method_columns)
     queries = mean.select(QUERY_COLUMNS).unique().sort(QUERY_COLUMNS)
@@ -186,12 +186,12 @@ def arrange_metrics(
 def compare_methods(
     table: pl.DataFrame, metrics: Sequence[str], seed: int = 0, averaging: Averaging = ReplayRecipe.averaging
 ) -> pl.DataFrame:
-    """Every pair of methods on the queries that both answered: difference (a - b), its interval, p, and p adjusted.
+    """Compare every pair of methods on their common queries: difference (a - b), its interval, p and adjusted p.
 
-    `table` has a row per query with columns model, strategy, seed, span, user, target, and the metrics. Values are
-    averaged over seeds, then weighed by `user_contributions`; `n` counts users. p_adjusted controls the false discovery
-    rate (Benjamini-Hochberg) over the pairs of one metric: another metric, or the same one by another name, changes
-    nothing. Two methods without a common query are not compared.
+    `table` has a row per query with columns model, strategy, seed, span, user, target and the metrics. Values are
+    averaged over seeds, then weighted by `user_contributions`; `n` is the number of users. p_adjusted controls the
+    false discovery rate (Benjamini-Hochberg) over all pairs in one metric, so other metrics do not change it. Two
+    methods without a common query are not compared.
     """
     answers = arrange_metrics(table, metrics, averaging=averaging)
     found: list[pl.DataFrame] = []
@@ -200,7 +200,9 @@ def compare_methods(
         all_methods_A = np.arange(len(answers.methods))
         by_user_UAM, centred_UAM = (answers.by_user(all_methods_A, common_Q, centred) for centred in (False, True))
         differences_UN, centred_UN = (
-            (table_UAM[:, first_P] - table_UAM[:, second_P]).reshape(len(table_UAM), -1)  # NaN: methods of no pair here
+            (table_UAM[:, first_P] - table_UAM[:, second_P]).reshape(
+                len(table_UAM), -1
+            )  # NaN for methods that are in no pair here
             for table_UAM in (by_user_UAM, centred_UAM)
         )
         low_N, high_N = bootstrap_interval(centred_UN, seed)
@@ -225,12 +227,12 @@ def compare_methods(
 
 
 def _adjust_p_values(tests: pl.DataFrame) -> pl.DataFrame:
-    """The tests of one metric, with p_adjusted."""
+    """Add p_adjusted to the tests of one metric."""
     return tests.with_columns(pl.Series("p_adjusted", stats.false_discovery_control(tests["p"].to_numpy())))
 
 
 def _pairs_by_queries(answered_AQ: BoolArray) -> Iterator[tuple[Int64Array, BoolArray]]:
-    """The pairs of methods (P, 2), those with the same common queries together, and which queries (Q,) these are."""
+    """Yield pairs of methods (P, 2) that have the same common queries, with the mask (Q,) of these queries."""
     groups: dict[bytes, list[tuple[int, int]]] = {}
     for a, b in combinations(range(len(answered_AQ)), 2):
         groups.setdefault((answered_AQ[a] & answered_AQ[b]).tobytes(), []).append((a, b))

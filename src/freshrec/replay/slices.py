@@ -1,4 +1,4 @@
-"""Slices of the targets: known and new pairs, old and new items and users, head and tail."""
+"""Slices of the targets: known or new pairs, old or new items and users, head or tail."""
 
 import polars as pl
 
@@ -6,20 +6,20 @@ from freshrec.types import TEST, Span
 
 SLICES = {
     "all": "every query",
-    "known pair": "targets this user has had before",
-    "new pair": "targets this user never had",
-    "old item": "items of at least two spans ago",
-    "new item": "items first seen in the last span",
-    "unseen item": "items no model has trained on: missed unless counted within the span, or own and offered again",
-    "old user": "users with events before this span",
-    "new user": "users first seen in this span",
-    "head": "the most popular items, which make up half of all earlier events",
-    "tail": "the other items",
+    "known pair": "the user had the item before",
+    "new pair": "the user never had the item before",
+    "old item": "the item first occurred at least two spans earlier",
+    "new item": "the item first occurred in the previous span",
+    "unseen item": "the item first occurs in this span, so no earlier update has learned it",
+    "old user": "the user has events before this span",
+    "new user": "the user first occurs in this span",
+    "head": "the most popular items, with half of all earlier events together",
+    "tail": "all other items",
 }  # (known pair, new pair), (old, new, unseen item), (old, new user) and (head, tail) each add up to all
 
 
 def slice_table(spans: tuple[Span, ...]) -> pl.DataFrame:
-    """The TEST events of every span but the base: span, event (its place there), user, item, and a column per slice."""
+    """The TEST events of all spans after the base: span, event (position in it), user, item, a column per slice."""
     events = pl.concat(_events(span) for span in spans)
     events = events.with_columns(~pl.struct("user", "item").is_first_distinct().alias("known pair"))
     targets = events.filter((pl.col("role") == TEST) & (pl.col("span") > 0))
@@ -43,7 +43,7 @@ def slice_table(spans: tuple[Span, ...]) -> pl.DataFrame:
 
 
 def _events(span: Span) -> pl.DataFrame:
-    """All events of a span: span, event (its place there), user, item, role."""
+    """All events of a span: span, event (position in it), user, item, role."""
     events = span.events
     columns = {"user": events.users_E.numpy(), "item": events.items_E.numpy(), "role": events.role_E.numpy()}
     number = pl.lit(span.index, pl.Int32).alias("span")
@@ -51,9 +51,9 @@ def _events(span: Span) -> pl.DataFrame:
 
 
 def _known_before(spans: tuple[Span, ...]) -> pl.DataFrame:
-    """How many users and items were known before each span, and how many items before the span before it.
+    """Number of users and items known before each span, and number of items known one span earlier.
 
-    Before span 1 there is the base block only: its items count as old.
+    Before span 1 there is only the base block, so its items count as old.
     """
     schema = {"span": pl.Int32, "users": pl.Int64, "items": pl.Int64}
     after = pl.DataFrame([(s.index, s.n_users, s.n_items) for s in spans], schema=schema, orient="row")
@@ -67,7 +67,7 @@ def _known_before(spans: tuple[Span, ...]) -> pl.DataFrame:
 
 
 def _head_items(events: pl.DataFrame, span: int) -> pl.DataFrame:
-    """The most popular items of all events before the span that make up half of them: span, item, head."""
+    """The most popular items before the span, which together have half of the earlier events: span, item, head."""
     counts = events.lazy().filter(pl.col("span") < span).group_by("item").len().sort("len", "item", descending=True)
     events_before = pl.col("len").cum_sum() - pl.col("len")
     top = counts.filter(events_before < pl.col("len").sum() / 2)

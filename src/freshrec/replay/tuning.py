@@ -1,6 +1,6 @@
-"""Tuning: before each update, choose among variants of a strategy by how the last update would have gone.
+"""Tuning: before each update, choose the variant of a strategy that would have been best at the previous update.
 
-`alternatives` says what there is to choose from. A strategy without a function here has nothing to tune.
+`alternatives` lists the variants. A strategy without a function here has nothing to tune.
 """
 
 import time
@@ -28,9 +28,11 @@ from freshrec.types import VALID, Span, State, Strategy
 def tune(
     strategy: Strategy, before: State, last: Span, span: Span, min_history: int
 ) -> tuple[Strategy, dict[str, float]]:
-    """The alternative of `strategy` whose update on span `last` is best on this span's VALID events, and the costs.
+    """Return the alternative of `strategy` that is best on this span's VALID events after an update on span `last`.
 
-    `before`: the state that was updated on `last`. Quality is ndcg@20, on targets after `min_history` events or more.
+    `before`: the state before the update on `last`. Quality is ndcg@20 over targets with a history of `min_history` or
+    more events. The costs are "tune_cpu_s", the CPU-s of all trials, and "tuned_to", the position of the chosen
+    alternative in `alternatives(strategy)` (0 = the strategy with its own options).
     """
     choices = alternatives(strategy)
     if len(choices) < 2 or not bool((span.events.role_E == VALID).any()):
@@ -48,9 +50,9 @@ def tune(
 
 @singledispatch
 def alternatives(strategy: Strategy) -> tuple[Strategy, ...]:
-    """The strategy itself first, then variants of it; by default it is the only one.
+    """The strategy itself first, then its variants. By default there are no variants.
 
-    All strategies that are tuned have six alternatives, with equally many epochs in total, so that none is favoured.
+    All tuned strategies have six alternatives with the same number of epochs in total, so that none has an advantage.
     """
     return (strategy,)
 
@@ -62,7 +64,7 @@ def _(strategy: FineTune | SPMF | ASMG | ADERS | SML) -> tuple[Strategy, ...]:
 
 @alternatives.register
 def _(strategy: Retrain) -> tuple[Strategy, ...]:
-    if strategy.from_scratch:  # it trains as was chosen for the base block
+    if strategy.from_scratch:  # its number of epochs was chosen on the base block
         return (strategy,)
     return tuple(replace(strategy, fit=fit) for fit in fit_grid(strategy.fit))
 
@@ -98,9 +100,9 @@ def _(strategy: IMSR) -> tuple[Strategy, ...]:
 
 
 def fit_grid(fit: FitConfig) -> list[FitConfig]:
-    """`fit` first, then 5, 2 or 10 epochs, at the model's learning rate or 0.3 of it; six in all.
+    """`fit` first, then 5, 2 or 10 epochs at the model's learning rate or 0.3 of it; six in all.
 
-    Where targets are held out, the number of epochs chooses itself, and there are six learning rates.
+    If `fit` holds out targets, early stopping chooses the number of epochs. Then the grid has six learning rates.
     """
     if fit.holdout:
         return [fit, *(replace(fit, lr_scale=fit.lr_scale * factor) for factor in (0.3, 0.1, 3.0, 0.5, 2.0))]
@@ -109,5 +111,5 @@ def fit_grid(fit: FitConfig) -> list[FitConfig]:
 
 
 def weight_grid(weight: float, low: float, high: float) -> list[float]:
-    """A weight for each of the six of `fit_grid`: two as it is, two times `low`, two times `high`."""
+    """A weight for each of the six entries of `fit_grid`: as it is, times `low` or times `high`, twice each."""
     return [weight * factor for factor in (1.0, low, high, low, high, 1.0)]

@@ -1,0 +1,148 @@
+"""The answer of a replay: its methods in one metric, what each is compared with, and the tested differences.
+
+A method is one model with one strategy, averaged over all seeds. `answer_text.py` says it in words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from freshrec.models import CONTROLS
+from freshrec.replay.cell import Cell
+from freshrec.replay.click_metrics import LOWER_IS_BETTER
+from freshrec.strategies.baselines import FineTune, Frozen, Retrain
+
+SIGNIFICANCE_LEVEL = 0.05  # a difference with a smaller corrected p-value is "beyond chance"
+
+Method = tuple[str, str]  # model, strategy
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much better one method is than another, with a 95 % interval and the corrected p-value of the paired test."""
+
+    value: float  # positive = better
+    low: float
+    high: float
+    p: float
+
+    @property
+    def is_beyond_chance(self) -> bool:
+        return self.p < SIGNIFICANCE_LEVEL
+
+
+@dataclass(frozen=True)
+class MethodSummary:
+    """One row of the table."""
+
+    method: Method
+    value: float
+    low: float
+    high: float
+    forgetting: float | None  # positive = lost; None: not measured
+    cpu_s: float | None  # of one update, a mean; None: no update was made
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """A replay's methods in one metric, the best first, and every difference between two of them."""
+
+    metric: str
+    summaries: tuple[MethodSummary, ...]
+    references: dict[Method, Method]  # the method with which each one is compared
+    differences: dict[tuple[Method, Method], Difference]  # (a, b) -> how much better a is than b
+    cells: dict[Method, Cell]  # a cell of each method
+
+    @property
+    def best(self) -> MethodSummary:
+        return self.summaries[0]
+
+    def summary(self, method: Method) -> MethodSummary:
+        """The row of one method."""
+        return next(row for row in self.summaries if row.method == method)
+
+    def gain(self, method: Method) -> Difference | None:
+        """How much better it is than its reference; None for a reference, or where they answered no common query."""
+        return self.differences.get((method, self.references[method]))
+
+    def chosen(self) -> Method:
+        """The method to use: the best one, or its reference where that costs less and the lead is within chance."""
+        best, reference = self.best.method, self.references[self.best.method]
+        gain = self.gain(best)
+        if gain is not None and not gain.is_beyond_chance and self.cpu_s(reference) < self.cpu_s(best):
+            return reference
+        return best
+
+    def cpu_s(self, method: Method) -> float:
+        """CPU seconds of one update."""
+        return self.summary(method).cpu_s or 0.0
+
+    @property
+    def n_pairs(self) -> int:
+        return len(self.differences) // 2
+
+
+def headline_metric(metrics: Sequence[str]) -> str:
+    """The metric by which a replay is summed up: the first ndcg of the recipe, else its first metric."""
+    return next((metric for metric in metrics if metric.startswith("ndcg@")), metrics[0])
+
+
+def read_answer(cells: Sequence[Cell], out: Path, metric: str) -> Answer:
+    """The answer of a replay from the files that `collect_results` has written to `out`."""
+    return make_answer(cells, pl.read_parquet(out / "methods.parquet"), pl.read_parquet(out / "tests.parquet"), metric)
+
+
+def make_answer(cells: Sequence[Cell], methods: pl.DataFrame, tests: pl.DataFrame, metric: str) -> Answer:
+    """The answer of a replay from its methods.parquet and tests.parquet."""
+    by_method = {(cell.model_name, cell.strategy_name): cell for cell in reversed(cells)}  # the first seed's remains
+    values = {(row["model"], row["strategy"], row["metric"]): row for row in methods.iter_rows(named=True)}
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    summaries = []
+    for method in by_method:
+        if row := values.get((*method, metric)):
+            forgetting, cpu_s = (values.get((*method, name)) for name in (f"forgetting {metric}", "update_cpu_s"))
+            summaries.append(
+                MethodSummary(
+                    method,
+                    row["value"],
+                    row["low"],
+                    row["high"],
+                    forgetting["value"] if forgetting else None,
+                    cpu_s["value"] if cpu_s else None,
+                )
+            )
+    summaries.sort(key=lambda row: (-sign * row.value, row.method))
+    cells_by_method = {row.method: by_method[row.method] for row in summaries}
+    references = reference_methods(list(cells_by_method.values()))
+    return Answer(metric, tuple(summaries), references, _differences(tests, metric, sign), cells_by_method)
+
+
+def _differences(tests: pl.DataFrame, metric: str, sign: int) -> dict[tuple[Method, Method], Difference]:
+    found = {}
+    for row in tests.filter(pl.col("metric") == metric).iter_rows(named=True):
+        a, b = (row["model_a"], row["strategy_a"]), (row["model_b"], row["strategy_b"])
+        low, high = sorted((sign * row["low"], sign * row["high"]))
+        found[a, b] = Difference(sign * row["difference"], low, high, row["p_adjusted"])
+        found[b, a] = Difference(-sign * row["difference"], -high, -low, row["p_adjusted"])
+    return found
+
+
+def reference_methods(cells: Sequence[Cell]) -> dict[Method, Method]:
+    """The method with which each method is compared; `cells` come in the order of their quality, the best first.
+
+    It is the same model with fine-tuning, else frozen, else fully retrained. A model without any of these is compared
+    with the best of the other models' references. Where no model has one, the best method that is no control is it.
+    """
+    own: dict[str, Method] = {}
+    for kind in (FineTune, Frozen, Retrain):
+        for cell in cells:
+            if isinstance(cell.strategy_instance, kind):
+                own.setdefault(cell.model_name, (cell.model_name, cell.strategy_name))
+    methods = [(cell.model_name, cell.strategy_name) for cell in cells]
+    candidates = [method for method in methods if method == own.get(method[0])]
+    candidates += [method for method in methods if method[0] not in CONTROLS]
+    return {method: own.get(method[0], (candidates or methods)[0]) for method in methods}

@@ -1,0 +1,317 @@
+"""What a replay prints when it ends: a table, the paired tests in words, and what to type next.
+
+No line has more than 100 columns, except for long names.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from freshrec.models import CONTROLS, COUNTING_MODELS
+from freshrec.replay.answer import Answer, Difference, Method
+from freshrec.replay.click_metrics import LOWER_IS_BETTER
+from freshrec.replay.metrics import SAMPLED_SUFFIX
+from freshrec.replay.recipe_schema import LogRecipe
+from freshrec.strategies.baselines import Frozen, Retrain
+
+MAX_WIDTH = 100  # columns of text
+MIN_CPU_S = 0.05  # CPU seconds; below this a ratio of costs says nothing
+NO_BREAK = "\N{NO-BREAK SPACE}"
+BLOCKS = re.compile(r" x(\d+)$")  # the end of a strategy's name in a replay with several blocks per span
+
+
+def readable_strategy(strategy: str) -> str:
+    """A strategy's name for people: "absorb, 3 blocks per span" for "absorb x3"."""
+    return BLOCKS.sub(r", \1 blocks per span", strategy)
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Each name without its options, where no other name is the same without them."""
+    unique = list(dict.fromkeys(names))
+    bases = [_without_options(name) for name in unique]
+    return {name: base if bases.count(base) == 1 else name for name, base in zip(unique, bases)}
+
+
+def _without_options(name: str) -> str:
+    """As in "absorb x3" for "absorb:a=1 x3"."""
+    blocks = BLOCKS.search(name)
+    return BLOCKS.sub("", name).partition(":")[0] + (blocks[0] if blocks else "")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """How methods are called in a text: without options where that is clear."""
+
+    models: dict[str, str]
+    strategies: dict[str, str]
+
+    @staticmethod
+    def of(methods: Iterable[Method]) -> Labels:
+        """The labels of all methods of a replay."""
+        models, strategies = zip(*methods)
+        return Labels(short_names(models), short_names(strategies))
+
+    def model(self, method: Method) -> str:
+        """The model's name."""
+        return self.models[method[0]]
+
+    def strategy(self, method: Method) -> str:
+        """The strategy's name."""
+        return readable_strategy(self.strategies[method[1]])
+
+    def __getitem__(self, method: Method) -> str:
+        """Both, as in "comirec-dr with imsr"; a model that absorbs is named alone."""
+        model, strategy = self.model(method), self.strategies[method[1]]
+        if blocks := BLOCKS.search(strategy):
+            strategy, model = BLOCKS.sub("", strategy), f"{model} ({blocks[1]} blocks per span)"
+        return model if strategy == "absorb" else f"{model} with {strategy}"
+
+    def beside(self, reference: Method, method: Method) -> str:
+        """The method's name in a text about `reference`: the strategy alone, where the model is the same."""
+        return self.strategy(method) if method[0] == reference[0] else self[method]
+
+    def shortened(self) -> list[str]:
+        """What was left out, as in "mf = mf:d=8"."""
+        both = {**self.models, **self.strategies}
+        return [f"{short} = {name}" for name, short in both.items() if short != name]
+
+
+def format_p(p: float) -> str:
+    """A p-value, as in "p = 0.012" or "p < 0.001", with spaces that do not break."""
+    return ("p < 0.001" if p < 0.0005 else f"p = {p:.3f}").replace(" ", NO_BREAK)
+
+
+def format_change(value: float) -> str:
+    """A difference with its sign and 4 digits."""
+    return f"{value:+.4f}".replace("-0.0000", "+0.0000")
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds with one digit, from 100 on without."""
+    return f"{seconds:.1f}" if seconds < 100 else f"{seconds:,.0f}"
+
+
+def output_width() -> int:
+    """The columns of the terminal, at most 100; 100 where the output is no terminal."""
+    return min(MAX_WIDTH, shutil.get_terminal_size().columns) if sys.stdout.isatty() else MAX_WIDTH
+
+
+def wrap(text: str, width: int, indent: str = "") -> str:
+    """The text in lines of at most `width` columns; a word longer than a line stays whole."""
+    lines = textwrap.fill(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return lines.replace(NO_BREAK, " ")
+
+
+def render_table(answer: Answer, width: int = MAX_WIDTH) -> str:
+    """The table and a legend, as plain text of at most `width` columns."""
+    labels = Labels.of(answer.cells)
+    has_forgetting = any(row.forgetting is not None for row in answer.summaries)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for head in ("model", "strategy"):
+        table.add_column(head, overflow="fold")
+    numbers = [SAMPLED_SUFFIX.sub("", answer.metric), "difference", "p", *["forgetting"] * has_forgetting, "CPU-s"]
+    for head in numbers:
+        table.add_column(head, justify="right", no_wrap=True)
+    for row in answer.summaries:
+        gain = answer.gain(row.method)
+        cells = [f"{row.value:.4f} ± {(row.high - row.low) / 2:.4f}"]
+        if gain is not None:
+            cells += [format_change(gain.value), format_p(gain.p).replace(NO_BREAK, "").lstrip("p=")]
+        else:
+            cells += ["reference" if row.method in answer.references.values() else "", ""]
+        if has_forgetting:
+            cells.append("" if row.forgetting is None else format_change(row.forgetting))
+        cells.append("" if row.cpu_s is None else format_seconds(row.cpu_s))
+        table.add_row(labels.model(row.method), labels.strategy(row.method), *cells)
+    text = StringIO()
+    Console(file=text, width=width, color_system=None, highlight=False, markup=False).print(table)
+    lines = [line.rstrip() for line in text.getvalue().splitlines()]
+    return "\n".join([*lines, "", *(wrap(line, width) for line in _legend(answer, labels, has_forgetting))])
+
+
+def _legend(answer: Answer, labels: Labels, has_forgetting: bool) -> list[str]:
+    """A line on each column."""
+    direction = "lower" if answer.metric in LOWER_IS_BETTER else "higher"
+    lines = [f"{answer.metric}: mean over spans, {direction} is better; ± is half of the 95 % interval over users."]
+    if compared := _describe_references(answer, labels):
+        lines.append(f"difference: from {compared}; positive = better.")
+        lines.append(f"p: paired test over users, corrected for {answer.n_pairs} comparisons.")
+    if has_forgetting:
+        lines.append("forgetting: loss on held-out events of earlier spans, after the last update; positive = lost.")
+    lines.append("CPU-s: processor seconds per update, measuring excluded.")
+    shortened = labels.shortened()
+    return [*lines, *[f"Options: {', '.join(shortened)}."] * bool(shortened)]
+
+
+def _describe_references(answer: Answer, labels: Labels) -> str:
+    """What the differences in the table are taken from; "" for a single method."""
+    pairs = [(a, b) for a, b in answer.references.items() if a != b]
+    references = list(dict.fromkeys(b for _, b in pairs))
+    if len(references) < 2:
+        return " or ".join(labels[reference] for reference in references)
+    text = " or ".join(dict.fromkeys(labels.strategy(reference) for reference in references)) + " of the same model"
+    others = dict.fromkeys(labels[b] for a, b in pairs if a[0] != b[0])
+    return f"{text}, and from {' or '.join(others)} for all other models" if others else text
+
+
+def describe_tests(answer: Answer) -> list[str]:
+    """The paired tests in words: for each reference, what is better, what is worse, and what may be the same."""
+    labels = Labels.of(answer.cells)
+    lines = []
+    for reference in dict.fromkeys(answer.references[row.method] for row in answer.summaries):
+        gains = {
+            row.method: gain
+            for row in answer.summaries
+            if answer.references[row.method] == reference and (gain := answer.gain(row.method)) is not None
+        }
+        groups = {
+            "Better beyond chance": [m for m, gain in gains.items() if gain.is_beyond_chance and gain.value > 0],
+            "Worse beyond chance": [m for m, gain in gains.items() if gain.is_beyond_chance and gain.value < 0],
+            "Within chance": [m for m, gain in gains.items() if not gain.is_beyond_chance],
+        }
+        parts = [
+            f"{name}: {', '.join(f'{labels.beside(reference, m)} ({_numbers(gains[m])})' for m in methods)}."
+            for name, methods in groups.items()
+            if methods
+        ]
+        if parts:
+            lines.append(f"Against {labels[reference]}. {' '.join(parts)}")
+    return lines
+
+
+def _numbers(difference: Difference) -> str:
+    return f"{format_change(difference.value)}, {format_p(difference.p)}"
+
+
+def _verdict(difference: Difference) -> str:
+    return "beyond chance" if difference.is_beyond_chance else "within chance"
+
+
+def describe_answer(answer: Answer) -> list[str]:
+    """What is best, what it gains beyond chance, what it costs, and what to use: two to four short paragraphs."""
+    labels = Labels.of(answer.cells)
+    lines = [
+        _describe_best(answer, labels),
+        _describe_gain(answer, labels),
+        _describe_best_trained(answer, labels),
+        _describe_cost(answer, labels),
+    ]
+    return [line for line in lines if line]
+
+
+def _describe_best(answer: Answer, labels: Labels) -> str:
+    best = answer.best
+    kind = " (a control)" if best.method[0] in CONTROLS else ""
+    text = f"Best on this log: {labels[best.method]}{kind}, {answer.metric} {best.value:.4f}."
+    pairs = [answer.differences.get((best.method, row.method)) for row in answer.summaries[1:]]
+    n_ties = sum(1 for pair in pairs if pair is None or not pair.is_beyond_chance)
+    if not pairs:
+        return text
+    if not n_ties:
+        return f"{text} It is better than all others beyond chance."
+    return f"{text} Its lead is within chance for {n_ties} of the {len(pairs)} others."
+
+
+def _describe_gain(answer: Answer, labels: Labels) -> str:
+    """What the best method gains over its reference; for a reference, what it gains over no update."""
+    best = answer.best.method
+    gain, reference = answer.gain(best), answer.references[best]
+    cells = answer.cells.items()
+    frozen = [method for method, cell in cells if method[0] == best[0] and isinstance(cell.strategy_instance, Frozen)]
+    if best in frozen:
+        return f"That model is not updated at all: no update of {labels.model(best)} was better on this log."
+    if gain is not None:
+        base = answer.summary(reference).value
+        share = f" ({100 * gain.value / base:+.0f} %)" if base > 0 else ""
+        text = f"Compared with {labels[reference]} it gains {format_change(gain.value)}{share}, {_verdict(gain)}."
+        rivals = [answer.gain(row.method) for row in answer.summaries if answer.references[row.method] == reference]
+        has_winner = any(rival is not None and rival.is_beyond_chance and rival.value > 0 for rival in rivals)
+        return text if has_winner else f"{text} Nothing is better than {labels[reference]} beyond chance."
+    text = f"No other run is better than {labels[best]}."
+    over = answer.differences.get((best, frozen[0])) if frozen else None
+    if over is not None:
+        text += f" Compared with no update at all it gains {format_change(over.value)}, {_verdict(over)}."
+    return text
+
+
+def _describe_best_trained(answer: Answer, labels: Labels) -> str:
+    """The best trained model, where a counting model is best."""
+    best = answer.best
+    trained = [row for row in answer.summaries if _without_options(row.method[0]) not in COUNTING_MODELS]
+    if _without_options(best.method[0]) not in COUNTING_MODELS or not trained:
+        return ""
+    gap = answer.differences.get((trained[0].method, best.method))
+    numbers = "" if gap is None else f" ({format_change(gap.value)}, {_verdict(gap)})"
+    return (
+        f"{labels.model(best.method)} is a counting model. The best trained model is {labels[trained[0].method]}, "
+        f"{answer.metric} {trained[0].value:.4f}{numbers}."
+    )
+
+
+def _describe_cost(answer: Answer, labels: Labels) -> str:
+    """What an update costs, and what to use instead where the lead is within chance."""
+    best, chosen = answer.best.method, answer.chosen()
+    retrains = [
+        m for m, cell in answer.cells.items() if m[0] == best[0] and isinstance(cell.strategy_instance, Retrain)
+    ]
+    costs = [
+        f"{labels[method]} {format_seconds(answer.cpu_s(method))} CPU-s"
+        for method in dict.fromkeys([best, answer.references[best], *retrains])
+    ]
+    text = f"Cost of an update: {', '.join(costs)}."
+    return text if chosen == best else f"{text} {labels[chosen]} costs less and may be as good: use it."
+
+
+def fit_command(log: LogRecipe, method: Method) -> list[str]:
+    """The command that makes a store with this model and strategy, from the log of a replay."""
+    path = str(Path(log.folder) / log.path) if log.path else "LOG"
+    model, strategy = method
+    words = ["freshrec", "fit", path, "--model", model, "--strategy", BLOCKS.sub("", strategy), "--store", "shop"]
+    if log.columns:
+        words += ["--columns", ",".join(f"{name}={column}" for name, column in log.columns.items())]
+    if log.format:
+        words += ["--format", log.format]
+    if log.events:
+        words += ["--events", ",".join(log.events)]
+    return words + (["--until", log.until] if log.until else [])
+
+
+def render_command(words: Sequence[str], width: int = MAX_WIDTH) -> str:
+    """A command to copy; lines that are too long continue after a backslash."""
+    quoted = [shlex.quote(word) for word in words]
+    parts = re.split(r" (?=--)", " ".join(quoted))  # an option stays beside its value
+    lines = [f"  {parts[0]}"]
+    for part in parts[1:]:
+        if len(lines[-1]) + len(part) + 3 > width:
+            lines[-1] += " \\"
+            lines.append(f"    {part}")
+        else:
+            lines[-1] += f" {part}"
+    return "\n".join(lines)
+
+
+def render_answer(answer: Answer, log: LogRecipe, width: int = MAX_WIDTH) -> str:
+    """All that a replay prints when it ends."""
+    if not answer.summaries:
+        return "No run of this replay was asked a target; use more spans, or a lower --min-history."
+    parts = [render_table(answer, width)]
+    if tests := describe_tests(answer):
+        parts.append("\n".join(["Paired tests", *(wrap(f"- {line}", width, "  ") for line in tests)]))
+    parts.append("\n".join(["What it shows", *(wrap(f"- {line}", width, "  ") for line in describe_answer(answer))]))
+    if log.exposures:
+        parts.append(wrap("A store keeps interactions only, so no `freshrec fit` learns from exposures yet.", width))
+    else:
+        hint = "" if log.path else " (LOG is your own log)"
+        parts.append(f"Next{hint}:\n{render_command(fit_command(log, answer.chosen()), width)}")
+    return "\n\n".join(parts)
