@@ -57,7 +57,11 @@ def _store_rows(found: dict[str, Any]) -> list[Row]:
     return [
         ("versions", f"{found['versions']:,}", f"{deleted:,} with deleted files"),
         ("size of all versions", format_bytes(found["versions_bytes"]), "files that versions share count once"),
-        ("size of the event log", format_bytes(found["log_bytes"]), f"{found['log_events']:,} rows; those of refused versions included"),
+        (
+            "size of the event log",
+            format_bytes(found["log_bytes"]),
+            f"{found['log_events']:,} rows, those of refused versions too",
+        ),
         ("size of the store", format_bytes(found["total_bytes"]), "everything in its folder"),
     ]
 
