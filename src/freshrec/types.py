@@ -346,7 +346,7 @@ class State:
     spans_seen: int = 0  # number of spans that the state has learned, including the base block
     histories: Histories = field(default_factory=Histories.empty)
     interests: Interests | None = None
-    base_epochs: int = 0  # epochs of the base block; a full retrain uses the same number
+    base_epochs: int = 0  # epochs of the base block
     memory: Any = None  # what the strategy keeps: a tree of tensors and dataclasses
     costs: dict[str, float] = field(default_factory=dict)  # costs of the last update, by name
     shared_base: State | None = None  # state after the base block, if another strategy trained the same one

@@ -25,7 +25,7 @@ from freshrec.learn.weights import Parametrization, apply_parametrization, grow_
 from freshrec.nn.embedding_table import embedding_tables
 from freshrec.progress import report_epoch
 from freshrec.random_streams import global_stream, stream, stream_seed
-from freshrec.types import Batch, InterestModel, LossTerm, Span, State, TrainedModel
+from freshrec.types import Batch, Histories, InterestModel, LossTerm, Span, State, TrainedModel
 
 Projection = Callable[[Tensor, Tensor, Tensor], Tensor]
 EXPECTED_EPOCHS = 10  # of a training that stops by a held-out part; for estimates only
@@ -38,7 +38,8 @@ class FitConfig:
     epochs: CountOrZero = 5  # Epochs of an update.
     lr_scale: Positive = 1.0  # Learning rate of an update as a multiple of the model's.
     history: Literal["recent", "span"] = "recent"  # Histories hold the last events of all spans, or of this span only.
-    base_epochs: CountOrZero = 0  # Epochs of base block and full retrain. 0 = chosen on the base block's last sixth.
+    base_epochs: CountOrZero = 0  # Epochs of base block and full retrains. 0 = each chosen on its own latest sixth.
+    min_epochs: Count = 5  # Minimum number of epochs of a full retrain where the number is chosen.
     max_epochs: Count = 60  # Maximum number of epochs where the number is chosen.
     patience: Count = 8  # Epochs without a better ndcg@20 after which the choice is made.
     holdout: Rate = 0.0  # Share of the targets held out to choose the epochs of each training (ADER). 0 = fixed epochs.
@@ -271,11 +272,10 @@ def fit_base_block(state: State, span: Span, fit: FitConfig) -> State:
     if state.shared_base is not None:
         return state.shared_base
     targets = due_targets(state.histories)
-    n_epochs = 0 if fit.n_held_out(len(targets)) else fit.base_epochs or choose_epochs(state, fit)
+    meter = CostMeter({"rows_read": float(len(targets))})
+    fit = fit_from_scratch(state, state.histories, fit, span.index, meter)
     model = new_model(state, span.n_users, span.n_items)
     stored_interests = stored_interests_of(model, None, span.index)
-    meter = CostMeter({"rows_read": float(len(targets))})
-    fit = replace(fit, epochs=n_epochs, lr_scale=1.0)
     n_epochs = fit_model(model, targets, fit, (state.seed, span.index), meter, stored_interests=stored_interests)
     return finish_update(replace(state, base_epochs=n_epochs), model, stored_interests, "recent", meter)
 
@@ -306,20 +306,38 @@ def finish_update(
     )
 
 
-def choose_epochs(state: State, fit: FitConfig) -> int:
-    """Return the number of epochs with the best ndcg@20 (or AUC) on the last sixth of the base block.
+def fit_from_scratch(state: State, histories: Histories, fit: FitConfig, span: int, meter: CostMeter) -> FitConfig:
+    """Return `fit` with the number of epochs of a new model on the due targets of `histories`; span 0 = base block.
 
-    The model is trained on the other five sixths. A short tail right after the training rows would not do: it
-    overstates quality 3 to 4 times.
+    The number is `fit.base_epochs`, or is chosen on the latest sixth of these targets. A retrain then has at least
+    `fit.min_epochs`. Without the minimum, an early stop could train it less than an update that fine-tunes.
     """
-    targets, held_out = split_last_sixth(state.histories)
+    if fit.n_held_out(len(due_targets(histories))):
+        return replace(fit, epochs=0, lr_scale=1.0)  # `fit_model` stops by the held-out share
+    started_at = time.process_time()
+    n_epochs = fit.base_epochs or choose_epochs(state, histories, fit, span)
+    if span and not fit.base_epochs:
+        n_epochs = max(n_epochs, fit.min_epochs)
+    meter.add_time("epoch_choice_cpu_s", started_at)
+    meter.costs["epochs"] = float(n_epochs)
+    return replace(fit, epochs=n_epochs, lr_scale=1.0)
+
+
+def choose_epochs(state: State, histories: Histories, fit: FitConfig, span: int = 0) -> int:
+    """Return the number of epochs with the best ndcg@20 (or AUC) on the latest sixth of the due targets.
+
+    A new model with the options of the state's is trained on the other five sixths. A short tail right after the
+    training rows would not do: it overstates quality 3 to 4 times.
+    """
+    targets, held_out = split_last_sixth(histories)
     held_out = held_out if held_out.labels_N is not None else held_out[held_out.history_lengths(1) > 0]
-    held_out = held_out[permutation(len(held_out), stream(state.seed, "epoch choice queries"))[:2000]]
+    path = (span,) if span else ()
+    held_out = held_out[permutation(len(held_out), stream(state.seed, "epoch choice queries", *path))[:2000]]
     if not len(held_out) or not len(targets):
         return 5  # too few targets to choose by
-    model = new_model(state, state.histories.n_users, int(targets.items_N.max()))
-    stored_interests = stored_interests_of(model, None, 0)
-    key = (stream_seed(state.seed, "epoch choice"), 0)
+    model = new_model(state, histories.n_users, int(targets.items_N.max()))
+    stored_interests = stored_interests_of(model, None, span)
+    key = (stream_seed(state.seed, "epoch choice", *path), 0)
     epochs = train(model, targets, fit.max_epochs, key, stored_interests=stored_interests)
     metric = "ndcg@20" if held_out.labels_N is None else "AUC"
     quality = partial(mean_ndcg, model, held_out, stored_interests)

@@ -6,7 +6,16 @@ from dataclasses import dataclass, replace
 from freshrec.data.batches import due_targets
 from freshrec.data.histories import append_events, mark_trained, release_deferred
 from freshrec.data.stored_interests import stored_interests_of
-from freshrec.learn.fit import CostMeter, FitConfig, finish_update, fit_base_block, fit_model, grown_copy, new_model
+from freshrec.learn.fit import (
+    CostMeter,
+    FitConfig,
+    finish_update,
+    fit_base_block,
+    fit_from_scratch,
+    fit_model,
+    grown_copy,
+    new_model,
+)
 from freshrec.nn.scoring import history_length
 from freshrec.types import Events, Histories, Span, State
 
@@ -71,11 +80,12 @@ class Retrain:
         if state.spans_seen == 0:
             return replace(fit_base_block(state, span, self.fit), memory=past_events)
         histories = _rebuild_histories(past_events, span.n_users)
-        model = new_model(state, span.n_users, span.n_items) if self.from_scratch else grown_copy(state, span)
-        fit = replace(self.fit, epochs=state.base_epochs, lr_scale=1.0) if self.from_scratch else self.fit
         targets = due_targets(histories)
+        meter, fit = CostMeter({"rows_read": float(len(targets))}), self.fit
+        if self.from_scratch:
+            fit = fit_from_scratch(state, histories, fit, span.index, meter)
+        model = new_model(state, span.n_users, span.n_items) if self.from_scratch else grown_copy(state, span)
         stored_interests = stored_interests_of(model, None if self.from_scratch else state.interests, span.index)
-        meter = CostMeter({"rows_read": float(len(targets))})
         fit_model(model, targets, fit, (state.seed, span.index), meter, stored_interests=stored_interests)
         after = finish_update(replace(state, histories=histories), model, stored_interests, "recent", meter)
         return replace(after, memory=past_events, histories=mark_trained(state.histories, history_length(model)))
