@@ -131,4 +131,6 @@ def test_an_estimate_is_one_number_or_a_range_and_fits_80_columns() -> None:
     text = console.export_text()
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
     # 100 + 1000 + 12 + 0.4 + 1.2 and 400 + 1000 + 12 + 1.6
-    assert "Total: 1,114 .. 1,414 CPU-s." in text and "may be half or twice that" in " ".join(text.split())
+    assert "Total: 1,114 .. 1,414 CPU-s." in text and "Ranges: the whole log may need fewer epochs" in " ".join(
+        text.split()
+    )

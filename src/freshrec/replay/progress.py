@@ -153,7 +153,7 @@ def print_estimate(console: Console, estimates: Sequence[RunEstimate]) -> None:
         "Not included: reading the log and writing the tables.",
     ]
     if total.high > ROUNDING * total.low:
-        lines.append("A range: the number of epochs is chosen on the whole base block, and may be half or twice that.")
+        lines.append("Ranges: the whole log may need fewer epochs than the sample on which they were chosen.")
     for line in lines:
         console.print(line, highlight=False, markup=False)
 
