@@ -47,8 +47,8 @@ def values(results: pl.DataFrame, metric: str) -> dict[int, float]:
 
 
 def test_a_difference_of_the_tests_is_the_difference_of_two_numbers_of_the_table(tmp_path: Path) -> None:
-    # span 1: two users, a hits both and b none; span 2: four others, a hits one and b two.
-    # a: (1 + 1/4) / 2 = 0.625, b: (0 + 2/4) / 2 = 0.25; users pooled would say 3/6 - 2/6 = 0.167.
+    # Span 1 has two users: a hits both and b none. Span 2 has four others: a hits one and b two.
+    # a: (1 + 1/4) / 2 = 0.625, b: (0 + 2/4) / 2 = 0.25. Pooled users would give 3/6 - 2/6 = 0.167.
     hits = {"finetune": [1, 1, 1, 0, 0, 0], "frozen": [0, 0, 1, 1, 0, 0]}
     cells = []
     for way, hit in hits.items():

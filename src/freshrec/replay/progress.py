@@ -103,7 +103,8 @@ HEADS = {  # of the table of spans; one line each, so that it fits 80 columns
 
 def print_plan(console: Console, n_cells: int, spans: pl.DataFrame, notes: Sequence[str]) -> None:
     """Print the spans of a replay, and what each column means."""
-    table = Table(title=f"{n_cells} runs over {len(spans)} spans", title_justify="left", box=None, pad_edge=False)
+    counts = f"{_plural(n_cells, 'run')}, {_plural(len(spans) - 1, 'span')} after the base block"
+    table = Table(title=counts, title_justify="left", box=None, pad_edge=False)
     table.padding = (0, 1, 0, 0)
     for name in spans.columns:
         is_text = name == "name"
@@ -118,6 +119,10 @@ def print_plan(console: Console, n_cells: int, spans: pl.DataFrame, notes: Seque
     )
     for note in notes:
         console.print(f"note: {note}", highlight=False, markup=False)
+
+
+def _plural(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 class MeasuringLog:
@@ -148,9 +153,10 @@ def print_estimate(console: Console, estimates: Sequence[RunEstimate]) -> None:
     total = sum((row.total for row in estimates), Range())
     lines = [
         f"Total: {format_range(total)} CPU-s. With --jobs 1 the replay takes about as long.",
-        "base block: choosing the number of epochs and training; 0 where another strategy trains the same one. "
-        "updates: absorbing and training, all spans. measuring: ranking the targets before and after each update. "
-        "Not included: reading the log and writing the tables.",
+        "base block: choosing the number of epochs, and training. 0 = an earlier row trains the same one.",
+        "updates: absorbing and training, all spans together.",
+        "measuring: ranking the targets before each update, and held-out targets again after it.",
+        "Not included: starting, reading the log and writing the tables, usually some seconds.",
     ]
     if total.high > ROUNDING * total.low:
         lines.append("Ranges: the whole log may need fewer epochs than the sample on which they were chosen.")
