@@ -126,15 +126,16 @@ def _plural(n: int, noun: str) -> str:
 
 
 class MeasuringLog:
-    """Reports on stderr what a plan measures at the moment."""
+    """Reports on stderr what a plan measures at the moment; a plan of a few seconds stays silent."""
 
-    def __init__(self) -> None:
-        self.started_s = time.monotonic()
+    def __init__(self, silent_s: float = 5.0) -> None:
+        self.silent_s, self.started_s = silent_s, time.process_time()
 
     def __call__(self, text: str) -> None:
         """Print one line."""
-        elapsed_s = time.monotonic() - self.started_s
-        print(f"[{elapsed_s:.0f} s] measuring {text}", file=sys.stderr, flush=True)  # noqa: T201
+        elapsed_s = time.process_time() - self.started_s
+        if elapsed_s >= self.silent_s:
+            print(f"[{elapsed_s:.0f} CPU-s] measuring {text}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def print_estimate(console: Console, estimates: Sequence[RunEstimate]) -> None:
@@ -159,7 +160,7 @@ def print_estimate(console: Console, estimates: Sequence[RunEstimate]) -> None:
         "Not included: starting, reading the log and writing the tables, usually some seconds.",
     ]
     if total.high > ROUNDING * total.low:
-        lines.append("Ranges: the whole log may need fewer epochs than the sample on which they were chosen.")
+        lines.append("Ranges: the epochs were chosen on a sample of users, and the whole log may need fewer or more.")
     for line in lines:
         console.print(line, highlight=False, markup=False)
 
