@@ -1,5 +1,5 @@
-# Every target sets itself up: on a fresh machine `make test` makes the environment, installs, and runs.
-# Needs python3 >= 3.11. `make VENV=elsewhere ...` keeps the environment somewhere else.
+# Every target installs what it needs: on a new machine, `make test` creates the environment and runs the tests.
+# Needs python3 >= 3.11. `make VENV=FOLDER ...` uses another folder for it.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,45 +10,45 @@ DATA ?= .
 
 .PHONY: help demo test test-all check fix bench reproduce docs clean
 
-help: ## this list
+help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
 
-demo: $(READY) ## the main job on a generated log, under three minutes
+demo: $(READY) ## replay a generated log; takes less than three minutes
 	$(BIN)/freshrec demo --jobs 2
 
-# Tests of a file run in one process: they share stores, replays and models that take long to make.
-test: $(READY) ## the tests, a few minutes
+# All tests of a file run in one process, because they share stores, replays and models that are slow to make.
+test: $(READY) ## run the tests; takes a few minutes
 	$(BIN)/pytest -n 2 --dist loadfile
 
-test-all: $(READY) ## the slow ones too
+test-all: $(READY) ## run all tests, including slow ones
 	$(BIN)/pytest -n 2 --dist loadfile -m ""
 
-check: $(READY) ## linter, formatter, strict types
+check: $(READY) ## run the linter, the formatter and the type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-fix: $(READY) ## mend what the linter can mend, and format
+fix: $(READY) ## fix what the linter can fix, and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## one JSON line per benchmark
+bench: $(READY) ## run the benchmarks; each prints one JSON line
 	@set -e; for file in benchmarks/bench_*.py; do $(BIN)/python $$file; done
 
-reproduce: $(READY) ## one recipe into benchmarks/results: RECIPE=uci-spine DATA=folder-of-the-logs; stops and resumes
+reproduce: $(READY) ## run a recipe, resumable: RECIPE=uci-spine DATA=folder-of-the-logs; writes to benchmarks/results
 	$(BIN)/python benchmarks/reproduce.py recipes/$(RECIPE).toml --data $(DATA)
 
-docs: $(READY) ## write the generated pages anew
+docs: $(READY) ## regenerate the generated pages
 	$(BIN)/python docs/generate.py
 
-clean: ## forget the environment and the caches
+clean: ## delete the environment and the caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-# One thread each: tests and demo run in two processes, and small tensors are slower on two threads than on one.
+# One thread per process: tests and demo use two processes, and small tensors are slower with two threads.
 demo test test-all bench reproduce: export OMP_NUM_THREADS = 1
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV): a minute or two, once"
+	@echo "installing into $(VENV); this takes a minute or two, once"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@

@@ -1,6 +1,6 @@
-"""Reading, validating and cutting a Parquet log of 10 million rows.
+"""Time and memory to read, validate and split a Parquet log of 10 million rows.
 
-python benchmarks/bench_log.py [ROWS]       # one JSON line: wall and CPU seconds, peak memory in MB
+python benchmarks/bench_log.py [ROWS]       # prints one JSON line: wall and CPU seconds, peak memory in MB
 """
 
 import json
@@ -20,13 +20,13 @@ from freshrec.data.validate import validate_log
 
 
 def write(file: Path, rows: int) -> None:
-    """A world's events under the usual column names."""
+    """Write the events of a generated world with the usual column names."""
     log = make_world("drift", users=rows // 20, items=rows // 100, events=rows).log
     log.frame.select("user_id", "item_id", (pl.col("time") // 1_000_000).alias("timestamp")).write_parquet(file)
 
 
 def measure(file: Path) -> dict[str, float | str]:
-    """Read, validate and cut `file` in this process."""
+    """Read, validate and split `file` in this process."""
     wall, cpu = time.perf_counter(), time.process_time()
     log = read_log(file)
     report = validate_log(log)
@@ -40,7 +40,7 @@ def measure(file: Path) -> dict[str, float | str]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:  # in a process of its own, so that writing the log does not count as its memory
+    if len(sys.argv) == 3:  # in a separate process, so that peak memory excludes the writing of the log
         print(json.dumps(measure(Path(sys.argv[2]))))
     else:
         with tempfile.TemporaryDirectory() as folder:

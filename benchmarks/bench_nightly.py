@@ -1,6 +1,7 @@
-"""A night on a store with 100,000 users and items: seconds by part of an update with 100,000 events, and peak memory.
+"""Cost of a nightly update with 100,000 events on a store with 100,000 users and items.
 
-One JSON line. `outside` is the share of the update's time that is not learning: reading, the log, the gate, saving.
+Prints one JSON line: seconds of each part and peak memory. `outside` is the share of the time that is not learning:
+reading, the event log, the gate and saving.
 """
 
 import argparse
@@ -22,7 +23,7 @@ DAY = 86_400_000_000  # microseconds
 
 
 def events(n: int, users: int, items: int, start: int, seed: int) -> pl.DataFrame:
-    """A day of clicks: users and items with long tails, each user in a corner of the catalogue of its own."""
+    """A day of clicks. Users and items have long tails; each user stays in one part of the catalog."""
     source = np.random.default_rng(seed)
     users_E = (users * source.random(n) ** 1.5).astype(np.int64)
     items_E = (users_E * 7919 + (items * source.random(n) ** 4).astype(np.int64)) % items
@@ -50,7 +51,7 @@ def main() -> None:
             contents = new_bundle(arguments.model, arguments.strategy, 0)
             first = NightlyJob(store).fit_first_version(read_log(paths[0]), hash_source(paths[0]), contents)
         found = {"benchmark": "nightly", "model": arguments.model, **first.sizes, "fit_s": time.perf_counter() - since}
-        for path in paths[1:]:  # the second is the one that tells: the first has no older events to be asked
+        for path in paths[1:]:  # the second is the one to read: the first update has no older events to test
             parts, since = {}, time.perf_counter()
             job = NightlyJob(open_store(Path(folder) / "store"))
             with job.store.locked():

@@ -1,8 +1,8 @@
-"""Against the libraries that people use: same log, same split, same full ranking, same machine, one after the other.
+"""Comparison with other libraries: same log, same split, same full ranking, same machine, one after the other.
 
-`python benchmarks/bench_peers.py --data FOLDER`; without a folder of logs it does nothing. Each library gets an
-environment of its own (pip, torch as in constraints.txt). Writes benchmarks/results/peers.json, from which `make docs`
-makes the table. What each library is asked is in peers/protocol.py. One thread; training seconds are CPU seconds.
+`python benchmarks/bench_peers.py --data FOLDER` writes benchmarks/results/peers.json, the source of a table of
+docs/results.md. Without --data it does nothing. Each library is installed into its own environment (pip, torch as in
+constraints.txt). peers/protocol.py defines the task. One thread; training time is in CPU seconds.
 """
 
 import json
@@ -21,12 +21,12 @@ from freshrec.data.log import read_log
 HERE = Path(__file__).resolve().parent
 OURS = "freshrec"
 PEERS = {
-    "recbole": ["recbole==1.2.1", "numpy<2", "pandas<3"],  # it uses names that numpy 2 has no more
+    "recbole": ["recbole==1.2.1", "numpy<2", "pandas<3"],  # it uses names that numpy 2 removed
     "rechub": ["torch-rechub==0.9.0"],
     "implicit": ["implicit==0.7.3"],
 }
 AS_RECBOLE = "blocks=2:heads=2:dropout=0.5:lr=0.001:batch=256:predict=last:loss=full"
-PAIRS = (  # ours, the peer's library, its model: the same method
+PAIRS = (  # our model, the other library, its model of the same method
     ("sasrec", "recbole", "SASRec"),
     (f"sasrec:{AS_RECBOLE}", "recbole", "SASRec"),
     ("gru4rec", "recbole", "GRU4Rec"),
@@ -44,11 +44,13 @@ def bench(
     data: Annotated[str, typer.Option(help="The folder of the logs.")] = "",
     log: str = "amazon_grocery_5core",
     users: int = 600,
-    limit: Annotated[float, typer.Option(help="CPU seconds of training that each model may take.")] = 120.0,
-    environments: Annotated[Path, typer.Option(help="Where each library's environment is made.")] = Path("runs/peers"),
-    only: Annotated[str, typer.Option(help="Libraries, as in recbole,implicit; all unless given.")] = "",
+    limit: Annotated[float, typer.Option(help="Limit of training time per model, in CPU seconds.")] = 120.0,
+    environments: Annotated[Path, typer.Option(help="Folder for the environments of the libraries.")] = Path(
+        "runs/peers"
+    ),
+    only: Annotated[str, typer.Option(help="Libraries to run, separated by commas; all by default.")] = "",
 ) -> None:
-    """Make the environments, run all pairs that are not in the folder yet, and write the JSON."""
+    """Make the environments, run all pairs without a result in the folder, and write the JSON."""
     if not data:
         print(json.dumps({"benchmark": "peers", "skipped": "needs --data, the folder of the logs"}))
         return
@@ -73,7 +75,7 @@ def bench(
 
 
 def _split(path: Path, users: int, out: Path) -> dict[str, int]:
-    """The events of users with at least four, by user and time, as plain numbers."""
+    """Write the events of users with at least four events, sorted by user and time, as integers."""
     frame = read_log(path, users=users).frame.select("user_id", "item_id", "time")
     kept = frame.filter(pl.len().over("user_id") >= 4)
     kept = kept.sort("user_id", "time", maintain_order=True)
@@ -85,7 +87,7 @@ def _split(path: Path, users: int, out: Path) -> dict[str, int]:
 
 
 def _python(library: str, environments: Path) -> str:
-    """The Python of the library's own environment, made if it is not there."""
+    """Path of the Python in the library's environment, which is made if it does not exist."""
     folder = (environments / library).absolute()
     if not (folder / "made").exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
@@ -99,17 +101,19 @@ def _python(library: str, environments: Path) -> str:
 
 
 def _run(python: str, script: str, part: Path, model: str, limit: float) -> dict[str, Any]:
-    """What the script reports of a model; not run again where it has reported already."""
+    """The report of a script about a model. An existing report is not computed again."""
     out = part / f"{script.removesuffix('.py')}-{model.replace(':', '_')}.json"
     if not out.exists():
         command = [python, HERE / "peers" / script, "data.npz", model, str(limit), out.name]
-        subprocess.run(command, check=True, cwd=part, env=os.environ | {"OMP_NUM_THREADS": "1"})  # some leave files
+        subprocess.run(
+            command, check=True, cwd=part, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )  # some libraries leave files
     found: dict[str, Any] = json.loads(out.read_text())
     return found
 
 
 def _compared(mine: dict[str, Any], peer: dict[str, Any]) -> dict[str, Any]:
-    """Both sides' numbers, and the difference in each metric with its 95 % bootstrap interval over users."""
+    """Values of both sides, and the 95 % bootstrap interval over users of their difference, for each metric."""
     source = np.random.default_rng(0)
     row: dict[str, Any] = {}
     sides = {"ours": np.array(mine["ranks"]), "theirs": np.array(peer["ranks"])}

@@ -1,8 +1,8 @@
-"""Training speed of ComiRec-DR through the real training loop, data preparation included, by item count.
+"""Training speed of ComiRec-DR by number of items, with the real training loop and data preparation.
 
     python benchmarks/bench_step.py             # one JSON line: samples per CPU-second at 12k, 100k, 300k items
 
-One thread; d 64, K 4, at most 50 history items (mean 25), 512 shared negatives, batches of 256, three routings.
+One thread, d = 64, K = 4, at most 50 history items (mean 25), 512 shared negatives, batches of 256, three routings.
 """
 
 import json
@@ -22,7 +22,7 @@ BATCHES, BATCH, LENGTH = 44, 256, 50
 
 
 def histories_of(n_items: int, source: torch.Generator) -> Histories:
-    """One user a sample: a history of random items, and a target after it."""
+    """One user per sample: a history of random items and a target after it."""
     n_users = BATCHES * BATCH
     lengths = (torch.randn(n_users, generator=source) * 0.9 + 2.95).exp().clamp(1, LENGTH).long()
     users_E = torch.repeat_interleave(torch.arange(1, n_users + 1), lengths + 1)
@@ -31,7 +31,7 @@ def histories_of(n_items: int, source: torch.Generator) -> Histories:
 
 
 def speed(n_items: int, epochs: int = 3) -> float:
-    """Samples a CPU-second, the best of the epochs after the first."""
+    """Samples per CPU-second: the best epoch after the first."""
     source = torch.Generator().manual_seed(0)
     histories = histories_of(n_items, source)
     model = MODELS["comirec-dr"].build(0)

@@ -1,8 +1,8 @@
-"""What an IMSR update costs against fine-tuning, part by part, and a full retrain against it at span 6.
+"""Cost of an IMSR update relative to fine-tuning, part by part, and of a full retrain relative to IMSR, at span 6.
 
     python benchmarks/bench_update.py           # one JSON line; CPU seconds of one thread, ratios within one run
 
-Per epoch the same data, model and seed; the two are run in turn, several times, and the median of each is compared.
+Data, model and seed are the same. The strategies alternate over several rounds, and the medians are compared.
 """
 
 import json
@@ -23,7 +23,7 @@ from freshrec.types import Span, State, Strategy
 
 ROUNDS = 5
 FIT = FitConfig(epochs=2, base_epochs=2)
-WAYS: dict[str, Strategy] = {
+STRATEGIES: dict[str, Strategy] = {
     "finetune": FineTune(FIT),
     "eir alone": IMSR(detect=None, trim=None, fit=FIT),
     "imsr": IMSR(fit=FIT),
@@ -31,23 +31,23 @@ WAYS: dict[str, Strategy] = {
 
 
 def seconds(strategy: Strategy, state: State, span: Span) -> tuple[float, dict[str, float]]:
-    """CPU seconds of one update, and of its parts."""
+    """CPU seconds of one update and of its parts."""
     since = time.process_time()
     after = strategy.update(state, span)
     return time.process_time() - since, after.costs
 
 
 def main() -> None:
-    """Replay to span 6 with each way, then time its update there."""
+    """Replay to span 6 with IMSR, then time the update of each strategy there."""
     world = make_world("newborn", users=2000, items=4_000, events=120_000, spans=6)
     spans = split_log(world.log, by="period", spans=6).spans
     state = State(MODELS["comirec-dr"].build(0))
     for span in spans[:6]:
-        state = WAYS["imsr"].update(absorb_block(state, span.events, span.n_users, span.n_items), span)
+        state = STRATEGIES["imsr"].update(absorb_block(state, span.events, span.n_users, span.n_items), span)
     last = spans[6]
     ready = absorb_block(state, last.events, last.n_users, last.n_items)
-    rounds = [{way: seconds(strategy, ready, last) for way, strategy in WAYS.items()} for _ in range(ROUNDS)]
-    cost = {way: statistics.median(r[way][0] for r in rounds) for way in WAYS}
+    rounds = [{way: seconds(strategy, ready, last) for way, strategy in STRATEGIES.items()} for _ in range(ROUNDS)]
+    cost = {way: statistics.median(r[way][0] for r in rounds) for way in STRATEGIES}
     parts = {
         k: statistics.median(r["imsr"][1][k] for r in rounds) for k in ("detect_cpu_s", "train_cpu_s", "extract_cpu_s")
     }
@@ -55,7 +55,7 @@ def main() -> None:
     full, _ = seconds(Retrain(fit=FIT), replace(ready, memory=past, base_epochs=FIT.base_epochs), last)
     out = {
         "benchmark": "update", "model": "comirec-dr", "epochs": FIT.epochs, "cpu_s": cost | {"full": full},
-        "against_finetune": {way: round(cost[way] / cost["finetune"], 3) for way in WAYS},
+        "against_finetune": {way: round(cost[way] / cost["finetune"], 3) for way in STRATEGIES},
         "full_against_imsr": round(full / cost["imsr"], 1), "imsr_parts_cpu_s": parts,
         "nid_rate": rounds[0]["imsr"][1]["nid_rate"], "mean_k": rounds[0]["imsr"][1]["mean_k"],
     }  # fmt: skip

@@ -1,9 +1,9 @@
-"""Make the store that serving is measured on: 300,000 items, 100,000 users with 4 to 9 interests, trained vectors.
+"""Make the store for serving benchmarks: 300,000 items, 100,000 users with 4 to 9 interests, trained vectors.
 
 python benchmarks/big_store.py FOLDER [--items 300000] [--users 100000] [--epochs 1]
 
-Sessions are drawn from 2,000 topics, each user from a few of them; ComiRec-DR is trained on them, and every user's
-interests, as many as were drawn, are read from the user's events by the trained model.
+Each user draws sessions from a few of 2,000 topics. ComiRec-DR is trained on these events. The trained model then reads
+a random number of interests (4 to 9) from the events of each user.
 """
 
 import argparse
@@ -25,7 +25,7 @@ START = 1_735_689_600_000_000  # 2025-01-01, in microseconds
 
 
 def log_of(n_users: int, n_items: int) -> pl.DataFrame:
-    """Events of users who each like a few topics; items of a topic by popularity, and every item at least once."""
+    """Events of users who like a few topics each. Items of a topic have popularities; each occurs at least once."""
     source = np.random.default_rng(0)
     topic_I = np.sort(source.integers(0, TOPICS, n_items))
     first_T = np.searchsorted(topic_I, np.arange(TOPICS + 1))
@@ -44,7 +44,7 @@ def log_of(n_users: int, n_items: int) -> pl.DataFrame:
 
 
 def with_interests(recommender: Recommender) -> Recommender:
-    """4 to 9 interests of every user, read from the user's events by the model."""
+    """The recommender with 4 to 9 interests per user, which the model reads from the user's events."""
     contents = recommender.bundle
     state = contents.served.state
     model, n_users = state.model, state.histories.n_users
@@ -67,21 +67,21 @@ def with_interests(recommender: Recommender) -> Recommender:
 
 
 def main() -> None:
-    """Train, and save two versions that differ in one update."""
+    """Train, and save two versions that are one update apart."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--items", type=int, default=300_000)
     parser.add_argument("--users", type=int, default=100_000)
     parser.add_argument("--epochs", type=int, default=1)
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     since = time.process_time()
-    frame = log_of(asked.users, asked.items)
-    way = f"finetune:fit.base_epochs={asked.epochs}:fit.epochs=1"
+    frame = log_of(arguments.users, arguments.items)
+    way = f"finetune:fit.base_epochs={arguments.epochs}:fit.epochs=1"
     recommender = Recommender(f"comirec-dr:d={D}:k=4:k_max=9", way).fit(frame[:-20_000])
     print(f"trained on {len(frame):,} events, {time.process_time() - since:.0f} CPU-s")
-    with_interests(recommender).save(asked.folder)
-    with_interests(recommender.update(frame[-20_000:])).save(asked.folder)
-    print(f"two versions in {asked.folder}, {time.process_time() - since:.0f} CPU-s")
+    with_interests(recommender).save(arguments.folder)
+    with_interests(recommender.update(frame[-20_000:])).save(arguments.folder)
+    print(f"two versions in {arguments.folder}, {time.process_time() - since:.0f} CPU-s")
 
 
 if __name__ == "__main__":

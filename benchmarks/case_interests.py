@@ -1,7 +1,7 @@
-"""What becomes of interests under IMSR: a user's from span to span, and which span's interests serve the last targets.
+"""Case study of interests under IMSR: one user's interests by span, and the birth spans of interests near the targets.
 
-`python benchmarks/case_interests.py --data FOLDER` -> benchmarks/results/case-interests.json, from which `make docs`
-makes its section. The log, its cut and the model are those of recipes/cases-uci.toml; one seed.
+`python benchmarks/case_interests.py --data FOLDER` writes benchmarks/results/case-interests.json, the source of a
+section of docs/results.md. Log, split and model are those of recipes/cases-uci.toml; one seed.
 """
 
 import json
@@ -24,7 +24,7 @@ from freshrec.strategies import find_strategy
 from freshrec.types import Batch, InterestModel, Interests, Span, State
 
 HERE = Path(__file__).resolve().parent
-NEAREST = 3  # items that say what an interest is
+NEAREST = 3  # number of items shown for an interest
 
 
 def study(
@@ -32,7 +32,7 @@ def study(
     strategy: str = "imsr",
     recipe: Path = HERE.parent / "recipes/cases-uci.toml",
 ) -> None:
-    """Replay the recipe's model under one strategy, looking at the interests after each update."""
+    """Replay the recipe's model with one strategy, and record the interests after each update."""
     resolved = load_recipe(recipe)
     resolved = resolved.model_copy(update={"log": resolved.log.model_copy(update={"folder": data})})
     cut, update = load_split(resolved), find_strategy(strategy)
@@ -54,9 +54,9 @@ def study(
 
 
 def serving(state: State, span: Span) -> dict[str, list[float]]:
-    """By the span in which an interest was born: the share of interests, and of the span's targets nearest to one.
+    """Shares by birth span: of all interests, and of the targets of `span` by their nearest interest.
 
-    Users who have interests, and targets that the model knows, only; an interest is as read from the recent history.
+    Only users with interests and targets that the model knows count. Interests are read from the recent history.
     """
     model, users = state.model, state.interests
     assert isinstance(model, InterestModel) and users is not None
@@ -85,7 +85,7 @@ def _shares(counts: Tensor) -> list[float]:
 
 
 def kept(before: State, after: State) -> dict[str, float]:
-    """How near the interests are to what they were an update ago, and how many are new, of users updated in between."""
+    """Median cosine of interests before and after an update, and the number of new ones, for users who changed."""
     cosines, n_new, n_users = [], 0, 0
     old, new = before.interests, after.interests
     assert old is not None and new is not None
@@ -101,14 +101,14 @@ def kept(before: State, after: State) -> dict[str, float]:
 
 
 def most_changed(users: Interests | None) -> int:
-    """The user whose interests were born in the most spans; of several, the first."""
+    """The first user whose interests were born in the largest number of spans."""
     assert users is not None
     spans_U = [len(users.born_S[a:b].unique()) for a, b in zip(users.offsets_U.tolist(), users.offsets_U[1:].tolist())]
     return max(range(len(spans_U)), key=spans_U.__getitem__)
 
 
 def interests_of(state: State, user: int, items: Any) -> list[dict[str, Any]]:
-    """The user's interests: the span each was born in, and the items nearest to it."""
+    """Birth span and nearest items of each interest of a user."""
     users = state.interests
     assert users is not None
     if user > users.n_users or not len(_of(users, user)):

@@ -1,10 +1,10 @@
-"""How often the gate lets good days pass and stops bad ones: a nightly job over the days of real logs, and over copies
-of each day that something went wrong with.
+"""How often the gate promotes good days and refuses corrupted ones, on the days of real logs.
 
     python benchmarks/nights.py --data folder-of-the-logs --out benchmarks/results
 
-Bad copies are judged and thrown away; the good day is judged too, and goes live whatever the verdict, so that a wrong
-refusal does not spoil the days after it. Writes nights.json: a row for each log and kind of day.
+A nightly job runs over the days of each log. Corrupted copies of a day are judged and discarded. The good day is judged
+too, and goes live whatever the verdict, so that a wrong refusal does not affect later days. Writes nights.json: one row
+per log and kind of day.
 """
 
 import argparse
@@ -29,10 +29,10 @@ Frame = pl.DataFrame
 
 @dataclass(frozen=True)
 class Days:
-    """A log, and how it is cut into days."""
+    """A log, and how it is split into days."""
 
     path: str
-    base: float  # share of the rows that the first log has, in whole days
+    base: float  # share of the rows in the first log, rounded to whole days
     users: int | None = None
     most: int = 100
     hours: float = 24.0
@@ -58,33 +58,33 @@ def bot(day: Frame, known: Frame, source: np.random.Generator) -> Frame:
 
 
 def random(day: Frame, known: Frame, source: np.random.Generator) -> Frame:
-    """Every click is on some known item."""
+    """Every click is on a random known item."""
     items = known["item_id"].unique()
     return day.with_columns(item_id=items.gather(source.integers(0, len(items), len(day))))
 
 
 def half(day: Frame, known: Frame, source: np.random.Generator) -> Frame:
-    """The second half was not delivered."""
+    """The second half is missing."""
     return day[: len(day) // 2]
 
 
 def unit(day: Frame, known: Frame, source: np.random.Generator) -> Frame:
-    """Milliseconds are taken for microseconds, so that it is 1970."""
+    """Milliseconds are read as microseconds, so that all times are in 1970."""
     return day.with_columns(pl.col("time") // 1000)
 
 
 def shifted(day: Frame, known: Frame, source: np.random.Generator) -> Frame:
-    """A year too late."""
+    """All times are a year too late."""
     return day.with_columns(pl.col("time") + 365 * DAY)
 
 
 def equal(day: Frame, known: Frame, source: np.random.Generator) -> Frame:
-    """All at the same moment."""
+    """All times are equal."""
     return day.with_columns(time=pl.lit(day["time"][-1]))
 
 
 def renamed(day: Frame, known: Frame, source: np.random.Generator) -> Frame:
-    """Items go by other ids."""
+    """All items have other ids."""
     return day.with_columns(pl.col("item_id") + 10_000_000)
 
 
@@ -94,7 +94,7 @@ BAD: tuple[Callable[[Frame, Frame, np.random.Generator], Frame], ...] = (
 
 
 def cut(days: Days, folder: Path) -> tuple[Frame, list[Frame]]:
-    """The first log, and the days after it that have rows."""
+    """The first log, and the later days with rows."""
     log = read_log(folder / days.path, users=days.users)
     frame = keep_positives(log).frame.select("user_id", "item_id", "time").unique(maintain_order=True)
     length = int(days.hours / 24 * DAY)
@@ -105,16 +105,16 @@ def cut(days: Days, folder: Path) -> tuple[Frame, list[Frame]]:
 
 
 def nights(name: str, days: Days, folder: Path, model: str, every: int) -> Iterator[tuple[str, int, Manifest]]:
-    """The verdict on each day, good and bad: kind, which day, version."""
+    """The verdict on each day, good and corrupted: kind, number of the day, version."""
     base, later = cut(days, folder)
     with tempfile.TemporaryDirectory() as where, create_store(Path(where) / "store") as store:
         job = NightlyJob(store)
         job.fit_first_version(Log(base, True, "us"), "base", new_bundle(model, None, 0))
         known = base
         for i, day in enumerate(later):
-            for spoil in BAD if i % every == 0 else ():
-                bad = spoil(day, known, np.random.default_rng(i)).sort("time", maintain_order=True)
-                yield spoil.__name__, i, job.make_challenger(bad)[0]
+            for corrupt in BAD if i % every == 0 else ():
+                bad = corrupt(day, known, np.random.default_rng(i)).sort("time", maintain_order=True)
+                yield corrupt.__name__, i, job.make_challenger(bad)[0]
             job.append_delivery(Log(day, True, "us"), f"day {i}")
             for version in job.catch_up("it is a good day"):
                 yield "good", i, version
@@ -127,11 +127,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--model", default="item-knn")
     parser.add_argument("--logs", nargs="+", default=list(LOGS), choices=LOGS)
-    parser.add_argument("--every", type=int, default=4, help="spoil only every so many days")
+    parser.add_argument("--every", type=int, default=4, help="corrupt every Nth day only")
     arguments = parser.parse_args()
     for name in arguments.logs:
         right: dict[str, list[bool]] = {}
-        later: dict[str, list[bool]] = {}  # with seven days before it
+        later: dict[str, list[bool]] = {}  # days with at least seven days before them
         for kind, i, version in nights(name, LOGS[name], arguments.data, arguments.model, arguments.every):
             is_right = version.promoted == (kind == "good")
             right.setdefault(kind, []).append(is_right)
@@ -149,7 +149,7 @@ def main() -> None:
 
 
 def write(out: Path, name: str, rows: list[dict[str, object]]) -> None:
-    """The rows of a log, beside those of the others."""
+    """Replace the rows of one log, and keep those of the others."""
     rows += [row for row in json.loads(out.read_text())["rows"] if row["log"] != name] if out.exists() else []
     lines = ",\n".join(json.dumps(row) for row in sorted(rows, key=lambda row: (str(row["log"]), str(row["kind"]))))
     out.write_text(f'{{"rows": [\n{lines}\n]}}\n')

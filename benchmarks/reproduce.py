@@ -1,6 +1,6 @@
-"""One recipe -> one JSON of benchmarks/results: `python benchmarks/reproduce.py recipes/NAME.toml --data FOLDER`.
+"""Run one recipe and write its JSON to benchmarks/results.
 
-Resumable: what is in runs/NAME is not run again.
+`python benchmarks/reproduce.py recipes/NAME.toml --data FOLDER`. Finished parts in runs/NAME are not run again.
 """
 
 import json
@@ -18,7 +18,7 @@ from freshrec.replay.recipe_schema import load_recipe
 from freshrec.replay.recipes import load_split
 from freshrec.replay.results import OVERALL_SPAN
 
-SHOWN = "ndcg@20"  # what docs/results.md shows and tests, where a recipe measures it; else its first metric
+SHOWN = "ndcg@20"  # the metric of docs/results.md; if a recipe does not measure it, its first metric
 KEPT_COSTS = {
     "update_cpu_s", "rows_read", "peak_mb", "mean_k", "interest_bytes", "nid_rate", "detect_cpu_s", "extract_cpu_s",
     "kl_p50", "epochs", "train_cpu_s", "remember_cpu_s", "transfer_cpu_s", "generator_cpu_s",
@@ -32,7 +32,7 @@ def reproduce(
     device: Annotated[str, typer.Option(help="Where models train: cpu, cuda.")] = "cpu",
     results: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/results"),
 ) -> None:
-    """Replay the recipe, or go on with it, and write what the results page needs."""
+    """Start or resume the replay of a recipe, and write the JSON for the results page."""
     out = Path("runs") / recipe.stem
     run_recipe(resolve_recipe(recipe, {"log": {"folder": data}}), out, jobs, device, resume=True, as_json=False)
     results.mkdir(parents=True, exist_ok=True)
@@ -40,15 +40,15 @@ def reproduce(
 
 
 def _lines(tables: dict[str, Any]) -> str:
-    """JSON with a line for each part, so that a change shows as one."""
+    """JSON with one line per table, for readable diffs."""
     return "{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(part)}" for name, part in tables.items()) + "\n}"
 
 
 def summary(recipe: Path, out: Path) -> dict[str, Any]:
-    """Means over spans by method, also by seed and slice, costs, paired tests, and what it was measured on.
+    """Means over spans by method, seed and slice, with costs, paired tests and the resolved recipe.
 
-    By span: the metric that is shown; all of them, and the seconds, where ndcg@20 is not among them, as in the
-    protocols of the papers.
+    Values by span are those of ndcg@20. If a recipe does not measure it (protocols of papers), they are all metrics
+    and the CPU seconds.
     """
     resolved = load_recipe(out / "recipe.toml")
     table = pl.read_parquet(out / "results.parquet")
@@ -62,7 +62,7 @@ def summary(recipe: Path, out: Path) -> dict[str, Any]:
     tests = pl.read_parquet(out / "tests.parquet").filter(pl.col("metric") == shown[0])
     methods = pl.read_parquet(out / "methods.parquet").filter(pl.col("metric").is_in(wanted))
     tables = asdict(resolved)
-    del tables["log"]["folder"]  # it is this machine's
+    del tables["log"]["folder"]  # it differs between machines
     return {
         "recipe": recipe.stem,
         "freshrec": freshrec.__version__,

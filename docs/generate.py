@@ -1,8 +1,9 @@
-"""Writes the pages of docs/, and the list of names, that are made from the code: `make docs`.
+"""Write the generated pages of docs/ and the list of names: `make docs`.
 
 `docs/equations.md` lists every equation of a paper, the one function that computes it, and the tests that check it.
-The link is a tag such as [IMSR eq. 10] (paper key of docs/papers.md, number as printed there): in the docstring of the
-function, and in the docstring or a comment of its test. tests/test_house.py keeps both ends of the link whole.
+They are linked by a tag such as [IMSR eq. 10]: the key of the paper in docs/papers.md, and the number of the equation
+in that paper. The tag stands in the docstring of the function, and in the docstring or a comment of its test.
+tests/test_house.py checks that no tag lacks its counterpart.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Tagged:
-    """A tag in a function: where it stands, and what the function says of itself in its first line."""
+    """A tag in a function, with its place and the first line of the function's docstring."""
 
     paper: str
     number: str
@@ -37,12 +38,12 @@ class Tagged:
 
 
 def papers(root: Path = ROOT) -> list[str]:
-    """Keys of the papers: the second-level headings of docs/papers.md."""
+    """Return the keys of the papers: the second-level headings of docs/papers.md."""
     return re.findall(r"^## (\w+)", (root / "docs/papers.md").read_text(), flags=re.MULTILINE)
 
 
 def functions(tree: ast.Module) -> Iterator[tuple[str, Function]]:
-    """Functions of a module and methods of its classes, with dotted names; a nested function is part of its owner."""
+    """Yield the functions and methods of a module with dotted names; a nested function is part of its owner."""
     for node in tree.body:
         if isinstance(node, Function):
             yield node.name, node
@@ -51,7 +52,7 @@ def functions(tree: ast.Module) -> Iterator[tuple[str, Function]]:
 
 
 def homes(root: Path = ROOT) -> list[Tagged]:
-    """Equations of src/freshrec: tags in the docstrings of functions and methods."""
+    """Return the equations of src/freshrec: tags in the docstrings of functions and methods."""
     found = []
     for path in sorted((root / "src/freshrec").rglob("*.py")):
         for name, node in functions(ast.parse(path.read_text())):
@@ -60,7 +61,7 @@ def homes(root: Path = ROOT) -> list[Tagged]:
 
 
 def checks(root: Path = ROOT) -> list[Tagged]:
-    """Tests of equations: tags in the docstring or the comments of a test, or in the comment right above it."""
+    """Return the tests of equations: tags in the docstring or comments of a test, or in the comment right above it."""
     found = []
     for path in sorted((root / "tests").rglob("test_*.py")):
         source = path.read_text()
@@ -75,13 +76,13 @@ def checks(root: Path = ROOT) -> list[Tagged]:
 
 
 def _comments(source: str) -> list[tuple[int, str]]:
-    """Line and text of every comment of a file; a "#" in a string is no comment."""
+    """Return the line and text of every comment of a file; a "#" in a string is not a comment."""
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return [(token.start[0], token.string) for token in tokens if token.type == tokenize.COMMENT]
 
 
 def _lines_of(source: str, node: Function) -> range:
-    """Line numbers of a function, with its decorators and the comments right above them."""
+    """Return the line numbers of a function, with its decorators and the comments right above them."""
     lines = source.splitlines()
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
     while first > 1 and lines[first - 2].lstrip().startswith("#"):
@@ -91,12 +92,12 @@ def _lines_of(source: str, node: Function) -> range:
 
 def _tagged(text: str, name: str, node: Function, file: Path) -> list[Tagged]:
     summary = TAG.sub("", (ast.get_docstring(node) or "").partition("\n")[0]).strip().removesuffix(" .")
-    tags = dict.fromkeys(TAG.findall(text))  # each once, in the order of the text
+    tags = dict.fromkeys(TAG.findall(text))  # each tag once, in the order of the text
     return [Tagged(paper, number, name, file.as_posix(), node.lineno, summary) for paper, number in tags]
 
 
 def equations_page(root: Path = ROOT) -> str:
-    """The text of docs/equations.md: one row per equation, by paper, then by number."""
+    """Return the text of docs/equations.md: one row per equation, by paper, then by number."""
     tests: dict[tuple[str, str], list[str]] = {}
     for check in checks(root):
         tests.setdefault((check.paper, check.number), []).append(f"[{check.function}](../{check.file})")
@@ -109,8 +110,8 @@ def equations_page(root: Path = ROOT) -> str:
     head = [
         "# Equations",
         "",
-        "Written by `make docs` from the tags in the code; do not edit. Papers: [papers.md](papers.md).",
-        'To find one: `grep -rn "IMSR eq. 10" src tests`.',
+        "Generated by `make docs` from the tags in the code; do not edit. Papers: [papers.md](papers.md).",
+        'To find an equation: `grep -rn "IMSR eq. 10" src tests`.',
         "",
         "| paper | eq. | function | computes | tests |",
         "|---|---|---|---|---|",
@@ -123,12 +124,12 @@ def _cell(text: str) -> str:
 
 
 def _number(number: str) -> tuple[int, str]:
-    """Sorts 2 before 10, and 10 before 10a."""
+    """Return a sort key that puts 2 before 10, and 10 before 10a."""
     digits = re.match(r"\d*", number)
     return (int(digits.group()) if digits and digits.group() else 0, number)
 
 
-# Every generated page: path relative to the root -> what it should say. Each is computed when it is asked for.
+# Every generated page: its path relative to the root, and the function that returns its text.
 PAGES: dict[str, Callable[[Path], str]] = {
     "README.md": readme,
     "docs/operations.md": operations,

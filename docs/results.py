@@ -1,4 +1,4 @@
-"""Writes docs/results.md from benchmarks/results/*.json: tables, and for each claim what the paired tests say."""
+"""Write docs/results.md from benchmarks/results/*.json: tables, and the paired tests that belong to each claim."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+from formatting import difference, fraction
+from recipe_tables import FORGETTING, method_means, protocol_table, recipe_facts, recipe_table
 from studies import studies
-
-from freshrec.disk_names import RECIPE_KEYS, with_current_keys
-from freshrec.models import CONTROLS
-from freshrec.replay.click_metrics import LOWER_IS_BETTER
-from freshrec.replay.results import format_with_interval
 
 MULTI = ("comirec-dr", "comirec-sa", "mind")
 TRAINED = (*MULTI, "sasrec")
@@ -21,7 +18,7 @@ TRAINED = (*MULTI, "sasrec")
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence that the numbers can contradict: they are of `better` minus `worse`, on each of `models`."""
+    """A sentence that the numbers can contradict: `better` minus `worse` should be positive for each model."""
 
     sentence: str
     better: str
@@ -30,68 +27,45 @@ class Claim:
 
 
 CLAIMS = (
-    Claim("Updating at all is better than keeping the base model", "finetune", "frozen", TRAINED),
-    Claim("The user's history across spans is better than this span's alone", "finetune", "finetune-span", TRAINED),
+    Claim("Updating is better than keeping the base model", "finetune", "frozen", TRAINED),
+    Claim("Histories across spans are better than histories within one span", "finetune", "finetune-span", TRAINED),
     Claim("A full retrain is better than fine-tuning (the paper: FR > FT)", "full", "finetune", TRAINED),
     Claim("IMSR is better than fine-tuning (the paper: by about 8 %)", "imsr", "finetune", MULTI),
     Claim("The retainer helps: IMSR is better than IMSR without it", "imsr", "imsr-no-eir", MULTI),
     Claim("New interests help: IMSR is better than IMSR without them", "imsr", "imsr-no-expansion", MULTI),
-    Claim("IMSR against a full retrain: the difference IMSR - full", "imsr", "full", MULTI),
-    Claim("Interests unused for 1 span may go", "imsr:upkeep.retire=1", "imsr", MULTI),
-    Claim("Interests unused for 3 spans may go", "imsr:upkeep.retire=3", "imsr", MULTI),
+    Claim("IMSR compared with a full retrain: the difference IMSR - full", "imsr", "full", MULTI),
+    Claim("Interests that were unused for 1 span can be deleted without loss", "imsr:upkeep.retire=1", "imsr", MULTI),
+    Claim("Interests that were unused for 3 spans can be deleted without loss", "imsr:upkeep.retire=3", "imsr", MULTI),
     Claim("Half precision is enough for stored interests", "imsr:upkeep.fp16=true", "imsr", MULTI),
-    Claim("About two interests a user, the closest merged, are enough", "imsr:upkeep.megabytes=0.5", "imsr", MULTI),
-    Claim("One interest a user is enough", "imsr:upkeep.megabytes=0.001", "imsr", MULTI),
+    Claim("About two interests per user, the closest merged, are enough", "imsr:upkeep.megabytes=0.5", "imsr", MULTI),
+    Claim("One interest per user is enough", "imsr:upkeep.megabytes=0.001", "imsr", MULTI),
 )
-
-
 WITH_EXPERTS = [
     f"blend-{log}" for log in ("beauty", "electronics", "globo", "gowalla", "grocery", "kuairand", "taobao", "uci")
 ]
-SHOWN = (
-    ("blend", "refit"), ("popularity", "absorb"), ("item-knn", "absorb"), ("markov", "absorb"), ("sasrec", "finetune"),
-    ("gru4rec", "finetune"), ("comirec-dr", "finetune"), ("comirec-dr", "full"), ("comirec-dr-k1", "full"),
-)  # fmt: skip
-
-
-PUBLISHED = {  # ADER's poster, mean of 16 cycles, %
-    "ader-diginetica": {
-        "finetune": (47.28, 35.00, 16.01, 15.16), "dropout": (49.07, 36.53, 16.86, 16.00),
-        "ewc": (47.66, 35.48, 16.28, 15.44), "er-random": (49.14, 36.61, 16.79, 15.92),
-        "er-loss": (49.31, 36.65, 16.90, 16.02), "er-herding": (49.44, 36.88, 16.95, 16.08),
-        "ader-equal": (49.92, 37.21, 17.23, 16.35), "ader-fix": (50.09, 37.41, 17.29, 16.41),
-        "ader": (50.21, 37.52, 17.32, 16.45), "joint": (50.03, 37.27, 17.31, 16.43),
-    },
-    "ader-diginetica-ewc": {"ewc": (47.66, 35.48, 16.28, 15.44)},
-    "ader-yoochoose": {
-        "finetune": (71.86, 63.82, 36.49, 35.92), "dropout": (72.20, 64.15, 36.60, 36.03),
-        "ewc": (71.91, 63.89, 36.53, 35.97), "ader": (72.38, 64.41, 36.71, 36.14),
-        "joint": (72.22, 64.16, 36.65, 36.08),
-    },
-}  # fmt: skip
-EQUAL = {"users": "a span's users", "targets": "a span's targets", "pooled": "all targets"}
-FORGETTING = "forgetting ndcg@20"
-OURS = {"ndcg@20", "hr@20"}  # recipes that measure both are compared with each other; others follow a paper's protocol
+SHOWN = (("item-knn", "absorb"), ("popularity", "absorb"), ("comirec-dr", "finetune"), ("comirec-dr", "full"))
+OURS = {"ndcg@20", "hr@20"}  # recipes that measure both are compared; all others follow a paper's protocol
 
 
 def readme(root: Path) -> str:
-    """README.md with the table of results between its two marks."""
+    """Return README.md with the table of results between its two marks."""
     return _marked((root / "README.md").read_text(), "results", _short(_found(root)))
 
 
 def _marked(text: str, mark: str, lines: list[str]) -> str:
-    """`text` with these lines between <!-- mark --> and <!-- /mark -->."""
+    """Return `text` with these lines between <!-- mark --> and <!-- /mark -->."""
     head, _, rest = text.partition(f"<!-- {mark} -->\n")
     _, _, tail = rest.partition(f"<!-- /{mark} -->\n")
     return f"{head}<!-- {mark} -->\n" + "\n".join(lines) + f"\n<!-- /{mark} -->\n{tail}"
 
 
 def operations(root: Path) -> str:
-    """docs/operations.md with the table of nights between its two marks."""
+    """Return docs/operations.md with the table of nights between its two marks."""
     rows = pl.DataFrame(json.loads((root / "benchmarks/results/nights.json").read_text())["rows"])
     kinds = rows["kind"].unique(maintain_order=True).sort().to_list()
     kinds = ["good", *(kind for kind in kinds if kind != "good")]
-    lines = ["| right, of so many days; from day 8 | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
+    lines = ["Correct verdicts on all days; correct verdicts from day 8 on:", ""]
+    lines += ["| log | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
     counts = pl.col("days", "right", "later", "later_right").sum()
     for name, of_log in (*rows.group_by("log", maintain_order=True), (("all",), rows)):
         sums = {row["kind"]: row for row in of_log.group_by("kind").agg(counts).iter_rows(named=True)}
@@ -101,25 +75,25 @@ def operations(root: Path) -> str:
 
 
 def _short(found: list[dict[str, Any]]) -> list[str]:
-    """ndcg@20 of a few methods on every log, and what a full retrain costs."""
-    names = [model if strategy in ("absorb", "refit") else f"{model} {strategy}" for model, strategy in SHOWN]
-    lines = ["| ndcg@20, % | " + " | ".join(names) + " | CPU-s, full : finetune |", "|---" * (len(SHOWN) + 2) + "|"]
+    """Return a table with ndcg@20 of the blend, of the best other method and of a few more, and with costs."""
+    lines = [
+        "| log | blend | best other | item-knn | popularity | comirec-dr, fine-tuned | comirec-dr, full retrain "
+        "| CPU-s per update of comirec-dr: fine-tuned / full retrain |",
+        "|---" * (len(SHOWN) + 4) + "|",
+    ]
     for result in found:
         if not result["recipe"].startswith("default-"):  # the others replay fewer methods
             continue
-        at = {key: 100 * row["value"] for key, row in _means(result).items() if key[2] == "ndcg@20"}
-        best = max(at[(*method, "ndcg@20")] for method in SHOWN)
-        cells = [f"{at[(*method, 'ndcg@20')]:.2f}" for method in SHOWN]
-        cells = [f"**{cell}**" if cell == f"{best:.2f}" else cell for cell in cells]
-        cost = [_means(result)["comirec-dr", way, "update_cpu_s"]["value"] for way in ("full", "finetune")]
+        means = method_means(result)
+        at = {(m, s): row["value"] for (m, s, metric), row in means.items() if metric == "ndcg@20" and "@" not in m}
+        blend = at.pop(("blend", "refit"))
+        best = max(at, key=lambda method: at[method])
+        name = best[0] if best[1] == "absorb" else ", ".join(best)
+        cells = [fraction(blend), f"{fraction(at[best])} ({name})", *(fraction(at[method]) for method in SHOWN)]
+        cost = [means["comirec-dr", way, "update_cpu_s"]["value"] for way in ("finetune", "full")]
         log = result["resolved"]["log"]["path"].partition(".")[0].replace("_", " ")
-        lines.append(f"| {log} | " + " | ".join(cells) + f" | {cost[0]:.0f} : {cost[1]:.1f} |")
+        lines.append(f"| {log} | " + " | ".join(cells) + f" | {cost[0]:.1f} / {cost[1]:.1f} |")
     return lines
-
-
-def _means(result: dict[str, Any]) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """(model, strategy, metric) -> value, low and high over all spans and seeds."""
-    return {(r["model"], r["strategy"], r["metric"]): r for r in pl.DataFrame(result["methods"]).iter_rows(named=True)}
 
 
 def _found(root: Path) -> list[dict[str, Any]]:
@@ -128,105 +102,127 @@ def _found(root: Path) -> list[dict[str, Any]]:
 
 
 def results_page(root: Path) -> str:
-    """The whole page."""
+    """Return the whole page."""
     every = _found(root)
     found = [result for result in every if set(result["resolved"]["replay"]["metrics"]) >= OURS]
     parts = ["# Results", "", "Generated by `make docs` from `benchmarks/results/*.json`; do not edit.", ""]
-    parts += [(root / "docs/findings.md").read_text().strip(), "", "## Claims and tests", ""]
+    parts += ["This page has three parts: the findings, tables that combine recipes, and one section per recipe.", ""]
+    parts += [(root / "docs/findings.md").read_text().strip(), "", *_how_to_read(), "", "## Claims and tests", ""]
     trained = [r for r in found if set(r["resolved"]["replay"]["models"]) & set(TRAINED)]
     parts += _claims([r for r in trained if not r["recipe"].startswith("default-")])
     bench = (root / "benchmarks/results/bench.jsonl").read_text().strip()
     parts += ["", "## The blend", "", *_blend([r for r in found if r["recipe"] in WITH_EXPERTS])]
     parts += _strategies([r for r in found if r["recipe"].startswith("strategies-")])
     parts += studies(root, found, _difference)
-    parts += ["", "## Benchmarks", "", "`make bench`, one thread:", "", "```json", bench, "```"]
+    parts += ["", "## Benchmarks", "", "The output of `make bench`, on one thread:", "", "```json", bench, "```"]
     for result in found:
-        parts += ["", f"## {result['recipe']}", "", *_about(result), "", *_table(result)]
+        parts += ["", f"## {result['recipe']}", "", *recipe_facts(result), "", *recipe_table(result)]
     for result in every:
         if result not in found:
-            parts += ["", f"## {result['recipe']}", "", *_protocol(result)]
+            parts += ["", f"## {result['recipe']}", "", *protocol_table(result)]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _how_to_read() -> list[str]:
+    """Return the section that says once what holds for all tables."""
+    return [
+        "## How to read the tables",
+        "",
+        "- *Units.* ndcg, hr, recall, mrr and auc are fractions from 0 to 1: higher is better. Log loss is in nats per",
+        "  event: lower is better. CPU-s are seconds of processor time, all threads together.",
+        "- *Means.* Values are means over spans. Each query is averaged over seeds first.",
+        "- *Intervals.* `value (low .. high)` is a 95 % bootstrap interval over users. It does not cover the random",
+        "  choices of training.",
+        "- *Beyond chance.* A paired sign-flip test over users gives p < 0.05 after the Benjamini-Hochberg correction",
+        "  for all pairs of methods of the same recipe. Differences beyond chance are **bold**.",
+        "- *Forgetting.* The loss of ndcg@20 on targets of earlier spans, measured after the last span: positive =",
+        "  forgotten, negative = improved. The loss is counted from the update on the span of the target. Only users",
+        "  whose held-out events are never trained on are measured.",
+        "- *Histories and stored interests.* A multi-interest model normally reads a user's interests from the recent",
+        '  history. "Stored interests" means the interests that were stored at the last update are read instead, and',
+        '  "recent and stored interests" means that both are used.',
+        "- *Blocks.* `(4 blocks)` after a strategy means that each span was measured and counted in 4 blocks, one",
+        "  after the other. Without it, a span is one block.",
+    ]
 
 
 def _claims(found: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "Difference in ndcg@20, in points (%), with its 95 % bootstrap interval over users. Each query is averaged",
-        "over seeds first; spans weigh equally, users equally within a span, as in the tables below. **Bold** where a",
-        "paired sign-flip test over users says p < 0.05 after correcting for all pairs of methods of that log",
-        "(Benjamini-Hochberg). Positive: the first named is better.",
+        "Each cell is a difference in ndcg@20, the first method minus the second: positive = the first is better. It",
+        "comes with its 95 % bootstrap interval over users, and is **bold** where it is beyond chance. Spans weigh",
+        "equally, and users weigh equally within a span.",
     ]
     for claim in CLAIMS:
-        rows = {
+        columns = {
             model: [_difference(r["tests"], (model, claim.better), (model, claim.worse)) for r in found]
             for model in claim.models
         }
-        lines += ["", f"**{claim.sentence}.**", "", *_side_by_side("model", rows, found)]
-    lines += ["", "**More interests are better than one (fine-tuned ComiRec-DR, K = 4 against K = 1).**", ""]
+        lines += ["", f"### {claim.sentence}", "", f"`{claim.better}` minus `{claim.worse}`:", ""]
+        lines += _side_by_side(columns, found)
+    lines += ["", "### More interests are better than one (fine-tuned ComiRec-DR)", ""]
     pair = ("comirec-dr", "finetune"), ("comirec-dr-k1", "finetune")
-    lines += _side_by_side("", {"K = 4 minus K = 1": [_difference(r["tests"], *pair) for r in found]}, found)
-    lines += ["", "**The best model, fully retrained, beats item-knn.**", ""]
+    lines += _side_by_side({"K = 4 minus K = 1": [_difference(r["tests"], *pair) for r in found]}, found)
+    lines += ["", "### The best model, fully retrained, beats item-knn", ""]
     lines += [
-        "The model is the best of the fully retrained, chosen on these numbers: that flatters it. Controls learn",
-        "held-out events one update earlier than trained models do",
-        "([decision 4](decisions/004-controls-absorb-at-once.md)): that flatters the controls.",
+        "The model is the best fully retrained one, chosen on these numbers, which favours it. Counting models learn",
+        "held-out events one update earlier than trained models do, which favours the counting models",
+        "([decision 4](decisions/004-controls-absorb-at-once.md)).",
         "",
     ]
-    rows = {}
+    columns = {}
     for other in ("item-knn", "popularity"):
         best = [(_best_full(r), r["tests"]) for r in found]
-        rows[f"best full minus {other}"] = [
+        columns[f"best full minus {other}"] = [
             f"{model}: {_difference(tests, (model, 'full'), (other, 'absorb'))}" if model else ""
             for model, tests in best
         ]
-    return lines + _side_by_side("", rows, found)
+    return lines + _side_by_side(columns, found)
 
 
-def _side_by_side(corner: str, rows: dict[str, list[str]], found: list[dict[str, Any]]) -> list[str]:
-    """A table with a column for each recipe; rows and columns in which nothing stands are left out."""
-    rows = {name: cells for name, cells in rows.items() if any(cells)}
-    columns = [i for i in range(len(found)) if any(cells[i] for cells in rows.values())]
-    lines = [
-        f"| {corner} | " + " | ".join(found[i]["recipe"] for i in columns) + " |",
-        "|---" * (len(columns) + 1) + "|",
-    ]
-    return lines + [f"| {name} | " + " | ".join(cells[i] for i in columns) + " |" for name, cells in rows.items()]
+def _side_by_side(columns: dict[str, list[str]], found: list[dict[str, Any]]) -> list[str]:
+    """Return a table with a row for each recipe, without empty rows and columns."""
+    columns = {name: cells for name, cells in columns.items() if any(cells)}
+    rows = [(result["recipe"], *(cells[i] for cells in columns.values())) for i, result in enumerate(found)]
+    lines = [f"| recipe | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    return lines + [f"| {' | '.join(row)} |" for row in rows if any(row[1:])]
 
 
 def _blend(found: list[dict[str, Any]]) -> list[str]:
-    """What joining the experts is worth on each log, against the one of them that turned out best there."""
+    """Return a table that compares the blend with the best single expert of each log."""
     lines = [
-        "The blend (`refit`) against the best single expert of each log, chosen on these very numbers: that flatters",
-        "the single. *Counters*: without the trained expert (`refit:trains=never`). Of each user and span the last",
-        "event and two others are asked for, about 3,000 a span, all alike (gowalla: the log's own split, by user).",
+        "ndcg@20 of the blend (`refit`) and of the best single expert of each log. That expert is chosen on these",
+        "numbers, which favours it. *Counting only* is the blend without its trained expert (`refit:trains=never`).",
+        "The targets are the last event of each user in each span and two others, about 3,000 per span. They weigh",
+        "equally. On gowalla the targets are those of the log's own split, and users weigh equally.",
         "",
-        "| recipe | best single | ndcg@20 | counters | blend | blend - best single | CPU-s per update |",
+        "| recipe | best single | its ndcg@20 | counting only | blend | blend - best single | CPU-s per update |",
         "|---|---|---|---|---|---|---|",
     ]
     for result in found:
-        at = {key[:2]: row["value"] for key, row in _means(result).items() if key[2] == "ndcg@20"}
+        at = {key[:2]: row["value"] for key, row in method_means(result).items() if key[2] == "ndcg@20"}
         best = max((key for key in at if key[0] != "blend"), key=lambda key: at[key])
-        cost = _means(result)["blend", "refit", "update_cpu_s"]["value"]
+        cost = method_means(result)["blend", "refit", "update_cpu_s"]["value"]
         counting = next(key for key in at if key[1].startswith("refit:trains="))
         ways = (best, counting, ("blend", "refit"))
-        cells = [f"{100 * at[way]:.2f}" for way in ways]
+        cells = [fraction(at[way]) for way in ways]
         gain = f"{_difference(result['tests'], ('blend', 'refit'), best)}, {100 * (at[ways[-1]] / at[best] - 1):+.0f} %"
         lines.append(f"| {result['recipe']} | {best[0]} | " + " | ".join([*cells, gain, f"{cost:.1f}"]) + " |")
     return lines
 
 
 def _strategies(found: list[dict[str, Any]]) -> list[str]:
-    """Every strategy on the models of each log: quality by model, mean rank, and mean costs."""
+    """Return a table for each log: the quality of every strategy by model, its mean rank, and its mean costs."""
     lines = [
         "",
         "## Every strategy",
         "",
-        "ndcg@20 in %; + and -: above or below fine-tuning of the same model beyond chance (corrected for all pairs of",
-        "methods of the log). *Rank*: among the strategies of a model, mean over models. CPU seconds per update, MB at",
-        "the peak (of a process that had run other strategies before, and kept some of their memory) and forgetting",
-        "(positive: forgotten) are means over models too.",
+        "ndcg@20 by model, higher is better. + and - mark differences from fine-tuning of the same model that are",
+        "beyond chance: + is better, - is worse. *Rank* is the place among the strategies of a model (1 = best), as a",
+        "mean over models. CPU-s per update, peak memory and forgetting (positive = forgotten) are means over models",
+        "too. Peak memory is that of a process that had run other strategies before and kept some of their memory.",
     ]
     for result in found:
-        at, models = _means(result), result["resolved"]["replay"]["models"]
+        at, models = method_means(result), result["resolved"]["replay"]["models"]
         strategies = sorted({s for m, s, metric in at if m == models[0] and metric == "ndcg@20"})
         order = {m: sorted(strategies, key=lambda s, m=m: -at[m, s, "ndcg@20"]["value"]) for m in models}  # type: ignore[misc]
         ranks = {s: sum(order[m].index(s) + 1 for m in models) / len(models) for s in strategies}
@@ -235,151 +231,35 @@ def _strategies(found: list[dict[str, Any]]) -> list[str]:
         for strategy in sorted(strategies, key=lambda s: (ranks[s], s)):
             marks = [_mark(result["tests"], (m, strategy), (m, "finetune")) for m in models]
             cells = [strategy.partition(":")[0], f"{ranks[strategy]:.1f}"]
-            cells += [f"{100 * at[m, strategy, 'ndcg@20']['value']:.2f}{mark}" for m, mark in zip(models, marks)]
-            for metric, scale, form in (("update_cpu_s", 1, ".1f"), ("peak_mb", 1, ".0f"), (FORGETTING, 100, "+.2f")):
-                known = [scale * at[m, strategy, metric]["value"] for m in models if (m, strategy, metric) in at]
+            cells += [fraction(at[m, strategy, "ndcg@20"]["value"]) + mark for m, mark in zip(models, marks)]
+            for metric, form in (("update_cpu_s", ".1f"), ("peak_mb", ".0f"), (FORGETTING, "+.4f")):
+                known = [at[m, strategy, metric]["value"] for m in models if (m, strategy, metric) in at]
                 cells.append(format(sum(known) / len(known), form) if known else "")
             lines.append("| " + " | ".join(cells) + " |")
     return lines if found else []
 
 
 def _mark(tests: dict[str, list[Any]], a: tuple[str, str], b: tuple[str, str]) -> str:
-    """ "+" where a is above b beyond chance, "-" where it is below, else nothing."""
-    difference = _difference(tests, a, b)
-    return difference[2] if difference.startswith("**") else ""
+    """Return "+" where a is above b beyond chance, "-" where it is below, else nothing."""
+    found = _difference(tests, a, b)
+    return found[2] if found.startswith("**") else ""
 
 
 def _best_full(result: dict[str, Any]) -> str:
-    """The model whose full retrain has the highest ndcg@20, in the same numbers that are then tested."""
-    at = {key: row["value"] for key, row in _means(result).items() if key[1:] == ("full", "ndcg@20")}
+    """Return the model whose full retrain has the highest ndcg@20, in the same numbers that are then tested."""
+    at = {key: row["value"] for key, row in method_means(result).items() if key[1:] == ("full", "ndcg@20")}
     plain = [key for key in at if "@" not in key[0]]
     return max(plain, key=lambda key: at[key])[0] if plain else ""
 
 
 def _difference(tests: dict[str, list[Any]], a: tuple[str, str], b: tuple[str, str]) -> str:
-    """a - b with its interval, bold where it is significant; empty where the pair was not run."""
+    """Return a - b with its interval, bold where it is beyond chance; empty where the pair was not run."""
     pairs = zip(zip(tests["model_a"], tests["strategy_a"]), zip(tests["model_b"], tests["strategy_b"]))
     for i, (first, second) in enumerate(pairs):
         if {first, second} == {a, b}:
             row = {name: column[i] for name, column in tests.items()}
             sign = 1 if first == a else -1
             low, high = sorted((sign * row["low"], sign * row["high"]))
-            text = f"{100 * sign * row['difference']:+.2f} ({100 * low:+.2f} .. {100 * high:+.2f})"
+            text = difference(sign * row["difference"], low, high)
             return f"**{text}**" if row["p_adjusted"] < 0.05 else text
     return ""
-
-
-def _about(result: dict[str, Any]) -> list[str]:
-    resolved = result["resolved"]
-    base, *later = result["spans"]
-    events, targets = [span["events"] for span in later], sum(span["targets"] for span in later)
-    seen = sum((span["seen_share"] or 0.0) * span["targets"] for span in later) / max(targets, 1)
-    log = resolved["log"]["path"] or f"the {resolved['log']['world']} world"
-    users = f"{resolved['log']['users']:,} sampled users" if resolved["log"]["users"] else "all users"
-    seeds, tuned = resolved["replay"]["seeds"], resolved["replay"]["tune"]
-    return [
-        f"`make reproduce RECIPE={result['recipe']} DATA=...` -- {log}, {users}; base block "
-        f"{base['events']:,} events, then {len(later)} spans of {min(events):,} to {max(events):,} events; "
-        f"{targets:,} targets, of which {100 * seen:.0f} % are of items seen "
-        f"before their span (what counts may also offer users their own new items again); "
-        f"{seeds} seed{'s' if seeds > 1 else ''}"
-        + ("; knobs of each update chosen on the span before" if tuned else "; nothing tuned")
-        + ", but full has no knob to choose" * tuned
-        + ". The epochs of the base block are chosen once, on that block, and full uses as many at each retrain: it is "
-        "otherwise untuned.",
-        "",
-        "Means over spans, in %, with 95 % bootstrap intervals over users; each query is averaged over seeds first, so "
-        "an interval does not cover the chance in training. *stored* = ndcg@20 read from the interests stored at the "
-        "last update instead of the recent history. Forgetting: what the model after the last span has lost on earlier "
-        "spans' targets since it was updated on their span, for users whose held-out events are never trained on "
-        "(positive: forgotten; negative: gained).",
-    ]
-
-
-def _table(result: dict[str, Any]) -> list[str]:
-    at = _means(result)
-    methods = {(m, s) for m, s, metric in at if metric == "ndcg@20" and "@" not in m}
-    has_bytes = any(metric == "interest_bytes" for _, _, metric in at)
-    lines = [
-        "| model | strategy | ndcg@20 | hr@20 | stored | forgetting | CPU-s per update | interests per user |"
-        + " their bytes |" * has_bytes,
-        "|---|---|---|---|---|---|---|---|" + "---|" * has_bytes,
-    ]
-    for model, strategy in sorted(methods, key=lambda method: (-at[(*method, "ndcg@20")]["value"], method)):
-        row = at[model, strategy, "ndcg@20"]
-        stored = at.get((f"{model}@stored", strategy, "ndcg@20"))
-        lost, k = at.get((model, strategy, FORGETTING)), at.get((model, strategy, "mean_k"))
-        cells = [
-            model,
-            strategy,
-            f"{100 * row['value']:.2f} ({100 * row['low']:.2f} .. {100 * row['high']:.2f})",
-            f"{100 * at[model, strategy, 'hr@20']['value']:.2f}",
-            f"{100 * stored['value']:.2f}" if stored else "",
-            f"{100 * lost['value']:+.2f}" if lost else "",
-            f"{at[model, strategy, 'update_cpu_s']['value']:.2f}",
-            f"{k['value']:.2f}" if k and model not in CONTROLS else "",
-        ]
-        if has_bytes:
-            n_bytes = at.get((model, strategy, "interest_bytes"))
-            cells.append(f"{n_bytes['value']:.0f}" if n_bytes else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
-
-
-def _protocol(result: dict[str, Any]) -> list[str]:
-    """A table of a recipe that follows a paper's own protocol: every metric, the cost, and what was published."""
-    part, (base, *later) = result["resolved"]["replay"], result["spans"]
-    part = with_current_keys(part, RECIPE_KEYS["replay"])
-    at, metrics = _means(result), part["metrics"]
-    published = PUBLISHED.get(result["recipe"], {})
-    methods = {(m, s) for m, s, metric in at if metric == metrics[0]}
-    up = -1 if metrics[0] in LOWER_IS_BETTER else 1
-    first, seeds = max(1, part["from_span"]), part["seeds"]
-    lines = [
-        f"`make reproduce RECIPE={result['recipe']} DATA=...` -- {result['resolved']['log']['path']}; base block "
-        f"{base['events']:,} events, then {len(later)} spans; means over spans {first} to {len(later)}, where "
-        f"{EQUAL[part['averaging']]} weigh equally; {seeds} seed{'s' if seeds > 1 else ''}.",
-        "",
-        "| model | strategy | "
-        + " | ".join(metrics)
-        + " | CPU-s per update | peak MB |"
-        + " published |" * bool(published),
-        "|---" * (4 + len(metrics) + bool(published)) + "|",
-    ]
-    for model, strategy in sorted(methods, key=lambda method: (-up * at[(*method, metrics[0])]["value"], method)):
-        costs = [at.get((model, strategy, cost)) for cost in ("update_cpu_s", "peak_mb")]
-        known = published.get(strategy.partition(":")[0])
-        cells = [_short_name(model), _short_name(strategy)]
-        cells += [format_with_interval(metric, at[model, strategy, metric]) for metric in metrics]
-        cells += [f"{cost['value']:.1f}" if cost else "" for cost in costs]
-        cells += [" / ".join(f"{n:.2f}" for n in known) if known else ""] if published else []
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines + _improvements(at, metrics)
-
-
-def _improvements(at: dict[tuple[str, str, str], dict[str, Any]], metrics: list[str]) -> list[str]:
-    """RI of SML over each other method, where a recipe has it and the metrics that RI is a mean over."""
-    recalls, ndcgs = ([m for m in metrics if m.startswith(kind)] for kind in ("recall", "ndcg"))
-    models = sorted({m for m, s, _ in at if s == "sml"})
-    if not (recalls and ndcgs and models):
-        return []
-    found = []
-    for model, strategy in sorted({(m, s) for m, s, metric in at if metric == metrics[0] and s != "sml"}):
-        both = [
-            improvement([at[models[0], "sml", m]["value"] for m in of], [at[model, strategy, m]["value"] for m in of])
-            for of in (recalls, ndcgs)
-        ]
-        found.append(f"{_short_name(model)} {_short_name(strategy)} {100 * both[0]:+.0f} / {100 * both[1]:+.0f} %")
-    return ["", "RI of sml (recall / ndcg, means over k) over: " + "; ".join(found) + "."]
-
-
-def improvement(ours: list[float], theirs: list[float]) -> float:
-    """RI, as SML reports it: by what share ours is higher, the mean over k of the metric at k."""
-    return sum(a / b - 1 for a, b in zip(ours, theirs, strict=True)) / len(ours)
-
-
-def _short_name(name: str) -> str:
-    """Without the options of the protocol, which the recipe holds; those that tell methods apart stay."""
-    telling = ("dropout=", "rounds=", "transfer=", "k=", "weight=")
-    kept = [part for part in name.split(":")[1:] if part.startswith(telling)]
-    return ":".join([name.partition(":")[0], *kept])

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install what the tests start and pip does not bring: a browser, for tests/test_page.py.
-# Where that is impossible, say so and go on: the tests that need it are then skipped.
+# Install the browser for tests/test_page.py, which pip does not provide.
+# If that is impossible, print a message and exit with 0. The tests that need the browser are then skipped.
 set -euo pipefail
 
 if [ -x /usr/bin/chromium ]; then exit 0; fi

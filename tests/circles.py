@@ -1,4 +1,4 @@
-"""A world that turns round: users who go round circles of items forwards, and then others who go backwards."""
+"""A world that changes direction: users go round circles of items forwards, and later users go backwards."""
 
 from dataclasses import replace
 
@@ -10,13 +10,15 @@ from freshrec.types import Events, Histories, Span, State, Strategy
 
 
 def circles(users: range, step: int) -> Events:
-    """16 events each: user u goes round in the u-th of four circles of 5 items, forwards (1) or backwards (-1)."""
+    """16 events for each user. The users take turns in going round four circles of 5 items, forwards (step 1) or
+    backwards (-1).
+    """
     circle_UT = torch.arange(len(users))[:, None] % 4 * 5 + (step * torch.arange(16)) % 5 + 1
     return Events.trainable(torch.tensor(users).repeat_interleave(16), circle_UT.reshape(-1))
 
 
 def two_periods(strategy: Strategy) -> tuple[State, Span]:
-    """Users 1..60 go round forwards, and are gone; then users 61..100 go round backwards."""
+    """A state trained on users 1..60, who go forwards and then leave, and a span of users 61..100, who go backwards."""
     base, after = circles(range(1, 61), 1), circles(range(61, 101), -1)
     spec = SASRecSpec(d=16, negatives=16, length=8, dropout=0.0)
     state = State(spec.build(0), histories=append_events(Histories.empty(), base, 60))

@@ -1,11 +1,11 @@
-"""What every test may ask for."""
+"""Fixtures and settings shared by all tests."""
 
 import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import cpu_instructions  # noqa: F401  # first of all, and before torch
+import cpu_instructions  # noqa: F401  # must come first, before torch
 import pytest
 from hypothesis import settings
 
@@ -17,12 +17,12 @@ settings.load_profile("house")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Exclude all that is imported from garbage collection.
+    """Exclude all imported objects from garbage collection.
 
     Every update of a replay first collects garbage, and searching all imported modules takes longer than most updates
     of the tests.
     """
-    if len(session.items) > 500:  # it takes seconds, and the first optimizer imports it
+    if len(session.items) > 500:  # importing it takes seconds, and the first optimizer does it anyway
         import torch._dynamo  # noqa: F401
     gc.collect()
     gc.freeze()
@@ -33,7 +33,7 @@ LOGS = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 
 @pytest.fixture
 def real_log() -> Callable[[str], Path]:
-    """`real_log("uci_online_retail")`: the path of a real log; the test is skipped where the log is not there."""
+    """`real_log("uci_online_retail")`: the path of a real log. Skips the test if the log is missing."""
 
     def find(name: str) -> Path:
         path = LOGS / f"{name}.parquet"
@@ -46,7 +46,7 @@ def real_log() -> Callable[[str], Path]:
 
 @pytest.fixture
 def bits(tmp_path: Path) -> Callable[[State], bytes]:
-    """`bits(state)`: all that is in a state but its costs, which differ; two states are equal when their bits are."""
+    """`bits(state)`: the saved bytes of a state without its costs. Equal states have equal bytes."""
 
     def saved(state: State) -> bytes:
         path = tmp_path / "bits.safetensors"

@@ -1,4 +1,4 @@
-"""What tests/test_nightly.py kills: it changes the store in a folder for ever."""
+"""A process that changes a store in an endless loop. tests/test_nightly.py kills it at random moments."""
 
 import multiprocessing
 import sys
@@ -10,24 +10,25 @@ import numpy as np
 
 from freshrec.cli.app import main
 
-# A new process starts as a copy of one that has imported these, which takes seconds.
+# Each process is forked from one that has already imported these modules. Importing them takes seconds.
 PRELOADED = ["freshrec.nightly.job", "freshrec.recommender.recommender", "freshrec.cli.app", "hypothesis", "pytest"]
 
 
-def start(folder: Path, deeds: str) -> BaseProcess:
-    """Start the process; it is ready when this returns."""
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(PRELOADED)
-    ready, says_ready = processes.Pipe(duplex=False)
-    process = processes.Process(target=change_for_ever, args=(folder, deeds.split(","), says_ready))
+def start(folder: Path, commands: str) -> BaseProcess:
+    """Start a process that runs random commands from a comma-separated list. It is ready when this returns."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=change_endlessly, args=(folder, commands.split(","), sender))
     process.start()
-    says_ready.close()
-    with ready:
-        assert ready.recv() == "ready"
+    sender.close()
+    with receiver:
+        assert receiver.recv() == "ready"
     return process
 
 
-def change_for_ever(folder: Path, deeds: list[str], says_ready: Connection) -> None:
+def change_endlessly(folder: Path, commands: list[str], sender: Connection) -> None:
+    """Report that the process is ready, then run random commands with random arguments until it is killed."""
     source, at = np.random.default_rng(), ["--store", str(folder / "s")]
     arguments = {
         "update": lambda: [str(folder / f"day-{source.integers(6)}.parquet"), "--force", "--reason", "a test"],
@@ -37,7 +38,7 @@ def change_for_ever(folder: Path, deeds: list[str], says_ready: Connection) -> N
         "erase": lambda: [str(source.integers(1, 60))],
     }
     sys.stdout = sys.stderr = open("/dev/null", "w")  # noqa: SIM115, PTH123
-    says_ready.send("ready")
+    sender.send("ready")
     while True:
-        deed = deeds[source.integers(len(deeds))]
-        main([deed, *arguments[deed](), *at])
+        command = commands[source.integers(len(commands))]
+        main([command, *arguments[command](), *at])

@@ -1,4 +1,4 @@
-"""What tests/test_gold.py records of a store: four nights, one of them refused, and the lists that it then serves."""
+"""What tests/test_gold.py records of a store: four updates, one of them refused, and the lists served afterwards."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ USERS = ["user-0", "user-7", "user-60", "nobody"]
 
 
 def nights(model: str, strategy: str, trains: bool = True) -> Record:
-    """A fit, an ordinary day, a day that one user made alone, which the gate refuses, and two ordinary days.
+    """Record a fit, an ordinary day, a day with events of one user only, and two more ordinary days.
 
-    `trains`: the model learns by gradients, so that scores move with the last bits of the processor's sums.
+    The gate refuses the day of one user. `trains` says that the model is trained by gradient descent, so its scores
+    depend on the last bits of the processor's sums.
     """
     with TemporaryDirectory() as folder:
         base, one, two, three, four, five = days(5)
@@ -37,9 +38,9 @@ def nights(model: str, strategy: str, trains: bool = True) -> Record:
         verdicts, numbers = {"1": _verdict(first, job)}, {"1": _numbers(first)}
         for day in (one, two.with_columns(user_id=pl.lit("user-7")), three, four):
             job.append_delivery(read_log(day), f"day {len(verdicts)}")
-            for about in job.catch_up():
-                verdicts[str(about.id)], numbers[str(about.id)] = _verdict(about, job), _numbers(about)
-        lists = {"python": _python(Path(folder), five), "http": _http(Path(folder))}
+            for manifest in job.catch_up():
+                verdicts[str(manifest.id)], numbers[str(manifest.id)] = _verdict(manifest, job), _numbers(manifest)
+        lists = {"python": _python_answers(Path(folder), five), "http": _http_answers(Path(folder))}
         hashes = {f"version {n}": _hash(job.store, int(n)) for n in verdicts}
         measured = {"numbers": numbers} | lists
         if trains:
@@ -47,56 +48,61 @@ def nights(model: str, strategy: str, trains: bool = True) -> Record:
         return Record({"verdicts": verdicts} | measured, {}, hashes)
 
 
-def _verdict(about: Manifest, job: NightlyJob) -> dict[str, Any]:
-    """Whether the gate let a version go live, which one is live then, and the facts of the day."""
-    verdict = {"promoted": about.promoted, "reasons": len(about.reasons), "live": job.store.live}
-    numbers = {"parent": about.parent, "batch": about.batch, "held": about.held, "spans_seen": about.spans_seen}
-    day = {name: value for name, value in about.data["day"].items() if value is not None}
-    return verdict | numbers | {"sizes": about.sizes, "day": day}
+def _verdict(manifest: Manifest, job: NightlyJob) -> dict[str, Any]:
+    """Whether the version was promoted, which version is live afterwards, and the statistics of the delivery."""
+    verdict = {"promoted": manifest.promoted, "reasons": len(manifest.reasons), "live": job.store.live}
+    numbers = {
+        "parent": manifest.parent,
+        "batch": manifest.batch,
+        "held": manifest.held,
+        "spans_seen": manifest.spans_seen,
+    }
+    day = {name: value for name, value in manifest.data["day"].items() if value is not None}
+    return verdict | numbers | {"sizes": manifest.sizes, "day": day}
 
 
-def _numbers(about: Manifest) -> dict[str, Any]:
-    """What was measured, but for times."""
-    return {name: value for name, value in about.numbers.items() if not name.endswith("_s")} | {
-        "notes": len(about.notes)
+def _numbers(manifest: Manifest) -> dict[str, Any]:
+    """Everything that was measured, except times."""
+    return {name: value for name, value in manifest.numbers.items() if not name.endswith("_s")} | {
+        "notes": len(manifest.notes)
     }
 
 
 def _hash(store: Store, number: int) -> str:
-    """Of all that a version holds: models, histories, ids, events that wait, queries for the nights to come."""
-    kept = read_bundle(store.verified_files(number))
-    served = kept.served
+    """Hash of the models, histories, ids, pending events and held-out queries of a version."""
+    bundle = read_bundle(store.verified_files(number))
+    served = bundle.served
     ids = (served.users.frame, served.items.frame, served.categories)
-    return state_hash(served.state, served.counts, served.pending, ids, kept.holdout_queries)
+    return state_hash(served.state, served.counts, served.pending, ids, bundle.holdout_queries)
 
 
-def _python(folder: Path, next_day: pl.DataFrame) -> dict[str, Any]:
-    """What the Python class answers."""
-    loved = Recommender.load(folder / "s")
-    some = ["item-3", "item-12", "item-20", "item-31", "item-47", "no-item"]
-    ways: dict[str, Any] = {
-        "plain": loved.recommend(USERS, 8),
-        "with what they had": loved.recommend(USERS, 8, exclude_seen=False),
-        "allowed": loved.recommend(USERS, 4, exclude_seen=False, allow=some),
-        "denied": loved.recommend(USERS, 4, deny=some),
-        "of a category": loved.recommend(USERS, 4, exclude_seen=False, category="1"),
-        "diverse": loved.recommend(USERS, 6, diversity=0.05),
+def _python_answers(folder: Path, next_day: pl.DataFrame) -> dict[str, Any]:
+    """The answers of the Python class `Recommender`."""
+    recommender = Recommender.load(folder / "s")
+    some_items = ["item-3", "item-12", "item-20", "item-31", "item-47", "no-item"]
+    requests: dict[str, Any] = {
+        "plain": recommender.recommend(USERS, 8),
+        "with what they had": recommender.recommend(USERS, 8, exclude_seen=False),
+        "allowed": recommender.recommend(USERS, 4, exclude_seen=False, allow=some_items),
+        "denied": recommender.recommend(USERS, 4, deny=some_items),
+        "of a category": recommender.recommend(USERS, 4, exclude_seen=False, category="1"),
+        "diverse": recommender.recommend(USERS, 6, diversity=0.05),
     }
-    found: dict[str, Any] = {name: _lists(frame) for name, frame in ways.items()}
+    found: dict[str, Any] = {name: _lists(frame) for name, frame in requests.items()}
     first = {user: rows[0][0] for user, rows in found["plain"].items()}
-    found["explained"] = {user: _reasons(loved.explain(user, first[user])) for user in USERS[:3]}
-    evaluated = loved.evaluate(next_day).iter_rows(named=True)
+    found["explained"] = {user: _reasons(recommender.explain(user, first[user])) for user in USERS[:3]}
+    evaluated = recommender.evaluate(next_day).iter_rows(named=True)
     found["evaluated"] = {row["metric"]: [row["value"], row["n"], row["n_users"]] for row in evaluated}
     try:
-        similar = loved.similar_items(some[:3], 4)
-        found["similar"] = {item: _pairs(similar.filter(item_id=item), "similar_id") for item in some[:3]}
+        similar = recommender.similar_items(some_items[:3], 4)
+        found["similar"] = {item: _pairs(similar.filter(item_id=item), "similar_id") for item in some_items[:3]}
     except IncompatibleError:
         found["similar"] = "none"
     return found
 
 
 def _lists(frame: pl.DataFrame) -> dict[str, Any]:
-    """user -> item, score, and whether the model did not choose it."""
+    """Map each user to a list of [item, score, whether it is a fallback]."""
     return {
         user: [[row["item_id"], row["score"], row["fallback"] is not None] for row in rows.iter_rows(named=True)]
         for (user,), rows in frame.group_by("user_id", maintain_order=True)
@@ -111,9 +117,9 @@ def _reasons(frame: pl.DataFrame) -> list[list[Any]]:
     return [list(row) for row in frame.select("place", "points", "because").iter_rows()]
 
 
-def _http(folder: Path) -> dict[str, Any]:
-    """What the server answers; at the end a click comes in."""
-    ways = {
+def _http_answers(folder: Path) -> dict[str, Any]:
+    """The answers of the server. The last one follows a click."""
+    requests = {
         "plain": "k=8",
         "with what they had": "k=8&exclude_seen=false",
         "allowed": "k=4&exclude_seen=false&allow=item-3&allow=item-12&allow=item-20",
@@ -123,32 +129,32 @@ def _http(folder: Path) -> dict[str, Any]:
     }
     with server(folder) as (client, _):
 
-        def ask(path: str, key: str = "items") -> Any:
+        def get(path: str, key: str = "items") -> Any:
             answer = client.get(path)
             return answer.json()[key] if answer.status_code == 200 else answer.status_code
 
-        def listed(query: str) -> dict[str, Any]:
-            return {user: _answered(ask(f"/recommend/{user}?{query}")) for user in USERS}
+        def lists_for(query: str) -> dict[str, Any]:
+            return {user: _served_items(get(f"/recommend/{user}?{query}")) for user in USERS}
 
-        found: dict[str, Any] = {name: listed(query) for name, query in ways.items()}
-        both = client.post("/recommend", json={"users": USERS, "k": 3}).json()
-        found["together"] = {one["user_id"]: _answered(one["items"]) for one in both["lists"]}
-        found["similar"] = _answered(ask("/similar/item-3?k=4"))
+        found: dict[str, Any] = {name: lists_for(query) for name, query in requests.items()}
+        batch = client.post("/recommend", json={"users": USERS, "k": 3}).json()
+        found["together"] = {entry["user_id"]: _served_items(entry["items"]) for entry in batch["lists"]}
+        found["similar"] = _served_items(get("/similar/item-3?k=4"))
         item = found["plain"]["user-7"][0][0]
-        why = ask(f"/explain/user-7/{item}", "reasons")
-        found["explained"] = [[one["place"], one["points"], one["because"]] for one in why]
-        cards = ask("/users/user-7/interests", "interests")
-        found["interests"] = [_answered(card["items"]) for card in cards]
-        found["came since the version before"] = _answered(ask("/users/user-7/changes", "came"))
-        found["version"] = {key: ask("/version", key) for key in ("version", "parent", "sizes", "promoted")}
+        reasons = get(f"/explain/user-7/{item}", "reasons")
+        found["explained"] = [[reason["place"], reason["points"], reason["because"]] for reason in reasons]
+        cards = get("/users/user-7/interests", "interests")
+        found["interests"] = [_served_items(card["items"]) for card in cards]
+        found["came since the version before"] = _served_items(get("/users/user-7/changes", "came"))
+        found["version"] = {key: get("/version", key) for key in ("version", "parent", "sizes", "promoted")}
         click = {"user_id": "user-7", "item_id": "item-3", "timestamp": "2025-02-01T00:00:00Z", "event_id": "one"}
         client.post("/events", json={"events": [click]})
-        found["after a click"] = _answered(ask("/recommend/user-7?k=8&exclude_seen=false"))
+        found["after a click"] = _served_items(get("/recommend/user-7?k=8&exclude_seen=false"))
     return found
 
 
-def _answered(items: Any) -> Any:
-    """Items and scores; the status where there is no list."""
+def _served_items(items: Any) -> Any:
+    """A list of [item, score, whether it is a fallback], or the HTTP status if there is no list."""
     if isinstance(items, int):
         return items
-    return [[one["item_id"], one["score"], one.get("fallback") is not None] for one in items]
+    return [[entry["item_id"], entry["score"], entry.get("fallback") is not None] for entry in items]

@@ -1,4 +1,4 @@
-"""What is recorded of a run: numbers to 6 digits, and a hash of the state that outlives renames."""
+"""The record of a run: numbers with 6 digits, and hashes of states that do not change when names do."""
 
 from __future__ import annotations
 
@@ -17,32 +17,33 @@ from freshrec.types import Model, State, TrainedModel
 
 DIGITS = 6
 CLOSE = 1e-6
-LINE = 140  # characters of a part that is not broken into lines
+LINE = 140  # characters; a shorter part stays on one line
 
 
 @dataclass(frozen=True)
 class Record:
-    """What one run gave. `trained` and `hashes` agree only on machines that compute alike, `values` on all."""
+    """The results of one run. `values` are equal on all machines, `trained` and `hashes` where `machine()` is equal."""
 
     values: dict[str, Any]
-    trained: dict[str, Any]  # numbers that move with the last bits of weights, such as scores
+    trained: dict[str, Any]  # numbers that depend on the last bits of weights, such as scores
     hashes: dict[str, str]
 
 
 def state_hash(*states: Any) -> str:
-    """SHA-256 of all tensors, numbers and texts in `states`, however they are named and arranged.
+    """SHA-256 of all tensors, numbers and texts in `states`, independent of their names and order.
 
-    Each tensor counts by its dtype, shape and bytes, each number or text by itself, and both are sorted. So a class, a
-    field, a key, a column or a module can get another name, fields can change places, and the hash stays. A dtype, a
-    shape, one bit, or a new field that holds something change it. Left out: what is None, the options of models (they
-    choose what is computed, and their texts may be renamed) and what an update measured of itself (times differ).
+    The hash reads dtype, shape and bytes of each tensor, and each number and text. It sorts them, so classes, fields,
+    keys, columns and modules can be renamed, and fields can be reordered. A changed dtype, shape or bit changes the
+    hash, and so does a new field that is not None. The hash ignores None and the measurements of the last update,
+    because times differ. It also ignores the options of models: they determine what is computed, and their texts may
+    be renamed.
     """
     leaves = sorted(leaf for state in states for leaf in _leaves(state))
     return hashlib.sha256("\n".join(leaves).encode()).hexdigest()
 
 
 def _leaves(node: Any) -> Iterator[str]:
-    """A line for each tensor, number or text below `node`."""
+    """Yield a line for each tensor, number or text below `node`."""
     if isinstance(node, Tensor):
         tensor = node.detach().contiguous()
         digest = hashlib.sha256(tensor.view(-1).numpy().tobytes()).hexdigest()
@@ -58,7 +59,7 @@ def _leaves(node: Any) -> Iterator[str]:
 
 
 def _parts(node: Any) -> list[Any]:
-    """What `node` is made of."""
+    """The parts of `node`."""
     if node is None:
         return []
     if isinstance(node, dict):
@@ -76,7 +77,7 @@ def _parts(node: Any) -> list[Any]:
 
 
 def rounded(node: Any) -> Any:
-    """The same with numbers to 6 digits, as JSON holds it; nan and infinity as texts."""
+    """`node` with numbers rounded to 6 digits, as JSON stores it. nan and infinity become texts."""
     if isinstance(node, dict):
         return {str(key): rounded(part) for key, part in node.items()}
     if isinstance(node, tuple | list):
@@ -87,13 +88,13 @@ def rounded(node: Any) -> Any:
 
 
 def differences(gold: Any, found: Any, path: str = "") -> Iterator[str]:
-    """A line for each value that is not what was recorded: numbers may differ by 1e-6."""
+    """Yield a line for each value that differs from the recorded one. Numbers may differ by 1e-6."""
     if isinstance(gold, dict) and isinstance(found, dict):
         for key in sorted(gold.keys() | found.keys()):
             yield from differences(gold.get(key, "nothing"), found.get(key, "nothing"), f"{path} / {key}")
     elif isinstance(gold, list) and isinstance(found, list) and len(gold) == len(found):
-        for i, (mine, theirs) in enumerate(zip(gold, found)):
-            yield from differences(mine, theirs, f"{path} / {i}")
+        for i, (gold_part, found_part) in enumerate(zip(gold, found)):
+            yield from differences(gold_part, found_part, f"{path} / {i}")
     elif isinstance(gold, float) and isinstance(found, float | int):
         if abs(gold - found) > CLOSE * 1.5:  # both are rounded
             yield f"{path}: recorded {gold}, found {found}"
@@ -102,7 +103,7 @@ def differences(gold: Any, found: Any, path: str = "") -> Iterator[str]:
 
 
 def write(record: Record, path: Path) -> None:
-    """Write a record for people: a line for each small part."""
+    """Write a record as readable JSON, with one line for each small part."""
     whole = {"machine": cpu_instructions.machine()} | rounded(vars(record))
     path.write_text(_text(whole, " ") + "\n")
 

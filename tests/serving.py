@@ -1,4 +1,4 @@
-"""What tests of serving share: a small store, and a server around it in this process."""
+"""Helpers for tests of serving: a small store, and a server of it in this process."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def days(n: int = 2) -> list[pl.DataFrame]:
 
 
 def stored(folder: Path, model: str = "item-knn", strategy: str | None = None, n: int = 1) -> list[pl.DataFrame]:
-    """A store in `folder`/s with a version of each of `n` days; the days."""
+    """Make a store with `n` versions in `folder`/s. Returns the base and the days."""
     shutil.copytree(_prepared(model, strategy, n), folder, dirs_exist_ok=True)
     return days()
 
 
 @cache
 def _prepared(model: str, strategy: str | None, n: int) -> Path:
-    """A folder with such a store, fitted once in each process; tests get copies of it."""
+    """Make a folder with such a store, once per process. Tests get copies of it."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     if n > 1:
@@ -72,7 +72,7 @@ def _prepared(model: str, strategy: str | None, n: int) -> Path:
 
 
 def run(command: str, folder: Path, *words: str) -> int:
-    """A command on the store."""
+    """Run a command on the store. Returns its exit code."""
     return main([command, *words, "--store", str(folder / "s")])
 
 
@@ -84,8 +84,8 @@ def server(
 ) -> Iterator[tuple[TestClient, LiveVersion]]:
     """A client of a server of the store, and what it serves from.
 
-    A server in a process of its own searches all of it for garbage when a version comes or goes. Here that would be
-    what all tests have imported, half a second each time.
+    A real server collects garbage when a version is loaded or dropped. Here that would search everything that the tests
+    have imported, which takes half a second each time.
     """
     said: list[str] = []
     live = LiveVersion(open_store(folder / "s"), said.append, **of_live)
@@ -104,13 +104,13 @@ def server(
 
 
 def items(answer: Any) -> list[str]:
-    """The ids of a list."""
+    """Return the item ids of a list."""
     assert answer.status_code == 200, answer.text
     return [one["item_id"] for one in answer.json()["items"]]
 
 
 def click(client: TestClient, user: str, item: str, **more: Any) -> Any:
-    """What becomes of a click."""
+    """Send a click. Returns its acknowledgement."""
     answer = client.post("/events", json={"events": [{"user_id": user, "item_id": item, **more}]})
     assert answer.status_code == 200, answer.text
     return answer.json()["events"][0]
@@ -118,7 +118,7 @@ def click(client: TestClient, user: str, item: str, **more: Any) -> Any:
 
 @contextmanager
 def process(folder: Path, *words: str, wait_s: float = 60) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """`freshrec serve` in a process of its own, on a free port: its address, and the process."""
+    """Run `freshrec serve` in a separate process on a free port. Yields its address and the process."""
     command = [sys.executable, "-m", "freshrec", "serve", "--store", str(folder / "s"), "--port", "0", *words]
     with listening(command, folder / "serve.log", wait_s) as found:
         yield found
@@ -132,7 +132,7 @@ def listening(
     cwd: Path | None = None,
     env: dict[str, str] | None = None,
 ) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """A command that serves, once it listens: its address, and the process. What it prints is added to the log."""
+    """Run a command that serves, and wait until it listens. Yields its address and the process."""
     log = log_path.open("a+")
     since = len(log_path.read_text())
     with log, subprocess.Popen(command, stderr=log, stdout=log, text=True, cwd=cwd, env=env) as running:

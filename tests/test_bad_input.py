@@ -1,4 +1,4 @@
-"""Bad input: one sentence that says what, where and what to do; a non-zero exit; no traceback."""
+"""Bad input: a message that says what is wrong, where, and what to do; a non-zero exit code; no traceback."""
 
 from __future__ import annotations
 
@@ -21,33 +21,39 @@ HEADER = "user_id,item_id,timestamp\n"
 GOOD = "1,2,1600000000\n"
 BAD_FILES = {
     "empty.csv": ("", "empty.csv is an empty file"),
-    "header.csv": (HEADER, "header.csv holds no rows"),
-    "missing.csv": ("uid,item_id,timestamp\n" + GOOD, "no user_id among its columns uid, item_id, timestamp"),
-    "twice.csv": ("user_id,user_id,item_id,timestamp\n1,1,2,1600000000\n", 'several columns called "user_id"'),
-    "mixed.csv": (HEADER + GOOD + GOOD + "abc,2,1600000000\n", "user_id is text among whole numbers"),
-    "null.csv": (HEADER + GOOD + ",2,1600000000\n", "user_id is null or empty in 1 row (row 2: null)"),
-    "blank.csv": (HEADER + '1,"",1600000000\n' + GOOD, "item_id is null or empty in 1 row (row 1: '')"),
-    "long.csv": (HEADER + "x" * 10_000 + ",2,1600000000\n", "user_id is longer than 1,000 bytes in 1 row (row 1: 'xxx"),
-    "timeless.csv": (HEADER + GOOD + "1,2,\n", "timestamp is null in 1 row (row 2: null)"),
+    "header.csv": (HEADER, "header.csv has no rows"),
+    "missing.csv": ("uid,item_id,timestamp\n" + GOOD, "has no column user_id. Its columns are uid, item_id, timestamp"),
+    "twice.csv": ("user_id,user_id,item_id,timestamp\n1,1,2,1600000000\n", 'has several columns "user_id"'),
+    "mixed.csv": (HEADER + GOOD + GOOD + "abc,2,1600000000\n", "user_id is text, while most ids are whole numbers"),
+    "null.csv": (HEADER + GOOD + ",2,1600000000\n", "user_id is null or empty in 1 row (data row 2: null)"),
+    "blank.csv": (HEADER + '1,"",1600000000\n' + GOOD, "item_id is null or empty in 1 row (data row 1: '')"),
+    "long.csv": (
+        HEADER + "x" * 10_000 + ",2,1600000000\n",
+        "user_id is longer than 1,000 bytes in 1 row (data row 1: 'xxx",
+    ),
+    "timeless.csv": (HEADER + GOOD + "1,2,\n", "timestamp is null in 1 row (data row 2: null)"),
     "unread.csv": (
         HEADER + GOOD + "1,2,yesterday\n",
-        "timestamp cannot be read as a time in 1 row (row 2: 'yesterday')",
+        "timestamp cannot be read as a time in 1 row (data row 2: 'yesterday')",
     ),
-    "early.csv": (HEADER + GOOD + GOOD + "1,2,-5\n", "timestamp is before 1980 in 1 row (row 3: '-5')"),
-    "future.csv": (HEADER + GOOD + GOOD + "1,2,4000000000\n", "timestamp is in the future in 1 row (row 3"),
-    "huge.csv": (HEADER + GOOD + GOOD + "1,2,9" + "0" * 30 + "\n", "timestamp is in the future in 1 row (row 3"),
-    "counter.csv": (HEADER + "1,2,1\n1,3,2\n", "the timestamps are around 2, which is before 1980"),
+    "early.csv": (HEADER + GOOD + GOOD + "1,2,-5\n", "timestamp is before 1980 in 1 row (data row 3: '-5')"),
+    "future.csv": (HEADER + GOOD + GOOD + "1,2,4000000000\n", "timestamp is in the future in 1 row (data row 3"),
+    "huge.csv": (HEADER + GOOD + GOOD + "1,2,9" + "0" * 30 + "\n", "timestamp is in the future in 1 row (data row 3"),
+    "counter.csv": (HEADER + "1,2,1\n1,3,2\n", "The timestamps are around 2, which is before 1980"),
     "ragged.csv": (HEADER + "1,2,3,4,5\n", "ragged.csv cannot be read as a table"),
     "cut.jsonl": ('{"user_id": 1, "ite', "cut.jsonl cannot be read as a table"),
-    "list.jsonl": ('{"user_id":[1],"item_id":2,"timestamp":1600000000}\n', "the column for user_id holds List"),
-    "cut.parquet": ("PAR1 and then nothing", "cut.parquet is not a whole Parquet file"),
-    "photo.png": ("\x89PNG", "photo.png does not end like a table"),
-    "period.csv": ("user_id,item_id,period\n1,2,0\n1,2,late\n", "period is no whole number in 1 row (row 2: 'late')"),
+    "list.jsonl": ('{"user_id":[1],"item_id":2,"timestamp":1600000000}\n', "Column user_id has the type List"),
+    "cut.parquet": ("PAR1 and then nothing", "cut.parquet is not a complete Parquet file"),
+    "photo.png": ("\x89PNG", "photo.png has an unknown file ending"),
+    "period.csv": (
+        "user_id,item_id,period\n1,2,0\n1,2,late\n",
+        "period is not a whole number in 1 row (data row 2: 'late')",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_a_bad_file_is_refused_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_a_bad_file_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     content, complaint = BAD_FILES[name]
     (tmp_path / name).write_text(content)
     assert app.main(["validate", str(tmp_path / name)]) == LogError.exit_code
@@ -57,8 +63,8 @@ def test_a_bad_file_is_refused_in_one_sentence(tmp_path: Path, capsys: pytest.Ca
     assert (said.err.count("\n"), said.err[-2:], said.out) == (1, ".\n", "")
 
 
-def test_a_path_that_leads_nowhere_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(LogError, match="there is no file .*nowhere.csv; check the path"):
+def test_a_path_to_no_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LogError, match="There is no file .*nowhere.csv. Check the path"):
         read_log(tmp_path / "nowhere.csv")
     with pytest.raises(LogError, match="is a folder without .parquet files"):
         read_log(tmp_path)
@@ -70,7 +76,7 @@ def test_a_parquet_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for length in range(1, len(whole), 7):
         path.write_bytes(whole[:length])
-        with pytest.raises(LogError, match="log.parquet is not a whole Parquet file"):
+        with pytest.raises(LogError, match="log.parquet is not a complete Parquet file"):
             read_log(path)
 
 
@@ -83,7 +89,7 @@ def test_a_folder_whose_parts_disagree_is_refused(tmp_path: Path) -> None:
         read_log(tmp_path)
 
 
-def test_ids_that_are_meant_to_be_mixed_can_be_said_to_be_text(tmp_path: Path) -> None:
+def test_mixed_ids_can_be_declared_as_text(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text(HEADER + "1,71053,1600000000\n1,85123A,1600000001\n")
     with pytest.raises(LogError, match="--columns item_id=NAME:text"):
         read_log(tmp_path / "log.csv")
@@ -98,12 +104,12 @@ def test_quarantine_takes_the_bad_rows_with_their_reasons(tmp_path: Path, aside:
     log = read_log(source, quarantine=tmp_path / aside)
     assert (len(log.frame), log.n_quarantined) == (1, 2)
     bad = (pl.read_csv if aside.endswith("csv") else pl.read_parquet)(tmp_path / aside)
-    # Whole rows of the source, also the column that we do not know.
+    # Complete rows of the source, including a column that we do not know.
     assert bad["note"].to_list() == ["b", "c"]
     assert bad["reason"].to_list() == ["user_id is null or empty", "timestamp cannot be read as a time"]
 
 
-def test_an_unreadable_time_does_not_cost_the_log_its_clock(tmp_path: Path) -> None:
+def test_one_unreadable_time_does_not_discard_the_other_timestamps(tmp_path: Path) -> None:
     times, items = ["1600000000", "soon", "1600000001"], [1, 2, 3]
     frame = pl.DataFrame({"user_id": [1, 1, 1], "item_id": items, "timestamp": times, "period": [0, 0, 1]})
     log = read_log(frame, quarantine=tmp_path / "bad.csv")
@@ -112,7 +118,7 @@ def test_an_unreadable_time_does_not_cost_the_log_its_clock(tmp_path: Path) -> N
 
 def test_a_log_of_bad_rows_only_is_refused_even_with_quarantine(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text(HEADER + ",,1600000000\n")
-    with pytest.raises(LogError, match="holds no good rows"):
+    with pytest.raises(LogError, match="has no valid rows"):
         read_log(tmp_path / "log.csv", quarantine=tmp_path / "bad.csv")
 
 
@@ -124,12 +130,12 @@ def test_quarantine_never_replaces_the_log(tmp_path: Path) -> None:
     assert (tmp_path / "log.csv").read_text() == HEADER + GOOD
 
 
-def test_wrong_options_name_the_nearest_right_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_option_gets_the_nearest_valid_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "log.csv").write_text(HEADER + GOOD)
     log = str(tmp_path / "log.csv")
     for options, said in (
-        (["--format", "movielns"], 'did you mean "movielens"?'),
-        (["--columns", "usr_id=user_id"], 'did you mean "user_id"?'),
+        (["--format", "movielns"], 'Did you mean "movielens"?'),
+        (["--columns", "usr_id=user_id"], 'Did you mean "user_id"?'),
         (["--columns", "user_id"], "is not a pair of column names"),
         (["--colums", "user_id=a"], "--columns"),
     ):
@@ -140,7 +146,7 @@ def test_wrong_options_name_the_nearest_right_one(tmp_path: Path, capsys: pytest
 def test_a_pandas_column_of_numbers_and_text_is_refused() -> None:
     import pandas as pd
 
-    with pytest.raises(LogError, match='column "user_id" of the frame mixes types'):
+    with pytest.raises(LogError, match='Column "user_id" of the frame mixes types'):
         read_log(pd.DataFrame({"user_id": [1, "a"], "item_id": [1, 1], "timestamp": [1_600_000_000] * 2}))
 
 
@@ -149,7 +155,7 @@ def test_the_process_exits_with_the_code_and_without_a_traceback(tmp_path: Path)
     command = [sys.executable, "-m", "freshrec", "validate", str(tmp_path / "log.csv")]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 3
-    assert ended.stderr.startswith("error: log.csv has no user_id")
+    assert ended.stderr.startswith("error: log.csv has no column user_id")
 
 
 def test_ctrl_c_ends_with_one_line_and_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -224,13 +230,13 @@ def _nested(frame: pl.DataFrame) -> bool:
     return any(dtype.is_nested() for dtype in frame.dtypes)
 
 
-def test_what_a_panicking_reader_says_is_kept_back_and_nothing_else_is(capfd: pytest.CaptureFixture[str]) -> None:
+def test_only_the_output_of_a_panicking_reader_is_hidden(capfd: pytest.CaptureFixture[str]) -> None:
     def panic() -> None:
         with as_log_error("log.parquet"):
             os.write(2, b"thread 'async-executor-0' panicked at src/parquet.rs\n")
             raise pl.exceptions.PanicException("range end out of bounds")
 
-    with pytest.raises(LogError, match="its pages are not where its index says"):
+    with pytest.raises(LogError, match="its data is not where its index says"):
         panic()
     with as_log_error("log.parquet"):
         os.write(2, b"a warning\n")

@@ -1,4 +1,4 @@
-"""Histories, targets and batches by hand, on logs of a few events."""
+"""Histories, targets and batches of small logs, computed by hand."""
 
 from dataclasses import replace
 
@@ -34,7 +34,7 @@ def events_of(users: list[int], items: list[int], joins: list[int] | None = None
 
 
 def one_user(due: list[int]) -> Histories:
-    """User 1 with items 1, 2, ..., due as given."""
+    """User 1 with items 1, 2, ..., and the given values of `due`."""
     n = len(due)
     items_R = torch.arange(1, n + 1, dtype=torch.int32)
     return Histories(torch.tensor([0, 0, n]), items_R, torch.arange(n), torch.tensor(due, dtype=torch.int8))
@@ -44,7 +44,7 @@ def rows(tensor: Tensor) -> list[list[int]]:
     return tensor.tolist()
 
 
-def test_appended_events_lie_by_user_in_time_order() -> None:
+def test_appended_events_are_sorted_by_user_and_time() -> None:
     histories = append_events(Histories.empty(), events_of(USERS, ITEMS), n_users=2)
     assert histories.offsets_U.tolist() == [0, 0, 4, 6]  # the padding, user 0, owns no row
     assert histories.items_R.tolist() == [1, 2, 3, 4, 5, 6]
@@ -52,7 +52,7 @@ def test_appended_events_lie_by_user_in_time_order() -> None:
 
 
 @pytest.mark.parametrize("cut", range(7))
-def test_appending_in_two_blocks_gives_what_one_gives(cut: int) -> None:
+def test_appending_two_blocks_equals_appending_one(cut: int) -> None:
     events = events_of(USERS, ITEMS)
     whole = append_events(Histories.empty(), events, 2)
     parts = append_events(append_events(Histories.empty(), events[:cut], 2), events[cut:], 2)
@@ -60,14 +60,14 @@ def test_appending_in_two_blocks_gives_what_one_gives(cut: int) -> None:
         assert torch.equal(a, b)
 
 
-def test_place_says_which_row_each_event_got() -> None:
+def test_insert_events_returns_the_row_of_each_event() -> None:
     events = events_of(USERS, ITEMS)
     _, rows_E = insert_events(append_events(Histories.empty(), events[:3], 2), events[3:], 2)
-    # user 1 owns rows 0-3, of which 0 and 1 are old; user 2 owns rows 4 and 5, of which 4 is old
+    # user 1 owns rows 0-3, and 0 and 1 are old; user 2 owns rows 4 and 5, and 4 is old
     assert rows_E.tolist() == [2, 5, 3]
 
 
-def test_a_newcomer_gets_rows_behind_all_others() -> None:
+def test_a_new_user_gets_rows_after_all_others() -> None:
     histories = append_events(
         append_events(Histories.empty(), events_of([1, 1], [1, 2]), 1), events_of([3, 1], [9, 3]), 3
     )
@@ -75,7 +75,7 @@ def test_a_newcomer_gets_rows_behind_all_others() -> None:
     assert histories.items_R.tolist() == [1, 2, 3, 9]
 
 
-def test_settling_makes_due_rows_done_and_held_back_rows_due_and_keeps_the_last_ones() -> None:
+def test_mark_trained_makes_due_rows_trained_and_deferred_rows_due_and_keeps_the_last_rows() -> None:
     joins = [NOW, NEVER, NOW, NEXT, NOW, NEXT]
     histories = append_events(Histories.empty(), events_of(USERS, ITEMS, joins), 2)
     assert histories.due_R.tolist() == [DUE, DUE, DEFERRED, DEFERRED, HELD_OUT, DUE]
@@ -91,7 +91,7 @@ def test_a_target_sees_the_events_before_it_most_recent_last() -> None:
     assert rows(history_items(targets, 2)) == [[0, 0], [1, 2], [2, 3], [0, 5]]
 
 
-def test_history_of_the_span_reaches_back_to_its_first_event_only() -> None:
+def test_a_history_of_the_span_starts_at_its_first_event() -> None:
     histories = one_user([TRAINED, TRAINED, DUE, DUE, DEFERRED])
     recent, span = (history_items(due_targets(histories, how), 9) for how in ("recent", "span"))
     assert rows(recent) == [[0, 1, 2], [1, 2, 3]]  # targets are items 3 and 4
@@ -103,7 +103,7 @@ def test_only_due_rows_are_targets() -> None:
     assert due_targets(histories).rows_N.tolist() == [1, 3]
 
 
-def test_secret_events_are_hidden_in_training_and_seen_in_queries() -> None:
+def test_held_out_events_are_hidden_in_training_and_visible_in_queries() -> None:
     histories = one_user([DUE, HELD_OUT, DUE])
     targets = targets_at(histories, torch.tensor([2]))
     (trained,) = target_batches(targets, 8, 9, stream(0, "test"))
@@ -137,7 +137,7 @@ def test_targets_without_history_are_left_out_of_target_batches_and_kept_as_pair
     assert sorted(pairs) == [1, 2, 3, 4, 5, 6]
 
 
-def test_batches_depend_on_the_numbers_of_their_source_and_on_nothing_else() -> None:
+def test_batches_depend_on_the_generator_only() -> None:
     targets = due_targets(one_user([DUE] * 40))
 
     def order(*numbers: int) -> list[int]:
@@ -151,8 +151,8 @@ def test_batches_depend_on_the_numbers_of_their_source_and_on_nothing_else() -> 
     assert order(1, 2) != order(2, 1)
 
 
-def test_interests_are_padded_to_the_most_in_the_batch_and_newcomers_get_the_slots() -> None:
-    # user 1 has interests (1, 1) born in span 0 and (2, 2) born in span 3, user 2 has none yet, user 3 is unknown
+def test_interests_are_padded_to_the_largest_number_and_new_users_get_initial_interests() -> None:
+    # user 1 has interests (1, 1) of span 0 and (2, 2) of span 3, user 2 has none yet, user 3 is unknown
     users = Interests(
         torch.tensor([[1.0, 1.0], [2.0, 2.0]]),
         torch.tensor([0, 0, 2, 2]),
@@ -167,27 +167,27 @@ def test_interests_are_padded_to_the_most_in_the_batch_and_newcomers_get_the_slo
     assert born_BK.tolist() == [[0, 3], [later, later], [later, later]]
 
 
-def test_without_any_stored_interest_everybody_starts_from_the_slots() -> None:
+def test_without_stored_interests_all_users_get_initial_interests() -> None:
     vectors_BKD, alive_BK, _ = pad_interests(Interests.empty(2), torch.tensor([1, 5]), torch.tensor([[7.0, 8.0]]))
     assert vectors_BKD.tolist() == [[[7, 8]], [[7, 8]]]
     assert alive_BK.tolist() == [[True], [True]]
 
 
-def test_settling_keeps_what_is_still_to_be_trained_on_however_old() -> None:
-    # two rows stay, and the held-back one before them
+def test_mark_trained_keeps_old_rows_that_are_still_to_be_trained_on() -> None:
+    # the last two rows stay, and the deferred one before them
     left = mark_trained(one_user([DEFERRED, TRAINED, DUE, DUE]), n_recent=2)
     assert left.items_R.tolist() == [1, 3, 4]
     assert left.due_R.tolist() == [DUE, TRAINED, TRAINED]
     assert left.offsets_U.diff().tolist() == [0, 3]
 
 
-def test_few_rows_make_smaller_batches_so_that_an_epoch_has_steps_enough() -> None:
+def test_a_small_log_gets_smaller_batches_so_that_an_epoch_has_enough_steps() -> None:
     # 5000 rows in batches of 256 are 20 steps; 5000 // 50 = 100 a batch are 50. 300 rows: 6 a batch, but at least 16.
     assert [limit_batch_size(256, n) for n in (100_000, 5_000, 300)] == [256, 100, 16]
     assert limit_batch_size(8, 300) == 8  # never more than was asked for
 
 
-def test_a_history_of_secrets_alone_teaches_nothing_and_one_with_gaps_is_closed() -> None:
+def test_a_history_of_held_out_rows_only_is_left_out_and_gaps_are_closed() -> None:
     events = Events.trainable(torch.tensor([1, 1, 1, 2, 2]), torch.tensor([1, 2, 3, 2, 1]))
     joins_E = torch.tensor([NOW, NEVER, NOW, NEVER, NOW], dtype=torch.int8)
     targets = due_targets(append_events(Histories.empty(), replace(events, train_at_E=joins_E), 2))

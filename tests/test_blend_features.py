@@ -1,4 +1,4 @@
-"""Facts by hand: counts, repeats, ages; what a candidate is to a history."""
+"""Features of candidates, computed by hand: counts, repeats, ages and positions in the history."""
 
 import numpy as np
 import pytest
@@ -22,23 +22,23 @@ near = pytest.approx
 
 
 def counted() -> ItemStatistics:
-    """Item 1 four times, twice of them again; item 2 once; item 3 never."""
-    facts, histories = ItemStatistics.empty(), Histories.empty()
-    facts.grow(3)
+    """Item 1 has four events, two of them repeats. Item 2 has one event, item 3 none."""
+    statistics, histories = ItemStatistics.empty(), Histories.empty()
+    statistics.grow(3)
     for users, items in (([1, 1, 2], [1, 1, 1]), ([1, 2], [2, 1])):
         events = Events.trainable(torch.tensor(users), torch.tensor(items))
-        facts.absorb(targets_at(*insert_events(histories, events, 2)))
+        statistics.absorb(targets_at(*insert_events(histories, events, 2)))
         histories = append_events(histories, events, 2)
-    return facts
+    return statistics
 
 
 def test_events_and_repeats_are_counted_across_blocks() -> None:
-    facts = counted()
-    assert facts.event_counts_I.tolist() == [0, 4, 1, 0] and facts.repeat_counts_I.tolist() == [0, 2, 0, 0]
-    assert facts.first_event_I.tolist()[1:] == [0, 3, np.inf] and facts.n_events == 5
+    statistics = counted()
+    assert statistics.event_counts_I.tolist() == [0, 4, 1, 0] and statistics.repeat_counts_I.tolist() == [0, 2, 0, 0]
+    assert statistics.first_event_I.tolist()[1:] == [0, 3, np.inf] and statistics.n_events == 5
 
 
-def test_which_targets_are_among_the_last_before_them() -> None:
+def test_a_target_is_a_repeat_if_it_is_among_the_events_before_it() -> None:
     users, items = [1, 2, 1, 1, 2, 1], [1, 1, 2, 1, 1, 2]  # user 1 has items 1 2 1 2, user 2 has 1 1
     targets = targets_at(
         *insert_events(Histories.empty(), Events.trainable(torch.tensor(users), torch.tensor(items)), 2)
@@ -48,32 +48,34 @@ def test_which_targets_are_among_the_last_before_them() -> None:
     assert is_repeat(targets[torch.zeros(0, dtype=torch.int64)], 2).tolist() == []
 
 
-def test_an_own_item_is_described_by_its_place_in_the_history() -> None:
+def test_features_of_an_item_in_the_history() -> None:
     runs = ItemOccurrences.from_items(np.array([[0, 1, 2, 1, 2], [0, 0, 0, 0, 2]]))
-    named = dict(zip(OWN_FEATURES, own_history_features(runs).T))  # of items 1 and 2, and 2 of the second
-    assert named["taken"].tolist() == [1, 1, 1] and named["is the last"].tolist() == [0, 1, 1]
-    assert named["times taken"].tolist() == near([np.log(3), np.log(3), np.log(2)])
-    assert named["age of the last"].tolist() == near([np.log(2), 0, 0])
-    again, length = user_features(runs, np.array([4, 1]), 2 / 5).T
-    assert again.tolist() == near(
+    named = dict(
+        zip(OWN_FEATURES, own_history_features(runs).T)
+    )  # items 1 and 2 of the first history, item 2 of the second
+    assert named["in history"].tolist() == [1, 1, 1] and named["is last item"].tolist() == [0, 1, 1]
+    assert named["count in history"].tolist() == near([np.log(3), np.log(3), np.log(2)])
+    assert named["events since"].tolist() == near([np.log(2), 0, 0])
+    repeat_rate, length = user_features(runs, np.array([4, 1]), 2 / 5).T
+    assert repeat_rate.tolist() == near(
         [(2 + PRIOR_EVENTS * 2 / 5) / (4 + PRIOR_EVENTS), PRIOR_EVENTS * 2 / 5 / (1 + PRIOR_EVENTS)]
     )
     assert length.tolist() == near([np.log(5), np.log(2)])
 
 
-def test_an_item_is_described_by_what_is_known_of_it() -> None:
-    facts = counted()
-    assert facts.repeat_rate == near(2 / 5)
-    named = dict(zip(ITEM_FEATURES, facts.item_features(window=2).T))
+def test_features_of_an_item() -> None:
+    statistics = counted()
+    assert statistics.repeat_rate == near(2 / 5)
+    named = dict(zip(ITEM_FEATURES, statistics.item_features(window=2).T))
     assert all(x.dtype == np.float32 and x[0] == 0 for x in named.values())
-    assert named["taken again"][1:].tolist() == near(
+    assert named["item repeat rate"][1:].tolist() == near(
         [(2 + PRIOR_EVENTS * 2 / 5) / (4 + PRIOR_EVENTS), PRIOR_EVENTS * 2 / 5 / (1 + PRIOR_EVENTS), 2 / 5]
     )
     assert named["events"][1:].tolist() == near([np.log(5), np.log(2), 0])
     assert named["age"][1:].tolist() == near([np.log(1 + 5 / 2), np.log(1 + 2 / 2), 0])
 
 
-def test_facts_come_back_from_their_tensors() -> None:
-    facts = counted()
-    again = ItemStatistics.from_state_dict(facts.state_dict())
-    assert all(np.array_equal(a, b) for a, b in zip(vars(facts).values(), vars(again).values()))
+def test_statistics_are_restored_from_their_tensors() -> None:
+    statistics = counted()
+    again = ItemStatistics.from_state_dict(statistics.state_dict())
+    assert all(np.array_equal(a, b) for a, b in zip(vars(statistics).values(), vars(again).values()))

@@ -1,4 +1,4 @@
-"""Caser's network by hand and as a convolution; its losses; short histories; a world that one item does not tell."""
+"""Caser: the network by hand and as a convolution, the losses, short histories, and a world where order matters."""
 
 from typing import Any
 
@@ -52,7 +52,7 @@ def test_the_network_by_hand() -> None:
     one, two = model.horizontal
     assert model.vertical is not None and model.users is not None
     for layer, weights, bias in [
-        (one, [-1.0], 4.0),  # of 2 and of 3 it makes 2 and 1: the most is 2
+        (one, [-1.0], 4.0),  # the items 2 and 3 give 2 and 1: the maximum is 2
         (two, [1.0, -1.0], 0.0),  # 2 - 3 is below 0: 0
         (model.vertical, [0.5, 1.0], 0.0),  # 0.5 x 2 + 3 = 4
         (model.join, [1.0, 1.0, 0.25], -1.0),  # 2 + 0 + 0.25 x 4 - 1 = 2
@@ -74,7 +74,7 @@ def test_the_filters_are_those_of_a_convolution_over_the_image() -> None:
         map_1HT = F.conv2d(image_11TD, filters.weight.view(2, 1, n, 6), filters.bias)[..., 0]
         found.append(F.max_pool1d(F.relu(map_1HT), map_1HT.shape[2])[0, :, 0])
     map_1VD = F.conv2d(image_11TD, model.vertical.weight.view(3, 1, 4, 1), model.vertical.bias)[:, :, 0]
-    found.append(map_1VD[0].t().flatten())  # which column a sum stands in is a matter of the order of weights
+    found.append(map_1VD[0].t().flatten())  # the order of these columns is only an order of weights
     z_D = F.relu(model.join(torch.cat(found)))
     user_E = torch.cat([z_D, model.users.weights[1], torch.ones(1)])
     torch.testing.assert_close(user_vectors(model, query_batch(history))[0, 0], user_E.detach())
@@ -84,9 +84,9 @@ def test_the_filters_are_those_of_a_convolution_over_the_image() -> None:
 @each_shape
 def test_short_histories_are_padded_with_zeros_on_the_left_and_long_ones_cut(shape: str) -> None:
     model = built(**SHAPES[shape])
-    torch.nn.init.constant_(model.join.bias, 9.0)  # so that all of it is awake
+    torch.nn.init.constant_(model.join.bias, 9.0)  # so that all units are active
     short = scores(model, [2, 7])
-    model.taken.weights[0] = 50.0  # whatever stands in the padding row
+    model.taken.weights[0] = 50.0  # the content of the padding row must not matter
     for history in ([0, 0, 0, 2, 7], [0, 2, 7], [0, 0, 0, 0, 0, 0, 2, 7]):
         torch.testing.assert_close(scores(model, history), short)
     torch.testing.assert_close(scores(model, [9, 9, 1, 2, 3, 4, 5]), scores(model, [1, 2, 3, 4, 5]))
@@ -108,19 +108,19 @@ def test_the_training_loss_does_not_depend_on_padding(loss: str) -> None:
         torch.testing.assert_close(padded, results[0])
 
 
-def test_who_is_not_known_yet_has_no_vector_and_without_vectors_users_do_not_matter() -> None:
+def test_an_unknown_user_has_no_vector_and_without_user_vectors_all_users_are_the_same() -> None:
     model = built()
     assert model.users is not None
     stranger = scores(model, [4, 2], users=[17])
     assert (scores(model, [4, 2], users=[1]) - stranger).abs().max() > 0.1
     model.users.weights[1] = 0.0
     torch.testing.assert_close(scores(model, [4, 2], users=[1]), stranger)
-    alike = built(personal=False)
-    assert alike.users is None
-    assert torch.equal(scores(alike, [4, 2], users=[17]), scores(alike, [4, 2], users=[1]))
+    impersonal = built(personal=False)
+    assert impersonal.users is None
+    assert torch.equal(scores(impersonal, [4, 2], users=[17]), scores(impersonal, [4, 2], users=[1]))
 
 
-def test_growth_keeps_what_was_learnt_and_a_new_item_has_no_bias() -> None:
+def test_growth_changes_no_score_and_a_new_item_has_no_bias() -> None:
     model, before = built(), scores(built(), [4, 2])
     model.grow(8, 30)
     assert torch.equal(scores(model, [4, 2]), before)
@@ -129,22 +129,22 @@ def test_growth_keeps_what_was_learnt_and_a_new_item_has_no_bias() -> None:
     assert scores(model, [25, 4], users=[8]).isfinite().all()
 
 
-def test_the_losses_are_of_the_scores_that_are_served() -> None:
+def test_the_losses_are_computed_from_the_scores_that_are_served() -> None:
     batch = query_batch([4, 2, 7], [0, 1, 5], targets=[2, 3])
     score_BI = scores(built(), [4, 2, 7], [0, 1, 5])
     full = built(loss="full")(batch)
     assert full.loss.item() == near(F.cross_entropy(score_BI, torch.tensor([1, 2])).item(), abs=1e-5)
-    # the second target, 3, is twice among the negatives 1, 3, 8, 3: there it does not count
+    # the second target, 3, is twice among the negatives 1, 3, 8, 3, where it is ignored
     first, second = score_BI[0, [1, 0, 2, 7, 2]], score_BI[1, [2, 0, 7]]
-    surprise = torch.stack([first.logsumexp(0) - first[0], second.logsumexp(0) - second[0]])
-    assert built(loss="sampled")(batch).loss.item() == near(surprise.mean().item(), abs=1e-5)
-    no = F.softplus(torch.cat([first[1:], second[1:]])).mean()
-    yes = F.softplus(-torch.stack([first[0], second[0]])).mean()
-    assert built(loss="bce")(batch).loss.item() == near((yes + no).item(), abs=1e-5)
+    losses_B = torch.stack([first.logsumexp(0) - first[0], second.logsumexp(0) - second[0]])
+    assert built(loss="sampled")(batch).loss.item() == near(losses_B.mean().item(), abs=1e-5)
+    negative_loss = F.softplus(torch.cat([first[1:], second[1:]])).mean()
+    positive_loss = F.softplus(-torch.stack([first[0], second[0]])).mean()
+    assert built(loss="bce")(batch).loss.item() == near((positive_loss + negative_loss).item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("loss", ["sampled", "full", "bce"])
-def test_weight_decay_pulls_at_each_weight_by_its_size(loss: str) -> None:
+def test_the_gradient_of_weight_decay_is_proportional_to_each_weight(loss: str) -> None:
     batch = query_batch([4, 2, 7], [0, 1, 5], targets=[2, 6])
     with_it, without = built(loss=loss, weight_decay=0.1), built(loss=loss)
     with_it(batch).loss.backward()
@@ -158,10 +158,10 @@ def test_weight_decay_pulls_at_each_weight_by_its_size(loss: str) -> None:
         torch.testing.assert_close(rows_ND.grad, free_ND.grad + 0.1 * table.weights[ids_N])
 
 
-def test_weight_decay_is_of_the_weights_that_the_forward_pass_sees() -> None:
+def test_weight_decay_uses_the_weights_of_the_forward_pass() -> None:
     model, batch = built(weight_decay=1.0), query_batch([4, 2, 7], targets=[2])
     with apply_parametrization(model, lambda name, ids, weight: weight * 0) as forward_pass:
-        # all scores are 0: the target is one of 5
+        # all scores are 0, and the target is one of 5 items: ln 5
         assert forward_pass(batch).loss.item() == near(1.609438, abs=1e-6)
 
 
@@ -178,21 +178,22 @@ def test_every_weight_learns(shape: str, loss: str) -> None:
     model = built(loss=loss, **SHAPES[shape])
     assert isinstance(model, VectorModel) and model.batch_format == "target"
     for layer in model.horizontal:
-        torch.nn.init.constant_(layer.bias, 9.0)  # so that no filter sleeps ...
-    torch.nn.init.constant_(model.join.bias, 99.0)  # ... nor a unit of the layer above them
+        torch.nn.init.constant_(layer.bias, 9.0)  # so that all filters are active
+    torch.nn.init.constant_(model.join.bias, 99.0)  # and all units of the layer above them
     model(query_batch([4, 2, 7, 3, 8], [9, 1, 6, 1, 5], targets=[2, 6])).loss.backward()
     assert all(weight.grad is not None and (weight.grad != 0).any() for weight in model.parameters())
 
 
-def test_without_any_filter_it_is_refused() -> None:
-    with pytest.raises(OptionError, match="reads no history; set vertical or horizontal above 0"):
+def test_a_model_without_filters_is_refused() -> None:
+    with pytest.raises(OptionError, match="cannot read a history. Set vertical or horizontal above 0"):
         CaserSpec(vertical=0, horizontal=0)
 
 
 def trained(n_epochs: int, **options: Any) -> tuple[Caser, float]:
-    """A model of users who go round circles, half of them backwards, and how often its first guess is right.
+    """Train on users who go round circles, half of them backwards. Return the model and its hit rate at 1.
 
-    The last item has two neighbours: who looks at it alone is right half of the time. Nothing but the order tells.
+    The last item has two neighbours, so a model that reads only this item is right half of the time. Only the order of
+    the items gives the direction.
     """
     forwards, backwards = circles(range(1, 31), 1), circles(range(31, 61), -1)
     targets = due_targets(append_events(append_events(Histories.empty(), forwards, 60), backwards, 60))
@@ -204,7 +205,7 @@ def trained(n_epochs: int, **options: Any) -> tuple[Caser, float]:
 
 
 @pytest.mark.parametrize("options", [{}, {"horizontal": 0}, {"vertical": 0}, {"loss": "full"}, {"loss": "bce"}])
-def test_the_order_of_the_last_items_tells_the_next(options: dict[str, Any]) -> None:
+def test_the_next_item_is_predicted_from_the_order_of_the_last_items(options: dict[str, Any]) -> None:
     assert trained(12, **options)[1] > 0.9
 
 

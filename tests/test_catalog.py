@@ -1,4 +1,4 @@
-"""The catalog: rows are given once, in order of appearance, and never change."""
+"""The catalog: ids get rows in order of appearance, and rows never change."""
 
 import polars as pl
 import pytest
@@ -39,7 +39,7 @@ def test_a_span_without_events_changes_nothing() -> None:
     assert catalog().extend(pl.Series([], dtype=pl.String), 5).frame.equals(catalog().frame)
 
 
-def test_an_empty_catalog_knows_nobody() -> None:
+def test_an_empty_catalog_knows_no_id() -> None:
     assert Catalog.empty().rows(pl.Series([7, 8])).tolist() == [0, 0]
 
 
@@ -52,9 +52,9 @@ def test_integer_ids_stay_integers_whatever_their_width() -> None:
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        (pl.Series("user_id", [1, 2]), "user_id holds whole numbers, and earlier ones are text"),
-        (pl.Series("user_id", [0.5]), "'user_id' are Float64; make them integers or strings"),
-        (pl.Series("user_id", ["a", None]), "1 of the ids in 'user_id' are null"),
+        (pl.Series("user_id", [1, 2]), "The ids in column 'user_id' are whole numbers, but earlier ones are text"),
+        (pl.Series("user_id", [0.5]), "'user_id' have the type Float64. Convert them to integers or strings"),
+        (pl.Series("user_id", ["a", None]), "Rows without an id in column 'user_id': 1"),
     ],
 )
 def test_ids_of_another_kind_and_nulls_are_refused(ids: pl.Series, message: str) -> None:

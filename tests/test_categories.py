@@ -1,4 +1,4 @@
-"""Categories as an input: an item is its own row and one that its category shares, and a new item is its category."""
+"""Categories as an input: an item's vector is its own row plus that of its category. A new item has only the latter."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from freshrec.nn.scoring import score_items
 from freshrec.strategies.baselines import FineTune, Frozen
 from freshrec.types import Batch, Events, Histories, Span, State, Strategy, VectorModel
 
-TOLD = (
+WITH_CATEGORIES = (
     "mf",
     "pooled",
     "sasrec",
@@ -35,20 +35,20 @@ TOLD = (
 LR = 0.05
 
 
-def table_with_categories(n_rows: int, n_kinds: int, *kinds: int) -> EmbeddingTable:
-    """A table of 2 dimensions whose items have these categories, from item 1 on."""
-    table = EmbeddingTable(2, std=1.0, seed=0, n_categories=n_kinds)
+def table_with_categories(n_rows: int, n_categories: int, *categories: int) -> EmbeddingTable:
+    """A table with 2 dimensions. Items 1, 2, ... have these categories."""
+    table = EmbeddingTable(2, std=1.0, seed=0, n_categories=n_categories)
     table.grow(n_rows)
-    set_categories(table, torch.tensor([0, *kinds]))
+    set_categories(table, torch.tensor([0, *categories]))
     return table
 
 
-def test_a_vector_is_an_items_own_row_and_that_of_its_category() -> None:
+def test_a_vector_is_the_sum_of_the_items_own_row_and_that_of_its_category() -> None:
     table = table_with_categories(4, 2, 1, 2, 1, 0)
     assert table.common is not None
     own, common = table.weights.tolist(), table.common.weights.tolist()
-    for item, kind in enumerate((0, 1, 2, 1, 0)):
-        expected = [a + b for a, b in zip(own[item], common[kind])]
+    for item, category in enumerate((0, 1, 2, 1, 0)):
+        expected = [a + b for a, b in zip(own[item], common[category])]
         for found in (
             embedding_matrix(table)[item],
             embed(table, torch.tensor([item]))[0],
@@ -58,37 +58,37 @@ def test_a_vector_is_an_items_own_row_and_that_of_its_category() -> None:
     assert embedding_matrix(table)[0].tolist() == [0.0, 0.0]
 
 
-def test_more_categories_than_there_is_room_for_share_rows() -> None:
-    # Room for 3: the fourth takes the first one's row, the fifth the second one's.
+def test_surplus_categories_share_rows() -> None:
+    # The table has 3 category rows. The fourth category has the row of the first, the fifth that of the second.
     assert table_with_categories(6, 3, 1, 2, 3, 4, 5, 0).kinds_R.tolist() == [0, 1, 2, 3, 1, 2, 0]
 
 
-def test_items_may_be_told_of_later_and_a_category_may_be_new() -> None:
+def test_categories_of_new_items_can_be_set_later_and_may_be_new() -> None:
     table = table_with_categories(2, 5, 1, 2)
     table.grow(4)
     assert table.kinds_R.tolist() == [0, 1, 2, 0, 0]
-    set_categories(table, torch.tensor([0, 1, 2, 5]))  # of item 4 nothing is known
+    set_categories(table, torch.tensor([0, 1, 2, 5]))  # item 4 has no category yet
     assert table.kinds_R.tolist() == [0, 1, 2, 5, 0]
 
 
-def test_a_step_moves_the_rows_of_its_items_and_of_their_categories_alone() -> None:
+def test_a_step_changes_only_the_rows_of_its_items_and_of_their_categories() -> None:
     table = table_with_categories(5, 3, 1, 1, 2, 3, 0)
     before = embedding_matrix(table).clone()
     table.lookup(torch.tensor([1, 5])).sum().backward()
     for part in (table, table.common):
         assert part is not None
         part.step(LR)
-    # Adam's first step is lr: item 1 moves by its own row and its category's, item 2 by the category's; 5 has none.
+    # Adam's first step is lr. Item 1 moves by its own row and its category's, item 2 by the category's only.
     moved = (before - embedding_matrix(table))[:, 0].tolist()
     assert moved == pytest.approx([0, 2 * LR, LR, 0, 0, LR], abs=1e-5)
 
 
-@pytest.mark.parametrize("how", ["pull", "pull_all", "whole"])
-def test_all_ways_to_a_row_give_the_same_gradients(how: str) -> None:
+@pytest.mark.parametrize("how", ["lookup", "lookup_all", "full_matrix"])
+def test_all_lookups_give_the_same_gradients(how: str) -> None:
     table, ids_N = table_with_categories(5, 3, 1, 1, 2, 3, 0), torch.tensor([1, 2, 3, 5, 3])
     weight_N1 = torch.arange(1.0, 6.0)[:, None]
-    rows = table.lookup_all()[ids_N] if how == "pull_all" else table.lookup(ids_N)
-    rows = table.full_matrix()[ids_N] if how == "whole" else rows
+    rows = table.lookup_all()[ids_N] if how == "lookup_all" else table.lookup(ids_N)
+    rows = table.full_matrix()[ids_N] if how == "full_matrix" else rows
     (weight_N1 * rows).sum().backward()
     own, common = _gradients(table), _gradients(table.common)
     assert own == {1: 1.0, 2: 2.0, 3: 8.0, 5: 4.0} and common == {1: 3.0, 2: 8.0}  # items 1 and 2 share a category
@@ -110,38 +110,38 @@ def test_an_item_that_comes_after_training_starts_at_its_category() -> None:
     set_categories(table, torch.tensor([0, 1, 2, 2, 0]))
     assert table.common is not None
     assert embedding_matrix(table)[3].tolist() == table.common.weights[2].tolist()
-    assert embedding_matrix(table)[4].tolist() == random  # of one without a category nothing better is known
+    assert embedding_matrix(table)[4].tolist() == random  # an item without a category starts at random
 
 
-def test_a_model_that_is_told_of_categories_refuses_a_log_without_any() -> None:
-    with pytest.raises(OptionError, match="the log has no categories; set the model's option categories to 0"):
+def test_a_table_with_categories_refuses_a_log_without_any() -> None:
+    with pytest.raises(OptionError, match="The log has no item categories. Set the model's option categories=0"):
         set_categories(EmbeddingTable(2, 1.0, 0, n_categories=3), None)
 
 
-# what they are for
+# The purpose of categories.
 
 
 def base_and_newcomers() -> tuple[Span, Span, Tensor]:
-    """Even users take the even ones of 20 items, odd users the odd ones; then, by two strangers, items 21 to 28 come.
+    """Even users take the even ones of 20 items, odd users the odd ones. Then two new users take new items, 21 to 28.
 
-    The category is the colour: 1 odd, 2 even.
+    The category is the colour: 1 = odd, 2 = even.
     """
     source = torch.Generator().manual_seed(0)
     users_E = torch.arange(1, 41).repeat_interleave(20)
     items_E = 2 * torch.randint(0, 10, (800,), generator=source) + 2 - users_E % 2
     new_E = torch.arange(21, 29)
-    kinds_I = torch.where(torch.arange(29) % 2 == 0, 2, 1).int()
-    kinds_I[0] = 0
+    categories_I = torch.where(torch.arange(29) % 2 == 0, 2, 1).int()
+    categories_I[0] = 0
     spans = []
     for index, events in enumerate((Events.trainable(users_E, items_E), Events.trainable(41 + new_E % 2, new_E))):
-        events = replace(events, categories_E=kinds_I[events.items_E])
+        events = replace(events, categories_E=categories_I[events.items_E])
         spans.append(Span(index, events, (40, 42)[index], (20, 28)[index]))
-    return spans[0], spans[1], kinds_I
+    return spans[0], spans[1], categories_I
 
 
 def in_order(name: str, strategy: Strategy) -> float:
-    """Of all pairs of new items, one of a base user's colour and one of the other, which share is in order."""
-    base, after, kinds_I = base_and_newcomers()
+    """Share of pairs in the right order: a new item of the user's colour above a new item of the other colour."""
+    base, after, categories_I = base_and_newcomers()
     spec = replace(find_model(name), d=16, negatives=16, batch=64)  # type: ignore[type-var]
     state = State(spec.build(0))
     for span in (base, after):
@@ -150,28 +150,29 @@ def in_order(name: str, strategy: Strategy) -> float:
     model: VectorModel = state.model
     items_R, offsets_U = state.histories.items_R, state.histories.offsets_U
     history_BT = torch.stack([items_R[offsets_U[u + 1] - 5 : offsets_U[u + 1]] for u in range(1, 41)]).long()
-    score_BN = score_items(model, Batch(torch.arange(1, 41), history_BT, categories_I=kinds_I), torch.arange(21, 29))
+    batch = Batch(torch.arange(1, 41), history_BT, categories_I=categories_I)
+    score_BN = score_items(model, batch, torch.arange(21, 29))
     own_BN = torch.arange(1, 41)[:, None] % 2 == torch.arange(21, 29) % 2
     ahead_BNN = score_BN[:, :, None] > score_BN[:, None]
     return float(ahead_BNN[own_BN[:, :, None] & ~own_BN[:, None]].float().mean())
 
 
-@pytest.mark.parametrize("name", TOLD)
-def test_a_new_item_is_recommended_by_its_category_before_anything_was_learnt_of_it(name: str) -> None:
+@pytest.mark.parametrize("name", WITH_CATEGORIES)
+def test_a_new_item_is_recommended_by_its_category_before_it_is_trained(name: str) -> None:
     strategy = Frozen(FitConfig(base_epochs=10))
     assert in_order(f"{name}:categories=4", strategy) > 0.9
-    assert in_order(name, strategy) < 0.8  # by chance half of them are; where late items start at 0, none is
+    assert in_order(name, strategy) < 0.8  # 0.5 by chance; 0 if new items start at 0
 
 
 @pytest.mark.parametrize("name", ["sasrec", "comirec-dr"])
-def test_few_events_of_others_do_not_undo_what_the_category_says(name: str) -> None:
+def test_a_few_events_of_other_users_do_not_undo_the_effect_of_the_category(name: str) -> None:
     assert in_order(f"{name}:categories=4", FineTune(FitConfig(base_epochs=10, epochs=3))) > 0.9
 
 
-def test_the_history_of_a_log_without_categories_is_refused_where_the_model_wants_them() -> None:
+def test_a_model_with_categories_refuses_a_history_without_any() -> None:
     base, _, _ = base_and_newcomers()
     spec = find_model("sasrec:categories=4:d=8")
     events = replace(base.events, categories_E=None)
     state = State(spec.build(0), histories=append_events(Histories.empty(), events, base.n_users))
-    with pytest.raises(OptionError, match="the log has no categories"):
+    with pytest.raises(OptionError, match="The log has no item categories"):
         Frozen(FitConfig(base_epochs=1)).update(state, base)

@@ -1,6 +1,6 @@
-"""What every strategy promises with every model it can update; by default one model per protocol and way of training.
+"""The contract of every strategy with every model that it can update. `make test` runs one model per kind.
 
-On the checkerboard world: even users take even items only, odd users odd ones.
+The world is the checkerboard: even users interact with even items only, odd users with odd ones.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,13 +30,16 @@ from freshrec.types import Events, ModelSpec, Span, State, Strategy, TrainedMode
 QUICK_MODELS = {"item-knn", "mf", "sasrec", "comirec-dr"}
 QUICK_STRATEGIES = {"absorb", "frozen", "finetune", "full", "imsr"}
 BATCH = {"mf": 64, "sasrec": 8, "gru4rec": 8}  # small logs need small batches: pairs, windows, targets
-TOLD = ("sasrec:categories=3", "comirec-dr:categories=3")  # of categories: the log has five, so that some share a row
+WITH_CATEGORIES = (
+    "sasrec:categories=3",
+    "comirec-dr:categories=3",
+)  # three rows for five categories, so that some share a row
 COLOUR_BLIND = {"popularity", "popularity-last", "popularity-decay", "repeat-last"}
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A model and a strategy, with as few epochs as asked for."""
+    """A model and a strategy with a given number of epochs."""
 
     model: str
     strategy: str
@@ -51,7 +54,7 @@ class Pair:
         strategy = STRATEGIES[self.strategy]
         if self.strategy == "absorb":
             return strategy
-        if self.strategy == "refit":  # the epochs on the base block choose themselves
+        if self.strategy == "refit":  # early stopping chooses the epochs on the base block
             return replace(strategy, fit=replace(strategy.fit, max_epochs=base_epochs))  # type: ignore[attr-defined,type-var]
         fit: FitConfig = strategy.fit  # type: ignore[attr-defined]
         return replace(strategy, fit=replace(fit, base_epochs=base_epochs, epochs=epochs))  # type: ignore[type-var]
@@ -59,12 +62,12 @@ class Pair:
 
 @cache
 def pairs() -> tuple[Pair, ...]:
-    """Those that go together."""
+    """All compatible pairs."""
     return tuple(_compatible_pairs())
 
 
 def _compatible_pairs() -> Iterator[Pair]:
-    for model in (*MODELS, *TOLD):
+    for model in (*MODELS, *WITH_CATEGORIES):
         spec = find_model(model)
         for strategy, update in STRATEGIES.items():
             try:
@@ -74,12 +77,14 @@ def _compatible_pairs() -> Iterator[Pair]:
             yield Pair(model, strategy)
 
 
-SHORT = [Pair("comirec-dr:categories=3", strategy) for strategy in ("sml-mlp", "imsr-kd2")]  # of the checkerboard
+SHORT = [
+    Pair("comirec-dr:categories=3", strategy) for strategy in ("sml-mlp", "imsr-kd2")
+]  # below 0.9 on the checkerboard
 
 
 def marks(pair: Pair) -> list[pytest.MarkDecorator]:
     quick = pair.model in QUICK_MODELS and pair.strategy in QUICK_STRATEGIES
-    return [] if quick or (pair.model in TOLD and pair.strategy == "finetune") else [pytest.mark.slow]
+    return [] if quick or (pair.model in WITH_CATEGORIES and pair.strategy == "finetune") else [pytest.mark.slow]
 
 
 each_pair = pytest.mark.parametrize(
@@ -95,9 +100,11 @@ def checkerboard() -> LogSplit:
 
 
 def with_categories(found: LogSplit) -> LogSplit:
-    """The same, with a category for each seven rows of items: the last ones come late, as their items do."""
-    told = [replace(span.events, categories_E=(span.events.items_E // 7).int()) for span in found.spans]
-    return replace(found, spans=tuple(replace(span, events=events) for span, events in zip(found.spans, told)))
+    """The same log with one category per seven rows of items. The last categories appear late, like their items."""
+    with_categories_S = [replace(span.events, categories_E=(span.events.items_E // 7).int()) for span in found.spans]
+    return replace(
+        found, spans=tuple(replace(span, events=events) for span, events in zip(found.spans, with_categories_S))
+    )
 
 
 @cache
@@ -121,7 +128,7 @@ def day(state: State, users: list[int], items: list[int]) -> Span:
 
 
 def scores(state: State) -> tuple[Tensor, Tensor]:
-    """(N,) users with a history, (N, I) their scores of all items."""
+    """Users with a history, shape (N,), and their scores of all items, shape (N, I)."""
     users_N = (state.histories.offsets_U.diff() > 0).nonzero()[:, 0]
     ends = history_ends(state.histories, users_N, "recent")
     items_I = torch.arange(1, state.model.n_items + 1)
@@ -133,7 +140,7 @@ def scores(state: State) -> tuple[Tensor, Tensor]:
 
 
 @each_pair
-def test_an_update_leaves_the_old_state_alone(pair: Pair, bits: Callable[[State], bytes]) -> None:
+def test_an_update_does_not_change_the_old_state(pair: Pair, bits: Callable[[State], bytes]) -> None:
     span = checkerboard().spans[1]
     state = absorb_block(base(pair), span.events, span.n_users, span.n_items)
     before = bits(state)
@@ -146,12 +153,12 @@ def test_an_update_leaves_the_old_state_alone(pair: Pair, bits: Callable[[State]
 def test_the_same_seed_gives_the_same_bits(pair: Pair, bits: Callable[[State], bytes]) -> None:
     span = checkerboard().spans[1]
     first = bits(passed(pair, base(pair), span))
-    torch.manual_seed(99)  # what else the process has drawn does not matter
+    torch.manual_seed(99)  # other random numbers of the process do not matter
     assert bits(passed(pair, base(pair), span)) == first
 
 
 @each_pair
-def test_an_update_makes_room_for_new_users_and_items(pair: Pair) -> None:
+def test_an_update_adds_new_users_and_items(pair: Pair) -> None:
     before, span = base(pair), checkerboard().spans[1]
     after = passed(pair, before, span)
     assert (after.model.n_users, after.model.n_items) == (span.n_users, span.n_items)
@@ -163,7 +170,7 @@ def test_an_update_makes_room_for_new_users_and_items(pair: Pair) -> None:
 
 @each_pair
 @pytest.mark.parametrize("what", ["nothing", "one event", "strangers only", "one stranger", "one item"])
-def test_any_span_can_be_learnt(pair: Pair, what: str) -> None:
+def test_any_span_can_be_learned(pair: Pair, what: str) -> None:
     state = base(pair)
     n, m = state.model.n_users, state.model.n_items
     users, items = {
@@ -187,7 +194,7 @@ def test_a_user_may_come_back_after_a_long_absence(pair: Pair) -> None:
         state = passed(pair, state, day(state, [1, 3, 1, 3], [5, 6, 7, 8]))
     items_then, interests_then = of_user_2(state)
     assert items_then == items and len(interests_then) == len(interests)
-    if not isinstance(pair.update(), Retrain):  # which trains on the user's old events again
+    if not isinstance(pair.update(), Retrain):  # a retrain uses the user's old events again
         assert interests_then == interests
     state = passed(pair, state, day(state, [2, 2], [9, 4]))
     assert of_user_2(state)[0] == [*items, 9, 4][-state.model.spec.length :]
@@ -203,7 +210,7 @@ def of_user_2(state: State) -> tuple[list[int], list[list[float]]]:
 
 
 @each_pair
-def test_a_saved_state_scores_and_learns_on_as_if_it_had_never_been_saved(
+def test_a_saved_state_scores_and_learns_like_the_original(
     pair: Pair, bits: Callable[[State], bytes], tmp_path: Path
 ) -> None:
     spans = checkerboard().spans
@@ -216,11 +223,11 @@ def test_a_saved_state_scores_and_learns_on_as_if_it_had_never_been_saved(
 
 
 @each_pair
-def test_a_base_block_trained_for_all_is_the_one_that_a_strategy_trains_itself(
+def test_a_shared_base_block_equals_the_one_that_a_strategy_trains_itself(
     pair: Pair, bits: Callable[[State], bytes]
 ) -> None:
     if not isinstance(base(pair).model, TrainedModel):
-        pytest.skip("counters are not trained")
+        pytest.skip("counting models are not trained")
     spans = checkerboard().spans
     before = absorb_block(State(pair.spec().build(0)), spans[0].events, spans[0].n_users, spans[0].n_items)
     started = fit_base_block(before, spans[0], FitConfig(base_epochs=1))
@@ -230,13 +237,13 @@ def test_a_base_block_trained_for_all_is_the_one_that_a_strategy_trains_itself(
 
 
 @each_pair
-def test_the_checkerboard_is_learnt(pair: Pair, request: pytest.FixtureRequest) -> None:
-    """Of all pairs of an item of one's colour and another, at least 90 % are in order; by chance half of them are.
+def test_the_checkerboard_is_learned(pair: Pair, request: pytest.FixtureRequest) -> None:
+    """An item of the user's colour scores above another one in at least 90 % of all pairs. Chance gives half.
 
-    MIND, whose routing is noisy and whose attention is soft, is slower to learn: 0.85 after 20 epochs, 0.91 after 40.
+    MIND has noisy routing and soft attention and learns more slowly: 0.85 after 20 epochs, 0.91 after 40.
     """
     if pair.model in COLOUR_BLIND:
-        pytest.skip("the control knows no colours")
+        pytest.skip("the baseline cannot learn colours")
     if pair in SHORT:
         request.applymarker(pytest.mark.xfail(reason="0.898: categories that do not help slow it down (docs/diary.md)"))
     spans = checkerboard()
@@ -244,10 +251,10 @@ def test_the_checkerboard_is_learnt(pair: Pair, request: pytest.FixtureRequest) 
     for span in spans.spans:
         state = strategy.update(absorb_block(state, span.events, span.n_users, span.n_items), span)
     users_N, scores_NI = scores(state)
-    n_base = spans.spans[0].n_items  # frozen knows no others
+    n_base = spans.spans[0].n_items  # the items that frozen knows
     user_is_odd = torch.tensor(spans.user_catalog.frame["id"].to_list())[users_N - 1] % 2 == 1
     item_is_odd = torch.tensor(spans.item_catalog.frame["id"].to_list())[:n_base] % 2 == 1
     is_own_NI = user_is_odd[:, None] == item_is_odd
     ahead_NII = scores_NI[:, :n_base, None] > scores_NI[:, None, :n_base]
-    asked_NII = is_own_NI[:, :, None] & ~is_own_NI[:, None]
-    assert ahead_NII[asked_NII].float().mean() > 0.9
+    compared_NII = is_own_NI[:, :, None] & ~is_own_NI[:, None]
+    assert ahead_NII[compared_NII].float().mean() > 0.9

@@ -1,4 +1,4 @@
-"""The controls by hand: popularity, repeat, pairs."""
+"""The baselines by hand: popularity, repeat, item-kNN and Markov chain."""
 
 import copy
 from pathlib import Path
@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 import torch
 
-from freshrec.models import item_knn as pairs_module
+from freshrec.models import item_knn as item_knn_module
 from freshrec.models.item_knn import COSINE, ItemKNNSpec
 from freshrec.models.popularity import PopularitySpec
 from freshrec.models.repeat import RepeatSpec
@@ -40,7 +40,7 @@ def histories(users, items, n_users):
 
 
 def model_of(spec, users, items, n_users, n_items, blocks=1):
-    """A model that absorbed the events in so many blocks."""
+    """A model that absorbed the events in `blocks` blocks."""
     model = spec.build(0)
     model.grow(n_users, n_items)
     for part in np.array_split(np.arange(len(users)), blocks):
@@ -65,7 +65,7 @@ def test_popularity_counts_events():
     assert scores(model_of(PopularitySpec(), [1, 2, 1], [3, 3, 1], 2, 3), 0) == [1, 0, 2]
 
 
-def test_the_last_window_forgets_what_came_before():
+def test_events_before_the_last_window_are_forgotten():
     # A window is half of the 4 base events. After the base it holds 1, 2; two events later 3, 3.
     model = model_of(PopularitySpec("last", window=0.5), [1, 1, 1, 1], [1, 1, 1, 2], 1, 3)
     assert scores(model, 0) == [1, 1, 0]
@@ -80,18 +80,18 @@ def test_decay_halves_a_count_every_half_life_of_events():
     assert scores(model, 0) == pytest.approx([2**-2.5 + 2**-2 + 1, 2**-1.5 + 2**-1, 2**-0.5])
 
 
-def test_repeat_last_offers_own_items_the_latest_first():
-    # Ages: 2 at 0 (and 2), 3 at 1. Padding and items of others score 0.
+def test_repeat_last_ranks_own_items_by_their_last_event():
+    # Ages: item 2 at 0 and 2, item 3 at 1. Other items score 0.
     assert scores(model_of(RepeatSpec(), [1], [1], 1, 3), 0, 2, 3, 2) == pytest.approx([0, 1, 1 / 2])
 
 
-def test_repeat_freq_adds_up_the_events_of_an_item():
+def test_repeat_freq_sums_the_events_of_an_item_with_decay():
     assert scores(model_of(RepeatSpec("freq"), [1], [1], 1, 3), 0, 2, 3, 2) == pytest.approx(
         [0, 1 + 0.5 ** (2 / 32), 0.5 ** (1 / 32)]
     )
 
 
-def test_item_knn_scores_as_its_formula_says():
+def test_item_knn_by_hand():
     # Pairs 1-2 and 2-3. d = 1, 2, 1 of 4 events: idf(1) = log(1 + 4/2), idf(2) = log(1 + 4/3). History 1, then 2.
     model = model_of(ItemKNNSpec(), [1, 1, 2, 2], [1, 2, 2, 3], 2, 3)
     near, norm = np.log(7 / 3), np.sqrt(11 * 12)
@@ -103,17 +103,17 @@ def test_an_item_bought_again_pairs_with_itself():
     assert scores(model_of(ItemKNNSpec(), [1, 1], [1, 1], 1, 1), 1) == pytest.approx([2 * np.log(5 / 3) / 12])
 
 
-def test_markov_looks_forward_and_weighs_by_gap():
-    # 1, 2, 3: 1 -> 2 weighs 1, 1 -> 3 weighs 1/2, 2 -> 3 weighs 1. The window is one event, by which 1 -> 2 is older
-    # than the others: 0.8; d_1 = 1.3, d_2 = 1, d_3 = 0.
+def test_markov_counts_later_items_and_weights_them_by_gap():
+    # 1, 2, 3: 1 -> 2 weighs 1, 1 -> 3 weighs 1/2, 2 -> 3 weighs 1. The window is one event, and 1 -> 2 is one event
+    # older than the others: 0.8. So d_1 = 1.3, d_2 = 1, d_3 = 0.
     model = model_of(ItemKNNSpec("markov"), [1, 1, 1], [1, 2, 3], 1, 3)
     assert scores(model, 1) == pytest.approx([0, 0.8 / 11.3, 0.5 / 11.3])
     assert scores(model, 1, 2) == pytest.approx([0, 0.4 / 11.3, 0.25 / 11.3 + 1 / 11])
 
 
-def test_markov_keeps_four_fifths_of_the_counts_of_a_window_ago():
-    # A window is two events, as many as the second block has: it leaves 0.8 of 1 -> 2. Across the boundary it adds 1/2
-    # of 1 -> 3 and 1 of 2 -> 3, both 0.8^(1/2) since one event came later. d_1 = 0.8 + s/2, d_2 = s.
+def test_a_markov_pair_that_is_one_window_old_weighs_four_fifths():
+    # A window is two events, like the second block, after which 1 -> 2 weighs 0.8. That block adds 1/2 of 1 -> 3 and 1
+    # of 2 -> 3, both times s = 0.8^(1/2), because one event came later. So d_1 = 0.8 + s/2, d_2 = s.
     model = ItemKNNSpec("markov").build(0)
     model.grow(2, 3)
     model.window_events = 2
@@ -125,7 +125,7 @@ def test_markov_keeps_four_fifths_of_the_counts_of_a_window_ago():
     assert scores(model, 2) == pytest.approx([0, 0, s / (10 + s)])
 
 
-def test_items_that_nobody_has_taken_yet_take_no_place_in_the_question():
+def test_items_without_events_are_left_out_of_queries():
     for kind in ("cosine", "markov"):
         model = model_of(ItemKNNSpec(kind=kind), [1, 1, 2, 2], [1, 2, 1, 2], 2, 2)
         before = scores(model, 1)
@@ -136,8 +136,8 @@ def test_items_that_nobody_has_taken_yet_take_no_place_in_the_question():
         assert np.array_equal(scores(other, 1, *range(3, 28))[:2], before)
 
 
-def test_an_old_event_that_was_kept_secret_makes_no_pair():
-    # Item row 0 hides an old event. What is around it keeps its distance: 1 -> 2 has a gap of 2, so half a pair.
+def test_a_held_out_event_makes_no_pair():
+    # Item row 0 hides a held-out event. The gaps around it stay: 1 -> 2 has a gap of 2, so it counts 1/2.
     model = ItemKNNSpec("markov").build(0)
     model.grow(1, 2)
     model.absorb(events([1], [2]), histories([1, 1], [1, 0], 1))
@@ -147,7 +147,7 @@ def test_an_old_event_that_was_kept_secret_makes_no_pair():
 
 @pytest.mark.parametrize("chunk", [7, 200_000])
 def test_pairs_are_those_of_a_double_loop(chunk, monkeypatch):
-    monkeypatch.setattr(pairs_module, "CHUNK_EVENTS", chunk)
+    monkeypatch.setattr(item_knn_module, "CHUNK_EVENTS", chunk)
     users, items = random_log()
     wanted = np.zeros((16, 16))
     for user in range(1, 13):
@@ -161,34 +161,34 @@ def test_pairs_are_those_of_a_double_loop(chunk, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["cosine", "markov"])
 @pytest.mark.parametrize("chunk", [7, 50])
-def test_counting_in_parts_is_counting_at_once(kind, chunk, monkeypatch):
+def test_counting_in_parts_equals_counting_at_once(kind, chunk, monkeypatch):
     users, items = random_log()
     at_once = model_of(ItemKNNSpec(kind), users, items, 12, 15, blocks=2)
-    monkeypatch.setattr(pairs_module, "CHUNK_EVENTS", chunk)
+    monkeypatch.setattr(item_knn_module, "CHUNK_EVENTS", chunk)
     in_parts = model_of(ItemKNNSpec(kind), users, items, 12, 15, blocks=2)
     assert in_parts.pair_counts_II.nnz == at_once.pair_counts_II.nnz and in_parts.pair_counts_II.has_canonical_format
     assert in_parts.pair_counts_II.toarray() == pytest.approx(at_once.pair_counts_II.toarray(), rel=1e-6)
 
 
-def test_a_question_has_indices_as_narrow_as_the_pairs():
-    # With wider ones every request would convert all pairs: 34 ms, not 2, after 2 million events.
+def test_a_query_has_indices_as_narrow_as_the_pairs():
+    # With wider indices, every request would convert all pairs: 34 ms instead of 2 ms after 2 million events.
     users, items = random_log()
     for kind in ("cosine", "markov"):
         model = model_of(ItemKNNSpec(kind), users, items, 12, 15)
-        question = model._query_weights(Batch(torch.tensor([1]), torch.tensor([[3, 4]])))
-        assert question.indices.dtype == question.indptr.dtype == model.pair_counts_II.indices.dtype == np.int32
+        query = model._query_weights(Batch(torch.tensor([1]), torch.tensor([[3, 4]])))
+        assert query.indices.dtype == query.indptr.dtype == model.pair_counts_II.indices.dtype == np.int32
         assert model.pair_counts_II.indptr.dtype == np.int32
 
 
 @pytest.mark.parametrize("spec", [PopularitySpec(), ItemKNNSpec()])
-def test_events_in_blocks_are_learned_as_events_at_once(spec):
+def test_events_in_blocks_give_the_same_scores_as_events_at_once(spec):
     users, items = random_log()
     once, often = (model_of(spec, users, items, 12, 15, blocks) for blocks in (1, 9))
     assert scores(once, 3, 4, 5) == pytest.approx(scores(often, 3, 4, 5), rel=1e-6)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_a_loaded_control_scores_as_the_saved_one_and_goes_on_learning(spec):
+def test_a_loaded_model_scores_and_learns_like_the_saved_one(spec):
     users, items = random_log()
     model = model_of(spec, users, items, 12, 15)
     loaded = spec.build(0)
@@ -201,7 +201,7 @@ def test_a_loaded_control_scores_as_the_saved_one_and_goes_on_learning(spec):
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_what_a_copy_absorbs_the_original_does_not_know(spec):
+def test_a_copy_that_absorbs_events_does_not_change_the_original(spec):
     users, items = random_log()
     model = model_of(spec, users, items, 12, 15)
     before = scores(model, 3, 4, 5), {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -213,7 +213,7 @@ def test_what_a_copy_absorbs_the_original_does_not_know(spec):
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_each_row_may_ask_for_its_own_items(spec):
+def test_each_row_may_have_its_own_items_to_score(spec):
     users, items = random_log()
     model = model_of(spec, users, items, 12, 15)
     batch = Batch(torch.tensor([1, 2]), torch.tensor([[0, 3, 4], [5, 5, 6]]))
@@ -224,7 +224,7 @@ def test_each_row_may_ask_for_its_own_items(spec):
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_a_user_without_a_history_and_a_block_without_events_are_no_trouble(spec):
+def test_an_empty_history_and_an_empty_block_are_valid(spec):
     model = spec.build(0)
     model.grow(2, 3)
     model.absorb(events([], []), Histories.empty())
@@ -233,7 +233,7 @@ def test_a_user_without_a_history_and_a_block_without_events_are_no_trouble(spec
 
 
 @pytest.mark.skipif(not LOGS.exists(), reason="the folder shared/data with real logs is not beside the repository")
-def test_on_a_real_log_item_knn_finds_the_next_visits_first_purchase_twice_as_often_as_popularity():
+def test_on_a_real_log_item_knn_has_twice_the_hit_rate_of_popularity():
     log = pl.read_parquet(LOGS / "uci_online_retail.parquet").sort("timestamp", maintain_order=True)
     log = log.with_columns(pl.col("user_id").rank("dense"), pl.col("item_id").rank("dense"))
     old, new = log[: len(log) // 2], log[len(log) // 2 :].unique("user_id", keep="first", maintain_order=True)

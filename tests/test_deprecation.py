@@ -17,7 +17,7 @@ def public(value: int | None = 1, *, old: int | None | Unset = UNSET) -> int | N
 
 
 def test_the_old_name_of_an_argument_sets_the_new_one_and_warns_its_caller_once() -> None:
-    with pytest.warns(FutureWarning, match="^old is called value now; the old name still works.$") as caught:
+    with pytest.warns(FutureWarning, match="^old is now called value. The old name still works.$") as caught:
         assert public(old=7) == 7
     assert len(caught) == 1 and caught[0].filename == __file__
     with pytest.warns(FutureWarning):
@@ -47,5 +47,5 @@ def test_old_flags_of_a_command_become_its_new_ones(given: list[str], expected: 
     assert replace_old_flags(given, RENAMED, said.append) == expected
     assert len(said) == n_warnings
     assert set(said) <= {
-        "--old is called --new now; the old name still works.", "-o is called -n now; the old name still works.",
+        "--old is now called --new. The old name still works.", "-o is now called -n. The old name still works.",
     }  # fmt: skip

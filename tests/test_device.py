@@ -1,4 +1,4 @@
-"""What trains on the CPU trains on another device: every tensor is made there, or moved."""
+"""Everything that trains on the CPU trains on another device: each tensor is created there, or moved."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -82,12 +82,12 @@ def test_a_replay_runs_on_another_device(pair: Pair, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("pretend")
-def test_another_device_gives_what_the_cpu_gives(tmp_path: Path) -> None:
-    # the same random numbers, and the same arithmetic but for the order of some sums
+def test_another_device_gives_the_results_of_the_cpu(tmp_path: Path) -> None:
+    # random numbers are the same, and arithmetic differs only in the order of some sums
     pair = Pair("mf", "finetune")
     assert replayed(pair, tmp_path / "there", NAME).equals(replayed(pair, tmp_path / "here"))
 
 
-def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match='no device "abacus" here'):
+def test_a_missing_device_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match='There is no device "abacus" here'):
         run_cells([], world(), ReplaySettings(), tmp_path, device="abacus", on_span_done=lambda cell, span: None)

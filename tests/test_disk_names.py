@@ -32,7 +32,7 @@ from freshrec.types import State
 
 
 def dataclasses_in(kind: Any, found: set[type]) -> set[type]:
-    """`found`, with the dataclasses that a value of this type can be made of, itself among them."""
+    """Add to `found` all dataclasses that a value of this type can contain."""
     if is_dataclass(kind) and isinstance(kind, type) and kind not in found:
         found.add(kind)
         for hint in get_type_hints(kind).values():
@@ -48,15 +48,15 @@ def spans() -> LogSplit:
     return split_log(log, by="count", spans=3, forget_users=0.2)
 
 
-def test_a_tag_is_of_one_class_and_every_former_name_has_one() -> None:
+def test_a_tag_belongs_to_one_class_and_every_former_name_has_a_tag() -> None:
     assert len(set(CLASSES.values())) == len(CLASSES)
     assert set(FORMER.values()) <= CLASSES.keys()
-    assert not [tag for tag in CLASSES if ":" in tag]  # which tells a tag from somebody else's module:qualname
+    assert not [tag for tag in CLASSES if ":" in tag]  # a colon marks the module:qualname of another package
     for tag in CLASSES:
         assert tag_of(class_of(tag)) == tag
 
 
-def test_every_option_and_every_part_of_what_has_a_tag_has_one() -> None:
+def test_every_option_class_and_every_part_of_a_tagged_class_has_a_tag() -> None:
     roots = {type(one) for one in (*MODELS.values(), *STRATEGIES.values())} | {class_of(tag) for tag in CLASSES}
     found: set[type] = set()
     for root in roots:
@@ -65,7 +65,7 @@ def test_every_option_and_every_part_of_what_has_a_tag_has_one() -> None:
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_all_that_a_strategy_keeps_has_a_tag(name: str, spans: LogSplit, tmp_path: Path) -> None:
+def test_everything_that_a_strategy_keeps_has_a_tag(name: str, spans: LogSplit, tmp_path: Path) -> None:
     strategy: Any = STRATEGIES[name]
     if name != "absorb":
         quick = {"max_epochs": 1} if name == "refit" else {"base_epochs": 1, "epochs": 1}
@@ -77,9 +77,9 @@ def test_all_that_a_strategy_keeps_has_a_tag(name: str, spans: LogSplit, tmp_pat
         except IncompatibleError:
             continue
         if model == "mf" and name in ("asmg", "sml"):
-            continue  # an interest model makes it keep more
+            continue  # they keep more with an interest model
         state = State((spec if model in (*COUNTING_MODELS, "blend") else replace(spec, d=4)).build(0))
-        for span in spans.spans:  # some keep more after a second update
+        for span in spans.spans:  # some strategies keep more after a second update
             state = strategy.update(absorb_block(state, span.events, span.n_users, span.n_items), span)
         save_tree((strategy, state), tmp_path / "state.safetensors")  # StateError where a class has no tag
         assert len(spans.spans) == state.spans_seen
@@ -90,13 +90,13 @@ def test_all_that_a_strategy_keeps_has_a_tag(name: str, spans: LogSplit, tmp_pat
 
 def test_a_class_of_this_package_without_a_tag_cannot_be_saved(tmp_path: Path) -> None:
     forgotten = type("Forgotten", (), {"__module__": "freshrec.models.mf", "__annotations__": {"d": int}})
-    with pytest.raises(StateError, match="has no tag; give it one in CLASSES"):
+    with pytest.raises(StateError, match="cannot be saved without a tag. Add one to CLASSES"):
         save_tree(dataclass(forgotten)(3), tmp_path / "state.safetensors")
 
 
 @dataclass(frozen=True)
 class Theirs:
-    """Of somebody else's package."""
+    """A class of another package."""
 
     n: int
 
@@ -110,15 +110,15 @@ def test_a_class_of_another_package_is_saved_by_its_module_and_name(tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["os:system", "pathlib:Path", "antigravity:X", "no-such-tag", f"{__name__}:json"])
-def test_a_file_names_only_dataclasses_that_are_there(name: str) -> None:
-    with pytest.raises(StateError, match="the state needs"):
+def test_a_file_may_name_only_existing_dataclasses(name: str) -> None:
+    with pytest.raises(StateError, match="The state needs"):
         class_of(name)
-    assert "antigravity" not in sys.modules  # nothing is imported because a file says so
+    assert "antigravity" not in sys.modules  # a file cannot cause an import
 
 
 @dataclass(frozen=True)
 class MFOptions:
-    """What `MFSpec` may be called one day: d is dims, lr is gone, `kind` has another word, `bias` is new."""
+    """A possible future `MFSpec`: d is called dims, lr is gone, a value of `kind` has changed, `bias` is new."""
 
     dims: int
     kind: str
@@ -126,7 +126,7 @@ class MFOptions:
     weights: dict[str, Tensor]
 
 
-def test_a_file_of_former_names_gives_the_class_of_today(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_with_former_names_gives_the_current_class(monkeypatch: pytest.MonkeyPatch) -> None:
     later = types.ModuleType("freshrec_later")
     later.MFOptions = MFOptions  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "freshrec_later", later)
@@ -136,7 +136,8 @@ def test_a_file_of_former_names_gives_the_class_of_today(monkeypatch: pytest.Mon
     monkeypatch.setitem(disk_names.ADDED, "mf-spec", {"bias": True})
     monkeypatch.setitem(disk_names.WEIGHTS, "", {"packed": "rows"})
     monkeypatch.setitem(disk_names.WEIGHTS, "mf-spec", {"users": "user_table"})
-    weights = {"dict": {"users.packed": {"tensor": "a"}, "users": {"value": 3}}}  # a number's key is no weight's name
+    # the key of a number is not the name of a weight
+    weights = {"dict": {"users.packed": {"tensor": "a"}, "users": {"value": 3}}}
     former = {"d": {"value": 4}, "lr": {"value": 0.1}, "kind": {"value": "lanes"}, "weights": weights}
     found = with_current_names({"class": "freshrec.models.mf:MFSpec", "fields": former})
     assert class_of(found["class"]) is MFOptions
@@ -144,7 +145,7 @@ def test_a_file_of_former_names_gives_the_class_of_today(monkeypatch: pytest.Mon
     assert found["fields"]["dims"] == {"value": 4} and found["fields"]["bias"] == {"value": True}
     assert found["fields"]["kind"] == {"value": "parallel"}
     assert found["fields"]["weights"]["dict"] == {"user_table.rows": {"tensor": "a"}, "users": {"value": 3}}
-    # a model's weights have the names of its options' tag
+    # the names of a model's weights depend on the tag of its options
     parts = {"spec": {"class": "mf-spec", "fields": {}}, "weights": weights}
     assert with_current_names({"model": {"dict": parts}})["model"]["dict"]["weights"]["dict"].keys() == {
         "user_table.rows",
@@ -168,7 +169,7 @@ def test_former_keys_and_columns_of_other_files_are_read(monkeypatch: pytest.Mon
     now = {"id": 1, "kind": "empty", "held_out": 2, "numbers": {"n_late": 3.0}, "data": data}
     assert current_manifest(former) == now
     assert current_move({"to": 1, "action": "save"}) == {"to": 1, "action": "saved"}
-    assert current_manifest([1]) == [1] and current_move("x") == "x"  # what is damaged is told by whoever checks it
+    assert current_manifest([1]) == [1] and current_move("x") == "x"  # the reader that checks it reports damage
     monkeypatch.setitem(disk_names.RANK_COLUMNS, "asked", "span")
     pl.DataFrame({"asked": [1], "rank": [2.0]}).write_parquet(tmp_path / "span-1.parquet")
     assert read_ranks(tmp_path / "span-1.parquet").columns == ["span", "rank"]
@@ -187,7 +188,7 @@ def cell_of(model: str, strategy: str) -> Cell:
     ],
     ids=lambda cell: cell.model_name,
 )
-def test_what_0_1_0_wrote_of_a_cell_is_that_cell_and_no_other(cell: Cell, tmp_path: Path) -> None:
+def test_a_run_recorded_by_0_1_0_matches_the_same_run_only(cell: Cell, tmp_path: Path) -> None:
     (tmp_path / "made-of.txt").write_text(repr(cell))  # no class or field of these was renamed since 0.1.0
     assert matches_provenance(tmp_path, cell)
     assert not matches_provenance(tmp_path, replace(cell, cadence=2))
@@ -196,7 +197,7 @@ def test_what_0_1_0_wrote_of_a_cell_is_that_cell_and_no_other(cell: Cell, tmp_pa
     assert matches_provenance(tmp_path, cell) and not matches_provenance(tmp_path, replace(cell, seed=1))
 
 
-def test_what_0_1_0_wrote_of_a_whole_replay_is_its_settings_and_its_log(tmp_path: Path) -> None:
+def test_a_replay_recorded_by_0_1_0_matches_its_settings_and_log(tmp_path: Path) -> None:
     settings = ReplaySettings(QueryOptions(unseen="drop"), tune=True)
     (tmp_path / "made-of.txt").write_text(
         "Settings(asked=Asked(role=2, min_history=1, among=0, unseen='drop'), tune=True, last_update=True), log 7f"
@@ -207,14 +208,14 @@ def test_what_0_1_0_wrote_of_a_whole_replay_is_its_settings_and_its_log(tmp_path
     )
 
 
-def test_what_is_damaged_is_of_nothing(tmp_path: Path) -> None:
+def test_a_damaged_record_matches_nothing(tmp_path: Path) -> None:
     for name, text in (("made-of.txt", "Cell(model="), ("made-of.json", "{"), ("made-of.json", '{"class": "no"}')):
         (tmp_path / name).write_text(text)
         assert not matches_provenance(tmp_path, cell_of("item-knn", "absorb"))
 
 
-def test_a_replay_of_somebody_elses_model_goes_on(tmp_path: Path) -> None:
-    class Spec:  # no dataclass, and nobody can import it
+def test_a_replay_of_a_custom_model_resumes(tmp_path: Path) -> None:
+    class Spec:  # not a dataclass, and it cannot be imported
         def __repr__(self) -> str:
             return "Spec of mine"
 
@@ -226,7 +227,7 @@ def test_a_replay_of_somebody_elses_model_goes_on(tmp_path: Path) -> None:
     assert base_file(cell, (1, 2), tmp_path) != base_file(cell, (1, 3), tmp_path)
 
 
-def test_options_of_a_later_version_that_were_not_there_then_have_their_defaults(tmp_path: Path) -> None:
+def test_options_that_older_files_lack_get_their_defaults(tmp_path: Path) -> None:
     cell = cell_of("sasrec", "finetune")
     write_provenance(tmp_path, cell)
     file = tmp_path / "made-of.json"
@@ -246,7 +247,9 @@ def test_state_dicts_are_read_by_current_names(
     name = next(name for name, tensor in kept.items() if tensor.ndim)
     save_tree(state, tmp_path / "state.safetensors")
     monkeypatch.setitem(disk_names.WEIGHTS, "popularity-spec", {name: "a_later_name"})
-    with pytest.raises(StateError, match=f"not a whole state.*{name}"):  # today's code wants its name of today
+    with pytest.raises(
+        StateError, match=f"does not hold a complete state.*{name}"
+    ):  # today's code wants its name of today
         load_tree(tmp_path / "state.safetensors")
     monkeypatch.setitem(disk_names.WEIGHTS, "popularity-spec", {})
     assert torch.equal(load_tree(tmp_path / "state.safetensors").model.state_dict()[name], kept[name])

@@ -1,4 +1,4 @@
-"""Lists of several categories, by hand and against the rule carried out one item at a time."""
+"""Diverse lists, by hand and against a plain loop over items."""
 
 import json
 from pathlib import Path
@@ -24,30 +24,32 @@ SCORES, KINDS = torch.tensor([[5.0, 4.5, 4.0]]), torch.tensor([[1, 1, 2]])
 def listed(diversity: float, k: int = 3, kinds_BC: Tensor = KINDS) -> list[int]:
     items_BK, scores_BK = diversify(CANDIDATES, SCORES, kinds_BC, k, diversity)
     of_item = dict(zip(CANDIDATES[0].tolist(), SCORES[0].tolist()))
-    assert scores_BK[0].tolist() == [of_item[item] for item in items_BK[0].tolist()]  # the model's, nothing taken off
+    assert scores_BK[0].tolist() == [
+        of_item[item] for item in items_BK[0].tolist()
+    ]  # the model's scores, without the cost
     return items_BK[0].tolist()
 
 
-def test_an_item_of_a_category_makes_the_next_one_of_it_worth_less() -> None:
-    assert listed(1.0) == [A1, B1, A2]  # after A1: A2 is worth 4.5 - 1 = 3.5, B1 4
+def test_an_item_lowers_the_next_one_of_its_category() -> None:
+    assert listed(1.0) == [A1, B1, A2]  # after A1: A2 has 4.5 - 1 = 3.5, B1 has 4
     assert listed(0.0) == [A1, A2, B1]
     assert listed(1.0, k=2) == [A1, B1]
-    assert listed(0.4) == [A1, A2, B1]  # 4.1 against 4
+    assert listed(0.4) == [A1, A2, B1]  # 4.5 - 0.4 = 4.1 > 4
 
 
 def test_the_cost_grows_with_each_item_of_the_category() -> None:
-    # of category 1: 5, 4.9, 4.8; of category 2: 3.5. Cost 1: 5, then 3.9 against 3.5, then 2.8 against 3.5
+    # Category 1 has scores 5, 4.9, 4.8, category 2 has 3.5. With cost 1: 5, then 3.9 > 3.5, then 3.5 > 2.8.
     items_BC, scores_BC = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[5.0, 4.9, 4.8, 3.5]])
     items_BK, scores_BK = diversify(items_BC, scores_BC, torch.tensor([[1, 1, 1, 2]]), 4, 1.0)
     assert items_BK.tolist() == [[1, 2, 4, 3]]
     torch.testing.assert_close(scores_BK, torch.tensor([[5.0, 4.9, 3.5, 4.8]]))
 
 
-def test_items_without_a_category_are_like_no_other() -> None:
+def test_items_without_a_category_share_none() -> None:
     assert listed(9.0, kinds_BC=torch.tensor([[0, 0, 2]])) == [A1, A2, B1]
 
 
-def test_what_must_not_be_shown_comes_last_and_nothing_comes_twice() -> None:
+def test_excluded_items_come_last_and_no_item_comes_twice() -> None:
     scores_BC = torch.tensor([[5.0, 4.0, -torch.inf], [-torch.inf] * 3])
     items_BK, scores_BK = diversify(CANDIDATES.expand(2, -1), scores_BC, KINDS.expand(2, -1), 9, 100.0)
     assert items_BK[0, :2].tolist() == [A1, A2]
@@ -64,7 +66,7 @@ def test_no_candidates_make_no_list() -> None:
     st.integers(1, 12),
     st.sampled_from([0.0, 0.5, 2.0, 100.0]),
 )
-def test_users_side_by_side_get_what_the_rule_gives_each(rows: list[tuple[int, int]], k: int, weight: float) -> None:
+def test_lists_of_a_batch_are_those_of_a_plain_loop(rows: list[tuple[int, int]], k: int, weight: float) -> None:
     rows = sorted(rows, reverse=True)
     scores_C, kinds_C = torch.tensor([float(score) for score, _ in rows]), torch.tensor([kind for _, kind in rows])
     scores_BC, kinds_BC = torch.stack([scores_C, scores_C]), torch.stack([kinds_C, torch.ones_like(kinds_C)])
@@ -82,8 +84,8 @@ def test_users_side_by_side_get_what_the_rule_gives_each(rows: list[tuple[int, i
         assert found == [i + 1 for i in chosen]
 
 
-def test_the_best_of_each_interest_put_together_are_the_best_by_the_best_interest() -> None:
-    # ComiRec finds candidates interest by interest; exact lists of n each hold all of the n best by max_k h_k e_i
+def test_the_best_items_of_each_interest_include_the_best_items_of_all() -> None:
+    # ComiRec retrieves n items per interest. Together they include the n best items by max_k h_k e_i.
     source = torch.Generator().manual_seed(0)
     vectors_BKD, items_ND = torch.randn(5, 4, 8, generator=source), torch.randn(60, 8, generator=source)
     best_BN = max_inner_product(vectors_BKD, items_ND).topk(10).indices
@@ -95,12 +97,12 @@ def test_the_best_of_each_interest_put_together_are_the_best_by_the_best_interes
 def test_categories_are_numbered_by_item_row() -> None:
     categories = pl.DataFrame({"item": [3, 1, 4], "category": ["b", "a", "b"]})
     assert item_categories(categories, 5).tolist() == [0, 1, 0, 2, 2, 0]
-    with pytest.raises(OptionError, match="needs categories"):
+    with pytest.raises(OptionError, match="diversity needs categories"):
         item_categories(categories.head(0), 5)
 
 
-def test_the_command_line_asks_for_diversity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    # counts: a 3, b 2, c 1; b is of a's category
+def test_diversity_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Counts: a 3, b 2, c 1. Items a and b share a category.
     columns = {"user_id": ["u", "u", "u", "v", "v", "w"], "item_id": list("aabbac"), "category": list("xxxxxy")}
     log = pl.DataFrame(columns).with_columns(timestamp=pl.int_range(1_700_000_000, 1_700_000_006))
     Recommender("popularity").fit(log).save(tmp_path / "store")

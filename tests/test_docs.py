@@ -1,4 +1,4 @@
-"""The documentation says what is there: short README, true rooms, file map and walks, no link or path to nowhere."""
+"""The documentation matches the code: README, packages, file map, walks, links and paths."""
 
 import ast
 import importlib
@@ -18,14 +18,14 @@ from freshrec.errors import FreshrecError
 from freshrec.recommender.recommender import Recommender
 
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
-HISTORY = ("CHANGELOG.md", "diary.md", "016-rooms-and-names.md")  # they name files that were there once
+HISTORY = ("CHANGELOG.md", "diary.md", "016-packages-and-names.md")  # they name files that no longer exist
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 OUTSIDE = ("../shared/", "http://", "https://", "#", "mailto:")
 
 
 @pytest.fixture
 def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that holds the logs of which the README speaks, in which we are."""
+    """The current folder, which holds the logs that the README names."""
     log = make_world("drift", users=100, items=60, events=3000).log.frame
     log = log.select(user_id=pl.format("u{}", "user_id"), item_id=pl.format("i{}", "item_id"), timestamp="time")
     log[:2600].write_parquet(tmp_path / "events.parquet")
@@ -47,7 +47,9 @@ def test_the_commands_of_the_readme_that_keep_a_store_run(shop: Path, capsys: py
     lines = re.findall(
         r"^\.venv/bin/freshrec (.*--store shop.*|validate .*)$", (ROOT / "README.md").read_text(), re.MULTILINE
     )
-    commands = [shlex.split(line, comments=True) for line in lines if not line.startswith("serve ")]  # never ends
+    commands = [
+        shlex.split(line, comments=True) for line in lines if not line.startswith("serve ")
+    ]  # runs until it is stopped
     assert {command[0] for command in commands} == {"validate", "fit", "update", "recommend", "rollback"}
     for command in commands:
         assert main(command) == 0, capsys.readouterr()
@@ -85,10 +87,10 @@ def section(name: str) -> list[str]:
     return ARCHITECTURE.partition(f"<!-- {name} -->\n")[2].partition(f"<!-- /{name} -->")[0].splitlines()
 
 
-def test_the_drawn_rooms_are_the_layers_from_top_to_bottom_with_their_real_imports() -> None:
+def test_the_drawn_packages_are_the_layers_from_top_to_bottom_with_their_real_imports() -> None:
     drawn: list[tuple[str, int]] = []
     imported: dict[str, set[str]] = {}
-    for line in section("rooms")[2:-1]:  # without the fences and the heading
+    for line in section("packages")[2:-1]:  # without the fences and the heading
         words = re.split(" {2,}", line.strip())
         if words[0].isdigit():
             layer = int(words.pop(0))
@@ -97,12 +99,16 @@ def test_the_drawn_rooms_are_the_layers_from_top_to_bottom_with_their_real_impor
             imported[words[0]] = set(words[2].split()) if len(words) > 2 else set()
     assert [layer for _, layer in drawn] == sorted((layer for _, layer in drawn), reverse=True)
     assert dict(drawn) == LAYERS and len(drawn) == len(LAYERS)
-    real: dict[str, set[str]] = {room: set() for room, layer in LAYERS.items() if layer}
+    real: dict[str, set[str]] = {package: set() for package, layer in LAYERS.items() if layer}
     for file in SRC.rglob("*.py"):
         path = file.relative_to(SRC).as_posix()
-        room = path.partition("/")[0].removesuffix(".py")
-        real.get(room, set()).update(other for _, other in imports(path, ast.parse(file.read_text())) if other != room)
-    assert {room: imported[room] for room in real} == {room: others & real.keys() for room, others in real.items()}
+        package = path.partition("/")[0].removesuffix(".py")
+        real.get(package, set()).update(
+            other for _, other in imports(path, ast.parse(file.read_text())) if other != package
+        )
+    assert {package: imported[package] for package in real} == {
+        package: others & real.keys() for package, others in real.items()
+    }
 
 
 def is_empty(file: Path) -> bool:
@@ -130,7 +136,7 @@ def syntax_tree(file: Path) -> ast.AST | None:
 
 
 def definition(path: str, name: str | None) -> ast.AST | None:
-    """The function, class, method or variable in a file, or the file if `name` is None; None where there is none."""
+    """The function, class, method or variable of this name in a file; the file if `name` is None; None if missing."""
     found = syntax_tree((ROOT if path.startswith(("docs/", "tests/")) else SRC) / path)
     for part in name.split(".") if name else []:
         found = next((node for node in vars(found).get("body", []) if part in defined_names(node)), None)
@@ -149,7 +155,9 @@ def defined_names(node: ast.stmt) -> list[str]:
 
 
 def test_every_file_and_function_that_the_architecture_names_exists() -> None:
-    text = re.sub(r"^- `[^`]+`", "-", ARCHITECTURE, flags=re.MULTILINE)  # the map's entries are relative to headings
+    text = re.sub(
+        r"^- `[^`]+`", "-", ARCHITECTURE, flags=re.MULTILINE
+    )  # entries of the map are relative to their headings
     named = re.findall(r"`([\w/]+\.py)(?:: ([\w.]+))?`", text)
     assert len(named) > 100
     assert [f"{path}: {name}" for path, name in named if definition(path, name or None) is None] == []
@@ -162,9 +170,9 @@ def uses(node: ast.AST, name: str) -> list[int]:
 
 
 def walks(text: str) -> list[str]:
-    """What is wrong with the steps of walks: an indented step must be used by the one above it, in order of lines."""
+    """Errors in the steps of walks: the step above must use an indented step, in the order of lines."""
     wrong: list[str] = []
-    above: list[tuple[int, str, ast.AST, int]] = []  # indent, step, what it names, the line of its last step
+    above: list[tuple[int, str, ast.AST, int]] = []  # indent, step, its object, the line of its last sub-step
     for indent, path, name in re.findall(r"^( *)\d+\. `([\w/]+\.py): ([\w.]+)`", text, re.MULTILINE):
         while above and above[-1][0] >= len(indent):
             above.pop()
@@ -180,7 +188,7 @@ def walks(text: str) -> list[str]:
 
 
 def test_each_step_of_a_walk_is_called_by_the_step_above_it_in_this_order() -> None:
-    # fine-tuning copies the model, then trains: neither the other way round, nor below another function
+    # fine-tuning first copies the model and then trains, and no other function does
     calls = "1. `strategies/baselines.py: FineTune.update`\n   1. `learn/fit.py: {}`\n   2. `learn/fit.py: {}`\n"
     assert walks(calls.format("grown_copy", "fit_model")) == []
     assert len(walks(calls.format("fit_model", "grown_copy"))) == 1
@@ -190,9 +198,9 @@ def test_each_step_of_a_walk_is_called_by_the_step_above_it_in_this_order() -> N
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name not in HISTORY], ids=lambda page: page.name)
-def test_every_room_and_file_that_a_page_names_is_there(page: Path) -> None:
-    rooms = "|".join(name for name in LAYERS if (SRC / name).is_dir())
-    paths = re.findall(rf"`((?:{rooms})/[\w/]+\.py)\b", page.read_text())
+def test_every_package_and_file_that_a_page_names_exists(page: Path) -> None:
+    packages = "|".join(name for name in LAYERS if (SRC / name).is_dir())
+    paths = re.findall(rf"`((?:{packages})/[\w/]+\.py)\b", page.read_text())
     assert [path for path in paths if not (SRC / path).exists()] == []
 
 
@@ -216,8 +224,8 @@ def test_every_make_target_named_in_a_page_exists(page: Path) -> None:
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name)
-def test_what_a_benchmark_imports_of_the_library_is_there(script: Path) -> None:
-    # they run for minutes or hours, so that no test runs them
+def test_everything_that_a_benchmark_imports_exists(script: Path) -> None:
+    # benchmarks run for minutes or hours, so no test runs them
     for node in ast.walk(ast.parse(script.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("freshrec."):
             names = vars(importlib.import_module(str(node.module)))

@@ -1,4 +1,4 @@
-"""Embedding&MLP: its size, its forward pass and its loss by hand."""
+"""Embedding&MLP: size, forward pass and loss by hand."""
 
 import pytest
 import torch
@@ -28,9 +28,9 @@ def batch(history: list[list[int]], users: list[int], targets: list[int], labels
     )
 
 
-def test_the_network_is_as_large_as_the_papers() -> None:
-    # user 8, mean history 16, item 16: 40 -> 20 -> 10 -> 1 has 800 + 20 + 200 + 10 + 10 + 1 weights; without categories
-    # 24 -> 12 -> 6 -> 1 has 288 + 12 + 72 + 6 + 6 + 1
+def test_the_network_has_the_size_of_the_papers_network() -> None:
+    # User 8, mean history 16, item 16: 40 -> 20 -> 10 -> 1 has 800 + 20 + 200 + 10 + 10 + 1 weights.
+    # Without categories, 24 -> 12 -> 6 -> 1 has 288 + 12 + 72 + 6 + 6 + 1 weights.
     for categories, hidden, n in ((5, 20, 1041), (0, 12, 385)):
         model = EmbeddingMLPSpec(hidden=hidden, categories=categories).build(0)
         assert sum(weight.numel() for weight in model.parameters()) == n
@@ -43,16 +43,16 @@ def test_a_score_is_the_network_over_user_mean_history_and_item() -> None:
     mean = (torch.cat([items[1], kinds[1]]) + torch.cat([items[3], kinds[1]])) / 2
     x = torch.cat([model.users.weights[2], mean, items[2], kinds[2]])
     expected = model.last(torch.relu(model.second(torch.relu(model.first(x)))))
-    asked = batch([[0, 1, 3]], [2], [2])
-    assert model.score(asked, torch.tensor([2])).item() == near(expected.item(), abs=1e-6)
-    # the same whether items are shared by the batch or each row's own, and whether it trains or serves
-    assert torch.allclose(model.score(asked, torch.tensor([[2, 1]])), model.score(asked, torch.tensor([2, 1])))
+    query = batch([[0, 1, 3]], [2], [2])
+    assert model.score(query, torch.tensor([2])).item() == near(expected.item(), abs=1e-6)
+    # the score is the same for items per row, and in training
+    assert torch.allclose(model.score(query, torch.tensor([[2, 1]])), model.score(query, torch.tensor([2, 1])))
     trained = model(batch([[0, 1, 3]], [2], [2], [1.0])).logits_BN
     assert trained is not None and trained.item() == near(expected.item(), abs=1e-6)
-    assert model.click_probabilities(asked, torch.tensor([2])).item() == near(torch.sigmoid(expected).item(), abs=1e-6)
+    assert model.click_probabilities(query, torch.tensor([2])).item() == near(torch.sigmoid(expected).item(), abs=1e-6)
 
 
-def test_who_has_no_history_has_a_mean_of_zero_and_padding_counts_for_nothing() -> None:
+def test_an_empty_history_has_mean_zero_and_padding_is_ignored() -> None:
     model = built()
     x = torch.cat([model.users.weights[1], torch.zeros(2), model.items.weights[3]])
     expected = model.last(torch.relu(model.second(torch.relu(model.first(x))))).item()
@@ -62,37 +62,37 @@ def test_who_has_no_history_has_a_mean_of_zero_and_padding_counts_for_nothing() 
         assert model.score(Batch(torch.tensor([1]), ids), torch.tensor([3])).item() == near(expected, abs=1e-6)
 
 
-def test_the_loss_is_the_surprise_of_the_labels() -> None:
-    # A network that says 0 to all has a loss of ln 2 (T32), whatever the labels.
+def test_the_loss_is_the_cross_entropy_of_the_labels() -> None:
+    # A network whose output is always 0 has the loss ln 2, for any labels.
     model = built()
     torch.nn.init.zeros_(model.last.weight)
     assert model(batch([[1], [2]], [1, 2], [2, 3], [1.0, 0.0])).loss.item() == near(0.693147, abs=1e-6)
-    torch.nn.init.constant_(model.last.bias, 1.0)  # now it says 1: softplus(-1) = 0.313262 if taken, 1.313262 if not
+    torch.nn.init.constant_(model.last.bias, 1.0)  # output 1: softplus(-1) = 0.313262 if taken, else 1.313262
     assert model(batch([[1], [2]], [1, 2], [2, 3], [1.0, 1.0])).loss.item() == near(0.313262, abs=1e-6)
     assert model(batch([[1], [2]], [1, 2], [2, 3], [1.0, 0.0])).loss.item() == near(0.813262, abs=1e-6)
 
 
-def test_without_labels_each_target_is_told_from_one_random_item_that_is_another() -> None:
+def test_without_labels_each_target_has_one_random_negative_that_differs_from_it() -> None:
     # The negatives are items 2 and 3, one for each row. The second row's target is 3: its negative is the next item, 1.
     model = built()
     forward = model(batch([[1], [2]], [1, 2], [1, 3]))
-    asked = batch([[1], [2]], [1, 2], [1, 3])
-    expected = model.score(asked, torch.tensor([[1, 2], [3, 1]]))
+    query = batch([[1], [2]], [1, 2], [1, 3])
+    expected = model.score(query, torch.tensor([[1, 2], [3, 1]]))
     assert forward.logits_BN is not None and torch.allclose(forward.logits_BN, expected, atol=1e-6)
     loss = torch.nn.functional.binary_cross_entropy_with_logits(expected, torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
     assert forward.loss.item() == near(loss.item(), abs=1e-6)
 
 
-def test_categories_that_do_not_fit_are_refused_with_a_sentence() -> None:
-    with pytest.raises(OptionError, match="room for 1 categories: set categories=2"):
+def test_too_many_categories_or_none_in_the_log_are_errors_that_name_the_option() -> None:
+    with pytest.raises(OptionError, match="embedding-mlp has 1. Set categories=2"):
         built(categories=1).score(batch([[1]], [1], [2]), torch.tensor([2]))
-    with pytest.raises(OptionError, match="the log has no categories"):
+    with pytest.raises(OptionError, match="The log has no item categories"):
         built(categories=1).score(Batch(torch.tensor([1]), torch.tensor([[1]])), torch.tensor([2]))
 
 
-def test_who_and_what_came_after_the_last_update_gets_a_probability_all_the_same() -> None:
-    asked = Batch(torch.tensor([7]), torch.tensor([[9, 1]]))  # user 7 and item 9 are not known
+def test_users_and_items_that_came_after_the_last_update_are_scored_too() -> None:
+    query = Batch(torch.tensor([7]), torch.tensor([[9, 1]]))  # user 7 and item 9 are not known
     model = built()
     x = torch.cat([torch.zeros(2), model.items.weights[1] / 2, torch.zeros(2)])
     expected = model.last(torch.relu(model.second(torch.relu(model.first(x))))).item()
-    assert model.score(asked, torch.tensor([9])).item() == near(expected, abs=1e-6)
+    assert model.score(query, torch.tensor([9])).item() == near(expected, abs=1e-6)

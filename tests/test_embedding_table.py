@@ -1,4 +1,4 @@
-"""Embedding tables: the optimiser is right, touches only the rows of a batch, and growth changes nothing else."""
+"""Embedding tables: the optimiser equals torch's Adam, a step changes only its rows, and growth changes no old row."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def table_of(n_rows: int, n_dims: int = 4, seed: int = 0) -> EmbeddingTable:
 
 
 def loss_of(vectors_ND: Tensor) -> Tensor:
-    """Any loss whose gradient differs by row and place in the batch."""
+    """A loss whose gradient differs by row and by position in the batch."""
     weight_N1 = torch.arange(1, len(vectors_ND) + 1)[:, None]
     return (weight_N1 * (vectors_ND - 0.3) ** 2).sum()
 
@@ -27,7 +27,7 @@ def step(table: EmbeddingTable, ids_N: Tensor) -> None:
     table.step(LR)
 
 
-def test_each_row_learns_as_if_an_adam_of_torch_had_it_alone() -> None:
+def test_each_row_is_trained_as_by_an_adam_of_its_own_in_torch() -> None:
     table = table_of(5)
     rows = [nn.Parameter(row.clone()) for row in table.weights]
     adams = [torch.optim.Adam([row], lr=LR) for row in rows]
@@ -50,7 +50,7 @@ def test_only_the_rows_of_a_batch_change() -> None:
     assert changed.tolist() == [2, 5]
 
 
-def test_the_padding_row_stays_zero_where_its_loss_does_not_depend_on_it() -> None:
+def test_the_padding_row_stays_zero_if_the_loss_does_not_depend_on_it() -> None:
     # Models multiply padding away, so its gradient is 0, and Adam's step for a gradient of 0 is 0 / (0 + eps) = 0.
     table = table_of(3)
     for _ in range(3):
@@ -61,7 +61,7 @@ def test_the_padding_row_stays_zero_where_its_loss_does_not_depend_on_it() -> No
     assert (table.packed[1:3] != table_of(3).packed[1:3]).any(1).all()
 
 
-def test_growth_leaves_the_old_rows_and_their_moments_alone() -> None:
+def test_growth_does_not_change_the_old_rows_and_their_moments() -> None:
     table = table_of(3)
     step(table, torch.tensor([1, 2, 3]))
     before = table.packed.clone()
@@ -73,7 +73,7 @@ def test_growth_leaves_the_old_rows_and_their_moments_alone() -> None:
     assert len(table.weights) == 8
 
 
-def test_a_new_row_starts_from_its_seed_and_number_whenever_the_table_grew_to_it() -> None:
+def test_the_initial_values_of_a_row_do_not_depend_on_when_the_table_grew() -> None:
     at_once, bit_by_bit, other = table_of(2 * BLOCK_ROWS + 7), table_of(3), table_of(2 * BLOCK_ROWS + 7, seed=1)
     for n_rows in (5, BLOCK_ROWS - 1, BLOCK_ROWS, BLOCK_ROWS + 1, 2 * BLOCK_ROWS + 7):
         bit_by_bit.grow(n_rows)
@@ -81,9 +81,9 @@ def test_a_new_row_starts_from_its_seed_and_number_whenever_the_table_grew_to_it
     assert (at_once.weights[1:] != other.weights[1:]).all()
 
 
-def test_a_row_first_met_late_starts_as_gently_as_one_met_early() -> None:
+def test_the_first_step_of_a_late_row_is_as_small_as_that_of_an_early_row() -> None:
     # Adam's first step is lr x the sign of the gradient. With one count for all rows, row 2's step here would be
-    # 0.1 / sqrt(0.001) = 3.2 times as long: (1 - beta1) g / sqrt((1 - beta2) g^2), hardly corrected after 10,000 steps.
+    # 0.1 / sqrt(0.001) = 3.2 times as long: (1 - beta1) g / sqrt((1 - beta2) g^2), with no bias correction any more.
     table = table_of(2)
     step(table, torch.tensor([1]))
     table.steps_R[1] = 10_000
@@ -92,7 +92,7 @@ def test_a_row_first_met_late_starts_as_gently_as_one_met_early() -> None:
     assert (table.weights[2] - before[2]).abs().tolist() == pytest.approx([LR] * 4, rel=1e-4)
 
 
-def test_where_all_rows_are_moved_they_count_together_and_a_new_row_starts_with_long_steps() -> None:
+def test_a_step_on_all_rows_has_one_count_and_the_first_step_of_a_new_row_is_long() -> None:
     table = table_of(2)
     table.steps_R[1:] = 10_000
     table.grow(3)
@@ -103,14 +103,14 @@ def test_where_all_rows_are_moved_they_count_together_and_a_new_row_starts_with_
     assert (table.weights[3] - before[3]).abs().tolist() == pytest.approx([LR * 0.1 / 0.001**0.5] * 4, rel=1e-4)
 
 
-def test_a_push_without_a_loss_changes_nothing() -> None:
+def test_a_step_without_gradients_changes_nothing() -> None:
     table = table_of(3)
     table.lookup(torch.tensor([1, 2]))
     table.step(LR)
     assert torch.equal(table.packed, table_of(3).packed) and not table.steps_R.any()
 
 
-def test_two_pulls_of_a_step_are_one_pull_of_both() -> None:
+def test_two_lookups_in_one_step_equal_one_lookup_of_both() -> None:
     first, second = torch.tensor([3, 1, 3]), torch.tensor([4, 3])
     for ids_N, moved in ((second, [1, 3, 4]), (torch.tensor([2]), [1, 2, 3])):
         once, twice = table_of(5), table_of(5)
@@ -123,11 +123,11 @@ def test_two_pulls_of_a_step_are_one_pull_of_both() -> None:
         twice.step(LR)
         torch.testing.assert_close(twice.packed, once.packed)
         assert twice.steps_R.nonzero()[:, 0].tolist() == moved  # one step each
-    step(twice, torch.tensor([5]))  # and the next step is one of its own
+    step(twice, torch.tensor([5]))  # the next step counts separately
     assert twice.steps_R.tolist() == [0, 1, 1, 1, 0, 1]
 
 
-def test_a_loss_on_the_whole_table_moves_the_rows_of_the_step_alone() -> None:
+def test_a_loss_on_the_whole_table_changes_only_the_rows_of_the_step() -> None:
     table = table_of(5)
     table.lookup(torch.tensor([2, 4, 2]))
     assert torch.equal(table.full_matrix().detach(), table.weights)
@@ -139,13 +139,13 @@ def test_a_loss_on_the_whole_table_moves_the_rows_of_the_step_alone() -> None:
     assert (table.weights != before).any(1).nonzero()[:, 0].tolist() == [2, 4]
 
 
-@pytest.mark.parametrize("pulls", [1, 2])
-def test_a_step_on_all_rows_is_the_step_on_each_of_them(pulls: int) -> None:
-    n_rows = BLOCK_ROWS + 3  # more than are stepped together
+@pytest.mark.parametrize("n_lookups", [1, 2])
+def test_a_step_on_all_rows_equals_a_step_on_a_list_of_all_rows(n_lookups: int) -> None:
+    n_rows = BLOCK_ROWS + 3  # more rows than one block
     whole, listed = table_of(n_rows), table_of(n_rows)
     ids_N = torch.arange(n_rows + 1)
     for _ in range(3):
-        for n in range(pulls):
+        for n in range(n_lookups):
             for table in (whole, listed):
                 if n:
                     table.continue_step()

@@ -1,4 +1,4 @@
-"""A user leaves: no file of the store holds the id any more, and nothing that is kept by user speaks of it."""
+"""Erasing a user: no file of the store holds the id afterwards, and no data by user is left."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from freshrec.types import Events, Histories, Interests
 
 GONE = "user-7-who-leaves"
 FAST = "fit.base_epochs=1:fit.epochs=1"
-WAYS = [
+MODELS = [
     ("blend", None),
     ("user-knn", None),
     ("stan", None),
@@ -40,7 +40,7 @@ WAYS = [
 
 
 def named() -> list[pl.DataFrame]:
-    """Three days whose users have names."""
+    """A base and two days with text ids of users."""
     name = pl.concat_str(pl.lit("user-"), "user_id", pl.lit("-of-many"))
     return [
         day.with_columns(user_id=pl.when(pl.col("user_id") == 7).then(pl.lit(GONE)).otherwise(name)) for day in days(2)
@@ -48,7 +48,7 @@ def named() -> list[pl.DataFrame]:
 
 
 def decoded(folder: Path) -> dict[str, str]:
-    """Every file of a folder as text: tables as CSV, all else as bytes."""
+    """Every file of a folder as text: its bytes, and for tables also their rows as CSV."""
     found = {}
     for path in folder.rglob("*"):
         if path.is_file():
@@ -57,8 +57,8 @@ def decoded(folder: Path) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize(("model", "strategy"), WAYS)
-def test_no_file_holds_the_id_and_updates_go_on(model: str, strategy: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("model", "strategy"), MODELS)
+def test_no_file_holds_the_id_and_updates_continue(model: str, strategy: str | None, tmp_path: Path) -> None:
     base, one, two = named()
     with create_store(tmp_path / "s") as store:
         NightlyJob(store, ANY).fit_first_version(read_log(base), "base", new_bundle(model, strategy, 0))
@@ -76,7 +76,7 @@ def test_no_file_holds_the_id_and_updates_go_on(model: str, strategy: str | None
     assert not [path for path, text in decoded(tmp_path / "s").items() if GONE in text]
     after = Recommender.load(tmp_path / "s")
     assert after.recommend([GONE], 3)["fallback"].to_list() == ["unknown user"] * 3
-    if model not in ("blend", "user-knn", "stan"):  # there a neighbour is missing
+    if model not in ("blend", "user-knn", "stan"):  # these models lose a neighbour
         assert after.recommend(others, 5).equals(before)
     for number in (1, 2):
         recent = read_bundle(job.store.verified_files(number)).served.counts.histories
@@ -94,16 +94,16 @@ def test_users_whose_ids_are_numbers_are_erased_one_after_the_other(tmp_path: Pa
         NightlyJob(store, ANY).fit_first_version(read_log(base), "base", new_bundle("popularity", None, 0))
     job = NightlyJob(open_store(tmp_path / "s"), ANY)
     learn(job, one, "one")
-    for user in (7, 3, 5, 9):  # in one process: each writes the versions anew
-        theirs = len(pl.concat([base, one]).filter(pl.col("user_id") == user))
+    for user in (7, 3, 5, 9):  # in one process: each rewrites the versions
+        n_events = len(pl.concat([base, one]).filter(pl.col("user_id") == user))
         with job.store.locked():
             receipt = erase_user(job, str(user))
-        assert receipt["events"] == theirs > 0 and not (job.log.read()["user_id"] == user).any()
+        assert receipt["events"] == n_events > 0 and not (job.log.read()["user_id"] == user).any()
         assert 2 in receipt["versions"]
     assert main(["erase", "no-number", "--store", str(tmp_path / "s")]) == 3
 
 
-def test_the_command_prints_a_receipt_and_a_damaged_version_is_given_up(
+def test_the_command_prints_a_receipt_and_deletes_a_damaged_version(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, one, _ = named()
@@ -114,18 +114,18 @@ def test_the_command_prints_a_receipt_and_a_damaged_version_is_given_up(
     (tmp_path / "s" / "versions" / "1" / "served.safetensors").write_bytes(b"damaged")
     assert main(["erase", GONE, "--store", str(tmp_path / "s")]) == 0
     told = capsys.readouterr().out
-    assert "versions rewritten: 2" in told and "what stays: weights" in told
-    with pytest.raises(StateError, match="given up"):
+    assert "Rewritten versions: 2." in told and "What stays: weights" in told
+    with pytest.raises(StateError, match="were deleted"):
         job.store.verified_files(1)
     assert not [path for path, text in decoded(tmp_path / "s").items() if GONE in text]
     job.store.verified_files(2)["served.safetensors"].write_bytes(b"damaged")
     assert main(["erase", "user-1-of-many", "--store", str(tmp_path / "s")]) == 7
 
 
-def test_what_is_forgotten_by_hand() -> None:
+def test_everything_stored_by_user_is_erased_by_hand() -> None:
     events = Events.trainable(torch.tensor([1, 2, 1, 3]), torch.tensor([5, 6, 7, 8]))
     histories = insert_events(Histories.empty(), events, 3)[0]
-    kept = TrainingSamples(torch.tensor([1, 2, 2]), torch.ones(3, 2), torch.tensor([4, 5, 6]))
+    samples = TrainingSamples(torch.tensor([1, 2, 2]), torch.ones(3, 2), torch.tensor([4, 5, 6]))
     interests = Interests(torch.eye(4), torch.tensor([0, 0, 1, 3, 4]), torch.zeros(4), torch.zeros(4))
     found = without_user({"deep": (events, [histories], interests)}, 2)["deep"]
     assert found[0].items_E.tolist() == [5, 7, 8]
@@ -137,14 +137,14 @@ def test_what_is_forgotten_by_hand() -> None:
         1,
         2,
     ]
-    assert without_user(kept, 2).items_N.tolist() == [4]
-    assert without_user(Reservoir(kept, 3, 90), 2).samples.items_N.tolist() == [4, 4, 4]  # it stays full
-    assert without_user(Reservoir(kept[kept.users_N == 2], 3, 90), 2).n_seen == 0
+    assert without_user(samples, 2).items_N.tolist() == [4]
+    assert without_user(Reservoir(samples, 3, 90), 2).samples.items_N.tolist() == [4, 4, 4]  # it stays full
+    assert without_user(Reservoir(samples[samples.users_N == 2], 3, 90), 2).n_seen == 0
     rows = {"users": torch.ones(4, 2), "items": torch.ones(4, 2)}
     assert without_user(rows, 2)["users"].sum(1).tolist() == [2, 2, 0, 2] and without_user(rows, 2)["items"].sum() == 8
 
 
-def test_a_catalog_forgets_an_id_but_not_its_row() -> None:
+def test_a_catalog_deletes_an_id_but_not_its_row() -> None:
     catalog = Catalog.empty().extend(pl.Series(["a", "b", "c"]), 0).erase_row(2)
     assert catalog.rows(pl.Series(["a", "b", "c"])).tolist() == [1, 0, 3]
     again = Catalog.load(catalog.frame).extend(pl.Series(["b", "a"]), 1)

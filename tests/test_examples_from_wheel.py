@@ -1,4 +1,4 @@
-"""The documented examples, copied into an empty folder, do as they say with the installed wheel and nothing else."""
+"""The documented examples work in an empty folder with the installed wheel and nothing else."""
 
 import json
 import os
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "docs" / "examples"
 NOON, DAY, MINUTE = 1_767_268_800, 86_400, 60  # 2026-01-01, in seconds
 
-# What makes the commands of the examples small: a part of a command -> what stands in its place
+# Replacements that make the commands of the examples fast: part of a command -> replacement
 SMALLER = {
     "sasrec": "sasrec:d=8",
     "--strategies finetune,": "--strategies ",
@@ -34,24 +34,24 @@ SMALLER = {
 
 @dataclass(frozen=True)
 class Installed:
-    """A wheel of this checkout, and the folder into which it is installed."""
+    """A wheel of this checkout and the folder where it is installed."""
 
     wheel: Path
     site: Path
 
     def env(self, imported: str = "") -> dict[str, str]:
-        """The environment of a command. PYTHONPATH comes before a checkout that is installed editable."""
-        ours = {"PYTHONPATH": str(self.site), "FRESHREC_IMPORT": imported, "OMP_NUM_THREADS": "1"}
-        return {**os.environ, **ours, "PYTHONSAFEPATH": "1"}  # as for the script, Python does not look where we are
+        """The environment of a command. PYTHONPATH takes precedence over an editable install of a checkout."""
+        variables = {"PYTHONPATH": str(self.site), "FRESHREC_IMPORT": imported, "OMP_NUM_THREADS": "1"}
+        return {**os.environ, **variables, "PYTHONSAFEPATH": "1"}  # like the script, ignore the current folder
 
     def run(self, folder: Path, *command: str, imported: str = "") -> str:
-        """What a command prints to stdout."""
+        """Run a command and return what it prints to stdout."""
         done = subprocess.run(command, cwd=folder, env=self.env(imported), capture_output=True, text=True)
         assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}{done.stderr}"
         return done.stdout
 
     def run_commands(self, folder: Path, commands: list[list[str]], imported: str) -> list[Any]:
-        """The JSON that each command prints; all run in one process, because most of their time goes into imports."""
+        """Return the JSON that each command prints. All run in one process, because imports take most of the time."""
         arguments = [[*command, "--json"] for command in commands]
         code = f"import sys; from freshrec.cli.app import main; sys.exit(any([main(one) for one in {arguments!r}]))"
         text, found = self.run(folder, sys.executable, "-c", code, imported=imported).strip(), []
@@ -62,7 +62,7 @@ class Installed:
 
     @property
     def freshrec(self) -> str:
-        """The script that pip makes."""
+        """The script that pip installs."""
         return str(self.site / "bin" / "freshrec")
 
 
@@ -102,15 +102,16 @@ def test_the_installed_package_runs_instead_of_the_checkout(installed: Installed
 
 
 def pairs(users: str, count: int, next_item: str, minutes_apart: int) -> list[tuple[str, str, int]]:
-    """(user, item, minute): user n takes a0 .. a3, which is n modulo 4, and 20 minutes later b0 .. b3 or the like."""
+    """(user, item, minute): user n takes item a0 .. a3, by n modulo 4, and 20 minutes later `next_item` 0 .. 3."""
     starts = [(n, n * minutes_apart) for n in range(count)]
     first = [(f"{users}{n}", f"a{n % 4}", start) for n, start in starts]
     return first + [(f"{users}{n}", f"{next_item}{n % 4}", start + 20) for n, start in starts]
 
 
 def write_logs(folder: Path) -> None:
-    """events.parquet: b follows a 20 times for each of the four; u42's last item is a3, two days after all else.
+    """Write two logs.
 
+    events.parquet: b follows a 20 times for each of the four. u42's last item is a3, days after all other events.
     tomorrow.parquet, a week later: c follows a 30 times for each of the four.
     """
     base = [("u42", "b1", 0), *pairs("v", 80, "b", 60), ("u42", "a3", 7 * 1440)]
@@ -122,10 +123,10 @@ def write_logs(folder: Path) -> None:
 
 
 def request(address: str, body: Any = None) -> Any:
-    """The JSON of a GET, or of a POST of `body`."""
+    """Return the JSON that answers a GET, or a POST if there is a `body`."""
     data = None if body is None else json.dumps(body).encode()
-    asked = urllib.request.Request(address, data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(asked, timeout=30) as answer:
+    http_request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(http_request, timeout=30) as answer:
         return json.load(answer)
 
 
@@ -139,11 +140,11 @@ def test_an_example_in_an_empty_folder_does_what_its_first_lines_say(
 ) -> None:
     shutil.copy(EXAMPLES / f"{name}.py", tmp_path)
     write_logs(tmp_path)
-    typed = (EXAMPLES / f"{name}.py").read_text()
-    assert f"\n    export FRESHREC_IMPORT={name}\n" in typed
+    text = (EXAMPLES / f"{name}.py").read_text()
+    assert f"\n    export FRESHREC_IMPORT={name}\n" in text
     for part, smaller in SMALLER.items():
-        typed = typed.replace(part, smaller)
-    commands = [shlex.split(line) for line in re.findall(r"^    freshrec (.+)$", typed, re.MULTILINE)]
+        text = text.replace(part, smaller)
+    commands = [shlex.split(line) for line in re.findall(r"^    freshrec (.+)$", text, re.MULTILINE)]
     replay, fit, update, recommend, serve = commands
     assert [command[0] for command in commands] == ["replay", "fit", "update", "recommend", "serve"]
 
@@ -154,10 +155,10 @@ def test_an_example_in_an_empty_folder_does_what_its_first_lines_say(
         if row["metric"] == "hr@20" and name in row["model"] + row["strategy"]
     ]
     assert 0 < quality < 1
-    [updated], best = installed.run_commands(tmp_path, [update, recommend], name)  # a process that has imported nothing
+    [updated], best = installed.run_commands(tmp_path, [update, recommend], name)  # a new process
     assert (fitted["id"], updated["id"], updated["promoted"]) == (1, 2, True)
     assert name in updated["recipe"]["model"] + updated["recipe"]["strategy"]
-    # b3 followed a3, u42's last item, 20 times, and c3 did 30 times; after a click on a0 it is b0 and c0
+    # b3 followed a3, u42's last item, 20 times, and c3 followed it 30 times. After a click on a0, b0 and c0 are best.
     assert set(item_ids(best)[:2]) == {"b3", "c3"}
     command = [installed.freshrec, *serve, "--port", "0"]
     with listening(command, tmp_path / "serve.log", cwd=tmp_path, env=installed.env(name)) as (address, _):
@@ -167,6 +168,7 @@ def test_an_example_in_an_empty_folder_does_what_its_first_lines_say(
         assert request(f"{address}/events", {"events": [click]})["events"][0]["folded"]
         after_click = item_ids(request(f"{address}/recommend/u42?k=10")["items"])
         assert "a0" not in after_click and after_click[0] in ("b0", "c0")
-        if name == "my_model":  # it counts: all 20, and of the 30 those that are not held back to test the next version
+        # my_model counts all 20, and those of the 30 that are not held out to test the next version
+        if name == "my_model":
             assert item_ids(best)[0] == "c3" and 20 < best[0]["score"] < 30 and best[1]["score"] == 20
             assert after_click[:2] == ["c0", "b0"]

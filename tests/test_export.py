@@ -1,4 +1,4 @@
-"""What is exported says what the version says: vectors and ids make its lists, the index finds, ONNX gives the same."""
+"""Exports agree with the version: vectors and ids give its lists, the index finds the items, ONNX gives the vectors."""
 
 import json
 from pathlib import Path
@@ -31,9 +31,11 @@ def version_of(folder: Path, model: str, strategy: str | None = None, n: int = 2
     return load_version(store, store.manifest(n))
 
 
-@pytest.mark.parametrize("n", [1, 2])  # in the first, an item is so new that histories have it and the model has not
+@pytest.mark.parametrize("n", [1, 2])  # histories of version 1 hold an item that is too new for its model
 @pytest.mark.parametrize(("model", "strategy"), [("comirec-dr:d=8", IMSR), ("sasrec:d=8", FAST), ("mf:d=8", FAST)])
-def test_ids_and_vectors_alone_make_the_versions_lists(model: str, strategy: str, n: int, tmp_path: Path) -> None:
+def test_exported_ids_and_vectors_give_the_lists_of_the_version(
+    model: str, strategy: str, n: int, tmp_path: Path
+) -> None:
     version = version_of(tmp_path, model, strategy, n)
     if n == 1:
         assert version.served.state.model.n_items < len(version.served.items)
@@ -45,15 +47,15 @@ def test_ids_and_vectors_alone_make_the_versions_lists(model: str, strategy: str
     index.nprobe = index.nlist
     served = version.served
     for user in users.sample(20, seed=0).iter_rows(named=True):
-        mine_KD = vectors_SD[user["first"] : user["first"] + user["vectors"]]
-        scores_I = (mine_KD @ items_ID.T).max(0)
-        wanted = resolve_request(served, ListRequest(k=5, exclude_seen=False))
-        best = top_items(served, served.users.rows(pl.Series([user["id"]])), wanted)
+        user_KD = vectors_SD[user["first"] : user["first"] + user["vectors"]]
+        scores_I = (user_KD @ items_ID.T).max(0)
+        request = resolve_request(served, ListRequest(k=5, exclude_seen=False))
+        best = top_items(served, served.users.rows(pl.Series([user["id"]])), request)
         assert scores_I[best["item"].to_numpy() - 1] == pytest.approx(best["score"].to_numpy(), abs=1e-5)
         assert np.sort(scores_I)[::-1][:5] == pytest.approx(best["score"].to_numpy(), abs=1e-5)
         assert items["id"][int(best["item"][0]) - 1] == served.items.ids(torch.tensor([best["item"][0]]))[0]
-        _, near = index.search(mine_KD, 5)
-        assert set(best["item"]) <= set(near.flatten().tolist())
+        _, found = index.search(user_KD, 5)
+        assert set(best["item"]) <= set(found.flatten().tolist())
 
 
 @pytest.mark.parametrize(("model", "strategy"), [("comirec-dr:d=8", IMSR), ("sasrec:d=8", FAST)])
@@ -66,25 +68,25 @@ def test_the_user_tower_in_onnx_gives_the_models_vectors(model: str, strategy: s
     real, source = version.served.state.model, torch.Generator().manual_seed(0)
     for n, k in ((1, 4), (7, 4), (3, 9)):
         history_BT = torch.randint(1, real.n_items, (n, real.spec.length), generator=source)
-        history_BT[:, : real.spec.length // 2] = 0  # a shorter one
+        history_BT[:, : real.spec.length // 2] = 0  # a shorter history
         stored_BKD = torch.randn(n, k if model.startswith("comirec") else 1, 8, generator=source)
         users_B = torch.arange(1, n + 1)
-        given = {"users": users_B.numpy(), "history": history_BT.numpy(), "stored": stored_BKD.numpy()}
-        [found] = tower.run(None, {name: given[name] for name in about["user_tower"]["inputs"]})
-        carried = stored_BKD if model.startswith("comirec") else None
-        expected = user_vectors(real, Batch(users_B, history_BT, interests_BKD=carried))
+        inputs = {"users": users_B.numpy(), "history": history_BT.numpy(), "stored": stored_BKD.numpy()}
+        [found] = tower.run(None, {name: inputs[name] for name in about["user_tower"]["inputs"]})
+        interests_BKD = stored_BKD if model.startswith("comirec") else None
+        expected = user_vectors(real, Batch(users_B, history_BT, interests_BKD=interests_BKD))
         assert found == pytest.approx(expected.detach().numpy(), abs=1e-4)
 
 
-def test_what_cannot_be_exported_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_export_that_is_impossible_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     version = version_of(tmp_path, "item-knn")
-    with pytest.raises(IncompatibleError, match="no vectors"):
+    with pytest.raises(IncompatibleError, match="has no vectors to export"):
         export_version(version, tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").touch()
     (tmp_path / "b").mkdir()
     version = version_of(tmp_path / "b", "mf:d=4", FAST)
-    with pytest.raises(OptionError, match="holds something"):
+    with pytest.raises(OptionError, match="is not empty"):
         export_version(version, tmp_path / "full")
     assert run("export", tmp_path / "b", str(tmp_path / "b" / "out")) == 0
     assert "items.faiss" in capsys.readouterr().out

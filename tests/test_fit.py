@@ -1,4 +1,4 @@
-"""Training that stops by a held-out part, and goes back to its best epoch."""
+"""Early stopping: training stops by the quality on a held-out part and returns to its best epoch."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ from freshrec.strategies.sml import SML
 from freshrec.strategies.spmf import SPMF
 from freshrec.types import NEVER, NOW, Batch, Events, Histories, State, TrainedModel
 
-STOPPED = FitConfig(base_epochs=3, holdout=0.25, max_epochs=12, patience=2)
+EARLY_STOPPING = FitConfig(base_epochs=3, holdout=0.25, max_epochs=12, patience=2)
 
 
 def untrained() -> TrainedModel:
@@ -32,99 +32,104 @@ def untrained() -> TrainedModel:
     return model
 
 
-def test_the_best_epoch_is_gone_back_to_with_the_weights_and_the_optimisers_of_then() -> None:
-    model, seen = untrained(), []
-    qualities = iter([0.1, 0.3, 0.3, 0.2, 0.9])  # 0.3 again is not better; two epochs after it the patience ends
+def test_the_weights_and_the_optimiser_state_of_the_best_epoch_are_restored() -> None:
+    model, epochs_run = untrained(), []
+    qualities = iter([0.1, 0.3, 0.3, 0.2, 0.9])  # a second 0.3 is no improvement; the patience ends after 0.2
 
     def epochs() -> Iterator[float]:
         for n in range(5):
             embedding_tables(model)["items"].packed[1:] = n + 1.0
             model.moments = {"n": torch.tensor(n + 1.0)}
-            seen.append(n + 1)
+            epochs_run.append(n + 1)
             yield 0.0
 
-    assert train_to_best_epoch(model, epochs(), lambda: next(qualities), patience=2) == 2
-    assert seen == [1, 2, 3, 4]
+    assert train_to_best_epoch(model, epochs(), lambda: next(qualities), patience=2, max_epochs=5) == 2
+    assert epochs_run == [1, 2, 3, 4]
     assert embedding_tables(model)["items"].packed[1:].unique().tolist() == [2.0] and model.moments["n"] == 2.0
 
 
-def test_without_any_epoch_the_model_is_as_it_was() -> None:
+def test_without_an_epoch_the_model_is_unchanged() -> None:
     model = untrained()
     before = embedding_tables(model)["items"].packed.clone()
-    assert train_to_best_epoch(model, iter([]), lambda: math.nan, patience=1) == 0
+    assert train_to_best_epoch(model, iter([]), lambda: math.nan, patience=1, max_epochs=0) == 0
     assert torch.equal(embedding_tables(model)["items"].packed, before)
 
 
-def test_a_snapshot_is_not_touched_by_later_training() -> None:
+def test_later_training_does_not_change_a_snapshot() -> None:
     model = untrained()
     weight = dict(model.named_parameters())["positions_TD"]
     before = weight.detach().clone()
-    back = snapshot(model)
+    restore = snapshot(model)
     with torch.no_grad():
         weight.add_(1.0)
-    back()
+    restore()
     assert torch.equal(dict(model.named_parameters())["positions_TD"], before)
 
 
 def test_a_quarter_is_held_out_and_the_rest_is_trained_on() -> None:
     targets = due_targets(append_events(Histories.empty(), circles.circles(range(1, 61), 1), 60))
-    learnt, held = split_holdout(targets, STOPPED, (0, 1))
-    assert len(held) == 240 and sorted([*learnt.rows_N.tolist(), *held.rows_N.tolist()]) == targets.rows_N.tolist()
+    trained, held_out = split_holdout(targets, EARLY_STOPPING, (0, 1))
+    assert (
+        len(held_out) == 240
+        and sorted([*trained.rows_N.tolist(), *held_out.rows_N.tolist()]) == targets.rows_N.tolist()
+    )
     assert len(split_holdout(targets, FitConfig(), (0, 1))[0]) == len(targets)
     assert (
-        split_holdout(targets, STOPPED, (0, 2))[1].rows_N.tolist() != held.rows_N.tolist()
-    )  # another span, another part
+        split_holdout(targets, EARLY_STOPPING, (0, 2))[1].rows_N.tolist() != held_out.rows_N.tolist()
+    )  # another span holds out another part
 
 
-def test_base_block_and_update_stop_by_themselves_and_say_when() -> None:
-    state, span = circles.two_periods(FineTune(fit=replace(STOPPED, base_epochs=50)))
-    assert 1 <= state.base_epochs <= 12  # not the 50 of a fixed number
-    after = FineTune(fit=STOPPED).update(state, span)
+def test_training_on_the_base_block_and_in_updates_stops_early_and_reports_its_epochs() -> None:
+    state, span = circles.two_periods(FineTune(fit=replace(EARLY_STOPPING, base_epochs=50)))
+    assert 1 <= state.base_epochs <= 12  # not base_epochs = 50
+    after = FineTune(fit=EARLY_STOPPING).update(state, span)
     assert 1 <= after.costs["epochs"] <= 12
 
 
 @pytest.mark.parametrize("epochs", [1, 4])
-def test_the_number_of_epochs_does_not_matter_where_a_part_is_held_out(epochs: int) -> None:
+def test_the_number_of_epochs_has_no_effect_if_a_part_is_held_out(epochs: int) -> None:
     histories = append_events(Histories.empty(), circles.circles(range(1, 61), 1), 60)
     state = State(untrained(), histories=histories)
     models = [untrained(), untrained()]
-    for model, how in zip(models, (STOPPED, replace(STOPPED, epochs=epochs))):
-        fit_model(model, due_targets(state.histories), how, (0, 0), CostMeter())
+    for model, config in zip(models, (EARLY_STOPPING, replace(EARLY_STOPPING, epochs=epochs))):
+        fit_model(model, due_targets(state.histories), config, (0, 0), CostMeter())
     assert torch.equal(*(embedding_tables(model)["items"].packed for model in models))
 
 
 @pytest.mark.parametrize(
     ("strategy", "why"),
     [
-        (lambda: SML(fit=STOPPED), "weights that nobody serves"),
-        (lambda: SPMF(fit=STOPPED), "draws new samples for each epoch"),
-        (lambda: IncCTR(threshold=3, fit=STOPPED), "share of the common one"),
-        (lambda: SelfTuned(fit=STOPPED), "has no use for fit.holdout"),
-        (lambda: SelfTuned(base_parts=3), "at least 4 parts of the base block"),
+        (lambda: SML(fit=EARLY_STOPPING), "weights that are not served"),
+        (lambda: SPMF(fit=EARLY_STOPPING), "draws new samples in each epoch"),
+        (lambda: IncCTR(threshold=3, fit=EARLY_STOPPING), "while rare ids share a row"),
+        (lambda: SelfTuned(fit=EARLY_STOPPING), "Leave out fit.holdout"),
+        (lambda: SelfTuned(base_parts=3), "Set base_parts to 0 or at least 4"),
     ],
 )
-def test_what_cannot_be_stopped_by_a_held_out_part_says_so(strategy: Callable[[], object], why: str) -> None:
+def test_strategies_that_cannot_use_a_held_out_part_refuse_it(strategy: Callable[[], object], why: str) -> None:
     with pytest.raises(OptionError, match=why):
         strategy()
 
 
-def test_the_least_log_that_can_be_held_out_from_is_one_of_two_targets() -> None:
+def test_a_part_can_be_held_out_from_two_targets_or_more() -> None:
     targets = due_targets(
         append_events(Histories.empty(), Events.trainable(torch.tensor([1, 1]), torch.tensor([1, 2])), 1)
     )
-    assert [len(part) for part in split_holdout(targets, STOPPED, (0, 0))] == [1, 1]
-    assert [len(part) for part in split_holdout(targets[torch.tensor([1])], STOPPED, (0, 0))] == [1, 0]
+    assert [len(part) for part in split_holdout(targets, EARLY_STOPPING, (0, 0))] == [1, 1]
+    assert [len(part) for part in split_holdout(targets[torch.tensor([1])], EARLY_STOPPING, (0, 0))] == [1, 0]
 
 
-def test_nothing_that_is_held_out_is_read_where_training_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measuring_the_held_out_part_never_reads_events_that_must_not_be_trained_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     events = Events.trainable(torch.tensor([1, 1, 1]), torch.tensor([1, 2, 3]))
     events = replace(events, train_at_E=torch.tensor([NOW, NEVER, NOW], dtype=torch.int8))
-    read = []
+    items_read = []
 
-    def all_first(model: TrainedModel, batch: Batch, target_B: torch.Tensor) -> torch.Tensor:
-        read.extend(batch.history_BT.flatten().tolist())
+    def record_history(model: TrainedModel, batch: Batch, target_B: torch.Tensor) -> torch.Tensor:
+        items_read.extend(batch.history_BT.flatten().tolist())
         return torch.ones(len(batch))
 
-    monkeypatch.setattr(validation, "target_ranks", all_first)
+    monkeypatch.setattr(validation, "target_ranks", record_history)
     validation.hit_rate(untrained(), due_targets(append_events(Histories.empty(), events, 1)), None)
-    assert 1 in read and 2 not in read
+    assert 1 in items_read and 2 not in items_read

@@ -1,4 +1,4 @@
-"""Ages in events: what a Markov chain and the popularities count does not depend on how events are cut into blocks."""
+"""Ages in events: counts of Markov chains and popularity do not depend on how events are cut into blocks."""
 
 import math
 
@@ -26,7 +26,7 @@ def events_of(users: np.ndarray, items: np.ndarray) -> Events:
 
 
 def histories_of(users: np.ndarray, items: np.ndarray) -> Histories:
-    """Everybody's events so far, in time order."""
+    """The events of all users so far, in time order."""
     offsets_U = torch.zeros(N_USERS + 2, dtype=torch.int64)
     offsets_U[1:] = torch.from_numpy(np.bincount(users, minlength=N_USERS + 1)).cumsum(0)
     items_R = torch.from_numpy(items[np.argsort(users, kind="stable")]).int()
@@ -36,7 +36,7 @@ def histories_of(users: np.ndarray, items: np.ndarray) -> Histories:
 
 
 def absorbed(kind: str, cuts: list[int], window: int) -> ItemKNN:
-    """A model that absorbed a random log, cut before these events."""
+    """A model that absorbed a random log, which is cut into blocks before these events."""
     (users, items), model = random_log(), ItemKNNSpec(kind).build(0)  # type: ignore[arg-type]
     model.grow(N_USERS, N_ITEMS)
     model.window_events = window
@@ -47,13 +47,13 @@ def absorbed(kind: str, cuts: list[int], window: int) -> ItemKNN:
 
 
 def counts_now(model: ItemKNN, window: int) -> np.ndarray:
-    """(I, I) what a Markov chain's pairs weigh after all events."""
+    """The current weights of a Markov chain's pairs, shape (I, I)."""
     half_life = window * math.log(2) / math.log(1.25)
     return np.asarray(model.pair_counts_II.toarray() * model.clock.factor(half_life))
 
 
 def all_scores(model: ItemKNN) -> np.ndarray:
-    """Every item's, for each of two short histories."""
+    """Scores of all items for two short histories."""
     batch = Batch(torch.tensor([1, 2]), torch.tensor([[0, 3, 4], [5, 5, 6]]))
     return model.score(batch, torch.arange(N_ITEMS + 1)).numpy()
 
@@ -62,7 +62,7 @@ def equal_cuts(n_blocks: int) -> list[int]:
     return [N_EVENTS * n // n_blocks for n in range(1, n_blocks)]
 
 
-@pytest.mark.parametrize("window", [1, 7, 50])  # of one event: stored counts are scaled down three times
+@pytest.mark.parametrize("window", [1, 7, 50])  # with window 1, stored counts are scaled down three times
 def test_a_pair_of_a_markov_chain_weighs_by_its_gap_and_by_the_events_after_it(window: int) -> None:
     (users, items), wanted = random_log(), np.zeros((N_ITEMS + 1, N_ITEMS + 1))
     for user in range(1, N_USERS + 1):
@@ -87,8 +87,8 @@ def test_a_markov_chain_learns_the_same_from_one_block_as_from_many(n_blocks: in
     assert all_scores(at_once).max() > 0
 
 
-def test_the_blocks_after_the_base_block_may_be_cut_in_any_way() -> None:
-    # Nobody sets the window: it is a sixth of the base block, 60 events, in all cases.
+def test_the_blocks_after_the_base_block_may_have_any_size() -> None:
+    # The window is not set, so it is a sixth of the base block of 60 events in both cases.
     few, many = absorbed("markov", [60], 0), absorbed("markov", list(range(60, N_EVENTS, 13)), 0)
     assert few.window_events == many.window_events == 10
     assert all_scores(many) == pytest.approx(all_scores(few), rel=1e-5, abs=1e-12)
@@ -104,7 +104,7 @@ def test_item_knn_without_decay_is_the_same_to_the_last_bit_and_saves_no_clock(n
     assert all(torch.equal(tensor, in_blocks[name]) for name, tensor in at_once.items())
 
 
-def test_weights_stay_small_and_scaling_them_down_changes_no_bit() -> None:
+def test_stored_weights_are_limited_and_scaling_them_down_is_exact() -> None:
     # Half-life 2: event p is stored as 2^(p/2 - shift). After 64 events that is 2^32, after 65 more than the limit.
     clock, weights_E, scale = ForwardDecay().advance(64, 2.0)
     assert (clock.shift, scale) == (0, 1.0) and weights_E[-1] == 2.0**MAX_EXPONENT
@@ -112,12 +112,12 @@ def test_weights_stay_small_and_scaling_them_down_changes_no_bit() -> None:
     clock, weights_E, scale = clock.advance(2, 2.0)  # floor(66 / 2) = 33
     assert (clock.shift, scale) == (33, 2.0**-33) and weights_E.tolist() == [2**-0.5, 1.0]
     assert clock.factor(2.0) == 1
-    _, weights_E, _ = ForwardDecay().advance(10_000, 1.0)  # a block of more half-lives than a number has bits
+    _, weights_E, _ = ForwardDecay().advance(10_000, 1.0)  # more half-lives than a float has bits
     assert weights_E[-1] == 1 and weights_E.max() == 1 and weights_E[0] == 0
 
 
-def test_pairs_too_old_for_single_precision_leave_the_counts() -> None:
-    # 1 -> 2, then 2,000 events of user 2, who takes item 3 only: 0.8^2000 is nothing.
+def test_pairs_that_are_too_old_for_single_precision_are_removed() -> None:
+    # 1 -> 2, then 2,000 events of user 2, who takes item 3 only: 0.8^2000 is 0 in single precision.
     model = ItemKNNSpec("markov").build(0)
     model.grow(N_USERS, N_ITEMS)
     model.window_events = 1
@@ -129,12 +129,12 @@ def test_pairs_too_old_for_single_precision_leave_the_counts() -> None:
     assert counts_now(model, 1)[3, 3] == pytest.approx(5 * (1 + 1 / 2 + 1 / 3))
 
 
-def test_a_markov_chain_of_0_1_0_keeps_its_counts_and_gets_a_window_from_them() -> None:
+def test_a_markov_chain_of_version_0_1_0_keeps_its_counts_and_derives_a_window_from_them() -> None:
     # User 1 has 37 events: 36 pairs of gap 1, 35 of gap 2, 34 of gap 3, so 36 + 35/2 + 34/3 = 64.83.
     # An event makes pairs of 11/6 at most, so these are 35 events: a sixth is 6.
     new = ItemKNNSpec("markov").build(0)
     new.grow(N_USERS, N_ITEMS)
-    new.window_events = 10**12  # nothing fades
+    new.window_events = 10**12  # no decay
     items = torch.arange(37) % N_ITEMS + 1
     new.absorb(Events.trainable(torch.ones(37, dtype=torch.int64), items), Histories.empty())
     tensors = new.state_dict()
@@ -143,7 +143,7 @@ def test_a_markov_chain_of_0_1_0_keeps_its_counts_and_gets_a_window_from_them() 
     old.load_state_dict(tensors)
     assert old.window_events == 6 and old.clock == ForwardDecay()
     assert all_scores(old) == pytest.approx(all_scores(new), rel=1e-6)
-    # A window of somebody else's events leaves 0.8 of every count.
+    # A window of another user's events multiplies all counts by 0.8.
     old.absorb(events_of(np.full(6, 9), np.full(6, 12)), Histories.empty())
     then_II, rows = new.pair_counts_II.toarray(), slice(0, 12)  # item 12 pairs with itself now
     assert counts_now(old, 6)[rows] == pytest.approx(0.8 * then_II[rows], rel=1e-5)
@@ -170,7 +170,7 @@ def test_an_empty_markov_chain_of_0_1_0_takes_its_window_from_what_it_absorbs_fi
 
 
 def blend_after(n_events: int) -> Blend:
-    """A blend that absorbed its base block and nothing else."""
+    """A blend that absorbed only its base block."""
     users, items = random_log()
     model = BlendSpec(items_per_expert=5, length=5).build(0)
     model.grow(N_USERS, N_ITEMS)
@@ -180,15 +180,15 @@ def blend_after(n_events: int) -> Blend:
 
 
 def windows_of(model: Blend) -> list[int]:
-    """The windows of all counters that have one: four popularities, item-kNN (which does not use it), Markov."""
+    """The windows of all counting models: four popularities, item-kNN (which does not use it), and Markov."""
     windowed = [one for one in model.experts.counters.values() if isinstance(one, Popularity | ItemKNN)]
     return [one.window_events for one in windowed]
 
 
-def test_a_blend_has_one_window_a_sixth_of_the_whole_base_block() -> None:
+def test_the_window_of_a_blend_is_a_sixth_of_the_whole_base_block() -> None:
     model = blend_after(120)
     assert model.experts.window_events == 20 and windows_of(model) == [20] * 6
-    # so its parts count as they do alone, where the base block comes whole
+    # so its experts count as they do alone, where they absorb the base block at once
     users, items = random_log()
     block = events_of(users[:120], items[:120])
     for name in ("popularity-1", "popularity-1/16", "markov"):
@@ -200,7 +200,7 @@ def test_a_blend_has_one_window_a_sixth_of_the_whole_base_block() -> None:
         assert inside.score(batch, every).numpy() == pytest.approx(alone.score(batch, every).numpy(), rel=1e-5)
 
 
-def test_a_blend_of_0_1_0_gives_all_its_counters_its_window() -> None:
+def test_a_blend_of_version_0_1_0_sets_its_window_in_all_experts() -> None:
     # Its popularities had a sixth of the first 100 of 120 events, 17; Markov had no clock.
     tensors = blend_after(120).state_dict()
     del tensors["experts.markov.clock"]
@@ -216,7 +216,7 @@ def test_a_window_is_a_sixth_of_the_base_block_and_at_least_one_event() -> None:
 
 
 @pytest.mark.parametrize("n_blocks", [4, 16, N_EVENTS])
-def test_popularity_that_fades_learns_the_same_from_one_block_as_from_many(n_blocks: int) -> None:
+def test_popularity_with_decay_learns_the_same_from_one_block_as_from_many(n_blocks: int) -> None:
     users, items = random_log()
     models = []
     for cuts in ([], equal_cuts(n_blocks)):

@@ -1,4 +1,4 @@
-"""The softmax over all items in blocks is the one of PyTorch, and so are its gradients."""
+"""The softmax over all items in blocks, and its gradients, equal PyTorch's."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from freshrec.nn.full_softmax import full_distillation_loss, full_softmax_loss
 
 @pytest.fixture(params=[3, 7, 100])
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks that do not divide the 20 items, and one that holds them all."""
+    """Two block sizes that do not divide the 20 items, and one block for all items."""
     monkeypatch.setattr(full_softmax, "ITEM_BLOCK", request.param)
 
 
@@ -34,10 +34,10 @@ def test_the_loss_and_its_gradients_are_those_of_cross_entropy(scale: float) -> 
 
 
 @pytest.mark.usefixtures("block")
-def test_a_teacher_of_fewer_items_gives_the_gradients_of_cross_entropy_on_those() -> None:
+def test_a_teacher_with_fewer_items_gives_the_gradients_of_cross_entropy_on_these_items() -> None:
     user_BD, rows_RD, _ = tensors()
     teacher_BD, known_RD = torch.randn(5, 4), torch.randn(16, 4)
-    taught_BI = torch.softmax(teacher_BD @ known_RD[1:].t(), 1)
-    expected = gradients(F.cross_entropy((user_BD @ rows_RD[1:].t())[:, :15], taught_BI), user_BD, rows_RD)
+    teacher_BI = torch.softmax(teacher_BD @ known_RD[1:].t(), 1)
+    expected = gradients(F.cross_entropy((user_BD @ rows_RD[1:].t())[:, :15], teacher_BI), user_BD, rows_RD)
     found = gradients(full_distillation_loss(user_BD, rows_RD, teacher_BD, known_RD), user_BD, rows_RD)
     torch.testing.assert_close(found, expected)

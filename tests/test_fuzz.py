@@ -1,4 +1,4 @@
-"""Whatever is wrong with a file, in a store or delivered to it: an exit code and a sentence, or the right answer."""
+"""A damaged file of a store or a delivery gives an exit code and a message, or has no effect."""
 
 import json
 import shutil
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_nightly import days, learnt
+from test_nightly import days, n_learned
 
 from freshrec.cli.app import main
 from freshrec.nightly.job import NightlyJob
@@ -19,7 +19,7 @@ WORDS = [b"", b"nan", b"-1", b"1e400", b"99999999999999999999", b'"', b"\x00", b
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    """A store of two versions in `s`, and the days of its log beside it."""
+    """A store with two versions in `s`, and the files of its log beside it."""
     base, one, two, *_ = days()
     for name, frame in (("base", base), ("one", one), ("two", two)):
         frame.write_parquet(tmp_path / f"{name}.parquet")
@@ -31,7 +31,7 @@ def store(tmp_path: Path) -> Path:
 
 
 def harm(path: Path, source: np.random.Generator) -> str:
-    """Change a file at random; what was done."""
+    """Change a file at random. Returns a description of the change."""
     whole = path.read_bytes()
     deed = source.choice(["flip", "flip", "flip", "cut", "empty", "insert", "double", "gone"])
     at = int(source.integers(max(1, len(whole))))
@@ -47,7 +47,7 @@ def harm(path: Path, source: np.random.Generator) -> str:
 
 
 def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    """The exit code and what was printed; a sentence where it failed."""
+    """Run a command. Returns the exit code and the output, which has a message if the command failed."""
     code = main(arguments)
     out, err = capsys.readouterr()
     assert code in CODES and "Traceback" not in err
@@ -57,7 +57,7 @@ def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, st
 
 
 def harmed_stores(folder: Path, n: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """Ask, and update, stores in which one file is not what it was."""
+    """Query and update stores in which one file is damaged."""
     ask = ("recommend", "1", "2", "3", "--k", "5", "--json", "--store")
     right, source = answer(capsys, *ask, str(folder / "s"))[1], np.random.default_rng(0)
     files = sorted(path.relative_to(folder) for path in (folder / "s").rglob("*") if path.is_file())
@@ -81,7 +81,7 @@ def harmed_stores(folder: Path, n: int, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def harmed_deliveries(folder: Path, n: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """Deliver files in which something is wrong: what is taken is a log, and the store stays whole."""
+    """Deliver damaged files. A file that is accepted is a log, and the store stays intact."""
     source, reasons = np.random.default_rng(1), set()
     shutil.copytree(folder / "s", folder / "u")
     for i in range(n):
@@ -95,20 +95,20 @@ def harmed_deliveries(folder: Path, n: int, capsys: pytest.CaptureFixture[str]) 
             answer(capsys, "doctor", "--store", str(folder / "u"))
             kept = open_store(folder / "u")
             batches = [version.batch for version in version_chain(kept) if version.batch is not None]
-            assert learnt(read_bundle(kept.verified_files(kept.live))) == len(NightlyJob(kept).log.read(batches))
+            assert n_learned(read_bundle(kept.verified_files(kept.live))) == len(NightlyJob(kept).log.read(batches))
     assert {0, 3} <= reasons
 
 
-def test_harmed_stores_are_told_or_answer_right(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_store_is_an_error_or_answers_correctly(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     harmed_stores(store, 60, capsys)
 
 
-def test_harmed_deliveries_are_told_or_taken_whole(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_delivery_is_an_error_or_accepted_completely(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     harmed_deliveries(store, 60, capsys)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_ten_thousand_harms_are_told_or_without_effect(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ten_thousand_damages_are_errors_or_have_no_effect(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     harmed_stores(store, 4000, capsys)
     harmed_deliveries(store, 6000, capsys)

@@ -1,15 +1,15 @@
-"""Replays, nights and lists of tiny worlds, recorded in tests/gold, so that a refactor changes no result unseen.
+"""Replays, updates and lists of tiny worlds, recorded in tests/gold. A refactoring must not change them.
 
-Where a result is meant to change, record it again, look at the difference, and say why in the commit message:
+If a result is meant to change, record it again, check the difference, and give the reason in the commit message:
 
     python tests/test_gold.py               # everything
-    python tests/test_gold.py mf-sml        # one record or some
+    python tests/test_gold.py mf-sml        # some records
 
 A record holds numbers, which must agree to 6 digits, and hashes of states (`recorded.state_hash`), which must agree to
-the last bit. Hit rates and counts need a score to cross the edge of a list, so they are compared on every machine;
-scores after training and hashes only where torch and the processor's instructions are those of the record. With
-`cpu_instructions` that is every x86-64 processor of the last ten years. Names of classes, fields and files are not
-recorded, so a rename passes as it is.
+the last bit. Hit rates and counts change only if a score crosses the edge of a list, so every machine compares them.
+Scores after training and hashes are compared only with the torch and processor instructions of the record. With
+`cpu_instructions`, every x86-64 processor of the last ten years qualifies. Records do not contain names of classes,
+fields or files, so a rename changes no record.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ LABELLED = {
     "embedding-mlp-incctr": ("embedding-mlp:categories=2", f"incctr{SHORT}"),
 }
 RANKED = ("hr@5", "hr@20", "ndcg@20")
-TRAINED_ROWS = ("auc", "logloss", "kl_")  # not steps, as ranks are: they follow each bit
-UNSTEADY = ("sml",)  # its network makes weights of weights: last bits grow until they are a hit
-TIMES = ("_s", "_mb")  # ends of the names of costs that differ from run to run
+TRAINED_ROWS = ("auc", "logloss", "kl_")  # unlike ranks, these change with every bit
+UNSTEADY = ("sml",)  # its network transforms weights, so differences in the last bits grow until they change hits
+TIMES = ("_s", "_mb")  # endings of the names of costs that differ between runs
 
 
 def newborn() -> LogSplit:
@@ -85,7 +85,7 @@ def newborn() -> LogSplit:
 
 
 def exposures() -> LogSplit:
-    """Half of the rows are what a user took, half what it was shown: taken if it is of the user's colour."""
+    """Half of the rows are events of users, half random exposures. The label says if item and user have one colour."""
     frame = make_world("checkerboard", users=60, items=40, events=800, spans=SPANS).log.frame
     shown = frame.with_columns(item_id=pl.Series(np.random.default_rng(0).integers(0, 40, len(frame))))
     both = pl.concat([frame, shown]).sort("time", maintain_order=True)
@@ -102,7 +102,7 @@ def replayed(model: str, strategy: str, settings: ReplaySettings = ReplaySetting
 
 
 def replayed_clicks(model: str, strategy: str) -> Record:
-    """A replay of a log that says what was shown."""
+    """A replay of a log with exposures."""
     return _replayed(
         model,
         strategy,
@@ -124,7 +124,7 @@ def _replayed(
 ) -> Record:
     cell = Cell(model, find_model(model), strategy, find_strategy(strategy), 0, cadence)
     with TemporaryDirectory() as folder:
-        for _ in replay_cell(cell, spans, settings, Path(folder)):  # the state goes when the last span has been yielded
+        for _ in replay_cell(cell, spans, settings, Path(folder)):  # the state file is deleted after the last span
             state, _ = load_tree(Path(folder) / cell.folder_name / "state.safetensors")
         results = collect_results([cell], slices, metrics, Path(folder), "users" if slices is not None else "targets")
     table = _table(results, model)
@@ -145,7 +145,7 @@ def _table(results: pl.DataFrame, model: str) -> dict[str, Any]:
 
 
 def worlds() -> Record:
-    """Every world, and every way of cutting one."""
+    """Every world, and every rule for splitting one."""
     log = make_world("drift", users=60, items=40, events=800, spans=SPANS).log
     ways: dict[str, dict[str, Any]] = {rule: {"by": rule} for rule in SPLIT_RULES if rule != "dates"}
     ways["dates"] = {"by": "dates", "dates": ["2025-01-04", "2025-01-05T12:00:00"]}
@@ -181,7 +181,7 @@ RECORDS |= {
 
 
 def record(name: str) -> Record:
-    """What is found today. One thread: two may add up in another order. No oneDNN: its order depends on the caches."""
+    """The record of the current code. Uses one thread and no oneDNN, because both change the order of sums."""
     threads, onednn = torch.get_num_threads(), torch.backends.mkldnn.enabled
     torch.set_num_threads(1)
     torch.backends.mkldnn.enabled = False
@@ -193,7 +193,7 @@ def record(name: str) -> Record:
 
 
 @pytest.mark.parametrize("name", RECORDS)
-def test_what_was_recorded_is_found_again(name: str, subtests: pytest.Subtests) -> None:
+def test_results_are_the_recorded_ones(name: str, subtests: pytest.Subtests) -> None:
     gold, found = json.loads((GOLD / f"{name}.json").read_text()), record(name)
     assert list(differences(gold["values"], rounded(found.values))) == []
     with subtests.test("to the last bit"):
@@ -203,9 +203,9 @@ def test_what_was_recorded_is_found_again(name: str, subtests: pytest.Subtests) 
         assert found.hashes == gold["hashes"]
 
 
-def test_torch_was_told_which_instructions_to_use_before_it_was_imported() -> None:
+def test_instructions_are_chosen_before_torch_is_imported() -> None:
     if os.environ["ATEN_CPU_CAPABILITY"] != "avx2":
-        pytest.skip("somebody chose other instructions")
+        pytest.skip("other instructions were chosen in the environment")
     assert torch.backends.cpu.get_cpu_capability() in ("AVX2", "DEFAULT")  # DEFAULT: the processor has no AVX2
 
 

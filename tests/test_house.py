@@ -1,7 +1,7 @@
-"""The house keeps its own rules (CONTRIBUTING.md), read from the syntax trees of src/freshrec.
+"""The code follows the ten rules of CONTRIBUTING.md. The checks read the syntax trees of src/freshrec.
 
-A check yields (line, what is wrong and what to do) for each place that breaks its rule. It is tested twice: it must
-find a bad example (a check that sees nothing is no check), and it must find nothing in the house itself.
+A check yields (line, what is wrong and what to do) for each place that breaks its rule. Each check
+is tested twice: it must find a bad example, and it must find nothing in src/freshrec.
 """
 
 import ast
@@ -19,10 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SRC = ROOT / "src" / "freshrec"
 
 # A place (a folder or a file of src/freshrec) may import places with a smaller number.
-# Two folders with the same number do not know each other; two files with the same number may.
+# Two folders with the same number do not import each other; two files with the same number may.
 LAYERS = {
     "types": 0, "errors": 0, "version": 0, "device": 0, "config": 0, "deprecation": 0, "disk_names": 0, "files": 0,
-    "former_names": 0, "random_streams": 0, "user_modules": 0,
+    "former_names": 0, "progress": 0, "random_streams": 0, "user_modules": 0,
     "data": 1,
     "nn": 2,
     "models": 3,
@@ -90,7 +90,7 @@ def check_layers(path: str, tree: ast.Module, source: str) -> Wrong:
 
 
 def imports(path: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Lines and places of freshrec that a file imports, wherever in the file it does so; "" is the package itself."""
+    """Lines and modules of freshrec that a file imports anywhere. "" is the package itself."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             modules = {alias.name for alias in node.names}
@@ -108,16 +108,16 @@ def imports(path: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def check_sizes(path: str, tree: ast.Module, source: str) -> Wrong:
-    """Rule 5: no giants."""
+    """Rule 5: limits on the size of files, functions and classes."""
     if (n := len(source.splitlines())) > MAX_FILE:
         yield MAX_FILE, f"{n} lines, at most {MAX_FILE}; split the file where its subject changes"
     for node in ast.walk(tree):
         if isinstance(node, generate.Function) and (n := node.end_lineno - node.lineno + 1) > MAX_FUNCTION:
-            yield node.lineno, f"{node.name} has {n} lines, at most {MAX_FUNCTION}; give its parts names"
+            yield node.lineno, f"{node.name} has {n} lines, at most {MAX_FUNCTION}; split it into named parts"
         if isinstance(node, ast.ClassDef):
             n = sum(isinstance(item, generate.Function) for item in node.body)
             if n > MAX_METHODS:
-                yield node.lineno, f"{node.name} has {n} methods, at most {MAX_METHODS}; make functions of some"
+                yield node.lineno, f"{node.name} has {n} methods, at most {MAX_METHODS}; turn some into functions"
 
 
 def check_inheritance(path: str, tree: ast.Module, source: str) -> Wrong:
@@ -170,14 +170,14 @@ def check_tags(path: str, tree: ast.Module, source: str) -> Wrong:
                 free.remove(tag)
 
 
-# Words that no name may have as a part: a reader who has not met the project cannot know what they mean here.
+# Words that no name may contain, because a new reader cannot know what they mean here.
 PRIVATE_WORDS = {
     "alike", "anew", "apart", "ask", "asked", "aside", "begun", "enough", "fading", "happened", "heard", "here",
     "joins", "kinds", "knob", "knobs", "lately", "liked", "manner", "mine", "one", "ours", "rehearsal", "rehearsals",
     "rehearsed", "said", "say", "settle", "settled", "shelf", "taken", "taught", "tell", "theirs", "there", "thing",
     "things", "told", "wanted", "way", "ways", "what", "which", "who", "whose", "why",
 }  # fmt: skip
-# Names that files, HTTP answers or options hold, and so cannot change without an alias.
+# Names in files, HTTP answers or options. They cannot change without an alias.
 PUBLISHED_NAMES = {
     "TAKEN_SUFFIX", "mark_taken",  # the ending of a journal's file
     "asked",  # a number of `freshrec bench serve --json`
@@ -188,7 +188,7 @@ PUBLISHED_NAMES = {
 
 
 def check_names(path: str, tree: ast.Module, source: str) -> Wrong:
-    """A name is made of the field's words."""
+    """A name consists of standard terms of the field."""
     for node in ast.walk(tree):
         match node:
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
@@ -258,19 +258,19 @@ CHECKS: list[Check] = [check_layers, check_sizes, check_inheritance, check_guess
 
 
 @pytest.mark.parametrize(("check", "path", "source", "expected"), BAD)
-def test_each_rule_finds_what_breaks_it(check: Check, path: str, source: str, expected: str) -> None:
+def test_each_rule_finds_a_violation(check: Check, path: str, source: str, expected: str) -> None:
     ((_, found),) = check(path, ast.parse(source), source)
     assert expected in found
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_no_rule_complains_about_good_code(check: Check) -> None:
+def test_no_rule_rejects_good_code(check: Check) -> None:
     source = textwrap.dedent(GOOD)
     assert list(check("models/mf.py", ast.parse(source), source)) == []
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_the_house_keeps(check: Check) -> None:
+def test_the_code_follows_the_rule(check: Check) -> None:
     wrong = []
     for file in sorted(SRC.rglob("*.py")):
         source, path = file.read_text(), file.relative_to(SRC).as_posix()

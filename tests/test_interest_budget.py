@@ -1,4 +1,4 @@
-"""The upkeep of stored interests: by hand, and through updates of IMSR in a world in which users gain interests."""
+"""The budget for stored interests: by hand, and over updates of IMSR in a world where users gain interests."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,42 +26,42 @@ from freshrec.types import Events, Histories, Interests, State
 
 
 def interests(vectors: list[list[float]], counts: list[int], used: list[int] | None = None) -> Interests:
-    """Interests of users 1, 2, ..., each born in the span of its number."""
+    """Return interests of users 1, 2, ... Interest i was born in span i."""
     offsets_U = torch.tensor([0, 0, *counts]).cumsum(0)
     born_S = torch.arange(len(vectors), dtype=torch.int32)
     used_S = torch.tensor(used or [0] * len(vectors), dtype=torch.int32)
     return Interests(torch.tensor(vectors), offsets_U, born_S, used_S)
 
 
-def test_interests_unused_for_n_spans_are_retired_counted_from_the_users_last_use() -> None:
-    # User 1 was last here in span 7, and user 2 in span 2: he is away, and what he has is not unused.
+def test_interests_unused_for_n_spans_are_retired_counted_back_from_the_users_last_visit() -> None:
+    # User 1 was last active in span 7, and user 2 in span 2. Spans in which a user is absent do not count.
     users = interests([[float(i)] for i in range(6)], [4, 2], used=[7, 4, 5, 2, 2, 1])
     assert retire_interests(users, 3, ordered=False).vectors_SD[:, 0].tolist() == [0, 2, 4, 5]
     assert retire_interests(users, 3, ordered=False).offsets_U.tolist() == [0, 0, 2, 4]
-    assert retire_interests(users, 1, ordered=False).vectors_SD[:, 0].tolist() == [0, 4]  # nobody is left without
-    # Where the k-th interest is the k-th of something learnt, only a user's last ones may go.
+    assert retire_interests(users, 1, ordered=False).vectors_SD[:, 0].tolist() == [0, 4]  # each user keeps one
+    # If the position of an interest has a meaning for the model, only a user's last ones are dropped.
     assert retire_interests(users, 3, ordered=True).vectors_SD[:, 0].tolist() == [0, 1, 2, 4, 5]
 
 
-def test_the_most_similar_pairs_are_merged_until_the_budget_holds() -> None:
-    # Cosines: user 1 has 0.8 (of its 0 and 2), user 2 has 0.6, user 3 a single interest.
+def test_the_most_similar_pairs_are_merged_until_the_budget_is_met() -> None:
+    # Highest cosines: user 1 has 0.8 (interests 0 and 2), user 2 has 0.6. User 3 has a single interest.
     vectors = [[1.0, 0, 0], [0, 0, 2], [4, 3, 0], [1, 0, 0], [3, 4, 0], [5, 5, 5]]
     users = interests(vectors, [3, 2, 1], used=[3, 0, 1, 2, 4, 0])
     once = merge_interests(users, 5, ordered=False)
     assert once.vectors_SD.tolist() == [[2.5, 1.5, 0], [0, 0, 2], [1, 0, 0], [3, 4, 0], [5, 5, 5]]
     assert (once.offsets_U.tolist(), once.born_S.tolist()) == ([0, 0, 2, 4, 5], [0, 1, 3, 4, 5])
     assert once.used_S.tolist() == [3, 0, 2, 4, 0]
-    twice = merge_interests(users, 4, ordered=False)  # both users' pairs, at once
+    twice = merge_interests(users, 4, ordered=False)  # the pairs of both users
     assert twice.vectors_SD.tolist() == [[2.5, 1.5, 0], [0, 0, 2], [2, 2, 0], [5, 5, 5]]
     assert twice.used_S.tolist() == [3, 0, 4, 0]
-    for n_most in (3, 1, 0):  # a round more; then everybody has one, which stays
+    for n_most in (3, 1, 0):  # after one more round each user has one, which stays
         fewest = merge_interests(users, n_most, ordered=False)
         assert fewest.vectors_SD.tolist() == [[1.25, 0.75, 1], [2, 2, 0], [5, 5, 5]]
     assert merge_interests(users, 6, ordered=False) is users
 
 
-def test_of_ordered_interests_the_last_one_goes_into_the_one_it_is_most_like() -> None:
-    users = interests([[1.0, 0], [0, 1], [1, 0.1], [0, 3]], [4])  # 0 and 2 are closest, but the last is like 1
+def test_the_last_of_ordered_interests_is_merged_into_the_most_similar_one() -> None:
+    users = interests([[1.0, 0], [0, 1], [1, 0.1], [0, 3]], [4])  # 0 and 2 are closest, but the last is closest to 1
     assert merge_interests(users, 3, ordered=True).vectors_SD.tolist() == near([[1, 0], [0, 2], [1, 0.1]])
 
 
@@ -70,7 +70,7 @@ def near(rows: list[list[float]]) -> list[object]:
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.integers(0, 40), st.booleans(), st.integers(0, 99))
-def test_merging_meets_any_budget_that_leaves_everybody_one(
+def test_merging_meets_any_budget_that_leaves_each_user_one_interest(
     counts: list[int], n_most: int, ordered: bool, seed: int
 ) -> None:
     vectors_SD = torch.randn(sum(counts), 3, generator=torch.Generator().manual_seed(seed))
@@ -82,13 +82,13 @@ def test_merging_meets_any_budget_that_leaves_everybody_one(
     assert len(fewer.vectors_SD) == min(sum(counts), max(n_most, n_with)) == int(fewer.offsets_U[-1])
     before_U, after_U = users.offsets_U.diff(), fewer.offsets_U.diff()
     assert ((after_U > 0) == (before_U > 0)).all() and (after_U <= before_U).all()
-    # a mean of means in powers of two: the largest number never grows
+    # merging takes means, so the largest number never grows
     assert fewer.vectors_SD.abs().max() <= users.vectors_SD.abs().max()
 
 
-def test_an_interest_is_used_by_the_events_of_the_span_and_not_by_those_before() -> None:
-    # The user's interests point at items 1 and 2. He took 1 in span 0 and takes 2 in span 1: the first is unused since,
-    # although the model still reads item 1 in his history.
+def test_only_events_of_the_current_span_count_as_use_of_an_interest() -> None:
+    # The user's interests point at items 1 and 2. The user clicks item 1 in span 0 and item 2 in span 1. So span
+    # 1 does not use the first interest, although the model still reads item 1 in the history.
     model = InterestNet(InterestSpec(d=2, k=2), 0)
     model.grow(1, 2)
     model.items.packed[1:, :2] = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -108,7 +108,7 @@ def world() -> LogSplit:
     )
 
 
-def learnt(world: LogSplit, strategy: IMSR, spec: InterestSpec = COMIREC_DR) -> list[State]:
+def states_of(world: LogSplit, strategy: IMSR, spec: InterestSpec = COMIREC_DR) -> list[State]:
     state, states = State(replace(spec, d=16, negatives=32).build(0)), []
     for span in world.spans:
         state = replace(state, histories=append_events(state.histories, span.events, span.n_users))
@@ -121,43 +121,50 @@ FIT = FitConfig(base_epochs=2, epochs=1)
 
 
 @pytest.mark.parametrize("spec", [COMIREC_DR, COMIREC_SA])
-def test_a_budget_holds_after_every_update_and_what_it_costs_is_told(world: LogSplit, spec: InterestSpec) -> None:
-    plain = learnt(world, IMSR(detect=Detector(c1=0.5), fit=FIT), spec)
-    kept = learnt(world, IMSR(detect=Detector(c1=0.5), fit=FIT, upkeep=InterestBudget(megabytes=0.015)), spec)
-    for grown, state in zip(plain, kept):
-        assert grown.interests is not None and state.interests is not None
-        assert len(grown.interests.vectors_SD) * (16 * 4 + 8) > 15_000 >= len(state.interests.vectors_SD) * (16 * 4 + 8)
-        assert state.costs["interest_bytes"] < grown.costs["interest_bytes"]
-        assert state.costs["interest_bytes"] == pytest.approx((16 * 4 + 8) * state.costs["mean_k"])
+def test_a_budget_holds_after_every_update_and_the_memory_is_reported(world: LogSplit, spec: InterestSpec) -> None:
+    unlimited = states_of(world, IMSR(detect=Detector(c1=0.5), fit=FIT), spec)
+    limited = states_of(world, IMSR(detect=Detector(c1=0.5), fit=FIT, upkeep=InterestBudget(megabytes=0.015)), spec)
+    for without_budget, with_budget in zip(unlimited, limited):
+        assert without_budget.interests is not None and with_budget.interests is not None
+        assert (
+            len(without_budget.interests.vectors_SD) * (16 * 4 + 8)
+            > 15_000
+            >= len(with_budget.interests.vectors_SD) * (16 * 4 + 8)
+        )
+        assert with_budget.costs["interest_bytes"] < without_budget.costs["interest_bytes"]
+        assert with_budget.costs["interest_bytes"] == pytest.approx((16 * 4 + 8) * with_budget.costs["mean_k"])
 
 
-def test_halved_interests_take_half_the_room_and_answer_in_full(
+def test_16_bit_interests_take_half_the_memory_and_are_read_as_32_bit(
     world: LogSplit, tmp_path: Path, bits: Callable[[State], bytes]
 ) -> None:
-    plain, half = learnt(world, IMSR(fit=FIT))[-1], learnt(world, IMSR(fit=FIT, upkeep=InterestBudget(fp16=True)))[-1]
-    assert plain.interests is not None and half.interests is not None
+    full, half = (
+        states_of(world, IMSR(fit=FIT))[-1],
+        states_of(world, IMSR(fit=FIT, upkeep=InterestBudget(fp16=True)))[-1],
+    )
+    assert full.interests is not None and half.interests is not None
     assert half.interests.vectors_SD.dtype == torch.float16
     assert half.costs["interest_bytes"] / half.costs["mean_k"] == pytest.approx(2 * 16 + 8)
-    some = torch.arange(1, 9)
-    read_BKD, alive_BK, _ = pad_interests(half.interests, some, half.model.initial_interests(4))
+    users = torch.arange(1, 9)
+    read_BKD, alive_BK, _ = pad_interests(half.interests, users, half.model.initial_interests(4))
     assert read_BKD.dtype == torch.float32 and alive_BK.any(1).all()
     save_state(half, tmp_path / "state")
     assert bits(load_state(tmp_path / "state")) == bits(half)
 
 
-def test_retiring_after_one_span_leaves_what_the_last_visit_used(world: LogSplit) -> None:
-    state = learnt(world, IMSR(fit=FIT, upkeep=InterestBudget(retire=1)))[-1]
+def test_retiring_after_one_span_keeps_only_the_interests_used_in_the_last_visit(world: LogSplit) -> None:
+    state = states_of(world, IMSR(fit=FIT, upkeep=InterestBudget(retire=1)))[-1]
     users = state.interests
     assert users is not None
     owner_S = torch.repeat_interleave(torch.arange(users.n_users + 1), users.offsets_U.diff())
     latest_U = torch.zeros(users.n_users + 1, dtype=torch.int32).scatter_reduce(0, owner_S, users.used_S, "amax")
-    assert bool((users.used_S == latest_U[owner_S]).all()) and state.costs["mean_k"] < 4  # of which it started with
+    assert bool((users.used_S == latest_U[owner_S]).all()) and state.costs["mean_k"] < 4  # each user started with 4
 
 
-def test_nothing_is_done_unless_it_is_asked_for(world: LogSplit, bits: Callable[[State], bytes]) -> None:
-    asked = find_strategy("imsr:upkeep.retire=0:upkeep.fp16=false:upkeep.megabytes=0")
-    state = learnt(world, IMSR(fit=FIT))[0]
-    assert asked == IMSR() and state.interests is not None and bits(InterestBudget()(state)) == bits(state)
+def test_the_default_budget_changes_nothing(world: LogSplit, bits: Callable[[State], bytes]) -> None:
+    strategy = find_strategy("imsr:upkeep.retire=0:upkeep.fp16=false:upkeep.megabytes=0")
+    state = states_of(world, IMSR(fit=FIT))[0]
+    assert strategy == IMSR() and state.interests is not None and bits(InterestBudget()(state)) == bits(state)
     assert find_strategy("imsr:upkeep.retire=3:upkeep.fp16=true").upkeep == InterestBudget(retire=3, fp16=True)  # type: ignore[attr-defined]
-    with pytest.raises(OptionError, match="option megabytes of InterestBudget is -1"):
+    with pytest.raises(OptionError, match="Option megabytes is -1"):
         find_strategy("imsr:upkeep.megabytes=-1")

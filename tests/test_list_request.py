@@ -1,4 +1,4 @@
-"""The options of a list stand once: defaults, bounds and descriptions are the same in Python, CLI, HTTP and docs."""
+"""Options of a list have the same defaults, bounds and descriptions in Python, on the command line and in HTTP."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from freshrec.server import schemas
 FIELDS = ("k", "exclude_seen", "allow", "deny", "category", "diversity")
 
 
-def test_the_fields_of_a_request_are_the_arguments_of_python_in_the_same_order_with_the_same_defaults() -> None:
+def test_the_arguments_of_recommend_are_the_fields_with_the_same_order_and_defaults() -> None:
     assert tuple(ListRequest.__dataclass_fields__) == FIELDS
     arguments = inspect.signature(Recommender.recommend).parameters
     assert tuple(arguments)[2:] == (*FIELDS, "filter_seen")  # after self and users
@@ -32,7 +32,7 @@ def test_the_fields_of_a_request_are_the_arguments_of_python_in_the_same_order_w
     assert ListRequest(10, True, None, (), None, 0.0) == DEFAULTS
 
 
-def test_the_command_line_has_every_field_with_its_default_and_its_description() -> None:
+def test_the_command_line_has_every_field_with_its_default_and_description() -> None:
     command: Any = get_command(app)
     options = {one.name: one for one in command.commands["recommend"].params if one.param_type_name == "option"}
     assert {name: options[name].help for name in FIELDS} == {name: help_of(name) for name in FIELDS}
@@ -41,7 +41,7 @@ def test_the_command_line_has_every_field_with_its_default_and_its_description()
     assert "--no-exclude-seen" in options["exclude_seen"].secondary_opts
 
 
-def test_http_has_every_field_with_its_default_and_its_description_in_both_routes(tmp_path: Path) -> None:
+def test_both_http_routes_have_every_field_with_its_default_and_description(tmp_path: Path) -> None:
     stored(tmp_path, "popularity")
     with server(tmp_path) as (client, _):
         document = client.get("/openapi.json").json()
@@ -56,7 +56,7 @@ def test_http_has_every_field_with_its_default_and_its_description_in_both_route
     assert schemas.RecommendRequest(users=["u"]).to_request() == DEFAULTS
 
 
-def test_ids_of_a_request_over_http_are_of_one_kind() -> None:
+def test_ids_of_an_http_request_have_one_type() -> None:
     both = schemas.RecommendRequest(
         users=["u"], k=3, exclude_seen=False, allow=[1, "x"], deny=[2, 3], category="c", diversity=0.5
     )
@@ -66,14 +66,14 @@ def test_ids_of_a_request_over_http_are_of_one_kind() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"k": 0}, "k is 0; ask for a whole number of items, at least 1"),
+        ({"k": 0}, "k is 0, but must be an integer of at least 1"),
         ({"k": 2.5}, "k is 2.5"),
-        ({"diversity": -0.1}, "diversity of ListRequest is -0.1; it must be at least 0"),
-        ({"diversity": math.nan}, "diversity of ListRequest is nan"),
-        ({"diversity": math.inf}, "diversity of ListRequest is inf"),
+        ({"diversity": -0.1}, "Option diversity is -0.1. It must be at least 0"),
+        ({"diversity": math.nan}, "Option diversity is nan. It must be at least 0 and finite."),
+        ({"diversity": math.inf}, "Option diversity is inf. It must be at least 0 and finite."),
     ],
 )
-def test_a_value_out_of_bounds_is_refused_with_a_sentence(options: dict[str, Any], says: str) -> None:
+def test_a_value_out_of_bounds_is_an_error(options: dict[str, Any], says: str) -> None:
     with pytest.raises(OptionError, match=says):
         ListRequest(**options)
 
@@ -87,13 +87,13 @@ def test_the_keyword_of_0_1_0_still_works_with_a_warning() -> None:
     log = pl.DataFrame({"user_id": ["u", "u", "v"], "item_id": ["a", "b", "a"], "timestamp": [1e9, 1e9 + 1, 1e9 + 2]})
     recommender = Recommender("popularity").fit(log)
     assert recommender.recommend("u").is_empty()  # u has had both items
-    with pytest.warns(FutureWarning, match="filter_seen is called exclude_seen now") as caught:
+    with pytest.warns(FutureWarning, match="filter_seen is now called exclude_seen") as caught:
         found = recommender.recommend("u", filter_seen=False)
     assert found["item_id"].to_list() == ["a", "b"]
     assert [one.filename for one in caught] == [__file__]  # the line of the caller, once
     assert found.equals(recommender.recommend("u", exclude_seen=False))
 
 
-def test_the_options_of_a_list_are_read_without_torch() -> None:
+def test_the_options_of_a_list_are_imported_without_torch() -> None:
     code = "import sys, freshrec.recommender.list_request; assert not {'torch', 'polars'} & sys.modules.keys()"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""Reading a log: what a source may look like, and what comes out of it."""
+"""Reading a log: valid sources, and the log that is read from them."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_pandas_frames_may_hold_dates_categories_and_nullable_numbers() -> None:
 
 
 @pytest.mark.parametrize(("unit", "factor"), [("s", 1), ("ms", 10**3), ("us", 10**6), ("ns", 10**9)])
-def test_the_unit_of_time_is_told_from_its_size(unit: str, factor: int) -> None:
+def test_the_unit_of_time_is_inferred_from_its_size(unit: str, factor: int) -> None:
     log = read_log(frame_of(timestamp=[t * factor for t in ROWS["timestamp"]]))
     assert (log.unit, rows_of(log)) == (unit, IN_ORDER)
 
@@ -95,7 +95,7 @@ def test_seconds_with_a_fraction_keep_it() -> None:
 @pytest.mark.parametrize(
     "text", ["2020-09-13T12:26:40Z", "2020-09-13 12:26:40", "2020-09-13T14:26:40.000+02:00", "1600000000", "1.6e9"]
 )
-def test_written_times_are_read_as_utc_unless_they_say_otherwise(text: str) -> None:
+def test_times_as_text_are_utc_unless_they_have_a_zone(text: str) -> None:
     log = read_log(pl.DataFrame({"user_id": [1], "item_id": [1], "timestamp": [text]}))
     assert log.frame["time"].to_list() == [NOON * 10**6]
 
@@ -113,12 +113,12 @@ def test_integer_ids_stay_integers_and_text_stays_text(tmp_path: Path) -> None:
     assert log.frame["item_id"].to_list() == ["007", "7"]  # as numbers they would be one item
 
 
-def test_columns_are_named_by_us_by_the_caller_or_not_at_all() -> None:
+def test_columns_are_found_by_their_usual_names_or_named_by_the_caller() -> None:
     frame = frame_of(session=[1, 2, 3]).rename({"timestamp": "time", "user_id": "session_id"})
     assert rows_of(read_log(frame)) == IN_ORDER
     log = read_log(frame, columns={"user_id": "session"})
     assert log.frame["user_id"].to_list() == [1, 3, 2]
-    assert '"session" is taken as user_id' in log.notes
+    assert 'Column "session" is used as user_id.' in log.notes
 
 
 def test_rows_at_one_time_keep_the_order_of_the_source() -> None:
@@ -126,7 +126,7 @@ def test_rows_at_one_time_keep_the_order_of_the_source() -> None:
         pl.DataFrame({"user_id": [1] * 4, "item_id": [5, 3, 4, 9], "timestamp": [NOON, NOON, NOON, NOON - 1]})
     )
     assert log.frame["item_id"].to_list() == [9, 5, 3, 4]
-    assert log.n_out_of_order == 1  # only the last row stands behind a later one
+    assert log.n_out_of_order == 1  # only the last row comes after a later one
 
 
 def test_a_log_without_timestamps_is_in_the_order_of_its_periods() -> None:
@@ -136,11 +136,11 @@ def test_a_log_without_timestamps_is_in_the_order_of_its_periods() -> None:
     log = read_log(frame)
     assert log.frame.rows() == [(1, 2, 0, 0), (1, 4, 1, 0), (1, 3, 2, 1), (1, 1, 3, 1)]  # user, item, time, period
     assert (log.has_clock, log.unit) == (False, "period + order")
-    # Without the order, the rows of a period stay as they were.
+    # Without an order column, the rows of a period keep their order.
     assert read_log(frame.drop("seq")).frame["item_id"].to_list() == [2, 4, 1, 3]
 
 
-def test_null_timestamps_are_fine_where_there_are_periods() -> None:
+def test_timestamps_may_be_null_in_a_log_with_periods() -> None:
     times = [NOON + 5, None, NOON, None]
     frame = pl.DataFrame({"user_id": [1] * 4, "item_id": [1, 2, 3, 4], "timestamp": times, "period": [1, 0, 1, 0]})
     log = read_log(frame.with_columns(position=pl.Series([0, 1, 0, 0])))
@@ -149,26 +149,26 @@ def test_null_timestamps_are_fine_where_there_are_periods() -> None:
     assert (log.has_clock, log.frame["time"].to_list()) == (False, [0, 1, 2, 3])
 
 
-def test_complete_timestamps_are_the_clock_and_the_period_is_kept() -> None:
+def test_complete_timestamps_order_the_log_and_the_period_is_kept() -> None:
     log = read_log(frame_of(period=[0, 2, 1], order=[3, 2, 1]))
     assert (log.has_clock, rows_of(log)) == (True, IN_ORDER)
     assert log.frame["period"].to_list() == [0, 1, 2]
     assert "order" not in log.frame.columns
 
 
-def test_only_the_asked_event_types_are_kept() -> None:
+def test_only_the_requested_event_types_are_kept() -> None:
     frame = frame_of(event=["pv", "buy", "cart"])
     assert read_log(frame, events=("pv", "cart")).frame["event"].to_list() == ["pv", "cart"]
-    with pytest.raises(OptionError, match='no event type "by"; did you mean "buy"'):
+    with pytest.raises(OptionError, match='There is no event type "by". Did you mean "buy"'):
         read_log(frame, events=("by",))
-    with pytest.raises(LogError, match="no event column"):
+    with pytest.raises(LogError, match="has no column event, which --events needs"):
         read_log(frame_of(), events=("pv",))
 
 
-def test_exposures_are_kept_until_positives_are_asked_for() -> None:
+def test_exposures_are_kept_until_keep_positives_removes_them() -> None:
     log = read_log(frame_of(click=[None, 0, 1]), columns={"label": "click"})
     assert len(log.frame) == 3
-    assert rows_of(keep_positives(log)) == IN_ORDER[:2]  # the last in time is the row that was only shown
+    assert rows_of(keep_positives(log)) == IN_ORDER[:2]  # the last row in time is the one that was only shown
 
 
 def test_a_sample_keeps_whole_users_and_repeats_with_its_seed() -> None:
@@ -214,37 +214,37 @@ def test_kuairand_has_its_history_and_its_clicks() -> None:
     log = read_log(kuairand(), columns={"label": "click"})
     assert (log.has_clock, len(log.frame)) == (False, 1_045_516)
     kept = keep_positives(log).frame
-    # 817,187 rows of period 0 have no click flag and count; 100,900 of the later rows are clicks (the data's README).
+    # 817,187 rows of period 0 have no label and count. 100,900 later rows are clicks (README of the data).
     assert (kept["period"] == 0).sum() == 817_187
     assert (kept["period"] > 0).sum() == 100_900
     assert kept["period"].is_sorted()
 
 
-def test_what_comes_after_a_moment_is_left_out_and_counted() -> None:
+def test_rows_after_a_moment_are_left_out_and_counted() -> None:
     log = read_log(
         pl.DataFrame(
             {"user_id": [1, 1, 2], "item_id": [5, 6, 7], "timestamp": ["2025-01-01", "2025-01-02", "2025-03-01"]}
         )
     )
     kept = events_before(log, "2025-01-02T00:01")
-    assert kept.frame["item_id"].to_list() == [5, 6] and "1 rows from 2025-01-02T00:01 on left out" in kept.notes[-1]
-    with pytest.raises(LogError, match="no row of the log is before 2024-01-01"):
+    assert kept.frame["item_id"].to_list() == [5, 6] and "Left out 1 row from 2025-01-02T00:01 on." in kept.notes[-1]
+    with pytest.raises(LogError, match="The log has no rows before 2024-01-01"):
         events_before(log, "2024-01-01")
-    with pytest.raises(OptionError, match="a date cannot be read"):
+    with pytest.raises(OptionError, match="A date cannot be read"):
         events_before(log, "yesterday")
 
 
-def test_a_log_of_periods_without_a_clock_can_end_before_a_period() -> None:
+def test_a_log_of_periods_without_timestamps_can_end_before_a_period() -> None:
     log = read_log(pl.DataFrame({"user_id": [1, 1, 2], "item_id": [5, 6, 7], "period": [0, 1, 2]}))
     kept = events_before(log, "2")
-    assert kept.frame["item_id"].to_list() == [5, 6] and "1 rows from 2 on left out" in kept.notes[-1]
-    with pytest.raises(LogError, match="no row of the log is before 0"):
+    assert kept.frame["item_id"].to_list() == [5, 6] and "Left out 1 row from 2 on." in kept.notes[-1]
+    with pytest.raises(LogError, match="The log has no rows before 0"):
         events_before(log, "0")
-    with pytest.raises(LogError, match='until = "2025-01-01" is no moment of it; name a period'):
+    with pytest.raises(LogError, match='until = "2025-01-01" does not apply. Use the number of a period'):
         events_before(log, "2025-01-01")
 
 
-def test_times_are_written_in_utc_with_what_is_smaller_cut_off_and_read_back() -> None:
+def test_times_are_formatted_in_utc_without_rounding_and_can_be_read_back() -> None:
     # NOON is 2020-09-13 12:26:40 UTC
     time_us = NOON * 10**6 + 999_999
     assert format_time(time_us) == "2020-09-13T12:26:40+00:00"

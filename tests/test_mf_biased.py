@@ -1,4 +1,4 @@
-"""MF with biases: its score, its loss and its start by hand."""
+"""Biased matrix factorisation: score, loss and initial values by hand."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def batch(users: list[int], targets: list[int], labels: list[float] | None = Non
     )
 
 
-def test_a_score_is_the_product_and_both_biases() -> None:
+def test_a_score_is_the_inner_product_plus_both_biases() -> None:
     model = built()
     assert isinstance(model, ClickModel) and isinstance(model, TrainedModel)
     # 1 x 3 + 2 x -1 + 0.5 + 0.25
@@ -41,13 +41,13 @@ def test_the_loss_is_the_cross_entropy_of_the_labels() -> None:
     assert forward.loss.item() == near((0.160225 + 1.910225) / 2, abs=1e-5)  # ln(1 + e^-1.75), and that + 1.75
 
 
-def test_without_labels_each_event_has_a_random_item_beside_it_that_is_not_the_event_itself() -> None:
-    logits = built()(batch([1, 1], [1, 3])).logits_BN  # negatives 2 and 3: the second is the target, so 1 follows
+def test_without_labels_each_target_has_one_random_negative_that_differs_from_it() -> None:
+    logits = built()(batch([1, 1], [1, 3])).logits_BN  # negatives 2 and 3; 3 is the target, so 1 replaces it
     assert logits is not None and logits.shape == (2, 2)
     assert logits[0, 1].item() == near(1.75) and logits[1, 1].item() == near(logits[0, 0].item())
 
 
-def test_who_is_not_known_yet_is_judged_by_the_bias_of_the_other_alone_and_newcomers_have_none() -> None:
+def test_an_unknown_user_or_item_adds_nothing_and_new_rows_have_no_bias() -> None:
     model = built()
     assert model.score(batch([7], [2]), torch.tensor([2])).item() == near(0.25)
     assert model.score(batch([1], [2]), torch.tensor([9])).item() == near(0.5)

@@ -1,4 +1,4 @@
-"""Lists for those who ask at the same moment: the same as alone, made in few goes, and nobody bears another's fault."""
+"""Micro-batching: lists are the same as without it, few batches are needed, and an error affects one request only."""
 
 import asyncio
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def version_of(folder: Path, exact: int) -> LoadedVersion:
 @pytest.mark.parametrize(
     ("model", "strategy", "exact"), [("comirec-dr:d=8", IMSR, 0), ("comirec-dr:d=8", IMSR, 99), ("blend", None, 0)]
 )
-def test_lists_made_together_are_those_made_alone(
+def test_lists_of_a_batch_equal_lists_of_single_requests(
     model: str, strategy: str | None, exact: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, day, _ = stored(tmp_path, model, strategy)
@@ -59,7 +59,7 @@ def test_lists_made_together_are_those_made_alone(
     assert sorted(goes) == [25, 26]
 
 
-def test_more_than_may_be_asked_in_one_go_are_asked_in_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_users_than_a_batch_holds_need_several_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored(tmp_path, "popularity", None)
     version, goes, recommend = version_of(tmp_path, 0), list[int](), handlers.recommend
 
@@ -79,7 +79,7 @@ def test_more_than_may_be_asked_in_one_go_are_asked_in_several(tmp_path: Path, m
     assert sorted(goes) == [3, MAX_BATCH_USERS, MAX_BATCH_USERS]
 
 
-def test_who_asks_wrongly_fails_alone_and_who_goes_away_takes_nobody_along(
+def test_a_wrong_or_cancelled_request_does_not_affect_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, day, _ = stored(tmp_path, "popularity", None)

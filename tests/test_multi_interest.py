@@ -1,4 +1,4 @@
-"""Routing and self-attention by hand; what padding, the future, and other users in a batch must not change."""
+"""Routing and self-attention by hand; independence of padding, of the future, and of other users in a batch."""
 
 import inspect
 import math
@@ -16,13 +16,13 @@ from freshrec.nn.scoring import item_vectors, score_items
 from freshrec.types import Batch, ClickModel, EncodingModel, InterestModel, TrainedModel, UserVectorModel, VectorModel
 
 TRAINED = [name for name, spec in MODELS.items() if isinstance(spec.build(0), TrainedModel)]
-VECTORS = [name for name in TRAINED if name not in ("embedding-mlp", "mf-biased")]  # whose score is an inner product
-READERS = [name for name in TRAINED if name not in ("mf", "mf-biased")]  # they look at the history
+VECTORS = [name for name in TRAINED if name not in ("embedding-mlp", "mf-biased")]  # their score is an inner product
+READERS = [name for name in TRAINED if name not in ("mf", "mf-biased")]  # they read the history
 N_ITEMS = 9
 
 
 def at(vectors_BKD: Tensor) -> InitialInterests:
-    """Extraction that starts from stored interests, all of them alive."""
+    """Start extraction from stored interests, all of them alive."""
     return InitialInterests(vectors_BKD, None, None)
 
 
@@ -35,12 +35,12 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def real(*flags: int) -> Tensor:
-    """(1, T, 1): 1 for an item, 0 for padding."""
+    """Mask of shape (1, T, 1): 1 for an item, 0 for padding."""
     return torch.tensor(flags, dtype=torch.float32)[None, :, None]
 
 
 def model_of(name: str, seed: int = 0) -> VectorModel:
-    """A small model of 3 users and 9 items, with item vectors large enough to matter."""
+    """A small model of 3 users and 9 items, whose item vectors are large enough to affect the scores."""
     model = replace(MODELS[name], d=8, std=1.0).build(seed)  # type: ignore[type-var]
     model.grow(3, N_ITEMS)
     model.eval()
@@ -48,7 +48,7 @@ def model_of(name: str, seed: int = 0) -> VectorModel:
 
 
 def scores(model: VectorModel, *histories: list[int], **parts: Tensor) -> Tensor:
-    """(B, 9) scores of all items for users 1, 2, ... with these histories."""
+    """Scores of all items, (B, 9), for users 1, 2, ... with these histories."""
     batch = Batch(torch.arange(1, len(histories) + 1), torch.tensor(histories), **parts)
     return score_items(model, batch, torch.arange(1, N_ITEMS + 1))
 
@@ -65,7 +65,7 @@ def test_routing_by_hand_for_one_two_and_three_iterations() -> None:
         torch.testing.assert_close(vectors_BKD, torch.tensor([[[x, y], [y, x]]]), atol=1e-6, rtol=0)
 
 
-def test_routing_transforms_each_item_although_it_never_forms_the_product() -> None:
+def test_routing_equals_routing_with_each_item_transformed() -> None:
     """[IMSR eq. 3]"""
     route, items_TD, h_KD = routing(5), random(6, 5), random(3, 5, seed=1)
     route.transform_DD.data = random(5, 5, seed=2)
@@ -78,7 +78,7 @@ def test_routing_transforms_each_item_although_it_never_forms_the_product() -> N
     torch.testing.assert_close(found_BKD[0], h_KD)
 
 
-def test_padding_takes_no_part_in_routing() -> None:
+def test_padding_does_not_change_routing() -> None:
     route, items_BTD, starts_BKD = routing(4), random(1, 3, 4), random(1, 2, 4, seed=1)
     padded_BTD = torch.cat([100 * random(1, 2, 4, seed=2), items_BTD], 1)
     alone = route(items_BTD, real(1, 1, 1), at(starts_BKD))
@@ -86,23 +86,23 @@ def test_padding_takes_no_part_in_routing() -> None:
     assert (route(items_BTD, real(0, 0, 0), at(starts_BKD)) == 0).all()
 
 
-def test_interests_that_start_alike_stay_alike_and_others_do_not() -> None:
-    # With one shared transform nothing but the start tells two interests apart.
-    alike_BKD = routing(4)(random(1, 5, 4), real(*[1] * 5), at(torch.zeros(1, 3, 4)))
-    apart_BKD = routing(4)(random(1, 5, 4), real(*[1] * 5), at(random(1, 3, 4, seed=1)))
-    assert torch.equal(alike_BKD[:, 0], alike_BKD[:, 1])
-    assert (apart_BKD[:, 0] - apart_BKD[:, 1]).norm() > 0.1
+def test_interests_with_the_same_start_stay_the_same_and_others_do_not() -> None:
+    # With one shared transform, only their start makes two interests differ.
+    same_BKD = routing(4)(random(1, 5, 4), real(*[1] * 5), at(torch.zeros(1, 3, 4)))
+    different_BKD = routing(4)(random(1, 5, 4), real(*[1] * 5), at(random(1, 3, 4, seed=1)))
+    assert torch.equal(same_BKD[:, 0], same_BKD[:, 1])
+    assert (different_BKD[:, 0] - different_BKD[:, 1]).norm() > 0.1
 
 
 def test_routing_does_not_depend_on_the_order_of_interests_or_items() -> None:
     route, items_BTD, starts_BKD = routing(4), random(1, 5, 4), random(1, 3, 4, seed=1)
     found_BKD = route(items_BTD, real(*[1] * 5), at(starts_BKD))
-    turned_BKD = route(items_BTD.flip(1), real(*[1] * 5), at(starts_BKD[:, [2, 0, 1]]))
-    torch.testing.assert_close(turned_BKD, found_BKD[:, [2, 0, 1]])
+    permuted_BKD = route(items_BTD.flip(1), real(*[1] * 5), at(starts_BKD[:, [2, 0, 1]]))
+    torch.testing.assert_close(permuted_BKD, found_BKD[:, [2, 0, 1]])
 
 
-def test_routing_learns_through_its_last_iteration_alone() -> None:
-    # The shares are constants, so the start gets no gradient; one more iteration with given shares gives W the same.
+def test_gradients_flow_through_the_last_routing_iteration_only() -> None:
+    # The shares are constants, so the start gets no gradient. One iteration with fixed shares gives the same for W.
     starts_BKD = random(1, 2, 4, seed=1).requires_grad_()
     route, items_BTD = routing(4), random(1, 3, 4)
     route(items_BTD, real(1, 1, 1), at(starts_BKD)).sum().backward()
@@ -118,8 +118,8 @@ def _middle(items_BTD: Tensor, starts_BKD: Tensor) -> list[Tensor]:
     return [routing(4, n)(items_BTD, real(1, 1, 1), at(starts_BKD))[0] for n in (1, 2)]
 
 
-def test_recency_weighs_an_item_by_a_decay_of_its_age() -> None:
-    # One interest takes every item whole; with exp(log_fading) = ln 2 an item counts half of the one after it.
+def test_recency_reduces_the_weight_of_an_item_with_its_age() -> None:
+    # One interest gets all items. With exp(log_fading) = ln 2, an item has half the weight of the next one.
     route = routing(2, recency=True)
     assert route.log_fading is not None
     route.log_fading.data = torch.tensor(math.log(math.log(2)))
@@ -135,17 +135,17 @@ def test_noise_in_the_routing_is_for_training_only() -> None:
     torch.testing.assert_close(route(*arguments), routing(4)(*arguments))
 
 
-def test_noise_in_the_routing_is_for_newcomers_only() -> None:
+def test_noise_in_the_routing_is_for_new_users_only() -> None:
     route, items_BTD, starts_BKD = routing(4, noise=1.0), random(2, 5, 4), random(2, 3, 4, seed=1)
-    everything = torch.ones(2, 5, 1)
-    found_BKD = route(items_BTD, everything, InitialInterests(starts_BKD, None, torch.tensor([True, False])))
-    quiet_BKD = routing(4)(items_BTD, everything, at(starts_BKD))
+    real_BT1 = torch.ones(2, 5, 1)
+    found_BKD = route(items_BTD, real_BT1, InitialInterests(starts_BKD, None, torch.tensor([True, False])))
+    quiet_BKD = routing(4)(items_BTD, real_BT1, at(starts_BKD))
     assert not torch.equal(found_BKD[0], quiet_BKD[0])
     torch.testing.assert_close(found_BKD[1], quiet_BKD[1])
 
 
 def attention() -> SelfAttention:
-    """Without positions, W_1 = (1, 0), W_u = ln 3 / tanh 1 and 0: (0, 1) and (1, 0) have logits 0 and ln 3, or 0."""
+    """No positions, W_1 = (1, 0), W_u = ln 3 / tanh 1 and 0: items (0, 1), (1, 0) have logits 0, ln 3, or 0, 0."""
     layer = SelfAttention(d=2, d_inner=1, k_max=2, length=4, rng=torch.Generator())
     layer.positions_TD.data.zero_()
     layer.inner_AD.data = torch.tensor([[1.0, 0.0]])
@@ -155,7 +155,7 @@ def attention() -> SelfAttention:
 
 def test_self_attention_by_hand() -> None:
     """[IMSR eq. 8]"""
-    # Interest 1: shares 1 : 3, so 0.25 (0, 1) + 0.75 (1, 0); interest 2 is the mean. The padding, (9, 9), is left out.
+    # Interest 1: shares 1 : 3, so 0.25 (0, 1) + 0.75 (1, 0); interest 2 is the mean. The padding, (9, 9), is ignored.
     items_BTD = torch.tensor([[[9.0, 9.0], [0.0, 1.0], [1.0, 0.0]]])
     found_BKD = attention()(items_BTD, real(0, 1, 1), at(torch.zeros(1, 2, 2)))
     torch.testing.assert_close(found_BKD, torch.tensor([[[0.75, 0.25], [0.5, 0.5]]]))
@@ -173,7 +173,7 @@ def test_self_attention_over_nothing_but_padding_is_zero_with_finite_gradients()
 def test_padding_changes_nothing(name: str) -> None:
     model, short = model_of(name), scores(model_of(name), [4, 2, 7])
     torch.testing.assert_close(scores(model, [0, 0, 4, 2, 7]), short)
-    item_vectors(model)[0] = 50.0  # whatever stands in the padding row
+    item_vectors(model)[0] = 50.0  # the content of the padding row must not matter
     torch.testing.assert_close(scores(model, [0, 0, 4, 2, 7]), short)
 
 
@@ -185,7 +185,7 @@ def test_other_users_in_the_batch_change_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_candidates_of_ones_own_score_as_shared_ones_do(name: str) -> None:
+def test_items_per_row_score_the_same_as_shared_items(name: str) -> None:
     model, items_N = model_of(name), torch.tensor([3, 1, 9])
     batch = Batch(torch.tensor([1, 2]), torch.tensor([[4, 2], [0, 8]]))
     torch.testing.assert_close(score_items(model, batch, items_N.expand(2, -1)), score_items(model, batch, items_N))
@@ -200,7 +200,7 @@ def test_growth_changes_no_score_of_known_users_and_items(name: str) -> None:
 
 
 def test_sasrec_does_not_see_the_future() -> None:
-    # One training pass gives the output at each position with a target; the last item must change the last one only.
+    # One training pass gives the output at each position. The last item must change only the last output.
     model = SASRec(SASRecSpec(d=8, std=1.0, dropout=0.0), seed=0)
     model.grow(1, N_ITEMS)
     outputs = []
@@ -213,8 +213,8 @@ def test_sasrec_does_not_see_the_future() -> None:
 
 
 @pytest.mark.parametrize("loss", ["sampled", "bce", "full"])
-def test_sasrec_learns_by_the_scores_that_it_serves(loss: str) -> None:
-    # One history, whose last position has target 8: the loss is that of the served scores of 8, and of 1 and 3 or all.
+def test_the_loss_of_sasrec_uses_the_scores_that_it_serves(loss: str) -> None:
+    # The last position has target 8. The loss uses the served scores of 8, and of items 1 and 3 or of all items.
     model = SASRec(SASRecSpec(d=8, std=1.0, dropout=0.0, predict="last", loss=loss), seed=0)  # type: ignore[arg-type]
     model.grow(1, N_ITEMS)
     history_BT, negatives_N = torch.tensor([[4, 2]]), torch.tensor([1, 3])
@@ -227,7 +227,7 @@ def test_sasrec_learns_by_the_scores_that_it_serves(loss: str) -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_mf_knows_users_and_not_histories() -> None:
+def test_mf_reads_users_and_not_histories() -> None:
     model = model_of("mf")
     assert torch.equal(scores(model, [4, 2]), scores(model, [9, 9]))
     unknown = Batch(torch.tensor([17]), torch.tensor([[4, 2]]))
@@ -235,7 +235,7 @@ def test_mf_knows_users_and_not_histories() -> None:
 
 
 @pytest.mark.parametrize("name", ["mind", "comirec-dr", "comirec-sa"])
-def test_a_user_with_few_interests_is_served_alike_beside_one_with_many(name: str) -> None:
+def test_scores_of_a_user_with_few_interests_do_not_depend_on_a_user_with_many(name: str) -> None:
     model = model_of(name)
     assert isinstance(model, InterestModel)
     stored_BKD = random(2, 4, 8)
@@ -252,8 +252,8 @@ def test_the_same_seed_builds_the_same_model_and_another_seed_another(name: str)
     assert not torch.allclose(first, other)
 
 
-def test_a_newcomer_starts_with_distinct_directions_of_norm_below_one() -> None:
-    # Of norm sqrt(d) = 8, as the paper's N(0, I) has, new interests would draw every item from the stored ones.
+def test_a_new_user_starts_with_distinct_directions_of_norm_below_one() -> None:
+    # With norm sqrt(d) = 8, as in the paper's N(0, I), new interests would attract all items of the stored ones.
     model = InterestNet(InterestSpec(), seed=0)
     starts_KD = model.initial_interests(12)
     assert (starts_KD.norm(dim=1) < 1).all() and (starts_KD.norm(dim=1) > 0.9).all()
@@ -262,16 +262,16 @@ def test_a_newcomer_starts_with_distinct_directions_of_norm_below_one() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_a_protocol_asks_for_is_found_without_asking_the_instance(name: str) -> None:
-    # as isinstance does from Python 3.12 on: it does not see the parts of a Module, which answers for them itself
+def test_all_members_of_a_protocol_are_found_statically(name: str) -> None:
+    # isinstance works like this from Python 3.12 on: it does not see the parts of a Module, which `__getattr__` returns
     model = MODELS[name].build(0)
     for protocol in (TrainedModel, ClickModel, EncodingModel, UserVectorModel, InterestModel):
         if isinstance(model, protocol):
-            asked = {x for kind in protocol.__mro__ if kind.__module__ == "freshrec.types" for x in members(kind)}
-            for member in asked:
+            required = {x for kind in protocol.__mro__ if kind.__module__ == "freshrec.types" for x in members(kind)}
+            for member in required:
                 inspect.getattr_static(model, member)
 
 
 def members(protocol: type) -> set[str]:
-    """The names that a protocol declares itself."""
+    """The names that a protocol itself declares."""
     return {x for x in (*vars(protocol), *inspect.get_annotations(protocol)) if not x.startswith("_")}

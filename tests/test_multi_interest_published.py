@@ -1,4 +1,4 @@
-"""The original MIND and ComiRec by hand: routing, attention, the read-out, how many interests a history has."""
+"""MIND and ComiRec as published, by hand: routing, attention, label attention, and the number of interests."""
 
 import math
 from dataclasses import replace
@@ -62,7 +62,7 @@ def vectors(model: PublishedInterestNet, *histories: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize(("before", "after"), [(0.5, 0.2), (1.0, 0.5), (3.0, 0.9)])  # r -> r^2 / (1 + r^2)
-def test_one_interest_takes_one_item_whole_and_squashes_it(before: float, after: float) -> None:
+def test_one_interest_of_one_item_is_the_squashed_item(before: float, after: float) -> None:
     direction_D = torch.tensor([0.6, -0.8])
     found_BKD = route_capsules(before * direction_D[None, None, None], torch.zeros(1, 1, 1), torch.ones(1, 1), 3)
     torch.testing.assert_close(found_BKD[0, 0], after * direction_D)
@@ -76,7 +76,7 @@ def test_routing_items_that_are_zero_gives_zero_with_a_finite_gradient() -> None
 
 
 def test_routing_by_hand_for_one_two_and_three_iterations() -> None:
-    # Items (1, 0) and (0, 1), first votes 1 for the own interest and 0 for the other.
+    # Items (1, 0) and (0, 1); initial votes are 1 for one's own interest and 0 for the other.
     # 1: item 1's share in interest 1 is 1 / (1 + e^-1) = 0.731059; s_1 = (0.731059, 0.268941), |s_1|^2 = 0.606776,
     #    h_1 = s_1 |s_1| / (1 + |s_1|^2) = (0.354414, 0.130382), h_2 mirrored
     # 2: its votes are (1.354414, 0.130382), its share 1 / (1 + e^-1.224032) = 0.772772; 3: 0.816160
@@ -86,21 +86,21 @@ def test_routing_by_hand_for_one_two_and_three_iterations() -> None:
         torch.testing.assert_close(found_BKD, torch.tensor([[[x, y], [y, x]]]), atol=1e-6, rtol=0)
 
 
-def test_one_transform_and_equal_votes_keep_all_interests_the_same() -> None:
+def test_with_one_transform_and_equal_votes_all_interests_stay_the_same() -> None:
     sent_BGTD, votes_BKT, real_BT = random(1, 1, 5, 4), torch.zeros(1, 3, 5), torch.ones(1, 5)
-    alike_BKD = route_capsules(sent_BGTD, votes_BKT, real_BT, 3)
-    assert torch.equal(alike_BKD[:, 0], alike_BKD[:, 1])
-    apart_BKD = route_capsules(sent_BGTD, random(1, 3, 5, seed=1), real_BT, 3)  # MIND's way out of it
-    own_BKD = route_capsules(random(1, 3, 5, 4, seed=2), votes_BKT, real_BT, 3)  # ComiRec's: transforms of their own
-    assert all((found[:, 0] - found[:, 1]).norm() > 0.1 for found in (apart_BKD, own_BKD))
+    same_BKD = route_capsules(sent_BGTD, votes_BKT, real_BT, 3)
+    assert torch.equal(same_BKD[:, 0], same_BKD[:, 1])
+    random_BKD = route_capsules(sent_BGTD, random(1, 3, 5, seed=1), real_BT, 3)  # MIND: random votes
+    own_BKD = route_capsules(random(1, 3, 5, 4, seed=2), votes_BKT, real_BT, 3)  # ComiRec: a transform per interest
+    assert all((found[:, 0] - found[:, 1]).norm() > 0.1 for found in (random_BKD, own_BKD))
     for spec in (replace(MIND_PUBLISHED, noise=0.0), replace(COMIREC_DR_PUBLISHED, transform="shared")):
         with pytest.raises(OptionError, match="all interests stay the same"):
             spec.build(0)
     replace(MIND_PUBLISHED, noise=0.0, k=1).build(0)
 
 
-def test_routing_learns_through_its_last_iteration_alone() -> None:
-    # The shares are constants: those of the third iteration, as weights of the items, lead to the same gradient.
+def test_gradients_flow_through_the_last_routing_iteration_only() -> None:
+    # The shares are constants. As fixed weights, the shares of the third iteration give the same gradient.
     sent_BTD, votes_BKT = random(1, 4, 3).requires_grad_(), random(1, 2, 4, seed=1)
     route_capsules(sent_BTD[:, None], votes_BKT, torch.ones(1, 4), 3).sum().backward()
     found_BTD, sent_BTD.grad = sent_BTD.grad, None
@@ -111,8 +111,8 @@ def test_routing_learns_through_its_last_iteration_alone() -> None:
     torch.testing.assert_close(found_BTD, sent_BTD.grad)
 
 
-def by_the_book(W_TKDD: Tensor, items_TD: Tensor, votes_KT: Tensor) -> Tensor:
-    """(K, D) interests, item by item and interest by interest."""
+def reference_routing(W_TKDD: Tensor, items_TD: Tensor, votes_KT: Tensor) -> Tensor:
+    """The interests (K, D), computed item by item and interest by interest."""
     ks, ns = range(votes_KT.shape[0]), range(votes_KT.shape[1])
     sent = [torch.stack([W_TKDD[n, k] @ items_TD[n] for n in ns]) for k in ks]
     for _ in range(3):
@@ -123,24 +123,24 @@ def by_the_book(W_TKDD: Tensor, items_TD: Tensor, votes_KT: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["mind", "dr", "dr-by-interest"])
-def test_each_item_is_sent_through_the_transform_of_its_place_and_interest(name: str) -> None:
-    # Three items of a history of at most five: they have the last three places.
+def test_each_item_is_transformed_by_its_position_and_interest(name: str) -> None:
+    # Three items of at most five: they have the last three positions.
     layer, items_TD = CapsuleRouting(replace(VARIANTS[name], d=4, k=2, length=5)), random(3, 4)
     W_TKDD = layer.transform_TKDD.detach()
     assert W_TKDD.shape == {"mind": (1, 1, 4, 4), "dr": (5, 2, 4, 4), "dr-by-interest": (1, 2, 4, 4)}[name]
     votes_KT = layer.logits_KT[:, 2:] if name == "mind" else torch.zeros(2, 3)
-    expected_KD = by_the_book(W_TKDD.expand(5, 2, 4, 4)[2:], items_TD, votes_KT)
+    expected_KD = reference_routing(W_TKDD.expand(5, 2, 4, 4)[2:], items_TD, votes_KT)
     found_BKD = layer(items_TD[None], torch.ones(1, 3), None, is_noisy=False)
     torch.testing.assert_close(found_BKD[0], expected_KD)
 
 
-def test_transforms_start_so_that_items_keep_their_length_or_as_the_authors_draw_them() -> None:
+def test_the_initial_transforms_keep_the_length_of_items_or_are_the_authors() -> None:
     own = CapsuleRouting(COMIREC_DR_PUBLISHED).transform_TKDD.std().item()
     authors = CapsuleRouting(replace(COMIREC_DR_PUBLISHED, gain=8.0)).transform_TKDD.std().item()  # the root of d = 64
     assert [own, authors] == near([1 / 8, 1.0], rel=0.01)
 
 
-def test_the_layer_above_the_interests_is_linear_with_a_relu() -> None:
+def test_the_layer_after_the_routing_is_linear_with_a_relu() -> None:
     plain, layer = (CapsuleRouting(replace(MIND_PUBLISHED, d=4, relu=relu)) for relu in (False, True))
     assert layer.above is not None
     layer.load_state_dict(plain.state_dict() | {f"above.{k}": v for k, v in layer.above.state_dict().items()})
@@ -151,19 +151,20 @@ def test_the_layer_above_the_interests_is_linear_with_a_relu() -> None:
     assert (found_BKD == 0).any() and (found_BKD > 0).any()
 
 
-def test_minds_noise_is_drawn_anew_in_training_and_once_for_serving() -> None:
+def test_mind_draws_new_noise_in_training_and_fixed_noise_for_serving() -> None:
     model, batch = built(MIND_PUBLISHED), query_batch([4, 2, 7, 5])
     batch = replace(batch, targets_BT=torch.tensor([[3]]), negatives_N=torch.tensor([1, 6]))
     model.train()
     drawn = [model(batch).vectors_BKD for _ in range(2)]
     assert drawn[0] is not None and drawn[1] is not None and not torch.equal(drawn[0], drawn[1])
-    assert torch.equal(vectors(model, [4, 2, 7, 5]), vectors(model, [4, 2, 7, 5]))  # even while it trains
+    assert torch.equal(vectors(model, [4, 2, 7, 5]), vectors(model, [4, 2, 7, 5]))  # also in training mode
     model.eval()
     assert torch.equal(model(batch).vectors_BKD, vectors(model, [4, 2, 7, 5]))
-    torch.manual_seed(99)  # what else the process has drawn does not matter
+    torch.manual_seed(99)  # the global random state does not matter
     assert torch.equal(vectors(built(MIND_PUBLISHED), [4, 2, 7, 5]), vectors(model, [4, 2, 7, 5]))
     logits_KT = CapsuleRouting(replace(MIND_PUBLISHED, k=50, length=200)).logits_KT
-    assert logits_KT.abs().max() <= 2 and logits_KT.std().item() == near(0.88, abs=0.02)  # of N(0, 1) within +-2
+    # 0.88 is the standard deviation of N(0, 1) truncated at +-2
+    assert logits_KT.abs().max() <= 2 and logits_KT.std().item() == near(0.88, abs=0.02)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +177,7 @@ def test_a_history_of_n_items_has_log2_n_interests(n: int, of_n: int, of_more: i
     assert interest_mask(real_BT, 4, "n")[0].tolist() == [k < of_n for k in range(4)]  # the first ones
 
 
-def test_an_interest_that_a_history_lacks_takes_no_items_and_wins_no_score() -> None:
+def test_an_interest_beyond_the_limit_gets_no_items_and_no_score() -> None:
     adaptive, narrow = built(replace(MIND_PUBLISHED, k_log2="n")), built(replace(MIND_PUBLISHED, k=2))
     narrow.load_state_dict({k: v for k, v in adaptive.state_dict().items() if k != "extract.logits_KT"}, strict=False)
     assert isinstance(adaptive.extract, CapsuleRouting) and isinstance(narrow.extract, CapsuleRouting)
@@ -185,11 +186,11 @@ def test_an_interest_that_a_history_lacks_takes_no_items_and_wins_no_score() -> 
     torch.testing.assert_close(found_BKD[:, :2], vectors(narrow, [4, 2, 7, 5]))
     assert torch.equal(found_BKD[:, 2], found_BKD[:, 0]) and torch.equal(found_BKD[:, 3], found_BKD[:, 0])
     batch = replace(query_batch([4, 2, 7, 5]), targets_BT=torch.tensor([[3]]), negatives_N=torch.tensor([1, 6]))
-    torch.testing.assert_close(adaptive(batch).loss, narrow(batch).loss)  # nor a share of the label attention
+    torch.testing.assert_close(adaptive(batch).loss, narrow(batch).loss)  # no weight in the label attention either
 
 
 def attention() -> PublishedSelfAttention:
-    """d = 2, d_a = 2: the hidden units are tanh of the item, the query reads the first one as ln 3; no positions."""
+    """d = d_a = 2, no positions: hidden units are tanh of the item, and the item (1, 0) has the logit ln 3."""
     layer = PublishedSelfAttention(replace(COMIREC_SA_PUBLISHED, d=2, inner=1, k=1, length=4))
     with torch.no_grad():
         layer.positions_TD.zero_()
@@ -199,14 +200,14 @@ def attention() -> PublishedSelfAttention:
 
 
 def test_self_attention_by_hand() -> None:
-    # logits 0 and ln 3: weights 1 / 4 and 3 / 4, so 0.25 (0, 1) + 0.75 (1, 0); the padding, (9, 9), is left out
+    # logits 0 and ln 3: weights 1 / 4 and 3 / 4, so 0.25 (0, 1) + 0.75 (1, 0); the padding, (9, 9), is ignored
     items_BTD, real_BT = torch.tensor([[[9.0, 9.0], [0.0, 1.0], [1.0, 0.0]]]), torch.tensor([[0.0, 1.0, 1.0]])
     found_BKD = attention()(items_BTD, real_BT, None, False)
     torch.testing.assert_close(found_BKD, torch.tensor([[[0.75, 0.25]]]))
 
 
 def test_positions_enter_the_weights_and_not_the_values() -> None:
-    # With (1, 0) at the place before the last the two logits are equal: the mean of the items, positions left out.
+    # With the position vector (1, 0) for the first item, both logits are equal. The result is the mean of the items.
     layer, items_BTD = attention(), torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])
     layer.positions_TD.data[2] = torch.tensor([1.0, 0.0])
     torch.testing.assert_close(layer(items_BTD, torch.ones(1, 2), None, False), torch.tensor([[[0.5, 0.5]]]))
@@ -233,7 +234,7 @@ def test_attention_over_nothing_but_padding_is_zero_with_finite_gradients() -> N
 
 
 class Given(nn.Module):
-    """Interests that are what they are."""
+    """Fixed interests."""
 
     def __init__(self, vectors_BKD: Tensor) -> None:
         super().__init__()
@@ -255,18 +256,18 @@ def read_out(power: float, interests: list[list[float]], target: list[float], *n
     return [*found.logits_BN[0].tolist(), found.loss.item()]
 
 
-def test_the_power_of_the_label_attention_goes_from_a_mix_to_the_closest_interest() -> None:
-    # Interests (2, 1, 0) and (1, 0, 1), target (1, 0, 0): logits 2 and 1; negatives that read off the shares.
+def test_a_larger_power_moves_label_attention_from_a_mix_to_the_closest_interest() -> None:
+    # Interests (2, 1, 0) and (1, 0, 1), target (1, 0, 0): logits 2 and 1. The scores of the negatives are the shares.
     for power, first in ((1.0, 0.731059), (2.0, 0.952574), (100.0, 1.0)):  # 1 / (1 + e^-(2^p - 1))
         found = read_out(power, [[2, 1, 0], [1, 0, 1]], [1, 0, 0], [0, 1, 0], [0, 0, 1])
         assert found[1:3] == near([first, 1 - first], abs=1e-6)
-    # logits 0.5 and 0.4: to the power of 100 both would be nothing, and the shares equal
+    # logits 0.5 and 0.4: to the power of 100 both would be about 0, with equal shares
     assert read_out(100.0, [[0.5, 1, 0], [0.4, 0, 1]], [1, 0, 0], [0, 1, 0], [0, 0, 1])[1:3] == [1, 0]
-    # logits 1 and -2: a plain power of 2 would take dislike for liking; 1 / (1 + e^-(1 + 4)) = 0.993307
+    # logits 1 and -2: without the sign, a power of 2 would prefer the wrong interest; 1 / (1 + e^-(1 + 4)) = 0.993307
     assert read_out(2.0, [[1, 1, 0], [-2, 0, 1]], [1, 0, 0], [0, 1, 0], [0, 0, 1])[1] == near(0.993307, abs=1e-6)
 
 
-def test_the_loss_is_the_surprise_of_the_target_among_the_negatives() -> None:
+def test_the_loss_is_the_cross_entropy_of_the_target_among_the_negatives() -> None:
     # v = (1, 0): logits 2, and 0 and 1 of the negatives: ln(1 + e^-2 + e^-1) = 0.407606
     assert read_out(1.0, [[1, 0]], [2, 0], [0, 1], [1, 1]) == near([2, 0, 1, 0.407606], abs=1e-6)
 
@@ -276,7 +277,7 @@ def test_padding_and_other_users_change_nothing(name: str) -> None:
     model = built(VARIANTS[name])
     alone_BKD = vectors(model, [4, 2, 7])
     torch.testing.assert_close(vectors(model, [0, 0, 4, 2, 7]), alone_BKD)
-    model.items.weights[0] = 50.0  # whatever stands in the padding row
+    model.items.weights[0] = 50.0  # the content of the padding row must not matter
     together_BKD = vectors(model, [9, 8, 4, 3, 1], [0, 0, 4, 2, 7])
     torch.testing.assert_close(together_BKD[1:], alone_BKD)
 
@@ -290,7 +291,7 @@ def test_a_user_without_history_has_finite_scores(name: str, history: list[int])
     assert user_vectors(model, batch).shape == (1, 4, 8)
 
 
-def test_the_order_of_the_items_matters_through_places_alone() -> None:
+def test_the_order_of_items_matters_only_for_models_with_positions() -> None:
     for name, matters in (("mind", True), ("dr", True), ("sa", True), ("dr-by-interest", False)):
         model = built(VARIANTS[name])
         apart = (vectors(model, [4, 2, 7]) - vectors(model, [7, 2, 4])).abs().max()
@@ -315,8 +316,8 @@ def test_the_same_seed_builds_the_same_model_and_another_seed_another(name: str)
 
 
 @each_original
-def test_the_checkerboard_is_learnt(name: str) -> None:
-    """Of all pairs of an item of one's colour and another, at least 90 % are in order; by chance half of them are."""
+def test_the_checkerboard_is_learned(name: str) -> None:
+    """Of all pairs of an own-colour item and another item, more than 90 % are in the right order; 50 % by chance."""
     world = make_world("checkerboard", users=40, items=20, events=1500, spans=1)
     spans = split_log(world.log, by="period", forget_users=0)
     span = spans.spans[0]
@@ -329,5 +330,5 @@ def test_the_checkerboard_is_learnt(name: str) -> None:
     user_is_odd = torch.tensor(spans.user_catalog.frame["id"].to_list())[users_N[which] - 1] % 2 == 1
     item_is_odd = torch.tensor(spans.item_catalog.frame["id"].to_list()[: span.n_items]) % 2 == 1
     is_own_NI = user_is_odd[:, None] == item_is_odd
-    ahead_NII, asked_NII = scores_NI[:, :, None] > scores_NI[:, None], is_own_NI[:, :, None] & ~is_own_NI[:, None]
-    assert ahead_NII[asked_NII].float().mean() > 0.9
+    ahead_NII, pairs_NII = scores_NI[:, :, None] > scores_NI[:, None], is_own_NI[:, :, None] & ~is_own_NI[:, None]
+    assert ahead_NII[pairs_NII].float().mean() > 0.9

@@ -1,4 +1,4 @@
-"""Models of one's own: the smallest of either kind, with nothing but what CONTRIBUTING.md asks for."""
+"""Custom models: the smallest of each kind, with only the members that CONTRIBUTING.md requires."""
 
 import json
 import shutil
@@ -103,37 +103,37 @@ COUNT, SUM = CountSpec(), SumSpec()
 
 @pytest.fixture(scope="module")
 def checkerboard() -> LogSplit:
-    """Even users take even items only, odd users odd ones."""
+    """Even users take only even items, and odd users only odd items."""
     return split_log(
         make_world("checkerboard", users=60, items=40, events=2500, spans=3).log, by="period", forget_users=0
     )
 
 
 def ranks(spec: ModelSpec, update: Strategy, cut: LogSplit, out: Path) -> pl.DataFrame:
-    """The ranks of a replayed cell."""
+    """Replay one run and return its ranks."""
     cell = Cell("own", spec, "own", update, 0)
     assert list(replay_cell(cell, cut, ReplaySettings(), out)) == [0, 1, 2, 3]
     return pl.concat(pl.read_parquet(out / cell.folder_name / f"span-{span}.parquet") for span in (1, 2, 3))
 
 
-def learnt(spec: ModelSpec, update: Strategy, spans: tuple[Span, ...]) -> State:
-    """The state after some spans."""
+def trained_state(spec: ModelSpec, update: Strategy, spans: tuple[Span, ...]) -> State:
+    """The state after these spans."""
     state = State(spec.build(0))
     for span in spans:
         state = update.update(absorb_block(state, span.events, span.n_users, span.n_items), span)
     return state
 
 
-def test_the_smallest_counting_model_replays_as_the_popularity_that_it_is(
+def test_the_smallest_counting_model_has_the_ranks_of_popularity_in_a_replay(
     checkerboard: LogSplit, tmp_path: Path
 ) -> None:
     own = ranks(COUNT, Absorb(), checkerboard, tmp_path / "own")
     assert len(own) > 100 and own.equals(ranks(PopularitySpec(), Absorb(), checkerboard, tmp_path / "ours"))
 
 
-def test_the_smallest_trained_model_learns_who_takes_what(checkerboard: LogSplit, tmp_path: Path) -> None:
-    # 40 items, of which a user takes 20: at random half of a list is of the user's colour.
-    state = learnt(SUM, FineTune(FIT), checkerboard.spans)
+def test_the_smallest_trained_model_learns_which_items_a_user_takes(checkerboard: LogSplit, tmp_path: Path) -> None:
+    # A user takes 20 of 40 items, so half of a random list has the user's colour.
+    state = trained_state(SUM, FineTune(FIT), checkerboard.spans)
     even, odd = (Batch(torch.tensor([1]), torch.tensor([row])) for row in rows_of_colours(checkerboard))
     for batch in (even, odd):
         best_10 = top_k(state.model, batch, 10)[0][0]
@@ -143,7 +143,7 @@ def test_the_smallest_trained_model_learns_who_takes_what(checkerboard: LogSplit
         ]
         assert sum(int(item) % 2 == int(colours[1][0]) % 2 for item in colours[0]) >= 9
     found = ranks(SUM, FineTune(FIT), checkerboard, tmp_path / "finetune")["rank"]
-    assert (found <= 20).mean() > 0.8  # 0.5 for a list that knows no colours
+    assert (found <= 20).mean() > 0.8  # 0.5 by chance
 
 
 def rows_of_colours(cut: LogSplit) -> Iterator[list[int]]:
@@ -153,18 +153,18 @@ def rows_of_colours(cut: LogSplit) -> Iterator[list[int]]:
         yield [row for row, item in enumerate(ids, 1) if int(item) % 2 == colour][:5]
 
 
-def test_the_smallest_trained_model_goes_with_strategies_that_need_encode(
+def test_the_smallest_trained_model_works_with_strategies_that_need_encode(
     checkerboard: LogSplit, tmp_path: Path
 ) -> None:
     assert (ranks(SUM, EWC(fit=FIT), checkerboard, tmp_path)["rank"] <= 20).mean() > 0.8  # as above
 
 
 @pytest.mark.parametrize(("spec", "update"), [(COUNT, Absorb()), (SUM, FineTune(FIT))], ids=["counting", "trained"])
-def test_a_state_with_a_model_of_ones_own_is_saved_and_goes_on(
+def test_a_state_with_a_custom_model_is_saved_and_can_be_updated_after_loading(
     spec: ModelSpec, update: Strategy, checkerboard: LogSplit, tmp_path: Path, bits: Any
 ) -> None:
     *first, last = checkerboard.spans
-    state = learnt(spec, update, tuple(first))
+    state = trained_state(spec, update, tuple(first))
     save_state(state, tmp_path / "state")
     again, batch = load_state(tmp_path / "state"), Batch(torch.tensor([1, 2]), torch.tensor([[0, 3], [4, 7]]))
     all_items = torch.arange(1, state.model.n_items + 1)
@@ -177,7 +177,7 @@ def test_a_state_with_a_model_of_ones_own_is_saved_and_goes_on(
 
 
 @pytest.mark.parametrize(("spec", "update"), [(COUNT, None), (SUM, FineTune(FIT))], ids=["counting", "trained"])
-def test_a_recommender_serves_and_updates_a_model_of_ones_own(
+def test_a_recommender_serves_and_updates_a_custom_model(
     spec: ModelSpec, update: Strategy | None, tmp_path: Path
 ) -> None:
     log = pl.DataFrame({"user_id": list("xyzxyz"), "item_id": list("aaabbc"), "timestamp": range(NOON, NOON + 6)})
@@ -194,13 +194,13 @@ def test_a_recommender_serves_and_updates_a_model_of_ones_own(
             assert more.recommend(["x"], k=1, exclude_seen=False)["item_id"].to_list() == ["c"]  # four times
 
 
-def test_a_model_whose_options_do_not_say_reads_the_last_50_events() -> None:
-    # 60 events of user 1: the recommender gives the model the last 50 of them, the most recent last.
-    asked: list[Tensor] = []
+def test_a_model_without_the_option_length_reads_the_last_50_events() -> None:
+    # User 1 has 60 events. The recommender gives the model the last 50, oldest first.
+    histories: list[Tensor] = []
 
     class Looking(Count):
         def score(self, batch: Batch, items: Tensor) -> Tensor:
-            asked.append(batch.history_BT)
+            histories.append(batch.history_BT)
             return super().score(batch, items)
 
     @dataclass(frozen=True)
@@ -211,16 +211,16 @@ def test_a_model_whose_options_do_not_say_reads_the_last_50_events() -> None:
     assert history_length(LookingSpec().build(0)) == 50 and history_length(SUM.build(0)) == 20
     log = pl.DataFrame({"user_id": [1] * 60, "item_id": range(60), "timestamp": range(NOON, NOON + 60)})
     Recommender(LookingSpec()).fit(log).recommend([1], exclude_seen=False)
-    assert asked[-1].shape == (1, 50) and asked[-1][0].tolist() == list(range(11, 61))
+    assert histories[-1].shape == (1, 50) and histories[-1][0].tolist() == list(range(11, 61))
 
 
-def test_what_cannot_be_saved_is_refused_and_named(tmp_path: Path) -> None:
+def test_an_attribute_that_cannot_be_saved_is_named_in_the_error(tmp_path: Path) -> None:
     model = COUNT.build(0)
     model.seen = {3: 1.0}  # type: ignore[attr-defined]
-    with pytest.raises(StateError, match=r"a dict at state\.model\.weights\.seen has keys that are no texts"):
+    with pytest.raises(StateError, match=r"The dict at state\.model\.weights\.seen has keys that are not strings"):
         save_state(State(model), tmp_path / "state")
     model.seen = object()  # type: ignore[attr-defined]
-    with pytest.raises(StateError, match=r"a object at state\.model\.weights\.seen cannot be saved"):
+    with pytest.raises(StateError, match=r"The object at state\.model\.weights\.seen cannot be saved"):
         save_state(State(model), tmp_path / "state")
 
 
@@ -233,7 +233,7 @@ def test_numbers_texts_and_dicts_of_a_counting_model_are_saved(tmp_path: Path) -
     assert torch.equal(again.parts["a"][0], torch.ones(2))
 
 
-def test_what_a_model_lacks_is_said_before_anything_is_read() -> None:
+def test_missing_members_of_a_model_are_named_before_anything_is_read() -> None:
     class Mute:
         spec, n_users, n_items = None, 0, 0
 
@@ -264,19 +264,19 @@ def test_what_a_model_lacks_is_said_before_anything_is_read() -> None:
             return Sum(SUM, seed)
 
     for spec, sentence in (
-        (Spec(Mute), r'model "mine" \(Mute\) lacks absorb, score; CONTRIBUTING.md'),
-        (Spec(Blind), "has no table of item vectors"),
-        (Spec(lambda: Odd(SUM, 0)), 'batch_format of model "mine" .* is "session"; it must be one of target, window'),
-        (Short(), r'the options of model "mine" \(Short\) lacks length, lr, batch, negatives'),
-        (CountSpec, "is no instance of a dataclass"),
+        (Spec(Mute), r'Missing in model "mine" \(Mute\): absorb, score\. CONTRIBUTING.md'),
+        (Spec(Blind), "The table of item vectors is missing in model"),
+        (Spec(lambda: Odd(SUM, 0)), 'batch_format of model "mine" .* is "session". Use one of target, window'),
+        (Short(), r'Missing in the options of model "mine" \(Short\): length, lr, batch, negatives'),
+        (CountSpec, "is not an instance of a dataclass"),
     ):
         with pytest.raises(OptionError, match=sentence):
             build_model(spec, "mine")
-    with pytest.raises(OptionError, match=r'model "Spec" \(Mute\) lacks absorb, score'):
+    with pytest.raises(OptionError, match=r'Missing in model "Spec" \(Mute\): absorb, score'):
         Recommender(Spec(Mute))
 
 
-def test_scores_of_another_form_are_refused_and_the_form_is_named() -> None:
+def test_scores_of_a_wrong_shape_or_type_are_refused_and_described() -> None:
     class Flat(Count):
         def score(self, batch: Batch, items: Tensor) -> Tensor:
             return self.counts_I[items]
@@ -286,16 +286,16 @@ def test_scores_of_another_form_are_refused_and_the_form_is_named() -> None:
             return super().score(batch, items).long()
 
     batch, items_N = Batch(torch.tensor([1, 2]), torch.tensor([[0, 3], [4, 7]])), torch.arange(1, 6)
-    for kind, form in ((Flat, r"\(5,\) and torch.float32"), (Whole, r"\(2, 5\) and torch.int64")):
+    for kind, form in ((Flat, r"\(5,\) and type torch.float32"), (Whole, r"\(2, 5\) and type torch.int64")):
         model = kind(COUNT)
         model.grow(2, 5)
         with pytest.raises(
-            TrainingError, match=rf"{kind.__name__}.score .* shape {form}; it must be of shape \(2, 5\)"
+            TrainingError, match=rf"{kind.__name__}.score .* shape {form}. Return floats of shape \(2, 5\)"
         ):
             score_items(model, batch, items_N)
 
 
-def test_user_vectors_of_another_form_are_refused_and_the_form_is_named() -> None:
+def test_user_vectors_of_a_wrong_shape_are_refused_and_described() -> None:
     class OneVector(Sum):
         def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
             return super().encode(items_BTD, batch)[:, 0]
@@ -303,22 +303,22 @@ def test_user_vectors_of_another_form_are_refused_and_the_form_is_named() -> Non
     model = OneVector(SUM, 0)
     model.grow(2, 7)
     batch = Batch(torch.tensor([1, 2]), torch.tensor([[0, 3], [4, 7]]))
-    with pytest.raises(TrainingError, match=r"OneVector.encode .* \(2, 8\) .*; it must be of shape \(2, K, 8\)"):
+    with pytest.raises(TrainingError, match=r"OneVector.encode .* \(2, 8\) .*. Return floats of shape \(2, K, 8\)"):
         score_items(model, batch, torch.arange(1, 8))
 
 
-def test_the_class_of_the_options_may_stand_for_an_instance_of_them() -> None:
+def test_the_class_of_the_options_may_be_given_instead_of_an_instance() -> None:
     log = pl.DataFrame({"user_id": list("xyzxyz"), "item_id": list("aaabbc"), "timestamp": range(NOON, NOON + 6)})
     found = Recommender(CountSpec).fit(log).recommend(["x"], k=3, exclude_seen=False)
     assert found["item_id"].to_list() == ["a", "b", "c"]  # taken three times, twice, once
     no_options: Any = Count
-    with pytest.raises(OptionError, match='model "Count" is a class that needs arguments'):
+    with pytest.raises(OptionError, match='Model "Count" is a class that needs arguments'):
         Recommender(no_options)
 
 
 @pytest.fixture
 def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The documented example in a folder where we are, imported by nobody yet."""
+    """The documented example in the current folder, not yet imported."""
     shutil.copy(EXAMPLE, tmp_path / "my_model.py")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -326,9 +326,9 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     sys.modules.pop("my_model", None)
 
 
-def test_the_example_counts_what_was_taken_within_an_hour(example: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    # User 1: items 1, 2 half an hour apart, then 3 two hours later. User 2: 2 and, one block later, 1 at once.
-    # Pairs: (1, 2) twice; (2, 3) never, until two hours are allowed.
+def test_the_example_counts_items_taken_within_an_hour(example: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    # User 1: items 1, 2 half an hour apart, then 3 two hours later. User 2: 2 and, in the next block, 1 a quarter of an
+    # hour later. Pairs: (1, 2) twice; (2, 3) only if two hours are allowed.
     monkeypatch.syspath_prepend(Path.cwd())
     import my_model
 
@@ -347,7 +347,7 @@ def test_the_example_counts_what_was_taken_within_an_hour(example: None, monkeyp
         assert model.score(batch, torch.tensor([[1, 3], [1, 3]])).tolist() == [after_2[1::2], [0, 0]]
 
 
-def test_the_example_replays_and_a_store_of_it_opens_where_its_module_is_named(
+def test_the_example_replays_and_its_store_opens_if_its_module_is_named(
     example: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     *_, day = stored(tmp_path, "my_model.MyModelSpec:hours=2")
@@ -357,7 +357,7 @@ def test_the_example_replays_and_a_store_of_it_opens_where_its_module_is_named(
     del sys.modules["my_model"]  # as in a new process
     ask = ["recommend", "user-1", "--store", "s", "--json"]
     assert main(ask) == 7
-    assert "needs my_model, which is not imported; import it before loading, or set FRESHREC_IMPORT=my_model" in (
+    assert "module my_model, which is not imported. Import it before loading, or set FRESHREC_IMPORT=my_model" in (
         capsys.readouterr().err
     )
     monkeypatch.setenv("FRESHREC_IMPORT", "my_model")

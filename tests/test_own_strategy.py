@@ -1,4 +1,4 @@
-"""A strategy of a user's own is one class with one method: in a replay, in a recommender, in a store."""
+"""A custom strategy is one class with one method. It works in a replay, in a recommender and in a store."""
 
 import importlib
 import json
@@ -32,7 +32,7 @@ from freshrec.types import Span, State
 from freshrec.user_modules import IMPORTS
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
-OWN = '''
+SOURCE = '''
 from dataclasses import dataclass, replace
 
 from freshrec.learn.fit import FitConfig
@@ -97,8 +97,8 @@ DEMANDING = Demanding(3)
 
 @pytest.fixture(autouse=True)
 def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Modules in the current folder that freshrec does not know; afterwards they are forgotten."""
-    (tmp_path / "own_strategies.py").write_text(OWN)
+    """Write modules with custom strategies into the current folder, and unload them after the test."""
+    (tmp_path / "own_strategies.py").write_text(SOURCE)
     (tmp_path / "my_strategy.py").write_text((EXAMPLES / "my_strategy.py").read_text())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -111,7 +111,7 @@ def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 
 
 def world() -> pl.DataFrame:
-    """1,200 events of 60 users and 40 items."""
+    """Return 1,200 events of 60 users and 40 items."""
     return make_world("drift", users=60, items=40, events=1200).log.frame.select("user_id", "item_id", "time")
 
 
@@ -119,20 +119,20 @@ def cell(model: str, strategy: str) -> Cell:
     return Cell(model, find_model(model), strategy, find_strategy(strategy), 0)
 
 
-WAYS = [
+PAIRS = [
     ("item-knn", "own_strategies:Counting", "absorb"),
     ("blend", "own_strategies:Blending", "refit:trains=never"),
     ("mf:d=4", "own_strategies:Training", "finetune:fit.epochs=1:fit.base_epochs=1"),
 ]
 
 
-@pytest.mark.parametrize(("model", "own", "ours"), WAYS)
-def test_an_own_strategy_that_calls_ours_has_its_ranks_in_a_replay(
-    model: str, own: str, ours: str, tmp_path: Path
+@pytest.mark.parametrize(("model", "custom", "built_in"), PAIRS)
+def test_a_custom_strategy_that_calls_a_built_in_one_gives_the_same_ranks_in_a_replay(
+    model: str, custom: str, built_in: str, tmp_path: Path
 ) -> None:
     log = make_world("drift", users=60, items=40, events=1200).log
-    cells = [cell(model, own), cell(model, ours)]
-    for _ in range(2):  # the second time it finds its own results, and is not told of others
+    cells = [cell(model, custom), cell(model, built_in)]
+    for _ in range(2):  # the second time, it finds its own results and accepts them
         run_cells(
             cells,
             split_log(log, by="count", spans=2),
@@ -140,33 +140,38 @@ def test_an_own_strategy_that_calls_ours_has_its_ranks_in_a_replay(
             tmp_path / "out",
             on_span_done=lambda cell, span: None,
         )
-        cells = [cell(model, own), cell(model, ours)]
+        cells = [cell(model, custom), cell(model, built_in)]
     found = [pl.read_parquet(tmp_path / "out" / c.folder_name / "span-2.parquet") for c in cells]
     assert len(found[0]) and found[0].equals(found[1])
 
 
-@pytest.mark.parametrize(("model", "own", "ours"), WAYS)
-def test_an_own_strategy_learns_in_a_store_as_it_does_in_memory(
-    model: str, own: str, ours: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("model", "custom", "built_in"), PAIRS)
+def test_a_custom_strategy_that_calls_a_built_in_one_gives_the_same_lists_in_a_store(
+    model: str,
+    custom: str,
+    built_in: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv(IMPORTS, "own_strategies")
     frame, store = world(), str(tmp_path / "store")
     frame[:1000].write_parquet("base.parquet")
     frame[1000:].write_parquet("day.parquet")
-    assert main(["fit", "base.parquet", "--store", store, "--model", model, "--strategy", own]) == 0
-    sys.modules.pop("own_strategies")  # as in another process
+    assert main(["fit", "base.parquet", "--store", store, "--model", model, "--strategy", custom]) == 0
+    sys.modules.pop("own_strategies")  # as if in another process
     capsys.readouterr()
     assert main(["update", "day.parquet", "--store", store, "--json"]) == 0
-    [learnt] = json.loads(capsys.readouterr().out)
-    assert learnt["recipe"]["strategy"] == own
+    [version] = json.loads(capsys.readouterr().out)
+    assert version["recipe"]["strategy"] == custom
     lists = Recommender.load(store).recommend([1, 2, 3], 5)
-    # the same log through our strategy, in another store
-    assert main(["fit", "base.parquet", "--store", "ours", "--model", model, "--strategy", ours]) == 0
+    # the same log with the built-in strategy, in another store
+    assert main(["fit", "base.parquet", "--store", "ours", "--model", model, "--strategy", built_in]) == 0
     assert main(["update", "day.parquet", "--store", "ours"]) == 0
     assert lists.equals(Recommender.load("ours").recommend([1, 2, 3], 5))
 
 
-def test_a_store_does_not_choose_what_is_imported(tmp_path: Path) -> None:
+def test_loading_a_store_imports_no_custom_module(tmp_path: Path) -> None:
     Recommender("item-knn", find_strategy("own_strategies:Counting")).fit(world()).save(tmp_path / "at")
     sys.modules.pop("own_strategies")
     with pytest.raises(StateError, match=f"own_strategies, which is not imported.*set {IMPORTS}=own_strategies"):
@@ -174,7 +179,7 @@ def test_a_store_does_not_choose_what_is_imported(tmp_path: Path) -> None:
     assert "own_strategies" not in sys.modules
 
 
-def test_a_class_an_instance_and_both_kinds_of_names_are_accepted() -> None:
+def test_a_class_an_instance_and_both_forms_of_names_are_accepted() -> None:
     assert find_strategy("own_strategies:Training:epochs=4").epochs == 4  # type: ignore[attr-defined]
     assert find_strategy("own_strategies.Training:epochs=4").epochs == 4  # type: ignore[attr-defined]
     assert find_strategy("own_strategies:Training").epochs == 1  # type: ignore[attr-defined]
@@ -187,21 +192,21 @@ def test_a_class_an_instance_and_both_kinds_of_names_are_accepted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
-        ("own_strategies:Other", r'"own_strategies:Other" has no method update\(state, span\); name a class'),
+        ("own_strategies:Other", r'"own_strategies:Other" has no method update\(state, span\). Add it'),
         ("own_strategies:FitConfig", r"has no method update\(state, span\)"),
-        ("own_strategies:Demanding", "is a class that needs arguments; give them defaults, or name an instance"),
+        ("own_strategies:Demanding", "is a class that needs arguments. Give them defaults, or name an instance"),
         ("own_strategies:Missing", 'cannot import "Missing" from "own_strategies"'),
         ("no_such_module:Thing", 'cannot import "Thing" from "no_such_module"'),
         ("own_strategies:Counting:epochs=3", "no options"),
         ("own_strategies:Training:epochs", '"epochs" in .* is not an option'),
-        ("finetune:epochs", '"epochs" in .* is not an option: write finetune:field=value'),
-        ("fintune:fit.epochs=3", 'did you mean "finetune"'),
+        ("finetune:epochs", '"epochs" in .* is not an option. Write finetune:field=value'),
+        ("fintune:fit.epochs=3", 'Did you mean "finetune"'),
     ],
 )
-def test_a_name_that_stands_for_no_strategy_is_refused(text: str, says: str) -> None:
-    with pytest.raises(OptionError, match=says):
+def test_a_name_that_is_no_strategy_is_refused(text: str, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         find_strategy(text)
 
 
@@ -211,7 +216,7 @@ def test_a_strategy_without_a_method_update_is_refused_by_the_recommender() -> N
         Recommender("mf", not_a_strategy)
 
 
-def test_an_own_strategy_may_update_any_model_and_its_errors_are_its_own() -> None:
+def test_a_custom_strategy_may_update_any_model_and_its_errors_are_not_hidden() -> None:
     broken = find_strategy("own_strategies:Broken")
     for name, spec in MODELS.items():
         check_compatible(spec, name, broken, "own_strategies:Broken")
@@ -220,56 +225,56 @@ def test_an_own_strategy_may_update_any_model_and_its_errors_are_its_own() -> No
 
 
 @pytest.mark.parametrize(
-    ("own", "says"),
+    ("custom", "message"),
     [
-        ("Nothing", r'update\(state, span\) of strategy "Nothing" returned None; it must return the next State'),
-        ("Same", '"Same" returned a state with spans_seen=0; it must be 1, one more than before'),
+        ("Nothing", r'update\(state, span\) of strategy "Nothing" returned None. It must return the next State'),
+        ("Same", '"Same" returned a state with spans_seen=0. It must be 1, one more than before'),
         (
             "Ungrown",
-            '"Ungrown" returned a model of 0 users and 0 items, and the span has [0-9]+ and [0-9]+; let the model grow',
+            '"Ungrown" returned a model with 0 users and 0 items, but the span has [0-9]+ and [0-9]+. Grow the model',
         ),
     ],
 )
 def test_an_update_that_returns_no_next_state_is_refused_in_a_recommender_and_a_replay(
-    own: str, says: str, tmp_path: Path
+    custom: str, message: str, tmp_path: Path
 ) -> None:
-    # a trained model has neither users nor items before its first update
-    with pytest.raises(OptionError, match=says):
-        Recommender("mf:d=4", find_strategy(f"own_strategies:{own}")).fit(world())
+    # A trained model has no users and no items before its first update.
+    with pytest.raises(OptionError, match=message):
+        Recommender("mf:d=4", find_strategy(f"own_strategies:{custom}")).fit(world())
     parts = split_log(make_world("drift", users=60, items=40, events=1200).log, by="count", spans=1, min_events=1)
-    with pytest.raises(OptionError, match=says):
-        list(replay_cell(cell("mf:d=4", f"own_strategies:{own}"), parts, ReplaySettings(), tmp_path))
+    with pytest.raises(OptionError, match=message):
+        list(replay_cell(cell("mf:d=4", f"own_strategies:{custom}"), parts, ReplaySettings(), tmp_path))
 
 
-def test_an_own_strategy_may_say_which_models_it_takes() -> None:
+def test_a_custom_strategy_may_declare_which_models_it_accepts() -> None:
     example = find_strategy("my_strategy:MyStrategy")
     check_compatible(MODELS["mf"], "mf", example, "mine")
     for name in ("item-knn", "blend"):
-        with pytest.raises(IncompatibleError, match=f'"{name}" counts, it is not trained'):
+        with pytest.raises(IncompatibleError, match=f'Strategy "mine" cannot train model "{name}"'):
             check_compatible(MODELS[name], name, example, "mine")
 
 
-def test_an_object_with_attributes_has_to_be_a_dataclass_to_be_saved(tmp_path: Path) -> None:
+def test_an_object_with_attributes_must_be_a_dataclass_to_be_saved(tmp_path: Path) -> None:
     counting, demanding = (find_strategy(f"own_strategies:{name}") for name in ("Counting", "DEMANDING"))
     save_tree(counting, tmp_path / "counting")
     assert type(load_tree(tmp_path / "counting")) is type(counting)
-    with pytest.raises(StateError, match="a Demanding at state cannot be saved: make it a dataclass"):
+    with pytest.raises(StateError, match=r"The Demanding at state cannot be saved\. Make it a dataclass"):
         save_tree(demanding, tmp_path / "demanding")
 
 
-def test_an_own_strategy_has_nothing_to_tune_and_is_planned_as_fine_tuning() -> None:
-    # 100 events in the base block, 10 epochs; spans of 10 and 20 events, 5 epochs by default
+def test_a_custom_strategy_has_nothing_to_tune_and_is_planned_like_fine_tuning() -> None:
+    # 100 events in the base block with 10 epochs; spans of 10 and 20 events with 5 epochs by default
     counting, example = find_strategy("own_strategies:Counting"), find_strategy("my_strategy:MyStrategy:fit.epochs=2")
     assert alternatives(counting) == (counting,) and count_tuning_targets(counting, [100, 10, 20]) == 0
     assert training_passes(counting, [100, 10, 20], 10) == [1000, 50, 100]
-    assert training_passes(example, [100, 10, 20], 10) == [1000, 20, 40]  # what its field `fit` says
+    assert training_passes(example, [100, 10, 20], 10) == [1000, 20, 40]  # from its field `fit`
     assert training_passes(Absorb(), [100, 10, 20], 10) == [0, 0, 0]
-    assert cell("mf", "own_strategies:Training").shared_fit is None  # what it does with a base block is not known
+    assert cell("mf", "own_strategies:Training").shared_fit is None  # its work on a base block is unknown
     assert cell("mf", "finetune:fit.epochs=2").shared_fit == FitConfig(epochs=2)
 
 
-def test_strategies_that_are_tuned_have_six_alternatives_the_strategy_first() -> None:
-    # refit and self-tuned choose for themselves; absorb and frozen train nothing; full trains as the base block did
+def test_strategies_that_are_tuned_have_six_alternatives_and_the_strategy_itself_comes_first() -> None:
+    # refit and self-tuned tune themselves, absorb and frozen train nothing, and full trains as on the base block
     found = {name: alternatives(strategy) for name, strategy in STRATEGIES.items()}
     assert {name for name, choices in found.items() if len(choices) == 1} == {
         "absorb", "refit", "frozen", "full", "self-tuned",
@@ -278,7 +283,7 @@ def test_strategies_that_are_tuned_have_six_alternatives_the_strategy_first() ->
     assert all(choices[0] == STRATEGIES[name] for name, choices in found.items())
 
 
-@pytest.mark.filterwarnings("ignore:strategy rehearsed is called")  # a former name, not a paper's
+@pytest.mark.filterwarnings("ignore:strategy rehearsed is now called")  # a former name, not a paper's
 def test_names_of_papers_are_aliases() -> None:
     assert ALIASES == {"joint": "full", "dropout": "finetune", "asmg-gru-multi": "asmg", "rehearsed": "self-tuned"}
     assert not ALIASES.keys() & STRATEGIES.keys()
@@ -294,28 +299,28 @@ def test_aliases_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("model", ["pooled:d=4", "comirec-dr:d=4:k=2", "embedding-mlp:d=4"])
 def test_the_example_updates_models_with_scalars_interests_and_several_tables(model: str) -> None:
-    # pooled has a weight without dimensions; keep = 0 is fine-tuning
+    # The model pooled has a weight without dimensions. keep = 0 is fine-tuning.
     parts = split_log(make_world("newborn", users=60, items=40, events=1500).log, by="count", spans=1, forget_users=0)
     fit = ":fit.epochs=1:fit.base_epochs=1"
     after = []
     for strategy in (find_strategy(f"my_strategy:MyStrategy:keep=0{fit}"), find_strategy(f"finetune{fit}")):
         state = State(find_model(model).build(0))
         for span in parts.spans:
-            state = strategy.update(counted(state, span), span)
+            state = strategy.update(absorbed(state, span), span)
         after.append(copy_weights(state.model))
     assert after[0].keys() == after[1].keys() and len(after[0])
     assert all(torch.equal(weight, after[1][name]) for name, weight in after[0].items())
 
 
 def test_the_example_is_the_mean_of_the_weights_before_and_after_fine_tuning() -> None:
-    # keep = 0.25: a quarter of the previous weights, three quarters of those that fine-tuning gives, for rows of users
-    # and items that were known; rows of new ones as fine-tuned
+    # keep = 0.25: the rows of known users and items are a quarter of the previous weights plus three quarters of the
+    # fine-tuned ones. The rows of new users and items are the fine-tuned ones.
     parts = split_log(make_world("newborn", users=60, items=40, events=1500).log, by="count", spans=1, forget_users=0)
     base, span = parts.spans
     fit = ":fit.epochs=1:fit.base_epochs=1"
     example, finetune = find_strategy(f"my_strategy:MyStrategy:keep=0.25{fit}"), find_strategy(f"finetune{fit}")
-    before = example.update(counted(State(find_model("mf:d=4").build(0)), base), base)
-    ready = counted(before, span)
+    before = example.update(absorbed(State(find_model("mf:d=4").build(0)), base), base)
+    ready = absorbed(before, span)
     old, mixed, tuned = (
         copy_weights(s.model) for s in (before, example.update(ready, span), finetune.update(ready, span))
     )
@@ -326,5 +331,5 @@ def test_the_example_is_the_mean_of_the_weights_before_and_after_fine_tuning() -
     assert isinstance(finetune, FineTune)
 
 
-def counted(state: State, span: Span) -> State:
+def absorbed(state: State, span: Span) -> State:
     return absorb_block(state, span.events, span.n_users, span.n_items)

@@ -1,4 +1,4 @@
-"""The page for people, in a real browser: what is live, a user, a click, a roll back; with the keyboard, on a phone."""
+"""The page in a real browser: live version, a user, a click, a rollback, with the keyboard and on a phone."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +27,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def visit(browser: Any, tmp_path: Path) -> Iterator[Any]:
-    """`visit(address, width)`: a page, on which nothing may go wrong, and which asks nobody else."""
+    """`visit(address, width)` opens a page, which must cause no error and no request to another server."""
     pages: list[Any] = []
     wrong: list[str] = []
 
@@ -49,7 +49,9 @@ def visit(browser: Any, tmp_path: Path) -> Iterator[Any]:
     assert [line for line in wrong if "401" not in line] == []
 
 
-def test_somebody_looks_up_a_user_adds_a_click_and_rolls_back_by_keyboard_alone(visit: Any, tmp_path: Path) -> None:
+def test_looking_up_a_user_adding_a_click_and_rolling_back_work_with_the_keyboard_alone(
+    visit: Any, tmp_path: Path
+) -> None:
     stored(tmp_path, "comirec-dr:d=8", IMSR, n=2)
     (tmp_path / "token").write_text(TOKEN)
     with process(tmp_path, "--token-file", str(tmp_path / "token")) as (address, _):
@@ -67,11 +69,11 @@ def test_somebody_looks_up_a_user_adds_a_click_and_rolls_back_by_keyboard_alone(
         page.locator("#list li").first.wait_for()
         before = page.locator("#list li > span:first-of-type").all_inner_texts()
         page.locator("#cards .card").first.wait_for()
-        assert "born in span" in page.locator("#cards .card").first.inner_text()
+        assert "created in span" in page.locator("#cards .card").first.inner_text()
         page.locator("#item").focus()
         page.keyboard.type(before[0])
         page.keyboard.press("Enter")
-        page.get_by_text("is kept, and the list was made anew").wait_for()
+        page.get_by_text("is stored, and the list was updated").wait_for()
         after = page.locator("#list li > span:first-of-type").all_inner_texts()
         assert before[0] not in after and page.locator("#events li").first.inner_text().startswith(before[0])
         page.locator("#compare").focus()
@@ -86,10 +88,12 @@ def test_somebody_looks_up_a_user_adds_a_click_and_rolls_back_by_keyboard_alone(
         page.get_by_text("version 1 is live").wait_for()
         moves = open_store(tmp_path / "s").moves()
         assert (moves[-1].action, moves[-1].to, moves[-1].reason) == ("rollback", 1, "looked wrong")
-        page.close()  # before the server ends: it asks now and then what is live
+        page.close()  # before the server stops, because the page polls the live version
 
 
-def test_a_phone_in_the_dark_needs_no_sideways_scrolling_and_ids_are_never_markup(visit: Any, tmp_path: Path) -> None:
+def test_a_phone_in_dark_mode_needs_no_horizontal_scrolling_and_ids_are_never_markup(
+    visit: Any, tmp_path: Path
+) -> None:
     stored(tmp_path, "blend", n=2)
     with process(tmp_path) as (address, _):
         page = visit(address, 390, "dark")
@@ -100,15 +104,15 @@ def test_a_phone_in_the_dark_needs_no_sideways_scrolling_and_ids_are_never_marku
             page.wait_for_function("user => state.user === user", arg=user)
             page.locator("#ask button:enabled").wait_for()  # all of it is there
             assert page.evaluate("document.documentElement.scrollWidth") <= 390
-        assert "no event yet" in page.locator("#why").inner_text()
+        assert "no events yet" in page.locator("#why").inner_text()
         page.locator("#item").fill("item-1")
         page.locator("#item").press("Enter")
-        page.get_by_text("is kept, and the list was made anew").wait_for()
+        page.get_by_text("is stored, and the list was updated").wait_for()
         assert page.locator("main img").count() == 0
         light = page.evaluate("getComputedStyle(document.body).backgroundColor")
         page.emulate_media(color_scheme="light")
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") != light
-        assert page.locator("#locked").is_visible()  # no token: nobody rolls back from here
+        assert page.locator("#locked").is_visible()  # no token, so rolling back is not possible
         api = visit(f"{address}/docs", 390)
         api.get_by_text("/recommend/{user}").first.click()
         api.get_by_text("exclude_seen").first.wait_for()

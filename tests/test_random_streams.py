@@ -1,4 +1,4 @@
-"""Named random streams: known numbers, independence, and one name for each use in the sources."""
+"""Named random streams: known numbers, independence, and one name per use in the code."""
 
 import ast
 import textwrap
@@ -16,7 +16,7 @@ from freshrec.random_streams import global_stream, numpy_stream, stream, stream_
 SRC = Path(freshrec.__file__).parent
 STREAMS = ("stream", "numpy_stream", "stream_seed", "global_stream")
 
-# Names in several places, and why that does no harm. Each place is in another model: a cell has one of them.
+# Names that occur in several places, and the reason. Each place is in another model, and a run has only one model.
 SHARED = {
     "items": "the table of item vectors of each model",
     "taken": "the table of items as they stand in a history, in models that have one",
@@ -24,13 +24,13 @@ SHARED = {
     "dense weights": "the layers of each model",
 }
 
-# Where randomness comes from a seed and not from a stream, and why.
+# Places where random numbers come from a seed instead of a stream, and the reason.
 EXCEPTIONS = {
-    "data/log.py": "which users a recipe samples is protocol: published results are of these users",
-    "data/split.py": "which users are forgotten and which targets are drawn is protocol",
-    "data/synthetic.py": "the worlds are protocol",
-    "replay/measure.py": "the sampled negatives are protocol",
-    "replay/significance.py": "published intervals and p-values are of these draws",
+    "data/log.py": "the sample of users is part of the protocol: published results are for these users",
+    "data/split.py": "the forgotten users and the drawn targets are part of the protocol",
+    "data/synthetic.py": "the worlds are part of the protocol",
+    "replay/measure.py": "the sampled negatives are part of the protocol",
+    "replay/significance.py": "published intervals and p-values come from these draws",
 }
 SEEDING = (
     "manual_seed",
@@ -45,7 +45,7 @@ SEEDING = (
 
 
 def stream_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """(line, name) of each stream that a file opens; the name is "" where it is no literal."""
+    """(line, name) of each stream that a file opens. The name is "" if it is not a literal."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in STREAMS:
             second = node.args[1] if len(node.args) > 1 else None
@@ -54,7 +54,7 @@ def stream_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def seedings(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """(line, call) of each call that makes randomness of a seed by itself."""
+    """(line, call) of each call that makes random numbers from a seed without a stream."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
@@ -65,14 +65,14 @@ def seedings(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def sources() -> Iterator[tuple[str, ast.Module]]:
-    """Path below src/freshrec and syntax tree of each file, but that of the streams themselves."""
+    """Path and syntax tree of each file of src/freshrec except random_streams.py."""
     for path in sorted(SRC.rglob("*.py")):
         if path.name != "random_streams.py":
             yield path.relative_to(SRC).as_posix(), ast.parse(path.read_text())
 
 
-def test_a_stream_gives_the_numbers_that_are_written_down_here() -> None:
-    # drawn once and written down: another machine, or another version of NumPy or PyTorch, must give the same
+def test_a_stream_gives_the_recorded_numbers() -> None:
+    # recorded once: every machine and every version of NumPy and PyTorch must give the same numbers
     drawn = torch.randint(0, 2**31, (4,), generator=stream(0, "items", 3))
     assert drawn.tolist() == [2060132607, 463492877, 1479635201, 1015561632]
     assert numpy_stream(0, "items", 3).integers(0, 2**31, 4).tolist() == [1961840467, 989967733, 733853311, 94232868]
@@ -89,7 +89,7 @@ def test_a_stream_has_the_whole_state_that_numpy_gives_the_same_generator() -> N
     assert drawn.tolist() == [int(twister.random_raw()) % 2**20 for _ in range(700)]
 
 
-def test_no_two_of_ten_thousand_streams_begin_alike() -> None:
+def test_no_two_of_ten_thousand_streams_start_with_the_same_number() -> None:
     seeds = [0, 1, 2, -1, 2**32, 2**32 + 1, 2**63, 2**64, 2**64 + 1, -(2**64)]  # 10 seeds x 10 names x 100 paths
     names = ["", "a", "b", "ab", "ba", "a\0", "items", "users", "items ", "Interessen für zwölf"]
     paths = [(), *((n,) for n in range(-9, 10)), *((n, m) for n in range(-2, 6) for m in range(-5, 5))]
@@ -118,7 +118,7 @@ def test_the_users_of_seed_1_are_not_the_items_of_seed_0() -> None:
     assert len(beginnings) == 18  # 3 seeds x 2 tables x 3 rows
 
 
-def test_a_global_stream_repeats_and_leaves_the_draws_after_it_as_they_were() -> None:
+def test_a_global_stream_repeats_and_does_not_change_later_draws() -> None:
     torch.manual_seed(5)
     undisturbed = torch.rand(3)
     torch.manual_seed(5)
@@ -133,14 +133,14 @@ def test_a_global_stream_repeats_and_leaves_the_draws_after_it_as_they_were() ->
     assert torch.equal(torch.rand(3, generator=stream(0, "test", 1)), first)
 
 
-def test_each_use_of_randomness_has_a_name_of_its_own() -> None:
+def test_each_use_of_randomness_has_its_own_name() -> None:
     places: dict[str, list[str]] = {}
     for path, tree in sources():
         for line, name in stream_names(tree):
             assert name, f"src/freshrec/{path}:{line} opens a stream without a literal name; write the name there"
             places.setdefault(name, []).append(f"{path}:{line}")
     again = {name: where for name, where in places.items() if len(where) > 1 and name not in SHARED}
-    assert again == {}, "two uses of one name draw the same numbers: rename one, or say in SHARED why that is right"
+    assert again == {}, "two uses of one name draw the same numbers; rename one, or give the reason in SHARED"
     assert [name for name in SHARED if len(places.get(name, [])) < 2] == []
     for name in SHARED:
         files = [place.partition(":")[0] for place in places[name]]
@@ -148,7 +148,7 @@ def test_each_use_of_randomness_has_a_name_of_its_own() -> None:
         assert all(file.startswith("models/") for file in files), name
 
 
-def test_nothing_but_streams_makes_randomness_of_a_seed() -> None:
+def test_only_streams_make_random_numbers_from_a_seed() -> None:
     found = {path: list(seedings(tree)) for path, tree in sources()}
     assert {path: calls for path, calls in found.items() if calls and path not in EXCEPTIONS} == {}
     assert [path for path in EXCEPTIONS if path != "data/split.py" and not found[path]] == []
@@ -167,11 +167,11 @@ def test_nothing_but_streams_makes_randomness_of_a_seed() -> None:
         "users.sample(5, seed=seed)",
     ],
 )
-def test_a_seeding_of_its_own_is_found(code: str) -> None:
+def test_a_seed_without_a_stream_is_found(code: str) -> None:
     assert len(list(seedings(ast.parse(code)))) >= 1
 
 
-def test_names_are_found_and_those_that_are_no_literals_too() -> None:
+def test_literal_and_other_names_are_found() -> None:
     code = """
         rng = stream(seed, "holdout", *path)
         table = EmbeddingTable(4, 0.1, stream_seed(seed, "items"))

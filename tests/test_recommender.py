@@ -1,4 +1,4 @@
-"""The Python face: its answers by hand and in worlds; it goes the replay's own way; it survives a disk."""
+"""The Python interface: answers by hand and in worlds, the same numbers as a replay, saving and loading."""
 
 from pathlib import Path
 
@@ -25,8 +25,8 @@ from freshrec.strategies.baselines import FineTune
 from freshrec.types import Batch
 
 NOON = 1_767_268_800  # 2026-01-01, in seconds
-# Counts: a 3, b 2, c 1. The popularity shown to strangers halves with every event here (a sixth of six): a has
-# 1/32 + 1/16 + 1/2 = 0.59, b 1/8 + 1/4 = 0.375, c 1, so that c comes first.
+# Counts: a 3, b 2, c 1. Unknown users get decayed popularity. Its half-life is one window, here one event (a sixth of
+# six). So a has 1/32 + 1/16 + 1/2 = 0.59, b has 1/8 + 1/4 = 0.375, and c has 1 and comes first.
 LOG = pl.DataFrame(
     {"user_id": ["u1", "u2", "u1", "u2", "u3", "u3"], "item_id": list("aabbac"), "timestamp": range(NOON, NOON + 6)}
 )
@@ -45,13 +45,13 @@ each_way = pytest.mark.parametrize(("model", "strategy"), WAYS)
 
 
 def days(world: str = "drift") -> tuple[pl.DataFrame, pl.DataFrame]:
-    """A log of 3,000 events, and the 1,000 after them, with new users and items."""
+    """A log of 3,000 events, and the next 1,000 events, with new users and items."""
     frame = make_world(world, users=200, items=80, events=4000).log.frame.select("user_id", "item_id", "time")
     return frame[:3000], frame[3000:]
 
 
 def events(*pairs: str) -> pl.DataFrame:
-    """events("u1 a", "u1 b"): later than LOG."""
+    """events("u1 a", "u1 b") are two events later than LOG."""
     users, items = zip(*(pair.split() for pair in pairs))
     return pl.DataFrame({"user_id": users, "item_id": items, "timestamp": range(NOON + 60, NOON + 60 + len(pairs))})
 
@@ -68,8 +68,8 @@ def test_popular_items_by_hand() -> None:
     assert found.columns == ["user_id", "item_id", "score", "rank", "fallback"]
 
 
-def test_what_a_user_has_had_is_left_out_however_long_ago_it_was() -> None:
-    recommender = Recommender("popularity:length=1").fit(LOG)  # the model itself keeps a single event a user
+def test_seen_items_are_left_out_however_old_they_are() -> None:
+    recommender = Recommender("popularity:length=1").fit(LOG)  # the model itself keeps one event per user
     assert items_of(recommender.recommend("u1")) == "c"
     assert items_of(recommender.recommend("u3")) == "b"
     recommender.update(events("u1 c"))
@@ -84,7 +84,7 @@ def test_allowed_and_denied_items() -> None:
     assert items_of(recommender.recommend("u1", exclude_seen=False, allow=[])) == ""
 
 
-def test_a_stranger_gets_what_is_popular_now_with_the_reason() -> None:
+def test_an_unknown_user_gets_popular_items_with_the_reason() -> None:
     found = Recommender("sasrec:d=16", FAST).fit(LOG).recommend(["nobody", "u1"], k=3, exclude_seen=False)
     stranger, known = found.filter(pl.col("user_id") == "nobody"), found.filter(pl.col("user_id") == "u1")
     assert items_of(stranger) == "cab"
@@ -93,8 +93,8 @@ def test_a_stranger_gets_what_is_popular_now_with_the_reason() -> None:
     assert known["fallback"].unique().to_list() == [None]
 
 
-def test_a_counter_with_nothing_to_say_says_so_instead_of_guessing() -> None:
-    # item-knn: a and b are neighbours, and a and c; somebody with c alone gets a, and b only because it is popular
+def test_a_counting_model_without_scores_reports_the_fallback() -> None:
+    # In item-knn, a is a neighbour of b and of c. A user with c alone gets a by score, and b by popularity.
     recommender = Recommender("item-knn").fit(LOG).update(events("u4 c"))
     found = recommender.recommend("u4", k=3)
     assert items_of(found) == "ab"
@@ -104,24 +104,24 @@ def test_a_counter_with_nothing_to_say_says_so_instead_of_guessing() -> None:
 
 def test_new_users_and_items_are_recommended_after_an_update() -> None:
     recommender = Recommender("popularity").fit(LOG).update(events(*["u9 new"] * 4))
-    assert items_of(recommender.recommend("u1", k=1)) == "new"  # four events, more than any other
-    assert recommender.recommend("u9")["fallback"].unique().to_list() == [None]  # no stranger any more
+    assert items_of(recommender.recommend("u1", k=1)) == "new"  # four events, the most of all items
+    assert recommender.recommend("u9")["fallback"].unique().to_list() == [None]  # u9 is known now
 
 
-def test_the_update_reads_its_rows_as_the_fit_did() -> None:
+def test_an_update_reads_its_rows_with_the_options_of_the_fit() -> None:
     ours = {"user_id": "who", "item_id": "what", "timestamp": "when"}
     log, new = LOG.rename(ours), events("u1 c").rename(ours)
     recommender = Recommender("popularity").fit(log, columns=ours).update(new)
     assert recommender.bundle.sizes == {"events": 7, "users": 3, "items": 3}
 
 
-def test_exposures_teach_nothing() -> None:
+def test_exposures_are_not_learned() -> None:
     labelled = LOG.with_columns(label=pl.Series([1, 1, 1, 1, 1, 0]))
     assert Recommender("popularity").fit(labelled).bundle.sizes == {"events": 5, "users": 3, "items": 2}
 
 
-def test_each_of_two_colours_is_offered_its_own() -> None:
-    # in the checkerboard world even users take even items only
+def test_users_of_each_colour_get_items_of_their_colour() -> None:
+    # In the checkerboard world, even users take only even items, and odd users only odd ones.
     old, new = days("checkerboard")
     for model, strategy in (("item-knn", None), ("sasrec:d=32", "finetune:fit.base_epochs=20:fit.epochs=1")):
         users = old["user_id"].unique()[:100]
@@ -130,7 +130,7 @@ def test_each_of_two_colours_is_offered_its_own() -> None:
 
 
 @each_way
-def test_fit_then_evaluate_is_what_a_replay_measures(model: str, strategy: str | None, tmp_path: Path) -> None:
+def test_fit_and_evaluate_give_the_numbers_of_a_replay(model: str, strategy: str | None, tmp_path: Path) -> None:
     log = make_world("drift", users=200, items=80, events=4000).log
     parts = split_log(log, by="count", spans=1, targets="all", forget_users=0)
     n_base = len(parts.spans[0].events)
@@ -146,25 +146,26 @@ def test_fit_then_evaluate_is_what_a_replay_measures(model: str, strategy: str |
     assert found["n"].to_list() == expected["n"].to_list()
 
 
-def test_an_own_item_that_is_new_to_all_may_be_found_again() -> None:
+def test_a_new_item_of_the_user_can_be_predicted_again() -> None:
     recommender = Recommender("repeat-last").fit(LOG)
-    found = recommender.evaluate(events("u1 new", "u1 new"))  # the first nobody can know, the second is the user's own
+    found = recommender.evaluate(events("u1 new", "u1 new"))  # only the second event is predictable
     assert found.filter(pl.col("metric") == "hr@20")["value"].to_list() == [0.5]
 
 
 def test_an_evaluation_by_hand() -> None:
     recommender = Recommender("popularity").fit(LOG)
-    # u1 is asked for a (rank 1) and c (rank 3): hr@1 is 1/2; u9's first event is not asked for, the second, a, is
-    # rank 1, the third is an unknown item and a miss: 1/2 too. mrr@3: u1 (1 + 1/3) / 2 = 2/3, u9 (1 + 0) / 2 = 1/2.
+    # The queries of u1 are a (rank 1) and c (rank 3), so hr@1 is 1/2. The first event of u9 is no query. The second,
+    # a, has rank 1. The third is an unknown item and a miss, so hr@1 is 1/2 too.
+    # mrr@3: u1 (1 + 1/3) / 2 = 2/3, u9 (1 + 0) / 2 = 1/2.
     found = recommender.evaluate(events("u1 a", "u9 b", "u1 c", "u9 a", "u9 new"), ["hr@1", "mrr@3"])
     assert found.select("metric", "n", "n_users").rows() == [("hr@1", 4, 2), ("mrr@3", 4, 2)]
     assert found["value"].to_list() == pytest.approx([1 / 2, (2 / 3 + 1 / 2) / 2])
     assert (found["low"] <= found["value"]).all()
-    assert recommender.bundle.sizes == {"events": 6, "users": 3, "items": 3}  # nothing was learnt
+    assert recommender.bundle.sizes == {"events": 6, "users": 3, "items": 3}  # the model did not change
 
 
 @each_way
-def test_a_saved_recommender_answers_and_learns_as_the_one_in_memory(
+def test_a_loaded_recommender_answers_and_learns_like_the_saved_one(
     model: str, strategy: str | None, tmp_path: Path
 ) -> None:
     old, new = days()
@@ -177,7 +178,7 @@ def test_a_saved_recommender_answers_and_learns_as_the_one_in_memory(
     assert loaded.update(new).recommend(users).equals(recommender.update(new).recommend(users))
 
 
-def test_a_save_that_dies_leaves_the_recommender_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_save_leaves_the_previous_version_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recommender = Recommender("popularity").fit(LOG)
     recommender.save(tmp_path)
 
@@ -195,20 +196,22 @@ def test_a_save_that_dies_leaves_the_recommender_before_it(tmp_path: Path, monke
     assert sorted(path.name for path in tmp_path.glob("versions/*")) == ["1", "2"]
 
 
-def test_only_items_of_a_category_are_offered_where_the_log_has_categories(tmp_path: Path) -> None:
+def test_lists_of_one_category(tmp_path: Path) -> None:
     log = LOG.with_columns(category=pl.Series([1, 1, 2, 2, 1, 2]))  # a 1, b 2, c 2
     recommender = Recommender("popularity").fit(log)
     assert items_of(recommender.recommend("stranger", category=2)) == "cb"
     assert items_of(recommender.recommend("stranger", category="1", allow=["a", "b"])) == "a"
     recommender.update(events("u1 b").with_columns(category=pl.lit(1))).save(tmp_path / "s")
-    assert items_of(Recommender.load(tmp_path / "s").recommend("stranger", category=1)) == "ba"  # b has moved
-    with pytest.raises(OptionError, match='no item has the category "9"; known ones are 1, 2'):
+    assert (
+        items_of(Recommender.load(tmp_path / "s").recommend("stranger", category=1)) == "ba"
+    )  # b has moved to category 1
+    with pytest.raises(OptionError, match='No item has the category "9". Known categories: 1, 2'):
         recommender.recommend("u1", category=9)
-    with pytest.raises(OptionError, match="the log has no such column"):
+    with pytest.raises(OptionError, match="the log has no category column"):
         Recommender("popularity").fit(LOG).recommend("u1", category=1)
 
 
-def test_a_diverse_list_gives_up_score_for_other_categories() -> None:
+def test_a_diverse_list_trades_score_for_other_categories() -> None:
     log = LOG.with_columns(category=pl.Series(["x", "x", "x", "x", "x", "y"]))  # counts: a 3 (x), b 2 (x), c 1 (y)
     recommender = Recommender("popularity").fit(log)
 
@@ -219,38 +222,38 @@ def test_a_diverse_list_gives_up_score_for_other_categories() -> None:
 
     assert found(0.5) == ("abc", [3, 2, 1])  # after a, b is worth 1.5
     assert found(1.5) == ("acb", [3, 1, 2])  # after a, b is worth 0.5
-    assert found(1.5, k=2) == ("ac", [3, 1])  # c is none of the best two: candidates are more than the list is long
-    # a stranger's list too, by popularity: c 1 and a 0.59, b 0.375; after c and a, b is left
+    assert found(1.5, k=2) == ("ac", [3, 1])  # c is not among the best two, but it is a candidate
+    # An unknown user's list is diverse too. Popularity: c 1, a 0.59, b 0.375.
     assert items_of(recommender.recommend("stranger", diversity=0.5)) == "cab"
-    log = log.with_columns(category=pl.Series(["y", "y", "x", "x", "y", "y"]))  # now a and c share one, b 0.375 > 0.09
+    log = log.with_columns(category=pl.Series(["y", "y", "x", "x", "y", "y"]))  # a and c share one: b 0.375 > a 0.09
     assert items_of(Recommender("popularity").fit(log).recommend("stranger", diversity=0.5)) == "cba"
 
 
-def test_what_was_not_counted_takes_no_place_from_what_was_for_the_sake_of_diversity() -> None:
-    # item-knn relates a, b and c to what u1 has had, all of category x; d, of y, is related to nothing
+def test_diversity_does_not_replace_scored_items_by_items_without_a_score() -> None:
+    # In item-knn, a, b and c (category x) are neighbours of the items of u1. Item d (category y) has no neighbours.
     log = pl.concat([LOG, events("u5 d")]).with_columns(category=pl.Series(list("xxxxxxy")))
     found = Recommender("item-knn").fit(log).recommend("u1", k=2, exclude_seen=False, diversity=100)
     assert "d" not in items_of(found) and found["fallback"].to_list() == [None, None]
 
 
-def test_what_was_saved_before_there_were_stores_is_read_and_saved_as_one(tmp_path: Path) -> None:
+def test_a_folder_from_before_stores_is_read_and_saved_as_a_store(tmp_path: Path) -> None:
     older = Path(__file__).parent / "gold" / "recommender-2"
     recommender, fitted = Recommender.load(older), Recommender("item-knn").fit(LOG)
     assert recommender.recommend(["u1", "u3"]).equals(fitted.recommend(["u1", "u3"]))
     recommender.save(tmp_path / "new")
     again = Recommender.load(tmp_path / "new").update(events("u1 c"))
     assert again.recommend(["u1"]).equals(fitted.update(events("u1 c")).recommend(["u1"]))
-    with pytest.raises(StateError, match=r"before there were stores; .*Recommender.load\(folder\).save"):
+    with pytest.raises(StateError, match=r"not a store but an older save.*Recommender.load\(folder\).save"):
         open_store(older)
     for text in ("{", '{"format": 9, "part": 1, "model": "", "strategy": ""}', "[]"):
         (tmp_path / "recommender.json").write_text(text)
-        with pytest.raises(StateError, match="fit again"):
+        with pytest.raises(StateError, match="Fit again"):
             Recommender.load(tmp_path)
 
 
-def test_of_several_interests_each_says_what_it_has_for_an_item_and_which_past_event_it_is_of() -> None:
+def test_each_interest_has_its_inner_product_rank_and_past_event() -> None:
     class Fake(MF):
-        """Items 1 and 2 lie in one direction, 3 and 4 in another; a user has an interest in each, and one that died."""
+        """Items 1 and 2 point in one direction, item 3 in another. Each has an interest; a third one is removed."""
 
         def __init__(self) -> None:
             super().__init__(MFSpec(d=2), 0)
@@ -263,16 +266,16 @@ def test_of_several_interests_each_says_what_it_has_for_an_item_and_which_past_e
     alive_BK = torch.tensor([[True, True, False]])
     batch = Batch(torch.tensor([1]), torch.tensor([[0, 3, 1]]), alive_BK=alive_BK)
     first, second = explain_by_vectors(Fake(), batch, 2)
-    # 2 * 3.0, more than of any other item; 1 * 0.3, less than 2.0 of item 3 and 0.6 of item 4
+    # Interest 1: 2 * 3.0, the largest of all items. Interest 2: 1 * 0.3, less than item 3 (2.0) and item 4 (0.6).
     assert (first.source, first.rank, first.contribution, first.history_item) == ("interest 1 of 2", 1, 6.0, 1)
     assert (second.source, second.rank, second.history_item) == ("interest 2 of 2", 3, 3)
     assert second.contribution == pytest.approx(0.3)
-    # item 4 lies between: the larger inner product comes first, by 2 * 0.5 against 1 * 0.6
+    # For item 4, the larger inner product comes first: 2 * 0.5 > 1 * 0.6.
     assert [reason.source for reason in explain_by_vectors(Fake(), batch, 4)] == ["interest 1 of 2", "interest 2 of 2"]
 
 
 @pytest.mark.parametrize("model", ["comirec-dr:d=16:k=3", "sasrec:d=16", "mf:d=16", "item-knn"])
-def test_what_explains_an_item_adds_up_to_its_score(model: str) -> None:
+def test_the_first_reason_has_the_score_as_points(model: str) -> None:
     recommender = Recommender(model, None if model == "item-knn" else FAST).fit(days()[0])
     for user, item, score, *_ in recommender.recommend(days()[0]["user_id"][:3].to_list(), k=2).iter_rows():
         reasons = recommender.explain(user, item)
@@ -281,10 +284,10 @@ def test_what_explains_an_item_adds_up_to_its_score(model: str) -> None:
         assert bool((mine > 0).all()) and len(mine)
 
 
-def test_similar_items_of_a_pair_counter_are_those_it_was_seen_with() -> None:
+def test_similar_items_of_item_knn_are_its_neighbours() -> None:
     recommender = Recommender("item-knn").fit(LOG)
     assert recommender.similar_items("b")["similar_id"].to_list() == ["a"]
-    # a stands with b in two histories, with c in one
+    # a occurs with b in two histories and with c in one.
     assert recommender.similar_items(["a"], k=2).select("item_id", "similar_id", "rank").rows() == [
         ("a", "b", 1), ("a", "c", 2),
     ]  # fmt: skip
@@ -307,9 +310,9 @@ def test_ids_given_as_text_find_integers() -> None:
     assert recommender.recommend(["3", "5"]).equals(recommender.recommend([3, 5]))
 
 
-def test_models_and_strategies_may_be_ones_own_instances() -> None:
+def test_models_and_strategies_can_be_custom_instances() -> None:
     recommender = Recommender(MFSpec(d=8), FineTune(FitConfig(epochs=1, base_epochs=1)), seed=3).fit(LOG)
-    assert recommender.bundle.names == ("mf-spec", "finetune-strategy")  # tags: class names may change
+    assert recommender.bundle.names == ("mf-spec", "finetune-strategy")  # tags, because class names may change
     assert len(recommender.recommend("u1", exclude_seen=False)) == 3
 
 
@@ -320,56 +323,55 @@ def test_partial_fit_is_update() -> None:
 
 
 ERRORS = [
-    (lambda r: Recommender("popularity").recommend("u1"), StateError, "call fit"),
-    (lambda r: Recommender("poplarity"), OptionError, 'did you mean "popularity"'),
-    (lambda r: Recommender("popularity", "finetune"), IncompatibleError, "only strategy is absorb"),
+    (lambda r: Recommender("popularity").recommend("u1"), StateError, r"Call fit\(log\)"),
+    (lambda r: Recommender("poplarity"), OptionError, 'Did you mean "popularity"'),
+    (lambda r: Recommender("popularity", "finetune"), IncompatibleError, "Use strategy absorb"),
     (lambda r: r.recommend("u1", k=0), OptionError, "k is 0"),
-    (lambda r: r.recommend("u1", k="3"), OptionError, "k is 3; ask for a whole number"),
+    (lambda r: r.recommend("u1", k="3"), OptionError, "k is 3, but must be an integer"),
     (lambda r: r.recommend("u1", diversity=-1.0), OptionError, "diversity .* must be at least 0"),
-    (lambda r: r.recommend("u1", diversity=0.5), OptionError, "diversity needs categories, .* leave it at 0"),
+    (lambda r: r.recommend("u1", diversity=0.5), OptionError, "diversity needs categories, .* Use diversity 0"),
     (lambda r: r.recommend(["u1", 2]), LogError, "mixes numbers and text"),
-    (lambda r: r.recommend([1, 2]), LogError, "use one kind"),
+    (lambda r: r.recommend([1, 2]), LogError, "Use one type"),
     (lambda r: Recommender("popularity").fit(days()[0]).recommend("x"), LogError, "not an integer"),
-    (lambda r: r.similar_items("z"), OptionError, '"z" has never occurred'),
-    (lambda r: r.similar_items("a"), IncompatibleError, "use item-knn"),
-    (lambda r: r.explain("z", "a"), OptionError, 'user "z" has never occurred'),
-    (lambda r: r.explain(["u1", "u2"], "a"), OptionError, "one user and one item"),
-    (lambda r: r.explain("u1", "z"), OptionError, 'item "z" has never occurred'),
-    (lambda r: r.explain("u1", "a"), IncompatibleError, "use the blend"),
-    (lambda r: r.evaluate(events("u9 a")), LogError, "nothing can be asked"),
-    (lambda r: r.evaluate(LOG, ["ndgc@20"]), OptionError, 'did you mean "ndcg"'),
+    (lambda r: r.similar_items("z"), OptionError, 'Unknown item "z": it never occurred'),
+    (lambda r: r.similar_items("a"), IncompatibleError, "Use item-knn"),
+    (lambda r: r.explain("z", "a"), OptionError, 'Unknown user "z": it never occurred'),
+    (lambda r: r.explain(["u1", "u2"], "a"), OptionError, "one user id and one item id"),
+    (lambda r: r.explain("u1", "z"), OptionError, 'Unknown item "z": it never occurred'),
+    (lambda r: r.evaluate(events("u9 a")), LogError, "nothing can be measured"),
+    (lambda r: r.evaluate(LOG, ["ndgc@20"]), OptionError, 'Did you mean "ndcg"'),
     (lambda r: r.update(LOG.head(0)), LogError, "no rows"),
-    (lambda r: r.update(LOG), LogError, "5 of 6 rows .*12:00:00. are older than 2026-01-01T12:00:05.* or fit again"),
+    (lambda r: r.update(LOG), LogError, "5 of 6 rows are older than 2026-01-01T12:00:05.*12:00:00. Drop .*fit again"),
     (lambda r: r.evaluate(LOG.head(1)), LogError, "1 of 1 rows"),
-    (lambda r: r.update(WITHOUT_CLOCK), LogError, "had a clock and the new events have none"),
+    (lambda r: r.update(WITHOUT_CLOCK), LogError, "had timestamps, but the new events have none"),
 ]
 
 
-def test_events_without_a_clock_follow_what_was_learnt() -> None:
+def test_events_without_timestamps_follow_the_learned_ones() -> None:
     recommender = Recommender("popularity").fit(WITHOUT_CLOCK).update(WITHOUT_CLOCK).update(WITHOUT_CLOCK)
     recent = recommender.served.counts.histories
     assert recent.items_R.tolist() == [1, 1, 1, 2, 2, 2]
-    # each file alone has the orders 0 and 1: six of them go on counting
+    # Each file has the orders 0 and 1. After three files, positions run from 0 to 5.
     assert recent.times_R.tolist() == [0, 2, 4, 1, 3, 5]
 
 
-def test_an_event_at_the_very_time_of_the_last_one_is_not_late() -> None:
+def test_an_event_at_the_time_of_the_newest_one_is_not_late() -> None:
     recommender = Recommender("popularity").fit(LOG).update(LOG.tail(1))
     assert recommender.bundle.sizes["events"] == 7
 
 
-@pytest.mark.parametrize(("call", "error", "told"), ERRORS)
-def test_what_cannot_be_done_is_told_in_a_sentence(call: object, error: type[FreshrecError], told: str) -> None:
+@pytest.mark.parametrize(("call", "error", "message"), ERRORS)
+def test_an_error_says_what_is_wrong(call: object, error: type[FreshrecError], message: str) -> None:
     recommender = Recommender("popularity").fit(LOG)
-    with pytest.raises(error, match=told):
+    with pytest.raises(error, match=message):
         call(recommender)  # type: ignore[operator]
 
 
-def test_a_folder_that_is_no_recommender_is_neither_read_nor_overwritten(tmp_path: Path) -> None:
+def test_a_folder_without_a_store_is_neither_read_nor_overwritten(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(OptionError, match="holds something already"):
+    with pytest.raises(OptionError, match="is not empty"):
         Recommender("popularity").fit(LOG).save(tmp_path)
-    with pytest.raises(StateError, match="there is no store"):
+    with pytest.raises(StateError, match="There is no store"):
         Recommender.load(tmp_path)
 
 
@@ -383,7 +385,7 @@ def test_a_folder_that_is_no_recommender_is_neither_read_nor_overwritten(tmp_pat
         "versions/1/users.parquet",
     ],
 )
-def test_a_damaged_file_is_told_not_trusted(file: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_an_error(file: str, tmp_path: Path) -> None:
     Recommender("popularity").fit(LOG).save(tmp_path)
     whole = (tmp_path / file).read_bytes()
     (tmp_path / file).write_bytes(whole[: len(whole) // 2])

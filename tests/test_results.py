@@ -1,11 +1,13 @@
-"""What is made of the ranks of a replay: files written by hand, and what the tables must say of them."""
+"""From the ranks of a replay to its tables: the files are written by hand, and the expected values are derived."""
 
 import importlib.util
 import json
 from pathlib import Path
 
+import formatting  # docs/formatting.py
 import polars as pl
 import pytest
+import recipe_tables  # docs/recipe_tables.py
 import results as page  # docs/results.py
 
 from freshrec.models import find_model
@@ -25,7 +27,7 @@ def cell(strategy: str = "frozen", seed: int = 0) -> Cell:
 
 
 def written(out: Path, cell: Cell, rows: list[Row], readout: str = "recent") -> Cell:
-    """The cell's folder as a replay leaves it."""
+    """Write the folder of a run as a replay leaves it."""
     (out / cell.folder_name).mkdir(exist_ok=True)
     asked, after, user, rank = zip(*rows)
     frame = pl.DataFrame({"asked": asked, "after": after, "user": user, "event": user, "rank": rank})
@@ -47,7 +49,7 @@ def values(results: pl.DataFrame, metric: str) -> dict[int, float]:
 
 
 def test_a_difference_of_the_tests_is_the_difference_of_two_numbers_of_the_table(tmp_path: Path) -> None:
-    # Span 1 has two users: a hits both and b none. Span 2 has four others: a hits one and b two.
+    # Span 1 has two users: a hits both, b hits none. Span 2 has four others: a hits one, b hits two.
     # a: (1 + 1/4) / 2 = 0.625, b: (0 + 2/4) / 2 = 0.25. Pooled users would give 3/6 - 2/6 = 0.167.
     hits = {"finetune": [1, 1, 1, 0, 0, 0], "frozen": [0, 0, 1, 1, 0, 0]}
     cells = []
@@ -149,8 +151,8 @@ def test_a_recipe_with_other_metrics_is_reproduced_span_by_span_and_shown_in_a_t
     by_span = pl.DataFrame(made["by_span"]).filter((pl.col("model") == "item-knn") & (pl.col("metric") == "mrr@20"))
     assert by_span["span"].to_list() == [1, 2, 3]
     mean = by_span.filter(pl.col("span") >= 2)["value"].mean()
-    lines = page._protocol(made)
-    assert "means over spans 2 to 3, where a span's users weigh equally" in lines[0]
+    lines = recipe_tables.protocol_table(made)
+    assert "means over spans 2 to 3, where a span's users weigh equally" in " ".join(lines)
     assert any(line.startswith("| item-knn | absorb |") and f" {mean:.4f} (" in line for line in lines)
     assert any(line.startswith("| mf | finetune |") for line in lines)
 
@@ -172,11 +174,12 @@ def result(rows: list[tuple[str, str, float]]) -> dict[str, object]:
 
 
 def test_the_page_says_how_the_model_beside_item_knn_was_chosen_and_what_favours_whom() -> None:
-    # mind's full retrain is the best of those that are read plainly; item-knn - mind is 2 (1 .. 4) points, so the
-    # other way round -2 (-4 .. -1).
+    # mind's full retrain is the best one that reads the recent history. item-knn - mind is 0.02 (0.01 .. 0.04), so
+    # mind - item-knn is -0.02 (-0.04 .. -0.01).
     found = [result([("mind", "full", 0.3), ("sasrec", "full", 0.2), ("mind@both", "full", 0.4), ("mf", "imsr", 0.9)])]
     text = " ".join(page._claims(found))
-    assert "| best full minus item-knn | mind: **-2.00 (-4.00 .. -1.00)** |" in text
+    assert "| recipe | best full minus item-knn |" in text
+    assert "| mine | mind: **-0.0200 (-0.0400 .. -0.0100)** |" in text
     assert "chosen on these numbers" in text
     assert "held-out events one update earlier than trained models" in text
     assert "the difference IMSR - full" in text
@@ -186,18 +189,18 @@ def test_the_page_says_how_the_model_beside_item_knn_was_chosen_and_what_favours
 def test_the_page_says_that_full_is_untuned(tune: bool) -> None:
     span = {"events": 10, "targets": 5, "seen_share": 0.5}
     log = {"path": "mine.parquet", "users": 0}
-    about = page._about(
+    about = recipe_tables.recipe_facts(
         {"recipe": "mine", "spans": [span, span], "resolved": {"log": log, "replay": {"seeds": 1, "tune": tune}}}
     )
     text = " ".join(about)
-    assert ("full has no knob to choose" in text) == tune
+    assert ("full, which has no options to choose" in text) == tune
     assert "The epochs of the base block are chosen once" in text and "otherwise untuned" in text
 
 
 def test_the_relative_improvement_is_that_of_the_papers() -> None:
     # T31: SML against its full retraining, recall at 5, 10 and 20
-    yelp = page.improvement([0.2251, 0.3380, 0.4748], [0.1849, 0.2876, 0.4139])
-    adressa = page.improvement([0.2815, 0.3794, 0.4498], [0.0495, 0.0915, 0.1631])
+    yelp = recipe_tables.improvement([0.2251, 0.3380, 0.4748], [0.1849, 0.2876, 0.4139])
+    adressa = recipe_tables.improvement([0.2815, 0.3794, 0.4498], [0.0495, 0.0915, 0.1631])
     assert yelp == pytest.approx(0.180, abs=5e-4) and adressa == pytest.approx(3.197, abs=5e-4)
 
 
@@ -213,3 +216,34 @@ def test_means_and_tests_begin_with_the_span_that_is_asked_for(tmp_path: Path) -
     assert values(results, "hr@20") == {1: 0.0, 2: 0.5, 3: 1.0, OVERALL_SPAN: 0.75}
     methods = pl.read_parquet(tmp_path / "methods.parquet").filter(pl.col("metric") == "hr@20")
     assert methods["value"].to_list() == [0.75]
+
+
+def test_pages_print_fractions_and_say_readouts_and_blocks_in_words() -> None:
+    # 0.19944 has four digits after rounding; a difference always has its sign; "@both" and "x4" become words
+    assert formatting.fraction(0.19944) == "0.1994"
+    assert formatting.difference(0.00343, -0.0001, 0.0069) == "+0.0034 (-0.0001 .. +0.0069)"
+    assert formatting.model_name("mind@both") == "mind (recent and stored interests)"
+    assert formatting.model_name("mind:k=2") == "mind:k=2"
+    assert formatting.strategy_name("absorb x16") == "absorb (16 blocks)"
+    assert formatting.strategy_name("sml-5x5") == "sml-5x5"
+
+
+def test_the_readme_shows_the_best_other_method_and_the_costs_of_an_update() -> None:
+    # 0.7 of mind@both reads interests in another way, so the best other method is sasrec's full retrain
+    ways = [
+        ("blend", "refit", 0.8),
+        ("item-knn", "absorb", 0.1),
+        ("popularity", "absorb", 0.2),
+        ("sasrec", "full", 0.6),
+    ]
+    ways += [("comirec-dr", "finetune", 0.3), ("comirec-dr", "full", 0.4), ("mind@both", "full", 0.7)]
+    quality = pl.DataFrame(ways, schema=["model", "strategy", "value"], orient="row").with_columns(
+        metric=pl.lit("ndcg@20")
+    )
+    costs = quality.filter(pl.col("model") == "comirec-dr").with_columns(
+        metric=pl.lit("update_cpu_s"), value=pl.Series([1.5, 20.0])
+    )
+    methods = pl.concat([quality, costs]).to_dict(as_series=False)
+    found = {"recipe": "default-mine", "methods": methods, "resolved": {"log": {"path": "my_log.parquet"}}}
+    line = "| my log | 0.8000 | 0.6000 (sasrec, full) | 0.1000 | 0.2000 | 0.3000 | 0.4000 | 1.5 / 20.0 |"
+    assert page._short([found])[2:] == [line]

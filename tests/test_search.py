@@ -1,4 +1,4 @@
-"""The index: what it finds is the exact list or nearly, never short, and its recall is measured, not hoped for."""
+"""Vector search: lists are exact or nearly so, never too short, and the recall is measured."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ N, D, K = 6000, 16, 4
 
 
 def clustered(n: int = N) -> Tensor:
-    """Item vectors around 60 centres, as trained ones are; row 0 is padding."""
+    """Item vectors in 60 clusters, as trained vectors are; row 0 is padding."""
     source = torch.Generator().manual_seed(1)
     centres = torch.randn(60, D, generator=source)
     items_ID = centres[torch.randint(60, (n,), generator=source)] + 0.3 * torch.randn(n, D, generator=source)
@@ -40,7 +40,7 @@ def clustered(n: int = N) -> Tensor:
 
 
 def isotropic(n: int = N) -> Tensor:
-    """Vectors without any structure, which no index survives."""
+    """Vectors without clusters, the worst case of an index."""
     return torch.cat([torch.zeros(1, D), torch.randn(n, D, generator=torch.Generator().manual_seed(1))])
 
 
@@ -70,7 +70,7 @@ def small_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MIN_ITEMS_PER_CELL", 20)
 
 
-def test_small_catalogues_are_searched_exactly_and_large_ones_by_an_index_with_its_recall() -> None:
+def test_small_catalogues_are_searched_exactly_and_large_ones_by_an_index() -> None:
     served = served_of(clustered())
     assert choose_search(served)[0] is None and choose_search(served)[1].how == "exact"
     search, about = choose_search(served, SearchOptions(exact_max_items=1000))
@@ -82,14 +82,14 @@ def test_small_catalogues_are_searched_exactly_and_large_ones_by_an_index_with_i
     assert shared >= 0.98
 
 
-def test_recall_is_the_share_of_the_true_best_that_is_found() -> None:
+def test_recall_is_the_share_of_the_best_items_that_are_found() -> None:
     best_QN = torch.tensor([[1, 2], [3, 4]])
     found = torch.tensor([[2, 9, 1], [7, 3, 3]])
     recall = measure_recall(lambda vectors_QKD, n: (found, found), torch.zeros(2, 1, 1), best_QN)
-    assert recall == 0.75  # 1, 2 and 3, but not 4
+    assert recall == 0.75  # 1, 2 and 3 are found, 4 is not
 
 
-def test_scores_and_order_are_those_of_the_vectors_and_an_item_comes_once() -> None:
+def test_scores_and_order_are_exact_and_no_item_is_repeated() -> None:
     served = served_of(clustered())
     model, batch = served.state.model, query_batch(served)
     items_BK, scores_BK = top_k(
@@ -104,8 +104,8 @@ def test_scores_and_order_are_those_of_the_vectors_and_an_item_comes_once() -> N
         assert by_hand == sorted(by_hand, reverse=True)
 
 
-def test_filters_never_come_back_short() -> None:
-    # all that an index with a single probe finds for a user is banned; there are others, and the user gets them
+def test_filters_never_shorten_a_list() -> None:
+    # Every item that the index finds with one probe is excluded. The user gets other items.
     served = served_of(clustered(600))
     model, batch = served.state.model, query_batch(served, 5)
     search = index_search(build_index(item_vectors(model)), item_vectors(model), 1)
@@ -113,12 +113,12 @@ def test_filters_never_come_back_short() -> None:
     items_BK, scores_BK = top_k(model, batch, 20, banned_BM, search=search)
     exact_BK, _ = top_k_exact(item_vectors(model), user_vectors(model, batch), 20, banned_BM, torch.arange(1, 601))
     assert bool(torch.isfinite(scores_BK).all()) and torch.equal(items_BK, exact_BK)
-    nearly_all_BM = torch.arange(1, 596).expand(5, -1)  # five items are left, fewer than were asked for
+    nearly_all_BM = torch.arange(1, 596).expand(5, -1)  # five items are left, fewer than k
     items_BK, scores_BK = top_k(model, batch, 20, nearly_all_BM, search=search)
     assert torch.isfinite(scores_BK).sum(1).tolist() == [5] * 5
 
 
-def test_where_no_number_of_cells_is_enough_all_items_are_scored_and_it_says_so(
+def test_all_items_are_scored_if_no_number_of_cells_is_enough(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "PROBE_COUNTS", (1, 2))
@@ -126,19 +126,19 @@ def test_where_no_number_of_cells_is_enough_all_items_are_scored_and_it_says_so(
     assert search is None and about.how == "exact" and "less than 98%" in about.why
     monkeypatch.setattr(module, "PROBE_COUNTS", (1, 300))
     search, about = choose_search(served_of(isotropic()), SearchOptions(exact_max_items=1000))
-    assert search is not None and about.probes == 300 and about.recall >= 0.98  # it searched wider
+    assert search is not None and about.probes == 300 and about.recall >= 0.98  # more cells are enough
 
 
 def some_long(n: int = N) -> Tensor:
-    """Vectors of which one in twenty is long, as those that many users had are."""
+    """Vectors without clusters. Every twentieth is long, like that of a popular item."""
     items_ID = isotropic(n)
     items_ID[1::20] *= 5.0
     return items_ID
 
 
 @given(st.integers(0, 2**32), st.integers(1, 60), st.sampled_from([1, 40, 300, 5000]))
-def test_what_the_longest_items_decide_is_the_exact_list(seed: int, n: int, head: int) -> None:
-    # many lengths are alike, so that what comes after the last block may score as much as what was found
+def test_a_list_that_the_longest_items_decide_is_exact(seed: int, n: int, head: int) -> None:
+    # Many norms are equal, so items after the last block may tie with those that were found.
     source = torch.Generator().manual_seed(seed)
     items_ID = torch.randint(-3, 4, (2000, 3), generator=source).float()
     items_ID[0] = 0.0
@@ -147,7 +147,7 @@ def test_what_the_longest_items_decide_is_the_exact_list(seed: int, n: int, head
     exact_BN, scores_BN = top_k_exact(items_ID, vectors_BKD, n, None, torch.arange(1, 2000))
     for row in range(5):
         if bool((found_BN[row] == 0).any()):
-            assert bool((found_BN[row] == 0).all())  # nothing is said, rather than half of it
+            assert bool((found_BN[row] == 0).all())  # a list is complete or empty
         else:
             assert len(set(found_BN[row].tolist())) == n
             assert torch.equal((vectors_BKD[row] @ items_ID[found_BN[row]].T).amax(0), own_BN[row])
@@ -161,17 +161,17 @@ def test_lists_are_exact_whether_or_not_the_longest_items_decide_them() -> None:
     model, batch = served.state.model, query_batch(served)
     banned_BM = torch.zeros(len(batch), 300, dtype=torch.int64)
     long_N = torch.arange(1, 6001, 20)
-    banned_BM[::2] = long_N  # every second user must not get any of the long ones: the others cannot be decided by them
+    banned_BM[::2] = long_N  # every second user must not get long items, so these cannot decide the list
     n_B = 20 + (banned_BM > 0).sum(1)
     decided_B = (search(user_vectors(model, batch), n_B)[0] > 0).all(1)
-    assert not bool(decided_B[::2].any()) and bool(decided_B[1::2].all())  # one user's wishes are not another's
+    assert not bool(decided_B[::2].any()) and bool(decided_B[1::2].all())  # filters of one user do not affect another
     for banned in (None, banned_BM):
         exact, scores = top_k_exact(item_vectors(model), user_vectors(model, batch), 20, banned, torch.arange(1, 6001))
         found = top_k(model, batch, 20, banned, search=search)
         assert torch.equal(found[0], exact) and torch.allclose(found[1], scores)
 
 
-def test_whoever_had_few_items_many_times_gets_a_whole_list() -> None:
+def test_a_user_who_repeats_few_items_gets_a_complete_list() -> None:
     served = served_of(some_long(300))
     model, batch = served.state.model, query_batch(served, 3)
     search = longest_first_search(item_vectors(model), 50)
@@ -181,23 +181,23 @@ def test_whoever_had_few_items_many_times_gets_a_whole_list() -> None:
     assert torch.equal(items_BK, exact_BK) and bool(torch.isfinite(scores_BK).all())
 
 
-def test_where_all_items_are_as_long_the_longest_decide_nothing_and_are_not_asked() -> None:
+def test_the_longest_items_are_not_used_if_all_norms_are_equal() -> None:
     items_ID = torch.nn.functional.normalize(isotropic())
     search, about = choose_search(served_of(items_ID), SearchOptions(n_longest=2500))
     assert search is None and about.how == "exact"
 
 
-def test_a_user_of_whom_nothing_is_known_is_not_decided() -> None:
+def test_the_longest_items_decide_no_list_of_a_zero_vector() -> None:
     assert not bool(longest_first_search(some_long(), 2500)(torch.zeros(1, 2, D), torch.tensor([20]))[0].any())
 
 
-def test_a_served_list_through_an_index_is_the_exact_one(tmp_path: Path) -> None:
+def test_lists_that_are_served_through_an_index_agree_with_exact_ones(tmp_path: Path) -> None:
     stored(tmp_path, "comirec-dr:d=8", "finetune:fit.base_epochs=2:fit.epochs=1", n=2)
     lists = []
     for exact in (10, 50_000):
         with server(tmp_path, search_options=SearchOptions(exact_max_items=exact)) as (client, _):
             lists.append([items(client.get(f"/recommend/user-{n}?k=7")) for n in range(1, 30)])
-            told = client.get("/version").json()["search"]
-            assert told["how"] == ("index" if exact == 10 else "exact")
-            assert f"freshrec_index_recall {told['recall']}" in client.get("/metrics").text
+            search = client.get("/version").json()["search"]
+            assert search["how"] == ("index" if exact == 10 else "exact")
+            assert f"freshrec_index_recall {search['recall']}" in client.get("/metrics").text
     assert np.mean([len(set(a) & set(b)) / 7 for a, b in zip(*lists)]) >= 0.98

@@ -1,4 +1,4 @@
-"""Self-tuned: settings are chosen on the base block, replayed as a stream; and each setting does what it says."""
+"""Self-tuned: settings are chosen on the base block, replayed as a stream, and each setting has its effect."""
 
 from dataclasses import replace
 from typing import Any
@@ -36,16 +36,16 @@ def weights(model: TrainedModel) -> torch.Tensor:
     return embedding_tables(model)["items"].weights.clone()
 
 
-def test_the_average_is_that_of_the_weights_after_each_epoch_but_the_first() -> None:
+def test_the_average_is_over_the_weights_after_each_epoch_except_the_first() -> None:
     one, targets = model_and_targets()
-    seen = [weights(one) for _ in train(one, targets, 4, (0, 1))]
+    after_epochs = [weights(one) for _ in train(one, targets, 4, (0, 1))]
     other, _ = model_and_targets()
     average_epoch_weights(other, train(other, targets, 4, (0, 1)))
-    torch.testing.assert_close(weights(other), torch.stack(seen[1:]).mean(0))
+    torch.testing.assert_close(weights(other), torch.stack(after_epochs[1:]).mean(0))
 
 
 @pytest.mark.parametrize("epochs", [0, 1])
-def test_the_average_of_less_than_two_epochs_is_plain_training(epochs: int) -> None:
+def test_with_fewer_than_two_epochs_averaging_equals_plain_training(epochs: int) -> None:
     one, targets = model_and_targets()
     for _ in train(one, targets, epochs, (0, 1)):
         pass
@@ -58,14 +58,17 @@ def test_half_of_the_negatives_are_current_items() -> None:
     items_N = mix_negative_pool(torch.tensor([3, 7, 9]), 10)
     assert len(items_N) == 20
     counts = torch.bincount(items_N, minlength=11).tolist()
-    assert counts == [0, 1, 1, 5, 1, 1, 1, 4, 1, 4, 1]  # each of 10 once, and 10 places for three
+    assert counts == [0, 1, 1, 5, 1, 1, 1, 4, 1, 4, 1]  # each of 10 once, and 10 places for the three
 
 
-def test_without_base_parts_it_is_fine_tuning() -> None:
-    mine, span = circles.two_periods(SelfTuned(base_parts=0, fit=FIT))
-    plain, _ = circles.two_periods(FineTune(fit=FIT))
-    after, expected = SelfTuned(base_parts=0, fit=FIT).update(mine, span), FineTune(fit=FIT).update(plain, span)
-    assert mine.memory.settings == UpdateSettings()
+def test_without_base_parts_self_tuned_equals_fine_tuning() -> None:
+    self_tuned, span = circles.two_periods(SelfTuned(base_parts=0, fit=FIT))
+    finetuned, _ = circles.two_periods(FineTune(fit=FIT))
+    after, expected = (
+        SelfTuned(base_parts=0, fit=FIT).update(self_tuned, span),
+        FineTune(fit=FIT).update(finetuned, span),
+    )
+    assert self_tuned.memory.settings == UpdateSettings()
     assert torch.equal(weights(after.model), weights(expected.model))
 
 
@@ -75,12 +78,12 @@ def test_settings_are_chosen_one_after_the_other(monkeypatch: pytest.MonkeyPatch
     def quality(self: SelfTuned, state: State, parts: Any, memory: Any) -> float:
         settings: UpdateSettings = memory.settings
         tried.append(settings)
-        of_lr_scale = {0.3: 0.1, 1.0: 0.2, 2.0: 0.3}[settings.lr_scale]
-        return of_lr_scale - 0.1 * settings.current_negatives + 0.05 * settings.average_epochs
+        base_quality = {0.3: 0.1, 1.0: 0.2, 2.0: 0.3}[settings.lr_scale]
+        return base_quality - 0.1 * settings.current_negatives + 0.05 * settings.average_epochs
 
     monkeypatch.setattr(SelfTuned, "_simulate_updates", quality)
     state, _ = circles.two_periods(SelfTuned(fit=FIT))
-    # a replay as good as none is not chosen
+    # replay_share makes no difference here, so it keeps its default
     assert state.memory.settings == UpdateSettings(lr_scale=2.0, average_epochs=True)
     assert len(tried) == 1 + sum(map(len, SEARCH_SPACE.values())) and tried[0] == UpdateSettings()
     assert {name: state.costs[name] for name in SEARCH_SPACE} == {
@@ -111,8 +114,8 @@ def test_each_setting_changes_the_update(setting: dict[str, Any], rows: float) -
     assert found.costs["rows_read"] == rows * plain.costs["rows_read"]
 
 
-def test_where_the_world_turns_round_a_larger_learning_rate_is_chosen() -> None:
-    """Users go round forwards until the last third of the base block, and backwards from then on."""
+def test_in_a_world_that_turns_round_a_larger_learning_rate_is_chosen() -> None:
+    """Users go forwards until the last third of the base block, and backwards after that."""
     forwards, backwards = circles.circles(range(1, 61), 1), circles.circles(range(61, 121), -1)
     base = append_events(append_events(Histories.empty(), forwards, 60), backwards, 120)
     spec = SASRecSpec(d=16, negatives=16, length=8, dropout=0.0, lr=0.001)

@@ -1,7 +1,6 @@
-"""Serving: the lists are the replay's, every answer names its version, what is asked wrongly is told in a sentence."""
+"""Serving: lists equal those of a replay, every answer names its version, and a wrong request gets a sentence."""
 
 import asyncio
-import json
 import socket
 import subprocess
 import sys
@@ -34,11 +33,11 @@ WAYS = [
 
 
 @pytest.mark.parametrize(("model", "strategy"), WAYS)
-def test_the_served_list_is_the_replays_list_for_the_same_state_and_history(
+def test_a_served_list_equals_the_list_of_a_replay_with_the_same_state_and_history(
     model: str, strategy: str | None, tmp_path: Path
 ) -> None:
-    # The replay asks for each event of the next day with all events before it in the history. So does a server that is
-    # told each event after it was asked; a target's rank is then 1 + those ahead of it + half of those level with it.
+    # The replay ranks each event of the next day, with all events before it in the history. The server gets each event
+    # as a click after its list was requested. A target's rank is 1 + the items ahead + half of those level with it.
     _, day, _ = stored(tmp_path, model, strategy)
     store = open_store(tmp_path / "s")
     served = read_bundle(store.verified_files(store.live)).served
@@ -86,7 +85,7 @@ def test_every_answer_names_its_version_and_a_fallback_its_reason(tmp_path: Path
         assert "freshrec_index_recall 1.0" in told and "process_resident_memory_bytes" in told
 
 
-def test_filters_leave_out_and_admit(tmp_path: Path) -> None:
+def test_filters_exclude_and_allow_items(tmp_path: Path) -> None:
     stored(tmp_path, "popularity")
     with server(tmp_path) as (client, _):
         every = items(client.get("/recommend/user-1?k=100&exclude_seen=false"))
@@ -98,14 +97,17 @@ def test_filters_leave_out_and_admit(tmp_path: Path) -> None:
         ]  # fmt: skip
         assert items(client.get(f"/recommend/user-1?k=2&deny={unseen[0]}&deny={unseen[2]}")) == [unseen[1], unseen[3]]
         third = [item for item in unseen if int(item.removeprefix("item-")) % 3 == 0]
-        assert sorted(items(client.get("/recommend/user-1?k=100&category=0"))) == sorted(third)  # some are level
+        assert sorted(items(client.get("/recommend/user-1?k=100&category=0"))) == sorted(
+            third
+        )  # some have the same score
         mixed = items(client.get("/recommend/user-1?k=3&diversity=1000000"))
         assert len({int(item.removeprefix("item-")) % 3 for item in mixed}) == 3  # one of each category
 
 
-def test_a_person_is_shown_with_interests_and_the_events_behind_them(tmp_path: Path) -> None:
+def test_a_profile_has_interests_and_their_events(tmp_path: Path) -> None:
     for model, strategy, kind in (
-        ("comirec-dr:d=8", IMSR, "interests"), ("blend", None, "items of the list"), ("popularity", None, "this model"),
+        ("comirec-dr:d=8", IMSR, "interests"), ("blend", None, "items of the user's list"),
+        ("popularity", None, "this model"),
     ):  # fmt: skip
         folder = tmp_path / kind.split()[0]
         folder.mkdir()
@@ -118,7 +120,7 @@ def test_a_person_is_shown_with_interests_and_the_events_behind_them(tmp_path: P
             behind = {event["item_id"] for one in found["interests"] for event in one["events"]}
             assert behind <= set(own) and bool(behind) == (kind != "this model")
             if kind == "interests":
-                assert behind == set(own)  # each event is behind the interest it is closest to
+                assert behind == set(own)  # each event belongs to its closest interest
                 assert {one["born_span"] for one in found["interests"]} == {0}
 
 
@@ -140,7 +142,7 @@ def test_inspect_shows_the_same_profile_as_the_server(model: str, strategy: str 
     assert inspected["interests"] == expected and bool(expected) == (model != "popularity")
 
 
-def test_an_explanation_names_what_speaks_for_an_item(tmp_path: Path) -> None:
+def test_an_explanation_names_past_items_of_the_user(tmp_path: Path) -> None:
     stored(tmp_path, "item-knn")
     with server(tmp_path) as (client, _):
         best = items(client.get("/recommend/user-1"))[0]
@@ -154,12 +156,12 @@ def test_an_explanation_names_what_speaks_for_an_item(tmp_path: Path) -> None:
 WRONG: list[tuple[str, str, Any, int, str]] = [
     ("GET", "/recommend/user-1?k=0", None, 422, "greater than or equal to 1"),
     ("GET", "/recommend/user-1?k=501", None, 422, "less than or equal to 500"),
-    ("GET", "/recommend/user-1?category=none", None, 404, "no item has this category"),
+    ("GET", "/recommend/user-1?category=none", None, 404, "No item has this category"),
     ("GET", "/recommend/user-1?diversity=nan", None, 422, "diversity"),
     ("GET", "/recommend/" + "u" * 257, None, 422, "at most 256"),
-    ("GET", "/similar/item-none", None, 404, "never occurred"),
-    ("GET", "/users/nobody/interests", None, 404, "no event"),
-    ("GET", "/explain/nobody/item-1", None, 404, "no event"),
+    ("GET", "/similar/item-none", None, 404, "No event has this item_id"),
+    ("GET", "/users/nobody/interests", None, 404, "no events"),
+    ("GET", "/explain/nobody/item-1", None, 404, "no events"),
     ("GET", "/nothing", None, 404, "Not Found"),
     ("POST", "/recommend", {"users": []}, 422, "at least 1"),
     ("POST", "/recommend", {"users": ["u"] * 257}, 422, "at most 256"),
@@ -167,7 +169,13 @@ WRONG: list[tuple[str, str, Any, int, str]] = [
     ("POST", "/events", {"events": [{"user_id": "a"}]}, 422, "item_id"),
     ("POST", "/events", {"events": [{"user_id": 1, "item_id": "b"}]}, 422, "send it as text"),
     ("POST", "/events", {"events": [{"user_id": "a\n", "item_id": "b"}]}, 422, "pattern"),
-    ("POST", "/events", {"events": [{"user_id": "a", "item_id": "b", "timestamp": "2999-01-01"}]}, 422, "to come"),
+    (
+        "POST",
+        "/events",
+        {"events": [{"user_id": "a", "item_id": "b", "timestamp": "2999-01-01"}]},
+        422,
+        "in the future",
+    ),
     ("POST", "/recommend", {"users": [5]}, 422, "send it as text"),
     ("POST", "/events", {"events": [{"user_id": "a", "item_id": "b"}] * 1001}, 422, "at most 1000"),
     ("DELETE", "/users/user-1", None, 403, "token"),
@@ -190,14 +198,14 @@ def reader(one_store: Path) -> Iterator[TestClient]:
 
 
 @pytest.mark.parametrize(("method", "path", "body", "status", "said"), WRONG)
-def test_what_is_asked_wrongly_is_told_in_a_sentence(
+def test_a_wrong_request_gets_a_status_and_a_sentence(
     method: str, path: str, body: Any, status: int, said: str, reader: TestClient
 ) -> None:
     answer = reader.request(method, path, json=body)
     assert answer.status_code == status and said in answer.json()["detail"], answer.text
 
 
-def test_size_rate_and_waiting_are_limited(one_store: Path) -> None:
+def test_size_and_rate_of_requests_are_limited(one_store: Path) -> None:
     with server(one_store, ServerLimits(max_requests_per_s=5, max_body_bytes=300)) as (client, _):
         large = client.post("/recommend", json={"users": ["user-with-a-long-name"] * 20})
         assert large.status_code == 413 and "300 bytes" in large.json()["detail"]
@@ -207,7 +215,7 @@ def test_size_rate_and_waiting_are_limited(one_store: Path) -> None:
         assert client.get("/health/live").status_code == 200
 
 
-def test_bodies_that_do_not_arrive_keep_nobody_waiting_who_sends_none() -> None:
+def test_slow_bodies_do_not_delay_requests_without_a_body() -> None:
     told: list[tuple[str, int]] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -245,7 +253,7 @@ def test_bodies_that_do_not_arrive_keep_nobody_waiting_who_sends_none() -> None:
     assert told == [("POST", 429), *[("GET", 200)] * 5, ("POST", 200), ("POST", 200)]
 
 
-def test_a_token_is_asked_for_where_there_is_one(one_store: Path) -> None:
+def test_a_server_with_a_token_requires_it(one_store: Path) -> None:
     with server(one_store, ServerLimits(TOKEN)) as (client, _):
         answer = client.get("/recommend/user-1")
         assert answer.status_code == 401 and "token" in answer.json()["detail"]
@@ -256,19 +264,19 @@ def test_a_token_is_asked_for_where_there_is_one(one_store: Path) -> None:
         assert [client.get(path).status_code for path in ("/health/ready", "/", "/metrics")] == [200, 200, 401]
 
 
-def test_a_token_is_read_from_a_file_and_must_be_one(tmp_path: Path) -> None:
+def test_a_token_is_read_from_a_file_and_must_be_valid(tmp_path: Path) -> None:
     path = tmp_path / "token"
     path.write_text(f" {TOKEN}\n")
     assert read_token(path) == TOKEN and read_token(None) == ""
     for wrong in ("short", "a token\nin two lines of text", "ä" * 20):
         path.write_text(wrong)
-        with pytest.raises(OptionError, match="no token"):
+        with pytest.raises(OptionError, match="is not valid"):
             read_token(path)
     with pytest.raises(OptionError, match="cannot be read"):
         read_token(tmp_path / "none")
 
 
-def test_no_answer_may_load_anything_from_elsewhere(reader: TestClient) -> None:
+def test_pages_load_nothing_from_other_servers(reader: TestClient) -> None:
     page = reader.get("/")
     assert page.headers["content-security-policy"].startswith("default-src 'self'")
     for path in ("/", "/docs", "/page.css", "/page.js"):
@@ -276,7 +284,7 @@ def test_no_answer_may_load_anything_from_elsewhere(reader: TestClient) -> None:
         assert "http://" not in text.replace("http://www.w3.org", "") and "https://" not in text, path
 
 
-def test_a_serving_process_imports_nothing_that_learns(one_store: Path) -> None:
+def test_a_serving_process_imports_no_training_code(one_store: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from freshrec.cli import app;"
         "from freshrec.server.app import create_app;"
@@ -290,7 +298,7 @@ def test_a_serving_process_imports_nothing_that_learns(one_store: Path) -> None:
     assert "freshrec.server.live_version" in loaded and not [name for name in loaded if name.startswith(above)]
 
 
-def test_a_server_accepts_connections_before_it_says_that_it_listens() -> None:
+def test_a_server_accepts_connections_before_it_logs_its_address() -> None:
     async def no_app(scope: Any, receive: Any, send: Any) -> None: ...
 
     # `serve` prints the address when it has this socket, and runs the server after that
@@ -298,7 +306,16 @@ def test_a_server_accepts_connections_before_it_says_that_it_listens() -> None:
         socket.create_connection(opened.getsockname(), timeout=5).close()
 
 
-def test_the_openapi_document_describes_every_route(reader: TestClient) -> None:
-    document = json.dumps(reader.get("/openapi.json").json())
+def test_the_openapi_document_describes_every_route_parameter_response_and_field(reader: TestClient) -> None:
+    document = reader.get("/openapi.json").json()
     for path in ("/recommend/{user}", "/events", "/similar/{item}", "/users/{user}", "/rollback", "/metrics"):
-        assert f'"{path}"' in document
+        assert path in document["paths"]
+    for path, methods in document["paths"].items():
+        for route in methods.values():
+            assert route["summary"], path
+            responses = [response["description"] for response in route["responses"].values()]
+            parameters = [parameter["description"] for parameter in route.get("parameters", [])]
+            for text in (route["description"], *responses, *parameters):
+                assert text[0].isupper() and text.endswith("."), (path, text)
+    for name, schema in document["components"]["schemas"].items():
+        assert all(one["description"].endswith(".") for one in schema["properties"].values()), name

@@ -1,4 +1,4 @@
-"""A bounded soak: lists, clicks, erasures, promotions, roll backs, kill -9 and restarts, all at once, in processes."""
+"""A short soak test with real processes: lists, clicks, erasures, promotions, rollbacks, kill -9 and restarts."""
 
 import json
 import random
@@ -22,14 +22,14 @@ from freshrec.store.event_log import EventLog
 from freshrec.store.versions import open_store
 
 NOON = 1_790_000_000
-ROUNDS, SECONDS = 2, 4.0  # kills, and how long each server lives
-QUIET = [f"user-{n}" for n in range(1, 15)]  # who never click: their lists are known for each version
+ROUNDS, SECONDS = 2, 4.0  # number of kills, and lifetime of each server
+QUIET = [f"user-{n}" for n in range(1, 15)]  # users who never click: their lists are known for each version
 BUSY = [f"user-{n}" for n in range(20, 60)]
 ERASED = [f"user-{n}" for n in range(70, 76)]
 
 
 class Crowd:
-    """Clients of whatever server there is now."""
+    """Clients of the current server."""
 
     def __init__(self, expected: dict[tuple[int, str], list[str]]) -> None:
         self.expected, self.url = expected, ""
@@ -126,7 +126,7 @@ def test_no_answer_mixes_versions_and_no_acknowledged_click_is_lost_or_doubled(t
     learnt = {row["event_id"]: (row["user_id"], row["item_id"]) for row in clicks.iter_rows(named=True)}
     lost = {event: click for event, click in crowd.taken.items() if learnt.get(event) != click}
     assert lost == {} and len(crowd.taken) > 20
-    unacknowledged = learnt.keys() - crowd.taken.keys()  # written, and killed before the answer was sent
+    unacknowledged = learnt.keys() - crowd.taken.keys()  # written, but the server was killed before it answered
     assert len(unacknowledged) <= 2 * ROUNDS
     assert not set(ERASED[len(gone) :]) & set(log["user_id"])
     said = (tmp_path / "serve.log").read_text()

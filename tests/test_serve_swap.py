@@ -1,4 +1,4 @@
-"""The hot swap: seen within two seconds, whole, tried before; what is broken is never served."""
+"""The hot swap: within two seconds, complete, and tested first. A broken version is never served."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ from freshrec.store.versions import open_store
 
 
 def slower() -> float:
-    """How many times slower than alone this process is now, because of others; 1 on a quiet machine."""
+    """How many times slower this process runs because of others; 1 on an idle machine."""
     wall, cpu = time.monotonic(), time.thread_time()
     while time.thread_time() - cpu < 0.02:
         pass
@@ -29,7 +29,7 @@ def slower() -> float:
 
 
 def comes(client: TestClient, version: int, within_s: float = 2.0) -> None:
-    """Wait until a version answers; on an overloaded machine as much longer as everything takes there."""
+    """Wait until a version answers, longer on an overloaded machine."""
     since, factor = time.monotonic(), slower()
     while client.get("/version").json()["version"] != version:
         factor = max(factor, slower())
@@ -60,7 +60,7 @@ def test_a_broken_version_is_never_served_and_the_old_one_stays(
     with server(tmp_path) as (client, live):
         path = store.verified_files(1)["served.safetensors"]
         whole = path.read_bytes()
-        store.move_pointer(1, "rollback")  # whole at that moment
+        store.move_pointer(1, "rollback")  # undamaged at that time
         path.write_bytes(whole[:-1] + b"x")
         live.refresh()
         assert client.get("/version").json()["version"] == 2
@@ -72,7 +72,7 @@ def test_a_broken_version_is_never_served_and_the_old_one_stays(
         live.refresh()
         assert client.get("/health/ready").json()["trouble"] == ""
 
-        def broken(path: Path) -> object:  # whole by its checksum, and yet nonsense: a diverged model, say
+        def broken(path: Path) -> object:  # the checksum is right, but the model is wrong, for example diverged
             tree = load(path)
             tree[2].model.items.weights[3] = torch.nan
             return tree
@@ -85,11 +85,11 @@ def test_a_broken_version_is_never_served_and_the_old_one_stays(
         assert "not finite" in client.get("/health/ready").json()["trouble"]
 
 
-def test_what_could_not_be_served_is_tried_again_and_a_damaged_journal_stops_nothing(
+def test_a_version_that_cannot_be_served_is_tried_again_and_a_damaged_journal_stops_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(live_module, "RETRY_INTERVAL_S", 0.0)
-    monkeypatch.setattr(live_module, "POLL_INTERVAL_S", 3600.0)  # this test looks by itself
+    monkeypatch.setattr(live_module, "POLL_INTERVAL_S", 3600.0)  # this test refreshes by itself
     stored(tmp_path, n=2)
     store = open_store(tmp_path / "s")
     with server(tmp_path) as (client, live):
@@ -101,7 +101,7 @@ def test_what_could_not_be_served_is_tried_again_and_a_damaged_journal_stops_not
         store.move_pointer(1, "rollback")
         live.refresh()
         ready = client.get("/health/ready").json()
-        assert ready["version"] == 2 and "not as it was written" in ready["trouble"]
+        assert ready["version"] == 2 and "is damaged" in ready["trouble"]
         assert click(client, "user-1", "item-1", event_id="e1")["known"]  # nothing was forgotten
         path = store.verified_files(1)["served.safetensors"]
         good = path.read_bytes()
@@ -109,7 +109,7 @@ def test_what_could_not_be_served_is_tried_again_and_a_damaged_journal_stops_not
         journal.write_bytes(whole)
         live.refresh()
         assert "damaged" in client.get("/health/ready").json()["trouble"]
-        path.write_bytes(good)  # mended; the pointer has not moved
+        path.write_bytes(good)  # fixed; the pointer has not moved
         live.refresh()
         assert client.get("/health/ready").json() == {"status": "ready", "version": 1, "trouble": ""}
         assert click(client, "user-1", "item-1", event_id="e1")["known"]
@@ -179,9 +179,9 @@ def test_rolling_back_over_http_needs_the_token_and_an_earlier_version(tmp_path:
         assert told["moves"][0]["reason"] == "a test" and told["version"] == 1
 
 
-def test_a_store_whose_live_version_cannot_be_served_is_told_at_the_start(tmp_path: Path) -> None:
+def test_a_server_does_not_start_if_the_live_version_cannot_be_served(tmp_path: Path) -> None:
     stored(tmp_path)
     store = open_store(tmp_path / "s")
     store.verified_files(1)["served.safetensors"].write_bytes(b"damaged")
-    with pytest.raises(StateError, match="version 1 is not served: .*damaged"):
+    with pytest.raises(StateError, match="Version 1 cannot be served: .*damaged"):
         LiveVersion(store, print).start()

@@ -1,4 +1,4 @@
-"""The part of a version that answers: it says what the whole one says, and brings nothing along that learns."""
+"""The serving bundle gives the same answers as the whole version, and loads nothing that only training needs."""
 
 import subprocess
 import sys
@@ -35,22 +35,22 @@ def files_of(model: str, strategy: str | None, folder: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize(("model", "strategy"), WAYS)
-def test_what_is_loaded_to_ask_answers_to_the_last_bit_as_what_is_loaded_whole(
+def test_a_serving_bundle_gives_the_same_lists_as_the_whole_bundle_to_the_last_bit(
     model: str, strategy: str | None, tmp_path: Path
 ) -> None:
     files = files_of(model, strategy, tmp_path)
-    whole, asked = read_bundle(files).served, read_serving_bundle(files, load_for_serving).served
+    whole, serving = read_bundle(files).served, read_serving_bundle(files, load_for_serving).served
     users_N = torch.arange(len(whole.users) + 1)
     for request in (ListRequest(k=7), ListRequest(k=50, exclude_seen=False)):
         wanted = resolve_request(whole, request)
-        assert top_items(whole, users_N, wanted).equals(top_items(asked, users_N, wanted))
+        assert top_items(whole, users_N, wanted).equals(top_items(serving, users_N, wanted))
     if isinstance(whole.state.model, TrainedModel):
-        tables = zip(embedding_tables(whole.state.model).values(), embedding_tables(asked.state.model).values())
+        tables = zip(embedding_tables(whole.state.model).values(), embedding_tables(serving.state.model).values())
         assert all(len(large.packed.T) == 3 * len(small.packed.T) for large, small in tables)
-    assert asked.state.memory is None
+    assert serving.state.memory is None
 
 
-def test_large_tensors_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_tensors_are_read_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = files_of("sasrec:d=8", FAST, tmp_path)
     whole = load_for_serving(files[SERVED_FILE])
     monkeypatch.setattr(
@@ -61,16 +61,16 @@ def test_large_tensors_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Mo
     assert torch.equal(whole[2].histories.items_R, again[2].histories.items_R)
 
 
-def test_a_damaged_file_is_one_sentence(tmp_path: Path) -> None:
+def test_a_damaged_or_missing_file_is_an_error(tmp_path: Path) -> None:
     files = files_of("popularity", None, tmp_path)
     files[SERVED_FILE].write_bytes(files[SERVED_FILE].read_bytes()[:-50])
-    with pytest.raises(StateError, match="holds no readable state"):
+    with pytest.raises(StateError, match="cannot be read"):
         read_serving_bundle(files, load_for_serving)
-    with pytest.raises(StateError, match=r"without served\.safetensors cannot be read"):
+    with pytest.raises(StateError, match=r"A version without served\.safetensors cannot be read"):
         read_serving_bundle({name: path for name, path in files.items() if name != SERVED_FILE}, load_for_serving)
 
 
-def test_what_learns_is_saved_beside_and_versions_of_one_file_are_still_read(tmp_path: Path) -> None:
+def test_training_data_has_its_own_file_and_older_versions_with_one_file_are_read(tmp_path: Path) -> None:
     files = files_of("comirec-dr:d=8", "imsr:fit.base_epochs=1:fit.epochs=1", tmp_path)
     contents = read_bundle(files)
     assert contents.served.state.costs and contents.strategy == load_tree(files["learning.safetensors"])[0]
@@ -89,7 +89,7 @@ def test_what_learns_is_saved_beside_and_versions_of_one_file_are_still_read(tmp
     )
 
 
-def test_reading_what_answers_imports_nothing_that_learns() -> None:
+def test_reading_a_serving_bundle_imports_no_training_code() -> None:
     code = "import sys, freshrec.recommender.serving_bundle, freshrec.store.versions; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     wrong = [n for n in loaded if n.startswith(("freshrec.learn", "freshrec.strategies", "freshrec.nightly"))]

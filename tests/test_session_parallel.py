@@ -1,4 +1,4 @@
-"""Session-parallel batches: which events of which sessions are side by side in a step, and what is carried along."""
+"""Session-parallel batches: the events that share a step, and the hidden states that are kept between steps."""
 
 from dataclasses import replace
 
@@ -16,17 +16,17 @@ from freshrec.nn.scoring import user_vectors
 from freshrec.types import NEVER, Batch, Events, Histories, SessionLanes
 
 
-def targets_of(*sessions: list[int], secret: tuple[int, ...] = ()) -> Targets:
-    """Users 1, 2, ... with these items, one user after the other in time; `secret` items are never trained on."""
+def targets_of(*sessions: list[int], held_out: tuple[int, ...] = ()) -> Targets:
+    """Return the targets of users 1, 2, ..., one user after the other. Items in `held_out` are never trained on."""
     users_E = torch.tensor([user for user, items in enumerate(sessions, 1) for _ in items])
     items_E = torch.tensor([item for items in sessions for item in items])
     events = Events.trainable(users_E, items_E)
-    events.train_at_E[torch.isin(items_E, torch.tensor(secret, dtype=torch.int64))] = NEVER
+    events.train_at_E[torch.isin(items_E, torch.tensor(held_out, dtype=torch.int64))] = NEVER
     return due_targets(append_events(Histories.empty(), events, len(sessions)))
 
 
 def steps(targets: Targets, n_lanes: int) -> list[list[tuple[int, int, int, bool]]]:
-    """Of each step: (lane, event, target, whether a session begins)."""
+    """Return for each step: (lane, event, target, whether a session starts)."""
     found = []
     for batch in session_parallel_batches(targets, n_lanes):
         assert batch.lanes is not None and batch.targets_BT is not None
@@ -35,42 +35,42 @@ def steps(targets: Targets, n_lanes: int) -> list[list[tuple[int, int, int, bool
     return found
 
 
-def test_two_lanes_by_hand() -> None:
-    # A = [1, 2, 3] and B = [4, 5] begin; B is over after a step, and C = [6, 7] takes its lane; then both are over.
+def test_the_steps_of_two_lanes_by_hand() -> None:
+    # A = [1, 2, 3] and B = [4, 5] start. B ends after one step, and C = [6, 7] takes its lane. Then both end.
     assert steps(targets_of([1, 2, 3], [4, 5], [6, 7]), 2) == [
         [(0, 1, 2, True), (1, 4, 5, True)],
         [(0, 2, 3, False), (1, 6, 7, True)],
     ]
 
 
-def test_lanes_are_dropped_where_no_session_is_left() -> None:
+def test_a_lane_is_dropped_if_no_session_is_left() -> None:
     assert steps(targets_of([1, 2, 3, 4], [5, 6]), 2) == [
         [(0, 1, 2, True), (1, 5, 6, True)],
         [(0, 2, 3, False)],
         [(0, 3, 4, False)],
     ]
-    assert steps(targets_of([1], [2]), 2) == []  # nothing follows anything
+    assert steps(targets_of([1], [2]), 2) == []  # no event follows another
 
 
-def test_what_must_not_be_known_parts_a_session() -> None:
-    # Of [1, 2, 9, 3, 4], where 9 is secret: 1 -> 2, and 3 -> 4 as a session of its own.
-    assert steps(targets_of([1, 2, 9, 3, 4], secret=(9,)), 1) == [[(0, 1, 2, True)], [(0, 3, 4, True)]]
+def test_a_held_out_event_splits_a_session() -> None:
+    # In [1, 2, 9, 3, 4], 9 is held out: 1 -> 2, and 3 -> 4 as another session.
+    assert steps(targets_of([1, 2, 9, 3, 4], held_out=(9,)), 1) == [[(0, 1, 2, True)], [(0, 3, 4, True)]]
 
 
-def test_old_events_are_where_a_session_begins_and_no_targets() -> None:
+def test_old_events_start_a_session_and_are_no_targets() -> None:
     histories = append_events(Histories.empty(), Events.trainable(torch.ones(4), torch.tensor([1, 2, 3, 4])), 1)
     assert steps(targets_at(histories, torch.tensor([2, 3])), 4) == [[(0, 2, 3, True)], [(0, 3, 4, False)]]
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=12), st.integers(1, 5))
-def test_each_target_is_met_once_and_each_lane_has_one_session_at_a_time(lengths: list[int], n_lanes: int) -> None:
+def test_each_target_occurs_once_and_each_lane_has_one_session_at_a_time(lengths: list[int], n_lanes: int) -> None:
     lane_S, step_S = assign_lanes(torch.tensor(lengths), n_lanes)
-    taken = [(lane, step + n) for lane, step, m in zip(lane_S.tolist(), step_S.tolist(), lengths) for n in range(m)]
-    assert len(set(taken)) == len(taken) == sum(lengths)  # steps times lanes = the sum of (length - 1) of sessions
-    assert step_S.tolist() == sorted(step_S.tolist())  # in their order
+    places = [(lane, step + n) for lane, step, m in zip(lane_S.tolist(), step_S.tolist(), lengths) for n in range(m)]
+    assert len(set(places)) == len(places) == sum(lengths)  # steps times lanes = the sum of (length - 1) of sessions
+    assert step_S.tolist() == sorted(step_S.tolist())  # in the order of the sessions
     for lane in set(lane_S.tolist()):
-        mine = sorted(step for of, step in taken if of == lane)
-        assert mine == list(range(len(mine)))  # without a gap
+        steps_of_lane = sorted(step for other_lane, step in places if other_lane == lane)
+        assert steps_of_lane == list(range(len(steps_of_lane)))  # without a gap
 
 
 def model_of(layers: int) -> GRU4Rec:
@@ -88,8 +88,8 @@ def vectors(hidden: HiddenStates, model: GRU4Rec, batch: Batch) -> Tensor:
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-def test_event_by_event_gives_what_the_whole_history_gives(layers: int) -> None:
-    # Nothing is trained in between, so that the state carried along a lane is that of the history so far.
+def test_event_by_event_equals_the_whole_history(layers: int) -> None:
+    # Without training in between, the hidden state of a lane is that of the history so far.
     model, hidden, so_far = model_of(layers), HiddenStates(), dict[int, list[int]]()
     for batch in session_parallel_batches(targets_of([1, 2, 3, 8, 4], [4, 5], [6, 7, 1]), 2):
         assert batch.lanes is not None
@@ -97,16 +97,22 @@ def test_event_by_event_gives_what_the_whole_history_gives(layers: int) -> None:
         found_BD = vectors(hidden, model, batch)
         for user, item, vector_D in zip(batch.users_B.tolist(), batch.history_BT[:, 0].tolist(), found_BD):
             so_far.setdefault(user, []).append(item)
-            whole = user_vectors(model, Batch(torch.tensor([user]), torch.tensor([so_far[user]])))
-            torch.testing.assert_close(vector_D, whole[0, 0])
+            expected = user_vectors(model, Batch(torch.tensor([user]), torch.tensor([so_far[user]])))
+            torch.testing.assert_close(vector_D, expected[0, 0])
     assert so_far == {1: [1, 2, 3, 8], 2: [4], 3: [6, 7]}
 
 
 def test_no_gradient_reaches_an_earlier_step() -> None:
     model, hidden = model_of(1), HiddenStates()
     first, second = (
-        Batch(one, one[:, None], 3 * one[:, None], torch.tensor([9]), lanes=SessionLanes(0 * one, one == begins, 1))
-        for one, begins in ((torch.tensor([1]), 1), (torch.tensor([1]), 0))
+        Batch(
+            item,
+            item[:, None],
+            3 * item[:, None],
+            torch.tensor([9]),
+            lanes=SessionLanes(0 * item, item == first_item, 1),
+        )
+        for item, first_item in ((torch.tensor([1]), 1), (torch.tensor([1]), 0))
     )
     hidden.run(model, first)
     rows_ND = model.items.step_rows()[1]
@@ -119,9 +125,9 @@ def test_models_that_read_the_same_batches_have_their_own_states() -> None:
     for batch in session_parallel_batches(targets_of([1, 2, 3]), 1):
         assert batch.lanes is not None
         batch = replace(batch, negatives_N=torch.tensor([9]))
-        # one read the event before the other did
+        # one model reads the batch before the other
         assert torch.equal(vectors(hidden, model, batch), vectors(others, other, batch))
-        assert batch.lanes.states is None  # the batch itself is left as it was
+        assert batch.lanes.states is None  # the batch itself does not change
 
 
 def test_the_states_of_one_epoch_do_not_reach_the_next() -> None:
@@ -130,4 +136,4 @@ def test_the_states_of_one_epoch_do_not_reach_the_next() -> None:
         batches = list(session_parallel_batches(targets_of([1, 2, 3, 8], [4, 5], [6, 7, 1]), 2))
         ready = [replace(batch, negatives_N=torch.tensor([9])) for batch in batches]
         epochs.append(torch.cat([vectors(hidden, model, batch) for batch in ready]))
-    assert torch.equal(*epochs) and len(epochs[0].unique(dim=0)) == 3 + 1 + 2  # every history has another vector
+    assert torch.equal(*epochs) and len(epochs[0].unique(dim=0)) == 3 + 1 + 2  # every history has a different vector

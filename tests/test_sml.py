@@ -1,6 +1,6 @@
-"""SML: what it becomes at the ends of its options, the order of its steps, and that it never sees what it is tested on.
+"""SML: extreme values of its options, the order of its steps, and no use of the span that it is tested on.
 
-T1, T13 and so on: invariants that hold whatever the numbers.
+T1, T13 and so on are invariants, which hold for all numbers.
 """
 
 import copy
@@ -37,14 +37,14 @@ from freshrec.types import Events, Span, State, Strategy
 
 TRAINED = ["mf", "sasrec", "mind", "comirec-dr", "comirec-sa"]
 FIT = FitConfig(epochs=2, base_epochs=2)
-CNN = CNNTransfer(filters=3, filters2=2, hidden=8, residual=False)  # as the paper's, but small
-FAST = 0.05  # a learning rate that shows within a few steps
+CNN = CNNTransfer(filters=3, filters2=2, hidden=8, residual=False)  # a small version of the paper's network
+HIGH_LR = 0.05  # a learning rate that has an effect within a few steps
 
 
 def span_of(index: int, seed: int | None = None, n: int = 90) -> Span:
-    """Random events of 6 users and 9 items."""
+    """Return a span of random events of 6 users and 9 items."""
     source = torch.Generator().manual_seed(index if seed is None else seed)
-    users, items = (torch.randint(1, most + 1, (n,), generator=source) for most in (6, 9))
+    users, items = (torch.randint(1, highest + 1, (n,), generator=source) for highest in (6, 9))
     return Span(index, Events.trainable(users, items, torch.arange(n) + index * n), 6, 9)
 
 
@@ -57,7 +57,7 @@ def absorbed(state: State, span: Span) -> State:
 
 
 def chain(strategy: Strategy, model: str = "mf", spans: list[Span] | None = None) -> list[State]:
-    """The states after each span."""
+    """Return the states after each span."""
     state, states = untrained(model), []
     for span in [span_of(i) for i in range(4)] if spans is None else spans:
         state = strategy.update(absorbed(state, span), span)
@@ -70,18 +70,18 @@ def same(one: Weights, other: Weights) -> bool:
 
 
 @pytest.mark.parametrize("model", TRAINED)
-def test_keeping_nothing_of_the_past_is_fine_tuning_to_the_last_bit(model: str) -> None:
+def test_with_alpha_0_sml_equals_fine_tuning_bit_for_bit(model: str) -> None:
     """T1"""
     sml = SML(transfer=LinearTransfer(alpha=0), fit=FIT, weight_decay=0)
-    for ours, theirs in zip(chain(sml, model), chain(FineTune(fit=FIT), model), strict=True):
-        assert same(dict(ours.model.state_dict()), dict(theirs.model.state_dict()))  # the moments as well
-        if ours.interests is not None and theirs.interests is not None:
-            assert torch.equal(ours.interests.vectors_SD, theirs.interests.vectors_SD)
+    for state, finetuned in zip(chain(sml, model), chain(FineTune(fit=FIT), model), strict=True):
+        assert same(dict(state.model.state_dict()), dict(finetuned.model.state_dict()))  # including the moments
+        if state.interests is not None and finetuned.interests is not None:
+            assert torch.equal(state.interests.vectors_SD, finetuned.interests.vectors_SD)
 
 
 @pytest.mark.parametrize("model", TRAINED)
-def test_keeping_all_of_the_past_is_never_learning(model: str) -> None:
-    """T1: but for weights that are no whole rows, which are taken as adapted."""
+def test_with_alpha_1_an_update_changes_no_weights(model: str) -> None:
+    """T1. Weights that are not whole rows are an exception: they are the adapted ones."""
     first, *later = [
         copy_weights(state.model) for state in chain(SML(transfer=LinearTransfer(alpha=1), fit=FIT), model)
     ]
@@ -90,31 +90,31 @@ def test_keeping_all_of_the_past_is_never_learning(model: str) -> None:
         assert same(weights, first)
 
 
-@pytest.mark.parametrize("other", [LinearTransfer(0.5), LinearTransfer(0.5, learned=True), MLPTransfer(), CNN])
-def test_beside_the_network_the_adapted_models_are_those_of_fine_tuning(other: Any) -> None:
+@pytest.mark.parametrize("transfer", [LinearTransfer(0.5), LinearTransfer(0.5, learned=True), MLPTransfer(), CNN])
+def test_without_training_through_the_network_the_adapted_models_are_those_of_fine_tuning(transfer: Any) -> None:
     """T13"""
-    sml = SML(transfer=other, fit=FIT, weight_decay=0, train_through_transfer=False, transfer_lr=FAST)
-    for ours, theirs in zip(chain(sml)[1:], chain(FineTune(fit=FIT))[1:], strict=True):
-        assert same(copy_weights(ours.memory.adapted), copy_weights(theirs.model))
+    sml = SML(transfer=transfer, fit=FIT, weight_decay=0, train_through_transfer=False, transfer_lr=HIGH_LR)
+    for state, finetuned in zip(chain(sml)[1:], chain(FineTune(fit=FIT))[1:], strict=True):
+        assert same(copy_weights(state.memory.adapted), copy_weights(finetuned.model))
 
 
-def test_beside_a_linear_transfer_what_is_served_is_a_moving_average_of_fine_tuned_models() -> None:
+def test_without_training_through_a_linear_transfer_moving_averages_of_fine_tuned_models_are_served() -> None:
     """T13: W_t = W_{t-1} / 2 + IU_t / 2"""
     sml = SML(transfer=LinearTransfer(0.5), fit=FIT, weight_decay=0, train_through_transfer=False)
-    tuned = [copy_weights(state.model) for state in chain(FineTune(fit=FIT))]
-    mean = tuned[0]
-    for state, newest in zip(chain(sml)[1:], tuned[1:], strict=True):
+    finetuned = [copy_weights(state.model) for state in chain(FineTune(fit=FIT))]
+    mean = finetuned[0]
+    for state, newest in zip(chain(sml)[1:], finetuned[1:], strict=True):
         mean = {name: 0.5 * mean[name] + 0.5 * newest[name] for name in mean}
         assert same(copy_weights(state.model), mean)
 
 
-def authors_order(strategy: SML, spans: list[Span]) -> list[tuple[Weights, Weights]]:
-    """Stage after stage as printed, each with its next span at hand: (what is served, Theta at the end)."""
-    states = chain(FineTune(fit=FIT), spans=spans)  # for the base, and for the histories before each span
-    model, found = copy.deepcopy(states[0].model), []
+def run_in_order_of_the_paper(strategy: SML, spans: list[Span]) -> list[tuple[Weights, Weights]]:
+    """Run the stages in the order of the paper, where each has its next span. Return (served weights, final Theta)."""
+    states = chain(FineTune(fit=FIT), spans=spans)  # for the base block and the histories before each span
+    model, stages = copy.deepcopy(states[0].model), []
     transfer = Transfer.for_model(strategy.transfer, model, 0)
     targets = [due_targets(absorbed(state, span).histories) for state, span in zip(states, spans[1:])]
-    for t, (now, then) in enumerate(zip(targets, targets[1:]), start=1):
+    for t, (span_targets, next_targets) in enumerate(zip(targets, targets[1:]), start=1):
         before, served = copy_weights(model), None
         for n in range(1, strategy.rounds + 1):
             transfer.requires_grad_(False)
@@ -123,7 +123,7 @@ def authors_order(strategy: SML, spans: list[Span]) -> list[tuple[Weights, Weigh
             list(
                 train(
                     model,
-                    now,
+                    span_targets,
                     FIT.epochs,
                     key,
                     terms=terms,
@@ -135,37 +135,37 @@ def authors_order(strategy: SML, spans: list[Span]) -> list[tuple[Weights, Weigh
             list(
                 train(
                     model,
-                    then,
+                    next_targets,
                     strategy.transfer_epochs,
                     (stream_seed(0, "transfer training"), t + 1, n),
-                    lr_scale=FAST / model.spec.lr,
+                    lr_scale=HIGH_LR / model.spec.lr,
                     terms=[transfer_decay_term(transfer, strategy.transfer_weight_decay)],
                     parametrization=transfer_parametrization(transfer, before),
                     trainable=transfer,
-                    negative_pool_N=then.histories.items_R[then.rows_N].unique().long(),
+                    negative_pool_N=next_targets.histories.items_R[next_targets.rows_N].unique().long(),
                 )
             )
             after = transfer_weights(transfer, model, before)
             load_weights(model, after)
-        found.append((served, {name: theta.clone() for name, theta in transfer.state_dict().items()}))
-    return found
+        stages.append((served, {name: theta.clone() for name, theta in transfer.state_dict().items()}))
+    return stages
 
 
 @pytest.mark.parametrize("rounds", [1, 3])
-def test_the_order_of_events_gives_what_the_order_of_the_authors_gives(rounds: int) -> None:
-    """T14, T15: Theta after stage t is what serves at stage t + 1."""
+def test_the_order_of_the_spans_gives_the_same_weights_as_the_order_of_the_paper(rounds: int) -> None:
+    """T14, T15: stage t + 1 serves with Theta after stage t."""
     spans = [span_of(i) for i in range(5)]
-    strategy = SML(transfer=CNN, fit=FIT, rounds=rounds, transfer_lr=FAST, base_parts=0)
+    strategy = SML(transfer=CNN, fit=FIT, rounds=rounds, transfer_lr=HIGH_LR, base_parts=0)
     states = chain(strategy, spans=spans)
-    for t, (served, theta) in enumerate(authors_order(strategy, spans), start=1):
+    for t, (served, theta) in enumerate(run_in_order_of_the_paper(strategy, spans), start=1):
         assert same(copy_weights(states[t].model), served)
         assert same(states[t + 1].memory.theta, theta)
     assert not same(states[2].memory.theta, states[3].memory.theta)
 
 
-def test_what_is_served_is_one_mapping_of_the_adapted_weights_by_the_theta_it_waits_with() -> None:
+def test_the_served_weights_are_the_adapted_weights_mapped_by_the_stored_theta() -> None:
     """T15"""
-    strategy = SML(transfer=CNN, fit=FIT, transfer_lr=FAST)
+    strategy = SML(transfer=CNN, fit=FIT, transfer_lr=HIGH_LR)
     for state in chain(strategy)[1:]:
         transfer = Transfer.for_model(CNN, state.model, 0)
         transfer.load_state_dict(state.memory.theta)
@@ -174,72 +174,77 @@ def test_what_is_served_is_one_mapping_of_the_adapted_weights_by_the_theta_it_wa
         assert not same(copy_weights(state.memory.adapted), served)
 
 
-def test_more_rounds_change_nothing_that_is_served_first_and_all_that_follows() -> None:
-    """A1: what is tested leaves before the first step 2."""
-    one, three = (chain(SML(transfer=CNN, fit=FIT, rounds=n, transfer_lr=FAST)) for n in (1, 3))
-    two = replace(three[0], memory=replace(three[0].memory, theta=one[0].memory.theta, moments=one[0].memory.moments))
+def test_more_rounds_change_the_weights_of_later_spans_but_not_those_served_first() -> None:
+    """A1: the weights that are tested are made before the first step 2."""
+    one_round, three_rounds = (chain(SML(transfer=CNN, fit=FIT, rounds=n, transfer_lr=HIGH_LR)) for n in (1, 3))
+    same_theta = replace(
+        three_rounds[0],
+        memory=replace(three_rounds[0].memory, theta=one_round[0].memory.theta, moments=one_round[0].memory.moments),
+    )
     span = span_of(1)
-    first = SML(transfer=CNN, fit=FIT, rounds=3, transfer_lr=FAST).update(absorbed(two, span), span)
-    assert same(copy_weights(first.model), copy_weights(one[1].model))
-    assert not same(copy_weights(three[2].model), copy_weights(one[2].model))
+    first = SML(transfer=CNN, fit=FIT, rounds=3, transfer_lr=HIGH_LR).update(absorbed(same_theta, span), span)
+    assert same(copy_weights(first.model), copy_weights(one_round[1].model))
+    assert not same(copy_weights(three_rounds[2].model), copy_weights(one_round[2].model))
 
 
 @pytest.mark.parametrize(("objective", "reads"), [("next", True), ("current", False)])
-def test_only_the_objective_of_the_next_span_reads_it(objective: Any, reads: bool) -> None:
-    """T10: SML-N fits Theta on the span it adapts to, so another span 2 leaves the Theta of update 2 as it is."""
-    strategy = SML(transfer=CNN, fit=FIT, objective=objective, transfer_lr=FAST)
+def test_only_the_objective_next_trains_on_the_next_span(objective: Any, reads: bool) -> None:
+    """T10: SML-N fits Theta on the span it adapts to, so another span 2 does not change the Theta of update 2."""
+    strategy = SML(transfer=CNN, fit=FIT, objective=objective, transfer_lr=HIGH_LR)
     past = [span_of(0), span_of(1)]
     one, other = (chain(strategy, spans=[*past, span_of(2, seed)])[-1].memory.theta for seed in (2, 77))
     assert same(one, other) != reads
 
 
-def test_a_network_that_is_fitted_in_the_base_block_only_stands_still_after_it() -> None:
+def test_a_network_that_is_trained_on_the_base_block_only_never_changes_afterwards() -> None:
     """T10: SML-S"""
-    states = chain(SML(transfer=CNN, fit=FIT, last_trained_span=0, transfer_lr=FAST))
+    states = chain(SML(transfer=CNN, fit=FIT, last_trained_span=0, transfer_lr=HIGH_LR))
     untouched = Transfer.for_model(CNN, states[0].model, 0).state_dict()
     assert not same(states[0].memory.theta, dict(untouched))
     assert all(same(state.memory.theta, states[0].memory.theta) for state in states)
-    until_2 = [state.memory.theta for state in chain(SML(transfer=CNN, fit=FIT, last_trained_span=2, transfer_lr=FAST))]
+    until_2 = [
+        state.memory.theta for state in chain(SML(transfer=CNN, fit=FIT, last_trained_span=2, transfer_lr=HIGH_LR))
+    ]
     assert [same(a, b) for a, b in zip(until_2, until_2[1:])] == [True, False, True]  # span 1 has no stage to close
 
 
-def test_base_parts_leave_nothing_but_the_network() -> None:
-    """The base block's model is that of `start`, to the last bit."""
+def test_base_parts_change_the_network_only() -> None:
+    """The model of the base block equals that of `fit_base_block` bit for bit."""
     span = span_of(0)
-    plain = fit_base_block(absorbed(untrained("mf"), span), span, FIT)
-    trained, raw = (chain(SML(transfer=CNN, fit=FIT, base_parts=n), spans=[span])[0] for n in (6, 0))
-    assert same(dict(trained.model.state_dict()), dict(plain.model.state_dict()))
-    assert torch.equal(trained.histories.items_R, plain.histories.items_R)
-    assert not same(trained.memory.theta, raw.memory.theta)
+    expected = fit_base_block(absorbed(untrained("mf"), span), span, FIT)
+    with_parts, without_parts = (chain(SML(transfer=CNN, fit=FIT, base_parts=n), spans=[span])[0] for n in (6, 0))
+    assert same(dict(with_parts.model.state_dict()), dict(expected.model.state_dict()))
+    assert torch.equal(with_parts.histories.items_R, expected.histories.items_R)
+    assert not same(with_parts.memory.theta, without_parts.memory.theta)
 
 
 @pytest.mark.parametrize("restart", ["transferred", "adapted", "before"])
-def test_a_later_round_begins_where_told(restart: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A2: seen without epochs, so that a round changes nothing but where it begins."""
+def test_later_rounds_start_from_the_weights_that_restart_selects(
+    restart: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A2: tested without epochs, so that a round changes only the weights that it starts from."""
     strategy = SML(transfer=LinearTransfer(0.5, learned=True), fit=FIT, rounds=2, restart=restart, base_parts=0)
     states = chain(strategy, spans=[span_of(0), span_of(1)])
-    memory, still = states[1].memory, replace(strategy, fit=replace(FIT, epochs=0), transfer_lr=1e-30)
-    after = still.update(absorbed(states[1], span_of(2)), span_of(2)).memory.before["items"]
+    memory, without_epochs = states[1].memory, replace(strategy, fit=replace(FIT, epochs=0), transfer_lr=1e-30)
+    after = without_epochs.update(absorbed(states[1], span_of(2)), span_of(2)).memory.before["items"]
     before, adapted = memory.before["items"], copy_weights(memory.adapted)["items"]
     mean = 0.5 * (before + adapted)
-    begun = {"transferred": mean, "adapted": adapted, "before": before}[restart]
-    torch.testing.assert_close(after, 0.5 * (before + begun))
+    start = {"transferred": mean, "adapted": adapted, "before": before}[restart]
+    torch.testing.assert_close(after, 0.5 * (before + start))
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
-def test_a_state_that_waits_for_its_next_span_can_be_saved(
-    rounds: int, bits: Callable[[State], bytes], tmp_path: Path
-) -> None:
+def test_a_state_with_an_open_stage_can_be_saved(rounds: int, bits: Callable[[State], bytes], tmp_path: Path) -> None:
     strategy, span = SML(transfer=CNN, fit=FIT, rounds=rounds), span_of(3)
     state = chain(strategy, "comirec-dr", [span_of(0), span_of(1), span_of(2)])[-1]
-    assert (state.memory.span_data is not None) == (rounds > 1)  # the last events are kept only where they are needed
+    assert (state.memory.span_data is not None) == (rounds > 1)  # the last events are kept only if needed
     save_state(state, tmp_path / "state")
     loaded = load_state(tmp_path / "state")
     assert bits(strategy.update(absorbed(loaded, span), span)) == bits(strategy.update(absorbed(state, span), span))
 
 
-def test_new_rows_begin_as_those_of_fine_tuning_and_are_mapped_from_there() -> None:
-    """An item that comes with the last span was the same before and after, until the span's own step 1."""
+def test_new_rows_start_like_those_of_fine_tuning_and_are_then_mapped() -> None:
+    """Before step 1 of its span, a new item has the same weights in the previous and in the adapted model."""
     grown = replace(
         span_of(2), events=Events.trainable(torch.tensor([7] * 20), torch.arange(20) % 12 + 1), n_users=7, n_items=12
     )
@@ -251,22 +256,23 @@ def test_new_rows_begin_as_those_of_fine_tuning_and_are_mapped_from_there() -> N
 
 
 def test_the_penalties_by_hand() -> None:
-    # lambda_1: rows (1, 2) and (3, 0) of a batch that has the first twice: (1 + 4 + 9) / 2 x 0.1 = 0.7
+    # lambda_1: a batch has the row (1, 2) twice and the row (3, 0) once: (1 + 4 + 9) / 2 x 0.1 = 0.7
     model = replace(MODELS["mf"], d=2).build(0)  # type: ignore[type-var]
     model.grow(2, 2)
     model.items.weights[1:] = torch.tensor([[1.0, 2.0], [3.0, 0.0]])
     model.items.lookup(torch.tensor([1, 1, 2]))
-    nothing: Any = None
-    assert weight_decay_term(model, 0.1)(nothing, nothing).item() == pytest.approx(0.7)
+    unused: Any = None
+    assert weight_decay_term(model, 0.1)(unused, unused).item() == pytest.approx(0.7)
     transfer = Transfer.for_model(MLPTransfer(hidden=0), model, 0)  # users and items: 4 x 2 weights each
     for theta in transfer.parameters():
         theta.data.fill_(0.5)
-    assert transfer_decay_term(transfer, 0.1)(nothing, nothing).item() == pytest.approx(0.1 / 2 * 16 * 0.25)
+    assert transfer_decay_term(transfer, 0.1)(unused, unused).item() == pytest.approx(0.1 / 2 * 16 * 0.25)
 
 
-def test_the_work_counts_every_pass() -> None:
-    # base: 3 epochs of 60; of its 6 parts 2 train a base, 3 stages of 4 rounds x (2 + 1) epochs: 10 x (2 x 3 + 36).
-    # Span 1: 2 x 10. Span 2: 2 x 20, the last span's 3 more rounds 3 x 2 x 10, the network 4 x 20.
+def test_the_planned_work_counts_every_pass() -> None:
+    # Base block: 3 epochs of 60 events, and 6 parts of 10 events. Two parts train a base for 3 epochs, and three stages
+    # have 4 rounds of (2 + 1) epochs: 10 x (2 x 3 + 36). Span 1: 2 x 10. Span 2: 2 x 20, 3 x 2 x 10 for 3 more rounds
+    # on the last span, and 4 x 20 for the network.
     strategy = SML(fit=FitConfig(epochs=2), rounds=4)
     assert training_passes(strategy, [60, 10, 20], 3) == [180 + 420, 20, 40 + 60 + 80]
     assert training_passes(replace(strategy, last_trained_span=0), [60, 10, 20], 3) == [600, 20, 40]
@@ -275,15 +281,15 @@ def test_the_work_counts_every_pass() -> None:
 
 
 @pytest.mark.parametrize("options", [{"rounds": 2, "train_through_transfer": False}, {"base_parts": 2}])
-def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(OptionError, match="SML"):
+def test_invalid_combinations_of_options_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match="sml .*Set (rounds=1|base_parts to 0 or at least 3)"):
         SML(**options)
 
 
-def test_a_share_that_is_learned_falls_where_the_past_misleads_and_rises_where_it_helps() -> None:
-    """Users who like other items in each span, or the same for ever, with few events a span."""
+def test_a_learned_alpha_falls_if_the_past_misleads_and_rises_if_it_helps() -> None:
+    """Users like other items in each span, or always the same ones. Each span has few events."""
 
-    def share(n_moves: int) -> float:
+    def learned_alpha(n_moves: int) -> float:
         def span(t: int) -> Span:
             n = 240 if t else 2400
             users = torch.arange(n) % 24 + 1
@@ -292,8 +298,8 @@ def test_a_share_that_is_learned_falls_where_the_past_misleads_and_rises_where_i
             return Span(t, Events.trainable(users, items, torch.arange(n) + 2400 * t), 24, 30)
 
         linear = SML(transfer=LinearTransfer(0.5, learned=True), fit=FitConfig(epochs=5, base_epochs=20), base_parts=0)
-        states = chain(replace(linear, transfer_lr=FAST), spans=[span(t) for t in range(10)])
+        states = chain(replace(linear, transfer_lr=HIGH_LR), spans=[span(t) for t in range(10)])
         rho: Tensor = states[-1].memory.theta["towers.of/items.rho"]
         return float(torch.sigmoid(rho))
 
-    assert share(n_moves=1) < 0.3 < 0.6 < share(n_moves=0)
+    assert learned_alpha(n_moves=1) < 0.3 < 0.6 < learned_alpha(n_moves=0)

@@ -1,4 +1,4 @@
-"""Span numbers have 32 bits: an update every ten minutes passes 32,767 after 227 days."""
+"""Span numbers have 32 bits: with an update every ten minutes, they exceed 32,767 after 227 days."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -27,22 +27,22 @@ def test_a_state_of_forty_thousand_spans_updates_once_and_saves(tmp_path: Path) 
     strategy = IMSR(detect=Detector(c1=0.5), fit=FitConfig(base_epochs=1, epochs=1))
     state = absorb_block(State(replace(COMIREC_DR, d=4).build(0)), base.events, base.n_users, base.n_items)
     state = strategy.update(state, base)
-    late = state.interests
-    assert late is not None and not late.born_S.any()
-    born_S = torch.full_like(late.born_S, 39_999)
-    state = replace(state, interests=replace(late, born_S=born_S, used_S=born_S.clone()), spans_seen=40_000)
+    interests = state.interests
+    assert interests is not None and not interests.born_S.any()
+    born_S = torch.full_like(interests.born_S, 39_999)
+    state = replace(state, interests=replace(interests, born_S=born_S, used_S=born_S.clone()), spans_seen=40_000)
     day = replace(day, index=40_000)
     after = strategy.update(absorb_block(state, day.events, day.n_users, day.n_items), day)
     save_state(after, tmp_path / "state.safetensors")
-    again = load_state(tmp_path / "state.safetensors")
-    assert again.spans_seen == 40_001 and again.interests is not None
-    # who came today used some interests in span 40,000; those of others are as they were
-    assert again.interests.used_S.unique().tolist() == [39_999, 40_000]
-    assert set(again.interests.born_S.tolist()) <= {39_999, 40_000}
+    loaded = load_state(tmp_path / "state.safetensors")
+    assert loaded.spans_seen == 40_001 and loaded.interests is not None
+    # the users of span 40,000 used some of their interests in it; the interests of other users are unchanged
+    assert loaded.interests.used_S.unique().tolist() == [39_999, 40_000]
+    assert set(loaded.interests.born_S.tolist()) <= {39_999, 40_000}
 
 
-def test_interests_of_a_newcomer_are_older_than_no_span() -> None:
-    # User 1 has an interest born in span 40,000, user 2 none: the model's slots stand in for them.
+def test_initial_interests_of_a_new_user_are_never_old() -> None:
+    # User 1 has an interest that was born in span 40,000. User 2 has none, so the model's initial slots are used.
     born_S = torch.tensor([40_000], dtype=torch.int32)
     interests = Interests(torch.ones(1, 2), torch.tensor([0, 0, 1, 1]), born_S, born_S)
     batch = Batch(torch.tensor([1, 2]), torch.tensor([[1], [1]]))
@@ -52,15 +52,15 @@ def test_interests_of_a_newcomer_are_older_than_no_span() -> None:
     assert NOT_YET_BORN == 2**31 - 1
 
 
-def test_a_catalog_knows_spans_of_32_bits() -> None:
+def test_a_catalog_stores_span_numbers_with_32_bits() -> None:
     catalog = Catalog.empty().extend(pl.Series(["a", "b"]), 39_999).extend(pl.Series(["b"]), 40_000)
     assert catalog.frame["last_span"].to_list() == [39_999, 40_000]
     assert catalog.reset_spans().frame.schema == catalog.frame.schema
 
 
-def test_interests_that_0_1_0_saved_with_16_bits_are_the_same_with_32() -> None:
+def test_span_numbers_that_0_1_0_saved_with_16_bits_are_read_with_32() -> None:
     path = GOLD / "store-0.1.0-comirec-dr/versions/2/learning.safetensors"
-    interests = load_tree(path)[1].interests  # of what ASMG keeps
+    interests = load_tree(path)[1].interests  # from the memory of ASMG
     saved = load_file(path)
     for name, now_S in (("born_S", interests.born_S), ("used_S", interests.used_S)):
         [before_S] = [tensor for key, tensor in saved.items() if key.endswith(name)]

@@ -1,4 +1,4 @@
-"""Cutting a log: where the cuts fall, what each event is for, and when it joins training."""
+"""Splitting a log: where spans start, which events are tested, and when they are trained on."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -96,7 +96,7 @@ def test_the_base_may_have_several_periods() -> None:
     log = log_of([0, 1, 2, 3, 4, 5], has_clock=False, period=[0, 0, 1, 2, 5, 5])
     names = [span.name for span in split_log(log, by="period", spans=3, base_periods=2).spans]
     assert names == ["periods 0 to 1", "period 2", "period 5"]
-    with pytest.raises(SpanError, match="no more than 4 periods, which are all base block"):
+    with pytest.raises(SpanError, match="no more than 4 periods, so there is nothing after the base block"):
         split_log(log, by="period", spans=3, base_periods=4)
 
 
@@ -113,10 +113,10 @@ def test_labels_and_categories_travel_with_the_events() -> None:
 def test_a_period_decides_where_it_disagrees_with_the_time() -> None:
     overlap = split_log(log_of([0, 1, 2, 3], period=[0, 1, 0, 1]), by="period", spans=1)
     assert [span.events.times_E.tolist() for span in overlap.spans] == [[0, 2], [1, 3]]
-    assert overlap.notes[0] == "some periods overlap in time; the period decides"
+    assert overlap.notes[0] == "Some periods overlap in time. The period decides."
 
 
-def test_a_log_without_a_clock_names_spans_by_event_numbers() -> None:
+def test_a_log_without_timestamps_names_spans_by_event_numbers() -> None:
     assert [s.name for s in split_log(log_of([0, 1, 2, 3], has_clock=False), by="count", spans=1).spans] == [
         "events 1 to 2",
         "events 3 to 4",
@@ -127,7 +127,7 @@ def test_an_empty_span_is_kept_and_noted() -> None:
     quiet = split_log(log_of([0, 1, 2, 3, 100]), by="time", spans=2, forget_users=0)
     # [0, 101) in three parts: edges at 33 and 67, and nothing happens in between.
     assert sizes(quiet) == [4, 0, 1]
-    assert quiet.notes == ("span 1 has no events", "the log has a single user")
+    assert quiet.notes == ("Span 1 has no events.", "The log has a single user.")
     assert (quiet.spans[1].name, quiet.spans[1].n_items) == ("no events", 4)
 
 
@@ -141,12 +141,12 @@ def test_the_last_event_of_each_user_in_a_span_is_tested_and_the_one_before_it_v
     assert joins(one, 1) == [NOW, NEXT, NEXT, NEXT, NEXT, NEXT]
 
 
-def test_under_never_held_out_events_never_join_training() -> None:
+def test_under_never_held_out_events_are_never_trained_on() -> None:
     paper = split_log(log_of(list(range(8))), by="count", spans=1, heldout="never", forget_users=0)
     assert joins(paper, 1) == [NOW, NOW, NEVER, NEVER]
 
 
-def test_under_now_held_out_events_are_tested_and_join_the_same_update() -> None:
+def test_under_now_held_out_events_are_tested_and_trained_on_in_the_same_update() -> None:
     at_once = split_log(log_of(list(range(8))), by="count", spans=1, heldout="now", forget_users=0)
     assert (roles(at_once, 1), joins(at_once, 1)) == ([TRAIN, TRAIN, VALID, TEST], [NOW] * 4)
 
@@ -182,7 +182,7 @@ def test_three_targets_a_user_are_the_last_event_and_two_others_that_had_one_bef
 
 
 @pytest.mark.parametrize("targets", ["last", "three", "all"])
-def test_with_fewer_targets_whole_users_are_asked_and_nothing_else_changes(targets: str) -> None:
+def test_with_fewer_targets_whole_users_are_tested_and_nothing_else_changes(targets: str) -> None:
     whole = split_log(many(), by="count", spans=3, targets=targets, heldout="now", forget_users=0.2)
     part = split_log(many(), by="count", spans=3, targets=targets, heldout="now", forget_users=0.2, n_targets=40)
     for every, some in zip(whole.spans[1:], part.spans[1:]):
@@ -199,11 +199,11 @@ def test_with_fewer_targets_whole_users_are_asked_and_nothing_else_changes(targe
     heavy = [
         split_log(a_heavy_one, by="count", spans=1, targets="all", n_targets=9, seed=seed) for seed in range(-1, 40)
     ]
-    assert {int((c.spans[1].events.role_E == TEST).sum()) for c in heavy} == {500}  # who is there alone is asked
+    assert {int((c.spans[1].events.role_E == TEST).sum()) for c in heavy} == {500}  # the only user is tested
     beside = log_of(list(range(1000)), [1, *range(2, 501)] + [u for i in range(250) for u in (1, 600 + i)])
     asked_of = [split_log(beside, by="count", spans=1, targets="all", n_targets=200, seed=seed) for seed in range(40)]
     n_asked = {int((c.spans[1].events.role_E == TEST).sum()) for c in asked_of}
-    assert min(n_asked) == 200 and 250 < max(n_asked) < 450  # with the heavy one among them, or without
+    assert min(n_asked) == 200 and 250 < max(n_asked) < 450  # with the heavy user among them, or without
     all_at_once = split_log(
         many(), by="count", spans=3, targets=targets, heldout="now", forget_users=0.2, n_targets=10**6
     )
@@ -244,9 +244,7 @@ def test_users_with_few_events_are_left_out_with_a_note() -> None:
     log = log_of([0, 1, 2, 3, 4], users=[1, 2, 1, 2, 3])
     kept = split_log(log, by="count", spans=1, min_events=2)
     assert kept.user_catalog.frame["id"].to_list() == [1, 2]
-    assert kept.notes[0].startswith(
-        "1 users with fewer than 2 events in the whole log are left out, with their 1 events"
-    )
+    assert kept.notes[0].startswith("Left out 1 user with fewer than 2 events in the whole log (1 event).")
 
 
 def test_catalogs_grow_with_the_spans() -> None:
@@ -299,9 +297,9 @@ def test_a_user_with_n_events_in_a_span_trains_on_n_minus_2(users: list[int]) ->
             assert found == [*[TRAIN] * (len(found) - 2), VALID, TEST][-len(found) :]
 
 
-def test_a_cut_takes_a_config_keywords_or_both_and_cuts_by_count_unless_told_otherwise() -> None:
-    # Ten events in a base of half and two spans: by count 5, 2, 3 (see above); with alpha = 0.2 the base has 2, and the
-    # later 8 are shared as 4 and 4.
+def test_split_log_takes_a_config_keywords_or_both_and_splits_by_count_by_default() -> None:
+    # Ten events in a base block and two spans. By count with alpha = 0.5: 5, 2, 3 (see above). With alpha = 0.2 the
+    # base block has 2 events, and the other 8 are split into 4 and 4.
     log = log_of([0, 1, 2, 3, 4, 5, 6, 7, 8, 40])
     assert sizes(split_log(log, spans=2)) == sizes(split_log(log, SplitConfig(spans=2))) == [5, 2, 3]
     assert sizes(split_log(log, SplitConfig(spans=2, alpha=0.2))) == [2, 4, 4]
@@ -312,17 +310,17 @@ def test_a_cut_takes_a_config_keywords_or_both_and_cuts_by_count_unless_told_oth
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"by": "counts"}, 'did you mean "count"?'),
-        ({"targets": "first"}, 'targets of SplitConfig is one of last, three, all, split, not "first"'),
-        ({"n_targets": -1}, "n_targets of SplitConfig is -1; it must be at least 0"),
+        ({"by": "counts"}, 'Did you mean "count"?'),
+        ({"targets": "first"}, 'Option targets is "first". Use one of last, three, all, split.'),
+        ({"n_targets": -1}, "Option n_targets is -1. It must be at least 0"),
         ({"heldout": "later"}, "heldout"),
-        ({"spans": 0}, "spans of SplitConfig is 0; it must be at least 1"),
-        ({"alpha": 1.0}, "alpha of SplitConfig is 1.0; it must be above 0 and below 1"),
-        ({"forget_users": 1.5}, "forget_users of SplitConfig is 1.5; it must be at least 0 and at most 1"),
-        ({"by": "dates"}, "0 dates were given"),
-        ({"dates": ["1970-01-02"]}, "1 dates were given"),
+        ({"spans": 0}, "Option spans is 0. It must be at least 1"),
+        ({"alpha": 1.0}, "Option alpha is 1.0. It must be above 0 and below 1"),
+        ({"forget_users": 1.5}, "Option forget_users is 1.5. It must be at least 0 and at most 1"),
+        ({"by": "dates"}, 'by = "dates" needs dates'),
+        ({"dates": ["1970-01-02"]}, 'dates are set, but by is "count"'),
         ({"by": "dates", "dates": ["yesterday"]}, "yesterday"),
-        ({"by": "dates", "dates": ["1970-01-03", "1970-01-02"]}, "do not ascend"),
+        ({"by": "dates", "dates": ["1970-01-03", "1970-01-02"]}, "are not in ascending order"),
         ({"targets": "all", "heldout": "never"}, "contradicts"),
     ],
 )
@@ -334,19 +332,19 @@ def test_an_impossible_option_is_refused(options: dict[str, Any], message: str) 
 @pytest.mark.parametrize(
     ("log", "options", "message"),
     [
-        (log_of([0, 1, 2]), {"by": "count", "spans": 3}, "3 distinct times, too few .* ask for at most 2 spans"),
-        (log_of([0, 0]), {"by": "count", "spans": 1}, "all events of the log have the same time"),
+        (log_of([0, 1, 2]), {"by": "count", "spans": 3}, "3 distinct times, too few .* Use at most 2 spans"),
+        (log_of([0, 0]), {"by": "count", "spans": 1}, "All events of the log have the same time"),
         (log_of([0, 1]), {"by": "dates", "dates": ["1970-01-01"]}, "base block would be empty"),
-        (log_of([0, 1], has_clock=False), {"by": "time", "spans": 1}, "needs a clock"),
+        (log_of([0, 1], has_clock=False), {"by": "time", "spans": 1}, "needs timestamps"),
         (log_of([0, 1]), {"by": "period"}, "needs a period"),
         (log_of([0, 1], period=[3, 3]), {"by": "period"}, "single period"),
-        (log_of([0, 1]), {"by": "count", "spans": 1, "targets": "split"}, "no split column"),
+        (log_of([0, 1]), {"by": "count", "spans": 1, "targets": "split"}, "needs a split column"),
         (
             log_of([0, 1], split=["train", "dev"]),
             {"by": "count", "spans": 1, "targets": "split"},
-            "1 rows have a split",
+            "values other than train, valid, test in 1 row",
         ),
-        (log_of([0, 1]), {"by": "count", "spans": 1, "min_events": 3}, "no events are left"),
+        (log_of([0, 1]), {"by": "count", "spans": 1, "min_events": 3}, "No events are left"),
     ],
 )
 def test_a_log_that_cannot_be_cut_as_asked_is_refused(log: Log, options: dict[str, Any], message: str) -> None:
@@ -371,7 +369,7 @@ def test_the_gowalla_log_keeps_its_own_blocks_and_split(real_log: Callable[[str]
     assert sum(describe_spans(parts)["targets"]) == log.frame.filter(split="test").height
 
 
-def test_with_sessions_who_comes_back_in_another_span_is_somebody_else() -> None:
+def test_with_sessions_a_user_of_another_span_is_a_new_user() -> None:
     log = log_of([0, 1, 2, 3, 4, 5], users=[1, 2, 1, 1, 2, 3], period=[0, 0, 0, 1, 1, 1])
     parts = split_log(log, by="period", spans=1, targets="all", sessions=True)
     assert [span.events.users_E.tolist() for span in parts.spans] == [[1, 2, 1], [3, 4, 5]]

@@ -1,4 +1,4 @@
-"""STMP and STAMP by hand; what the order, padding and the loss do; a world in which the last item tells the next."""
+"""STMP and STAMP by hand; order, padding and losses; a world in which the next item follows from the last one."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ def built(**options: Any) -> STAMP:
 
 
 def plain(**options: Any) -> STAMP:
-    """Of two dimensions, all matrices 1, all biases 0, w = (1, 1); item 1 is (1, 0), item 2 (0, 1), item 3 (1, 1)."""
+    """A model with d = 2, identity matrices, no biases and w = (1, 1). Items 1 to 3 are (1, 0), (0, 1) and (1, 1)."""
     model = built(d=2, **options)
     for name, weight in model.named_parameters():
         weight.data = torch.zeros(2) if name.endswith("bias") else torch.eye(2)
@@ -85,7 +85,7 @@ def test_padding_changes_nothing(kind: str, loss: str) -> None:
     results = []
     for padding in ([], [0], [0, 0, 0]):
         model = built(kind=kind, loss=loss)
-        model.items.weights[0] = 50.0 * len(padding)  # whatever stands in the padding row
+        model.items.weights[0] = 50.0 * len(padding)  # the content of the padding row must not matter
         forward = model(query_batch([*padding, 4, 2, 7], [*padding, 1, 1, 5], targets=[2, 6]))
         forward.loss.backward()
         grads = [weight.grad for weight in model.parameters()]
@@ -95,25 +95,25 @@ def test_padding_changes_nothing(kind: str, loss: str) -> None:
 
 
 @each_kind
-def test_who_has_no_history_has_a_vector_of_zeros(kind: str) -> None:
+def test_a_user_without_a_history_has_a_vector_of_zeros(kind: str) -> None:
     model = built(kind=kind)
     for layer in (model.whole, model.last):
-        nn.init.ones_(layer.bias)  # which alone would not be 0
+        nn.init.ones_(layer.bias)  # without the mask, the result would not be 0
     assert (scores(model, [0, 0], [0, 3])[0] == 0).all() and (scores(model, [0, 0], [0, 3])[1] != 0).all()
     assert (scores(model, []) == 0).all()
 
 
 @each_kind
-def test_the_losses_are_the_surprise_of_the_target_among_all_items_or_among_the_negatives(kind: str) -> None:
+def test_the_losses_are_the_cross_entropy_over_all_items_or_over_the_negatives(kind: str) -> None:
     batch = query_batch([4, 2, 7], [0, 1, 5], targets=[2, 3])
     score_BI = scores(built(kind=kind), [4, 2, 7], [0, 1, 5])
     full = built(kind=kind, loss="full")(batch)
     assert full.loss.item() == near(F.cross_entropy(score_BI, torch.tensor([1, 2])).item(), abs=1e-5)
     sampled = built(kind=kind, loss="sampled")(batch)
-    # the second target, 3, is twice among the negatives 1, 3, 8, 3: there it does not count
+    # the second target, 3, is twice among the negatives 1, 3, 8, 3, where it is ignored
     first, second = score_BI[0, [1, 0, 2, 7, 2]], score_BI[1, [2, 0, 7]]
-    surprise = torch.stack([first.logsumexp(0) - first[0], second.logsumexp(0) - second[0]])
-    assert sampled.loss.item() == near(surprise.mean().item(), abs=1e-5)
+    losses_B = torch.stack([first.logsumexp(0) - first[0], second.logsumexp(0) - second[0]])
+    assert sampled.loss.item() == near(losses_B.mean().item(), abs=1e-5)
 
 
 @each_kind
@@ -129,7 +129,7 @@ def test_every_weight_learns(kind: str, loss: str) -> None:
     assert moved == {1, 2, 3, 4, 5, 6, 7, 8} | ({9} if loss == "full" else set())
 
 
-def test_the_scores_of_all_items_can_be_followed_back_to_the_vectors_of_the_history() -> None:
+def test_gradients_of_the_user_vectors_reach_the_items_of_the_history() -> None:
     model, batch = built(), query_batch([4, 2, 7], [0, 1, 5])
     items_BTD = model.items.weights[batch.history_BT].clone().requires_grad_()
     vectors_BKD = model.encode(items_BTD, batch)
@@ -140,14 +140,14 @@ def test_the_scores_of_all_items_can_be_followed_back_to_the_vectors_of_the_hist
 
 
 def test_a_kind_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(OptionError, match='option kind of STAMPSpec is one of stamp, stmp, not "stmap"'):
+    with pytest.raises(OptionError, match='Option kind is "stmap". Use one of stamp, stmp.'):
         STAMPSpec(kind="stmap")  # type: ignore[arg-type]
 
 
 def trained(n_epochs: int, **options: Any) -> tuple[STAMP, float]:
-    """A model of users who go round one of four circles of 5 items, and how often its first guess is right.
+    """Train on users who go round one of four circles of 5 items. Return the model and its hit rate at 1.
 
-    A history of 8 items holds the whole circle: it is the last item that tells the next.
+    A history of 8 items contains the whole circle, so only the last item shows which one is next.
     """
     targets = due_targets(append_events(Histories.empty(), circles(range(1, 61), 1), 60))
     model = STAMPSpec(d=16, negatives=16, length=8, lr=0.01, **options).build(0)
@@ -159,7 +159,7 @@ def trained(n_epochs: int, **options: Any) -> tuple[STAMP, float]:
 
 @each_kind
 @each_loss
-def test_the_item_that_follows_the_last_one_is_learnt(kind: str, loss: str) -> None:
+def test_the_item_that_follows_the_last_one_is_learned(kind: str, loss: str) -> None:
     assert trained(6, kind=kind, loss=loss)[1] == 1
 
 

@@ -1,4 +1,4 @@
-"""Folders that version 0.1.0 wrote (commit 844d548, tests/gold/write_stores.py) open, learn, serve and go on."""
+"""Folders that version 0.1.0 wrote (commit 844d548, tests/gold/write_stores.py) open, learn, serve and continue."""
 
 import json
 import shutil
@@ -21,14 +21,14 @@ LAST = {"store-0.1.0-blend": 401, "store-0.1.0-comirec-dr": 160}  # the hour aft
 
 
 def said(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
-    """What a command prints as JSON."""
+    """The JSON that a command prints."""
     capsys.readouterr()
     assert main([*words, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
 def lists_of(capsys: pytest.CaptureFixture[str], store: Path, *users: str) -> dict[str, list[tuple[str, float]]]:
-    """user -> item and score, the best first."""
+    """user -> items and scores, best first."""
     found: dict[str, list[tuple[str, float]]] = {user: [] for user in users}
     for row in said(capsys, "recommend", *users, "-k", "5", "--store", str(store)):
         found[str(row["user_id"])].append((str(row["item_id"]), row["score"]))
@@ -36,7 +36,7 @@ def lists_of(capsys: pytest.CaptureFixture[str], store: Path, *users: str) -> di
 
 
 def write_day(name: str, path: Path) -> str:
-    """Ten events, an hour apart, after those of the store: user 1 takes item 12, and so does user 77, who is new."""
+    """Ten events, an hour apart, after those of the store. User 1 and the new user 77 interact with item 12."""
     form = KNOWN[name]["form"]
     user, item = ("", "") if form == "numbers" else ("u", "i")
     rows = [
@@ -51,7 +51,7 @@ def write_day(name: str, path: Path) -> str:
 
 
 @pytest.mark.parametrize("name", STORES)
-def test_a_store_of_0_1_0_answers_as_then_learns_a_day_and_serves_it(
+def test_a_store_of_0_1_0_gives_the_same_answers_and_learns_and_serves_a_day(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = tmp_path / "s"
@@ -63,27 +63,27 @@ def test_a_store_of_0_1_0_answers_as_then_learns_a_day_and_serves_it(
     assert lists_of(capsys, store, *then) == then
     spans = Recommender.load(store).served.state.spans_seen
     user, at = write_day(name, tmp_path / "day.csv"), ["--store", str(store)]
-    waiting = 2 if name.endswith("blend") else 0  # clicks, of which one is of a user who is new
-    [version] = said(capsys, "update", str(tmp_path / "day.csv"), *at, "--force", "--reason", "a tiny day")
+    waiting = 2 if name.endswith("blend") else 0  # clicks, one of them by a new user
+    [version] = said(capsys, "update", str(tmp_path / "day.csv"), *at, "--force", "--reason", "a small delivery")
     assert version["numbers"]["new_events"] == 10 + waiting and version["goes_live"]
     now = Recommender.load(store).served
     assert now.state.spans_seen == spans + 1
     found = lists_of(capsys, store, f"{user}1", f"{user}77", f"{user}99")
     assert all(found.values())
     item = "12" if user == "" else "i12"
-    assert item not in [one for one, _ in found[f"{user}1"]]  # what somebody has had is left out
+    assert item not in [one for one, _ in found[f"{user}1"]]  # seen items are excluded
     seen = said(capsys, "inspect", "user", f"{user}77", *at)["events"]
     assert [str(one["item_id"]) for one in seen] == [item, "3" if user == "" else "i3"]
 
 
-def test_versions_moves_and_clicks_of_0_1_0_are_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_versions_moves_and_clicks_of_0_1_0_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = tmp_path / "s"
     shutil.copytree(GOLD / "store-0.1.0-blend", store)
     at = ["--store", str(store)]
     history = said(capsys, "history", *at)
     versions = {one["id"]: one for one in history["versions"]}
     assert sorted(versions) == [1, 2, 3, 4] and not versions[3]["promoted"]
-    # 3 late rows of 20 and the doubled ones left out; version 4 comes from 2, as 3 was refused
+    # 3 of 20 rows are late, and duplicates are skipped; version 4 is updated from 2, as 3 was refused
     assert (versions[4]["parent"], versions[4]["numbers"]["late"]) == (2, 3)
     assert said(capsys, "status", *at)["live"] == 4
     assert said(capsys, "diff", "1", "4", *at)["recipe"] == {}  # the same options
@@ -93,17 +93,19 @@ def test_versions_moves_and_clicks_of_0_1_0_are_known(tmp_path: Path, capsys: py
 
 
 @pytest.mark.parametrize("name", REPLAYS)
-def test_a_replay_that_0_1_0_left_half_finished_goes_on_and_ends_as_if_it_had_not_stopped(
+def test_an_unfinished_replay_of_0_1_0_resumes_and_ends_as_if_it_had_not_stopped(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / name
     shutil.copytree(GOLD / name, out)
     bases = sorted(path.name for path in out.glob("bases/*.safetensors"))
-    before = {path: path.read_bytes() for path in out.glob("*/*-[012].*")}  # what is done stays as it is
+    before = {path: path.read_bytes() for path in out.glob("*/*-[012].*")}  # finished parts stay unchanged
     words = ["replay", "--recipe", str(out / "recipe.toml"), "--data", str(out), "--out", str(out), "--resume"]
     said(capsys, *words)
     assert {path: path.read_bytes() for path in before} == before
-    assert sorted(path.name for path in out.glob("bases/*.safetensors")) == bases  # each was found, none trained again
+    assert (
+        sorted(path.name for path in out.glob("bases/*.safetensors")) == bases
+    )  # every finished span was found, and none was trained again
     results = pl.read_parquet(out / "results.parquet").filter((pl.col("slice") == "all") & (pl.col("span") > 0))
     for way, metrics in KNOWN[name]["spans"].items():
         model, strategy = way.split("/")
@@ -111,25 +113,25 @@ def test_a_replay_that_0_1_0_left_half_finished_goes_on_and_ends_as_if_it_had_no
         found = {(metric, span): value for metric, span, value in rows.select("metric", "span", "value").iter_rows()}
         known = {(metric, int(span)): value for metric, spans in metrics.items() for span, value in spans.items()}
         assert {span for _, span in known} == {1, 2, 3, 4}
-        if strategy == "absorb":  # counting is exact to the end
+        if strategy == "absorb":  # counting models give the same numbers to the end
             assert {key: found[key] for key in known} == pytest.approx(known, abs=1e-9), way
             continue
-        # Training goes on with random streams that 0.1.0 did not have. Up to the span after the last one that 0.1.0
+        # Training continues with random streams that 0.1.0 did not have. Up to the span after the last one that 0.1.0
         # finished, models of 0.1.0 are measured; on another processor their scores now and then move a rank.
         finished = [path for path in cell_folder(out, way).glob("costs-*.json") if path in before]
         done = max((int(path.stem.removeprefix("costs-")) for path in finished), default=0)
         then = {(metric, span): value for (metric, span), value in known.items() if span <= done + 1}
         assert {key: found[key] for key in then} == pytest.approx(then, abs=0.02), way
-        assert found.keys() >= known.keys(), way  # the later spans are there too
+        assert found.keys() >= known.keys(), way  # the later spans exist too
 
 
 def cell_folder(out: Path, way: str) -> Path:
-    """The folder of a cell of seed 0."""
+    """The folder of a run with seed 0."""
     return out / f"{way.replace('/', '--').replace(':', '_')}--0"
 
 
 def test_the_stores_hold_every_class_that_0_1_0_could_save() -> None:
     held = set[str]().union(*(about["classes"] for name, about in KNOWN.items() if name != "machine"))
     of_replays = {"freshrec.replay.replay:Cell", "freshrec.replay.replay:Settings", "freshrec.replay.measure:Asked"}
-    before = {"freshrec.serve.recommender:Reading"}  # of the folders that came before stores: tests/gold/recommender-2
-    assert held == FORMER.keys() - of_replays - before  # of replays: those in made-of.txt
+    before = {"freshrec.serve.recommender:Reading"}  # from folders older than stores: tests/gold/recommender-2
+    assert held == FORMER.keys() - of_replays - before  # from replays: those in made-of.txt

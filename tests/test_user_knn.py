@@ -31,7 +31,7 @@ def all_scores(model: UserKNN, user: int, history: list[int]) -> list[float]:
     return scores
 
 
-def test_items_of_like_users_by_how_telling_the_shared_ones_are() -> None:
+def test_items_of_similar_users_are_scored_by_the_idf_of_the_shared_items() -> None:
     # 2 users have events; item 1 was taken by both: idf = ln(1 + 2 / 3); item 2 by user 3 alone: ln(1 + 2 / 2).
     model = fed([(2, 1), (2, 5), (3, 1), (3, 2), (3, 6)])
     one, two = np.log1p(2 / 3), np.log1p(1.0)
@@ -40,31 +40,31 @@ def test_items_of_like_users_by_how_telling_the_shared_ones_are() -> None:
     assert scores[1] == near(one + one + two) and scores[2] == near(one + two) and scores[7] == scores[0] == 0
 
 
-def test_a_user_is_no_neighbour_of_its_own_and_only_the_nearest_count() -> None:
+def test_a_user_is_never_its_own_neighbour_and_only_the_nearest_users_count() -> None:
     model = fed([(1, 1), (1, 7), (2, 1), (2, 5), (3, 1), (3, 2), (3, 6)], neighbours=1)
     scores = all_scores(model, 1, [1, 2])
     assert scores[7] == 0 and scores[5] == 0 and scores[6] > 0
 
 
-def test_an_item_makes_neighbours_of_its_latest_users_only() -> None:
+def test_only_the_most_recent_users_of_an_item_are_neighbours() -> None:
     pairs = [(2, 1), (2, 5), (3, 1), (3, 6)]
     assert all_scores(fed(pairs, (2,), users_per_item=1), 1, [1])[5:7] == [0, near(np.log1p(2 / 3))]
 
 
-def test_what_is_older_than_the_last_events_is_forgotten() -> None:
+def test_events_before_the_last_ones_are_forgotten() -> None:
     model = fed([(2, 1), (2, 3), (2, 4)], length=2)
     assert model.recent_UT[2].tolist() == [3, 4] and sum(all_scores(model, 1, [1])) == 0
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=30), st.data())
-def test_the_last_events_do_not_depend_on_how_they_came(pairs: list[tuple[int, int]], data: st.DataObject) -> None:
+def test_the_last_events_do_not_depend_on_the_blocks(pairs: list[tuple[int, int]], data: st.DataObject) -> None:
     cuts = tuple(sorted(data.draw(st.lists(st.integers(0, len(pairs)), max_size=4))))
     at_once, in_parts = fed(pairs, length=3), fed(pairs, cuts, length=3)
     assert (at_once.recent_UT == in_parts.recent_UT).all()
     assert all_scores(at_once, 1, [1, 2]) == near(all_scores(in_parts, 1, [1, 2]))
 
 
-def test_a_copy_that_learns_more_leaves_the_old_one_alone() -> None:
+def test_a_loaded_copy_that_learns_more_does_not_change_the_original() -> None:
     model = fed([(2, 1)])
     other = UserKNNSpec().build(0)
     other.load_state_dict(model.state_dict())
@@ -72,14 +72,14 @@ def test_a_copy_that_learns_more_leaves_the_old_one_alone() -> None:
     assert all_scores(model, 1, [1])[5] == 0 and all_scores(other, 1, [1])[5] > 0
 
 
-def test_room_for_more_users_and_items_changes_no_score() -> None:
+def test_adding_users_and_items_changes_no_score() -> None:
     model = fed([(1, 1), (1, 2), (2, 1), (2, 3), (3, 4)])
     before = all_scores(model, 0, [1])
     model.grow(model.n_users + 20, model.n_items + 5)
     assert all_scores(model, 0, [1])[: len(before)] == before
 
 
-def test_a_copy_shares_what_it_has_not_changed() -> None:
+def test_a_deep_copy_shares_arrays_until_it_changes() -> None:
     model = fed([(2, 1), (2, 5), (3, 1)])
     other = copy.deepcopy(model)
     assert other.recent_UT is model.recent_UT

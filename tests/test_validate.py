@@ -1,4 +1,4 @@
-"""The report of a log: each number by hand, each warning on a log that deserves it and on one that does not."""
+"""The report of a log: each number computed by hand, and each warning on a log that triggers it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def report_of(**columns: object) -> LogReport:
 
 
 def steady(**changes: object) -> LogReport:
-    """40 users and 50 items in turn, a row every quarter of an hour: nothing to warn of."""
+    """40 users and 50 items in turn, one row every 15 minutes: a log without warnings."""
     columns = {
         "user_id": [i % 40 for i in range(N)],
         "item_id": [i % 50 for i in range(N)],
@@ -39,9 +39,9 @@ def test_a_report_counts_what_the_log_holds() -> None:
     )
     assert (report.rows, report.users, report.items) == (5, 2, 2)
     assert (report.first, report.last) == ("2020-09-13T12:26:40+00:00", "2020-09-13T12:26:50+00:00")
-    assert report.duplicates == 1  # row 2 says what row 1 says
+    assert report.duplicates == 1  # row 2 is the same as row 1
     assert report.ties == 2 / 5  # rows 1 and 2
-    assert report.out_of_order == 1 / 5  # row 4 stands behind row 3
+    assert report.out_of_order == 1 / 5  # row 4 is earlier than row 3
     assert report.repeats == pytest.approx(2 / 5)  # rows 2 and 3 have the pair (1, 5) of row 1
     assert report.nulls == {"category": 2}
 
@@ -50,7 +50,7 @@ def test_duplicates_are_equal_event_ids_where_there_are_any() -> None:
     assert steady(event_id=[f"e{i // 2}" for i in range(N)]).duplicates == N // 2
 
 
-def test_what_a_log_without_a_clock_cannot_tell_is_none() -> None:
+def test_facts_that_need_timestamps_are_none_without_them() -> None:
     report = report_of(user_id=[1, 1], item_id=[1, 1], period=[0, 1])
     assert (report.first, report.duplicates, report.ties) == (None, None, None)
 
@@ -82,44 +82,53 @@ def only(report: LogReport, words: str) -> str:
     return found
 
 
-def test_it_warns_of_users_who_come_once() -> None:
+def test_it_warns_of_users_with_a_single_day() -> None:
     # User i // 100 has 100 rows in a row, a quarter of an hour apart: 25 hours. At 60 s apart: 100 minutes.
     users = [i // 100 for i in range(N)]
     days = [NOON + DAY * (i // 100) + 60 * (i % 100) for i in range(N)]
-    assert only(steady(user_id=users, timestamp=days), "on one day").startswith("100% of the users")
+    assert only(steady(user_id=users, timestamp=days), "on one day").startswith("100.0 % of the users")
 
 
 def test_it_warns_of_a_half_empty_timeline() -> None:
     # 120 rows (3 %) in the first 120 days, the rest within the next 97 (3880 rows at 2160 s).
     times = [NOON + DAY * i for i in range(120)] + [NOON + DAY * 120 + 2160 * i for i in range(N - 120)]
-    assert "the earlier half of the timeline holds 2.7 % of the rows" in only(steady(timestamp=times), "timeline")
+    # The log lasts 120 + 97 = 217 days, so its first half ends on day 108: 109 rows of 4000 are 2.7 %.
+    assert "The first half of the time range holds only 2.7 % of the rows" in only(
+        steady(timestamp=times), "time range"
+    )
 
 
 def test_it_warns_where_most_test_items_would_be_unseen() -> None:
     # Each item has 10 rows in a row, so the last 1000 rows have only items of their own.
-    assert only(steady(item_id=[i // 10 for i in range(N)]), "unseen").startswith("100% of the rows in the last span")
+    assert only(steady(item_id=[i // 10 for i in range(N)]), "No model can").startswith(
+        "100.0 % of the rows in the last span"
+    )
 
 
 def test_it_warns_of_far_off_timestamps() -> None:
     # The rest of the log is 42 days long.
     early = [NOON - 100 * DAY, NOON - 99 * DAY]
     report = steady(timestamp=early + [NOON + 900 * i for i in range(N - 2)])
-    assert "2 before 2020-09-13" in only(report, "far-off")
+    assert "2 rows before 2020-09-13" in only(report, "Outlying")
     report = steady(timestamp=[NOON + 900 * i for i in range(N - 1)] + [NOON + 200 * DAY])
-    assert "1 after 2020-10-25" in only(report, "far-off")  # 3998 quarters of an hour are 41.6 days
+    assert "1 row after 2020-10-25" in only(report, "Outlying")  # 3998 quarters of an hour are 41.6 days
 
 
 def test_it_warns_of_baskets() -> None:
-    assert only(steady(timestamp=[NOON + DAY * (i // 400) for i in range(N)]), "share their time").startswith("100%")
+    assert only(steady(timestamp=[NOON + DAY * (i // 400) for i in range(N)]), "share user and timestamp").startswith(
+        "100.0 %"
+    )
 
 
 def test_it_warns_of_logs_too_small_to_compare_anything() -> None:
     assert only(report_of(user_id=[1, 1], item_id=[1, 2], timestamp=[NOON, NOON + 1]), "single user")
-    assert only(report_of(user_id=[1, 2], item_id=[1, 2], timestamp=[NOON, NOON]), "cannot be cut")
+    assert only(report_of(user_id=[1, 2], item_id=[1, 2], timestamp=[NOON, NOON]), "cannot be split")
     assert only(report_of(user_id=[1, 2], item_id=[1, 2], timestamp=[NOON, NOON + 1]), "too few")
 
 
-def test_the_command_prints_every_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_every_fact_and_what_to_type_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "log.csv"
     path.write_text(f"uid,item_id,timestamp,event\n1,a,{NOON},pv\n1,b,{NOON + 1},buy\n")
     command = ["validate", str(path), "--columns", "user_id=uid", "--events", "pv"]
@@ -128,4 +137,7 @@ def test_the_command_prints_every_field(tmp_path: Path, capsys: pytest.CaptureFi
     assert fields.keys() == LogReport.__dataclass_fields__.keys()
     assert (fields["rows"], fields["unit"]) == (1, "s")
     assert main(command) == 0
-    assert "2020-09-13T12:26:40+00:00" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "2020-09-13T12:26:40+00:00" in printed
+    assert "0.0 % of rows share user and timestamp with another row" in printed
+    assert f"freshrec fit {path} --columns user_id=uid --events pv --store shop" in printed

@@ -1,4 +1,4 @@
-"""freshrec, with each model's own defaults but for the length of histories."""
+"""freshrec, with the default options of each model except the length of histories."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""implicit: BPR and ALS (epoch by epoch, so that all stop by the same rule), and its cosine item-kNN."""
+"""implicit: BPR and ALS, trained epoch by epoch for a common stopping rule, and cosine item-kNN."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,23 +10,25 @@ from implicit.nearest_neighbours import CosineRecommender
 from protocol import Data, main, once, search
 from scipy import sparse
 
-STEP = 5  # epochs of theirs that count as one: a pass of BPR is a draw of as many events, and takes milliseconds
+STEP = 5  # epochs of implicit per step: one BPR epoch draws as many samples as there are events, and takes milliseconds
 
 
 def run(data: Data, name: str) -> dict[str, Any]:
     users, items = data.training()
-    taken = sparse.csr_matrix((np.ones(len(users), np.float32), (users, items)), (data.n_users + 1, data.n_items + 1))
+    counts_UI = sparse.csr_matrix(
+        (np.ones(len(users), np.float32), (users, items)), (data.n_users + 1, data.n_items + 1)
+    )
     if name == "item-knn":
         knn = CosineRecommender(K=100)
 
         def by_neighbours(users: Any, histories: Any) -> Any:
-            asked = [(row, item) for row, history in enumerate(histories) for item in history[history > 0]]
-            rows, columns = np.array(asked).T
+            pairs = [(row, item) for row, history in enumerate(histories) for item in history[history > 0]]
+            rows, columns = np.array(pairs).T
             shape = (len(users), data.n_items + 1)
-            mine = sparse.csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape)
-            return (mine @ knn.similarity).toarray()
+            history_UI = sparse.csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape)
+            return (history_UI @ knn.similarity).toarray()
 
-        return search(data, once(lambda: knn.fit(taken, show_progress=False)), by_neighbours)
+        return search(data, once(lambda: knn.fit(counts_UI, show_progress=False)), by_neighbours)
     spec: dict[str, Any] = {"factors": 64, "num_threads": 1, "random_state": 0}
     model = {
         "bpr": lambda: BayesianPersonalizedRanking(**spec, iterations=STEP),
@@ -35,7 +37,7 @@ def run(data: Data, name: str) -> dict[str, Any]:
 
     def epochs() -> Iterator[None]:
         while True:
-            yield model.fit(taken, show_progress=False)  # goes on from where it is
+            yield model.fit(counts_UI, show_progress=False)  # continues training
 
     def score(users: Any, histories: Any) -> Any:
         return model.user_factors[users] @ model.item_factors.T

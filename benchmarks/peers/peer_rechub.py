@@ -1,6 +1,6 @@
-"""torch-rechub: its MIND, ComirecDR and ComirecSA as in its examples (list-wise softmax), with sizes that are ours.
+"""torch-rechub: MIND, ComirecDR and ComirecSA as in its examples (list-wise softmax), with our sizes.
 
-That is d = 64, four interests, 20 negatives a row where its examples have 3, Adam at 0.001 where they have 0.0001.
+d = 64, four interests, 20 negatives per row (its examples have 3), Adam with lr 0.001 (its examples: 0.0001).
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ D, NEGATIVES, BATCH = 64, 20, 256
 
 
 def samples(data: Data) -> dict[str, Any]:
-    """A row for each event that has one before it."""
+    """One row for each event that has an earlier one."""
     users, histories, items = [], [], []
     for user in range(1, data.n_users + 1):
         mine = data.of(user, 2)

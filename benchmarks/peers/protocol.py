@@ -1,8 +1,8 @@
-"""What every library is asked, and how: numpy only, since each script of this folder runs in its library's environment.
+"""The task that every library solves. Uses numpy only, since each script runs in the environment of its library.
 
-Each user's last event is the test's target, the one before it the validation's; the others are trained on. A library is
-asked for scores of all items, given the events before the target. Epochs go on until ndcg@20 of the validation has not
-risen for `PATIENCE` epochs, or the CPU seconds of `Data.limit` are spent; what is reported is of the best epoch.
+The last event of each user is the test target, the one before it the validation target. The others are for training. A
+library scores all items, given the events before the target. Training stops when ndcg@20 on the validation targets has
+not risen for `PATIENCE` epochs, or when `Data.limit` CPU seconds are spent. The best epoch is reported.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 PATIENCE, MOST = 5, 60
-LENGTH = 20  # of histories
+LENGTH = 20  # events per history
 K = 20
 
 
@@ -27,7 +27,7 @@ class Data:
     offsets: Any
     items: Any
     n_items: int
-    limit: float  # CPU seconds of training after which no epoch begins
+    limit: float  # CPU seconds of training after which no epoch starts
 
     @property
     def n_users(self) -> int:
@@ -38,16 +38,16 @@ class Data:
         return self.items[self.offsets[user - 1] : self.offsets[user] - n_last]
 
     def training(self) -> tuple[Any, Any]:
-        """Users and items of all events that are trained on."""
+        """Users and items of all training events."""
         parts = [self.of(user, 2) for user in range(1, self.n_users + 1)]
         return np.repeat(np.arange(1, self.n_users + 1), [len(part) for part in parts]), np.concatenate(parts)
 
     def targets(self, n_last: int) -> Any:
-        """Each user's event before the last `n_last` of them."""
+        """The target of each user: the event before the last `n_last` ones."""
         return self.items[self.offsets[1:] - n_last - 1]
 
     def histories(self, users: Any, n_last: int) -> Any:
-        """(B, LENGTH) the events before that, 0 on the left where there are fewer."""
+        """The events before the target, shape (B, LENGTH), padded with 0 on the left."""
         rows = np.zeros((len(users), LENGTH), np.int64)
         for row, user in zip(rows, users):
             part = self.of(user, n_last + 1)[-LENGTH:]
@@ -59,7 +59,7 @@ Score = Callable[[Any, Any], Any]  # (users (B,), histories (B, LENGTH)) -> (B, 
 
 
 def ranks(data: Data, score: Score, n_last: int) -> Any:
-    """(n_users,) where each target stands among all items; ties count half."""
+    """Rank of each target among all items, shape (n_users,); ties count half."""
     found = []
     for users in np.array_split(np.arange(1, data.n_users + 1), max(1, data.n_users // 256)):
         scores = np.asarray(score(users, data.histories(users, n_last)))[:, 1 : data.n_items + 1]
@@ -69,12 +69,12 @@ def ranks(data: Data, score: Score, n_last: int) -> Any:
 
 
 def ndcg(rank: Any) -> Any:
-    """ndcg@20 of single targets."""
+    """ndcg@20 of each target, from its rank."""
     return (rank <= K) / np.log2(1 + rank)
 
 
 def search(data: Data, epochs: Iterator[Any], score: Score) -> dict[str, Any]:
-    """Train by drawing from `epochs` until the validation is content; seconds are those of the training alone."""
+    """Train with `epochs` until the validation quality stops rising. Seconds are those of training only."""
     best, since_best, spent, found = -1.0, 0, 0.0, {}
     for n in range(1, MOST + 1):
         since = time.process_time()
@@ -82,7 +82,7 @@ def search(data: Data, epochs: Iterator[Any], score: Score) -> dict[str, Any]:
             break
         spent += time.process_time() - since
         quality = float(ndcg(ranks(data, score, 1)).mean())
-        print(f"epoch {n}: {100 * quality:.2f} after {spent:.1f} CPU-s", file=sys.stderr, flush=True)
+        print(f"epoch {n}: ndcg@20 {quality:.4f} after {spent:.1f} CPU-s", file=sys.stderr, flush=True)
         since_best += 1
         if quality > best:
             best, since_best = quality, 0
@@ -93,7 +93,7 @@ def search(data: Data, epochs: Iterator[Any], score: Score) -> dict[str, Any]:
 
 
 def once(train: Callable[[], Any]) -> Iterator[Any]:
-    """The only epoch of what counts."""
+    """The single epoch of a counting model."""
     yield train()
 
 

@@ -1,6 +1,6 @@
-"""A strategy of your own: fine-tune, then go only part of the way, so that one odd day changes the model less.
+"""A custom strategy: fine-tune, then average with the previous weights, so that one unusual day changes less.
 
-Copy this file, change it, and name its class wherever freshrec takes the name of a strategy:
+Copy this file, change it, and use the name of its class wherever freshrec takes a strategy:
 
     export FRESHREC_IMPORT=my_strategy
     freshrec replay --world drift --models sasrec --strategies finetune,my_strategy:MyStrategy:keep=0.3 --out runs/mine
@@ -9,7 +9,7 @@ Copy this file, change it, and name its class wherever freshrec takes the name o
     freshrec recommend u42 --store my-strategy-shop
     freshrec serve --store my-strategy-shop
 
-Python looks for the module in the current folder too. A store holds the name of the class, not its code:
+The current folder is searched for the module too. A store holds the name of the class, but not its code. So
 FRESHREC_IMPORT names the modules to import before a store is opened. In Python, write `import my_strategy` instead.
 """
 
@@ -28,19 +28,19 @@ from freshrec.types import Span, State
 class MyStrategy:
     """After each update, weights = keep * previous weights + (1 - keep) * fine-tuned weights."""
 
-    keep: Rate = 0.5
-    fit: FitConfig = FitConfig()  # epochs and learning rate of an update
+    keep: Rate = 0.5  # Weight of the previous weights. 0 = fine-tuning.
+    fit: FitConfig = FitConfig()  # How the model is trained.
 
     def __post_init__(self) -> None:
         check_options(self)
 
     def update(self, state: State, span: Span) -> State:
-        """The state after the span; `state` itself does not change."""
+        """Return the state after the span. `state` itself does not change."""
         if state.spans_seen == 0:  # the first update trains a new model
             return fit_base_block(state, span, self.fit)
         model = grown_copy(state, span)  # with rows for the span's new users and items
         targets = due_targets(state.histories, self.fit.history)  # the events to train on
-        interests = stored_interests_of(model, state.interests, span.index)  # None if the model keeps none
+        interests = stored_interests_of(model, state.interests, span.index)  # None if the model stores none
         meter = CostMeter({"rows_read": float(len(targets))})
         fit_model(model, targets, self.fit, (state.seed, span.index), meter, stored_interests=interests)
         load_weights(model, average_weights(copy_weights(state.model), copy_weights(model), self.keep))
@@ -48,11 +48,11 @@ class MyStrategy:
 
 
 def average_weights(previous: Weights, tuned: Weights, keep: float) -> Weights:
-    """keep * previous + (1 - keep) * tuned, written into `tuned`; rows of new users and items stay as they are."""
+    """keep * previous + (1 - keep) * tuned, written into `tuned`. Rows of new users and items keep their values."""
     for name, weight in previous.items():
         known = tuned[name][tuple(slice(size) for size in weight.shape)]  # a view without the new rows
         known.lerp_(weight, keep)
     return tuned
 
 
-REQUIREMENTS[MyStrategy] = trained_models  # optional: refuse counting models before anything is read
+REQUIREMENTS[MyStrategy] = trained_models  # optional: refuse counting models before the log is read

@@ -56,7 +56,7 @@ __all__ = [
     "split_log",
 ]
 
-_HOMES = {  # imported when first asked for: torch alone takes seconds, and `freshrec --help` needs none of it
+_HOMES = {  # imported on first use: importing torch takes seconds, and `freshrec --help` does not need it
     "MODELS": "freshrec.models",
     "STRATEGIES": "freshrec.strategies",
     "Recommender": "freshrec.recommender.recommender",
@@ -78,4 +78,4 @@ def __getattr__(name: str) -> Any:
         name = _FORMER[name]
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module freshrec has no attribute {name}")
+    raise AttributeError(f"module 'freshrec' has no attribute '{name}'")

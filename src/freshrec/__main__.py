@@ -1,4 +1,4 @@
-"""`python -m freshrec`: the same as the command `freshrec`."""
+"""`python -m freshrec` is the same as the command `freshrec`."""
 
 import sys
 

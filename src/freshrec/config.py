@@ -1,14 +1,14 @@
-"""Options and bounds, one system: models, strategies, the gate, the server, recipes and the command line.
+"""One system of options and bounds for models, strategies, the gate, the server, recipes and the command line.
 
-An option is a field of a frozen dataclass or of a recipe section. Its type says which values it takes, and may carry a
+An option is a field of a frozen dataclass or of a recipe section. Its type gives the valid values, and may have a
 sentence for --help and docs/reference.md:
 
     d: Count = 64
     weighting: Literal["all", "last"] = "all"
     share: Annotated[Rate, Field(description="Share of the targets held out.")] = 0.0
 
-pydantic checks the values; `option_error` says what it found in the words of this package. `find_instance` reads
-`name:field=value:part.field=value`: an instance from a table of instances, with some fields replaced.
+pydantic checks the values, and `option_error` turns its errors into sentences. `find_instance` reads
+`name:field=value:part.field=value`: it takes an instance from a table and replaces some fields.
 """
 
 import math
@@ -26,58 +26,60 @@ from pydantic.fields import FieldInfo
 
 from freshrec.deprecation import describe_rename
 from freshrec.disk_names import former_class_names, former_fields, former_values
-from freshrec.errors import OptionError, unknown_name_error
+from freshrec.errors import OptionError, suggest_name, unknown_name_error
 from freshrec.user_modules import Interface, import_instance
 
 T = TypeVar("T")
 
-HISTORY_LENGTH = 50  # most recent events of a user that a model reads or keeps, unless its paper says otherwise
+HISTORY_LENGTH = 50  # recent events of a user that a model reads or keeps, unless its paper says otherwise
 
 Count = Annotated[int, Ge(1)]
-CountOrZero = Annotated[int, Ge(0)]  # 0 = none of them
+CountOrZero = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0), Lt(math.inf)]
 Weight = Annotated[float, Ge(0), Lt(math.inf)]
 Rate = Annotated[float, Ge(0), Lt(1)]
-Share = Annotated[float, Ge(0), Le(1)]  # of a whole, which may be all of it
-Fraction = Annotated[float, Gt(0), Lt(1)]  # a part of a whole, and something is left
+Share = Annotated[float, Ge(0), Le(1)]  # may be the whole
+Fraction = Annotated[float, Gt(0), Lt(1)]  # more than nothing and less than the whole
 
 
 def check_options(instance: Any) -> None:
-    """OptionError where a field of a dataclass has a value that its type does not take; for `__post_init__`.
+    """Check the fields of a dataclass that have bounds or a list of valid values. Call it in `__post_init__`.
 
-    Only fields with bounds or a list of valid values are checked. Values stay as they are: an int in a float's field
-    remains an int.
+    OptionError for an invalid value. Values are not converted: an int in a float field stays an int.
     """
     for name, adapter in _adapters(instance.__class__).items():
         try:
             adapter.validate_python(getattr(instance, name), strict=True)
         except ValidationError as problem:
-            raise option_error(problem, type(instance), "option {} of " + type(instance).__name__, name) from None
+            raise option_error(problem, type(instance), "option {}", name) from None
 
 
 def option_error(problem: ValidationError, kind: type, place: str, *parents: str) -> OptionError:
-    """The first error that pydantic found, as one sentence: what, where, and the nearest valid name or value.
+    """Turn the first error of pydantic into a message: what is wrong, where, and the nearest valid name or value.
 
-    `kind`: the class whose fields are checked. `place`: how to say where, as in "recipe key {}". `parents`: the fields
-    that lead to what was checked.
+    - `kind`: the class whose fields were checked.
+    - `place`: the words for a field, such as "recipe key {}".
+    - `parents`: the names of the fields that lead to the checked value.
     """
     error = problem.errors()[0]
     path = [*parents, *error["loc"]]
     where, value = place.format(".".join(map(str, path))), error["input"]
+    where = where[0].upper() + where[1:]
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         names = [".".join(map(str, [*path[:-1], name])) for name in hints_of(_type_at(kind, path[:-1]))]
         return unknown_name_error(place.partition(" {}")[0], ".".join(map(str, path)), names)
     if error["type"] == "literal_error":
         valid = [str(choice) for choice in get_args(bare_type(_type_at(kind, path)))]
         near = get_close_matches(str(value), valid, n=1, cutoff=0)
-        return OptionError(f'{where} is one of {", ".join(valid)}, not "{value}"; did you mean "{near[0]}"?')
+        return OptionError(f'{where} is "{value}". Use one of {", ".join(valid)}. Did you mean "{near[0]}"?')
     if error["type"].startswith(("greater_than", "less_than")):
-        return OptionError(f"{where} is {value}; it must be {bounds_of(_type_at(kind, path))}.")
-    return OptionError(f"{where} is {value!r:.60}: {error['msg'][:1].lower()}{error['msg'][1:]}.")
+        finite = "" if math.isfinite(value) else " and finite"
+        return OptionError(f"{where} is {value}. It must be {bounds_of(_type_at(kind, path))}{finite}.")
+    return OptionError(f"{where} is {value!r:.60}. {error['msg']}.")
 
 
 def bounds_of(annotation: Any) -> str:
-    """The bounds of a type in words, as in "at least 0 and below 1"; empty where it has none."""
+    """Return the bounds of a type in words, such as "at least 0 and below 1"; empty if it has none."""
     words = []
     for bound in _metadata(annotation):
         match bound:
@@ -93,37 +95,38 @@ def bounds_of(annotation: Any) -> str:
 
 
 def description_of(annotation: Any) -> str:
-    """The sentence that a type carries: `Annotated[Count, Field(description="...")]`; empty where it has none."""
+    """Return the description of a type, `Annotated[Count, Field(description="...")]`; empty if it has none."""
     found = [info.description for info in _metadata(annotation) if isinstance(info, FieldInfo)]
     return next((text for text in found if text), "")
 
 
 @cache
 def hints_of(kind: type) -> dict[str, Any]:
-    """The types of the fields of a class, with their bounds."""
+    """Return the types of the fields of a class, with their bounds."""
     return get_type_hints(kind, include_extras=True)
 
 
 @cache
 def _adapters(kind: type) -> dict[str, "TypeAdapter[Any]"]:
-    """What checks each field that has bounds or a list of valid values."""
+    """Return a validator for each field with bounds or a list of valid values."""
     hints = {name: hint for name, hint in hints_of(kind).items() if get_origin(hint) in (Annotated, Literal)}
     return {name: TypeAdapter(hint) for name, hint in hints.items()}
 
 
 def _type_at(kind: Any, path: list[str | int]) -> Any:
-    """The type of a field, of a field of a field, or of an entry of a list."""
+    """Return the type of a field, a nested field or a list entry."""
     for part in path:
         kind = get_args(bare_type(kind))[0] if isinstance(part, int) else hints_of(bare_type(kind))[part]
     return kind
 
 
 def bare_type(annotation: Any) -> Any:
-    """A type without its bounds."""
+    """Return a type without its bounds."""
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def _metadata(annotation: Any) -> tuple[Any, ...]:
+    """Return the bounds and descriptions of a type."""
     return get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
 
 
@@ -134,38 +137,40 @@ def find_instance(
     interface: Interface | None = None,
     aliases: Mapping[str, str] = MappingProxyType({}),
 ) -> T:
-    """The instance that `text` names, as in "comirec-dr:k=1:attention=soft" or "imsr:fit.epochs=5:retain=none".
+    """Return the instance that `text` names, such as "comirec-dr:k=1:attention=soft" or "imsr:retain=none".
 
-    `aliases`: other names -> names in the table. A name may also be "their_package.module:Thing", somebody else's
-    instance that has this `interface`, or a class of such; "their_package.module.Thing" is the same. OptionError for
-    anything else.
+    `aliases` are other names -> names in the table. A name may also be "their_package.module:Thing" or
+    "their_package.module.Thing": a custom instance with this `interface`, or a class of such instances. OptionError for
+    an unknown name, option or value.
     """
     name, *options = text.split(":")
     name = aliases.get(name, name)
-    if name not in table and options and "=" not in options[0]:  # the colon of "module:Thing", not that of an option
+    if name not in table and options and "=" not in options[0]:  # the colon of "module:Thing", not of an option
         name = f"{name}:{options.pop(0)}"
     instance: Any = table[name] if name in table else import_instance(kind, name, [*table, *aliases], interface)
     changes = []
     for option in options:
         path, equals, value = option.partition("=")
         if not equals:
-            raise OptionError(f'"{option[:60]}" in "{text[:60]}" is not an option: write {name}:field=value.')
+            raise OptionError(f'"{option[:60]}" in "{text[:60]}" is not an option. Write {name}:field=value.')
         changes.append((path.split("."), value))
     return _replace_fields(instance, changes, text) if changes else instance  # type: ignore[no-any-return]
 
 
 def _replace_fields(instance: Any, changes: list[tuple[list[str], str]], text: str) -> Any:
-    """`instance` with fields, or fields of its parts, set from strings; all at once, as some go together only."""
+    """Set fields of an instance, or of its parts, from strings. All are set at once, because some need each other."""
     new_values: dict[str, Any] = {}
     for (first, *rest), value in changes:
         if not is_dataclass(instance) or isinstance(instance, type) or not fields(instance):
-            raise OptionError(f'"{text[:60]}": there are no options below "{first[:60]}".')
+            raise OptionError(
+                f'"{text[:60]}": there are no options below "{first[:60]}". Check the name before the dot.'
+            )
         names = {f.name for f in fields(instance)}
         if first not in names and (current := former_fields(type(instance)).get(first)):
             warnings.warn(describe_rename(f"option {first} of {text[:60]}", current), FutureWarning, stacklevel=2)
             first = current
         if first not in names:
-            raise unknown_name_error(f"option of {type(instance).__name__}", first, [f.name for f in fields(instance)])
+            raise OptionError(f'"{text[:60]}" has no option "{first[:60]}". {suggest_name(first, names)}')
         old = new_values.get(first, getattr(instance, first))
         if rest:
             new_values[first] = _replace_fields(old, [(rest, value)], text)
@@ -174,11 +179,15 @@ def _replace_fields(instance: Any, changes: list[tuple[list[str], str]], text: s
                 warnings.warn(describe_rename(f"{first}={value} of {text[:60]}", current), FutureWarning, stacklevel=2)
                 value = current
             new_values[first] = _parse_value(get_type_hints(instance.__class__)[first], old, value, first)
-    return replace(instance, **new_values)
+    try:
+        return replace(instance, **new_values)
+    except OptionError as problem:
+        is_placed = str(problem).startswith('"')  # a part of the instance was checked before it
+        raise problem if is_placed else OptionError(f'"{text[:60]}": {problem}') from None
 
 
 def _parse_value(kind: Any, current: Any, value: str, name: str) -> Any:
-    """`value` as the type of its field; "none" leaves out a part that may be left out, a class's name puts one in."""
+    """Convert `value` to the type of its field. "none" removes an optional part, and a class name adds one."""
     members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     for part in members:
         if isinstance(part, type) and is_dataclass(part) and value in (part.__name__, *former_class_names(part)):
@@ -196,5 +205,5 @@ def _parse_value(kind: Any, current: Any, value: str, name: str) -> Any:
         except ValueError:
             continue
     if is_dataclass(current):
-        raise OptionError(f'{name} cannot be "{value[:60]}"; it has options of its own: write {name}.field=value.')
-    raise OptionError(f'option {name} cannot be "{value[:60]}"; its default is {current}.')
+        raise OptionError(f'{name} cannot be "{value[:60]}". It has its own options: write {name}.field=value.')
+    raise OptionError(f'Option {name} cannot be "{value[:60]}". Its default is {current}.')

@@ -1,4 +1,4 @@
-"""Old names of arguments and command line flags: they keep working, with one line of warning."""
+"""Old names of arguments and flags. They still work, with a warning of one line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class Unset(Enum):
-    """The value of an argument that was not given, where None would be a value like others."""
+    """The default of an argument for which None is a valid value."""
 
     UNSET = "unset"
 
@@ -20,9 +20,9 @@ UNSET = Unset.UNSET
 
 
 def value_of_renamed(name: str, value: T, old_name: str, old_value: T | Unset) -> T:
-    """`old_value`, with a FutureWarning, where the caller used an argument's old name; else `value`.
+    """Return `old_value` with a FutureWarning if the caller used the old name of an argument, else `value`.
 
-    Call it directly in the public function that has both arguments: the warning points to that function's caller.
+    Call it directly in the public function with both arguments: the warning points to the caller of that function.
     """
     if isinstance(old_value, Unset):
         return value
@@ -33,10 +33,10 @@ def value_of_renamed(name: str, value: T, old_name: str, old_value: T | Unset) -
 def replace_old_flags(
     arguments: Sequence[str], renamed: Mapping[str, Mapping[str, str]], warn: Callable[[str], None]
 ) -> list[str]:
-    """Command line arguments in which the old flags of a command are its new ones; `warn` gets a sentence for each.
+    """Replace the old flags of a command in command line arguments. `warn` gets a sentence for each.
 
-    `renamed` holds, by command, the new flag of each old one. `--old=value` keeps its value. What follows `--` is not
-    a flag.
+    `renamed` holds the new flag of each old one, by command. `--old=value` keeps its value. After `--` there are no
+    flags.
     """
     command = next((argument for argument in arguments if not argument.startswith("-")), "")
     flags, replaced = renamed.get(command, {}), list(arguments)
@@ -50,5 +50,5 @@ def replace_old_flags(
 
 
 def describe_rename(old: str, new: str) -> str:
-    """The sentence of the warning."""
-    return f"{old} is called {new} now; the old name still works."
+    """Return the text of the warning."""
+    return f"{old} is now called {new}. The old name still works."

@@ -1,8 +1,8 @@
-"""The names that files use for what the code holds. A class may move and a field may be renamed; its files still open.
+"""The names that files use for classes and fields. Old files still open after a class has moved or a field was renamed.
 
-Every class that a checkpoint can hold has a *tag*, which never changes and is what files name it by. To move or rename
-a class, change its place in `CLASSES`. To rename a field, add a line to `FIELDS`; the other tables are for values,
-weights and the keys and columns of other files. `FORMER` is history: version 0.1.0 wrote these names.
+Every class that a checkpoint can hold has a *tag*, the name of the class in files, which never changes. To move or
+rename a class, change its place in `CLASSES`. To rename a field, add a line to `FIELDS`. The other tables are for
+values, weights, and the keys and columns of other files. `FORMER` holds the names that version 0.1.0 wrote.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from freshrec.errors import StateError
 from freshrec.former_names import FORMER
 from freshrec.user_modules import IMPORTS
 
-# tag -> where the class is now. A tag is never changed and never given to another class.
+# tag -> current place of the class. A tag never changes and never belongs to another class.
 CLASSES = {
-    # what a state is made of
+    # parts of a state
     "state": "freshrec.types:State",
     "histories": "freshrec.types:Histories",
     "events": "freshrec.types:Events",
@@ -31,7 +31,7 @@ CLASSES = {
     "reservoir": "freshrec.learn.reservoir:Reservoir",
     "queries": "freshrec.replay.measure:Queries",
     "log-options": "freshrec.recommender.log_reading:ReadOptions",
-    # the options of models
+    # options of models
     "blend-spec": "freshrec.models.blend.model:BlendSpec",
     "biased-mf-spec": "freshrec.models.mf_biased:BiasedMFSpec",
     "caser-spec": "freshrec.models.caser:CaserSpec",
@@ -50,7 +50,7 @@ CLASSES = {
     "session-knn-spec": "freshrec.models.session_knn:SKNNSpec",
     "stamp-spec": "freshrec.models.stamp:STAMPSpec",
     "user-knn-spec": "freshrec.models.user_knn:UserKNNSpec",
-    # strategies, their parts, and what they keep
+    # strategies, their parts and their memory
     "absorb-strategy": "freshrec.strategies.baselines:Absorb",
     "frozen-strategy": "freshrec.strategies.baselines:Frozen",
     "finetune-strategy": "freshrec.strategies.baselines:FineTune",
@@ -84,16 +84,16 @@ CLASSES = {
     "linear-transfer": "freshrec.learn.transfer:LinearTransfer",
     "mlp-transfer": "freshrec.learn.transfer:MLPTransfer",
     "spmf-strategy": "freshrec.strategies.spmf:SPMF",
-    # what a replay is made of
+    # parts of a replay
     "replay-cell": "freshrec.replay.cell:Cell",
     "replay-settings": "freshrec.replay.cell:ReplaySettings",
     "query-selection": "freshrec.replay.measure:QueryOptions",
-    # options that no checkpoint holds, but that users name
+    # options that users name, though no checkpoint holds them
     "gate-limits": "freshrec.nightly.gate:GateLimits",
 }
 
-# tag -> {former name of a field: its name now; None: it is no longer kept}. Options of models, strategies and the gate
-# may be typed by their former names too.
+# tag -> {former name of a field: current name; None: no longer stored}. Users may also type the former names of options
+# of models, strategies and the gate.
 FIELDS: dict[str, dict[str, str | None]] = {
     "ader-s-strategy": {"each": "sequences_per_user"},
     "asmg-memory": {"users": "interests", "blocks": "past_spans"},
@@ -177,110 +177,112 @@ FIELDS: dict[str, dict[str, str | None]] = {
     "weight-generator": {"makers": "networks"},
 }
 
-# tag -> {field, by its name now: {a former value: the value now}}, of options that are words
+# tag -> {current name of a field: {former value: current value}}, for options that are words
 VALUES: dict[str, dict[str, dict[str, str]]] = {"gru4rec-spec": {"steps": {"lanes": "session-parallel"}}}
 
-# tag -> {field that older files lack and that has no default in its class: its value, as JSON holds it}
+# tag -> {field that older files lack and that has no default: its value, as in JSON}
 ADDED: dict[str, dict[str, str | float | bool | None]] = {}
 
-# tag -> fields with numbers that older files hold in fewer bits: their tensors are int32 once read
+# tag -> fields that older files store with fewer bits; their tensors are converted to int32
 INT32_FIELDS: dict[str, tuple[str, ...]] = {"interests": ("born_S", "used_S")}  # int16 in 0.1.0
 
-# tag of what holds them, a model's by its options, or "" for all -> {former part of a weight's name: the part now}
+# tag of a model's options or of another class, or "" for all -> {former part of a weight's name: current part}
 WEIGHTS: dict[str, dict[str, str]] = {}
 
-# former names -> names now, of the keys and columns of the other files
-MANIFEST_KEYS: dict[str, str] = {}  # of a version's manifest.json
-NUMBER_KEYS: dict[str, str] = {}  # of "numbers" in it
-DAY_KEYS: dict[str, str] = {}  # of the delivery statistics in it
-MOVE_KEYS: dict[str, str] = {}  # of live.json
-KINDS: dict[str, str] = {}  # values of "kind" in manifest.json, and of "action" in live.json
-RECIPE_KEYS: dict[str, dict[str, str]] = {  # of recipe.toml, by its table
+# former names -> current names, for the keys and columns of other files
+MANIFEST_KEYS: dict[str, str] = {}  # in manifest.json of a version
+NUMBER_KEYS: dict[str, str] = {}  # in "numbers" of manifest.json
+DAY_KEYS: dict[str, str] = {}  # in the delivery statistics of manifest.json
+MOVE_KEYS: dict[str, str] = {}  # in live.json
+KINDS: dict[str, str] = {}  # values of "kind" in manifest.json and of "action" in live.json
+RECIPE_KEYS: dict[str, dict[str, str]] = {  # in recipe.toml, by table
     "replay": {"also": "extra_pairs", "mean": "averaging"},
 }
-RANK_COLUMNS: dict[str, str] = {}  # of span-*.parquet in a replay
-COST_KEYS: dict[str, str] = {  # of costs-*.json in a replay
+RANK_COLUMNS: dict[str, str] = {}  # in span-*.parquet of a replay
+COST_KEYS: dict[str, str] = {  # in costs-*.json of a replay
     "manner": "lr_factor",
     "manner_cpu_s": "lr_choice_cpu_s",
     "current": "current_negatives",
     "replayed": "replay_share",
     "averaged": "average_epochs",
 }
-TABLE_COLUMNS: dict[str, str] = {}  # of users.parquet, items.parquet and categories.parquet
+TABLE_COLUMNS: dict[str, str] = {}  # in users.parquet, items.parquet and categories.parquet
 
 
 def tag_of(kind: type) -> str:
-    """The name of a class in files: its tag, or module:qualname where it belongs to somebody else's package.
+    """Return the name of a class in files: its tag, or module:qualname for a class of another package.
 
-    StateError for a class of this package that has no tag.
+    StateError for a class of freshrec without a tag.
     """
     place = _place(kind)
     if place in _tags():
         return _tags()[place]
     if kind.__module__.partition(".")[0] == __name__.partition(".")[0]:
-        raise StateError(f"{place} cannot be saved, it has no tag; give it one in CLASSES of freshrec/disk_names.py.")
+        raise StateError(f"{place} cannot be saved without a tag. Add one to CLASSES in freshrec/disk_names.py.")
     return place
 
 
 def former_fields(kind: type) -> dict[str, str]:
-    """Former names of a class's fields, and their names now."""
+    """Return the former names of a class's fields -> their current names."""
     return {former: name for former, name in FIELDS.get(_tags().get(_place(kind), ""), {}).items() if name}
 
 
 def former_values(kind: type, field: str) -> Mapping[str, str]:
-    """Former values of a field that is a word, and what they are now."""
+    """Return the former values of a field -> their current values."""
     return VALUES.get(_tags().get(_place(kind), ""), {}).get(field, {})
 
 
 def former_class_names(kind: type) -> list[str]:
-    """What a class was called before."""
+    """Return the former names of a class."""
     tag = _tags().get(_place(kind))
     return [place.partition(":")[2] for place, its_tag in FORMER.items() if its_tag == tag]
 
 
 def _place(kind: type) -> str:
+    """Return module:qualname of a class."""
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
 def _tags() -> dict[str, str]:
-    """The tag of each class by its place."""
+    """Return the tag of each class by its place."""
     return {place: tag for tag, place in CLASSES.items()}
 
 
 def class_of(name: str) -> type:
-    """The dataclass with a tag, or somebody else's by module:qualname, whose module must be imported already.
+    """Return the dataclass with a tag, or a dataclass of another package by module:qualname.
 
-    Somebody else's strategy may also be a class with nothing but its method.
-
-    Nothing else is ever imported or called because of what a file says. StateError where there is no such dataclass.
+    The module of another package must be imported already: a file never causes an import outside freshrec. A custom
+    strategy may also be a class without fields. StateError if there is no such class.
     """
     module, _, qualname = CLASSES.get(name, name).partition(":")
     if name in CLASSES:
         importlib.import_module(module)
     if not qualname:
-        raise StateError(f'the state needs the class "{name[:60]}", which this freshrec lacks; upgrade freshrec.')
+        raise StateError(
+            f'The state needs the class "{name[:60]}", which this version of freshrec does not have. Upgrade freshrec.'
+        )
     if module not in sys.modules:
         raise StateError(
-            f"the state needs {module}, which is not imported; import it before loading, or set {IMPORTS}={module} "
-            "for the command line."
+            f"The state needs module {module}, which is not imported. Import it before loading, or set "
+            f"{IMPORTS}={module} for the command line."
         )
-    from freshrec.types import Strategy  # it imports torch, which whoever loads a state has
+    from freshrec.types import Strategy  # imported late, because it imports torch
 
     found = vars(sys.modules[module]).get(qualname)
     if not (isinstance(found, type) and (is_dataclass(found) or issubclass(found, Strategy))):
         raise StateError(
-            f"the state needs the dataclass {module}:{qualname}, which this freshrec lacks; upgrade freshrec."
+            f"The state needs the dataclass {module}:{qualname}, which is missing. Upgrade freshrec or that module."
         )
     return found
 
 
 def with_current_keys(content: Any, keys: Mapping[str, str]) -> Any:
-    """What JSON holds, with the names of now for its keys where it is a dict."""
+    """Return a value of JSON. The keys of a dict get their current names."""
     return {keys.get(key, key): value for key, value in content.items()} if isinstance(content, dict) else content
 
 
 def current_manifest(content: Any) -> Any:
-    """What a manifest.json of any version holds, with the names of now."""
+    """Return the content of a manifest.json of any version, with current names."""
     found = with_current_keys(content, MANIFEST_KEYS)
     if not isinstance(found, dict):
         return found
@@ -292,20 +294,21 @@ def current_manifest(content: Any) -> Any:
 
 
 def current_move(content: Any) -> Any:
-    """What a live.json of any version holds of one move, with the names of now."""
+    """Return a move in a live.json of any version, with current names."""
     found = with_current_keys(content, MOVE_KEYS)
     return _current_word(found, "action", KINDS) if isinstance(found, dict) else found
 
 
 def _current_word(content: dict[str, Any], key: str, words: Mapping[str, str]) -> dict[str, Any]:
+    """Replace a former word that is the value of `key`."""
     word = content.get(key)
     return content | {key: words[word]} if isinstance(word, str) and word in words else content
 
 
 def with_current_names(node: dict[str, Any], weights: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """An encoded tree of a checkpoint, of any version, with the names of now for classes, fields, values and weights.
+    """Return an encoded tree of a checkpoint of any version, with current names of classes, fields, values and weights.
 
-    `weights`: former parts of weights' names and their names now, from what holds the node.
+    `weights`: former parts of weight names -> current parts, from the parents of the node.
     """
     weights = WEIGHTS.get("", {}) if weights is None else weights
     if "class" in node:
@@ -329,6 +332,7 @@ def with_current_names(node: dict[str, Any], weights: Mapping[str, str] | None =
 
 
 def _current_instance(node: dict[str, Any], weights: Mapping[str, str]) -> dict[str, Any]:
+    """Return an encoded dataclass with current names."""
     tag = FORMER.get(node["class"], node["class"])
     names, values, weights = FIELDS.get(tag, {}), VALUES.get(tag, {}), {**weights, **WEIGHTS.get(tag, {})}
     fields: dict[str, Any] = {name: {"value": value} for name, value in ADDED.get(tag, {}).items()}
@@ -343,5 +347,5 @@ def _current_instance(node: dict[str, Any], weights: Mapping[str, str]) -> dict[
 
 
 def _current_weight(name: str, child: dict[str, Any], weights: Mapping[str, str]) -> str:
-    """The name of a tensor, or of what makes one, in a dict; other dicts have keys that are data."""
+    """Return the current name of an entry of a dict. The name of a plain value is data and stays."""
     return name if "value" in child else ".".join(weights.get(part, part) for part in name.split("."))

@@ -1,17 +1,17 @@
-"""Everything freshrec raises on purpose.
+"""All errors that freshrec raises on purpose.
 
-    FreshrecError                 one root: catch this
-    ├── LogError                  the log is not what it should be (a file, a column, a row)
-    │   └── NoRowsError           there is nothing in it
-    ├── SpanError                 the log cannot be cut as asked
-    ├── IncompatibleError         this strategy cannot update this model
+    FreshrecError                 the base class: catch this one
+    ├── LogError                  a file, column or row of the log is invalid
+    │   └── NoRowsError           the log has no rows
+    ├── SpanError                 the log cannot be split into these spans
+    ├── IncompatibleError         the strategy cannot update the model
     ├── OptionError               an unknown name, option or value; the nearest valid one is suggested
     ├── TrainingError             training diverged or a score is not finite
-    ├── StateError                a state on disk is damaged, incomplete or of another format
-    ├── RefusedError              the gate rejected a new version; the live one stays
-    └── BusyError                 somebody else is changing the same store
+    ├── StateError                a state on disk is damaged, incomplete or in another format
+    ├── RefusedError              the gate refused a new version; the live version stays
+    └── BusyError                 another process is changing the same store
 
-Each message is one sentence that says what is wrong, where, and what to do.
+Each message says in one or two short sentences what is wrong, where, and what to do.
 """
 
 from collections.abc import Iterable
@@ -20,54 +20,54 @@ from typing import Any
 
 
 class FreshrecError(Exception):
-    """Root of all errors raised on purpose; the command line prints its message and exits with `exit_code`."""
+    """Base class of all errors. The command line prints the message and exits with `exit_code`."""
 
     exit_code = 1
-    json_output: Any = None  # what `--json` prints nevertheless, where the command has found or done something
+    json_output: Any = None  # the result that `--json` prints in spite of the error, if there is one
 
 
 class LogError(FreshrecError):
-    """The log is not what it should be."""
+    """The log is invalid: a file, a column or a row."""
 
     exit_code = 3
 
 
 class NoRowsError(LogError):
-    """A log without rows."""
+    """The log has no rows."""
 
 
 class SpanError(FreshrecError):
-    """The log cannot be cut into spans as asked."""
+    """The log cannot be split into spans in this way."""
 
     exit_code = 4
 
 
 class IncompatibleError(FreshrecError):
-    """A strategy cannot update this kind of model."""
+    """The strategy cannot update this model."""
 
     exit_code = 5
 
 
 class OptionError(FreshrecError):
-    """An unknown name, option or value."""
+    """A name, option or value is unknown or invalid."""
 
     exit_code = 2
 
 
 class TrainingError(FreshrecError):
-    """Training diverged, or a model gave a score that is not finite."""
+    """Training diverged, or a score is not finite."""
 
     exit_code = 6
 
 
 class StateError(FreshrecError):
-    """A state on disk is damaged, incomplete or of another format."""
+    """A state on disk is damaged, incomplete or in another format."""
 
     exit_code = 7
 
 
 class RefusedError(FreshrecError):
-    """A new version did not pass the gate."""
+    """The gate refused a new version."""
 
     exit_code = 8
 
@@ -79,8 +79,12 @@ class BusyError(FreshrecError):
 
 
 def unknown_name_error(kind: str, name: str, valid: Iterable[str]) -> OptionError:
-    """The error for an unknown `kind` ("model", "strategy", ...) called `name`, with the nearest valid name."""
+    """Return the error for an unknown `kind` ("model", "strategy", ...) called `name`, with the nearest valid name."""
+    return OptionError(f'There is no {kind} "{name[:60]}". {suggest_name(name, valid)}')
+
+
+def suggest_name(name: str, valid: Iterable[str]) -> str:
+    """Ask whether the nearest valid name was meant, or else list the valid names."""
     valid = sorted(valid)
     nearest = get_close_matches(name, valid, n=1, cutoff=0.4)
-    hint = f'did you mean "{nearest[0]}"?' if nearest else f"valid: {', '.join(valid)}."
-    return OptionError(f'there is no {kind} "{name[:60]}"; {hint}')
+    return f'Did you mean "{nearest[0]}"?' if nearest else f"Valid names: {', '.join(valid)}."

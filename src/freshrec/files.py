@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, synced folders, checksums."""
+"""Files that are complete or absent: atomic writes, synced folders, checksums."""
 
 import hashlib
 import os
@@ -10,19 +10,19 @@ from safetensors import SafetensorError
 
 
 def write_text_atomically(text: str, path: Path) -> None:
-    """Write a text, whole or not at all."""
+    """Write a text completely or not at all."""
     write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` writes a file beside `path`, which then takes its name: whole or not at all.
+    """Write a file completely or not at all: `write` writes a temporary file, which is then renamed to `path`.
 
-    OSError where the system refuses, whatever the library that writes makes of it.
+    OSError if the file cannot be written, also if `write` raises an error of safetensors or polars.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.touch()
-        mode = temporary.stat().st_mode  # safetensors lets nobody else read: whoever serves may be another user
+        mode = temporary.stat().st_mode  # safetensors removes the read permission of others, but another user may serve
         write(temporary)
         temporary.chmod(mode)
         with temporary.open("rb") as file:
@@ -31,14 +31,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except (SafetensorError, pl.exceptions.PolarsError) as problem:
         raise OSError(str(problem)) from problem
     finally:
-        temporary.unlink(missing_ok=True)  # a write that failed, as on a full disk, leaves nothing
+        temporary.unlink(missing_ok=True)  # leave nothing after a failed write, such as on a full disk
 
 
-CHUNK_BYTES = 1 << 20  # bytes read at once
+CHUNK_BYTES = 1 << 20  # bytes per read
 
 
 def sync_folder(folder: Path) -> None:
-    """The names in a folder reach the disk."""
+    """Write the directory entries of a folder to disk (fsync)."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -47,7 +47,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def file_checksum(path: Path) -> str:
-    """The SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):

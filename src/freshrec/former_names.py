@@ -1,4 +1,4 @@
-"""Names that version 0.1.0 wrote into files for its classes. They are history and never change."""
+"""Names of classes in files of version 0.1.0. This list never changes."""
 
 # module:qualname in 0.1.0 -> tag
 FORMER = {

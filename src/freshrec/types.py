@@ -1,7 +1,9 @@
-"""The types everything else speaks: events, spans, histories, batches, models, states, strategies.
+"""The shared types: events, spans, histories, batches, models, states, strategies.
 
-Dimension letters end a tensor's name: E events, R rows of a history store, B batch, T history, N candidates, I items,
-U users, K interests, S = sum of K over users, D vector. Users and items are named by *rows* (1, 2, ...; 0 is padding).
+The name of a tensor ends in its dimensions. E: events. R: rows of the histories. B: batch. T: history. N: candidates.
+I: items. U: users. K: interests of a user. S: interests of all users. D: vector.
+
+Users and items are identified by *rows* 1, 2, ...; row 0 is padding.
 """
 
 from __future__ import annotations
@@ -13,10 +15,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-SEQUENCE_FORMATS = ("window", "session-parallel")  # batches of models that learn at each position of a history
-TRAIN, VALID, TEST = 0, 1, 2  # Events.role_E: what an event is for
-NOW, NEXT, NEVER = 0, 1, 2  # Events.train_at_E: the update that may train on it
-TRAINED, DUE, DEFERRED, HELD_OUT = 0, 1, 2, 3  # Histories.due_R: trained on; at this update; at the next one; never
+SEQUENCE_FORMATS = ("window", "session-parallel")  # formats with a target at each position of a history
+TRAIN, VALID, TEST = 0, 1, 2  # Events.role_E: the use of an event
+NOW, NEXT, NEVER = 0, 1, 2  # Events.train_at_E: which update may train on it
+TRAINED, DUE, DEFERRED, HELD_OUT = 0, 1, 2, 3  # Histories.due_R: trained; train now, next, never
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,10 @@ class Events:
 
     users_E: Tensor  # int64, user rows
     items_E: Tensor  # int64, item rows
-    times_E: Tensor  # int64, microseconds, or the order of the events where the log has no clock
+    times_E: Tensor  # int64, microseconds since 1970; 0, 1, 2, ... in a log without timestamps
     role_E: Tensor  # int8, TRAIN, VALID or TEST
     train_at_E: Tensor  # int8, NOW, NEXT or NEVER: which update may train on the event
-    labels_E: Tensor | None = None  # float32: 1 taken, 0 shown and not taken, nan not known; None: all are taken
+    labels_E: Tensor | None = None  # float32: 1 = taken, 0 = shown and not taken, nan = unknown; None: all taken
     categories_E: Tensor | None = None  # int32, category rows of the items, 0 = none
 
     def __len__(self) -> int:
@@ -39,13 +41,13 @@ class Events:
         return Events(*columns)
 
     def to(self, device: torch.device) -> Events:
-        """The same on another device."""
+        """Return the same events on another device."""
         columns: list[Any] = [None if column is None else column.to(device) for column in vars(self).values()]
         return Events(*columns)
 
     @staticmethod
     def trainable(users_E: Tensor, items_E: Tensor, times_E: Tensor | None = None) -> Events:
-        """Events that may all be trained on at once; times count up where none are given."""
+        """Return events that may all be trained on now. Default times: 0, 1, 2, ..."""
         zeros = torch.zeros(len(users_E), dtype=torch.int8)
         times_E = torch.arange(len(users_E)) if times_E is None else times_E
         return Events(users_E.long(), items_E.long(), times_E.long(), zeros, zeros)
@@ -53,28 +55,28 @@ class Events:
 
 @dataclass(frozen=True)
 class Span:
-    """One slice of the log. Others call it window, fold, experience, task, period or block."""
+    """A consecutive part of the log. Other names for it are window, fold, experience, task, period and block."""
 
-    index: int
+    index: int  # 0 = base block
     events: Events
-    n_users: int  # users and items known once this span is over
-    n_items: int
-    name: str = ""  # for people: "2014-03-01 to 2014-03-14"
+    n_users: int  # number of users known at the end of the span
+    n_items: int  # number of items known at the end of the span
+    name: str = ""  # such as "2014-03-01 to 2014-03-14"
 
     def blocks(self, cadence: int) -> list[Events]:
-        """The span's events in `cadence` consecutive pieces of nearly equal count."""
+        """Split the events into `cadence` consecutive blocks of nearly equal size."""
         edges = [round(i * len(self.events) / cadence) for i in range(cadence + 1)]
         return [self.events[a:b] for a, b in zip(edges, edges[1:])]
 
 
 @dataclass(frozen=True)
 class Impressions:
-    """What users were shown, in time order: where a log has such rows, these are what is trained on."""
+    """What users were shown, in time order. In a log with exposures, models are trained on these."""
 
     users_E: Tensor  # int64
     items_E: Tensor  # int64
     times_E: Tensor  # int64
-    labels_E: Tensor  # float32, 1 taken, 0 not
+    labels_E: Tensor  # float32: 1 = taken, 0 = not
     due_E: Tensor  # int8: DUE or DEFERRED
 
     def __len__(self) -> int:
@@ -86,10 +88,10 @@ class Impressions:
 
 @dataclass(frozen=True)
 class Histories:
-    """Each user's events in time order: user u owns rows offsets_U[u] : offsets_U[u + 1]; user 0, the padding, none.
+    """Each user's events in time order. User u owns rows offsets_U[u] : offsets_U[u + 1]; user 0 is padding.
 
-    Rows are what users took. Where the log also says what they were shown, `impressions` holds what is still to
-    be trained on, and no row is due.
+    Rows are items that users took. In a log with exposures, `impressions` holds what is still to be trained on, and no
+    row is due.
     """
 
     offsets_U: Tensor  # int64, n_users + 2 entries
@@ -97,7 +99,7 @@ class Histories:
     times_R: Tensor  # int64
     due_R: Tensor  # int8: TRAINED, DUE, DEFERRED or HELD_OUT
     impressions: Impressions | None = None
-    categories_I: Tensor | None = None  # int32, the category row of each item, from item 0; None: the log has none
+    categories_I: Tensor | None = None  # int32, category row of each item, from item row 0; None: no categories
 
     @property
     def n_users(self) -> int:
@@ -105,6 +107,7 @@ class Histories:
 
     @staticmethod
     def empty() -> Histories:
+        """Return histories without users."""
         return Histories(
             torch.zeros(2, dtype=torch.int64),
             torch.zeros(0, dtype=torch.int32),
@@ -115,15 +118,15 @@ class Histories:
 
 @dataclass(frozen=True)
 class Interests:
-    """Per-user vectors that outlive a span.
+    """Vectors of users that are kept between spans.
 
-    User u owns rows offsets_U[u] : offsets_U[u + 1], none before its first update.
+    User u owns rows offsets_U[u] : offsets_U[u + 1], and none before its first update.
     """
 
-    vectors_SD: Tensor  # float32, or float16 where the strategy halves them
+    vectors_SD: Tensor  # float32, or float16 if the strategy stores fp16
     offsets_U: Tensor  # int64, n_users + 2 entries
-    born_S: Tensor  # int32, the span that created the interest
-    used_S: Tensor  # int32, the last span in which it was the closest interest of an event of that span
+    born_S: Tensor  # int32, span in which the interest was created
+    used_S: Tensor  # int32, last span with an event whose closest interest it was
 
     @property
     def n_users(self) -> int:
@@ -131,34 +134,35 @@ class Interests:
 
     @staticmethod
     def empty(n_dims: int) -> Interests:
+        """Return no interests, with vectors of `n_dims` dimensions."""
         none = torch.zeros(0, dtype=torch.int32)
         return Interests(torch.zeros(0, n_dims), torch.zeros(2, dtype=torch.int64), none, none.clone())
 
 
 @dataclass(frozen=True)
 class SessionLanes:
-    """The lane of each row of a session-parallel batch, and the state in which the model reads the row."""
+    """The lane of each row of a session-parallel batch, and the hidden states before the row."""
 
     lane_B: Tensor
-    is_first_B: Tensor  # bool: a session begins; else it is that of the lane's last row
+    is_first_B: Tensor  # bool: a session starts; else the session of the lane's last row continues
     n_lanes: int
-    states: tuple[Tensor, ...] | None = None  # (B, H) of each layer before the row; None: all zero
+    states: tuple[Tensor, ...] | None = None  # (B, H) for each layer, before the row; None: all zero
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a model sees. What a user carries between spans travels in the batch."""
+    """The input of a model. It includes what is stored for each user between spans."""
 
     users_B: Tensor
     history_BT: Tensor  # item rows, most recent last, padded with 0 on the left
-    targets_BT: Tensor | None = None  # next item after each position, 0 = not a target; (B, 1) for one target a row
-    negatives_N: Tensor | None = None  # item rows shared by the batch
-    interests_BKD: Tensor | None = None  # stored interests, zero where not alive
-    alive_BK: Tensor | None = None  # bool: the interests this user has, new ones included
-    old_BK: Tensor | None = None  # bool: those it had before this span
-    labels_B: Tensor | None = None  # float32: whether the target was taken; None: all are
-    categories_I: Tensor | None = None  # the category of each item, where the log has them
-    lanes: SessionLanes | None = None  # the rows go on where earlier batches ended
+    targets_BT: Tensor | None = None  # item after each position, 0 = no target; (B, 1) for one target per row
+    negatives_N: Tensor | None = None  # item rows, shared by the batch
+    interests_BKD: Tensor | None = None  # stored interests; 0 if not alive
+    alive_BK: Tensor | None = None  # bool: interests that the user has, including new ones
+    old_BK: Tensor | None = None  # bool: interests that the user had before this span
+    labels_B: Tensor | None = None  # float32: 1 = the target was taken, 0 = not; None: all taken
+    categories_I: Tensor | None = None  # category row of each item; None: no categories
+    lanes: SessionLanes | None = None  # the rows continue sessions of earlier batches
     project: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # (vectors_BKD, alive_BK, old_BK) -> vectors_BKD
 
     def __len__(self) -> int:
@@ -167,37 +171,37 @@ class Batch:
 
 @dataclass(frozen=True)
 class Forward:
-    """One training pass: the loss, and what extra terms may look at."""
+    """The result of a training pass: the loss, and values for extra loss terms."""
 
     loss: Tensor  # scalar
     vectors_BKD: Tensor | None = None
     target_BD: Tensor | None = None
-    logits_BN: Tensor | None = None  # of each target's candidates, itself among them
-    rows_RD: Tensor | None = None  # the item vectors, where the candidates are all items
-    states: tuple[Tensor, ...] | None = None  # (B, H) of each layer after each row, where the batch has lanes
+    logits_BN: Tensor | None = None  # logits of the candidates of each target, including the target
+    rows_RD: Tensor | None = None  # item vectors, if all items are candidates
+    states: tuple[Tensor, ...] | None = None  # (B, H) for each layer, after the row, if the batch has lanes
 
 
 @runtime_checkable
 class Model(Protocol):
-    """What all models have in common. Sizes count real users and items: rows 1..n_users and 1..n_items."""
+    """The interface of all models. Sizes count real users and items: rows 1..n_users and 1..n_items."""
 
     n_users: int
     n_items: int
 
     @property
     def spec(self) -> Any:
-        """The options it was built with."""
+        """The options that the model was built with."""
 
     def grow(self, n_users: int, n_items: int) -> None:
-        """Make room for new users and items; old rows are untouched."""
+        """Add rows for new users and items. Old rows stay unchanged."""
 
 
 @runtime_checkable
 class ScoringModel(Model, Protocol):
-    """A model that computes its scores itself. Those of a vector model are inner products (`nn.scoring`)."""
+    """A model that computes its own scores. Scores of a vector model are inner products (`nn.scoring`)."""
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
-        """Scores (B, N) of `items`, shared (N,) or each row's own (B, N); higher is better."""
+        """Score of each item for each user, shape (B, N); higher is better. `items`: (N,), or (B, N) if they differ."""
 
 
 @runtime_checkable
@@ -205,151 +209,158 @@ class CountingModel(ScoringModel, Protocol):
     """A model that learns from each event at once, without gradients."""
 
     def absorb(self, events: Events, histories: Histories) -> None:
-        """Learn from `events`, which are new; `histories` holds each user's events before them."""
+        """Learn from new `events`. `histories` holds each user's events before them."""
 
 
 @runtime_checkable
 class StateDictModel(Model, Protocol):
-    """A model that chooses what is saved of it. Of a counting model without these methods, all attributes are."""
+    """A model that chooses what is saved. Without these methods, all attributes of a counting model are saved."""
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the model has learnt, as tensors by name."""
+        """Return all that the model has learned, as tensors by name."""
 
     def load_state_dict(self, tensors: dict[str, Any], /) -> object:
-        """The inverse of `state_dict`, on a model of the same spec and sizes."""
+        """Restore what `state_dict` returned, in a model with the same spec and sizes."""
 
 
 @runtime_checkable
 class SeededModel(Model, Protocol):
-    """A model that draws random numbers, and keeps the seed that it was built with."""
+    """A model that draws random numbers and keeps its seed."""
 
     seed: int
 
 
 @runtime_checkable
 class CandidateModel(CountingModel, Protocol):
-    """A model that looks at a few items of each user only; it has no opinion of the others."""
+    """A model that scores only a few items per user."""
 
     def candidates(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Items (B, C), 0 where a user has fewer, and their scores; no opinion is 0, as in `score`."""
+        """Return the items that have a score, shape (B, C), padded with 0, and their scores. All others score 0."""
 
 
 @runtime_checkable
 class ErasableModel(Model, Protocol):
-    """A model that remembers what each user took."""
+    """A model that stores what each user took."""
 
     def erase_user(self, user: int) -> None:
-        """The user in this row has taken nothing."""
+        """Forget all events of the user in this row."""
 
 
 @runtime_checkable
 class TrainedModel(Model, Protocol):
-    """A model that learns by gradients: an `nn.Module`, of which training uses the methods at the end."""
+    """A model that is trained by gradient descent: an `nn.Module` with these attributes and methods."""
 
-    # How batches are cut: a row per "target" with its history, per "window" of targets, per "pair" without a history,
-    # per "click" (a labelled target and the history there is), or "session-parallel" (one event per session a step).
+    # What a row of a batch is:
+    # - "target": a target with its history
+    # - "window": a window of events, with a target after each
+    # - "pair": a target without a history
+    # - "click": a labelled target with its history, which may be empty
+    # - "session-parallel": one event of a session
     batch_format: str
     seed: int
-    moments: dict[str, Tensor]  # the optimiser's memory of the dense weights; tables carry their own
+    moments: dict[str, Tensor]  # optimiser state of the dense weights; embedding tables keep their own
 
     def forward(self, batch: Batch) -> Forward:
-        """The training loss of a batch with targets and negatives."""
+        """Compute the training loss of a batch with targets and negatives."""
 
     def __call__(self, batch: Batch) -> Forward:
-        """`forward`."""
+        """Call `forward`."""
 
     def train(self) -> object:
-        """From now on, `forward` is noisy where the model wants it to be (dropout)."""
+        """Switch to training mode: dropout is on."""
 
     def eval(self) -> object:
-        """From now on, nothing is noisy."""
+        """Switch to evaluation mode: dropout is off."""
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Itself and its parts by name, tables among them."""
+        """Yield the model and its parts by name, including embedding tables."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The dense weights; tables are not among them."""
+        """Yield the dense weights by name, without embedding tables."""
 
 
 @runtime_checkable
 class ClickModel(TrainedModel, ScoringModel, Protocol):
-    """A model whose score is the log-odds that the user takes the item: it can learn from what was not taken."""
+    """A model whose score is the log-odds that the user takes the item. It also learns from exposures not taken."""
 
     def click_probabilities(self, batch: Batch, items: Tensor) -> Tensor:
-        """How likely the user takes each item, shaped as `score`."""
+        """Probability that the user takes each item, shaped like `score`."""
 
 
 @runtime_checkable
 class EncodingModel(TrainedModel, Protocol):
-    """A vector model through which gradients can be had of the scores of all items at once."""
+    """A vector model that computes user vectors from item vectors, with gradients."""
 
     def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
-        """(B, K, D) the users' vectors, read from a history whose items have these vectors, with gradients."""
+        """User vectors, shape (B, K, D), computed with gradients from the item vectors of the histories."""
 
 
 @runtime_checkable
 class UserVectorModel(TrainedModel, Protocol):
-    """A vector model that computes the users' vectors in a way of its own, not by `encode` of the item vectors."""
+    """A vector model that computes user vectors in another way than `encode`."""
 
     def user_vectors(self, batch: Batch) -> Tensor:
-        """(B, K, D), without gradients."""
+        """User vectors, shape (B, K, D), without gradients."""
 
 
-# A model whose score is the largest inner product of an item vector with one of the user's vectors. The
-# `EmbeddingTable` of its item vectors is named "items"; `nn.scoring` computes vectors and scores.
+# A model whose score is the largest inner product of the item vector with one of the user's vectors. Its item vectors
+# are in an `EmbeddingTable` named "items". `nn.scoring` computes vectors and scores.
 VectorModel = EncodingModel | UserVectorModel
 
 
 @runtime_checkable
 class InterestModel(EncodingModel, Protocol):
-    """A model with several interests a user, kept between spans."""
+    """A model with several interests per user, which are kept between spans."""
 
     @property
     def has_ordered_interests(self) -> bool:
-        """Whether the k-th interest is the k-th of something learnt, so that only a user's last ones may be dropped."""
+        """Whether interests are tied to learned positions, so that only a user's last ones may be dropped."""
 
     def initial_interests(self, n: int) -> Tensor:
-        """(n, D): where the interests of a newcomer, and new interests of anybody, start."""
+        """Return the initial vectors of new interests, shape (n, D)."""
 
 
 @runtime_checkable
 class ModelSpec(Protocol):
-    """The options of a model, with their defaults; a frozen dataclass."""
+    """The options of a model and their defaults, as a frozen dataclass."""
 
     def build(self, seed: int) -> Model:
-        """A model without users and items."""
+        """Build a model without users and items."""
 
 
 @runtime_checkable
 class HistorySpec(Protocol):
-    """The options of a model that says how many of a user's last events are kept for it to read."""
+    """The options of a model that limits the length of histories."""
 
     @property
     def length(self) -> int:
-        """Events a user."""
+        """Number of most recent events per user."""
 
 
 @dataclass(frozen=True)
 class State:
-    """All that is needed to serve now and to update next time."""
+    """Everything that is needed to serve and for the next update."""
 
-    model: Any  # a Model; what is served
+    model: Any  # a Model, which serves
     seed: int = 0
-    spans_seen: int = 0
+    spans_seen: int = 0  # number of spans that the state has learned, including the base block
     histories: Histories = field(default_factory=Histories.empty)
     interests: Interests | None = None
-    base_epochs: int = 0  # how many epochs the base block needed; a full retrain uses as many
-    memory: Any = None  # whatever the strategy keeps: a tree of tensors and dataclasses
-    costs: dict[str, float] = field(default_factory=dict)  # what the last update measured of itself
-    shared_base: State | None = None  # the base block's state, where another strategy has already trained the same one
+    base_epochs: int = 0  # epochs of the base block; a full retrain uses the same number
+    memory: Any = None  # what the strategy keeps: a tree of tensors and dataclasses
+    costs: dict[str, float] = field(default_factory=dict)  # costs of the last update, by name
+    shared_base: State | None = None  # state after the base block, if another strategy trained the same one
 
 
 @runtime_checkable
 class Strategy(Protocol):
-    """One pure function from a state and a span to the next state."""
+    """A pure function from a state and a span to the next state."""
 
     def update(self, state: State, span: Span) -> State:
-        """`state` is left as it was; `state.histories` already holds the span's events, marked as due."""
+        """Return the next state. `state` stays unchanged.
+
+        `state.histories` already holds the span's events, marked as due.
+        """
 
 
-LossTerm = Callable[[Batch, Forward], Tensor]  # an extra scalar added to the loss
+LossTerm = Callable[[Batch, Forward], Tensor]  # a scalar that is added to the loss

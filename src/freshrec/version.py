@@ -1,3 +1,3 @@
-"""Which freshrec this is."""
+"""The version of freshrec."""
 
 __version__ = "0.1.0"

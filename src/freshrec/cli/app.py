@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.resources import files
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -24,8 +29,8 @@ from freshrec.cli.options import AsJson, Columns, EventTypes, FormatName, LogPat
 from freshrec.cli.output import print_json
 from freshrec.cli.replay import demo, replay
 from freshrec.data.formats import FORMATS
-from freshrec.data.log import read_log
-from freshrec.data.validate import LogReport, validate_log
+from freshrec.data.log import format_count, read_log
+from freshrec.data.validate import LogReport, format_percent, validate_log
 from freshrec.deprecation import replace_old_flags
 from freshrec.errors import FreshrecError, OptionError, StateError, unknown_name_error
 from freshrec.user_modules import IMPORTS, import_named
@@ -57,9 +62,9 @@ OLD_FLAGS = {  # by the first word of a command: flags of 0.1.0, and their new n
     "serve": SEARCH_FLAGS,
     "bench": SEARCH_FLAGS,
 }
-OWN_NAMES = {  # how to name what is no part of freshrec
-    "models": "Your own model is named as in my_model:MyModelSpec:hours=2.",
-    "strategies": "Your own strategy is named as in my_strategy:MyStrategy:keep=0.3.",
+OWN_NAMES = {  # how to name a user's own model or strategy
+    "models": "Name your own model by its module and class, as in my_model:MyModelSpec:hours=2.",
+    "strategies": "Name your own strategy by its module and class, as in my_strategy:MyStrategy:keep=0.3.",
 }
 LISTED_KINDS = ("models", "strategies", "metrics", "worlds", "formats")
 
@@ -72,25 +77,39 @@ def validate(
     quarantine: Quarantine = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a log: its size, its faults, and how to cut it into spans."""
+    """Check a log: count what it holds, warn of problems, and suggest how to split it into spans."""
     names, event_types = parse_pairs(columns), parse_list(events)
     report = validate_log(read_log(log, columns=names, format=format_name, events=event_types, quarantine=quarantine))
     if as_json:
         typer.echo(json.dumps(asdict(report), indent=2))
     else:
-        _print_report(report, log.name)
+        given = {"--columns": columns, "--format": format_name, "--events": events}
+        options = [word for flag, value in given.items() if value for word in (flag, value)]
+        _print_report(report, log, options)
 
 
 def list_names(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help=f"What to list: {', '.join(LISTED_KINDS)}.")],
+    kind: Annotated[str, typer.Argument(metavar="KIND", help=f"Names to list: {', '.join(LISTED_KINDS)}.")],
     as_json: AsJson = False,
 ) -> None:
-    """List models, strategies, metrics, worlds or formats, with a line on each."""
+    """List models, strategies, metrics, worlds or formats, with one line about each."""
     lines = describe_names(kind)
+    if as_json:
+        typer.echo(json.dumps(lines, indent=2))
+        return
     width = max(map(len, lines))
-    typer.echo(json.dumps(lines, indent=2) if as_json else "\n".join(f"{n:<{width}}  {t}" for n, t in lines.items()))
-    if not as_json and kind in OWN_NAMES:
+    for name, text in lines.items():
+        sentence = text.partition(" [")[0]  # the options in brackets stand in docs/reference.md
+        typer.echo(_wrap_on_terminal(f"{name:<{width}}  {sentence}", indent=width + 2))
+    if kind in OWN_NAMES:
         typer.echo(f"{OWN_NAMES[kind]} CONTRIBUTING.md and docs/examples show how to write one.", err=True)
+
+
+def _wrap_on_terminal(line: str, indent: int) -> str:
+    """Wrap a line at the width of the terminal. In a pipe or a file it stays one line."""
+    if not sys.stdout.isatty():
+        return line
+    return textwrap.fill(line, min(shutil.get_terminal_size().columns, 100), subsequent_indent=" " * indent)
 
 
 GROUPS: dict[str, tuple[Callable[..., None], ...]] = {  # the headings of `freshrec --help`, and the commands below each
@@ -118,7 +137,7 @@ app.add_typer(server.bench, name="bench", rich_help_panel="Serve")
 
 
 def describe_names(kind: str) -> dict[str, str]:
-    """Each name with what its own code says of it. OptionError for an unknown kind."""
+    """Return name -> description for one kind of names. Raises OptionError for an unknown kind."""
     from freshrec.data.synthetic import WORLDS
 
     if kind == "formats":
@@ -129,7 +148,7 @@ def describe_names(kind: str) -> dict[str, str]:
         from freshrec.replay.metrics import METRICS
 
         return {f"{name}@k": metric.description for name, metric in METRICS.items()}
-    if kind in ("models", "strategies"):  # written by docs/generate.py, because importing them imports torch
+    if kind in ("models", "strategies"):  # from a generated file, because importing them would import torch
         listed: dict[str, str] = json.loads(files("freshrec").joinpath("names.json").read_text())[kind]
         return listed
     raise unknown_name_error("list", kind, LISTED_KINDS)
@@ -139,34 +158,60 @@ def _first_line(doc: str | None) -> str:
     return (doc or "").partition("\n")[0]
 
 
-def _print_report(report: LogReport, name: str) -> None:
-    fields_shown = {
-        "rows": f"{report.rows:,}",
-        "users": f"{report.users:,}",
-        "items": f"{report.items:,}",
-        "time": f"{report.first} .. {report.last}" if report.first else "no timestamps",
-        "unit": report.unit,
-        "periods": None if report.periods is None else f"{report.periods:,}",
-        "duplicates": "unknown without timestamps" if report.duplicates is None else f"{report.duplicates:,}",
-        "ties": "unknown without timestamps" if report.ties is None else f"{report.ties:.1%} of the rows",
-        "out of order": f"{report.out_of_order:.1%} of the rows",
-        "repeats": f"{report.repeats:.1%} of the rows",
-        "exposures": f"{report.exposures:.1%} of the rows" if report.exposures else None,
-        "nulls": ", ".join(f"{column} {n:,}" for column, n in report.nulls.items()) or "none",
-        "bad rows": f"{report.bad_rows:,} in quarantine" if report.bad_rows else "none",
-        "suggested": f"{report.suggested_spans} spans after the base block (--by {report.suggested_by})",
-    }
+SUGGESTED_SPLITS = {  # rule -> what its spans are
+    "period": "one span per period",
+    "count-alpha": "spans of equal duration",
+    "count": "spans with equal numbers of rows",
+}
+MAX_REPORT_WIDTH = 100  # columns
+
+
+def _print_report(report: LogReport, path: Path, options: Sequence[str]) -> None:
+    """Print what a log holds, notes, warnings and the next commands. `options` are those that read the log."""
     table = Table.grid(padding=(0, 2))
-    for fact, value in fields_shown.items():
-        if value is not None:
-            table.add_row(Text(fact, style="bold"), Text(value))
+    for label, text in _report_lines(report).items():
+        table.add_row(Text(label, style="bold"), Text(text))
     console = Console(highlight=False)
-    console.print(Text(name, style="bold"))
-    console.print(table)
+    width = min(console.width, MAX_REPORT_WIDTH)
+    console.print(Text(path.name, style="bold"))
+    console.print(table, width=width)
     for note in report.notes:
-        console.print(Text(f"note: {note}", style="dim"))
+        console.print(Text(f"Note: {note}", style="dim"), width=width)
     for warning in report.warnings:
-        console.print(Text(f"warning: {warning}", style="yellow"))
+        console.print(Text(f"Warning: {warning}", style="yellow"), width=width)
+    log = shlex.join([str(path), *options])
+    typer.echo("\nNext, look at the spans of a replay and its estimated time, or make the first version of a store:")
+    if report.suggested_spans:
+        typer.echo(f"  freshrec replay {log} --by {report.suggested_by} --spans {report.suggested_spans} --plan")
+    typer.echo(f"  freshrec fit {log} --store shop")
+
+
+def _report_lines(report: LogReport) -> dict[str, str]:
+    """The facts of a report, each as a label and its explanation."""
+    rows, share, unknown = partial(format_count, noun="row"), format_percent, "unknown: the log has no timestamps"
+    by, n_spans = report.suggested_by, report.suggested_spans
+    lines = {"Rows": f"{report.rows:,}", "Users": f"{report.users:,}", "Items": f"{report.items:,}"}
+    lines["Time range"] = lines["Duplicates"] = lines["Same-time events"] = unknown
+    if report.first:
+        lines["Time range"] = f"{report.first} to {report.last}"
+    if report.periods is not None:
+        lines["Periods"] = f"{report.periods:,}"
+    if report.duplicates is not None:
+        lines["Duplicates"] = (
+            f"{rows(report.duplicates)} with the event_id, or user, item and timestamp, of another row."
+        )
+    if report.ties is not None:
+        lines["Same-time events"] = (
+            f"{share(report.ties)} of rows share user and timestamp with another row; their order in the file is kept."
+        )
+    lines["Out of order"] = f"{share(report.out_of_order)} of rows come after a later row in the file; they are sorted."
+    lines["Repeats"] = f"{share(report.repeats)} of rows have an item that their user had before."
+    if report.exposures:
+        lines["Exposures"] = f"{share(report.exposures)} of rows were shown and not taken (label 0)."
+    lines["Missing values"] = ", ".join(f"{name}: {rows(n)}" for name, n in report.nulls.items()) or "none"
+    lines["Bad rows"] = f"{rows(report.bad_rows)}, written to the quarantine file" if report.bad_rows else "none"
+    spans = f"a base block and {format_count(n_spans, 'span')}, by {by} ({SUGGESTED_SPLITS[by]})"
+    return lines | {"Suggested split": spans if n_spans else "none: the log cannot be split into spans"}
 
 
 def import_own_modules() -> None:

@@ -1,10 +1,12 @@
-"""How answers are printed: tables and JSON."""
+"""Print answers: tables, labelled lines and JSON."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
 from math import isfinite
+from shutil import get_terminal_size
+from textwrap import wrap
 from typing import Any
 
 import typer
@@ -14,9 +16,9 @@ from rich.text import Text
 
 
 def print_table(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Rows under their names; what is None stays empty.
+    """Print rows below their names. None becomes an empty cell.
 
-    Ids are printed as they are, whatever they look like, and whole, however narrow the terminal.
+    Ids are printed unchanged, and in full even on a narrow terminal.
     """
     table = Table(box=None)
     for name in names:
@@ -26,8 +28,30 @@ def print_table(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     Console(highlight=False).print(table)
 
 
+LABEL_WIDTH, MAX_WIDTH = 12, 100  # characters
+
+
+def print_labelled(lines: Iterable[tuple[str, str]]) -> None:
+    """Print each text after its label, wrapped at the width of the terminal, at most MAX_WIDTH characters."""
+    for label, text in lines:
+        typer.echo("\n".join(_wrap(f"  {label:<{LABEL_WIDTH}}", text)))
+
+
+def print_wrapped(text: str, indent: str = "") -> None:
+    """Print a text, wrapped at the width of the terminal; lines after the first one are indented."""
+    typer.echo("\n".join(_wrap("", text, indent)))
+
+
+def _wrap(start: str, text: str, indent: str = "") -> list[str]:
+    width, indent = min(MAX_WIDTH, get_terminal_size((MAX_WIDTH, 24)).columns), indent or " " * len(start)
+    lines = wrap(
+        text, width, initial_indent=start, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+    return lines or [start.rstrip()]
+
+
 def print_json(found: Any) -> None:
-    """One line of JSON, in which a number that JSON does not know, such as infinity, is null."""
+    """Print one line of JSON. Numbers that JSON does not know, such as infinity, become null."""
     typer.echo(json.dumps(_json_safe(found)))
 
 

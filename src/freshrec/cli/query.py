@@ -1,15 +1,18 @@
-"""The commands that ask a store: recommend, similar, explain, inspect, status, diff, doctor. They change nothing."""
+"""The commands that read a store and change nothing: recommend, similar, explain, inspect, status, diff, doctor."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from freshrec.cli.inspection_text import diff_lines, status_lines
 from freshrec.cli.options import AsJson, StoreOption, StorePath, parse_list
 from freshrec.cli.output import print_json, print_table
-from freshrec.errors import StateError
+from freshrec.errors import LogError, OptionError, StateError
 from freshrec.recommender.list_request import DEFAULTS, help_of
 
 if TYPE_CHECKING:
@@ -22,7 +25,7 @@ VersionOption = Annotated[int | None, typer.Option("--version", help="Version to
 
 
 def recommend(
-    users: Annotated[list[str], typer.Argument(metavar="USER...", help="User ids; an unknown one gets popular items.")],
+    users: Annotated[list[str], typer.Argument(metavar="USER...", help="User ids. Unknown users get popular items.")],
     store: StorePath = Path("store"),
     k: K = DEFAULTS.k,
     exclude_seen: Annotated[
@@ -35,116 +38,100 @@ def recommend(
     version: VersionOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the best items of some users."""
+    """Print recommended items for each user."""
     from freshrec.recommender.recommender import Recommender
 
     allowed, denied = (None if text is None else parse_list(text) for text in (allow, deny))
     recommender = Recommender.from_bundle(_open_bundle(store, version))
-    found = recommender.recommend(users, k, exclude_seen, allowed, denied, category, diversity)
+    with _id_errors_as_option_errors():
+        found = recommender.recommend(users, k, exclude_seen, allowed, denied, category, diversity)
     rows = [(user, rank, item, f"{score:.4g}", fallback) for user, item, score, rank, fallback in found.iter_rows()]
     _print_frame(found, ("user", "rank", "item", "score", "fallback"), rows, as_json)
 
 
 def similar(
-    items: Annotated[list[str], typer.Argument(metavar="ITEM...")],
+    items: Annotated[list[str], typer.Argument(metavar="ITEM...", help="Item ids.")],
     store: StorePath = Path("store"),
     k: K = DEFAULTS.k,
     version: VersionOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the items most like some items."""
+    """Print the most similar items for each item."""
     from freshrec.recommender.recommender import Recommender
 
-    found = Recommender.from_bundle(_open_bundle(store, version)).similar_items(items, k)
+    recommender = Recommender.from_bundle(_open_bundle(store, version))
+    with _id_errors_as_option_errors():
+        found = recommender.similar_items(items, k)
     rows = [(item, rank, other, f"{score:.4g}") for item, other, score, rank in found.iter_rows()]
     _print_frame(found, ("item", "rank", "similar", "score"), rows, as_json)
 
 
 def explain(
-    user: Annotated[str, typer.Argument(metavar="USER")],
-    item: Annotated[str, typer.Argument(metavar="ITEM")],
+    user: Annotated[str, typer.Argument(metavar="USER", help="User id.")],
+    item: Annotated[str, typer.Argument(metavar="ITEM", help="Item id.")],
     store: StorePath = Path("store"),
     version: VersionOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print why a user is offered an item: which expert or interest put it there, and which past event."""
+    """Explain the score of an item for a user: its rank, its contributions, and the most important past event."""
+    from freshrec.recommender.explanation import explain_pair, explanation_text
     from freshrec.recommender.recommender import Recommender
 
-    found = Recommender.from_bundle(_open_bundle(store, version)).explain(user, item)
-    if found.is_empty() and not as_json:
-        typer.echo(f"{item} is not offered to {user}")
-        return
-    rows = [(source, place, f"{points:+.2f}", because) for source, place, points, because in found.iter_rows()]
-    _print_frame(found, ("source", "place", "points", "because of"), rows, as_json)
+    bundle = _open_bundle(store, version)
+    with _id_errors_as_option_errors():
+        if as_json:
+            print_json(Recommender.from_bundle(bundle).explain(user, item).to_dicts())
+            return
+        found = explain_pair(bundle.served, user, item, bundle.names[0], bundle.read_options.has_clock)
+    typer.echo(explanation_text(found))
 
 
 def inspect(
-    kind: Annotated[Literal["user", "item"], typer.Argument(help="user or item")],
-    name: Annotated[str, typer.Argument(metavar="ID")],
+    kind: Annotated[Literal["user", "item"], typer.Argument(help="What to show: user or item.")],
+    name: Annotated[str, typer.Argument(metavar="ID", help="User id or item id.")],
     store: StorePath = Path("store"),
     version: VersionOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print what is known of one user, its events and interests, or of one item."""
+    """Print the events and interests of a user, or the statistics of an item."""
     from freshrec.nightly import inspection
 
     bundle = _open_bundle(store, version)
-    found = inspection.user_profile(bundle, name) if kind == "user" else inspection.item_profile(bundle, name)
+    with _id_errors_as_option_errors():
+        found = inspection.user_profile(bundle, name) if kind == "user" else inspection.item_profile(bundle, name)
     if as_json:
         print_json(found)
         return
-    events, interests = found.pop("events", []), found.pop("interests", [])
-    if "kind" in found:
-        found["interests"] = found.pop("kind")
-    _print_fields(found)
-    if events:
-        print_table(("at", "item"), [(event["at"], event["item_id"]) for event in events])
-    fields = ("title", "born_span", "used_span")
-    rows = [(*(card[field] for field in fields), ", ".join(map(str, card["items"]))) for card in interests]
-    if rows:
-        print_table(("interest", "born in span", "last used in span", "best items"), rows)
+    from freshrec.recommender import profile_text
+
+    typer.echo(profile_text.user_text(found) if kind == "user" else profile_text.item_text(found))
 
 
 def status(store: StorePath = Path("store"), as_json: AsJson = False) -> None:
-    """Print what is live, how old it is, what waits, and what it takes on the disk."""
+    """Print the live version, the size of the store, what waits for the next update, and how good the version is."""
     from freshrec.nightly import inspection
     from freshrec.store.versions import open_store
 
     found = inspection.store_status(open_store(store))
-    if as_json:
-        print_json(found)
-        return
-    numbers, notes = found.pop("numbers"), found.pop("notes")
-    _print_fields(found | found.pop("plan"))
-    for note in notes:
-        typer.echo(f" note: {note}")
-    _print_fields(numbers)
+    print_json(found) if as_json else typer.echo("\n".join(status_lines(found)))
 
 
 def diff(
-    first: Annotated[int, typer.Argument(metavar="A")],
-    second: Annotated[int, typer.Argument(metavar="B")],
+    first: Annotated[int, typer.Argument(metavar="A", help="Number of the first version.")],
+    second: Annotated[int, typer.Argument(metavar="B", help="Number of the second version.")],
     store: StorePath = Path("store"),
     as_json: AsJson = False,
 ) -> None:
-    """Print what two versions differ in, and how much of their lists they share."""
+    """Compare two versions: quality on the same queries, shared items of their lists, numbers and options."""
     from freshrec.nightly import inspection
     from freshrec.store.versions import open_store
 
     found = inspection.version_difference(open_store(store), first, second)
-    if as_json:
-        print_json(found)
-        return
-    pairs = {**found["sizes"], **found["numbers"], **found["recipe"]}
-    print_table(
-        ("", f"version {first}", f"version {second}"),
-        [(name, *map(_format_value, pair)) for name, pair in pairs.items()],
-    )
-    typer.echo(f"of the best {found['list']} items of {found['users']} users, {found['shared']:.0%} are the same")
+    print_json(found) if as_json else typer.echo("\n".join(diff_lines(found)))
 
 
 def doctor(store: Annotated[Path | None, StoreOption] = None, as_json: AsJson = False) -> None:
-    """Check the installation, and every file of a store."""
+    """Check the installation and every file of a store."""
     from freshrec.nightly import inspection
     from freshrec.store.versions import open_store
 
@@ -155,15 +142,24 @@ def doctor(store: Annotated[Path | None, StoreOption] = None, as_json: AsJson = 
             typer.echo(f"{'ok   ' if ok else 'WRONG'}  {message}")
     wrong = [message for ok, message in found if not ok]
     if wrong:
-        error = StateError(f"{len(wrong)} of {len(found)} checks failed, the first: {wrong[0]}")
+        error = StateError(f"{len(wrong)} of {len(found)} checks failed. The first: {wrong[0]}")
         error.json_output = checks
         raise error
     if as_json:
         print_json(checks)
 
 
+@contextmanager
+def _id_errors_as_option_errors() -> Iterator[None]:
+    """Turn the LogError about an id of the wrong type into an OptionError: the user typed the id, the log is fine."""
+    try:
+        yield
+    except LogError as problem:
+        raise OptionError(str(problem)) from None
+
+
 def _open_bundle(folder: Path, number: int | None) -> Bundle:
-    """What a version holds, the live one unless `number` is given."""
+    """Read the bundle of a version, by default of the live one."""
     from freshrec.recommender.bundle import read_bundle
     from freshrec.store.versions import open_store
 
@@ -179,7 +175,7 @@ def _print_frame(found: pl.DataFrame, names: tuple[str, ...], rows: list[tuple[A
 
 
 def _print_fields(values: dict[str, Any]) -> None:
-    """What is None is not known, and left out; an id is no quantity."""
+    """Print names and values in two columns. A value of None is unknown and left out; ids are printed as they are."""
     known = {name: value for name, value in values.items() if value is not None}
     shown = {name: str(value) if name.endswith("_id") else _format_value(value) for name, value in known.items()}
     print_table(("", ""), [(name.replace("_", " "), value) for name, value in shown.items()])

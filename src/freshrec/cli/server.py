@@ -19,34 +19,37 @@ if TYPE_CHECKING:
     import uvicorn
 
 LongestFirstOption = Annotated[
-    int, typer.Option(min=0, help="Score so many items with the longest vectors first, where there are more; 0: off.")
+    int, typer.Option(min=0, help="Number of items with the longest vectors that are scored first (0 = off).")
 ]
-PortOption = Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")]
+HostOption = Annotated[str, typer.Option(help="Address to listen on. By default only this machine can connect.")]
+TokenOption = Annotated[
+    Path | None, typer.Option(help="File with a token that clients must send as `Authorization: Bearer TOKEN`.")
+]
+ExactMaxItemsOption = Annotated[
+    int, typer.Option(min=0, help="Score all items up to this catalog size, and use an index above it.")
+]
+PortOption = Annotated[int, typer.Option(min=0, max=65535, help="Port (0 = any free port).")]
 
 
 def serve(
     store: StorePath = Path("store"),
-    host: Annotated[str, typer.Option(help="Where to listen; this machine alone by default.")] = "127.0.0.1",
+    host: HostOption = "127.0.0.1",
     port: PortOption = 8000,
-    token_file: Annotated[
-        Path | None, typer.Option(help="A file with a token: whoever asks must send it as `Authorization: Bearer`.")
-    ] = None,
-    rate: Annotated[int, typer.Option(min=0, help="Requests of a client in a second; 0: any number.")] = 500,
-    threads: Annotated[int, typer.Option(min=1, help="Of the numerical libraries.")] = 1,
-    exact_max_items: Annotated[
-        int, typer.Option(min=0, help="Up to so many items all are scored; above, an index.")
-    ] = 50_000,
-    min_recall: Annotated[float, typer.Option(min=0, max=1, help="The recall@20 that an index must reach.")] = 0.98,
+    token_file: TokenOption = None,
+    rate: Annotated[int, typer.Option(min=0, help="Maximum requests per second and client (0 = no limit).")] = 500,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the numerical libraries.")] = 1,
+    exact_max_items: ExactMaxItemsOption = 50_000,
+    min_recall: Annotated[float, typer.Option(min=0, max=1, help="Minimum recall@20 of the index (0 to 1).")] = 0.98,
     n_longest: LongestFirstOption = 16_384,
 ) -> None:
-    """Answer over HTTP from the live version, and from clicks as they come; follow promotions and rollbacks."""
+    """Serve recommendations of the live version over HTTP. New clicks, promotions and rollbacks take effect at once."""
     try:
         import uvicorn
 
         from freshrec.server.app import create_app
         from freshrec.server.service import Service, log_line
     except ImportError as missing:
-        raise OptionError(f'serving needs more libraries ({missing.name}); pip install "freshrec[serve]".') from None
+        raise OptionError(f'Serving needs the library {missing.name}. Run pip install "freshrec[serve]".') from None
     import faiss
     import torch
 
@@ -86,21 +89,23 @@ def serve(
 
 
 def listening_socket(config: uvicorn.Config) -> socket:
-    """A socket that accepts connections from now on; the server answers them once it runs."""
+    """Open a socket that accepts connections at once. The server answers them as soon as it runs."""
     opened = config.bind_socket()
-    opened.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)  # or the second packet of an answer waits 40 ms for an ACK
-    opened.listen(config.backlog)  # uvicorn listens only after its start-up: who came before was refused
+    opened.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)  # otherwise the second packet of a response waits 40 ms for an ACK
+    opened.listen(config.backlog)  # uvicorn listens only after its start-up and refuses earlier connections
     return opened
 
 
 def export(
-    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new one.")],
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="New folder for the files.")],
     store: StorePath = Path("store"),
     version: Annotated[int | None, typer.Option("--version", help="Version to use (default: the live one).")] = None,
-    onnx: Annotated[bool, typer.Option("--onnx", help="Also what makes vectors of histories, as ONNX.")] = False,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Also export the network that computes user vectors from histories, as ONNX.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write ids, vectors and an index of a version for other programs: Parquet, npy, faiss, ONNX."""
+    """Export ids, vectors and an index of a version for other programs: Parquet, npy, faiss, ONNX."""
     from freshrec.recommender.search import EXACT_SEARCH
     from freshrec.server.export import export_version
     from freshrec.server.live_version import load_version
@@ -111,7 +116,9 @@ def export(
     summary = export_version(load_version(opened_store, manifest, EXACT_SEARCH), out, onnx)
     files = ", ".join(summary["files"])
     typer.echo(
-        json.dumps(summary) if as_json else f"version {manifest.id} in {out}: {files}; about.json says what they are"
+        json.dumps(summary)
+        if as_json
+        else f"Exported version {manifest.id} to {out}: {files}. about.json describes the files."
     )
 
 
@@ -121,16 +128,18 @@ bench = typer.Typer(no_args_is_help=True, help="Measure on this machine.")
 @bench.command("serve")
 def bench_serve(
     store: StorePath = Path("store"),
-    rate: Annotated[float, typer.Option(min=0.1, help="Requests a second, at random moments.")] = 20.0,
-    seconds: Annotated[float, typer.Option(min=1, help="How long.")] = 20.0,
-    k: Annotated[int, typer.Option("--k", "-k", help="Items of a list.")] = 20,
-    exact_max_items: Annotated[int, typer.Option(min=0, help="As in `freshrec serve`.")] = 50_000,
+    rate: Annotated[float, typer.Option(min=0.1, help="Requests per second, at random times.")] = 20.0,
+    seconds: Annotated[float, typer.Option(min=1, help="Duration in seconds.")] = 20.0,
+    k: Annotated[int, typer.Option("--k", "-k", help="Number of items per list.")] = 20,
+    exact_max_items: Annotated[int, typer.Option(min=0, help="See `freshrec serve`.")] = 50_000,
     n_longest: LongestFirstOption = 16_384,
-    threads: Annotated[int, typer.Option(min=1, help="As in `freshrec serve`.")] = 1,
-    swap: Annotated[bool, typer.Option("--swap", help="Move the live pointer away and back meanwhile.")] = False,
+    threads: Annotated[int, typer.Option(min=1, help="See `freshrec serve`.")] = 1,
+    swap: Annotated[
+        bool, typer.Option("--swap", help="Change the live version and change it back during the measurement.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Start a server of the store, ask it for lists whether or not it keeps up, and report latency and errors."""
+    """Start a server of the store, send requests at a fixed rate, and report latency and errors."""
     from freshrec.server.benchmark import run_benchmark
 
     options = ("--exact-max-items", str(exact_max_items), "--n-longest", str(n_longest), "--threads", str(threads))
@@ -142,24 +151,29 @@ def bench_serve(
 
 
 def read_token(path: Path | None) -> str:
-    """The token in a file; "" without one. OptionError where it is none."""
+    """Read the token in a file; "" without a file. Raises OptionError if it is not a valid token."""
     if path is None:
         return ""
     try:
         token = path.read_text().strip()
     except (OSError, UnicodeDecodeError) as problem:
-        raise OptionError(f"the token cannot be read from {path} ({type(problem).__name__}).") from None
+        raise OptionError(
+            f"The token file {path} cannot be read ({type(problem).__name__}). Check the path and its permissions."
+        ) from None
     if len(token) < 16 or not token.isascii() or not token.isprintable():
-        raise OptionError(f"the token in {path} is no token; write at least 16 letters and digits, in one line.")
+        raise OptionError(f"The token in {path} is not valid. Write at least 16 letters and digits in one line.")
     return token
 
 
 def erase_in_subprocess(store: Path, user: str) -> dict[str, Any]:
-    """`freshrec erase`, in a process that may learn. StateError where it fails."""
+    """Run `freshrec erase` in a subprocess, because it needs the training code. Raises StateError if it fails."""
     options = ("--store", str(store), "--wait", "1m", "--json", "--", user)
     command = [sys.executable, "-m", "freshrec", "erase", *options]
     process = subprocess.run(command, capture_output=True, text=True, timeout=3600)
     if process.returncode:
-        raise StateError(process.stderr.strip().splitlines()[-1].removeprefix("error: ") or "the user was not erased.")
+        raise StateError(
+            process.stderr.strip().splitlines()[-1].removeprefix("error: ")
+            or "The user was not erased. See the log of the server."
+        )
     receipt: dict[str, Any] = json.loads(process.stdout)
     return receipt

@@ -1,7 +1,8 @@
-"""The commands that make a store learn: fit and update."""
+"""The commands that train: `fit` makes a store, `update` learns new events."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
@@ -25,11 +26,13 @@ from freshrec.cli.options import (
     parse_list,
     parse_pairs,
 )
-from freshrec.cli.output import print_json
-from freshrec.cli.version_text import version_line
+from freshrec.cli.output import print_json, print_labelled, print_wrapped
+from freshrec.cli.progress import READING, show_progress
+from freshrec.cli.version_text import fit_lines, next_commands, update_lines, verdict_sentence
 from freshrec.cli.versions import locked_store
-from freshrec.data.log import Log, events_before, read_log
+from freshrec.data.log import Log, events_before, filter_positives, format_time, read_log
 from freshrec.errors import FreshrecError, LogError, NoRowsError, OptionError, RefusedError
+from freshrec.progress import report_progress
 
 if TYPE_CHECKING:
     from freshrec.nightly.job import NightlyJob
@@ -37,25 +40,39 @@ if TYPE_CHECKING:
     from freshrec.store.manifest import Manifest
 
 
-GateOption = Annotated[str, typer.Option(help="Limits of the gate, as in metric=hr@20:tolerance=0.1.")]
+GateOption = Annotated[str, typer.Option(help="Limits of the gate, such as metric=hr@20:tolerance=0.1.")]
+NewEvents = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        metavar="[NEW]...", help="Files of new events; none = learn waiting clicks and unfinished deliveries."
+    ),
+]
+FullEvery = Annotated[
+    str,
+    typer.Option(
+        metavar="N|auto", help="Also try a full retrain every N updates; auto = as often as it improves quality."
+    ),
+]
 
 
 def fit(
     log: LogPath,
     store: StorePath = Path("store"),
-    model: Annotated[str, typer.Option(help="See `freshrec list models`.")] = "blend",
-    strategy: Annotated[str | None, typer.Option(help="How updates learn; see `freshrec list strategies`.")] = None,
+    model: Annotated[str, typer.Option(help="Model; see `freshrec list models`.")] = "blend",
+    strategy: Annotated[
+        str | None, typer.Option(help="How updates learn new events; see `freshrec list strategies`.")
+    ] = None,
     columns: Columns = "",
     format_name: FormatName = None,
     events: EventTypes = "",
-    until: Annotated[str, typer.Option(help="Leave out what happened then or later, as in 2025-06-01.")] = "",
+    until: Annotated[str, typer.Option(help="Read only events before this time, such as 2025-06-01.")] = "",
     quarantine: Quarantine = None,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
-    budget: Annotated[str, typer.Option(help="Time for the blend's training, as in 90s, 10m or 2h.")] = "",
+    budget: Annotated[str, typer.Option(help="Training time of the default model, such as 90s, 10m or 2h.")] = "",
     gate: GateOption = "",
     as_json: AsJson = False,
 ) -> None:
-    """Make a store: learn from a whole log, once; after that `update` needs the new events only."""
+    """Train on a whole log once and make a store. After that, `update` needs only the new events."""
     from freshrec.nightly.gate import parse_limits
     from freshrec.nightly.job import NightlyJob, hash_source
     from freshrec.recommender.bundle import new_bundle
@@ -64,45 +81,75 @@ def fit(
     from freshrec.strategies.refit import TARGETS_PER_SECOND
 
     if budget and model.partition(":")[0] != "blend":
-        raise OptionError(f'--budget sizes the blend; "{model}" trains as its options say, as in fit.base_epochs=5.')
+        raise OptionError(
+            f"--budget applies only to the default model, blend. For --model {model}, set the number of epochs in "
+            "--strategy, such as finetune:fit.base_epochs=5."
+        )
     if budget:
         strategy = f"{strategy or 'refit'}:max_passes={parse_duration(budget) * TARGETS_PER_SECOND}"
     read_options, limits = ReadOptions(parse_pairs(columns), format_name, tuple(parse_list(events))), parse_limits(gate)
     bundle = new_bundle(model, strategy, seed, read_options)
-    interactions = read_log(
-        log, columns=read_options.columns, format=format_name, events=read_options.events, quarantine=quarantine
-    )
-    interactions = events_before(interactions, until) if until else interactions
-    with create_store(store) as new_store:
-        version = NightlyJob(new_store, limits).fit_first_version(
-            interactions, hash_source(log) + (f" until {until}" if until else ""), bundle
+    with show_progress(not as_json, with_lines=True), create_store(store) as new_store:
+        report_progress(READING, detail=log.name)
+        interactions = read_log(
+            log, columns=read_options.columns, format=format_name, events=read_options.events, quarantine=quarantine
         )
-    print_json(version.model_dump()) if as_json else typer.echo(f"{version_line(version)}; live in {store}")
+        interactions = events_before(interactions, until) if until else interactions
+        report_progress("read", detail=f"{len(interactions.frame):,} rows of {log.name}")
+        job, source = NightlyJob(new_store, limits), hash_source(log) + (f" until {until}" if until else "")
+        version = job.fit_first_version(interactions, source, bundle)
+        times, skipped = _period_of(interactions), _skipped_rows(job, version, interactions)
+    if as_json:
+        print_json(version.model_dump())
+        return
+    typer.echo(f"Version {version.id} is live in {store}.")
+    print_labelled(fit_lines(version, times, skipped))
+    print_labelled(("Note", note) for note in version.notes)
+    for label, command in zip(("Next:", ""), next_commands(store, filter_positives(interactions.frame)["user_id"][-1])):
+        typer.echo(f"{label:<6}{command}")
+
+
+def _period_of(log: Log) -> str:
+    """Return the dates of the first and the last interaction of a log; "" without timestamps."""
+    times = filter_positives(log.frame)["time"]
+    if not log.has_clock:
+        return ""
+    first, last = format_time(times.min()), format_time(times.max())  # type: ignore[arg-type]
+    return f"{first[:10]} to {last[:10]}" if first[:10] != last[:10] else f"{first} to {last}"
+
+
+def _skipped_rows(job: NightlyJob, version: Manifest, log: Log) -> list[str]:
+    """Say how many rows of the log were skipped, and why."""
+    assert version.batch is not None
+    counts = ((job.log.delivery_counts(version.batch)[1], "duplicate"), (log.n_quarantined, "bad row"))
+    return [f"{n:,} {noun}{'' if n == 1 else 's'} skipped" for n, noun in counts if n]
 
 
 def update(
-    new: Annotated[list[Path] | None, typer.Argument(metavar="[NEW]...", help="New events; none: go on.")] = None,
+    new: NewEvents = None,
     store: StorePath = Path("store"),
-    force: Annotated[bool, typer.Option("--force", help="Go live whatever the gate says; needs --reason.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Promote a refused version anyway; needs --reason.")] = False,
     reason: ReasonOption = "",
-    retry: Annotated[int | None, typer.Option(metavar="VERSION", help="Take a refused version's events again.")] = None,
-    full_every: Annotated[str, typer.Option(metavar="N|auto", help="Try a full retrain every so many updates.")] = "",
+    retry: Annotated[
+        int | None, typer.Option(metavar="VERSION", help="Learn a refused version's events again.")
+    ] = None,
+    full_every: FullEvery = "",
     gate: GateOption = "",
     columns: Columns = "",
     format_name: FormatName = None,
     quarantine: Quarantine = None,
     wait: WaitOption = "",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be read and odd; change nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what is in the files; change nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Learn from new events, test the result, and let it go live if it is not worse."""
+    """Learn new events, measure the new version, and promote it unless it is worse than the live one."""
     from freshrec.nightly.full_retrain import retrain_interval
     from freshrec.nightly.gate import parse_limits
     from freshrec.nightly.job import NightlyJob, preview_delivery
     from freshrec.store.versions import open_store, version_chain
 
     if force and not reason:
-        raise OptionError('--force needs --reason "..."; it is kept with the version.')
+        raise OptionError('--force needs a reason, which the history keeps. Add --reason "...".')
     opened_store = open_store(store)
     job, force_reason = NightlyJob(opened_store, parse_limits(gate), full_every), reason if force else ""
     if full_every:
@@ -112,42 +159,52 @@ def update(
     )
     if dry_run:
         if retry is not None or force:
-            raise OptionError("--dry-run reads new events only; leave --retry and --force out.")
+            raise OptionError("--dry-run cannot be combined with --retry or --force. Leave them out.")
         previews = [{"file": path.name, **preview_delivery(job, read_delivery(path))} for path in new or []]
         _print_previews(previews, as_json)
         return
     versions: list[Manifest] = []
     try:
-        with locked_store(store, wait):
-            for version in _make_versions(job, new or [], retry, read_delivery, force_reason, as_json):
+        with locked_store(store, wait), show_progress(not as_json, with_lines=False) as clear_progress:
+            print_line = partial(_print_line, clear_progress, as_json)
+            for version in _make_versions(job, new or [], retry, read_delivery, force_reason, print_line):
                 versions.append(version)
+                clear_progress()
                 if not as_json:
-                    _print_version(version)
+                    _print_version(job, version)
             live = opened_store.live
-    except FreshrecError as problem:
-        if versions:  # what was made before a delivery that cannot be read
-            failure = {"error": str(problem), "exit_code": problem.exit_code}
-            problem.json_output = [*(version.model_dump() for version in versions), failure]
+    except FreshrecError as error:
+        if versions:  # these were made before the file that cannot be read
+            failure = {"error": str(error), "exit_code": error.exit_code}
+            error.json_output = [*(version.model_dump() for version in versions), failure]
         raise
     _report_update(store, live, versions, force, as_json)
 
 
+def _print_line(clear_progress: Callable[[], None], as_json: bool, text: str) -> None:
+    """Print a line for people, above the progress bar."""
+    clear_progress()
+    if not as_json:
+        print_wrapped(text, "  ")
+
+
 def _report_update(store: Path, live: int, versions: list[Manifest], force: bool, as_json: bool) -> None:
-    """Say what an update came to. RefusedError where a version did not pass."""
+    """Print the result of an update. RefusedError: the gate refused a version."""
     found = [version.model_dump() for version in versions]
     refused = [version.id for version in versions if not version.promoted and not force]
     if refused:
-        numbers = "version" + ("s " if len(refused) > 1 else " ") + ", ".join(map(str, refused))
+        numbers = f"version{'s' if len(refused) > 1 else ''} {', '.join(map(str, refused))}"
+        at = f"--store {shlex.quote(str(store))}"
         error = RefusedError(
-            f"{numbers} of {store} did not pass the gate, version {live} is live; see `freshrec history`, "
-            f"or learn the events nevertheless with `freshrec update --retry {refused[-1]} --force --reason ...`."
+            f"The gate refused {numbers} of {store}; version {live} is live. To learn the events anyway, run "
+            f'`freshrec update --retry {refused[-1]} --force --reason "..." {at}`.'
         )
         error.json_output = found
         raise error
     if as_json:
         print_json(found)
     elif not versions:
-        typer.echo(f"nothing new: version {live} stays live")
+        typer.echo(f"There are no new events. Version {live} stays live.")
 
 
 def _make_versions(
@@ -156,27 +213,29 @@ def _make_versions(
     retry: int | None,
     read_delivery: Callable[[Path], Log | None],
     force: str,
-    as_json: bool,
+    print_line: Callable[[str], None],
 ) -> Iterator[Manifest]:
-    """The versions of what waits, of each delivery, and of what was refused before; clicks come with the last one."""
+    """Yield the versions of waiting batches, of each file, and of --retry. Clicks are learned with the last file."""
     from freshrec.nightly import click_intake
 
     yield from job.catch_up(force)
     for path in paths:
-        yield from _learn_file(job, path, read_delivery(path), path is paths[-1], force, as_json)
+        report_progress(READING, detail=path.name)
+        yield from _learn_file(job, path, read_delivery(path), path is paths[-1], force, print_line)
     if not paths:
-        yield from _learn_clicks(job, force, as_json)
+        yield from _learn_clicks(job, force, print_line)
     click_intake.remove_learnt_clicks(job)
-    if (n := click_intake.count_waiting_clicks(job)) and not as_json:
-        typer.echo(f"clicks newer than the file: {n:,}; they wait for the next one, or for `update` without a file")
+    if n := click_intake.count_waiting_clicks(job):
+        clicks = "1 click is" if n == 1 else f"{n:,} clicks are"
+        print_line(f"{clicks} newer than the file. The next update learns them, or `freshrec update` without a file.")
     if retry is not None:
         yield job.relearn(retry, force)
 
 
 def _learn_file(
-    job: NightlyJob, path: Path, log: Log | None, with_clicks: bool, force: str, as_json: bool
+    job: NightlyJob, path: Path, log: Log | None, with_clicks: bool, force: str, print_line: Callable[[str], None]
 ) -> Iterator[Manifest]:
-    """The versions of one file of new events, with the clicks that wait or without; `log` is None for no rows."""
+    """Yield the versions of one file, which is None if it has no rows. `with_clicks`: also learn waiting clicks."""
     from freshrec.nightly import click_intake
     from freshrec.nightly.job import hash_source, interaction_rows
 
@@ -188,36 +247,35 @@ def _learn_file(
             result = click_intake.append_with_clicks(job, log, source)
         elif log is not None:
             result = job.append_delivery(log, source)
-    except LogError as problem:
-        raise LogError(f"{path.name}: {problem}") from None
+    except LogError as error:
+        raise LogError(f"{path.name}: {error}") from None
     if result is None:
+        print_line(f"{path.name}: no rows")
         yield job.add_unchanged_version(None, source)
         return
-    if not as_json:
-        quarantined = f"; {log.n_quarantined:,} bad rows set aside" if log is not None and log.n_quarantined else ""
-        typer.echo(_delivery_line(job, result, "clicks" if log is None else path.name) + quarantined)
+    n_bad = 0 if log is None else log.n_quarantined
+    print_line(_delivery_line(job, result, "Clicks of the server" if log is None else path.name, n_bad))
     yield from job.catch_up(force)
 
 
-def _learn_clicks(job: NightlyJob, force: str, as_json: bool) -> Iterator[Manifest]:
-    """The versions of the clicks that wait, without a file; none where no click waits."""
+def _learn_clicks(job: NightlyJob, force: str, print_line: Callable[[str], None]) -> Iterator[Manifest]:
+    """Yield the versions of the waiting clicks, without a file. There is none if no click waits."""
     from freshrec.nightly import click_intake
 
     try:
         result = click_intake.append_with_clicks(job, None, "")
-    except LogError as problem:
-        raise LogError(f"clicks: {problem}") from None
+    except LogError as error:
+        raise LogError(f"Clicks of the server: {error}") from None
     if result is None:
         return
-    if not as_json:
-        typer.echo(_delivery_line(job, result, "clicks"))
+    print_line(_delivery_line(job, result, "Clicks of the server"))
     yield from job.catch_up(force)
 
 
 def _read_delivery(
     job: NightlyJob, path: Path, quarantine: Path | None, columns: str, format_name: str | None
 ) -> Log | None:
-    """A delivery, read as the log of `fit` was, but for the options given; None where it holds no rows."""
+    """Read a file with the options of `fit`, unless others are given. Return None if it has no rows."""
     read_options, served = job.bundle.read_options, job.bundle.served
     catalogs = {"user_id": served.users, "item_id": served.items}
     text = [name for name, catalog in catalogs.items() if catalog.frame["id"].dtype == pl.String]
@@ -242,35 +300,46 @@ def _print_previews(previews: list[dict[str, Any]], as_json: bool) -> None:
     for preview in previews:
         day = preview["day"] or {"n_rows": 0, "n_users": 0, "n_items": 0}
         typer.echo(f"{preview['file']}: {day['n_rows']:,} rows, {day['n_users']:,} users, {day['n_items']:,} items")
-        for anomaly in preview["odd"] or ["nothing"]:
-            typer.echo(f"  odd: {anomaly}")
+        print_labelled(("Unusual", anomaly) for anomaly in preview["odd"] or ["nothing"])
 
 
 def _free_path(path: Path) -> Path:
-    """The path, or, where there is a file, the first of name-1, name-2, ... that is free."""
+    """Return the path if it is free, else the first free one of name-1, name-2, ..."""
     candidates = (path.with_stem(f"{path.stem}-{n}") for n in count(1))
     return path if not path.exists() else next(other for other in candidates if not other.exists())
 
 
-def _delivery_line(job: NightlyJob, result: AppendResult, name: str) -> str:
-    """What became of the rows of a delivery."""
+def _delivery_line(job: NightlyJob, result: AppendResult, name: str, n_bad: int = 0) -> str:
+    """Say how many rows of a file are new, and how many were skipped."""
     from freshrec.nightly.job import rejected_batches
 
-    if result.repeated_batch is not None:
-        message = f"{name}: the very bytes of batch {result.repeated_batch}; nothing is taken again"
-        if result.repeated_batch not in rejected_batches(job.store):
-            return message
-        number = max(manifest.id for manifest in job.store.manifests() if manifest.batch == result.repeated_batch)
-        return f"{message}: version {number} has learnt it and is not live; see `freshrec update --retry {number}`"
-    left = [f"{n:,} {label}" for n, label in ((result.n_duplicates, "doubled"), (result.n_known, "known already")) if n]
-    late = f", {result.n_late:,} of them late" if result.n_late else ""
-    left_out = f"; left out: {', '.join(left)}" if left else ""
-    return f"{name}: {result.n_rows:,} rows, {result.n_appended:,} new{late}{left_out}"
+    if (batch := result.repeated_batch) is not None:
+        if batch not in rejected_batches(job.store):
+            return f"{name}: this file was learned before, so nothing was read."
+        number = max(manifest.id for manifest in job.store.manifests() if manifest.batch == batch)
+        return (
+            f"{name}: version {number} was made from this file and is not live, so nothing was read. "
+            f"To learn it anyway, run `freshrec update --retry {number}`."
+        )
+    late = f" ({result.n_late:,} of them late)" if result.n_late else ""
+    parts = [f"{result.n_appended:,} new{late}"]
+    for n, noun in ((result.n_duplicates, "duplicate"), (result.n_known, "known event"), (n_bad, "bad row")):
+        parts += [f"{n:,} {noun}{'' if n == 1 else 's'} skipped"] if n else []
+    return f"{name}: {result.n_rows + n_bad:,} row{'' if result.n_rows + n_bad == 1 else 's'}: {', '.join(parts)}"
 
 
-def _print_version(version: Manifest) -> None:
-    typer.echo(version_line(version))
-    for reason in version.reasons:
-        typer.echo(f"  refused: {reason}")
-    for note in version.notes:
-        typer.echo(f"  note: {note}")
+def _print_version(job: NightlyJob, version: Manifest) -> None:
+    """Print the verdict on a version, what it has learned and measured, and the notes that are new this week."""
+    from freshrec.nightly.notes import notes_to_print
+    from freshrec.store.versions import version_chain
+
+    print_wrapped(verdict_sentence(version), "  ")
+    print_labelled(("Reason", reason) for reason in version.reasons)
+    print_labelled(update_lines(version))
+    if version.kind == "no rows":
+        return  # its note says the same as the verdict
+    notes, n_earlier = notes_to_print(version_chain(job.store), version)
+    print_labelled(("Note", note) for note in notes)
+    if n_earlier:
+        still = "1 earlier note still applies" if n_earlier == 1 else f"{n_earlier} earlier notes still apply"
+        print_labelled([("Notes", f"{still}; see `freshrec status`.")])

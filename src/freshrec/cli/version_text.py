@@ -1,38 +1,144 @@
-"""A version in one line of text."""
+"""Versions in words: one line for the history, and a labelled block after `fit` and `update`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from freshrec.store.manifest import Manifest
 
+Lines = list[tuple[str, str]]  # label and text
+
 
 def version_line(version: Manifest) -> str:
-    """A version in a line: what it has learnt, how long that took, how good it is, and the verdict."""
+    """Describe a version in one line: its events, time, quality and verdict."""
     numbers, parts = version.numbers, list[str]()
     name = f"version {version.id}" + (f" from {version.parent}" if version.parent is not None else "")
     if version.kind in ("fit", "update"):
-        new = "" if version.kind == "fit" else "new "
-        counts = [("new_events", "events"), ("new_users", f"{new}users"), ("new_items", f"{new}items")]
-        counts += [("gained_interests", "users gained an interest"), ("lost_interests", "users lost one")]
-        parts = [", ".join(f"{int(numbers[key]):,} {word}" for key, word in counts if key in numbers)]
-        full = f" (full retrain estimated {numbers['full_s']:.0f} s)" if "full_s" in numbers else ""
-        parts += [f"{numbers.get('wait_s', 0.0):.1f} s{full}"]
-    parts += [quality for quality in [_quality_text(numbers)] if quality]
-    verdict = {"fit": "first version", "update": "promoted", "no rows": "no rows", "saved": "saved from Python"}
-    refused = "refused, live by force" if version.goes_live else "refused"
+        parts = [_size_text(version), _time_text(numbers)]
+    parts += [quality for quality in [_quality_in_short(numbers)] if quality]
+    verdict = {"fit": "first version", "update": "promoted", "no rows": "no new events", "saved": "saved from Python"}
+    refused = "refused, but promoted by --force" if version.goes_live else "refused"
     parts += [verdict[version.kind] if version.promoted else refused]
     return f"{name}: {'; '.join(parts)}"
 
 
-def _quality_text(numbers: dict[str, float]) -> str:
-    """The metric of a version beside that of the live one, or of popularity."""
-    metric = next((name.removesuffix(" live") for name in numbers if name.endswith(" live")), "")
+def verdict_sentence(version: Manifest) -> str:
+    """State whether a version is live."""
+    name, parent = f"Version {version.id}", f"version {version.parent}"
+    if version.kind == "no rows":
+        return f"{name} is live. It is a copy of {parent}, because there were no new events."
+    if version.promoted:
+        return f"{name} is live (updated from {parent})."
+    if version.goes_live:
+        return f"{name} is live because of --force, although the gate refused it (updated from {parent})."
+    return f"{name} was refused; {parent} stays live."
+
+
+def update_lines(version: Manifest) -> Lines:
+    """Describe what an update has learned, its quality beside the live version before it, and its time."""
+    numbers = version.numbers
+    if not numbers:
+        return []
+    lines: Lines = [("New", _size_text(version))] if "new_events" in numbers else []
+    lines += _quality_lines(version)
+    if "forgetting" in numbers:
+        users = _compared_users(version)[1]
+        measured = f" ({_users(users)})" if users else ""
+        text = f"{numbers['forgetting']:+.4f} {_metric_of(numbers)} on older events{measured}; positive = lost"
+        lines.append(("Forgetting", text.replace("  ", " ")))
+    if "full_gain" in numbers:
+        kept = "full retrain" if numbers["full_gain"] >= 0 else "update"
+        interval = f"95 % interval {numbers.get('full_low', 0.0):+.4f} to {numbers.get('full_high', 0.0):+.4f}"
+        text = f"{numbers['full_gain']:+.4f} compared with the update ({interval}); the {kept} was taken"
+        lines.append(("Retrain", text))
+    return [*lines, ("Time", _time_text(numbers))]
+
+
+def fit_lines(version: Manifest, times: str, skipped: Sequence[str]) -> Lines:
+    """Describe what `fit` has read and measured. `times`: the dates of the first and last event, if known."""
+    numbers, lines = version.numbers, list[tuple[str, str]]()
+    read = ", ".join(f"{version.sizes[name]:,} {name}" for name in ("events", "users", "items"))
+    lines.append(("Read", "; ".join([read, *([times] if times else []), *skipped])))
+    metric = next((name.removesuffix(" popularity") for name in numbers if name.endswith(" popularity")), "")
     if metric:
-        found = f"{metric} {numbers[metric]:.4f} against live {numbers[f'{metric} live']:.4f}"
+        queries = f"{numbers['asked']:,.0f} held-out " + ("query" if numbers["asked"] == 1 else "queries")
+        values = f"{metric} {numbers[metric]:.4f}, popularity baseline {numbers[f'{metric} popularity']:.4f}"
+        lines.append(("Quality", f"{values} (higher is better; {queries})"))
+    return [*lines, ("Time", f"{numbers.get('wait_s', 0.0):.1f} s")]
+
+
+def next_commands(store: Path, user_id: Any) -> list[str]:
+    """Return the commands to type after `fit`."""
+    folder, user = shlex.quote(str(store)), shlex.quote(str(user_id))
+    user = f"-- {user}" if user.startswith("-") else user
+    return [f"freshrec update NEW-EVENTS --store {folder}", f"freshrec recommend --store {folder} {user}"]
+
+
+def _size_text(version: Manifest) -> str:
+    numbers = version.numbers
+    new = "" if version.kind == "fit" else "new "
+    counts = [("new_events", "event"), ("new_users", f"{new}user"), ("new_items", f"{new}item")]
+    parts = [_count(int(numbers[key]), noun) for key, noun in counts if key in numbers]
+    for key, verb in (("gained_interests", "gained"), ("lost_interests", "lost")):
+        if key in numbers:
+            parts.append(f"{_users(int(numbers[key]))} {verb} an interest")
+    return ", ".join(parts)
+
+
+def _time_text(numbers: dict[str, float]) -> str:
+    if "full_gain" in numbers:
+        return f"{numbers.get('wait_s', 0.0):.1f} s, of these {numbers['full_s']:.1f} s for the full retrain"
+    full = f" (estimate for a full retrain: {numbers['full_s']:.0f} s)" if "full_s" in numbers else ""
+    return f"{numbers.get('wait_s', 0.0):.1f} s{full}"
+
+
+def _quality_lines(version: Manifest) -> Lines:
+    """The metric of a version and of its parent on the same users; their difference if there were enough of them."""
+    numbers, metric = version.numbers, _metric_of(version.numbers)
+    if not metric:
+        return []
+    users = _compared_users(version)[0]
+    text = f"{metric} {numbers[metric]:.4f}, version {version.parent} {numbers[f'{metric} live']:.4f}"
+    measured = [f"{_users(users)} in the newest events"] if users else []
+    if users and "low" not in numbers:
+        measured = [f"only {_users(users)} in the newest events, too few to compare"]
+    lines = [("Quality", f"{text} ({'; '.join(['higher is better', *measured])})")]
+    if "low" in numbers:
+        change = numbers[metric] - numbers[f"{metric} live"]
+        lines.append(("Difference", f"{change:+.4f} (95 % interval {numbers['low']:+.4f} to {numbers['high']:+.4f})"))
+    return lines
+
+
+def _metric_of(numbers: dict[str, float]) -> str:
+    """Return the metric by which the gate compared two versions, or ""."""
+    return next((name.removesuffix(" live") for name in numbers if name.endswith(" live")), "")
+
+
+def _compared_users(version: Manifest) -> tuple[int, int]:
+    """Return the numbers of users measured on the newest and on older events; 0 = unknown (versions of 0.1.0)."""
+    newest, older = version.data.get("compared_users", (0, 0))
+    return int(newest), int(older)
+
+
+def _quality_in_short(numbers: dict[str, float]) -> str:
+    """Return the metric of a version beside that of the live one, or of popularity."""
+    if metric := _metric_of(numbers):
+        found = f"{metric} {numbers[metric]:.4f}, live version {numbers[f'{metric} live']:.4f}"
         if "low" in numbers:
-            found += f" ({numbers['low']:+.4f} to {numbers['high']:+.4f})"
-        return found + (f", forgetting {numbers['forgetting']:+.4f}" if "forgetting" in numbers else "")
+            found += f" (difference {numbers['low']:+.4f} to {numbers['high']:+.4f})"
+        lost = f", forgetting {numbers['forgetting']:+.4f} (positive = lost)" if "forgetting" in numbers else ""
+        return found + lost
     metric = next((name.removesuffix(" popularity") for name in numbers if name.endswith(" popularity")), "")
     return f"{metric} {numbers[metric]:.4f}, popularity {numbers[f'{metric} popularity']:.4f}" if metric else ""
+
+
+def _users(n: int) -> str:
+    return _count(n, "user")
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}" + ("" if n == 1 else "s")

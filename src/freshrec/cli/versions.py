@@ -1,4 +1,4 @@
-"""The commands that operate on the versions of a store: history, promote, rollback, gc, erase."""
+"""The commands that show and change the versions of a store: history, promote, rollback, gc, erase."""
 
 from __future__ import annotations
 
@@ -10,38 +10,52 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from freshrec.cli.options import AsJson, ReasonOption, StorePath, WaitOption, parse_duration
-from freshrec.cli.output import print_json, print_table
-from freshrec.cli.version_text import version_line
+from freshrec.cli.output import print_json
 from freshrec.errors import OptionError
 
 if TYPE_CHECKING:
     from freshrec.store.versions import Store
 
 
-VersionArgument = Annotated[int, typer.Argument(metavar="VERSION", help="See `freshrec history`.")]
+VersionArgument = Annotated[int, typer.Argument(metavar="VERSION", help="A version number, as in `freshrec history`.")]
 
 
-def history(store: StorePath = Path("store"), as_json: AsJson = False) -> None:
-    """All versions, and what became of them."""
+def history(
+    store: StorePath = Path("store"),
+    last: Annotated[int | None, typer.Option(min=1, help="Show only the last N versions.", metavar="N")] = None,
+    refused: Annotated[bool, typer.Option("--refused", help="Show only versions that the gate refused.")] = False,
+    long: Annotated[
+        bool, typer.Option("--long", help="Show every number and reason, and all changes of the live version.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print one line a version: when it was made, what became of it, what it learned, how good it is."""
+    from freshrec.cli.history_text import history_lines, long_lines, move_lines, version_states
     from freshrec.store.versions import open_store
 
     opened_store = open_store(store)
     versions, moves = opened_store.manifests(), opened_store.moves()
+    if refused:
+        versions = [version for version in versions if not version.promoted]
+    versions = versions[-last:] if last else versions
+    if refused or last:
+        shown = {version.id for version in versions}
+        moves = [move for move in moves if move.to in shown]
     if as_json:
         answer = {"versions": [v.model_dump() for v in versions], "moves": [m.model_dump() for m in moves]}
         print_json(answer)
         return
-    live, rows = opened_store.live if versions else None, []
-    for v in versions:
-        summary = version_line(v).partition(": ")[2]
-        rows.append((v.id, "live" if v.id == live else "", v.made_at, summary, " ".join(v.reasons)))
-    print_table(("version", "", "made", "what", "why"), rows)
-    print_table(("moved", "by", "to", "why"), [(m.at, m.action, m.to, m.reason) for m in moves])
+    states = version_states(opened_store)
+    lines = long_lines(versions, states) + move_lines(moves) if long else history_lines(versions, states)
+    for line in lines or ["No version to show."]:
+        typer.echo(line)
+    for number in [number for number, found in states.items() if found.state == "damaged"]:
+        typer.echo(f"Version {number} is damaged: its manifest cannot be read. See `freshrec doctor`.")
 
 
 @contextmanager
 def locked_store(folder: Path, wait: str) -> Iterator[Store]:
-    """A store that nobody else changes meanwhile."""
+    """Open a store and lock it, so that no other process changes it."""
     from freshrec.store.versions import open_store
 
     store = open_store(folder)
@@ -56,66 +70,65 @@ def promote(
     wait: WaitOption = "",
     as_json: AsJson = False,
 ) -> None:
-    """Make a version the live one; one that was refused needs a reason."""
+    """Make a version the live one. A refused version needs --reason."""
     with locked_store(store, wait) as opened_store:
         if not opened_store.manifest(number).promoted and not reason:
-            raise OptionError(
-                f'version {number} was refused by the gate; promote it with --reason "...", which is kept.'
-            )
+            raise OptionError(f'The gate refused version {number}. To make it live anyway, pass --reason "...".')
         opened_store.move_pointer(number, "promote", reason)
-    print_json({"live": number}) if as_json else typer.echo(f"version {number} is live")
+    print_json({"live": number}) if as_json else typer.echo(f"Version {number} is live.")
 
 
 def rollback(
     number: Annotated[
-        int | None, typer.Argument(metavar="[VERSION]", help="The parent of the live one if none.")
+        int | None, typer.Argument(metavar="[VERSION]", help="Default: the parent of the live version.")
     ] = None,
     store: StorePath = Path("store"),
     reason: ReasonOption = "",
     wait: WaitOption = "",
     as_json: AsJson = False,
 ) -> None:
-    """Go back to an earlier version. What later ones had learnt is not learnt again (but see `update --retry`)."""
+    """Make an earlier version the live one. What later versions learned is dropped; see `update --retry`."""
     with locked_store(store, wait) as opened_store:
         live = opened_store.live
         target = number if number is not None else opened_store.manifest(live).parent
         if target is None:
-            raise OptionError(f"version {live} is the first; there is nothing to go back to.")
+            raise OptionError(f"Version {live} is the first one. There is no earlier version.")
         if not opened_store.manifest(target).goes_live and not reason:
-            raise OptionError(f'version {target} was refused by the gate; take it with --reason "...", which is kept.')
+            raise OptionError(f'The gate refused version {target}. To make it live anyway, pass --reason "...".')
         if target >= live:
             raise OptionError(
-                f"version {target} is not earlier than the live one, {live}; use `freshrec promote {target}`."
+                f"Version {target} is not earlier than the live version {live}. Use `freshrec promote {target}`."
             )
         opened_store.move_pointer(target, "rollback", reason)
-    message = f"version {target} is live, after {live}"
+    message = f"Version {target} is live instead of version {live}."
     print_json({"live": target, "was": live}) if as_json else typer.echo(message)
 
 
 def gc(
     store: StorePath = Path("store"),
-    keep: Annotated[int, typer.Option(min=1, help="Versions that were live and stay, beside the live one.")] = 5,
+    keep: Annotated[int, typer.Option(min=1, help="Number of earlier live versions whose files stay.")] = 5,
     wait: WaitOption = "",
     as_json: AsJson = False,
 ) -> None:
-    """Give up the files of old and refused versions; `history` still lists them."""
+    """Delete the files of old and refused versions. `freshrec history` still lists them."""
     from freshrec.store.versions import collect_garbage
 
     with locked_store(store, wait) as opened_store:
         collected_numbers = collect_garbage(opened_store, keep)
-    message = "nothing to give up"
+    message = "Nothing to delete."
     if collected_numbers:
-        message = f"versions {', '.join(map(str, collected_numbers))} were given up"
+        versions = "versions" if len(collected_numbers) > 1 else "version"
+        message = f"Deleted the files of {versions} {', '.join(map(str, collected_numbers))}."
     print_json({"gone": collected_numbers}) if as_json else typer.echo(message)
 
 
 def erase(
-    user: Annotated[str, typer.Argument(metavar="USER")],
+    user: Annotated[str, typer.Argument(metavar="USER", help="User id.")],
     store: StorePath = Path("store"),
     wait: WaitOption = "",
     as_json: AsJson = False,
 ) -> None:
-    """Remove a user from the log and from every version, on the disk, and print a receipt of what stays."""
+    """Remove a user from the event log and from every version on disk, and print what was removed and what stays."""
     from freshrec.nightly.erase import erase_user
     from freshrec.nightly.job import NightlyJob
 
@@ -125,8 +138,9 @@ def erase(
         print_json(receipt)
         return
     if not receipt["events"] and not receipt["versions"]:
-        typer.echo(f"{user}: there was nothing to erase: no event and no version holds this id")
+        typer.echo(f"User {user}: nothing to erase. No event and no version holds this id.")
         return
     versions = ", ".join(map(str, receipt["versions"])) or "none"
-    typer.echo(f"{user}: {receipt['events']:,} events erased from the log; versions rewritten: {versions}")
-    typer.echo(f"what stays: {receipt['stays']}")
+    events = "1 event" if receipt["events"] == 1 else f"{receipt['events']:,} events"
+    typer.echo(f"User {user}: erased {events} from the log. Rewritten versions: {versions}.")
+    typer.echo(f"What stays: {receipt['stays']}")

@@ -1,1 +1,1 @@
-"""Logs: reading, splitting, generating, batching."""
+"""Logs: read, validate, split and generate them, and cut them into batches."""

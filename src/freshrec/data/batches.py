@@ -1,6 +1,6 @@
-"""Histories kept per user, and the batches cut from them: padded windows, targets, shared negatives.
+"""Batches for training and queries, cut from the users' histories: padded windows and targets.
 
-All randomness comes from (seed, span). Nothing here loops over users or events.
+All randomness comes from the generator that the caller passes. No function loops over users or events.
 """
 
 from collections.abc import Iterator
@@ -17,22 +17,22 @@ from freshrec.device import permutation
 from freshrec.errors import OptionError
 from freshrec.types import DUE, HELD_OUT, Batch, Histories, Impressions
 
-MIN_STEPS, MIN_BATCH_ROWS = 50, 16  # of an epoch: no fewer steps, unless a batch would have fewer rows
+MIN_STEPS, MIN_BATCH_ROWS = 50, 16  # an epoch has at least 50 steps, as long as a batch keeps at least 16 rows
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Rows of `histories` to predict, each with the first row it may look back to.
+    """Rows of `histories` to predict, each with the first row of its own history.
 
-    Where a log says what was shown, a target is no row: `rows_N` then is the end of the history it looks back on.
+    In a log with exposures, a target is not a row. Then `rows_N` is the end of the history before the target.
     """
 
     histories: Histories
     rows_N: Tensor
     users_N: Tensor
     first_row_N: Tensor
-    impression_items_N: Tensor | None = None  # the items, where they are not those of the rows
-    labels_N: Tensor | None = None  # whether each was taken; None: all were
+    impression_items_N: Tensor | None = None  # items of exposures; None: the items of the rows
+    labels_N: Tensor | None = None  # 1 = taken, 0 = not; None: all were taken
 
     def __len__(self) -> int:
         return len(self.rows_N)
@@ -44,18 +44,18 @@ class Targets:
 
     @property
     def items_N(self) -> Tensor:
-        """(N,) the items to predict."""
+        """Items to predict, shape (N,)."""
         if self.impression_items_N is not None:
             return self.impression_items_N
         return self.histories.items_R[self.rows_N].long()
 
     def history_lengths(self, limit: int) -> Tensor:
-        """How many history items each target has (N,), at most `limit`."""
+        """Number of history items of each target, at most `limit`, shape (N,)."""
         return (self.rows_N - self.first_row_N).clamp(max=limit)
 
 
 def targets_at(histories: Histories, rows_N: Tensor, history: str = "recent") -> Targets:
-    """Targets at given rows. `history` = "recent" looks back over all kept rows, "span" over this update's only."""
+    """Return targets at given rows. Their histories are all stored rows ("recent") or this update's rows ("span")."""
     users_R = row_users(histories)
     users_N = users_R[rows_N]
     first_row_N = histories.offsets_U[users_N]
@@ -69,23 +69,23 @@ def targets_at(histories: Histories, rows_N: Tensor, history: str = "recent") ->
 
 
 def due_targets(histories: Histories, history: str = "recent") -> Targets:
-    """The targets an update trains on. OptionError for a history of this span only, where the log has labels."""
+    """Return the targets that an update trains on. OptionError for history = "span" on a log with labels."""
     if histories.impressions is not None:
         if history != "recent":
-            raise OptionError('on a log with labels, histories go across spans; use fit.history = "recent".')
+            raise OptionError('A log with labels needs histories across spans. Use fit.history = "recent".')
         return impression_targets(histories, histories.impressions[histories.impressions.due_E == DUE])
     return targets_at(histories, (histories.due_R == DUE).nonzero()[:, 0], history)
 
 
 def impression_targets(histories: Histories, impressions: Impressions) -> Targets:
-    """What was shown, each with what its user had taken strictly earlier."""
+    """Return exposures as targets, each with what its user took strictly earlier."""
     is_row = np.concatenate([np.zeros(len(impressions), bool), np.ones(len(histories.items_R), bool)])
     times = torch.cat([impressions.times_E, histories.times_R]).cpu().numpy()
     users = torch.cat([impressions.users_E, row_users(histories)]).cpu().numpy()
     order = np.lexsort((is_row, times, users))
     n_before = np.empty(len(order), np.int64)
     n_before[order] = np.cumsum(is_row[order])
-    rows_N = torch.as_tensor(n_before[: len(impressions)])  # rows are in the order of user and time themselves
+    rows_N = torch.as_tensor(n_before[: len(impressions)])  # rows are already sorted by user and time
     return Targets(
         histories,
         rows_N,
@@ -97,7 +97,7 @@ def impression_targets(histories: Histories, impressions: Impressions) -> Target
 
 
 def history_ends(histories: Histories, users_N: Tensor, history: str) -> Targets:
-    """The end of each user's history, as a target that looks back on all of it (or on this span's rows alone)."""
+    """Return the end of each user's history as a target, with the whole history or only this span's rows before it."""
     ends_N = histories.offsets_U[users_N + 1]
     if history == "recent":
         return Targets(histories, ends_N, users_N, histories.offsets_U[users_N])
@@ -105,7 +105,7 @@ def history_ends(histories: Histories, users_N: Tensor, history: str) -> Targets
 
 
 def history_items(targets: Targets, length: int) -> Tensor:
-    """(N, T) item rows before each target, most recent last, 0 where there is none."""
+    """Item rows before each target, shape (N, T), most recent last, padded with 0 on the left."""
     n_longest = int(targets.history_lengths(length).max()) if len(targets) else 0
     at_NT = targets.rows_N[:, None] + torch.arange(-n_longest, 0)
     inside_NT = at_NT >= targets.first_row_N[:, None]
@@ -113,7 +113,7 @@ def history_items(targets: Targets, length: int) -> Tensor:
 
 
 def close_gaps(history_BT: Tensor) -> Tensor:
-    """The histories without gaps: padding first, then the items in their order."""
+    """Move the padding of each history to the front. The items keep their order."""
     is_item_BT = (history_BT > 0).byte()
     if history_BT.shape[1] < 2 or bool((is_item_BT[:, 1:] >= is_item_BT[:, :-1]).all()):
         return history_BT
@@ -121,13 +121,13 @@ def close_gaps(history_BT: Tensor) -> Tensor:
 
 
 def mask_held_out(targets: Targets) -> Targets:
-    """The targets with held-out rows as padding: training must not see them, not even as history."""
+    """Replace held-out rows by padding: training must not see them, not even in a history."""
     items_R = torch.where(targets.histories.due_R == HELD_OUT, 0, targets.histories.items_R)
     return replace(targets, histories=replace(targets.histories, items_R=items_R))
 
 
 def occurrence_numbers(users_N: Tensor) -> Tensor:
-    """(N,) how many earlier rows are of the same user."""
+    """Number of earlier rows of the same user, shape (N,)."""
     order_N = torch.argsort(users_N, stable=True)
     sorted_N, at_N = users_N[order_N], torch.arange(len(users_N))
     starts_N = torch.ones(len(users_N), dtype=torch.bool)
@@ -137,20 +137,20 @@ def occurrence_numbers(users_N: Tensor) -> Tensor:
 
 
 def split_chunks(order_N: Tensor, size: int) -> list[Tensor]:
-    """`order_N` in pieces of `size`; no piece at all, rather than an empty one, where there is nothing."""
+    """Split `order_N` into chunks of `size`. An empty input gives no chunk."""
     return list(order_N.split(size)) if len(order_N) else []
 
 
 def limit_batch_size(size: int, n_rows: int) -> int:
-    """`size`, or less where few rows would make few steps: an epoch has MIN_STEPS, of at least MIN_BATCH_ROWS.
+    """Return `size`, or less if an epoch would have fewer than MIN_STEPS steps; never less than MIN_BATCH_ROWS.
 
-    A batch that suits a large log leaves 8 steps an epoch on a thousand users: such a model never gets trained.
+    A batch size for large logs leaves 8 steps per epoch for a thousand users, too few to train a model.
     """
     return min(size, max(MIN_BATCH_ROWS, n_rows // MIN_STEPS))
 
 
 def shuffle_by_length(length_N: Tensor, size: int, rng: torch.Generator) -> list[Tensor]:
-    """Indices in batches of at most `size`: like keys (history lengths) side by side, in random order otherwise."""
+    """Shuffle indices into batches of at most `size`. The rows of a batch have similar history lengths."""
     shuffled_N = permutation(len(length_N), rng)
     by_length_N = shuffled_N[torch.argsort(length_N[shuffled_N], stable=True)]
     batches = split_chunks(by_length_N, size)
@@ -165,16 +165,16 @@ def target_batches(
     stored_interests: StoredInterests | None = None,
     min_history: int = 1,
 ) -> Iterator[Batch]:
-    """One epoch, a row per target with the history before it; those with less than `min_history` are left out."""
+    """Yield one epoch with a row per target and its history. Targets with less than `min_history` are left out."""
     targets = mask_held_out(targets[targets.history_lengths(length) >= min_history])
     key_N = targets.history_lengths(length)
     if stored_interests is not None:
-        # rows with equally many interests side by side
+        # rows of a batch also have the same number of interests
         key_N = key_N + (length + 1) * stored_interests.interest_counts(targets.users_N)
     for index_B in shuffle_by_length(key_N, limit_batch_size(size, len(key_N)), rng):
         batch_targets = targets[index_B]
         history_BT = close_gaps(history_items(batch_targets, length))
-        if min_history and not bool((has_item_B := history_BT[:, -1] > 0).all()):  # else nothing but held-out rows
+        if min_history and not bool((has_item_B := history_BT[:, -1] > 0).all()):  # the others have held-out rows only
             batch_targets, history_BT = batch_targets[has_item_B], history_BT[has_item_B]
             if not len(batch_targets):
                 continue
@@ -189,7 +189,7 @@ def target_batches(
 
 
 def pair_batches(targets: Targets, size: int, rng: torch.Generator) -> Iterator[Batch]:
-    """One epoch, a row per target without history."""
+    """Yield one epoch with a row per target, without histories."""
     for index_B in split_chunks(permutation(len(targets), rng), limit_batch_size(size, len(targets))):
         batch_targets = targets[index_B]
         history_B0 = torch.zeros(len(batch_targets), 0, dtype=torch.int64)
@@ -197,10 +197,10 @@ def pair_batches(targets: Targets, size: int, rng: torch.Generator) -> Iterator[
 
 
 def window_batches(targets: Targets, size: int, length: int, rng: torch.Generator) -> Iterator[Batch]:
-    """One epoch, a row per window of at most `length` events with a target after each position that is one.
+    """Yield one epoch with a row per window of at most `length` events, with a target after each position.
 
-    A user's windows are cut back to back from the last target, so each target is in exactly one. A target right after a
-    held-out row is left out: the position that should predict it is padding.
+    The windows of a user are cut backwards from the last target, so each target is in exactly one. A target right after
+    a held-out row is left out, because the position that would predict it is padding.
     """
     targets = mask_held_out(targets)
     targets = targets[targets.histories.due_R[(targets.rows_N - 1).clamp(min=0)] != HELD_OUT]
@@ -218,7 +218,7 @@ def window_batches(targets: Targets, size: int, length: int, rng: torch.Generato
 
 
 def _cut_windows(targets: Targets, length: int) -> Targets:
-    """The last target of each window, looking back no further than the window's own first event."""
+    """Return the last target of each window, with a history that starts at the window's first event."""
     targets = targets[targets.history_lengths(1) > 0]
     last_U = torch.zeros(targets.histories.n_users + 1, dtype=torch.int64)
     last_U.scatter_reduce_(0, targets.users_N, targets.rows_N, "amax")
@@ -236,7 +236,7 @@ def _cut_windows(targets: Targets, length: int) -> Targets:
 def query_batches(
     targets: Targets, length: int, stored_interests: StoredInterests | None = None, size: int = 256
 ) -> Iterator[tuple[Tensor, Batch]]:
-    """Queries in the order of their history length: (indices into `targets`, batch with all own events before it)."""
+    """Yield (indices into `targets`, batch of queries), sorted by history length."""
     for index_B in split_chunks(torch.argsort(targets.history_lengths(length), stable=True), size):
         batch_targets = targets[index_B]
         batch = Batch(

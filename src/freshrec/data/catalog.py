@@ -1,7 +1,7 @@
-"""The catalog: an append-only numbering of raw ids. The first id ever seen is row 1; row 0 is padding.
+"""The catalog: an append-only table from ids to rows. The first id ever seen is row 1; row 0 is padding.
 
-A row, once given, never changes: tables of earlier versions stay valid, and an id first seen after span t has a row
-beyond the length that the catalog had at the end of span t.
+The row of an id never changes, so tables of earlier versions stay valid. An id that is first seen after span t has a
+higher row than all ids of spans 0 to t.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from freshrec.errors import LogError, StateError
 
-TYPE_NAMES = {pl.Int64: "whole numbers", pl.String: "text", pl.Float64: "numbers"}  # what people call the types
-INTEGER_TYPES = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt8, pl.UInt16, pl.UInt32)  # all of them fit in Int64
+TYPE_NAMES = {pl.Int64: "whole numbers", pl.String: "text", pl.Float64: "numbers"}  # names of the types in messages
+INTEGER_TYPES = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt8, pl.UInt16, pl.UInt32)  # all fit in Int64
 SPAN_COLUMNS = {"first_span": pl.Int32, "last_span": pl.Int32}  # beside "id", which is Int64 or String
 UInt32Array: TypeAlias = NDArray[np.uint32]
 IdColumn: TypeAlias = NDArray[np.int64] | pl.Series  # numbers, or text
@@ -28,9 +28,9 @@ IdColumn: TypeAlias = NDArray[np.int64] | pl.Series  # numbers, or text
 
 @dataclass(frozen=True, eq=False)
 class Catalog:
-    """Raw ids and their rows. `frame` holds id, first_span, last_span; the id at position i has row i + 1.
+    """Ids and their rows. `frame` has the columns id, first_span and last_span; the id at position i has row i + 1.
 
-    An id that was erased is null: its row stays empty for ever.
+    An erased id is null. Its row is never used again.
     """
 
     frame: pl.DataFrame
@@ -40,22 +40,22 @@ class Catalog:
 
     @staticmethod
     def empty() -> Catalog:
-        """No ids yet; the first `extend` decides whether they are integers or strings."""
+        """Return a catalog without ids. The first `extend` decides whether ids are integers or strings."""
         return Catalog(pl.DataFrame(schema={"id": pl.Null, **SPAN_COLUMNS}))
 
     @staticmethod
     def load(frame: pl.DataFrame) -> Catalog:
-        """The catalog whose `frame` was saved. StateError where it is not a numbering of distinct ids."""
+        """Return the catalog of a saved `frame`. StateError if its columns are wrong or ids repeat."""
         schema = dict(frame.schema)
         kind = schema.pop("id", None)
         if schema != SPAN_COLUMNS or kind not in (pl.Int64, pl.String, pl.Null):
-            raise StateError(f"a saved catalog has the columns {frame.schema}; save it again from its log.")
+            raise StateError(f"The catalog file has wrong columns: {frame.schema}. Restore it, or fit again.")
         if not frame["id"].drop_nulls().is_unique().all():
-            raise StateError("a saved catalog has repeated ids; save it again from its log.")
+            raise StateError("The catalog file has repeated ids. Restore it, or fit again.")
         return Catalog(frame)
 
     def extend(self, ids: pl.Series, span: int) -> Catalog:
-        """The catalog after `span`, in which `ids` occurred: new ones get the next rows, in order of appearance."""
+        """Return the catalog with the `ids` of a span. New ids get the next rows, in order of appearance."""
         ids = self.normalize_ids(ids)
         current = pl.DataFrame({"id": ids.unique(maintain_order=True)}).with_columns(
             pl.lit(span, pl.Int32).alias("first_span"), pl.lit(span, pl.Int32).alias("last_span")
@@ -67,7 +67,7 @@ class Catalog:
         return Catalog(pl.concat([seen, new]))
 
     def rows(self, ids: pl.Series) -> Tensor:
-        """int64 rows of `ids`; 0 for an id the catalog does not hold."""
+        """Return the rows of `ids` (int64); 0 for an unknown id."""
         ids = self.normalize_ids(ids)
         order_I, sorted_ids = self._sorted_ids
         if not len(order_I) or not len(ids):
@@ -76,61 +76,63 @@ class Catalog:
         return torch.from_numpy((order_I[at_N].astype("int64") + 1) * is_known_N)
 
     def row(self, raw_id: int | str) -> int:
-        """The row of an id of the catalog's kind; 0 where it does not hold it: sooner than `rows` for one alone."""
+        """Return the row of one id of the catalog's type; 0 if unknown. Faster than `rows` for a single id."""
         order_I, sorted_ids = self._sorted_ids
         position = bisect_left(sorted_ids, raw_id)
         return int(order_I[position]) + 1 if position < len(order_I) and sorted_ids[position] == raw_id else 0
 
     def erase_row(self, row: int) -> Catalog:
-        """The catalog after erasing the id of a row."""
+        """Return the catalog without the id of a row."""
         return Catalog(self.frame.with_columns(id=pl.when(pl.int_range(pl.len()) != row - 1).then("id")))
 
     def reset_spans(self) -> Catalog:
-        """The same rows, as if span 0 had brought all ids: spans are counted from a base block."""
+        """Return the same rows with all ids in span 0, as after a base block."""
         return Catalog(self.frame.with_columns(pl.lit(0, kind).alias(name) for name, kind in SPAN_COLUMNS.items()))
 
     @cached_property
     def _sorted_ids(self) -> tuple[UInt32Array, IdColumn]:
-        """The positions of the ids in ascending order, and the ids in it; without those erased."""
+        """The positions of the ids in ascending order of the ids, and the sorted ids; erased ids are left out."""
         order_I = self.frame["id"].arg_sort(nulls_last=True)[: len(self) - self.frame["id"].null_count()]
         return order_I.to_numpy(), _to_indexable(self.frame["id"].gather(order_I))
 
     def ids(self, rows: Tensor) -> pl.Series:
-        """The ids of `rows`, which must be at most len(self); null for row 0."""
+        """Return the ids of `rows`; null for row 0. Rows must be at most `len(self)`."""
         positions = pl.Series("row", rows.numpy() - 1, dtype=pl.Int64)
         return self.frame["id"].gather(positions.set(positions < 0, None) if bool((rows == 0).any()) else positions)
 
     @cached_property
     def id_column(self) -> IdColumn:
-        """The ids of all rows but 0: `.item(row - 1)` gives one sooner than `ids` does; nonsense for one erased."""
+        """The ids of rows 1, 2, ...; `.item(row - 1)` is faster than `ids` for one id. Undefined for an erased id."""
         return _to_indexable(self.frame["id"])
 
     def normalize_ids(self, ids: pl.Series) -> pl.Series:
-        """`ids` as Int64 or String. LogError for nulls, other types, and ids of another kind than the catalog's."""
+        """Return `ids` as Int64 or String. LogError for nulls, other types, and a type other than the catalog's."""
         if ids.dtype in INTEGER_TYPES:
             ids = ids.cast(pl.Int64)
         elif ids.dtype in (pl.Categorical, pl.Enum):
             ids = ids.cast(pl.String)
         kind = self.frame["id"].dtype
         if ids.dtype not in (pl.Int64, pl.String):
-            raise LogError(f"the ids in {ids.name!r} are {ids.dtype}; make them integers or strings.")
+            raise LogError(
+                f"The ids in column {ids.name!r} have the type {ids.dtype}. Convert them to integers or strings."
+            )
         if kind not in (ids.dtype, pl.Null):
             raise LogError(
-                f"{ids.name} holds {TYPE_NAMES[type(ids.dtype)]}, and earlier ones are {TYPE_NAMES[type(kind)]}; "
-                "use one kind."
+                f"The ids in column {ids.name!r} are {TYPE_NAMES[type(ids.dtype)]}, but earlier ones are "
+                f"{TYPE_NAMES[type(kind)]}. Use one type."
             )
         if ids.null_count():
-            raise LogError(f"{ids.null_count():,} of the ids in {ids.name!r} are null; remove those rows.")
+            raise LogError(f"Rows without an id in column {ids.name!r}: {ids.null_count():,}. Remove them.")
         return ids
 
 
 def _to_indexable(ids: pl.Series) -> IdColumn:
-    """The same to look into one by one, for which polars takes longer; what was erased is 0."""
+    """Return integer ids as an array, which is faster for single ids. An erased integer id is 0."""
     return ids.fill_null(0).to_numpy() if ids.dtype == pl.Int64 else ids
 
 
 def _search_sorted(sorted_ids: IdColumn, ids: pl.Series) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Where each of `ids` is among some, and whether it is."""
+    """Return the position of each of `ids` among the sorted ids, and whether it is one of them."""
     last = len(sorted_ids) - 1
     if isinstance(sorted_ids, pl.Series):
         at_N = sorted_ids.search_sorted(ids).clip(upper_bound=last)

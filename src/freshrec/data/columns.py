@@ -1,4 +1,4 @@
-"""Read one column of a source: ids, numbers or times, as a whole, with its faults: which rows are bad, and why."""
+"""Read one column of a source: ids, numbers or times. Bad rows are reported, not dropped."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ UNITS_PER_SECOND = {"s": 1, "ms": 1000, "us": 1_000_000, "ns": 1_000_000_000}
 class ColumnFault:
     """What is wrong with a column, and in which rows."""
 
-    column: str  # our name
-    problem: str
-    rows: pl.Series  # bool
+    column: str  # our name of the column
+    problem: str  # continues a sentence after the name of the column: "is null"
+    rows: pl.Series  # bool, True for a bad row
 
 
 def _to_plain_type(column: pl.Series, expected: str) -> pl.Series:
-    """`column` as String, Int64 or Float64 without NaN, null where it does not fit. LogError for any other type."""
+    """Return the column as String, Int64 or Float64; a value that does not fit is null. LogError for other types."""
     dtype = column.dtype
     if dtype in (pl.String, pl.Categorical, pl.Enum, pl.Null):
         return column.cast(pl.String)
@@ -35,11 +35,11 @@ def _to_plain_type(column: pl.Series, expected: str) -> pl.Series:
         return column.cast(pl.Float64).fill_nan(None)
     if dtype.is_integer():
         return column.cast(pl.Int64, strict=False)
-    raise LogError(f"the column for {column.name} holds {str(dtype)[:60]}, not {expected}; convert it first.")
+    raise LogError(f"Column {column.name} has the type {str(dtype)[:60]}. Convert it to {expected}.")
 
 
 def _to_integers(column: pl.Series) -> pl.Series:
-    """Int64, null where the value of a plain column is no whole number."""
+    """Return a plain column as Int64; null if a value is not a whole number."""
     if column.dtype == pl.String:
         column = column.cast(pl.Float64, strict=False)
     if column.dtype == pl.Float64:
@@ -50,11 +50,16 @@ def _to_integers(column: pl.Series) -> pl.Series:
 def read_ids(
     column: pl.Series, *, required: bool, infer_integers: bool, allow_mixed: bool
 ) -> tuple[pl.Series, list[ColumnFault]]:
-    """Ids as Int64 or String. `infer_integers`: text that is whole numbers throughout becomes Int64; 007 stays text."""
+    """Read ids as Int64 or String.
+
+    - `required`: a missing id is a fault.
+    - `infer_integers`: a text column becomes Int64 if all its values are whole numbers without leading zeros.
+    - `allow_mixed`: a text column may hold both numbers and other text.
+    """
     name, ids = column.name, _to_plain_type(column, "text or whole numbers")
     if ids.dtype != pl.String:
         ids = _to_integers(ids)
-        not_integer = ColumnFault(name, "is no whole number of 64 bits", ids.is_null() & has_value(column))
+        not_integer = ColumnFault(name, "is not a 64-bit whole number", ids.is_null() & has_value(column))
         return ids, [not_integer] + ([ColumnFault(name, "is null", ids.is_null())] if required else [])
     size = ids.str.len_bytes()
     ids = ids.set(size == 0, None)
@@ -69,39 +74,41 @@ def read_ids(
         return ids if padded else ids.cast(pl.Int64), faults
     if n_digits and not allow_mixed:
         rare, description = (
-            (~digits, "text among whole numbers") if 2 * n_digits >= n_ids else (digits, "a number among text")
+            (~digits, "text, while most ids are whole numbers")
+            if 2 * n_digits >= n_ids
+            else (digits, "a number, while most ids are text")
         )
-        faults.append(ColumnFault(name, f"is {description} (if meant so: --columns {name}=NAME:text)", rare))
+        faults.append(ColumnFault(name, f"is {description} (if intended, pass --columns {name}=NAME:text)", rare))
     return ids, faults
 
 
 def read_labels(column: pl.Series) -> pl.Series:
-    """Names of few kinds, such as event types, as String."""
+    """Read names such as event types, as String."""
     return _to_plain_type(column, "text").cast(pl.String)
 
 
 def read_numbers(column: pl.Series, *, integers_only: bool) -> tuple[pl.Series, list[ColumnFault]]:
-    """Int64 or Float64; flags are 0 and 1."""
+    """Read numbers as Int64 or Float64. True is 1, False is 0."""
     plain = _to_plain_type(column.cast(pl.Int64) if column.dtype == pl.Boolean else column, "numbers")
     if integers_only:
-        numbers, problem = _to_integers(plain), "is no whole number"
+        numbers, problem = _to_integers(plain), "is not a whole number"
     else:
-        numbers, problem = plain.cast(pl.Float64, strict=False), "is no finite number"
+        numbers, problem = plain.cast(pl.Float64, strict=False), "is not a finite number"
         numbers = numbers.set(~numbers.is_finite(), None)
     return numbers, [ColumnFault(column.name, problem, numbers.is_null() & has_value(column))]
 
 
 def has_value(column: pl.Series) -> pl.Series:
-    """Where the source says something: neither null nor NaN nor an empty text."""
+    """Return True for each value that is not null, NaN or an empty text."""
     if column.dtype.is_float():
         return column.is_not_null() & column.is_not_nan()
     return column.is_not_null() & (column != "") if column.dtype == pl.String else column.is_not_null()
 
 
 def read_times(column: pl.Series) -> tuple[pl.Series, str, list[ColumnFault]]:
-    """Microseconds UTC, the unit of the source, and the rows with unreadable or absurd times."""
+    """Read times. Returns microseconds since 1970 (UTC), the unit of the source, and the faults."""
     times, unit = _to_microseconds(column)
-    # A row cannot come from the future (two days of grace are for time zones), unless the log as a whole is invented.
+    # No row comes from the future, except in a log whose times are all artificial. Two days of grace cover time zones.
     today = int(time.time()) * SECOND
     is_artificial = not times.is_between(YEAR_1980, today).any()
     latest = YEAR_2100 if is_artificial else today + 2 * DAY
@@ -114,7 +121,10 @@ def read_times(column: pl.Series) -> tuple[pl.Series, str, list[ColumnFault]]:
 
 
 def _to_microseconds(column: pl.Series) -> tuple[pl.Series, str]:
-    """Microseconds UTC, null where unreadable, and the unit: that of the type, or inferred from the median."""
+    """Return microseconds since 1970 (null if unreadable) and the unit.
+
+    The unit of numbers is inferred from their median.
+    """
     dtype = column.dtype
     if isinstance(dtype, pl.Datetime):
         return column.dt.timestamp("us"), dtype.time_unit
@@ -133,17 +143,17 @@ def _to_microseconds(column: pl.Series) -> tuple[pl.Series, str]:
     unit = "s" if size < 1e11 else "ms" if size < 1e14 else "us" if size < 1e17 else "ns"
     if size * SECOND / UNITS_PER_SECOND[unit] < YEAR_1980 and numbers.null_count() < len(numbers):
         raise LogError(
-            f"the timestamps are around {size:.0f}, which is before 1980 in seconds; if they count events or days, "
-            "name them otherwise: --columns period=NAME."
+            f"The timestamps are around {size:.0f}, which is before 1980 in seconds. If they count days or events, "
+            "pass --columns period=NAME."
         )
-    # Beyond 5e9 s (the year 2128) everything is absurd alike, and must not overflow.
+    # Values beyond 5e9 s (the year 2128) are wrong anyway. Clipping them prevents an overflow.
     numbers = numbers.clip(-5_000_000_000 * UNITS_PER_SECOND[unit], 5_000_000_000 * UNITS_PER_SECOND[unit])
     scaled = numbers // 1000 if unit == "ns" else numbers * (SECOND // UNITS_PER_SECOND[unit])
     return scaled.cast(pl.Int64, strict=False), unit
 
 
 def _parse_iso_8601(column: pl.Series) -> pl.Series:
-    """Dates, and times of day with or without a zone; without one they are UTC."""
+    """Parse dates, and times with or without a time zone (default: UTC)."""
     text = pl.col(column.name).str.replace(" ", "T", literal=True)
     zoned = text.str.to_datetime("%+", strict=False, time_unit="us", time_zone="UTC").dt.timestamp("us")
     plain = [

@@ -1,4 +1,4 @@
-"""Open a table of interactions: files by their ending, frames as they are, public data sets by name."""
+"""Open a table of interactions: a file by its ending, a frame, or a public data set by its name."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class SourceTable:
     """A table that is open but not yet read."""
 
     rows: pl.LazyFrame
-    name: str  # its name in messages
-    has_types: bool  # its columns have types; otherwise all of it is text
-    allows_mixed_ids: bool = False  # ids that are partly digits and partly letters are meant to be so
+    name: str  # name of the table in messages
+    has_types: bool  # whether its columns have types; otherwise all values are text
+    allows_mixed_ids: bool = False  # whether one id column may hold both numbers and other text
 
 
 @dataclass(frozen=True)
 class LogFormat:
-    """A public format: what it is, and how to open one file of it under our column names."""
+    """A public format: its description, and a function that opens a file of it with our column names."""
 
     description: str
     open_file: Callable[[Path], pl.LazyFrame]
@@ -43,13 +43,13 @@ class LogFormat:
 
 
 def open_table(source: str | Path | pl.DataFrame | pd.DataFrame, format: str | None = None) -> SourceTable:
-    """The table that `source` names or is; `format` is a key of FORMATS. LogError where there is no such table."""
+    """Open `source`, a path or a frame. `format` is a key of FORMATS. LogError if it cannot be opened."""
     if isinstance(source, pl.DataFrame):
         return SourceTable(source.lazy(), "the frame", has_types=True)
     if type(source).__module__.split(".")[0] == "pandas":
         return SourceTable(_from_pandas(source).lazy(), "the frame", has_types=True)
     if not isinstance(source, str | Path):
-        raise LogError(f"a log is a file or a frame of polars or pandas, not a {type(source).__name__}.")
+        raise LogError(f"A log is a path or a frame of polars or pandas, not a {type(source).__name__}.")
     path = Path(source)
     with as_log_error(path.name):
         _check_not_empty(path)
@@ -58,29 +58,29 @@ def open_table(source: str | Path | pl.DataFrame | pd.DataFrame, format: str | N
         if format not in FORMATS:
             raise unknown_name_error("format", format, FORMATS)
         if path.is_dir():
-            raise LogError(f'{path.name} is a folder; the format "{format}" is one file, name that.')
+            raise LogError(f'{path.name} is a folder, but format "{format}" is a single file. Pass that file.')
         return SourceTable(FORMATS[format].open_file(path), path.name, False, FORMATS[format].allows_mixed_ids)
 
 
 @contextmanager
 def as_log_error(name: str) -> Iterator[None]:
-    """Turns what a damaged or foreign file makes the reader raise into one LogError."""
+    """Turn every error that polars raises for a damaged or foreign file into a LogError."""
     try:
         with _mute_panics():
             yield
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, UnicodeError, ValueError) as problem:
         is_panic = isinstance(problem, pl.exceptions.PanicException)
-        message = "its pages are not where its index says" if is_panic else str(problem).split("\n")[0].split(". ")[0]
+        message = "its data is not where its index says" if is_panic else str(problem).split("\n")[0].split(". ")[0]
         reason = to_printable(message, 160).rstrip(".")
         raise LogError(
-            f"{name} cannot be read as a table ({reason}); it may be cut off, damaged or of another format: "
-            "check the file, or name its format with --format."
+            f"{name} cannot be read as a table ({reason}). It may be truncated, damaged or in another format. "
+            "Check the file, or pass --format NAME."
         ) from problem
 
 
 @contextmanager
 def _mute_panics() -> Iterator[None]:
-    """Where the reader panics, what its threads say on the standard error is kept back: it is no sentence."""
+    """Hide what the reader's threads print to standard error when they panic. Other output is passed on."""
     sys.stderr.flush()
     original_stderr = os.dup(2)
     with tempfile.TemporaryFile() as captured:
@@ -98,25 +98,23 @@ def _mute_panics() -> Iterator[None]:
 
 
 def to_printable(text: str, length: int) -> str:
-    """At most `length` characters of `text`, fit for a terminal."""
+    """Return at most `length` characters of `text`; unprintable ones become "?"."""
     cleaned = "".join(letter if letter.isprintable() else "?" for letter in text[: length + 1])
     return cleaned if len(cleaned) <= length else cleaned[: length - 3] + "..."
 
 
 def _check_not_empty(path: Path) -> None:
     if not path.exists():
-        raise LogError(f"there is no file {path}; check the path.")
+        raise LogError(f"There is no file {path}. Check the path.")
     if path.is_file() and path.stat().st_size == 0:
-        raise LogError(f"{path.name} is an empty file; a log needs at least one row.")
+        raise LogError(f"{path.name} is an empty file. A log needs at least one row.")
 
 
 def _open_by_ending(path: Path) -> SourceTable:
     if path.is_dir():
         files = sorted(p for p in path.rglob("*.parquet") if p.stat().st_size)
         if not files:
-            raise LogError(
-                f"{path.name} is a folder without .parquet files; name a file, or a folder of Parquet files."
-            )
+            raise LogError(f"{path.name} is a folder without .parquet files. Pass a file, or a folder that has some.")
         return SourceTable(_scan_parquet(files), path.name, has_types=True)
     endings = [e.lower() for e in path.suffixes[-2:]]
     match endings[:-1] if endings[-1:] == [".gz"] else endings[-1:]:
@@ -127,12 +125,12 @@ def _open_by_ending(path: Path) -> SourceTable:
         case [".tsv"]:
             return SourceTable(_scan_text(path, "\t"), path.name, has_types=False)
         case [".jsonl" | ".ndjson" | ".json"]:
-            # The whole file decides a column's type: what comes late may be text where the first rows hold numbers.
+            # The whole file decides the type of a column: later rows may hold text where the first ones hold numbers.
             return SourceTable(pl.scan_ndjson(path, infer_schema_length=None), path.name, has_types=False)
         case _:
             raise LogError(
-                f"{path.name} does not end like a table: a log is {SUPPORTED_ENDINGS}; for a public data set "
-                f"give --format ({', '.join(FORMATS)})."
+                f"{path.name} has an unknown file ending. A log is {SUPPORTED_ENDINGS}. "
+                f"For a public data set, pass --format ({', '.join(FORMATS)})."
             )
 
 
@@ -144,21 +142,24 @@ def _scan_parquet(files: list[Path]) -> pl.LazyFrame:
             is_complete = start == file.read(4) == b"PAR1"
         if not is_complete:
             raise LogError(
-                f"{part.name} is not a whole Parquet file, as its first or last bytes are missing; copy it again."
+                f"{part.name} is not a complete Parquet file: its first or last bytes are missing. Copy it again."
             )
     casts = pl.ScanCastOptions(integer_cast="upcast")
     return pl.scan_parquet(files, hive_partitioning=False, cast_options=casts, extra_columns="ignore")
 
 
 def _scan_text(path: Path, separator: str = ",", names: Sequence[str] | None = None) -> pl.LazyFrame:
-    """All columns as text: a guess from the first rows would fail, or turn the id 007 into 7. `names`: no header."""
+    """Scan a text file with all columns as text. `names` are the columns of a file without a header.
+
+    Types that are inferred from the first rows may fail later, or turn the id 007 into 7.
+    """
     return pl.scan_csv(
         path, separator=separator, has_header=names is None, new_columns=names, infer_schema=False, glob=False
     )
 
 
 def _from_pandas(source: pd.DataFrame) -> pl.DataFrame:
-    """Column by column, so that pyarrow is not needed. LogError for a column whose values have several types."""
+    """Convert a pandas frame column by column, without pyarrow. LogError for a column with values of several types."""
     columns = []
     for name in source.columns:
         column = source[name]
@@ -169,7 +170,7 @@ def _from_pandas(source: pd.DataFrame) -> pl.DataFrame:
                 columns.append(pl.Series(str(name), column.astype(object).where(column.notna(), None).tolist()))
         except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError) as problem:
             raise LogError(
-                f'column "{name}" of the frame mixes types, such as numbers and text; give it one type, or drop it.'
+                f'Column "{name}" of the frame mixes types, such as numbers and text. Convert it or drop it.'
             ) from problem
     with as_log_error("the frame"):
         return pl.DataFrame(columns)
@@ -177,7 +178,7 @@ def _from_pandas(source: pd.DataFrame) -> pl.DataFrame:
 
 def _open_movielens(path: Path) -> pl.LazyFrame:
     names = ["user_id", "item_id", "weight", "timestamp"]
-    if path.suffix == ".dat":  # 1::1193::5::978300760, read as seven columns of which every other is empty
+    if path.suffix == ".dat":  # 1::1193::5::978300760 has seven columns if split at ":"; every other one is empty
         with_gaps = ["user_id", "_1", "item_id", "_2", "weight", "_3", "timestamp"]
         return _scan_text(path, ":", with_gaps).select(names)
     if path.suffix == ".data":
@@ -200,23 +201,26 @@ def _open_recbole(path: Path) -> pl.LazyFrame:
 
 FORMATS = {
     "amazon": LogFormat(
-        "Amazon reviews, ratings only: user,item,rating,timestamp without a header (ratings_Beauty.csv)",
+        "Amazon reviews, ratings only (ratings_Beauty.csv): user,item,rating,timestamp, without a header.",
         lambda path: _scan_text(path, ",", ["user_id", "item_id", "weight", "timestamp"]),
         allows_mixed_ids=True,
     ),
     "diginetica": LogFormat(
-        "train-item-views.csv; a session is a user, its time is the date plus the timeframe", _open_diginetica
+        "Diginetica (train-item-views.csv): a session is a user, and a time is the date plus the timeframe.",
+        _open_diginetica,
     ),
-    "movielens": LogFormat("ratings.dat (::), ratings.csv or u.data; the rating is the weight", _open_movielens),
+    "movielens": LogFormat("MovieLens (ratings.dat, ratings.csv, u.data): the rating is the weight.", _open_movielens),
     "recbole": LogFormat(
-        "RecBole's .inter: tabs, and a header such as user_id:token", _open_recbole, allows_mixed_ids=True
+        "RecBole (.inter): tab-separated, with a header such as user_id:token.",
+        _open_recbole,
+        allows_mixed_ids=True,
     ),
     "taobao": LogFormat(
-        "UserBehavior.csv: user,item,category,behaviour,timestamp without a header; --events pv keeps the clicks",
+        "Taobao (UserBehavior.csv): user,item,category,event,timestamp, without a header. Clicks: --events pv.",
         lambda path: _scan_text(path, ",", ["user_id", "item_id", "category", "event", "timestamp"]),
     ),
     "yoochoose": LogFormat(
-        "yoochoose-clicks.dat: session,timestamp,item,category without a header; a session is a user",
+        "Yoochoose (yoochoose-clicks.dat): session,timestamp,item,category, without a header. A session is a user.",
         lambda path: _scan_text(path, ",", ["user_id", "timestamp", "item_id", "category"]),
         allows_mixed_ids=True,
     ),

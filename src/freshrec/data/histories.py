@@ -1,4 +1,4 @@
-"""Histories: each user's events in time order, appended to, marked as trained on, filtered."""
+"""Functions on histories, the events of each user in time order: append, mark as trained, filter."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,9 +11,9 @@ from freshrec.types import DEFERRED, DUE, HELD_OUT, NEVER, TRAINED, Events, Hist
 
 
 def append_events(histories: Histories, events: Events, n_users: int) -> Histories:
-    """`histories` with `events`, which are newer, at the end of each user's rows.
+    """Append newer `events` to the rows of each user.
 
-    Where the events have labels, only what was taken becomes a row, and what has a label becomes an impression.
+    If the events have labels, an event with a label also becomes an impression, and only what was taken becomes a row.
     """
     if events.labels_E is None:
         return insert_events(histories, events, n_users)[0]
@@ -30,32 +30,33 @@ def append_events(histories: Histories, events: Events, n_users: int) -> Histori
 
 
 def concat_events(blocks: Sequence[Events]) -> Events:
-    """All events of these blocks, one block after the other."""
+    """Concatenate blocks of events."""
     columns = (list(parts) for parts in zip(*(vars(block).values() for block in blocks)))
     columns_of_all: list[Any] = [None if parts[0] is None else torch.cat(parts) for parts in columns]
     return Events(*columns_of_all)
 
 
 def impressions_of(events: Events) -> Impressions:
-    """Events with labels, as what is to be trained on."""
+    """Return events with labels as impressions to train on."""
     assert events.labels_E is not None
     return Impressions(events.users_E, events.items_E, events.times_E, events.labels_E, events.train_at_E + 1)
 
 
 def _item_categories(known_I: Tensor | None, events: Events) -> Tensor | None:
-    """The category of each item known so far; an item keeps the first that it had."""
+    """Category of each item, shape (I,). An item keeps its first category."""
     if events.categories_E is None:
         return known_I
     known_I = torch.zeros(1, dtype=torch.int32) if known_I is None else known_I
     n_items = max(len(known_I), int(events.items_E.max()) + 1 if len(events) else 0)
     known_I = torch.cat([known_I, torch.zeros(n_items - len(known_I), dtype=torch.int32)])
     new_I = torch.zeros(n_items, dtype=torch.int32)
-    new_I[events.items_E.flip(0)] = events.categories_E.flip(0)  # the last of those written stays: the first event's
+    # flipped, so that the first event of an item is written last
+    new_I[events.items_E.flip(0)] = events.categories_E.flip(0)
     return torch.where(known_I > 0, known_I, new_I)
 
 
 def insert_events(histories: Histories, events: Events, n_users: int) -> tuple[Histories, Tensor]:
-    """`append_events`, and the row (E,) that each event got."""
+    """Append events as `append_events` does. Also returns the row of each event, shape (E,)."""
     old_U = torch.zeros(n_users + 1, dtype=torch.int64)
     old_U[: histories.n_users + 1] = histories.offsets_U.diff()
     new_U = torch.bincount(events.users_E, minlength=n_users + 1)
@@ -90,30 +91,31 @@ def insert_events(histories: Histories, events: Events, n_users: int) -> tuple[H
 
 
 def _offsets_before(counts_U: Tensor) -> Tensor:
+    """Sum of the counts before each user, shape (U,)."""
     return torch.cumsum(counts_U, 0) - counts_U
 
 
 def row_users(store: Histories | Interests) -> Tensor:
-    """The user of each row (R,), or of each interest (S,)."""
+    """User of each row, shape (R,), or of each interest, shape (S,)."""
     return torch.repeat_interleave(torch.arange(store.n_users + 1), store.offsets_U.diff())
 
 
 def offsets_after_filter(store: Histories | Interests, is_kept: Tensor) -> Tensor:
-    """The offsets of the users without the other rows, or interests."""
+    """Return the users' offsets when only some rows, or interests, are kept."""
     offsets_U = torch.zeros_like(store.offsets_U)
     torch.cumsum(torch.bincount(row_users(store)[is_kept], minlength=store.n_users + 1), 0, out=offsets_U[1:])
     return offsets_U
 
 
 def is_new_row(histories: Histories) -> Tensor:
-    """(R,) whether a row came since the last update, and may be learnt from now or later."""
+    """Whether a row is new since the last update and may be trained on, now or later, shape (R,)."""
     return (histories.due_R == DUE) | (histories.due_R == DEFERRED)
 
 
 def mark_trained(histories: Histories, n_recent: int) -> Histories:
-    """What an update leaves: due rows are trained on, deferred ones are due next.
+    """Mark due rows as trained and deferred rows as due, at the end of an update.
 
-    Each user's last `n_recent` rows stay, and every row that is still to be trained on.
+    Keeps the last `n_recent` rows of each user, and every row that is still to be trained on.
     """
     ends_R = torch.repeat_interleave(histories.offsets_U[1:], histories.offsets_U.diff())
     is_kept_R = (torch.arange(len(histories.items_R)) >= ends_R - n_recent) | (histories.due_R == DEFERRED)
@@ -128,7 +130,7 @@ def mark_trained(histories: Histories, n_recent: int) -> Histories:
 
 
 def release_deferred(histories: Histories) -> Histories:
-    """`histories` in which deferred rows are due."""
+    """Mark deferred rows as due."""
     due_R = torch.where(histories.due_R == DEFERRED, DUE, histories.due_R)
     impressions = histories.impressions
     if impressions is not None:
@@ -137,7 +139,7 @@ def release_deferred(histories: Histories) -> Histories:
 
 
 def filter_rows(histories: Histories, is_kept_R: Tensor) -> Histories:
-    """`histories` without the other rows."""
+    """Keep some rows."""
     columns = histories.items_R[is_kept_R], histories.times_R[is_kept_R], histories.due_R[is_kept_R]
     return Histories(
         offsets_after_filter(histories, is_kept_R), *columns, histories.impressions, histories.categories_I
@@ -145,6 +147,6 @@ def filter_rows(histories: Histories, is_kept_R: Tensor) -> Histories:
 
 
 def filter_interests(interests: Interests, is_kept_S: Tensor) -> Interests:
-    """`interests` without the other interests."""
+    """Keep some interests."""
     columns = interests.born_S[is_kept_S], interests.used_S[is_kept_S]
     return Interests(interests.vectors_SD[is_kept_S], offsets_after_filter(interests, is_kept_S), *columns)

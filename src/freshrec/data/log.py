@@ -1,6 +1,7 @@
-"""Read a log: a table of interactions, under our column names, in time order, with nothing dropped silently.
+"""Read a log: a table of interactions with our column names, sorted by time. No row is dropped silently.
 
-A log with bad rows is refused, with counts and the first offenders, unless `quarantine` names a file that takes them.
+A log with bad rows is an error, which gives counts and the first examples. With `quarantine`, bad rows are written to a
+file instead.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 UNIX_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
 
-# Our columns, and what they may be called in a source, the most telling name first. `seq` counts through the log,
+# Our columns -> names that a source may use for them, the most specific one first. `seq` counts through the whole log,
 # `position` only within a session.
 COLUMN_ALIASES = {
     "user_id": ("user_id", "session_id"),
@@ -42,18 +44,19 @@ COLUMN_ALIASES = {
 
 @dataclass(frozen=True)
 class Log:
-    """Interactions in time order.
+    """Interactions, sorted by time.
 
-    `frame` holds user_id and item_id (Int64 or String, as the source), time (Int64: microseconds UTC, or 0, 1, 2, ...
-    where the log has no clock), and those of event, category, weight, label, period, split, event_id that the log has.
+    `frame` has the columns user_id and item_id (Int64 or String, as in the source) and time (Int64). Times are
+    microseconds since 1970, UTC; without timestamps they are 0, 1, 2, ... Further columns are event, category, weight,
+    label, period, split and event_id, if the source has them.
     """
 
     frame: pl.DataFrame
-    has_clock: bool
-    unit: str  # of the source: "s", "ms", "us", "ns", "ISO 8601" or "period + order"
-    notes: tuple[str, ...] = ()  # what was detected, taken or left aside, for people
-    n_out_of_order: int = 0  # rows that stood behind a later one in the source
-    n_quarantined: int = 0  # bad rows that went to quarantine
+    has_clock: bool  # whether the log has timestamps
+    unit: str  # of times in the source: "s", "ms", "us", "ns", "ISO 8601" or "period + order"
+    notes: tuple[str, ...] = ()  # sentences about what was detected, renamed or left out
+    n_out_of_order: int = 0  # rows that come after a later row in the source
+    n_quarantined: int = 0  # bad rows that were written to the quarantine file
 
 
 def read_log(
@@ -70,25 +73,33 @@ def read_log(
     absent: bool | Unset = UNSET,
     text: Sequence[str] | Unset = UNSET,
 ) -> Log:
-    """The log in `source`: CSV(.gz), Parquet (file or folder), JSON lines, or a frame of polars or pandas.
+    """Read a log from a file, a folder or a frame.
 
-    `columns`: our name -> the source's, where the names differ; `item_id=sku:text` says that ids are text even where
-    some are digits. `format`: a key of FORMATS. `events`: the event types to keep, all if empty. `users`: keep a random
-    sample of so many whole users. `quarantine`: a .parquet or .csv file for bad rows. `allow_missing_events`: an event
-    type may have no rows. `text_columns`: which of our columns hold text even where all ids are digits. LogError where
-    the log is not one. `absent` and `text` are former names of the last two.
+    `source` is a CSV file (also .gz), a Parquet file or folder, a JSON lines file, or a frame of polars or pandas.
+
+    - `columns`: our column name -> the name in the source, where they differ. `{"item_id": "sku:text"}` reads the ids
+      as text, even if some of them look like numbers.
+    - `format`: the name of a public format, a key of FORMATS.
+    - `events`: event types to keep; empty = all.
+    - `users`: number of random users to keep, with all their rows; None = all. `seed` is the seed of this sample.
+    - `quarantine`: a .parquet or .csv file for bad rows. Without it, a bad row is an error.
+    - `allow_missing_events`: whether a type in `events` may have no rows.
+    - `text_columns`: our columns whose ids are text, even if all of them look like numbers.
+    - `absent`, `text`: former names of `allow_missing_events` and `text_columns`.
+
+    Raises LogError if the log cannot be read, NoRowsError if it is empty, OptionError for a wrong argument.
     """
     allow_missing_events = value_of_renamed("allow_missing_events", allow_missing_events, "absent", absent)
     text_columns = value_of_renamed("text_columns", text_columns, "text", text)
     if quarantine is not None and isinstance(source, str | Path) and quarantine.resolve() == Path(source).resolve():
-        raise OptionError(f"the bad rows of {quarantine.name} cannot replace the log itself; name another file.")
+        raise OptionError(f"Quarantine file {quarantine.name} is the log itself. Choose another file for the bad rows.")
     if quarantine is not None and quarantine.suffix not in (".parquet", ".csv"):
-        raise OptionError(f"{quarantine.name} cannot take bad rows; name a file that ends in .parquet or .csv.")
+        raise OptionError(f"Quarantine file {quarantine.name} must end in .parquet or .csv. Rename it.")
     table = open_table(source, format)
     names, declared_text = _map_columns(table, columns or {})
     source_rows = _collect_columns(table, names, events, allow_missing_events)
     if not len(source_rows):
-        raise NoRowsError(f"{table.name} holds no rows; a log needs at least one.")
+        raise NoRowsError(f"{table.name} has no rows. A log needs at least one.")
     try:
         log, faults = _parse_columns(source_rows, names, declared_text | set(text_columns), table)
     except LogError as problem:
@@ -99,69 +110,75 @@ def read_log(
         _write_quarantine(source_rows, faults, table, quarantine)
         is_good = ~pl.DataFrame([fault.rows.alias(str(i)) for i, fault in enumerate(faults)]).max_horizontal()
         log = replace(log, frame=log.frame.filter(is_good), n_quarantined=int((~is_good).sum()))
-        log = _add_note(log, f"{log.n_quarantined:,} bad rows set aside in {quarantine.name}")
+        log = _add_note(log, f"Wrote {format_count(log.n_quarantined, 'bad row')} to {quarantine.name}.")
     if not len(log.frame):
-        raise LogError(f"{table.name} holds no good rows; all {len(source_rows):,} went to {quarantine}.")
+        raise LogError(f"{table.name} has no valid rows. {quarantine} gives the reason for each row.")
     log = _sort_by_time(log)
     return log if users is None else _sample_users(log, users, seed)
 
 
 def keep_positives(log: Log) -> Log:
-    """The log without its exposures: rows whose label is null or above 0. A log without labels is all positive."""
+    """Return the log without exposures: the rows whose label is null or above 0.
+
+    A log without labels stays as it is. LogError if no row is left.
+    """
     if "label" not in log.frame.columns:
         return log
     frame = filter_positives(log.frame)
     if not len(frame):
-        raise LogError("no row of the log has a label above 0, so there is nothing to learn from; check the labels.")
-    return _add_note(replace(log, frame=frame), f"{len(log.frame) - len(frame):,} exposures (label 0) left out")
+        raise LogError("No row of the log has a label above 0, so there is nothing to learn from. Check the labels.")
+    n_left_out = len(log.frame) - len(frame)
+    return _add_note(replace(log, frame=frame), f"Left out {format_count(n_left_out, 'exposure')} (label 0).")
 
 
 def filter_positives(frame: pl.DataFrame) -> pl.DataFrame:
-    """The rows of a log's frame whose label is null or above 0; all where there are no labels."""
+    """Return the rows whose label is null or above 0; all rows of a frame without labels."""
     return frame.filter(pl.col("label").is_null() | (pl.col("label") > 0)) if "label" in frame.columns else frame
 
 
 def events_before(log: Log, moment: str) -> Log:
-    """The log without what happened at this moment (ISO 8601) or later, such as stragglers long after the rest.
+    """Return the events before a moment, for example to leave out stragglers at the end of a log.
 
-    Of a log with periods and no clock, the moment is the first period that is left out.
+    `moment` is an ISO 8601 time. In a log with periods and without timestamps, it is the first period to leave out.
+    LogError if no event is left or if the log has no such moments.
     """
     if log.has_clock:
         is_before = pl.col("time") < parse_microseconds(moment)
     elif "period" in log.frame.columns and moment.isdecimal():
         is_before = pl.col("period") < int(moment)
     else:
-        raise LogError(f'this log has no clock, so that until = "{moment}" is no moment of it; name a period of it.')
+        raise LogError(f'This log has no timestamps, so until = "{moment}" does not apply. Use the number of a period.')
     frame = log.frame.filter(is_before)
     if not len(frame):
-        raise LogError(f"no row of the log is before {moment}; choose a later moment.")
-    return _add_note(replace(log, frame=frame), f"{len(log.frame) - len(frame):,} rows from {moment} on left out")
+        raise LogError(f"The log has no rows before {moment}. Choose a later moment.")
+    n_left_out = len(log.frame) - len(frame)
+    return _add_note(replace(log, frame=frame), f"Left out {format_count(n_left_out, 'row')} from {moment} on.")
 
 
 def parse_microseconds(moment: str) -> int:
-    """Since 1970, of an ISO 8601 text; UTC where it names no zone. Raises OptionError."""
+    """Return the microseconds since 1970 of an ISO 8601 text; UTC if it names no time zone. Raises OptionError."""
     try:
         parsed = datetime.fromisoformat(moment)
     except ValueError as error:
-        raise OptionError(f"a date cannot be read ({error}); write it as 2025-06-01 or 2025-06-01T04:00.") from None
+        raise OptionError(f"A date cannot be read ({error}). Write it as 2025-06-01 or 2025-06-01T04:00.") from None
     return to_microseconds(parsed)
 
 
 def to_microseconds(when: datetime) -> int:
-    """Microseconds since 1970; a time without a zone is UTC."""
+    """Return the microseconds since 1970. A time without a time zone is UTC."""
     return ((when if when.tzinfo else when.replace(tzinfo=UTC)) - UNIX_EPOCH) // timedelta(microseconds=1)
 
 
 def format_time(time_us: int, timespec: str = "seconds") -> str:
-    """ISO 8601 text, UTC, of microseconds since 1970: the one format of times in answers, reports and messages.
+    """Format microseconds since 1970 as ISO 8601 text in UTC. All answers, reports and messages use this format.
 
-    `timespec` is that of `datetime.isoformat`: what is smaller is cut off, not rounded.
+    `timespec` is the argument of `datetime.isoformat`. Smaller units are cut off, not rounded.
     """
     return (UNIX_EPOCH + timedelta(microseconds=time_us)).isoformat(timespec=timespec)
 
 
 def _map_columns(table: SourceTable, columns: Mapping[str, str]) -> tuple[dict[str, str], set[str]]:
-    """Our names -> the names in the source, and those of ours whose ids are declared to be text."""
+    """Return our names -> the names in the source, and the columns whose ids are declared as text."""
     with as_log_error(table.name):
         found = table.rows.collect_schema().names()
     names: dict[str, str] = {}
@@ -174,7 +191,8 @@ def _map_columns(table: SourceTable, columns: Mapping[str, str]) -> tuple[dict[s
             text_columns.add(name)
         if source_name not in found:
             raise LogError(
-                f'{table.name} has no column "{source_name}" for {name}; its columns are {_format_names(found)}.'
+                f'{table.name} has no column "{source_name}". Its columns are {_format_names(found)}. '
+                f"Correct --columns {name}=NAME."
             )
         names[name] = source_name
     for name, aliases in COLUMN_ALIASES.items():
@@ -183,13 +201,13 @@ def _map_columns(table: SourceTable, columns: Mapping[str, str]) -> tuple[dict[s
             names[name] = present[0]
     duplicated = [source_name for source_name in names.values() if f"{source_name}_duplicated_0" in found]
     if duplicated:
-        raise LogError(f'{table.name} has several columns called "{duplicated[0]}"; rename or remove all but one.')
+        raise LogError(f'{table.name} has several columns "{duplicated[0]}". Rename or remove all but one.')
     missing = [name for name in ("user_id", "item_id") if name not in names]
     missing += [] if names.keys() & {"timestamp", "period"} else ["timestamp"]
     if missing:
         raise LogError(
-            f"{table.name} has no {' and no '.join(missing)} among its columns {_format_names(found)}; say which it "
-            f"is, as in --columns {missing[0]}=NAME, or name a public format with --format."
+            f"{table.name} has no column {' and no column '.join(missing)}. Its columns are {_format_names(found)}. "
+            f"Pass --columns {missing[0]}=NAME, or --format NAME for a public data set."
         )
     if "period" not in names:
         names.pop("order", None)
@@ -197,6 +215,7 @@ def _map_columns(table: SourceTable, columns: Mapping[str, str]) -> tuple[dict[s
 
 
 def _format_names(names: Sequence[str]) -> str:
+    """List column names for a message; at most 20 of them."""
     shown = ", ".join(to_printable(name, 40) for name in names[:20]) or "none"
     return shown + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
@@ -204,12 +223,12 @@ def _format_names(names: Sequence[str]) -> str:
 def _collect_columns(
     table: SourceTable, names: Mapping[str, str], events: Sequence[str], allow_missing_events: bool
 ) -> pl.DataFrame:
-    """The columns we know under our names, as the source has them, with `row`, their place in the source from 0."""
+    """Read the columns that we know, with our names and the types of the source. `row` is the row number from 0."""
     rows = table.rows.select(pl.col(source_name).alias(name) for name, source_name in names.items()).with_row_index(
         "row"
     )
     if events and "event" not in names:
-        raise LogError(f"{table.name} has no event column, to choose --events from; say --columns event=NAME.")
+        raise LogError(f"{table.name} has no column event, which --events needs. Pass --columns event=NAME.")
     with as_log_error(table.name):
         if not events:
             return rows.collect()
@@ -225,7 +244,7 @@ def _collect_columns(
 def _parse_columns(
     raw: pl.DataFrame, names: Mapping[str, str], text_columns: set[str], table: SourceTable
 ) -> tuple[Log, list[ColumnFault]]:
-    """The log in the order of the source, with its bad rows, and its faults."""
+    """Return the log in the order of the source, bad rows included, and what is wrong with it."""
     frame: dict[str, pl.Series] = {}
     faults: list[ColumnFault] = []
     unit = "period + order"
@@ -248,19 +267,21 @@ def _parse_columns(
         faults += found
     has_clock, found = _check_clock(frame, raw)
     faults = [fault for fault in faults + found if not (has_clock and fault.column == "order")]
-    notes = [f'"{names[n]}" is taken as {n}' for n in names if names[n] != n and not (n == "order" and has_clock)]
+    renamed = [name for name in names if names[name] != name and not (name == "order" and has_clock)]
+    notes = [f'Column "{names[name]}" is used as {name}.' for name in renamed]
     if has_clock:
-        notes.append(f"times are in {unit}")
+        notes.append(f"Timestamps are in {UNIT_NAMES.get(unit, unit)}.")
     else:
-        notes.append("the log has no clock: time is its periods and the order within them")
-        notes += [f"{frame['time'].null_count():,} timestamps are null"] if "time" in frame else []
-        notes += [] if "order" in frame else ["no order column: within a period the rows keep the order of the source"]
+        within = "column order decides" if "order" in frame else "rows keep the order of the source"
+        notes.append(f"Rows without timestamps are sorted by period; within a period, {within}.")
+        if "time" in frame:
+            notes.append(f"Timestamps are missing in {format_count(frame['time'].null_count(), 'row')}.")
         unit = "period + order"
     return Log(pl.DataFrame(frame), has_clock, unit, tuple(notes)), _first_faults(faults)
 
 
 def _check_clock(frame: Mapping[str, pl.Series], raw: pl.DataFrame) -> tuple[bool, list[ColumnFault]]:
-    """Whether the timestamps place every row; if not, the periods do. The faults are the rows that nothing places."""
+    """Return whether timestamps order the log, or else periods, and the faults: rows that have neither."""
     if "period" not in frame:
         return True, [ColumnFault("timestamp", "is null", frame["time"].is_null())]
     if "time" not in frame or (~has_value(raw["timestamp"]) & frame["period"].is_not_null()).any():
@@ -269,7 +290,7 @@ def _check_clock(frame: Mapping[str, pl.Series], raw: pl.DataFrame) -> tuple[boo
 
 
 def _first_faults(faults: Sequence[ColumnFault]) -> list[ColumnFault]:
-    """The faults that occur, each bad row in the first that it has."""
+    """Return the faults that occur. Each bad row is counted in its first fault only."""
     unique: list[ColumnFault] = []
     for fault in faults:
         rows = fault.rows.fill_null(False)
@@ -280,29 +301,28 @@ def _first_faults(faults: Sequence[ColumnFault]) -> list[ColumnFault]:
 
 
 def _fault_message(raw: pl.DataFrame, names: Mapping[str, str], faults: Sequence[ColumnFault], name: str) -> str:
-    """One sentence: how many rows are bad, why, and the first three of each kind."""
+    """Say how many rows are bad and why, with the first three rows of each fault."""
     messages = []
     for fault in faults:
         first = raw.filter(fault.rows).select("row", fault.column).head(3)
-        shown = ", ".join(f"row {row + 1:,}: {_format_value(value)}" for row, value in first.iter_rows())
-        messages.append(f"{names[fault.column]} {fault.problem} in {_format_rows(int(fault.rows.sum()))} ({shown})")
+        shown = ", ".join(f"data row {row + 1:,}: {_format_value(value)}" for row, value in first.iter_rows())
+        messages.append(
+            f"{names[fault.column]} {fault.problem} in {format_count(int(fault.rows.sum()), 'row')} ({shown})"
+        )
     n_bad = sum(fault.rows.sum() for fault in faults)
     return (
-        f"{name}: of {_format_rows(len(raw))}, {n_bad:,} cannot be used: {'; '.join(messages)}; "
-        "mend them, or set them aside with --quarantine FILE."
+        f"{name}: {n_bad:,} of {format_count(len(raw), 'row')} cannot be used: {'; '.join(messages)}. "
+        "Fix them, or pass --quarantine FILE to continue without them."
     )
 
 
-def _format_rows(n: int) -> str:
-    return f"{n:,} row{'' if n == 1 else 's'}"
-
-
 def _format_value(value: object) -> str:
+    """Format a value of a bad row for a message."""
     return "null" if value is None else to_printable(repr(value), 40)
 
 
 def _write_quarantine(raw: pl.DataFrame, faults: Sequence[ColumnFault], table: SourceTable, quarantine: Path) -> None:
-    """Write the bad rows as the source has them, plus a column `reason`, to a .parquet or .csv file."""
+    """Write the bad rows, with all columns of the source and a column `reason`, to a .parquet or .csv file."""
     reasons = pl.concat(
         raw.filter(fault.rows).select("row", reason=pl.lit(f"{fault.column} {fault.problem}")) for fault in faults
     )
@@ -319,11 +339,14 @@ def _write_quarantine(raw: pl.DataFrame, faults: Sequence[ColumnFault], table: S
             rows.write_csv(quarantine)
     except (OSError, pl.exceptions.PolarsError) as problem:
         reason = str(problem)[:120]
-        raise LogError(f"the bad rows cannot be written to {quarantine} ({reason}); name another file.") from problem
+        raise LogError(f"The bad rows cannot be written to {quarantine} ({reason}). Choose another file.") from problem
 
 
 def _sort_by_time(log: Log) -> Log:
-    """Sorted by time, or by period, timestamp where there is one, and order; rows that tie keep the order they had."""
+    """Sort by time; without timestamps for all rows, by period, timestamp and order.
+
+    Rows with the same keys keep their order.
+    """
     frame, n_rows = log.frame, len(log.frame)
     keys = ["time"] if log.has_clock else [k for k in ("period", "time", "order") if k in frame.columns]
     n_late = int((frame[keys[0]] < frame[keys[0]].cum_max()).sum())
@@ -337,15 +360,20 @@ def _sort_by_time(log: Log) -> Log:
 
 
 def _sample_users(log: Log, users: int, seed: int) -> Log:
-    """The log of `users` random users, the same for the same seed and log."""
+    """Return the log of `users` random users. The same seed and log give the same users."""
     if users < 1:
-        raise OptionError(f"{users} users cannot be kept; give a number of at least 1.")
+        raise OptionError(f"A sample of {users} users is impossible. Use a number of at least 1.")
     ids = log.frame["user_id"].unique().sort()
     if users >= len(ids):
-        return _add_note(log, f"all {len(ids):,} users kept, {users:,} were asked for")
+        return _add_note(log, f"Kept all {len(ids):,} users; a sample of {users:,} was requested.")
     chosen = ids.sample(users, seed=seed)  # no named stream: published results are of these users
     frame = log.frame.filter(pl.col("user_id").is_in(chosen.implode()))
-    return _add_note(replace(log, frame=frame), f"a sample of {users:,} of {len(ids):,} users, seed {seed}")
+    return _add_note(replace(log, frame=frame), f"Kept {users:,} random users of {len(ids):,} (seed {seed}).")
+
+
+def format_count(n: int, noun: str) -> str:
+    """Format a number with its noun: "1 row", "1,200 rows"."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def _add_note(log: Log, note: str) -> Log:

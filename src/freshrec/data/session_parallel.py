@@ -1,8 +1,8 @@
-"""Session-parallel batches, as GRU4Rec's authors train: sessions side by side in lanes, one event of each a step.
+"""Session-parallel batches, as in GRU4Rec: sessions run side by side in lanes, one event of each per step.
 
-A session is a run of events of one user, each but the first a target. When one is over, the next that has not been read
-takes its lane; when none is left, the lane is dropped. A recurrent model goes on from its state at the end of a lane:
-`HiddenStates` keeps that between batches.
+A session is a run of consecutive events of one user. Each event but the first is a target. When a session ends, the
+next one takes its lane; when none is left, the lane is dropped. A recurrent model continues from its state at the end
+of a lane, which `HiddenStates` keeps between batches.
 """
 
 import heapq
@@ -17,8 +17,8 @@ from freshrec.types import HELD_OUT, Batch, Forward, SessionLanes
 
 
 def assign_lanes(lengths_S: Tensor, n_lanes: int) -> tuple[Tensor, Tensor]:
-    """(S,) the lane of each session, and the step in which it begins; a session of n targets takes n steps."""
-    free = [(0, lane) for lane in range(n_lanes)]  # the step from which each lane is free; a heap
+    """Lane and first step of each session, each of shape (S,). A session of n targets takes n steps."""
+    free = [(0, lane) for lane in range(n_lanes)]  # a heap: the step from which each lane is free
     lanes, steps = [], []
     for length in lengths_S.tolist():
         step, lane = free[0]
@@ -29,9 +29,10 @@ def assign_lanes(lengths_S: Tensor, n_lanes: int) -> tuple[Tensor, Tensor]:
 
 
 def session_parallel_batches(targets: Targets, size: int) -> Iterator[Batch]:
-    """One epoch, a row per lane and step: an event and the next one, its target; sessions by their first event's time.
+    """Yield one epoch with a row per lane and step: an event, and the next one as its target.
 
-    A target that nothing may be known before, and one right after a held-out row, are left out.
+    Sessions are sorted by the time of their first event. A target without an event before it is left out, and so is one
+    right after a held-out row.
     """
     targets = mask_held_out(targets)
     has_event_before_N = (targets.history_lengths(1) > 0) & (
@@ -59,18 +60,17 @@ def session_parallel_batches(targets: Targets, size: int) -> Iterator[Batch]:
 
 
 class HiddenStates:
-    """The hidden states of one recurrent model after the last row of each lane, kept from each batch to the next.
+    """The hidden states of one recurrent model at the end of each lane, kept between batches.
 
-    Whoever runs a model on batches owns one for each model and each sequence of batches: a teacher that reads the
-    student's batches has its own. It may be used for several epochs of the same targets, as each epoch starts all lanes
-    again.
+    Each model and each sequence of batches needs its own: a teacher that reads the student's batches has another one.
+    It may be used for several epochs of the same targets, because each epoch starts all lanes again.
     """
 
     def __init__(self) -> None:
-        self.layers: list[Tensor] = []  # (n_lanes, H) of each layer; none before the first batch
+        self.layers: list[Tensor] = []  # (n_lanes, H) for each layer; empty before the first batch
 
     def run(self, forward: Callable[[Batch], Forward], batch: Batch) -> Forward:
-        """`forward` of the batch, from the states at the ends of its lanes; a batch without lanes is read as it is."""
+        """Run `forward` on the batch, from the states at the end of its lanes. Without lanes, states are not used."""
         lanes = batch.lanes
         if lanes is None:
             return forward(batch)

@@ -1,4 +1,4 @@
-"""Cut a log into spans, as a `SplitConfig` says: where the cuts fall, what is tested, and when that joins training."""
+"""Split a log into spans as a `SplitConfig` says: where spans start, what is tested, when it is trained on."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import polars as pl
 import torch
 
 from freshrec.data.catalog import Catalog
-from freshrec.data.log import Log, format_time, parse_microseconds
+from freshrec.data.log import Log, format_count, format_time, parse_microseconds
 from freshrec.data.split_config import SplitConfig
 from freshrec.errors import OptionError, SpanError
 from freshrec.types import NEVER, NEXT, NOW, TEST, TRAIN, VALID, Events, Span
 
-TRAIN_AT = {"now": NOW, "next": NEXT, "never": NEVER}  # of `heldout`
-ROLES = {"train": TRAIN, "valid": VALID, "test": TEST}  # the words of a log's split column
+TRAIN_AT = {"now": NOW, "next": NEXT, "never": NEVER}  # values of `heldout`
+ROLES = {"train": TRAIN, "valid": VALID, "test": TEST}  # values of a log's split column
 
 Int64Array = npt.NDArray[np.int64]
 Int8Array = npt.NDArray[np.int8]
@@ -28,15 +28,15 @@ Int8Array = npt.NDArray[np.int8]
 
 @dataclass(frozen=True, eq=False)
 class LogSplit:
-    """A log in spans. Span 0 is the base block; the catalogs number every user and item of the log."""
+    """A log in spans. Span 0 is the base block. The catalogs hold every user and item of the log."""
 
     spans: tuple[Span, ...]
     user_catalog: Catalog
     item_catalog: Catalog
-    notes: tuple[str, ...]  # what a reader of the numbers should know
+    notes: tuple[str, ...]  # sentences that a reader of the results should know
 
     def fingerprint(self) -> str:
-        """64 hexadecimal digits that depend on every event and on where the cuts fall."""
+        """Return 64 hexadecimal digits that depend on every event and on the start of every span."""
         digest = hashlib.sha256()
         for span in self.spans:
             events = span.events
@@ -63,13 +63,15 @@ def split_log(
     n_targets: int | None = None,
     seed: int = 0,
 ) -> LogSplit:
-    """The base block and the later spans of `log`; each event is in exactly one.
+    """Split a log into a base block and later spans. Each event is in exactly one of them.
 
-    `config` holds every option; a keyword replaces one of its fields. `SplitConfig` has the defaults and explains them.
+    `config` holds all options, and a keyword replaces one of its fields. `SplitConfig` explains them.
 
-    OptionError for an impossible option; SpanError where the log has no such cut. A span may be empty: a note says so.
-    Differs from the protocol of IMSR: it reads as clock-alpha with heldout = "never"; alpha of the time range can hold
-    3 % of the events, hence count-alpha.
+    Raises OptionError for an invalid option, SpanError if the log cannot be split that way. A span may be empty; then
+    there is a note.
+
+    Differs from the protocol of IMSR, which is clock-alpha with heldout = "never": a share alpha of the time range can
+    hold as little as 3 % of the events. Therefore there is count-alpha.
     """
     keywords = {
         "by": by,
@@ -89,7 +91,7 @@ def split_log(
 
 
 def _split(log: Log, config: SplitConfig, seed: int) -> LogSplit:
-    """The cut that `config` describes."""
+    """Split the log with complete options."""
     frame, notes = _select_events(log.frame, config.by, config.min_events)
     edges = _span_edges(frame, log.has_clock, config)
     if config.sessions:
@@ -117,16 +119,16 @@ def _split(log: Log, config: SplitConfig, seed: int) -> LogSplit:
         columns = users_E[a:b], items_E[a:b], times_E[a:b], torch.from_numpy(role), torch.from_numpy(train_at)
         events = Events(*columns, *(None if column is None else column[a:b] for column in (labels_E, categories_E)))
         spans.append(Span(t, events, *sizes[t], _span_name(frame[a:b], a, config.by, log.has_clock)))
-    notes += [f"span {span.index} has no events" for span in spans if len(span.events) == 0]
-    notes += ["the log has a single user"] if len(user_catalog) == 1 else []
+    notes += [f"Span {span.index} has no events." for span in spans if len(span.events) == 0]
+    notes += ["The log has a single user."] if len(user_catalog) == 1 else []
     return LogSplit(tuple(spans), user_catalog, item_catalog, tuple(notes))
 
 
 def describe_spans(log_split: LogSplit) -> pl.DataFrame:
-    """What each span holds: span, name, events, users, items, new_users, new_items, targets, seen_share.
+    """Describe each span: span, name, events, users, items, new_users, new_items, targets, seen_share.
 
-    `targets` counts TEST events; `seen_share` is the share of them whose item occurred in an earlier span, the highest
-    hit rate that a trained model of earlier spans can reach (null without targets, and in the base: nothing tests it).
+    `targets` is the number of TEST events. `seen_share` is the share of them whose item occurred in an earlier span:
+    the highest hit rate that a model of the earlier spans can reach. It is null in the base block and without targets.
     """
     rows = []
     for span, before in zip(log_split.spans, (None, *log_split.spans)):
@@ -151,52 +153,55 @@ def describe_spans(log_split: LogSplit) -> pl.DataFrame:
 
 
 def _select_events(frame: pl.DataFrame, by: str, min_events: int) -> tuple[pl.DataFrame, list[str]]:
-    """The events that count, in the order of the cut, and notes."""
+    """Return the events to split, in the order of the rule, and notes."""
     notes = []
     if min_events > 1:
         n_users, n_events = frame["user_id"].n_unique(), len(frame)
         frame = frame.filter(pl.len().over("user_id") >= min_events)
+        n_left_out = n_users - frame["user_id"].n_unique()
         notes.append(
-            f"{n_users - frame['user_id'].n_unique():,} users with fewer than {min_events} events in the whole log are "
-            f"left out, with their {n_events - len(frame):,} events: a choice that looks into the future"
+            f"Left out {format_count(n_left_out, 'user')} with fewer than {min_events} "
+            f"events in the whole log ({format_count(n_events - len(frame), 'event')}). This choice uses the future."
         )
     if len(frame) == 0:
-        raise SpanError("no events are left to cut; check the log, the events asked for and min_events.")
+        raise SpanError("No events are left to split. Check the log, the event types and min_events.")
     if by == "period":
         if "period" not in frame.columns or frame["period"].null_count():
-            raise SpanError('a cut by "period" needs a period on every row; name the column or cut by "count".')
+            raise SpanError(
+                'by = "period" needs a period in every row. Pass --columns period=NAME, or use by = "count".'
+            )
         if not frame["period"].is_sorted():
             frame = frame.sort("period", maintain_order=True)
-            notes.append("some periods overlap in time; the period decides")
+            notes.append("Some periods overlap in time. The period decides.")
     return frame, notes
 
 
 def _span_edges(frame: pl.DataFrame, has_clock: bool, config: SplitConfig) -> list[int]:
-    """Positions that bound the spans: span t is edges[t] : edges[t + 1]. SpanError where the base would be empty."""
+    """Return the bounds of the spans: span t is edges[t] : edges[t + 1]. SpanError if the base block would be empty."""
     times, by = frame["time"].to_numpy(), config.by
     if by == "period":
         inner = _period_starts(frame["period"].to_numpy(), config.spans, config.base_periods)
     elif by != "count" and not has_clock:
-        raise SpanError(f'a cut by "{by}" needs a clock, and this log has none; cut by "count" or "period".')
+        raise SpanError(f'by = "{by}" needs timestamps, and this log has none. Use by = "count" or "period".')
     elif by == "dates":
         inner = np.searchsorted(times, _parse_dates(config.dates))
     else:
         inner = _rule_starts(times, by, config.spans, config.alpha)
     edges = [0, *inner.tolist(), len(frame)]
     if edges[1] == 0:
-        raise SpanError("the base block would be empty; start the first span after the first event.")
+        raise SpanError("The base block would be empty. Start the first span after the first event.")
     return edges
 
 
 def _rule_starts(times: Int64Array, by: str, spans: int, alpha: float) -> Int64Array:
-    """Where spans 1, 2, ... start, by count or by equal stretches of time."""
+    """Return the positions where spans 1, 2, ... start, for the rules by count and by time."""
     time_starts = np.flatnonzero(np.diff(times)) + 1
     if not len(time_starts):
-        raise SpanError("all events of the log have the same time, so that no cut can separate them; check its times.")
+        raise SpanError("All events of the log have the same time, so it cannot be split. Check its timestamps.")
     if len(time_starts) < spans:
         raise SpanError(
-            f"the log has {len(time_starts) + 1:,} distinct times, too few for a base block and {spans} spans; "
-            f"ask for at most {len(time_starts)} spans."
+            f"The log has {len(time_starts) + 1:,} distinct times, too few for a base block and {spans} spans. "
+            f"Use at most {len(time_starts)} spans."
         )
     first, stop = int(times[0]), int(times[-1]) + 1
     if by == "count":
@@ -212,7 +217,7 @@ def _rule_starts(times: Int64Array, by: str, spans: int, alpha: float) -> Int64A
 
 
 def _nearest(allowed: Int64Array, positions: npt.NDArray[np.float64]) -> Int64Array:
-    """For each of the ascending `positions`, the nearest of the ascending `allowed`, no two the same."""
+    """Return the nearest of the `allowed` for each of the `positions`, without repeats. Both are in ascending order."""
     right = np.searchsorted(allowed, positions).clip(max=len(allowed) - 1)
     left = (right - 1).clip(min=0)
     chosen = np.where(positions - allowed[left] <= allowed[right] - positions, left, right)
@@ -222,25 +227,28 @@ def _nearest(allowed: Int64Array, positions: npt.NDArray[np.float64]) -> Int64Ar
 
 
 def _period_starts(periods_E: Int64Array, spans: int, base_periods: int) -> Int64Array:
+    """Return the positions where spans 1, 2, ... start, for the rule by period."""
     later = np.unique(periods_E)[base_periods:]
     if len(later) == 0:
-        n = "a single period, which is" if base_periods == 1 else f"no more than {base_periods} periods, which are"
-        raise SpanError(f'the log has {n} all base block; cut it by "count".')
+        n = "a single period" if base_periods == 1 else f"no more than {base_periods} periods"
+        raise SpanError(f'The log has {n}, so there is nothing after the base block. Use by = "count".')
     groups = np.array_split(later, min(spans, len(later)))
     return np.searchsorted(periods_E, [group[0] for group in groups])
 
 
 def _parse_dates(dates: Sequence[str]) -> list[int]:
+    """Return the dates as microseconds since 1970. OptionError if they are not in ascending order."""
     found = [parse_microseconds(date) for date in dates]
     if any(a >= b for a, b in zip(found, found[1:])):
-        raise OptionError(f"the dates {', '.join(dates)} do not ascend; put the earliest first, each once.")
+        raise OptionError(
+            f"The dates {', '.join(dates)} are not in ascending order. List each date once, the earliest first."
+        )
     return found
 
 
 def _build_catalogs(frame: pl.DataFrame, edges: list[int]) -> tuple[Catalog, Catalog, list[tuple[int, int]]]:
-    """Both catalogs at the end of the log, and (n_users, n_items) at the end of each span."""
+    """Return both catalogs at the end of the log, and (n_users, n_items) at the end of each span."""
     users, items, sizes = Catalog.empty(), Catalog.empty(), []
-    # no named streams here and in `_select_users`: published results are of these users and targets
     for t, (a, b) in enumerate(zip(edges, edges[1:])):
         users = users.extend(frame["user_id"][a:b], t)
         items = items.extend(frame["item_id"][a:b], t)
@@ -249,16 +257,20 @@ def _build_catalogs(frame: pl.DataFrame, edges: list[int]) -> tuple[Catalog, Cat
 
 
 def _roles_from_column(frame: pl.DataFrame) -> Int8Array:
+    """Return the roles that the split column of the log gives."""
     if "split" not in frame.columns:
-        raise SpanError('the log has no split column, which targets = "split" needs; name it or use targets = "last".')
+        raise SpanError(
+            'targets = "split" needs a split column. Name it with --columns split=NAME, or use targets = "last".'
+        )
     role = frame["split"].replace_strict(ROLES, default=None, return_dtype=pl.Int8)
     if role.null_count():
-        raise SpanError(f"{role.null_count():,} rows have a split other than {', '.join(ROLES)}; correct the column.")
+        n = format_count(role.null_count(), "row")
+        raise SpanError(f"The split column has values other than {', '.join(ROLES)} in {n}. Correct them.")
     return role.to_numpy(writable=True)
 
 
 def _labels(frame: pl.DataFrame) -> torch.Tensor | None:
-    """1 taken, 0 shown and not taken, nan where the log does not say; None where all that it holds was taken."""
+    """Return labels: 1 = taken, 0 = shown and not taken, nan = unknown. None if the log has no exposures."""
     if "label" not in frame.columns or not (frame["label"] <= 0).any():
         return None
     labels = (frame["label"] > 0).cast(pl.Float32).fill_null(float("nan"))
@@ -266,7 +278,7 @@ def _labels(frame: pl.DataFrame) -> torch.Tensor | None:
 
 
 def _category_rows(frame: pl.DataFrame) -> torch.Tensor | None:
-    """Categories as rows, in order of appearance; 0 for none."""
+    """Return the category row of each event, numbered in order of appearance; 0 = no category."""
     if "category" not in frame.columns:
         return None
     known = frame["category"].drop_nulls()
@@ -277,7 +289,7 @@ def _category_rows(frame: pl.DataFrame) -> torch.Tensor | None:
 
 
 def _select_users(n_users: int, share: float, seed: int) -> npt.NDArray[np.bool_]:
-    """For user rows 0..n_users, whether a hash of (seed, row) falls below `share`: no user depends on another."""
+    """Select the user rows 0..n_users whose hash of (seed, row) is below `share`. No user depends on another."""
     z = np.arange(n_users + 1, dtype=np.uint64) + np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)  # splitmix64
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -285,20 +297,20 @@ def _select_users(n_users: int, share: float, seed: int) -> npt.NDArray[np.bool_
 
 
 def _last_event_roles(users_E: Int64Array, n_users: int) -> Int8Array:
-    """TEST for each user's last event, VALID for the one before it, TRAIN for the rest."""
+    """Return TEST for each user's last event, VALID for the one before it, TRAIN for the rest."""
     role_E = np.full(len(users_E), TRAIN, np.int8)
     for role in (TEST, VALID):
         unassigned_E = np.flatnonzero(role_E == TRAIN)
         last_U = np.full(n_users + 1, -1)
-        last_U[users_E[unassigned_E]] = unassigned_E  # the last assignment to a user stays
+        last_U[users_E[unassigned_E]] = unassigned_E  # the last assignment to a user wins
         role_E[last_U[last_U >= 0]] = role
     return role_E
 
 
 def _three_target_roles(tail_E: Int8Array, users_E: Int64Array, n_before: int, rng: np.random.Generator) -> Int8Array:
-    """TEST for each user's last event and two of those that are not the user's first of all; TRAIN for the rest.
+    """Return TEST for each user's last event and two random others, TRAIN for the rest.
 
-    `n_before`: the users of earlier spans, who have had their first event.
+    The first event of a user is never one of the two. `n_before` is the number of users of earlier spans.
     """
     is_eligible_E = tail_E != TEST
     first_E = np.unique(users_E, return_index=True)[1]
@@ -314,7 +326,7 @@ def _three_target_roles(tail_E: Int8Array, users_E: Int64Array, n_before: int, r
 
 
 def _limit_test_targets(role_E: Int8Array, users_E: Int64Array, n: int, rng: np.random.Generator) -> Int8Array:
-    """The roles, but that TEST events are asked for only of users drawn at random, one by one, until `n` are."""
+    """Keep the TEST events of random users, one user after the other, until there are `n`. The others become TRAIN."""
     users_X = users_E[role_E == TEST]
     users_U, at_X, n_U = np.unique(users_X, return_inverse=True, return_counts=True)
     order_U = rng.permutation(len(users_U))
@@ -326,7 +338,7 @@ def _limit_test_targets(role_E: Int8Array, users_E: Int64Array, n: int, rng: np.
 
 
 def _span_name(events: pl.DataFrame, n_before: int, by: str, has_clock: bool) -> str:
-    """For people: the days, periods or event numbers of a span."""
+    """Name a span by its days, periods or event numbers."""
     if len(events) == 0:
         return "no events"
     if by == "period":

@@ -1,4 +1,4 @@
-"""What travels with the batches of an interest model: each user's stored interests."""
+"""Each user's stored interests, attached to the batches of a multi-interest model."""
 
 from dataclasses import dataclass, replace
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 from freshrec.types import Batch, InterestModel, Interests, Model
 
-NOT_YET_BORN = torch.iinfo(torch.int32).max  # the span of birth of interests that no update has stored yet
+NOT_YET_BORN = torch.iinfo(torch.int32).max  # span of creation of interests that no update has stored yet
 
 
 def pad_interests(interests: Interests, users_B: Tensor, initial_KD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Stored interests of some users: (B, K, D) vectors, (B, K) alive, (B, K) birth span; newcomers get `initial_KD`.
+    """Return the interests of some users: vectors (B, K, D), alive (B, K) and span of creation (B, K).
 
-    K is the largest number of interests in the batch. A newcomer's interests are NOT_YET_BORN.
+    K is the largest number of interests in the batch. New users get `initial_KD`, created in span NOT_YET_BORN.
     """
     known_B = torch.where(users_B <= interests.n_users, users_B, 0)
     start_B = interests.offsets_U[known_B]
@@ -36,26 +36,26 @@ def pad_interests(interests: Interests, users_B: Tensor, initial_KD: Tensor) -> 
 
 @dataclass(frozen=True)
 class StoredInterests:
-    """What travels with a batch of an interest model: stored interests, those of newcomers, the span being learnt."""
+    """What a batch of a multi-interest model needs: stored interests, initial interests of new users, current span."""
 
     interests: Interests
     initial_KD: Tensor
     span: int
 
     def attach(self, batch: Batch) -> Batch:
-        """`batch` with each user's interests: which are alive, which are older than this span."""
+        """Add the interests of each user to `batch`: vectors, which are alive, which are older than this span."""
         vectors_BKD, alive_BK, born_BK = pad_interests(self.interests, batch.users_B, self.initial_KD)
         return replace(batch, interests_BKD=vectors_BKD, alive_BK=alive_BK, old_BK=born_BK < self.span)
 
     def interest_counts(self, users_N: Tensor) -> Tensor:
-        """How many interests each user has (N,)."""
+        """Number of interests of each user, shape (N,)."""
         known_N = torch.where(users_N <= self.interests.n_users, users_N, 0)
         n_N = self.interests.offsets_U[known_N + 1] - self.interests.offsets_U[known_N]
         return torch.where(n_N == 0, len(self.initial_KD), n_N)
 
 
 def stored_interests_of(model: Model, interests: Interests | None, span: int) -> StoredInterests | None:
-    """What travels with the batches of an interest model; None for other models."""
+    """Return the stored interests for batches of a multi-interest model; None for other models."""
     if not isinstance(model, InterestModel):
         return None
     interests = Interests.empty(model.spec.d) if interests is None else interests

@@ -1,10 +1,13 @@
-"""Generated logs whose right answer is known: what a model, or a strategy, must find in each is in its docstring.
+"""Worlds: generated logs in which the right answer is known. Each docstring says what a model or strategy must find.
 
-All worlds share one timeline. Users differ in activity (lognormal); 30 % of them arrive while the log runs. Items
-belong to topics, item i to topic i modulo the number of topics (the log's `category`). Within a topic popularity is
-Zipf's; 40 % of the items replace an earlier one of the same topic and popularity, which is then never drawn again. Half
-of the events are period 0, the base block; the others form `spans` periods of equal count, about a day each, so that a
-cut by count and one by period agree. Ids start at 0 on purpose: a raw id is not a row.
+All worlds share one timeline. The activity of users is lognormal, and 30 % of the users arrive while the log runs. Each
+item belongs to a topic, the log's `category`: item i belongs to topic i modulo the number of topics.
+
+Within a topic, popularity follows Zipf's law. 40 % of the items replace an earlier item of the same topic and
+popularity, which never occurs again. Half of the events are period 0, the base block. The others form `spans` periods
+with equal numbers of events, about a day each, so splitting by count and by period gives the same spans.
+
+Ids start at 0 on purpose: an id is not a row.
 """
 
 from __future__ import annotations
@@ -26,15 +29,15 @@ Float64Array = npt.NDArray[np.float64]
 DAY = 86_400_000_000  # microseconds
 START_TIME = 1_735_689_600_000_000  # 2025-01-01, in microseconds
 N_TOPICS = 20
-N_TASTES = 3  # topics that a user likes at first
-N_GAINED = 2  # topics that half of the users of `newborn` gain
-GAINED_TOPIC_SHARE = 0.7  # share of their events from then on that is drawn from the gained topics
-REPEAT_SHARE = 0.7  # share of the events of `repeat` that are copies of an earlier event of the same user
+N_TASTES = 3  # topics that a user likes at the start
+N_GAINED = 2  # topics that half of the users gain in `newborn`
+GAINED_TOPIC_SHARE = 0.7  # share of their later events that is drawn from the gained topics
+REPEAT_SHARE = 0.7  # share of events in `repeat` that copy an earlier event of the same user
 
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """A log, the number of its topics, and in `newborn` the truth: user_id, span, category, events."""
+    """A log and its number of topics. In `newborn`, `truth` is a frame of user_id, span, category and events."""
 
     log: Log
     n_topics: int
@@ -43,12 +46,12 @@ class World:
 
 @dataclass(frozen=True, eq=False)
 class Timeline:
-    """Who acts when, before anybody has chosen an item."""
+    """The users and times of all events, before items are chosen."""
 
     time_fractions_E: Float64Array  # ascending, in [0, 1)
     periods_E: Int64Array
     users_E: Int64Array
-    arrival_fractions_U: Float64Array  # the moment of each user's arrival, 0 for those there from the start
+    arrival_fractions_U: Float64Array  # arrival of each user in [0, 1); 0 = from the start
 
 
 def make_world(
@@ -60,35 +63,36 @@ def make_world(
     spans: int = WorldSize.spans,
     seed: int = 0,
 ) -> World:
-    """The world called `name`: the same arguments give the same bits.
+    """Generate the world called `name`. The same arguments give the same events.
 
-    A user may turn out to have no events. `items` is rounded down to a multiple of the number of topics.
+    A user may have no events. `items` is rounded down to a multiple of the number of topics. OptionError for an unknown
+    name or for sizes that are too small.
     """
     if name not in WORLDS:
         raise unknown_name_error("world", name, WORLDS)
     if users < 1 or spans < 1 or events < 2 * spans or items < N_TOPICS:
         raise OptionError(
-            f"a world of {users} users, {items} items, {events} events and {spans} spans cannot be made; it takes at "
-            f"least 1 user, {N_TOPICS} items, 1 span and 2 events per span."
+            f"A world of {users} users, {items} items, {events} events and {spans} spans is too small. Use at least "
+            f"1 user, {N_TOPICS} items, 1 span and 2 events per span."
         )
-    # no named stream: published results are of these worlds, so a seed keeps its world
+    # no named stream: a seed must give the same world as in published results
     return WORLDS[name](WorldSize(users, items, events, spans), np.random.default_rng(seed))
 
 
 def checkerboard(size: WorldSize, rng: np.random.Generator) -> World:
-    """Even users take even items only, odd users odd ones: every item of one's own colour ranks above all others."""
+    """Even users take only even items, odd users only odd ones: a model must rank all items of that half first."""
     timeline = _make_timeline(size, rng)
     return World(_make_log(size, timeline, timeline.users_E % 2, 2, rng), 2)
 
 
 def popularity(size: WorldSize, rng: np.random.Generator) -> World:
-    """Everybody draws from the same popularity: no personal ranking beats the order of recent counts."""
+    """All users draw from the same popularity: no personal ranking beats the order of recent counts."""
     timeline = _make_timeline(size, rng)
     return World(_make_log(size, timeline, np.zeros(size.events, np.int64), 1, rng), 1)
 
 
 def frozen(size: WorldSize, rng: np.random.Generator) -> World:
-    """Each user likes three topics equally and for ever: new interests never appear, and detecting one is an error."""
+    """Each user always likes the same three topics equally: no new interest appears, and detecting one is an error."""
     timeline = _make_timeline(size, rng)
     tastes_UK = _sample_topics(size.users, N_TASTES, rng)
     topics_E = tastes_UK[timeline.users_E, rng.integers(N_TASTES, size=size.events)]
@@ -96,10 +100,10 @@ def frozen(size: WorldSize, rng: np.random.Generator) -> World:
 
 
 def drift(size: WorldSize, rng: np.random.Generator) -> World:
-    """Each of a user's three interests moves to the next topic twice in the time of the log, at moments of its own.
+    """Each of a user's three interests moves to the next topic twice during the log, each at its own times.
 
-    A model that is not updated decays span by span, and what a user liked in the base block says little about the last
-    span. A strategy that keeps old knowledge scores better on old targets, and not on today's.
+    A model without updates gets worse span by span: the base block says little about a user's taste in the last span. A
+    strategy that keeps old knowledge scores better on old targets, not on new ones.
     """
     timeline = _make_timeline(size, rng)
     tastes_UK, phases_UK = _sample_topics(size.users, N_TASTES, rng), rng.random((size.users, N_TASTES))
@@ -112,11 +116,11 @@ def drift(size: WorldSize, rng: np.random.Generator) -> World:
 
 
 def newborn(size: WorldSize, rng: np.random.Generator) -> World:
-    """As `frozen`, but half of the users there from the start gain two topics in some span, and love them from then on.
+    """Like `frozen`, but half of the users who are there from the start gain two topics in some span, and prefer them.
 
-    `truth` has one row per user and gained topic: the span of its first event, and how many events it has in that span;
-    users without an earlier span are left out, since all is new about them. A right detector names these users in these
-    spans, and nobody else. (A light user may first show an *old* taste late: that is not in the truth.)
+    `truth` has one row per user and gained topic: the span of its first event, and its number of events in that span.
+    Users without an earlier span are left out, because all their topics are new. A correct detector finds exactly these
+    users in these spans. An old topic that a user with few events shows late for the first time is not in `truth`.
     """
     timeline = _make_timeline(size, rng)
     topics_UK = _sample_topics(size.users, N_TASTES + N_GAINED, rng)
@@ -129,7 +133,7 @@ def newborn(size: WorldSize, rng: np.random.Generator) -> World:
 
 
 def repeat(size: WorldSize, rng: np.random.Generator) -> World:
-    """70 % of a user's events copy one of its earlier ones, all as likely: its own items must rank first, by count."""
+    """70 % of a user's events copy a random earlier one: a model must rank the user's own items first, by count."""
     timeline = _make_timeline(size, rng)
     tastes_UK = _sample_topics(size.users, N_TASTES, rng)
     log = _make_log(
@@ -151,12 +155,12 @@ WORLDS: dict[str, Callable[[WorldSize, np.random.Generator], World]] = {
 
 
 def _make_timeline(size: WorldSize, rng: np.random.Generator) -> Timeline:
-    """Events are evenly spaced; each goes to one of the users that have arrived, in proportion to their activity."""
+    """Space events evenly. Each goes to a random user who has arrived, in proportion to their activity."""
     moments_E = np.arange(size.events) / size.events
     starts = np.ceil(size.events * (0.5 + 0.5 * np.arange(size.spans) / size.spans) - 0.5)
     periods_E = np.searchsorted(starts, np.arange(size.events), "right")
     late_U = rng.random(size.users) < 0.3
-    late_U[0] = False  # somebody must be there when the log begins
+    late_U[0] = False  # at least one user is there when the log begins
     arrivals_U = np.sort(np.where(late_U, rng.random(size.users), 0.0))
     activity_U = np.cumsum(rng.lognormal(0.0, 1.0, size.users))
     n_arrived_E = np.searchsorted(arrivals_U, moments_E, "right")
@@ -165,21 +169,21 @@ def _make_timeline(size: WorldSize, rng: np.random.Generator) -> Timeline:
 
 
 def _sample_topics(n_users: int, n: int, rng: np.random.Generator) -> Int64Array:
-    """(n_users, n) distinct topics of each user."""
+    """Distinct random topics of each user, shape (n_users, n)."""
     return np.argsort(rng.random((n_users, N_TOPICS), dtype=np.float32), axis=1)[:, :n]
 
 
 def _make_log(
     size: WorldSize, timeline: Timeline, topics_E: Int64Array, n_topics: int, rng: np.random.Generator
 ) -> Log:
-    """Each event takes an item of its topic. A rank of popularity is held by one item after the other."""
+    """Draw an item of its topic for each event. A popularity rank passes from one item to the next."""
     n_per_topic = size.items // n_topics
     n_ranks = max(1, round(0.6 * n_per_topic))
     n_held = 1 + np.bincount(rng.integers(n_ranks, size=n_per_topic - n_ranks), minlength=n_ranks)
     first_item = np.cumsum(n_held) - n_held
     zipf = np.cumsum(1 / np.arange(1, n_ranks + 1))
     ranks_E = np.searchsorted(zipf, rng.random(size.events) * zipf[-1], "right").clip(max=n_ranks - 1)
-    phases = rng.random((n_topics, n_ranks))  # when the first holder of a rank goes
+    phases = rng.random((n_topics, n_ranks))  # when the first item of a rank is replaced
     holder_E = (timeline.time_fractions_E * (n_held[ranks_E] - 1) + phases[topics_E, ranks_E]).astype(np.int64)
     columns = {
         "user_id": timeline.users_E,
@@ -188,11 +192,11 @@ def _make_log(
         "category": topics_E,
         "period": timeline.periods_E,
     }
-    return Log(pl.DataFrame(columns), True, "us", ("a generated log",))
+    return Log(pl.DataFrame(columns), True, "us", ("This log is generated.",))
 
 
 def _first_gained_spans(frame: pl.DataFrame, gained_E: npt.NDArray[np.bool_]) -> pl.DataFrame:
-    """Each user's gained topics: the span of the first event and the events in that span."""
+    """Find each user's gained topics: the span of the first event, and the number of events in that span."""
     first = pl.col("period").min()
     since = frame.group_by("user_id").agg(first.alias("since"))
     gained = frame.filter(pl.Series(gained_E)).group_by("user_id", "category")
@@ -202,14 +206,16 @@ def _first_gained_spans(frame: pl.DataFrame, gained_E: npt.NDArray[np.bool_]) ->
 
 
 def _copy_sources(users_E: Int64Array, rng: np.random.Generator) -> Int64Array:
-    """For each event, the event whose item it has: itself, or where it leads by way of copies of copies."""
+    """Return for each event the event whose item it has: itself, or the origin of a chain of copies."""
     n_events = len(users_E)
     by_user = np.argsort(users_E, kind="stable")
     start_of_user = np.searchsorted(users_E[by_user], users_E[by_user])
-    n_before = np.arange(n_events) - start_of_user  # of the same user
+    n_before = np.arange(n_events) - start_of_user  # earlier events of the same user
     is_copy = (rng.random(n_events) < REPEAT_SHARE) & (n_before > 0)
     source = np.where(is_copy, start_of_user + (rng.random(n_events) * n_before).astype(np.int64), np.arange(n_events))
-    while not np.array_equal(resolved := source[source], source):  # each round doubles the copies passed over
+    while not np.array_equal(
+        resolved := source[source], source
+    ):  # each round doubles the length of the chains that are resolved
         source = resolved
     source_E = np.empty(n_events, np.int64)
     source_E[by_user] = by_user[source]

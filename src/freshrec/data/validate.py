@@ -1,4 +1,4 @@
-"""What a practitioner should know of a log before learning from it: counts, shares, suggested spans, warnings."""
+"""Check a log before a model is trained on it: counts, shares, suggested spans, warnings."""
 
 from __future__ import annotations
 
@@ -6,39 +6,39 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from freshrec.data.log import Log, format_time
+from freshrec.data.log import Log, format_count, format_time
 
 DAY = 86_400_000_000  # microseconds
 MAX_SUGGESTED_SPANS = 6  # after the base block
-MIN_SPAN_ROWS = 1000  # fewer rows tell little about a way of updating
+MIN_SPAN_ROWS = 1000  # with fewer rows per span, strategies cannot be compared
 
 
 @dataclass(frozen=True)
 class LogReport:
-    """Facts of a log; shares are of its rows, None where the log cannot tell."""
+    """What a log holds. Shares are fractions of its rows. None means that the log cannot tell."""
 
     rows: int
     users: int
     items: int
-    first: str | None  # ISO 8601, UTC
-    last: str | None
-    unit: str
-    duplicates: int | None  # rows that say what another says: same event_id, else same user, item and time
-    ties: float | None  # share of rows whose user has another row at the same time
-    out_of_order: float  # share of rows that stood behind a later one in the source
-    repeats: float  # share of rows whose user has had the item before
-    exposures: float  # share of rows with label 0
-    nulls: dict[str, int]  # column -> nulls, where there are any
-    bad_rows: int  # set aside, not counted in `rows`
-    periods: int | None
-    suggested_by: str  # how to cut: "period", "count-alpha" or "count"
-    suggested_spans: int  # after the base block; 0 where the log cannot be cut
-    notes: tuple[str, ...]
-    warnings: tuple[str, ...]
+    first: str | None  # time of the first row, ISO 8601, UTC
+    last: str | None  # time of the last row
+    unit: str  # of the timestamps in the source
+    duplicates: int | None  # rows with the event_id of another row; without event_ids: its user, item and time
+    ties: float | None  # share of rows with the user and time of another row
+    out_of_order: float  # share of rows that come after a later row in the source
+    repeats: float  # share of rows whose user had the item before
+    exposures: float  # share of rows with label 0: shown, not taken
+    nulls: dict[str, int]  # column -> number of nulls, if there are any
+    bad_rows: int  # rows in the quarantine file; not counted in `rows`
+    periods: int | None  # number of periods
+    suggested_by: str  # suggested rule: "period", "count-alpha" or "count"
+    suggested_spans: int  # after the base block; 0 = the log cannot be split
+    notes: tuple[str, ...]  # sentences about how the log was read
+    warnings: tuple[str, ...]  # sentences about what is unusual
 
 
 def validate_log(log: Log) -> LogReport:
-    """The report of a log that could be read."""
+    """Return the report of a log."""
     frame, n_rows = log.frame, len(log.frame)
     by, spans = suggest_spans(log)
     n_users, ties = frame["user_id"].n_unique(), _tied_share(log)
@@ -77,10 +77,12 @@ def validate_log(log: Log) -> LogReport:
 
 
 def suggest_spans(log: Log) -> tuple[str, int]:
-    """How to cut the log, and into how many spans after the base block, which is the first period or half the rows.
+    """Suggest a rule for splitting the log, and the number of spans after the base block.
 
-    By period where there are at least three. Otherwise by equal time ("count-alpha") if every span would hold at least
-    a third of its share, as on a steady log, where spans are days or weeks of a nightly job; if not, by count.
+    - With at least three periods: "period". The base block is the first period.
+    - Otherwise the base block is half of the rows. On a steady log the rule is "count-alpha": the spans have equal
+      length, like the days of a nightly job. A log is steady if each span has at least a third of an equal share.
+    - Otherwise: "count".
     """
     frame = log.frame
     periods = frame["period"].drop_nulls().n_unique() if "period" in frame.columns else 0
@@ -98,10 +100,12 @@ def suggest_spans(log: Log) -> tuple[str, int]:
 
 
 def _n_distinct(frame: pl.DataFrame, columns: list[str]) -> int:
+    """Count the distinct rows of some columns."""
     return int(frame.lazy().select(columns).unique().select(pl.len()).collect(engine="streaming").item())
 
 
 def _count_duplicates(log: Log) -> int | None:
+    """Count duplicates by event_id, or else by user, item and time; None without either."""
     if "event_id" in log.frame.columns:
         ids = log.frame["event_id"].drop_nulls()
         return len(ids) - ids.n_unique()
@@ -109,6 +113,7 @@ def _count_duplicates(log: Log) -> int | None:
 
 
 def _tied_share(log: Log) -> float | None:
+    """Share of rows with the user and time of another row; None without timestamps."""
     if not log.has_clock:
         return None
     tied_rows = log.frame.lazy().group_by("user_id", "time").len().filter(pl.col("len") > 1).select(pl.col("len").sum())
@@ -116,7 +121,7 @@ def _tied_share(log: Log) -> float | None:
 
 
 def _warn_single_day_users(log: Log) -> str | None:
-    """Users whose rows all fall on one day, or in one period, have no past when they are tested."""
+    """Warn if most users have all rows on one day or in one period: they have no history when they are tested."""
     when = pl.col("time") // DAY if log.has_clock else pl.col("period")
     users_by_day = (
         log.frame.lazy()
@@ -130,31 +135,31 @@ def _warn_single_day_users(log: Log) -> str | None:
     if 2 * n_same <= n_users:
         return None
     return (
-        f"{n_same / n_users:.0%} of the users with more than one row have all of them "
-        f"{'on one day' if log.has_clock else 'in one period'}, so they have no past when a later span tests them (as "
-        "it should be if a session stands as the user)"
+        f"{format_percent(n_same / n_users)} of the users with more than one row have all rows "
+        f"{'on one day' if log.has_clock else 'in one period'}. They have no history when a later span tests them. "
+        "This is normal if user_id holds sessions."
     )
 
 
 def _warn_uneven_timeline(log: Log) -> str | None:
-    """Equal spans of time of a log that grew, or died, are mostly empty."""
+    """Warn if one half of the time range is nearly empty: then spans of equal length are, too."""
     if not log.has_clock:
         return None
     time = log.frame["time"]
     middle = (time[0] + time[-1]) // 2
     early = int((time < middle).sum()) / len(time)
-    minority_percent = 100 * min(early, 1 - early)
-    if minority_percent >= 10 or time[0] == time[-1]:
+    minority = min(early, 1 - early)
+    if minority >= 0.1 or time[0] == time[-1]:
         return None
-    half = "earlier" if early < 0.5 else "later"
+    half = "first" if early < 0.5 else "second"
     return (
-        f"the {half} half of the timeline holds {minority_percent:.2g} % of the rows, so cut by count or count-alpha, "
-        "not by time"
+        f"The {half} half of the time range holds only {format_percent(minority)} of the rows. Use --by count or "
+        "--by count-alpha, not --by time."
     )
 
 
 def _warn_unseen_items(log: Log, by: str, n_spans: int) -> str | None:
-    """Items that no row before the last suggested span has: nothing that learns from clicks can recommend them."""
+    """Warn if most items of the last suggested span are new: no model can recommend them from earlier rows."""
     frame, half = log.frame, len(log.frame) // 2
     if n_spans == 0:
         return None
@@ -172,13 +177,13 @@ def _warn_unseen_items(log: Log, by: str, n_spans: int) -> str | None:
     if unseen <= 0.5:
         return None
     return (
-        f"{unseen:.0%} of the rows in the last span have an item that no earlier row has, so most test items would be "
-        "unseen: take shorter spans, or recommend what lives longer (such as categories)"
+        f"{format_percent(unseen)} of the rows in the last span have an item that no earlier row has. No model can "
+        "predict these items. Use shorter spans, or longer-lived items, such as categories."
     )
 
 
 def _warn_outlying_times(log: Log) -> str | None:
-    """A few rows behind a gap that is longer than all the rest of the timeline."""
+    """Warn of a few rows that are separated by a gap longer than the rest of the log."""
     if not log.has_clock or len(log.frame) < 10:
         return None
     time = log.frame["time"]
@@ -191,23 +196,37 @@ def _warn_outlying_times(log: Log) -> str | None:
     ):
         if (widest := gap.arg_max()) is not None and gap[widest] > max(rest, 2 * DAY):
             n = widest + 1 if edge == "before" else len(gap) - widest
-            outliers.append(f"{n:,} {edge} {format_time(time[n] if edge == 'before' else time[-n - 1], 'auto')}")
+            when = format_time(time[n] if edge == "before" else time[-n - 1], "auto")
+            outliers.append(f"{format_count(n, 'row')} {edge} {when}")
     if not outliers:
         return None
     return (
-        f"far-off timestamps: {' and '.join(outliers)}, beyond a gap longer than the rest of the log; check their clock"
+        f"Outlying timestamps: {' and '.join(outliers)}, after a gap longer than the rest of the log. Check the clock "
+        "of their source."
     )
 
 
 def _warn_too_small(n_rows: int, n_users: int, n_spans: int) -> str | None:
+    """Warn if the log is too small for a replay."""
     if n_spans == 0:
-        return "all rows have the same time: the log cannot be cut into spans"
+        return "All rows have the same time. The log cannot be split into spans."
     if n_users == 1:
-        return "the log has a single user: nothing can be learnt from others"
-    return f"{n_rows:,} rows are too few to tell ways of updating apart" if n_rows < 2 * MIN_SPAN_ROWS else None
+        return "The log has a single user. No model can learn from other users."
+    if n_rows < 2 * MIN_SPAN_ROWS:
+        return f"{format_count(n_rows, 'row')} are too few to compare strategies. Use at least {2 * MIN_SPAN_ROWS:,}."
+    return None
 
 
 def _warn_ties(ties: float | None) -> str | None:
+    """Warn if the timestamps do not order most rows of a user."""
     if ties is None or ties <= 0.5:
         return None
-    return f"{ties:.0%} of the rows share their time with another row of their user, and keep the order of the source"
+    return (
+        f"{format_percent(ties)} of the rows share user and timestamp with another row. Their order in the source is "
+        "taken as the order of the events."
+    )
+
+
+def format_percent(share: float) -> str:
+    """Format a share as a percentage with one decimal: "99.7 %"."""
+    return f"{100 * share:.1f} %"

@@ -1,4 +1,4 @@
-"""How large a generated world is: the defaults of `make_world`, recipes and the command line. Imports nothing heavy."""
+"""The size of a generated world: the defaults of `make_world`, recipes and the CLI. Imports nothing heavy."""
 
 from dataclasses import dataclass
 
@@ -7,9 +7,9 @@ from freshrec.data.split_config import SplitConfig
 
 @dataclass(frozen=True)
 class WorldSize:
-    """Numbers of users, items and events, and of periods after the base block."""
+    """The size of a generated world."""
 
-    users: int = 2000
-    items: int = 1000
-    events: int = 100_000
-    spans: int = SplitConfig.spans
+    users: int = 2000  # number of users
+    items: int = 1000  # number of items
+    events: int = 100_000  # number of events
+    spans: int = SplitConfig.spans  # number of periods after the base block

@@ -1,1 +1,1 @@
-"""Training: the one loop, the base block, what an update leaves behind."""
+"""Training: the training loop, the base block, and the parts that strategies share."""

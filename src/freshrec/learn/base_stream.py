@@ -1,4 +1,4 @@
-"""The base block as if it were a stream, for what has to be learnt before the first span."""
+"""The base block as a stream of parts, for networks and settings that are learned before the first span."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,15 +12,15 @@ from freshrec.types import DUE, HELD_OUT, TRAINED, Events, Histories, Span
 
 
 def base_stream(histories: Histories, n: int) -> Iterator[tuple[Histories, Span]]:
-    """The first third of `n` parts of the base block as a base, then a span for each of the others.
+    """Yield a base from the first third of `n` parts of the base block, then a span for each other part.
 
-    Each comes with the histories as they are when it is due. The parts count as spans -n .. -1, so that no random
-    number is drawn twice; a span's events are in the histories only.
+    Each span comes with the histories at its time, which hold its events. The parts are numbered -n to -1, so that no
+    random number is drawn twice.
     """
     part_R, part_E = _part_numbers(histories, n)
     n_base, no_events = max(1, n // 3), Events.trainable(torch.zeros(0), torch.zeros(0))
     for last_part in range(n_base - 1, n):
-        first_due_part = 0 if last_part < n_base else last_part  # what came before counts as trained on
+        first_due_part = 0 if last_part < n_base else last_part  # earlier parts count as trained on
         is_trained_R = (part_R < first_due_part) & (histories.due_R != HELD_OUT)
         recent = replace(histories, due_R=torch.where(is_trained_R, TRAINED, histories.due_R))
         seen_items = histories.items_R[part_R <= last_part].long()
@@ -34,7 +34,7 @@ def base_stream(histories: Histories, n: int) -> Iterator[tuple[Histories, Span]
 
 
 def _part_numbers(histories: Histories, n: int) -> tuple[Tensor, Tensor]:
-    """(R,) and (E,) in which of n equal parts a row is, and what was shown, where the log says so."""
+    """Part 0 .. n - 1 of each row (R,) and of each exposure (E,), if the log has exposures."""
     if histories.impressions is None:
         return part_numbers(histories, n), torch.zeros(0, dtype=torch.int64)
     times_E = histories.impressions.times_E
@@ -43,7 +43,7 @@ def _part_numbers(histories: Histories, n: int) -> tuple[Tensor, Tensor]:
 
 
 def split_last_sixth(histories: Histories) -> tuple[Targets, Targets]:
-    """The due targets before the last sixth, and those in it."""
+    """Split the due targets into those before the last sixth and those in it."""
     if histories.impressions is not None:
         due = due_targets(histories)
         late_N = histories.impressions.times_E >= histories.impressions.times_E.sort().values[len(due) * 5 // 6 :][:1]
@@ -54,15 +54,15 @@ def split_last_sixth(histories: Histories) -> tuple[Targets, Targets]:
 
 
 def is_in_last_sixth(histories: Histories) -> Tensor:
-    """(R,) whether a row is in the last sixth."""
+    """Whether each row is in the last sixth, shape (R,)."""
     return part_numbers(histories, 6) == 5
 
 
 def part_numbers(histories: Histories, n: int) -> Tensor:
-    """(R,) in which of n equal parts, 0 .. n - 1, each row is: by time, or of its user's rows.
+    """Part 0 .. n - 1 of each row, shape (R,): equal parts by time, or of each user's rows.
 
-    Without a clock the order of events often runs user by user, so that the last part by time would hold other users;
-    the rows of each user are then divided.
+    Without timestamps, logs are often sorted by user. The last part by time would then hold other users. In that case,
+    the rows of each user are divided.
     """
     times_R = histories.times_R
     if not len(times_R):

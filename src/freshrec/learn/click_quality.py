@@ -1,4 +1,4 @@
-"""How well a model says what users take of what they are shown: probabilities, AUC, log loss."""
+"""How well a model predicts which exposures are clicked: probabilities, AUC, log loss."""
 
 import numpy as np
 import torch
@@ -17,19 +17,19 @@ Float64Array = NDArray[np.float64]
 def target_click_probabilities(
     model: ClickModel, targets: Targets, stored_interests: StoredInterests | None = None
 ) -> Tensor:
-    """(N,) how likely each target is taken. TrainingError where one is not a number."""
+    """Click probability of each target, shape (N,). Raises TrainingError if one is not finite."""
     p_N = torch.zeros(len(targets))
     for index, batch in query_batches(targets, model.spec.length, stored_interests, size=4096):
         p_N[index] = model.click_probabilities(batch, targets.items_N[index][:, None])[:, 0]
     if not bool(torch.isfinite(p_N).all()):
-        raise TrainingError("a probability is not a number: the model diverged; lower its lr and train again.")
+        raise TrainingError("A click probability is not finite, so the model diverged. Lower its lr and train again.")
     return p_N
 
 
 def auc(labels_N: NDArray[np.float32], p_N: NDArray[np.float32]) -> float:
-    """The share of pairs, of one taken and one not, in which the taken one is more likely; ties count half.
+    """AUC: share of (clicked, not clicked) pairs in which the clicked one has the higher probability.
 
-    nan where all were taken, or none.
+    Ties count half. Returns nan if all or none were clicked.
     """
     is_positive_N = labels_N > 0
     n_positive, n_negative = int(is_positive_N.sum()), int((~is_positive_N).sum())
@@ -40,7 +40,7 @@ def auc(labels_N: NDArray[np.float32], p_N: NDArray[np.float32]) -> float:
 
 
 def log_losses(labels_N: NDArray[np.float32], p_N: NDArray[np.float32]) -> Float64Array:
-    """(N,) -ln p where taken and -ln(1 - p) where not; p is kept 1e-7 away from 0 and 1."""
+    """-ln p for clicks and -ln(1 - p) for the others, shape (N,). p is clipped to [1e-7, 1 - 1e-7]."""
     p = np.clip(p_N.astype(np.float64), 1e-7, 1 - 1e-7)
     losses: Float64Array = -np.where(labels_N > 0, np.log(p), np.log1p(-p))
     return losses

@@ -1,7 +1,7 @@
-"""Exemplars: events kept for later, so many of each item; which ones, and how they are trained on beside new events.
+"""Exemplars: a few past events of each item. How many, which ones, and how they are replayed beside new events.
 
-Nothing here loops over users, items or events: herding takes as many rounds as the item with the most exemplars needs.
-Letters: S samples to choose from, G groups of them (by item, or by user), M chosen ones.
+Nothing here loops over users, items or events. Herding takes as many rounds as the item with the most exemplars needs.
+Letters: S samples to choose from, G groups of them (by item or by user), M chosen ones.
 """
 
 import itertools
@@ -27,14 +27,14 @@ from freshrec.types import HELD_OUT, SEQUENCE_FORMATS, Batch, EncodingModel, For
 SelectionRule = Literal["herding", "herding-code", "random", "loss"]
 AllocationRule = Literal["largest-remainder", "multinomial"]
 ExemplarLoss = Callable[[Tensor, Batch], Tensor]  # (indices of the exemplars (M,), their batch) -> scalar
-USER_BLOCK = 64  # whose scores of all items are in memory at once
+USER_BLOCK = 64  # users whose scores of all items are in memory at the same time
 
 
-# how exemplars are kept
+# how exemplars are stored and batched
 
 
 def trainable_targets(targets: Targets, length: int) -> Targets:
-    """Those with a history whose last event may be looked at; all of them where no history is looked at."""
+    """Return targets whose history ends with an event that is not held out. Without histories, return all."""
     if not length:
         return targets
     before_N = targets.histories.due_R[(targets.rows_N - 1).clamp(min=0)]
@@ -42,7 +42,7 @@ def trainable_targets(targets: Targets, length: int) -> Targets:
 
 
 def build_pool(targets: Targets, exemplars: TrainingSamples | None, length: int) -> TrainingSamples:
-    """What exemplars are chosen from: new targets, and earlier exemplars."""
+    """Return the samples to choose from: the new targets and the previous exemplars."""
     new = copy_samples(trainable_targets(targets, length), length)
     return new if exemplars is None else concat_samples(new, exemplars)
 
@@ -50,7 +50,7 @@ def build_pool(targets: Targets, exemplars: TrainingSamples | None, length: int)
 def exemplar_batch(
     samples: TrainingSamples, index_M: Tensor, model: TrainedModel, stored_interests: StoredInterests | None
 ) -> Batch:
-    """Exemplars as the model wants its batches, with no more padding than the longest history needs."""
+    """Return exemplars in the model's batch format, padded to their longest history."""
     selected = samples[index_M]
     seen_T = (selected.histories_NT > 0).any(0)
     n_padding = int(seen_T.int().argmax()) if bool(seen_T.any()) else len(seen_T)
@@ -63,16 +63,16 @@ def exemplar_batch(
 def exemplar_batches(
     samples: TrainingSamples, model: TrainedModel, stored_interests: StoredInterests | None, size: int = 256
 ) -> Iterator[tuple[Tensor, Batch]]:
-    """All of them in the order of their history length: (indices, batch)."""
+    """Yield all samples in the order of their history length, as (indices, batch)."""
     for index_M in split_chunks(torch.argsort((samples.histories_NT > 0).sum(1), stable=True), size):
         yield index_M, exemplar_batch(samples, index_M, model, stored_interests)
 
 
-# how many of each item
+# how many exemplars each item gets
 
 
 def largest_remainder(weights_G: Tensor, n: int) -> Tensor:
-    """N w_g / sum w, rounded to whole numbers (G,) that sum to N: down, then up where most is lost; ties: lower g."""
+    """N w_g / sum w, rounded to integers (G,) that sum to N. The largest remainders are rounded up, ties by lower g."""
     total = max(int(weights_G.sum()), 1)
     floor_G, remainder_G = n * weights_G // total, n * weights_G % total
     n_missing = n - int(floor_G.sum()) if bool(weights_G.any()) else 0
@@ -82,10 +82,11 @@ def largest_remainder(weights_G: Tensor, n: int) -> Tensor:
 
 
 def allocate_exemplars(counts_I: Tensor, n: int, rule: AllocationRule, is_equal: bool, rng: torch.Generator) -> Tensor:
-    """m_i = N |{(x, y) : y = i}| / |D_t and E_{t-1}|, at most what there is (I,) [ADER eq. 1].
+    """m_i = N |{(x, y) : y = i}| / |D_t and E_{t-1}|, at most the item's samples, shape (I,) [ADER eq. 1].
 
-    `counts_I`: the samples of each item, from item 0, the padding. `rule`: rounded, or drawn N times with these
-    probabilities, as in the authors' code. `is_equal`: the same for every known item, met or not.
+    `counts_I` holds the number of samples of each item, starting with item 0, the padding. `rule` either rounds, or
+    draws N times with these probabilities, as the authors' code does. `is_equal` gives all known items the same weight,
+    even those without samples.
     """
     weights_I = torch.ones_like(counts_I).index_fill(0, torch.tensor([0]), 0) if is_equal else counts_I
     if rule == "largest-remainder":
@@ -96,15 +97,17 @@ def allocate_exemplars(counts_I: Tensor, n: int, rule: AllocationRule, is_equal:
     return torch.minimum(torch.bincount(drawn_N, minlength=len(counts_I)).to(counts_I.device), counts_I)
 
 
-# which ones
+# which samples become exemplars
 
 
 def herd(features_SD: Tensor, group_S: Tensor, quota_G: Tensor, may_repeat: bool = False) -> Tensor:
-    """Samples (M,), in the order of choice, whose mean feature is close to that of their group: Algorithm 1 of ADER.
+    """Samples (M,) whose mean feature is close to that of their group, in the order of choice: Algorithm 1 of ADER.
 
-    Of unit vectors phi with mean mu, each group picks argmax w phi, then w <- w + mu - phi, starting from w = mu; ties:
-    the first. Differs from the paper: what is picked is out. `may_repeat`: as in the authors' code, it is not, and
-    counts once; a group stops after 1.1 m rounds, so that it may end with fewer than the m that it wants.
+    Features are unit vectors phi with mean mu. Each group starts with w = mu, picks argmax w phi (ties: the first), and
+    sets w <- w + mu - phi.
+
+    Differs from the paper: a sample is picked once. With `may_repeat`, it may be picked again but counts once, as in
+    the authors' code. A group then stops after 1.1 m rounds, so it may end with fewer than m samples.
     """
     phi_SD = F.normalize(features_SD, dim=1)
     n_samples, ids_G = len(group_S), group_S.unique()
@@ -136,7 +139,7 @@ def herd(features_SD: Tensor, group_S: Tensor, quota_G: Tensor, may_repeat: bool
 
 
 def smallest_per_group(key_S: Tensor, group_S: Tensor, quota_G: Tensor) -> Tensor:
-    """The quota_G[g] samples of each group g with the smallest keys (M,); ties: the first."""
+    """Return the quota_G[g] samples of each group g with the smallest keys (M,). Ties go to the first."""
     by_key_S = torch.argsort(key_S, stable=True)
     order_S = by_key_S[torch.argsort(group_S[by_key_S], stable=True)]
     n_G = torch.bincount(group_S, minlength=len(quota_G))
@@ -145,7 +148,7 @@ def smallest_per_group(key_S: Tensor, group_S: Tensor, quota_G: Tensor) -> Tenso
 
 
 def sample_features(model: EncodingModel, samples: TrainingSamples, stored_interests: StoredInterests | None) -> Tensor:
-    """(S, D) the user's vector in each sample; of several, the one that the target is closest to."""
+    """User vector of each sample, shape (S, D). Of several interests, the one closest to the target."""
     features_SD = torch.zeros(len(samples), item_vectors(model).shape[1])
     for index_B, batch in exemplar_batches(samples, model, stored_interests):
         target_BD = item_vectors(model)[samples.items_N[index_B]]
@@ -154,7 +157,7 @@ def sample_features(model: EncodingModel, samples: TrainingSamples, stored_inter
 
 
 def sample_losses(model: EncodingModel, samples: TrainingSamples, stored_interests: StoredInterests | None) -> Tensor:
-    """(S,) -ln p(target) by the softmax of the scores of all known items."""
+    """-ln p(target) of each sample, shape (S,). p is the softmax of the scores of all known items."""
     loss_S = torch.zeros(len(samples))
     for index_B, batch in exemplar_batches(samples, model, stored_interests, USER_BLOCK):
         score_BI = max_inner_product(user_vectors(model, batch), item_vectors(model)[1 : model.n_items + 1])
@@ -170,10 +173,10 @@ def select_exemplars(
     quota_I: Tensor,
     rng: torch.Generator,
 ) -> TrainingSamples:
-    """quota_I[i] samples of each item i: closest to the mean feature, at random, or with the smallest loss."""
+    """Choose quota_I[i] samples of each item i: by herding, at random, or with the smallest loss."""
     quota_S = quota_I[pool.items_N]
     is_unconditional_S = quota_S == torch.bincount(pool.items_N, minlength=len(quota_I))[pool.items_N]
-    contested_S = ((quota_S > 0) & ~is_unconditional_S).nonzero()[:, 0]  # where there is a choice
+    contested_S = ((quota_S > 0) & ~is_unconditional_S).nonzero()[:, 0]  # items with more samples than quota
     contested = pool[contested_S]
     if rule == "random":
         chosen_M = smallest_per_group(uniform((len(contested),), rng), contested.items_N, quota_I)
@@ -185,14 +188,14 @@ def select_exemplars(
     return pool[torch.cat([is_unconditional_S.nonzero()[:, 0], contested_S[chosen_M]]).sort().values]
 
 
-# how they are trained on
+# how exemplars are trained on
 
 
 @dataclass
 class ExperienceReplay:
-    """A term of the loss: beside each training batch a batch of exemplars, all of them about once an epoch.
+    """A loss term that adds a batch of exemplars to each training batch. Each exemplar comes about once per epoch.
 
-    Exemplars with histories of like length are side by side, so that little of a batch is padding.
+    Batches hold exemplars with histories of similar length, so that little of a batch is padding.
     """
 
     model: TrainedModel
@@ -205,7 +208,7 @@ class ExperienceReplay:
     queue: list[Tensor] = field(default_factory=list)
 
     def __call__(self, batch: Batch, forward: Forward) -> Tensor:
-        """The scalar to add to the loss."""
+        """Return the scalar to add to the loss."""
         if not self.queue:
             self.queue = shuffle_by_length((self.exemplars.histories_NT > 0).sum(1), self.batch_size, self.rng)
         index_M = self.queue.pop()
@@ -216,7 +219,7 @@ class ExperienceReplay:
 
 
 def model_loss(model: TrainedModel) -> ExemplarLoss:
-    """What the model trains with, on the true targets of exemplars."""
+    """Return the model's own training loss on the true targets of exemplars."""
     return lambda index_M, batch: model(batch).loss
 
 
@@ -230,7 +233,7 @@ def experience_replay(
     loss: ExemplarLoss,
     rng: torch.Generator,
 ) -> list[ExperienceReplay]:
-    """The term for `train(model, targets, ...)`; none where it would add nothing, so that training is fine-tuning."""
+    """Return the term for `train(model, targets, ...)`, or none if it adds nothing: training is then fine-tuning."""
     n_steps = sum(1 for _ in training_batches(model, targets, stream(0, "number of steps")))
     if not weight or not len(exemplars) or not n_steps:
         return []

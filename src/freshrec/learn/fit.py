@@ -1,10 +1,11 @@
-"""The only training loop, and what every strategy does around it: copy and grow, fit, finish."""
+"""The only training loop, and the steps that every strategy takes around it: copy and grow, fit, finish."""
 
 import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
@@ -22,50 +23,51 @@ from freshrec.learn.interest_store import TrimFunction, interest_costs, update_i
 from freshrec.learn.validation import hit_rate, mean_ndcg
 from freshrec.learn.weights import Parametrization, apply_parametrization, grow_model, snapshot
 from freshrec.nn.embedding_table import embedding_tables
+from freshrec.progress import report_epoch
 from freshrec.random_streams import global_stream, stream, stream_seed
 from freshrec.types import Batch, InterestModel, LossTerm, Span, State, TrainedModel
 
 Projection = Callable[[Tensor, Tensor, Tensor], Tensor]
-EXPECTED_EPOCHS = 10  # of a training that chooses their number itself
+EXPECTED_EPOCHS = 10  # of a training that stops by a held-out part; for estimates only
 
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How a strategy trains; the model's own spec holds lr, batch size, negatives and history length."""
+    """How a strategy trains. The model's options hold learning rate, batch size, negatives and history length."""
 
-    epochs: CountOrZero = 5  # of an update
-    lr_scale: Positive = 1.0  # of an update's lr against the model's
-    history: Literal["recent", "span"] = "recent"  # the last events across spans, or this span's only (IMSR)
-    base_epochs: CountOrZero = 0  # of the base block and of a full retrain; 0 = chosen on the base block's last sixth
-    max_epochs: Count = 60  # where they are chosen
-    patience: Count = 8  # epochs without a better ndcg@20 before the choice is made
-    holdout: Rate = 0.0  # share of the targets of each training to stop by, as ADER does, instead of fixed epochs
+    epochs: CountOrZero = 5  # Epochs of an update.
+    lr_scale: Positive = 1.0  # Learning rate of an update as a multiple of the model's.
+    history: Literal["recent", "span"] = "recent"  # Histories hold the last events of all spans, or of this span only.
+    base_epochs: CountOrZero = 0  # Epochs of base block and full retrain. 0 = chosen on the base block's last sixth.
+    max_epochs: Count = 60  # Maximum number of epochs where the number is chosen.
+    patience: Count = 8  # Epochs without a better ndcg@20 after which the choice is made.
+    holdout: Rate = 0.0  # Share of the targets held out to choose the epochs of each training (ADER). 0 = fixed epochs.
 
     def __post_init__(self) -> None:
         check_options(self)
 
     def n_held_out(self, n_targets: int) -> int:
-        """How many of so many targets are held out."""
+        """Return how many of `n_targets` targets are held out."""
         return max(1, round(n_targets * self.holdout)) if self.holdout and n_targets > 1 else 0
 
     @property
     def expected_epochs(self) -> int:
-        """Of an update, for estimates."""
+        """Number of epochs of an update, for estimates."""
         return EXPECTED_EPOCHS if self.holdout else self.epochs
 
 
 class Trainable(Protocol):
-    """What an optimiser trains: a model, or a network that maps a model's weights."""
+    """Anything an optimiser trains: a model, or a network that maps a model's weights."""
 
     moments: dict[str, Tensor]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The weights that the optimiser changes."""
+        """Yield the weights that the optimiser changes."""
 
 
 @dataclass
 class CostMeter:
-    """CPU seconds by part of an update, and whatever else it measures of itself."""
+    """CPU seconds per part of an update, and other numbers that the update measures."""
 
     costs: dict[str, float] = field(default_factory=dict)
 
@@ -77,7 +79,7 @@ class CostMeter:
 def training_batches(
     model: TrainedModel, targets: Targets, rng: torch.Generator, stored_interests: StoredInterests | None = None
 ) -> Iterator[Batch]:
-    """One epoch of batches, as the model wants them cut."""
+    """Yield one epoch of batches in the model's batch format."""
     spec = model.spec
     if model.batch_format == "pair":
         return pair_batches(targets, spec.batch, rng)
@@ -103,11 +105,15 @@ def train(
     trainable: Trainable | None = None,
     negative_pool_N: Tensor | None = None,
 ) -> Iterator[float]:
-    """Train `model` in place; yields the mean loss after each epoch. All randomness comes from `key`: seed, span, ...
+    """Train `model` in place, and yield the mean loss after each epoch.
 
-    `parametrization`: what the forward pass sees instead of the weights (`learn.weights`). `trainable`: what is trained
-    in place of the model, whose weights `parametrization` then detaches. `negative_pool_N`: the items that negatives
-    are drawn from, else all.
+    All randomness comes from `key`, which is the seed, the span, and so on.
+
+    `parametrization` gives the weights that the forward pass sees instead of the model's (`learn.weights`).
+    `trainable` is trained in place of the model. `parametrization` must then detach the model's weights.
+    `negative_pool_N` holds the items that negatives are drawn from. By default, these are all items.
+
+    Raises TrainingError if the loss is not finite.
     """
     (seed, *path), lr = key, model.spec.lr * lr_scale
     tables = list(embedding_tables(model).values())
@@ -131,7 +137,7 @@ def train(
                     loss = loss + term(batch, forward)
                 value = loss.item()
                 if not math.isfinite(value):
-                    raise TrainingError(f"the loss became {value} in epoch {epoch + 1}: lower lr (now {lr:g}).")
+                    raise TrainingError(f"The loss became {value} in epoch {epoch + 1}. Lower lr, which is {lr:g}.")
                 loss.backward()
                 for table in tables:
                     table.step(lr)
@@ -146,7 +152,7 @@ def train(
 
 
 def sample_negatives(model: TrainedModel, rng: torch.Generator, pool_N: Tensor | None = None) -> Tensor:
-    """Item rows drawn with replacement from `pool_N`, or from all items."""
+    """Draw item rows with replacement from `pool_N`, or from all items."""
     n = model.spec.negatives
     if pool_N is None:
         return integers(1, model.n_items + 1, n, rng)
@@ -173,21 +179,21 @@ def _adam_moments(model: Trainable, adam: torch.optim.Adam) -> dict[str, Tensor]
 
 
 def grown_copy(state: State, span: Span) -> TrainedModel:
-    """A copy of the state's model with room for the span's new users and items."""
+    """Return a copy of the state's model with rows for the span's new users and items."""
     model: TrainedModel = copy.deepcopy(state.model)
     grow_model(model, span.n_users, span.n_items, state.histories.categories_I)
     return model
 
 
 def new_model(state: State, n_users: int, n_items: int) -> TrainedModel:
-    """An untrained model with the options of the state's."""
+    """Return an untrained model with the options of the state's model."""
     model: TrainedModel = state.model.spec.build(state.seed)
     grow_model(model, n_users, n_items, state.histories.categories_I)
     return model
 
 
 def split_holdout(targets: Targets, fit: FitConfig, key: tuple[int, ...]) -> tuple[Targets, Targets]:
-    """What `fit_model` trains on, and the held-out rest that it stops by: a share `fit.holdout`, drawn at random."""
+    """Split targets into those to train on and a random share `fit.holdout` to choose the epochs by."""
     n_held = fit.n_held_out(len(targets))
     if not n_held:
         return targets, targets[torch.zeros(0, dtype=torch.int64)]
@@ -208,10 +214,10 @@ def fit_model(
     project: Projection | None = None,
     parametrization: Parametrization | None = None,
 ) -> int:
-    """A whole training, its CPU seconds added to "train_cpu_s"; returns the epochs that the model has learnt for.
+    """Train the model and return the number of epochs. Adds the CPU seconds to "train_cpu_s".
 
-    That is `train` for `fit.epochs`; where a part is held out, until hr@20 (AUC, of labelled targets) on it has not
-    risen for `fit.patience` epochs, and the model then is that of the best epoch [ADER section 3].
+    Without held-out targets, it trains for `fit.epochs`. With them, it trains until their hr@20 (AUC for labelled
+    targets) has not risen for `fit.patience` epochs, and returns to the best epoch [ADER section 3].
     """
     started_at = time.process_time()
     train_targets, held_out = split_holdout(targets, fit, key)
@@ -228,22 +234,30 @@ def fit_model(
         parametrization=parametrization,
     )
     if len(held_out):
-        n_epochs = train_to_best_epoch(model, epochs, lambda: hit_rate(model, held_out, stored_interests), fit.patience)
+        metric = "hr@20" if held_out.labels_N is None else "AUC"
+        quality = partial(hit_rate, model, held_out, stored_interests)
+        n_epochs = train_to_best_epoch(model, epochs, quality, fit.patience, n_epochs, metric)
         meter.costs["epochs"] = float(n_epochs)
     else:
-        for _ in epochs:
-            pass
+        for epoch, _ in enumerate(epochs, 1):
+            report_epoch(epoch, n_epochs)
     meter.add_time("train_cpu_s", started_at)
     return n_epochs
 
 
 def train_to_best_epoch(
-    model: TrainedModel, epochs: Iterator[float], quality: Callable[[], float], patience: int
+    model: TrainedModel,
+    epochs: Iterator[float],
+    quality: Callable[[], float],
+    patience: int,
+    max_epochs: int,
+    metric: str = "ndcg@20",
 ) -> int:
-    """Train until the quality has not risen for `patience` epochs; the best epoch, to which the model goes back."""
+    """Train until the quality has not risen for `patience` epochs. Restore and return the best epoch."""
     best, n_best, restore = -math.inf, 0, snapshot(model)
     for n_epochs, _ in enumerate(epochs, 1):
         value = quality()
+        report_epoch(n_epochs, max_epochs, f"held-out {metric} {value:.4f}")
         if value > best:
             best, n_best, restore = value, n_epochs, snapshot(model)
         elif n_epochs - n_best >= patience:
@@ -253,7 +267,7 @@ def train_to_best_epoch(
 
 
 def fit_base_block(state: State, span: Span, fit: FitConfig) -> State:
-    """The first update of every strategy that trains plainly: a fresh model on the base block."""
+    """Train a new model on the base block: the first update of most strategies."""
     if state.shared_base is not None:
         return state.shared_base
     targets = due_targets(state.histories)
@@ -274,7 +288,7 @@ def finish_update(
     meter: CostMeter,
     trim: TrimFunction | None = None,
 ) -> State:
-    """The state after an update: interests of the users seen in it read again, histories marked as trained on."""
+    """Return the state after an update: interests of active users read again, histories marked as trained on."""
     interests = state.interests
     if stored_interests is not None and isinstance(model, InterestModel):
         started_at = time.process_time()
@@ -293,17 +307,20 @@ def finish_update(
 
 
 def choose_epochs(state: State, fit: FitConfig) -> int:
-    """How many epochs the base block needs: the best ndcg@20, or AUC, on its last sixth after training on the rest.
+    """Return the number of epochs with the best ndcg@20 (or AUC) on the last sixth of the base block.
 
-    The held-out part is a sixth, not a tail right behind the training rows: such a tail overstates quality 3-4 x.
+    The model is trained on the other five sixths. A short tail right after the training rows would not do: it
+    overstates quality 3 to 4 times.
     """
     targets, held_out = split_last_sixth(state.histories)
     held_out = held_out if held_out.labels_N is not None else held_out[held_out.history_lengths(1) > 0]
     held_out = held_out[permutation(len(held_out), stream(state.seed, "epoch choice queries"))[:2000]]
     if not len(held_out) or not len(targets):
-        return 5  # too little to choose by
+        return 5  # too few targets to choose by
     model = new_model(state, state.histories.n_users, int(targets.items_N.max()))
     stored_interests = stored_interests_of(model, None, 0)
     key = (stream_seed(state.seed, "epoch choice"), 0)
     epochs = train(model, targets, fit.max_epochs, key, stored_interests=stored_interests)
-    return train_to_best_epoch(model, epochs, lambda: mean_ndcg(model, held_out, stored_interests), fit.patience)
+    metric = "ndcg@20" if held_out.labels_N is None else "AUC"
+    quality = partial(mean_ndcg, model, held_out, stored_interests)
+    return train_to_best_epoch(model, epochs, quality, fit.patience, fit.max_epochs, metric)

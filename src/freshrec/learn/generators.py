@@ -1,11 +1,14 @@
-"""Networks that make a model's weights out of the weights of its predecessors: a recurrent one and a weighted mean.
+"""Networks that generate a model's weights from those of its predecessors: a recurrent one and a weighted mean.
 
-Each tensor of a model is seen as a matrix (N, P): P slots, each with a small network of its own that its N rows share.
-A table has a slot per dimension. A small dense tensor has a slot per scalar and one row; a large one is cut like a
-table, along its last axis. Dimension letters here: N rows, P slots, H hidden, G = 3 H gates, M models. Rows come last
-in flight: 5 x faster than the hidden units last.
-Symbols of the paper: theta -> theta_PN, h_i -> h_PHN, W_z, W_r, W_h -> u_PG (what they do to theta) and W_PGH (what
-they do to h), alpha_i -> softmax of logits_PM, lambda_i -> shares.
+Each tensor of a model is viewed as a matrix (N, P) of N rows and P slots. Each slot has its own small network, which
+all rows share. A table has one slot per dimension. A small dense tensor has one row and one slot per scalar. A large
+dense tensor is cut like a table, along its last axis.
+
+Dimension letters: N rows, P slots, H hidden units, G = 3 H gates, M models. Computations have the rows last, which is 5
+times faster than having the hidden units last.
+
+Symbols of the paper: theta -> theta_PN, h_i -> h_PHN, alpha_i -> softmax of logits_PM, lambda_i -> loss_weights.
+W_z, W_r and W_h are split into u_PG, which acts on theta, and W_PGH, which acts on h.
 """
 
 import math
@@ -22,13 +25,13 @@ from freshrec.nn.embedding_table import embedding_tables
 from freshrec.random_streams import stream
 from freshrec.types import TrainedModel
 
-CHUNK_ROWS = 8192  # rows of a table generated at a time
+CHUNK_ROWS = 8192  # table rows generated at the same time
 
 
 def gru_step(theta_PN: Tensor, h_PHN: Tensor, u_PG: Tensor, W_PGH: Tensor) -> Tensor:
     """h' = (1 - z) h + z tanh(W_h [r h, theta]), z = sigma(W_z [h, theta]), r = sigma(W_r [h, theta]) [ASMG eq. gru].
 
-    No biases; r acts before the product and z weighs the new state, so `torch.nn.GRUCell` is another function.
+    This is not `torch.nn.GRUCell`: it has no biases, r acts before the product, and z weights the new state.
     """
     n = h_PHN.shape[1]
     input_PGN = theta_PN[:, None] * u_PG[..., None]
@@ -46,16 +49,17 @@ def readout(h_PHN: Tensor, v_PH: Tensor, b_P: Tensor) -> Tensor:
 def weighted_mean(models: Sequence[Tensor], logits_PM: Tensor) -> Tensor:
     """Theta* = sum_i alpha_i Theta_i over (N, P) matrices, alpha = softmax over the models [ASMG eq. linear].
 
-    The logits belong to positions, the newest model last; fewer models take the last ones.
+    Each logit belongs to a position, with the newest model last. Fewer models use the last logits.
     """
     alpha_PM = torch.softmax(logits_PM[:, -len(models) :], 1)
     return (torch.stack(list(models), 2) * alpha_PM).sum(2)
 
 
 def loss_weights(n: int, form: Literal["linear", "uniform", "last", "exponential"]) -> list[float]:
-    """lambda_j = j / sum_j' j', j = 1..n: how much each of n terms of the loss counts [ASMG eq. lambda].
+    """lambda_j = j / sum_j' j', j = 1..n: the weights of n loss terms [ASMG eq. lambda].
 
-    `form`: "linear" as printed; "uniform", 1 / n each; "last", the newest alone; "exponential", e^j.
+    "linear" is the printed form. "uniform" gives 1 / n to each term, "last" uses the newest one alone, and
+    "exponential" is proportional to e^j.
     """
     unnormalized = {
         "linear": [float(j) for j in range(1, n + 1)],
@@ -68,24 +72,24 @@ def loss_weights(n: int, form: Literal["linear", "uniform", "last", "exponential
 
 @dataclass(frozen=True)
 class GRUGenerator:
-    """The recurrent network of each slot of one tensor."""
+    """The recurrent networks of one tensor, one per slot."""
 
-    u_PG: Tensor  # gates z, r, and the new state side by side
+    u_PG: Tensor  # gate z, gate r and the new state, concatenated
     W_PGH: Tensor
     v_PH: Tensor
     b_P: Tensor
-    residual: bool  # add the newest model's own weights
+    residual: bool  # add the newest model's weights to the output
 
     @property
     def n_slots(self) -> int:
-        """P"""
+        """Number of slots, P."""
         return len(self.b_P)
 
     @staticmethod
     def initial(n_slots: int, h: int, residual: bool, rng: torch.Generator) -> "GRUGenerator":
-        """Uniform in +-sqrt(6 / (P (fan_in + fan_out))), as the authors' framework starts 3-D tensors.
+        """Draw weights from U(+-sqrt(6 / (P (fan_in + fan_out)))), as the authors' framework does for 3-D tensors.
 
-        A residual one starts with v = b = 0: it returns the newest model.
+        A residual generator starts with v = b = 0, so it returns the newest model.
         """
 
         def glorot(*shape: int, fans: int) -> Tensor:
@@ -97,12 +101,12 @@ class GRUGenerator:
         return GRUGenerator(u_PG, W_PGH, v_PH * output_scale, b_P * output_scale, residual)
 
     def __call__(self, models: Sequence[Tensor], hidden_NPH: Tensor | None) -> Tensor:
-        """(N, P) weights from those of the models, the oldest first; the state before them is 0 unless given."""
+        """Generate weights (N, P) from those of the models, oldest first. The hidden state starts at 0 by default."""
         out_NP = readout(self.hidden_state(models, hidden_NPH), self.v_PH, self.b_P).t()
         return models[-1] + out_NP if self.residual else out_NP
 
     def hidden_state(self, models: Sequence[Tensor], hidden_NPH: Tensor | None) -> Tensor:
-        """(P, H, N) the state after the models."""
+        """Hidden state after the models, shape (P, H, N)."""
         if hidden_NPH is None:
             h_PHN = torch.zeros(*self.v_PH.shape, len(models[0]))
         else:
@@ -112,42 +116,42 @@ class GRUGenerator:
         return h_PHN
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> "GRUGenerator":
-        """With every tensor changed."""
+        """Return a copy with `change` applied to every tensor."""
         return GRUGenerator(change(self.u_PG), change(self.W_PGH), change(self.v_PH), change(self.b_P), self.residual)
 
 
 @dataclass(frozen=True)
 class MeanGenerator:
-    """The weighted mean of each slot of one tensor."""
+    """The weighted means of one tensor, one per slot."""
 
     logits_PM: Tensor
 
     @property
     def n_slots(self) -> int:
-        """P"""
+        """Number of slots, P."""
         return len(self.logits_PM)
 
     def __call__(self, models: Sequence[Tensor], hidden_NPH: Tensor | None) -> Tensor:
-        """(N, P) weights from those of the models, the oldest first; it has no state."""
+        """Generate weights (N, P) from those of the models, oldest first. There is no hidden state."""
         return weighted_mean(models, self.logits_PM)
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> "MeanGenerator":
-        """With every tensor changed."""
+        """Return a copy with `change` applied to every tensor."""
         return MeanGenerator(change(self.logits_PM))
 
 
 @dataclass(frozen=True)
 class ModelWindow:
-    """What a generator reads: models in a row, the oldest first, and the state before the first of them."""
+    """The input of a generator: consecutive models, oldest first, and the hidden state before the first one."""
 
     models: tuple[Weights, ...] = ()
-    hidden: dict[str, Tensor] | None = None  # (N, P, H) each; None: 0
+    hidden: dict[str, Tensor] | None = None  # (N, P, H) each; None = 0
 
     def grow(self, start: Weights) -> "ModelWindow":
-        """With the rows that `start` has more: in each model as they start, without a state.
+        """Add the rows that only `start` has to each model, with the values of `start` and a hidden state of 0.
 
-        Had these rows been there from the first model on, their state would be what the generator makes of rows that do
-        not move. The difference is gone once the window has passed.
+        If these rows had existed from the first model on, their hidden state would be that of rows that never change.
+        The difference disappears once the window has moved on.
         """
         models = tuple({name: _append_new_rows(model[name], start[name]) for name in start} for model in self.models)
         if self.hidden is None:
@@ -165,13 +169,13 @@ def _append_new_rows(old: Tensor, new: Tensor) -> Tensor:
 
 @dataclass
 class ModelGenerator:
-    """A network for each tensor of a model, and what the optimiser remembers of each of its weights."""
+    """The networks of all tensors of a model, with their optimiser state."""
 
     networks: dict[str, GRUGenerator | MeanGenerator]
     moments: dict[str, Tensor]
 
     def __call__(self, window: ModelWindow, name: str, ids_N: Tensor | None = None, n: int | None = None) -> Tensor:
-        """A tensor made from the first `n` models of the window (all): its rows `ids_N` (N, P), or the whole of it."""
+        """Generate a tensor, or its rows `ids_N` (N, P), from the first `n` models of the window (default: all)."""
         rows_NP = self.networks[name](*self._select_rows(window, name, ids_N, n))
         return rows_NP if ids_N is not None else rows_NP.reshape(window.models[-1][name].shape)
 
@@ -186,7 +190,7 @@ class ModelGenerator:
         return [x_NP.index_select(0, ids_N) for x_NP in models], hidden_NPH
 
     def parametrization(self, window: ModelWindow, n: int | None = None) -> Parametrization:
-        """The model made from the first `n` models of the window, as the forward pass sees it; padding stays 0."""
+        """Return the generated model as the forward pass sees it, from the first `n` models. Padding stays 0."""
 
         def generated(name: str, ids_N: Tensor | None, weights: Tensor) -> Tensor:
             tensor = self(window, name, ids_N, n)
@@ -196,7 +200,7 @@ class ModelGenerator:
 
     @torch.no_grad()
     def generate(self, window: ModelWindow) -> Weights:
-        """The model made from the window; padding, row 0 of a table, is whatever comes out."""
+        """Generate all weights from the window. The padding row of a table is not set to 0."""
         generated = {}
         for name, tensor in window.models[-1].items():
             parts = [self(window, name, ids_N) for ids_N in self._row_chunks(name, tensor)]
@@ -205,7 +209,7 @@ class ModelGenerator:
 
     @torch.no_grad()
     def hidden_after_first(self, window: ModelWindow) -> dict[str, Tensor] | None:
-        """The state after the first model of the window, (N, P, H) each; None where the generator has none."""
+        """Return the hidden state after the first model, (N, P, H) per tensor, or None for a weighted mean."""
         hidden = {}
         for name, tensor in window.models[0].items():
             network, parts = self.networks[name], []
@@ -220,18 +224,18 @@ class ModelGenerator:
         return list(torch.arange(tensor.numel() // self.networks[name].n_slots).split(CHUNK_ROWS))
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What is learnt, of a generator that `trainable_copy` made."""
+        """Yield the trainable weights of a generator made by `trainable_copy`."""
         for name, network in self.networks.items():
             for part, weight in vars(network).items():
                 if isinstance(weight, nn.Parameter):
                     yield f"{name}.{part}", weight
 
     def trainable_copy(self) -> "ModelGenerator":
-        """A copy whose weights an optimiser may change."""
+        """Return a copy whose weights an optimiser may change."""
         return self._map_tensors(lambda weight: nn.Parameter(weight.clone()))
 
     def detached_copy(self) -> "ModelGenerator":
-        """The same, with plain tensors again."""
+        """Return a copy with plain tensors."""
         return self._map_tensors(lambda weight: weight.detach())
 
     def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> "ModelGenerator":
@@ -243,7 +247,7 @@ class ModelGenerator:
 def new_generator(
     model: TrainedModel, make: Callable[[int, torch.Generator], GRUGenerator | MeanGenerator], largest: int, seed: int
 ) -> ModelGenerator:
-    """A generator of such models; `make` gets a number of slots.
+    """Return an untrained generator for models like this one. `make` builds the networks of a number of slots.
 
     A dense tensor of more than `largest` scalars is cut into rows along its last axis.
     """

@@ -1,4 +1,4 @@
-"""What stored interests may cost: unused ones are retired, the closest ones merged under a budget, vectors halved."""
+"""A budget for stored interests: retire unused ones, merge the most similar ones, store 16-bit numbers."""
 
 from dataclasses import dataclass, replace
 
@@ -12,28 +12,29 @@ from freshrec.data.histories import filter_interests, row_users
 from freshrec.learn.interest_store import interest_costs
 from freshrec.types import Interests, State
 
-USER_BLOCK = 8192  # users whose pairs of interests are compared at a time
+USER_BLOCK = 8192  # users whose pairs of interests are compared at the same time
 
 
 @dataclass(frozen=True)
 class InterestBudget:
-    """What is done to all stored interests after an update; nothing unless asked for.
+    """Limits of all stored interests, applied after each update. The defaults limit nothing.
 
-    Interests only ever grow in number: the paper drops new ones, never old ones. `retire` drops those that have been no
-    new event's closest one for so many spans, counted from the last span in which the user was seen: who stays away
-    loses nothing. `megabytes` merges the most similar pairs within a user until all interests together fit, but leaves
-    everybody one. `fp16` stores numbers of 16 bits; whatever is computed with them has 32.
+    Without limits, the number of interests only grows, because the paper drops new interests but never old ones.
+
+    `retire` drops interests that were closest to no new event for this many spans. The spans are counted back from the
+    last span with events of the user, so an absent user loses nothing. `megabytes` merges the most similar pairs of a
+    user until all interests fit, but leaves each user one. `fp16` affects storage only. Computations use 32 bits.
     """
 
-    retire: CountOrZero = 0  # spans; 0: never
-    megabytes: Weight = 0.0  # 0: no limit
-    fp16: bool = False
+    retire: CountOrZero = 0  # Spans without use after which an interest is dropped. 0 = never.
+    megabytes: Weight = 0.0  # Memory limit of all interests in MB. Similar ones are merged. 0 = no limit.
+    fp16: bool = False  # Store interests as 16-bit floats.
 
     def __post_init__(self) -> None:
         check_options(self)
 
     def __call__(self, state: State) -> State:
-        """`state` with its interests within the budget."""
+        """Return `state` with its interests within the budget."""
         interests, ordered = state.interests, state.model.has_ordered_interests
         assert interests is not None
         if self.retire:
@@ -48,9 +49,9 @@ class InterestBudget:
 
 
 def retire_interests(interests: Interests, n_spans: int, ordered: bool) -> Interests:
-    """`interests` without those last used `n_spans` or more before their user's latest used one.
+    """Drop interests last used `n_spans` or more spans before the user's most recently used one.
 
-    `ordered` ones go only from the end: see `InterestModel.has_ordered_interests`.
+    Ordered interests are dropped from the end only: see `InterestModel.has_ordered_interests`.
     """
     user_S = row_users(interests)
     latest_U = torch.zeros(interests.n_users + 1, dtype=torch.int32)
@@ -65,9 +66,10 @@ def retire_interests(interests: Interests, n_spans: int, ordered: bool) -> Inter
 
 
 def merge_interests(interests: Interests, max_interests: int, ordered: bool) -> Interests:
-    """`interests` with the most similar pairs of a user averaged, until `max_interests` are left or one each.
+    """Average the most similar pairs within a user, until `max_interests` are left or each user has one.
 
-    An average is as old as its older part and was used when either was. Of `ordered` ones the last goes into another.
+    An average takes the earlier birth and the later use of its two parts. Of ordered interests, only the last one is
+    merged into another.
     """
     while (n_over := len(interests.vectors_SD) - max_interests) > 0:
         several_N = (interests.offsets_U.diff() > 1).nonzero()[:, 0]
@@ -88,7 +90,7 @@ def merge_interests(interests: Interests, max_interests: int, ordered: bool) -> 
 
 
 def _closest_pairs(interests: Interests, users_N: Tensor, ordered: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows (N,) and (N,) of each user's two most similar interests, the later one second, and their cosine."""
+    """Rows (N,) and (N,) of each user's two most similar interests, the later one second, and their cosine (N,)."""
     start_N = interests.offsets_U[users_N]
     n_N = interests.offsets_U[users_N + 1] - start_N
     slot_K = torch.arange(int(n_N.max()))

@@ -1,4 +1,4 @@
-"""Interests that outlive a span: read again from each user's events, expanded, trimmed, written back."""
+"""Interests that are kept between spans: read again from each user's events, expanded, trimmed and stored."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +17,7 @@ TrimFunction = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # (vec
 
 
 def active_users(histories: Histories) -> Tensor:
-    """Users with events since the last update (N,), ascending."""
+    """Return the users with events since the last update (N,), in ascending order."""
     cumulative_R = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cumsum(is_new_row(histories), 0)])
     n_U = cumulative_R[histories.offsets_U[1:]] - cumulative_R[histories.offsets_U[:-1]]
     return n_U.nonzero()[:, 0]
@@ -30,11 +30,10 @@ def update_interests(
     history: str,
     trim: TrimFunction | None = None,
 ) -> Interests:
-    """Interests of the users active since the last update, read by the new model; those of others as they were."""
+    """Read the interests of active users with the new model. Those of other users do not change."""
     users_N = active_users(histories)
-    ends = mask_held_out(
-        history_ends(histories, users_N, history)
-    )  # they are tested later, and must not be part of the answer
+    # Held-out events are tested later, so interests must not depend on them.
+    ends = mask_held_out(history_ends(histories, users_N, history))
     max_interests, n_dims = stored_interests.initial_KD.shape
     if len(users_N):
         max_interests = int(stored_interests.interest_counts(users_N).max())
@@ -60,7 +59,7 @@ def update_interests(
 
 
 def _is_closest_interest(model: InterestModel, events_BT: Tensor, vectors_BKD: Tensor, alive_BK: Tensor) -> Tensor:
-    """(B, K) whether an interest is the closest one of some event since the last update; 0 is none."""
+    """Whether an interest is the closest one to any event since the last update, shape (B, K). Item 0 is padding."""
     items_BTD = item_vectors(model)[events_BT]
     logits_BTK = torch.bmm(items_BTD, vectors_BKD.transpose(1, 2)).masked_fill(~alive_BK[:, None], -torch.inf)
     used_BK = torch.zeros(alive_BK.shape)
@@ -69,7 +68,7 @@ def _is_closest_interest(model: InterestModel, events_BT: Tensor, vectors_BKD: T
 
 
 def interest_costs(interests: Interests) -> dict[str, float]:
-    """How many interests, and how many bytes of them, a user has who has any."""
+    """Return the mean number of interests, and of their bytes, per user with interests."""
     n_users = max(1, int((interests.offsets_U.diff() > 0).sum()))
     n_bytes = sum(column.nbytes for column in (interests.vectors_SD, interests.born_S, interests.used_S))
     return {"mean_k": len(interests.vectors_SD) / n_users, "interest_bytes": n_bytes / n_users}
@@ -84,14 +83,14 @@ def replace_interests(
     span: int,
     n_users: int,
 ) -> Interests:
-    """`interests` with those of `users_N`, ascending, replaced by those alive, and room for `n_users`.
+    """Replace the interests of `users_N` (ascending) by the alive ones in `vectors_NKD`, and grow to `n_users` users.
 
-    The k-th of a user stays the k-th, so its span of birth is kept.
+    The k-th interest of a user stays the k-th, so it keeps its span of birth.
     """
     counts_U = F.pad(interests.offsets_U.diff(), (0, n_users - interests.n_users))
     interests = replace(interests, offsets_U=_offsets(counts_U))
     is_existing_NK = alive_NK & (torch.arange(alive_NK.shape[1]) < counts_U[users_N][:, None])
-    before_NK = interests.offsets_U[users_N][:, None] + torch.arange(alive_NK.shape[1])  # the row, where there was one
+    before_NK = interests.offsets_U[users_N][:, None] + torch.arange(alive_NK.shape[1])  # rows of existing interests
     born_NK = torch.full(alive_NK.shape, span, dtype=torch.int32)
     born_NK[is_existing_NK] = interests.born_S[before_NK[is_existing_NK]]
     last_used_NK = torch.full(alive_NK.shape, span, dtype=torch.int32)
@@ -106,7 +105,7 @@ def replace_interests(
 def add_interests(
     interests: Interests, users_N: Tensor, n_more: int, k_max: int, initial_KD: Tensor, span: int
 ) -> Interests:
-    """`interests` with `n_more` added to each of `users_N`, at most `k_max` a user, starting from `initial_KD`."""
+    """Add up to `n_more` interests to each of `users_N`, starting from `initial_KD`, with at most `k_max` per user."""
     counts_U = interests.offsets_U.diff()
     extra_U = torch.zeros_like(counts_U)
     extra_U[users_N] = (k_max - counts_U[users_N]).clamp(0, n_more)
@@ -120,7 +119,7 @@ def add_interests(
 
 
 def _merge(interests: Interests, is_kept_S: Tensor, new: Interests) -> Interests:
-    """User by user, those of `interests` that are kept, then the new ones (R); both have the same number of users."""
+    """Merge by user: the kept `interests` first, then the new ones (R). Both have the same number of users."""
     row_M = torch.cat([is_kept_S.nonzero()[:, 0], len(is_kept_S) + torch.arange(len(new.born_S))])
     owner_M = torch.cat([row_users(interests), row_users(new)])[row_M]
     row_M = row_M[owner_M.argsort(stable=True)]
@@ -131,5 +130,5 @@ def _merge(interests: Interests, is_kept_S: Tensor, new: Interests) -> Interests
 
 
 def _offsets(counts_U: Tensor) -> Tensor:
-    """(U + 1,) where the rows of each user begin, of so many each, and where the last ones end."""
+    """Start row of each user, then the end of the last user's rows, shape (U + 1,), from the counts per user."""
     return F.pad(counts_U.cumsum(0), (1, 0))

@@ -1,6 +1,6 @@
-"""What is remembered of events that are gone: each target with the history before it, and a fair sample of all so far.
+"""Samples of past events: each target with the history before it, and a uniform sample of all targets so far.
 
-N remembered targets, M draws from them, T history items.
+Letters: N remembered targets, M draws from them, T history items.
 """
 
 from dataclasses import dataclass, replace
@@ -17,12 +17,12 @@ from freshrec.types import TRAINED, TrainedModel
 
 @dataclass(frozen=True)
 class TrainingSamples:
-    """Targets with the history each had then, so that they can be trained on when their events are long gone."""
+    """Targets with the history that each had at its time, for training when the events themselves are gone."""
 
     users_N: Tensor
     histories_NT: Tensor  # int32, most recent last, padded with 0 on the left
     items_N: Tensor
-    labels_N: Tensor | None = None  # whether each was taken; None: all were
+    labels_N: Tensor | None = None  # 1 = clicked, 0 = not; None = all clicked
 
     def __len__(self) -> int:
         return len(self.items_N)
@@ -33,12 +33,12 @@ class TrainingSamples:
 
 
 def sample_history_length(model: TrainedModel) -> int:
-    """How many history items a stored target needs: none for a model that does not read them."""
+    """Return how many history items a stored target needs. A model that reads none needs none."""
     return 0 if model.batch_format == "pair" else int(model.spec.length)
 
 
 def copy_samples(targets: Targets, length: int) -> TrainingSamples:
-    """Copies of `targets`, each with its last `length` history items; held-out ones are padding."""
+    """Copy `targets`, each with its last `length` history items. Held-out items become padding."""
     visible_targets = mask_held_out(targets)
     history_NT = history_items(visible_targets, length).int()
     history_NT = F.pad(history_NT, (length - history_NT.shape[1], 0))
@@ -46,23 +46,23 @@ def copy_samples(targets: Targets, length: int) -> TrainingSamples:
 
 
 def concat_samples(first: TrainingSamples, second: TrainingSamples) -> TrainingSamples:
-    """Both, the first ones first; of the same history length, and both with labels or both without."""
+    """Concatenate samples of the same history length, both with labels or both without."""
     both = zip(vars(first).values(), vars(second).values())
     columns: list[Any] = [None if pair[0] is None else torch.cat(pair) for pair in both]
     return TrainingSamples(*columns)
 
 
 def append_samples(targets: Targets, samples: TrainingSamples, index_M: Tensor, separate_users: bool) -> Targets:
-    """`targets`, and the samples at `index_M`, which may repeat: their rows stand behind those of the histories.
+    """Return `targets` and the samples at `index_M`, which may repeat. Their rows follow those of the histories.
 
-    `separate_users`: each of these M counts as a user of its own, for models whose batches are windows of a user's
-    targets.
+    With `separate_users`, each of the M samples belongs to another user. Models whose batches are windows of a user's
+    targets need this.
     """
     histories, (n_samples, width) = targets.histories, samples.histories_NT.shape
     row_NT = torch.cat([samples.histories_NT, samples.items_N[:, None].int()], 1)
     end_N = len(histories.items_R) + torch.arange(1, n_samples + 1) * (width + 1) - 1
     is_item_NT = row_NT > 0
-    from_N = end_N - width + is_item_NT.int().argmax(1)  # the first item; the target itself where there is none before
+    from_N = end_N - width + is_item_NT.int().argmax(1)  # the first item, or the target itself if its history is empty
 
     users_M, offsets_U = samples.users_N[index_M], histories.offsets_U
     if separate_users:
@@ -92,35 +92,35 @@ def append_samples(targets: Targets, samples: TrainingSamples, index_M: Tensor, 
 
 @dataclass(frozen=True)
 class Reservoir:
-    """A uniform sample of a stream: of the `n_seen` targets that went by, each is in it with the same probability."""
+    """A uniform sample of a stream: each of the `n_seen` targets so far is in it with the same probability."""
 
     samples: TrainingSamples
-    size: int  # it holds so many at most
+    size: int  # maximum number of samples
     n_seen: int = 0
 
 
 def fill_reservoir(targets: Targets, size: int, length: int, rng: torch.Generator) -> Reservoir:
-    """A reservoir of at most `size` after its first targets, with histories of `length` items."""
+    """Return a reservoir of at most `size` samples with `length` history items, after its first targets."""
     return update_reservoir(
         Reservoir(copy_samples(targets[torch.zeros(0, dtype=torch.int64)], length), size), targets, rng
     )
 
 
 def update_reservoir(reservoir: Reservoir, targets: Targets, rng: torch.Generator) -> Reservoir:
-    """The reservoir after `targets` have gone by."""
+    """Return the reservoir after it has seen `targets`."""
     slot_W, nth_W = assign_slots(reservoir.n_seen, len(targets), reservoir.size, rng)
     new = copy_samples(targets[nth_W], reservoir.samples.histories_NT.shape[1])
     n_seen = reservoir.n_seen + len(targets)
-    from_N = torch.arange(min(reservoir.size, n_seen))  # slots keep what they hold ...
-    from_N[slot_W] = len(reservoir.samples) + torch.arange(len(new))  # ... or take one of the new
+    from_N = torch.arange(min(reservoir.size, n_seen))  # each slot keeps its sample ...
+    from_N[slot_W] = len(reservoir.samples) + torch.arange(len(new))  # ... or gets a new one
     return Reservoir(concat_samples(reservoir.samples, new)[from_N], reservoir.size, n_seen)
 
 
 def assign_slots(n_seen: int, n_new: int, size: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Which of `n_new` targets end up in which slots (W,), (W,), after `n_seen` before them: Algorithm R, at once.
+    """Slots (W,) that change, and the new targets (W,) that end up in them: Algorithm R without a loop.
 
-    The i-th of a stream, from 0, takes slot i while slots are free; then slot u, if there is one, with u drawn from
-    0..i. Whoever comes later overwrites, so each slot is left to its last taker.
+    Target i of the stream (from 0) takes slot i while slots are free. After that, it draws u from 0..i and takes slot
+    u if it exists. Later targets overwrite earlier ones, so each slot keeps the last target that took it.
     """
     nth_N = n_seen + torch.arange(n_new)
     random_slot_N = (uniform((n_new,), rng, torch.float64) * (nth_N + 1)).long()

@@ -1,8 +1,10 @@
-"""Transfer networks: the weights before a span and those adapted to it -> the weights to go on with, row by row.
+"""Transfer networks: they merge the weights before a span with the weights adapted to it, row by row.
 
-Symbols: w_{t-1} -> before_ND, w^ -> after_ND, f_Theta -> Transfer. All are row-wise, so looking rows up and mapping
-them commute. A specification (LinearTransfer, MLPTransfer, CNNTransfer) says how a tower looks; a tower maps rows of
-one width; a `Transfer` has a tower for each table and for each dense weight of a model.
+Symbols: w_{t-1} -> before_ND, w^ -> after_ND, f_Theta -> Transfer. All networks work on single rows, so the rows of a
+batch can be looked up first and mapped then.
+
+LinearTransfer, MLPTransfer and CNNTransfer are the options of a tower. A tower maps rows of one width. A `Transfer`
+has one tower for each table and for each dense weight of a model.
 """
 
 import math
@@ -21,32 +23,33 @@ from freshrec.nn.embedding_table import embedding_tables
 from freshrec.random_streams import global_stream
 from freshrec.types import TrainedModel
 
-CHUNK_ROWS = 4096  # mapped at once where a whole table is
+CHUNK_ROWS = 4096  # table rows mapped at the same time
 
 
 @dataclass(frozen=True)
 class LinearTransfer:
-    """alpha w_{t-1} + (1 - alpha) w^."""
+    """A weighted mean, alpha w_{t-1} + (1 - alpha) w^."""
 
-    alpha: Weight = 0.5  # 0 is fine-tuning, 1 never learns
-    learned: bool = False  # alpha = sigmoid(rho), which starts at `alpha`
+    alpha: Weight = 0.5  # Weight of the previous weights. 0 = fine-tuning, 1 = no update.
+    learned: bool = False  # Learn alpha, starting from the given value.
 
     def __post_init__(self) -> None:
         check_options(self)
         if not (0 < self.alpha < 1 if self.learned else self.alpha <= 1):
-            raise OptionError(f"alpha is {self.alpha:g}; it lies between 0 and 1, and is neither where it is learned.")
+            condition = ", excluding both, with learned=true" if self.learned else ""
+            raise OptionError(f"transfer.alpha is {self.alpha:g}. It must be between 0 and 1{condition}.")
 
     def build_tower(self, width: int) -> nn.Module:
-        """One scalar, whatever the width."""
+        """Build the module. It has one scalar, whatever the width."""
         return LinearTower(self.alpha, self.learned)
 
 
 @dataclass(frozen=True)
 class MLPTransfer:
-    """MLP([w_{t-1}; w^]): 2 D -> hidden -> D, tanh between."""
+    """A multilayer perceptron on [w_{t-1}; w^], with layers 2 D -> hidden -> D and tanh between them."""
 
-    hidden: CountOrZero = 128  # 0 = one linear map without bias
-    residual: bool = True  # w^ + MLP, whose last layer starts at 0; see CNNTransfer
+    hidden: CountOrZero = 128  # Number of hidden units. 0 = one linear map without bias.
+    residual: bool = True  # Add the output to w^, starting at 0. Untrained, this is fine-tuning.
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -61,26 +64,27 @@ class MLPTransfer:
 
 @dataclass(frozen=True)
 class CNNTransfer:
-    """The method's own: convolutions over the picture of a row, then two fully connected layers.
+    """The network of the paper: convolutions over the image of a row, then two fully connected layers.
 
-    The paper's 3x1 kernel never mixes coordinates. 5x5 is what IMSR reports for its comparison, read here as a padded
-    5x5 kernel and a 3x1 one above it; neighbouring coordinates of an embedding have no order, so it is for parity only.
-    Differs from the paper: `residual`. The paper's network starts at random and needs 20 spans until it maps weights to
-    anything that ranks; with 4, all that the model knew is lost.
+    The paper's 3x1 kernel never mixes coordinates. IMSR reports a 5x5 kernel in its comparison. It is read here as a
+    padded 5x5 kernel followed by a 3x1 one. Coordinates of an embedding have no order, so it is for comparison only.
+
+    Differs from the paper: `residual`. The paper's network starts at random and needs 20 spans before its weights rank
+    well. With 4 spans, everything that the model knew is lost.
     """
 
-    filters: CountOrZero = 10  # of the first layer; 0 = no convolutions
-    filters2: Count = 5
-    hidden: CountOrZero = 512  # 0 = no fully connected layers: a last 1x1 convolution instead
-    kernel: Literal["3x1", "5x5"] = "3x1"
-    bias: bool = True  # of the convolutions
-    detach: bool = True  # no gradient through the product row
-    residual: bool = True  # w^ + what comes out, whose last layer starts at 0: untrained, it is fine-tuning
+    filters: CountOrZero = 10  # Filters of the first convolution. 0 = no convolutions.
+    filters2: Count = 5  # Filters of the second convolution.
+    hidden: CountOrZero = 512  # Units of the fully connected layer. 0 = a 1x1 convolution in its place.
+    kernel: Literal["3x1", "5x5"] = "3x1"  # Kernel of the first convolution.
+    bias: bool = True  # Whether convolutions have biases.
+    detach: bool = True  # Stop gradients through the row of products.
+    residual: bool = True  # Add the output to w^, starting at 0. Untrained, this is fine-tuning.
 
     def __post_init__(self) -> None:
         check_options(self)
         if not self.filters and not self.hidden:
-            raise OptionError("a transfer without filters and without hidden units is none; set one of them.")
+            raise OptionError("A transfer network needs layers. Set transfer.filters or transfer.hidden above 0.")
 
     def build_tower(self, width: int) -> nn.Module:
         """Rows of this width."""
@@ -88,7 +92,7 @@ class CNNTransfer:
 
 
 class LinearTower(nn.Module):
-    """The module of LinearTransfer."""
+    """The module built by LinearTransfer."""
 
     def __init__(self, alpha: float, learned: bool) -> None:
         super().__init__()
@@ -96,13 +100,13 @@ class LinearTower(nn.Module):
         self.rho = nn.Parameter(torch.tensor(math.log(alpha / (1 - alpha)))) if learned else None
 
     def forward(self, before_ND: Tensor, after_ND: Tensor) -> Tensor:
-        """alpha w_{t-1} + (1 - alpha) w^, (N, D) [SML eq. linear]."""
+        """alpha w_{t-1} + (1 - alpha) w^, shape (N, D) [SML eq. linear]."""
         alpha = self.fixed if self.rho is None else torch.sigmoid(self.rho)
         return alpha * before_ND + (1 - alpha) * after_ND
 
 
 class MLPTower(nn.Module):
-    """Layers on both rows side by side."""
+    """The module built by MLPTransfer: layers on both rows, concatenated."""
 
     def __init__(self, layers: list[nn.Module], residual: bool) -> None:
         super().__init__()
@@ -111,16 +115,16 @@ class MLPTower(nn.Module):
             _zero_parameters(layers[-1])
 
     def forward(self, before_ND: Tensor, after_ND: Tensor) -> Tensor:
-        """(N, D)"""
+        """Merged rows, shape (N, D)."""
         out_ND: Tensor = self.layers(torch.cat([before_ND, after_ND], 1))
         return after_ND + out_ND if self.residual else out_ND
 
 
 def stack_row_image(before_ND: Tensor, after_ND: Tensor, detach: bool = True) -> Tensor:
-    """(N, 3, D): w_{t-1}, w^, and w_{t-1} . w^ / ||w_{t-1}|| coordinate by coordinate [SML eq. picture].
+    """[w_{t-1}, w^, w_{t-1} . w^ / ||w_{t-1}||] with coordinate-wise products, shape (N, 3, D) [SML eq. picture].
 
-    Where detached, no gradient reaches w^ through the product. Differs from the authors' code: the product of a row
-    of zeros is 0, not nan.
+    With `detach`, no gradient reaches w^ through the product. Differs from the authors' code: the product of a row of
+    zeros is 0, not nan.
     """
     other_ND = after_ND.detach() if detach else after_ND
     norm_N1 = before_ND.norm(dim=1, keepdim=True).clamp(min=1e-12)
@@ -128,10 +132,10 @@ def stack_row_image(before_ND: Tensor, after_ND: Tensor, detach: bool = True) ->
 
 
 class CNNTower(nn.Module):
-    """The module of CNNTransfer: GELU (the exact one) after each layer but the last.
+    """The module built by CNNTransfer, with the exact GELU after each layer but the last.
 
-    A 3x1 kernel and the 1x1 one above it are the same small dense layers at every coordinate, and are computed so: it
-    takes half the time. What the fully connected layers see is ordered by coordinate, then channel.
+    A 3x1 kernel and the 1x1 kernel after it are the same small dense layers at every coordinate. Computing them as such
+    takes half the time. The input of the fully connected layers is ordered by coordinate, then channel.
     """
 
     def __init__(self, spec: CNNTransfer, width: int) -> None:
@@ -151,14 +155,14 @@ class CNNTower(nn.Module):
             _zero_parameters(self.last)
 
     def forward(self, before_ND: Tensor, after_ND: Tensor) -> Tensor:
-        """W2 GELU(W1 [GELU(conv2(GELU(conv1(picture))))]), (N, D) [SML eq. cnn]."""
+        """W2 GELU(W1 [GELU(conv2(GELU(conv1(picture))))]), shape (N, D) [SML eq. cnn]."""
         seen_NDC = self._columns(stack_row_image(before_ND, after_ND, self.spec.detach))
         hidden = F.gelu(self.third(seen_NDC.flatten(1))) if self.spec.hidden else seen_NDC
         out_ND: Tensor = self.last(hidden).view_as(after_ND)
         return after_ND + out_ND if self.spec.residual else out_ND
 
     def _columns(self, picture_N3D: Tensor) -> Tensor:
-        """(N, D, C): what the convolutions make of each coordinate."""
+        """Output of the convolutions at each coordinate, shape (N, D, C)."""
         if not self.spec.filters:
             return picture_N3D.transpose(1, 2)
         if self.spec.kernel == "5x5":
@@ -176,9 +180,9 @@ TransferSpec = LinearTransfer | MLPTransfer | CNNTransfer
 
 
 class Transfer(nn.Module):
-    """f_Theta: a tower for each table, shared by its rows, and one for each dense weight, cut in rows as wide.
+    """f_Theta: a tower for each table, shared by its rows, and one for each dense weight, cut into rows of that width.
 
-    Weights that are not cut into such rows without a rest (scalars, short biases) are taken as adapted.
+    Weights that cannot be cut evenly, such as scalars and short biases, keep their adapted values.
     """
 
     def __init__(self, spec: TransferSpec, width: int, names: Iterable[str], seed: int) -> None:
@@ -189,7 +193,7 @@ class Transfer(nn.Module):
 
     @staticmethod
     def for_model(spec: TransferSpec, model: TrainedModel, seed: int) -> "Transfer":
-        """An untrained network for a model's weights."""
+        """Return an untrained network for a model's weights."""
         tables, weights = embedding_tables(model), copy_weights(model)
         width = max(table.n_dims for table in tables.values())
         names = [n for n, w in weights.items() if (w.shape[1] if n in tables else w.numel()) % width == 0]
@@ -197,11 +201,11 @@ class Transfer(nn.Module):
 
     @property
     def is_trainable(self) -> bool:
-        """Whether there is anything to train."""
+        """Whether the network has weights to train."""
         return any(True for _ in self.parameters())
 
     def forward(self, name: str, before: Tensor, after: Tensor) -> Tensor:
-        """The rows, or the dense weight, called `name`, in the shape of `after`."""
+        """Merge the rows, or the dense weight, called `name`. The result has the shape of `after`."""
         if _module_name(name) not in self.towers:
             return after
         tower = self.towers[_module_name(name)]
@@ -210,11 +214,11 @@ class Transfer(nn.Module):
 
 
 def _module_name(name: str) -> str:
-    return "of/" + name.replace(".", "/")  # a module has no dots in its name, and is not called "items"
+    return "of/" + name.replace(".", "/")  # a module's name has no dots, and "items" is taken
 
 
 def adaptation_parametrization(transfer: Transfer, before: Weights) -> Parametrization:
-    """What step 1 sees: f_Theta(W_{t-1}, w), with gradients to both."""
+    """Return the weights that step 1 sees: f_Theta(W_{t-1}, w), with gradients to Theta and w."""
 
     def view(name: str, ids: Tensor | None, now: Tensor) -> Tensor:
         old = before[name] if ids is None else before[name].index_select(0, ids)
@@ -225,7 +229,7 @@ def adaptation_parametrization(transfer: Transfer, before: Weights) -> Parametri
 
 
 def transfer_parametrization(transfer: Transfer, before: Weights, rows: str = "all") -> Parametrization:
-    """What step 2 sees: f_Theta(W_{t-1}, w^) with w^ standing still; rows="touched" as in `transfer_weights`."""
+    """Return the weights that step 2 sees: f_Theta(W_{t-1}, w^) with w^ fixed. For `rows`, see `transfer_weights`."""
 
     def view(name: str, ids: Tensor | None, now: Tensor) -> Tensor:
         old = before[name] if ids is None else before[name].index_select(0, ids)
@@ -235,9 +239,9 @@ def transfer_parametrization(transfer: Transfer, before: Weights, rows: str = "a
 
 
 def transfer_weights(transfer: Transfer, model: TrainedModel, before: Weights, rows: str = "all") -> Weights:
-    """f_Theta(W_{t-1}, w^) of all weights, w^ those of the model; padding stays 0.
+    """f_Theta(W_{t-1}, w^) of all weights, with w^ the model's weights. Padding stays 0.
 
-    rows="touched" leaves the rows that w^ did not change as they are.
+    With rows="touched", only rows that differ between W_{t-1} and w^ are mapped.
     """
     mapped, tables = {}, embedding_tables(model)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A model's weights by name: copied, put back, and seen by the forward pass through a function of them."""
+"""A model's weights by name: copy them, load them, and let the forward pass see a function of them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,26 +11,26 @@ from torch.func import functional_call
 from freshrec.nn.embedding_table import embedding_tables, set_categories
 from freshrec.types import Batch, Forward, TrainedModel
 
-# (name, ids, weights) -> what the forward pass sees instead
+# (name, ids, weights) -> the weights that the forward pass sees instead
 Parametrization = Callable[[str, Tensor | None, Tensor], Tensor]
-Weights = dict[str, Tensor]  # by name: tables (rows, D), padding first, and dense weights
+Weights = dict[str, Tensor]  # name -> table (rows, D) with the padding first, or dense weight
 
 
 def grow_model(model: TrainedModel, n_users: int, n_items: int, categories_I: Tensor | None) -> None:
-    """Make room for new users and items; set the items' categories (from item 0; 0: none) in models that use them."""
+    """Add rows for new users and items. Set the items' categories in models that use them (item 0 first, 0 = none)."""
     model.grow(n_users, n_items)
     for table in embedding_tables(model).values():
         set_categories(table, categories_I)
 
 
 def copy_weights(model: TrainedModel) -> Weights:
-    """A copy of all that the model learns by gradients."""
+    """Return a copy of all weights that the model learns by gradients."""
     weights = {name: table.weights.clone() for name, table in embedding_tables(model).items()}
     return weights | {name: weight.detach().clone() for name, weight in model.named_parameters()}
 
 
 def load_weights(model: TrainedModel, weights: Weights) -> None:
-    """Overwrite the model's weights with others of the same shapes; what its optimisers remember stays.
+    """Overwrite the model's weights with others of the same shapes. Optimisers keep their state.
 
     The padding row of a table stays 0.
     """
@@ -42,7 +42,7 @@ def load_weights(model: TrainedModel, weights: Weights) -> None:
 
 
 def snapshot(model: TrainedModel) -> Callable[[], None]:
-    """What puts the model back, in place, to how it is now: its weights, and what its optimisers remember."""
+    """Return a function that restores the current weights and optimiser state in place."""
     assert isinstance(model, nn.Module)
     tensors, moments = {name: tensor.clone() for name, tensor in model.state_dict().items()}, model.moments
 
@@ -57,17 +57,17 @@ def snapshot(model: TrainedModel) -> Callable[[], None]:
 def apply_parametrization(
     model: TrainedModel, parametrization: Parametrization | None
 ) -> Iterator[Callable[[Batch], Forward]]:
-    """The model's forward pass with `parametrization(name, ids, weights)` in place of the weights.
+    """Yield the model's forward pass with `parametrization(name, ids, weights)` in place of the weights.
 
-    For a table: (N,) the ids of a batch, each once, and their (N, D) rows. For a dense weight: no ids, and all of it.
-    Gradients flow through the function; one that is to leave the model's own weights alone detaches them.
+    For a table, it gets the distinct ids of a batch (N,) and their rows (N, D). For a dense weight, it gets no ids and
+    the whole weight. Gradients flow through the function. It must detach weights that should not be trained.
     """
     if parametrization is None:
         yield model
         return
     assert isinstance(model, nn.Module)
     tables = embedding_tables(model)
-    previous = [table.parametrization for table in tables.values()]  # one may be applied while another is
+    previous = [table.parametrization for table in tables.values()]  # for nested calls
     for name, table in tables.items():
         table.parametrization = partial(parametrization, name)
 

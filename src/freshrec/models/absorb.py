@@ -1,4 +1,4 @@
-"""States that have counted: events in everybody's history, and in the models that count."""
+"""Count new events without training: append them to the histories, and update counting models."""
 
 import copy
 from dataclasses import replace
@@ -10,7 +10,10 @@ from freshrec.types import HELD_OUT, NEVER, Events, State, TrainedModel
 
 
 def absorb_block(state: State, block: Events, n_users: int, n_items: int) -> State:
-    """The state after counting a block: cheap experts learn at once, everybody's recent events are kept."""
+    """Return the state after counting a block: the histories gain its events, and a counting model learns from them.
+
+    Held-out events join the histories, but counting models do not see them.
+    """
     recent = append_events(state.histories, block, n_users)
     if isinstance(state.model, TrainedModel):
         return replace(state, histories=recent)
@@ -22,9 +25,10 @@ def absorb_block(state: State, block: Events, n_users: int, n_items: int) -> Sta
 
 
 def grow_items(state: State, n_items: int) -> State:
-    """The state with room for new items, where the model counts: it may offer a user an own one again.
+    """Return the state with rows for new items, if its model is a counting model.
 
-    A trained model stays as it is until its update: what it has not learnt it neither offers nor finds.
+    A counting model can then recommend a new item to the users who took it. A trained model stays unchanged until its
+    update, because it has no vectors of new items.
     """
     if isinstance(state.model, TrainedModel) or state.model.n_items == n_items:
         return state

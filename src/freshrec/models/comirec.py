@@ -1,6 +1,7 @@
-"""ComiRec as IMSR restates it: dynamic routing (DR) or self-attention (SA), hard attention (see multi_interest.py).
+"""ComiRec as restated in the IMSR paper: dynamic routing (DR) or self-attention (SA), with hard label attention.
 
-Differs from ComiRec: one transform for all positions and interests, because the number of interests varies by user.
+These are options of multi_interest.py. Differs from ComiRec: all positions and interests share one transform, because
+the number of interests varies by user.
 """
 
 from freshrec.models.multi_interest import InterestSpec

@@ -1,7 +1,7 @@
-"""Embedding&MLP: how likely a user takes an item, by a small network over the user, the mean of its history, the item.
+"""Embedding&MLP: predicts clicks with a small network over the user, the mean of the history, and the item.
 
-Differs from the paper: biases start at 0 and tables as ours do; an item has one category; where the log has no labels,
-each event gets one random item as its negative, drawn at every step.
+Differs from the paper: biases start at 0, embeddings start as in our other models, and an item has one category. If the
+log has no labels, each event gets one random negative item, which is drawn again at every step.
 """
 
 from dataclasses import dataclass
@@ -22,25 +22,25 @@ from freshrec.types import Batch, Forward
 class EmbeddingMLPSpec:
     """Options of Embedding&MLP."""
 
-    d: Count = 8  # of each table
-    hidden: Count = 20  # units of the first layer; the second has half as many
-    categories: CountOrZero = 0  # of items, at least as many as the log has; 0: they are not looked at
-    length: Count = 30  # history items in the mean
-    lr: Positive = 0.001
-    batch: Count = 1024
-    negatives: Count = 1024  # drawn for a batch, where the log has no labels: each row takes one of them
-    std: Positive = 0.1
+    d: Count = 8  # Dimensions of each embedding.
+    hidden: Count = 20  # Units of the first layer; the second layer has half as many.
+    categories: CountOrZero = 0  # Number of item categories, at least as many as the log has; 0 = off.
+    length: Count = 30  # Number of most recent events per user whose items are averaged.
+    lr: Positive = 0.001  # Learning rate of Adam.
+    batch: Count = 1024  # Events per training step.
+    negatives: Count = 1024  # Random items per training step if the log has no labels; each event uses one of them.
+    std: Positive = 0.1  # Standard deviation of the random values that new vectors start with.
 
     def __post_init__(self) -> None:
         check_options(self)
 
     def build(self, seed: int) -> "EmbeddingMLP":
-        """A model without users and items."""
+        """Return a new model without users and items."""
         return EmbeddingMLP(self, seed)
 
 
 class EmbeddingMLP(nn.Module):
-    """A `ClickModel`; an item is its vector beside that of its category."""
+    """A `ClickModel`. An item is represented by its own vector and that of its category, concatenated."""
 
     batch_format = "click"
 
@@ -63,13 +63,13 @@ class EmbeddingMLP(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def grow(self, n_users: int, n_items: int) -> None:
-        """Make room for new users and items."""
+        """Add rows for new users and items."""
         self.n_users, self.n_items = n_users, n_items
         self.users.grow(n_users)
         self.items.grow(n_items)
 
     def forward(self, batch: Batch) -> Forward:
-        """Mean binary cross-entropy of the labels; without labels, of the target and of a random item beside it."""
+        """Return the mean binary cross-entropy. Without labels, the target counts as 1 and a random item as 0."""
         candidates_BN, label_BN = labelled_candidates(batch, self.n_items)
         ids_BM = torch.cat([batch.history_BT, candidates_BN], 1)
         vectors_BMD = self.items.lookup(ids_BM)
@@ -83,30 +83,35 @@ class EmbeddingMLP(nn.Module):
         return Forward(loss, logits_BN=logits_BN)
 
     def _item_categories(self, batch: Batch, items: Tensor) -> Tensor:
-        """The category of each item, 0 where it has none."""
+        """Return the category of each item; 0 = none."""
         if batch.categories_I is None:
-            raise OptionError("the log has no categories; set embedding-mlp's option categories to 0.")
+            raise OptionError("The log has no item categories. Set categories=0 for embedding-mlp.")
         categories = batch.categories_I[items].long()
         if int(categories.max()) > self.spec.categories:
             n = int(batch.categories_I.max())
-            raise OptionError(f"embedding-mlp has room for {self.spec.categories} categories: set categories={n}.")
+            raise OptionError(
+                f"The log has {n} item categories, and embedding-mlp has {self.spec.categories}. Set categories={n}."
+            )
         return categories
 
     def _item_vectors(self, batch: Batch, items: Tensor) -> Tensor:
-        """The vectors of items of any shape, as they are served; of an item not known yet, its category's only."""
+        """Return the served vectors of `items`, any shape. An unknown item has only the vector of its category."""
         vectors = self.items.weights[torch.where(items <= self.n_items, items, 0)]
         if self.categories is None:
             return vectors
         return torch.cat([vectors, self.categories.weights[self._item_categories(batch, items)]], -1)
 
     def _user_features(self, user_BD: Tensor, history_BTD: Tensor, history_BT: Tensor) -> Tensor:
-        """(B, E): the user's vector beside the mean over its history, which is 0 where there is none."""
+        """Return the user vector and the mean of the history, concatenated, (B, E). An empty history has mean 0."""
         real_BT = (history_BT > 0).float()
         mean_BD = torch.bmm(real_BT[:, None], history_BTD)[:, 0] / (real_BT.sum(1, keepdim=True) + 1e-8)
         return torch.cat([user_BD, mean_BD], 1)
 
     def _candidate_logits(self, user_BE: Tensor, items: Tensor) -> Tensor:
-        """(B, N) of items (N, D) shared or (B, N, D); the user's part of the first layer is worked out once a user."""
+        """Return the logits (B, N) of items (N, D), shared by all rows, or (B, N, D).
+
+        The user's part of the first layer is computed once per user.
+        """
         n = user_BE.shape[1]
         user_part_B1H = F.linear(user_BE, self.first.weight[:, :n])[:, None]
         hidden_BNH = F.relu(user_part_B1H + F.linear(items, self.first.weight[:, n:], self.first.bias))
@@ -114,12 +119,12 @@ class EmbeddingMLP(nn.Module):
         return logits
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
-        """The log-odds that the user takes each item."""
+        """Return the log-odds that the user takes each item, shape (B, N)."""
         with torch.no_grad():
             user_BD = self.users.weights[torch.where(batch.users_B <= self.n_users, batch.users_B, 0)]
             user_BE = self._user_features(user_BD, self._item_vectors(batch, batch.history_BT), batch.history_BT)
             return self._candidate_logits(user_BE, self._item_vectors(batch, items))
 
     def click_probabilities(self, batch: Batch, items: Tensor) -> Tensor:
-        """(B, N) how likely the user takes each item."""
+        """Return the probability that the user takes each item, shape (B, N)."""
         return torch.sigmoid(self.score(batch, items))

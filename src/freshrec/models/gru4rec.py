@@ -1,18 +1,23 @@
 """GRU4Rec: a recurrent network reads the history; its output at each position predicts the next item.
 
-After the code that Hidasi and others released (2016 to 2018; its port to PyTorch, 2023), where sessions lie side by
-side in lanes, and each step moves one event ahead: steps="session-parallel". Differs from it: by default a step trains
-on windows with a target after each position, whose gradient goes back through the whole window (`bptt="one"`: through
-one step), which takes fewer and larger steps; in lanes, events before those of an update are not read; Adam, not
-Adagrad with momentum; losses are means, not sums; a negative that is the target counts nothing; an item's score has
-no bias; the input is an item's vector, never one-hot; of a batch's own targets a part are negatives.
+After the code that Hidasi and others released (2016 to 2018; PyTorch port, 2023). That code trains on several sessions
+in parallel and moves each one event ahead per step: steps="session-parallel". Differs from it:
+
+- By default, a step trains on windows with a target after each position, so that there are fewer and larger steps. The
+  gradient goes back through the whole window, or through one step with bptt="one".
+- With steps="session-parallel", an update does not read the events before its own.
+- The optimiser is Adam, not Adagrad with momentum. Losses are means, not sums.
+- A negative that equals the target is ignored. An item's score has no bias.
+- The input is an item's vector, never one-hot.
+- Only some of the batch's own targets serve as negatives.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from freshrec.config import HISTORY_LENGTH, Count, CountOrZero, Positive, Rate, Weight, check_options
@@ -27,44 +32,59 @@ Loss = Literal["xe", "bpr", "top1", "bpr-max", "top1-max"]
 
 @dataclass(frozen=True)
 class GRU4RecSpec:
-    """Options of GRU4Rec. The authors' for DIGINETICA: d=512, drop_in=0.5, drop_out=0.3, negatives=2048,
-    batch_negatives=127, alpha=0.3, loss="bpr-max", bpreg=0.9; for YOOCHOOSE: d=480, drop_out=0.2, batch_negatives=47,
-    alpha=0.2, logq=1, loss="xe".
+    """Options of GRU4Rec.
+
+    The authors use for DIGINETICA: d=512, drop_in=0.5, drop_out=0.3, negatives=2048, batch_negatives=127, alpha=0.3,
+    loss="bpr-max", bpreg=0.9. For YOOCHOOSE: d=480, drop_out=0.2, batch_negatives=47, alpha=0.2, logq=1, loss="xe".
     """
 
-    d: Count = 64  # of an item's vector
-    hidden: CountOrZero = 0  # units of each layer; 0: d. Where they differ, the output is mapped to d
-    layers: Count = 1
-    embeddings: Literal["constrained", "separate"] = "constrained"  # one vector an item; or another as input
-    drop_in: Rate = 0.2  # of the input vectors
-    drop_out: Rate = 0.2  # of each layer's output
-    # "session-parallel": one event of each of several sessions a step, as in the authors' code
-    steps: Literal["windows", "session-parallel"] = "windows"
-    bptt: Literal["all", "one"] = "all"  # steps that the gradient goes back, in windows
-    length: Count = HISTORY_LENGTH
-    lr: Positive = 0.006
-    batch: Count = 64  # windows, each with up to `length` targets; or lanes
-    negatives: Count = 512
-    batch_negatives: CountOrZero = 64  # of the batch's own targets that are negatives too
-    alpha: Weight = 0.3  # negatives are drawn by their count to this power; 0: all alike, 1: by popularity
-    logq: Weight = 0.0  # how much of ln P(drawn) is taken off a score; "xe" only
-    loss: Loss = "bpr-max"
-    bpreg: Weight = 0.9  # "bpr-max" only: weight of the squares
-    elu: Weight = 1.0  # "bpr-max" only: alpha of the ELU of scores; 0: scores as they are
-    std: Positive = 0.04
-    categories: CountOrZero = 0  # room for so many, of items; 0: they are not looked at
+    d: Count = 64  # Dimensions of the user and item vectors.
+    hidden: CountOrZero = 0  # Units per layer; 0 = d. If they differ from d, a linear layer maps the output to d.
+    layers: Count = 1  # Number of GRU layers.
+    embeddings: Annotated[
+        Literal["constrained", "separate"],
+        Field(description='"constrained" = an item has one vector, for input and output; "separate" = one for each.'),
+    ] = "constrained"
+    drop_in: Rate = 0.2  # Dropout rate of the input vectors; 0 = off.
+    drop_out: Rate = 0.2  # Dropout rate of each layer's output; 0 = off.
+    steps: Annotated[
+        Literal["windows", "session-parallel"],
+        Field(
+            description='What a step trains on: whole "windows", or one event of each of several sessions '
+            '("session-parallel").'
+        ),
+    ] = "windows"
+    bptt: Literal["all", "one"] = "all"  # Steps that the gradient goes back with steps=windows: "all" or "one".
+    length: Count = HISTORY_LENGTH  # Number of most recent events per user that the model reads.
+    lr: Positive = 0.006  # Learning rate of Adam.
+    batch: Count = 64  # Windows per training step, or parallel sessions.
+    negatives: Count = 512  # Random negative items per training step, shared by the batch.
+    batch_negatives: CountOrZero = 64  # Number of the batch's own targets that also serve as negatives; 0 = none.
+    alpha: Weight = 0.3  # Exponent of popularity in the sampling of negatives; 0 = uniform, 1 = by popularity.
+    logq: Weight = 0.0  # Multiple of ln P(item is drawn) that is subtracted from its score; 0 = off; loss=xe only.
+    loss: Annotated[
+        Loss,
+        Field(
+            description='Ranking loss "bpr", "top1", "bpr-max" or "top1-max", or "xe" = cross-entropy over the target '
+            "and the negatives."
+        ),
+    ] = "bpr-max"
+    bpreg: Weight = 0.9  # Weight of the squared scores of negatives in the loss; 0 = off; loss=bpr-max only.
+    elu: Weight = 1.0  # Alpha of the ELU that is applied to scores; 0 = off; loss=bpr-max only.
+    std: Positive = 0.04  # Standard deviation of the random values that new vectors start with.
+    categories: CountOrZero = 0  # Number of category embeddings added to the item embeddings; 0 = off.
 
     def __post_init__(self) -> None:
         check_options(self)
 
     def build(self, seed: int) -> "GRU4Rec":
-        """A model without users and items."""
+        """Return a new model without users and items."""
         if self.logq and self.loss != "xe":
-            raise OptionError(f'logq corrects the softmax only, not loss "{self.loss}"; set loss=xe, or logq=0.')
+            raise OptionError(f"logq works with loss=xe only, not with loss={self.loss}. Set loss=xe or logq=0.")
         return GRU4Rec(self, seed)
 
 
-# losses: the target's score (B,), the negatives' (B, N), and which of these are another item than the target (B, N)
+# Losses. Arguments: scores of the target (B,), scores of the negatives (B, N), and which negatives are not the target.
 
 
 def bpr(score_B: Tensor, negative_BN: Tensor, is_other_BN: Tensor) -> Tensor:
@@ -78,15 +98,15 @@ def top1(score_B: Tensor, negative_BN: Tensor, is_other_BN: Tensor) -> Tensor:
 
 
 def top1_max(score_B: Tensor, negative_BN: Tensor, is_other_BN: Tensor) -> Tensor:
-    """sum_j w_j (sigma(r_j - r) + sigma(r_j^2)), w the softmax of the negatives' scores; mean over B."""
+    """sum_j w_j (sigma(r_j - r) + sigma(r_j^2)), with w = softmax of the negatives' scores; mean over B."""
     weight_BN = _log_shares(negative_BN, is_other_BN).exp() * is_other_BN
     return (weight_BN * _top1(score_B, negative_BN)).sum(1).mean()
 
 
 def bpr_max(score_B: Tensor, negative_BN: Tensor, is_other_BN: Tensor, bpreg: float, elu: float = 0.0) -> Tensor:
-    """-ln sum_j w_j sigma(r - r_j) + bpreg sum_j w_j r_j^2, w the softmax of the negatives' scores; mean over B.
+    """-ln sum_j w_j sigma(r - r_j) + bpreg sum_j w_j r_j^2, with w = softmax of the negatives' scores; mean over B.
 
-    `elu`: first each r becomes alpha (e^r - 1) where it is below 0; 0: it stays.
+    `elu`: alpha of the ELU that is applied to all scores first: r < 0 becomes alpha (e^r - 1). 0 = off.
     """
     if elu:
         score_B, negative_BN = F.elu(score_B, elu), F.elu(negative_BN, elu)
@@ -97,7 +117,7 @@ def bpr_max(score_B: Tensor, negative_BN: Tensor, is_other_BN: Tensor, bpreg: fl
 
 
 def ranking_loss(spec: GRU4RecSpec, logits_BN: Tensor, is_other_BN: Tensor) -> Tensor:
-    """The loss that `spec` names, of the target's score and, after it, the negatives'."""
+    """Return the loss that `spec` names. Column 0 of the logits is the target; the others are negatives."""
     score_B, negative_BN = logits_BN[:, 0], logits_BN[:, 1:]
     if spec.loss == "xe":
         return sampled_softmax_loss(logits_BN)
@@ -111,7 +131,7 @@ def _top1(score_B: Tensor, negative_BN: Tensor) -> Tensor:
 
 
 def _log_shares(negative_BN: Tensor, is_other_BN: Tensor) -> Tensor:
-    """ln of the softmax over the negatives."""
+    """Return ln of the softmax over the negatives, shape (B, N)."""
     return torch.log_softmax(negative_BN.masked_fill(~is_other_BN, MASKED), 1)
 
 
@@ -119,22 +139,25 @@ def _masked_mean(value_BN: Tensor, is_other_BN: Tensor) -> Tensor:
     return ((value_BN * is_other_BN).sum(1) / is_other_BN.sum(1).clamp(min=1)).mean()
 
 
-# negatives
+# Negatives.
 
 
 def popularity_distribution(counts_I: Tensor, alpha: float) -> Tensor:
-    """P(i) = n_i^alpha / sum_j n_j^alpha"""
+    """P(i) = n_i^alpha / sum_j n_j^alpha, where n_i is the count of item i."""
     power_I = counts_I.float() ** alpha
     return power_I / power_I.sum(dtype=torch.float64)
 
 
 def smoothed_popularity(counts_I: Tensor, alpha: float) -> Tensor:
-    """(I,) `popularity_distribution` of the items 1, 2, ...; one is added to all counts, so that any may be drawn."""
+    """Return `popularity_distribution` of the items 1, 2, ..., shape (I,).
+
+    All counts are raised by 1, so that every item can be drawn.
+    """
     return popularity_distribution(counts_I[1:] + 1, alpha)
 
 
 def sample_by_quantile(probability_I: Tensor, quantiles_N: Tensor) -> Tensor:
-    """The items, counted from 0, at these points of [0, 1) when each takes up as much of it as its chance."""
+    """Invert the cumulative distribution: return the items, counted from 0, at these quantiles in [0, 1)."""
     edges_I = probability_I.cumsum(0, dtype=torch.float64)
     return torch.searchsorted(edges_I, quantiles_N * edges_I[-1], right=True).clamp_(max=len(probability_I) - 1)
 
@@ -142,7 +165,7 @@ def sample_by_quantile(probability_I: Tensor, quantiles_N: Tensor) -> Tensor:
 class GRU4Rec(nn.Module):
     """A `VectorModel` with K = 1."""
 
-    counts_I: Tensor  # (n_items + 1,) how often each was a target in training
+    counts_I: Tensor  # (n_items + 1,) number of times each item was a training target
 
     def __init__(self, spec: GRU4RecSpec, seed: int) -> None:
         super().__init__()
@@ -150,7 +173,7 @@ class GRU4Rec(nn.Module):
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.moments: dict[str, Tensor] = {}
         self.items = EmbeddingTable(spec.d, spec.std, stream_seed(seed, "items"), spec.categories)
-        self.taken: EmbeddingTable | None = None  # vectors of items as input, where they are not those of the output
+        self.taken: EmbeddingTable | None = None  # input vectors, if they differ from the output vectors
         if spec.embeddings == "separate":
             self.taken = EmbeddingTable(spec.d, spec.std, stream_seed(seed, "taken"), spec.categories)
         self.register_buffer("counts_I", torch.zeros(1, dtype=torch.int64))
@@ -163,11 +186,11 @@ class GRU4Rec(nn.Module):
                 if "bias" in name:
                     nn.init.zeros_(weights)
                 else:
-                    for part in weights.detach().split(hidden if "layers" in name else spec.d):  # each gate by itself
+                    for part in weights.detach().split(hidden if "layers" in name else spec.d):  # each gate on its own
                         nn.init.xavier_uniform_(part)
 
     def grow(self, n_users: int, n_items: int) -> None:
-        """Make room for new users and items."""
+        """Add rows for new users and items."""
         self.counts_I = F.pad(self.counts_I, (0, n_items - self.n_items))
         self.n_users, self.n_items = n_users, n_items
         self.items.grow(n_items)
@@ -175,7 +198,7 @@ class GRU4Rec(nn.Module):
             self.taken.grow(n_items)
 
     def forward(self, batch: Batch) -> Forward:
-        """The loss at each position that has a target."""
+        """Return the mean loss over the positions that have a target."""
         assert batch.targets_BT is not None and batch.negatives_N is not None
         is_target_BT = (batch.history_BT > 0) & (batch.targets_BT > 0)
         target_B = batch.targets_BT[is_target_BT]
@@ -203,7 +226,7 @@ class GRU4Rec(nn.Module):
         return Forward(loss, user_BD[:, None], target_BD, logits_BN, states=states)
 
     def _sample_negatives(self, uniform_N: Tensor) -> Tensor:
-        """As many items drawn by popularity, one from each of N equal parts of it; `uniform_N` where all are alike."""
+        """Draw N items by popularity, one from each of N equal quantile ranges. With alpha = 0, return `uniform_N`."""
         if not self.spec.alpha:
             return uniform_N
         n = len(uniform_N)
@@ -212,7 +235,10 @@ class GRU4Rec(nn.Module):
         return 1 + sample_by_quantile(probability_I, (torch.arange(n) + offset_N) / n)
 
     def _log_probabilities(self, target_B: Tensor, negative_N: Tensor, n_batch_negatives: int) -> Tensor:
-        """(B, 1 + N) logq ln P: by popularity of targets, own ones too; to the power alpha of those drawn."""
+        """Return logq ln P of the target and the negatives, shape (B, 1 + N).
+
+        P is the popularity of an item. For sampled negatives, it is popularity to the power alpha.
+        """
         target_log_I = smoothed_popularity(self.counts_I, 1.0).log()
         sampled_log_I = smoothed_popularity(self.counts_I, self.spec.alpha).log()
         sampled_N, targets_N = negative_N.split([len(negative_N) - n_batch_negatives, n_batch_negatives])
@@ -221,20 +247,20 @@ class GRU4Rec(nn.Module):
         return self.spec.logq * log_BN.float()
 
     def _outputs(self, items_BTD: Tensor, real_BT: Tensor) -> Tensor:
-        """(B, T, D) the output at each position; where that is padding, the one before it."""
+        """Return the output at each position, (B, T, D). Padding repeats the output of the event before it."""
         drop_in, drop_out = (self.spec.drop_in, self.spec.drop_out) if self.training else (0.0, 0.0)
-        order_BT = torch.argsort(~real_BT, dim=1, stable=True)  # padding last, where nothing comes after it
+        order_BT = torch.argsort(~real_BT, dim=1, stable=True)  # padding goes last, where it affects no output
         x_BTH = items_BTD.gather(1, order_BT[..., None].expand_as(items_BTD))
         x_BTH = F.dropout(x_BTH, drop_in, self.training)
         for layer in self.layers:
             x_BTH = F.dropout(self._layer_states(layer, x_BTH), drop_out, self.training)
         if self.last is not None:
             x_BTH = self.last(x_BTH)
-        place_BT = (real_BT.cumsum(1) - 1).clamp(min=0)
-        return x_BTH.gather(1, place_BT[..., None].expand_as(x_BTH))
+        position_BT = (real_BT.cumsum(1) - 1).clamp(min=0)
+        return x_BTH.gather(1, position_BT[..., None].expand_as(x_BTH))
 
     def _layer_states(self, layer: nn.Module, x_BTH: Tensor) -> Tensor:
-        """(B, T, H) the states of one layer; the first one starts from 0."""
+        """Return the states of one layer after each event, shape (B, T, H). The initial state is 0."""
         start_1BH = (x_BTH[:, :1, :1] * 0).transpose(0, 1).expand(-1, -1, self.spec.hidden or self.spec.d)
         if self.spec.bptt == "all" or not self.training:
             states_BTH: Tensor = layer(x_BTH, start_1BH.contiguous())[0]
@@ -246,9 +272,9 @@ class GRU4Rec(nn.Module):
         return steps_N1H.view(*x_BTH.shape[:2], -1)
 
     def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
-        """`user_vectors` of a history whose items have these vectors, with gradients.
+        """Return the user vectors (B, 1, D), with gradients, of histories whose items have the vectors `items_BTD`.
 
-        Where the input has a table of its own, these vectors do not matter: the gradients reach its rows of the step.
+        With embeddings="separate", `items_BTD` is ignored, and gradients reach the input vectors of the step.
         """
         if batch.history_BT.shape[1] == 0:
             return torch.zeros(len(batch), 1, self.spec.d)
@@ -260,9 +286,9 @@ class GRU4Rec(nn.Module):
 
 
 def read_next(model: GRU4Rec, items_BD: Tensor, lanes: SessionLanes) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """(B, D) the output after one more event in each lane, and the (B, H) states of the layers after it.
+    """Advance each session by one event. Return the outputs (B, D) and the new states (B, H) of the layers.
 
-    No gradient reaches the steps before.
+    No gradient reaches earlier steps.
     """
     spec = model.spec
     drop_in, drop_out = (spec.drop_in, spec.drop_out) if model.training else (0.0, 0.0)

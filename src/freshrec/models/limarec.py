@@ -1,11 +1,13 @@
-"""LimaRec-style: K interests a user, each a query of its own to one layer of causal linear attention over the history.
+"""LimaRec-style: several interests per user, each with its own query to causal linear attention over the history.
 
-After Wu et al., "Rethinking Lifelong Sequential Recommendation with Incremental Multi-Interest Attention", of which we
-had the abstract and what IMSR says of it: a state that each event updates, several interests, no recurrent net. The
-rest is our construction. It is meant to be trained on the base block and then frozen, while interests follow events.
-Differs from the paper: a user's state is read from the last `length` events, not carried for life (within that length
-the two are equal); one layer; every position learns, the next item by sampled softmax. Items that come after the first
-training start at 0 and are passed over in histories until they are trained.
+After Wu et al., "Rethinking Lifelong Sequential Recommendation with Incremental Multi-Interest Attention". We had only
+the abstract and the summary in the IMSR paper: a state that each event updates, several interests, and no recurrent
+network. The rest is our own design. The model is meant to be trained on the base block and then frozen, while the
+interests follow new events. Differs from the paper:
+
+- A user's state is computed from the last `length` events, not carried for life. Within that length both are equal.
+- There is one layer. Every position is trained to predict the next item, by sampled softmax.
+- Items that arrive after the first training start at 0. Histories skip them until they are trained.
 """
 
 from dataclasses import dataclass
@@ -21,37 +23,37 @@ from freshrec.nn.layers import attend, has_vector, sampled_logits, sampled_softm
 from freshrec.random_streams import global_stream, stream_seed
 from freshrec.types import Batch, Forward
 
-EPS = 1e-9  # keeps 0 / 0, of a history without items, at 0
+EPS = 1e-9  # makes 0 / 0 = 0 for a history without items
 
 
 @dataclass(frozen=True)
 class LimaRecSpec:
     """Options of the LimaRec-style model."""
 
-    k: Count = 4  # interests
-    d: Count = 64
-    attention: Literal["hard", "soft"] = "soft"  # "soft": all interests learn from a target; "hard": the closest one
-    decay: Rate = 0.0  # share of the attention's state that each event takes away
-    length: Count = 100
-    lr: Positive = 0.003  # as good as 0.001, in half the epochs
-    batch: Count = 128  # windows, each with up to `length` targets
-    negatives: Count = 512
-    std: Positive = 0.1
-    categories: CountOrZero = 0  # room for so many, of items; 0: they are not looked at
+    k: Count = 4  # Number of interests per user.
+    d: Count = 64  # Dimensions of the user and item vectors.
+    attention: Literal["hard", "soft"] = "soft"  # Interests that a target trains: the closest ("hard") or all ("soft").
+    decay: Rate = 0.0  # Share of the attention state that each new event removes; 0 = off.
+    length: Count = 100  # Number of most recent events per user that the model reads.
+    lr: Positive = 0.003  # Learning rate of Adam; as good as 0.001, in half the epochs.
+    batch: Count = 128  # Windows per training step, each with up to `length` targets.
+    negatives: Count = 512  # Random negative items per training step, shared by the batch.
+    std: Positive = 0.1  # Standard deviation of the random values that new vectors start with.
+    categories: CountOrZero = 0  # Number of category embeddings added to the item embeddings; 0 = off.
 
     def __post_init__(self) -> None:
         check_options(self)
 
     def build(self, seed: int) -> "LimaRec":
-        """A model without users and items."""
+        """Return a new model without users and items."""
         return LimaRec(self, seed)
 
 
 def linear_attention(queries_BPKD: Tensor, keys_BTD: Tensor, values_BTD: Tensor, weights_BPT: Tensor) -> Tensor:
-    """(B, P, K, D) o = sum_s w_s phi(q) phi(k_s) v_s / sum_s w_s phi(q) phi(k_s), phi = elu + 1; K queries at P places.
+    """o = sum_s w_s phi(q) phi(k_s) v_s / sum_s w_s phi(q) phi(k_s), with phi = elu + 1; shape (B, P, K, D).
 
-    Equals phi(q) S / phi(q) z with the running sums S = sum_s w_s phi(k_s) v_s^T and z = sum_s w_s phi(k_s), without
-    keeping a (D, D) matrix for each place.
+    There are K queries q at each of P positions. The result equals phi(q) S / phi(q) z with the running sums
+    S = sum_s w_s phi(k_s) v_s^T and z = sum_s w_s phi(k_s). It needs no (D, D) matrix for each position.
     """
     n_queries = queries_BPKD.shape[1:3]
     kernel_BNT = (F.elu(queries_BPKD) + 1).flatten(1, 2) @ (F.elu(keys_BTD) + 1).transpose(1, 2)
@@ -62,7 +64,10 @@ def linear_attention(queries_BPKD: Tensor, keys_BTD: Tensor, values_BTD: Tensor,
 
 
 class LinearAttentionLayer(nn.Module):
-    """Attention with K query maps, then feed-forward; residuals and norms after each, shared by the interests."""
+    """Linear attention with K query maps, then a feed-forward layer.
+
+    Each is followed by a residual connection and a layer norm, which all interests share.
+    """
 
     def __init__(self, k: int, d: int) -> None:
         super().__init__()
@@ -73,7 +78,7 @@ class LinearAttentionLayer(nn.Module):
         self.between, self.last = nn.LayerNorm(d), nn.LayerNorm(d)
 
     def forward(self, query_items_BPD: Tensor, items_BTD: Tensor, weights_BPT: Tensor) -> Tensor:
-        """(B, P, K, D) interests at positions with item `query_items_BPD`, items weighted by `weights_BPT`."""
+        """Return the interests (B, P, K, D) at P positions, from their item vectors and the weights of all items."""
         queries_BPKD = self.query(query_items_BPD).unflatten(2, (self.k, -1))
         attended_BPKD = linear_attention(queries_BPKD, self.key(items_BTD), self.value(items_BTD), weights_BPT)
         y_BPKD = self.between(query_items_BPD[:, :, None] + attended_BPKD)
@@ -82,7 +87,7 @@ class LinearAttentionLayer(nn.Module):
 
 
 class LimaRec(nn.Module):
-    """An `EncodingModel` with K interests, which no strategy carries from span to span."""
+    """An `EncodingModel` with K interests per user. No strategy stores them between spans."""
 
     batch_format = "window"
 
@@ -95,12 +100,12 @@ class LimaRec(nn.Module):
             self.layer = LinearAttentionLayer(spec.k, spec.d)
 
     def grow(self, n_users: int, n_items: int) -> None:
-        """Make room for new users and items; items that come late have no vector until they are trained."""
+        """Add rows for new users and items. The vector of a later item stays 0 until it is trained."""
         self.n_users, self.n_items = n_users, n_items
         grow_with_zeros(self.items, n_items)
 
     def forward(self, batch: Batch) -> Forward:
-        """Sampled softmax at each position that has a target, under the label-aware mix of the interests there."""
+        """Return the sampled softmax loss over all positions with a target, with label-aware attention."""
         assert batch.targets_BT is not None and batch.negatives_N is not None
         real_BT, negative_N = batch.history_BT > 0, batch.negatives_N
         is_target_BT = real_BT & (batch.targets_BT > 0)
@@ -113,13 +118,16 @@ class LimaRec(nn.Module):
         return Forward(sampled_softmax_loss(logits_BN), vectors_BKD, target_BD, logits_BN)
 
     def _decay_weights(self, event_number_BP: Tensor, real_BT: Tensor) -> Tensor:
-        """(B, P, T): (1 - decay)^(events since) of each item, for places that are the n-th event of their user."""
+        """(1 - decay)^(number of later events) of each item, seen from P positions; shape (B, P, T).
+
+        `event_number_BP` is the number of the user's events up to and including a position.
+        """
         age_BPT = event_number_BP[:, :, None] - real_BT.cumsum(1)[:, None]
         weights_BPT: Tensor = (1 - self.spec.decay) ** age_BPT.clamp(min=0)
         return weights_BPT * real_BT[:, None]
 
     def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
-        """`user_vectors` of a history whose items have these vectors, with gradients."""
+        """Return the user vectors (B, K, D), with gradients, of histories whose items have the vectors `items_BTD`."""
         n_steps = batch.history_BT.shape[1]
         if n_steps == 0:
             return torch.zeros(len(batch), self.spec.k, self.spec.d)

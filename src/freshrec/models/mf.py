@@ -1,4 +1,4 @@
-"""Matrix factorisation: one vector a user, one an item, trained with a sampled softmax."""
+"""Matrix factorisation: one vector per user and one per item, trained with a sampled softmax."""
 
 from dataclasses import dataclass
 
@@ -14,26 +14,26 @@ from freshrec.types import Batch, Forward
 
 @dataclass(frozen=True)
 class MFSpec:
-    """Options of MF."""
+    """Options of matrix factorisation."""
 
-    d: Count = 64
-    length: Count = HISTORY_LENGTH  # kept events a user; the model itself does not read them
-    lr: Positive = 0.005
-    batch: Count = 1024
-    negatives: Count = 512
-    std: Positive = 0.1
-    categories: CountOrZero = 0  # room for so many, of items; 0: they are not looked at
+    d: Count = 64  # Dimensions of the user and item vectors.
+    length: Count = HISTORY_LENGTH  # Number of most recent events kept per user; the model itself does not read them.
+    lr: Positive = 0.005  # Learning rate of Adam.
+    batch: Count = 1024  # Events per training step.
+    negatives: Count = 512  # Random negative items per training step, shared by the batch.
+    std: Positive = 0.1  # Standard deviation of the random values that new vectors start with.
+    categories: CountOrZero = 0  # Number of category embeddings added to the item embeddings; 0 = off.
 
     def __post_init__(self) -> None:
         check_options(self)
 
     def build(self, seed: int) -> "MF":
-        """A model without users and items."""
+        """Return a new model without users and items."""
         return MF(self, seed)
 
 
 class MF(nn.Module):
-    """A `VectorModel` with K = 1; it knows users, not histories, so a click counts only after an update."""
+    """A `VectorModel` with K = 1. It reads no histories, so a click has no effect until the next update."""
 
     batch_format = "pair"
 
@@ -45,13 +45,13 @@ class MF(nn.Module):
         self.items = EmbeddingTable(spec.d, spec.std, stream_seed(seed, "items"), spec.categories)
 
     def grow(self, n_users: int, n_items: int) -> None:
-        """Make room for new users and items."""
+        """Add rows for new users and items."""
         self.n_users, self.n_items = n_users, n_items
         self.users.grow(n_users)
         self.items.grow(n_items)
 
     def forward(self, batch: Batch) -> Forward:
-        """Sampled softmax of the target."""
+        """Return the sampled softmax loss of the targets."""
         assert batch.targets_BT is not None and batch.negatives_N is not None
         target_B, negative_N = batch.targets_BT[:, 0], batch.negatives_N
         user_BD = self.users.lookup(batch.users_B)
@@ -60,9 +60,9 @@ class MF(nn.Module):
         return Forward(sampled_softmax_loss(logits_BN), user_BD[:, None], target_BD, logits_BN)
 
     def user_vectors(self, batch: Batch) -> Tensor:
-        """(B, 1, D); zero for users that are not known yet."""
+        """Return the user vectors (B, 1, D); 0 for unknown users."""
         return self.users.weights[torch.where(batch.users_B <= self.n_users, batch.users_B, 0)][:, None]
 
     def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
-        """The users' rows (B, 1, D), with gradients; what is in the history does not matter."""
+        """Return the user vectors (B, 1, D), with gradients. The histories are not read."""
         return self.users.lookup(batch.users_B)[:, None]

@@ -1,6 +1,6 @@
-"""MF with biases: how likely a user takes an item, from one vector a user, one an item, and how each is inclined.
+"""Biased matrix factorisation: predicts clicks from a vector and a bias per user and per item.
 
-Differs from the MF of ASMG's study: where the log has no labels, each event gets one random item as its negative.
+Differs from the MF of ASMG's study: if the log has no labels, each event gets one random negative item.
 """
 
 from dataclasses import dataclass
@@ -18,25 +18,25 @@ from freshrec.types import Batch, Forward
 
 @dataclass(frozen=True)
 class BiasedMFSpec:
-    """Options of MF with biases."""
+    """Options of biased matrix factorisation."""
 
-    d: Count = 8  # of each vector, beside its bias
-    length: Count = 30  # kept events a user; the model itself does not read them
-    lr: Positive = 0.001
-    batch: Count = 1024
-    negatives: Count = 1024  # drawn for a batch, where the log has no labels: each row takes one of them
-    std: Positive = 0.1  # of the vectors; biases start at 0
+    d: Count = 8  # Dimensions of the user and item vectors, without the bias.
+    length: Count = 30  # Number of most recent events kept per user; the model itself does not read them.
+    lr: Positive = 0.001  # Learning rate of Adam.
+    batch: Count = 1024  # Events per training step.
+    negatives: Count = 1024  # Random items per training step if the log has no labels; each event uses one of them.
+    std: Positive = 0.1  # Standard deviation of the random values that new vectors start with; biases start at 0.
 
     def __post_init__(self) -> None:
         check_options(self)
 
     def build(self, seed: int) -> "BiasedMF":
-        """A model without users and items."""
+        """Return a new model without users and items."""
         return BiasedMF(self, seed)
 
 
 class BiasedMF(nn.Module):
-    """A `ClickModel`; the last number of each row is its bias, so that a strategy that maps rows maps it too."""
+    """A `ClickModel`. The last number of each row is its bias, so strategies that transform rows transform it too."""
 
     batch_format = "click"
 
@@ -48,7 +48,7 @@ class BiasedMF(nn.Module):
         self.items = EmbeddingTable(spec.d + 1, spec.std, stream_seed(seed, "items"))
 
     def grow(self, n_users: int, n_items: int) -> None:
-        """Make room for new users and items, without inclinations."""
+        """Add rows for new users and items. Their biases start at 0."""
         self.users.grow(n_users)
         self.items.grow(n_items)
         self.users.weights[self.n_users + 1 :, -1] = 0.0
@@ -56,7 +56,7 @@ class BiasedMF(nn.Module):
         self.n_users, self.n_items = n_users, n_items
 
     def forward(self, batch: Batch) -> Forward:
-        """Mean binary cross-entropy of the labels; without labels, of the target and of a random item beside it."""
+        """Return the mean binary cross-entropy. Without labels, the target counts as 1 and a random item as 0."""
         candidates_BN, label_BN = labelled_candidates(batch, self.n_items)
         user_BE = self.users.lookup(batch.users_B)
         items_BNE = self.items.lookup(candidates_BN)
@@ -64,17 +64,20 @@ class BiasedMF(nn.Module):
         return Forward(F.binary_cross_entropy_with_logits(logits_BN, label_BN), logits_BN=logits_BN)
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
-        """The log-odds that the user takes each item: p_u q_i + b_u + b_i, without what is not known yet."""
+        """p_u q_i + b_u + b_i, the log-odds that the user takes each item, shape (B, N).
+
+        The vector and the bias of an unknown user or item are 0.
+        """
         user_BE = self.users.weights[torch.where(batch.users_B <= self.n_users, batch.users_B, 0)]
         return _logits(user_BE, self.items.weights[torch.where(items <= self.n_items, items, 0)])
 
     def click_probabilities(self, batch: Batch, items: Tensor) -> Tensor:
-        """(B, N) how likely the user takes each item."""
+        """Return the probability that the user takes each item, shape (B, N)."""
         return torch.sigmoid(self.score(batch, items))
 
 
 def _logits(user_BE: Tensor, items: Tensor) -> Tensor:
-    """(B, N) of items (N, E) shared or (B, N, E)."""
+    """Return the logits (B, N) of items (N, E), shared by all rows, or (B, N, E)."""
     items = items if items.ndim == 3 else items.expand(len(user_BE), -1, -1)
     products_BN = torch.bmm(items[..., :-1], user_BE[:, :-1, None])[..., 0]
     return products_BN + user_BE[:, -1:] + items[..., -1]

@@ -1,6 +1,7 @@
-"""MIND as IMSR restates it: shared transform, noisy routing, soft label attention with a power (see multi_interest.py).
+"""MIND as restated in the IMSR paper: one shared transform, noisy routing, and soft label attention with a power.
 
-Differs from ComiRec-DR by the noise in the routing logits while training, and by the soft attention.
+These are options of multi_interest.py. Differs from ComiRec-DR by noise in the routing logits during training, and by
+soft attention.
 """
 
 from freshrec.models.multi_interest import InterestSpec

@@ -1,13 +1,14 @@
-"""Models with several interests a user: items -> interests (routing or self-attention) -> label-aware attention.
+"""MIND and ComiRec as restated in the IMSR paper: several interests per user, by routing or self-attention.
 
 Symbols of the paper: e_i -> items_BTD, W -> transform_DD, h_k -> vectors_BKD, c_ik -> share_BTK, W_1 -> inner_AD,
-W_u -> queries_KA. The specs in mind.py and comirec.py say which extractor, and with which options.
+W_u -> queries_KA. The options of each model are in mind.py and comirec.py.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from freshrec.config import HISTORY_LENGTH, Count, CountOrZero, Positive, Weight, check_options
@@ -23,50 +24,53 @@ from freshrec.types import Batch, Forward
 class InterestSpec:
     """Options of MIND, ComiRec-DR and ComiRec-SA.
 
-    Defaults are what validation targets prefer (docs/diary.md), not the paper's: attention="soft" is the paper's.
+    The defaults were chosen on validation targets (docs/diary.md). The paper has attention="soft".
     """
 
-    extractor: Literal["routing", "attention"] = "routing"
-    k: Count = 4  # interests of a newcomer
-    k_max: Count = 12  # no user ever has more
-    d: Count = 64
-    attention: Literal["hard", "soft"] = "hard"  # "hard": the closest interest learns; "soft": all do
-    power: Positive = 1.0  # of the soft attention's logits (MIND's p)
-    noise: Weight = 0.0  # of the routing logits of users without stored interests, in training (MIND: 1)
-    iterations: Count = 3  # of the routing
-    recency: bool = True  # weigh history items in the routing by a learnt decay of their age
-    inner: Count = 1  # d_a / d of the self-attention; ComiRec has 4, which is 4 x slower
-    length: Count = HISTORY_LENGTH  # history items looked at
-    lr: Positive = 0.015
-    batch: Count = 256
-    negatives: Count = 512
-    std: Positive = 0.1  # of new item vectors
-    categories: CountOrZero = 0  # room for so many, of items; 0: they are not looked at
+    extractor: Annotated[
+        Literal["routing", "attention"],
+        Field(description='Extraction of interests: "routing" (MIND, ComiRec-DR) or self-"attention" (ComiRec-SA).'),
+    ] = "routing"
+    k: Count = 4  # Number of interests of a new user; at most k_max.
+    k_max: Count = 12  # Maximum number of interests per user.
+    d: Count = 64  # Dimensions of the user and item vectors.
+    attention: Literal["hard", "soft"] = "hard"  # Interests that a target trains: the closest ("hard") or all ("soft").
+    power: Positive = 1.0  # Exponent of the logits of soft attention (p in MIND); 1 = no change.
+    noise: Weight = 0.0  # Standard deviation of noise on the routing logits of new users in training; 0 = off.
+    iterations: Count = 3  # Number of routing iterations.
+    recency: bool = True  # Whether routing weights decay with the age of the item, at a learned rate.
+    inner: Count = 1  # Width of the self-attention, as a multiple of d; ComiRec has 4, which takes 4 times as long.
+    length: Count = HISTORY_LENGTH  # Number of most recent events per user that the model reads.
+    lr: Positive = 0.015  # Learning rate of Adam.
+    batch: Count = 256  # Targets per training step.
+    negatives: Count = 512  # Random negative items per training step, shared by the batch.
+    std: Positive = 0.1  # Standard deviation of the random values that new vectors start with.
+    categories: CountOrZero = 0  # Number of category embeddings added to the item embeddings; 0 = off.
 
     def __post_init__(self) -> None:
         check_options(self)
 
     def build(self, seed: int) -> "InterestNet":
-        """A model without users and items. OptionError where k is above k_max."""
+        """Return a new model without users and items. Raises OptionError if k is above k_max."""
         if self.k > self.k_max:
-            raise OptionError(f"k must be between 1 and k_max = {self.k_max}, not {self.k}.")
+            raise OptionError(f"k = {self.k} is above k_max = {self.k_max}. Set a smaller k or a larger k_max.")
         return InterestNet(self, seed)
 
 
 @dataclass(frozen=True)
 class InitialInterests:
-    """Where extraction starts from: a user's stored interests, or the initial ones."""
+    """Starting points of the extraction: the stored interests of a user, or the initial ones."""
 
     vectors_BKD: Tensor
-    alive_BK: Tensor | None  # None: all of them
-    is_newcomer_B: Tensor | None  # has nothing stored; None: nobody has
+    alive_BK: Tensor | None  # None = all
+    is_newcomer_B: Tensor | None  # whether a user has no stored interests; None = no user
 
 
 class DynamicRouting(nn.Module):
     """Behaviour-to-interest dynamic routing with one shared transform, starting from each user's stored interests.
 
-    Differs from the paper: the vote of an item is a softmax over interests, and routing does not start from zeros (with
-    one shared transform all interests would stay identical). Gradients flow through the last iteration only.
+    Differs from the paper: the votes of an item are a softmax over the interests. Routing does not start from zeros,
+    because all interests would stay identical with one shared transform. Only the last iteration has gradients.
     """
 
     def __init__(self, d: int, iterations: int, noise: float, recency: bool) -> None:
@@ -80,14 +84,14 @@ class DynamicRouting(nn.Module):
     def forward(self, items_BTD: Tensor, real_BT1: Tensor, start: InitialInterests) -> Tensor:
         """h_k = squash(sum_i c_ik W e_i), c_i = softmax over k of the summed votes W e_i . h_k [IMSR eq. 4].
 
-        W e_i [IMSR eq. 3] is never formed: W is applied to the K interests, not to the T items.
+        W e_i [IMSR eq. 3] is not computed itself: W is applied to the K interests, not to the T items.
         """
         W = self.transform_DD
         real_B1T = real_BT1.transpose(1, 2)
         if self.log_fading is not None:
             age_T = torch.arange(items_BTD.shape[1] - 1, -1, -1)
             real_B1T = real_B1T * torch.exp(-self.log_fading.exp() * age_T)
-        with torch.no_grad():  # softmax along the middle dimension is 10 x faster than along a short last one
+        with torch.no_grad():  # softmax over the middle dimension is 10 times as fast as over a short last one
             votes_BKT = torch.bmm(start.vectors_BKD @ W, items_BTD.transpose(1, 2))
             if self.noise and self.training:
                 noise_BKT = self.noise * torch.randn_like(votes_BKT)
@@ -105,10 +109,10 @@ class DynamicRouting(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Interests as attention-weighted sums of the items; one learnt query per interest, shared by all users.
+    """Interests as attention-weighted sums of the items, with one learned query per interest.
 
-    Differs from the paper: W_u is shared (per-user queries would need d_a K floats for every user), positions enter the
-    weights, padding is masked.
+    Differs from the paper: all users share W_u, because queries per user would need d_a K floats for every user.
+    Positions enter the weights, and padding is masked.
     """
 
     def __init__(self, d: int, d_inner: int, k_max: int, length: int, rng: torch.Generator) -> None:
@@ -145,22 +149,22 @@ class InterestNet(nn.Module):
         else:
             rng = stream(seed, "self-attention")
             self.extract = SelfAttention(spec.d, spec.inner * spec.d, spec.k_max, spec.length, rng)
-        # random directions of norm below 1: with norm sqrt(d), new interests would grab every item
+        # random directions with a norm below 1: with norm sqrt(d), new interests would attract every item
         self.register_buffer("starts_KD", squash(normal((spec.k_max, spec.d), stream(seed, "initial interests"))))
 
     starts_KD: Tensor
 
     def grow(self, n_users: int, n_items: int) -> None:
-        """Make room for new users and items."""
+        """Add rows for new users and items."""
         self.n_users, self.n_items = n_users, n_items
         self.items.grow(n_items)
 
     def initial_interests(self, n: int) -> Tensor:
-        """(n, D): where the first n interests of a newcomer start."""
+        """Return the starting points (n, D) of the first n interests of a new user."""
         return self.starts_KD[:n]
 
     def forward(self, batch: Batch) -> Forward:
-        """Sampled softmax of the target under the label-aware mix of the user's interests."""
+        """Return the sampled softmax loss of the targets, with label-aware attention over the interests."""
         assert batch.targets_BT is not None and batch.negatives_N is not None
         target_B, negative_N = batch.targets_BT[:, 0], batch.negatives_N
         history_BTD, target_BD, negatives_ND = lookup_many(self.items, batch.history_BT, target_B, negative_N)
@@ -184,11 +188,11 @@ class InterestNet(nn.Module):
 
     @property
     def has_ordered_interests(self) -> bool:
-        """Whether only a user's last interests may be dropped."""
+        """Whether only the last interests of a user may be removed."""
         return bool(self.extract.has_ordered_interests)
 
     def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
-        """`user_vectors` of a history whose items have these vectors, with gradients."""
+        """Return the user vectors (B, K, D), with gradients, of histories whose items have the vectors `items_BTD`."""
         vectors_BKD = self._extract_interests(items_BTD, batch)
         if batch.alive_BK is None:
             return vectors_BKD

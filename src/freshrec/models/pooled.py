@@ -1,6 +1,7 @@
-"""Pooled: the mean of the history's item vectors, older ones weighing less; each position predicts the next item.
+"""Pooled: a user is the mean of the vectors of the history's items, with a learned decay by age.
 
-No attention and no layers: one decay is learnt, and two vectors an item: as what was taken, and as what may be next.
+Each position predicts the next item. There are no attention and no layers. The model learns one decay rate, and two
+vectors per item: one as a history item, and one as a candidate.
 """
 
 from dataclasses import dataclass
@@ -20,24 +21,24 @@ from freshrec.types import Batch, Forward
 class PooledSpec:
     """Options of the pooled model."""
 
-    d: Count = 64
-    length: Count = HISTORY_LENGTH
-    lr: Positive = 0.004
-    batch: Count = 48  # windows, each with up to `length` targets
-    negatives: Count = 512
-    std: Positive = 0.04
-    categories: CountOrZero = 0  # room for so many, of items; 0: they are not looked at
+    d: Count = 64  # Dimensions of the user and item vectors.
+    length: Count = HISTORY_LENGTH  # Number of most recent events per user that the model reads.
+    lr: Positive = 0.004  # Learning rate of Adam.
+    batch: Count = 48  # Windows per training step, each with up to `length` targets.
+    negatives: Count = 512  # Random negative items per training step, shared by the batch.
+    std: Positive = 0.04  # Standard deviation of the random values that new vectors start with.
+    categories: CountOrZero = 0  # Number of category embeddings added to the item embeddings; 0 = off.
 
     def __post_init__(self) -> None:
         check_options(self)
 
     def build(self, seed: int) -> "Pooled":
-        """A model without users and items."""
+        """Return a new model without users and items."""
         return Pooled(self, seed)
 
 
 class Pooled(nn.Module):
-    """A `VectorModel` with K = 1: u = sum_t w_t e_t / sum_t w_t, w_t = exp(-fading age(t)); ages count events."""
+    """A `VectorModel` with K = 1: u = sum_t w_t e_t / sum_t w_t, with w_t = exp(-decay age(t)). Ages are in events."""
 
     batch_format = "window"
 
@@ -50,13 +51,13 @@ class Pooled(nn.Module):
         self.fading = nn.Parameter(torch.tensor(-0.5))  # before softplus
 
     def grow(self, n_users: int, n_items: int) -> None:
-        """Make room for new users and items."""
+        """Add rows for new users and items."""
         self.n_users, self.n_items = n_users, n_items
         self.taken.grow(n_items)
         self.items.grow(n_items)
 
     def forward(self, batch: Batch) -> Forward:
-        """Sampled softmax at each position that has a target."""
+        """Return the sampled softmax loss over all positions with a target."""
         assert batch.targets_BT is not None and batch.negatives_N is not None
         real_BT, negative_N = batch.history_BT > 0, batch.negatives_N
         is_target_BT = real_BT & (batch.targets_BT > 0)
@@ -68,7 +69,7 @@ class Pooled(nn.Module):
         return Forward(sampled_softmax_loss(logits_BN), user_BD[:, None], target_BD, logits_BN)
 
     def _history_weights(self, real_BT: Tensor) -> Tensor:
-        """(B, T, T): of each earlier event at each position; a row adds up to 1, or to 0 where nothing came before."""
+        """Return the weights of past events at each position, (B, T, T). A row sums to 1, or to 0 without events."""
         step_T = torch.arange(real_BT.shape[1])
         age_TT = step_T[:, None] - step_T
         weight_TT = self._decay_weights(age_TT.clamp(min=0)) * (age_TT >= 0)
@@ -77,7 +78,7 @@ class Pooled(nn.Module):
         return weight_BTT / total_BT1.clamp(min=1e-9)
 
     def user_vectors(self, batch: Batch) -> Tensor:
-        """(B, 1, D); zero without history."""
+        """Return the user vectors (B, 1, D); 0 without a history."""
         if batch.history_BT.shape[1] == 0:
             return torch.zeros(len(batch), 1, self.spec.d)
         with torch.no_grad():
@@ -87,5 +88,5 @@ class Pooled(nn.Module):
             return weight_BT[:, None] @ embed(self.taken, batch.history_BT)
 
     def _decay_weights(self, age: Tensor) -> Tensor:
-        """w, of any ages."""
+        """Return w for any ages, which are in events."""
         return torch.exp(-F.softplus(self.fading) * age)

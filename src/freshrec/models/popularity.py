@@ -1,11 +1,12 @@
-"""Popularity: every user is offered the items with the most events. A control: what is below it has learned nothing."""
+"""Recommends the items with the most events. Baseline: a model that scores below it has learned nothing."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from freshrec.config import HISTORY_LENGTH, Count, Positive, check_options
@@ -15,23 +16,29 @@ from freshrec.types import Batch, Events, Histories
 
 @dataclass(frozen=True)
 class PopularitySpec:
-    """Which events count: all of them, only the last window, or all with a weight that halves with age.
+    """Options of popularity.
 
-    One window is as many events as `window` of the first events absorbed, the base block; a sixth is about one span
-    where half of the log is the base and six spans follow. Within a blend it is a sixth of all of the base block, which
-    comes in two parts. Age is counted in events, so that a quiet night forgets nothing.
+    A window is a number of events: the share `window` of the base block, which is the first block absorbed. A sixth is
+    about one span if the base block is half of the log and six spans follow. In a blend, a window is a sixth of the
+    whole base block, which arrives in two parts. Age is counted in events, so that a quiet night changes no weight.
     """
 
-    weighting: Literal["all", "last", "decay"] = "all"
-    half_life: Positive = 1.0  # in windows; "decay" only
-    window: Positive = WINDOW_SHARE  # share of the base block; not for "all"
-    length: Count = HISTORY_LENGTH  # kept events a user; the model itself does not read them
+    weighting: Annotated[
+        Literal["all", "last", "decay"],
+        Field(
+            description='Events that are counted: "all", the "last" window only, '
+            'or all with a weight that halves with age ("decay").'
+        ),
+    ] = "all"
+    half_life: Positive = 1.0  # Events lose half their weight in this number of windows; weighting=decay only.
+    window: Positive = WINDOW_SHARE  # Events per window, as a share of the base block; not used with weighting=all.
+    length: Count = HISTORY_LENGTH  # Number of most recent events kept per user; the model itself does not read them.
 
     def __post_init__(self) -> None:
         check_options(self)
 
     def build(self, seed: int) -> Popularity:
-        """A model without users and items; it has no randomness."""
+        """Return a new model without users and items. The seed is not used."""
         return Popularity(self)
 
 
@@ -42,17 +49,17 @@ class Popularity:
         self.spec = spec
         self.n_users = 0
         self.n_items = 0
-        self.window_events = 0  # 0 until the base block is known; set before, by whoever absorbs that in parts
+        self.window_events = 0  # 0 until the base block is absorbed; a caller that absorbs it in parts sets this first
         self.counts_I = torch.zeros(1, dtype=torch.float64)
-        self.latest_E = torch.zeros(0, dtype=torch.int32)  # the items of the last window, for keep = "last"
+        self.latest_E = torch.zeros(0, dtype=torch.int32)  # items of the last window, for weighting = "last"
 
     def grow(self, n_users: int, n_items: int) -> None:
-        """New items start without events."""
+        """Add rows for new users and items, without events."""
         self.counts_I = torch.cat([self.counts_I, self.counts_I.new_zeros(n_items - self.n_items)])
         self.n_users, self.n_items = n_users, n_items
 
     def absorb(self, events: Events, histories: Histories) -> None:
-        """Count the events; the first ones, the base block, also set the length of a window that nobody has set."""
+        """Count the events. The first block, the base block, also sets the window, unless it is set already."""
         if len(events) == 0:
             return
         if self.window_events == 0:
@@ -70,16 +77,16 @@ class Popularity:
         return torch.bincount(items_E, weights_E, minlength=self.n_items + 1)
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
-        """(B, N): the counts, the same for everybody."""
+        """Return the scores (B, N) of `items`: their counts, the same for all users."""
         scores = self.counts_I[items].float()
         return scores if items.ndim == 2 else scores.repeat(len(batch), 1)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything the model knows."""
+        """Return everything that the model has learned, as tensors by name."""
         sizes = torch.tensor([self.n_users, self.n_items, self.window_events])
         return {"sizes": sizes, "counts_I": self.counts_I, "latest_E": self.latest_E}
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state_dict`."""
+        """Load what `state_dict` returned."""
         self.n_users, self.n_items, self.window_events = tensors["sizes"].tolist()
         self.counts_I, self.latest_E = tensors["counts_I"], tensors["latest_E"]

@@ -1,4 +1,7 @@
-"""What a model must supply, checked before anything is trained. CONTRIBUTING.md, "A new model", says it in words."""
+"""Checks that a model has all required members, before anything is trained.
+
+CONTRIBUTING.md, "A new model", describes these members.
+"""
 
 from collections.abc import Sequence
 from dataclasses import is_dataclass
@@ -19,9 +22,9 @@ BATCH_FORMATS = ("target", "window", "pair", "click", "session-parallel")
 
 
 def build_model(spec: Any, name: str, seed: int = 0) -> Model:
-    """The model of a spec, without users and items. OptionError, with what is missing, where it is no model."""
+    """Return the model of a spec, without users and items. Raises OptionError that names what is missing."""
     if isinstance(spec, type) or not is_dataclass(spec):
-        raise OptionError(f'model "{name}" is no instance of a dataclass; name one, such as MY_MODEL = MySpec().')
+        raise OptionError(f'Model "{name}" is not an instance of a dataclass. Name one, such as MY_MODEL = MySpec().')
     _check_names(f'the options of model "{name}" ({type(spec).__name__})', spec, SPEC)
     model = cast(Any, spec).build(seed)
     label = f'model "{name}" ({type(model).__name__})'
@@ -33,20 +36,29 @@ def build_model(spec: Any, name: str, seed: int = 0) -> Model:
     _check_names(label, model, (*MODEL, *TRAINED))
     if model.batch_format not in BATCH_FORMATS:
         raise OptionError(
-            f'batch_format of {label} is "{model.batch_format}"; it must be one of {", ".join(BATCH_FORMATS)}.'
+            f'The batch_format of {label} is "{model.batch_format}". Use one of {", ".join(BATCH_FORMATS)}.'
         )
-    members = set(dir(model))
+    members = _member_names(model)
     if not members & {"encode", "user_vectors", "score"}:
-        raise OptionError(f"{label} has no encode, user_vectors or score, so that nothing says how items are scored.")
+        raise OptionError(f"No method of {label} scores items. Add encode, user_vectors or score.")
     items = dict(model.named_children()).get("items")
     if members & {"encode", "user_vectors"} and not isinstance(items, EmbeddingTable):
         raise OptionError(
-            f"{label} has no table of item vectors: set self.items = freshrec.nn.embedding_table.EmbeddingTable(...)."
+            f"The table of item vectors is missing in {label}. "
+            "Set self.items = freshrec.nn.embedding_table.EmbeddingTable(...)."
         )
     return cast(Model, model)
 
 
 def _check_names(label: str, instance: object, names: Sequence[str]) -> None:
-    present = set(dir(instance))
-    if missing := [name for name in names if name not in present]:
-        raise OptionError(f'{label} lacks {", ".join(missing)}; CONTRIBUTING.md, "A new model", says what they are.')
+    members = _member_names(instance)
+    if missing := [name for name in names if name not in members]:
+        raise OptionError(f'Missing in {label}: {", ".join(missing)}. CONTRIBUTING.md, "A new model", describes them.')
+
+
+def _member_names(instance: object) -> set[str]:
+    """Return the names of all attributes and methods, the parts of an `nn.Module` included.
+
+    `isinstance` with a protocol does not see these parts from Python 3.12 on, and does not name what is missing.
+    """
+    return set(dir(instance))

@@ -1,16 +1,20 @@
 """SASRec: causal self-attention over the history; each position predicts the next item.
 
-Differs from the paper: negatives are shared by the batch, not one a position, and softmax over them is the default, the
-paper's binary cross-entropy being loss="bce"; positions are counted from the end of the history, so that short
-histories need no padding to the full length. ADER's form learns from the last position only, by the full softmax over
-all known items: predict="last", loss="full".
+Differs from the paper:
+
+- Negatives are shared by the batch, instead of one per position.
+- The default loss is a softmax over the negatives. The paper's binary cross-entropy is loss="bce".
+- Positions are counted from the end of the history, so that short histories need no padding to the full length.
+
+ADER's variant is predict="last", loss="full": it learns from the last position only, by the softmax over all items.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from freshrec.config import HISTORY_LENGTH, Count, CountOrZero, Positive, Rate, check_options
@@ -26,31 +30,37 @@ from freshrec.types import Batch, Forward
 class SASRecSpec:
     """Options of SASRec."""
 
-    d: Count = 64
-    blocks: Count = 1
-    heads: Count = 1  # d is a multiple of it
-    dropout: Rate = 0.2
-    length: Count = HISTORY_LENGTH
-    lr: Positive = 0.003
-    batch: Count = 128  # windows, each with up to `length` targets
-    negatives: Count = 512
-    std: Positive = 0.1
-    categories: CountOrZero = 0  # room for so many, of items; 0: they are not looked at
-    predict: Literal["each", "last"] = "each"  # position learns; "last": one target a history, as ADER's
-    loss: Literal["sampled", "full", "bce"] = "sampled"  # softmax over the negatives or all items; yes or no to each
+    d: Count = 64  # Dimensions of the user and item vectors.
+    blocks: Count = 1  # Number of transformer blocks.
+    heads: Count = 1  # Number of attention heads; d must be a multiple of it.
+    dropout: Rate = 0.2  # Dropout rate of inputs, attention and feed-forward layers; 0 = off.
+    length: Count = HISTORY_LENGTH  # Number of most recent events per user that the model reads.
+    lr: Positive = 0.003  # Learning rate of Adam.
+    batch: Count = 128  # Windows per training step, each with up to `length` targets.
+    negatives: Count = 512  # Random negative items per training step, shared by the batch.
+    std: Positive = 0.1  # Standard deviation of the random values that new vectors start with.
+    categories: CountOrZero = 0  # Number of category embeddings added to the item embeddings; 0 = off.
+    predict: Literal["each", "last"] = "each"  # Positions to predict from in training: "each", or the "last" one only.
+    loss: Annotated[
+        Literal["sampled", "full", "bce"],
+        Field(description='Softmax over negatives ("sampled") or all items ("full"), or binary cross-entropy ("bce").'),
+    ] = "sampled"
 
     def __post_init__(self) -> None:
         check_options(self)
 
     def build(self, seed: int) -> "SASRec":
-        """A model without users and items."""
+        """Return a new model without users and items."""
         if self.d % self.heads:
-            raise OptionError(f"d = {self.d} cannot be shared by {self.heads} heads; make d a multiple of heads.")
+            raise OptionError(f"d = {self.d} cannot be divided by heads = {self.heads}. Set d to a multiple of heads.")
         return SASRec(self, seed)
 
 
 class TransformerBlock(nn.Module):
-    """Attention and feed-forward; as in the authors' code, the residual adds the normalised query, not the input."""
+    """Self-attention, then a feed-forward layer.
+
+    As in the authors' code, the residual connection adds the normalised query, not the input.
+    """
 
     def __init__(self, spec: SASRecSpec) -> None:
         super().__init__()
@@ -60,7 +70,7 @@ class TransformerBlock(nn.Module):
         self.before, self.between = nn.LayerNorm(spec.d, eps=1e-8), nn.LayerNorm(spec.d, eps=1e-8)
 
     def forward(self, x_BTD: Tensor, visible_B1TT: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)"""
+        """Map (B, T, D) to (B, T, D). Each position attends to the positions that are visible to it."""
         q_BTD = self.before(x_BTD)
         n_users, n_steps, d = x_BTD.shape
 
@@ -96,12 +106,12 @@ class SASRec(nn.Module):
             self.last = nn.LayerNorm(spec.d, eps=1e-8)
 
     def grow(self, n_users: int, n_items: int) -> None:
-        """Make room for new users and items."""
+        """Add rows for new users and items."""
         self.n_users, self.n_items = n_users, n_items
         self.items.grow(n_items)
 
     def forward(self, batch: Batch) -> Forward:
-        """Softmax cross-entropy at each position that has a target, or at the last one."""
+        """Return the loss over the positions that have a target, or of the last position."""
         assert batch.targets_BT is not None and batch.negatives_N is not None
         is_target_BT = batch.history_BT > 0
         if self.batch_format == "window":
@@ -120,7 +130,7 @@ class SASRec(nn.Module):
         return Forward(loss, user_BD[:, None], target_BD, logits_BN)
 
     def _full_softmax_forward(self, batch: Batch, is_target_BT: Tensor, target_B: Tensor) -> Forward:
-        """Cross-entropy over all known items; it moves every row of the table."""
+        """Return the cross-entropy over all known items, which changes every row of the table."""
         rows_RD = self.items.lookup_all()
         history_BTD = F.embedding(batch.history_BT, rows_RD)
         user_BD = self._hidden_states(history_BTD, batch.history_BT > 0)[is_target_BT]
@@ -131,7 +141,7 @@ class SASRec(nn.Module):
         x_BTD = items_BTD * self.spec.d**0.5 + self.positions_TD[self.spec.length - n_steps :]
         x_BTD = F.dropout(x_BTD, drop, self.training) * real_BT[..., None]
         past_TT = torch.ones(n_steps, n_steps, dtype=torch.bool).tril()
-        itself_TT = torch.eye(n_steps, dtype=torch.bool)  # so that padding has something to look at
+        itself_TT = torch.eye(n_steps, dtype=torch.bool)  # padding attends to itself, else its softmax has no input
         visible_B1TT = (past_TT & (real_BT[:, None, :] | itself_TT))[:, None]
         for block in self.blocks:
             x_BTD = block(x_BTD, visible_B1TT) * real_BT[..., None]
@@ -139,7 +149,7 @@ class SASRec(nn.Module):
         return out
 
     def encode(self, items_BTD: Tensor, batch: Batch) -> Tensor:
-        """`user_vectors` of a history whose items have these vectors, with gradients."""
+        """Return the user vectors (B, 1, D), with gradients, of histories whose items have the vectors `items_BTD`."""
         if batch.history_BT.shape[1] == 0:
             return torch.zeros(len(batch), 1, self.spec.d)
         real_BT = batch.history_BT > 0

@@ -1,17 +1,19 @@
-"""Session-kNN: sessions are offered what the sessions most like them hold. SKNN, S-SKNN, V-SKNN and STAN are options.
+"""Session-kNN: recommends the items of the most similar sessions. SKNN, S-SKNN, V-SKNN and STAN are sets of options.
 
-A session is a user row, as the protocols of sessions number them; its update is an index update. The methods are those
-of Ludewig and Jannach (2018) and, for STAN, of Garg et al. (2019); the defaults those of the library session-rec.
+A session is a user row, because session-based evaluation numbers sessions like users. An update only changes the index.
+The methods are those of Ludewig and Jannach (2018) and, for STAN, of Garg et al. (2019). The defaults are those of the
+library session-rec.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from scipy import sparse
 from torch import Tensor
 
@@ -21,42 +23,58 @@ from freshrec.nn.sparse import Float64Array, Int64Array, pack_keys, select_score
 from freshrec.types import Batch, Events, Histories
 
 DAY = 86_400_000_000  # microseconds
-MAX_AGE = 60.0  # ages end here, in units of lambda2: exp(-60) leaves single precision room for the other factors
+MAX_AGE = 60.0  # largest age, in units of lambda2: exp(-60) times all other factors is above 0 in single precision
 NO_TIME = np.iinfo(np.int64).min
 
 
 @dataclass(frozen=True)
 class SKNNSpec:
-    """Which sessions are neighbours, and what each of them says. All factors multiply; the defaults leave them out.
+    """Options of session-kNN: which sessions are neighbours, and how much each of them counts.
 
-    Position p counts from 1 in a query of |s| events; of an item that comes again, the last position counts.
+    All factors multiply, and the defaults switch them off. The query, which is the current session, has n events. They
+    have the positions p = 1, ..., n. An item that occurs several times has its last position.
     """
 
-    k: Count = 100  # neighbours
-    sample: Count = 1000  # of the sessions that share an item, the latest so many are compared
-    length: Count = HISTORY_LENGTH  # last events of a session that are looked at
-    last_n: CountOrZero = 0  # only sessions with events in the latest so many blocks that were absorbed; 0: all
-    similarity: Literal["cosine", "vec"] = "cosine"
-    # What a shared item adds to the similarity: 1, p/|s|, 1 - (|s| - p)/10, 1/log10(|s| - p + 1.7), (p/|s|)^2
-    weights: Literal["same", "div", "linear", "log", "quadratic"] = "same"
-    # What a neighbour's say is times, with p of the latest shared item and step = |s| - p + 1:
-    # 1, p/|s|, 1/step, 1 - step/10, 1/log10(step + 1.7), 1/step^2
-    decay: Literal["same", "place", "div", "linear", "log", "quadratic"] = "same"
-    idf: Weight = 0.0  # an item's score is times 1 + idf ln(sessions / sessions with the item)
-    # STAN's three, of which 0 leaves its factor out:
-    lambda1: Weight = 0.0  # weights are times exp((p - |s|) / lambda1)
-    lambda2: Weight = 0.0  # similarities are times exp(-age of the session / lambda2)
-    lambda3: Weight = 0.0  # a neighbour's items are times exp(-distance from its latest shared item / lambda3)
-    # lambda2 is in days of the session's last time, or in blocks since it was last absorbed. Without a clock times are
-    # the order of events, which is next to nothing in days: no session fades there unless ages are in blocks. A block
-    # is what was absorbed at once, so ages in blocks, and `last_n`, mean something else at every cadence.
-    ages: Literal["days", "blocks"] = "days"
+    k: Count = 100  # Number of nearest sessions that contribute to the scores.
+    sample: Count = 1000  # Number of most recent sessions with a shared item that are compared.
+    length: Count = HISTORY_LENGTH  # Number of most recent events per session that the model reads.
+    last_n: CountOrZero = 0  # Only sessions with events in this number of last blocks are compared; 0 = all.
+    similarity: Annotated[
+        Literal["cosine", "vec"],
+        Field(
+            description='"cosine" = weighted cosine; "vec" = sum of the weights of shared items, '
+            "divided by the number of items in the query."
+        ),
+    ] = "cosine"
+    weights: Annotated[
+        Literal["same", "div", "linear", "log", "quadratic"],
+        Field(
+            description='Weight of a shared item at position p of n: "same" = 1, "div" = p/n, '
+            '"linear" = 1-(n-p)/10, "log" = 1/log10(n-p+1.7), "quadratic" = (p/n)^2.'
+        ),
+    ] = "same"
+    decay: Annotated[
+        Literal["same", "place", "div", "linear", "log", "quadratic"],
+        Field(
+            description='Factor of a neighbour whose last shared item is at p of n, with s = n-p+1: "same" = 1, '
+            '"place" = p/n, "div" = 1/s, "linear" = 1-s/10, "log" = 1/log10(s+1.7), "quadratic" = 1/s^2.'
+        ),
+    ] = "same"
+    idf: Weight = 0.0  # Scores are multiplied by 1 + idf ln(sessions / sessions with the item); 0 = off.
+    # The next three are STAN's factors.
+    lambda1: Weight = 0.0  # Weights of shared items are multiplied by exp((p - n) / lambda1); 0 = off.
+    lambda2: Weight = 0.0  # Similarities are multiplied by exp(-age of the session / lambda2); 0 = off.
+    lambda3: Weight = 0.0  # Scores are multiplied by exp(-distance to the last shared item / lambda3); 0 = off.
+    # The age of a session is the time, or the number of blocks, since its last event. In a log without timestamps,
+    # times are the order of events. Ages in days are then close to 0, and no session decays: use blocks there. A block
+    # is the events of one `absorb`. So ages in blocks, and `last_n`, depend on how often the model absorbs events.
+    ages: Literal["days", "blocks"] = "days"  # Unit of lambda2: "days", or "blocks" of absorbed events.
 
     def __post_init__(self) -> None:
         check_options(self)
 
     def build(self, seed: int) -> SessionKNN:
-        """A model without users and items; it has no randomness."""
+        """Return a new model without users and items. The seed is not used."""
         return SessionKNN(self)
 
 
@@ -67,17 +85,20 @@ STAN = SKNNSpec(sample=5000, lambda1=1.02, lambda2=5.0, lambda3=2.05)
 
 
 class SessionKNN:
-    """score(item) = the sum, over the k sessions n most like the query s that have the item, of sim(s, n) and factors.
+    """score(item) = sum over the k nearest sessions t with the item of sim(s, t) times all factors, for the query s.
 
-    sim = sum of w_i over the shared items / (sqrt(sum of w_i^2 over s) sqrt(|n|)), or / |s| for "vec"; each item counts
-    once. Only the `sample` latest sessions that share an item are compared. Similarities are told apart in single
-    precision; of equal ones the later session comes first. The query's own items keep their scores. A batch says not
-    when it asks: now is the newest time that was absorbed, which is the same factor in all scores. Items of the query
-    that no session has take no place in it.
+    sim(s, t) = sum of w_i over the shared items / (sqrt(sum of w_i^2 over s) sqrt(|t|)). With similarity="vec" the
+    divisor is |s|. Each item counts once. Only the `sample` most recent sessions that share an item are compared.
+    Similarities are compared in single precision; of equal ones, the later session comes first. The query's own items
+    keep their scores. A batch has no time, so ages end at the newest absorbed event. That choice changes all scores by
+    the same factor. Items of the query that no session has are removed from it.
 
-    Differs from session-rec: its cosine multiplies by sqrt(|s|) where it should divide, which orders alike; its linear
-    factors go below 0, or end with the tenth position from the start, where these end at 0; its supports count events,
-    not sessions; a session is no neighbour of its own.
+    Differs from session-rec:
+
+    - Its cosine multiplies by sqrt(|s|) where it should divide, which gives the same order.
+    - Its linear factors go below 0, or end with the tenth position from the start. Here they end at 0.
+    - Its item supports count events, not sessions.
+    - Here, a session is never its own neighbour.
     """
 
     def __init__(self, spec: SKNNSpec) -> None:
@@ -85,13 +106,13 @@ class SessionKNN:
         self.n_users = 0
         self.n_items = 0
         self.offsets_U = np.zeros(2, dtype=np.int64)  # user u owns items_R[offsets_U[u] : offsets_U[u + 1]]
-        self.items_R = np.zeros(0, dtype=np.int32)  # the last events of each user, the latest last
-        self.last_time_U = np.full(1, NO_TIME)  # of the last event
-        self.last_block_U = np.zeros(1, dtype=np.int64)  # in which block of events a user came last
-        self._index: SessionIndex | None = None  # made of the above when first asked
+        self.items_R = np.zeros(0, dtype=np.int32)  # the last events of each user, oldest first
+        self.last_time_U = np.full(1, NO_TIME)  # time of the last event
+        self.last_block_U = np.zeros(1, dtype=np.int64)  # number of the last block with an event of the user; 0 = none
+        self._index: SessionIndex | None = None  # computed on first use
 
     def grow(self, n_users: int, n_items: int) -> None:
-        """New users start without events."""
+        """Add rows for new users and items, without events."""
         more = (0, n_users - self.n_users)
         self.offsets_U = np.pad(self.offsets_U, more, "edge")
         self.last_time_U = np.pad(self.last_time_U, more, constant_values=NO_TIME)
@@ -100,7 +121,7 @@ class SessionKNN:
         self._index = None
 
     def absorb(self, events: Events, histories: Histories) -> None:
-        """Append to the last events of their users."""
+        """Append the events to the last events of their users."""
         users_E = events.users_E.numpy()
         owner_R = np.append(self._event_users(), users_E)
         order_R = np.argsort(owner_R, kind="stable")  # each user's old events, then the new ones
@@ -111,7 +132,7 @@ class SessionKNN:
         self.last_time_U, self.last_block_U = last_time_U, last_block_U
 
     def erase_user(self, user: int) -> None:
-        """The user in this row has taken nothing."""
+        """Forget all events of the user in this row."""
         owner_R = self._event_users()
         self._store_recent(owner_R[owner_R != user], self.items_R[owner_R != user])
         self.last_time_U, self.last_block_U = self.last_time_U.copy(), self.last_block_U.copy()
@@ -121,7 +142,7 @@ class SessionKNN:
         return np.repeat(np.arange(self.n_users + 1), np.diff(self.offsets_U))
 
     def _store_recent(self, user_R: Int64Array, items_R: NDArray[np.int32]) -> None:
-        """Of these events, by user, the last ones of each."""
+        """Store the last `length` events of each user. The given events are sorted by user."""
         n_U = np.bincount(user_R, minlength=self.n_users + 1)
         is_kept_R = np.arange(len(user_R)) >= np.cumsum(n_U)[user_R] - self.spec.length
         self.items_R = items_R[is_kept_R]
@@ -129,18 +150,18 @@ class SessionKNN:
         self._index = None
 
     def sparse_scores(self, batch: Batch) -> Any:
-        """(B, I + 1) scores, as a sparse matrix."""
+        """Return the scores as a sparse matrix (B, I + 1)."""
         if self._index is None:
             self._index = self._build_index()
         query = build_session_query(batch, self._index, self.spec)
         return score_neighbours(query, find_neighbours(query, self._index, self.spec), self._index, self.spec)
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
-        """(B, N): from each row's own history."""
+        """Return the scores (B, N) of `items`, from each row's history."""
         return select_scores(torch.from_numpy(self.sparse_scores(batch).toarray()), items)
 
     def candidates(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The items of the neighbours (B, C), 0 where a row has fewer, and their scores."""
+        """Return the items of the neighbours (B, C), padded with 0, and their scores (B, C)."""
         scores_BI = self.sparse_scores(batch)
         n_B = np.diff(scores_BI.indptr)
         is_candidate_BC = np.arange(n_B.max(initial=0)) < n_B[:, None]
@@ -167,13 +188,13 @@ class SessionKNN:
         return build_session_index(user_S, time_S, offsets_S, items_E, positions_E, self.n_items, self.spec)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything the model knows."""
+        """Return everything that the model has learned, as tensors by name."""
         arrays = {"sizes": np.array([self.n_users, self.n_items]), "offsets_U": self.offsets_U}
         arrays |= {"items_R": self.items_R, "time_U": self.last_time_U, "turn_U": self.last_block_U}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state_dict`."""
+        """Load what `state_dict` returned."""
         self.n_users, self.n_items = tensors["sizes"].tolist()
         self.offsets_U, self.items_R = tensors["offsets_U"].numpy(), tensors["items_R"].numpy()
         self.last_time_U, self.last_block_U = tensors["time_U"].numpy(), tensors["turn_U"].numpy()
@@ -182,14 +203,14 @@ class SessionKNN:
 
 @dataclass(frozen=True)
 class SessionIndex:
-    """The sessions S, the latest first, and their distinct items E, session by session."""
+    """The sessions S, most recent first, and their distinct items E, session by session."""
 
     user_S: Int64Array
     offsets_S: Int64Array  # session s owns entries offsets_S[s] : offsets_S[s + 1]
     items_E: Int64Array
     positions_E: Int64Array  # the last position of the item in its session
     recency_S: Float64Array  # exp(-age / lambda2)
-    item_sessions_IS: Any  # (I + 1, S) sparse ones: the latest sessions of each item, as many as can ever be compared
+    item_sessions_IS: Any  # (I + 1, S) sparse ones: sessions of each item, the most recent that may be compared
     is_indexed_I: NDArray[np.bool_]  # whether any session has the item
     idf_I: Float64Array  # 1 + idf ln(sessions / sessions with the item)
 
@@ -203,12 +224,12 @@ def build_session_index(
     n_items: int,
     spec: SKNNSpec,
 ) -> SessionIndex:
-    """The index of these sessions, the latest first; `time_S`: in the unit of lambda2."""
+    """Build the index of these sessions, which are sorted most recent first. `time_S` is in the unit of lambda2."""
     parts = np.ones(len(items_E)), items_E, offsets_S
     columns = sparse.csr_array(parts, shape=(len(user_S), n_items + 1)).tocsc()
     n_I = np.diff(columns.indptr)
-    # A session among the `sample` latest of all that share an item is among the `sample` latest of each of its items;
-    # one more, as the query itself may stand in between.
+    # A session that is among the `sample` most recent with any shared item is also among the `sample` most recent of
+    # each shared item. One more is kept, because the query itself may be among them.
     is_kept_E = np.arange(columns.nnz) - np.repeat(columns.indptr[:-1], n_I) <= spec.sample
     offsets_I = np.append(0, np.cumsum(np.minimum(n_I, spec.sample + 1)))
     item_sessions = columns.data[is_kept_E], columns.indices[is_kept_E], offsets_I
@@ -223,16 +244,16 @@ def build_session_index(
 
 @dataclass(frozen=True)
 class SessionQuery:
-    """The distinct items Q of each row of a batch, by row and item, at their last positions."""
+    """The distinct items Q of each row of a batch, sorted by row and item, with their last positions."""
 
     users_B: Int64Array
-    n_events_B: Int64Array  # of items that some session has, the repeated ones too
+    n_events_B: Int64Array  # number of events whose item some session has, repeats included
     row_Q: Int64Array
     items_Q: Int64Array
-    positions_Q: Int64Array  # the first event of a row is at 1
+    positions_Q: Int64Array  # 1 = the first event of the row
 
     def find_positions(self, row_F: Int64Array, items_F: Int64Array, n_columns: int) -> Int64Array:
-        """(F,) where each row has an item; 0 where it has not."""
+        """Return the position of each item in the query of its row, shape (F,); 0 = not in it."""
         key_Q, key_F = self.row_Q * n_columns + self.items_Q, row_F * n_columns + items_F
         at_F = np.minimum(np.searchsorted(key_Q, key_F), len(key_Q) - 1)
         positions_F: Int64Array = np.where(key_Q[at_F] == key_F, self.positions_Q[at_F], 0)
@@ -240,7 +261,7 @@ class SessionQuery:
 
 
 def build_session_query(batch: Batch, index: SessionIndex, spec: SKNNSpec) -> SessionQuery:
-    """The last items of each row, as far as a session has them."""
+    """Build the queries from the last items of each row. Items that no session has are left out."""
     n_columns = len(index.is_indexed_I)
     known_BT = torch.where(batch.history_BT < n_columns, batch.history_BT, 0)
     known_BT = torch.where(torch.from_numpy(index.is_indexed_I)[known_BT], known_BT, 0)
@@ -255,7 +276,7 @@ def build_session_query(batch: Batch, index: SessionIndex, spec: SKNNSpec) -> Se
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The sessions N most like each row of a batch, by row, the most similar first."""
+    """The nearest sessions N of each row of a batch, sorted by row, most similar first."""
 
     row_N: Int64Array
     session_N: Int64Array
@@ -263,12 +284,12 @@ class Neighbours:
 
 
 def find_neighbours(query: SessionQuery, index: SessionIndex, spec: SKNNSpec) -> Neighbours:
-    """The k sessions most like each row, of the latest ones that share an item with it."""
+    """Find the k nearest sessions of each row, among the most recent ones that share an item with it."""
     n_rows, weight_Q = len(query.users_B), query_item_weights(query, spec)
     n_B = np.bincount(query.row_Q, minlength=n_rows)
     parts = weight_Q, query.items_Q, np.append(0, np.cumsum(n_B))
     sims_BS = sparse.csr_array(parts, shape=(n_rows, len(index.is_indexed_I))) @ index.item_sessions_IS
-    sims_BS.sort_indices()  # the latest session first
+    sims_BS.sort_indices()  # most recent session first
     row_N, session_N = np.repeat(np.arange(n_rows), np.diff(sims_BS.indptr)), sims_BS.indices.astype(np.int64)
     is_kept_N = index.user_S[session_N] != query.users_B[row_N]
     is_kept_N[is_kept_N] = positions_in_row(row_N[is_kept_N], n_rows) < spec.sample
@@ -283,7 +304,7 @@ def find_neighbours(query: SessionQuery, index: SessionIndex, spec: SKNNSpec) ->
 
 
 def query_item_weights(query: SessionQuery, spec: SKNNSpec) -> Float64Array:
-    """(Q,) what each item of a query adds to the similarity of the sessions that share it: w."""
+    """Return the weight w of each query item in the similarities, shape (Q,)."""
     n_events_Q = query.n_events_B[query.row_Q]
     distance_Q, relative_position_Q = n_events_Q - query.positions_Q, query.positions_Q / n_events_Q
     weight_Q: Float64Array = np.ones(len(distance_Q))
@@ -300,7 +321,7 @@ def query_item_weights(query: SessionQuery, spec: SKNNSpec) -> Float64Array:
 
 
 def neighbour_decay(positions_N: Int64Array, n_events_N: Int64Array, spec: SKNNSpec) -> Float64Array:
-    """(N,) what each neighbour's say is times, by where in the query the latest shared item stands."""
+    """Return the factor of each neighbour, (N,), from the position of its last shared item in the query."""
     step_N = n_events_N - positions_N + 1
     decay_N: Float64Array = np.ones(len(step_N))
     match spec.decay:
@@ -318,17 +339,17 @@ def neighbour_decay(positions_N: Int64Array, n_events_N: Int64Array, spec: SKNNS
 
 
 def score_neighbours(query: SessionQuery, neighbours: Neighbours, index: SessionIndex, spec: SKNNSpec) -> Any:
-    """(B, I + 1) sparse: what the neighbours say of their items F, added up."""
+    """Sum the contributions of all neighbours to their items F, as a sparse matrix (B, I + 1)."""
     n_rows, n_columns, n_N = len(query.users_B), len(index.is_indexed_I), np.diff(index.offsets_S)[neighbours.session_N]
     first_N = np.cumsum(n_N) - n_N
     at_F = np.repeat(index.offsets_S[neighbours.session_N] - first_N, n_N) + np.arange(n_N.sum())
     items_F, positions_F = index.items_E[at_F], index.positions_E[at_F]
     query_positions_F = query.find_positions(np.repeat(neighbours.row_N, n_N), items_F, n_columns)
-    latest_shared_N = np.maximum.reduceat(query_positions_F, first_N)  # where in the query the latest shared item is
+    latest_shared_N = np.maximum.reduceat(query_positions_F, first_N)  # position of the last shared item in the query
     decay_N = neighbour_decay(latest_shared_N, query.n_events_B[neighbours.row_N], spec)
     score_F = np.repeat(neighbours.sim_N * decay_N, n_N) * index.idf_I[items_F]
     if spec.lambda3:
-        latest_N = np.maximum.reduceat(np.where(query_positions_F > 0, positions_F, 0), first_N)  # and in the neighbour
+        latest_N = np.maximum.reduceat(np.where(query_positions_F > 0, positions_F, 0), first_N)  # in the neighbour
         score_F *= np.exp(-np.abs(positions_F - np.repeat(latest_N, n_N)) / spec.lambda3)
     score_NI = sparse.csr_array((score_F, items_F, np.append(first_N, len(at_F))), shape=(len(n_N), n_columns))
     offsets_B = np.append(0, np.cumsum(np.bincount(neighbours.row_N, minlength=n_rows)))
@@ -337,27 +358,27 @@ def score_neighbours(query: SessionQuery, neighbours: Neighbours, index: Session
 
 
 def last_positions(key_R: Int64Array) -> Int64Array:
-    """(N,) where each key stands last, in the order of the keys, none of which is negative."""
+    """Return the index of the last occurrence of each key, (N,), sorted by key. Keys are at least 0."""
     order_R = np.argsort(key_R, kind="stable")
     last_N: Int64Array = order_R[np.diff(key_R[order_R], append=-1) != 0]
     return last_N
 
 
 def positions_in_row(row_N: Int64Array, n_rows: int) -> Int64Array:
-    """(N,) how many entries of the same row stand before each; `row_N` is sorted."""
+    """Return the number of entries of the same row before each entry, shape (N,). `row_N` is sorted."""
     n_B = np.bincount(row_N, minlength=n_rows)
     position_N: Int64Array = np.arange(len(row_N)) - (np.cumsum(n_B) - n_B)[row_N]
     return position_N
 
 
 def top_k_per_row(row_N: Int64Array, value_N: Float64Array, n_rows: int, k: int) -> Int64Array:
-    """Where the k largest positive values of each row stand, by row, the largest first; of equal ones the first.
+    """Return the indices of the k largest positive values of each row, largest first; of equal values, the first.
 
-    They are compared in single precision: the last bits of a sum say in which order it was made.
+    Values are compared in single precision, because the last bits of a sum depend on the order of summation.
     """
     n_B, position_N = np.bincount(row_N, minlength=n_rows), positions_in_row(row_N, n_rows)
     key_BW = np.zeros((n_rows, int(n_B.max(initial=0))), np.int64)
-    key_BW[row_N, position_N] = np.maximum(pack_keys(value_N, position_N), 0)  # a value of 0 is none
+    key_BW[row_N, position_N] = np.maximum(pack_keys(value_N, position_N), 0)  # a value of 0 is left out
     best_BK = torch.from_numpy(key_BW).topk(min(k, key_BW.shape[1])).values.numpy()
     at_BK = (np.cumsum(n_B) - n_B)[:, None] + unpack_keys(best_BK)[0]
     indices_N: Int64Array = at_BK[best_BK > 0]

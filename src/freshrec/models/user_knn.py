@@ -1,4 +1,4 @@
-"""User-kNN: users are offered what the users most like them took lately. Updated per event, as all that counts."""
+"""User-kNN: recommends the recent items of the most similar users. New events update it at once."""
 
 from __future__ import annotations
 
@@ -25,47 +25,47 @@ from freshrec.types import Batch, Events, Histories
 
 @dataclass(frozen=True)
 class UserKNNSpec:
-    """How many neighbours, and by which events."""
+    """Options of user-kNN."""
 
-    neighbours: Count = 100
-    length: Count = HISTORY_LENGTH  # last events of a user that are compared
-    users_per_item: Count = 1000  # users, the latest ones, that an item makes neighbours of who takes it
+    neighbours: Count = 100  # Number of most similar users whose items are scored.
+    length: Count = HISTORY_LENGTH  # Number of most recent events per user that are compared.
+    users_per_item: Count = 1000  # Number of most recent users per item considered as neighbours.
 
     def __post_init__(self) -> None:
         check_options(self)
 
     def build(self, seed: int) -> UserKNN:
-        """A model without users and items; it has no randomness."""
+        """Return a new model without users and items. The seed is not used."""
         return UserKNN(self)
 
 
 class UserKNN:
-    """score(item) = sum of sim(v) over the nearest users v who took it lately; sim(v) = sum of idf over shared items.
+    """score(item) = sum of sim(v) over the nearest users v who have the item among their last `length` events.
 
-    idf(item) = ln(1 + users with events / (1 + users who took the item lately)).
+    sim(v) = sum of idf over the shared items, and idf(item) = ln(1 + users with events / (1 + users with the item)).
     """
 
     def __init__(self, spec: UserKNNSpec) -> None:
         self.spec = spec
         self.n_users = 0
         self.n_items = 0
-        self.recent_UT = np.zeros((1, spec.length), dtype=np.int32)  # the latest last, 0 on the left
-        self.last_block_U = np.zeros(1, dtype=np.int64)  # in which block of events a user came last
-        self._index: tuple[Any, Any, Float32Array] | None = None  # made of the above when first asked
+        self.recent_UT = np.zeros((1, spec.length), dtype=np.int32)  # oldest first, padded with 0 on the left
+        self.last_block_U = np.zeros(1, dtype=np.int64)  # number of the last block with an event of the user; 0 = none
+        self._index: tuple[Any, Any, Float32Array] | None = None  # computed on first use
 
     def __deepcopy__(self, memo: dict[int, Any]) -> UserKNN:
-        """It shares all arrays, which are replaced and never changed."""
+        """Return a shallow copy: arrays are replaced, never changed in place."""
         return copy.copy(self)
 
     def grow(self, n_users: int, n_items: int) -> None:
-        """New users start without events."""
+        """Add rows for new users and items, without events."""
         self.recent_UT = np.pad(self.recent_UT, ((0, n_users - self.n_users), (0, 0)))
         self.last_block_U = np.pad(self.last_block_U, (0, n_users - self.n_users))
         self.n_users, self.n_items = n_users, n_items
         self._index = None
 
     def absorb(self, events: Events, histories: Histories) -> None:
-        """Append to the last events of their users."""
+        """Append the events to the last events of their users."""
         if len(events) == 0:
             return
         order = np.argsort(events.users_E.numpy(), kind="stable")
@@ -76,19 +76,19 @@ class UserKNN:
         is_known_N = last_block_U[users_N] > 0
         from_OT = np.minimum(n_N[is_known_N], length)[:, None] + np.arange(length)  # older events move to the left
         recent_OT = np.take_along_axis(recent_UT[users_N[is_known_N]], np.minimum(from_OT, length - 1), 1)
-        recent_UT[users_N[is_known_N]] = recent_OT  # and what is left of them on the right is written over
+        recent_UT[users_N[is_known_N]] = recent_OT  # the positions on the right are overwritten below
         step_E = length - (np.repeat(starts_N + n_N, n_N) - np.arange(len(users_E)))
         recent_UT[users_E[step_E >= 0], step_E[step_E >= 0]] = items_E[step_E >= 0]
         last_block_U[users_N] = last_block_U.max() + 1
         self.recent_UT, self.last_block_U, self._index = recent_UT, last_block_U, None
 
     def erase_user(self, user: int) -> None:
-        """The user in this row has taken nothing."""
+        """Forget all events of the user in this row."""
         self.recent_UT, self.last_block_U = self.recent_UT.copy(), self.last_block_U.copy()
         self.recent_UT[user], self.last_block_U[user], self._index = 0, 0, None
 
     def sparse_scores(self, batch: Batch) -> Any:
-        """(B, I + 1) scores, as a sparse matrix; a user is no neighbour of its own."""
+        """Return the scores as a sparse matrix (B, I + 1). A user is never its own neighbour."""
         user_items_UI, item_users_IU, idf_I = self._build_index()
         query_BI = item_indicator(batch.history_BT[:, -self.spec.length :].numpy(), self.n_items + 1)
         query_BI.data = idf_I[query_BI.indices]
@@ -100,32 +100,32 @@ class UserKNN:
         return build_csr(sims_BK.ravel(), users_BK.ravel(), offsets, self.n_users + 1) @ user_items_UI
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
-        """(B, N): from each row's own history."""
+        """Return the scores (B, N) of `items`, from each row's history."""
         return select_scores(torch.from_numpy(self.sparse_scores(batch).toarray()), items)
 
     def _build_index(self) -> tuple[Any, Any, Float32Array]:
-        """(U, I) who took what lately, (I, U) of each item its latest users, (I,) idf."""
+        """Return the recent items of each user (U, I), the most recent users of each item (I, U), and the idf (I,)."""
         if self._index is None:
             user_items_UI = item_indicator(self.recent_UT, self.n_items + 1)
             n_I = np.bincount(user_items_UI.indices, minlength=self.n_items + 1)
             idf_I = np.log1p(np.count_nonzero(self.recent_UT[:, -1]) / (1 + n_I)).astype(np.float32)
             latest_U = np.argsort(-self.last_block_U, kind="stable")
-            columns = user_items_UI[latest_U].tocsc()  # in each column the latest users come first
-            place_E = np.arange(columns.nnz) - np.repeat(columns.indptr[:-1], n_I)
-            is_kept_E, n_I = place_E < self.spec.users_per_item, np.minimum(n_I, self.spec.users_per_item)
+            columns = user_items_UI[latest_U].tocsc()  # each column has the most recent users first
+            rank_E = np.arange(columns.nnz) - np.repeat(columns.indptr[:-1], n_I)
+            is_kept_E, n_I = rank_E < self.spec.users_per_item, np.minimum(n_I, self.spec.users_per_item)
             users_E = latest_U[columns.indices[is_kept_E]]
             item_users_IU = build_csr(columns.data[is_kept_E], users_E, offsets_from_counts(n_I), self.n_users + 1)
             self._index = user_items_UI, item_users_IU, idf_I
         return self._index
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything the model knows."""
+        """Return everything that the model has learned, as tensors by name."""
         sizes = np.array([self.n_users, self.n_items])
         arrays = {"sizes": sizes, "recent_UT": self.recent_UT, "turn_U": self.last_block_U}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state_dict`."""
+        """Load what `state_dict` returned."""
         self.n_users, self.n_items = tensors["sizes"].tolist()
         self.recent_UT, self.last_block_U = tensors["recent_UT"].numpy(), tensors["turn_U"].numpy()
         self._index = None

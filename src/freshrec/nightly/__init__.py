@@ -1,1 +1,1 @@
-"""The night: a delivery becomes an update, and a gate decides whether it goes live."""
+"""The nightly job: update the live version with a delivery, and let the gate decide whether the result goes live."""

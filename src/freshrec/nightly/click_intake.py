@@ -1,4 +1,4 @@
-"""Clicks that a server took become part of a delivery: an update learns them once, wherever else they arrive."""
+"""Merge the clicks that a server has accepted into a delivery, so that an update learns each of them once."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from freshrec.store.versions import version_chain
 
 
 def append_with_clicks(job: NightlyJob, log: Log | None, source: str) -> AppendResult | None:
-    """Append a delivery, if there is one, and all clicks that are in no batch yet; None: there was nothing at all.
+    """Append a delivery, if there is one, together with all clicks that are in no batch yet. None: there was neither.
 
-    A click that is in the delivery too is that row: the gate sees one day, not two, and nothing doubled. One that is
-    newer than all of the delivery waits for the next: learnt now, it would make most of that one's rows late. Somebody
-    who dies between the batch and the journal leaves clicks that the log knows by their identity.
+    A click that is also a row of the delivery is stored once, so the gate sees no duplicates. A click that is newer
+    than the whole delivery waits for the next one. Otherwise most rows of the next delivery would be late.
+    If the process is killed between the log and the journal, the next run recognises the clicks by their event ids.
     """
     files = click_journal.close_journal(job.store.folder)
     if log is not None and job.bundle.read_options.has_clock:
@@ -47,12 +47,12 @@ def append_with_clicks(job: NightlyJob, log: Log | None, source: str) -> AppendR
 
 
 def count_waiting_clicks(job: NightlyJob) -> int:
-    """How many clicks are in no batch of the log."""
+    """Return the number of clicks that are in no batch of the log."""
     return sum(len(file.clicks) for file in click_journal.read_journal(job.store.folder) if file.batch is None)
 
 
 def _is_later_click(log: Log, files: list[click_journal.JournalFile]) -> Callable[[click_journal.Click], bool]:
-    """Whether a click is newer than a log, and not a row of it."""
+    """Return a test of a click: is it newer than all rows of the log, and not one of them?"""
     newest: Any = log.frame["time"].max()
     rows = set[str]()
     if "event_id" in log.frame.columns:
@@ -63,14 +63,14 @@ def _is_later_click(log: Log, files: list[click_journal.JournalFile]) -> Callabl
 
 
 def merge_clicks(log: Log, clicks: pl.DataFrame) -> Log:
-    """A log and the clicks that are not in it, in time order."""
+    """Return the rows of a log and the clicks that are not among them, in time order."""
     frame = log.frame
     has_event_ids = "event_id" in frame.columns
     if has_event_ids:
         frame = frame.with_columns(pl.col("event_id").cast(pl.String))
         clicks = clicks.join(frame.select("event_id").drop_nulls(), on="event_id", how="anti")
     if log.has_clock:
-        # a row may lack the id that its click has
+        # a row may lack the event id of its click
         rows = frame.filter(pl.col("event_id").is_null()) if has_event_ids else frame
         clicks = clicks.join(rows.select(EVENT_KEYS), on=list(EVENT_KEYS), how="anti", maintain_order="left")
     else:
@@ -80,5 +80,5 @@ def merge_clicks(log: Log, clicks: pl.DataFrame) -> Log:
 
 
 def remove_learnt_clicks(job: NightlyJob) -> None:
-    """Remove the clicks that the live version has learnt, or that it has passed over."""
+    """Delete the journal files of clicks in batches up to the live version's."""
     click_journal.remove_learnt_files(job.store.folder, max(batches_of(version_chain(job.store)), default=0))

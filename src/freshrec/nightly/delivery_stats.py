@@ -1,4 +1,4 @@
-"""Statistics of a delivery, by which the gate sees whether it is a usual one."""
+"""Statistics of a delivery, which the gate compares with those of earlier deliveries."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ SECOND, HOUR = 1_000_000, 3_600_000_000  # microseconds
 
 @dataclass(frozen=True)
 class DeliveryStats:
-    """Statistics of the rows of a delivery; shares are of its rows where nothing else is said. Fit for JSON."""
+    """Statistics of the new rows of a delivery, stored as JSON. Shares are shares of these rows by default."""
 
     n_rows: int
     n_users: int
     n_items: int
     rows_per_user: float
-    share_unknown_users: float  # rows of users whom no earlier day had
+    share_unknown_users: float  # rows of users who are new to the store
     share_unknown_items: float
     share_top_user: float  # rows of the most active user
     share_top_item: float
-    share_doubled: float  # of what was delivered: rows that say what another of the day says
-    share_known: float  # of what was delivered: rows that were there already
-    share_head: float | None  # rows on the items that had half of the attention lately; None: nothing is known of that
-    # None where the log has no clock, or no earlier day
-    share_late: float | None  # rows older than the newest that was known
-    share_same_second: float | None  # of the users: the most who have a row in one second; a basket is one user's
-    whole_days: bool | None  # all times are midnights: the log tells days, not seconds
+    share_doubled: float  # of all delivered rows: duplicates within the delivery
+    share_known: float  # of all delivered rows: rows that are in the log already
+    share_head: float | None  # rows on the popular items, which had half of the recent events; None: unknown
+    # The fields below are None if the log has no timestamps. Those about earlier events are None in the first delivery.
+    share_late: float | None  # rows older than the newest known event
+    share_same_second: float | None  # of the users: the largest share with a row in the same second
+    whole_days: bool | None  # all times are midnights, so the log is precise to the day only
     span_hours: float | None  # from the first row to the last
-    gap_hours: float | None  # from the newest row that was known to the middle one of the day
-    hole_hours: float | None  # the longest stretch without a row, from the newest that was known to the day's last
+    gap_hours: float | None  # from the newest known event to the median row
+    hole_hours: float | None  # the longest gap without rows, counted from the newest known event
 
 
 def compute_delivery_stats(
@@ -47,11 +47,11 @@ def compute_delivery_stats(
     n_known: int,
     head_ids: pl.Series | None = None,
 ) -> DeliveryStats:
-    """The statistics of a `Log.frame`, in time order, against what was known before it.
+    """Compute the statistics of new rows, a `Log.frame` in time order.
 
-    `newest_time`: the largest time known. `n_duplicates`, `n_known`: rows of the delivery that are not in `frame`,
-    because they repeat another row of it, or one of an earlier delivery. `head_ids`: the most popular items, which had
-    half of the recent events.
+    `newest_time`: time of the newest known event, in microseconds. `n_duplicates`, `n_known`: delivered rows that are
+    not in `frame`, because they repeat a row of the delivery or one of the log. `head_ids`: the most popular items,
+    which together had half of the recent events.
     """
     n_rows, n_users = len(frame), frame["user_id"].n_unique()
     n_delivered = max(1, n_rows + n_duplicates + n_known)
@@ -90,11 +90,11 @@ def _share_unknown(ids: pl.Series, known: Catalog) -> float:
 
 
 def _max_count(values: pl.Series) -> int:
-    """How often the most frequent value occurs."""
+    """Return the count of the most frequent value."""
     return int(values.value_counts(name="n")["n"].to_numpy().max(initial=0))
 
 
 def _longest_gap(times: pl.Series, start: int | None) -> int:
-    """Between neighbours in time."""
+    """Return the longest time between two consecutive rows, in microseconds."""
     times_T = times.to_numpy() if start is None else np.concatenate([[start], times.to_numpy()])
     return int(np.diff(times_T).max(initial=0))

@@ -1,4 +1,4 @@
-"""A user leaves: out of the log, and out of all that every version remembers by user. What is shared stays."""
+"""Erase a user from the log, the click journal and the per-user data of every version. Shared weights stay."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from freshrec.types import ErasableModel, Events, Histories, Impressions, Intere
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Model)
-USER_TABLE = "users"  # the name of every table that has a row for each user
+USER_TABLE = "users"  # name of every embedding table with a row per user
 REMAINING_DATA = (
-    "weights that all users share, and counts of items and of pairs of items, to which the user's events have "
-    "contributed: they hold no id, and fade as the model learns; a new `fit` on the log is without them"
+    "weights that all users share, and counts of items and of item pairs. They contain no user id, and the user's part "
+    "in them fades with every update. A new `freshrec fit` on the log is free of it."
 )
 
 
 def erase_user(job: NightlyJob, user_id: str) -> dict[str, Any]:
-    """Remove a user from the log, from the journal of clicks and from all versions; a receipt.
+    """Erase a user from the log, the click journal and all versions. Return a receipt.
 
-    What was interrupted is completed by another call. StateError where the live version is damaged; others that are
-    damaged give up their files, as nobody can use them.
+    If an earlier call was interrupted, this one completes it. Other versions than the live one lose their files if they
+    are damaged, because nobody can use them. StateError: the live version is damaged.
     """
     store, rewritten, live = job.store, [], job.bundle.served.users
-    stored_id = normalize_ids("user_id", user_id, live)[0]  # a number, where ids are numbers
-    job.log.batches()  # it can be read, or nothing is begun
+    stored_id = normalize_ids("user_id", user_id, live)[0]  # a number, if ids are numbers
+    job.log.batches()  # raises before anything changes, if the log cannot be read
     readable = {manifest.id for manifest in store.manifests()}
     for number in store.version_numbers():
         if is_collected(store, number):
@@ -59,7 +59,7 @@ def erase_user(job: NightlyJob, user_id: str) -> dict[str, Any]:
 
 
 def without_user(node: T, user: int) -> T:
-    """`node`, a tree of what states and versions are made of, after forgetting the user in a row."""
+    """Return a copy of `node`, any part of a state or version, without the user in row `user`."""
     result: Any = node
     match node:
         case Events():
@@ -94,7 +94,7 @@ def without_user(node: T, user: int) -> T:
 
 
 def _reservoir_without_user(reservoir: Reservoir, user: int) -> Reservoir:
-    """Other targets take the places, so that it is as full as the stream that went by wants it to be."""
+    """Return the reservoir with the user's samples replaced by others, so that its size still matches its stream."""
     is_user_N = reservoir.samples.users_N == user
     other_rows_M = (~is_user_N).nonzero()[:, 0]
     if not len(other_rows_M):
@@ -105,7 +105,7 @@ def _reservoir_without_user(reservoir: Reservoir, user: int) -> Reservoir:
 
 
 def _model_without_user(model: M, user: int) -> M:
-    """A copy in which the user's own row says nothing; what all users share is as it was."""
+    """Return a copy of the model in which the user's own row is zero. Shared weights stay as they are."""
     model = copy.deepcopy(model)
     if isinstance(model, Blend):
         counters = model.experts.counters
@@ -121,7 +121,7 @@ def _model_without_user(model: M, user: int) -> M:
 
 
 def _weights_without_user(name: Any, child: Any, user: int) -> Any:
-    """A value of a dict: where it is the table of the users, among the weights of an earlier model, its row is 0."""
+    """Return a value of a dict without the user. In a user table of an earlier model, the user's row becomes 0."""
     if isinstance(child, Tensor):
         if name != USER_TABLE or user >= len(child):
             return child

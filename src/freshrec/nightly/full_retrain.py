@@ -1,4 +1,4 @@
-"""When a full retrain pays: tried now and then beside the update, and less often where it gains nothing."""
+"""Full retrains: when one is trained beside the update, and what it starts from."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from freshrec.recommender.bundle import Bundle, new_bundle
 from freshrec.store.event_log import EventLog
 from freshrec.store.manifest import Manifest
 
-FIRST_INTERVAL, MAX_INTERVAL = 7, 56  # updates between two retrains by "auto", at first and at most
-GAIN_KEY = "full_gain"  # what a retrain had over the update of the same night, in the metric; with its interval
+FIRST_INTERVAL, MAX_INTERVAL = 7, 56  # updates between two full retrains with "auto": at first, and at most
+GAIN_KEY = "full_gain"  # metric of the full retrain minus that of the update of the same night
 
 
 def retrain_interval(every: str, chain: Sequence[Manifest]) -> int:
-    """Updates between two full retrains: as many as asked for; "auto": half as many after one that gained beyond
-    chance, twice as many after one that did not. OptionError for anything else."""
+    """Return the number of updates between two full retrains.
+
+    `every`: a number, or "auto". "auto" halves the interval after a full retrain that was better than the update,
+    beyond chance, and doubles it after one that was not. OptionError: `every` is neither.
+    """
     if every != "auto":
         if not re.fullmatch("[1-9][0-9]{0,5}", every):
-            raise OptionError(f'--full-every is a number of updates or auto, not "{every[:40]}".')
+            raise OptionError(f'--full-every must be a number of updates or auto, not "{every[:40]}".')
         return int(every)
     n = FIRST_INTERVAL
     for manifest in chain:
@@ -33,7 +36,7 @@ def retrain_interval(every: str, chain: Sequence[Manifest]) -> int:
 
 
 def updates_since_retrain(chain: Sequence[Manifest]) -> int:
-    """How many updates of the chain came after the last retrain, or trial of one."""
+    """Return the number of updates since the last trial of a full retrain."""
     last = max(i for i, m in enumerate(chain) if i == 0 or GAIN_KEY in m.numbers)
     return sum(manifest.kind == "update" for manifest in chain[last + 1 :])
 
@@ -41,12 +44,15 @@ def updates_since_retrain(chain: Sequence[Manifest]) -> int:
 def start_from_scratch(
     bundle: Bundle, log: EventLog, chain: Sequence[Manifest], frame: pl.DataFrame
 ) -> tuple[Bundle, pl.DataFrame]:
-    """A bundle that knows nothing but the rows that ids have, and all that it has to learn, `frame` last.
+    """Return an empty bundle with the catalogs of the live version, and all events to train it on, `frame` last.
 
-    OptionError where the log does not hold all that the live version has learnt.
+    OptionError: the log lacks the events of the first version.
     """
     if chain[0].batch is None:
-        raise OptionError("the log does not hold what this store began with, so there is no full retrain; fit again.")
+        raise OptionError(
+            "--full-every: the log lacks the events of version 1, so a full retrain is impossible. "
+            "Make a new store with `freshrec fit`, or leave --full-every out."
+        )
     empty = new_bundle(bundle.served.state.model.spec, bundle.strategy, bundle.served.state.seed, bundle.read_options)
     served = replace(empty.served, users=bundle.served.users.reset_spans(), items=bundle.served.items.reset_spans())
     past = log.read([manifest.batch for manifest in chain if manifest.batch is not None])
@@ -55,7 +61,7 @@ def start_from_scratch(
 
 
 def retrain_plan(chain: Sequence[Manifest]) -> dict[str, Any]:
-    """What the store has measured of full retrains, and when the next one is to be tried by "auto"."""
+    """Return what the last full retrain gained, and after how many updates "auto" tries the next one."""
     trials = [manifest for manifest in chain if GAIN_KEY in manifest.numbers]
     found: dict[str, Any] = {
         "updates_since_full": updates_since_retrain(chain),
@@ -64,11 +70,11 @@ def retrain_plan(chain: Sequence[Manifest]) -> dict[str, Any]:
     found["full_s"] = next((m.numbers["full_s"] for m in reversed(chain) if "full_s" in m.numbers), None)
     if trials:
         numbers, number = trials[-1].numbers, trials[-1].id
-        gain = ", ".join(f"{numbers.get(name, 0.0):+.4f}" for name in (GAIN_KEY, "full_low", "full_high"))
-        live_value = next((numbers[name] for name in numbers if f"{name} live" in numbers), 0.0)
-        share = f" ({100 * numbers[GAIN_KEY] / live_value:+.2g} % of the metric)" if live_value else ""
-        cost = f"{numbers['full_s']:.3g} s against {numbers.get('update_s', 0.0):.3g} s"
+        gain, low, high = (f"{numbers.get(name, 0.0):+.4f}" for name in (GAIN_KEY, "full_low", "full_high"))
+        metric = next((name for name in numbers if f"{name} live" in numbers), "metric")
         found["last_full"] = (
-            f"version {number}: {gain} (95 % interval) over the update of that night{share}, for {cost}"
+            f"version {number}: {metric} {gain} compared with the update of the same night "
+            f"(95 % interval {low} to {high}); "
+            f"{numbers['full_s']:.3g} s instead of {numbers.get('update_s', 0.0):.3g} s"
         )
     return found

@@ -1,4 +1,4 @@
-"""How well versions predict the newest events, which they have not learnt from, and older ones."""
+"""Quality of a version on held-out events: the newest ones, and older ones."""
 
 from freshrec.data.batches import occurrence_numbers
 from freshrec.device import permutation
@@ -10,13 +10,14 @@ from freshrec.replay.measure import Queries, QueryOptions, SpanBlock, make_queri
 from freshrec.replay.metrics import Float64Array, compute_metrics, mean_per_user
 from freshrec.types import TRAIN, State
 
-MAX_QUERIES = 1500  # of a day's newest events, at most
+MAX_QUERIES = 1500  # queries from the newest events of a delivery, at most
 
 
 def newest_queries(served: ServedState) -> Queries:
-    """The pending events as queries, in random order, but one event of each user comes before another's second.
+    """Return the held-out newest events as queries, at most MAX_QUERIES.
 
-    They may be answered with the items that the model has learnt.
+    The order is random, but the first event of every user precedes the second event of any user. The candidates are
+    the items that the model has learned.
     """
     state, block = served.state, SpanBlock(served.pending, 0, len(served.users), served.state.model.n_items)
     queries = make_queries(state.histories, block, history_length(state.model), QueryOptions(TRAIN))
@@ -26,7 +27,7 @@ def newest_queries(served: ServedState) -> Queries:
 
 
 def user_values(state: State, queries: Queries, metric: str, n_items: int) -> Float64Array:
-    """(U,) the metric of each user with a query; their histories may hold any of `n_items`."""
+    """Metric of each user with a query, shape (U,), from 0 to 1. Histories may contain any of `n_items` items."""
     ranks_N = rank_queries(grow_items(state, n_items), queries)
     values_U: Float64Array = mean_per_user(queries.users_N.numpy(), compute_metrics(ranks_N.numpy(), [metric]))[1][:, 0]
     return values_U

@@ -1,10 +1,12 @@
-"""What a store can tell of itself: its state, differences between versions, one user, one item, whether it is whole."""
+"""Reports about a store: its status, the difference of two versions, one user, one item, damage."""
 
 from __future__ import annotations
 
 import platform
 from dataclasses import asdict
 from importlib.metadata import version as version_of
+from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import polars as pl
@@ -14,25 +16,30 @@ from freshrec.data.log import format_time
 from freshrec.errors import FreshrecError, StateError
 from freshrec.nightly.full_retrain import retrain_plan
 from freshrec.nightly.job import batches_of, waiting_batches
+from freshrec.nightly.notes import current_notes
+from freshrec.nightly.same_queries import compare_on_same_queries
 from freshrec.random_streams import stream_seed
 from freshrec.recommender.bundle import Bundle, read_bundle
 from freshrec.recommender.ids import normalize_ids, require_rows, resolve_request
 from freshrec.recommender.list_request import ListRequest
 from freshrec.recommender.lists import top_items
 from freshrec.recommender.user_profile import profile_of
+from freshrec.store.click_journal import read_journal
 from freshrec.store.event_log import EventLog
 from freshrec.store.versions import Store, is_collected, version_chain
 
-N_SAMPLE_USERS, LIST_LENGTH = 300, 20  # users, and items of each, by which two versions are compared
+N_SAMPLE_USERS, LIST_LENGTH = 300, 20  # sampled users, and items per list, to compare two versions
 LIBRARIES = ("torch", "polars", "numpy", "scipy", "deltalake", "safetensors", "pydantic")
 
 
 def store_status(store: Store) -> dict[str, Any]:
-    """The live version, what waits, and what it takes on the disk."""
+    """The live version, the size of the store, and what the next update will learn. Sizes are in bytes."""
     live, versions, log = store.live, store.manifests(), EventLog(store.folder / "log")
     manifest, chain = store.manifest(live), version_chain(store)
     n_bytes = sum(file.n_bytes for file in manifest.files.values())
-    newest = log.batches().filter(pl.col("batch").is_in(batches_of(chain)))["last"].max()
+    batches = log.batches()
+    newest = batches.filter(pl.col("batch").is_in(batches_of(chain)))["last"].max()
+    journal = read_journal(store.folder)
     return {
         "live": live,
         "made_at": manifest.made_at,
@@ -45,19 +52,68 @@ def store_status(store: Store) -> dict[str, Any]:
         "versions": len(versions),
         "refused": [m.id for m in versions if not m.promoted and m.id > live],
         "batches_waiting": waiting_batches(store, log),
+        "clicks_waiting": sum(len(file.clicks) for file in journal if file.batch is None),
         "bytes": n_bytes,
         "bytes_per_user": round(n_bytes / max(1, manifest.sizes["users"]), 1),
+        "log_events": int(batches["rows"].sum()),
+        "log_bytes": _disk_bytes(store.folder / "log"),
+        "versions_bytes": _disk_bytes(store.folder / "versions"),
+        "total_bytes": _disk_bytes(store.folder),
+        "versions_deleted": [m.id for m in versions if is_collected(store, m.id)],
         "plan": retrain_plan(chain),
         "numbers": manifest.numbers,
-        "notes": manifest.notes,
+        "notes": current_notes(chain),
     }
 
 
+def _disk_bytes(folder: Path) -> int:
+    """The bytes of all files below a folder. A file that several versions share counts once."""
+    sizes = {}
+    for path in folder.rglob("*"):
+        try:
+            found = path.lstat()
+        except FileNotFoundError:  # an update or a server has removed it
+            continue
+        if S_ISREG(found.st_mode):
+            sizes[found.st_dev, found.st_ino] = found.st_size
+    return sum(sizes.values())
+
+
 def version_difference(store: Store, first: int, second: int) -> dict[str, Any]:
-    """What two versions differ in, and how much of the lists of a sample of users they share."""
-    manifests = [store.manifest(first), store.manifest(second)]
+    """The quality of two versions on the same queries, the items that their lists share, and how their numbers differ.
+
+    Where the files of one were deleted, `same_queries` gives the reason and `shared` is None.
+    """
+    manifests = store.manifest(first), store.manifest(second)
     names = sorted({name for manifest in manifests for name in manifest.numbers})
+    found: dict[str, Any] = {
+        "versions": [first, second],
+        "sizes": {name: [manifest.sizes.get(name) for manifest in manifests] for name in manifests[0].sizes},
+        "numbers": {name: [manifest.numbers.get(name) for manifest in manifests] for name in names},
+        "recipe": {},
+        "shared": None,
+        "users": 0,
+        "list": LIST_LENGTH,
+    }
+    deleted = [number for number in (first, second) if is_collected(store, number)]
+    if deleted:
+        found["same_queries"] = {"reason": f"The files of version {deleted[0]} were deleted, so it cannot be queried."}
+        return found | {"recipe": _different_options([manifest.recipe for manifest in manifests])}
     bundles = [read_bundle(store.verified_files(number)) for number in (first, second)]
+    shared, n_users = _shared_items(bundles)
+    same_queries = compare_on_same_queries(bundles[0], bundles[1], manifests)
+    found |= {"shared": shared, "users": n_users, "same_queries": same_queries}
+    # not the recipes of the manifests, which may hold former names of options
+    return found | {"recipe": _different_options([bundle.recipe for bundle in bundles])}
+
+
+def _different_options(recipes: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    keys = sorted(recipes[0].keys() | recipes[1].keys())
+    return {key: [recipe.get(key) for recipe in recipes] for key in keys if recipes[0].get(key) != recipes[1].get(key)}
+
+
+def _shared_items(bundles: list[Bundle]) -> tuple[float, int]:
+    """The share of items that the lists of two versions have in common, and the number of sampled users."""
     known = [bundle.served.users.frame["id"].drop_nulls() for bundle in bundles]
     users = known[0].filter(known[0].is_in(known[1].implode()))
     users = users.sample(min(N_SAMPLE_USERS, len(users)), seed=stream_seed(0, "compared users"))
@@ -66,18 +122,7 @@ def version_difference(store: Store, first: int, second: int) -> dict[str, Any]:
         found.select("nth", item=bundle.served.items.ids(torch.from_numpy(found["item"].to_numpy(writable=True))))
         for bundle, found in zip(bundles, lists)
     ]
-    shared = ids[0].join(ids[1], on=["nth", "item"]).height / max(1, ids[0].height)
-    recipes = [bundle.recipe for bundle in bundles]  # not the manifests', which may hold former names of options
-    different = {key for key in recipes[0].keys() | recipes[1].keys() if recipes[0].get(key) != recipes[1].get(key)}
-    return {
-        "versions": [first, second],
-        "sizes": {name: [manifest.sizes.get(name) for manifest in manifests] for name in manifests[0].sizes},
-        "numbers": {name: [manifest.numbers.get(name) for manifest in manifests] for name in names},
-        "recipe": {key: [recipe.get(key) for recipe in recipes] for key in sorted(different)},
-        "shared": shared,
-        "users": len(users),
-        "list": LIST_LENGTH,
-    }
+    return ids[0].join(ids[1], on=["nth", "item"]).height / max(1, ids[0].height), len(users)
 
 
 def _sample_lists(bundle: Bundle, users: pl.Series) -> pl.DataFrame:
@@ -86,7 +131,10 @@ def _sample_lists(bundle: Bundle, users: pl.Series) -> pl.DataFrame:
 
 
 def user_profile(bundle: Bundle, user_id: str | int) -> dict[str, Any]:
-    """One user: events, the newest last, and interests with their best items. OptionError for an unknown user."""
+    """Return the events of a user, newest last, and the interests with their best items.
+
+    Raises OptionError for an unknown user.
+    """
     served = bundle.served
     row = int(require_rows(normalize_ids("user_id", user_id, served.users), served.users))
     found = profile_of(served, row, bundle.read_options.has_clock)
@@ -112,7 +160,7 @@ def user_profile(bundle: Bundle, user_id: str | int) -> dict[str, Any]:
 
 
 def item_profile(bundle: Bundle, item_id: str | int) -> dict[str, Any]:
-    """One item: how often, by how many, and when it was taken."""
+    """Return the counts of events and users of an item, and its first and last times. Raises OptionError if unknown."""
     served = bundle.served
     row = int(require_rows(normalize_ids("item_id", item_id, served.items), served.items))
     histories = served.counts.histories
@@ -133,7 +181,7 @@ def item_profile(bundle: Bundle, item_id: str | int) -> dict[str, Any]:
 
 
 def check_store(store: Store | None) -> list[tuple[bool, str]]:
-    """What works and what does not: the environment, and every file of the store."""
+    """Check the environment and every file of the store. Each check is a pair: whether it passed, and a sentence."""
     libraries = ", ".join(f"{name} {version_of(name)}" for name in LIBRARIES)
     found = [(True, f"Python {platform.python_version()}; {libraries}")]
     if store is None:
@@ -141,11 +189,11 @@ def check_store(store: Store | None) -> list[tuple[bool, str]]:
     readable = {manifest.id for manifest in store.manifests()}
     for number in store.version_numbers():
         if number in readable and is_collected(store, number):
-            found.append((True, f"version {number}: its files were given up by `freshrec gc` or `erase`"))
+            found.append((True, f"version {number}: its files were deleted by `freshrec gc` or `freshrec erase`"))
             continue
         try:
             wrong = store.find_damage(number)
-            found.append((not wrong, f"version {number}: {'; '.join(wrong) or 'whole'}"))
+            found.append((not wrong, f"version {number}: {'; '.join(wrong) or 'all files are intact'}"))
         except StateError as problem:
             found.append((False, f"version {number}: {problem}"))
     for check in (_check_live, _check_log):
@@ -158,11 +206,14 @@ def check_store(store: Store | None) -> list[tuple[bool, str]]:
 
 def _check_live(store: Store) -> str:
     store.verified_files(store.live)
-    return f"version {store.live} is live, {len(version_chain(store)) - 1} updates after the first one"
+    n_updates = len(version_chain(store)) - 1
+    updates = "1 update" if n_updates == 1 else f"{n_updates} updates"
+    return f"version {store.live} is live, {updates} after the first version"
 
 
 def _check_log(store: Store) -> str:
     log = EventLog(store.folder / "log")
     n_batches = len(log.batches())
     n_rows = len(log.read()) if n_batches else 0
-    return f"the log holds {n_rows:,} events in {n_batches:,} batches"
+    batches = "1 batch" if n_batches == 1 else f"{n_batches:,} batches"
+    return f"the event log holds {n_rows:,} events in {batches}"

@@ -1,12 +1,12 @@
-"""The nightly job: take a delivery, learn from it, test the result, and let it go live or not.
+"""The nightly job: append a delivery to the log, update the live version, measure the result, promote or refuse it.
 
     delivery ──▶ log ──▶ batch ──▶ challenger ──▶ gate ──▶ version, live if it passes
-                          │ its newest events are held back: on them challenger and live version are compared,
-                          ▼ and the next update learns from them
-                         statistics of the day, compared with those of the days before
+                          │ The newest events are held out. Challenger and live version are compared on them,
+                          ▼ and the next update learns them.
+                         statistics of the delivery, compared with those of earlier deliveries
 
-Every delivery becomes a batch of the log, and every batch a version, in order: whatever moment the job dies, the next
-run goes on where it was. A batch that was refused or rolled back is not learnt from again, unless asked for.
+Every delivery becomes a batch of the log, and every batch becomes a version, in order. If the job is killed at any
+moment, the next run continues from there. A batch that was refused or rolled back is learned again only on request.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from freshrec.nightly.delivery_stats import DeliveryStats, compute_delivery_stat
 from freshrec.nightly.full_retrain import GAIN_KEY, retrain_interval, start_from_scratch, updates_since_retrain
 from freshrec.nightly.gate import GateLimits, HoldoutValues, Verdict, find_anomalies, judge_challenger
 from freshrec.nightly.holdout import newest_queries, user_values
+from freshrec.nightly.notes import Note, count_of, notes_of, with_notes
+from freshrec.progress import report_progress
 from freshrec.recommender.bundle import Bundle, learn_events, read_bundle, write_bundle
 from freshrec.recommender.log_reading import EncodedEvents, encode_events, match_clock
 from freshrec.recommender.served_state import ServedState
@@ -42,56 +44,66 @@ from freshrec.store.manifest import Manifest, MoveAction, VersionKind
 from freshrec.store.versions import Store, version_chain
 from freshrec.types import State
 
-N_HOLDOUT_QUERIES, N_HOLDOUT_VERSIONS = 250, 5  # queries of a version that later ones rank; of how many versions
-HOLDOUT_SHARE, FIRST_HOLDOUT_SHARE = 0.2, 0.05  # of a day, and of the first log, is held back to be tested on
-MAX_HOLDOUT_EVENTS = 20_000  # events
+N_HOLDOUT_QUERIES = 250  # queries of a version that are kept to measure later versions
+N_HOLDOUT_VERSIONS = 5  # number of latest versions whose queries are kept
+HOLDOUT_SHARE, FIRST_HOLDOUT_SHARE = 0.2, 0.05  # held-out share of a delivery, and of the first log
+MAX_HOLDOUT_EVENTS = 20_000  # held-out events at most
+COMPARED_KEY = "compared_users"  # in a manifest's "data": users measured on the newest events, and on older ones
 
 
 class NightlyJob:
-    """Work on a store that nobody else changes meanwhile."""
+    """Fit and update the versions of a store. The caller holds the store's lock."""
 
     def __init__(self, store: Store, limits: GateLimits = GateLimits(), full_every: str = "") -> None:  # noqa: B008
         self.store, self.limits, self.full_every = store, limits, full_every
-        self.log = EventLog(store.folder / "log")  # every event that was ever delivered
+        self.log = EventLog(store.folder / "log")  # all events that were ever delivered
         self._loaded: tuple[Manifest, Bundle] | None = None
 
     @property
     def bundle(self) -> Bundle:
-        """What the live version holds."""
+        """The content of the live version, read once."""
         manifest = self.store.manifest(self.store.live)
         if self._loaded is None or self._loaded[0] != manifest:
             self._loaded = manifest, read_bundle(self.store.verified_files(manifest.id))
         return self._loaded[1]
 
     def fit_first_version(self, log: Log, source: str, bundle: Bundle) -> Manifest:
-        """The first version, live at once; `bundle` knows nothing yet, `source` is a hash of the delivery."""
+        """Fit the first version of an empty store and promote it.
+
+        `source`: a hash of the log's bytes. `bundle`: an empty one, with model and strategy.
+        """
         started_s = time.perf_counter()
-        result = self.log.append(interaction_rows(keep_positives(log).frame), source, log.has_clock)
+        rows = interaction_rows(keep_positives(log).frame)
+        report_progress(f"storing {count_of(len(rows), 'event')}")
+        result = self.log.append(rows, source, log.has_clock)
         assert result.batch is not None  # the store is new, and the log has rows
         frame = self.log.read([result.batch])
         bundle = replace(bundle, read_options=replace(bundle.read_options, has_clock=log.has_clock))
         new = encode_events(bundle.served, frame)
-        learnt, numbers = _learn(bundle, new, FIRST_HOLDOUT_SHARE)
-        metric, queries, notes = self.limits.metric, newest_queries(learnt.served), []
+        learned, numbers = _learn(bundle, new, FIRST_HOLDOUT_SHARE)
+        metric, queries, notes = self.limits.metric, newest_queries(learned.served), []
+        report_progress("measuring", detail=count_of(len(queries), "held-out query", "held-out queries"))
         if len(queries):
-            states = {metric: learnt.served.state, f"{metric} popularity": _popularity_state(learnt, new)}
+            states = {metric: learned.served.state, f"{metric} popularity": _popularity_state(learned, new)}
             for name, state in states.items():
-                numbers[name] = float(user_values(state, queries, metric, len(learnt.served.items)).mean())
+                numbers[name] = float(user_values(state, queries, metric, len(learned.served.items)).mean())
         else:
-            notes.append("no user of the newest events has an event before, so nothing could be asked.")
+            text = "The quality was not measured. No user of the newest events has an earlier event."
+            notes.append(Note("not-measured", text))
         numbers |= {"asked": float(len(queries)), "wait_s": time.perf_counter() - started_s}
         day = compute_delivery_stats(
             frame, Catalog.empty(), Catalog.empty(), log.has_clock, None, result.n_duplicates, result.n_known
         )
-        manifest = _new_manifest(self.store, learnt, "fit", numbers).model_copy(
-            update={"batch": result.batch, "source": source, "data": {"day": asdict(day)}, "notes": notes}
+        manifest = _new_manifest(self.store, learned, "fit", numbers).model_copy(
+            update={"batch": result.batch, "source": source, "data": {"day": asdict(day)}}
         )
-        return self._go_live(manifest, replace(learnt, holdout_queries=(_first_queries(queries),)), "fit")
+        learned = replace(learned, holdout_queries=(_first_queries(queries),))
+        return self._go_live(with_notes(manifest, notes), learned, "fit")
 
     def append_delivery(self, log: Log, source: str) -> AppendResult:
-        """Append what was taken in a delivery to the log, but for what is there already; `catch_up` then learns it.
+        """Append the new events of a delivery to the log. `catch_up` then learns them.
 
-        LogError where its ids or its clock are of another kind than those before.
+        LogError: the ids or the timestamps are of another kind than those of the log.
         """
         log = match_clock(log, self.bundle.read_options)
         served, frame = self.bundle.served, interaction_rows(log.frame)
@@ -103,39 +115,43 @@ class NightlyJob:
         return self.log.append(frame, source, log.has_clock, rejected_batches(self.store))
 
     def catch_up(self, force: str = "") -> Iterator[Manifest]:
-        """A version of each batch that waits, as `learn_batch` makes them.
+        """Make a version of each batch that no version has met yet, and yield it (see `learn_batch`).
 
-        First of all, a version that was to go live when its maker died does so.
+        If an earlier run was killed before it promoted a version that had passed, that version is promoted first.
         """
         live, pointed_to = self.store.live, {move.to for move in self.store.moves()}
         for manifest in self.store.manifests():
             if manifest.goes_live and manifest.parent == live and manifest.id not in pointed_to:
-                self.store.move_pointer(manifest.id, "update", "its maker died before")
+                self.store.move_pointer(manifest.id, "update", "promotion completed after an interrupted run")
                 live = manifest.id
         for batch in waiting_batches(self.store, self.log):
             yield self.learn_batch(batch, force)
 
     def relearn(self, number: int, force: str = "") -> Manifest:
-        """A version that has learnt from the events of another, which was refused or left by a rollback."""
+        """Update the live version with the events of another version, which was refused or rolled back.
+
+        OptionError: the live version has learned these events already.
+        """
         batch = self.store.manifest(number).batch
         if batch is None or batch in batches_of(version_chain(self.store)):
-            raise OptionError(f"the live version has learnt all that version {number} had; nothing is left to take.")
+            raise OptionError(f"--retry {number}: the live version has learned all events of version {number} already.")
         return self.learn_batch(batch, force, is_late=True)
 
     def add_unchanged_version(self, batch: int | None, source: str) -> Manifest:
-        """A version like the live one, of a day that brought nothing."""
+        """Make a copy of the live version for a delivery without new events, and promote it."""
         live, bundle = self.store.live, self.bundle
-        note = "nothing was delivered that anybody took and that is new: the model is that of the version before."
+        note = Note("unchanged", f"The delivery had no new events, so the model is that of version {live}.")
         manifest = _new_manifest(self.store, bundle, "no rows", {}).model_copy(
-            update={"parent": live, "batch": batch, "source": source, "notes": [note]}
+            update={"parent": live, "batch": batch, "source": source}
         )
-        return self._go_live(manifest, bundle, "update")
+        return self._go_live(with_notes(manifest, [note]), bundle, "update")
 
     def learn_batch(self, batch: int, force: str = "", is_late: bool = False) -> Manifest:
-        """A version that has learnt from a batch, live if it passes the gate, or by `force`, which says why.
+        """Make a version from a batch and promote it if it passes the gate, or if `force`, a reason, is given.
 
-        Events that other batches have taught the live version since are left out. Where learning fails, a version like
-        the live one is refused, with the reason. `is_late`: that the events are old is known.
+        Events that the live version has learned from other batches are left out. If training fails, the result is a
+        refused copy of the live version, with the error as the reason. `is_late`: the events are known to be old, so
+        they are not checked for late rows.
         """
         started_s, delivered = time.perf_counter(), self.log.read([batch])
         frame = self.log.rows_not_in(delivered, batches_of(version_chain(self.store)))
@@ -145,16 +161,18 @@ class NightlyJob:
             return self.add_unchanged_version(batch, source)
         try:
             manifest, challenger = self.make_challenger(frame, (n_duplicates, n_known), is_late)
-        except (LogError, TrainingError) as problem:
+        except (LogError, TrainingError) as error:
             manifest = _new_manifest(self.store, self.bundle, "update", {}).model_copy(
-                update={"parent": self.store.live, "promoted": False, "reasons": [str(problem)]}
+                update={"parent": self.store.live, "promoted": False, "reasons": [str(error)]}
             )
             challenger, force = self.bundle, ""
-        notes = [*manifest.notes, *([f"let go live by force: {force}"] if force and not manifest.promoted else [])]
+        notes = notes_of(manifest)
+        if force and not manifest.promoted:
+            notes.append(Note("forced", f"The gate refused this version. It was promoted by --force: {force}"))
         numbers = manifest.numbers | {"wait_s": time.perf_counter() - started_s}
         goes_live = manifest.promoted or bool(force)
-        update = {"batch": batch, "source": source, "notes": notes, "numbers": numbers, "goes_live": goes_live}
-        manifest = manifest.model_copy(update=update)
+        update = {"batch": batch, "source": source, "numbers": numbers, "goes_live": goes_live}
+        manifest = with_notes(manifest.model_copy(update=update), notes)
         if goes_live:
             return self._go_live(manifest, challenger, "update", force)
         return self.store.write_version(manifest, lambda folder: write_bundle(challenger, folder))
@@ -162,7 +180,10 @@ class NightlyJob:
     def make_challenger(
         self, frame: pl.DataFrame, left_out: tuple[int, int] = (0, 0), is_late: bool = False
     ) -> tuple[Manifest, Bundle]:
-        """What becomes of the live version by learning these rows, and the gate's verdict on it; nothing is written."""
+        """Update the live version with some rows and judge the result. Nothing is written.
+
+        `left_out`: the numbers of duplicates and of known rows that are not in `frame`.
+        """
         champion, chain = self.bundle, version_chain(self.store)
         day, first = self.delivery_stats(frame, left_out, is_late), chain[0]
         challenger, numbers = _learn(champion, encode_events(champion.served, frame), HOLDOUT_SHARE)
@@ -171,27 +192,27 @@ class NightlyJob:
         queries = newest_queries(challenger.served)
         is_due = self.full_every and updates_since_retrain(chain) + 1 >= retrain_interval(self.full_every, chain)
         if is_due and len(queries):
-            is_even_N = queries.users_N % 2 == 0  # by these one of two is chosen, by the others it is judged
+            is_even_N = queries.users_N % 2 == 0  # these users choose between the two, the others judge the choice
             challenger, more = _try_full_retrain(self, challenger, frame, chain, queries[is_even_N.nonzero()[:, 0]])
             numbers, queries = numbers | more, queries[(~is_even_N).nonzero()[:, 0]]
-        verdict, new_queries = self._judge(day, champion, challenger, chain, queries)
+        report_progress("comparing", detail=f"with version {self.store.live}")
+        verdict, values = self._judge(day, champion, challenger, chain, queries)
         numbers |= verdict.numbers | _interest_changes(champion.served.state, challenger.served.state)
         manifest = _new_manifest(self.store, challenger, "update", numbers).model_copy(
             update={
                 "parent": self.store.live,
-                "data": {"day": asdict(day)},
-                "notes": list(verdict.notes),
+                "data": {"day": asdict(day), COMPARED_KEY: [len(values.challenger_U), len(values.older_challenger_O)]},
                 "promoted": verdict.promoted,
                 "reasons": list(verdict.reasons),
             }
         )
-        holdout_queries = (*champion.holdout_queries, new_queries)[-N_HOLDOUT_VERSIONS:]
-        return manifest, replace(challenger, holdout_queries=holdout_queries)
+        holdout_queries = (*champion.holdout_queries, _first_queries(queries))[-N_HOLDOUT_VERSIONS:]
+        return with_notes(manifest, verdict.notes), replace(challenger, holdout_queries=holdout_queries)
 
     def delivery_stats(
         self, frame: pl.DataFrame, left_out: tuple[int, int] = (0, 0), is_late: bool = False
     ) -> DeliveryStats:
-        """The statistics of a day's rows, of which so many doubled and so many known ones were left out."""
+        """Return the statistics of new rows. `left_out`: the numbers of duplicates and of known rows without them."""
         served = self.bundle.served
         newest_time = None if is_late else served.newest_time
         has_clock, head = self.bundle.read_options.has_clock, _head_item_ids(served)
@@ -199,12 +220,12 @@ class NightlyJob:
 
     def _judge(
         self, day: DeliveryStats, champion: Bundle, challenger: Bundle, chain: list[Manifest], queries: Queries
-    ) -> tuple[Verdict, Queries]:
-        """The gate's verdict, and the queries that later versions rank."""
+    ) -> tuple[Verdict, HoldoutValues]:
+        """Return the gate's verdict and the values that it is based on."""
         metric, n_items = self.limits.metric, len(challenger.served.items)
         states = (challenger.served.state, champion.served.state)
         challenger_U, champion_U = (user_values(state, queries, metric, n_items) for state in states)
-        # without the last ones, from which the live version has not learnt either
+        # without the last queries: the live version has not learned their events either
         older = [past for past in champion.holdout_queries[:-1] if len(past)]
         challenger_O, champion_O = (
             np.concatenate([np.zeros(0), *(user_values(state, past, metric, n_items) for past in older)])
@@ -213,7 +234,7 @@ class NightlyJob:
         earlier = _earlier_stats(chain)
         earlier_values = [manifest.numbers[metric] for manifest in chain if metric in manifest.numbers]
         values = HoldoutValues(challenger_U, champion_U, challenger_O, champion_O, earlier_values)
-        return judge_challenger(day, earlier, values, self.limits), _first_queries(queries)
+        return judge_challenger(day, earlier, values, self.limits), values
 
     def _go_live(self, manifest: Manifest, bundle: Bundle, action: MoveAction, reason: str = "") -> Manifest:
         manifest = self.store.write_version(manifest, lambda folder: write_bundle(bundle, folder))
@@ -223,29 +244,29 @@ class NightlyJob:
 
 
 def rejected_batches(store: Store) -> list[int]:
-    """Batches that versions have met and the live one has not learnt: refused, or left by a rollback."""
+    """Return the batches of refused versions and of those that were rolled back."""
     return sorted(set(batches_of(store.manifests())) - set(batches_of(version_chain(store))))
 
 
 def batches_of(chain: list[Manifest]) -> list[int]:
-    """The batches of the log that these versions have met."""
+    """Return the batches of the log that these versions were made from."""
     return [manifest.batch for manifest in chain if manifest.batch is not None]
 
 
 def waiting_batches(store: Store, log: EventLog) -> list[int]:
-    """Batches of the log that no version has met yet, in order.
+    """Return the batches of the log from which no version was made yet, in order.
 
-    StateError where the log lacks one that a version has learnt, or where a damaged manifest may name one.
+    StateError: the log lacks the batch of a version, or a manifest that may name a batch is damaged.
     """
     versions_by_batch = {manifest.batch: manifest.id for manifest in store.manifests() if manifest.batch is not None}
-    last = max(versions_by_batch.values(), default=0)  # batches are met in order: earlier versions name no later ones
+    last = max(versions_by_batch.values(), default=0)  # versions follow the order of batches
     for number in store.version_numbers():
         if number > last:
             store.manifest(number)
     batches = log.batches()["batch"].to_list()
     if missing := sorted(versions_by_batch.keys() - set(batches)):
         raise StateError(
-            f"{log.folder} lacks batch {missing[0]}, which versions have learnt; restore it from a backup."
+            f"{log.folder} lacks batch {missing[0]}, which a version has learned. Restore it from a backup."
         )
     return [batch for batch in batches if batch > max(versions_by_batch, default=0)]
 
@@ -253,8 +274,9 @@ def waiting_batches(store: Store, log: EventLog) -> list[int]:
 def _try_full_retrain(
     job: NightlyJob, challenger: Bundle, frame: pl.DataFrame, chain: list[Manifest], queries: Queries
 ) -> tuple[Bundle, dict[str, float]]:
-    """A full retrain beside the update: the better one of the two, and what the retrain gained and cost."""
+    """Train a full retrain beside the update. Return the better of the two, and the gain and cost of the retrain."""
     started_s = time.perf_counter()
+    report_progress("full retrain")
     empty, all_rows = start_from_scratch(job.bundle, job.log, chain, frame)
     new = encode_events(empty.served, all_rows)
     full = learn_events(empty, new, len(new.events) - len(challenger.served.pending))
@@ -269,15 +291,15 @@ def _try_full_retrain(
 
 
 def preview_delivery(job: NightlyJob, log: Log | None) -> dict[str, Any]:
-    """The statistics of a delivery, and what is odd about it; nothing is changed."""
+    """Return the statistics of a delivery ("day") and its anomalies ("odd"). Nothing is changed."""
     if log is None:
-        return {"day": None, "odd": ["the delivery holds no rows."]}
+        return {"day": None, "odd": ["The delivery has no rows."]}
     day, chain = job.delivery_stats(interaction_rows(log.frame)), version_chain(job.store)
     return {"day": asdict(day), "odd": find_anomalies(day, _earlier_stats(chain), job.limits)}
 
 
 def _head_item_ids(served: ServedState) -> pl.Series:
-    """The ids of the most popular items, which had half of the attention lately."""
+    """Return the ids of the most popular items, which together had half of the recent events."""
     counts_I = served.counts.model.counts_I.double()
     rows_I = counts_I.argsort(descending=True, stable=True)
     ahead_I = counts_I[rows_I].cumsum(0) - counts_I[rows_I]
@@ -285,20 +307,22 @@ def _head_item_ids(served: ServedState) -> pl.Series:
 
 
 def _earlier_stats(chain: list[Manifest]) -> list[DeliveryStats]:
-    """The days that led to the live version, the oldest first."""
+    """Return the statistics of the deliveries that led to the live version, oldest first."""
     try:
         return [DeliveryStats(**manifest.data["day"]) for manifest in chain[1:] if "day" in manifest.data]
-    except TypeError as problem:
-        raise StateError(f"a manifest of the live version's parents holds no facts of a day ({problem}).") from None
+    except TypeError as error:
+        raise StateError(
+            f"A manifest of an earlier version has invalid delivery statistics ({error}). Restore it from a backup."
+        ) from None
 
 
 def _first_queries(queries: Queries) -> Queries:
-    """The first ones: they are in random order."""
+    """Return the first queries, a random sample because the queries are in random order."""
     return queries[torch.arange(min(N_HOLDOUT_QUERIES, len(queries)))]
 
 
 def interaction_rows(frame: pl.DataFrame) -> pl.DataFrame:
-    """The rows that somebody took, as the log keeps them: exposures have label 0; categories and event ids are text."""
+    """Return the interactions of a log frame, without exposures (label 0). Categories and event ids become text."""
     frame = filter_positives(frame)
     return frame.with_columns(
         pl.col(name).cast(pl.String) for name in ("category", "event_id") if name in frame.columns
@@ -306,32 +330,35 @@ def interaction_rows(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def hash_source(path: Path) -> str:
-    """A hash of the bytes of a file, or of all files of a folder."""
+    """Return a hash of the bytes of a file, or of all files of a folder."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     checksums = [file_checksum(file) for file in files if file.is_file()]
     return checksums[0] if len(checksums) == 1 else hashlib.sha256("".join(checksums).encode()).hexdigest()
 
 
 def _learn(bundle: Bundle, new: EncodedEvents, share: float) -> tuple[Bundle, dict[str, float]]:
-    """What follows from learning all events but the newest `share` of those that are not late; what it cost."""
+    """Learn all events but the newest `share` of those that are not late. Return the result and its costs."""
     started_s, started_cpu_s, newest_time = time.perf_counter(), time.process_time(), bundle.served.newest_time
     n_events = len(new.events)
     n_new = n_events if newest_time is None else int((new.events.times_E >= newest_time).sum())
-    learnt = learn_events(bundle, new, n_events - min(MAX_HOLDOUT_EVENTS, round(share * n_new)))
+    n_holdout = min(MAX_HOLDOUT_EVENTS, round(share * n_new))
+    report_progress("splitting", detail=f"the newest {count_of(n_holdout, 'event')} held out")
+    report_progress("counting", detail=count_of(n_events - n_holdout, "event"))
+    learned = learn_events(bundle, new, n_events - n_holdout)
     costs = {"update_s": time.perf_counter() - started_s, "update_cpu_s": time.process_time() - started_cpu_s}
-    more = {f"new_{name}": float(n - bundle.sizes[name]) for name, n in learnt.sizes.items()}
-    return learnt, learnt.served.state.costs | costs | more | {"late": float(n_events - n_new)}
+    more = {f"new_{name}": float(n - bundle.sizes[name]) for name, n in learned.sizes.items()}
+    return learned, learned.served.state.costs | costs | more | {"late": float(n_events - n_new)}
 
 
 def _popularity_state(bundle: Bundle, new: EncodedEvents) -> State:
-    """Popularity, having counted what the first version has learnt from."""
+    """Return a popularity model that has counted the events of the first version."""
     served = bundle.served
-    learnt = new.events[: len(new.events) - len(served.pending)]
-    return absorb_block(State(PopularitySpec().build(0)), learnt, len(served.users), served.state.model.n_items)
+    counted = new.events[: len(new.events) - len(served.pending)]
+    return absorb_block(State(PopularitySpec().build(0)), counted, len(served.users), served.state.model.n_items)
 
 
 def _interest_changes(before: State, after: State) -> dict[str, float]:
-    """How many users have more interests than before, and how many have fewer; nothing for models without."""
+    """Count users who have more interests than before, and users who have fewer. Empty for models without interests."""
     if before.interests is None or after.interests is None:
         return {}
     n = min(before.interests.n_users, after.interests.n_users) + 1

@@ -1,8 +1,7 @@
-"""Softmax cross-entropy over all items, and its gradients, in blocks of items that stay in the processor's cache.
+"""Softmax cross-entropy over all items, with gradients, in blocks of items that fit in the processor's cache.
 
-Half the time of the composition of PyTorch's own operations, which write and read the (B, I) logits six times; the
-gradients are the same. Letters: R rows of a table, the first of them the padding, which is no item; I the items; J a
-block of them.
+This takes half the time of PyTorch's own operations, which write and read the (B, I) logits six times. The gradients
+are the same. Letters: R rows of a table, where row 0 is padding; I items; J items of one block.
 """
 
 from typing import Any
@@ -12,39 +11,39 @@ from torch import Tensor
 
 from freshrec.device import prefers_blocks
 
-ITEM_BLOCK = 2048  # items; measured best
+ITEM_BLOCK = 2048  # items; fastest in measurements
 
 
 def full_softmax_loss(user_BD: Tensor, rows_RD: Tensor, target_B: Tensor) -> Tensor:
-    """-ln softmax(v e_i) of the target rows over all items; mean over B."""
+    """-ln softmax(v e_i) of the targets, over all items; mean over B."""
     loss: Tensor = _CrossEntropy.apply(user_BD, rows_RD, target_B, None, None)  # type: ignore[no-untyped-call]
     return loss
 
 
 def full_distillation_loss(user_BD: Tensor, rows_RD: Tensor, teacher_BD: Tensor, known_RD: Tensor) -> Tensor:
-    """-sum_i p'_i ln p_i with p = softmax(v e_i), p' = softmax(v' e'_i); mean over B.
+    """-sum_i p'_i ln p_i with p = softmax(v e_i) and p' = softmax(v' e'_i); mean over B.
 
-    The sum and both softmaxes are over the items that the teacher (v', e') knows; no gradient reaches it.
+    The sum and both softmaxes are over the items that the teacher (v', e') knows. The teacher gets no gradient.
     """
     loss: Tensor = _CrossEntropy.apply(user_BD, rows_RD, None, teacher_BD, known_RD)  # type: ignore[no-untyped-call]
     return loss
 
 
 class _BlockSoftmax:
-    """exp(z - m), block by block, with the sums that make it a softmax."""
+    """exp(z - m) of the logits z, block by block with maximum m, and the sums that normalise it."""
 
     def __init__(self, user_BD: Tensor, n_items: int) -> None:
         self.user_DB = user_BD.t().contiguous()
         self.exp_IB = torch.empty(n_items, len(user_BD))
-        self._maxima: list[Tensor] = []  # (B,) of each block
+        self._maxima: list[Tensor] = []  # (B,) per block
         self._sums: list[Tensor] = []
 
     def next_logits(self, items_JD: Tensor, rows: slice) -> Tensor:
-        """(J, B) the next block's z, for `exponentiate`."""
+        """Return the logits z of the next block, (J, B), for `exponentiate`."""
         return torch.mm(items_JD, self.user_DB, out=self.exp_IB[rows])
 
     def exponentiate(self, z_JB: Tensor) -> Tensor:
-        """exp(z - m), in place."""
+        """Replace z by exp(z - m), in place."""
         maximum_B = z_JB.amax(0)
         exp_JB = z_JB.sub_(maximum_B).exp_()
         self._maxima.append(maximum_B)
@@ -52,14 +51,14 @@ class _BlockSoftmax:
         return exp_JB
 
     def normalise(self) -> tuple[Tensor, Tensor]:
-        """(B,) ln sum_i exp z_i, and (blocks, B) what each block's exp(z - m) is to be multiplied by."""
+        """Return ln sum_i exp z_i, (B,), and the factor that turns exp(z - m) into the softmax, (blocks, B)."""
         maxima_NB = torch.stack(self._maxima)
         total_B = torch.logsumexp(maxima_NB + torch.stack(self._sums).log(), 0)
         return total_B, (maxima_NB - total_B).exp()
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Of a softmax over items with one true item a row, or with a teacher's softmax."""
+    """Cross-entropy of a softmax over items, with one target per row or with the softmax of a teacher."""
 
     @staticmethod
     def forward(
@@ -70,7 +69,7 @@ class _CrossEntropy(torch.autograd.Function):
         teacher_BD: Tensor | None,
         known_RD: Tensor | None,
     ) -> Tensor:
-        """The mean loss."""
+        """Return the mean loss."""
         n_items = len(rows_RD if known_RD is None else known_RD) - 1
         student = _BlockSoftmax(user_BD, n_items)
         teacher = None if teacher_BD is None else _BlockSoftmax(teacher_BD, n_items)
@@ -114,6 +113,6 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _item_blocks(n_items: int, tensor: Tensor) -> list[tuple[slice, slice]]:
-    """Each block, as items counted from 0 and as rows of the table; a single one on another device than the CPU."""
+    """Return each block as items, counted from 0, and as rows of the table. Only the CPU uses several blocks."""
     edges = [*range(0, n_items, ITEM_BLOCK if prefers_blocks(tensor) else max(n_items, 1)), n_items]
     return [(slice(a, b), slice(a + 1, b + 1)) for a, b in zip(edges, edges[1:])]

@@ -1,4 +1,4 @@
-"""What several models share: squash, label-aware attention, sampled softmax, the best inner product."""
+"""Functions that several models share: squash, label-aware attention, losses, and inner products."""
 
 import torch
 import torch.nn.functional as F
@@ -6,25 +6,25 @@ from torch import Tensor
 
 from freshrec.types import Batch
 
-MASKED = -1e9  # a logit that softmax turns into 0
+MASKED = -1e9  # logit that the softmax turns into 0
 
 
 def squash(s: Tensor) -> Tensor:
-    """s ||s|| / (1 + ||s||^2): the same direction, a norm below 1; finite gradient at 0."""
+    """s ||s|| / (1 + ||s||^2): same direction, norm below 1, finite gradient at 0."""
     n2 = (s * s).sum(-1, keepdim=True)
     return s * (n2 / (1 + n2) / (n2 + 1e-9).sqrt())
 
 
 def has_vector(items_BTD: Tensor, history_BT: Tensor) -> Tensor:
-    """(B, T) whether a position of the history holds an item with a vector."""
+    """Whether each position of the history has an item with a nonzero vector, shape (B, T)."""
     return (history_BT > 0) & (items_BTD != 0).any(2)
 
 
 def attend(vectors_BKD: Tensor, target_BD: Tensor, alive_BK: Tensor | None, mode: str, power: float = 1.0) -> Tensor:
-    """v = sum_k beta_k h_k with beta the softmax of e_a h_k over the interests a user has [IMSR eq. 5].
+    """v = sum_k beta_k h_k, with beta = softmax of e_a h_k over the interests of a user [IMSR eq. 5].
 
-    `mode`: "soft" as printed, with sign(x)|x|^power as the logit (MIND's p); "hard": the interest closest to the
-    target.
+    `mode`: "soft" is the equation, with sign(x) |x|^power instead of each logit x (p in MIND). "hard" returns the
+    interest closest to the target.
     """
     logits_BK = torch.bmm(vectors_BKD, target_BD[..., None])[..., 0]
     if alive_BK is not None:
@@ -40,7 +40,7 @@ def attend(vectors_BKD: Tensor, target_BD: Tensor, alive_BK: Tensor | None, mode
 def sampled_logits(
     user_BD: Tensor, target_BD: Tensor, negatives_ND: Tensor, target_B: Tensor, negative_N: Tensor
 ) -> Tensor:
-    """(B, 1 + N): v e_a of the target first, then v e_i of the negatives; one that is the target is MASKED."""
+    """v e_a of the target, then v e_i of the negatives, (B, 1 + N). A negative that is the target is MASKED."""
     negative_BN = (user_BD @ negatives_ND.t()).masked_fill_(target_B[:, None] == negative_N[None], MASKED)
     positive_B1 = (user_BD * target_BD).sum(-1, keepdim=True)
     return torch.cat([positive_B1, negative_BN], 1)
@@ -49,19 +49,20 @@ def sampled_logits(
 def sampled_softmax_loss(logits_BN: Tensor) -> Tensor:
     """-log softmax of the first logit, mean over the batch [IMSR eq. 6].
 
-    Differs from the paper: minus sign and the target in the denominator, without which the loss has no lower bound.
+    Differs from the paper: it has a minus sign, and the target is in the denominator. Otherwise the loss has no lower
+    bound.
     """
     return F.cross_entropy(logits_BN, torch.zeros(len(logits_BN), dtype=torch.int64))
 
 
 def bce_loss(logits_BN: Tensor) -> Tensor:
-    """-ln sigma(z) of the first logit, mean, and -ln(1 - sigma(z)) of the others, mean without those MASKED."""
+    """Mean of -ln sigma(z) of the first logit, plus mean of -ln(1 - sigma(z)) of the others that are not MASKED."""
     n_others = (logits_BN[:, 1:] > MASKED).sum().clamp(min=1)
     return F.softplus(-logits_BN[:, 0]).mean() + F.softplus(logits_BN[:, 1:]).sum() / n_others
 
 
 def max_inner_product(vectors_BKD: Tensor, items_ND: Tensor) -> Tensor:
-    """max_k h_k e_i: (B, K, D) and (N, D) shared, or (B, N, D) each row's own -> (B, N)."""
+    """max_k h_k e_i, shape (B, N), of items (N, D), shared by all rows, or (B, N, D)."""
     if items_ND.dim() == 3:
         return torch.bmm(vectors_BKD, items_ND.transpose(1, 2)).amax(1)
     n_users, n_interests, _ = vectors_BKD.shape
@@ -69,12 +70,15 @@ def max_inner_product(vectors_BKD: Tensor, items_ND: Tensor) -> Tensor:
 
 
 def labelled_candidates(batch: Batch, n_items: int) -> tuple[Tensor, Tensor]:
-    """What a click model learns from, (B, N) items and labels: each row's target; without labels, a random item too."""
+    """Return the items and labels (B, N) that a click model is trained on.
+
+    With labels in the log, each row has its target only. Without labels, it has the target as 1 and a random item as 0.
+    """
     assert batch.targets_BT is not None and batch.negatives_N is not None
     target_B1 = batch.targets_BT[:, :1]
     if batch.labels_B is not None:
         return target_B1, batch.labels_B[:, None]
     negative_B1 = batch.negatives_N[torch.arange(len(batch)) % len(batch.negatives_N), None]
-    alternative_B1 = negative_B1 % n_items + 1  # the next item, where the random one is the target
+    alternative_B1 = negative_B1 % n_items + 1  # the next item, if the random one is the target
     negative_B1 = torch.where(negative_B1 == target_B1, alternative_B1, negative_B1)
     return torch.cat([target_B1, negative_B1], 1), torch.tensor([1.0, 0.0]).expand(len(batch), 2)

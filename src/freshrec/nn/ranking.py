@@ -1,4 +1,4 @@
-"""Ranks of targets and best items, over the whole catalogue in blocks: never a dense (users, items) table."""
+"""Ranks of targets and best items over the whole catalogue, in blocks, without a dense (users, items) matrix."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,20 +16,24 @@ from freshrec.nn.scoring import item_vectors, score_items, user_vectors
 from freshrec.nn.sparse import distinct_items
 from freshrec.types import Batch, CandidateModel, Model, TrainedModel, VectorModel
 
-USER_BLOCK, ITEM_BLOCK = 64, 2048  # measured best block of the rank count: two thirds of the peak of a matrix product
+USER_BLOCK, ITEM_BLOCK = 64, 2048  # fastest blocks in measurements: two thirds of the peak speed of a matrix product
 READOUTS = ("recent", "stored", "both")
-# (vectors_BKD, n_B) -> (B, C) rows of at least the n best items that were found, each once, 0: none; and their scores
+# (vectors_BKD, n_B) -> item rows (B, C) and their scores: at least the n best items that the search found, without
+# duplicates, padded with 0
 VectorSearch = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def query_vectors(model: VectorModel, batch: Batch, readout: str = "recent") -> Tensor:
-    """(B, K, D) what represents the users: interests read from the recent history, as stored, or both side by side."""
+    """Return the vectors (B, K, D) that represent the users.
+
+    `readout`: "recent" computes interests from the recent history, "stored" uses the stored ones, "both" uses all.
+    """
     recent_BKD = user_vectors(model, batch)
     if readout == "recent" or batch.interests_BKD is None or batch.alive_BK is None or batch.old_BK is None:
         return recent_BKD
     first_B1D = batch.interests_BKD[:, :1]
     stored_BKD = torch.where(batch.alive_BK[..., None], batch.interests_BKD, first_B1D)
-    known_B11 = batch.old_BK.any(1)[:, None, None]  # a newcomer has nothing stored
+    known_B11 = batch.old_BK.any(1)[:, None, None]  # new users have no stored interests
     stored_BKD = torch.where(known_B11, stored_BKD, recent_BKD)
     return stored_BKD if readout == "stored" else torch.cat([stored_BKD, recent_BKD], 1)
 
@@ -37,10 +41,11 @@ def query_vectors(model: VectorModel, batch: Batch, readout: str = "recent") -> 
 def target_ranks(
     model: Model, batch: Batch, target_B: Tensor, readout: str = "recent", n_items: int | None = None
 ) -> Tensor:
-    """(B,) 1-based rank of each target among items 1..n_items (all the model knows); ties count half; inf if not known.
+    """Return the rank of each target among items 1..n_items, shape (B,), where 1 = best.
 
-    A counting model may offer a user an own item that is new to everybody else; a trained one has no vector of it.
-    Raises TrainingError where a score is not finite.
+    A tie adds half a rank, and an unknown target has rank inf. `n_items`: default and maximum are the items of the
+    model. Counting models also rank a user's own items that are new to everybody else; trained models have no vectors
+    of them. Raises TrainingError if a score is not finite.
     """
     n_items = model.n_items if n_items is None else min(n_items, model.n_items)
     batch = drop_unknown_items(model, batch)
@@ -61,9 +66,10 @@ def target_ranks(
 def target_ranks_among(
     model: Model, batch: Batch, target_B: Tensor, others_BN: Tensor, readout: str = "recent"
 ) -> Tensor:
-    """(B,) 1-based rank of each target among itself and some other items (0: none); ties count half; inf if not known.
+    """Return the rank of each target among itself and some other items, shape (B,), where 1 = best.
 
-    Raises TrainingError where a score is not finite.
+    A tie adds half a rank, and an unknown target has rank inf. `others_BN` is padded with 0. Raises TrainingError if a
+    score is not finite.
     """
     known_B = target_B <= model.n_items
     others_BN = torch.where(others_BN <= model.n_items, others_BN, 0)
@@ -80,7 +86,7 @@ def target_ranks_among(
 
 
 def drop_unknown_items(model: Model, batch: Batch) -> Batch:
-    """`batch` without history items that the model has no row for yet: the others close the gaps."""
+    """Return `batch` without history items that the model does not know yet. The other items close the gaps."""
     history_BT = batch.history_BT
     if history_BT.numel() and int(history_BT.max()) > model.n_items:
         history_BT = torch.where(history_BT <= model.n_items, history_BT, 0)
@@ -89,7 +95,7 @@ def drop_unknown_items(model: Model, batch: Batch) -> Batch:
 
 
 def _new_history_items(batch: Batch, n_items: int) -> Tensor:
-    """(B, N) the items of each history that are not 1..n_items, each once, then 0."""
+    """Return the distinct items of each history above n_items, padded with 0, shape (B, N)."""
     return torch.from_numpy(distinct_items(torch.where(batch.history_BT > n_items, batch.history_BT, 0).numpy()))
 
 
@@ -105,7 +111,7 @@ def _select_users(batch: Batch, index: Tensor) -> Batch:
 def _count_ahead(
     model: Model, batch: Batch, target_B: Tensor, readout: str, n_items: int, new_items_BN: Tensor
 ) -> Tensor:
-    """How many items, 1..n_items and own ones, are ahead of the target, those with an equal score counted half."""
+    """Count the items ahead of each target, among 1..n_items and the user's new items. Ties count half."""
     if isinstance(model, CandidateModel):
         return _count_ahead_of_candidates(*model.candidates(batch), target_B, n_items, new_items_BN)
     ahead_B = torch.zeros(len(batch))
@@ -116,10 +122,10 @@ def _count_ahead(
     else:
         target_B1 = score_items(model, batch, target_B[:, None])
     in_blocks = isinstance(model, TrainedModel) and prefers_blocks(target_B)
-    block = ITEM_BLOCK if in_blocks else max(n_items, 1)  # a counter's sparse scores are made once for all
+    block = ITEM_BLOCK if in_blocks else max(n_items, 1)  # the sparse scores of counting models are computed once
     blocks = [torch.arange(first, min(first + block, n_items + 1)) for first in range(1, n_items + 1, block)]
     if new_items_BN.shape[1]:
-        blocks.append(torch.where(new_items_BN > 0, new_items_BN, target_B[:, None]))  # which is not ahead of itself
+        blocks.append(torch.where(new_items_BN > 0, new_items_BN, target_B[:, None]))  # padding: never ahead of itself
     for items_N in blocks:
         if vectors_BKD is not None and items_ID is not None:
             score_BN = max_inner_product(vectors_BKD, items_ID[items_N[0] : items_N[-1] + 1])
@@ -144,7 +150,7 @@ def _count_ahead_of_candidates(
     target_B1 = (score_BC * is_target_BC).sum(1, keepdim=True)
     ahead_B, tied_B = (score_BC > target_B1).sum(1), ((score_BC == target_B1) & ~is_target_BC & (score_BC > 0)).sum(1)
     others_B = n_items + (new_items_BN > 0).sum(1) - 1
-    unscored_B = torch.where(target_B1[:, 0] > 0, 0, others_B - (score_BC > 0).sum(1))  # these have no score
+    unscored_B = torch.where(target_B1[:, 0] > 0, 0, others_B - (score_BC > 0).sum(1))  # items without a score
     return ahead_B + 0.5 * (tied_B + unscored_B)
 
 
@@ -156,14 +162,14 @@ def top_k(
     allowed_N: Tensor | None = None,
     search: VectorSearch | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The best k items and their scores, (B, k) each, the best first; -inf where a user has no more.
+    """Return the best k items and their scores, (B, k) each, best first. Missing items have the score -inf.
 
-    `excluded_BM` holds item rows a user must not get (0: none): their score is -inf. `allowed_N` holds the item rows to
-    choose from, ascending; all unless given. Where a vector model has a `search`, only what that finds is scored, but
-    for users who would come back short. TrainingError where a score is not finite.
+    `excluded_BM`: item rows that a user must not get, padded with 0; their score is -inf. `allowed_N`: the item rows to
+    choose from, ascending; default: all. `search`: approximate search for a vector model. Only the items that it finds
+    are scored, unless a user would get fewer than k. Raises TrainingError if a score is not finite.
     """
     batch = drop_unknown_items(model, batch)
-    if search is not None and allowed_N is None:  # before asking what the model is, which takes as long as its vectors
+    if search is not None and allowed_N is None:  # first, because isinstance takes as long as the vectors
         return _top_k_by_search(cast(VectorModel, model), batch, k, excluded_BM, search)
     if isinstance(model, CandidateModel):
         return _top_k_of_candidates(*model.candidates(batch), k, excluded_BM, allowed_N)
@@ -176,7 +182,7 @@ def top_k(
 def _top_k_by_score(
     score: Callable[[Tensor], Tensor], n_users: int, k: int, excluded_BM: Tensor | None, allowed_N: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The best of some items, in blocks."""
+    """Return the best k of some items and their scores, computed in blocks of items."""
     best_items, best_scores = torch.zeros(n_users, 0, dtype=torch.int64), torch.zeros(n_users, 0)
     for items_N in split_chunks(allowed_N, 8 * ITEM_BLOCK):
         score_BN = score(items_N)
@@ -196,7 +202,7 @@ def _top_k_by_score(
 def top_k_exact(
     items_ID: Tensor, vectors_BKD: Tensor, k: int, excluded_BM: Tensor | None, allowed_N: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(B, k) the best of some items (ascending rows) by max_k h_k e_i, and their scores; -inf where excluded."""
+    """Return the best k of some items (ascending rows) by max_k h_k e_i, and their scores; -inf if excluded."""
 
     def score(items_N: Tensor) -> Tensor:
         first, last = int(items_N[0]), int(items_N[-1])
@@ -210,7 +216,7 @@ def top_k_exact(
 def _top_k_by_search(
     model: VectorModel, batch: Batch, k: int, excluded_BM: Tensor | None, search: VectorSearch
 ) -> tuple[Tensor, Tensor]:
-    """The best of what a search finds; of all items for users of whom it finds too few."""
+    """Return the best k items of a search. Users for whom it finds too few get the best of all items."""
     vectors_BKD = user_vectors(model, batch)
     excluded_BM = torch.zeros(len(batch), 0, dtype=torch.int64) if excluded_BM is None else excluded_BM
     excluded_BM = torch.from_numpy(distinct_items(torch.where(excluded_BM <= model.n_items, excluded_BM, 0).numpy()))
@@ -227,7 +233,7 @@ def _top_k_by_search(
 
 
 def _pad_columns(values_BC: Tensor, fill_value: float, k: int) -> Tensor:
-    """(B, k) with nothing in the columns that were not there."""
+    """Return `values_BC` with columns of `fill_value` added on the right, shape (B, k)."""
     return F.pad(values_BC, (0, k - values_BC.shape[1]), value=fill_value)
 
 
@@ -247,6 +253,6 @@ def _top_k_of_candidates(
 
 
 def _check_finite(scores: Tensor) -> None:
-    """A NaN must never look like a hit."""
+    """Raise TrainingError if a score is not finite: a NaN must never look like a hit."""
     if not bool(torch.isfinite(scores).all()):
-        raise TrainingError("a score is not finite: the model diverged; lower its lr and train again.")
+        raise TrainingError("A score is not finite, because the model diverged. Lower its lr and train again.")

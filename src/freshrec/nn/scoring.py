@@ -1,4 +1,4 @@
-"""Scores and vectors of any model: what all vector models share is written here once, over `encode` and `items`."""
+"""Scores and vectors of any model. Vector models need only `encode` and `items`; the rest is computed here."""
 
 from typing import Any, cast
 
@@ -10,13 +10,14 @@ from freshrec.nn.embedding_table import EmbeddingTable, embed, embedding_matrix
 from freshrec.nn.layers import max_inner_product
 from freshrec.types import Batch, HistorySpec, Model, ScoringModel, UserVectorModel, VectorModel
 
-LENGTH = 50  # events kept of each user, where the model's options do not say
+LENGTH = 50  # events that are kept per user, if the model's options have no `length`
 
 
 def score_items(model: Model, batch: Batch, items: Tensor) -> Tensor:
-    """Scores (B, N) of `items`, shared (N,) or each row's own (B, N); higher is better.
+    """Return the scores (B, N) of `items`, which are shared by all rows (N,) or given per row (B, N).
 
-    Of a vector model max_k h_k e_i, the best inner product of an item's vector with one of the user's.
+    Higher is better. The score of a vector model is max_k h_k e_i, the largest inner product of the item's vector and a
+    vector of the user. Raises TrainingError if the model's own scores have a wrong shape or type.
     """
     if isinstance(model, ScoringModel):
         scores_BN = model.score(batch, items)
@@ -28,14 +29,17 @@ def score_items(model: Model, batch: Batch, items: Tensor) -> Tensor:
 
 
 def user_vectors(model: VectorModel, batch: Batch) -> Tensor:
-    """(B, K, D) the users' vectors, without gradients: the model's own, or those it encodes from the item vectors."""
+    """Return the user vectors (B, K, D), without gradients, by the model's `user_vectors` or else by its `encode`.
+
+    Raises TrainingError if they have a wrong shape.
+    """
     table = item_table(model)
     if isinstance(model, UserVectorModel):
         vectors_BKD, method = model.user_vectors(batch), "user_vectors"
     else:
         with torch.no_grad():
             vectors_BKD, method = model.encode(embed(table, batch.history_BT), batch), "encode"
-    if torch.compiler.is_exporting():  # a comparison of sizes would make the exported network one for this many users
+    if torch.compiler.is_exporting():  # a check of the shape would fix the number of users in the exported network
         return vectors_BKD
     if vectors_BKD.ndim != 3 or vectors_BKD.shape[::2] != (len(batch), table.n_dims):
         raise _wrong_tensor(model, method, vectors_BKD, f"({len(batch)}, K, {table.n_dims})")
@@ -44,25 +48,25 @@ def user_vectors(model: VectorModel, batch: Batch) -> Tensor:
 
 def _wrong_tensor(model: Model, method: str, found: Tensor, shape: str) -> TrainingError:
     return TrainingError(
-        f"{type(model).__name__}.{method} returned a tensor of shape {tuple(found.shape)} and {found.dtype}; it must "
-        f"be of shape {shape} and of floats."
+        f"{type(model).__name__}.{method} returned a tensor of shape {tuple(found.shape)} and type {found.dtype}. "
+        f"Return floats of shape {shape}."
     )
 
 
 def item_vectors(model: VectorModel) -> Tensor:
-    """(n_items + 1, D) the vectors of all items; row 0 is padding."""
+    """Return the vectors of all items, shape (n_items + 1, D). Row 0 is padding."""
     return embedding_matrix(item_table(model))
 
 
 def item_table(model: VectorModel) -> EmbeddingTable:
-    """The table of the item vectors.
+    """Return the table of the item vectors.
 
-    It is not a member of the protocols: from Python 3.12 on, `isinstance` does not see the parts of an `nn.Module`.
+    The protocols do not contain it: from Python 3.12 on, `isinstance` does not see the parts of an `nn.Module`.
     """
     table: EmbeddingTable = cast(Any, model).items
     return table
 
 
 def history_length(model: Model) -> int:
-    """How many of a user's last events are kept for the model to read."""
+    """Return the number of most recent events per user that are kept for the model."""
     return model.spec.length if isinstance(model.spec, HistorySpec) else LENGTH

@@ -1,4 +1,4 @@
-"""Sparse scores: items as rows of a matrix, and the best entries of each row, without a loop over rows."""
+"""Sparse matrices of scores: how to build them, and the best entries of each row, without a loop over rows."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from torch import Tensor
 
 Float32Array = NDArray[np.float32]
 Float64Array = NDArray[np.float64]
+Int32Array = NDArray[np.int32]
 Int64Array = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
 
 
 def build_csr(values_E: NDArray[Any], columns_E: NDArray[Any], offsets_B: NDArray[Any], n_columns: int) -> Any:
-    """(B, n_columns) sparse. Its indices have 32 bits where that is enough.
+    """Build a sparse matrix (B, n_columns). Its indices have 32 bits if that is enough.
 
-    scipy converts both sides of a product to the wider ones, all of them: a short query with indices of 64 bits made
+    In a product, scipy converts the indices of both sides to the wider type. A short query with 64-bit indices made
     every request convert the pairs of the whole catalogue.
     """
     index_type = np.int32 if max(len(columns_E), n_columns) < 2**31 else np.int64
@@ -28,7 +30,7 @@ def build_csr(values_E: NDArray[Any], columns_E: NDArray[Any], offsets_B: NDArra
 
 
 def item_indicator(items_BT: NDArray[Any], n_columns: int) -> Any:
-    """(B, n_columns) sparse, 1 where a row has the item, however often; 0, the padding, is no item."""
+    """Return a sparse matrix (B, n_columns) with 1 where a row has the item at least once. Item 0 is padding."""
     sorted_BT = np.sort(items_BT, axis=1)
     starts_BT = run_starts(sorted_BT)
     columns_E = sorted_BT[starts_BT]
@@ -36,21 +38,21 @@ def item_indicator(items_BT: NDArray[Any], n_columns: int) -> Any:
 
 
 def offsets_from_counts(n_B: NDArray[Any]) -> Int64Array:
-    """(B + 1,) where each row begins, of so many entries each, and where the last one ends."""
+    """Return the start of each row and the end of the last one, shape (B + 1,), from the sizes of the rows."""
     offsets_B = np.zeros(len(n_B) + 1, np.int64)
     np.cumsum(n_B, out=offsets_B[1:])
     return offsets_B
 
 
 def run_starts(sorted_BT: NDArray[Any]) -> NDArray[np.bool_]:
-    """Where a run of equal items begins, in rows that are sorted; 0, the padding, is no item."""
+    """Mark the starts of runs of equal items in sorted rows. Item 0 is padding and is not marked."""
     is_start_BT: NDArray[np.bool_] = sorted_BT > 0
     is_start_BT[:, 1:] &= sorted_BT[:, 1:] != sorted_BT[:, :-1]
     return is_start_BT
 
 
 def distinct_items(items_BT: NDArray[Any]) -> Int64Array:
-    """(B, W): the items of each row, each once and ascending, then 0; no wider than needed."""
+    """Return the distinct items of each row, ascending and padded with 0 on the right, shape (B, W)."""
     sorted_BT = np.sort(items_BT, axis=1).astype(np.int64)
     is_new_BT = run_starts(sorted_BT)
     n_B = is_new_BT.sum(1)
@@ -60,37 +62,38 @@ def distinct_items(items_BT: NDArray[Any]) -> Int64Array:
 
 
 def row_sizes(scores_BN: Any) -> NDArray[Any]:
-    """(B,) how many each row of a sparse matrix has; np.diff takes five times as long for a few rows."""
+    """Return the number of entries per row of a sparse matrix, (B,). For few rows, np.diff takes 5 times as long."""
     n_B: NDArray[Any] = scores_BN.indptr[1:] - scores_BN.indptr[:-1]
     return n_B
 
 
-def pack_keys(value_N: NDArray[Any], place_N: NDArray[Any]) -> Int64Array:
-    """(N,) one integer per value (in single precision, not negative) and place (below 2^32): bits(value) 2^32 - place.
+def pack_keys(value_N: NDArray[Any], position_N: NDArray[Any]) -> Int64Array:
+    """bits(value) 2^32 - position, one integer key per value, shape (N,).
 
-    The bits of positive floats, read as integers, are in the order of the floats, so that the keys are in the order of
-    the values; of equal values the one with the smaller place has the larger key. A value of 0 gives no positive key.
+    Values are at least 0 and are used in single precision; positions are below 2^32. The bits of positive floats, read
+    as integers, are in the order of the floats. So the keys are in the order of the values. Of equal values, the
+    smaller position has the larger key. A value of 0 has no positive key.
     """
     bits_N: Int64Array = value_N.astype(np.float32, copy=False).view(np.int32).astype(np.int64)
-    key_N: Int64Array = (bits_N << 32) - place_N
+    key_N: Int64Array = (bits_N << 32) - position_N
     return key_N
 
 
 def unpack_keys(key_N: NDArray[Any]) -> tuple[Int64Array, Float32Array]:
-    """The places and the values of `pack_keys`; a key of 0 is place 0 with value 0."""
-    place_N: Int64Array = -key_N & 0xFFFFFFFF
-    return place_N, ((key_N + place_N) >> 32).astype(np.int32).view(np.float32)
+    """Return the positions and the values that `pack_keys` packed. A key of 0 is position 0 with value 0."""
+    position_N: Int64Array = -key_N & 0xFFFFFFFF
+    return position_N, ((key_N + position_N) >> 32).astype(np.int32).view(np.float32)
 
 
 def top_k_entries(scores_BN: Any, k: int) -> tuple[Int64Array, Float32Array]:
-    """Columns and values (B, K) of the largest entries of each row, the best first; 0 where there are fewer.
+    """Return the columns and values (B, K) of the largest entries of each row, best first, padded with 0.
 
-    Of equal ones the first column is the better: a row's answer must not depend on the rows beside it.
+    Of equal values, the first column is better, so that the result of a row does not depend on the other rows.
     """
     n_B = row_sizes(scores_BN)
     width = int(n_B.max(initial=0))
     keys_E = pack_keys(scores_BN.data, scores_BN.indices)
-    if len(keys_E) == width * len(n_B):  # as is that of one row alone
+    if len(keys_E) == width * len(n_B):  # all rows are full, as with a single row
         keys_BW = keys_E.reshape(len(n_B), width)
     else:
         keys_BW = np.zeros((len(n_B), width), np.int64)
@@ -101,7 +104,7 @@ def top_k_entries(scores_BN: Any, k: int) -> tuple[Int64Array, Float32Array]:
 
 
 def row_sums(scores_BN: Any) -> Float32Array:
-    """(B,) of the entries of each row, none of which is negative."""
+    """Return the sum of each row, shape (B,)."""
     has_any_B = row_sizes(scores_BN) > 0
     sums_B = np.zeros(len(has_any_B))
     if len(scores_BN.data):
@@ -110,24 +113,24 @@ def row_sums(scores_BN: Any) -> Float32Array:
 
 
 def select_scores(scores_BI: Tensor, items: Tensor) -> Tensor:
-    """(B, N): the scores of `items`, shared by all rows (N,) or each row's own (B, N)."""
+    """Return the scores (B, N) of `items`, which are shared by all rows (N,) or given per row (B, N)."""
     return scores_BI.gather(1, items) if items.ndim == 2 else scores_BI[:, items]
 
 
 @dataclass(frozen=True)
 class ItemOccurrences:
-    """The distinct items W of all rows, by row and ascending, and the steps E at which each stands in its row."""
+    """The distinct items W of all rows, sorted by row and item, and the steps E at which each occurs in its row."""
 
     n_steps: int
     offsets_B: Int64Array  # row b has the items offsets_B[b] : offsets_B[b + 1]
     row_W: Int64Array
     items_W: Int64Array
-    steps_E: Int64Array  # item by item, in time order
-    first_step_W: Int64Array  # (W + 1,) where the steps of each item begin, and where those of the last one end
+    steps_E: Int64Array  # item by item, oldest first
+    first_step_W: Int64Array  # (W + 1,) start of the steps of each item, and end of the last one
 
     @staticmethod
     def from_items(items_BT: NDArray[Any]) -> ItemOccurrences:
-        """0, the padding, is no item."""
+        """Find the occurrences of all items. Item 0 is padding and is left out."""
         row_B1 = np.arange(len(items_BT))[:, None]
         order_BT = np.argsort(items_BT, axis=1, kind="stable")
         sorted_BT = items_BT[row_B1, order_BT]
@@ -140,18 +143,18 @@ class ItemOccurrences:
 
     @property
     def counts_W(self) -> Int64Array:
-        """How often each item stands in its row."""
+        """Number of times each item occurs in its row, shape (W,)."""
         return self.first_step_W[1:] - self.first_step_W[:-1]
 
     @property
     def last_step_W(self) -> Int64Array:
-        """The last step of each item."""
+        """Last step of each item in its row, shape (W,)."""
         last_W: Int64Array = self.steps_E[self.first_step_W[1:] - 1]
         return last_W
 
 
 class CandidateCells:
-    """Where the candidates (B, C) of each row stand among all of them, from 1, row by row; 0 is anything else."""
+    """Numbers of the candidates (B, C) of all rows, counted from 1, row by row; 0 = not a candidate."""
 
     def __init__(self, items_BC: Int64Array, n_columns: int) -> None:
         n_rows, self.width = items_BC.shape
@@ -161,12 +164,15 @@ class CandidateCells:
         self.cells_BI[:, 0] = 0
 
     def cells_of(self, items_BK: Int64Array) -> NDArray[np.int32]:
-        """(B, K) the cells of some items of each row."""
+        """Return the cells of some items of each row, shape (B, K)."""
         cells_BK: NDArray[np.int32] = self.cells_BI[self.row_B1, items_BK]
         return cells_BK
 
     def matching_cells(self, scores_BI: Any) -> tuple[NDArray[np.int32], Float32Array]:
-        """The cells (H,) of those entries of a sparse matrix that are candidates, and their shares of the row's sum."""
+        """Return the cells (H,) of the candidates among the entries of a sparse matrix, and their values (H,).
+
+        Each value is divided by the sum of its row.
+        """
         columns_E, n_B = scores_BI.indices, row_sizes(scores_BI)
         at_E = columns_E if len(n_B) == 1 else columns_E + np.repeat(np.arange(len(n_B)) * self.n_columns, n_B)
         cells_E = self.cells_BI.reshape(-1).take(at_E)

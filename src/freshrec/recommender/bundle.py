@@ -1,4 +1,4 @@
-"""All that a recommender is: what it serves, how it learns, and how both lie in a version of a store."""
+"""A complete recommender: the state that is served, the strategy that updates it, and the files of both."""
 
 from __future__ import annotations
 
@@ -37,26 +37,24 @@ from freshrec.strategies import find_strategy
 from freshrec.strategies.compatible import check_compatible, next_state
 from freshrec.types import Histories, ModelSpec, Span, State, Strategy, TrainedModel
 
-LEGACY_FORMAT = 2  # of what was saved before there were stores
+LEGACY_FORMAT = 2  # of folders that `Recommender.save` wrote before stores existed
 LEARNING_FILE, QUERIES_FILE = "learning.safetensors", "asked.safetensors"
-LEGACY_STATE_FILE = (
-    "state.safetensors"  # what both SERVED_FILE and LEARNING_FILE hold, in versions of before there was serving
-)
+LEGACY_STATE_FILE = "state.safetensors"  # in older versions, instead of SERVED_FILE and LEARNING_FILE
 
 
 @dataclass(frozen=True, eq=False)
 class Bundle:
-    """What a version holds, beside its manifest."""
+    """The content of a version, without its manifest."""
 
     served: ServedState
     strategy: Strategy
-    names: tuple[str, str]  # of model and strategy, as the user named them
+    names: tuple[str, str]  # model and strategy, as the user typed them
     read_options: ReadOptions = ReadOptions()
-    holdout_queries: tuple[Queries, ...] = ()  # by which earlier versions were tested, the oldest first
+    holdout_queries: tuple[Queries, ...] = ()  # on which earlier versions were tested, oldest first
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """Model and strategy with all options, and the seed, as JSON holds them."""
+        """Model and strategy with all options, and the seed, as JSON values."""
         state, (model, strategy) = self.served.state, self.names
         spec, own = state.model.spec, self.strategy
         options = {"model_options": asdict(spec), "strategy_options": asdict(own) if is_dataclass(own) else {}}
@@ -65,7 +63,7 @@ class Bundle:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """How many events, users and items it knows, those that the model is to learn next included."""
+        """Number of events, users and items, including pending events."""
         served = self.served
         return {"events": len(served.counts.histories.items_R), "users": len(served.users), "items": len(served.items)}
 
@@ -76,10 +74,10 @@ def new_bundle(
     seed: int,
     read_options: ReadOptions = ReadOptions(),  # noqa: B008
 ) -> Bundle:
-    """One that knows nothing yet.
+    """Return a bundle without events.
 
-    Without a strategy a model is fine-tuned; one that counts absorbs; a blend is refitted. OptionError for an unknown
-    name, IncompatibleError where the strategy cannot update the model.
+    The default strategy is `refit` for the blend, `absorb` for other counting models and `finetune` for trained ones.
+    Raises OptionError for an unknown name and IncompatibleError if the strategy cannot update the model.
     """
     spec = find_model(model)
     empty_model = build_model(spec, model if isinstance(model, str) else type(spec).__name__, seed)
@@ -96,9 +94,9 @@ def new_bundle(
 
 
 def learn_events(bundle: Bundle, new: EncodedEvents, n_learnt: int | None = None) -> Bundle:
-    """After learning from what was pending and from the first `n_learnt` new events, or all; the rest is pending.
+    """Return the bundle after learning the pending events and the first `n_learnt` new events (default: all).
 
-    Rows that are older than others of their user take their place in the history.
+    The remaining new events become pending. Late events are sorted into the history of their user.
     """
     served_before, n_learnt = bundle.served, len(new.events) if n_learnt is None else n_learnt
     due = concat_events((served_before.pending, new.events[:n_learnt]))
@@ -113,10 +111,10 @@ def learn_events(bundle: Bundle, new: EncodedEvents, n_learnt: int | None = None
 
 
 def sort_by_time(histories: Histories) -> Histories:
-    """Each user's rows by time; those that tie stay in their order."""
+    """Sort the rows of each user by time. Ties keep their order."""
     users_R = row_users(histories)
     if bool(((histories.times_R.diff() >= 0) | (users_R.diff() > 0)).all()):
-        return histories  # as nearly always: nothing came late
+        return histories  # the usual case: no late events
     by_time_R = histories.times_R.argsort(stable=True)
     order_R = by_time_R[users_R[by_time_R].argsort(stable=True)]
     columns = (histories.items_R[order_R], histories.times_R[order_R], histories.due_R[order_R])
@@ -124,7 +122,7 @@ def sort_by_time(histories: Histories) -> Histories:
 
 
 def write_bundle(bundle: Bundle, folder: Path) -> None:
-    """Write to a folder, which a store then makes a version."""
+    """Write the files of a version to `folder`."""
     served = bundle.served
     state = served.state
     learning = (bundle.strategy, state.memory, state.costs, state.shared_base)
@@ -134,7 +132,7 @@ def write_bundle(bundle: Bundle, folder: Path) -> None:
 
 
 def read_bundle(files: Mapping[str, Path]) -> Bundle:
-    """What `write_bundle` wrote. StateError where it is not that."""
+    """Read what `write_bundle` wrote. Raises StateError for missing or damaged files."""
     require_files(files, (QUERIES_FILE, USERS_FILE, ITEMS_FILE, CATEGORIES_FILE))
     if LEGACY_STATE_FILE in files:
         strategy, names, read_options, state, counts, pending = load_tree(files[LEGACY_STATE_FILE])
@@ -155,15 +153,17 @@ def read_bundle(files: Mapping[str, Path]) -> Bundle:
 
 
 def read_legacy_bundle(folder: Path) -> Bundle:
-    """What `Recommender.save` wrote before there were stores. StateError where it is not that."""
+    """Read a folder that `Recommender.save` wrote before stores existed. Raises StateError for anything else."""
     path = folder / LEGACY_FILE
     try:
         info = json.loads(path.read_bytes())
         part, names, file_format = folder / f"part-{info['part']:d}", (info["model"], info["strategy"]), info["format"]
     except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise StateError(f"{path} cannot be read ({problem}); fit again, and save to a new folder.") from None
+        raise StateError(f"{path} cannot be read ({problem}). Fit again and save to a new folder.") from None
     if file_format != LEGACY_FORMAT:
-        raise StateError(f"{path} has format {file_format}, this freshrec reads {LEGACY_FORMAT}; fit again, and save.")
+        raise StateError(
+            f"{path} has format {file_format}, but this freshrec reads format {LEGACY_FORMAT}. Fit again and save."
+        )
     strategy, read_options, state, counts = load_tree(part / LEGACY_STATE_FILE)
     users, items = (read_catalog(part / name) for name in (USERS_FILE, ITEMS_FILE))
     return Bundle(ServedState(state, counts, users, items), strategy, names, read_options)

@@ -1,4 +1,4 @@
-"""What users did since a version was made, folded into their histories when they ask: nothing is trained for it."""
+"""Clicks that arrived after a version was made. They are merged into histories at request time, without training."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from torch import Tensor
 from freshrec.data.batches import Targets, history_ends
 from freshrec.types import Histories
 
-OverlayClick = tuple[int, int]  # time, and the row of the item
+OverlayClick = tuple[int, int]  # time, item row
 
 
 @dataclass(frozen=True, eq=False)
 class ClickOverlay:
-    """Clicks by the row of their user. A user's clicks are replaced whole, so that whoever reads sees all or none."""
+    """Clicks by user row. An update replaces the whole tuple of a user, so concurrent readers never see half of it."""
 
     clicks: dict[int, tuple[OverlayClick, ...]] = field(default_factory=dict)
-    new_users: dict[int | str, int] = field(default_factory=dict)  # ids that the catalog lacks, and their rows after it
-    erased_users: set[int] = field(default_factory=set)  # rows of users who are being erased
-    last_new_row: list[int] = field(default_factory=lambda: [0])  # the last row that a newcomer got
+    new_users: dict[int | str, int] = field(default_factory=dict)  # ids that are not in the catalog -> their rows
+    erased_users: set[int] = field(default_factory=set)  # rows of users that are being erased
+    last_new_row: list[int] = field(default_factory=lambda: [0])  # the last row that a new user got
 
     def add_user(self, user: int | str, n_users: int) -> int:
-        """The row of somebody who is in no version; no row is given twice."""
+        """Return a row for a user that no version has. A row is never reused."""
         self.last_new_row[0] = self.new_users[user] = 1 + max(n_users, self.last_new_row[0])
         return self.new_users[user]
 
     def add_click(self, user: int, time: int, item: int) -> None:
-        """Fold in a click."""
+        """Add a click."""
         self.clicks[user] = (*self.clicks.get(user, ()), (time, item))
 
 
 def current_targets(histories: Histories, overlay: ClickOverlay, users_N: Tensor) -> Targets:
-    """The end of each user's history, with all that came since in its place by time."""
+    """The end of each user's history, with the clicks of the overlay merged in by time."""
     users = users_N.tolist()
     if not any(user in overlay.clicks or user > histories.n_users for user in users):
         return history_ends(histories, users_N, "recent")

@@ -1,6 +1,6 @@
-"""Lists whose items are of several categories: each place goes to the best item, less what its category costs by then.
+"""Lists with items of several categories. An item loses score for each item of its category above it in the list.
 
-ComiRec's controllable aggregation (Cen and others, KDD 2020), in the form of its authors' code.
+This is the controllable aggregation of ComiRec (Cen et al., KDD 2020), in the form of the authors' code.
 """
 
 import polars as pl
@@ -9,16 +9,16 @@ from torch import Tensor
 
 from freshrec.errors import OptionError
 
-N_EXTRA_CANDIDATES = 300  # the best items by score, among which a list is looked for, beside as many as it is long
+N_EXTRA_CANDIDATES = 300  # A diverse list of k items is chosen among the k + 300 items with the highest scores.
 
 
 def diversify(
     items_BC: Tensor, scores_BC: Tensor, category_BC: Tensor, k: int, diversity: float
 ) -> tuple[Tensor, Tensor]:
-    """(B, k) items and their scores: one by one argmax_i f(i) - diversity * (chosen items of i's category).
+    """Choose k items, each as argmax_i score(i) - diversity * (number of chosen items of i's category).
 
-    Candidates come the best first; of equal ones the earlier is taken. A category of 0 is none, shared with no other
-    item. A score of -inf stays out: it fills what is left at the end of a list.
+    Candidates are sorted by score, best first; the earlier one wins a tie. Category 0 means no category and is shared
+    with no other item. Items with score -inf only fill the end of a list. Returns items and scores, shape (B, k) each.
     """
     remaining_BC, costs_BC = scores_BC.clone(), torch.zeros_like(scores_BC)
     items, scores = [items_BC[:, :0]], [scores_BC[:, :0]]
@@ -33,12 +33,12 @@ def diversify(
 
 
 def item_categories(categories: pl.DataFrame, n_items: int) -> Tensor:
-    """(n_items + 1,) the number of each item's category, from item 0; 0 where it has none.
+    """Category number of each item row, shape (n_items + 1,); 0 = no category.
 
-    OptionError where no item has one.
+    Raises OptionError if no item has a category.
     """
     if categories.is_empty():
-        raise OptionError("diversity needs categories, and the log has no such column; leave it at 0.")
+        raise OptionError("The option diversity needs categories, but the log has no category column. Use diversity 0.")
     categories_I = torch.zeros(n_items + 1, dtype=torch.int64)
     numbers = categories["category"].rank("dense").cast(pl.Int64).to_numpy(writable=True)
     categories_I[torch.from_numpy(categories["item"].to_numpy(writable=True))] = torch.from_numpy(numbers)

@@ -1,41 +1,54 @@
-"""Why a user is offered an item: by which expert of a blend, by which interest, for which past event."""
+"""Reasons for the score of an item: experts of a blend, interests of a user, and past events."""
 
 import polars as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freshrec.errors import IncompatibleError
 from freshrec.models.blend.model import Blend, Reason
 from freshrec.models.item_knn import ItemKNN
 from freshrec.nn.scoring import item_vectors, score_items, user_vectors
 from freshrec.recommender.lists import user_batch
 from freshrec.recommender.served_state import ServedState
-from freshrec.types import Batch, VectorModel
+from freshrec.types import Batch, Model, TrainedModel, VectorModel
 
 
 def explain_item(served: ServedState, users_1: Tensor, item: int) -> pl.DataFrame:
-    """Why one user is offered an item, rows both: source, place, points, because (a row, 0: not known)."""
-    model, batch = served.current_state.model, user_batch(served, users_1)
-    if isinstance(model, Blend):
-        found = model.explain(batch, item)
-    elif item > model.n_items:
-        found = []  # so new that it has not been learnt yet
-    elif isinstance(model, VectorModel):
-        found = explain_by_vectors(model, batch, item)
-    elif isinstance(model, ItemKNN):
-        found = _explain_by_item_knn(model, batch, item)
-    else:
-        raise IncompatibleError("this model cannot explain itself; use the blend, item-knn, or a model with vectors.")
+    """Return the reasons for the score of an item row as a frame: source, place, points, because (a row, 0 = unknown).
+
+    `Recommender.explain` describes the columns.
+    """
+    found = find_reasons(served.current_state.model, user_batch(served, users_1), item)
     schema = {"source": pl.String, "place": pl.Int64, "points": pl.Float64, "because": pl.Int64}
     return pl.DataFrame([tuple(vars(reason).values()) for reason in found], schema, orient="row")
 
 
-def explain_by_vectors(model: VectorModel, batch: Batch, item: int) -> list[Reason]:
-    """What each vector of a user says for an item: h_k e_i, and its place among all items; the largest is the score.
+def find_reasons(model: Model, batch: Batch, item: int) -> list[Reason]:
+    """Return the reasons for the score of an item, largest contribution first, for a batch of one user.
 
-    `because` is, of the past items that are nearest to this vector of all the user's, the one most like the item, all
-    by cosine.
+    An item without a score has no reasons.
+    """
+    if isinstance(model, Blend):
+        return model.explain(batch, item)
+    if item > model.n_items:
+        return []  # the model has not learned it yet
+    if isinstance(model, VectorModel):
+        return explain_by_vectors(model, batch, item)
+    scores_I = score_items(model, batch, torch.arange(1, model.n_items + 1))[0]
+    score = float(scores_I[item - 1])
+    if score <= 0 and not isinstance(model, TrainedModel):
+        return []  # a counting model has no opinion of it
+    rank = 1 + int((scores_I > score).sum())
+    if isinstance(model, ItemKNN):
+        return [Reason("pairs", rank, score, model.most_influential_item(batch, item))]
+    return [Reason("score", rank, score, 0)]
+
+
+def explain_by_vectors(model: VectorModel, batch: Batch, item: int) -> list[Reason]:
+    """h_k e_i for each vector k of the user, with the item's rank by it among all items. The largest is the score.
+
+    Each past item belongs to its nearest user vector. `history_item` is the one most similar to the item among those
+    of vector k. Both comparisons use the cosine.
     """
     vectors_KD, vectors_ID = user_vectors(model, batch)[0], item_vectors(model)
     if batch.alive_BK is not None:
@@ -55,11 +68,3 @@ def explain_by_vectors(model: VectorModel, batch: Batch, item: int) -> list[Reas
         is_any = bool((nearest_T == k).any())
         found.append(Reason(source, place, points, int(history_T[similarity_KT[k].argmax()]) if is_any else 0))
     return sorted(found, key=lambda reason: -reason.contribution)
-
-
-def _explain_by_item_knn(model: ItemKNN, batch: Batch, item: int) -> list[Reason]:
-    """The one reason of a pair counter; none where it has nothing to say for the item."""
-    scores_I = score_items(model, batch, torch.arange(1, model.n_items + 1))[0]
-    points = float(scores_I[item - 1])
-    place = 1 + int((scores_I > points).sum())
-    return [Reason("pairs", place, points, model.most_influential_item(batch, item))] if points > 0 else []

@@ -1,4 +1,4 @@
-"""From what is served and users to ranked items: pure functions of rows; ids are translated by the caller."""
+"""Ranked lists of items for users: pure functions over rows. The caller translates ids."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,47 +19,47 @@ from freshrec.recommender.list_request import ListRequest
 from freshrec.recommender.served_state import ServedState
 from freshrec.types import Batch, VectorModel
 
-USERS_PER_BATCH = 256  # users whose lists are made at once
+USERS_PER_BATCH = 256  # users per batch of lists
 UNKNOWN_USER, NO_MORE_ITEMS = "unknown user", "no more items with a score"
-FALLBACK_REASONS = (None, UNKNOWN_USER, NO_MORE_ITEMS)  # an item is in a list; None: the model chose it
+FALLBACK_REASONS = (None, UNKNOWN_USER, NO_MORE_ITEMS)  # why an item is in a list; None = the model chose it
 
 
 @dataclass(frozen=True, eq=False)
 class ResolvedRequest:
-    """A list request with its items as rows; `ids.resolve_request` makes it."""
+    """A list request with item rows instead of ids, built by `ids.resolve_request`."""
 
     request: ListRequest
-    allow_M: Tensor | None  # only these item rows, ascending; those of the request's category
-    deny_M: Tensor  # none of these item rows
+    allow_M: Tensor | None  # only these item rows, ascending; the request's category is applied already
+    deny_M: Tensor  # never these item rows
 
     @property
     def n_candidates(self) -> int:
-        """How many of the best items the list is made of."""
+        """Number of best items among which the list is chosen."""
         return self.request.k + N_EXTRA_CANDIDATES if self.request.diversity else self.request.k
 
 
 @dataclass(frozen=True, eq=False)
 class RankedLists:
-    """The lists of N users, the best item first; 0 where a list is shorter, its score is then -inf."""
+    """Lists of N users, best item first. A shorter list is padded with item 0 and score -inf."""
 
     items_NK: Tensor
     scores_NK: Tensor
-    fallback_NK: Tensor  # index into FALLBACK_REASONS: why an item is there
+    fallback_NK: Tensor  # index into FALLBACK_REASONS of each item
 
     @staticmethod
     def empty(n_users: int, k: int) -> "RankedLists":
-        """Nothing yet."""
+        """Return empty lists."""
         items_NK = torch.zeros(n_users, k, dtype=torch.int64)
         return RankedLists(items_NK, torch.full((n_users, k), -torch.inf), torch.zeros_like(items_NK))
 
     def set_items(self, index_N: Tensor, items_BC: Tensor, scores_BC: Tensor) -> None:
-        """The best of what a model found for some users."""
+        """Set the lists of the users at `index_N` to the best items that the model found."""
         n = min(self.items_NK.shape[1], items_BC.shape[1])
         self.scores_NK[index_N, :n] = scores_BC[:, :n]
         self.items_NK[index_N, :n] = torch.where(scores_BC[:, :n] > -torch.inf, items_BC[:, :n], 0)
 
     def append_fallback(self, index_N: Tensor, fallback_lists: "RankedLists", reason: int) -> None:
-        """After a user's own items come those of `fallback_lists` that are not among them."""
+        """Append the items of `fallback_lists` that a list does not hold yet."""
         items_BK = self.items_NK[index_N]
         repeated_BK = (fallback_lists.items_NK[..., None] == items_BK[:, None]).any(2)
         items_BC = torch.cat([items_BK, fallback_lists.items_NK.masked_fill(repeated_BK, 0)], 1)
@@ -72,7 +72,7 @@ class RankedLists:
 
 
 def top_items(served: ServedState, users_N: Tensor, request: ResolvedRequest) -> pl.DataFrame:
-    """`make_lists` as a frame: nth, the place in `users_N`; item, a row; score; rank, from 1; fallback."""
+    """Return the lists as a frame: nth (index into `users_N`), item (row), score, rank (from 1), fallback."""
     lists = make_lists(served, users_N, request)
     nth_L, at_L = lists.items_NK.nonzero(as_tuple=True)
     fallback = pl.Series("fallback", FALLBACK_REASONS, pl.String).gather(lists.fallback_NK[nth_L, at_L].numpy())
@@ -83,10 +83,10 @@ def top_items(served: ServedState, users_N: Tensor, request: ResolvedRequest) ->
 
 
 def make_lists(served: ServedState, users_N: Tensor, request: ResolvedRequest) -> RankedLists:
-    """The lists of user rows (0: a stranger).
+    """Make the lists of user rows; 0 stands for an unknown user.
 
-    Popular items complete the list of a stranger, and of a counting model that has counted nothing more; the score is
-    then the popularity.
+    Popular items fill the list of an unknown user. They also complete a list if a counting model scores too few items.
+    The score of such an item is its popularity.
     """
     lists = RankedLists.empty(len(users_N), request.request.k)
     _fill_from_model(served, users_N, request, lists)
@@ -112,7 +112,7 @@ def _fill_from_model(served: ServedState, users_N: Tensor, request: ResolvedRequ
 
 
 def user_vector_batches(served: ServedState, users_N: Tensor) -> Iterator[tuple[Tensor, Batch, Tensor]]:
-    """Parts of some user rows as a model with vectors sees them now: which of them, their batch, and (B, K, D)."""
+    """Yield batches of users with their current vectors: index into `users_N`, batch, vectors (B, K, D)."""
     model = served.current_state.model
     assert isinstance(model, VectorModel)
     targets = current_targets(served.current_state.histories, served.overlay, users_N)
@@ -122,7 +122,7 @@ def user_vector_batches(served: ServedState, users_N: Tensor) -> Iterator[tuple[
 
 
 def user_batch(served: ServedState, user_1: Tensor) -> Batch:
-    """One user row as the model sees it now."""
+    """Return the batch of one user with the current history."""
     model = served.current_state.model
     targets = current_targets(served.current_state.histories, served.overlay, user_1)
     [(_, batch)] = query_batches(targets, history_length(model), served.stored_interests)
@@ -141,7 +141,7 @@ def _popular_lists(served: ServedState, users_B: Tensor, request: ResolvedReques
 def _diversify_if_requested(
     served: ServedState, items_BC: Tensor, scores_BC: Tensor, request: ResolvedRequest
 ) -> tuple[Tensor, Tensor]:
-    """(B, k) of the candidates and their scores; unchanged where the request has no diversity."""
+    """Choose a diverse list (B, k) among the candidates. Return them unchanged if `diversity` is 0."""
     k, diversity = request.request.k, request.request.diversity
     if not diversity:
         return items_BC, scores_BC
@@ -149,7 +149,7 @@ def _diversify_if_requested(
 
 
 def _excluded_items(served: ServedState, users_B: Tensor, request: ResolvedRequest) -> Tensor:
-    """(B, M) item rows that each user must not get; 0 where there is none."""
+    """Item rows to leave out for each user, shape (B, M), padded with 0."""
     denied_BM = request.deny_M.expand(len(users_B), -1)
     known_B = users_B > 0
     if not request.request.exclude_seen or not bool(known_B.any()):
@@ -163,13 +163,14 @@ def _excluded_items(served: ServedState, users_B: Tensor, request: ResolvedReque
 
 
 def similar_items(served: ServedState, items_N: Tensor, k: int) -> pl.DataFrame:
-    """The k items most like each of `items_N` (rows): nth, item, score, rank.
+    """Return the k most similar items of each item row in `items_N` as a frame: nth, item, score, rank.
 
-    By the cosine of item vectors; a pair counter, a blend's too, is asked as for a user whose only event is the item.
+    The score is the cosine of item vectors. For item-knn, markov and the blend, it is the item-kNN score for a user
+    whose only event is the item. Raises IncompatibleError for other models.
     """
     model = served.state.model
     model = model.experts.counters["item-knn"] if isinstance(model, Blend) else model
-    known_N = (items_N <= model.n_items).nonzero()[:, 0]  # of the others the model has not learnt anything yet
+    known_N = (items_N <= model.n_items).nonzero()[:, 0]  # the model has not learned the others yet
     found = [_lists_frame(known_N[:0], torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, 0))]
     for index in known_N.split(USERS_PER_BATCH // 8):
         items_B1 = items_N[index][:, None]
@@ -182,13 +183,15 @@ def similar_items(served: ServedState, items_N: Tensor, k: int) -> pl.DataFrame:
             items_BK, scores_BK = top_k(model, Batch(torch.zeros(len(index), dtype=torch.int64), items_B1), k, items_B1)
             scores_BK = scores_BK.masked_fill(scores_BK <= 0, -torch.inf)
         else:
-            raise IncompatibleError("this model does not relate items to each other; use item-knn, sasrec or another.")
+            raise IncompatibleError(
+                "This model has no item similarities. Use item-knn, blend, or a model with item vectors such as sasrec."
+            )
         found.append(_lists_frame(index, items_BK, scores_BK))
     return pl.concat(found).with_columns(rank=pl.int_range(1, pl.len() + 1).over("nth"))
 
 
 def _lists_frame(nth_B: Tensor, items_BK: Tensor, scores_BK: Tensor) -> pl.DataFrame:
-    """A row per item that may be shown, in the order of the lists."""
+    """Return one row per item, in the order of the lists, without items of score -inf."""
     columns = {
         "nth": nth_B[:, None].expand_as(items_BK).reshape(-1).numpy(),
         "item": items_BK.reshape(-1).numpy(),

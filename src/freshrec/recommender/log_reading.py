@@ -1,4 +1,4 @@
-"""New events as users deliver them, read like the first log and encoded as rows of the catalogs."""
+"""Reading of new events: with the options of the first log, checked, and encoded as rows of the catalogs."""
 
 from __future__ import annotations
 
@@ -24,43 +24,46 @@ LogSource: TypeAlias = "str | Path | pl.DataFrame | pd.DataFrame"
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How logs are read: the arguments of `read_log` given to `fit`, kept for the updates."""
+    """Options for reading logs: the arguments of `fit`, stored so that updates read their files in the same way."""
 
-    columns: dict[str, str] = field(default_factory=dict)
-    format: str | None = None
-    events: tuple[str, ...] = ()
-    has_clock: bool = True  # whether the log of `fit` had one; new events must have one too, or none
+    columns: dict[str, str] = field(default_factory=dict)  # Column of each field, as in user_id -> customer.
+    format: str | None = None  # Name of the log format; None = detect it.
+    events: tuple[str, ...] = ()  # Event types to read; empty = all.
+    has_clock: bool = True  # Whether the log of `fit` had timestamps. New events must have them too.
 
 
 def read_interactions(source: LogSource, options: ReadOptions) -> Log:
-    """What was taken in a log. LogError where it is not one."""
+    """Read the positive events of a log; exposures with label 0 are dropped. Raises LogError for a bad log."""
     return keep_positives(read_log(source, columns=options.columns, format=options.format, events=options.events))
 
 
 def read_new_events(source: LogSource, options: ReadOptions, served: ServedState) -> Log:
-    """A log that continues what has been learnt. LogError where rows are older; without a clock, they follow it."""
+    """Read a log that continues the learned events. Raises LogError for older rows.
+
+    Without timestamps, the new rows follow the learned ones.
+    """
     log, newest = match_clock(read_interactions(source, options), options), served.newest_time
-    assert newest is not None  # whoever was fitted has events
+    assert newest is not None  # a fitted recommender has events
     if not log.has_clock:
         return replace(log, frame=log.frame.with_columns(pl.col("time") + newest + 1))
     times_E = log.frame["time"]
     n_late = int((times_E < newest).sum())
     if n_late:
-        first, last = format_time(times_E[0])[:19], format_time(newest)[:19]  # without the zone
+        first, last = format_time(times_E[0])[:19], format_time(newest)[:19]  # without the time zone
         raise LogError(
-            f"{n_late:,} of {len(times_E):,} rows (the first of {first}) are older than {last}, the newest row learnt; "
-            "an update needs newer rows: drop the older ones, or fit again on all."
+            f"{n_late:,} of {len(times_E):,} rows are older than {last}, the newest event so far; the oldest is of "
+            f"{first}. Drop the older rows, or fit again on all events."
         )
     return log
 
 
 def match_clock(log: Log, options: ReadOptions) -> Log:
-    """New events as the log of `fit` was: without a clock where that had none, their order is that of their times.
+    """Drop the timestamps of new events if the log of `fit` had none; their order stays.
 
-    LogError where that had a clock and they have none.
+    Raises LogError if the log of `fit` had timestamps and the new events have none.
     """
     if options.has_clock and not log.has_clock:
-        raise LogError("the log that was fitted had a clock and the new events have none; give them their timestamps.")
+        raise LogError("The log of `fit` had timestamps, but the new events have none. Add a timestamp column.")
     if options.has_clock or not log.has_clock:
         return log
     return replace(log, frame=log.frame.with_columns(time=pl.int_range(pl.len(), dtype=pl.Int64)), has_clock=False)
@@ -68,16 +71,16 @@ def match_clock(log: Log, options: ReadOptions) -> Log:
 
 @dataclass(frozen=True, eq=False)
 class EncodedEvents:
-    """The events of a log in rows, and what is known of ids once they are over."""
+    """The events of a log as rows, with the catalogs and categories after them."""
 
     events: Events
     users: Catalog
     items: Catalog
-    categories: pl.DataFrame  # item (a row), category: the last that it was given
+    categories: pl.DataFrame  # item (a row) and its most recent category
 
 
 def encode_events(served: ServedState, frame: pl.DataFrame) -> EncodedEvents:
-    """A log's frame in rows: those of ids that are known stay as they are."""
+    """Encode the frame of a log. Known ids keep their rows, new ids get the next ones."""
     span = served.state.spans_seen
     users, items = served.users.extend(frame["user_id"], span), served.items.extend(frame["item_id"], span)
     times_E = torch.from_numpy(frame["time"].to_numpy(writable=True))

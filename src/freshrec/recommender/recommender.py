@@ -1,7 +1,7 @@
-"""The Python face: fit a recommender, update it from new events only, get lists from it, save it.
+"""The Python interface: fit a recommender, update it from new events only, get lists from it, save it.
 
-The same pieces as in a replay: fit = absorb and update on span 0, update = the same on the next span. Ids are the
-user's own everywhere. A saved recommender is a folder of safetensors, Parquet and JSON, without pickle.
+It calls the same functions as a replay: `fit` absorbs and updates on span 0, `update` on the next span. All ids are
+those of the log. A saved recommender is a folder of safetensors, Parquet and JSON files, without pickle.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ from freshrec.models.absorb import grow_items
 from freshrec.nn.scoring import history_length
 from freshrec.recommender.bundle import Bundle, learn_events, new_bundle, read_bundle, read_legacy_bundle, write_bundle
 from freshrec.recommender.explain import explain_item
-from freshrec.recommender.ids import Ids, column_tensor, id_tuple, normalize_ids, require_rows, resolve_request
+from freshrec.recommender.ids import (
+    Ids,
+    column_tensor,
+    id_tuple,
+    normalize_ids,
+    require_rows,
+    resolve_request,
+    rows_of_pair,
+)
 from freshrec.recommender.list_request import DEFAULTS, ListRequest, check_k
 from freshrec.recommender.lists import similar_items, top_items
 from freshrec.recommender.log_reading import LogSource, ReadOptions, encode_events, read_interactions, read_new_events
@@ -34,10 +42,10 @@ from freshrec.types import TRAIN, ModelSpec, Strategy
 class Recommender:
     """A model that is updated from new events only.
 
-    `model` and `strategy` are names, with options ("comirec-dr:k=1", "imsr:fit.epochs=5"), or classes or instances of
-    one's own. Without a strategy a model is fine-tuned; one that counts, such as item-knn, absorbs; a blend is
-    refitted.
-    OptionError for an unknown name, IncompatibleError where the strategy cannot update the model.
+    `model` and `strategy` are names with options ("comirec-dr:k=1", "imsr:fit.epochs=5"), or custom classes or
+    instances. The default strategy is `refit` for the blend, `absorb` for other counting models such as item-knn, and
+    `finetune` for trained models. Raises OptionError for an unknown name and IncompatibleError if the strategy cannot
+    update the model.
     """
 
     def __init__(
@@ -50,14 +58,14 @@ class Recommender:
 
     @property
     def bundle(self) -> Bundle:
-        """All that it is. StateError before the first `fit`."""
+        """State, catalogs, strategy and options. Raises StateError before the first `fit`."""
         if self._bundle.served.state.spans_seen == 0:
-            raise StateError("this recommender knows nothing yet; call fit(log) first, or load(folder).")
+            raise StateError("This recommender has no events yet. Call fit(log) or load(folder) first.")
         return self._bundle
 
     @property
     def served(self) -> ServedState:
-        """The state and the catalogs of now. StateError before the first `fit`."""
+        """The current state and catalogs. Raises StateError before the first `fit`."""
         return self.bundle.served
 
     def fit(
@@ -68,10 +76,10 @@ class Recommender:
         format: str | None = None,
         events: Sequence[str] = (),
     ) -> Recommender:
-        """Learn from a whole log; whatever was known before is forgotten.
+        """Learn from a whole log. Earlier events are forgotten.
 
-        `log` is a file or a frame; `columns`, `format` and `events` are those of `read_log`, and hold for the updates
-        too. Rows with label 0 (exposures) are left out. LogError where it is not a log.
+        `log` is a file or a frame. `columns`, `format` and `events` are arguments of `read_log`; updates use them too.
+        Exposures with label 0 are dropped. Raises LogError for a bad log. Returns the recommender itself.
         """
         read_options = ReadOptions(dict(columns or {}), format, tuple(events))
         found = read_interactions(log, read_options)
@@ -85,8 +93,8 @@ class Recommender:
     def update(self, new_events: LogSource) -> Recommender:
         """Learn from new events; only the new rows are needed.
 
-        New users and items are welcome. LogError where a row is older than the newest one learnt; rows given twice
-        count twice.
+        They may have new users and items. A row given twice counts twice. Raises LogError if a row is older than the
+        newest learned one. Returns the recommender itself.
         """
         bundle = self.bundle
         log = read_new_events(new_events, bundle.read_options, bundle.served)
@@ -107,13 +115,13 @@ class Recommender:
         *,
         filter_seen: bool | Unset = UNSET,
     ) -> pl.DataFrame:
-        """The best items of each user, in the order given: user_id, item_id, score, rank (from 1), fallback.
+        """Return the best items of each user: user_id, item_id, score, rank (from 1), fallback.
 
-        The other arguments are the fields of `ListRequest`, which describes them; `filter_seen` is the old name of
-        `exclude_seen`. With `diversity` the list is no longer in the order of its scores. Where the model has nothing
-        to say, popular items complete the list with their popularity as score, and `fallback` says why; elsewhere it is
-        null. Unknown users are strangers, not errors. OptionError for an unknown category, for diversity on a log
-        without categories, and for a value out of bounds.
+        Users keep the given order. `ListRequest` describes the other arguments; `filter_seen` is the old name of
+        `exclude_seen`. A list with `diversity` is not sorted by score. If the model scores too few items, popular items
+        complete the list. Their score is their popularity, and `fallback` gives the reason; it is null for other items.
+        An unknown user gets popular items. Raises OptionError for an unknown category, for `diversity` on a log without
+        categories, and for a value out of bounds.
         """
         exclude_seen = value_of_renamed("exclude_seen", exclude_seen, "filter_seen", filter_seen)
         served = self.served
@@ -130,10 +138,11 @@ class Recommender:
         )
 
     def similar_items(self, items: Ids, k: int = DEFAULTS.k) -> pl.DataFrame:
-        """The items most like each of `items`: item_id, similar_id, score, rank.
+        """Return the most similar items of each given item: item_id, similar_id, score, rank.
 
-        The score is the cosine of the item vectors; for item-knn, what a user with this one event would get.
-        OptionError for an unknown item, IncompatibleError where the model does not relate items.
+        The score is the cosine of item vectors. For item-knn, markov and the blend, it is the item-kNN score for a user
+        whose only event is the item. Raises OptionError for an unknown item and IncompatibleError for a model without
+        item similarities.
         """
         served = self.served
         ids = normalize_ids("item_id", items, served.items)
@@ -143,29 +152,29 @@ class Recommender:
         return found.select(ids.gather(found["nth"]), similar, "score", "rank")
 
     def explain(self, user: str | int, item: str | int) -> pl.DataFrame:
-        """Why a user is offered an item: source, place, points, because; the weightiest reason first.
+        """Return the reasons for the score of an item: source, place, points, because. Largest points first.
 
-        Of a blend a source is an expert, or a kind of fact. `place`: of the item among those that the expert offers
-        (the trained expert: among what anybody offers). `points`: what it adds to the logarithm of the score, above the
-        user's candidates on average. `because`: the item of the user's history that speaks most for it. Of a model with
-        vectors a source is an interest, `place` that among all items, `points` the inner product; the largest is the
-        score. No rows: the item is not offered. OptionError for unknown ids, IncompatibleError for other models.
+        - Blend: a source is an expert or a group of features. `points` is its contribution to ln(score), minus the mean
+          over the user's candidates. `place` is the rank among the items that the expert proposes, and among all
+          candidates for the trained expert.
+        - Models with vectors: a source is one of the user's vectors. `points` is its inner product with the item; the
+          largest one is the score. `place` is the rank by this vector among all items.
+        - Other models: one row. `points` is the score and `place` the rank among all items.
+
+        `because` is the item of the user's history that contributes most, or null if unknown. There are no rows if the
+        model does not offer the item. Raises OptionError for an unknown user or item.
         """
         served = self.served
-        if not isinstance(user, str | int) or not isinstance(item, str | int):
-            raise OptionError("one user and one item are explained at a time; give an id of each.")
-        users_1 = require_rows(normalize_ids("user_id", user, served.users), served.users)
-        items_1 = require_rows(normalize_ids("item_id", item, served.items), served.items)
-        found = explain_item(served, users_1, int(items_1))
+        found = explain_item(served, *rows_of_pair(served, user, item))
         return found.with_columns(served.items.ids(column_tensor(found, "because")).alias("because"))
 
     def evaluate(self, new_events: LogSource, metrics: Sequence[str] = ("hr@20", "ndcg@20")) -> pl.DataFrame:
-        """How well new events are predicted, before they are learnt: metric, value, low, high (95 %), n, n_users.
+        """Measure how well the model predicts new events: metric, value, low, high (95 % interval), n, n_users.
 
-        Every event is a query with all of its user's events before it, those among the new ones too, and ranked among
-        all known items; an unknown item is a miss (but a counting model may offer a user an own one again). A user's
-        very first event is no query. Users weigh equally; `n` counts events. Nothing is learnt: call it before
-        `update`, which takes the same rows.
+        Each event is one query. Its history is all earlier events of the user, new ones included, and its item is
+        ranked among all known items. An unknown item is a miss, but a counting model may recommend a user's own new
+        item again. The first event of a user is no query. Users have equal weights; `n` counts queries. The model does
+        not change: call `update` with the same rows afterwards. Raises LogError if there are no queries.
         """
         for metric in metrics:
             parse_metric(metric)
@@ -175,7 +184,9 @@ class Recommender:
         state = grow_items(served.current_state, len(new.items))
         queries = make_queries(state.histories, block, history_length(state.model), QueryOptions(TRAIN))
         if not len(queries):
-            raise LogError("no user of the new events has an event before, so nothing can be asked; give more rows.")
+            raise LogError(
+                "No user of the new events has an earlier event, so nothing can be measured. Pass more rows."
+            )
         values_QM = compute_metrics(rank_queries(state, queries).numpy(), metrics)
         _, values_UM = mean_per_user(queries.users_N.numpy(), values_QM)
         low_M, high_M = bootstrap_interval(values_UM)
@@ -183,10 +194,10 @@ class Recommender:
         return pl.DataFrame(columns).with_columns(n=pl.lit(len(queries)), n_users=pl.lit(len(values_UM)))
 
     def save(self, folder: str | Path) -> None:
-        """A new version in the store in `folder`, the live one from now on; a new folder becomes a store.
+        """Save as a new version in the store in `folder`, and make it the live one. A new folder becomes a store.
 
-        Until all is written, the version that was live before stays so. Older ones stay too (`freshrec gc`).
-        OptionError for a store that `freshrec update` keeps.
+        The previous version stays live until all files are written. Older versions stay; `freshrec gc` deletes them.
+        Raises OptionError for a store that `freshrec update` maintains.
         """
         folder, bundle = Path(folder), self.bundle
         if not (folder / "store.json").exists():
@@ -197,16 +208,16 @@ class Recommender:
         with store.locked():
             if any(manifest.batch is not None for manifest in store.manifests()):
                 raise OptionError(
-                    f"{folder} is kept by `freshrec update`, which knows what each version has learnt; "
-                    "save to another folder."
+                    f"`freshrec update` maintains the store in {folder} and tracks the events of each version. "
+                    "Save to another folder."
                 )
             _add_live_version(store, bundle)
 
     @staticmethod
     def load(folder: str | Path) -> Recommender:
-        """The live recommender of the store in `folder`. StateError where there is none, or it is damaged.
+        """Load the live version of the store in `folder`. Raises StateError for a missing or damaged store.
 
-        A folder that was saved before there were stores is read too; `save` it to a new one.
+        A folder of an older freshrec without a store is read too; `save` it to a new folder.
         """
         if (Path(folder) / LEGACY_FILE).exists():
             return Recommender.from_bundle(read_legacy_bundle(Path(folder)))
@@ -215,7 +226,7 @@ class Recommender:
 
     @staticmethod
     def from_bundle(bundle: Bundle) -> Recommender:
-        """One that is what a version holds."""
+        """Return a recommender with the content of a version."""
         recommender = Recommender(bundle.served.state.model.spec, bundle.strategy, bundle.served.state.seed)
         recommender._unfitted_bundle = replace(recommender._unfitted_bundle, names=bundle.names)
         recommender._bundle = bundle
@@ -223,7 +234,7 @@ class Recommender:
 
 
 def _add_live_version(store: Store, bundle: Bundle) -> None:
-    """A version that is live from now on."""
+    """Write a version and make it the live one."""
     spans_seen = bundle.served.state.spans_seen
     manifest = Manifest(
         id=store.next_number, kind="saved", recipe=bundle.recipe, spans_seen=spans_seen, sizes=bundle.sizes

@@ -1,11 +1,14 @@
-"""Which items of one version are near a user's vectors.
+"""Search for the items with the highest inner products with a user's vectors, in one version.
 
-An item cannot score more than its length times the user's. So the longest come first, and where those that many users
-had have grown long, a few thousand of them decide the lists, exactly. Where that is not so, all items are scored in
-blocks, up to `SearchOptions.exact_max_items`; above it an inverted file (faiss) looks into the cells nearest to each
-vector. All of it is measured on users of the version: how many lists the longest decide, and how many of the true best
-items the cells hold, with as many cells as that takes. Where no number of cells is enough, all items are scored;
-`SearchInfo` says it.
+There are three methods, tried in this order on a sample of the version's users:
+
+- "longest": score(item) <= |item| |user|, so the longest item vectors come first. Vectors of popular items are often
+  long. A few thousand of them then decide every list exactly.
+- "exact": score all items in blocks, up to `SearchOptions.exact_max_items` items.
+- "index": an inverted file (faiss) probes the cells nearest to each vector. The number of cells is the smallest one
+  with enough recall. If no number is enough, all items are scored.
+
+`SearchInfo` reports the choice.
 """
 
 from __future__ import annotations
@@ -28,54 +31,54 @@ from freshrec.recommender.lists import user_vector_batches
 from freshrec.recommender.served_state import ServedState
 from freshrec.types import VectorModel
 
-ITEMS_PER_BLOCK = 2_048  # of the longest items, how many are scored at once
-MIN_DECIDED_SHARE = 0.99  # share of lists that the longest must decide
-N_SEEN_ALLOWANCE = 40  # best items that a user has had already, and that its list leaves out
-ROUNDING_MARGIN = 1 + 1e-5  # a score may be larger than the product of the lengths, by rounding
-LIST_LENGTH, N_SAMPLE_USERS = 20, 200  # items and users by which a search is measured
-USERS_PER_BATCH = 16  # users measured at once: all need much memory
-PROBE_COUNTS = (16, 32, 48, 64, 96, 128)  # cells, tried in this order
-MIN_ITEMS_PER_CELL, MAX_CELLS = 300, 1024  # items in a cell, at the least; cells, at the most
-TRAINING_ITEMS_PER_CELL = 64  # items of each cell, from which the cells are found
+ITEMS_PER_BLOCK = 2_048  # longest items scored at once
+MIN_DECIDED_SHARE = 0.99  # minimum share of lists that the longest items decide
+N_SEEN_ALLOWANCE = 40  # extra items per list in the measurement, because lists leave out seen items
+ROUNDING_MARGIN = 1 + 1e-5  # by rounding, a score can exceed the product of the norms
+LIST_LENGTH, N_SAMPLE_USERS = 20, 200  # items and users on which a search is measured
+USERS_PER_BATCH = 16  # users measured at once, to limit memory
+PROBE_COUNTS = (16, 32, 48, 64, 96, 128)  # numbers of cells, tried in this order
+MIN_ITEMS_PER_CELL, MAX_CELLS = 300, 1024  # mean items per cell, and number of cells
+TRAINING_ITEMS_PER_CELL = 64  # sampled items per cell for k-means
 
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """What decides how a version is searched."""
+    """Options of the search for the best items of a version."""
 
-    exact_max_items: int = 50_000  # above it an index is faster than scoring all items (`freshrec bench serve`)
-    min_recall: float = 0.98  # of the best LIST_LENGTH items, on average over users, an index must find
-    n_longest: int = 16_384  # of more items, so many with the longest vectors are tried first; 0: none
+    exact_max_items: int = 50_000  # Score all items up to this number; above it an index is faster.
+    min_recall: float = 0.98  # Minimum share of the best 20 items that an index must find, from 0 to 1.
+    n_longest: int = 16_384  # Number of items with the longest vectors to try first; 0 = off.
 
 
 DEFAULT_SEARCH = SearchOptions()
-EXACT_SEARCH = SearchOptions(exact_max_items=sys.maxsize, n_longest=0)  # nothing is measured: all items are scored
+EXACT_SEARCH = SearchOptions(exact_max_items=sys.maxsize, n_longest=0)  # scores all items, without measurement
 
 
 @dataclass(frozen=True)
 class SearchInfo:
-    """How a version is searched."""
+    """The search method of a version, and the reason."""
 
     how: str  # "candidates", "exact", "longest" or "index"
     why: str  # in words
-    recall: float = 1.0  # of the best LIST_LENGTH items
-    probes: int = 0  # cells looked into
+    recall: float = 1.0  # share of the best LIST_LENGTH items that are found
+    probes: int = 0  # cells probed per vector
 
 
 def choose_search(
     served: ServedState, options: SearchOptions = DEFAULT_SEARCH
 ) -> tuple[VectorSearch | None, SearchInfo]:
-    """How a version is searched, None where all items are scored, and what is to be said of it."""
+    """Choose the search for a version (None = score all items), and describe the choice."""
     model = served.state.model
     if not isinstance(model, VectorModel):
-        return None, SearchInfo("candidates", "the model offers candidates of its own")
+        return None, SearchInfo("candidates", "the model scores items itself, without vectors")
     exact_info = SearchInfo("exact", f"all {model.n_items:,} items are scored")
     has_tail = 0 < options.n_longest < model.n_items
     if model.n_items <= options.exact_max_items and not has_tail:
         return None, exact_info
     vectors_QKD = _sample_user_vectors(served)
     if not len(vectors_QKD):
-        return None, SearchInfo("exact", "no user has an event to measure a search with")
+        return None, SearchInfo("exact", "no user has events, so no search can be measured")
     if has_tail:
         search = longest_first_search(item_vectors(model), options.n_longest)
         n_Q = torch.full((len(vectors_QKD),), LIST_LENGTH + N_SEEN_ALLOWANCE)
@@ -85,7 +88,7 @@ def choose_search(
         ]
         decided = float((torch.cat(lists) > 0).all(1).float().mean())
         if decided >= MIN_DECIDED_SHARE:
-            reason = f"{options.n_longest:,} items with the longest vectors decide {decided:.1%} of the lists, exactly"
+            reason = f"the {options.n_longest:,} longest item vectors decide {decided:.1%} of the lists exactly"
             return search, SearchInfo("longest", reason)
     if model.n_items <= options.exact_max_items:
         return None, exact_info
@@ -102,34 +105,34 @@ def choose_search(
         recall = measure_recall(search, vectors_QKD, best_QN)
         if recall >= options.min_recall:
             reason = (
-                f"finds {recall:.1%} of the best {LIST_LENGTH} items, looking into {probes} of {index.nlist:,} cells"
+                f"the index finds {recall:.1%} of the best {LIST_LENGTH} items in {probes} of {index.nlist:,} cells"
             )
             return search, SearchInfo("index", reason, recall, probes)
     limit = f"less than {options.min_recall:.0%}"
-    reason = f"an index finds {recall:.1%} of the best {LIST_LENGTH} items, {limit}: all are scored"
+    reason = f"an index finds {recall:.1%} of the best {LIST_LENGTH} items, {limit}, so all items are scored"
     return None, SearchInfo("exact", reason)
 
 
 def build_index(items_ID: Tensor) -> Any:
-    """An inverted file over the rows from 1; half precision is enough to find, as scores are made from the vectors."""
+    """Build an inverted file over rows 1, 2, ... in half precision. Final scores use the full vectors."""
     rows_ID = np.ascontiguousarray(items_ID[1:].numpy())
     n_cells = max(1, min(MAX_CELLS, len(rows_ID) // MIN_ITEMS_PER_CELL))
     index: Any = faiss.index_factory(rows_ID.shape[1], f"IVF{n_cells},SQfp16", faiss.METRIC_INNER_PRODUCT)
     index.cp.max_points_per_centroid, index.cp.seed = TRAINING_ITEMS_PER_CELL, 1234
     index.train(rows_ID)
     index.add_with_ids(rows_ID, np.arange(1, len(rows_ID) + 1))
-    with tempfile.TemporaryDirectory() as folder:  # cells that grew have room to spare; those that are read have none
+    with tempfile.TemporaryDirectory() as folder:  # a written and read index has no spare capacity
         faiss.write_index(index, f"{folder}/index")
         del index
         return faiss.read_index(f"{folder}/index")
 
 
 def longest_first_search(items_ID: Tensor, n_longest: int) -> VectorSearch:
-    """Searches the longest of the items; what it finds is exact. No row of users for whom these do not decide."""
+    """Return an exact search over the longest items. It returns item 0 for a user whose list they do not decide."""
     length_H, at_H = items_ID[1:].norm(dim=1).topk(min(n_longest, len(items_ID) - 1))
     row_H = at_H + 1
     items_HD = items_ID[row_H]
-    # the longest of what comes after each block; after the last one nothing is known to be shorter than its last item
+    # Upper bound of the norms after each block. After the last block, it is the norm of the last item.
     next_lengths = [
         *length_H[ITEMS_PER_BLOCK::ITEMS_PER_BLOCK].tolist(),
         float(length_H[-1]) if len(row_H) < len(items_ID) - 1 else -torch.inf,
@@ -154,13 +157,13 @@ def longest_first_search(items_ID: Tensor, n_longest: int) -> VectorSearch:
 
 
 def index_search(index: Any, items_ID: Tensor, probes: int) -> VectorSearch:
-    """Searches an index, in so many cells of each vector; what it finds is scored by the vectors themselves."""
+    """Return a search that probes `probes` cells of an index per vector. Scores are exact inner products."""
 
     def search(vectors_BKD: Tensor, n_B: Tensor) -> tuple[Tensor, Tensor]:
         n = int(n_B.max())
         n_users, n_vectors, n_dims = vectors_BKD.shape
         queries = np.ascontiguousarray(vectors_BKD.reshape(-1, n_dims).numpy())
-        # more than asked for: places of half precision are not quite those of the scores
+        # Fetch more than n items, because ranks in half precision differ slightly from the exact ones.
         params = faiss.SearchParametersIVF(nprobe=min(probes, index.nlist))  # type: ignore[call-arg]
         _, found = index.search(queries, n + n // 4 + 4, params=params)
         found_BC = torch.from_numpy(found).clamp(min=0).view(n_users, n_vectors * found.shape[1]).sort(1).values
@@ -172,13 +175,13 @@ def index_search(index: Any, items_ID: Tensor, probes: int) -> VectorSearch:
 
 
 def measure_recall(search: VectorSearch, vectors_QKD: Tensor, best_QN: Tensor) -> float:
-    """The share of each user's best items that are among those found."""
+    """Share of the best items that a search finds, averaged over users."""
     found_QC, _ = search(vectors_QKD, torch.full((len(vectors_QKD),), best_QN.shape[1]))
     return float((best_QN[..., None] == found_QC[:, None]).any(2).float().mean())
 
 
 def _sample_user_vectors(served: ServedState) -> Tensor:
-    """(Q, K, D) vectors of some users who have events, as a list would be made for them now."""
+    """Current vectors of a random sample of users with events, shape (Q, K, D)."""
     active_users_U = (served.current_state.histories.offsets_U.diff() > 0).nonzero()[:, 0]
     order_U = torch.randperm(len(active_users_U), generator=stream(0, "index queries"))
     users_N = active_users_U[order_U[:N_SAMPLE_USERS]]

@@ -1,4 +1,4 @@
-"""What lists are made from: a state, the ids of its rows, item categories and popular items."""
+"""The data behind lists: a state, its catalogs, item categories and popular items."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,28 +28,26 @@ def _empty_events() -> Events:
 
 @dataclass(frozen=True, eq=False)
 class ServedState:
-    """What every answer is made of, and what changes together."""
+    """All data that answers depend on. It is replaced as a whole."""
 
-    state: State  # the model, and what its next update needs
-    counts: (
-        State  # popularity, for strangers; its histories are never truncated, so it knows all items that a user has had
-    )
+    state: State  # the model, and the data for its next update
+    counts: State  # popularity, for unknown users; its histories are complete, to exclude all seen items
     users: Catalog
     items: Catalog
     categories: pl.DataFrame = field(default_factory=_empty_categories)  # item (a row), category
-    pending: Events = field(default_factory=_empty_events)  # newer than what the model has learnt; not in `state`
-    overlay: ClickOverlay = field(default_factory=ClickOverlay)  # newer than all of that; in no history either
-    search: VectorSearch | None = None  # in the model's item vectors; None: all of them are scored
+    pending: Events = field(default_factory=_empty_events)  # events that the model has not learned yet; not in `state`
+    overlay: ClickOverlay = field(default_factory=ClickOverlay)  # clicks newer than all of that, in no history
+    search: VectorSearch | None = None  # over item vectors; None = score all items
 
     @property
     def newest_time(self) -> int | None:
-        """The largest time of any event known; None where there is none."""
+        """Time of the newest event; None without events."""
         times_R = self.counts.histories.times_R
         return int(times_R.max()) if len(times_R) else None
 
     @cached_property
     def current_state(self) -> State:
-        """The state in whose histories the pending events are: users are seen as they are now."""
+        """The state with the pending events in its histories."""
         if not len(self.pending):
             return self.state
         recent = append_events(self.state.histories, self.pending, len(self.users))
@@ -57,32 +55,32 @@ class ServedState:
 
     @cached_property
     def stored_interests(self) -> StoredInterests | None:
-        """What travels with the batches of `current_state`."""
+        """Stored interests for the batches of `current_state`."""
         state = self.current_state
         return stored_interests_of(state.model, state.interests, state.spans_seen)
 
     @cached_property
     def is_counting(self) -> bool:
-        """Whether a score of 0 is no opinion."""
+        """Whether the model is a counting model, for which score 0 means no opinion."""
         return not isinstance(self.state.model, TrainedModel)
 
     @property
     def serving_copy(self) -> "ServedState":
-        """The same answers from less memory: nothing is pending, and equal histories are one. It cannot be updated."""
+        """A copy that gives the same answers with less memory, by sharing equal histories. It cannot be updated."""
         state, counts = self.current_state, self.counts
         model_histories, all_histories = state.histories, counts.histories
-        columns = ("offsets_U", "items_R", "times_R")  # what is due concerns those who learn
+        columns = ("offsets_U", "items_R", "times_R")  # `due_R` matters for training only
         if all(torch.equal(getattr(model_histories, name), getattr(all_histories, name)) for name in columns):
-            counts = replace(counts, histories=model_histories)  # as long as no history was truncated
+            counts = replace(counts, histories=model_histories)  # true until a history is truncated
         return replace(self, state=state, counts=counts, pending=_empty_events())
 
     @cached_property
     def item_norms_I(self) -> Tensor:
-        """The length of each item's vector, at least a little, from item 0."""
+        """Norm of each item vector by row, at least 1e-12."""
         lengths_I: Tensor = item_vectors(self.state.model).norm(dim=1)
         return lengths_I.clamp(min=1e-12)
 
     @cached_property
     def categories_I(self) -> Tensor:
-        """The number of each item's category, from item 0; 0: none. OptionError where no item has one."""
+        """Category number of each item by row; 0 = none. Raises OptionError if no item has a category."""
         return item_categories(self.categories, len(self.items))

@@ -1,4 +1,4 @@
-"""The part of a version that answers, without what its updates need: how it lies on the disk."""
+"""The files of a version that answer requests, without the data that only updates need."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from freshrec import models  # so that the specs of all models are imported  # noqa: F401
+from freshrec import models  # registers the specs of all models  # noqa: F401
 from freshrec.data.catalog import Catalog
 from freshrec.disk_names import TABLE_COLUMNS
 from freshrec.errors import StateError
@@ -24,15 +24,15 @@ USERS_FILE, ITEMS_FILE, CATEGORIES_FILE = "users.parquet", "items.parquet", "cat
 
 @dataclass(frozen=True, eq=False)
 class ServingBundle:
-    """All that answers are made of, and how it came to be."""
+    """A served state with the names and read options of its version."""
 
     served: ServedState
-    names: tuple[str, str]  # of model and strategy, as the user named them
+    names: tuple[str, str]  # model and strategy, as the user typed them
     read_options: ReadOptions
 
 
 def write_serving_bundle(bundle: ServingBundle, folder: Path) -> None:
-    """Write to a folder; without what the state keeps for its updates."""
+    """Write the files to `folder`, without memory and costs of the state."""
     served = bundle.served
     state = replace(served.state, memory=None, costs={}, shared_base=None)
     save_tree((bundle.names, bundle.read_options, state, served.counts, served.pending), folder / SERVED_FILE)
@@ -45,7 +45,7 @@ def write_serving_bundle(bundle: ServingBundle, folder: Path) -> None:
 
 
 def read_serving_bundle(files: Mapping[str, Path], load: Callable[[Path], Any]) -> ServingBundle:
-    """What `write_serving_bundle` wrote; `load` is `load_tree` or `load_for_serving`. StateError for anything else."""
+    """Read what `write_serving_bundle` wrote, with `load_tree` or `load_for_serving`. StateError for bad files."""
     require_files(files, (SERVED_FILE, USERS_FILE, ITEMS_FILE, CATEGORIES_FILE))
     names, read_options, state, counts, pending = load(files[SERVED_FILE])
     users, items = (read_catalog(files[name]) for name in (USERS_FILE, ITEMS_FILE))
@@ -54,20 +54,20 @@ def read_serving_bundle(files: Mapping[str, Path], load: Callable[[Path], Any]) 
 
 
 def require_files(files: Mapping[str, Path], names: Sequence[str]) -> None:
-    """StateError where a file is not there."""
+    """Raise StateError for a missing file."""
     missing = [name for name in names if name not in files]
     if missing:
-        raise StateError(f"a version without {missing[0]} cannot be read; go back to another one.")
+        raise StateError(f"A version without {missing[0]} cannot be read. Roll back to another version.")
 
 
 def read_catalog(path: Path) -> Catalog:
-    """The catalog in a Parquet file."""
+    """Read a catalog from a Parquet file."""
     return Catalog.load(read_parquet_file(path))
 
 
 def read_parquet_file(path: Path) -> pl.DataFrame:
-    """The rows of a Parquet file. StateError where it cannot be read."""
+    """Read a Parquet file. Raises StateError for an unreadable file."""
     try:
         return pl.read_parquet(path).rename(TABLE_COLUMNS, strict=False)
     except (OSError, pl.exceptions.PolarsError) as problem:
-        raise StateError(f"{path} cannot be read ({problem}); go back to another version.") from None
+        raise StateError(f"{path} cannot be read ({problem}). Roll back to another version.") from None

@@ -1,4 +1,4 @@
-"""The profile of a user: past events, and interests with their best items and the events behind each.
+"""The profile of a user: past events, and interests with their best items and closest past events.
 
 The server and `freshrec inspect` show the same profile.
 """
@@ -22,12 +22,12 @@ from freshrec.recommender.served_state import ServedState
 from freshrec.types import InterestModel, VectorModel
 
 N_ITEMS = 10  # items and events shown per interest
-N_LISTED = 30  # items of the list that is grouped by the event behind each, where a model has no vectors
+N_LISTED = 30  # length of the list that is grouped by past event, for models without vectors
 
 
 @dataclass(frozen=True)
 class PastEvent:
-    """An item that the user took, and when: ISO 8601, or the event's number where the log has no clock."""
+    """An item of the user's history and its time: ISO 8601, or a position in the log if it has no timestamps."""
 
     item_id: Id
     at: str | int
@@ -35,10 +35,10 @@ class PastEvent:
 
 @dataclass(frozen=True)
 class Interest:
-    """A group of items that the user may like, and the past events that speak for it."""
+    """A group of items that the user may like, and the past events that support it."""
 
     title: str
-    items: list[tuple[Id, float]]  # ids and scores, the best first
+    items: list[tuple[Id, float]]  # ids and scores, best first
     events: list[PastEvent]
     born_span: int | None = None  # None for an interest that is not stored
     used_span: int | None = None
@@ -46,24 +46,20 @@ class Interest:
 
 @dataclass(frozen=True)
 class Profile:
-    """All that is known of a user."""
+    """Events and interests of a user."""
 
-    n_fresh: int  # number of events that no version has learnt yet
+    n_fresh: int  # number of events that no version has learned yet
     first_span: int | None  # None for a user who is in no version yet
     last_span: int | None
-    events: list[PastEvent]  # all of them, in time order
+    events: list[PastEvent]  # all events, in time order
     interests: list[Interest]
-    kind: str  # what the interests are, in words
+    kind: str  # what `interests` holds, in words
 
 
 def profile_of(served: ServedState, row: int, has_clock: bool) -> Profile:
-    """The profile of a user, by row; not of a stranger, row 0. `has_clock`: whether the log's times are a clock's."""
-    ends = current_targets(served.counts.histories, served.overlay, torch.tensor([row]))
-    rows = slice(int(ends.first_row_N), int(ends.rows_N))
-    items_T, times_T = ends.histories.items_R[rows].long(), ends.histories.times_R[rows]
-    order_T = times_T.argsort(stable=True)
-    items_T, times_T = items_T[order_T], times_T[order_T]
-    events = _past_events(served, items_T, times_T, has_clock)
+    """Return the profile of the user in a row (not row 0). `has_clock`: whether the log has timestamps."""
+    items_T, times_T = user_events(served, row)
+    events = past_events(served, items_T, times_T, has_clock)
     is_in_catalog = row <= len(served.users)
     catalog_row = (
         served.users.frame.row(row - 1, named=True) if is_in_catalog else {"first_span": None, "last_span": None}
@@ -73,27 +69,37 @@ def profile_of(served: ServedState, row: int, has_clock: bool) -> Profile:
     return Profile(n_fresh, catalog_row["first_span"], catalog_row["last_span"], events, interests, kind)
 
 
-def _past_events(served: ServedState, items_T: Tensor, times_T: Tensor, has_clock: bool) -> list[PastEvent]:
+def user_events(served: ServedState, row: int) -> tuple[Tensor, Tensor]:
+    """Return items and times of all events of a user, in time order, shape (T,) each."""
+    ends = current_targets(served.counts.histories, served.overlay, torch.tensor([row]))
+    rows = slice(int(ends.first_row_N), int(ends.rows_N))
+    items_T, times_T = ends.histories.items_R[rows].long(), ends.histories.times_R[rows]
+    order_T = times_T.argsort(stable=True)
+    return items_T[order_T], times_T[order_T]
+
+
+def past_events(served: ServedState, items_T: Tensor, times_T: Tensor, has_clock: bool) -> list[PastEvent]:
+    """Return events with ids instead of rows, and with readable times."""
     times = times_T.tolist()
     when = map(format_time, times) if has_clock else times
     return [PastEvent(item, at) for item, at in zip(served.items.ids(items_T), when)]
 
 
 def _interests(served: ServedState, row: int, items_T: Tensor, events: list[PastEvent]) -> tuple[str, list[Interest]]:
-    """What the interests are, in words, and the interests: the user's vectors, or groups of the items of the list."""
+    """Return the kind of interests in words, and the interests: user vectors, or groups of recommended items."""
     model = served.current_state.model
     if isinstance(model, VectorModel):
         return _interests_of_vectors(served, model, row, items_T, events)
     counter = model.experts.counters["item-knn"] if isinstance(model, Blend) else model
     if isinstance(counter, ItemKNN):
         return _interests_of_pairs(served, counter, row, items_T, events)
-    return "this model has no interests: it knows what is popular, or what the user had", []
+    return "this model has no interests", []
 
 
 def _interests_of_pairs(
     served: ServedState, counter: ItemKNN, row: int, items_T: Tensor, events: list[PastEvent]
 ) -> tuple[str, list[Interest]]:
-    """The items of the user's list, in groups by the past event that speaks most for each."""
+    """Group the items of the user's list by the past event that supports each most."""
     user_1 = torch.tensor([row])
     found = top_items(served, user_1, resolve_request(served, ListRequest(k=N_LISTED)))
     batch, groups = user_batch(served, user_1), dict[int, list[int]]()
@@ -102,17 +108,17 @@ def _interests_of_pairs(
     interests = []
     for because, places in sorted(groups.items(), key=lambda group: (group[0] == 0, -len(group[1]))):
         name = served.items.ids(torch.tensor([because]))[0] if because else None
-        title = f"because of {name}" if because else "liked by others who are alike, or by all"
+        title = f"because of item {name}" if because else "popular, or liked by similar users"
         index = torch.tensor(places)[:N_ITEMS]
         items = _items_with_scores(served, column_tensor(found)[index], column_tensor(found, "score")[index])
         interests.append(Interest(title, items, _select_events(events, items_T == because)))
-    return "items of the list, by the event that speaks most for them", interests
+    return "items of the user's list, grouped by the past event that supports each most", interests
 
 
 def _interests_of_vectors(
     served: ServedState, model: VectorModel, row: int, items_T: Tensor, events: list[PastEvent]
 ) -> tuple[str, list[Interest]]:
-    """The user's vectors, each with its best items and the past events that are closest to it of all vectors."""
+    """Describe each vector of the user by its best items and by the past events closest to it."""
     batch = user_batch(served, torch.tensor([row]))
     n = int(batch.alive_BK.sum()) if batch.alive_BK is not None else None
     vectors_KD, items_ID = user_vectors(model, batch)[0][:n], item_vectors(model)
@@ -124,16 +130,16 @@ def _interests_of_vectors(
     born_K, used_K = _spans_of_interests(served, row, len(vectors_KD))
     interests = []
     for k in range(len(vectors_KD)):
-        title = f"interest {k + 1}" if len(vectors_KD) > 1 else "what the user is like now"
+        title = f"interest {k + 1}" if len(vectors_KD) > 1 else "current vector of the user"
         items = _items_with_scores(served, best_KN.indices[k], best_KN.values[k])
         reasons = _select_events(events, (closest_T == k) & (learnt_T > 0))[-N_ITEMS:]
         interests.append(Interest(title, items, reasons, born_K[k], used_K[k]))
     is_stored = isinstance(model, InterestModel)
-    return "interests" if is_stored else "vectors, read from the user's last events", interests
+    return "interests" if is_stored else "vectors, computed from the user's most recent events", interests
 
 
 def _spans_of_interests(served: ServedState, row: int, n: int) -> tuple[list[int | None], list[int | None]]:
-    """The spans in which a user's n interests were born and last used; None for those that are not stored."""
+    """Spans that created and last used each of the user's n interests; None for an interest that is not stored."""
     born, used = list[int | None]([None] * n), list[int | None]([None] * n)
     interests = served.current_state.interests
     if interests is not None and row <= interests.n_users:

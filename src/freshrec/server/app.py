@@ -1,4 +1,4 @@
-"""The application: routes, error handlers, metrics and the page."""
+"""The HTTP application: routes, error handlers, metrics and pages."""
 
 from __future__ import annotations
 
@@ -16,20 +16,31 @@ from freshrec.errors import BusyError, FreshrecError, IncompatibleError, LogErro
 from freshrec.server.middleware import RequestMiddleware
 from freshrec.server.routes import (
     ERROR_RESPONSES,
-    add_event_routes,
-    add_list_routes,
-    add_user_routes,
-    add_version_routes,
+    ROUTES,
 )
 from freshrec.server.service import Service, log_line
 from freshrec.version import __version__
 
 PAGE_FOLDER = Path(__file__).parent / "page"
+API_DESCRIPTION = """\
+Recommendations from the live version of a store.
+
+Every answer with data names the `version` that it was computed from. If a list is not personal, `fallback` gives the
+reason. An error is a status of 4xx or 5xx with a sentence in `detail`. If the server has a token, send it with each
+request: `Authorization: Bearer TOKEN`.
+"""
+API_TAGS = [
+    {"name": "lists", "description": "Recommendations and similar items."},
+    {"name": "events", "description": "Clicks. They change lists at once; the next update trains on them."},
+    {"name": "people", "description": "What is known about a user, and erasing it."},
+    {"name": "versions", "description": "The live version, all versions, and rolling back."},
+    {"name": "health", "description": "Probes and metrics for operators."},
+]
 STATUS_BY_ERROR = {LogError: 422, OptionError: 409, IncompatibleError: 409, BusyError: 409, StateError: 409}
 
 
 def create_app(service: Service) -> RequestMiddleware:
-    """The application behind its middleware."""
+    """Build the application and its middleware."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -43,20 +54,19 @@ def create_app(service: Service) -> RequestMiddleware:
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
-        description="Recommendations of the live version of a store. Every answer names its version.",
+        description=API_DESCRIPTION,
+        openapi_tags=API_TAGS,
         responses={code: ERROR_RESPONSES[code] for code in (401, 408, 409, 413, 422, 429)},
     )
     _add_error_handlers(app)
-    add_list_routes(app, service)
-    add_event_routes(app, service)
-    add_user_routes(app, service)
-    add_version_routes(app, service)
+    for add_routes in ROUTES:
+        add_routes(app, service)
     _add_page_routes(app, service)
     return RequestMiddleware(app, service.limits, service.metrics)
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    """Everything that may go wrong, as a status and a sentence."""
+    """Turn every exception into a status and a sentence."""
 
     @app.exception_handler(FreshrecError)
     async def handle_freshrec_error(request: Request, error: FreshrecError) -> JSONResponse:
@@ -65,7 +75,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def handle_validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
         errors = error.errors()
-        wrong = next((entry for entry in errors if entry["type"] != "int_type"), errors[0])  # an id may be text
+        wrong = next((entry for entry in errors if entry["type"] != "int_type"), errors[0])  # an id may also be text
         where = ".".join(str(part) for part in wrong["loc"] if part not in ("str", "int") and len(str(part)) < 40)
         return JSONResponse({"detail": f"{where}: {wrong['msg'][:200]}."}, 422)
 
@@ -75,14 +85,22 @@ def _add_error_handlers(app: FastAPI) -> None:
         while line is not None and line.tb_next is not None:
             line = line.tb_next
         at = f"{Path(line.tb_frame.f_code.co_filename).name}:{line.tb_lineno}" if line is not None else "?"
-        log_line(f"an answer failed: {type(error).__name__} at {at}")  # not its text, which may hold an id
-        return JSONResponse({"detail": "this is a fault of the server; it was written to its log."}, 500)
+        log_line(f"Internal error: {type(error).__name__} at {at}.")  # without the message, which may contain an id
+        return JSONResponse({"detail": "Internal server error. The log of the server has the details."}, 500)
 
 
 def _add_page_routes(app: FastAPI, service: Service) -> None:
-    @app.get("/metrics", tags=["health"], response_class=PlainTextResponse)
+    """Add the metrics, the page for people and the page of the API."""
+
+    @app.get(
+        "/metrics",
+        tags=["health"],
+        summary="Metrics",
+        response_class=PlainTextResponse,
+        response_description="The metrics as text.",
+    )
     async def metrics() -> Response:
-        """For Prometheus."""
+        """Return the metrics of the server in the Prometheus text format: latencies, fallbacks, clicks, version."""
         gauges, live = service.metrics, service.live
         gauges.version.set(service.version.number)
         gauges.index_recall.set(service.version.search_info.recall)

@@ -1,4 +1,4 @@
-"""Benchmark of a server: started on a store, loaded, measured from outside, stopped."""
+"""Benchmark a server: start it on a store, send requests, measure from outside, stop it."""
 
 from __future__ import annotations
 
@@ -31,15 +31,19 @@ MB = 1 << 20
 def run_benchmark(
     folder: Path, rate: float, seconds: float, k: int, options: Sequence[str] = (), swap: bool = False
 ) -> dict[str, float | int | str]:
-    """Latencies in milliseconds, errors, memory in MB, of an open-loop load on a server started with these options."""
+    """Measure a server under an open-loop load of `rate` requests per second.
+
+    `options` are flags of `freshrec serve`. With `swap`, the live version changes twice meanwhile. Returns latencies in
+    ms, errors, CPU time in ms per request and memory in MB. StateError if the live version has no users.
+    """
     store = open_store(folder)
     users = pl.read_parquet(store.verified_files(store.live)[USERS_FILE])["id"].drop_nulls().cast(pl.String).to_list()
     if not users:
-        raise StateError(f"the live version of {folder} knows no user; there is nobody to request lists for.")
+        raise StateError(f"The live version of {folder} has no users. Fit it on a log with users first.")
     started_s = time.perf_counter()
     with running_server(folder, "--rate", "0", *options) as (url, pid):
         ready_s = time.perf_counter() - started_s
-        generate_load(url, users, min(rate, 20.0), 2.0, k)  # the first requests are slower
+        generate_load(url, users, min(rate, 20.0), 2.0, k)  # warm-up: the first requests are slower
         idle_mb, peaks = resident_mb(pid), [0.0]
         stop = threading.Event()
         watcher = threading.Thread(target=_track_peak, args=(pid, peaks, stop))
@@ -74,7 +78,7 @@ def run_benchmark(
 
 @contextmanager
 def running_server(folder: Path, *options: str, wait_s: float = 120.0) -> Iterator[tuple[str, int]]:
-    """`freshrec serve` on a free port: its address, and its process. StateError where it does not come up."""
+    """Run `freshrec serve` on a free port. Yields its address and process id. StateError if it does not start."""
     with tempfile.TemporaryFile("w+") as log:
         command = [sys.executable, "-m", "freshrec", "serve", "--store", str(folder), "--port", "0", *options]
         with subprocess.Popen(command, stdout=log, stderr=log) as process:
@@ -85,6 +89,7 @@ def running_server(folder: Path, *options: str, wait_s: float = 120.0) -> Iterat
 
 
 def _wait_for_address(process: subprocess.Popen[bytes], log: Any, wait_s: float) -> str:
+    """Wait until the server listens; return its address."""
     deadline = time.monotonic() + wait_s
     while True:
         log.seek(0)
@@ -92,13 +97,13 @@ def _wait_for_address(process: subprocess.Popen[bytes], log: Any, wait_s: float)
         if found := re.search(r"listening on (http://[\d.]+:\d+)", output):
             return found[1]
         if process.poll() is not None or time.monotonic() > deadline:
-            last = (output.strip().splitlines() or ["it said nothing"])[-1]
-            raise StateError(f"the server did not come up: {last.removeprefix('error: ')}")
+            last = (output.strip().splitlines() or ["no output"])[-1]
+            raise StateError(f"The server did not start: {last.removeprefix('error: ')}")
         time.sleep(0.02)
 
 
 def describe_search(url: str) -> str:
-    """How the live version is searched, in the server's words."""
+    """Return how the server searches the live version, and why."""
     address = urlsplit(url)
     assert address.hostname is not None
     connection = HTTPConnection(address.hostname, address.port, timeout=30)
@@ -109,19 +114,19 @@ def describe_search(url: str) -> str:
 
 
 def resident_mb(pid: int) -> float:
-    """MB of a process that are in memory."""
+    """Resident memory of a process, in MB."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / MB
 
 
 def process_cpu_s(pid: int) -> float:
-    """CPU seconds that a process has worked for: unlike latencies, they do not depend on who else does."""
+    """CPU time of a process so far, in seconds. Unlike latencies, it does not depend on other processes."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def measure_baseline_mb() -> float:
-    """MB of a process that has imported all that a server needs, and serves nothing."""
+    """Resident memory of a process that has imported what a server needs and serves nothing, in MB."""
     code = (
         "import torch, faiss, uvicorn, freshrec.server.app; from pathlib import Path; import os;"
         "print(int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2**20)"
@@ -131,7 +136,7 @@ def measure_baseline_mb() -> float:
 
 
 def vector_bytes(store: Store) -> int:
-    """Bytes of all item vectors and stored interests of the live version."""
+    """Size of all item vectors and stored interests of the live version, in bytes."""
     from safetensors import safe_open
 
     n_bytes = 0
@@ -146,12 +151,13 @@ def vector_bytes(store: Store) -> int:
 
 
 def _track_peak(pid: int, peaks: list[float], stop: threading.Event) -> None:
+    """Keep the largest resident memory in `peaks[0]`, measured every 20 ms."""
     while not stop.wait(0.02):
         peaks[0] = max(peaks[0], resident_mb(pid))
 
 
 def _swap_versions(store: Store, seconds: float) -> None:
-    """Point to another version a third of the way, and back after two thirds."""
+    """Switch to another version after a third of the time, and back after two thirds."""
     live = store.live
     other_version = next((manifest.id for manifest in reversed(store.manifests()) if manifest.id != live), live)
     for number in (other_version, live):

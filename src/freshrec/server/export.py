@@ -1,4 +1,4 @@
-"""What a version knows, for other programs: ids, vectors, an index, and the user tower as ONNX."""
+"""Export a version for other programs: ids, vectors, an index, and the user tower as ONNX."""
 
 from __future__ import annotations
 
@@ -21,18 +21,23 @@ from freshrec.types import Batch, InterestModel, VectorModel
 
 
 def export_version(version: LoadedVersion, folder: Path, with_onnx: bool = False) -> dict[str, Any]:
-    """Write a version's ids, vectors and index into a new folder, and a note of what is there.
+    """Write ids, vectors and an index of a version into a new folder. Returns what about.json says about them.
 
-    items.parquet and users.parquet hold ids by row; item_vectors.npy is (items, D), user_vectors.npy (vectors, D), of
-    which users.parquet says the first and how many; items.faiss is an inverted file whose numbers are rows, from 1.
-    OptionError where the folder is not new, IncompatibleError for a model without vectors.
+    - items.parquet, users.parquet: ids and rows. users.parquet also has the first vector of each user and their number.
+    - item_vectors.npy: shape (items, D). user_vectors.npy: shape (vectors, D).
+    - items.faiss: an inverted file. Its numbers are item rows, from 1.
+    - user_tower.onnx, with `with_onnx`: the network that computes user vectors.
+
+    OptionError if the folder is not empty, IncompatibleError for a model without vectors.
     """
     served = version.served
     model = served.state.model
     if not isinstance(model, VectorModel):
-        raise IncompatibleError("this model has no vectors to export; export one with vectors, such as comirec-dr.")
+        raise IncompatibleError(
+            f"Model {version.bundle.names[0]} has no vectors to export. Use a model with vectors, such as comirec-dr."
+        )
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        raise OptionError(f"{folder} holds something already; name a new folder.")
+        raise OptionError(f"{folder} is not empty. Choose a new folder.")
     folder.mkdir(parents=True, exist_ok=True)
     n_items = model.n_items
     items_ID = np.ascontiguousarray(item_vectors(model)[1:].numpy())
@@ -62,7 +67,7 @@ def export_version(version: LoadedVersion, folder: Path, with_onnx: bool = False
 
 
 def vectors_of_all_users(version: LoadedVersion) -> tuple[np.ndarray, list[int], list[int]]:
-    """The vectors of all users as they would be asked now, one user after the other; the first of each, how many."""
+    """Return the current vectors of all users, the index of each user's first vector, and their numbers."""
     users_N = torch.arange(1, len(version.served.users) + 1)
     found: dict[int, Tensor] = {}
     for index, batch, vectors_BKD in user_vector_batches(version.served, users_N):
@@ -75,7 +80,7 @@ def vectors_of_all_users(version: LoadedVersion) -> tuple[np.ndarray, list[int],
 
 
 class UserTower(nn.Module):
-    """A model's vectors of users, as a function of tensors alone."""
+    """The user vectors of a model as a function of tensors only, for ONNX."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -83,16 +88,16 @@ class UserTower(nn.Module):
         self.has_interests = isinstance(model, InterestModel)
 
     def forward(self, users_B: Tensor, history_BT: Tensor, stored_BKD: Tensor) -> Tensor:
-        """(B, K, D); `stored_BKD`: the interests stored of each user, which other models do not look at."""
+        """User vectors, shape (B, K, D). `stored_BKD` holds the stored interests, which only interest models use."""
         if self.has_interests:
             return user_vectors(self.model, Batch(users_B, history_BT, interests_BKD=stored_BKD))
         return user_vectors(self.model, Batch(users_B, history_BT))
 
 
 def write_user_tower(version: LoadedVersion, path: Path) -> list[str]:
-    """The user tower as ONNX, for any number of users: history, and stored interests, to vectors; its inputs.
+    """Write the user tower as ONNX, for any number of users. Returns the names of its inputs.
 
-    A history has the model's whole length, 0 on the left where it is shorter. OptionError without the libraries.
+    A history has the model's full length, padded with 0 on the left. OptionError if the ONNX libraries are missing.
     """
     model = version.served.state.model
     length, n = model.spec.length, 2
@@ -107,9 +112,11 @@ def write_user_tower(version: LoadedVersion, path: Path) -> list[str]:
     try:
         import onnxscript  # noqa: F401
     except ImportError as missing:
-        raise OptionError(f'ONNX needs more libraries ({missing.name}); pip install "freshrec[onnx]".') from None
+        raise OptionError(
+            f'ONNX needs the library {missing.name}. Install it with pip install "freshrec[onnx]".'
+        ) from None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's own exporter, about itself
+        warnings.simplefilter("ignore")  # the exporter of PyTorch warns about itself
         program = torch.onnx.export(
             UserTower(model).eval(),
             example,
@@ -126,6 +133,7 @@ def write_user_tower(version: LoadedVersion, path: Path) -> list[str]:
 
 
 def _write_index(index: Any, path: Path) -> None:
+    """Write a faiss index to a file."""
     import faiss
 
     faiss.write_index(index, str(path))

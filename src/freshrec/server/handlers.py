@@ -1,4 +1,4 @@
-"""Handlers of HTTP requests: from one version and ids to plain values. Nothing here knows HTTP."""
+"""Handlers of requests: from a version and ids to responses. They do not depend on HTTP."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from freshrec.recommender.user_profile import Interest, PastEvent, profile_of
 from freshrec.server import schemas
 from freshrec.store.manifest import Manifest
 
-N_PAST_EVENTS = 30  # events of a user
+N_PAST_EVENTS = 30  # most recent events in a user's profile
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedVersion:
-    """All of one version that answers come from, and what changes with it."""
+    """A version in memory, with everything that is swapped together with it."""
 
     manifest: Manifest
     bundle: ServingBundle
@@ -33,17 +33,17 @@ class LoadedVersion:
 
     @property
     def served(self) -> ServedState:
-        """What it serves."""
+        """The state that lists are computed from."""
         return self.bundle.served
 
     @property
     def number(self) -> int:
-        """Its number."""
+        """The number of the version."""
         return self.manifest.id
 
 
 def user_row(version: LoadedVersion, user: int | str) -> int:
-    """The row of a user, known to the version or since; 0: a stranger. LogError where it cannot be an id."""
+    """Return the row of a user, of the version or the overlay; 0 if unknown. LogError for an id of the wrong type."""
     served = version.served
     user_id = normalize_id("user_id", user, served.users)
     row = served.users.row(user_id) or served.overlay.new_users.get(user_id, 0)
@@ -51,7 +51,7 @@ def user_row(version: LoadedVersion, user: int | str) -> int:
 
 
 def recommend(version: LoadedVersion, users: Sequence[int | str], request: ListRequest) -> list[schemas.UserList]:
-    """The lists of some users, in the order given. OptionError for an unknown category."""
+    """Recommend lists for users, in the given order. OptionError for an unknown category."""
     users_N = torch.tensor([user_row(version, user) for user in users])
     found = make_lists(version.served, users_N, resolve_request(version.served, request))
     lists, ids = [], version.served.items.id_column
@@ -69,14 +69,14 @@ def recommend(version: LoadedVersion, users: Sequence[int | str], request: ListR
 
 
 def similar(version: LoadedVersion, item: str, k: int) -> list[schemas.RankedItem]:
-    """The items most like one. OptionError where it is not known."""
+    """Return the items most similar to one. OptionError for an unknown item."""
     rows_N = require_rows(normalize_ids("item_id", item, version.served.items), version.served.items)
     found = similar_items(version.served, rows_N, k)
     return _rank_items(version, column_tensor(found), column_tensor(found, "score"))
 
 
 def user_profile(version: LoadedVersion, user: str) -> schemas.UserProfile | None:
-    """What is known of a user, the newest events last; None of a stranger."""
+    """Return what is known about a user, newest events last; None for an unknown user."""
     row = user_row(version, user)
     if not row:
         return None
@@ -109,7 +109,10 @@ def _past_events(events: list[PastEvent]) -> list[schemas.PastEvent]:
 
 
 def explain(version: LoadedVersion, user: str, item: str) -> schemas.ExplanationResponse:
-    """Why a user is offered an item. OptionError for unknown ids, IncompatibleError for models that cannot say."""
+    """Explain why a user is offered an item.
+
+    OptionError for unknown ids, IncompatibleError if the model cannot explain.
+    """
     served = version.served
     row = user_row(version, user)
     item_row = int(require_rows(normalize_ids("item_id", item, served.items), served.items))

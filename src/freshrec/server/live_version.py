@@ -1,4 +1,4 @@
-"""The live version in memory: watched, loaded, tried and swapped whole; and the clicks that came since it was made."""
+"""The live version in memory: watch the store, load and test new versions, swap them, and add clicks to histories."""
 
 from __future__ import annotations
 
@@ -27,45 +27,48 @@ from freshrec.store.click_journal import Click, ClickJournal, read_journal
 from freshrec.store.manifest import Manifest, utc_now
 from freshrec.store.versions import Store
 
-POLL_INTERVAL_S = 0.5  # how often the live pointer is looked at
-N_TRIAL_USERS = 8  # users whose lists a new version must make before it is served: it is in memory beside the old one
-RETRY_INTERVAL_S = 30.0  # until a version that could not be served is tried once more
-MAX_REMEMBERED_IDS = 100_000  # ids of learnt clicks that are remembered, to know them again
+POLL_INTERVAL_S = 0.5  # time between two looks at the live pointer
+N_TRIAL_USERS = 8  # users whose lists test a new version before it is served
+RETRY_INTERVAL_S = 30.0  # time before a version that could not be served is tried again
+MAX_REMEMBERED_IDS = 100_000  # event ids of learned clicks that are kept to recognize repeats
 LOAD_ERRORS = (FreshrecError, OSError, MemoryError, RuntimeError, ValueError, IndexError, KeyError, TypeError)
 Identity = tuple[int | str, ...]
-LogLine = Callable[[str], object]  # where to say what happened, never with an id of a user
+LogLine = Callable[[str], object]  # writes a line to the log of the server, never with an id of a user
 
 
 @dataclass(frozen=True)
 class ClickOutcome:
-    """What became of a click."""
+    """The result of a click that was sent to the server."""
 
     click: Click
-    is_duplicate: bool
-    is_in_overlay: bool
-    reason: str | None = None
+    is_duplicate: bool  # whether the same click was received before
+    is_in_overlay: bool  # whether it changes lists now
+    reason: str | None = None  # why it does not change lists
 
 
 class LiveVersion:
-    """The version that answers, and the journal of clicks. Whoever asks takes `version` once, and keeps it."""
+    """The live version and the journal of clicks.
+
+    A request reads `version` once and uses that object to the end, so an answer never mixes two versions.
+    """
 
     def __init__(self, store: Store, log_line: LogLine, search_options: SearchOptions = DEFAULT_SEARCH) -> None:
         self.store, self.log_line, self.search_options = store, log_line, search_options
         self.version: LoadedVersion | None = None
-        self.problem = ""  # why the version that the store points to is not served
+        self.problem = ""  # why the live version of the store is not served
         self.n_swaps = 0
         self._journal = ClickJournal(store.folder)
-        self._known_clicks = dict[Identity, None]()  # identities of accepted clicks, the oldest first
-        self._clicks_during_swap: list[Click] | None = None  # what is taken while a swap reads the journal
-        self._users_being_erased = set[int | str]()  # users who are being erased
+        self._known_clicks = dict[Identity, None]()  # identities of accepted clicks, oldest first
+        self._clicks_during_swap: list[Click] | None = None  # clicks received while a swap reads the journal
+        self._users_being_erased = set[int | str]()
         self._overlay_lock, self.loading_lock = threading.Lock(), threading.Lock()
-        self._last_checked: object = None  # the pointer and the files that were looked at last
-        self._retry_at_s = 0.0  # when they are looked at again
+        self._last_checked: object = None  # the version number and files that were checked last
+        self._retry_at_s = 0.0  # when they are checked again
         self._stop_event = threading.Event()
         self._watcher = threading.Thread(target=self._watch_loop, name="watch", daemon=True)
 
     def start(self) -> None:
-        """Load the live version, and watch for others. StateError where it cannot be served."""
+        """Load the live version and watch the store for others. StateError if it cannot be served."""
         self.refresh()
         if self.version is None:
             raise StateError(self.problem)
@@ -79,7 +82,7 @@ class LiveVersion:
         self._journal.close()
 
     def refresh(self) -> None:
-        """Serve what the store points to, if that is not served yet. What cannot be served is reported instead."""
+        """Serve the live version of the store, if it is not served yet. If it cannot be served, `problem` says why."""
         with self.loading_lock:
             try:
                 manifest = self.store.manifest(self.store.live)
@@ -93,34 +96,34 @@ class LiveVersion:
             try:
                 self._swap(load_version(self.store, manifest, self.search_options))
             except LOAD_ERRORS as problem:
-                self._record_problem(fingerprint, f"version {manifest.id} is not served: {_describe_error(problem)}")
+                self._record_problem(fingerprint, f"Version {manifest.id} cannot be served: {_describe_error(problem)}")
                 return
             self._last_checked, self._retry_at_s, self.problem = fingerprint, math.inf, ""
         release_memory()
 
     def _record_problem(self, fingerprint: object, problem: str) -> None:
-        """Say why nothing new is served; what was wrong may be mended, so it is tried again in a while."""
+        """Remember and log why the live version is not served. It is tried again later, in case it was fixed."""
         if problem != self.problem:
             self.log_line(problem)
         self._last_checked, self._retry_at_s, self.problem = fingerprint, time.monotonic() + RETRY_INTERVAL_S, problem
 
     def _swap(self, version: LoadedVersion) -> None:
-        """All at once: model, ids, interests, index, and the clicks that this version does not hold.
+        """Swap model, ids, interests, index and overlay at once. The overlay gets all clicks that the version lacks.
 
-        StateError where the journal is damaged: then all stays as it was.
+        StateError if the journal is damaged. Then nothing changes.
         """
-        # event ids, because histories of learnt events keep none
+        # keep event ids, because the histories of learned events have none
         ids = [identity for identity in self._known_clicks if len(identity) == 1]
         known_clicks = dict[Identity, None](dict.fromkeys(ids[-MAX_REMEMBERED_IDS:]))
         self._clicks_during_swap = []
         try:
-            learnt_batches = {manifest.batch for manifest in _version_chain(self.store, version.manifest)} - {None}
-            files = [file for file in read_journal(self.store.folder) if file.batch not in learnt_batches]
-            # by identity, as some may be in two files
+            learned_batches = {manifest.batch for manifest in _version_chain(self.store, version.manifest)} - {None}
+            files = [file for file in read_journal(self.store.folder) if file.batch not in learned_batches]
+            # by identity, because a click may be in two files
             pending_clicks = {click.identity: click for file in files for click in file.clicks}
             for click in pending_clicks.values():
                 _add_to_overlay(version, click, known_clicks)
-            with self._overlay_lock:  # the clicks that came meanwhile, and users being erased
+            with self._overlay_lock:  # then the clicks received meanwhile, and the users being erased
                 for click in self._clicks_during_swap:
                     if click.identity not in known_clicks:
                         _add_to_overlay(version, click, known_clicks)
@@ -131,18 +134,18 @@ class LiveVersion:
                 self.version, self._known_clicks, self.n_swaps = version, known_clicks, self.n_swaps + 1
         finally:
             self._clicks_during_swap = None
-        self.log_line(f"version {version.number} is served")
+        self.log_line(f"Version {version.number} is live.")
 
     def accept_clicks(self, clicks: Sequence[Click]) -> tuple[int, list[ClickOutcome]]:
-        """Write clicks to the journal, and fold them in; the version they were folded into.
+        """Write clicks to the journal and add them to the overlay. Returns the version of the overlay, and the results.
 
-        StateError where they could not be written: then nobody sees any of them.
+        StateError if they could not be written. Then none of them changes a list.
         """
         with self._overlay_lock:
             version = self.version
             assert version is not None
             if any(click.user_id in self._users_being_erased for click in clicks):
-                raise OptionError("one of these users is being erased at this moment; send the events again later.")
+                raise OptionError("One of these users is being erased. Send the events again later.")
             new = {click.identity: click for click in reversed(clicks) if not self._is_known(version, click)}
             if new:
                 self._journal.append(reversed(new.values()))
@@ -151,21 +154,21 @@ class LiveVersion:
             outcomes = []
             for click in clicks:
                 is_duplicate = new.pop(click.identity, None) is None
-                reason: str | None = "it was taken before"
+                reason: str | None = "This click was received before."
                 if not is_duplicate:
                     reason = _add_to_overlay(version, click, self._known_clicks)
                 outcomes.append(ClickOutcome(click, is_duplicate, reason is None, reason))
         return version.number, outcomes
 
     def _is_known(self, version: LoadedVersion, click: Click) -> bool:
-        """Whether this very click was taken already, by this server or in the version's own events."""
+        """Whether this click was received before, or is among the events of the version."""
         if click.identity in self._known_clicks:
             return True
         return click.event_id is None and _is_in_history(version.served, click)
 
     @contextmanager
     def erasing(self, user: int | str) -> Iterator[None]:
-        """While a user is erased: a stranger from the first moment; afterwards, what is on the disk is read again."""
+        """Treat a user as unknown while the user is erased. Afterwards, read the version and the clicks again."""
         assert self.version is not None
         user = normalize_id("user_id", user, self.version.served.users)
         with self._overlay_lock:
@@ -179,14 +182,14 @@ class LiveVersion:
         finally:
             self._users_being_erased.discard(user)
             self.refresh()
-            with self.loading_lock:  # the clicks that are left
+            with self.loading_lock:  # read the remaining clicks
                 bundle = self.version.bundle
                 bundle = replace(bundle, served=replace(bundle.served, overlay=ClickOverlay()))
                 self._swap(replace(self.version, bundle=bundle))
 
     @property
     def newest_time(self) -> int | None:
-        """The time of the newest event that lists are made from."""
+        """Time of the newest event that lists use: microseconds since 1970, or None without timestamps."""
         assert self.version is not None
         served = self.version.served
         click_times = [click[0] for clicks in list(served.overlay.clicks.values()) for click in clicks[-1:]]
@@ -194,12 +197,13 @@ class LiveVersion:
         return max((time for time in times if time is not None), default=None)
 
     def _watch_loop(self) -> None:
+        """Look at the store again and again, until `stop`."""
         while not self._stop_event.wait(POLL_INTERVAL_S):
             self.refresh()
 
 
 def load_version(store: Store, manifest: Manifest, search_options: SearchOptions = DEFAULT_SEARCH) -> LoadedVersion:
-    """A version in memory, with its index, warm and tried. StateError where it is not whole, or answers nonsense."""
+    """Load a version, build its index and test it. StateError if it is damaged or its lists are wrong."""
     bundle = read_serving_bundle(store.verified_files(manifest.id), load_for_serving)
     check_sizes(bundle)
     bundle = replace(bundle, served=bundle.served.serving_copy)
@@ -210,19 +214,19 @@ def load_version(store: Store, manifest: Manifest, search_options: SearchOptions
 
 
 def check_sizes(bundle: ServingBundle) -> None:
-    """StateError where ids and model are not of one version."""
+    """StateError if ids and model are of different versions."""
     served = bundle.served
     state, model = served.state, served.state.model
     n_users, n_items = len(served.users), len(served.items)
     if model.n_items > n_items or model.n_users > n_users or state.histories.n_users > n_users:
         raise StateError(
-            f"its model knows {model.n_users:,} users and {model.n_items:,} items, its catalogs {n_users:,} and "
-            f"{n_items:,}: they are not of one version."
+            f"Its model has {model.n_users:,} users and {model.n_items:,} items, but its catalogs have {n_users:,} and "
+            f"{n_items:,}. They are not of one version. Go back to another version with `freshrec rollback`."
         )
 
 
 def check_lists(bundle: ServingBundle) -> None:
-    """Make some lists. StateError where one is not what it must be."""
+    """Compute some lists twice. StateError if one of them is wrong."""
     served = bundle.served
     state, n_items = served.state, len(served.items)
     active_users_U = (state.histories.offsets_U.diff() > 0).nonzero()[:, 0]
@@ -231,13 +235,17 @@ def check_lists(bundle: ServingBundle) -> None:
     lists, repeated_lists = top_items(served, users_N, request), top_items(served, users_N, request)
     rows = lists["item"]
     if not len(lists) or not rows.is_between(1, n_items).all() or not lists["score"].is_finite().all():
-        raise StateError("its lists are empty, hold items that nobody knows, or scores that are not finite.")
+        raise StateError(
+            "Its lists are empty, have unknown items, or have scores that are not finite. Go back to another version."
+        )
     if lists.filter(pl.col("nth") == 0).is_empty() or not lists.equals(repeated_lists):
-        raise StateError("a stranger gets nothing from it, or its lists differ when made twice.")
+        raise StateError(
+            "It gives unknown users no list, or different lists for the same request. Go back to another version."
+        )
 
 
 def _version_chain(store: Store, manifest: Manifest) -> list[Manifest]:
-    """A version and all that it comes from."""
+    """Return a version and all its ancestors."""
     found = [manifest]
     while (parent := found[-1].parent) is not None:
         found.append(store.manifest(parent))
@@ -245,15 +253,15 @@ def _version_chain(store: Store, manifest: Manifest) -> list[Manifest]:
 
 
 def _add_to_overlay(version: LoadedVersion, click: Click, known_clicks: dict[Identity, None]) -> str | None:
-    """Put a click into its user's history; why not, where it cannot be."""
+    """Add a click to its user's history in the overlay. Returns the reason if that is not possible."""
     served = version.served
     known_clicks[click.identity] = None
     if _is_in_history(served, click):
-        return "it is in the user's history already"
+        return "The history of the user has this event already."
     item = served.items.row(normalize_id("item_id", click.item_id, served.items))
     overlay, user = served.overlay, user_row(version, click.user_id)
     if not item:
-        return "the item is new: the next update learns it"
+        return "The item is new. The next update learns it."
     if not user:
         user = overlay.add_user(click.user_id, len(served.users))
     has_clock = version.bundle.read_options.has_clock
@@ -262,7 +270,7 @@ def _add_to_overlay(version: LoadedVersion, click: Click, known_clicks: dict[Ide
 
 
 def _is_in_history(served: ServedState, click: Click) -> bool:
-    """Whether the version's own events hold one of this user, item and time."""
+    """Whether the events of the version have this user, item and time."""
     histories = served.counts.histories
     user = served.users.row(normalize_id("user_id", click.user_id, served.users))
     if not user or user > histories.n_users:
@@ -276,7 +284,7 @@ def _is_in_history(served: ServedState, click: Click) -> bool:
 
 
 def check_click_ids(version: LoadedVersion, click: Click) -> Click:
-    """A click whose ids are of the store's kind. LogError where they are not."""
+    """Convert the ids of a click to the types of the store. LogError if that is not possible."""
     served = version.served
     user_id = normalize_id("user_id", click.user_id, served.users)
     item_id = normalize_id("item_id", click.item_id, served.items)
@@ -284,6 +292,5 @@ def check_click_ids(version: LoadedVersion, click: Click) -> Click:
 
 
 def _describe_error(problem: BaseException) -> str:
-    return (
-        str(problem) if isinstance(problem, FreshrecError) else f"{type(problem).__name__} while it was loaded or tried"
-    )
+    """Describe why a version could not be loaded, without the text of foreign errors, which may contain an id."""
+    return str(problem) if isinstance(problem, FreshrecError) else f"{type(problem).__name__} while loading or testing."

@@ -1,4 +1,4 @@
-"""Open-loop load on a server: requests come at random moments, whether or not earlier ones were answered."""
+"""Open-loop load on a server: requests are sent at random times, whether or not earlier ones were answered."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ import numpy as np
 
 from freshrec.random_streams import numpy_stream
 
-N_CONNECTIONS = 32  # connections, at most so many requests at a time
+N_CONNECTIONS = 32  # most requests at the same time
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Latencies and errors of a load; milliseconds from when a request was due to when its answer was whole."""
+    """Latencies and errors. A latency is in ms, from the time a request was due to the end of its answer."""
 
-    asked: int
-    answered: int  # with status 200
-    wrong: dict[str, int]  # other statuses, and connections that failed
-    rate: float  # answers a second
-    p50: float
+    asked: int  # requests sent
+    answered: int  # answers with status 200
+    wrong: dict[str, int]  # number of answers by other statuses, and of failed connections by error
+    rate: float  # answers per second
+    p50: float  # percentiles of the latency, in ms
     p95: float
     p99: float
-    most: float
-    late: float  # 99 in 100 requests were sent this long after they were due, or sooner: else the load itself is slow
-    versions: tuple[int, ...]
+    most: float  # largest latency, in ms
+    late: float  # 99th percentile of the delay of the load generator itself, in ms
+    versions: tuple[int, ...]  # versions that answered
 
 
 def generate_load(url: str, users: Sequence[str], rate: float, seconds: float, k: int, token: str = "") -> LoadReport:
-    """Ask for lists of random users, at random moments, `rate` a second."""
+    """Request lists of random users at random times, `rate` per second on average."""
     rng, requests = numpy_stream(0, "load"), queue.Queue[tuple[float, str] | None]()
     found: list[tuple[float, float, str, int]] = []
     workers = [
@@ -79,7 +79,7 @@ def _run_client(
     k: int,
     token: str,
 ) -> None:
-    """Send what is due, one request after the other, through one connection."""
+    """Send due requests one after the other over one connection."""
     address = urlsplit(url)
     assert address.hostname is not None
     connection = HTTPConnection(address.hostname, address.port, timeout=30)

@@ -1,4 +1,4 @@
-"""Memory that the C library keeps, given back to the system."""
+"""Return unused memory to the operating system."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import ctypes
 import gc
 import platform
 
-M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+M_MMAP_THRESHOLD = -3  # parameter of glibc's mallopt
 
 
 def release_memory() -> None:
-    """Give what a former version took back to the system; what stays is not searched for garbage again, for 100 ms."""
+    """Return the memory of an old version to the system.
+
+    What remains is frozen: the garbage collector does not search it again, which takes 100 ms.
+    """
     gc.unfreeze()
     gc.collect()
     gc.freeze()
@@ -18,13 +21,15 @@ def release_memory() -> None:
 
 
 def tune_memory() -> None:
-    """Look for garbage seldom; let what is freed go back to the system at once where it is large, which glibc would
-    learn to keep."""
+    """Collect garbage less often, and return large freed blocks to the system at once.
+
+    Without this, glibc raises its threshold over time and keeps them.
+    """
     gc.set_threshold(50_000, 20, 100)
     _call_glibc("mallopt", M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _call_glibc(name: str, *numbers: int) -> None:
-    """Call a function that only glibc has; elsewhere nothing happens."""
+    """Call a function of glibc; do nothing on other systems."""
     if platform.libc_ver()[0] == "glibc":
         getattr(ctypes.CDLL(None), name)(*numbers)

@@ -1,4 +1,4 @@
-"""Metrics of a server, for Prometheus."""
+"""Metrics of the server for Prometheus."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ LATENCY_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5
 
 
 class ServerMetrics:
-    """The metrics of GET /metrics."""
+    """The metrics that GET /metrics returns."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -16,21 +16,28 @@ class ServerMetrics:
         r = self.registry
         self.request_seconds = Histogram(
             "freshrec_request_seconds",
-            "How long answers took.",
+            "Time to answer a request, in seconds.",
             ("route", "status"),
             buckets=LATENCY_BUCKETS,
             registry=r,
         )
-        self.version = Gauge("freshrec_version", "The version that is served.", registry=r)
+        self.version = Gauge("freshrec_version", "Number of the live version.", registry=r)
         self.newest_event_age = Gauge(
-            "freshrec_newest_event_age_seconds", "Since the newest event that is answered from.", registry=r
+            "freshrec_newest_event_age_seconds", "Age of the newest event that lists use, in seconds.", registry=r
         )
-        self.fallbacks = Counter("freshrec_fallbacks", "Lists that popular items complete.", ("reason",), registry=r)
+        self.fallbacks = Counter(
+            "freshrec_fallbacks",
+            "Number of lists that were filled with popular items, by reason.",
+            ("reason",),
+            registry=r,
+        )
         self.index_recall = Gauge(
-            "freshrec_index_recall", "Of the best items the index finds; 1: all are scored.", registry=r
+            "freshrec_index_recall", "Recall@20 of the search index, a fraction; 1 = exact lists.", registry=r
         )
-        self.events = Counter("freshrec_events", "Clicks taken.", ("known",), registry=r)
-        self.swaps = Gauge("freshrec_swaps", "How often a version was taken into service.", registry=r)
+        self.events = Counter(
+            "freshrec_events", "Number of clicks received, by whether they were known already.", ("known",), registry=r
+        )
+        self.swaps = Gauge("freshrec_swaps", "Number of times that a version went into service.", registry=r)
         self.version_refused = Gauge(
-            "freshrec_version_refused", "1: the store points to a version that cannot be served.", registry=r
+            "freshrec_version_refused", "1 if the live version of the store cannot be served, else 0.", registry=r
         )

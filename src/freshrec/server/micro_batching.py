@@ -1,4 +1,4 @@
-"""Micro-batching of concurrent requests: a list alone costs more than its share of a batch."""
+"""Micro-batching of concurrent requests: one batch of lists costs less than separate lists."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from freshrec.recommender.list_request import ListRequest
 from freshrec.server import handlers, schemas
 from freshrec.server.handlers import LoadedVersion
 
-MAX_BATCH_USERS = 32  # users of a batch
+MAX_BATCH_USERS = 32  # largest number of users in a batch
 UserLists = list[schemas.UserList]
-RunInWorker = Callable[[Callable[[], UserLists]], Awaitable[UserLists]]  # do something in a worker
+RunInWorker = Callable[[Callable[[], UserLists]], Awaitable[UserLists]]  # runs a function in a worker thread
 
 
 @dataclass(eq=False)
 class PendingBatch:
-    """Users who want the same of one version, and their lists to come."""
+    """Users with the same request to the same version, and the task that will compute their lists."""
 
     users: list[int | str] = field(default_factory=list)
     lists: asyncio.Task[UserLists] = field(init=False)
 
 
 class MicroBatcher:
-    """Requests that arrive while a batch runs make up the next batch."""
+    """Collect the requests that arrive while a batch runs into the next batch."""
 
     def __init__(self, run_in_worker: RunInWorker) -> None:
         self.run_in_worker = run_in_worker
@@ -32,8 +32,8 @@ class MicroBatcher:
         self._pending: dict[tuple[LoadedVersion, ListRequest], PendingBatch] = {}
 
     async def recommend(self, version: LoadedVersion, user: int | str, request: ListRequest) -> schemas.UserList:
-        """The list of one user. Raises what `handlers.recommend` raises."""
-        handlers.user_row(version, user)  # LogError for what cannot be an id, before it joins a batch
+        """Return the list of one user. Raises the errors of `handlers.recommend`."""
+        handlers.user_row(version, user)  # an invalid id raises LogError here, not in a batch of others
         key = (version, request)
         batch = self._pending.get(key)
         if batch is None or len(batch.users) == MAX_BATCH_USERS:
@@ -41,12 +41,13 @@ class MicroBatcher:
             batch.lists = asyncio.create_task(self._run_batch(version, request, batch))
         at = len(batch.users)
         batch.users.append(user)
-        return (await asyncio.shield(batch.lists))[at]  # though this one may go, the others stay
+        return (await asyncio.shield(batch.lists))[at]  # a cancelled request must not cancel those of others
 
     async def _run_batch(self, version: LoadedVersion, request: ListRequest, batch: PendingBatch) -> UserLists:
+        """Compute the lists of a batch once the batch before it is done."""
         async with self._batch_lock:
-            if self._pending.get((version, request)) is batch:  # nobody can join any more
+            if self._pending.get((version, request)) is batch:  # no request can join from now on
                 del self._pending[version, request]
-            if version.search_info.how == "exact":  # it is long, and outside Python
+            if version.search_info.how == "exact":  # it takes long and releases the interpreter lock
                 return await self.run_in_worker(lambda: handlers.recommend(version, batch.users, request))
             return handlers.recommend(version, batch.users, request)

@@ -1,4 +1,4 @@
-"""What stands before every answer: size, rate, token, waiting; and after it: how long it took. No id is kept."""
+"""Check the token, rate, size and number of requests before they are answered, and measure latency. No id is kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from freshrec.server.metrics import ServerMetrics
 
 # Paths that need no token
 PUBLIC_PATHS = ("/", "/page.css", "/page.js", "/docs", "/openapi.json", "/health/live", "/health/ready")
-MAX_TRACKED_CLIENTS = 10_000  # whose rate is remembered; those seen longest ago are forgotten
+MAX_TRACKED_CLIENTS = 10_000  # clients whose rate is tracked; the least recent ones are dropped first
 CONTENT_SECURITY_POLICY = (
     b"default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
 )
@@ -32,13 +32,15 @@ SECURITY_HEADERS = [
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """What a server allows."""
+    """Limits of a server."""
 
-    token: str = ""  # whoever asks must have it; "": nobody needs one
-    max_body_bytes: Count = 1 << 20  # bytes of a request
-    max_requests_per_s: CountOrZero = 500  # requests of a client in a second, 0: no limit
-    max_concurrent: Count = 64  # requests that are answered at a time, and bodies that arrive; more are sent away
-    body_timeout_s: Count = 10  # how long a request's body may take to arrive
+    token: str = ""  # Token that every request needs; "" = none.
+    max_body_bytes: Count = 1 << 20  # Maximum size of a request body, in bytes.
+    max_requests_per_s: CountOrZero = 500  # Maximum number of requests per second and client; 0 = no limit.
+    max_concurrent: Count = (
+        64  # Maximum number of requests that are answered, and of bodies that are received, at a time.
+    )
+    body_timeout_s: Count = 10  # Maximum time for a request body to arrive, in seconds.
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -46,25 +48,25 @@ class ServerLimits:
 
 @dataclass
 class TokenBucket:
-    """How many requests a client may still make, and since when."""
+    """How many requests a client may still make."""
 
-    tokens: float
-    updated_at: float
+    tokens: float  # requests left
+    updated_at: float  # time of the last request, in seconds
 
 
 @dataclass
 class RequestMiddleware:
-    """An ASGI application around another."""
+    """An ASGI application that wraps another one."""
 
     app: ASGIApp
     limits: ServerLimits
     metrics: ServerMetrics
     buckets: OrderedDict[str, TokenBucket] = field(default_factory=OrderedDict)
-    n_active: int = 0
-    n_receiving: int = 0  # requests whose bodies are on their way: they keep nobody waiting who sends none
+    n_active: int = 0  # requests being answered
+    n_receiving: int = 0  # bodies being received; counted apart, so slow clients do not block requests without a body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request, or the start and the end of the server."""
+        """Handle a request, or the start or stop of the server."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -85,15 +87,18 @@ class RequestMiddleware:
             self.metrics.request_seconds.labels(name, str(status)).observe(time.perf_counter() - started_s)
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check the limits, then pass the request on."""
         path = scope["path"]
         if not self._is_authorized(scope):
             headers = [(b"www-authenticate", b"Bearer")]
-            await send_detail(send, 401, "this server wants a token: send it as `Authorization: Bearer ...`.", headers)
+            await send_detail(
+                send, 401, "This server requires a token. Send the header `Authorization: Bearer TOKEN`.", headers
+            )
             return
         health = path.startswith("/health/")
         if not health and not self._is_within_rate(scope):
             rate = self.limits.max_requests_per_s
-            sentence = f"this server answers {rate} requests a second of one client; ask more slowly."
+            sentence = f"The limit is {rate} requests per second and client. Send fewer."
             await send_detail(send, 429, sentence, RETRY_AFTER)
             return
         if has_body(scope):
@@ -102,7 +107,7 @@ class RequestMiddleware:
                 return
             receive = replay_body(body, receive)
         if not health and self.n_active >= self.limits.max_concurrent:
-            await send_detail(send, 429, "too many requests wait for an answer; try again.", RETRY_AFTER)
+            await send_detail(send, 429, "Too many requests are being answered. Try again.", RETRY_AFTER)
             return
         try:
             self.n_active += 1
@@ -111,9 +116,9 @@ class RequestMiddleware:
             self.n_active -= 1
 
     async def _receive_body(self, receive: Receive, send: Send) -> bytes | None:
-        """What a request brings; None where that was wrong, and an error was sent."""
+        """Receive the body of a request. If that fails, send an error and return None."""
         if self.n_receiving >= self.limits.max_concurrent:
-            await send_detail(send, 429, "too many requests are on their way; try again.", RETRY_AFTER)
+            await send_detail(send, 429, "Too many request bodies are being received. Try again.", RETRY_AFTER)
             return None
         try:
             self.n_receiving += 1
@@ -121,24 +126,22 @@ class RequestMiddleware:
                 body = await read_body(receive, self.limits.max_body_bytes)
         except TimeoutError:
             seconds = self.limits.body_timeout_s
-            await send_detail(send, 408, f"the request did not arrive within {seconds} seconds; send it again.")
+            await send_detail(send, 408, f"The request body did not arrive within {seconds} s. Send it again.")
             return None
         finally:
             self.n_receiving -= 1
         if body is None:
-            await send_detail(
-                send, 413, f"a request may have {self.limits.max_body_bytes:,} bytes; send less at a time."
-            )
+            await send_detail(send, 413, f"The request body exceeds {self.limits.max_body_bytes:,} bytes. Split it.")
         return body
 
     def _is_authorized(self, scope: Scope) -> bool:
-        """Whether this request has the token it needs; compared in a time that does not depend on where it differs."""
+        """Whether the request has the token that it needs. The comparison takes constant time."""
         if not self.limits.token or scope["path"] in PUBLIC_PATHS:
             return True
         return has_token(scope, self.limits.token)
 
     def _is_within_rate(self, scope: Scope) -> bool:
-        """Whether the client has not asked too often: a bucket of a second's requests that fills as time goes by."""
+        """Whether the client is within its rate: a token bucket that holds the requests of one second."""
         if not self.limits.max_requests_per_s:
             return True
         client = scope["client"][0] if scope.get("client") else ""
@@ -157,20 +160,20 @@ class RequestMiddleware:
 
 
 def has_body(scope: Scope) -> bool:
-    """Whether a request says that it has a body."""
+    """Whether the headers of a request announce a body."""
     headers = dict(scope["headers"])
     return b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
 
 
 def has_token(scope: Scope, token: str) -> bool:
-    """Whether a request has this token."""
+    """Whether a request sends this token."""
     header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
     scheme, _, given_token = header.partition(b" ")
     return bool(token) and scheme.lower() == b"bearer" and hmac.compare_digest(given_token.strip(), token.encode())
 
 
 async def read_body(receive: Receive, max_bytes: int) -> bytes | None:
-    """All of a request's body; None where it is larger than may be. TimeoutError where its client has gone."""
+    """Return the body of a request; None if it is too large. TimeoutError if the client disconnects."""
     parts, size = [], 0
     while True:
         message = await receive()
@@ -186,7 +189,7 @@ async def read_body(receive: Receive, max_bytes: int) -> bytes | None:
 
 
 def replay_body(body: bytes, receive: Receive) -> Receive:
-    """A body that was read, to be read by somebody else."""
+    """Return a `receive` function that yields a body again, after it was read."""
     unread = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive_again() -> Any:
@@ -196,7 +199,7 @@ def replay_body(body: bytes, receive: Receive) -> Receive:
 
 
 async def send_detail(send: Send, status: int, sentence: str, headers: list[tuple[bytes, bytes]] | None = None) -> None:
-    """An answer of one sentence."""
+    """Send an error with a sentence in `detail`."""
     body = json.dumps({"detail": sentence}).encode()
     all_headers = [
         (b"content-type", b"application/json"),

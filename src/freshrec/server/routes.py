@@ -1,4 +1,4 @@
-"""The routes of the API: each checks a request, calls a handler in a worker thread, and names the version."""
+"""The routes of the API. Each checks the request, calls a handler in a worker thread, and returns the version."""
 
 from __future__ import annotations
 
@@ -24,27 +24,31 @@ from freshrec.server.middleware import has_token
 from freshrec.server.service import Service, describe_version
 from freshrec.store.click_journal import Click
 
-MAX_CLOCK_SKEW_S = 600  # how far in the future an event may be: clocks differ
+MAX_CLOCK_SKEW_S = 600  # how far in the future an event may be, because clocks differ
 MIN_TIMESTAMP = datetime(1980, 1, 1, tzinfo=UTC)
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     code: {"model": schemas.ErrorDetail, "description": description}
     for code, description in {
-        401: "A token is missing.",
-        403: "This server has no token, so that nobody may do this.",
-        404: "The id has never occurred.",
-        408: "The request came too slowly.",
-        409: "Not now, or not with this model.",
-        413: "The request is too large.",
-        422: "Something in the request is not what it must be.",
-        429: "Too many requests.",
+        401: "The token is missing or wrong.",
+        403: "The server was started without a token, so this is not allowed.",
+        408: "The request body did not arrive in time.",
+        409: "The state of the store or the model does not allow this now.",
+        413: "The request body is too large.",
+        422: "A parameter or the body is invalid.",
+        429: "There are too many requests. Retry after one second.",
     }.items()
 }
+
+
+def error_response(status: int, description: str) -> dict[int | str, dict[str, Any]]:
+    """Describe an error of one route for the OpenAPI document."""
+    return {status: {"model": schemas.ErrorDetail, "description": description}}
 
 
 UserIdPath = Annotated[
     str,
     PathParameter(
-        min_length=1, max_length=schemas.MAX_ID_LENGTH, pattern=schemas.ID_PATTERN, description="An id of a user."
+        min_length=1, max_length=schemas.MAX_ID_LENGTH, pattern=schemas.ID_PATTERN, description="Id of the user."
     ),
 ]
 
@@ -52,7 +56,7 @@ UserIdPath = Annotated[
 ItemIdPath = Annotated[
     str,
     PathParameter(
-        min_length=1, max_length=schemas.MAX_ID_LENGTH, pattern=schemas.ID_PATTERN, description="An id of an item."
+        min_length=1, max_length=schemas.MAX_ID_LENGTH, pattern=schemas.ID_PATTERN, description="Id of the item."
     ),
 ]
 
@@ -62,11 +66,15 @@ IdsQuery = Annotated[list[schemas.ShortText] | None, Field(max_length=schemas.MA
 
 
 def add_list_routes(app: FastAPI, service: Service) -> None:
+    """Add recommendations."""
+
     @app.get(
         "/recommend/{user:path}",
         tags=["lists"],
+        summary="Recommend items to a user",
+        response_description="The list of the user.",
         response_model=schemas.RecommendResponse,
-        responses={404: ERROR_RESPONSES[404]},
+        responses=error_response(404, "No item has this category."),
     )
     async def recommend(
         user: UserIdPath,
@@ -77,7 +85,7 @@ def add_list_routes(app: FastAPI, service: Service) -> None:
         category: Annotated[schemas.ShortText | None, Query(description=help_of("category"))] = None,
         diversity: Annotated[schemas.DiversityWeight, Query(description=help_of("diversity"))] = DEFAULTS.diversity,
     ) -> Response:
-        """The best items of one user. A stranger gets what is popular, and `fallback` says so."""
+        """Return the best items for one user. An unknown user gets popular items, and `fallback` gives the reason."""
         allowed = None if allow is None else tuple(allow)
         request = ListRequest(k, exclude_seen, allowed, tuple(deny or ()), category, diversity)
         version = service.version
@@ -89,18 +97,37 @@ def add_list_routes(app: FastAPI, service: Service) -> None:
         )
         return Response(answer.model_dump_json(), media_type="application/json")
 
-    @app.post("/recommend", tags=["lists"], responses={404: ERROR_RESPONSES[404]})
+    @app.post(
+        "/recommend",
+        tags=["lists"],
+        summary="Recommend items to several users",
+        response_description="The lists, in the order of the users.",
+        responses=error_response(404, "No item has this category."),
+    )
     async def recommend_many(request: schemas.RecommendRequest) -> schemas.BatchRecommendResponse:
-        """The best items of several users, all from one version."""
+        """Return the best items for up to 256 users. All lists come from one version."""
         version = service.version
         _require_category(version, request.category)
         found = await service.run_in_worker(lambda: handlers.recommend(version, request.users, request.to_request()))
         service.count_fallbacks(found)
         return schemas.BatchRecommendResponse(version=version.number, lists=found)
 
-    @app.get("/similar/{item:path}", tags=["lists"], responses={404: ERROR_RESPONSES[404]})
+
+def add_similar_routes(app: FastAPI, service: Service) -> None:
+    """Add similar items."""
+
+    @app.get(
+        "/similar/{item:path}",
+        tags=["lists"],
+        summary="Similar items",
+        response_description="The similar items.",
+        responses=error_response(404, "The item is unknown."),
+    )
     async def similar(item: ItemIdPath, k: KQuery = DEFAULTS.k) -> schemas.SimilarResponse:
-        """The items most like one."""
+        """Return the items that are most similar to one item.
+
+        Models with vectors compare them by cosine. Other models count which items are taken together.
+        """
         version = service.version
         _require_known(version.served.items, "item_id", item)
         items = await service.run_in_worker(lambda: handlers.similar(version, item, k))
@@ -108,12 +135,15 @@ def add_list_routes(app: FastAPI, service: Service) -> None:
 
 
 def add_event_routes(app: FastAPI, service: Service) -> None:
-    @app.post("/events", tags=["events"])
-    async def events(clicks: schemas.ClicksRequest) -> schemas.ClicksResponse:
-        """Clicks. They are on the disk when this answers, and in their users' histories; the next update learns them.
+    """Add the intake of clicks."""
 
-        `event_id`, else user, item and timestamp, says which click it is: sent twice, or in a nightly file too, it
-        counts once.
+    @app.post("/events", tags=["events"], summary="Send clicks", response_description="What happened to each click.")
+    async def events(clicks: schemas.ClicksRequest) -> schemas.ClicksResponse:
+        """Store up to 1,000 clicks and add them to the histories of their users.
+
+        The clicks are on disk before the server answers. The next lists of these users reflect them, and the next
+        update trains on them. A click is identified by its `event_id`, or else by user, item and timestamp. A click is
+        counted once, even if it is sent twice or is also in a file for `freshrec update`.
         """
         version = service.version
         checked_clicks = [check_click_ids(version, _to_click(click, version)) for click in clicks.events]
@@ -135,38 +165,68 @@ def add_event_routes(app: FastAPI, service: Service) -> None:
 
 
 def add_user_routes(app: FastAPI, service: Service) -> None:
-    @app.get("/explain/{user}/{item}", tags=["people"], responses={404: ERROR_RESPONSES[404]})
+    """Add explanations, profiles and changes of users."""
+
+    @app.get(
+        "/explain/{user}/{item}",
+        tags=["people"],
+        summary="Explain a recommendation",
+        response_description="The reasons.",
+        responses=error_response(404, "The user or the item is unknown."),
+    )
     async def explain(user: UserIdPath, item: ItemIdPath) -> schemas.ExplanationResponse:
-        """Why a user is offered an item: which experts or which interest, and by which past events."""
+        """Return why a user is offered an item: which experts or interest, and which past items of the user."""
         version = service.version
         _require_known(version.served.items, "item_id", item)
         if not handlers.user_row(version, user):
-            raise HTTPException(404, "this user has no event, so nothing can be explained.")
+            raise HTTPException(404, "This user has no events, so there is nothing to explain.")
         return await service.run_in_worker(lambda: handlers.explain(version, user, item))
 
-    @app.get("/users/{user:path}/interests", tags=["people"], responses={404: ERROR_RESPONSES[404]})
+    @app.get(
+        "/users/{user:path}/interests",
+        tags=["people"],
+        summary="Profile of a user",
+        response_description="The profile.",
+        responses=error_response(404, "The user is unknown."),
+    )
     async def interests(user: UserIdPath) -> schemas.UserProfile:
-        """What is known of a user: events, and interests with their best items and the events behind them."""
+        """Return what is known about a user: recent events, and interests with their best items and their events."""
         version = service.version
         found = await service.run_in_worker(lambda: handlers.user_profile(version, user))
         if found is None:
-            raise HTTPException(404, "this user has no event; /recommend answers with what is popular.")
+            raise HTTPException(404, "This user has no events. GET /recommend returns popular items.")
         return found
 
-    @app.get("/users/{user:path}/changes", tags=["people"], responses={404: ERROR_RESPONSES[404]})
+    @app.get(
+        "/users/{user:path}/changes",
+        tags=["people"],
+        summary="Changes since the parent version",
+        response_description="The differences between the two lists.",
+        responses=error_response(404, "The live version has no parent version."),
+    )
     async def changes(user: UserIdPath, k: KQuery = 20) -> schemas.ListChanges:
-        """How a user's list differs from that of the version before, which is loaded for it."""
+        """Return how the list of a user differs from that of the parent version, which is loaded for this request."""
         version = service.version
         parent = version.manifest.parent
         if parent is None:
-            raise HTTPException(404, "the live version is the first one; nothing can have changed.")
+            raise HTTPException(404, "The live version is the first one, so there is nothing to compare.")
         return await service.run_in_worker(lambda: _compare_lists(service, version, parent, user, k))
 
-    @app.delete("/users/{user:path}", tags=["people"], responses={403: ERROR_RESPONSES[403]})
+
+def add_erasure_routes(app: FastAPI, service: Service) -> None:
+    """Add the erasure of users."""
+
+    @app.delete(
+        "/users/{user:path}",
+        tags=["people"],
+        summary="Erase a user",
+        response_description="A receipt: what was deleted.",
+        responses={403: ERROR_RESPONSES[403]},
+    )
     async def leave(user: UserIdPath, request: Request) -> dict[str, Any]:
-        """Erase a user from the log, from the clicks and from every version; needs the token. A receipt."""
+        """Erase a user from the log, the clicks and all versions, and return a receipt. This needs the token."""
         _require_token(service, request)
-        handlers.user_row(service.version, user)  # it can be an id
+        handlers.user_row(service.version, user)  # LogError for an invalid id
 
         def work() -> dict[str, Any]:
             with service.live.erasing(user):
@@ -177,9 +237,9 @@ def add_user_routes(app: FastAPI, service: Service) -> None:
 
 
 def _compare_lists(service: Service, version: LoadedVersion, parent: int, user: str, k: int) -> schemas.ListChanges:
-    """Compare the lists of two versions; one such comparison at a time, and none while a version is loaded."""
+    """Compare the lists of two versions. BusyError during another comparison or while a version is loaded."""
     if not service.live.loading_lock.acquire(blocking=False):
-        raise BusyError("another version is being loaded at this moment; try again.")
+        raise BusyError("Another version is being loaded. Try again.")
     try:
         earlier = load_version(service.live.store, service.live.store.manifest(parent), EXACT_SEARCH)
         versions = earlier, version
@@ -203,19 +263,24 @@ def _compare_lists(service: Service, version: LoadedVersion, parent: int, user: 
     )
 
 
-# Fields of a manifest that GET /versions shows.
+# Fields of a manifest that GET /versions returns
 VERSION_FIELDS = {"id", "parent", "kind", "made_at", "promoted", "goes_live", "reasons", "notes", "numbers", "sizes"}
 
 
 def add_version_routes(app: FastAPI, service: Service) -> None:
-    @app.get("/version", tags=["versions"])
+    """Add the versions and rolling back."""
+
+    @app.get("/version", tags=["versions"], summary="Live version", response_description="The live version.")
     async def about() -> schemas.VersionInfo:
-        """The live version: how old, how good, how it is searched."""
+        """Return the live version: age, quality, sizes, and how items are searched."""
         return describe_version(service)
 
-    @app.get("/versions", tags=["versions"])
+    @app.get("/versions", tags=["versions"], summary="All versions", response_description="Versions and moves.")
     async def history() -> dict[str, Any]:
-        """All versions, the newest first, and every move of the live pointer."""
+        """Return all versions and all moves of the live pointer, newest first.
+
+        `trouble` says why the live version of the store cannot be served; it is empty if it is served.
+        """
         store = service.live.store
         versions = [manifest.model_dump(include=VERSION_FIELDS) for manifest in reversed(store.manifests())]
         moves = [move.model_dump() for move in reversed(store.moves())]
@@ -226,18 +291,26 @@ def add_version_routes(app: FastAPI, service: Service) -> None:
             "moves": moves,
         }
 
-    @app.post("/rollback", tags=["versions"], responses={403: ERROR_RESPONSES[403]})
+    @app.post(
+        "/rollback",
+        tags=["versions"],
+        summary="Roll back",
+        response_description="The live version now, and the one before (`was`).",
+        responses={403: ERROR_RESPONSES[403]},
+    )
     async def rollback(move: schemas.RollbackRequest, request: Request) -> dict[str, Any]:
-        """Go back to an earlier version, once it is found to be whole; needs the token."""
+        """Make an earlier version the live one, after checking its files. This needs the token."""
         _require_token(service, request)
         store = service.live.store
 
         def work() -> dict[str, Any]:
             was = store.live
             if move.version >= was:
-                raise OptionError(f"version {move.version} is not earlier than the live one, {was}.")
+                raise OptionError(f"Version {move.version} is not earlier than the live version {was}.")
             if not store.manifest(move.version).goes_live and not move.reason:
-                raise OptionError(f"version {move.version} was refused by the gate; give a reason, which is kept.")
+                raise OptionError(
+                    f"The gate refused version {move.version}. Give a reason, which is stored in the history."
+                )
             with store.locked():
                 store.move_pointer(move.version, "rollback", move.reason)
             service.live.refresh()
@@ -245,49 +318,74 @@ def add_version_routes(app: FastAPI, service: Service) -> None:
 
         return await asyncio.to_thread(work)
 
-    @app.get("/health/live", tags=["health"])
+
+def add_health_routes(app: FastAPI, service: Service) -> None:
+    """Add the health checks."""
+
+    @app.get("/health/live", tags=["health"], summary="Liveness", response_description="The process is running.")
     async def alive() -> dict[str, str]:
-        """The process answers."""
+        """Return 200 while the process is running."""
         return {"status": "alive"}
 
     @app.get(
-        "/health/ready", tags=["health"], responses={503: {"model": schemas.ErrorDetail, "description": "Not yet."}}
+        "/health/ready",
+        tags=["health"],
+        summary="Readiness",
+        response_description="A version is served.",
+        responses=error_response(503, "No version is loaded yet."),
     )
     async def ready() -> JSONResponse:
-        """A version is served."""
+        """Return 200 once a version is served.
+
+        `trouble` says why a newer live version of the store cannot be served; it is empty if there is no problem.
+        """
         if service.live.version is None:
-            return JSONResponse({"detail": service.live.problem or "the live version is being loaded."}, 503)
+            return JSONResponse({"detail": service.live.problem or "The live version is still being loaded."}, 503)
         return JSONResponse({"status": "ready", "version": service.version.number, "trouble": service.live.problem})
 
 
 def _to_click(click: schemas.ClickIn, version: LoadedVersion) -> Click:
-    """A click as the journal keeps it. LogError where this log would not take it."""
+    """Convert a click for the journal. LogError if it does not fit the log."""
     read_options, now = version.bundle.read_options, datetime.now(UTC)
     timestamp = click.timestamp or now
     timestamp = timestamp if timestamp.tzinfo else timestamp.replace(tzinfo=UTC)
     if not timestamp >= MIN_TIMESTAMP or (timestamp - now).total_seconds() > MAX_CLOCK_SKEW_S:
         raise LogError(
-            f"a timestamp is {timestamp:%Y-%m-%d %H:%M}, which is before 1980 or to come; send when it happened, "
-            "in UTC."
+            f"The timestamp {timestamp:%Y-%m-%d %H:%M} is before 1980 or in the future. Send the time of the click in "
+            "UTC."
         )
     if read_options.events and click.event not in read_options.events:
-        raise LogError(f"this log takes events of the types {', '.join(read_options.events)}; say which one it is.")
+        raise LogError(f"The log needs an event type. Set `event` to one of {', '.join(read_options.events)}.")
     event_id, category = (None if value is None else str(value) for value in (click.event_id, click.category))
-    if not read_options.has_clock:  # without times only an id says that it is the same click
+    if not read_options.has_clock:  # without timestamps, only an id identifies a click
         event_id = event_id or uuid.uuid4().hex
     return Click(click.user_id, click.item_id, to_microseconds(timestamp), event_id, category, click.event)
 
 
 def _require_known(catalog: Any, name: str, given: str) -> None:
+    """Raise 404 for an id that is not in a catalog."""
     if not int(catalog.rows(normalize_ids(name, given, catalog))):
-        raise HTTPException(404, f"this {name} has never occurred in an event; ask for one that has.")
+        raise HTTPException(404, f"No event has this {name}. Check the id.")
 
 
 def _require_category(version: LoadedVersion, category: str | None) -> None:
+    """Raise 404 for an unknown category."""
     if category is not None and not (version.served.categories["category"] == category).any():
-        raise HTTPException(404, "no item has this category; ask for one that the log has.")
+        raise HTTPException(404, "No item has this category. Check its name.")
 
 
 def _require_token(service: Service, request: Request) -> None:
+    """Raise 403 if the server has no token."""
     if not has_token(request.scope, service.limits.token):
-        raise HTTPException(403, "only a server with a token lets somebody do this; start it with --token-file FILE.")
+        raise HTTPException(403, "This needs a server with a token. Start it with `freshrec serve --token-file FILE`.")
+
+
+ROUTES = (
+    add_list_routes,
+    add_similar_routes,
+    add_event_routes,
+    add_user_routes,
+    add_erasure_routes,
+    add_version_routes,
+    add_health_routes,
+)

@@ -1,4 +1,4 @@
-"""Schemas of requests and responses, from which the OpenAPI document is made."""
+"""Schemas of requests and responses. FastAPI makes the OpenAPI document from them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from freshrec.recommender.list_request import DEFAULTS, ListRequest, help_of, lo
 
 MAX_K, MAX_USERS, MAX_EVENTS, MAX_IDS, MAX_DIVERSITY = 500, 256, 1000, 1000, 1e6
 MAX_ID_LENGTH = 256
-ID_PATTERN = r"^[^\x00-\x1f\x7f]*$"  # an id is one line
-MIN_INT_ID, MAX_INT_ID = -(2**63), 2**63 - 1  # of ids that are numbers
+ID_PATTERN = r"^[^\x00-\x1f\x7f]*$"  # no control characters
+MIN_INT_ID, MAX_INT_ID = -(2**63), 2**63 - 1  # range of integer ids
 
 ShortText = Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH, pattern=ID_PATTERN)]
 Id = Annotated[int, Field(ge=MIN_INT_ID, le=MAX_INT_ID, strict=True)] | ShortText
 IdList = Annotated[list[Id], Field(max_length=MAX_IDS)]
 
-# The fields of `ListRequest`: its bounds, and the limits of a server, which must not work for one request too long.
+# The fields of `ListRequest`, with its bounds and with limits that keep a single request cheap.
 ListLength = Annotated[int, Field(ge=lower_bound("k"), le=MAX_K, description=help_of("k"))]
 Seen = Annotated[bool, Field(description=help_of("exclude_seen"))]
 Allowed = Annotated[IdList | None, Field(description=help_of("allow"))]
@@ -31,10 +31,10 @@ DiversityWeight = Annotated[
 
 
 class RecommendRequest(BaseModel):
-    """A batch of users, and what their lists may hold: the fields of `ListRequest`."""
+    """Users and the options of their lists. The options are the fields of `ListRequest`."""
 
     model_config = ConfigDict(extra="forbid")
-    users: Annotated[list[Id], Field(min_length=1, max_length=MAX_USERS)]
+    users: Annotated[list[Id], Field(min_length=1, max_length=MAX_USERS, description="Ids of the users.")]
     k: ListLength = DEFAULTS.k
     exclude_seen: Seen = DEFAULTS.exclude_seen
     allow: Allowed = None
@@ -43,186 +43,218 @@ class RecommendRequest(BaseModel):
     diversity: DiversityWeight = DEFAULTS.diversity
 
     def to_request(self) -> ListRequest:
-        """The options of the lists."""
+        """Return the options of the lists."""
         allow = None if self.allow is None else _unify_id_types(self.allow)
         return ListRequest(self.k, self.exclude_seen, allow, _unify_id_types(self.deny), self.category, self.diversity)
 
 
 def _unify_id_types(ids: list[int | str]) -> tuple[int | str, ...]:
-    """The ids, all of them as text where one is."""
+    """Convert all ids to text if one of them is text."""
     return tuple(ids) if all(isinstance(value, int) for value in ids) else tuple(map(str, ids))
 
 
 class ClickIn(BaseModel):
-    """A click, or whatever the log counts as taking an item."""
+    """A click, or any other event that the log counts."""
 
     model_config = ConfigDict(extra="forbid")
-    user_id: Id
-    item_id: Id
-    timestamp: datetime | None = None  # seconds or milliseconds since 1970, or ISO 8601; now unless given
-    event_id: Id | None = None
-    category: Id | None = None
-    event: ShortText | None = None
+    user_id: Annotated[Id, Field(description="Id of the user. A new id is allowed.")]
+    item_id: Annotated[Id, Field(description="Id of the item. A new id is allowed.")]
+    timestamp: Annotated[
+        datetime | None,
+        Field(description="Time of the click: ISO 8601, or seconds or milliseconds since 1970. Default: now."),
+    ] = None
+    event_id: Annotated[Id | None, Field(description="Id of the click. A repeated id is counted once.")] = None
+    category: Annotated[Id | None, Field(description="Category of the item.")] = None
+    event: Annotated[ShortText | None, Field(description="Event type, for a log with several types.")] = None
 
 
 class ClicksRequest(BaseModel):
-    """Clicks, which change their users' lists at once."""
+    """Clicks to store."""
 
     model_config = ConfigDict(extra="forbid")
-    events: Annotated[list[ClickIn], Field(min_length=1, max_length=MAX_EVENTS)]
+    events: Annotated[list[ClickIn], Field(min_length=1, max_length=MAX_EVENTS, description="The clicks.")]
 
 
 class RollbackRequest(BaseModel):
-    """Which version is to be live, and why."""
+    """The version to go back to."""
 
     model_config = ConfigDict(extra="forbid")
-    version: Annotated[int, Field(ge=1, le=2**31, strict=True)]
-    reason: Annotated[str, Field(max_length=500)] = ""
+    version: Annotated[int, Field(ge=1, le=2**31, strict=True, description="Number of an earlier version.")]
+    reason: Annotated[
+        str, Field(max_length=500, description="Reason, stored in the history. Required for a refused version.")
+    ] = ""
+
+
+VersionNumber = Annotated[int, Field(description="Version that the answer was computed from.")]
+UserId = Annotated[int | str, Field(description="Id of the user.")]
+ItemId = Annotated[int | str, Field(description="Id of the item.")]
+ListFallback = Annotated[
+    str | None, Field(description="Why some or all items are popular items; null if the model chose all of them.")
+]
 
 
 class RankedItem(BaseModel):
     """An item of a list."""
 
-    item_id: int | str
-    score: float
-    rank: int
-    fallback: str | None = None  # why the item is there, where the model did not choose it
+    item_id: ItemId
+    score: Annotated[float, Field(description="Score of the model; higher is better. Not comparable between users.")]
+    rank: Annotated[int, Field(description="Place in the list, from 1.")]
+    fallback: Annotated[
+        str | None, Field(description="Why this is a popular item; null if the model chose the item.")
+    ] = None
+
+
+RankedItems = Annotated[list[RankedItem], Field(description="Items, best first.")]
 
 
 class UserList(BaseModel):
-    """A user's list."""
+    """The list of one user."""
 
-    user_id: int | str
-    items: list[RankedItem]
-    fallback: str | None = None  # why some of the items were not chosen by the model, or all
+    user_id: UserId
+    items: RankedItems
+    fallback: ListFallback = None
 
 
 class RecommendResponse(BaseModel):
-    """A user's list, and the version that made it."""
+    """The list of one user, and the version that it comes from."""
 
-    version: int
-    user_id: int | str
-    items: list[RankedItem]
-    fallback: str | None = None
+    version: VersionNumber
+    user_id: UserId
+    items: RankedItems
+    fallback: ListFallback = None
 
 
 class BatchRecommendResponse(BaseModel):
-    """Lists of several users, all of one version."""
+    """The lists of several users, all from one version."""
 
-    version: int
-    lists: list[UserList]
+    version: VersionNumber
+    lists: Annotated[list[UserList], Field(description="One list per user, in the order of the request.")]
 
 
 class SimilarResponse(BaseModel):
-    """The items most like one."""
+    """The items that are most similar to one item."""
 
-    version: int
-    item_id: int | str
-    items: list[RankedItem]
-    fallback: str | None = None
+    version: VersionNumber
+    item_id: ItemId
+    items: RankedItems
+    fallback: ListFallback = None
 
 
 class ClickAcknowledgement(BaseModel):
-    """What became of a click: it is on the disk, and in its user's history if `folded`."""
+    """The result of one click. The click is stored on disk."""
 
-    event_id: str | None
-    timestamp: int  # microseconds since 1970
-    known: bool  # it had been taken before
-    folded: bool
-    why: str | None = None  # it is not folded in
+    event_id: Annotated[str | None, Field(description="Id of the click, as sent.")]
+    timestamp: Annotated[int, Field(description="Time of the click, in microseconds since 1970 (UTC).")]
+    known: Annotated[bool, Field(description="Whether the same click was received before.")]
+    folded: Annotated[bool, Field(description="Whether the click is in the user's history and changes lists now.")]
+    why: Annotated[str | None, Field(description="Why the click does not change lists; null if it does.")] = None
 
 
 class ClicksResponse(BaseModel):
-    """What became of clicks."""
+    """The results of all clicks of a request."""
 
-    version: int
-    accepted: int
-    known: int
-    events: list[ClickAcknowledgement]
+    version: VersionNumber
+    accepted: Annotated[int, Field(description="Number of new clicks.")]
+    known: Annotated[int, Field(description="Number of clicks that were received before.")]
+    events: Annotated[list[ClickAcknowledgement], Field(description="One result per click, in the order sent.")]
 
 
 class PastEvent(BaseModel):
-    """Something that a user took."""
+    """An event of a user."""
 
-    item_id: int | str
-    at: str | int
+    item_id: ItemId
+    at: Annotated[str | int, Field(description="Time, ISO 8601 (UTC); a sequence number in a log without timestamps.")]
 
 
 class InterestCard(BaseModel):
-    """What a user is interested in."""
+    """One interest of a user."""
 
-    title: str
-    items: list[RankedItem]
-    events: list[PastEvent]
-    born_span: int | None = None
-    used_span: int | None = None
+    title: Annotated[str, Field(description="Name of the interest.")]
+    items: RankedItems
+    events: Annotated[list[PastEvent], Field(description="Events of the user that belong to the interest.")]
+    born_span: Annotated[int | None, Field(description="Span in which the interest was created.")] = None
+    used_span: Annotated[int | None, Field(description="Last span with an event that belongs to it.")] = None
 
 
 class UserProfile(BaseModel):
-    """What is known of a user."""
+    """What is known about a user."""
 
-    version: int
-    user_id: int | str
-    n_events: int
-    n_fresh: int  # of these, events that no version has yet
-    first_span: int | None
-    last_span: int | None
-    events: list[PastEvent]
-    interests: list[InterestCard]
-    kind: str  # of the interests, in words
+    version: VersionNumber
+    user_id: UserId
+    n_events: Annotated[int, Field(description="Number of stored events of the user.")]
+    n_fresh: Annotated[int, Field(description="Number of these events that are clicks since the version was made.")]
+    first_span: Annotated[int | None, Field(description="Span of the user's first event.")]
+    last_span: Annotated[int | None, Field(description="Span of the user's last event.")]
+    events: Annotated[list[PastEvent], Field(description="The 30 most recent events, newest last.")]
+    interests: Annotated[list[InterestCard], Field(description="Interests, each with items and events.")]
+    kind: Annotated[str, Field(description="What the interests are, which depends on the model.")]
 
 
 class ListChanges(BaseModel):
-    """How a user's list differs from that of the version before."""
+    """How the list of a user differs from that of the parent version."""
 
-    version: int
-    before: int
-    came: list[RankedItem]
-    left: list[RankedItem]
-    moved: list[dict[str, Any]]
-    interests: list[int | None]
+    version: VersionNumber
+    before: Annotated[int, Field(description="Number of the parent version.")]
+    came: Annotated[list[RankedItem], Field(description="Items that only the new list has.")]
+    left: Annotated[list[RankedItem], Field(description="Items that only the old list had.")]
+    moved: Annotated[
+        list[dict[str, Any]],
+        Field(description="Items with another rank: `item_id`, `rank` now, and rank before (`was`)."),
+    ]
+    interests: Annotated[
+        list[int | None],
+        Field(description="Number of interests before and now; null if the version does not know the user."),
+    ]
 
 
 class ExplanationReason(BaseModel):
-    """Something that speaks for an item."""
+    """One reason for an item."""
 
-    source: str
-    place: int | None = None
-    points: float | None = None
-    because: int | str | None = None
+    source: Annotated[str, Field(description="What supports the item, such as an expert of the blend or an interest.")]
+    place: Annotated[int | None, Field(description="Rank of the item in the list of this source, from 1.")] = None
+    points: Annotated[float | None, Field(description="Score that this source gives the item; higher is better.")] = (
+        None
+    )
+    because: Annotated[
+        int | str | None, Field(description="Past item of the user that contributes most; null if unknown.")
+    ] = None
 
 
 class ExplanationResponse(BaseModel):
     """Why a user is offered an item."""
 
-    version: int
-    user_id: int | str
-    item_id: int | str
-    offered: bool
-    reasons: list[ExplanationReason]
+    version: VersionNumber
+    user_id: UserId
+    item_id: ItemId
+    offered: Annotated[bool, Field(description="Whether the model offers the item to the user.")]
+    reasons: Annotated[list[ExplanationReason], Field(description="What supports the item.")]
 
 
 class VersionInfo(BaseModel):
     """The live version."""
 
-    version: int
-    parent: int | None
-    kind: str
-    made_at: str
-    live_since: str
-    model: str
-    strategy: str
-    sizes: dict[str, int]
-    numbers: dict[str, float]
-    promoted: bool
-    reasons: list[str]
-    notes: list[str]
-    newest_event: str | int | None
-    search: dict[str, Any]
-    has_token: bool  # whether this server lets somebody with its token roll back and erase
+    version: VersionNumber
+    parent: Annotated[int | None, Field(description="Version from which this one was updated; null for the first.")]
+    kind: Annotated[str, Field(description="How the version was made: `fit`, `update`, `no rows` or `saved`.")]
+    made_at: Annotated[str, Field(description="Time when the version was made, ISO 8601 (UTC).")]
+    live_since: Annotated[str, Field(description="Time since when this server serves it, ISO 8601 (UTC).")]
+    model: Annotated[str, Field(description="Name of the model.")]
+    strategy: Annotated[str, Field(description="Name of the strategy.")]
+    sizes: Annotated[dict[str, int], Field(description="Numbers of users, items and events.")]
+    numbers: Annotated[dict[str, float], Field(description="Measured quality and costs, by name.")]
+    promoted: Annotated[bool, Field(description="Whether the gate promoted the version.")]
+    reasons: Annotated[list[str], Field(description="Why the gate refused the version; empty if it did not.")]
+    notes: Annotated[list[str], Field(description="Further remarks of the gate.")]
+    newest_event: Annotated[
+        str | int | None, Field(description="Time of the newest event that lists use, clicks included.")
+    ]
+    search: Annotated[dict[str, Any], Field(description="How items are searched, why, and with which recall.")]
+    has_token: Annotated[
+        bool, Field(description="Whether the server has a token, which allows to roll back and erase.")
+    ]
 
 
 class ErrorDetail(BaseModel):
-    """One sentence."""
+    """An error."""
 
-    detail: str
+    detail: Annotated[str, Field(description="What is wrong, and what to do.")]

@@ -1,4 +1,4 @@
-"""What all routes share: the live version, limits, metrics and the worker threads."""
+"""The objects that all routes share: live version, limits, metrics and worker threads."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ T = TypeVar("T")
 
 @dataclass
 class Service:
-    """What all routes share."""
+    """The objects that all routes share."""
 
     live: LiveVersion
     limits: ServerLimits
-    erase: Callable[[str], dict[str, Any]]  # a user, out of the store: in a process of its own, which may learn
+    erase: Callable[[str], dict[str, Any]]  # erases a user from the store, in a separate process
     metrics: ServerMetrics = field(default_factory=ServerMetrics)
     workers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "answer"))
 
@@ -37,25 +37,25 @@ class Service:
         self.batcher = MicroBatcher(self.run_in_worker)
 
     async def run_in_worker(self, work: Callable[[], T]) -> T:
-        """In a worker, so that health checks are answered while others wait."""
+        """Run `work` in a worker thread, so that health checks are not delayed."""
         return await asyncio.get_running_loop().run_in_executor(self.workers, work)
 
     @property
     def version(self) -> LoadedVersion:
-        """The live version. StateError before it is loaded."""
+        """The live version. StateError until it is loaded."""
         if self.live.version is None:
-            raise StateError(self.live.problem or "the live version is being loaded; try again.")
+            raise StateError(self.live.problem or "The live version is still being loaded. Try again.")
         return self.live.version
 
     def count_fallbacks(self, lists: list[schemas.UserList]) -> None:
-        """Count why popular items completed lists."""
+        """Count the fallbacks of some lists by their reason."""
         for user_list in lists:
             if user_list.fallback:
                 self.metrics.fallbacks.labels(user_list.fallback).inc()
 
 
 def describe_version(service: Service) -> schemas.VersionInfo:
-    """The live version, as GET /version answers."""
+    """Describe the live version for GET /version."""
     version, manifest, newest = service.version, service.version.manifest, service.live.newest_time
     has_clock = version.bundle.read_options.has_clock
     return schemas.VersionInfo(
@@ -78,6 +78,6 @@ def describe_version(service: Service) -> schemas.VersionInfo:
 
 
 def log_line(line: str) -> None:
-    """A line for whoever runs the server, as JSON; it never holds an id of a user or an item."""
+    """Write a line of JSON to standard error. It must never contain an id of a user or an item."""
     sys.stderr.write(json.dumps({"at": datetime.now(UTC).isoformat(timespec="milliseconds"), "what": line}) + "\n")
     sys.stderr.flush()

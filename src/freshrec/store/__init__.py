@@ -1,1 +1,1 @@
-"""What lies on disk between two nights: every event that was ever delivered."""
+"""Everything on disk: versions, the event log, clicks."""

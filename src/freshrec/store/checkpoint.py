@@ -1,7 +1,8 @@
-"""The one save format: a state as a single safetensors file, written whole or not at all. No pickle.
+"""The only save format: a state in one safetensors file, written completely or not at all. No pickle.
 
-The tensors lie in the file by path ("model.items.packed"); what is not a tensor lies in its metadata as JSON. Classes
-have the names of `disk_names`: only dataclasses with a tag, or of modules that are already imported, are rebuilt.
+Tensors are stored under their paths, such as "model.items.packed". Everything else is JSON in the metadata of the file.
+Classes are stored under the names in `disk_names`. Only dataclasses with a tag there, or from modules that are already
+imported, can be loaded.
 """
 
 import json
@@ -23,73 +24,73 @@ from freshrec.files import write_atomically
 from freshrec.nn.embedding_table import embedding_tables
 from freshrec.types import Model, SeededModel, State, StateDictModel, Strategy, TrainedModel
 
-FORMAT_VERSION = 2  # files of format 1 name classes by module and class; they are read too
-CHUNK_BYTES = 1 << 21  # bytes of a tensor that are read at once: what the file maps is given back after each
+FORMAT_VERSION = 2  # format 1 names classes by module and class; it can still be read
+CHUNK_BYTES = 1 << 21  # bytes of a tensor that are read at a time; the mapped memory is freed after each
 
 
 class TensorReader(Protocol):
-    """How tensors come out of a file."""
+    """Reads tensors from a file."""
 
     def __call__(self, name: str, columns: int | None = None) -> Tensor:
-        """By the name in the file; all, or the first columns."""
+        """Return the tensor with this name in the file: all columns, or the first ones."""
 
 
 def save_state(state: State, path: Path) -> None:
-    """Write `state` to `path`, whole or not at all."""
+    """Write `state` to `path`, completely or not at all."""
     save_tree(state, path)
 
 
 def load_state(path: Path) -> State:
-    """The state in `path`. Raises StateError where there is none, or it is damaged or of another format."""
+    """Load the state in `path`. Raises StateError if the file is missing, damaged or has an unknown format."""
     state = load_tree(path)
     if not isinstance(state, State):
-        raise StateError(f"{path} holds something else than a state; use another file.")
+        raise StateError(f"{path} does not hold a state. Use another file.")
     return state
 
 
 def save_tree(tree: Any, path: Path) -> None:
-    """Write tensors, numbers, texts, models and dataclasses, in tuples, lists and dicts of any depth."""
+    """Save a tree to `path`: tensors, numbers, strings, models and dataclasses in nested tuples, lists and dicts."""
     tensors: dict[str, Tensor] = {}
     text = json.dumps({"format": FORMAT_VERSION, "state": _encode(tree, "state", tensors)})
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"freshrec": text}))
 
 
 def encode_options(tree: Any) -> dict[str, Any]:
-    """JSON for a tree without tensors and models."""
+    """Return a tree without tensors and models as JSON. Raises StateError if it holds tensors."""
     tensors: dict[str, Tensor] = {}
     found: dict[str, Any] = _encode(tree, "options", tensors)
     if tensors:
-        raise StateError(f"options hold no tensors, and here is {min(tensors)}; keep tensors in states.")
+        raise StateError(f"Options must not hold tensors, but {min(tensors)} is one. Keep tensors in the state.")
     return found
 
 
 def decode_options(encoded: dict[str, Any]) -> Any:
-    """What `encode_options` was given, now or by an earlier version. StateError where it is not that."""
+    """Undo `encode_options`, also of an earlier freshrec. Raises StateError if the JSON has another form."""
     try:
         return _decode(with_current_names(encoded), _no_tensor, _build_full_model)
     except (KeyError, ValueError, TypeError, AttributeError) as problem:
-        raise StateError(f"these are no options ({problem}); choose another folder.") from None
+        raise StateError(f"The options cannot be read ({problem}). Choose another folder.") from None
 
 
 def _no_tensor(name: str, columns: int | None = None) -> Tensor:
-    raise StateError(f"options hold no tensors, and here is {name}; choose another folder.")
+    raise StateError(f"Options must not hold tensors, but {name} is one. Choose another folder.")
 
 
 def load_tree(path: Path) -> Any:
-    """What `save_tree` wrote. Raises StateError where there is nothing, or it is damaged or of another format."""
+    """Load what `save_tree` wrote. Raises StateError if the file is missing, damaged or has an unknown format."""
     with _as_state_error(path):
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {})["freshrec"]
-            # copies lie in memory as new tensors do: sums over those that do not differ in their last bits
+            # copies are aligned like new tensors; otherwise sums over them can differ in the last bits
             tensors = {name: file.get_tensor(name).to(default_device(), copy=True) for name in file.keys()}  # noqa: SIM118
         return _decode(_parse_tree(text, path), lambda name, columns=None: tensors[name], _build_full_model)
 
 
 def load_for_serving(path: Path) -> Any:
-    """`load_tree`, for serving only: tables without the memory of their optimiser, a third of the size.
+    """Load a tree for serving only, without the optimiser state of embedding tables: a third of their size.
 
-    Tensors are read piece by piece, and one that equals the first of its shape is that one (the histories that a model
-    reads, and all that users had). What is so loaded cannot be trained, and nobody may write to it.
+    Tensors are read in pieces. A tensor that equals the first one of its shape shares its memory. Examples are the
+    histories that a model reads and the complete histories. The result is read-only and cannot be trained.
     """
     shared: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
 
@@ -106,26 +107,28 @@ def load_for_serving(path: Path) -> Any:
 
 @contextmanager
 def _as_state_error(path: Path) -> Iterator[None]:
-    """Turns what is wrong with a file into a StateError."""
+    """Turn the errors of reading a file into a StateError."""
     try:
         yield
     except (SafetensorError, OSError) as problem:
-        raise StateError(f"{path} holds no readable state ({problem}); use an earlier version or fit again.") from None
+        raise StateError(f"{path} cannot be read ({problem}). Use an earlier version, or fit again.") from None
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as problem:
-        raise StateError(f"{path} is not a whole state ({problem}); use an earlier version or fit again.") from None
+        raise StateError(
+            f"{path} does not hold a complete state ({problem}). Use an earlier version, or fit again."
+        ) from None
 
 
 def _parse_tree(text: str, path: Path) -> Any:
     tree = json.loads(text)
     if tree["format"] not in range(1, FORMAT_VERSION + 1):
         raise StateError(
-            f"{path} has state format {tree['format']}, this freshrec reads {FORMAT_VERSION}; upgrade freshrec."
+            f"{path} has state format {tree['format']}, but this freshrec reads {FORMAT_VERSION}. Upgrade freshrec."
         )
     return with_current_names(tree["state"])
 
 
 def _read_in_chunks(path: Path, name: str, columns: int | None = None) -> Tensor:
-    """A tensor of the file, or its first columns."""
+    """Read a tensor of the file, or its first columns."""
     with safe_open(path, framework="pt") as file:
         shape = file.get_slice(name).get_shape()
         if not shape or 0 in shape:
@@ -144,7 +147,7 @@ def _read_in_chunks(path: Path, name: str, columns: int | None = None) -> Tensor
 
 
 def _encode(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON for `node`; its tensors go into `tensors` by path."""
+    """Return `node` as JSON, and add its tensors to `tensors` under their paths."""
     if node is None or isinstance(node, bool | int | float | str):
         return {"value": node}
     if isinstance(node, Tensor):
@@ -155,45 +158,45 @@ def _encode(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return {"tuple" if isinstance(node, tuple) else "list": parts}
     if isinstance(node, dict):
         if not all(isinstance(k, str) for k in node):
-            raise StateError(f"a dict at {path} has keys that are no texts, and cannot be saved; use a tensor.")
+            raise StateError(f"The dict at {path} has keys that are not strings. Use strings as keys, or a tensor.")
         return {"dict": {k: _encode(child, f"{path}.{k}", tensors) for k, child in node.items()}}
     if isinstance(node, Model):
         return {"model": _encode(_model_parts(node), path, tensors)}
-    if isinstance(node, Strategy) and not is_dataclass(node) and not vars(node):  # a method only: its class is all
+    if isinstance(node, Strategy) and not is_dataclass(node) and not vars(node):  # a class without fields
         return {"class": tag_of(type(node)), "fields": {}}
     if is_dataclass(node):
         encoded_fields = {f.name: _encode(getattr(node, f.name), f"{path}.{f.name}", tensors) for f in fields(node)}
         return {"class": tag_of(type(node)), "fields": encoded_fields}
     raise StateError(
-        f"a {type(node).__name__} at {path} cannot be saved: make it a dataclass; states hold tensors, numbers, "
-        "texts and dataclasses, in tuples, lists and dicts."
+        f"The {type(node).__name__} at {path} cannot be saved. Make it a dataclass. "
+        "States hold tensors, numbers, strings and dataclasses, in tuples, lists and dicts."
     )
 
 
 MODEL_PARTS = ("spec", "sizes", "seed", "moments", "weights")
-BUILT = ("spec", "n_users", "n_items", "seed")  # attributes that a model gets when it is built and grown
+BUILT = ("spec", "n_users", "n_items", "seed")  # attributes that building and growing a model sets
 
 
 def _model_parts(model: Model) -> dict[str, Any]:
-    """What a model is built of again."""
+    """Return the parts from which a model is built again."""
     return {
         "spec": model.spec,
         "sizes": (model.n_users, model.n_items),
-        "seed": model.seed if isinstance(model, SeededModel) else 0,  # counters draw nothing
+        "seed": model.seed if isinstance(model, SeededModel) else 0,  # counting models use no random numbers
         "moments": model.moments if isinstance(model, TrainedModel) else {},
         "weights": _weights_of(model),
     }
 
 
 def _weights_of(model: Model) -> dict[str, Any]:
-    """What a model has learnt, by name; all its attributes, where it does not say."""
+    """Return what a model has learned, by name: its `state_dict`, or all its attributes if it has none."""
     if isinstance(model, StateDictModel):
         return dict(model.state_dict())
     return {name: value for name, value in vars(model).items() if name not in BUILT}
 
 
 def _load_weights(model: Model, weights: dict[str, Any]) -> None:
-    """The inverse of `_weights_of`."""
+    """Undo `_weights_of`."""
     if isinstance(model, StateDictModel):
         model.load_state_dict(weights)
         return
@@ -204,7 +207,7 @@ def _load_weights(model: Model, weights: dict[str, Any]) -> None:
 def _decode(
     node: dict[str, Any], read: TensorReader, build_model: Callable[[dict[str, Any], TensorReader], Model]
 ) -> Any:
-    """The inverse of `_encode`; `build_model` makes a model of its encoded parts."""
+    """Undo `_encode`. `build_model` builds a model from its encoded parts."""
     if "value" in node:
         return node["value"]
     if "tensor" in node:
@@ -237,7 +240,7 @@ def _build_serving_model(parts: dict[str, Any], read: TensorReader) -> Model:
     model: Model = spec.build(seed)
     names = parts["weights"]["dict"]
     tables = embedding_tables(model) if isinstance(model, TrainedModel) else {}
-    for name, table in tables.items():  # room for the weights alone, of which nothing is written yet
+    for name, table in tables.items():  # allocates the weights only, without values
         n_rows = len(read(names[f"{name}.steps_R"]["tensor"]))
         table.packed, table.steps_R = torch.empty(n_rows, table.n_dims), torch.zeros(n_rows)
     model.grow(*sizes)

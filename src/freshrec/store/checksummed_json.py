@@ -1,4 +1,4 @@
-"""JSON with a checksum: what was changed by anything but us is noticed."""
+"""JSON files with a checksum, which detects changes by other programs."""
 
 import hashlib
 import json
@@ -10,22 +10,22 @@ from freshrec.files import sync_folder, write_text_atomically
 
 
 def write_checksummed(content: Any, path: Path) -> None:
-    """Write what JSON can hold to `path`, whole or not at all."""
+    """Write JSON content and its checksum to `path`, completely or not at all."""
     write_text_atomically(json.dumps({"checksum": _checksum(content), "content": content}, indent=1), path)
     sync_folder(path.parent)
 
 
 def read_checksummed(path: Path) -> Any:
-    """What `write_checksummed` wrote. StateError where there is nothing, or something else."""
+    """Read what `write_checksummed` wrote. Raises StateError if the file is missing, damaged or changed."""
     try:
         document = json.loads(path.read_bytes())
         content, checksum = document["content"], document["checksum"]
     except FileNotFoundError:
-        raise StateError(f"{path} is missing; was this folder made by freshrec?") from None
+        raise StateError(f"{path} is missing. Check that freshrec made this folder.") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as problem:
-        raise StateError(f"{path} cannot be read ({str(problem)[:80]}); restore it from a backup.") from None
+        raise StateError(f"{path} cannot be read ({str(problem)[:80]}). Restore it from a backup.") from None
     if checksum != _checksum(content):
-        raise StateError(f"{path} was changed by something else than freshrec; restore it from a backup.")
+        raise StateError(f"{path} was changed by another program. Restore it from a backup.")
     return content
 
 

@@ -1,12 +1,12 @@
-"""The journal of clicks that a server has acknowledged, until a version has learnt from them.
+"""The journal of clicks that a server has acknowledged and that no version has learned yet.
 
-    store/clicks/17-4242.open        written by one server, a line per click, each with a checksum; on the disk before
-                                     the click is acknowledged
-    store/clicks/17-4242.closed      no longer written: an update is taking it, or has left it for the next one
-    store/clicks/17-4242.taken-9     its clicks are in batch 9 of the log
+    store/clicks/17-4242.open        one server appends to it: a line with a checksum per click, which is on the disk
+                                     before the click is acknowledged
+    store/clicks/17-4242.closed      complete: an update reads it now, or the next one does
+    store/clicks/17-4242.taken-9     its clicks are in batch 9 of the event log
 
-A line that is not whole was never acknowledged. Whoever adds to a file or closes it holds a lock on it; whoever changes
-anything else here holds the store's.
+An incomplete line was never acknowledged. Appending to a file and closing it needs a lock on the file. All other
+changes need the lock of the store.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ JOURNAL_FOLDER, OPEN_SUFFIX, CLOSED_SUFFIX, TAKEN_SUFFIX = "clicks", ".open", ".
 
 
 class Click(NamedTuple):
-    """Somebody took something."""
+    """A user clicked an item."""
 
     user_id: int | str
     item_id: int | str
-    time: int  # microseconds; where the log has no clock, when it was acknowledged
+    time: int  # microseconds; time of acknowledgement if the log has no timestamps
     event_id: str | None = None
     category: str | None = None
     event: str | None = None
 
     @property
     def identity(self) -> tuple[int | str, ...]:
-        """What makes it the same click as another one."""
+        """Two clicks with the same identity are duplicates: its event_id, or else user, item and time."""
         return (self.event_id,) if self.event_id is not None else (self.user_id, self.item_id, self.time)
 
 
 class ClickJournal:
-    """What one server writes into a store's journal."""
+    """The part of a store's journal that one server writes."""
 
     def __init__(self, store: Path) -> None:
         self.folder = store / JOURNAL_FOLDER
@@ -56,7 +56,7 @@ class ClickJournal:
         self._path = self.folder
 
     def append(self, clicks: Iterable[Click]) -> None:
-        """Write clicks, and return once they are on the disk. StateError where they are not."""
+        """Write clicks, and return when they are on the disk. Raises StateError if they cannot be written."""
         lines = b"".join(map(_encode_click, clicks))
         try:
             with self._locked_file() as file:
@@ -67,29 +67,29 @@ class ClickJournal:
                         unwritten = unwritten[file.write(unwritten) :]
                     os.fsync(file.fileno())
                 except OSError:
-                    os.ftruncate(file.fileno(), before)  # none of them, rather than some
+                    os.ftruncate(file.fileno(), before)  # write all of them or none
                     raise
         except OSError as problem:
             self.close()
             raise StateError(
-                f"the clicks cannot be written ({problem.strerror}); none was taken: send them again."
+                f"The clicks cannot be written ({problem.strerror}). None was stored. Send them again."
             ) from problem
 
     def close(self) -> None:
-        """Nothing more is written to the file of now."""
+        """Close the current file. The next click opens a new one."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
     @contextmanager
     def _locked_file(self) -> Iterator[FileIO]:
-        """The file to write to, which nobody closes meanwhile; a new one where it was closed."""
+        """Lock the file to write to, so that no update closes it. Open a new one if an update has closed it."""
         while True:
             file = self._open_file()
             fcntl.flock(file, fcntl.LOCK_EX)
             if self._path.exists():
                 break
-            self.close()  # an update has taken it
+            self.close()  # an update has closed it
         try:
             yield file
         finally:
@@ -110,40 +110,43 @@ class JournalFile:
     """A file of the journal."""
 
     path: Path
-    batch: int | None  # of the log, that has its clicks
+    batch: int | None  # batch of the event log that holds its clicks; None = no batch yet
     clicks: list[Click]
 
 
 def read_journal(store: Path) -> list[JournalFile]:
-    """All files of the journal, the oldest first."""
+    """Read all files of the journal, oldest first."""
     found = []
     for path in _journal_paths(store):
         batch = path.name.partition(TAKEN_SUFFIX)[2]
         try:
             found.append(JournalFile(path, int(batch) if batch else None, _read_clicks(path)))
         except FileNotFoundError:
-            return read_journal(store)  # an update has renamed or removed it meanwhile
+            return read_journal(store)  # an update has renamed or removed it in the meantime
     return found
 
 
 def close_journal(store: Path) -> list[JournalFile]:
-    """The files that no batch has yet; servers begin new ones. Whoever calls holds the store's lock."""
-    for leftover in (store / JOURNAL_FOLDER).glob(".*"):  # of somebody who died
+    """Close all open files, and return those that are in no batch yet. Servers open new ones.
+
+    The caller must hold the lock of the store.
+    """
+    for leftover in (store / JOURNAL_FOLDER).glob(".*"):  # of a killed process
         leftover.unlink()
     for path in _journal_paths(store):
         if path.name.endswith(OPEN_SUFFIX):
             with path.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)  # nobody is in the middle of a line
+                fcntl.flock(file, fcntl.LOCK_EX)  # waits until no line is half written
                 path.rename(path.with_suffix(CLOSED_SUFFIX))
     _sync_journal(store)
     return [file for file in read_journal(store) if file.batch is None and file.path.name.endswith(CLOSED_SUFFIX)]
 
 
 def defer_clicks(files: Iterable[JournalFile], is_deferred: Callable[[Click], bool]) -> list[JournalFile]:
-    """Closed files without the clicks that wait; these lie in files of their own, which no batch has.
+    """Return the closed files that hold no deferred clicks. Deferred clicks move to files that stay in the journal.
 
-    A file whose clicks part is replaced by two new ones, so that nobody who reads misses any. Whoever dies between
-    leaves some in two files, which are the same clicks.
+    A file with both kinds is replaced by two new ones. Both exist before the old one is deleted, so that no reader
+    misses a click. A process that is killed in between leaves duplicates, which have the same identity.
     """
     found = []
     for file in files:
@@ -161,7 +164,7 @@ def defer_clicks(files: Iterable[JournalFile], is_deferred: Callable[[Click], bo
 
 
 def mark_taken(files: Iterable[JournalFile], batch: int | None) -> None:
-    """The clicks of these files are in a batch; None: they were in the log already."""
+    """Record that the clicks of these files are in a batch. If `batch` is None, the log held them already."""
     for file in files:
         if batch is None:
             file.path.unlink()
@@ -171,7 +174,7 @@ def mark_taken(files: Iterable[JournalFile], batch: int | None) -> None:
 
 
 def remove_learnt_files(store: Path, last_batch: int) -> None:
-    """Remove the files whose batch is at most the last that the live version has met."""
+    """Delete the files whose batch the live version has learned: those up to `last_batch`."""
     for path in _journal_paths(store):
         batch = path.name.partition(TAKEN_SUFFIX)[2]
         if batch and int(batch) <= last_batch:
@@ -180,7 +183,10 @@ def remove_learnt_files(store: Path, last_batch: int) -> None:
 
 
 def erase_user_clicks(store: Path, user_id: int | str) -> int:
-    """Remove a user's clicks, and what is not whole; how many there were. Whoever calls holds the store's lock."""
+    """Delete the clicks of a user, and incomplete lines. Return the number of deleted clicks.
+
+    The caller must hold the lock of the store.
+    """
     n_erased = 0
     close_journal(store)
     for file in read_journal(store):
@@ -192,7 +198,7 @@ def erase_user_clicks(store: Path, user_id: int | str) -> int:
 
 
 def clicks_to_frame(clicks: Collection[Click]) -> pl.DataFrame:
-    """Clicks in the form of a `Log.frame`, in time order, each once."""
+    """Return clicks as a `Log.frame`: in time order, without duplicates."""
     unique_clicks = {click.identity: click for click in reversed(list(clicks))}
     rows = sorted(unique_clicks.values(), key=lambda click: click.time)
     frame = pl.DataFrame(rows, schema=list(Click._fields), orient="row", infer_schema_length=None)
@@ -211,7 +217,7 @@ def _new_path(folder: Path, state: str) -> Path:
 
 
 def _write_file(path: Path, clicks: Iterable[Click]) -> Path:
-    """A file of the journal, whole or not at all."""
+    """Write a file of the journal, completely or not at all, and return its path."""
     write_atomically(path, lambda temporary: temporary.write_bytes(b"".join(map(_encode_click, clicks))))
     sync_folder(path.parent)
     return path
@@ -228,10 +234,10 @@ def _encode_click(click: Click) -> bytes:
 
 
 def _read_clicks(path: Path) -> list[Click]:
-    """The clicks of a file, without what follows the last whole line. StateError where it is damaged before that."""
+    """Read the complete lines of a file. Raises StateError if a line before the last complete one is damaged."""
     *lines, _ = path.read_bytes().split(b"\n")
     good = [line[:8] == b"%08x" % zlib.crc32(line[9:]) for line in lines]
     wrong = good.index(False) if False in good else len(lines)
     if True in good[wrong:]:
-        raise StateError(f"line {wrong + 1} of {path} is not as it was written; restore the file from a backup.")
+        raise StateError(f"Line {wrong + 1} of {path} is damaged. Restore the file from a backup.")
     return [Click(*json.loads(line[9:])) for line in lines[:wrong]]

@@ -1,4 +1,4 @@
-"""The rows of an event log: their columns, and which of them say the same event."""
+"""Columns of the event log, and removal of duplicates."""
 
 import polars as pl
 
@@ -18,23 +18,27 @@ COLUMN_TYPES = {
 
 
 def split_by_event_id(rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The rows that have an event_id, and the others."""
+    """Split the rows into those with an event_id and those without."""
     given = pl.col("event_id").is_not_null() if "event_id" in rows.columns else pl.lit(False)
     return rows.filter(given), rows.filter(~given)
 
 
 def drop_duplicates(rows: pl.DataFrame, has_clock: bool) -> pl.DataFrame:
-    """The first row of each event."""
+    """Keep the first row of each event.
+
+    Rows with an event_id are the same event if the id is the same. Other rows are the same event if user, item and time
+    are the same; without timestamps (`has_clock` is False) each of them is an event of its own.
+    """
     with_id, without_id = split_by_event_id(rows)
     with_id = with_id.unique("event_id", keep="first") if len(with_id) else with_id
     return pl.concat([with_id, without_id.unique(EVENT_KEYS, keep="first") if has_clock else without_id])
 
 
 def time_range(rows: pl.DataFrame) -> tuple[int | None, int | None]:
-    """The first and the last time."""
+    """Return the smallest and the largest time, or None for both if there are no rows."""
     return as_time(rows["time"].min()), as_time(rows["time"].max())
 
 
 def as_time(found: object) -> int | None:
-    """A time that polars found among some, if any."""
+    """Return the result of a minimum or maximum as a time, None if there were no values."""
     return found if isinstance(found, int) else None

@@ -1,11 +1,11 @@
-"""Every event ever delivered, once: an append-only Delta table of numbered batches, from which a user can be erased.
+"""The event log: every delivered event, once, in an append-only Delta table of numbered batches. Users can be erased.
 
-    folder/_delta_log/       the commits: files, numbers and sources of batches, times; never an id
-    folder/batch=3/          the rows of the third batch
-    folder/checksums.json    of all files above: one that differs from it is not read
+    folder/_delta_log/       commits: files, numbers and sources of batches, times; never an id of a user or item
+    folder/batch=3/          the rows of batch 3
+    folder/checksums.json    checksums of all files above; a file that differs is not read
 
-A commit is there as a whole or not at all. A process that is killed between its commit and `checksums.json` leaves
-files that are taken on trust until the next commit, which adds them.
+A commit exists completely or not at all. A process that is killed before it writes `checksums.json` leaves new files
+without checksums. They are read without a check until the next commit adds their checksums.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from freshrec.files import file_checksum, sync_folder
 from freshrec.store.checksummed_json import read_checksummed, write_checksummed
 from freshrec.store.dedup import COLUMN_TYPES, EVENT_KEYS, as_time, drop_duplicates, split_by_event_id, time_range
 
-TABLE_NAME = "freshrec event log 1"  # of the table, with the number of this format
+TABLE_NAME = "freshrec event log 1"  # name of the table, with the number of its format
 CLOCK_DESCRIPTIONS = {True: "time is a clock's", False: "time is a place in the log"}  # the table's description
 CHECKSUM_FILE = "checksums.json"
 
-# The least and the greatest time of a file stand in the log, so that most files need not be read. The statistics of
-# other columns would copy ids to places where nobody looks for them.
+# Statistics of the time column are stored, so that most files need not be read. Statistics of other columns would copy
+# ids of users to places where erasing does not look.
 TABLE_PROPERTIES = {"delta.dataSkippingStatsColumns": "time", "delta.enableExpiredLogCleanup": "false"}
 WRITER_PROPERTIES = WriterProperties(
     compression="ZSTD",
@@ -48,33 +48,34 @@ WRITER_PROPERTIES = WriterProperties(
 
 @dataclass(frozen=True)
 class AppendResult:
-    """What became of a delivery: n_rows = n_duplicates + n_known + n_appended."""
+    """What happened to the rows of a delivery: n_rows = n_duplicates + n_known + n_appended."""
 
-    batch: int | None  # the number of the new batch; None: nothing was appended
-    repeated_batch: int | None  # the batch that this very source already was
-    n_rows: int  # delivered
-    n_duplicates: int = 0  # of these, the same event as an earlier row of the delivery
-    n_known: int = 0  # in the log already
-    n_late: int = 0  # kept, and older than the newest row of earlier batches
+    batch: int | None  # number of the new batch; None = nothing was appended
+    repeated_batch: int | None  # batch of the same source, if it was delivered before
+    n_rows: int  # rows delivered
+    n_duplicates: int = 0  # repeat an earlier row of the delivery
+    n_known: int = 0  # are in the log already
+    n_late: int = 0  # appended, but older than the newest row of earlier batches
     n_appended: int = 0
-    first_time: int | None = None  # time of the first kept row, and of the last
+    first_time: int | None = None  # time of the first and of the last appended row
     last_time: int | None = None
 
 
 @dataclass(frozen=True)
 class EventLog:
-    """The log in `folder`, which need not exist yet. Whoever changes it holds a lock: a conflict is a StateError."""
+    """The event log in `folder`, which need not exist yet. Lock it while you change it: conflicts raise StateError."""
 
     folder: Path
 
     def append(
         self, frame: pl.DataFrame, source: str, has_clock: bool, ignored_batches: Collection[int] = ()
     ) -> AppendResult:
-        """Append what is new of a delivery (a `Log.frame`) in one commit, or nothing. LogError where it does not fit.
+        """Append the new rows of a delivery (a `Log.frame`) in one commit. Raises LogError if its columns do not fit.
 
-        An event is its event_id where it has one, else (user_id, item_id, time); without a clock a row that has no
-        event_id is always new. What only `ignored_batches` hold is new too: nobody has learnt it. The very same
-        `source`, a hash of what was delivered, is never taken twice: that would bring back users who were erased.
+        Two rows are the same event if their event_id is the same, or without one, if user_id, item_id and time are the
+        same. In a log without timestamps, every row without event_id is new. Events that only `ignored_batches` hold
+        are new too, because no live version has learned them. The same `source`, a hash of the delivered bytes, is
+        never appended twice, because that would bring back erased users.
         """
         if not len(frame):
             return AppendResult(None, None, 0)
@@ -102,14 +103,15 @@ class EventLog:
         )
 
     def read(self, batches: Sequence[int] | None = None) -> pl.DataFrame:
-        """The events of all batches, or of some, in the order of arrival: by batch, then time, then as delivered.
+        """Read the events of all batches, or of some, ordered by batch, then time, then place in the delivery.
 
-        Each once, where it came first. The columns are those of `Log.frame` in which any of these rows has a value.
+        An event that several batches hold is returned once, with the first batch. Empty columns are left out.
+        Raises LogError if the log is empty.
         """
         with _translate_errors(self.folder, "read"):
             table = _open_table(self.folder)
             if table is None:
-                raise LogError(f"the event log in {self.folder} holds no batch yet; give it a delivery first.")
+                raise LogError(f"The event log in {self.folder} is empty. Append a delivery first.")
             files = _data_files(table)
             if batches is not None:
                 _require_batches(batches, _batch_sources(table), self.folder)
@@ -124,13 +126,13 @@ class EventLog:
         return found.select(*EVENT_KEYS, *optional_columns)
 
     def rows_not_in(self, rows: pl.DataFrame, batches: Collection[int]) -> pl.DataFrame:
-        """Those of some rows that `read` gave whose event is in none of these batches."""
+        """Return the rows whose event is in none of these batches. `rows` are rows that `read` returned."""
         with _translate_errors(self.folder, "read"):
             table = _open_table(self.folder)
             return rows if table is None else _new_rows(rows, table, _has_clock(table), self.folder, batches)
 
     def batches(self) -> pl.DataFrame:
-        """batch, source, rows, and the times first and last, of every batch; 0 rows where all were erased."""
+        """A row per batch: batch, source, rows, first and last (times). `rows` is 0 if all users were erased."""
         with _translate_errors(self.folder, "read"):
             table = _open_table(self.folder)
             sources = list(_batch_sources(table).items())
@@ -140,7 +142,7 @@ class EventLog:
         return found.join(totals, on="batch", how="left").with_columns(pl.col("rows").fill_null(0)).sort("batch")
 
     def delivery_counts(self, batch: int) -> tuple[str, int, int]:
-        """The source of a batch, and how many rows were left out as doubled or known; also of one empty by now."""
+        """Return the source of a batch, and the numbers of its rows left out as duplicates and as known."""
         with _translate_errors(self.folder, "read"):
             commits = _batch_commits(_open_table(self.folder))
             _require_batches([batch], commits, self.folder)
@@ -148,22 +150,21 @@ class EventLog:
 
     @property
     def has_clock(self) -> bool:
-        """Whether times are a clock's; False also where there is no row yet."""
+        """Whether the events have timestamps; False if the log is empty."""
         with _translate_errors(self.folder, "read"):
             table = _open_table(self.folder)
             return table is not None and _has_clock(table)
 
     @property
     def newest_time(self) -> int | None:
-        """The time of the newest row; None where there is none."""
+        """The time of the newest row, None if the log is empty."""
         return as_time(self.batches()["last"].max())
 
     def erase_user(self, user_id: int | str) -> int:
-        """Remove all rows of a user, in one commit and from the disk; how many they were.
+        """Delete all rows of a user in one commit and from the disk. Return their number.
 
-        After it no file below the folder holds the id: not the rows, which are rewritten, not statistics, not the
-        log. One that was interrupted is completed by another call, which then may count 0. Numbers and sources of
-        batches stay.
+        Afterwards no file below the folder holds the id: not the rows, which are rewritten, nor statistics or commits.
+        Another call completes an interrupted one, and may then return 0. Numbers and sources of batches stay.
         """
         n_rows = 0
         with _translate_errors(self.folder, "written"):
@@ -174,7 +175,7 @@ class EventLog:
                 matching = pl.DataFrame(table.scan(columns=["batch"], predicate=f"user_id = {user_literal}"))
                 n_rows, batches = len(matching), matching["batch"].unique().sort().to_list()
                 if n_rows:
-                    # A delete by predicate would write the id into the log. The rows stream from file to file.
+                    # A delete by predicate would write the id into a commit. So the other rows go to new files.
                     remaining = table.scan(predicate=f"{_batch_predicate(batches)} AND user_id <> {user_literal}")
                     write_deltalake(
                         table,
@@ -191,13 +192,15 @@ class EventLog:
 
 
 def _open_table(folder: Path) -> DeltaTable | None:
-    """The table, when its log is as it was written; None where nothing was taken yet."""
+    """Open the table after checking its commits. None if nothing was appended yet."""
     commits, checksums = _commit_files(folder), _read_checksums(folder)
     for name in [name for name in checksums or {} if name.startswith("_delta_log/")]:
         if name not in commits or file_checksum(folder / name) != (checksums or {})[name]:
             raise _damage_error(folder, name)
     if commits and checksums is None:
-        raise StateError(f"{folder} has a Delta table but no {CHECKSUM_FILE}: restore that, or choose another folder.")
+        raise StateError(
+            f"{folder} has a Delta table but no {CHECKSUM_FILE}. Restore that file, or choose another folder."
+        )
     if not commits:
         names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
         unknown_names = [
@@ -205,12 +208,12 @@ def _open_table(folder: Path) -> DeltaTable | None:
         ]
         if unknown_names:
             raise StateError(
-                f"{folder} holds {to_printable(unknown_names[0], 60)} and no event log; choose another folder."
+                f"{folder} holds {to_printable(unknown_names[0], 60)} and no event log. Choose another folder."
             )
         return None
     table = DeltaTable(folder)
     if table.metadata().name != TABLE_NAME:
-        raise StateError(f"the Delta table in {folder} is no event log of this format; choose another folder.")
+        raise StateError(f"The Delta table in {folder} is not an event log of this format. Choose another folder.")
     return table
 
 
@@ -219,13 +222,13 @@ def _has_clock(table: DeltaTable) -> bool:
 
 
 def _commit_files(folder: Path) -> list[str]:
-    """The files of the log that Delta reads, but for its hint where to begin."""
+    """Return the names of the commit files, without the checkpoint hint."""
     found = (folder / "_delta_log").glob("[0-9]*")
     return sorted(f"_delta_log/{path.name}" for path in found if path.suffix in (".json", ".parquet"))
 
 
 def _read_checksums(folder: Path) -> dict[str, str] | None:
-    """The checksums of files by name; None where there are none at all."""
+    """Read the checksums of all files by name. None if the file of checksums is missing."""
     if not (folder / CHECKSUM_FILE).exists():
         return None
     found: dict[str, str] = read_checksummed(folder / CHECKSUM_FILE)
@@ -233,7 +236,7 @@ def _read_checksums(folder: Path) -> dict[str, str] | None:
 
 
 def _data_files(table: DeltaTable | None) -> pl.DataFrame:
-    """The files of the rows: name, batch, rows, first, last."""
+    """A row per data file: name, batch, rows, first and last (times)."""
     if table is None:
         column_types = {"batch": pl.Int32, "rows": pl.Int64, "first": pl.Int64, "last": pl.Int64}
         return pl.DataFrame(schema={"name": pl.String, **column_types})
@@ -243,7 +246,7 @@ def _data_files(table: DeltaTable | None) -> pl.DataFrame:
 
 
 def _batch_commits(table: DeltaTable | None) -> dict[int, dict[str, Any]]:
-    """What the commits that made them say of every batch that there ever was."""
+    """Return the commit information of every batch, also of batches that are empty by now."""
     history = [] if table is None else reversed(table.history())
     return {commit["batch"]: commit for commit in history if "batch" in commit}
 
@@ -253,7 +256,7 @@ def _batch_sources(table: DeltaTable | None) -> dict[int, str]:
 
 
 def _verify_files(folder: Path, files: pl.DataFrame) -> None:
-    """StateError where a file is missing or not as it was written."""
+    """Raise StateError if a file is missing or damaged."""
     sums = _read_checksums(folder) or {}
     for name in files["name"]:
         if not (folder / name).exists() or (name in sums and file_checksum(folder / name) != sums[name]):
@@ -262,12 +265,12 @@ def _verify_files(folder: Path, files: pl.DataFrame) -> None:
 
 def _damage_error(folder: Path, name: str) -> StateError:
     return StateError(
-        f"the event log in {folder} is damaged: {name} is missing or not as it was written; restore it from a backup."
+        f"The event log in {folder} is damaged: {name} is missing or has changed. Restore it from a backup."
     )
 
 
 def _write_checksums(folder: Path) -> None:
-    """Bring the last commit to the disk, and write the checksums of all files."""
+    """Sync the last commit to the disk, and write the checksums of all files."""
     sums = _read_checksums(folder) or {}
     names = [*_commit_files(folder), *_data_files(DeltaTable(folder))["name"]]
     for name in [name for name in names if name not in sums]:
@@ -279,9 +282,9 @@ def _write_checksums(folder: Path) -> None:
 
 
 def _remove_stale_files(folder: Path, table: DeltaTable | None) -> None:
-    """Remove the files of rows that are not in the table: former ones, and what killed processes left.
+    """Delete data files that are not in the table: replaced ones, and those of killed processes.
 
-    A vacuum passes over unfinished files, which have a # in their names.
+    Delta's vacuum skips unfinished files, which have a # in their names.
     """
     current_files = {folder / name for name in _data_files(table)["name"]}
     for path in folder.glob("batch=*/**/*"):
@@ -290,10 +293,10 @@ def _remove_stale_files(folder: Path, table: DeltaTable | None) -> None:
 
 
 def _commit_rows(rows: pl.DataFrame, commit_info: dict[str, Any], table: DeltaTable | Path, has_clock: bool) -> None:
-    """One commit, which `commit_info` describes; the first one makes the table."""
+    """Append rows in one commit with this information. The first commit creates the table."""
     if isinstance(table, Path):
         if unquote(str(table.absolute())) != str(table.absolute()):
-            raise StateError(f"Delta tables cannot lie in {table}, for its percent sign; choose another folder.")
+            raise StateError(f"Delta tables do not support the percent sign in {table}. Choose another folder.")
         table.mkdir(parents=True, exist_ok=True)
         write_checksummed({}, table / CHECKSUM_FILE)
     write_deltalake(
@@ -313,24 +316,24 @@ def _commit_rows(rows: pl.DataFrame, commit_info: dict[str, Any], table: DeltaTa
 
 
 def _match_schema(frame: pl.DataFrame, table: DeltaTable | None, has_clock: bool, folder: Path) -> pl.DataFrame:
-    """The columns that hold anything, as the log has them, and `row`, the place in the delivery."""
+    """Return the columns that hold values, and `row`, the place in the delivery. Raises LogError if they do not fit."""
     column_types = {} if table is None else dict(pl.Schema(table.schema().to_arrow()))
     frame = frame.select(s for s in frame.iter_columns() if s.name in EVENT_KEYS or s.null_count() < len(s))
     for name, kind in frame.schema.items():
         if name not in COLUMN_TYPES or kind not in COLUMN_TYPES[name]:
             raise LogError(
-                f"a log has no column {to_printable(name, 60)} of {kind}; give frames that read_log has read."
+                f"An event log has no column {to_printable(name, 60)} of type {kind}. Read the delivery with read_log."
             )
         if kind != column_types.get(name, kind):
-            advice = f"declare it: --columns {name}=NAME:text" if kind == pl.Int64 else "check the delivery"
+            advice = f"Pass --columns {name}=NAME:text" if kind == pl.Int64 else "Check the delivery"
             found, expected = TYPE_NAMES[type(kind)], TYPE_NAMES[type(column_types[name])]
-            raise LogError(f"{name} holds {found}, but {expected} in the event log in {folder}; {advice}.")
+            raise LogError(f"{name} holds {found}, but {expected} in the event log in {folder}. {advice}.")
     if frame.select(EVENT_KEYS).null_count().sum_horizontal().item():
-        raise LogError("a delivery has rows without user_id, item_id or time; give frames that read_log has read.")
+        raise LogError("The delivery has rows without user_id, item_id or time. Read it with read_log.")
     if table is not None and table.metadata().description != CLOCK_DESCRIPTIONS[has_clock]:
-        delivered, stored = ("a clock", "none") if has_clock else ("no clock", "one")
+        delivered, stored = ("timestamps", "none") if has_clock else ("no timestamps", "timestamps")
         raise LogError(
-            f"the delivery has {delivered}, and the event log in {folder} has {stored}; check its time column."
+            f"The delivery has {delivered}, but the event log in {folder} has {stored}. Check its time column."
         )
     return frame.with_columns(row=pl.int_range(pl.len(), dtype=pl.Int64))
 
@@ -338,7 +341,7 @@ def _match_schema(frame: pl.DataFrame, table: DeltaTable | None, has_clock: bool
 def _new_rows(
     rows: pl.DataFrame, table: DeltaTable, has_clock: bool, folder: Path, batches: Collection[int]
 ) -> pl.DataFrame:
-    """The rows whose event none of these batches holds, in their order."""
+    """Return the rows whose event is in none of these batches, in their order."""
     with_id, without_id = split_by_event_id(rows.with_row_index("place"))
     ids_known = "event_id" in [field.name for field in table.schema().fields]
     files, in_batches = _data_files(table).filter(pl.col("batch").is_in(batches)), _batch_predicate(batches)
@@ -354,18 +357,18 @@ def _new_rows(
 
 
 def _anti_join(rows: pl.DataFrame, keys: Sequence[str], table: DeltaTable, predicate: str) -> pl.DataFrame:
-    """The rows whose keys no row of the table has, among those that meet the predicate."""
+    """Return the rows whose keys are in no row of the table that meets the predicate."""
     existing = pl.DataFrame(table.scan(columns=list(keys), predicate=predicate))
     return rows.join(existing, on=list(keys), how="anti")
 
 
 def _user_literal(user_id: int | str, table: DeltaTable, folder: Path) -> str:
-    """A user's id in a predicate."""
+    """Return a user's id as a literal for a predicate. Raises OptionError if its type is wrong."""
     kind = pl.Schema(table.schema().to_arrow())["user_id"]
     if isinstance(user_id, str) != (kind == pl.String):
         words = TYPE_NAMES[type(kind)]
         raise OptionError(
-            f"the users of the event log in {folder} are {words}; {to_printable(repr(user_id), 40)} is none."
+            f"The user ids of the event log in {folder} are {words}, but {to_printable(repr(user_id), 40)} is not."
         )
     return "'" + user_id.replace("'", "''") + "'" if isinstance(user_id, str) else str(user_id)
 
@@ -377,22 +380,20 @@ def _batch_predicate(batches: Iterable[int]) -> str:
 def _require_batches(batches: Iterable[int], known: Collection[int], folder: Path) -> None:
     for batch in batches:
         if batch not in known:
-            raise OptionError(f"the event log in {folder} has no batch {batch}; it has {len(known)}, counted from 1.")
+            raise OptionError(f"The event log in {folder} has no batch {batch}. The last one is {len(known)}.")
 
 
 @contextmanager
 def _translate_errors(folder: Path, verb: str) -> Iterator[None]:
-    """Turns what the library or the disk makes of trouble into one StateError."""
+    """Turn the errors of Delta, polars and the file system into a StateError."""
     try:
         yield
     except CommitFailedError as problem:
-        raise StateError(
-            f"another process changed the event log in {folder} at the same time, so that nothing was written; "
-            "run it again."
-        ) from problem
+        message = f"Another process changed the event log in {folder}. Nothing was written. Run the command again."
+        raise StateError(message) from problem
     except (DeltaError, pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as problem:
-        advice = "see that the disk has room and the folder may be written" if verb == "written" else "restore it"
+        advice = "Check free disk space and permissions" if verb == "written" else "Restore it from a backup"
         reason = to_printable(str(problem).split("\n")[0], 160).rstrip(".")
         raise StateError(
-            f"the event log in {folder} cannot be {verb} ({reason}); {advice}, and run it again."
+            f"The event log in {folder} cannot be {verb} ({reason}). {advice}, then run the command again."
         ) from problem

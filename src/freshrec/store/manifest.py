@@ -1,4 +1,4 @@
-"""What a version says of itself, and the moves of the pointer to the live one."""
+"""The manifest of a version, and the changes of the live version."""
 
 from __future__ import annotations
 
@@ -15,46 +15,52 @@ MoveAction = Literal["fit", "update", "promote", "rollback", "save"]
 
 
 def utc_now() -> str:
-    """This moment, UTC, to the second."""
+    """The current time in UTC, to the second, as ISO 8601 text."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 class FileEntry(BaseModel):
-    """What a file of a version must be."""
+    """Path, checksum and size of a file of a version."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-    path: str = Field(pattern=r"^\w[\w.-]{0,99}(/\w[\w.-]{0,99})?$")  # in the version's folder
+    path: str = Field(pattern=r"^\w[\w.-]{0,99}(/\w[\w.-]{0,99})?$")  # relative to the version's folder
     sha256: str
     n_bytes: int
 
 
 class Manifest(BaseModel):
-    """What a version is, and how it came to be."""
+    """What a version is, how it was made, and the verdict of the gate."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     id: int
-    format: int = FORMAT  # of this manifest and its files; those before there was this line are of format 1
+    format: int = FORMAT  # of this manifest and its files; older manifests without this key have format 1
     parent: int | None = None  # the version that it was updated from
     kind: VersionKind
     made_at: str = Field(default_factory=utc_now)  # UTC
-    batch: int | None = None  # of the log, that it has learnt from
-    source: str = ""  # a hash of the bytes that were delivered
+    batch: int | None = None  # batch of the event log that it learned
+    source: str = ""  # hash of the delivered bytes
     recipe: dict[str, Any]  # model, strategy, their options, seed
-    code: str = __version__  # of freshrec
+    code: str = __version__  # version of freshrec
     spans_seen: int
     sizes: dict[str, int]  # events, users, items
-    held: int = 0  # the newest events, on which it was tested: the next update learns from them
-    data: dict[str, Any] = {}  # what was delivered, and what was odd about it
-    numbers: dict[str, float] = {}  # qualities, costs
-    promoted: bool = True  # the gate's verdict
-    goes_live: bool = True  # it passed, or was forced to: it is or was the live one, unless somebody died before
-    reasons: list[str] = []  # why it was refused
+    held: int = 0  # number of newest events that are held out to test it; the next update learns them
+    data: dict[str, Any] = {}  # statistics of the delivery
+    numbers: dict[str, float] = {}  # qualities and costs; freshrec.cli.number_labels explains each key
+    promoted: bool = True  # verdict of the gate
+    goes_live: bool = True  # it passed or was forced; it is live or was live, unless the update was interrupted
+    reasons: list[str] = []  # why the gate refused it
     notes: list[str] = []
     files: dict[str, FileEntry] = {}
 
+    @property
+    def metric(self) -> str:
+        """The metric by which the gate measured the version, such as "ndcg@20"; "" if it measured nothing."""
+        names = (name.rpartition(" ") for name in self.numbers)
+        return next((metric for metric, _, other in names if other in ("live", "popularity")), "")
+
 
 class PointerMove(BaseModel):
-    """One change of the live pointer."""
+    """One change of the live version."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     at: str

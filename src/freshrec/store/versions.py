@@ -1,14 +1,15 @@
-"""Versions of a recommender on disk: each a folder that is whole or absent, and a pointer to the live one.
+"""Versions of a recommender on disk, and the pointer to the live version.
 
     store/
-      store.json          that this is a store, and its format
-      live.json           every move of the live pointer, the last one is where it points
+      store.json          marks the folder as a store, and holds its format
+      live.json           every change of the live version; the last entry is the live one
       log/                every event, in the order of delivery (store.event_log)
       versions/7/         manifest.json, and the files whose checksums it holds
-      lock                held by whoever changes something
+      lock                held by the process that changes the store
 
-A version is written to a temporary folder and renamed when all of it is on the disk. It never changes after that, but
-for the erasure of a user, which rewrites its files, and for collection, which takes them and leaves the manifest.
+A version is written to a temporary folder, and renamed when all its files are on the disk. So it exists completely or
+not at all. It never changes afterwards, with two exceptions: erasing a user rewrites its files, and garbage collection
+deletes them and keeps the manifest.
 """
 
 from __future__ import annotations
@@ -31,24 +32,26 @@ from freshrec.store.checksummed_json import read_checksummed, write_checksummed
 from freshrec.store.manifest import FORMAT, FileEntry, Manifest, MoveAction, PointerMove, VersionKind, utc_now
 
 MANIFEST_FILE, COLLECTED_FILE = "manifest.json", "collected"
-LEGACY_FILE = "recommender.json"  # what a folder held before there were stores
+LEGACY_FILE = "recommender.json"  # in a folder that Recommender.save wrote before stores existed
 
 
 @dataclass(frozen=True)
 class Store:
-    """A folder of versions. Whoever changes anything holds `locked`."""
+    """A folder of versions. Hold `locked` while you change anything."""
 
     folder: Path
 
     @contextmanager
     def locked(self, wait_s: float = 0.0) -> Iterator[None]:
-        """Nobody else changes this store meanwhile. BusyError where somebody does, for longer than `wait_s`."""
+        """Lock the store against changes by other processes. Raises BusyError after waiting `wait_s` seconds."""
         lock = FileLock(self.folder / "lock", timeout=wait_s)
         with translate_write_errors(self.folder):
             try:
                 lock.acquire()
             except Timeout:
-                raise BusyError(f"{self.folder} is being changed by another process; wait with --wait 10m.") from None
+                raise BusyError(
+                    f"Another process is changing {self.folder}. To wait for it, pass --wait 10m."
+                ) from None
         try:
             _remove_leftovers(self)
             yield
@@ -56,7 +59,7 @@ class Store:
             lock.release()
 
     def manifests(self) -> list[Manifest]:
-        """All manifests that can be read, the oldest first."""
+        """Return all readable manifests, oldest first."""
         found = []
         for number in self.version_numbers():
             try:
@@ -66,66 +69,66 @@ class Store:
         return found
 
     def version_numbers(self) -> list[int]:
-        """The numbers of all versions, ascending."""
+        """Return the numbers of all versions, ascending."""
         names = (path.name for path in (self.folder / "versions").iterdir())
         return sorted(int(name) for name in names if name.isdecimal())
 
     @property
     def next_number(self) -> int:
-        """The number of the version to come."""
+        """The number of the next version."""
         return max(self.version_numbers(), default=0) + 1
 
     def manifest(self, number: int) -> Manifest:
-        """The manifest of one version. StateError where there is none, or it is damaged."""
+        """Return the manifest of a version. Raises StateError if it does not exist or is damaged."""
         path = _version_folder(self, number) / MANIFEST_FILE
         if not path.parent.is_dir():
-            raise StateError(f"there is no version {number} in {self.folder}; see `freshrec history`.")
+            raise StateError(f"There is no version {number} in {self.folder}. See `freshrec history`.")
         content = read_checksummed(path)
         if isinstance(content, dict) and content.get("format", FORMAT) not in range(1, FORMAT + 1):
-            raise StateError(f"{path} is of a format that this freshrec does not know; upgrade freshrec.")
+            raise StateError(f"{path} has a format that this freshrec does not know. Upgrade freshrec.")
         try:
             found = Manifest.model_validate(current_manifest(content))
         except ValidationError as problem:
             wrong = problem.errors()[0]
             raise StateError(
-                f"{path} is no manifest ({wrong['loc']}: {wrong['msg']}); go back to another version."
+                f"{path} is not a valid manifest ({wrong['loc']}: {wrong['msg']}). Roll back to another version."
             ) from None
         if found.id != number or (found.parent or 0) >= number:
-            raise StateError(f"{path} is the manifest of version {found.id}; go back to another version.")
+            raise StateError(f"{path} is the manifest of version {found.id}. Roll back to another version.")
         return found
 
     def moves(self) -> list[PointerMove]:
-        """Every move of the live pointer, the oldest first."""
+        """Return every change of the live version, oldest first. Raises StateError if the record is damaged."""
         path = self.folder / "live.json"
         try:
             return [PointerMove.model_validate(current_move(move)) for move in read_checksummed(path)]
         except (ValidationError, TypeError, StateError):
             raise StateError(
-                f"{path} is missing, or was changed by something else than freshrec; restore it from a backup, or "
-                "point anew with `freshrec promote N`."
+                f"{path} is missing or was changed by another program. "
+                "Restore it from a backup, or choose a live version with `freshrec promote N`."
             ) from None
 
     @property
     def live(self) -> int:
-        """The number of the live version. StateError where there is none yet."""
+        """The number of the live version. Raises StateError if there is none yet."""
         moves = self.moves()
         if not moves:
-            raise StateError(f"no version of {self.folder} is live yet; choose one with `freshrec promote N`.")
+            raise StateError(f"No version of {self.folder} is live yet. Choose one with `freshrec promote N`.")
         return moves[-1].to
 
     def move_pointer(self, number: int, action: MoveAction, reason: str = "") -> None:
-        """Make a version the live one, once all its files are found to be whole."""
+        """Make a version the live one, after verifying all its files."""
         self.verified_files(number)
         try:
             moves = self.moves()
         except StateError:
-            moves = _moves_from_manifests(self)  # a damaged pointer is rebuilt
+            moves = _moves_from_manifests(self)  # rebuild a damaged record
         moves.append(PointerMove(at=utc_now(), action=action, to=number, reason=reason))
         with translate_write_errors(self.folder):
             write_checksummed([move.model_dump() for move in moves], self.folder / "live.json")
 
     def write_version(self, manifest: Manifest, save: Callable[[Path], object]) -> Manifest:
-        """A new version: `save` writes its files into a folder. It is not live before `move_pointer`."""
+        """Write a new version. `save` writes its files into a folder. `move_pointer` makes it the live one."""
         folder, parent, parent_manifest = _version_folder(self, manifest.id), None, None
         temporary = folder.with_name(f".{manifest.id}")
         if manifest.parent is not None:
@@ -141,11 +144,11 @@ class Store:
                 temporary.rename(folder)
                 sync_folder(folder.parent)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)  # a full disk has room again
+            shutil.rmtree(temporary, ignore_errors=True)  # frees the space if the disk is full
         return manifest
 
     def rewrite_version(self, number: int, save: Callable[[Path], object]) -> Manifest:
-        """A version with other files, which `save` writes into a folder; those it had are gone for good."""
+        """Replace the files of a version for good. `save` writes the new ones into a folder."""
         manifest, folder = self.manifest(number), _version_folder(self, number)
         with translate_write_errors(folder):
             temporary = Path(tempfile.mkdtemp(prefix="files-", dir=folder))
@@ -156,44 +159,47 @@ class Store:
         return manifest
 
     def verified_files(self, number: int) -> dict[str, Path]:
-        """The files of a version by name, each found to be what it was. StateError names the last good version."""
+        """Return the files of a version by name, after checking their checksums.
+
+        Raises StateError if one is damaged. The message names the last version that is not.
+        """
         manifest = self.manifest(number)
         found = self.find_damage(number)
-        if found and self.manifest(number) != manifest:  # somebody has rewritten it meanwhile
+        if found and self.manifest(number) != manifest:  # another process has rewritten it in the meantime
             return self.verified_files(number)
         if found:
             raise StateError(
-                f"version {number} of {self.folder} is damaged ({found[0]}); {_recovery_hint(self, number)}"
+                f"Version {number} of {self.folder} is damaged ({found[0]}). {_recovery_hint(self, number)}"
             )
         return {name: _version_folder(self, number) / file.path for name, file in self.manifest(number).files.items()}
 
     def find_damage(self, number: int) -> list[str]:
-        """What is wrong with the files of a version. StateError where they were given up."""
+        """Return what is wrong with the files of a version. Raises StateError if they were deleted."""
         folder, manifest = _version_folder(self, number), self.manifest(number)
         if is_collected(self, number):
-            raise StateError(f"the files of version {number} were given up by `freshrec gc`; choose another version.")
+            raise StateError(f"The files of version {number} were deleted by `freshrec gc`. Choose another version.")
         return [wrong for file in manifest.files.values() for wrong in _file_damage(folder / file.path, file)]
 
 
 def version_chain(store: Store) -> list[Manifest]:
-    """The live version and all that it comes from, the oldest first. StateError where a manifest of them is damaged."""
+    """Return the live version and all its ancestors, oldest first. Raises StateError if a manifest is damaged."""
     found = [store.manifest(store.live)]
     while (parent := found[0].parent) is not None:
         try:
             found.insert(0, store.manifest(parent))
         except StateError as problem:
             raise StateError(
-                f"what the live version comes from is not known: {problem} Or {_recovery_hint(store, parent)}"
+                f"An ancestor of the live version cannot be read: {problem} {_recovery_hint(store, parent)}"
             ) from None
     return found
 
 
 @contextmanager
 def create_store(folder: Path) -> Iterator[Store]:
-    """A store to be filled; afterwards it is in `folder`. OptionError where there is something already."""
+    """Create a store. It appears in `folder` when the block ends. Raises OptionError if the folder is not empty."""
     folder = folder.resolve()
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        raise OptionError(f"{folder} holds something already; name a new folder.")
+        raise OptionError(f"{folder} is not empty. Choose a new folder.")
     temporary = folder.with_name(f".{folder.name}.new")
     lock = FileLock(temporary.with_suffix(".lock"), timeout=0)
     with translate_write_errors(folder):
@@ -201,10 +207,10 @@ def create_store(folder: Path) -> Iterator[Store]:
         try:
             lock.acquire()
         except Timeout:
-            raise BusyError(f"another process is making the store {folder}; wait for it.") from None
+            raise BusyError(f"Another process is creating the store {folder}. Wait for it.") from None
     try:
         with translate_write_errors(folder):
-            shutil.rmtree(temporary, ignore_errors=True)  # left by somebody who was killed
+            shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
             (temporary / "versions").mkdir(parents=True)
             write_checksummed([], temporary / "live.json")
             write_checksummed({"format": FORMAT, "made_at": utc_now()}, temporary / "store.json")
@@ -219,28 +225,29 @@ def create_store(folder: Path) -> Iterator[Store]:
 
 
 def open_store(folder: Path) -> Store:
-    """The store in a folder. StateError where there is none, or one of another format."""
+    """Open the store in a folder. Raises StateError if there is none, or if its format is unknown."""
     if (folder / LEGACY_FILE).exists():
         raise StateError(
-            f"{folder} was saved before there were stores; make it one in Python: Recommender.load(folder).save(NEW)."
+            f"{folder} is not a store but an older save. Convert it in Python: Recommender.load(folder).save(NEW)."
         )
     if not (folder / "store.json").exists():
-        raise StateError(f"there is no store in {folder}; make one with `freshrec fit LOG --store {folder}`.")
+        raise StateError(f"There is no store in {folder}. Create one with `freshrec fit LOG --store {folder}`.")
     description = read_checksummed(folder / "store.json")
     if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise StateError(f"{folder} is a store of another format than {FORMAT}; upgrade freshrec.")
+        raise StateError(f"The store {folder} does not have format {FORMAT}. Upgrade freshrec.")
     return Store(folder)
 
 
 def is_collected(store: Store, number: int) -> bool:
-    """Whether the files of a version were given up."""
+    """Whether the files of a version were deleted."""
     return (_version_folder(store, number) / COLLECTED_FILE).exists()
 
 
 def collect_garbage(store: Store, keep: int) -> list[int]:
-    """Give up the files of all versions but the live one and the last `keep` others that went live; their numbers.
+    """Delete the files of old and refused versions, and return the numbers of these versions.
 
-    A version whose manifest cannot be read is left alone: somebody may have a backup of it.
+    The live version and the last `keep` other versions that went live keep their files. A version whose manifest cannot
+    be read keeps them too: you may have a backup of the manifest.
     """
     live, versions = store.live, store.manifests()
     numbers_to_keep = {
@@ -259,7 +266,7 @@ def collect_garbage(store: Store, keep: int) -> list[int]:
 
 
 def delete_files(store: Store, number: int) -> None:
-    """Remove the files of a version; the manifest stays."""
+    """Delete the files of a version. Its manifest stays."""
     folder = _version_folder(store, number)
     with translate_write_errors(folder):
         (folder / COLLECTED_FILE).touch()
@@ -269,14 +276,16 @@ def delete_files(store: Store, number: int) -> None:
 
 
 def _moves_from_manifests(store: Store) -> list[PointerMove]:
-    """The moves that follow from the manifests, where the pointer's own record is damaged."""
+    """Rebuild the changes of the live version from the manifests, for a damaged record."""
     actions: dict[VersionKind, MoveAction] = {"fit": "fit", "update": "update", "no rows": "update", "saved": "save"}
     live = [manifest for manifest in store.manifests() if manifest.goes_live]
-    return [PointerMove(at=m.made_at, action=actions[m.kind], to=m.id, reason="as its manifest tells") for m in live]
+    return [
+        PointerMove(at=m.made_at, action=actions[m.kind], to=m.id, reason="rebuilt from its manifest") for m in live
+    ]
 
 
 def _remove_leftovers(store: Store) -> None:
-    """Remove what somebody who was killed has left."""
+    """Remove the temporary files of killed processes."""
     with translate_write_errors(store.folder):
         for leftover in (*store.folder.glob("versions/.*"), *store.folder.glob(".*.json.*")):
             _remove(leftover)
@@ -285,7 +294,7 @@ def _remove_leftovers(store: Store) -> None:
 
 
 def _remove_unlisted(folder: Path, manifest: Manifest) -> None:
-    """Remove from a version's folder what its manifest does not name."""
+    """Remove everything from a version's folder that its manifest does not list."""
     listed = {MANIFEST_FILE, COLLECTED_FILE, *(Path(file.path).parts[0] for file in manifest.files.values())}
     for path in folder.iterdir():
         if path.name not in listed:
@@ -302,20 +311,24 @@ def _version_folder(store: Store, number: int) -> Path:
 
 @contextmanager
 def translate_write_errors(path: Path) -> Iterator[None]:
-    """StateError where the system refuses to write to `path`."""
+    """Raise a StateError when the system refuses to write to `path`."""
     try:
         yield
     except OSError as problem:
         reason = problem.strerror or str(problem)
         raise StateError(
-            f"{path} cannot be written ({reason}); what was live still is: see that there is room and you may write."
+            f"{path} cannot be written ({reason}). The live version has not changed. "
+            "Check free disk space and permissions."
         ) from problem
 
 
 def _make_entries(
     written: Path, folder: Path, parent: Path | None = None, parent_manifest: Manifest | None = None
 ) -> dict[str, FileEntry]:
-    """The files in `written`, which is `folder` or in it, safe on the disk; those like the parent's share bytes."""
+    """Return the entries of the files in `written`, after syncing them to the disk.
+
+    `written` is `folder` or inside it. A file that equals that of the parent becomes a hard link to it.
+    """
     files = {}
     for path in sorted(written.iterdir()):
         with path.open("rb") as file:
@@ -331,7 +344,7 @@ def _make_entries(
 
 
 def _hard_link(source: Path, path: Path) -> None:
-    """One copy of the bytes for both, where the file system can."""
+    """Replace `path` with a hard link to `source`, if the file system supports it."""
     link = path.with_name(f".{path.name}")
     try:
         os.link(source, link)
@@ -348,11 +361,11 @@ def _file_damage(path: Path, expected: FileEntry) -> list[str]:
 
 
 def _recovery_hint(store: Store, number: int) -> str:
-    """What to do where a version is damaged."""
+    """Return what to do about a damaged version."""
     for other in reversed([n for n in store.version_numbers() if n < number]):
         try:
             if store.manifest(other).promoted and not store.find_damage(other):
-                return f"go back with `freshrec rollback {other} --reason damage`."
+                return f"Roll back with `freshrec rollback {other} --reason damage`."
         except StateError:
             continue
-    return "no earlier version is whole: fit again, from the log that you hold."
+    return "All earlier versions are damaged too. Run `freshrec fit` again on your log."

@@ -1,7 +1,7 @@
-"""ADER: fine-tuning that also keeps to the last model's scores of exemplars, a few past events of each item.
+"""ADER: fine-tuning with distillation on exemplars, which are a few past events of each item.
 
-Symbols of the paper: E_{t-1} -> state.memory, D_t -> targets, I_{t-1} and I_t -> the items that the last model knew and
-that this one knows, m_{t,i} -> quota_I, N -> exemplars, phi -> features, lambda_base -> weight.
+Symbols of the paper: E_{t-1} -> state.memory, D_t -> targets, m_{t,i} -> quota_I, N -> exemplars, phi -> features,
+lambda_base -> weight. I_{t-1} -> the items that the previous model knows, I_t -> those that the new model knows.
 """
 
 import math
@@ -37,27 +37,27 @@ from freshrec.types import Batch, EncodingModel, Span, State
 
 
 def distillation(student_BI: Tensor, teacher_BI: Tensor) -> Tensor:
-    """-sum_{i <= |I_{t-1}|} p'_i ln p_i, p and p' softmax over the items the teacher knows; mean over B [ADER eq. 2].
+    """-sum_{i <= |I_{t-1}|} p'_i ln p_i, mean over B. p, p' = softmax over the teacher's items [ADER eq. 2].
 
-    Logits of the student may have more columns, for new items: these are outside the sum and outside the softmax. No
-    gradient reaches the teacher.
+    The student's logits may have more columns, for new items. The sum and the softmax ignore them. No gradient reaches
+    the teacher.
     """
     known_BI = student_BI[:, : teacher_BI.shape[1]]
     return F.cross_entropy(known_BI, torch.softmax(teacher_BI.detach(), 1))
 
 
 def adaptive_weight(base: float, n_known: int, n_items: int, n_exemplars: int, n_targets: int) -> float:
-    """lambda_t = lambda_base sqrt(|I_{t-1}| / |I_t| |E_{t-1}| / |D_t|) [ADER eq. 4]; 0 where there is nothing new."""
+    """lambda_t = lambda_base sqrt(|I_{t-1}| / |I_t| |E_{t-1}| / |D_t|), or 0 without new events [ADER eq. 4]."""
     return base * math.sqrt(n_known / n_items * n_exemplars / n_targets) if n_items and n_targets else 0.0
 
 
 def exemplar_distillation_loss(
     model: EncodingModel, teacher: EncodingModel, exemplars: TrainingSamples, stored_interests: StoredInterests | None
 ) -> ExemplarLoss:
-    """The loss that keeps `model` to what `teacher` says of exemplars.
+    """Return the loss that keeps the scores of `model` on exemplars close to those of `teacher`.
 
-    Gradients reach the dense weights, and those item rows that the training batch moves in the same step: all of them
-    where the model trains by the full softmax; else a row has no need of being held while nothing moves it.
+    Gradients reach the dense weights and the item rows that the training batch changes in the same step. With the full
+    softmax, these are all rows. With a sampled loss, the other rows do not change, so nothing has to hold them.
     """
     n_known = teacher.n_items
     known_RD = item_vectors(teacher)[: n_known + 1]
@@ -67,7 +67,7 @@ def exemplar_distillation_loss(
     max_vectors = max((vectors_BKD.shape[1] for _, vectors_BKD in teacher_outputs), default=1)
     teacher_MKD = torch.zeros(len(exemplars), max_vectors, known_RD.shape[1])
     for index, vectors_BKD in teacher_outputs:
-        teacher_MKD[index] = vectors_BKD[:, :1]  # again where there are fewer: it changes no score
+        teacher_MKD[index] = vectors_BKD[:, :1]  # a repeated vector changes no score
         teacher_MKD[index, : vectors_BKD.shape[1]] = vectors_BKD
 
     table = item_table(model)
@@ -87,26 +87,27 @@ def exemplar_distillation_loss(
 class ADER:
     """Fine-tuning with a second loss on exemplars, which are chosen again after each update.
 
-    `distil`: the second loss is the distance to what the last model says of them; else ("ER") it is the model's own
-    loss on their true targets. `adaptive`: its weight follows the shares of old items and of exemplars. `equal`: as
-    many exemplars for every item. Differs from the paper: a fixed number of epochs unless `fit.holdout` says otherwise;
-    allocation is rounded, not drawn; herding picks nothing twice.
+    With `distil`, the second loss is the cross-entropy with the previous model's scores. Without it, this is experience
+    replay (ER): the second loss is the model's own loss on the exemplars' true targets.
+
+    Differs from the paper: a fixed number of epochs unless `fit.holdout` is set. The allocation is rounded, not drawn.
+    Herding picks no sample twice.
     """
 
-    exemplars: Count = 30_000
-    select: SelectionRule = "herding"
-    allocate: AllocationRule = "largest-remainder"
-    equal: bool = False
-    distil: bool = True
-    adaptive: bool = True
-    weight: Weight = 0.8
-    fit: FitConfig = FitConfig()
+    exemplars: Count = 30_000  # Maximum number of exemplars of all items together.
+    select: SelectionRule = "herding"  # How exemplars are chosen. "herding-code" follows the authors' code.
+    allocate: AllocationRule = "largest-remainder"  # How exemplars are divided among items: rounded or drawn.
+    equal: bool = False  # Plan equally many exemplars for all items, not in proportion to their samples.
+    distil: bool = True  # Distil the previous model's scores. false = train on the true targets (ER).
+    adaptive: bool = True  # Scale the weight by the shares of old items and of exemplars (equation 4 of ADER).
+    weight: Weight = 0.8  # Weight of the loss on exemplars. 0 = fine-tuning.
+    fit: FitConfig = FitConfig()  # How the model is trained.
 
     def __post_init__(self) -> None:
         check_options(self)
 
     def update(self, state: State, span: Span) -> State:
-        """Train on the new events and the exemplars, then choose exemplars from both."""
+        """Train on the new events and the exemplars, then choose new exemplars from both."""
         targets = due_targets(state.histories, self.fit.history)
         if state.spans_seen == 0:
             return self._select_exemplars(fit_base_block(state, span, self.fit), targets, None, span.index)
@@ -132,7 +133,7 @@ class ADER:
         return self._select_exemplars(after, targets, exemplars, span.index)
 
     def _select_exemplars(self, after: State, targets: Targets, exemplars: TrainingSamples | None, span: int) -> State:
-        """`after` with exemplars that its model chooses from the new targets and the exemplars so far."""
+        """Return `after` with exemplars chosen by its model from the new targets and the previous exemplars."""
         started_at, meter = time.process_time(), CostMeter(dict(after.costs))
         rng = stream(after.seed, "exemplar selection", span)
         pool = build_pool(targets, exemplars, sample_history_length(after.model))

@@ -1,7 +1,8 @@
-"""ADER-S: what the IMSR paper compares itself with under the name of ADER, which is another algorithm (see ader.py).
+"""ADER-S: the method that the IMSR paper calls ADER in its comparison. ADER itself is another algorithm (ader.py).
 
-Fine-tuning that replays, of each user who is back, the past sequences most like the new one. No exemplars of items, no
-herding, no distillation. The paper says neither how sequences are represented nor how many are replayed: our reading.
+Fine-tuning that replays, for each active user, the past sequences most similar to the new one. It has no exemplars per
+item, no herding and no distillation. The paper does not say how sequences are represented or how many are replayed.
+Both are our reading.
 """
 
 import time
@@ -22,13 +23,13 @@ from freshrec.nn.scoring import item_vectors
 from freshrec.random_streams import stream
 from freshrec.types import EncodingModel, Span, State
 
-MIN_SEQUENCE_ITEMS = 3  # items of a sequence
+MIN_SEQUENCE_ITEMS = 3  # shorter sequences are left out
 
 
 def truncate_sequences(targets: Targets, n_each: int, length: int, rng: torch.Generator) -> TrainingSamples:
-    """The sequences of due events, each user's cut off at `n_each` random ends, as a last item and what is before it.
+    """Return `n_each` sequences per user: the due events up to a random end, with the last item as target.
 
-    Fewer where a sequence has fewer ends; `targets` look back on the span's own events only.
+    A user with fewer possible ends has fewer sequences. The histories of `targets` must hold the span's events only.
     """
     eligible = targets[targets.history_lengths(MIN_SEQUENCE_ITEMS) >= MIN_SEQUENCE_ITEMS - 1]
     quota_U = torch.full((targets.histories.n_users + 1,), n_each)
@@ -37,9 +38,9 @@ def truncate_sequences(targets: Targets, n_each: int, length: int, rng: torch.Ge
 
 
 def select_similar(pool: TrainingSamples, targets: Targets, items_ID: Tensor, share: float) -> Tensor:
-    """Indices (M,) of past sequences of each user with new events: the `share` of its own most like the new ones.
+    """Indices (M,) of each active user's past sequences that are most similar to the new events.
 
-    By the cosine of mean item vectors; rounded up.
+    A `share` of the user's past sequences is taken, rounded up. Similarity is the cosine of mean item vectors.
     """
     users_N, item_N = targets.users_N, targets.items_N
     n_users = targets.histories.n_users
@@ -47,7 +48,7 @@ def select_similar(pool: TrainingSamples, targets: Targets, items_ID: Tensor, sh
     dissimilarity_S = torch.zeros(len(pool))
     for part in split_chunks(torch.arange(len(pool)), 4096):
         sequence_ST = torch.cat([pool.histories_NT[part].long(), pool.items_N[part, None]], 1)
-        old_SD = items_ID[sequence_ST].sum(1)  # padding is 0, and a sum has the direction of the mean
+        old_SD = items_ID[sequence_ST].sum(1)  # padding is 0, and the sum points in the direction of the mean
         dissimilarity_S[part] = -F.cosine_similarity(old_SD, new_UD[pool.users_N[part]], dim=1)
     is_active_U = torch.bincount(users_N, minlength=n_users + 1) > 0
     quota_U = (share * torch.bincount(pool.users_N, minlength=n_users + 1)).ceil().long() * is_active_U
@@ -56,18 +57,18 @@ def select_similar(pool: TrainingSamples, targets: Targets, items_ID: Tensor, sh
 
 @dataclass(frozen=True)
 class ADERS:
-    """Fine-tuning with the model's own loss on past sequences beside the new events; the pool of them only grows."""
+    """Fine-tuning that also replays past sequences of active users. The pool of past sequences only grows."""
 
-    sequences_per_user: Count = 5  # sequences a user and span that enter the pool
-    share: Rate = 0.5  # of a user's past sequences, replayed
-    weight: Weight = 1.0
-    fit: FitConfig = FitConfig()
+    sequences_per_user: Count = 5  # Maximum number of sequences per user and span that enter the pool.
+    share: Rate = 0.5  # Share of a user's past sequences that is replayed.
+    weight: Weight = 1.0  # Weight of the loss on past sequences. 0 = fine-tuning.
+    fit: FitConfig = FitConfig()  # How the model is trained.
 
     def __post_init__(self) -> None:
         check_options(self)
 
     def update(self, state: State, span: Span) -> State:
-        """Train on the new events and on past sequences like them; then the new sequences enter the pool."""
+        """Train on the new events and on similar past sequences, then add the new sequences to the pool."""
         length = int(state.model.spec.length)
         truncation_rng = stream(state.seed, "sequence truncation", span.index)
         new = truncate_sequences(due_targets(state.histories, "span"), self.sequences_per_user, length, truncation_rng)

@@ -1,11 +1,13 @@
-"""ASMG: fine-tune as usual, and serve a model that a generator makes of the last k fine-tuned ones.
+"""ASMG: fine-tune a chain of models, and serve a model that a generator makes from the last k of them.
 
 Symbols of the paper: D_t -> the due targets of span t, Theta_i -> ModelWindow.models, M_w ->
-ModelGenerator, h_{t-k} -> ModelWindow.hidden, lambda_i -> loss_weights. The generator itself is in `learn.generators`.
+ModelGenerator, h_{t-k} -> ModelWindow.hidden, lambda_i -> loss_weights. The generators are in `learn.generators`.
 
-When span t arrives: the generator learns to make, of models up to t - 1, one that is good on span t, which those models
-have not seen; then the chain is fine-tuned on span t; then the generator makes the model to serve in span t + 1. What
-is served never enters the chain.
+The update on span t has three steps:
+
+1. Train the generator: from the models up to t - 1, which have not seen span t, it makes one that is good on span t.
+2. Fine-tune the chain on span t.
+3. Generate the model to serve in span t + 1. The served model never enters the chain.
 """
 
 import copy
@@ -50,7 +52,7 @@ from freshrec.types import Batch, Forward, Histories, Interests, LossTerm, Span,
 
 @dataclass(frozen=True)
 class PastSpan:
-    """What training on a span again takes: its users' events as they were due, and what travelled with the batches."""
+    """What is needed to train on a span again: the histories of its users, their interests, and the number of items."""
 
     histories: Histories
     stored_interests: StoredInterests | None
@@ -59,45 +61,47 @@ class PastSpan:
 
 @dataclass(frozen=True)
 class ASMGMemory:
-    """The chain and the generator. What a state serves is neither."""
+    """The chain and the generator. The served model is in the state, not here."""
 
-    model: Any  # the chain: a TrainedModel, fine-tuned on the last span
-    interests: Interests | None  # its interests
+    model: Any  # the newest model of the chain: a TrainedModel
+    interests: Interests | None  # interests of that model
     generator: ModelGenerator
     window: ModelWindow  # the last k models of the chain
-    past_spans: tuple[PastSpan, ...]  # the last k - 1 spans, where the generator learns on several at once
+    past_spans: tuple[PastSpan, ...]  # the last k - 1 spans, if the generator trains on several
 
 
 @dataclass(frozen=True)
 class ASMG:
-    """The variants differ in what the generator is, starts from and learns on.
+    """Fine-tuning of a chain of models, from which a trained generator makes the model to serve.
 
-    Differs from the paper: a residual generator starts as plain fine-tuning, so that it may serve before it has learnt
-    much; the first windows are shorter than k; it practises on parts of the base block, because logs here have far
-    fewer spans; tables gain rows.
+    Differs from the paper: a residual generator starts as plain fine-tuning, so it can serve before it is trained much.
+    The first windows are shorter than k. The generator is first trained on parts of the base block, because logs here
+    have far fewer spans. Tables gain rows.
     """
 
-    generator: Literal["gru", "linear"] = "gru"
-    k: CountOrZero = 3  # models in the window; 0 = all since the base block, which is never in it
-    carry: bool = True  # start from the state before the window; else from 0
-    loss: Literal["linear", "uniform", "last", "exponential"] = "linear"  # on the last k spans: how much each counts
-    h: Count = 4  # hidden units of each slot
-    residual: bool = True  # the generator adds to the newest model; False is the paper's
-    largest: Count = 10_000  # scalars of a dense tensor that get a network each; above, one for each of its last axis
-    epochs: Count = 1  # of the generator
-    lr: Positive = 0.01  # of the generator
-    base_parts: CountOrZero = 6  # parts of the base block, on which the generator learns before its first use
-    fit: FitConfig = FitConfig()  # of the chain
+    generator: Literal["gru", "linear"] = "gru"  # Recurrent network, or weighted mean of the models.
+    k: CountOrZero = 3  # Number of models in the window. 0 = all since the base block. The base model is never in it.
+    carry: bool = True  # Start from the hidden state before the window. false = start from 0.
+    loss: Literal["linear", "uniform", "last", "exponential"] = "linear"  # Weights of the last k spans in the loss.
+    h: Count = 4  # Number of hidden units per network.
+    residual: bool = True  # Add the generator's output to the newest model. The paper has false.
+    largest: Count = 10_000  # Dense tensors with more scalars share networks along their last axis.
+    epochs: Count = 1  # Epochs of the generator per update.
+    lr: Positive = 0.01  # Learning rate of the generator.
+    base_parts: CountOrZero = 6  # Parts of the base block that the generator is first trained on. 0 = none.
+    fit: FitConfig = FitConfig()  # How the chain is trained.
 
     def __post_init__(self) -> None:
         check_options(self)
         if self.generator == "linear" and (self.k == 0 or self.loss != "last"):
-            raise OptionError("the linear generator mixes k models and learns on one span: set k >= 1 and loss=last.")
+            raise OptionError("asmg:generator=linear mixes k models and trains on one span. Set k >= 1 and loss=last.")
         if self.base_parts in (1, 2):
-            raise OptionError("ASMG needs at least 3 parts of the base block: set base_parts to 3 or more, or to 0.")
+            raise OptionError(
+                f"asmg cannot use {self.base_parts} parts of the base block. Set base_parts to 0 or at least 3."
+            )
 
     def update(self, state: State, span: Span) -> State:
-        """Train the generator, fine-tune the chain, generate what is served."""
+        """Train the generator, fine-tune the chain, and generate the model to serve."""
         if state.spans_seen == 0:
             return self._fit_base(state, span)
         memory: ASMGMemory = state.memory
@@ -136,7 +140,7 @@ class ASMG:
         return GRUGenerator.initial(n_slots, self.h, self.residual, rng)
 
     def _train_on_base_stream(self, state: State, base_epochs: int, n: int) -> ModelGenerator:
-        """The generator after a replay of parts of the base block. The models of that replay are thrown away."""
+        """Return the generator after a replay of parts of the base block. The models of that replay are discarded."""
         strategy = replace(self, fit=replace(self.fit, base_epochs=max(base_epochs, 1)))
         stream_state = State(state.model, state.seed)
         for recent, span in base_stream(state.histories, n):
@@ -145,7 +149,7 @@ class ASMG:
         return memory.generator
 
     def _past_span(self, state: State, model: TrainedModel, span: Span) -> PastSpan:
-        """The span, with the interests that were served in it."""
+        """Return the span, with the interests that were served during it."""
         stored_interests = stored_interests_of(model, state.interests, span.index)
         users_N = due_targets(state.histories).users_N.unique()
         if stored_interests is not None:
@@ -163,10 +167,10 @@ class ASMG:
         past_spans: tuple[PastSpan, ...],
         key: tuple[int, ...],
     ) -> ModelGenerator:
-        """The generator after learning: the model made of those up to i has to be good on span i + 1.
+        """Return the trained generator. The model made from those up to i should be good on span i + 1.
 
-        Each step takes a batch of each of the last spans. Differs from the paper: all are of one size, so that an older
-        span with more events is seen in part, and one with fewer starts over.
+        Each step takes one batch from each of the last spans. Differs from the paper: all batches have the same size.
+        So only a part of a larger older span is used, and a smaller one is repeated.
         """
         if not window.models:
             return generator
@@ -197,7 +201,7 @@ class ASMG:
         past_spans: list[PastSpan],
         key: tuple[int, ...],
     ) -> LossTerm:
-        """What makes the newest span's loss a weighted sum over all of them."""
+        """Return the term that turns the newest span's loss into a weighted sum over all spans."""
         *weights, newest = loss_weights(len(window.models), self.loss)
         seed, *path = key
         rngs = [stream(seed, "past spans", *path, j) for j in range(len(past_spans))]
@@ -216,9 +220,9 @@ class ASMG:
         return term
 
     def _endless_batches(self, model: TrainedModel, past_span: PastSpan, rng: torch.Generator) -> Iterator[Batch]:
-        """Batches of a past span without end, or none where there is none."""
+        """Yield batches of a past span, again and again. Yields nothing if the span has no batch."""
         targets = due_targets(past_span.histories, self.fit.history)
-        negative_pool_N = torch.arange(1, past_span.n_items + 1)  # no item that came later
+        negative_pool_N = torch.arange(1, past_span.n_items + 1)  # without items that came later
         is_empty = False
         while not is_empty:
             is_empty = True
@@ -227,7 +231,7 @@ class ASMG:
                 yield replace(batch, negatives_N=sample_negatives(model, rng, negative_pool_N))
 
     def _push_model(self, generator: ModelGenerator, window: ModelWindow, model: TrainedModel) -> ModelWindow:
-        """The window with one more model, and without its first one if it was full."""
+        """Return the window with one more model. If it was full, its first model is dropped."""
         models, hidden = (*window.models, copy_weights(model)), window.hidden
         if self.k and len(models) > self.k:
             hidden = generator.hidden_after_first(window) if self.carry else None

@@ -1,4 +1,4 @@
-"""Strategies without machinery: absorb, frozen, fine-tune, full retrain, batch update over the last w spans."""
+"""The simplest strategies: absorb, frozen, fine-tuning, full retrain, and retraining on the last w spans."""
 
 import copy
 from dataclasses import dataclass, replace
@@ -13,10 +13,10 @@ from freshrec.types import Events, Histories, Span, State
 
 @dataclass(frozen=True)
 class Absorb:
-    """No training at all: what a model counts, the replay has already given it. The strategy of the controls."""
+    """No gradient training. A counting model has already absorbed the events when `update` is called."""
 
     def update(self, state: State, span: Span) -> State:
-        """The same model with room for the new users and items."""
+        """Return the same model with rows for the new users and items."""
         model = copy.deepcopy(state.model)
         model.grow(span.n_users, span.n_items)
         recent = mark_trained(state.histories, history_length(model))
@@ -25,12 +25,12 @@ class Absorb:
 
 @dataclass(frozen=True)
 class Frozen:
-    """Never updated after the base block; new users and items get untrained rows."""
+    """No training after the base block. New users and items get untrained vectors."""
 
-    fit: FitConfig = FitConfig()
+    fit: FitConfig = FitConfig()  # How the base block is trained.
 
     def update(self, state: State, span: Span) -> State:
-        """The base model, grown; interests stay as they were stored."""
+        """Return the base model with rows for new users and items. Stored interests do not change."""
         if state.spans_seen == 0:
             return fit_base_block(state, span, self.fit)
         model = grown_copy(state, span)
@@ -40,12 +40,12 @@ class Frozen:
 
 @dataclass(frozen=True)
 class FineTune:
-    """Train the previous model on the new events."""
+    """Fine-tuning: continue training the previous model on the new events."""
 
-    fit: FitConfig = FitConfig()
+    fit: FitConfig = FitConfig()  # How the model is trained.
 
     def update(self, state: State, span: Span) -> State:
-        """The previous weights, interests and optimiser state, trained on the due events."""
+        """Train the previous weights and interests on the due events. The optimiser keeps its state."""
         if state.spans_seen == 0:
             return fit_base_block(state, span, self.fit)
         model = grown_copy(state, span)
@@ -58,14 +58,14 @@ class FineTune:
 
 @dataclass(frozen=True)
 class Retrain:
-    """Train on all events so far, or on those of the last `spans` spans."""
+    """Retraining on all events so far, or on those of the last `spans` spans."""
 
-    from_scratch: bool = True  # from untrained weights, for the base block's number of epochs; else from the last ones
-    spans: int = 0  # 0 = all
-    fit: FitConfig = FitConfig()
+    from_scratch: bool = True  # Start from untrained weights (true) or from the previous model (false).
+    spans: int = 0  # Number of most recent spans to train on. 0 = all.
+    fit: FitConfig = FitConfig()  # How the model is trained.
 
     def update(self, state: State, span: Span) -> State:
-        """A model trained on the remembered events; `memory` refers to them, without copying."""
+        """Train on the remembered events. `memory` holds references to them, not copies."""
         past_events: tuple[Events, ...] = (*(state.memory or ()), span.events)
         past_events = past_events[-self.spans :] if self.spans else past_events
         if state.spans_seen == 0:
@@ -82,7 +82,7 @@ class Retrain:
 
 
 def _rebuild_histories(past: tuple[Events, ...], n_users: int) -> Histories:
-    """All remembered events by user, due once more; what the last span deferred stays deferred."""
+    """Mark all remembered events as due again. Events that the last span deferred stay deferred."""
     histories = Histories.empty()
     for events in past:
         histories = append_events(release_deferred(histories), events, n_users)

@@ -1,6 +1,6 @@
-"""What can update what: the models that each strategy takes, and a sentence where it does not take one.
+"""Which strategies can update which models, and what every update must return.
 
-And what every update must return, checked in the one place where replay and store call `update`.
+Replays and stores call `update` only through `next_state`, which checks the new state.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from freshrec.strategies.sml import SML
 from freshrec.strategies.spmf import SPMF
 from freshrec.types import EncodingModel, InterestModel, ModelSpec, Span, State, Strategy, TrainedModel
 
-Requirement = Callable[[Any, str, str], str | None]  # (model, its name, the strategy's name) -> why not; None: it fits
+Requirement = Callable[[Any, str, str], str | None]  # (model, its name, the strategy's name) -> objection or None
 
 
 def check_compatible(spec: ModelSpec, model_name: str, strategy: Strategy, strategy_name: str) -> None:
-    """Raise IncompatibleError, with a sentence, where this strategy cannot update this model.
+    """Raise IncompatibleError if the strategy cannot update the model.
 
-    A strategy that REQUIREMENTS does not list may update any model; what its update raises is reported as it is.
+    A strategy that is not in REQUIREMENTS may update any model. Errors in its `update` are reported unchanged.
     """
     model = build_model(spec, model_name)
     for kind, requirement in REQUIREMENTS.items():
@@ -39,72 +39,77 @@ def check_compatible(spec: ModelSpec, model_name: str, strategy: Strategy, strat
 
 
 def next_state(strategy: Strategy, state: State, span: Span) -> State:
-    """What `strategy.update` returns. OptionError where that is no state that a replay or a store can go on from."""
+    """Return the state after `strategy.update`. Raises OptionError if a replay or store cannot continue from it."""
     after: Any = strategy.update(state, span)
     call = f'update(state, span) of strategy "{type(strategy).__name__}"'
     if not isinstance(after, State):
-        raise OptionError(f"{call} returned {after!r:.60}; it must return the next State.")
+        raise OptionError(f"{call} returned {after!r:.60}. It must return the next State.")
     if after.spans_seen != state.spans_seen + 1:
         raise OptionError(
-            f"{call} returned a state with spans_seen={after.spans_seen}; it must be {state.spans_seen + 1}, "
-            "one more than before, as finish_update in freshrec/learn/fit.py sets it."
+            f"{call} returned a state with spans_seen={after.spans_seen}. It must be {state.spans_seen + 1}, "
+            "one more than before. Call finish_update in freshrec/learn/fit.py, which sets it."
         )
     sizes, needed = (after.model.n_users, after.model.n_items), (span.n_users, span.n_items)
     if sizes != needed:
         raise OptionError(
-            f"{call} returned a model of {sizes[0]} users and {sizes[1]} items, and the span has {needed[0]} and "
-            f"{needed[1]}; let the model grow, as grown_copy in freshrec/learn/fit.py does."
+            f"{call} returned a model with {sizes[0]} users and {sizes[1]} items, but the span has {needed[0]} and "
+            f"{needed[1]}. Grow the model first, as grown_copy in freshrec/learn/fit.py does."
         )
     return after
 
 
 def counters_only(model: Any, model_name: str, strategy_name: str) -> str | None:
-    """For strategies without training."""
+    """Accept counting models, for strategies without gradient training."""
     if isinstance(model, TrainedModel):
-        return f'"{strategy_name}" trains nothing, and "{model_name}" learns only by training: use frozen.'
+        return (
+            f'Strategy "{strategy_name}" trains nothing, and model "{model_name}" needs training. Use strategy frozen.'
+        )
     return None
 
 
 def blends_only(model: Any, model_name: str, strategy_name: str) -> str | None:
-    """For strategies that combine experts."""
+    """Accept blends, for strategies that combine experts."""
     if not isinstance(model, Blend):
         fitting = "finetune" if isinstance(model, TrainedModel) else "absorb"
         return (
-            f'"{strategy_name}" joins experts, and "{model_name}" has none: use it with blend. '
-            f'A strategy for "{model_name}" is {fitting}.'
+            f'Strategy "{strategy_name}" updates blends, and model "{model_name}" is none. '
+            f"Use strategy {fitting}, or model blend."
         )
     return None
 
 
 def trained_models(model: Any, model_name: str, strategy_name: str) -> str | None:
-    """For strategies that train by gradients."""
+    """Accept trained models, for strategies that use gradients."""
     if not isinstance(model, TrainedModel):
-        strategies = "refit (or absorb, which trusts the best expert)" if isinstance(model, Blend) else "absorb"
-        return f'"{model_name}" counts, it is not trained: its only strategy is {strategies}.'
+        strategies = "refit, or absorb, which uses the best expert alone" if isinstance(model, Blend) else "absorb"
+        kind = "a blend" if isinstance(model, Blend) else "a counting model"
+        return (
+            f'Strategy "{strategy_name}" cannot train model "{model_name}", which is {kind}. Use strategy {strategies}.'
+        )
     return None
 
 
 def encoding_models(model: Any, model_name: str, strategy_name: str) -> str | None:
-    """For strategies that need gradients of the scores of all items."""
+    """Accept models with item and user vectors, for strategies that need gradients of all scores."""
     if isinstance(model, TrainedModel) and not isinstance(model, EncodingModel):
         return (
-            f'"{strategy_name}" follows the scores of all items back to their vectors; "{model_name}" does not let it. '
-            "Use a model with user and item vectors, such as sasrec or comirec-dr."
+            f'Strategy "{strategy_name}" needs a model that scores by user and item vectors. "{model_name}" does not. '
+            "Use a model such as sasrec or comirec-dr."
         )
     return trained_models(model, model_name, strategy_name)
 
 
 def interest_models(model: Any, model_name: str, strategy_name: str) -> str | None:
-    """For strategies that work on the interests of users."""
+    """Accept models with several interests per user, for strategies that update interests."""
     if isinstance(model, TrainedModel) and not isinstance(model, InterestModel):
         return (
-            f'"{strategy_name}" needs a model with several interests a user; "{model_name}" has one vector. '
-            "Use mind, comirec-dr or comirec-sa."
+            f'Strategy "{strategy_name}" needs a model with several interests per user, and "{model_name}" has one '
+            "vector. Use model mind, comirec-dr or comirec-sa."
         )
     return trained_models(model, model_name, strategy_name)
 
 
-REQUIREMENTS: dict[type, Requirement] = {  # somebody else's strategy may add itself
+REQUIREMENTS: dict[type, Requirement] = {  # a custom strategy may add its own line
     Absorb: counters_only,
     Refit: blends_only,
     Frozen: trained_models,

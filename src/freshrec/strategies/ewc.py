@@ -1,6 +1,6 @@
-"""EWC: fine-tuning held to the last weights, each as firmly as the predictions of the last events depend on it.
+"""EWC: fine-tuning with a penalty on leaving the previous weights, in proportion to their Fisher information.
 
-Symbols of the paper: F_i -> fisher, theta -> weights, theta*_A -> anchor (the last model), lambda -> weight.
+Symbols of the paper: F_i -> fisher, theta -> weights, theta*_A -> anchor (the previous model), lambda -> weight.
 """
 
 import time
@@ -26,7 +26,7 @@ from freshrec.nn.scoring import item_table, item_vectors, user_vectors
 from freshrec.random_streams import stream
 from freshrec.types import Batch, EncodingModel, Forward, LossTerm, Span, State
 
-SAMPLE_BLOCK = 32  # whose gradients are in memory at once
+SAMPLE_BLOCK = 32  # samples whose gradients are in memory at the same time
 
 
 def penalty(weights: Tensor, anchor: Tensor, fisher: Tensor, weight: float) -> Tensor:
@@ -35,9 +35,9 @@ def penalty(weights: Tensor, anchor: Tensor, fisher: Tensor, weight: float) -> T
 
 
 def penalty_term(model: EncodingModel, anchor: EncodingModel, fisher: Weights, weight: float) -> LossTerm:
-    """The term of the loss that keeps `model` near `anchor`.
+    """Return the loss term that keeps `model` near `anchor`.
 
-    Of the tables it holds the rows that the step moves, as far as there were such rows when `fisher` was made.
+    It covers all dense weights, and the table rows that the step changes. Rows without Fisher information are free.
     """
     tables, dense = embedding_tables(model), dict(model.named_parameters())
     anchor_tables, anchor_dense = embedding_tables(anchor), {n: w.detach() for n, w in anchor.named_parameters()}
@@ -59,15 +59,15 @@ def penalty_term(model: EncodingModel, anchor: EncodingModel, fisher: Weights, w
 def empirical_fisher(
     model: EncodingModel, samples: TrainingSamples, stored_interests: StoredInterests | None
 ) -> Weights:
-    """F_j = mean over samples of (d -ln p(y | x) / d theta_j)^2, y the true target: the empirical Fisher diagonal.
+    """F_j = mean over samples of (d -ln p(y | x) / d theta_j)^2 for true targets y: the empirical Fisher diagonal.
 
-    p is the softmax of the scores of all known items; j runs over all dense weights and all rows of the tables.
+    p is the softmax of the scores of all known items. j runs over all dense weights and all rows of the tables.
     """
     squares_by_name = {name: torch.zeros_like(weights) for name, weights in copy_weights(model).items()}
     n_interests_N = torch.ones(len(samples), dtype=torch.int64)
     if stored_interests is not None:
         n_interests_N = stored_interests.interest_counts(samples.users_N)
-    for k in n_interests_N.unique():  # so that nobody in a batch lacks an interest that others have
+    for k in n_interests_N.unique():  # all users of a batch have equally many interests
         for index in split_chunks((n_interests_N == k).nonzero()[:, 0], SAMPLE_BLOCK):
             batch = exemplar_batch(samples, index, model, stored_interests)
             batch = Batch(batch.users_B, batch.history_BT, samples.items_N[index][:, None], None, batch.interests_BKD)
@@ -76,8 +76,11 @@ def empirical_fisher(
 
 
 def _add_squared_gradients(total: Weights, model: EncodingModel, batch: Batch) -> None:
-    """Add each sample's squared gradients. B samples, I items from 1 on; of an item row only two kinds of gradient
-    exist, (p - y) v from its score and that from its places in the history, so none of (B, I, D) is ever formed."""
+    """Add each sample's squared gradients to `total`. B samples, I items without the padding.
+
+    The gradient of an item row has two parts: (p - y) v from its score, and one from its positions in the history. So
+    no tensor of shape (B, I, D) is needed.
+    """
     assert batch.targets_BT is not None
     items_ID, item_B1 = item_vectors(model)[1 : model.n_items + 1], batch.targets_BT - 1
     vectors_BKD = user_vectors(model, batch)
@@ -89,7 +92,7 @@ def _add_squared_gradients(total: Weights, model: EncodingModel, batch: Batch) -
     total["items"][1 : model.n_items + 1] += squares_BKI.flatten(0, 1).t() @ vectors_BKD.square().flatten(0, 1)
 
     dense: Weights = {}
-    if model.batch_format == "pair":  # the user's vector is a row of its own
+    if model.batch_format == "pair":  # the user's vector is a row of a table
         total["users"].index_add_(0, batch.users_B, (error_BI @ items_ID).square())
         history_BTD = torch.zeros(*batch.history_BT.shape, items_ID.shape[1])
     else:
@@ -112,7 +115,7 @@ def _add_squared_gradients(total: Weights, model: EncodingModel, batch: Batch) -
 def _category_squared_gradients(
     model: EncodingModel, history_BT: Tensor, history_BTD: Tensor, error_BKI: Tensor, vectors_BKD: Tensor
 ) -> Tensor:
-    """(C, D) the sum over samples of the squared gradients of what the items of each category have in common."""
+    """Sum over samples of the squared gradients of each category's vector, shape (C, D)."""
     items = item_table(model)
     assert items.common is not None
     categories_R = items.kinds_R
@@ -127,19 +130,19 @@ def _category_squared_gradients(
 
 
 class EncoderModule(nn.Module):
-    """A model's `encode` as a forward pass, so that it can be called with other weights."""
+    """Wraps a model's `encode` as a forward pass, so that it can be called with other weights."""
 
     def __init__(self, model: EncodingModel) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, items_BTD: Tensor, batch: Batch) -> Tensor:
-        """(B, K, D)"""
+        """User vectors, shape (B, K, D)."""
         return self.model.encode(items_BTD, batch)
 
 
 def _per_sample_gradients(model: EncodingModel, batch: Batch) -> tuple[Weights, Tensor]:
-    """Of each sample's -ln p, by the dense weights, (B, ...) each, and by the vectors of its history (B, T, D)."""
+    """Gradients of each sample's -ln p: by each dense weight (B, ...), and by the vectors of its history (B, T, D)."""
     assert batch.targets_BT is not None
     items_ID, encoder = item_vectors(model)[1 : model.n_items + 1], EncoderModule(model)
     dense = {f"model.{name}": weights.detach() for name, weights in model.named_parameters()}
@@ -156,7 +159,7 @@ def _per_sample_gradients(model: EncodingModel, batch: Batch) -> tuple[Weights, 
     interests_dim = None if batch.interests_BKD is None else 0
     per_sample_gradient = vmap(partial(grad(loss, (0, 1)), dense), in_dims=(0, 0, 0, interests_dim, 0))
     history_BTD = embed(item_table(model), batch.history_BT)
-    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels know no vmap
+    with sdpa_kernel(SDPBackend.MATH):  # fused kernels do not support vmap
         by_dense, by_items_BTD = per_sample_gradient(
             history_BTD, batch.users_B, batch.history_BT, batch.interests_BKD, batch.targets_BT
         )
@@ -165,21 +168,21 @@ def _per_sample_gradients(model: EncodingModel, batch: Batch) -> tuple[Weights, 
 
 @dataclass(frozen=True)
 class EWC:
-    """Fine-tuning with a quadratic penalty on leaving the last weights; only the last: anchors do not pile up.
+    """Fine-tuning with a quadratic penalty on leaving the previous weights. The only anchor is the previous model.
 
-    The penalty is scaled by the mean over samples, so `weight` has to be large. Differs from ADER's comparison: the
-    Fisher's samples are drawn from the span's targets, since EWC keeps no exemplars.
+    The Fisher information is a mean over samples, so `weight` has to be large. Differs from ADER's comparison: the
+    samples are drawn from the span's targets, because EWC keeps no exemplars.
     """
 
-    weight: Weight = 1000.0
-    samples: Count = 1000
-    fit: FitConfig = FitConfig()
+    weight: Weight = 1000.0  # Weight of the penalty. 0 = fine-tuning.
+    samples: Count = 1000  # Number of targets that the Fisher information is estimated from.
+    fit: FitConfig = FitConfig()  # How the model is trained.
 
     def __post_init__(self) -> None:
         check_options(self)
 
     def update(self, state: State, span: Span) -> State:
-        """Train with the penalty, then measure what the new model depends on."""
+        """Train with the penalty, then estimate the Fisher information of the new model."""
         targets = due_targets(state.histories, self.fit.history)
         if state.spans_seen == 0:
             return self._update_fisher(fit_base_block(state, span, self.fit), targets, None, span.index)
@@ -195,7 +198,7 @@ class EWC:
         return self._update_fisher(after, targets, state.memory, span.index)
 
     def _update_fisher(self, after: State, targets: Targets, before: Weights | None, span: int) -> State:
-        """`after` with the Fisher of its model, by some of the span's targets; the last one where there are none."""
+        """Return `after` with the Fisher information of its model. Without targets, the previous one is kept."""
         started_at, meter = time.process_time(), CostMeter(dict(after.costs))
         length = sample_history_length(after.model)
         targets = trainable_targets(targets, length)

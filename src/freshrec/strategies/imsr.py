@@ -1,7 +1,7 @@
-"""IMSR: keep a user's interests (retainer), notice new ones (detector), drop what is redundant (trimmer).
+"""IMSR: keep a user's interests (retainer), detect new ones (detector), drop redundant ones (trimmer).
 
 Symbols of the paper: h_k -> vectors_BKD, h_k^{t-1} -> interests_BKD (stored), e_a -> target_BD, e_i -> items_NTD,
-K_u -> alive_BK.sum(1), delta K -> new, U_p -> puzzled users, c_1 -> c1, c_2 -> c2, M_exist -> vectors_BKD[old_BK].
+K_u -> alive_BK.sum(1), delta K -> new, U_p -> puzzled_N, c_1 -> c1, c_2 -> c2, M_exist -> vectors_BKD[old_BK].
 """
 
 import math
@@ -29,7 +29,7 @@ from freshrec.types import DUE, Batch, Forward, Histories, InterestModel, Intere
 def sigmoid_distillation(new_BK: Tensor, stored_BK: Tensor, old_BK: Tensor, tau: float = 1.0) -> Tensor:
     """mean over the batch of sum_{k old} CE(sigma(h_k^t e_a / tau), sigma(h_k^{t-1} e_a / tau)) [IMSR eq. 10].
 
-    Logits (B, K) of the student and the teacher. No gradient reaches the teacher.
+    `new_BK` and `stored_BK` are the logits of the student and the teacher. No gradient reaches the teacher.
     """
     teacher_BK = torch.sigmoid(stored_BK.detach() / tau)
     loss_BK = F.binary_cross_entropy_with_logits(new_BK / tau, teacher_BK, reduction="none")
@@ -37,7 +37,7 @@ def sigmoid_distillation(new_BK: Tensor, stored_BK: Tensor, old_BK: Tensor, tau:
 
 
 def softmax_distillation(new_BK: Tensor, stored_BK: Tensor, old_BK: Tensor, tau: float = 2.0) -> Tensor:
-    """-sum_k p'_k ln p_k over the old interests, p = softmax(logits / tau); mean over the batch."""
+    """-sum_k p'_k ln p_k over the old interests, p = softmax(logits / tau), mean over the batch."""
     teacher_BK = torch.softmax((stored_BK.detach() / tau).masked_fill(~old_BK, MASKED), 1)
     student_BK = torch.log_softmax((new_BK / tau).masked_fill(~old_BK, MASKED), 1)
     loss_B = -(teacher_BK * student_BK).sum(1) * old_BK.any(1)
@@ -46,23 +46,25 @@ def softmax_distillation(new_BK: Tensor, stored_BK: Tensor, old_BK: Tensor, tau:
 
 @dataclass(frozen=True)
 class Retainer:
-    """The existing-interests retainer: an extra loss that keeps old interests close to what was stored.
+    """The existing-interests retainer: a loss that keeps old interests close to the stored ones.
 
-    `form`: "sigmoid" (the paper's), "distance" (DIR: squared Euclidean distance), "kd1" (softmax over interests, as in
-    LwF), "kd2" (kd1 on cosines / 0.1), "kd3" (kd1 weighted against the loss by the share of old interests, as in BiC).
-    The paper gives no formulas for kd1-3; these are our readings. The target item's vector gets no gradient from here:
-    moving it satisfies the retainer without retaining anything (measured: 2 x the gain when detached).
+    Values of `form`: "sigmoid" is the paper's. "distance" (DIR) is the squared Euclidean distance. "kd1" is a softmax
+    over a user's interests, as in LwF. "kd2" is kd1 on cosines / 0.1. "kd3" is kd1, weighted against the model's loss
+    by the share of old interests, as in BiC. The paper gives no formulas for kd1 to kd3, so they are our readings.
+
+    The target item's vector gets no gradient from the retainer. Moving the item would lower this loss without retaining
+    an interest. Detaching it doubled the measured gain.
     """
 
-    form: Literal["sigmoid", "distance", "kd1", "kd2", "kd3"] = "sigmoid"
-    weight: Weight = 0.1
-    tau: Positive = 1.0
+    form: Literal["sigmoid", "distance", "kd1", "kd2", "kd3"] = "sigmoid"  # Loss between new and stored interests.
+    weight: Weight = 0.1  # Weight of the retainer in the loss.
+    tau: Positive = 1.0  # Temperature of the sigmoids. For form = "sigmoid" only.
 
     def __post_init__(self) -> None:
         check_options(self)
 
     def __call__(self, batch: Batch, forward: Forward) -> Tensor:
-        """The scalar to add to the loss."""
+        """Return the scalar to add to the loss."""
         assert forward.vectors_BKD is not None and forward.target_BD is not None
         assert batch.interests_BKD is not None and batch.old_BK is not None and batch.alive_BK is not None
         new_BKD, stored_BKD, old_BK = forward.vectors_BKD, batch.interests_BKD, batch.old_BK
@@ -86,7 +88,7 @@ class Retainer:
 
 
 def divergence(logits_NK: Tensor, alive_NK: Tensor) -> Tensor:
-    """KL(uniform || p) = ln sum_k e^{e_i h_k} - mean_k e_i h_k - ln K >= 0, k over a user's interests [IMSR eq. 12]."""
+    """KL(uniform || p) = ln sum_k e^{e_i h_k} - mean_k e_i h_k - ln K >= 0 over a user's interests [IMSR eq. 12]."""
     n_N = alive_NK.sum(-1).clamp(min=1)
     sum_N = torch.logsumexp(logits_NK.masked_fill(~alive_NK, -torch.inf), -1)
     return sum_N - (logits_NK * alive_NK).sum(-1) / n_N - n_N.log()
@@ -98,11 +100,14 @@ def puzzlement(logits_NK: Tensor, alive_NK: Tensor) -> Tensor:
 
 
 def is_puzzled(mean_N: Tensor, n_interests_N: Tensor, form: str, c1: float) -> Tensor:
-    """Whether a user's mean puzzlement exceeds c_1 (N,) [IMSR eq. 14].
+    """Whether a user's mean puzzlement exceeds c_1, shape (N,) [IMSR eq. 14].
 
-    As printed, P > c_1 > 0 can never hold, since P <= 0. `form` says on which scale c_1 is read: "geo", the
-    geometric mean exp(P) / K of p(h_k | e_i), in which the paper's range 0.02-0.12 works; "exp", exp(P), for the
-    slides' 0.4-0.6; "kl", KL < c_1; "quantile", the c_1 share of active users with the largest P.
+    As printed, P > c_1 > 0 can never hold, because P <= 0. `form` is the scale of c_1:
+
+    - "geo": exp(P) / K, the geometric mean of p(h_k | e_i). The paper's range 0.02 to 0.12 works on this scale.
+    - "exp": exp(P). The slides' range 0.4 to 0.6 works on this scale.
+    - "kl": KL < c_1.
+    - "quantile": the share c_1 of active users with the largest P.
     """
     if form == "geo":
         return mean_N.exp() / n_interests_N > c1
@@ -114,16 +119,16 @@ def is_puzzled(mean_N: Tensor, n_interests_N: Tensor, form: str, c1: float) -> T
         if not len(mean_N):
             return torch.zeros(0, dtype=torch.bool)
         return mean_N > torch.quantile(mean_N, 1 - c1)
-    raise OptionError(f'nid form is geo, exp, kl or quantile, not "{form}".')
+    raise OptionError(f'detect.form cannot be "{form}". Use geo, exp, kl or quantile.')
 
 
 @dataclass(frozen=True)
 class Detector:
-    """The new-interests detector: who gets new interests, by the model of the last span on this span's events."""
+    """The new-interests detector: selects the users whose new events the previous model explains poorly."""
 
-    form: Literal["geo", "exp", "kl", "quantile"] = "quantile"  # does not depend on the scale of the item vectors
-    c1: float = 0.15
-    new: CountOrZero = 3  # delta K
+    form: Literal["geo", "exp", "kl", "quantile"] = "quantile"  # Scale of c1. "quantile" suits any item vectors.
+    c1: float = 0.15  # Threshold of the puzzlement. For "quantile", the share of active users selected.
+    new: CountOrZero = 3  # Number of interests added to a selected user (delta K).
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -131,10 +136,10 @@ class Detector:
     def find_puzzled_users(
         self, model: InterestModel, interests: Interests, histories: Histories, n_known_items: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(puzzled users, judged users, mean KL of each judged user).
+        """Return the users with high puzzlement, all rated users, and the mean KL of each rated user.
 
-        Items the last model has not seen (rows above `n_known_items`) do not count: their vectors are untrained, so
-        each looks puzzled. Users with fewer than 2 events are not judged.
+        Items that the previous model has not seen (rows above `n_known_items`) are ignored. Their vectors are
+        untrained, so every user would look puzzled. Users with fewer than 2 events are not rated.
         """
         rows_N = ((histories.due_R == DUE) & (histories.items_R <= n_known_items)).nonzero()[:, 0]
         users_N = row_users(histories)[rows_N]
@@ -154,10 +159,10 @@ class Detector:
 
 
 def residual(vectors_BKD: Tensor, alive_BK: Tensor, old_BK: Tensor) -> Tensor:
-    """New interests without their projection on the plane of the old ones: h - M (M^T M)^+ M^T h [IMSR eq. 16].
+    """h - M (M^T M)^+ M^T h: new interests minus their projection on the span of the old ones [IMSR eq. 16].
 
-    Differs from the paper: (M M^T)^{-1} does not exist (rank K < d); with the pseudo-inverse it is this projection.
-    Old interests are returned as they are, and get no gradient from here.
+    Differs from the paper: (M M^T)^{-1} does not exist, because the rank K is below d. With the pseudo-inverse, it is
+    this projection. Old interests are returned unchanged, and get no gradient from this function.
     """
     is_new_BK = alive_BK & ~old_BK & old_BK.any(1, keepdim=True)
     if not bool(is_new_BK.any()):
@@ -168,10 +173,10 @@ def residual(vectors_BKD: Tensor, alive_BK: Tensor, old_BK: Tensor) -> Tensor:
 
 
 def _orthonormal_basis(vectors_BKD: Tensor, is_used_BK: Tensor) -> Tensor:
-    """(B, K, D) an orthonormal basis of the chosen rows, by Gram-Schmidt over the few rows for all users at once.
+    """Orthonormal basis of the used rows, shape (B, K, D), by Gram-Schmidt for all users at once.
 
-    Rows that are left out, or that the rows before them span, become 0: a plain QR would invent directions for them,
-    and a batched pseudo-inverse costs as much as the whole training step.
+    Unused rows become 0, and so do rows that depend linearly on earlier ones. A plain QR would invent directions for
+    them. A batched pseudo-inverse would cost as much as the whole training step.
     """
     basis_BKD = torch.zeros_like(vectors_BKD)
     for k in range(vectors_BKD.shape[1]):
@@ -185,9 +190,9 @@ def _orthonormal_basis(vectors_BKD: Tensor, is_used_BK: Tensor) -> Tensor:
 
 
 def is_trivial(residual_BKD: Tensor, c2: float, scale_B: Tensor | float = 1.0) -> Tensor:
-    """||what is left of a new interest|| < c_2 (B, K), in units of `scale_B` [IMSR eq. 17].
+    """||residual of an interest|| < c_2, in units of `scale_B`, shape (B, K) [IMSR eq. 17].
 
-    Differs from the paper, which prints the norm of the projection: that would drop the most novel interests.
+    Differs from the paper, which prints the norm of the projection. That would drop the most novel interests.
     """
     norm_BK: Tensor = residual_BKD.norm(dim=2)
     return norm_BK < (torch.as_tensor(scale_B) * c2)[..., None]
@@ -195,14 +200,17 @@ def is_trivial(residual_BKD: Tensor, c2: float, scale_B: Tensor | float = 1.0) -
 
 @dataclass(frozen=True)
 class Trimmer:
-    """The projection-based trimmer: new interests are kept orthogonal to old ones, and only if something is left."""
+    """The projection-based trimmer: makes new interests orthogonal to the old ones, and drops short residuals.
 
-    c2: float = 0.3
-    last_only: bool = False  # keep an interest if a later one is kept; set for models whose interests are ordered
-    relative: bool = True  # to the mean norm of the user's old interests: routing squashes norms, attention does not
+    The norm of a residual is relative by default, because routing shortens interests and self-attention does not.
+    """
+
+    c2: float = 0.3  # Norm of the residual below which a new interest is dropped.
+    last_only: bool = False  # Drop only the last interests. The strategy sets it for models with ordered interests.
+    relative: bool = True  # Measure the norm relative to the mean norm of the user's old interests.
 
     def __call__(self, vectors_BKD: Tensor, alive_BK: Tensor, old_BK: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, K, D) interests and (B, K) which are kept; old interests and those of newcomers always are."""
+        """Return the interests (B, K, D) and which are kept (B, K). Old interests and those of new users always are."""
         residual_BKD = residual(vectors_BKD, alive_BK, old_BK)
         candidate_BK = alive_BK & ~old_BK & old_BK.any(1, keepdim=True)
         norm_BK = vectors_BKD.norm(dim=2) * old_BK
@@ -215,16 +223,19 @@ class Trimmer:
 
 @dataclass(frozen=True)
 class IMSR:
-    """Fine-tuning with the three parts, each of which is left out by setting it to None; `upkeep` is ours."""
+    """Fine-tuning with three parts: retainer, detector and trimmer. Each can be left out.
 
-    retain: Retainer | None = Retainer()
-    detect: Detector | None = Detector()
-    trim: Trimmer | None = Trimmer()
-    fit: FitConfig = FitConfig()
-    upkeep: InterestBudget = InterestBudget()
+    `upkeep` is not in the paper.
+    """
+
+    retain: Retainer | None = Retainer()  # The existing-interests retainer.
+    detect: Detector | None = Detector()  # The new-interests detector.
+    trim: Trimmer | None = Trimmer()  # The projection-based trimmer.
+    fit: FitConfig = FitConfig()  # How the model is trained.
+    upkeep: InterestBudget = InterestBudget()  # Limits of the stored interests.
 
     def update(self, state: State, span: Span) -> State:
-        """Detect, train with the retainer, trim; then the upkeep of what is stored."""
+        """Detect new interests, train with the retainer, trim, and apply the budget of stored interests."""
         if state.spans_seen == 0:
             return self.upkeep(fit_base_block(state, span, self.fit))
         model = grown_copy(state, span)

@@ -1,4 +1,4 @@
-"""IncCTR: fine-tuning that also learns from the last model's predictions, and gives frequent ids rows of their own.
+"""IncCTR: fine-tuning with distillation from the previous model. New ids get their own row once they are frequent.
 
 Symbols of the paper: lambda -> weight, tau -> tau, THR -> threshold, z -> logits_BN, z_T -> teacher_BN.
 """
@@ -22,31 +22,31 @@ from freshrec.types import Batch, ClickModel, Forward, LossTerm, Span, State, Tr
 
 
 def softmax_distillation(logits_BN: Tensor, teacher_BN: Tensor, tau: float = 1.0) -> Tensor:
-    """CE(softmax(z / tau), softmax(z_T / tau)) over the candidates, mean over the batch; the teacher is fixed."""
+    """CE(softmax(z / tau), softmax(z_T / tau)) over the candidates, mean over the batch. No gradient to the teacher."""
     return F.cross_entropy(logits_BN / tau, torch.softmax(teacher_BN.detach() / tau, 1))
 
 
 def sigmoid_distillation(logits_BN: Tensor, teacher_BN: Tensor, tau: float = 1.0) -> Tensor:
-    """CE(sigma(z / tau), sigma(z_T / tau)), mean over all logits; the teacher is fixed."""
+    """CE(sigma(z / tau), sigma(z_T / tau)), mean over all logits. No gradient to the teacher."""
     return F.binary_cross_entropy_with_logits(logits_BN / tau, torch.sigmoid(teacher_BN.detach() / tau))
 
 
 @dataclass(frozen=True)
 class Distill:
-    """The loss becomes (1 - weight) of itself and `weight` of the distance to the last model's logits.
+    """loss = (1 - weight) * model's loss + weight * cross-entropy with the previous model's logits.
 
-    Cross-entropy is linear in what it is compared with: this is the loss for the label (1 - weight) y + weight s, where
-    s is the teacher's opinion. At the first step both models agree, and the gradient is 1 - weight of fine-tuning's.
+    Cross-entropy is linear in the label. So this is the loss for the label (1 - weight) y + weight s, where s is the
+    teacher's prediction. At the first step both models agree, and the gradient is (1 - weight) times fine-tuning's.
     """
 
-    weight: Rate = 0.2
-    tau: Positive = 1.0
+    weight: Rate = 0.2  # Weight of the distillation in the loss. 0 = fine-tuning.
+    tau: Positive = 1.0  # Temperature: logits are divided by it.
 
     def __post_init__(self) -> None:
         check_options(self)
 
     def distillation_term(self, teacher: TrainedModel) -> LossTerm:
-        """What to add to the loss, given the last model."""
+        """Return the term to add to the loss, given the previous model."""
         distillation_loss = sigmoid_distillation if isinstance(teacher, ClickModel) else softmax_distillation
         hidden = HiddenStates()
 
@@ -59,36 +59,37 @@ class Distill:
 
 
 def candidate_logits(forward: Forward) -> Tensor:
-    """(B, N) of the candidates of each target, or of all items where these are the candidates."""
+    """Logits (B, N) of each target's candidates, or of all items if the loss covers all items."""
     if forward.logits_BN is not None:
         return forward.logits_BN
     if forward.vectors_BKD is None or forward.rows_RD is None:
-        raise IncompatibleError("incctr distils logits, and this model's forward gives none; set logits_BN.")
+        raise IncompatibleError("incctr distils logits, but this model returns none. Set logits_BN in its forward.")
     return max_inner_product(forward.vectors_BKD, forward.rows_RD[1:])
 
 
 @dataclass(frozen=True)
 class IncCTR:
-    """Fine-tuning with distillation from the last model ("KD-self"), and admission of new ids.
+    """Fine-tuning with distillation from the previous model ("KD-self") and admission of new ids.
 
-    `threshold`: until an id that came after the base block has been trained on so often, it shares one row with all
-    others like it, as user or as item; then it has its own, which starts as the shared one. 0: each has its own at
-    once. Differs from the paper: one learning rate for old and new rows; its new rows start at random.
+    Admission: all rare new users share one row, and so do all rare new items. An id is rare until it has been trained
+    on `threshold` times. Then it gets its own row, which starts as a copy of the shared one.
+
+    Differs from the paper: one learning rate for old and new rows. The paper's new rows start at random.
     """
 
-    distill: Distill | None = Distill()
-    threshold: CountOrZero = 0
-    fit: FitConfig = FitConfig()
+    distill: Distill | None = Distill()  # Distillation from the previous model. none = fine-tuning.
+    threshold: CountOrZero = 0  # Training events that a new id needs for a row of its own. 0 = it has one at once.
+    fit: FitConfig = FitConfig()  # How the model is trained.
 
     def __post_init__(self) -> None:
         check_options(self)
         if self.fit.holdout and self.threshold:
             raise OptionError(
-                "fit.holdout would judge rows that wait for the share of the common one; set threshold=0."
+                "incctr cannot use fit.holdout while rare ids share a row. Set threshold=0 or leave out fit.holdout."
             )
 
     def update(self, state: State, span: Span) -> State:
-        """Count who was met, let the rare share a row, train with the teacher."""
+        """Count training events per id, tie the rows of rare ids, and train with the teacher."""
         if state.spans_seen == 0:
             base_state = fit_base_block(state, span, self.fit)
             sizes = {"users": span.n_users, "items": span.n_items}
@@ -108,7 +109,7 @@ class IncCTR:
         return replace(finish_update(state, model, stored_interests, self.fit.history, meter), memory=n_seen)
 
     def _tie_rare_rows(self, model: TrainedModel, n_seen: dict[str, Tensor]) -> None:
-        """From now on, the users that were met too rarely are one row, and so are the items."""
+        """Tie the rows of all rare users to one row, and the rows of all rare items to another."""
         for name, table in embedding_tables(model).items():
             rare_N = (n_seen[name] < self.threshold).nonzero()[:, 0] if name in n_seen else torch.zeros(0)
             if len(rare_N):
@@ -116,20 +117,20 @@ class IncCTR:
 
 
 def tie_rows(table: EmbeddingTable, rows_N: Tensor) -> None:
-    """Train these rows as one, the first of them, until `untie_rows`. They start equal, and end equal."""
+    """Train these rows as one, until `untie_rows` is called. All take the values of the first row."""
     table.tied_to_R = torch.arange(len(table.packed)).index_fill(0, rows_N, int(rows_N[0]))
     table.weights.copy_(table.weights[table.tied_to_R])
 
 
 def untie_rows(table: EmbeddingTable) -> None:
-    """Each row is trained for itself again."""
+    """Train each row on its own again. Tied rows keep the values of their common row."""
     if table.tied_to_R is not None:
         table.weights.copy_(table.weights[table.tied_to_R])
     table.tied_to_R = None
 
 
 def _count_seen(before: dict[str, Tensor], targets: Targets, model: TrainedModel) -> dict[str, Tensor]:
-    """How often each user and each item was trained on so far; those of the base block often enough."""
+    """Count training events per user and per item so far. Ids of the base block start at the threshold."""
     now = {
         "users": torch.bincount(targets.users_N, minlength=model.n_users + 1),
         "items": torch.bincount(targets.items_N, minlength=model.n_items + 1),

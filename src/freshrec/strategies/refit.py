@@ -1,4 +1,4 @@
-"""Refit: the update of a blend. Its rule learns from what was remembered, its trained expert from the new events."""
+"""Refit: the update of a blend. Its rule learns from remembered queries, its trained expert from the new events."""
 
 import copy
 import time
@@ -18,41 +18,40 @@ from freshrec.models.blend.experts import RANK_COLUMN, SHARE_COLUMN, TRAINED_SPE
 from freshrec.models.blend.model import Blend, fit_rule
 from freshrec.models.blend.rule import SIGNIFICANCE_LEVEL, feature_gain, is_significantly_better
 from freshrec.models.pooled import Pooled
+from freshrec.progress import report_progress
 from freshrec.random_streams import stream, stream_seed
 from freshrec.strategies.baselines import Absorb
 from freshrec.types import DUE, NEVER, NEXT, NOW, Histories, Span, State
 
-TARGETS_PER_SECOND = 30_000  # passes in a second, with as much time again for what counts: half of what one core does
-MAX_VALIDATION_QUERIES = (
-    1000  # by which the epochs of the first training are chosen, and the learning rate of the others
-)
-MAX_TRIAL_TARGETS = 24_000  # targets, the latest, on which learning rates are tried
-MIN_TRIAL_QUERIES = 100  # queries to choose a learning rate by; with fewer it is the first
-MIN_GAIN_QUERIES = 300  # queries that tell whether the trained expert adds anything; with fewer it is kept
-MIN_GAIN_NATS = 0.005  # nats by which it must make the targets likelier
-LR_FACTORS = (1.0, 0.3, 0.0)  # of an update: what the learning rate is multiplied by; 0: nothing is trained
+# Targets that one core trains on per second, halved: the counting experts get the other half of the time.
+TARGETS_PER_SECOND = 30_000
+# Queries for choosing the epochs of the first training and the learning rate of later ones.
+MAX_VALIDATION_QUERIES = 1000
+MAX_TRIAL_TARGETS = 24_000  # most recent targets on which learning rates are tried
+MIN_TRIAL_QUERIES = 100  # with fewer queries, the first learning rate is used
+MIN_GAIN_QUERIES = 300  # with fewer queries, the trained expert is kept without a test
+MIN_GAIN_NATS = 0.005  # minimal gain in log-likelihood per target for keeping the trained expert, in nats
+LR_FACTORS = (1.0, 0.3, 0.0)  # factors of an update's learning rate; 0 = no training
 
 
 @dataclass(frozen=True)
 class Refit:
-    """Learn again how the experts of a blend are joined; what they count, the replay has already given them."""
+    """Fit again how the experts of a blend are combined. Its counting experts have already absorbed the events."""
 
-    weight_decay: Positive = 20.0  # on the squares of the weights, as against the sum over queries
-    min_queries: Count = 40  # queries to learn from; with fewer the best expert speaks alone
-    epochs: CountOrZero = 6  # of the network that corrects the weights; 0: weights only
-    trains: Literal["worth", "always", "never"] = "worth"  # the expert that learns by gradients: unless it adds nothing
-    fit: FitConfig = FitConfig(epochs=3, max_epochs=30, patience=3)  # how it is trained
-    guard: bool = True  # each update trains with the learning rate that was best on the newest sixth of its targets
-    max_passes: Count = (
-        6_000_000  # targets of one training, epochs counted: a large log gets fewer epochs, or its latest
-    )
-    full_retrain: bool = False  # forget everything, and do with all events so far as with a base block: a full retrain
+    weight_decay: Positive = 20.0  # L2 penalty on the expert weights, relative to the loss summed over queries.
+    min_queries: Count = 40  # Queries needed to fit the weights. With fewer, the best expert is used alone.
+    epochs: CountOrZero = 6  # Epochs of the network that corrects the weights. 0 = weights only.
+    trains: Literal["worth", "always", "never"] = "worth"  # Whether to train the trained expert. "worth" = if it helps.
+    fit: FitConfig = FitConfig(epochs=3, max_epochs=30, patience=3)  # How the trained expert is trained.
+    guard: bool = True  # Use the learning rate that is best on the newest sixth of an update's targets.
+    max_passes: Count = 6_000_000  # Limit of targets x epochs per training. Epochs are reduced first, then targets.
+    full_retrain: bool = False  # Rebuild everything from all events so far, as on a base block.
 
     def __post_init__(self) -> None:
         check_options(self)
 
     def update(self, state: State, span: Span) -> State:
-        """The same experts, joined by what was remembered up to now, then trained on what is new."""
+        """Fit the rule on the queries remembered so far, then train the trained expert on the new events."""
         after, meter = Absorb().update(state, span), CostMeter()
         if self.full_retrain:
             span = replace(span, events=concat_events((*(state.memory or ()), span.events)))
@@ -64,6 +63,7 @@ class Refit:
         model, targets = after.model, due_targets(state.histories)
         if model.pending_queries and self.trains != "never":
             model, targets = self._train_base(model, span, state.seed, meter)
+        report_progress("combining experts")
         started_at = time.process_time()
         fit_rule(model, self.weight_decay, self.min_queries, self.epochs)
         meter.add_time("refit_cpu_s", started_at)
@@ -78,10 +78,11 @@ class Refit:
         return replace(after, model=model, costs=meter.costs)
 
     def _train_base(self, model: Blend, span: Span, seed: int, meter: CostMeter) -> tuple[Blend, Targets]:
-        """Train on what came before the base block's last window; as long as it gets better at that, which is the rest.
+        """Train the trained expert on the base block without its last window, and return the window as targets.
 
-        What was remembered of the window then gets this expert's scores. If that adds nothing to what the
-        others think, beyond chance, the expert is given up; fewer than MIN_GAIN_QUERIES queries cannot tell.
+        Training stops when the quality on that window no longer improves. The queries remembered from the window then
+        get this expert's scores. If the scores add nothing beyond chance to those of the other experts, the expert is
+        dropped. With fewer than MIN_GAIN_QUERIES queries it is kept.
         """
         started_at = time.process_time()
         histories, rows_E = insert_events(Histories.empty(), span.events[span.events.train_at_E != NEVER], span.n_users)
@@ -94,7 +95,7 @@ class Refit:
         key = (stream_seed(seed, "refit base"), span.index)
         epochs = train(model.experts.trained_model, train_targets, fit.epochs, key)
         quality = partial(mean_ndcg, model.experts.trained_model, validation, None)
-        train_to_best_epoch(model.experts.trained_model, epochs, quality, self.fit.patience)
+        train_to_best_epoch(model.experts.trained_model, epochs, quality, self.fit.patience, fit.epochs)
         meter.add_time("train_cpu_s", started_at)
         scored = copy.copy(model)
         scored.score_pending_queries()
@@ -110,7 +111,7 @@ class Refit:
         return scored, window_targets
 
     def _limit_passes(self, fit: FitConfig, targets: Targets) -> tuple[FitConfig, Targets]:
-        """Fewer epochs, and in the end fewer targets, the latest, where there would be too many passes."""
+        """Reduce the epochs, and then the targets to the most recent ones, to stay within `max_passes`."""
         latest = targets.histories.times_R[targets.rows_N].argsort(stable=True)[-self.max_passes :].sort().values
         n_epochs = max(1, min(fit.epochs, self.max_passes // max(1, len(latest))))
         return replace(fit, epochs=n_epochs), targets[latest]
@@ -119,10 +120,10 @@ class Refit:
 def _choose_lr_factor(
     model: Pooled, targets: Targets, fit: FitConfig, key: tuple[int, ...], meter: CostMeter
 ) -> FitConfig:
-    """`fit`, or with less of a learning rate, or without epochs: which is best on the newest sixth of the targets.
+    """Return `fit` with the learning rate, or no training, that is best on the newest sixth of the targets.
 
-    The others have to be better than `fit` beyond chance (t-test of the differences in ndcg@20, the level halved, as
-    there are two of them). What was chosen stands in the costs: "lr_factor", what the learning rate is multiplied by.
+    A smaller factor is chosen only if it is better than factor 1 beyond chance. The test is a t-test on differences in
+    ndcg@20. Its level is halved because there are two alternatives. The costs report the choice as "lr_factor".
     """
     started_at, (seed, *path) = time.process_time(), key
     by_time_N = targets.histories.times_R[targets.rows_N].argsort(stable=True)[-MAX_TRIAL_TARGETS:]
@@ -135,6 +136,7 @@ def _choose_lr_factor(
     validation = validation[order_N[:MAX_VALIDATION_QUERIES]]
     if len(validation) < MIN_TRIAL_QUERIES:
         return fit
+    report_progress("choosing the learning rate")
     ndcg_by_factor, chosen, trial_key = [], 0, (stream_seed(seed, "refit trials"), *path)
     for i, lr_factor in enumerate(LR_FACTORS):
         candidate = copy.deepcopy(model)

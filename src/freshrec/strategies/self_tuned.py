@@ -1,10 +1,12 @@
-"""Self-tuned: fine-tuning with the settings that would have been best on the base block, replayed as a stream.
+"""Self-tuned: fine-tuning with the settings that were best when the base block was replayed as a stream.
 
-None of the four papers has it; it joins what their parts are good for. How much an update should change a model is the
-question that all of them answer once for all logs, and differently: retain (IMSR), replay (SPMF, ADER), join with the
-weights before (SML, ASMG), draw negatives from what is new (SML). News want the opposite of what a shop wants. Here
-each answer is a setting, and each log chooses them itself, before its first update and on nothing but its base block.
-On another sample than it was developed on it was worse than fine-tuning (docs/results.md): an experiment, no advice.
+This strategy comes from no paper. It combines parts of several. How much should an update change a model? Each paper
+gives one answer for all logs: retain (IMSR), replay (SPMF, ADER), merge with the previous weights (SML, ASMG), or draw
+negatives from new items (SML). News and shops need opposite answers. Here each answer is a setting, and it is chosen
+per log, before the first update, from the base block alone.
+
+It is an experiment, not a recommendation. On a sample that it was not developed on, it was worse than fine-tuning
+(docs/results.md).
 """
 
 import time
@@ -31,12 +33,12 @@ from freshrec.types import SEQUENCE_FORMATS, Histories, Span, State, TrainedMode
 
 @dataclass(frozen=True)
 class UpdateSettings:
-    """One way of updating; the default is fine-tuning."""
+    """One way of updating. The default is fine-tuning."""
 
-    lr_scale: float = 1.0  # against the model's learning rate
-    current_negatives: bool = False  # half of the negatives are items of the new events
-    replay_share: float = 0.0  # remembered targets to a new one
-    average_epochs: bool = False  # the model is the mean of those after each epoch but the first
+    lr_scale: float = 1.0  # factor of the model's learning rate
+    current_negatives: bool = False  # draw half of the negatives from the items of the new events
+    replay_share: float = 0.0  # remembered targets per new target
+    average_epochs: bool = False  # average the weights after each epoch except the first
 
 
 SEARCH_SPACE: dict[str, tuple[Any, ...]] = {
@@ -49,7 +51,7 @@ SEARCH_SPACE: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class SelfTunedMemory:
-    """Between two updates."""
+    """What is kept between two updates."""
 
     settings: UpdateSettings
     reservoir: Reservoir
@@ -57,30 +59,30 @@ class SelfTunedMemory:
 
 @dataclass(frozen=True)
 class SelfTuned:
-    """Settings are chosen one after the other: a value that was better in the simulation stays.
+    """Fine-tuning with settings that are chosen one after the other in a simulation on the base block.
 
-    The simulation trains a model on the first third of the base block and goes through the parts after that: all but
-    the first are tested, all but the last are trained on. An update costs what fine-tuning costs, and half as much
-    again where it replays. Settings that do nothing stay as they are: negatives of a model without them, a mean of two
-    epochs.
+    The simulation trains a model on the first third of the base block and updates it part by part. It tests on all
+    later parts but the first, and trains on all but the last. A value that improves the mean quality is kept. A setting
+    without effect keeps its default, such as the negatives of a model that uses none. An update costs as much as
+    fine-tuning, or half as much again if it replays.
     """
 
-    base_parts: CountOrZero = 6  # parts of the base block; 0: plain fine-tuning
-    max_queries: Count = 3000  # targets of each part, at most
-    reservoir: Positive = 0.3  # share of the base block's targets that are remembered
-    fit: FitConfig = FitConfig()
+    base_parts: CountOrZero = 6  # Number of parts of the base block in the simulation. 0 = plain fine-tuning.
+    max_queries: Count = 3000  # Maximum number of targets tested per part.
+    reservoir: Positive = 0.3  # Size of the reservoir as a share of the base block's targets.
+    fit: FitConfig = FitConfig()  # How the model is trained.
 
     def __post_init__(self) -> None:
         check_options(self)
         if self.base_parts in (1, 2, 3):
             raise OptionError(
-                "self-tuned needs at least 4 parts of the base block: set base_parts to 4 or more, or to 0."
+                f"self-tuned cannot use {self.base_parts} parts of the base block. Set base_parts to 0 or at least 4."
             )
         if self.fit.holdout:
-            raise OptionError("self-tuned chooses how to update before it updates; it has no use for fit.holdout.")
+            raise OptionError("self-tuned trains for a fixed number of epochs. Leave out fit.holdout.")
 
     def update(self, state: State, span: Span) -> State:
-        """The base block plainly, then the simulation; later, updates with the settings that were best in it."""
+        """Train on the base block and simulate. Later updates use the settings that were best in the simulation."""
         if state.spans_seen == 0:
             after = fit_base_block(state, span, self.fit)
             meter, started_at = CostMeter(dict(after.costs)), time.process_time()
@@ -99,7 +101,7 @@ class SelfTuned:
         return fill_reservoir(due, size, sample_history_length(state.model), rng)
 
     def _tune(self, state: State, base_epochs: int) -> UpdateSettings:
-        """The settings whose chain of updates on parts of the base block was best on the parts that came next."""
+        """Return the settings whose updates on parts of the base block were best on the following parts."""
         if not self.base_parts:
             return UpdateSettings()
         (recent, span), *parts = base_stream(state.histories, self.base_parts)
@@ -121,7 +123,7 @@ class SelfTuned:
         return best
 
     def _simulate_updates(self, state: State, parts: list[tuple[Histories, Span]], memory: SelfTunedMemory) -> float:
-        """Mean ndcg@20 (AUC of labelled targets) on all parts but the first, which comes before any update."""
+        """Return the mean ndcg@20 (AUC for labelled targets) of all parts but the first, which precedes any update."""
         qualities = []
         state = replace(state, memory=memory)
         for n, (recent, span) in enumerate(parts, 1):
@@ -172,12 +174,12 @@ class SelfTuned:
 
 
 def mix_negative_pool(current_N: Tensor, n_items: int) -> Tensor:
-    """Items to draw negatives from: all of them, and as many of the current ones."""
+    """Return a pool of negatives, in which the current items together are as frequent as all items together."""
     return torch.cat([torch.arange(1, n_items + 1), current_N.repeat(n_items // len(current_N) + 1)[:n_items]])
 
 
 def average_epoch_weights(model: TrainedModel, epochs: Iterable[float]) -> None:
-    """Train, and leave the mean of the weights after each epoch but the first; the optimisers go on from the last."""
+    """Train, then set the weights to their mean after each epoch but the first. Optimisers keep their last state."""
     total, n = copy_weights(model), 0
     for n, _ in enumerate(epochs):
         current = copy_weights(model)

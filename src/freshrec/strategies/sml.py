@@ -1,10 +1,12 @@
-"""SML: learn how to join the weights before a span with those adapted to it, judged by the span after.
+"""SML: learn to merge the weights before a span with the weights adapted to it, so that they fit the next span.
 
 Symbols: W_{t-1} -> before, W^_t -> the weights of the adapted model, f_Theta -> transfer, S -> rounds, lambda_1 ->
-weight_decay, lambda_2 -> transfer_weight_decay. A *stage* is one span's work: step 1 fits w on D_t with
-f_Theta(W_{t-1}, w) as the weights of the loss; step 2 fits Theta on D_{t+1} with w standing still. D_{t+1} comes with
-the next update, which therefore begins by closing the last stage. What is served was made in round 1, by the Theta of
-the stage before: it cannot know the span that it is tested on.
+weight_decay, lambda_2 -> transfer_weight_decay.
+
+A *stage* is the work on one span. Step 1 fits w on D_t, with f_Theta(W_{t-1}, w) as the weights in the loss. Step 2
+fits Theta on D_{t+1} with w fixed. D_{t+1} arrives with the next update, so each update starts by closing the last
+stage. The served weights are made in round 1, with the Theta of the previous stage. So they cannot depend on the span
+that they are tested on.
 """
 
 import copy
@@ -37,27 +39,27 @@ from freshrec.types import Batch, Forward, Interests, LossTerm, Span, State, Tra
 
 @dataclass(frozen=True)
 class SpanData:
-    """What a span gives to learn from."""
+    """The training data of a span."""
 
     span: int
     targets: Targets
-    interests: Interests | None  # as they were before the span
+    interests: Interests | None  # as stored before the span
 
 
 @dataclass(frozen=True)
 class SMLMemory:
-    """Between two updates: the transfer network, and the stage that waits for the next span."""
+    """What is kept between two updates: the transfer network, and the stage that waits for the next span."""
 
     theta: Weights
-    moments: Weights  # of the network's optimiser
-    adapted: Any = None  # a TrainedModel with the weights w^ and its optimiser's moments; None after the base block
+    moments: Weights  # state of the network's optimiser
+    adapted: Any = None  # a TrainedModel with weights w^ and optimiser state; None after the base block
     before: Weights = field(default_factory=dict)  # W_{t-1}
-    span_data: SpanData | None = None  # where the closing needs it
+    span_data: SpanData | None = None  # if closing the stage needs it
 
 
 @dataclass
 class Stage:
-    """A stage in work: all of it is changed in place, but `before`."""
+    """An open stage. Everything but `before` changes in place."""
 
     model: TrainedModel  # holds w
     before: Weights
@@ -67,46 +69,50 @@ class Stage:
 
 @dataclass(frozen=True)
 class SML:
-    """Sequential meta-learning. The defaults have the budget of fine-tuning; the paper's are rounds=10, fit.epochs=1.
+    """Sequential meta-learning: a trained transfer network merges the previous and the adapted weights.
 
-    Differs from the authors' code: the loss, the batches and lr_scale are the model's own; only the rows of a batch are
-    stepped, and their moments decay only then; a row counts once in `weight_decay`, however often the batch has it;
-    rows are made when users and items arrive; a dense weight is cut in rows as wide as the tables'.
+    The defaults have the training budget of fine-tuning. The paper's are rounds=10 and fit.epochs=1.
+
+    Differs from the authors' code: the loss, the batches and lr_scale are the model's own. Only the rows of a batch are
+    updated, and only then do their moments decay. A row counts once in `weight_decay`, however often the batch holds
+    it. Rows are added when users and items arrive. A dense weight is cut into rows as wide as those of the tables.
     """
 
-    transfer: LinearTransfer | MLPTransfer | CNNTransfer = CNNTransfer()
-    fit: FitConfig = FitConfig()  # of the model, in each round
-    rounds: Count = 1  # S; what is served is made in the first one
-    transfer_epochs: Count = 1  # of the network, in each round
-    transfer_lr: Positive = 1e-3
-    weight_decay: Weight = 1e-6  # lambda_1, on the squares of the rows in a batch
-    transfer_weight_decay: Weight = 1e-4  # lambda_2, on the squares of the network's weights
-    restart: Literal["transferred", "adapted", "before"] = "transferred"  # where w begins in rounds after the first
-    rows: Literal["all", "touched"] = "all"  # which are mapped at the end of a stage; "touched": those that w changed
-    objective: Literal["next", "current"] = "next"  # the span that the network is fitted on; "current": SML-N
-    train_through_transfer: bool = True  # step 1 sees the network; no: w is a fine-tuned model beside it, SML-FP
-    last_trained_span: int | None = None  # the last span on which the network is fitted; 0: the base block only, SML-S
-    base_parts: CountOrZero = 6  # parts of the base block, on which the network is fitted before its first use
+    transfer: LinearTransfer | MLPTransfer | CNNTransfer = CNNTransfer()  # The transfer network.
+    fit: FitConfig = FitConfig()  # How the model is trained in each round.
+    rounds: Count = 1  # Rounds per stage (S). The served weights are made in the first one.
+    transfer_epochs: Count = 1  # Epochs of the transfer network per round.
+    transfer_lr: Positive = 1e-3  # Learning rate of the transfer network.
+    weight_decay: Weight = 1e-6  # L2 penalty on the rows of a batch (lambda_1).
+    transfer_weight_decay: Weight = 1e-4  # L2 penalty on the weights of the transfer network (lambda_2).
+    restart: Literal["transferred", "adapted", "before"] = "transferred"  # Weights that later rounds start from.
+    rows: Literal["all", "touched"] = "all"  # Table rows that the network maps. "touched" = rows that training changed.
+    objective: Literal["next", "current"] = "next"  # Span that the network is trained on. "current" = SML-N.
+    train_through_transfer: bool = True  # Train the model through the network. false = plain fine-tuning (SML-FP).
+    last_trained_span: int | None = None  # Last span that trains the network. none = no last, 0 = base block (SML-S).
+    base_parts: CountOrZero = 6  # Parts of the base block that the network is first trained on. 0 = none.
 
     def __post_init__(self) -> None:
         check_options(self)
         if self.rounds > 1 and not self.train_through_transfer:
-            raise OptionError("SML without the network in step 1 has nothing to do in a second round: keep rounds=1.")
+            raise OptionError("sml with train_through_transfer=false uses one round only. Set rounds=1.")
         if self.fit.holdout and self.train_through_transfer:
             raise OptionError(
-                "fit.holdout would stop SML by weights that nobody serves, those before the network; leave it out, or "
-                "set train_through_transfer=False."
+                "sml cannot use fit.holdout, which would measure weights that are not served. Leave it out, or "
+                "set train_through_transfer=false."
             )
         if self.base_parts in (1, 2):
-            raise OptionError("SML needs at least 3 parts of the base block: set base_parts to 3 or more, or to 0.")
+            raise OptionError(
+                f"sml cannot use {self.base_parts} parts of the base block. Set base_parts to 0 or at least 3."
+            )
 
     def fits_network_on(self, span: int) -> bool:
-        """Whether the network is fitted in the update on this span."""
+        """Whether the network is trained in the update on this span."""
         is_fixed = isinstance(self.transfer, LinearTransfer) and not self.transfer.learned
         return not is_fixed and (self.last_trained_span is None or span <= self.last_trained_span)
 
     def update(self, state: State, span: Span) -> State:
-        """Close the last stage with the new events, then open one on them; its first weights are served."""
+        """Close the last stage with the new events, then open the next stage. Serve the weights of its first step."""
         if state.spans_seen == 0:
             return self._fit_base(state, span)
         transfer = Transfer.for_model(self.transfer, state.model, state.seed)
@@ -115,7 +121,7 @@ class SML:
         return self._open_stage(state, span, self._close_stage(state, span, transfer))
 
     def _fit_base(self, state: State, span: Span) -> State:
-        """The base block trained plainly; the network fitted on a stream made of it."""
+        """Train the model on the base block, and the network on the base block as a stream."""
         after = fit_base_block(state, span, self.fit)
         transfer, started_at = Transfer.for_model(self.transfer, after.model, state.seed), time.process_time()
         if self.base_parts and self.fits_network_on(0):
@@ -124,7 +130,7 @@ class SML:
         return replace(after, memory=_new_memory(transfer), costs=costs)
 
     def _train_on_base_stream(self, state: State, base_epochs: int, transfer: Transfer) -> None:
-        """Fit the network on the base block as if it were a stream, and keep nothing else of that."""
+        """Train the network on the base block, replayed as a stream. Only the network is kept."""
         stream_state = State(state.model, state.seed)
         for recent, span in base_stream(state.histories, self.base_parts):
             stream_state = replace(stream_state, histories=recent)
@@ -133,11 +139,11 @@ class SML:
                 stream_state = replace(base_state, memory=_new_memory(transfer))
                 continue
             stage = self._close_stage(stream_state, span, transfer)
-            if span.index < -1:  # after the last part there is none to close another stage
+            if span.index < -1:  # no part follows the last one, so its stage could not be closed
                 stream_state = self._open_stage(stream_state, span, stage)
 
     def _close_stage(self, state: State, span: Span, transfer: Transfer) -> Stage:
-        """W_t of the last stage, as the `before` of a new one: the rounds that its first step 1 left to do."""
+        """Do the remaining rounds of the last stage, and return a new stage whose `before` is their result, W_t."""
         memory, meter = state.memory, CostMeter({"rows_read": 0.0})
         if memory.adapted is None:
             model = grown_copy(state, span)
@@ -151,7 +157,7 @@ class SML:
                 network_data = collect_span_data(state, span, self.fit.history)
             for n in range(1, self.rounds + 1):
                 if n > 1:
-                    if self.restart != "adapted":  # the moments of w's optimiser stay
+                    if self.restart != "adapted":  # w's optimiser keeps its state
                         load_weights(model, stage.before if self.restart == "before" else self._transfer_weights(stage))
                     self._adapt_model(stage, memory.span_data, (state.seed, memory.span_data.span, n))
                 seed = stream_seed(state.seed, "transfer training")
@@ -162,7 +168,7 @@ class SML:
         return replace(stage, before=after)
 
     def _open_stage(self, state: State, span: Span, stage: Stage) -> State:
-        """Step 1 of the first round. What it makes is served, and waits in `memory` for the next span."""
+        """Do step 1 of the first round. Its result is served, and kept in `memory` until the next span."""
         span_data = collect_span_data(state, span, self.fit.history)
         self._adapt_model(stage, span_data, (state.seed, span.index))
         served = copy.deepcopy(stage.model)
@@ -181,7 +187,7 @@ class SML:
         return after
 
     def _adapt_model(self, stage: Stage, span_data: SpanData, key: tuple[int, ...]) -> None:
-        """Step 1: w = argmin L(f_Theta(W_{t-1}, w) | D_t) + lambda_1 / 2 |w|^2; the network stands still."""
+        """Step 1: w = argmin L(f_Theta(W_{t-1}, w) | D_t) + lambda_1 / 2 |w|^2, with the network fixed."""
         stage.transfer.requires_grad_(False)
         parametrization = None
         if self.train_through_transfer:
@@ -199,7 +205,7 @@ class SML:
         stage.meter.costs["rows_read"] += len(span_data.targets)
 
     def _train_network(self, stage: Stage, span_data: SpanData, key: tuple[int, ...]) -> None:
-        """Step 2: Theta = argmin L(f_Theta(W_{t-1}, w^) | D_{t+1}) + lambda_2 / 2 |Theta|^2; the model stands still.
+        """Step 2: Theta = argmin L(f_Theta(W_{t-1}, w^) | D_{t+1}) + lambda_2 / 2 |Theta|^2, with the model fixed.
 
         Negatives are drawn from the items of D_{t+1}.
         """
@@ -224,12 +230,12 @@ class SML:
 
 
 def collect_span_data(state: State, span: Span, history: str) -> SpanData:
-    """What a span gives, before the update on it."""
+    """Return the training data of a span, before the update on it."""
     return SpanData(span.index, due_targets(state.histories, history), state.interests)
 
 
 def weight_decay_term(model: TrainedModel, weight: float) -> LossTerm:
-    """lambda_1 / 2 |w|^2 over the rows of a batch, each once."""
+    """lambda_1 / 2 |w|^2 over the distinct rows of a batch."""
     tables = list(embedding_tables(model).values())
 
     def term(batch: Batch, forward: Forward) -> torch.Tensor:
@@ -240,7 +246,7 @@ def weight_decay_term(model: TrainedModel, weight: float) -> LossTerm:
 
 
 def transfer_decay_term(transfer: Transfer, weight: float) -> LossTerm:
-    """lambda_2 / 2 |Theta|^2, which is what Adam's own weight decay adds to the gradient."""
+    """lambda_2 / 2 |Theta|^2. Its gradient is what Adam's own weight decay adds."""
 
     def term(batch: Batch, forward: Forward) -> torch.Tensor:
         return 0.5 * weight * torch.stack([theta.square().sum() for theta in transfer.parameters()]).sum()
@@ -254,7 +260,7 @@ def _new_memory(transfer: Transfer) -> SMLMemory:
 
 
 def _grow_weights(before: Weights, model: TrainedModel) -> Weights:
-    """`before` with the rows that the model has more: what was not there before is as it begins."""
+    """Return `before` with the rows that only the model has. Such rows keep their initial values."""
     tables = embedding_tables(model)
     return {
         name: torch.cat([before[name], now[len(before[name]) :]]) if name in tables else before[name]

@@ -1,4 +1,4 @@
-"""SPMF: train on what the model predicts badly, among new events and a reservoir of all earlier ones.
+"""SPMF: train on events that the model ranks badly, drawn from the new events and a reservoir of all earlier ones.
 
 Symbols of the paper: R -> reservoir.samples, W -> the due targets, w_i = exp(rank_i / N) -> rank_weights.
 """
@@ -31,15 +31,17 @@ from freshrec.types import SEQUENCE_FORMATS, Span, State, TrainedModel
 
 
 def rank_weights(scores_N: Tensor) -> Tensor:
-    """p_i = exp(rank_i / N) / sum_j exp(rank_j / N), float64 (N,); rank 0 is the best score, so that the badly
-    predicted are drawn more often, but less than e times as often."""
+    """p_i = exp(rank_i / N) / sum_j exp(rank_j / N), float64 (N,). Rank 0 is the best score.
+
+    Events with low scores are drawn more often, by a factor below e.
+    """
     rank_N = torch.empty(len(scores_N), dtype=torch.float64)
     rank_N[scores_N.argsort(descending=True, stable=True)] = torch.arange(len(scores_N), dtype=torch.float64)
     return torch.softmax(rank_N / max(len(scores_N), 1), 0)
 
 
 def sampling_probabilities(scores_N: Tensor, labels_N: Tensor | None) -> Tensor:
-    """The `rank_weights` of what was taken; what was shown and not taken is drawn as often as by chance (N,)."""
+    """Drawing probabilities (N,): `rank_weights` for clicked events, 1 / N for exposures without a click."""
     if labels_N is None:
         return rank_weights(scores_N)
     is_positive_N, p_N = labels_N > 0, torch.full((len(scores_N),), 1 / max(len(scores_N), 1), dtype=torch.float64)
@@ -48,7 +50,7 @@ def sampling_probabilities(scores_N: Tensor, labels_N: Tensor | None) -> Tensor:
 
 
 def sample_with_replacement(p_N: Tensor, n: int, rng: torch.Generator) -> Tensor:
-    """(n,) indices with replacement, i with probability p_i; none where there is nothing to draw from."""
+    """Draw (n,) indices with replacement, i with probability p_i. Returns none if `p_N` is empty."""
     if not len(p_N):
         return torch.zeros(0, dtype=torch.int64)
     cumulative_N = p_N.cumsum(0)
@@ -57,13 +59,13 @@ def sample_with_replacement(p_N: Tensor, n: int, rng: torch.Generator) -> Tensor
 
 
 def sample_without_replacement(p_N: Tensor, n: int, rng: torch.Generator) -> Tensor:
-    """(n,) indices without replacement, one after the other in proportion to what is left of p; all if n is more."""
-    arrival_N = -uniform((len(p_N),), rng, torch.float64).log() / p_N  # the first n to ring
+    """Draw (n,) indices without replacement, each in proportion to the remaining p. Returns all if n > N."""
+    arrival_N = -uniform((len(p_N),), rng, torch.float64).log() / p_N  # exponential times; the first n are drawn
     return arrival_N.topk(min(n, len(p_N)), largest=False).indices
 
 
 def target_scores(model: TrainedModel, targets: Targets, stored_interests: StoredInterests | None) -> Tensor:
-    """(N,) the model's score of each target, from the history before it."""
+    """Score of each target from the history before it, shape (N,)."""
     item_N = targets.items_N
     score_N = torch.zeros(len(targets))
     for index, batch in query_batches(mask_held_out(targets), model.spec.length, stored_interests):
@@ -73,32 +75,34 @@ def target_scores(model: TrainedModel, targets: Targets, stored_interests: Store
 
 @dataclass(frozen=True)
 class SPMF:
-    """Fine-tuning on a sample of new and remembered events, or on all new ones and some of those remembered.
+    """Fine-tuning on new events and on a reservoir of past events, favouring events that the model ranks badly.
 
-    `take`: "sampled", as many events as there are new and remembered ones, drawn from both with replacement, again for
-    each epoch; "all": every new event, and remembered ones, `share` to a new one, drawn from the reservoir without
-    replacement. Both draw by `rank_weights` of the scores that the last model gives. Differs from the paper: one
-    reservoir rule for all, Algorithm R; negatives are those of the model's own loss; batches are shuffled.
+    take="sampled" draws from new and remembered events together, with replacement and again for each epoch. It draws as
+    many as there are in both. take="all" uses every new event, and draws `share` remembered events per new one without
+    replacement. The probabilities are `rank_weights` of the previous model's scores.
+
+    Differs from the paper: the reservoir always follows Algorithm R. Negatives are those of the model's own loss.
+    Batches are shuffled.
     """
 
-    take: Literal["sampled", "all"] = "sampled"
-    share: Weight = 0.5
-    reservoir: Positive = 0.3  # targets in it: up to 1, this share of the base block's; above 1, so many
-    fit: FitConfig = FitConfig()
+    take: Literal["sampled", "all"] = "sampled"  # "sampled" = draw from both. "all" = all new events, and past ones.
+    share: Weight = 0.5  # Remembered events per new event. For take = "all" only.
+    reservoir: Positive = 0.3  # Size of the reservoir: up to 1 a share of the base block's targets, else a number.
+    fit: FitConfig = FitConfig()  # How the model is trained.
 
     def __post_init__(self) -> None:
         check_options(self)
         if self.fit.holdout and self.take == "sampled":
             raise OptionError(
-                "SPMF draws new samples for each epoch, so nothing can be held out; set take=all, or no holdout."
+                "spmf draws new samples in each epoch, so it can hold out none. Set take=all or leave out fit.holdout."
             )
 
     def reservoir_size(self, n_base: int) -> int:
-        """How many targets the reservoir holds, after a base block of `n_base`."""
+        """Return the maximum number of targets in the reservoir, given `n_base` targets in the base block."""
         return max(1, round(self.reservoir * n_base)) if self.reservoir <= 1 else int(self.reservoir)
 
     def update(self, state: State, span: Span) -> State:
-        """Score, draw, train; then the new events go by the reservoir."""
+        """Score and draw events, train on them, then offer the new events to the reservoir."""
         due = due_targets(state.histories, self.fit.history)
         fill_rng = stream(state.seed, "spmf reservoir", span.index)
         if state.spans_seen == 0:
@@ -127,7 +131,7 @@ class SPMF:
         stored_interests: StoredInterests | None,
         key: tuple[int, int],
     ) -> list[Targets]:
-        """What to train on: new draws for each epoch, or the same for all epochs."""
+        """Return the targets of each epoch, or a single entry if all epochs share them."""
         rng, separate_users = stream(key[0], "spmf draws", key[1]), model.batch_format in SEQUENCE_FORMATS
         no_targets = due[torch.zeros(0, dtype=torch.int64)]
         if self.take == "sampled":

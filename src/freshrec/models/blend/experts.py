@@ -1,4 +1,4 @@
-"""The experts of a blend: what they offer a user, and how they and the facts describe each candidate."""
+"""The experts of a blend: the candidates that they propose for a user, and the features of each candidate."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ FEATURES = (
 
 
 class Slots:
-    """The columns of each group of FEATURES."""
+    """The columns of each group of features in `FEATURES`."""
 
-    share = slice(0, N_EXPERTS)  # ln of the share that each expert gives to a candidate
-    rank = slice(share.stop, share.stop + N_EXPERTS)  # ln of its place in each expert's opinion
+    share = slice(0, N_EXPERTS)  # ln of the candidate's share of each expert's total score
+    rank = slice(share.stop, share.stop + N_EXPERTS)  # ln of the candidate's rank by each expert
     own = slice(rank.stop, rank.stop + len(OWN_FEATURES))
     item = slice(own.stop, own.stop + len(ITEM_FEATURES))
     user = slice(item.stop, item.stop + len(USER_FEATURES))
@@ -72,15 +72,13 @@ RANK_COLUMN = {name: FEATURES.index(f"rank {name}") for name in EXPERT_NAMES}
 POOLED = EXPERT_NAMES.index("pooled")  # the trained expert
 POPULARITY_EXPERTS = [
     name for name, spec in COUNTER_SPECS.items() if isinstance(spec, PopularitySpec)
-]  # they think alike of all users
-FLOOR_EVENTS = (
-    0.1  # events' worth of probability, shared by all items, known, that an expert gives to those it is silent on
-)
-MAX_CELLS = 8_000_000  # users x items on one board
+]  # their scores are the same for every user
+# An item that an expert does not score gets a small share instead of 0. Over all known items, these shares sum to
+# FLOOR_EVENTS.
+FLOOR_EVENTS = 0.1
+MAX_CELLS = 8_000_000  # users x items in memory at once
 POOL_EXPERT = "popularity-1"
-POOL_SIZE = (
-    8192  # items, those most taken lately (by POOL_EXPERT), among which the trained expert looks for what it offers
-)
+POOL_SIZE = 8192  # The trained expert proposes only items among the POOL_SIZE most popular ones by POOL_EXPERT.
 
 
 class Expert(CountingModel, StateDictModel, Protocol):
@@ -88,34 +86,34 @@ class Expert(CountingModel, StateDictModel, Protocol):
 
 
 class SparseExpert(Expert, Protocol):
-    """It has an opinion of few items of each user."""
+    """An expert that scores only a few items per user."""
 
     def sparse_scores(self, batch: Batch) -> Any:
-        """(B, I + 1) scores as a sparse matrix; what is not in it is 0, which is no opinion."""
+        """Score of each item as a sparse matrix, shape (B, I + 1). A missing entry is 0 and means no opinion."""
 
 
 @dataclass(frozen=True)
 class ExpertCache:
-    """What stays as it is until more is counted or learnt."""
+    """Values that change only when the experts absorb events or are trained."""
 
-    share_floor: float  # what an expert that is silent on an item is taken to think of it: a share
-    repeat_rate: float  # of the facts
-    x_IF: Float32Array  # (I + 1, F) features of all items for a user of whom nothing is known
-    log_rank_K: Tensor  # of places 1, 2, ...; the last is that of what is not offered
-    popular_items_P: Int64Array  # what any of the popularities offers, ascending
-    pool_items_S: Tensor  # what the trained expert may offer: items that it has learnt
+    share_floor: float  # share of an item that an expert does not score
+    repeat_rate: float  # share of all events whose item the user already had
+    x_IF: Float32Array  # (I + 1, F) features of all items for a user without history
+    log_rank_K: Tensor  # ln of ranks 1, 2, ...; the last entry is for items that an expert does not propose
+    popular_items_P: Int64Array  # items that any popularity expert proposes, ascending
+    pool_items_S: Tensor  # items that the trained expert may propose: it has learned all of them
     pool_vectors_SD: Tensor  # their vectors
 
     def top_of_pool(self, vectors_BD: Tensor, known_B: Tensor, k: int) -> Int64Array:
-        """(B, K) the items of the pool that the trained expert likes best; 0 where it knows nothing of the user."""
+        """The k items of the pool that the trained expert scores highest (B, K); 0 for a user it cannot encode."""
         best_BK = (vectors_BD @ self.pool_vectors_SD.T).topk(min(k, len(self.pool_items_S))).indices
         items_BK: Int64Array = torch.where(known_B[:, None], self.pool_items_S[best_BK], 0).numpy()
         return items_BK
 
     def features_of(self, items_BC: Int64Array) -> Float32Array:
-        """(1 + B C, F) the features of the candidates for an unknown user, a row for each of `CandidateCells`.
+        """Features of the candidates for a user without history, shape (1 + B C, F), one row per `CandidateCells` cell.
 
-        The first row is for what is said of other items; it is never read.
+        Row 0 receives the values of all other items. It is never read.
         """
         x_MF = np.empty((1 + items_BC.size, len(FEATURES)), np.float32)
         self.x_IF.take(items_BC.ravel(), axis=0, out=x_MF[1:], mode="clip")  # "raise" would copy first
@@ -123,38 +121,39 @@ class ExpertCache:
 
 
 class Experts:
-    """Counters, of which each offers its best items, and one that is trained. Together with facts they describe."""
+    """The counting experts and one trained expert.
 
-    def __init__(self, offered: int, length: int, seed: int) -> None:
-        self.items_per_expert, self.length, self.n_items = offered, length, 0
+    Each expert proposes its best items as candidates. Experts and item statistics supply the features of a candidate.
+    """
+
+    def __init__(self, items_per_expert: int, length: int, seed: int) -> None:
+        self.items_per_expert, self.length, self.n_items = items_per_expert, length, 0
         self.counters: dict[str, Expert] = {name: counter.build(seed) for name, counter in COUNTER_SPECS.items()}
-        self.trained_model: Pooled = TRAINED_SPEC.build(seed)  # by the strategy; until then it has no opinion
+        self.trained_model: Pooled = TRAINED_SPEC.build(seed)  # the strategy trains it; before, it scores no item
         self.item_statistics = ItemStatistics.empty()
-        self.window_events = (
-            0  # a sixth of the base block; 0 until that is known. Ages, of items too, are measured in it: `set_window`
-        )
-        self._cache: ExpertCache | None = None  # made when first asked
+        self.window_events = 0  # unit of all ages: a sixth of the base block, in events; 0 until `set_window`
+        self._cache: ExpertCache | None = None  # built at first use
 
     def grow(self, n_users: int, n_items: int) -> None:
-        """Make room for new users and items."""
+        """Add rows for new users and items."""
         for expert in (*self.counters.values(), self.trained_model):
             expert.grow(n_users, n_items)
         self.item_statistics.grow(n_items)
         self.n_items, self._cache = n_items, None
 
     def absorb(self, events: Events, histories: Histories, targets: Targets) -> None:
-        """Count the events; `targets` are the same, in their histories."""
+        """Count the events. `targets` holds the same events with the histories before them."""
         for counter in self.counters.values():
             counter.absorb(events, histories)
         self.item_statistics.absorb(targets)
         self._cache = None
 
     def invalidate_cache(self) -> None:
-        """To be called after `trained_model` has learnt."""
+        """Drop the cached values. Call this after training `trained_model`."""
         self._cache = None
 
     def trained_user_vectors(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The trained expert's vectors of the users (B, D), and whether it has learnt any of their items (B,)."""
+        """User vectors of the trained expert (B, D), and whether it has learned any item of each history (B,)."""
         history_BT = batch.history_BT.numpy()
         trained_items_BT = np.where(self.trained_model.taken.steps_R.numpy().take(history_BT) > 0, history_BT, 0)
         known_BT = close_gaps(torch.from_numpy(trained_items_BT))
@@ -162,9 +161,10 @@ class Experts:
         return vectors_BD, torch.from_numpy((trained_items_BT > 0).any(1))
 
     def trained_features(self, items_BC: Tensor, vectors_BD: Tensor, known_B: Tensor) -> tuple[Tensor, Tensor]:
-        """What the trained expert thinks of the candidates: log share among them (B, C), and log rank.
+        """Log share and log rank of each candidate by the trained expert, shape (B, C) each.
 
-        It is silent on items, and on histories, that it has not learnt.
+        An item that the expert has not learned gets the lowest share and rank. So do all candidates of a user whose
+        history it has not learned.
         """
         items, cache = self.trained_model.items, self.cache
         known_BC = torch.from_numpy(items.steps_R.numpy().take(items_BC.numpy()) > 0) & known_B[:, None]
@@ -176,7 +176,7 @@ class Experts:
         return share_BC.add_(cache.share_floor).log_(), cache.log_rank_K[rank_BC]
 
     def candidate_features(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The candidates (B, C), 0 where a user has fewer, and their features (B, C, F)."""
+        """Candidate items (B, C), padded with 0, and their features (B, C, F)."""
         size = max(1, MAX_CELLS // (self.n_items + 1))
         parts = [self._chunk_features(batch, index_B) for index_B in split_chunks(torch.arange(len(batch)), size)]
         if len(parts) == 1:
@@ -192,7 +192,7 @@ class Experts:
         return torch.from_numpy(items_BC), torch.from_numpy(x_BCF)
 
     def _chunk_features(self, batch: Batch, index_B: Tensor) -> tuple[Int64Array, Float32Array]:
-        """`candidate_features` of some users."""
+        """`candidate_features` of the users at `index_B`."""
         history_BT = close_gaps(batch.history_BT[index_B])[:, -self.length :]
         batch, occurrences = Batch(batch.users_B[index_B], history_BT), ItemOccurrences.from_items(history_BT.numpy())
         scores = {
@@ -223,7 +223,7 @@ class Experts:
     def _write_counters(
         self, x_MF: Float32Array, cells: CandidateCells, scores: dict[str, Any], offers: dict[str, Int64Array]
     ) -> None:
-        """What each counter thinks of the candidates, and the places of those that it offers, into their features."""
+        """Write the share of each candidate by each counting expert, and the rank of the items that it proposes."""
         log_rank_K, floor = np.log(np.arange(1, self.items_per_expert + 1, dtype=np.float32)), self.cache.share_floor
         for name, offered_BK in offers.items():
             cells_H, shares_H = cells.matching_cells(scores[name])
@@ -232,20 +232,20 @@ class Experts:
 
     @property
     def cache(self) -> ExpertCache:
-        """Made when first asked for, after something was counted or learnt."""
+        """The cached values; they are built at first use after a change."""
         if self._cache is None:
             self._cache = _build_cache(self)
         return self._cache
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything they know."""
+        """Tensors of all experts and item statistics, by name."""
         parts = {name: dict(counter.state_dict()) for name, counter in self.counters.items()}
         parts |= {"facts": self.item_statistics.state_dict(), "trained": dict(self.trained_model.state_dict())}
         parts |= {"moments": self.trained_model.moments}
         return flatten_state_dicts(parts)
 
     def load_state_dict(self, tensors: dict[str, Tensor], n_users: int, n_items: int) -> None:
-        """The inverse of `state_dict`."""
+        """Restore what `state_dict` returned."""
         self.grow(n_users, n_items)
         for name, counter in self.counters.items():
             counter.load_state_dict(extract_state_dict(tensors, name))
@@ -256,9 +256,10 @@ class Experts:
 
 
 def set_window(experts: Experts, window_events: int) -> None:
-    """Make all that measures ages in windows use one of so many events.
+    """Set the window, in events, of every expert that measures age in windows.
 
-    A counter alone takes a share of what it absorbs first; here the base block comes in two parts.
+    A counting model on its own derives the window from the first block that it absorbs. A blend absorbs the base block
+    in two parts, so the first block would give a wrong window.
     """
     experts.window_events = window_events
     for counter in experts.counters.values():
@@ -296,7 +297,7 @@ def _score_sparsely(counter: Expert, batch: Batch, occurrences: ItemOccurrences)
 
 
 def top_k_indices(values_I: NDArray[Any], k: int) -> Int64Array:
-    """(K,) where the k largest values are, the largest first; of equal ones the first."""
+    """Indices of the k largest values, largest first, shape (K,). Ties keep their order."""
     if k < len(values_I):
         at_least = np.partition(values_I, len(values_I) - k)[len(values_I) - k]
         at_N = np.flatnonzero(values_I >= at_least)
@@ -307,10 +308,10 @@ def top_k_indices(values_I: NDArray[Any], k: int) -> Int64Array:
 
 
 def flatten_state_dicts(parts: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of all parts, by the part's name, a point, and their own."""
+    """The tensors of all parts, named `part.name`."""
     return {f"{part}.{name}": tensor for part, inner in parts.items() for name, tensor in inner.items()}
 
 
 def extract_state_dict(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The inverse of `flatten_state_dicts`, for one part: the tensors named `name.*`, without that prefix."""
+    """The tensors of one part, without the prefix `name.`; the inverse of `flatten_state_dicts`."""
     return {key[len(name) + 1 :]: tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}

@@ -1,9 +1,10 @@
-"""Blend: experts that count and one that is trained, joined by weights learned from what each said beforehand.
+"""Blend: counting experts and one trained expert, combined by weights that are learned from past queries.
 
-Each counter offers its best items; these and the user's own are the candidates. A candidate is described by what every
-expert thinks of it, and by facts about item and history; a rule orders them (`fit_rule`). What is learnt from is
-written down when events arrive, from the state before them, and never made again: it cannot know the future. Until
-there is a rule, or while it does worse, the best expert speaks alone.
+Each expert proposes its best items. These and the items of the user's history are the candidates. The features of a
+candidate are its scores by all experts and statistics of the item and the history. A rule ranks the candidates
+(`fit_rule`). Training queries are logged when events arrive, with the scores of the state before the events. They are
+never recomputed, so they cannot leak the future. Until there is a rule, or while it ranks worse than the best expert,
+that expert ranks alone.
 """
 
 from __future__ import annotations
@@ -53,77 +54,72 @@ from freshrec.types import Batch, Events, Histories
 
 @dataclass(frozen=True)
 class BlendSpec:
-    """How many candidates, and how much is remembered to learn from."""
+    """Options of the blend: the number of candidates, and the size of the query log."""
 
-    items_per_expert: Count = 100  # items by each expert
-    length: Count = HISTORY_LENGTH  # history items looked at
-    max_queries: Count = 6000  # queries, the latest
-    queries_per_window: Count = (
-        2000  # queries remembered of a sixth of the base block, and in proportion of what comes later
-    )
-    negatives_per_query: Count = 60  # candidates remembered with a query, beside the target
+    items_per_expert: Count = 100  # Number of items that each expert proposes as candidates.
+    length: Count = HISTORY_LENGTH  # Number of a user's most recent events that the model reads.
+    max_queries: Count = 6000  # Maximum number of logged queries; the most recent ones are kept.
+    queries_per_window: Count = 2000  # Queries to log per window of events; a window is a sixth of the base block.
+    negatives_per_query: Count = 60  # Maximum number of candidates to log per query, beside the target.
 
     def __post_init__(self) -> None:
         check_options(self)
 
     def build(self, seed: int) -> Blend:
-        """A model without users and items."""
+        """Return a model without users and items."""
         return Blend(self, seed)
 
 
 @dataclass(frozen=True)
 class PendingQueries:
-    """Remembered queries that the trained expert was not asked about, as there was none yet.
+    """Logged queries of the base block without scores of the trained expert, which was not trained yet.
 
-    `has_target_B`: which of the queries, as they are ranked, had their target among the candidates; only these are
-    here.
+    `has_target_B` marks the ranked queries whose target was a candidate. The other tensors hold only those.
     """
 
     has_target_B: Tensor
     users_Q: Tensor
     history_QT: Tensor
-    items_QC: Tensor  # all candidates: an opinion is one among them
-    sampled_QC: Tensor  # the places of those that are remembered, the target's first
+    items_QC: Tensor  # all candidates, because a share depends on all of them
+    sampled_QC: Tensor  # positions of the logged candidates; the target comes first
 
 
 @dataclass(frozen=True)
 class Reason:
-    """What one expert, or one kind of fact, says for an item, and how much that counts."""
+    """The contribution of one expert, or of one group of features, to the score of an item."""
 
     source: str
-    rank: int | None  # of the item among those that the expert offers, or among all candidates if it is trained
-    contribution: float  # of the score's logarithm, above the user's candidates on average; of all reasons they add up
-    history_item: int  # the history item that speaks most for it; 0 where that is not known
+    rank: int | None  # by this source: among the items that the expert proposes, or among all candidates if trained
+    contribution: float  # to ln(score), minus the mean over the user's candidates; positive = moves the item up
+    history_item: int  # the history item that contributes most; 0 if unknown
 
 
 class Blend:
-    """A model of experts. Scores are probabilities over the user's candidates; 0 for other items."""
+    """A model that combines experts. Scores are probabilities over the user's candidates; other items score 0."""
 
     rule: Rule | None
-    is_rule_suspended: (
-        bool  # the rule, by the trusted expert, which was better: it speaks alone while the rule is judged on
-    )
-    best_expert: int  # the expert that was best on what is remembered: it speaks where there is no rule
+    is_rule_suspended: bool  # the best expert ranked better than the rule, and ranks alone for now
+    best_expert: int  # the expert with the highest ndcg@20 on the logged queries; it ranks alone if there is no rule
 
     def __init__(self, spec: BlendSpec, seed: int) -> None:
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0
         self.experts = Experts(spec.items_per_expert, spec.length, seed)
         self.rule, self.is_rule_suspended, self.best_expert = None, False, 0
-        self.is_trained_expert_dropped = False  # the trained expert: it added nothing to the others
+        self.is_trained_expert_dropped = False  # whether it added nothing to the others
         self.n_blocks = 0
         nothing = torch.zeros(0, spec.negatives_per_query + 1, len(FEATURES), dtype=torch.float16)
         self.query_log = QueryLog(nothing, nothing[..., 0] > 0, torch.zeros(0, N_EXPERTS + 1))
-        self.pending_queries: list[PendingQueries] = []  # those of the base block, until `score_pending_queries`
+        self.pending_queries: list[PendingQueries] = []  # of the base block, until `score_pending_queries`
 
     def grow(self, n_users: int, n_items: int) -> None:
-        """Make room for new users and items."""
+        """Add rows for new users and items."""
         self.experts.grow(n_users, n_items)
         self.n_users, self.n_items = n_users, n_items
 
     def absorb(self, events: Events, histories: Histories) -> None:
-        """Remember what was said of some of these events before they came, then count them.
+        """Log queries for some of these events, scored before the events are counted. Then count the events.
 
-        The first events, the base block, come in two parts, so that there is something to learn from at once.
+        The first events, the base block, are absorbed in two parts. The first part scores the queries of the second.
         """
         if not len(events):
             return
@@ -142,9 +138,9 @@ class Blend:
         self.best_expert = self.query_log.best_expert()
 
     def _log_queries(self, targets: Targets, is_base: bool) -> None:
-        """Ask for some of the targets, and write down what the candidates looked like."""
+        """Log the candidates of a sample of the targets, with their features."""
         rng = stream(self.seed, "blend queries", self.n_blocks)
-        targets = _chosen(targets, self.spec, self.experts, rng)
+        targets = _sample_targets(targets, self.spec, self.experts, rng)
         logs = [self.query_log]
         for index_B in split_chunks(torch.arange(len(targets)), 256):
             batch_targets = targets[index_B]
@@ -160,7 +156,7 @@ class Blend:
         self.query_log = QueryLog.joined(logs).latest(self.spec.max_queries)
 
     def score_pending_queries(self) -> None:
-        """Add the opinion of the trained expert to what waits for it; it must not have learnt from what came later."""
+        """Add scores of the trained expert to the pending queries. It must not have been trained on later events."""
         self.experts.invalidate_cache()
         x_QCF, ranks_PR = self.query_log.x_QCF.clone(), self.query_log.ranks_PR.clone()
         query = len(x_QCF) - sum(len(part.users_Q) for part in self.pending_queries)
@@ -182,13 +178,13 @@ class Blend:
         self.best_expert = self.query_log.best_expert()
 
     def candidates(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(B, C) items, 0 where a user has fewer, and how likely each is the next among them; 0 is no opinion."""
+        """Candidate items (B, C), padded with 0, and the probability that each is the next one; 0 means no opinion."""
         items_BC, x_BCF = self.experts.candidate_features(batch)
         return items_BC, self._candidate_probabilities(items_BC, x_BCF)
 
     @property
     def active_rule(self) -> Rule | None:
-        """What orders candidates; None while the trusted expert does."""
+        """The rule that ranks candidates; None while the best expert ranks alone."""
         return None if self.is_rule_suspended else self.rule
 
     def _candidate_probabilities(self, items_BC: Tensor, x_BCF: Tensor) -> Tensor:
@@ -199,16 +195,17 @@ class Blend:
         return score_BC.softmax(1).nan_to_num(0.0)
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
-        """(B, N) of the items that are candidates; 0 of others."""
+        """Probability of each item, shape (B, N); 0 for items that are no candidates."""
         items_BC, score_BC = self.candidates(batch)
         scores_BI = torch.zeros(len(batch), self.n_items + 1).scatter_(1, items_BC, score_BC)
         scores_BI[:, 0] = 0.0
         return select_scores(scores_BI, items)
 
     def explain(self, batch: Batch, item: int) -> list[Reason]:
-        """Why a batch of one user is offered `item`, the weightiest reason first; none where it is not.
+        """Return the reasons for the score of `item`, largest contribution first, for a batch of one user.
 
-        Where the trusted expert speaks alone, it is the only reason.
+        The contributions sum to ln(score) minus the mean of ln(score) over the user's candidates. While the best
+        expert ranks alone, it is the only reason, with contribution 0. An item with score 0 has no reasons.
         """
         items_BC, x_BCF = self.experts.candidate_features(batch)
         is_candidate_C = self._candidate_probabilities(items_BC, x_BCF)[0] > 0
@@ -229,7 +226,7 @@ class Blend:
         return sorted(reasons, key=lambda reason: -reason.contribution)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything the model knows."""
+        """All that the model has learned, as tensors by name."""
         numbers = [
             self.n_users,
             self.n_items,
@@ -246,15 +243,15 @@ class Blend:
         } | flatten_state_dicts(parts)
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state_dict`.
+        """Restore what `state_dict` returned.
 
-        Where version 0.1.0 wrote it, the popularities had a window of their own and Markov none: from now on they have
-        that of the blend; what they had counted stays.
+        In files of version 0.1.0, popularity experts have their own windows and the Markov chain has none. They get
+        the window of the blend and keep their counts.
         """
-        *numbers, given_up = tensors["numbers"].tolist()
+        *numbers, is_dropped = tensors["numbers"].tolist()
         self.n_users, self.n_items, window_events, self.n_blocks, self.best_expert = numbers
-        self.is_trained_expert_dropped = bool(given_up)
-        self.is_rule_suspended = bool(tensors.get("overruled", False))  # what was saved earlier had no overruled rules
+        self.is_trained_expert_dropped = bool(is_dropped)
+        self.is_rule_suspended = bool(tensors.get("overruled", False))  # older files lack this key
         self.experts.load_state_dict(extract_state_dict(tensors, "experts"), self.n_users, self.n_items)
         set_window(self.experts, window_events)
         self.query_log = QueryLog(**extract_state_dict(tensors, "remembered"))
@@ -262,10 +259,10 @@ class Blend:
         self.rule = Rule(**rule) if rule else None
 
 
-def _chosen(targets: Targets, spec: BlendSpec, experts: Experts, source: torch.Generator) -> Targets:
-    """The targets to ask for, drawn at random: one event of each user, then another, of users with a history.
+def _sample_targets(targets: Targets, spec: BlendSpec, experts: Experts, source: torch.Generator) -> Targets:
+    """Draw targets at random among the events of users with a history: one event per user, then a second one, ...
 
-    Only items that somebody, or the user lately, took before: no expert offers others.
+    The item must have earlier events, or be in the user's recent history. No expert proposes other items.
     """
     has_events_I = torch.from_numpy(experts.item_statistics.event_counts_I > 0)
     known_N = is_repeat(targets, spec.length) | has_events_I[targets.items_N]
@@ -281,9 +278,9 @@ def _chosen(targets: Targets, spec: BlendSpec, experts: Experts, source: torch.G
 def _sample_queries(
     spec: BlendSpec, rule: Rule | None, items_BC: Tensor, x_BCF: Tensor, target_B1: Tensor, rng: torch.Generator
 ) -> tuple[Tensor, Tensor, QueryLog]:
-    """Of the queries whose target was offered, it and other candidates, drawn at random; of all queries the ranks.
+    """Return the rows to log: target and random candidates of each query, and the target's rank by each expert.
 
-    Which queries those are (B,), and the places (Q, C) of what was drawn.
+    Also returned: which queries have their target among the candidates (B,), and positions of the sample (Q, C).
     """
     is_target_BC, real_BC, n = items_BC == target_B1, items_BC > 0, spec.negatives_per_query + 1
     has_target_B = is_target_BC.any(1)
@@ -309,15 +306,15 @@ def _sample_queries(
     )
 
 
-MAX_JUDGED_QUERIES = 1000  # queries by which a rule is judged
+MAX_JUDGED_QUERIES = 1000  # most recent queries on which the rule is compared with the best expert
 
 
 def fit_rule(model: Blend, weight_decay: float = 20.0, min_queries: int = 40, n_epochs: int = 6) -> None:
-    """Learn the rule again from what is remembered, beginning with the last one.
+    """Refit the weights that combine the experts, from the logged queries. Start from the previous weights.
 
-    There is none with fewer than `min_queries` queries to learn from. While the rule has ordered the latest queries
-    worse than the best expert, beyond chance (t-test of the differences in ndcg@20), that expert speaks alone; the rule
-    goes on being learnt and judged, so that it can come back.
+    With fewer than `min_queries` queries there is no rule. The rule is suspended while the best expert ranks the most
+    recent queries better, beyond chance (paired t-test of ndcg@20). The best expert then ranks alone. A suspended rule
+    is still fitted and compared at every update, so it can return.
     """
     query_log, previous_rule = model.query_log, model.rule or Rule.initial(model.seed)
     if len(query_log.x_QCF) < min_queries:

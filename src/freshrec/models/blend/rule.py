@@ -1,4 +1,4 @@
-"""The blend's rule: weights and a correction, learned from remembered queries, and whether to trust it."""
+"""The rule of a blend: weights and a neural correction that are learned from logged queries, and tests of their use."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ from freshrec.nn.sparse import Float32Array
 from freshrec.random_streams import stream
 
 Float64Array = NDArray[np.float64]
-SIGNIFICANCE_LEVEL = 0.05  # below it, being worse is no chance
-WEAK_PENALTY = 1e-4  # of a penalty, a query
-LEARNING_RATE, BATCH_SIZE = 3e-3, 128  # of the network's training; queries a step
+SIGNIFICANCE_LEVEL = 0.05  # a p-value below it is beyond chance
+WEAK_PENALTY = 1e-4  # weight decay per query
+LEARNING_RATE, BATCH_SIZE = 3e-3, 128  # for training the network; queries per step
 
 
 def feature_scale(x_QCF: Tensor, real_QC: Tensor) -> tuple[Tensor, Tensor]:
-    """(F,) means and deviations; infinite, which leaves a feature out, where the candidates of each query are alike.
+    """Mean and standard deviation of each feature, shape (F,) each.
 
-    Facts about the user are so by nature, and stay: what they say, they say in products. Others are alike where an
-    expert is silent: its floor moves with the number of items, which is no news of a candidate.
+    The deviation is infinite, which removes the feature, if all candidates of each query share one value. This happens
+    where an expert scores no item. Its share is then a floor that depends on the number of items only. User features
+    are kept: they are the same for all candidates by design and act through products with other features.
     """
     std_F, mean_F = torch.std_mean(x_QCF[real_QC], 0)
     mean_Q1F = (x_QCF * real_QC[..., None]).sum(1, keepdim=True) / real_QC.sum(1)[:, None, None]
@@ -46,7 +47,7 @@ def feature_scale(x_QCF: Tensor, real_QC: Tensor) -> tuple[Tensor, Tensor]:
 def fit_correction(
     rule: Rule, z_QCF: Tensor, linear_QC: Tensor, real_QC: Tensor, n_epochs: int, rng: torch.Generator
 ) -> Rule:
-    """The rule with its network trained on what the linear scores leave: AdamW, one cycle of learning rates."""
+    """Train the network of the rule on the residual of the linear scores, with AdamW and a one-cycle schedule."""
     if not n_epochs:
         return rule
     names = ("first_HF", "first_H", "second_HH", "second_H", "last_H")
@@ -66,7 +67,7 @@ def fit_correction(
 
 
 def is_significantly_better(first_P: Float64Array, second_P: Float64Array, level: float = SIGNIFICANCE_LEVEL) -> bool:
-    """Whether the first values are larger on average than the others, which they are paired with, beyond chance."""
+    """Whether the mean of the first values exceeds that of the second, beyond chance (paired one-sided t-test)."""
     difference_P = first_P - second_P
     if len(difference_P) < 2 or np.ptp(difference_P) < 1e-9:
         return len(difference_P) >= 2 and bool(difference_P[0] > 0)
@@ -74,11 +75,11 @@ def is_significantly_better(first_P: Float64Array, second_P: Float64Array, level
 
 
 def feature_gain(query_log: QueryLog, columns: list[int]) -> tuple[float, float]:
-    """What these features add: how much likelier the targets are with them, in nats, and the p-value of so much.
+    """Gain in log-likelihood of the targets from these features, in nats per query, and its one-sided p-value.
 
-    Weights are learned from every other query, with and without the features, and compared on the rest; then the other
-    way about (t-test). There is next to no penalty on them: features that repeat others would share it, and seem to add
-    something.
+    Weights are fitted on every other query, with and without the features, and compared on the remaining queries. Then
+    the halves swap roles. Weight decay is almost 0 here. With more of it, a copy of another feature would appear to
+    help, because the two copies would share the penalty.
     """
     x_QCF, halves = query_log.x_QCF.float(), (slice(0, None, 2), slice(1, None, 2))
     mean_F, std_F = feature_scale(x_QCF, query_log.real_QC)
@@ -100,12 +101,12 @@ def feature_gain(query_log: QueryLog, columns: list[int]) -> tuple[float, float]
 def fit_listwise(
     x_QCG: Tensor, real_QC: Tensor, initial_G: Tensor, weight_decay: float, max_steps: int = 100
 ) -> Tensor:
-    """(G,) w that minimises -sum_q ln softmax_c(x_qc w) of the first candidate + decay |w|^2; by L-BFGS.
+    """argmin_w -sum_q ln softmax_c(x_qc w)[first candidate] + decay |w|^2, shape (G,), by L-BFGS.
 
-    The loss is convex: where it begins, `initial_G`, decides only how soon it is there. `real_QC`: what is no padding.
+    The loss is convex, so the start `initial_G` affects only the number of steps. `real_QC` is False for padding.
     """
     n_queries, n_candidates, n_features = x_QCG.shape
-    weight_decay /= n_queries  # as the mean of the loss is what is computed
+    weight_decay /= n_queries  # because the loss below is a mean over queries
     x_NG, mask_QC = x_QCG.reshape(-1, n_features), torch.where(real_QC, 0.0, -torch.inf)
 
     def loss_and_gradient(w: Float64Array) -> tuple[float, Float64Array]:
@@ -123,36 +124,36 @@ def fit_listwise(
 
 
 HIDDEN_UNITS = 32
-CROSSED = [FEATURES.index(name) for name in ("taken", "taken again", "takes again", "length")]  # in `cross_features`
-RULE = N_EXPERTS  # the column of the rule, after those of the experts, in what is remembered of ranks
-SCORE_SOURCES = (*EXPERT_NAMES, "own history", "item", "correction")  # of a score
+CROSSED = [FEATURES.index(name) for name in ("in history", "item repeat rate", "user repeat rate", "length")]
+RULE = N_EXPERTS  # column of the rule in `QueryLog.ranks_PR`, after those of the experts
+SCORE_SOURCES = (*EXPERT_NAMES, "own history", "item", "correction")  # sources of a score
 
 
 @dataclass(frozen=True)
 class QueryLog:
-    """Queries as they were when their events arrived, the oldest first."""
+    """Queries as they were when their events arrived, oldest first."""
 
-    x_QCF: Tensor  # float16; those whose target was a candidate, which is the first
-    real_QC: Tensor  # bool: not padding
-    ranks_PR: Tensor  # float32: all queries: the rank of the target by each expert and by the rule; inf: not offered
+    x_QCF: Tensor  # float16, queries whose target was a candidate; the target is the first one
+    real_QC: Tensor  # bool, False for padding
+    ranks_PR: Tensor  # float32, all queries: rank of the target by each expert and by the rule; inf = not proposed
 
     def ndcg(self) -> Float32Array:
-        """(P, N + 1) ndcg@20 of each query, by each expert and by the rule; nan where there was no rule."""
+        """ndcg@20 of each query by each expert and by the rule, shape (P, N + 1); nan if there was no rule."""
         rank_PR = self.ranks_PR.numpy()
         value_PR: Float32Array = np.where(rank_PR > 20, 0.0, 1 / np.log2(1 + rank_PR))
         return value_PR
 
     def best_expert(self) -> int:
-        """The expert that was best on average; the first one while there are no queries."""
+        """Index of the expert with the highest mean ndcg@20; 0 while there are no queries."""
         return int(self.ndcg()[:, :N_EXPERTS].mean(0).argmax()) if len(self.ranks_PR) else 0
 
     def latest(self, n: int) -> QueryLog:
-        """Without the older ones."""
+        """Keep only the `n` most recent queries."""
         return QueryLog(self.x_QCF[-n:], self.real_QC[-n:], self.ranks_PR[-n:])
 
     @staticmethod
     def joined(parts: list[QueryLog]) -> QueryLog:
-        """One part after the other."""
+        """Concatenate query logs."""
         return QueryLog(
             torch.cat([part.x_QCF for part in parts]),
             torch.cat([part.real_QC for part in parts]),
@@ -162,9 +163,9 @@ class QueryLog:
 
 @dataclass(frozen=True)
 class Rule:
-    """How candidates are ordered: readable weights of crossed features, and the correction of a small network.
+    """score = cross_features(z) w + network(z), with standardised features z.
 
-    Features are standardised first. H: the network's hidden units, in two layers.
+    The weights w can be read as contributions. The network has two hidden layers of H units.
     """
 
     weights_G: Tensor
@@ -178,7 +179,7 @@ class Rule:
 
     @staticmethod
     def initial(seed: int) -> Rule:
-        """A rule that finds all candidates alike."""
+        """Return a rule that gives every candidate the same score."""
         n, rng = len(FEATURES), stream(seed, "rule network")
         first_HF = normal((HIDDEN_UNITS, n), rng) / n**0.5
         second_HH = normal((HIDDEN_UNITS, HIDDEN_UNITS), rng) / HIDDEN_UNITS**0.5
@@ -186,21 +187,21 @@ class Rule:
         return Rule(zeros_G, torch.zeros(n), torch.ones(n), first_HF, zeros_H, second_HH, zeros_H, zeros_H)
 
     def standardize(self, x_BCF: Tensor) -> Tensor:
-        """(B, C, F) of mean 0 and deviation 1."""
+        """(x - mean) / deviation, shape (B, C, F)."""
         return (x_BCF - self.mean_F) / self.std_F
 
     def correction(self, z_BCF: Tensor) -> Tensor:
-        """(B, C): what the network adds, from standardized features."""
+        """Output of the network for standardised features, shape (B, C)."""
         hidden_BCH = F.silu(F.linear(z_BCF.clamp(-5.0, 5.0), self.first_HF, self.first_H))
         return F.silu(F.linear(hidden_BCH, self.second_HH, self.second_H)) @ self.last_H
 
     def scores(self, x_BCF: Tensor) -> Tensor:
-        """(B, C)"""
+        """Score of each candidate, shape (B, C); higher is better."""
         z_BCF = self.standardize(x_BCF)
         return cross_features(z_BCF) @ self.weights_G + self.correction(z_BCF)
 
     def contributions(self, x_CF: Tensor) -> Tensor:
-        """(C, S) what each of SCORE_SOURCES adds to the score of each of a user's candidates, above their mean."""
+        """Contribution of each of SCORE_SOURCES to the score of each candidate, minus their mean, shape (C, S)."""
         z_1CF = self.standardize(x_CF)[None]
         terms_CG, correction_C = cross_features(z_1CF)[0] * self.weights_G, self.correction(z_1CF)[0]
         source_G = torch.tensor([SCORE_SOURCES.index(source) for source in cross_feature_sources()])
@@ -210,25 +211,25 @@ class Rule:
 
 
 def cross_features(x_BCF: Tensor) -> Tensor:
-    """(B, C, G): the features that differ between candidates, and products of them with those that do not.
+    """Features that differ between candidates, and their products with user features, shape (B, C, G).
 
-    That is how trust in an expert comes to depend on how often a user repeats, and on how long the history is.
+    Through the products, the weight of an expert depends on the user's repeat rate and history length.
     """
     share, own_features = x_BCF[..., Slots.share], x_BCF[..., Slots.own]
-    taken, repeat_rate, repeats, length = (x_BCF[..., column : column + 1] for column in CROSSED)
+    in_history, item_repeats, user_repeats, length = (x_BCF[..., column : column + 1] for column in CROSSED)
     products = [
-        share * repeats,
+        share * user_repeats,
         share * length,
-        own_features * repeats,
+        own_features * user_repeats,
         own_features * length,
-        own_features * repeat_rate,
-        taken * repeat_rate * repeats,
+        own_features * item_repeats,
+        in_history * item_repeats * user_repeats,
     ]
     return torch.cat([x_BCF[..., : Slots.user.start], *products], -1)
 
 
 def cross_feature_sources() -> list[str]:
-    """Which of SCORE_SOURCES each of the G crossed features speaks for."""
+    """The entry of SCORE_SOURCES that each of the G crossed features belongs to."""
     own_sources = ["own history"] * len(OWN_FEATURES)
     return [
         *EXPERT_NAMES,

@@ -4,7 +4,7 @@ const state = { token: "", user: "", list: [], version: 0 };
 
 function make(tag, text, kind) {
   const node = document.createElement(tag);
-  if (text !== undefined && text !== null) node.textContent = text;  // ids are text, whatever they look like
+  if (text !== undefined && text !== null) node.textContent = text;  // textContent: an id is never markup
   if (kind) node.className = kind;
   return node;
 }
@@ -17,11 +17,11 @@ async function ask(path, options = {}) {
   try {
     answer = await fetch(path, { ...options, headers });
   } catch {
-    throw new Error("the server cannot be reached; is it running?");
+    throw new Error("The server cannot be reached. Check that it is running.");
   }
   const found = await answer.json().catch(() => ({}));
   if (answer.status === 401) at("key").hidden = false;
-  if (!answer.ok) throw Object.assign(new Error(found.detail || `status ${answer.status}`), { status: answer.status });
+  if (!answer.ok) throw Object.assign(new Error(found.detail || `The server answered with status ${answer.status}.`), { status: answer.status });
   return found;
 }
 
@@ -40,14 +40,14 @@ function ago(moment) {
   return "a moment ago";
 }
 
-const when = (moment) => (typeof moment === "string" ? moment.replace("T", " ").replace(/(:\d\d)\+00:00$/, "$1") : `no. ${moment}`);
+const when = (moment) => (typeof moment === "string" ? moment.replace("T", " ").replace(/(:\d\d)\+00:00$/, "$1") : `event ${moment}`);
 const number = (value) => (Math.abs(value) >= 100 ? Math.round(value).toLocaleString() : Number(value.toPrecision(3)).toString());
 
 function quality(numbers) {
   const beside = Object.keys(numbers).find((name) => name.endsWith(" live") || name.endsWith(" popularity"));
   if (!beside) return null;
   const name = beside.replace(/ (live|popularity)$/, "");
-  return { name, value: numbers[name], beside: numbers[beside], what: beside.endsWith(" live") ? "the version before" : "popularity",
+  return { name, value: numbers[name], beside: numbers[beside], what: beside.endsWith(" live") ? "version before" : "popularity",
            low: numbers.low, high: numbers.high };
 }
 
@@ -56,29 +56,30 @@ function facts(about) {
   const rows = [
     ["Version", about.version, true],
     ["Made", `${ago(about.made_at)} (${when(about.made_at)} UTC)`],
-    ["Newest event", about.newest_event === null ? "none" : typeof about.newest_event === "string" ? ago(about.newest_event) : "the log has no clock"],
+    ["Newest event", about.newest_event === null ? "none" : typeof about.newest_event === "string" ? ago(about.newest_event) : "unknown: the log has no timestamps"],
     ["Model", about.model.split(":")[0]],
-    ["Updated by", about.strategy.split(":")[0]],
+    ["Strategy", about.strategy.split(":")[0]],
     ["Users", about.sizes.users.toLocaleString()],
     ["Items", about.sizes.items.toLocaleString()],
     ["Events", about.sizes.events.toLocaleString()],
     ["Search", about.search.why],
   ];
-  if (found) rows.splice(3, 0, ["Quality", `${found.name} ${found.value.toFixed(4)}, ${found.what} ${found.beside.toFixed(4)}`]);
+  if (found) rows.splice(3, 0, ["Quality (higher is better)", `${found.name} ${found.value.toFixed(4)} (${found.what}: ${found.beside.toFixed(4)})`]);
   at("facts").replaceChildren(...rows.map(([name, value, strong]) => {
     const box = make("div"), shown = make("dd");
     shown.append(strong ? make("strong", value) : String(value));
     box.append(make("dt", name), shown);
     return box;
   }));
-  const passed = about.kind === "saved" ? "Saved from Python: no gate has looked at it." : about.kind === "fit" ? "The first version: there was nothing to compare it with."
-    : about.promoted ? "The gate let it pass." : "The gate refused it; somebody promoted it nevertheless.";
+  const passed = about.kind === "saved" ? "This version was saved from Python, without the gate."
+    : about.kind === "fit" ? "This is the first version, so the gate had nothing to compare it with."
+    : about.promoted ? "The gate promoted this version." : "The gate refused this version. It was promoted by force.";
   const lines = [make("li", passed), ...about.reasons.map((why) => make("li", `Refused: ${why}`))];
   if (about.notes.length) {
     const open = at("verdict").querySelector("details[open]"), part = make("details"), list = make("ul", null, "dim"), row = make("li");
     part.open = Boolean(open);
     list.append(...about.notes.map((note) => make("li", note)));
-    part.append(make("summary", about.notes.length === 1 ? "1 note of the gate" : `${about.notes.length} notes of the gate`), list);
+    part.append(make("summary", about.notes.length === 1 ? "1 note from the gate" : `${about.notes.length} notes from the gate`), list);
     row.append(part);
     lines.push(row);
   }
@@ -89,12 +90,12 @@ async function refresh() {
   const about = await ask("version");
   const changed = about.version !== state.version;
   state.version = about.version;
-  at("live").textContent = `version ${about.version} is live, made ${ago(about.made_at)}`;
+  at("live").textContent = `Version ${about.version} is live. It was made ${ago(about.made_at)}.`;
   at("key").hidden = !about.has_token || Boolean(state.token);
   at("locked").hidden = about.has_token;
   facts(about);
   const history = await ask("versions");
-  say("trouble", history.trouble ? `What the store points to is not served: ${history.trouble}` : "", true);
+  say("trouble", history.trouble ? `The live version of the store cannot be served: ${history.trouble}` : "", true);
   versions(history, about);
   return changed;
 }
@@ -102,10 +103,10 @@ async function refresh() {
 function versions(history, about) {
   at("versions").replaceChildren(...history.versions.map((one) => {
     const row = make("tr"), found = quality(one.numbers), verdict = make("td"), act = make("td");
-    const learnt = one.kind === "no rows" ? "no rows" : one.numbers.new_events !== undefined ? `${number(one.numbers.new_events)} events` : `${one.sizes.events.toLocaleString()} events`;
+    const learned = one.kind === "no rows" ? "no new events" : one.numbers.new_events !== undefined ? `${number(one.numbers.new_events)} events` : `${one.sizes.events.toLocaleString()} events`;
     const name = make("td", one.id, "num");
     if (one.id === about.version) name.append(" ", make("span", "live", "mark live"));
-    verdict.append(make("span", one.promoted ? (one.kind === "fit" ? "first" : "passed") : "refused", one.promoted ? "mark" : "mark refused"));
+    verdict.append(make("span", one.promoted ? (one.kind === "fit" ? "first version" : "promoted") : "refused", one.promoted ? "mark" : "mark refused"));
     if (one.reasons.length) {
       const list = make("ul");
       list.append(...one.reasons.map((why) => make("li", why)));
@@ -116,8 +117,8 @@ function versions(history, about) {
       button.addEventListener("click", () => back(one.id));
       act.append(button);
     }
-    row.append(name, make("td", when(one.made_at).slice(0, 16), "num"), make("td", learnt, "num"),
-      make("td", found ? `${found.value.toFixed(4)} against ${found.beside.toFixed(4)}` : "", "num"), verdict, act);
+    row.append(name, make("td", when(one.made_at).slice(0, 16), "num"), make("td", learned, "num"),
+      make("td", found ? `${found.value.toFixed(4)} (${found.what}: ${found.beside.toFixed(4)})` : "", "num"), verdict, act);
     return row;
   }));
   at("moves").replaceChildren(...history.moves.slice(0, 10).map((move) => {
@@ -128,7 +129,7 @@ function versions(history, about) {
 }
 
 function back(to) {
-  at("sure-text").textContent = `Version ${to} becomes the live one. What later versions had learnt is not learnt again, unless somebody asks for it.`;
+  at("sure-text").textContent = `Version ${to} becomes the live version. The next update does not repeat what later versions learned; freshrec update --retry N does.`;
   at("reason").value = "";
   at("sure").returnValue = "no";
   at("sure").showModal();
@@ -161,8 +162,8 @@ async function look(user, before = []) {
   state.user = user;
   state.list = found.items;
   at("list").replaceChildren(...listed(found.items, before));
-  const why = { "unknown user": "This user has no event yet: these items are popular now.",
-    "no more items with a score": "The model has nothing more to say: popular items complete the list." };
+  const why = { "unknown user": "This user has no events yet. The list shows popular items.",
+    "no more items with a score": "The model has no more items with a score. Popular items fill the list." };
   say("why", found.fallback ? why[found.fallback] || found.fallback : "");
   document.querySelector(".legend").hidden = !before.length;
   at("changes").replaceChildren();
@@ -183,17 +184,17 @@ async function look(user, before = []) {
 function card(one) {
   const box = make("article", null, "card");
   box.append(make("h4", one.title));
-  if (one.born_span !== null) box.append(make("p", `born in span ${one.born_span}, used last in ${one.used_span}`, "dim"));
+  if (one.born_span !== null) box.append(make("p", `created in span ${one.born_span}, last used in span ${one.used_span}`, "dim"));
   box.append(make("p", one.items.slice(0, 6).map((item) => item.item_id).join(", ")));
   const behind = [...new Set(one.events.map((event) => event.item_id))];
-  box.append(make("p", behind.length ? `behind it: ${behind.slice(-6).join(", ")}` : "no event of the user is behind it", "dim"));
+  box.append(make("p", behind.length ? `based on: ${behind.slice(-6).join(", ")}` : "not based on an event of this user", "dim"));
   return box;
 }
 
 function changes(found) {
   const rows = [
-    [`${found.came.length} came since version ${found.before}`, found.came.map((item) => `${item.item_id} (place ${item.rank})`)],
-    [`${found.left.length} left`, found.left.map((item) => item.item_id)],
+    [`${found.came.length} new since version ${found.before}`, found.came.map((item) => `${item.item_id} (rank ${item.rank})`)],
+    [`${found.left.length} removed`, found.left.map((item) => item.item_id)],
     [`${found.moved.length} moved`, found.moved.map((item) => `${item.item_id} (${item.was} to ${item.rank})`)],
   ].filter(([, items]) => items.length);
   const box = make("dl", null, "facts");
@@ -203,8 +204,8 @@ function changes(found) {
     return part;
   }));
   const [then, now] = found.interests;
-  const told = then !== null && now !== null && then !== now ? `${then} interests became ${now}.` : "";
-  at("changes").replaceChildren(...(rows.length ? [box] : [make("p", `The best 20 items are those of version ${found.before}.`, "dim")]), make("p", told, "dim"));
+  const interests = then !== null && now !== null && then !== now ? `Number of interests: ${then} before, ${now} now.` : "";
+  at("changes").replaceChildren(...(rows.length ? [box] : [make("p", `The 20 best items are the same as in version ${found.before}.`, "dim")]), make("p", interests, "dim"));
 }
 
 function on(id, event, work, where = "said") {
@@ -221,6 +222,12 @@ function on(id, event, work, where = "said") {
       button.disabled = false;
     }
   });
+}
+
+function prose(tag, text) {
+  const node = make(tag);
+  text.split("`").forEach((piece, nth) => node.append(nth % 2 ? make("code", piece) : piece));
+  return node;
 }
 
 function schema(part) {
@@ -243,8 +250,8 @@ async function routes() {
     const box = make("section");
     box.append(make("h2", group[0].toUpperCase() + group.slice(1)), ...list.map(([path, method, route]) => {
       const part = make("details"), head = make("summary"), rows = make("ul", null, "plain list");
-      head.append(make("span", method.toUpperCase(), "method"), make("code", path));
-      part.append(head, make("p", route.description || route.summary));
+      head.append(make("span", method.toUpperCase(), "method"), make("code", path), ` ${route.summary}`);
+      part.append(head, ...(route.description || "").split("\n\n").map((text) => prose("p", text)));
       const body = route.requestBody && route.requestBody.content["application/json"];
       const fields = (route.parameters || []).map((one) => [one.name, schema(one.schema), one.description || ""]);
       if (body) {
@@ -253,11 +260,18 @@ async function routes() {
       }
       rows.append(...fields.map(([name, kind, text]) => {
         const row = make("li"), left = make("span");
-        left.append(make("code", name), text ? ` ${text}` : "");
+        left.append(make("code", name), " ", prose("span", text));
         row.append(left, make("span", kind, "at"));
         return row;
       }));
-      part.append(rows);
+      const codes = make("ul", null, "plain list");
+      codes.append(...Object.entries(route.responses).map(([code, one]) => {
+        const row = make("li");
+        row.append(make("code", code), prose("span", one.description));
+        return row;
+      }));
+      if (fields.length) part.append(make("h3", "Parameters"), rows);
+      part.append(make("h3", "Responses"), codes);
       return part;
     }));
     return box;
@@ -270,10 +284,10 @@ if (at("routes")) {
   on("ask", "submit", () => look(at("user").value.trim()));
   on("click", "submit", async () => {
     const item = at("item").value.trim(), before = state.list;
-    const told = await ask("events", { method: "POST", body: JSON.stringify({ events: [{ user_id: state.user, item_id: item }] }) });
-    const [one] = told.events;
+    const answer = await ask("events", { method: "POST", body: JSON.stringify({ events: [{ user_id: state.user, item_id: item }] }) });
+    const [one] = answer.events;
     await look(state.user, before);
-    say("said", one.folded ? `The click on ${item} is kept, and the list was made anew.` : `The click on ${item} is kept, but ${one.why}.`);
+    say("said", one.folded ? `The click on ${item} is stored, and the list was updated.` : `The click on ${item} was received. ${one.why}`);
     at("item").value = "";
   });
   on("compare", "click", async () => changes(await ask(`users/${encodeURIComponent(state.user)}/changes`)));
@@ -286,7 +300,7 @@ if (at("routes")) {
       throw why;
     }
   }, "trouble");
-  const tell = () => refresh().catch((why) => say("trouble", why.message, true));
-  tell();
-  setInterval(() => document.hidden || tell(), 5000);
+  const update = () => refresh().catch((why) => say("trouble", why.message, true));
+  update();
+  setInterval(() => document.hidden || update(), 5000);
 }

@@ -1,0 +1,145 @@
+"""The answers of `freshrec history`: one line a version, or with --long every number, reason and move."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from freshrec.cli.number_labels import format_quantity, number_rows
+from freshrec.cli.text_layout import WIDTH, align_rows, bullet, format_moment
+
+if TYPE_CHECKING:
+    from freshrec.store.manifest import Manifest, PointerMove
+    from freshrec.store.versions import Store
+
+MIN_REASON_WIDTH = 20
+STATES = {
+    "live": "is served now",
+    "was live": "its events are part of the live version",
+    "rolled back": "was live; its events are not part of the live version",
+    "refused": "did not pass the gate, was never live",
+    "waiting": "passed, but the update was interrupted; the next one makes it live",
+    "damaged": "its manifest cannot be read; see `freshrec doctor`",
+}
+
+
+@dataclass(frozen=True)
+class VersionState:
+    """What became of a version."""
+
+    state: str  # a key of STATES
+    is_deleted: bool = False  # its files
+    reason: str = ""  # why it was refused, rolled back or made live by force
+
+
+def version_states(store: Store) -> dict[int, VersionState]:
+    """What became of each version of a store."""
+    from freshrec.store.versions import is_collected
+
+    versions, moves = {manifest.id: manifest for manifest in store.manifests()}, store.moves()
+    ancestors, parent = set[int](), moves[-1].to if moves else None
+    while parent in versions:
+        ancestors.add(parent)
+        parent = versions[parent].parent
+    found = {}
+    for number in store.version_numbers():
+        if number not in versions:
+            found[number] = VersionState("damaged", reason=STATES["damaged"])
+            continue
+        state, reason = _state_of(versions[number], moves, ancestors)
+        found[number] = VersionState(state, is_collected(store, number), reason)
+    return found
+
+
+def _state_of(version: Manifest, moves: Sequence[PointerMove], ancestors: set[int]) -> tuple[str, str]:
+    """What became of a version, and why."""
+    by_force = "" if version.promoted else next((m.reason for m in reversed(moves) if m.to == version.id), "")
+    reason = f"by force: {by_force}" if by_force else "no new events" if version.kind == "no rows" else ""
+    if moves and moves[-1].to == version.id:
+        return "live", reason
+    if version.id in ancestors:
+        return "was live", reason
+    places = [place for place, move in enumerate(moves) if move.to == version.id]
+    if places:
+        left_by = next((move for move in moves[places[-1] :] if move.to != version.id), None)
+        return "rolled back", "" if left_by is None else left_by.reason
+    return ("waiting", reason) if version.goes_live else ("refused", " ".join(version.reasons))
+
+
+def history_lines(versions: Sequence[Manifest], states: Mapping[int, VersionState]) -> list[str]:
+    """A table with one line a version, oldest first, at most 100 columns wide."""
+    if not versions:
+        return []
+    metrics = Counter(version.metric for version in versions if version.metric)
+    metric = metrics.most_common(1)[0][0] if metrics else "ndcg@20"
+    rows = [_history_row(version, states[version.id], metric) for version in versions]
+    heads = [("", "", "", "new", "new", metric), ("no.", "made (UTC)", "state", "events", "users", "   new   live")]
+    table = align_rows([*heads, *rows], right={0, 3, 4})
+    length = max(map(len, table))
+    room = max(MIN_REASON_WIDTH, WIDTH - length - 2)
+    reasons = ["", "reason", *(short_reason(states[version.id].reason, room) for version in versions)]
+    lines = [f"{line:<{length}}  {reason}".rstrip() for line, reason in zip(table, reasons)]
+    lines += [f"{metric} of the new version and of the live version then: 0 to 1, higher is better, same queries."]
+    if any(states[version.id].is_deleted for version in versions):
+        lines += ["* The files of this version were deleted. It cannot be made live."]
+    if others := [str(version.id) for version in versions if version.metric not in ("", metric)]:
+        lines += [f"Measured by another metric, see --long: {', '.join(others)}."]
+    return lines
+
+
+def _history_row(version: Manifest, state: VersionState, metric: str) -> tuple[str, ...]:
+    numbers, sizes = version.numbers, version.sizes
+    first = version.kind in ("fit", "saved")
+    counts = [sizes.get(name) if first else numbers.get(f"new_{name}") for name in ("events", "users")]
+    qualities = [numbers.get(name) for name in (metric, f"{metric} live")]
+    return (
+        str(version.id),
+        format_moment(version.made_at),
+        state.state + "*" * state.is_deleted,
+        *("" if n is None else format_quantity(n, "count") for n in counts),
+        " ".join("" if value is None else format_quantity(value, "fraction") for value in qualities).rstrip(),
+    )
+
+
+def short_reason(reason: str, width: int) -> str:
+    """The first clause of a reason. A long one loses words before its last two: "71.4 % of the rows ... one user"."""
+    clause = re.split(r"; |: (?!by force)|\. |\.$", reason)[0] if not reason.startswith("by force") else reason
+    if len(clause) <= width:
+        return clause
+    end = " ".join(["...", *clause.split()[-2:]])
+    start = clause[: max(0, width - len(end))].rpartition(" ")[0]
+    return f"{start} {end}"[:width]
+
+
+def long_lines(versions: Sequence[Manifest], states: Mapping[int, VersionState]) -> list[str]:
+    """Every number, reason and note of each version."""
+    lines = []
+    for version in versions:
+        state = states[version.id]
+        parent = "" if version.parent is None else f", updated from version {version.parent}"
+        deleted = "; its files were deleted" if state.is_deleted else ""
+        lines += [f"Version {version.id}: {state.state} ({STATES[state.state]}){deleted}"]
+        lines += [f"  made {format_moment(version.made_at)} UTC{parent}, with freshrec {version.code}"]
+        sizes = ", ".join(f"{n:,} {name}" for name, n in version.sizes.items())
+        lines += [f"  model {version.recipe['model']}, strategy {version.recipe.get('strategy', '')}, knows {sizes}"]
+        lines += [f"  {line}" for line in align_rows([row[1:] for row in number_rows(version.numbers)], right={1})]
+        if state.reason and state.state != "refused":
+            lines += bullet("reason:", state.reason)
+        for reason in version.reasons:
+            lines += bullet("refused:", reason)
+        for note in version.notes:
+            lines += bullet("note:", note)
+        lines += [""]
+    return lines
+
+
+def move_lines(moves: Sequence[PointerMove]) -> list[str]:
+    """Every change of the live version, oldest first."""
+    if not moves:
+        return []
+    rows = [(format_moment(move.at), move.action, f"version {move.to}", move.reason) for move in moves]
+    heads = ("at (UTC)", "command", "made live", "reason")
+    return ["Changes of the live version", *(f"  {line}" for line in align_rows([heads, *rows]))]

@@ -1,0 +1,48 @@
+"""Plain text for people: aligned rows, wrapped sentences, moments."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Collection, Sequence
+from datetime import UTC, datetime
+
+WIDTH = 100  # columns of a line
+
+
+def align_rows(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
+    """Rows of cells as lines with columns of equal width; the columns in `right` are aligned to the right.
+
+    Rows may have fewer cells than others. The last cell of a row may be wider than its column, unless it is in `right`.
+    No line ends with spaces.
+    """
+    widths = [0] * max(map(len, rows), default=0)
+    for row in rows:
+        for i, cell in enumerate(row):
+            if i in right or i < len(row) - 1:
+                widths[i] = max(widths[i], len(cell))
+    lines = []
+    for row in rows:
+        padded = enumerate(zip(row, widths))
+        cells = [cell.rjust(width) if i in right else cell.ljust(width) for i, (cell, width) in padded]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def bullet(label: str, sentence: str) -> list[str]:
+    """A sentence after its label, indented, and wrapped at WIDTH columns."""
+    return textwrap.wrap(
+        sentence,
+        WIDTH,
+        initial_indent=f"  {label} ",
+        subsequent_indent="    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def format_moment(moment: str) -> str:
+    """A time of a manifest (ISO 8601) in UTC, to the minute: "2025-06-01 04:15"."""
+    try:
+        return datetime.fromisoformat(moment).astimezone(UTC).strftime("%Y-%m-%d %H:%M")
+    except ValueError:
+        return moment

@@ -1,0 +1,131 @@
+"""What is unusual about a delivery, compared with earlier ones: one sentence or two for each anomaly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf
+from statistics import median
+from typing import TYPE_CHECKING
+
+from freshrec.nightly.delivery_stats import DeliveryStats
+from freshrec.nightly.notes import count_of, format_percent
+
+if TYPE_CHECKING:
+    from freshrec.nightly.gate import GateLimits
+
+DAYS_PER_OUTLIER = 14  # one delivery in 14 is ignored at either end of the usual range
+
+
+def count_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats], limits: GateLimits) -> list[str]:
+    """Report unusual numbers of rows, users and items."""
+    if len(recent) < limits.min_earlier_days:
+        return []
+    days = [*recent, day]
+    return [
+        *_outside_usual_range("row", [d.n_rows for d in days], limits.max_drop_factor, limits.max_growth_factor),
+        *_outside_usual_range("user", [d.n_users for d in days], limits.max_drop_factor, limits.max_growth_factor),
+        *_outside_usual_range("item", [d.n_items for d in days], inf, limits.max_growth_factor),
+    ]
+
+
+def _outside_usual_range(unit: str, values: Sequence[int], drop_factor: float, growth_factor: float) -> list[str]:
+    *past, today = values
+    least, most = _usual_range(past)
+    if least / drop_factor <= today <= most * growth_factor:
+        return []
+    limit = f"Fewer than {least / drop_factor:,.0f}" if today < least else f"More than {most * growth_factor:,.0f}"
+    usual = f"{_earlier_deliveries(len(past))} usually had {least:,.0f} to {most:,.0f}."
+    return [f"The delivery has {count_of(today, unit)}. {usual} {limit} is unusual."]
+
+
+def _earlier_deliveries(n: int) -> str:
+    return f"The previous {n} deliveries" if n > 1 else "The previous delivery"
+
+
+def _usual_range(values: Sequence[float]) -> tuple[float, float]:
+    """Minimum and maximum without one value in DAYS_PER_OUTLIER at either end, which may be outliers."""
+    ordered, n = sorted(values), len(values) // DAYS_PER_OUTLIER
+    return ordered[n], ordered[-1 - n]
+
+
+def share_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats], limits: GateLimits) -> list[str]:
+    """Report unusual shares: duplicates, single users and items, unknown ids, equal times, late rows."""
+    days = [*recent, day]
+
+    def check(label: str, shares: Sequence[float | None], max_share: float, max_rise: float) -> list[str]:
+        return _above_usual_share(label, shares, max_share, max_rise, limits)
+
+    small, large, unknown = limits.max_small_rise, limits.max_rise, limits.max_share_unknown
+    found = check(
+        "of the delivered rows are duplicates", [d.share_doubled for d in days], limits.max_share_doubled, small
+    )
+    if day.n_rows >= limits.min_rows:
+        top_user, top_item = [d.share_top_user for d in days], [d.share_top_item for d in days]
+        found += check("of the rows belong to one user", top_user, limits.max_share_top_user, small)
+        found += check("of the rows belong to one item", top_item, limits.max_share_top_item, large)
+        found += check("of the rows have an unknown item id", [d.share_unknown_items for d in days], unknown, large)
+    if day.n_rows >= limits.min_rows and recent:  # without an earlier delivery: user ids may be those of sessions
+        found += check("of the rows have an unknown user id", [d.share_unknown_users for d in days], unknown, large)
+    found += _head_anomalies(day, recent, limits)
+    if day.n_users >= limits.min_users_same_second and (recent or not day.whole_days):
+        seconds = [d.share_same_second for d in days]
+        found += check("of the users have an event in the same second", seconds, limits.max_share_same_second, large)
+    late = "of the rows are older than the newest known event"
+    if day.gap_hours is not None and day.gap_hours < 0:
+        late += f" (the median row by {-day.gap_hours:,.0f} hours)"
+    return found + check(late, [d.share_late for d in days], limits.max_share_late, large)
+
+
+def _head_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats], limits: GateLimits) -> list[str]:
+    heads = [d.share_head for d in recent if d.share_head is not None]
+    if day.n_rows < limits.min_rows or len(heads) < limits.min_earlier_days or day.share_head is None:
+        return []
+    least = _usual_range(heads)[0]
+    if day.share_head >= least / limits.max_head_drop_factor:
+        return []
+    return [
+        f"{format_percent(day.share_head)} of the rows are on the popular items, which had half of the recent events. "
+        f"In the previous {len(heads)} deliveries it was usually {format_percent(least)} or more. "
+        "Check whether the events are genuine."
+    ]
+
+
+def _above_usual_share(
+    label: str, values: Sequence[float | None], max_share: float, max_rise: float, limits: GateLimits
+) -> list[str]:
+    """Report a share above `max_share`, or above the usual share by more than `max_rise`. A usual share passes."""
+    past, today = [value for value in values[:-1] if value is not None], values[-1]
+    usual = _usual_range(past)[1] if past else 0.0
+    limit = max([max_share, *past])
+    if len(past) >= limits.min_earlier_days:
+        limit = max(usual, min(usual + max_rise, max_share))
+    if today is None or today <= limit or (past and median(past) >= limits.uninformative_share):
+        return []
+    before = f" In the previous {len(past)} deliveries it was usually at most {format_percent(usual)}."
+    if len(past) < 2:
+        before = f" In the previous delivery it was {format_percent(usual)}." if past else ""
+    return [f"{format_percent(today)} {label}.{before} More than {format_percent(limit)} is unusual."]
+
+
+def time_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats], limits: GateLimits) -> list[str]:
+    """Report long gaps between rows, and a delivery that covers too short a time."""
+    found = []
+    holes = [d.hole_hours for d in recent if d.hole_hours is not None]
+    limit = limits.max_hole_hours
+    if len(holes) >= limits.min_earlier_days:
+        limit = max(limits.max_usual_hole_hours, limits.max_hole_factor * median(holes))
+    if day.hole_hours is not None and day.hole_hours > limit:
+        found.append(
+            f"There are no rows for {day.hole_hours:,.0f} hours in a row. More than {limit:,.0f} hours is unusual. "
+            "Check the unit and the offset of the timestamps."
+        )
+    spans = [d.span_hours for d in recent if d.span_hours is not None]
+    if day.span_hours is not None and len(spans) >= limits.min_earlier_days:
+        shortest = _usual_range(spans)[0]
+        if day.span_hours < shortest / limits.max_shortening_factor:
+            found.append(
+                f"The rows cover {day.span_hours:.3g} hours. {_earlier_deliveries(len(spans))} usually covered at "
+                f"least {shortest:.3g} hours. Less than {shortest / limits.max_shortening_factor:.3g} hours is "
+                "unusual. Check whether the end is missing."
+            )
+    return found

@@ -1,0 +1,215 @@
+"""Explanations and profiles in sentences: contributions add up to the printed total, and the text names no raw keys."""
+
+import re
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+
+from freshrec.cli.app import main
+from freshrec.data.synthetic import make_world
+from freshrec.models import MODELS
+from freshrec.models.blend.model import Blend
+from freshrec.models.blend.rule import SCORE_SOURCES
+from freshrec.recommender.bundle import learn_events
+from freshrec.recommender.explanation import EXPERT_LABELS, Explanation, explain_pair, explanation_text
+from freshrec.recommender.lists import user_batch
+from freshrec.recommender.log_reading import encode_events
+from freshrec.recommender.recommender import Recommender
+
+near = pytest.approx
+NOON = 1_767_268_800  # 2026-01-01T12:00:00 UTC, in seconds
+FAST = "finetune:fit.base_epochs=1:fit.epochs=1"
+LOG = pl.DataFrame(
+    {"user_id": ["u1", "u2", "u1", "u2", "u3", "u3"], "item_id": list("aabbac"), "timestamp": range(NOON, NOON + 6)}
+)
+COUNTING = ("popularity", "repeat-last", "item-knn", "markov", "user-knn", "sknn", "s-sknn", "v-sknn", "stan")
+SPLIT_BY_EVENT = ("item-knn", "markov", "repeat-last", "repeat-last:order=freq")
+
+
+def days() -> pl.DataFrame:
+    return make_world("drift", users=60, items=40, events=1500).log.frame.select("user_id", "item_id", "time")
+
+
+def explained(recommender: Recommender, user: object, item: object) -> Explanation:
+    bundle = recommender.bundle
+    return explain_pair(bundle.served, user, item, bundle.names[0], bundle.read_options.has_clock)  # type: ignore[arg-type]
+
+
+def printed_contributions(text: str) -> tuple[list[float], float]:
+    """The numbers of the table, and its total."""
+    rows = re.findall(r"^ *([+-]\d+\.\d+)  (.*)$", text, flags=re.M)
+    assert rows[-1][1] == "total"
+    return [float(value) for value, _ in rows[:-1]], float(rows[-1][0])
+
+
+def check_table(text: str) -> None:
+    """The printed numbers sum to the printed total, but for half a unit of the last digit in each."""
+    values, total = printed_contributions(text)
+    n_decimals = len(re.findall(r"\.(\d+)  ", text)[-1])
+    assert sum(values) == near(total, abs=0.5 * 10**-n_decimals * (len(values) + 1) + 1e-9)
+
+
+def first_item(recommender: Recommender, user: object) -> tuple[object, float]:
+    [row] = recommender.recommend([user], k=1).rows(named=True)  # type: ignore[list-item]
+    return row["item_id"], row["score"]
+
+
+def test_contributions_of_a_blend_add_up_to_the_log_of_the_score_above_its_mean() -> None:
+    recommender = Recommender("blend").fit(days())
+    user = days()["user_id"][0]
+    item, score = first_item(recommender, user)
+    found, model = explained(recommender, user, item), recommender.served.state.model
+    assert isinstance(model, Blend) and model.active_rule is not None
+    row = recommender.served.users.rows(pl.Series([user]))
+    items_BC, score_BC = model.candidates(user_batch(recommender.served, row))
+    log_C = score_BC[0, items_BC[0] > 0].double().log()
+    expected = torch.tensor(score, dtype=torch.float64).log() - log_C.mean()  # what the sentence says
+    assert found.total == near(expected.item(), abs=1e-3) and found.score == near(score)
+    assert len(found.contributions) == len(SCORE_SOURCES)
+    text = explanation_text(found)
+    check_table(text)
+    text = " ".join(text.split())
+    assert f"{len(log_C)} candidates sum to 1" in text and f"add up to {found.total:+.2f}" in text
+
+
+def test_the_one_expert_of_a_blend_without_a_rule_has_the_whole_score() -> None:
+    recommender = Recommender("blend").fit(LOG)  # six events: too few queries for a rule
+    item, score = first_item(recommender, "u3")
+    found = explained(recommender, "u3", item)
+    assert found.total == found.score == near(score) and "One expert ranks alone" in found.about
+
+
+@pytest.mark.parametrize("model", SPLIT_BY_EVENT)
+def test_contributions_of_past_events_add_up_to_the_score(model: str) -> None:
+    recommender = Recommender(model).fit(days())
+    for user in days()["user_id"].unique()[:5].to_list():
+        [row] = recommender.recommend([user], k=1, exclude_seen=False).rows(named=True)
+        found = explained(recommender, user, row["item_id"])
+        assert found.total == near(row["score"], rel=1e-5) and found.score == near(row["score"])
+        if len(found.contributions) > 1:
+            check_table(explanation_text(found))
+
+
+def test_past_events_of_item_knn_by_hand() -> None:
+    # u2 had a, then b. c stands in one history with a, in none with b: the event with a has all of the score.
+    found = explained(Recommender("item-knn").fit(LOG), "u2", "c")
+    assert [part.value for part in found.contributions] == [near(found.score)]
+    assert "Most important past event: item a on 2026-01-01, the largest contribution." in explanation_text(found)
+
+
+@pytest.mark.parametrize("model", ["comirec-dr:d=16:k=3", "mind:d=16", "sasrec:d=16", "mf:d=16"])
+def test_the_largest_inner_product_is_the_score_and_the_others_contribute_nothing(model: str) -> None:
+    recommender = Recommender(model, FAST).fit(days())
+    user = days()["user_id"][0]
+    item, score = first_item(recommender, user)
+    found = explained(recommender, user, item)
+    assert found.total == near(score, rel=1e-5) and found.score == near(score, rel=1e-5)
+    assert sum(part.value != 0 for part in found.contributions) == 1
+    if len(found.contributions) > 1:
+        check_table(explanation_text(found))
+        assert f"one of the user's {len(found.contributions)} interests" in found.about
+
+
+@pytest.mark.parametrize("model", [name for name in MODELS if name not in ("blend", *SPLIT_BY_EVENT)])
+def test_every_model_explains_its_first_item_with_the_rank_that_it_has_in_the_list(model: str) -> None:
+    is_counting = model in COUNTING or model.startswith("popularity")
+    recommender = Recommender(model, None if is_counting else FAST).fit(days())
+    user = days()["user_id"][0]
+    [*_, row] = recommender.recommend([user], k=3).rows(named=True)
+    found = explained(recommender, user, row["item_id"])
+    text = explanation_text(found)
+    if row["fallback"] is None:
+        assert (found.rank, found.score) == (row["rank"], near(row["score"], rel=1e-4, abs=1e-6))
+    assert bool(found.contributions) != (f"cannot split a score of {model} into contributions." in text)
+    assert not found.contributions or found.total == near(found.score, rel=1e-5)
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_popularity_says_what_it_counts() -> None:
+    found = explained(Recommender("popularity").fit(LOG), "u1", "c")
+    assert explanation_text(found) == (
+        "Item c is ranked 1 of 1 items for user u1 (score 1, higher is better). Items that the user already\n"
+        "has are not ranked.\n\n"
+        "The score is the number of events of the item (all events). It is the same for every user."
+    )
+    seen = explanation_text(explained(Recommender("popularity").fit(LOG), "u1", "b"))
+    assert "ranked 2 of all 3 items" in seen and "already has this item (1 event)" in " ".join(seen.split())
+
+
+def test_an_item_without_a_score_is_not_offered() -> None:
+    text = explanation_text(explained(Recommender("repeat-last").fit(LOG), "u1", "c"))
+    assert text.startswith("Item c is not offered to user u1.") and "has no opinion" in text
+    blend = Recommender("blend:items_per_expert=1").fit(days())  # its experts propose few of the 40 items
+    user = days()["user_id"][0]
+    others = [item for item in days()["item_id"].unique() if explained(blend, user, item).score is None]
+    text = " ".join(explanation_text(explained(blend, user, others[0])).split())
+    assert re.search(r"The blend scores \d+ candidates for this user: the best item of each expert", text)
+
+
+def test_an_item_that_a_trained_model_has_not_learned_yet_is_not_offered() -> None:
+    bundle = Recommender("mf:d=8", FAST).fit(LOG).bundle
+    late = LOG.select("user_id", time=pl.lit((NOON + 60) * 10**6), item_id=pl.lit("new"))
+    pending = learn_events(
+        bundle, encode_events(bundle.served, late), n_learnt=0
+    )  # as events are that a night held out
+    text = " ".join(explanation_text(explain_pair(pending.served, "u1", "new", "mf:d=8", True)).split())
+    assert "It is newer than the last update of mf:d=8" in text and text.startswith(
+        "Item new is not offered to user u1."
+    )
+
+
+def test_every_source_of_a_blend_has_a_label() -> None:
+    assert {name for name in SCORE_SOURCES if not name.startswith("popularity-")} <= EXPERT_LABELS.keys()
+
+
+def test_a_log_without_timestamps_has_positions_for_dates() -> None:
+    log = pl.DataFrame({"user_id": ["u", "u", "v", "v", "w"], "item_id": list("abaca"), "order": range(5), "period": 1})
+    text = explanation_text(explained(Recommender("item-knn").fit(log), "w", "b"))
+    assert "Most important past event: item a at position 4" in text
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> str:
+    days().write_parquet(tmp_path / "log.parquet")
+    return str(tmp_path / "store")
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(arguments) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", ["blend", "comirec-dr:d=8", "sasrec:d=8", "popularity"])
+def test_inspect_reads_well_and_fits_100_columns(
+    model: str, store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    options = ("--strategy", FAST) if ":" in model else ()
+    answer(capsys, "fit", str(tmp_path / "log.parquet"), "--store", store, "--model", model, *options)
+    user, item = days()["user_id"][0], days()["item_id"][0]
+    n_events = len(days().filter(user_id=user))
+    of_user = answer(capsys, "inspect", "user", str(user), "--store", store)
+    of_item = answer(capsys, "inspect", "item", str(item), "--store", store)
+    assert of_user.startswith(f"User {user} has {n_events} events: the first in span 0")
+    assert f"The {min(20, n_events)} most recent events, newest last:" in of_user or "All events" in of_user
+    assert of_item.startswith(f"Item {item} has {len(days().filter(item_id=item))} events from ")
+    assert ("An interest is a vector for one part of what the user likes." in of_user) == model.startswith("comirec")
+    assert ("Interests: this model has none." in of_user) == (model == "popularity")
+    for text in (of_user, of_item):
+        assert "_" not in text and "None" not in text and max(map(len, text.splitlines())) <= 100
+
+
+def test_an_unknown_user_or_item_is_named_and_the_exit_code_is_that_of_a_wrong_argument(
+    store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer(capsys, "fit", str(tmp_path / "log.parquet"), "--store", store, "--model", "popularity")
+    user, item = (str(days()[name][0]) for name in ("user_id", "item_id"))
+    for arguments, error in (
+        ((user, "987654"), 'error: Unknown item "987654": it never occurred in an event. Check the id.\n'),
+        (("987654", item), 'error: Unknown user "987654": it never occurred in an event. Check the id.\n'),
+        (("Ann", item), 'error: user_id "Ann" is not an integer, but all ids of this log are. Pass an integer.\n'),
+    ):
+        assert main(["explain", *arguments, "--store", store]) == 2
+        assert capsys.readouterr().err == error
