@@ -103,7 +103,7 @@ HEADS = {  # of the table of spans; one line each, so that it fits 80 columns
 
 def print_plan(console: Console, n_cells: int, spans: pl.DataFrame, notes: Sequence[str]) -> None:
     """Print the spans of a replay, and what each column means."""
-    counts = f"{_plural(n_cells, 'run')}, {_plural(len(spans) - 1, 'span')} after the base block"
+    counts = f"{_plural(n_cells, 'run')} over {_plural(len(spans), 'span')}"
     table = Table(title=counts, title_justify="left", box=None, pad_edge=False)
     table.padding = (0, 1, 0, 0)
     for name in spans.columns:
