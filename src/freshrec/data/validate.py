@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from freshrec.data.log import Log, format_count, format_time
+from freshrec.data.log import Log, drop_duplicates, format_count, format_time
 
 DAY = 86_400_000_000  # microseconds
 MAX_SUGGESTED_SPANS = 6  # after the base block
@@ -105,11 +105,10 @@ def _n_distinct(frame: pl.DataFrame, columns: list[str]) -> int:
 
 
 def _count_duplicates(log: Log) -> int | None:
-    """Count duplicates by event_id, or else by user, item and time; None without either."""
-    if "event_id" in log.frame.columns:
-        ids = log.frame["event_id"].drop_nulls()
-        return len(ids) - ids.n_unique()
-    return len(log.frame) - _n_distinct(log.frame, ["user_id", "item_id", "time"]) if log.has_clock else None
+    """Count the rows that every other command skips as duplicates; None without timestamps and event_ids."""
+    if not log.has_clock and "event_id" not in log.frame.columns:
+        return None
+    return len(log.frame) - len(drop_duplicates(log).frame)
 
 
 def _tied_share(log: Log) -> float | None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import polars as pl
 
+from freshrec.data.duplicates import EVENT_KEYS
 from freshrec.data.log import Log
 from freshrec.nightly.job import NightlyJob, batches_of
 from freshrec.store import click_journal
-from freshrec.store.dedup import EVENT_KEYS
 from freshrec.store.event_log import AppendResult
 from freshrec.store.versions import version_chain
 

@@ -10,7 +10,7 @@ import polars as pl
 import torch
 
 from freshrec.data.catalog import Catalog
-from freshrec.data.log import Log, format_time, keep_positives, read_log
+from freshrec.data.log import Log, drop_duplicates, format_time, keep_positives, read_log
 from freshrec.errors import LogError
 from freshrec.recommender.served_state import ServedState
 from freshrec.types import Events
@@ -33,8 +33,9 @@ class ReadOptions:
 
 
 def read_interactions(source: LogSource, options: ReadOptions) -> Log:
-    """Read the positive events of a log; exposures with label 0 are dropped. Raises LogError for a bad log."""
-    return keep_positives(read_log(source, columns=options.columns, format=options.format, events=options.events))
+    """Read the positive events of a log, each once; exposures (label 0) are dropped. Raises LogError for a bad log."""
+    log = read_log(source, columns=options.columns, format=options.format, events=options.events)
+    return drop_duplicates(keep_positives(log))
 
 
 def read_new_events(source: LogSource, options: ReadOptions, served: ServedState) -> Log:

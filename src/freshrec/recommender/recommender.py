@@ -93,8 +93,8 @@ class Recommender:
     def update(self, new_events: LogSource) -> Recommender:
         """Learn from new events; only the new rows are needed.
 
-        They may have new users and items. A row given twice counts twice. Raises LogError if a row is older than the
-        newest learned one. Returns the recommender itself.
+        They may have new users and items. Duplicates within one call count once; a store also recognises events of
+        earlier calls. Raises LogError if a row is older than the newest learned one. Returns the recommender itself.
         """
         bundle = self.bundle
         log = read_new_events(new_events, bundle.read_options, bundle.served)

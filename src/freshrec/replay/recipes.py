@@ -4,7 +4,7 @@ from pathlib import Path
 
 import polars as pl
 
-from freshrec.data.log import Log, events_before, keep_positives, read_log
+from freshrec.data.log import Log, drop_duplicates, events_before, keep_positives, read_log
 from freshrec.data.split import LogSplit, split_log
 from freshrec.data.synthetic import make_world
 from freshrec.errors import IncompatibleError, LogError, OptionError
@@ -45,7 +45,7 @@ def load_log(recipe: Recipe) -> Log:
             "The recipe asks for exposures, and no row has the label 0. Name the column, as in --columns label=click."
         )
     log = events_before(log, log_recipe.until) if log_recipe.until else log
-    return log if log_recipe.exposures else keep_positives(log)
+    return drop_duplicates(log if log_recipe.exposures else keep_positives(log))
 
 
 def load_split(recipe: Recipe) -> LogSplit:

@@ -23,11 +23,12 @@ from deltalake import ColumnProperties, CommitProperties, DeltaTable, WriterProp
 from deltalake.exceptions import CommitFailedError, DeltaError
 
 from freshrec.data.catalog import TYPE_NAMES
+from freshrec.data.duplicates import EVENT_KEYS, drop_duplicate_rows, split_by_event_id
 from freshrec.data.formats import to_printable
 from freshrec.errors import LogError, OptionError, StateError
 from freshrec.files import file_checksum, sync_folder
 from freshrec.store.checksummed_json import read_checksummed, write_checksummed
-from freshrec.store.dedup import COLUMN_TYPES, EVENT_KEYS, as_time, drop_duplicates, split_by_event_id, time_range
+from freshrec.store.log_columns import COLUMN_TYPES, as_time, time_range
 
 TABLE_NAME = "freshrec event log 1"  # name of the table, with the number of its format
 CLOCK_DESCRIPTIONS = {True: "time is a clock's", False: "time is a place in the log"}  # the table's description
@@ -82,7 +83,7 @@ class EventLog:
         with _translate_errors(self.folder, "written"):
             table = _open_table(self.folder)
             rows = _match_schema(frame, table, has_clock, self.folder)
-            distinct = drop_duplicates(rows, has_clock)
+            distinct = drop_duplicate_rows(rows, has_clock)
             n_duplicates, sources = len(rows) - len(distinct), _batch_sources(table)
             repeated_batch = next((batch for batch, known in sources.items() if known == source), None)
             if repeated_batch is not None:
@@ -120,7 +121,7 @@ class EventLog:
             found = pl.DataFrame(table.scan(predicate=None if batches is None else _batch_predicate(batches)))
             found = found.sort("batch", "time", "row")
             if batches is None or len(batches) > 1:
-                found = drop_duplicates(found, _has_clock(table)).sort("batch", "time", "row")
+                found = drop_duplicate_rows(found, _has_clock(table)).sort("batch", "time", "row")
         filled = [name for name in COLUMN_TYPES if name in found.columns and found[name].null_count() < len(found)]
         optional_columns = [name for name in filled if name not in EVENT_KEYS]
         return found.select(*EVENT_KEYS, *optional_columns)

@@ -1,0 +1,26 @@
+"""Columns and times of the event log."""
+
+import polars as pl
+
+COLUMN_TYPES = {
+    "user_id": (pl.Int64, pl.String),
+    "item_id": (pl.Int64, pl.String),
+    "time": (pl.Int64,),
+    "event": (pl.String,),
+    "category": (pl.Int64, pl.String),
+    "weight": (pl.Float64,),
+    "label": (pl.Float64,),
+    "period": (pl.Int64,),
+    "split": (pl.String,),
+    "event_id": (pl.Int64, pl.String),
+}
+
+
+def time_range(rows: pl.DataFrame) -> tuple[int | None, int | None]:
+    """Return the smallest and the largest time, or None for both if there are no rows."""
+    return as_time(rows["time"].min()), as_time(rows["time"].max())
+
+
+def as_time(found: object) -> int | None:
+    """Return the result of a minimum or maximum as a time, None if there were no values."""
+    return found if isinstance(found, int) else None
