@@ -14,7 +14,7 @@ from freshrec.models import find_model
 from freshrec.models.multi_interest import InterestSpec
 from freshrec.replay.plan import count_tuning_targets
 from freshrec.replay.recipe_schema import Recipe, load_recipe, parse_recipe, save_recipe
-from freshrec.replay.recipes import load_log, load_split, make_cells
+from freshrec.replay.recipes import load_log, load_split, make_cells, pairs_to_compare
 from freshrec.strategies import find_strategy
 from freshrec.strategies.imsr import IMSR, Retainer
 
@@ -190,9 +190,33 @@ def test_counters_are_replayed_at_each_cadence_and_trained_models_at_the_first()
             parse_recipe({"replay": {"cadence": wrong}})
 
 
-def test_a_strategy_runs_on_the_models_it_fits_and_is_an_error_only_where_it_fits_none() -> None:
-    both = parse_recipe({"replay": {"models": ["sasrec", "mind"], "strategies": ["imsr"], "controls": []}})
-    assert [cell.model_name for cell in make_cells(both)] == ["mind"]
+def test_each_model_gets_the_strategies_that_fit_it_or_its_default_strategy() -> None:
+    def found(models: list[str], strategies: list[str]) -> tuple[list[str], list[str]]:
+        part = {"models": models, "strategies": strategies, "controls": []}
+        pairs, notes = pairs_to_compare(parse_recipe({"replay": part}))
+        return ["/".join(pair) for pair in pairs], notes
+
+    assert found(["sasrec", "mind"], ["imsr"]) == (
+        ["sasrec/finetune", "mind/imsr"],
+        ["sasrec cannot be updated by imsr. It is compared with its default strategy, finetune."],
+    )
+    assert found(["sasrec", "blend", "markov"], ["finetune", "full"]) == (
+        ["sasrec/finetune", "sasrec/full", "blend/refit", "markov/absorb"],
+        [
+            "blend cannot be updated by finetune, full. It is compared with its default strategy, refit.",
+            "markov cannot be updated by finetune, full. It is compared with its default strategy, absorb.",
+        ],
+    )
+    assert found(["comirec-dr", "sasrec"], ["finetune", "imsr"]) == (
+        ["comirec-dr/finetune", "comirec-dr/imsr", "sasrec/finetune"],
+        ["sasrec cannot be updated by imsr."],
+    )
+    assert [cell.model_name for cell in make_cells(parse_recipe({"replay": {"models": ["item-knn"]}}))].count(
+        "item-knn"
+    ) == 1  # the default strategies fit trained models only; item-knn is a control too, and runs once
+
+
+def test_a_strategy_that_fits_none_of_the_models_is_an_error() -> None:
     with pytest.raises(IncompatibleError, match="several interests"):
         make_cells(parse_recipe({"replay": {"models": ["sasrec"], "strategies": ["imsr"]}}))
 

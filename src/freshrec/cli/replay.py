@@ -99,10 +99,10 @@ def _show_plan(recipe: Recipe) -> None:
     from freshrec.data.split import describe_spans
     from freshrec.replay.estimate import estimate_cost
     from freshrec.replay.progress import MeasuringLog, print_estimate, print_plan
-    from freshrec.replay.recipes import load_split, make_cells, make_replay_settings
+    from freshrec.replay.recipes import load_split, make_cells, make_replay_settings, pairs_to_compare
 
     cells, settings, split, console = make_cells(recipe), make_replay_settings(recipe), load_split(recipe), Console()
-    print_plan(console, len(cells), describe_spans(split), split.notes)
+    print_plan(console, len(cells), describe_spans(split), [*split.notes, *pairs_to_compare(recipe)[1]])
     print_estimate(console, estimate_cost(cells, split, settings, MeasuringLog()))
 
 
@@ -112,7 +112,7 @@ def run_recipe(recipe: Recipe, out: Path, jobs: int, device: str, resume: bool, 
     from freshrec.replay.answer import headline_metric, read_answer
     from freshrec.replay.answer_text import output_width, render_answer
     from freshrec.replay.progress import ProgressBoard, print_plan
-    from freshrec.replay.recipes import load_split, make_cells, make_replay_settings
+    from freshrec.replay.recipes import load_split, make_cells, make_replay_settings, pairs_to_compare
     from freshrec.replay.results import collect_results
     from freshrec.replay.runner import run_cells
     from freshrec.replay.slices import slice_table
@@ -125,7 +125,7 @@ def run_recipe(recipe: Recipe, out: Path, jobs: int, device: str, resume: bool, 
     console = Console(stderr=True)
     _prepare_folder(out, recipe, resume)
     if not as_json:
-        print_plan(console, len(cells), describe_spans(split), split.notes)
+        print_plan(console, len(cells), describe_spans(split), [*split.notes, *pairs_to_compare(recipe)[1]])
     metric = "auc" if recipe.log.exposures else headline_metric(part.metrics)
     board = ProgressBoard(cells, [span.index for span in split.spans[1:]], out, console, metric)
     try:

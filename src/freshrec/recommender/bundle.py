@@ -14,7 +14,6 @@ from freshrec.disk_names import tag_of
 from freshrec.errors import StateError
 from freshrec.models import find_model
 from freshrec.models.absorb import absorb_block
-from freshrec.models.blend.model import Blend
 from freshrec.models.popularity import PopularitySpec
 from freshrec.models.requirements import build_model
 from freshrec.recommender.log_reading import EncodedEvents, ReadOptions
@@ -34,8 +33,8 @@ from freshrec.replay.measure import Queries
 from freshrec.store.checkpoint import load_tree, save_tree
 from freshrec.store.versions import LEGACY_FILE
 from freshrec.strategies import find_strategy
-from freshrec.strategies.compatible import check_compatible, next_state
-from freshrec.types import Histories, ModelSpec, Span, State, Strategy, TrainedModel
+from freshrec.strategies.compatible import check_compatible, default_strategy, next_state
+from freshrec.types import Histories, ModelSpec, Span, State, Strategy
 
 LEGACY_FORMAT = 2  # of folders that `Recommender.save` wrote before stores existed
 LEARNING_FILE, QUERIES_FILE = "learning.safetensors", "asked.safetensors"
@@ -81,9 +80,7 @@ def new_bundle(
     """
     spec = find_model(model)
     empty_model = build_model(spec, model if isinstance(model, str) else type(spec).__name__, seed)
-    if strategy is None:
-        default_counting = "refit" if isinstance(empty_model, Blend) else "absorb"
-        strategy = "finetune" if isinstance(empty_model, TrainedModel) else default_counting
+    strategy = default_strategy(empty_model) if strategy is None else strategy
     chosen_strategy = find_strategy(strategy)
     model = model if isinstance(model, str) else tag_of(type(spec))
     strategy = strategy if isinstance(strategy, str) else tag_of(type(chosen_strategy))

@@ -27,6 +27,7 @@ from freshrec.random_streams import stream
 from freshrec.replay.cell import Cell, ReplaySettings
 from freshrec.replay.measure import Queries, SpanBlock, make_queries, predict_clicks, rank_queries
 from freshrec.replay.plan import count_tuning_targets, training_passes
+from freshrec.strategies.baselines import Retrain
 from freshrec.strategies.compatible import next_state
 from freshrec.strategies.refit import Refit
 from freshrec.types import NEXT, NOW, TEST, Events, Histories, InterestModel, Span, State, Strategy, TrainedModel
@@ -235,7 +236,8 @@ def expected_epochs(cell: Cell, split: LogSplit, speed: ModelSpeed) -> Range:
         return Range(EXPECTED_EPOCHS / 2, EXPECTED_EPOCHS * 2)
     if fit.base_epochs:
         return Range(fit.base_epochs, fit.base_epochs)
-    n_epochs = choose_epochs(_absorbed(cell, speed.spans[0]), fit)
+    absorbed = _absorbed(cell, speed.spans[0])
+    n_epochs = choose_epochs(absorbed, absorbed.histories, fit)
     is_whole = len(speed.spans[0].events) == len(split.spans[0].events)
     if is_whole:
         return Range(n_epochs, n_epochs)
@@ -261,7 +263,7 @@ def _estimate_training(
     cell: Cell, split: LogSplit, settings: ReplaySettings, sizes: Sizes, speed: ModelSpeed, epochs: Range
 ) -> tuple[Range, Range]:
     """CPU-s that the strategy adds to the base block, and CPU-s of its updates, from one update on the sample."""
-    strategy, (base, span) = cell.strategy_instance, speed.spans
+    strategy, (base, span) = _with_one_epoch(cell.strategy_instance), speed.spans
     share = len(base.events) / max(len(split.spans[0].events), 1)
     shared = speed.base if cell.shared_fit else None
     state, base_s = _timed(lambda: next_state(strategy, replace(_absorbed(cell, base), shared_base=shared), base))
@@ -277,13 +279,20 @@ def _estimate_training(
     fixed_s, per_pass_s = split_cost(empty_passes, empty_s, passes, update_s)
 
     def seconds(n_epochs: float) -> float:
-        later = training_passes(strategy, sizes.targets, max(1, round(n_epochs)))[1:]
+        later = training_passes(cell.strategy_instance, sizes.targets, max(1, round(n_epochs)))[1:]
         later = later if settings.last_update else later[:-1]
         tuning = count_tuning_targets(strategy, sizes.targets) if settings.tune else 0.0
         return len(later) * fixed_s + per_pass_s * (sum(later) + tuning)
 
     base_s = base_s / max(share, 1e-9)
     return Range(base_s, base_s), Range(seconds(epochs.low), seconds(epochs.high))
+
+
+def _with_one_epoch(strategy: Strategy) -> Strategy:
+    """Return a full retrain whose new model trains for one epoch; any other strategy unchanged."""
+    if isinstance(strategy, Retrain) and strategy.from_scratch and not strategy.fit.holdout:
+        return replace(strategy, fit=replace(strategy.fit, base_epochs=1))
+    return strategy
 
 
 def split_cost(empty_passes: float, empty_s: float, passes: float, update_s: float) -> tuple[float, float]:

@@ -65,8 +65,14 @@ def _(strategy: Frozen, sizes: list[int], base_epochs: int) -> list[float]:
 
 @training_passes.register
 def _(strategy: Retrain, sizes: list[int], base_epochs: int) -> list[float]:
-    """All remembered events, at each update."""
-    n_epochs, spans = base_epochs if strategy.from_scratch else strategy.fit.expected_epochs, strategy.spans
+    """All remembered events, at each update. A new model also trains on five sixths of them to choose its epochs."""
+    fit, spans = strategy.fit, strategy.spans
+    n_epochs: float = fit.expected_epochs
+    if strategy.from_scratch and fit.base_epochs:
+        n_epochs = fit.base_epochs
+    elif strategy.from_scratch and not fit.holdout:
+        n_chosen = max(base_epochs, fit.min_epochs)
+        n_epochs = n_chosen + 5 / 6 * min(n_chosen + fit.patience, fit.max_epochs)
     remembered = [sum(sizes[max(0, t + 1 - spans) if spans else 0 : t + 1]) for t in range(len(sizes))]
     return [float(sizes[0] * base_epochs)] + [float(size * n_epochs) for size in remembered[1:]]
 

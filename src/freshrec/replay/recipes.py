@@ -15,7 +15,7 @@ from freshrec.replay.measure import QueryOptions
 from freshrec.replay.metrics import n_sampled_items, parse_metric
 from freshrec.replay.recipe_schema import Recipe, ReplayRecipe
 from freshrec.strategies import find_strategy
-from freshrec.strategies.compatible import check_compatible
+from freshrec.strategies.compatible import check_compatible, default_strategy
 from freshrec.types import VALID, TrainedModel
 
 
@@ -81,35 +81,65 @@ def make_replay_settings(recipe: Recipe) -> ReplaySettings:
 
 
 def make_cells(recipe: Recipe) -> list[Cell]:
-    """Make the cells: every control, and every model with every compatible strategy, once per seed and cadence.
+    """Make the cells of `pairs_to_compare`, once per seed and cadence.
 
-    A trained model is trained at the end of a span, so it is replayed at the first cadence only. A strategy that fits
-    some of the models is left out for the others. IncompatibleError if it fits none.
+    A trained model is trained at the end of a span, so it is replayed at the first cadence only.
     """
     replay_recipe = recipe.replay
     cells: list[Cell] = []
-    incompatible: dict[str, IncompatibleError] = {}
-    compatible: set[str] = set()
-    controls = () if recipe.log.exposures else replay_recipe.controls  # controls cannot predict clicks
-    pairs = [(name, "absorb") for name in controls]
-    pairs += [(model, strategy) for model in replay_recipe.models for strategy in replay_recipe.strategies]
-    pairs += [(model, strategy) for model, _, strategy in (pair.partition("/") for pair in replay_recipe.extra_pairs)]
-    for model, strategy in dict.fromkeys(pairs):
+    for model, strategy in pairs_to_compare(recipe)[0]:
         spec, chosen_strategy = find_model(model), find_strategy(strategy)
-        try:
-            check_compatible(spec, model, chosen_strategy, strategy)
-            if recipe.log.exposures:
-                check_click_model(spec, model)
-        except IncompatibleError as problem:
-            incompatible.setdefault(strategy, problem)
-            continue
-        compatible.add(strategy)
         seeds = 1 if model.partition(":")[0] in COUNTING_MODELS else replay_recipe.seeds
         is_trained = isinstance(spec.build(0), TrainedModel)
         for cadence in replay_recipe.cadence[:1] if is_trained else dict.fromkeys(replay_recipe.cadence):
             label = strategy if cadence == 1 else f"{strategy} x{cadence}"
             cells += [Cell(model, spec, label, chosen_strategy, seed, cadence) for seed in range(seeds)]
-    for strategy, reason in incompatible.items():
-        if strategy not in compatible:
-            raise reason
     return cells
+
+
+def pairs_to_compare(recipe: Recipe) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return the pairs of a model and a strategy that are compared, and a sentence on each pair that is left out.
+
+    The pairs are every control, every model with every strategy that can update it, and `extra_pairs`. A model that
+    none of the strategies can update is compared with its default strategy. IncompatibleError for an extra pair that
+    does not fit, for a model that cannot predict clicks on a log with exposures, and for a strategy that was asked for
+    and fits none of the models.
+    """
+    part, notes = recipe.replay, list[str]()
+    pairs = [] if recipe.log.exposures else [(name, "absorb") for name in part.controls]  # they predict no clicks
+    fitting: set[str] = set()
+    problems: dict[str, IncompatibleError] = {}
+    for model in part.models:
+        chosen, unfit = list[str](), list[str]()
+        for strategy in part.strategies:
+            try:
+                _check_pair(recipe, model, strategy)
+                chosen.append(strategy)
+            except IncompatibleError as problem:
+                problems.setdefault(strategy, problem)
+                unfit.append(strategy)
+        fitting.update(chosen)
+        instead = ""
+        if not chosen:
+            default = default_strategy(find_model(model).build(0))
+            _check_pair(recipe, model, default)
+            chosen, instead = [default], f" It is compared with its default strategy, {default}."
+        if unfit and tuple(part.strategies) != ReplayRecipe.strategies:
+            notes.append(f"{model} cannot be updated by {', '.join(unfit)}.{instead}")
+        pairs += [(model, strategy) for strategy in chosen]
+    if tuple(part.strategies) != ReplayRecipe.strategies and part.models:
+        for strategy, reason in problems.items():
+            if strategy not in fitting:
+                raise reason
+    for model, _, strategy in (pair.partition("/") for pair in part.extra_pairs):
+        _check_pair(recipe, model, strategy)
+        pairs.append((model, strategy))
+    return list(dict.fromkeys(pairs)), notes
+
+
+def _check_pair(recipe: Recipe, model: str, strategy: str) -> None:
+    """Raise IncompatibleError if the strategy cannot update the model, or the model cannot predict clicks."""
+    spec = find_model(model)
+    check_compatible(spec, model, find_strategy(strategy), strategy)
+    if recipe.log.exposures:
+        check_click_model(spec, model)

@@ -38,6 +38,13 @@ def check_compatible(spec: ModelSpec, model_name: str, strategy: Strategy, strat
             raise IncompatibleError(reason)
 
 
+def default_strategy(model: Any) -> str:
+    """Return "refit" for the blend, "absorb" for other counting models, and "finetune" for trained models."""
+    if isinstance(model, TrainedModel):
+        return "finetune"
+    return "refit" if isinstance(model, Blend) else "absorb"
+
+
 def next_state(strategy: Strategy, state: State, span: Span) -> State:
     """Return the state after `strategy.update`. Raises OptionError if a replay or store cannot continue from it."""
     after: Any = strategy.update(state, span)
