@@ -1,4 +1,4 @@
-"""`freshrec replay` and `freshrec demo`: from options to a recipe, its runs, and the answer."""
+"""The commands that compare: `replay` and `demo` make a recipe from options, run it and print the answer."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ OWN_PARAMETERS: list[Parameter] = [  # all other parameters are fields of a reci
     ),
     ("as_json", Annotated[bool, typer.Option("--json", help="Print the folder and a summary as JSON.")], False),
 ]
-PANELS = {"log": "The log", "spans": "Spans", "replay": "What is compared"}
+PANELS = {"log": "The log", "spans": "Spans", "replay": "Comparison"}
 
 
 def _parameters() -> list[Parameter]:
@@ -95,7 +95,7 @@ def resolve_recipe(file: Path | None, given: dict[str, dict[str, Any]]) -> Recip
 
 
 def _show_plan(recipe: Recipe) -> None:
-    """Print the spans, and how long the replay would take."""
+    """Print the spans and the estimated time of the replay."""
     from freshrec.data.split import describe_spans
     from freshrec.replay.estimate import estimate_cost
     from freshrec.replay.progress import MeasuringLog, print_estimate, print_plan
@@ -107,7 +107,7 @@ def _show_plan(recipe: Recipe) -> None:
 
 
 def run_recipe(recipe: Recipe, out: Path, jobs: int, device: str, resume: bool, as_json: bool) -> None:
-    """Run what is not done yet, then write the results and print the answer."""
+    """Run what the folder does not hold yet, then write the results and print the answer."""
     from freshrec.data.split import describe_spans
     from freshrec.replay.answer import headline_metric, read_answer
     from freshrec.replay.answer_text import output_width, render_answer
@@ -146,7 +146,7 @@ def run_recipe(recipe: Recipe, out: Path, jobs: int, device: str, resume: bool, 
 
 
 def _prepare_folder(out: Path, recipe: Recipe, resume: bool) -> None:
-    """Write the recipe to `out`. OptionError if the folder holds another replay."""
+    """Write the recipe to `out`. Raises OptionError if the folder holds another replay."""
     recipe_path = out / "recipe.toml"
     if recipe_path.exists():
         if not resume:
