@@ -77,7 +77,7 @@ def read_log(
 
     `source` is a CSV file (also .gz), a Parquet file or folder, a JSON lines file, or a frame of polars or pandas.
 
-    - `columns`: our column name -> the name in the source, where they differ. `{"item_id": "sku:text"}` reads the ids
+    - `columns`: our column name -> the name in the source, if they differ. `{"item_id": "sku:text"}` reads the ids
       as text, even if some of them look like numbers.
     - `format`: the name of a public format, a key of FORMATS.
     - `events`: event types to keep; empty = all.
@@ -120,7 +120,7 @@ def read_log(
 def keep_positives(log: Log) -> Log:
     """Return the log without exposures: the rows whose label is null or above 0.
 
-    A log without labels stays as it is. LogError if no row is left.
+    A log without labels stays as it is. Raises LogError if no row is left.
     """
     if "label" not in log.frame.columns:
         return log
@@ -140,7 +140,7 @@ def events_before(log: Log, moment: str) -> Log:
     """Return the events before a moment, for example to leave out stragglers at the end of a log.
 
     `moment` is an ISO 8601 time. In a log with periods and without timestamps, it is the first period to leave out.
-    LogError if no event is left or if the log has no such moments.
+    Raises LogError if no event is left or if the log has no such moments.
     """
     if log.has_clock:
         is_before = pl.col("time") < parse_microseconds(moment)
@@ -366,7 +366,7 @@ def _sample_users(log: Log, users: int, seed: int) -> Log:
     ids = log.frame["user_id"].unique().sort()
     if users >= len(ids):
         return _add_note(log, f"Kept all {len(ids):,} users; a sample of {users:,} was requested.")
-    chosen = ids.sample(users, seed=seed)  # no named stream: published results are of these users
+    chosen = ids.sample(users, seed=seed)  # no named stream: published results use this sample
     frame = log.frame.filter(pl.col("user_id").is_in(chosen.implode()))
     return _add_note(replace(log, frame=frame), f"Kept {users:,} random users of {len(ids):,} (seed {seed}).")
 
