@@ -101,7 +101,7 @@ class ExpertCache:
     x_IF: Float32Array  # (I + 1, F) features of all items for a user without history
     log_rank_K: Tensor  # ln of ranks 1, 2, ...; the last entry is for items that an expert does not propose
     popular_items_P: Int64Array  # items that any popularity expert proposes, ascending
-    pool_items_S: Tensor  # items that the trained expert may propose: it has learned all of them
+    pool_items_S: Tensor  # items that the trained expert may propose; it has learned all of them
     pool_vectors_SD: Tensor  # their vectors
 
     def top_of_pool(self, vectors_BD: Tensor, known_B: Tensor, k: int) -> Int64Array:
