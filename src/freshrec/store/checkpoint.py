@@ -189,7 +189,7 @@ def _model_parts(model: Model) -> dict[str, Any]:
 
 
 def _weights_of(model: Model) -> dict[str, Any]:
-    """Return what a model has learned, by name: its `state_dict`, or all its attributes if it has none."""
+    """Return the learned values of a model by name: its `state_dict`, or all its attributes if it has none."""
     if isinstance(model, StateDictModel):
         return dict(model.state_dict())
     return {name: value for name, value in vars(model).items() if name not in BUILT}

@@ -27,7 +27,7 @@ def drop_duplicates(rows: pl.DataFrame, has_clock: bool) -> pl.DataFrame:
     """Keep the first row of each event.
 
     Rows with an event_id are the same event if the id is the same. Other rows are the same event if user, item and time
-    are the same; without timestamps (`has_clock` is False) each of them is an event of its own.
+    are the same; without timestamps (`has_clock` is False) each of them is a separate event.
     """
     with_id, without_id = split_by_event_id(rows)
     with_id = with_id.unique("event_id", keep="first") if len(with_id) else with_id

@@ -48,7 +48,7 @@ WRITER_PROPERTIES = WriterProperties(
 
 @dataclass(frozen=True)
 class AppendResult:
-    """What happened to the rows of a delivery: n_rows = n_duplicates + n_known + n_appended."""
+    """Numbers of rows of a delivery by outcome: n_rows = n_duplicates + n_known + n_appended."""
 
     batch: int | None  # number of the new batch; None = nothing was appended
     repeated_batch: int | None  # batch of the same source, if it was delivered before
