@@ -1,4 +1,4 @@
-"""What a person sees of a replay before and while it runs: the spans, and the quality of each run span by span."""
+"""Output of a replay before and while it runs: the spans, the estimated cost, and the quality of each run by span."""
 
 import sys
 import time
@@ -20,7 +20,7 @@ from freshrec.replay.results import read_costs, read_ranks
 
 
 class ProgressBoard:
-    """Shows the quality of each run and span: in a live table on a terminal, in plain lines elsewhere."""
+    """Show the quality of each run and span: in a live table on a terminal, in plain lines elsewhere."""
 
     def __init__(
         self, cells: list[Cell], spans: list[int], out: Path, console: Console, metric: str = "ndcg@20"
@@ -59,7 +59,7 @@ class ProgressBoard:
         print(f"[{done}/{total}, {elapsed_s:.0f} s] {text}", file=sys.stderr, flush=True)  # noqa: T201
 
     def _describe_base(self, cell: Cell) -> str:
-        """What happened to the base block, which no run is tested on."""
+        """Say how this run got its base block. No run is tested on it."""
         if cell.strategy_name.startswith("absorb"):
             return "absorbed"
         if cell.base_key is None:
@@ -102,7 +102,7 @@ HEADS = {  # of the table of spans; one line each, so that it fits 80 columns
 
 
 def print_plan(console: Console, n_cells: int, spans: pl.DataFrame, notes: Sequence[str]) -> None:
-    """Print the spans of a replay, and what each column means."""
+    """Print the spans of a replay, with a legend."""
     table = Table(title=f"{n_cells} runs over {len(spans)} spans", title_justify="left", box=None, pad_edge=False)
     table.padding = (0, 1, 0, 0)
     for name in spans.columns:
@@ -121,7 +121,7 @@ def print_plan(console: Console, n_cells: int, spans: pl.DataFrame, notes: Seque
 
 
 class MeasuringLog:
-    """Reports on stderr what a plan measures at the moment."""
+    """Report each measurement of a plan on stderr."""
 
     def __init__(self) -> None:
         self.started_s = time.monotonic()
@@ -148,8 +148,8 @@ def print_estimate(console: Console, estimates: Sequence[RunEstimate]) -> None:
     total = sum((row.total for row in estimates), Range())
     lines = [
         f"Total: {format_range(total)} CPU-s. With --jobs 1 the replay takes about as long.",
-        "base block: choosing the number of epochs and training; 0 where another strategy trains the same one. "
-        "updates: absorbing and training, all spans. measuring: ranking the targets before and after each update. "
+        "base block: choosing epochs and training; 0 if another run trains the same one. "
+        "updates: absorbing and training. measuring: ranking targets before and after each update. "
         "Not included: reading the log and writing the tables.",
     ]
     if total.high > ROUNDING * total.low:
