@@ -52,7 +52,7 @@ from freshrec.types import Batch, Forward, Histories, Interests, LossTerm, Span,
 
 @dataclass(frozen=True)
 class PastSpan:
-    """What is needed to train on a span again: the histories of its users, their interests, and the number of items."""
+    """Data for training on a span again: the histories of its users, their interests, and the number of items."""
 
     histories: Histories
     stored_interests: StoredInterests | None
@@ -89,7 +89,7 @@ class ASMG:
     epochs: Count = 1  # Epochs of the generator per update.
     lr: Positive = 0.01  # Learning rate of the generator.
     base_parts: CountOrZero = 6  # Parts of the base block that the generator is first trained on. 0 = none.
-    fit: FitConfig = FitConfig()  # How the chain is trained.
+    fit: FitConfig = FitConfig()  # Training options of the chain.
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -220,7 +220,7 @@ class ASMG:
         return term
 
     def _endless_batches(self, model: TrainedModel, past_span: PastSpan, rng: torch.Generator) -> Iterator[Batch]:
-        """Yield batches of a past span, again and again. Yields nothing if the span has no batch."""
+        """Yield batches of a past span in an endless loop. Yield nothing if the span has no batch."""
         targets = due_targets(past_span.histories, self.fit.history)
         negative_pool_N = torch.arange(1, past_span.n_items + 1)  # without items that came later
         is_empty = False
