@@ -438,7 +438,8 @@ def test_the_last_span_can_be_measured_without_an_update_on_it(
         (
             "mf",
             "refit",
-            'Strategy "refit" updates only blends, and model "mf" is not a blend. Use strategy finetune, or model blend.',
+            'Strategy "refit" updates only blends, and model "mf" is not a blend. '
+            "Use strategy finetune, or model blend.",
         ),
         ("popularity", "refit", 'model "popularity" is not a blend. Use strategy absorb, or model blend.'),
         ("embedding-mlp", "ader", "a model that scores by user and item vectors. "),
