@@ -33,7 +33,7 @@ def test_options_set_fields_and_fields_of_parts_with_the_type_of_the_default() -
     [
         ("comirec", 'Did you mean "comirec-'),  # -dr and -sa are equally near
         ("comirec-dr:kk=6", '"k"'),
-        ("comirec-dr:k=six", "default is 4"),
+        ("comirec-dr:k=six", "Write a value like its default, 4"),
         ("comirec-dr:k", "field=value"),
         ("comirec-dr:k.x=1", "no options below"),
         ("nobody.knows", "cannot import"),

@@ -264,7 +264,7 @@ def test_missing_members_of_a_model_are_named_before_anything_is_read() -> None:
             return Sum(SUM, seed)
 
     for spec, sentence in (
-        (Spec(Mute), r'Missing in model "mine" \(Mute\): absorb, score\. CONTRIBUTING.md'),
+        (Spec(Mute), r'Missing in model "mine" \(Mute\): absorb, score\. See "Adding a model" in CONTRIBUTING.md'),
         (Spec(Blind), "The table of item vectors is missing in model"),
         (Spec(lambda: Odd(SUM, 0)), 'batch_format of model "mine" .* is "session". Use one of target, window'),
         (Short(), r'Missing in the options of model "mine" \(Short\): length, lr, batch, negatives'),

@@ -83,7 +83,7 @@ def _retrain_rows(plan: dict[str, Any]) -> list[Row]:
     left = max(0, interval - since)
     return [
         ("updates since a full retrain", f"{since:,}", "or since one was tried"),
-        ("updates until the next one", f"{left:,}", "only with `update --full-every auto`; 0 = due"),
+        ("updates until the next one", f"{left:,}", "only with `--full-every auto`; 0 = due"),
     ]
 
 
@@ -113,7 +113,7 @@ def diff_lines(found: dict[str, Any]) -> list[str]:
     recorded = list(_recorded_rows(found["numbers"]))
     options = [(f"option {key}", *map(str, pair)) for key, pair in found["recipe"].items()]
     table = [heads, *sizes, *recorded]
-    lines += ["Recorded when each version was made. Do not compare their quality: it was measured on different days."]
+    lines += ["Recorded when each version was made. Do not compare quality: it was measured on different days."]
     lines += [f"  {line}" for line in align_rows(table, right={1, 2})]
     if options:
         lines += ["", "Different options", *(f"  {line}" for line in align_rows([heads, *options]))]

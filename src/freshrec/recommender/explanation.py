@@ -149,7 +149,7 @@ def _split_blend(model: Blend, scored: ScoredItem) -> tuple[list[Contribution], 
         for reason in scored.reasons
     ]
     if model.active_rule is None:
-        about = f"One expert currently ranks alone ({parts[0].source}). The score is the item's share of its scores."
+        about = f"One expert ranks alone for now ({parts[0].source}). The score is the item's share of its scores."
         return [replace(parts[0], value=scored.score)], about
     n_candidates = int((model.candidates(scored.batch)[0][0] > 0).sum())
     total = sum(part.value for part in parts)
