@@ -24,7 +24,7 @@ from freshrec.replay.estimate import (
     sample_users,
     split_cost,
 )
-from freshrec.replay.progress import format_range, print_estimate
+from freshrec.replay.progress import MeasuringLog, format_range, print_estimate
 from freshrec.replay.runner import run_cells
 from freshrec.strategies import find_strategy
 from freshrec.types import State
@@ -115,6 +115,13 @@ def test_an_estimate_is_right_within_a_factor_of_two(tmp_path: Path) -> None:
             assert estimate.base.low / 2 < base_s < 2 * estimate.base.high
 
 
+def test_a_plan_of_a_few_seconds_reports_nothing_on_the_way(capsys: pytest.CaptureFixture[str]) -> None:
+    MeasuringLog(silent_s=1e9)("mf full")
+    assert capsys.readouterr().err == ""
+    MeasuringLog(silent_s=0)("mf full")
+    assert capsys.readouterr().err == "[0 CPU-s] measuring mf full\n"
+
+
 def test_an_estimate_is_one_number_or_a_range_and_fits_80_columns() -> None:
     assert [format_range(Range(*ends)) for ends in ((3.04, 3.04), (100, 119), (5, 20), (0.01, 0.02))] == [
         "3.0",
@@ -131,4 +138,6 @@ def test_an_estimate_is_one_number_or_a_range_and_fits_80_columns() -> None:
     text = console.export_text()
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
     # 100 + 1000 + 12 + 0.4 + 1.2 and 400 + 1000 + 12 + 1.6
-    assert "Total: 1,114 .. 1,414 CPU-s." in text and "may be half or twice that" in " ".join(text.split())
+    assert "Total: 1,114 .. 1,414 CPU-s." in text and "Ranges: the epochs were chosen on a sample" in " ".join(
+        text.split()
+    )

@@ -218,6 +218,10 @@ def _describe_best(answer: Answer, labels: Labels) -> str:
     n_ties = sum(1 for pair in pairs if pair is None or not pair.is_beyond_chance)
     if not pairs:
         return text
+    if len(pairs) == 1:
+        return (
+            f"{text} Its lead over {labels[answer.summaries[1].method]} is {'within' if n_ties else 'beyond'} chance."
+        )
     if not n_ties:
         return f"{text} It is better than all others beyond chance."
     return f"{text} Its lead is within chance for {n_ties} of the {len(pairs)} others."

@@ -59,7 +59,7 @@ class Queries:
 class QueryOptions:
     """Options for making queries from the events of a block, and for the candidates of a query."""
 
-    role: int = TEST
+    role: int = TEST  # role of the events that become queries: TEST or VALID
     min_history: int = ReplayRecipe.min_history  # events that a user needs before a target
     n_sampled: int = 0  # number of sampled items that a target is ranked among; 0 = all items
     unseen: Unseen = ReplayRecipe.unseen  # targets whose items no model has seen: ranked as a miss, or dropped

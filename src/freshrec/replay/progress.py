@@ -103,7 +103,8 @@ HEADS = {  # of the table of spans; one line each, so that it fits 80 columns
 
 def print_plan(console: Console, n_cells: int, spans: pl.DataFrame, notes: Sequence[str]) -> None:
     """Print the spans of a replay, with a legend."""
-    table = Table(title=f"{n_cells} runs over {len(spans)} spans", title_justify="left", box=None, pad_edge=False)
+    counts = f"{_plural(n_cells, 'run')} over {_plural(len(spans), 'span')}"
+    table = Table(title=counts, title_justify="left", box=None, pad_edge=False)
     table.padding = (0, 1, 0, 0)
     for name in spans.columns:
         is_text = name == "name"
@@ -120,16 +121,21 @@ def print_plan(console: Console, n_cells: int, spans: pl.DataFrame, notes: Seque
         console.print(f"note: {note}", highlight=False, markup=False)
 
 
-class MeasuringLog:
-    """Report each measurement of a plan on stderr."""
+def _plural(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
-    def __init__(self) -> None:
-        self.started_s = time.monotonic()
+
+class MeasuringLog:
+    """Report each measurement of a plan on stderr. A plan of a few seconds stays silent."""
+
+    def __init__(self, silent_s: float = 5.0) -> None:
+        self.silent_s, self.started_s = silent_s, time.process_time()
 
     def __call__(self, text: str) -> None:
         """Print one line."""
-        elapsed_s = time.monotonic() - self.started_s
-        print(f"[{elapsed_s:.0f} s] measuring {text}", file=sys.stderr, flush=True)  # noqa: T201
+        elapsed_s = time.process_time() - self.started_s
+        if elapsed_s >= self.silent_s:
+            print(f"[{elapsed_s:.0f} CPU-s] measuring {text}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def print_estimate(console: Console, estimates: Sequence[RunEstimate]) -> None:
@@ -148,12 +154,13 @@ def print_estimate(console: Console, estimates: Sequence[RunEstimate]) -> None:
     total = sum((row.total for row in estimates), Range())
     lines = [
         f"Total: {format_range(total)} CPU-s. With --jobs 1 the replay takes about as long.",
-        "base block: choosing epochs and training; 0 if another run trains the same one. "
-        "updates: absorbing and training. measuring: ranking targets before and after each update. "
-        "Not included: reading the log and writing the tables.",
+        "base block: choosing the number of epochs, and training. 0 = an earlier row trains the same one.",
+        "updates: absorbing and training, all spans together.",
+        "measuring: ranking the targets before each update, and held-out targets again after it.",
+        "Not included: starting, reading the log and writing the tables, usually some seconds.",
     ]
     if total.high > ROUNDING * total.low:
-        lines.append("A range: the number of epochs is chosen on the whole base block, and may be half or twice that.")
+        lines.append("Ranges: the epochs were chosen on a sample of users, and the whole log may need fewer or more.")
     for line in lines:
         console.print(line, highlight=False, markup=False)
 

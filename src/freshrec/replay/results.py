@@ -273,7 +273,7 @@ def markdown_table(methods: pl.DataFrame, metrics: Sequence[str]) -> str:
         cells = [
             model,
             strategy,
-            *(format_with_interval(metric, values[model, strategy, metric]) for metric in metrics),
+            *(format_with_interval(values[model, strategy, metric]) for metric in metrics),
         ]
         if has_forgetting:
             forgetting = values.get((model, strategy, forgetting_metric))
@@ -305,6 +305,6 @@ def table_notes(methods: pl.DataFrame, metrics: Sequence[str]) -> list[str]:
     return lines
 
 
-def format_with_interval(metric: str, row: dict[str, Any]) -> str:
+def format_with_interval(row: dict[str, Any]) -> str:
     """A value and its 95 % interval, with 4 digits; quality is a fraction."""
     return "{value:.4f} ({low:.4f} .. {high:.4f})".format_map(row)
