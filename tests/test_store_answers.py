@@ -179,7 +179,7 @@ def test_status_has_sections_with_labels_and_no_raw_keys(job: NightlyJob, capsys
     assert max(map(len, lines)) <= 100 and not re.search(r"\w_\w", text)
     rows = {line[2:].partition("  ")[0]: line for line in lines if line.startswith("  ")}
     assert "the next update learns them" in rows["held-out events"] and rows["held-out events"].split()[2] == "60"
-    assert "only by `update --full-every auto`" in rows["updates until the next one"]
+    assert "only with `update --full-every auto`" in rows["updates until the next one"]
     assert rows["deliveries"].split()[1] == "1" and rows["clicks"].split()[1] == "1"
     assert rows["refused versions"].split()[2] == "3"
 

@@ -60,7 +60,7 @@ def _store_rows(found: dict[str, Any]) -> list[Row]:
         (
             "size of the event log",
             format_bytes(found["log_bytes"]),
-            f"{found['log_events']:,} rows, including those of refused versions",
+            f"{found['log_events']:,} rows, including refused versions",
         ),
         ("size of the store", format_bytes(found["total_bytes"]), "everything in its folder"),
     ]
@@ -83,7 +83,7 @@ def _retrain_rows(plan: dict[str, Any]) -> list[Row]:
     left = max(0, interval - since)
     return [
         ("updates since a full retrain", f"{since:,}", "or since one was tried"),
-        ("updates until the next one", f"{left:,}", "only with `--full-every auto`; 0 = due"),
+        ("updates until the next one", f"{left:,}", "only with `update --full-every auto`; 0 = due"),
     ]
 
 
