@@ -151,7 +151,7 @@ class SessionLanes:
 
 @dataclass(frozen=True)
 class Batch:
-    """The input of a model. It includes what is stored for each user between spans."""
+    """The input of a model, including the interests that are stored between spans."""
 
     users_B: Tensor
     history_BT: Tensor  # item rows, most recent last, padded with 0 on the left
@@ -214,7 +214,7 @@ class CountingModel(ScoringModel, Protocol):
 
 @runtime_checkable
 class StateDictModel(Model, Protocol):
-    """A model that chooses what is saved. Without these methods, all attributes of a counting model are saved."""
+    """A model that chooses the data to save. Without these methods, all attributes of a counting model are saved."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the model has learned, as tensors by name."""

@@ -73,7 +73,7 @@ def read_log(
     absent: bool | Unset = UNSET,
     text: Sequence[str] | Unset = UNSET,
 ) -> Log:
-    """Read a log from a file, a folder or a frame.
+    """Read a log from a file, a folder or a frame, and sort it by time.
 
     `source` is a CSV file (also .gz), a Parquet file or folder, a JSON lines file, or a frame of polars or pandas.
 
@@ -87,7 +87,7 @@ def read_log(
     - `text_columns`: our columns whose ids are text, even if all of them look like numbers.
     - `absent`, `text`: former names of `allow_missing_events` and `text_columns`.
 
-    Raises LogError if the log cannot be read, NoRowsError if it is empty, OptionError for a wrong argument.
+    Raises LogError if the log cannot be read, NoRowsError if it is empty, and OptionError for an invalid argument.
     """
     allow_missing_events = value_of_renamed("allow_missing_events", allow_missing_events, "absent", absent)
     text_columns = value_of_renamed("text_columns", text_columns, "text", text)
@@ -244,7 +244,7 @@ def _collect_columns(
 def _parse_columns(
     raw: pl.DataFrame, names: Mapping[str, str], text_columns: set[str], table: SourceTable
 ) -> tuple[Log, list[ColumnFault]]:
-    """Return the log in the order of the source, bad rows included, and what is wrong with it."""
+    """Return the log in the order of the source, including bad rows, and its faults."""
     frame: dict[str, pl.Series] = {}
     faults: list[ColumnFault] = []
     unit = "period + order"

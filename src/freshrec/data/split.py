@@ -65,10 +65,11 @@ def split_log(
 ) -> LogSplit:
     """Split a log into a base block and later spans. Each event is in exactly one of them.
 
-    `config` holds all options, and a keyword replaces one of its fields. `SplitConfig` explains them.
+    `config` holds all options, and a keyword replaces one of its fields. `SplitConfig` explains them. `seed` is the
+    seed of all random choices: targets = "three", `forget_users` and `n_targets`.
 
-    Raises OptionError for an invalid option, SpanError if the log cannot be split that way. A span may be empty. A note
-    in the result then says so.
+    Returns the spans, the catalogs of users and items, and notes. A note names each empty span. Raises OptionError for
+    an invalid option and SpanError if the log cannot be split that way.
 
     Differs from the protocol of IMSR, which is clock-alpha with heldout = "never": a share alpha of the time range can
     hold as little as 3 % of the events. The rule count-alpha avoids that.

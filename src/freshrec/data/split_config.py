@@ -44,9 +44,11 @@ SPLIT_RULES, TARGET_RULES, HELDOUT_RULES = get_args(SplitRule), get_args(TargetR
 class SplitConfig:
     """Options for splitting a log into a base block and later spans. `split_log`, recipes and CLI share its defaults.
 
+    The docstring of this module explains the values of `by`, `targets` and `heldout`.
+
     The held-out events of a share `forget_users` of the users are never trained on, so that forgetting can be measured
-    on them. With targets = "all", their held-out events are the last two of each later span. `n_targets` limits the
-    TEST events only: training stays the same.
+    on them. With targets = "all", the held-out events of these users are their last two in each later span. `n_targets`
+    limits the TEST events only: training stays the same.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # an unknown key of a recipe is an error

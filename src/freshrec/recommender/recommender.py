@@ -123,7 +123,7 @@ class Recommender:
         `exclude_seen`. A list with `diversity` is not sorted by score. If the model scores too few items, popular items
         complete the list. Their score is their popularity, and `fallback` gives the reason; it is null for other items.
         An unknown user gets popular items. Raises OptionError for an unknown category, for `diversity` on a log without
-        categories, and for a value out of bounds.
+        categories, and for a value out of bounds. Raises LogError for an id of another type than those of the log.
         """
         exclude_seen = value_of_renamed("exclude_seen", exclude_seen, "filter_seen", filter_seen)
         served = self.served

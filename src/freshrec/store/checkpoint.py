@@ -29,7 +29,7 @@ CHUNK_BYTES = 1 << 21  # bytes of a tensor that are read at a time; the mapped m
 
 
 class TensorReader(Protocol):
-    """Reads tensors from a file."""
+    """A function that reads a tensor from a file."""
 
     def __call__(self, name: str, columns: int | None = None) -> Tensor:
         """Return the tensor with this name in the file: all columns, or the first ones."""

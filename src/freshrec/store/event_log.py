@@ -368,7 +368,8 @@ def _user_literal(user_id: int | str, table: DeltaTable, folder: Path) -> str:
     if isinstance(user_id, str) != (kind == pl.String):
         words = TYPE_NAMES[type(kind)]
         raise OptionError(
-            f"The user ids of the event log in {folder} are {words}, but {to_printable(repr(user_id), 40)} is not."
+            f"The user ids of the event log in {folder} are {words}, but {to_printable(repr(user_id), 40)} is not. "
+            "Pass an id of that type."
         )
     return "'" + user_id.replace("'", "''") + "'" if isinstance(user_id, str) else str(user_id)
 

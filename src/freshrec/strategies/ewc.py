@@ -130,7 +130,7 @@ def _category_squared_gradients(
 
 
 class EncoderModule(nn.Module):
-    """Wraps a model's `encode` as a forward pass, so that it can be called with other weights."""
+    """A module whose forward pass is the `encode` of a model, so that it can be called with other weights."""
 
     def __init__(self, model: EncodingModel) -> None:
         super().__init__()
