@@ -5,7 +5,7 @@ ModelGenerator, h_{t-k} -> ModelWindow.hidden, lambda_i -> loss_weights. The gen
 
 The update on span t has three steps:
 
-1. Train the generator: from the models up to t - 1, which have not seen span t, it generates one that is good on span t.
+1. Train the generator. From the models up to t - 1, which have not seen span t, it generates one for span t.
 2. Fine-tune the chain on span t.
 3. Generate the model to serve in span t + 1. The served model never enters the chain.
 """
