@@ -33,7 +33,7 @@ def test_options_set_fields_and_fields_of_parts_with_the_type_of_the_default() -
     [
         ("comirec", 'Did you mean "comirec-'),  # -dr and -sa are equally near
         ("comirec-dr:kk=6", '"k"'),
-        ("comirec-dr:k=six", "default is 4"),
+        ("comirec-dr:k=six", "Write a value like its default, 4"),
         ("comirec-dr:k", "field=value"),
         ("comirec-dr:k.x=1", "no options below"),
         ("nobody.knows", "cannot import"),
@@ -55,7 +55,7 @@ def test_an_unknown_name_or_option_is_refused(text: str, says: str) -> None:
         ("sasrec:lr=-0.1", "Option lr is -0.1. It must be above 0"),
         ("mf:lr=nan", "Option lr is nan"),
         ("sasrec:dropout=1", "at least 0 and below 1"),
-        ("sasrec:lr=none", 'lr cannot be "none". Its default is 0.003'),
+        ("sasrec:lr=none", 'lr cannot be "none". Write a value like its default, 0.003'),
         ("comirec-dr:k=none", 'k cannot be "none"'),
     ],
 )
@@ -141,7 +141,9 @@ def test_a_recipe_that_extends_itself_or_nothing_is_refused(tmp_path: Path) -> N
         load_recipe(tmp_path / "a.toml")
     (tmp_path / "default.toml").touch()
     (tmp_path / "c.toml").write_text('extends = "defualt"')
-    with pytest.raises(OptionError, match='no recipe beside .*c.toml "defualt". Did you mean "default"'):
+    with pytest.raises(
+        OptionError, match='c.toml extends "defualt", which is not in the folder. Did you mean "default"'
+    ):
         load_recipe(tmp_path / "c.toml")
 
 

@@ -114,7 +114,7 @@ def test_the_command_prints_a_receipt_and_deletes_a_damaged_version(
     (tmp_path / "s" / "versions" / "1" / "served.safetensors").write_bytes(b"damaged")
     assert main(["erase", GONE, "--store", str(tmp_path / "s")]) == 0
     told = capsys.readouterr().out
-    assert "Rewritten versions: 2." in told and "What stays: weights" in told
+    assert "Rewritten versions: 2." in told and "Not erased: weights" in told
     with pytest.raises(StateError, match="were deleted"):
         job.store.verified_files(1)
     assert not [path for path, text in decoded(tmp_path / "s").items() if GONE in text]

@@ -152,7 +152,7 @@ def test_an_item_that_a_trained_model_has_not_learned_yet_is_not_offered() -> No
     bundle = Recommender("mf:d=8", FAST).fit(LOG).bundle
     late = LOG.select("user_id", time=pl.lit((NOON + 60) * 10**6), item_id=pl.lit("new"))
     pending = learn_events(
-        bundle, encode_events(bundle.served, late), n_learnt=0
+        bundle, encode_events(bundle.served, late), n_learned=0
     )  # as events are that a night held out
     text = " ".join(explanation_text(explain_pair(pending.served, "u1", "new", "mf:d=8", True)).split())
     assert "It is newer than the last update of mf:d=8" in text and text.startswith(

@@ -198,7 +198,7 @@ def test_only_models_that_predict_clicks_and_metrics_of_clicks_are_accepted() ->
     assert {c.strategy_name for c in make_cells(good)} == {"finetune", "incctr"} and make_replay_settings(
         good
     ).query_options.n_sampled == 0
-    with pytest.raises(IncompatibleError, match='"mf" ranks items and predicts no clicks'):
+    with pytest.raises(IncompatibleError, match='"mf" ranks items and does not predict clicks'):
         make_cells(parse_recipe(recipe(models=["mf"], strategies=["finetune"])))
     with pytest.raises(OptionError, match='no metric of a log with exposures "hr@20"'):
         make_replay_settings(parse_recipe(recipe(metrics=["hr@20"])))

@@ -264,7 +264,7 @@ def test_missing_members_of_a_model_are_named_before_anything_is_read() -> None:
             return Sum(SUM, seed)
 
     for spec, sentence in (
-        (Spec(Mute), r'Missing in model "mine" \(Mute\): absorb, score\. CONTRIBUTING.md'),
+        (Spec(Mute), r'Missing in model "mine" \(Mute\): absorb, score\. See "Adding a model" in CONTRIBUTING.md'),
         (Spec(Blind), "The table of item vectors is missing in model"),
         (Spec(lambda: Odd(SUM, 0)), 'batch_format of model "mine" .* is "session". Use one of target, window'),
         (Short(), r'Missing in the options of model "mine" \(Short\): length, lr, batch, negatives'),
@@ -353,7 +353,7 @@ def test_the_example_replays_and_its_store_opens_if_its_module_is_named(
     *_, day = stored(tmp_path, "my_model.MyModelSpec:hours=2")
     world = ["--world", "drift", "--users", "50", "--spans", "2"]
     assert main(["replay", *world, "--models", "my_model:MyModelSpec", "--strategies", "absorb", "--out", "out"]) == 0
-    assert "| my_model:MyModelSpec | absorb |" in capsys.readouterr().out
+    assert "| my_model:MyModelSpec | absorb |" in (Path("out") / "table.md").read_text()
     del sys.modules["my_model"]  # as in a new process
     ask = ["recommend", "user-1", "--store", "s", "--json"]
     assert main(ask) == 7

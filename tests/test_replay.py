@@ -438,9 +438,10 @@ def test_the_last_span_can_be_measured_without_an_update_on_it(
         (
             "mf",
             "refit",
-            'Strategy "refit" updates blends, and model "mf" is none. Use strategy finetune, or model blend.',
+            'Strategy "refit" updates only blends, and model "mf" is not a blend. '
+            "Use strategy finetune, or model blend.",
         ),
-        ("popularity", "refit", 'model "popularity" is none. Use strategy absorb, or model blend.'),
+        ("popularity", "refit", 'model "popularity" is not a blend. Use strategy absorb, or model blend.'),
         ("embedding-mlp", "ader", "a model that scores by user and item vectors. "),
         ("embedding-mlp", "ader", ' "embedding-mlp" does not.'),
         ("embedding-mlp", "ewc", "Use a model such as sasrec or comirec-dr."),

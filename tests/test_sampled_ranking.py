@@ -77,5 +77,5 @@ def test_the_name_of_a_metric_gives_the_number_of_sampled_items() -> None:
     assert n_sampled(["recall@20 among 999 sampled", "ndcg@5 among 999 sampled"]) == 999
     assert n_sampled(["recall@20"]) == 0 == n_sampled([])
     assert parse_metric("recall@20 among 999 sampled")[1] == 20
-    with pytest.raises(OptionError, match="do not mix"):
+    with pytest.raises(OptionError, match="rank among different numbers of items"):
         n_sampled(["recall@20", "recall@20 among 999 sampled"])

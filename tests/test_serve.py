@@ -167,7 +167,7 @@ WRONG: list[tuple[str, str, Any, int, str]] = [
     ("POST", "/recommend", {"users": ["u"] * 257}, 422, "at most 256"),
     ("POST", "/recommend", {"users": ["u"], "kk": 3}, 422, "kk"),
     ("POST", "/events", {"events": [{"user_id": "a"}]}, 422, "item_id"),
-    ("POST", "/events", {"events": [{"user_id": 1, "item_id": "b"}]}, 422, "send it as text"),
+    ("POST", "/events", {"events": [{"user_id": 1, "item_id": "b"}]}, 422, "Send it as text"),
     ("POST", "/events", {"events": [{"user_id": "a\n", "item_id": "b"}]}, 422, "pattern"),
     (
         "POST",
@@ -176,7 +176,7 @@ WRONG: list[tuple[str, str, Any, int, str]] = [
         422,
         "in the future",
     ),
-    ("POST", "/recommend", {"users": [5]}, 422, "send it as text"),
+    ("POST", "/recommend", {"users": [5]}, 422, "Send it as text"),
     ("POST", "/events", {"events": [{"user_id": "a", "item_id": "b"}] * 1001}, 422, "at most 1000"),
     ("DELETE", "/users/user-1", None, 403, "token"),
     ("POST", "/rollback", {"version": 1}, 403, "token"),

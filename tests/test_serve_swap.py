@@ -121,7 +121,7 @@ def test_ids_and_model_of_two_versions_are_not_served_together(tmp_path: Path, m
     files = {**store.verified_files(3), "items.parquet": store.verified_files(1)["items.parquet"]}
     monkeypatch.setattr(type(store), "verified_files", lambda self, number: files)
     live = LiveVersion(store, print)
-    with pytest.raises(StateError, match="not of one version"):
+    with pytest.raises(StateError, match="belong to different versions"):
         live.start()
 
 

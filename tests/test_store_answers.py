@@ -179,7 +179,7 @@ def test_status_has_sections_with_labels_and_no_raw_keys(job: NightlyJob, capsys
     assert max(map(len, lines)) <= 100 and not re.search(r"\w_\w", text)
     rows = {line[2:].partition("  ")[0]: line for line in lines if line.startswith("  ")}
     assert "the next update learns them" in rows["held-out events"] and rows["held-out events"].split()[2] == "60"
-    assert "only by `update --full-every auto`" in rows["updates until the next one"]
+    assert "only with `update --full-every auto`" in rows["updates until the next one"]
     assert rows["deliveries"].split()[1] == "1" and rows["clicks"].split()[1] == "1"
     assert rows["refused versions"].split()[2] == "3"
 
@@ -195,7 +195,7 @@ def test_diff_leads_with_the_same_queries_and_prints_qualities_as_fractions(
     assert all(0 <= value <= 1 for value in values) and difference == pytest.approx(values[1] - values[0], abs=2e-4)
     assert "positive = version 2 is better" in rows["difference"] and "95 % interval" in rows["difference"]
     assert any(re.fullmatch(r"The top-20 lists of \d+ sampled users share \d+ % of their items\.", x) for x in lines)
-    assert "Qualities are of different days: do not compare them." in " ".join(lines)
+    assert "Do not compare quality: it was measured on different days." in " ".join(lines)
     assert not re.search(r"\w_\w", "\n".join(lines))
 
 

@@ -85,9 +85,16 @@ def test_a_learned_alpha_starts_at_the_given_value_and_has_the_right_gradient() 
     assert rho.grad.item() == near(0.2 * 0.8 * (3 - 1))  # sigmoid' (w_{t-1} - w^)
 
 
-@pytest.mark.parametrize(("alpha", "learned"), [(1.5, False), (0.0, True), (1.0, True)])
-def test_an_alpha_out_of_range_is_refused(alpha: float, learned: bool) -> None:
-    with pytest.raises(OptionError, match="between 0 and 1"):
+@pytest.mark.parametrize(
+    ("alpha", "learned", "bounds"),
+    [
+        (1.5, False, "at least 0 and at most 1"),
+        (0.0, True, "above 0 and below 1 with learned=true"),
+        (1.0, True, "above 0 and below 1 with learned=true"),
+    ],
+)
+def test_an_alpha_out_of_range_is_refused(alpha: float, learned: bool, bounds: str) -> None:
+    with pytest.raises(OptionError, match=f"It must be {bounds}."):
         LinearTransfer(alpha, learned)
 
 

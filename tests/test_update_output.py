@@ -145,9 +145,9 @@ def test_a_full_retrain_is_a_line_of_its_own_and_its_time_is_measured() -> None:
     numbers = NUMBERS | {"full_gain": -0.001, "full_low": -0.003, "full_high": 0.001}
     texts = dict(update_lines(version(7, numbers=numbers)))
     assert texts["Retrain"] == (
-        "-0.0010 compared with the update (95 % interval -0.0030 to +0.0010); the update was taken"
+        "-0.0010 compared with the update (95 % interval -0.0030 to +0.0010); the update was kept"
     )
-    assert texts["Time"] == "12.3 s, of these 30.4 s for the full retrain"
+    assert texts["Time"] == "12.3 s, including 30.4 s for the full retrain"
 
 
 def test_the_block_of_a_fit_says_what_was_read_and_measured() -> None:
@@ -243,7 +243,7 @@ def test_notes_that_were_printed_this_week_become_one_line(logs: Path, capsys: p
 
 
 MISTAKES = [
-    ("update --store shop --force", 2, '--force needs a reason, which the history keeps. Add --reason "...".'),
+    ("update --store shop --force", 2, '--force needs a reason, which is stored in the history. Add --reason "...".'),
     ("update x.parquet --store shop --dry-run --retry 1", 2, "--dry-run cannot be combined with --retry or --force."),
     (
         "update x.parquet --store shop --full-every often",

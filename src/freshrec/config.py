@@ -1,6 +1,6 @@
 """One system of options and bounds for models, strategies, the gate, the server, recipes and the command line.
 
-An option is a field of a frozen dataclass or of a recipe section. Its type gives the valid values, and may have a
+An option is a field of a frozen dataclass or of a recipe section. Its type gives the valid values and may hold a
 sentence for --help and docs/reference.md:
 
     d: Count = 64
@@ -38,14 +38,14 @@ CountOrZero = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0), Lt(math.inf)]
 Weight = Annotated[float, Ge(0), Lt(math.inf)]
 Rate = Annotated[float, Ge(0), Lt(1)]
-Share = Annotated[float, Ge(0), Le(1)]  # may be the whole
-Fraction = Annotated[float, Gt(0), Lt(1)]  # more than nothing and less than the whole
+Share = Annotated[float, Ge(0), Le(1)]  # 0 and 1 are valid
+Fraction = Annotated[float, Gt(0), Lt(1)]  # 0 and 1 are not valid
 
 
 def check_options(instance: Any) -> None:
     """Check the fields of a dataclass that have bounds or a list of valid values. Call it in `__post_init__`.
 
-    OptionError for an invalid value. Values are not converted: an int in a float field stays an int.
+    Raises OptionError for an invalid value. Values are not converted: an int in a float field stays an int.
     """
     for name, adapter in _adapters(instance.__class__).items():
         try:
@@ -140,8 +140,8 @@ def find_instance(
     """Return the instance that `text` names, such as "comirec-dr:k=1:attention=soft" or "imsr:retain=none".
 
     `aliases` are other names -> names in the table. A name may also be "their_package.module:Thing" or
-    "their_package.module.Thing": a custom instance with this `interface`, or a class of such instances. OptionError for
-    an unknown name, option or value.
+    "their_package.module.Thing": a custom instance with this `interface`, or a class of such instances. Raises
+    OptionError for an unknown name, option or value.
     """
     name, *options = text.split(":")
     name = aliases.get(name, name)
@@ -206,4 +206,4 @@ def _parse_value(kind: Any, current: Any, value: str, name: str) -> Any:
             continue
     if is_dataclass(current):
         raise OptionError(f'{name} cannot be "{value[:60]}". It has its own options: write {name}.field=value.')
-    raise OptionError(f'Option {name} cannot be "{value[:60]}". Its default is {current}.')
+    raise OptionError(f'Option {name} cannot be "{value[:60]}". Write a value like its default, {current}.')

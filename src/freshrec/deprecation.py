@@ -33,7 +33,7 @@ def value_of_renamed(name: str, value: T, old_name: str, old_value: T | Unset) -
 def replace_old_flags(
     arguments: Sequence[str], renamed: Mapping[str, Mapping[str, str]], warn: Callable[[str], None]
 ) -> list[str]:
-    """Replace the old flags of a command in command line arguments. `warn` gets a sentence for each.
+    """Replace the old flags of a command in command line arguments. Call `warn` with one sentence for each.
 
     `renamed` holds the new flag of each old one, by command. `--old=value` keeps its value. After `--` there are no
     flags.

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def use_device(device: str) -> AbstractContextManager[object]:
-    """Return a context in which new tensors are on `device`. OptionError for an unknown device."""
+    """Return a context in which new tensors are on `device`. Raises OptionError for an unknown device."""
     try:
         resolved = torch.device(device)
         is_available = resolved.type == "cpu" or bool(torch.get_device_module(resolved).is_available())

@@ -212,7 +212,7 @@ TABLE_COLUMNS: dict[str, str] = {}  # in users.parquet, items.parquet and catego
 def tag_of(kind: type) -> str:
     """Return the name of a class in files: its tag, or module:qualname for a class of another package.
 
-    StateError for a class of freshrec without a tag.
+    Raises StateError for a class of freshrec without a tag.
     """
     place = _place(kind)
     if place in _tags():
@@ -223,12 +223,12 @@ def tag_of(kind: type) -> str:
 
 
 def former_fields(kind: type) -> dict[str, str]:
-    """Return the former names of a class's fields -> their current names."""
+    """Return the current name of each former field of a class, by former name."""
     return {former: name for former, name in FIELDS.get(_tags().get(_place(kind), ""), {}).items() if name}
 
 
 def former_values(kind: type, field: str) -> Mapping[str, str]:
-    """Return the former values of a field -> their current values."""
+    """Return the current value of each former value of a field, by former value."""
     return VALUES.get(_tags().get(_place(kind), ""), {}).get(field, {})
 
 
@@ -252,7 +252,7 @@ def class_of(name: str) -> type:
     """Return the dataclass with a tag, or a dataclass of another package by module:qualname.
 
     The module of another package must be imported already: a file never causes an import outside freshrec. A custom
-    strategy may also be a class without fields. StateError if there is no such class.
+    strategy may also be a class without fields. Raises StateError if there is no such class.
     """
     module, _, qualname = CLASSES.get(name, name).partition(":")
     if name in CLASSES:
@@ -277,7 +277,7 @@ def class_of(name: str) -> type:
 
 
 def with_current_keys(content: Any, keys: Mapping[str, str]) -> Any:
-    """Return a value of JSON. The keys of a dict get their current names."""
+    """Return a JSON value. If it is a dict, its keys get their current names."""
     return {keys.get(key, key): value for key, value in content.items()} if isinstance(content, dict) else content
 
 

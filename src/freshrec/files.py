@@ -17,7 +17,7 @@ def write_text_atomically(text: str, path: Path) -> None:
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file completely or not at all: `write` writes a temporary file, which is then renamed to `path`.
 
-    OSError if the file cannot be written, also if `write` raises an error of safetensors or polars.
+    Raises OSError if the file cannot be written, also if `write` raises an error of safetensors or polars.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

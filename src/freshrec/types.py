@@ -30,7 +30,7 @@ class Events:
     times_E: Tensor  # int64, microseconds since 1970; 0, 1, 2, ... in a log without timestamps
     role_E: Tensor  # int8, TRAIN, VALID or TEST
     train_at_E: Tensor  # int8, NOW, NEXT or NEVER: which update may train on the event
-    labels_E: Tensor | None = None  # float32: 1 = taken, 0 = shown and not taken, nan = unknown; None: all taken
+    labels_E: Tensor | None = None  # float32: 1 = clicked, 0 = shown but not clicked, nan = unknown; None: no exposures
     categories_E: Tensor | None = None  # int32, category rows of the items, 0 = none
 
     def __len__(self) -> int:
@@ -71,12 +71,12 @@ class Span:
 
 @dataclass(frozen=True)
 class Impressions:
-    """What users were shown, in time order. In a log with exposures, models are trained on these."""
+    """Exposures in time order. In a log with exposures, models are trained on these."""
 
     users_E: Tensor  # int64
     items_E: Tensor  # int64
     times_E: Tensor  # int64
-    labels_E: Tensor  # float32: 1 = taken, 0 = not
+    labels_E: Tensor  # float32: 1 = clicked, 0 = not
     due_E: Tensor  # int8: DUE or DEFERRED
 
     def __len__(self) -> int:
@@ -90,8 +90,8 @@ class Impressions:
 class Histories:
     """Each user's events in time order. User u owns rows offsets_U[u] : offsets_U[u + 1]; user 0 is padding.
 
-    Rows are items that users took. In a log with exposures, `impressions` holds what is still to be trained on, and no
-    row is due.
+    A row is one event. In a log with exposures, `impressions` holds the exposures that are still to be trained on. No
+    row is then due.
     """
 
     offsets_U: Tensor  # int64, n_users + 2 entries
@@ -118,7 +118,7 @@ class Histories:
 
 @dataclass(frozen=True)
 class Interests:
-    """Vectors of users that are kept between spans.
+    """Interest vectors of users, kept between spans.
 
     User u owns rows offsets_U[u] : offsets_U[u + 1], and none before its first update.
     """
@@ -126,7 +126,7 @@ class Interests:
     vectors_SD: Tensor  # float32, or float16 if the strategy stores fp16
     offsets_U: Tensor  # int64, n_users + 2 entries
     born_S: Tensor  # int32, span in which the interest was created
-    used_S: Tensor  # int32, last span with an event whose closest interest it was
+    used_S: Tensor  # int32, last span in which it was the closest interest to an event
 
     @property
     def n_users(self) -> int:
@@ -151,16 +151,16 @@ class SessionLanes:
 
 @dataclass(frozen=True)
 class Batch:
-    """The input of a model. It includes what is stored for each user between spans."""
+    """The input of a model, including the interests that are stored between spans."""
 
     users_B: Tensor
     history_BT: Tensor  # item rows, most recent last, padded with 0 on the left
     targets_BT: Tensor | None = None  # item after each position, 0 = no target; (B, 1) for one target per row
     negatives_N: Tensor | None = None  # item rows, shared by the batch
-    interests_BKD: Tensor | None = None  # stored interests; 0 if not alive
+    interests_BKD: Tensor | None = None  # stored interests; 0 where not alive
     alive_BK: Tensor | None = None  # bool: interests that the user has, including new ones
     old_BK: Tensor | None = None  # bool: interests that the user had before this span
-    labels_B: Tensor | None = None  # float32: 1 = the target was taken, 0 = not; None: all taken
+    labels_B: Tensor | None = None  # float32: 1 = the target was clicked, 0 = not; None: no exposures
     categories_I: Tensor | None = None  # category row of each item; None: no categories
     lanes: SessionLanes | None = None  # the rows continue sessions of earlier batches
     project: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # (vectors_BKD, alive_BK, old_BK) -> vectors_BKD
@@ -214,7 +214,7 @@ class CountingModel(ScoringModel, Protocol):
 
 @runtime_checkable
 class StateDictModel(Model, Protocol):
-    """A model that chooses what is saved. Without these methods, all attributes of a counting model are saved."""
+    """A model that chooses the data to save. Without these methods, all attributes of a counting model are saved."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the model has learned, as tensors by name."""
@@ -240,10 +240,10 @@ class CandidateModel(CountingModel, Protocol):
 
 @runtime_checkable
 class ErasableModel(Model, Protocol):
-    """A model that stores what each user took."""
+    """A model that stores events by user."""
 
     def erase_user(self, user: int) -> None:
-        """Forget all events of the user in this row."""
+        """Delete all events of the user in this row."""
 
 
 @runtime_checkable
@@ -281,10 +281,10 @@ class TrainedModel(Model, Protocol):
 
 @runtime_checkable
 class ClickModel(TrainedModel, ScoringModel, Protocol):
-    """A model whose score is the log-odds that the user takes the item. It also learns from exposures not taken."""
+    """A model whose score is the log-odds of a click on the item. It also learns from exposures without a click."""
 
     def click_probabilities(self, batch: Batch, items: Tensor) -> Tensor:
-        """Probability that the user takes each item, shaped like `score`."""
+        """Probability that the user clicks each item, shaped like `score`."""
 
 
 @runtime_checkable
@@ -339,15 +339,15 @@ class HistorySpec(Protocol):
 
 @dataclass(frozen=True)
 class State:
-    """Everything that is needed to serve and for the next update."""
+    """Everything that serving and the next update need."""
 
-    model: Any  # a Model, which serves
+    model: Any  # a Model
     seed: int = 0
     spans_seen: int = 0  # number of spans that the state has learned, including the base block
     histories: Histories = field(default_factory=Histories.empty)
     interests: Interests | None = None
     base_epochs: int = 0  # epochs of the base block
-    memory: Any = None  # what the strategy keeps: a tree of tensors and dataclasses
+    memory: Any = None  # the memory of the strategy, a tree of tensors and dataclasses
     costs: dict[str, float] = field(default_factory=dict)  # costs of the last update, by name
     shared_base: State | None = None  # state after the base block, if another strategy trained the same one
 

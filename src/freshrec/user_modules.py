@@ -23,7 +23,7 @@ class Interface:
 
 
 def import_instance(kind: str, name: str, valid: Iterable[str], interface: Interface | None) -> Any:
-    """Import "their_package.module:Thing" or "their_package.module.Thing". OptionError if that fails."""
+    """Import "their_package.module:Thing" or "their_package.module.Thing". Raises OptionError if that fails."""
     module, mark, attribute = name.rpartition(":" if ":" in name else ".")
     if not mark:
         raise unknown_name_error(kind, name, valid)
@@ -39,7 +39,7 @@ def import_instance(kind: str, name: str, valid: Iterable[str], interface: Inter
 
 
 def as_instance(kind: str, name: str, found: Any, interface: Interface) -> Any:
-    """Return `found`, or an instance of it if it is a class. OptionError if it does not have the interface."""
+    """Return `found`, or an instance of it if it is a class. Raises OptionError if it does not have the interface."""
     instance = found
     if isinstance(found, type):
         try:

@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. Exit codes are those of the errors; 130 after Ctrl-C.
+"""The command line: parse, call, print. An error sets its own exit code; Ctrl-C gives 130.
 
 Commands import torch only when they run: `freshrec --help` and `freshrec list` answer in a fraction of a second.
 """
@@ -40,7 +40,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 
 def print_version(is_requested: bool) -> None:
-    """Print the version and stop, where `--version` is given."""
+    """Print the version and exit if `--version` is given."""
     if is_requested:
         typer.echo(f"freshrec {__version__}")
         raise typer.Exit
@@ -56,15 +56,15 @@ def root(
 
 
 SEARCH_FLAGS = {"--exact": "--exact-max-items", "--floor": "--min-recall", "--head": "--n-longest"}
-OLD_FLAGS = {  # by the first word of a command: flags of 0.1.0, and their new names
+OLD_FLAGS = {  # first word of a command -> {flag of 0.1.0: current flag}
     "recommend": {"--include-seen": "--no-exclude-seen"},
     "update": {"--again": "--retry"},
     "serve": SEARCH_FLAGS,
     "bench": SEARCH_FLAGS,
 }
-OWN_NAMES = {  # how to name a user's own model or strategy
-    "models": "Name your own model by its module and class, as in my_model:MyModelSpec:hours=2.",
-    "strategies": "Name your own strategy by its module and class, as in my_strategy:MyStrategy:keep=0.3.",
+OWN_NAMES = {  # how to name a custom model or strategy
+    "models": "Name your own model by its module and class, such as my_model:MyModelSpec:hours=2.",
+    "strategies": "Name your own strategy by its module and class, such as my_strategy:MyStrategy:keep=0.3.",
 }
 LISTED_KINDS = ("models", "strategies", "metrics", "worlds", "formats")
 
@@ -99,7 +99,7 @@ def list_names(
         return
     width = max(map(len, lines))
     for name, text in lines.items():
-        sentence = text.partition(" [")[0]  # the options in brackets stand in docs/reference.md
+        sentence = text.partition(" [")[0]  # docs/reference.md lists the options in brackets
         typer.echo(_wrap_on_terminal(f"{name:<{width}}  {sentence}", indent=width + 2))
     if kind in OWN_NAMES:
         typer.echo(f"{OWN_NAMES[kind]} CONTRIBUTING.md and docs/examples show how to write one.", err=True)
@@ -114,7 +114,7 @@ def _wrap_on_terminal(line: str, indent: int) -> str:
 
 GROUPS: dict[str, tuple[Callable[..., None], ...]] = {  # the headings of `freshrec --help`, and the commands below each
     "Update a store": (store.fit, store.update),
-    "Ask a store": (query.recommend, query.similar, query.explain, query.inspect),
+    "Query a store": (query.recommend, query.similar, query.explain, query.inspect),
     "Operate a store": (
         query.status,
         versions.history,
@@ -128,7 +128,7 @@ GROUPS: dict[str, tuple[Callable[..., None], ...]] = {  # the headings of `fresh
     "Serve": (server.serve, server.export),
     "Compare ways of updating": (validate, replay, demo, list_names),
 }
-NAMES = {list_names: "list"}  # of commands whose functions are called otherwise
+NAMES = {list_names: "list"}  # commands that are named differently from their function
 
 for group, commands in GROUPS.items():
     for command in commands:
@@ -158,7 +158,7 @@ def _first_line(doc: str | None) -> str:
     return (doc or "").partition("\n")[0]
 
 
-SUGGESTED_SPLITS = {  # rule -> what its spans are
+SUGGESTED_SPLITS = {  # rule -> description of its spans
     "period": "one span per period",
     "count-alpha": "spans of equal duration",
     "count": "spans with equal numbers of rows",
@@ -167,7 +167,7 @@ MAX_REPORT_WIDTH = 100  # columns
 
 
 def _print_report(report: LogReport, path: Path, options: Sequence[str]) -> None:
-    """Print what a log holds, notes, warnings and the next commands. `options` are those that read the log."""
+    """Print a report, its notes and warnings, and the next commands. `options` are the flags that read the log."""
     table = Table.grid(padding=(0, 2))
     for label, text in _report_lines(report).items():
         table.add_row(Text(label, style="bold"), Text(text))
@@ -187,7 +187,7 @@ def _print_report(report: LogReport, path: Path, options: Sequence[str]) -> None
 
 
 def _report_lines(report: LogReport) -> dict[str, str]:
-    """The facts of a report, each as a label and its explanation."""
+    """Return the numbers of a report in words, by label."""
     rows, share, unknown = partial(format_count, noun="row"), format_percent, "unknown: the log has no timestamps"
     by, n_spans = report.suggested_by, report.suggested_spans
     lines = {"Rows": f"{report.rows:,}", "Users": f"{report.users:,}", "Items": f"{report.items:,}"}
@@ -205,9 +205,9 @@ def _report_lines(report: LogReport) -> dict[str, str]:
             f"{share(report.ties)} of rows share user and timestamp with another row; their order in the file is kept."
         )
     lines["Out of order"] = f"{share(report.out_of_order)} of rows come after a later row in the file; they are sorted."
-    lines["Repeats"] = f"{share(report.repeats)} of rows have an item that their user had before."
+    lines["Repeats"] = f"{share(report.repeats)} of rows repeat an item of the same user."
     if report.exposures:
-        lines["Exposures"] = f"{share(report.exposures)} of rows were shown and not taken (label 0)."
+        lines["Exposures"] = f"{share(report.exposures)} of rows are items that were shown but not clicked (label 0)."
     lines["Missing values"] = ", ".join(f"{name}: {rows(n)}" for name, n in report.nulls.items()) or "none"
     lines["Bad rows"] = f"{rows(report.bad_rows)}, written to the quarantine file" if report.bad_rows else "none"
     spans = f"a base block and {format_count(n_spans, 'span')}, by {by} ({SUGGESTED_SPLITS[by]})"
@@ -215,21 +215,21 @@ def _report_lines(report: LogReport) -> dict[str, str]:
 
 
 def import_own_modules() -> None:
-    """Import the modules that the environment names: a store opens only when those of its own classes are imported.
+    """Import the modules that FRESHREC_IMPORT names. A store with custom classes opens only if they are imported.
 
-    The user names them, not the store, so that a store from elsewhere cannot choose what code runs.
+    The user names the modules, not the store, so that a store from elsewhere cannot choose what code runs.
     """
     for module in filter(None, os.environ.get(IMPORTS, "").split(",")):
         try:
             import_named(module.strip())
         except ImportError as problem:
-            raise OptionError(f"{IMPORTS} names {module}, which cannot be imported ({problem}); correct it.") from None
+            raise OptionError(f"{IMPORTS} names {module}, which cannot be imported ({problem}). Correct it.") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code. What is raised on purpose becomes one line on stderr, for all commands.
+    """Run a command and return its exit code. Errors that freshrec raises on purpose become one line on stderr.
 
-    With --json, stdout holds one piece of JSON in any case: the error, where the command has no other answer.
+    With --json, stdout always holds one JSON value: the error, if the command has no other answer.
     """
     given_arguments = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in given_arguments
@@ -243,15 +243,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report_failure(str(error), error.exit_code, as_json, error.json_output)
     except OSError as problem:
         where, reason = problem.filename or "a file", problem.strerror or str(problem)
-        advice = "see that it is there, that it may be used, and that the disk has room"
-        return _report_failure(
-            f"{where} cannot be read or written ({reason}); {advice}.", StateError.exit_code, as_json
-        )
+        advice = "Check the path, its permissions and the free disk space."
+        return _report_failure(f"{where} cannot be read or written ({reason}). {advice}", StateError.exit_code, as_json)
     except SystemExit as stop:
         if stop.code == 130:
             return _report_failure("", 130, as_json)
         if stop.code == OptionError.exit_code and as_json:
-            print_json({"error": "there is no such command, option or value; see --help.", "exit_code": stop.code})
+            print_json({"error": "There is no such command, option or value. See --help.", "exit_code": stop.code})
         return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
         return _report_failure("", 130, as_json)
@@ -263,7 +261,7 @@ def _warn(sentence: str) -> None:
 
 
 def _report_failure(message: str, code: int, as_json: bool, answer: Any = None) -> int:
-    """Say why a command ended early; its exit code."""
+    """Print why a command ended early, and return its exit code."""
     print(f"error: {message}" if message else "interrupted", file=sys.stderr)  # noqa: T201
     if as_json:
         print_json({"error": message or "interrupted", "exit_code": code} if answer is None else answer)

@@ -1,4 +1,4 @@
-"""The answers of `freshrec history`: one line a version, or with --long every number, reason and move."""
+"""Text of `freshrec history`: one line per version, or every number, reason and change with --long."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ STATES = {
 
 @dataclass(frozen=True)
 class VersionState:
-    """What became of a version."""
+    """State of a version, as `freshrec history` prints it."""
 
     state: str  # a key of STATES
-    is_deleted: bool = False  # its files
+    is_deleted: bool = False  # whether its files were deleted
     reason: str = ""  # why it was refused, rolled back or made live by force
 
 
 def version_states(store: Store) -> dict[int, VersionState]:
-    """What became of each version of a store."""
+    """Return the state of each version of a store."""
     from freshrec.store.versions import is_collected
 
     versions, moves = {manifest.id: manifest for manifest in store.manifests()}, store.moves()
@@ -55,7 +55,7 @@ def version_states(store: Store) -> dict[int, VersionState]:
 
 
 def _state_of(version: Manifest, moves: Sequence[PointerMove], ancestors: set[int]) -> tuple[str, str]:
-    """What became of a version, and why."""
+    """Return the state of a version and the reason for it."""
     by_force = "" if version.promoted else next((m.reason for m in reversed(moves) if m.to == version.id), "")
     reason = f"by force: {by_force}" if by_force else "no new events" if version.kind == "no rows" else ""
     if moves and moves[-1].to == version.id:
@@ -70,7 +70,7 @@ def _state_of(version: Manifest, moves: Sequence[PointerMove], ancestors: set[in
 
 
 def history_lines(versions: Sequence[Manifest], states: Mapping[int, VersionState]) -> list[str]:
-    """A table with one line a version, oldest first, at most 100 columns wide."""
+    """Return a table with one line per version, oldest first, at most 100 columns wide."""
     if not versions:
         return []
     metrics = Counter(version.metric for version in versions if version.metric)
@@ -82,11 +82,11 @@ def history_lines(versions: Sequence[Manifest], states: Mapping[int, VersionStat
     room = max(MIN_REASON_WIDTH, WIDTH - length - 2)
     reasons = ["", "reason", *(short_reason(states[version.id].reason, room) for version in versions)]
     lines = [f"{line:<{length}}  {reason}".rstrip() for line, reason in zip(table, reasons)]
-    lines += [f"{metric} of the new version and of the live version then: 0 to 1, higher is better, same queries."]
+    lines += [f"{metric} of the new version and of its parent, on the same queries: 0 to 1, higher is better."]
     if any(states[version.id].is_deleted for version in versions):
         lines += ["* The files of this version were deleted. It cannot be made live."]
     if others := [str(version.id) for version in versions if version.metric not in ("", metric)]:
-        lines += [f"Measured by another metric, see --long: {', '.join(others)}."]
+        lines += [f"Versions measured by another metric: {', '.join(others)}. See --long."]
     return lines
 
 
@@ -105,7 +105,7 @@ def _history_row(version: Manifest, state: VersionState, metric: str) -> tuple[s
 
 
 def short_reason(reason: str, width: int) -> str:
-    """The first clause of a reason. A long one loses words before its last two: "71.4 % of the rows ... one user"."""
+    """Return the first clause of a reason. A long one is cut before its last two words: "71.4 % of ... one user"."""
     clause = re.split(r"; |: (?!by force)|\. |\.$", reason)[0] if not reason.startswith("by force") else reason
     if len(clause) <= width:
         return clause
@@ -115,7 +115,7 @@ def short_reason(reason: str, width: int) -> str:
 
 
 def long_lines(versions: Sequence[Manifest], states: Mapping[int, VersionState]) -> list[str]:
-    """Every number, reason and note of each version."""
+    """Return every number, reason and note of each version."""
     lines = []
     for version in versions:
         state = states[version.id]
@@ -137,7 +137,7 @@ def long_lines(versions: Sequence[Manifest], states: Mapping[int, VersionState])
 
 
 def move_lines(moves: Sequence[PointerMove]) -> list[str]:
-    """Every change of the live version, oldest first."""
+    """Return every change of the live version, oldest first."""
     if not moves:
         return []
     rows = [(format_moment(move.at), move.action, f"version {move.to}", move.reason) for move in moves]

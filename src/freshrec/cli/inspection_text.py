@@ -1,4 +1,4 @@
-"""The answers of `freshrec status` and `freshrec diff` for people: sections of labelled numbers."""
+"""Text of `freshrec status` and `freshrec diff`: sections of labelled numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from freshrec.cli.number_labels import SECTIONS, format_bytes, format_quantity, 
 from freshrec.cli.text_layout import align_rows, bullet, format_moment
 
 Row = tuple[str, ...]  # label, value, explanation
-MIN_USERS = 30  # the gate does not compare two versions with fewer users either
+MIN_USERS = 30  # the gate does not compare versions on fewer users either
 KINDS = {
     "fit": "first version",
     "update": "made by an update",
@@ -19,7 +19,7 @@ KINDS = {
 
 
 def status_lines(found: dict[str, Any]) -> list[str]:
-    """What `store_status` found, in sections: live version, store, waiting, quality, time, training, notes."""
+    """Return the text of `freshrec status`: live version, store, waiting events, quality, time, training, notes."""
     rows = number_rows(found["numbers"])
     by_section = {section: [tuple(row[1:]) for row in rows if row.section == section] for section in SECTIONS}
     sections: dict[str, Sequence[Row]] = {
@@ -43,7 +43,7 @@ def _live_rows(found: dict[str, Any]) -> list[Row]:
         ("made", f"{format_moment(found['made_at'])} UTC"),
         ("model", found["model"]),
         ("strategy of updates", found["strategy"]),
-        ("events", f"{found['events']:,}", "all that it knows, held-out ones included"),
+        ("events", f"{found['events']:,}", "including held-out events"),
         ("held-out events", f"{found['held']:,}", "its newest; the next update learns them"),
         ("users", f"{found['users']:,}", ""),
         ("items", f"{found['items']:,}", ""),
@@ -56,11 +56,11 @@ def _store_rows(found: dict[str, Any]) -> list[Row]:
     deleted = len(found["versions_deleted"])
     return [
         ("versions", f"{found['versions']:,}", f"{deleted:,} with deleted files"),
-        ("size of all versions", format_bytes(found["versions_bytes"]), "files that versions share count once"),
+        ("size of all versions", format_bytes(found["versions_bytes"]), "shared files count once"),
         (
             "size of the event log",
             format_bytes(found["log_bytes"]),
-            f"{found['log_events']:,} rows, those of refused versions too",
+            f"{found['log_events']:,} rows, including refused versions",
         ),
         ("size of the store", format_bytes(found["total_bytes"]), "everything in its folder"),
     ]
@@ -78,12 +78,12 @@ def _waiting_rows(found: dict[str, Any]) -> list[Row]:
 
 
 def _retrain_rows(plan: dict[str, Any]) -> list[Row]:
-    """When a full retrain is tried, which only `--full-every` does."""
+    """Return when the next full retrain is due. Only `update --full-every` tries one."""
     since, interval = plan["updates_since_full"], plan["next_full_after"]
     left = max(0, interval - since)
     return [
         ("updates since a full retrain", f"{since:,}", "or since one was tried"),
-        ("updates until the next one", f"{left:,}", "only by `update --full-every auto`; 0 = due"),
+        ("updates until the next one", f"{left:,}", "only with `update --full-every auto`; 0 = due"),
     ]
 
 
@@ -93,7 +93,7 @@ def _short_list(numbers: Sequence[int], n_shown: int = 4) -> str:
 
 
 def _section_lines(sections: dict[str, Sequence[Row]]) -> list[str]:
-    """Each section with its heading; all sections have columns of the same width."""
+    """Return the lines of each section below its heading. All sections have the same column widths."""
     filled = {heading: rows for heading, rows in sections.items() if rows}
     aligned = iter(align_rows([row for rows in filled.values() for row in rows]))
     lines: list[str] = []
@@ -103,7 +103,7 @@ def _section_lines(sections: dict[str, Sequence[Row]]) -> list[str]:
 
 
 def diff_lines(found: dict[str, Any]) -> list[str]:
-    """What `version_difference` found: quality on the same queries first, then what each version recorded."""
+    """Return the text of `freshrec diff`: quality on the same queries, then the recorded numbers of each version."""
     first, second = found["versions"]
     lines = [f"Quality on the same queries: version {first} and version {second}"]
     lines += _same_query_lines(found["same_queries"], first, second)
@@ -113,7 +113,7 @@ def diff_lines(found: dict[str, Any]) -> list[str]:
     recorded = list(_recorded_rows(found["numbers"]))
     options = [(f"option {key}", *map(str, pair)) for key, pair in found["recipe"].items()]
     table = [heads, *sizes, *recorded]
-    lines += ["Recorded when each version was made. Qualities are of different days: do not compare them."]
+    lines += ["Recorded when each version was made. Do not compare quality: it was measured on different days."]
     lines += [f"  {line}" for line in align_rows(table, right={1, 2})]
     if options:
         lines += ["", "Different options", *(f"  {line}" for line in align_rows([heads, *options]))]
@@ -142,7 +142,7 @@ def _conclusion(same: dict[str, Any], first: int, second: int) -> str:
     if same["low"] == same["high"] == 0:
         return "Both versions are equally good on these queries."
     if same["low"] <= 0 <= same["high"]:
-        return "The interval includes 0: the difference may be chance."
+        return "The interval includes 0: the difference may be due to chance."
     better = second if same["difference"] > 0 else first
     return f"The interval does not include 0: version {better} is better on these queries."
 

@@ -16,7 +16,7 @@ HIGHER = "0 to 1, higher is better"
 
 
 class NumberLabel(NamedTuple):
-    """How a number is printed."""
+    """Section, label, unit and explanation of a number."""
 
     section: str  # one of SECTIONS
     label: str
@@ -41,18 +41,18 @@ def _training(label: str, unit: str, explanation: str = "") -> NumberLabel:
 
 
 LABELS: dict[str, NumberLabel] = {
-    # what an update received
+    # events of the update
     "new_events": _new("new events", "received by this update"),
     "new_users": _new("new users"),
     "new_items": _new("new items"),
     "late": _new("late events", "older than the newest event known before"),
     "gained_interests": _new("users who gained an interest"),
     "lost_interests": _new("users who lost an interest"),
-    # what the gate measured; the parent was the live version at that time
+    # measurements of the gate; the parent was the live version at that time
     "low": _quality("difference, lower end", "95 % interval of this minus its parent", "change"),
     "high": _quality("difference, upper end", "positive = better than the parent", "change"),
-    "asked": _quality("queries", "held-out events that were asked", "count"),
-    "unnoticed": _quality("loss that would be noticed", "in 95 of 100 nights, relative", "share"),
+    "asked": _quality("queries", "held-out events that were tested", "count"),
+    "unnoticed": _quality("detectable loss", "relative; noticed in 95 of 100 updates", "share"),
     "floor": _quality("floor", "a version is refused below it"),
     "older": _quality("older events, this version", f"same metric, {HIGHER}"),
     "older_live": _quality("older events, its parent", "same queries, higher is better"),
@@ -60,7 +60,7 @@ LABELS: dict[str, NumberLabel] = {
     "full_gain": _quality("gain of a full retrain", "over the update; positive = better", "change"),
     "full_low": _quality("gain, lower end", "95 % interval", "change"),
     "full_high": _quality("gain, upper end", "95 % interval", "change"),
-    # how long it took
+    # times
     "wait_s": _time("total time", "reading, learning and measuring", "s"),
     "update_s": _time("learning", "", "s"),
     "update_cpu_s": _time("learning, processor time", "all threads together"),
@@ -78,7 +78,7 @@ LABELS: dict[str, NumberLabel] = {
     "rehearsal_cpu_s": _time("choosing settings", "by simulated updates"),
     "absorb_cpu_s": _time("counting events"),
     "tune_cpu_s": _time("tuning"),
-    # how training went
+    # training
     "rows_read": _training("events trained on", "count", "replayed ones included"),
     "epochs": _training("epochs", "count", "chosen on held-out events"),
     "mean_k": _training("interests per user", "number", "mean over users who have any"),
@@ -110,9 +110,9 @@ class NumberRow(NamedTuple):
 
 
 def label_of(key: str) -> NumberLabel:
-    """The label of a key of a manifest's numbers, under its current or former name.
+    """Return the label of a key in a manifest's numbers. The key may be a current or a former name.
 
-    A strategy of a user may report numbers that are not in the table. Their label is the key in words.
+    A custom strategy may report numbers that are not in the table. Their label is the key in words.
     """
     key = COST_KEYS.get(key, key)
     if key in LABELS:

@@ -17,12 +17,12 @@ LogPath = Annotated[
 ]
 Columns = Annotated[
     str,
-    typer.Option(help=f"Your column names, as in user_id=uid,item_id=sku. Known columns: {', '.join(COLUMN_ALIASES)}."),
+    typer.Option(help=f"Your column names, such as user_id=uid,item_id=sku. Columns: {', '.join(COLUMN_ALIASES)}."),
 ]
 
 
 FormatName = Annotated[str | None, typer.Option("--format", help=f"Name of a public format: {', '.join(FORMATS)}.")]
-EventTypes = Annotated[str, typer.Option(help="Event types to read, as in pv,buy (default: all).")]
+EventTypes = Annotated[str, typer.Option(help="Event types to read, such as pv,buy (default: all).")]
 Quarantine = Annotated[Path | None, typer.Option(help="Write bad rows to this .parquet or .csv file and continue.")]
 
 
@@ -40,7 +40,7 @@ StorePath = Annotated[Path, StoreOption]
 Jobs = Annotated[int, typer.Option(help="Number of processes, with one thread each.")]
 JOBS = 1
 ReasonOption = Annotated[str, typer.Option(help="Reason, stored in the history.")]
-WaitOption = Annotated[str, typer.Option(help="Time to wait while another process changes the store, as in 10m.")]
+WaitOption = Annotated[str, typer.Option(help="Time to wait while another process changes the store, such as 10m.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

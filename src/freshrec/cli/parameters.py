@@ -1,4 +1,4 @@
-"""Makes command-line parameters from the fields of dataclasses, so that each option is declared once."""
+"""Make command-line parameters from the fields of dataclasses, so that each option is declared once."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class ProgressLines:
     def __call__(self, progress: Progress) -> None:
         """Print a report."""
         if progress.stage == READING or progress.step & (progress.step - 1):
-            return  # an error while reading is one line on stderr; of epochs only powers of two are printed
+            return  # reading prints nothing, so an error stays one line; epochs that are no power of 2 are skipped
         text = f"{progress.stage}: {progress.detail}" if progress.detail else progress.stage
         print(f"[{time.monotonic() - self.started_s:.0f} s] {text}", file=sys.stderr, flush=True)  # noqa: T201
 
@@ -77,7 +77,7 @@ class ProgressLines:
 def show_progress(is_shown: bool, with_lines: bool) -> Iterator[Callable[[], None]]:
     """Show progress while the block runs. Yields a function that removes the bar, to be called before printing.
 
-    `with_lines`: print lines where stderr is not a terminal.
+    `with_lines`: print lines if stderr is not a terminal.
     """
     console = Console(stderr=True)
     shown: ProgressBar | ProgressLines | None = None

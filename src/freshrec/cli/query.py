@@ -108,7 +108,7 @@ def inspect(
 
 
 def status(store: StorePath = Path("store"), as_json: AsJson = False) -> None:
-    """Print the live version, the size of the store, what waits for the next update, and how good the version is."""
+    """Print the live version and its quality, the size of the store, and the events that wait for the next update."""
     from freshrec.nightly import inspection
     from freshrec.store.versions import open_store
 
@@ -151,7 +151,7 @@ def doctor(store: Annotated[Path | None, StoreOption] = None, as_json: AsJson = 
 
 @contextmanager
 def _id_errors_as_option_errors() -> Iterator[None]:
-    """Turn the LogError about an id of the wrong type into an OptionError: the user typed the id, the log is fine."""
+    """Turn a LogError about an id of the wrong type into an OptionError, because the user typed the id."""
     try:
         yield
     except LogError as problem:
@@ -175,7 +175,7 @@ def _print_frame(found: pl.DataFrame, names: tuple[str, ...], rows: list[tuple[A
 
 
 def _print_fields(values: dict[str, Any]) -> None:
-    """Print names and values in two columns. A value of None is unknown and left out; ids are printed as they are."""
+    """Print names and values in two columns. A value of None is unknown and left out; ids are printed unchanged."""
     known = {name: value for name, value in values.items() if value is not None}
     shown = {name: str(value) if name.endswith("_id") else _format_value(value) for name, value in known.items()}
     print_table(("", ""), [(name.replace("_", " "), value) for name, value in shown.items()])

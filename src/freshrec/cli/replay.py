@@ -1,9 +1,9 @@
-"""`freshrec replay` and `freshrec demo`: from options to a recipe, its runs, and the answer."""
+"""The commands that compare: `replay` and `demo` make a recipe from options, run it and print the answer."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +14,15 @@ from freshrec.cli.options import JOBS, Jobs
 from freshrec.cli.parameters import Parameter, make_command, parameters_of
 from freshrec.config import description_of, hints_of
 from freshrec.errors import OptionError
-from freshrec.replay.recipe_schema import LogRecipe, Recipe, load_recipe, merge_tables, parse_recipe, save_recipe
+from freshrec.replay.recipe_schema import (
+    FIRST_UPDATED_SPAN,
+    LogRecipe,
+    Recipe,
+    load_recipe,
+    merge_tables,
+    parse_recipe,
+    save_recipe,
+)
 
 if TYPE_CHECKING:
     import polars as pl
@@ -56,7 +64,7 @@ OWN_PARAMETERS: list[Parameter] = [  # all other parameters are fields of a reci
     ),
     ("as_json", Annotated[bool, typer.Option("--json", help="Print the folder and a summary as JSON.")], False),
 ]
-PANELS = {"log": "The log", "spans": "Spans", "replay": "What is compared"}
+PANELS = {"log": "The log", "spans": "Spans", "replay": "Comparison"}
 
 
 def _parameters() -> list[Parameter]:
@@ -95,7 +103,7 @@ def resolve_recipe(file: Path | None, given: dict[str, dict[str, Any]]) -> Recip
 
 
 def _show_plan(recipe: Recipe) -> None:
-    """Print the spans, and how long the replay would take."""
+    """Print the spans and the estimated time of the replay."""
     from freshrec.data.split import describe_spans
     from freshrec.replay.estimate import estimate_cost
     from freshrec.replay.progress import MeasuringLog, print_estimate, print_plan
@@ -107,7 +115,7 @@ def _show_plan(recipe: Recipe) -> None:
 
 
 def run_recipe(recipe: Recipe, out: Path, jobs: int, device: str, resume: bool, as_json: bool) -> None:
-    """Run what is not done yet, then write the results and print the answer."""
+    """Run what the folder does not hold yet, then write the results and print the answer."""
     from freshrec.data.split import describe_spans
     from freshrec.replay.answer import headline_metric, read_answer
     from freshrec.replay.answer_text import output_width, render_answer
@@ -118,10 +126,11 @@ def run_recipe(recipe: Recipe, out: Path, jobs: int, device: str, resume: bool, 
     from freshrec.replay.slices import slice_table
 
     cells, settings, split, part = make_cells(recipe), make_replay_settings(recipe), load_split(recipe), recipe.replay
-    if part.from_span >= len(split.spans):
-        raise OptionError(
-            f"--from-span is {part.from_span}, but the last span is {len(split.spans) - 1}. Use a lower number."
-        )
+    last_span = len(split.spans) - 1
+    from_span = part.from_span or min(FIRST_UPDATED_SPAN, last_span)
+    if from_span > last_span:
+        raise OptionError(f"--from-span is {from_span}, but the last span is {last_span}. Use a lower number.")
+    recipe = replace(recipe, replay=replace(part, from_span=from_span))
     console = Console(stderr=True)
     _prepare_folder(out, recipe, resume)
     if not as_json:
@@ -135,9 +144,9 @@ def run_recipe(recipe: Recipe, out: Path, jobs: int, device: str, resume: bool, 
         console.print(f"Finished spans are kept in {out}. To continue, add --resume to the command.", markup=False)
         raise
     if recipe.log.exposures:  # AUC and log loss are means over events, not over users
-        results = collect_results(cells, None, part.metrics, out, "targets", part.from_span)
+        results = collect_results(cells, None, part.metrics, out, "targets", from_span)
     else:
-        results = collect_results(cells, slice_table(split.spans), part.metrics, out, part.averaging, part.from_span)
+        results = collect_results(cells, slice_table(split.spans), part.metrics, out, part.averaging, from_span)
     if as_json:
         typer.echo(json.dumps({"out": str(out), "summary": _overall_rows(results)}))
         return
@@ -146,7 +155,7 @@ def run_recipe(recipe: Recipe, out: Path, jobs: int, device: str, resume: bool, 
 
 
 def _prepare_folder(out: Path, recipe: Recipe, resume: bool) -> None:
-    """Write the recipe to `out`. OptionError if the folder holds another replay."""
+    """Write the recipe to `out`. Raises OptionError if the folder holds another replay."""
     recipe_path = out / "recipe.toml"
     if recipe_path.exists():
         if not resume:

@@ -149,7 +149,7 @@ def update(
     from freshrec.store.versions import open_store, version_chain
 
     if force and not reason:
-        raise OptionError('--force needs a reason, which the history keeps. Add --reason "...".')
+        raise OptionError('--force needs a reason, which is stored in the history. Add --reason "...".')
     opened_store = open_store(store)
     job, force_reason = NightlyJob(opened_store, parse_limits(gate), full_every), reason if force else ""
     if full_every:
@@ -174,7 +174,7 @@ def update(
                     _print_version(job, version)
             live = opened_store.live
     except FreshrecError as error:
-        if versions:  # these were made before the file that cannot be read
+        if versions:  # made before the file that cannot be read
             failure = {"error": str(error), "exit_code": error.exit_code}
             error.json_output = [*(version.model_dump() for version in versions), failure]
         raise
@@ -189,7 +189,7 @@ def _print_line(clear_progress: Callable[[], None], as_json: bool, text: str) ->
 
 
 def _report_update(store: Path, live: int, versions: list[Manifest], force: bool, as_json: bool) -> None:
-    """Print the result of an update. RefusedError: the gate refused a version."""
+    """Print the result of an update. Raises RefusedError if the gate refused a version."""
     found = [version.model_dump() for version in versions]
     refused = [version.id for version in versions if not version.promoted and not force]
     if refused:
@@ -224,7 +224,7 @@ def _make_versions(
         yield from _learn_file(job, path, read_delivery(path), path is paths[-1], force, print_line)
     if not paths:
         yield from _learn_clicks(job, force, print_line)
-    click_intake.remove_learnt_clicks(job)
+    click_intake.remove_learned_clicks(job)
     if n := click_intake.count_waiting_clicks(job):
         clicks = "1 click is" if n == 1 else f"{n:,} clicks are"
         print_line(f"{clicks} newer than the file. The next update learns them, or `freshrec update` without a file.")
@@ -254,7 +254,7 @@ def _learn_file(
         yield job.add_unchanged_version(None, source)
         return
     n_bad = 0 if log is None else log.n_quarantined
-    print_line(_delivery_line(job, result, "Clicks of the server" if log is None else path.name, n_bad))
+    print_line(_delivery_line(job, result, "Server clicks" if log is None else path.name, n_bad))
     yield from job.catch_up(force)
 
 
@@ -265,10 +265,10 @@ def _learn_clicks(job: NightlyJob, force: str, print_line: Callable[[str], None]
     try:
         result = click_intake.append_with_clicks(job, None, "")
     except LogError as error:
-        raise LogError(f"Clicks of the server: {error}") from None
+        raise LogError(f"Server clicks: {error}") from None
     if result is None:
         return
-    print_line(_delivery_line(job, result, "Clicks of the server"))
+    print_line(_delivery_line(job, result, "Server clicks"))
     yield from job.catch_up(force)
 
 
@@ -311,10 +311,10 @@ def _free_path(path: Path) -> Path:
 
 def _delivery_line(job: NightlyJob, result: AppendResult, name: str, n_bad: int = 0) -> str:
     """Say how many rows of a file are new, and how many were skipped."""
-    from freshrec.nightly.job import rejected_batches
+    from freshrec.nightly.job import refused_batches
 
     if (batch := result.repeated_batch) is not None:
-        if batch not in rejected_batches(job.store):
+        if batch not in refused_batches(job.store):
             return f"{name}: this file was learned before, so nothing was read."
         number = max(manifest.id for manifest in job.store.manifests() if manifest.batch == batch)
         return (
@@ -329,7 +329,7 @@ def _delivery_line(job: NightlyJob, result: AppendResult, name: str, n_bad: int 
 
 
 def _print_version(job: NightlyJob, version: Manifest) -> None:
-    """Print the verdict on a version, what it has learned and measured, and the notes that are new this week."""
+    """Print the verdict on a version, what it learned, its quality, and the notes that are new this week."""
     from freshrec.nightly.notes import notes_to_print
     from freshrec.store.versions import version_chain
 

@@ -10,7 +10,7 @@ WIDTH = 100  # columns of a line
 
 
 def align_rows(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
-    """Rows of cells as lines with columns of equal width; the columns in `right` are aligned to the right.
+    """Return rows of cells as lines with aligned columns. The columns in `right` are aligned to the right.
 
     Rows may have fewer cells than others. The last cell of a row may be wider than its column, unless it is in `right`.
     No line ends with spaces.
@@ -29,7 +29,7 @@ def align_rows(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> li
 
 
 def bullet(label: str, sentence: str) -> list[str]:
-    """A sentence after its label, indented, and wrapped at WIDTH columns."""
+    """Return a sentence after its label, indented, and wrapped at WIDTH columns."""
     return textwrap.wrap(
         sentence,
         WIDTH,
@@ -41,7 +41,7 @@ def bullet(label: str, sentence: str) -> list[str]:
 
 
 def format_moment(moment: str) -> str:
-    """A time of a manifest (ISO 8601) in UTC, to the minute: "2025-06-01 04:15"."""
+    """Return a time of a manifest (ISO 8601) in UTC, to the minute: "2025-06-01 04:15"."""
     try:
         return datetime.fromisoformat(moment).astimezone(UTC).strftime("%Y-%m-%d %H:%M")
     except ValueError:

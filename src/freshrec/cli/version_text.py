@@ -39,7 +39,7 @@ def verdict_sentence(version: Manifest) -> str:
 
 
 def update_lines(version: Manifest) -> Lines:
-    """Describe what an update has learned, its quality beside the live version before it, and its time."""
+    """Describe an update: its events, its quality compared with the previous live version, and its time."""
     numbers = version.numbers
     if not numbers:
         return []
@@ -53,13 +53,13 @@ def update_lines(version: Manifest) -> Lines:
     if "full_gain" in numbers:
         kept = "full retrain" if numbers["full_gain"] >= 0 else "update"
         interval = f"95 % interval {numbers.get('full_low', 0.0):+.4f} to {numbers.get('full_high', 0.0):+.4f}"
-        text = f"{numbers['full_gain']:+.4f} compared with the update ({interval}); the {kept} was taken"
+        text = f"{numbers['full_gain']:+.4f} compared with the update ({interval}); the {kept} was kept"
         lines.append(("Retrain", text))
     return [*lines, ("Time", _time_text(numbers))]
 
 
 def fit_lines(version: Manifest, times: str, skipped: Sequence[str]) -> Lines:
-    """Describe what `fit` has read and measured. `times`: the dates of the first and last event, if known."""
+    """Describe what `fit` read and measured. `times`: the dates of the first and last event, if known."""
     numbers, lines = version.numbers, list[tuple[str, str]]()
     read = ", ".join(f"{version.sizes[name]:,} {name}" for name in ("events", "users", "items"))
     lines.append(("Read", "; ".join([read, *([times] if times else []), *skipped])))
@@ -91,13 +91,13 @@ def _size_text(version: Manifest) -> str:
 
 def _time_text(numbers: dict[str, float]) -> str:
     if "full_gain" in numbers:
-        return f"{numbers.get('wait_s', 0.0):.1f} s, of these {numbers['full_s']:.1f} s for the full retrain"
+        return f"{numbers.get('wait_s', 0.0):.1f} s, including {numbers['full_s']:.1f} s for the full retrain"
     full = f" (estimate for a full retrain: {numbers['full_s']:.0f} s)" if "full_s" in numbers else ""
     return f"{numbers.get('wait_s', 0.0):.1f} s{full}"
 
 
 def _quality_lines(version: Manifest) -> Lines:
-    """The metric of a version and of its parent on the same users; their difference if there were enough of them."""
+    """Return the metric of a version and of its parent. With enough users, also return their difference."""
     numbers, metric = version.numbers, _metric_of(version.numbers)
     if not metric:
         return []
@@ -125,7 +125,7 @@ def _compared_users(version: Manifest) -> tuple[int, int]:
 
 
 def _quality_in_short(numbers: dict[str, float]) -> str:
-    """Return the metric of a version beside that of the live one, or of popularity."""
+    """Return the metric of a version, and that of the live version or of popularity."""
     if metric := _metric_of(numbers):
         found = f"{metric} {numbers[metric]:.4f}, live version {numbers[f'{metric} live']:.4f}"
         if "low" in numbers:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from freshrec.store.versions import Store
 
 
-VersionArgument = Annotated[int, typer.Argument(metavar="VERSION", help="A version number, as in `freshrec history`.")]
+VersionArgument = Annotated[int, typer.Argument(metavar="VERSION", help="Version number; see `freshrec history`.")]
 
 
 def history(
@@ -29,7 +29,7 @@ def history(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print one line a version: when it was made, what became of it, what it learned, how good it is."""
+    """Print one line per version: time, state, new events, quality and reason."""
     from freshrec.cli.history_text import history_lines, long_lines, move_lines, version_states
     from freshrec.store.versions import open_store
 
@@ -87,7 +87,7 @@ def rollback(
     wait: WaitOption = "",
     as_json: AsJson = False,
 ) -> None:
-    """Make an earlier version the live one. What later versions learned is dropped; see `update --retry`."""
+    """Make an earlier version the live one. Later versions are dropped; `update --retry` learns their events again."""
     with locked_store(store, wait) as opened_store:
         live = opened_store.live
         target = number if number is not None else opened_store.manifest(live).parent
@@ -106,7 +106,7 @@ def rollback(
 
 def gc(
     store: StorePath = Path("store"),
-    keep: Annotated[int, typer.Option(min=1, help="Number of earlier live versions whose files stay.")] = 5,
+    keep: Annotated[int, typer.Option(min=1, help="Number of earlier live versions to keep.")] = 5,
     wait: WaitOption = "",
     as_json: AsJson = False,
 ) -> None:
@@ -143,4 +143,4 @@ def erase(
     versions = ", ".join(map(str, receipt["versions"])) or "none"
     events = "1 event" if receipt["events"] == 1 else f"{receipt['events']:,} events"
     typer.echo(f"User {user}: erased {events} from the log. Rewritten versions: {versions}.")
-    typer.echo(f"What stays: {receipt['stays']}")
+    typer.echo(f"Not erased: {receipt['stays']}")

@@ -32,7 +32,7 @@ class Targets:
     users_N: Tensor
     first_row_N: Tensor
     impression_items_N: Tensor | None = None  # items of exposures; None: the items of the rows
-    labels_N: Tensor | None = None  # 1 = taken, 0 = not; None: all were taken
+    labels_N: Tensor | None = None  # 1 = clicked, 0 = not; None: no exposures
 
     def __len__(self) -> int:
         return len(self.rows_N)
@@ -69,16 +69,16 @@ def targets_at(histories: Histories, rows_N: Tensor, history: str = "recent") ->
 
 
 def due_targets(histories: Histories, history: str = "recent") -> Targets:
-    """Return the targets that an update trains on. OptionError for history = "span" on a log with labels."""
+    """Return the targets that an update trains on. Raises OptionError for history = "span" on a log with labels."""
     if histories.impressions is not None:
         if history != "recent":
-            raise OptionError('A log with labels needs histories across spans. Use fit.history = "recent".')
+            raise OptionError('fit.history = "span" does not work on a log with exposures. Use fit.history = "recent".')
         return impression_targets(histories, histories.impressions[histories.impressions.due_E == DUE])
     return targets_at(histories, (histories.due_R == DUE).nonzero()[:, 0], history)
 
 
 def impression_targets(histories: Histories, impressions: Impressions) -> Targets:
-    """Return exposures as targets, each with what its user took strictly earlier."""
+    """Return exposures as targets. The history of each is its user's strictly earlier events."""
     is_row = np.concatenate([np.zeros(len(impressions), bool), np.ones(len(histories.items_R), bool)])
     times = torch.cat([impressions.times_E, histories.times_R]).cpu().numpy()
     users = torch.cat([impressions.users_E, row_users(histories)]).cpu().numpy()

@@ -45,7 +45,7 @@ class Catalog:
 
     @staticmethod
     def load(frame: pl.DataFrame) -> Catalog:
-        """Return the catalog of a saved `frame`. StateError if its columns are wrong or ids repeat."""
+        """Return the catalog of a saved `frame`. Raises StateError if its columns are wrong or ids repeat."""
         schema = dict(frame.schema)
         kind = schema.pop("id", None)
         if schema != SPAN_COLUMNS or kind not in (pl.Int64, pl.String, pl.Null):
@@ -106,7 +106,7 @@ class Catalog:
         return _to_indexable(self.frame["id"])
 
     def normalize_ids(self, ids: pl.Series) -> pl.Series:
-        """Return `ids` as Int64 or String. LogError for nulls, other types, and a type other than the catalog's."""
+        """Return `ids` as Int64 or String. Raises LogError for nulls and for types other than the catalog's."""
         if ids.dtype in INTEGER_TYPES:
             ids = ids.cast(pl.Int64)
         elif ids.dtype in (pl.Categorical, pl.Enum):

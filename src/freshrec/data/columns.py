@@ -19,7 +19,7 @@ UNITS_PER_SECOND = {"s": 1, "ms": 1000, "us": 1_000_000, "ns": 1_000_000_000}
 
 @dataclass(frozen=True)
 class ColumnFault:
-    """What is wrong with a column, and in which rows."""
+    """A problem of a column, and the rows that have it."""
 
     column: str  # our name of the column
     problem: str  # continues a sentence after the name of the column: "is null"
@@ -27,7 +27,7 @@ class ColumnFault:
 
 
 def _to_plain_type(column: pl.Series, expected: str) -> pl.Series:
-    """Return the column as String, Int64 or Float64; a value that does not fit is null. LogError for other types."""
+    """Return the column as String, Int64 or Float64; null if a value does not fit. Raises LogError for other types."""
     dtype = column.dtype
     if dtype in (pl.String, pl.Categorical, pl.Enum, pl.Null):
         return column.cast(pl.String)

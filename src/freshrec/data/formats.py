@@ -43,13 +43,13 @@ class LogFormat:
 
 
 def open_table(source: str | Path | pl.DataFrame | pd.DataFrame, format: str | None = None) -> SourceTable:
-    """Open `source`, a path or a frame. `format` is a key of FORMATS. LogError if it cannot be opened."""
+    """Open `source`, a path or a frame. `format` is a key of FORMATS. Raises LogError if it cannot be opened."""
     if isinstance(source, pl.DataFrame):
         return SourceTable(source.lazy(), "the frame", has_types=True)
     if type(source).__module__.split(".")[0] == "pandas":
         return SourceTable(_from_pandas(source).lazy(), "the frame", has_types=True)
     if not isinstance(source, str | Path):
-        raise LogError(f"A log is a path or a frame of polars or pandas, not a {type(source).__name__}.")
+        raise LogError(f"A log must be a path, a polars frame or a pandas frame, not a {type(source).__name__}.")
     path = Path(source)
     with as_log_error(path.name):
         _check_not_empty(path)
@@ -125,7 +125,7 @@ def _open_by_ending(path: Path) -> SourceTable:
         case [".tsv"]:
             return SourceTable(_scan_text(path, "\t"), path.name, has_types=False)
         case [".jsonl" | ".ndjson" | ".json"]:
-            # The whole file decides the type of a column: later rows may hold text where the first ones hold numbers.
+            # The whole file decides the type of a column: later rows may hold text even if the first ones hold numbers.
             return SourceTable(pl.scan_ndjson(path, infer_schema_length=None), path.name, has_types=False)
         case _:
             raise LogError(
@@ -159,7 +159,7 @@ def _scan_text(path: Path, separator: str = ",", names: Sequence[str] | None = N
 
 
 def _from_pandas(source: pd.DataFrame) -> pl.DataFrame:
-    """Convert a pandas frame column by column, without pyarrow. LogError for a column with values of several types."""
+    """Convert a pandas frame column by column, without pyarrow. Raises LogError for a column of mixed types."""
     columns = []
     for name in source.columns:
         column = source[name]

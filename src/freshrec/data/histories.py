@@ -13,7 +13,7 @@ from freshrec.types import DEFERRED, DUE, HELD_OUT, NEVER, TRAINED, Events, Hist
 def append_events(histories: Histories, events: Events, n_users: int) -> Histories:
     """Append newer `events` to the rows of each user.
 
-    If the events have labels, an event with a label also becomes an impression, and only what was taken becomes a row.
+    An event with a label also becomes an impression. It becomes a row only if it is a click (label 1).
     """
     if events.labels_E is None:
         return insert_events(histories, events, n_users)[0]
@@ -108,7 +108,7 @@ def offsets_after_filter(store: Histories | Interests, is_kept: Tensor) -> Tenso
 
 
 def is_new_row(histories: Histories) -> Tensor:
-    """Whether a row is new since the last update and may be trained on, now or later, shape (R,)."""
+    """Whether each row is new since the last update and may be trained on, now or later, shape (R,)."""
     return (histories.due_R == DUE) | (histories.due_R == DEFERRED)
 
 

@@ -74,11 +74,11 @@ def read_log(
     absent: bool | Unset = UNSET,
     text: Sequence[str] | Unset = UNSET,
 ) -> Log:
-    """Read a log from a file, a folder or a frame.
+    """Read a log from a file, a folder or a frame, and sort it by time.
 
     `source` is a CSV file (also .gz), a Parquet file or folder, a JSON lines file, or a frame of polars or pandas.
 
-    - `columns`: our column name -> the name in the source, where they differ. `{"item_id": "sku:text"}` reads the ids
+    - `columns`: our column name -> the name in the source, if they differ. `{"item_id": "sku:text"}` reads the ids
       as text, even if some of them look like numbers.
     - `format`: the name of a public format, a key of FORMATS.
     - `events`: event types to keep; empty = all.
@@ -88,7 +88,7 @@ def read_log(
     - `text_columns`: our columns whose ids are text, even if all of them look like numbers.
     - `absent`, `text`: former names of `allow_missing_events` and `text_columns`.
 
-    Raises LogError if the log cannot be read, NoRowsError if it is empty, OptionError for a wrong argument.
+    Raises LogError if the log cannot be read, NoRowsError if it is empty, and OptionError for an invalid argument.
     """
     allow_missing_events = value_of_renamed("allow_missing_events", allow_missing_events, "absent", absent)
     text_columns = value_of_renamed("text_columns", text_columns, "text", text)
@@ -121,7 +121,7 @@ def read_log(
 def keep_positives(log: Log) -> Log:
     """Return the log without exposures: the rows whose label is null or above 0.
 
-    A log without labels stays as it is. LogError if no row is left.
+    A log without labels stays as it is. Raises LogError if no row is left.
     """
     if "label" not in log.frame.columns:
         return log
@@ -154,7 +154,7 @@ def events_before(log: Log, moment: str) -> Log:
     """Return the events before a moment, for example to leave out stragglers at the end of a log.
 
     `moment` is an ISO 8601 time. In a log with periods and without timestamps, it is the first period to leave out.
-    LogError if no event is left or if the log has no such moments.
+    Raises LogError if no event is left or if the log has no such moments.
     """
     if log.has_clock:
         is_before = pl.col("time") < parse_microseconds(moment)
@@ -258,7 +258,7 @@ def _collect_columns(
 def _parse_columns(
     raw: pl.DataFrame, names: Mapping[str, str], text_columns: set[str], table: SourceTable
 ) -> tuple[Log, list[ColumnFault]]:
-    """Return the log in the order of the source, bad rows included, and what is wrong with it."""
+    """Return the log in the order of the source, including bad rows, and its faults."""
     frame: dict[str, pl.Series] = {}
     faults: list[ColumnFault] = []
     unit = "period + order"
@@ -380,7 +380,7 @@ def _sample_users(log: Log, users: int, seed: int) -> Log:
     ids = log.frame["user_id"].unique().sort()
     if users >= len(ids):
         return _add_note(log, f"Kept all {len(ids):,} users; a sample of {users:,} was requested.")
-    chosen = ids.sample(users, seed=seed)  # no named stream: published results are of these users
+    chosen = ids.sample(users, seed=seed)  # no named stream: published results use this sample
     frame = log.frame.filter(pl.col("user_id").is_in(chosen.implode()))
     return _add_note(replace(log, frame=frame), f"Kept {users:,} random users of {len(ids):,} (seed {seed}).")
 

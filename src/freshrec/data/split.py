@@ -1,4 +1,4 @@
-"""Split a log into spans as a `SplitConfig` says: where spans start, what is tested, when it is trained on."""
+"""Split a log into spans by the rules of a `SplitConfig`: starts of spans, tested events, time of training on them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class LogSplit:
     spans: tuple[Span, ...]
     user_catalog: Catalog
     item_catalog: Catalog
-    notes: tuple[str, ...]  # sentences that a reader of the results should know
+    notes: tuple[str, ...]  # sentences for readers of the results
 
     def fingerprint(self) -> str:
         """Return 64 hexadecimal digits that depend on every event and on the start of every span."""
@@ -65,13 +65,14 @@ def split_log(
 ) -> LogSplit:
     """Split a log into a base block and later spans. Each event is in exactly one of them.
 
-    `config` holds all options, and a keyword replaces one of its fields. `SplitConfig` explains them.
+    `config` holds all options, and a keyword replaces one of its fields. `SplitConfig` explains them. `seed` is the
+    seed of all random choices: targets = "three", `forget_users` and `n_targets`.
 
-    Raises OptionError for an invalid option, SpanError if the log cannot be split that way. A span may be empty; then
-    there is a note.
+    Returns the spans, the catalogs of users and items, and notes. A note names each empty span. Raises OptionError for
+    an invalid option and SpanError if the log cannot be split that way.
 
     Differs from the protocol of IMSR, which is clock-alpha with heldout = "never": a share alpha of the time range can
-    hold as little as 3 % of the events. Therefore there is count-alpha.
+    hold as little as 3 % of the events. The rule count-alpha avoids that.
     """
     keywords = {
         "by": by,
@@ -104,7 +105,7 @@ def _split(log: Log, config: SplitConfig, seed: int) -> LogSplit:
     labels_E, categories_E = _labels(frame), _category_rows(frame)
     is_forget_user_U = _select_users(len(user_catalog), config.forget_users, seed)
     spans = []
-    # no named streams here and in `_select_users`: published results are of these users and targets
+    # no named streams here and in `_select_users`: published results use these users and targets
     for t, (a, b) in enumerate(zip(edges, edges[1:])):
         users, rng = users_E[a:b].numpy(), np.random.default_rng((seed % 2**64, t))
         tail = _last_event_roles(users, sizes[t][0]) if t > 0 else np.full(b - a, TRAIN, np.int8)
@@ -177,7 +178,7 @@ def _select_events(frame: pl.DataFrame, by: str, min_events: int) -> tuple[pl.Da
 
 
 def _span_edges(frame: pl.DataFrame, has_clock: bool, config: SplitConfig) -> list[int]:
-    """Return the bounds of the spans: span t is edges[t] : edges[t + 1]. SpanError if the base block would be empty."""
+    """Return the bounds of the spans: span t is edges[t] : edges[t + 1]. Raises SpanError for an empty base block."""
     times, by = frame["time"].to_numpy(), config.by
     if by == "period":
         inner = _period_starts(frame["period"].to_numpy(), config.spans, config.base_periods)
@@ -237,7 +238,7 @@ def _period_starts(periods_E: Int64Array, spans: int, base_periods: int) -> Int6
 
 
 def _parse_dates(dates: Sequence[str]) -> list[int]:
-    """Return the dates as microseconds since 1970. OptionError if they are not in ascending order."""
+    """Return the dates as microseconds since 1970. Raises OptionError if they are not in ascending order."""
     found = [parse_microseconds(date) for date in dates]
     if any(a >= b for a, b in zip(found, found[1:])):
         raise OptionError(
@@ -270,7 +271,7 @@ def _roles_from_column(frame: pl.DataFrame) -> Int8Array:
 
 
 def _labels(frame: pl.DataFrame) -> torch.Tensor | None:
-    """Return labels: 1 = taken, 0 = shown and not taken, nan = unknown. None if the log has no exposures."""
+    """Return labels: 1 = clicked, 0 = shown but not clicked, nan = unknown. None if the log has no exposures."""
     if "label" not in frame.columns or not (frame["label"] <= 0).any():
         return None
     labels = (frame["label"] > 0).cast(pl.Float32).fill_null(float("nan"))

@@ -1,4 +1,4 @@
-"""How a log is split into spans: every option, its bounds and its default. `split.py` does the work.
+"""The options for splitting a log into spans, with their bounds and defaults. `split.py` splits.
 
 This module imports nothing heavy.
 
@@ -11,7 +11,7 @@ This module imports nothing heavy.
 - dates: A span starts at each of `dates` (ISO 8601, UTC by default). `spans` is not used.
 - period: The first `base_periods` periods are the base block. Later periods are merged into at most `spans` spans.
 
-`targets` says which events are tested. The base block is not tested: all its events are TRAIN, except under `split`.
+`targets` selects the tested events. The base block is not tested: all its events are TRAIN, except under `split`.
 
 - last: Each user's last event in a span is TEST. The one before it is VALID, and the rest are TRAIN.
 - three: Each user's last event in a span and two random others are TEST, the rest are TRAIN. A user's first event is
@@ -19,7 +19,7 @@ This module imports nothing heavy.
 - all: Every event is TEST, and is trained on right after it was tested.
 - split: The split column of the log decides.
 
-`heldout` says when VALID and TEST events are trained on.
+`heldout` sets when VALID and TEST events are trained on.
 
 - now: At the update that closes their span.
 - next: One update later, like a nightly job that tests each update on events that it has not trained on.
@@ -42,11 +42,13 @@ SPLIT_RULES, TARGET_RULES, HELDOUT_RULES = get_args(SplitRule), get_args(TargetR
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """How a log is split into a base block and later spans. Its defaults are those of `split_log`, recipes and the CLI.
+    """Options for splitting a log into a base block and later spans. `split_log`, recipes and CLI share its defaults.
+
+    The docstring of this module explains the values of `by`, `targets` and `heldout`.
 
     The held-out events of a share `forget_users` of the users are never trained on, so that forgetting can be measured
-    on them. With targets = "all", their held-out events are the last two of each later span. `n_targets` limits the
-    TEST events only: training stays the same.
+    on them. With targets = "all", the held-out events of these users are their last two in each later span. `n_targets`
+    limits the TEST events only: training stays the same.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # an unknown key of a recipe is an error

@@ -36,7 +36,7 @@ def pad_interests(interests: Interests, users_B: Tensor, initial_KD: Tensor) -> 
 
 @dataclass(frozen=True)
 class StoredInterests:
-    """What a batch of a multi-interest model needs: stored interests, initial interests of new users, current span."""
+    """Additional input of a multi-interest model: stored interests, initial interests of new users, current span."""
 
     interests: Interests
     initial_KD: Tensor

@@ -1,4 +1,4 @@
-"""Worlds: generated logs in which the right answer is known. Each docstring says what a model or strategy must find.
+"""Worlds: generated logs in which the right answer is known. Each docstring states the right answer.
 
 All worlds share one timeline. The activity of users is lognormal, and 30 % of the users arrive while the log runs. Each
 item belongs to a topic, the log's `category`: item i belongs to topic i modulo the number of topics.
@@ -63,10 +63,11 @@ def make_world(
     spans: int = WorldSize.spans,
     seed: int = 0,
 ) -> World:
-    """Generate the world called `name`. The same arguments give the same events.
+    """Generate the world called `name`, a key of WORLDS. The same arguments give the same events.
 
-    A user may have no events. `items` is rounded down to a multiple of the number of topics. OptionError for an unknown
-    name or for sizes that are too small.
+    `users`, `items`, `events` and `spans` are numbers. `spans` does not include the base block. A user may have no
+    events. `items` is rounded down to a multiple of the number of topics. Raises OptionError for an unknown name or for
+    sizes that are too small.
     """
     if name not in WORLDS:
         raise unknown_name_error("world", name, WORLDS)
@@ -80,7 +81,7 @@ def make_world(
 
 
 def checkerboard(size: WorldSize, rng: np.random.Generator) -> World:
-    """Even users take only even items, odd users only odd ones: a model must rank all items of that half first."""
+    """Even users choose only even items, odd users only odd ones: a model must rank all items of that half first."""
     timeline = _make_timeline(size, rng)
     return World(_make_log(size, timeline, timeline.users_E % 2, 2, rng), 2)
 
@@ -116,7 +117,7 @@ def drift(size: WorldSize, rng: np.random.Generator) -> World:
 
 
 def newborn(size: WorldSize, rng: np.random.Generator) -> World:
-    """Like `frozen`, but half of the users who are there from the start gain two topics in some span, and prefer them.
+    """Like `frozen`, but half of the initial users gain two topics in some span, and prefer them from then on.
 
     `truth` has one row per user and gained topic: the span of its first event, and its number of events in that span.
     Users without an earlier span are left out, because all their topics are new. A correct detector finds exactly these
@@ -160,7 +161,7 @@ def _make_timeline(size: WorldSize, rng: np.random.Generator) -> Timeline:
     starts = np.ceil(size.events * (0.5 + 0.5 * np.arange(size.spans) / size.spans) - 0.5)
     periods_E = np.searchsorted(starts, np.arange(size.events), "right")
     late_U = rng.random(size.users) < 0.3
-    late_U[0] = False  # at least one user is there when the log begins
+    late_U[0] = False  # at least one user exists when the log begins
     arrivals_U = np.sort(np.where(late_U, rng.random(size.users), 0.0))
     activity_U = np.cumsum(rng.lognormal(0.0, 1.0, size.users))
     n_arrived_E = np.searchsorted(arrivals_U, moments_E, "right")
@@ -206,7 +207,7 @@ def _first_gained_spans(frame: pl.DataFrame, gained_E: npt.NDArray[np.bool_]) ->
 
 
 def _copy_sources(users_E: Int64Array, rng: np.random.Generator) -> Int64Array:
-    """Return for each event the event whose item it has: itself, or the origin of a chain of copies."""
+    """Return the source of each event's item: the event itself, or the origin of a chain of copies."""
     n_events = len(users_E)
     by_user = np.argsort(users_E, kind="stable")
     start_of_user = np.searchsorted(users_E[by_user], users_E[by_user])

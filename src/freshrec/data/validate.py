@@ -15,7 +15,7 @@ MIN_SPAN_ROWS = 1000  # with fewer rows per span, strategies cannot be compared
 
 @dataclass(frozen=True)
 class LogReport:
-    """What a log holds. Shares are fractions of its rows. None means that the log cannot tell."""
+    """Statistics of a log. Shares are fractions of its rows. None = unknown for this log."""
 
     rows: int
     users: int
@@ -26,8 +26,8 @@ class LogReport:
     duplicates: int | None  # rows with the event_id of another row; without event_ids: its user, item and time
     ties: float | None  # share of rows with the user and time of another row
     out_of_order: float  # share of rows that come after a later row in the source
-    repeats: float  # share of rows whose user had the item before
-    exposures: float  # share of rows with label 0: shown, not taken
+    repeats: float  # share of rows that repeat an item of the same user
+    exposures: float  # share of rows with label 0: shown, not clicked
     nulls: dict[str, int]  # column -> number of nulls, if there are any
     bad_rows: int  # rows in the quarantine file; not counted in `rows`
     periods: int | None  # number of periods
@@ -176,7 +176,7 @@ def _warn_unseen_items(log: Log, by: str, n_spans: int) -> str | None:
     if unseen <= 0.5:
         return None
     return (
-        f"{format_percent(unseen)} of the rows in the last span have an item that no earlier row has. No model can "
+        f"{format_percent(unseen)} of the rows in the last span are the first events of their item. No model can "
         "predict these items. Use shorter spans, or longer-lived items, such as categories."
     )
 
@@ -222,7 +222,7 @@ def _warn_ties(ties: float | None) -> str | None:
         return None
     return (
         f"{format_percent(ties)} of the rows share user and timestamp with another row. Their order in the source is "
-        "taken as the order of the events."
+        "used as the order of the events."
     )
 
 

@@ -1,4 +1,4 @@
-"""How well a model predicts which exposures are clicked: probabilities, AUC, log loss."""
+"""Quality of click predictions: probabilities, AUC, log loss."""
 
 import numpy as np
 import torch

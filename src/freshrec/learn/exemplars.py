@@ -1,4 +1,4 @@
-"""Exemplars: a few past events of each item. How many, which ones, and how they are replayed beside new events.
+"""Exemplars, a few past events of each item: allocation, selection, and replay together with new events.
 
 Nothing here loops over users, items or events. Herding takes as many rounds as the item with the most exemplars needs.
 Letters: S samples to choose from, G groups of them (by item or by user), M chosen ones.

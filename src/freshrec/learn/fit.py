@@ -28,20 +28,20 @@ from freshrec.random_streams import global_stream, stream, stream_seed
 from freshrec.types import Batch, Histories, InterestModel, LossTerm, Span, State, TrainedModel
 
 Projection = Callable[[Tensor, Tensor, Tensor], Tensor]
-EXPECTED_EPOCHS = 10  # of a training that stops by a held-out part; for estimates only
+EXPECTED_EPOCHS = 10  # of a training that stops by held-out targets; for estimates only
 
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How a strategy trains. The model's options hold learning rate, batch size, negatives and history length."""
+    """Training options of a strategy. The model's options hold learning rate, batch size, negatives, history length."""
 
     epochs: CountOrZero = 5  # Epochs of an update.
     lr_scale: Positive = 1.0  # Learning rate of an update as a multiple of the model's.
-    history: Literal["recent", "span"] = "recent"  # Histories hold the last events of all spans, or of this span only.
+    history: Literal["recent", "span"] = "recent"  # Events in histories: all ("recent"), or this span's ("span").
     base_epochs: CountOrZero = 0  # Epochs of base block and full retrains. 0 = each chosen on its own latest sixth.
-    min_epochs: Count = 5  # Minimum number of epochs of a full retrain where the number is chosen.
-    max_epochs: Count = 60  # Maximum number of epochs where the number is chosen.
-    patience: Count = 8  # Epochs without a better ndcg@20 after which the choice is made.
+    min_epochs: Count = 5  # Minimum number of epochs of a full retrain if the number is chosen.
+    max_epochs: Count = 60  # Maximum number of epochs if the number is chosen.
+    patience: Count = 8  # Number of epochs without a better ndcg@20 after which training stops.
     holdout: Rate = 0.0  # Share of the targets held out to choose the epochs of each training (ADER). 0 = fixed epochs.
 
     def __post_init__(self) -> None:
@@ -108,10 +108,10 @@ def train(
 ) -> Iterator[float]:
     """Train `model` in place, and yield the mean loss after each epoch.
 
-    All randomness comes from `key`, which is the seed, the span, and so on.
+    `key` is the source of all randomness: the seed, then the span and further integers.
 
     `parametrization` gives the weights that the forward pass sees instead of the model's (`learn.weights`).
-    `trainable` is trained in place of the model. `parametrization` must then detach the model's weights.
+    `trainable` is trained instead of the model. `parametrization` must then detach the model's weights.
     `negative_pool_N` holds the items that negatives are drawn from. By default, these are all items.
 
     Raises TrainingError if the loss is not finite.
@@ -288,7 +288,7 @@ def finish_update(
     meter: CostMeter,
     trim: TrimFunction | None = None,
 ) -> State:
-    """Return the state after an update: interests of active users read again, histories marked as trained on."""
+    """Return the state after an update. Recompute the interests of active users and mark histories as trained on."""
     interests = state.interests
     if stored_interests is not None and isinstance(model, InterestModel):
         started_at = time.process_time()
@@ -309,8 +309,11 @@ def finish_update(
 def fit_from_scratch(state: State, histories: Histories, fit: FitConfig, span: int, meter: CostMeter) -> FitConfig:
     """Return `fit` with the number of epochs of a new model on the due targets of `histories`; span 0 = base block.
 
-    The number is `fit.base_epochs`, or is chosen on the latest sixth of these targets. A retrain then has at least
-    `fit.min_epochs`. Without the minimum, an early stop could train it less than an update that fine-tunes.
+    history: Literal["recent", "span"] = "recent"  # Events in histories: all ("recent"), or this span's ("span").
+    base_epochs: CountOrZero = 0  # Epochs of base block and full retrains. 0 = each chosen on its own latest sixth.
+    min_epochs: Count = 5  # Minimum number of epochs of a full retrain if the number is chosen.
+    max_epochs: Count = 60  # Maximum number of epochs if the number is chosen.
+    patience: Count = 8  # Number of epochs without a better ndcg@20 after which training stops.
     """
     if fit.n_held_out(len(due_targets(histories))):
         return replace(fit, epochs=0, lr_scale=1.0)  # `fit_model` stops by the held-out share
@@ -327,7 +330,7 @@ def choose_epochs(state: State, histories: Histories, fit: FitConfig, span: int 
     """Return the number of epochs with the best ndcg@20 (or AUC) on the latest sixth of the due targets.
 
     A new model with the options of the state's is trained on the other five sixths. A short tail right after the
-    training rows would not do: it overstates quality 3 to 4 times.
+    training rows would overstate the quality 3 to 4 times.
     """
     targets, held_out = split_last_sixth(histories)
     held_out = held_out if held_out.labels_N is not None else held_out[held_out.history_lengths(1) > 0]

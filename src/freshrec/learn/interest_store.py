@@ -1,4 +1,4 @@
-"""Interests that are kept between spans: read again from each user's events, expanded, trimmed and stored."""
+"""Interests kept between spans: recompute them from each user's events, add, trim and store them."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,7 +30,7 @@ def update_interests(
     history: str,
     trim: TrimFunction | None = None,
 ) -> Interests:
-    """Read the interests of active users with the new model. Those of other users do not change."""
+    """Recompute the interests of active users with the new model. Those of other users do not change."""
     users_N = active_users(histories)
     # Held-out events are tested later, so interests must not depend on them.
     ends = mask_held_out(history_ends(histories, users_N, history))
@@ -59,7 +59,7 @@ def update_interests(
 
 
 def _is_closest_interest(model: InterestModel, events_BT: Tensor, vectors_BKD: Tensor, alive_BK: Tensor) -> Tensor:
-    """Whether an interest is the closest one to any event since the last update, shape (B, K). Item 0 is padding."""
+    """Whether each interest is the closest one to any event since the last update, shape (B, K). Item 0 is padding."""
     items_BTD = item_vectors(model)[events_BT]
     logits_BTK = torch.bmm(items_BTD, vectors_BKD.transpose(1, 2)).masked_fill(~alive_BK[:, None], -torch.inf)
     used_BK = torch.zeros(alive_BK.shape)

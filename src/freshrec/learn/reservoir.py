@@ -17,7 +17,7 @@ from freshrec.types import TRAINED, TrainedModel
 
 @dataclass(frozen=True)
 class TrainingSamples:
-    """Targets with the history that each had at its time, for training when the events themselves are gone."""
+    """Targets, each with its history at that time, for training after the events themselves are no longer stored."""
 
     users_N: Tensor
     histories_NT: Tensor  # int32, most recent last, padded with 0 on the left
@@ -33,7 +33,7 @@ class TrainingSamples:
 
 
 def sample_history_length(model: TrainedModel) -> int:
-    """Return how many history items a stored target needs. A model that reads none needs none."""
+    """Return the number of history items to store with a target; 0 if the model does not read histories."""
     return 0 if model.batch_format == "pair" else int(model.spec.length)
 
 

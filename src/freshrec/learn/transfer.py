@@ -36,11 +36,11 @@ class LinearTransfer:
     def __post_init__(self) -> None:
         check_options(self)
         if not (0 < self.alpha < 1 if self.learned else self.alpha <= 1):
-            condition = ", excluding both, with learned=true" if self.learned else ""
-            raise OptionError(f"transfer.alpha is {self.alpha:g}. It must be between 0 and 1{condition}.")
+            bounds = "above 0 and below 1 with learned=true" if self.learned else "at least 0 and at most 1"
+            raise OptionError(f"transfer.alpha is {self.alpha:g}. It must be {bounds}.")
 
     def build_tower(self, width: int) -> nn.Module:
-        """Build the module. It has one scalar, whatever the width."""
+        """Build the module. It has one scalar for rows of any width."""
         return LinearTower(self.alpha, self.learned)
 
 
@@ -55,7 +55,7 @@ class MLPTransfer:
         check_options(self)
 
     def build_tower(self, width: int) -> nn.Module:
-        """Rows of this width."""
+        """Build the module for rows of this width."""
         layers: list[nn.Module] = [nn.Linear(2 * width, width, bias=False)]
         if self.hidden:
             layers = [nn.Linear(2 * width, self.hidden), nn.Tanh(), nn.Linear(self.hidden, width)]
@@ -75,7 +75,7 @@ class CNNTransfer:
 
     filters: CountOrZero = 10  # Filters of the first convolution. 0 = no convolutions.
     filters2: Count = 5  # Filters of the second convolution.
-    hidden: CountOrZero = 512  # Units of the fully connected layer. 0 = a 1x1 convolution in its place.
+    hidden: CountOrZero = 512  # Units of the fully connected layer. 0 = a 1x1 convolution instead.
     kernel: Literal["3x1", "5x5"] = "3x1"  # Kernel of the first convolution.
     bias: bool = True  # Whether convolutions have biases.
     detach: bool = True  # Stop gradients through the row of products.
@@ -87,7 +87,7 @@ class CNNTransfer:
             raise OptionError("A transfer network needs layers. Set transfer.filters or transfer.hidden above 0.")
 
     def build_tower(self, width: int) -> nn.Module:
-        """Rows of this width."""
+        """Build the module for rows of this width."""
         return CNNTower(self, width)
 
 

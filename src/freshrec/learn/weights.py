@@ -1,4 +1,4 @@
-"""A model's weights by name: copy them, load them, and let the forward pass see a function of them."""
+"""A model's weights by name: copy them, load them, or let the forward pass use a function of them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from torch.func import functional_call
 from freshrec.nn.embedding_table import embedding_tables, set_categories
 from freshrec.types import Batch, Forward, TrainedModel
 
-# (name, ids, weights) -> the weights that the forward pass sees instead
+# (name, ids, weights) -> the weights that the forward pass uses instead
 Parametrization = Callable[[str, Tensor | None, Tensor], Tensor]
 Weights = dict[str, Tensor]  # name -> table (rows, D) with the padding first, or dense weight
 

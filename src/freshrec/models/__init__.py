@@ -50,7 +50,7 @@ MODEL_TABLE: dict[str, tuple[ModelSpec, str]] = _COUNTING_TABLE | {
     "sasrec": (SASRecSpec(), "Causal self-attention over the history."),
     "gru4rec": (GRU4RecSpec(), "A recurrent network (GRU) over the history."),
     "stamp": (STAMPSpec(), "Attention over the session, combined with its last item."),
-    "stmp": (STAMPSpec(kind="stmp"), "STAMP with the mean of the session in place of attention."),
+    "stmp": (STAMPSpec(kind="stmp"), "STAMP with the mean of the session instead of attention."),
     "caser": (CaserSpec(), "Convolutions over the last few items, with a vector per user."),
     "mind": (MIND, "Several interests by noisy routing. Each target trains all of them."),
     "comirec-dr": (COMIREC_DR, "Several interests by routing. Each target trains only the closest one."),
@@ -79,7 +79,7 @@ INTERFACE = Interface(ModelSpec, "build(seed)")
 def find_model(named: str | ModelSpec | type[ModelSpec]) -> ModelSpec:
     """Return the spec called "comirec-dr", "comirec-dr:k=1:attention=soft" or "their_package.module:Thing".
 
-    An instance is returned unchanged. A class is instantiated. Raises OptionError for anything that is no spec.
+    An instance is returned unchanged. A class is instantiated. Raises OptionError for anything else.
     """
     if isinstance(named, str):
         return find_instance("model", named, MODELS, INTERFACE)

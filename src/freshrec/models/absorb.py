@@ -27,7 +27,7 @@ def absorb_block(state: State, block: Events, n_users: int, n_items: int) -> Sta
 def grow_items(state: State, n_items: int) -> State:
     """Return the state with rows for new items, if its model is a counting model.
 
-    A counting model can then recommend a new item to the users who took it. A trained model stays unchanged until its
+    A counting model can then recommend a new item to users who have it. A trained model stays unchanged until its
     update, because it has no vectors of new items.
     """
     if isinstance(state.model, TrainedModel) or state.model.n_items == n_items:

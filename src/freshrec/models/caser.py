@@ -3,7 +3,7 @@
 After Tang and Wang, WSDM 2018. Differs from the paper:
 
 - A training row has one target. The paper uses the next three items.
-- Negatives are shared by the batch. They may be items that the user took at other times.
+- Negatives are shared by the batch. They may include items from other events of the user.
 - The default loss is a softmax over the negatives. The paper's binary cross-entropy is loss="bce".
 - In the embedding tables, weight decay reaches only the rows of the batch.
 """

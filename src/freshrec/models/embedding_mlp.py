@@ -95,7 +95,7 @@ class EmbeddingMLP(nn.Module):
         return categories
 
     def _item_vectors(self, batch: Batch, items: Tensor) -> Tensor:
-        """Return the served vectors of `items`, any shape. An unknown item has only the vector of its category."""
+        """Return the vectors of `items` for scoring, any shape. An unknown item has only the vector of its category."""
         vectors = self.items.weights[torch.where(items <= self.n_items, items, 0)]
         if self.categories is None:
             return vectors
@@ -119,12 +119,12 @@ class EmbeddingMLP(nn.Module):
         return logits
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
-        """Return the log-odds that the user takes each item, shape (B, N)."""
+        """Return the log-odds that the user clicks each item, shape (B, N)."""
         with torch.no_grad():
             user_BD = self.users.weights[torch.where(batch.users_B <= self.n_users, batch.users_B, 0)]
             user_BE = self._user_features(user_BD, self._item_vectors(batch, batch.history_BT), batch.history_BT)
             return self._candidate_logits(user_BE, self._item_vectors(batch, items))
 
     def click_probabilities(self, batch: Batch, items: Tensor) -> Tensor:
-        """Return the probability that the user takes each item, shape (B, N)."""
+        """Return the probability that the user clicks each item, shape (B, N)."""
         return torch.sigmoid(self.score(batch, items))

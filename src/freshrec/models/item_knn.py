@@ -36,7 +36,7 @@ CHUNK_EVENTS = 200_000  # events whose pairs are in memory at once (4 million pa
 
 @dataclass(frozen=True)
 class CooccurrenceRule:
-    """Constants of one kind of item-kNN: how pairs are counted, and how a history becomes a query."""
+    """Constants of one kind of item-kNN, for counting pairs and for building a query from a history."""
 
     pair_window: int  # two events of a user make a pair if they are at most this many events apart
     weighs_by_gap: bool  # whether a pair weighs 1 / (events apart) instead of 1

@@ -64,7 +64,7 @@ class BiasedMF(nn.Module):
         return Forward(F.binary_cross_entropy_with_logits(logits_BN, label_BN), logits_BN=logits_BN)
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
-        """p_u q_i + b_u + b_i, the log-odds that the user takes each item, shape (B, N).
+        """p_u q_i + b_u + b_i, the log-odds that the user clicks each item, shape (B, N).
 
         The vector and the bias of an unknown user or item are 0.
         """
@@ -72,7 +72,7 @@ class BiasedMF(nn.Module):
         return _logits(user_BE, self.items.weights[torch.where(items <= self.n_items, items, 0)])
 
     def click_probabilities(self, batch: Batch, items: Tensor) -> Tensor:
-        """Return the probability that the user takes each item, shape (B, N)."""
+        """Return the probability that the user clicks each item, shape (B, N)."""
         return torch.sigmoid(self.score(batch, items))
 
 

@@ -1,6 +1,6 @@
 """Checks that a model has all required members, before anything is trained.
 
-CONTRIBUTING.md, "A new model", describes these members.
+CONTRIBUTING.md, "Adding a model", describes these members.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ BATCH_FORMATS = ("target", "window", "pair", "click", "session-parallel")
 
 
 def build_model(spec: Any, name: str, seed: int = 0) -> Model:
-    """Return the model of a spec, without users and items. Raises OptionError that names what is missing."""
+    """Return the model of a spec, without users and items. Raises OptionError if a required member is missing."""
     if isinstance(spec, type) or not is_dataclass(spec):
         raise OptionError(f'Model "{name}" is not an instance of a dataclass. Name one, such as MY_MODEL = MySpec().')
     _check_names(f'the options of model "{name}" ({type(spec).__name__})', spec, SPEC)
@@ -53,11 +53,11 @@ def build_model(spec: Any, name: str, seed: int = 0) -> Model:
 def _check_names(label: str, instance: object, names: Sequence[str]) -> None:
     members = _member_names(instance)
     if missing := [name for name in names if name not in members]:
-        raise OptionError(f'Missing in {label}: {", ".join(missing)}. CONTRIBUTING.md, "A new model", describes them.')
+        raise OptionError(f'Missing in {label}: {", ".join(missing)}. See "Adding a model" in CONTRIBUTING.md.')
 
 
 def _member_names(instance: object) -> set[str]:
-    """Return the names of all attributes and methods, the parts of an `nn.Module` included.
+    """Return the names of all attributes and methods, including the parts of an `nn.Module`.
 
     `isinstance` with a protocol does not see these parts from Python 3.12 on, and does not name what is missing.
     """

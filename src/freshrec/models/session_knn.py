@@ -29,7 +29,7 @@ NO_TIME = np.iinfo(np.int64).min
 
 @dataclass(frozen=True)
 class SKNNSpec:
-    """Options of session-kNN: which sessions are neighbours, and how much each of them counts.
+    """Options of session-kNN: the choice of neighbour sessions and their weights.
 
     All factors multiply, and the defaults switch them off. The query, which is the current session, has n events. They
     have the positions p = 1, ..., n. An item that occurs several times has its last position.
@@ -132,7 +132,7 @@ class SessionKNN:
         self.last_time_U, self.last_block_U = last_time_U, last_block_U
 
     def erase_user(self, user: int) -> None:
-        """Forget all events of the user in this row."""
+        """Delete all events of the user in this row."""
         owner_R = self._event_users()
         self._store_recent(owner_R[owner_R != user], self.items_R[owner_R != user])
         self.last_time_U, self.last_block_U = self.last_time_U.copy(), self.last_block_U.copy()
@@ -247,7 +247,7 @@ class SessionQuery:
     """The distinct items Q of each row of a batch, sorted by row and item, with their last positions."""
 
     users_B: Int64Array
-    n_events_B: Int64Array  # number of events whose item some session has, repeats included
+    n_events_B: Int64Array  # number of events whose item is in some session, including repeats
     row_Q: Int64Array
     items_Q: Int64Array
     positions_Q: Int64Array  # 1 = the first event of the row

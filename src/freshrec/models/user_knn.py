@@ -83,7 +83,7 @@ class UserKNN:
         self.recent_UT, self.last_block_U, self._index = recent_UT, last_block_U, None
 
     def erase_user(self, user: int) -> None:
-        """Forget all events of the user in this row."""
+        """Delete all events of the user in this row."""
         self.recent_UT, self.last_block_U = self.recent_UT.copy(), self.last_block_U.copy()
         self.recent_UT[user], self.last_block_U[user], self._index = 0, 0, None
 

@@ -1,4 +1,4 @@
-"""What is unusual about a delivery, compared with earlier ones: one sentence or two for each anomaly."""
+"""Anomalies of a delivery, compared with earlier ones: one or two sentences for each."""
 
 from __future__ import annotations
 

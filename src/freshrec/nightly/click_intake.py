@@ -18,11 +18,12 @@ from freshrec.store.versions import version_chain
 
 
 def append_with_clicks(job: NightlyJob, log: Log | None, source: str) -> AppendResult | None:
-    """Append a delivery, if there is one, together with all clicks that are in no batch yet. None: there was neither.
+    """Append a delivery, if there is one, together with all clicks that are in no batch yet.
 
     A click that is also a row of the delivery is stored once, so the gate sees no duplicates. A click that is newer
     than the whole delivery waits for the next one. Otherwise most rows of the next delivery would be late.
     If the process is killed between the log and the journal, the next run recognises the clicks by their event ids.
+    Returns None if there are no clicks and no delivery.
     """
     files = click_journal.close_journal(job.store.folder)
     if log is not None and job.bundle.read_options.has_clock:
@@ -52,7 +53,7 @@ def count_waiting_clicks(job: NightlyJob) -> int:
 
 
 def _is_later_click(log: Log, files: list[click_journal.JournalFile]) -> Callable[[click_journal.Click], bool]:
-    """Return a test of a click: is it newer than all rows of the log, and not one of them?"""
+    """Return a function that tests whether a click is newer than all rows of the log and not one of them."""
     newest: Any = log.frame["time"].max()
     rows = set[str]()
     if "event_id" in log.frame.columns:
@@ -79,6 +80,6 @@ def merge_clicks(log: Log, clicks: pl.DataFrame) -> Log:
     return replace(log, frame=pl.concat([frame, clicks], how="diagonal").sort("time", maintain_order=True))
 
 
-def remove_learnt_clicks(job: NightlyJob) -> None:
+def remove_learned_clicks(job: NightlyJob) -> None:
     """Delete the journal files of clicks in batches up to the live version's."""
-    click_journal.remove_learnt_files(job.store.folder, max(batches_of(version_chain(job.store)), default=0))
+    click_journal.remove_learned_files(job.store.folder, max(batches_of(version_chain(job.store)), default=0))

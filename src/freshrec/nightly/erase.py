@@ -27,19 +27,19 @@ M = TypeVar("M", bound=Model)
 USER_TABLE = "users"  # name of every embedding table with a row per user
 REMAINING_DATA = (
     "weights that all users share, and counts of items and of item pairs. They contain no user id, and the user's part "
-    "in them fades with every update. A new `freshrec fit` on the log is free of it."
+    "in them shrinks with every update. A new `freshrec fit` on the log removes it."
 )
 
 
 def erase_user(job: NightlyJob, user_id: str) -> dict[str, Any]:
     """Erase a user from the log, the click journal and all versions. Return a receipt.
 
-    If an earlier call was interrupted, this one completes it. Other versions than the live one lose their files if they
-    are damaged, because nobody can use them. StateError: the live version is damaged.
+    If an earlier call was interrupted, this one completes it. Damaged versions, which cannot be used anyway, lose their
+    files. Raises StateError if the live version is damaged.
     """
     store, rewritten, live = job.store, [], job.bundle.served.users
     stored_id = normalize_ids("user_id", user_id, live)[0]  # a number, if ids are numbers
-    job.log.batches()  # raises before anything changes, if the log cannot be read
+    job.log.batches()  # raises an error before anything changes, if the log cannot be read
     readable = {manifest.id for manifest in store.manifests()}
     for number in store.version_numbers():
         if is_collected(store, number):

@@ -1,4 +1,4 @@
-"""Full retrains: when one is trained beside the update, and what it starts from."""
+"""Full retrains: the interval between them, the data that each starts from, and their gains."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from freshrec.store.event_log import EventLog
 from freshrec.store.manifest import Manifest
 
 FIRST_INTERVAL, MAX_INTERVAL = 7, 56  # updates between two full retrains with "auto": at first, and at most
-GAIN_KEY = "full_gain"  # metric of the full retrain minus that of the update of the same night
+GAIN_KEY = "full_gain"  # metric of the full retrain minus that of the update on the same events
 
 
 def retrain_interval(every: str, chain: Sequence[Manifest]) -> int:
     """Return the number of updates between two full retrains.
 
     `every`: a number, or "auto". "auto" halves the interval after a full retrain that was better than the update,
-    beyond chance, and doubles it after one that was not. OptionError: `every` is neither.
+    beyond chance, and doubles it after one that was not. Raises OptionError for other texts.
     """
     if every != "auto":
         if not re.fullmatch("[1-9][0-9]{0,5}", every):
@@ -46,7 +46,7 @@ def start_from_scratch(
 ) -> tuple[Bundle, pl.DataFrame]:
     """Return an empty bundle with the catalogs of the live version, and all events to train it on, `frame` last.
 
-    OptionError: the log lacks the events of the first version.
+    Raises OptionError if the log lacks the events of the first version.
     """
     if chain[0].batch is None:
         raise OptionError(
@@ -73,7 +73,7 @@ def retrain_plan(chain: Sequence[Manifest]) -> dict[str, Any]:
         gain, low, high = (f"{numbers.get(name, 0.0):+.4f}" for name in (GAIN_KEY, "full_low", "full_high"))
         metric = next((name for name in numbers if f"{name} live" in numbers), "metric")
         found["last_full"] = (
-            f"version {number}: {metric} {gain} compared with the update of the same night "
+            f"version {number}: {metric} {gain} compared with an update on the same events "
             f"(95 % interval {low} to {high}); "
             f"{numbers['full_s']:.3g} s instead of {numbers.get('update_s', 0.0):.3g} s"
         )

@@ -4,17 +4,17 @@ A new version has learned events that the live one has not, so it is promoted un
 There are four kinds of reasons. The delivery is unusual. The loss on the newest events exceeds both the tolerance and
 chance. The quality is far below that of earlier live versions. The loss on older events is too large.
 
-What the gate guarantees on real logs, where quality varies from model to model (tests/test_gate.py):
+Guarantees of the gate on real logs, where quality varies from model to model (tests/test_gate.py):
 
 - Each of the two comparisons refuses an equally good update in at most one of 200 nights, for any number of users.
   On ordinary deliveries such an update is promoted in 99 of 100 nights.
 - An update that loses more than `max_undetected_loss` (a share of the live quality) is refused in 95 of 100 nights.
   The share that can be detected depends on the number of users and on how much they differ. Between two seeds of the
-  blend it is 16 to 59 % with 500 users, and 12 to 18 % with 2,000. A note is added where it is large.
+  blend it is 16 to 59 % with 500 users, and 12 to 18 % with 2,000. A note warns if it is large.
   With fewer than `min_users` users the versions are not compared.
 - No gain is required, so no version is promoted because of a gain by chance.
-- Losses within the tolerance can add up over many nights. The gate does not notice this; a comparison with a version
-  of some weeks ago does.
+- Losses within the tolerance can add up over many nights. The gate does not notice this. To notice it, compare with a
+  version that is some weeks old (`freshrec diff`).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class GateLimits:
     forgetting: float = 0.10  # Accepted loss on older events, as a share of the live version's quality.
     false_alarm_rate: float = 0.0025  # Probability that a comparison refuses an equally good version (one-sided).
     min_users: int = 30  # With fewer users, versions are not compared.
-    max_undetected_loss: float = 0.30  # A note is added where a larger loss (share) could go unnoticed.
+    max_undetected_loss: float = 0.30  # A note warns if a larger loss could go unnoticed; share of the live quality.
     floor_share: float = 0.5  # Lowest accepted quality, as a share of the lower quartile of earlier live versions.
     min_floor_versions: int = 3  # Earlier live versions that the check of the lowest quality needs.
 
@@ -79,7 +79,7 @@ class GateLimits:
 def parse_limits(text: str) -> GateLimits:
     """Return the limits written in `text`, such as "metric=hr@20:tolerance=0.1"; the others keep their defaults.
 
-    OptionError: unknown limit, value or metric.
+    Raises OptionError for an unknown limit, value or metric.
     """
     limits = find_instance("gate", f"gate:{text}" if text else "gate", {"gate": GateLimits()})
     parse_metric(limits.metric)
@@ -112,7 +112,7 @@ class Verdict:
 
 
 class HoldoutEvents(NamedTuple):
-    """Which held-out events a comparison uses, in words."""
+    """Words for the held-out events of a comparison."""
 
     kind: str  # part of the codes of notes
     name: str
@@ -126,10 +126,10 @@ OLDER = HoldoutEvents("older", "older events", "none are held out yet")
 def find_anomalies(
     day: DeliveryStats, earlier: Sequence[DeliveryStats], limits: GateLimits = GateLimits()
 ) -> list[str]:
-    """Describe what is unusual about a delivery, compared with earlier ones (oldest first).
+    """Describe the anomalies of a delivery, compared with earlier ones (oldest first).
 
-    Pass only deliveries that were promoted, so that a week of bad data does not become the usual. If a log changes for
-    good, force the next deliveries through; the limits have adapted after three.
+    Pass only deliveries that were promoted, so that a week of bad data does not become normal. If a log changes
+    permanently, promote the next deliveries with --force. After three of them, the limits have adapted.
     """
     if not day.n_rows:
         known = f" {format_percent(day.share_known)} of its rows are already in the log." if day.share_known else ""
@@ -281,7 +281,7 @@ def _check_floor(new_U: Float64Array, earlier_values: Sequence[float], limits: G
         return Verdict(True, notes=(Note("no-floor", text),))
     usual = float(np.quantile(recent, 0.25))
     floor = limits.floor_share * usual
-    # One user more with a hit: that n users had none proves no share of 0, but one below 3 / n.
+    # Add one user with a hit. If n users have none, the true share need not be 0, but is below 3 / n.
     high = float(bootstrap_interval(np.append(new_U, MEAN_HIT_VALUE)[:, None])[1][0])
     if high >= floor:
         return Verdict(True, numbers={"floor": floor})

@@ -33,7 +33,7 @@ LIBRARIES = ("torch", "polars", "numpy", "scipy", "deltalake", "safetensors", "p
 
 
 def store_status(store: Store) -> dict[str, Any]:
-    """The live version, the size of the store, and what the next update will learn. Sizes are in bytes."""
+    """The live version, the size of the store, and the events that wait for the next update. Sizes are in bytes."""
     live, versions, log = store.live, store.manifests(), EventLog(store.folder / "log")
     manifest, chain = store.manifest(live), version_chain(store)
     n_bytes = sum(file.n_bytes for file in manifest.files.values())
@@ -82,7 +82,7 @@ def _disk_bytes(folder: Path) -> int:
 def version_difference(store: Store, first: int, second: int) -> dict[str, Any]:
     """The quality of two versions on the same queries, the items that their lists share, and how their numbers differ.
 
-    Where the files of one were deleted, `same_queries` gives the reason and `shared` is None.
+    If the files of one were deleted, `same_queries` gives the reason and `shared` is None.
     """
     manifests = store.manifest(first), store.manifest(second)
     names = sorted({name for manifest in manifests for name in manifest.numbers})

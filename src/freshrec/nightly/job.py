@@ -103,7 +103,7 @@ class NightlyJob:
     def append_delivery(self, log: Log, source: str) -> AppendResult:
         """Append the new events of a delivery to the log. `catch_up` then learns them.
 
-        LogError: the ids or the timestamps are of another kind than those of the log.
+        Raises LogError if the ids or timestamps have another type than those of the log.
         """
         log = match_clock(log, self.bundle.read_options)
         served, frame = self.bundle.served, interaction_rows(log.frame)
@@ -112,10 +112,10 @@ class NightlyJob:
         times = [time for time in (self.log.newest_time, served.newest_time) if time is not None]
         if not log.has_clock and times:
             frame = frame.with_columns(pl.col("time") + max(times) + 1)
-        return self.log.append(frame, source, log.has_clock, rejected_batches(self.store))
+        return self.log.append(frame, source, log.has_clock, refused_batches(self.store))
 
     def catch_up(self, force: str = "") -> Iterator[Manifest]:
-        """Make a version of each batch that no version has met yet, and yield it (see `learn_batch`).
+        """Make a version of each batch that has none yet, and yield it (see `learn_batch`).
 
         If an earlier run was killed before it promoted a version that had passed, that version is promoted first.
         """
@@ -130,7 +130,7 @@ class NightlyJob:
     def relearn(self, number: int, force: str = "") -> Manifest:
         """Update the live version with the events of another version, which was refused or rolled back.
 
-        OptionError: the live version has learned these events already.
+        Raises OptionError if the live version has learned these events already.
         """
         batch = self.store.manifest(number).batch
         if batch is None or batch in batches_of(version_chain(self.store)):
@@ -192,7 +192,7 @@ class NightlyJob:
         queries = newest_queries(challenger.served)
         is_due = self.full_every and updates_since_retrain(chain) + 1 >= retrain_interval(self.full_every, chain)
         if is_due and len(queries):
-            is_even_N = queries.users_N % 2 == 0  # these users choose between the two, the others judge the choice
+            is_even_N = queries.users_N % 2 == 0  # these users decide between the two; the gate uses the others
             challenger, more = _try_full_retrain(self, challenger, frame, chain, queries[is_even_N.nonzero()[:, 0]])
             numbers, queries = numbers | more, queries[(~is_even_N).nonzero()[:, 0]]
         report_progress("comparing", detail=f"with version {self.store.live}")
@@ -243,7 +243,7 @@ class NightlyJob:
         return manifest
 
 
-def rejected_batches(store: Store) -> list[int]:
+def refused_batches(store: Store) -> list[int]:
     """Return the batches of refused versions and of those that were rolled back."""
     return sorted(set(batches_of(store.manifests())) - set(batches_of(version_chain(store))))
 
@@ -256,7 +256,7 @@ def batches_of(chain: list[Manifest]) -> list[int]:
 def waiting_batches(store: Store, log: EventLog) -> list[int]:
     """Return the batches of the log from which no version was made yet, in order.
 
-    StateError: the log lacks the batch of a version, or a manifest that may name a batch is damaged.
+    Raises StateError if the log lacks the batch of a version, or if a manifest that may name a batch is damaged.
     """
     versions_by_batch = {manifest.batch: manifest.id for manifest in store.manifests() if manifest.batch is not None}
     last = max(versions_by_batch.values(), default=0)  # versions follow the order of batches
@@ -274,7 +274,7 @@ def waiting_batches(store: Store, log: EventLog) -> list[int]:
 def _try_full_retrain(
     job: NightlyJob, challenger: Bundle, frame: pl.DataFrame, chain: list[Manifest], queries: Queries
 ) -> tuple[Bundle, dict[str, float]]:
-    """Train a full retrain beside the update. Return the better of the two, and the gain and cost of the retrain."""
+    """Also do a full retrain. Return the better of the two results, and the gain and cost of the retrain."""
     started_s = time.perf_counter()
     report_progress("full retrain")
     empty, all_rows = start_from_scratch(job.bundle, job.log, chain, frame)

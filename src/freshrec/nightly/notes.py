@@ -1,4 +1,4 @@
-"""Notes of the gate: what it could not check, and why. A note that holds every night is printed once a week."""
+"""Notes of the gate about checks that it could not make. A note that applies every night is printed once a week."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Note(NamedTuple):
 
 
 def with_notes(manifest: Manifest, notes: Sequence[Note]) -> Manifest:
-    """Return a copy of the manifest with these notes in place of its own."""
+    """Return a copy of the manifest with these notes instead of its own."""
     data = manifest.data | {CODES_KEY: [note.code for note in notes]}
     return manifest.model_copy(update={"notes": [note.text for note in notes], "data": data})
 

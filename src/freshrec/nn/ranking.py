@@ -1,4 +1,4 @@
-"""Ranks of targets and best items over the whole catalogue, in blocks, without a dense (users, items) matrix."""
+"""Ranks of targets and best items over all items, in blocks, without a dense (users, items) matrix."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -44,7 +44,7 @@ def target_ranks(
     """Return the rank of each target among items 1..n_items, shape (B,), where 1 = best.
 
     A tie adds half a rank, and an unknown target has rank inf. `n_items`: default and maximum are the items of the
-    model. Counting models also rank a user's own items that are new to everybody else; trained models have no vectors
+    model. Counting models also rank a user's own items that no other user has; trained models have no vectors
     of them. Raises TrainingError if a score is not finite.
     """
     n_items = model.n_items if n_items is None else min(n_items, model.n_items)

@@ -22,7 +22,7 @@ def build_csr(values_E: NDArray[Any], columns_E: NDArray[Any], offsets_B: NDArra
     """Build a sparse matrix (B, n_columns). Its indices have 32 bits if that is enough.
 
     In a product, scipy converts the indices of both sides to the wider type. A short query with 64-bit indices made
-    every request convert the pairs of the whole catalogue.
+    every request convert the pairs of all items.
     """
     index_type = np.int32 if max(len(columns_E), n_columns) < 2**31 else np.int64
     parts = values_E, columns_E.astype(index_type, copy=False), offsets_B.astype(index_type, copy=False)

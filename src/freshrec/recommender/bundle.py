@@ -90,20 +90,20 @@ def new_bundle(
     return Bundle(served, chosen_strategy, (model, strategy), read_options)
 
 
-def learn_events(bundle: Bundle, new: EncodedEvents, n_learnt: int | None = None) -> Bundle:
-    """Return the bundle after learning the pending events and the first `n_learnt` new events (default: all).
+def learn_events(bundle: Bundle, new: EncodedEvents, n_learned: int | None = None) -> Bundle:
+    """Return the bundle after learning the pending events and the first `n_learned` new events (default: all).
 
     The remaining new events become pending. Late events are sorted into the history of their user.
     """
-    served_before, n_learnt = bundle.served, len(new.events) if n_learnt is None else n_learnt
-    due = concat_events((served_before.pending, new.events[:n_learnt]))
+    served_before, n_learned = bundle.served, len(new.events) if n_learned is None else n_learned
+    due = concat_events((served_before.pending, new.events[:n_learned]))
     known = [(due.users_E, served_before.state.histories.n_users), (due.items_E, served_before.state.model.n_items)]
     sizes = [max(int(rows_E.max()) if len(due) else 0, n) for rows_E, n in known]
     state = absorb_block(served_before.state, due, *sizes)
     state = replace(state, histories=sort_by_time(state.histories))
     state = next_state(bundle.strategy, state, Span(state.spans_seen, due, *sizes))
     counts = absorb_block(served_before.counts, new.events, len(new.users), len(new.items))
-    served = ServedState(state, counts, new.users, new.items, new.categories, new.events[n_learnt:])
+    served = ServedState(state, counts, new.users, new.items, new.categories, new.events[n_learned:])
     return replace(bundle, served=served)
 
 

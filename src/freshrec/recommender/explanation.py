@@ -61,7 +61,7 @@ class Explanation:
     n_ranked: int
     n_own_events: int  # of the user, with this item
     contributions: tuple[Contribution, ...]  # largest first; they sum to the total
-    about: str  # sentences: what the score is, and what the total is
+    about: str  # sentences about the score and the total
 
     @property
     def total(self) -> float:
@@ -106,7 +106,7 @@ class ScoredItem:
 
 
 def _describe_missing_score(model: Model, batch: Batch, item: int, model_name: str) -> str:
-    """Sentences about an item without a score."""
+    """Say why an item has no score."""
     if item > model.n_items:
         return f"It is newer than the last update of {model_name}, so the model has not learned it yet."
     about = "Its score is 0, which means that the model has no opinion."
@@ -149,7 +149,7 @@ def _split_blend(model: Blend, scored: ScoredItem) -> tuple[list[Contribution], 
         for reason in scored.reasons
     ]
     if model.active_rule is None:
-        about = f"One expert ranks alone at present ({parts[0].source}). The score is the item's share of its scores."
+        about = f"One expert ranks alone for now ({parts[0].source}). The score is the item's share of its scores."
         return [replace(parts[0], value=scored.score)], about
     n_candidates = int((model.candidates(scored.batch)[0][0] > 0).sum())
     total = sum(part.value for part in parts)
@@ -173,7 +173,7 @@ def _expert_labels(experts: Experts) -> dict[str, str]:
 
 
 def _counted_events(spec: PopularitySpec, window_events: int) -> str:
-    """Which events of an item a popularity counts, in words."""
+    """Describe the events of an item that a popularity model counts."""
     if spec.weighting == "decay":
         return f"half-life {spec.half_life * window_events:,.0f} events"
     return f"only the last {window_events:,} events of the log" if spec.weighting == "last" else "all events"

@@ -39,7 +39,7 @@ def normalize_id(name: str, value: str | int, catalog: Catalog) -> str | int:
     """Return one id as the catalog's type. Raises LogError for an id of another type."""
     is_text = catalog.frame["id"].dtype == pl.String
     if is_text and not isinstance(value, str):
-        raise LogError(f"{name} is a number, but the ids of this log are text; send it as text.")
+        raise LogError(f"{name} is a number, but the ids of this log are text. Send it as text.")
     if is_text or type(value) is int:
         return value
     if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 19:
@@ -55,7 +55,7 @@ def known_item_rows(served: ServedState, ids: Ids) -> Tensor:
 
 
 def category_item_rows(served: ServedState, category: str | int, allowed_M: Tensor | None) -> Tensor:
-    """Return the item rows of a category, ascending, within `allowed_M` if given. OptionError if no item has it."""
+    """Return the item rows of a category, ascending, within `allowed_M` if given. Raises OptionError for no item."""
     if not (served.categories["category"] == str(category)).any():
         examples = (
             ", ".join(served.categories["category"].unique().sort().head(5)) or "none: the log has no category column"
@@ -97,7 +97,7 @@ def id_tuple(ids: Ids) -> tuple[str | int, ...]:
 
 
 def resolve_request(served: ServedState, request: ListRequest) -> ResolvedRequest:
-    """Translate the items of a list request to rows. OptionError for an unknown category, LogError for a wrong id."""
+    """Translate a list request to rows. Raises OptionError for an unknown category and LogError for a wrong id."""
     allow_M = None if request.allow is None else known_item_rows(served, request.allow)
     if request.category is not None:
         allow_M = category_item_rows(served, request.category, allow_M)

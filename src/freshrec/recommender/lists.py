@@ -83,7 +83,7 @@ def top_items(served: ServedState, users_N: Tensor, request: ResolvedRequest) ->
 
 
 def make_lists(served: ServedState, users_N: Tensor, request: ResolvedRequest) -> RankedLists:
-    """Make the lists of user rows; 0 stands for an unknown user.
+    """Make the lists of user rows. Row 0 is an unknown user.
 
     Popular items fill the list of an unknown user. They also complete a list if a counting model scores too few items.
     The score of such an item is its popularity.

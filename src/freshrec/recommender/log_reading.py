@@ -26,7 +26,7 @@ LogSource: TypeAlias = "str | Path | pl.DataFrame | pd.DataFrame"
 class ReadOptions:
     """Options for reading logs: the arguments of `fit`, stored so that updates read their files in the same way."""
 
-    columns: dict[str, str] = field(default_factory=dict)  # Column of each field, as in user_id -> customer.
+    columns: dict[str, str] = field(default_factory=dict)  # Column of each field, such as user_id -> customer.
     format: str | None = None  # Name of the log format; None = detect it.
     events: tuple[str, ...] = ()  # Event types to read; empty = all.
     has_clock: bool = True  # Whether the log of `fit` had timestamps. New events must have them too.

@@ -76,10 +76,11 @@ class Recommender:
         format: str | None = None,
         events: Sequence[str] = (),
     ) -> Recommender:
-        """Learn from a whole log. Earlier events are forgotten.
+        """Learn from a whole log. A second call starts again from an untrained model.
 
         `log` is a file or a frame. `columns`, `format` and `events` are arguments of `read_log`; updates use them too.
-        Exposures with label 0 are dropped. Raises LogError for a bad log. Returns the recommender itself.
+        Exposures with label 0 are dropped. Raises LogError for a bad log and OptionError for an unknown format or event
+        type. Returns the recommender itself.
         """
         read_options = ReadOptions(dict(columns or {}), format, tuple(events))
         found = read_interactions(log, read_options)
@@ -93,8 +94,9 @@ class Recommender:
     def update(self, new_events: LogSource) -> Recommender:
         """Learn from new events; only the new rows are needed.
 
-        They may have new users and items. Duplicates within one call count once; a store also recognises events of
-        earlier calls. Raises LogError if a row is older than the newest learned one. Returns the recommender itself.
+        They may have new users and items. Duplicates within one call count once. A store also recognises events of
+        earlier calls. Raises LogError if a row is older than the newest learned one, and StateError before the first
+        `fit`. Returns the recommender itself.
         """
         bundle = self.bundle
         log = read_new_events(new_events, bundle.read_options, bundle.served)
@@ -115,13 +117,13 @@ class Recommender:
         *,
         filter_seen: bool | Unset = UNSET,
     ) -> pl.DataFrame:
-        """Return the best items of each user: user_id, item_id, score, rank (from 1), fallback.
+        """Return the best items of each user as a frame: user_id, item_id, score, rank (from 1), fallback.
 
         Users keep the given order. `ListRequest` describes the other arguments; `filter_seen` is the old name of
         `exclude_seen`. A list with `diversity` is not sorted by score. If the model scores too few items, popular items
         complete the list. Their score is their popularity, and `fallback` gives the reason; it is null for other items.
         An unknown user gets popular items. Raises OptionError for an unknown category, for `diversity` on a log without
-        categories, and for a value out of bounds.
+        categories, and for a value out of bounds. Raises LogError for an id of another type than those of the log.
         """
         exclude_seen = value_of_renamed("exclude_seen", exclude_seen, "filter_seen", filter_seen)
         served = self.served
@@ -138,7 +140,7 @@ class Recommender:
         )
 
     def similar_items(self, items: Ids, k: int = DEFAULTS.k) -> pl.DataFrame:
-        """Return the most similar items of each given item: item_id, similar_id, score, rank.
+        """Return the most similar items of each given item as a frame: item_id, similar_id, score, rank (from 1).
 
         The score is the cosine of item vectors. For item-knn, markov and the blend, it is the item-kNN score for a user
         whose only event is the item. Raises OptionError for an unknown item and IncompatibleError for a model without
@@ -152,7 +154,7 @@ class Recommender:
         return found.select(ids.gather(found["nth"]), similar, "score", "rank")
 
     def explain(self, user: str | int, item: str | int) -> pl.DataFrame:
-        """Return the reasons for the score of an item: source, place, points, because. Largest points first.
+        """Return the reasons for the score of an item as a frame: source, place, points, because. Largest points first.
 
         - Blend: a source is an expert or a group of features. `points` is its contribution to ln(score), minus the mean
           over the user's candidates. `place` is the rank among the items that the expert proposes, and among all
@@ -169,12 +171,13 @@ class Recommender:
         return found.with_columns(served.items.ids(column_tensor(found, "because")).alias("because"))
 
     def evaluate(self, new_events: LogSource, metrics: Sequence[str] = ("hr@20", "ndcg@20")) -> pl.DataFrame:
-        """Measure how well the model predicts new events: metric, value, low, high (95 % interval), n, n_users.
+        """Measure the model on new events. Returns a frame: metric, value, low, high (95 % interval), n, n_users.
 
-        Each event is one query. Its history is all earlier events of the user, new ones included, and its item is
+        Each event is one query. Its history is all earlier events of the user, including new ones. Its item is
         ranked among all known items. An unknown item is a miss, but a counting model may recommend a user's own new
         item again. The first event of a user is no query. Users have equal weights; `n` counts queries. The model does
-        not change: call `update` with the same rows afterwards. Raises LogError if there are no queries.
+        not change: call `update` with the same rows afterwards. Raises LogError if there are no queries and OptionError
+        for an unknown metric.
         """
         for metric in metrics:
             parse_metric(metric)

@@ -45,7 +45,10 @@ def write_serving_bundle(bundle: ServingBundle, folder: Path) -> None:
 
 
 def read_serving_bundle(files: Mapping[str, Path], load: Callable[[Path], Any]) -> ServingBundle:
-    """Read what `write_serving_bundle` wrote, with `load_tree` or `load_for_serving`. StateError for bad files."""
+    """Read the files of `write_serving_bundle`. Raises StateError for bad files.
+
+    `load`: `load_tree` or `load_for_serving`.
+    """
     require_files(files, (SERVED_FILE, USERS_FILE, ITEMS_FILE, CATEGORIES_FILE))
     names, read_options, state, counts, pending = load(files[SERVED_FILE])
     users, items = (read_catalog(files[name]) for name in (USERS_FILE, ITEMS_FILE))

@@ -53,7 +53,7 @@ class Profile:
     last_span: int | None
     events: list[PastEvent]  # all events, in time order
     interests: list[Interest]
-    kind: str  # what `interests` holds, in words
+    kind: str  # description of `interests`
 
 
 def profile_of(served: ServedState, row: int, has_clock: bool) -> Profile:
@@ -125,14 +125,14 @@ def _interests_of_vectors(
     scores_KI = vectors_KD @ items_ID.T
     scores_KI[:, 0] = -torch.inf
     best_KN = scores_KI.topk(min(N_ITEMS, model.n_items))
-    learnt_T = torch.where(items_T <= model.n_items, items_T, 0)
-    closest_T = scores_KI[:, learnt_T].argmax(0)
+    learned_T = torch.where(items_T <= model.n_items, items_T, 0)
+    closest_T = scores_KI[:, learned_T].argmax(0)
     born_K, used_K = _spans_of_interests(served, row, len(vectors_KD))
     interests = []
     for k in range(len(vectors_KD)):
         title = f"interest {k + 1}" if len(vectors_KD) > 1 else "current vector of the user"
         items = _items_with_scores(served, best_KN.indices[k], best_KN.values[k])
-        reasons = _select_events(events, (closest_T == k) & (learnt_T > 0))[-N_ITEMS:]
+        reasons = _select_events(events, (closest_T == k) & (learned_T > 0))[-N_ITEMS:]
         interests.append(Interest(title, items, reasons, born_K[k], used_K[k]))
     is_stored = isinstance(model, InterestModel)
     return "interests" if is_stored else "vectors, computed from the user's most recent events", interests

@@ -1,6 +1,6 @@
-"""The answer of a replay: its methods in one metric, what each is compared with, and the tested differences.
+"""The answer of a replay: its methods in one metric, their references, and the tested differences.
 
-A method is one model with one strategy, averaged over all seeds. `answer_text.py` says it in words.
+A method is one model with one strategy, averaged over all seeds. `answer_text.py` formats the answer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Method = tuple[str, str]  # model, strategy
 
 @dataclass(frozen=True)
 class Difference:
-    """How much better one method is than another, with a 95 % interval and the corrected p-value of the paired test."""
+    """Difference between two methods, with a 95 % interval and the corrected p-value of the paired test."""
 
     value: float  # positive = better
     low: float
@@ -53,9 +53,9 @@ class Answer:
 
     metric: str
     summaries: tuple[MethodSummary, ...]
-    references: dict[Method, Method]  # the method with which each one is compared
-    differences: dict[tuple[Method, Method], Difference]  # (a, b) -> how much better a is than b
-    cells: dict[Method, Cell]  # a cell of each method
+    references: dict[Method, Method]  # the method that each one is compared with
+    differences: dict[tuple[Method, Method], Difference]  # (a, b) -> a minus b; positive = a is better
+    cells: dict[Method, Cell]  # one run of each method
 
     @property
     def best(self) -> MethodSummary:
@@ -66,11 +66,11 @@ class Answer:
         return next(row for row in self.summaries if row.method == method)
 
     def gain(self, method: Method) -> Difference | None:
-        """How much better it is than its reference; None for a reference, or where they answered no common query."""
+        """Difference from the method's reference; None for a reference, or if they have no query in common."""
         return self.differences.get((method, self.references[method]))
 
     def chosen(self) -> Method:
-        """The method to use: the best one, or its reference where that costs less and the lead is within chance."""
+        """The method to use: the best one, or its reference if that costs less and the lead is within chance."""
         best, reference = self.best.method, self.references[self.best.method]
         gain = self.gain(best)
         if gain is not None and not gain.is_beyond_chance and self.cpu_s(reference) < self.cpu_s(best):
@@ -87,17 +87,17 @@ class Answer:
 
 
 def headline_metric(metrics: Sequence[str]) -> str:
-    """The metric by which a replay is summed up: the first ndcg of the recipe, else its first metric."""
+    """The metric that summarises a replay: the first ndcg of the recipe, else its first metric."""
     return next((metric for metric in metrics if metric.startswith("ndcg@")), metrics[0])
 
 
 def read_answer(cells: Sequence[Cell], out: Path, metric: str) -> Answer:
-    """The answer of a replay from the files that `collect_results` has written to `out`."""
+    """Return the answer of a replay from the files that `collect_results` wrote to `out`."""
     return make_answer(cells, pl.read_parquet(out / "methods.parquet"), pl.read_parquet(out / "tests.parquet"), metric)
 
 
 def make_answer(cells: Sequence[Cell], methods: pl.DataFrame, tests: pl.DataFrame, metric: str) -> Answer:
-    """The answer of a replay from its methods.parquet and tests.parquet."""
+    """Return the answer of a replay from its methods.parquet and tests.parquet."""
     by_method = {(cell.model_name, cell.strategy_name): cell for cell in reversed(cells)}  # the first seed's remains
     values = {(row["model"], row["strategy"], row["metric"]): row for row in methods.iter_rows(named=True)}
     sign = -1 if metric in LOWER_IS_BETTER else 1
@@ -132,10 +132,10 @@ def _differences(tests: pl.DataFrame, metric: str, sign: int) -> dict[tuple[Meth
 
 
 def reference_methods(cells: Sequence[Cell]) -> dict[Method, Method]:
-    """The method with which each method is compared; `cells` come in the order of their quality, the best first.
+    """Return the method that each method is compared with. `cells` are sorted by quality, best first.
 
     It is the same model with fine-tuning, else frozen, else fully retrained. A model without any of these is compared
-    with the best of the other models' references. Where no model has one, the best method that is no control is it.
+    with the best of the other models' references. If there are none, it is the best method that is not a control.
     """
     own: dict[str, Method] = {}
     for kind in (FineTune, Frozen, Retrain):

@@ -1,4 +1,4 @@
-"""What a replay prints when it ends: a table, the paired tests in words, and what to type next.
+"""The text at the end of a replay: a table, the paired tests in words, and the next command.
 
 No line has more than 100 columns, except for long names.
 """
@@ -26,32 +26,32 @@ from freshrec.replay.recipe_schema import LogRecipe
 from freshrec.strategies.baselines import Frozen, Retrain
 
 MAX_WIDTH = 100  # columns of text
-MIN_CPU_S = 0.05  # CPU seconds; below this a ratio of costs says nothing
+MIN_CPU_S = 0.05  # CPU seconds; ratios of smaller costs mean nothing
 NO_BREAK = "\N{NO-BREAK SPACE}"
 BLOCKS = re.compile(r" x(\d+)$")  # the end of a strategy's name in a replay with several blocks per span
 
 
 def readable_strategy(strategy: str) -> str:
-    """A strategy's name for people: "absorb, 3 blocks per span" for "absorb x3"."""
+    """Return a strategy's name in words: "absorb, 3 blocks per span" for "absorb x3"."""
     return BLOCKS.sub(r", \1 blocks per span", strategy)
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Each name without its options, where no other name is the same without them."""
+    """Return the short form of each name: without options, unless two short forms would be equal."""
     unique = list(dict.fromkeys(names))
     bases = [_without_options(name) for name in unique]
     return {name: base if bases.count(base) == 1 else name for name, base in zip(unique, bases)}
 
 
 def _without_options(name: str) -> str:
-    """As in "absorb x3" for "absorb:a=1 x3"."""
+    """Return "absorb x3" for "absorb:a=1 x3"."""
     blocks = BLOCKS.search(name)
     return BLOCKS.sub("", name).partition(":")[0] + (blocks[0] if blocks else "")
 
 
 @dataclass(frozen=True)
 class Labels:
-    """How methods are called in a text: without options where that is clear."""
+    """Names of methods in a text, without options if that is unambiguous."""
 
     models: dict[str, str]
     strategies: dict[str, str]
@@ -71,50 +71,50 @@ class Labels:
         return readable_strategy(self.strategies[method[1]])
 
     def __getitem__(self, method: Method) -> str:
-        """Both, as in "comirec-dr with imsr"; a model that absorbs is named alone."""
+        """Model and strategy, such as "comirec-dr with imsr"; only the model if the strategy is absorb."""
         model, strategy = self.model(method), self.strategies[method[1]]
         if blocks := BLOCKS.search(strategy):
             strategy, model = BLOCKS.sub("", strategy), f"{model} ({blocks[1]} blocks per span)"
         return model if strategy == "absorb" else f"{model} with {strategy}"
 
-    def beside(self, reference: Method, method: Method) -> str:
-        """The method's name in a text about `reference`: the strategy alone, where the model is the same."""
+    def name_relative_to(self, reference: Method, method: Method) -> str:
+        """The method's name in a text about `reference`: only the strategy if the model is the same."""
         return self.strategy(method) if method[0] == reference[0] else self[method]
 
     def shortened(self) -> list[str]:
-        """What was left out, as in "mf = mf:d=8"."""
+        """The full form of each shortened name, such as "mf = mf:d=8"."""
         both = {**self.models, **self.strategies}
         return [f"{short} = {name}" for name, short in both.items() if short != name]
 
 
 def format_p(p: float) -> str:
-    """A p-value, as in "p = 0.012" or "p < 0.001", with spaces that do not break."""
+    """Return a p-value, such as "p = 0.012" or "p < 0.001", with non-breaking spaces."""
     return ("p < 0.001" if p < 0.0005 else f"p = {p:.3f}").replace(" ", NO_BREAK)
 
 
 def format_change(value: float) -> str:
-    """A difference with its sign and 4 digits."""
+    """Return a difference with its sign and 4 digits."""
     return f"{value:+.4f}".replace("-0.0000", "+0.0000")
 
 
 def format_seconds(seconds: float) -> str:
-    """Seconds with one digit, from 100 on without."""
+    """Return seconds with one decimal below 100, and without decimals from 100 on."""
     return f"{seconds:.1f}" if seconds < 100 else f"{seconds:,.0f}"
 
 
 def output_width() -> int:
-    """The columns of the terminal, at most 100; 100 where the output is no terminal."""
+    """Return the width of the terminal, at most 100 columns; 100 if the output is not a terminal."""
     return min(MAX_WIDTH, shutil.get_terminal_size().columns) if sys.stdout.isatty() else MAX_WIDTH
 
 
 def wrap(text: str, width: int, indent: str = "") -> str:
-    """The text in lines of at most `width` columns; a word longer than a line stays whole."""
+    """Wrap a text at `width` columns. A word longer than a line stays whole."""
     lines = textwrap.fill(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
     return lines.replace(NO_BREAK, " ")
 
 
 def render_table(answer: Answer, width: int = MAX_WIDTH) -> str:
-    """The table and a legend, as plain text of at most `width` columns."""
+    """Return the table and a legend, as plain text of at most `width` columns."""
     labels = Labels.of(answer.cells)
     has_forgetting = any(row.forgetting is not None for row in answer.summaries)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -141,7 +141,7 @@ def render_table(answer: Answer, width: int = MAX_WIDTH) -> str:
 
 
 def _legend(answer: Answer, labels: Labels, has_forgetting: bool) -> list[str]:
-    """A line on each column."""
+    """Return a line about each column."""
     direction = "lower" if answer.metric in LOWER_IS_BETTER else "higher"
     lines = [f"{answer.metric}: mean over spans, {direction} is better; ± is half of the 95 % interval over users."]
     if compared := _describe_references(answer, labels):
@@ -149,13 +149,13 @@ def _legend(answer: Answer, labels: Labels, has_forgetting: bool) -> list[str]:
         lines.append(f"p: paired test over users, corrected for {answer.n_pairs} comparisons.")
     if has_forgetting:
         lines.append("forgetting: loss on held-out events of earlier spans, after the last update; positive = lost.")
-    lines.append("CPU-s: processor seconds per update, measuring excluded.")
+    lines.append("CPU-s: processor seconds per update, without measuring.")
     shortened = labels.shortened()
     return [*lines, *[f"Options: {', '.join(shortened)}."] * bool(shortened)]
 
 
 def _describe_references(answer: Answer, labels: Labels) -> str:
-    """What the differences in the table are taken from; "" for a single method."""
+    """Name the references of the differences in the table; "" for a single method."""
     pairs = [(a, b) for a, b in answer.references.items() if a != b]
     references = list(dict.fromkeys(b for _, b in pairs))
     if len(references) < 2:
@@ -166,7 +166,7 @@ def _describe_references(answer: Answer, labels: Labels) -> str:
 
 
 def describe_tests(answer: Answer) -> list[str]:
-    """The paired tests in words: for each reference, what is better, what is worse, and what may be the same."""
+    """Describe the paired tests: the methods that are better, worse or within chance, for each reference."""
     labels = Labels.of(answer.cells)
     lines = []
     for reference in dict.fromkeys(answer.references[row.method] for row in answer.summaries):
@@ -181,7 +181,7 @@ def describe_tests(answer: Answer) -> list[str]:
             "Within chance": [m for m, gain in gains.items() if not gain.is_beyond_chance],
         }
         parts = [
-            f"{name}: {', '.join(f'{labels.beside(reference, m)} ({_numbers(gains[m])})' for m in methods)}."
+            f"{name}: {', '.join(f'{labels.name_relative_to(reference, m)} ({_numbers(gains[m])})' for m in methods)}."
             for name, methods in groups.items()
             if methods
         ]
@@ -199,7 +199,7 @@ def _verdict(difference: Difference) -> str:
 
 
 def describe_answer(answer: Answer) -> list[str]:
-    """What is best, what it gains beyond chance, what it costs, and what to use: two to four short paragraphs."""
+    """Describe the best method, its gain, its cost and the method to use, in two to four short paragraphs."""
     labels = Labels.of(answer.cells)
     lines = [
         _describe_best(answer, labels),
@@ -228,7 +228,7 @@ def _describe_best(answer: Answer, labels: Labels) -> str:
 
 
 def _describe_gain(answer: Answer, labels: Labels) -> str:
-    """What the best method gains over its reference; for a reference, what it gains over no update."""
+    """Describe the gain of the best method over its reference. For a reference, describe its gain over no update."""
     best = answer.best.method
     gain, reference = answer.gain(best), answer.references[best]
     cells = answer.cells.items()
@@ -250,7 +250,7 @@ def _describe_gain(answer: Answer, labels: Labels) -> str:
 
 
 def _describe_best_trained(answer: Answer, labels: Labels) -> str:
-    """The best trained model, where a counting model is best."""
+    """Describe the best trained model, if a counting model is best."""
     best = answer.best
     trained = [row for row in answer.summaries if _without_options(row.method[0]) not in COUNTING_MODELS]
     if _without_options(best.method[0]) not in COUNTING_MODELS or not trained:
@@ -264,7 +264,7 @@ def _describe_best_trained(answer: Answer, labels: Labels) -> str:
 
 
 def _describe_cost(answer: Answer, labels: Labels) -> str:
-    """What an update costs, and what to use instead where the lead is within chance."""
+    """Describe the cost of an update, and recommend a cheaper method if the lead is within chance."""
     best, chosen = answer.best.method, answer.chosen()
     retrains = [
         m for m, cell in answer.cells.items() if m[0] == best[0] and isinstance(cell.strategy_instance, Retrain)
@@ -278,7 +278,7 @@ def _describe_cost(answer: Answer, labels: Labels) -> str:
 
 
 def fit_command(log: LogRecipe, method: Method) -> list[str]:
-    """The command that makes a store with this model and strategy, from the log of a replay."""
+    """Return the command that makes a store with this model and strategy, from the log of a replay."""
     path = str(Path(log.folder) / log.path) if log.path else "LOG"
     model, strategy = method
     words = ["freshrec", "fit", path, "--model", model, "--strategy", BLOCKS.sub("", strategy), "--store", "shop"]
@@ -292,9 +292,9 @@ def fit_command(log: LogRecipe, method: Method) -> list[str]:
 
 
 def render_command(words: Sequence[str], width: int = MAX_WIDTH) -> str:
-    """A command to copy; lines that are too long continue after a backslash."""
+    """Format a command for copying. Lines that are too long continue after a backslash."""
     quoted = [shlex.quote(word) for word in words]
-    parts = re.split(r" (?=--)", " ".join(quoted))  # an option stays beside its value
+    parts = re.split(r" (?=--)", " ".join(quoted))  # an option and its value stay on one line
     lines = [f"  {parts[0]}"]
     for part in parts[1:]:
         if len(lines[-1]) + len(part) + 3 > width:
@@ -306,15 +306,15 @@ def render_command(words: Sequence[str], width: int = MAX_WIDTH) -> str:
 
 
 def render_answer(answer: Answer, log: LogRecipe, width: int = MAX_WIDTH) -> str:
-    """All that a replay prints when it ends."""
+    """Return the whole text at the end of a replay."""
     if not answer.summaries:
-        return "No run of this replay was asked a target; use more spans, or a lower --min-history."
+        return "No run of this replay was tested on a target. Use more spans or a lower --min-history."
     parts = [render_table(answer, width)]
     if tests := describe_tests(answer):
         parts.append("\n".join(["Paired tests", *(wrap(f"- {line}", width, "  ") for line in tests)]))
     parts.append("\n".join(["What it shows", *(wrap(f"- {line}", width, "  ") for line in describe_answer(answer))]))
     if log.exposures:
-        parts.append(wrap("A store keeps interactions only, so no `freshrec fit` learns from exposures yet.", width))
+        parts.append(wrap("A store keeps no exposures, so `freshrec fit` cannot learn from them yet.", width))
     else:
         hint = "" if log.path else " (LOG is your own log)"
         parts.append(f"Next{hint}:\n{render_command(fit_command(log, answer.chosen()), width)}")

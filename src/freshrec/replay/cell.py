@@ -1,7 +1,8 @@
 """The replay of one run. For each span: test the previous model, absorb the events, update. It resumes exactly.
 
-A cell is one model with one strategy, seed and cadence. Its folder holds a Parquet file of ranks and a JSON file of
-costs for each span. Until the cell is done, it also holds the state after the last finished span.
+A `Cell` describes a run: one model with one strategy, seed and cadence. The folder of a run holds a Parquet file of
+ranks and a JSON file of costs for each span. Until the run is done, it also holds the state after the last finished
+span.
 """
 
 import gc
@@ -50,7 +51,7 @@ from freshrec.strategies.sml import SML
 from freshrec.strategies.spmf import SPMF
 from freshrec.types import ClickModel, Histories, InterestModel, ModelSpec, Span, State, Strategy
 
-# `learn.fit.fit_base_block` alone trains their base block, so cells with the same options can share it.
+# `learn.fit.fit_base_block` alone trains their base block, so runs with the same options can share it.
 SHARING = Frozen | FineTune | Retrain | ADER | ADERS | ASMG | EWC | IMSR | IncCTR | SelfTuned | SML | SPMF
 
 
@@ -67,29 +68,29 @@ class Cell:
 
     @property
     def folder_name(self) -> str:
-        """Name of the folder with the cell's results."""
+        """Name of the folder with the results of the run."""
         return f"{self.model_name}--{self.strategy_name}--{self.seed}".replace("/", "_").replace(":", "_")
 
     @property
     def shared_fit(self) -> FitConfig | None:
-        """How the base block is trained, if cells with the same options share it; None: this cell trains its own."""
+        """Training options of the base block, if other runs may share it; None = this run trains its own."""
         return self.strategy_instance.fit if isinstance(self.strategy_instance, SHARING) else None
 
     @property
     def base_options(self) -> tuple[float, ...]:
-        """The options on which a shared base block depends, beside the model and the seed; () if it is not shared."""
+        """The options that a shared base block depends on, besides model and seed; () if it is not shared."""
         fit = self.shared_fit
         return (fit.base_epochs, fit.max_epochs, fit.patience, fit.holdout) if fit else ()
 
     @property
     def base_key(self) -> tuple[str, int, tuple[float, ...]] | None:
-        """What cells that share a base block have in common; None: this cell trains its own."""
+        """Key that is equal for runs that share a base block; None = this run trains its own."""
         return (self.model_name, self.seed, self.base_options) if self.shared_fit else None
 
 
 @dataclass(frozen=True)
 class ReplaySettings:
-    """The settings that all cells of a replay share."""
+    """The settings that all runs of a replay share."""
 
     query_options: QueryOptions = QueryOptions()
     tune: bool = ReplayRecipe.tune  # choose the options of each update on the previous span
@@ -100,17 +101,17 @@ def check_click_model(model: ModelSpec, model_name: str) -> None:
     """Raise IncompatibleError if the model cannot predict click probabilities."""
     if not isinstance(model.build(0), ClickModel):
         raise IncompatibleError(
-            f'"{model_name}" ranks items and predicts no clicks. '
-            "On a log with exposures use embedding-mlp, or leave the exposures out."
+            f'Model "{model_name}" ranks items and does not predict clicks. '
+            "On a log with exposures, use embedding-mlp, or leave the exposures out."
         )
 
 
 def replay_cell(
     cell: Cell, split: LogSplit, settings: ReplaySettings, out: Path, base: State | None = None
 ) -> Iterator[int]:
-    """Run or resume a cell. Yield the number of each span after its files are written.
+    """Start or resume a run. Yield the number of each span after its files are written.
 
-    `base`: the state after the base block, if another cell has trained it.
+    `base`: the state after the base block, if another run has trained it.
     """
     folder = out / cell.folder_name
     folder.mkdir(parents=True, exist_ok=True)
@@ -155,7 +156,7 @@ def replay_cell(
 def _resume_cell(
     cell: Cell, folder: Path, split: LogSplit, settings: ReplaySettings
 ) -> tuple[State, State | None, list[tuple[int, Queries]]]:
-    """Where to resume: the state, the state before the last update, and the earlier queries to rank again."""
+    """Load the state, the state before the last update, and the earlier queries to rank again."""
     path = folder / "state.safetensors"
     if not path.exists():
         return State(cell.model_spec.build(cell.seed), seed=cell.seed), None, []
@@ -222,7 +223,7 @@ def _label_rows(rows: pl.DataFrame, target_span: int, after: int, readout: str =
 def _rank_earlier_queries(
     state: State, earlier_queries: list[tuple[int, Queries]], span: int, n_sampled: int
 ) -> list[pl.DataFrame]:
-    """Rank the held-out queries of earlier spans with the present state, to measure forgetting."""
+    """Rank the held-out queries of earlier spans with the current state, to measure forgetting."""
     rows = []
     for target_span, queries in earlier_queries:
         rows.append(_rank_rows(queries, rank_queries(state, queries, n_sampled=n_sampled), target_span, span))
@@ -244,7 +245,7 @@ def measure_cost(update: Callable[[], State]) -> tuple[State, dict[str, float]]:
 
 
 def _reset_peak_memory() -> None:
-    """Reset the peak memory of the process, where the system supports it (Linux)."""
+    """Reset the peak memory of the process, if the system supports it (Linux)."""
     if os.access("/proc/self/clear_refs", os.W_OK):
         Path("/proc/self/clear_refs").write_text("5")
 

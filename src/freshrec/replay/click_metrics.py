@@ -17,8 +17,8 @@ def auc_contributions(labels_N: Float32Array, p_N: Float32Array) -> Float64Array
     """Contribution of each event to the AUC, shape (N,); the mean is the AUC. NaN if all labels are equal.
 
     It is the first-order part of an event's effect. The share of events with the other label that are ranked correctly
-    against it, minus the AUC, is weighted by how rare its label is. Resampling users gives the interval for the AUC of
-    clustered data (Obuchowski, Biometrics 53, 1997). Without clusters it is DeLong's interval.
+    against it, minus the AUC, is weighted by the rarity of its label. Resampling users gives the interval for the AUC
+    of clustered data (Obuchowski, Biometrics 53, 1997). Without clusters it is DeLong's interval.
     """
     is_positive_N = labels_N > 0
     share_N, total_auc = np.empty(len(p_N)), auc(labels_N, p_N)
@@ -41,7 +41,7 @@ LOWER_IS_BETTER = {"logloss"}
 
 
 def find_click_metric(name: str) -> Callable[[Float32Array, Float32Array], Float64Array]:
-    """Return the function (labels, probabilities) -> one value per event. OptionError for an unknown name."""
+    """Return the function (labels, probabilities) -> one value per event. Raises OptionError for an unknown name."""
     if name not in CLICK_METRICS:
         raise unknown_name_error("metric of a log with exposures", name, CLICK_METRICS)
     return CLICK_METRICS[name]

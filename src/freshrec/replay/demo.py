@@ -1,4 +1,4 @@
-"""The demo: the replay of a world in which users gain interests, its table, and what the table shows."""
+"""The demo: replay a world in which users gain interests, and explain the table of results."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ EXPLANATION = (
 
 @dataclass(frozen=True, eq=False)
 class DemoWorld:
-    """A world and its log, cut into spans."""
+    """A world and its log, split into spans."""
 
     world: World
     split: LogSplit
@@ -121,10 +121,10 @@ def _is_different(tests: pl.DataFrame, a: str, b: str) -> bool:
 
 @dataclass(frozen=True)
 class DetectionQuality:
-    """How well IMSR's detector finds new interests in span 1, compared with the truth of the world."""
+    """Quality of IMSR's detector of new interests in span 1, compared with the truth of the world."""
 
-    n_users: int  # judged by the detector
-    n_gained: int  # with a new interest in truth
+    n_users: int  # rated by the detector
+    n_gained: int  # who really have a new interest
     auc: float  # probability that a user with a new interest has the higher puzzlement of two
     precision: float  # share of the detected users who have a new interest
     recall: float  # share of the users with a new interest who are detected
@@ -132,8 +132,8 @@ class DetectionQuality:
     def describe(self) -> str:
         """The numbers in words."""
         return (
-            f"- IMSR's detector of new interests judges {self.n_users} users in span 1, and {self.n_gained} of them "
-            f"have a new interest in truth. Its AUC is {self.auc:.4f}, its precision {self.precision:.4f}, "
+            f"- IMSR's detector of new interests rates {self.n_users} users in span 1, and {self.n_gained} of them "
+            f"really have a new interest. Its AUC is {self.auc:.4f}, its precision {self.precision:.4f}, "
             f"its recall {self.recall:.4f}."
         )
 

@@ -1,9 +1,9 @@
-"""Estimates the CPU seconds of a replay before it runs, from short measured runs on a sample of the log.
+"""Estimate the CPU seconds of a replay before it runs, from short measured runs on a sample of the log.
 
 Each trained model is trained on a sample of users for two epochs; then each of its strategies makes one update there.
 Training grows with targets times epochs (`plan.py`), ranking with the number of queries. The number of epochs of the
-base block is chosen on the sample as the replay will choose it. If the sample is not the whole log, the replay may need
-fewer or more epochs, so the estimate is a range.
+base block is chosen on the sample, in the same way as in the replay. If the sample is not the whole log, the replay may
+need fewer or more epochs, so the estimate is a range.
 """
 
 import time
@@ -39,7 +39,7 @@ N_RANKED = 512  # queries that are ranked to measure the speed of ranking
 EPOCHS_OF_WHOLE = 1 / 3, 2.0  # epochs that the whole log needs, relative to those chosen on a sample
 
 Spans = tuple[Span, ...]
-Report = Callable[[str], None]  # called with what is measured now
+Report = Callable[[str], None]  # called with the name of the current measurement
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class RunEstimate:
     model: str
     strategy: str
     n_seeds: int
-    base: Range  # zero where an earlier run trains the same base block
+    base: Range  # zero if an earlier run trains the same base block
     updates: Range
     measuring: Range
 
@@ -74,7 +74,7 @@ class RunEstimate:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a replay has to train on and to rank, by span."""
+    """Numbers of targets and queries of a replay, by span."""
 
     targets: list[int]  # events that the update trains on
     queries: list[int]  # queries that test the model before the update
@@ -83,7 +83,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class ModelSpeed:
-    """What was measured of one trained model on a sample of users."""
+    """Measured speed of one trained model on a sample of users."""
 
     spans: Spans  # the sample
     base: State  # the state after one epoch on the sampled base block
@@ -94,7 +94,7 @@ class ModelSpeed:
 def estimate_cost(
     cells: Sequence[Cell], split: LogSplit, settings: ReplaySettings, report: Report = lambda text: None
 ) -> list[RunEstimate]:
-    """Estimate each model with each strategy; `report` is called with the name of what is measured next."""
+    """Estimate each model with each strategy; `report` is called with the name of the next measurement."""
     torch.set_num_threads(1)  # as in a replay
     sizes = measure_sizes(split, settings)
     speeds: dict[str, ModelSpeed] = {}
@@ -122,7 +122,7 @@ def estimate_cost(
 
 
 def count_targets(spans: Sequence[Span]) -> list[int]:
-    """Events that each update may train on: those of its span, and those that the previous span has deferred."""
+    """Number of events that each update may train on: those of its span, and those that the previous span deferred."""
     found, deferred = [], 0
     for span in spans:
         train_at_E = span.events.train_at_E[_has_label(span.events)]
@@ -132,7 +132,7 @@ def count_targets(spans: Sequence[Span]) -> list[int]:
 
 
 def _has_label(events: Events) -> Tensor:
-    """Whether an event can be a target, shape (E,): always, or where the event has a label."""
+    """Whether each event can be a target, shape (E,): in a log with exposures, only events with a label."""
     return torch.ones(len(events), dtype=torch.bool) if events.labels_E is None else ~events.labels_E.isnan()
 
 
@@ -270,7 +270,7 @@ def _estimate_training(
     state = replace(state, shared_base=None)
     empty = replace(span, events=span.events[:0])
     _, empty_s = _timed(lambda: next_state(strategy, _absorb(state, empty), empty))
-    # an update trains on what the previous one has deferred, so that it is about as large as if nothing were deferred
+    # an update trains on events that the previous one deferred, so its size is about the same as without deferring
     train_at_E = torch.where(span.events.train_at_E == NEXT, NOW, span.events.train_at_E)
     span = replace(span, events=replace(span.events, train_at_E=train_at_E))
     _, update_s = _timed(lambda: next_state(strategy, _absorb(state, span), span))
@@ -298,8 +298,8 @@ def _with_one_epoch(strategy: Strategy) -> Strategy:
 def split_cost(empty_passes: float, empty_s: float, passes: float, update_s: float) -> tuple[float, float]:
     """CPU-s of an update that do not grow with the log, and CPU-s per target and epoch.
 
-    The two updates are one without new events and one with those of the sample. Where the first one trains about as
-    much as the second, as a full retrain does, everything is taken to grow with the log.
+    One update has no new events, the other one those of the sample. If the first one trains about as much as the
+    second, as in a full retrain, the whole cost is assumed to grow with the log.
     """
     if not passes:
         return update_s, 0.0
@@ -324,7 +324,7 @@ def _estimate_counting(
 ) -> tuple[Range, Range, Range]:
     """CPU-s of base block, updates and measuring of a model that absorbs.
 
-    Two samples are measured where the log is large, because a part of the blend's cost does not grow with the log.
+    If the log is large, two samples are measured, because a part of the blend's cost does not grow with the log.
     """
     n_base = len(split.spans[0].events)
     n_events = min(COUNTING_SAMPLE, n_base)

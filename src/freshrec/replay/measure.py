@@ -1,4 +1,4 @@
-"""Ranks the targets of a block of events with the model of a state, and predicts clicks."""
+"""Rank the targets of a block of events with the model of a state, and predict clicks."""
 
 from dataclasses import dataclass
 
@@ -38,7 +38,7 @@ def split_into_blocks(span: Span, n_items: int, cadence: int) -> list[SpanBlock]
 
 @dataclass(frozen=True)
 class Queries:
-    """Targets, each with the history before it: all that is needed to rank them now and later."""
+    """Targets with the history before each: everything needed to rank them now and later."""
 
     users_N: Tensor
     histories_NT: Tensor  # int32, the user's last events before the target, including those in the same span
@@ -57,7 +57,7 @@ class Queries:
 
 @dataclass(frozen=True)
 class QueryOptions:
-    """Which events of a block become queries, and what they are ranked among."""
+    """Options for making queries from the events of a block, and for the candidates of a query."""
 
     role: int = TEST  # role of the events that become queries: TEST or VALID
     min_history: int = ReplayRecipe.min_history  # events that a user needs before a target

@@ -1,6 +1,6 @@
 """Metrics of a ranked list with one relevant item, computed from the rank of that item. They are fractions from 0 to 1.
 
-A query is one target with the history before it. The best item has rank 1. Where scores tie, the rank is the middle of
+A query is one target with the history before it. The best item has rank 1. If scores tie, the rank is the middle of
 the tied places (1.5, 2.0, ...). It is infinite if the item was never seen before or got no score. Every query counts in
 the denominator, misses included; users without a query do not count. A user with several targets has several queries.
 Metrics are averaged within each user first (`mean_per_user`), then over users.
@@ -59,7 +59,7 @@ SAMPLED_SUFFIX = re.compile(r" among (\d+) sampled$")
 
 
 def n_sampled_items(names: Sequence[str]) -> int:
-    """Number of sampled items in names such as "recall@20 among 999 sampled"; 0 = all items. OptionError if mixed."""
+    """Number of sampled items in names such as "recall@20 among 999 sampled"; 0 = all. Raises OptionError if mixed."""
     numbers = {int(found[1]) if (found := SAMPLED_SUFFIX.search(name)) else 0 for name in names}
     if len(numbers) > 1:
         raise OptionError(
@@ -69,7 +69,7 @@ def n_sampled_items(names: Sequence[str]) -> int:
 
 
 def parse_metric(name: str) -> tuple[Metric, int]:
-    """Return the metric and k of "ndcg@20" or "ndcg@20 among 999 sampled". OptionError for any other name."""
+    """Return the metric and k of "ndcg@20" or "ndcg@20 among 999 sampled". Raises OptionError for any other name."""
     metric, at, k = SAMPLED_SUFFIX.sub("", name).partition("@")
     if metric not in METRICS:
         raise unknown_name_error("metric", metric, METRICS)
@@ -79,7 +79,10 @@ def parse_metric(name: str) -> tuple[Metric, int]:
 
 
 def compute_metrics(ranks_Q: NDArray[Any], names: Sequence[str]) -> Float64Array:
-    """Value of each metric for each query, shape (Q, M). OptionError for an unknown metric, TrainingError for a NaN."""
+    """Value of each metric for each query, shape (Q, M).
+
+    Raises OptionError for an unknown metric and TrainingError for a NaN.
+    """
     ranks_Q = np.asarray(ranks_Q, dtype=np.float64)
     if not np.all(ranks_Q >= 1):  # NaN is not >= 1 either
         raise TrainingError("A target has no rank because a score is not a number. Train with a lower learning rate.")

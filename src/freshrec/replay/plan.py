@@ -1,6 +1,6 @@
-"""How many targets each strategy trains on in a replay. `estimate.py` turns these numbers into seconds.
+"""Numbers of targets that each strategy trains on in a replay. `estimate.py` turns these numbers into seconds.
 
-`training_passes` says it for a strategy. A strategy without a function here counts as fine-tuning.
+`training_passes` returns them for a strategy. A strategy without a function here counts as fine-tuning.
 """
 
 from dataclasses import replace
@@ -31,7 +31,7 @@ def count_tuning_targets(strategy: Strategy, sizes: list[int]) -> float:
 
 @runtime_checkable
 class HasFit(Protocol):
-    """A strategy whose field `fit` says how it trains."""
+    """A strategy with training options in the field `fit`."""
 
     @property
     def fit(self) -> FitConfig:

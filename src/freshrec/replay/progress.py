@@ -1,4 +1,4 @@
-"""What a person sees of a replay before and while it runs: the spans, and the quality of each run span by span."""
+"""Output of a replay before and while it runs: the spans, the estimated cost, and the quality of each run by span."""
 
 import sys
 import time
@@ -20,7 +20,7 @@ from freshrec.replay.results import read_costs, read_ranks
 
 
 class ProgressBoard:
-    """Shows the quality of each run and span: in a live table on a terminal, in plain lines elsewhere."""
+    """Show the quality of each run and span: in a live table on a terminal, in plain lines elsewhere."""
 
     def __init__(
         self, cells: list[Cell], spans: list[int], out: Path, console: Console, metric: str = "ndcg@20"
@@ -59,7 +59,7 @@ class ProgressBoard:
         print(f"[{done}/{total}, {elapsed_s:.0f} s] {text}", file=sys.stderr, flush=True)  # noqa: T201
 
     def _describe_base(self, cell: Cell) -> str:
-        """What happened to the base block, which no run is tested on."""
+        """Say how this run got its base block. No run is tested on it."""
         if cell.strategy_name.startswith("absorb"):
             return "absorbed"
         if cell.base_key is None:
@@ -102,7 +102,7 @@ HEADS = {  # of the table of spans; one line each, so that it fits 80 columns
 
 
 def print_plan(console: Console, n_cells: int, spans: pl.DataFrame, notes: Sequence[str]) -> None:
-    """Print the spans of a replay, and what each column means."""
+    """Print the spans of a replay, with a legend."""
     counts = f"{_plural(n_cells, 'run')} over {_plural(len(spans), 'span')}"
     table = Table(title=counts, title_justify="left", box=None, pad_edge=False)
     table.padding = (0, 1, 0, 0)
@@ -126,7 +126,7 @@ def _plural(n: int, noun: str) -> str:
 
 
 class MeasuringLog:
-    """Reports on stderr what a plan measures at the moment; a plan of a few seconds stays silent."""
+    """Report each measurement of a plan on stderr. A plan of a few seconds stays silent."""
 
     def __init__(self, silent_s: float = 5.0) -> None:
         self.silent_s, self.started_s = silent_s, time.process_time()

@@ -1,6 +1,6 @@
-"""Records what the results in a folder were made from, in a form that survives renamed classes and options.
+"""Record the origin of the results in a folder, in a form that survives renamed classes and options.
 
-made-of.json holds the cell, or the settings and the fingerprint of the log, by the names of `disk_names`. Version 0.1.0
+made-of.json holds the run, or the settings and the fingerprint of the log, by the names of `disk_names`. Version 0.1.0
 wrote made-of.txt instead, with the `repr` of the same dataclasses. It is parsed as a Python expression.
 """
 
@@ -26,7 +26,7 @@ FILE, FORMER_FILE = "made-of.json", "made-of.txt"
 TAGS = {place.rpartition(":")[2]: tag for place, tag in FORMER.items()}  # by the name of the class in its `repr`
 NUMBERS = {"inf": math.inf, "nan": math.nan}
 
-Provenance = Cell | tuple[ReplaySettings, str]  # of a cell's folder; of the replay's folder, with the log's fingerprint
+Provenance = Cell | tuple[ReplaySettings, str]  # of a run's folder; of the replay's folder, with the log's fingerprint
 
 
 def matches_provenance(folder: Path, source: Provenance) -> bool:
@@ -45,13 +45,13 @@ def matches_provenance(folder: Path, source: Provenance) -> bool:
 
 
 def write_provenance(folder: Path, source: Provenance) -> None:
-    """Record what the results in a folder are made from."""
+    """Record the origin of the results in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text_atomically(json.dumps(_encoded(source)), folder / FILE)
 
 
 def is_spec_of(state: State, cell: Cell) -> bool:
-    """Whether the model of a state has the same options as the model of a cell."""
+    """Whether the model of a state has the same options as the model of a run."""
     return _encoded(state.model.spec) == _encoded(cell.model_spec)
 
 
@@ -65,7 +65,7 @@ def _encoded(source: Any) -> dict[str, Any]:
 
 
 def base_file(cell: Cell, fit_options: tuple[float, ...], out: Path) -> Path:
-    """Path of the state after the base block, which cells with the same model, seed and training options share.
+    """Path of the state after the base block, which runs with the same model, seed and training options share.
 
     The file name depends on the values of the options, not on their names. A folder from 0.1.0 may hold a file with the
     old name, a checksum of the options' `repr`. The caller must check that the stored model has the same options.
@@ -96,7 +96,7 @@ class _Text:
 
 
 def _former_options(path: Path) -> str | None:
-    """The `repr` of the model's options in a cell's made-of.txt; None without such a file."""
+    """The `repr` of the model's options in the made-of.txt of a run; None without such a file."""
     try:
         text = path.read_text()
         call = ast.parse(text, mode="eval").body
@@ -107,7 +107,7 @@ def _former_options(path: Path) -> str | None:
 
 
 def _former_encoded(text: str, source: Provenance) -> dict[str, Any]:
-    """Convert the text that 0.1.0 wrote to the form of `_encoded`. ValueError if it describes something else.
+    """Convert the text that 0.1.0 wrote to the form of `_encoded`. Raises ValueError if it describes something else.
 
     For a class outside this package the text holds only the name. Then it is compared with the text that 0.1.0 would
     write for `source`.
@@ -123,7 +123,7 @@ def _former_encoded(text: str, source: Provenance) -> dict[str, Any]:
 
 
 def _encoded_repr(node: ast.expr) -> dict[str, Any]:
-    """Convert the `repr` of a tree of dataclasses to the form of `encode_options`. ValueError for anything else."""
+    """Convert the `repr` of a tree of dataclasses to the form of `encode_options`. Raises ValueError for other text."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in TAGS and not node.args:
         return {
             "class": TAGS[node.func.id],

@@ -20,10 +20,10 @@ from freshrec.data.split_config import SplitConfig
 from freshrec.data.world_size import WorldSize
 from freshrec.deprecation import describe_rename
 from freshrec.disk_names import RECIPE_KEYS, with_current_keys
-from freshrec.errors import OptionError, unknown_name_error
+from freshrec.errors import OptionError, suggest_name
 
 Words = tuple[str, ...]
-Averaging = Literal["users", "targets", "pooled"]  # what has equal weight within a span; pooled: over all spans
+Averaging = Literal["users", "targets", "pooled"]  # unit of equal weight within a span; pooled: over all spans
 Unseen = Literal["miss", "drop"]
 Cadence = Annotated[  # a number or a list of them
     tuple[Count, ...],
@@ -48,7 +48,7 @@ class LogRecipe:
     path: Annotated[str, Field(description="The log. Or give --world, or log.path in a recipe.")] = ""
     folder: Annotated[str, Field(description="Folder of a relative log path. Default: the current folder.")] = ""
     columns: Annotated[
-        dict[str, str], Field(description="Column names of freshrec and of the log, as in user_id=uid.")
+        dict[str, str], Field(description="Column names of freshrec and of the log, such as user_id=uid.")
     ] = field(default_factory=dict)
     format: Annotated[str, Field(description="Name of a public format. See `freshrec list formats`.")] = ""
     events: Annotated[Words, Field(description="Event types to keep. Default: all.")] = ()
@@ -74,9 +74,12 @@ class LogRecipe:
         check_options(self)
 
 
+FIRST_UPDATED_SPAN = 2  # in span 1, all strategies have the same model, that of the base block
+
+
 @dataclass(frozen=True)
 class ReplayRecipe:
-    """[replay] What is compared. By default, controls run beside the models."""
+    """[replay] The models and strategies to compare, and how to measure them. By default, controls run as well."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -97,7 +100,7 @@ class ReplayRecipe:
         "imsr",
     )
     extra_pairs: Annotated[Words, Field(description="Further runs, each MODEL/STRATEGY: comirec-dr-k1/finetune.")] = ()
-    controls: Annotated[Words, Field(description="Controls to run beside the models. Default: all.")] = field(
+    controls: Annotated[Words, Field(description="Controls to run in addition to the models. Default: all.")] = field(
         default_factory=control_names
     )
     seeds: Annotated[Count, Field(description="Number of runs of each trained model, with seeds 0, 1, ...")] = 1
@@ -112,15 +115,18 @@ class ReplayRecipe:
     ] = "miss"
     averaging: Annotated[
         Averaging,
-        Field(description="What has equal weight in a span: users or targets. pooled = all targets of all spans."),
+        Field(description="Unit of equal weight in a span: users or targets. pooled = all targets of all spans."),
     ] = "users"
     from_span: Annotated[
-        Count, Field(description="First span of means and tests. Earlier spans are reported one by one.")
-    ] = 1
+        CountOrZero,
+        Field(
+            description="First span of means and tests. 0 = span 2, the first after an update (1 if it is the last)."
+        ),
+    ] = 0
     last_update: Annotated[
         bool, Field(description="Update after the last span too. Needed for its cost and for forgetting.")
     ] = True
-    metrics: Annotated[Words, Field(description="Metrics, as in ndcg@20,hr@10. See `freshrec list metrics`.")] = (
+    metrics: Annotated[Words, Field(description="Metrics, such as ndcg@20,hr@10. See `freshrec list metrics`.")] = (
         "hr@20",
         "ndcg@20",
         "mrr@20",
@@ -143,7 +149,7 @@ class Recipe:
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read a recipe and those that it extends. OptionError for invalid TOML or an unknown key."""
+    """Read a recipe and those that it extends. Raises OptionError for invalid TOML or an unknown key."""
     return parse_recipe(_tables(path, ()))
 
 
@@ -159,9 +165,8 @@ def _tables(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     if parent is None:
         return tables
     if not (path.parent / f"{parent}.toml").exists():
-        raise unknown_name_error(
-            f"recipe beside {path}", str(parent), [file.stem for file in path.parent.glob("*.toml")]
-        )
+        names = [file.stem for file in path.parent.glob("*.toml")]
+        raise OptionError(f'{path} extends "{parent}", which is not in the folder. {suggest_name(str(parent), names)}')
     return merge_tables(_tables(path.parent / f"{parent}.toml", (*children, path)), tables)
 
 
@@ -194,5 +199,5 @@ def _with_current_keys(section: str, table: Any) -> Any:
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write a recipe with all its options, defaults included."""
+    """Write a recipe with all its options, including defaults."""
     path.write_text(tomli_w.dumps(asdict(recipe)))

@@ -1,4 +1,4 @@
-"""From a recipe to a replay: the log, its spans, the settings and the cells."""
+"""Turn a recipe into a replay: its log, spans, settings and runs."""
 
 from pathlib import Path
 
@@ -42,14 +42,14 @@ def load_log(recipe: Recipe) -> Log:
     )
     if log_recipe.exposures and not (log.frame.get_column("label", default=pl.Series([None])) == 0).any():
         raise LogError(
-            "The recipe asks for exposures, and no row has the label 0. Name the column, as in --columns label=click."
+            "The recipe asks for exposures, but no row has the label 0. Name the column, such as --columns label=click."
         )
     log = events_before(log, log_recipe.until) if log_recipe.until else log
     return drop_duplicates(log if log_recipe.exposures else keep_positives(log))
 
 
 def load_split(recipe: Recipe) -> LogSplit:
-    """Cut the log of a recipe into spans. OptionError if the recipe asks for tuning without validation events."""
+    """Split the log of a recipe into spans. Raises OptionError for tuning without validation events."""
     split = split_log(load_log(recipe), recipe.spans, seed=recipe.log.seed)
     if recipe.replay.tune and not any(bool((span.events.role_E == VALID).any()) for span in split.spans[2:]):
         raise OptionError(
@@ -60,7 +60,7 @@ def load_split(recipe: Recipe) -> LogSplit:
 
 
 def make_replay_settings(recipe: Recipe) -> ReplaySettings:
-    """Return the settings that all cells share."""
+    """Return the settings that all runs share."""
     replay_recipe = recipe.replay
     if recipe.log.exposures:
         for metric in replay_recipe.metrics:
@@ -81,7 +81,7 @@ def make_replay_settings(recipe: Recipe) -> ReplaySettings:
 
 
 def make_cells(recipe: Recipe) -> list[Cell]:
-    """Make the cells of `pairs_to_compare`, once per seed and cadence.
+    """Return the runs of `pairs_to_compare`, once per seed and cadence.
 
     A trained model is trained at the end of a span, so it is replayed at the first cadence only.
     """

@@ -1,4 +1,4 @@
-"""Turns the files of all cells into results.parquet, methods.parquet, tests.parquet and table.md."""
+"""Turn the files of all runs into results.parquet, methods.parquet, tests.parquet and table.md."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -47,11 +47,11 @@ def collect_results(
     metrics: Sequence[str],
     out: Path,
     averaging: Averaging = ReplayRecipe.averaging,
-    from_span: int = ReplayRecipe.from_span,
+    from_span: int = 1,
 ) -> pl.DataFrame:
-    """Return the results of all cells as a long table, and write it and its summaries to `out`.
+    """Return the results of all runs as a long table, and write it and its summaries to `out`.
 
-    results.parquet   each cell, span, slice and metric; costs are metrics too
+    results.parquet   each run, span, slice and metric; costs are metrics too
     methods.parquet   each model and strategy, averaged over spans and seeds
     tests.parquet     the paired test of each pair of methods
     table.md          methods.parquet as a table for people
@@ -90,12 +90,12 @@ def collect_results(
 
 
 def read_ranks(file: Path) -> pl.DataFrame:
-    """Read span-*.parquet of a cell, of any version, with the current column names."""
+    """Read span-*.parquet of a run, of any version, with the current column names."""
     return pl.read_parquet(file).rename(RANK_COLUMNS, strict=False)
 
 
 def read_costs(file: Path) -> dict[str, float]:
-    """Read costs-*.json of a cell, of any version, with the current names."""
+    """Read costs-*.json of a run, of any version, with the current names."""
     found: dict[str, float] = with_current_keys(json.loads(file.read_text()), COST_KEYS)
     return found
 
@@ -131,7 +131,7 @@ def _read_answers(cell: Cell, folder: Path, metrics: Sequence[str]) -> pl.DataFr
 def _quality_by_slice(
     tested: pl.DataFrame, slices: pl.DataFrame | None, metrics: Sequence[str], averaging: Averaging
 ) -> pl.DataFrame:
-    """Each metric by cell and slice, for each span and over all. Slices of one span have no interval."""
+    """Each metric by run and slice, for each span and over all. Slices of one span have no interval."""
     answers = arrange_metrics(tested, metrics, CELL_COLUMNS, averaging)
     queries = answers.queries.with_columns(pl.lit(True).alias("all"))
     if slices is not None:
@@ -216,7 +216,7 @@ def _summarize_all(answers: QueryMetrics, metrics: Sequence[str]) -> pl.DataFram
     )
 
 
-def cell_costs(cell: Cell, folder: Path, from_span: int = ReplayRecipe.from_span) -> pl.DataFrame:
+def cell_costs(cell: Cell, folder: Path, from_span: int = 1) -> pl.DataFrame:
     """Costs of each update, as metrics of the span that it trained on; overall: the mean from `from_span` on."""
     by_span = {int(file.stem.rpartition("-")[2]): read_costs(file) for file in folder.glob("costs-*.json")}
     rows = [(span, name, value) for span, costs in sorted(by_span.items()) for name, value in costs.items()]
@@ -286,7 +286,7 @@ def markdown_table(methods: pl.DataFrame, metrics: Sequence[str]) -> str:
 
 
 def table_notes(methods: pl.DataFrame, metrics: Sequence[str]) -> list[str]:
-    """What the columns and the names of a Markdown table mean."""
+    """Explain the columns and the names of a Markdown table."""
     lines = ["- Quality: mean over spans and users, with its 95 % interval. Higher is better."]
     if any(metric in LOWER_IS_BETTER for metric in metrics):
         lines[0] = "- Quality: mean over spans, with its 95 % interval. Higher is better; lower for logloss."
@@ -296,7 +296,7 @@ def table_notes(methods: pl.DataFrame, metrics: Sequence[str]) -> list[str]:
     if any("@" in model for model in methods["model"]):
         lines.append(
             "- `MODEL@stored` ranks by the interests that the last update stored, `MODEL@both` by these and the recent "
-            "ones. All other rows rank by interests read from recent events."
+            "ones. All other rows rank by interests computed from recent events."
         )
     if any(" x" in strategy for strategy in methods["strategy"]):
         lines.append(

@@ -1,4 +1,4 @@
-"""Runs the cells of a replay in one or more processes, ordered so that a shared base block is trained once."""
+"""Do the runs of a replay in one or more processes, ordered so that a shared base block is trained once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from freshrec.replay.provenance import Provenance, base_file, is_spec_of, matche
 from freshrec.store.checkpoint import load_state, save_state
 from freshrec.types import Span, State, TrainedModel
 
-ProgressCallback = Callable[[Cell, int], None]  # called with a cell and the span that it has just finished
+ProgressCallback = Callable[[Cell, int], None]  # called with a run and the span that it has just finished
 
 
 def run_cells(
@@ -36,10 +36,10 @@ def run_cells(
     device: str = "cpu",
     on_span_done: ProgressCallback,
 ) -> None:
-    """Run all cells that are not done yet; trained models run on `device`.
+    """Do all runs that are not done yet. Trained models run on `device`.
 
     Each process has one thread, because threads wait for each other on small operations. A shared base block is trained
-    once. OptionError if the device does not exist, or if `out` holds other results.
+    once. Raises OptionError if the device does not exist, or if `out` holds other results.
     """
     cells = list(cells)
     use_device(device)  # raises before anything is written
@@ -61,7 +61,7 @@ def run_cells(
 
 
 def _claim_folder(out: Path, cells: list[Cell], split: LogSplit, settings: ReplaySettings) -> None:
-    """Record what is replayed. OptionError if `out` holds results of another log or of other options."""
+    """Record the origin of the results. Raises OptionError if `out` holds results of another log or other options."""
     descriptions: dict[Path, Provenance] = {out: (settings, split.fingerprint())}
     descriptions |= {out / cell.folder_name: cell for cell in cells}
     for folder, source in descriptions.items():
@@ -94,7 +94,7 @@ def _report_progress(
                     on_span_done(cell, span)
         for task in running:
             if task.ready():
-                task.get()  # raises what the worker raised
+                task.get()  # raises the error of the worker
         if is_finished:
             return
         time.sleep(0.5)
@@ -119,7 +119,7 @@ def _prepare_base(cell: Cell, split: LogSplit, device: str, out: Path) -> None:
 
 
 def _cell_device(cell: Cell, device: str) -> str:
-    """The device of a cell. Counting models and the blend, which mostly counts, run on the CPU."""
+    """The device of a run. Counting models and the blend, which mostly counts, run on the CPU."""
     return device if isinstance(cell.model_spec.build(cell.seed), TrainedModel) else "cpu"
 
 

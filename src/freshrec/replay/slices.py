@@ -6,8 +6,8 @@ from freshrec.types import TEST, Span
 
 SLICES = {
     "all": "every query",
-    "known pair": "the user had the item before",
-    "new pair": "the user never had the item before",
+    "known pair": "the user has an earlier event with the item",
+    "new pair": "the user has no earlier event with the item",
     "old item": "the item first occurred at least two spans earlier",
     "new item": "the item first occurred in the previous span",
     "unseen item": "the item first occurs in this span, so no earlier update has learned it",

@@ -111,5 +111,5 @@ def fit_grid(fit: FitConfig) -> list[FitConfig]:
 
 
 def weight_grid(weight: float, low: float, high: float) -> list[float]:
-    """A weight for each of the six entries of `fit_grid`: as it is, times `low` or times `high`, twice each."""
+    """A weight for each of the six entries of `fit_grid`: unchanged, times `low` or times `high`, twice each."""
     return [weight * factor for factor in (1.0, low, high, low, high, 1.0)]

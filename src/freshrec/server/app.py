@@ -32,7 +32,7 @@ request: `Authorization: Bearer TOKEN`.
 API_TAGS = [
     {"name": "lists", "description": "Recommendations and similar items."},
     {"name": "events", "description": "Clicks. They change lists at once; the next update trains on them."},
-    {"name": "people", "description": "What is known about a user, and erasing it."},
+    {"name": "people", "description": "Profiles and explanations for users, and erasing a user."},
     {"name": "versions", "description": "The live version, all versions, and rolling back."},
     {"name": "health", "description": "Probes and metrics for operators."},
 ]

@@ -34,7 +34,7 @@ def run_benchmark(
     """Measure a server under an open-loop load of `rate` requests per second.
 
     `options` are flags of `freshrec serve`. With `swap`, the live version changes twice meanwhile. Returns latencies in
-    ms, errors, CPU time in ms per request and memory in MB. StateError if the live version has no users.
+    ms, errors, CPU time in ms per request and memory in MB. Raises StateError if the live version has no users.
     """
     store = open_store(folder)
     users = pl.read_parquet(store.verified_files(store.live)[USERS_FILE])["id"].drop_nulls().cast(pl.String).to_list()
@@ -78,7 +78,7 @@ def run_benchmark(
 
 @contextmanager
 def running_server(folder: Path, *options: str, wait_s: float = 120.0) -> Iterator[tuple[str, int]]:
-    """Run `freshrec serve` on a free port. Yields its address and process id. StateError if it does not start."""
+    """Run `freshrec serve` on a free port. Yield its address and process id. Raises StateError if it does not start."""
     with tempfile.TemporaryFile("w+") as log:
         command = [sys.executable, "-m", "freshrec", "serve", "--store", str(folder), "--port", "0", *options]
         with subprocess.Popen(command, stdout=log, stderr=log) as process:
@@ -103,7 +103,7 @@ def _wait_for_address(process: subprocess.Popen[bytes], log: Any, wait_s: float)
 
 
 def describe_search(url: str) -> str:
-    """Return how the server searches the live version, and why."""
+    """Return the search method of the live version, and the reason for it."""
     address = urlsplit(url)
     assert address.hostname is not None
     connection = HTTPConnection(address.hostname, address.port, timeout=30)
@@ -126,7 +126,7 @@ def process_cpu_s(pid: int) -> float:
 
 
 def measure_baseline_mb() -> float:
-    """Resident memory of a process that has imported what a server needs and serves nothing, in MB."""
+    """Resident memory of a process that has imported the libraries of a server and serves nothing, in MB."""
     code = (
         "import torch, faiss, uvicorn, freshrec.server.app; from pathlib import Path; import os;"
         "print(int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2**20)"

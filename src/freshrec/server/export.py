@@ -21,14 +21,14 @@ from freshrec.types import Batch, InterestModel, VectorModel
 
 
 def export_version(version: LoadedVersion, folder: Path, with_onnx: bool = False) -> dict[str, Any]:
-    """Write ids, vectors and an index of a version into a new folder. Returns what about.json says about them.
+    """Write ids, vectors and an index of a version into a new folder. Returns the content of about.json.
 
     - items.parquet, users.parquet: ids and rows. users.parquet also has the first vector of each user and their number.
     - item_vectors.npy: shape (items, D). user_vectors.npy: shape (vectors, D).
     - items.faiss: an inverted file. Its numbers are item rows, from 1.
     - user_tower.onnx, with `with_onnx`: the network that computes user vectors.
 
-    OptionError if the folder is not empty, IncompatibleError for a model without vectors.
+    Raises OptionError if the folder is not empty, IncompatibleError for a model without vectors.
     """
     served = version.served
     model = served.state.model
@@ -97,7 +97,7 @@ class UserTower(nn.Module):
 def write_user_tower(version: LoadedVersion, path: Path) -> list[str]:
     """Write the user tower as ONNX, for any number of users. Returns the names of its inputs.
 
-    A history has the model's full length, padded with 0 on the left. OptionError if the ONNX libraries are missing.
+    A history has the model's full length, padded with 0 on the left. Raises OptionError without the ONNX libraries.
     """
     model = version.served.state.model
     length, n = model.spec.length, 2

@@ -43,7 +43,7 @@ class LoadedVersion:
 
 
 def user_row(version: LoadedVersion, user: int | str) -> int:
-    """Return the row of a user, of the version or the overlay; 0 if unknown. LogError for an id of the wrong type."""
+    """Return the row of a user of version or overlay; 0 if unknown. Raises LogError for an id of the wrong type."""
     served = version.served
     user_id = normalize_id("user_id", user, served.users)
     row = served.users.row(user_id) or served.overlay.new_users.get(user_id, 0)
@@ -51,7 +51,7 @@ def user_row(version: LoadedVersion, user: int | str) -> int:
 
 
 def recommend(version: LoadedVersion, users: Sequence[int | str], request: ListRequest) -> list[schemas.UserList]:
-    """Recommend lists for users, in the given order. OptionError for an unknown category."""
+    """Recommend lists for users, in the given order. Raises OptionError for an unknown category."""
     users_N = torch.tensor([user_row(version, user) for user in users])
     found = make_lists(version.served, users_N, resolve_request(version.served, request))
     lists, ids = [], version.served.items.id_column
@@ -69,14 +69,14 @@ def recommend(version: LoadedVersion, users: Sequence[int | str], request: ListR
 
 
 def similar(version: LoadedVersion, item: str, k: int) -> list[schemas.RankedItem]:
-    """Return the items most similar to one. OptionError for an unknown item."""
+    """Return the items most similar to one. Raises OptionError for an unknown item."""
     rows_N = require_rows(normalize_ids("item_id", item, version.served.items), version.served.items)
     found = similar_items(version.served, rows_N, k)
     return _rank_items(version, column_tensor(found), column_tensor(found, "score"))
 
 
 def user_profile(version: LoadedVersion, user: str) -> schemas.UserProfile | None:
-    """Return what is known about a user, newest events last; None for an unknown user."""
+    """Return the profile of a user, newest events last; None for an unknown user."""
     row = user_row(version, user)
     if not row:
         return None
@@ -111,7 +111,7 @@ def _past_events(events: list[PastEvent]) -> list[schemas.PastEvent]:
 def explain(version: LoadedVersion, user: str, item: str) -> schemas.ExplanationResponse:
     """Explain why a user is offered an item.
 
-    OptionError for unknown ids, IncompatibleError if the model cannot explain.
+    Raises OptionError for unknown ids, IncompatibleError if the model cannot explain.
     """
     served = version.served
     row = user_row(version, user)

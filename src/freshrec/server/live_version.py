@@ -27,7 +27,7 @@ from freshrec.store.click_journal import Click, ClickJournal, read_journal
 from freshrec.store.manifest import Manifest, utc_now
 from freshrec.store.versions import Store
 
-POLL_INTERVAL_S = 0.5  # time between two looks at the live pointer
+POLL_INTERVAL_S = 0.5  # time between two checks of the live pointer
 N_TRIAL_USERS = 8  # users whose lists test a new version before it is served
 RETRY_INTERVAL_S = 30.0  # time before a version that could not be served is tried again
 MAX_REMEMBERED_IDS = 100_000  # event ids of learned clicks that are kept to recognize repeats
@@ -68,7 +68,7 @@ class LiveVersion:
         self._watcher = threading.Thread(target=self._watch_loop, name="watch", daemon=True)
 
     def start(self) -> None:
-        """Load the live version and watch the store for others. StateError if it cannot be served."""
+        """Load the live version and watch the store for others. Raises StateError if it cannot be served."""
         self.refresh()
         if self.version is None:
             raise StateError(self.problem)
@@ -110,7 +110,7 @@ class LiveVersion:
     def _swap(self, version: LoadedVersion) -> None:
         """Swap model, ids, interests, index and overlay at once. The overlay gets all clicks that the version lacks.
 
-        StateError if the journal is damaged. Then nothing changes.
+        Raises StateError if the journal is damaged. Then nothing changes.
         """
         # keep event ids, because the histories of learned events have none
         ids = [identity for identity in self._known_clicks if len(identity) == 1]
@@ -139,7 +139,7 @@ class LiveVersion:
     def accept_clicks(self, clicks: Sequence[Click]) -> tuple[int, list[ClickOutcome]]:
         """Write clicks to the journal and add them to the overlay. Returns the version of the overlay, and the results.
 
-        StateError if they could not be written. Then none of them changes a list.
+        Raises StateError if they could not be written. Then none of them changes a list.
         """
         with self._overlay_lock:
             version = self.version
@@ -197,13 +197,13 @@ class LiveVersion:
         return max((time for time in times if time is not None), default=None)
 
     def _watch_loop(self) -> None:
-        """Look at the store again and again, until `stop`."""
+        """Check the store every POLL_INTERVAL_S until `stop` is called."""
         while not self._stop_event.wait(POLL_INTERVAL_S):
             self.refresh()
 
 
 def load_version(store: Store, manifest: Manifest, search_options: SearchOptions = DEFAULT_SEARCH) -> LoadedVersion:
-    """Load a version, build its index and test it. StateError if it is damaged or its lists are wrong."""
+    """Load a version, build its index and test it. Raises StateError if it is damaged or its lists are wrong."""
     bundle = read_serving_bundle(store.verified_files(manifest.id), load_for_serving)
     check_sizes(bundle)
     bundle = replace(bundle, served=bundle.served.serving_copy)
@@ -214,19 +214,19 @@ def load_version(store: Store, manifest: Manifest, search_options: SearchOptions
 
 
 def check_sizes(bundle: ServingBundle) -> None:
-    """StateError if ids and model are of different versions."""
+    """Raise StateError if ids and model belong to different versions."""
     served = bundle.served
     state, model = served.state, served.state.model
     n_users, n_items = len(served.users), len(served.items)
     if model.n_items > n_items or model.n_users > n_users or state.histories.n_users > n_users:
         raise StateError(
             f"Its model has {model.n_users:,} users and {model.n_items:,} items, but its catalogs have {n_users:,} and "
-            f"{n_items:,}. They are not of one version. Go back to another version with `freshrec rollback`."
+            f"{n_items:,}. They belong to different versions. Roll back to another version with `freshrec rollback`."
         )
 
 
 def check_lists(bundle: ServingBundle) -> None:
-    """Compute some lists twice. StateError if one of them is wrong."""
+    """Compute some lists twice. Raise StateError if one of them is wrong."""
     served = bundle.served
     state, n_items = served.state, len(served.items)
     active_users_U = (state.histories.offsets_U.diff() > 0).nonzero()[:, 0]
@@ -236,11 +236,11 @@ def check_lists(bundle: ServingBundle) -> None:
     rows = lists["item"]
     if not len(lists) or not rows.is_between(1, n_items).all() or not lists["score"].is_finite().all():
         raise StateError(
-            "Its lists are empty, have unknown items, or have scores that are not finite. Go back to another version."
+            "Its lists are empty, have unknown items, or have scores that are not finite. Roll back to another version."
         )
     if lists.filter(pl.col("nth") == 0).is_empty() or not lists.equals(repeated_lists):
         raise StateError(
-            "It gives unknown users no list, or different lists for the same request. Go back to another version."
+            "It gives unknown users no list, or different lists for the same request. Roll back to another version."
         )
 
 
@@ -284,7 +284,7 @@ def _is_in_history(served: ServedState, click: Click) -> bool:
 
 
 def check_click_ids(version: LoadedVersion, click: Click) -> Click:
-    """Convert the ids of a click to the types of the store. LogError if that is not possible."""
+    """Convert the ids of a click to the types of the store. Raises LogError if that is not possible."""
     served = version.served
     user_id = normalize_id("user_id", click.user_id, served.users)
     item_id = normalize_id("item_id", click.item_id, served.items)

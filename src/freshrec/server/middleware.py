@@ -48,7 +48,7 @@ class ServerLimits:
 
 @dataclass
 class TokenBucket:
-    """How many requests a client may still make."""
+    """Number of requests that a client may still make."""
 
     tokens: float  # requests left
     updated_at: float  # time of the last request, in seconds
@@ -173,7 +173,7 @@ def has_token(scope: Scope, token: str) -> bool:
 
 
 async def read_body(receive: Receive, max_bytes: int) -> bytes | None:
-    """Return the body of a request; None if it is too large. TimeoutError if the client disconnects."""
+    """Return the body of a request; None if it is too large. Raises TimeoutError if the client disconnects."""
     parts, size = [], 0
     while True:
         message = await receive()

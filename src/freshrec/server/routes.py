@@ -126,7 +126,7 @@ def add_similar_routes(app: FastAPI, service: Service) -> None:
     async def similar(item: ItemIdPath, k: KQuery = DEFAULTS.k) -> schemas.SimilarResponse:
         """Return the items that are most similar to one item.
 
-        Models with vectors compare them by cosine. Other models count which items are taken together.
+        Models with vectors compare them by cosine. Other models count how often two items occur together.
         """
         version = service.version
         _require_known(version.served.items, "item_id", item)
@@ -137,7 +137,7 @@ def add_similar_routes(app: FastAPI, service: Service) -> None:
 def add_event_routes(app: FastAPI, service: Service) -> None:
     """Add the intake of clicks."""
 
-    @app.post("/events", tags=["events"], summary="Send clicks", response_description="What happened to each click.")
+    @app.post("/events", tags=["events"], summary="Send clicks", response_description="The result of each click.")
     async def events(clicks: schemas.ClicksRequest) -> schemas.ClicksResponse:
         """Store up to 1,000 clicks and add them to the histories of their users.
 
@@ -175,7 +175,7 @@ def add_user_routes(app: FastAPI, service: Service) -> None:
         responses=error_response(404, "The user or the item is unknown."),
     )
     async def explain(user: UserIdPath, item: ItemIdPath) -> schemas.ExplanationResponse:
-        """Return why a user is offered an item: which experts or interest, and which past items of the user."""
+        """Return the reasons why a user is offered an item: experts or interests, and past items of the user."""
         version = service.version
         _require_known(version.served.items, "item_id", item)
         if not handlers.user_row(version, user):
@@ -190,7 +190,7 @@ def add_user_routes(app: FastAPI, service: Service) -> None:
         responses=error_response(404, "The user is unknown."),
     )
     async def interests(user: UserIdPath) -> schemas.UserProfile:
-        """Return what is known about a user: recent events, and interests with their best items and their events."""
+        """Return the profile of a user: recent events, and interests with their best items and their events."""
         version = service.version
         found = await service.run_in_worker(lambda: handlers.user_profile(version, user))
         if found is None:
@@ -205,7 +205,7 @@ def add_user_routes(app: FastAPI, service: Service) -> None:
         responses=error_response(404, "The live version has no parent version."),
     )
     async def changes(user: UserIdPath, k: KQuery = 20) -> schemas.ListChanges:
-        """Return how the list of a user differs from that of the parent version, which is loaded for this request."""
+        """Compare the list of a user with that of the parent version, which is loaded for this request."""
         version = service.version
         parent = version.manifest.parent
         if parent is None:
@@ -306,7 +306,7 @@ def add_version_routes(app: FastAPI, service: Service) -> None:
         def work() -> dict[str, Any]:
             was = store.live
             if move.version >= was:
-                raise OptionError(f"Version {move.version} is not earlier than the live version {was}.")
+                raise OptionError(f"Version {move.version} is not earlier than the live version {was}. Choose another.")
             if not store.manifest(move.version).goes_live and not move.reason:
                 raise OptionError(
                     f"The gate refused version {move.version}. Give a reason, which is stored in the history."
@@ -345,7 +345,7 @@ def add_health_routes(app: FastAPI, service: Service) -> None:
 
 
 def _to_click(click: schemas.ClickIn, version: LoadedVersion) -> Click:
-    """Convert a click for the journal. LogError if it does not fit the log."""
+    """Convert a click for the journal. Raises LogError if it does not fit the log."""
     read_options, now = version.bundle.read_options, datetime.now(UTC)
     timestamp = click.timestamp or now
     timestamp = timestamp if timestamp.tzinfo else timestamp.replace(tzinfo=UTC)

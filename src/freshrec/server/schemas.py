@@ -177,7 +177,7 @@ class InterestCard(BaseModel):
 
 
 class UserProfile(BaseModel):
-    """What is known about a user."""
+    """The profile of a user."""
 
     version: VersionNumber
     user_id: UserId
@@ -187,11 +187,11 @@ class UserProfile(BaseModel):
     last_span: Annotated[int | None, Field(description="Span of the user's last event.")]
     events: Annotated[list[PastEvent], Field(description="The 30 most recent events, newest last.")]
     interests: Annotated[list[InterestCard], Field(description="Interests, each with items and events.")]
-    kind: Annotated[str, Field(description="What the interests are, which depends on the model.")]
+    kind: Annotated[str, Field(description="Kind of interests, which depends on the model.")]
 
 
 class ListChanges(BaseModel):
-    """How the list of a user differs from that of the parent version."""
+    """The differences between a user's list and that of the parent version."""
 
     version: VersionNumber
     before: Annotated[int, Field(description="Number of the parent version.")]
@@ -210,7 +210,7 @@ class ListChanges(BaseModel):
 class ExplanationReason(BaseModel):
     """One reason for an item."""
 
-    source: Annotated[str, Field(description="What supports the item, such as an expert of the blend or an interest.")]
+    source: Annotated[str, Field(description="Source of the reason, such as an expert of the blend or an interest.")]
     place: Annotated[int | None, Field(description="Rank of the item in the list of this source, from 1.")] = None
     points: Annotated[float | None, Field(description="Score that this source gives the item; higher is better.")] = (
         None
@@ -221,13 +221,13 @@ class ExplanationReason(BaseModel):
 
 
 class ExplanationResponse(BaseModel):
-    """Why a user is offered an item."""
+    """The reasons why a user is offered an item."""
 
     version: VersionNumber
     user_id: UserId
     item_id: ItemId
     offered: Annotated[bool, Field(description="Whether the model offers the item to the user.")]
-    reasons: Annotated[list[ExplanationReason], Field(description="What supports the item.")]
+    reasons: Annotated[list[ExplanationReason], Field(description="Reasons, largest contribution first.")]
 
 
 class VersionInfo(BaseModel):
@@ -237,7 +237,7 @@ class VersionInfo(BaseModel):
     parent: Annotated[int | None, Field(description="Version from which this one was updated; null for the first.")]
     kind: Annotated[str, Field(description="How the version was made: `fit`, `update`, `no rows` or `saved`.")]
     made_at: Annotated[str, Field(description="Time when the version was made, ISO 8601 (UTC).")]
-    live_since: Annotated[str, Field(description="Time since when this server serves it, ISO 8601 (UTC).")]
+    live_since: Annotated[str, Field(description="Time when this server began to serve it, ISO 8601 (UTC).")]
     model: Annotated[str, Field(description="Name of the model.")]
     strategy: Annotated[str, Field(description="Name of the strategy.")]
     sizes: Annotated[dict[str, int], Field(description="Numbers of users, items and events.")]
@@ -246,11 +246,11 @@ class VersionInfo(BaseModel):
     reasons: Annotated[list[str], Field(description="Why the gate refused the version; empty if it did not.")]
     notes: Annotated[list[str], Field(description="Further remarks of the gate.")]
     newest_event: Annotated[
-        str | int | None, Field(description="Time of the newest event that lists use, clicks included.")
+        str | int | None, Field(description="Time of the newest event that lists use, including clicks.")
     ]
-    search: Annotated[dict[str, Any], Field(description="How items are searched, why, and with which recall.")]
+    search: Annotated[dict[str, Any], Field(description="Search method, the reason for it, and its recall.")]
     has_token: Annotated[
-        bool, Field(description="Whether the server has a token, which allows to roll back and erase.")
+        bool, Field(description="Whether the server has a token. Rolling back and erasing a user need one.")
     ]
 
 

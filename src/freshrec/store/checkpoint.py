@@ -29,7 +29,7 @@ CHUNK_BYTES = 1 << 21  # bytes of a tensor that are read at a time; the mapped m
 
 
 class TensorReader(Protocol):
-    """Reads tensors from a file."""
+    """A function that reads a tensor from a file."""
 
     def __call__(self, name: str, columns: int | None = None) -> Tensor:
         """Return the tensor with this name in the file: all columns, or the first ones."""
@@ -189,7 +189,7 @@ def _model_parts(model: Model) -> dict[str, Any]:
 
 
 def _weights_of(model: Model) -> dict[str, Any]:
-    """Return what a model has learned, by name: its `state_dict`, or all its attributes if it has none."""
+    """Return the learned values of a model by name: its `state_dict`, or all its attributes if it has none."""
     if isinstance(model, StateDictModel):
         return dict(model.state_dict())
     return {name: value for name, value in vars(model).items() if name not in BUILT}

@@ -173,7 +173,7 @@ def mark_taken(files: Iterable[JournalFile], batch: int | None) -> None:
         sync_folder(file.path.parent)
 
 
-def remove_learnt_files(store: Path, last_batch: int) -> None:
+def remove_learned_files(store: Path, last_batch: int) -> None:
     """Delete the files whose batch the live version has learned: those up to `last_batch`."""
     for path in _journal_paths(store):
         batch = path.name.partition(TAKEN_SUFFIX)[2]

@@ -49,7 +49,7 @@ WRITER_PROPERTIES = WriterProperties(
 
 @dataclass(frozen=True)
 class AppendResult:
-    """What happened to the rows of a delivery: n_rows = n_duplicates + n_known + n_appended."""
+    """Numbers of rows of a delivery by outcome: n_rows = n_duplicates + n_known + n_appended."""
 
     batch: int | None  # number of the new batch; None = nothing was appended
     repeated_batch: int | None  # batch of the same source, if it was delivered before
@@ -369,7 +369,8 @@ def _user_literal(user_id: int | str, table: DeltaTable, folder: Path) -> str:
     if isinstance(user_id, str) != (kind == pl.String):
         words = TYPE_NAMES[type(kind)]
         raise OptionError(
-            f"The user ids of the event log in {folder} are {words}, but {to_printable(repr(user_id), 40)} is not."
+            f"The user ids of the event log in {folder} are {words}, but {to_printable(repr(user_id), 40)} is not. "
+            "Pass an id of that type."
         )
     return "'" + user_id.replace("'", "''") + "'" if isinstance(user_id, str) else str(user_id)
 

@@ -29,7 +29,7 @@ class FileEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a version is, how it was made, and the verdict of the gate."""
+    """Description of a version: its origin, contents, quality, and the verdict of the gate."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     id: int

@@ -174,7 +174,7 @@ class Store:
         return {name: _version_folder(self, number) / file.path for name, file in self.manifest(number).files.items()}
 
     def find_damage(self, number: int) -> list[str]:
-        """Return what is wrong with the files of a version. Raises StateError if they were deleted."""
+        """Return a sentence about each damaged file of a version. Raises StateError if the files were deleted."""
         folder, manifest = _version_folder(self, number), self.manifest(number)
         if is_collected(self, number):
             raise StateError(f"The files of version {number} were deleted by `freshrec gc`. Choose another version.")

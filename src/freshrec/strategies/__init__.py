@@ -77,7 +77,7 @@ STRATEGY_TABLE: dict[str, tuple[Strategy, str]] = {
     "asmg-gru-unif": (ASMG(loss="uniform"), "ASMG whose generator is trained with equal weight on each span."),
     "asmg-linear": (
         ASMG(generator="linear", loss="last"),
-        "ASMG with a learned weighted mean of the last 3 models in place of the GRU.",
+        "ASMG with a learned weighted mean of the last 3 models instead of the GRU.",
     ),
     "self-tuned": (SelfTuned(), "Fine-tuning with settings chosen by a simulation on the base block."),
     "imsr": (IMSR(), "Retains existing interests, detects new ones and trims redundant ones."),
@@ -116,7 +116,7 @@ INTERFACE = Interface(Strategy, "update(state, span)")
 def find_strategy(named: str | Strategy | type[Strategy]) -> Strategy:
     """Return the strategy called "imsr", "imsr:fit.epochs=5:retain.weight=1" or "their_package.module:Thing".
 
-    An instance is returned unchanged. A class is instantiated. Raises OptionError for anything that is no strategy.
+    An instance is returned unchanged. A class is instantiated. Raises OptionError for anything else.
     """
     if isinstance(named, str):
         if (former := named.partition(":")[0]) in FORMER:

@@ -95,13 +95,13 @@ class ADER:
     """
 
     exemplars: Count = 30_000  # Maximum number of exemplars of all items together.
-    select: SelectionRule = "herding"  # How exemplars are chosen. "herding-code" follows the authors' code.
-    allocate: AllocationRule = "largest-remainder"  # How exemplars are divided among items: rounded or drawn.
+    select: SelectionRule = "herding"  # Rule for choosing exemplars. "herding-code" follows the authors' code.
+    allocate: AllocationRule = "largest-remainder"  # Rule for dividing exemplars among items: rounded or drawn.
     equal: bool = False  # Plan equally many exemplars for all items, not in proportion to their samples.
     distil: bool = True  # Distil the previous model's scores. false = train on the true targets (ER).
     adaptive: bool = True  # Scale the weight by the shares of old items and of exemplars (equation 4 of ADER).
     weight: Weight = 0.8  # Weight of the loss on exemplars. 0 = fine-tuning.
-    fit: FitConfig = FitConfig()  # How the model is trained.
+    fit: FitConfig = FitConfig()  # Training options of the model.
 
     def __post_init__(self) -> None:
         check_options(self)

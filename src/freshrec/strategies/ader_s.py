@@ -1,8 +1,8 @@
 """ADER-S: the method that the IMSR paper calls ADER in its comparison. ADER itself is another algorithm (ader.py).
 
-Fine-tuning that replays, for each active user, the past sequences most similar to the new one. It has no exemplars per
-item, no herding and no distillation. The paper does not say how sequences are represented or how many are replayed.
-Both are our reading.
+It is fine-tuning that replays, for each active user, the past sequences most similar to the new one. It has no
+exemplars per item, no herding and no distillation. The paper does not say how sequences are represented or how many are
+replayed. Both are our reading.
 """
 
 import time
@@ -40,7 +40,7 @@ def truncate_sequences(targets: Targets, n_each: int, length: int, rng: torch.Ge
 def select_similar(pool: TrainingSamples, targets: Targets, items_ID: Tensor, share: float) -> Tensor:
     """Indices (M,) of each active user's past sequences that are most similar to the new events.
 
-    A `share` of the user's past sequences is taken, rounded up. Similarity is the cosine of mean item vectors.
+    A `share` of the user's past sequences is selected, rounded up. Similarity is the cosine of mean item vectors.
     """
     users_N, item_N = targets.users_N, targets.items_N
     n_users = targets.histories.n_users
@@ -62,7 +62,7 @@ class ADERS:
     sequences_per_user: Count = 5  # Maximum number of sequences per user and span that enter the pool.
     share: Rate = 0.5  # Share of a user's past sequences that is replayed.
     weight: Weight = 1.0  # Weight of the loss on past sequences. 0 = fine-tuning.
-    fit: FitConfig = FitConfig()  # How the model is trained.
+    fit: FitConfig = FitConfig()  # Training options of the model.
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -5,7 +5,7 @@ ModelGenerator, h_{t-k} -> ModelWindow.hidden, lambda_i -> loss_weights. The gen
 
 The update on span t has three steps:
 
-1. Train the generator: from the models up to t - 1, which have not seen span t, it makes one that is good on span t.
+1. Train the generator. From the models up to t - 1, which have not seen span t, it generates one for span t.
 2. Fine-tune the chain on span t.
 3. Generate the model to serve in span t + 1. The served model never enters the chain.
 """
@@ -52,7 +52,7 @@ from freshrec.types import Batch, Forward, Histories, Interests, LossTerm, Span,
 
 @dataclass(frozen=True)
 class PastSpan:
-    """What is needed to train on a span again: the histories of its users, their interests, and the number of items."""
+    """Data for training on a span again: the histories of its users, their interests, and the number of items."""
 
     histories: Histories
     stored_interests: StoredInterests | None
@@ -89,7 +89,7 @@ class ASMG:
     epochs: Count = 1  # Epochs of the generator per update.
     lr: Positive = 0.01  # Learning rate of the generator.
     base_parts: CountOrZero = 6  # Parts of the base block that the generator is first trained on. 0 = none.
-    fit: FitConfig = FitConfig()  # How the chain is trained.
+    fit: FitConfig = FitConfig()  # Training options of the chain.
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -220,7 +220,7 @@ class ASMG:
         return term
 
     def _endless_batches(self, model: TrainedModel, past_span: PastSpan, rng: torch.Generator) -> Iterator[Batch]:
-        """Yield batches of a past span, again and again. Yields nothing if the span has no batch."""
+        """Yield batches of a past span in an endless loop. Yield nothing if the span has no batch."""
         targets = due_targets(past_span.histories, self.fit.history)
         negative_pool_N = torch.arange(1, past_span.n_items + 1)  # without items that came later
         is_empty = False

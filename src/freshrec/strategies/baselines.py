@@ -36,7 +36,7 @@ class Absorb:
 class Frozen:
     """No training after the base block. New users and items get untrained vectors."""
 
-    fit: FitConfig = FitConfig()  # How the base block is trained.
+    fit: FitConfig = FitConfig()  # Training options of the base block.
 
     def update(self, state: State, span: Span) -> State:
         """Return the base model with rows for new users and items. Stored interests do not change."""
@@ -51,7 +51,7 @@ class Frozen:
 class FineTune:
     """Fine-tuning: continue training the previous model on the new events."""
 
-    fit: FitConfig = FitConfig()  # How the model is trained.
+    fit: FitConfig = FitConfig()  # Training options of the model.
 
     def update(self, state: State, span: Span) -> State:
         """Train the previous weights and interests on the due events. The optimiser keeps its state."""
@@ -71,7 +71,7 @@ class Retrain:
 
     from_scratch: bool = True  # Start from untrained weights (true) or from the previous model (false).
     spans: int = 0  # Number of most recent spans to train on. 0 = all.
-    fit: FitConfig = FitConfig()  # How the model is trained.
+    fit: FitConfig = FitConfig()  # Training options of the model.
 
     def update(self, state: State, span: Span) -> State:
         """Train on the remembered events. `memory` holds references to them, not copies."""

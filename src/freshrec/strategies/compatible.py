@@ -1,4 +1,4 @@
-"""Which strategies can update which models, and what every update must return.
+"""Checks of strategies: the models that each can update, and the state that each update returns.
 
 Replays and stores call `update` only through `next_state`, which checks the new state.
 """
@@ -79,7 +79,7 @@ def blends_only(model: Any, model_name: str, strategy_name: str) -> str | None:
     if not isinstance(model, Blend):
         fitting = "finetune" if isinstance(model, TrainedModel) else "absorb"
         return (
-            f'Strategy "{strategy_name}" updates blends, and model "{model_name}" is none. '
+            f'Strategy "{strategy_name}" updates only blends, and model "{model_name}" is not a blend. '
             f"Use strategy {fitting}, or model blend."
         )
     return None

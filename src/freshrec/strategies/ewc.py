@@ -130,7 +130,7 @@ def _category_squared_gradients(
 
 
 class EncoderModule(nn.Module):
-    """Wraps a model's `encode` as a forward pass, so that it can be called with other weights."""
+    """A module whose forward pass is the `encode` of a model, so that it can be called with other weights."""
 
     def __init__(self, model: EncodingModel) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ class EWC:
 
     weight: Weight = 1000.0  # Weight of the penalty. 0 = fine-tuning.
     samples: Count = 1000  # Number of targets that the Fisher information is estimated from.
-    fit: FitConfig = FitConfig()  # How the model is trained.
+    fit: FitConfig = FitConfig()  # Training options of the model.
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -231,7 +231,7 @@ class IMSR:
     retain: Retainer | None = Retainer()  # The existing-interests retainer.
     detect: Detector | None = Detector()  # The new-interests detector.
     trim: Trimmer | None = Trimmer()  # The projection-based trimmer.
-    fit: FitConfig = FitConfig()  # How the model is trained.
+    fit: FitConfig = FitConfig()  # Training options of the model.
     upkeep: InterestBudget = InterestBudget()  # Limits of the stored interests.
 
     def update(self, state: State, span: Span) -> State:

@@ -78,8 +78,8 @@ class IncCTR:
     """
 
     distill: Distill | None = Distill()  # Distillation from the previous model. none = fine-tuning.
-    threshold: CountOrZero = 0  # Training events that a new id needs for a row of its own. 0 = it has one at once.
-    fit: FitConfig = FitConfig()  # How the model is trained.
+    threshold: CountOrZero = 0  # Number of training events after which a new id gets its own row. 0 = at once.
+    fit: FitConfig = FitConfig()  # Training options of the model.
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -1,4 +1,4 @@
-"""Refit: the update of a blend. Its rule learns from remembered queries, its trained expert from the new events."""
+"""Refit: the update of a blend. Its rule learns from logged queries, its trained expert from the new events."""
 
 import copy
 import time
@@ -36,13 +36,13 @@ LR_FACTORS = (1.0, 0.3, 0.0)  # factors of an update's learning rate; 0 = no tra
 
 @dataclass(frozen=True)
 class Refit:
-    """Fit again how the experts of a blend are combined. Its counting experts have already absorbed the events."""
+    """Fit the weights of a blend's experts again. Its counting experts have already absorbed the events."""
 
     weight_decay: Positive = 20.0  # L2 penalty on the expert weights, relative to the loss summed over queries.
     min_queries: Count = 40  # Queries needed to fit the weights. With fewer, the best expert is used alone.
     epochs: CountOrZero = 6  # Epochs of the network that corrects the weights. 0 = weights only.
     trains: Literal["worth", "always", "never"] = "worth"  # Whether to train the trained expert. "worth" = if it helps.
-    fit: FitConfig = FitConfig(epochs=3, max_epochs=30, patience=3)  # How the trained expert is trained.
+    fit: FitConfig = FitConfig(epochs=3, max_epochs=30, patience=3)  # Training options of the trained expert.
     guard: bool = True  # Use the learning rate that is best on the newest sixth of an update's targets.
     max_passes: Count = 6_000_000  # Limit of targets x epochs per training. Epochs are reduced first, then targets.
     full_retrain: bool = False  # Rebuild everything from all events so far, as on a base block.
@@ -51,7 +51,7 @@ class Refit:
         check_options(self)
 
     def update(self, state: State, span: Span) -> State:
-        """Fit the rule on the queries remembered so far, then train the trained expert on the new events."""
+        """Fit the rule on the queries logged so far, then train the trained expert on the new events."""
         after, meter = Absorb().update(state, span), CostMeter()
         if self.full_retrain:
             span = replace(span, events=concat_events((*(state.memory or ()), span.events)))
@@ -80,7 +80,7 @@ class Refit:
     def _train_base(self, model: Blend, span: Span, seed: int, meter: CostMeter) -> tuple[Blend, Targets]:
         """Train the trained expert on the base block without its last window, and return the window as targets.
 
-        Training stops when the quality on that window no longer improves. The queries remembered from the window then
+        Training stops when the quality on that window no longer improves. The queries logged from the window then
         get this expert's scores. If the scores add nothing beyond chance to those of the other experts, the expert is
         dropped. With fewer than MIN_GAIN_QUERIES queries it is kept.
         """

@@ -51,7 +51,7 @@ SEARCH_SPACE: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class SelfTunedMemory:
-    """What is kept between two updates."""
+    """The memory of the strategy between two updates."""
 
     settings: UpdateSettings
     reservoir: Reservoir
@@ -70,7 +70,7 @@ class SelfTuned:
     base_parts: CountOrZero = 6  # Number of parts of the base block in the simulation. 0 = plain fine-tuning.
     max_queries: Count = 3000  # Maximum number of targets tested per part.
     reservoir: Positive = 0.3  # Size of the reservoir as a share of the base block's targets.
-    fit: FitConfig = FitConfig()  # How the model is trained.
+    fit: FitConfig = FitConfig()  # Training options of the model.
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -48,13 +48,13 @@ class SpanData:
 
 @dataclass(frozen=True)
 class SMLMemory:
-    """What is kept between two updates: the transfer network, and the stage that waits for the next span."""
+    """The memory between two updates: the transfer network, and the stage that waits for the next span."""
 
     theta: Weights
     moments: Weights  # state of the network's optimiser
     adapted: Any = None  # a TrainedModel with weights w^ and optimiser state; None after the base block
     before: Weights = field(default_factory=dict)  # W_{t-1}
-    span_data: SpanData | None = None  # if closing the stage needs it
+    span_data: SpanData | None = None  # None if closing the stage does not need it
 
 
 @dataclass
@@ -79,7 +79,7 @@ class SML:
     """
 
     transfer: LinearTransfer | MLPTransfer | CNNTransfer = CNNTransfer()  # The transfer network.
-    fit: FitConfig = FitConfig()  # How the model is trained in each round.
+    fit: FitConfig = FitConfig()  # Training options of the model, for each round.
     rounds: Count = 1  # Rounds per stage (S). The served weights are made in the first one.
     transfer_epochs: Count = 1  # Epochs of the transfer network per round.
     transfer_lr: Positive = 1e-3  # Learning rate of the transfer network.

@@ -88,13 +88,13 @@ class SPMF:
     take: Literal["sampled", "all"] = "sampled"  # "sampled" = draw from both. "all" = all new events, and past ones.
     share: Weight = 0.5  # Remembered events per new event. For take = "all" only.
     reservoir: Positive = 0.3  # Size of the reservoir: up to 1 a share of the base block's targets, else a number.
-    fit: FitConfig = FitConfig()  # How the model is trained.
+    fit: FitConfig = FitConfig()  # Training options of the model.
 
     def __post_init__(self) -> None:
         check_options(self)
         if self.fit.holdout and self.take == "sampled":
             raise OptionError(
-                "spmf draws new samples in each epoch, so it can hold out none. Set take=all or leave out fit.holdout."
+                "spmf draws new samples in each epoch and cannot hold any out. Set take=all or leave out fit.holdout."
             )
 
     def reservoir_size(self, n_base: int) -> int:

@@ -97,11 +97,11 @@ class ExpertCache:
     """Values that change only when the experts absorb events or are trained."""
 
     share_floor: float  # share of an item that an expert does not score
-    repeat_rate: float  # share of all events whose item the user already had
+    repeat_rate: float  # share of all events that repeat an item of their user
     x_IF: Float32Array  # (I + 1, F) features of all items for a user without history
     log_rank_K: Tensor  # ln of ranks 1, 2, ...; the last entry is for items that an expert does not propose
     popular_items_P: Int64Array  # items that any popularity expert proposes, ascending
-    pool_items_S: Tensor  # items that the trained expert may propose: it has learned all of them
+    pool_items_S: Tensor  # items that the trained expert may propose; it has learned all of them
     pool_vectors_SD: Tensor  # their vectors
 
     def top_of_pool(self, vectors_BD: Tensor, known_B: Tensor, k: int) -> Int64Array:

@@ -1,4 +1,4 @@
-"""Features of items and histories, such as counts, ages and repeat rates. They tell when to trust which expert."""
+"""Features of items and histories, such as counts, ages and repeat rates. They help to decide which expert to trust."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class BlendSpec:
     length: Count = HISTORY_LENGTH  # Number of a user's most recent events that the model reads.
     max_queries: Count = 6000  # Maximum number of logged queries; the most recent ones are kept.
     queries_per_window: Count = 2000  # Queries to log per window of events; a window is a sixth of the base block.
-    negatives_per_query: Count = 60  # Maximum number of candidates to log per query, beside the target.
+    negatives_per_query: Count = 60  # Maximum number of candidates to log per query, in addition to the target.
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -226,7 +226,7 @@ class Blend:
         return sorted(reasons, key=lambda reason: -reason.contribution)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that the model has learned, as tensors by name."""
+        """Everything that the model has learned, as tensors by name."""
         numbers = [
             self.n_users,
             self.n_items,

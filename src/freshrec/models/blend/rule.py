@@ -34,7 +34,7 @@ def feature_scale(x_QCF: Tensor, real_QC: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each feature, shape (F,) each.
 
     The deviation is infinite, which removes the feature, if all candidates of each query share one value. This happens
-    where an expert scores no item. Its share is then a floor that depends on the number of items only. User features
+    if an expert scores no item. Its share is then a floor that depends on the number of items only. User features
     are kept: they are the same for all candidates by design and act through products with other features.
     """
     std_F, mean_F = torch.std_mean(x_QCF[real_QC], 0)

@@ -129,7 +129,7 @@ function versions(history, about) {
 }
 
 function back(to) {
-  at("sure-text").textContent = `Version ${to} becomes the live version. The next update does not repeat what later versions learned; freshrec update --retry N does.`;
+  at("sure-text").textContent = `Version ${to} becomes the live version. The next update does not learn the events of later versions again. To learn them, run freshrec update --retry N.`;
   at("reason").value = "";
   at("sure").returnValue = "no";
   at("sure").showModal();
