@@ -263,7 +263,7 @@ def _estimate_training(
     cell: Cell, split: LogSplit, settings: ReplaySettings, sizes: Sizes, speed: ModelSpeed, epochs: Range
 ) -> tuple[Range, Range]:
     """CPU-s that the strategy adds to the base block, and CPU-s of its updates, from one update on the sample."""
-    strategy, (base, span) = _with_one_epoch(cell.strategy_instance), speed.spans
+    strategy, (base, span) = _shortened(cell.strategy_instance), speed.spans
     share = len(base.events) / max(len(split.spans[0].events), 1)
     shared = speed.base if cell.shared_fit else None
     state, base_s = _timed(lambda: next_state(strategy, replace(_absorbed(cell, base), shared_base=shared), base))
@@ -288,7 +288,7 @@ def _estimate_training(
     return Range(base_s, base_s), Range(seconds(epochs.low), seconds(epochs.high))
 
 
-def _with_one_epoch(strategy: Strategy) -> Strategy:
+def _shortened(strategy: Strategy) -> Strategy:
     """Return a full retrain whose new model trains for one epoch; any other strategy unchanged."""
     if isinstance(strategy, Retrain) and strategy.from_scratch and not strategy.fit.holdout:
         return replace(strategy, fit=replace(strategy.fit, base_epochs=1))

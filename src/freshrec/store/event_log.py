@@ -73,10 +73,9 @@ class EventLog:
     ) -> AppendResult:
         """Append the new rows of a delivery (a `Log.frame`) in one commit. Raises LogError if its columns do not fit.
 
-        Two rows are the same event if their event_id is the same, or without one, if user_id, item_id and time are the
-        same. In a log without timestamps, every row without event_id is new. Events that only `ignored_batches` hold
-        are new too, because no live version has learned them. The same `source`, a hash of the delivered bytes, is
-        never appended twice, because that would bring back erased users.
+        `data/duplicates.py` has the rule for duplicates. Events that only `ignored_batches` hold are new too, because
+        no live version has learned them. The same `source`, a hash of the delivered bytes, is never appended twice,
+        because that would bring back erased users.
         """
         if not len(frame):
             return AppendResult(None, None, 0)
