@@ -141,3 +141,36 @@ def test_the_command_prints_every_fact_and_what_to_type_next(
     assert "2020-09-13T12:26:40+00:00" in printed
     assert "0.0 % of rows share user and timestamp with another row" in printed
     assert f"freshrec fit {path} --columns user_id=uid --events pv --store shop" in printed
+
+
+def test_rows_without_timestamps_among_others_are_counted_once_and_the_time_range_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Row 2 has a timestamp, rows 1 and 3 have none; the periods order all of them.
+    path = tmp_path / "log.csv"
+    path.write_text(f"user_id,item_id,timestamp,period\n1,a,,0\n1,b,{NOON},0\n2,a,,1\n")
+    assert main(["validate", str(path)]) == 0
+    lines = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
+    facts = {" ".join(words[:2]): words[2] for words in lines if len(words) == 3}
+    assert facts["Missing values"] == "timestamp in 2 of 3 rows"
+    assert facts["Time range"] == "unknown: 2 of 3 rows have no timestamp"
+    path.write_text("user_id,item_id,period\n1,a,0\n1,b,0\n2,a,1\n")
+    assert main(["validate", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "Missing values    none\n" in shown and "Time range        unknown: the log has no timestamps\n" in shown
+
+
+def test_a_report_in_a_pipe_has_at_most_100_columns_and_no_spaces_at_line_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "log.csv"
+    rows = "".join(f"{i % 40},{i % 50},{NOON + 900 * i}\n" for i in range(N))
+    path.write_text(f"user_id,item_id,timestamp\n{rows}")
+    assert main(["validate", str(path)]) == 0
+    report, _, _ = capsys.readouterr().out.partition("\nNext")  # the commands after it have the path of the log
+    lines = report.splitlines()
+    assert max(map(len, lines)) <= 100 and all(line == line.rstrip() for line in lines)
+    assert max(map(len, lines)) > 80  # the default of a pipe is 100 columns, not 80
+    # the rule is explained next to its name
+    split = "a base block and 2 spans, by count-alpha (half of the rows, then spans of equal duration)"
+    assert split in " ".join(report.split())

@@ -57,6 +57,7 @@ class Log:
     notes: tuple[str, ...] = ()  # sentences about what was detected, renamed or left out
     n_out_of_order: int = 0  # rows that come after a later row in the source
     n_quarantined: int = 0  # bad rows that were written to the quarantine file
+    n_missing_timestamps: int = 0  # rows without a timestamp, in a source with timestamps in other rows
 
 
 def read_log(
@@ -352,11 +353,13 @@ def _sort_by_time(log: Log) -> Log:
     n_late = int((frame[keys[0]] < frame[keys[0]].cum_max()).sum())
     if n_late or len(keys) > 1:
         frame = frame.sort(keys, maintain_order=True)
+    n_missing = frame["time"].null_count() if "time" in frame.columns else 0
     if not log.has_clock:
         frame = frame.with_columns(time=pl.int_range(n_rows, dtype=pl.Int64))
     key_columns = ["user_id", "item_id", "time"]
     other_columns = [name for name in frame.columns if name not in (*key_columns, "order")]
-    return replace(log, frame=frame.select(*key_columns, *other_columns), n_out_of_order=n_late)
+    sorted_frame = frame.select(*key_columns, *other_columns)
+    return replace(log, frame=sorted_frame, n_out_of_order=n_late, n_missing_timestamps=n_missing)
 
 
 def _sample_users(log: Log, users: int, seed: int) -> Log:
