@@ -157,16 +157,30 @@ def test_a_table_for_people_has_a_line_per_item(
 
 
 @pytest.mark.parametrize("kind", LISTED_KINDS)
-def test_every_name_is_listed_on_a_line_with_what_it_is(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_name_is_listed_on_a_line_with_what_it_is_and_long_lines_continue_indented(
+    kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     names = json.loads(answer(capsys, "list", kind, "--json"))
     assert main(["list", kind]) == 0
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
-    assert [line.split()[0] for line in lines] == list(names)
-    # how to name one's own goes to stderr, so that stdout has a line for each name and nothing else
+    assert [line.split()[0] for line in lines if not line.startswith(" ")] == list(names)
+    assert max(len(line) for line in lines + printed.err.splitlines()) <= 100  # columns
+    # how to name one's own goes to stderr, so that stdout has the names and nothing else
     hint = {"models": " my_model:MyModelSpec:hours=2.", "strategies": " my_strategy:MyStrategy:keep=0.3."}.get(kind, "")
     assert hint in printed.err and bool(hint) == bool(printed.err)
     assert all(len(text) > 10 for text in names.values())
+
+
+def test_the_checks_of_doctor_are_wrapped_at_100_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    first, *others = answer(capsys, "doctor").splitlines()
+    assert first.startswith("ok     Python ") and max(len(line) for line in (first, *others)) <= 100
+    assert all(line.startswith((" " * 7, "ok     ")) for line in others)
+
+
+def test_each_metric_is_listed_with_its_range_and_its_direction(capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = json.loads(answer(capsys, "list", "metrics", "--json"))
+    assert all(text.endswith("; 0 to 1, higher is better") for text in metrics.values()) and len(metrics) == 4
 
 
 def test_the_lists_are_those_of_the_code(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from freshrec.cli.inspection_text import diff_lines, status_lines
 from freshrec.cli.options import AsJson, StoreOption, StorePath, parse_list
-from freshrec.cli.output import print_json, print_table
+from freshrec.cli.output import print_json, print_labelled, print_table
 from freshrec.errors import LogError, OptionError, StateError
 from freshrec.recommender.list_request import DEFAULTS, help_of
 
@@ -139,7 +139,7 @@ def doctor(store: Annotated[Path | None, StoreOption] = None, as_json: AsJson = 
     checks = [{"ok": ok, "what": message} for ok, message in found]
     if not as_json:
         for ok, message in found:
-            typer.echo(f"{'ok   ' if ok else 'WRONG'}  {message}")
+            print_labelled([("ok" if ok else "WRONG", message)], label_width=7, indent="")
     wrong = [message for ok, message in found if not ok]
     if wrong:
         error = StateError(f"{len(wrong)} of {len(found)} checks failed. The first: {wrong[0]}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from freshrec.cli.options import AsJson, ReasonOption, StorePath, WaitOption, parse_duration
-from freshrec.cli.output import print_json
+from freshrec.cli.output import print_json, print_wrapped
 from freshrec.errors import OptionError
 
 if TYPE_CHECKING:
@@ -142,5 +142,5 @@ def erase(
         return
     versions = ", ".join(map(str, receipt["versions"])) or "none"
     events = "1 event" if receipt["events"] == 1 else f"{receipt['events']:,} events"
-    typer.echo(f"User {user}: erased {events} from the log. Rewritten versions: {versions}.")
-    typer.echo(f"Not erased: {receipt['stays']}")
+    print_wrapped(f"User {user}: erased {events} from the log. Rewritten versions: {versions}.")
+    print_wrapped(f"Not erased: {receipt['stays']}")
