@@ -50,6 +50,14 @@ def _wrap(start: str, text: str, indent: str = "") -> list[str]:
     return lines or [start.rstrip()]
 
 
+def make_console(to_stderr: bool = False) -> Console:
+    """Return a console as wide as the terminal; for a pipe or a file, as wide as all other texts."""
+    console = Console(stderr=to_stderr)
+    if not console.is_terminal:
+        console.width = min(MAX_WIDTH, get_terminal_size((MAX_WIDTH, 24)).columns)
+    return console
+
+
 def print_json(found: Any) -> None:
     """Print one line of JSON. Numbers that JSON does not know, such as infinity, become null."""
     typer.echo(json.dumps(_json_safe(found)))

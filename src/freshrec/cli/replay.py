@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from freshrec.cli.options import JOBS, Jobs
+from freshrec.cli.output import make_console
 from freshrec.cli.parameters import Parameter, make_command, parameters_of
 from freshrec.config import description_of, hints_of
 from freshrec.errors import OptionError
@@ -101,7 +102,12 @@ def _show_plan(recipe: Recipe) -> None:
     from freshrec.replay.progress import MeasuringLog, print_estimate, print_plan
     from freshrec.replay.recipes import load_split, make_cells, make_replay_settings
 
-    cells, settings, split, console = make_cells(recipe), make_replay_settings(recipe), load_split(recipe), Console()
+    cells, settings, split, console = (
+        make_cells(recipe),
+        make_replay_settings(recipe),
+        load_split(recipe),
+        make_console(),
+    )
     print_plan(console, len(cells), describe_spans(split), split.notes)
     print_estimate(console, estimate_cost(cells, split, settings, MeasuringLog()))
 
@@ -122,7 +128,7 @@ def run_recipe(recipe: Recipe, out: Path, jobs: int, device: str, resume: bool, 
         raise OptionError(
             f"--from-span is {part.from_span}, but the last span is {len(split.spans) - 1}. Use a lower number."
         )
-    console = Console(stderr=True)
+    console = make_console(to_stderr=True)
     _prepare_folder(out, recipe, resume)
     if not as_json:
         print_plan(console, len(cells), describe_spans(split), split.notes)
@@ -142,7 +148,9 @@ def run_recipe(recipe: Recipe, out: Path, jobs: int, device: str, resume: bool, 
         typer.echo(json.dumps({"out": str(out), "summary": _overall_rows(results)}))
         return
     typer.echo(render_answer(read_answer(cells, out, headline_metric(part.metrics)), recipe.log, output_width()))
-    console.print(f"\nThe folder {out} holds table.md, results.parquet, tests.parquet and recipe.toml.", markup=False)
+    typer.echo(
+        f"\nResults in {out}:\n  table.md, results.parquet, methods.parquet, tests.parquet, recipe.toml", err=True
+    )
 
 
 def _prepare_folder(out: Path, recipe: Recipe, resume: bool) -> None:

@@ -26,7 +26,7 @@ from freshrec.replay.recipe_schema import LogRecipe
 from freshrec.strategies.baselines import Frozen, Retrain
 
 MAX_WIDTH = 100  # columns of text
-MIN_CPU_S = 0.05  # CPU seconds; ratios of smaller costs mean nothing
+DEFAULT_MODEL, DEFAULT_STRATEGY = "blend", "refit"  # of `freshrec fit`
 NO_BREAK = "\N{NO-BREAK SPACE}"
 BLOCKS = re.compile(r" x(\d+)$")  # the end of a strategy's name in a replay with several blocks per span
 
@@ -98,7 +98,9 @@ def format_change(value: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Return seconds with one decimal below 100, and without decimals from 100 on."""
+    """Return seconds with one decimal below 100, and without decimals from 100 on. Less than 0.05 s is "<0.1"."""
+    if seconds < 0.05:
+        return "<0.1" if seconds > 0 else "0"
     return f"{seconds:.1f}" if seconds < 100 else f"{seconds:,.0f}"
 
 
@@ -148,7 +150,10 @@ def _legend(answer: Answer, labels: Labels, has_forgetting: bool) -> list[str]:
         lines.append(f"difference: from {compared}; positive = better.")
         lines.append(f"p: paired test over users, corrected for {answer.n_pairs} comparisons.")
     if has_forgetting:
-        lines.append("forgetting: loss on held-out events of earlier spans, after the last update; positive = lost.")
+        lines.append(
+            f"forgetting: loss of {answer.metric} on held-out events of earlier spans, after the last update; "
+            "positive = lost."
+        )
     lines.append("CPU-s: processor seconds per update, without measuring.")
     shortened = labels.shortened()
     return [*lines, *[f"Options: {', '.join(shortened)}."] * bool(shortened)]
@@ -214,17 +219,16 @@ def _describe_best(answer: Answer, labels: Labels) -> str:
     best = answer.best
     kind = " (a control)" if best.method[0] in CONTROLS else ""
     text = f"Best on this log: {labels[best.method]}{kind}, {answer.metric} {best.value:.4f}."
-    pairs = [answer.differences.get((best.method, row.method)) for row in answer.summaries[1:]]
-    n_ties = sum(1 for pair in pairs if pair is None or not pair.is_beyond_chance)
-    if not pairs:
-        return text
-    if len(pairs) == 1:
-        return (
-            f"{text} Its lead over {labels[answer.summaries[1].method]} is {'within' if n_ties else 'beyond'} chance."
-        )
-    if not n_ties:
+    others = answer.summaries[1:]
+    if answer.has_no_winner:
+        names = {1: labels[others[0].method], 2: "both others"}
+        rivals = names.get(len(others), f"all {len(others)} others")
+        return f"{text} Its lead over {rivals} is within chance, so there is no winner."
+    if len(others) == 1:
+        return f"{text} Its lead over {labels[others[0].method]} is beyond chance."
+    if others and not answer.n_ties:
         return f"{text} It is better than all others beyond chance."
-    return f"{text} Its lead is within chance for {n_ties} of the {len(pairs)} others."
+    return f"{text} Its lead over {answer.n_ties} of the {len(others)} others is within chance." if others else text
 
 
 def _describe_gain(answer: Answer, labels: Labels) -> str:
@@ -274,14 +278,19 @@ def _describe_cost(answer: Answer, labels: Labels) -> str:
         for method in dict.fromkeys([best, answer.references[best], *retrains])
     ]
     text = f"Cost of an update: {', '.join(costs)}."
-    return text if chosen == best else f"{text} {labels[chosen]} costs less and may be as good: use it."
+    if answer.has_no_winner or chosen == best:
+        return text
+    return f"{text} {labels[chosen]} costs less and may be as good: use it."
 
 
-def fit_command(log: LogRecipe, method: Method) -> list[str]:
-    """Return the command that makes a store with this model and strategy, from the log of a replay."""
+def fit_command(log: LogRecipe, method: Method | None) -> list[str]:
+    """Return the command that makes a store from the log of a replay, with the default model if `method` is None."""
     path = str(Path(log.folder) / log.path) if log.path else "LOG"
-    model, strategy = method
-    words = ["freshrec", "fit", path, "--model", model, "--strategy", BLOCKS.sub("", strategy), "--store", "shop"]
+    words = ["freshrec", "fit", path]
+    if method is not None:
+        model, strategy = method
+        words += ["--model", model, "--strategy", BLOCKS.sub("", strategy)]
+    words += ["--store", "shop"]
     if log.columns:
         words += ["--columns", ",".join(f"{name}={column}" for name, column in log.columns.items())]
     if log.format:
@@ -316,6 +325,20 @@ def render_answer(answer: Answer, log: LogRecipe, width: int = MAX_WIDTH) -> str
     if log.exposures:
         parts.append(wrap("A store keeps no exposures, so `freshrec fit` cannot learn from them yet.", width))
     else:
-        hint = "" if log.path else " (LOG is your own log)"
-        parts.append(f"Next{hint}:\n{render_command(fit_command(log, answer.chosen()), width)}")
+        parts.append(_next_step(answer, log, width))
     return "\n\n".join(parts)
+
+
+def _next_step(answer: Answer, log: LogRecipe, width: int) -> str:
+    """Return the command that makes a store: with the chosen method, or with the default if there is no winner."""
+    hint = "" if log.path else " (LOG is your own log)"
+    if not answer.has_no_winner:
+        return f"Next{hint}:\n{render_command(fit_command(log, answer.chosen()), width)}"
+    text = f"Next, with the default model{hint}:\n{render_command(fit_command(log, None), width)}"
+    if any(_without_options(model) == DEFAULT_MODEL for model, _ in answer.cells):
+        return text
+    advice = (
+        f"The default model, {DEFAULT_MODEL}, was not compared. To add it to this replay, repeat the command with "
+        f"--resume --extra-pairs {DEFAULT_MODEL}/{DEFAULT_STRATEGY}."
+    )
+    return f"{text}\n{wrap(advice, width)}"
