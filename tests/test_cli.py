@@ -322,6 +322,7 @@ REPLAY = ("replay", "--models", "mf:d=4", "--strategies", "finetune:fit.base_epo
 def events_of_spans(shown: str) -> list[int]:
     """The events of spans 0, 1, ... in the table of a plan."""
     table = shown.partition("Span 0 is the base block")[0]
+    table = table.replace(" %", "%").replace(",", "")  # "1,000" and "74.7 %" as one word
     rows = [line.split() for line in table.splitlines() if line.split()[0].isdecimal()]
     return [
         int(row[-7]) for row in rows if not row[1].startswith("run")

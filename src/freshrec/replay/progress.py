@@ -193,5 +193,5 @@ def print_estimate(console: Console, estimates: Sequence[RunEstimate]) -> None:
 def format_range(seconds: Range) -> str:
     """One number, or two if they differ by more than rounding: "12" or "12 .. 40". Less than 0.05 s is "<0.1"."""
     low, high = (format_seconds(value) if value < 10 else f"{value:,.0f}" for value in (seconds.low, seconds.high))
-    is_one_number = seconds.high < 0.05 or seconds.high <= ROUNDING * seconds.low or low == high
-    return high if is_one_number else f"{low} .. {high}"
+    is_single = seconds.high < 0.05 or seconds.high <= ROUNDING * seconds.low or low == high
+    return high if is_single else f"{low} .. {high}"
