@@ -1,6 +1,7 @@
 """Explanations and profiles in sentences: contributions add up to the printed total, and the text names no raw keys."""
 
 import re
+from functools import cache
 from pathlib import Path
 
 import polars as pl
@@ -30,6 +31,13 @@ SPLIT_BY_EVENT = ("item-knn", "markov", "repeat-last", "repeat-last:order=freq")
 
 def days() -> pl.DataFrame:
     return make_world("drift", users=60, items=40, events=1500).log.frame.select("user_id", "item_id", "time")
+
+
+@cache
+def fitted(model: str) -> Recommender:
+    """A recommender on the log `days`; shared by tests, which must not change it."""
+    is_counting = model in COUNTING or model.startswith(("popularity", "repeat"))
+    return Recommender(model, None if is_counting or model == "blend" else FAST).fit(days())
 
 
 def explained(recommender: Recommender, user: object, item: object) -> Explanation:
@@ -114,9 +122,7 @@ def test_the_largest_inner_product_is_the_score_and_the_others_contribute_nothin
 
 @pytest.mark.parametrize("model", [name for name in MODELS if name not in ("blend", *SPLIT_BY_EVENT)])
 def test_every_model_explains_its_first_item_with_the_rank_that_it_has_in_the_list(model: str) -> None:
-    is_counting = model in COUNTING or model.startswith("popularity")
-    recommender = Recommender(model, None if is_counting else FAST).fit(days())
-    user = days()["user_id"][0]
+    recommender, user = fitted(model), days()["user_id"][0]
     [*_, row] = recommender.recommend([user], k=3).rows(named=True)
     found = explained(recommender, user, row["item_id"])
     text = explanation_text(found)
@@ -125,6 +131,20 @@ def test_every_model_explains_its_first_item_with_the_rank_that_it_has_in_the_li
     assert bool(found.contributions) != (f"cannot split a score of {model} into contributions." in text)
     assert not found.contributions or found.total == near(found.score, rel=1e-5)
     assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_ranks_equal_those_of_the_list_of_all_items(model: str) -> None:
+    recommender, n_items = fitted(model), days()["item_id"].n_unique()
+    for user in days()["user_id"].unique(maintain_order=True)[:3].to_list():
+        own = set(days().filter(user_id=user)["item_id"])
+        new, every = (recommender.recommend([user], n_items, is_new).rows(named=True) for is_new in (True, False))
+        rows = [*new[:1], *new[len(new) // 2 :][:2], *new[-2:], *[row for row in every if row["item_id"] in own][-2:]]
+        for row in rows:  # 3 users x up to 7 items: the first, middle and last new ones, and the last own ones
+            found = explained(recommender, user, row["item_id"])
+            n_ranked = len(every) if row["item_id"] in own else len(new)
+            assert (found.rank, found.n_ranked) == (row["rank"], n_ranked)
+            assert found.score == near(row["score"], rel=1e-5) and "not offered" not in explanation_text(found)
 
 
 def test_popularity_says_what_it_counts() -> None:
@@ -138,26 +158,31 @@ def test_popularity_says_what_it_counts() -> None:
     assert "ranked 2 of all 3 items" in seen and "already has this item (1 event)" in " ".join(seen.split())
 
 
-def test_an_item_without_a_score_is_not_offered() -> None:
-    text = explanation_text(explained(Recommender("repeat-last").fit(LOG), "u1", "c"))
-    assert text.startswith("Item c is not offered to user u1.") and "has no opinion" in text
+def test_an_item_without_a_score_has_the_rank_of_the_popular_items_that_complete_the_list() -> None:
+    # u1 had a and b, so the list without own items holds only c, which repeat-last does not score.
+    recommender = Recommender("repeat-last").fit(LOG)
+    [row] = recommender.recommend("u1", k=5).rows(named=True)
+    assert (row["item_id"], row["rank"], row["fallback"]) == ("c", 1, "no more items with a score")
+    text = " ".join(explanation_text(explained(recommender, "u1", "c")).split())
+    assert text.startswith("Item c is ranked 1 of 1 items for user u1") and f"score {row['score']:.4g}," in text
+    assert "repeat-last scores it 0, which means that the model has no opinion. Popular items complete a list" in text
     blend = Recommender("blend:items_per_expert=1").fit(days())  # its experts propose few of the 40 items
     user = days()["user_id"][0]
-    others = [item for item in days()["item_id"].unique() if explained(blend, user, item).score is None]
+    others = [item for item in days()["item_id"].unique() if not explained(blend, user, item).contributions]
     text = " ".join(explanation_text(explained(blend, user, others[0])).split())
     assert re.search(r"The blend scores \d+ candidates for this user: the best item of each expert", text)
 
 
-def test_an_item_that_a_trained_model_has_not_learned_yet_is_not_offered() -> None:
+def test_an_item_that_a_trained_model_has_not_learned_yet_is_ranked_among_the_popular_ones() -> None:
     bundle = Recommender("mf:d=8", FAST).fit(LOG).bundle
     late = LOG.select("user_id", time=pl.lit((NOON + 60) * 10**6), item_id=pl.lit("new"))
     pending = learn_events(
         bundle, encode_events(bundle.served, late), n_learned=0
     )  # as events are that a night held out
     text = " ".join(explanation_text(explain_pair(pending.served, "u1", "new", "mf:d=8", True)).split())
-    assert "It is newer than the last update of mf:d=8" in text and text.startswith(
-        "Item new is not offered to user u1."
-    )
+    # u1 already has it, so it is ranked among all four items; mf scores the three others.
+    assert text.startswith("Item new is ranked 4 of all 4 items for user u1")
+    assert "It is newer than the last update of mf:d=8" in text
 
 
 def test_every_source_of_a_blend_has_a_label() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from freshrec.models.blend.experts import COUNTER_SPECS, Experts
 from freshrec.models.blend.model import Blend, Reason
@@ -16,9 +17,9 @@ from freshrec.models.popularity import Popularity, PopularitySpec
 from freshrec.models.repeat import Repeat
 from freshrec.nn.scoring import score_items
 from freshrec.recommender.explain import find_reasons
-from freshrec.recommender.ids import rows_of_pair
-from freshrec.recommender.list_request import Id
-from freshrec.recommender.lists import user_batch
+from freshrec.recommender.ids import resolve_request, rows_of_pair
+from freshrec.recommender.list_request import Id, ListRequest
+from freshrec.recommender.lists import make_lists, user_batch
 from freshrec.recommender.served_state import ServedState
 from freshrec.recommender.user_profile import PastEvent, past_events, user_events
 from freshrec.types import Batch, Model, VectorModel
@@ -57,8 +58,8 @@ class Explanation:
     user: Id
     item: Id
     score: float | None  # None = not offered
-    rank: int  # among the items that the user does not have yet, or among all items if the user has this one
-    n_ranked: int
+    rank: int  # in the list of all items that the user does not have yet, or of all items if the user has this one
+    n_ranked: int  # length of this list; popular items complete it, as in every list
     n_own_events: int  # of the user, with this item
     contributions: tuple[Contribution, ...]  # largest first; they sum to the total
     about: str  # sentences about the score and the total
@@ -79,18 +80,32 @@ def explain_pair(served: ServedState, user: Id, item: Id, model_name: str, has_c
     items_T, times_T = user_events(served, int(users_1))
     last_events = dict(zip(items_T.tolist(), past_events(served, items_T, times_T, has_clock)))
     reasons, n_own = find_reasons(model, batch, item_row), int((items_T == item_row).sum())
+    score, rank, n_ranked = _place_in_list(served, users_1, item_row, exclude_seen=not n_own)
     if not reasons:
-        return Explanation(
-            user, item, None, 0, 0, n_own, (), _describe_missing_score(model, batch, item_row, model_name)
-        )
-    score_I = score_items(model, batch, torch.arange(1, model.n_items + 1))[0]
-    score, is_ranked_I = float(score_I[item_row - 1]), torch.ones(model.n_items, dtype=torch.bool)
-    if not n_own:
-        is_ranked_I[items_T[items_T <= model.n_items] - 1] = False
-    rank = 1 + int((is_ranked_I & (score_I > score)).sum())
+        about = _describe_missing_score(model, batch, item_row, model_name)
+        if score is not None:
+            about += " Popular items complete a list, after the items that the model scores. This item is one of them. "
+            about += "Its score is its number of events, and older events count less."
+        return Explanation(user, item, score, rank, n_ranked, n_own, (), about)
+    assert score is not None  # an item with reasons is in the list
     scored = ScoredItem(model, batch, item_row, score, reasons, last_events)
     parts, about = _split_score(scored, model_name)
-    return Explanation(user, item, score, rank, int(is_ranked_I.sum()), n_own, tuple(parts), about)
+    return Explanation(user, item, score, rank, n_ranked, n_own, tuple(parts), about)
+
+
+def _place_in_list(
+    served: ServedState, users_1: Tensor, item_row: int, exclude_seen: bool
+) -> tuple[float | None, int, int]:
+    """Return score and rank of an item in the user's list of all items, and the length of the list.
+
+    This is the list that `recommend` makes, so ties and fallback items have the same ranks. Score None and rank 0 mean
+    that the list does not have the item.
+    """
+    request = ListRequest(len(served.items), exclude_seen)
+    lists = make_lists(served, users_1, resolve_request(served, request))
+    items_K, found = lists.items_NK[0], (lists.items_NK[0] == item_row).nonzero()[:, 0].tolist()
+    score, rank = (float(lists.scores_NK[0, found[0]]), found[0] + 1) if found else (None, 0)
+    return score, rank, int((items_K > 0).sum())
 
 
 @dataclass(frozen=True)
@@ -109,7 +124,7 @@ def _describe_missing_score(model: Model, batch: Batch, item: int, model_name: s
     """Say why an item has no score."""
     if item > model.n_items:
         return f"It is newer than the last update of {model_name}, so the model has not learned it yet."
-    about = "Its score is 0, which means that the model has no opinion."
+    about = f"{model_name} scores it 0, which means that the model has no opinion."
     if isinstance(model, Blend):
         n_candidates = int((model.candidates(batch)[0][0] > 0).sum())
         n = model.spec.items_per_expert
