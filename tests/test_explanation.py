@@ -18,6 +18,7 @@ from freshrec.recommender.explanation import EXPERT_LABELS, Explanation, explain
 from freshrec.recommender.lists import user_batch
 from freshrec.recommender.log_reading import encode_events
 from freshrec.recommender.recommender import Recommender
+from freshrec.recommender.user_profile import profile_of
 
 near = pytest.approx
 NOON = 1_767_268_800  # 2026-01-01T12:00:00 UTC, in seconds
@@ -105,6 +106,33 @@ def test_past_events_of_item_knn_by_hand() -> None:
     found = explained(Recommender("item-knn").fit(LOG), "u2", "c")
     assert [part.value for part in found.contributions] == [near(found.score)]
     assert "Most important past event: item a on 2026-01-01, the largest contribution." in explanation_text(found)
+
+
+def test_the_most_important_item_of_item_knn_has_the_largest_sum_of_its_events_in_every_answer() -> None:
+    # v had a, a, a, then b. Each of ten users had a and c, and each of twelve had b and c. So the newest event, with b,
+    # weighs more than each event with a, but the three events with a weigh more together: the weights of their ages are
+    # 0.85 + 0.85^2 + 0.85^3 = 2.19 against 1 for b.
+    pairs = [(f"a{n}", item) for n in range(10) for item in "ac"] + [
+        (f"b{n}", item) for n in range(12) for item in "bc"
+    ]
+    rows = [*pairs, ("v", "a"), ("v", "a"), ("v", "a"), ("v", "b")]
+    log = pl.DataFrame(rows, ["user_id", "item_id"], orient="row").with_columns(timestamp=NOON + pl.int_range(pl.len()))
+    recommender = Recommender("item-knn").fit(log)
+    found = explained(recommender, "v", "c")
+    assert [part.event.item_id for part in found.contributions if part.event] == ["a", "b"]
+    assert found.total == near(found.score)
+    assert recommender.explain("v", "c")["because"].to_list() == ["a"]
+    row = int(recommender.served.users.rows(pl.Series(["v"])))
+    assert [interest.title for interest in profile_of(recommender.served, row, True).interests] == ["because of item a"]
+
+
+@pytest.mark.parametrize("model", ["item-knn", "markov"])
+def test_text_and_json_name_the_same_most_important_item(model: str) -> None:
+    recommender = fitted(model)
+    for user, item, *_, fallback in recommender.recommend(days()["user_id"].unique()[:20], k=5).iter_rows():
+        if fallback is None:
+            first = explained(recommender, user, item).contributions[0].event
+            assert first is not None and [first.item_id] == recommender.explain(user, item)["because"].to_list()
 
 
 @pytest.mark.parametrize("model", ["comirec-dr:d=16:k=3", "mind:d=16", "sasrec:d=16", "mf:d=16"])

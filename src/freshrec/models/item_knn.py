@@ -159,11 +159,19 @@ class ItemKNN:
             np.divide(scores_BI.data, self._item_weights()[1].take(scores_BI.indices), out=scores_BI.data)
         return scores_BI
 
-    def most_influential_item(self, batch: Batch, item: int) -> int:
-        """Return the history item that adds most to the score of `item`, for a batch of one; 0 = none."""
+    def contributions(self, batch: Batch, item: int) -> dict[int, float]:
+        """Return the contribution of each history item to the score of `item`, for a batch of one; none is 0.
+
+        The events of a history item are summed. Oldest item first.
+        """
         query_BI = self._query_weights(batch)
-        contribution_T = query_BI.data * self.pair_counts_II[query_BI.indices][:, [item]].toarray()[:, 0]
-        return int(query_BI.indices[contribution_T.argmax()]) if len(contribution_T) and contribution_T.max() > 0 else 0
+        pair_counts_T = self.pair_counts_II[query_BI.indices][:, [item]].toarray()[:, 0].astype(np.float64)
+        root = 1.0 if self.rule.is_directed else float(self._item_weights()[1][item])
+        sums: dict[int, float] = {}
+        for past_item, value in zip(query_BI.indices.tolist(), (query_BI.data * pair_counts_T / root).tolist()):
+            if value > 0:
+                sums[past_item] = sums.get(past_item, 0.0) + value
+        return sums
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
         """Return the scores (B, N) of `items`, from the recent items of each row's history."""
@@ -219,6 +227,12 @@ class ItemKNN:
             missing = torch.tensor([_estimate_window(self.rule, float(self.item_mass_I.sum())), 0, 0])
             self.window_events, n_events, shift = tensors.get("clock", missing).tolist()
             self.clock = ForwardDecay(n_events, shift)
+
+
+def most_influential_item(model: ItemKNN, batch: Batch, item: int) -> int:
+    """Return the history item with the largest of `ItemKNN.contributions`, the oldest one on ties; 0 = none."""
+    sums = model.contributions(batch, item)
+    return max(sums, key=lambda past_item: sums[past_item]) if sums else 0
 
 
 def _half_life(rule: CooccurrenceRule, window_events: int) -> float:

@@ -221,9 +221,21 @@ def _split_vectors(scored: ScoredItem) -> tuple[list[Contribution], str]:
 
 
 def _split_by_event(scored: ScoredItem) -> list[Contribution]:
+    """Contributions of the past events, summed by item, largest first. They add up to the score."""
+    model, batch = scored.model, scored.batch
+    values = model.contributions(batch, scored.item) if isinstance(model, ItemKNN) else _score_differences(scored)
+    parts = [
+        Contribution("past events", value, None, scored.last_events[item], ", the largest contribution")
+        for item, value in values.items()
+        if value != 0.0
+    ]
+    return sorted(parts, key=lambda part: -part.value)
+
+
+def _score_differences(scored: ScoredItem) -> dict[int, float]:
     """s(events t, t + 1, ...) - s(events t + 1, ...) for each past event t, summed by item.
 
-    Scores of these models are sums over past events whose weights depend on the number of later events only. So the
+    The score of `Repeat` is a sum over past events whose weights depend on the number of later events only. So the
     difference is exactly the contribution of event t, and all of them add up to the score.
     """
     history_T = scored.batch.history_BT[0]
@@ -234,12 +246,7 @@ def _split_by_event(scored: ScoredItem) -> list[Contribution]:
     values: dict[int, float] = {}
     for item, value in zip(history_T.tolist(), (score_S[:-1] - score_S[1:]).tolist()):
         values[item] = values.get(item, 0.0) + value
-    parts = [
-        Contribution("past events", value, None, scored.last_events[item], ", the largest contribution")
-        for item, value in values.items()
-        if value != 0.0
-    ]
-    return sorted(parts, key=lambda part: -part.value)
+    return values
 
 
 def explanation_text(found: Explanation) -> str:
