@@ -1,6 +1,7 @@
 """Explanations and profiles in sentences: contributions add up to the printed total, and the text names no raw keys."""
 
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -14,11 +15,17 @@ from freshrec.models import MODELS
 from freshrec.models.blend.model import Blend
 from freshrec.models.blend.rule import SCORE_SOURCES
 from freshrec.recommender.bundle import learn_events
-from freshrec.recommender.explanation import EXPERT_LABELS, Explanation, explain_pair, explanation_text
+from freshrec.recommender.explanation import (
+    EXPERT_LABELS,
+    Contribution,
+    Explanation,
+    explain_pair,
+    explanation_text,
+)
 from freshrec.recommender.lists import user_batch
 from freshrec.recommender.log_reading import encode_events
 from freshrec.recommender.recommender import Recommender
-from freshrec.recommender.user_profile import profile_of
+from freshrec.recommender.user_profile import PastEvent, profile_of
 
 near = pytest.approx
 NOON = 1_767_268_800  # 2026-01-01T12:00:00 UTC, in seconds
@@ -109,9 +116,9 @@ def test_past_events_of_item_knn_by_hand() -> None:
 
 
 def test_the_most_important_item_of_item_knn_has_the_largest_sum_of_its_events_in_every_answer() -> None:
-    # v had a, a, a, then b. Each of ten users had a and c, and each of twelve had b and c. So the newest event, with b,
-    # weighs more than each event with a, but the three events with a weigh more together: the weights of their ages are
-    # 0.85 + 0.85^2 + 0.85^3 = 2.19 against 1 for b.
+    # v had a, a, a, then b. Each of ten users had a and c, and each of twelve had b and c. The newest event, with b,
+    # weighs more than each event with a. But the three events with a weigh more together: 0.85 + 0.85^2 + 0.85^3 = 2.19
+    # against 1 for b.
     pairs = [(f"a{n}", item) for n in range(10) for item in "ac"] + [
         (f"b{n}", item) for n in range(12) for item in "bc"
     ]
@@ -173,6 +180,23 @@ def test_ranks_equal_those_of_the_list_of_all_items(model: str) -> None:
             n_ranked = len(every) if row["item_id"] in own else len(new)
             assert (found.rank, found.n_ranked) == (row["rank"], n_ranked)
             assert found.score == near(row["score"], rel=1e-5) and "not offered" not in explanation_text(found)
+
+
+def test_the_most_important_past_event_of_a_blend_has_the_largest_contribution_of_either_sign() -> None:
+    near_zero, large = (PastEvent(name, 7) for name in ("tiny", "large"))
+    parts = (
+        Contribution("popularity", 3.0),
+        Contribution("markov", 0.01, None, near_zero, ", the largest part of markov"),
+        Contribution("item-knn", -1.5, None, large, ", the largest part of item-knn"),
+    )
+    text = " ".join(explanation_text(Explanation("u", "i", 0.5, 1, 2, 0, parts, "About.")).split())
+    assert text.endswith(
+        "Most important past event: item large at position 7, the largest part of item-knn. This contribution is "
+        "negative, so it lowers the score."
+    )
+    raised = replace(parts[2], value=1.5)
+    text = " ".join(explanation_text(Explanation("u", "i", 0.5, 1, 2, 0, (*parts[:2], raised), "About.")).split())
+    assert text.endswith("Most important past event: item large at position 7, the largest part of item-knn.")
 
 
 def test_popularity_says_what_it_counts() -> None:

@@ -254,11 +254,11 @@ def explanation_text(found: Explanation) -> str:
     paragraphs = [_headline(found), found.about]
     if len(found.contributions) > 1:
         paragraphs.append(_contribution_table(found))
-    for part in found.contributions:
-        if part.event is not None and part.value > 0:
-            event = f"item {part.event.item_id} {time_in_words(part.event.at)}"
-            paragraphs.append(f"Most important past event: {event}{part.event_note}.")
-            break
+    part = max(found.contributions, key=lambda part: abs(part.value) if part.event else 0.0, default=None)
+    if part is not None and part.event is not None and part.value != 0:
+        event = f"item {part.event.item_id} {time_in_words(part.event.at)}"
+        lowers = " This contribution is negative, so it lowers the score." if part.value < 0 else ""
+        paragraphs.append(f"Most important past event: {event}{part.event_note}.{lowers}")
     return "\n\n".join(
         text if "\n" in text else textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
         for text in paragraphs
