@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from decimal import Decimal
 from functools import cache
 from pathlib import Path
 
@@ -53,18 +54,17 @@ def explained(recommender: Recommender, user: object, item: object) -> Explanati
     return explain_pair(bundle.served, user, item, bundle.names[0], bundle.read_options.has_clock)  # type: ignore[arg-type]
 
 
-def printed_contributions(text: str) -> tuple[list[float], float]:
+def printed_contributions(text: str) -> tuple[list[Decimal], Decimal]:
     """The numbers of the table, and its total."""
     rows = re.findall(r"^ *([+-]\d+\.\d+)  (.*)$", text, flags=re.M)
     assert rows[-1][1] == "total"
-    return [float(value) for value, _ in rows[:-1]], float(rows[-1][0])
+    return [Decimal(value) for value, _ in rows[:-1]], Decimal(rows[-1][0])
 
 
 def check_table(text: str) -> None:
-    """The printed numbers sum to the printed total, but for half a unit of the last digit in each."""
+    """The printed numbers sum to the printed total exactly."""
     values, total = printed_contributions(text)
-    n_decimals = len(re.findall(r"\.(\d+)  ", text)[-1])
-    assert sum(values) == near(total, abs=0.5 * 10**-n_decimals * (len(values) + 1) + 1e-9)
+    assert sum(values) == total
 
 
 def first_item(recommender: Recommender, user: object) -> tuple[object, float]:
@@ -88,6 +88,28 @@ def test_contributions_of_a_blend_add_up_to_the_log_of_the_score_above_its_mean(
     check_table(text)
     text = " ".join(text.split())
     assert f"{len(log_C)} candidates sum to 1" in text and f"add up to {found.total:+.2f}" in text
+
+
+def test_printed_contributions_of_a_blend_add_up_for_every_item() -> None:
+    recommender, user = fitted("blend"), days()["user_id"][0]
+    for item in recommender.recommend([user], k=20, exclude_seen=False)["item_id"]:
+        found = explained(recommender, user, item)
+        if found.contributions:
+            text = explanation_text(found)
+            check_table(text)
+            assert float(printed_contributions(text)[1]) == near(found.total, abs=0.00501)
+
+
+def test_rounded_contributions_add_up_to_the_rounded_total() -> None:
+    # Three thirds of 1 have 33.3 hundredths each. One of them is rounded up, so that they sum to 100; a 0 stays 0.
+    parts = tuple(Contribution(name, value) for name, value in (("a", 1 / 3), ("b", 1 / 3), ("c", 1 / 3), ("d", 0.0)))
+    text = explanation_text(Explanation("u", "i", 1.0, 1, 2, 0, parts, "About."))
+    values, total = printed_contributions(text)
+    assert sorted(map(str, values)) == ["0.000", "0.333", "0.333", "0.334"] and str(total) == "1.000"
+    # -0.125 - 0.125 = -0.25 in hundredths: -12.5 - 12.5 = -25. One is rounded up to -12, the other down to -13.
+    parts = (Contribution("x", 2.0), Contribution("a", -0.125), Contribution("b", -0.125))
+    values, total = printed_contributions(explanation_text(Explanation("u", "i", 1.0, 1, 2, 0, parts, "About.")))
+    assert sorted(map(str, values)) == ["-0.12", "-0.13", "2.00"] and str(total) == "1.75"
 
 
 def test_the_one_expert_of_a_blend_without_a_rule_has_the_whole_score() -> None:

@@ -289,12 +289,27 @@ def _contribution_table(found: Explanation) -> str:
     if small:
         name = "1 smaller contribution" if len(small) == 1 else f"{len(small)} smaller contributions"
         parts.append(Contribution(name, sum(part.value for part in small)))
+    total = f"{found.total:+.{n_decimals}f}"
+    values = _round_to_total([part.value for part in parts], float(total), n_decimals)
     rows = [
-        (f"{part.value:+.{n_decimals}f}", part.source, f"{part.rank:,}" if part.rank else "", _event_cell(part.event))
-        for part in parts
+        (f"{value:+.{n_decimals}f}", part.source, f"{part.rank:,}" if part.rank else "", _event_cell(part.event))
+        for value, part in zip(values, parts)
     ]
-    rows.append((f"{found.total:+.{n_decimals}f}", "total", "", ""))
+    rows.append((total, "total", "", ""))
     return "\n".join(_aligned(("contribution", "source", "rank", "past item"), rows))
+
+
+def _round_to_total(values: Sequence[float], total: float, n_decimals: int) -> list[float]:
+    """Round each value up or down so that they add up to `total`, the rounded sum of all.
+
+    Rounding up goes to the largest remainders, so a value of 0 stays 0.
+    """
+    scaled = [value * 10**n_decimals for value in values]
+    units = [math.floor(value) for value in scaled]
+    n_up = round(total * 10**n_decimals) - sum(units)
+    for n in sorted(range(len(values)), key=lambda n: units[n] - scaled[n])[:n_up]:
+        units[n] += 1
+    return [unit / 10**n_decimals for unit in units]
 
 
 def _aligned(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
