@@ -1,5 +1,6 @@
 """Explanations and profiles in sentences: contributions add up to the printed total, and the text names no raw keys."""
 
+import json
 import re
 from dataclasses import replace
 from decimal import Decimal
@@ -312,3 +313,23 @@ def test_an_unknown_user_or_item_is_named_and_the_exit_code_is_that_of_a_wrong_a
     ):
         assert main(["explain", *arguments, "--store", store]) == 2
         assert capsys.readouterr().err == error
+
+
+def test_ids_with_a_newline_or_a_tab_are_printed_on_one_line_and_as_typed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    names = {"u1": "u\n1", "a": "a\nb", "c": "c\td"}
+    LOG.with_columns(pl.col("user_id", "item_id").replace(names)).write_parquet(tmp_path / "log.parquet")
+    at = str(tmp_path / "store")
+    answer(capsys, "fit", str(tmp_path / "log.parquet"), "--store", at, "--model", "item-knn")
+    of_user = answer(capsys, "inspect", "user", "u\n1", "--store", at)
+    assert of_user.startswith(r"User 'u\n1' has 2 events") and r"2026-01-01 12:00  'a\nb'" in of_user
+    assert r"Because of item 'a\nb'" in of_user and r"best items: 'c\td'" in of_user
+    assert r"supported by past events: 'a\nb' on 2026-01-01" in of_user
+    assert answer(capsys, "inspect", "item", "a\nb", "--store", at).startswith(r"Item 'a\nb' has 3 events from 3 users")
+    text = " ".join(answer(capsys, "explain", "u\n1", "c\td", "--store", at).split())
+    assert text.startswith(r"Item 'c\td' is ranked 1 of 1 items for user 'u\n1'")
+    assert r"Most important past event: item 'a\nb' on 2026-01-01" in text
+    [reason] = json.loads(answer(capsys, "explain", "u\n1", "c\td", "--store", at, "--json"))
+    assert reason["because"] == "a\nb"  # JSON has its own escapes

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from freshrec.data.formats import printable_id
 from freshrec.models.blend.experts import COUNTER_SPECS, Experts
 from freshrec.models.blend.model import Blend, Reason
 from freshrec.models.item_knn import ItemKNN
@@ -256,7 +257,7 @@ def explanation_text(found: Explanation) -> str:
         paragraphs.append(_contribution_table(found))
     part = max(found.contributions, key=lambda part: abs(part.value) if part.event else 0.0, default=None)
     if part is not None and part.event is not None and part.value != 0:
-        event = f"item {part.event.item_id} {time_in_words(part.event.at)}"
+        event = f"item {printable_id(part.event.item_id)} {time_in_words(part.event.at)}"
         lowers = " This contribution is negative, so it lowers the score." if part.value < 0 else ""
         paragraphs.append(f"Most important past event: {event}{part.event_note}.{lowers}")
     return "\n\n".join(
@@ -266,8 +267,9 @@ def explanation_text(found: Explanation) -> str:
 
 
 def _headline(found: Explanation) -> str:
+    item, user = printable_id(found.item), printable_id(found.user)
     if found.score is None:
-        return f"Item {found.item} is not offered to user {found.user}."
+        return f"Item {item} is not offered to user {user}."
     if found.n_own_events:
         events = "1 event" if found.n_own_events == 1 else f"{found.n_own_events:,} events"
         among = f"all {found.n_ranked:,} items"
@@ -275,7 +277,7 @@ def _headline(found: Explanation) -> str:
     else:
         among = f"{found.n_ranked:,} items"
         own = " Items that the user already has are not ranked."
-    rank = f"Item {found.item} is ranked {found.rank:,} of {among} for user {found.user}"
+    rank = f"Item {item} is ranked {found.rank:,} of {among} for user {user}"
     return f"{rank} (score {found.score:.4g}, higher is better).{own}"
 
 
@@ -323,7 +325,7 @@ def _aligned(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _event_cell(event: PastEvent | None) -> str:
-    return "" if event is None else f"{event.item_id} {time_in_words(event.at)}"
+    return "" if event is None else f"{printable_id(event.item_id)} {time_in_words(event.at)}"
 
 
 def time_in_words(at: str | int) -> str:
