@@ -138,10 +138,10 @@ def test_past_events_of_item_knn_by_hand() -> None:
     assert "Most important past event: item a on 2026-01-01, the largest contribution." in explanation_text(found)
 
 
-def test_the_most_important_item_of_item_knn_has_the_largest_sum_of_its_events_in_every_answer() -> None:
+def test_the_most_important_event_of_item_knn_has_the_largest_single_contribution_in_every_answer() -> None:
     # v had a, a, a, then b. Each of ten users had a and c, and each of twelve had b and c. The newest event, with b,
-    # weighs more than each event with a. But the three events with a weigh more together: 0.85 + 0.85^2 + 0.85^3 = 2.19
-    # against 1 for b.
+    # weighs most: 12 pairs at age 0, against 10 x 0.85 for the newest a. The three events with a weigh more together,
+    # but each of them is one past event: 0.85 > 0.85^2 > 0.85^3.
     pairs = [(f"a{n}", item) for n in range(10) for item in "ac"] + [
         (f"b{n}", item) for n in range(12) for item in "bc"
     ]
@@ -149,11 +149,15 @@ def test_the_most_important_item_of_item_knn_has_the_largest_sum_of_its_events_i
     log = pl.DataFrame(rows, ["user_id", "item_id"], orient="row").with_columns(timestamp=NOON + pl.int_range(pl.len()))
     recommender = Recommender("item-knn").fit(log)
     found = explained(recommender, "v", "c")
-    assert [part.event.item_id for part in found.contributions if part.event] == ["a", "b"]
-    assert found.total == near(found.score)
-    assert recommender.explain("v", "c")["because"].to_list() == ["a"]
+    events = [part.event for part in found.contributions if part.event]
+    assert [event.item_id for event in events] == ["b", "a", "a", "a"]
+    assert [event.at[18] for event in events] == ["7", "6", "5", "4"]  # 44 rows come before: 12:00:44 to 12:00:47
+    assert found.contributions[2].value / found.contributions[1].value == near(0.85) and found.total == near(
+        found.score
+    )
+    assert recommender.explain("v", "c")["because"].to_list() == ["b"]
     row = int(recommender.served.users.rows(pl.Series(["v"])))
-    assert [interest.title for interest in profile_of(recommender.served, row, True).interests] == ["because of item a"]
+    assert [interest.title for interest in profile_of(recommender.served, row, True).interests] == ["because of item b"]
 
 
 @pytest.mark.parametrize("model", ["item-knn", "markov"])

@@ -159,19 +159,13 @@ class ItemKNN:
             np.divide(scores_BI.data, self._item_weights()[1].take(scores_BI.indices), out=scores_BI.data)
         return scores_BI
 
-    def contributions(self, batch: Batch, item: int) -> dict[int, float]:
-        """Return the contribution of each history item to the score of `item`, for a batch of one; none is 0.
+    def most_influential_item(self, batch: Batch, item: int) -> int:
+        """Return the item of the history event that adds most to the score of `item`, for a batch of one; 0 = none.
 
-        The events of a history item are summed. Oldest item first.
+        On ties, it is the oldest event.
         """
-        query_BI = self._query_weights(batch)
-        pair_counts_T = self.pair_counts_II[query_BI.indices][:, [item]].toarray()[:, 0].astype(np.float64)
-        root = 1.0 if self.rule.is_directed else float(self._item_weights()[1][item])
-        sums: dict[int, float] = {}
-        for past_item, value in zip(query_BI.indices.tolist(), (query_BI.data * pair_counts_T / root).tolist()):
-            if value > 0:
-                sums[past_item] = sums.get(past_item, 0.0) + value
-        return sums
+        past_item, value = max(event_contributions(self, batch, item), key=lambda pair: pair[1], default=(0, 0.0))
+        return past_item if value > 0 else 0
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
         """Return the scores (B, N) of `items`, from the recent items of each row's history."""
@@ -229,10 +223,12 @@ class ItemKNN:
             self.clock = ForwardDecay(n_events, shift)
 
 
-def most_influential_item(model: ItemKNN, batch: Batch, item: int) -> int:
-    """Return the history item with the largest of `ItemKNN.contributions`, the oldest one on ties; 0 = none."""
-    sums = model.contributions(batch, item)
-    return max(sums, key=lambda past_item: sums[past_item]) if sums else 0
+def event_contributions(model: ItemKNN, batch: Batch, item: int) -> list[tuple[int, float]]:
+    """Return each query event's item and its addend of the score of `item`, for a batch of one, oldest first."""
+    query_BI = model._query_weights(batch)
+    weighted_T = query_BI.data * model.pair_counts_II[query_BI.indices][:, [item]].toarray()[:, 0]
+    root = 1.0 if model.rule.is_directed else float(model._item_weights()[1][item])
+    return list(zip(query_BI.indices.tolist(), (weighted_T.astype(np.float64) / root).tolist()))
 
 
 def _half_life(rule: CooccurrenceRule, window_events: int) -> float:

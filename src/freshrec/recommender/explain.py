@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freshrec.models.blend.model import Blend, Reason
-from freshrec.models.item_knn import ItemKNN, most_influential_item
+from freshrec.models.item_knn import ItemKNN
 from freshrec.nn.scoring import item_vectors, score_items, user_vectors
 from freshrec.recommender.lists import user_batch
 from freshrec.recommender.served_state import ServedState
@@ -40,7 +40,7 @@ def find_reasons(model: Model, batch: Batch, item: int) -> list[Reason]:
         return []  # a counting model has no opinion of it
     rank = 1 + int((scores_I > score).sum())
     if isinstance(model, ItemKNN):
-        return [Reason("pairs", rank, score, most_influential_item(model, batch, item))]
+        return [Reason("pairs", rank, score, model.most_influential_item(batch, item))]
     return [Reason("score", rank, score, 0)]
 
 

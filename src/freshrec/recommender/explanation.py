@@ -13,7 +13,7 @@ from torch import Tensor
 from freshrec.data.formats import printable_id
 from freshrec.models.blend.experts import COUNTER_SPECS, Experts
 from freshrec.models.blend.model import Blend, Reason
-from freshrec.models.item_knn import ItemKNN
+from freshrec.models.item_knn import ItemKNN, event_contributions
 from freshrec.models.popularity import Popularity, PopularitySpec
 from freshrec.models.repeat import Repeat
 from freshrec.nn.scoring import score_items
@@ -79,7 +79,9 @@ def explain_pair(served: ServedState, user: Id, item: Id, model_name: str, has_c
     users_1, item_row = rows_of_pair(served, user, item)
     model, batch = served.current_state.model, user_batch(served, users_1)
     items_T, times_T = user_events(served, int(users_1))
-    last_events = dict(zip(items_T.tolist(), past_events(served, items_T, times_T, has_clock)))
+    events: dict[int, list[PastEvent]] = {}
+    for past_item, event in zip(items_T.tolist(), past_events(served, items_T, times_T, has_clock)):
+        events.setdefault(past_item, []).append(event)
     reasons, n_own = find_reasons(model, batch, item_row), int((items_T == item_row).sum())
     score, rank, n_ranked = _place_in_list(served, users_1, item_row, exclude_seen=not n_own)
     if not reasons:
@@ -89,7 +91,7 @@ def explain_pair(served: ServedState, user: Id, item: Id, model_name: str, has_c
             about += "Its score is its number of events, and older events count less."
         return Explanation(user, item, score, rank, n_ranked, n_own, (), about)
     assert score is not None  # an item with reasons is in the list
-    scored = ScoredItem(model, batch, item_row, score, reasons, last_events)
+    scored = ScoredItem(model, batch, item_row, score, reasons, events)
     parts, about = _split_score(scored, model_name)
     return Explanation(user, item, score, rank, n_ranked, n_own, tuple(parts), about)
 
@@ -118,7 +120,12 @@ class ScoredItem:
     item: int
     score: float
     reasons: list[Reason]
-    last_events: dict[int, PastEvent]  # item row -> the user's last event with it
+    events: dict[int, list[PastEvent]]  # item row -> the user's events with it, oldest first
+
+    @property
+    def last_events(self) -> dict[int, PastEvent]:
+        """The user's last event with each item, by item row."""
+        return {item: events[-1] for item, events in self.events.items()}
 
 
 def _describe_missing_score(model: Model, batch: Batch, item: int, model_name: str) -> str:
@@ -222,14 +229,18 @@ def _split_vectors(scored: ScoredItem) -> tuple[list[Contribution], str]:
 
 
 def _split_by_event(scored: ScoredItem) -> list[Contribution]:
-    """Contributions of the past events, summed by item, largest first. They add up to the score."""
-    model, batch = scored.model, scored.batch
-    values = model.contributions(batch, scored.item) if isinstance(model, ItemKNN) else _score_differences(scored)
-    parts = [
-        Contribution("past events", value, None, scored.last_events[item], ", the largest contribution")
-        for item, value in values.items()
-        if value != 0.0
-    ]
+    """Contributions of past events, largest first. They add up to the score.
+
+    Each event of item-kNN has its own contribution. Those of `Repeat` are summed by item.
+    """
+    model, events = scored.model, {item: list(events) for item, events in scored.events.items()}
+    if isinstance(model, ItemKNN):
+        values = event_contributions(model, scored.batch, scored.item)
+    else:
+        values = list(_score_differences(scored).items())
+    found = [(events[item].pop(), value) for item, value in reversed(values)]  # the newest event of each item first
+    note = ", the largest contribution"
+    parts = [Contribution("past events", value, None, event, note) for event, value in reversed(found) if value != 0.0]
     return sorted(parts, key=lambda part: -part.value)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from freshrec.data.formats import printable_id
 from freshrec.data.log import format_time
 from freshrec.models.blend.model import Blend
-from freshrec.models.item_knn import ItemKNN, most_influential_item
+from freshrec.models.item_knn import ItemKNN
 from freshrec.nn.scoring import item_vectors, user_vectors
 from freshrec.recommender.click_overlay import current_targets
 from freshrec.recommender.ids import column_tensor, resolve_request
@@ -105,7 +105,7 @@ def _interests_of_pairs(
     found = top_items(served, user_1, resolve_request(served, ListRequest(k=N_LISTED)))
     batch, groups = user_batch(served, user_1), dict[int, list[int]]()
     for at, item in enumerate(found["item"]):
-        groups.setdefault(most_influential_item(counter, batch, item), []).append(at)
+        groups.setdefault(counter.most_influential_item(batch, item), []).append(at)
     interests = []
     for because, places in sorted(groups.items(), key=lambda group: (group[0] == 0, -len(group[1]))):
         name = printable_id(served.items.ids(torch.tensor([because]))[0]) if because else None

@@ -45,7 +45,7 @@ from freshrec.models.blend.rule import (
     fit_listwise,
     is_significantly_better,
 )
-from freshrec.models.item_knn import ItemKNN, most_influential_item
+from freshrec.models.item_knn import ItemKNN
 from freshrec.nn.forward_decay import window_size
 from freshrec.nn.sparse import select_scores
 from freshrec.random_streams import stream
@@ -216,7 +216,7 @@ class Blend:
         ranks_N = x_CF[position, Slots.rank].exp().round().int().tolist()
         ranks = {name: rank for name, rank in zip(EXPERT_NAMES, ranks_N) if rank <= self.spec.items_per_expert}
         pairs = {name: counter for name, counter in self.experts.counters.items() if isinstance(counter, ItemKNN)}
-        history_items = {name: most_influential_item(counter, batch, item) for name, counter in pairs.items()}
+        history_items = {name: counter.most_influential_item(batch, item) for name, counter in pairs.items()}
         contributions = {EXPERT_NAMES[self.best_expert]: 0.0}
         if self.active_rule is not None:
             contributions = dict(zip(SCORE_SOURCES, self.active_rule.contributions(x_CF)[position].tolist()))
