@@ -6,6 +6,8 @@ import textwrap
 from itertools import groupby
 from typing import Any
 
+from freshrec.data.formats import printable_id
+
 WIDTH = 100  # characters per line
 SPANS = "Span 0 is the fit, span n the n-th update."
 INTERESTS = (
@@ -19,12 +21,15 @@ def user_text(found: dict[str, Any]) -> str:
     events, n_events = found["events"], found["n_events"]
     count = "1 event" if n_events == 1 else f"{n_events:,} events"
     spans = f"the first in span {found['first_span']}, the last in span {found['last_span']}"
-    parts = [_fill(f"User {found['user_id']} has {count}: {spans}. {SPANS}")]
+    parts = [_fill(f"User {printable_id(found['user_id'])} has {count}: {spans}. {SPANS}")]
     if events:
         shown = "All events" if len(events) == n_events else f"The {len(events)} most recent events"
         name = "position" if isinstance(events[0]["at"], int) else "time (UTC)"
         width = max(len(name), *(len(_time(event["at"])) for event in events))
-        lines = [f"  {name:<{width}}  item", *(f"  {_time(e['at']):<{width}}  {e['item_id']}" for e in events)]
+        lines = [
+            f"  {name:<{width}}  item",
+            *(f"  {_time(e['at']):<{width}}  {printable_id(e['item_id'])}" for e in events),
+        ]
         parts.append("\n".join([f"{shown}, newest last:", *lines]))
     parts.append(_interests_heading(found))
     parts += [_interest_block(interest) for interest in found["interests"]]
@@ -45,10 +50,10 @@ def _interest_block(interest: dict[str, Any]) -> str:
     title = f"{interest['title'][0].upper()}{interest['title'][1:]}"
     if interest["born_span"] is not None:
         title += f": created in span {interest['born_span']}, last used in span {interest['used_span']}"
-    lines = [title, _fill(f"best items: {', '.join(map(str, interest['items'])) or 'none'}", "  ")]
+    lines = [title, _fill(f"best items: {', '.join(map(printable_id, interest['items'])) or 'none'}", "  ")]
     if interest["events"]:
         by_date = groupby(interest["events"], lambda event: _date(event["at"]))
-        events = [f"{', '.join(str(event['item_id']) for event in group)} {date}" for date, group in by_date]
+        events = [f"{', '.join(printable_id(event['item_id']) for event in group)} {date}" for date, group in by_date]
         lines.append(_fill(f"supported by past events: {'; '.join(events)}", "  "))
     return "\n".join(lines)
 
@@ -59,7 +64,7 @@ def item_text(found: dict[str, Any]) -> str:
     users = "1 user" if found["n_users"] == 1 else f"{found['n_users']:,} users"
     times = f" ({_time(found['first'])} to {_time(found['last'])} UTC)" if "first" in found else ""
     spans = f"the first in span {found['first_span']}, the last in span {found['last_span']}"
-    return _fill(f"Item {found['item_id']} has {events} from {users}{times}: {spans}. {SPANS}")
+    return _fill(f"Item {printable_id(found['item_id'])} has {events} from {users}{times}: {spans}. {SPANS}")
 
 
 def _fill(text: str, indent: str = "") -> str:
