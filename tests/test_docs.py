@@ -15,6 +15,7 @@ from test_house import LAYERS, ROOT, SRC, imports
 from freshrec.cli.app import main
 from freshrec.data.synthetic import make_world
 from freshrec.errors import FreshrecError
+from freshrec.recommender.lists import UNKNOWN_USER
 from freshrec.recommender.recommender import Recommender
 
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
@@ -53,6 +54,11 @@ def test_the_commands_of_the_readme_that_keep_a_store_run(shop: Path, capsys: py
     assert {command[0] for command in commands} == {"validate", "fit", "update", "recommend", "rollback"}
     for command in commands:
         assert main(command) == 0, capsys.readouterr()
+
+
+def test_the_glossary_names_a_fallback_as_lists_print_it() -> None:
+    row = next(line for line in (ROOT / "docs/glossary.md").read_text().splitlines() if line.startswith("| fallback |"))
+    assert re.findall("`(.*?)`", row) == [UNKNOWN_USER]
 
 
 def test_every_exit_code_is_documented() -> None:

@@ -207,8 +207,8 @@ def test_an_unknown_user_or_item_is_named_and_the_exit_code_is_that_of_a_wrong_a
     answer(capsys, "fit", str(tmp_path / "log.parquet"), "--store", store, "--model", "popularity")
     user, item = (str(days()[name][0]) for name in ("user_id", "item_id"))
     for arguments, error in (
-        ((user, "987654"), 'error: Unknown item "987654": it never occurred in an event. Check the id.\n'),
-        (("987654", item), 'error: Unknown user "987654": it never occurred in an event. Check the id.\n'),
+        ((user, "987654"), 'error: There is no item "987654". Check the id.\n'),
+        (("987654", item), 'error: There is no user "987654". Check the id.\n'),
         (("Ann", item), 'error: user_id "Ann" is not an integer, but all ids of this log are. Pass an integer.\n'),
     ):
         assert main(["explain", *arguments, "--store", store]) == 2

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,7 +21,22 @@ if TYPE_CHECKING:
 
     from freshrec.recommender.bundle import Bundle
 
-K = Annotated[int, typer.Option("--k", "-k", help=help_of("k"))]
+
+def require_positive(k: int) -> int:
+    """Return the length of a list. Raises OptionError unless it is at least 1."""
+    if k < 1:
+        raise OptionError(f"--k is {k}. It must be at least 1.")
+    return k
+
+
+def require_weight(diversity: float) -> float:
+    """Return the value of --diversity. Raises OptionError unless it is a finite number of at least 0."""
+    if not (isfinite(diversity) and diversity >= 0):
+        raise OptionError(f"--diversity is {diversity:g}. It must be a finite number of at least 0.")
+    return diversity
+
+
+K = Annotated[int, typer.Option("--k", "-k", callback=require_positive, help=help_of("k"))]
 VersionOption = Annotated[int | None, typer.Option("--version", help="Version to use (default: the live one).")]
 
 
@@ -34,7 +50,7 @@ def recommend(
     allow: Annotated[str | None, typer.Option(metavar="ITEM,...", help=help_of("allow"))] = None,
     deny: Annotated[str | None, typer.Option(metavar="ITEM,...", help=help_of("deny"))] = None,
     category: Annotated[str | None, typer.Option(help=help_of("category"))] = None,
-    diversity: Annotated[float, typer.Option(help=help_of("diversity"))] = DEFAULTS.diversity,
+    diversity: Annotated[float, typer.Option(callback=require_weight, help=help_of("diversity"))] = DEFAULTS.diversity,
     version: VersionOption = None,
     as_json: AsJson = False,
 ) -> None:
@@ -86,8 +102,15 @@ def explain(
     typer.echo(explanation_text(found))
 
 
+def require_kind(kind: str) -> str:
+    """Return what to inspect. Raises OptionError unless it is "user" or "item"."""
+    if kind not in ("user", "item"):
+        raise OptionError(f'"{kind[:60]}" is neither user nor item. Write `freshrec inspect user ID`.')
+    return kind
+
+
 def inspect(
-    kind: Annotated[Literal["user", "item"], typer.Argument(help="What to show: user or item.")],
+    kind: Annotated[str, typer.Argument(metavar="{user|item}", callback=require_kind, help="What to show.")],
     name: Annotated[str, typer.Argument(metavar="ID", help="User id or item id.")],
     store: StorePath = Path("store"),
     version: VersionOption = None,
