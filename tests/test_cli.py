@@ -153,7 +153,8 @@ def test_a_table_for_people_has_a_line_per_item(
     answer(capsys, "fit", logs[0], "--store", at, "--model", "popularity", *COLUMNS)
     lines = answer(capsys, "recommend", "3", "--store", at, "--k", "4").splitlines()
     assert lines[0].split() == ["user", "rank", "item", "score", "fallback"]
-    assert [line.split()[:2] for line in lines[1:]] == [["3", str(rank)] for rank in (1, 2, 3, 4)]
+    assert [line.split()[:2] for line in lines[1:-1]] == [["3", str(rank)] for rank in (1, 2, 3, 4)]
+    assert lines[-1] == "Scores compare within one list only; higher is better."
 
 
 @pytest.mark.parametrize("kind", LISTED_KINDS)

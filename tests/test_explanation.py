@@ -16,6 +16,7 @@ from freshrec.recommender.bundle import learn_events
 from freshrec.recommender.explanation import EXPERT_LABELS, Explanation, explain_pair, explanation_text
 from freshrec.recommender.lists import user_batch
 from freshrec.recommender.log_reading import encode_events
+from freshrec.recommender.profile_text import user_text
 from freshrec.recommender.recommender import Recommender
 
 near = pytest.approx
@@ -192,7 +193,7 @@ def test_inspect_reads_well_and_fits_100_columns(
     n_events = len(days().filter(user_id=user))
     of_user = answer(capsys, "inspect", "user", str(user), "--store", store)
     of_item = answer(capsys, "inspect", "item", str(item), "--store", store)
-    assert of_user.startswith(f"User {user} has {n_events} events: the first in span 0")
+    assert of_user.startswith(f"User {user} has {n_events} events: learned by version 1.")
     assert f"The {min(20, n_events)} most recent events, newest last:" in of_user or "All events" in of_user
     assert of_item.startswith(f"Item {item} has {len(days().filter(item_id=item))} events from ")
     assert ("An interest is a vector for one part of what the user likes." in of_user) == model.startswith("comirec")
@@ -213,3 +214,44 @@ def test_an_unknown_user_or_item_is_named_and_the_exit_code_is_that_of_a_wrong_a
     ):
         assert main(["explain", *arguments, "--store", store]) == 2
         assert capsys.readouterr().err == error
+
+
+def test_inspect_names_the_versions_that_learned_the_first_and_the_last_event(
+    store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer(capsys, "fit", str(tmp_path / "log.parquet"), "--store", store, "--model", "popularity")
+    user, item = days()["user_id"][0], days()["item_id"][0]
+    new = pl.DataFrame({"user_id": [user], "item_id": [item], "time": [days()["time"].max() + 10**6]})  # type: ignore[operator]
+    new.write_parquet(tmp_path / "new.parquet")
+    force = ("--force", "--reason", "one row is no normal day")
+    answer(capsys, "update", str(tmp_path / "new.parquet"), "--store", store, *force)
+    told = " ".join(answer(capsys, "inspect", "user", str(user), "--store", store).split())
+    assert "the first learned by version 1, the last by version 2." in told
+    assert "the first learned by version 1, the last by version 2." in " ".join(
+        answer(capsys, "inspect", "item", str(item), "--store", store).split()
+    )
+    old = answer(capsys, "inspect", "user", str(user), "--store", store, "--version", "1")
+    assert "learned by version 1." in old
+
+
+def test_a_profile_counts_repeated_items_and_names_updates_without_a_version() -> None:
+    events = [{"item_id": name, "at": "2026-01-01T12:00"} for name in (7, 12, 7, 7)]
+    interest = {"title": "interest 1", "born_span": 0, "used_span": 3, "items": [7], "events": events}
+    found = {"user_id": 1, "first_span": 0, "last_span": 3, "n_events": 4, "events": events, "kind": "interests"}
+    text = user_text(found | {"interests": [interest]}, {3: 5})  # span 3 was learned by version 5; span 0 has none
+    assert "User 1 has 4 events: the first learned by the fit, the last by version 5." in text
+    assert "Interest 1: created by the fit, last used by version 5" in text
+    assert "supported by past events: 7 (3 times), 12 on 2026-01-01" in text
+
+
+def test_lists_say_how_their_scores_compare(store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer(capsys, "fit", str(tmp_path / "log.parquet"), "--store", store, "--model", "item-knn")
+    user, item = (str(days()[name][0]) for name in ("user_id", "item_id"))
+    for command in (("recommend", user), ("similar", item)):
+        text = answer(capsys, *command, "--store", store)
+        assert text.endswith("\nScores compare within one list only; higher is better.\n")
+        assert "Scores" not in answer(capsys, *command, "--store", store, "--json")
+
+
+def test_the_usage_of_inspect_shows_the_two_kinds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "inspect [OPTIONS] {user|item} {ID}" in " ".join(answer(capsys, "inspect", "--help").split())

@@ -62,7 +62,7 @@ def recommend(
     with _id_errors_as_option_errors():
         found = recommender.recommend(users, k, exclude_seen, allowed, denied, category, diversity)
     rows = [(user, rank, item, f"{score:.4g}", fallback) for user, item, score, rank, fallback in found.iter_rows()]
-    _print_frame(found, ("user", "rank", "item", "score", "fallback"), rows, as_json)
+    _print_lists(found, ("user", "rank", "item", "score", "fallback"), rows, as_json)
 
 
 def similar(
@@ -79,7 +79,7 @@ def similar(
     with _id_errors_as_option_errors():
         found = recommender.similar_items(items, k)
     rows = [(item, rank, other, f"{score:.4g}") for item, other, score, rank in found.iter_rows()]
-    _print_frame(found, ("item", "rank", "similar", "score"), rows, as_json)
+    _print_lists(found, ("item", "rank", "similar", "score"), rows, as_json)
 
 
 def explain(
@@ -110,7 +110,7 @@ def require_kind(kind: str) -> str:
 
 
 def inspect(
-    kind: Annotated[str, typer.Argument(metavar="{user|item}", callback=require_kind, help="What to show.")],
+    kind: Annotated[str, typer.Argument(metavar="user|item", callback=require_kind, help="What to show.")],
     name: Annotated[str, typer.Argument(metavar="ID", help="User id or item id.")],
     store: StorePath = Path("store"),
     version: VersionOption = None,
@@ -125,9 +125,10 @@ def inspect(
     if as_json:
         print_json(found)
         return
-    from freshrec.recommender import profile_text
+    from freshrec.recommender.profile_text import item_text, user_text
 
-    typer.echo(profile_text.user_text(found) if kind == "user" else profile_text.item_text(found))
+    versions = _versions_of_spans(store, version)
+    typer.echo(user_text(found, versions) if kind == "user" else item_text(found, versions))
 
 
 def status(store: StorePath = Path("store"), as_json: AsJson = False) -> None:
@@ -190,11 +191,29 @@ def _open_bundle(folder: Path, number: int | None) -> Bundle:
     return read_bundle(store.verified_files(store.live if number is None else number))
 
 
-def _print_frame(found: pl.DataFrame, names: tuple[str, ...], rows: list[tuple[Any, ...]], as_json: bool) -> None:
+def _versions_of_spans(folder: Path, number: int | None) -> dict[int, int]:
+    """Return span -> number of the version that learned it, for a version (default: the live one) and its ancestors."""
+    from freshrec.store.versions import open_store
+
+    store, found = open_store(folder), dict[int, int]()
+    parent: int | None = store.live if number is None else number
+    while parent is not None:
+        manifest = store.manifest(parent)
+        found[manifest.spans_seen - 1] = manifest.id  # the oldest of several with the same span
+        parent = manifest.parent
+    return found
+
+
+SCORES = "Scores compare within one list only; higher is better."
+
+
+def _print_lists(found: pl.DataFrame, names: tuple[str, ...], rows: list[tuple[Any, ...]], as_json: bool) -> None:
+    """Print ranked lists as a table with a note about its scores, or as JSON."""
     if as_json:
         print_json(found.to_dicts())
     else:
         print_table(names, rows)
+        typer.echo(SCORES)
 
 
 def _print_fields(values: dict[str, Any]) -> None:
