@@ -10,10 +10,19 @@ import torch
 from freshrec.cli.app import main
 from freshrec.data.synthetic import make_world
 from freshrec.models import MODELS
-from freshrec.models.blend.model import Blend
+from freshrec.models.blend.model import Blend, Reason
 from freshrec.models.blend.rule import SCORE_SOURCES
 from freshrec.recommender.bundle import learn_events
-from freshrec.recommender.explanation import EXPERT_LABELS, Explanation, explain_pair, explanation_text
+from freshrec.recommender.explanation import (
+    EXPERT_LABELS,
+    Contribution,
+    Explanation,
+    ScoredItem,
+    _split_score,
+    explain_pair,
+    explanation_text,
+)
+from freshrec.recommender.ids import rows_of_pair
 from freshrec.recommender.lists import user_batch
 from freshrec.recommender.log_reading import encode_events
 from freshrec.recommender.profile_text import user_text
@@ -131,12 +140,14 @@ def test_every_model_explains_its_first_item_with_the_rank_that_it_has_in_the_li
 def test_popularity_says_what_it_counts() -> None:
     found = explained(Recommender("popularity").fit(LOG), "u1", "c")
     assert explanation_text(found) == (
-        "Item c is ranked 1 of 1 items for user u1 (score 1, higher is better). Items that the user already\n"
-        "has are not ranked.\n\n"
+        "Item c is ranked 1 of the 1 items that can be ranked for user u1 (score 1, higher is better). Items\n"
+        "that the user already has are not ranked.\n\n"
         "The score is the number of events of the item (all events). It is the same for every user."
     )
     seen = explanation_text(explained(Recommender("popularity").fit(LOG), "u1", "b"))
-    assert "ranked 2 of all 3 items" in seen and "already has this item (1 event)" in " ".join(seen.split())
+    assert "ranked 2 of the 3 items that can be ranked" in " ".join(
+        seen.split()
+    ) and "already has this item (1 event)" in " ".join(seen.split())
 
 
 def test_an_item_without_a_score_is_not_offered() -> None:
@@ -255,3 +266,36 @@ def test_lists_say_how_their_scores_compare(store: str, tmp_path: Path, capsys: 
 
 def test_the_usage_of_inspect_shows_the_two_kinds(capsys: pytest.CaptureFixture[str]) -> None:
     assert "inspect [OPTIONS] {user|item} {ID}" in " ".join(answer(capsys, "inspect", "--help").split())
+
+
+def test_a_number_that_rounds_to_zero_is_not_negative() -> None:
+    parts = (Contribution("a", 5.0), Contribution("b", -0.001))  # -0.001 has its own line, rounded to two decimals
+    table = explanation_text(Explanation("u", "i", 1.0, 1, 3, 0, parts, "About."))
+    assert "+0.00  1 smaller contribution" in table and "-0.00" not in table
+
+
+def test_an_interest_of_zeros_has_no_rank() -> None:
+    recommender = Recommender("comirec-dr:d=8", FAST).fit(days())
+    user = days()["user_id"][0]
+    item, _ = first_item(recommender, user)
+    served = recommender.bundle.served
+    users_1, row = rows_of_pair(served, user, item)  # type: ignore[arg-type]
+    reasons = [Reason("interest 1 of 2", 3, 2.0, 0), Reason("interest 2 of 2", 1, 0.0, 0)]
+    model = served.current_state.model
+    parts, about = _split_score(ScoredItem(model, user_batch(served, users_1), row, 2.0, reasons, {}), "comirec-dr")
+    assert [part.rank for part in parts] == [3, None]  # 0 for every item, so all of them would be first
+    assert "it is empty if the inner product is 0" in about
+
+
+def test_a_blend_says_that_an_item_is_older_than_the_events_that_its_experts_read() -> None:
+    # The blend reads a user's last 2 events here. The first item of each user with 3 different ones is older.
+    log = days()
+    user = log["user_id"][0]
+    recommender = Recommender("blend:length=2").fit(log)
+    items = log.filter(user_id=user).sort("time")["item_id"].to_list()
+    old = [item for item in dict.fromkeys(items) if item not in items[-2:]]
+    texts = [" ".join(explanation_text(explained(recommender, user, item)).split()) for item in old]
+    scored = [text for text in texts if "is ranked" in text and "contributions add up" in text]
+    assert scored and all("The experts read the user's last 2 events only." in text for text in scored)
+    recent = " ".join(explanation_text(explained(recommender, user, items[-1])).split())
+    assert "The experts read" not in recent
