@@ -156,8 +156,8 @@ def _split_blend(model: Blend, scored: ScoredItem) -> tuple[list[Contribution], 
     about = (
         f"The score is a probability: the scores of the user's {n_candidates:,} candidates sum to 1. The contributions "
         f"add up to {_signed(total, 2)}. This is ln(score) minus the mean of ln(score) over the candidates, so the "
-        f"score is {math.exp(total):,.3g} times their geometric mean. A positive contribution moves the item up. A rank "
-        f"is the item's place by one expert; it is empty beyond place {model.spec.items_per_expert}."
+        f"score is {math.exp(total):,.3g} times their geometric mean. A positive contribution moves the item up. A "
+        f"rank is the item's place by one expert; it is empty beyond place {model.spec.items_per_expert}."
     )
     is_read = bool((scored.batch.history_BT[0, -model.spec.length :] == scored.item).any())
     if scored.item in last_events and not is_read:
