@@ -243,6 +243,9 @@ def test_inspect_names_the_versions_that_learned_the_first_and_the_last_event(
     )
     old = answer(capsys, "inspect", "user", str(user), "--store", store, "--version", "1")
     assert "learned by version 1." in old
+    (Path(store) / "versions" / "1" / "manifest.json").write_text("damaged")
+    told = " ".join(answer(capsys, "inspect", "user", str(user), "--store", store).split())
+    assert "the first learned by the fit, the last by version 2." in told  # inspect needs version 2 only
 
 
 def test_a_profile_counts_repeated_items_and_names_updates_without_a_version() -> None:
@@ -299,3 +302,22 @@ def test_a_blend_says_that_an_item_is_older_than_the_events_that_its_experts_rea
     assert scored and all("The experts read the user's last 2 events only." in text for text in scored)
     recent = " ".join(explanation_text(explained(recommender, user, items[-1])).split())
     assert "The experts read" not in recent
+
+
+def test_inspect_counts_the_events_of_refused_deliveries(
+    store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer(capsys, "fit", str(tmp_path / "log.parquet"), "--store", store, "--model", "popularity")
+    user, item = days()["user_id"][0], days()["item_id"][0]
+    late = days()["time"].max() + 400 * 86_400 * 10**6  # type: ignore[operator]  # 400 days after the log: refused
+    new = pl.DataFrame({"user_id": [user] * 2, "item_id": [item, item + 1], "time": [late, late + 10**6]})
+    new.write_parquet(tmp_path / "new.parquet")
+    assert "Not counted" not in answer(capsys, "inspect", "user", str(user), "--store", store)
+    assert main(["update", str(tmp_path / "new.parquet"), "--store", store]) == 8
+    capsys.readouterr()
+    of_user = answer(capsys, "inspect", "user", str(user), "--store", store)
+    assert of_user.endswith("\nNot counted: 2 events in refused deliveries.\n")
+    of_item = answer(capsys, "inspect", "item", str(item), "--store", store)
+    assert of_item.endswith("\nNot counted: 1 event in refused deliveries.\n")
+    answer(capsys, "update", "--retry", "2", "--store", store, "--force", "--reason", "the dates are right")
+    assert "Not counted" not in answer(capsys, "inspect", "user", str(user), "--store", store)

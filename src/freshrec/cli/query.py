@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +13,7 @@ import typer
 from freshrec.cli.inspection_text import diff_lines, status_lines
 from freshrec.cli.options import AsJson, StoreOption, StorePath, parse_list
 from freshrec.cli.output import print_json, print_table
+from freshrec.data.log import format_count
 from freshrec.errors import LogError, OptionError, StateError
 from freshrec.recommender.list_request import DEFAULTS, help_of
 
@@ -118,6 +119,7 @@ def inspect(
 ) -> None:
     """Print the events and interests of a user, or the statistics of an item."""
     from freshrec.nightly import inspection
+    from freshrec.store.versions import open_store
 
     bundle = _open_bundle(store, version)
     with _id_errors_as_option_errors():
@@ -129,6 +131,11 @@ def inspect(
 
     versions = _versions_of_spans(store, version)
     typer.echo(user_text(found, versions) if kind == "user" else item_text(found, versions))
+    n_refused = 0
+    with suppress(StateError):  # `freshrec doctor` reports damage
+        n_refused = inspection.count_refused_events(open_store(store), f"{kind}_id", found[f"{kind}_id"])
+    if n_refused:
+        typer.echo(f"\nNot counted: {format_count(n_refused, 'event')} in refused deliveries.")
 
 
 def status(store: StorePath = Path("store"), as_json: AsJson = False) -> None:
@@ -192,15 +199,19 @@ def _open_bundle(folder: Path, number: int | None) -> Bundle:
 
 
 def _versions_of_spans(folder: Path, number: int | None) -> dict[int, int]:
-    """Return span -> number of the version that learned it, for a version (default: the live one) and its ancestors."""
+    """Return span -> number of the version that learned it, for a version (default: the live one) and its ancestors.
+
+    It ends before an ancestor whose manifest is damaged.
+    """
     from freshrec.store.versions import open_store
 
     store, found = open_store(folder), dict[int, int]()
     parent: int | None = store.live if number is None else number
-    while parent is not None:
-        manifest = store.manifest(parent)
-        found[manifest.spans_seen - 1] = manifest.id  # the oldest of several with the same span
-        parent = manifest.parent
+    with suppress(StateError):
+        while parent is not None:
+            manifest = store.manifest(parent)
+            found[manifest.spans_seen - 1] = manifest.id  # the oldest of several with the same span
+            parent = manifest.parent
     return found
 
 
