@@ -101,7 +101,7 @@ def test_a_blend_says_why_it_offers_an_item(
     assert any(reason["place"] for reason in reasons)  # somebody offers it
     assert answer(capsys, "explain", "3", str(item), "--store", at).startswith(f"Item {item} is ranked 1 of ")
     assert main(["explain", "3", "999999", "--store", at]) == 2
-    assert 'Unknown item "999999": it never occurred in an event' in capsys.readouterr().err
+    assert 'There is no item "999999". Check the id.' in capsys.readouterr().err
 
 
 def test_a_fitted_model_and_its_strategy_take_options(
@@ -153,7 +153,8 @@ def test_a_table_for_people_has_a_line_per_item(
     answer(capsys, "fit", logs[0], "--store", at, "--model", "popularity", *COLUMNS)
     lines = answer(capsys, "recommend", "3", "--store", at, "--k", "4").splitlines()
     assert lines[0].split() == ["user", "rank", "item", "score", "fallback"]
-    assert [line.split()[:2] for line in lines[1:]] == [["3", str(rank)] for rank in (1, 2, 3, 4)]
+    assert [line.split()[:2] for line in lines[1:-1]] == [["3", str(rank)] for rank in (1, 2, 3, 4)]
+    assert lines[-1] == "Scores compare within one list only; higher is better."
 
 
 @pytest.mark.parametrize("kind", LISTED_KINDS)
@@ -227,8 +228,12 @@ FAILS = [
     (["fit", "LOG", "--store", "OUT", "--strategy", "fintune"], 2, 'Did you mean "finetune"?'),
     (["fit", "LOG", "--store", "OUT", "--model", "mf", "--strategy", "imsr"], 5, "several interests"),
     (["fit", "LOG", "--store", "OUT", "--model", "mf:dim=3"], 2, "dim"),
-    (["fit", "LOG", "--store", "OUT", "--budget", "10"], 2, '"10" is not a duration. Write 90s, 10m or 2h'),
-    (["fit", "LOG", "--store", "OUT", "--budget", "0m"], 2, '"0m" is not a duration'),
+    (
+        ["fit", "LOG", "--store", "OUT", "--budget", "10"],
+        2,
+        '--budget is "10", which has no unit. Write 90s, 10m or 2h.',
+    ),
+    (["fit", "LOG", "--store", "OUT", "--budget", "0m"], 2, '--budget is "0m", which is not a duration'),
     (
         ["fit", "LOG", "--store", "OUT", "--budget", "10m", "--model", "mf"],
         2,
@@ -238,7 +243,21 @@ FAILS = [
     (["fit", "OUT", "--store", "NEW"], 3, "OUT"),
     (["fit", "LOG", "--store", "FULL", *COLUMNS], 2, "is not empty. Choose a new folder"),
     (["update", "LOG", "--store", "OUT"], 7, "There is no store in"),
-    (["fit", "LOG", "--store", "s3://bucket/shop", *COLUMNS], 2, "is a URL, but a store must be in a local folder"),
+    (
+        ["fit", "LOG", "--store", "s3://bucket/shop", *COLUMNS],
+        2,
+        "s3://bucket/shop is a URL, but a store must be in a local folder",
+    ),
+    (["fit", "LOG", "--store", "SHOP", *COLUMNS], 2, "SHOP already holds a store. Use `freshrec update`"),
+    (["fit", "LOG", "--store", "OUT", *COLUMNS, "--until", "2017-13-01"], 2, '--until is "2017-13-01", which is not a'),
+    (["fit", "LOG", "--store", "OUT", "--model", "xyz"], 2, 'no model "xyz". `freshrec list models` lists the valid'),
+    (["recommend", "3", "--store", "OUT", "--k", "0"], 2, "--k is 0. It must be at least 1."),
+    (["recommend", "3", "--store", "OUT", "--diversity", "-1"], 2, "--diversity is -1. It must be a finite number"),
+    (["similar", "3", "--store", "OUT", "--k", "0"], 2, "--k is 0. It must be at least 1."),
+    (["inspect", "555", "6", "--store", "OUT"], 2, '"555" is neither user nor item. Write `freshrec inspect user ID`.'),
+    (["replay", "LOG", "--cadence", "x", "--out", "OUT"], 2, '--cadence is "x". Write a whole number.'),
+    (["replay", "LOG", "--by", "weeks", "--out", "OUT"], 2, '--by is "weeks". Use one of count,'),
+    (["replay", "--recipe", "nofile.toml", "--out", "OUT"], 2, "There is no file nofile.toml. Check the path."),
     (["recommend", "3", "--store", "OUT"], 7, "There is no store in"),
     (["replay", "LOG", "--world", "drift", "--out", "OUT"], 2, "both"),
     (["list", "world"], 2, 'Did you mean "worlds"?'),
@@ -253,6 +272,8 @@ def test_a_mistake_is_one_line_and_an_exit_code(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FULL").mkdir()
     (tmp_path / "FULL" / "thesis.tex").touch()
+    (tmp_path / "SHOP").mkdir()
+    (tmp_path / "SHOP" / "store.json").touch()
     assert main([logs[0] if argument == "LOG" else argument for argument in arguments]) == code
     out, err = capsys.readouterr()
     assert out == ""
@@ -397,7 +418,7 @@ def test_flags_of_every_kind_reach_the_recipe(
     pairs = ("mf/full", "mf/spmf")
     assert seen == [Recipe(log, spans, ReplayRecipe(cadence=(1, 4), unseen="drop", controls=(), extra_pairs=pairs))]
     assert main(["replay", "--world", "drift", "--alpha", "1"]) == 2
-    assert "Recipe key spans.alpha is 1.0. It must be above 0 and below 1" in capsys.readouterr().err
+    assert "--alpha is 1.0. It must be above 0 and below 1." in capsys.readouterr().err
 
 
 def test_an_interrupted_replay_says_how_to_go_on(

@@ -14,18 +14,22 @@ import torch
 from freshrec.cli.app import main
 from freshrec.data.synthetic import make_world
 from freshrec.models import MODELS
-from freshrec.models.blend.model import Blend
+from freshrec.models.blend.model import Blend, Reason
 from freshrec.models.blend.rule import SCORE_SOURCES
 from freshrec.recommender.bundle import learn_events
 from freshrec.recommender.explanation import (
     EXPERT_LABELS,
     Contribution,
     Explanation,
+    ScoredItem,
+    _split_score,
     explain_pair,
     explanation_text,
 )
+from freshrec.recommender.ids import rows_of_pair
 from freshrec.recommender.lists import user_batch
 from freshrec.recommender.log_reading import encode_events
+from freshrec.recommender.profile_text import user_text
 from freshrec.recommender.recommender import Recommender
 from freshrec.recommender.user_profile import PastEvent, profile_of
 
@@ -229,12 +233,14 @@ def test_the_most_important_past_event_of_a_blend_has_the_largest_contribution_o
 def test_popularity_says_what_it_counts() -> None:
     found = explained(Recommender("popularity").fit(LOG), "u1", "c")
     assert explanation_text(found) == (
-        "Item c is ranked 1 of 1 items for user u1 (score 1, higher is better). Items that the user already\n"
-        "has are not ranked.\n\n"
+        "Item c is ranked 1 of the 1 items that can be ranked for user u1 (score 1, higher is better). Items\n"
+        "that the user already has are not ranked.\n\n"
         "The score is the number of events of the item (all events). It is the same for every user."
     )
     seen = explanation_text(explained(Recommender("popularity").fit(LOG), "u1", "b"))
-    assert "ranked 2 of all 3 items" in seen and "already has this item (1 event)" in " ".join(seen.split())
+    assert "ranked 2 of the 3 items that can be ranked" in " ".join(
+        seen.split()
+    ) and "already has this item (1 event)" in " ".join(seen.split())
 
 
 def test_an_item_without_a_score_has_the_rank_of_the_popular_items_that_complete_the_list() -> None:
@@ -243,7 +249,7 @@ def test_an_item_without_a_score_has_the_rank_of_the_popular_items_that_complete
     [row] = recommender.recommend("u1", k=5).rows(named=True)
     assert (row["item_id"], row["rank"], row["fallback"]) == ("c", 1, "no more items with a score")
     text = " ".join(explanation_text(explained(recommender, "u1", "c")).split())
-    assert text.startswith("Item c is ranked 1 of 1 items for user u1") and f"score {row['score']:.4g}," in text
+    assert text.startswith("Item c is ranked 1 of the 1 items that can be ranked for user u1") and f"score {row['score']:.4g}," in text
     assert "repeat-last scores it 0, which means that the model has no opinion. Popular items complete a list" in text
     blend = Recommender("blend:items_per_expert=1").fit(days())  # its experts propose few of the 40 items
     user = days()["user_id"][0]
@@ -260,7 +266,7 @@ def test_an_item_that_a_trained_model_has_not_learned_yet_is_ranked_among_the_po
     )  # as events are that a night held out
     text = " ".join(explanation_text(explain_pair(pending.served, "u1", "new", "mf:d=8", True)).split())
     # u1 already has it, so it is ranked among all four items; mf scores the three others.
-    assert text.startswith("Item new is ranked 4 of all 4 items for user u1")
+    assert text.startswith("Item new is ranked 4 of the 4 items that can be ranked for user u1")
     assert "It is newer than the last update of mf:d=8" in text
 
 
@@ -296,7 +302,7 @@ def test_inspect_reads_well_and_fits_100_columns(
     n_events = len(days().filter(user_id=user))
     of_user = answer(capsys, "inspect", "user", str(user), "--store", store)
     of_item = answer(capsys, "inspect", "item", str(item), "--store", store)
-    assert of_user.startswith(f"User {user} has {n_events} events: the first in span 0")
+    assert of_user.startswith(f"User {user} has {n_events} events: learned by version 1.")
     assert f"The {min(20, n_events)} most recent events, newest last:" in of_user or "All events" in of_user
     assert of_item.startswith(f"Item {item} has {len(days().filter(item_id=item))} events from ")
     assert ("An interest is a vector for one part of what the user likes." in of_user) == model.startswith("comirec")
@@ -311,8 +317,8 @@ def test_an_unknown_user_or_item_is_named_and_the_exit_code_is_that_of_a_wrong_a
     answer(capsys, "fit", str(tmp_path / "log.parquet"), "--store", store, "--model", "popularity")
     user, item = (str(days()[name][0]) for name in ("user_id", "item_id"))
     for arguments, error in (
-        ((user, "987654"), 'error: Unknown item "987654": it never occurred in an event. Check the id.\n'),
-        (("987654", item), 'error: Unknown user "987654": it never occurred in an event. Check the id.\n'),
+        ((user, "987654"), 'error: There is no item "987654". Check the id.\n'),
+        (("987654", item), 'error: There is no user "987654". Check the id.\n'),
         (("Ann", item), 'error: user_id "Ann" is not an integer, but all ids of this log are. Pass an integer.\n'),
     ):
         assert main(["explain", *arguments, "--store", store]) == 2
@@ -333,7 +339,103 @@ def test_ids_with_a_newline_or_a_tab_are_printed_on_one_line_and_as_typed(
     assert r"supported by past events: 'a\nb' on 2026-01-01" in of_user
     assert answer(capsys, "inspect", "item", "a\nb", "--store", at).startswith(r"Item 'a\nb' has 3 events from 3 users")
     text = " ".join(answer(capsys, "explain", "u\n1", "c\td", "--store", at).split())
-    assert text.startswith(r"Item 'c\td' is ranked 1 of 1 items for user 'u\n1'")
+    assert text.startswith(r"Item 'c\td' is ranked 1 of the 1 items that can be ranked for user 'u\n1'")
     assert r"Most important past event: item 'a\nb' on 2026-01-01" in text
     [reason] = json.loads(answer(capsys, "explain", "u\n1", "c\td", "--store", at, "--json"))
     assert reason["because"] == "a\nb"  # JSON has its own escapes
+
+
+def test_inspect_names_the_versions_that_learned_the_first_and_the_last_event(
+    store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer(capsys, "fit", str(tmp_path / "log.parquet"), "--store", store, "--model", "popularity")
+    user, item = days()["user_id"][0], days()["item_id"][0]
+    new = pl.DataFrame({"user_id": [user], "item_id": [item], "time": [days()["time"].max() + 10**6]})  # type: ignore[operator]
+    new.write_parquet(tmp_path / "new.parquet")
+    force = ("--force", "--reason", "one row is no normal day")
+    answer(capsys, "update", str(tmp_path / "new.parquet"), "--store", store, *force)
+    told = " ".join(answer(capsys, "inspect", "user", str(user), "--store", store).split())
+    assert "the first learned by version 1, the last by version 2." in told
+    assert "the first learned by version 1, the last by version 2." in " ".join(
+        answer(capsys, "inspect", "item", str(item), "--store", store).split()
+    )
+    old = answer(capsys, "inspect", "user", str(user), "--store", store, "--version", "1")
+    assert "learned by version 1." in old
+    (Path(store) / "versions" / "1" / "manifest.json").write_text("damaged")
+    told = " ".join(answer(capsys, "inspect", "user", str(user), "--store", store).split())
+    assert "the first learned by the fit, the last by version 2." in told  # inspect needs version 2 only
+
+
+def test_a_profile_counts_repeated_items_and_names_updates_without_a_version() -> None:
+    events = [{"item_id": name, "at": "2026-01-01T12:00"} for name in (7, 12, 7, 7)]
+    interest = {"title": "interest 1", "born_span": 0, "used_span": 3, "items": [7], "events": events}
+    found = {"user_id": 1, "first_span": 0, "last_span": 3, "n_events": 4, "events": events, "kind": "interests"}
+    text = user_text(found | {"interests": [interest]}, {3: 5})  # span 3 was learned by version 5; span 0 has none
+    assert "User 1 has 4 events: the first learned by the fit, the last by version 5." in text
+    assert "Interest 1: created by the fit, last used by version 5" in text
+    assert "supported by past events: 7 (3 times), 12 on 2026-01-01" in text
+
+
+def test_lists_say_how_their_scores_compare(store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer(capsys, "fit", str(tmp_path / "log.parquet"), "--store", store, "--model", "item-knn")
+    user, item = (str(days()[name][0]) for name in ("user_id", "item_id"))
+    for command in (("recommend", user), ("similar", item)):
+        text = answer(capsys, *command, "--store", store)
+        assert text.endswith("\nScores compare within one list only; higher is better.\n")
+        assert "Scores" not in answer(capsys, *command, "--store", store, "--json")
+
+
+def test_the_usage_of_inspect_shows_the_two_kinds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "inspect [OPTIONS] {user|item} {ID}" in " ".join(answer(capsys, "inspect", "--help").split())
+
+
+def test_a_number_that_rounds_to_zero_is_not_negative() -> None:
+    parts = (Contribution("a", 5.0), Contribution("b", -0.001))  # -0.001 has its own line, rounded to two decimals
+    table = explanation_text(Explanation("u", "i", 1.0, 1, 3, 0, parts, "About."))
+    assert "+0.00  1 smaller contribution" in table and "-0.00" not in table
+
+
+def test_an_interest_of_zeros_has_no_rank() -> None:
+    recommender = Recommender("comirec-dr:d=8", FAST).fit(days())
+    user = days()["user_id"][0]
+    item, _ = first_item(recommender, user)
+    served = recommender.bundle.served
+    users_1, row = rows_of_pair(served, user, item)  # type: ignore[arg-type]
+    reasons = [Reason("interest 1 of 2", 3, 2.0, 0), Reason("interest 2 of 2", 1, 0.0, 0)]
+    model = served.current_state.model
+    parts, about = _split_score(ScoredItem(model, user_batch(served, users_1), row, 2.0, reasons, {}), "comirec-dr")
+    assert [part.rank for part in parts] == [3, None]  # 0 for every item, so all of them would be first
+    assert "it is empty if the inner product is 0" in about
+
+
+def test_a_blend_says_that_an_item_is_older_than_the_events_that_its_experts_read() -> None:
+    # The blend reads a user's last 2 events here. The first item of each user with 3 different ones is older.
+    log = days()
+    user = log["user_id"][0]
+    recommender = Recommender("blend:length=2").fit(log)
+    items = log.filter(user_id=user).sort("time")["item_id"].to_list()
+    old = [item for item in dict.fromkeys(items) if item not in items[-2:]]
+    texts = [" ".join(explanation_text(explained(recommender, user, item)).split()) for item in old]
+    scored = [text for text in texts if "is ranked" in text and "contributions add up" in text]
+    assert scored and all("The experts read the user's last 2 events only." in text for text in scored)
+    recent = " ".join(explanation_text(explained(recommender, user, items[-1])).split())
+    assert "The experts read" not in recent
+
+
+def test_inspect_counts_the_events_of_refused_deliveries(
+    store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer(capsys, "fit", str(tmp_path / "log.parquet"), "--store", store, "--model", "popularity")
+    user, item = days()["user_id"][0], days()["item_id"][0]
+    late = days()["time"].max() + 400 * 86_400 * 10**6  # type: ignore[operator]  # 400 days after the log: refused
+    new = pl.DataFrame({"user_id": [user] * 2, "item_id": [item, item + 1], "time": [late, late + 10**6]})
+    new.write_parquet(tmp_path / "new.parquet")
+    assert "Not counted" not in answer(capsys, "inspect", "user", str(user), "--store", store)
+    assert main(["update", str(tmp_path / "new.parquet"), "--store", store]) == 8
+    capsys.readouterr()
+    of_user = answer(capsys, "inspect", "user", str(user), "--store", store)
+    assert of_user.endswith("\nNot counted: 2 events in refused deliveries.\n")
+    of_item = answer(capsys, "inspect", "item", str(item), "--store", store)
+    assert of_item.endswith("\nNot counted: 1 event in refused deliveries.\n")
+    answer(capsys, "update", "--retry", "2", "--store", store, "--force", "--reason", "the dates are right")
+    assert "Not counted" not in answer(capsys, "inspect", "user", str(user), "--store", store)

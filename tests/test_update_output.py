@@ -253,7 +253,7 @@ MISTAKES = [
     ("update x.parquet --store shop", 3, "x.parquet"),
     ("update --store shop --retry 1", 2, "--retry 1: the live version has learned all events of version 1 already."),
     ("fit log.parquet --store s2 --model mf --budget 1m", 2, "For --model mf, set the number of epochs in --strategy"),
-    ("fit log.parquet --store shop", 2, "is not empty. Choose a new folder."),
+    ("fit log.parquet --store shop", 2, "shop already holds a store. Use `freshrec update`, or choose another folder."),
 ]
 
 

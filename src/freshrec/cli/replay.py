@@ -92,7 +92,7 @@ def resolve_recipe(file: Path | None, given: dict[str, dict[str, Any]]) -> Recip
     if path or world:
         tables["log"] |= {"path": "", "folder": "", "world": ""}  # they replace those of the file
     changes = {part: {k: v for k, v in options.items() if v is not None} for part, options in given.items()}
-    return parse_recipe(merge_tables(tables, changes))
+    return parse_recipe(merge_tables(tables, changes), "--{}")  # the file is valid, so an error is in an option
 
 
 def _show_plan(recipe: Recipe) -> None:

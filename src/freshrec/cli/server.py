@@ -105,7 +105,10 @@ def export(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Export ids, vectors and an index of a version for other programs: Parquet, npy, faiss, ONNX."""
+    """Export ids, vectors and an index of a version for other programs: Parquet, npy, faiss, ONNX.
+
+    The model must have vectors, such as comirec-dr or sasrec. The default model, blend, has none (exit code 5).
+    """
     from freshrec.recommender.search import EXACT_SEARCH
     from freshrec.server.export import export_version
     from freshrec.server.live_version import load_version

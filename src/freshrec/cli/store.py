@@ -86,7 +86,7 @@ def fit(
             "--strategy, such as finetune:fit.base_epochs=5."
         )
     if budget:
-        strategy = f"{strategy or 'refit'}:max_passes={parse_duration(budget) * TARGETS_PER_SECOND}"
+        strategy = f"{strategy or 'refit'}:max_passes={parse_duration(budget, '--budget') * TARGETS_PER_SECOND}"
     read_options, limits = ReadOptions(parse_pairs(columns), format_name, tuple(parse_list(events))), parse_limits(gate)
     bundle = new_bundle(model, strategy, seed, read_options)
     with show_progress(not as_json, with_lines=True), create_store(store) as new_store:

@@ -59,7 +59,7 @@ def locked_store(folder: Path, wait: str) -> Iterator[Store]:
     from freshrec.store.versions import open_store
 
     store = open_store(folder)
-    with store.locked(parse_duration(wait) if wait else 0.0):
+    with store.locked(parse_duration(wait, "--wait") if wait else 0.0):
         yield store
 
 

@@ -17,7 +17,7 @@ import polars as pl
 from freshrec.data.columns import ColumnFault, has_value, read_ids, read_labels, read_numbers, read_times
 from freshrec.data.formats import SourceTable, as_log_error, open_table, to_printable
 from freshrec.deprecation import UNSET, Unset, value_of_renamed
-from freshrec.errors import LogError, NoRowsError, OptionError, unknown_name_error
+from freshrec.errors import LogError, NoRowsError, OptionError, close_name, list_names, unknown_name_error
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -144,11 +144,11 @@ def events_before(log: Log, moment: str) -> Log:
     Raises LogError if no event is left or if the log has no such moments.
     """
     if log.has_clock:
-        is_before = pl.col("time") < parse_microseconds(moment)
+        is_before = pl.col("time") < parse_microseconds(moment, "--until")
     elif "period" in log.frame.columns and moment.isdecimal():
         is_before = pl.col("period") < int(moment)
     else:
-        raise LogError(f'This log has no timestamps, so until = "{moment}" does not apply. Use the number of a period.')
+        raise LogError(f'This log has no timestamps, so --until "{moment}" does not apply. Use the number of a period.')
     frame = log.frame.filter(is_before)
     if not len(frame):
         raise LogError(f"The log has no rows before {moment}. Choose a later moment.")
@@ -156,12 +156,18 @@ def events_before(log: Log, moment: str) -> Log:
     return _add_note(replace(log, frame=frame), f"Left out {format_count(n_left_out, 'row')} from {moment} on.")
 
 
-def parse_microseconds(moment: str) -> int:
-    """Return the microseconds since 1970 of an ISO 8601 text; UTC if it names no time zone. Raises OptionError."""
+def parse_microseconds(moment: str, option: str = "The time") -> int:
+    """Return the microseconds since 1970 of an ISO 8601 text; UTC if it names no time zone.
+
+    Raises OptionError for another text. Its message names the `option` that holds the text.
+    """
     try:
         parsed = datetime.fromisoformat(moment)
     except ValueError as error:
-        raise OptionError(f"A date cannot be read ({error}). Write it as 2025-06-01 or 2025-06-01T04:00.") from None
+        reason = f" ({error})" if "must be" in str(error) else ""  # such as "month must be in 1..12"
+        raise OptionError(
+            f'{option} is "{moment[:60]}", which is not a date{reason}. Write it as 2025-06-01 or 2025-06-01T04:00.'
+        ) from None
     return to_microseconds(parsed)
 
 
@@ -238,7 +244,11 @@ def _collect_columns(
         missing = set() if allow_missing_events else set(events) - set(raw["event"].cast(pl.String).unique())
         found = rows.select(event_type.unique()).collect()["event"].drop_nulls().to_list() if missing else []
     if missing:
-        raise unknown_name_error("event type", min(missing), found)
+        close = close_name(min(missing), found)
+        question = f'Did you mean "{close}"? ' if close else ""
+        raise OptionError(
+            f'There is no event type "{min(missing)[:60]}" in {table.name}. {question}Its types: {list_names(found)}.'
+        )
     return raw
 
 

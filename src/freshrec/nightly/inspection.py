@@ -180,6 +180,20 @@ def item_profile(bundle: Bundle, item_id: str | int) -> dict[str, Any]:
     return found
 
 
+def count_refused_events(store: Store, column: str, identifier: str | int) -> int:
+    """Return the number of events with this id in deliveries that only refused versions learned.
+
+    `column`: user_id or item_id.
+    """
+    learned = set(batches_of(version_chain(store)))
+    refused = [manifest for manifest in store.manifests() if not manifest.promoted]
+    batches = sorted(set(batches_of(refused)) - learned)
+    if not batches:
+        return 0
+    log = EventLog(store.folder / "log")
+    return len(log.rows_not_in(log.read(batches).filter(pl.col(column) == identifier), learned))
+
+
 def check_store(store: Store | None) -> list[tuple[bool, str]]:
     """Check the environment and every file of the store. Each check is a pair: whether it passed, and a sentence."""
     libraries = ", ".join(f"{name} {version_of(name)}" for name in LIBRARIES)

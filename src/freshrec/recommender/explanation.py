@@ -178,10 +178,16 @@ def _split_blend(model: Blend, scored: ScoredItem) -> tuple[list[Contribution], 
     total = sum(part.value for part in parts)
     about = (
         f"The score is a probability: the scores of the user's {n_candidates:,} candidates sum to 1. The contributions "
-        f"add up to {total:+.2f}. This is ln(score) minus the mean of ln(score) over the candidates, so the score is "
-        f"{math.exp(total):,.3g} times their geometric mean. A positive contribution moves the item up. A rank is the "
-        f"item's place by one expert; it is empty beyond place {model.spec.items_per_expert}."
+        f"add up to {_signed(total, 2)}. This is ln(score) minus the mean of ln(score) over the candidates, so the "
+        f"score is {math.exp(total):,.3g} times their geometric mean. A positive contribution moves the item up. A "
+        f"rank is the item's place by one expert; it is empty beyond place {model.spec.items_per_expert}."
     )
+    is_read = bool((scored.batch.history_BT[0, -model.spec.length :] == scored.item).any())
+    if scored.item in last_events and not is_read:
+        about += (
+            f" The experts read the user's last {model.spec.length} events only. This item is not among them, so "
+            "repeat-last and repeat-freq do not rank it."
+        )
     return parts, about
 
 
@@ -212,9 +218,9 @@ def _split_vectors(scored: ScoredItem) -> tuple[list[Contribution], str]:
         return [part], about
     parts = [
         Contribution(
-            f"{reason.source}: inner product {reason.contribution:+.2f}",
+            f"{reason.source}: inner product {_signed(reason.contribution, 2)}",
             reason.contribution if reason is best else 0.0,
-            reason.rank,
+            reason.rank if reason.contribution else None,  # a vector of zeros ranks all items the same
             last_events.get(reason.history_item),
             note,
         )
@@ -223,7 +229,7 @@ def _split_vectors(scored: ScoredItem) -> tuple[list[Contribution], str]:
     about = (
         f"The score is the largest inner product of the item vector with one of the user's {len(reasons)} interests. "
         f"Here {best.source.partition(' of')[0]} has the largest one, so the others contribute 0. "
-        "A rank is the item's place by one interest, among all items."
+        "A rank is the item's place by one interest, among all items; it is empty if the inner product is 0."
     )
     return parts, about
 
@@ -283,10 +289,10 @@ def _headline(found: Explanation) -> str:
         return f"Item {item} is not offered to user {user}."
     if found.n_own_events:
         events = "1 event" if found.n_own_events == 1 else f"{found.n_own_events:,} events"
-        among = f"all {found.n_ranked:,} items"
+        among = f"the {found.n_ranked:,} items that can be ranked"
         own = f" The user already has this item ({events}), so lists leave it out by default."
     else:
-        among = f"{found.n_ranked:,} items"
+        among = f"the {found.n_ranked:,} items that can be ranked"
         own = " Items that the user already has are not ranked."
     rank = f"Item {item} is ranked {found.rank:,} of {among} for user {user}"
     return f"{rank} (score {found.score:.4g}, higher is better).{own}"
@@ -302,10 +308,10 @@ def _contribution_table(found: Explanation) -> str:
     if small:
         name = "1 smaller contribution" if len(small) == 1 else f"{len(small)} smaller contributions"
         parts.append(Contribution(name, sum(part.value for part in small)))
-    total = f"{found.total:+.{n_decimals}f}"
+    total = _signed(found.total, n_decimals)
     values = _round_to_total([part.value for part in parts], float(total), n_decimals)
     rows = [
-        (f"{value:+.{n_decimals}f}", part.source, f"{part.rank:,}" if part.rank else "", _event_cell(part.event))
+        (_signed(value, n_decimals), part.source, f"{part.rank:,}" if part.rank else "", _event_cell(part.event))
         for value, part in zip(values, parts)
     ]
     rows.append((total, "total", "", ""))
@@ -323,6 +329,11 @@ def _round_to_total(values: Sequence[float], total: float, n_decimals: int) -> l
     for n in sorted(range(len(values)), key=lambda n: units[n] - scaled[n])[:n_up]:
         units[n] += 1
     return [unit / 10**n_decimals for unit in units]
+
+
+def _signed(value: float, n_decimals: int) -> str:
+    """A number with its sign. A number that rounds to 0 has the sign +."""
+    return f"{round(value, n_decimals) + 0.0:+.{n_decimals}f}"
 
 
 def _aligned(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -144,7 +144,11 @@ class Recipe:
 
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe and those that it extends. Raises OptionError for invalid TOML or an unknown key."""
-    return parse_recipe(_tables(path, ()))
+    tables = _tables(path, ())
+    try:
+        return parse_recipe(tables)
+    except OptionError as problem:
+        raise OptionError(f"{path}: {problem}") from None
 
 
 def _tables(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
@@ -153,8 +157,12 @@ def _tables(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
         raise OptionError(f"{path} extends itself, through {children[-1]}. Remove one `extends`.")
     try:
         tables = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as problem:
-        raise OptionError(f"{path} is not a readable recipe ({problem}). Check the file and its TOML.") from None
+    except FileNotFoundError:
+        raise OptionError(f"There is no file {path}. Check the path.") from None
+    except OSError as problem:
+        raise OptionError(f"The recipe {path} cannot be read ({problem.strerror}). Check the path.") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as problem:
+        raise OptionError(f"The recipe {path} is not valid TOML ({problem}). Correct it.") from None
     parent = tables.pop("extends", None)
     if parent is None:
         return tables
@@ -173,16 +181,16 @@ def merge_tables(tables: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[
     return merged
 
 
-def parse_recipe(tables: dict[str, Any]) -> Recipe:
-    """Make a recipe from nested dictionaries. OptionError names the nearest valid key or value.
+def parse_recipe(tables: dict[str, Any], place: str = "recipe key {}") -> Recipe:
+    """Make a recipe from nested dictionaries. Raises OptionError for an unknown key or an invalid value.
 
-    Former names of keys are accepted with a warning.
+    Former names of keys are accepted with a warning. `place`: the words for a key in a message. "--{}" names its flag.
     """
     try:
         current_tables = {name: _with_current_keys(name, table) for name, table in tables.items()}
         return TypeAdapter(Recipe).validate_python(current_tables)
     except ValidationError as problem:
-        raise option_error(problem, Recipe, "recipe key {}") from None
+        raise option_error(problem, Recipe, place) from None
 
 
 def _with_current_keys(section: str, table: Any) -> Any:

@@ -197,6 +197,8 @@ def version_chain(store: Store) -> list[Manifest]:
 @contextmanager
 def create_store(folder: Path) -> Iterator[Store]:
     """Create a store. It appears in `folder` when the block ends. Raises OptionError if the folder is not empty."""
+    if (folder / "store.json").exists():
+        raise OptionError(f"{folder} already holds a store. Use `freshrec update`, or choose another folder.")
     folder = folder.resolve()
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
         raise OptionError(f"{folder} is not empty. Choose a new folder.")
