@@ -181,9 +181,9 @@ class Store:
         return [wrong for file in manifest.files.values() for wrong in _file_damage(folder / file.path, file)]
 
 
-def version_chain(store: Store) -> list[Manifest]:
-    """Return the live version and all its ancestors, oldest first. Raises StateError if a manifest is damaged."""
-    found = [store.manifest(store.live)]
+def version_chain(store: Store, number: int | None = None) -> list[Manifest]:
+    """Return a version (default: the live one) and its ancestors, oldest first. Raises StateError if one is damaged."""
+    found = [store.manifest(store.live if number is None else number)]
     while (parent := found[0].parent) is not None:
         try:
             found.insert(0, store.manifest(parent))
