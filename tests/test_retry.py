@@ -8,8 +8,10 @@ import polars as pl
 import pytest
 from test_nightly import ANY, days, learn, new_job
 
+from freshrec.cli.app import main
 from freshrec.nightly.gate import GateLimits
-from freshrec.nightly.job import RETRY_KEY, NightlyJob
+from freshrec.nightly.job import NightlyJob
+from freshrec.store.versions import open_store
 
 YEAR = 365 * 24 * 3_600_000_000  # microseconds
 
@@ -56,4 +58,85 @@ def test_a_retry_of_a_good_day_is_not_late_although_newer_days_were_learned_sinc
     assert learn(job, three, "three")[0].goes_live
     again = job.relearn(3)
     assert again.goes_live and again.reasons == [] and again.data["day"]["share_late"] == 0
-    assert again.data[RETRY_KEY] == 3
+    assert again.retry_of == 3
+
+
+def told(capsys: pytest.CaptureFixture[str], line: str, code: int = 0) -> str:
+    """Run a command and return its stdout as one line."""
+    capsys.readouterr()
+    assert main(line.split()) == code
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.fixture
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """The option of a store in the current folder; `late.parquet` was refused as version 2 and `two` is version 3."""
+    base, one, two, three, _ = days()
+    monkeypatch.chdir(tmp_path)
+    for name, frame in (("base", base), ("two", two), ("three", three)):
+        frame.write_parquet(f"{name}.parquet")
+    one.with_columns(time=pl.col("time") - YEAR).write_parquet("late.parquet")
+    told(capsys, "fit base.parquet --store s3 --model popularity")
+    told(capsys, "update late.parquet --store s3", 8)
+    told(capsys, "update two.parquet --store s3 --force --reason test")
+    return "--store s3"
+
+
+def test_a_refused_file_that_is_delivered_again_gives_the_reason_and_a_command_that_learns_it(
+    shop: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = told(capsys, f"update late.parquet {shop}")
+    assert text.startswith(
+        "late.parquet: version 2 was made from this file and is not live, so nothing was read. "
+        "It was refused: 100 % late rows. "
+        'To learn it anyway, run `freshrec update --retry 2 --force --reason "..." --store s3`.'
+    )
+    assert "Version 4 is live because of --force" in told(capsys, f"update --retry 2 --force --reason test {shop}")
+
+
+def test_a_rolled_back_file_that_is_delivered_again_needs_no_force(
+    shop: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = open_store(Path("s3"))
+    passed = store.manifest(3).promoted
+    told(capsys, f"rollback 1 --reason mistake {shop}")
+    force = "" if passed else ' --force --reason "..."'
+    assert told(capsys, f"update two.parquet {shop}").startswith(
+        "two.parquet: version 3 was made from this file and is not live, so nothing was read. "
+        f"It was rolled back: mistake. To learn it anyway, run `freshrec update --retry 3{force} --store s3`."
+    )
+
+
+def test_update_and_history_say_of_which_version_a_version_is_a_retry(
+    shop: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = told(capsys, f"update --retry 2 {shop}", 8)
+    assert "Version 4 (retry of version 2) was refused; version 3 stays live." in text
+    text = told(capsys, f"update --retry 2 --force --reason test {shop}")
+    assert (
+        "Version 5 is live because of --force, although the gate refused it (updated from version 3, retry of" in text
+    )
+    main(["history", *shop.split()])
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line for line in lines if line.strip()[:1].isdigit()}
+    assert rows["4"].endswith("retry of 2; 100 % late rows")
+    assert rows["5"].endswith("retry of 2; by force: test")
+    assert "updated from version 3, retry of version 2, with freshrec" in told(capsys, f"history --long {shop}")
+    assert max(map(len, lines)) <= 100
+
+
+def test_commands_in_messages_name_the_store(shop: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["promote", "99", *shop.split()]) == 7
+    assert capsys.readouterr().err == ("error: There is no version 99 in s3. See `freshrec history --store s3`.\n")
+    text = told(capsys, f"update three.parquet {shop} --force --reason test")
+    assert "still apply; see `freshrec history --last 1 --long --store s3`." in text.replace("applies", "apply")
+
+
+def test_a_day_without_events_has_a_note(shop: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pl.read_parquet("two.parquet")[:0].write_parquet("none.parquet")
+    text = told(capsys, f"update none.parquet {shop}")
+    assert text == (
+        "none.parquet: no rows Version 4 is live. It is a copy of version 3, because there were no new events. "
+        "Note The delivery had no new events, so the model is that of version 3."
+    )
+    assert "Blank: ndcg@20 could not be measured, for example without new events" in told(capsys, f"history {shop}")

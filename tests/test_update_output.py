@@ -222,7 +222,10 @@ def test_a_refused_update_says_why_what_stays_and_what_to_type(logs: Path, capsy
         '`freshrec update --retry 2 --force --reason "..." --store shop`.\n'
     )
     out, _ = printed(capsys, "update --retry 2 --force --reason fair --store shop")
-    assert "Version 3 is live because of --force, although the gate refused it (updated from version 1)." in out
+    assert (
+        "Version 3 is live because of --force, although the gate refused it (updated from version 1, retry of "
+        "version 2)."
+    ) in " ".join(out.split())
     assert "It was promoted by --force: fair" in " ".join(out.split())
 
 
@@ -236,7 +239,9 @@ def test_notes_that_were_printed_this_week_become_one_line(logs: Path, capsys: p
     out = printed(capsys, "update 1.parquet --store shop --force --reason fair")[0]
     assert "earlier deliver" not in out
     assert re.search(
-        r"  Notes       (1 earlier note still applies|\d earlier notes still apply); see `freshrec status`.", out
+        r"  Notes       (1 earlier note still applies|\d earlier notes still apply); "
+        r"see `freshrec history --last 1 --long --store shop`.",
+        out,
     )
     found = json.loads(printed(capsys, "history --store shop --json")[0])["versions"]
     assert any("1 earlier delivery" in note for note in found[-1]["notes"])  # JSON has all of them

@@ -29,13 +29,21 @@ def version_line(version: Manifest) -> str:
 def verdict_sentence(version: Manifest) -> str:
     """State whether a version is live."""
     name, parent = f"Version {version.id}", f"version {version.parent}"
+    retry = "" if version.retry_of is None else f"retry of version {version.retry_of}"
+    origin = f"updated from {parent}" + (f", {retry}" if retry else "")
     if version.kind == "no rows":
         return f"{name} is live. It is a copy of {parent}, because there were no new events."
     if version.promoted:
-        return f"{name} is live (updated from {parent})."
+        return f"{name} is live ({origin})."
     if version.goes_live:
-        return f"{name} is live because of --force, although the gate refused it (updated from {parent})."
-    return f"{name} was refused; {parent} stays live."
+        return f"{name} is live because of --force, although the gate refused it ({origin})."
+    return f"{name}{f' ({retry})' if retry else ''} was refused; {parent} stays live."
+
+
+def retry_command(version: Manifest, store: Path) -> str:
+    """Return the command that learns the events of a version again. A version that the gate refused needs --force."""
+    force = "" if version.promoted else ' --force --reason "..."'
+    return f"freshrec update --retry {version.id}{force} --store {shlex.quote(str(store))}"
 
 
 def update_lines(version: Manifest) -> Lines:

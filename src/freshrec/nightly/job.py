@@ -40,7 +40,7 @@ from freshrec.recommender.served_state import ServedState
 from freshrec.replay.measure import Queries
 from freshrec.replay.significance import bootstrap_interval
 from freshrec.store.event_log import AppendResult, EventLog
-from freshrec.store.manifest import Manifest, MoveAction, VersionKind
+from freshrec.store.manifest import RETRY_KEY, Manifest, MoveAction, VersionKind
 from freshrec.store.versions import Store, version_chain
 from freshrec.types import State
 
@@ -49,7 +49,6 @@ N_HOLDOUT_VERSIONS = 5  # number of latest versions whose queries are kept
 HOLDOUT_SHARE, FIRST_HOLDOUT_SHARE = 0.2, 0.05  # held-out share of a delivery, and of the first log
 MAX_HOLDOUT_EVENTS = 20_000  # held-out events at most
 COMPARED_KEY = "compared_users"  # in a manifest's "data": users measured on the newest events, and on older ones
-RETRY_KEY = "retry_of"  # in a manifest's "data": the version whose events `update --retry` learned again
 
 
 class NightlyJob:

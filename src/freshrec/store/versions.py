@@ -15,6 +15,7 @@ deletes them and keeps the manifest.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -82,7 +83,9 @@ class Store:
         """Return the manifest of a version. Raises StateError if it does not exist or is damaged."""
         path = _version_folder(self, number) / MANIFEST_FILE
         if not path.parent.is_dir():
-            raise StateError(f"There is no version {number} in {self.folder}. See `freshrec history`.")
+            raise StateError(
+                f"There is no version {number} in {self.folder}. See `freshrec history {store_option(self.folder)}`."
+            )
         content = read_checksummed(path)
         if isinstance(content, dict) and content.get("format", FORMAT) not in range(1, FORMAT + 1):
             raise StateError(f"{path} has a format that this freshrec does not know. Upgrade freshrec.")
@@ -99,13 +102,13 @@ class Store:
 
     def moves(self) -> list[PointerMove]:
         """Return every change of the live version, oldest first. Raises StateError if the record is damaged."""
-        path = self.folder / "live.json"
+        path, command = self.folder / "live.json", f"freshrec promote N {store_option(self.folder)}"
         try:
             return [PointerMove.model_validate(current_move(move)) for move in read_checksummed(path)]
         except (ValidationError, TypeError, StateError):
             raise StateError(
                 f"{path} is missing or was changed by another program. "
-                "Restore it from a backup, or choose a live version with `freshrec promote N`."
+                f"Restore it from a backup, or choose a live version with `{command}`."
             ) from None
 
     @property
@@ -113,7 +116,10 @@ class Store:
         """The number of the live version. Raises StateError if there is none yet."""
         moves = self.moves()
         if not moves:
-            raise StateError(f"No version of {self.folder} is live yet. Choose one with `freshrec promote N`.")
+            raise StateError(
+                f"No version of {self.folder} is live yet. "
+                f"Choose one with `freshrec promote N {store_option(self.folder)}`."
+            )
         return moves[-1].to
 
     def move_pointer(self, number: int, action: MoveAction, reason: str = "") -> None:
@@ -179,6 +185,11 @@ class Store:
         if is_collected(self, number):
             raise StateError(f"The files of version {number} were deleted by `freshrec gc`. Choose another version.")
         return [wrong for file in manifest.files.values() for wrong in _file_damage(folder / file.path, file)]
+
+
+def store_option(folder: Path) -> str:
+    """Return the option that names a store, to be pasted into a command."""
+    return f"--store {shlex.quote(str(folder))}"
 
 
 def version_chain(store: Store, number: int | None = None) -> list[Manifest]:
@@ -365,7 +376,7 @@ def _recovery_hint(store: Store, number: int) -> str:
     for other in reversed([n for n in store.version_numbers() if n < number]):
         try:
             if store.manifest(other).promoted and not store.find_damage(other):
-                return f"Roll back with `freshrec rollback {other} --reason damage`."
+                return f"Roll back with `freshrec rollback {other} --reason damage {store_option(store.folder)}`."
         except StateError:
             continue
     return "All earlier versions are damaged too. Run `freshrec fit` again on your log."
