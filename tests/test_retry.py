@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import polars as pl
@@ -140,3 +141,18 @@ def test_a_day_without_events_has_a_note(shop: str, capsys: pytest.CaptureFixtur
         "Note The delivery had no new events, so the model is that of version 3."
     )
     assert "Blank: ndcg@20 could not be measured, for example without new events" in told(capsys, f"history {shop}")
+
+
+@pytest.mark.parametrize(
+    ("delivery", "reason"),
+    [
+        (lambda one: one.with_columns(time=pl.col("time") - YEAR), "all rows are late"),
+        (lambda one: one[:1], "the delivery has too few rows to hold any out"),  # a fifth of 1 row is 0 rows
+    ],
+)
+def test_a_note_says_why_no_events_are_held_out(
+    delivery: Callable[[pl.DataFrame], pl.DataFrame], reason: str, job: NightlyJob
+) -> None:
+    [version] = learn(job, delivery(days()[1]), "delivery")
+    assert f"The versions were not compared on the newest events, because {reason}." in version.notes
+    assert version.data["metric"] == "ndcg@20"

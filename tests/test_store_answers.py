@@ -171,6 +171,20 @@ def test_every_anomaly_has_a_short_form_that_fits_the_history(changes: dict[str,
     assert short_form(reason) == short and len(short) <= 33
 
 
+def test_the_usual_share_of_earlier_deliveries_is_plain_if_it_was_zero() -> None:
+    late = replace(ORDINARY, share_late=0.9, gap_hours=-8.0)
+    (reason,) = find_anomalies(late, [ORDINARY] * 3)
+    assert reason == (
+        "90 % of the rows are older than the newest known event (the median row by 8 hours). "
+        "In the previous 3 deliveries it was 0 %. More than 50 % is unusual. Learn the files oldest first."
+    )
+    # Of 14 deliveries one was different. It does not count, because it may be an outlier.
+    (reason,) = find_anomalies(late, [ORDINARY] * 13 + [replace(ORDINARY, share_late=0.2)])
+    assert "In the previous 14 deliveries it was usually 0 %. More than 25 % is unusual." in reason
+    (reason,) = find_anomalies(late, [replace(ORDINARY, share_late=0.2)] * 3)
+    assert "In the previous 3 deliveries it was usually at most 20 %. More than 50 % is unusual." in reason
+
+
 def test_reasons_of_quality_have_short_forms_with_metric_and_change() -> None:
     # All 100 users fall from 0.5 to 0.25, a change of -50 %; the floor is half of 0.9, and 0.25 is below it.
     half, quarter, none = np.full(100, 0.5), np.full(100, 0.25), np.zeros(0)

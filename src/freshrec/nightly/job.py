@@ -40,7 +40,7 @@ from freshrec.recommender.served_state import ServedState
 from freshrec.replay.measure import Queries
 from freshrec.replay.significance import bootstrap_interval
 from freshrec.store.event_log import AppendResult, EventLog
-from freshrec.store.manifest import RETRY_KEY, Manifest, MoveAction, VersionKind
+from freshrec.store.manifest import METRIC_KEY, RETRY_KEY, Manifest, MoveAction, VersionKind
 from freshrec.store.versions import Store, version_chain
 from freshrec.types import State
 
@@ -206,7 +206,7 @@ class NightlyJob:
         manifest = _new_manifest(self.store, challenger, "update", numbers).model_copy(
             update={
                 "parent": self.store.live,
-                "data": {"day": asdict(day), COMPARED_KEY: [len(values.challenger_U), len(values.older_challenger_O)]},
+                "data": {"day": asdict(day), METRIC_KEY: self.limits.metric, COMPARED_KEY: values.n_users},
                 "promoted": verdict.promoted,
                 "reasons": list(verdict.reasons),
             }
@@ -238,7 +238,8 @@ class NightlyJob:
         )
         earlier = _earlier_stats(chain)
         earlier_values = [manifest.numbers[metric] for manifest in chain if metric in manifest.numbers]
-        values = HoldoutValues(challenger_U, champion_U, challenger_O, champion_O, earlier_values)
+        why_none = "" if len(challenger.served.pending) else _why_nothing_held_out(day)
+        values = HoldoutValues(challenger_U, champion_U, challenger_O, champion_O, earlier_values, why_none)
         return judge_challenger(day, earlier, values, self.limits), values
 
     def _go_live(self, manifest: Manifest, bundle: Bundle, action: MoveAction, reason: str = "") -> Manifest:
@@ -319,6 +320,10 @@ def _earlier_stats(chain: list[Manifest]) -> list[DeliveryStats]:
         raise StateError(
             f"A manifest of an earlier version has invalid delivery statistics ({error}). Restore it from a backup."
         ) from None
+
+
+def _why_nothing_held_out(day: DeliveryStats) -> str:
+    return "all rows are late" if day.share_late == 1 else "the delivery has too few rows to hold any out"
 
 
 def _first_queries(queries: Queries) -> Queries:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from freshrec.version import __version__
 
 FORMAT = 1
+METRIC_KEY = "metric"  # in a manifest's "data": the metric of the gate
 RETRY_KEY = "retry_of"  # in a manifest's "data": the version whose events `update --retry` learned again
 VersionKind = Literal["fit", "update", "no rows", "saved"]
 MoveAction = Literal["fit", "update", "promote", "rollback", "save"]
