@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from test_nightly import ANY, days, learn, new_job
 from freshrec.cli.app import main
 from freshrec.nightly.gate import GateLimits
 from freshrec.nightly.job import NightlyJob
-from freshrec.store.versions import open_store
+from freshrec.nightly.notes import number_ranges
+from freshrec.store.versions import disk_bytes, open_store
 
 YEAR = 365 * 24 * 3_600_000_000  # microseconds
 
@@ -156,3 +159,63 @@ def test_a_note_says_why_no_events_are_held_out(
     [version] = learn(job, delivery(days()[1]), "delivery")
     assert f"The versions were not compared on the newest events, because {reason}." in version.notes
     assert version.data["metric"] == "ndcg@20"
+
+
+def test_status_lists_refused_deliveries_until_they_are_learned(shop: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "refused deliveries 2 versions whose events are not learned" in told(capsys, f"status {shop}")
+    told(capsys, f"update --retry 2 {shop}", 8)  # version 4 is another one of the same delivery
+    assert json.loads(told(capsys, f"status --json {shop}"))["refused_not_learned"] == [4]
+    told(capsys, f"update --retry 2 --force --reason test {shop}")
+    assert "refused deliveries none versions whose" in told(capsys, f"status {shop}")
+
+
+def test_status_and_doctor_count_rows_and_different_events(shop: str, capsys: pytest.CaptureFixture[str]) -> None:
+    # 1,500 rows of the first version and two days of 300. After a rollback, the rows of version 3 are stored again.
+    assert "the event log holds 2,100 rows (2,100 different events) in 3 deliveries" in told(capsys, f"doctor {shop}")
+    told(capsys, f"rollback 1 {shop}")
+    pl.read_parquet("two.parquet").reverse().write_parquet("again.parquet")
+    told(capsys, f"update again.parquet --force --reason test {shop}")
+    assert "the event log holds 2,400 rows (2,100 different events) in 4 deliveries" in told(capsys, f"doctor {shop}")
+    assert "rows of the event log 2,400 2,100 different events in 4 deliveries" in told(capsys, f"status {shop}")
+
+
+def test_rollback_and_promote_say_which_events_are_no_longer_learned(
+    shop: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = told(capsys, f"rollback 1 {shop}")
+    force = "" if open_store(Path("s3")).manifest(3).promoted else ' --force --reason "..."'
+    assert text == (
+        "Version 1 is live instead of version 3. 300 events of version 3 are no longer learned. "
+        f"`freshrec update --retry 3{force} --store s3` learns them again."
+    )
+    assert told(capsys, f"promote 3 --reason fixed {shop}") == "Version 3 is live."  # it has all events of version 1
+    told(capsys, f"update three.parquet --force --reason test {shop}")
+    assert told(capsys, f"rollback 1 {shop}") == (
+        "Version 1 is live instead of version 4. 600 events of versions 3, 4 are no longer learned. "
+        "`freshrec update --retry N --store s3` learns those of version N again. Retry the oldest version first."
+    )
+    told(capsys, f"promote 4 --reason fixed {shop}")
+    assert told(capsys, f"promote 2 --reason late {shop}").startswith(
+        "Version 2 is live. 600 events of versions 3, 4 are no longer learned."
+    )
+
+
+def test_gc_reports_the_freed_bytes_and_doctor_names_deleted_versions_in_one_line(
+    shop: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(3):
+        told(capsys, f"update --retry 2 {shop}", 8)  # versions 4, 5 and 6
+    before = disk_bytes(Path("s3"))
+    found = json.loads(told(capsys, f"gc --keep 1 --json {shop}"))
+    assert found == {"gone": [2, 4, 5, 6], "bytes_freed": before - disk_bytes(Path("s3"))}
+    assert found["bytes_freed"] > 0
+    assert "versions 2, 4 to 6: their files were deleted by `freshrec gc`" in told(capsys, f"doctor {shop}")
+    told(capsys, f"update three.parquet --force --reason test {shop}")
+    text = told(capsys, f"gc --keep 1 {shop}")
+    assert re.fullmatch(r"Deleted the files of version 1: [\d.]+ (bytes|kB|MB) freed\.", text)
+
+
+def test_numbers_in_a_row_become_a_range() -> None:
+    assert [number_ranges(numbers) for numbers in ([], [3], [1, 2], [1, 2, 3, 5, 7, 8])] == [
+        "", "3", "1, 2", "1 to 3, 5, 7, 8",
+    ]  # fmt: skip

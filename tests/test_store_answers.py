@@ -126,7 +126,7 @@ def test_long_history_has_every_number_with_its_label_the_full_reasons_and_the_m
 def test_a_damaged_version_is_named_in_the_history(shop: Store, capsys: pytest.CaptureFixture[str]) -> None:
     (shop.folder / "versions" / "3" / "manifest.json").write_text("{")
     text = answer(capsys, "history", "--store", str(shop.folder))
-    assert "Version 3 is damaged: its manifest cannot be read. See `freshrec doctor`." in text
+    assert f"Version 3 is damaged: its manifest cannot be read. See `freshrec doctor --store {shop.folder}`." in text
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,8 @@ def test_status_has_sections_with_labels_and_no_raw_keys(job: NightlyJob, capsys
     assert "the next update learns them" in rows["held-out events"] and rows["held-out events"].split()[2] == "60"
     assert "only with `update --full-every auto`" in rows["updates until the next one"]
     assert rows["deliveries"].split()[1] == "1" and rows["clicks"].split()[1] == "1"
-    assert rows["refused versions"].split()[2] == "3"
+    assert rows["refused deliveries"].endswith("  3                     versions whose events are not learned")
+    assert rows["rows of the event log"].endswith("  2,100                 2,100 different events in 3 deliveries")
 
 
 def test_diff_leads_with_the_same_queries_and_prints_qualities_as_fractions(

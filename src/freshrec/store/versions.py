@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
@@ -257,8 +258,8 @@ def is_collected(store: Store, number: int) -> bool:
 def collect_garbage(store: Store, keep: int) -> list[int]:
     """Delete the files of old and refused versions, and return the numbers of these versions.
 
-    The live version and the last `keep` other versions that went live keep their files. A version whose manifest cannot
-    be read keeps them too: you may have a backup of the manifest.
+    The live version and the `keep` newest others that were ever live keep their files, also if they were rolled back.
+    A version whose manifest cannot be read keeps them too: you may have a backup of the manifest.
     """
     live, versions = store.live, store.manifests()
     numbers_to_keep = {
@@ -274,6 +275,19 @@ def collect_garbage(store: Store, keep: int) -> list[int]:
         if number in collected_numbers or is_collected(store, number):
             delete_files(store, number)
     return collected_numbers
+
+
+def disk_bytes(folder: Path) -> int:
+    """Return the bytes of all files below a folder. A file that several versions share counts once."""
+    sizes = {}
+    for path in folder.rglob("*"):
+        try:
+            found = path.lstat()
+        except FileNotFoundError:  # an update or a server has removed it
+            continue
+        if S_ISREG(found.st_mode):
+            sizes[found.st_dev, found.st_ino] = found.st_size
+    return sum(sizes.values())
 
 
 def delete_files(store: Store, number: int) -> None:
