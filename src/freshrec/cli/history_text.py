@@ -124,7 +124,7 @@ def _history_row(version: Manifest, state: VersionState, metric: str) -> tuple[s
 
 
 def state_reason(version: Manifest, state: VersionState, width: int) -> str:
-    """Return in short why a version has its state, and of which version it is a retry."""
+    """Return in short why a version has its state. A retry also names the version that it repeats."""
     prefix = "" if version.retry_of is None else f"retry of {version.retry_of}"
     between = "; " if prefix and state.reason else ""
     room = width - len(prefix + between)
