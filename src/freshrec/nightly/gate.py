@@ -95,7 +95,7 @@ class HoldoutValues:
     older_challenger_O: Float64Array  # on older held-out events
     older_champion_O: Float64Array
     earlier_values: Sequence[float] = ()  # mean metric of earlier live versions on their newest events, oldest first
-    why_no_newest: str = ""  # why no event of the delivery is held out; "" = some are
+    no_newest_reason: str = ""  # why no event of the delivery is held out; "" = some are
 
     @property
     def n_users(self) -> list[int]:
@@ -167,7 +167,7 @@ def judge_challenger(
         return Verdict(False, (*reasons, *broken), tuple(notes))
     new_U, live_U = values.challenger_U, values.champion_U
     older_O, older_live_O = values.older_challenger_O, values.older_champion_O
-    newest_events = NEWEST._replace(missing=values.why_no_newest or NEWEST.missing)
+    newest_events = NEWEST._replace(missing=values.no_newest_reason or NEWEST.missing)
     comparisons = [
         _compare(newest_events, new_U, live_U, limits.tolerance, limits),
         _check_floor(new_U, values.earlier_values, limits),

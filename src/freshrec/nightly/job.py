@@ -238,8 +238,8 @@ class NightlyJob:
         )
         earlier = _earlier_stats(chain)
         earlier_values = [manifest.numbers[metric] for manifest in chain if metric in manifest.numbers]
-        why_none = "" if len(challenger.served.pending) else _why_nothing_held_out(day)
-        values = HoldoutValues(challenger_U, champion_U, challenger_O, champion_O, earlier_values, why_none)
+        no_newest_reason = "" if len(challenger.served.pending) else _no_holdout_reason(day)
+        values = HoldoutValues(challenger_U, champion_U, challenger_O, champion_O, earlier_values, no_newest_reason)
         return judge_challenger(day, earlier, values, self.limits), values
 
     def _go_live(self, manifest: Manifest, bundle: Bundle, action: MoveAction, reason: str = "") -> Manifest:
@@ -322,7 +322,7 @@ def _earlier_stats(chain: list[Manifest]) -> list[DeliveryStats]:
         ) from None
 
 
-def _why_nothing_held_out(day: DeliveryStats) -> str:
+def _no_holdout_reason(day: DeliveryStats) -> str:
     return "all rows are late" if day.share_late == 1 else "the delivery has too few rows to hold any out"
 
 
