@@ -249,7 +249,10 @@ def test_an_item_without_a_score_has_the_rank_of_the_popular_items_that_complete
     [row] = recommender.recommend("u1", k=5).rows(named=True)
     assert (row["item_id"], row["rank"], row["fallback"]) == ("c", 1, "no more items with a score")
     text = " ".join(explanation_text(explained(recommender, "u1", "c")).split())
-    assert text.startswith("Item c is ranked 1 of the 1 items that can be ranked for user u1") and f"score {row['score']:.4g}," in text
+    assert (
+        text.startswith("Item c is ranked 1 of the 1 items that can be ranked for user u1")
+        and f"score {row['score']:.4g}," in text
+    )
     assert "repeat-last scores it 0, which means that the model has no opinion. Popular items complete a list" in text
     blend = Recommender("blend:items_per_expert=1").fit(days())  # its experts propose few of the 40 items
     user = days()["user_id"][0]

@@ -145,9 +145,23 @@ def test_a_full_retrain_is_a_line_of_its_own_and_its_time_is_measured() -> None:
     numbers = NUMBERS | {"full_gain": -0.001, "full_low": -0.003, "full_high": 0.001}
     texts = dict(update_lines(version(7, numbers=numbers)))
     assert texts["Retrain"] == (
-        "-0.0010 compared with the update (95 % interval -0.0030 to +0.0010); the update was kept"
+        "ndcg@20 -0.0010 (positive = the full retrain is better; 95 % interval -0.0030 to +0.0010); the update was kept"
     )
-    assert texts["Time"] == "12.3 s, including 30.4 s for the full retrain"
+    assert texts["Time"] == "12.3 s, 30.4 s of it for the full retrain"
+    better = dict(update_lines(version(7, numbers=numbers | {"full_gain": 0.001})))
+    assert better["Retrain"].startswith("ndcg@20 +0.0010 (") and better["Retrain"].endswith("; it was taken")
+
+
+def test_forgetting_names_its_metric_although_the_newest_events_were_not_measured() -> None:
+    late = version(7, numbers={"forgetting": 0.0146}, data={"metric": "hr@20", "compared_users": [0, 75]})
+    assert dict(update_lines(late))["Forgetting"] == "+0.0146 hr@20 on older events (75 users); positive = lost"
+
+
+def test_users_whose_interests_changed_are_counted_only_if_there_are_any() -> None:
+    numbers = NUMBERS | {"gained_interests": 0.0, "lost_interests": 3.0}
+    assert dict(update_lines(version(7, numbers=numbers)))["New"] == (
+        "689 events, 1 new user, 0 new items, 3 users lost an interest"
+    )
 
 
 def test_the_block_of_a_fit_says_what_was_read_and_measured() -> None:
@@ -222,7 +236,10 @@ def test_a_refused_update_says_why_what_stays_and_what_to_type(logs: Path, capsy
         '`freshrec update --retry 2 --force --reason "..." --store shop`.\n'
     )
     out, _ = printed(capsys, "update --retry 2 --force --reason fair --store shop")
-    assert "Version 3 is live because of --force, although the gate refused it (updated from version 1)." in out
+    assert (
+        "Version 3 is live because of --force, although the gate refused it (updated from version 1, retry of "
+        "version 2)."
+    ) in " ".join(out.split())
     assert "It was promoted by --force: fair" in " ".join(out.split())
 
 
@@ -236,7 +253,9 @@ def test_notes_that_were_printed_this_week_become_one_line(logs: Path, capsys: p
     out = printed(capsys, "update 1.parquet --store shop --force --reason fair")[0]
     assert "earlier deliver" not in out
     assert re.search(
-        r"  Notes       (1 earlier note still applies|\d earlier notes still apply); see `freshrec status`.", out
+        r"  Notes       (1 earlier note still applies|\d earlier notes still apply); "
+        r"see `freshrec history --last 1 --long --store shop`.",
+        out,
     )
     found = json.loads(printed(capsys, "history --store shop --json")[0])["versions"]
     assert any("1 earlier delivery" in note for note in found[-1]["notes"])  # JSON has all of them

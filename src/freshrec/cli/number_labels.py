@@ -52,7 +52,7 @@ LABELS: dict[str, NumberLabel] = {
     "low": _quality("difference, lower end", "95 % interval of this minus its parent", "change"),
     "high": _quality("difference, upper end", "positive = better than the parent", "change"),
     "asked": _quality("queries", "held-out events that were tested", "count"),
-    "unnoticed": _quality("detectable loss", "relative; noticed in 95 of 100 updates", "share"),
+    "unnoticed": _quality("smallest loss noticed", "of its parent's quality; 95 % certain", "loss"),
     "floor": _quality("floor", "a version is refused below it"),
     "older": _quality("older events, this version", f"same metric, {HIGHER}"),
     "older_live": _quality("older events, its parent", "same queries, higher is better"),
@@ -161,8 +161,8 @@ def format_quantity(value: float, unit: str) -> str:
             return f"{value:.4f}"
         case "change":
             return f"{value:+.4f}"
-        case "share":
-            return f"{100 * value:.3g} %"
+        case "loss":
+            return f"{100 * value:.3g} %" if value < 1 else "none"
         case "count":
             return f"{value:,.0f}"
         case "bytes":

@@ -28,7 +28,7 @@ from freshrec.cli.options import (
 )
 from freshrec.cli.output import print_json, print_labelled, print_wrapped
 from freshrec.cli.progress import READING, show_progress
-from freshrec.cli.version_text import fit_lines, next_commands, update_lines, verdict_sentence
+from freshrec.cli.version_text import fit_lines, next_commands, retry_command, update_lines, verdict_sentence
 from freshrec.cli.versions import locked_store
 from freshrec.data.log import Log, events_before, filter_positives, format_time, read_log
 from freshrec.errors import FreshrecError, LogError, NoRowsError, OptionError, RefusedError
@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from freshrec.nightly.job import NightlyJob
     from freshrec.store.event_log import AppendResult
     from freshrec.store.manifest import Manifest
+    from freshrec.store.versions import Store
 
+MAX_REASON_WIDTH = 60  # characters of a reason in a sentence
 
 GateOption = Annotated[str, typer.Option(help="Limits of the gate, such as metric=hr@20:tolerance=0.1.")]
 NewEvents = Annotated[
@@ -316,11 +318,7 @@ def _delivery_line(job: NightlyJob, result: AppendResult, name: str, n_bad: int 
     if (batch := result.repeated_batch) is not None:
         if batch not in refused_batches(job.store):
             return f"{name}: this file was learned before, so nothing was read."
-        number = max(manifest.id for manifest in job.store.manifests() if manifest.batch == batch)
-        return (
-            f"{name}: version {number} was made from this file and is not live, so nothing was read. "
-            f"To learn it anyway, run `freshrec update --retry {number}`."
-        )
+        return f"{name}: {_refused_file_text(job.store, batch)}"
     late = f" ({result.n_late:,} of them late)" if result.n_late else ""
     parts = [f"{result.n_appended:,} new{late}"]
     for n, noun in ((result.n_duplicates, "duplicate"), (result.n_known, "known event"), (n_bad, "bad row")):
@@ -328,18 +326,31 @@ def _delivery_line(job: NightlyJob, result: AppendResult, name: str, n_bad: int 
     return f"{name}: {result.n_rows + n_bad:,} row{'' if result.n_rows + n_bad == 1 else 's'}: {', '.join(parts)}"
 
 
+def _refused_file_text(store: Store, batch: int) -> str:
+    """Say what became of a file that was delivered before and is not learned, and which command learns it."""
+    from freshrec.cli.history_text import state_reason, version_states
+
+    version = max((m for m in store.manifests() if m.batch == batch), key=lambda manifest: manifest.id)
+    state = version_states(store)[version.id]
+    reason = state_reason(version, state, MAX_REASON_WIDTH)
+    return (
+        f"version {version.id} was made from this file and is not live, so nothing was read. "
+        f"It was {state.state}{f': {reason}' if reason else ''}. "
+        f"To learn it anyway, run `{retry_command(version, store.folder)}`."
+    )
+
+
 def _print_version(job: NightlyJob, version: Manifest) -> None:
     """Print the verdict on a version, what it learned, its quality, and the notes that are new this week."""
     from freshrec.nightly.notes import notes_to_print
-    from freshrec.store.versions import version_chain
+    from freshrec.store.versions import store_option, version_chain
 
     print_wrapped(verdict_sentence(version), "  ")
     print_labelled(("Reason", reason) for reason in version.reasons)
     print_labelled(update_lines(version))
-    if version.kind == "no rows":
-        return  # its note says the same as the verdict
     notes, n_earlier = notes_to_print(version_chain(job.store), version)
     print_labelled(("Note", note) for note in notes)
     if n_earlier:
         still = "1 earlier note still applies" if n_earlier == 1 else f"{n_earlier} earlier notes still apply"
-        print_labelled([("Notes", f"{still}; see `freshrec status`.")])
+        command = f"freshrec history --last 1 --long {store_option(job.store.folder)}"
+        print_labelled([("Notes", f"{still}; see `{command}`.")])

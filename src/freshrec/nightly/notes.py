@@ -72,6 +72,17 @@ def count_of(n: int, singular: str, plural: str = "") -> str:
     return f"{n:,} {noun}" if n else f"no {noun}"
 
 
+def number_ranges(numbers: Sequence[int]) -> str:
+    """Return ascending numbers as text: "1 to 4, 6, 7". Fewer than three in a row are listed."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+
+
 def format_percent(share: float) -> str:
     """Return a share in percent, to three digits."""
     return f"{100 * share:.3g} %"

@@ -78,7 +78,9 @@ def _interest_block(interest: dict[str, Any], versions: Mapping[int, int]) -> st
 
 def _count_items(ids: Iterable[Any]) -> str:
     """List ids, each once, with the number of its repeats: "7, 12 (9 times)"."""
-    return ", ".join(f"{printable_id(name)} ({n} times)" if n > 1 else printable_id(name) for name, n in Counter(ids).items())
+    return ", ".join(
+        f"{printable_id(name)} ({n} times)" if n > 1 else printable_id(name) for name, n in Counter(ids).items()
+    )
 
 
 def item_text(found: dict[str, Any], versions: Mapping[int, int] = MappingProxyType({})) -> str:
