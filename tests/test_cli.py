@@ -159,8 +159,9 @@ def test_a_table_for_people_has_a_line_per_item(
 
 @pytest.mark.parametrize("kind", LISTED_KINDS)
 def test_every_name_is_listed_on_a_line_with_what_it_is_and_long_lines_continue_indented(
-    kind: str, capsys: pytest.CaptureFixture[str]
+    kind: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)  # tests in several processes have 80 there
     names = json.loads(answer(capsys, "list", kind, "--json"))
     assert main(["list", kind]) == 0
     printed = capsys.readouterr()

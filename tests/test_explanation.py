@@ -233,8 +233,8 @@ def test_the_most_important_past_event_of_a_blend_has_the_largest_contribution_o
 def test_popularity_says_what_it_counts() -> None:
     found = explained(Recommender("popularity").fit(LOG), "u1", "c")
     assert explanation_text(found) == (
-        "Item c is ranked 1 of the 1 items that can be ranked for user u1 (score 1, higher is better). Items\n"
-        "that the user already has are not ranked.\n\n"
+        "Item c is ranked 1 of the only item that can be ranked for user u1 (score 1, higher is better).\n"
+        "Items that the user already has are not ranked.\n\n"
         "The score is the number of events of the item (all events). It is the same for every user."
     )
     seen = explanation_text(explained(Recommender("popularity").fit(LOG), "u1", "b"))
@@ -250,7 +250,7 @@ def test_an_item_without_a_score_has_the_rank_of_the_popular_items_that_complete
     assert (row["item_id"], row["rank"], row["fallback"]) == ("c", 1, "no more items with a score")
     text = " ".join(explanation_text(explained(recommender, "u1", "c")).split())
     assert (
-        text.startswith("Item c is ranked 1 of the 1 items that can be ranked for user u1")
+        text.startswith("Item c is ranked 1 of the only item that can be ranked for user u1")
         and f"score {row['score']:.4g}," in text
     )
     assert "repeat-last scores it 0, which means that the model has no opinion. Popular items complete a list" in text
@@ -342,7 +342,7 @@ def test_ids_with_a_newline_or_a_tab_are_printed_on_one_line_and_as_typed(
     assert r"supported by past events: 'a\nb' on 2026-01-01" in of_user
     assert answer(capsys, "inspect", "item", "a\nb", "--store", at).startswith(r"Item 'a\nb' has 3 events from 3 users")
     text = " ".join(answer(capsys, "explain", "u\n1", "c\td", "--store", at).split())
-    assert text.startswith(r"Item 'c\td' is ranked 1 of the 1 items that can be ranked for user 'u\n1'")
+    assert text.startswith(r"Item 'c\td' is ranked 1 of the only item that can be ranked for user 'u\n1'")
     assert r"Most important past event: item 'a\nb' on 2026-01-01" in text
     [reason] = json.loads(answer(capsys, "explain", "u\n1", "c\td", "--store", at, "--json"))
     assert reason["because"] == "a\nb"  # JSON has its own escapes

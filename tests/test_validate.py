@@ -161,8 +161,9 @@ def test_rows_without_timestamps_among_others_are_counted_once_and_the_time_rang
 
 
 def test_a_report_in_a_pipe_has_at_most_100_columns_and_no_spaces_at_line_ends(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)  # tests in several processes have 80 there
     path = tmp_path / "log.csv"
     rows = "".join(f"{i % 40},{i % 50},{NOON + 900 * i}\n" for i in range(N))
     path.write_text(f"user_id,item_id,timestamp\n{rows}")

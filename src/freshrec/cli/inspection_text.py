@@ -7,7 +7,7 @@ from typing import Any
 
 from freshrec.cli.number_labels import SECTIONS, format_bytes, format_quantity, label_of, number_rows, ordered_keys
 from freshrec.cli.text_layout import align_rows, bullet, format_moment
-from freshrec.nightly.notes import count_of
+from freshrec.data.log import format_count
 
 Row = tuple[str, ...]  # label, value, explanation
 MIN_USERS = 30  # the gate does not compare versions on fewer users either
@@ -55,8 +55,8 @@ def _live_rows(found: dict[str, Any]) -> list[Row]:
 
 def _store_rows(found: dict[str, Any]) -> list[Row]:
     deleted = len(found["versions_deleted"])
-    deliveries = count_of(found["log_deliveries"], "delivery", "deliveries")
-    events = f"{count_of(found['log_different_events'], 'different event')} in {deliveries}"
+    deliveries = format_count(found["log_deliveries"], "delivery", "deliveries")
+    events = f"{format_count(found['log_different_events'], 'different event')} in {deliveries}"
     return [
         ("versions", f"{found['versions']:,}", f"{deleted:,} with deleted files"),
         ("size of all versions", format_bytes(found["versions_bytes"]), "shared files count once"),

@@ -129,14 +129,15 @@ def _chain_or_nothing(store: Store) -> list[Manifest]:
 
 def _dropped_text(store: Store, before: list[Manifest]) -> str:
     """Say which events are no longer learned, and which command learns them again. `before`: the former chain."""
-    from freshrec.nightly.notes import count_of, number_ranges
+    from freshrec.data.log import format_count
+    from freshrec.nightly.notes import number_ranges
 
     learned = {version.batch for version in _chain_or_nothing(store)}
     dropped = [v for v in before if v.batch not in learned and v.numbers.get("new_events")]
     n_events = int(sum(version.numbers["new_events"] for version in dropped))
     if not n_events:
         return ""
-    events = f"{count_of(n_events, 'event')} of version{'s' if len(dropped) > 1 else ''} "
+    events = f"{format_count(n_events, 'event')} of version{'s' if len(dropped) > 1 else ''} "
     events += number_ranges([version.id for version in dropped])
     verb = "is" if n_events == 1 else "are"
     if len(dropped) == 1:

@@ -384,9 +384,9 @@ def _sample_users(log: Log, users: int, seed: int) -> Log:
     return _add_note(replace(log, frame=frame), f"Kept {users:,} random users of {len(ids):,} (seed {seed}).")
 
 
-def format_count(n: int, noun: str) -> str:
-    """Format a number with its noun: "1 row", "1,200 rows"."""
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+def format_count(n: int, noun: str, plural: str = "") -> str:
+    """Format a number with its noun: "0 rows", "1 row", "1,200 deliveries"."""
+    return f"{n:,} {noun if n == 1 else plural or f'{noun}s'}"
 
 
 def _add_note(log: Log, note: str) -> Log:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
+from freshrec.data.log import format_count
 from freshrec.store.manifest import Manifest
 
 CODES_KEY = "note_codes"  # in a manifest's "data": the code of each note, in the order of "notes"
@@ -68,8 +69,7 @@ def current_notes(chain: Sequence[Manifest]) -> list[str]:
 
 def count_of(n: int, singular: str, plural: str = "") -> str:
     """Return a number with its noun: "no rows", "1 row", "2,000 rows"."""
-    noun = singular if n == 1 else plural or f"{singular}s"
-    return f"{n:,} {noun}" if n else f"no {noun}"
+    return format_count(n, singular, plural) if n else f"no {plural or f'{singular}s'}"
 
 
 def number_ranges(numbers: Sequence[int]) -> str:

@@ -287,14 +287,13 @@ def _headline(found: Explanation) -> str:
     item, user = printable_id(found.item), printable_id(found.user)
     if found.score is None:
         return f"Item {item} is not offered to user {user}."
+    among = "the only item" if found.n_ranked == 1 else f"the {found.n_ranked:,} items"
     if found.n_own_events:
         events = "1 event" if found.n_own_events == 1 else f"{found.n_own_events:,} events"
-        among = f"the {found.n_ranked:,} items that can be ranked"
         own = f" The user already has this item ({events}), so lists leave it out by default."
     else:
-        among = f"the {found.n_ranked:,} items that can be ranked"
         own = " Items that the user already has are not ranked."
-    rank = f"Item {item} is ranked {found.rank:,} of {among} for user {user}"
+    rank = f"Item {item} is ranked {found.rank:,} of {among} that can be ranked for user {user}"
     return f"{rank} (score {found.score:.4g}, higher is better).{own}"
 
 
