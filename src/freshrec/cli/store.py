@@ -343,12 +343,12 @@ def _refused_file_text(store: Store, batch: int) -> str:
 def _print_version(job: NightlyJob, version: Manifest) -> None:
     """Print the verdict on a version, what it learned, its quality, and the notes that are new this week."""
     from freshrec.nightly.notes import notes_to_print
-    from freshrec.store.versions import store_option, version_chain
+    from freshrec.store.versions import store_option
 
     print_wrapped(verdict_sentence(version), "  ")
     print_labelled(("Reason", reason) for reason in version.reasons)
     print_labelled(update_lines(version))
-    notes, n_earlier = notes_to_print(version_chain(job.store), version)
+    notes, n_earlier = notes_to_print(job.store.manifests(), version)
     print_labelled(("Note", note) for note in notes)
     if n_earlier:
         still = "1 earlier note still applies" if n_earlier == 1 else f"{n_earlier} earlier notes still apply"
