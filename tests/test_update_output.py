@@ -315,6 +315,18 @@ def test_an_error_names_what_was_typed(
     assert text in err and err.count("\n") == 1 and out == ""
 
 
+@pytest.mark.parametrize("column", ["user_id", "item_id"])
+def test_a_dry_run_has_the_error_of_the_update(column: str, logs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed(capsys, "fit log.parquet --store shop --model popularity")
+    frame = pl.read_parquet("night.parquet")
+    frame.with_columns(pl.format("u{}", column).alias(column)).write_parquet(
+        "other.parquet"
+    )  # text instead of integers
+    preview = printed(capsys, "update other.parquet --store shop --dry-run", 3)
+    assert preview == printed(capsys, "update other.parquet --store shop", 3)
+    assert preview[1].startswith("error: other.parquet: ") and preview[1].count("\n") == 1
+
+
 def test_a_fit_that_fails_leaves_no_store_and_no_progress(logs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (logs / "empty.csv").write_text("user_id,item_id,timestamp\n")
     _, err = printed(capsys, "fit empty.csv --store shop", 3)

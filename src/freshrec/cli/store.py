@@ -147,7 +147,7 @@ def update(
     """Learn new events, measure the new version, and promote it unless it is worse than the live one."""
     from freshrec.nightly.full_retrain import retrain_interval
     from freshrec.nightly.gate import parse_limits
-    from freshrec.nightly.job import NightlyJob, preview_delivery
+    from freshrec.nightly.job import NightlyJob
     from freshrec.store.versions import open_store, version_chain
 
     if force and not reason:
@@ -162,8 +162,7 @@ def update(
     if dry_run:
         if retry is not None or force:
             raise OptionError("--dry-run cannot be combined with --retry or --force. Leave them out.")
-        previews = [{"file": path.name, **preview_delivery(job, read_delivery(path))} for path in new or []]
-        _print_previews(previews, as_json)
+        _print_previews([_preview_file(job, path, read_delivery(path)) for path in new or []], as_json)
         return
     versions: list[Manifest] = []
     try:
@@ -293,6 +292,15 @@ def _read_delivery(
         )
     except NoRowsError:
         return None
+
+
+def _preview_file(job: NightlyJob, path: Path, log: Log | None) -> dict[str, Any]:
+    from freshrec.nightly.job import preview_delivery
+
+    try:
+        return {"file": path.name, **preview_delivery(job, log)}
+    except LogError as error:
+        raise LogError(f"{path.name}: {error}") from None
 
 
 def _print_previews(previews: list[dict[str, Any]], as_json: bool) -> None:
