@@ -14,6 +14,7 @@ from freshrec.cli.history_text import VersionState, short_form, short_reason, st
 from freshrec.data.log import read_log
 from freshrec.nightly.delivery_stats import DeliveryStats
 from freshrec.nightly.gate import HoldoutValues, find_anomalies, judge_challenger
+from freshrec.nightly.inspection import store_status
 from freshrec.nightly.job import NightlyJob
 from freshrec.store.click_journal import Click, ClickJournal
 from freshrec.store.manifest import Manifest
@@ -273,6 +274,17 @@ def test_status_counts_the_whole_store(job: NightlyJob, capsys: pytest.CaptureFi
     assert found["versions_bytes"] + found["log_bytes"] <= found["total_bytes"]
     assert (found["versions"], found["log_events"]) == (3, 2100)  # 1,500 and two days of 300
     assert (found["batches_waiting"], found["clicks_waiting"], found["refused"]) == ([3], 1, [3])
+
+
+def test_status_counts_forced_versions_that_were_rolled_back_as_such_not_as_refused(job: NightlyJob) -> None:
+    write(job.store, 4, 2, promoted=False, goes_live=True)  # live by --force, then rolled back
+    job.store.move_pointer(4, "update", "sale day")
+    write(job.store, 5, 4, promoted=False)  # refused, made live by `promote`, then rolled back
+    job.store.move_pointer(5, "promote", "checked")
+    job.store.move_pointer(2, "rollback", "bad")
+    found = store_status(job.store)
+    assert (found["live"], found["refused"], found["refused_not_learned"]) == (2, [3], [3])
+    assert [version_states(job.store)[n].state for n in (3, 4, 5)] == ["refused", "rolled back", "rolled back"]
 
 
 def test_status_has_sections_with_labels_and_no_raw_keys(job: NightlyJob, capsys: pytest.CaptureFixture[str]) -> None:
