@@ -74,7 +74,7 @@ def _drop_reasons(versions: Mapping[int, Manifest], moves: Sequence[PointerMove]
 
     `promote` drops versions too, if they are not ancestors of the version that it makes live.
     """
-    reasons = {}
+    reasons = dict[int, str]()
     for before, move in pairwise(moves):
         target = versions.get(move.to)
         if target is not None and target.parent == before.to:  # an update drops nothing
@@ -87,7 +87,7 @@ def _drop_reasons(versions: Mapping[int, Manifest], moves: Sequence[PointerMove]
 def _ancestors(versions: Mapping[int, Manifest], number: int | None) -> set[int]:
     """Return the numbers of a version and of its ancestors, up to the first one whose manifest is damaged."""
     found = set[int]()
-    while number in versions and number not in found:
+    while number is not None and number in versions and number not in found:
         found.add(number)
         number = versions[number].parent
     return found
