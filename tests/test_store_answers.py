@@ -14,6 +14,7 @@ from freshrec.cli.history_text import VersionState, short_form, short_reason, st
 from freshrec.data.log import read_log
 from freshrec.nightly.delivery_stats import DeliveryStats
 from freshrec.nightly.gate import HoldoutValues, find_anomalies, judge_challenger
+from freshrec.nightly.inspection import store_status
 from freshrec.nightly.job import NightlyJob
 from freshrec.store.click_journal import Click, ClickJournal
 from freshrec.store.manifest import Manifest
@@ -79,6 +80,47 @@ def test_history_knows_what_became_of_each_version(shop: Store) -> None:
     }
     assert [number for number, found in states.items() if found.is_deleted] == [1]
     assert states[4].reason == "bad import" and states[5].reason == "by force: sale day" and states[3].reason == REASON
+
+
+def test_every_version_that_a_rollback_dropped_has_its_reason(tmp_path: Path) -> None:
+    with create_store(tmp_path / "shop") as store:
+        for number in range(1, 8):
+            write(store, number, number - 1)
+            store.move_pointer(number, "update" if number > 1 else "fit")
+        store.move_pointer(3, "rollback", "too bad")
+        write(store, 8, 3, promoted=False, goes_live=True)
+        store.move_pointer(8, "update", "reasonA")
+        states = version_states(store)
+    assert {n: (states[n].state, states[n].reason) for n in range(4, 8)} == dict.fromkeys(
+        range(4, 8), ("rolled back", "too bad")
+    )
+    assert states[8].reason == "by force: reasonA" and states[3].reason == ""
+
+
+def test_a_version_that_was_dropped_twice_has_the_reason_of_the_last_time(tmp_path: Path) -> None:
+    with create_store(tmp_path / "shop") as store:
+        for number in (1, 2, 3):
+            write(store, number, number - 1)
+        for number, action, reason in (
+            (1, "fit", ""), (2, "update", ""), (3, "update", ""), (1, "rollback", "first"), (3, "promote", "good"),
+            (1, "rollback", "second"),
+        ):  # fmt: skip
+            store.move_pointer(number, action, reason)  # type: ignore[arg-type]
+        states = version_states(store)
+    assert [states[n].reason for n in (1, 2, 3)] == ["", "second", "second"]
+
+
+def test_a_rollback_to_a_forced_version_keeps_the_reason_of_the_force(tmp_path: Path) -> None:
+    with create_store(tmp_path / "shop") as store:
+        for number in (1, 2, 3):
+            write(store, number, number - 1, promoted=number != 2, goes_live=True)
+        store.move_pointer(1, "fit")
+        store.move_pointer(2, "update", "checked")
+        store.move_pointer(3, "update")
+        store.move_pointer(2, "rollback", "version 3 is bad")
+        states = version_states(store)
+    assert states[2] == VersionState("live", reason="by force: checked")
+    assert states[3] == VersionState("rolled back", reason="version 3 is bad")
 
 
 def test_history_has_one_line_a_version_that_fits_100_columns(shop: Store, capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,6 +274,17 @@ def test_status_counts_the_whole_store(job: NightlyJob, capsys: pytest.CaptureFi
     assert found["versions_bytes"] + found["log_bytes"] <= found["total_bytes"]
     assert (found["versions"], found["log_events"]) == (3, 2100)  # 1,500 and two days of 300
     assert (found["batches_waiting"], found["clicks_waiting"], found["refused"]) == ([3], 1, [3])
+
+
+def test_status_counts_forced_versions_that_were_rolled_back_as_such_not_as_refused(job: NightlyJob) -> None:
+    write(job.store, 4, 2, promoted=False, goes_live=True)  # live by --force, then rolled back
+    job.store.move_pointer(4, "update", "sale day")
+    write(job.store, 5, 4, promoted=False)  # refused, made live by `promote`, then rolled back
+    job.store.move_pointer(5, "promote", "checked")
+    job.store.move_pointer(2, "rollback", "bad")
+    found = store_status(job.store)
+    assert (found["live"], found["refused"], found["refused_not_learned"]) == (2, [3], [3])
+    assert [version_states(job.store)[n].state for n in (3, 4, 5)] == ["refused", "rolled back", "rolled back"]
 
 
 def test_status_has_sections_with_labels_and_no_raw_keys(job: NightlyJob, capsys: pytest.CaptureFixture[str]) -> None:

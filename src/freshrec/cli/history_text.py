@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from freshrec.cli.number_labels import format_quantity, number_rows
@@ -57,32 +58,56 @@ def version_states(store: Store) -> dict[int, VersionState]:
     from freshrec.store.versions import is_collected
 
     versions, moves = {manifest.id: manifest for manifest in store.manifests()}, store.moves()
-    ancestors, parent = set[int](), moves[-1].to if moves else None
-    while parent in versions:
-        ancestors.add(parent)
-        parent = versions[parent].parent
-    found = {}
+    ancestors = _ancestors(versions, moves[-1].to if moves else None)
+    drop_reasons, found = _drop_reasons(versions, moves), {}
     for number in store.version_numbers():
         if number not in versions:
             found[number] = VersionState("damaged", reason=STATES["damaged"])
             continue
-        state, reason = _state_of(versions[number], moves, ancestors)
+        state, reason = _state_of(versions[number], moves, ancestors, drop_reasons.get(number, ""))
         found[number] = VersionState(state, is_collected(store, number), reason)
     return found
 
 
-def _state_of(version: Manifest, moves: Sequence[PointerMove], ancestors: set[int]) -> tuple[str, str]:
+def _drop_reasons(versions: Mapping[int, Manifest], moves: Sequence[PointerMove]) -> dict[int, str]:
+    """Return the reason of the last rollback that dropped each version. A rollback drops all versions after its target.
+
+    `promote` drops versions too, if they are not ancestors of the version that it makes live.
+    """
+    reasons = dict[int, str]()
+    for before, move in pairwise(moves):
+        target = versions.get(move.to)
+        if target is not None and target.parent == before.to:  # an update drops nothing
+            continue
+        dropped = _ancestors(versions, before.to) - _ancestors(versions, move.to)
+        reasons |= dict.fromkeys(dropped, move.reason)
+    return reasons
+
+
+def _ancestors(versions: Mapping[int, Manifest], number: int | None) -> set[int]:
+    """Return the numbers of a version and of its ancestors, up to the first one whose manifest is damaged."""
+    found = set[int]()
+    while number is not None and number in versions and number not in found:
+        found.add(number)
+        number = versions[number].parent
+    return found
+
+
+def _state_of(
+    version: Manifest, moves: Sequence[PointerMove], ancestors: set[int], drop_reason: str
+) -> tuple[str, str]:
     """Return the state of a version and the reason for it."""
-    by_force = "" if version.promoted else next((m.reason for m in reversed(moves) if m.to == version.id), "")
+    own_moves = [move for move in moves if move.to == version.id]
+    # A later rollback to a forced version has a reason that is about other versions.
+    forcing = [move for move in own_moves if move.action != "rollback"][-1:] or own_moves[:1]
+    by_force = "" if version.promoted or not forcing else forcing[0].reason
     reason = f"by force: {by_force}" if by_force else "no new events" if version.kind == "no rows" else ""
     if moves and moves[-1].to == version.id:
         return "live", reason
     if version.id in ancestors:
         return "was live", reason
-    places = [place for place, move in enumerate(moves) if move.to == version.id]
-    if places:
-        left_by = next((move for move in moves[places[-1] :] if move.to != version.id), None)
-        return "rolled back", "" if left_by is None else left_by.reason
+    if own_moves:
+        return "rolled back", drop_reason
     return ("waiting", reason) if version.goes_live else ("refused", " ".join(version.reasons))
 
 

@@ -147,7 +147,7 @@ def update(
     """Learn new events, measure the new version, and promote it unless it is worse than the live one."""
     from freshrec.nightly.full_retrain import retrain_interval
     from freshrec.nightly.gate import parse_limits
-    from freshrec.nightly.job import NightlyJob, preview_delivery
+    from freshrec.nightly.job import NightlyJob
     from freshrec.store.versions import open_store, version_chain
 
     if force and not reason:
@@ -162,8 +162,7 @@ def update(
     if dry_run:
         if retry is not None or force:
             raise OptionError("--dry-run cannot be combined with --retry or --force. Leave them out.")
-        previews = [{"file": path.name, **preview_delivery(job, read_delivery(path))} for path in new or []]
-        _print_previews(previews, as_json)
+        _print_previews([_preview_file(job, path, read_delivery(path)) for path in new or []], as_json)
         return
     versions: list[Manifest] = []
     try:
@@ -295,6 +294,15 @@ def _read_delivery(
         return None
 
 
+def _preview_file(job: NightlyJob, path: Path, log: Log | None) -> dict[str, Any]:
+    from freshrec.nightly.job import preview_delivery
+
+    try:
+        return {"file": path.name, **preview_delivery(job, log)}
+    except LogError as error:
+        raise LogError(f"{path.name}: {error}") from None
+
+
 def _print_previews(previews: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         print_json(previews)
@@ -343,12 +351,12 @@ def _refused_file_text(store: Store, batch: int) -> str:
 def _print_version(job: NightlyJob, version: Manifest) -> None:
     """Print the verdict on a version, what it learned, its quality, and the notes that are new this week."""
     from freshrec.nightly.notes import notes_to_print
-    from freshrec.store.versions import store_option, version_chain
+    from freshrec.store.versions import store_option
 
     print_wrapped(verdict_sentence(version), "  ")
     print_labelled(("Reason", reason) for reason in version.reasons)
     print_labelled(update_lines(version))
-    notes, n_earlier = notes_to_print(version_chain(job.store), version)
+    notes, n_earlier = notes_to_print(job.store.manifests(), version)
     print_labelled(("Note", note) for note in notes)
     if n_earlier:
         still = "1 earlier note still applies" if n_earlier == 1 else f"{n_earlier} earlier notes still apply"

@@ -35,6 +35,8 @@ def store_status(store: Store) -> dict[str, Any]:
     """The live version, the size of the store, and the events that wait for the next update. Sizes are in bytes."""
     live, versions, log = store.live, store.manifests(), EventLog(store.folder / "log")
     manifest, chain = store.manifest(live), version_chain(store)
+    were_live = {move.to for move in store.moves()}
+    refused = [m for m in versions if not m.goes_live and m.id not in were_live]
     n_bytes = sum(file.n_bytes for file in manifest.files.values())
     batches = log.batches()
     newest = batches.filter(pl.col("batch").is_in(batches_of(chain)))["last"].max()
@@ -49,8 +51,8 @@ def store_status(store: Store) -> dict[str, Any]:
         "held": manifest.held,
         "newest_event": format_time(newest) if isinstance(newest, int) and log.has_clock else None,
         "versions": len(versions),
-        "refused": [m.id for m in versions if not m.promoted and m.id > live],
-        "refused_not_learned": _refused_deliveries(versions, chain),
+        "refused": [m.id for m in refused if m.id > live],
+        "refused_not_learned": _refused_deliveries(refused, chain),
         "batches_waiting": waiting_batches(store, log),
         "clicks_waiting": sum(len(file.clicks) for file in journal if file.batch is None),
         "bytes": n_bytes,
@@ -68,10 +70,10 @@ def store_status(store: Store) -> dict[str, Any]:
     }
 
 
-def _refused_deliveries(versions: list[Manifest], chain: list[Manifest]) -> list[int]:
+def _refused_deliveries(refused: list[Manifest], chain: list[Manifest]) -> list[int]:
     """Return the refused versions whose events the live version has not learned; the last one of each delivery."""
     learned = set(batches_of(chain))
-    last = {m.batch or -m.id: m.id for m in versions if not m.goes_live and (m.batch is None or m.batch not in learned)}
+    last = {m.batch or -m.id: m.id for m in refused if m.batch is None or m.batch not in learned}
     return sorted(last.values())
 
 

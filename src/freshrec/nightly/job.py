@@ -105,11 +105,9 @@ class NightlyJob:
 
         Raises LogError if the ids or timestamps have another type than those of the log.
         """
-        log = match_clock(log, self.bundle.read_options)
-        served, frame = self.bundle.served, interaction_rows(log.frame)
-        for catalog, name in ((served.users, "user_id"), (served.items, "item_id")):
-            catalog.normalize_ids(frame[name])
-        times = [time for time in (self.log.newest_time, served.newest_time) if time is not None]
+        log = match_types(log, self.bundle)
+        frame, newest_times = interaction_rows(log.frame), (self.log.newest_time, self.bundle.served.newest_time)
+        times = [time for time in newest_times if time is not None]
         if not log.has_clock and times:
             frame = frame.with_columns(pl.col("time") + max(times) + 1)
         return self.log.append(frame, source, log.has_clock, refused_batches(self.store))
@@ -296,12 +294,20 @@ def _try_full_retrain(
     return (full if gain_U.mean() >= 0 else challenger), more
 
 
+def match_types(log: Log, bundle: Bundle) -> Log:
+    """Return a delivery without the timestamps that the store's log lacks. Raises LogError as `append_delivery`."""
+    log = match_clock(log, bundle.read_options)
+    for catalog, name in ((bundle.served.users, "user_id"), (bundle.served.items, "item_id")):
+        catalog.normalize_ids(filter_positives(log.frame)[name])
+    return log
+
+
 def preview_delivery(job: NightlyJob, log: Log | None) -> dict[str, Any]:
-    """Return the statistics of a delivery ("day") and its anomalies ("odd"). Nothing is changed."""
+    """Return the statistics of a delivery ("day") and its anomalies ("odd"). Raises LogError as `append_delivery`."""
     if log is None:
         return {"day": None, "odd": ["The delivery has no rows."]}
-    day, chain = job.delivery_stats(interaction_rows(log.frame)), version_chain(job.store)
-    return {"day": asdict(day), "odd": find_anomalies(day, _earlier_stats(chain), job.limits)}
+    day = job.delivery_stats(interaction_rows(match_types(log, job.bundle).frame))
+    return {"day": asdict(day), "odd": find_anomalies(day, _earlier_stats(version_chain(job.store)), job.limits)}
 
 
 def _head_item_ids(served: ServedState) -> pl.Series:
