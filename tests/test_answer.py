@@ -165,6 +165,29 @@ def test_a_model_that_is_best_without_updates_is_called_that(tmp_path: Path) -> 
     assert "That model is not updated at all: no update of comirec-dr was better on this log." in text
 
 
+def test_no_update_is_called_worse_where_none_was_run(tmp_path: Path) -> None:
+    # sasrec was updated, but mf was not
+    runs = {method("mf", "frozen"): (30, 0.0), method("sasrec", "finetune"): (10, 2.0)}
+    text = text_of(answer_of(tmp_path, runs))
+    assert "That model is not updated at all. No update of mf was run." in text and "was better" not in text
+
+
+def test_a_counting_model_of_the_user_is_not_called_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "docs" / "examples")
+    own = method("my_model:MyModelSpec", "absorb")
+    text = text_of(answer_of(tmp_path / "a", {KNN: (30, 0.0), own: (20, 0.0), FINETUNE: (10, 2.0)}))
+    # 10 / 40 - 30 / 40
+    assert "The best trained model is comirec-dr with finetune, ndcg@20 0.2500 (-0.5000, beyond chance)." in text
+    text = text_of(answer_of(tmp_path / "b", {own: (30, 0.0), FINETUNE: (10, 2.0)}))
+    assert "is a counting model. The best trained model is comirec-dr with finetune" in text
+    assert "trained" not in text_of(answer_of(tmp_path / "c", {KNN: (30, 0.0), own: (20, 0.0)}))
+
+
+def test_one_comparison_is_not_plural(tmp_path: Path) -> None:
+    answer = answer_of(tmp_path, {FROZEN: (10, 0.0), FINETUNE: (30, 2.0)})
+    assert "p: paired test over users, corrected for 1 comparison." in render_table(answer)
+
+
 def test_fine_tuning_that_is_best_is_compared_with_no_update(tmp_path: Path) -> None:
     text = text_of(answer_of(tmp_path, {FROZEN: (10, 0.0), FINETUNE: (30, 2.0), FULL: (29, 9.0)}))
     assert "No other run is better than comirec-dr with finetune." in text

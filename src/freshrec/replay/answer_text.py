@@ -18,12 +18,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from freshrec.models import CONTROLS, COUNTING_MODELS
+from freshrec.data.log import format_count
+from freshrec.models import CONTROLS
 from freshrec.replay.answer import Answer, Difference, Method
 from freshrec.replay.click_metrics import LOWER_IS_BETTER
 from freshrec.replay.metrics import SAMPLED_SUFFIX
 from freshrec.replay.recipe_schema import LogRecipe
 from freshrec.strategies.baselines import Frozen, Retrain
+from freshrec.types import TrainedModel
 
 MAX_WIDTH = 100  # columns of text
 DEFAULT_MODEL, DEFAULT_STRATEGY = "blend", "refit"  # of `freshrec fit`
@@ -148,7 +150,7 @@ def _legend(answer: Answer, labels: Labels, has_forgetting: bool) -> list[str]:
     lines = [f"{answer.metric}: mean over spans, {direction} is better; ± is half of the 95 % interval over users."]
     if compared := _describe_references(answer, labels):
         lines.append(f"difference: from {compared}; positive = better.")
-        lines.append(f"p: paired test over users, corrected for {answer.n_pairs} comparisons.")
+        lines.append(f"p: paired test over users, corrected for {format_count(answer.n_pairs, 'comparison')}.")
     if has_forgetting:
         lines.append(
             f"forgetting: loss of {answer.metric} on held-out events of earlier spans, after the last update; "
@@ -238,7 +240,10 @@ def _describe_gain(answer: Answer, labels: Labels) -> str:
     cells = answer.cells.items()
     frozen = [method for method, cell in cells if method[0] == best[0] and isinstance(cell.strategy_instance, Frozen)]
     if best in frozen:
-        return f"That model is not updated at all: no update of {labels.model(best)} was better on this log."
+        name, has_updates = labels.model(best), any(method[0] == best[0] and method not in frozen for method, _ in cells)
+        if not has_updates:
+            return f"That model is not updated at all. No update of {name} was run."
+        return f"That model is not updated at all: no update of {name} was better on this log."
     if gain is not None:
         base = answer.summary(reference).value
         share = f" ({100 * gain.value / base:+.0f} %)" if base > 0 else ""
@@ -256,8 +261,8 @@ def _describe_gain(answer: Answer, labels: Labels) -> str:
 def _describe_best_trained(answer: Answer, labels: Labels) -> str:
     """Describe the best trained model, if a counting model is best."""
     best = answer.best
-    trained = [row for row in answer.summaries if _without_options(row.method[0]) not in COUNTING_MODELS]
-    if _without_options(best.method[0]) not in COUNTING_MODELS or not trained:
+    trained = [row for row in answer.summaries if _is_trained(answer, row.method)]
+    if _is_trained(answer, best.method) or not trained:
         return ""
     gap = answer.differences.get((trained[0].method, best.method))
     numbers = "" if gap is None else f" ({format_change(gap.value)}, {_verdict(gap)})"
@@ -265,6 +270,10 @@ def _describe_best_trained(answer: Answer, labels: Labels) -> str:
         f"{labels.model(best.method)} is a counting model. The best trained model is {labels[trained[0].method]}, "
         f"{answer.metric} {trained[0].value:.4f}{numbers}."
     )
+
+
+def _is_trained(answer: Answer, method: Method) -> bool:
+    return isinstance(answer.cells[method].model_spec.build(0), TrainedModel)
 
 
 def _describe_cost(answer: Answer, labels: Labels) -> str:
