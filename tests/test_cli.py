@@ -357,6 +357,18 @@ def test_a_replay_is_cut_at_the_dates_that_are_given(logs: tuple[str, str], caps
     assert events_of_spans(shown) == [1000, 1000, 1000]
 
 
+def test_a_plan_is_printed_as_json(logs: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--spans", "2", "--controls", "", "--extra-pairs", "item-knn/absorb", "--seeds", "2", "--json")
+    plan = json.loads(answer(capsys, *REPLAY, logs[0], *flags))
+    assert [(span["span"], span["events"]) for span in plan["spans"]] == [(0, 1500), (1, 750), (2, 750)]
+    assert plan["n_runs"] == 3  # two seeds of mf, one of item-knn
+    rows = plan["estimate_cpu_s"]
+    assert [(row["model"], row["n_seeds"]) for row in rows] == [("mf:d=4", 2), ("item-knn", 1)]
+    for end in ("low", "high"):
+        assert all(r["total"][end] == r["base"][end] + r["updates"][end] + r["measuring"][end] for r in rows)
+        assert plan["total_cpu_s"][end] == pytest.approx(sum(row["total"][end] for row in rows))
+
+
 def test_the_share_of_the_base_and_the_fewest_events_of_a_user_are_options(
     logs: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from freshrec.cli.options import JOBS, Jobs
-from freshrec.cli.output import make_console
+from freshrec.cli.output import make_console, print_json
 from freshrec.cli.parameters import Parameter, make_command, parameters_of
 from freshrec.config import description_of, hints_of
 from freshrec.errors import OptionError
@@ -55,7 +55,7 @@ OWN_PARAMETERS: list[Parameter] = [  # all other parameters are fields of a reci
         Annotated[bool, typer.Option("--plan", help="Print the spans and the estimated cost, then stop.")],
         False,
     ),
-    ("as_json", Annotated[bool, typer.Option("--json", help="Print the folder and a summary as JSON.")], False),
+    ("as_json", Annotated[bool, typer.Option("--json", help="Print the folder and a summary, or the plan, as JSON.")], False),
 ]
 PANELS = {"log": "The log", "spans": "Spans", "replay": "Comparison"}
 
@@ -72,7 +72,9 @@ def _replay(values: dict[str, Any]) -> None:
     """Resolve the recipe, then plan it or run it."""
     given = {section: {name: values[name] for name in hints_of(kind)} for section, kind in hints_of(Recipe).items()}
     recipe = resolve_recipe(values["recipe"], given)
-    if values["plan_only"]:
+    if values["plan_only"] and values["as_json"]:
+        print_json(_plan(recipe))
+    elif values["plan_only"]:
         _show_plan(recipe)
     else:
         run_recipe(recipe, values["out"], values["jobs"], values["device"], values["resume"], values["as_json"])
@@ -110,6 +112,24 @@ def _show_plan(recipe: Recipe) -> None:
     )
     print_plan(console, len(cells), describe_spans(split), split.notes)
     print_estimate(console, estimate_cost(cells, split, settings, MeasuringLog()))
+
+
+def _plan(recipe: Recipe) -> dict[str, Any]:
+    """Return the plan of a replay: its spans, notes and number of runs, and CPU-s of each model with each strategy."""
+    from freshrec.data.split import describe_spans
+    from freshrec.replay.estimate import Range, estimate_cost
+    from freshrec.replay.progress import MeasuringLog
+    from freshrec.replay.recipes import load_split, make_cells, make_replay_settings
+
+    cells, settings, split = make_cells(recipe), make_replay_settings(recipe), load_split(recipe)
+    estimates = estimate_cost(cells, split, settings, MeasuringLog())
+    return {
+        "spans": describe_spans(split).to_dicts(),
+        "notes": split.notes,
+        "n_runs": len(cells),
+        "estimate_cpu_s": [asdict(row) | {"total": asdict(row.total)} for row in estimates],
+        "total_cpu_s": asdict(sum((row.total for row in estimates), Range())),
+    }
 
 
 def run_recipe(recipe: Recipe, out: Path, jobs: int, device: str, resume: bool, as_json: bool) -> None:
