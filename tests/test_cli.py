@@ -387,6 +387,24 @@ def test_a_log_given_replaces_the_world_of_a_recipe_and_a_world_its_log(logs: tu
     assert (by_world.log.path, by_world.log.world) == ("", "newborn")
 
 
+def test_the_default_metrics_are_those_of_clicks_on_a_log_with_exposures(tmp_path: Path) -> None:
+    def metrics_of(file: str = "", **given: dict[str, object]) -> tuple[str, ...]:
+        (tmp_path / "recipe.toml").write_text(file)
+        return resolve_recipe(tmp_path / "recipe.toml" if file else None, {"log": {}, **given}).replay.metrics
+
+    clicks, exposures = ("auc", "logloss"), {"exposures": True}
+    assert metrics_of() == ReplayRecipe.metrics
+    assert metrics_of(log=exposures) == clicks
+    assert metrics_of(log=exposures, replay={"metrics": None}) == clicks  # a flag that is not given is None
+    assert metrics_of("[log]\nexposures = true\n") == clicks
+    assert metrics_of("[log]\nexposures = true\n", log={"exposures": False}) == ReplayRecipe.metrics
+    assert metrics_of("[spans]\nspans = 2\n", log=exposures) == clicks
+    # those that the user names remain
+    assert metrics_of(log=exposures, replay={"metrics": ("logloss",)}) == ("logloss",)
+    assert metrics_of('[replay]\nmetrics = ["hr@5"]\n', log=exposures) == ("hr@5",)
+    assert metrics_of('[log]\nexposures = true\n[replay]\nmetrics = ["hr@20"]\n') == ("hr@20",)
+
+
 FLAGS_OF_0_1_0 = (
     "--recipe --world --models --strategies --by --spans --alpha --dates --targets --n-targets --heldout --min-events "
     "--min-history --seeds --cadence --metrics --data --columns --format --events --users --tune --no-tune --out "

@@ -15,7 +15,15 @@ from freshrec.cli.output import make_console, print_json
 from freshrec.cli.parameters import Parameter, make_command, parameters_of
 from freshrec.config import description_of, hints_of
 from freshrec.errors import OptionError
-from freshrec.replay.recipe_schema import LogRecipe, Recipe, load_recipe, merge_tables, parse_recipe, save_recipe
+from freshrec.replay.recipe_schema import (
+    LogRecipe,
+    Recipe,
+    default_metrics,
+    load_recipe,
+    merge_tables,
+    parse_recipe,
+    save_recipe,
+)
 
 if TYPE_CHECKING:
     import polars as pl
@@ -93,6 +101,8 @@ def resolve_recipe(file: Path | None, given: dict[str, dict[str, Any]]) -> Recip
     tables = asdict(load_recipe(file) if file else Recipe())
     if path or world:
         tables["log"] |= {"path": "", "folder": "", "world": ""}  # they replace those of the file
+    if tables["replay"]["metrics"] == default_metrics(tables["log"]["exposures"]):
+        del tables["replay"]["metrics"]  # the default depends on --exposures
     changes = {part: {k: v for k, v in options.items() if v is not None} for part, options in given.items()}
     return parse_recipe(merge_tables(tables, changes), "--{}")  # the file is valid, so an error is in an option
 
