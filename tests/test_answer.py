@@ -229,6 +229,20 @@ def test_no_line_is_wider_than_the_terminal(width: int, tmp_path: Path) -> None:
     assert "Next:\n  freshrec fit events.parquet" in text
 
 
+def test_a_narrow_terminal_gets_all_columns_of_a_table(tmp_path: Path) -> None:
+    answer = answer_of(tmp_path, {cell: (5 * i, 1000.0 * i) for i, cell in enumerate(LONG)})
+    narrow, wide = (render_table(answer, width).split("\n\n")[0] for width in (40, 1000))
+    assert narrow == wide and narrow.split("\n")[0].split() == "model strategy ndcg@20 difference p CPU-s".split()
+    log = make_world("drift", users=200, items=80, events=4000).log
+    spans = describe_spans(split_log(log, by="count", spans=6))
+    shown = {}
+    for width, is_terminal in ((40, True), (40, False), (200, False)):
+        console = Console(width=width, force_terminal=is_terminal, color_system=None, record=True, stderr=True)
+        print_plan(console, 12, spans, ())
+        shown[width, is_terminal] = console.export_text().partition("\nSpan 0")[0]
+    assert len(set(shown.values())) == 1
+
+
 def test_a_name_without_options_is_shown_where_it_is_clear_and_explained(tmp_path: Path) -> None:
     answer = answer_of(tmp_path, {method("mf:d=8", "finetune:fit.epochs=2"): (30, 0.1), KNN: (4, 0.0)})
     text = render_answer(answer, LogRecipe(world="drift"))

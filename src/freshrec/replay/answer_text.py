@@ -1,6 +1,6 @@
 """The text at the end of a replay: a table, the paired tests in words, and the next command.
 
-No line has more than 100 columns, except for long names.
+No line has more than 100 columns, except for long names, and for tables on a terminal of less than 72 columns.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from freshrec.strategies.baselines import Frozen, Retrain
 from freshrec.types import TrainedModel
 
 MAX_WIDTH = 100  # columns of text
+MIN_TABLE_WIDTH = 72  # below it, a table has its natural width, because it would lose columns
+UNLIMITED = 10_000  # columns
 DEFAULT_MODEL, DEFAULT_STRATEGY = "blend", "refit"  # of `freshrec fit`
 NO_BREAK = "\N{NO-BREAK SPACE}"
 BLOCKS = re.compile(r" x(\d+)$")  # the end of a strategy's name in a replay with several blocks per span
@@ -118,7 +120,7 @@ def wrap(text: str, width: int, indent: str = "") -> str:
 
 
 def render_table(answer: Answer, width: int = MAX_WIDTH) -> str:
-    """Return the table and a legend, as plain text of at most `width` columns."""
+    """Return the table and a legend, as plain text of at most `width` columns. See `table_lines` for narrow tables."""
     labels = Labels.of(answer.cells)
     has_forgetting = any(row.forgetting is not None for row in answer.summaries)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -138,10 +140,14 @@ def render_table(answer: Answer, width: int = MAX_WIDTH) -> str:
             cells.append("" if row.forgetting is None else format_change(row.forgetting))
         cells.append("" if row.cpu_s is None else format_seconds(row.cpu_s))
         table.add_row(labels.model(row.method), labels.strategy(row.method), *cells)
-    text = StringIO()
+    return "\n".join([*table_lines(table, width), "", *(wrap(line, width) for line in _legend(answer, labels, has_forgetting))])
+
+
+def table_lines(table: Table, width: int) -> list[str]:
+    """Return the lines of a table, without spaces at their ends. Below 72 columns, the table has its natural width."""
+    text, width = StringIO(), width if width >= MIN_TABLE_WIDTH else UNLIMITED
     Console(file=text, width=width, color_system=None, highlight=False, markup=False).print(table)
-    lines = [line.rstrip() for line in text.getvalue().splitlines()]
-    return "\n".join([*lines, "", *(wrap(line, width) for line in _legend(answer, labels, has_forgetting))])
+    return [line.rstrip() for line in text.getvalue().splitlines()]
 
 
 def _legend(answer: Answer, labels: Labels, has_forgetting: bool) -> list[str]:

@@ -15,7 +15,7 @@ from rich.table import Table
 from freshrec.data.log import format_count
 from freshrec.data.validate import format_percent
 from freshrec.learn.click_quality import auc
-from freshrec.replay.answer_text import Labels, format_seconds, wrap
+from freshrec.replay.answer_text import MIN_TABLE_WIDTH, Labels, format_seconds, table_lines, wrap
 from freshrec.replay.cell import Cell
 from freshrec.replay.estimate import Range, RunEstimate
 from freshrec.replay.metrics import compute_metrics, mean_per_user
@@ -142,13 +142,12 @@ def _format_cell(value: Any) -> str:
 
 
 def _print_table(console: Console, table: Table) -> None:
-    """Print a table; in a pipe or a file, without spaces at the ends of lines."""
-    if console.is_terminal:
+    """Print a table; in a pipe, in a file or on a narrow terminal as plain text."""
+    if console.is_terminal and console.width >= MIN_TABLE_WIDTH:
         console.print(table, highlight=False, markup=False)
         return
-    with console.capture() as captured:
-        console.print(table, highlight=False, markup=False)
-    _print_lines(console, [line.rstrip() for line in captured.get().splitlines()])
+    for line in table_lines(table, console.width):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class MeasuringLog:
