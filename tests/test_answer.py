@@ -6,6 +6,7 @@ The replays are written by hand: of each query a method either finds the target 
 import json
 import shlex
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import polars as pl
@@ -30,10 +31,12 @@ from freshrec.replay.answer_text import (
     render_command,
     render_table,
 )
-from freshrec.replay.cell import Cell
+from freshrec.replay.cell import Cell, ReplaySettings, replay_cell
 from freshrec.replay.progress import ProgressBoard, print_plan
+from freshrec.replay.provenance import write_provenance
 from freshrec.replay.recipe_schema import LogRecipe
 from freshrec.replay.results import collect_results
+from freshrec.replay.runner import run_cells
 from freshrec.strategies import find_strategy
 
 HIT, MISS = 1.0, 99.0  # ranks
@@ -232,7 +235,9 @@ def test_no_line_is_wider_than_the_terminal(width: int, tmp_path: Path) -> None:
 def test_a_narrow_terminal_gets_all_columns_of_a_table(tmp_path: Path) -> None:
     answer = answer_of(tmp_path, {cell: (5 * i, 1000.0 * i) for i, cell in enumerate(LONG)})
     narrow, wide = (render_table(answer, width).split("\n\n")[0] for width in (40, 1000))
-    assert narrow == wide and narrow.split("\n")[0].split() == "model strategy ndcg@20 difference p CPU-s".split()
+    assert narrow == wide and narrow.split("\n")[0].split() == [
+        "model", "strategy", "ndcg@20", "difference", "p", "CPU-s",
+    ]  # fmt: skip
     log = make_world("drift", users=200, items=80, events=4000).log
     spans = describe_spans(split_log(log, by="count", spans=6))
     shown = {}
@@ -340,6 +345,23 @@ def test_a_progress_line_has_the_metric_of_the_recipe_as_a_fraction(
     board.report_span(FINETUNE, 1)
     # 10 hits at rank 1 of 40 users
     assert capsys.readouterr().err.endswith(" s] comirec-dr finetune, seed 0, span 1: ndcg@5 0.2500, 0.3 CPU-s\n")
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_the_counter_of_a_resumed_replay_includes_the_spans_that_are_finished(
+    jobs: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    split = split_log(make_world("drift", users=100, items=40, events=1000).log, by="count", spans=2)
+    cells, spans = [method(name, "absorb") for name in ("popularity", "item-knn")], [1, 2]
+    list(islice(replay_cell(cells[0], split, ReplaySettings(), tmp_path), 2))  # stops after spans 0 and 1
+    # claims the folder, as the first replay did
+    run_cells(cells[:0], split, ReplaySettings(), tmp_path, on_span_done=lambda cell, span: None)
+    write_provenance(tmp_path / cells[0].folder_name, cells[0])
+    board = ProgressBoard(cells, spans, tmp_path, Console(stderr=True))
+    run_cells(cells, split, ReplaySettings(), tmp_path, jobs=jobs, on_span_done=board.report_span)
+    counts = [line.partition(" ")[0] for line in capsys.readouterr().err.splitlines() if " spans, " in line]
+    # two runs, each with a base block and 2 spans; 2 of the 6 were finished before
+    assert counts == ["[3/6", "[4/6", "[5/6", "[6/6"]
 
 
 def test_a_replay_is_summed_up_by_its_first_ndcg() -> None:

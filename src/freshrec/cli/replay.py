@@ -63,7 +63,11 @@ OWN_PARAMETERS: list[Parameter] = [  # all other parameters are fields of a reci
         Annotated[bool, typer.Option("--plan", help="Print the spans and the estimated cost, then stop.")],
         False,
     ),
-    ("as_json", Annotated[bool, typer.Option("--json", help="Print the folder and a summary, or the plan, as JSON.")], False),
+    (
+        "as_json",
+        Annotated[bool, typer.Option("--json", help="Print the folder and a summary, or the plan, as JSON.")],
+        False,
+    ),
 ]
 PANELS = {"log": "The log", "spans": "Spans", "replay": "Comparison"}
 

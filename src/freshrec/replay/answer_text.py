@@ -140,7 +140,8 @@ def render_table(answer: Answer, width: int = MAX_WIDTH) -> str:
             cells.append("" if row.forgetting is None else format_change(row.forgetting))
         cells.append("" if row.cpu_s is None else format_seconds(row.cpu_s))
         table.add_row(labels.model(row.method), labels.strategy(row.method), *cells)
-    return "\n".join([*table_lines(table, width), "", *(wrap(line, width) for line in _legend(answer, labels, has_forgetting))])
+    legend = [wrap(line, width) for line in _legend(answer, labels, has_forgetting)]
+    return "\n".join([*table_lines(table, width), "", *legend])
 
 
 def table_lines(table: Table, width: int) -> list[str]:
@@ -246,10 +247,9 @@ def _describe_gain(answer: Answer, labels: Labels) -> str:
     cells = answer.cells.items()
     frozen = [method for method, cell in cells if method[0] == best[0] and isinstance(cell.strategy_instance, Frozen)]
     if best in frozen:
-        name, has_updates = labels.model(best), any(method[0] == best[0] and method not in frozen for method, _ in cells)
-        if not has_updates:
-            return f"That model is not updated at all. No update of {name} was run."
-        return f"That model is not updated at all: no update of {name} was better on this log."
+        if any(method[0] == best[0] and method not in frozen for method in answer.cells):
+            return f"That model is not updated at all: no update of {labels.model(best)} was better on this log."
+        return f"That model is not updated at all. No update of {labels.model(best)} was run."
     if gain is not None:
         base = answer.summary(reference).value
         share = f" ({100 * gain.value / base:+.0f} %)" if base > 0 else ""

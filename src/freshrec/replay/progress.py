@@ -23,7 +23,10 @@ from freshrec.replay.results import read_costs, read_ranks
 
 
 class ProgressBoard:
-    """Show the quality of each run and span: in a live table on a terminal, in plain lines elsewhere."""
+    """Show the quality of each run and span: in a live table on a terminal, in plain lines elsewhere.
+
+    Spans that an earlier replay finished in the same folder are counted and shown, too.
+    """
 
     def __init__(
         self, cells: list[Cell], spans: list[int], out: Path, console: Console, metric: str = "ndcg@20"
@@ -34,6 +37,11 @@ class ProgressBoard:
         self.trained_bases: set[Any] = set()  # keys of the base blocks that were trained
         self.started_s = time.monotonic()
         self._live: Live | None = None
+        for cell in cells:
+            for span in (0, *spans):
+                if (out / cell.folder_name / f"costs-{span}.json").exists():
+                    self.quality_by_span[cell.folder_name, span] = self._read_quality(cell, span)
+                    self.trained_bases |= {cell.base_key} if span == 0 and cell.base_key is not None else set()
 
     def live(self) -> Live:
         """The context in which the table is drawn."""
@@ -42,13 +50,8 @@ class ProgressBoard:
 
     def report_span(self, cell: Cell, span: int) -> None:
         """Show that a run has finished a span."""
-        file = self.out / cell.folder_name / f"span-{span}.parquet"
         costs = read_costs(self.out / cell.folder_name / f"costs-{span}.json")
-        quality = ""
-        if file.exists():
-            tested = read_ranks(file).filter((pl.col("after") == span - 1) & (pl.col("readout") == "recent"))
-            quality = f"{_mean_quality(tested, self.metric):.4f}" if len(tested) else ""
-        self.quality_by_span[cell.folder_name, span] = quality
+        quality = self.quality_by_span[cell.folder_name, span] = self._read_quality(cell, span)
         if self.console.is_terminal and self._live is not None:
             self._live.update(self._table(), refresh=True)
             return
@@ -60,6 +63,14 @@ class ProgressBoard:
             place, result = "base block", self._describe_base(cell, cost)
         text = f"{' '.join(self._names(cell))}, seed {cell.seed}, {place}: {result}"
         print(f"[{done}/{total} spans, {elapsed_s:.0f} s] {text}", file=sys.stderr, flush=True)  # noqa: T201
+
+    def _read_quality(self, cell: Cell, span: int) -> str:
+        """The quality of a run in a finished span; "" without targets."""
+        file = self.out / cell.folder_name / f"span-{span}.parquet"
+        if not file.exists():
+            return ""
+        tested = read_ranks(file).filter((pl.col("after") == span - 1) & (pl.col("readout") == "recent"))
+        return f"{_mean_quality(tested, self.metric):.4f}" if len(tested) else ""
 
     def _describe_base(self, cell: Cell, cost: str) -> str:
         """Say how this run got its base block, and the cost unless another run paid it. No run is tested on it."""

@@ -195,7 +195,8 @@ def merge_tables(tables: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[
 def parse_recipe(tables: dict[str, Any], place: str = "recipe key {}") -> Recipe:
     """Make a recipe from nested dictionaries. Raises OptionError for an unknown key or an invalid value.
 
-    Former names of keys are accepted with a warning. Without metrics, they are those of `default_metrics`. `place`: the words for a key in a message. "--{}" names its flag.
+    Former names of keys are accepted with a warning. Without metrics, they are those of `default_metrics`.
+    `place`: the words for a key in a message. "--{}" names its flag.
     """
     try:
         current_tables = {name: _with_current_keys(name, table) for name, table in tables.items()}
