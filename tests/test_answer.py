@@ -6,6 +6,7 @@ The replays are written by hand: of each query a method either finds the target 
 import json
 import shlex
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import polars as pl
@@ -30,10 +31,12 @@ from freshrec.replay.answer_text import (
     render_command,
     render_table,
 )
-from freshrec.replay.cell import Cell
+from freshrec.replay.cell import Cell, ReplaySettings, replay_cell
 from freshrec.replay.progress import ProgressBoard, print_plan
+from freshrec.replay.provenance import write_provenance
 from freshrec.replay.recipe_schema import LogRecipe
 from freshrec.replay.results import collect_results
+from freshrec.replay.runner import run_cells
 from freshrec.strategies import find_strategy
 
 HIT, MISS = 1.0, 99.0  # ranks
@@ -165,6 +168,29 @@ def test_a_model_that_is_best_without_updates_is_called_that(tmp_path: Path) -> 
     assert "That model is not updated at all: no update of comirec-dr was better on this log." in text
 
 
+def test_no_update_is_called_worse_where_none_was_run(tmp_path: Path) -> None:
+    # sasrec was updated, but mf was not
+    runs = {method("mf", "frozen"): (30, 0.0), method("sasrec", "finetune"): (10, 2.0)}
+    text = text_of(answer_of(tmp_path, runs))
+    assert "That model is not updated at all. No update of mf was run." in text and "was better" not in text
+
+
+def test_a_counting_model_of_the_user_is_not_called_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "docs" / "examples")
+    own = method("my_model:MyModelSpec", "absorb")
+    text = text_of(answer_of(tmp_path / "a", {KNN: (30, 0.0), own: (20, 0.0), FINETUNE: (10, 2.0)}))
+    # 10 / 40 - 30 / 40
+    assert "The best trained model is comirec-dr with finetune, ndcg@20 0.2500 (-0.5000, beyond chance)." in text
+    text = text_of(answer_of(tmp_path / "b", {own: (30, 0.0), FINETUNE: (10, 2.0)}))
+    assert "is a counting model. The best trained model is comirec-dr with finetune" in text
+    assert "trained" not in text_of(answer_of(tmp_path / "c", {KNN: (30, 0.0), own: (20, 0.0)}))
+
+
+def test_one_comparison_is_not_plural(tmp_path: Path) -> None:
+    answer = answer_of(tmp_path, {FROZEN: (10, 0.0), FINETUNE: (30, 2.0)})
+    assert "p: paired test over users, corrected for 1 comparison." in render_table(answer)
+
+
 def test_fine_tuning_that_is_best_is_compared_with_no_update(tmp_path: Path) -> None:
     text = text_of(answer_of(tmp_path, {FROZEN: (10, 0.0), FINETUNE: (30, 2.0), FULL: (29, 9.0)}))
     assert "No other run is better than comirec-dr with finetune." in text
@@ -204,6 +230,22 @@ def test_no_line_is_wider_than_the_terminal(width: int, tmp_path: Path) -> None:
     assert max(map(len, text.splitlines())) <= width
     assert "\N{NO-BREAK SPACE}" not in text and " x3" not in text and "3 blocks per span" in text
     assert "Next:\n  freshrec fit events.parquet" in text
+
+
+def test_a_narrow_terminal_gets_all_columns_of_a_table(tmp_path: Path) -> None:
+    answer = answer_of(tmp_path, {cell: (5 * i, 1000.0 * i) for i, cell in enumerate(LONG)})
+    narrow, wide = (render_table(answer, width).split("\n\n")[0] for width in (40, 1000))
+    assert narrow == wide and narrow.split("\n")[0].split() == [
+        "model", "strategy", "ndcg@20", "difference", "p", "CPU-s",
+    ]  # fmt: skip
+    log = make_world("drift", users=200, items=80, events=4000).log
+    spans = describe_spans(split_log(log, by="count", spans=6))
+    shown = {}
+    for width, is_terminal in ((40, True), (40, False), (200, False)):
+        console = Console(width=width, force_terminal=is_terminal, color_system=None, record=True, stderr=True)
+        print_plan(console, 12, spans, ())
+        shown[width, is_terminal] = console.export_text().partition("\nSpan 0")[0]
+    assert len(set(shown.values())) == 1
 
 
 def test_a_name_without_options_is_shown_where_it_is_clear_and_explained(tmp_path: Path) -> None:
@@ -303,6 +345,23 @@ def test_a_progress_line_has_the_metric_of_the_recipe_as_a_fraction(
     board.report_span(FINETUNE, 1)
     # 10 hits at rank 1 of 40 users
     assert capsys.readouterr().err.endswith(" s] comirec-dr finetune, seed 0, span 1: ndcg@5 0.2500, 0.3 CPU-s\n")
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_the_counter_of_a_resumed_replay_includes_the_spans_that_are_finished(
+    jobs: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    split = split_log(make_world("drift", users=100, items=40, events=1000).log, by="count", spans=2)
+    cells, spans = [method(name, "absorb") for name in ("popularity", "item-knn")], [1, 2]
+    list(islice(replay_cell(cells[0], split, ReplaySettings(), tmp_path), 2))  # stops after spans 0 and 1
+    # claims the folder, as the first replay did
+    run_cells(cells[:0], split, ReplaySettings(), tmp_path, on_span_done=lambda cell, span: None)
+    write_provenance(tmp_path / cells[0].folder_name, cells[0])
+    board = ProgressBoard(cells, spans, tmp_path, Console(stderr=True))
+    run_cells(cells, split, ReplaySettings(), tmp_path, jobs=jobs, on_span_done=board.report_span)
+    counts = [line.partition(" ")[0] for line in capsys.readouterr().err.splitlines() if " spans, " in line]
+    # two runs, each with a base block and 2 spans; 2 of the 6 were finished before
+    assert counts == ["[3/6", "[4/6", "[5/6", "[6/6"]
 
 
 def test_a_replay_is_summed_up_by_its_first_ndcg() -> None:

@@ -357,6 +357,18 @@ def test_a_replay_is_cut_at_the_dates_that_are_given(logs: tuple[str, str], caps
     assert events_of_spans(shown) == [1000, 1000, 1000]
 
 
+def test_a_plan_is_printed_as_json(logs: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--spans", "2", "--controls", "", "--extra-pairs", "item-knn/absorb", "--seeds", "2", "--json")
+    plan = json.loads(answer(capsys, *REPLAY, logs[0], *flags))
+    assert [(span["span"], span["events"]) for span in plan["spans"]] == [(0, 1500), (1, 750), (2, 750)]
+    assert plan["n_runs"] == 3  # two seeds of mf, one of item-knn
+    rows = plan["estimate_cpu_s"]
+    assert [(row["model"], row["n_seeds"]) for row in rows] == [("mf:d=4", 2), ("item-knn", 1)]
+    for end in ("low", "high"):
+        assert all(r["total"][end] == r["base"][end] + r["updates"][end] + r["measuring"][end] for r in rows)
+        assert plan["total_cpu_s"][end] == pytest.approx(sum(row["total"][end] for row in rows))
+
+
 def test_the_share_of_the_base_and_the_fewest_events_of_a_user_are_options(
     logs: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -373,6 +385,24 @@ def test_a_log_given_replaces_the_world_of_a_recipe_and_a_world_its_log(logs: tu
     by_world = resolve_recipe(tmp_path / "log.toml", {"log": {"path": None, "world": "newborn"}})
     assert (by_log.log.path, by_log.log.world) == (logs[0], "")
     assert (by_world.log.path, by_world.log.world) == ("", "newborn")
+
+
+def test_the_default_metrics_are_those_of_clicks_on_a_log_with_exposures(tmp_path: Path) -> None:
+    def metrics_of(file: str = "", **given: dict[str, object]) -> tuple[str, ...]:
+        (tmp_path / "recipe.toml").write_text(file)
+        return resolve_recipe(tmp_path / "recipe.toml" if file else None, {"log": {}, **given}).replay.metrics
+
+    clicks, exposures = ("auc", "logloss"), {"exposures": True}
+    assert metrics_of() == ReplayRecipe.metrics
+    assert metrics_of(log=exposures) == clicks
+    assert metrics_of(log=exposures, replay={"metrics": None}) == clicks  # a flag that is not given is None
+    assert metrics_of("[log]\nexposures = true\n") == clicks
+    assert metrics_of("[log]\nexposures = true\n", log={"exposures": False}) == ReplayRecipe.metrics
+    assert metrics_of("[spans]\nspans = 2\n", log=exposures) == clicks
+    # those that the user names remain
+    assert metrics_of(log=exposures, replay={"metrics": ("logloss",)}) == ("logloss",)
+    assert metrics_of('[replay]\nmetrics = ["hr@5"]\n', log=exposures) == ("hr@5",)
+    assert metrics_of('[log]\nexposures = true\n[replay]\nmetrics = ["hr@20"]\n') == ("hr@20",)
 
 
 FLAGS_OF_0_1_0 = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import polars as pl
@@ -141,6 +142,41 @@ def test_the_command_prints_every_fact_and_what_to_type_next(
     assert "2020-09-13T12:26:40+00:00" in printed
     assert "0.0 % of rows share user and timestamp with another row" in printed
     assert f"freshrec fit {path} --columns user_id=uid --events pv --store shop" in printed
+
+
+def suggested_commands(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[list[str]]:
+    """The words of each command that `validate` suggests, without "freshrec"."""
+    assert main(["validate", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    return [shlex.split(line)[1:] for line in lines if line.startswith("  freshrec ")]
+
+
+def test_a_log_with_exposures_can_be_replayed_with_and_without_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "log.csv"
+    rows = "".join(f"{i % 40},{i % 50},{NOON + 900 * i},{i % 3 % 2}\n" for i in range(N))
+    path.write_text(f"user_id,item_id,timestamp,label\n{rows}")
+    plain, clicks, fit = suggested_commands(capsys, str(path))
+    assert plain[0] == clicks[0] == "replay" and "--exposures" not in plain and fit[0] == "fit"
+    assert "--exposures" in clicks
+    assert main(plain[:-1] + ["--models", "popularity", "--strategies", "absorb", "--plan"]) == 0
+    assert main(clicks) == 0
+
+
+def test_a_log_with_bad_rows_is_fitted_with_a_quarantine_file_and_not_replayed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = "".join(f"{i % 40},{i % 50},{NOON + 900 * i}\n" for i in range(N))
+    Path("log.csv").write_text(f"user_id,item_id,timestamp\n1,,{NOON}\n{rows}")
+    (fit,) = suggested_commands(capsys, "log.csv", "--quarantine", "q.csv")
+    assert fit == ["fit", "log.csv", "--store", "shop", "--quarantine", "q.csv"]
+    assert main([*fit, "--model", "popularity"]) == 0
+    # without bad rows the option is not needed
+    Path("log.csv").write_text(f"user_id,item_id,timestamp\n{rows}")
+    replay, fit = suggested_commands(capsys, "log.csv", "--quarantine", "q.csv")
+    assert replay[0] == "replay" and fit == ["fit", "log.csv", "--store", "shop"]
 
 
 def test_rows_without_timestamps_among_others_are_counted_once_and_the_time_range_says_so(

@@ -80,7 +80,7 @@ def validate(
     else:
         given = {"--columns": columns, "--format": format_name, "--events": events}
         options = [word for flag, value in given.items() if value for word in (flag, value)]
-        _print_report(report, log, options)
+        _print_report(report, log, options, quarantine)
 
 
 def list_names(
@@ -152,9 +152,10 @@ SUGGESTED_SPLITS = {  # rule -> description of its spans
     "count": "half of the rows, then spans with equal numbers of rows",
 }
 REPORT_LABEL_WIDTH = 18  # columns
+CLICK_MODEL, CLICK_STRATEGIES = "embedding-mlp", "frozen,finetune,full"  # for a replay of a log with exposures
 
 
-def _print_report(report: LogReport, path: Path, options: Sequence[str]) -> None:
+def _print_report(report: LogReport, path: Path, options: Sequence[str], quarantine: Path | None) -> None:
     """Print a report, its notes and warnings, and the next commands. `options` are the flags that read the log."""
     typer.secho(path.name, bold=True)
     print_labelled(_report_lines(report).items(), REPORT_LABEL_WIDTH, indent="")
@@ -162,11 +163,24 @@ def _print_report(report: LogReport, path: Path, options: Sequence[str]) -> None
         print_wrapped(f"Note: {note}")
     for warning in report.warnings:
         print_wrapped(f"Warning: {warning}", color="yellow")
-    log = shlex.join([str(path), *options])
-    typer.echo("\nNext, look at the spans of a replay and its estimated time, or make the first version of a store:")
-    if report.suggested_spans:
-        typer.echo(f"  freshrec replay {log} --by {report.suggested_by} --spans {report.suggested_spans} --plan")
-    typer.echo(f"  freshrec fit {log} --store shop")
+    typer.echo("\n" + "\n".join(_next_commands(report, shlex.join([str(path), *options]), quarantine)))
+
+
+def _next_commands(report: LogReport, log: str, quarantine: Path | None) -> list[str]:
+    """Return the commands that can read the log, below a line about them. A replay cannot read a log with bad rows."""
+    fit = f"  freshrec fit {log} --store shop"
+    if report.bad_rows and quarantine is not None:
+        fit += f" {shlex.join(['--quarantine', str(quarantine)])}"
+    if report.bad_rows or not report.suggested_spans:
+        advice = ["A replay needs a log without bad rows. Fix them first."] if report.bad_rows else []
+        return ["Next, make the first version of a store:", fit, *advice]
+    split = f"--by {report.suggested_by} --spans {report.suggested_spans} --plan"
+    replays = [f"  freshrec replay {log} {split}"]
+    if report.exposures:
+        clicks = f"--exposures --models {CLICK_MODEL} --strategies {CLICK_STRATEGIES}"
+        replays.append(f"  freshrec replay {log} {clicks} {split}")
+    head = "Next, look at the spans of a replay and its estimated time, or make the first version of a store:"
+    return [head, *replays, fit]
 
 
 def _report_lines(report: LogReport) -> dict[str, str]:

@@ -11,11 +11,19 @@ import typer
 from rich.console import Console
 
 from freshrec.cli.options import JOBS, Jobs
-from freshrec.cli.output import make_console
+from freshrec.cli.output import make_console, print_json
 from freshrec.cli.parameters import Parameter, make_command, parameters_of
 from freshrec.config import description_of, hints_of
 from freshrec.errors import OptionError
-from freshrec.replay.recipe_schema import LogRecipe, Recipe, load_recipe, merge_tables, parse_recipe, save_recipe
+from freshrec.replay.recipe_schema import (
+    LogRecipe,
+    Recipe,
+    default_metrics,
+    load_recipe,
+    merge_tables,
+    parse_recipe,
+    save_recipe,
+)
 
 if TYPE_CHECKING:
     import polars as pl
@@ -55,7 +63,11 @@ OWN_PARAMETERS: list[Parameter] = [  # all other parameters are fields of a reci
         Annotated[bool, typer.Option("--plan", help="Print the spans and the estimated cost, then stop.")],
         False,
     ),
-    ("as_json", Annotated[bool, typer.Option("--json", help="Print the folder and a summary as JSON.")], False),
+    (
+        "as_json",
+        Annotated[bool, typer.Option("--json", help="Print the folder and a summary, or the plan, as JSON.")],
+        False,
+    ),
 ]
 PANELS = {"log": "The log", "spans": "Spans", "replay": "Comparison"}
 
@@ -72,7 +84,9 @@ def _replay(values: dict[str, Any]) -> None:
     """Resolve the recipe, then plan it or run it."""
     given = {section: {name: values[name] for name in hints_of(kind)} for section, kind in hints_of(Recipe).items()}
     recipe = resolve_recipe(values["recipe"], given)
-    if values["plan_only"]:
+    if values["plan_only"] and values["as_json"]:
+        print_json(_plan(recipe))
+    elif values["plan_only"]:
         _show_plan(recipe)
     else:
         run_recipe(recipe, values["out"], values["jobs"], values["device"], values["resume"], values["as_json"])
@@ -91,6 +105,8 @@ def resolve_recipe(file: Path | None, given: dict[str, dict[str, Any]]) -> Recip
     tables = asdict(load_recipe(file) if file else Recipe())
     if path or world:
         tables["log"] |= {"path": "", "folder": "", "world": ""}  # they replace those of the file
+    if tables["replay"]["metrics"] == default_metrics(tables["log"]["exposures"]):
+        del tables["replay"]["metrics"]  # the default depends on --exposures
     changes = {part: {k: v for k, v in options.items() if v is not None} for part, options in given.items()}
     return parse_recipe(merge_tables(tables, changes), "--{}")  # the file is valid, so an error is in an option
 
@@ -110,6 +126,24 @@ def _show_plan(recipe: Recipe) -> None:
     )
     print_plan(console, len(cells), describe_spans(split), split.notes)
     print_estimate(console, estimate_cost(cells, split, settings, MeasuringLog()))
+
+
+def _plan(recipe: Recipe) -> dict[str, Any]:
+    """Return the plan of a replay: its spans, notes and number of runs, and CPU-s of each model with each strategy."""
+    from freshrec.data.split import describe_spans
+    from freshrec.replay.estimate import Range, estimate_cost
+    from freshrec.replay.progress import MeasuringLog
+    from freshrec.replay.recipes import load_split, make_cells, make_replay_settings
+
+    cells, settings, split = make_cells(recipe), make_replay_settings(recipe), load_split(recipe)
+    estimates = estimate_cost(cells, split, settings, MeasuringLog())
+    return {
+        "spans": describe_spans(split).to_dicts(),
+        "notes": split.notes,
+        "n_runs": len(cells),
+        "estimate_cpu_s": [asdict(row) | {"total": asdict(row.total)} for row in estimates],
+        "total_cpu_s": asdict(sum((row.total for row in estimates), Range())),
+    }
 
 
 def run_recipe(recipe: Recipe, out: Path, jobs: int, device: str, resume: bool, as_json: bool) -> None:

@@ -1,6 +1,6 @@
 """The text at the end of a replay: a table, the paired tests in words, and the next command.
 
-No line has more than 100 columns, except for long names.
+No line has more than 100 columns, except for long names, and for tables on a terminal of less than 72 columns.
 """
 
 from __future__ import annotations
@@ -18,14 +18,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from freshrec.models import CONTROLS, COUNTING_MODELS
+from freshrec.data.log import format_count
+from freshrec.models import CONTROLS
 from freshrec.replay.answer import Answer, Difference, Method
 from freshrec.replay.click_metrics import LOWER_IS_BETTER
 from freshrec.replay.metrics import SAMPLED_SUFFIX
 from freshrec.replay.recipe_schema import LogRecipe
 from freshrec.strategies.baselines import Frozen, Retrain
+from freshrec.types import TrainedModel
 
 MAX_WIDTH = 100  # columns of text
+MIN_TABLE_WIDTH = 72  # below it, a table has its natural width, because it would lose columns
+UNLIMITED = 10_000  # columns
 DEFAULT_MODEL, DEFAULT_STRATEGY = "blend", "refit"  # of `freshrec fit`
 NO_BREAK = "\N{NO-BREAK SPACE}"
 BLOCKS = re.compile(r" x(\d+)$")  # the end of a strategy's name in a replay with several blocks per span
@@ -116,7 +120,7 @@ def wrap(text: str, width: int, indent: str = "") -> str:
 
 
 def render_table(answer: Answer, width: int = MAX_WIDTH) -> str:
-    """Return the table and a legend, as plain text of at most `width` columns."""
+    """Return the table and a legend, as plain text of at most `width` columns. See `table_lines` for narrow tables."""
     labels = Labels.of(answer.cells)
     has_forgetting = any(row.forgetting is not None for row in answer.summaries)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -136,10 +140,15 @@ def render_table(answer: Answer, width: int = MAX_WIDTH) -> str:
             cells.append("" if row.forgetting is None else format_change(row.forgetting))
         cells.append("" if row.cpu_s is None else format_seconds(row.cpu_s))
         table.add_row(labels.model(row.method), labels.strategy(row.method), *cells)
-    text = StringIO()
+    legend = [wrap(line, width) for line in _legend(answer, labels, has_forgetting)]
+    return "\n".join([*table_lines(table, width), "", *legend])
+
+
+def table_lines(table: Table, width: int) -> list[str]:
+    """Return the lines of a table, without spaces at their ends. Below 72 columns, the table has its natural width."""
+    text, width = StringIO(), width if width >= MIN_TABLE_WIDTH else UNLIMITED
     Console(file=text, width=width, color_system=None, highlight=False, markup=False).print(table)
-    lines = [line.rstrip() for line in text.getvalue().splitlines()]
-    return "\n".join([*lines, "", *(wrap(line, width) for line in _legend(answer, labels, has_forgetting))])
+    return [line.rstrip() for line in text.getvalue().splitlines()]
 
 
 def _legend(answer: Answer, labels: Labels, has_forgetting: bool) -> list[str]:
@@ -148,7 +157,7 @@ def _legend(answer: Answer, labels: Labels, has_forgetting: bool) -> list[str]:
     lines = [f"{answer.metric}: mean over spans, {direction} is better; ± is half of the 95 % interval over users."]
     if compared := _describe_references(answer, labels):
         lines.append(f"difference: from {compared}; positive = better.")
-        lines.append(f"p: paired test over users, corrected for {answer.n_pairs} comparisons.")
+        lines.append(f"p: paired test over users, corrected for {format_count(answer.n_pairs, 'comparison')}.")
     if has_forgetting:
         lines.append(
             f"forgetting: loss of {answer.metric} on held-out events of earlier spans, after the last update; "
@@ -238,7 +247,9 @@ def _describe_gain(answer: Answer, labels: Labels) -> str:
     cells = answer.cells.items()
     frozen = [method for method, cell in cells if method[0] == best[0] and isinstance(cell.strategy_instance, Frozen)]
     if best in frozen:
-        return f"That model is not updated at all: no update of {labels.model(best)} was better on this log."
+        if any(method[0] == best[0] and method not in frozen for method in answer.cells):
+            return f"That model is not updated at all: no update of {labels.model(best)} was better on this log."
+        return f"That model is not updated at all. No update of {labels.model(best)} was run."
     if gain is not None:
         base = answer.summary(reference).value
         share = f" ({100 * gain.value / base:+.0f} %)" if base > 0 else ""
@@ -256,8 +267,8 @@ def _describe_gain(answer: Answer, labels: Labels) -> str:
 def _describe_best_trained(answer: Answer, labels: Labels) -> str:
     """Describe the best trained model, if a counting model is best."""
     best = answer.best
-    trained = [row for row in answer.summaries if _without_options(row.method[0]) not in COUNTING_MODELS]
-    if _without_options(best.method[0]) not in COUNTING_MODELS or not trained:
+    trained = [row for row in answer.summaries if _is_trained(answer, row.method)]
+    if _is_trained(answer, best.method) or not trained:
         return ""
     gap = answer.differences.get((trained[0].method, best.method))
     numbers = "" if gap is None else f" ({format_change(gap.value)}, {_verdict(gap)})"
@@ -265,6 +276,10 @@ def _describe_best_trained(answer: Answer, labels: Labels) -> str:
         f"{labels.model(best.method)} is a counting model. The best trained model is {labels[trained[0].method]}, "
         f"{answer.metric} {trained[0].value:.4f}{numbers}."
     )
+
+
+def _is_trained(answer: Answer, method: Method) -> bool:
+    return isinstance(answer.cells[method].model_spec.build(0), TrainedModel)
 
 
 def _describe_cost(answer: Answer, labels: Labels) -> str:

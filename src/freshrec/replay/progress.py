@@ -15,7 +15,7 @@ from rich.table import Table
 from freshrec.data.log import format_count
 from freshrec.data.validate import format_percent
 from freshrec.learn.click_quality import auc
-from freshrec.replay.answer_text import Labels, format_seconds, wrap
+from freshrec.replay.answer_text import MIN_TABLE_WIDTH, Labels, format_seconds, table_lines, wrap
 from freshrec.replay.cell import Cell
 from freshrec.replay.estimate import Range, RunEstimate
 from freshrec.replay.metrics import compute_metrics, mean_per_user
@@ -23,7 +23,10 @@ from freshrec.replay.results import read_costs, read_ranks
 
 
 class ProgressBoard:
-    """Show the quality of each run and span: in a live table on a terminal, in plain lines elsewhere."""
+    """Show the quality of each run and span: in a live table on a terminal, in plain lines elsewhere.
+
+    Spans that an earlier replay finished in the same folder are counted and shown, too.
+    """
 
     def __init__(
         self, cells: list[Cell], spans: list[int], out: Path, console: Console, metric: str = "ndcg@20"
@@ -34,6 +37,11 @@ class ProgressBoard:
         self.trained_bases: set[Any] = set()  # keys of the base blocks that were trained
         self.started_s = time.monotonic()
         self._live: Live | None = None
+        for cell in cells:
+            for span in (0, *spans):
+                if (out / cell.folder_name / f"costs-{span}.json").exists():
+                    self.quality_by_span[cell.folder_name, span] = self._read_quality(cell, span)
+                    self.trained_bases |= {cell.base_key} if span == 0 and cell.base_key is not None else set()
 
     def live(self) -> Live:
         """The context in which the table is drawn."""
@@ -42,13 +50,8 @@ class ProgressBoard:
 
     def report_span(self, cell: Cell, span: int) -> None:
         """Show that a run has finished a span."""
-        file = self.out / cell.folder_name / f"span-{span}.parquet"
         costs = read_costs(self.out / cell.folder_name / f"costs-{span}.json")
-        quality = ""
-        if file.exists():
-            tested = read_ranks(file).filter((pl.col("after") == span - 1) & (pl.col("readout") == "recent"))
-            quality = f"{_mean_quality(tested, self.metric):.4f}" if len(tested) else ""
-        self.quality_by_span[cell.folder_name, span] = quality
+        quality = self.quality_by_span[cell.folder_name, span] = self._read_quality(cell, span)
         if self.console.is_terminal and self._live is not None:
             self._live.update(self._table(), refresh=True)
             return
@@ -60,6 +63,14 @@ class ProgressBoard:
             place, result = "base block", self._describe_base(cell, cost)
         text = f"{' '.join(self._names(cell))}, seed {cell.seed}, {place}: {result}"
         print(f"[{done}/{total} spans, {elapsed_s:.0f} s] {text}", file=sys.stderr, flush=True)  # noqa: T201
+
+    def _read_quality(self, cell: Cell, span: int) -> str:
+        """The quality of a run in a finished span; "" without targets."""
+        file = self.out / cell.folder_name / f"span-{span}.parquet"
+        if not file.exists():
+            return ""
+        tested = read_ranks(file).filter((pl.col("after") == span - 1) & (pl.col("readout") == "recent"))
+        return f"{_mean_quality(tested, self.metric):.4f}" if len(tested) else ""
 
     def _describe_base(self, cell: Cell, cost: str) -> str:
         """Say how this run got its base block, and the cost unless another run paid it. No run is tested on it."""
@@ -142,13 +153,12 @@ def _format_cell(value: Any) -> str:
 
 
 def _print_table(console: Console, table: Table) -> None:
-    """Print a table; in a pipe or a file, without spaces at the ends of lines."""
-    if console.is_terminal:
+    """Print a table; in a pipe, in a file or on a narrow terminal as plain text."""
+    if console.is_terminal and console.width >= MIN_TABLE_WIDTH:
         console.print(table, highlight=False, markup=False)
         return
-    with console.capture() as captured:
-        console.print(table, highlight=False, markup=False)
-    _print_lines(console, [line.rstrip() for line in captured.get().splitlines()])
+    for line in table_lines(table, console.width):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class MeasuringLog:

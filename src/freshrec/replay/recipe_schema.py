@@ -7,7 +7,7 @@ those that it sets itself.
 import tomllib
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -120,7 +120,13 @@ class ReplayRecipe:
     last_update: Annotated[
         bool, Field(description="Update after the last span too. Needed for its cost and for forgetting.")
     ] = True
-    metrics: Annotated[Words, Field(description="Metrics, such as ndcg@20,hr@10. See `freshrec list metrics`.")] = (
+    metrics: Annotated[
+        Words,
+        Field(
+            description="Metrics, such as ndcg@20,hr@10. See `freshrec list metrics`. "
+            "With exposures: auc and logloss, the default there."
+        ),
+    ] = (
         "hr@20",
         "ndcg@20",
         "mrr@20",
@@ -129,6 +135,11 @@ class ReplayRecipe:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+
+def default_metrics(exposures: bool) -> Words:
+    """The metrics of a replay whose user names none: of rankings, or of clicks on a log with exposures."""
+    return ("auc", "logloss") if exposures else ReplayRecipe.metrics
 
 
 @dataclass(frozen=True)
@@ -184,13 +195,17 @@ def merge_tables(tables: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[
 def parse_recipe(tables: dict[str, Any], place: str = "recipe key {}") -> Recipe:
     """Make a recipe from nested dictionaries. Raises OptionError for an unknown key or an invalid value.
 
-    Former names of keys are accepted with a warning. `place`: the words for a key in a message. "--{}" names its flag.
+    Former names of keys are accepted with a warning. Without metrics, they are those of `default_metrics`.
+    `place`: the words for a key in a message. "--{}" names its flag.
     """
     try:
         current_tables = {name: _with_current_keys(name, table) for name, table in tables.items()}
-        return TypeAdapter(Recipe).validate_python(current_tables)
+        recipe = TypeAdapter(Recipe).validate_python(current_tables)
     except ValidationError as problem:
         raise option_error(problem, Recipe, place) from None
+    if "metrics" in current_tables.get("replay", {}):
+        return recipe
+    return replace(recipe, replay=replace(recipe.replay, metrics=default_metrics(recipe.log.exposures)))
 
 
 def _with_current_keys(section: str, table: Any) -> Any:
