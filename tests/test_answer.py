@@ -5,6 +5,8 @@ The replays are written by hand: of each query a method either finds the target 
 
 import json
 import shlex
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import polars as pl
@@ -16,12 +18,25 @@ from freshrec.cli.app import app, main
 from freshrec.data.split import describe_spans, split_log
 from freshrec.data.synthetic import make_world
 from freshrec.models import find_model
+from freshrec.recommender.bundle import new_bundle
 from freshrec.replay.answer import Answer, headline_metric, read_answer
-from freshrec.replay.answer_text import describe_answer, describe_tests, fit_command, render_answer, render_command
-from freshrec.replay.cell import Cell
+from freshrec.replay.answer_text import (
+    DEFAULT_MODEL,
+    DEFAULT_STRATEGY,
+    describe_answer,
+    describe_tests,
+    fit_command,
+    format_seconds,
+    render_answer,
+    render_command,
+    render_table,
+)
+from freshrec.replay.cell import Cell, ReplaySettings, replay_cell
 from freshrec.replay.progress import ProgressBoard, print_plan
+from freshrec.replay.provenance import write_provenance
 from freshrec.replay.recipe_schema import LogRecipe
 from freshrec.replay.results import collect_results
+from freshrec.replay.runner import run_cells
 from freshrec.strategies import find_strategy
 
 HIT, MISS = 1.0, 99.0  # ranks
@@ -77,14 +92,66 @@ def test_where_a_strategy_wins_the_sentences_say_what_it_gains_and_costs(tmp_pat
     assert "Within chance: full (+0.0000, p = 1.000)" in tests.replace("\N{NO-BREAK SPACE}", " ")
 
 
-def test_where_nothing_wins_the_cheaper_reference_is_recommended(tmp_path: Path) -> None:
-    # 17 hits against 16: one user differs, and flipping one sign of one changes nothing: p = 1.
-    answer = answer_of(tmp_path, {FROZEN: (15, 0.0), FINETUNE: (16, 2.0), IMSR: (17, 3.0)})
+def test_where_a_lead_over_the_reference_is_within_chance_the_cheaper_reference_is_recommended(tmp_path: Path) -> None:
+    # 17 hits against 16: one user differs, and flipping one sign of one changes nothing: p = 1. 17 against 2 is 15
+    # users in the same direction: p = 2 / 2^15 before the correction.
+    answer = answer_of(tmp_path, {FROZEN: (2, 0.0), FINETUNE: (16, 2.0), IMSR: (17, 3.0)})
     text = text_of(answer)
-    assert "Its lead is within chance for 2 of the 2 others." in text
+    assert "Its lead over 1 of the 2 others is within chance." in text
     assert "it gains +0.0250 (+6 %), within chance. Nothing is better than comirec-dr with finetune beyond" in text
     assert "comirec-dr with finetune costs less and may be as good: use it." in text
-    assert answer.chosen() == ("comirec-dr", "finetune")
+    assert answer.chosen() == ("comirec-dr", "finetune") and not answer.has_no_winner
+    assert "Next:\n  freshrec fit a.csv --model comirec-dr --strategy finetune" in render_answer(
+        answer, LogRecipe(path="a.csv")
+    )
+
+
+BLEND = method("blend", "refit")
+
+
+@pytest.mark.parametrize(
+    ("runs", "lead"),
+    [
+        ({FROZEN: (15, 0.0), FINETUNE: (16, 2.0), IMSR: (17, 3.0)}, "Its lead over both others is within chance"),
+        ({FINETUNE: (16, 2.0), IMSR: (17, 3.0)}, "Its lead over comirec-dr with finetune is within chance"),
+        ({FROZEN: (15, 0.0), FINETUNE: (16, 2.0), IMSR: (17, 3.0), BLEND: (16, 1.0)}, "Its lead over all 3 others is"),
+    ],
+)
+def test_where_nothing_wins_the_default_model_is_next_and_its_comparison_is_suggested_if_it_is_missing(
+    runs: dict[Cell, tuple[int, float]], lead: str, tmp_path: Path
+) -> None:
+    # 15, 16 and 17 hits: at most two users differ, and the p-value of two equal signs is 2 / 2^2 = 0.5.
+    answer = answer_of(tmp_path, runs)
+    text = text_of(answer)
+    assert lead in text and "so there is no winner." in text and "use it" not in text
+    shown = render_answer(answer, LogRecipe(path="a.csv", format="amazon"))
+    command, *advice = shown.partition("Next, with the default model:\n")[2].splitlines()
+    assert command == "  freshrec fit a.csv --store shop --format amazon"
+    assert (
+        " ".join(advice) == ""
+        if BLEND in runs
+        else (
+            "The default model, blend, was not compared. To add it to this replay, repeat the command with "
+            "--resume --extra-pairs blend/refit."
+        )
+    )
+
+
+def test_the_default_model_of_the_advice_is_that_of_fit() -> None:
+    options = {option.name: option.default for option in get_command(app).commands["fit"].params}
+    assert options["model"] == DEFAULT_MODEL and options["strategy"] is None
+    assert new_bundle(DEFAULT_MODEL, None, seed=0).names == (DEFAULT_MODEL, DEFAULT_STRATEGY)
+
+
+def test_small_costs_are_not_shown_as_zero_and_forgetting_names_its_metric(tmp_path: Path) -> None:
+    assert [format_seconds(s) for s in (0.0, 0.012, 0.049, 0.06, 2.04, 123.4, 1234.0)] == [
+        "0", "<0.1", "<0.1", "0.1", "2.0", "123", "1,234",
+    ]  # fmt: skip
+    answer = answer_of(tmp_path, {KNN: (30, 0.012), FINETUNE: (10, 2.0)})
+    assert "Cost of an update: item-knn <0.1 CPU-s, comirec-dr with finetune 2.0 CPU-s." in text_of(answer)
+    assert render_table(answer).splitlines()[1].endswith("  <0.1")
+    forgot = replace(answer, summaries=tuple(replace(row, forgetting=0.01) for row in answer.summaries))
+    assert "forgetting: loss of ndcg@20 on held-out events of earlier spans" in " ".join(render_table(forgot).split())
 
 
 def test_a_control_that_is_best_is_named_as_a_control_beside_the_best_trained_model(tmp_path: Path) -> None:
@@ -99,6 +166,29 @@ def test_a_control_that_is_best_is_named_as_a_control_beside_the_best_trained_mo
 def test_a_model_that_is_best_without_updates_is_called_that(tmp_path: Path) -> None:
     text = text_of(answer_of(tmp_path, {FROZEN: (30, 0.0), FINETUNE: (10, 2.0)}))
     assert "That model is not updated at all: no update of comirec-dr was better on this log." in text
+
+
+def test_no_update_is_called_worse_where_none_was_run(tmp_path: Path) -> None:
+    # sasrec was updated, but mf was not
+    runs = {method("mf", "frozen"): (30, 0.0), method("sasrec", "finetune"): (10, 2.0)}
+    text = text_of(answer_of(tmp_path, runs))
+    assert "That model is not updated at all. No update of mf was run." in text and "was better" not in text
+
+
+def test_a_counting_model_of_the_user_is_not_called_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "docs" / "examples")
+    own = method("my_model:MyModelSpec", "absorb")
+    text = text_of(answer_of(tmp_path / "a", {KNN: (30, 0.0), own: (20, 0.0), FINETUNE: (10, 2.0)}))
+    # 10 / 40 - 30 / 40
+    assert "The best trained model is comirec-dr with finetune, ndcg@20 0.2500 (-0.5000, beyond chance)." in text
+    text = text_of(answer_of(tmp_path / "b", {own: (30, 0.0), FINETUNE: (10, 2.0)}))
+    assert "is a counting model. The best trained model is comirec-dr with finetune" in text
+    assert "trained" not in text_of(answer_of(tmp_path / "c", {KNN: (30, 0.0), own: (20, 0.0)}))
+
+
+def test_one_comparison_is_not_plural(tmp_path: Path) -> None:
+    answer = answer_of(tmp_path, {FROZEN: (10, 0.0), FINETUNE: (30, 2.0)})
+    assert "p: paired test over users, corrected for 1 comparison." in render_table(answer)
 
 
 def test_fine_tuning_that_is_best_is_compared_with_no_update(tmp_path: Path) -> None:
@@ -142,8 +232,24 @@ def test_no_line_is_wider_than_the_terminal(width: int, tmp_path: Path) -> None:
     assert "Next:\n  freshrec fit events.parquet" in text
 
 
+def test_a_narrow_terminal_gets_all_columns_of_a_table(tmp_path: Path) -> None:
+    answer = answer_of(tmp_path, {cell: (5 * i, 1000.0 * i) for i, cell in enumerate(LONG)})
+    narrow, wide = (render_table(answer, width).split("\n\n")[0] for width in (40, 1000))
+    assert narrow == wide and narrow.split("\n")[0].split() == [
+        "model", "strategy", "ndcg@20", "difference", "p", "CPU-s",
+    ]  # fmt: skip
+    log = make_world("drift", users=200, items=80, events=4000).log
+    spans = describe_spans(split_log(log, by="count", spans=6))
+    shown = {}
+    for width, is_terminal in ((40, True), (40, False), (200, False)):
+        console = Console(width=width, force_terminal=is_terminal, color_system=None, record=True, stderr=True)
+        print_plan(console, 12, spans, ())
+        shown[width, is_terminal] = console.export_text().partition("\nSpan 0")[0]
+    assert len(set(shown.values())) == 1
+
+
 def test_a_name_without_options_is_shown_where_it_is_clear_and_explained(tmp_path: Path) -> None:
-    answer = answer_of(tmp_path, {method("mf:d=8", "finetune:fit.epochs=2"): (5, 0.1), KNN: (4, 0.0)})
+    answer = answer_of(tmp_path, {method("mf:d=8", "finetune:fit.epochs=2"): (30, 0.1), KNN: (4, 0.0)})
     text = render_answer(answer, LogRecipe(world="drift"))
     assert text.splitlines()[1].split()[:2] == ["mf", "finetune"]
     assert "Options: mf = mf:d=8, finetune = finetune:fit.epochs=2." in text
@@ -179,10 +285,16 @@ def test_a_replay_prints_its_answer_and_the_next_command_makes_a_store(
     assert main([*command.split(), "--strategies", f"frozen:{quick},finetune:{quick}"]) == 0
     shown = capsys.readouterr()
     assert max(map(len, shown.out.splitlines())) <= 100
-    assert max(map(len, shown.err.splitlines())) <= 80  # a pipe has 80 columns
+    assert max(map(len, shown.err.splitlines())) <= 100
+    assert shown.err.startswith("3 runs over a base block and 2 spans\n")
+    assert "[9/9 spans, " in shown.err  # 3 runs, each with a base block and 2 spans
     assert "mf frozen, seed 0, base block: trained, " in shown.err
-    assert "mf finetune, seed 0, base block: trained earlier, " in shown.err
+    # its cost is that of the run before, so it is not printed again
+    assert "mf finetune, seed 0, base block: already trained by an earlier run\n" in shown.err
     assert "item-knn absorb, seed 0, base block: absorbed, " in shown.err and "ndcg@20 - " not in shown.err
+    assert "Results in out:\n  table.md, results.parquet, methods.parquet, tests.parquet, recipe.toml\n" in shown.err
+    files = shown.err.partition("Results in out:\n")[2].strip().split(", ")
+    assert all((tmp_path / "out" / file).exists() for file in files)
     next_command = shown.out.split("Next:\n")[1].replace("\\\n", " ")
     assert main(shlex.split(next_command)[1:]) == 0
 
@@ -194,8 +306,35 @@ def test_the_spans_are_readable_at_80_columns() -> None:
     lines = file.export_text().splitlines()
     assert max(len(line.rstrip()) for line in lines) <= 80
     base = next(line for line in lines if line.strip().startswith("0 "))
-    assert base.split()[1:4] == ["2025-01-01", "to", base.split()[3]] and base.split()[4] == "2000"
+    assert base.split()[1:4] == ["2025-01-01", "to", base.split()[3]] and base.split()[4] == "2,000"
     assert "…" not in "".join(lines) and "note: a note [with brackets]" in lines
+    assert all(line == line.rstrip() for line in lines)
+    assert lines[0] == "12 runs over a base block and 6 spans"
+    assert lines[1].split() == ["new", "new"] and lines[2].split()[5:] == ["users", "items", "targets", "seen"]
+
+
+def test_spans_that_share_a_day_are_explained_and_seen_is_a_percentage() -> None:
+    spans = pl.DataFrame(
+        {
+            "span": [0, 1],
+            "name": ["", ""],
+            **{name: [16_113, 7] for name in ("events", "users", "items", "new_users", "new_items", "targets")},
+            "seen_share": [None, 0.22],
+        }
+    )
+    note = "Days are in UTC. Spans that share a day do not overlap"
+    for names, has_note in (
+        (["2017-11-25 to 2017-11-29", "2017-11-29 to 2017-11-30"], True),
+        (["2017-11-29 00:00 to 23:54", "2017-11-29 to 2017-11-30"], True),
+        (["2017-11-25 to 2017-11-28", "2017-11-29 to 2017-11-30"], False),
+        (["period 0", "period 1"], False),
+    ):
+        shown = spans.with_columns(name=pl.Series(names))
+        console = Console(width=80, force_terminal=False, record=True, stderr=True)
+        print_plan(console, 1, shown, ())
+        text = console.export_text()
+        assert (note in text) == has_note and "16,113" in text and "22.0 %" in text
+        assert text.startswith("1 run over a base block and 1 span\n")
 
 
 def test_a_progress_line_has_the_metric_of_the_recipe_as_a_fraction(
@@ -205,7 +344,24 @@ def test_a_progress_line_has_the_metric_of_the_recipe_as_a_fraction(
     board = ProgressBoard([FINETUNE], [1], tmp_path, Console(stderr=True), "ndcg@5")
     board.report_span(FINETUNE, 1)
     # 10 hits at rank 1 of 40 users
-    assert capsys.readouterr().err.endswith("] comirec-dr finetune, seed 0, span 1: ndcg@5 0.2500, 0.3 CPU-s\n")
+    assert capsys.readouterr().err.endswith(" s] comirec-dr finetune, seed 0, span 1: ndcg@5 0.2500, 0.3 CPU-s\n")
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_the_counter_of_a_resumed_replay_includes_the_spans_that_are_finished(
+    jobs: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    split = split_log(make_world("drift", users=100, items=40, events=1000).log, by="count", spans=2)
+    cells, spans = [method(name, "absorb") for name in ("popularity", "item-knn")], [1, 2]
+    list(islice(replay_cell(cells[0], split, ReplaySettings(), tmp_path), 2))  # stops after spans 0 and 1
+    # claims the folder, as the first replay did
+    run_cells(cells[:0], split, ReplaySettings(), tmp_path, on_span_done=lambda cell, span: None)
+    write_provenance(tmp_path / cells[0].folder_name, cells[0])
+    board = ProgressBoard(cells, spans, tmp_path, Console(stderr=True))
+    run_cells(cells, split, ReplaySettings(), tmp_path, jobs=jobs, on_span_done=board.report_span)
+    counts = [line.partition(" ")[0] for line in capsys.readouterr().err.splitlines() if " spans, " in line]
+    # two runs, each with a base block and 2 spans; 2 of the 6 were finished before
+    assert counts == ["[3/6", "[4/6", "[5/6", "[6/6"]
 
 
 def test_a_replay_is_summed_up_by_its_first_ndcg() -> None:

@@ -101,7 +101,7 @@ def test_a_blend_says_why_it_offers_an_item(
     assert any(reason["place"] for reason in reasons)  # somebody offers it
     assert answer(capsys, "explain", "3", str(item), "--store", at).startswith(f"Item {item} is ranked 1 of ")
     assert main(["explain", "3", "999999", "--store", at]) == 2
-    assert 'Unknown item "999999": it never occurred in an event' in capsys.readouterr().err
+    assert 'There is no item "999999". Check the id.' in capsys.readouterr().err
 
 
 def test_a_fitted_model_and_its_strategy_take_options(
@@ -153,20 +153,36 @@ def test_a_table_for_people_has_a_line_per_item(
     answer(capsys, "fit", logs[0], "--store", at, "--model", "popularity", *COLUMNS)
     lines = answer(capsys, "recommend", "3", "--store", at, "--k", "4").splitlines()
     assert lines[0].split() == ["user", "rank", "item", "score", "fallback"]
-    assert [line.split()[:2] for line in lines[1:]] == [["3", str(rank)] for rank in (1, 2, 3, 4)]
+    assert [line.split()[:2] for line in lines[1:-1]] == [["3", str(rank)] for rank in (1, 2, 3, 4)]
+    assert lines[-1] == "Scores compare within one list only; higher is better."
 
 
 @pytest.mark.parametrize("kind", LISTED_KINDS)
-def test_every_name_is_listed_on_a_line_with_what_it_is(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_name_is_listed_on_a_line_with_what_it_is_and_long_lines_continue_indented(
+    kind: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)  # tests in several processes have 80 there
     names = json.loads(answer(capsys, "list", kind, "--json"))
     assert main(["list", kind]) == 0
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
-    assert [line.split()[0] for line in lines] == list(names)
-    # how to name one's own goes to stderr, so that stdout has a line for each name and nothing else
+    assert [line.split()[0] for line in lines if not line.startswith(" ")] == list(names)
+    assert max(len(line) for line in lines + printed.err.splitlines()) <= 100  # columns
+    # how to name one's own goes to stderr, so that stdout has the names and nothing else
     hint = {"models": " my_model:MyModelSpec:hours=2.", "strategies": " my_strategy:MyStrategy:keep=0.3."}.get(kind, "")
     assert hint in printed.err and bool(hint) == bool(printed.err)
     assert all(len(text) > 10 for text in names.values())
+
+
+def test_the_checks_of_doctor_are_wrapped_at_100_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    first, *others = answer(capsys, "doctor").splitlines()
+    assert first.startswith("ok     Python ") and max(len(line) for line in (first, *others)) <= 100
+    assert all(line.startswith((" " * 7, "ok     ")) for line in others)
+
+
+def test_each_metric_is_listed_with_its_range_and_its_direction(capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = json.loads(answer(capsys, "list", "metrics", "--json"))
+    assert all(text.endswith("; 0 to 1, higher is better") for text in metrics.values()) and len(metrics) == 4
 
 
 def test_the_lists_are_those_of_the_code(capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,8 +229,12 @@ FAILS = [
     (["fit", "LOG", "--store", "OUT", "--strategy", "fintune"], 2, 'Did you mean "finetune"?'),
     (["fit", "LOG", "--store", "OUT", "--model", "mf", "--strategy", "imsr"], 5, "several interests"),
     (["fit", "LOG", "--store", "OUT", "--model", "mf:dim=3"], 2, "dim"),
-    (["fit", "LOG", "--store", "OUT", "--budget", "10"], 2, '"10" is not a duration. Write 90s, 10m or 2h'),
-    (["fit", "LOG", "--store", "OUT", "--budget", "0m"], 2, '"0m" is not a duration'),
+    (
+        ["fit", "LOG", "--store", "OUT", "--budget", "10"],
+        2,
+        '--budget is "10", which has no unit. Write 90s, 10m or 2h.',
+    ),
+    (["fit", "LOG", "--store", "OUT", "--budget", "0m"], 2, '--budget is "0m", which is not a duration'),
     (
         ["fit", "LOG", "--store", "OUT", "--budget", "10m", "--model", "mf"],
         2,
@@ -224,7 +244,21 @@ FAILS = [
     (["fit", "OUT", "--store", "NEW"], 3, "OUT"),
     (["fit", "LOG", "--store", "FULL", *COLUMNS], 2, "is not empty. Choose a new folder"),
     (["update", "LOG", "--store", "OUT"], 7, "There is no store in"),
-    (["fit", "LOG", "--store", "s3://bucket/shop", *COLUMNS], 2, "is a URL, but a store must be in a local folder"),
+    (
+        ["fit", "LOG", "--store", "s3://bucket/shop", *COLUMNS],
+        2,
+        "s3://bucket/shop is a URL, but a store must be in a local folder",
+    ),
+    (["fit", "LOG", "--store", "SHOP", *COLUMNS], 2, "SHOP already holds a store. Use `freshrec update`"),
+    (["fit", "LOG", "--store", "OUT", *COLUMNS, "--until", "2017-13-01"], 2, '--until is "2017-13-01", which is not a'),
+    (["fit", "LOG", "--store", "OUT", "--model", "xyz"], 2, 'no model "xyz". `freshrec list models` lists the valid'),
+    (["recommend", "3", "--store", "OUT", "--k", "0"], 2, "--k is 0. It must be at least 1."),
+    (["recommend", "3", "--store", "OUT", "--diversity", "-1"], 2, "--diversity is -1. It must be a finite number"),
+    (["similar", "3", "--store", "OUT", "--k", "0"], 2, "--k is 0. It must be at least 1."),
+    (["inspect", "555", "6", "--store", "OUT"], 2, '"555" is neither user nor item. Write `freshrec inspect user ID`.'),
+    (["replay", "LOG", "--cadence", "x", "--out", "OUT"], 2, '--cadence is "x". Write a whole number.'),
+    (["replay", "LOG", "--by", "weeks", "--out", "OUT"], 2, '--by is "weeks". Use one of count,'),
+    (["replay", "--recipe", "nofile.toml", "--out", "OUT"], 2, "There is no file nofile.toml. Check the path."),
     (["recommend", "3", "--store", "OUT"], 7, "There is no store in"),
     (["replay", "LOG", "--world", "drift", "--out", "OUT"], 2, "both"),
     (["list", "world"], 2, 'Did you mean "worlds"?'),
@@ -239,6 +273,8 @@ def test_a_mistake_is_one_line_and_an_exit_code(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FULL").mkdir()
     (tmp_path / "FULL" / "thesis.tex").touch()
+    (tmp_path / "SHOP").mkdir()
+    (tmp_path / "SHOP" / "store.json").touch()
     assert main([logs[0] if argument == "LOG" else argument for argument in arguments]) == code
     out, err = capsys.readouterr()
     assert out == ""
@@ -308,6 +344,7 @@ REPLAY = ("replay", "--models", "mf:d=4", "--strategies", "finetune:fit.base_epo
 def events_of_spans(shown: str) -> list[int]:
     """The events of spans 0, 1, ... in the table of a plan."""
     table = shown.partition("Span 0 is the base block")[0]
+    table = table.replace(" %", "%").replace(",", "")  # "1,000" and "74.7 %" as one word
     rows = [line.split() for line in table.splitlines() if line.split()[0].isdecimal()]
     return [
         int(row[-7]) for row in rows if not row[1].startswith("run")
@@ -318,6 +355,18 @@ def test_a_replay_is_cut_at_the_dates_that_are_given(logs: tuple[str, str], caps
     dates = pl.read_parquet(logs[0])["when"][[1000, 2000]].cast(pl.Datetime("us")).dt.strftime("%Y-%m-%dT%H:%M:%S.%6f")
     shown = answer(capsys, *REPLAY, logs[0], "--by", "dates", "--dates", ",".join(dates), "--min-history", "2")
     assert events_of_spans(shown) == [1000, 1000, 1000]
+
+
+def test_a_plan_is_printed_as_json(logs: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--spans", "2", "--controls", "", "--extra-pairs", "item-knn/absorb", "--seeds", "2", "--json")
+    plan = json.loads(answer(capsys, *REPLAY, logs[0], *flags))
+    assert [(span["span"], span["events"]) for span in plan["spans"]] == [(0, 1500), (1, 750), (2, 750)]
+    assert plan["n_runs"] == 3  # two seeds of mf, one of item-knn
+    rows = plan["estimate_cpu_s"]
+    assert [(row["model"], row["n_seeds"]) for row in rows] == [("mf:d=4", 2), ("item-knn", 1)]
+    for end in ("low", "high"):
+        assert all(r["total"][end] == r["base"][end] + r["updates"][end] + r["measuring"][end] for r in rows)
+        assert plan["total_cpu_s"][end] == pytest.approx(sum(row["total"][end] for row in rows))
 
 
 def test_the_share_of_the_base_and_the_fewest_events_of_a_user_are_options(
@@ -336,6 +385,24 @@ def test_a_log_given_replaces_the_world_of_a_recipe_and_a_world_its_log(logs: tu
     by_world = resolve_recipe(tmp_path / "log.toml", {"log": {"path": None, "world": "newborn"}})
     assert (by_log.log.path, by_log.log.world) == (logs[0], "")
     assert (by_world.log.path, by_world.log.world) == ("", "newborn")
+
+
+def test_the_default_metrics_are_those_of_clicks_on_a_log_with_exposures(tmp_path: Path) -> None:
+    def metrics_of(file: str = "", **given: dict[str, object]) -> tuple[str, ...]:
+        (tmp_path / "recipe.toml").write_text(file)
+        return resolve_recipe(tmp_path / "recipe.toml" if file else None, {"log": {}, **given}).replay.metrics
+
+    clicks, exposures = ("auc", "logloss"), {"exposures": True}
+    assert metrics_of() == ReplayRecipe.metrics
+    assert metrics_of(log=exposures) == clicks
+    assert metrics_of(log=exposures, replay={"metrics": None}) == clicks  # a flag that is not given is None
+    assert metrics_of("[log]\nexposures = true\n") == clicks
+    assert metrics_of("[log]\nexposures = true\n", log={"exposures": False}) == ReplayRecipe.metrics
+    assert metrics_of("[spans]\nspans = 2\n", log=exposures) == clicks
+    # those that the user names remain
+    assert metrics_of(log=exposures, replay={"metrics": ("logloss",)}) == ("logloss",)
+    assert metrics_of('[replay]\nmetrics = ["hr@5"]\n', log=exposures) == ("hr@5",)
+    assert metrics_of('[log]\nexposures = true\n[replay]\nmetrics = ["hr@20"]\n') == ("hr@20",)
 
 
 FLAGS_OF_0_1_0 = (
@@ -382,7 +449,7 @@ def test_flags_of_every_kind_reach_the_recipe(
     pairs = ("mf/full", "mf/spmf")
     assert seen == [Recipe(log, spans, ReplayRecipe(cadence=(1, 4), unseen="drop", controls=(), extra_pairs=pairs))]
     assert main(["replay", "--world", "drift", "--alpha", "1"]) == 2
-    assert "Recipe key spans.alpha is 1.0. It must be above 0 and below 1" in capsys.readouterr().err
+    assert "--alpha is 1.0. It must be above 0 and below 1." in capsys.readouterr().err
 
 
 def test_an_interrupted_replay_says_how_to_go_on(

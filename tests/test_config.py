@@ -9,7 +9,7 @@ import pytest
 from pydantic import Field
 
 from freshrec.config import Count, Positive, Rate, bounds_of, description_of, hints_of
-from freshrec.errors import IncompatibleError, OptionError
+from freshrec.errors import IncompatibleError, OptionError, suggest_name
 from freshrec.models import find_model
 from freshrec.models.multi_interest import InterestSpec
 from freshrec.replay.plan import count_tuning_targets
@@ -32,7 +32,8 @@ def test_options_set_fields_and_fields_of_parts_with_the_type_of_the_default() -
     ("text", "says"),
     [
         ("comirec", 'Did you mean "comirec-'),  # -dr and -sa are equally near
-        ("comirec-dr:kk=6", '"k"'),
+        ("comirec-dr:kk=6", 'Model comirec-dr has no option "kk". Did you mean "k"?'),
+        ("sasrec:dims=3", 'Model sasrec has no option "dims". Its options: .*heads'),
         ("comirec-dr:k=six", "Write a value like its default, 4"),
         ("comirec-dr:k", "field=value"),
         ("comirec-dr:k.x=1", "no options below"),
@@ -72,6 +73,7 @@ def test_a_value_that_an_option_does_not_take_is_refused_before_anything_is_buil
         ("finetune:fit.epochs=-1", '"finetune:fit.epochs=-1": Option epochs is -1'),
         ("imsr:detect.form=qantile", 'form is "qantile".*Did you mean "quantile"'),
         ("imsr:retain.form=distanc", 'form is "distanc".*Did you mean "distance"'),
+        ("imsr:retain.xyz=1", 'Strategy imsr has no option "retain.xyz". Its options: .*retain.form'),
         ("absorb:fit.epochs=1", 'no options below "fit"'),
     ],
 )
@@ -161,14 +163,39 @@ def test_a_recipe_that_extends_itself_or_nothing_is_refused(tmp_path: Path) -> N
         ({"replay": {"cadence": [1, 0]}}, "Recipe key replay.cadence.1 is 0. It must be at least 1"),
         ({"replay": {"unseen": "mis"}}, 'replay.unseen is "mis". Use one of miss, drop. Did you mean "miss"'),
         ({"log": {"users": -1}}, "Recipe key log.users is -1. It must be at least 0"),
-        ({"spans": {"by": "dates"}}, 'by = "dates" needs dates'),
-        ({"log": {"columns": {"user_id": 3}}}, "Recipe key log.columns.user_id is 3. Input should be a valid string"),
-        ({"spans": 3}, "Recipe key spans is 3. Input should be a dictionary"),
+        ({"spans": {"by": "dates"}}, "--by dates needs --dates"),
+        ({"log": {"columns": {"user_id": 3}}}, "Recipe key log.columns.user_id is 3. Write a text."),
+        ({"spans": 3}, "Recipe key spans is 3. Write a table of keys and values."),
+        ({"spans": {"spans": "many"}}, 'Recipe key spans.spans is "many". Write a whole number.'),
+        ({"replay": {"cadence": []}}, r"Recipe key replay.cadence is \[\]. Write at least one value."),
+        ({"spans": {"by": "weeks"}}, "Use one of count, time, count-alpha, clock-alpha, dates, period.$"),
+        ({"run": {}}, 'There is no recipe key "run". Valid names: log, replay, spans.'),
     ],
 )
 def test_a_wrong_key_or_value_of_a_recipe_is_an_error(tables: dict[str, Any], says: str) -> None:
     with pytest.raises(OptionError, match=says):
         parse_recipe(tables)
+
+
+def test_an_error_of_a_recipe_names_its_file(tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("[run]\n")
+    with pytest.raises(OptionError, match='bad.toml: There is no recipe key "run"'):
+        load_recipe(tmp_path / "bad.toml")
+    (tmp_path / "bad.toml").write_text("[run\n")
+    with pytest.raises(OptionError, match="The recipe .*bad.toml is not valid TOML .* Correct it."):
+        load_recipe(tmp_path / "bad.toml")
+    with pytest.raises(OptionError, match="There is no file .*missing.toml. Check the path."):
+        load_recipe(tmp_path / "missing.toml")
+    with pytest.raises(OptionError, match=r"The recipe .* cannot be read \(Is a directory\)"):
+        load_recipe(tmp_path)
+
+
+def test_only_a_close_name_is_suggested_and_at_most_twelve_names_are_listed() -> None:
+    assert suggest_name("lots", ["last", "lost"]) == 'Did you mean "lost"?'
+    assert suggest_name("xyz", ["last", "lost"]) == "Valid names: last, lost."
+    names = [f"option{number:02}" for number in range(1, 16)]  # 15 names: 12 are listed, 3 are counted
+    listed = ", ".join(names[:12])
+    assert suggest_name("xyz", names, "Its options") == f"Its options: {listed} and 3 more."
 
 
 def test_bounds_are_formatted_in_words_and_a_type_may_have_a_description() -> None:

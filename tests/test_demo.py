@@ -36,3 +36,9 @@ def test_what_is_chance_is_decided_by_the_paired_test_not_by_overlapping_interva
 
 def test_the_interests_that_imsr_leaves_are_those_after_the_last_span() -> None:
     assert "keeps 6.0 per user" in " ".join(describe_results(results(), make_tests(0.01, 0.01)))
+
+
+def test_forgetting_names_its_metric_and_its_direction() -> None:
+    # every strategy of `results` forgets 0.01
+    text = "Forgetting of earlier spans, as loss of ndcg@20 (positive = lost): +0.0100 with fine-tuning, +0.0100 with"
+    assert text in " ".join(describe_results(results(), make_tests(0.01, 0.01)))

@@ -15,7 +15,10 @@ from test_house import LAYERS, ROOT, SRC, imports
 from freshrec.cli.app import main
 from freshrec.data.synthetic import make_world
 from freshrec.errors import FreshrecError
+from freshrec.recommender.lists import UNKNOWN_USER
 from freshrec.recommender.recommender import Recommender
+from freshrec.replay.recipe_schema import Recipe
+from freshrec.replay.recipes import make_cells
 
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 HISTORY = ("CHANGELOG.md", "diary.md", "016-packages-and-names.md")  # they name files that no longer exist
@@ -53,6 +56,33 @@ def test_the_commands_of_the_readme_that_keep_a_store_run(shop: Path, capsys: py
     assert {command[0] for command in commands} == {"validate", "fit", "update", "recommend", "rollback"}
     for command in commands:
         assert main(command) == 0, capsys.readouterr()
+
+
+def test_the_replays_of_the_readme_are_valid_and_include_the_default_model(
+    shop: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = re.findall(r"^\.venv/bin/freshrec (replay .*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    recipes: list[Recipe] = []
+    monkeypatch.setattr("freshrec.cli.replay._show_plan", recipes.append)
+    monkeypatch.setattr("freshrec.cli.replay.run_recipe", lambda recipe, *_: recipes.append(recipe))
+    assert [main(shlex.split(line, comments=True)) for line in lines] == [0, 0]
+    for recipe in recipes:
+        assert ("blend", "refit") in {(cell.model_name, cell.strategy_name) for cell in make_cells(recipe)}
+
+
+def test_the_readme_gives_no_number_of_models_or_strategies() -> None:
+    assert not re.search(r"\d+ (models|strategies)", (ROOT / "README.md").read_text())
+
+
+def test_the_help_of_export_names_the_models_that_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "The default model, blend, has none (exit code 5)." in text
+
+
+def test_the_glossary_names_a_fallback_as_lists_print_it() -> None:
+    row = next(line for line in (ROOT / "docs/glossary.md").read_text().splitlines() if line.startswith("| fallback |"))
+    assert re.findall("`(.*?)`", row) == [UNKNOWN_USER]
 
 
 def test_every_exit_code_is_documented() -> None:

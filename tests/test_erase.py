@@ -115,6 +115,7 @@ def test_the_command_prints_a_receipt_and_deletes_a_damaged_version(
     assert main(["erase", GONE, "--store", str(tmp_path / "s")]) == 0
     told = capsys.readouterr().out
     assert "Rewritten versions: 2." in told and "Not erased: weights" in told
+    assert max(map(len, told.splitlines())) <= 100  # columns
     with pytest.raises(StateError, match="were deleted"):
         job.store.verified_files(1)
     assert not [path for path, text in decoded(tmp_path / "s").items() if GONE in text]

@@ -119,16 +119,12 @@ def test_a_plan_of_a_few_seconds_reports_nothing_on_the_way(capsys: pytest.Captu
     MeasuringLog(silent_s=1e9)("mf full")
     assert capsys.readouterr().err == ""
     MeasuringLog(silent_s=0)("mf full")
-    assert capsys.readouterr().err == "[0 CPU-s] measuring mf full\n"
+    assert capsys.readouterr().err == "[0 CPU-s] timing mf full\n"
 
 
 def test_an_estimate_is_one_number_or_a_range_and_fits_80_columns() -> None:
-    assert [format_range(Range(*ends)) for ends in ((3.04, 3.04), (100, 119), (5, 20), (0.01, 0.02))] == [
-        "3.0",
-        "119",
-        "5.0 .. 20",
-        "0.0",
-    ]
+    ranges = [(3.04, 3.04), (100, 119), (5, 20), (0.01, 0.02), (0.01, 0.4), (0, 0)]
+    assert [format_range(Range(*ends)) for ends in ranges] == ["3.0", "119", "5.0 .. 20", "<0.1", "<0.1 .. 0.4", "0"]
     rows = [
         RunEstimate("comirec-dr:d=16", "finetune", 3, Range(100, 400), Range(1000, 1000), Range(12, 12)),
         RunEstimate("popularity-decay", "absorb x3", 1, Range(), Range(0.4, 0.4), Range(1.2, 1.2)),
@@ -136,7 +132,8 @@ def test_an_estimate_is_one_number_or_a_range_and_fits_80_columns() -> None:
     console = Console(width=80, force_terminal=False, record=True, stderr=True)
     print_estimate(console, rows)
     text = console.export_text()
-    assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80 and all(line == line.rstrip() for line in lines)
     # 100 + 1000 + 12 + 0.4 + 1.2 and 400 + 1000 + 12 + 1.6
     assert "Total: 1,114 .. 1,414 CPU-s." in text and "Ranges: the epochs were chosen on a sample" in " ".join(
         text.split()

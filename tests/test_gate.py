@@ -223,7 +223,7 @@ def test_a_loss_within_chance_passes_and_a_note_says_which_loss_could_go_unnotic
     (text,) = (note.text for note in verdict.notes if note.code == "weak-test-newest")
     assert text.startswith("On the newest events, ndcg@20 differs from that of the live version for 12 of 100 users. ")
     # L * 0.2 = z sqrt((0.12 - 0.04^2 + L * 0.2) / 100) with z = 4.452 gives L = 1.41: more than everything.
-    assert text.endswith(" With so few users, any loss could go unnoticed.")
+    assert text.endswith(" With so few users, any loss could go unnoticed at the gate's 0.25 % level.")
 
 
 def test_the_loss_that_may_go_unnoticed_follows_from_the_number_of_users() -> None:
@@ -235,7 +235,9 @@ def test_the_loss_that_may_go_unnoticed_follows_from_the_number_of_users() -> No
     assert many.numbers["unnoticed"] == pytest.approx(0.0554, abs=0.0001)
     # A note is added above max_undetected_loss, 30 %; there are no older events and no floor in either case.
     assert few.notes[0].code == "weak-test-newest"
-    assert few.notes[0].text.endswith(" With so few users, a loss of up to 39.6 % could go unnoticed.")
+    assert few.notes[0].text.endswith(
+        " With so few users, a loss of up to 39.6 % could go unnoticed at the gate's 0.25 % level."
+    )
     assert [note.code for note in many.notes] == ["no-floor", "no-users-older"]
 
 

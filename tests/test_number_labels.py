@@ -122,7 +122,8 @@ def test_forgetting_has_a_sign_and_says_what_it_means() -> None:
         (0.00344, "change", "+0.0034"),
         (-0.5, "change", "-0.5000"),
         (1234567.0, "count", "1,234,567"),
-        (0.689, "share", "68.9 %"),
+        (0.689, "loss", "68.9 %"),
+        (1.0, "loss", "none"),  # even the loss of everything is not noticed
         (12.34, "s", "12.3 s"),
         (0.0123, "CPU-s", "0.012 CPU-s"),
         (0.123456, "number", "0.1235"),

@@ -85,6 +85,19 @@ def test_forgetting_compares_with_the_model_just_updated_on_the_asked_span(tmp_p
     assert values(results, "forgetting hr@20") == {2: 0.5, 3: 0.0, OVERALL_SPAN: 0.0}
 
 
+def test_the_table_shows_and_names_the_forgetting_of_the_headline_metric(tmp_path: Path) -> None:
+    # The headline metric is the first ndcg, not the first metric. Just after span 1 the target has rank 1 (ndcg 1), at
+    # the end rank 3: ndcg 1 / log2(4) = 0.5, so 0.5 is lost; hr@20 loses nothing. An update costs 0.012 CPU-s.
+    one = written(tmp_path, cell(), [(1, 0, 1, HIT), (1, 1, 1, HIT), (1, 2, 1, 3.0), (1, 3, 1, 3.0)])
+    for span in (1, 2, 3):
+        (tmp_path / one.folder_name / f"costs-{span}.json").write_text(json.dumps({"update_cpu_s": 0.012}))
+    collect_results([one], None, ("hr@20", "ndcg@20"), tmp_path)
+    head, _, row, _, *notes = (tmp_path / "table.md").read_text().splitlines()
+    shown = dict(zip(head.split(" | "), row.split(" | ")))
+    assert shown["forgetting ndcg@20"] == "+0.5000" and "forgetting hr@20" not in shown
+    assert row.endswith("| <0.1 |") and any("Forgetting: loss of ndcg@20 on held-out" in note for note in notes)
+
+
 def test_what_was_never_known_cannot_be_forgotten(tmp_path: Path) -> None:
     # One span after the base: there is a model just updated on it, and none after that one.
     results = collected([written(tmp_path, cell(), [(1, 0, 1, HIT), (1, 1, 1, MISS)])], tmp_path, spans=1)

@@ -317,11 +317,14 @@ def test_split_log_takes_a_config_keywords_or_both_and_splits_by_count_by_defaul
         ({"spans": 0}, "Option spans is 0. It must be at least 1"),
         ({"alpha": 1.0}, "Option alpha is 1.0. It must be above 0 and below 1"),
         ({"forget_users": 1.5}, "Option forget_users is 1.5. It must be at least 0 and at most 1"),
-        ({"by": "dates"}, 'by = "dates" needs dates'),
-        ({"dates": ["1970-01-02"]}, 'dates are set, but by is "count"'),
+        ({"by": "dates"}, "--by dates needs --dates"),
+        ({"dates": ["1970-01-02"]}, "--dates is set, but --by is count"),
         ({"by": "dates", "dates": ["yesterday"]}, "yesterday"),
         ({"by": "dates", "dates": ["1970-01-03", "1970-01-02"]}, "are not in ascending order"),
-        ({"targets": "all", "heldout": "never"}, "contradicts"),
+        (
+            {"targets": "all", "heldout": "never"},
+            "--targets all trains on every event, which contradicts --heldout never",
+        ),
     ],
 )
 def test_an_impossible_option_is_refused(options: dict[str, Any], message: str) -> None:
@@ -335,7 +338,11 @@ def test_an_impossible_option_is_refused(options: dict[str, Any], message: str) 
         (log_of([0, 1, 2]), {"by": "count", "spans": 3}, "3 distinct times, too few .* Use at most 2 spans"),
         (log_of([0, 0]), {"by": "count", "spans": 1}, "All events of the log have the same time"),
         (log_of([0, 1]), {"by": "dates", "dates": ["1970-01-01"]}, "base block would be empty"),
-        (log_of([0, 1], has_clock=False), {"by": "time", "spans": 1}, "needs timestamps"),
+        (
+            log_of([0, 1], has_clock=False),
+            {"by": "time", "spans": 1},
+            "--by time needs timestamps, and this log has none. Use --by count or --by period.",
+        ),
         (log_of([0, 1]), {"by": "period"}, "needs a period"),
         (log_of([0, 1], period=[3, 3]), {"by": "period"}, "single period"),
         (log_of([0, 1]), {"by": "count", "spans": 1, "targets": "split"}, "needs a split column"),

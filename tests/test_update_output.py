@@ -16,6 +16,7 @@ from rich.console import Console
 
 from freshrec.cli.app import main
 from freshrec.cli.progress import ProgressBar, ProgressLines, format_duration
+from freshrec.cli.text_layout import format_moment
 from freshrec.cli.version_text import fit_lines, next_commands, update_lines, verdict_sentence, version_line
 from freshrec.data.synthetic import make_world
 from freshrec.nightly.notes import Note, count_of, current_notes, notes_of, notes_to_print, with_notes
@@ -68,9 +69,38 @@ def test_a_note_with_other_numbers_is_the_same_note_and_another_code_is_a_new_on
     assert notes_to_print([version(1), first], version(3, (later, WEAK), day=1)) == ([WEAK.text], 1)
 
 
-def test_notes_of_a_refused_version_do_not_count_as_printed_in_the_next_nights() -> None:
-    # Version 3 was refused, so it is not in the chain of version 4: `freshrec status` does not show its notes.
-    assert notes_to_print([version(1), version(2)], version(4, (WEAK,), day=2, parent=2)) == ([WEAK.text], 0)
+def test_a_job_that_starts_some_seconds_earlier_after_a_week_prints_the_note_again() -> None:
+    # Each night starts 5 seconds before the same time of day, so the 8th one is 35 seconds short of 7 days.
+    nights = [version(n + 1, (FEW,), day=n - 5 * n / 86_400) for n in range(9)]
+    assert [notes_to_print(nights[:n], nights[n])[1] for n in range(9)] == [0, 1, 1, 1, 1, 1, 1, 0, 1]
+
+
+def test_refused_nights_print_a_note_once_although_none_is_the_parent_of_the_next() -> None:
+    nights = [version(1, kind="fit")]
+    nights += [version(n, (FEW,), day=n - 2, parent=1, promoted=False, goes_live=False) for n in range(2, 12)]
+    printed_on = [night.id - 2 for n, night in enumerate(nights) if notes_to_print(nights[:n], night)[0]]
+    assert printed_on == [0, 7]
+
+
+def test_a_version_that_lies_in_the_future_silences_no_note() -> None:
+    later = version(2, (FEW,), day=90)  # the clock of the machine was wrong
+    assert notes_to_print([version(1), later], version(3, (FEW,), day=1)) == ([FEW.text], 0)
+    assert notes_to_print([version(1), later, version(3, (FEW,), day=1)], version(4, (FEW,), day=2)) == ([], 1)
+
+
+@pytest.mark.parametrize("made_at", ["yesterday", "", "2025-06-02T04:15:00", "0001-01-01T00:00:00"])
+def test_a_version_without_a_readable_time_has_printed_no_note(made_at: str) -> None:
+    damaged = version(2, (FEW,)).model_copy(update={"made_at": made_at})
+    assert notes_to_print([version(1), damaged], version(3, (FEW,), day=1)) == ([FEW.text], 0)
+    assert notes_to_print([version(1)], damaged) == ([FEW.text], 0)
+    assert isinstance(format_moment(made_at), str)
+
+
+@pytest.mark.parametrize("codes", [None, 3, "x", {"few": 1}, ["a", "b"]])
+def test_damaged_codes_of_notes_are_those_of_a_version_without_codes(codes: object) -> None:
+    damaged = version(2, (FEW,)).model_copy(update={"data": {"note_codes": codes}})
+    assert notes_of(damaged) == [Note(FEW.text, FEW.text)] and current_notes([damaged]) == [FEW.text]
+    assert notes_to_print([version(1), damaged], version(3, (FEW,), day=1)) == ([FEW.text], 0)
 
 
 def test_what_happened_to_one_version_alone_is_printed_every_time() -> None:
@@ -145,9 +175,23 @@ def test_a_full_retrain_is_a_line_of_its_own_and_its_time_is_measured() -> None:
     numbers = NUMBERS | {"full_gain": -0.001, "full_low": -0.003, "full_high": 0.001}
     texts = dict(update_lines(version(7, numbers=numbers)))
     assert texts["Retrain"] == (
-        "-0.0010 compared with the update (95 % interval -0.0030 to +0.0010); the update was kept"
+        "ndcg@20 -0.0010 (positive = the full retrain is better; 95 % interval -0.0030 to +0.0010); the update was kept"
     )
-    assert texts["Time"] == "12.3 s, including 30.4 s for the full retrain"
+    assert texts["Time"] == "12.3 s, 30.4 s of it for the full retrain"
+    better = dict(update_lines(version(7, numbers=numbers | {"full_gain": 0.001})))
+    assert better["Retrain"].startswith("ndcg@20 +0.0010 (") and better["Retrain"].endswith("; it was taken")
+
+
+def test_forgetting_names_its_metric_although_the_newest_events_were_not_measured() -> None:
+    late = version(7, numbers={"forgetting": 0.0146}, data={"metric": "hr@20", "compared_users": [0, 75]})
+    assert dict(update_lines(late))["Forgetting"] == "+0.0146 hr@20 on older events (75 users); positive = lost"
+
+
+def test_users_whose_interests_changed_are_counted_only_if_there_are_any() -> None:
+    numbers = NUMBERS | {"gained_interests": 0.0, "lost_interests": 3.0}
+    assert dict(update_lines(version(7, numbers=numbers)))["New"] == (
+        "689 events, 1 new user, 0 new items, 3 users lost an interest"
+    )
 
 
 def test_the_block_of_a_fit_says_what_was_read_and_measured() -> None:
@@ -222,7 +266,10 @@ def test_a_refused_update_says_why_what_stays_and_what_to_type(logs: Path, capsy
         '`freshrec update --retry 2 --force --reason "..." --store shop`.\n'
     )
     out, _ = printed(capsys, "update --retry 2 --force --reason fair --store shop")
-    assert "Version 3 is live because of --force, although the gate refused it (updated from version 1)." in out
+    assert (
+        "Version 3 is live because of --force, although the gate refused it (updated from version 1, retry of "
+        "version 2)."
+    ) in " ".join(out.split())
     assert "It was promoted by --force: fair" in " ".join(out.split())
 
 
@@ -236,7 +283,9 @@ def test_notes_that_were_printed_this_week_become_one_line(logs: Path, capsys: p
     out = printed(capsys, "update 1.parquet --store shop --force --reason fair")[0]
     assert "earlier deliver" not in out
     assert re.search(
-        r"  Notes       (1 earlier note still applies|\d earlier notes still apply); see `freshrec status`.", out
+        r"  Notes       (1 earlier note still applies|\d earlier notes still apply); "
+        r"see `freshrec history --last 1 --long --store shop`.",
+        out,
     )
     found = json.loads(printed(capsys, "history --store shop --json")[0])["versions"]
     assert any("1 earlier delivery" in note for note in found[-1]["notes"])  # JSON has all of them
@@ -253,7 +302,7 @@ MISTAKES = [
     ("update x.parquet --store shop", 3, "x.parquet"),
     ("update --store shop --retry 1", 2, "--retry 1: the live version has learned all events of version 1 already."),
     ("fit log.parquet --store s2 --model mf --budget 1m", 2, "For --model mf, set the number of epochs in --strategy"),
-    ("fit log.parquet --store shop", 2, "is not empty. Choose a new folder."),
+    ("fit log.parquet --store shop", 2, "shop already holds a store. Use `freshrec update`, or choose another folder."),
 ]
 
 
@@ -264,6 +313,18 @@ def test_an_error_names_what_was_typed(
     printed(capsys, "fit log.parquet --store shop --model popularity")
     out, err = printed(capsys, line, code)
     assert text in err and err.count("\n") == 1 and out == ""
+
+
+@pytest.mark.parametrize("column", ["user_id", "item_id"])
+def test_a_dry_run_has_the_error_of_the_update(column: str, logs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed(capsys, "fit log.parquet --store shop --model popularity")
+    frame = pl.read_parquet("night.parquet")
+    frame.with_columns(pl.format("u{}", column).alias(column)).write_parquet(
+        "other.parquet"
+    )  # text instead of integers
+    preview = printed(capsys, "update other.parquet --store shop --dry-run", 3)
+    assert preview == printed(capsys, "update other.parquet --store shop", 3)
+    assert preview[1].startswith("error: other.parquet: ") and preview[1].count("\n") == 1
 
 
 def test_a_fit_that_fails_leaves_no_store_and_no_progress(logs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import polars as pl
@@ -141,3 +142,72 @@ def test_the_command_prints_every_fact_and_what_to_type_next(
     assert "2020-09-13T12:26:40+00:00" in printed
     assert "0.0 % of rows share user and timestamp with another row" in printed
     assert f"freshrec fit {path} --columns user_id=uid --events pv --store shop" in printed
+
+
+def suggested_commands(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[list[str]]:
+    """The words of each command that `validate` suggests, without "freshrec"."""
+    assert main(["validate", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    return [shlex.split(line)[1:] for line in lines if line.startswith("  freshrec ")]
+
+
+def test_a_log_with_exposures_can_be_replayed_with_and_without_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "log.csv"
+    rows = "".join(f"{i % 40},{i % 50},{NOON + 900 * i},{i % 3 % 2}\n" for i in range(N))
+    path.write_text(f"user_id,item_id,timestamp,label\n{rows}")
+    plain, clicks, fit = suggested_commands(capsys, str(path))
+    assert plain[0] == clicks[0] == "replay" and "--exposures" not in plain and fit[0] == "fit"
+    assert "--exposures" in clicks
+    assert main(plain[:-1] + ["--models", "popularity", "--strategies", "absorb", "--plan"]) == 0
+    assert main(clicks) == 0
+
+
+def test_a_log_with_bad_rows_is_fitted_with_a_quarantine_file_and_not_replayed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = "".join(f"{i % 40},{i % 50},{NOON + 900 * i}\n" for i in range(N))
+    Path("log.csv").write_text(f"user_id,item_id,timestamp\n1,,{NOON}\n{rows}")
+    (fit,) = suggested_commands(capsys, "log.csv", "--quarantine", "q.csv")
+    assert fit == ["fit", "log.csv", "--store", "shop", "--quarantine", "q.csv"]
+    assert main([*fit, "--model", "popularity"]) == 0
+    # without bad rows the option is not needed
+    Path("log.csv").write_text(f"user_id,item_id,timestamp\n{rows}")
+    replay, fit = suggested_commands(capsys, "log.csv", "--quarantine", "q.csv")
+    assert replay[0] == "replay" and fit == ["fit", "log.csv", "--store", "shop"]
+
+
+def test_rows_without_timestamps_among_others_are_counted_once_and_the_time_range_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Row 2 has a timestamp, rows 1 and 3 have none; the periods order all of them.
+    path = tmp_path / "log.csv"
+    path.write_text(f"user_id,item_id,timestamp,period\n1,a,,0\n1,b,{NOON},0\n2,a,,1\n")
+    assert main(["validate", str(path)]) == 0
+    lines = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
+    facts = {" ".join(words[:2]): words[2] for words in lines if len(words) == 3}
+    assert facts["Missing values"] == "timestamp in 2 of 3 rows"
+    assert facts["Time range"] == "unknown: 2 of 3 rows have no timestamp"
+    path.write_text("user_id,item_id,period\n1,a,0\n1,b,0\n2,a,1\n")
+    assert main(["validate", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "Missing values    none\n" in shown and "Time range        unknown: the log has no timestamps\n" in shown
+
+
+def test_a_report_in_a_pipe_has_at_most_100_columns_and_no_spaces_at_line_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)  # tests in several processes have 80 there
+    path = tmp_path / "log.csv"
+    rows = "".join(f"{i % 40},{i % 50},{NOON + 900 * i}\n" for i in range(N))
+    path.write_text(f"user_id,item_id,timestamp\n{rows}")
+    assert main(["validate", str(path)]) == 0
+    report, _, _ = capsys.readouterr().out.partition("\nNext")  # the commands after it have the path of the log
+    lines = report.splitlines()
+    assert max(map(len, lines)) <= 100 and all(line == line.rstrip() for line in lines)
+    assert max(map(len, lines)) > 80  # the default of a pipe is 100 columns, not 80
+    # the rule is explained next to its name
+    split = "a base block and 2 spans, by count-alpha (half of the rows, then spans of equal duration)"
+    assert split in " ".join(report.split())

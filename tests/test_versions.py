@@ -100,7 +100,7 @@ def test_every_changed_byte_is_detected_and_the_last_intact_version_is_named(sto
 def test_a_damaged_live_pointer_is_an_error_and_promoting_rebuilds_it(store: Store) -> None:
     (store.folder / "live.json").write_text('{"checksum": "", "content": []}')
     with pytest.raises(
-        StateError, match="changed by another program.* choose a live version with `freshrec promote N`"
+        StateError, match="changed by another program.* choose a live version with `freshrec promote N --store .*`"
     ):
         _ = store.live
     store.move_pointer(2, "promote", "the pointer was damaged")

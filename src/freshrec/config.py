@@ -15,7 +15,6 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
-from difflib import get_close_matches
 from functools import cache
 from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -26,7 +25,7 @@ from pydantic.fields import FieldInfo
 
 from freshrec.deprecation import describe_rename
 from freshrec.disk_names import former_class_names, former_fields, former_values
-from freshrec.errors import OptionError, suggest_name, unknown_name_error
+from freshrec.errors import OptionError, close_name, suggest_name, unknown_name_error
 from freshrec.user_modules import Interface, import_instance
 
 T = TypeVar("T")
@@ -55,27 +54,51 @@ def check_options(instance: Any) -> None:
 
 
 def option_error(problem: ValidationError, kind: type, place: str, *parents: str) -> OptionError:
-    """Turn the first error of pydantic into a message: what is wrong, where, and the nearest valid name or value.
+    """Turn the first error of pydantic into a message: what is wrong, where, and what to write instead.
 
     - `kind`: the class whose fields were checked.
-    - `place`: the words for a field, such as "recipe key {}".
+    - `place`: the words for a field, such as "recipe key {}". "--{}" names the flag of the field.
     - `parents`: the names of the fields that lead to the checked value.
     """
     error = problem.errors()[0]
     path = [*parents, *error["loc"]]
-    where, value = place.format(".".join(map(str, path))), error["input"]
-    where = where[0].upper() + where[1:]
+    value = error["input"]
+    if place == "--{}":  # --cadence, for the path replay.cadence.0
+        where = place.format([part for part in path if isinstance(part, str)][-1].replace("_", "-"))
+    else:
+        where = place.format(".".join(map(str, path)))
+        where = where[0].upper() + where[1:]
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        names = [".".join(map(str, [*path[:-1], name])) for name in hints_of(_type_at(kind, path[:-1]))]
-        return unknown_name_error(place.partition(" {}")[0], ".".join(map(str, path)), names)
+        parent = "".join(f"{part}." for part in path[:-1])
+        return unknown_name_error(place.partition(" {}")[0], str(path[-1]), hints_of(_type_at(kind, path[:-1])), parent)
     if error["type"] == "literal_error":
         valid = [str(choice) for choice in get_args(bare_type(_type_at(kind, path)))]
-        near = get_close_matches(str(value), valid, n=1, cutoff=0)
-        return OptionError(f'{where} is "{value}". Use one of {", ".join(valid)}. Did you mean "{near[0]}"?')
+        close = close_name(str(value), valid)
+        question = f' Did you mean "{close}"?' if close else ""
+        return OptionError(f'{where} is "{value}". Use one of {", ".join(valid)}.{question}')
     if error["type"].startswith(("greater_than", "less_than")):
         finite = "" if math.isfinite(value) else " and finite"
         return OptionError(f"{where} is {value}. It must be {bounds_of(_type_at(kind, path))}{finite}.")
-    return OptionError(f"{where} is {value!r:.60}. {error['msg']}.")
+    shown = f'"{value[:60]}"' if isinstance(value, str) else f"{value!r:.60}"
+    return OptionError(f"{where} is {shown}. {_expected_value(error['type']) or error['msg']}.")
+
+
+EXPECTED_VALUES = {  # start of an error type of pydantic -> what to write instead
+    "int": "Write a whole number",
+    "float": "Write a number",
+    "finite": "Write a finite number",
+    "bool": "Write true or false",
+    "string": "Write a text",
+    "tuple": "Write a list",
+    "too_short": "Write at least one value",
+    "dict": "Write a table of keys and values",
+    "dataclass": "Write a table of keys and values",
+}
+
+
+def _expected_value(error_type: str) -> str:
+    """Say what to write after an error of this type; "" for other errors."""
+    return next((text for start, text in EXPECTED_VALUES.items() if error_type.startswith(start)), "")
 
 
 def bounds_of(annotation: Any) -> str:
@@ -154,11 +177,17 @@ def find_instance(
         if not equals:
             raise OptionError(f'"{option[:60]}" in "{text[:60]}" is not an option. Write {name}:field=value.')
         changes.append((path.split("."), value))
-    return _replace_fields(instance, changes, text) if changes else instance  # type: ignore[no-any-return]
+    owner = "The gate" if kind == name == "gate" else f"{kind.capitalize()} {name[:60]}"
+    return _replace_fields(instance, changes, text, owner) if changes else instance  # type: ignore[no-any-return]
 
 
-def _replace_fields(instance: Any, changes: list[tuple[list[str], str]], text: str) -> Any:
-    """Set fields of an instance, or of its parts, from strings. All are set at once, because some need each other."""
+def _replace_fields(
+    instance: Any, changes: list[tuple[list[str], str]], text: str, owner: str, parent: str = ""
+) -> Any:
+    """Set fields of an instance, or of its parts, from strings. All are set at once, because some need each other.
+
+    `owner`: the words for the whole instance, such as "Model sasrec". `parent`: the path of this part, such as "fit.".
+    """
     new_values: dict[str, Any] = {}
     for (first, *rest), value in changes:
         if not is_dataclass(instance) or isinstance(instance, type) or not fields(instance):
@@ -170,10 +199,11 @@ def _replace_fields(instance: Any, changes: list[tuple[list[str], str]], text: s
             warnings.warn(describe_rename(f"option {first} of {text[:60]}", current), FutureWarning, stacklevel=2)
             first = current
         if first not in names:
-            raise OptionError(f'"{text[:60]}" has no option "{first[:60]}". {suggest_name(first, names)}')
+            hint = suggest_name(first, names, "Its options", parent)
+            raise OptionError(f'{owner} has no option "{parent}{first[:60]}". {hint}')
         old = new_values.get(first, getattr(instance, first))
         if rest:
-            new_values[first] = _replace_fields(old, [(rest, value)], text)
+            new_values[first] = _replace_fields(old, [(rest, value)], text, owner, f"{parent}{first}.")
         else:
             if current := former_values(type(instance), first).get(value):
                 warnings.warn(describe_rename(f"{first}={value} of {text[:60]}", current), FutureWarning, stacklevel=2)

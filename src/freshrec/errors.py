@@ -5,7 +5,7 @@
     │   └── NoRowsError           the log has no rows
     ├── SpanError                 the log cannot be split into these spans
     ├── IncompatibleError         the strategy cannot update the model
-    ├── OptionError               an unknown name, option or value; the nearest valid one is suggested
+    ├── OptionError               an unknown name, option or value; a close valid one is suggested
     ├── TrainingError             training diverged or a score is not finite
     ├── StateError                a state on disk is damaged, incomplete or in another format
     ├── RefusedError              the gate refused a new version; the live version stays
@@ -17,6 +17,15 @@ Each message says in one or two short sentences what is wrong, where, and what t
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
+
+MAX_LISTED_NAMES = 12  # a message lists no more valid names than this
+LIST_COMMANDS = {
+    "model": "models",
+    "strategy": "strategies",
+    "metric": "metrics",
+    "world": "worlds",
+    "format": "formats",
+}
 
 
 class FreshrecError(Exception):
@@ -78,13 +87,33 @@ class BusyError(FreshrecError):
     exit_code = 9
 
 
-def unknown_name_error(kind: str, name: str, valid: Iterable[str]) -> OptionError:
-    """Return the error for an unknown `kind` ("model", "strategy", ...) called `name`, with the nearest valid name."""
-    return OptionError(f'There is no {kind} "{name[:60]}". {suggest_name(name, valid)}')
+def unknown_name_error(kind: str, name: str, valid: Iterable[str], parent: str = "") -> OptionError:
+    """Return the error for an unknown `kind` ("model", "strategy", ...) called `name`, with a hint at valid names.
+
+    `parent`: the path before the name and before each valid name, such as "spans.".
+    """
+    valid = list(valid)
+    hint = suggest_name(name, valid, parent=parent)
+    if kind in LIST_COMMANDS and len(valid) > MAX_LISTED_NAMES and not close_name(name, valid):
+        hint = f"`freshrec list {LIST_COMMANDS[kind]}` lists the valid names."
+    return OptionError(f'There is no {kind} "{parent}{name[:60]}". {hint}')
 
 
-def suggest_name(name: str, valid: Iterable[str]) -> str:
-    """Ask whether the nearest valid name was meant, or else list the valid names."""
-    valid = sorted(valid)
-    nearest = get_close_matches(name, valid, n=1, cutoff=0.4)
-    return f'Did you mean "{nearest[0]}"?' if nearest else f"Valid names: {', '.join(valid)}."
+def suggest_name(name: str, valid: Iterable[str], label: str = "Valid names", parent: str = "") -> str:
+    """Ask whether a close valid name was meant, or else list the valid names after the `label`."""
+    valid = list(valid)
+    close = close_name(name, valid)
+    listed = list_names(f"{parent}{word}" for word in valid)
+    return f'Did you mean "{parent}{close}"?' if close else f"{label}: {listed}."
+
+
+def close_name(name: str, valid: Iterable[str]) -> str | None:
+    """Return the valid name that is most similar to `name`, or None if all of them differ too much."""
+    return next(iter(get_close_matches(name, sorted(valid), n=1, cutoff=0.6)), None)
+
+
+def list_names(names: Iterable[str]) -> str:
+    """List names for a message, at most MAX_LISTED_NAMES of them; "none" without names."""
+    names = sorted(names)
+    n_more = len(names) - MAX_LISTED_NAMES
+    return (", ".join(names[:MAX_LISTED_NAMES]) or "none") + (f" and {n_more} more" if n_more > 0 else "")

@@ -8,9 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import sys
-import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -20,13 +18,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from freshrec.cli import query, server, store, versions
 from freshrec.cli.options import AsJson, Columns, EventTypes, FormatName, LogPath, Quarantine, parse_list, parse_pairs
-from freshrec.cli.output import print_json
+from freshrec.cli.output import print_json, print_labelled, print_wrapped
 from freshrec.cli.replay import demo, replay
 from freshrec.data.formats import FORMATS
 from freshrec.data.log import format_count, read_log
@@ -85,7 +80,7 @@ def validate(
     else:
         given = {"--columns": columns, "--format": format_name, "--events": events}
         options = [word for flag, value in given.items() if value for word in (flag, value)]
-        _print_report(report, log, options)
+        _print_report(report, log, options, quarantine)
 
 
 def list_names(
@@ -100,16 +95,9 @@ def list_names(
     width = max(map(len, lines))
     for name, text in lines.items():
         sentence = text.partition(" [")[0]  # docs/reference.md lists the options in brackets
-        typer.echo(_wrap_on_terminal(f"{name:<{width}}  {sentence}", indent=width + 2))
+        print_labelled([(name, sentence)], label_width=width + 2, indent="")
     if kind in OWN_NAMES:
-        typer.echo(f"{OWN_NAMES[kind]} CONTRIBUTING.md and docs/examples show how to write one.", err=True)
-
-
-def _wrap_on_terminal(line: str, indent: int) -> str:
-    """Wrap a line at the width of the terminal. In a pipe or a file it stays one line."""
-    if not sys.stdout.isatty():
-        return line
-    return textwrap.fill(line, min(shutil.get_terminal_size().columns, 100), subsequent_indent=" " * indent)
+        print_wrapped(f"{OWN_NAMES[kind]} CONTRIBUTING.md and docs/examples show how to write one.", to_stderr=True)
 
 
 GROUPS: dict[str, tuple[Callable[..., None], ...]] = {  # the headings of `freshrec --help`, and the commands below each
@@ -160,35 +148,46 @@ def _first_line(doc: str | None) -> str:
 
 SUGGESTED_SPLITS = {  # rule -> description of its spans
     "period": "one span per period",
-    "count-alpha": "spans of equal duration",
-    "count": "spans with equal numbers of rows",
+    "count-alpha": "half of the rows, then spans of equal duration",
+    "count": "half of the rows, then spans with equal numbers of rows",
 }
-MAX_REPORT_WIDTH = 100  # columns
+REPORT_LABEL_WIDTH = 18  # columns
+CLICK_MODEL, CLICK_STRATEGIES = "embedding-mlp", "frozen,finetune,full"  # for a replay of a log with exposures
 
 
-def _print_report(report: LogReport, path: Path, options: Sequence[str]) -> None:
+def _print_report(report: LogReport, path: Path, options: Sequence[str], quarantine: Path | None) -> None:
     """Print a report, its notes and warnings, and the next commands. `options` are the flags that read the log."""
-    table = Table.grid(padding=(0, 2))
-    for label, text in _report_lines(report).items():
-        table.add_row(Text(label, style="bold"), Text(text))
-    console = Console(highlight=False)
-    width = min(console.width, MAX_REPORT_WIDTH)
-    console.print(Text(path.name, style="bold"))
-    console.print(table, width=width)
+    typer.secho(path.name, bold=True)
+    print_labelled(_report_lines(report).items(), REPORT_LABEL_WIDTH, indent="")
     for note in report.notes:
-        console.print(Text(f"Note: {note}", style="dim"), width=width)
+        print_wrapped(f"Note: {note}")
     for warning in report.warnings:
-        console.print(Text(f"Warning: {warning}", style="yellow"), width=width)
-    log = shlex.join([str(path), *options])
-    typer.echo("\nNext, look at the spans of a replay and its estimated time, or make the first version of a store:")
-    if report.suggested_spans:
-        typer.echo(f"  freshrec replay {log} --by {report.suggested_by} --spans {report.suggested_spans} --plan")
-    typer.echo(f"  freshrec fit {log} --store shop")
+        print_wrapped(f"Warning: {warning}", color="yellow")
+    typer.echo("\n" + "\n".join(_next_commands(report, shlex.join([str(path), *options]), quarantine)))
+
+
+def _next_commands(report: LogReport, log: str, quarantine: Path | None) -> list[str]:
+    """Return the commands that can read the log, below a line about them. A replay cannot read a log with bad rows."""
+    fit = f"  freshrec fit {log} --store shop"
+    if report.bad_rows and quarantine is not None:
+        fit += f" {shlex.join(['--quarantine', str(quarantine)])}"
+    if report.bad_rows or not report.suggested_spans:
+        advice = ["A replay needs a log without bad rows. Fix them first."] if report.bad_rows else []
+        return ["Next, make the first version of a store:", fit, *advice]
+    split = f"--by {report.suggested_by} --spans {report.suggested_spans} --plan"
+    replays = [f"  freshrec replay {log} {split}"]
+    if report.exposures:
+        clicks = f"--exposures --models {CLICK_MODEL} --strategies {CLICK_STRATEGIES}"
+        replays.append(f"  freshrec replay {log} {clicks} {split}")
+    head = "Next, look at the spans of a replay and its estimated time, or make the first version of a store:"
+    return [head, *replays, fit]
 
 
 def _report_lines(report: LogReport) -> dict[str, str]:
     """Return the numbers of a report in words, by label."""
     rows, share, unknown = partial(format_count, noun="row"), format_percent, "unknown: the log has no timestamps"
+    if 0 < report.missing_timestamps < report.rows:
+        unknown = f"unknown: {report.missing_timestamps:,} of {rows(report.rows)} have no timestamp"
     by, n_spans = report.suggested_by, report.suggested_spans
     lines = {"Rows": f"{report.rows:,}", "Users": f"{report.users:,}", "Items": f"{report.items:,}"}
     lines["Time range"] = lines["Duplicates"] = lines["Same-time events"] = unknown
@@ -208,7 +207,9 @@ def _report_lines(report: LogReport) -> dict[str, str]:
     lines["Repeats"] = f"{share(report.repeats)} of rows repeat an item of the same user."
     if report.exposures:
         lines["Exposures"] = f"{share(report.exposures)} of rows are items that were shown but not clicked (label 0)."
-    lines["Missing values"] = ", ".join(f"{name}: {rows(n)}" for name, n in report.nulls.items()) or "none"
+    nulls = {"timestamp": report.missing_timestamps} | report.nulls
+    missing_values = [f"{name} in {n:,} of {rows(report.rows)}" for name, n in nulls.items() if n]
+    lines["Missing values"] = ", ".join(missing_values) or "none"
     lines["Bad rows"] = f"{rows(report.bad_rows)}, written to the quarantine file" if report.bad_rows else "none"
     spans = f"a base block and {format_count(n_spans, 'span')}, by {by} ({SUGGESTED_SPLITS[by]})"
     return lines | {"Suggested split": spans if n_spans else "none: the log cannot be split into spans"}

@@ -7,6 +7,7 @@ from typing import Any
 
 from freshrec.cli.number_labels import SECTIONS, format_bytes, format_quantity, label_of, number_rows, ordered_keys
 from freshrec.cli.text_layout import align_rows, bullet, format_moment
+from freshrec.data.log import format_count
 
 Row = tuple[str, ...]  # label, value, explanation
 MIN_USERS = 30  # the gate does not compare versions on fewer users either
@@ -54,26 +55,24 @@ def _live_rows(found: dict[str, Any]) -> list[Row]:
 
 def _store_rows(found: dict[str, Any]) -> list[Row]:
     deleted = len(found["versions_deleted"])
+    deliveries = format_count(found["log_deliveries"], "delivery", "deliveries")
+    events = f"{format_count(found['log_different_events'], 'different event')} in {deliveries}"
     return [
         ("versions", f"{found['versions']:,}", f"{deleted:,} with deleted files"),
         ("size of all versions", format_bytes(found["versions_bytes"]), "shared files count once"),
-        (
-            "size of the event log",
-            format_bytes(found["log_bytes"]),
-            f"{found['log_events']:,} rows, including refused versions",
-        ),
+        ("size of the event log", format_bytes(found["log_bytes"])),
+        ("rows of the event log", f"{found['log_events']:,}", events),
         ("size of the store", format_bytes(found["total_bytes"]), "everything in its folder"),
     ]
 
 
 def _waiting_rows(found: dict[str, Any]) -> list[Row]:
-    batches, refused = found["batches_waiting"], found["refused"]
+    batches, refused = found["batches_waiting"], found["refused_not_learned"]
     rows = [
         ("deliveries", f"{len(batches):,}", "in the event log; `update` learns them"),
         ("clicks", f"{found['clicks_waiting']:,}", "from servers; the next update learns them"),
     ]
-    if refused:
-        rows += [("refused versions", _short_list(refused), "newer than the live one; events not learned")]
+    rows += [("refused deliveries", _short_list(refused) or "none", "versions whose events are not learned")]
     return [*rows, *_retrain_rows(found["plan"])]
 
 
@@ -87,7 +86,7 @@ def _retrain_rows(plan: dict[str, Any]) -> list[Row]:
     ]
 
 
-def _short_list(numbers: Sequence[int], n_shown: int = 4) -> str:
+def _short_list(numbers: Sequence[int], n_shown: int = 8) -> str:
     shown = ", ".join(map(str, numbers[-n_shown:]))
     return shown if len(numbers) <= n_shown else f"{len(numbers)}, last {numbers[-1]}"
 

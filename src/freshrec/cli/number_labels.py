@@ -52,7 +52,7 @@ LABELS: dict[str, NumberLabel] = {
     "low": _quality("difference, lower end", "95 % interval of this minus its parent", "change"),
     "high": _quality("difference, upper end", "positive = better than the parent", "change"),
     "asked": _quality("queries", "held-out events that were tested", "count"),
-    "unnoticed": _quality("detectable loss", "relative; noticed in 95 of 100 updates", "share"),
+    "unnoticed": _quality("smallest loss noticed", "of its parent's quality; 95 % certain", "loss"),
     "floor": _quality("floor", "a version is refused below it"),
     "older": _quality("older events, this version", f"same metric, {HIGHER}"),
     "older_live": _quality("older events, its parent", "same queries, higher is better"),
@@ -69,6 +69,7 @@ LABELS: dict[str, NumberLabel] = {
     "extract_cpu_s": _time("computing users' interests"),
     "refit_cpu_s": _time("fitting the blend's weights"),
     "lr_choice_cpu_s": _time("choosing the learning rate"),
+    "epoch_choice_cpu_s": _time("choosing the number of epochs"),
     "choose_cpu_s": _time("choosing past events to replay"),
     "remember_cpu_s": _time("choosing exemplars"),
     "fisher_cpu_s": _time("estimating weight importance", "Fisher information"),
@@ -80,7 +81,7 @@ LABELS: dict[str, NumberLabel] = {
     "tune_cpu_s": _time("tuning"),
     # training
     "rows_read": _training("events trained on", "count", "replayed ones included"),
-    "epochs": _training("epochs", "count", "chosen on held-out events"),
+    "epochs": _training("epochs", "count", "fixed by an option or chosen on held-out events"),
     "mean_k": _training("interests per user", "number", "mean over users who have any"),
     "interest_bytes": _training("size of interests per user", "bytes", "mean over users who have any"),
     "trained_worth": _training("gain of the trained expert", "number", "nats per query, higher is better"),
@@ -161,8 +162,8 @@ def format_quantity(value: float, unit: str) -> str:
             return f"{value:.4f}"
         case "change":
             return f"{value:+.4f}"
-        case "share":
-            return f"{100 * value:.3g} %"
+        case "loss":
+            return f"{100 * value:.3g} %" if value < 1 else "none"
         case "count":
             return f"{value:,.0f}"
         case "bytes":

@@ -29,7 +29,8 @@ Quarantine = Annotated[Path | None, typer.Option(help="Write bad rows to this .p
 def require_local_path(path: Path | None) -> Path | None:
     """Return the path. Raises OptionError for a URL: a store needs atomic renames, locks and fsync."""
     if re.match(r"[a-z][a-z0-9+.-]+:/", str(path)):
-        raise OptionError(f"{path} is a URL, but a store must be in a local folder. Pass --store DIR.")
+        url = re.sub(":/+", "://", str(path), count=1)  # a path keeps only one of the two slashes
+        raise OptionError(f"{url} is a URL, but a store must be in a local folder. Pass --store DIR.")
     return path
 
 
@@ -60,9 +61,10 @@ def parse_list(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def parse_duration(text: str) -> int:
-    """Parse `90s`, `10m` or `2h` into seconds. Raises OptionError for anything else."""
+def parse_duration(text: str, flag: str) -> int:
+    """Parse `90s`, `10m` or `2h` into seconds. Raises OptionError, which names the `flag`, for anything else."""
     number, unit = text[:-1], {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
     if unit is None or not number.isdecimal() or not int(number):
-        raise OptionError(f'"{text[:60]}" is not a duration. Write 90s, 10m or 2h.')
+        fault = "has no unit" if text.isdecimal() else "is not a duration"
+        raise OptionError(f'{flag} is "{text[:60]}", which {fault}. Write 90s, 10m or 2h.')
     return int(number) * unit

@@ -31,15 +31,15 @@ def print_table(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
 LABEL_WIDTH, MAX_WIDTH = 12, 100  # characters
 
 
-def print_labelled(lines: Iterable[tuple[str, str]]) -> None:
+def print_labelled(lines: Iterable[tuple[str, str]], label_width: int = LABEL_WIDTH, indent: str = "  ") -> None:
     """Print each text after its label, wrapped at the width of the terminal, at most MAX_WIDTH characters."""
     for label, text in lines:
-        typer.echo("\n".join(_wrap(f"  {label:<{LABEL_WIDTH}}", text)))
+        typer.echo("\n".join(_wrap(f"{indent}{label:<{label_width}}", text)))
 
 
-def print_wrapped(text: str, indent: str = "") -> None:
+def print_wrapped(text: str, indent: str = "", to_stderr: bool = False, color: str | None = None) -> None:
     """Print a text, wrapped at the width of the terminal; lines after the first one are indented."""
-    typer.echo("\n".join(_wrap("", text, indent)))
+    typer.secho("\n".join(_wrap("", text, indent)), err=to_stderr, fg=color)
 
 
 def _wrap(start: str, text: str, indent: str = "") -> list[str]:
@@ -48,6 +48,14 @@ def _wrap(start: str, text: str, indent: str = "") -> list[str]:
         text, width, initial_indent=start, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
     return lines or [start.rstrip()]
+
+
+def make_console(to_stderr: bool = False) -> Console:
+    """Return a console as wide as the terminal; for a pipe or a file, as wide as all other texts."""
+    console = Console(stderr=to_stderr)
+    if not console.is_terminal:
+        console.width = min(MAX_WIDTH, get_terminal_size((MAX_WIDTH, 24)).columns)
+    return console
 
 
 def print_json(found: Any) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from freshrec.cli.inspection_text import diff_lines, status_lines
 from freshrec.cli.options import AsJson, StoreOption, StorePath, parse_list
-from freshrec.cli.output import print_json, print_table
+from freshrec.cli.output import print_json, print_labelled, print_table
+from freshrec.data.log import format_count
 from freshrec.errors import LogError, OptionError, StateError
 from freshrec.recommender.list_request import DEFAULTS, help_of
 
@@ -20,7 +22,22 @@ if TYPE_CHECKING:
 
     from freshrec.recommender.bundle import Bundle
 
-K = Annotated[int, typer.Option("--k", "-k", help=help_of("k"))]
+
+def require_positive(k: int) -> int:
+    """Return the length of a list. Raises OptionError unless it is at least 1."""
+    if k < 1:
+        raise OptionError(f"--k is {k}. It must be at least 1.")
+    return k
+
+
+def require_weight(diversity: float) -> float:
+    """Return the value of --diversity. Raises OptionError unless it is a finite number of at least 0."""
+    if not (isfinite(diversity) and diversity >= 0):
+        raise OptionError(f"--diversity is {diversity:g}. It must be a finite number of at least 0.")
+    return diversity
+
+
+K = Annotated[int, typer.Option("--k", "-k", callback=require_positive, help=help_of("k"))]
 VersionOption = Annotated[int | None, typer.Option("--version", help="Version to use (default: the live one).")]
 
 
@@ -34,7 +51,7 @@ def recommend(
     allow: Annotated[str | None, typer.Option(metavar="ITEM,...", help=help_of("allow"))] = None,
     deny: Annotated[str | None, typer.Option(metavar="ITEM,...", help=help_of("deny"))] = None,
     category: Annotated[str | None, typer.Option(help=help_of("category"))] = None,
-    diversity: Annotated[float, typer.Option(help=help_of("diversity"))] = DEFAULTS.diversity,
+    diversity: Annotated[float, typer.Option(callback=require_weight, help=help_of("diversity"))] = DEFAULTS.diversity,
     version: VersionOption = None,
     as_json: AsJson = False,
 ) -> None:
@@ -46,7 +63,7 @@ def recommend(
     with _id_errors_as_option_errors():
         found = recommender.recommend(users, k, exclude_seen, allowed, denied, category, diversity)
     rows = [(user, rank, item, f"{score:.4g}", fallback) for user, item, score, rank, fallback in found.iter_rows()]
-    _print_frame(found, ("user", "rank", "item", "score", "fallback"), rows, as_json)
+    _print_lists(found, ("user", "rank", "item", "score", "fallback"), rows, as_json)
 
 
 def similar(
@@ -63,7 +80,7 @@ def similar(
     with _id_errors_as_option_errors():
         found = recommender.similar_items(items, k)
     rows = [(item, rank, other, f"{score:.4g}") for item, other, score, rank in found.iter_rows()]
-    _print_frame(found, ("item", "rank", "similar", "score"), rows, as_json)
+    _print_lists(found, ("item", "rank", "similar", "score"), rows, as_json)
 
 
 def explain(
@@ -86,8 +103,15 @@ def explain(
     typer.echo(explanation_text(found))
 
 
+def require_kind(kind: str) -> str:
+    """Return what to inspect. Raises OptionError unless it is "user" or "item"."""
+    if kind not in ("user", "item"):
+        raise OptionError(f'"{kind[:60]}" is neither user nor item. Write `freshrec inspect user ID`.')
+    return kind
+
+
 def inspect(
-    kind: Annotated[Literal["user", "item"], typer.Argument(help="What to show: user or item.")],
+    kind: Annotated[str, typer.Argument(metavar="user|item", callback=require_kind, help="What to show.")],
     name: Annotated[str, typer.Argument(metavar="ID", help="User id or item id.")],
     store: StorePath = Path("store"),
     version: VersionOption = None,
@@ -95,6 +119,7 @@ def inspect(
 ) -> None:
     """Print the events and interests of a user, or the statistics of an item."""
     from freshrec.nightly import inspection
+    from freshrec.store.versions import open_store
 
     bundle = _open_bundle(store, version)
     with _id_errors_as_option_errors():
@@ -102,9 +127,15 @@ def inspect(
     if as_json:
         print_json(found)
         return
-    from freshrec.recommender import profile_text
+    from freshrec.recommender.profile_text import item_text, user_text
 
-    typer.echo(profile_text.user_text(found) if kind == "user" else profile_text.item_text(found))
+    versions = _versions_of_spans(store, version)
+    typer.echo(user_text(found, versions) if kind == "user" else item_text(found, versions))
+    n_refused = 0
+    with suppress(StateError):  # `freshrec doctor` reports damage
+        n_refused = inspection.count_refused_events(open_store(store), f"{kind}_id", found[f"{kind}_id"])
+    if n_refused:
+        typer.echo(f"\nNot counted: {format_count(n_refused, 'event')} in refused deliveries.")
 
 
 def status(store: StorePath = Path("store"), as_json: AsJson = False) -> None:
@@ -139,7 +170,7 @@ def doctor(store: Annotated[Path | None, StoreOption] = None, as_json: AsJson = 
     checks = [{"ok": ok, "what": message} for ok, message in found]
     if not as_json:
         for ok, message in found:
-            typer.echo(f"{'ok   ' if ok else 'WRONG'}  {message}")
+            print_labelled([("ok" if ok else "WRONG", message)], label_width=7, indent="")
     wrong = [message for ok, message in found if not ok]
     if wrong:
         error = StateError(f"{len(wrong)} of {len(found)} checks failed. The first: {wrong[0]}")
@@ -167,11 +198,33 @@ def _open_bundle(folder: Path, number: int | None) -> Bundle:
     return read_bundle(store.verified_files(store.live if number is None else number))
 
 
-def _print_frame(found: pl.DataFrame, names: tuple[str, ...], rows: list[tuple[Any, ...]], as_json: bool) -> None:
+def _versions_of_spans(folder: Path, number: int | None) -> dict[int, int]:
+    """Return span -> number of the version that learned it, for a version (default: the live one) and its ancestors.
+
+    It ends before an ancestor whose manifest is damaged.
+    """
+    from freshrec.store.versions import open_store
+
+    store, found = open_store(folder), dict[int, int]()
+    parent: int | None = store.live if number is None else number
+    with suppress(StateError):
+        while parent is not None:
+            manifest = store.manifest(parent)
+            found[manifest.spans_seen - 1] = manifest.id  # the oldest of several with the same span
+            parent = manifest.parent
+    return found
+
+
+SCORES = "Scores compare within one list only; higher is better."
+
+
+def _print_lists(found: pl.DataFrame, names: tuple[str, ...], rows: list[tuple[Any, ...]], as_json: bool) -> None:
+    """Print ranked lists as a table with a note about its scores, or as JSON."""
     if as_json:
         print_json(found.to_dicts())
     else:
         print_table(names, rows)
+        typer.echo(SCORES)
 
 
 def _print_fields(values: dict[str, Any]) -> None:

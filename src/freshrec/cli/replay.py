@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from freshrec.cli.options import JOBS, Jobs
+from freshrec.cli.output import make_console, print_json
 from freshrec.cli.parameters import Parameter, make_command, parameters_of
 from freshrec.config import description_of, hints_of
 from freshrec.errors import OptionError
@@ -18,6 +19,7 @@ from freshrec.replay.recipe_schema import (
     FIRST_UPDATED_SPAN,
     LogRecipe,
     Recipe,
+    default_metrics,
     load_recipe,
     merge_tables,
     parse_recipe,
@@ -62,7 +64,11 @@ OWN_PARAMETERS: list[Parameter] = [  # all other parameters are fields of a reci
         Annotated[bool, typer.Option("--plan", help="Print the spans and the estimated cost, then stop.")],
         False,
     ),
-    ("as_json", Annotated[bool, typer.Option("--json", help="Print the folder and a summary as JSON.")], False),
+    (
+        "as_json",
+        Annotated[bool, typer.Option("--json", help="Print the folder and a summary, or the plan, as JSON.")],
+        False,
+    ),
 ]
 PANELS = {"log": "The log", "spans": "Spans", "replay": "Comparison"}
 
@@ -79,7 +85,9 @@ def _replay(values: dict[str, Any]) -> None:
     """Resolve the recipe, then plan it or run it."""
     given = {section: {name: values[name] for name in hints_of(kind)} for section, kind in hints_of(Recipe).items()}
     recipe = resolve_recipe(values["recipe"], given)
-    if values["plan_only"]:
+    if values["plan_only"] and values["as_json"]:
+        print_json(_plan(recipe))
+    elif values["plan_only"]:
         _show_plan(recipe)
     else:
         run_recipe(recipe, values["out"], values["jobs"], values["device"], values["resume"], values["as_json"])
@@ -98,8 +106,10 @@ def resolve_recipe(file: Path | None, given: dict[str, dict[str, Any]]) -> Recip
     tables = asdict(load_recipe(file) if file else Recipe())
     if path or world:
         tables["log"] |= {"path": "", "folder": "", "world": ""}  # they replace those of the file
+    if tables["replay"]["metrics"] == default_metrics(tables["log"]["exposures"]):
+        del tables["replay"]["metrics"]  # the default depends on --exposures
     changes = {part: {k: v for k, v in options.items() if v is not None} for part, options in given.items()}
-    return parse_recipe(merge_tables(tables, changes))
+    return parse_recipe(merge_tables(tables, changes), "--{}")  # the file is valid, so an error is in an option
 
 
 def _show_plan(recipe: Recipe) -> None:
@@ -109,9 +119,32 @@ def _show_plan(recipe: Recipe) -> None:
     from freshrec.replay.progress import MeasuringLog, print_estimate, print_plan
     from freshrec.replay.recipes import load_split, make_cells, make_replay_settings, pairs_to_compare
 
-    cells, settings, split, console = make_cells(recipe), make_replay_settings(recipe), load_split(recipe), Console()
+    cells, settings, split, console = (
+        make_cells(recipe),
+        make_replay_settings(recipe),
+        load_split(recipe),
+        make_console(),
+    )
     print_plan(console, len(cells), describe_spans(split), [*split.notes, *pairs_to_compare(recipe)[1]])
     print_estimate(console, estimate_cost(cells, split, settings, MeasuringLog()))
+
+
+def _plan(recipe: Recipe) -> dict[str, Any]:
+    """Return the plan of a replay: its spans, notes and number of runs, and CPU-s of each model with each strategy."""
+    from freshrec.data.split import describe_spans
+    from freshrec.replay.estimate import Range, estimate_cost
+    from freshrec.replay.progress import MeasuringLog
+    from freshrec.replay.recipes import load_split, make_cells, make_replay_settings, pairs_to_compare
+
+    cells, settings, split = make_cells(recipe), make_replay_settings(recipe), load_split(recipe)
+    estimates = estimate_cost(cells, split, settings, MeasuringLog())
+    return {
+        "spans": describe_spans(split).to_dicts(),
+        "notes": [*split.notes, *pairs_to_compare(recipe)[1]],
+        "n_runs": len(cells),
+        "estimate_cpu_s": [asdict(row) | {"total": asdict(row.total)} for row in estimates],
+        "total_cpu_s": asdict(sum((row.total for row in estimates), Range())),
+    }
 
 
 def run_recipe(recipe: Recipe, out: Path, jobs: int, device: str, resume: bool, as_json: bool) -> None:
@@ -131,7 +164,7 @@ def run_recipe(recipe: Recipe, out: Path, jobs: int, device: str, resume: bool, 
     if from_span > last_span:
         raise OptionError(f"--from-span is {from_span}, but the last span is {last_span}. Use a lower number.")
     recipe = replace(recipe, replay=replace(part, from_span=from_span))
-    console = Console(stderr=True)
+    console = make_console(to_stderr=True)
     _prepare_folder(out, recipe, resume)
     if not as_json:
         print_plan(console, len(cells), describe_spans(split), [*split.notes, *pairs_to_compare(recipe)[1]])
@@ -151,7 +184,9 @@ def run_recipe(recipe: Recipe, out: Path, jobs: int, device: str, resume: bool, 
         typer.echo(json.dumps({"out": str(out), "summary": _overall_rows(results)}))
         return
     typer.echo(render_answer(read_answer(cells, out, headline_metric(part.metrics)), recipe.log, output_width()))
-    console.print(f"\nThe folder {out} holds table.md, results.parquet, tests.parquet and recipe.toml.", markup=False)
+    typer.echo(
+        f"\nResults in {out}:\n  table.md, results.parquet, methods.parquet, tests.parquet, recipe.toml", err=True
+    )
 
 
 def _prepare_folder(out: Path, recipe: Recipe, resume: bool) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from freshrec.cli.options import AsJson, StorePath
-from freshrec.cli.output import print_table
+from freshrec.cli.output import print_table, print_wrapped
 from freshrec.errors import OptionError, StateError
 
 if TYPE_CHECKING:
@@ -105,7 +105,10 @@ def export(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Export ids, vectors and an index of a version for other programs: Parquet, npy, faiss, ONNX."""
+    """Export ids, vectors and an index of a version for other programs: Parquet, npy, faiss, ONNX.
+
+    The model must have vectors, such as comirec-dr or sasrec. The default model, blend, has none (exit code 5).
+    """
     from freshrec.recommender.search import EXACT_SEARCH
     from freshrec.server.export import export_version
     from freshrec.server.live_version import load_version
@@ -114,12 +117,11 @@ def export(
     opened_store = open_store(store)
     manifest = opened_store.manifest(opened_store.live if version is None else version)
     summary = export_version(load_version(opened_store, manifest, EXACT_SEARCH), out, onnx)
+    if as_json:
+        typer.echo(json.dumps(summary))
+        return
     files = ", ".join(summary["files"])
-    typer.echo(
-        json.dumps(summary)
-        if as_json
-        else f"Exported version {manifest.id} to {out}: {files}. about.json describes the files."
-    )
+    print_wrapped(f"Exported version {manifest.id} to {out}: {files}. about.json describes the files.")
 
 
 bench = typer.Typer(no_args_is_help=True, help="Measure on this machine.")

@@ -28,7 +28,7 @@ from freshrec.cli.options import (
 )
 from freshrec.cli.output import print_json, print_labelled, print_wrapped
 from freshrec.cli.progress import READING, show_progress
-from freshrec.cli.version_text import fit_lines, next_commands, update_lines, verdict_sentence
+from freshrec.cli.version_text import fit_lines, next_commands, retry_command, update_lines, verdict_sentence
 from freshrec.cli.versions import locked_store
 from freshrec.data.log import Log, events_before, filter_positives, format_time, read_log
 from freshrec.errors import FreshrecError, LogError, NoRowsError, OptionError, RefusedError
@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from freshrec.nightly.job import NightlyJob
     from freshrec.store.event_log import AppendResult
     from freshrec.store.manifest import Manifest
+    from freshrec.store.versions import Store
 
+MAX_REASON_WIDTH = 60  # characters of a reason in a sentence
 
 GateOption = Annotated[str, typer.Option(help="Limits of the gate, such as metric=hr@20:tolerance=0.1.")]
 NewEvents = Annotated[
@@ -86,7 +88,7 @@ def fit(
             "--strategy, such as finetune:fit.base_epochs=5."
         )
     if budget:
-        strategy = f"{strategy or 'refit'}:max_passes={parse_duration(budget) * TARGETS_PER_SECOND}"
+        strategy = f"{strategy or 'refit'}:max_passes={parse_duration(budget, '--budget') * TARGETS_PER_SECOND}"
     read_options, limits = ReadOptions(parse_pairs(columns), format_name, tuple(parse_list(events))), parse_limits(gate)
     bundle = new_bundle(model, strategy, seed, read_options)
     with show_progress(not as_json, with_lines=True), create_store(store) as new_store:
@@ -145,7 +147,7 @@ def update(
     """Learn new events, measure the new version, and promote it unless it is worse than the live one."""
     from freshrec.nightly.full_retrain import retrain_interval
     from freshrec.nightly.gate import parse_limits
-    from freshrec.nightly.job import NightlyJob, preview_delivery
+    from freshrec.nightly.job import NightlyJob
     from freshrec.store.versions import open_store, version_chain
 
     if force and not reason:
@@ -160,8 +162,7 @@ def update(
     if dry_run:
         if retry is not None or force:
             raise OptionError("--dry-run cannot be combined with --retry or --force. Leave them out.")
-        previews = [{"file": path.name, **preview_delivery(job, read_delivery(path))} for path in new or []]
-        _print_previews(previews, as_json)
+        _print_previews([_preview_file(job, path, read_delivery(path)) for path in new or []], as_json)
         return
     versions: list[Manifest] = []
     try:
@@ -293,6 +294,15 @@ def _read_delivery(
         return None
 
 
+def _preview_file(job: NightlyJob, path: Path, log: Log | None) -> dict[str, Any]:
+    from freshrec.nightly.job import preview_delivery
+
+    try:
+        return {"file": path.name, **preview_delivery(job, log)}
+    except LogError as error:
+        raise LogError(f"{path.name}: {error}") from None
+
+
 def _print_previews(previews: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         print_json(previews)
@@ -316,11 +326,7 @@ def _delivery_line(job: NightlyJob, result: AppendResult, name: str, n_bad: int 
     if (batch := result.repeated_batch) is not None:
         if batch not in refused_batches(job.store):
             return f"{name}: this file was learned before, so nothing was read."
-        number = max(manifest.id for manifest in job.store.manifests() if manifest.batch == batch)
-        return (
-            f"{name}: version {number} was made from this file and is not live, so nothing was read. "
-            f"To learn it anyway, run `freshrec update --retry {number}`."
-        )
+        return f"{name}: {_refused_file_text(job.store, batch)}"
     late = f" ({result.n_late:,} of them late)" if result.n_late else ""
     parts = [f"{result.n_appended:,} new{late}"]
     for n, noun in ((result.n_duplicates, "duplicate"), (result.n_known, "known event"), (n_bad, "bad row")):
@@ -328,18 +334,31 @@ def _delivery_line(job: NightlyJob, result: AppendResult, name: str, n_bad: int 
     return f"{name}: {result.n_rows + n_bad:,} row{'' if result.n_rows + n_bad == 1 else 's'}: {', '.join(parts)}"
 
 
+def _refused_file_text(store: Store, batch: int) -> str:
+    """Say what became of a file that was delivered before and is not learned, and which command learns it."""
+    from freshrec.cli.history_text import state_reason, version_states
+
+    version = max((m for m in store.manifests() if m.batch == batch), key=lambda manifest: manifest.id)
+    state = version_states(store)[version.id]
+    reason = state_reason(version, state, MAX_REASON_WIDTH)
+    return (
+        f"version {version.id} was made from this file and is not live, so nothing was read. "
+        f"It was {state.state}{f': {reason}' if reason else ''}. "
+        f"To learn it anyway, run `{retry_command(version, store.folder)}`."
+    )
+
+
 def _print_version(job: NightlyJob, version: Manifest) -> None:
     """Print the verdict on a version, what it learned, its quality, and the notes that are new this week."""
     from freshrec.nightly.notes import notes_to_print
-    from freshrec.store.versions import version_chain
+    from freshrec.store.versions import store_option
 
     print_wrapped(verdict_sentence(version), "  ")
     print_labelled(("Reason", reason) for reason in version.reasons)
     print_labelled(update_lines(version))
-    if version.kind == "no rows":
-        return  # its note says the same as the verdict
-    notes, n_earlier = notes_to_print(version_chain(job.store), version)
+    notes, n_earlier = notes_to_print(job.store.manifests(), version)
     print_labelled(("Note", note) for note in notes)
     if n_earlier:
         still = "1 earlier note still applies" if n_earlier == 1 else f"{n_earlier} earlier notes still apply"
-        print_labelled([("Notes", f"{still}; see `freshrec status`.")])
+        command = f"freshrec history --last 1 --long {store_option(job.store.folder)}"
+        print_labelled([("Notes", f"{still}; see `{command}`.")])

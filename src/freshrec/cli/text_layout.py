@@ -44,5 +44,5 @@ def format_moment(moment: str) -> str:
     """Return a time of a manifest (ISO 8601) in UTC, to the minute: "2025-06-01 04:15"."""
     try:
         return datetime.fromisoformat(moment).astimezone(UTC).strftime("%Y-%m-%d %H:%M")
-    except ValueError:
+    except (ValueError, OverflowError):  # unreadable, or before year 1 in UTC
         return moment

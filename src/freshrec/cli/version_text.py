@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from freshrec.store.manifest import METRIC_KEY
+
 if TYPE_CHECKING:
     from freshrec.store.manifest import Manifest
 
@@ -29,13 +31,21 @@ def version_line(version: Manifest) -> str:
 def verdict_sentence(version: Manifest) -> str:
     """State whether a version is live."""
     name, parent = f"Version {version.id}", f"version {version.parent}"
+    retry = "" if version.retry_of is None else f"retry of version {version.retry_of}"
+    origin = f"updated from {parent}" + (f", {retry}" if retry else "")
     if version.kind == "no rows":
         return f"{name} is live. It is a copy of {parent}, because there were no new events."
     if version.promoted:
-        return f"{name} is live (updated from {parent})."
+        return f"{name} is live ({origin})."
     if version.goes_live:
-        return f"{name} is live because of --force, although the gate refused it (updated from {parent})."
-    return f"{name} was refused; {parent} stays live."
+        return f"{name} is live because of --force, although the gate refused it ({origin})."
+    return f"{name}{f' ({retry})' if retry else ''} was refused; {parent} stays live."
+
+
+def retry_command(version: Manifest, store: Path) -> str:
+    """Return the command that learns the events of a version again. A version that the gate refused needs --force."""
+    force = "" if version.promoted else ' --force --reason "..."'
+    return f"freshrec update --retry {version.id}{force} --store {shlex.quote(str(store))}"
 
 
 def update_lines(version: Manifest) -> Lines:
@@ -48,13 +58,15 @@ def update_lines(version: Manifest) -> Lines:
     if "forgetting" in numbers:
         users = _compared_users(version)[1]
         measured = f" ({_users(users)})" if users else ""
-        text = f"{numbers['forgetting']:+.4f} {_metric_of(numbers)} on older events{measured}; positive = lost"
+        text = f"{numbers['forgetting']:+.4f} {_gate_metric(version)} on older events{measured}; positive = lost"
         lines.append(("Forgetting", text.replace("  ", " ")))
     if "full_gain" in numbers:
-        kept = "full retrain" if numbers["full_gain"] >= 0 else "update"
+        verdict = "it was taken" if numbers["full_gain"] >= 0 else "the update was kept"
         interval = f"95 % interval {numbers.get('full_low', 0.0):+.4f} to {numbers.get('full_high', 0.0):+.4f}"
-        text = f"{numbers['full_gain']:+.4f} compared with the update ({interval}); the {kept} was kept"
-        lines.append(("Retrain", text))
+        text = (
+            f"{_gate_metric(version)} {numbers['full_gain']:+.4f} (positive = the full retrain is better; {interval})"
+        )
+        lines.append(("Retrain", f"{text.strip()}; {verdict}"))
     return [*lines, ("Time", _time_text(numbers))]
 
 
@@ -84,14 +96,14 @@ def _size_text(version: Manifest) -> str:
     counts = [("new_events", "event"), ("new_users", f"{new}user"), ("new_items", f"{new}item")]
     parts = [_count(int(numbers[key]), noun) for key, noun in counts if key in numbers]
     for key, verb in (("gained_interests", "gained"), ("lost_interests", "lost")):
-        if key in numbers:
+        if numbers.get(key):
             parts.append(f"{_users(int(numbers[key]))} {verb} an interest")
     return ", ".join(parts)
 
 
 def _time_text(numbers: dict[str, float]) -> str:
     if "full_gain" in numbers:
-        return f"{numbers.get('wait_s', 0.0):.1f} s, including {numbers['full_s']:.1f} s for the full retrain"
+        return f"{numbers.get('wait_s', 0.0):.1f} s, {numbers['full_s']:.1f} s of it for the full retrain"
     full = f" (estimate for a full retrain: {numbers['full_s']:.0f} s)" if "full_s" in numbers else ""
     return f"{numbers.get('wait_s', 0.0):.1f} s{full}"
 
@@ -116,6 +128,11 @@ def _quality_lines(version: Manifest) -> Lines:
 def _metric_of(numbers: dict[str, float]) -> str:
     """Return the metric by which the gate compared two versions, or ""."""
     return next((name.removesuffix(" live") for name in numbers if name.endswith(" live")), "")
+
+
+def _gate_metric(version: Manifest) -> str:
+    """Return the metric of the gate, also if the newest events were not measured; "" in such versions of 0.1.0."""
+    return _metric_of(version.numbers) or str(version.data.get(METRIC_KEY, ""))
 
 
 def _compared_users(version: Manifest) -> tuple[int, int]:

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from freshrec.cli.options import AsJson, ReasonOption, StorePath, WaitOption, parse_duration
-from freshrec.cli.output import print_json
-from freshrec.errors import OptionError
+from freshrec.cli.output import print_json, print_wrapped
+from freshrec.cli.version_text import retry_command
+from freshrec.errors import OptionError, StateError
+from freshrec.store.versions import store_option
 
 if TYPE_CHECKING:
+    from freshrec.store.manifest import Manifest
     from freshrec.store.versions import Store
 
 
@@ -50,7 +53,8 @@ def history(
     for line in lines or ["No version to show."]:
         typer.echo(line)
     for number in [number for number, found in states.items() if found.state == "damaged"]:
-        typer.echo(f"Version {number} is damaged: its manifest cannot be read. See `freshrec doctor`.")
+        command = f"freshrec doctor {store_option(store)}"
+        typer.echo(f"Version {number} is damaged: its manifest cannot be read. See `{command}`.")
 
 
 @contextmanager
@@ -59,7 +63,7 @@ def locked_store(folder: Path, wait: str) -> Iterator[Store]:
     from freshrec.store.versions import open_store
 
     store = open_store(folder)
-    with store.locked(parse_duration(wait) if wait else 0.0):
+    with store.locked(parse_duration(wait, "--wait") if wait else 0.0):
         yield store
 
 
@@ -74,8 +78,13 @@ def promote(
     with locked_store(store, wait) as opened_store:
         if not opened_store.manifest(number).promoted and not reason:
             raise OptionError(f'The gate refused version {number}. To make it live anyway, pass --reason "...".')
+        before = _chain_or_nothing(opened_store)
         opened_store.move_pointer(number, "promote", reason)
-    print_json({"live": number}) if as_json else typer.echo(f"Version {number} is live.")
+        dropped = _dropped_text(opened_store, before)
+    if as_json:
+        print_json({"live": number})
+        return
+    print_wrapped(f"Version {number} is live.{dropped}")
 
 
 def rollback(
@@ -99,27 +108,66 @@ def rollback(
             raise OptionError(
                 f"Version {target} is not earlier than the live version {live}. Use `freshrec promote {target}`."
             )
+        before = _chain_or_nothing(opened_store)
         opened_store.move_pointer(target, "rollback", reason)
-    message = f"Version {target} is live instead of version {live}."
-    print_json({"live": target, "was": live}) if as_json else typer.echo(message)
+        dropped = _dropped_text(opened_store, before)
+    if as_json:
+        print_json({"live": target, "was": live})
+        return
+    print_wrapped(f"Version {target} is live instead of version {live}.{dropped}")
+
+
+def _chain_or_nothing(store: Store) -> list[Manifest]:
+    """Return the live version and its ancestors; nothing if the record is damaged, which `promote` repairs."""
+    from freshrec.store.versions import version_chain
+
+    try:
+        return version_chain(store)
+    except StateError:
+        return []
+
+
+def _dropped_text(store: Store, before: list[Manifest]) -> str:
+    """Say which events are no longer learned, and which command learns them again. `before`: the former chain."""
+    from freshrec.data.log import format_count
+    from freshrec.nightly.notes import number_ranges
+
+    learned = {version.batch for version in _chain_or_nothing(store)}
+    dropped = [v for v in before if v.batch not in learned and v.numbers.get("new_events")]
+    n_events = int(sum(version.numbers["new_events"] for version in dropped))
+    if not n_events:
+        return ""
+    events = f"{format_count(n_events, 'event')} of version{'s' if len(dropped) > 1 else ''} "
+    events += number_ranges([version.id for version in dropped])
+    verb = "is" if n_events == 1 else "are"
+    if len(dropped) == 1:
+        again = f"`{retry_command(dropped[0], store.folder)}` learns {'it' if n_events == 1 else 'them'} again."
+    else:
+        again = f"`freshrec update --retry N {store_option(store.folder)}` learns those of version N again. "
+        again += "Retry the oldest version first."
+    return f" {events} {verb} no longer learned. {again}"
 
 
 def gc(
     store: StorePath = Path("store"),
-    keep: Annotated[int, typer.Option(min=1, help="Number of earlier live versions to keep.")] = 5,
+    keep: Annotated[int, typer.Option(min=1, help="Number of versions to keep besides the live one.")] = 5,
     wait: WaitOption = "",
     as_json: AsJson = False,
 ) -> None:
     """Delete the files of old and refused versions. `freshrec history` still lists them."""
-    from freshrec.store.versions import collect_garbage
+    from freshrec.cli.number_labels import format_bytes
+    from freshrec.nightly.notes import number_ranges
+    from freshrec.store.versions import collect_garbage, disk_bytes
 
     with locked_store(store, wait) as opened_store:
+        n_bytes = disk_bytes(opened_store.folder)
         collected_numbers = collect_garbage(opened_store, keep)
+        n_freed = max(0, n_bytes - disk_bytes(opened_store.folder))
     message = "Nothing to delete."
     if collected_numbers:
         versions = "versions" if len(collected_numbers) > 1 else "version"
-        message = f"Deleted the files of {versions} {', '.join(map(str, collected_numbers))}."
-    print_json({"gone": collected_numbers}) if as_json else typer.echo(message)
+        message = f"Deleted the files of {versions} {number_ranges(collected_numbers)}: {format_bytes(n_freed)} freed."
+    print_json({"gone": collected_numbers, "bytes_freed": n_freed}) if as_json else typer.echo(message)
 
 
 def erase(
@@ -142,5 +190,5 @@ def erase(
         return
     versions = ", ".join(map(str, receipt["versions"])) or "none"
     events = "1 event" if receipt["events"] == 1 else f"{receipt['events']:,} events"
-    typer.echo(f"User {user}: erased {events} from the log. Rewritten versions: {versions}.")
-    typer.echo(f"Not erased: {receipt['stays']}")
+    print_wrapped(f"User {user}: erased {events} from the log. Rewritten versions: {versions}.")
+    print_wrapped(f"Not erased: {receipt['stays']}")

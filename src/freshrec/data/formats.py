@@ -103,6 +103,12 @@ def to_printable(text: str, length: int) -> str:
     return cleaned if len(cleaned) <= length else cleaned[: length - 3] + "..."
 
 
+def printable_id(value: str | int) -> str:
+    """Return an id on one line: unchanged if it is printable, else as a Python literal with quotes and escapes."""
+    text = str(value)
+    return text if text.isprintable() else repr(text)
+
+
 def _check_not_empty(path: Path) -> None:
     if not path.exists():
         raise LogError(f"There is no file {path}. Check the path.")

@@ -18,7 +18,7 @@ from freshrec.data.columns import ColumnFault, has_value, read_ids, read_labels,
 from freshrec.data.duplicates import EVENT_KEYS, drop_duplicate_rows
 from freshrec.data.formats import SourceTable, as_log_error, open_table, to_printable
 from freshrec.deprecation import UNSET, Unset, value_of_renamed
-from freshrec.errors import LogError, NoRowsError, OptionError, unknown_name_error
+from freshrec.errors import LogError, NoRowsError, OptionError, close_name, list_names, unknown_name_error
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,6 +58,7 @@ class Log:
     notes: tuple[str, ...] = ()  # sentences about what was detected, renamed or left out
     n_out_of_order: int = 0  # rows that come after a later row in the source
     n_quarantined: int = 0  # bad rows that were written to the quarantine file
+    n_missing_timestamps: int = 0  # rows without a timestamp, in a source with timestamps in other rows
 
 
 def read_log(
@@ -157,11 +158,11 @@ def events_before(log: Log, moment: str) -> Log:
     Raises LogError if no event is left or if the log has no such moments.
     """
     if log.has_clock:
-        is_before = pl.col("time") < parse_microseconds(moment)
+        is_before = pl.col("time") < parse_microseconds(moment, "--until")
     elif "period" in log.frame.columns and moment.isdecimal():
         is_before = pl.col("period") < int(moment)
     else:
-        raise LogError(f'This log has no timestamps, so until = "{moment}" does not apply. Use the number of a period.')
+        raise LogError(f'This log has no timestamps, so --until "{moment}" does not apply. Use the number of a period.')
     frame = log.frame.filter(is_before)
     if not len(frame):
         raise LogError(f"The log has no rows before {moment}. Choose a later moment.")
@@ -169,12 +170,18 @@ def events_before(log: Log, moment: str) -> Log:
     return _add_note(replace(log, frame=frame), f"Left out {format_count(n_left_out, 'row')} from {moment} on.")
 
 
-def parse_microseconds(moment: str) -> int:
-    """Return the microseconds since 1970 of an ISO 8601 text; UTC if it names no time zone. Raises OptionError."""
+def parse_microseconds(moment: str, option: str = "The time") -> int:
+    """Return the microseconds since 1970 of an ISO 8601 text; UTC if it names no time zone.
+
+    Raises OptionError for another text. Its message names the `option` that holds the text.
+    """
     try:
         parsed = datetime.fromisoformat(moment)
     except ValueError as error:
-        raise OptionError(f"A date cannot be read ({error}). Write it as 2025-06-01 or 2025-06-01T04:00.") from None
+        reason = f" ({error})" if "must be" in str(error) else ""  # such as "month must be in 1..12"
+        raise OptionError(
+            f'{option} is "{moment[:60]}", which is not a date{reason}. Write it as 2025-06-01 or 2025-06-01T04:00.'
+        ) from None
     return to_microseconds(parsed)
 
 
@@ -251,7 +258,11 @@ def _collect_columns(
         missing = set() if allow_missing_events else set(events) - set(raw["event"].cast(pl.String).unique())
         found = rows.select(event_type.unique()).collect()["event"].drop_nulls().to_list() if missing else []
     if missing:
-        raise unknown_name_error("event type", min(missing), found)
+        close = close_name(min(missing), found)
+        question = f'Did you mean "{close}"? ' if close else ""
+        raise OptionError(
+            f'There is no event type "{min(missing)[:60]}" in {table.name}. {question}Its types: {list_names(found)}.'
+        )
     return raw
 
 
@@ -366,11 +377,13 @@ def _sort_by_time(log: Log) -> Log:
     n_late = int((frame[keys[0]] < frame[keys[0]].cum_max()).sum())
     if n_late or len(keys) > 1:
         frame = frame.sort(keys, maintain_order=True)
+    n_missing = frame["time"].null_count() if "time" in frame.columns else 0
     if not log.has_clock:
         frame = frame.with_columns(time=pl.int_range(n_rows, dtype=pl.Int64))
     key_columns = ["user_id", "item_id", "time"]
     other_columns = [name for name in frame.columns if name not in (*key_columns, "order")]
-    return replace(log, frame=frame.select(*key_columns, *other_columns), n_out_of_order=n_late)
+    sorted_frame = frame.select(*key_columns, *other_columns)
+    return replace(log, frame=sorted_frame, n_out_of_order=n_late, n_missing_timestamps=n_missing)
 
 
 def _sample_users(log: Log, users: int, seed: int) -> Log:
@@ -385,9 +398,9 @@ def _sample_users(log: Log, users: int, seed: int) -> Log:
     return _add_note(replace(log, frame=frame), f"Kept {users:,} random users of {len(ids):,} (seed {seed}).")
 
 
-def format_count(n: int, noun: str) -> str:
-    """Format a number with its noun: "1 row", "1,200 rows"."""
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+def format_count(n: int, noun: str, plural: str = "") -> str:
+    """Format a number with its noun: "0 rows", "1 row", "1,200 deliveries"."""
+    return f"{n:,} {noun if n == 1 else plural or f'{noun}s'}"
 
 
 def _add_note(log: Log, note: str) -> Log:

@@ -168,9 +168,7 @@ def _select_events(frame: pl.DataFrame, by: str, min_events: int) -> tuple[pl.Da
         raise SpanError("No events are left to split. Check the log, the event types and min_events.")
     if by == "period":
         if "period" not in frame.columns or frame["period"].null_count():
-            raise SpanError(
-                'by = "period" needs a period in every row. Pass --columns period=NAME, or use by = "count".'
-            )
+            raise SpanError("--by period needs a period in every row. Pass --columns period=NAME, or use --by count.")
         if not frame["period"].is_sorted():
             frame = frame.sort("period", maintain_order=True)
             notes.append("Some periods overlap in time. The period decides.")
@@ -183,7 +181,7 @@ def _span_edges(frame: pl.DataFrame, has_clock: bool, config: SplitConfig) -> li
     if by == "period":
         inner = _period_starts(frame["period"].to_numpy(), config.spans, config.base_periods)
     elif by != "count" and not has_clock:
-        raise SpanError(f'by = "{by}" needs timestamps, and this log has none. Use by = "count" or "period".')
+        raise SpanError(f"--by {by} needs timestamps, and this log has none. Use --by count or --by period.")
     elif by == "dates":
         inner = np.searchsorted(times, _parse_dates(config.dates))
     else:
@@ -232,14 +230,14 @@ def _period_starts(periods_E: Int64Array, spans: int, base_periods: int) -> Int6
     later = np.unique(periods_E)[base_periods:]
     if len(later) == 0:
         n = "a single period" if base_periods == 1 else f"no more than {base_periods} periods"
-        raise SpanError(f'The log has {n}, so there is nothing after the base block. Use by = "count".')
+        raise SpanError(f"The log has {n}, so there is nothing after the base block. Use --by count.")
     groups = np.array_split(later, min(spans, len(later)))
     return np.searchsorted(periods_E, [group[0] for group in groups])
 
 
 def _parse_dates(dates: Sequence[str]) -> list[int]:
     """Return the dates as microseconds since 1970. Raises OptionError if they are not in ascending order."""
-    found = [parse_microseconds(date) for date in dates]
+    found = [parse_microseconds(date, "--dates") for date in dates]
     if any(a >= b for a, b in zip(found, found[1:])):
         raise OptionError(
             f"The dates {', '.join(dates)} are not in ascending order. List each date once, the earliest first."

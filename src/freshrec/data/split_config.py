@@ -57,7 +57,7 @@ class SplitConfig:
     spans: Annotated[Count, Field(description="Number of spans after the base block.")] = 6
     alpha: Annotated[Fraction, Field(description="Share of the log in the base block, between 0 and 1.")] = 0.5
     dates: Annotated[
-        tuple[str, ...], Field(description="Start of each span for by = dates, such as 2025-06-01,2025-07-01.")
+        tuple[str, ...], Field(description="Start of each span for --by dates, such as 2025-06-01,2025-07-01.")
     ] = ()
     targets: Annotated[TargetRule, Field(description=f"Events that are tested: {', '.join(TARGET_RULES)}.")] = "last"
     heldout: Annotated[
@@ -67,7 +67,7 @@ class SplitConfig:
     forget_users: Annotated[
         Share, Field(description="Share of users whose held-out events are never trained on, to measure forgetting.")
     ] = 0.05
-    base_periods: Annotated[Count, Field(description="Number of periods in the base block for by = period.")] = 1
+    base_periods: Annotated[Count, Field(description="Number of periods in the base block for --by period.")] = 1
     n_targets: Annotated[
         CountOrZero, Field(description="Number of tested events per span, of random users; 0 = all.")
     ] = 0
@@ -78,10 +78,10 @@ class SplitConfig:
     def __post_init__(self) -> None:
         check_options(self)
         if self.by == "dates" and not self.dates:
-            raise OptionError('by = "dates" needs dates. Set them, such as 2025-06-01,2025-07-01.')
+            raise OptionError("--by dates needs --dates. Set it, such as --dates 2025-06-01,2025-07-01.")
         if self.by != "dates" and self.dates:
-            raise OptionError(f'dates are set, but by is "{self.by}". Use by = "dates", or remove the dates.')
+            raise OptionError(f"--dates is set, but --by is {self.by}. Use --by dates, or remove the dates.")
         if self.targets == "all" and self.heldout == "never":
             raise OptionError(
-                'targets = "all" trains on every event, which contradicts heldout = "never". Change one of them.'
+                "--targets all trains on every event, which contradicts --heldout never. Change one of them."
             )

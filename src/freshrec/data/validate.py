@@ -28,7 +28,8 @@ class LogReport:
     out_of_order: float  # share of rows that come after a later row in the source
     repeats: float  # share of rows that repeat an item of the same user
     exposures: float  # share of rows with label 0: shown, not clicked
-    nulls: dict[str, int]  # column -> number of nulls, if there are any
+    nulls: dict[str, int]  # column -> number of nulls, if there are any; see also `missing_timestamps`
+    missing_timestamps: int  # rows without a timestamp, in a log with timestamps in other rows
     bad_rows: int  # rows in the quarantine file; not counted in `rows`
     periods: int | None  # number of periods
     suggested_by: str  # suggested rule: "period", "count-alpha" or "count"
@@ -67,6 +68,7 @@ def validate_log(log: Log) -> LogReport:
         repeats=1 - n_pairs / n_rows,
         exposures=exposures,
         nulls=nulls,
+        missing_timestamps=log.n_missing_timestamps,
         bad_rows=log.n_quarantined,
         periods=n_periods,
         suggested_by=by,

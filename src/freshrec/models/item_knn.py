@@ -160,10 +160,12 @@ class ItemKNN:
         return scores_BI
 
     def most_influential_item(self, batch: Batch, item: int) -> int:
-        """Return the history item that adds most to the score of `item`, for a batch of one; 0 = none."""
-        query_BI = self._query_weights(batch)
-        contribution_T = query_BI.data * self.pair_counts_II[query_BI.indices][:, [item]].toarray()[:, 0]
-        return int(query_BI.indices[contribution_T.argmax()]) if len(contribution_T) and contribution_T.max() > 0 else 0
+        """Return the item of the history event that adds most to the score of `item`, for a batch of one; 0 = none.
+
+        On ties, it is the oldest event.
+        """
+        past_item, value = max(event_contributions(self, batch, item), key=lambda pair: pair[1], default=(0, 0.0))
+        return past_item if value > 0 else 0
 
     def score(self, batch: Batch, items: Tensor) -> Tensor:
         """Return the scores (B, N) of `items`, from the recent items of each row's history."""
@@ -219,6 +221,14 @@ class ItemKNN:
             missing = torch.tensor([_estimate_window(self.rule, float(self.item_mass_I.sum())), 0, 0])
             self.window_events, n_events, shift = tensors.get("clock", missing).tolist()
             self.clock = ForwardDecay(n_events, shift)
+
+
+def event_contributions(model: ItemKNN, batch: Batch, item: int) -> list[tuple[int, float]]:
+    """Return each query event's item and its addend of the score of `item`, for a batch of one, oldest first."""
+    query_BI = model._query_weights(batch)
+    weighted_T = query_BI.data * model.pair_counts_II[query_BI.indices][:, [item]].toarray()[:, 0]
+    root = 1.0 if model.rule.is_directed else float(model._item_weights()[1][item])
+    return list(zip(query_BI.indices.tolist(), (weighted_T.astype(np.float64) / root).tolist()))
 
 
 def _half_life(rule: CooccurrenceRule, window_events: int) -> float:

@@ -73,7 +73,8 @@ def share_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats], limits:
     late = "of the rows are older than the newest known event"
     if day.gap_hours is not None and day.gap_hours < 0:
         late += f" (the median row by {-day.gap_hours:,.0f} hours)"
-    return found + check(late, [d.share_late for d in days], limits.max_share_late, large)
+    late_rows = check(late, [d.share_late for d in days], limits.max_share_late, large)
+    return found + [f"{anomaly} Learn the files oldest first." for anomaly in late_rows]
 
 
 def _head_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats], limits: GateLimits) -> list[str]:
@@ -101,7 +102,8 @@ def _above_usual_share(
         limit = max(usual, min(usual + max_rise, max_share))
     if today is None or today <= limit or (past and median(past) >= limits.uninformative_share):
         return []
-    before = f" In the previous {len(past)} deliveries it was usually at most {format_percent(usual)}."
+    often = f"at most {format_percent(usual)}" if usual else "0 %"
+    before = f" In the previous {len(past)} deliveries it was {'usually ' if any(past) else ''}{often}."
     if len(past) < 2:
         before = f" In the previous delivery it was {format_percent(usual)}." if past else ""
     return [f"{format_percent(today)} {label}.{before} More than {format_percent(limit)} is unusual."]

@@ -9,6 +9,8 @@ import polars as pl
 
 from freshrec.data.catalog import Catalog
 from freshrec.data.validate import DAY
+from freshrec.store.event_log import EventLog
+from freshrec.store.versions import Store, version_chain
 
 SECOND, HOUR = 1_000_000, 3_600_000_000  # microseconds
 
@@ -83,6 +85,14 @@ def compute_delivery_stats(
         gap_hours=(int(times[n_rows // 2]) - newest_time) / HOUR if has_times and newest_time is not None else None,
         hole_hours=_longest_gap(newer_times, newest_time) / HOUR if has_times else None,
     )
+
+
+def newest_time_before(store: Store, log: EventLog, batch: int) -> int | None:
+    """Return the time of the newest event that was known when a batch was first learned; None if the log lacks it."""
+    first = next(manifest for manifest in store.manifests() if manifest.batch == batch)
+    known = [manifest.batch for manifest in version_chain(store, first.parent) if manifest.batch is not None]
+    newest = log.batches().filter(pl.col("batch").is_in(known))["last"].max()
+    return newest if isinstance(newest, int) else None
 
 
 def _share_unknown(ids: pl.Series, known: Catalog) -> float:

@@ -95,6 +95,12 @@ class HoldoutValues:
     older_challenger_O: Float64Array  # on older held-out events
     older_champion_O: Float64Array
     earlier_values: Sequence[float] = ()  # mean metric of earlier live versions on their newest events, oldest first
+    no_newest_reason: str = ""  # why no event of the delivery is held out; "" = some are
+
+    @property
+    def n_users(self) -> list[int]:
+        """The numbers of users on the newest and on older events."""
+        return [len(self.challenger_U), len(self.older_challenger_O)]
 
     def __post_init__(self) -> None:
         assert self.challenger_U.shape == self.champion_U.shape
@@ -161,8 +167,9 @@ def judge_challenger(
         return Verdict(False, (*reasons, *broken), tuple(notes))
     new_U, live_U = values.challenger_U, values.champion_U
     older_O, older_live_O = values.older_challenger_O, values.older_champion_O
+    newest_events = NEWEST._replace(missing=values.no_newest_reason or NEWEST.missing)
     comparisons = [
-        _compare(NEWEST, new_U, live_U, limits.tolerance, limits),
+        _compare(newest_events, new_U, live_U, limits.tolerance, limits),
         _check_floor(new_U, values.earlier_values, limits),
         _compare(OLDER, older_O, older_live_O, limits.forgetting, limits),
     ]
@@ -249,10 +256,11 @@ def _compare(
     notes = []
     if numbers["unnoticed"] > limits.max_undetected_loss:
         n_differ = int((new_U != live_U).sum())
+        level = format_percent(limits.false_alarm_rate)
         loss = f"a loss of up to {format_percent(numbers['unnoticed'])}" if numbers["unnoticed"] < 1 else "any loss"
         text = (
             f"On {events.name}, {metric} differs from that of the live version for {n_differ:,} of {n_users:,} users. "
-            f"With so few users, {loss} could go unnoticed."
+            f"With so few users, {loss} could go unnoticed at the gate's {level} level."
         )
         notes.append(Note(f"weak-test-{events.kind}", text))
     return Verdict(True, (), tuple(notes), numbers)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import platform
 from dataclasses import asdict
 from importlib.metadata import version as version_of
-from pathlib import Path
-from stat import S_ISREG
 from typing import Any
 
 import polars as pl
@@ -16,7 +14,7 @@ from freshrec.data.log import format_time
 from freshrec.errors import FreshrecError, StateError
 from freshrec.nightly.full_retrain import retrain_plan
 from freshrec.nightly.job import batches_of, waiting_batches
-from freshrec.nightly.notes import current_notes
+from freshrec.nightly.notes import count_of, current_notes, number_ranges
 from freshrec.nightly.same_queries import compare_on_same_queries
 from freshrec.random_streams import stream_seed
 from freshrec.recommender.bundle import Bundle, read_bundle
@@ -26,7 +24,8 @@ from freshrec.recommender.lists import top_items
 from freshrec.recommender.user_profile import profile_of
 from freshrec.store.click_journal import read_journal
 from freshrec.store.event_log import EventLog
-from freshrec.store.versions import Store, is_collected, version_chain
+from freshrec.store.manifest import Manifest
+from freshrec.store.versions import Store, disk_bytes, is_collected, version_chain
 
 N_SAMPLE_USERS, LIST_LENGTH = 300, 20  # sampled users, and items per list, to compare two versions
 LIBRARIES = ("torch", "polars", "numpy", "scipy", "deltalake", "safetensors", "pydantic")
@@ -36,6 +35,8 @@ def store_status(store: Store) -> dict[str, Any]:
     """The live version, the size of the store, and the events that wait for the next update. Sizes are in bytes."""
     live, versions, log = store.live, store.manifests(), EventLog(store.folder / "log")
     manifest, chain = store.manifest(live), version_chain(store)
+    were_live = {move.to for move in store.moves()}
+    refused = [m for m in versions if not m.goes_live and m.id not in were_live]
     n_bytes = sum(file.n_bytes for file in manifest.files.values())
     batches = log.batches()
     newest = batches.filter(pl.col("batch").is_in(batches_of(chain)))["last"].max()
@@ -50,15 +51,18 @@ def store_status(store: Store) -> dict[str, Any]:
         "held": manifest.held,
         "newest_event": format_time(newest) if isinstance(newest, int) and log.has_clock else None,
         "versions": len(versions),
-        "refused": [m.id for m in versions if not m.promoted and m.id > live],
+        "refused": [m.id for m in refused if m.id > live],
+        "refused_not_learned": _refused_deliveries(refused, chain),
         "batches_waiting": waiting_batches(store, log),
         "clicks_waiting": sum(len(file.clicks) for file in journal if file.batch is None),
         "bytes": n_bytes,
         "bytes_per_user": round(n_bytes / max(1, manifest.sizes["users"]), 1),
         "log_events": int(batches["rows"].sum()),
-        "log_bytes": _disk_bytes(store.folder / "log"),
-        "versions_bytes": _disk_bytes(store.folder / "versions"),
-        "total_bytes": _disk_bytes(store.folder),
+        "log_different_events": _count_different_events(store, log),
+        "log_deliveries": len(batches),
+        "log_bytes": disk_bytes(store.folder / "log"),
+        "versions_bytes": disk_bytes(store.folder / "versions"),
+        "total_bytes": disk_bytes(store.folder),
         "versions_deleted": [m.id for m in versions if is_collected(store, m.id)],
         "plan": retrain_plan(chain),
         "numbers": manifest.numbers,
@@ -66,17 +70,22 @@ def store_status(store: Store) -> dict[str, Any]:
     }
 
 
-def _disk_bytes(folder: Path) -> int:
-    """The bytes of all files below a folder. A file that several versions share counts once."""
-    sizes = {}
-    for path in folder.rglob("*"):
-        try:
-            found = path.lstat()
-        except FileNotFoundError:  # an update or a server has removed it
-            continue
-        if S_ISREG(found.st_mode):
-            sizes[found.st_dev, found.st_ino] = found.st_size
-    return sum(sizes.values())
+def _refused_deliveries(refused: list[Manifest], chain: list[Manifest]) -> list[int]:
+    """Return the refused versions whose events the live version has not learned; the last one of each delivery."""
+    learned = set(batches_of(chain))
+    last = {m.batch or -m.id: m.id for m in refused if m.batch is None or m.batch not in learned}
+    return sorted(last.values())
+
+
+def _count_different_events(store: Store, log: EventLog) -> int:
+    """Return the number of events in the log, without those that a later delivery repeats.
+
+    Only deliveries after a refused or dropped version can repeat an event, so the log is read only if there is one.
+    """
+    batches, learned = log.batches(), {m.id for m in version_chain(store)}
+    if all(m.id in learned and m.kind != "no rows" for m in store.manifests()):
+        return int(batches["rows"].sum())
+    return len(log.read()) if len(batches) else 0
 
 
 def version_difference(store: Store, first: int, second: int) -> dict[str, Any]:
@@ -180,6 +189,20 @@ def item_profile(bundle: Bundle, item_id: str | int) -> dict[str, Any]:
     return found
 
 
+def count_refused_events(store: Store, column: str, identifier: str | int) -> int:
+    """Return the number of events with this id in deliveries that only refused versions learned.
+
+    `column`: user_id or item_id.
+    """
+    learned = set(batches_of(version_chain(store)))
+    refused = [manifest for manifest in store.manifests() if not manifest.promoted]
+    batches = sorted(set(batches_of(refused)) - learned)
+    if not batches:
+        return 0
+    log = EventLog(store.folder / "log")
+    return len(log.rows_not_in(log.read(batches).filter(pl.col(column) == identifier), learned))
+
+
 def check_store(store: Store | None) -> list[tuple[bool, str]]:
     """Check the environment and every file of the store. Each check is a pair: whether it passed, and a sentence."""
     libraries = ", ".join(f"{name} {version_of(name)}" for name in LIBRARIES)
@@ -187,10 +210,11 @@ def check_store(store: Store | None) -> list[tuple[bool, str]]:
     if store is None:
         return found
     readable = {manifest.id for manifest in store.manifests()}
-    for number in store.version_numbers():
-        if number in readable and is_collected(store, number):
-            found.append((True, f"version {number}: its files were deleted by `freshrec gc` or `freshrec erase`"))
-            continue
+    deleted = [number for number in store.version_numbers() if number in readable and is_collected(store, number)]
+    if deleted:
+        names = f"version {deleted[0]}: its" if len(deleted) == 1 else f"versions {number_ranges(deleted)}: their"
+        found.append((True, f"{names} files were deleted by `freshrec gc` or `freshrec erase`"))
+    for number in [number for number in store.version_numbers() if number not in deleted]:
         try:
             wrong = store.find_damage(number)
             found.append((not wrong, f"version {number}: {'; '.join(wrong) or 'all files are intact'}"))
@@ -213,7 +237,7 @@ def _check_live(store: Store) -> str:
 
 def _check_log(store: Store) -> str:
     log = EventLog(store.folder / "log")
-    n_batches = len(log.batches())
-    n_rows = len(log.read()) if n_batches else 0
-    batches = "1 batch" if n_batches == 1 else f"{n_batches:,} batches"
-    return f"the event log holds {n_rows:,} events in {batches}"
+    batches = log.batches()
+    n_events = len(log.read()) if len(batches) else 0
+    rows, events = count_of(int(batches["rows"].sum()), "row"), count_of(n_events, "different event")
+    return f"the event log holds {rows} ({events}) in {count_of(len(batches), 'delivery', 'deliveries')}"

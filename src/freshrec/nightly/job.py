@@ -28,7 +28,7 @@ from freshrec.errors import LogError, OptionError, StateError, TrainingError
 from freshrec.files import file_checksum
 from freshrec.models.absorb import absorb_block
 from freshrec.models.popularity import PopularitySpec
-from freshrec.nightly.delivery_stats import DeliveryStats, compute_delivery_stats
+from freshrec.nightly.delivery_stats import DeliveryStats, compute_delivery_stats, newest_time_before
 from freshrec.nightly.full_retrain import GAIN_KEY, retrain_interval, start_from_scratch, updates_since_retrain
 from freshrec.nightly.gate import GateLimits, HoldoutValues, Verdict, find_anomalies, judge_challenger
 from freshrec.nightly.holdout import newest_queries, user_values
@@ -40,7 +40,7 @@ from freshrec.recommender.served_state import ServedState
 from freshrec.replay.measure import Queries
 from freshrec.replay.significance import bootstrap_interval
 from freshrec.store.event_log import AppendResult, EventLog
-from freshrec.store.manifest import Manifest, MoveAction, VersionKind
+from freshrec.store.manifest import METRIC_KEY, RETRY_KEY, Manifest, MoveAction, VersionKind
 from freshrec.store.versions import Store, version_chain
 from freshrec.types import State
 
@@ -105,11 +105,9 @@ class NightlyJob:
 
         Raises LogError if the ids or timestamps have another type than those of the log.
         """
-        log = match_clock(log, self.bundle.read_options)
-        served, frame = self.bundle.served, interaction_rows(log.frame)
-        for catalog, name in ((served.users, "user_id"), (served.items, "item_id")):
-            catalog.normalize_ids(frame[name])
-        times = [time for time in (self.log.newest_time, served.newest_time) if time is not None]
+        log = match_types(log, self.bundle)
+        frame, newest_times = interaction_rows(log.frame), (self.log.newest_time, self.bundle.served.newest_time)
+        times = [time for time in newest_times if time is not None]
         if not log.has_clock and times:
             frame = frame.with_columns(pl.col("time") + max(times) + 1)
         return self.log.append(frame, source, log.has_clock, refused_batches(self.store))
@@ -130,12 +128,14 @@ class NightlyJob:
     def relearn(self, number: int, force: str = "") -> Manifest:
         """Update the live version with the events of another version, which was refused or rolled back.
 
+        The gate checks the delivery as it did at first. In particular, its times are compared with the newest event
+        that was known then, so an event is not late because newer days were learned since.
         Raises OptionError if the live version has learned these events already.
         """
         batch = self.store.manifest(number).batch
         if batch is None or batch in batches_of(version_chain(self.store)):
             raise OptionError(f"--retry {number}: the live version has learned all events of version {number} already.")
-        return self.learn_batch(batch, force, is_late=True)
+        return self.learn_batch(batch, force, number)
 
     def add_unchanged_version(self, batch: int | None, source: str) -> Manifest:
         """Make a copy of the live version for a delivery without new events, and promote it."""
@@ -146,12 +146,12 @@ class NightlyJob:
         )
         return self._go_live(with_notes(manifest, [note]), bundle, "update")
 
-    def learn_batch(self, batch: int, force: str = "", is_late: bool = False) -> Manifest:
+    def learn_batch(self, batch: int, force: str = "", retry_of: int | None = None) -> Manifest:
         """Make a version from a batch and promote it if it passes the gate, or if `force`, a reason, is given.
 
         Events that the live version has learned from other batches are left out. If training fails, the result is a
-        refused copy of the live version, with the error as the reason. `is_late`: the events are known to be old, so
-        they are not checked for late rows.
+        refused copy of the live version, with the error as the reason. `retry_of`: the version whose events are learned
+        again.
         """
         started_s, delivered = time.perf_counter(), self.log.read([batch])
         frame = self.log.rows_not_in(delivered, batches_of(version_chain(self.store)))
@@ -159,8 +159,9 @@ class NightlyJob:
         n_known += len(delivered) - len(frame)
         if not len(frame):
             return self.add_unchanged_version(batch, source)
+        known_until = None if retry_of is None else newest_time_before(self.store, self.log, batch)
         try:
-            manifest, challenger = self.make_challenger(frame, (n_duplicates, n_known), is_late)
+            manifest, challenger = self.make_challenger(frame, (n_duplicates, n_known), known_until)
         except (LogError, TrainingError) as error:
             manifest = _new_manifest(self.store, self.bundle, "update", {}).model_copy(
                 update={"parent": self.store.live, "promoted": False, "reasons": [str(error)]}
@@ -171,21 +172,23 @@ class NightlyJob:
             notes.append(Note("forced", f"The gate refused this version. It was promoted by --force: {force}"))
         numbers = manifest.numbers | {"wait_s": time.perf_counter() - started_s}
         goes_live = manifest.promoted or bool(force)
-        update = {"batch": batch, "source": source, "numbers": numbers, "goes_live": goes_live}
+        data = manifest.data | ({} if retry_of is None else {RETRY_KEY: retry_of})
+        update = {"batch": batch, "source": source, "numbers": numbers, "goes_live": goes_live, "data": data}
         manifest = with_notes(manifest.model_copy(update=update), notes)
         if goes_live:
             return self._go_live(manifest, challenger, "update", force)
         return self.store.write_version(manifest, lambda folder: write_bundle(challenger, folder))
 
     def make_challenger(
-        self, frame: pl.DataFrame, left_out: tuple[int, int] = (0, 0), is_late: bool = False
+        self, frame: pl.DataFrame, left_out: tuple[int, int] = (0, 0), known_until: int | None = None
     ) -> tuple[Manifest, Bundle]:
         """Update the live version with some rows and judge the result. Nothing is written.
 
-        `left_out`: the numbers of duplicates and of known rows that are not in `frame`.
+        `left_out`: the numbers of duplicates and of known rows that are not in `frame`. `known_until`: time of the
+        newest known event that the gate compares the rows with; None = that of the live version.
         """
         champion, chain = self.bundle, version_chain(self.store)
-        day, first = self.delivery_stats(frame, left_out, is_late), chain[0]
+        day, first = self.delivery_stats(frame, left_out, known_until), chain[0]
         challenger, numbers = _learn(champion, encode_events(champion.served, frame), HOLDOUT_SHARE)
         growth = challenger.sizes["events"] / max(1, first.sizes["events"])
         numbers["full_s"] = first.numbers.get("update_s", 0.0) * growth
@@ -201,7 +204,7 @@ class NightlyJob:
         manifest = _new_manifest(self.store, challenger, "update", numbers).model_copy(
             update={
                 "parent": self.store.live,
-                "data": {"day": asdict(day), COMPARED_KEY: [len(values.challenger_U), len(values.older_challenger_O)]},
+                "data": {"day": asdict(day), METRIC_KEY: self.limits.metric, COMPARED_KEY: values.n_users},
                 "promoted": verdict.promoted,
                 "reasons": list(verdict.reasons),
             }
@@ -210,11 +213,11 @@ class NightlyJob:
         return with_notes(manifest, verdict.notes), replace(challenger, holdout_queries=holdout_queries)
 
     def delivery_stats(
-        self, frame: pl.DataFrame, left_out: tuple[int, int] = (0, 0), is_late: bool = False
+        self, frame: pl.DataFrame, left_out: tuple[int, int] = (0, 0), known_until: int | None = None
     ) -> DeliveryStats:
-        """Return the statistics of new rows. `left_out`: the numbers of duplicates and of known rows without them."""
+        """Return the statistics of new rows. The arguments are those of `make_challenger`."""
         served = self.bundle.served
-        newest_time = None if is_late else served.newest_time
+        newest_time = served.newest_time if known_until is None else known_until
         has_clock, head = self.bundle.read_options.has_clock, _head_item_ids(served)
         return compute_delivery_stats(frame, served.users, served.items, has_clock, newest_time, *left_out, head)
 
@@ -233,7 +236,8 @@ class NightlyJob:
         )
         earlier = _earlier_stats(chain)
         earlier_values = [manifest.numbers[metric] for manifest in chain if metric in manifest.numbers]
-        values = HoldoutValues(challenger_U, champion_U, challenger_O, champion_O, earlier_values)
+        no_newest_reason = "" if len(challenger.served.pending) else _no_holdout_reason(day)
+        values = HoldoutValues(challenger_U, champion_U, challenger_O, champion_O, earlier_values, no_newest_reason)
         return judge_challenger(day, earlier, values, self.limits), values
 
     def _go_live(self, manifest: Manifest, bundle: Bundle, action: MoveAction, reason: str = "") -> Manifest:
@@ -290,12 +294,20 @@ def _try_full_retrain(
     return (full if gain_U.mean() >= 0 else challenger), more
 
 
+def match_types(log: Log, bundle: Bundle) -> Log:
+    """Return a delivery without the timestamps that the store's log lacks. Raises LogError as `append_delivery`."""
+    log = match_clock(log, bundle.read_options)
+    for catalog, name in ((bundle.served.users, "user_id"), (bundle.served.items, "item_id")):
+        catalog.normalize_ids(filter_positives(log.frame)[name])
+    return log
+
+
 def preview_delivery(job: NightlyJob, log: Log | None) -> dict[str, Any]:
-    """Return the statistics of a delivery ("day") and its anomalies ("odd"). Nothing is changed."""
+    """Return the statistics of a delivery ("day") and its anomalies ("odd"). Raises LogError as `append_delivery`."""
     if log is None:
         return {"day": None, "odd": ["The delivery has no rows."]}
-    day, chain = job.delivery_stats(interaction_rows(log.frame)), version_chain(job.store)
-    return {"day": asdict(day), "odd": find_anomalies(day, _earlier_stats(chain), job.limits)}
+    day = job.delivery_stats(interaction_rows(match_types(log, job.bundle).frame))
+    return {"day": asdict(day), "odd": find_anomalies(day, _earlier_stats(version_chain(job.store)), job.limits)}
 
 
 def _head_item_ids(served: ServedState) -> pl.Series:
@@ -314,6 +326,10 @@ def _earlier_stats(chain: list[Manifest]) -> list[DeliveryStats]:
         raise StateError(
             f"A manifest of an earlier version has invalid delivery statistics ({error}). Restore it from a backup."
         ) from None
+
+
+def _no_holdout_reason(day: DeliveryStats) -> str:
+    return "all rows are late" if day.share_late == 1 else "the delivery has too few rows to hold any out"
 
 
 def _first_queries(queries: Queries) -> Queries:

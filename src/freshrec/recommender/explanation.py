@@ -8,17 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
+from freshrec.data.formats import printable_id
 from freshrec.models.blend.experts import COUNTER_SPECS, Experts
 from freshrec.models.blend.model import Blend, Reason
-from freshrec.models.item_knn import ItemKNN
+from freshrec.models.item_knn import ItemKNN, event_contributions
 from freshrec.models.popularity import Popularity, PopularitySpec
 from freshrec.models.repeat import Repeat
 from freshrec.nn.scoring import score_items
 from freshrec.recommender.explain import find_reasons
-from freshrec.recommender.ids import rows_of_pair
-from freshrec.recommender.list_request import Id
-from freshrec.recommender.lists import user_batch
+from freshrec.recommender.ids import resolve_request, rows_of_pair
+from freshrec.recommender.list_request import Id, ListRequest
+from freshrec.recommender.lists import make_lists, user_batch
 from freshrec.recommender.served_state import ServedState
 from freshrec.recommender.user_profile import PastEvent, past_events, user_events
 from freshrec.types import Batch, Model, VectorModel
@@ -57,8 +59,8 @@ class Explanation:
     user: Id
     item: Id
     score: float | None  # None = not offered
-    rank: int  # among the items that the user does not have yet, or among all items if the user has this one
-    n_ranked: int
+    rank: int  # in the list of all items that the user does not have yet, or of all items if the user has this one
+    n_ranked: int  # length of this list; popular items complete it, as in every list
     n_own_events: int  # of the user, with this item
     contributions: tuple[Contribution, ...]  # largest first; they sum to the total
     about: str  # sentences about the score and the total
@@ -77,20 +79,36 @@ def explain_pair(served: ServedState, user: Id, item: Id, model_name: str, has_c
     users_1, item_row = rows_of_pair(served, user, item)
     model, batch = served.current_state.model, user_batch(served, users_1)
     items_T, times_T = user_events(served, int(users_1))
-    last_events = dict(zip(items_T.tolist(), past_events(served, items_T, times_T, has_clock)))
+    events: dict[int, list[PastEvent]] = {}
+    for past_item, event in zip(items_T.tolist(), past_events(served, items_T, times_T, has_clock)):
+        events.setdefault(past_item, []).append(event)
     reasons, n_own = find_reasons(model, batch, item_row), int((items_T == item_row).sum())
+    score, rank, n_ranked = _place_in_list(served, users_1, item_row, exclude_seen=not n_own)
     if not reasons:
-        return Explanation(
-            user, item, None, 0, 0, n_own, (), _describe_missing_score(model, batch, item_row, model_name)
-        )
-    score_I = score_items(model, batch, torch.arange(1, model.n_items + 1))[0]
-    score, is_ranked_I = float(score_I[item_row - 1]), torch.ones(model.n_items, dtype=torch.bool)
-    if not n_own:
-        is_ranked_I[items_T[items_T <= model.n_items] - 1] = False
-    rank = 1 + int((is_ranked_I & (score_I > score)).sum())
-    scored = ScoredItem(model, batch, item_row, score, reasons, last_events)
+        about = _describe_missing_score(model, batch, item_row, model_name)
+        if score is not None:
+            about += " Popular items complete a list, after the items that the model scores. This item is one of them. "
+            about += "Its score is its number of events, and older events count less."
+        return Explanation(user, item, score, rank, n_ranked, n_own, (), about)
+    assert score is not None  # an item with reasons is in the list
+    scored = ScoredItem(model, batch, item_row, score, reasons, events)
     parts, about = _split_score(scored, model_name)
-    return Explanation(user, item, score, rank, int(is_ranked_I.sum()), n_own, tuple(parts), about)
+    return Explanation(user, item, score, rank, n_ranked, n_own, tuple(parts), about)
+
+
+def _place_in_list(
+    served: ServedState, users_1: Tensor, item_row: int, exclude_seen: bool
+) -> tuple[float | None, int, int]:
+    """Return score and rank of an item in the user's list of all items, and the length of the list.
+
+    This is the list that `recommend` makes, so ties and fallback items have the same ranks. Score None and rank 0 mean
+    that the list does not have the item.
+    """
+    request = ListRequest(len(served.items), exclude_seen)
+    lists = make_lists(served, users_1, resolve_request(served, request))
+    items_K, found = lists.items_NK[0], (lists.items_NK[0] == item_row).nonzero()[:, 0].tolist()
+    score, rank = (float(lists.scores_NK[0, found[0]]), found[0] + 1) if found else (None, 0)
+    return score, rank, int((items_K > 0).sum())
 
 
 @dataclass(frozen=True)
@@ -102,14 +120,19 @@ class ScoredItem:
     item: int
     score: float
     reasons: list[Reason]
-    last_events: dict[int, PastEvent]  # item row -> the user's last event with it
+    events: dict[int, list[PastEvent]]  # item row -> the user's events with it, oldest first
+
+    @property
+    def last_events(self) -> dict[int, PastEvent]:
+        """The user's last event with each item, by item row."""
+        return {item: events[-1] for item, events in self.events.items()}
 
 
 def _describe_missing_score(model: Model, batch: Batch, item: int, model_name: str) -> str:
     """Say why an item has no score."""
     if item > model.n_items:
         return f"It is newer than the last update of {model_name}, so the model has not learned it yet."
-    about = "Its score is 0, which means that the model has no opinion."
+    about = f"{model_name} scores it 0, which means that the model has no opinion."
     if isinstance(model, Blend):
         n_candidates = int((model.candidates(batch)[0][0] > 0).sum())
         n = model.spec.items_per_expert
@@ -155,10 +178,16 @@ def _split_blend(model: Blend, scored: ScoredItem) -> tuple[list[Contribution], 
     total = sum(part.value for part in parts)
     about = (
         f"The score is a probability: the scores of the user's {n_candidates:,} candidates sum to 1. The contributions "
-        f"add up to {total:+.2f}. This is ln(score) minus the mean of ln(score) over the candidates, so the score is "
-        f"{math.exp(total):,.3g} times their geometric mean. A positive contribution moves the item up. A rank is the "
-        f"item's place by one expert; it is empty beyond place {model.spec.items_per_expert}."
+        f"add up to {_signed(total, 2)}. This is ln(score) minus the mean of ln(score) over the candidates, so the "
+        f"score is {math.exp(total):,.3g} times their geometric mean. A positive contribution moves the item up. A "
+        f"rank is the item's place by one expert; it is empty beyond place {model.spec.items_per_expert}."
     )
+    is_read = bool((scored.batch.history_BT[0, -model.spec.length :] == scored.item).any())
+    if scored.item in last_events and not is_read:
+        about += (
+            f" The experts read the user's last {model.spec.length} events only. This item is not among them, so "
+            "repeat-last and repeat-freq do not rank it."
+        )
     return parts, about
 
 
@@ -189,9 +218,9 @@ def _split_vectors(scored: ScoredItem) -> tuple[list[Contribution], str]:
         return [part], about
     parts = [
         Contribution(
-            f"{reason.source}: inner product {reason.contribution:+.2f}",
+            f"{reason.source}: inner product {_signed(reason.contribution, 2)}",
             reason.contribution if reason is best else 0.0,
-            reason.rank,
+            reason.rank if reason.contribution else None,  # a vector of zeros ranks all items the same
             last_events.get(reason.history_item),
             note,
         )
@@ -200,15 +229,31 @@ def _split_vectors(scored: ScoredItem) -> tuple[list[Contribution], str]:
     about = (
         f"The score is the largest inner product of the item vector with one of the user's {len(reasons)} interests. "
         f"Here {best.source.partition(' of')[0]} has the largest one, so the others contribute 0. "
-        "A rank is the item's place by one interest, among all items."
+        "A rank is the item's place by one interest, among all items; it is empty if the inner product is 0."
     )
     return parts, about
 
 
 def _split_by_event(scored: ScoredItem) -> list[Contribution]:
+    """Contributions of past events, largest first. They add up to the score.
+
+    Each event of item-kNN has its own contribution. Those of `Repeat` are summed by item.
+    """
+    model, events = scored.model, {item: list(events) for item, events in scored.events.items()}
+    if isinstance(model, ItemKNN):
+        values = event_contributions(model, scored.batch, scored.item)
+    else:
+        values = list(_score_differences(scored).items())
+    found = [(events[item].pop(), value) for item, value in reversed(values)]  # the newest event of each item first
+    note = ", the largest contribution"
+    parts = [Contribution("past events", value, None, event, note) for event, value in reversed(found) if value != 0.0]
+    return sorted(parts, key=lambda part: -part.value)
+
+
+def _score_differences(scored: ScoredItem) -> dict[int, float]:
     """s(events t, t + 1, ...) - s(events t + 1, ...) for each past event t, summed by item.
 
-    Scores of these models are sums over past events whose weights depend on the number of later events only. So the
+    The score of `Repeat` is a sum over past events whose weights depend on the number of later events only. So the
     difference is exactly the contribution of event t, and all of them add up to the score.
     """
     history_T = scored.batch.history_BT[0]
@@ -219,12 +264,7 @@ def _split_by_event(scored: ScoredItem) -> list[Contribution]:
     values: dict[int, float] = {}
     for item, value in zip(history_T.tolist(), (score_S[:-1] - score_S[1:]).tolist()):
         values[item] = values.get(item, 0.0) + value
-    parts = [
-        Contribution("past events", value, None, scored.last_events[item], ", the largest contribution")
-        for item, value in values.items()
-        if value != 0.0
-    ]
-    return sorted(parts, key=lambda part: -part.value)
+    return values
 
 
 def explanation_text(found: Explanation) -> str:
@@ -232,11 +272,11 @@ def explanation_text(found: Explanation) -> str:
     paragraphs = [_headline(found), found.about]
     if len(found.contributions) > 1:
         paragraphs.append(_contribution_table(found))
-    for part in found.contributions:
-        if part.event is not None and part.value > 0:
-            event = f"item {part.event.item_id} {time_in_words(part.event.at)}"
-            paragraphs.append(f"Most important past event: {event}{part.event_note}.")
-            break
+    part = max(found.contributions, key=lambda part: abs(part.value) if part.event else 0.0, default=None)
+    if part is not None and part.event is not None and part.value != 0:
+        event = f"item {printable_id(part.event.item_id)} {time_in_words(part.event.at)}"
+        lowers = " This contribution is negative, so it lowers the score." if part.value < 0 else ""
+        paragraphs.append(f"Most important past event: {event}{part.event_note}.{lowers}")
     return "\n\n".join(
         text if "\n" in text else textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
         for text in paragraphs
@@ -244,16 +284,16 @@ def explanation_text(found: Explanation) -> str:
 
 
 def _headline(found: Explanation) -> str:
+    item, user = printable_id(found.item), printable_id(found.user)
     if found.score is None:
-        return f"Item {found.item} is not offered to user {found.user}."
+        return f"Item {item} is not offered to user {user}."
+    among = "the only item" if found.n_ranked == 1 else f"the {found.n_ranked:,} items"
     if found.n_own_events:
         events = "1 event" if found.n_own_events == 1 else f"{found.n_own_events:,} events"
-        among = f"all {found.n_ranked:,} items"
         own = f" The user already has this item ({events}), so lists leave it out by default."
     else:
-        among = f"{found.n_ranked:,} items"
         own = " Items that the user already has are not ranked."
-    rank = f"Item {found.item} is ranked {found.rank:,} of {among} for user {found.user}"
+    rank = f"Item {item} is ranked {found.rank:,} of {among} that can be ranked for user {user}"
     return f"{rank} (score {found.score:.4g}, higher is better).{own}"
 
 
@@ -267,12 +307,32 @@ def _contribution_table(found: Explanation) -> str:
     if small:
         name = "1 smaller contribution" if len(small) == 1 else f"{len(small)} smaller contributions"
         parts.append(Contribution(name, sum(part.value for part in small)))
+    total = _signed(found.total, n_decimals)
+    values = _round_to_total([part.value for part in parts], float(total), n_decimals)
     rows = [
-        (f"{part.value:+.{n_decimals}f}", part.source, f"{part.rank:,}" if part.rank else "", _event_cell(part.event))
-        for part in parts
+        (_signed(value, n_decimals), part.source, f"{part.rank:,}" if part.rank else "", _event_cell(part.event))
+        for value, part in zip(values, parts)
     ]
-    rows.append((f"{found.total:+.{n_decimals}f}", "total", "", ""))
+    rows.append((total, "total", "", ""))
     return "\n".join(_aligned(("contribution", "source", "rank", "past item"), rows))
+
+
+def _round_to_total(values: Sequence[float], total: float, n_decimals: int) -> list[float]:
+    """Round each value up or down so that they add up to `total`, the rounded sum of all.
+
+    Rounding up goes to the largest remainders, so a value of 0 stays 0.
+    """
+    scaled = [value * 10**n_decimals for value in values]
+    units = [math.floor(value) for value in scaled]
+    n_up = round(total * 10**n_decimals) - sum(units)
+    for n in sorted(range(len(values)), key=lambda n: units[n] - scaled[n])[:n_up]:
+        units[n] += 1
+    return [unit / 10**n_decimals for unit in units]
+
+
+def _signed(value: float, n_decimals: int) -> str:
+    """A number with its sign. A number that rounds to 0 has the sign +."""
+    return f"{round(value, n_decimals) + 0.0:+.{n_decimals}f}"
 
 
 def _aligned(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -286,7 +346,7 @@ def _aligned(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _event_cell(event: PastEvent | None) -> str:
-    return "" if event is None else f"{event.item_id} {time_in_words(event.at)}"
+    return "" if event is None else f"{printable_id(event.item_id)} {time_in_words(event.at)}"
 
 
 def time_in_words(at: str | int) -> str:

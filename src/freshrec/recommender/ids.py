@@ -71,7 +71,7 @@ def require_rows(ids: pl.Series, catalog: Catalog) -> Tensor:
     rows_N = catalog.rows(ids)
     if bool((rows_N == 0).any()):
         kind, name = ids.name.removesuffix("_id"), str(ids[int((rows_N == 0).int().argmax())])
-        raise OptionError(f'Unknown {kind} "{name[:60]}": it never occurred in an event. Check the id.')
+        raise OptionError(f'There is no {kind} "{name[:60]}". Check the id.')
     return rows_N
 
 

@@ -61,7 +61,9 @@ class RankedLists:
     def append_fallback(self, index_N: Tensor, fallback_lists: "RankedLists", reason: int) -> None:
         """Append the items of `fallback_lists` that a list does not hold yet."""
         items_BK = self.items_NK[index_N]
-        repeated_BK = (fallback_lists.items_NK[..., None] == items_BK[:, None]).any(2)
+        sorted_BK = items_BK.sort(1).values  # a lookup in sorted rows, because a list may hold all items
+        at_BK = torch.searchsorted(sorted_BK, fallback_lists.items_NK).clamp(max=sorted_BK.shape[1] - 1)
+        repeated_BK = sorted_BK.gather(1, at_BK) == fallback_lists.items_NK
         items_BC = torch.cat([items_BK, fallback_lists.items_NK.masked_fill(repeated_BK, 0)], 1)
         scores_BC = torch.cat([self.scores_NK[index_N], fallback_lists.scores_NK], 1)
         fallback_BC = torch.cat([self.fallback_NK[index_N], torch.full_like(fallback_lists.items_NK, reason)], 1)

@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from itertools import groupby
+from types import MappingProxyType
 from typing import Any
 
+from freshrec.data.formats import printable_id
+
 WIDTH = 100  # characters per line
-SPANS = "Span 0 is the fit, span n the n-th update."
 INTERESTS = (
     "An interest is a vector for one part of what the user likes. The score of an item is its largest inner product "
     "with an interest."
 )
 
 
-def user_text(found: dict[str, Any]) -> str:
-    """The profile of a user; `found` is what `freshrec inspect user --json` prints."""
+def user_text(found: dict[str, Any], versions: Mapping[int, int] = MappingProxyType({})) -> str:
+    """The profile of a user; `found` is what `freshrec inspect user --json` prints.
+
+    `versions`: span -> number of the version that learned it.
+    """
     events, n_events = found["events"], found["n_events"]
     count = "1 event" if n_events == 1 else f"{n_events:,} events"
-    spans = f"the first in span {found['first_span']}, the last in span {found['last_span']}"
-    parts = [_fill(f"User {found['user_id']} has {count}: {spans}. {SPANS}")]
+    parts = [_fill(f"User {printable_id(found['user_id'])} has {count}: {_first_and_last(found, versions)}.")]
     if events:
         shown = "All events" if len(events) == n_events else f"The {len(events)} most recent events"
         name = "position" if isinstance(events[0]["at"], int) else "time (UTC)"
         width = max(len(name), *(len(_time(event["at"])) for event in events))
-        lines = [f"  {name:<{width}}  item", *(f"  {_time(e['at']):<{width}}  {e['item_id']}" for e in events)]
+        lines = [
+            f"  {name:<{width}}  item",
+            *(f"  {_time(e['at']):<{width}}  {printable_id(e['item_id'])}" for e in events),
+        ]
         parts.append("\n".join([f"{shown}, newest last:", *lines]))
     parts.append(_interests_heading(found))
-    parts += [_interest_block(interest) for interest in found["interests"]]
+    parts += [_interest_block(interest, versions) for interest in found["interests"]]
     return "\n\n".join(parts)
 
 
@@ -40,26 +49,47 @@ def _interests_heading(found: dict[str, Any]) -> str:
     return _fill(f"Interests: the model stores none. Shown are {kind}.")
 
 
-def _interest_block(interest: dict[str, Any]) -> str:
+def _first_and_last(found: dict[str, Any], versions: Mapping[int, int]) -> str:
+    """Name the versions that learned the first and the last event."""
+    first, last = (_version_name(found[name], versions) for name in ("first_span", "last_span"))
+    return f"learned by {first}" if first == last else f"the first learned by {first}, the last by {last}"
+
+
+def _version_name(span: int, versions: Mapping[int, int]) -> str:
+    """ "version 4"; without a version of this span "the fit" or "update 3"."""
+    if span in versions:
+        return f"version {versions[span]}"
+    return f"update {span}" if span else "the fit"
+
+
+def _interest_block(interest: dict[str, Any], versions: Mapping[int, int]) -> str:
     """Title, best items and past events of an interest."""
     title = f"{interest['title'][0].upper()}{interest['title'][1:]}"
     if interest["born_span"] is not None:
-        title += f": created in span {interest['born_span']}, last used in span {interest['used_span']}"
-    lines = [title, _fill(f"best items: {', '.join(map(str, interest['items'])) or 'none'}", "  ")]
+        born, used = (_version_name(interest[name], versions) for name in ("born_span", "used_span"))
+        title += f": created by {born}, last used by {used}"
+    lines = [title, _fill(f"best items: {', '.join(map(printable_id, interest['items'])) or 'none'}", "  ")]
     if interest["events"]:
         by_date = groupby(interest["events"], lambda event: _date(event["at"]))
-        events = [f"{', '.join(str(event['item_id']) for event in group)} {date}" for date, group in by_date]
+        events = [f"{_count_items(event['item_id'] for event in group)} {date}" for date, group in by_date]
         lines.append(_fill(f"supported by past events: {'; '.join(events)}", "  "))
     return "\n".join(lines)
 
 
-def item_text(found: dict[str, Any]) -> str:
-    """The statistics of an item; `found` is what `freshrec inspect item --json` prints."""
+def _count_items(ids: Iterable[Any]) -> str:
+    """List ids, each once, with the number of its repeats: "7, 12 (9 times)"."""
+    return ", ".join(
+        f"{printable_id(name)} ({n} times)" if n > 1 else printable_id(name) for name, n in Counter(ids).items()
+    )
+
+
+def item_text(found: dict[str, Any], versions: Mapping[int, int] = MappingProxyType({})) -> str:
+    """The statistics of an item; `found` is what `freshrec inspect item --json` prints. `versions`: see `user_text`."""
     events = "1 event" if found["n_events"] == 1 else f"{found['n_events']:,} events"
     users = "1 user" if found["n_users"] == 1 else f"{found['n_users']:,} users"
     times = f" ({_time(found['first'])} to {_time(found['last'])} UTC)" if "first" in found else ""
-    spans = f"the first in span {found['first_span']}, the last in span {found['last_span']}"
-    return _fill(f"Item {found['item_id']} has {events} from {users}{times}: {spans}. {SPANS}")
+    learned = _first_and_last(found, versions)
+    return _fill(f"Item {printable_id(found['item_id'])} has {events} from {users}{times}: {learned}.")
 
 
 def _fill(text: str, indent: str = "") -> str:

@@ -164,7 +164,8 @@ class Recommender:
         - Other models: one row. `points` is the score and `place` the rank among all items.
 
         `because` is the item of the user's history that contributes most, or null if unknown. There are no rows if the
-        model does not offer the item. Raises OptionError for an unknown user or item.
+        model does not score the item; a list may still have it as a fallback. Raises OptionError for an unknown user or
+        item.
         """
         served = self.served
         found = explain_item(served, *rows_of_pair(served, user, item))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from freshrec.data.formats import printable_id
 from freshrec.data.log import format_time
 from freshrec.models.blend.model import Blend
 from freshrec.models.item_knn import ItemKNN
@@ -107,7 +108,7 @@ def _interests_of_pairs(
         groups.setdefault(counter.most_influential_item(batch, item), []).append(at)
     interests = []
     for because, places in sorted(groups.items(), key=lambda group: (group[0] == 0, -len(group[1]))):
-        name = served.items.ids(torch.tensor([because]))[0] if because else None
+        name = printable_id(served.items.ids(torch.tensor([because]))[0]) if because else None
         title = f"because of item {name}" if because else "popular, or liked by similar users"
         index = torch.tensor(places)[:N_ITEMS]
         items = _items_with_scores(served, column_tensor(found)[index], column_tensor(found, "score")[index])

@@ -77,6 +77,17 @@ class Answer:
             return reference
         return best
 
+    @property
+    def n_ties(self) -> int:
+        """Number of other methods that the best one does not beat beyond chance."""
+        pairs = [self.differences.get((self.best.method, row.method)) for row in self.summaries[1:]]
+        return sum(1 for pair in pairs if pair is None or not pair.is_beyond_chance)
+
+    @property
+    def has_no_winner(self) -> bool:
+        """Whether the lead of the best method over every other one is within chance; False for a single method."""
+        return 0 < self.n_ties == len(self.summaries) - 1
+
     def cpu_s(self, method: Method) -> float:
         """CPU seconds of one update."""
         return self.summary(method).cpu_s or 0.0

@@ -1,6 +1,6 @@
 """The text at the end of a replay: a table, the paired tests in words, and the next command.
 
-No line has more than 100 columns, except for long names.
+No line has more than 100 columns, except for long names, and for tables on a terminal of less than 72 columns.
 """
 
 from __future__ import annotations
@@ -18,15 +18,19 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from freshrec.models import CONTROLS, COUNTING_MODELS
+from freshrec.data.log import format_count
+from freshrec.models import CONTROLS
 from freshrec.replay.answer import Answer, Difference, Method
 from freshrec.replay.click_metrics import LOWER_IS_BETTER
 from freshrec.replay.metrics import SAMPLED_SUFFIX
 from freshrec.replay.recipe_schema import LogRecipe
 from freshrec.strategies.baselines import Frozen, Retrain
+from freshrec.types import TrainedModel
 
 MAX_WIDTH = 100  # columns of text
-MIN_CPU_S = 0.05  # CPU seconds; ratios of smaller costs mean nothing
+MIN_TABLE_WIDTH = 72  # below it, a table has its natural width, because it would lose columns
+UNLIMITED = 10_000  # columns
+DEFAULT_MODEL, DEFAULT_STRATEGY = "blend", "refit"  # of `freshrec fit`
 NO_BREAK = "\N{NO-BREAK SPACE}"
 BLOCKS = re.compile(r" x(\d+)$")  # the end of a strategy's name in a replay with several blocks per span
 
@@ -98,7 +102,9 @@ def format_change(value: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Return seconds with one decimal below 100, and without decimals from 100 on."""
+    """Return seconds with one decimal below 100, and without decimals from 100 on. Less than 0.05 s is "<0.1"."""
+    if seconds < 0.05:
+        return "<0.1" if seconds > 0 else "0"
     return f"{seconds:.1f}" if seconds < 100 else f"{seconds:,.0f}"
 
 
@@ -114,7 +120,7 @@ def wrap(text: str, width: int, indent: str = "") -> str:
 
 
 def render_table(answer: Answer, width: int = MAX_WIDTH) -> str:
-    """Return the table and a legend, as plain text of at most `width` columns."""
+    """Return the table and a legend, as plain text of at most `width` columns. See `table_lines` for narrow tables."""
     labels = Labels.of(answer.cells)
     has_forgetting = any(row.forgetting is not None for row in answer.summaries)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -134,10 +140,15 @@ def render_table(answer: Answer, width: int = MAX_WIDTH) -> str:
             cells.append("" if row.forgetting is None else format_change(row.forgetting))
         cells.append("" if row.cpu_s is None else format_seconds(row.cpu_s))
         table.add_row(labels.model(row.method), labels.strategy(row.method), *cells)
-    text = StringIO()
+    legend = [wrap(line, width) for line in _legend(answer, labels, has_forgetting)]
+    return "\n".join([*table_lines(table, width), "", *legend])
+
+
+def table_lines(table: Table, width: int) -> list[str]:
+    """Return the lines of a table, without spaces at their ends. Below 72 columns, the table has its natural width."""
+    text, width = StringIO(), width if width >= MIN_TABLE_WIDTH else UNLIMITED
     Console(file=text, width=width, color_system=None, highlight=False, markup=False).print(table)
-    lines = [line.rstrip() for line in text.getvalue().splitlines()]
-    return "\n".join([*lines, "", *(wrap(line, width) for line in _legend(answer, labels, has_forgetting))])
+    return [line.rstrip() for line in text.getvalue().splitlines()]
 
 
 def _legend(answer: Answer, labels: Labels, has_forgetting: bool) -> list[str]:
@@ -146,9 +157,12 @@ def _legend(answer: Answer, labels: Labels, has_forgetting: bool) -> list[str]:
     lines = [f"{answer.metric}: mean over spans, {direction} is better; ± is half of the 95 % interval over users."]
     if compared := _describe_references(answer, labels):
         lines.append(f"difference: from {compared}; positive = better.")
-        lines.append(f"p: paired test over users, corrected for {answer.n_pairs} comparisons.")
+        lines.append(f"p: paired test over users, corrected for {format_count(answer.n_pairs, 'comparison')}.")
     if has_forgetting:
-        lines.append("forgetting: loss on held-out events of earlier spans, after the last update; positive = lost.")
+        lines.append(
+            f"forgetting: loss of {answer.metric} on held-out events of earlier spans, after the last update; "
+            "positive = lost."
+        )
     lines.append("CPU-s: processor seconds per update, without measuring.")
     shortened = labels.shortened()
     return [*lines, *[f"Options: {', '.join(shortened)}."] * bool(shortened)]
@@ -214,17 +228,16 @@ def _describe_best(answer: Answer, labels: Labels) -> str:
     best = answer.best
     kind = " (a control)" if best.method[0] in CONTROLS else ""
     text = f"Best on this log: {labels[best.method]}{kind}, {answer.metric} {best.value:.4f}."
-    pairs = [answer.differences.get((best.method, row.method)) for row in answer.summaries[1:]]
-    n_ties = sum(1 for pair in pairs if pair is None or not pair.is_beyond_chance)
-    if not pairs:
-        return text
-    if len(pairs) == 1:
-        return (
-            f"{text} Its lead over {labels[answer.summaries[1].method]} is {'within' if n_ties else 'beyond'} chance."
-        )
-    if not n_ties:
+    others = answer.summaries[1:]
+    if answer.has_no_winner:
+        names = {1: labels[others[0].method], 2: "both others"}
+        rivals = names.get(len(others), f"all {len(others)} others")
+        return f"{text} Its lead over {rivals} is within chance, so there is no winner."
+    if len(others) == 1:
+        return f"{text} Its lead over {labels[others[0].method]} is beyond chance."
+    if others and not answer.n_ties:
         return f"{text} It is better than all others beyond chance."
-    return f"{text} Its lead is within chance for {n_ties} of the {len(pairs)} others."
+    return f"{text} Its lead over {answer.n_ties} of the {len(others)} others is within chance." if others else text
 
 
 def _describe_gain(answer: Answer, labels: Labels) -> str:
@@ -234,7 +247,9 @@ def _describe_gain(answer: Answer, labels: Labels) -> str:
     cells = answer.cells.items()
     frozen = [method for method, cell in cells if method[0] == best[0] and isinstance(cell.strategy_instance, Frozen)]
     if best in frozen:
-        return f"That model is not updated at all: no update of {labels.model(best)} was better on this log."
+        if any(method[0] == best[0] and method not in frozen for method in answer.cells):
+            return f"That model is not updated at all: no update of {labels.model(best)} was better on this log."
+        return f"That model is not updated at all. No update of {labels.model(best)} was run."
     if gain is not None:
         base = answer.summary(reference).value
         share = f" ({100 * gain.value / base:+.0f} %)" if base > 0 else ""
@@ -252,8 +267,8 @@ def _describe_gain(answer: Answer, labels: Labels) -> str:
 def _describe_best_trained(answer: Answer, labels: Labels) -> str:
     """Describe the best trained model, if a counting model is best."""
     best = answer.best
-    trained = [row for row in answer.summaries if _without_options(row.method[0]) not in COUNTING_MODELS]
-    if _without_options(best.method[0]) not in COUNTING_MODELS or not trained:
+    trained = [row for row in answer.summaries if _is_trained(answer, row.method)]
+    if _is_trained(answer, best.method) or not trained:
         return ""
     gap = answer.differences.get((trained[0].method, best.method))
     numbers = "" if gap is None else f" ({format_change(gap.value)}, {_verdict(gap)})"
@@ -261,6 +276,10 @@ def _describe_best_trained(answer: Answer, labels: Labels) -> str:
         f"{labels.model(best.method)} is a counting model. The best trained model is {labels[trained[0].method]}, "
         f"{answer.metric} {trained[0].value:.4f}{numbers}."
     )
+
+
+def _is_trained(answer: Answer, method: Method) -> bool:
+    return isinstance(answer.cells[method].model_spec.build(0), TrainedModel)
 
 
 def _describe_cost(answer: Answer, labels: Labels) -> str:
@@ -274,14 +293,19 @@ def _describe_cost(answer: Answer, labels: Labels) -> str:
         for method in dict.fromkeys([best, answer.references[best], *retrains])
     ]
     text = f"Cost of an update: {', '.join(costs)}."
-    return text if chosen == best else f"{text} {labels[chosen]} costs less and may be as good: use it."
+    if answer.has_no_winner or chosen == best:
+        return text
+    return f"{text} {labels[chosen]} costs less and may be as good: use it."
 
 
-def fit_command(log: LogRecipe, method: Method) -> list[str]:
-    """Return the command that makes a store with this model and strategy, from the log of a replay."""
+def fit_command(log: LogRecipe, method: Method | None) -> list[str]:
+    """Return the command that makes a store from the log of a replay, with the default model if `method` is None."""
     path = str(Path(log.folder) / log.path) if log.path else "LOG"
-    model, strategy = method
-    words = ["freshrec", "fit", path, "--model", model, "--strategy", BLOCKS.sub("", strategy), "--store", "shop"]
+    words = ["freshrec", "fit", path]
+    if method is not None:
+        model, strategy = method
+        words += ["--model", model, "--strategy", BLOCKS.sub("", strategy)]
+    words += ["--store", "shop"]
     if log.columns:
         words += ["--columns", ",".join(f"{name}={column}" for name, column in log.columns.items())]
     if log.format:
@@ -316,6 +340,20 @@ def render_answer(answer: Answer, log: LogRecipe, width: int = MAX_WIDTH) -> str
     if log.exposures:
         parts.append(wrap("A store keeps no exposures, so `freshrec fit` cannot learn from them yet.", width))
     else:
-        hint = "" if log.path else " (LOG is your own log)"
-        parts.append(f"Next{hint}:\n{render_command(fit_command(log, answer.chosen()), width)}")
+        parts.append(_next_step(answer, log, width))
     return "\n\n".join(parts)
+
+
+def _next_step(answer: Answer, log: LogRecipe, width: int) -> str:
+    """Return the command that makes a store: with the chosen method, or with the default if there is no winner."""
+    hint = "" if log.path else " (LOG is your own log)"
+    if not answer.has_no_winner:
+        return f"Next{hint}:\n{render_command(fit_command(log, answer.chosen()), width)}"
+    text = f"Next, with the default model{hint}:\n{render_command(fit_command(log, None), width)}"
+    if any(_without_options(model) == DEFAULT_MODEL for model, _ in answer.cells):
+        return text
+    advice = (
+        f"The default model, {DEFAULT_MODEL}, was not compared. To add it to this replay, repeat the command with "
+        f"--resume --extra-pairs {DEFAULT_MODEL}/{DEFAULT_STRATEGY}."
+    )
+    return f"{text}\n{wrap(advice, width)}"

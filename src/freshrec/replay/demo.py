@@ -100,8 +100,8 @@ def describe_results(results: pl.DataFrame, tests: pl.DataFrame) -> list[str]:
             else "By the paired test it differs from fine-tuning beyond chance."
         ),
         f"- Every user starts with 4 interests. After the last span IMSR keeps {final_interests:.1f} per user.",
-        f"- Forgetting of earlier spans (positive = lost): {forgetting['finetune']:+.4f} with fine-tuning, "
-        f"{forgetting['imsr']:+.4f} with IMSR.",
+        f"- Forgetting of earlier spans, as loss of ndcg@20 (positive = lost): {forgetting['finetune']:+.4f} with "
+        f"fine-tuning, {forgetting['imsr']:+.4f} with IMSR.",
     ]
     controls = results.filter(
         (pl.col("span") == OVERALL_SPAN) & (pl.col("slice") == "all") & (pl.col("metric") == "ndcg@20")

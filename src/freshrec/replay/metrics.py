@@ -47,11 +47,13 @@ class Metric:
     description: str
 
 
+RANGE = "; 0 to 1, higher is better"
+
 METRICS = {
-    "hr": Metric(hr, "share of queries whose target is among the first k (hit rate)"),
-    "recall": Metric(hr, "share of the targets found among the first k; the same as hr with one target per query"),
-    "ndcg": Metric(ndcg, "hr, discounted by 1 / log2(1 + rank)"),
-    "mrr": Metric(mrr, "hr, discounted by 1 / rank (mean reciprocal rank)"),
+    "hr": Metric(hr, "share of queries whose target is among the first k (hit rate)" + RANGE),
+    "recall": Metric(hr, "share of the targets among the first k; equals hr with one target per query" + RANGE),
+    "ndcg": Metric(ndcg, "hr, discounted by 1 / log2(1 + rank)" + RANGE),
+    "mrr": Metric(mrr, "hr, discounted by 1 / rank (mean reciprocal rank)" + RANGE),
 }
 
 

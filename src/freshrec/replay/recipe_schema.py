@@ -7,7 +7,7 @@ those that it sets itself.
 import tomllib
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -126,7 +126,13 @@ class ReplayRecipe:
     last_update: Annotated[
         bool, Field(description="Update after the last span too. Needed for its cost and for forgetting.")
     ] = True
-    metrics: Annotated[Words, Field(description="Metrics, such as ndcg@20,hr@10. See `freshrec list metrics`.")] = (
+    metrics: Annotated[
+        Words,
+        Field(
+            description="Metrics, such as ndcg@20,hr@10. See `freshrec list metrics`. "
+            "With exposures: auc and logloss, the default there."
+        ),
+    ] = (
         "hr@20",
         "ndcg@20",
         "mrr@20",
@@ -135,6 +141,11 @@ class ReplayRecipe:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+
+def default_metrics(exposures: bool) -> Words:
+    """The metrics of a replay whose user names none: of rankings, or of clicks on a log with exposures."""
+    return ("auc", "logloss") if exposures else ReplayRecipe.metrics
 
 
 @dataclass(frozen=True)
@@ -150,7 +161,11 @@ class Recipe:
 
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe and those that it extends. Raises OptionError for invalid TOML or an unknown key."""
-    return parse_recipe(_tables(path, ()))
+    tables = _tables(path, ())
+    try:
+        return parse_recipe(tables)
+    except OptionError as problem:
+        raise OptionError(f"{path}: {problem}") from None
 
 
 def _tables(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
@@ -159,8 +174,12 @@ def _tables(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
         raise OptionError(f"{path} extends itself, through {children[-1]}. Remove one `extends`.")
     try:
         tables = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as problem:
-        raise OptionError(f"{path} is not a readable recipe ({problem}). Check the file and its TOML.") from None
+    except FileNotFoundError:
+        raise OptionError(f"There is no file {path}. Check the path.") from None
+    except OSError as problem:
+        raise OptionError(f"The recipe {path} cannot be read ({problem.strerror}). Check the path.") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as problem:
+        raise OptionError(f"The recipe {path} is not valid TOML ({problem}). Correct it.") from None
     parent = tables.pop("extends", None)
     if parent is None:
         return tables
@@ -179,16 +198,20 @@ def merge_tables(tables: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[
     return merged
 
 
-def parse_recipe(tables: dict[str, Any]) -> Recipe:
-    """Make a recipe from nested dictionaries. OptionError names the nearest valid key or value.
+def parse_recipe(tables: dict[str, Any], place: str = "recipe key {}") -> Recipe:
+    """Make a recipe from nested dictionaries. Raises OptionError for an unknown key or an invalid value.
 
-    Former names of keys are accepted with a warning.
+    Former names of keys are accepted with a warning. Without metrics, they are those of `default_metrics`.
+    `place`: the words for a key in a message. "--{}" names its flag.
     """
     try:
         current_tables = {name: _with_current_keys(name, table) for name, table in tables.items()}
-        return TypeAdapter(Recipe).validate_python(current_tables)
+        recipe = TypeAdapter(Recipe).validate_python(current_tables)
     except ValidationError as problem:
-        raise option_error(problem, Recipe, "recipe key {}") from None
+        raise option_error(problem, Recipe, place) from None
+    if "metrics" in current_tables.get("replay", {}):
+        return recipe
+    return replace(recipe, replay=replace(recipe.replay, metrics=default_metrics(recipe.log.exposures)))
 
 
 def _with_current_keys(section: str, table: Any) -> Any:

@@ -9,6 +9,8 @@ import numpy as np
 import polars as pl
 
 from freshrec.disk_names import COST_KEYS, RANK_COLUMNS, with_current_keys
+from freshrec.replay.answer import headline_metric
+from freshrec.replay.answer_text import format_seconds
 from freshrec.replay.cell import Cell
 from freshrec.replay.click_metrics import LOWER_IS_BETTER, compute_click_metrics
 from freshrec.replay.metrics import compute_metrics
@@ -255,10 +257,11 @@ def markdown_table(methods: pl.DataFrame, metrics: Sequence[str]) -> str:
     """A Markdown table with a row per method, sorted by the first metric, the best first.
 
     Quality has 95 % intervals. Forgetting is the loss of the last model on held-out targets of earlier spans, against
-    the model just updated on them; positive = lost. All other numbers are means over spans.
+    the model just updated on them; positive = lost. It is that of the headline metric. All other numbers are means
+    over spans.
     """
     costs = {"update_cpu_s": "CPU-s per update", "peak_mb": "peak MB", "mean_k": "interests per user"}
-    forgetting_metric = f"forgetting {metrics[0]}"
+    forgetting_metric = f"forgetting {headline_metric(metrics)}"
     values = {(r["model"], r["strategy"], r["metric"]): r for r in methods.iter_rows(named=True)}
     costs = {cost: name for cost, name in costs.items() if any(metric == cost for *_, metric in values)}
     sign = -1 if metrics[0] in LOWER_IS_BETTER else 1
@@ -280,7 +283,8 @@ def markdown_table(methods: pl.DataFrame, metrics: Sequence[str]) -> str:
             cells.append(f"{forgetting['value']:+.4f}" if forgetting else "")
         for cost in costs:
             cost_row = values.get((model.partition("@")[0], strategy, cost))
-            cells.append(f"{cost_row['value']:.1f}" if cost_row else "")
+            number = format_seconds if cost == "update_cpu_s" else "{:.1f}".format
+            cells.append(number(cost_row["value"]) if cost_row else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -291,7 +295,10 @@ def table_notes(methods: pl.DataFrame, metrics: Sequence[str]) -> list[str]:
     if any(metric in LOWER_IS_BETTER for metric in metrics):
         lines[0] = "- Quality: mean over spans, with its 95 % interval. Higher is better; lower for logloss."
     if any(metric.startswith("forgetting ") for metric in methods["metric"]):
-        lines.append("- Forgetting: loss on held-out events of earlier spans, after the last update. Positive = lost.")
+        lines.append(
+            f"- Forgetting: loss of {headline_metric(metrics)} on held-out events of earlier spans, after the last "
+            "update. Positive = lost."
+        )
     lines.append("- CPU-s: seconds of processor time, without measuring. Peak MB: largest memory of the process.")
     if any("@" in model for model in methods["model"]):
         lines.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import replace
 from multiprocessing.pool import AsyncResult
 from pathlib import Path
@@ -49,6 +49,7 @@ def run_cells(
         for cell in unfinished:
             _run_cell(cell, split, device, settings, out, on_span_done)
         return
+    reported = _finished_spans(unfinished, out).keys()
     bases = {base_file(cell, cell.base_options, out): cell for cell in unfinished if cell.shared_fit}
     # the workers inherit the handler, so that only this process reacts to Ctrl-C
     previous_handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -57,7 +58,7 @@ def run_cells(
         running = [pool.apply_async(_prepare_base, (cell, split, device, out)) for cell in bases.values()]
         for cell in unfinished:
             running.append(pool.apply_async(_run_cell, (cell, split, device, settings, out, _ignore_progress)))
-        _report_progress(running, unfinished, out, on_span_done)
+        _report_progress(running, unfinished, out, reported, on_span_done)
 
 
 def _claim_folder(out: Path, cells: list[Cell], split: LogSplit, settings: ReplaySettings) -> None:
@@ -79,19 +80,30 @@ def _ignore_progress(cell: Cell, span: int) -> None:
     """Do nothing: the main process reads the progress of a worker from its files."""
 
 
+def _finished_spans(cells: list[Cell], out: Path) -> dict[tuple[str, int], Cell]:
+    """The spans whose files are written: folder of the run and number of the span -> run, in order."""
+    return {
+        (cell.folder_name, span): cell
+        for cell in cells
+        for span in sorted(int(file.stem.rpartition("-")[2]) for file in (out / cell.folder_name).glob("costs-*.json"))
+    }
+
+
 def _report_progress(
-    running: list[AsyncResult[None]], cells: list[Cell], out: Path, on_span_done: ProgressCallback
+    running: list[AsyncResult[None]],
+    cells: list[Cell],
+    out: Path,
+    reported: Set[tuple[str, int]],
+    on_span_done: ProgressCallback,
 ) -> None:
-    """Report new files of the workers until all have finished."""
-    reported: set[tuple[str, int]] = set()
+    """Report new files of the workers until all have finished. Files of `reported` spans are not new."""
     while True:
         is_finished = all(task.ready() for task in running)
-        for cell in cells:
-            for file in sorted((out / cell.folder_name).glob("costs-*.json")):
-                span = int(file.stem.rpartition("-")[2])
-                if (cell.folder_name, span) not in reported:
-                    reported.add((cell.folder_name, span))
-                    on_span_done(cell, span)
+        finished = _finished_spans(cells, out)
+        for (folder, span), cell in finished.items():
+            if (folder, span) not in reported:
+                on_span_done(cell, span)
+        reported = reported | finished.keys()
         for task in running:
             if task.ready():
                 task.get()  # raises the error of the worker

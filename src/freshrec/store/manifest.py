@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from freshrec.version import __version__
 
 FORMAT = 1
+METRIC_KEY = "metric"  # in a manifest's "data": the metric of the gate
+RETRY_KEY = "retry_of"  # in a manifest's "data": the version whose events `update --retry` learned again
 VersionKind = Literal["fit", "update", "no rows", "saved"]
 MoveAction = Literal["fit", "update", "promote", "rollback", "save"]
 
@@ -57,6 +59,11 @@ class Manifest(BaseModel):
         """The metric by which the gate measured the version, such as "ndcg@20"; "" if it measured nothing."""
         names = (name.rpartition(" ") for name in self.numbers)
         return next((metric for metric, _, other in names if other in ("live", "popularity")), "")
+
+    @property
+    def retry_of(self) -> int | None:
+        """The version whose events `update --retry` learned again, if this is one of its versions."""
+        return self.data.get(RETRY_KEY)
 
 
 class PointerMove(BaseModel):

@@ -15,12 +15,14 @@ deletes them and keeps the manifest.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
@@ -82,7 +84,9 @@ class Store:
         """Return the manifest of a version. Raises StateError if it does not exist or is damaged."""
         path = _version_folder(self, number) / MANIFEST_FILE
         if not path.parent.is_dir():
-            raise StateError(f"There is no version {number} in {self.folder}. See `freshrec history`.")
+            raise StateError(
+                f"There is no version {number} in {self.folder}. See `freshrec history {store_option(self.folder)}`."
+            )
         content = read_checksummed(path)
         if isinstance(content, dict) and content.get("format", FORMAT) not in range(1, FORMAT + 1):
             raise StateError(f"{path} has a format that this freshrec does not know. Upgrade freshrec.")
@@ -99,13 +103,13 @@ class Store:
 
     def moves(self) -> list[PointerMove]:
         """Return every change of the live version, oldest first. Raises StateError if the record is damaged."""
-        path = self.folder / "live.json"
+        path, command = self.folder / "live.json", f"freshrec promote N {store_option(self.folder)}"
         try:
             return [PointerMove.model_validate(current_move(move)) for move in read_checksummed(path)]
         except (ValidationError, TypeError, StateError):
             raise StateError(
                 f"{path} is missing or was changed by another program. "
-                "Restore it from a backup, or choose a live version with `freshrec promote N`."
+                f"Restore it from a backup, or choose a live version with `{command}`."
             ) from None
 
     @property
@@ -113,7 +117,10 @@ class Store:
         """The number of the live version. Raises StateError if there is none yet."""
         moves = self.moves()
         if not moves:
-            raise StateError(f"No version of {self.folder} is live yet. Choose one with `freshrec promote N`.")
+            raise StateError(
+                f"No version of {self.folder} is live yet. "
+                f"Choose one with `freshrec promote N {store_option(self.folder)}`."
+            )
         return moves[-1].to
 
     def move_pointer(self, number: int, action: MoveAction, reason: str = "") -> None:
@@ -181,9 +188,14 @@ class Store:
         return [wrong for file in manifest.files.values() for wrong in _file_damage(folder / file.path, file)]
 
 
-def version_chain(store: Store) -> list[Manifest]:
-    """Return the live version and all its ancestors, oldest first. Raises StateError if a manifest is damaged."""
-    found = [store.manifest(store.live)]
+def store_option(folder: Path) -> str:
+    """Return the option that names a store, to be pasted into a command."""
+    return f"--store {shlex.quote(str(folder))}"
+
+
+def version_chain(store: Store, number: int | None = None) -> list[Manifest]:
+    """Return a version (default: the live one) and its ancestors, oldest first. Raises StateError if one is damaged."""
+    found = [store.manifest(store.live if number is None else number)]
     while (parent := found[0].parent) is not None:
         try:
             found.insert(0, store.manifest(parent))
@@ -197,6 +209,8 @@ def version_chain(store: Store) -> list[Manifest]:
 @contextmanager
 def create_store(folder: Path) -> Iterator[Store]:
     """Create a store. It appears in `folder` when the block ends. Raises OptionError if the folder is not empty."""
+    if (folder / "store.json").exists():
+        raise OptionError(f"{folder} already holds a store. Use `freshrec update`, or choose another folder.")
     folder = folder.resolve()
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
         raise OptionError(f"{folder} is not empty. Choose a new folder.")
@@ -246,8 +260,8 @@ def is_collected(store: Store, number: int) -> bool:
 def collect_garbage(store: Store, keep: int) -> list[int]:
     """Delete the files of old and refused versions, and return the numbers of these versions.
 
-    The live version and the last `keep` other versions that went live keep their files. A version whose manifest cannot
-    be read keeps them too: you may have a backup of the manifest.
+    The live version and the `keep` newest others that were ever live keep their files, also if they were rolled back.
+    A version whose manifest cannot be read keeps them too: you may have a backup of the manifest.
     """
     live, versions = store.live, store.manifests()
     numbers_to_keep = {
@@ -263,6 +277,19 @@ def collect_garbage(store: Store, keep: int) -> list[int]:
         if number in collected_numbers or is_collected(store, number):
             delete_files(store, number)
     return collected_numbers
+
+
+def disk_bytes(folder: Path) -> int:
+    """Return the bytes of all files below a folder. A file that several versions share counts once."""
+    sizes = {}
+    for path in folder.rglob("*"):
+        try:
+            found = path.lstat()
+        except FileNotFoundError:  # an update or a server has removed it
+            continue
+        if S_ISREG(found.st_mode):
+            sizes[found.st_dev, found.st_ino] = found.st_size
+    return sum(sizes.values())
 
 
 def delete_files(store: Store, number: int) -> None:
@@ -365,7 +392,7 @@ def _recovery_hint(store: Store, number: int) -> str:
     for other in reversed([n for n in store.version_numbers() if n < number]):
         try:
             if store.manifest(other).promoted and not store.find_damage(other):
-                return f"Roll back with `freshrec rollback {other} --reason damage`."
+                return f"Roll back with `freshrec rollback {other} --reason damage {store_option(store.folder)}`."
         except StateError:
             continue
     return "All earlier versions are damaged too. Run `freshrec fit` again on your log."
