@@ -15,6 +15,7 @@ from freshrec.models.absorb import absorb_block
 from freshrec.replay.answer import SIGNIFICANCE_LEVEL, read_answer
 from freshrec.replay.answer_text import output_width, render_table, wrap
 from freshrec.replay.cell import Cell, ReplaySettings
+from freshrec.replay.recipe_schema import FIRST_UPDATED_SPAN
 from freshrec.replay.results import OVERALL_SPAN, collect_results
 from freshrec.replay.runner import ProgressCallback, run_cells
 from freshrec.replay.slices import slice_table
@@ -57,7 +58,9 @@ def run_demo(demo_world: DemoWorld, out: Path, on_span_done: ProgressCallback, j
     """Replay the world into `out`. Return the table and its explanation, made from the numbers."""
     cells = make_demo_cells()
     run_cells(cells, demo_world.split, ReplaySettings(), out, jobs=jobs, on_span_done=on_span_done)
-    results = collect_results(cells, slice_table(demo_world.split.spans), DEMO_METRICS, out)
+    results = collect_results(
+        cells, slice_table(demo_world.split.spans), DEMO_METRICS, out, from_span=FIRST_UPDATED_SPAN
+    )
     tests = pl.read_parquet(out / "tests.parquet")
     base = load_state(next((out / "bases").glob("comirec-dr--0--*.safetensors")))
     sentences = [*describe_results(results, tests), measure_detection(base, demo_world, Detector()).describe()]
