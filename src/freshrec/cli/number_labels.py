@@ -81,7 +81,7 @@ LABELS: dict[str, NumberLabel] = {
     "tune_cpu_s": _time("tuning"),
     # training
     "rows_read": _training("events trained on", "count", "replayed ones included"),
-    "epochs": _training("epochs", "count", "fixed by an option or chosen on held-out events"),
+    "epochs": _training("epochs", "count", "fixed, or chosen on held-out events"),
     "mean_k": _training("interests per user", "number", "mean over users who have any"),
     "interest_bytes": _training("size of interests per user", "bytes", "mean over users who have any"),
     "trained_worth": _training("gain of the trained expert", "number", "nats per query, higher is better"),

@@ -183,7 +183,8 @@ def run_recipe(recipe: Recipe, out: Path, jobs: int, device: str, resume: bool, 
     if as_json:
         typer.echo(json.dumps({"out": str(out), "summary": _overall_rows(results)}))
         return
-    typer.echo(render_answer(read_answer(cells, out, headline_metric(part.metrics)), recipe.log, output_width()))
+    answer = read_answer(cells, out, headline_metric(part.metrics))
+    typer.echo(render_answer(answer, recipe.log, output_width(), from_span))
     typer.echo(
         f"\nResults in {out}:\n  table.md, results.parquet, methods.parquet, tests.parquet, recipe.toml", err=True
     )

@@ -1,6 +1,10 @@
 """The rule for duplicates: which rows of a log are the same event. Replay, store and Python API share it."""
 
+from dataclasses import replace
+
 import polars as pl
+
+from freshrec.data.log import Log, format_count
 
 EVENT_KEYS = ("user_id", "item_id", "time")
 
@@ -21,3 +25,16 @@ def drop_duplicate_rows(rows: pl.DataFrame, has_clock: bool, keys: tuple[str, ..
     with_id = with_id.unique("event_id", keep="first") if len(with_id) else with_id
     without_id = without_id.unique(keys, keep="first") if has_clock else without_id
     return pl.concat([with_id, without_id]).sort("row number").drop("row number")
+
+
+def drop_duplicates(log: Log) -> Log:
+    """Return the log with the first row of each event only, and a note on the number of skipped rows.
+
+    In a log with exposures (label 0), rows are the same event only if the label is the same too.
+    """
+    has_exposures = "label" in log.frame.columns and bool((log.frame["label"] == 0).any())
+    keys = (*EVENT_KEYS, "label") if has_exposures else EVENT_KEYS
+    frame = drop_duplicate_rows(log.frame, log.has_clock, keys)
+    n_skipped = len(log.frame) - len(frame)
+    note = f"Skipped {format_count(n_skipped, 'duplicate')} (same event_id, or same user, item and time)."
+    return replace(log, frame=frame, notes=(*log.notes, note)) if n_skipped else log

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from freshrec.data.columns import ColumnFault, has_value, read_ids, read_labels, read_numbers, read_times
-from freshrec.data.duplicates import EVENT_KEYS, drop_duplicate_rows
 from freshrec.data.formats import SourceTable, as_log_error, open_table, to_printable
 from freshrec.deprecation import UNSET, Unset, value_of_renamed
 from freshrec.errors import LogError, NoRowsError, OptionError, close_name, list_names, unknown_name_error
@@ -131,19 +130,6 @@ def keep_positives(log: Log) -> Log:
         raise LogError("No row of the log has a label above 0, so there is nothing to learn from. Check the labels.")
     n_left_out = len(log.frame) - len(frame)
     return _add_note(replace(log, frame=frame), f"Left out {format_count(n_left_out, 'exposure')} (label 0).")
-
-
-def drop_duplicates(log: Log) -> Log:
-    """Return the log with the first row of each event only, and a note on the number of skipped rows.
-
-    In a log with exposures (label 0), rows are the same event only if the label is the same too.
-    """
-    has_exposures = "label" in log.frame.columns and bool((log.frame["label"] == 0).any())
-    keys = (*EVENT_KEYS, "label") if has_exposures else EVENT_KEYS
-    frame = drop_duplicate_rows(log.frame, log.has_clock, keys)
-    n_skipped = len(log.frame) - len(frame)
-    note = f"Skipped {format_count(n_skipped, 'duplicate')} (same event_id, or same user, item and time)."
-    return _add_note(replace(log, frame=frame), note) if n_skipped else log
 
 
 def filter_positives(frame: pl.DataFrame) -> pl.DataFrame:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from freshrec.data.log import Log, drop_duplicates, format_count, format_time
+from freshrec.data.duplicates import drop_duplicates
+from freshrec.data.log import Log, format_count, format_time
 
 DAY = 86_400_000_000  # microseconds
 MAX_SUGGESTED_SPANS = 6  # after the base block

@@ -10,7 +10,8 @@ import polars as pl
 import torch
 
 from freshrec.data.catalog import Catalog
-from freshrec.data.log import Log, drop_duplicates, format_time, keep_positives, read_log
+from freshrec.data.duplicates import drop_duplicates
+from freshrec.data.log import Log, format_time, keep_positives, read_log
 from freshrec.errors import LogError
 from freshrec.recommender.served_state import ServedState
 from freshrec.types import Events

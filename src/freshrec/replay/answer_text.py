@@ -329,11 +329,16 @@ def render_command(words: Sequence[str], width: int = MAX_WIDTH) -> str:
     return "\n".join(lines)
 
 
-def render_answer(answer: Answer, log: LogRecipe, width: int = MAX_WIDTH) -> str:
-    """Return the whole text at the end of a replay."""
+def render_answer(answer: Answer, log: LogRecipe, width: int = MAX_WIDTH, from_span: int = 1) -> str:
+    """Return the whole text at the end of a replay. `from_span`: first span of the means and tests."""
     if not answer.summaries:
         return "No run of this replay was tested on a target. Use more spans or a lower --min-history."
     parts = [render_table(answer, width)]
+    if from_span > 1:
+        start = (
+            f"Means and tests start at span {from_span}. In span 1, all strategies have the model of the base block."
+        )
+        parts[0] += "\n" + wrap(start, width)
     if tests := describe_tests(answer):
         parts.append("\n".join(["Paired tests", *(wrap(f"- {line}", width, "  ") for line in tests)]))
     parts.append("\n".join(["What it shows", *(wrap(f"- {line}", width, "  ") for line in describe_answer(answer))]))

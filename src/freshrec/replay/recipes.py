@@ -4,7 +4,8 @@ from pathlib import Path
 
 import polars as pl
 
-from freshrec.data.log import Log, drop_duplicates, events_before, keep_positives, read_log
+from freshrec.data.duplicates import drop_duplicates
+from freshrec.data.log import Log, events_before, keep_positives, read_log
 from freshrec.data.split import LogSplit, split_log
 from freshrec.data.synthetic import make_world
 from freshrec.errors import IncompatibleError, LogError, OptionError
