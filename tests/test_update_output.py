@@ -16,12 +16,12 @@ from rich.console import Console
 
 from freshrec.cli.app import main
 from freshrec.cli.progress import ProgressBar, ProgressLines, format_duration
-from freshrec.cli.text_layout import format_moment
-from freshrec.cli.version_text import fit_lines, next_commands, update_lines, verdict_sentence, version_line
+from freshrec.cli.version_text import fit_lines, next_commands, update_lines, verdict_sentence
 from freshrec.data.synthetic import make_world
 from freshrec.nightly.notes import Note, count_of, current_notes, notes_of, notes_to_print, with_notes
 from freshrec.progress import Progress, listen, report_epoch, report_progress
 from freshrec.store.manifest import Manifest
+from freshrec.text_layout import format_moment
 
 MONDAY = datetime.fromisoformat("2025-06-02T04:15:00+00:00")
 
@@ -167,7 +167,6 @@ def test_the_verdict_of_refused_forced_and_unchanged_versions_is_plain() -> None
     assert verdict_sentence(forced) == (
         "Version 7 is live because of --force, although the gate refused it (updated from version 6)."
     )
-    assert version_line(forced).endswith("; refused, but promoted by --force")
     assert "a copy of version 6" in verdict_sentence(version(7, kind="no rows"))
 
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from freshrec.cli.number_labels import format_quantity, number_rows
-from freshrec.cli.text_layout import WIDTH, align_rows, bullet, format_moment
+from freshrec.text_layout import WIDTH, align_rows, bullet, format_moment
 
 if TYPE_CHECKING:
     from freshrec.store.manifest import Manifest, PointerMove

@@ -6,13 +6,14 @@ import json
 from collections.abc import Iterable, Sequence
 from math import isfinite
 from shutil import get_terminal_size
-from textwrap import wrap
 from typing import Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from freshrec.text_layout import WIDTH, wrap_lines
 
 
 def print_table(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -28,11 +29,11 @@ def print_table(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     Console(highlight=False).print(table)
 
 
-LABEL_WIDTH, MAX_WIDTH = 12, 100  # characters
+LABEL_WIDTH = 12  # characters
 
 
 def print_labelled(lines: Iterable[tuple[str, str]], label_width: int = LABEL_WIDTH, indent: str = "  ") -> None:
-    """Print each text after its label, wrapped at the width of the terminal, at most MAX_WIDTH characters."""
+    """Print each text after its label, wrapped at the width of the terminal, at most WIDTH characters."""
     for label, text in lines:
         typer.echo("\n".join(_wrap(f"{indent}{label:<{label_width}}", text)))
 
@@ -43,18 +44,19 @@ def print_wrapped(text: str, indent: str = "", to_stderr: bool = False, color: s
 
 
 def _wrap(start: str, text: str, indent: str = "") -> list[str]:
-    width, indent = min(MAX_WIDTH, get_terminal_size((MAX_WIDTH, 24)).columns), indent or " " * len(start)
-    lines = wrap(
-        text, width, initial_indent=start, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )
-    return lines or [start.rstrip()]
+    return wrap_lines(text, _text_width(), start, indent or " " * len(start)) or [start.rstrip()]
+
+
+def _text_width() -> int:
+    """Return the width of the terminal, at most WIDTH; WIDTH for a pipe or a file, unless COLUMNS is set."""
+    return min(WIDTH, get_terminal_size((WIDTH, 24)).columns)
 
 
 def make_console(to_stderr: bool = False) -> Console:
     """Return a console as wide as the terminal; for a pipe or a file, as wide as all other texts."""
     console = Console(stderr=to_stderr)
     if not console.is_terminal:
-        console.width = min(MAX_WIDTH, get_terminal_size((MAX_WIDTH, 24)).columns)
+        console.width = _text_width()
     return console
 
 

@@ -30,7 +30,7 @@ from freshrec.cli.output import print_json, print_labelled, print_wrapped
 from freshrec.cli.progress import READING, show_progress
 from freshrec.cli.version_text import fit_lines, next_commands, retry_command, update_lines, verdict_sentence
 from freshrec.cli.versions import locked_store
-from freshrec.data.log import Log, events_before, filter_positives, format_time, read_log
+from freshrec.data.log import Log, events_before, filter_positives, format_count, format_time, read_log
 from freshrec.errors import FreshrecError, LogError, NoRowsError, OptionError, RefusedError
 from freshrec.progress import report_progress
 
@@ -124,7 +124,7 @@ def _skipped_rows(job: NightlyJob, version: Manifest, log: Log) -> list[str]:
     """Say how many rows of the log were skipped, and why."""
     assert version.batch is not None
     counts = ((job.log.delivery_counts(version.batch)[1], "duplicate"), (log.n_quarantined, "bad row"))
-    return [f"{n:,} {noun}{'' if n == 1 else 's'} skipped" for n, noun in counts if n]
+    return [f"{format_count(n, noun)} skipped" for n, noun in counts if n]
 
 
 def update(
@@ -330,8 +330,8 @@ def _delivery_line(job: NightlyJob, result: AppendResult, name: str, n_bad: int 
     late = f" ({result.n_late:,} of them late)" if result.n_late else ""
     parts = [f"{result.n_appended:,} new{late}"]
     for n, noun in ((result.n_duplicates, "duplicate"), (result.n_known, "known event"), (n_bad, "bad row")):
-        parts += [f"{n:,} {noun}{'' if n == 1 else 's'} skipped"] if n else []
-    return f"{name}: {result.n_rows + n_bad:,} row{'' if result.n_rows + n_bad == 1 else 's'}: {', '.join(parts)}"
+        parts += [f"{format_count(n, noun)} skipped"] if n else []
+    return f"{name}: {format_count(result.n_rows + n_bad, 'row')}: {', '.join(parts)}"
 
 
 def _refused_file_text(store: Store, batch: int) -> str:

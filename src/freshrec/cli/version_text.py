@@ -1,4 +1,4 @@
-"""Versions in words: one line for the history, and a labelled block after `fit` and `update`."""
+"""Versions in words: a labelled block after `fit` and `update`."""
 
 from __future__ import annotations
 
@@ -7,25 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from freshrec.data.log import format_count
 from freshrec.store.manifest import METRIC_KEY
 
 if TYPE_CHECKING:
     from freshrec.store.manifest import Manifest
 
 Lines = list[tuple[str, str]]  # label and text
-
-
-def version_line(version: Manifest) -> str:
-    """Describe a version in one line: its events, time, quality and verdict."""
-    numbers, parts = version.numbers, list[str]()
-    name = f"version {version.id}" + (f" from {version.parent}" if version.parent is not None else "")
-    if version.kind in ("fit", "update"):
-        parts = [_size_text(version), _time_text(numbers)]
-    parts += [quality for quality in [_quality_in_short(numbers)] if quality]
-    verdict = {"fit": "first version", "update": "promoted", "no rows": "no new events", "saved": "saved from Python"}
-    refused = "refused, but promoted by --force" if version.goes_live else "refused"
-    parts += [verdict[version.kind] if version.promoted else refused]
-    return f"{name}: {'; '.join(parts)}"
 
 
 def verdict_sentence(version: Manifest) -> str:
@@ -57,7 +45,7 @@ def update_lines(version: Manifest) -> Lines:
     lines += _quality_lines(version)
     if "forgetting" in numbers:
         users = _compared_users(version)[1]
-        measured = f" ({_users(users)})" if users else ""
+        measured = f" ({format_count(users, 'user')})" if users else ""
         text = f"{numbers['forgetting']:+.4f} {_gate_metric(version)} on older events{measured}; positive = lost"
         lines.append(("Forgetting", text.replace("  ", " ")))
     if "full_gain" in numbers:
@@ -77,7 +65,7 @@ def fit_lines(version: Manifest, times: str, skipped: Sequence[str]) -> Lines:
     lines.append(("Read", "; ".join([read, *([times] if times else []), *skipped])))
     metric = next((name.removesuffix(" popularity") for name in numbers if name.endswith(" popularity")), "")
     if metric:
-        queries = f"{numbers['asked']:,.0f} held-out " + ("query" if numbers["asked"] == 1 else "queries")
+        queries = format_count(int(numbers["asked"]), "held-out query", "held-out queries")
         values = f"{metric} {numbers[metric]:.4f}, popularity baseline {numbers[f'{metric} popularity']:.4f}"
         lines.append(("Quality", f"{values} (higher is better; {queries})"))
     return [*lines, ("Time", f"{numbers.get('wait_s', 0.0):.1f} s")]
@@ -94,10 +82,10 @@ def _size_text(version: Manifest) -> str:
     numbers = version.numbers
     new = "" if version.kind == "fit" else "new "
     counts = [("new_events", "event"), ("new_users", f"{new}user"), ("new_items", f"{new}item")]
-    parts = [_count(int(numbers[key]), noun) for key, noun in counts if key in numbers]
+    parts = [format_count(int(numbers[key]), noun) for key, noun in counts if key in numbers]
     for key, verb in (("gained_interests", "gained"), ("lost_interests", "lost")):
         if numbers.get(key):
-            parts.append(f"{_users(int(numbers[key]))} {verb} an interest")
+            parts.append(f"{format_count(int(numbers[key]), 'user')} {verb} an interest")
     return ", ".join(parts)
 
 
@@ -115,9 +103,9 @@ def _quality_lines(version: Manifest) -> Lines:
         return []
     users = _compared_users(version)[0]
     text = f"{metric} {numbers[metric]:.4f}, version {version.parent} {numbers[f'{metric} live']:.4f}"
-    measured = [f"{_users(users)} in the newest events"] if users else []
+    measured = [f"{format_count(users, 'user')} in the newest events"] if users else []
     if users and "low" not in numbers:
-        measured = [f"only {_users(users)} in the newest events, too few to compare"]
+        measured = [f"only {format_count(users, 'user')} in the newest events, too few to compare"]
     lines = [("Quality", f"{text} ({'; '.join(['higher is better', *measured])})")]
     if "low" in numbers:
         change = numbers[metric] - numbers[f"{metric} live"]
@@ -139,23 +127,3 @@ def _compared_users(version: Manifest) -> tuple[int, int]:
     """Return the numbers of users measured on the newest and on older events; 0 = unknown (versions of 0.1.0)."""
     newest, older = version.data.get("compared_users", (0, 0))
     return int(newest), int(older)
-
-
-def _quality_in_short(numbers: dict[str, float]) -> str:
-    """Return the metric of a version, and that of the live version or of popularity."""
-    if metric := _metric_of(numbers):
-        found = f"{metric} {numbers[metric]:.4f}, live version {numbers[f'{metric} live']:.4f}"
-        if "low" in numbers:
-            found += f" (difference {numbers['low']:+.4f} to {numbers['high']:+.4f})"
-        lost = f", forgetting {numbers['forgetting']:+.4f} (positive = lost)" if "forgetting" in numbers else ""
-        return found + lost
-    metric = next((name.removesuffix(" popularity") for name in numbers if name.endswith(" popularity")), "")
-    return f"{metric} {numbers[metric]:.4f}, popularity {numbers[f'{metric} popularity']:.4f}" if metric else ""
-
-
-def _users(n: int) -> str:
-    return _count(n, "user")
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}" + ("" if n == 1 else "s")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from freshrec.data.duplicates import drop_duplicates
+from freshrec.data.duplicates import count_duplicates
 from freshrec.data.log import Log, format_count, format_time
 
 DAY = 86_400_000_000  # microseconds
@@ -111,7 +111,7 @@ def _count_duplicates(log: Log) -> int | None:
     """Count the rows that every other command skips as duplicates; None without timestamps and event_ids."""
     if not log.has_clock and "event_id" not in log.frame.columns:
         return None
-    return len(log.frame) - len(drop_duplicates(log).frame)
+    return count_duplicates(log)
 
 
 def _tied_share(log: Log) -> float | None:

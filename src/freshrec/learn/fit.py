@@ -273,7 +273,7 @@ def fit_base_block(state: State, span: Span, fit: FitConfig) -> State:
         return state.shared_base
     targets = due_targets(state.histories)
     meter = CostMeter({"rows_read": float(len(targets))})
-    fit = fit_from_scratch(state, state.histories, fit, span.index, meter)
+    fit = fit_from_scratch(state, state.histories, len(targets), fit, span.index, meter)
     model = new_model(state, span.n_users, span.n_items)
     stored_interests = stored_interests_of(model, None, span.index)
     n_epochs = fit_model(model, targets, fit, (state.seed, span.index), meter, stored_interests=stored_interests)
@@ -306,8 +306,10 @@ def finish_update(
     )
 
 
-def fit_from_scratch(state: State, histories: Histories, fit: FitConfig, span: int, meter: CostMeter) -> FitConfig:
-    """Return `fit` with the number of epochs of a new model on the due targets of `histories`; span 0 = base block.
+def fit_from_scratch(
+    state: State, histories: Histories, n_targets: int, fit: FitConfig, span: int, meter: CostMeter
+) -> FitConfig:
+    """Return `fit` with the number of epochs of a new model on the `n_targets` due targets; span 0 = base block.
 
     history: Literal["recent", "span"] = "recent"  # Events in histories: all ("recent"), or this span's ("span").
     base_epochs: CountOrZero = 0  # Epochs of base block and full retrains. 0 = each chosen on its own latest sixth.
@@ -315,7 +317,7 @@ def fit_from_scratch(state: State, histories: Histories, fit: FitConfig, span: i
     max_epochs: Count = 60  # Maximum number of epochs if the number is chosen.
     patience: Count = 8  # Number of epochs without a better ndcg@20 after which training stops.
     """
-    if fit.n_held_out(len(due_targets(histories))):
+    if fit.n_held_out(n_targets):
         return replace(fit, epochs=0, lr_scale=1.0)  # `fit_model` stops by the held-out share
     started_at = time.process_time()
     n_epochs = fit.base_epochs or choose_epochs(state, histories, fit, span)

@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 import torch
 
-from freshrec.data.log import format_time
+from freshrec.data.log import format_count, format_time
 from freshrec.errors import FreshrecError, StateError
 from freshrec.nightly.full_retrain import retrain_plan
 from freshrec.nightly.job import batches_of, waiting_batches
@@ -230,8 +230,7 @@ def check_store(store: Store | None) -> list[tuple[bool, str]]:
 
 def _check_live(store: Store) -> str:
     store.verified_files(store.live)
-    n_updates = len(version_chain(store)) - 1
-    updates = "1 update" if n_updates == 1 else f"{n_updates} updates"
+    updates = format_count(len(version_chain(store)) - 1, "update")
     return f"version {store.live} is live, {updates} after the first version"
 
 

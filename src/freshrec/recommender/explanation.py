@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from freshrec.data.formats import printable_id
+from freshrec.data.log import format_count
 from freshrec.models.blend.experts import COUNTER_SPECS, Experts
 from freshrec.models.blend.model import Blend, Reason
 from freshrec.models.item_knn import ItemKNN, event_contributions
@@ -21,11 +21,12 @@ from freshrec.recommender.explain import find_reasons
 from freshrec.recommender.ids import resolve_request, rows_of_pair
 from freshrec.recommender.list_request import Id, ListRequest
 from freshrec.recommender.lists import make_lists, user_batch
+from freshrec.recommender.profile_text import time_in_words
 from freshrec.recommender.served_state import ServedState
 from freshrec.recommender.user_profile import PastEvent, past_events, user_events
+from freshrec.text_layout import align_rows, wrap_lines
 from freshrec.types import Batch, Model, VectorModel
 
-WIDTH = 100  # characters per line
 MAX_ROWS = 15  # rows of a table; the smallest contributions share the last one
 EXPERT_LABELS = {
     "popularity": "popularity: all events of the item",
@@ -277,10 +278,7 @@ def explanation_text(found: Explanation) -> str:
         event = f"item {printable_id(part.event.item_id)} {time_in_words(part.event.at)}"
         lowers = " This contribution is negative, so it lowers the score." if part.value < 0 else ""
         paragraphs.append(f"Most important past event: {event}{part.event_note}.{lowers}")
-    return "\n\n".join(
-        text if "\n" in text else textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
-        for text in paragraphs
-    )
+    return "\n\n".join(text if "\n" in text else "\n".join(wrap_lines(text)) for text in paragraphs)
 
 
 def _headline(found: Explanation) -> str:
@@ -289,7 +287,7 @@ def _headline(found: Explanation) -> str:
         return f"Item {item} is not offered to user {user}."
     among = "the only item" if found.n_ranked == 1 else f"the {found.n_ranked:,} items"
     if found.n_own_events:
-        events = "1 event" if found.n_own_events == 1 else f"{found.n_own_events:,} events"
+        events = format_count(found.n_own_events, "event")
         own = f" The user already has this item ({events}), so lists leave it out by default."
     else:
         own = " Items that the user already has are not ranked."
@@ -305,7 +303,7 @@ def _contribution_table(found: Explanation) -> str:
     small = [part for part in by_size[:MAX_ROWS] if 0 < abs(part.value) < 0.5 * 10**-n_decimals] + by_size[MAX_ROWS:]
     parts = [part for part in found.contributions if part not in small]
     if small:
-        name = "1 smaller contribution" if len(small) == 1 else f"{len(small)} smaller contributions"
+        name = format_count(len(small), "smaller contribution")
         parts.append(Contribution(name, sum(part.value for part in small)))
     total = _signed(found.total, n_decimals)
     values = _round_to_total([part.value for part in parts], float(total), n_decimals)
@@ -314,7 +312,8 @@ def _contribution_table(found: Explanation) -> str:
         for value, part in zip(values, parts)
     ]
     rows.append((total, "total", "", ""))
-    return "\n".join(_aligned(("contribution", "source", "rank", "past item"), rows))
+    columns = [column for column in zip(("contribution", "source", "rank", "past item"), *rows) if any(column[1:])]
+    return "\n".join(align_rows(list(zip(*columns)), right={0, 2} if any(part.rank for part in parts) else {0}))
 
 
 def _round_to_total(values: Sequence[float], total: float, n_decimals: int) -> list[float]:
@@ -335,20 +334,5 @@ def _signed(value: float, n_decimals: int) -> str:
     return f"{round(value, n_decimals) + 0.0:+.{n_decimals}f}"
 
 
-def _aligned(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table without its empty columns; columns 0 and 2 are aligned to the right."""
-    shown = [c for c in range(len(names)) if any(row[c] for row in rows)]
-    widths = {c: max(len(row[c]) for row in [names, *rows]) for c in shown}
-    return [
-        "  ".join(f"{row[c]:>{widths[c]}}" if c in (0, 2) else f"{row[c]:<{widths[c]}}" for c in shown).rstrip()
-        for row in [names, *rows]
-    ]
-
-
 def _event_cell(event: PastEvent | None) -> str:
     return "" if event is None else f"{printable_id(event.item_id)} {time_in_words(event.at)}"
-
-
-def time_in_words(at: str | int) -> str:
-    """The date of an event (UTC), or its position in a log without timestamps."""
-    return f"at position {at:,}" if isinstance(at, int) else f"on {at[:10]}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import groupby
@@ -10,8 +9,9 @@ from types import MappingProxyType
 from typing import Any
 
 from freshrec.data.formats import printable_id
+from freshrec.data.log import format_count
+from freshrec.text_layout import wrap_lines
 
-WIDTH = 100  # characters per line
 INTERESTS = (
     "An interest is a vector for one part of what the user likes. The score of an item is its largest inner product "
     "with an interest."
@@ -24,7 +24,7 @@ def user_text(found: dict[str, Any], versions: Mapping[int, int] = MappingProxyT
     `versions`: span -> number of the version that learned it.
     """
     events, n_events = found["events"], found["n_events"]
-    count = "1 event" if n_events == 1 else f"{n_events:,} events"
+    count = format_count(n_events, "event")
     parts = [_fill(f"User {printable_id(found['user_id'])} has {count}: {_first_and_last(found, versions)}.")]
     if events:
         shown = "All events" if len(events) == n_events else f"The {len(events)} most recent events"
@@ -70,7 +70,7 @@ def _interest_block(interest: dict[str, Any], versions: Mapping[int, int]) -> st
         title += f": created by {born}, last used by {used}"
     lines = [title, _fill(f"best items: {', '.join(map(printable_id, interest['items'])) or 'none'}", "  ")]
     if interest["events"]:
-        by_date = groupby(interest["events"], lambda event: _date(event["at"]))
+        by_date = groupby(interest["events"], lambda event: time_in_words(event["at"]))
         events = [f"{_count_items(event['item_id'] for event in group)} {date}" for date, group in by_date]
         lines.append(_fill(f"supported by past events: {'; '.join(events)}", "  "))
     return "\n".join(lines)
@@ -85,22 +85,14 @@ def _count_items(ids: Iterable[Any]) -> str:
 
 def item_text(found: dict[str, Any], versions: Mapping[int, int] = MappingProxyType({})) -> str:
     """The statistics of an item; `found` is what `freshrec inspect item --json` prints. `versions`: see `user_text`."""
-    events = "1 event" if found["n_events"] == 1 else f"{found['n_events']:,} events"
-    users = "1 user" if found["n_users"] == 1 else f"{found['n_users']:,} users"
+    events, users = format_count(found["n_events"], "event"), format_count(found["n_users"], "user")
     times = f" ({_time(found['first'])} to {_time(found['last'])} UTC)" if "first" in found else ""
     learned = _first_and_last(found, versions)
     return _fill(f"Item {printable_id(found['item_id'])} has {events} from {users}{times}: {learned}.")
 
 
 def _fill(text: str, indent: str = "") -> str:
-    return textwrap.fill(
-        text,
-        WIDTH,
-        initial_indent=indent,
-        subsequent_indent=2 * indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    return "\n".join(wrap_lines(text, first=indent, rest=2 * indent))
 
 
 def _time(at: str | int) -> str:
@@ -108,5 +100,6 @@ def _time(at: str | int) -> str:
     return f"{at:,}" if isinstance(at, int) else f"{at[:10]} {at[11:16]}"
 
 
-def _date(at: str | int) -> str:
+def time_in_words(at: str | int) -> str:
+    """The date of an event (UTC), or its position in a log without timestamps."""
     return f"at position {at:,}" if isinstance(at, int) else f"on {at[:10]}"

@@ -109,7 +109,7 @@ def read_answer(cells: Sequence[Cell], out: Path, metric: str) -> Answer:
 
 def make_answer(cells: Sequence[Cell], methods: pl.DataFrame, tests: pl.DataFrame, metric: str) -> Answer:
     """Return the answer of a replay from its methods.parquet and tests.parquet."""
-    by_method = {(cell.model_name, cell.strategy_name): cell for cell in reversed(cells)}  # the first seed's remains
+    by_method = {(cell.model_name, cell.strategy_name): cell for cell in reversed(cells)}  # keeps the first seed's run
     values = {(row["model"], row["strategy"], row["metric"]): row for row in methods.iter_rows(named=True)}
     sign = -1 if metric in LOWER_IS_BETTER else 1
     summaries = []

@@ -9,7 +9,6 @@ import re
 import shlex
 import shutil
 import sys
-import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -25,9 +24,9 @@ from freshrec.replay.click_metrics import LOWER_IS_BETTER
 from freshrec.replay.metrics import SAMPLED_SUFFIX
 from freshrec.replay.recipe_schema import LogRecipe
 from freshrec.strategies.baselines import Frozen, Retrain
+from freshrec.text_layout import WIDTH, wrap_lines
 from freshrec.types import TrainedModel
 
-MAX_WIDTH = 100  # columns of text
 MIN_TABLE_WIDTH = 72  # below it, a table has its natural width, because it would lose columns
 UNLIMITED = 10_000  # columns
 DEFAULT_MODEL, DEFAULT_STRATEGY = "blend", "refit"  # of `freshrec fit`
@@ -110,16 +109,15 @@ def format_seconds(seconds: float) -> str:
 
 def output_width() -> int:
     """Return the width of the terminal, at most 100 columns; 100 if the output is not a terminal."""
-    return min(MAX_WIDTH, shutil.get_terminal_size().columns) if sys.stdout.isatty() else MAX_WIDTH
+    return min(WIDTH, shutil.get_terminal_size().columns) if sys.stdout.isatty() else WIDTH
 
 
 def wrap(text: str, width: int, indent: str = "") -> str:
     """Wrap a text at `width` columns. A word longer than a line stays whole."""
-    lines = textwrap.fill(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-    return lines.replace(NO_BREAK, " ")
+    return "\n".join(wrap_lines(text, width, rest=indent)).replace(NO_BREAK, " ")
 
 
-def render_table(answer: Answer, width: int = MAX_WIDTH) -> str:
+def render_table(answer: Answer, width: int = WIDTH) -> str:
     """Return the table and a legend, as plain text of at most `width` columns. See `table_lines` for narrow tables."""
     labels = Labels.of(answer.cells)
     has_forgetting = any(row.forgetting is not None for row in answer.summaries)
@@ -315,7 +313,7 @@ def fit_command(log: LogRecipe, method: Method | None) -> list[str]:
     return words + (["--until", log.until] if log.until else [])
 
 
-def render_command(words: Sequence[str], width: int = MAX_WIDTH) -> str:
+def render_command(words: Sequence[str], width: int = WIDTH) -> str:
     """Format a command for copying. Lines that are too long continue after a backslash."""
     quoted = [shlex.quote(word) for word in words]
     parts = re.split(r" (?=--)", " ".join(quoted))  # an option and its value stay on one line
@@ -329,7 +327,7 @@ def render_command(words: Sequence[str], width: int = MAX_WIDTH) -> str:
     return "\n".join(lines)
 
 
-def render_answer(answer: Answer, log: LogRecipe, width: int = MAX_WIDTH, from_span: int = 1) -> str:
+def render_answer(answer: Answer, log: LogRecipe, width: int = WIDTH, from_span: int = 1) -> str:
     """Return the whole text at the end of a replay. `from_span`: first span of the means and tests."""
     if not answer.summaries:
         return "No run of this replay was tested on a target. Use more spans or a lower --min-history."

@@ -83,7 +83,7 @@ class Retrain:
         targets = due_targets(histories)
         meter, fit = CostMeter({"rows_read": float(len(targets))}), self.fit
         if self.from_scratch:
-            fit = fit_from_scratch(state, histories, fit, span.index, meter)
+            fit = fit_from_scratch(state, histories, len(targets), fit, span.index, meter)
         model = new_model(state, span.n_users, span.n_items) if self.from_scratch else grown_copy(state, span)
         stored_interests = stored_interests_of(model, None if self.from_scratch else state.interests, span.index)
         fit_model(model, targets, fit, (state.seed, span.index), meter, stored_interests=stored_interests)

@@ -28,16 +28,16 @@ def align_rows(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> li
     return lines
 
 
+def wrap_lines(text: str, width: int = WIDTH, first: str = "", rest: str = "") -> list[str]:
+    """Wrap a text at `width` columns. `first` and `rest`: indents. A word longer than a line stays whole."""
+    return textwrap.wrap(
+        text, width, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
+    )
+
+
 def bullet(label: str, sentence: str) -> list[str]:
     """Return a sentence after its label, indented, and wrapped at WIDTH columns."""
-    return textwrap.wrap(
-        sentence,
-        WIDTH,
-        initial_indent=f"  {label} ",
-        subsequent_indent="    ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    return wrap_lines(sentence, first=f"  {label} ", rest="    ")
 
 
 def format_moment(moment: str) -> str:
