@@ -12,7 +12,7 @@ from freshrec.data.batches import due_targets
 from freshrec.data.histories import append_events
 from freshrec.errors import OptionError
 from freshrec.learn import validation
-from freshrec.learn.fit import CostMeter, FitConfig, fit_model, split_holdout, train_to_best_epoch
+from freshrec.learn.fit import CostMeter, EpochChoice, FitConfig, fit_model, split_holdout, train_to_best_epoch
 from freshrec.learn.weights import snapshot
 from freshrec.models.sasrec import SASRecSpec
 from freshrec.nn.embedding_table import embedding_tables
@@ -43,7 +43,8 @@ def test_the_weights_and_the_optimiser_state_of_the_best_epoch_are_restored() ->
             epochs_run.append(n + 1)
             yield 0.0
 
-    assert train_to_best_epoch(model, epochs(), lambda: next(qualities), patience=2, max_epochs=5) == 2
+    choice = train_to_best_epoch(model, epochs(), lambda: next(qualities), patience=2, max_epochs=5)
+    assert choice == EpochChoice(2, "patience")
     assert epochs_run == [1, 2, 3, 4]
     assert embedding_tables(model)["items"].packed[1:].unique().tolist() == [2.0] and model.moments["n"] == 2.0
 
@@ -51,7 +52,7 @@ def test_the_weights_and_the_optimiser_state_of_the_best_epoch_are_restored() ->
 def test_without_an_epoch_the_model_is_unchanged() -> None:
     model = untrained()
     before = embedding_tables(model)["items"].packed.clone()
-    assert train_to_best_epoch(model, iter([]), lambda: math.nan, patience=1, max_epochs=0) == 0
+    assert train_to_best_epoch(model, iter([]), lambda: math.nan, patience=1, max_epochs=0) == EpochChoice(0, "maximum")
     assert torch.equal(embedding_tables(model)["items"].packed, before)
 
 

@@ -82,6 +82,9 @@ LABELS: dict[str, NumberLabel] = {
     # training
     "rows_read": _training("events trained on", "count", "replayed ones included"),
     "epochs": _training("epochs", "count", "fixed, or chosen on held-out events"),
+    "stopped_by_patience": _training("epochs stopped by patience", "fraction", "share of trainings"),
+    "stopped_by_minimum": _training("epochs raised to the minimum", "fraction", "share of trainings"),
+    "stopped_by_maximum": _training("epochs stopped by the maximum", "fraction", "share of trainings"),
     "mean_k": _training("interests per user", "number", "mean over users who have any"),
     "interest_bytes": _training("size of interests per user", "bytes", "mean over users who have any"),
     "trained_worth": _training("gain of the trained expert", "number", "nats per query, higher is better"),

@@ -27,7 +27,10 @@ from freshrec.progress import report_epoch
 from freshrec.random_streams import global_stream, stream, stream_seed
 from freshrec.types import Batch, Histories, InterestModel, LossTerm, Span, State, TrainedModel
 
+StoppedBy = Literal["fixed", "patience", "minimum", "maximum"]
 Projection = Callable[[Tensor, Tensor, Tensor], Tensor]
+FEW_TARGETS_EPOCHS = 5  # of a training with too few targets to choose the number by
+STOPPED_BY = ("patience", "minimum", "maximum")  # what stops a training whose epochs are chosen
 EXPECTED_EPOCHS = 10  # of a training that stops by held-out targets; for estimates only
 
 
@@ -75,6 +78,27 @@ class CostMeter:
     def add_time(self, part: str, started_at: float) -> None:
         """Add the CPU seconds since `started_at` (time.process_time) to `part`."""
         self.costs[part] = self.costs.get(part, 0.0) + time.process_time() - started_at
+
+
+@dataclass(frozen=True)
+class EpochChoice:
+    """A number of epochs, and what stopped the training.
+
+    fixed     an option sets the number, or there are too few targets to choose by
+    patience  the quality on held-out targets had not risen for `FitConfig.patience` epochs
+    minimum   as patience, but the number was raised to `FitConfig.min_epochs`
+    maximum   training reached `FitConfig.max_epochs`
+    """
+
+    n_epochs: int
+    stopped_by: StoppedBy
+
+    def costs(self) -> dict[str, float]:
+        """The choice as costs of an update. Means over updates are then a mean number and shares."""
+        costs = {"epochs": float(self.n_epochs)}
+        if self.stopped_by != "fixed":
+            costs |= {f"stopped_by_{reason}": float(reason == self.stopped_by) for reason in STOPPED_BY}
+        return costs
 
 
 def training_batches(
@@ -237,11 +261,13 @@ def fit_model(
     if len(held_out):
         metric = "hr@20" if held_out.labels_N is None else "AUC"
         quality = partial(hit_rate, model, held_out, stored_interests)
-        n_epochs = train_to_best_epoch(model, epochs, quality, fit.patience, n_epochs, metric)
-        meter.costs["epochs"] = float(n_epochs)
+        choice = train_to_best_epoch(model, epochs, quality, fit.patience, n_epochs, metric)
+        n_epochs = choice.n_epochs
+        meter.costs |= choice.costs()
     else:
         for epoch, _ in enumerate(epochs, 1):
             report_epoch(epoch, n_epochs)
+        meter.costs.setdefault("epochs", float(n_epochs))
     meter.add_time("train_cpu_s", started_at)
     return n_epochs
 
@@ -253,8 +279,9 @@ def train_to_best_epoch(
     patience: int,
     max_epochs: int,
     metric: str = "ndcg@20",
-) -> int:
+) -> EpochChoice:
     """Train until the quality has not risen for `patience` epochs. Restore and return the best epoch."""
+    stopped_by: StoppedBy = "maximum"
     best, n_best, restore = -math.inf, 0, snapshot(model)
     for n_epochs, _ in enumerate(epochs, 1):
         value = quality()
@@ -262,9 +289,10 @@ def train_to_best_epoch(
         if value > best:
             best, n_best, restore = value, n_epochs, snapshot(model)
         elif n_epochs - n_best >= patience:
+            stopped_by = "patience"
             break
     restore()
-    return n_best
+    return EpochChoice(n_best, stopped_by)
 
 
 def fit_base_block(state: State, span: Span, fit: FitConfig) -> State:
@@ -311,24 +339,21 @@ def fit_from_scratch(
 ) -> FitConfig:
     """Return `fit` with the number of epochs of a new model on the `n_targets` due targets; span 0 = base block.
 
-    history: Literal["recent", "span"] = "recent"  # Events in histories: all ("recent"), or this span's ("span").
-    base_epochs: CountOrZero = 0  # Epochs of base block and full retrains. 0 = each chosen on its own latest sixth.
-    min_epochs: Count = 5  # Minimum number of epochs of a full retrain if the number is chosen.
-    max_epochs: Count = 60  # Maximum number of epochs if the number is chosen.
-    patience: Count = 8  # Number of epochs without a better ndcg@20 after which training stops.
+    The number is `fit.base_epochs`, or it is chosen on the latest sixth of the targets. A full retrain has at least
+    `fit.min_epochs`. Adds the number and what stopped the training to the costs.
     """
     if fit.n_held_out(n_targets):
         return replace(fit, epochs=0, lr_scale=1.0)  # `fit_model` stops by the held-out share
     started_at = time.process_time()
-    n_epochs = fit.base_epochs or choose_epochs(state, histories, fit, span)
-    if span and not fit.base_epochs:
-        n_epochs = max(n_epochs, fit.min_epochs)
+    choice = EpochChoice(fit.base_epochs, "fixed") if fit.base_epochs else choose_epochs(state, histories, fit, span)
+    if span and choice.stopped_by != "fixed" and choice.n_epochs < fit.min_epochs:
+        choice = EpochChoice(fit.min_epochs, "minimum")
     meter.add_time("epoch_choice_cpu_s", started_at)
-    meter.costs["epochs"] = float(n_epochs)
-    return replace(fit, epochs=n_epochs, lr_scale=1.0)
+    meter.costs |= choice.costs()
+    return replace(fit, epochs=choice.n_epochs, lr_scale=1.0)
 
 
-def choose_epochs(state: State, histories: Histories, fit: FitConfig, span: int = 0) -> int:
+def choose_epochs(state: State, histories: Histories, fit: FitConfig, span: int = 0) -> EpochChoice:
     """Return the number of epochs with the best ndcg@20 (or AUC) on the latest sixth of the due targets.
 
     A new model with the options of the state's is trained on the other five sixths. A short tail right after the
@@ -339,7 +364,7 @@ def choose_epochs(state: State, histories: Histories, fit: FitConfig, span: int 
     path = (span,) if span else ()
     held_out = held_out[permutation(len(held_out), stream(state.seed, "epoch choice queries", *path))[:2000]]
     if not len(held_out) or not len(targets):
-        return 5  # too few targets to choose by
+        return EpochChoice(FEW_TARGETS_EPOCHS, "fixed")
     model = new_model(state, histories.n_users, int(targets.items_N.max()))
     stored_interests = stored_interests_of(model, None, span)
     key = (stream_seed(state.seed, "epoch choice", *path), 0)

@@ -237,7 +237,7 @@ def expected_epochs(cell: Cell, split: LogSplit, speed: ModelSpeed) -> Range:
     if fit.base_epochs:
         return Range(fit.base_epochs, fit.base_epochs)
     absorbed = _absorbed(cell, speed.spans[0])
-    n_epochs = choose_epochs(absorbed, absorbed.histories, fit)
+    n_epochs = choose_epochs(absorbed, absorbed.histories, fit).n_epochs
     is_whole = len(speed.spans[0].events) == len(split.spans[0].events)
     if is_whole:
         return Range(n_epochs, n_epochs)
