@@ -19,6 +19,7 @@ from freshrec.cli.app import main
 from freshrec.data.log import read_log
 from freshrec.data.synthetic import make_world
 from freshrec.errors import LogError, OptionError, StateError, TrainingError
+from freshrec.nightly import challenger as challenger_module
 from freshrec.nightly import job as job_module
 from freshrec.nightly.full_retrain import GAIN_KEY, retrain_interval, retrain_plan, updates_since_retrain
 from freshrec.nightly.gate import GateLimits
@@ -283,11 +284,12 @@ def test_an_update_that_fails_is_a_refused_version_and_later_updates_continue(
     def diverge(*_: object) -> None:
         raise TrainingError("the loss became nan")
 
-    monkeypatch.setattr(job_module, "_learn", diverge)
+    monkeypatch.setattr(challenger_module, "learn_with_holdout", diverge)
     [version] = learn(job, one, "one")
     assert not version.promoted and version.reasons == ["the loss became nan"] and job.store.live == 1
     monkeypatch.undo()
-    assert learn(job, two, "two")[0].parent == 1 and job.relearn(2).parent == 3
+    [version] = learn(job, two, "two")  # with the events of the first day
+    assert (version.parent, version.batches) == (1, [2, 3])
     assert n_learned(job.bundle) == 1500 + 2 * SIZE
 
 
@@ -434,8 +436,9 @@ def test_the_next_run_repeats_an_update_that_died_while_learning_or_saving(
     def die(*_: object) -> None:
         raise KeyboardInterrupt
 
-    for name in ("_learn", "write_bundle", "_new_manifest"):
-        monkeypatch.setattr(job_module, name, die)
+    places = ((challenger_module, "learn_with_holdout"), (job_module, "write_bundle"), (job_module, "_new_manifest"))
+    for module, name in places:
+        monkeypatch.setattr(module, name, die)
         with pytest.raises(KeyboardInterrupt):
             learn(job, one, "one")
         monkeypatch.undo()

@@ -132,7 +132,7 @@ def _dropped_text(store: Store, before: list[Manifest]) -> str:
     from freshrec.data.log import format_count
     from freshrec.nightly.notes import number_ranges
 
-    learned = {version.batch for version in _chain_or_nothing(store)}
+    learned = {batch for version in _chain_or_nothing(store) for batch in version.batches}
     dropped = [v for v in before if v.batch not in learned and v.numbers.get("new_events")]
     n_events = int(sum(version.numbers["new_events"] for version in dropped))
     if not n_events:

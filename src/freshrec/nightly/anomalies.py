@@ -16,15 +16,17 @@ if TYPE_CHECKING:
 DAYS_PER_OUTLIER = 14  # one delivery in 14 is ignored at either end of the usual range
 
 
-def count_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats], limits: GateLimits) -> list[str]:
-    """Report unusual numbers of rows, users and items."""
-    if len(recent) < limits.min_earlier_days:
+def amount_anomalies(day: DeliveryStats, earlier: Sequence[DeliveryStats], limits: GateLimits) -> list[str]:
+    """Report unusual numbers of rows, users and items, and a delivery that covers too short a time."""
+    recent = earlier[-limits.n_recent_days :]
+    if len(recent) < limits.min_earlier_days or not day.n_rows:
         return []
     days = [*recent, day]
     return [
         *_outside_usual_range("row", [d.n_rows for d in days], limits.max_drop_factor, limits.max_growth_factor),
         *_outside_usual_range("user", [d.n_users for d in days], limits.max_drop_factor, limits.max_growth_factor),
         *_outside_usual_range("item", [d.n_items for d in days], inf, limits.max_growth_factor),
+        *_short_span(day, recent, limits),
     ]
 
 
@@ -64,8 +66,7 @@ def share_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats], limits:
         found += check("of the rows belong to one user", top_user, limits.max_share_top_user, small)
         found += check("of the rows belong to one item", top_item, limits.max_share_top_item, large)
         found += check("of the rows have an unknown item id", [d.share_unknown_items for d in days], unknown, large)
-    if day.n_rows >= limits.min_rows and recent:  # without an earlier delivery: user ids may be those of sessions
-        found += check("of the rows have an unknown user id", [d.share_unknown_users for d in days], unknown, large)
+        found += _unknown_user_anomalies(day, recent, limits)
     found += _head_anomalies(day, recent, limits)
     if day.n_users >= limits.min_users_same_second and (recent or not day.whole_days):
         seconds = [d.share_same_second for d in days]
@@ -75,6 +76,24 @@ def share_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats], limits:
         late += f" (the median row by {-day.gap_hours:,.0f} hours)"
     late_rows = check(late, [d.share_late for d in days], limits.max_share_late, large)
     return found + [f"{anomaly} Learn the files oldest first." for anomaly in late_rows]
+
+
+def _unknown_user_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats], limits: GateLimits) -> list[str]:
+    """Report too many rows of unknown users. The first log shows whether users return; ids of sessions do not."""
+    first, limit = day.share_new_users_first, limits.max_share_unknown
+    if first is None and not recent:
+        return []
+    label, shares = "of the rows have an unknown user id", [d.share_unknown_users for d in (*recent, day)]
+    if first is None or len(recent) >= limits.min_earlier_days:
+        return _above_usual_share(label, shares, limit, limits.max_rise, limits)
+    limit = max([min(limit, first + limits.max_first_rise * (1 - first)), *shares[:-1]])
+    if first >= limits.uninformative_share or day.share_unknown_users <= limit:
+        return []
+    return [
+        f"{format_percent(day.share_unknown_users)} {label}. In the newest rows of the first log, "
+        f"{format_percent(first)} belonged to new users. More than {format_percent(limit)} is unusual. "
+        "Check whether the ids have changed."
+    ]
 
 
 def _head_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats], limits: GateLimits) -> list[str]:
@@ -109,25 +128,29 @@ def _above_usual_share(
     return [f"{format_percent(today)} {label}.{before} More than {format_percent(limit)} is unusual."]
 
 
-def time_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats], limits: GateLimits) -> list[str]:
-    """Report long gaps between rows, and a delivery that covers too short a time."""
-    found = []
+def gap_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats], limits: GateLimits) -> list[str]:
+    """Report a long gap between rows."""
     holes = [d.hole_hours for d in recent if d.hole_hours is not None]
     limit = limits.max_hole_hours
     if len(holes) >= limits.min_earlier_days:
         limit = max(limits.max_usual_hole_hours, limits.max_hole_factor * median(holes))
-    if day.hole_hours is not None and day.hole_hours > limit:
-        found.append(
-            f"There are no rows for {day.hole_hours:,.0f} hours in a row. More than {limit:,.0f} hours is unusual. "
-            "Check the unit and the offset of the timestamps."
-        )
+    if day.hole_hours is None or day.hole_hours <= limit:
+        return []
+    return [
+        f"There are no rows for {day.hole_hours:,.0f} hours in a row. More than {limit:,.0f} hours is unusual. "
+        "Check the unit and the offset of the timestamps."
+    ]
+
+
+def _short_span(day: DeliveryStats, recent: Sequence[DeliveryStats], limits: GateLimits) -> list[str]:
     spans = [d.span_hours for d in recent if d.span_hours is not None]
-    if day.span_hours is not None and len(spans) >= limits.min_earlier_days:
-        shortest = _usual_range(spans)[0]
-        if day.span_hours < shortest / limits.max_shortening_factor:
-            found.append(
-                f"The rows cover {day.span_hours:.3g} hours. {_earlier_deliveries(len(spans))} usually covered at "
-                f"least {shortest:.3g} hours. Less than {shortest / limits.max_shortening_factor:.3g} hours is "
-                "unusual. Check whether the end is missing."
-            )
-    return found
+    if day.span_hours is None or len(spans) < limits.min_earlier_days:
+        return []
+    shortest = _usual_range(spans)[0]
+    if day.span_hours >= shortest / limits.max_shortening_factor:
+        return []
+    return [
+        f"The rows cover {day.span_hours:.3g} hours. {_earlier_deliveries(len(spans))} usually covered at "
+        f"least {shortest:.3g} hours. Less than {shortest / limits.max_shortening_factor:.3g} hours is "
+        "unusual. Check whether the end is missing."
+    ]

@@ -11,7 +11,8 @@ import polars as pl
 
 from freshrec.data.duplicates import EVENT_KEYS
 from freshrec.data.log import Log
-from freshrec.nightly.job import NightlyJob, batches_of
+from freshrec.nightly.deferral import batches_of
+from freshrec.nightly.job import NightlyJob
 from freshrec.store import click_journal
 from freshrec.store.event_log import AppendResult
 from freshrec.store.versions import version_chain

@@ -37,6 +37,8 @@ class DeliveryStats:
     span_hours: float | None  # from the first row to the last
     gap_hours: float | None  # from the newest known event to the median row
     hole_hours: float | None  # the longest gap without rows, counted from the newest known event
+    # From the first log, to judge `share_unknown_users` while there are few deliveries. None: unknown, as in 0.1.0.
+    share_new_users_first: float | None = None  # newest rows of the first log of users who had no earlier row in it
 
 
 def compute_delivery_stats(
@@ -48,12 +50,13 @@ def compute_delivery_stats(
     n_duplicates: int,
     n_known: int,
     head_ids: pl.Series | None = None,
+    share_new_users_first: float | None = None,
 ) -> DeliveryStats:
     """Compute the statistics of new rows, a `Log.frame` in time order.
 
     `newest_time`: time of the newest known event, in microseconds. `n_duplicates`, `n_known`: delivered rows that are
     not in `frame`, because they repeat a row of the delivery or one of the log. `head_ids`: the most popular items,
-    which together had half of the recent events.
+    which together had half of the recent events. `share_new_users_first`: of the first log.
     """
     n_rows, n_users = len(frame), frame["user_id"].n_unique()
     n_delivered = max(1, n_rows + n_duplicates + n_known)
@@ -84,13 +87,26 @@ def compute_delivery_stats(
         span_hours=(int(times[-1]) - int(times[0])) / HOUR if has_times else None,
         gap_hours=(int(times[n_rows // 2]) - newest_time) / HOUR if has_times and newest_time is not None else None,
         hole_hours=_longest_gap(newer_times, newest_time) / HOUR if has_times else None,
+        share_new_users_first=share_new_users_first,
     )
+
+
+def share_of_new_users(frame: pl.DataFrame, share: float, min_rows: int) -> float | None:
+    """Return the share of the newest rows whose users have no earlier row; None with fewer than 2 `min_rows` rows.
+
+    It says whether users return. The newest rows are a `share` of all rows, at least `min_rows`.
+    """
+    n_newest = max(min_rows, round(share * len(frame)))
+    if len(frame) < 2 * n_newest:
+        return None
+    earlier, newest = frame["user_id"][:-n_newest], frame["user_id"][-n_newest:]
+    return 1 - int(newest.is_in(earlier.unique().implode()).sum()) / n_newest
 
 
 def newest_time_before(store: Store, log: EventLog, batch: int) -> int | None:
     """Return the time of the newest event that was known when a batch was first learned; None if the log lacks it."""
     first = next(manifest for manifest in store.manifests() if manifest.batch == batch)
-    known = [manifest.batch for manifest in version_chain(store, first.parent) if manifest.batch is not None]
+    known = [batch for manifest in version_chain(store, first.parent) for batch in manifest.batches]
     newest = log.batches().filter(pl.col("batch").is_in(known))["last"].max()
     return newest if isinstance(newest, int) else None
 

@@ -55,7 +55,7 @@ def start_from_scratch(
         )
     empty = new_bundle(bundle.served.state.model.spec, bundle.strategy, bundle.served.state.seed, bundle.read_options)
     served = replace(empty.served, users=bundle.served.users.reset_spans(), items=bundle.served.items.reset_spans())
-    past = log.read([manifest.batch for manifest in chain if manifest.batch is not None])
+    past = log.read([batch for manifest in chain for batch in manifest.batches])
     all_rows = pl.concat([past, frame], how="diagonal")
     return replace(bundle, served=served), all_rows
 

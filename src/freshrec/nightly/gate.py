@@ -22,12 +22,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from freshrec.config import find_instance
-from freshrec.nightly.anomalies import count_anomalies, share_anomalies, time_anomalies
+from freshrec.nightly.anomalies import amount_anomalies, gap_anomalies, share_anomalies
 from freshrec.nightly.delivery_stats import DeliveryStats
 from freshrec.nightly.notes import Note, count_of, format_percent
 from freshrec.replay.metrics import Float64Array, parse_metric
@@ -52,6 +52,9 @@ class GateLimits:
     floor_share: float = 0.5  # Lowest accepted quality, as a share of the lower quartile of earlier live versions.
     min_floor_versions: int = 3  # Earlier live versions that the check of the lowest quality needs.
 
+    max_refused_in_a_row: int = 3  # A loss of quality that so many deliveries in a row show is accepted.
+    max_spoiled_updates: int = 3  # A deferred delivery that spoils so many updates is set aside.
+
     n_recent_days: int = 28  # Number of earlier deliveries that a delivery is compared with; 28 days have 4 weekends.
     min_earlier_days: int = 7  # With fewer earlier deliveries, a delivery is not compared with them.
     max_drop_factor: float = 1.75  # Lowest usual number of rows (or users) divided by this is the lowest accepted one.
@@ -64,6 +67,7 @@ class GateLimits:
     uninformative_share: float = 0.9  # A share whose usual (median) value is this high is not checked.
     max_rise: float = 0.25  # Accepted rise of a share over its usual maximum, in absolute terms.
     max_small_rise: float = 0.15  # The same for duplicates and for the most active user.
+    max_first_rise: float = 0.75  # With few deliveries: accepted rise of unknown users; share of the possible one.
     # The limits below hold in any log, unless earlier deliveries show that a larger share is usual there.
     max_share_top_user: float = 0.25  # Highest accepted share of rows of one user; 98 % of shop days stay below.
     max_share_top_item: float = 0.5  # Highest accepted share of rows of one item.
@@ -107,6 +111,9 @@ class HoldoutValues:
         assert self.older_challenger_O.shape == self.older_champion_O.shape
 
 
+Cause = Literal["quality", "amount", "floor", "content", "error"]  # of a refusal; `nightly/deferral.py` explains them
+
+
 @dataclass(frozen=True)
 class Verdict:
     """The result of the gate: promoted if there are no reasons against it. Notes say what could not be checked."""
@@ -115,6 +122,7 @@ class Verdict:
     reasons: tuple[str, ...] = ()
     notes: tuple[Note, ...] = ()
     numbers: dict[str, float] = field(default_factory=dict)
+    causes: frozenset[Cause] = frozenset()  # the kinds of the reasons
 
 
 class HoldoutEvents(NamedTuple):
@@ -137,21 +145,27 @@ def find_anomalies(
     Pass only deliveries that were promoted, so that a week of bad data does not become normal. If a log changes
     permanently, promote the next deliveries with --force. After three of them, the limits have adapted.
     """
+    recent = earlier[-limits.n_recent_days :]
+    return [*amount_anomalies(day, recent, limits), *content_anomalies(day, recent, limits)]
+
+
+def content_anomalies(day: DeliveryStats, earlier: Sequence[DeliveryStats], limits: GateLimits) -> list[str]:
+    """Describe what is unusual about the users, items and times of a delivery, whatever its size."""
     if not day.n_rows:
         known = f" {format_percent(day.share_known)} of its rows are already in the log." if day.share_known else ""
         return [f"The delivery has no new rows.{known}"]
     recent = earlier[-limits.n_recent_days :]
-    return [
-        *count_anomalies(day, recent, limits),
-        *share_anomalies(day, recent, limits),
-        *time_anomalies(day, recent, limits),
-    ]
+    return [*share_anomalies(day, recent, limits), *gap_anomalies(day, recent, limits)]
 
 
 def judge_challenger(
-    day: DeliveryStats, earlier: Sequence[DeliveryStats], values: HoldoutValues, limits: GateLimits = GateLimits()
+    day: DeliveryStats,
+    earlier: Sequence[DeliveryStats],
+    values: HoldoutValues,
+    limits: GateLimits = GateLimits(),
+    is_amount_usual: bool = False,
 ) -> Verdict:
-    """Return the verdict on a challenger.
+    """Return the verdict on a challenger. With `is_amount_usual`, the size of the delivery is accepted.
 
     It is refused if the delivery is unusual, if a value is not a metric, if the newest events show a value below the
     floor, or if a comparison shows too large a loss. A loss on older events is accepted if the challenger is better on
@@ -162,9 +176,14 @@ def judge_challenger(
     "unnoticed", the relative loss that could go unnoticed; "floor". On older events: "older", "older_live", and
     "forgetting", the live value minus the new one (positive = lost).
     """
-    reasons, notes = find_anomalies(day, earlier, limits), _missing_checks(day, earlier, limits)
+    notes = _missing_checks(day, earlier, limits)
+    amount, content = amount_anomalies(day, earlier, limits), content_anomalies(day, earlier, limits)
+    if is_amount_usual:
+        why = "This is accepted because the previous delivery was unusual too."
+        notes += [Note("accepted-amount", f"{anomaly} {why}") for anomaly in amount]
+        amount = []
     if broken := _invalid_values(values):
-        return Verdict(False, (*reasons, *broken), tuple(notes))
+        return _verdict({"amount": amount, "content": content, "error": broken}, notes, {})
     new_U, live_U = values.challenger_U, values.champion_U
     older_O, older_live_O = values.older_challenger_O, values.older_champion_O
     newest_events = NEWEST._replace(missing=values.no_newest_reason or NEWEST.missing)
@@ -182,9 +201,18 @@ def judge_challenger(
         accepted = "This loss is accepted because the new version is better on the newest events, beyond chance."
         accepted_losses = [Note("accepted-loss", f"{reason} {accepted}") for reason in comparisons[2].reasons]
         comparisons[2] = Verdict(True, notes=(*comparisons[2].notes, *accepted_losses))
-    reasons += [reason for part in comparisons for reason in part.reasons]
     notes += [note for part in comparisons for note in part.notes]
-    return Verdict(not reasons, tuple(reasons), tuple(notes), numbers)
+    loss, below_floor, forgotten = (list(part.reasons) for part in comparisons)
+    quality = [*loss, *forgotten]
+    reasons: dict[Cause, list[str]] = {"amount": amount, "content": content, "quality": quality, "floor": below_floor}
+    return _verdict(reasons, notes, numbers)
+
+
+def _verdict(reasons: dict[Cause, list[str]], notes: Sequence[Note], numbers: dict[str, float]) -> Verdict:
+    """Return the verdict that follows from the reasons of each kind."""
+    texts = tuple(text for of_kind in reasons.values() for text in of_kind)
+    causes = frozenset(cause for cause, of_kind in reasons.items() if of_kind)
+    return Verdict(not texts, texts, tuple(notes), numbers, causes)
 
 
 def _missing_checks(day: DeliveryStats, earlier: Sequence[DeliveryStats], limits: GateLimits) -> list[Note]:
@@ -276,19 +304,23 @@ def _detectable_loss(differences_U: Float64Array, live_U: Float64Array, z: float
     return float((b + np.sqrt(b**2 + 4 * c)) / 2)
 
 
+def quality_floor(earlier_values: Sequence[float], limits: GateLimits) -> float | None:
+    """Return the lowest accepted quality: a share of the lower quartile of recent versions. None with too few."""
+    recent = earlier_values[-limits.n_recent_days :]
+    return limits.floor_share * float(np.quantile(recent, 0.25)) if len(recent) >= limits.min_floor_versions else None
+
+
 def _check_floor(new_U: Float64Array, earlier_values: Sequence[float], limits: GateLimits) -> Verdict:
     """Refuse if even the upper end of the metric's interval is below the floor: random events mislead both versions."""
-    recent = earlier_values[-limits.n_recent_days :]
+    recent, floor = earlier_values[-limits.n_recent_days :], quality_floor(earlier_values, limits)
     if len(new_U) < limits.min_users:
         return Verdict(True)  # the comparison adds a note already
-    if len(recent) < limits.min_floor_versions:
+    if floor is None:
         text = (
             f"{limits.metric} is known for {count_of(len(recent), 'earlier live version')}. "
             f"From {limits.min_floor_versions} on, an unusually low value is refused."
         )
         return Verdict(True, notes=(Note("no-floor", text),))
-    usual = float(np.quantile(recent, 0.25))
-    floor = limits.floor_share * usual
     # Add one user with a hit. If n users have none, the true share need not be 0, but is below 3 / n.
     high = float(bootstrap_interval(np.append(new_U, MEAN_HIT_VALUE)[:, None])[1][0])
     if high >= floor:
@@ -296,7 +328,7 @@ def _check_floor(new_U: Float64Array, earlier_values: Sequence[float], limits: G
     mean = float(new_U.mean())
     reason = (
         f"On the newest events, {limits.metric} is {mean:.4f} ({len(new_U):,} users; 95 % interval up to {high:.4f}). "
-        f"Three in four of the last {len(recent)} live versions reached {usual:.4f}. "
+        f"Three in four of the last {len(recent)} live versions reached {floor / limits.floor_share:.4f}. "
         f"Less than {floor:.4f} is refused. Check whether the events are genuine."
     )
     return Verdict(False, (reason,), (), {"floor": floor})

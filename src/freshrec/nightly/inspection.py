@@ -12,8 +12,9 @@ import torch
 
 from freshrec.data.log import format_count, format_time
 from freshrec.errors import FreshrecError, StateError
+from freshrec.nightly.deferral import batches_of
 from freshrec.nightly.full_retrain import retrain_plan
-from freshrec.nightly.job import batches_of, waiting_batches
+from freshrec.nightly.job import waiting_batches
 from freshrec.nightly.notes import count_of, current_notes, number_ranges
 from freshrec.nightly.same_queries import compare_on_same_queries
 from freshrec.random_streams import stream_seed

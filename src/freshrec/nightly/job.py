@@ -18,37 +18,39 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
-import torch
 
 from freshrec.data.catalog import Catalog
 from freshrec.data.log import Log, filter_positives, keep_positives
 from freshrec.errors import LogError, OptionError, StateError, TrainingError
 from freshrec.files import file_checksum
-from freshrec.models.absorb import absorb_block
-from freshrec.models.popularity import PopularitySpec
-from freshrec.nightly.delivery_stats import DeliveryStats, compute_delivery_stats, newest_time_before
-from freshrec.nightly.full_retrain import GAIN_KEY, retrain_interval, start_from_scratch, updates_since_retrain
-from freshrec.nightly.gate import GateLimits, HoldoutValues, Verdict, find_anomalies, judge_challenger
+from freshrec.nightly.challenger import (
+    DAY_KEY,
+    FIRST_HOLDOUT_SHARE,
+    NEW_USERS_KEY,
+    Challenger,
+    Champion,
+    Delivery,
+    earlier_stats,
+    first_queries,
+    learn_with_holdout,
+    popularity_state,
+)
+from freshrec.nightly.deferral import CAUSES_KEY, Deferral, batches_of, find_deferral
+from freshrec.nightly.delivery_stats import (
+    compute_delivery_stats,
+    newest_time_before,
+    share_of_new_users,
+)
+from freshrec.nightly.gate import GateLimits, Verdict, find_anomalies
 from freshrec.nightly.holdout import newest_queries, user_values
-from freshrec.nightly.notes import Note, count_of, notes_of, with_notes
+from freshrec.nightly.notes import Note, count_of, with_notes
 from freshrec.progress import report_progress
-from freshrec.recommender.bundle import Bundle, learn_events, read_bundle, write_bundle
-from freshrec.recommender.log_reading import EncodedEvents, encode_events, match_clock
-from freshrec.recommender.served_state import ServedState
-from freshrec.replay.measure import Queries
-from freshrec.replay.significance import bootstrap_interval
+from freshrec.recommender.bundle import Bundle, read_bundle, write_bundle
+from freshrec.recommender.log_reading import encode_events, match_clock
 from freshrec.store.event_log import AppendResult, EventLog
-from freshrec.store.manifest import METRIC_KEY, RETRY_KEY, Manifest, MoveAction, VersionKind
+from freshrec.store.manifest import RETRY_KEY, Manifest, MoveAction, VersionKind
 from freshrec.store.versions import Store, version_chain
-from freshrec.types import State
-
-N_HOLDOUT_QUERIES = 250  # queries of a version that are kept to measure later versions
-N_HOLDOUT_VERSIONS = 5  # number of latest versions whose queries are kept
-HOLDOUT_SHARE, FIRST_HOLDOUT_SHARE = 0.2, 0.05  # held-out share of a delivery, and of the first log
-MAX_HOLDOUT_EVENTS = 20_000  # held-out events at most
-COMPARED_KEY = "compared_users"  # in a manifest's "data": users measured on the newest events, and on older ones
 
 
 class NightlyJob:
@@ -80,11 +82,11 @@ class NightlyJob:
         frame = self.log.read([result.batch])
         bundle = replace(bundle, read_options=replace(bundle.read_options, has_clock=log.has_clock))
         new = encode_events(bundle.served, frame)
-        learned, numbers = _learn(bundle, new, FIRST_HOLDOUT_SHARE)
+        learned, numbers = learn_with_holdout(bundle, new, FIRST_HOLDOUT_SHARE)
         metric, queries, notes = self.limits.metric, newest_queries(learned.served), []
         report_progress("measuring", detail=count_of(len(queries), "held-out query", "held-out queries"))
         if len(queries):
-            states = {metric: learned.served.state, f"{metric} popularity": _popularity_state(learned, new)}
+            states = {metric: learned.served.state, f"{metric} popularity": popularity_state(learned, new)}
             for name, state in states.items():
                 numbers[name] = float(user_values(state, queries, metric, len(learned.served.items)).mean())
         else:
@@ -94,10 +96,11 @@ class NightlyJob:
         day = compute_delivery_stats(
             frame, Catalog.empty(), Catalog.empty(), log.has_clock, None, result.n_duplicates, result.n_known
         )
+        new_users = share_of_new_users(frame, FIRST_HOLDOUT_SHARE, self.limits.min_rows)
         manifest = _new_manifest(self.store, learned, "fit", numbers).model_copy(
-            update={"batch": result.batch, "source": source, "data": {"day": asdict(day)}}
+            update={"batch": result.batch, "source": source, "data": {DAY_KEY: asdict(day), NEW_USERS_KEY: new_users}}
         )
-        learned = replace(learned, holdout_queries=(_first_queries(queries),))
+        learned = replace(learned, holdout_queries=(first_queries(queries),))
         return self._go_live(with_notes(manifest, notes), learned, "fit")
 
     def append_delivery(self, log: Log, source: str) -> AppendResult:
@@ -149,96 +152,49 @@ class NightlyJob:
     def learn_batch(self, batch: int, force: str = "", retry_of: int | None = None) -> Manifest:
         """Make a version from a batch and promote it if it passes the gate, or if `force`, a reason, is given.
 
-        Events that the live version has learned from other batches are left out. If training fails, the result is a
-        refused copy of the live version, with the error as the reason. `retry_of`: the version whose events are learned
-        again.
+        Deferred batches are learned too (`nightly/deferral.py`). Events that the live version has learned from other
+        batches are left out. If training fails, the result is a refused copy of the live version, with the error as
+        the reason. `retry_of`: the version whose events are learned again, without deferred batches.
         """
         started_s, delivered = time.perf_counter(), self.log.read([batch])
         frame = self.log.rows_not_in(delivered, batches_of(version_chain(self.store)))
         source, n_duplicates, n_known = self.log.delivery_counts(batch)
-        n_known += len(delivered) - len(frame)
         if not len(frame):
             return self.add_unchanged_version(batch, source)
-        known_until = None if retry_of is None else newest_time_before(self.store, self.log, batch)
+        champion, is_retry = self.champion(), retry_of is not None
+        known_until = newest_time_before(self.store, self.log, batch) if is_retry else None
+        left_out = n_duplicates, n_known + len(delivered) - len(frame)
+        delivery = Delivery(batch, frame, champion.delivery_stats(frame, left_out, known_until))
+        deferral = Deferral() if is_retry else find_deferral(self.store, self.limits)
         try:
-            manifest, challenger = self.make_challenger(frame, (n_duplicates, n_known), known_until)
+            found = champion.challenge_with_deferred(delivery, deferral)
         except (LogError, TrainingError) as error:
-            manifest = _new_manifest(self.store, self.bundle, "update", {}).model_copy(
-                update={"parent": self.store.live, "promoted": False, "reasons": [str(error)]}
-            )
-            challenger, force = self.bundle, ""
-        notes = notes_of(manifest)
-        if force and not manifest.promoted:
+            verdict, force = Verdict(False, (str(error),), causes=frozenset({"error"})), ""
+            found = Challenger(champion.bundle, verdict, {}, {CAUSES_KEY: ["error"]})
+        verdict, notes = found.verdict, list(found.verdict.notes)
+        if force and not verdict.promoted:
             notes.append(Note("forced", f"The gate refused this version. It was promoted by --force: {force}"))
-        numbers = manifest.numbers | {"wait_s": time.perf_counter() - started_s}
-        goes_live = manifest.promoted or bool(force)
-        data = manifest.data | ({} if retry_of is None else {RETRY_KEY: retry_of})
-        update = {"batch": batch, "source": source, "numbers": numbers, "goes_live": goes_live, "data": data}
-        manifest = with_notes(manifest.model_copy(update=update), notes)
-        if goes_live:
-            return self._go_live(manifest, challenger, "update", force)
-        return self.store.write_version(manifest, lambda folder: write_bundle(challenger, folder))
-
-    def make_challenger(
-        self, frame: pl.DataFrame, left_out: tuple[int, int] = (0, 0), known_until: int | None = None
-    ) -> tuple[Manifest, Bundle]:
-        """Update the live version with some rows and judge the result. Nothing is written.
-
-        `left_out`: the numbers of duplicates and of known rows that are not in `frame`. `known_until`: time of the
-        newest known event that the gate compares the rows with; None = that of the live version.
-        """
-        champion, chain = self.bundle, version_chain(self.store)
-        day, first = self.delivery_stats(frame, left_out, known_until), chain[0]
-        challenger, numbers = _learn(champion, encode_events(champion.served, frame), HOLDOUT_SHARE)
-        growth = challenger.sizes["events"] / max(1, first.sizes["events"])
-        numbers["full_s"] = first.numbers.get("update_s", 0.0) * growth
-        queries = newest_queries(challenger.served)
-        is_due = self.full_every and updates_since_retrain(chain) + 1 >= retrain_interval(self.full_every, chain)
-        if is_due and len(queries):
-            is_even_N = queries.users_N % 2 == 0  # these users decide between the two; the gate uses the others
-            challenger, more = _try_full_retrain(self, challenger, frame, chain, queries[is_even_N.nonzero()[:, 0]])
-            numbers, queries = numbers | more, queries[(~is_even_N).nonzero()[:, 0]]
-        report_progress("comparing", detail=f"with version {self.store.live}")
-        verdict, values = self._judge(day, champion, challenger, chain, queries)
-        numbers |= verdict.numbers | _interest_changes(champion.served.state, challenger.served.state)
-        manifest = _new_manifest(self.store, challenger, "update", numbers).model_copy(
+        goes_live = verdict.promoted or bool(force)
+        numbers = found.numbers | {"wait_s": time.perf_counter() - started_s}
+        manifest = _new_manifest(self.store, found.bundle, "update", numbers).model_copy(
             update={
                 "parent": self.store.live,
-                "data": {"day": asdict(day), METRIC_KEY: self.limits.metric, COMPARED_KEY: values.n_users},
+                "batch": batch,
+                "source": source,
+                "data": found.data | ({RETRY_KEY: retry_of} if is_retry else {}),
                 "promoted": verdict.promoted,
+                "goes_live": goes_live,
                 "reasons": list(verdict.reasons),
             }
         )
-        holdout_queries = (*champion.holdout_queries, _first_queries(queries))[-N_HOLDOUT_VERSIONS:]
-        return with_notes(manifest, verdict.notes), replace(challenger, holdout_queries=holdout_queries)
+        manifest = with_notes(manifest, notes)
+        if goes_live:
+            return self._go_live(manifest, found.bundle, "update", force)
+        return self.store.write_version(manifest, lambda folder: write_bundle(found.bundle, folder))
 
-    def delivery_stats(
-        self, frame: pl.DataFrame, left_out: tuple[int, int] = (0, 0), known_until: int | None = None
-    ) -> DeliveryStats:
-        """Return the statistics of new rows. The arguments are those of `make_challenger`."""
-        served = self.bundle.served
-        newest_time = served.newest_time if known_until is None else known_until
-        has_clock, head = self.bundle.read_options.has_clock, _head_item_ids(served)
-        return compute_delivery_stats(frame, served.users, served.items, has_clock, newest_time, *left_out, head)
-
-    def _judge(
-        self, day: DeliveryStats, champion: Bundle, challenger: Bundle, chain: list[Manifest], queries: Queries
-    ) -> tuple[Verdict, HoldoutValues]:
-        """Return the gate's verdict and the values that it is based on."""
-        metric, n_items = self.limits.metric, len(challenger.served.items)
-        states = (challenger.served.state, champion.served.state)
-        challenger_U, champion_U = (user_values(state, queries, metric, n_items) for state in states)
-        # without the last queries: the live version has not learned their events either
-        older = [past for past in champion.holdout_queries[:-1] if len(past)]
-        challenger_O, champion_O = (
-            np.concatenate([np.zeros(0), *(user_values(state, past, metric, n_items) for past in older)])
-            for state in states
-        )
-        earlier = _earlier_stats(chain)
-        earlier_values = [manifest.numbers[metric] for manifest in chain if metric in manifest.numbers]
-        no_newest_reason = "" if len(challenger.served.pending) else _no_holdout_reason(day)
-        values = HoldoutValues(challenger_U, champion_U, challenger_O, champion_O, earlier_values, no_newest_reason)
-        return judge_challenger(day, earlier, values, self.limits), values
+    def champion(self) -> Champion:
+        """Return the live version as what challengers are made from and judged by."""
+        return Champion.of(self.store, self.bundle, self.limits, self.full_every, self.log)
 
     def _go_live(self, manifest: Manifest, bundle: Bundle, action: MoveAction, reason: str = "") -> Manifest:
         manifest = self.store.write_version(manifest, lambda folder: write_bundle(bundle, folder))
@@ -250,11 +206,6 @@ class NightlyJob:
 def refused_batches(store: Store) -> list[int]:
     """Return the batches of refused versions and of those that were rolled back."""
     return sorted(set(batches_of(store.manifests())) - set(batches_of(version_chain(store))))
-
-
-def batches_of(chain: list[Manifest]) -> list[int]:
-    """Return the batches of the log that these versions were made from."""
-    return [manifest.batch for manifest in chain if manifest.batch is not None]
 
 
 def waiting_batches(store: Store, log: EventLog) -> list[int]:
@@ -275,25 +226,6 @@ def waiting_batches(store: Store, log: EventLog) -> list[int]:
     return [batch for batch in batches if batch > max(versions_by_batch, default=0)]
 
 
-def _try_full_retrain(
-    job: NightlyJob, challenger: Bundle, frame: pl.DataFrame, chain: list[Manifest], queries: Queries
-) -> tuple[Bundle, dict[str, float]]:
-    """Also do a full retrain. Return the better of the two results, and the gain and cost of the retrain."""
-    started_s = time.perf_counter()
-    report_progress("full retrain")
-    empty, all_rows = start_from_scratch(job.bundle, job.log, chain, frame)
-    new = encode_events(empty.served, all_rows)
-    full = learn_events(empty, new, len(new.events) - len(challenger.served.pending))
-    seconds, metric = time.perf_counter() - started_s, job.limits.metric
-    if not len(queries):
-        return challenger, {"full_s": seconds, GAIN_KEY: 0.0, "full_low": 0.0, "full_high": 0.0}
-    values = [user_values(bundle.served.state, queries, metric, len(new.items)) for bundle in (full, challenger)]
-    gain_U = values[0] - values[1]
-    low, high = (float(end[0]) for end in bootstrap_interval(gain_U[:, None]))
-    more = {GAIN_KEY: float(gain_U.mean()), "full_low": low, "full_high": high, "full_s": seconds}
-    return (full if gain_U.mean() >= 0 else challenger), more
-
-
 def match_types(log: Log, bundle: Bundle) -> Log:
     """Return a delivery without the timestamps that the store's log lacks. Raises LogError as `append_delivery`."""
     log = match_clock(log, bundle.read_options)
@@ -306,35 +238,8 @@ def preview_delivery(job: NightlyJob, log: Log | None) -> dict[str, Any]:
     """Return the statistics of a delivery ("day") and its anomalies ("odd"). Raises LogError as `append_delivery`."""
     if log is None:
         return {"day": None, "odd": ["The delivery has no rows."]}
-    day = job.delivery_stats(interaction_rows(match_types(log, job.bundle).frame))
-    return {"day": asdict(day), "odd": find_anomalies(day, _earlier_stats(version_chain(job.store)), job.limits)}
-
-
-def _head_item_ids(served: ServedState) -> pl.Series:
-    """Return the ids of the most popular items, which together had half of the recent events."""
-    counts_I = served.counts.model.counts_I.double()
-    rows_I = counts_I.argsort(descending=True, stable=True)
-    ahead_I = counts_I[rows_I].cumsum(0) - counts_I[rows_I]
-    return served.items.ids(rows_I[(ahead_I < counts_I.sum() / 2) & (rows_I > 0)])
-
-
-def _earlier_stats(chain: list[Manifest]) -> list[DeliveryStats]:
-    """Return the statistics of the deliveries that led to the live version, oldest first."""
-    try:
-        return [DeliveryStats(**manifest.data["day"]) for manifest in chain[1:] if "day" in manifest.data]
-    except TypeError as error:
-        raise StateError(
-            f"A manifest of an earlier version has invalid delivery statistics ({error}). Restore it from a backup."
-        ) from None
-
-
-def _no_holdout_reason(day: DeliveryStats) -> str:
-    return "all rows are late" if day.share_late == 1 else "the delivery has too few rows to hold any out"
-
-
-def _first_queries(queries: Queries) -> Queries:
-    """Return the first queries, a random sample because the queries are in random order."""
-    return queries[torch.arange(min(N_HOLDOUT_QUERIES, len(queries)))]
+    day = job.champion().delivery_stats(interaction_rows(match_types(log, job.bundle).frame))
+    return {"day": asdict(day), "odd": find_anomalies(day, earlier_stats(version_chain(job.store)), job.limits)}
 
 
 def interaction_rows(frame: pl.DataFrame) -> pl.DataFrame:
@@ -350,40 +255,6 @@ def hash_source(path: Path) -> str:
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     checksums = [file_checksum(file) for file in files if file.is_file()]
     return checksums[0] if len(checksums) == 1 else hashlib.sha256("".join(checksums).encode()).hexdigest()
-
-
-def _learn(bundle: Bundle, new: EncodedEvents, share: float) -> tuple[Bundle, dict[str, float]]:
-    """Learn all events but the newest `share` of those that are not late. Return the result and its costs."""
-    started_s, started_cpu_s, newest_time = time.perf_counter(), time.process_time(), bundle.served.newest_time
-    n_events = len(new.events)
-    n_new = n_events if newest_time is None else int((new.events.times_E >= newest_time).sum())
-    n_holdout = min(MAX_HOLDOUT_EVENTS, round(share * n_new))
-    report_progress("splitting", detail=f"the newest {count_of(n_holdout, 'event')} held out")
-    report_progress("counting", detail=count_of(n_events - n_holdout, "event"))
-    learned = learn_events(bundle, new, n_events - n_holdout)
-    costs = {"update_s": time.perf_counter() - started_s, "update_cpu_s": time.process_time() - started_cpu_s}
-    more = {f"new_{name}": float(n - bundle.sizes[name]) for name, n in learned.sizes.items()}
-    return learned, learned.served.state.costs | costs | more | {"late": float(n_events - n_new)}
-
-
-def _popularity_state(bundle: Bundle, new: EncodedEvents) -> State:
-    """Return a popularity model that has counted the events of the first version."""
-    served = bundle.served
-    counted = new.events[: len(new.events) - len(served.pending)]
-    return absorb_block(State(PopularitySpec().build(0)), counted, len(served.users), served.state.model.n_items)
-
-
-def _interest_changes(before: State, after: State) -> dict[str, float]:
-    """Count users who have more interests than before, and users who have fewer. Empty for models without interests."""
-    if before.interests is None or after.interests is None:
-        return {}
-    n = min(before.interests.n_users, after.interests.n_users) + 1
-    had_U, have_U = before.interests.offsets_U.diff()[:n], after.interests.offsets_U.diff()[:n]
-    known_U = had_U > 0
-    return {
-        "gained_interests": float((known_U & (have_U > had_U)).sum()),
-        "lost_interests": float((known_U & (have_U < had_U)).sum()),
-    }
 
 
 def _new_manifest(store: Store, bundle: Bundle, kind: VersionKind, numbers: dict[str, float]) -> Manifest:

@@ -117,7 +117,8 @@ class LiveVersion:
         known_clicks = dict[Identity, None](dict.fromkeys(ids[-MAX_REMEMBERED_IDS:]))
         self._clicks_during_swap = []
         try:
-            learned_batches = {manifest.batch for manifest in _version_chain(self.store, version.manifest)} - {None}
+            chain = _version_chain(self.store, version.manifest)
+            learned_batches = {batch for manifest in chain for batch in manifest.batches}
             files = [file for file in read_journal(self.store.folder) if file.batch not in learned_batches]
             # by identity, because a click may be in two files
             pending_clicks = {click.identity: click for file in files for click in file.clicks}

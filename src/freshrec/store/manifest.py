@@ -12,6 +12,7 @@ from freshrec.version import __version__
 FORMAT = 1
 METRIC_KEY = "metric"  # in a manifest's "data": the metric of the gate
 RETRY_KEY = "retry_of"  # in a manifest's "data": the version whose events `update --retry` learned again
+DEFERRED_KEY = "deferred"  # in a manifest's "data": refused batches that it learned besides its own
 VersionKind = Literal["fit", "update", "no rows", "saved"]
 MoveAction = Literal["fit", "update", "promote", "rollback", "save"]
 
@@ -53,6 +54,12 @@ class Manifest(BaseModel):
     reasons: list[str] = []  # why the gate refused it
     notes: list[str] = []
     files: dict[str, FileEntry] = {}
+
+    @property
+    def batches(self) -> list[int]:
+        """The batches of the event log that it learned: its own, and refused ones that the gate deferred."""
+        own = [] if self.batch is None else [self.batch]
+        return [*self.data.get(DEFERRED_KEY, []), *own]
 
     @property
     def metric(self) -> str:

@@ -1,0 +1,103 @@
+"""What becomes of a refused delivery: the next updates learn it too, or it waits for `update --retry`.
+
+The causes of a refusal decide:
+
+    quality   The version was worse than the live one. The next update learns the delivery together with its own.
+    amount    The delivery has unusually few or many rows. It is learned with the next one, so that it can be looked at.
+    error     Training failed. As for quality.
+    floor     The quality was far below that of earlier versions. It is learned once such a quality has become usual.
+    content   The events look wrong. Only `update --retry` learns them.
+
+Nothing else is stored: the manifests of all versions say which deliveries are deferred (`find_deferral`). A deferred
+delivery that spoils three updates, each of which passes without it, is set aside too.
+
+A live version that was better than usual by chance must not refuse all later ones. So a loss of quality that three
+deliveries in a row show is accepted: the events of different days are not all to blame.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from freshrec.nightly.gate import GateLimits, quality_floor
+from freshrec.nightly.notes import number_ranges
+from freshrec.store.manifest import Manifest
+from freshrec.store.versions import Store, version_chain
+
+CAUSES_KEY = "causes"  # in a manifest's "data": the causes of its refusal
+BLAMED_KEY = "blamed"  # in a manifest's "data": deferred batches that were tried with it, and without which it passed
+DEFERRED_CAUSES = {"quality", "amount", "error"}
+
+
+@dataclass(frozen=True)
+class Deferral:
+    """The deferred deliveries, and what the refusals since the last promotion mean for the next one."""
+
+    versions: tuple[Manifest, ...] = ()  # refused versions of the deferred deliveries, oldest first
+    tried: tuple[Manifest, ...] = ()  # those whose deliveries the next update learns with its own
+    n_refused: int = 0  # refusals for quality alone since the last promotion
+    is_amount_confirmed: bool = False  # the previous delivery was refused for its amount too
+
+    @property
+    def text(self) -> str:
+        """The deliveries to try in words: "delivery of version 7", "deliveries of versions 7, 8"."""
+        ids = [manifest.id for manifest in self.tried]
+        nouns = ("delivery", "version") if len(ids) == 1 else ("deliveries", "versions")
+        return f"{nouns[0]} of {nouns[1]} {number_ranges(ids)}"
+
+
+def find_deferral(store: Store, limits: GateLimits) -> Deferral:
+    """Return which refused deliveries are deferred, from the manifests of the store."""
+    manifests, chain = store.manifests(), version_chain(store)
+    left_out = {*batches_of(chain), *_once_live_batches(store, manifests)}
+    refused = {manifest.batch: manifest for manifest in manifests if manifest.batch not in {None, *left_out}}
+    spoiled = Counter(batch for manifest in manifests for batch in manifest.data.get(BLAMED_KEY, []))
+    floor = quality_floor(judged_values(manifests, chain, limits.metric), limits)
+    deferred = [
+        manifest
+        for batch, manifest in refused.items()
+        if spoiled[batch] < limits.max_spoiled_updates and _is_deferred(manifest, floor, limits.metric)
+    ]
+    tried = [manifest for manifest in deferred if not spoiled[manifest.batch]]
+    if not tried and deferred:  # one at a time, so that a bad delivery does not hold up the others
+        tried = [min(deferred, key=lambda manifest: spoiled[manifest.batch])]
+    last = next((manifest.id for manifest in reversed(chain) if manifest.kind != "no rows"), 0)
+    since = [m for m in manifests if m.id > last and not m.goes_live and m.retry_of is None]
+    n_refused = sum(causes_of(manifest) == {"quality"} for manifest in since)
+    is_amount_confirmed = bool(since) and "amount" in causes_of(since[-1]) and since[-1] in deferred
+    return Deferral(tuple(deferred), tuple(tried), n_refused, is_amount_confirmed)
+
+
+def causes_of(manifest: Manifest) -> set[str]:
+    """Return the causes of a refusal; none for versions of 0.1.0, whose events wait for `update --retry`."""
+    return set(manifest.data.get(CAUSES_KEY, []))
+
+
+def batches_of(versions: Iterable[Manifest]) -> list[int]:
+    """Return the batches of the log that these versions were made from, ascending."""
+    return sorted({batch for manifest in versions for batch in manifest.batches})
+
+
+def judged_values(manifests: Sequence[Manifest], chain: Collection[Manifest], metric: str) -> list[float]:
+    """Return the metric of each live version on its newest events, and of those that only the floor refused.
+
+    With the latter, a lower quality becomes usual if it lasts.
+    """
+    known = {manifest.id for manifest in chain}
+    known |= {m.id for m in manifests if causes_of(m) == {"floor"} and m.retry_of is None}
+    return [m.numbers[metric] for m in manifests if m.id in known and metric in m.numbers]
+
+
+def _once_live_batches(store: Store, manifests: Sequence[Manifest]) -> list[int]:
+    """Return the batches of versions that went live. If they were rolled back, that was somebody's decision."""
+    pointed_to = {move.to for move in store.moves()}
+    return batches_of([m for m in manifests if m.goes_live or m.id in pointed_to])
+
+
+def _is_deferred(manifest: Manifest, floor: float | None, metric: str) -> bool:
+    causes = causes_of(manifest)
+    if floor is None or manifest.numbers.get(metric, 0.0) >= floor:
+        causes -= {"floor"}
+    return bool(causes_of(manifest)) and causes <= DEFERRED_CAUSES
