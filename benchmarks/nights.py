@@ -1,27 +1,37 @@
-"""How often the gate promotes good days and refuses corrupted ones, on the days of real logs.
+"""How often the gate promotes good days and refuses corrupted ones, and what becomes of them afterwards.
 
-    python benchmarks/nights.py --data folder-of-the-logs --out benchmarks/results
+    python benchmarks/nights.py verdicts --data folder-of-the-logs
+    python benchmarks/nights.py obeyed --data folder-of-the-logs
 
-A nightly job runs over the days of each log. Corrupted copies of a day are judged and discarded. The good day is judged
-too, and goes live whatever the verdict, so that a wrong refusal does not affect later days. Writes nights.json: one row
-per log and kind of day.
+`verdicts` runs a nightly job over the days of each log. Corrupted copies of a day are judged and discarded. The good
+day is judged too, and goes live whatever the verdict, so that a wrong refusal does not affect later days.
+
+`obeyed` runs many stores over resampled days, and obeys every verdict. Nobody retries or forces anything. Each store
+passes through the days of a log in order. Each day has a sample of its users: as many draws with replacement as it has
+users, each user counted once, which leaves about 63 %. One night in twenty brings a corrupted copy instead of the day.
+The second run of each store has a gate that neither defers nor accepts anything, as in 0.1.0.
+
+Both write nights.json. `obeyed` can be resumed: finished stores are not run again.
 """
 
-import argparse
 import json
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import polars as pl
+import typer
 
 from freshrec.data.log import Log, keep_positives, read_log
+from freshrec.nightly.deferral import batches_of, find_deferral
+from freshrec.nightly.gate import GateLimits, Verdict
 from freshrec.nightly.job import NightlyJob
 from freshrec.recommender.bundle import new_bundle
 from freshrec.store.manifest import Manifest
-from freshrec.store.versions import create_store
+from freshrec.store.versions import create_store, version_chain
 
 DAY = 86_400_000_000  # microseconds
 Frame = pl.DataFrame
@@ -88,8 +98,13 @@ def renamed(day: Frame, known: Frame, source: np.random.Generator) -> Frame:
     return day.with_columns(pl.col("item_id") + 10_000_000)
 
 
+def users(day: Frame, known: Frame, source: np.random.Generator) -> Frame:
+    """All users have other ids."""
+    return day.with_columns(pl.col("user_id") + 100_000_000)
+
+
 BAD: tuple[Callable[[Frame, Frame, np.random.Generator], Frame], ...] = (
-    bot, random, half, unit, shifted, equal, renamed,
+    bot, random, half, unit, shifted, equal, renamed, users,
 )  # fmt: skip
 
 
@@ -104,8 +119,10 @@ def cut(days: Days, folder: Path) -> tuple[Frame, list[Frame]]:
     return frame.filter(pl.col("day") < first).drop("day"), later[: days.most]
 
 
-def nights(name: str, days: Days, folder: Path, model: str, every: int) -> Iterator[tuple[str, int, Manifest]]:
-    """The verdict on each day, good and corrupted: kind, number of the day, version."""
+def nights(
+    name: str, days: Days, folder: Path, model: str, every: int
+) -> Iterator[tuple[str, int, Verdict | Manifest]]:
+    """The verdict on each day, good and corrupted: kind, number of the day, verdict or version."""
     base, later = cut(days, folder)
     with tempfile.TemporaryDirectory() as where, create_store(Path(where) / "store") as store:
         job = NightlyJob(store)
@@ -114,46 +131,132 @@ def nights(name: str, days: Days, folder: Path, model: str, every: int) -> Itera
         for i, day in enumerate(later):
             for corrupt in BAD if i % every == 0 else ():
                 bad = corrupt(day, known, np.random.default_rng(i)).sort("time", maintain_order=True)
-                yield corrupt.__name__, i, job.make_challenger(bad)[0]
+                champion = job.champion()
+                yield corrupt.__name__, i, champion.challenge(bad, champion.delivery_stats(bad)).verdict
             job.append_delivery(Log(day, True, "us"), f"day {i}")
             for version in job.catch_up("it is a good day"):
                 yield "good", i, version
             known = pl.concat([known, day])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--model", default="item-knn")
-    parser.add_argument("--logs", nargs="+", default=list(LOGS), choices=LOGS)
-    parser.add_argument("--every", type=int, default=4, help="corrupt every Nth day only")
-    arguments = parser.parse_args()
-    for name in arguments.logs:
+app = typer.Typer(help=__doc__, add_completion=False)
+DataOption = Annotated[Path, typer.Option(help="The folder of the logs.")]
+OutOption = Annotated[Path, typer.Option(help="The folder of nights.json.")]
+RESULTS = Path("benchmarks/results")
+
+
+@app.command()
+def verdicts(
+    data: DataOption,
+    out: OutOption = RESULTS,
+    model: str = "item-knn",
+    log: Annotated[list[str] | None, typer.Option(help="A log; several times for several. Default: all.")] = None,
+    every: int = 4,
+) -> None:
+    """Judge good days and corrupted copies of every Nth day."""
+    for name in log or LOGS:
         right: dict[str, list[bool]] = {}
         later: dict[str, list[bool]] = {}  # days with at least seven days before them
-        for kind, i, version in nights(name, LOGS[name], arguments.data, arguments.model, arguments.every):
-            is_right = version.promoted == (kind == "good")
+        for kind, i, verdict in nights(name, LOGS[name], data, model, every):
+            is_right = verdict.promoted == (kind == "good")
             right.setdefault(kind, []).append(is_right)
             later.setdefault(kind, []).extend([is_right] * (i >= 7))
             if not is_right:
-                print(f"{name} day {i}, {kind}: {version.promoted} {version.reasons}", flush=True)  # noqa: T201
+                typer.echo(f"{name} day {i}, {kind}: {verdict.promoted} {verdict.reasons}")
         rows = [
             {
-                "log": name, "model": arguments.model, "kind": kind, "days": len(found), "right": sum(found),
+                "log": name, "model": model, "kind": kind, "days": len(found), "right": sum(found),
                 "later": len(later[kind]), "later_right": sum(later[kind]),
             }
             for kind, found in right.items()
         ]  # fmt: skip
-        write(arguments.out / "nights.json", name, rows)
+        others = [row for row in read(out, "rows") if row["log"] != name]
+        write(out, "rows", sorted([*others, *rows], key=lambda row: (row["log"], row["kind"])))
 
 
-def write(out: Path, name: str, rows: list[dict[str, object]]) -> None:
-    """Replace the rows of one log, and keep those of the others."""
-    rows += [row for row in json.loads(out.read_text())["rows"] if row["log"] != name] if out.exists() else []
-    lines = ",\n".join(json.dumps(row) for row in sorted(rows, key=lambda row: (str(row["log"]), str(row["kind"]))))
-    out.write_text(f'{{"rows": [\n{lines}\n]}}\n')
+MODEL, STRATEGY = "pooled:d=16", "finetune:fit.base_epochs=3:fit.epochs=2"  # its quality varies from night to night
+CORRUPTED_SHARE = 0.05  # share of the nights with a corrupted day
+OLD_GATE = GateLimits(max_spoiled_updates=0, max_refused_in_a_row=10**9)  # nothing is deferred or accepted
+OBEYED_LOGS = ("uci", "globo, 4 hours", "taobao", "beauty, weeks")
+
+
+def resampled(later: list[Frame], source: np.random.Generator) -> Iterator[Frame]:
+    """Yield each day with a part of its users, drawn with replacement and counted once."""
+    for day in later:
+        ids = day["user_id"].unique(maintain_order=True)
+        drawn = ids.gather(source.integers(0, len(ids), len(ids))).unique()
+        yield day.filter(pl.col("user_id").is_in(drawn.implode()))
+
+
+def obey(name: str, number: int, data: Path, limits: GateLimits) -> dict[str, Any]:
+    """Run one store over its nights, and say what became of each good and each corrupted day."""
+    days, source = LOGS[name], np.random.default_rng([number, len(name)])
+    base, later = cut(days, data)
+    kinds: dict[int, str] = {}  # by batch
+    caught: set[int] = set()
+    rows, known = dict[int, int](), base
+    with tempfile.TemporaryDirectory() as where, create_store(Path(where) / "store") as store:
+        job = NightlyJob(store, limits)
+        job.fit_first_version(Log(base, True, "us"), "base", new_bundle(MODEL, STRATEGY, number))
+        for i, day in enumerate(resampled(later, source)):
+            kind = "good"
+            if source.random() < CORRUPTED_SHARE:
+                corrupt = BAD[int(source.integers(0, len(BAD)))]
+                day, kind = corrupt(day, known, source).sort("time", maintain_order=True), corrupt.__name__
+            result = job.append_delivery(Log(day, True, "us"), f"night {i}")
+            for version in job.catch_up():
+                assert version.batch is not None
+                kinds[version.batch], rows[version.batch] = kind, result.n_appended
+                if not version.promoted:
+                    caught.add(version.batch)
+                    typer.echo(f"{name} {number} night {i}, {kind}: {version.reasons}", err=True)
+            known = pl.concat([known, day]) if kind == "good" else known
+        learned, deferral = set(batches_of(version_chain(store))), find_deferral(store, limits)
+    waiting = {version.batch for version in deferral.versions}
+    return {
+        "log": name, "store": number, "gate": "0.1.0" if limits is OLD_GATE else "now", "nights": len(later),
+        "kinds": {
+            kind: {
+                "days": len(of_kind), "refused": len(of_kind & caught), "learned": len(of_kind & learned),
+                "waiting": len(of_kind & waiting), "lost": len(of_kind - learned - waiting),
+            }
+            for kind in sorted(set(kinds.values()))
+            for of_kind in [{batch for batch, its_kind in kinds.items() if its_kind == kind}]
+        },
+    }  # fmt: skip
+
+
+@app.command()
+def obeyed(
+    data: DataOption,
+    out: OutOption = RESULTS,
+    stores: Annotated[int, typer.Option(help="Stores of each log.")] = 20,
+    old: Annotated[bool, typer.Option(help="Also run each store with the gate of 0.1.0.")] = True,
+) -> None:
+    """Run stores over resampled nights with all verdicts obeyed."""
+    for number in range(stores):
+        for name in OBEYED_LOGS:
+            for gate, limits in (("now", GateLimits()), ("0.1.0", OLD_GATE))[: 1 + old]:
+                if any((row["log"], row["store"], row["gate"]) == (name, number, gate) for row in read(out, "stores")):
+                    continue
+                write(out, "stores", [*read(out, "stores"), obey(name, number, data, limits)])
+
+
+def read(out: Path, part: str) -> list[dict[str, Any]]:
+    """Return the rows of one part of nights.json."""
+    file = out / "nights.json"
+    found: list[dict[str, Any]] = json.loads(file.read_text()).get(part, []) if file.exists() else []
+    return found
+
+
+def write(out: Path, part: str, rows: list[dict[str, Any]]) -> None:
+    """Replace the rows of one part of nights.json."""
+    parts = {name: read(out, name) for name in ("rows", "stores")} | {part: rows}
+    lines = {name: ",\n".join(json.dumps(row) for row in of_part) for name, of_part in parts.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    text = ",\n".join(f'"{name}": [\n{of_part}\n]' for name, of_part in lines.items())
+    (out / "nights.json").write_text(f"{{{text}}}\n")
 
 
 if __name__ == "__main__":
-    main()
+    app()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,8 +14,17 @@ import torch
 from freshrec.errors import LogError, StateError, TrainingError
 from freshrec.models.absorb import absorb_block
 from freshrec.models.popularity import PopularitySpec
-from freshrec.nightly.deferral import BLAMED_KEY, CAUSES_KEY, Deferral, batches_of, judged_values
-from freshrec.nightly.delivery_stats import DeliveryStats, compute_delivery_stats
+from freshrec.nightly.anomalies import population_anomalies
+from freshrec.nightly.deferral import (
+    BLAMED_KEY,
+    CAUSES_KEY,
+    Deferral,
+    batches_of,
+    is_change,
+    judged_values,
+    versions_text,
+)
+from freshrec.nightly.delivery_stats import DeliveryStats, compute_delivery_stats, share_unknown
 from freshrec.nightly.full_retrain import GAIN_KEY, retrain_interval, start_from_scratch, updates_since_retrain
 from freshrec.nightly.gate import GateLimits, HoldoutValues, Verdict, content_anomalies, judge_challenger
 from freshrec.nightly.holdout import newest_queries, user_values
@@ -59,18 +69,20 @@ class Challenger:
     data: dict[str, Any]  # for the manifest
 
     def accepted(self, n_refused: int) -> Challenger:
-        """Accept a loss of quality that `n_refused` deliveries in a row showed."""
-        why = f"It is accepted, because updates with each of {n_refused} deliveries in a row were refused for a loss."
+        """Accept what `n_refused` deliveries in a row showed."""
+        why = f"This is accepted, because {n_refused} deliveries in a row showed it."
         notes = [Note("accepted-loss", f"{reason} {why}") for reason in self.verdict.reasons]
         verdict = Verdict(True, notes=(*self.verdict.notes, *notes), numbers=self.verdict.numbers)
         return replace(self, verdict=verdict, data={k: v for k, v in self.data.items() if k != CAUSES_KEY})
 
-    def blaming(self, deferral: Deferral, together: Challenger | None) -> Challenger:
-        """Note that the update passed only without the deferred deliveries."""
-        reasons = ["training failed."] if together is None else together.verdict.reasons
-        text = f"The refused {deferral.text} stays out: with it, this version would be refused too. {' '.join(reasons)}"
+    def blaming(self, refused: Sequence[Manifest], together: Challenger | None) -> Challenger:
+        """Note that the update passed only without the deliveries of refused versions."""
+        reasons = " ".join(("Training failed.",) if together is None else together.verdict.reasons)
+        text = (
+            f"With the events that were refused before ({versions_text(refused)}), it would be refused too: {reasons}"
+        )
         notes = (*self.verdict.notes, Note("blamed", text))
-        blamed = [manifest.batch for manifest in deferral.tried]
+        blamed = [manifest.batch for manifest in refused]
         return replace(self, verdict=replace(self.verdict, notes=notes), data=self.data | {BLAMED_KEY: blamed})
 
 
@@ -121,36 +133,54 @@ class Champion:
 
         Raises LogError or TrainingError if training on the delivery alone fails.
         """
-        is_unusual = bool(content_anomalies(delivery.stats, earlier_stats(self.chain), self.limits))
-        attempts = [] if is_unusual or not deferral.tried else [self._challenge_together(delivery, deferral)]
-        found = next((attempt for attempt in attempts if attempt is not None), None)
-        if found is not None and found.verdict.promoted:
-            return found
-        alone = self.challenge(delivery.frame, delivery.stats, deferral.is_amount_confirmed)
+        day, recent, limits = delivery.stats, earlier_stats(self.chain)[-self.limits.n_recent_days :], self.limits
+        is_odd = content_anomalies(day, recent, limits) or population_anomalies(day, recent, limits)
+        together, is_tried = None, bool(deferral.tried) and not is_odd
+        if is_tried:
+            together = self._challenge_together(delivery, deferral.tried, deferral.is_amount_confirmed)
+        if together is not None and together.verdict.promoted:
+            return together
+        alone = self.challenge(delivery.frame, day, deferral.is_amount_confirmed)
         if alone.verdict.promoted:
-            return alone.blaming(deferral, found) if attempts else alone
-        if deferral.n_refused + 1 >= self.limits.max_refused_in_a_row:
-            for attempt in (found, alone):
+            return alone.blaming(deferral.tried, together) if is_tried else alone
+        if deferral.n_refused + 1 >= limits.max_refused_in_a_row:
+            for attempt in (together, alone):
                 if attempt is not None and attempt.verdict.causes == {"quality"}:
                     return attempt.accepted(deferral.n_refused + 1)
+        if len(deferral.changed) + 1 >= limits.max_refused_in_a_row and is_change(alone.verdict.causes):
+            together = self._challenge_together(delivery, deferral.changed)
+            if together is not None and is_change(together.verdict.causes) and self._is_lasting(delivery, deferral):
+                return together.accepted(len(deferral.changed) + 1)
         return alone
 
-    def _challenge_together(self, delivery: Delivery, deferral: Deferral) -> Challenger | None:
-        """Update with a delivery and deferred ones; None if training fails."""
-        batches = [manifest.batch for manifest in deferral.tried if manifest.batch is not None]
+    def _challenge_together(
+        self, delivery: Delivery, refused: Sequence[Manifest], is_amount_usual: bool = False
+    ) -> Challenger | None:
+        """Update with a delivery and those of refused versions; None if training fails."""
+        batches = [manifest.batch for manifest in refused if manifest.batch is not None]
         rows = self.log.rows_not_in(self.log.read([*batches, delivery.batch]), batches_of(self.chain))
         try:
-            found = self.challenge(rows, delivery.stats, deferral.is_amount_confirmed)
+            found = self.challenge(rows, delivery.stats, is_amount_usual)
         except (LogError, TrainingError):
             return None
-        days = [manifest.data[DAY_KEY] for manifest in deferral.tried if DAY_KEY in manifest.data]
-        text = (
-            f"The refused {deferral.text} was learned with this one."
-            if len(batches) == 1
-            else (f"The refused {deferral.text} were learned with this one.")
-        )
-        verdict = replace(found.verdict, notes=(*found.verdict.notes, Note("deferred", text)))
+        days = [manifest.data[DAY_KEY] for manifest in refused if DAY_KEY in manifest.data]
+        note = Note("deferred", f"It also learned the events that were refused before ({versions_text(refused)}).")
+        verdict = replace(found.verdict, notes=(*found.verdict.notes, note))
         return replace(found, verdict=verdict, data=found.data | {DEFERRED_KEY: batches, DEFERRED_DAYS_KEY: days})
+
+    def _is_lasting(self, delivery: Delivery, deferral: Deferral) -> bool:
+        """Whether the users and items of a delivery are usual if those of the last refused ones count as known."""
+        batches = [manifest.batch for manifest in deferral.changed if manifest.batch is not None]
+        past, served, spans = self.log.read(batches), self.bundle.served, self.bundle.served.state.spans_seen
+        users, items = served.users.extend(past["user_id"], spans), served.items.extend(past["item_id"], spans)
+        unknown_users, unknown_items = (
+            share_unknown(delivery.frame[name], known) for name, known in (("user_id", users), ("item_id", items))
+        )
+        stats = replace(
+            delivery.stats, share_unknown_users=unknown_users, share_unknown_items=unknown_items, share_head=None
+        )
+        recent = earlier_stats(self.chain)[-self.limits.n_recent_days :]
+        return not population_anomalies(stats, recent, self.limits)
 
     def delivery_stats(
         self, frame: pl.DataFrame, left_out: tuple[int, int] = (0, 0), known_until: int | None = None
@@ -164,8 +194,14 @@ class Champion:
         newest_time = served.newest_time if known_until is None else known_until
         has_clock, head = self.bundle.read_options.has_clock, _head_item_ids(served)
         first = self.chain[0].data.get(NEW_USERS_KEY)
+        n_events_U = served.counts.histories.offsets_U.diff()
+
+        def past_events(user_id: Any) -> int:
+            row = int(served.users.rows(pl.Series([user_id]))[0])
+            return int(n_events_U[row]) if 0 < row < len(n_events_U) else 0
+
         return compute_delivery_stats(
-            frame, served.users, served.items, has_clock, newest_time, *left_out, head, share_new_users_first=first
+            frame, served.users, served.items, has_clock, newest_time, *left_out, head, past_events, first
         )
 
     def _measure(self, learned: Bundle, queries: Queries, day: DeliveryStats) -> HoldoutValues:

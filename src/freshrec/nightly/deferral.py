@@ -6,6 +6,8 @@ The causes of a refusal decide:
     amount    The delivery has unusually few or many rows. It is learned with the next one, so that it can be looked at.
     error     Training failed. As for quality.
     floor     The quality was far below that of earlier versions. It is learned once such a quality has become usual.
+    population  Unknown users or items, or clicks that ignore the popular items. It is learned once three deliveries in
+              a row had such rows with the same ids: a new catalogue stays, and a mistake does not.
     content   The events look wrong. Only `update --retry` learns them.
 
 Nothing else is stored: the manifests of all versions say which deliveries are deferred (`find_deferral`). A deferred
@@ -29,6 +31,7 @@ from freshrec.store.versions import Store, version_chain
 CAUSES_KEY = "causes"  # in a manifest's "data": the causes of its refusal
 BLAMED_KEY = "blamed"  # in a manifest's "data": deferred batches that were tried with it, and without which it passed
 DEFERRED_CAUSES = {"quality", "amount", "error"}
+CHANGE_CAUSES = {"population", "floor", "quality", "amount"}  # of deliveries after the users or items have changed
 
 
 @dataclass(frozen=True)
@@ -38,14 +41,13 @@ class Deferral:
     versions: tuple[Manifest, ...] = ()  # refused versions of the deferred deliveries, oldest first
     tried: tuple[Manifest, ...] = ()  # those whose deliveries the next update learns with its own
     n_refused: int = 0  # refusals for quality alone since the last promotion
+    changed: tuple[Manifest, ...] = ()  # the last refused versions, all of them because of their users and items
     is_amount_confirmed: bool = False  # the previous delivery was refused for its amount too
 
-    @property
-    def text(self) -> str:
-        """The deliveries to try in words: "delivery of version 7", "deliveries of versions 7, 8"."""
-        ids = [manifest.id for manifest in self.tried]
-        nouns = ("delivery", "version") if len(ids) == 1 else ("deliveries", "versions")
-        return f"{nouns[0]} of {nouns[1]} {number_ranges(ids)}"
+
+def versions_text(versions: Sequence[Manifest]) -> str:
+    """Return the numbers of versions in words: "version 7", "versions 7, 8"."""
+    return f"version{'s' if len(versions) > 1 else ''} {number_ranges([manifest.id for manifest in versions])}"
 
 
 def find_deferral(store: Store, limits: GateLimits) -> Deferral:
@@ -67,7 +69,17 @@ def find_deferral(store: Store, limits: GateLimits) -> Deferral:
     since = [m for m in manifests if m.id > last and not m.goes_live and m.retry_of is None]
     n_refused = sum(causes_of(manifest) == {"quality"} for manifest in since)
     is_amount_confirmed = bool(since) and "amount" in causes_of(since[-1]) and since[-1] in deferred
-    return Deferral(tuple(deferred), tuple(tried), n_refused, is_amount_confirmed)
+    changed = list[Manifest]()
+    for manifest in reversed(since):
+        if not is_change(causes_of(manifest)):
+            break
+        changed.insert(0, manifest)
+    return Deferral(tuple(deferred), tuple(tried), n_refused, tuple(changed), is_amount_confirmed)
+
+
+def is_change(causes: Collection[str]) -> bool:
+    """Whether a refusal may show that the users or items of the log have changed."""
+    return "population" in causes and set(causes) <= CHANGE_CAUSES
 
 
 def causes_of(manifest: Manifest) -> set[str]:

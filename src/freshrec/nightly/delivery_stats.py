@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -12,6 +14,7 @@ from freshrec.data.validate import DAY
 from freshrec.store.event_log import EventLog
 from freshrec.store.versions import Store, version_chain
 
+MIN_OTHER_ROWS = 50  # rows of other users that the most active user is compared with
 SECOND, HOUR = 1_000_000, 3_600_000_000  # microseconds
 
 
@@ -37,6 +40,10 @@ class DeliveryStats:
     span_hours: float | None  # from the first row to the last
     gap_hours: float | None  # from the newest known event to the median row
     hole_hours: float | None  # the longest gap without rows, counted from the newest known event
+    # The rows of the most active user, compared with earlier and other ones. None: too few other rows, or 0.1.0.
+    top_user_past: float | None = None  # earlier events of the user, divided by these rows
+    top_user_breadth: float | None = None  # different items per row, divided by the same of the others
+    top_user_head: float | None = None  # share of rows on the popular items, divided by the same of the others
     # From the first log, to judge `share_unknown_users` while there are few deliveries. None: unknown, as in 0.1.0.
     share_new_users_first: float | None = None  # newest rows of the first log of users who had no earlier row in it
 
@@ -50,13 +57,15 @@ def compute_delivery_stats(
     n_duplicates: int,
     n_known: int,
     head_ids: pl.Series | None = None,
+    past_events: Callable[[Any], int] | None = None,
     share_new_users_first: float | None = None,
 ) -> DeliveryStats:
     """Compute the statistics of new rows, a `Log.frame` in time order.
 
     `newest_time`: time of the newest known event, in microseconds. `n_duplicates`, `n_known`: delivered rows that are
     not in `frame`, because they repeat a row of the delivery or one of the log. `head_ids`: the most popular items,
-    which together had half of the recent events. `share_new_users_first`: of the first log.
+    which together had half of the recent events. `past_events`: the number of known events of a user.
+    `share_new_users_first`: from the first log.
     """
     n_rows, n_users = len(frame), frame["user_id"].n_unique()
     n_delivered = max(1, n_rows + n_duplicates + n_known)
@@ -74,8 +83,8 @@ def compute_delivery_stats(
         n_users=n_users,
         n_items=frame["item_id"].n_unique(),
         rows_per_user=n_rows / max(1, n_users),
-        share_unknown_users=_share_unknown(frame["user_id"], known_users),
-        share_unknown_items=_share_unknown(frame["item_id"], known_items),
+        share_unknown_users=share_unknown(frame["user_id"], known_users),
+        share_unknown_items=share_unknown(frame["item_id"], known_items),
         share_top_user=_max_count(frame["user_id"]) / max(1, n_rows),
         share_top_item=_max_count(frame["item_id"]) / max(1, n_rows),
         share_doubled=n_duplicates / n_delivered,
@@ -88,7 +97,26 @@ def compute_delivery_stats(
         gap_hours=(int(times[n_rows // 2]) - newest_time) / HOUR if has_times and newest_time is not None else None,
         hole_hours=_longest_gap(newer_times, newest_time) / HOUR if has_times else None,
         share_new_users_first=share_new_users_first,
+        **_top_user_numbers(frame, head_ids, past_events),
     )
+
+
+def _top_user_numbers(
+    frame: pl.DataFrame, head_ids: pl.Series | None, past_events: Callable[[Any], int] | None
+) -> dict[str, float]:
+    """Compare the rows of the most active user with earlier ones and with those of the others."""
+    if head_ids is None or past_events is None or not len(frame):
+        return {}
+    counts = frame["user_id"].value_counts(name="n")
+    user_id = counts.sort("n", "user_id", descending=[True, False])["user_id"][0]
+    is_top = frame["user_id"] == user_id
+    parts = [frame.filter(is_top), frame.filter(~is_top)]
+    if len(parts[1]) < MIN_OTHER_ROWS:
+        return {}
+    breadth, other_breadth = (part.select("user_id", "item_id").n_unique() / len(part) for part in parts)
+    head, other_head = (int(part["item_id"].is_in(head_ids.implode()).sum()) / len(part) for part in parts)
+    found = {"top_user_past": past_events(user_id) / len(parts[0]), "top_user_breadth": breadth / other_breadth}
+    return found | ({"top_user_head": head / other_head} if other_head else {})
 
 
 def share_of_new_users(frame: pl.DataFrame, share: float, min_rows: int) -> float | None:
@@ -111,7 +139,8 @@ def newest_time_before(store: Store, log: EventLog, batch: int) -> int | None:
     return newest if isinstance(newest, int) else None
 
 
-def _share_unknown(ids: pl.Series, known: Catalog) -> float:
+def share_unknown(ids: pl.Series, known: Catalog) -> float:
+    """Return the share of ids that a catalog lacks."""
     return float((known.rows(ids) == 0).sum()) / max(1, len(ids))
 
 

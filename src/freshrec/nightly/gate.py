@@ -27,7 +27,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from freshrec.config import find_instance
-from freshrec.nightly.anomalies import amount_anomalies, gap_anomalies, share_anomalies
+from freshrec.nightly.anomalies import amount_anomalies, gap_anomalies, population_anomalies, share_anomalies
 from freshrec.nightly.delivery_stats import DeliveryStats
 from freshrec.nightly.notes import Note, count_of, format_percent
 from freshrec.replay.metrics import Float64Array, parse_metric
@@ -70,6 +70,9 @@ class GateLimits:
     max_first_rise: float = 0.75  # With few deliveries: accepted rise of unknown users; share of the possible one.
     # The limits below hold in any log, unless earlier deliveries show that a larger share is usual there.
     max_share_top_user: float = 0.25  # Highest accepted share of rows of one user; 98 % of shop days stay below.
+    # A user above it passes if it is known and its items are like those of the others.
+    min_past: float = 1 / 3  # Lowest number of earlier events of such a user, relative to the new ones.
+    min_likeness: float = 0.5  # Lowest share of different and of popular items of such a user, relative to the others.
     max_share_top_item: float = 0.5  # Highest accepted share of rows of one item.
     max_share_unknown: float = 0.999  # Highest accepted share of rows with unknown ids; more suggests other ids.
     max_share_doubled: float = 0.2  # Highest accepted share of duplicates.
@@ -111,7 +114,9 @@ class HoldoutValues:
         assert self.older_challenger_O.shape == self.older_champion_O.shape
 
 
-Cause = Literal["quality", "amount", "floor", "content", "error"]  # of a refusal; `nightly/deferral.py` explains them
+Cause = Literal[
+    "quality", "amount", "floor", "population", "content", "error"
+]  # of a refusal; `nightly/deferral.py` explains them
 
 
 @dataclass(frozen=True)
@@ -146,16 +151,19 @@ def find_anomalies(
     permanently, promote the next deliveries with --force. After three of them, the limits have adapted.
     """
     recent = earlier[-limits.n_recent_days :]
-    return [*amount_anomalies(day, recent, limits), *content_anomalies(day, recent, limits)]
+    return [
+        *amount_anomalies(day, recent, limits),
+        *content_anomalies(day, recent, limits),
+        *population_anomalies(day, recent, limits),
+    ]
 
 
 def content_anomalies(day: DeliveryStats, earlier: Sequence[DeliveryStats], limits: GateLimits) -> list[str]:
-    """Describe what is unusual about the users, items and times of a delivery, whatever its size."""
+    """Describe what looks wrong in a delivery, whatever its size: bots, duplicates, times."""
     if not day.n_rows:
         known = f" {format_percent(day.share_known)} of its rows are already in the log." if day.share_known else ""
         return [f"The delivery has no new rows.{known}"]
-    recent = earlier[-limits.n_recent_days :]
-    return [*share_anomalies(day, recent, limits), *gap_anomalies(day, recent, limits)]
+    return [*share_anomalies(day, earlier, limits), *gap_anomalies(day, earlier, limits)]
 
 
 def judge_challenger(
@@ -177,13 +185,15 @@ def judge_challenger(
     "forgetting", the live value minus the new one (positive = lost).
     """
     notes = _missing_checks(day, earlier, limits)
-    amount, content = amount_anomalies(day, earlier, limits), content_anomalies(day, earlier, limits)
+    recent = earlier[-limits.n_recent_days :]
+    amount, content = amount_anomalies(day, recent, limits), content_anomalies(day, recent, limits)
+    population = population_anomalies(day, recent, limits)
     if is_amount_usual:
         why = "This is accepted because the previous delivery was unusual too."
         notes += [Note("accepted-amount", f"{anomaly} {why}") for anomaly in amount]
         amount = []
     if broken := _invalid_values(values):
-        return _verdict({"amount": amount, "content": content, "error": broken}, notes, {})
+        return _verdict({"amount": amount, "content": content, "population": population, "error": broken}, notes, {})
     new_U, live_U = values.challenger_U, values.champion_U
     older_O, older_live_O = values.older_challenger_O, values.older_champion_O
     newest_events = NEWEST._replace(missing=values.no_newest_reason or NEWEST.missing)
@@ -204,8 +214,8 @@ def judge_challenger(
     notes += [note for part in comparisons for note in part.notes]
     loss, below_floor, forgotten = (list(part.reasons) for part in comparisons)
     quality = [*loss, *forgotten]
-    reasons: dict[Cause, list[str]] = {"amount": amount, "content": content, "quality": quality, "floor": below_floor}
-    return _verdict(reasons, notes, numbers)
+    day_reasons: dict[Cause, list[str]] = {"amount": amount, "content": content, "population": population}
+    return _verdict(day_reasons | {"quality": quality, "floor": below_floor}, notes, numbers)
 
 
 def _verdict(reasons: dict[Cause, list[str]], notes: Sequence[Note], numbers: dict[str, float]) -> Verdict:
