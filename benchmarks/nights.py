@@ -18,6 +18,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -176,7 +177,8 @@ def verdicts(
 
 MODEL, STRATEGY = "pooled:d=16", "finetune:fit.base_epochs=3:fit.epochs=2"  # its quality varies from night to night
 CORRUPTED_SHARE = 0.05  # share of the nights with a corrupted day
-OLD_GATE = GateLimits(max_spoiled_updates=0, max_refused_in_a_row=10**9)  # nothing is deferred or accepted
+OLD_GATE = GateLimits(max_spoiled_updates=0, max_refused_in_a_row=10**9, min_past=inf, separate=False)  # as in 0.1.0
+KINDS = ("good", *(corrupt.__name__ for corrupt in BAD))
 OBEYED_LOGS = ("uci", "globo, 4 hours", "taobao", "beauty, weeks")
 
 
@@ -188,13 +190,28 @@ def resampled(later: list[Frame], source: np.random.Generator) -> Iterator[Frame
         yield day.filter(pl.col("user_id").is_in(drawn.implode()))
 
 
+@dataclass
+class Night:
+    """What was delivered in a night, and what became of it."""
+
+    kind: str
+    batch: int  # of the delivery
+    n_rows: int
+    n_separate: int  # rows of a suspicious user, which became a batch of their own
+    is_refused: bool
+
+    def fate(self, learned: set[int], waiting: set[int]) -> str:
+        """Whether the live version has learned the delivery; for a bot: the rows of the bot."""
+        is_bot = self.kind == "bot" and self.n_separate
+        batch = self.batch - 1 if is_bot else self.batch
+        return "learned" if batch in learned else "waiting" if batch in waiting else "lost"
+
+
 def obey(name: str, number: int, data: Path, limits: GateLimits) -> dict[str, Any]:
-    """Run one store over its nights, and say what became of each good and each corrupted day."""
-    days, source = LOGS[name], np.random.default_rng([number, len(name)])
-    base, later = cut(days, data)
-    kinds: dict[int, str] = {}  # by batch
-    caught: set[int] = set()
-    rows, known = dict[int, int](), base
+    """Run one store over its nights, and count what became of the good and the corrupted days."""
+    source = np.random.default_rng([number, OBEYED_LOGS.index(name)])
+    base, later = cut(LOGS[name], data)
+    found, known = list[Night](), base
     with tempfile.TemporaryDirectory() as where, create_store(Path(where) / "store") as store:
         job = NightlyJob(store, limits)
         job.fit_first_version(Log(base, True, "us"), "base", new_bundle(MODEL, STRATEGY, number))
@@ -204,26 +221,28 @@ def obey(name: str, number: int, data: Path, limits: GateLimits) -> dict[str, An
                 corrupt = BAD[int(source.integers(0, len(BAD)))]
                 day, kind = corrupt(day, known, source).sort("time", maintain_order=True), corrupt.__name__
             result = job.append_delivery(Log(day, True, "us"), f"night {i}")
-            for version in job.catch_up():
-                assert version.batch is not None
-                kinds[version.batch], rows[version.batch] = kind, result.n_appended
-                if not version.promoted:
-                    caught.add(version.batch)
-                    typer.echo(f"{name} {number} night {i}, {kind}: {version.reasons}", err=True)
+            versions = list(job.catch_up())
+            refused = [version for version in versions if not version.promoted]
+            if result.batch is not None:
+                found.append(Night(kind, result.batch, result.n_appended, result.n_separate, bool(refused)))
+            for version in refused:
+                typer.echo(f"{name} {number} night {i}, {kind}: {version.reasons}", err=True)
             known = pl.concat([known, day]) if kind == "good" else known
-        learned, deferral = set(batches_of(version_chain(store))), find_deferral(store, limits)
-    waiting = {version.batch for version in deferral.versions}
+        learned = set(batches_of(version_chain(store)))
+        waiting = {version.batch for version in find_deferral(store, limits).versions if version.batch is not None}
+    row = {"log": name, "store": number, "gate": "0.1.0" if limits is OLD_GATE else "now", "nights": len(found)}
+    return row | {"kinds": {kind: _count([n for n in found if n.kind == kind], learned, waiting) for kind in KINDS}}
+
+
+def _count(nights: list[Night], learned: set[int], waiting: set[int]) -> dict[str, int]:
+    fates = [night.fate(learned, waiting) for night in nights]
     return {
-        "log": name, "store": number, "gate": "0.1.0" if limits is OLD_GATE else "now", "nights": len(later),
-        "kinds": {
-            kind: {
-                "days": len(of_kind), "refused": len(of_kind & caught), "learned": len(of_kind & learned),
-                "waiting": len(of_kind & waiting), "lost": len(of_kind - learned - waiting),
-            }
-            for kind in sorted(set(kinds.values()))
-            for of_kind in [{batch for batch, its_kind in kinds.items() if its_kind == kind}]
-        },
-    }  # fmt: skip
+        "nights": len(nights),
+        "refused": sum(night.is_refused for night in nights),
+        **{fate: fates.count(fate) for fate in ("learned", "waiting", "lost")},
+        "rows": sum(night.n_rows + night.n_separate for night in nights),
+        "separate_rows": sum(night.n_separate for night in nights if night.batch - 1 not in learned),
+    }
 
 
 @app.command()

@@ -216,7 +216,7 @@ def test_events_that_were_rolled_back_are_learned_again_only_on_request(tmp_path
 def test_a_corrected_delivery_is_learned_completely_if_the_wrong_one_was_refused_or_rolled_back(tmp_path: Path) -> None:
     base, one, two, *_ = days()
     job = new_job(tmp_path / "s", base)
-    job.limits = GateLimits()
+    job.limits = GateLimits(separate=False)
     bot = one.with_columns(
         user_id=pl.when(pl.int_range(pl.len()) % 2 == 0).then(pl.lit(7, one["user_id"].dtype)).otherwise("user_id")
     )
@@ -350,7 +350,7 @@ def test_text_ids_stay_text_if_the_ids_of_a_delivery_are_digits(tmp_path: Path) 
 
 def test_rows_that_are_learned_later_on_request_do_not_count_as_late(tmp_path: Path) -> None:
     base, one, two, *_ = days()
-    job = new_job(tmp_path / "s", base, limits=GateLimits(max_share_top_user=0.0001))
+    job = new_job(tmp_path / "s", base, limits=GateLimits(max_share_top_user=0.0001, separate=False))
     assert not learn(job, one, "one")[0].promoted
     job.limits = GateLimits(max_growth_factor=1e9)
     assert learn(job, two, "two")[0].promoted and job.relearn(2).promoted

@@ -62,9 +62,8 @@ def share_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats], limits:
         "of the delivered rows are duplicates", [d.share_doubled for d in days], limits.max_share_doubled, small
     )
     if day.n_rows >= limits.min_rows:
-        top_user, top_item = [d.share_top_user for d in days], [d.share_top_item for d in days]
-        if not _is_large_customer(day, limits):
-            found += check("of the rows belong to one user", top_user, limits.max_share_top_user, small)
+        top_item = [d.share_top_item for d in days]
+        found += top_user_anomalies(day, recent, limits)
         found += check("of the rows belong to one item", top_item, limits.max_share_top_item, large)
     if day.n_users >= limits.min_users_same_second and (recent or not day.whole_days):
         seconds = [d.share_same_second for d in days]
@@ -74,6 +73,14 @@ def share_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats], limits:
         late += f" (the median row by {-day.gap_hours:,.0f} hours)"
     late_rows = check(late, [d.share_late for d in days], limits.max_share_late, large)
     return found + [f"{anomaly} Learn the files oldest first." for anomaly in late_rows]
+
+
+def top_user_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats], limits: GateLimits) -> list[str]:
+    """Report a user with too many rows, unless it is a large customer."""
+    label, shares = "of the rows belong to one user", [d.share_top_user for d in (*recent, day)]
+    if day.n_rows < limits.min_rows or _is_large_customer(day, limits):
+        return []
+    return _above_usual_share(label, shares, limits.max_share_top_user, limits.max_small_rise, limits)
 
 
 def _is_large_customer(day: DeliveryStats, limits: GateLimits) -> bool:

@@ -14,7 +14,7 @@ import torch
 from freshrec.errors import LogError, StateError, TrainingError
 from freshrec.models.absorb import absorb_block
 from freshrec.models.popularity import PopularitySpec
-from freshrec.nightly.anomalies import population_anomalies
+from freshrec.nightly.anomalies import population_anomalies, top_user_anomalies
 from freshrec.nightly.deferral import (
     BLAMED_KEY,
     CAUSES_KEY,
@@ -24,7 +24,7 @@ from freshrec.nightly.deferral import (
     judged_values,
     versions_text,
 )
-from freshrec.nightly.delivery_stats import DeliveryStats, compute_delivery_stats, share_unknown
+from freshrec.nightly.delivery_stats import DeliveryStats, compute_delivery_stats, most_active_user, share_unknown
 from freshrec.nightly.full_retrain import GAIN_KEY, retrain_interval, start_from_scratch, updates_since_retrain
 from freshrec.nightly.gate import GateLimits, HoldoutValues, Verdict, content_anomalies, judge_challenger
 from freshrec.nightly.holdout import newest_queries, user_values
@@ -181,6 +181,13 @@ class Champion:
         )
         recent = earlier_stats(self.chain)[-self.limits.n_recent_days :]
         return not population_anomalies(stats, recent, self.limits)
+
+    def suspicious_user(self, frame: pl.DataFrame) -> Any | None:
+        """Return the id of a user with too many of these rows; None if there is none."""
+        recent = earlier_stats(self.chain)[-self.limits.n_recent_days :]
+        if not len(frame) or not top_user_anomalies(self.delivery_stats(frame), recent, self.limits):
+            return None
+        return most_active_user(frame)
 
     def delivery_stats(
         self, frame: pl.DataFrame, left_out: tuple[int, int] = (0, 0), known_until: int | None = None

@@ -107,8 +107,7 @@ def _top_user_numbers(
     """Compare the rows of the most active user with earlier ones and with those of the others."""
     if head_ids is None or past_events is None or not len(frame):
         return {}
-    counts = frame["user_id"].value_counts(name="n")
-    user_id = counts.sort("n", "user_id", descending=[True, False])["user_id"][0]
+    user_id = most_active_user(frame)
     is_top = frame["user_id"] == user_id
     parts = [frame.filter(is_top), frame.filter(~is_top)]
     if len(parts[1]) < MIN_OTHER_ROWS:
@@ -117,6 +116,12 @@ def _top_user_numbers(
     head, other_head = (int(part["item_id"].is_in(head_ids.implode()).sum()) / len(part) for part in parts)
     found = {"top_user_past": past_events(user_id) / len(parts[0]), "top_user_breadth": breadth / other_breadth}
     return found | ({"top_user_head": head / other_head} if other_head else {})
+
+
+def most_active_user(frame: pl.DataFrame) -> Any:
+    """Return the id of the user with the most rows."""
+    counts = frame["user_id"].value_counts(name="n")
+    return counts.sort("n", "user_id", descending=[True, False])["user_id"][0]
 
 
 def share_of_new_users(frame: pl.DataFrame, share: float, min_rows: int) -> float | None:

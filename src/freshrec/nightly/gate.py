@@ -73,6 +73,7 @@ class GateLimits:
     # A user above it passes if it is known and its items are like those of the others.
     min_past: float = 1 / 3  # Lowest number of earlier events of such a user, relative to the new ones.
     min_likeness: float = 0.5  # Lowest share of different and of popular items of such a user, relative to the others.
+    separate: bool = True  # Whether the rows of such a user are judged apart from the rest of the delivery.
     max_share_top_item: float = 0.5  # Highest accepted share of rows of one item.
     max_share_unknown: float = 0.999  # Highest accepted share of rows with unknown ids; more suggests other ids.
     max_share_doubled: float = 0.2  # Highest accepted share of duplicates.

@@ -52,6 +52,8 @@ from freshrec.store.event_log import AppendResult, EventLog
 from freshrec.store.manifest import RETRY_KEY, Manifest, MoveAction, VersionKind
 from freshrec.store.versions import Store, version_chain
 
+SEPARATE_SUFFIX = ", rows of one user"  # end of the source of a batch that was separated from its delivery
+
 
 class NightlyJob:
     """Fit and update the versions of a store. The caller holds the store's lock."""
@@ -106,6 +108,9 @@ class NightlyJob:
     def append_delivery(self, log: Log, source: str) -> AppendResult:
         """Append the new events of a delivery to the log. `catch_up` then learns them.
 
+        If one user has suspiciously many rows, they become a batch of their own. The gate refuses that batch, and the
+        rest of the delivery is not lost.
+
         Raises LogError if the ids or timestamps have another type than those of the log.
         """
         log = match_types(log, self.bundle)
@@ -113,7 +118,17 @@ class NightlyJob:
         times = [time for time in newest_times if time is not None]
         if not log.has_clock and times:
             frame = frame.with_columns(pl.col("time") + max(times) + 1)
-        return self.log.append(frame, source, log.has_clock, refused_batches(self.store))
+        refused, n_separate, is_separate = refused_batches(self.store), 0, self._rows_of_suspicious_user(frame)
+        if is_separate.any() and not (self.log.batches()["source"] == source).any():
+            separate, frame = frame.filter(is_separate), frame.filter(~is_separate)
+            n_separate = self.log.append(separate, source + SEPARATE_SUFFIX, log.has_clock, refused).n_appended
+        return replace(self.log.append(frame, source, log.has_clock, refused), n_separate=n_separate)
+
+    def _rows_of_suspicious_user(self, frame: pl.DataFrame) -> pl.Series:
+        """Mark the rows of a user who has too many of them. No row is marked if all rows belong to one user."""
+        user_id = self.champion().suspicious_user(frame) if self.limits.separate else None
+        is_separate = frame["user_id"].eq_missing(user_id)
+        return is_separate & (not is_separate.all())
 
     def catch_up(self, force: str = "") -> Iterator[Manifest]:
         """Make a version of each batch that has none yet, and yield it (see `learn_batch`).
@@ -162,6 +177,8 @@ class NightlyJob:
         if not len(frame):
             return self.add_unchanged_version(batch, source)
         champion, is_retry = self.champion(), retry_of is not None
+        if source.endswith(SEPARATE_SUFFIX):
+            champion = replace(champion, limits=replace(self.limits, min_rows=1))
         known_until = newest_time_before(self.store, self.log, batch) if is_retry else None
         left_out = n_duplicates, n_known + len(delivered) - len(frame)
         delivery = Delivery(batch, frame, champion.delivery_stats(frame, left_out, known_until))

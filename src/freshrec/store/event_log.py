@@ -60,6 +60,7 @@ class AppendResult:
     n_appended: int = 0
     first_time: int | None = None  # time of the first and of the last appended row
     last_time: int | None = None
+    n_separate: int = 0  # further rows, which became a batch of their own
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,8 @@ class EventLog:
             _commit_rows(new, commit_info, table or self.folder, has_clock)
             _write_checksums(self.folder)
         n_late = int((new["time"] < newest).sum()) if has_clock and newest is not None else 0
-        first, last = time_range(new)
-        return AppendResult(
-            batch, None, len(rows), n_duplicates, len(distinct) - len(new), n_late, len(new), first, last
-        )
+        counts = (len(rows), n_duplicates, len(distinct) - len(new), n_late, len(new))
+        return AppendResult(batch, None, *counts, *time_range(new))
 
     def read(self, batches: Sequence[int] | None = None) -> pl.DataFrame:
         """Read the events of all batches, or of some, ordered by batch, then time, then place in the delivery.
