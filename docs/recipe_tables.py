@@ -9,7 +9,7 @@ from formatting import fraction, strategy_name, with_interval
 
 from freshrec.disk_names import RECIPE_KEYS, with_current_keys
 from freshrec.models import CONTROLS
-from freshrec.replay.click_metrics import LOWER_IS_BETTER
+from freshrec.replay.click_metrics import LOWER_IS_BETTER, describe_click_averaging
 
 PUBLISHED_METRICS = "recall@20 / recall@10 / mrr@20 / mrr@10"
 PUBLISHED = {  # from ADER's poster, means over 16 cycles in %, in the order of PUBLISHED_METRICS
@@ -103,13 +103,16 @@ def protocol_table(result: dict[str, Any]) -> list[str]:
     up = -1 if metrics[0] in LOWER_IS_BETTER else 1
     first, last, seeds = max(1, part["from_span"]), len(later), part["seeds"]
     mean = f"means over spans {first} to {last}" if first < last else f"those of span {last}"
+    averaged = f"{mean}, where {EQUAL[part['averaging']]} weigh equally."
+    if result["resolved"]["log"]["exposures"]:
+        averaged = f"{mean}. {describe_click_averaging(metrics)}"
     candidates = {metric.partition(" among ")[2] for metric in metrics}  # {"999 sampled"}, or {""}: all items
     ranking = f"among {candidates.pop()}" if len(candidates) == 1 and "" not in candidates else ""
     lines = [
         _command(result),
         "",
         f"- Log: {result['resolved']['log']['path']}. The base block has {base['events']:,} events.",
-        f"- Spans: {len(later)}. Values are {mean}, where {EQUAL[part['averaging']]} weigh equally.",
+        f"- Spans: {len(later)}. Values are {averaged}",
         *([f"- Ranking: {ranking} items."] if ranking else []),
         f"- Seeds: {seeds}.",
         "",

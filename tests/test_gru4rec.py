@@ -135,28 +135,37 @@ def test_an_item_is_drawn_for_a_range_of_quantiles_as_long_as_its_probability() 
     assert sample_by_quantile(torch.tensor([0.5, 0.0, 0.25, 0.25]), at_N).tolist() == [0, 0, 2, 2, 3, 3]
 
 
+def training_batch(history: list[int], targets: list[int], uniform_N: Tensor) -> Batch:
+    return Batch(torch.tensor([1]), torch.tensor([history]), torch.tensor([targets]), uniform_N)
+
+
 def test_negatives_are_drawn_by_their_counts_as_targets() -> None:
-    # Targets: item 2 seven times, item 3 once. With 1 added to each count: 1, 8, 2, 1 of 12.
+    # Targets: item 2 seven times, item 3 once. With 1 added to each count: 1, 8, 2, 1 of 12. Each of 1,200 quantile
+    # ranges of equal length gives one item.
     model = model_of(replace(QUIET, alpha=1.0), n_items=4)
-    training_pass(model, [1] * 8, [2] * 7 + [3], [1])
+    first_1200 = model.draw_negatives(training_batch([1] * 8, [2] * 7 + [3], torch.ones(1200)))
     assert model.counts_I.tolist() == [0, 0, 7, 1, 0]
-    model.eval()
-    assert torch.bincount(model._sample_negatives(torch.ones(1200)))[1:].tolist() == [100, 800, 200, 100]
-    model.train()
-    drawn_RN = torch.stack([model._sample_negatives(torch.ones(10)) for _ in range(300)])
+    assert torch.bincount(first_1200)[1:].tolist() == [100, 800, 200, 100]
+    without_targets = training_batch([1], [0], torch.ones(10))
+    drawn_RN = torch.stack([model.draw_negatives(without_targets) for _ in range(300)])
     assert torch.bincount(drawn_RN.flatten())[1:].tolist() == near([250, 2000, 500, 250], abs=60)
     assert len(drawn_RN.unique(dim=0)) > 1  # the draws are random
 
 
 def test_with_alpha_zero_negatives_are_those_of_the_batch() -> None:
-    assert model_of()._sample_negatives(torch.tensor([4, 4, 1])).tolist() == [4, 4, 1]
+    assert model_of().draw_negatives(training_batch([1], [2], torch.tensor([4, 4, 1]))).tolist() == [4, 4, 1]
 
 
-def test_evaluation_does_not_change_the_counts() -> None:
+def test_the_forward_pass_draws_nothing_and_counts_nothing() -> None:
+    # So a teacher that reads the batch of its student scores the same items.
     model = model_of(replace(QUIET, alpha=1.0))
-    model.eval()
-    training_pass(model, [1, 2], [2, 3], [4])
-    assert model.counts_I.sum() == 0
+    for is_training in (True, False):
+        model.train(is_training)
+        logits_BN = training_pass(model, [1, 2], [2, 3], [4, 7]).logits_BN
+        vectors_BKD = training_pass(model, [1, 2], [2, 3], [4, 7]).vectors_BKD
+        assert logits_BN is not None and vectors_BKD is not None
+        torch.testing.assert_close(logits_BN[:, 1:], vectors_BKD[:, 0] @ model.items.weights[[4, 7]].t())
+        assert model.counts_I.sum() == 0
 
 
 def test_some_targets_of_the_batch_are_negatives_of_the_others() -> None:
@@ -173,8 +182,7 @@ def test_logq_subtracts_the_log_probability_from_each_score() -> None:
     # P of targets: 1, 8, 2, 1 of 12. P of sampled negatives (alpha = 0.5): roots 1, 2.828, 1.414, 1 of 6.243.
     model = model_of(replace(QUIET, alpha=0.5, batch_negatives=1, logq=0.7), n_items=4)
     model.counts_I += torch.tensor([0, 0, 7, 1, 0])
-    model.eval()
-    found = training_pass(model, [1], [3], [1])  # sampled: the median, item 2; from the batch: item 3, the target
+    found = training_pass(model, [1], [3], [2])  # sampled: item 2; from the batch: item 3, the target
     assert found.logits_BN is not None
     less_BN = 0.7 * torch.log(torch.tensor([[2 / 12, 2.828427 / 6.242641, 2 / 12]]))
     assert found.loss.item() == near(sampled_softmax_loss(found.logits_BN - less_BN).item(), rel=1e-5)

@@ -202,3 +202,13 @@ def test_only_models_that_predict_clicks_and_metrics_of_clicks_are_accepted() ->
         make_cells(parse_recipe(recipe(models=["mf"], strategies=["finetune"])))
     with pytest.raises(OptionError, match='no metric of a log with exposures "hr@20"'):
         make_replay_settings(parse_recipe(recipe(metrics=["hr@20"])))
+
+
+@pytest.mark.parametrize(
+    "option", [{"averaging": "targets"}, {"averaging": "pooled"}, {"unseen": "drop"}, {"tune": True}]
+)
+def test_options_of_rankings_are_refused_on_a_log_with_exposures(option: dict[str, object]) -> None:
+    # An option without effect is not accepted. The default "users" is, because saved recipes hold every option.
+    with pytest.raises(OptionError, match="apply to rankings. Leave them out on a log with exposures"):
+        make_replay_settings(parse_recipe(recipe(**option)))
+    make_replay_settings(parse_recipe(recipe(averaging="users")))

@@ -12,6 +12,7 @@ import results as page  # docs/results.py
 
 from freshrec.models import find_model
 from freshrec.replay.cell import Cell
+from freshrec.replay.recipe_schema import Averaging
 from freshrec.replay.results import OVERALL_SPAN, collect_results
 from freshrec.replay.slices import SLICES
 from freshrec.strategies import find_strategy
@@ -168,6 +169,49 @@ def test_a_recipe_with_other_metrics_is_reproduced_span_by_span_and_shown_in_a_t
     assert "means over spans 2 to 3, where a span's users weigh equally" in " ".join(lines)
     assert any(line.startswith("| item-knn | absorb |") and f" {mean:.4f} (" in line for line in lines)
     assert any(line.startswith("| mf | finetune |") for line in lines)
+
+
+def test_click_metrics_cover_all_exposures_of_a_span_and_the_notes_say_so(tmp_path: Path) -> None:
+    # Span 1, user 1: a click at p = 0.8, none at 0.6 and 0.2. User 2: a click at 0.4. Of the 4 pairs, only 0.4 < 0.6 is
+    # wrong: auc 0.75. Span 2, user 3: a click at 0.3. User 4: none at 0.7. auc 0. The mean over spans is 0.375. User 1
+    # alone would have 1. logloss: -(2 ln 0.8 + 2 ln 0.4) / 4 = 0.569717 and -ln 0.3 = 1.203973, mean 0.886845.
+    rows = [(1, 1, 1, 0.8), (1, 1, 0, 0.6), (1, 1, 0, 0.2), (1, 2, 1, 0.4), (2, 3, 1, 0.3), (2, 4, 0, 0.7)]
+    spans, users, labels, p = zip(*rows)
+    columns = {"asked": spans, "user": users, "event": range(6), "label": labels, "p": p}
+    one = cell("finetune")
+    (tmp_path / one.folder_name).mkdir()
+    frame = pl.DataFrame(columns).with_columns(after=pl.col("asked") - 1, readout=pl.lit("recent"))
+    frame.write_parquet(tmp_path / one.folder_name / "span-1.parquet")
+    collect_results([one], None, ("auc", "logloss"), tmp_path, "targets")
+    values = dict(pl.read_parquet(tmp_path / "methods.parquet").select("metric", "value").iter_rows())
+    assert values["auc"] == pytest.approx(0.375) and values["logloss"] == pytest.approx(0.886845, abs=1e-6)
+    note = (
+        "- Quality: mean over spans, with its 95 % interval. Within a span, auc compares every clicked exposure with "
+        "every unclicked one, and logloss is the mean over all exposures. Users with more exposures weigh more. Higher "
+        "is better; lower for logloss."
+    )
+    assert note in (tmp_path / "table.md").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("averaging", "mean"),
+    [("users", "spans and users"), ("targets", "spans and targets"), ("pooled", "all targets of all spans")],
+)
+def test_the_notes_of_a_table_name_what_weighs_equally(averaging: Averaging, mean: str, tmp_path: Path) -> None:
+    collect_results([written(tmp_path, cell(), [(1, 0, 1, HIT)])], None, HR, tmp_path, averaging)
+    notes = (tmp_path / "table.md").read_text().splitlines()
+    assert f"- Quality: mean over {mean}, with its 95 % interval. Higher is better." in notes
+
+
+def test_no_caption_says_that_users_weigh_equally_in_click_metrics() -> None:
+    captions = {}
+    for file in (ROOT / "benchmarks/results").glob("*.json"):
+        made = json.loads(file.read_text())
+        if isinstance(made, dict) and made.get("resolved", {}).get("log", {}).get("exposures"):
+            captions[made["recipe"]] = " ".join(recipe_tables.protocol_table(made)[:5])
+    assert "asmg-kuairand" in captions
+    for caption in captions.values():
+        assert "weigh equally" not in caption and "Users with more exposures weigh more." in caption
 
 
 def result(rows: list[tuple[str, str, float]]) -> dict[str, object]:

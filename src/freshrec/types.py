@@ -156,7 +156,7 @@ class Batch:
     users_B: Tensor
     history_BT: Tensor  # item rows, most recent last, padded with 0 on the left
     targets_BT: Tensor | None = None  # item after each position, 0 = no target; (B, 1) for one target per row
-    negatives_N: Tensor | None = None  # item rows, shared by the batch
+    negatives_N: Tensor | None = None  # item rows, shared by the batch and by all models that read it
     interests_BKD: Tensor | None = None  # stored interests; 0 where not alive
     alive_BK: Tensor | None = None  # bool: interests that the user has, including new ones
     old_BK: Tensor | None = None  # bool: interests that the user had before this span
@@ -277,6 +277,14 @@ class TrainedModel(Model, Protocol):
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the dense weights by name, without embedding tables."""
+
+
+@runtime_checkable
+class NegativeSampler(Protocol):
+    """A trained model that chooses the negatives of its batches. Its `forward` draws none."""
+
+    def draw_negatives(self, batch: Batch) -> Tensor:
+        """Item rows (N,) to train the batch against. `batch.negatives_N` holds N items that were drawn uniformly."""
 
 
 @runtime_checkable

@@ -176,7 +176,7 @@ def run_recipe(recipe: Recipe, out: Path, jobs: int, device: str, resume: bool, 
     except KeyboardInterrupt:
         console.print(f"Finished spans are kept in {out}. To continue, add --resume to the command.", markup=False)
         raise
-    if recipe.log.exposures:  # AUC and log loss are means over events, not over users
+    if recipe.log.exposures:  # AUC and log loss cover all exposures of a span
         results = collect_results(cells, None, part.metrics, out, "targets", from_span)
     else:
         results = collect_results(cells, slice_table(split.spans), part.metrics, out, part.averaging, from_span)

@@ -16,7 +16,7 @@ from torch import Tensor
 from freshrec.data.batches import Targets, shuffle_by_length, split_chunks
 from freshrec.data.stored_interests import StoredInterests
 from freshrec.device import uniform
-from freshrec.learn.fit import training_batches
+from freshrec.learn.fit import attach_negatives, training_batches
 from freshrec.learn.reservoir import TrainingSamples, concat_samples, copy_samples
 from freshrec.nn.embedding_table import embedding_tables
 from freshrec.nn.layers import attend, max_inner_product
@@ -219,8 +219,13 @@ class ExperienceReplay:
 
 
 def model_loss(model: TrainedModel) -> ExemplarLoss:
-    """Return the model's own training loss on the true targets of exemplars."""
-    return lambda index_M, batch: model(batch).loss
+    """Return the model's own training loss on the true targets of exemplars, against as many negatives as the batch."""
+
+    def loss(index_M: Tensor, batch: Batch) -> Tensor:
+        assert batch.negatives_N is not None
+        return model(attach_negatives(model, batch, batch.negatives_N)).loss
+
+    return loss
 
 
 def experience_replay(

@@ -25,7 +25,7 @@ from freshrec.learn.weights import Parametrization, apply_parametrization, grow_
 from freshrec.nn.embedding_table import embedding_tables
 from freshrec.progress import report_epoch
 from freshrec.random_streams import global_stream, stream, stream_seed
-from freshrec.types import Batch, Histories, InterestModel, LossTerm, Span, State, TrainedModel
+from freshrec.types import Batch, Histories, InterestModel, LossTerm, NegativeSampler, Span, State, TrainedModel
 
 StoppedBy = Literal["fixed", "patience", "minimum", "maximum"]
 Projection = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -150,12 +150,12 @@ def train(
         batch_rng = stream(seed, "training batches", *path, epoch)
         negative_rng = stream(seed, "training negatives", *path, epoch)
         with (
-            global_stream(seed, "forward pass", *path, epoch),  # dropout
+            global_stream(seed, "forward pass", *path, epoch),  # dropout, and negatives that the model draws
             apply_parametrization(model, parametrization) as forward_pass,
         ):
             for batch in training_batches(model, targets, batch_rng, stored_interests):
-                negatives_N = sample_negatives(model, negative_rng, negative_pool_N)
-                batch = replace(batch, negatives_N=negatives_N, project=project)
+                uniform_N = sample_negatives(model, negative_rng, negative_pool_N)
+                batch = attach_negatives(model, replace(batch, project=project), uniform_N)
                 forward = hidden.run(forward_pass, batch)
                 loss = forward.loss
                 for term in terms:
@@ -182,6 +182,15 @@ def sample_negatives(model: TrainedModel, rng: torch.Generator, pool_N: Tensor |
     if pool_N is None:
         return integers(1, model.n_items + 1, n, rng)
     return pool_N[integers(0, len(pool_N), n, rng)]
+
+
+def attach_negatives(model: TrainedModel, batch: Batch, uniform_N: Tensor) -> Batch:
+    """Return the batch with its negatives: `uniform_N`, or as many items that the model draws itself.
+
+    All models that read the batch score these items. So a student and its teacher give logits of the same items.
+    """
+    batch = replace(batch, negatives_N=uniform_N)
+    return replace(batch, negatives_N=model.draw_negatives(batch)) if isinstance(model, NegativeSampler) else batch
 
 
 def _resume_adam(model: Trainable, lr: float) -> torch.optim.Adam | None:

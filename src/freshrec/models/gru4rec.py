@@ -163,7 +163,7 @@ def sample_by_quantile(probability_I: Tensor, quantiles_N: Tensor) -> Tensor:
 
 
 class GRU4Rec(nn.Module):
-    """A `VectorModel` with K = 1."""
+    """A `VectorModel` with K = 1, and a `NegativeSampler`."""
 
     counts_I: Tensor  # (n_items + 1,) number of times each item was a training target
 
@@ -202,11 +202,9 @@ class GRU4Rec(nn.Module):
         assert batch.targets_BT is not None and batch.negatives_N is not None
         is_target_BT = (batch.history_BT > 0) & (batch.targets_BT > 0)
         target_B = batch.targets_BT[is_target_BT]
-        if self.training:
-            self.counts_I += torch.bincount(target_B, minlength=len(self.counts_I))
         n_batch_negatives = min(self.spec.batch_negatives, len(target_B))
         batch_negative_N = target_B[torch.linspace(0, len(target_B) - 1, n_batch_negatives).long()]
-        negative_N = torch.cat([self._sample_negatives(batch.negatives_N), batch_negative_N])
+        negative_N = torch.cat([batch.negatives_N, batch_negative_N])
         if self.taken is None:
             history_BTD, target_BD, negative_ND = lookup_many(self.items, batch.history_BT, target_B, negative_N)
         else:
@@ -225,14 +223,19 @@ class GRU4Rec(nn.Module):
             loss = ranking_loss(self.spec, logits_BN, target_B[:, None] != negative_N)
         return Forward(loss, user_BD[:, None], target_BD, logits_BN, states=states)
 
-    def _sample_negatives(self, uniform_N: Tensor) -> Tensor:
-        """Draw N items by popularity, one from each of N equal quantile ranges. With alpha = 0, return `uniform_N`."""
+    def draw_negatives(self, batch: Batch) -> Tensor:
+        """Count the targets, then draw N items by popularity, one from each of N equal quantile ranges.
+
+        With alpha = 0, return the uniform negatives of the batch.
+        """
+        assert batch.targets_BT is not None and batch.negatives_N is not None
+        target_B = batch.targets_BT[(batch.history_BT > 0) & (batch.targets_BT > 0)]
+        self.counts_I += torch.bincount(target_B, minlength=len(self.counts_I))
         if not self.spec.alpha:
-            return uniform_N
-        n = len(uniform_N)
-        offset_N = torch.rand(n, dtype=torch.float64) if self.training else torch.tensor(0.5)
-        probability_I = smoothed_popularity(self.counts_I, self.spec.alpha)
-        return 1 + sample_by_quantile(probability_I, (torch.arange(n) + offset_N) / n)
+            return batch.negatives_N
+        n = len(batch.negatives_N)
+        quantiles_N = (torch.arange(n) + torch.rand(n, dtype=torch.float64)) / n
+        return 1 + sample_by_quantile(smoothed_popularity(self.counts_I, self.spec.alpha), quantiles_N)
 
     def _log_probabilities(self, target_B: Tensor, negative_N: Tensor, n_batch_negatives: int) -> Tensor:
         """Return logq ln P of the target and the negatives, shape (B, 1 + N).

@@ -38,6 +38,10 @@ CLICK_METRICS: dict[str, Callable[[Float32Array, Float32Array], Float64Array]] =
     "logloss": log_losses,
 }
 LOWER_IS_BETTER = {"logloss"}
+_COVERAGE = {
+    "auc": "auc compares every clicked exposure with every unclicked one",
+    "logloss": "logloss is the mean over all exposures",
+}
 
 
 def find_click_metric(name: str) -> Callable[[Float32Array, Float32Array], Float64Array]:
@@ -45,6 +49,11 @@ def find_click_metric(name: str) -> Callable[[Float32Array, Float32Array], Float
     if name not in CLICK_METRICS:
         raise unknown_name_error("metric of a log with exposures", name, CLICK_METRICS)
     return CLICK_METRICS[name]
+
+
+def describe_click_averaging(metrics: Sequence[str]) -> str:
+    """Say what the value of each metric in a span is computed from: all exposures at once, whoever the user is."""
+    return f"Within a span, {', and '.join(_COVERAGE[m] for m in metrics)}. Users with more exposures weigh more."
 
 
 def compute_click_metrics(predictions: pl.DataFrame, metrics: Sequence[str]) -> Float64Array:

@@ -115,7 +115,10 @@ class ReplayRecipe:
     ] = "miss"
     averaging: Annotated[
         Averaging,
-        Field(description="Unit of equal weight in a span: users or targets. pooled = all targets of all spans."),
+        Field(
+            description="Unit of equal weight in a span: users or targets. pooled = all targets of all spans. "
+            "No effect with exposures, where auc and logloss cover all exposures of a span."
+        ),
     ] = "users"
     from_span: Annotated[
         CountOrZero,

@@ -68,7 +68,10 @@ def make_replay_settings(recipe: Recipe) -> ReplaySettings:
             find_click_metric(metric)
         defaults = ReplayRecipe.unseen, ReplayRecipe.averaging
         if replay_recipe.tune or (replay_recipe.unseen, replay_recipe.averaging) != defaults:
-            raise OptionError("tune, unseen and averaging apply to rankings. Leave them out on a log with exposures.")
+            raise OptionError(
+                "tune, unseen and averaging apply to rankings. Leave them out on a log with exposures, where auc and "
+                "logloss always cover all exposures of a span."
+            )
         query_options = QueryOptions(min_history=replay_recipe.min_history)
         return ReplaySettings(query_options, last_update=replay_recipe.last_update)
     for metric in replay_recipe.metrics:

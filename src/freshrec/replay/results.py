@@ -12,7 +12,12 @@ from freshrec.disk_names import COST_KEYS, RANK_COLUMNS, with_current_keys
 from freshrec.replay.answer import headline_metric
 from freshrec.replay.answer_text import format_seconds
 from freshrec.replay.cell import Cell
-from freshrec.replay.click_metrics import LOWER_IS_BETTER, compute_click_metrics
+from freshrec.replay.click_metrics import (
+    CLICK_METRICS,
+    LOWER_IS_BETTER,
+    compute_click_metrics,
+    describe_click_averaging,
+)
 from freshrec.replay.metrics import compute_metrics
 from freshrec.replay.recipe_schema import Averaging, ReplayRecipe
 from freshrec.replay.significance import (
@@ -58,7 +63,8 @@ def collect_results(
     tests.parquet     the paired test of each pair of methods
     table.md          methods.parquet as a table for people
 
-    All spans have equal weight, and within a span all users (or targets: `averaging`). The rows of span -1 are means
+    All spans have equal weight, and within a span all users (or targets: `averaging`). For click metrics, `averaging`
+    must be "targets", so that the value of a span covers all its exposures at once. The rows of span -1 are means
     over the spans from `from_span` on. The other files hold the same means; forgetting covers all spans. A model with
     stored interests has further rows, such as "comirec-dr@stored", which are not tested. Without `slices`, the only
     slice is "all".
@@ -86,7 +92,7 @@ def collect_results(
     methods.write_parquet(out / "methods.parquet")
     tests = compare_methods(reported.filter(~pl.col("model").str.contains("@")), metrics, averaging=averaging)
     tests.write_parquet(out / "tests.parquet")
-    notes = "\n".join(table_notes(methods, metrics))
+    notes = "\n".join(table_notes(methods, metrics, averaging))
     (out / "table.md").write_text(f"{markdown_table(methods, metrics)}\n\n{notes}\n")
     return results
 
@@ -289,11 +295,15 @@ def markdown_table(methods: pl.DataFrame, metrics: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def table_notes(methods: pl.DataFrame, metrics: Sequence[str]) -> list[str]:
+def table_notes(
+    methods: pl.DataFrame, metrics: Sequence[str], averaging: Averaging = ReplayRecipe.averaging
+) -> list[str]:
     """Explain the columns and the names of a Markdown table."""
-    lines = ["- Quality: mean over spans and users, with its 95 % interval. Higher is better."]
-    if any(metric in LOWER_IS_BETTER for metric in metrics):
-        lines[0] = "- Quality: mean over spans, with its 95 % interval. Higher is better; lower for logloss."
+    means = {"users": "spans and users", "targets": "spans and targets", "pooled": "all targets of all spans"}
+    is_clicks = set(metrics) <= set(CLICK_METRICS)
+    lines = [f"- Quality: mean over {'spans' if is_clicks else means[averaging]}, with its 95 % interval."]
+    lines[0] += f" {describe_click_averaging(metrics)}" if is_clicks else ""
+    lines[0] += " Higher is better; lower for logloss." if LOWER_IS_BETTER & set(metrics) else " Higher is better."
     if any(metric.startswith("forgetting ") for metric in methods["metric"]):
         lines.append(
             f"- Forgetting: loss of {headline_metric(metrics)} on held-out events of earlier spans, after the last "

@@ -29,6 +29,7 @@ from freshrec.learn.base_stream import base_stream
 from freshrec.learn.fit import (
     CostMeter,
     FitConfig,
+    attach_negatives,
     finish_update,
     fit_base_block,
     grown_copy,
@@ -228,7 +229,7 @@ class ASMG:
             is_empty = True
             for batch in training_batches(model, targets, rng, past_span.stored_interests):
                 is_empty = False
-                yield replace(batch, negatives_N=sample_negatives(model, rng, negative_pool_N))
+                yield attach_negatives(model, batch, sample_negatives(model, rng, negative_pool_N))
 
     def _push_model(self, generator: ModelGenerator, window: ModelWindow, model: TrainedModel) -> ModelWindow:
         """Return the window with one more model. If it was full, its first model is dropped."""

@@ -46,7 +46,11 @@ class Distill:
         check_options(self)
 
     def distillation_term(self, teacher: TrainedModel) -> LossTerm:
-        """Return the term to add to the loss, given the previous model."""
+        """Return the term to add to the loss, given the previous model. The term keeps and uses the teacher.
+
+        Both models score the candidates of the same batch: its targets and its negatives. The teacher has no dropout.
+        """
+        teacher.eval()
         distillation_loss = sigmoid_distillation if isinstance(teacher, ClickModel) else softmax_distillation
         hidden = HiddenStates()
 
