@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from test_answer import FINETUNE, FROZEN, FULL, IMSR, KNN, METRIC, answer_of, method, write_run
 
 from freshrec.learn.fit import EpochChoice, FitConfig
@@ -14,7 +15,6 @@ from freshrec.replay.cell import Cell
 from freshrec.replay.epochs import EpochSummary, epochs_of_method, explain_reasons, summarize_epochs
 from freshrec.replay.progress import ProgressBoard
 from freshrec.replay.results import collect_results
-from rich.console import Console
 
 
 def chosen(n: float, patience: float = 0.0, minimum: float = 0.0, maximum: float = 0.0) -> dict[str, float]:

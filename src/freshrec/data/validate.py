@@ -239,8 +239,8 @@ def _warn_duplicates(log: Log, n_duplicates: int | None, has_exposures: bool) ->
     keys = ["event_id"] * ("event_id" in log.frame.columns) + [by_clock] * log.has_clock
     verb, share = "has" if n_duplicates == 1 else "have", format_percent(n_duplicates / len(log.frame))
     return (
-        f"{format_count(n_duplicates, 'row')} ({share}) {verb} the {' or the '.join(keys)} of an earlier row. Each event "
-        "counts once: replay, fit, update and the Python API skip these duplicates."
+        f"{format_count(n_duplicates, 'row')} ({share}) {verb} the {' or the '.join(keys)} of an earlier row. "
+        "Each event counts once: replay, fit, update and the Python API skip these duplicates."
     )
 
 

@@ -23,8 +23,8 @@ from freshrec.replay.answer import Answer, Difference, Method
 from freshrec.replay.click_metrics import LOWER_IS_BETTER
 from freshrec.replay.epochs import explain_reasons
 from freshrec.replay.metrics import SAMPLED_SUFFIX
-from freshrec.replay.recipe_schema import LogRecipe
 from freshrec.replay.plan import HasFit
+from freshrec.replay.recipe_schema import LogRecipe
 from freshrec.strategies.baselines import Frozen, Retrain
 from freshrec.text_layout import WIDTH, wrap_lines
 from freshrec.types import TrainedModel

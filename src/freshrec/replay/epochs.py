@@ -58,7 +58,7 @@ def summarize_epochs(costs: Mapping[str, float]) -> EpochSummary | None:
 def epochs_of_method(
     rows: Mapping[tuple[str, str, str], Mapping[str, Any]], model: str, strategy: str
 ) -> EpochSummary | None:
-    """Return the epochs of a method from rows by (model, strategy, metric). `model` may name a readout ("mind@both")."""
+    """Return the epochs of a method from rows by (model, strategy, metric). `model` may end with a readout."""
     method = model.partition("@")[0], strategy
     return summarize_epochs({name: rows[*method, name]["value"] for name in EPOCH_COSTS if (*method, name) in rows})
 

@@ -308,9 +308,9 @@ def table_notes(methods: pl.DataFrame, metrics: Sequence[str]) -> list[str]:
     lines.append("- CPU-s: seconds of processor time, without measuring. Peak MB: largest memory of the process.")
     if (methods["metric"] == "epochs").any():
         lines.append(
-            "- Epochs: mean number per update, and what set it. fixed: an option. patience: the quality of held-out events "
-            "had not risen for `fit.patience` epochs. minimum: raised to `fit.min_epochs`. maximum: training reached "
-            "`fit.max_epochs`. A percentage is the share of the trainings."
+            "- Epochs: mean number per update, and what set it. Fixed: an option. Patience: the quality of held-out "
+            "events had not risen for `fit.patience` epochs. Minimum: raised to `fit.min_epochs`. Maximum: training "
+            "reached `fit.max_epochs`. A percentage is the share of the trainings."
         )
     if any("@" in model for model in methods["model"]):
         lines.append(
