@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import polars as pl
+from epoch_text import base_block_epochs, choice_of_epochs, epochs_cell, first_span, has_epochs, made_by
 from formatting import fraction, strategy_name, with_interval
 
 from freshrec.disk_names import RECIPE_KEYS, with_current_keys
@@ -48,13 +49,15 @@ def recipe_facts(result: dict[str, Any]) -> list[str]:
     return [
         _command(result),
         "",
+        made_by(result),
         f"- Log: {log}, {users}. The base block has {base['events']:,} events.",
-        f"- Spans: {len(later)}, with {min(events):,} to {max(events):,} events each.",
+        f"- Spans: {len(later)}, with {min(events):,} to {max(events):,} events each. Means and tests start at span "
+        f"{first_span(result)}.",
         f"- Targets: {targets:,}; {100 * seen:.0f} % of them are items that were seen before their span. Counting "
         "models may also offer users their own new items again.",
         f"- Seeds: {resolved['replay']['seeds']}.",
-        f"- Tuning: {tuned if resolved['replay']['tune'] else 'none'}. The epochs of the base block are chosen once, "
-        "on that block. Full uses the same number at each retrain and is otherwise untuned.",
+        f"- Tuning: {tuned if resolved['replay']['tune'] else 'none'}. {choice_of_epochs(result)}",
+        *base_block_epochs(result),
     ]
 
 
@@ -66,11 +69,13 @@ def recipe_table(result: dict[str, Any]) -> list[str]:
     """Return the table of a recipe that measures ndcg@20 and hr@20: quality, forgetting and costs."""
     at = method_means(result)
     methods = {(m, s) for m, s, metric in at if metric == "ndcg@20" and "@" not in m}
-    has_bytes = any(metric == "interest_bytes" for _, _, metric in at)
+    has_bytes, is_trained = any(metric == "interest_bytes" for _, _, metric in at), has_epochs(at)
     lines = [
-        "| model | strategy | ndcg@20 | hr@20 | ndcg@20, stored interests | forgetting | CPU-s per update "
-        "| interests per user |" + " their bytes |" * has_bytes,
-        "|---|---|---|---|---|---|---|---|" + "---|" * has_bytes,
+        "| model | strategy | ndcg@20 | hr@20 | ndcg@20, stored interests | forgetting | CPU-s per update |"
+        + " epochs |" * is_trained
+        + " interests per user |"
+        + " their bytes |" * has_bytes,
+        "|---" * (8 + is_trained + has_bytes) + "|",
     ]
     for model, strategy in sorted(methods, key=lambda method: (-at[(*method, "ndcg@20")]["value"], method)):
         row = at[model, strategy, "ndcg@20"]
@@ -84,6 +89,7 @@ def recipe_table(result: dict[str, Any]) -> list[str]:
             fraction(stored["value"]) if stored else "",
             f"{lost['value']:+.4f}" if lost else "",
             f"{at[model, strategy, 'update_cpu_s']['value']:.2f}",
+            *[epochs_cell(result, at, model, strategy)] * is_trained,
             f"{k['value']:.2f}" if k and model not in CONTROLS else "",
         ]
         if has_bytes:
@@ -98,10 +104,11 @@ def protocol_table(result: dict[str, Any]) -> list[str]:
     part, (base, *later) = result["resolved"]["replay"], result["spans"]
     part = with_current_keys(part, RECIPE_KEYS["replay"])
     at, metrics = method_means(result), part["metrics"]
+    is_trained = has_epochs(at)
     published = PUBLISHED.get(result["recipe"], {})
     methods = {(m, s) for m, s, metric in at if metric == metrics[0]}
     up = -1 if metrics[0] in LOWER_IS_BETTER else 1
-    first, last, seeds = max(1, part["from_span"]), len(later), part["seeds"]
+    first, last, seeds = first_span(result), len(later), part["seeds"]
     mean = f"means over spans {first} to {last}" if first < last else f"those of span {last}"
     averaged = f"{mean}, where {EQUAL[part['averaging']]} weigh equally."
     if result["resolved"]["log"]["exposures"]:
@@ -111,16 +118,19 @@ def protocol_table(result: dict[str, Any]) -> list[str]:
     lines = [
         _command(result),
         "",
+        made_by(result),
         f"- Log: {result['resolved']['log']['path']}. The base block has {base['events']:,} events.",
         f"- Spans: {len(later)}. Values are {averaged}",
         *([f"- Ranking: {ranking} items."] if ranking else []),
         f"- Seeds: {seeds}.",
+        *base_block_epochs(result),
         "",
         "| model | strategy | "
         + " | ".join(metric.removesuffix(f" {ranking}") for metric in metrics)
         + " | CPU-s per update | peak MB |"
+        + " epochs |" * is_trained
         + f" published: {PUBLISHED_METRICS} |" * bool(published),
-        "|---" * (4 + len(metrics) + bool(published)) + "|",
+        "|---" * (4 + len(metrics) + is_trained + bool(published)) + "|",
     ]
     for model, strategy in sorted(methods, key=lambda method: (-up * at[(*method, metrics[0])]["value"], method)):
         costs = [at.get((model, strategy, cost)) for cost in ("update_cpu_s", "peak_mb")]
@@ -128,6 +138,7 @@ def protocol_table(result: dict[str, Any]) -> list[str]:
         cells = [_short_name(model), _short_name(strategy)]
         cells += [with_interval(at[model, strategy, metric]) for metric in metrics]
         cells += [f"{cost['value']:.1f}" if cost else "" for cost in costs]
+        cells += [epochs_cell(result, at, model, strategy)] * is_trained
         cells += [" / ".join(fraction(n / 100) for n in known) if known else ""] if published else []
         lines.append("| " + " | ".join(cells) + " |")
     return lines + _improvements(at, metrics)

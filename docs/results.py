@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+from epoch_text import epochs_cell, has_epochs, joint_epochs_cell, mean_epochs_cell
 from formatting import difference, fraction
 from recipe_tables import FORGETTING, method_means, protocol_table, recipe_facts, recipe_table
 from studies import studies
@@ -76,14 +77,14 @@ def operations(root: Path) -> str:
 
 def _short(found: list[dict[str, Any]]) -> list[str]:
     """Return a table with ndcg@20 of the blend, of the best other method and of a few more, and with costs."""
+    found = [result for result in found if result["recipe"].startswith("default-")]  # the others replay fewer methods
+    is_trained = any(has_epochs(method_means(result)) for result in found)
     lines = [
         "| log | blend | best other | item-knn | popularity | comirec-dr, fine-tuned | comirec-dr, full retrain "
-        "| CPU-s per update of comirec-dr: fine-tuned / full retrain |",
-        "|---" * (len(SHOWN) + 4) + "|",
+        "| CPU-s per update of comirec-dr: fine-tuned / full retrain |" + " their epochs per update |" * is_trained,
+        "|---" * (len(SHOWN) + 4 + is_trained) + "|",
     ]
     for result in found:
-        if not result["recipe"].startswith("default-"):  # the others replay fewer methods
-            continue
         means = method_means(result)
         at = {(m, s): row["value"] for (m, s, metric), row in means.items() if metric == "ndcg@20" and "@" not in m}
         blend = at.pop(("blend", "refit"))
@@ -92,7 +93,10 @@ def _short(found: list[dict[str, Any]]) -> list[str]:
         cells = [fraction(blend), f"{fraction(at[best])} ({name})", *(fraction(at[method]) for method in SHOWN)]
         cost = [means["comirec-dr", way, "update_cpu_s"]["value"] for way in ("finetune", "full")]
         log = result["resolved"]["log"]["path"].partition(".")[0].replace("_", " ")
-        lines.append(f"| {log} | " + " | ".join(cells) + f" | {cost[0]:.1f} / {cost[1]:.1f} |")
+        cells.append(f"{cost[0]:.1f} / {cost[1]:.1f}")
+        ways = [("comirec-dr", way) for way in ("finetune", "full")]
+        cells += [joint_epochs_cell(result, means, ways)] * is_trained
+        lines.append(f"| {log} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -135,6 +139,10 @@ def _how_to_read() -> list[str]:
         "  choices of training.",
         "- *Beyond chance.* A paired sign-flip test over users gives p < 0.05 after the Benjamini-Hochberg correction",
         "  for all pairs of methods of the same recipe. Differences beyond chance are **bold**.",
+        "- *Epochs.* The mean number of epochs per update, and what set it. *Fixed*: an option. *Patience*: the",
+        "  quality of held-out events had not risen for `fit.patience` epochs. *Minimum*: raised to `fit.min_epochs`.",
+        "  *Maximum*: training reached `fit.max_epochs`. A percentage is the share of the trainings. Recipes made by",
+        "  commit 42fdc16 or earlier recorded no reasons, and most of them no epochs.",
         "- *Forgetting.* The loss of ndcg@20 on targets of earlier spans, measured after the last span: positive =",
         "  forgotten, negative = improved. The loss is counted from the update on the span of the target. Only users",
         "  whose held-out events are never trained on are measured.",
@@ -189,24 +197,28 @@ def _side_by_side(columns: dict[str, list[str]], found: list[dict[str, Any]]) ->
 
 def _blend(found: list[dict[str, Any]]) -> list[str]:
     """Return a table that compares the blend with the best single expert of each log."""
+    is_trained = any(has_epochs(method_means(result)) for result in found)
     lines = [
         "ndcg@20 of the blend (`refit`) and of the best single expert of each log. That expert is chosen on these",
         "numbers, which favours it. *Counting only* is the blend without its trained expert (`refit:trains=never`).",
         "The targets are the last event of each user in each span and two others, about 3,000 per span. They weigh",
         "equally. On gowalla the targets are those of the log's own split, and users weigh equally.",
         "",
-        "| recipe | best single | its ndcg@20 | counting only | blend | blend - best single | CPU-s per update |",
-        "|---|---|---|---|---|---|---|",
+        "| recipe | best single | its ndcg@20 | counting only | blend | blend - best single | CPU-s per update |"
+        + " epochs |" * is_trained,
+        "|---" * (7 + is_trained) + "|",
     ]
     for result in found:
-        at = {key[:2]: row["value"] for key, row in method_means(result).items() if key[2] == "ndcg@20"}
+        means = method_means(result)
+        at = {key[:2]: row["value"] for key, row in means.items() if key[2] == "ndcg@20"}
         best = max((key for key in at if key[0] != "blend"), key=lambda key: at[key])
-        cost = method_means(result)["blend", "refit", "update_cpu_s"]["value"]
+        cost = means["blend", "refit", "update_cpu_s"]["value"]
         counting = next(key for key in at if key[1].startswith("refit:trains="))
         ways = (best, counting, ("blend", "refit"))
         cells = [fraction(at[way]) for way in ways]
         gain = f"{_difference(result['tests'], ('blend', 'refit'), best)}, {100 * (at[ways[-1]] / at[best] - 1):+.0f} %"
-        lines.append(f"| {result['recipe']} | {best[0]} | " + " | ".join([*cells, gain, f"{cost:.1f}"]) + " |")
+        cells += [gain, f"{cost:.1f}", *[epochs_cell(result, means, "blend", "refit")] * is_trained]
+        lines.append(f"| {result['recipe']} | {best[0]} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -218,15 +230,16 @@ def _strategies(found: list[dict[str, Any]]) -> list[str]:
         "",
         "ndcg@20 by model, higher is better. + and - mark differences from fine-tuning of the same model that are",
         "beyond chance: + is better, - is worse. *Rank* is the place among the strategies of a model (1 = best), as a",
-        "mean over models. CPU-s per update, peak memory and forgetting (positive = forgotten) are means over models",
-        "too. Peak memory is that of a process that had run other strategies before and kept some of their memory.",
+        "mean over models. CPU-s per update, peak memory, forgetting (positive = forgotten) and epochs are means over",
+        "models too. Peak memory is that of a process that had run other strategies before and kept some of their",
+        "memory.",
     ]
     for result in found:
         at, models = method_means(result), result["resolved"]["replay"]["models"]
         strategies = sorted({s for m, s, metric in at if m == models[0] and metric == "ndcg@20"})
         order = {m: sorted(strategies, key=lambda s, m=m: -at[m, s, "ndcg@20"]["value"]) for m in models}  # type: ignore[misc]
         ranks = {s: sum(order[m].index(s) + 1 for m in models) / len(models) for s in strategies}
-        names = ["strategy", "rank", *models, "CPU-s", "peak MB", "forgetting"]
+        names = ["strategy", "rank", *models, "CPU-s", "peak MB", "forgetting", *["epochs"] * has_epochs(at)]
         lines += ["", f"**{result['recipe']}**", "", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
         for strategy in sorted(strategies, key=lambda s: (ranks[s], s)):
             marks = [_mark(result["tests"], (m, strategy), (m, "finetune")) for m in models]
@@ -235,6 +248,7 @@ def _strategies(found: list[dict[str, Any]]) -> list[str]:
             for metric, form in (("update_cpu_s", ".1f"), ("peak_mb", ".0f"), (FORGETTING, "+.4f")):
                 known = [at[m, strategy, metric]["value"] for m in models if (m, strategy, metric) in at]
                 cells.append(format(sum(known) / len(known), form) if known else "")
+            cells += [mean_epochs_cell(result, at, models, strategy)] * has_epochs(at)
             lines.append("| " + " | ".join(cells) + " |")
     return lines if found else []
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+from epoch_text import Rows, epochs_cell, has_epochs, joint_epochs_cell
 from formatting import difference as format_difference
 from formatting import fraction, model_name, with_interval
 
@@ -30,6 +31,7 @@ def studies(root: Path, found: list[dict[str, Any]], difference: Difference) -> 
 
 def _default(found: list[dict[str, Any]], difference: Difference) -> list[str]:
     """Return a table that compares the untuned blend with the best model of each kind, chosen in hindsight."""
+    is_trained = any(has_epochs(_rows(result)) for result in found)
     lines = [
         "## The default compared with every model",
         "",
@@ -42,8 +44,9 @@ def _default(found: list[dict[str, Any]], difference: Difference) -> list[str]:
         "other methods that are below the blend beyond chance, level with it, and above it beyond chance. Only",
         "interests from the recent history are counted there, because the others are not tested.",
         "",
-        "| recipe | blend | best counting | best fine-tuned | best retrained | blend - best | below, level, above |",
-        "|---|---|---|---|---|---|---|",
+        "| recipe | blend | best counting | best fine-tuned | best retrained | blend - best | below, level, above |"
+        + " epochs: blend / best fine-tuned / best retrained |" * is_trained,
+        "|---" * (7 + is_trained) + "|",
     ]
     blend = ("blend", "refit")
     for result in found:
@@ -58,8 +61,15 @@ def _default(found: list[dict[str, Any]], difference: Difference) -> list[str]:
         more = difference(result["tests"], blend, first) or f"{at[blend] - at[first]:+.4f} (not tested)"
         cells.append(f"{more} {model_name(first[0])}, {first[1]}")
         cells.append(f"{below}, {len(tested) - below - above}, {above}")
+        trained = (blend, best["finetune"], best["full"])
+        cells += [joint_epochs_cell(result, _rows(result), trained)] * is_trained
         lines.append(f"| {result['recipe']} | " + " | ".join(cells) + " |")
     return lines if found else []
+
+
+def _rows(result: dict[str, Any]) -> Rows:
+    """Map (model, strategy, metric) to its means over all spans and seeds."""
+    return {(r["model"], r["strategy"], r["metric"]): r for r in pl.DataFrame(result["methods"]).iter_rows(named=True)}
 
 
 def _slices(result: dict[str, Any]) -> dict[tuple[str, str, str], dict[str, float]]:
@@ -73,6 +83,7 @@ def _categories(found: list[dict[str, Any]], difference: Difference) -> list[str
     """Return a table that compares models with and without categories."""
     if not found:
         return []
+    is_trained = any(has_epochs(_rows(result)) for result in found)
     lines = [
         "## Categories as an input",
         "",
@@ -82,8 +93,8 @@ def _categories(found: list[dict[str, Any]], difference: Difference) -> list[str
         "item*: items first seen in the span before, with the number of targets. *Difference*: with minus without",
         "categories on all targets, **bold** where it is beyond chance.",
         "",
-        "| recipe | model | strategy | " + " | ".join(SLICES) + " | difference |",
-        "|---" * (len(SLICES) + 4) + "|",
+        "| recipe | model | strategy | " + " | ".join(SLICES) + " | difference |" + " epochs |" * is_trained,
+        "|---" * (len(SLICES) + 4 + is_trained) + "|",
     ]
     for result in found:
         at = _slices(result)
@@ -94,6 +105,7 @@ def _categories(found: list[dict[str, Any]], difference: Difference) -> list[str
                 cells[-1] += f", {at[name, strategy, SLICES[-1]]['n']:,} targets"
                 plain = model.partition(":categories=")[0]
                 cells.append(difference(result["tests"], (name, strategy), (plain, strategy)) if name != plain else "")
+                cells += [epochs_cell(result, _rows(result), name, strategy)] * is_trained
                 lines.append(f"| {result['recipe']} | {name} | {strategy} | " + " | ".join(cells) + " |")
     return lines
 
@@ -124,6 +136,9 @@ def _cases(found: list[dict[str, Any]]) -> list[str]:
             cells = [f"**{cell}**" if cell == best and float(cell) else cell for cell in cells]
             n_targets = max(value["n"] for value in values if value)
             lines.append(f"| {result['recipe']} | {part} ({n_targets:,}) | " + " | ".join(cells) + " |")
+        if has_epochs(_rows(result)):
+            cells = [epochs_cell(result, _rows(result), "comirec-dr", strategy) for strategy in STRATEGIES]
+            lines.append(f"| {result['recipe']} | epochs | " + " | ".join(cells) + " |")
     return lines if spines else []
 
 

@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import epoch_text  # docs/epoch_text.py
 import formatting  # docs/formatting.py
 import polars as pl
 import pytest
@@ -252,6 +254,88 @@ def test_the_page_says_that_full_is_untuned(tune: bool) -> None:
     text = " ".join(about)
     assert ("full, which has no options to choose" in text) == tune
     assert "The epochs of the base block are chosen once" in text and "otherwise untuned" in text
+
+
+def trained_result(**changes: object) -> dict[str, object]:
+    """A recipe in which comirec-dr is fine-tuned for 5 epochs and fully retrained for 9, on average over 4 updates."""
+    rows = [("comirec-dr", "finetune", "epochs", 5.0), ("comirec-dr", "full", "epochs", 9.0)]
+    rows += [("comirec-dr", "full", "stopped_by_patience", 0.75), ("comirec-dr", "full", "stopped_by_minimum", 0.25)]
+    rows += [("comirec-dr", "full", "stopped_by_maximum", 0.0)]
+    for model, strategy in (("item-knn", "absorb"), ("comirec-dr", "finetune"), ("comirec-dr", "full")):
+        rows += [(model, strategy, metric, 0.5) for metric in ("ndcg@20", "hr@20", "update_cpu_s")]
+    methods = pl.DataFrame(rows, schema=["model", "strategy", "metric", "value"], orient="row")
+    methods = methods.with_columns(low=pl.col("value"), high=pl.col("value"))
+    span = {"events": 10, "targets": 5, "seen_share": 0.5}
+    # Three trainings of the base block: two seeds choose their number by patience, and one option sets it. The second
+    # row is the base block that two strategies share, so it counts once.
+    base = {
+        "model": ["comirec-dr"] * 4,
+        "strategy": ["finetune", "full", "full", "full:fit.base_epochs=4"],
+        "seed": [0, 0, 1, 0],
+        "span": [0] * 4,
+        "epochs": [12.0, 12.0, 24.0, 4.0],
+        "stopped_by_patience": [1.0, 1.0, 1.0, None],
+        "stopped_by_minimum": [0.0, 0.0, 0.0, None],
+        "stopped_by_maximum": [0.0, 0.0, 0.0, None],
+    }
+    replay = {"seeds": 2, "tune": False, "from_span": 2, "metrics": ["ndcg@20", "hr@20"], "averaging": "users"}
+    return {
+        "recipe": "mine",
+        "commit": "abc1234",
+        "methods": methods.to_dict(as_series=False),
+        "epochs_by_span": base,
+        "spans": [span] * 3,
+        "resolved": {"log": {"path": "mine.parquet", "users": 0}, "replay": replay},
+    } | changes
+
+
+def column_of(lines: list[str], name: str) -> dict[str, str]:
+    """Strategy -> cell of a column of a Markdown table."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    return {row[1]: row[rows[0].index(name)] for row in rows[1:]}
+
+
+@pytest.mark.parametrize("table", [recipe_tables.recipe_table, recipe_tables.protocol_table])
+def test_a_table_of_a_recipe_has_the_epochs_and_what_stopped_them(table: Callable[..., list[str]]) -> None:
+    lines = [line for line in table(trained_result()) if line.startswith("|")]
+    shown = {"finetune": "5 (fixed)", "full": "9 (patience 75 %, minimum 25 %)", "absorb": ""}
+    assert column_of(lines, "epochs") == shown
+    assert len({line.count("|") for line in lines}) == 1
+    # a file without a commit has no reasons, although an early one may have epochs
+    old = trained_result()
+    del old["commit"]
+    assert column_of(table(old), "epochs") == {"finetune": "5", "full": "9", "absorb": ""}
+    bare = pl.DataFrame(old["methods"]).filter(~pl.col("metric").str.contains("epochs|stopped"))
+    assert "epochs |" not in " ".join(table(old | {"methods": bare.to_dict(as_series=False)}))
+
+
+def test_the_page_says_which_commit_made_a_recipe_and_by_which_rules() -> None:
+    text = " ".join(recipe_tables.recipe_facts(trained_result()))
+    assert "- Made by commit abc1234." in text and "Means and tests start at span 2." in text
+    assert "on the latest sixth of their own events" in text and "at least 5 epochs" in text
+    assert "- Epochs of the base block: 4 to 24, in 3 trainings of 1 model (patience in 2, fixed in 1)." in text
+    old = trained_result(resolved={"log": {"path": "a", "users": 0}, "replay": {"seeds": 1, "tune": False}})
+    del old["commit"], old["epochs_by_span"]
+    text = " ".join(recipe_tables.recipe_facts(old))
+    assert "- Made by commit 42fdc16 or earlier, under the rules of that time" in text
+    assert "Means and tests start at span 1." in text and "Epochs of the base block:" not in text
+
+
+def test_the_epochs_of_a_strategy_are_a_mean_over_models() -> None:
+    # (4 + 8) / 2 = 6; the first model always stopped by patience, the second by the minimum
+    rows = {("a", "full", "epochs"): 4.0, ("b", "full", "epochs"): 8.0}
+    rows |= {(model, "full", f"stopped_by_{reason}"): 0.0 for model in "ab" for reason in ("patience", "minimum")}
+    rows |= {("a", "full", "stopped_by_patience"): 1.0, ("b", "full", "stopped_by_minimum"): 1.0}
+    means = {key: {"value": value} for key, value in rows.items()}
+    cell = epoch_text.mean_epochs_cell({"commit": "abc1234"}, means, ["a", "b"], "full")
+    assert cell == "6 (patience 50 %, minimum 50 %)"
+
+
+def test_a_cell_for_several_methods_marks_those_that_trained_nothing() -> None:
+    means = {("a", "full", "epochs"): {"value": 7.0}}
+    result = {"commit": "abc1234"}
+    assert epoch_text.joint_epochs_cell(result, means, [("blend", "refit"), ("a", "full")]) == "- / 7 (fixed)"
+    assert epoch_text.joint_epochs_cell(result, {}, [("blend", "refit"), ("a", "full")]) == ""
 
 
 def test_the_relative_improvement_is_that_of_the_papers() -> None:

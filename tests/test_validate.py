@@ -121,6 +121,55 @@ def test_it_warns_of_baskets() -> None:
     )
 
 
+def test_it_warns_of_duplicates_and_says_that_each_event_counts_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The last 40 of the 4000 rows (1.0 %) are copies of the row with the number 3959.
+    copied = [min(i, 3959) for i in range(N)]
+    columns = {
+        "user_id": [i % 40 for i in copied],
+        "item_id": [i % 50 for i in copied],
+        "timestamp": [NOON + 900 * i for i in copied],
+    }
+    sentence = (
+        "40 rows (1.0 %) have the user, item and timestamp of an earlier row. Each event counts once: replay, fit, "
+        "update and the Python API skip these duplicates."
+    )
+    assert only(report_of(**columns), "duplicates") == sentence
+    pl.DataFrame(columns).write_parquet(tmp_path / "log.parquet")
+    assert main(["validate", str(tmp_path / "log.parquet"), "--json"]) == 0
+    fields = json.loads(capsys.readouterr().out)
+    assert fields["duplicates"] == 40 and sentence in fields["warnings"]
+    assert main(["validate", str(tmp_path / "log.parquet")]) == 0
+    assert f"Warning: {sentence}" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("columns", "keys"),
+    [
+        ({"event_id": ["a", "a"], "timestamp": [NOON, NOON + 1]}, "event_id or the user, item and timestamp"),
+        ({"event_id": ["a", "a"], "period": [0, 1]}, "event_id"),
+        ({"label": [0, 0], "timestamp": [NOON, NOON]}, "user, item, timestamp and label"),
+    ],
+)
+def test_the_warning_of_duplicates_names_the_columns_that_identify_an_event(
+    columns: dict[str, object], keys: str
+) -> None:
+    # Row 2 is the same event as row 1: 1 of 2 rows is 50 %.
+    report = report_of(user_id=[1, 1], item_id=[1, 1], **columns)
+    assert only(report, "duplicates").startswith(f"1 row (50.0 %) has the {keys} of an earlier row.")
+
+
+def test_without_timestamps_nothing_is_a_duplicate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Rows 1 and 2 are equal, but without a timestamp they may be two events.
+    path = tmp_path / "log.csv"
+    path.write_text("user_id,item_id,period\n1,a,0\n1,a,0\n2,a,1\n")
+    assert main(["validate", str(path)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Duplicates none: without a timestamp in every row, each row is an event of its own." in shown
+    assert "skip these duplicates" not in shown
+
+
 def test_it_warns_of_logs_too_small_to_compare_anything() -> None:
     assert only(report_of(user_id=[1, 1], item_id=[1, 2], timestamp=[NOON, NOON + 1]), "single user")
     assert only(report_of(user_id=[1, 2], item_id=[1, 2], timestamp=[NOON, NOON]), "cannot be split")

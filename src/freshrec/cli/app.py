@@ -190,7 +190,8 @@ def _report_lines(report: LogReport) -> dict[str, str]:
         unknown = f"unknown: {report.missing_timestamps:,} of {rows(report.rows)} have no timestamp"
     by, n_spans = report.suggested_by, report.suggested_spans
     lines = {"Rows": f"{report.rows:,}", "Users": f"{report.users:,}", "Items": f"{report.items:,}"}
-    lines["Time range"] = lines["Duplicates"] = lines["Same-time events"] = unknown
+    lines["Time range"] = lines["Same-time events"] = unknown
+    lines["Duplicates"] = "none: without a timestamp in every row, each row is an event of its own."
     if report.first:
         lines["Time range"] = f"{report.first} to {report.last}"
     if report.periods is not None:

@@ -43,6 +43,7 @@ def validate_log(log: Log) -> LogReport:
     """Return the report of a log."""
     frame, n_rows = log.frame, len(log.frame)
     by, spans = suggest_spans(log)
+    n_duplicates = _count_duplicates(log)
     n_users, ties = frame["user_id"].n_unique(), _tied_share(log)
     exposures = float((frame["label"] <= 0).sum() or 0) / n_rows if "label" in frame.columns else 0.0
     warnings = (
@@ -52,6 +53,7 @@ def validate_log(log: Log) -> LogReport:
         _warn_unseen_items(log, by, spans),
         _warn_outlying_times(log),
         _warn_ties(ties),
+        _warn_duplicates(log, n_duplicates, exposures > 0),
     )
     n_periods = frame["period"].n_unique() if "period" in frame.columns else None
     n_pairs = _n_distinct(frame, ["user_id", "item_id"])
@@ -63,7 +65,7 @@ def validate_log(log: Log) -> LogReport:
         first=format_time(frame["time"][0], "auto") if log.has_clock else None,
         last=format_time(frame["time"][-1], "auto") if log.has_clock else None,
         unit=log.unit,
-        duplicates=_count_duplicates(log),
+        duplicates=n_duplicates,
         ties=ties,
         out_of_order=log.n_out_of_order / (n_rows + log.n_quarantined),
         repeats=1 - n_pairs / n_rows,
@@ -226,6 +228,19 @@ def _warn_ties(ties: float | None) -> str | None:
     return (
         f"{format_percent(ties)} of the rows share user and timestamp with another row. Their order in the source is "
         "used as the order of the events."
+    )
+
+
+def _warn_duplicates(log: Log, n_duplicates: int | None, has_exposures: bool) -> str | None:
+    """Warn of rows that every other command skips."""
+    if not n_duplicates:
+        return None
+    by_clock = "user, item, timestamp and label" if has_exposures else "user, item and timestamp"
+    keys = ["event_id"] * ("event_id" in log.frame.columns) + [by_clock] * log.has_clock
+    verb, share = "has" if n_duplicates == 1 else "have", format_percent(n_duplicates / len(log.frame))
+    return (
+        f"{format_count(n_duplicates, 'row')} ({share}) {verb} the {' or the '.join(keys)} of an earlier row. "
+        "Each event counts once: replay, fit, update and the Python API skip these duplicates."
     )
 
 

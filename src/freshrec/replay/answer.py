@@ -14,6 +14,7 @@ import polars as pl
 from freshrec.models import CONTROLS
 from freshrec.replay.cell import Cell
 from freshrec.replay.click_metrics import LOWER_IS_BETTER
+from freshrec.replay.epochs import EpochSummary, epochs_of_method
 from freshrec.strategies.baselines import FineTune, Frozen, Retrain
 
 SIGNIFICANCE_LEVEL = 0.05  # a difference with a smaller corrected p-value is "beyond chance"
@@ -45,6 +46,7 @@ class MethodSummary:
     high: float
     forgetting: float | None  # positive = lost; None: not measured
     cpu_s: float | None  # of one update, a mean; None: no update was made
+    epochs: EpochSummary | None = None  # of the updates; None: they trained no model
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +95,11 @@ class Answer:
         return self.summary(method).cpu_s or 0.0
 
     @property
+    def has_forgetting(self) -> bool:
+        """Whether the forgetting of any method was measured."""
+        return any(row.forgetting is not None for row in self.summaries)
+
+    @property
     def n_pairs(self) -> int:
         return len(self.differences) // 2
 
@@ -124,6 +131,7 @@ def make_answer(cells: Sequence[Cell], methods: pl.DataFrame, tests: pl.DataFram
                     row["high"],
                     forgetting["value"] if forgetting else None,
                     cpu_s["value"] if cpu_s else None,
+                    epochs_of_method(values, *method),
                 )
             )
     summaries.sort(key=lambda row: (-sign * row.value, row.method))

@@ -21,7 +21,9 @@ from freshrec.data.log import format_count
 from freshrec.models import CONTROLS
 from freshrec.replay.answer import Answer, Difference, Method
 from freshrec.replay.click_metrics import LOWER_IS_BETTER
+from freshrec.replay.epochs import explain_reasons
 from freshrec.replay.metrics import SAMPLED_SUFFIX
+from freshrec.replay.plan import HasFit
 from freshrec.replay.recipe_schema import LogRecipe
 from freshrec.strategies.baselines import Frozen, Retrain
 from freshrec.text_layout import WIDTH, wrap_lines
@@ -118,14 +120,26 @@ def wrap(text: str, width: int, indent: str = "") -> str:
 
 
 def render_table(answer: Answer, width: int = WIDTH) -> str:
-    """Return the table and a legend, as plain text of at most `width` columns. See `table_lines` for narrow tables."""
+    """Return the table and a legend, as plain text of at most `width` columns. See `table_lines` for narrow tables.
+
+    The epochs are a column. On a terminal that is too narrow for it, they are in the legend.
+    """
     labels = Labels.of(answer.cells)
-    has_forgetting = any(row.forgetting is not None for row in answer.summaries)
+    has_epochs = any(row.epochs for row in answer.summaries)
+    table = _table(answer, labels, has_epochs)
+    if MIN_TABLE_WIDTH <= width < WIDTH and has_epochs and max(map(len, table_lines(table, 0))) > width:
+        has_epochs, table = False, _table(answer, labels, has_epochs=False)
+    legend = [wrap(line, width) for line in _legend(answer, labels, has_epochs)]
+    return "\n".join([*table_lines(table, width), "", *legend])
+
+
+def _table(answer: Answer, labels: Labels, has_epochs: bool) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for head in ("model", "strategy"):
         table.add_column(head, overflow="fold")
-    numbers = [SAMPLED_SUFFIX.sub("", answer.metric), "difference", "p", *["forgetting"] * has_forgetting, "CPU-s"]
-    for head in numbers:
+    has_forgetting = answer.has_forgetting
+    numbers = [SAMPLED_SUFFIX.sub("", answer.metric), "difference", "p", *["forgetting"] * has_forgetting]
+    for head in [*numbers, *["epochs"] * has_epochs, "CPU-s"]:
         table.add_column(head, justify="right", no_wrap=True)
     for row in answer.summaries:
         gain = answer.gain(row.method)
@@ -136,10 +150,11 @@ def render_table(answer: Answer, width: int = WIDTH) -> str:
             cells += ["reference" if row.method in answer.references.values() else "", ""]
         if has_forgetting:
             cells.append("" if row.forgetting is None else format_change(row.forgetting))
+        if has_epochs:
+            cells.append("" if row.epochs is None else row.epochs.short)
         cells.append("" if row.cpu_s is None else format_seconds(row.cpu_s))
         table.add_row(labels.model(row.method), labels.strategy(row.method), *cells)
-    legend = [wrap(line, width) for line in _legend(answer, labels, has_forgetting)]
-    return "\n".join([*table_lines(table, width), "", *legend])
+    return table
 
 
 def table_lines(table: Table, width: int) -> list[str]:
@@ -149,21 +164,39 @@ def table_lines(table: Table, width: int) -> list[str]:
     return [line.rstrip() for line in text.getvalue().splitlines()]
 
 
-def _legend(answer: Answer, labels: Labels, has_forgetting: bool) -> list[str]:
+def _legend(answer: Answer, labels: Labels, has_epochs: bool) -> list[str]:
     """Return a line about each column."""
     direction = "lower" if answer.metric in LOWER_IS_BETTER else "higher"
     lines = [f"{answer.metric}: mean over spans, {direction} is better; ± is half of the 95 % interval over users."]
     if compared := _describe_references(answer, labels):
         lines.append(f"difference: from {compared}; positive = better.")
         lines.append(f"p: paired test over users, corrected for {format_count(answer.n_pairs, 'comparison')}.")
-    if has_forgetting:
+    if answer.has_forgetting:
         lines.append(
             f"forgetting: loss of {answer.metric} on held-out events of earlier spans, after the last update; "
             "positive = lost."
         )
+    lines += _describe_epochs(answer, labels, has_epochs)
     lines.append("CPU-s: processor seconds per update, without measuring.")
     shortened = labels.shortened()
     return [*lines, *[f"Options: {', '.join(shortened)}."] * bool(shortened)]
+
+
+def _describe_epochs(answer: Answer, labels: Labels, has_column: bool) -> list[str]:
+    """Explain the epochs of the table, or list them if the table has no column for them."""
+    trained = {row.method: row.epochs for row in answer.summaries if row.epochs}
+    if not trained:
+        return []
+    text = "epochs: mean number per update, and what set it."
+    if not has_column:
+        methods: dict[str, list[str]] = {}
+        for method, epochs in trained.items():
+            methods.setdefault(epochs.long, []).append(labels[method])
+        parts = [f"{epochs} {', '.join(names)}" for epochs, names in methods.items()]
+        text = f"epochs per update: {'; '.join(parts)}."
+    strategies = [(epochs, answer.cells[method].strategy_instance) for method, epochs in trained.items()]
+    fits = [(epochs, strategy.fit) for epochs, strategy in strategies if isinstance(strategy, HasFit)]
+    return [f"{text} {explain_reasons(fits, is_mixed_shown=has_column)}"]
 
 
 def _describe_references(answer: Answer, labels: Labels) -> str:

@@ -17,6 +17,7 @@ from freshrec.data.validate import format_percent
 from freshrec.learn.click_quality import auc
 from freshrec.replay.answer_text import MIN_TABLE_WIDTH, Labels, format_seconds, table_lines, wrap
 from freshrec.replay.cell import Cell
+from freshrec.replay.epochs import summarize_epochs
 from freshrec.replay.estimate import Range, RunEstimate
 from freshrec.replay.metrics import compute_metrics, mean_per_user
 from freshrec.replay.results import read_costs, read_ranks
@@ -58,6 +59,8 @@ class ProgressBoard:
         done, total = len(self.quality_by_span), len(self.cells) * (len(self.spans) + 1)
         elapsed_s = time.monotonic() - self.started_s
         cost = f"{format_seconds(costs['update_cpu_s'])} CPU-s" if "update_cpu_s" in costs else "no update"
+        if epochs := summarize_epochs(costs):
+            cost += f", epochs: {epochs.long}"
         place, result = f"span {span}", f"{self.metric} {quality}, {cost}" if quality else f"no targets, {cost}"
         if span == 0:
             place, result = "base block", self._describe_base(cell, cost)

@@ -18,6 +18,7 @@ from freshrec.replay.click_metrics import (
     compute_click_metrics,
     describe_click_averaging,
 )
+from freshrec.replay.epochs import epochs_of_method
 from freshrec.replay.metrics import compute_metrics
 from freshrec.replay.recipe_schema import Averaging, ReplayRecipe
 from freshrec.replay.significance import (
@@ -276,7 +277,9 @@ def markdown_table(methods: pl.DataFrame, metrics: Sequence[str]) -> str:
         key=lambda ms: (-sign * values[(*ms, metrics[0])]["value"], ms),
     )
     has_forgetting = any(metric == forgetting_metric for *_, metric in values)
+    has_epochs = any(metric == "epochs" for *_, metric in values)
     head = ["model", "strategy", *metrics, *[forgetting_metric] * has_forgetting, *costs.values()]
+    head += ["epochs"] * has_epochs
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for model, strategy in order:
         cells = [
@@ -291,6 +294,9 @@ def markdown_table(methods: pl.DataFrame, metrics: Sequence[str]) -> str:
             cost_row = values.get((model.partition("@")[0], strategy, cost))
             number = format_seconds if cost == "update_cpu_s" else "{:.1f}".format
             cells.append(number(cost_row["value"]) if cost_row else "")
+        if has_epochs:
+            epochs = epochs_of_method(values, model, strategy)
+            cells.append(epochs.long if epochs else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -310,6 +316,12 @@ def table_notes(
             "update. Positive = lost."
         )
     lines.append("- CPU-s: seconds of processor time, without measuring. Peak MB: largest memory of the process.")
+    if (methods["metric"] == "epochs").any():
+        lines.append(
+            "- Epochs: mean number per update, and what set it. Fixed: an option. Patience: the quality of held-out "
+            "events had not risen for `fit.patience` epochs. Minimum: raised to `fit.min_epochs`. Maximum: training "
+            "reached `fit.max_epochs`. A percentage is the share of the trainings."
+        )
     if any("@" in model for model in methods["model"]):
         lines.append(
             "- `MODEL@stored` ranks by the interests that the last update stored, `MODEL@both` by these and the recent "

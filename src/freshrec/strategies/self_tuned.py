@@ -149,6 +149,7 @@ class SelfTuned:
             targets = append_samples(due, samples, index_M, separate_users=model.batch_format in SEQUENCE_FORMATS)
         stored_interests = stored_interests_of(model, state.interests, span.index)
         meter, started_at = CostMeter({"rows_read": float(len(targets))}), time.process_time()
+        meter.costs["epochs"] = float(self.fit.epochs)
         negative_pool_N = None
         if memory.settings.current_negatives and len(due):
             negative_pool_N = mix_negative_pool(due.items_N.unique(), model.n_items)

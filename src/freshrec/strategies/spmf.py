@@ -117,6 +117,7 @@ class SPMF:
         targets_by_epoch = self._epoch_targets(model, due, state.memory.samples, stored_interests, key)
         fit = self.fit if self.take == "all" else replace(self.fit, epochs=1)
         meter.costs["rows_read"] = float(len(targets_by_epoch[0]))
+        meter.costs["epochs"] = float(len(targets_by_epoch) * fit.epochs)
         meter.add_time("choose_cpu_s", started_at)
         for nth, targets in enumerate(targets_by_epoch):
             fit_model(model, targets, fit, (*key, nth) if nth else key, meter, stored_interests=stored_interests)
