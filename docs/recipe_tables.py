@@ -111,7 +111,7 @@ def protocol_table(result: dict[str, Any]) -> list[str]:
     first, last, seeds = first_span(result), len(later), part["seeds"]
     mean = f"means over spans {first} to {last}" if first < last else f"those of span {last}"
     averaged = f"{mean}, where {EQUAL[part['averaging']]} weigh equally."
-    if result["resolved"]["log"]["exposures"]:
+    if result["resolved"]["log"].get("exposures"):
         averaged = f"{mean}. {describe_click_averaging(metrics)}"
     candidates = {metric.partition(" among ")[2] for metric in metrics}  # {"999 sampled"}, or {""}: all items
     ranking = f"among {candidates.pop()}" if len(candidates) == 1 and "" not in candidates else ""

@@ -67,12 +67,20 @@ def _store_rows(found: dict[str, Any]) -> list[Row]:
 
 
 def _waiting_rows(found: dict[str, Any]) -> list[Row]:
-    batches, refused = found["batches_waiting"], found["refused_not_learned"]
+    batches, deferred = found["batches_waiting"], found["deferred"]
+    refused = [number for number in found["refused_not_learned"] if number not in deferred]
     rows = [
         ("deliveries", f"{len(batches):,}", "in the event log; `update` learns them"),
         ("clicks", f"{found['clicks_waiting']:,}", "from servers; the next update learns them"),
     ]
-    rows += [("refused deliveries", _short_list(refused) or "none", "versions whose events are not learned")]
+    rows += [
+        (
+            "deferred deliveries",
+            _short_list(deferred) or "none",
+            "refused versions; the next update learns their events",
+        ),
+        ("refused deliveries", _short_list(refused) or "none", "refused versions; only `update --retry` learns them"),
+    ]
     return [*rows, *_retrain_rows(found["plan"])]
 
 

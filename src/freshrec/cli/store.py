@@ -331,7 +331,10 @@ def _delivery_line(job: NightlyJob, result: AppendResult, name: str, n_bad: int 
     parts = [f"{result.n_appended:,} new{late}"]
     for n, noun in ((result.n_duplicates, "duplicate"), (result.n_known, "known event"), (n_bad, "bad row")):
         parts += [f"{format_count(n, noun)} skipped"] if n else []
-    return f"{name}: {format_count(result.n_rows + n_bad, 'row')}: {', '.join(parts)}"
+    if result.n_separate:
+        parts.append(f"{format_count(result.n_separate, 'row')} of one user judged apart")
+    n_rows = result.n_rows + result.n_separate + n_bad
+    return f"{name}: {format_count(n_rows, 'row')}: {', '.join(parts)}"
 
 
 def _refused_file_text(store: Store, batch: int) -> str:
@@ -350,10 +353,12 @@ def _refused_file_text(store: Store, batch: int) -> str:
 
 def _print_version(job: NightlyJob, version: Manifest) -> None:
     """Print the verdict on a version, what it learned, its quality, and the notes that are new this week."""
+    from freshrec.nightly.deferral import find_deferral
     from freshrec.nightly.notes import notes_to_print
     from freshrec.store.versions import store_option
 
-    print_wrapped(verdict_sentence(version), "  ")
+    deferred = [] if version.promoted else find_deferral(job.store, job.limits).versions
+    print_wrapped(verdict_sentence(version, version in deferred), "  ")
     print_labelled(("Reason", reason) for reason in version.reasons)
     print_labelled(update_lines(version))
     notes, n_earlier = notes_to_print(job.store.manifests(), version)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 Lines = list[tuple[str, str]]  # label and text
 
 
-def verdict_sentence(version: Manifest) -> str:
-    """State whether a version is live."""
+def verdict_sentence(version: Manifest, is_deferred: bool = False) -> str:
+    """State whether a version is live. `is_deferred`: whether the next update learns the events of a refused one."""
     name, parent = f"Version {version.id}", f"version {version.parent}"
     retry = "" if version.retry_of is None else f"retry of version {version.retry_of}"
     origin = f"updated from {parent}" + (f", {retry}" if retry else "")
@@ -27,7 +27,8 @@ def verdict_sentence(version: Manifest) -> str:
         return f"{name} is live ({origin})."
     if version.goes_live:
         return f"{name} is live because of --force, although the gate refused it ({origin})."
-    return f"{name}{f' ({retry})' if retry else ''} was refused; {parent} stays live."
+    refused = f"{name}{f' ({retry})' if retry else ''} was refused; {parent} stays live."
+    return f"{refused} The next update tries its events again." if is_deferred else refused
 
 
 def retry_command(version: Manifest, store: Path) -> str:

@@ -12,8 +12,9 @@ import torch
 
 from freshrec.data.log import format_count, format_time
 from freshrec.errors import FreshrecError, StateError
-from freshrec.nightly.deferral import batches_of
+from freshrec.nightly.deferral import batches_of, find_deferral
 from freshrec.nightly.full_retrain import retrain_plan
+from freshrec.nightly.gate import GateLimits
 from freshrec.nightly.job import waiting_batches
 from freshrec.nightly.notes import count_of, current_notes, number_ranges
 from freshrec.nightly.same_queries import compare_on_same_queries
@@ -54,6 +55,7 @@ def store_status(store: Store) -> dict[str, Any]:
         "versions": len(versions),
         "refused": [m.id for m in refused if m.id > live],
         "refused_not_learned": _refused_deliveries(refused, chain),
+        "deferred": [m.id for m in find_deferral(store, GateLimits()).versions],
         "batches_waiting": waiting_batches(store, log),
         "clicks_waiting": sum(len(file.clicks) for file in journal if file.batch is None),
         "bytes": n_bytes,
