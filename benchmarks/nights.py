@@ -7,7 +7,7 @@
 day is judged too, and goes live whatever the verdict, so that a wrong refusal does not affect later days.
 
 `obeyed` runs many stores over resampled days, and obeys every verdict. Nobody retries or forces anything. Each store
-passes through the days of a log in order. Each day has a sample of its users: as many draws with replacement as it has
+starts at a random day and passes through the next 60 days of a log in order. Each day has a sample of its users: as many draws with replacement as it has
 users, each user counted once, which leaves about 63 %. One night in twenty brings a corrupted copy instead of the day.
 The second run of each store has a gate that neither defers nor accepts anything, as in 0.1.0.
 
@@ -17,7 +17,7 @@ Both write nights.json. `obeyed` can be resumed: finished stores are not run aga
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 from typing import Annotated, Any
@@ -179,7 +179,12 @@ MODEL, STRATEGY = "pooled:d=16", "finetune:fit.base_epochs=3:fit.epochs=2"  # it
 CORRUPTED_SHARE = 0.05  # share of the nights with a corrupted day
 OLD_GATE = GateLimits(max_spoiled_updates=0, max_refused_in_a_row=10**9, min_past=inf, separate=False)  # as in 0.1.0
 KINDS = ("good", *(corrupt.__name__ for corrupt in BAD))
-OBEYED_LOGS = ("uci", "globo, 4 hours", "taobao", "beauty, weeks")
+OBEYED_LOGS = {  # the first log of each store has a random share of the rows, from `base` to 0.2 more
+    "uci": Days("uci_online_retail.parquet", base=0.1, most=60),
+    "globo, 4 hours": Days("globo_news_clicks.parquet", base=0.1, users=6_000, most=60, hours=4.0),
+    "taobao, 4 hours": Days("taobao_userbehavior_head84k.parquet", base=0.1, most=60, hours=4.0),
+    "beauty, weeks": Days("amazon_beauty_5core.parquet", base=0.1, most=60, hours=168.0),
+}
 
 
 def resampled(later: list[Frame], source: np.random.Generator) -> Iterator[Frame]:
@@ -209,8 +214,9 @@ class Night:
 
 def obey(name: str, number: int, data: Path, limits: GateLimits) -> dict[str, Any]:
     """Run one store over its nights, and count what became of the good and the corrupted days."""
-    source = np.random.default_rng([number, OBEYED_LOGS.index(name)])
-    base, later = cut(LOGS[name], data)
+    source = np.random.default_rng([number, list(OBEYED_LOGS).index(name)])
+    days = OBEYED_LOGS[name]
+    base, later = cut(replace(days, base=days.base + 0.2 * source.random()), data)
     found, known = list[Night](), base
     with tempfile.TemporaryDirectory() as where, create_store(Path(where) / "store") as store:
         job = NightlyJob(store, limits)
@@ -249,13 +255,13 @@ def _count(nights: list[Night], learned: set[int], waiting: set[int]) -> dict[st
 def obeyed(
     data: DataOption,
     out: OutOption = RESULTS,
-    stores: Annotated[int, typer.Option(help="Stores of each log.")] = 20,
-    old: Annotated[bool, typer.Option(help="Also run each store with the gate of 0.1.0.")] = True,
+    stores: Annotated[int, typer.Option(help="Stores of each log.")] = 46,
+    old: Annotated[int, typer.Option(help="Stores of each log that also run with the gate of 0.1.0.")] = 46,
 ) -> None:
     """Run stores over resampled nights with all verdicts obeyed."""
-    for number in range(stores):
-        for name in OBEYED_LOGS:
-            for gate, limits in (("now", GateLimits()), ("0.1.0", OLD_GATE))[: 1 + old]:
+    for gate, limits, n_stores in (("now", GateLimits(), stores), ("0.1.0", OLD_GATE, old)):
+        for number in range(n_stores):
+            for name in OBEYED_LOGS:
                 if any((row["log"], row["store"], row["gate"]) == (name, number, gate) for row in read(out, "stores")):
                     continue
                 write(out, "stores", [*read(out, "stores"), obey(name, number, data, limits)])

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from freshrec.disk_names import current_manifest
+from freshrec.errors import StateError
+from freshrec.store.checksummed_json import read_checksummed
 from freshrec.version import __version__
 
 FORMAT = 1
@@ -81,3 +86,33 @@ class PointerMove(BaseModel):
     action: MoveAction
     to: int
     reason: str = ""
+
+
+def read_manifest(path: Path, number: int) -> Manifest:
+    """Return the manifest of a version from its file. Raises StateError if it is missing or damaged.
+
+    A file that has not changed is parsed only once.
+    """
+    try:
+        state = path.stat()
+    except OSError:
+        return _parse_manifest(path, number, 0, 0, 0)  # raises StateError
+    return _parse_manifest(path, number, state.st_ino, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=10_000)
+def _parse_manifest(path: Path, number: int, inode: int, changed_ns: int, n_bytes: int) -> Manifest:
+    """Parse a manifest. The last three arguments change with the content of the file."""
+    content = read_checksummed(path)
+    if isinstance(content, dict) and content.get("format", FORMAT) not in range(1, FORMAT + 1):
+        raise StateError(f"{path} has a format that this freshrec does not know. Upgrade freshrec.")
+    try:
+        found = Manifest.model_validate(current_manifest(content))
+    except ValidationError as problem:
+        wrong = problem.errors()[0]
+        raise StateError(
+            f"{path} is not a valid manifest ({wrong['loc']}: {wrong['msg']}). Roll back to another version."
+        ) from None
+    if found.id != number or (found.parent or 0) >= number:
+        raise StateError(f"{path} is the manifest of version {found.id}. Roll back to another version.")
+    return found

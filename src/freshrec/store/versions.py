@@ -27,11 +27,20 @@ from stat import S_ISREG
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from freshrec.disk_names import current_manifest, current_move
+from freshrec.disk_names import current_move
 from freshrec.errors import BusyError, OptionError, StateError
 from freshrec.files import file_checksum, sync_folder
 from freshrec.store.checksummed_json import read_checksummed, write_checksummed
-from freshrec.store.manifest import FORMAT, FileEntry, Manifest, MoveAction, PointerMove, VersionKind, utc_now
+from freshrec.store.manifest import (
+    FORMAT,
+    FileEntry,
+    Manifest,
+    MoveAction,
+    PointerMove,
+    VersionKind,
+    read_manifest,
+    utc_now,
+)
 
 MANIFEST_FILE, COLLECTED_FILE = "manifest.json", "collected"
 LEGACY_FILE = "recommender.json"  # in a folder that Recommender.save wrote before stores existed
@@ -87,19 +96,7 @@ class Store:
             raise StateError(
                 f"There is no version {number} in {self.folder}. See `freshrec history {store_option(self.folder)}`."
             )
-        content = read_checksummed(path)
-        if isinstance(content, dict) and content.get("format", FORMAT) not in range(1, FORMAT + 1):
-            raise StateError(f"{path} has a format that this freshrec does not know. Upgrade freshrec.")
-        try:
-            found = Manifest.model_validate(current_manifest(content))
-        except ValidationError as problem:
-            wrong = problem.errors()[0]
-            raise StateError(
-                f"{path} is not a valid manifest ({wrong['loc']}: {wrong['msg']}). Roll back to another version."
-            ) from None
-        if found.id != number or (found.parent or 0) >= number:
-            raise StateError(f"{path} is the manifest of version {found.id}. Roll back to another version.")
-        return found
+        return read_manifest(path, number)
 
     def moves(self) -> list[PointerMove]:
         """Return every change of the live version, oldest first. Raises StateError if the record is damaged."""
