@@ -7,9 +7,10 @@
 day is judged too, and goes live whatever the verdict, so that a wrong refusal does not affect later days.
 
 `obeyed` runs many stores over resampled days, and obeys every verdict. Nobody retries or forces anything. Each store
-starts at a random day and passes through the next 60 days of a log in order. Each day has a sample of its users: as many draws with replacement as it has
-users, each user counted once, which leaves about 63 %. One night in twenty brings a corrupted copy instead of the day.
-The second run of each store has a gate that neither defers nor accepts anything, as in 0.1.0.
+starts at a random day and passes through the next 60 days of a log in order. Each day has a sample of its users: as
+many draws with replacement as it has users, each user counted once, which leaves about 63 %. One night in twenty brings
+a corrupted copy instead of the day. The second run of each store has a gate that neither defers nor accepts anything,
+as in 0.1.0.
 
 Both write nights.json. `obeyed` can be resumed: finished stores are not run again.
 """

@@ -126,8 +126,14 @@ def _head_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats], limits:
     if day.n_rows < limits.min_rows or len(heads) < limits.min_earlier_days or day.share_head is None:
         return []
     least = _usual_range(heads)[0]
-    if day.share_head >= least / limits.max_head_drop_factor:
+    limit = least / limits.max_head_drop_factor
+    if day.share_head >= limit:
         return []
+    from scipy.stats import binomtest  # slow to import, and rarely needed
+
+    n_head = round(day.share_head * day.n_rows)
+    if binomtest(n_head, day.n_rows, min(limit, 1.0), alternative="less").pvalue >= limits.false_alarm_rate:
+        return []  # few rows: the share may be low by chance
     return [
         f"{format_percent(day.share_head)} of the rows are on the popular items, which had half of the recent events. "
         f"In the previous {len(heads)} deliveries it was usually {format_percent(least)} or more. "

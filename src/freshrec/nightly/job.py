@@ -179,7 +179,8 @@ class NightlyJob:
         champion, is_retry = self.champion(), retry_of is not None
         if source.endswith(SEPARATE_SUFFIX):
             champion = replace(champion, limits=replace(self.limits, min_rows=1))
-        known_until = newest_time_before(self.store, self.log, batch) if is_retry else None
+        first = batch if is_retry else _corrected_batch(self.store, self.log, batch)
+        known_until = None if first is None else newest_time_before(self.store, self.log, first)
         left_out = n_duplicates, n_known + len(delivered) - len(frame)
         delivery = Delivery(batch, frame, champion.delivery_stats(frame, left_out, known_until))
         deferral = Deferral() if is_retry else find_deferral(self.store, self.limits)
@@ -223,6 +224,20 @@ class NightlyJob:
 def refused_batches(store: Store) -> list[int]:
     """Return the batches of refused versions and of those that were rolled back."""
     return sorted(set(batches_of(store.manifests())) - set(batches_of(version_chain(store))))
+
+
+def _corrected_batch(store: Store, log: EventLog, batch: int) -> int | None:
+    """Return a separate batch that a delivery may correct: it is not learned, and its times overlap."""
+    batches, refused = log.batches(), refused_batches(store)
+    new = batches.row(by_predicate=pl.col("batch") == batch, named=True)
+    separate = batches.filter(
+        pl.col("source").str.ends_with(SEPARATE_SUFFIX)
+        & pl.col("batch").is_in(refused)
+        & (pl.col("batch") < batch - 1),
+        pl.col("first") <= new["last"],
+        pl.col("last") >= new["first"],
+    )
+    return separate["batch"].min() if len(separate) else None  # type: ignore[return-value]
 
 
 def waiting_batches(store: Store, log: EventLog) -> list[int]:
