@@ -236,7 +236,8 @@ def obey(name: str, number: int, data: Path, limits: GateLimits) -> dict[str, An
                 typer.echo(f"{name} {number} night {i}, {kind}: {version.reasons}", err=True)
             known = pl.concat([known, day]) if kind == "good" else known
         learned = set(batches_of(version_chain(store)))
-        waiting = {version.batch for version in find_deferral(store, limits).versions if version.batch is not None}
+        deferral = find_deferral(store, limits)
+        waiting = set(batches_of([*deferral.versions, *deferral.pending]))
     row = {"log": name, "store": number, "gate": "0.1.0" if limits is OLD_GATE else "now", "nights": len(found)}
     return row | {"kinds": {kind: _count([n for n in found if n.kind == kind], learned, waiting) for kind in KINDS}}
 

@@ -138,7 +138,7 @@ def test_a_new_catalogue_is_accepted_after_three_deliveries_and_a_single_mistake
     job = new_job(tmp_path / "s", base, limits=POPULATION)
     versions = [learn(job, renamed(day), f"day {i}")[0] for i, day in enumerate(later[:4])]
     assert promoted(versions) == [False, False, True, True]
-    assert causes_of(versions[0]) == {"population"} and versions[2].batches == [2, 3, 4] and learned_days(job) == 4
+    assert causes_of(versions[0]) == {"ids"} and versions[2].batches == [2, 3, 4] and learned_days(job) == 4
     # Renamed once, then as before: the events wait for `update --retry`.
     job = new_job(tmp_path / "t", base, limits=POPULATION)
     versions = [learn(job, renamed(day) if i == 0 else day, f"day {i}")[0] for i, day in enumerate(later)]

@@ -333,8 +333,7 @@ def _delivery_line(job: NightlyJob, result: AppendResult, name: str, n_bad: int 
         parts += [f"{format_count(n, noun)} skipped"] if n else []
     if result.n_separate:
         parts.append(f"{format_count(result.n_separate, 'row')} of one user judged apart")
-    n_rows = result.n_rows + result.n_separate + n_bad
-    return f"{name}: {format_count(n_rows, 'row')}: {', '.join(parts)}"
+    return f"{name}: {format_count(result.n_rows + n_bad, 'row')}: {', '.join(parts)}"
 
 
 def _refused_file_text(store: Store, batch: int) -> str:

@@ -95,12 +95,16 @@ def _is_large_customer(day: DeliveryStats, limits: GateLimits) -> bool:
 
 def population_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats], limits: GateLimits) -> list[str]:
     """Report too many unknown users and items, and too few rows on the popular items."""
-    found = []
-    if day.n_rows >= limits.min_rows:
-        label, shares = "of the rows have an unknown item id", [d.share_unknown_items for d in (*recent, day)]
-        found += _above_usual_share(label, shares, limits.max_share_unknown, limits.max_rise, limits)
-        found += _unknown_user_anomalies(day, recent, limits)
-    return [*found, *_head_anomalies(day, recent, limits)]
+    return [*unknown_id_anomalies(day, recent, limits), *head_anomalies(day, recent, limits)]
+
+
+def unknown_id_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats], limits: GateLimits) -> list[str]:
+    """Report too many rows of unknown users, or on unknown items."""
+    if day.n_rows < limits.min_rows:
+        return []
+    label, shares = "of the rows have an unknown item id", [d.share_unknown_items for d in (*recent, day)]
+    of_items = _above_usual_share(label, shares, limits.max_share_unknown, limits.max_rise, limits)
+    return [*of_items, *_unknown_user_anomalies(day, recent, limits)]
 
 
 def _unknown_user_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats], limits: GateLimits) -> list[str]:
@@ -121,7 +125,8 @@ def _unknown_user_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats],
     ]
 
 
-def _head_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats], limits: GateLimits) -> list[str]:
+def head_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats], limits: GateLimits) -> list[str]:
+    """Report too few rows on the popular items."""
     heads = [d.share_head for d in recent if d.share_head is not None]
     if day.n_rows < limits.min_rows or len(heads) < limits.min_earlier_days or day.share_head is None:
         return []

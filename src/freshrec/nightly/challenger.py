@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,24 +10,19 @@ import numpy as np
 import polars as pl
 import torch
 
-from freshrec.errors import LogError, StateError, TrainingError
+from freshrec.errors import StateError
 from freshrec.models.absorb import absorb_block
 from freshrec.models.popularity import PopularitySpec
-from freshrec.nightly.anomalies import population_anomalies, top_user_anomalies
+from freshrec.nightly.anomalies import top_user_anomalies
 from freshrec.nightly.deferral import (
-    BLAMED_KEY,
     CAUSES_KEY,
-    Deferral,
-    batches_of,
-    is_change,
     judged_values,
-    versions_text,
 )
-from freshrec.nightly.delivery_stats import DeliveryStats, compute_delivery_stats, most_active_user, share_unknown
+from freshrec.nightly.delivery_stats import DeliveryStats, compute_delivery_stats, most_active_user
 from freshrec.nightly.full_retrain import GAIN_KEY, retrain_interval, start_from_scratch, updates_since_retrain
-from freshrec.nightly.gate import GateLimits, HoldoutValues, Verdict, content_anomalies, judge_challenger
+from freshrec.nightly.gate import GateLimits, HoldoutValues, Verdict, judge_challenger
 from freshrec.nightly.holdout import newest_queries, user_values
-from freshrec.nightly.notes import Note, count_of
+from freshrec.nightly.notes import count_of
 from freshrec.progress import report_progress
 from freshrec.recommender.bundle import Bundle, learn_events
 from freshrec.recommender.log_reading import EncodedEvents, encode_events
@@ -36,7 +30,7 @@ from freshrec.recommender.served_state import ServedState
 from freshrec.replay.measure import Queries
 from freshrec.replay.significance import bootstrap_interval
 from freshrec.store.event_log import EventLog
-from freshrec.store.manifest import DEFERRED_KEY, METRIC_KEY, Manifest
+from freshrec.store.manifest import METRIC_KEY, Manifest
 from freshrec.store.versions import Store, version_chain
 from freshrec.types import State
 
@@ -67,23 +61,6 @@ class Challenger:
     verdict: Verdict
     numbers: dict[str, float]
     data: dict[str, Any]  # for the manifest
-
-    def accepted(self, n_refused: int) -> Challenger:
-        """Accept what `n_refused` deliveries in a row showed."""
-        why = f"This is accepted, because {n_refused} deliveries in a row showed it."
-        notes = [Note("accepted-loss", f"{reason} {why}") for reason in self.verdict.reasons]
-        verdict = Verdict(True, notes=(*self.verdict.notes, *notes), numbers=self.verdict.numbers)
-        return replace(self, verdict=verdict, data={k: v for k, v in self.data.items() if k != CAUSES_KEY})
-
-    def blaming(self, refused: Sequence[Manifest], together: Challenger | None) -> Challenger:
-        """Note that the update passed only without the deliveries of refused versions."""
-        reasons = " ".join(("Training failed.",) if together is None else together.verdict.reasons)
-        text = (
-            f"With the events that were refused before ({versions_text(refused)}), it would be refused too: {reasons}"
-        )
-        notes = (*self.verdict.notes, Note("blamed", text))
-        blamed = [manifest.batch for manifest in refused]
-        return replace(self, verdict=replace(self.verdict, notes=notes), data=self.data | {BLAMED_KEY: blamed})
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,64 +105,14 @@ class Champion:
         data |= {} if verdict.promoted else {CAUSES_KEY: sorted(verdict.causes)}
         return Challenger(replace(learned, holdout_queries=holdout_queries), verdict, numbers, data)
 
-    def challenge_with_deferred(self, delivery: Delivery, deferral: Deferral) -> Challenger:
-        """Update with a delivery and deferred ones. If that is refused, update with the delivery alone.
-
-        Raises LogError or TrainingError if training on the delivery alone fails.
-        """
-        day, recent, limits = delivery.stats, earlier_stats(self.chain)[-self.limits.n_recent_days :], self.limits
-        is_odd = content_anomalies(day, recent, limits) or population_anomalies(day, recent, limits)
-        together, is_tried = None, bool(deferral.tried) and not is_odd
-        if is_tried:
-            together = self._challenge_together(delivery, deferral.tried, deferral.is_amount_confirmed)
-        if together is not None and together.verdict.promoted:
-            return together
-        alone = self.challenge(delivery.frame, day, deferral.is_amount_confirmed)
-        if alone.verdict.promoted:
-            return alone.blaming(deferral.tried, together) if is_tried else alone
-        if deferral.n_refused + 1 >= limits.max_refused_in_a_row:
-            for attempt in (together, alone):
-                if attempt is not None and attempt.verdict.causes == {"quality"}:
-                    return attempt.accepted(deferral.n_refused + 1)
-        if len(deferral.changed) + 1 >= limits.max_refused_in_a_row and is_change(alone.verdict.causes):
-            together = self._challenge_together(delivery, deferral.changed)
-            if together is not None and is_change(together.verdict.causes) and self._is_lasting(delivery, deferral):
-                return together.accepted(len(deferral.changed) + 1)
-        return alone
-
-    def _challenge_together(
-        self, delivery: Delivery, refused: Sequence[Manifest], is_amount_usual: bool = False
-    ) -> Challenger | None:
-        """Update with a delivery and those of refused versions; None if training fails."""
-        batches = [manifest.batch for manifest in refused if manifest.batch is not None]
-        rows = self.log.rows_not_in(self.log.read([*batches, delivery.batch]), batches_of(self.chain))
-        try:
-            found = self.challenge(rows, delivery.stats, is_amount_usual)
-        except (LogError, TrainingError):
-            return None
-        days = [manifest.data[DAY_KEY] for manifest in refused if DAY_KEY in manifest.data]
-        note = Note("deferred", f"It also learned the events that were refused before ({versions_text(refused)}).")
-        verdict = replace(found.verdict, notes=(*found.verdict.notes, note))
-        return replace(found, verdict=verdict, data=found.data | {DEFERRED_KEY: batches, DEFERRED_DAYS_KEY: days})
-
-    def _is_lasting(self, delivery: Delivery, deferral: Deferral) -> bool:
-        """Whether the users and items of a delivery are usual if those of the last refused ones count as known."""
-        batches = [manifest.batch for manifest in deferral.changed if manifest.batch is not None]
-        past, served, spans = self.log.read(batches), self.bundle.served, self.bundle.served.state.spans_seen
-        users, items = served.users.extend(past["user_id"], spans), served.items.extend(past["item_id"], spans)
-        unknown_users, unknown_items = (
-            share_unknown(delivery.frame[name], known) for name, known in (("user_id", users), ("item_id", items))
-        )
-        stats = replace(
-            delivery.stats, share_unknown_users=unknown_users, share_unknown_items=unknown_items, share_head=None
-        )
-        recent = earlier_stats(self.chain)[-self.limits.n_recent_days :]
-        return not population_anomalies(stats, recent, self.limits)
+    @property
+    def recent_stats(self) -> list[DeliveryStats]:
+        """Statistics of the last deliveries that the live version has learned."""
+        return earlier_stats(self.chain)[-self.limits.n_recent_days :]
 
     def suspicious_user(self, frame: pl.DataFrame) -> Any | None:
         """Return the id of a user with too many of these rows; None if there is none."""
-        recent = earlier_stats(self.chain)[-self.limits.n_recent_days :]
-        if not len(frame) or not top_user_anomalies(self.delivery_stats(frame), recent, self.limits):
+        if not len(frame) or not top_user_anomalies(self.delivery_stats(frame), self.recent_stats, self.limits):
             return None
         return most_active_user(frame)
 

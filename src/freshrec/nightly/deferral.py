@@ -2,16 +2,17 @@
 
 The causes of a refusal decide:
 
-    quality   The version was worse than the live one. The next update learns the delivery together with its own.
-    amount    The delivery has unusually few or many rows. It is learned with the next one, so that it can be looked at.
-    error     Training failed. As for quality.
-    floor     The quality was far below that of earlier versions. It is learned once such a quality has become usual.
-    population  Unknown users or items, or clicks that ignore the popular items. It is learned once three deliveries in
-              a row had such rows with the same ids: a new catalogue stays, and a mistake does not.
-    content   The events look wrong. Only `update --retry` learns them.
+    quality     The version was worse than the live one. The next update learns the delivery together with its own.
+    amount      The delivery has unusually few or many rows. The next update learns it, so that it can be looked at.
+    error       Training failed. As for quality.
+    floor       The quality was far below that of earlier versions. It is learned once such a quality is usual.
+    ids         Unusually many users or items are unknown. It is learned once the same ids came again, in deliveries
+                that were learned, or in three refused ones in a row. A new catalogue stays, and a mistake does not.
+    head        Clicks ignore the popular items. Only `update --retry` learns them.
+    content     The events look wrong. Only `update --retry` learns them.
 
-Nothing else is stored: the manifests of all versions say which deliveries are deferred (`find_deferral`). A deferred
-delivery that spoils three updates, each of which passes without it, is set aside too.
+Nothing else is stored: the manifests of all versions say which deliveries are deferred (`find_deferral`). If three
+updates pass only without a deferred delivery, it is set aside too.
 
 A live version that was better than usual by chance must not refuse all later ones. So a loss of quality that three
 deliveries in a row show is accepted: the events of different days are not all to blame.
@@ -31,7 +32,7 @@ from freshrec.store.versions import Store, version_chain
 CAUSES_KEY = "causes"  # in a manifest's "data": the causes of its refusal
 BLAMED_KEY = "blamed"  # in a manifest's "data": deferred batches that were tried with it, and without which it passed
 DEFERRED_CAUSES = {"quality", "amount", "error"}
-CHANGE_CAUSES = {"population", "floor", "quality", "amount"}  # of deliveries after the users or items have changed
+CHANGE_CAUSES = {"ids", "head", "floor", "quality", "amount"}  # of deliveries after the users or items have changed
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Deferral:
     versions: tuple[Manifest, ...] = ()  # refused versions of the deferred deliveries, oldest first
     tried: tuple[Manifest, ...] = ()  # those whose deliveries the next update learns with its own
     n_refused: int = 0  # refusals for quality alone since the last promotion
-    changed: tuple[Manifest, ...] = ()  # the last refused versions, all of them because of their users and items
+    pending: tuple[Manifest, ...] = ()  # refused for their unknown ids, and learned once these came again
+    changed: tuple[Manifest, ...] = ()  # those of them that were refused since the last promotion
     is_amount_confirmed: bool = False  # the previous delivery was refused for its amount too
 
 
@@ -69,17 +71,16 @@ def find_deferral(store: Store, limits: GateLimits) -> Deferral:
     since = [m for m in manifests if m.id > last and not m.goes_live and m.retry_of is None]
     n_refused = sum(causes_of(manifest) == {"quality"} for manifest in since)
     is_amount_confirmed = bool(since) and "amount" in causes_of(since[-1]) and since[-1] in deferred
-    changed = list[Manifest]()
-    for manifest in reversed(since):
-        if not is_change(causes_of(manifest)):
-            break
-        changed.insert(0, manifest)
-    return Deferral(tuple(deferred), tuple(tried), n_refused, tuple(changed), is_amount_confirmed)
+    pending = [
+        m for batch, m in refused.items() if is_change(causes_of(m)) and not spoiled[batch] and m not in deferred
+    ]
+    changed = [manifest for manifest in since if manifest in pending]
+    return Deferral(tuple(deferred), tuple(tried), n_refused, tuple(pending), tuple(changed), is_amount_confirmed)
 
 
 def is_change(causes: Collection[str]) -> bool:
     """Whether a refusal may show that the users or items of the log have changed."""
-    return "population" in causes and set(causes) <= CHANGE_CAUSES
+    return "ids" in causes and set(causes) <= CHANGE_CAUSES
 
 
 def causes_of(manifest: Manifest) -> set[str]:

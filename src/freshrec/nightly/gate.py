@@ -2,7 +2,8 @@
 
 A new version has learned events that the live one has not, so it is promoted unless the gate finds a reason against it.
 There are four kinds of reasons. The delivery is unusual. The loss on the newest events exceeds both the tolerance and
-chance. The quality is far below that of earlier live versions. The loss on older events is too large.
+chance. The quality is far below that of earlier versions. The loss on older events is too large. The cause of a refusal
+decides what becomes of the events (`nightly/deferral.py`).
 
 Guarantees of the gate on real logs, where quality varies from model to model (tests/test_gate.py):
 
@@ -27,7 +28,14 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from freshrec.config import find_instance
-from freshrec.nightly.anomalies import amount_anomalies, gap_anomalies, population_anomalies, share_anomalies
+from freshrec.nightly.anomalies import (
+    amount_anomalies,
+    gap_anomalies,
+    head_anomalies,
+    population_anomalies,
+    share_anomalies,
+    unknown_id_anomalies,
+)
 from freshrec.nightly.delivery_stats import DeliveryStats
 from freshrec.nightly.notes import Note, count_of, format_percent
 from freshrec.replay.metrics import Float64Array, parse_metric
@@ -52,7 +60,8 @@ class GateLimits:
     floor_share: float = 0.5  # Lowest accepted quality, as a share of the lower quartile of earlier live versions.
     min_floor_versions: int = 3  # Earlier live versions that the check of the lowest quality needs.
 
-    max_refused_in_a_row: int = 3  # A loss of quality that so many deliveries in a row show is accepted.
+    max_refused_in_a_row: int = 3  # Loss of quality, or new ids, that so many deliveries in a row show are accepted.
+    min_recurrence: float = 0.1  # Refused rows with unknown ids are learned once this share of the ids came again.
     max_spoiled_updates: int = 3  # A deferred delivery that spoils so many updates is set aside.
 
     n_recent_days: int = 28  # Number of earlier deliveries that a delivery is compared with; 28 days have 4 weekends.
@@ -115,9 +124,7 @@ class HoldoutValues:
         assert self.older_challenger_O.shape == self.older_champion_O.shape
 
 
-Cause = Literal[
-    "quality", "amount", "floor", "population", "content", "error"
-]  # of a refusal; `nightly/deferral.py` explains them
+Cause = Literal["quality", "amount", "floor", "ids", "head", "content", "error"]  # see `nightly/deferral.py`
 
 
 @dataclass(frozen=True)
@@ -188,13 +195,14 @@ def judge_challenger(
     notes = _missing_checks(day, earlier, limits)
     recent = earlier[-limits.n_recent_days :]
     amount, content = amount_anomalies(day, recent, limits), content_anomalies(day, recent, limits)
-    population = population_anomalies(day, recent, limits)
+    ids, head = unknown_id_anomalies(day, recent, limits), head_anomalies(day, recent, limits)
     if is_amount_usual:
         why = "This is accepted because the previous delivery was unusual too."
         notes += [Note("accepted-amount", f"{anomaly} {why}") for anomaly in amount]
         amount = []
+    of_day: dict[Cause, list[str]] = {"amount": amount, "content": content, "ids": ids, "head": head}
     if broken := _invalid_values(values):
-        return _verdict({"amount": amount, "content": content, "population": population, "error": broken}, notes, {})
+        return _verdict(of_day | {"error": broken}, notes, {})
     new_U, live_U = values.challenger_U, values.champion_U
     older_O, older_live_O = values.older_challenger_O, values.older_champion_O
     newest_events = NEWEST._replace(missing=values.no_newest_reason or NEWEST.missing)
@@ -215,8 +223,7 @@ def judge_challenger(
     notes += [note for part in comparisons for note in part.notes]
     loss, below_floor, forgotten = (list(part.reasons) for part in comparisons)
     quality = [*loss, *forgotten]
-    day_reasons: dict[Cause, list[str]] = {"amount": amount, "content": content, "population": population}
-    return _verdict(day_reasons | {"quality": quality, "floor": below_floor}, notes, numbers)
+    return _verdict(of_day | {"quality": quality, "floor": below_floor}, notes, numbers)
 
 
 def _verdict(reasons: dict[Cause, list[str]], notes: Sequence[Note], numbers: dict[str, float]) -> Verdict:

@@ -6,7 +6,8 @@
                          statistics of the delivery, compared with those of earlier deliveries
 
 Every delivery becomes a batch of the log, and every batch becomes a version, in order. If the job is killed at any
-moment, the next run continues from there. A batch that was refused or rolled back is learned again only on request.
+moment, the next run continues from there. What becomes of a refused batch is written in `nightly/deferral.py`. A batch
+that was rolled back is learned again only on request.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from freshrec.data.catalog import Catalog
 from freshrec.data.log import Log, filter_positives, keep_positives
 from freshrec.errors import LogError, OptionError, StateError, TrainingError
 from freshrec.files import file_checksum
+from freshrec.nightly.attempts import challenge_with_deferred
 from freshrec.nightly.challenger import (
     DAY_KEY,
     FIRST_HOLDOUT_SHARE,
@@ -118,11 +120,19 @@ class NightlyJob:
         times = [time for time in newest_times if time is not None]
         if not log.has_clock and times:
             frame = frame.with_columns(pl.col("time") + max(times) + 1)
-        refused, n_separate, is_separate = refused_batches(self.store), 0, self._rows_of_suspicious_user(frame)
-        if is_separate.any() and not (self.log.batches()["source"] == source).any():
-            separate, frame = frame.filter(is_separate), frame.filter(~is_separate)
-            n_separate = self.log.append(separate, source + SEPARATE_SUFFIX, log.has_clock, refused).n_appended
-        return replace(self.log.append(frame, source, log.has_clock, refused), n_separate=n_separate)
+        ignored, is_separate = refused_batches(self.store), self._rows_of_suspicious_user(frame)
+        if not is_separate.any() or (self.log.batches()["source"] == source).any():
+            return self.log.append(frame, source, log.has_clock, ignored)
+        separate = self.log.append(frame.filter(is_separate), source + SEPARATE_SUFFIX, log.has_clock, ignored)
+        ignored += [batch for batch in (separate.batch, separate.repeated_batch) if batch is not None]
+        rest = self.log.append(frame.filter(~is_separate), source, log.has_clock, ignored)
+        return replace(
+            rest,
+            n_rows=rest.n_rows + separate.n_rows,
+            n_duplicates=rest.n_duplicates + separate.n_duplicates,
+            n_known=rest.n_known + separate.n_known,
+            n_separate=separate.n_appended,
+        )
 
     def _rows_of_suspicious_user(self, frame: pl.DataFrame) -> pl.Series:
         """Mark the rows of a user who has too many of them. No row is marked if all rows belong to one user."""
@@ -185,7 +195,7 @@ class NightlyJob:
         delivery = Delivery(batch, frame, champion.delivery_stats(frame, left_out, known_until))
         deferral = Deferral() if is_retry else find_deferral(self.store, self.limits)
         try:
-            found = champion.challenge_with_deferred(delivery, deferral)
+            found = challenge_with_deferred(champion, delivery, deferral)
         except (LogError, TrainingError) as error:
             verdict, force = Verdict(False, (str(error),), causes=frozenset({"error"})), ""
             found = Challenger(champion.bundle, verdict, {}, {CAUSES_KEY: ["error"]})

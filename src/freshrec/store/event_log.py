@@ -49,7 +49,7 @@ WRITER_PROPERTIES = WriterProperties(
 
 @dataclass(frozen=True)
 class AppendResult:
-    """Numbers of rows of a delivery by outcome: n_rows = n_duplicates + n_known + n_appended."""
+    """Numbers of rows of a delivery by outcome: n_rows = n_duplicates + n_known + n_appended + n_separate."""
 
     batch: int | None  # number of the new batch; None = nothing was appended
     repeated_batch: int | None  # batch of the same source, if it was delivered before
@@ -60,7 +60,7 @@ class AppendResult:
     n_appended: int = 0
     first_time: int | None = None  # time of the first and of the last appended row
     last_time: int | None = None
-    n_separate: int = 0  # further rows, which became a batch of their own
+    n_separate: int = 0  # appended as a batch of their own
 
 
 @dataclass(frozen=True)

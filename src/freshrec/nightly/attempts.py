@@ -1,0 +1,124 @@
+"""The attempts to learn a delivery: with refused ones that are deferred, or alone, or after a lasting change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import polars as pl
+
+from freshrec.errors import LogError, TrainingError
+from freshrec.nightly.anomalies import population_anomalies
+from freshrec.nightly.challenger import DAY_KEY, DEFERRED_DAYS_KEY, Challenger, Champion, Delivery
+from freshrec.nightly.deferral import BLAMED_KEY, CAUSES_KEY, Deferral, batches_of, is_change, versions_text
+from freshrec.nightly.delivery_stats import share_unknown
+from freshrec.nightly.gate import Verdict, content_anomalies
+from freshrec.nightly.notes import Note
+from freshrec.store.manifest import DEFERRED_KEY, Manifest
+
+
+def challenge_with_deferred(champion: Champion, delivery: Delivery, deferral: Deferral) -> Challenger:
+    """Update with a delivery and deferred ones. If that is refused, update with the delivery alone.
+
+    Raises LogError or TrainingError if training on the delivery alone fails.
+    """
+    day, recent, limits = delivery.stats, champion.recent_stats, champion.limits
+    is_odd = content_anomalies(day, recent, limits) or population_anomalies(day, recent, limits)
+    tried = () if is_odd else (*deferral.tried, *recurring(champion, deferral.pending))
+    together = _challenge_together(champion, delivery, tried, deferral.is_amount_confirmed) if tried else None
+    if together is not None and together.verdict.promoted:
+        return together
+    alone = champion.challenge(delivery.frame, day, deferral.is_amount_confirmed)
+    if alone.verdict.promoted:
+        return _blame(alone, tried, together) if tried else alone
+    if deferral.n_refused + 1 >= limits.max_refused_in_a_row:
+        for attempt in (together, alone):
+            if attempt is not None and attempt.verdict.causes == {"quality"}:
+                return _accept(attempt, deferral.n_refused + 1)
+    is_change_long = len(deferral.changed) + 1 >= limits.max_refused_in_a_row and is_change(alone.verdict.causes)
+    if is_change_long and _is_lasting(champion, delivery, deferral.changed):
+        changed = recurring(champion, deferral.changed, delivery.frame)
+        together = _challenge_together(champion, delivery, changed)
+        return _accept(together or alone, len(deferral.changed) + 1)
+    return alone
+
+
+def _challenge_together(
+    champion: Champion, delivery: Delivery, refused: Sequence[Manifest], is_amount_usual: bool = False
+) -> Challenger | None:
+    """Update with a delivery and those of refused versions; None if training fails."""
+    batches = [manifest.batch for manifest in refused if manifest.batch is not None]
+    rows = champion.log.rows_not_in(champion.log.read([*batches, delivery.batch]), batches_of(champion.chain))
+    try:
+        found = champion.challenge(rows, delivery.stats, is_amount_usual)
+    except (LogError, TrainingError):
+        return None
+    days = [manifest.data[DAY_KEY] for manifest in refused if DAY_KEY in manifest.data]
+    note = Note("deferred", f"It also learned the events that were refused before ({versions_text(refused)}).")
+    verdict = replace(found.verdict, notes=(*found.verdict.notes, note))
+    return replace(found, verdict=verdict, data=found.data | {DEFERRED_KEY: batches, DEFERRED_DAYS_KEY: days})
+
+
+def _accept(challenger: Challenger, n_refused: int) -> Challenger:
+    """Accept what `n_refused` deliveries in a row showed."""
+    verdict = challenger.verdict
+    why = f"This is accepted, because {n_refused} deliveries in a row showed it."
+    notes = [Note("accepted-loss", f"{reason} {why}") for reason in verdict.reasons]
+    data = {key: value for key, value in challenger.data.items() if key != CAUSES_KEY}
+    accepted = Verdict(True, notes=(*verdict.notes, *notes), numbers=verdict.numbers)
+    return replace(challenger, verdict=accepted, data=data)
+
+
+def _blame(alone: Challenger, refused: Sequence[Manifest], together: Challenger | None) -> Challenger:
+    """Note that an update passed only without the deliveries of refused versions."""
+    reasons = " ".join(("Training failed.",) if together is None else together.verdict.reasons)
+    events = f"the events that were refused before ({versions_text(refused)})"
+    note = Note("blamed", f"With {events}, it would be refused too: {reasons}")
+    verdict = replace(alone.verdict, notes=(*alone.verdict.notes, note))
+    return replace(alone, verdict=verdict, data=alone.data | {BLAMED_KEY: [manifest.batch for manifest in refused]})
+
+
+def recurring(champion: Champion, refused: Sequence[Manifest], new_rows: pl.DataFrame | None = None) -> list[Manifest]:
+    """Return those refused versions whose unknown ids came again, so that they are no mistake.
+
+    They came again if the live version knows them now. With `new_rows`, the newest delivery and the other refused
+    versions count too.
+    """
+    batches = [manifest.batch for manifest in refused if manifest.batch is not None]
+    rows = {batch: champion.log.read([batch]).select("user_id", "item_id") for batch in batches}
+    found = []
+    for manifest in refused[-champion.limits.n_recent_days :]:
+        others = [] if new_rows is None else [new_rows, *(rows[batch] for batch in batches if batch != manifest.batch)]
+        if manifest.batch is not None and _came_again(champion, manifest, rows[manifest.batch], others):
+            found.append(manifest)
+    return found
+
+
+def _came_again(champion: Champion, manifest: Manifest, rows: pl.DataFrame, others: Sequence[pl.DataFrame]) -> bool:
+    """Whether a share of the rows with unknown users, and of those with unknown items, have ids that came again."""
+    served, limits, day = champion.bundle.served, champion.limits, manifest.data[DAY_KEY]
+    for name, known in (("user", served.users), ("item", served.items)):
+        ids, n_unknown = rows[f"{name}_id"], day[f"share_unknown_{name}s"] * len(rows)
+        if n_unknown < limits.max_rise * len(rows):
+            continue  # too few to be a reason for the refusal
+        is_unknown = pl.Series(known.rows(ids).numpy() == 0)
+        for other in others:
+            is_unknown &= ~ids.is_in(other[f"{name}_id"].unique().implode())
+        if 1 - is_unknown.sum() / n_unknown < limits.min_recurrence:
+            return False
+    return True
+
+
+def _is_lasting(champion: Champion, delivery: Delivery, changed: Sequence[Manifest]) -> bool:
+    """Whether the users and items of a delivery are usual if those of the last refused ones count as known."""
+    past = champion.log.read([manifest.batch for manifest in changed if manifest.batch is not None])
+    served = champion.bundle.served
+    spans = served.state.spans_seen
+    users, items = served.users.extend(past["user_id"], spans), served.items.extend(past["item_id"], spans)
+    stats = replace(
+        delivery.stats,
+        share_unknown_users=share_unknown(delivery.frame["user_id"], users),
+        share_unknown_items=share_unknown(delivery.frame["item_id"], items),
+        share_head=None,
+    )
+    return not population_anomalies(stats, champion.recent_stats, champion.limits)
