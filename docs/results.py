@@ -53,6 +53,9 @@ def readme(root: Path) -> str:
     return _marked((root / "README.md").read_text(), "results", _short(_found(root)))
 
 
+FATES = ("nights", "refused", "learned", "waiting", "lost")  # of the days in benchmarks/results/nights.json
+
+
 def _marked(text: str, mark: str, lines: list[str]) -> str:
     """Return `text` with these lines between <!-- mark --> and <!-- /mark -->."""
     head, _, rest = text.partition(f"<!-- {mark} -->\n")
@@ -61,8 +64,15 @@ def _marked(text: str, mark: str, lines: list[str]) -> str:
 
 
 def operations(root: Path) -> str:
-    """Return docs/operations.md with the table of nights between its two marks."""
-    rows = pl.DataFrame(json.loads((root / "benchmarks/results/nights.json").read_text())["rows"])
+    """Return docs/operations.md with the tables of nights between their marks."""
+    found = json.loads((root / "benchmarks/results/nights.json").read_text())
+    text = _marked((root / "docs/operations.md").read_text(), "nights", _verdict_table(found["rows"]))
+    return _marked(text, "obeyed", _obeyed_tables(found["stores"]))
+
+
+def _verdict_table(found: list[dict[str, Any]]) -> list[str]:
+    """Return a table of the share of correct verdicts, by log and kind of day."""
+    rows = pl.DataFrame(found)
     kinds = rows["kind"].unique(maintain_order=True).sort().to_list()
     kinds = ["good", *(kind for kind in kinds if kind != "good")]
     lines = ["Correct verdicts on all days; correct verdicts from day 8 on:", ""]
@@ -72,7 +82,47 @@ def operations(root: Path) -> str:
         sums = {row["kind"]: row for row in of_log.group_by("kind").agg(counts).iter_rows(named=True)}
         cells = ["{right} of {days}; {later_right} of {later}".format(**sums[kind]) for kind in kinds]
         lines.append(f"| {name[0]} | " + " | ".join(cells) + " |")
-    return _marked((root / "docs/operations.md").read_text(), "nights", lines)
+    return lines
+
+
+def _obeyed_tables(stores: list[dict[str, Any]]) -> list[str]:
+    """Return what became of the days of resampled nights: of all stores, and of those with both gates."""
+    by_gate = {gate: [row for row in stores if row["gate"] == gate] for gate in ("now", "0.1.0")}
+    both = {(row["log"], row["store"]) for row in by_gate["0.1.0"]}
+    same = [row for row in by_gate["now"] if (row["log"], row["store"]) in both]
+    now = by_gate["now"]
+    good = [row["kinds"]["good"] for row in now]
+    separate, rows = sum(kind["separate_rows"] for kind in good), sum(kind["rows"] for kind in good)
+    logs = ", ".join(dict.fromkeys(row["log"].partition(",")[0] for row in now))
+    lines = [
+        f"{sum(row['nights'] for row in now):,} nights of {len(now)} stores on four logs ({logs}):",
+        "",
+        *_fates(now),
+        "",
+        f"Of the rows of good days, {100 * separate / rows:.2f} % belong to a suspicious user and were set aside.",
+    ]
+    if both:
+        head = f"The same {sum(row['nights'] for row in same):,} nights with the gate of 0.1.0 and with this one"
+        lines += [
+            "",
+            f"{head} ({len(same)} of the stores):",
+            "",
+            *_fates(by_gate["0.1.0"], "0.1.0"),
+            *_fates(same, "now")[2:],
+        ]
+    return lines
+
+
+def _fates(stores: list[dict[str, Any]], gate: str = "") -> list[str]:
+    """Return a table of what became of each kind of day."""
+    lines = ["| day | nights | refused at first | learned | waiting at the end | not learned |", "|---" * 6 + "|"]
+    if gate:
+        lines = ["| gate " + lines[0], "|---" + lines[1]]
+    for kind in stores[0]["kinds"]:
+        counts = [sum(row["kinds"][kind][name] for row in stores) for name in FATES]
+        cells = [kind, *(f"{count:,}" for count in counts)]
+        lines.append("| " + " | ".join([gate, *cells] if gate else cells) + " |")
+    return lines
 
 
 def _short(found: list[dict[str, Any]]) -> list[str]:

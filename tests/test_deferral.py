@@ -251,3 +251,22 @@ def test_rolled_back_deliveries_are_not_deferred(tmp_path: Path) -> None:
     job = NightlyJob(open_store(tmp_path / "s"), ANY)
     assert find_deferral(job.store, ANY).versions == ()
     assert learn(job, two, "two")[0].batches == [3]
+
+
+def test_a_delivery_of_new_users_is_learned_once_they_came_again(tmp_path: Path) -> None:
+    base, *later = days(4)
+    job = new_job(tmp_path / "s", base, limits=POPULATION)
+    newcomers = later[0].with_columns(user_id=pl.int_range(pl.len()) % 60 + 10_000)  # all rows are of unknown users
+    mistake = later[1].with_columns(pl.col("user_id") + 1_000_000)
+    assert promoted(learn(job, newcomers, "newcomers") + learn(job, mistake, "mistake")) == [False, False]
+    # On the third day, 9 of the 60 newcomers come again, who have 15 % of the first day's rows; the limit is 10 %. The
+    # gate sees them in the live version from then on.
+    some = later[2].with_columns(
+        user_id=pl.when(pl.int_range(pl.len()) % 10 == 0)
+        .then(pl.int_range(pl.len()) // 10 % 9 + 10_000)
+        .otherwise("user_id")
+    )
+    [third] = learn(job, some, "some came again")
+    assert third.promoted and third.batches == [4]
+    [fourth] = learn(job, later[3], "fourth")
+    assert fourth.promoted and fourth.batches == [2, 5] and refused_batches(job.store) == [3]

@@ -162,11 +162,11 @@ def test_a_note_says_why_no_events_are_held_out(
 
 
 def test_status_lists_refused_deliveries_until_they_are_learned(shop: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "refused deliveries 2 versions whose events are not learned" in told(capsys, f"status {shop}")
+    assert "refused deliveries 2 only `update --retry` learns their events" in told(capsys, f"status {shop}")
     told(capsys, f"update --retry 2 {shop}", 8)  # version 4 is another one of the same delivery
     assert json.loads(told(capsys, f"status --json {shop}"))["refused_not_learned"] == [4]
     told(capsys, f"update --retry 2 --force --reason test {shop}")
-    assert "refused deliveries none versions whose" in told(capsys, f"status {shop}")
+    assert "refused deliveries none only" in told(capsys, f"status {shop}")
 
 
 def test_status_and_doctor_count_rows_and_different_events(shop: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,20 +67,15 @@ def _store_rows(found: dict[str, Any]) -> list[Row]:
 
 
 def _waiting_rows(found: dict[str, Any]) -> list[Row]:
-    batches, deferred = found["batches_waiting"], found["deferred"]
-    refused = [number for number in found["refused_not_learned"] if number not in deferred]
+    batches, deferred, with_new_ids = found["batches_waiting"], found["deferred"], found["with_new_ids"]
+    others = [number for number in found["refused_not_learned"] if number not in {*deferred, *with_new_ids}]
     rows = [
         ("deliveries", f"{len(batches):,}", "in the event log; `update` learns them"),
         ("clicks", f"{found['clicks_waiting']:,}", "from servers; the next update learns them"),
     ]
-    rows += [
-        (
-            "deferred deliveries",
-            _short_list(deferred) or "none",
-            "refused versions; the next update learns their events",
-        ),
-        ("refused deliveries", _short_list(refused) or "none", "refused versions; only `update --retry` learns them"),
-    ]
+    refused = [(deferred, "the next update learns their events"), (with_new_ids, "learned if their ids come again")]
+    rows += [("refused deliveries", _short_list(numbers), fate) for numbers, fate in refused if numbers]
+    rows.append(("refused deliveries", _short_list(others) or "none", "only `update --retry` learns their events"))
     return [*rows, *_retrain_rows(found["plan"])]
 
 

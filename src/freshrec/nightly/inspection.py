@@ -42,7 +42,7 @@ def store_status(store: Store) -> dict[str, Any]:
     n_bytes = sum(file.n_bytes for file in manifest.files.values())
     batches = log.batches()
     newest = batches.filter(pl.col("batch").is_in(batches_of(chain)))["last"].max()
-    journal = read_journal(store.folder)
+    journal, deferral = read_journal(store.folder), find_deferral(store, GateLimits())
     return {
         "live": live,
         "made_at": manifest.made_at,
@@ -55,7 +55,8 @@ def store_status(store: Store) -> dict[str, Any]:
         "versions": len(versions),
         "refused": [m.id for m in refused if m.id > live],
         "refused_not_learned": _refused_deliveries(refused, chain),
-        "deferred": [m.id for m in find_deferral(store, GateLimits()).versions],
+        "deferred": [m.id for m in deferral.versions],
+        "with_new_ids": [m.id for m in deferral.pending],
         "batches_waiting": waiting_batches(store, log),
         "clicks_waiting": sum(len(file.clicks) for file in journal if file.batch is None),
         "bytes": n_bytes,
