@@ -56,6 +56,11 @@ def made_by(result: Mapping[str, Any]) -> str:
     return f"- Made by commit {result['commit']}." if "commit" in result else OLD_RULES
 
 
+def row_name(result: Mapping[str, Any], name: str = "") -> str:
+    """Return the name of a recipe, or another name for its row, with a dagger if it was made under the old rules."""
+    return (name or str(result["recipe"])) + ("" if "commit" in result else " †")
+
+
 def first_span(result: Mapping[str, Any]) -> int:
     """Return the span at which the means and tests of a recipe start. Old files do not have it, or have 0."""
     return max(1, result["resolved"]["replay"].get("from_span") or 1)

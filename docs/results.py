@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-from epoch_text import epochs_cell, has_epochs, joint_epochs_cell, mean_epochs_cell
+from epoch_text import epochs_cell, has_epochs, joint_epochs_cell, mean_epochs_cell, row_name
 from formatting import difference, fraction
 from recipe_tables import FORGETTING, method_means, protocol_table, recipe_facts, recipe_table
 from studies import studies
@@ -45,15 +45,14 @@ WITH_EXPERTS = [
     f"blend-{log}" for log in ("beauty", "electronics", "globo", "gowalla", "grocery", "kuairand", "taobao", "uci")
 ]
 SHOWN = (("item-knn", "absorb"), ("popularity", "absorb"), ("comirec-dr", "finetune"), ("comirec-dr", "full"))
+FATES = ("nights", "refused", "learned", "waiting", "lost")  # of the days in benchmarks/results/nights.json
+DAGGER = "Rows marked with † were made by commit 42fdc16 or earlier, under the rules of that time."
 OURS = {"ndcg@20", "hr@20"}  # recipes that measure both are compared; all others follow a paper's protocol
 
 
 def readme(root: Path) -> str:
     """Return README.md with the table of results between its two marks."""
     return _marked((root / "README.md").read_text(), "results", _short(_found(root)))
-
-
-FATES = ("nights", "refused", "learned", "waiting", "lost")  # of the days in benchmarks/results/nights.json
 
 
 def _marked(text: str, mark: str, lines: list[str]) -> str:
@@ -146,7 +145,9 @@ def _short(found: list[dict[str, Any]]) -> list[str]:
         cells.append(f"{cost[0]:.1f} / {cost[1]:.1f}")
         ways = [("comirec-dr", way) for way in ("finetune", "full")]
         cells += [joint_epochs_cell(result, means, ways)] * is_trained
-        lines.append(f"| {log} | " + " | ".join(cells) + " |")
+        lines.append(f"| {row_name(result, log)} | " + " | ".join(cells) + " |")
+    if any("commit" not in result for result in found):
+        lines += ["", DAGGER]
     return lines
 
 
@@ -193,6 +194,7 @@ def _how_to_read() -> list[str]:
         "  quality of held-out events had not risen for `fit.patience` epochs. *Minimum*: raised to `fit.min_epochs`.",
         "  *Maximum*: training reached `fit.max_epochs`. A percentage is the share of the trainings. Recipes made by",
         "  commit 42fdc16 or earlier recorded no reasons, and most of them no epochs.",
+        f"- *Rules.* {DAGGER}",
         "- *Forgetting.* The loss of ndcg@20 on targets of earlier spans, measured after the last span: positive =",
         "  forgotten, negative = improved. The loss is counted from the update on the span of the target. Only users",
         "  whose held-out events are never trained on are measured.",
@@ -240,7 +242,7 @@ def _claims(found: list[dict[str, Any]]) -> list[str]:
 def _side_by_side(columns: dict[str, list[str]], found: list[dict[str, Any]]) -> list[str]:
     """Return a table with a row for each recipe, without empty rows and columns."""
     columns = {name: cells for name, cells in columns.items() if any(cells)}
-    rows = [(result["recipe"], *(cells[i] for cells in columns.values())) for i, result in enumerate(found)]
+    rows = [(row_name(result), *(cells[i] for cells in columns.values())) for i, result in enumerate(found)]
     lines = [f"| recipe | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     return lines + [f"| {' | '.join(row)} |" for row in rows if any(row[1:])]
 
@@ -268,7 +270,7 @@ def _blend(found: list[dict[str, Any]]) -> list[str]:
         cells = [fraction(at[way]) for way in ways]
         gain = f"{_difference(result['tests'], ('blend', 'refit'), best)}, {100 * (at[ways[-1]] / at[best] - 1):+.0f} %"
         cells += [gain, f"{cost:.1f}", *[epochs_cell(result, means, "blend", "refit")] * is_trained]
-        lines.append(f"| {result['recipe']} | {best[0]} | " + " | ".join(cells) + " |")
+        lines.append(f"| {row_name(result)} | {best[0]} | " + " | ".join(cells) + " |")
     return lines
 
 

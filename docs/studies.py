@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-from epoch_text import Rows, epochs_cell, has_epochs, joint_epochs_cell
+from epoch_text import Rows, epochs_cell, has_epochs, joint_epochs_cell, row_name
 from formatting import difference as format_difference
 from formatting import fraction, model_name, with_interval
 
@@ -63,7 +63,7 @@ def _default(found: list[dict[str, Any]], difference: Difference) -> list[str]:
         cells.append(f"{below}, {len(tested) - below - above}, {above}")
         trained = (blend, best["finetune"], best["full"])
         cells += [joint_epochs_cell(result, _rows(result), trained)] * is_trained
-        lines.append(f"| {result['recipe']} | " + " | ".join(cells) + " |")
+        lines.append(f"| {row_name(result)} | " + " | ".join(cells) + " |")
     return lines if found else []
 
 
@@ -106,7 +106,7 @@ def _categories(found: list[dict[str, Any]], difference: Difference) -> list[str
                 plain = model.partition(":categories=")[0]
                 cells.append(difference(result["tests"], (name, strategy), (plain, strategy)) if name != plain else "")
                 cells += [epochs_cell(result, _rows(result), name, strategy)] * is_trained
-                lines.append(f"| {result['recipe']} | {name} | {strategy} | " + " | ".join(cells) + " |")
+                lines.append(f"| {row_name(result)} | {name} | {strategy} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -135,10 +135,10 @@ def _cases(found: list[dict[str, Any]]) -> list[str]:
             best = max(cells, key=float)
             cells = [f"**{cell}**" if cell == best and float(cell) else cell for cell in cells]
             n_targets = max(value["n"] for value in values if value)
-            lines.append(f"| {result['recipe']} | {part} ({n_targets:,}) | " + " | ".join(cells) + " |")
+            lines.append(f"| {row_name(result)} | {part} ({n_targets:,}) | " + " | ".join(cells) + " |")
         if has_epochs(_rows(result)):
             cells = [epochs_cell(result, _rows(result), "comirec-dr", strategy) for strategy in STRATEGIES]
-            lines.append(f"| {result['recipe']} | epochs | " + " | ".join(cells) + " |")
+            lines.append(f"| {row_name(result)} | epochs | " + " | ".join(cells) + " |")
     return lines if spines else []
 
 

@@ -238,7 +238,7 @@ def test_the_page_says_how_the_model_beside_item_knn_was_chosen_and_what_favours
     found = [result([("mind", "full", 0.3), ("sasrec", "full", 0.2), ("mind@both", "full", 0.4), ("mf", "imsr", 0.9)])]
     text = " ".join(page._claims(found))
     assert "| recipe | best full minus item-knn |" in text
-    assert "| mine | mind: **-0.0200 (-0.0400 .. -0.0100)** |" in text
+    assert "| mine † | mind: **-0.0200 (-0.0400 .. -0.0100)** |" in text
     assert "chosen on these numbers" in text
     assert "held-out events one update earlier than trained models" in text
     assert "the difference IMSR - full" in text
@@ -386,5 +386,9 @@ def test_the_readme_shows_the_best_other_method_and_the_costs_of_an_update() -> 
     )
     methods = pl.concat([quality, costs]).to_dict(as_series=False)
     found = {"recipe": "default-mine", "methods": methods, "resolved": {"log": {"path": "my_log.parquet"}}}
-    line = "| my log | 0.8000 | 0.6000 (sasrec, full) | 0.1000 | 0.2000 | 0.3000 | 0.4000 | 1.5 / 20.0 |"
-    assert page._short([found])[2:] == [line]
+    cells = "0.8000 | 0.6000 (sasrec, full) | 0.1000 | 0.2000 | 0.3000 | 0.4000 | 1.5 / 20.0 |"
+    assert page._short([found | {"commit": "1a2b3c4"}])[2:] == [f"| my log | {cells}"]
+    # A recipe without a commit was made under the old rules.
+    assert page._short([found])[2] == f"| my log † | {cells}" and page._short([found])[-1].startswith(
+        "Rows marked with †"
+    )

@@ -304,9 +304,7 @@ def test_status_has_sections_with_labels_and_no_raw_keys(job: NightlyJob, capsys
     assert "the next update learns them" in rows["held-out events"] and rows["held-out events"].split()[2] == "60"
     assert "only with `update --full-every auto`" in rows["updates until the next one"]
     assert rows["deliveries"].split()[1] == "1" and rows["clicks"].split()[1] == "1"
-    assert rows["refused deliveries"].endswith(
-        "  3                     only `update --retry` learns their events"
-    )
+    assert rows["refused deliveries"].endswith("  3                     only `update --retry` learns their events")
     assert rows["rows of the event log"].endswith("  2,100                 2,100 different events in 3 deliveries")
 
 
