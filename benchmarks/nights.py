@@ -258,11 +258,12 @@ def obeyed(
     data: DataOption,
     out: OutOption = RESULTS,
     stores: Annotated[int, typer.Option(help="Stores of each log.")] = 46,
+    first: Annotated[int, typer.Option(help="Number of the first store, to share the work.")] = 0,
     old: Annotated[int, typer.Option(help="Stores of each log that also run with the gate of 0.1.0.")] = 46,
 ) -> None:
     """Run stores over resampled nights with all verdicts obeyed."""
     for gate, limits, n_stores in (("now", GateLimits(), stores), ("0.1.0", OLD_GATE, old)):
-        for number in range(n_stores):
+        for number in range(first, n_stores):
             for name in OBEYED_LOGS:
                 if any((row["log"], row["store"], row["gate"]) == (name, number, gate) for row in read(out, "stores")):
                     continue
