@@ -270,20 +270,3 @@ def test_a_delivery_of_new_users_is_learned_once_they_came_again(tmp_path: Path)
     assert third.promoted and third.batches == [4]
     [fourth] = learn(job, later[3], "fourth")
     assert fourth.promoted and fourth.batches == [2, 5] and refused_batches(job.store) == [3]
-
-
-def test_a_log_that_stops_for_a_month_goes_on_and_a_wrong_clock_never_does(tmp_path: Path) -> None:
-    base, *later = days(6)
-    month, year = 30 * 24 * 3_600_000_000, 365 * 24 * 3_600_000_000
-    limits = replace(ANY, max_hole_hours=24 * 14, max_usual_hole_hours=24 * 14)
-    job = new_job(tmp_path / "s", base, limits=limits)
-    versions = [learn(job, day.with_columns(pl.col("time") + month), f"day {i}")[0] for i, day in enumerate(later)]
-    # The world's days follow each other within hours. The third one after the gap brings all three.
-    assert promoted(versions) == [False, False, True, True, True, True]
-    assert causes_of(versions[0]) == {"gap"} and learned_days(job) == 6
-    # One day is a year too late. It is left out, also when a real gap follows.
-    job = new_job(tmp_path / "t", base, limits=limits)
-    moved = [day.with_columns(pl.col("time") + n) for day, n in zip(later, [year, 0, month, month, month])]
-    versions = [learn(job, day, f"day {i}")[0] for i, day in enumerate(moved)]
-    assert promoted(versions) == [False, True, False, False, True] and learned_days(job) == 4
-    assert refused_batches(job.store) == [2]

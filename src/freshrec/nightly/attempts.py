@@ -8,10 +8,10 @@ from dataclasses import replace
 import polars as pl
 
 from freshrec.errors import LogError, TrainingError
-from freshrec.nightly.anomalies import gap_anomalies, population_anomalies
+from freshrec.nightly.anomalies import population_anomalies
 from freshrec.nightly.challenger import DAY_KEY, DEFERRED_DAYS_KEY, Challenger, Champion, Delivery
 from freshrec.nightly.deferral import BLAMED_KEY, CAUSES_KEY, Deferral, batches_of, is_change, versions_text
-from freshrec.nightly.delivery_stats import longest_gap_hours, share_unknown
+from freshrec.nightly.delivery_stats import share_unknown
 from freshrec.nightly.gate import Verdict, content_anomalies
 from freshrec.nightly.notes import Note
 from freshrec.store.manifest import DEFERRED_KEY, Manifest
@@ -23,7 +23,7 @@ def challenge_with_deferred(champion: Champion, delivery: Delivery, deferral: De
     Raises LogError or TrainingError if training on the delivery alone fails.
     """
     day, recent, limits = delivery.stats, champion.recent_stats, champion.limits
-    is_odd = any(check(day, recent, limits) for check in (content_anomalies, gap_anomalies, population_anomalies))
+    is_odd = content_anomalies(day, recent, limits) or population_anomalies(day, recent, limits)
     tried = () if is_odd else (*deferral.tried, *recurring(champion, deferral.pending))
     together = _challenge_together(champion, delivery, tried, deferral.is_amount_confirmed) if tried else None
     if together is not None and together.verdict.promoted:
@@ -37,9 +37,7 @@ def challenge_with_deferred(champion: Champion, delivery: Delivery, deferral: De
                 return _accept(attempt, deferral.n_refused + 1)
     is_change_long = len(deferral.changed) + 1 >= limits.max_refused_in_a_row and is_change(alone.verdict.causes)
     if is_change_long and _is_lasting(champion, delivery, deferral.changed):
-        # a delivery with later times than the newest one has a wrong clock
-        older = [manifest for manifest in deferral.changed if _is_older(champion, manifest, delivery)]
-        changed = recurring(champion, older, delivery.frame)
+        changed = recurring(champion, deferral.changed, delivery.frame)
         together = _challenge_together(champion, delivery, changed)
         return _accept(together or alone, len(deferral.changed) + 1)
     return alone
@@ -111,28 +109,16 @@ def _came_again(champion: Champion, manifest: Manifest, rows: pl.DataFrame, othe
     return True
 
 
-def _is_older(champion: Champion, manifest: Manifest, delivery: Delivery) -> bool:
-    """Whether no event of a refused version is newer than the newest one of a delivery."""
-    times = champion.log.read([] if manifest.batch is None else [manifest.batch])["time"]
-    return not (times > int(delivery.frame["time"].to_numpy().max())).any()
-
-
 def _is_lasting(champion: Champion, delivery: Delivery, changed: Sequence[Manifest]) -> bool:
-    """Whether a delivery is usual if the users, items and times of the last refused ones count as known."""
+    """Whether the users and items of a delivery are usual if those of the last refused ones count as known."""
     past = champion.log.read([manifest.batch for manifest in changed if manifest.batch is not None])
-    served, day = champion.bundle.served, delivery.stats
-    spans, first = served.state.spans_seen, delivery.frame["time"].min()
+    served = champion.bundle.served
+    spans = served.state.spans_seen
     users, items = served.users.extend(past["user_id"], spans), served.items.extend(past["item_id"], spans)
     stats = replace(
-        day,
+        delivery.stats,
         share_unknown_users=share_unknown(delivery.frame["user_id"], users),
         share_unknown_items=share_unknown(delivery.frame["item_id"], items),
         share_head=None,
     )
-    before = past.filter(pl.col("time") <= first)
-    if day.hole_hours is not None and len(before):
-        stats = replace(
-            stats, hole_hours=longest_gap_hours(delivery.frame["time"], int(before["time"].to_numpy().max()))
-        )
-    checks = (gap_anomalies, population_anomalies)
-    return not any(check(stats, champion.recent_stats, champion.limits) for check in checks)
+    return not population_anomalies(stats, champion.recent_stats, champion.limits)

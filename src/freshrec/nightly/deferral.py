@@ -8,8 +8,6 @@ The causes of a refusal decide:
     floor       The quality was far below that of earlier versions. It is learned once such a quality is usual.
     ids         Unusually many users or items are unknown. It is learned once the same ids came again, in deliveries
                 that were learned, or in three refused ones in a row. A new catalogue stays, and a mistake does not.
-    gap         There are no rows for a long time before it. It is learned once three deliveries in a row followed each
-                other after the gap.
     head        Clicks ignore the popular items. Only `update --retry` learns them.
     content     The events look wrong. Only `update --retry` learns them.
 
@@ -34,7 +32,7 @@ from freshrec.store.versions import Store, version_chain
 CAUSES_KEY = "causes"  # in a manifest's "data": the causes of its refusal
 BLAMED_KEY = "blamed"  # in a manifest's "data": deferred batches that were tried with it, and without which it passed
 DEFERRED_CAUSES = {"quality", "amount", "error"}
-CHANGE_CAUSES = {"ids", "gap", "head", "floor", "quality", "amount"}  # of deliveries after a lasting change
+CHANGE_CAUSES = {"ids", "head", "floor", "quality", "amount"}  # of deliveries after the users or items have changed
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Deferral:
     tried: tuple[Manifest, ...] = ()  # those whose deliveries the next update learns with its own
     n_refused: int = 0  # refusals for quality alone since the last promotion
     pending: tuple[Manifest, ...] = ()  # refused for their unknown ids, and learned once these came again
-    changed: tuple[Manifest, ...] = ()  # refused since the last promotion, for unknown ids or a gap
+    changed: tuple[Manifest, ...] = ()  # those of them that were refused since the last promotion
     is_amount_confirmed: bool = False  # the previous delivery was refused for its amount too
 
 
@@ -73,17 +71,16 @@ def find_deferral(store: Store, limits: GateLimits) -> Deferral:
     since = [m for m in manifests if m.id > last and not m.goes_live and m.retry_of is None]
     n_refused = sum(causes_of(manifest) == {"quality"} for manifest in since)
     is_amount_confirmed = bool(since) and "amount" in causes_of(since[-1]) and since[-1] in deferred
-    changes = [
+    pending = [
         m for batch, m in refused.items() if is_change(causes_of(m)) and not spoiled[batch] and m not in deferred
     ]
-    pending = [manifest for manifest in changes if "gap" not in causes_of(manifest)]
-    changed = [manifest for manifest in since if manifest in changes]
+    changed = [manifest for manifest in since if manifest in pending]
     return Deferral(tuple(deferred), tuple(tried), n_refused, tuple(pending), tuple(changed), is_amount_confirmed)
 
 
 def is_change(causes: Collection[str]) -> bool:
-    """Whether a refusal may show that the log has changed for good: its users, its items, or a long silence."""
-    return bool({"ids", "gap"} & set(causes)) and set(causes) <= CHANGE_CAUSES
+    """Whether a refusal may show that the users or items of the log have changed."""
+    return "ids" in causes and set(causes) <= CHANGE_CAUSES
 
 
 def causes_of(manifest: Manifest) -> set[str]:

@@ -124,7 +124,7 @@ class HoldoutValues:
         assert self.older_challenger_O.shape == self.older_champion_O.shape
 
 
-Cause = Literal["quality", "amount", "floor", "ids", "gap", "head", "content", "error"]  # see `nightly/deferral.py`
+Cause = Literal["quality", "amount", "floor", "ids", "head", "content", "error"]  # see `nightly/deferral.py`
 
 
 @dataclass(frozen=True)
@@ -162,17 +162,16 @@ def find_anomalies(
     return [
         *amount_anomalies(day, recent, limits),
         *content_anomalies(day, recent, limits),
-        *gap_anomalies(day, recent, limits),
         *population_anomalies(day, recent, limits),
     ]
 
 
 def content_anomalies(day: DeliveryStats, earlier: Sequence[DeliveryStats], limits: GateLimits) -> list[str]:
-    """Describe what looks wrong in a delivery, whatever its size: bots, duplicates, late and equal times."""
+    """Describe what looks wrong in a delivery, whatever its size: bots, duplicates, times."""
     if not day.n_rows:
         known = f" {format_percent(day.share_known)} of its rows are already in the log." if day.share_known else ""
         return [f"The delivery has no new rows.{known}"]
-    return share_anomalies(day, earlier, limits)
+    return [*share_anomalies(day, earlier, limits), *gap_anomalies(day, earlier, limits)]
 
 
 def judge_challenger(
@@ -201,8 +200,7 @@ def judge_challenger(
         why = "This is accepted because the previous delivery was unusual too."
         notes += [Note("accepted-amount", f"{anomaly} {why}") for anomaly in amount]
         amount = []
-    gap = gap_anomalies(day, recent, limits)
-    of_day: dict[Cause, list[str]] = {"amount": amount, "content": content, "gap": gap, "ids": ids, "head": head}
+    of_day: dict[Cause, list[str]] = {"amount": amount, "content": content, "ids": ids, "head": head}
     if broken := _invalid_values(values):
         return _verdict(of_day | {"error": broken}, notes, {})
     new_U, live_U = values.challenger_U, values.champion_U
