@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import polars as pl
 
 from freshrec.errors import LogError, TrainingError
 from freshrec.nightly.anomalies import population_anomalies
-from freshrec.nightly.challenger import DAY_KEY, DEFERRED_DAYS_KEY, Challenger, Champion, Delivery
-from freshrec.nightly.deferral import BLAMED_KEY, CAUSES_KEY, Deferral, batches_of, is_change, versions_text
-from freshrec.nightly.delivery_stats import share_unknown
-from freshrec.nightly.gate import Verdict, content_anomalies
+from freshrec.nightly.challenger import DAY_KEY, Challenger, Champion, Delivery
+from freshrec.nightly.deferral import Deferral, batches_of, causes_of, is_change, versions_text
+from freshrec.nightly.delivery_stats import DeliveryStats, share_unknown
+from freshrec.nightly.gate import Verdict, content_anomalies, judge_failure
 from freshrec.nightly.notes import Note
-from freshrec.store.manifest import DEFERRED_KEY, Manifest
+from freshrec.store.manifest import BLAMED_KEY, CAUSES_KEY, DEFERRED_DAYS_KEY, DEFERRED_KEY, Manifest
 
 
 def challenge_with_deferred(champion: Champion, delivery: Delivery, deferral: Deferral) -> Challenger:
@@ -36,11 +36,29 @@ def challenge_with_deferred(champion: Champion, delivery: Delivery, deferral: De
             if attempt is not None and attempt.verdict.causes == {"quality"}:
                 return _accept(attempt, deferral.n_refused + 1)
     is_change_long = len(deferral.changed) + 1 >= limits.max_refused_in_a_row and is_change(alone.verdict.causes)
-    if is_change_long and _is_lasting(champion, delivery, deferral.changed):
+    later_day = _stats_after_change(champion, delivery, deferral.changed) if is_change_long else None
+    if later_day is not None and not population_anomalies(later_day, recent, limits):
         changed = recurring(champion, deferral.changed, delivery.frame)
         together = _challenge_together(champion, delivery, changed)
-        return _accept(together or alone, len(deferral.changed) + 1)
+        accepted = _accept(together or alone, len(deferral.changed) + 1)
+        return replace(accepted, data=accepted.data | {DAY_KEY: asdict(later_day)})
     return alone
+
+
+def challenge_again(champion: Champion, delivery: Delivery, refused: Sequence[Manifest]) -> Challenger:
+    """Update with the deliveries of an earlier version again: its own, and refused ones that it had learned.
+
+    Raises LogError or TrainingError if training fails.
+    """
+    together = _challenge_together(champion, delivery, refused) if refused else None
+    return champion.challenge(delivery.frame, delivery.stats) if together is None else together
+
+
+def failed_challenger(champion: Champion, delivery: Delivery, error: Exception) -> Challenger:
+    """Return a refused copy of the live version, because training failed. An unusual delivery is a cause too."""
+    verdict = judge_failure(str(error), delivery.stats, champion.recent_stats, champion.limits)
+    data = {DAY_KEY: asdict(delivery.stats), CAUSES_KEY: sorted(verdict.causes)}
+    return Challenger(champion.bundle, verdict, {}, data)
 
 
 def _challenge_together(
@@ -50,10 +68,12 @@ def _challenge_together(
     batches = [manifest.batch for manifest in refused if manifest.batch is not None]
     rows = champion.log.rows_not_in(champion.log.read([*batches, delivery.batch]), batches_of(champion.chain))
     try:
-        found = champion.challenge(rows, delivery.stats, is_amount_usual)
+        found = champion.challenge(rows.sort("time", maintain_order=True), delivery.stats, is_amount_usual)
     except (LogError, TrainingError):
         return None
-    days = [manifest.data[DAY_KEY] for manifest in refused if DAY_KEY in manifest.data]
+    # unknown ids of deliveries before a change do not show which share is usual
+    usual = [manifest for manifest in refused if DAY_KEY in manifest.data and "ids" not in causes_of(manifest)]
+    days = [manifest.data[DAY_KEY] for manifest in usual]
     note = Note("deferred", f"It also learned the events that were refused before ({versions_text(refused)}).")
     verdict = replace(found.verdict, notes=(*found.verdict.notes, note))
     return replace(found, verdict=verdict, data=found.data | {DEFERRED_KEY: batches, DEFERRED_DAYS_KEY: days})
@@ -84,10 +104,11 @@ def recurring(champion: Champion, refused: Sequence[Manifest], new_rows: pl.Data
     They came again if the live version knows them now. With `new_rows`, the newest delivery and the other refused
     versions count too.
     """
+    refused = refused[-champion.limits.n_recent_days :]
     batches = [manifest.batch for manifest in refused if manifest.batch is not None]
     rows = {batch: champion.log.read([batch]).select("user_id", "item_id") for batch in batches}
     found = []
-    for manifest in refused[-champion.limits.n_recent_days :]:
+    for manifest in refused:
         others = [] if new_rows is None else [new_rows, *(rows[batch] for batch in batches if batch != manifest.batch)]
         if manifest.batch is not None and _came_again(champion, manifest, rows[manifest.batch], others):
             found.append(manifest)
@@ -99,8 +120,8 @@ def _came_again(champion: Champion, manifest: Manifest, rows: pl.DataFrame, othe
     served, limits, day = champion.bundle.served, champion.limits, manifest.data[DAY_KEY]
     for name, known in (("user", served.users), ("item", served.items)):
         ids, n_unknown = rows[f"{name}_id"], day[f"share_unknown_{name}s"] * len(rows)
-        if n_unknown < limits.max_rise * len(rows):
-            continue  # too few to be a reason for the refusal
+        if not n_unknown or n_unknown < limits.max_rise * len(rows):
+            continue  # too few to be a reason for the refusal, or their users were erased
         is_unknown = pl.Series(known.rows(ids).numpy() == 0)
         for other in others:
             is_unknown &= ~ids.is_in(other[f"{name}_id"].unique().implode())
@@ -109,16 +130,15 @@ def _came_again(champion: Champion, manifest: Manifest, rows: pl.DataFrame, othe
     return True
 
 
-def _is_lasting(champion: Champion, delivery: Delivery, changed: Sequence[Manifest]) -> bool:
-    """Whether the users and items of a delivery are usual if those of the last refused ones count as known."""
+def _stats_after_change(champion: Champion, delivery: Delivery, changed: Sequence[Manifest]) -> DeliveryStats:
+    """Return the statistics of a delivery as if the users and items of the last refused ones were known."""
     past = champion.log.read([manifest.batch for manifest in changed if manifest.batch is not None])
     served = champion.bundle.served
     spans = served.state.spans_seen
     users, items = served.users.extend(past["user_id"], spans), served.items.extend(past["item_id"], spans)
-    stats = replace(
+    return replace(
         delivery.stats,
         share_unknown_users=share_unknown(delivery.frame["user_id"], users),
         share_unknown_items=share_unknown(delivery.frame["item_id"], items),
         share_head=None,
     )
-    return not population_anomalies(stats, champion.recent_stats, champion.limits)

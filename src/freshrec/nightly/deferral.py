@@ -26,13 +26,12 @@ from dataclasses import dataclass
 
 from freshrec.nightly.gate import GateLimits, quality_floor
 from freshrec.nightly.notes import number_ranges
-from freshrec.store.manifest import Manifest
+from freshrec.store.manifest import BLAMED_KEY, CAUSES_KEY, Manifest
 from freshrec.store.versions import Store, version_chain
 
-CAUSES_KEY = "causes"  # in a manifest's "data": the causes of its refusal
-BLAMED_KEY = "blamed"  # in a manifest's "data": deferred batches that were tried with it, and without which it passed
 DEFERRED_CAUSES = {"quality", "amount", "error"}
-CHANGE_CAUSES = {"ids", "head", "floor", "quality", "amount"}  # of deliveries after the users or items have changed
+# of deliveries after the users or items have changed
+CHANGE_CAUSES = {"ids", "head", "floor", "quality", "amount", "error"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,8 @@ def versions_text(versions: Sequence[Manifest]) -> str:
 def find_deferral(store: Store, limits: GateLimits) -> Deferral:
     """Return which refused deliveries are deferred, from the manifests of the store."""
     manifests, chain = store.manifests(), version_chain(store)
-    left_out = {*batches_of(chain), *_once_live_batches(store, manifests)}
+    once_live = _once_live(store, manifests)  # if they were rolled back, that was somebody's decision
+    left_out = {*batches_of(chain), *batches_of(once_live)}
     refused = {manifest.batch: manifest for manifest in manifests if manifest.batch not in {None, *left_out}}
     spoiled = Counter(batch for manifest in manifests for batch in manifest.data.get(BLAMED_KEY, []))
     floor = quality_floor(judged_values(manifests, chain, limits.metric), limits)
@@ -67,8 +67,8 @@ def find_deferral(store: Store, limits: GateLimits) -> Deferral:
     tried = [manifest for manifest in deferred if not spoiled[manifest.batch]]
     if not tried and deferred:  # one at a time, so that a bad delivery does not hold up the others
         tried = [min(deferred, key=lambda manifest: spoiled[manifest.batch])]
-    last = next((manifest.id for manifest in reversed(chain) if manifest.kind != "no rows"), 0)
-    since = [m for m in manifests if m.id > last and not m.goes_live and m.retry_of is None]
+    last = max((manifest.id for manifest in once_live if manifest.kind != "no rows"), default=0)
+    since = [m for m in manifests if m.id > last and m.retry_of is None and not m.is_separate]
     n_refused = sum(causes_of(manifest) == {"quality"} for manifest in since)
     is_amount_confirmed = bool(since) and "amount" in causes_of(since[-1]) and since[-1] in deferred
     pending = [
@@ -103,10 +103,10 @@ def judged_values(manifests: Sequence[Manifest], chain: Collection[Manifest], me
     return [m.numbers[metric] for m in manifests if m.id in known and metric in m.numbers]
 
 
-def _once_live_batches(store: Store, manifests: Sequence[Manifest]) -> list[int]:
-    """Return the batches of versions that went live. If they were rolled back, that was somebody's decision."""
+def _once_live(store: Store, manifests: Sequence[Manifest]) -> list[Manifest]:
+    """Return the versions that went live."""
     pointed_to = {move.to for move in store.moves()}
-    return batches_of([m for m in manifests if m.goes_live or m.id in pointed_to])
+    return [m for m in manifests if m.goes_live or m.id in pointed_to]
 
 
 def _is_deferred(manifest: Manifest, floor: float | None, metric: str) -> bool:
