@@ -173,3 +173,40 @@ def test_an_unusual_delivery_on_which_training_failed_is_not_deferred(
     assert find_deferral(job.store, limits).versions == ()
     [version] = learn(job, two, "two")
     assert version.promoted and version.batches == [3]
+
+
+@pytest.mark.parametrize(("n_days", "verdicts"), [(30, [False, False, True, True]), (20_000, [False] * 4)])
+def test_a_log_that_comes_back_is_accepted_and_times_in_the_future_are_not(
+    n_days: int, verdicts: list[bool], tmp_path: Path
+) -> None:
+    base, *later = days(6)
+    limits = replace(ANY, max_usual_hole_hours=14 * 24, max_hole_factor=0, min_earlier_days=2)
+    job = new_job(tmp_path / "s", base, limits=limits)
+    nights = [*later[:2], *(day.with_columns(pl.col("time") + n_days * DAY_US) for day in later[2:])]
+    versions = [learn(job, night, f"night {i}")[0] for i, night in enumerate(nights)]
+    assert promoted(versions) == [True, True, *verdicts] and causes_of(versions[2]) == {"gap"}
+    assert learned_days(job) == (6 if verdicts[-1] else 2)
+
+
+def test_a_single_wrong_time_is_not_learned(tmp_path: Path) -> None:
+    base, *later = days(6)
+    limits = replace(ANY, max_usual_hole_hours=14 * 24, max_hole_factor=0, min_earlier_days=2)
+    job = new_job(tmp_path / "s", base, limits=limits)
+    # The third day is 30 days too late, and the fourth one 90 days.
+    n_days = [0, 0, 30, 90, 0, 0]
+    nights = [day.with_columns(pl.col("time") + n * DAY_US) for day, n in zip(later, n_days)]
+    versions = [learn(job, night, f"night {i}")[0] for i, night in enumerate(nights)]
+    assert promoted(versions) == [True, True, False, False, True, True] and learned_days(job) == 4
+    assert find_deferral(job.store, limits).pending == ()
+
+
+def test_an_accepted_change_must_give_a_version_that_can_be_measured(
+    tmp_path: Path, measured: Callable[[Measure], None]
+) -> None:
+    base, *later = days(4)
+    job = new_job(tmp_path / "s", base, limits=POPULATION)
+    for i, day in enumerate(later[:2]):
+        assert causes_of(learn(job, renamed(day), f"day {i}")[0]) == {"ids"}
+    measured(lambda state: float("nan"))
+    [version] = learn(job, renamed(later[2]), "day 3")
+    assert not version.promoted and "error" in causes_of(version)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 import polars as pl
 
 from freshrec.errors import LogError, TrainingError
-from freshrec.nightly.anomalies import population_anomalies
+from freshrec.nightly.anomalies import gap_anomalies, population_anomalies
 from freshrec.nightly.challenger import DAY_KEY, Challenger, Champion, Delivery
-from freshrec.nightly.deferral import Deferral, batches_of, causes_of, is_change, versions_text
-from freshrec.nightly.delivery_stats import DeliveryStats, share_unknown
+from freshrec.nightly.deferral import LASTING_CAUSES, Deferral, batches_of, causes_of, is_change, versions_text
+from freshrec.nightly.delivery_stats import HOUR, DeliveryStats, longest_gap, share_unknown
 from freshrec.nightly.gate import Verdict, content_anomalies, judge_failure
 from freshrec.nightly.notes import Note
 from freshrec.store.manifest import BLAMED_KEY, CAUSES_KEY, DEFERRED_DAYS_KEY, DEFERRED_KEY, Manifest
+
+MAX_CLOCK_ERROR_S = 24 * 3600  # times of events may be ahead of the computer's clock by so much, as of a time zone
 
 
 def challenge_with_deferred(champion: Champion, delivery: Delivery, deferral: Deferral) -> Challenger:
@@ -23,8 +26,9 @@ def challenge_with_deferred(champion: Champion, delivery: Delivery, deferral: De
     Raises LogError or TrainingError if training on the delivery alone fails.
     """
     day, recent, limits = delivery.stats, champion.recent_stats, champion.limits
-    is_odd = content_anomalies(day, recent, limits) or population_anomalies(day, recent, limits)
-    tried = () if is_odd else (*deferral.tried, *recurring(champion, deferral.pending))
+    is_odd = content_anomalies(day, recent, limits) or _lasting_anomalies(day, champion)
+    new_ids = [manifest for manifest in deferral.pending if "gap" not in causes_of(manifest)]
+    tried = () if is_odd else (*deferral.tried, *recurring(champion, new_ids))
     together = _challenge_together(champion, delivery, tried, deferral.is_amount_confirmed) if tried else None
     if together is not None and together.verdict.promoted:
         return together
@@ -35,14 +39,35 @@ def challenge_with_deferred(champion: Champion, delivery: Delivery, deferral: De
         for attempt in (together, alone):
             if attempt is not None and attempt.verdict.causes == {"quality"}:
                 return _accept(attempt, deferral.n_refused + 1)
-    is_change_long = len(deferral.changed) + 1 >= limits.max_refused_in_a_row and is_change(alone.verdict.causes)
-    later_day = _stats_after_change(champion, delivery, deferral.changed) if is_change_long else None
-    if later_day is not None and not population_anomalies(later_day, recent, limits):
-        changed = recurring(champion, deferral.changed, delivery.frame)
-        together = _challenge_together(champion, delivery, changed)
-        accepted = _accept(together or alone, len(deferral.changed) + 1)
-        return replace(accepted, data=accepted.data | {DAY_KEY: asdict(later_day)})
+    if len(deferral.changed) + 1 >= limits.max_refused_in_a_row and is_change(alone.verdict.causes):
+        return _accept_change(champion, delivery, deferral.changed, alone) or alone
     return alone
+
+
+def _accept_change(
+    champion: Champion, delivery: Delivery, changed: Sequence[Manifest], alone: Challenger
+) -> Challenger | None:
+    """Accept a change that several deliveries in a row showed. None if they do not show the same change."""
+    is_gap = "gap" in alone.verdict.causes
+    if is_gap:
+        changed = changed[len(changed) + 1 - champion.limits.max_refused_in_a_row :]
+        if delivery.frame["time"].max() > (time.time() + MAX_CLOCK_ERROR_S) * 1e6:  # type: ignore[operator]
+            return None
+    day = _stats_after_change(champion, delivery, changed)
+    if _lasting_anomalies(day, champion):
+        return None
+    confirmed = changed if is_gap else recurring(champion, changed, delivery.frame)
+    for attempt in (_challenge_together(champion, delivery, confirmed), alone):
+        if attempt is not None and "error" not in attempt.verdict.causes:
+            accepted = _accept(attempt, len(changed) + 1)
+            return replace(accepted, data=accepted.data | {DAY_KEY: asdict(day)})
+    return None
+
+
+def _lasting_anomalies(day: DeliveryStats, champion: Champion) -> list[str]:
+    """Return the anomalies that are accepted if they last, and too few rows on the popular items."""
+    recent, limits = champion.recent_stats, champion.limits
+    return [*population_anomalies(day, recent, limits), *gap_anomalies(day, recent, limits)]
 
 
 def challenge_again(champion: Champion, delivery: Delivery, refused: Sequence[Manifest]) -> Challenger:
@@ -71,8 +96,8 @@ def _challenge_together(
         found = champion.challenge(rows.sort("time", maintain_order=True), delivery.stats, is_amount_usual)
     except (LogError, TrainingError):
         return None
-    # unknown ids of deliveries before a change do not show which share is usual
-    usual = [manifest for manifest in refused if DAY_KEY in manifest.data and "ids" not in causes_of(manifest)]
+    # shares of unknown ids, and gaps, do not become usual through a change that was accepted
+    usual = [m for m in refused if DAY_KEY in m.data and not causes_of(m) & LASTING_CAUSES]
     days = [manifest.data[DAY_KEY] for manifest in usual]
     note = Note("deferred", f"It also learned the events that were refused before ({versions_text(refused)}).")
     verdict = replace(found.verdict, notes=(*found.verdict.notes, note))
@@ -131,14 +156,19 @@ def _came_again(champion: Champion, manifest: Manifest, rows: pl.DataFrame, othe
 
 
 def _stats_after_change(champion: Champion, delivery: Delivery, changed: Sequence[Manifest]) -> DeliveryStats:
-    """Return the statistics of a delivery as if the users and items of the last refused ones were known."""
+    """Return the statistics of a delivery as if the users, items and times of the last refused ones were known."""
     past = champion.log.read([manifest.batch for manifest in changed if manifest.batch is not None])
     served = champion.bundle.served
     spans = served.state.spans_seen
     users, items = served.users.extend(past["user_id"], spans), served.items.extend(past["item_id"], spans)
+    hole_hours = delivery.stats.hole_hours
+    if hole_hours is not None and len(past):
+        times = pl.concat([past["time"], delivery.frame["time"]]).sort()
+        hole_hours = longest_gap(times, None) / HOUR
     return replace(
         delivery.stats,
         share_unknown_users=share_unknown(delivery.frame["user_id"], users),
         share_unknown_items=share_unknown(delivery.frame["item_id"], items),
         share_head=None,
+        hole_hours=hole_hours,
     )

@@ -8,6 +8,8 @@ The causes of a refusal decide:
     floor       The quality was far below that of earlier versions. It is learned once such a quality is usual.
     ids         Unusually many users or items are unknown. It is learned once the same ids came again, in deliveries
                 that were learned, or in three refused ones in a row. A new catalogue stays, and a mistake does not.
+    gap         The log stopped for long. It is learned if three refused deliveries in a row follow one another without
+                a long gap, and end before the present. A log that comes back stays, and a wrong time does not.
     head        Clicks ignore the popular items. Only `update --retry` learns them.
     content     The events look wrong. Only `update --retry` learns them.
 
@@ -30,8 +32,8 @@ from freshrec.store.manifest import BLAMED_KEY, CAUSES_KEY, Manifest
 from freshrec.store.versions import Store, version_chain
 
 DEFERRED_CAUSES = {"quality", "amount", "error"}
-# of deliveries after the users or items have changed
-CHANGE_CAUSES = {"ids", "head", "floor", "quality", "amount", "error"}
+LASTING_CAUSES = {"ids", "gap"}  # accepted if they last
+CHANGE_CAUSES = {*LASTING_CAUSES, "head", "floor", "quality", "amount", "error"}  # they may occur together
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Deferral:
     versions: tuple[Manifest, ...] = ()  # refused versions of the deferred deliveries, oldest first
     tried: tuple[Manifest, ...] = ()  # those whose deliveries the next update learns with its own
     n_refused: int = 0  # refusals for quality alone since the last promotion
-    pending: tuple[Manifest, ...] = ()  # refused for their unknown ids, and learned once these came again
+    pending: tuple[Manifest, ...] = ()  # refused for unknown ids or after a gap, and learned if later ones confirm them
     changed: tuple[Manifest, ...] = ()  # those of them that were refused since the last promotion
     is_amount_confirmed: bool = False  # the previous delivery was refused for its amount too
 
@@ -71,16 +73,15 @@ def find_deferral(store: Store, limits: GateLimits) -> Deferral:
     since = [m for m in manifests if m.id > last and m.retry_of is None and not m.is_separate]
     n_refused = sum(causes_of(manifest) == {"quality"} for manifest in since)
     is_amount_confirmed = bool(since) and "amount" in causes_of(since[-1]) and since[-1] in deferred
-    pending = [
-        m for batch, m in refused.items() if is_change(causes_of(m)) and not spoiled[batch] and m not in deferred
-    ]
+    changes = [m for batch, m in refused.items() if is_change(causes_of(m)) and not spoiled[batch]]
+    pending = [m for m in changes if m not in deferred and ("gap" not in causes_of(m) or m in since)]
     changed = [manifest for manifest in since if manifest in pending]
     return Deferral(tuple(deferred), tuple(tried), n_refused, tuple(pending), tuple(changed), is_amount_confirmed)
 
 
 def is_change(causes: Collection[str]) -> bool:
-    """Whether a refusal may show that the users or items of the log have changed."""
-    return "ids" in causes and set(causes) <= CHANGE_CAUSES
+    """Whether a refusal may show that the log has changed: its users or items, or its times after a long gap."""
+    return bool(LASTING_CAUSES.intersection(causes)) and CHANGE_CAUSES.issuperset(causes)
 
 
 def causes_of(manifest: Manifest) -> set[str]:

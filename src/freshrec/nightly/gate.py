@@ -124,7 +124,7 @@ class HoldoutValues:
         assert self.older_challenger_O.shape == self.older_champion_O.shape
 
 
-Cause = Literal["quality", "amount", "floor", "ids", "head", "content", "error"]  # see `nightly/deferral.py`
+Cause = Literal["quality", "amount", "floor", "ids", "head", "gap", "content", "error"]  # see `nightly/deferral.py`
 
 
 @dataclass(frozen=True)
@@ -162,16 +162,17 @@ def find_anomalies(
     return [
         *amount_anomalies(day, recent, limits),
         *content_anomalies(day, recent, limits),
+        *gap_anomalies(day, recent, limits),
         *population_anomalies(day, recent, limits),
     ]
 
 
 def content_anomalies(day: DeliveryStats, earlier: Sequence[DeliveryStats], limits: GateLimits) -> list[str]:
-    """Describe what looks wrong in a delivery, whatever its size: bots, duplicates, times."""
+    """Describe what looks wrong in a delivery, whatever its size: bots, duplicates, equal and late times."""
     if not day.n_rows:
         known = f" {format_percent(day.share_known)} of its rows are already in the log." if day.share_known else ""
         return [f"The delivery has no new rows.{known}"]
-    return [*share_anomalies(day, earlier, limits), *gap_anomalies(day, earlier, limits)]
+    return share_anomalies(day, earlier, limits)
 
 
 def judge_challenger(
@@ -238,6 +239,7 @@ def _anomalies_by_cause(
     return {
         "amount": amount_anomalies(day, recent, limits),
         "content": content_anomalies(day, recent, limits),
+        "gap": gap_anomalies(day, recent, limits),
         "ids": unknown_id_anomalies(day, recent, limits),
         "head": head_anomalies(day, recent, limits),
     }

@@ -184,7 +184,8 @@ class NightlyJob:
         if not len(frame):
             return self.add_unchanged_version(batch, source)
         champion, is_retry = self.champion(), retry_of is not None
-        if source.endswith(SEPARATE_SUFFIX):
+        is_separate = source.endswith(SEPARATE_SUFFIX)
+        if is_separate:
             champion = replace(champion, limits=replace(self.limits, min_rows=1))
         first = batch if is_retry else _corrected_batch(self.store, self.log, batch)
         known_until = None if first is None else newest_time_before(self.store, self.log, first)
@@ -198,6 +199,9 @@ class NightlyJob:
         except (LogError, TrainingError) as error:
             found, force = failed_challenger(champion, delivery, error), ""
         verdict, notes = found.verdict, list(found.verdict.notes)
+        if is_separate:
+            text = "These are the rows of one user, who has unusually many. The rest of the delivery is judged apart."
+            notes.insert(0, Note("separate", text))
         if force and not verdict.promoted:
             notes.append(Note("forced", f"The gate refused this version. It was promoted by --force: {force}"))
         goes_live = verdict.promoted or bool(force)
