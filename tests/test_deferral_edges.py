@@ -210,3 +210,32 @@ def test_an_accepted_change_must_give_a_version_that_can_be_measured(
     measured(lambda state: float("nan"))
     [version] = learn(job, renamed(later[2]), "day 3")
     assert not version.promoted and "error" in causes_of(version)
+
+
+def test_a_corrected_file_replaces_a_deferred_delivery(tmp_path: Path, measured: Callable[[Measure], None]) -> None:
+    base, one, two, *_ = days()
+    measured(lambda state: 0.3 if n_events(state) == 1740 else 0.4)
+    job = new_job(tmp_path / "s", base, limits=QUALITY)
+    is_wrong = pl.int_range(pl.len()) % 5 == 0  # 60 of 300 rows have a wrong item
+    wrong = one.with_columns(item_id=pl.when(is_wrong).then(FIVE).otherwise("item_id"))
+    n_wrong = len(wrong.join(one, on=["user_id", "item_id", "time"], how="anti"))
+    assert 50 < n_wrong <= 60
+    [refused] = learn(job, wrong, "one")
+    assert find_deferral(job.store, QUALITY).versions == (refused,)
+    # Other numbers of events than those of day 1 alone: the corrected file brings day 1 and a part of day 2.
+    [version] = learn(job, pl.concat([one, two[:100]]), "one, corrected")
+    assert version.promoted and version.batches == [2, 3] and learned_days(job) == pytest.approx(400 / 300)
+    # The wrong rows are not learned later either.
+    assert promoted(learn(job, two[100:], "two")) == [True] and learned_days(job) == 2
+
+
+def test_a_part_of_a_day_is_completed_by_a_later_file(tmp_path: Path) -> None:
+    base, *later = days(4)
+    limits = replace(ANY, max_drop_factor=1.75, min_earlier_days=2)
+    job = new_job(tmp_path / "s", base, limits=limits)
+    for i, day in enumerate([*later[:2], later[2][:100]]):
+        learn(job, day, f"day {i}")
+    assert learned_days(job) == 2
+    [version] = learn(job, later[2], "the whole third day")
+    assert version.promoted and version.batches == [4, 5] and learned_days(job) == 3
+    assert promoted(learn(job, later[3], "day 4")) == [True] and learned_days(job) == 4

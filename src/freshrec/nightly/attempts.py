@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 
 import polars as pl
 
+from freshrec.data.duplicates import EVENT_KEYS
 from freshrec.errors import LogError, TrainingError
 from freshrec.nightly.anomalies import gap_anomalies, population_anomalies
 from freshrec.nightly.challenger import DAY_KEY, Challenger, Champion, Delivery
@@ -91,7 +92,11 @@ def _challenge_together(
 ) -> Challenger | None:
     """Update with a delivery and those of refused versions; None if training fails."""
     batches = [manifest.batch for manifest in refused if manifest.batch is not None]
-    rows = champion.log.rows_not_in(champion.log.read([*batches, delivery.batch]), batches_of(champion.chain))
+    wrong = [_corrected_rows(champion, batch, delivery) for batch in batches]
+    rows = champion.log.read([*batches, delivery.batch])
+    rows = champion.log.rows_not_in(rows, batches_of(champion.chain))
+    for of_batch in wrong:
+        rows = rows.join(of_batch.select(EVENT_KEYS), on=EVENT_KEYS, how="anti", maintain_order="left")
     try:
         found = champion.challenge(rows.sort("time", maintain_order=True), delivery.stats, is_amount_usual)
     except (LogError, TrainingError):
@@ -102,6 +107,25 @@ def _challenge_together(
     note = Note("deferred", f"It also learned the events that were refused before ({versions_text(refused)}).")
     verdict = replace(found.verdict, notes=(*found.verdict.notes, note))
     return replace(found, verdict=verdict, data=found.data | {DEFERRED_KEY: batches, DEFERRED_DAYS_KEY: days})
+
+
+def _corrected_rows(champion: Champion, batch: int, delivery: Delivery) -> pl.DataFrame:
+    """Return the rows of a refused batch that a corrected file has left out, so they are wrong.
+
+    A later delivery corrects the batch if it repeats at least half of the rows in its time range.
+    """
+    rows, log = champion.log.read([batch]), champion.log
+    wrong = rows.clear()
+    if not champion.bundle.read_options.has_clock:
+        return wrong  # the same event is not recognised
+    later = {other for other in batches_of(champion.chain) if other > batch} | {delivery.batch}
+    for other in log.batches().filter(pl.col("batch").is_in(later)).iter_rows(named=True):
+        during = rows.filter(pl.col("time").is_between(other["first"], other["last"]))
+        missing = log.rows_not_in(during, [other["batch"]])
+        missing = missing.join(log.read([other["batch"]]), on=EVENT_KEYS, how="anti")  # another event_id, same event
+        if 2 * len(missing) <= len(during):
+            wrong = pl.concat([wrong, missing])
+    return wrong
 
 
 def _accept(challenger: Challenger, n_refused: int) -> Challenger:
