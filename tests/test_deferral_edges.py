@@ -239,3 +239,14 @@ def test_a_part_of_a_day_is_completed_by_a_later_file(tmp_path: Path) -> None:
     [version] = learn(job, later[2], "the whole third day")
     assert version.promoted and version.batches == [4, 5] and learned_days(job) == 3
     assert promoted(learn(job, later[3], "day 4")) == [True] and learned_days(job) == 4
+
+
+def test_the_reasons_against_the_rows_of_one_user_are_about_these_rows(tmp_path: Path) -> None:
+    base, *later = days(4)
+    limits = replace(GateLimits(), min_earlier_days=2)
+    job = new_job(tmp_path / "s", base, limits=limits)
+    for i, day in enumerate(later[:3]):
+        learn(job, day, f"day {i}")
+    [of_bot, _] = learn(job, with_user(later[3], 9_999, FIVE, share=3), "bot")
+    assert "amount" not in causes_of(of_bot) and of_bot.reasons[0].startswith("100 % of the rows belong to one user.")
+    assert of_bot.notes[0].startswith("These are the rows of one user")

@@ -16,6 +16,7 @@ import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,9 @@ from freshrec.recommender.log_reading import encode_events, match_clock
 from freshrec.store.event_log import AppendResult, EventLog
 from freshrec.store.manifest import RETRY_KEY, SEPARATE_SUFFIX, Manifest, MoveAction, VersionKind
 from freshrec.store.versions import Store, version_chain
+
+# Rows of one user are suspicious however few they are, and their numbers are not those of a delivery.
+LIMITS_OF_ONE_USER: dict[str, Any] = {"min_rows": 1, "max_drop_factor": inf, "max_shortening_factor": inf}
 
 
 class NightlyJob:
@@ -186,7 +190,7 @@ class NightlyJob:
         champion, is_retry = self.champion(), retry_of is not None
         is_separate = source.endswith(SEPARATE_SUFFIX)
         if is_separate:
-            champion = replace(champion, limits=replace(self.limits, min_rows=1))
+            champion = replace(champion, limits=replace(self.limits, **LIMITS_OF_ONE_USER))
         first = batch if is_retry else _corrected_batch(self.store, self.log, batch)
         known_until = None if first is None else newest_time_before(self.store, self.log, first)
         left_out = n_duplicates, n_known + len(delivered) - len(frame)
