@@ -73,7 +73,10 @@ def _waiting_rows(found: dict[str, Any]) -> list[Row]:
         ("deliveries", f"{len(batches):,}", "in the event log; `update` learns them"),
         ("clicks", f"{found['clicks_waiting']:,}", "from servers; the next update learns them"),
     ]
-    refused = [(deferred, "the next update learns their events"), (with_new_ids, "learned if their ids come again")]
+    refused = [
+        (deferred, "the next update learns their events"),
+        (with_new_ids, "learned if later deliveries confirm them"),
+    ]
     rows += [("refused deliveries", _short_list(numbers), fate) for numbers, fate in refused if numbers]
     rows.append(("refused deliveries", _short_list(others) or "none", "only `update --retry` learns their events"))
     return [*rows, *_retrain_rows(found["plan"])]

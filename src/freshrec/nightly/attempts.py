@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import polars as pl
 
+from freshrec.data.duplicates import EVENT_KEYS
 from freshrec.errors import LogError, TrainingError
-from freshrec.nightly.anomalies import population_anomalies
-from freshrec.nightly.challenger import DAY_KEY, DEFERRED_DAYS_KEY, Challenger, Champion, Delivery
-from freshrec.nightly.deferral import BLAMED_KEY, CAUSES_KEY, Deferral, batches_of, is_change, versions_text
-from freshrec.nightly.delivery_stats import share_unknown
-from freshrec.nightly.gate import Verdict, content_anomalies
+from freshrec.nightly.anomalies import gap_anomalies, population_anomalies
+from freshrec.nightly.challenger import DAY_KEY, Challenger, Champion, Delivery
+from freshrec.nightly.deferral import LASTING_CAUSES, Deferral, batches_of, causes_of, is_change, versions_text
+from freshrec.nightly.delivery_stats import HOUR, DeliveryStats, longest_gap, share_unknown
+from freshrec.nightly.gate import Verdict, content_anomalies, judge_failure
 from freshrec.nightly.notes import Note
-from freshrec.store.manifest import DEFERRED_KEY, Manifest
+from freshrec.store.manifest import BLAMED_KEY, CAUSES_KEY, DEFERRED_DAYS_KEY, DEFERRED_KEY, Manifest
+
+MAX_CLOCK_ERROR_S = 24 * 3600  # times of events may be ahead of the computer's clock by so much, as of a time zone
 
 
 def challenge_with_deferred(champion: Champion, delivery: Delivery, deferral: Deferral) -> Challenger:
@@ -23,8 +27,9 @@ def challenge_with_deferred(champion: Champion, delivery: Delivery, deferral: De
     Raises LogError or TrainingError if training on the delivery alone fails.
     """
     day, recent, limits = delivery.stats, champion.recent_stats, champion.limits
-    is_odd = content_anomalies(day, recent, limits) or population_anomalies(day, recent, limits)
-    tried = () if is_odd else (*deferral.tried, *recurring(champion, deferral.pending))
+    is_odd = content_anomalies(day, recent, limits) or _lasting_anomalies(day, champion)
+    new_ids = [manifest for manifest in deferral.pending if "gap" not in causes_of(manifest)]
+    tried = () if is_odd else (*deferral.tried, *recurring(champion, new_ids))
     together = _challenge_together(champion, delivery, tried, deferral.is_amount_confirmed) if tried else None
     if together is not None and together.verdict.promoted:
         return together
@@ -35,12 +40,51 @@ def challenge_with_deferred(champion: Champion, delivery: Delivery, deferral: De
         for attempt in (together, alone):
             if attempt is not None and attempt.verdict.causes == {"quality"}:
                 return _accept(attempt, deferral.n_refused + 1)
-    is_change_long = len(deferral.changed) + 1 >= limits.max_refused_in_a_row and is_change(alone.verdict.causes)
-    if is_change_long and _is_lasting(champion, delivery, deferral.changed):
-        changed = recurring(champion, deferral.changed, delivery.frame)
-        together = _challenge_together(champion, delivery, changed)
-        return _accept(together or alone, len(deferral.changed) + 1)
+    if len(deferral.changed) + 1 >= limits.max_refused_in_a_row and is_change(alone.verdict.causes):
+        return _accept_change(champion, delivery, deferral.changed, alone) or alone
     return alone
+
+
+def _accept_change(
+    champion: Champion, delivery: Delivery, changed: Sequence[Manifest], alone: Challenger
+) -> Challenger | None:
+    """Accept a change that several deliveries in a row showed. None if they do not show the same change."""
+    is_gap = "gap" in alone.verdict.causes
+    if is_gap:
+        changed = changed[len(changed) + 1 - champion.limits.max_refused_in_a_row :]
+        if delivery.frame["time"].max() > (time.time() + MAX_CLOCK_ERROR_S) * 1e6:  # type: ignore[operator]
+            return None
+    day = _stats_after_change(champion, delivery, changed)
+    if _lasting_anomalies(day, champion):
+        return None
+    confirmed = changed if is_gap else recurring(champion, changed, delivery.frame)
+    for attempt in (_challenge_together(champion, delivery, confirmed), alone):
+        if attempt is not None and "error" not in attempt.verdict.causes:
+            accepted = _accept(attempt, len(changed) + 1)
+            return replace(accepted, data=accepted.data | {DAY_KEY: asdict(day)})
+    return None
+
+
+def _lasting_anomalies(day: DeliveryStats, champion: Champion) -> list[str]:
+    """Return the anomalies that are accepted if they last, and too few rows on the popular items."""
+    recent, limits = champion.recent_stats, champion.limits
+    return [*population_anomalies(day, recent, limits), *gap_anomalies(day, recent, limits)]
+
+
+def challenge_again(champion: Champion, delivery: Delivery, refused: Sequence[Manifest]) -> Challenger:
+    """Update with the deliveries of an earlier version again: its own, and refused ones that it had learned.
+
+    Raises LogError or TrainingError if training fails.
+    """
+    together = _challenge_together(champion, delivery, refused) if refused else None
+    return champion.challenge(delivery.frame, delivery.stats) if together is None else together
+
+
+def failed_challenger(champion: Champion, delivery: Delivery, error: Exception) -> Challenger:
+    """Return a refused copy of the live version, because training failed. An unusual delivery is a cause too."""
+    verdict = judge_failure(str(error), delivery.stats, champion.recent_stats, champion.limits)
+    data = {DAY_KEY: asdict(delivery.stats), CAUSES_KEY: sorted(verdict.causes)}
+    return Challenger(champion.bundle, verdict, {}, data)
 
 
 def _challenge_together(
@@ -48,15 +92,40 @@ def _challenge_together(
 ) -> Challenger | None:
     """Update with a delivery and those of refused versions; None if training fails."""
     batches = [manifest.batch for manifest in refused if manifest.batch is not None]
-    rows = champion.log.rows_not_in(champion.log.read([*batches, delivery.batch]), batches_of(champion.chain))
+    wrong = [_corrected_rows(champion, batch, delivery) for batch in batches]
+    rows = champion.log.read([*batches, delivery.batch])
+    rows = champion.log.rows_not_in(rows, batches_of(champion.chain))
+    for of_batch in wrong:
+        rows = rows.join(of_batch.select(EVENT_KEYS), on=EVENT_KEYS, how="anti", maintain_order="left")
     try:
-        found = champion.challenge(rows, delivery.stats, is_amount_usual)
+        found = champion.challenge(rows.sort("time", maintain_order=True), delivery.stats, is_amount_usual)
     except (LogError, TrainingError):
         return None
-    days = [manifest.data[DAY_KEY] for manifest in refused if DAY_KEY in manifest.data]
+    # shares of unknown ids, and gaps, do not become usual through a change that was accepted
+    usual = [m for m in refused if DAY_KEY in m.data and not causes_of(m) & LASTING_CAUSES]
+    days = [manifest.data[DAY_KEY] for manifest in usual]
     note = Note("deferred", f"It also learned the events that were refused before ({versions_text(refused)}).")
     verdict = replace(found.verdict, notes=(*found.verdict.notes, note))
     return replace(found, verdict=verdict, data=found.data | {DEFERRED_KEY: batches, DEFERRED_DAYS_KEY: days})
+
+
+def _corrected_rows(champion: Champion, batch: int, delivery: Delivery) -> pl.DataFrame:
+    """Return the rows of a refused batch that a corrected file has left out, so they are wrong.
+
+    A later delivery corrects the batch if it repeats at least half of the rows in its time range.
+    """
+    rows, log = champion.log.read([batch]), champion.log
+    wrong = rows.clear()
+    if not champion.bundle.read_options.has_clock:
+        return wrong  # the same event is not recognised
+    later = {other for other in batches_of(champion.chain) if other > batch} | {delivery.batch}
+    for other in log.batches().filter(pl.col("batch").is_in(later)).iter_rows(named=True):
+        during = rows.filter(pl.col("time").is_between(other["first"], other["last"]))
+        missing = log.rows_not_in(during, [other["batch"]])
+        missing = missing.join(log.read([other["batch"]]), on=EVENT_KEYS, how="anti")  # another event_id, same event
+        if 2 * len(missing) <= len(during):
+            wrong = pl.concat([wrong, missing])
+    return wrong
 
 
 def _accept(challenger: Challenger, n_refused: int) -> Challenger:
@@ -84,10 +153,11 @@ def recurring(champion: Champion, refused: Sequence[Manifest], new_rows: pl.Data
     They came again if the live version knows them now. With `new_rows`, the newest delivery and the other refused
     versions count too.
     """
+    refused = refused[-champion.limits.n_recent_days :]
     batches = [manifest.batch for manifest in refused if manifest.batch is not None]
     rows = {batch: champion.log.read([batch]).select("user_id", "item_id") for batch in batches}
     found = []
-    for manifest in refused[-champion.limits.n_recent_days :]:
+    for manifest in refused:
         others = [] if new_rows is None else [new_rows, *(rows[batch] for batch in batches if batch != manifest.batch)]
         if manifest.batch is not None and _came_again(champion, manifest, rows[manifest.batch], others):
             found.append(manifest)
@@ -99,8 +169,8 @@ def _came_again(champion: Champion, manifest: Manifest, rows: pl.DataFrame, othe
     served, limits, day = champion.bundle.served, champion.limits, manifest.data[DAY_KEY]
     for name, known in (("user", served.users), ("item", served.items)):
         ids, n_unknown = rows[f"{name}_id"], day[f"share_unknown_{name}s"] * len(rows)
-        if n_unknown < limits.max_rise * len(rows):
-            continue  # too few to be a reason for the refusal
+        if not n_unknown or n_unknown < limits.max_rise * len(rows):
+            continue  # too few to be a reason for the refusal, or their users were erased
         is_unknown = pl.Series(known.rows(ids).numpy() == 0)
         for other in others:
             is_unknown &= ~ids.is_in(other[f"{name}_id"].unique().implode())
@@ -109,16 +179,20 @@ def _came_again(champion: Champion, manifest: Manifest, rows: pl.DataFrame, othe
     return True
 
 
-def _is_lasting(champion: Champion, delivery: Delivery, changed: Sequence[Manifest]) -> bool:
-    """Whether the users and items of a delivery are usual if those of the last refused ones count as known."""
+def _stats_after_change(champion: Champion, delivery: Delivery, changed: Sequence[Manifest]) -> DeliveryStats:
+    """Return the statistics of a delivery as if the users, items and times of the last refused ones were known."""
     past = champion.log.read([manifest.batch for manifest in changed if manifest.batch is not None])
     served = champion.bundle.served
     spans = served.state.spans_seen
     users, items = served.users.extend(past["user_id"], spans), served.items.extend(past["item_id"], spans)
-    stats = replace(
+    hole_hours = delivery.stats.hole_hours
+    if hole_hours is not None and len(past):
+        times = pl.concat([past["time"], delivery.frame["time"]]).sort()
+        hole_hours = longest_gap(times, None) / HOUR
+    return replace(
         delivery.stats,
         share_unknown_users=share_unknown(delivery.frame["user_id"], users),
         share_unknown_items=share_unknown(delivery.frame["item_id"], items),
         share_head=None,
+        hole_hours=hole_hours,
     )
-    return not population_anomalies(stats, champion.recent_stats, champion.limits)

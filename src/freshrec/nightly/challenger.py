@@ -14,10 +14,7 @@ from freshrec.errors import StateError
 from freshrec.models.absorb import absorb_block
 from freshrec.models.popularity import PopularitySpec
 from freshrec.nightly.anomalies import top_user_anomalies
-from freshrec.nightly.deferral import (
-    CAUSES_KEY,
-    judged_values,
-)
+from freshrec.nightly.deferral import judged_values
 from freshrec.nightly.delivery_stats import DeliveryStats, compute_delivery_stats, most_active_user
 from freshrec.nightly.full_retrain import GAIN_KEY, retrain_interval, start_from_scratch, updates_since_retrain
 from freshrec.nightly.gate import GateLimits, HoldoutValues, Verdict, judge_challenger
@@ -30,7 +27,7 @@ from freshrec.recommender.served_state import ServedState
 from freshrec.replay.measure import Queries
 from freshrec.replay.significance import bootstrap_interval
 from freshrec.store.event_log import EventLog
-from freshrec.store.manifest import METRIC_KEY, Manifest
+from freshrec.store.manifest import CAUSES_KEY, DEFERRED_DAYS_KEY, METRIC_KEY, Manifest
 from freshrec.store.versions import Store, version_chain
 from freshrec.types import State
 
@@ -41,7 +38,6 @@ MAX_HOLDOUT_EVENTS = 20_000  # held-out events at most
 COMPARED_KEY = "compared_users"  # in a manifest's "data": users measured on the newest events, and on older ones
 DAY_KEY = "day"  # in a manifest's "data": statistics of its delivery
 NEW_USERS_KEY = "share_new_users"  # in the first manifest's "data": see `share_of_new_users`
-DEFERRED_DAYS_KEY = "deferred_days"  # the same of the deferred deliveries that were learned with it
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,9 +210,13 @@ def _head_item_ids(served: ServedState) -> pl.Series:
 
 
 def earlier_stats(chain: list[Manifest]) -> list[DeliveryStats]:
-    """Return the statistics of the deliveries that led to the live version, oldest first."""
+    """Return the statistics of the deliveries that led to the live version, oldest first.
+
+    The rows of a suspicious user that somebody promoted are left out. They do not show what is usual.
+    """
+    learned = [m for m in chain[1:] if DAY_KEY in m.data and not m.is_separate]
     try:
-        days = [[*m.data.get(DEFERRED_DAYS_KEY, []), m.data[DAY_KEY]] for m in chain[1:] if DAY_KEY in m.data]
+        days = [[*m.data.get(DEFERRED_DAYS_KEY, []), m.data[DAY_KEY]] for m in learned]
         return [DeliveryStats(**day) for of_version in days for day in of_version]
     except TypeError as error:
         raise StateError(

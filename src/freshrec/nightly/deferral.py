@@ -8,6 +8,8 @@ The causes of a refusal decide:
     floor       The quality was far below that of earlier versions. It is learned once such a quality is usual.
     ids         Unusually many users or items are unknown. It is learned once the same ids came again, in deliveries
                 that were learned, or in three refused ones in a row. A new catalogue stays, and a mistake does not.
+    gap         The log stopped for long. It is learned if three refused deliveries in a row follow one another without
+                a long gap, and end before the present. A log that comes back stays, and a wrong time does not.
     head        Clicks ignore the popular items. Only `update --retry` learns them.
     content     The events look wrong. Only `update --retry` learns them.
 
@@ -26,13 +28,12 @@ from dataclasses import dataclass
 
 from freshrec.nightly.gate import GateLimits, quality_floor
 from freshrec.nightly.notes import number_ranges
-from freshrec.store.manifest import Manifest
+from freshrec.store.manifest import BLAMED_KEY, CAUSES_KEY, Manifest
 from freshrec.store.versions import Store, version_chain
 
-CAUSES_KEY = "causes"  # in a manifest's "data": the causes of its refusal
-BLAMED_KEY = "blamed"  # in a manifest's "data": deferred batches that were tried with it, and without which it passed
 DEFERRED_CAUSES = {"quality", "amount", "error"}
-CHANGE_CAUSES = {"ids", "head", "floor", "quality", "amount"}  # of deliveries after the users or items have changed
+LASTING_CAUSES = {"ids", "gap"}  # accepted if they last
+CHANGE_CAUSES = {*LASTING_CAUSES, "head", "floor", "quality", "amount", "error"}  # they may occur together
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Deferral:
     versions: tuple[Manifest, ...] = ()  # refused versions of the deferred deliveries, oldest first
     tried: tuple[Manifest, ...] = ()  # those whose deliveries the next update learns with its own
     n_refused: int = 0  # refusals for quality alone since the last promotion
-    pending: tuple[Manifest, ...] = ()  # refused for their unknown ids, and learned once these came again
+    pending: tuple[Manifest, ...] = ()  # refused for unknown ids or after a gap, and learned if later ones confirm them
     changed: tuple[Manifest, ...] = ()  # those of them that were refused since the last promotion
     is_amount_confirmed: bool = False  # the previous delivery was refused for its amount too
 
@@ -55,7 +56,8 @@ def versions_text(versions: Sequence[Manifest]) -> str:
 def find_deferral(store: Store, limits: GateLimits) -> Deferral:
     """Return which refused deliveries are deferred, from the manifests of the store."""
     manifests, chain = store.manifests(), version_chain(store)
-    left_out = {*batches_of(chain), *_once_live_batches(store, manifests)}
+    once_live = _once_live(store, manifests)  # if they were rolled back, that was somebody's decision
+    left_out = {*batches_of(chain), *batches_of(once_live)}
     refused = {manifest.batch: manifest for manifest in manifests if manifest.batch not in {None, *left_out}}
     spoiled = Counter(batch for manifest in manifests for batch in manifest.data.get(BLAMED_KEY, []))
     floor = quality_floor(judged_values(manifests, chain, limits.metric), limits)
@@ -67,20 +69,19 @@ def find_deferral(store: Store, limits: GateLimits) -> Deferral:
     tried = [manifest for manifest in deferred if not spoiled[manifest.batch]]
     if not tried and deferred:  # one at a time, so that a bad delivery does not hold up the others
         tried = [min(deferred, key=lambda manifest: spoiled[manifest.batch])]
-    last = next((manifest.id for manifest in reversed(chain) if manifest.kind != "no rows"), 0)
-    since = [m for m in manifests if m.id > last and not m.goes_live and m.retry_of is None]
+    last = max((manifest.id for manifest in once_live if manifest.kind != "no rows"), default=0)
+    since = [m for m in manifests if m.id > last and m.retry_of is None and not m.is_separate]
     n_refused = sum(causes_of(manifest) == {"quality"} for manifest in since)
     is_amount_confirmed = bool(since) and "amount" in causes_of(since[-1]) and since[-1] in deferred
-    pending = [
-        m for batch, m in refused.items() if is_change(causes_of(m)) and not spoiled[batch] and m not in deferred
-    ]
+    changes = [m for batch, m in refused.items() if is_change(causes_of(m)) and not spoiled[batch]]
+    pending = [m for m in changes if m not in deferred and ("gap" not in causes_of(m) or m in since)]
     changed = [manifest for manifest in since if manifest in pending]
     return Deferral(tuple(deferred), tuple(tried), n_refused, tuple(pending), tuple(changed), is_amount_confirmed)
 
 
 def is_change(causes: Collection[str]) -> bool:
-    """Whether a refusal may show that the users or items of the log have changed."""
-    return "ids" in causes and set(causes) <= CHANGE_CAUSES
+    """Whether a refusal may show that the log has changed: its users or items, or its times after a long gap."""
+    return bool(LASTING_CAUSES.intersection(causes)) and CHANGE_CAUSES.issuperset(causes)
 
 
 def causes_of(manifest: Manifest) -> set[str]:
@@ -103,10 +104,10 @@ def judged_values(manifests: Sequence[Manifest], chain: Collection[Manifest], me
     return [m.numbers[metric] for m in manifests if m.id in known and metric in m.numbers]
 
 
-def _once_live_batches(store: Store, manifests: Sequence[Manifest]) -> list[int]:
-    """Return the batches of versions that went live. If they were rolled back, that was somebody's decision."""
+def _once_live(store: Store, manifests: Sequence[Manifest]) -> list[Manifest]:
+    """Return the versions that went live."""
     pointed_to = {move.to for move in store.moves()}
-    return batches_of([m for m in manifests if m.goes_live or m.id in pointed_to])
+    return [m for m in manifests if m.goes_live or m.id in pointed_to]
 
 
 def _is_deferred(manifest: Manifest, floor: float | None, metric: str) -> bool:

@@ -95,7 +95,7 @@ def compute_delivery_stats(
         whole_days=bool((times % DAY == 0).all()) if has_times else None,
         span_hours=(int(times[-1]) - int(times[0])) / HOUR if has_times else None,
         gap_hours=(int(times[n_rows // 2]) - newest_time) / HOUR if has_times and newest_time is not None else None,
-        hole_hours=_longest_gap(newer_times, newest_time) / HOUR if has_times else None,
+        hole_hours=longest_gap(newer_times, newest_time) / HOUR if has_times else None,
         share_new_users_first=share_new_users_first,
         **_top_user_numbers(frame, head_ids, past_events),
     )
@@ -154,7 +154,7 @@ def _max_count(values: pl.Series) -> int:
     return int(values.value_counts(name="n")["n"].to_numpy().max(initial=0))
 
 
-def _longest_gap(times: pl.Series, start: int | None) -> int:
+def longest_gap(times: pl.Series, start: int | None) -> int:
     """Return the longest time between two consecutive rows, in microseconds."""
     times_T = times.to_numpy() if start is None else np.concatenate([[start], times.to_numpy()])
     return int(np.diff(times_T).max(initial=0))

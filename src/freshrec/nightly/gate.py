@@ -124,7 +124,7 @@ class HoldoutValues:
         assert self.older_challenger_O.shape == self.older_champion_O.shape
 
 
-Cause = Literal["quality", "amount", "floor", "ids", "head", "content", "error"]  # see `nightly/deferral.py`
+Cause = Literal["quality", "amount", "floor", "ids", "head", "gap", "content", "error"]  # see `nightly/deferral.py`
 
 
 @dataclass(frozen=True)
@@ -162,16 +162,17 @@ def find_anomalies(
     return [
         *amount_anomalies(day, recent, limits),
         *content_anomalies(day, recent, limits),
+        *gap_anomalies(day, recent, limits),
         *population_anomalies(day, recent, limits),
     ]
 
 
 def content_anomalies(day: DeliveryStats, earlier: Sequence[DeliveryStats], limits: GateLimits) -> list[str]:
-    """Describe what looks wrong in a delivery, whatever its size: bots, duplicates, times."""
+    """Describe what looks wrong in a delivery, whatever its size: bots, duplicates, equal and late times."""
     if not day.n_rows:
         known = f" {format_percent(day.share_known)} of its rows are already in the log." if day.share_known else ""
         return [f"The delivery has no new rows.{known}"]
-    return [*share_anomalies(day, earlier, limits), *gap_anomalies(day, earlier, limits)]
+    return share_anomalies(day, earlier, limits)
 
 
 def judge_challenger(
@@ -193,14 +194,11 @@ def judge_challenger(
     "forgetting", the live value minus the new one (positive = lost).
     """
     notes = _missing_checks(day, earlier, limits)
-    recent = earlier[-limits.n_recent_days :]
-    amount, content = amount_anomalies(day, recent, limits), content_anomalies(day, recent, limits)
-    ids, head = unknown_id_anomalies(day, recent, limits), head_anomalies(day, recent, limits)
+    of_day = _anomalies_by_cause(day, earlier, limits)
     if is_amount_usual:
         why = "This is accepted because the previous delivery was unusual too."
-        notes += [Note("accepted-amount", f"{anomaly} {why}") for anomaly in amount]
-        amount = []
-    of_day: dict[Cause, list[str]] = {"amount": amount, "content": content, "ids": ids, "head": head}
+        notes += [Note("accepted-amount", f"{anomaly} {why}") for anomaly in of_day["amount"]]
+        of_day["amount"] = []
     if broken := _invalid_values(values):
         return _verdict(of_day | {"error": broken}, notes, {})
     new_U, live_U = values.challenger_U, values.champion_U
@@ -224,6 +222,27 @@ def judge_challenger(
     loss, below_floor, forgotten = (list(part.reasons) for part in comparisons)
     quality = [*loss, *forgotten]
     return _verdict(of_day | {"quality": quality, "floor": below_floor}, notes, numbers)
+
+
+def judge_failure(
+    error: str, day: DeliveryStats, earlier: Sequence[DeliveryStats], limits: GateLimits = GateLimits()
+) -> Verdict:
+    """Return the verdict on a delivery on which training failed. `error`: the reason for the failure."""
+    failure: dict[Cause, list[str]] = {"error": [error]}
+    return _verdict(failure | _anomalies_by_cause(day, earlier, limits), (), {})
+
+
+def _anomalies_by_cause(
+    day: DeliveryStats, earlier: Sequence[DeliveryStats], limits: GateLimits
+) -> dict[Cause, list[str]]:
+    recent = earlier[-limits.n_recent_days :]
+    return {
+        "amount": amount_anomalies(day, recent, limits),
+        "content": content_anomalies(day, recent, limits),
+        "gap": gap_anomalies(day, recent, limits),
+        "ids": unknown_id_anomalies(day, recent, limits),
+        "head": head_anomalies(day, recent, limits),
+    }
 
 
 def _verdict(reasons: dict[Cause, list[str]], notes: Sequence[Note], numbers: dict[str, float]) -> Verdict:

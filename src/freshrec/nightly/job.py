@@ -16,6 +16,7 @@ import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,11 @@ from freshrec.data.catalog import Catalog
 from freshrec.data.log import Log, filter_positives, keep_positives
 from freshrec.errors import LogError, OptionError, StateError, TrainingError
 from freshrec.files import file_checksum
-from freshrec.nightly.attempts import challenge_with_deferred
+from freshrec.nightly.attempts import challenge_again, challenge_with_deferred, failed_challenger
 from freshrec.nightly.challenger import (
     DAY_KEY,
     FIRST_HOLDOUT_SHARE,
     NEW_USERS_KEY,
-    Challenger,
     Champion,
     Delivery,
     earlier_stats,
@@ -38,23 +38,24 @@ from freshrec.nightly.challenger import (
     learn_with_holdout,
     popularity_state,
 )
-from freshrec.nightly.deferral import CAUSES_KEY, Deferral, batches_of, find_deferral
+from freshrec.nightly.deferral import batches_of, find_deferral
 from freshrec.nightly.delivery_stats import (
     compute_delivery_stats,
     newest_time_before,
     share_of_new_users,
 )
-from freshrec.nightly.gate import GateLimits, Verdict, find_anomalies
+from freshrec.nightly.gate import GateLimits, find_anomalies
 from freshrec.nightly.holdout import newest_queries, user_values
 from freshrec.nightly.notes import Note, count_of, with_notes
 from freshrec.progress import report_progress
 from freshrec.recommender.bundle import Bundle, read_bundle, write_bundle
 from freshrec.recommender.log_reading import encode_events, match_clock
 from freshrec.store.event_log import AppendResult, EventLog
-from freshrec.store.manifest import RETRY_KEY, Manifest, MoveAction, VersionKind
+from freshrec.store.manifest import RETRY_KEY, SEPARATE_SUFFIX, Manifest, MoveAction, VersionKind
 from freshrec.store.versions import Store, version_chain
 
-SEPARATE_SUFFIX = ", rows of one user"  # end of the source of a batch that was separated from its delivery
+# Rows of one user are suspicious however few they are, and their numbers are not those of a delivery.
+LIMITS_OF_ONE_USER: dict[str, Any] = {"min_rows": 1, "max_drop_factor": inf, "max_shortening_factor": inf}
 
 
 class NightlyJob:
@@ -179,7 +180,7 @@ class NightlyJob:
 
         Deferred batches are learned too (`nightly/deferral.py`). Events that the live version has learned from other
         batches are left out. If training fails, the result is a refused copy of the live version, with the error as
-        the reason. `retry_of`: the version whose events are learned again, without deferred batches.
+        the reason. `retry_of`: the version whose events are learned again, and no others.
         """
         started_s, delivered = time.perf_counter(), self.log.read([batch])
         frame = self.log.rows_not_in(delivered, batches_of(version_chain(self.store)))
@@ -187,19 +188,24 @@ class NightlyJob:
         if not len(frame):
             return self.add_unchanged_version(batch, source)
         champion, is_retry = self.champion(), retry_of is not None
-        if source.endswith(SEPARATE_SUFFIX):
-            champion = replace(champion, limits=replace(self.limits, min_rows=1))
+        is_separate = source.endswith(SEPARATE_SUFFIX)
+        if is_separate:
+            champion = replace(champion, limits=replace(self.limits, **LIMITS_OF_ONE_USER))
         first = batch if is_retry else _corrected_batch(self.store, self.log, batch)
         known_until = None if first is None else newest_time_before(self.store, self.log, first)
         left_out = n_duplicates, n_known + len(delivered) - len(frame)
         delivery = Delivery(batch, frame, champion.delivery_stats(frame, left_out, known_until))
-        deferral = Deferral() if is_retry else find_deferral(self.store, self.limits)
         try:
-            found = challenge_with_deferred(champion, delivery, deferral)
+            if retry_of is not None:
+                found = challenge_again(champion, delivery, self._learned_with(retry_of))
+            else:
+                found = challenge_with_deferred(champion, delivery, find_deferral(self.store, self.limits))
         except (LogError, TrainingError) as error:
-            verdict, force = Verdict(False, (str(error),), causes=frozenset({"error"})), ""
-            found = Challenger(champion.bundle, verdict, {}, {CAUSES_KEY: ["error"]})
+            found, force = failed_challenger(champion, delivery, error), ""
         verdict, notes = found.verdict, list(found.verdict.notes)
+        if is_separate:
+            text = "These are the rows of one user, who has unusually many. The rest of the delivery is judged apart."
+            notes.insert(0, Note("separate", text))
         if force and not verdict.promoted:
             notes.append(Note("forced", f"The gate refused this version. It was promoted by --force: {force}"))
         goes_live = verdict.promoted or bool(force)
@@ -220,6 +226,12 @@ class NightlyJob:
             return self._go_live(manifest, found.bundle, "update", force)
         return self.store.write_version(manifest, lambda folder: write_bundle(found.bundle, folder))
 
+    def _learned_with(self, number: int) -> list[Manifest]:
+        """Return the refused versions whose batches a version had learned besides its own, and the live one has not."""
+        manifest, learned = self.store.manifest(number), batches_of(version_chain(self.store))
+        by_batch = {other.batch: other for other in self.store.manifests() if other.batch != manifest.batch}
+        return [by_batch[batch] for batch in manifest.batches if batch in by_batch and batch not in learned]
+
     def champion(self) -> Champion:
         """Return the live version as what challengers are made from and judged by."""
         return Champion.of(self.store, self.bundle, self.limits, self.full_every, self.log)
@@ -237,7 +249,12 @@ def refused_batches(store: Store) -> list[int]:
 
 
 def _corrected_batch(store: Store, log: EventLog, batch: int) -> int | None:
-    """Return a separate batch that a delivery may correct: it is not learned, and its times overlap."""
+    """Return a separate batch that a delivery may correct: it is not learned, and its times overlap.
+
+    A correction repeats known events, because the rest of the corrected delivery was learned.
+    """
+    if not log.delivery_counts(batch)[2]:
+        return None
     batches, refused = log.batches(), refused_batches(store)
     new = batches.row(by_predicate=pl.col("batch") == batch, named=True)
     separate = batches.filter(

@@ -13,7 +13,7 @@ CODES_KEY = "note_codes"  # in a manifest's "data": the code of each note, in th
 # A note with the same code is printed again after 7 days. Half a day less, because a nightly job may start earlier.
 REPEAT_AFTER = timedelta(days=6.5)
 # Codes of notes about one version alone, which are printed every time
-ALWAYS_PRINTED = {"forced", "unchanged", "accepted-loss", "accepted-amount", "deferred", "blamed"}
+ALWAYS_PRINTED = {"separate", "forced", "unchanged", "accepted-loss", "accepted-amount", "deferred", "blamed"}
 
 
 class Note(NamedTuple):

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from freshrec.disk_names import current_manifest
 from freshrec.errors import StateError
@@ -18,6 +18,17 @@ FORMAT = 1
 METRIC_KEY = "metric"  # in a manifest's "data": the metric of the gate
 RETRY_KEY = "retry_of"  # in a manifest's "data": the version whose events `update --retry` learned again
 DEFERRED_KEY = "deferred"  # in a manifest's "data": refused batches that it learned besides its own
+DEFERRED_DAYS_KEY = "deferred_days"  # in a manifest's "data": the statistics of these batches, as of its own
+CAUSES_KEY = "causes"  # in a manifest's "data": the causes of its refusal
+BLAMED_KEY = "blamed"  # in a manifest's "data": deferred batches that were tried with it, and without which it passed
+DATA_TYPES: dict[str, Any] = {
+    RETRY_KEY: int,
+    DEFERRED_KEY: list[int],
+    DEFERRED_DAYS_KEY: list[dict[str, Any]],
+    CAUSES_KEY: list[str],
+    BLAMED_KEY: list[int],
+}
+SEPARATE_SUFFIX = ", rows of one user"  # end of the source of a batch that was separated from its delivery
 VersionKind = Literal["fit", "update", "no rows", "saved"]
 MoveAction = Literal["fit", "update", "promote", "rollback", "save"]
 
@@ -59,6 +70,21 @@ class Manifest(BaseModel):
     reasons: list[str] = []  # why the gate refused it
     notes: list[str] = []
     files: dict[str, FileEntry] = {}
+
+    @field_validator("data")
+    @classmethod
+    def _check_data(cls, data: dict[str, Any]) -> dict[str, Any]:
+        for key in DATA_TYPES.keys() & data.keys():
+            try:
+                TypeAdapter(DATA_TYPES[key]).validate_python(data[key], strict=True)
+            except ValidationError:
+                raise ValueError(f'"{key}" has an invalid value') from None
+        return data
+
+    @property
+    def is_separate(self) -> bool:
+        """Whether its batch holds only the rows of a suspicious user, which were separated from their delivery."""
+        return self.source.endswith(SEPARATE_SUFFIX)
 
     @property
     def batches(self) -> list[int]:
