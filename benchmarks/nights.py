@@ -202,14 +202,15 @@ class Night:
 
     kind: str
     batch: int  # of the delivery
+    first_batch: int  # of the rows of the first suspicious user, or of the delivery
     n_rows: int
-    n_separate: int  # rows of a suspicious user, which became a batch of their own
+    n_separate: int  # rows of suspicious users, which became batches of their own
     is_refused: bool
 
     def fate(self, learned: set[int], waiting: set[int]) -> str:
         """Whether the live version has learned the delivery; for a bot: the rows of the bot."""
         is_bot = self.kind == "bot" and self.n_separate
-        batch = self.batch - 1 if is_bot else self.batch
+        batch = self.first_batch if is_bot else self.batch
         return "learned" if batch in learned else "waiting" if batch in waiting else "lost"
 
 
@@ -231,7 +232,8 @@ def obey(name: str, number: int, data: Path, limits: GateLimits) -> dict[str, An
             versions = list(job.catch_up())
             refused = [version for version in versions if not version.promoted]
             if result.batch is not None:
-                found.append(Night(kind, result.batch, result.n_appended, result.n_separate, bool(refused)))
+                first = versions[0].batch or result.batch
+                found.append(Night(kind, result.batch, first, result.n_appended, result.n_separate, bool(refused)))
             for version in refused:
                 typer.echo(f"{name} {number} night {i}, {kind}: {version.reasons}", err=True)
             known = pl.concat([known, day]) if kind == "good" else known
@@ -249,7 +251,7 @@ def _count(nights: list[Night], learned: set[int], waiting: set[int]) -> dict[st
         "refused": sum(night.is_refused for night in nights),
         **{fate: fates.count(fate) for fate in ("learned", "waiting", "lost")},
         "rows": sum(night.n_rows + night.n_separate for night in nights),
-        "separate_rows": sum(night.n_separate for night in nights if night.batch - 1 not in learned),
+        "separate_rows": sum(night.n_separate for night in nights if night.first_batch not in learned),
     }
 
 

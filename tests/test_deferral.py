@@ -270,3 +270,33 @@ def test_a_delivery_of_new_users_is_learned_once_they_came_again(tmp_path: Path)
     assert third.promoted and third.batches == [4]
     [fourth] = learn(job, later[3], "fourth")
     assert fourth.promoted and fourth.batches == [2, 5] and refused_batches(job.store) == [3]
+
+
+def test_a_log_that_stops_for_a_month_goes_on_and_a_wrong_clock_never_does(tmp_path: Path) -> None:
+    base, *later = days(6)
+    month, year = 30 * 24 * 3_600_000_000, 365 * 24 * 3_600_000_000
+    limits = replace(ANY, max_hole_hours=24 * 14, max_usual_hole_hours=24 * 14)
+    job = new_job(tmp_path / "s", base, limits=limits)
+    versions = [learn(job, day.with_columns(pl.col("time") + month), f"day {i}")[0] for i, day in enumerate(later)]
+    # The world's days follow each other within hours. The third one after the gap brings all three.
+    assert promoted(versions) == [False, False, True, True, True, True]
+    assert causes_of(versions[0]) == {"gap"} and learned_days(job) == 6
+    # One day is a year too late. It is left out, also when a real gap follows.
+    job = new_job(tmp_path / "t", base, limits=limits)
+    moved = [day.with_columns(pl.col("time") + n) for day, n in zip(later, [year, 0, month, month, month])]
+    versions = [learn(job, day, f"day {i}")[0] for i, day in enumerate(moved)]
+    assert promoted(versions) == [False, True, False, False, True] and learned_days(job) == 4
+    assert refused_batches(job.store) == [2]
+
+
+def test_several_bots_are_separated_and_the_rest_of_the_day_is_learned(tmp_path: Path) -> None:
+    base, one, *_ = days()
+    # The first bot has a half of 300 rows, and the second one a third of the other 150.
+    bots = with_user(with_user(one, 9_998, FIVE, share=3), 9_999, FIVE, share=2)
+    counts = bots["user_id"].value_counts()
+    assert counts.filter(pl.col("user_id").is_in([9_998, 9_999]))["count"].sort().to_list() == [50, 150]
+    job = new_job(tmp_path / "s", base, limits=GateLimits())
+    result = job.append_delivery(read_log(bots), "one")
+    assert (result.n_rows, result.n_appended, result.n_separate) == (300, 100, 200)
+    assert promoted(list(job.catch_up())) == [False, False, True]
+    assert refused_batches(job.store) == [2, 3] and n_learned(job.bundle) == 1500 + 100

@@ -57,6 +57,8 @@ from freshrec.store.versions import Store, version_chain
 # Rows of one user are suspicious however few they are, and their numbers are not those of a delivery.
 LIMITS_OF_ONE_USER: dict[str, Any] = {"min_rows": 1, "max_drop_factor": inf, "max_shortening_factor": inf}
 
+MAX_SEPARATE_USERS = 5  # of a delivery; if more users have too many rows, the whole rest is refused
+
 
 class NightlyJob:
     """Fit and update the versions of a store. The caller holds the store's lock."""
@@ -121,25 +123,35 @@ class NightlyJob:
         times = [time for time in newest_times if time is not None]
         if not log.has_clock and times:
             frame = frame.with_columns(pl.col("time") + max(times) + 1)
-        ignored, is_separate = refused_batches(self.store), self._rows_of_suspicious_user(frame)
-        if not is_separate.any() or (self.log.batches()["source"] == source).any():
-            return self.log.append(frame, source, log.has_clock, ignored)
-        separate = self.log.append(frame.filter(is_separate), source + SEPARATE_SUFFIX, log.has_clock, ignored)
-        ignored += [batch for batch in (separate.batch, separate.repeated_batch) if batch is not None]
-        rest = self.log.append(frame.filter(~is_separate), source, log.has_clock, ignored)
+        ignored, parts = refused_batches(self.store), [frame]
+        if not (self.log.batches()["source"] == source).any():
+            parts = self._separate_suspicious_users(frame)
+        results = list[AppendResult]()
+        for i, part in enumerate(parts[:-1]):
+            result = self.log.append(
+                part, source + (f" {i + 1}" if i else "") + SEPARATE_SUFFIX, log.has_clock, ignored
+            )
+            ignored += [batch for batch in (result.batch, result.repeated_batch) if batch is not None]
+            results.append(result)
+        rest = self.log.append(parts[-1], source, log.has_clock, ignored)
         return replace(
             rest,
-            n_rows=rest.n_rows + separate.n_rows,
-            n_duplicates=rest.n_duplicates + separate.n_duplicates,
-            n_known=rest.n_known + separate.n_known,
-            n_separate=separate.n_appended,
+            n_rows=rest.n_rows + sum(result.n_rows for result in results),
+            n_duplicates=rest.n_duplicates + sum(result.n_duplicates for result in results),
+            n_known=rest.n_known + sum(result.n_known for result in results),
+            n_separate=sum(result.n_appended for result in results),
         )
 
-    def _rows_of_suspicious_user(self, frame: pl.DataFrame) -> pl.Series:
-        """Mark the rows of a user who has too many of them. No row is marked if all rows belong to one user."""
-        user_id = self.champion().suspicious_user(frame) if self.limits.separate else None
-        is_separate = frame["user_id"].eq_missing(user_id)
-        return is_separate & (not is_separate.all())
+    def _separate_suspicious_users(self, frame: pl.DataFrame) -> list[pl.DataFrame]:
+        """Return the rows of each user who has too many of them, and as the last part all other rows."""
+        parts, champion = list[pl.DataFrame](), self.champion()
+        while self.limits.separate and len(parts) < MAX_SEPARATE_USERS:
+            is_separate = frame["user_id"].eq_missing(champion.suspicious_user(frame))
+            if not is_separate.any() or is_separate.all():
+                break
+            parts.append(frame.filter(is_separate))
+            frame = frame.filter(~is_separate)
+        return [*parts, frame]
 
     def catch_up(self, force: str = "") -> Iterator[Manifest]:
         """Make a version of each batch that has none yet, and yield it (see `learn_batch`).
