@@ -49,15 +49,16 @@ def _accept_change(
     champion: Champion, delivery: Delivery, changed: Sequence[Manifest], alone: Challenger
 ) -> Challenger | None:
     """Accept a change that several deliveries in a row showed. None if they do not show the same change."""
-    is_gap = "gap" in alone.verdict.causes
-    if is_gap:
-        changed = changed[len(changed) + 1 - champion.limits.max_refused_in_a_row :]
-        if delivery.frame["time"].max() > (time.time() + MAX_CLOCK_ERROR_S) * 1e6:  # type: ignore[operator]
-            return None
+    newest = int(delivery.frame["time"].to_numpy().max())
+    if "gap" in alone.verdict.causes and newest > (time.time() + MAX_CLOCK_ERROR_S) * 1e6:
+        return None
+    changed = [manifest for manifest in changed if _newest_time(champion, manifest) <= newest]  # others: a wrong clock
+    if len(changed) + 1 < champion.limits.max_refused_in_a_row:
+        return None
     day = _stats_after_change(champion, delivery, changed)
     if _lasting_anomalies(day, champion):
         return None
-    confirmed = changed if is_gap else recurring(champion, changed, delivery.frame)
+    confirmed = recurring(champion, changed, delivery.frame)
     for attempt in (_challenge_together(champion, delivery, confirmed), alone):
         if attempt is not None and "error" not in attempt.verdict.causes:
             accepted = _accept(attempt, len(changed) + 1)
@@ -179,16 +180,22 @@ def _came_again(champion: Champion, manifest: Manifest, rows: pl.DataFrame, othe
     return True
 
 
+def _newest_time(champion: Champion, manifest: Manifest) -> int:
+    """Return the time of the newest event of a refused version."""
+    batches = [] if manifest.batch is None else [manifest.batch]
+    return int(champion.log.read(batches)["time"].to_numpy().max(initial=0))
+
+
 def _stats_after_change(champion: Champion, delivery: Delivery, changed: Sequence[Manifest]) -> DeliveryStats:
     """Return the statistics of a delivery as if the users, items and times of the last refused ones were known."""
     past = champion.log.read([manifest.batch for manifest in changed if manifest.batch is not None])
     served = champion.bundle.served
     spans = served.state.spans_seen
     users, items = served.users.extend(past["user_id"], spans), served.items.extend(past["item_id"], spans)
-    hole_hours = delivery.stats.hole_hours
-    if hole_hours is not None and len(past):
-        times = pl.concat([past["time"], delivery.frame["time"]]).sort()
-        hole_hours = longest_gap(times, None) / HOUR
+    hole_hours, times = delivery.stats.hole_hours, delivery.frame["time"]
+    before = past.filter(pl.col("time") <= int(times.to_numpy().min()))["time"]
+    if hole_hours is not None and len(before):
+        hole_hours = longest_gap(times, int(before.to_numpy().max())) / HOUR
     return replace(
         delivery.stats,
         share_unknown_users=share_unknown(delivery.frame["user_id"], users),
