@@ -21,6 +21,7 @@ from test_deferral import (
 )
 from test_nightly import ANY, days, learn, new_job
 
+from freshrec.data.log import read_log
 from freshrec.errors import OptionError, StateError, TrainingError
 from freshrec.nightly import challenger as challenger_module
 from freshrec.nightly.deferral import causes_of, find_deferral
@@ -250,3 +251,11 @@ def test_the_reasons_against_the_rows_of_one_user_are_about_these_rows(tmp_path:
     [of_bot, _] = learn(job, with_user(later[3], 9_999, FIVE, share=3), "bot")
     assert "amount" not in causes_of(of_bot) and of_bot.reasons[0].startswith("100 % of the rows belong to one user.")
     assert of_bot.notes[0].startswith("These are the rows of one user")
+
+
+def test_a_bot_is_found_among_the_new_rows_of_a_file_that_repeats_the_whole_log(tmp_path: Path) -> None:
+    base, one, *_ = days()
+    job = new_job(tmp_path / "s", base, limits=GateLimits())
+    result = job.append_delivery(read_log(pl.concat([base, with_user(one, 9_999, FIVE)])), "base and one")
+    assert (result.n_rows, result.n_known, result.n_appended, result.n_separate) == (1800, 1500, 150, 150)
+    assert promoted(list(job.catch_up())) == [False, True] and learned_days(job) == 0.5

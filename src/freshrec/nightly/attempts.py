@@ -18,7 +18,7 @@ from freshrec.nightly.gate import Verdict, content_anomalies, judge_failure
 from freshrec.nightly.notes import Note
 from freshrec.store.manifest import BLAMED_KEY, CAUSES_KEY, DEFERRED_DAYS_KEY, DEFERRED_KEY, Manifest
 
-MAX_CLOCK_ERROR_S = 24 * 3600  # times of events may be ahead of the computer's clock by so much, as of a time zone
+MAX_CLOCK_ERROR_S = 24 * 3600  # times may be ahead of the computer's clock by so much, for example by a time zone
 
 
 def challenge_with_deferred(champion: Champion, delivery: Delivery, deferral: Deferral) -> Challenger:
@@ -59,7 +59,8 @@ def _accept_change(
     if _lasting_anomalies(day, champion):
         return None
     confirmed = recurring(champion, changed, delivery.frame)
-    for attempt in (_challenge_together(champion, delivery, confirmed), alone):
+    together = _challenge_together(champion, delivery, confirmed) if confirmed else None
+    for attempt in (together, alone):
         if attempt is not None and "error" not in attempt.verdict.causes:
             accepted = _accept(attempt, len(changed) + 1)
             return replace(accepted, data=accepted.data | {DAY_KEY: asdict(day)})

@@ -123,17 +123,16 @@ class NightlyJob:
         times = [time for time in newest_times if time is not None]
         if not log.has_clock and times:
             frame = frame.with_columns(pl.col("time") + max(times) + 1)
-        ignored, parts = refused_batches(self.store), [frame]
+        ignored, parts = refused_batches(self.store), {-1: frame}
         if not (self.log.batches()["source"] == source).any():
-            parts = self._separate_suspicious_users(frame)
+            parts = self._separate_suspicious_users(frame, ignored)
         results = list[AppendResult]()
-        for i, part in enumerate(parts[:-1]):
-            result = self.log.append(
-                part, source + (f" {i + 1}" if i else "") + SEPARATE_SUFFIX, log.has_clock, ignored
-            )
+        for place, part in parts.items():
+            part_source = source if place < 0 else f"{source} {place}{SEPARATE_SUFFIX}"
+            result = self.log.append(part, part_source, log.has_clock, ignored)
             ignored += [batch for batch in (result.batch, result.repeated_batch) if batch is not None]
             results.append(result)
-        rest = self.log.append(parts[-1], source, log.has_clock, ignored)
+        rest = results.pop()
         return replace(
             rest,
             n_rows=rest.n_rows + sum(result.n_rows for result in results),
@@ -142,16 +141,24 @@ class NightlyJob:
             n_separate=sum(result.n_appended for result in results),
         )
 
-    def _separate_suspicious_users(self, frame: pl.DataFrame) -> list[pl.DataFrame]:
-        """Return the rows of each user who has too many of them, and as the last part all other rows."""
-        parts, champion = list[pl.DataFrame](), self.champion()
-        while self.limits.separate and len(parts) < MAX_SEPARATE_USERS:
-            is_separate = frame["user_id"].eq_missing(champion.suspicious_user(frame))
+    def _separate_suspicious_users(self, frame: pl.DataFrame, ignored: list[int]) -> dict[int, pl.DataFrame]:
+        """Return the rows of each user who has too many of the new ones, and as the last part all other rows.
+
+        The key of a part is the place of its first row in `frame`, -1 for the last part. So a part has the same key if
+        the delivery is appended again. `ignored`: batches whose events are new too.
+        """
+        if not self.limits.separate:
+            return {-1: frame}
+        champion, rest, parts = self.champion(), frame, dict[int, pl.DataFrame]()
+        new = self.log.rows_not_in(frame, set(self.log.batches()["batch"]) - set(ignored))
+        while len(parts) < MAX_SEPARATE_USERS:
+            user_id = champion.suspicious_user(new)
+            is_separate = rest["user_id"].eq_missing(user_id)
             if not is_separate.any() or is_separate.all():
                 break
-            parts.append(frame.filter(is_separate))
-            frame = frame.filter(~is_separate)
-        return [*parts, frame]
+            parts[(frame["user_id"] == user_id).arg_max() or 0] = rest.filter(is_separate)
+            rest, new = rest.filter(~is_separate), new.filter(pl.col("user_id") != user_id)
+        return parts | {-1: rest}
 
     def catch_up(self, force: str = "") -> Iterator[Manifest]:
         """Make a version of each batch that has none yet, and yield it (see `learn_batch`).
