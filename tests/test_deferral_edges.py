@@ -19,7 +19,7 @@ from test_deferral import (
     renamed,
     with_user,
 )
-from test_nightly import ANY, days, learn, new_job
+from test_nightly import ANY, SIZE, days, learn, new_job
 
 from freshrec.data.log import read_log
 from freshrec.errors import OptionError, StateError, TrainingError
@@ -29,6 +29,7 @@ from freshrec.nightly.erase import erase_user
 from freshrec.nightly.gate import GateLimits
 from freshrec.nightly.job import NightlyJob
 from freshrec.store.checksummed_json import read_checksummed, write_checksummed
+from freshrec.store.event_log import AppendResult, EventLog
 from freshrec.store.versions import open_store, version_chain
 
 __all__ = ["measured"]  # a fixture
@@ -259,3 +260,29 @@ def test_a_bot_is_found_among_the_new_rows_of_a_file_that_repeats_the_whole_log(
     result = job.append_delivery(read_log(pl.concat([base, with_user(one, 9_999, FIVE)])), "base and one")
     assert (result.n_rows, result.n_known, result.n_appended, result.n_separate) == (1800, 1500, 150, 150)
     assert promoted(list(job.catch_up())) == [False, True] and learned_days(job) == 0.5
+
+
+def test_rows_of_two_bots_are_appended_once_if_the_job_is_killed_and_the_first_bot_is_learned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, one, *_ = days()
+    job = new_job(tmp_path / "s", base, limits=GateLimits())
+    bots = with_user(with_user(one, 9_999, FIVE, share=2), 8_888, FIVE, share=3)  # 8,888 has 100 rows, 9,999 has 100
+    append, n_appends = EventLog.append, 0
+
+    def killed_before_the_second_append(log: EventLog, *arguments: Any) -> AppendResult:
+        nonlocal n_appends
+        n_appends += 1
+        if n_appends == 2:
+            raise KeyboardInterrupt
+        return append(log, *arguments)
+
+    delivered = read_log(bots)
+    with monkeypatch.context() as patched:
+        patched.setattr(EventLog, "append", killed_before_the_second_append)
+        with pytest.raises(KeyboardInterrupt):
+            job.append_delivery(delivered, "one")
+    list(job.catch_up("the first bot is a customer"))
+    job.append_delivery(delivered, "one")
+    list(job.catch_up())
+    assert len(job.log.read()) == 1500 + SIZE and learned_days(job) == pytest.approx(2 / 3)

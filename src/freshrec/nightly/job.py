@@ -268,13 +268,17 @@ def refused_batches(store: Store) -> list[int]:
 
 
 def _corrected_batch(store: Store, log: EventLog, batch: int) -> int | None:
-    """Return a separate batch that a delivery may correct: it is not learned, and its times overlap.
+    """Return the first separate batch of the same delivery, or one that the delivery may correct.
 
-    A correction repeats known events, because the rest of the corrected delivery was learned.
+    A corrected batch is not learned, and its times overlap. The correction repeats known events, because the rest of
+    the corrected delivery was learned.
     """
-    if not log.delivery_counts(batch)[2]:
-        return None
     batches, refused = log.batches(), refused_batches(store)
+    source, _, n_known = log.delivery_counts(batch)
+    of_source = pl.col("source").str.starts_with(f"{source} ") & pl.col("source").str.ends_with(SEPARATE_SUFFIX)
+    of_delivery = batches.filter(of_source)["batch"]
+    if len(of_delivery) or not n_known:
+        return of_delivery.min()  # type: ignore[return-value]
     new = batches.row(by_predicate=pl.col("batch") == batch, named=True)
     separate = batches.filter(
         pl.col("source").str.ends_with(SEPARATE_SUFFIX)
