@@ -102,7 +102,7 @@ def test_fewer_rows_for_good_are_accepted_although_a_bot_comes_every_night(tmp_p
     job = new_job(tmp_path / "s", base, limits=limits)
     for i, day in enumerate(later[:2]):
         learn(job, day, f"day {i}")
-    # 120 rows, of which a bot has 60
+    # A bot has 60 of 120 rows
     nights = [with_user(day[:120], 9_999 + i, FIVE) for i, day in enumerate(later[2:])]
     verdicts = [promoted(learn(job, night, f"night {i}")) for i, night in enumerate(nights)]
     assert verdicts == [[False, False], [False, True], [False, True], [False, True]]
