@@ -55,7 +55,7 @@ from freshrec.store.manifest import RETRY_KEY, SEPARATE_SUFFIX, Manifest, MoveAc
 from freshrec.store.versions import Store, version_chain
 
 # Rows of one user are suspicious however few they are, and their numbers are not those of a delivery.
-LIMITS_OF_ONE_USER: dict[str, Any] = {"min_rows": 1, "max_drop_factor": inf, "max_shortening_factor": inf}
+SEPARATE_LIMITS: dict[str, Any] = {"min_rows": 1, "max_drop_factor": inf, "max_shortening_factor": inf}
 
 MAX_SEPARATE_USERS = 5  # of a delivery; if more users have too many rows, the whole rest is refused
 
@@ -209,7 +209,7 @@ class NightlyJob:
         champion, is_retry = self.champion(), retry_of is not None
         is_separate = source.endswith(SEPARATE_SUFFIX)
         if is_separate:
-            champion = replace(champion, limits=replace(self.limits, **LIMITS_OF_ONE_USER))
+            champion = replace(champion, limits=replace(self.limits, **SEPARATE_LIMITS))
         first = batch if is_retry else _corrected_batch(self.store, self.log, batch)
         known_until = None if first is None else newest_time_before(self.store, self.log, first)
         left_out = n_duplicates, n_known + len(delivered) - len(frame)
