@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 from test_nightly import ANY, SIZE, days, learn, n_learned, new_job
 
+from freshrec.cli.app import main
 from freshrec.data.log import read_log
 from freshrec.data.synthetic import make_world
 from freshrec.nightly import challenger as challenger_module
@@ -300,3 +301,21 @@ def test_several_bots_are_separated_and_the_rest_of_the_day_is_learned(tmp_path:
     assert (result.n_rows, result.n_appended, result.n_separate) == (300, 100, 200)
     assert promoted(list(job.catch_up())) == [False, False, True]
     assert refused_batches(job.store) == [2, 3] and n_learned(job.bundle) == 1500 + 100
+
+
+def test_update_says_that_a_refused_delivery_is_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, one, two, *_ = days()
+    for name, frame in {"base": base, "one": one, "few": two[:100]}.items():
+        frame.write_parquet(tmp_path / f"{name}.parquet")
+    at, gate = ["--store", str(tmp_path / "s")], ["--gate", "min_earlier_days=1"]
+    assert main(["fit", str(tmp_path / "base.parquet"), "--model", "popularity", *at]) == 0
+    assert main(["update", str(tmp_path / "one.parquet"), *at, *gate]) == 0
+    capsys.readouterr()
+    assert main(["update", str(tmp_path / "few.parquet"), *at, *gate]) == 8
+    out, err = capsys.readouterr()
+    assert "Version 3 was refused; version 2 stays live. The next update tries its events again." in " ".join(
+        out.split()
+    )
+    assert "The next update tries the events again. To learn them at once, run `freshrec update --retry 3" in err
+    assert main(["status", *at]) == 0
+    assert "the next update learns their events" in capsys.readouterr().out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -144,6 +144,7 @@ def update(
     as_json: AsJson = False,
 ) -> None:
     """Learn new events, measure the new version, and promote it unless it is worse than the live one."""
+    from freshrec.nightly.deferral import find_deferral
     from freshrec.nightly.full_retrain import retrain_interval
     from freshrec.nightly.gate import parse_limits
     from freshrec.nightly.job import NightlyJob
@@ -178,7 +179,8 @@ def update(
             failure = {"error": str(error), "exit_code": error.exit_code}
             error.json_output = [*(version.model_dump() for version in versions), failure]
         raise
-    _report_update(store, live, versions, force, as_json)
+    deferred = find_deferral(opened_store, job.limits).versions if any(not v.promoted for v in versions) else ()
+    _report_update(store, live, versions, deferred, force, as_json)
 
 
 def _print_line(clear_progress: Callable[[], None], as_json: bool, text: str) -> None:
@@ -188,17 +190,20 @@ def _print_line(clear_progress: Callable[[], None], as_json: bool, text: str) ->
         print_wrapped(text, "  ")
 
 
-def _report_update(store: Path, live: int, versions: list[Manifest], force: bool, as_json: bool) -> None:
+def _report_update(
+    store: Path, live: int, versions: list[Manifest], deferred: Sequence[Manifest], force: bool, as_json: bool
+) -> None:
     """Print the result of an update. Raises RefusedError if the gate refused a version."""
     found = [version.model_dump() for version in versions]
     refused = [version.id for version in versions if not version.promoted and not force]
     if refused:
         numbers = f"version{'s' if len(refused) > 1 else ''} {', '.join(map(str, refused))}"
         at = f"--store {shlex.quote(str(store))}"
-        error = RefusedError(
-            f"The gate refused {numbers} of {store}; version {live} is live. To learn the events anyway, run "
-            f'`freshrec update --retry {refused[-1]} --force --reason "..." {at}`.'
-        )
+        anyway = f'run `freshrec update --retry {refused[-1]} --force --reason "..." {at}`.'
+        fate = f"To learn the events anyway, {anyway}"
+        if {version.id for version in deferred} >= set(refused):
+            fate = f"The next update tries the events again. To learn them at once, {anyway}"
+        error = RefusedError(f"The gate refused {numbers} of {store}; version {live} is live. {fate}")
         error.json_output = found
         raise error
     if as_json:
