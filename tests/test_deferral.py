@@ -282,6 +282,18 @@ def test_a_log_that_stops_for_a_month_goes_on_and_a_wrong_clock_never_does(tmp_p
     # The world's days follow each other within hours. The third one after the gap brings all three.
     assert promoted(versions) == [False, False, True, True, True, True]
     assert causes_of(versions[0]) == {"gap"} and learned_days(job) == 6
+    # So does a log in which half of the users never return: a gap does not need the same ids.
+    job = new_job(tmp_path / "u", base, limits=limits)
+    is_new = pl.int_range(pl.len()) % 2 == 0
+    moved = [
+        day.with_columns(
+            pl.col("time") + month,
+            user_id=pl.when(is_new).then(pl.col("user_id") + 10_000 * (i + 1)).otherwise("user_id"),
+        )
+        for i, day in enumerate(later)
+    ]
+    assert promoted([learn(job, day, f"day {i}")[0] for i, day in enumerate(moved)]) == [False, False] + [True] * 4
+    assert learned_days(job) == 6
     # One day is a year too late. It is left out, also when a real gap follows.
     job = new_job(tmp_path / "t", base, limits=limits)
     moved = [day.with_columns(pl.col("time") + n) for day, n in zip(later, [year, 0, month, month, month])]

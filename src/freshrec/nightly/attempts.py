@@ -150,9 +150,9 @@ def _blame(alone: Challenger, refused: Sequence[Manifest], together: Challenger 
 
 
 def recurring(champion: Champion, refused: Sequence[Manifest], new_rows: pl.DataFrame | None = None) -> list[Manifest]:
-    """Return those refused versions whose unknown ids came again, so that they are no mistake.
+    """Return those refused versions whose unknown ids came again, so that they are no mistake, or that had a gap only.
 
-    They came again if the live version knows them now. With `new_rows`, the newest delivery and the other refused
+    Ids came again if the live version knows them now. With `new_rows`, the newest delivery and the other refused
     versions count too.
     """
     refused = refused[-champion.limits.n_recent_days :]
@@ -161,7 +161,10 @@ def recurring(champion: Champion, refused: Sequence[Manifest], new_rows: pl.Data
     found = []
     for manifest in refused:
         others = [] if new_rows is None else [new_rows, *(rows[batch] for batch in batches if batch != manifest.batch)]
-        if manifest.batch is not None and _came_again(champion, manifest, rows[manifest.batch], others):
+        if manifest.batch is None:
+            continue
+        # the times confirm a delivery that was refused for a gap alone
+        if "ids" not in causes_of(manifest) or _came_again(champion, manifest, rows[manifest.batch], others):
             found.append(manifest)
     return found
 
