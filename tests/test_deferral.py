@@ -283,7 +283,7 @@ def test_a_log_that_stops_for_a_month_goes_on_and_a_wrong_clock_never_does(tmp_p
     assert promoted(versions) == [False, False, True, True, True, True]
     assert causes_of(versions[0]) == {"gap"} and learned_days(job) == 6
     # So does a log in which half of the users never return: a gap does not need the same ids.
-    job = new_job(tmp_path / "u", base, limits=limits)
+    job = new_job(tmp_path / "u", base, limits=replace(limits, max_rise=0.25))
     is_new = pl.int_range(pl.len()) % 2 == 0
     moved = [
         day.with_columns(
