@@ -13,7 +13,7 @@ from freshrec.cli.app import main
 from freshrec.data.log import read_log
 from freshrec.data.synthetic import make_world
 from freshrec.nightly import challenger as challenger_module
-from freshrec.nightly.deferral import causes_of, find_deferral
+from freshrec.nightly.deferral import causes_of, find_deferral, is_change
 from freshrec.nightly.gate import GateLimits
 from freshrec.nightly.job import NightlyJob, refused_batches
 from freshrec.replay.metrics import Float64Array
@@ -331,3 +331,8 @@ def test_update_says_that_a_refused_delivery_is_tried_again(tmp_path: Path, caps
     assert "The next update tries the events again. To learn them at once, run `freshrec update --retry 3" in err
     assert main(["status", *at]) == 0
     assert "the next update learns their events" in capsys.readouterr().out
+
+
+def test_random_clicks_after_a_gap_are_no_lasting_change() -> None:
+    assert is_change({"gap"}) and is_change({"ids", "head", "floor"}) and is_change({"gap", "ids", "head"})
+    assert not is_change({"gap", "head"}) and not is_change({"head"}) and not is_change({"gap", "content"})

@@ -80,8 +80,12 @@ def find_deferral(store: Store, limits: GateLimits) -> Deferral:
 
 
 def is_change(causes: Collection[str]) -> bool:
-    """Whether a refusal may show that the log has changed: its users or items, or its times after a long gap."""
-    return bool(LASTING_CAUSES.intersection(causes)) and CHANGE_CAUSES.issuperset(causes)
+    """Whether a refusal may show that the log has changed: its users or items, or its times after a long gap.
+
+    New items explain why clicks ignore the popular ones. A gap does not.
+    """
+    is_explained = "ids" in causes or "head" not in causes
+    return is_explained and bool(LASTING_CAUSES.intersection(causes)) and CHANGE_CAUSES.issuperset(causes)
 
 
 def causes_of(manifest: Manifest) -> set[str]:
