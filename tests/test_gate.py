@@ -422,3 +422,12 @@ def test_limits_are_options() -> None:
     for wrong in ("metric=speed@20", "tolerence=0.1", "tolerance=much", "tolerance"):
         with pytest.raises(OptionError):
             parse_limits(wrong)
+
+
+def test_equal_times_of_few_users_are_wrong_events_and_no_short_day() -> None:
+    # 15 users are too few for the check of equal seconds, which starts at 20. The delivery must not be deferred.
+    few = a_day(21).with_columns(pl.col("user_id") % 15, time=pl.lit(a_day(21)["time"][0]))
+    verdict = judge_challenger(stats(few, 21), THREE_WEEKS, SAME)
+    assert "content" in verdict.causes and any("The rows cover 0 hours." in reason for reason in verdict.reasons)
+    short = replace(TODAY, span_hours=8.0)
+    assert judge_challenger(short, THREE_WEEKS, SAME).causes == {"amount"}

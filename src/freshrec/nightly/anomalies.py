@@ -26,7 +26,7 @@ def amount_anomalies(day: DeliveryStats, earlier: Sequence[DeliveryStats], limit
         *_outside_usual_range("row", [d.n_rows for d in days], limits.max_drop_factor, limits.max_growth_factor),
         *_outside_usual_range("user", [d.n_users for d in days], limits.max_drop_factor, limits.max_growth_factor),
         *_outside_usual_range("item", [d.n_items for d in days], inf, limits.max_growth_factor),
-        *_short_span(day, recent, limits),
+        *(_short_span(day, recent, limits) if not _has_equal_times(day, limits) else []),
     ]
 
 
@@ -68,6 +68,8 @@ def share_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats], limits:
     if day.n_users >= limits.min_users_same_second and (recent or not day.whole_days):
         seconds = [d.share_same_second for d in days]
         found += check("of the users have an event in the same second", seconds, limits.max_share_same_second, large)
+    if _has_equal_times(day, limits):
+        found += _short_span(day, recent, limits)
     late = "of the rows are older than the newest known event"
     if day.gap_hours is not None and day.gap_hours < 0:
         late += f" (the median row by {-day.gap_hours:,.0f} hours)"
@@ -176,6 +178,11 @@ def gap_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats], limits: G
         f"There are no rows for {day.hole_hours:,.0f} hours in a row. More than {limit:,.0f} hours is unusual. "
         "Check the unit and the offset of the timestamps."
     ]
+
+
+def _has_equal_times(day: DeliveryStats, limits: GateLimits) -> bool:
+    """Whether many rows have the same time. That is no short day but a wrong clock."""
+    return day.span_hours == 0 and day.n_rows >= limits.min_rows
 
 
 def _short_span(day: DeliveryStats, recent: Sequence[DeliveryStats], limits: GateLimits) -> list[str]:
