@@ -13,6 +13,7 @@ from freshrec.cli.app import main
 from freshrec.data.log import read_log
 from freshrec.data.synthetic import make_world
 from freshrec.nightly import challenger as challenger_module
+from freshrec.nightly.anomalies import unknown_id_anomalies
 from freshrec.nightly.deferral import causes_of, find_deferral, is_change
 from freshrec.nightly.gate import GateLimits
 from freshrec.nightly.job import NightlyJob, refused_batches
@@ -177,10 +178,10 @@ def test_a_store_of_0_1_0_has_no_share_of_new_users_and_accepts_the_first_night(
     first = champion.chain[0]
     former = first.model_copy(update={"data": {k: v for k, v in first.data.items() if k != "share_new_users"}})
     frame = one.with_columns(pl.col("user_id") + 1_000_000)
-    reasons = [
-        replace(champion, chain=[manifest]).delivery_stats(frame).share_new_users_first for manifest in (former, first)
-    ]
-    assert reasons[0] is None and reasons[1] is not None
+    nights = [replace(champion, chain=[manifest]).delivery_stats(frame) for manifest in (former, first)]
+    assert nights[0].share_new_users_first is None and nights[1].share_new_users_first is not None
+    accepted = [not unknown_id_anomalies(night, [], GateLimits()) for night in nights]
+    assert accepted == [True, False]
 
 
 def test_a_lower_quality_becomes_usual_if_it_lasts(tmp_path: Path, measured: Callable[[Measure], None]) -> None:

@@ -52,7 +52,8 @@ def _accept_change(
     newest = int(delivery.frame["time"].to_numpy().max())
     if "gap" in alone.verdict.causes and newest > (time.time() + MAX_CLOCK_ERROR_S) * 1e6:
         return None
-    changed = [manifest for manifest in changed if _newest_time(champion, manifest) <= newest]  # others: a wrong clock
+    newest_times = dict(champion.log.batches().select("batch", "last").iter_rows())
+    changed = [m for m in changed if (newest_times.get(m.batch) or 0) <= newest]  # others have a wrong clock
     if len(changed) + 1 < champion.limits.max_refused_in_a_row:
         return None
     day = _stats_after_change(champion, delivery, changed)
@@ -160,9 +161,9 @@ def recurring(champion: Champion, refused: Sequence[Manifest], new_rows: pl.Data
     rows = {batch: champion.log.read([batch]).select("user_id", "item_id") for batch in batches}
     found = []
     for manifest in refused:
-        others = [] if new_rows is None else [new_rows, *(rows[batch] for batch in batches if batch != manifest.batch)]
         if manifest.batch is None:
             continue
+        others = [] if new_rows is None else [new_rows, *(rows[batch] for batch in batches if batch != manifest.batch)]
         # the times confirm a delivery that was refused for a gap alone
         if "ids" not in causes_of(manifest) or _came_again(champion, manifest, rows[manifest.batch], others):
             found.append(manifest)
@@ -182,12 +183,6 @@ def _came_again(champion: Champion, manifest: Manifest, rows: pl.DataFrame, othe
         if 1 - is_unknown.sum() / n_unknown < limits.min_recurrence:
             return False
     return True
-
-
-def _newest_time(champion: Champion, manifest: Manifest) -> int:
-    """Return the time of the newest event of a refused version."""
-    batches = [] if manifest.batch is None else [manifest.batch]
-    return int(champion.log.read(batches)["time"].to_numpy().max(initial=0))
 
 
 def _stats_after_change(champion: Champion, delivery: Delivery, changed: Sequence[Manifest]) -> DeliveryStats:

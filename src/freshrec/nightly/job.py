@@ -39,11 +39,7 @@ from freshrec.nightly.challenger import (
     popularity_state,
 )
 from freshrec.nightly.deferral import batches_of, find_deferral
-from freshrec.nightly.delivery_stats import (
-    compute_delivery_stats,
-    newest_time_before,
-    share_of_new_users,
-)
+from freshrec.nightly.delivery_stats import compute_delivery_stats, newest_time_before, share_of_new_users
 from freshrec.nightly.gate import GateLimits, find_anomalies
 from freshrec.nightly.holdout import newest_queries, user_values
 from freshrec.nightly.notes import Note, count_of, with_notes
