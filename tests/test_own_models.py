@@ -357,7 +357,7 @@ def test_the_example_replays_and_its_store_opens_if_its_module_is_named(
     del sys.modules["my_model"]  # as in a new process
     ask = ["recommend", "user-1", "--store", "s", "--json"]
     assert main(ask) == 7
-    assert "module my_model, which is not imported. Import it before loading, or set FRESHREC_IMPORT=my_model" in (
+    assert "module my_model, which is not imported. If you trust the code, add --allow-import my_model to the" in (
         capsys.readouterr().err
     )
     monkeypatch.setenv("FRESHREC_IMPORT", "my_model")

@@ -1,4 +1,7 @@
-"""Import custom models and strategies, named "their_package.module:Thing". This module does not import torch."""
+"""Import custom models and strategies, named "their_package.module:Thing". This module does not import torch.
+
+Only a person names modules: in an option, in FRESHREC_IMPORT or in a recipe. A store never causes an import.
+"""
 
 import importlib
 import inspect
@@ -12,6 +15,7 @@ from typing import Any
 from freshrec.errors import OptionError, unknown_name_error
 
 IMPORTS = "FRESHREC_IMPORT"  # environment variable: modules that commands import first, separated by commas
+ALLOW_IMPORT = "--allow-import"  # the option of commands that open a store; it does the same
 
 
 @dataclass(frozen=True)
@@ -63,3 +67,22 @@ def import_named(module: str) -> ModuleType:
     if folder not in sys.path:
         sys.path.append(folder)  # at the end, so that it hides no other module
     return importlib.import_module(module)
+
+
+def is_module_name(name: str) -> bool:
+    """Whether `name` can be the name of a module, such as my_model or shop.models."""
+    return all(part.isidentifier() for part in name.split("."))
+
+
+def import_allowed(modules: Iterable[str], source: str) -> None:
+    """Import the modules that the user allows. `source` is the option or variable that names them.
+
+    Raises OptionError for a module that does not exist.
+    """
+    for module in modules:
+        if not is_module_name(module):
+            raise OptionError(f'{source} is "{module[:60]}", which is not a module. Write a name such as my_model.')
+        try:
+            import_named(module)
+        except ImportError as problem:
+            raise OptionError(f"{source} names {module}, which cannot be imported ({problem}). Correct it.") from None

@@ -28,7 +28,7 @@ from freshrec.data.log import format_count, read_log
 from freshrec.data.validate import LogReport, format_percent, validate_log
 from freshrec.deprecation import replace_old_flags
 from freshrec.errors import FreshrecError, OptionError, StateError, unknown_name_error
-from freshrec.user_modules import IMPORTS, import_named
+from freshrec.user_modules import IMPORTS, import_allowed
 from freshrec.version import __version__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -221,11 +221,7 @@ def import_own_modules() -> None:
 
     The user names the modules, not the store, so that a store from elsewhere cannot choose what code runs.
     """
-    for module in filter(None, os.environ.get(IMPORTS, "").split(",")):
-        try:
-            import_named(module.strip())
-        except ImportError as problem:
-            raise OptionError(f"{IMPORTS} names {module}, which cannot be imported ({problem}). Correct it.") from None
+    import_allowed(parse_list(os.environ.get(IMPORTS, "")), IMPORTS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from socket import IPPROTO_TCP, TCP_NODELAY, socket
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from freshrec.cli.options import AsJson, StorePath
+from freshrec.cli.options import AllowImport, AsJson, StorePath
 from freshrec.cli.output import print_table, print_wrapped
 from freshrec.errors import OptionError, StateError
+from freshrec.user_modules import ALLOW_IMPORT
 
 if TYPE_CHECKING:
     import uvicorn
@@ -33,6 +35,7 @@ PortOption = Annotated[int, typer.Option(min=0, max=65535, help="Port (0 = any f
 
 def serve(
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
     host: HostOption = "127.0.0.1",
     port: PortOption = 8000,
     token_file: TokenOption = None,
@@ -68,7 +71,7 @@ def serve(
     service = Service(
         live,
         ServerLimits(read_token(token_file), max_requests_per_s=rate),
-        lambda user: erase_in_subprocess(store, user),
+        lambda user: erase_in_subprocess(store, user, allow_import or ()),
     )
     config = uvicorn.Config(
         create_app(service),
@@ -99,6 +102,7 @@ def listening_socket(config: uvicorn.Config) -> socket:
 def export(
     out: Annotated[Path, typer.Argument(metavar="FOLDER", help="New folder for the files.")],
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
     version: Annotated[int | None, typer.Option("--version", help="Version to use (default: the live one).")] = None,
     onnx: Annotated[
         bool, typer.Option("--onnx", help="Also export the network that computes user vectors from histories, as ONNX.")
@@ -130,6 +134,7 @@ bench = typer.Typer(no_args_is_help=True, help="Measure on this machine.")
 @bench.command("serve")
 def bench_serve(
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
     rate: Annotated[float, typer.Option(min=0.1, help="Requests per second, at random times.")] = 20.0,
     seconds: Annotated[float, typer.Option(min=1, help="Duration in seconds.")] = 20.0,
     k: Annotated[int, typer.Option("--k", "-k", help="Number of items per list.")] = 20,
@@ -144,7 +149,16 @@ def bench_serve(
     """Start a server of the store, send requests at a fixed rate, and report latency and errors."""
     from freshrec.server.benchmark import run_benchmark
 
-    options = ("--exact-max-items", str(exact_max_items), "--n-longest", str(n_longest), "--threads", str(threads))
+    imports = [word for module in allow_import or () for word in (ALLOW_IMPORT, module)]
+    options = (
+        *imports,
+        "--exact-max-items",
+        str(exact_max_items),
+        "--n-longest",
+        str(n_longest),
+        "--threads",
+        str(threads),
+    )
     report = run_benchmark(store, rate, seconds, k, options, swap)
     if as_json:
         typer.echo(json.dumps(report))
@@ -167,9 +181,10 @@ def read_token(path: Path | None) -> str:
     return token
 
 
-def erase_in_subprocess(store: Path, user: str) -> dict[str, Any]:
+def erase_in_subprocess(store: Path, user: str, allowed_modules: Sequence[str] = ()) -> dict[str, Any]:
     """Run `freshrec erase` in a subprocess, because it needs the training code. Raises StateError if it fails."""
-    options = ("--store", str(store), "--wait", "1m", "--json", "--", user)
+    imports = [word for module in allowed_modules for word in (ALLOW_IMPORT, module)]
+    options = (*imports, "--store", str(store), "--wait", "1m", "--json", "--", user)
     command = [sys.executable, "-m", "freshrec", "erase", *options]
     process = subprocess.run(command, capture_output=True, text=True, timeout=3600)
     if process.returncode:

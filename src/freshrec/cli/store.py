@@ -13,6 +13,7 @@ import polars as pl
 import typer
 
 from freshrec.cli.options import (
+    AllowImport,
     AsJson,
     Columns,
     EventTypes,
@@ -129,6 +130,7 @@ def _skipped_rows(job: NightlyJob, version: Manifest, log: Log) -> list[str]:
 def update(
     new: NewEvents = None,
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
     force: Annotated[bool, typer.Option("--force", help="Promote a refused version anyway; needs --reason.")] = False,
     reason: ReasonOption = "",
     retry: Annotated[

@@ -21,6 +21,7 @@ from freshrec.recommender.served_state import ServedState
 from freshrec.recommender.serving_bundle import (
     CATEGORIES_FILE,
     ITEMS_FILE,
+    SERVED_FILE,
     USERS_FILE,
     ServingBundle,
     read_catalog,
@@ -30,7 +31,7 @@ from freshrec.recommender.serving_bundle import (
     write_serving_bundle,
 )
 from freshrec.replay.measure import Queries
-from freshrec.store.checkpoint import load_tree, save_tree
+from freshrec.store.checkpoint import check_modules, load_tree, save_tree
 from freshrec.store.versions import LEGACY_FILE
 from freshrec.strategies import find_strategy
 from freshrec.strategies.compatible import check_compatible, default_strategy, next_state
@@ -137,6 +138,7 @@ def read_bundle(files: Mapping[str, Path]) -> Bundle:
         served = ServedState(state, counts, users, items, read_parquet_file(files[CATEGORIES_FILE]), pending)
         return Bundle(served, strategy, names, read_options, load_tree(files[QUERIES_FILE]))
     require_files(files, (LEARNING_FILE,))
+    check_modules(files[name] for name in (SERVED_FILE, LEARNING_FILE) if name in files)
     serving_bundle = read_serving_bundle(files, load_tree)
     strategy, memory, costs, base_state = load_tree(files[LEARNING_FILE])
     state = replace(serving_bundle.served.state, memory=memory, costs=costs, shared_base=base_state)

@@ -221,6 +221,7 @@ class Recommender:
     def load(folder: str | Path) -> Recommender:
         """Load the live version of the store in `folder`. Raises StateError for a missing or damaged store.
 
+        Import the module of a custom model or strategy first: loading imports nothing outside freshrec.
         A folder of an older freshrec without a store is read too; `save` it to a new folder.
         """
         if (Path(folder) / LEGACY_FILE).exists():
