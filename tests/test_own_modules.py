@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,15 @@ import pytest
 from safetensors.torch import save_file
 from serving import days, server
 
+from freshrec import Recommender, SplitConfig, make_world, split_log
 from freshrec.cli.app import main
-from freshrec.errors import StateError
+from freshrec.errors import OptionError, StateError
+from freshrec.learn.fit import FitConfig
+from freshrec.models import MODELS, find_model
+from freshrec.models.sasrec import SASRec, SASRecSpec
+from freshrec.replay.cell import Cell
 from freshrec.store.checkpoint import load_tree
+from freshrec.strategies.baselines import FineTune, Frozen, Retrain
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "docs" / "examples"
 OWN_STRATEGY = """
@@ -163,3 +170,72 @@ def test_a_file_makes_only_objects_of_known_classes(name: str, fields: dict[str,
     assert "ran:MyModelSpec to" not in str(caught.value) and "\x1b" not in str(caught.value)
     assert ("--allow-import" in str(caught.value)) == (name == "shop_model:MyModelSpec")
     assert not (shop / "out").exists() and not (shop / "ran").exists() and "shop_model" not in sys.modules
+
+
+CLASSES = [  # class -> the name of what it stands for
+    *[(type(spec), name) for name, spec in MODELS.items() if spec == type(spec)()],
+    *[(type(spec.build(0)), name) for name, spec in MODELS.items() if spec == type(spec)()],
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), CLASSES, ids=lambda value: getattr(value, "__name__", value))
+def test_a_class_of_options_or_of_models_stands_for_the_model_with_default_options(kind: Any, name: str) -> None:
+    bundle = Recommender(kind)._bundle
+    assert bundle.served.state.model.spec == MODELS[name]
+    assert bundle.names == Recommender(name)._bundle.names  # what a store and a table call it
+    assert find_model(f"{kind.__module__}:{kind.__name__}") == MODELS[name]
+
+
+@pytest.mark.parametrize(("kind", "name"), [(FineTune, "finetune"), (Retrain, "full"), (Frozen, "frozen")])
+def test_a_class_of_strategies_stands_for_its_default_options(kind: Any, name: str) -> None:
+    assert Recommender("sasrec", kind)._bundle.names == ("sasrec", name)
+    assert Cell("sasrec", SASRecSpec, name, kind, 0) == Cell("sasrec", SASRecSpec(), name, kind(), 0)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class NoSeed:
+    def build(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Demanding:
+    hours: float
+
+    def build(self, seed: int) -> None: ...
+
+    def update(self, state: Any, span: Any) -> None: ...
+
+
+WRONG: list[tuple[Any, Any, str]] = [
+    (
+        SASRec(SASRecSpec(), 0),
+        None,
+        r'Model "SASRec" is a model, not its options. Pass its options, such as SASRecSpec\(\)',
+    ),
+    (FineTune, None, r'Model "FineTune" has no method build\(seed\)'),
+    (NoSeed, None, r'Model "NoSeed" has a method build with other arguments. Write build\(seed\)'),
+    (Demanding, None, 'Model "Demanding" is a class that needs arguments'),
+    (5, None, r'Model "int" has no method build\(seed\)'),
+    ("sasrec", SASRec, r'Strategy "SASRec" has no method update\(state, span\)'),
+    ("item-knn", Demanding, 'Strategy "Demanding" is a class that needs arguments'),
+    ("sasrec", FineTune(fit=FitConfig), r'Strategy "FineTune": option fit is a class. Write fit=FitConfig\(\)'),  # type: ignore[arg-type]
+]
+
+
+@pytest.mark.parametrize(("model", "strategy", "message"), WRONG)
+def test_anything_else_is_one_clear_sentence(model: Any, strategy: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        Recommender(model, strategy)
+
+
+def test_a_class_or_a_frame_for_split_log_is_understood_or_explained() -> None:
+    log = make_world("drift", users=30, items=20, events=300, spans=2).log
+    assert split_log(log, SplitConfig).fingerprint() == split_log(log).fingerprint()
+    with pytest.raises(OptionError, match="split_log takes the result of read_log"):
+        split_log(log.frame)  # type: ignore[arg-type]
+
+
+def test_one_metric_may_be_given_as_a_text() -> None:
+    base, day, _ = days()
+    recommender = Recommender("item-knn").fit(base)
+    assert recommender.evaluate(day, "hr@5").equals(recommender.evaluate(day, ["hr@5"]))

@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from freshrec.deprecation import describe_rename
-from freshrec.disk_names import former_class_names, former_fields, former_values
+from freshrec.disk_names import former_class_names, former_fields, former_values, tag_of
 from freshrec.errors import OptionError, close_name, suggest_name, unknown_name_error
 from freshrec.user_modules import Interface, import_instance
 
@@ -179,6 +179,12 @@ def find_instance(
         changes.append((path.split("."), value))
     owner = "The gate" if kind == name == "gate" else f"{kind.capitalize()} {name[:60]}"
     return _replace_fields(instance, changes, text, owner) if changes else instance  # type: ignore[no-any-return]
+
+
+def name_of(instance: Any, table: Mapping[str, Any]) -> str:
+    """Return the name of an instance in the table. One that is not in it has the name of its class in files."""
+    equal = (name for name, other in table.items() if type(other) is type(instance) and other == instance)
+    return next(equal, tag_of(type(instance)))
 
 
 def _replace_fields(

@@ -7,10 +7,10 @@ import importlib
 import inspect
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 from freshrec.errors import OptionError, unknown_name_error
 
@@ -43,22 +43,47 @@ def import_instance(kind: str, name: str, valid: Iterable[str], interface: Inter
 
 
 def as_instance(kind: str, name: str, found: Any, interface: Interface) -> Any:
-    """Return `found`, or an instance of it if it is a class. Raises OptionError if it does not have the interface."""
+    """Return `found`, or an instance with default options if it is a class.
+
+    A class of models stands for the class of its options. Raises OptionError if there is no such instance, or if it
+    does not have the interface.
+    """
+    label = f'{kind.capitalize()} "{name[:60]}"'
+    method, n_arguments = interface.method.partition("(")[0], interface.method.count(",") + 1
+    if method not in dir(found):
+        options = _options_class(found if isinstance(found, type) else type(found), method)
+        if options is not None and not isinstance(found, type):
+            raise OptionError(f"{label} is a model, not its options. Pass its options, such as {options.__name__}().")
+        if options is None:
+            raise OptionError(f"{label} has no method {interface.method}. Add it, or name another class.")
+        found = options
     instance = found
     if isinstance(found, type):
         try:
             inspect.signature(found).bind()
         except (TypeError, ValueError):
             raise OptionError(
-                f'{kind.capitalize()} "{name[:60]}" is a class that needs arguments. Give them defaults, or name an '
-                "instance."
+                f"{label} is a class that needs arguments. Give them defaults, or name an instance."
             ) from None
         instance = found()
-    if not isinstance(instance, interface.protocol):
-        raise OptionError(
-            f'{kind.capitalize()} "{name[:60]}" has no method {interface.method}. Add it, or name another class.'
-        )
+    try:
+        inspect.signature(getattr(instance, method)).bind(*range(n_arguments))
+    except (TypeError, ValueError):
+        raise OptionError(f"{label} has a method {method} with other arguments. Write {interface.method}.") from None
+    for field in fields(instance) if is_dataclass(instance) else ():
+        value = getattr(instance, field.name)
+        if isinstance(value, type) and is_dataclass(value):
+            raise OptionError(f"{label}: option {field.name} is a class. Write {field.name}={value.__name__}().")
     return instance
+
+
+def _options_class(kind: type, method: str) -> type | None:
+    """Return the class of the options of a model: the type of an argument of its `__init__` that has this method."""
+    try:
+        hints = get_type_hints(vars(kind).get("__init__"))
+    except (NameError, TypeError):  # a type that is known to type checkers only, or no `__init__`
+        return None
+    return next((hint for hint in hints.values() if isinstance(hint, type) and method in dir(hint)), None)
 
 
 def import_named(module: str) -> ModuleType:

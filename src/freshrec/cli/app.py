@@ -61,7 +61,7 @@ OWN_NAMES = {  # how to name a custom model or strategy
     "models": "Name your own model by its module and class, such as my_model:MyModelSpec:hours=2.",
     "strategies": "Name your own strategy by its module and class, such as my_strategy:MyStrategy:keep=0.3.",
 }
-LISTED_KINDS = ("models", "strategies", "metrics", "worlds", "formats")
+LISTED_KINDS = ("models", "strategies", "metrics", "worlds", "formats", "recipes")
 
 
 def validate(
@@ -87,7 +87,7 @@ def list_names(
     kind: Annotated[str, typer.Argument(metavar="KIND", help=f"Names to list: {', '.join(LISTED_KINDS)}.")],
     as_json: AsJson = False,
 ) -> None:
-    """List models, strategies, metrics, worlds or formats, with one line about each."""
+    """List models, strategies, metrics, worlds, formats or recipes, with a line about each."""
     lines = describe_names(kind)
     if as_json:
         typer.echo(json.dumps(lines, indent=2))
@@ -132,6 +132,10 @@ def describe_names(kind: str) -> dict[str, str]:
         return {name: log_format.description for name, log_format in FORMATS.items()}
     if kind == "worlds":
         return {name: _first_line(world.__doc__) for name, world in WORLDS.items()}
+    if kind == "recipes":
+        from freshrec.replay.recipe_files import describe_recipes
+
+        return describe_recipes()
     if kind == "metrics":
         from freshrec.replay.metrics import METRICS
 

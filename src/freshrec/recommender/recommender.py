@@ -42,10 +42,10 @@ from freshrec.types import TRAIN, ModelSpec, Strategy
 class Recommender:
     """A model that is updated from new events only.
 
-    `model` and `strategy` are names with options ("comirec-dr:k=1", "imsr:fit.epochs=5"), or custom classes or
-    instances. The default strategy is `refit` for the blend, `absorb` for other counting models such as item-knn, and
-    `finetune` for trained models. Raises OptionError for an unknown name and IncompatibleError if the strategy cannot
-    update the model.
+    `model` and `strategy` are names with options ("comirec-dr:k=1", "imsr:fit.epochs=5"), instances, or classes, which
+    stand for their default options. The default strategy is `refit` for the blend, `absorb` for other counting models
+    such as item-knn, and `finetune` for trained models. Raises OptionError for an unknown name and IncompatibleError if
+    the strategy cannot update the model.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class Recommender:
         found = explain_item(served, *rows_of_pair(served, user, item))
         return found.with_columns(served.items.ids(column_tensor(found, "because")).alias("because"))
 
-    def evaluate(self, new_events: LogSource, metrics: Sequence[str] = ("hr@20", "ndcg@20")) -> pl.DataFrame:
+    def evaluate(self, new_events: LogSource, metrics: str | Sequence[str] = ("hr@20", "ndcg@20")) -> pl.DataFrame:
         """Measure the model on new events. Returns a frame: metric, value, low, high (95 % interval), n, n_users.
 
         Each event is one query. Its history is all earlier events of the user, including new ones. Its item is
@@ -180,6 +180,7 @@ class Recommender:
         not change: call `update` with the same rows afterwards. Raises LogError if there are no queries and OptionError
         for an unknown metric.
         """
+        metrics = [metrics] if isinstance(metrics, str) else metrics
         for metric in metrics:
             parse_metric(metric)
         served = self.served
