@@ -14,6 +14,7 @@ import typer
 
 from freshrec.cli.options import AllowImport, AsJson, StorePath
 from freshrec.cli.output import print_table, print_wrapped
+from freshrec.cli.progress import show_progress
 from freshrec.errors import OptionError, StateError
 from freshrec.user_modules import ALLOW_IMPORT
 
@@ -107,11 +108,16 @@ def export(
     onnx: Annotated[
         bool, typer.Option("--onnx", help="Also export the network that computes user vectors from histories, as ONNX.")
     ] = False,
+    lists: Annotated[
+        bool, typer.Option("--lists", help="Also export lists and neighbours. Models without vectors always do.")
+    ] = False,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Items per list, and neighbours per item.")] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """Export ids, vectors and an index of a version for other programs: Parquet, npy, faiss, ONNX.
+    """Export a version for other programs, as Parquet, npy, faiss and ONNX files.
 
-    The model must have vectors, such as comirec-dr or sasrec. The default model, blend, has none (exit code 5).
+    A model with vectors, such as comirec-dr or sasrec: ids, vectors and an index. Any other model, such as the default:
+    the list of each user, and the neighbours of each item. ONNX needs a model with vectors (exit code 5).
     """
     from freshrec.recommender.search import EXACT_SEARCH
     from freshrec.server.export import export_version
@@ -120,7 +126,9 @@ def export(
 
     opened_store = open_store(store)
     manifest = opened_store.manifest(opened_store.live if version is None else version)
-    summary = export_version(load_version(opened_store, manifest, EXACT_SEARCH), out, onnx)
+    loaded = load_version(opened_store, manifest, EXACT_SEARCH)
+    with show_progress(not as_json, with_lines=False):
+        summary = export_version(loaded, out, onnx, lists, k)
     if as_json:
         typer.echo(json.dumps(summary))
         return
