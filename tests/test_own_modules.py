@@ -14,6 +14,7 @@ from serving import days, server
 
 from freshrec import Recommender, SplitConfig, make_world, split_log
 from freshrec.cli.app import main
+from freshrec.cli.server import erase_in_subprocess
 from freshrec.errors import OptionError, StateError
 from freshrec.learn.fit import FitConfig
 from freshrec.models import MODELS, find_model
@@ -110,6 +111,12 @@ def test_the_option_opens_the_store(allow: list[str], shop: Path, capsys: pytest
     best = [row["item_id"] for row in json.loads(capsys.readouterr().out)]
     with server(shop) as (client, _):
         assert [row["item_id"] for row in client.get("/recommend/user-1").json()["items"]] == best
+
+
+def test_erasing_through_the_server_allows_the_same_modules_and_nothing_of_the_current_folder(shop: Path) -> None:
+    (shop / "typer.py").write_text("open('ran-typer', 'w').close()")  # `python -m` would import it
+    assert erase_in_subprocess(Path("s"), "user-1", ["shop_model", "shop_strategy"])["events"] > 0
+    assert not list(shop.glob("ran-*"))
 
 
 @pytest.mark.parametrize("command", [*[words[0] for words in COMMANDS], *OTHERS])

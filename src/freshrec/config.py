@@ -14,7 +14,7 @@ pydantic checks the values, and `option_error` turns its errors into sentences. 
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import MISSING, fields, is_dataclass, replace
 from functools import cache
 from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -182,9 +182,42 @@ def find_instance(
 
 
 def name_of(instance: Any, table: Mapping[str, Any]) -> str:
-    """Return the name of an instance in the table. One that is not in it has the name of its class in files."""
-    equal = (name for name, other in table.items() if type(other) is type(instance) and other == instance)
-    return next(equal, tag_of(type(instance)))
+    """Return the name of an instance with its options, such as "sasrec:d=8", as `find_instance` reads it.
+
+    The name is that of the most similar instance of the table, or else the name of the class in files.
+    """
+    tag, kind = tag_of(type(instance)), type(instance)
+    others = [(name, other) for name, other in table.items() if type(other) is kind]
+    if not others and is_dataclass(instance) and all(_has_default(field) for field in fields(instance)):
+        others = [(tag, kind())]
+    named = [(name, _option_texts(instance, other)) for name, other in others]
+    options = [(name, texts) for name, texts in named if texts is not None]
+    name, texts = min(options, key=lambda pair: len(pair[1] or ()), default=(tag, []))
+    return ":".join([name, *(texts or [])])
+
+
+def _has_default(field: Any) -> bool:
+    return field.default is not MISSING or field.default_factory is not MISSING or not field.init
+
+
+def _option_texts(instance: Any, other: Any, parent: str = "") -> list[str] | None:
+    """Return the options in which an instance differs from another one of its class; None if texts cannot say it."""
+    found: list[str] = []
+    for name in [field.name for field in fields(instance)] if is_dataclass(instance) else []:
+        value, default = getattr(instance, name), getattr(other, name)
+        if value is default or (type(value) is type(default) and value == default):
+            continue
+        if value is None or isinstance(value, bool | int | float | str):
+            text = str(value).lower() if value is None or isinstance(value, bool) else str(value)
+            found.append(f"{parent}{name}={text}")
+        elif type(value) is type(default) and is_dataclass(value):
+            parts = _option_texts(value, default, f"{parent}{name}.")
+            if parts is None:
+                return None
+            found += parts
+        else:
+            return None
+    return found
 
 
 def _replace_fields(

@@ -14,8 +14,8 @@ import typer
 
 from freshrec.cli.options import AllowImport, AsJson, StorePath
 from freshrec.cli.output import print_table, print_wrapped
-from freshrec.cli.progress import show_progress
 from freshrec.errors import OptionError, StateError
+from freshrec.recommender.progress import show_progress
 from freshrec.user_modules import ALLOW_IMPORT
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def erase_in_subprocess(store: Path, user: str, allowed_modules: Sequence[str] =
     """Run `freshrec erase` in a subprocess, because it needs the training code. Raises StateError if it fails."""
     imports = [word for module in allowed_modules for word in (ALLOW_IMPORT, module)]
     options = (*imports, "--store", str(store), "--wait", "1m", "--json", "--", user)
-    command = [sys.executable, "-m", "freshrec", "erase", *options]
+    command = [sys.executable, "-P", "-m", "freshrec", "erase", *options]  # -P: not from the current folder
     process = subprocess.run(command, capture_output=True, text=True, timeout=3600)
     if process.returncode:
         raise StateError(

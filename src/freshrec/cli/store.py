@@ -28,12 +28,12 @@ from freshrec.cli.options import (
     parse_pairs,
 )
 from freshrec.cli.output import print_json, print_labelled, print_wrapped
-from freshrec.cli.progress import READING, show_progress
 from freshrec.cli.version_text import fit_lines, next_commands, retry_command, update_lines, verdict_sentence
 from freshrec.cli.versions import locked_store
 from freshrec.data.log import Log, events_before, filter_positives, format_count, format_time, read_log
 from freshrec.errors import FreshrecError, LogError, NoRowsError, OptionError, RefusedError
 from freshrec.progress import report_progress
+from freshrec.recommender.progress import READING, show_progress
 
 if TYPE_CHECKING:
     from freshrec.nightly.job import NightlyJob
