@@ -148,7 +148,7 @@ def test_a_recommender_prints_model_strategy_sizes_and_newest_event(log: pl.Data
     assert repr(Recommender("item-knn").fit(timed)) == (
         'Recommender("item-knn", "absorb", 2 users, 2 items, newest event 2026-01-03T12:00:00)'
     )
-    without_times = Recommender("item-knn").fit(pl.DataFrame(rows | {"timestamp": [None] * 3}))
+    without_times = Recommender("item-knn").fit(pl.DataFrame(rows | {"period": [0, 0, 1]}))
     assert repr(without_times) == 'Recommender("item-knn", "absorb", 2 users, 2 items)'
 
 
