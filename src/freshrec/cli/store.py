@@ -30,9 +30,11 @@ from freshrec.cli.output import print_json, print_labelled, print_wrapped
 from freshrec.cli.progress import READING, show_progress
 from freshrec.cli.version_text import fit_lines, next_commands, retry_command, update_lines, verdict_sentence
 from freshrec.cli.versions import locked_store
-from freshrec.data.log import Log, events_before, filter_positives, format_count, format_time, read_log
+from freshrec.data.log import Log, events_before, filter_positives, read_log
+from freshrec.data.moments import format_time
 from freshrec.errors import FreshrecError, LogError, NoRowsError, OptionError, RefusedError
 from freshrec.progress import report_progress
+from freshrec.text_layout import format_count
 
 if TYPE_CHECKING:
     from freshrec.nightly.job import NightlyJob

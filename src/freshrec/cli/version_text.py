@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from freshrec.data.log import format_count
 from freshrec.store.manifest import METRIC_KEY
+from freshrec.text_layout import format_count
 
 if TYPE_CHECKING:
     from freshrec.store.manifest import Manifest

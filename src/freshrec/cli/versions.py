@@ -129,8 +129,8 @@ def _chain_or_nothing(store: Store) -> list[Manifest]:
 
 def _dropped_text(store: Store, before: list[Manifest]) -> str:
     """Say which events are no longer learned, and which command learns them again. `before`: the former chain."""
-    from freshrec.data.log import format_count
     from freshrec.nightly.notes import number_ranges
+    from freshrec.text_layout import format_count
 
     learned = {batch for version in _chain_or_nothing(store) for batch in version.batches}
     dropped = [v for v in before if v.batch not in learned and v.numbers.get("new_events")]

@@ -12,7 +12,7 @@ from fastapi import Path as PathParameter
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
-from freshrec.data.log import to_microseconds
+from freshrec.data.moments import to_microseconds
 from freshrec.errors import BusyError, LogError, OptionError
 from freshrec.recommender.ids import normalize_ids
 from freshrec.recommender.list_request import DEFAULTS, ListRequest, help_of

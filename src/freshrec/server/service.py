@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from freshrec.data.log import format_time
+from freshrec.data.moments import format_time
 from freshrec.errors import StateError
 from freshrec.server import schemas
 from freshrec.server.handlers import LoadedVersion
