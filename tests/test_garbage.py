@@ -11,9 +11,9 @@ from freshrec.store.collection import collect_garbage
 from freshrec.store.manifest import Manifest
 from freshrec.store.versions import Store, create_store, is_collected, open_store
 
-# A step makes a version or moves the pointer:
-#   "+3" = version 3 passes and goes live; "-3" = version 3 is refused; "*3" = it passes, and the run dies before it goes
-#   live; "<1" = rollback to 1; ">3" = promote 3; "!3" = a file of version 3 is damaged; "?3" = its manifest is.
+# Steps: "+3" makes version 3, which passes and goes live. "-3" makes version 3, which is refused. "*3" makes version 3,
+# which passes, but the run dies before it goes live. "<1" rolls back to 1. ">3" promotes 3. "!3" damages a file of
+# version 3. "?3" damages its manifest.
 CASES = [
     # Without rollbacks: the live version and the N before it.
     ("+1 +2 +3 +4", 2, {2, 3, 4}),
@@ -87,7 +87,7 @@ def test_the_versions_that_one_goes_back_to_keep_their_files(
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_one_can_roll_back_as_many_times_as_versions_were_kept(tmp_path: Path, keep: int) -> None:
-    """After every night and every second rollback, garbage is collected. `rollback` then works `keep` times in a row."""
+    """Garbage is collected after each rollback. `rollback` without a number works `keep` times in a row."""
     store = played(tmp_path / "s", "+1 +2 +3 +4 <3 +5 +6 <5 +7 +8 <7")
     collect_garbage(store, keep)
     for _ in range(keep):

@@ -191,8 +191,10 @@ def test_garbage_collection_deletes_the_files_of_old_and_refused_versions_and_ke
 ) -> None:
     write(store, 4, promoted=False)
     write(store, 5)
+    for number in (2, 3, 5):
+        store.move_pointer(number, "update")
     store.move_pointer(1, "rollback")
-    assert collect_garbage(store, keep=2) == [2, 4]  # 1 is live and 3 was; 5 has passed, but was not made live yet
+    assert collect_garbage(store, keep=2) == [2, 4]  # 1 is live; before it, 5 and 3 were
     assert [manifest.id for manifest in store.manifests()] == [1, 2, 3, 4, 5]
     for number in (1, 3, 5):
         store.verified_files(number)
