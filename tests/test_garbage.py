@@ -11,9 +11,12 @@ from freshrec.store.collection import collect_garbage
 from freshrec.store.manifest import Manifest
 from freshrec.store.versions import Store, create_store, is_collected, open_store
 
-# Steps: "+3" makes version 3, which passes and goes live. "-3" makes version 3, which is refused. "*3" makes version 3,
-# which passes, but the run dies before it goes live. "<1" rolls back to 1. ">3" promotes 3. "!3" damages a file of
-# version 3. "?3" damages its manifest.
+# "+3" makes version 3, which passes and goes live.
+# "-3" makes version 3, which is refused.
+# "*3" makes version 3, which passes, but the run dies before it goes live.
+# "<1" rolls back to 1.
+# ">3" promotes 3.
+# "!3" damages a file of version 3, and "?3" damages its manifest.
 CASES = [
     # Without rollbacks: the live version and the N before it.
     ("+1 +2 +3 +4", 2, {2, 3, 4}),

@@ -60,6 +60,7 @@ class Connection(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self.http: H11Protocol | None = None
         self.header_since: float | None = time.monotonic()  # since when a request is awaited; None = during a request
+        self.is_half_closed = False  # whether the client sends no more
         self.unsent_since: float | None = None  # since when the client has not taken all bytes of a response
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -82,10 +83,12 @@ class Connection(asyncio.Protocol):
             self.header_since = time.monotonic()
 
     def eof_received(self) -> bool:
-        """Close the connection; if a complete request is being answered, after the response."""
+        """Close the connection; if complete requests have arrived, after their responses."""
         if self.http is None or not self.is_busy or self.http.cycle.more_body:
             return False
-        self.http.cycle.keep_alive = False
+        self.is_half_closed = True
+        if not self.http.conn.trailing_data[0]:  # no other request follows
+            self.http.cycle.keep_alive = False
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -122,7 +125,7 @@ class Connection(asyncio.Protocol):
             return True
 
     def overdue(self, now: float, limits: ConnectionLimits) -> str:
-        """Return the timeout that the connection has passed; "" if there is none."""
+        """Return why the connection must be closed: the timeout that it has passed, or its end. "" if it must not."""
         assert self.transport is not None
         if not self.transport.get_write_buffer_size():
             self.unsent_since = None
@@ -130,6 +133,8 @@ class Connection(asyncio.Protocol):
             self.unsent_since = now
         if now - (self.unsent_since or math.inf) > limits.write_timeout_s:
             return "write timeout"
+        if self.is_half_closed and not self.is_busy and self.unsent_since is None:
+            return "end"
         if not self.is_busy and now - (self.header_since or math.inf) > limits.header_timeout_s:
             return "header timeout"
         return ""
