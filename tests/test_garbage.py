@@ -11,12 +11,10 @@ from freshrec.store.collection import collect_garbage
 from freshrec.store.manifest import Manifest
 from freshrec.store.versions import Store, create_store, is_collected, open_store
 
-# "+3" makes version 3, which passes and goes live.
-# "-3" makes version 3, which is refused.
-# "*3" makes version 3, which passes, but the run dies before it goes live.
-# "<1" rolls back to 1.
-# ">3" promotes 3.
-# "!3" damages a file of version 3, and "?3" damages its manifest.
+# A plus makes a version that passes and goes live, and a minus makes one that is refused.
+# A star makes one that passes, but the run dies before it goes live.
+# Less than rolls back to a version, and greater than promotes it.
+# An exclamation mark damages a file of a version, and a question mark damages its manifest.
 CASES = [
     # Without rollbacks: the live version and the N before it.
     ("+1 +2 +3 +4", 2, {2, 3, 4}),
