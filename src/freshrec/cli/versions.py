@@ -150,14 +150,17 @@ def _dropped_text(store: Store, before: list[Manifest]) -> str:
 
 def gc(
     store: StorePath = Path("store"),
-    keep: Annotated[int, typer.Option(min=1, help="Number of versions to keep besides the live one.")] = 5,
+    keep: Annotated[int, typer.Option(min=1, help="Number of formerly live versions to keep.")] = 5,
     wait: WaitOption = "",
     as_json: AsJson = False,
 ) -> None:
-    """Delete the files of old and refused versions. `freshrec history` still lists them."""
+    """Delete the files of old and refused versions. `freshrec history` still lists them.
+
+    Kept are the live version, the last N that were live before it, and the N to which `rollback` would go.
+    """
     from freshrec.cli.number_labels import format_bytes
     from freshrec.nightly.notes import number_ranges
-    from freshrec.store.versions import collect_garbage, disk_bytes
+    from freshrec.store.collection import collect_garbage, disk_bytes
 
     with locked_store(store, wait) as opened_store:
         n_bytes = disk_bytes(opened_store.folder)

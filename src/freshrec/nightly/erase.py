@@ -19,7 +19,8 @@ from freshrec.recommender.bundle import read_bundle, write_bundle
 from freshrec.recommender.ids import normalize_ids
 from freshrec.replay.measure import Queries
 from freshrec.store import click_journal
-from freshrec.store.versions import delete_files, is_collected
+from freshrec.store.collection import delete_files
+from freshrec.store.versions import is_collected
 from freshrec.types import ErasableModel, Events, Histories, Impressions, Interests, Model, TrainedModel
 
 T = TypeVar("T")

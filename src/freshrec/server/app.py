@@ -56,7 +56,7 @@ def create_app(service: Service) -> RequestMiddleware:
         lifespan=lifespan,
         description=API_DESCRIPTION,
         openapi_tags=API_TAGS,
-        responses={code: ERROR_RESPONSES[code] for code in (401, 408, 409, 413, 422, 429)},
+        responses={code: ERROR_RESPONSES[code] for code in (401, 403, 408, 409, 413, 421, 422, 429)},
     )
     _add_error_handlers(app)
     for add_routes in ROUTES:

@@ -30,10 +30,11 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     code: {"model": schemas.ErrorDetail, "description": description}
     for code, description in {
         401: "The token is missing or wrong.",
-        403: "The server was started without a token, so this is not allowed.",
+        403: "The server was started without a token, or a page of another site sent the request.",
         408: "The request body did not arrive in time.",
         409: "The state of the store or the model does not allow this now.",
         413: "The request body is too large.",
+        421: "The server does not answer under this host name.",
         422: "A parameter or the body is invalid.",
         429: "There are too many requests. Retry after one second.",
     }.items()
