@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -73,7 +74,8 @@ def serve(
     try:
         from freshrec.server.app import create_app
         from freshrec.server.connections import ConnectionLimits, make_server, run_server
-        from freshrec.server.service import Service, log_line
+        from freshrec.server.log import log_errors_without_text, log_line
+        from freshrec.server.service import Service
     except ImportError as missing:
         raise OptionError(f'Serving needs the library {missing.name}. Run pip install "freshrec[serve]".') from None
     import faiss
@@ -97,6 +99,7 @@ def serve(
     limits = ServerLimits(read_token(token_file), max_requests_per_s=rate, allowed_hosts=hosts)
     service = Service(live, limits, lambda user: erase_in_subprocess(store, user))
     config = make_config(create_app(service), host, port, connection_limits)
+    log_errors_without_text(logging.getLogger("uvicorn.error"))
     with listening_socket(config) as opened:
         connection_limits = describe_limits(connection_limits, hosts, not limits.token and not is_local(host), log_line)
         address, port = opened.getsockname()[:2]
@@ -224,13 +227,10 @@ def read_token(path: Path | None) -> str:
 
 def erase_in_subprocess(store: Path, user: str) -> dict[str, Any]:
     """Run `freshrec erase` in a subprocess, because it needs the training code. Raises StateError if it fails."""
-    options = ("--store", str(store), "--wait", "1m", "--json", "--", user)
-    command = [sys.executable, "-m", "freshrec", "erase", *options]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=3600)
+    command = [sys.executable, "-m", "freshrec", "erase", "--stdin", "--store", str(store), "--wait", "1m", "--json"]
+    process = subprocess.run(command, input=user, capture_output=True, text=True, timeout=3600)
     if process.returncode:
-        raise StateError(
-            process.stderr.strip().splitlines()[-1].removeprefix("error: ")
-            or "The user was not erased. See the log of the server."
-        )
+        lines = process.stderr.strip().splitlines() or ["The user was not erased. Run `freshrec doctor`."]
+        raise StateError(lines[-1].removeprefix("error: "))
     receipt: dict[str, Any] = json.loads(process.stdout)
     return receipt
