@@ -69,7 +69,7 @@ def test_a_user_is_hidden_while_the_erasure_runs_and_clicks_must_wait(tmp_path: 
         assert live.n_swaps == 1  # nothing was loaded again
         complete_erasure(tmp_path / "s", "user-1", was_known=False)
         live.refresh()
-        assert fallback(client, "user-1") is None  # nobody was erased
+        assert fallback(client, "user-1") is None  # no user was erased
 
 
 def test_an_interrupted_erasure_keeps_a_user_hidden_until_it_is_repeated(
