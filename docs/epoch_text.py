@@ -7,9 +7,9 @@ from typing import Any
 
 import polars as pl
 
-from freshrec.data.log import format_count
 from freshrec.learn.fit import STOPPED_BY, FitConfig
 from freshrec.replay.epochs import EPOCH_COSTS, EpochSummary, epochs_of_method, summarize_epochs
+from freshrec.text_layout import format_count
 
 Rows = Mapping[tuple[str, str, str], Mapping[str, Any]]  # by model, strategy and metric
 OLD_RULES = (

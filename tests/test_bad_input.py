@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from freshrec.cli import app
-from freshrec.data.formats import as_log_error
 from freshrec.data.log import Log, read_log
+from freshrec.data.reader_errors import as_log_error
 from freshrec.errors import LogError, OptionError
 
 HEADER = "user_id,item_id,timestamp\n"

@@ -11,15 +11,8 @@ import polars as pl
 import pytest
 
 from freshrec.data.formats import FORMATS
-from freshrec.data.log import (
-    Log,
-    events_before,
-    format_time,
-    keep_positives,
-    parse_microseconds,
-    read_log,
-    to_microseconds,
-)
+from freshrec.data.log import Log, events_before, keep_positives, read_log
+from freshrec.data.moments import format_time, parse_microseconds, to_microseconds
 from freshrec.errors import LogError, OptionError
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -100,6 +100,14 @@ def test_a_store_imports_nothing_by_itself_and_names_the_option(
         assert "--allow-import shop_model --allow-import shop_strategy to the command" in message
 
 
+def test_the_commands_that_fit_suggests_have_the_option(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "base.parquet", "--store", "t", "--model", "shop_model:MyModelSpec"]) == 0
+    update, recommend = capsys.readouterr().out.splitlines()[-2:]
+    assert update == "Next: freshrec update NEW-EVENTS --store t --allow-import shop_model"
+    forget_modules()
+    assert main(recommend.split()[1:]) == 0
+
+
 @pytest.mark.parametrize("allow", [ALLOW, ["--allow-import", "shop_model,shop_strategy"]])
 def test_the_option_opens_the_store(allow: list[str], shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["update", "day.parquet", "--store", "s", "--force", "--reason", "a test", *allow]) == 0

@@ -222,6 +222,12 @@ def tag_of(kind: type) -> str:
     return place
 
 
+def foreign_modules(*instances: object) -> list[str]:
+    """Return the modules outside freshrec that define the classes of these instances, each once."""
+    tags = [tag_of(type(instance)) for instance in instances]
+    return list(dict.fromkeys(tag.partition(":")[0] for tag in tags if ":" in tag))
+
+
 def former_fields(kind: type) -> dict[str, str]:
     """Return the current name of each former field of a class, by former name."""
     return {former: name for former, name in FIELDS.get(_tags().get(_place(kind), ""), {}).items() if name}

@@ -1,4 +1,4 @@
-"""Plain text for people: aligned rows, wrapped sentences, moments."""
+"""Plain text for people: aligned rows, wrapped sentences, moments, counts and ids."""
 
 from __future__ import annotations
 
@@ -46,3 +46,20 @@ def format_moment(moment: str) -> str:
         return datetime.fromisoformat(moment).astimezone(UTC).strftime("%Y-%m-%d %H:%M")
     except (ValueError, OverflowError):  # unreadable, or before year 1 in UTC
         return moment
+
+
+def format_count(n: int, noun: str, plural: str = "") -> str:
+    """Format a number with its noun: "0 rows", "1 row", "1,200 deliveries"."""
+    return f"{n:,} {noun if n == 1 else plural or f'{noun}s'}"
+
+
+def to_printable(text: str, length: int) -> str:
+    """Return at most `length` characters of `text`; unprintable ones become "?"."""
+    cleaned = "".join(letter if letter.isprintable() else "?" for letter in text[: length + 1])
+    return cleaned if len(cleaned) <= length else cleaned[: length - 3] + "..."
+
+
+def printable_id(value: str | int) -> str:
+    """Return an id on one line: unchanged if it is printable, else as a Python literal with quotes and escapes."""
+    text = str(value)
+    return text if text.isprintable() else repr(text)

@@ -24,10 +24,11 @@ from freshrec.cli.options import AsJson, Columns, EventTypes, FormatName, LogPat
 from freshrec.cli.output import print_json, print_labelled, print_wrapped
 from freshrec.cli.replay import demo, replay
 from freshrec.data.formats import FORMATS
-from freshrec.data.log import format_count, read_log
+from freshrec.data.log import read_log
 from freshrec.data.validate import LogReport, format_percent, validate_log
 from freshrec.deprecation import replace_old_flags
 from freshrec.errors import FreshrecError, OptionError, StateError, unknown_name_error
+from freshrec.text_layout import format_count
 from freshrec.user_modules import IMPORTS, import_allowed
 from freshrec.version import __version__
 

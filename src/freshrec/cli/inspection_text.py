@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from freshrec.cli.number_labels import SECTIONS, format_bytes, format_quantity, label_of, number_rows, ordered_keys
-from freshrec.data.log import format_count
-from freshrec.text_layout import align_rows, bullet, format_moment
+from freshrec.text_layout import align_rows, bullet, format_count, format_moment
 
 Row = tuple[str, ...]  # label, value, explanation
 MIN_USERS = 30  # the gate does not compare versions on fewer users either

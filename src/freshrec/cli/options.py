@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from freshrec.data.formats import FORMATS
-from freshrec.data.log import COLUMN_ALIASES
+from freshrec.data.source_columns import COLUMN_ALIASES
 from freshrec.errors import OptionError
 from freshrec.user_modules import ALLOW_IMPORT, import_allowed
 

@@ -13,9 +13,9 @@ import typer
 from freshrec.cli.inspection_text import diff_lines, status_lines
 from freshrec.cli.options import AllowImport, AsJson, StoreOption, StorePath, parse_list
 from freshrec.cli.output import print_json, print_labelled, print_table
-from freshrec.data.log import format_count
 from freshrec.errors import LogError, OptionError, StateError
 from freshrec.recommender.list_request import DEFAULTS, help_of
+from freshrec.text_layout import format_count
 
 if TYPE_CHECKING:
     import polars as pl

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import polars as pl
 
-from freshrec.data.log import Log, format_count
+from freshrec.data.log import Log
+from freshrec.text_layout import format_count
 
 EVENT_KEYS = ("user_id", "item_id", "time")
 

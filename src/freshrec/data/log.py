@@ -8,38 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import polars as pl
 
-from freshrec.data.columns import ColumnFault, has_value, read_ids, read_labels, read_numbers, read_times
-from freshrec.data.formats import SourceTable, as_log_error, open_table, to_printable
+from freshrec.data.bad_rows import fault_message, first_faults, write_quarantine
+from freshrec.data.columns import ColumnFault, has_value, read_labels, read_numbers
+from freshrec.data.formats import SourceTable, open_table
+from freshrec.data.identities import read_ids
+from freshrec.data.moments import UNIT_NAMES, parse_microseconds, read_times
+from freshrec.data.source_columns import collect_columns, map_columns
 from freshrec.deprecation import UNSET, Unset, value_of_renamed
-from freshrec.errors import LogError, NoRowsError, OptionError, close_name, list_names, unknown_name_error
+from freshrec.errors import LogError, NoRowsError, OptionError
+from freshrec.text_layout import format_count
 
 if TYPE_CHECKING:
     import pandas as pd
-
-UNIX_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
-
-# Our columns -> names that a source may use for them, the most specific one first. `seq` counts through the whole log,
-# `position` only within a session.
-COLUMN_ALIASES = {
-    "user_id": ("user_id", "session_id"),
-    "item_id": ("item_id",),
-    "timestamp": ("timestamp", "time"),
-    "period": ("period",),
-    "order": ("order", "seq", "position"),
-    "event": ("event",),
-    "category": ("category", "category_id"),
-    "weight": ("weight",),
-    "label": ("label",),
-    "split": ("split",),
-    "event_id": ("event_id",),
-}
 
 
 @dataclass(frozen=True)
@@ -97,8 +82,8 @@ def read_log(
     if quarantine is not None and quarantine.suffix not in (".parquet", ".csv"):
         raise OptionError(f"Quarantine file {quarantine.name} must end in .parquet or .csv. Rename it.")
     table = open_table(source, format)
-    names, declared_text = _map_columns(table, columns or {})
-    source_rows = _collect_columns(table, names, events, allow_missing_events)
+    names, declared_text = map_columns(table, columns or {})
+    source_rows = collect_columns(table, names, events, allow_missing_events)
     if not len(source_rows):
         raise NoRowsError(f"{table.name} has no rows. A log needs at least one.")
     try:
@@ -107,8 +92,8 @@ def read_log(
         raise LogError(f"{table.name}: {problem}") from None
     if faults:
         if quarantine is None:
-            raise LogError(_fault_message(source_rows, names, faults, table.name))
-        _write_quarantine(source_rows, faults, table, quarantine)
+            raise LogError(fault_message(source_rows, names, faults, table.name))
+        write_quarantine(source_rows, faults, table, quarantine)
         is_good = ~pl.DataFrame([fault.rows.alias(str(i)) for i, fault in enumerate(faults)]).max_horizontal()
         log = replace(log, frame=log.frame.filter(is_good), n_quarantined=int((~is_good).sum()))
         log = _add_note(log, f"Wrote {format_count(log.n_quarantined, 'bad row')} to {quarantine.name}.")
@@ -156,102 +141,6 @@ def events_before(log: Log, moment: str) -> Log:
     return _add_note(replace(log, frame=frame), f"Left out {format_count(n_left_out, 'row')} from {moment} on.")
 
 
-def parse_microseconds(moment: str, option: str = "The time") -> int:
-    """Return the microseconds since 1970 of an ISO 8601 text; UTC if it names no time zone.
-
-    Raises OptionError for another text. Its message names the `option` that holds the text.
-    """
-    try:
-        parsed = datetime.fromisoformat(moment)
-    except ValueError as error:
-        reason = f" ({error})" if "must be" in str(error) else ""  # such as "month must be in 1..12"
-        raise OptionError(
-            f'{option} is "{moment[:60]}", which is not a date{reason}. Write it as 2025-06-01 or 2025-06-01T04:00.'
-        ) from None
-    return to_microseconds(parsed)
-
-
-def to_microseconds(when: datetime) -> int:
-    """Return the microseconds since 1970. A time without a time zone is UTC."""
-    return ((when if when.tzinfo else when.replace(tzinfo=UTC)) - UNIX_EPOCH) // timedelta(microseconds=1)
-
-
-def format_time(time_us: int, timespec: str = "seconds") -> str:
-    """Format microseconds since 1970 as ISO 8601 text in UTC. All answers, reports and messages use this format.
-
-    `timespec` is the argument of `datetime.isoformat`. Smaller units are cut off, not rounded.
-    """
-    return (UNIX_EPOCH + timedelta(microseconds=time_us)).isoformat(timespec=timespec)
-
-
-def _map_columns(table: SourceTable, columns: Mapping[str, str]) -> tuple[dict[str, str], set[str]]:
-    """Return our names -> the names in the source, and the columns whose ids are declared as text."""
-    with as_log_error(table.name):
-        found = table.rows.collect_schema().names()
-    names: dict[str, str] = {}
-    text_columns: set[str] = set()
-    for name, source_name in columns.items():
-        if name not in COLUMN_ALIASES:
-            raise unknown_name_error("column", name, COLUMN_ALIASES)
-        if source_name not in found and source_name.endswith(":text"):
-            source_name = source_name.removesuffix(":text")
-            text_columns.add(name)
-        if source_name not in found:
-            raise LogError(
-                f'{table.name} has no column "{source_name}". Its columns are {_format_names(found)}. '
-                f"Correct --columns {name}=NAME."
-            )
-        names[name] = source_name
-    for name, aliases in COLUMN_ALIASES.items():
-        present = [alias for alias in aliases if alias in found and alias not in names.values()]
-        if name not in names and present:
-            names[name] = present[0]
-    duplicated = [source_name for source_name in names.values() if f"{source_name}_duplicated_0" in found]
-    if duplicated:
-        raise LogError(f'{table.name} has several columns "{duplicated[0]}". Rename or remove all but one.')
-    missing = [name for name in ("user_id", "item_id") if name not in names]
-    missing += [] if names.keys() & {"timestamp", "period"} else ["timestamp"]
-    if missing:
-        raise LogError(
-            f"{table.name} has no column {' and no column '.join(missing)}. Its columns are {_format_names(found)}. "
-            f"Pass --columns {missing[0]}=NAME, or --format NAME for a public data set."
-        )
-    if "period" not in names:
-        names.pop("order", None)
-    return names, text_columns
-
-
-def _format_names(names: Sequence[str]) -> str:
-    """List column names for a message; at most 20 of them."""
-    shown = ", ".join(to_printable(name, 40) for name in names[:20]) or "none"
-    return shown + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-
-
-def _collect_columns(
-    table: SourceTable, names: Mapping[str, str], events: Sequence[str], allow_missing_events: bool
-) -> pl.DataFrame:
-    """Read the columns that we know, with our names and the types of the source. `row` is the row number from 0."""
-    rows = table.rows.select(pl.col(source_name).alias(name) for name, source_name in names.items()).with_row_index(
-        "row"
-    )
-    if events and "event" not in names:
-        raise LogError(f"{table.name} has no column event, which --events needs. Pass --columns event=NAME.")
-    with as_log_error(table.name):
-        if not events:
-            return rows.collect()
-        event_type = pl.col("event").cast(pl.String)
-        raw = rows.filter(event_type.is_in(list(events))).collect()
-        missing = set() if allow_missing_events else set(events) - set(raw["event"].cast(pl.String).unique())
-        found = rows.select(event_type.unique()).collect()["event"].drop_nulls().to_list() if missing else []
-    if missing:
-        close = close_name(min(missing), found)
-        question = f'Did you mean "{close}"? ' if close else ""
-        raise OptionError(
-            f'There is no event type "{min(missing)[:60]}" in {table.name}. {question}Its types: {list_names(found)}.'
-        )
-    return raw
-
-
 def _parse_columns(
     raw: pl.DataFrame, names: Mapping[str, str], text_columns: set[str], table: SourceTable
 ) -> tuple[Log, list[ColumnFault]]:
@@ -288,7 +177,7 @@ def _parse_columns(
         if "time" in frame:
             notes.append(f"Timestamps are missing in {format_count(frame['time'].null_count(), 'row')}.")
         unit = "period + order"
-    return Log(pl.DataFrame(frame), has_clock, unit, tuple(notes)), _first_faults(faults)
+    return Log(pl.DataFrame(frame), has_clock, unit, tuple(notes)), first_faults(faults)
 
 
 def _check_clock(frame: Mapping[str, pl.Series], raw: pl.DataFrame) -> tuple[bool, list[ColumnFault]]:
@@ -298,59 +187,6 @@ def _check_clock(frame: Mapping[str, pl.Series], raw: pl.DataFrame) -> tuple[boo
     if "time" not in frame or (~has_value(raw["timestamp"]) & frame["period"].is_not_null()).any():
         return False, [ColumnFault("period", "is null", frame["period"].is_null())]
     return True, [ColumnFault("timestamp", "is null, and so is the period", frame["time"].is_null())]
-
-
-def _first_faults(faults: Sequence[ColumnFault]) -> list[ColumnFault]:
-    """Return the faults that occur. Each bad row is counted in its first fault only."""
-    unique: list[ColumnFault] = []
-    for fault in faults:
-        rows = fault.rows.fill_null(False)
-        for earlier in unique:
-            rows = rows & ~earlier.rows
-        unique += [replace(fault, rows=rows)] if rows.any() else []
-    return unique
-
-
-def _fault_message(raw: pl.DataFrame, names: Mapping[str, str], faults: Sequence[ColumnFault], name: str) -> str:
-    """Say how many rows are bad and why, with the first three rows of each fault."""
-    messages = []
-    for fault in faults:
-        first = raw.filter(fault.rows).select("row", fault.column).head(3)
-        shown = ", ".join(f"data row {row + 1:,}: {_format_value(value)}" for row, value in first.iter_rows())
-        messages.append(
-            f"{names[fault.column]} {fault.problem} in {format_count(int(fault.rows.sum()), 'row')} ({shown})"
-        )
-    n_bad = sum(fault.rows.sum() for fault in faults)
-    return (
-        f"{name}: {n_bad:,} of {format_count(len(raw), 'row')} cannot be used: {'; '.join(messages)}. "
-        "Fix them, or pass --quarantine FILE to continue without them."
-    )
-
-
-def _format_value(value: object) -> str:
-    """Format a value of a bad row for a message."""
-    return "null" if value is None else to_printable(repr(value), 40)
-
-
-def _write_quarantine(raw: pl.DataFrame, faults: Sequence[ColumnFault], table: SourceTable, quarantine: Path) -> None:
-    """Write the bad rows, with all columns of the source and a column `reason`, to a .parquet or .csv file."""
-    reasons = pl.concat(
-        raw.filter(fault.rows).select("row", reason=pl.lit(f"{fault.column} {fault.problem}")) for fault in faults
-    )
-    numbered = table.rows.with_row_index("row in the source").filter(
-        pl.col("row in the source").is_in(reasons["row"].implode())
-    )
-    with as_log_error(table.name):
-        rows = numbered.collect().join(reasons, left_on="row in the source", right_on="row", maintain_order="left")
-    rows = rows.drop("row in the source")
-    try:
-        if quarantine.suffix == ".parquet":
-            rows.write_parquet(quarantine)
-        else:
-            rows.write_csv(quarantine)
-    except (OSError, pl.exceptions.PolarsError) as problem:
-        reason = str(problem)[:120]
-        raise LogError(f"The bad rows cannot be written to {quarantine} ({reason}). Choose another file.") from problem
 
 
 def _sort_by_time(log: Log) -> Log:
@@ -382,11 +218,6 @@ def _sample_users(log: Log, users: int, seed: int) -> Log:
     chosen = ids.sample(users, seed=seed)  # no named stream: published results use this sample
     frame = log.frame.filter(pl.col("user_id").is_in(chosen.implode()))
     return _add_note(replace(log, frame=frame), f"Kept {users:,} random users of {len(ids):,} (seed {seed}).")
-
-
-def format_count(n: int, noun: str, plural: str = "") -> str:
-    """Format a number with its noun: "0 rows", "1 row", "1,200 deliveries"."""
-    return f"{n:,} {noun if n == 1 else plural or f'{noun}s'}"
 
 
 def _add_note(log: Log, note: str) -> Log:

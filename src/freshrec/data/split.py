@@ -14,9 +14,11 @@ import polars as pl
 import torch
 
 from freshrec.data.catalog import Catalog
-from freshrec.data.log import Log, format_count, format_time, parse_microseconds
+from freshrec.data.log import Log
+from freshrec.data.moments import format_time, parse_microseconds
 from freshrec.data.split_config import SplitConfig
 from freshrec.errors import OptionError, SpanError
+from freshrec.text_layout import format_count
 from freshrec.types import NEVER, NEXT, NOW, TEST, TRAIN, VALID, Events, Span
 
 TRAIN_AT = {"now": NOW, "next": NEXT, "never": NEVER}  # values of `heldout`

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import polars as pl
 
 from freshrec.data.duplicates import count_duplicates
-from freshrec.data.log import Log, format_count, format_time
+from freshrec.data.log import Log
+from freshrec.data.moments import format_time
+from freshrec.text_layout import format_count
 
 DAY = 86_400_000_000  # microseconds
 MAX_SUGGESTED_SPANS = 6  # after the base block

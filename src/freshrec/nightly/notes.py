@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
-from freshrec.data.log import format_count
 from freshrec.store.manifest import Manifest
+from freshrec.text_layout import format_count
 
 CODES_KEY = "note_codes"  # in a manifest's "data": the code of each note, in the order of "notes"
 # A note with the same code is printed again after 7 days. Half a day less, because a nightly job may start earlier.

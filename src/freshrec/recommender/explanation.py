@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from freshrec.data.formats import printable_id
-from freshrec.data.log import format_count
 from freshrec.models.blend.experts import COUNTER_SPECS, Experts
 from freshrec.models.blend.model import Blend, Reason
 from freshrec.models.item_knn import ItemKNN, event_contributions
@@ -24,7 +22,7 @@ from freshrec.recommender.lists import make_lists, user_batch
 from freshrec.recommender.profile_text import time_in_words
 from freshrec.recommender.served_state import ServedState
 from freshrec.recommender.user_profile import PastEvent, past_events, user_events
-from freshrec.text_layout import align_rows, wrap_lines
+from freshrec.text_layout import align_rows, format_count, printable_id, wrap_lines
 from freshrec.types import Batch, Model, VectorModel
 
 MAX_ROWS = 15  # rows of a table; the smallest contributions share the last one

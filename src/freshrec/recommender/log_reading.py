@@ -11,7 +11,8 @@ import torch
 
 from freshrec.data.catalog import Catalog
 from freshrec.data.duplicates import drop_duplicates
-from freshrec.data.log import Log, format_time, keep_positives, read_log
+from freshrec.data.log import Log, keep_positives, read_log
+from freshrec.data.moments import format_time
 from freshrec.errors import LogError
 from freshrec.recommender.served_state import ServedState
 from freshrec.types import Events

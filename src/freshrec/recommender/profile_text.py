@@ -8,9 +8,7 @@ from itertools import groupby
 from types import MappingProxyType
 from typing import Any
 
-from freshrec.data.formats import printable_id
-from freshrec.data.log import format_count
-from freshrec.text_layout import wrap_lines
+from freshrec.text_layout import format_count, printable_id, wrap_lines
 
 INTERESTS = (
     "An interest is a vector for one part of what the user likes. The score of an item is its largest inner product "

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import polars as pl
 
-from freshrec.data.log import format_count, format_time
+from freshrec.data.moments import format_time
 from freshrec.deprecation import UNSET, Unset, value_of_renamed
 from freshrec.errors import LogError, OptionError, StateError
 from freshrec.models.absorb import grow_items
@@ -40,6 +40,7 @@ from freshrec.replay.metrics import compute_metrics, mean_per_user, parse_metric
 from freshrec.replay.significance import bootstrap_interval
 from freshrec.store.manifest import Manifest
 from freshrec.store.versions import LEGACY_FILE, Store, create_store, open_store
+from freshrec.text_layout import format_count
 from freshrec.types import TRAIN, ModelSpec, Strategy
 
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from freshrec.data.formats import printable_id
-from freshrec.data.log import format_time
+from freshrec.data.moments import format_time
 from freshrec.models.blend.model import Blend
 from freshrec.models.item_knn import ItemKNN
 from freshrec.nn.scoring import item_vectors, user_vectors
@@ -20,6 +19,7 @@ from freshrec.recommender.ids import column_tensor, resolve_request
 from freshrec.recommender.list_request import Id, ListRequest
 from freshrec.recommender.lists import top_items, user_batch
 from freshrec.recommender.served_state import ServedState
+from freshrec.text_layout import printable_id
 from freshrec.types import InterestModel, VectorModel
 
 N_ITEMS = 10  # items and events shown per interest

@@ -17,7 +17,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from freshrec.data.log import format_count
 from freshrec.models import CONTROLS
 from freshrec.replay.answer import Answer, Difference, Method
 from freshrec.replay.click_metrics import LOWER_IS_BETTER
@@ -26,7 +25,7 @@ from freshrec.replay.metrics import SAMPLED_SUFFIX
 from freshrec.replay.plan import HasFit
 from freshrec.replay.recipe_schema import LogRecipe
 from freshrec.strategies.baselines import Frozen, Retrain
-from freshrec.text_layout import WIDTH, wrap_lines
+from freshrec.text_layout import WIDTH, format_count, wrap_lines
 from freshrec.types import TrainedModel
 
 MIN_TABLE_WIDTH = 72  # below it, a table has its natural width, because it would lose columns

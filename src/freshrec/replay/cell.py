@@ -69,8 +69,10 @@ class Cell:
     cadence: int = 1  # blocks per span; the model is tested on each block, then absorbs it; training ends the span
 
     def __post_init__(self) -> None:  # a class becomes an instance
-        object.__setattr__(self, "model_spec", find_model(self.model_spec))
-        object.__setattr__(self, "strategy_instance", find_strategy(self.strategy_instance))
+        if isinstance(self.model_spec, type):
+            object.__setattr__(self, "model_spec", find_model(self.model_spec))
+        if isinstance(self.strategy_instance, type):
+            object.__setattr__(self, "strategy_instance", find_strategy(self.strategy_instance))
 
     @property
     def folder_name(self) -> str:

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from freshrec.data.log import format_count
 from freshrec.data.validate import format_percent
 from freshrec.learn.click_quality import auc
 from freshrec.replay.answer_text import MIN_TABLE_WIDTH, Labels, format_seconds, table_lines, wrap
@@ -21,6 +20,7 @@ from freshrec.replay.epochs import summarize_epochs
 from freshrec.replay.estimate import Range, RunEstimate
 from freshrec.replay.metrics import compute_metrics, mean_per_user
 from freshrec.replay.results import read_costs, read_ranks
+from freshrec.text_layout import format_count
 
 
 class ProgressBoard:

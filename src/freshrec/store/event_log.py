@@ -24,11 +24,11 @@ from deltalake.exceptions import CommitFailedError, DeltaError
 
 from freshrec.data.catalog import TYPE_NAMES
 from freshrec.data.duplicates import EVENT_KEYS, drop_duplicate_rows, split_by_event_id
-from freshrec.data.formats import to_printable
 from freshrec.errors import LogError, OptionError, StateError
 from freshrec.files import file_checksum, sync_folder
 from freshrec.store.checksummed_json import read_checksummed, write_checksummed
 from freshrec.store.log_columns import COLUMN_TYPES, as_time, time_range
+from freshrec.text_layout import to_printable
 
 TABLE_NAME = "freshrec event log 1"  # name of the table, with the number of its format
 CLOCK_DESCRIPTIONS = {True: "time is a clock's", False: "time is a place in the log"}  # the table's description
