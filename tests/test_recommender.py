@@ -312,7 +312,8 @@ def test_ids_given_as_text_find_integers() -> None:
 
 def test_models_and_strategies_can_be_custom_instances() -> None:
     recommender = Recommender(MFSpec(d=8), FineTune(FitConfig(epochs=1, base_epochs=1)), seed=3).fit(LOG)
-    assert recommender.bundle.names == ("mf-spec", "finetune-strategy")  # tags, because class names may change
+    # the names that would make them, because class names may change
+    assert recommender.bundle.names == ("mf:d=8", "finetune:fit.epochs=1:fit.base_epochs=1")
     assert len(recommender.recommend("u1", exclude_seen=False)) == 3
 
 

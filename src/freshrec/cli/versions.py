@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from freshrec.cli.options import AsJson, ReasonOption, StorePath, WaitOption, parse_duration
+from freshrec.cli.options import AllowImport, AsJson, ReasonOption, StorePath, WaitOption, parse_duration
 from freshrec.cli.output import print_json, print_wrapped
 from freshrec.cli.version_text import retry_command
 from freshrec.errors import OptionError, StateError
@@ -27,6 +27,7 @@ VersionArgument = Annotated[int, typer.Argument(metavar="VERSION", help="Version
 
 def history(
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
     last: Annotated[int | None, typer.Option(min=1, help="Show only the last N versions.", metavar="N")] = None,
     refused: Annotated[bool, typer.Option("--refused", help="Show only versions that the gate refused.")] = False,
     long: Annotated[
@@ -72,6 +73,7 @@ def locked_store(folder: Path, wait: str) -> Iterator[Store]:
 def promote(
     number: VersionArgument,
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
     reason: ReasonOption = "",
     wait: WaitOption = "",
     as_json: AsJson = False,
@@ -94,6 +96,7 @@ def rollback(
         int | None, typer.Argument(metavar="[VERSION]", help="Default: the parent of the live version.")
     ] = None,
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
     reason: ReasonOption = "",
     wait: WaitOption = "",
     as_json: AsJson = False,
@@ -152,6 +155,7 @@ def _dropped_text(store: Store, before: list[Manifest]) -> str:
 
 def gc(
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
     keep: Annotated[int, typer.Option(min=1, help="Number of formerly live versions to keep.")] = 5,
     wait: WaitOption = "",
     as_json: AsJson = False,
@@ -178,6 +182,7 @@ def gc(
 def erase(
     user: Annotated[str, typer.Argument(metavar="[USER]", help="User id.", show_default=False)] = "",
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
     from_stdin: Annotated[
         bool, typer.Option("--stdin", help="Read the user id from standard input, so that no other process sees it.")
     ] = False,
