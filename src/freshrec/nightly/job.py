@@ -305,11 +305,14 @@ def waiting_batches(store: Store, log: EventLog) -> list[int]:
 
 
 def match_types(log: Log, bundle: Bundle) -> Log:
-    """Return a delivery without the timestamps that the store's log lacks. Raises LogError as `append_delivery`."""
+    """Return a delivery with the ids of the store's types, and without timestamps if the store's log has none.
+
+    Raises LogError as `append_delivery`.
+    """
     log = match_clock(log, bundle.read_options)
-    for catalog, name in ((bundle.served.users, "user_id"), (bundle.served.items, "item_id")):
-        catalog.normalize_ids(filter_positives(log.frame)[name])
-    return log
+    catalogs = {"user_id": bundle.served.users, "item_id": bundle.served.items}
+    frame = log.frame.with_columns(catalog.normalize_ids(log.frame[name]) for name, catalog in catalogs.items())
+    return replace(log, frame=frame)
 
 
 def preview_delivery(job: NightlyJob, log: Log | None) -> dict[str, Any]:
