@@ -261,6 +261,8 @@ def _learn_file(
         return
     n_bad = 0 if log is None else log.n_quarantined
     print_line(_delivery_line(job, result, "Server clicks" if log is None else path.name, n_bad))
+    for note in () if log is None else log.id_notes:
+        print_line(f"{path.name}: {note}")
     yield from job.catch_up(force)
 
 

@@ -9,7 +9,11 @@ import polars as pl
 from freshrec.errors import LogError
 
 TEXT_TYPES = (pl.String, pl.Categorical, pl.Enum, pl.Null)
-FLOAT_LIMITS = {pl.Float16: 2**11, pl.Float32: 2**24, pl.Float64: 2**53}  # below it, every whole number is exact
+FLOAT_LIMITS: dict[pl.DataType | type[pl.DataType], int] = {  # below it, every whole number is exact
+    pl.Float16: 2**11,
+    pl.Float32: 2**24,
+    pl.Float64: 2**53,
+}
 
 
 @dataclass(frozen=True)

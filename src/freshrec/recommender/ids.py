@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import polars as pl
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from freshrec.data.catalog import Catalog
@@ -17,7 +18,7 @@ from freshrec.recommender.list_request import ListRequest
 from freshrec.recommender.lists import ResolvedRequest
 from freshrec.recommender.served_state import ServedState
 
-Ids: TypeAlias = str | int | Sequence[str | int] | pl.Series  # one or several ids
+Ids: TypeAlias = str | int | Sequence[str | int] | pl.Series | NDArray[Any]  # one or several ids
 
 
 def normalize_ids(name: str, ids: Ids, catalog: Catalog) -> pl.Series:
