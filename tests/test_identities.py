@@ -20,7 +20,7 @@ from freshrec.data.id_warnings import warn_about_ids
 from freshrec.data.identities import check_new_text, json_id, parse_id
 from freshrec.data.log import Log, read_log
 from freshrec.data.validate import validate
-from freshrec.errors import LogError
+from freshrec.errors import LogError, OptionError
 
 START = 1_700_000_000  # seconds
 BIG = 2**53
@@ -318,8 +318,8 @@ def test_a_text_that_no_log_may_hold_is_no_new_id(text: str) -> None:
 def test_suspicious_texts_are_ids_with_a_warning(ids: list[str], warning: str | None) -> None:
     log = read_log(typed(ids))
     found = list(warn_about_ids(log.frame).values())
-    assert users(log) == ids and [warning in text for text in found if warning] == [True] * bool(warning)
-    assert validate(log).warnings[-1:] == tuple(found) or not found
+    assert users(log) == ids and sum(warning is not None and warning in text for text in found) == bool(warning)
+    assert set(found) <= set(validate(log).warnings)
     as_items = log.frame.rename({"user_id": "item_id", "item_id": "user_id"})
     assert bool(warn_about_ids(as_items)) == bool(warning)
     as_event_ids = log.frame.select(event_id="user_id")
@@ -347,9 +347,9 @@ def test_a_store_keeps_its_type_of_ids_and_notes_what_it_converted(
     for name in ("text.parquet", "new.jsonl"):
         [version] = run("update", str(tmp_path / name), "--force", "--reason", "a test")
         assert version["sizes"]["users"] == 4 and version["data"]["day"]["share_unknown_users"] == 0
-    assert [row["user_id"] for row in run("recommend", "4", "-k", "1")] == [4]
+    assert [row["user_id"] for row in run("recommend", "4", "-k", "1", "--no-exclude-seen")] == [4]
     for command in (["recommend", "04"], ["erase", "+4"], ["inspect", "user", "004"], ["similar", "1.0"]):
-        assert main([*command, *at]) == LogError.exit_code
+        assert main([*command, *at]) in (OptionError.exit_code, LogError.exit_code)
         assert "Did you mean " in capsys.readouterr().err
     (tmp_path / "bad.csv").write_text(f"user_id,item_id,timestamp\n5.0,1,{START + 900}\n005,1,{START + 901}\n")
     assert main(["update", str(tmp_path / "bad.csv"), *at]) == LogError.exit_code
