@@ -18,6 +18,7 @@ from freshrec.data.columns import ColumnFault, has_value, read_labels, read_numb
 from freshrec.data.formats import SourceTable, open_table
 from freshrec.data.identities import read_ids
 from freshrec.data.moments import UNIT_NAMES, parse_microseconds, read_times
+from freshrec.data.ratings import choose_rating, keep_ratings
 from freshrec.data.source_columns import collect_columns, map_columns
 from freshrec.deprecation import UNSET, Unset, value_of_renamed
 from freshrec.errors import LogError, NoRowsError, OptionError
@@ -32,8 +33,8 @@ class Log:
     """Interactions, sorted by time.
 
     `frame` has the columns user_id and item_id (Int64 or String, as in the source) and time (Int64). Times are
-    microseconds since 1970, UTC; without timestamps they are 0, 1, 2, ... Further columns are event, category, weight,
-    label, period, split and event_id, if the source has them.
+    microseconds since 1970, UTC; without timestamps they are 0, 1, 2, ... Further columns are event, category, label,
+    period, split and event_id, if the source has them.
     """
 
     frame: pl.DataFrame
@@ -56,12 +57,16 @@ def read_log(
     quarantine: Path | None = None,
     allow_missing_events: bool = False,
     text_columns: Sequence[str] = (),
+    separator: str | None = None,
+    min_rating: float | None = None,
+    drop_weight: bool = False,
     absent: bool | Unset = UNSET,
     text: Sequence[str] | Unset = UNSET,
 ) -> Log:
     """Read a log from a file, a folder or a frame, and sort it by time.
 
-    `source` is a CSV file (also .gz), a Parquet file or folder, a JSON lines file, or a frame of polars or pandas.
+    `source` is a CSV file (also .gz), a Parquet file or folder, a Delta table, a JSON lines file, or a frame of polars
+    or pandas.
 
     - `columns`: our column name -> the name in the source, if they differ. `{"item_id": "sku:text"}` reads the ids
       as text, even if some of them look like numbers.
@@ -71,6 +76,11 @@ def read_log(
     - `quarantine`: a .parquet or .csv file for bad rows. Without it, a bad row is an error.
     - `allow_missing_events`: whether a type in `events` may have no rows.
     - `text_columns`: our columns whose ids are text, even if all of them look like numbers.
+    - `separator`: what divides the fields of a text file: one character, or comma, tab, semicolon, pipe or space. By
+      default, it is a tab in .tsv files and a comma in others.
+    - `min_rating`: the lowest rating to keep. Rows below it are left out before anything else is checked or counted. A
+      row without a rating is bad. The rating is the column `rating`, or else `weight`.
+    - `drop_weight`: whether to ignore a column `weight`. By default, it is an error without `min_rating`.
     - `absent`, `text`: former names of `allow_missing_events` and `text_columns`.
 
     Raises LogError if the log cannot be read, NoRowsError if it is empty, and OptionError for an invalid argument.
@@ -81,15 +91,23 @@ def read_log(
         raise OptionError(f"Quarantine file {quarantine.name} is the log itself. Choose another file for the bad rows.")
     if quarantine is not None and quarantine.suffix not in (".parquet", ".csv"):
         raise OptionError(f"Quarantine file {quarantine.name} must end in .parquet or .csv. Rename it.")
-    table = open_table(source, format)
+    table = open_table(source, format, separator)
     names, declared_text = map_columns(table, columns or {})
+    names, notes = choose_rating(names, min_rating, drop_weight, table.name)
     source_rows = collect_columns(table, names, events, allow_missing_events)
+    table.require_unchanged()
     if not len(source_rows):
         raise NoRowsError(f"{table.name} has no rows. A log needs at least one.")
+    rating_faults: list[ColumnFault] = []
+    if min_rating is not None:
+        source_rows, rating_faults, note = keep_ratings(source_rows, min_rating, table.name)
+        notes.append(note)
     try:
-        log, faults = _parse_columns(source_rows, names, declared_text | set(text_columns), table)
+        parsed = {name: source_name for name, source_name in names.items() if name != "rating"}
+        log, faults = _parse_columns(source_rows, parsed, declared_text | set(text_columns), table)
     except LogError as problem:
         raise LogError(f"{table.name}: {problem}") from None
+    log, faults = replace(log, notes=(*table.notes, *log.notes, *notes)), first_faults([*rating_faults, *faults])
     if faults:
         if quarantine is None:
             raise LogError(fault_message(source_rows, names, faults, table.name))

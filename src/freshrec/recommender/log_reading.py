@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -13,6 +14,7 @@ from freshrec.data.catalog import Catalog
 from freshrec.data.duplicates import drop_duplicates
 from freshrec.data.log import Log, keep_positives, read_log
 from freshrec.data.moments import format_time
+from freshrec.data.ratings import WEIGHT_DROPPED
 from freshrec.errors import LogError
 from freshrec.recommender.served_state import ServedState
 from freshrec.types import Events
@@ -32,11 +34,26 @@ class ReadOptions:
     format: str | None = None  # Name of the log format; None = detect it.
     events: tuple[str, ...] = ()  # Event types to read; empty = all.
     has_clock: bool = True  # Whether the log of `fit` had timestamps. New events must have them too.
+    separator: str | None = None  # Separator of text files; None = by the ending of the file.
+    min_rating: float | None = None  # Lowest rating of the rows to read; None = all rows.
 
 
-def read_interactions(source: LogSource, options: ReadOptions) -> Log:
-    """Read the positive events of a log, each once; exposures (label 0) are dropped. Raises LogError for a bad log."""
-    log = read_log(source, columns=options.columns, format=options.format, events=options.events)
+def read_interactions(source: LogSource, options: ReadOptions, drop_weight: bool = False) -> Log:
+    """Read the positive events of a log, each once; exposures (label 0) are dropped. Raises LogError for a bad log.
+
+    A column `weight` of a frame, or of any log with `drop_weight`, is ignored with a UserWarning.
+    """
+    log = read_log(
+        source,
+        columns=options.columns,
+        format=options.format,
+        events=options.events,
+        separator=options.separator,
+        min_rating=options.min_rating,
+        drop_weight=drop_weight or not isinstance(source, str | Path),
+    )
+    if WEIGHT_DROPPED in log.notes:
+        warnings.warn(f"{WEIGHT_DROPPED} Pass min_rating to fit, or drop the column.", UserWarning, stacklevel=4)
     return drop_duplicates(keep_positives(log))
 
 
@@ -45,7 +62,7 @@ def read_new_events(source: LogSource, options: ReadOptions, served: ServedState
 
     Without timestamps, the new rows follow the learned ones.
     """
-    log, newest = match_clock(read_interactions(source, options), options), served.newest_time
+    log, newest = match_clock(read_interactions(source, options, drop_weight=True), options), served.newest_time
     assert newest is not None  # a fitted recommender has events
     if not log.has_clock:
         return replace(log, frame=log.frame.with_columns(pl.col("time") + newest + 1))
