@@ -1,4 +1,4 @@
-"""Read the files of an update, with the options of `fit` unless others are given."""
+"""Read the log of `fit`, and the files of an update with the same options unless others are given."""
 
 from __future__ import annotations
 
@@ -11,12 +11,26 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from freshrec.cli.options import parse_pairs
-from freshrec.data.log import Log, read_log
+from freshrec.data.log import Log, events_before, read_log
 from freshrec.errors import NoRowsError
 
 if TYPE_CHECKING:
     from freshrec.nightly.job import NightlyJob
     from freshrec.recommender.log_reading import ReadOptions
+
+
+def read_first_log(path: Path, read_options: ReadOptions, until: str, quarantine: Path | None) -> Log:
+    """Read the log of `fit`. `until`: a moment, of which earlier events are kept; "" = all events."""
+    log = read_log(
+        path,
+        columns=read_options.columns,
+        format=read_options.format,
+        events=read_options.events,
+        separator=read_options.separator,
+        min_rating=read_options.min_rating,
+        quarantine=quarantine,
+    )
+    return events_before(log, until) if until else log
 
 
 def changed_options(

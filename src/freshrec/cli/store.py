@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from freshrec.cli.delivery import changed_options, read_delivery
+from freshrec.cli.delivery import changed_options, read_delivery, read_first_log
 from freshrec.cli.options import (
     AsJson,
     Columns,
@@ -31,7 +31,7 @@ from freshrec.cli.output import print_json, print_labelled, print_wrapped
 from freshrec.cli.progress import READING, show_progress
 from freshrec.cli.version_text import fit_lines, next_commands, retry_command, update_lines, verdict_sentence
 from freshrec.cli.versions import locked_store
-from freshrec.data.log import Log, events_before, filter_positives, read_log
+from freshrec.data.log import Log, filter_positives
 from freshrec.data.moments import format_time
 from freshrec.errors import FreshrecError, LogError, OptionError, RefusedError
 from freshrec.progress import report_progress
@@ -101,16 +101,7 @@ def fit(
     with show_progress(not as_json, with_lines=True), create_store(store) as new_store:
         report_progress(READING, detail=log.name)
         source = hash_source(log)  # first, so that rows which a writer adds later are new to the next update
-        interactions = read_log(
-            log,
-            columns=read_options.columns,
-            format=format_name,
-            events=read_options.events,
-            separator=separator,
-            min_rating=min_rating,
-            quarantine=quarantine,
-        )
-        interactions = events_before(interactions, until) if until else interactions
+        interactions = read_first_log(log, read_options, until, quarantine)
         report_progress("read", detail=f"{len(interactions.frame):,} rows of {log.name}")
         job, source = NightlyJob(new_store, limits), source + (f" until {until}" if until else "")
         version = job.fit_first_version(interactions, source, bundle)

@@ -76,10 +76,11 @@ def _folder_parts(folder: Path) -> tuple[list[Part], list[str]]:
             folders.clear()
             continue
         seen.add(os.path.realpath(root))
-        here = Path(root)
-        if here != folder and (kind := _table_kind(here)):
-            raise LogError(f"{folder.name} holds the {kind} table {here.relative_to(folder)}. Pass that folder.")
-        for file in (here / name for name in names):
+        folders.sort()
+        current = Path(root)
+        if current != folder and (kind := _table_kind(current)):
+            raise LogError(f"{folder.name} holds the {kind} table {current.relative_to(folder)}. Pass that folder.")
+        for file in (current / name for name in names):
             place = file.relative_to(folder)
             is_parquet = file.name.lower().endswith(PARQUET_ENDINGS)
             if any(_is_hidden(part) for part in place.parts):
@@ -123,10 +124,12 @@ def _with_folder_values(folder: Path, files: Sequence[Path]) -> list[Part]:
 def _delta_parts(folder: Path) -> list[Part]:
     """Return the files of the current version of a Delta table."""
     with tempfile.TemporaryDirectory() as place:  # deltalake misreads paths with blanks, # and ?
-        link = Path(place) / "table"
-        link.symlink_to(folder.absolute(), target_is_directory=True)
+        copy = Path(place) / "_delta_log"
+        copy.mkdir()
+        for file in (folder / "_delta_log").iterdir():
+            (copy / file.name).symlink_to(file.absolute(), target_is_directory=file.is_dir())
         try:
-            table = DeltaTable(link)
+            table = DeltaTable(place)
             files = pl.DataFrame(table.get_add_actions(flatten=True))
             has_deletions = len(pl.DataFrame(table.deletion_vectors())) > 0
             has_mapping = table.metadata().configuration.get("delta.columnMapping.mode", "none") != "none"
@@ -163,7 +166,7 @@ def scan_parts(parts: Sequence[Part], folder: Path) -> tuple[pl.LazyFrame, dict[
     problems: dict[str, str] = {}
     for part in parts:
         _check_complete(part.path)
-        for name, kind in pl.read_parquet_schema(part.path).items():
+        for name, kind in _schema(part.path).items():
             known, first = columns.get(name, (kind, part))
             common = _common_type(known, kind)
             columns[name] = (known if common is None else common, first)
@@ -191,6 +194,10 @@ def scan_parts(parts: Sequence[Part], folder: Path) -> tuple[pl.LazyFrame, dict[
     if own_values.width > 1:
         rows = rows.join(own_values.lazy(), on=PATH_COLUMN, how="left", maintain_order="left").drop(PATH_COLUMN)
     return rows, problems
+
+
+def _schema(file: Path) -> pl.Schema:
+    return pl.scan_parquet(file, glob=False, hive_partitioning=False).collect_schema()
 
 
 def _check_complete(file: Path) -> None:

@@ -87,21 +87,11 @@ def read_log(
     """
     allow_missing_events = value_of_renamed("allow_missing_events", allow_missing_events, "absent", absent)
     text_columns = value_of_renamed("text_columns", text_columns, "text", text)
-    if quarantine is not None and isinstance(source, str | Path) and quarantine.resolve() == Path(source).resolve():
-        raise OptionError(f"Quarantine file {quarantine.name} is the log itself. Choose another file for the bad rows.")
-    if quarantine is not None and quarantine.suffix not in (".parquet", ".csv"):
-        raise OptionError(f"Quarantine file {quarantine.name} must end in .parquet or .csv. Rename it.")
+    _check_quarantine(source, quarantine)
     table = open_table(source, format, separator)
     names, declared_text = map_columns(table, columns or {})
     names, notes = choose_rating(names, min_rating, drop_weight, table.name)
-    source_rows = collect_columns(table, names, events, allow_missing_events)
-    table.require_unchanged()
-    if not len(source_rows):
-        raise NoRowsError(f"{table.name} has no rows. A log needs at least one.")
-    rating_faults: list[ColumnFault] = []
-    if min_rating is not None:
-        source_rows, rating_faults, note = keep_ratings(source_rows, min_rating, table.name)
-        notes.append(note)
+    source_rows, rating_faults = _collect_rows(table, names, events, allow_missing_events, min_rating, notes)
     try:
         parsed = {name: source_name for name, source_name in names.items() if name != "rating"}
         log, faults = _parse_columns(source_rows, parsed, declared_text | set(text_columns), table)
@@ -109,16 +99,55 @@ def read_log(
         raise LogError(f"{table.name}: {problem}") from None
     log, faults = replace(log, notes=(*table.notes, *log.notes, *notes)), first_faults([*rating_faults, *faults])
     if faults:
-        if quarantine is None:
-            raise LogError(fault_message(source_rows, names, faults, table.name))
-        write_quarantine(source_rows, faults, table, quarantine)
-        is_good = ~pl.DataFrame([fault.rows.alias(str(i)) for i, fault in enumerate(faults)]).max_horizontal()
-        log = replace(log, frame=log.frame.filter(is_good), n_quarantined=int((~is_good).sum()))
-        log = _add_note(log, f"Wrote {format_count(log.n_quarantined, 'bad row')} to {quarantine.name}.")
-    if not len(log.frame):
-        raise LogError(f"{table.name} has no valid rows. {quarantine} gives the reason for each row.")
+        log = _set_bad_rows_aside(log, faults, source_rows, names, table, quarantine)
     log = _sort_by_time(log)
     return log if users is None else _sample_users(log, users, seed)
+
+
+def _collect_rows(
+    table: SourceTable,
+    names: Mapping[str, str],
+    events: Sequence[str],
+    allow_missing_events: bool,
+    min_rating: float | None,
+    notes: list[str],
+) -> tuple[pl.DataFrame, list[ColumnFault]]:
+    """Return the rows with the events and ratings to keep, and the rows without a rating. Extends `notes`."""
+    rows = collect_columns(table, names, events, allow_missing_events)
+    table.require_unchanged()
+    if not len(rows):
+        raise NoRowsError(f"{table.name} has no rows. A log needs at least one.")
+    if min_rating is None:
+        return rows, []
+    rows, faults, note = keep_ratings(rows, min_rating, table.name)
+    notes.append(note)
+    return rows, faults
+
+
+def _check_quarantine(source: str | Path | pl.DataFrame | pd.DataFrame, quarantine: Path | None) -> None:
+    if quarantine is not None and isinstance(source, str | Path) and quarantine.resolve() == Path(source).resolve():
+        raise OptionError(f"Quarantine file {quarantine.name} is the log itself. Choose another file for the bad rows.")
+    if quarantine is not None and quarantine.suffix not in (".parquet", ".csv"):
+        raise OptionError(f"Quarantine file {quarantine.name} must end in .parquet or .csv. Rename it.")
+
+
+def _set_bad_rows_aside(
+    log: Log,
+    faults: Sequence[ColumnFault],
+    source_rows: pl.DataFrame,
+    names: Mapping[str, str],
+    table: SourceTable,
+    quarantine: Path | None,
+) -> Log:
+    """Return the log without its bad rows, and write them to `quarantine`. Raises LogError without such a file."""
+    if quarantine is None:
+        raise LogError(fault_message(source_rows, names, faults, table.name))
+    write_quarantine(source_rows, faults, table, quarantine)
+    is_good = ~pl.DataFrame([fault.rows.alias(str(i)) for i, fault in enumerate(faults)]).max_horizontal()
+    log = replace(log, frame=log.frame.filter(is_good), n_quarantined=int((~is_good).sum()))
+    if not len(log.frame):
+        raise LogError(f"{table.name} has no valid rows. {quarantine} gives the reason for each row.")
+    return _add_note(log, f"Wrote {format_count(log.n_quarantined, 'bad row')} to {quarantine.name}.")
 
 
 def keep_positives(log: Log) -> Log:

@@ -146,8 +146,8 @@ class _Lines:
         )
         long = records.filter(pl.col("n_lines") > 1)["record"]
         members = stats.filter(pl.col("record").is_in(long.implode()))[INDEX]
-        wanted = pl.concat([members, unfit.select(INDEX).collect(engine="streaming")[INDEX]]).unique()
-        texts = lines.filter(pl.col(INDEX).is_in(wanted.implode())).collect(engine="streaming")
+        needed = pl.concat([members, unfit.select(INDEX).collect(engine="streaming")[INDEX]]).unique()
+        texts = lines.filter(pl.col(INDEX).is_in(needed.implode())).collect(engine="streaming")
         joined = (
             texts.join(stats.select(INDEX, "record"), on=INDEX, maintain_order="left")
             .group_by("record", maintain_order=True)
@@ -155,13 +155,13 @@ class _Lines:
             .join(records, on="record", maintain_order="left")
         )
         is_right = pl.col(LINE).str.contains(record_pattern(self.separator, len(header)))
-        is_swallowed = (pl.col("n_lines") > 1) & pl.col("full") & self._look_alike(len(header))
+        is_swallowed = (pl.col("n_lines") > 1) & pl.col("full") & self._have_common_place(len(header))
         bad = joined.filter(~is_right | is_swallowed)
         if len(bad):
             raise self._error(header, bad[LINE][0], bad[INDEX][0])
         return records
 
-    def _look_alike(self, n_fields: int) -> pl.Expr:
+    def _have_common_place(self, n_fields: int) -> pl.Expr:
         """Whether `first` and `last`, lines of a record, have a number or a time in the same field, or none at all."""
         first, last = (pl.col(name).str.split(self.separator) for name in ("first", "last"))
         in_first, in_last = (
