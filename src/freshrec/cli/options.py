@@ -24,6 +24,12 @@ Columns = Annotated[
 
 FormatName = Annotated[str | None, typer.Option("--format", help=f"Name of a public format: {', '.join(FORMATS)}.")]
 EventTypes = Annotated[str, typer.Option(help="Event types to read, such as pv,buy (default: all).")]
+Separator = Annotated[
+    str | None, typer.Option(help="Separator of a text file: a character, or tab, semicolon, pipe, comma or space.")
+]
+MinRating = Annotated[
+    float | None, typer.Option(help="Keep only rows with at least this rating, in column rating or weight.")
+]
 Quarantine = Annotated[Path | None, typer.Option(help="Write bad rows to this .parquet or .csv file and continue.")]
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import polars as pl
 
 from freshrec.data.catalog import Catalog
+from freshrec.data.folders import list_parts
 from freshrec.data.log import Log, filter_positives, keep_positives
 from freshrec.errors import LogError, OptionError, StateError, TrainingError
 from freshrec.files import file_checksum
@@ -333,9 +334,14 @@ def interaction_rows(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def hash_source(path: Path) -> str:
-    """Return a hash of the bytes of a file, or of all files of a folder."""
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    checksums = [file_checksum(file) for file in files if file.is_file()]
+    """Return a hash of the bytes of a log: of its file, or of all its parts and the columns that their folders hold.
+
+    Raises LogError if there is no log at `path`.
+    """
+    parts, _ = list_parts(path)
+    checksums = [
+        file_checksum(part.path) + (repr(sorted(part.values.items())) if part.values else "") for part in parts
+    ]
     return checksums[0] if len(checksums) == 1 else hashlib.sha256("".join(checksums).encode()).hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from freshrec.data.duplicates import drop_duplicates
 from freshrec.data.identities import IdType
 from freshrec.data.log import Log, keep_positives, read_log
 from freshrec.data.moments import format_time
+from freshrec.data.ratings import WEIGHT_DROPPED
 from freshrec.errors import LogError
 from freshrec.recommender.served_state import ServedState
 from freshrec.types import Events
@@ -34,14 +36,33 @@ class ReadOptions:
     format: str | None = None  # Name of the log format; None = detect it.
     events: tuple[str, ...] = ()  # Event types to read; empty = all.
     has_clock: bool = True  # Whether the log of `fit` had timestamps. New events must have them too.
+    separator: str | None = None  # Separator of text files; None = by the ending of the file.
+    min_rating: float | None = None  # Lowest rating of the rows to read; None = all rows.
 
 
-def read_interactions(source: LogSource, options: ReadOptions, id_types: Mapping[str, IdType] | None = None) -> Log:
+def read_interactions(
+    source: LogSource,
+    options: ReadOptions,
+    id_types: Mapping[str, IdType] | None = None,
+    drop_weight: bool = False,
+) -> Log:
     """Read the positive events of a log, each once; exposures (label 0) are dropped. Raises LogError for a bad log.
 
-    `id_types`: types of the ids of earlier events (`known_id_types`).
+    `id_types`: types of the ids of earlier events (`known_id_types`). A column `weight` of a frame, or of any log with
+    `drop_weight`, is ignored with a UserWarning.
     """
-    log = read_log(source, columns=options.columns, format=options.format, events=options.events, id_types=id_types)
+    log = read_log(
+        source,
+        columns=options.columns,
+        format=options.format,
+        events=options.events,
+        id_types=id_types,
+        separator=options.separator,
+        min_rating=options.min_rating,
+        drop_weight=drop_weight or not isinstance(source, str | Path),
+    )
+    if WEIGHT_DROPPED in log.notes:
+        warnings.warn(f"{WEIGHT_DROPPED} Pass min_rating to fit, or drop the column.", UserWarning, stacklevel=4)
     return drop_duplicates(keep_positives(log))
 
 
@@ -57,7 +78,8 @@ def read_new_events(source: LogSource, options: ReadOptions, served: ServedState
 
     Without timestamps, the new rows follow the learned ones.
     """
-    log, newest = match_clock(read_interactions(source, options, known_id_types(served)), options), served.newest_time
+    log = read_interactions(source, options, known_id_types(served), drop_weight=True)
+    log, newest = match_clock(log, options), served.newest_time
     assert newest is not None  # a fitted recommender has events
     if not log.has_clock:
         return replace(log, frame=log.frame.with_columns(pl.col("time") + newest + 1))

@@ -94,16 +94,20 @@ class Recommender:
         columns: Mapping[str, str] | None = None,
         format: str | None = None,
         events: Sequence[str] = (),
+        separator: str | None = None,
+        min_rating: float | None = None,
         progress: ProgressOption = False,
     ) -> Recommender:
         """Learn from a whole log. A second call starts again from an untrained model.
 
-        `log` is a file or a frame. `columns`, `format` and `events` are arguments of `read_log`; updates use them too.
-        `progress`: True shows progress on stderr, and a function is called with each `Progress`. Exposures with label 0
-        are dropped. Raises LogError for a bad log and OptionError for an unknown format or event type. Returns the
-        recommender itself.
+        `log` is a file or a frame. `progress`: True shows progress on stderr, and a function is called with each
+        `Progress`. The other arguments are those of `read_log`; updates use them too. Exposures with label 0 are
+        dropped. A column `weight` is ignored with a UserWarning in a frame, and refused in a file. Raises LogError for
+        a bad log and OptionError for an unknown format or event type. Returns the recommender itself.
         """
-        read_options = ReadOptions(dict(columns or {}), format, tuple(events))
+        read_options = ReadOptions(
+            dict(columns or {}), format, tuple(events), separator=separator, min_rating=min_rating
+        )
         with reporting(progress):
             found = read_interactions(log, read_options)
             report_progress("learning", detail=format_count(len(found.frame), "event"))

@@ -51,6 +51,12 @@ class LogRecipe:
     ] = field(default_factory=dict)
     format: Annotated[str, Field(description="Name of a public format. See `freshrec list formats`.")] = ""
     events: Annotated[Words, Field(description="Event types to keep. Default: all.")] = ()
+    separator: Annotated[
+        str, Field(description="Separator of a text file: a character, or tab, semicolon, pipe, comma or space.")
+    ] = ""
+    min_rating: Annotated[
+        float | None, Field(description="Keep only rows with at least this rating, in column rating or weight.")
+    ] = None
     exposures: Annotated[
         bool, Field(description="Keep exposures without a click (label 0). For models that predict clicks.")
     ] = False
@@ -198,5 +204,9 @@ def _with_current_keys(section: str, table: Any) -> Any:
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write a recipe with all its options, including defaults."""
-    path.write_text(tomli_w.dumps(asdict(recipe)))
+    """Write a recipe with all its options, including defaults. Options that are None are left out: TOML has no null."""
+    tables = {
+        section: {name: value for name, value in table.items() if value is not None}
+        for section, table in asdict(recipe).items()
+    }
+    path.write_text(tomli_w.dumps(tables))

@@ -41,6 +41,8 @@ def load_log(recipe: Recipe) -> Log:
         columns=columns,
         format=log_recipe.format or None,
         events=events,
+        separator=log_recipe.separator or None,
+        min_rating=log_recipe.min_rating,
         users=users,
         seed=log_recipe.seed,
     )
