@@ -44,13 +44,13 @@ class EventIndex:
             self._keys[key] = event_id is None or self._keys.get(key, False)
 
     def holds_id(self, event_id: str | None) -> bool:
-        """Whether an event has this id."""
+        """Whether an event has this id; False for None."""
         return event_id in self._ids
 
     def holds(self, event_id: str | None, key: EventKey | None) -> bool:
         """Whether an event is among those that were added."""
         if event_id is None:
-            return key in self._keys
+            return key is not None and key in self._keys
         return event_id in self._ids or (key is not None and self._keys.get(key, False))
 
 
@@ -72,15 +72,15 @@ def drop_duplicate_rows(rows: pl.DataFrame, has_clock: bool, keys: Sequence[str]
 
 
 def drop_known_rows(
-    rows: pl.DataFrame, known_ids: pl.Series, known_rows: pl.DataFrame | None, keys: Sequence[str] = EVENT_KEYS
+    rows: pl.DataFrame, known_ids: pl.Series | None, known_rows: pl.DataFrame | None, keys: Sequence[str] = EVENT_KEYS
 ) -> pl.DataFrame:
     """Return the rows that are none of the known events, in their order.
 
-    `known_ids`: ids of known events. `known_rows`: the keys of known events, and their event_id if they have one; None
-    without timestamps.
+    `known_ids`: ids of known events, None = there are none. `known_rows`: the keys of known events, with event_id if
+    they have one; None without timestamps.
     """
     with_id, without_id = split_by_event_id(rows.with_row_index("place"))
-    if len(with_id):
+    if known_ids is not None and len(with_id):
         found = known_ids.filter(known_ids.is_in(with_id["event_id"].implode()))  # not a table of all known ids
         with_id = with_id.filter(~pl.col("event_id").is_in(found.implode()))
     if known_rows is not None:

@@ -26,7 +26,7 @@ def new_rows(
     with_id, without_id = split_by_event_id(rows)
     log_has_ids = "event_id" in [field.name for field in table.schema().fields]
     files, in_batches = data_files(table).filter(pl.col("batch").is_in(batches)), batch_predicate(batches)
-    known_ids, known_rows = pl.Series("event_id", [], dtype=rows.schema.get("event_id", pl.String)), None
+    known_ids, known_rows = None, None
     if len(with_id) and log_has_ids:
         verify_files(folder, files)
         predicate = f"{in_batches} AND event_id IS NOT NULL"
