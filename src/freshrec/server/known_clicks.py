@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
-
 from freshrec.data.duplicates import EventIndex, EventKey
 from freshrec.recommender.ids import normalize_id
 from freshrec.recommender.served_state import ServedState
@@ -59,8 +57,8 @@ class KnownClicks:
         if not user or user > histories.n_users:
             return False
         rows = slice(int(histories.offsets_U[user]), int(histories.offsets_U[user + 1]))
-        first, last = torch.searchsorted(histories.times_R[rows], torch.tensor([click.time, click.time + 1])).tolist()
-        if first == last:
+        at = histories.times_R[rows] == click.time  # late events are not in order
+        if not bool(at.any()):
             return False
         item = served.items.row(normalize_id("item_id", click.item_id, served.items))
-        return bool((histories.items_R[rows][first:last] == item).any())
+        return bool((histories.items_R[rows][at] == item).any())
