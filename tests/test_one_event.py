@@ -136,6 +136,20 @@ def test_the_first_row_of_a_reused_id_counts_and_a_note_says_so() -> None:
     assert log.notes[-1].startswith("1 event_id stands for rows with another user, item or time.")
 
 
+def test_an_update_says_that_a_source_counts_its_ids_from_1_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, *_ = stored(tmp_path, "repeat-last")
+    for n, moment in enumerate((after(base), after(base) + 86_400)):
+        rows = [("kim", "item-1", moment + i, f"{i}") for i in range(3)]
+        day([*rows, *rows[:1]]).write_parquet(tmp_path / f"day-{n}.parquet")
+        assert run("update", tmp_path, str(tmp_path / f"day-{n}.parquet"), *ANY) == 0
+    # the second day is lost, as its three ids are those of the first
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("stand for rows with another user") == 1
+    assert "day-1.parquet: 3 event_ids stand for rows with another user, item or time. Only the first row" in shown
+
+
 def ask(client: TestClient, user: str, kind: str, moment: int) -> bool:
     """Send a click on item-1. Returns whether it is known. The id is different for each user."""
     more = {"event_id": f"{kind} of {user}"} if kind in ("A", "B") else {}

@@ -30,6 +30,7 @@ from freshrec.cli.output import print_json, print_labelled, print_wrapped
 from freshrec.cli.progress import READING, show_progress
 from freshrec.cli.version_text import fit_lines, next_commands, retry_command, update_lines, verdict_sentence
 from freshrec.cli.versions import locked_store
+from freshrec.data.duplicates import count_reused_ids, reused_ids_note
 from freshrec.data.log import Log, events_before, filter_positives, read_log
 from freshrec.data.moments import format_time
 from freshrec.errors import FreshrecError, LogError, NoRowsError, OptionError, RefusedError
@@ -107,7 +108,8 @@ def fit(
         return
     typer.echo(f"Version {version.id} is live in {store}.")
     print_labelled(fit_lines(version, times, skipped))
-    print_labelled(("Note", note) for note in version.notes)
+    n_reused = count_reused_ids(interactions.frame, interactions.has_clock)
+    print_labelled(("Note", note) for note in [*version.notes, *([reused_ids_note(n_reused)] if n_reused else [])])
     for label, command in zip(("Next:", ""), next_commands(store, filter_positives(interactions.frame)["user_id"][-1])):
         typer.echo(f"{label:<6}{command}")
 
@@ -261,7 +263,10 @@ def _learn_file(
         yield job.add_unchanged_version(None, source)
         return
     n_bad = 0 if log is None else log.n_quarantined
-    print_line(_delivery_line(job, result, "Server clicks" if log is None else path.name, n_bad))
+    name = "Server clicks" if log is None else path.name
+    print_line(_delivery_line(job, result, name, n_bad))
+    if result.n_reused_ids:
+        print_line(f"{name}: {reused_ids_note(result.n_reused_ids)}")
     yield from job.catch_up(force)
 
 

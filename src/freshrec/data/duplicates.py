@@ -81,8 +81,7 @@ def drop_known_rows(
     """
     with_id, without_id = split_by_event_id(rows.with_row_index("place"))
     if known_ids is not None and len(with_id):
-        found = known_ids.filter(known_ids.is_in(with_id["event_id"].implode()))  # not a table of all known ids
-        with_id = with_id.filter(~pl.col("event_id").is_in(found.implode()))
+        with_id = with_id.filter(~pl.col("event_id").is_in(known_ids.implode()))
     if known_rows is not None:
         with_id = _without_keys(with_id, split_by_event_id(known_rows)[1], keys)
         without_id = _without_keys(without_id, known_rows, keys)

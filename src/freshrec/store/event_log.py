@@ -23,7 +23,7 @@ from deltalake import ColumnProperties, CommitProperties, DeltaTable, WriterProp
 from deltalake.exceptions import CommitFailedError, DeltaError
 
 from freshrec.data.catalog import TYPE_NAMES
-from freshrec.data.duplicates import EVENT_KEYS, drop_duplicate_rows
+from freshrec.data.duplicates import EVENT_KEYS, count_reused_ids, drop_duplicate_rows
 from freshrec.errors import LogError, OptionError, StateError
 from freshrec.files import file_checksum, sync_folder
 from freshrec.store.checksummed_json import write_checksummed
@@ -37,7 +37,7 @@ from freshrec.store.log_files import (
     read_checksums,
     verify_files,
 )
-from freshrec.store.new_rows import new_rows
+from freshrec.store.new_rows import NewRows, find_new_rows
 from freshrec.text_layout import to_printable
 
 TABLE_NAME = "freshrec event log 1"  # name of the table, with the number of its format
@@ -70,6 +70,7 @@ class AppendResult:
     first_time: int | None = None  # time of the first and of the last appended row
     last_time: int | None = None
     n_separate: int = 0  # appended as a batch of their own
+    n_reused_ids: int = 0  # event ids that stand for rows with another user, item or time; only the first row counts
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,13 @@ class EventLog:
             if repeated_batch is not None:
                 return AppendResult(None, repeated_batch, len(rows), n_duplicates, len(distinct))
             known_batches = sources.keys() - set(ignored_batches)
-            new = distinct if table is None else new_rows(distinct, table, has_clock, self.folder, known_batches)
+            new, n_reused_ids = NewRows(distinct, 0)
+            if table is not None:
+                new, n_reused_ids = find_new_rows(distinct, table, has_clock, self.folder, known_batches)
+            if n_duplicates:
+                n_reused_ids += count_reused_ids(rows, has_clock)
             if not len(new):
-                return AppendResult(None, None, len(rows), n_duplicates, len(distinct))
+                return AppendResult(None, None, len(rows), n_duplicates, len(distinct), n_reused_ids=n_reused_ids)
             newest = as_time(data_files(table).filter(pl.col("batch").is_in(known_batches))["last"].max())
             batch = 1 + max(sources, default=0)
             commit_info = {"batch": batch, "source": source, "doubled": n_duplicates, "known": len(distinct) - len(new)}
@@ -108,7 +113,7 @@ class EventLog:
             _write_checksums(self.folder)
         n_late = int((new["time"] < newest).sum()) if has_clock and newest is not None else 0
         counts = (len(rows), n_duplicates, len(distinct) - len(new), n_late, len(new))
-        return AppendResult(batch, None, *counts, *time_range(new))
+        return AppendResult(batch, None, *counts, *time_range(new), n_reused_ids=n_reused_ids)
 
     def read(self, batches: Sequence[int] | None = None) -> pl.DataFrame:
         """Read the events of all batches, or of some, ordered by batch, then time, then place in the delivery.
@@ -137,7 +142,9 @@ class EventLog:
         """Return the rows whose event is in none of these batches. `rows` are rows that `read` returned."""
         with _translate_errors(self.folder, "read"):
             table = _open_table(self.folder)
-            return rows if table is None else new_rows(rows, table, _has_clock(table), self.folder, batches)
+            if table is None:
+                return rows
+            return find_new_rows(rows, table, _has_clock(table), self.folder, batches).rows
 
     def batches(self) -> pl.DataFrame:
         """A row per batch: batch, source, rows, first and last (times). `rows` is 0 if all users were erased."""
