@@ -41,10 +41,10 @@ def read_interactions(source: LogSource, options: ReadOptions) -> Log:
 
 
 def read_new_events(source: LogSource, options: ReadOptions, served: ServedState) -> Log:
-    """Read a log that continues the learned events. Raises LogError for older rows, and if no row is new.
+    """Read a log that continues the learned events. Raises LogError for older rows.
 
-    Rows of the newest learned moment that are learned already are left out. Without timestamps, the new rows follow the
-    learned ones.
+    Rows of the newest learned moment that are learned already are left out, so there may be none. Without timestamps,
+    the new rows follow the learned ones.
     """
     log, newest = match_clock(read_interactions(source, options), options), served.newest_time
     assert newest is not None  # a fitted recommender has events
@@ -62,10 +62,7 @@ def read_new_events(source: LogSource, options: ReadOptions, served: ServedState
         return log
     # a version keeps no event ids, so the key decides
     learned = _rows_at(served, newest).cast({name: log.frame.schema[name] for name in EVENT_KEYS}, strict=False)
-    frame = drop_known_rows(log.frame, None, learned)
-    if not len(frame):
-        raise LogError("All rows are learned already. Pass newer rows.")
-    return replace(log, frame=frame)
+    return replace(log, frame=drop_known_rows(log.frame, None, learned))
 
 
 def _rows_at(served: ServedState, moment: int) -> pl.DataFrame:

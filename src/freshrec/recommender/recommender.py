@@ -94,12 +94,15 @@ class Recommender:
     def update(self, new_events: LogSource) -> Recommender:
         """Learn from new events; only the new rows are needed.
 
-        They may have new users and items. Duplicates within one call count once. A store also recognises events of
-        earlier calls. Raises LogError if a row is older than the newest learned one, and StateError before the first
-        `fit`. Returns the recommender itself.
+        They may have new users and items. Duplicates within one call count once, and rows of the newest learned moment
+        that are learned already are left out. A store also recognises older events, and event ids of earlier calls.
+        Raises LogError if a row is older than the newest learned one, and StateError before the first `fit`. Returns
+        the recommender itself.
         """
         bundle = self.bundle
         log = read_new_events(new_events, bundle.read_options, bundle.served)
+        if not len(log.frame):
+            return self
         self._bundle = learn_events(bundle, encode_events(bundle.served, log.frame))
         return self
 
