@@ -71,6 +71,28 @@ def test_two_files_hold_two_events_only_if_two_ids_differ(pair: tuple[str, str],
     assert len(log.read()) == log.batches()["rows"].sum() == n_events(pair)
 
 
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_refused_batch_and_its_correction_hold_two_events_only_if_two_ids_differ(
+    pair: tuple[str, str], tmp_path: Path
+) -> None:
+    log = EventLog(tmp_path)
+    log.append(read_log(frame(pair[0])).frame, "refused", True)
+    # no live version has learned the first batch, so the correction is appended as a whole
+    assert log.append(read_log(frame(pair[1])).frame, "corrected", True, ignored_batches=[1]).n_appended == 1
+    assert len(log.read()) == len(log.read([1, 2])) == n_events(pair)
+    assert len(log.rows_not_in(log.read([1]), [2])) == n_events(pair) - 1
+
+
+def test_a_file_with_the_rows_of_yesterday_adds_only_new_ones_with_or_without_ids(tmp_path: Path) -> None:
+    log, moments = EventLog(tmp_path), (MOMENT, MOMENT + 1, MOMENT + 2)
+    yesterday = frame("A", "null", "B", moments=moments)
+    log.append(read_log(yesterday).frame, "s1", True)
+    for n, rows in enumerate((yesterday, yesterday.drop("event_id"), yesterday.with_columns(event_id=pl.lit(None)))):
+        today = pl.concat([rows, frame("-", moments=(MOMENT + 3 + n,))], how="diagonal")
+        assert log.append(read_log(today).frame, f"other name {n}", True).n_appended == 1
+    assert len(log.read()) == 6
+
+
 @pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair[1] != "-"])
 def test_a_file_and_a_click_hold_two_events_only_if_two_ids_differ(pair: tuple[str, str]) -> None:
     clicks = clicks_to_frame([Click(1, 5, MOMENT * 10**6, id_of(pair[1]))])
