@@ -356,8 +356,10 @@ def test_events_without_timestamps_follow_the_learned_ones() -> None:
 
 
 def test_an_event_at_the_time_of_the_newest_one_is_not_late() -> None:
-    recommender = Recommender("popularity").fit(LOG).update(LOG.tail(1))
+    newest = LOG.tail(1)
+    recommender = Recommender("popularity").fit(LOG).update(newest.with_columns(item_id=pl.lit("a")))
     assert recommender.bundle.sizes["events"] == 7
+    assert recommender.update(newest).bundle.sizes["events"] == 7  # it is learned already
 
 
 @pytest.mark.parametrize(("call", "error", "message"), ERRORS)

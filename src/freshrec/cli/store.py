@@ -31,6 +31,7 @@ from freshrec.cli.options import (
 from freshrec.cli.output import print_json, print_labelled, print_wrapped
 from freshrec.cli.version_text import fit_lines, next_commands, retry_command, update_lines, verdict_sentence
 from freshrec.cli.versions import locked_store
+from freshrec.data.duplicates import count_reused_ids, reused_ids_note
 from freshrec.data.log import Log, filter_positives
 from freshrec.data.moments import format_time
 from freshrec.disk_names import foreign_modules
@@ -113,7 +114,8 @@ def fit(
         return
     typer.echo(f"Version {version.id} is live in {store}.")
     print_labelled(fit_lines(version, times, skipped))
-    print_labelled(("Note", note) for note in version.notes)
+    n_reused = count_reused_ids(interactions.frame, interactions.has_clock)
+    print_labelled(("Note", note) for note in [*version.notes, *([reused_ids_note(n_reused)] if n_reused else [])])
     modules = foreign_modules(bundle.served.state.model.spec, bundle.strategy)
     commands = next_commands(store, filter_positives(interactions.frame)["user_id"][-1], modules)
     for label, command in zip(("Next:", ""), commands):
@@ -278,9 +280,12 @@ def _learn_file(
         yield job.add_unchanged_version(None, source)
         return
     n_bad = 0 if log is None else log.n_quarantined
-    print_line(_delivery_line(job, result, "Server clicks" if log is None else path.name, n_bad))
+    name = "Server clicks" if log is None else path.name
+    print_line(_delivery_line(job, result, name, n_bad))
     for note in () if log is None else log.id_notes:
-        print_line(f"{path.name}: {note}")
+        print_line(f"{name}: {note}")
+    if result.n_reused_ids:
+        print_line(f"{name}: {reused_ids_note(result.n_reused_ids)}")
     yield from job.catch_up(force)
 
 

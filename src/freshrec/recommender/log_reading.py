@@ -12,7 +12,7 @@ import polars as pl
 import torch
 
 from freshrec.data.catalog import Catalog
-from freshrec.data.duplicates import drop_duplicates
+from freshrec.data.duplicates import EVENT_KEYS, drop_duplicates, drop_known_rows
 from freshrec.data.identities import IdType
 from freshrec.data.log import Log, keep_positives, read_log
 from freshrec.data.moments import format_time
@@ -76,7 +76,8 @@ def known_id_types(served: ServedState) -> dict[str, IdType]:
 def read_new_events(source: LogSource, options: ReadOptions, served: ServedState) -> Log:
     """Read a log that continues the learned events. Raises LogError for older rows.
 
-    Without timestamps, the new rows follow the learned ones.
+    Rows of the newest learned moment that are learned already are left out, so there may be none. Without timestamps,
+    the new rows follow the learned ones.
     """
     log = read_interactions(source, options, known_id_types(served), drop_weight=True)
     log, newest = match_clock(log, options), served.newest_time
@@ -91,7 +92,20 @@ def read_new_events(source: LogSource, options: ReadOptions, served: ServedState
             f"{n_late:,} of {len(times_E):,} rows are older than {last}, the newest event so far; the oldest is of "
             f"{first}. Drop the older rows, or fit again on all events."
         )
-    return log
+    if int(times_E[0]) > newest:
+        return log
+    # a version keeps no event ids, so the key decides
+    learned = _rows_at(served, newest).cast({name: log.frame.schema[name] for name in EVENT_KEYS}, strict=False)
+    return replace(log, frame=drop_known_rows(log.frame, None, learned))
+
+
+def _rows_at(served: ServedState, moment: int) -> pl.DataFrame:
+    """Return user_id, item_id and time of the learned events of a moment."""
+    histories = served.counts.histories
+    rows_N = (histories.times_R == moment).nonzero()[:, 0]
+    users_N = torch.searchsorted(histories.offsets_U, rows_N, right=True) - 1
+    columns = {"user_id": served.users.ids(users_N), "item_id": served.items.ids(histories.items_R[rows_N].long())}
+    return pl.DataFrame(columns).with_columns(time=pl.lit(moment, pl.Int64))
 
 
 def match_clock(log: Log, options: ReadOptions) -> Log:

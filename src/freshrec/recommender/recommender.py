@@ -121,15 +121,17 @@ class Recommender:
     def update(self, new_events: LogSource, *, progress: ProgressOption = False) -> Recommender:
         """Learn from new events; only the new rows are needed.
 
-        They may have new users and items. Duplicates within one call count once. A store also recognises events of
-        earlier calls. `progress` is that of `fit`. Raises LogError if a row is older than the newest learned one, and
-        StateError before the first `fit`. Returns the recommender itself.
+        They may have new users and items. Duplicates within one call count once, and rows of the newest learned moment
+        that are learned already are left out. A store also recognises older events, and event ids of earlier calls.
+        `progress` is that of `fit`. Raises LogError if a row is older than the newest learned one, and StateError
+        before the first `fit`. Returns the recommender itself.
         """
         bundle = self.bundle
         with reporting(progress):
             log = read_new_events(new_events, bundle.read_options, bundle.served)
             report_progress("learning", detail=format_count(len(log.frame), "event"))
-            self._bundle = learn_events(bundle, encode_events(bundle.served, log.frame))
+            if len(log.frame):
+                self._bundle = learn_events(bundle, encode_events(bundle.served, log.frame))
         return self
 
     partial_fit = update

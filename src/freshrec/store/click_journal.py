@@ -4,6 +4,8 @@
                                      before the click is acknowledged
     store/clicks/17-4242.closed      complete: an update reads it now, or the next one does
     store/clicks/17-4242.taken-9     its clicks are in batch 9 of the event log
+    store/clicks/17-4242.known       clicks with an id that were known by user, item and time, so they were not stored.
+                                     They are no events; a server knows their ids.
 
 An incomplete line was never acknowledged. Appending to a file and closing it needs a lock on the file. All other
 changes need the lock of the store.
@@ -16,8 +18,8 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -25,10 +27,13 @@ from typing import NamedTuple
 
 import polars as pl
 
+from freshrec.data.duplicates import drop_duplicate_rows
 from freshrec.errors import StateError
 from freshrec.files import sync_folder, write_atomically
 
 JOURNAL_FOLDER, OPEN_SUFFIX, CLOSED_SUFFIX, TAKEN_SUFFIX = "clicks", ".open", ".closed", ".taken-"
+KNOWN_SUFFIX = ".known"
+MAX_KNOWN_CLICKS = 100_000  # clicks that are kept for their ids; an update removes older ones
 
 
 class Click(NamedTuple):
@@ -42,16 +47,16 @@ class Click(NamedTuple):
     event: str | None = None
 
     @property
-    def identity(self) -> tuple[int | str, ...]:
-        """Two clicks with the same identity are duplicates: its event_id, or else user, item and time."""
-        return (self.event_id,) if self.event_id is not None else (self.user_id, self.item_id, self.time)
+    def key(self) -> tuple[int | str, int | str, int]:
+        """User, item and time. `data/duplicates.py` has the rule for clicks that are the same event."""
+        return self[:3]
 
 
 class ClickJournal:
-    """The part of a store's journal that one server writes."""
+    """The part of a store's journal that one server writes: new clicks, or with KNOWN_SUFFIX known ones."""
 
-    def __init__(self, store: Path) -> None:
-        self.folder = store / JOURNAL_FOLDER
+    def __init__(self, store: Path, suffix: str = OPEN_SUFFIX) -> None:
+        self.folder, self.suffix = store / JOURNAL_FOLDER, suffix
         self._file: FileIO | None = None
         self._path = self.folder
 
@@ -99,7 +104,7 @@ class ClickJournal:
     def _open_file(self) -> FileIO:
         if self._file is None:
             self.folder.mkdir(exist_ok=True)
-            self._path = _new_path(self.folder, OPEN_SUFFIX)
+            self._path = _new_path(self.folder, self.suffix)
             self._file = self._path.open("xb", buffering=0)
             sync_folder(self.folder)
         return self._file
@@ -174,12 +179,30 @@ def mark_taken(files: Iterable[JournalFile], batch: int | None) -> None:
 
 
 def remove_learned_files(store: Path, last_batch: int) -> None:
-    """Delete the files whose batch the live version has learned: those up to `last_batch`."""
+    """Delete the files whose batch the live version has learned: those up to `last_batch`. Trim the known clicks."""
     for path in _journal_paths(store):
         batch = path.name.partition(TAKEN_SUFFIX)[2]
         if batch and int(batch) <= last_batch:
             path.unlink()
+    _rewrite_known_clicks(store, lambda clicks: clicks[-MAX_KNOWN_CLICKS:])
     _sync_journal(store)
+
+
+def read_known_clicks(store: Path) -> list[Click]:
+    """Read the clicks that were known by user, item and time, oldest first."""
+    found = []
+    for path in _journal_paths(store, KNOWN_SUFFIX):
+        try:
+            found += _read_clicks(path)
+        except FileNotFoundError:
+            return read_known_clicks(store)  # an update or an erasure has replaced it in the meantime
+    return found
+
+
+def remember_known_clicks(store: Path, clicks: Sequence[Click]) -> None:
+    """Remember the ids of clicks that are known by user, item and time. The caller must hold the lock of the store."""
+    if clicks:
+        _write_file(_new_path(store / JOURNAL_FOLDER, KNOWN_SUFFIX), clicks)
 
 
 def erase_user_clicks(store: Path, user_id: int | str) -> int:
@@ -193,22 +216,43 @@ def erase_user_clicks(store: Path, user_id: int | str) -> int:
         remaining = [click for click in file.clicks if click.user_id != user_id]
         n_erased += len(file.clicks) - len(remaining)
         _write_file(file.path, remaining)
+    _rewrite_known_clicks(store, lambda clicks: [click for click in clicks if click.user_id != user_id])
     _sync_journal(store)
     return n_erased
 
 
 def clicks_to_frame(clicks: Collection[Click]) -> pl.DataFrame:
     """Return clicks as a `Log.frame`: in time order, without duplicates."""
-    unique_clicks = {click.identity: click for click in reversed(list(clicks))}
-    rows = sorted(unique_clicks.values(), key=lambda click: click.time)
-    frame = pl.DataFrame(rows, schema=list(Click._fields), orient="row", infer_schema_length=None)
+    frame = pl.DataFrame(list(clicks), schema=list(Click._fields), orient="row", infer_schema_length=None)
     text = [pl.col(name).cast(pl.String) for name in ("event_id", "category", "event")]
-    return frame.with_columns(*text).select("user_id", "item_id", "time", "event", "category", "event_id")
+    frame = drop_duplicate_rows(frame.with_columns(*text), has_clock=True)
+    return frame.sort("time", maintain_order=True).select("user_id", "item_id", "time", "event", "category", "event_id")
 
 
-def _journal_paths(store: Path) -> list[Path]:
+def _rewrite_known_clicks(store: Path, select: Callable[[list[Click]], list[Click]]) -> None:
+    """Replace the files of known clicks by one with some of them. Servers that write to one of them open new ones."""
+    with ExitStack() as stack:
+        paths, clicks = _journal_paths(store, KNOWN_SUFFIX), list[Click]()
+        for path in paths:
+            fcntl.flock(stack.enter_context(path.open("rb")), fcntl.LOCK_EX)
+            clicks += _read_clicks(path)
+        selected = select(clicks)
+        if len(selected) < len(clicks):
+            if selected:
+                _write_file(_new_path(store / JOURNAL_FOLDER, KNOWN_SUFFIX), selected)
+            for path in paths:
+                path.unlink()
+
+
+def _journal_paths(store: Path, suffix: str = "") -> list[Path]:
+    """Return the files with a suffix, oldest first; by default all files of the journal but those of known clicks."""
     folder = store / JOURNAL_FOLDER
-    found = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    found = [
+        folder / name
+        for name in names
+        if not name.startswith(".") and (name.endswith(suffix) if suffix else not name.endswith(KNOWN_SUFFIX))
+    ]
     return sorted(found, key=lambda path: int(path.name.partition("-")[0]))
 
 
