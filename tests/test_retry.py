@@ -15,7 +15,8 @@ from freshrec.cli.app import main
 from freshrec.nightly.gate import GateLimits
 from freshrec.nightly.job import NightlyJob
 from freshrec.nightly.notes import number_ranges
-from freshrec.store.versions import disk_bytes, open_store
+from freshrec.store.collection import disk_bytes
+from freshrec.store.versions import open_store
 
 YEAR = 365 * 24 * 3_600_000_000  # microseconds
 

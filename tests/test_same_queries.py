@@ -13,7 +13,7 @@ from freshrec.nightly.same_queries import shared_queries
 from freshrec.recommender.bundle import Bundle, read_bundle
 from freshrec.recommender.served_state import ServedState
 from freshrec.replay.measure import Queries
-from freshrec.store.versions import collect_garbage
+from freshrec.store.collection import collect_garbage
 
 
 def read(job: NightlyJob, number: int) -> Bundle:

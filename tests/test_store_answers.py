@@ -17,8 +17,9 @@ from freshrec.nightly.gate import HoldoutValues, find_anomalies, judge_challenge
 from freshrec.nightly.inspection import store_status
 from freshrec.nightly.job import NightlyJob
 from freshrec.store.click_journal import Click, ClickJournal
+from freshrec.store.collection import collect_garbage
 from freshrec.store.manifest import Manifest
-from freshrec.store.versions import Store, collect_garbage, create_store, open_store
+from freshrec.store.versions import Store, create_store, open_store
 
 REASON = "83.3 % of the rows come from one user; on 28 earlier days it was at most 19.8 %. More than 25 % is unusual."
 

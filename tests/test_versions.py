@@ -8,8 +8,9 @@ import pytest
 
 from freshrec.errors import BusyError, OptionError, StateError
 from freshrec.store import versions
+from freshrec.store.collection import collect_garbage
 from freshrec.store.manifest import Manifest
-from freshrec.store.versions import Store, collect_garbage, create_store, open_store
+from freshrec.store.versions import Store, create_store, open_store
 
 
 def about(number: int, parent: int | None = None, promoted: bool = True) -> Manifest:
@@ -190,8 +191,10 @@ def test_garbage_collection_deletes_the_files_of_old_and_refused_versions_and_ke
 ) -> None:
     write(store, 4, promoted=False)
     write(store, 5)
+    for number in (2, 3, 5):
+        store.move_pointer(number, "update")
     store.move_pointer(1, "rollback")
-    assert collect_garbage(store, keep=2) == [2, 4]  # 1 is live; 3 and 5 are the last two promoted versions
+    assert collect_garbage(store, keep=2) == [2, 4]  # 1 is live; before it, 5 and 3 were
     assert [manifest.id for manifest in store.manifests()] == [1, 2, 3, 4, 5]
     for number in (1, 3, 5):
         store.verified_files(number)
@@ -200,7 +203,7 @@ def test_garbage_collection_deletes_the_files_of_old_and_refused_versions_and_ke
     assert not (store.folder / "versions" / "2" / "a").exists()
     assert collect_garbage(store, keep=2) == []
     store.move_pointer(5, "promote")
-    assert collect_garbage(store, keep=1) == [1] and store.verified_files(3)  # one earlier version stays for a rollback
+    assert collect_garbage(store, keep=1) == [3] and store.verified_files(1)  # the version that was live before 5
 
 
 def test_garbage_collection_keeps_versions_that_cannot_be_read(store: Store) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from socket import IPPROTO_TCP, TCP_NODELAY, socket
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +21,9 @@ from freshrec.errors import OptionError, StateError
 if TYPE_CHECKING:
     import uvicorn
 
+    from freshrec.server.connections import ConnectionLimits
+    from freshrec.server.hosts import AllowedHosts
+
 LongestFirstOption = Annotated[
     int, typer.Option(min=0, help="Number of items with the longest vectors that are scored first (0 = off).")
 ]
@@ -27,6 +33,24 @@ TokenOption = Annotated[
 ]
 ExactMaxItemsOption = Annotated[
     int, typer.Option(min=0, help="Score all items up to this catalog size, and use an index above it.")
+]
+AllowedHostsOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME,...",
+        help="Host names that clients use for this server, besides localhost and the address of --host (* = all).",
+    ),
+]
+TrustedProxiesOption = Annotated[
+    str,
+    typer.Option(
+        metavar="ADDRESS,...",
+        help="Addresses of proxies whose header X-Forwarded-For names the client. By default, the header is ignored.",
+    ),
+]
+MaxConnectionsOption = Annotated[int, typer.Option(min=1, help="Maximum number of open connections.")]
+MaxPerClientOption = Annotated[
+    int, typer.Option(min=1, help="Maximum number of open connections of one client address; proxies are exempt.")
 ]
 PortOption = Annotated[int, typer.Option(min=0, max=65535, help="Port (0 = any free port).")]
 
@@ -41,51 +65,85 @@ def serve(
     exact_max_items: ExactMaxItemsOption = 50_000,
     min_recall: Annotated[float, typer.Option(min=0, max=1, help="Minimum recall@20 of the index (0 to 1).")] = 0.98,
     n_longest: LongestFirstOption = 16_384,
+    allowed_hosts: AllowedHostsOption = "",
+    trusted_proxies: TrustedProxiesOption = "",
+    max_connections: MaxConnectionsOption = 1000,
+    max_connections_per_client: MaxPerClientOption = 250,
 ) -> None:
     """Serve recommendations of the live version over HTTP. New clicks, promotions and rollbacks take effect at once."""
     try:
-        import uvicorn
-
         from freshrec.server.app import create_app
-        from freshrec.server.service import Service, log_line
+        from freshrec.server.connections import ConnectionLimits, make_server, run_server
+        from freshrec.server.log import log_errors_without_text, log_line
+        from freshrec.server.service import Service
     except ImportError as missing:
         raise OptionError(f'Serving needs the library {missing.name}. Run pip install "freshrec[serve]".') from None
     import faiss
     import torch
 
     from freshrec.recommender.search import SearchOptions
+    from freshrec.server.clients import parse_proxies
+    from freshrec.server.hosts import is_local, make_allowed_hosts
     from freshrec.server.live_version import LiveVersion
     from freshrec.server.memory import tune_memory
     from freshrec.server.middleware import ServerLimits
     from freshrec.store.versions import open_store
 
+    hosts, proxies = make_allowed_hosts(host, allowed_hosts), parse_proxies(trusted_proxies)
+    connection_limits = ConnectionLimits(max_connections, max_connections_per_client, trusted_proxies=proxies)
     tune_memory()
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
-    opened_store = open_store(store)
-    live = LiveVersion(opened_store, log_line, SearchOptions(exact_max_items, min_recall, n_longest))
+    live = LiveVersion(open_store(store), log_line, SearchOptions(exact_max_items, min_recall, n_longest))
     live.start()
-    service = Service(
-        live,
-        ServerLimits(read_token(token_file), max_requests_per_s=rate),
-        lambda user: erase_in_subprocess(store, user),
-    )
-    config = uvicorn.Config(
-        create_app(service),
+    limits = ServerLimits(read_token(token_file), max_requests_per_s=rate, allowed_hosts=hosts)
+    service = Service(live, limits, lambda user: erase_in_subprocess(store, user))
+    config = make_config(create_app(service), host, port, connection_limits)
+    log_errors_without_text(logging.getLogger("uvicorn.error"))
+    with listening_socket(config) as opened:
+        connection_limits = describe_limits(connection_limits, hosts, not limits.token and not is_local(host), log_line)
+        address, port = opened.getsockname()[:2]
+        log_line(f"listening on http://{f'[{address}]' if ':' in address else address}:{port}")
+        run_server(*make_server(config, opened, connection_limits, service.metrics, log_line))
+
+
+def make_config(app: Any, host: str, port: int, limits: ConnectionLimits) -> uvicorn.Config:
+    """Return the options of uvicorn. `server.connections` limits its connections, so uvicorn does not."""
+    import uvicorn
+
+    from freshrec.server.clients import network_names
+
+    return uvicorn.Config(
+        app,
         host,
         port,
         access_log=False,
-        log_level="warning",
+        log_level="error",  # a warning would be a line for each invalid request
         server_header=False,
+        proxy_headers=bool(limits.trusted_proxies),
+        forwarded_allow_ips=network_names(limits.trusted_proxies),
         timeout_graceful_shutdown=10,
         timeout_keep_alive=75,
-        limit_concurrency=1000,
         lifespan="on",
+        loop="asyncio",
+        http="h11",
+        ws="none",
     )
-    server = uvicorn.Server(config)
-    with listening_socket(config) as opened:
-        log_line(f"listening on http://{opened.getsockname()[0]}:{opened.getsockname()[1]}")
-        server.run([opened])
+
+
+def describe_limits(
+    limits: ConnectionLimits, hosts: AllowedHosts, is_open: bool, log_line: Callable[[str], object]
+) -> ConnectionLimits:
+    """Log who can connect and under which names. Return the limits, reduced to what the system allows."""
+    from freshrec.server.connections import limit_to_descriptors
+
+    log_line(f"Clients reach this server as {hosts}. For other host names, use --allowed-hosts.")
+    if is_open:
+        log_line("There is no token, so everybody who can connect reads the events of all users. Use --token-file.")
+    n_connections = limit_to_descriptors(limits)
+    if n_connections < limits.max_connections:
+        log_line(f"The limit of open files allows {n_connections} connections only. Raise it with `ulimit -n`.")
+    return replace(limits, max_connections=n_connections)
 
 
 def listening_socket(config: uvicorn.Config) -> socket:
@@ -169,13 +227,10 @@ def read_token(path: Path | None) -> str:
 
 def erase_in_subprocess(store: Path, user: str) -> dict[str, Any]:
     """Run `freshrec erase` in a subprocess, because it needs the training code. Raises StateError if it fails."""
-    options = ("--store", str(store), "--wait", "1m", "--json", "--", user)
-    command = [sys.executable, "-m", "freshrec", "erase", *options]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=3600)
+    command = [sys.executable, "-m", "freshrec", "erase", "--stdin", "--store", str(store), "--wait", "1m", "--json"]
+    process = subprocess.run(command, input=user, capture_output=True, text=True, timeout=3600)
     if process.returncode:
-        raise StateError(
-            process.stderr.strip().splitlines()[-1].removeprefix("error: ")
-            or "The user was not erased. See the log of the server."
-        )
+        lines = process.stderr.strip().splitlines() or ["The user was not erased. Run `freshrec doctor`."]
+        raise StateError(lines[-1].removeprefix("error: "))
     receipt: dict[str, Any] = json.loads(process.stdout)
     return receipt

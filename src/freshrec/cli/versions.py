@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from freshrec.cli.output import print_json, print_wrapped
 from freshrec.cli.version_text import retry_command
 from freshrec.errors import OptionError, StateError
 from freshrec.store.versions import store_option
+from freshrec.text_layout import format_count
 
 if TYPE_CHECKING:
     from freshrec.store.manifest import Manifest
@@ -150,14 +152,17 @@ def _dropped_text(store: Store, before: list[Manifest]) -> str:
 
 def gc(
     store: StorePath = Path("store"),
-    keep: Annotated[int, typer.Option(min=1, help="Number of versions to keep besides the live one.")] = 5,
+    keep: Annotated[int, typer.Option(min=1, help="Number of formerly live versions to keep.")] = 5,
     wait: WaitOption = "",
     as_json: AsJson = False,
 ) -> None:
-    """Delete the files of old and refused versions. `freshrec history` still lists them."""
+    """Delete the files of old and refused versions. `freshrec history` still lists them.
+
+    Kept are the live version, the last N that were live before it, and the N to which `rollback` would go.
+    """
     from freshrec.cli.number_labels import format_bytes
     from freshrec.nightly.notes import number_ranges
-    from freshrec.store.versions import collect_garbage, disk_bytes
+    from freshrec.store.collection import collect_garbage, disk_bytes
 
     with locked_store(store, wait) as opened_store:
         n_bytes = disk_bytes(opened_store.folder)
@@ -171,24 +176,36 @@ def gc(
 
 
 def erase(
-    user: Annotated[str, typer.Argument(metavar="USER", help="User id.")],
+    user: Annotated[str, typer.Argument(metavar="[USER]", help="User id.", show_default=False)] = "",
     store: StorePath = Path("store"),
+    from_stdin: Annotated[
+        bool, typer.Option("--stdin", help="Read the user id from standard input, so that no other process sees it.")
+    ] = False,
     wait: WaitOption = "",
     as_json: AsJson = False,
 ) -> None:
-    """Remove a user from the event log and from every version on disk, and print what was removed and what stays."""
+    """Remove a user from the log, the clicks and every version, and print what was removed and what stays.
+
+    Running servers treat the user as unknown from the start of this command on.
+    """
     from freshrec.nightly.erase import erase_user
     from freshrec.nightly.job import NightlyJob
 
+    if from_stdin == bool(user):
+        raise OptionError("Pass one user id: as USER, or with --stdin.")
+    if from_stdin:
+        user = sys.stdin.read().removesuffix("\n").removesuffix("\r")
     with locked_store(store, wait) as opened_store:
         receipt = erase_user(NightlyJob(opened_store), user)
     if as_json:
         print_json(receipt)
         return
-    if not receipt["events"] and not receipt["versions"]:
-        typer.echo(f"User {user}: nothing to erase. No event and no version holds this id.")
+    if not receipt["events"] and not receipt["versions"] and not receipt["clicks"]:
+        typer.echo(f"User {user}: nothing to erase. No event, no click and no version holds this id.")
         return
     versions = ", ".join(map(str, receipt["versions"])) or "none"
-    events = "1 event" if receipt["events"] == 1 else f"{receipt['events']:,} events"
-    print_wrapped(f"User {user}: erased {events} from the log. Rewritten versions: {versions}.")
+    erased = f"erased {format_count(receipt['events'], 'event')} from the log"
+    if receipt["clicks"]:
+        erased += f" and {format_count(receipt['clicks'], 'click')} from the journal"
+    print_wrapped(f"User {user}: {erased}. Rewritten versions: {versions}.")
     print_wrapped(f"Not erased: {receipt['stays']}")

@@ -25,9 +25,10 @@ from freshrec.recommender.list_request import ListRequest
 from freshrec.recommender.lists import top_items
 from freshrec.recommender.user_profile import profile_of
 from freshrec.store.click_journal import read_journal
+from freshrec.store.collection import disk_bytes
 from freshrec.store.event_log import EventLog
 from freshrec.store.manifest import Manifest
-from freshrec.store.versions import Store, disk_bytes, is_collected, version_chain
+from freshrec.store.versions import Store, is_collected, version_chain
 from freshrec.text_layout import format_count
 
 N_SAMPLE_USERS, LIST_LENGTH = 300, 20  # sampled users, and items per list, to compare two versions

@@ -41,3 +41,10 @@ class ServerMetrics:
         self.version_refused = Gauge(
             "freshrec_version_refused", "1 if the live version of the store cannot be served, else 0.", registry=r
         )
+        self.connections = Gauge("freshrec_connections", "Number of open connections.", registry=r)
+        self.closed_connections = Counter(
+            "freshrec_closed_connections",
+            "Number of connections that the server refused or closed, by reason.",
+            ("reason",),
+            registry=r,
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -30,10 +31,11 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     code: {"model": schemas.ErrorDetail, "description": description}
     for code, description in {
         401: "The token is missing or wrong.",
-        403: "The server was started without a token, so this is not allowed.",
+        403: "The server was started without a token, or a page of another site sent the request.",
         408: "The request body did not arrive in time.",
         409: "The state of the store or the model does not allow this now.",
         413: "The request body is too large.",
+        421: "The server does not answer under this host name.",
         422: "A parameter or the body is invalid.",
         429: "There are too many requests. Retry after one second.",
     }.items()
@@ -242,6 +244,7 @@ def _compare_lists(service: Service, version: LoadedVersion, parent: int, user: 
         raise BusyError("Another version is being loaded. Try again.")
     try:
         earlier = load_version(service.live.store, service.live.store.manifest(parent), EXACT_SEARCH)
+        earlier = replace(earlier, hidden=version.hidden)
         versions = earlier, version
         lists = [handlers.recommend(loaded, [user], ListRequest(k=k))[0] for loaded in versions]
         profiles = [handlers.user_profile(loaded, user) for loaded in versions]

@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from stat import S_ISREG
 
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
@@ -91,7 +90,7 @@ class Store:
 
     def manifest(self, number: int) -> Manifest:
         """Return the manifest of a version. Raises StateError if it does not exist or is damaged."""
-        path = _version_folder(self, number) / MANIFEST_FILE
+        path = version_folder(self, number) / MANIFEST_FILE
         if not path.parent.is_dir():
             raise StateError(
                 f"There is no version {number} in {self.folder}. See `freshrec history {store_option(self.folder)}`."
@@ -133,10 +132,10 @@ class Store:
 
     def write_version(self, manifest: Manifest, save: Callable[[Path], object]) -> Manifest:
         """Write a new version. `save` writes its files into a folder. `move_pointer` makes it the live one."""
-        folder, parent, parent_manifest = _version_folder(self, manifest.id), None, None
+        folder, parent, parent_manifest = version_folder(self, manifest.id), None, None
         temporary = folder.with_name(f".{manifest.id}")
         if manifest.parent is not None:
-            parent, parent_manifest = _version_folder(self, manifest.parent), self.manifest(manifest.parent)
+            parent, parent_manifest = version_folder(self, manifest.parent), self.manifest(manifest.parent)
         try:
             with translate_write_errors(folder):
                 temporary.mkdir()
@@ -153,7 +152,7 @@ class Store:
 
     def rewrite_version(self, number: int, save: Callable[[Path], object]) -> Manifest:
         """Replace the files of a version for good. `save` writes the new ones into a folder."""
-        manifest, folder = self.manifest(number), _version_folder(self, number)
+        manifest, folder = self.manifest(number), version_folder(self, number)
         with translate_write_errors(folder):
             temporary = Path(tempfile.mkdtemp(prefix="files-", dir=folder))
             save(temporary)
@@ -175,11 +174,11 @@ class Store:
             raise StateError(
                 f"Version {number} of {self.folder} is damaged ({found[0]}). {_recovery_hint(self, number)}"
             )
-        return {name: _version_folder(self, number) / file.path for name, file in self.manifest(number).files.items()}
+        return {name: version_folder(self, number) / file.path for name, file in self.manifest(number).files.items()}
 
     def find_damage(self, number: int) -> list[str]:
         """Return a sentence about each damaged file of a version. Raises StateError if the files were deleted."""
-        folder, manifest = _version_folder(self, number), self.manifest(number)
+        folder, manifest = version_folder(self, number), self.manifest(number)
         if is_collected(self, number):
             raise StateError(f"The files of version {number} were deleted by `freshrec gc`. Choose another version.")
         return [wrong for file in manifest.files.values() for wrong in _file_damage(folder / file.path, file)]
@@ -251,52 +250,7 @@ def open_store(folder: Path) -> Store:
 
 def is_collected(store: Store, number: int) -> bool:
     """Whether the files of a version were deleted."""
-    return (_version_folder(store, number) / COLLECTED_FILE).exists()
-
-
-def collect_garbage(store: Store, keep: int) -> list[int]:
-    """Delete the files of old and refused versions, and return the numbers of these versions.
-
-    The live version and the `keep` newest others that were ever live keep their files, also if they were rolled back.
-    A version whose manifest cannot be read keeps them too: you may have a backup of the manifest.
-    """
-    live, versions = store.live, store.manifests()
-    numbers_to_keep = {
-        live,
-        *[manifest.id for manifest in versions if manifest.goes_live and manifest.id != live][-keep:],
-    }
-    collected_numbers = [
-        manifest.id
-        for manifest in versions
-        if manifest.id not in numbers_to_keep and not is_collected(store, manifest.id)
-    ]
-    for number in store.version_numbers():
-        if number in collected_numbers or is_collected(store, number):
-            delete_files(store, number)
-    return collected_numbers
-
-
-def disk_bytes(folder: Path) -> int:
-    """Return the bytes of all files below a folder. A file that several versions share counts once."""
-    sizes = {}
-    for path in folder.rglob("*"):
-        try:
-            found = path.lstat()
-        except FileNotFoundError:  # an update or a server has removed it
-            continue
-        if S_ISREG(found.st_mode):
-            sizes[found.st_dev, found.st_ino] = found.st_size
-    return sum(sizes.values())
-
-
-def delete_files(store: Store, number: int) -> None:
-    """Delete the files of a version. Its manifest stays."""
-    folder = _version_folder(store, number)
-    with translate_write_errors(folder):
-        (folder / COLLECTED_FILE).touch()
-        for path in folder.iterdir():
-            if path.name not in (COLLECTED_FILE, MANIFEST_FILE):
-                _remove(path)
+    return (version_folder(store, number) / COLLECTED_FILE).exists()
 
 
 def _moves_from_manifests(store: Store) -> list[PointerMove]:
@@ -312,9 +266,9 @@ def _remove_leftovers(store: Store) -> None:
     """Remove the temporary files of killed processes."""
     with translate_write_errors(store.folder):
         for leftover in (*store.folder.glob("versions/.*"), *store.folder.glob(".*.json.*")):
-            _remove(leftover)
+            remove_path(leftover)
         for manifest in store.manifests():
-            _remove_unlisted(_version_folder(store, manifest.id), manifest)
+            _remove_unlisted(version_folder(store, manifest.id), manifest)
 
 
 def _remove_unlisted(folder: Path, manifest: Manifest) -> None:
@@ -322,14 +276,16 @@ def _remove_unlisted(folder: Path, manifest: Manifest) -> None:
     listed = {MANIFEST_FILE, COLLECTED_FILE, *(Path(file.path).parts[0] for file in manifest.files.values())}
     for path in folder.iterdir():
         if path.name not in listed:
-            _remove(path)
+            remove_path(path)
 
 
-def _remove(path: Path) -> None:
+def remove_path(path: Path) -> None:
+    """Remove a file, or a folder with all its files."""
     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _version_folder(store: Store, number: int) -> Path:
+def version_folder(store: Store, number: int) -> Path:
+    """Return the folder of a version."""
     return store.folder / "versions" / str(number)
 
 
