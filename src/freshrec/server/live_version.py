@@ -27,6 +27,7 @@ from freshrec.server.memory import release_memory
 from freshrec.store.checkpoint import load_for_serving
 from freshrec.store.click_journal import Click, ClickJournal, read_journal
 from freshrec.store.erasures import read_erasures
+from freshrec.store.log_fingerprint import require_same_log
 from freshrec.store.manifest import Manifest, utc_now
 from freshrec.store.versions import Store
 
@@ -102,6 +103,7 @@ class LiveVersion:
                 return
             release_memory()
             try:
+                require_same_log(self.store)
                 version = load_version(self.store, manifest, self.search_options)
                 hidden = HiddenUsers(erasures, erasures.last_number, self._requested_erasures)
                 self._swap(replace(version, hidden=hidden))

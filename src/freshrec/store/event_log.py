@@ -10,7 +10,6 @@ without checksums. They are read without a check until the next commit adds thei
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,14 +24,23 @@ from deltalake.exceptions import CommitFailedError, DeltaError
 from freshrec.data.catalog import TYPE_NAMES
 from freshrec.data.duplicates import EVENT_KEYS, drop_duplicate_rows, split_by_event_id
 from freshrec.errors import LogError, OptionError, StateError
-from freshrec.files import file_checksum, sync_folder
-from freshrec.store.checksummed_json import read_checksummed, write_checksummed
+from freshrec.files import file_checksum
+from freshrec.store.checksummed_json import write_checksummed
 from freshrec.store.log_columns import COLUMN_TYPES, as_time, time_range
+from freshrec.store.log_files import (
+    CHECKSUM_FILE,
+    commit_files,
+    commit_path,
+    damage_error,
+    read_checksums,
+    verify_files,
+    write_checksums,
+)
+from freshrec.store.manifest import LogFingerprint
 from freshrec.text_layout import to_printable
 
 TABLE_NAME = "freshrec event log 1"  # name of the table, with the number of its format
 CLOCK_DESCRIPTIONS = {True: "time is a clock's", False: "time is a place in the log"}  # the table's description
-CHECKSUM_FILE = "checksums.json"
 
 # Statistics of the time column are stored, so that most files need not be read. Statistics of other columns would copy
 # ids of users to places where erasing does not look.
@@ -96,7 +104,7 @@ class EventLog:
             batch = 1 + max(sources, default=0)
             commit_info = {"batch": batch, "source": source, "doubled": n_duplicates, "known": len(distinct) - len(new)}
             _commit_rows(new, commit_info, table or self.folder, has_clock)
-            _write_checksums(self.folder)
+            write_checksums(self.folder, _data_files(DeltaTable(self.folder))["name"])
         n_late = int((new["time"] < newest).sum()) if has_clock and newest is not None else 0
         counts = (len(rows), n_duplicates, len(distinct) - len(new), n_late, len(new))
         return AppendResult(batch, None, *counts, *time_range(new))
@@ -115,7 +123,7 @@ class EventLog:
             if batches is not None:
                 _require_batches(batches, _batch_sources(table), self.folder)
                 files = files.filter(pl.col("batch").is_in(batches))
-            _verify_files(self.folder, files)
+            verify_files(self.folder, files["name"])
             found = pl.DataFrame(table.scan(predicate=None if batches is None else _batch_predicate(batches)))
             found = found.sort("batch", "time", "row")
             if batches is None or len(batches) > 1:
@@ -147,6 +155,18 @@ class EventLog:
             _require_batches([batch], commits, self.folder)
             return commits[batch]["source"], commits[batch].get("doubled", 0), commits[batch].get("known", 0)
 
+    def fingerprint(self) -> LogFingerprint | None:
+        """Return what every later log has in common with this one. None if the log is empty."""
+        with _translate_errors(self.folder, "read"):
+            table = _open_table(self.folder)
+            if table is None:
+                return None
+            checksum = file_checksum(commit_path(self.folder, table.version()))
+            batch, rows = max(_batch_sources(table), default=0), int(_data_files(table)["rows"].sum())
+            return LogFingerprint(
+                id=str(table.metadata().id), commit=table.version(), sha256=checksum, batch=batch, rows=rows
+            )
+
     @property
     def has_clock(self) -> bool:
         """Whether the events have timestamps; False if the log is empty."""
@@ -169,7 +189,7 @@ class EventLog:
         with _translate_errors(self.folder, "written"):
             table = _open_table(self.folder)
             if table is not None:
-                _verify_files(self.folder, _data_files(table))
+                verify_files(self.folder, _data_files(table)["name"])
                 user_literal = _user_literal(user_id, table, self.folder)
                 matching = pl.DataFrame(table.scan(columns=["batch"], predicate=f"user_id = {user_literal}"))
                 n_rows, batches = len(matching), matching["batch"].unique().sort().to_list()
@@ -186,16 +206,16 @@ class EventLog:
                     )
             _remove_stale_files(self.folder, table)
             if table is not None:
-                _write_checksums(self.folder)
+                write_checksums(self.folder, _data_files(DeltaTable(self.folder))["name"])
         return n_rows
 
 
 def _open_table(folder: Path) -> DeltaTable | None:
     """Open the table after checking its commits. None if nothing was appended yet."""
-    commits, checksums = _commit_files(folder), _read_checksums(folder)
+    commits, checksums = commit_files(folder), read_checksums(folder)
     for name in [name for name in checksums or {} if name.startswith("_delta_log/")]:
         if name not in commits or file_checksum(folder / name) != (checksums or {})[name]:
-            raise _damage_error(folder, name)
+            raise damage_error(folder, name)
     if commits and checksums is None:
         raise StateError(
             f"{folder} has a Delta table but no {CHECKSUM_FILE}. Restore that file, or choose another folder."
@@ -220,20 +240,6 @@ def _has_clock(table: DeltaTable) -> bool:
     return str(table.metadata().description) == CLOCK_DESCRIPTIONS[True]
 
 
-def _commit_files(folder: Path) -> list[str]:
-    """Return the names of the commit files, without the checkpoint hint."""
-    found = (folder / "_delta_log").glob("[0-9]*")
-    return sorted(f"_delta_log/{path.name}" for path in found if path.suffix in (".json", ".parquet"))
-
-
-def _read_checksums(folder: Path) -> dict[str, str] | None:
-    """Read the checksums of all files by name. None if the file of checksums is missing."""
-    if not (folder / CHECKSUM_FILE).exists():
-        return None
-    found: dict[str, str] = read_checksummed(folder / CHECKSUM_FILE)
-    return found
-
-
 def _data_files(table: DeltaTable | None) -> pl.DataFrame:
     """A row per data file: name, batch, rows, first and last (times)."""
     if table is None:
@@ -252,32 +258,6 @@ def _batch_commits(table: DeltaTable | None) -> dict[int, dict[str, Any]]:
 
 def _batch_sources(table: DeltaTable | None) -> dict[int, str]:
     return {batch: commit["source"] for batch, commit in _batch_commits(table).items()}
-
-
-def _verify_files(folder: Path, files: pl.DataFrame) -> None:
-    """Raise StateError if a file is missing or damaged."""
-    sums = _read_checksums(folder) or {}
-    for name in files["name"]:
-        if not (folder / name).exists() or (name in sums and file_checksum(folder / name) != sums[name]):
-            raise _damage_error(folder, name)
-
-
-def _damage_error(folder: Path, name: str) -> StateError:
-    return StateError(
-        f"The event log in {folder} is damaged: {name} is missing or has changed. Restore it from a backup."
-    )
-
-
-def _write_checksums(folder: Path) -> None:
-    """Sync the last commit to the disk, and write the checksums of all files."""
-    sums = _read_checksums(folder) or {}
-    names = [*_commit_files(folder), *_data_files(DeltaTable(folder))["name"]]
-    for name in [name for name in names if name not in sums]:
-        with (folder / name).open("rb") as file:
-            os.fsync(file.fileno())
-        sums[name] = file_checksum(folder / name)
-        sync_folder((folder / name).parent)
-    write_checksummed({name: sums[name] for name in names}, folder / CHECKSUM_FILE)
 
 
 def _remove_stale_files(folder: Path, table: DeltaTable | None) -> None:
@@ -345,11 +325,11 @@ def _new_rows(
     ids_known = "event_id" in [field.name for field in table.schema().fields]
     files, in_batches = _data_files(table).filter(pl.col("batch").is_in(batches)), _batch_predicate(batches)
     if len(with_id) and ids_known:
-        _verify_files(folder, files)
+        verify_files(folder, files["name"])
         with_id = _anti_join(with_id, ["event_id"], table, f"{in_batches} AND event_id IS NOT NULL")
     if len(without_id) and has_clock:
         first, last = time_range(without_id)
-        _verify_files(folder, files.filter(pl.col("first") <= last, pl.col("last") >= first))
+        verify_files(folder, files.filter(pl.col("first") <= last, pl.col("last") >= first)["name"])
         during = f"{in_batches} AND time >= {first} AND time <= {last}"
         without_id = _anti_join(without_id, EVENT_KEYS, table, during + (" AND event_id IS NULL" if ids_known else ""))
     return pl.concat([with_id, without_id]).sort("place").drop("place")

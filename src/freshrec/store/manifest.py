@@ -47,6 +47,17 @@ class FileEntry(BaseModel):
     n_bytes: int
 
 
+class LogFingerprint(BaseModel):
+    """The event log when a version was made. A later log still has the same commit, because commits never change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    id: str  # of the log; a copy has the same
+    commit: int = Field(ge=0)  # number of the newest commit
+    sha256: str  # of the file of this commit
+    batch: int  # the newest batch
+    rows: int  # in all batches
+
+
 class Manifest(BaseModel):
     """Description of a version: its origin, contents, quality, and the verdict of the gate."""
 
@@ -70,6 +81,8 @@ class Manifest(BaseModel):
     reasons: list[str] = []  # why the gate refused it
     notes: list[str] = []
     files: dict[str, FileEntry] = {}
+    store: str = ""  # id of its store; "" if the version was made before stores had ids
+    log: LogFingerprint | None = None  # None if it was made before manifests had this key, or without a log
 
     @field_validator("data")
     @classmethod
@@ -112,6 +125,7 @@ class PointerMove(BaseModel):
     action: MoveAction
     to: int
     reason: str = ""
+    store: str = ""  # id of the store; "" if the move was made before stores had ids
 
 
 def read_manifest(path: Path, number: int) -> Manifest:

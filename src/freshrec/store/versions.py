@@ -14,7 +14,7 @@ deletes them and keeps the manifest.
 
 from __future__ import annotations
 
-import os
+import re
 import shlex
 import shutil
 import tempfile
@@ -28,11 +28,9 @@ from pydantic import ValidationError
 
 from freshrec.disk_names import current_move
 from freshrec.errors import BusyError, OptionError, StateError
-from freshrec.files import file_checksum, sync_folder
+from freshrec.files import sync_folder
 from freshrec.store.checksummed_json import read_checksummed, write_checksummed
 from freshrec.store.manifest import (
-    FORMAT,
-    FileEntry,
     Manifest,
     MoveAction,
     PointerMove,
@@ -40,8 +38,11 @@ from freshrec.store.manifest import (
     read_manifest,
     utc_now,
 )
+from freshrec.store.store_file import STORE_FILE, is_foreign, read_store_file, store_id, write_store_file
+from freshrec.store.version_files import file_damage, make_entries
 
 MANIFEST_FILE, COLLECTED_FILE = "manifest.json", "collected"
+VERSION_NAME = re.compile(r"[1-9][0-9]{0,8}")  # of the folder of a version; others are not part of the store
 LEGACY_FILE = "recommender.json"  # in a folder that Recommender.save wrote before stores existed
 
 
@@ -80,8 +81,13 @@ class Store:
 
     def version_numbers(self) -> list[int]:
         """Return the numbers of all versions, ascending."""
-        names = (path.name for path in (self.folder / "versions").iterdir())
-        return sorted(int(name) for name in names if name.isdecimal())
+        try:
+            names = [path.name for path in (self.folder / "versions").iterdir()]
+        except OSError as problem:
+            raise StateError(
+                f"{self.folder / 'versions'} cannot be read ({problem.strerror}). Restore it from a backup."
+            ) from None
+        return sorted(int(name) for name in names if VERSION_NAME.fullmatch(name))
 
     @property
     def next_number(self) -> int:
@@ -95,18 +101,22 @@ class Store:
             raise StateError(
                 f"There is no version {number} in {self.folder}. See `freshrec history {store_option(self.folder)}`."
             )
-        return read_manifest(path, number)
+        found = read_manifest(path, number)
+        if is_foreign(found.store, self.folder):
+            raise StateError(f"{path} belongs to another store. Restore versions/{number} from a backup of this one.")
+        return found
 
     def moves(self) -> list[PointerMove]:
         """Return every change of the live version, oldest first. Raises StateError if the record is damaged."""
         path, command = self.folder / "live.json", f"freshrec promote N {store_option(self.folder)}"
         try:
-            return [PointerMove.model_validate(current_move(move)) for move in read_checksummed(path)]
+            found = [PointerMove.model_validate(current_move(move)) for move in read_checksummed(path)]
         except (ValidationError, TypeError, StateError):
-            raise StateError(
-                f"{path} is missing or was changed by another program. "
-                f"Restore it from a backup, or choose a live version with `{command}`."
-            ) from None
+            found = None
+        if found is None or any(is_foreign(owner, self.folder) for owner in {move.store for move in found}):
+            fault = "is missing or was changed by another program" if found is None else "belongs to another store"
+            raise StateError(f"{path} {fault}. Restore it from a backup, or choose a live version with `{command}`.")
+        return found
 
     @property
     def live(self) -> int:
@@ -126,7 +136,7 @@ class Store:
             moves = self.moves()
         except StateError:
             moves = _moves_from_manifests(self)  # rebuild a damaged record
-        moves.append(PointerMove(at=utc_now(), action=action, to=number, reason=reason))
+        moves.append(PointerMove(at=utc_now(), action=action, to=number, reason=reason, store=store_id(self.folder)))
         with translate_write_errors(self.folder):
             write_checksummed([move.model_dump() for move in moves], self.folder / "live.json")
 
@@ -140,9 +150,8 @@ class Store:
             with translate_write_errors(folder):
                 temporary.mkdir()
                 save(temporary)
-                manifest = manifest.model_copy(
-                    update={"files": _make_entries(temporary, temporary, parent, parent_manifest)}
-                )
+                files = make_entries(temporary, temporary, parent, parent_manifest)
+                manifest = manifest.model_copy(update={"files": files, "store": store_id(self.folder)})
                 write_checksummed(manifest.model_dump(), temporary / MANIFEST_FILE)
                 temporary.rename(folder)
                 sync_folder(folder.parent)
@@ -156,8 +165,8 @@ class Store:
         with translate_write_errors(folder):
             temporary = Path(tempfile.mkdtemp(prefix="files-", dir=folder))
             save(temporary)
-            manifest = manifest.model_copy(update={"files": _make_entries(temporary, folder)})
-            write_checksummed(manifest.model_dump(), folder / MANIFEST_FILE)
+            manifest = manifest.model_copy(update={"files": make_entries(temporary, folder)})
+            replace_manifest(self, manifest)
             _remove_unlisted(folder, manifest)
         return manifest
 
@@ -181,7 +190,13 @@ class Store:
         folder, manifest = version_folder(self, number), self.manifest(number)
         if is_collected(self, number):
             raise StateError(f"The files of version {number} were deleted by `freshrec gc`. Choose another version.")
-        return [wrong for file in manifest.files.values() for wrong in _file_damage(folder / file.path, file)]
+        return [wrong for file in manifest.files.values() for wrong in file_damage(folder / file.path, file)]
+
+
+def replace_manifest(store: Store, manifest: Manifest) -> None:
+    """Write the manifest of an existing version again."""
+    with translate_write_errors(store.folder):
+        write_checksummed(manifest.model_dump(), version_folder(store, manifest.id) / MANIFEST_FILE)
 
 
 def store_option(folder: Path) -> str:
@@ -205,7 +220,7 @@ def version_chain(store: Store, number: int | None = None) -> list[Manifest]:
 @contextmanager
 def create_store(folder: Path) -> Iterator[Store]:
     """Create a store. It appears in `folder` when the block ends. Raises OptionError if the folder is not empty."""
-    if (folder / "store.json").exists():
+    if (folder / STORE_FILE).exists():
         raise OptionError(f"{folder} already holds a store. Use `freshrec update`, or choose another folder.")
     folder = folder.resolve()
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
@@ -223,7 +238,7 @@ def create_store(folder: Path) -> Iterator[Store]:
             shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
             (temporary / "versions").mkdir(parents=True)
             write_checksummed([], temporary / "live.json")
-            write_checksummed({"format": FORMAT, "made_at": utc_now()}, temporary / "store.json")
+            write_store_file(temporary)
         yield Store(temporary)
         with translate_write_errors(folder):
             temporary.rename(folder)
@@ -240,11 +255,9 @@ def open_store(folder: Path) -> Store:
         raise StateError(
             f"{folder} is not a store but an older save. Convert it in Python: Recommender.load(folder).save(NEW)."
         )
-    if not (folder / "store.json").exists():
+    if not (folder / STORE_FILE).exists():
         raise StateError(f"There is no store in {folder}. Create one with `freshrec fit LOG --store {folder}`.")
-    description = read_checksummed(folder / "store.json")
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise StateError(f"The store {folder} does not have format {FORMAT}. Upgrade freshrec.")
+    read_store_file(folder)
     return Store(folder)
 
 
@@ -300,44 +313,6 @@ def translate_write_errors(path: Path) -> Iterator[None]:
             f"{path} cannot be written ({reason}). The live version has not changed. "
             "Check free disk space and permissions."
         ) from problem
-
-
-def _make_entries(
-    written: Path, folder: Path, parent: Path | None = None, parent_manifest: Manifest | None = None
-) -> dict[str, FileEntry]:
-    """Return the entries of the files in `written`, after syncing them to the disk.
-
-    `written` is `folder` or inside it. A file that equals that of the parent becomes a hard link to it.
-    """
-    files = {}
-    for path in sorted(written.iterdir()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        found = FileEntry(path=str(path.relative_to(folder)), sha256=file_checksum(path), n_bytes=path.stat().st_size)
-        if parent is not None and parent_manifest is not None:
-            entry = parent_manifest.files.get(path.name)
-            if entry and entry.sha256 == found.sha256 and not _file_damage(parent / entry.path, entry):
-                _hard_link(parent / entry.path, path)
-        files[path.name] = found
-    sync_folder(written)
-    return files
-
-
-def _hard_link(source: Path, path: Path) -> None:
-    """Replace `path` with a hard link to `source`, if the file system supports it."""
-    link = path.with_name(f".{path.name}")
-    try:
-        os.link(source, link)
-    except OSError:
-        return
-    link.replace(path)
-
-
-def _file_damage(path: Path, expected: FileEntry) -> list[str]:
-    if not path.is_file():
-        return [f"{path.name} is missing"]
-    is_same = path.stat().st_size == expected.n_bytes and file_checksum(path) == expected.sha256
-    return [] if is_same else [f"{path.name} has changed"]
 
 
 def _recovery_hint(store: Store, number: int) -> str:
