@@ -162,11 +162,11 @@ def diff(
 
 
 def doctor(store: Annotated[Path | None, StoreOption] = None, as_json: AsJson = False) -> None:
-    """Check the installation and every file of a store."""
-    from freshrec.nightly import inspection
+    """Check the installation, every file of a store, and whether its versions, event log and clicks belong together."""
+    from freshrec.nightly.doctor import check_store
     from freshrec.store.versions import open_store
 
-    found = inspection.check_store(None if store is None else open_store(store))
+    found = check_store(None if store is None else open_store(store))
     checks = [{"ok": ok, "what": message} for ok, message in found]
     if not as_json:
         for ok, message in found:

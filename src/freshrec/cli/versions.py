@@ -47,7 +47,7 @@ def history(
         shown = {version.id for version in versions}
         moves = [move for move in moves if move.to in shown]
     if as_json:
-        answer = {"versions": [v.model_dump() for v in versions], "moves": [m.model_dump() for m in moves]}
+        answer = {"versions": [v.model_dump() for v in versions], "moves": [m.model_dump(exclude={"store"}) for m in moves]}
         print_json(answer)
         return
     states = version_states(opened_store)

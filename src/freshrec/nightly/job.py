@@ -296,8 +296,8 @@ def waiting_batches(store: Store, log: EventLog) -> list[int]:
     Raises StateError if the log lacks the batch of a version or has another delivery in its place, or if a manifest
     that may name a batch is damaged.
     """
-    versions_of_batches = [manifest for manifest in store.manifests() if manifest.batch is not None]
-    versions_by_batch = {manifest.batch: manifest.id for manifest in versions_of_batches}
+    learned = [(manifest.batch, manifest) for manifest in store.manifests() if manifest.batch is not None]
+    versions_by_batch = {batch: manifest.id for batch, manifest in learned}
     last = max(versions_by_batch.values(), default=0)  # versions follow the order of batches
     for number in store.version_numbers():
         if number > last:
@@ -308,10 +308,10 @@ def waiting_batches(store: Store, log: EventLog) -> list[int]:
             f"{log.folder} lacks batch {missing[0]}, which a version has learned. Restore it from a backup."
         )
     source_of = dict(zip(batches, sources))
-    for manifest in versions_of_batches:
-        if manifest.source != source_of[manifest.batch]:
+    for batch, manifest in learned:
+        if manifest.source != source_of[batch]:
             raise StateError(
-                f"Batch {manifest.batch} of {log.folder} is not the delivery that version {manifest.id} learned. "
+                f"Batch {batch} of {log.folder} is not the delivery that version {manifest.id} learned. "
                 "Restore the log and the versions from the same backup."
             )
     return [batch for batch in batches if batch > max(versions_by_batch, default=0)]

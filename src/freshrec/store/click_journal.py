@@ -125,10 +125,15 @@ def read_journal(store: Path) -> list[JournalFile]:
     found = []
     for path in journal_paths(store):
         try:
-            found.append(JournalFile(path, batch_of(path), _read_clicks(path)))
+            found.append(read_file(path))
         except FileNotFoundError:
             return read_journal(store)  # an update has renamed or removed it in the meantime
     return found
+
+
+def read_file(path: Path) -> JournalFile:
+    """Read one file. Raises StateError if it is damaged or belongs to another store."""
+    return JournalFile(path, batch_of(path), _read_clicks(path))
 
 
 def close_journal(store: Path) -> list[JournalFile]:
@@ -307,10 +312,20 @@ def _decode_line(path: Path, nth: int, line: bytes) -> Click | int:
     """Return the click in a line, or the number of clicks in the last line of a file."""
     if line[:9] != b"%08x " % zlib.crc32(line[9:]):
         raise StateError(
-            f"Line {nth} of {path} is damaged. Restore the file from a backup, or remove this line and lose its click."
+            f"Line {nth} of {path} is damaged. Restore the file from a backup, or move it out of the store: "
+            "then its clicks are lost."
         )
     try:
         record = json.loads(line[9:])
-        return int(record[END_KEY]) if isinstance(record, dict) else Click(*record)
+        found = int(record[END_KEY]) if isinstance(record, dict) else Click(*record)
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise StateError(f"Line {nth} of {path} is not a click. Move the file out of the store.") from None
+        found = None
+    if found is None or (isinstance(found, Click) and not _is_valid(found)):
+        raise StateError(f"Line {nth} of {path} is not a click. Move the file out of the store.")
+    return found
+
+
+def _is_valid(click: Click) -> bool:
+    """Whether the ids of a click are integers or texts, its time is an integer, and the rest is text or missing."""
+    types = [type(value) for value in click]
+    return {*types[:2]} <= {int, str} and types[2] is int and {*types[3:]} <= {str, type(None)}

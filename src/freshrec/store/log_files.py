@@ -18,7 +18,9 @@ COMMIT_NAME = re.compile(r"[0-9]{20}(\.checkpoint[0-9.]*)?\.(json|parquet)")  # 
 def commit_files(folder: Path) -> list[str]:
     """Return the names of the commit files, without the checkpoint hint."""
     return sorted(
-        f"{COMMIT_FOLDER}/{path.name}" for path in (folder / COMMIT_FOLDER).glob("*") if COMMIT_NAME.fullmatch(path.name)
+        f"{COMMIT_FOLDER}/{path.name}"
+        for path in (folder / COMMIT_FOLDER).glob("*")
+        if COMMIT_NAME.fullmatch(path.name)
     )
 
 

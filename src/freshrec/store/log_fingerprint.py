@@ -9,6 +9,7 @@ from freshrec.files import file_checksum
 from freshrec.store.log_files import COMMIT_FOLDER, commit_path
 from freshrec.store.manifest import Manifest
 from freshrec.store.versions import Store
+from freshrec.text_layout import format_count
 
 LOG_FOLDER = "log"
 
@@ -24,12 +25,13 @@ def find_contradiction(folder: Path, manifest: Manifest) -> str:
     expected = manifest.log
     if expected is None:
         return ""
-    known = f"version {manifest.id} knows {expected.rows:,} rows in {expected.batch} batches"
+    rows, batches = format_count(expected.rows, "row"), format_count(expected.batch, "batch", "batches")
+    known = f"version {manifest.id} knows {rows} in {batches}"
     if not (folder / COMMIT_FOLDER).is_dir():
         return f"The event log {folder} is missing, but {known}. Restore it from a backup."
     path = commit_path(folder, expected.commit)
     if not path.exists():
-        return f"The event log {folder} is older than version {manifest.id}: {known}. Restore a newer backup of the log."
+        return f"The event log {folder} is older than version {manifest.id}: {known}. Restore a newer backup."
     if file_checksum(path) != expected.sha256:
         return (
             f"The event log {folder} does not belong to version {manifest.id}: {path.name} differs. "

@@ -43,6 +43,7 @@ from freshrec.store.version_files import file_damage, make_entries
 
 MANIFEST_FILE, COLLECTED_FILE = "manifest.json", "collected"
 VERSION_NAME = re.compile(r"[1-9][0-9]{0,8}")  # of the folder of a version; others are not part of the store
+REBUILT_REASON = "rebuilt from its manifest"  # of a change of the live version whose record was damaged
 LEGACY_FILE = "recommender.json"  # in a folder that Recommender.save wrote before stores existed
 
 
@@ -270,9 +271,7 @@ def _moves_from_manifests(store: Store) -> list[PointerMove]:
     """Rebuild the changes of the live version from the manifests, for a damaged record."""
     actions: dict[VersionKind, MoveAction] = {"fit": "fit", "update": "update", "no rows": "update", "saved": "save"}
     live = [manifest for manifest in store.manifests() if manifest.goes_live]
-    return [
-        PointerMove(at=m.made_at, action=actions[m.kind], to=m.id, reason="rebuilt from its manifest") for m in live
-    ]
+    return [PointerMove(at=m.made_at, action=actions[m.kind], to=m.id, reason=REBUILT_REASON) for m in live]
 
 
 def _remove_leftovers(store: Store) -> None:
