@@ -12,6 +12,8 @@ from freshrec.data.formats import FORMATS
 from freshrec.data.source_columns import COLUMN_ALIASES
 from freshrec.errors import OptionError
 
+SIGN_KEY_VARIABLE = "FRESHREC_SIGN_KEY_FILE"  # environment variable: the same as --sign-key-file
+
 LogPath = Annotated[
     Path, typer.Argument(metavar="LOG", help="CSV (.csv, .csv.gz), Parquet (file or folder) or JSON lines.")
 ]
@@ -38,6 +40,15 @@ StoreOption = typer.Option("--store", metavar="DIR", callback=require_local_path
 
 
 StorePath = Annotated[Path, StoreOption]
+SignKeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--sign-key-file",
+        metavar="FILE",
+        envvar=SIGN_KEY_VARIABLE,
+        help="File with a secret key: sign what is written, and refuse files of the store without its signature.",
+    ),
+]
 Jobs = Annotated[int, typer.Option(help="Number of processes, with one thread each.")]
 JOBS = 1
 ReasonOption = Annotated[str, typer.Option(help="Reason, stored in the history.")]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from freshrec.cli.options import AsJson, StorePath
+from freshrec.cli.options import AsJson, SignKeyFile, StorePath
 from freshrec.cli.output import print_table, print_wrapped
 from freshrec.errors import OptionError, StateError
 
@@ -57,6 +57,7 @@ PortOption = Annotated[int, typer.Option(min=0, max=65535, help="Port (0 = any f
 
 def serve(
     store: StorePath = Path("store"),
+    sign_key_file: SignKeyFile = None,
     host: HostOption = "127.0.0.1",
     port: PortOption = 8000,
     token_file: TokenOption = None,
@@ -94,10 +95,12 @@ def serve(
     tune_memory()
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
-    live = LiveVersion(open_store(store), log_line, SearchOptions(exact_max_items, min_recall, n_longest))
+    live = LiveVersion(
+        open_store(store, sign_key_file), log_line, SearchOptions(exact_max_items, min_recall, n_longest)
+    )
     live.start()
     limits = ServerLimits(read_token(token_file), max_requests_per_s=rate, allowed_hosts=hosts)
-    service = Service(live, limits, lambda user: erase_in_subprocess(store, user))
+    service = Service(live, limits, lambda user: erase_in_subprocess(store, user, sign_key_file))
     config = make_config(create_app(service), host, port, connection_limits)
     log_errors_without_text(logging.getLogger("uvicorn.error"))
     with listening_socket(config) as opened:
@@ -157,6 +160,7 @@ def listening_socket(config: uvicorn.Config) -> socket:
 def export(
     out: Annotated[Path, typer.Argument(metavar="FOLDER", help="New folder for the files.")],
     store: StorePath = Path("store"),
+    sign_key_file: SignKeyFile = None,
     version: Annotated[int | None, typer.Option("--version", help="Version to use (default: the live one).")] = None,
     onnx: Annotated[
         bool, typer.Option("--onnx", help="Also export the network that computes user vectors from histories, as ONNX.")
@@ -172,7 +176,7 @@ def export(
     from freshrec.server.live_version import load_version
     from freshrec.store.versions import open_store
 
-    opened_store = open_store(store)
+    opened_store = open_store(store, sign_key_file)
     manifest = opened_store.manifest(opened_store.live if version is None else version)
     summary = export_version(load_version(opened_store, manifest, EXACT_SEARCH), out, onnx)
     if as_json:
@@ -188,6 +192,7 @@ bench = typer.Typer(no_args_is_help=True, help="Measure on this machine.")
 @bench.command("serve")
 def bench_serve(
     store: StorePath = Path("store"),
+    sign_key_file: SignKeyFile = None,
     rate: Annotated[float, typer.Option(min=0.1, help="Requests per second, at random times.")] = 20.0,
     seconds: Annotated[float, typer.Option(min=1, help="Duration in seconds.")] = 20.0,
     k: Annotated[int, typer.Option("--k", "-k", help="Number of items per list.")] = 20,
@@ -201,9 +206,11 @@ def bench_serve(
 ) -> None:
     """Start a server of the store, send requests at a fixed rate, and report latency and errors."""
     from freshrec.server.benchmark import run_benchmark
+    from freshrec.store.versions import open_store
 
     options = ("--exact-max-items", str(exact_max_items), "--n-longest", str(n_longest), "--threads", str(threads))
-    report = run_benchmark(store, rate, seconds, k, options, swap)
+    opened_store = open_store(store, sign_key_file)
+    report = run_benchmark(opened_store, rate, seconds, k, (*options, *key_option(sign_key_file)), swap)
     if as_json:
         typer.echo(json.dumps(report))
         return
@@ -225,9 +232,15 @@ def read_token(path: Path | None) -> str:
     return token
 
 
-def erase_in_subprocess(store: Path, user: str) -> dict[str, Any]:
+def key_option(sign_key_file: Path | None) -> tuple[str, ...]:
+    """Return the words that pass the key of a store on to another command."""
+    return () if sign_key_file is None else ("--sign-key-file", str(sign_key_file))
+
+
+def erase_in_subprocess(store: Path, user: str, sign_key_file: Path | None = None) -> dict[str, Any]:
     """Run `freshrec erase` in a subprocess, because it needs the training code. Raises StateError if it fails."""
-    command = [sys.executable, "-m", "freshrec", "erase", "--stdin", "--store", str(store), "--wait", "1m", "--json"]
+    options = ("--stdin", "--store", str(store), "--wait", "1m", "--json", *key_option(sign_key_file))
+    command = [sys.executable, "-m", "freshrec", "erase", *options]
     process = subprocess.run(command, input=user, capture_output=True, text=True, timeout=3600)
     if process.returncode:
         lines = process.stderr.strip().splitlines() or ["The user was not erased. Run `freshrec doctor`."]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version as version_of
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from freshrec.errors import FreshrecError, StateError
 from freshrec.nightly.job import waiting_batches
 from freshrec.nightly.notes import count_of, number_ranges
 from freshrec.store import click_journal
-from freshrec.store.event_log import EventLog
-from freshrec.store.log_files import CHECKSUM_FILE, COMMIT_FOLDER, commit_path, read_checksums
-from freshrec.store.log_fingerprint import LOG_FOLDER, find_contradiction
+from freshrec.store.checksummed_json import read_signed
+from freshrec.store.event_log import log_of
+from freshrec.store.log_files import CHECKSUM_FILE, COMMIT_FOLDER, LOG_FOLDER, commit_path, read_checksums
+from freshrec.store.log_fingerprint import find_contradiction
+from freshrec.store.sign_store import signed_files
 from freshrec.store.versions import REBUILT_REASON, VERSION_NAME, Store, is_collected, version_chain
 from freshrec.text_layout import format_count, to_printable
 
@@ -29,7 +32,7 @@ def check_store(store: Store | None) -> list[Check]:
     found = [(True, f"Python {platform.python_version()}; {libraries}")]
     if store is None:
         return found
-    for check in (_check_versions, _check_live, _check_moves, _check_log, _check_match, _check_journal, _check_foreign):
+    for check in CHECKS:
         found += _caught(check, store)
     return found
 
@@ -46,9 +49,10 @@ def _caught(check: Callable[[Store], list[Check]], store: Store) -> list[Check]:
 
 def _check_versions(store: Store) -> list[Check]:
     """Check the files of each version."""
-    found, numbers = list[Check](), store.version_numbers()
-    readable = {manifest.id for manifest in store.manifests()}
-    deleted = [number for number in numbers if number in readable and is_collected(store, number)]
+    found, deleted, numbers = list[Check](), list[int](), store.version_numbers()
+    for number in numbers:
+        with suppress(StateError):
+            deleted += [store.manifest(number).id] if is_collected(store, number) else []
     if deleted:
         names = f"version {deleted[0]}: its" if len(deleted) == 1 else f"versions {number_ranges(deleted)}: their"
         found.append((True, f"{names} files were deleted by `freshrec gc` or `freshrec erase`"))
@@ -99,7 +103,7 @@ def _check_moves(store: Store) -> list[Check]:
 
 def _check_log(store: Store) -> list[Check]:
     """Check every file of the event log."""
-    log = EventLog(store.folder / LOG_FOLDER)
+    log = log_of(store)
     batches = log.batches()
     n_events = len(log.read()) if len(batches) else 0
     rows, events = count_of(int(batches["rows"].sum()), "row"), count_of(n_events, "different event")
@@ -108,7 +112,7 @@ def _check_log(store: Store) -> list[Check]:
 
 def _check_match(store: Store) -> list[Check]:
     """Compare the event log with each version."""
-    versions, log = store.manifests(), EventLog(store.folder / LOG_FOLDER)
+    versions, log = store.manifests(), log_of(store)
     if contradictions := [text for version in versions if (text := find_contradiction(log.folder, version))]:
         return [(False, contradictions[-1])]
     n_waiting = len(waiting_batches(store, log))  # compares the deliveries
@@ -124,7 +128,7 @@ def _check_match(store: Store) -> list[Check]:
 
 def _check_journal(store: Store) -> list[Check]:
     """Check each file of the journal, and that the event log has its batch."""
-    found, n_waiting, batches = list[Check](), 0, set(EventLog(store.folder / LOG_FOLDER).batches()["batch"])
+    found, n_waiting, batches = list[Check](), 0, set(log_of(store).batches()["batch"])
     for path in click_journal.journal_paths(store.folder):
         name, batch = f"clicks/{path.name}", click_journal.batch_of(path)
         try:
@@ -141,6 +145,25 @@ def _check_journal(store: Store) -> list[Check]:
     if n_waiting:
         found.append((True, f"{count_of(n_waiting, 'click waits', 'clicks wait')} for the next `freshrec update`"))
     return found
+
+
+def _check_signatures(store: Store) -> list[Check]:
+    """Say who signed the store. Without the key, the signatures cannot be verified."""
+    signers = {path: read_signed(path, store.key)[1] for path in signed_files(store)}
+    signed = sorted(set(signers.values()) - {""})
+    if store.key is not None:
+        return [(True, f"the signatures of {count_of(len(signers), 'file')} are valid (key {store.key.id})")]
+    if not signed:
+        return []
+    text = f"the store is signed (key {', '.join(signed)}), which was not verified. Pass --sign-key-file"
+    unsigned = [path for path, signer in signers.items() if not signer]
+    return [
+        (True, text),
+        *(
+            (False, f"{_relative(path, store)} is not signed, but other files are. See `freshrec sign --help`.")
+            for path in unsigned
+        ),
+    ]
 
 
 def _check_foreign(store: Store) -> list[Check]:
@@ -164,3 +187,15 @@ def _is_of_log(path: Path) -> bool:
 
 def _relative(path: Path, store: Store) -> str:
     return to_printable(str(path.relative_to(store.folder)), 60)
+
+
+CHECKS = (
+    _check_versions,
+    _check_live,
+    _check_moves,
+    _check_log,
+    _check_match,
+    _check_journal,
+    _check_signatures,
+    _check_foreign,
+)

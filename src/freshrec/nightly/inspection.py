@@ -23,7 +23,7 @@ from freshrec.recommender.lists import top_items
 from freshrec.recommender.user_profile import profile_of
 from freshrec.store.click_journal import read_journal
 from freshrec.store.collection import disk_bytes
-from freshrec.store.event_log import EventLog
+from freshrec.store.event_log import EventLog, log_of
 from freshrec.store.manifest import Manifest
 from freshrec.store.versions import Store, is_collected, version_chain
 
@@ -32,7 +32,7 @@ N_SAMPLE_USERS, LIST_LENGTH = 300, 20  # sampled users, and items per list, to c
 
 def store_status(store: Store) -> dict[str, Any]:
     """The live version, the size of the store, and the events that wait for the next update. Sizes are in bytes."""
-    live, versions, log = store.live, store.manifests(), EventLog(store.folder / "log")
+    live, versions, log = store.live, store.manifests(), log_of(store)
     manifest, chain = store.manifest(live), version_chain(store)
     were_live = {move.to for move in store.moves()}
     refused = [m for m in versions if not m.goes_live and m.id not in were_live]
@@ -200,5 +200,5 @@ def count_refused_events(store: Store, column: str, identifier: str | int) -> in
     batches = sorted(set(batches_of(refused)) - learned)
     if not batches:
         return 0
-    log = EventLog(store.folder / "log")
+    log = log_of(store)
     return len(log.rows_not_in(log.read(batches).filter(pl.col(column) == identifier), learned))

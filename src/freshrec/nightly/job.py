@@ -46,8 +46,8 @@ from freshrec.nightly.notes import Note, count_of, with_notes
 from freshrec.progress import report_progress
 from freshrec.recommender.bundle import Bundle, read_bundle, write_bundle
 from freshrec.recommender.log_reading import encode_events, match_clock
-from freshrec.store.event_log import AppendResult, EventLog
-from freshrec.store.log_fingerprint import LOG_FOLDER, require_same_log
+from freshrec.store.event_log import AppendResult, EventLog, log_of
+from freshrec.store.log_fingerprint import require_same_log
 from freshrec.store.manifest import RETRY_KEY, SEPARATE_SUFFIX, Manifest, MoveAction, VersionKind
 from freshrec.store.versions import Store, version_chain
 
@@ -62,7 +62,7 @@ class NightlyJob:
 
     def __init__(self, store: Store, limits: GateLimits = GateLimits(), full_every: str = "") -> None:  # noqa: B008
         self.store, self.limits, self.full_every = store, limits, full_every
-        self.log = EventLog(store.folder / LOG_FOLDER)  # all events that were ever delivered
+        self.log = log_of(store)  # all events that were ever delivered
         self._loaded: tuple[Manifest, Bundle] | None = None
 
     @property
@@ -357,5 +357,5 @@ def _new_manifest(store: Store, bundle: Bundle, kind: VersionKind, numbers: dict
         sizes=bundle.sizes,
         held=len(bundle.served.pending),
         numbers=numbers,
-        log=EventLog(store.folder / LOG_FOLDER).fingerprint(),
+        log=log_of(store).fingerprint(),
     )

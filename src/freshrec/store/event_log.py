@@ -29,6 +29,7 @@ from freshrec.store.checksummed_json import write_checksummed
 from freshrec.store.log_columns import COLUMN_TYPES, as_time, time_range
 from freshrec.store.log_files import (
     CHECKSUM_FILE,
+    LOG_FOLDER,
     commit_files,
     commit_path,
     damage_error,
@@ -37,6 +38,8 @@ from freshrec.store.log_files import (
     write_checksums,
 )
 from freshrec.store.manifest import LogFingerprint
+from freshrec.store.signing import SigningKey
+from freshrec.store.versions import Store
 from freshrec.text_layout import to_printable
 
 TABLE_NAME = "freshrec event log 1"  # name of the table, with the number of its format
@@ -73,9 +76,13 @@ class AppendResult:
 
 @dataclass(frozen=True)
 class EventLog:
-    """The event log in `folder`, which need not exist yet. Lock it while you change it: conflicts raise StateError."""
+    """The event log in `folder`, which need not exist yet. Lock it while you change it: conflicts raise StateError.
+
+    With a key, its checksums are signed, and a log without the signature of this key is an error.
+    """
 
     folder: Path
+    key: SigningKey | None = None
 
     def append(
         self, frame: pl.DataFrame, source: str, has_clock: bool, ignored_batches: Collection[int] = ()
@@ -89,7 +96,7 @@ class EventLog:
         if not len(frame):
             return AppendResult(None, None, 0)
         with _translate_errors(self.folder, "written"):
-            table = _open_table(self.folder)
+            table = _open_table(self.folder, self.key)
             rows = _match_schema(frame, table, has_clock, self.folder)
             distinct = drop_duplicate_rows(rows, has_clock)
             n_duplicates, sources = len(rows) - len(distinct), _batch_sources(table)
@@ -104,7 +111,7 @@ class EventLog:
             batch = 1 + max(sources, default=0)
             commit_info = {"batch": batch, "source": source, "doubled": n_duplicates, "known": len(distinct) - len(new)}
             _commit_rows(new, commit_info, table or self.folder, has_clock)
-            write_checksums(self.folder, _data_files(DeltaTable(self.folder))["name"])
+            write_checksums(self.folder, _data_files(DeltaTable(self.folder))["name"], self.key)
         n_late = int((new["time"] < newest).sum()) if has_clock and newest is not None else 0
         counts = (len(rows), n_duplicates, len(distinct) - len(new), n_late, len(new))
         return AppendResult(batch, None, *counts, *time_range(new))
@@ -116,7 +123,7 @@ class EventLog:
         Raises LogError if the log is empty.
         """
         with _translate_errors(self.folder, "read"):
-            table = _open_table(self.folder)
+            table = _open_table(self.folder, self.key)
             if table is None:
                 raise LogError(f"The event log in {self.folder} is empty. Append a delivery first.")
             files = _data_files(table)
@@ -135,13 +142,13 @@ class EventLog:
     def rows_not_in(self, rows: pl.DataFrame, batches: Collection[int]) -> pl.DataFrame:
         """Return the rows whose event is in none of these batches. `rows` are rows that `read` returned."""
         with _translate_errors(self.folder, "read"):
-            table = _open_table(self.folder)
+            table = _open_table(self.folder, self.key)
             return rows if table is None else _new_rows(rows, table, _has_clock(table), self.folder, batches)
 
     def batches(self) -> pl.DataFrame:
         """A row per batch: batch, source, rows, first and last (times). `rows` is 0 if all users were erased."""
         with _translate_errors(self.folder, "read"):
-            table = _open_table(self.folder)
+            table = _open_table(self.folder, self.key)
             sources = list(_batch_sources(table).items())
             files = _data_files(table).group_by("batch")
             totals = files.agg(pl.col("rows").sum(), pl.col("first").min(), pl.col("last").max())
@@ -151,14 +158,14 @@ class EventLog:
     def delivery_counts(self, batch: int) -> tuple[str, int, int]:
         """Return the source of a batch, and the numbers of its rows left out as duplicates and as known."""
         with _translate_errors(self.folder, "read"):
-            commits = _batch_commits(_open_table(self.folder))
+            commits = _batch_commits(_open_table(self.folder, self.key))
             _require_batches([batch], commits, self.folder)
             return commits[batch]["source"], commits[batch].get("doubled", 0), commits[batch].get("known", 0)
 
     def fingerprint(self) -> LogFingerprint | None:
         """Return what every later log has in common with this one. None if the log is empty."""
         with _translate_errors(self.folder, "read"):
-            table = _open_table(self.folder)
+            table = _open_table(self.folder, self.key)
             if table is None:
                 return None
             checksum = file_checksum(commit_path(self.folder, table.version()))
@@ -171,13 +178,20 @@ class EventLog:
     def has_clock(self) -> bool:
         """Whether the events have timestamps; False if the log is empty."""
         with _translate_errors(self.folder, "read"):
-            table = _open_table(self.folder)
+            table = _open_table(self.folder, self.key)
             return table is not None and _has_clock(table)
 
     @property
     def newest_time(self) -> int | None:
         """The time of the newest row, None if the log is empty."""
         return as_time(self.batches()["last"].max())
+
+    def sign(self) -> None:
+        """Write signed checksums of all files, also of those that a killed process left without checksums."""
+        with _translate_errors(self.folder, "written"):
+            table = _open_table(self.folder)
+            if table is not None:
+                write_checksums(self.folder, _data_files(table)["name"], self.key)
 
     def erase_user(self, user_id: int | str) -> int:
         """Delete all rows of a user in one commit and from the disk. Return their number.
@@ -187,7 +201,7 @@ class EventLog:
         """
         n_rows = 0
         with _translate_errors(self.folder, "written"):
-            table = _open_table(self.folder)
+            table = _open_table(self.folder, self.key)
             if table is not None:
                 verify_files(self.folder, _data_files(table)["name"])
                 user_literal = _user_literal(user_id, table, self.folder)
@@ -206,13 +220,18 @@ class EventLog:
                     )
             _remove_stale_files(self.folder, table)
             if table is not None:
-                write_checksums(self.folder, _data_files(DeltaTable(self.folder))["name"])
+                write_checksums(self.folder, _data_files(DeltaTable(self.folder))["name"], self.key)
         return n_rows
 
 
-def _open_table(folder: Path) -> DeltaTable | None:
+def log_of(store: Store) -> EventLog:
+    """Return the event log of a store."""
+    return EventLog(store.folder / LOG_FOLDER, store.key)
+
+
+def _open_table(folder: Path, key: SigningKey | None = None) -> DeltaTable | None:
     """Open the table after checking its commits. None if nothing was appended yet."""
-    commits, checksums = commit_files(folder), read_checksums(folder)
+    commits, checksums = commit_files(folder), read_checksums(folder, key)
     for name in [name for name in checksums or {} if name.startswith("_delta_log/")]:
         if name not in commits or file_checksum(folder / name) != (checksums or {})[name]:
             raise damage_error(folder, name)

@@ -10,7 +10,9 @@ from pathlib import Path
 from freshrec.errors import StateError
 from freshrec.files import file_checksum, sync_folder
 from freshrec.store.checksummed_json import read_checksummed, write_checksummed
+from freshrec.store.signing import SigningKey, unsigned_error
 
+LOG_FOLDER = "log"  # in the folder of a store
 COMMIT_FOLDER, CHECKSUM_FILE = "_delta_log", "checksums.json"
 COMMIT_NAME = re.compile(r"[0-9]{20}(\.checkpoint[0-9.]*)?\.(json|parquet)")  # other files are not part of the log
 
@@ -29,15 +31,20 @@ def commit_path(folder: Path, number: int) -> Path:
     return folder / COMMIT_FOLDER / f"{number:020}.json"
 
 
-def read_checksums(folder: Path) -> dict[str, str] | None:
-    """Read the checksums of all files by name. None if the file of checksums is missing."""
+def read_checksums(folder: Path, key: SigningKey | None = None) -> dict[str, str] | None:
+    """Read the checksums of all files by name. None if the file of checksums is missing.
+
+    Raises SignatureError if it lacks the signature of a given key, or the checksum of a commit, which is then not signed.
+    """
     if not (folder / CHECKSUM_FILE).exists():
         return None
-    found: dict[str, str] = read_checksummed(folder / CHECKSUM_FILE)
+    found: dict[str, str] = read_checksummed(folder / CHECKSUM_FILE, key)
+    if key is not None and (unsigned := sorted(set(commit_files(folder)) - found.keys())):
+        raise unsigned_error(folder / unsigned[0])
     return found
 
 
-def write_checksums(folder: Path, data_files: Iterable[str]) -> None:
+def write_checksums(folder: Path, data_files: Iterable[str], key: SigningKey | None = None) -> None:
     """Sync the last commit to the disk, and write the checksums of all commits and of these data files."""
     sums = read_checksums(folder) or {}
     names = [*commit_files(folder), *data_files]
@@ -46,7 +53,7 @@ def write_checksums(folder: Path, data_files: Iterable[str]) -> None:
             os.fsync(file.fileno())
         sums[name] = file_checksum(folder / name)
         sync_folder((folder / name).parent)
-    write_checksummed({name: sums[name] for name in names}, folder / CHECKSUM_FILE)
+    write_checksummed({name: sums[name] for name in names}, folder / CHECKSUM_FILE, key)
 
 
 def verify_files(folder: Path, names: Iterable[str]) -> None:

@@ -6,12 +6,10 @@ from pathlib import Path
 
 from freshrec.errors import StateError
 from freshrec.files import file_checksum
-from freshrec.store.log_files import COMMIT_FOLDER, commit_path
+from freshrec.store.log_files import COMMIT_FOLDER, LOG_FOLDER, commit_path
 from freshrec.store.manifest import Manifest
 from freshrec.store.versions import Store
 from freshrec.text_layout import format_count
-
-LOG_FOLDER = "log"
 
 
 def require_same_log(store: Store) -> None:

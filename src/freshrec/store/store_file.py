@@ -10,19 +10,28 @@ from typing import Any
 from freshrec.errors import StateError
 from freshrec.store.checksummed_json import read_checksummed, write_checksummed
 from freshrec.store.manifest import FORMAT, utc_now
+from freshrec.store.signing import SigningKey
 
 STORE_FILE = "store.json"
 
 
-def write_store_file(folder: Path) -> None:
+def write_store_file(folder: Path, key: SigningKey | None = None) -> None:
     """Mark a folder as a store, with a new random id. A copy of the store keeps the id."""
-    content = {"format": FORMAT, "made_at": utc_now(), "id": secrets.token_hex(8)}
-    write_checksummed(content, folder / STORE_FILE)
+    content = {"format": FORMAT, "made_at": utc_now(), "id": new_id()}
+    write_checksummed(content, folder / STORE_FILE, key)
 
 
-def read_store_file(folder: Path) -> dict[str, Any]:
-    """Return the content of the file. Raises StateError if it is damaged or if its format is unknown."""
-    found = read_checksummed(folder / STORE_FILE)
+def new_id() -> str:
+    """Return a random id for a store."""
+    return secrets.token_hex(8)
+
+
+def read_store_file(folder: Path, key: SigningKey | None = None) -> dict[str, Any]:
+    """Return the content of the file. Raises StateError if it is damaged or if its format is unknown.
+
+    Raises SignatureError if it lacks the signature of a given key.
+    """
+    found = read_checksummed(folder / STORE_FILE, key)
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise StateError(f"The store {folder} does not have format {FORMAT}. Upgrade freshrec.")
     return found

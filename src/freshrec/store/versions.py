@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from freshrec.disk_names import current_move
-from freshrec.errors import BusyError, OptionError, StateError
+from freshrec.errors import BusyError, OptionError, SignatureError, StateError
 from freshrec.files import sync_folder
 from freshrec.store.checksummed_json import read_checksummed, write_checksummed
 from freshrec.store.manifest import (
@@ -38,10 +38,11 @@ from freshrec.store.manifest import (
     read_manifest,
     utc_now,
 )
+from freshrec.store.signing import SigningKey, read_key
 from freshrec.store.store_file import STORE_FILE, is_foreign, read_store_file, store_id, write_store_file
 from freshrec.store.version_files import file_damage, make_entries
 
-MANIFEST_FILE, COLLECTED_FILE = "manifest.json", "collected"
+MANIFEST_FILE, MOVES_FILE, COLLECTED_FILE = "manifest.json", "live.json", "collected"
 VERSION_NAME = re.compile(r"[1-9][0-9]{0,8}")  # of the folder of a version; others are not part of the store
 REBUILT_REASON = "rebuilt from its manifest"  # of a change of the live version whose record was damaged
 LEGACY_FILE = "recommender.json"  # in a folder that Recommender.save wrote before stores existed
@@ -49,9 +50,13 @@ LEGACY_FILE = "recommender.json"  # in a folder that Recommender.save wrote befo
 
 @dataclass(frozen=True)
 class Store:
-    """A folder of versions. Hold `locked` while you change anything."""
+    """A folder of versions. Hold `locked` while you change anything.
+
+    With a key, all that is written is signed, and a file without the signature of this key is an error.
+    """
 
     folder: Path
+    key: SigningKey | None = None
 
     @contextmanager
     def locked(self, wait_s: float = 0.0) -> Iterator[None]:
@@ -71,11 +76,13 @@ class Store:
             lock.release()
 
     def manifests(self) -> list[Manifest]:
-        """Return all readable manifests, oldest first."""
+        """Return all readable manifests, oldest first. Raises SignatureError for a wrong signature."""
         found = []
         for number in self.version_numbers():
             try:
                 found.append(self.manifest(number))
+            except SignatureError:
+                raise
             except StateError:
                 continue  # `freshrec doctor` reports it
         return found
@@ -102,16 +109,18 @@ class Store:
             raise StateError(
                 f"There is no version {number} in {self.folder}. See `freshrec history {store_option(self.folder)}`."
             )
-        found = read_manifest(path, number)
+        found = read_manifest(path, number, self.key)
         if is_foreign(found.store, self.folder):
             raise StateError(f"{path} belongs to another store. Restore versions/{number} from a backup of this one.")
         return found
 
     def moves(self) -> list[PointerMove]:
         """Return every change of the live version, oldest first. Raises StateError if the record is damaged."""
-        path, command = self.folder / "live.json", f"freshrec promote N {store_option(self.folder)}"
+        path, command = self.folder / MOVES_FILE, f"freshrec promote N {store_option(self.folder)}"
         try:
-            found = [PointerMove.model_validate(current_move(move)) for move in read_checksummed(path)]
+            found = [PointerMove.model_validate(current_move(move)) for move in read_checksummed(path, self.key)]
+        except SignatureError:
+            raise
         except (ValidationError, TypeError, StateError):
             found = None
         if found is None or any(is_foreign(owner, self.folder) for owner in {move.store for move in found}):
@@ -135,11 +144,13 @@ class Store:
         self.verified_files(number)
         try:
             moves = self.moves()
+        except SignatureError:
+            raise
         except StateError:
             moves = _moves_from_manifests(self)  # rebuild a damaged record
         moves.append(PointerMove(at=utc_now(), action=action, to=number, reason=reason, store=store_id(self.folder)))
         with translate_write_errors(self.folder):
-            write_checksummed([move.model_dump() for move in moves], self.folder / "live.json")
+            write_checksummed([move.model_dump() for move in moves], self.folder / MOVES_FILE, self.key)
 
     def write_version(self, manifest: Manifest, save: Callable[[Path], object]) -> Manifest:
         """Write a new version. `save` writes its files into a folder. `move_pointer` makes it the live one."""
@@ -153,7 +164,7 @@ class Store:
                 save(temporary)
                 files = make_entries(temporary, temporary, parent, parent_manifest)
                 manifest = manifest.model_copy(update={"files": files, "store": store_id(self.folder)})
-                write_checksummed(manifest.model_dump(), temporary / MANIFEST_FILE)
+                write_checksummed(manifest.model_dump(), temporary / MANIFEST_FILE, self.key)
                 temporary.rename(folder)
                 sync_folder(folder.parent)
         finally:
@@ -197,7 +208,7 @@ class Store:
 def replace_manifest(store: Store, manifest: Manifest) -> None:
     """Write the manifest of an existing version again."""
     with translate_write_errors(store.folder):
-        write_checksummed(manifest.model_dump(), version_folder(store, manifest.id) / MANIFEST_FILE)
+        write_checksummed(manifest.model_dump(), version_folder(store, manifest.id) / MANIFEST_FILE, store.key)
 
 
 def store_option(folder: Path) -> str:
@@ -219,8 +230,12 @@ def version_chain(store: Store, number: int | None = None) -> list[Manifest]:
 
 
 @contextmanager
-def create_store(folder: Path) -> Iterator[Store]:
-    """Create a store. It appears in `folder` when the block ends. Raises OptionError if the folder is not empty."""
+def create_store(folder: Path, sign_key_file: Path | None = None) -> Iterator[Store]:
+    """Create a store. It appears in `folder` when the block ends. Raises OptionError if the folder is not empty.
+
+    If a key is given, the store is signed. Raises OptionError for an invalid key.
+    """
+    key = None if sign_key_file is None else read_key(sign_key_file, folder)
     if (folder / STORE_FILE).exists():
         raise OptionError(f"{folder} already holds a store. Use `freshrec update`, or choose another folder.")
     folder = folder.resolve()
@@ -238,9 +253,9 @@ def create_store(folder: Path) -> Iterator[Store]:
         with translate_write_errors(folder):
             shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
             (temporary / "versions").mkdir(parents=True)
-            write_checksummed([], temporary / "live.json")
-            write_store_file(temporary)
-        yield Store(temporary)
+            write_checksummed([], temporary / MOVES_FILE, key)
+            write_store_file(temporary, key)
+        yield Store(temporary, key)
         with translate_write_errors(folder):
             temporary.rename(folder)
             sync_folder(folder.parent)
@@ -250,16 +265,20 @@ def create_store(folder: Path) -> Iterator[Store]:
         Path(lock.lock_file).unlink(missing_ok=True)
 
 
-def open_store(folder: Path) -> Store:
-    """Open the store in a folder. Raises StateError if there is none, or if its format is unknown."""
+def open_store(folder: Path, sign_key_file: Path | None = None) -> Store:
+    """Open the store in a folder. Raises StateError if there is none, or if its format is unknown.
+
+    If a key is given, its signatures are required. Raises OptionError for an invalid key.
+    """
     if (folder / LEGACY_FILE).exists():
         raise StateError(
             f"{folder} is not a store but an older save. Convert it in Python: Recommender.load(folder).save(NEW)."
         )
     if not (folder / STORE_FILE).exists():
         raise StateError(f"There is no store in {folder}. Create one with `freshrec fit LOG --store {folder}`.")
-    read_store_file(folder)
-    return Store(folder)
+    key = None if sign_key_file is None else read_key(sign_key_file, folder)
+    read_store_file(folder, key)
+    return Store(folder, key)
 
 
 def is_collected(store: Store, number: int) -> bool:
