@@ -34,7 +34,7 @@ def commit_path(folder: Path, number: int) -> Path:
 def read_checksums(folder: Path, key: SigningKey | None = None) -> dict[str, str] | None:
     """Read the checksums of all files by name. None if the file of checksums is missing.
 
-    Raises SignatureError if it lacks the signature of a given key, or the checksum of a commit, which is then not signed.
+    Raises SignatureError if it lacks the signature of a given key, or the checksum of a commit.
     """
     if not (folder / CHECKSUM_FILE).exists():
         return None
