@@ -201,8 +201,8 @@ class Recommender:
         """Save as a new version in the store in `folder`, and make it the live one. A new folder becomes a store.
 
         The previous version stays live until all files are written. Older versions stay; `freshrec gc` deletes them.
-        `sign_key_file` holds a secret key, which signs the store (docs/security.md). Raises OptionError for an invalid key
-        and for a store that `freshrec update` maintains, and SignatureError for a store that the key has not signed.
+        `sign_key_file` holds a secret key, which signs the store (docs/security.md). Raises OptionError for an invalid
+        key and for a store that `freshrec update` maintains. Raises SignatureError for a store without its signature.
         """
         folder, bundle = Path(folder), self.bundle
         key_file = None if sign_key_file is None else Path(sign_key_file)
