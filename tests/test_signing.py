@@ -331,10 +331,10 @@ def test_the_server_passes_its_key_to_the_process_that_erases(key: Path, monkeyp
     monkeypatch.setattr(subprocess, "run", note)
     erase_in_subprocess(Path("s"), "user-1", key)
     erase_in_subprocess(Path("s"), "user-1")
-    words = ["erase", "--store", "s", "--wait", "1m", "--json"]
+    words = ["erase", "--stdin", "--store", "s", "--wait", "1m", "--json"]
     assert [command[3:] for command in commands] == [
-        [*words, "--sign-key-file", str(key), "--", "user-1"],
-        [*words, "--", "user-1"],
+        [*words, "--sign-key-file", str(key)],
+        words,
     ]
 
 

@@ -13,6 +13,7 @@ from freshrec.nightly.job import waiting_batches
 from freshrec.nightly.notes import count_of, number_ranges
 from freshrec.store import click_journal
 from freshrec.store.checksummed_json import read_signed
+from freshrec.store.erasures import ERASURE_FILE, read_erasures
 from freshrec.store.event_log import log_of
 from freshrec.store.log_files import CHECKSUM_FILE, COMMIT_FOLDER, LOG_FOLDER, commit_path, read_checksums
 from freshrec.store.log_fingerprint import find_contradiction
@@ -21,7 +22,7 @@ from freshrec.store.versions import REBUILT_REASON, VERSION_NAME, Store, is_coll
 from freshrec.text_layout import format_count, to_printable
 
 LIBRARIES = ("torch", "polars", "numpy", "scipy", "deltalake", "safetensors", "pydantic")
-STORE_CONTENT = {"store.json", "live.json", "lock", "log", "versions", "clicks"}
+STORE_CONTENT = {"store.json", "live.json", "lock", "log", "versions", "clicks", ERASURE_FILE}
 
 Check = tuple[bool, str]  # whether it passed, and a sentence
 
@@ -67,6 +68,7 @@ def _check_versions(store: Store) -> list[Check]:
 
 def _check_live(store: Store) -> list[Check]:
     store.verified_files(store.live)
+    read_erasures(store.folder)
     updates = format_count(len(version_chain(store)) - 1, "update")
     return [(True, f"version {store.live} is live, {updates} after the first version")]
 
