@@ -234,6 +234,24 @@ def test_a_folder_that_is_no_version_is_ignored_and_named(name: str, folder: Pat
     assert wrong(folder / "s") == [] and f"versions/{name} is not part of the store" in remarks(folder / "s")
 
 
+def test_links_in_a_store_from_elsewhere_delete_nothing_outside(folder: Path) -> None:
+    private = folder / "private"
+    (private / "3").mkdir(parents=True)
+    for name in (".profile", "letter", "3/letter"):
+        (private / name).write_text("private")
+    versions = folder / "s" / "versions"
+    (versions / "3").symlink_to(private)  # erasing deletes the files of versions that cannot be read
+    (versions / "1" / "photos").symlink_to(private)  # unlisted files are deleted
+    assert run("erase", folder, "user-1") == 0 and run("gc", folder, "--keep", "1") == 0
+    assert open_store(folder / "s").version_numbers() == [1, 2]
+    assert "versions/3 is not part of the store" in remarks(folder / "s")
+    shutil.move(versions, folder / "moved versions")
+    versions.symlink_to(private)  # hidden files in it are deleted, as those of killed processes
+    (private / ".4").mkdir()
+    run("gc", folder)
+    assert sorted(path.name for path in private.rglob("*")) == [".profile", "3", "letter", "letter"]
+
+
 def test_a_file_that_cannot_be_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path) -> str:
         raise PermissionError(13, "Permission denied", str(path))

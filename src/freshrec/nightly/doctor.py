@@ -18,7 +18,7 @@ from freshrec.store.event_log import log_of
 from freshrec.store.log_files import CHECKSUM_FILE, COMMIT_FOLDER, LOG_FOLDER, commit_path, read_checksums
 from freshrec.store.log_fingerprint import find_contradiction
 from freshrec.store.sign_store import signed_files
-from freshrec.store.versions import REBUILT_REASON, VERSION_NAME, Store, is_collected, version_chain
+from freshrec.store.versions import REBUILT_REASON, Store, is_collected, version_chain, version_folder
 from freshrec.text_layout import format_count, to_printable
 
 LIBRARIES = ("torch", "polars", "numpy", "scipy", "deltalake", "safetensors", "pydantic")
@@ -170,9 +170,10 @@ def _check_signatures(store: Store) -> list[Check]:
 
 def _check_foreign(store: Store) -> list[Check]:
     """Name files that are not part of the store. No command reads them."""
+    versions = {version_folder(store, number) for number in store.version_numbers()}
     found = [
         *(path for path in store.folder.iterdir() if path.name not in STORE_CONTENT),
-        *(path for path in (store.folder / "versions").iterdir() if not VERSION_NAME.fullmatch(path.name)),
+        *(path for path in (store.folder / "versions").iterdir() if path not in versions),
         *(path for path in (store.folder / LOG_FOLDER).glob("*") if not _is_of_log(path)),
         *click_journal.foreign_paths(store.folder),
     ]

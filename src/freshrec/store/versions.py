@@ -44,6 +44,7 @@ from freshrec.store.version_files import file_damage, make_entries
 
 MANIFEST_FILE, MOVES_FILE, COLLECTED_FILE = "manifest.json", "live.json", "collected"
 VERSION_NAME = re.compile(r"[1-9][0-9]{0,8}")  # of the folder of a version; others are not part of the store
+TEMPORARY_NAME = re.compile(r"\.[1-9][0-9]{0,8}")  # of the folder of an unfinished version
 REBUILT_REASON = "rebuilt from its manifest"  # of a change of the live version whose record was damaged
 LEGACY_FILE = "recommender.json"  # in a folder that Recommender.save wrote before stores existed
 
@@ -90,7 +91,8 @@ class Store:
     def version_numbers(self) -> list[int]:
         """Return the numbers of all versions, ascending."""
         try:
-            names = [path.name for path in (self.folder / "versions").iterdir()]
+            # a link is no version: deleting its files would delete files outside the store
+            names = [path.name for path in (self.folder / "versions").iterdir() if not path.is_symlink()]
         except OSError as problem:
             raise StateError(
                 f"{self.folder / 'versions'} cannot be read ({problem.strerror}). Restore it from a backup."
@@ -296,7 +298,11 @@ def _moves_from_manifests(store: Store) -> list[PointerMove]:
 def _remove_leftovers(store: Store) -> None:
     """Remove the temporary files of killed processes."""
     with translate_write_errors(store.folder):
-        for leftover in (*store.folder.glob("versions/.*"), *store.folder.glob(".*.json.*")):
+        is_linked = (store.folder / "versions").is_symlink()  # then it may hold hidden files of other programs
+        hidden = [
+            path for path in store.folder.glob("versions/.*") if TEMPORARY_NAME.fullmatch(path.name) or not is_linked
+        ]
+        for leftover in (*hidden, *store.folder.glob(".*.json.*")):
             remove_path(leftover)
         for manifest in store.manifests():
             _remove_unlisted(version_folder(store, manifest.id), manifest)
@@ -312,7 +318,7 @@ def _remove_unlisted(folder: Path, manifest: Manifest) -> None:
 
 def remove_path(path: Path) -> None:
     """Remove a file, or a folder with all its files."""
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def version_folder(store: Store, number: int) -> Path:
