@@ -1,4 +1,4 @@
-"""The commands that show and change the versions of a store: history, promote, rollback, gc, erase."""
+"""The commands that show and change the versions of a store: history, promote, rollback, gc, sign, erase."""
 
 from __future__ import annotations
 
