@@ -135,6 +135,7 @@ GROUPS: dict[str, tuple[Callable[..., None], ...]] = {  # the headings of `fresh
         versions.rollback,
         versions.erase,
         versions.gc,
+        versions.sign,
         query.doctor,
     ),
     "Serve": (server.serve, server.export),

@@ -13,6 +13,8 @@ from freshrec.data.source_columns import COLUMN_ALIASES
 from freshrec.errors import OptionError
 from freshrec.user_modules import ALLOW_IMPORT, import_allowed
 
+SIGN_KEY_VARIABLE = "FRESHREC_SIGN_KEY_FILE"  # environment variable: the same as --sign-key-file
+
 LogPath = Annotated[
     Path, typer.Argument(metavar="LOG", help="CSV (.csv, .csv.gz), Parquet (file or folder) or JSON lines.")
 ]
@@ -61,6 +63,15 @@ AllowImport = Annotated[
         metavar="MODULE",
         callback=allow_imports,
         help="Import this module, which defines a custom model or strategy of the store. May be repeated.",
+    ),
+]
+SignKeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--sign-key-file",
+        metavar="FILE",
+        envvar=SIGN_KEY_VARIABLE,
+        help="File with a secret key: sign what is written, and refuse files of the store without its signature.",
     ),
 ]
 Jobs = Annotated[int, typer.Option(help="Number of processes, with one thread each.")]

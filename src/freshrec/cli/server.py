@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from freshrec.cli.options import AllowImport, AsJson, StorePath
+from freshrec.cli.options import AllowImport, AsJson, SignKeyFile, StorePath
 from freshrec.cli.output import print_table, print_wrapped
 from freshrec.errors import OptionError, StateError
 from freshrec.recommender.progress import show_progress
@@ -60,6 +60,7 @@ PortOption = Annotated[int, typer.Option(min=0, max=65535, help="Port (0 = any f
 def serve(
     store: StorePath = Path("store"),
     allow_import: AllowImport = None,
+    sign_key_file: SignKeyFile = None,
     host: HostOption = "127.0.0.1",
     port: PortOption = 8000,
     token_file: TokenOption = None,
@@ -97,10 +98,12 @@ def serve(
     tune_memory()
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
-    live = LiveVersion(open_store(store), log_line, SearchOptions(exact_max_items, min_recall, n_longest))
+    live = LiveVersion(
+        open_store(store, sign_key_file), log_line, SearchOptions(exact_max_items, min_recall, n_longest)
+    )
     live.start()
     limits = ServerLimits(read_token(token_file), max_requests_per_s=rate, allowed_hosts=hosts)
-    service = Service(live, limits, lambda user: erase_in_subprocess(store, user, allow_import or ()))
+    service = Service(live, limits, lambda user: erase_in_subprocess(store, user, allow_import or (), sign_key_file))
     config = make_config(create_app(service), host, port, connection_limits)
     log_errors_without_text(logging.getLogger("uvicorn.error"))
     with listening_socket(config) as opened:
@@ -161,6 +164,7 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="FOLDER", help="New folder for the files.")],
     store: StorePath = Path("store"),
     allow_import: AllowImport = None,
+    sign_key_file: SignKeyFile = None,
     version: Annotated[int | None, typer.Option("--version", help="Version to use (default: the live one).")] = None,
     onnx: Annotated[
         bool, typer.Option("--onnx", help="Also export the network that computes user vectors from histories, as ONNX.")
@@ -181,7 +185,7 @@ def export(
     from freshrec.server.live_version import load_version
     from freshrec.store.versions import open_store
 
-    opened_store = open_store(store)
+    opened_store = open_store(store, sign_key_file)
     manifest = opened_store.manifest(opened_store.live if version is None else version)
     loaded = load_version(opened_store, manifest, EXACT_SEARCH)
     with show_progress(not as_json, with_lines=False):
@@ -200,6 +204,7 @@ bench = typer.Typer(no_args_is_help=True, help="Measure on this machine.")
 def bench_serve(
     store: StorePath = Path("store"),
     allow_import: AllowImport = None,
+    sign_key_file: SignKeyFile = None,
     rate: Annotated[float, typer.Option(min=0.1, help="Requests per second, at random times.")] = 20.0,
     seconds: Annotated[float, typer.Option(min=1, help="Duration in seconds.")] = 20.0,
     k: Annotated[int, typer.Option("--k", "-k", help="Number of items per list.")] = 20,
@@ -213,18 +218,14 @@ def bench_serve(
 ) -> None:
     """Start a server of the store, send requests at a fixed rate, and report latency and errors."""
     from freshrec.server.benchmark import run_benchmark
+    from freshrec.store.versions import open_store
 
-    imports = [word for module in allow_import or () for word in (ALLOW_IMPORT, module)]
     options = (
-        *imports,
-        "--exact-max-items",
-        str(exact_max_items),
-        "--n-longest",
-        str(n_longest),
-        "--threads",
-        str(threads),
+        *[word for module in allow_import or () for word in (ALLOW_IMPORT, module)],
+        *key_option(sign_key_file),
+        *("--exact-max-items", str(exact_max_items), "--n-longest", str(n_longest), "--threads", str(threads)),
     )
-    report = run_benchmark(store, rate, seconds, k, options, swap)
+    report = run_benchmark(open_store(store, sign_key_file), rate, seconds, k, options, swap)
     if as_json:
         typer.echo(json.dumps(report))
         return
@@ -246,10 +247,17 @@ def read_token(path: Path | None) -> str:
     return token
 
 
-def erase_in_subprocess(store: Path, user: str, allowed_modules: Sequence[str] = ()) -> dict[str, Any]:
+def key_option(sign_key_file: Path | None) -> tuple[str, ...]:
+    """Return the words that pass the key of a store on to another command."""
+    return () if sign_key_file is None else ("--sign-key-file", str(sign_key_file))
+
+
+def erase_in_subprocess(
+    store: Path, user: str, allowed_modules: Sequence[str] = (), sign_key_file: Path | None = None
+) -> dict[str, Any]:
     """Run `freshrec erase` in a subprocess, because it needs the training code. Raises StateError if it fails."""
     imports = [word for module in allowed_modules for word in (ALLOW_IMPORT, module)]
-    options = (*imports, "--stdin", "--store", str(store), "--wait", "1m", "--json")
+    options = (*imports, *key_option(sign_key_file), "--stdin", "--store", str(store), "--wait", "1m", "--json")
     command = [sys.executable, "-P", "-m", "freshrec", "erase", *options]  # -P: import nothing from the current folder
     process = subprocess.run(command, input=user, capture_output=True, text=True, timeout=3600)
     if process.returncode:

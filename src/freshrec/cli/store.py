@@ -22,6 +22,7 @@ from freshrec.cli.options import (
     Quarantine,
     ReasonOption,
     Separator,
+    SignKeyFile,
     StorePath,
     WaitOption,
     parse_duration,
@@ -65,6 +66,7 @@ FullEvery = Annotated[
 def fit(
     log: LogPath,
     store: StorePath = Path("store"),
+    sign_key_file: SignKeyFile = None,
     model: Annotated[str, typer.Option(help="Model; see `freshrec list models`.")] = "blend",
     strategy: Annotated[
         str | None, typer.Option(help="How updates learn new events; see `freshrec list strategies`.")
@@ -101,7 +103,7 @@ def fit(
     )
     limits = parse_limits(gate)
     bundle = new_bundle(model, strategy, seed, read_options)
-    with show_progress(not as_json, with_lines=True), create_store(store) as new_store:
+    with show_progress(not as_json, with_lines=True), create_store(store, sign_key_file) as new_store:
         report_progress(READING, detail=log.name)
         source = hash_source(log)  # first, so that rows which a writer adds later are new to the next update
         interactions = read_first_log(log, read_options, until, quarantine)
@@ -142,6 +144,7 @@ def update(
     new: NewEvents = None,
     store: StorePath = Path("store"),
     allow_import: AllowImport = None,
+    sign_key_file: SignKeyFile = None,
     force: Annotated[bool, typer.Option("--force", help="Promote a refused version anyway; needs --reason.")] = False,
     reason: ReasonOption = "",
     retry: Annotated[
@@ -167,7 +170,7 @@ def update(
 
     if force and not reason:
         raise OptionError('--force needs a reason, which is stored in the history. Add --reason "...".')
-    opened_store = open_store(store)
+    opened_store = open_store(store, sign_key_file)
     job, force_reason = NightlyJob(opened_store, parse_limits(gate), full_every), reason if force else ""
     if full_every:
         retrain_interval(full_every, version_chain(opened_store))  # an OptionError before any work
@@ -180,7 +183,7 @@ def update(
         return
     versions: list[Manifest] = []
     try:
-        with locked_store(store, wait), show_progress(not as_json, with_lines=False) as clear_progress:
+        with locked_store(store, wait, sign_key_file), show_progress(not as_json, with_lines=False) as clear_progress:
             print_line = partial(_print_line, clear_progress, as_json)
             for version in _make_versions(job, new or [], retry, read_file, force_reason, print_line):
                 versions.append(version)

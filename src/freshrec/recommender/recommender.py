@@ -229,18 +229,20 @@ class Recommender:
         columns = {"metric": list(metrics), "value": values_UM.mean(0), "low": low_M, "high": high_M}
         return pl.DataFrame(columns).with_columns(n=pl.lit(len(queries)), n_users=pl.lit(len(values_UM)))
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, sign_key_file: str | Path | None = None) -> None:
         """Save as a new version in the store in `folder`, and make it the live one. A new folder becomes a store.
 
         The previous version stays live until all files are written. Older versions stay; `freshrec gc` deletes them.
-        Raises OptionError for a store that `freshrec update` maintains.
+        `sign_key_file` holds a secret key, which signs the store (docs/security.md). Raises OptionError for an invalid
+        key and for a store that `freshrec update` maintains. Raises SignatureError for a store without its signature.
         """
         folder, bundle = Path(folder), self.bundle
+        key_file = None if sign_key_file is None else Path(sign_key_file)
         if not (folder / "store.json").exists():
-            with create_store(folder) as store:
+            with create_store(folder, key_file) as store:
                 _add_live_version(store, bundle)
             return
-        store = open_store(folder)
+        store = open_store(folder, key_file)
         with store.locked():
             if any(manifest.batch is not None for manifest in store.manifests()):
                 raise OptionError(
@@ -250,15 +252,17 @@ class Recommender:
             _add_live_version(store, bundle)
 
     @staticmethod
-    def load(folder: str | Path) -> Recommender:
+    def load(folder: str | Path, sign_key_file: str | Path | None = None) -> Recommender:
         """Load the live version of the store in `folder`. Raises StateError for a missing or damaged store.
 
         Import the module of a custom model or strategy first: loading imports nothing outside freshrec.
+        `sign_key_file` holds a secret key. With it, SignatureError is raised for a store that the key has not signed.
+
         A folder of an older freshrec without a store is read too; `save` it to a new folder.
         """
         if (Path(folder) / LEGACY_FILE).exists():
             return Recommender.from_bundle(read_legacy_bundle(Path(folder)))
-        store = open_store(Path(folder))
+        store = open_store(Path(folder), None if sign_key_file is None else Path(sign_key_file))
         return Recommender.from_bundle(read_bundle(store.verified_files(store.live)))
 
     @staticmethod

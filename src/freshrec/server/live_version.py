@@ -28,6 +28,7 @@ from freshrec.store.checkpoint import load_for_serving
 from freshrec.store.click_journal import KNOWN_SUFFIX, Click, ClickJournal, read_journal, read_known_clicks
 from freshrec.store.erasures import read_erasures
 from freshrec.store.learned_ids import LearnedIds
+from freshrec.store.log_fingerprint import require_same_log
 from freshrec.store.manifest import Manifest, utc_now
 from freshrec.store.versions import Store
 
@@ -102,6 +103,7 @@ class LiveVersion:
                 return
             release_memory()
             try:
+                require_same_log(self.store)
                 version = load_version(self.store, manifest, self.search_options)
                 hidden = HiddenUsers(erasures, erasures.last_number, self._requested_erasures)
                 self._swap(replace(version, hidden=hidden))

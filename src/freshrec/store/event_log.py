@@ -10,7 +10,6 @@ without checksums. They are read without a check until the next commit adds thei
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,19 +25,25 @@ from freshrec.data.catalog import TYPE_NAMES
 from freshrec.data.duplicates import EVENT_KEYS, count_reused_ids, drop_duplicate_rows
 from freshrec.data.identities import convert_ids
 from freshrec.errors import LogError, OptionError, StateError
-from freshrec.files import file_checksum, sync_folder
+from freshrec.files import file_checksum
 from freshrec.store.checksummed_json import write_checksummed
 from freshrec.store.log_columns import COLUMN_TYPES, ID_COLUMNS, as_time, time_range
 from freshrec.store.log_files import (
     CHECKSUM_FILE,
+    LOG_FOLDER,
     batch_predicate,
     commit_files,
+    commit_path,
     damage_error,
     data_files,
     read_checksums,
     verify_files,
+    write_checksums,
 )
+from freshrec.store.manifest import LogFingerprint
 from freshrec.store.new_rows import NewRows, find_new_rows
+from freshrec.store.signing import SigningKey
+from freshrec.store.versions import Store
 from freshrec.text_layout import to_printable
 
 TABLE_NAME = "freshrec event log 1"  # name of the table, with the number of its format
@@ -76,9 +81,13 @@ class AppendResult:
 
 @dataclass(frozen=True)
 class EventLog:
-    """The event log in `folder`, which need not exist yet. Lock it while you change it: conflicts raise StateError."""
+    """The event log in `folder`, which need not exist yet. Lock it while you change it: conflicts raise StateError.
+
+    With a key, its checksums are signed, and a log without the signature of this key is an error.
+    """
 
     folder: Path
+    key: SigningKey | None = None
 
     def append(
         self, frame: pl.DataFrame, source: str, has_clock: bool, ignored_batches: Collection[int] = ()
@@ -92,7 +101,7 @@ class EventLog:
         if not len(frame):
             return AppendResult(None, None, 0)
         with _translate_errors(self.folder, "written"):
-            table = _open_table(self.folder)
+            table = _open_table(self.folder, self.key)
             rows = _match_schema(frame, table, has_clock, self.folder)
             distinct = drop_duplicate_rows(rows, has_clock)
             n_duplicates, sources = len(rows) - len(distinct), _batch_sources(table)
@@ -111,7 +120,7 @@ class EventLog:
             batch = 1 + max(sources, default=0)
             commit_info = {"batch": batch, "source": source, "doubled": n_duplicates, "known": len(distinct) - len(new)}
             _commit_rows(new, commit_info, table or self.folder, has_clock)
-            _write_checksums(self.folder)
+            write_checksums(self.folder, data_files(DeltaTable(self.folder))["name"], self.key)
         n_late = int((new["time"] < newest).sum()) if has_clock and newest is not None else 0
         counts = (len(rows), n_duplicates, len(distinct) - len(new), n_late, len(new))
         return AppendResult(batch, None, *counts, *time_range(new), n_reused_ids=n_reused_ids)
@@ -123,14 +132,14 @@ class EventLog:
         Raises LogError if the log is empty.
         """
         with _translate_errors(self.folder, "read"):
-            table = _open_table(self.folder)
+            table = _open_table(self.folder, self.key)
             if table is None:
                 raise LogError(f"The event log in {self.folder} is empty. Append a delivery first.")
             files = data_files(table)
             if batches is not None:
                 _require_batches(batches, _batch_sources(table), self.folder)
                 files = files.filter(pl.col("batch").is_in(batches))
-            verify_files(self.folder, files)
+            verify_files(self.folder, files["name"])
             found = pl.DataFrame(table.scan(predicate=None if batches is None else batch_predicate(batches)))
             found = found.sort("batch", "time", "row")
             if batches is None or len(batches) > 1:
@@ -142,7 +151,7 @@ class EventLog:
     def rows_not_in(self, rows: pl.DataFrame, batches: Collection[int]) -> pl.DataFrame:
         """Return the rows whose event is in none of these batches. `rows` are rows that `read` returned."""
         with _translate_errors(self.folder, "read"):
-            table = _open_table(self.folder)
+            table = _open_table(self.folder, self.key)
             if table is None:
                 return rows
             return find_new_rows(rows, table, _has_clock(table), self.folder, batches).rows
@@ -150,7 +159,7 @@ class EventLog:
     def batches(self) -> pl.DataFrame:
         """A row per batch: batch, source, rows, first and last (times). `rows` is 0 if all users were erased."""
         with _translate_errors(self.folder, "read"):
-            table = _open_table(self.folder)
+            table = _open_table(self.folder, self.key)
             sources = list(_batch_sources(table).items())
             files = data_files(table).group_by("batch")
             totals = files.agg(pl.col("rows").sum(), pl.col("first").min(), pl.col("last").max())
@@ -160,21 +169,40 @@ class EventLog:
     def delivery_counts(self, batch: int) -> tuple[str, int, int]:
         """Return the source of a batch, and the numbers of its rows left out as duplicates and as known."""
         with _translate_errors(self.folder, "read"):
-            commits = _batch_commits(_open_table(self.folder))
+            commits = _batch_commits(_open_table(self.folder, self.key))
             _require_batches([batch], commits, self.folder)
             return commits[batch]["source"], commits[batch].get("doubled", 0), commits[batch].get("known", 0)
+
+    def fingerprint(self) -> LogFingerprint | None:
+        """Return what every later log has in common with this one. None if the log is empty."""
+        with _translate_errors(self.folder, "read"):
+            table = _open_table(self.folder, self.key)
+            if table is None:
+                return None
+            checksum = file_checksum(commit_path(self.folder, table.version()))
+            batch, rows = max(_batch_sources(table), default=0), int(data_files(table)["rows"].sum())
+            return LogFingerprint(
+                id=str(table.metadata().id), commit=table.version(), sha256=checksum, batch=batch, rows=rows
+            )
 
     @property
     def has_clock(self) -> bool:
         """Whether the events have timestamps; False if the log is empty."""
         with _translate_errors(self.folder, "read"):
-            table = _open_table(self.folder)
+            table = _open_table(self.folder, self.key)
             return table is not None and _has_clock(table)
 
     @property
     def newest_time(self) -> int | None:
         """The time of the newest row, None if the log is empty."""
         return as_time(self.batches()["last"].max())
+
+    def sign(self) -> None:
+        """Write signed checksums of all files, also of those that a killed process left without checksums."""
+        with _translate_errors(self.folder, "written"):
+            table = _open_table(self.folder)
+            if table is not None:
+                write_checksums(self.folder, data_files(table)["name"], self.key)
 
     def erase_user(self, user_id: int | str) -> int:
         """Delete all rows of a user in one commit and from the disk. Return their number.
@@ -184,9 +212,9 @@ class EventLog:
         """
         n_rows = 0
         with _translate_errors(self.folder, "written"):
-            table = _open_table(self.folder)
+            table = _open_table(self.folder, self.key)
             if table is not None:
-                verify_files(self.folder, data_files(table))
+                verify_files(self.folder, data_files(table)["name"])
                 user_literal = _user_literal(user_id, table, self.folder)
                 matching = pl.DataFrame(table.scan(columns=["batch"], predicate=f"user_id = {user_literal}"))
                 n_rows, batches = len(matching), matching["batch"].unique().sort().to_list()
@@ -203,13 +231,18 @@ class EventLog:
                     )
             _remove_stale_files(self.folder, table)
             if table is not None:
-                _write_checksums(self.folder)
+                write_checksums(self.folder, data_files(DeltaTable(self.folder))["name"], self.key)
         return n_rows
 
 
-def _open_table(folder: Path) -> DeltaTable | None:
+def log_of(store: Store) -> EventLog:
+    """Return the event log of a store."""
+    return EventLog(store.folder / LOG_FOLDER, store.key)
+
+
+def _open_table(folder: Path, key: SigningKey | None = None) -> DeltaTable | None:
     """Open the table after checking its commits. None if nothing was appended yet."""
-    commits, checksums = commit_files(folder), read_checksums(folder)
+    commits, checksums = commit_files(folder), read_checksums(folder, key)
     for name in [name for name in checksums or {} if name.startswith("_delta_log/")]:
         if name not in commits or file_checksum(folder / name) != (checksums or {})[name]:
             raise damage_error(folder, name)
@@ -245,18 +278,6 @@ def _batch_commits(table: DeltaTable | None) -> dict[int, dict[str, Any]]:
 
 def _batch_sources(table: DeltaTable | None) -> dict[int, str]:
     return {batch: commit["source"] for batch, commit in _batch_commits(table).items()}
-
-
-def _write_checksums(folder: Path) -> None:
-    """Sync the last commit to the disk, and write the checksums of all files."""
-    sums = read_checksums(folder) or {}
-    names = [*commit_files(folder), *data_files(DeltaTable(folder))["name"]]
-    for name in [name for name in names if name not in sums]:
-        with (folder / name).open("rb") as file:
-            os.fsync(file.fileno())
-        sums[name] = file_checksum(folder / name)
-        sync_folder((folder / name).parent)
-    write_checksummed({name: sums[name] for name in names}, folder / CHECKSUM_FILE)
 
 
 def _remove_stale_files(folder: Path, table: DeltaTable | None) -> None:

@@ -35,13 +35,13 @@ def find_new_rows(
     files, in_batches = data_files(table).filter(pl.col("batch").is_in(batches)), batch_predicate(batches)
     known_ids, known_rows, n_reused_ids = None, None, 0
     if len(with_id) and log_has_ids:
-        verify_files(folder, files)
+        verify_files(folder, files["name"])
         predicate = f"{in_batches} AND event_id IS NOT NULL"
         known_ids = pl.DataFrame(table.scan(columns=["event_id"], predicate=predicate))["event_id"]
         known_ids = known_ids.filter(known_ids.is_in(with_id["event_id"].implode()))
     if len(rows) and has_clock:
         first, last = time_range(rows)
-        verify_files(folder, files.filter(pl.col("first") <= last, pl.col("last") >= first))
+        verify_files(folder, files.filter(pl.col("first") <= last, pl.col("last") >= first)["name"])
         predicate = f"{in_batches} AND time >= {first} AND time <= {last}"
         columns = [*EVENT_KEYS, "event_id"] if log_has_ids else list(EVENT_KEYS)
         known_rows = pl.DataFrame(table.scan(columns=columns, predicate=predicate))
