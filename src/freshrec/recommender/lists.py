@@ -72,7 +72,7 @@ class RankedLists:
         repeated_BK = sorted_BK.gather(1, at_BK) == fallback_lists.items_NK
         items_BC = torch.cat([items_BK, fallback_lists.items_NK.masked_fill(repeated_BK, 0)], 1)
         scores_BC = torch.cat([self.scores_NK[index_N], fallback_lists.scores_NK], 1)
-        fallback_BC = torch.cat([self.fallback_NK[index_N], torch.full_like(fallback_lists.items_NK, reason)], 1)
+        fallback_BC = torch.cat([self.fallback_NK[index_N], torch.full_like(fallback_lists.fallback_NK, reason)], 1)
         order_BK = (items_BC == 0).byte().argsort(dim=1, stable=True)[:, : items_BK.shape[1]]
         self.items_NK[index_N] = items_BC.gather(1, order_BK)
         self.scores_NK[index_N] = scores_BC.gather(1, order_BK)
