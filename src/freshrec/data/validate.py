@@ -9,6 +9,7 @@ import polars as pl
 from freshrec.data.duplicates import count_duplicates
 from freshrec.data.log import Log
 from freshrec.data.moments import format_time
+from freshrec.forks import require_threads
 from freshrec.text_layout import format_count
 
 DAY = 86_400_000_000  # microseconds
@@ -43,6 +44,7 @@ class LogReport:
 
 def validate_log(log: Log) -> LogReport:
     """Return the report of a log."""
+    require_threads()
     frame, n_rows = log.frame, len(log.frame)
     by, spans = suggest_spans(log)
     n_duplicates = _count_duplicates(log)

@@ -319,8 +319,11 @@ def _top_k_of_candidates(
         is_excluded_BC |= excluded.contain(items_BC)
     if allowed_N is not None:
         is_excluded_BC = is_excluded_BC | ~torch.isin(items_BC, allowed_N)
-    best_BK, order_BK = score_BC.masked_fill(is_excluded_BC, -torch.inf).topk(min(k, items_BC.shape[1]))
-    return items_BC.gather(1, order_BK), best_BK
+    # A stable sort puts the first candidate first among equal scores. The order of `topk` depends on the width of the
+    # rows, and so on the other users of the batch.
+    score_BC = score_BC.masked_fill(is_excluded_BC, -torch.inf)
+    best_BC, order_BC = score_BC.sort(dim=1, descending=True, stable=True)
+    return items_BC.gather(1, order_BC[:, :k]), best_BC[:, :k]
 
 
 def _check_finite(scores: Tensor) -> None:
