@@ -3,7 +3,7 @@
 import asyncio
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,8 +50,8 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "far beyond it": {"k": 10**9},
     "with seen items": {"k": 30, "exclude_seen": False},
     "allow and deny": {"k": 30, "allow": list(range(1, 31)), "deny": list(range(10, 25))},
-    "deny all": {"k": 30, "deny": list(range(1, 200_000))},
-    "deny most": {"k": 500, "deny": list(range(4, 200_000))},
+    "deny all": {"k": 30, "deny": list(range(1, 1_000))},
+    "deny most": {"k": 500, "deny": list(range(4, 1_000))},
     "category": {"k": 500, "category": "3"},
     "diversity": {"k": 12, "diversity": 0.3},
     "diversity, whole catalogue": {"k": 10**9, "diversity": 0.3},
@@ -60,8 +60,13 @@ REQUESTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=["popularity", "item-knn", "user-knn", "sknn", "mf:d=4"])
 def fitted(request: pytest.FixtureRequest) -> Recommender:
-    strategy = "finetune:fit.base_epochs=1" if request.param.startswith("mf") else None
-    return Recommender(request.param, strategy).fit(random_log())
+    if request.param != "mf:d=4":
+        return Recommender(request.param).fit(random_log())
+    fitted = Recommender(request.param, "finetune:fit.base_epochs=1").fit(random_log())
+    model: Any = fitted.served.state.model
+    for table in (model.users, model.items):  # small whole numbers, because products in batches of other sizes round
+        table.weights.copy_(torch.randint(-9, 10, table.weights.shape, generator=torch.Generator().manual_seed(0)))
+    return fitted
 
 
 @pytest.mark.parametrize("name", REQUESTS)
@@ -69,24 +74,18 @@ def test_lists_are_the_same_for_every_size_of_a_batch(
     name: str, fitted: Recommender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = fitted.recommend(USERS, **REQUESTS[name])
-    alone = pl.concat([fitted.recommend(user, **REQUESTS[name]) for user in USERS])
-    assert_same_lists(alone, expected)
+    alone = [fitted.recommend(user, **REQUESTS[name]) for user in USERS[:8]]
+    assert pl.concat(alone).equals(fitted.recommend(USERS[:8], **REQUESTS[name]))
     for budget, n_users in ((1, 256), (2_000, 256), (10**9, 3)):
         monkeypatch.setattr(batches, "MAX_BATCH_VALUES", budget)
         monkeypatch.setattr(lists, "MAX_BATCH_VALUES", budget)
         monkeypatch.setattr(lists, "USERS_PER_BATCH", n_users)
-        assert_same_lists(fitted.recommend(USERS, **REQUESTS[name]), expected)
-
-
-def assert_same_lists(found: pl.DataFrame, expected: pl.DataFrame) -> None:
-    assert found.drop("score").equals(expected.drop("score"))
-    # the products of a vector model are rounded differently in a batch of another size
-    np.testing.assert_allclose(found["score"].to_numpy(), expected["score"].to_numpy(), rtol=1e-5)
+        assert fitted.recommend(USERS, **REQUESTS[name]).equals(expected)
 
 
 def test_a_list_of_popular_items_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     log = random_log()
-    counts = {item: n for item, n in log["item_id"].value_counts().iter_rows()}
+    counts = dict(log["item_id"].value_counts().iter_rows())
     seen = {user: set(items) for user, items in log.group_by("user_id").agg("item_id").iter_rows()}
     fitted = Recommender("popularity").fit(log)
     for budget in (1, 10**9):
@@ -114,12 +113,12 @@ def test_similar_items_are_the_same_for_every_size_of_a_batch(monkeypatch: pytes
 
 
 def test_an_explanation_is_the_same_for_every_size_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    served = Recommender("repeat-freq").fit(random_log()).served
+    served = Recommender("repeat-last:order=freq").fit(random_log()).served
     expected = explanation.explain_pair(
-        served, 40, int(random_log().filter(pl.col("user_id") == 40)["item_id"][-1]), "repeat-freq", True
+        served, 40, int(random_log().filter(pl.col("user_id") == 40)["item_id"][-1]), "repeat-last", True
     )
     monkeypatch.setattr(explanation, "MAX_BATCH_VALUES", 1)
-    assert explanation.explain_pair(served, 40, expected.item, "repeat-freq", True) == expected
+    assert explanation.explain_pair(served, 40, expected.item, "repeat-last", True) == expected
     assert expected.total == pytest.approx(expected.score)
 
 
@@ -192,11 +191,10 @@ def heavy() -> Recommender:
     [
         lambda heavy: heavy.recommend(list(range(1, 257)), k=10),
         lambda heavy: heavy.recommend(list(range(2, 257)), k=10, deny=list(range(1, 149_000))),
-        lambda heavy: heavy.recommend([2, 3], k=10**10, allow=[1, 2, 3]),
-        lambda heavy: heavy.recommend(list(range(2, 200)) * 50, k=100_000, deny=list(range(1, 149_999))),
-        lambda heavy: heavy.recommend(list(range(2, 8)), k=10**10, diversity=0.5),
+        lambda heavy: heavy.recommend(list(range(2, 257)) * 20, k=100_000, allow=[1, 2, 3]),
+        lambda heavy: heavy.recommend([2, 3], k=10**10, diversity=0.5),
     ],
-    ids=["a heavy user", "many denied items", "k", "all denied", "diversity"],
+    ids=["a heavy user", "many denied items", "k", "diversity"],
 )
 def test_memory_is_bounded_apart_from_the_answer(call: Callable[[Recommender], object], heavy: Recommender) -> None:
     # A padded matrix of 256 users x 150,000 items takes 307 MB in int64, and its comparison with the items as much
@@ -240,7 +238,7 @@ class Version:
 
 
 @pytest.fixture
-def batch_users(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[int]]]:
+def batch_users(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The users of each batch. User n has n events."""
     found: list[list[int]] = []
 
@@ -250,7 +248,7 @@ def batch_users(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[int]]]:
 
     monkeypatch.setattr(handlers, "recommend", recommend)
     monkeypatch.setattr(handlers, "n_past_events", lambda version, user: user)
-    yield found
+    return found
 
 
 def test_a_user_with_many_events_is_answered_outside_of_the_batches(batch_users: list[list[int]]) -> None:

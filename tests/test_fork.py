@@ -43,7 +43,7 @@ def said_in_child(call: Callable[[], object]) -> str:
         text = "fine"
         try:
             call()
-        except Exception as problem:
+        except Exception as problem:  # noqa: BLE001
             text = f"{type(problem).__name__}: {problem}"
         os.write(into, text.encode())
         os._exit(0)
