@@ -22,6 +22,7 @@ from freshrec.data.ratings import choose_rating, keep_ratings
 from freshrec.data.source_columns import collect_columns, map_columns
 from freshrec.deprecation import UNSET, Unset, value_of_renamed
 from freshrec.errors import LogError, NoRowsError, OptionError
+from freshrec.forks import require_threads
 from freshrec.text_layout import format_count
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def read_log(
 
     Raises LogError if the log cannot be read, NoRowsError if it is empty, and OptionError for an invalid argument.
     """
+    require_threads()
     allow_missing_events = value_of_renamed("allow_missing_events", allow_missing_events, "absent", absent)
     text_columns = value_of_renamed("text_columns", text_columns, "text", text)
     _check_quarantine(source, quarantine)

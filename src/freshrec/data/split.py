@@ -18,6 +18,7 @@ from freshrec.data.log import Log
 from freshrec.data.moments import format_time, parse_microseconds
 from freshrec.data.split_config import SplitConfig
 from freshrec.errors import OptionError, SpanError
+from freshrec.forks import require_threads
 from freshrec.text_layout import format_count
 from freshrec.types import NEVER, NEXT, NOW, TEST, TRAIN, VALID, Events, Span
 
@@ -76,6 +77,7 @@ def split_log(
     Differs from the protocol of IMSR, which is clock-alpha with heldout = "never": a share alpha of the time range can
     hold as little as 3 % of the events. The rule count-alpha avoids that.
     """
+    require_threads()
     keywords = {
         "by": by,
         "spans": spans,

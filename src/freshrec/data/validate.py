@@ -10,6 +10,7 @@ from freshrec.data.duplicates import count_duplicates, count_reused_ids, reused_
 from freshrec.data.id_warnings import warn_about_ids
 from freshrec.data.log import Log
 from freshrec.data.moments import format_time
+from freshrec.forks import require_threads
 from freshrec.text_layout import format_count
 
 DAY = 86_400_000_000  # microseconds
@@ -44,6 +45,7 @@ class LogReport:
 
 def validate_log(log: Log) -> LogReport:
     """Return the report of a log."""
+    require_threads()
     frame, n_rows = log.frame, len(log.frame)
     by, spans = suggest_spans(log)
     n_duplicates = _count_duplicates(log)

@@ -15,6 +15,7 @@ import polars as pl
 from freshrec.data.moments import format_time
 from freshrec.deprecation import UNSET, Unset, value_of_renamed
 from freshrec.errors import LogError, OptionError, StateError
+from freshrec.forks import require_threads
 from freshrec.models.absorb import grow_items
 from freshrec.nn.scoring import history_length
 from freshrec.progress import report_progress
@@ -77,7 +78,8 @@ class Recommender:
 
     @property
     def bundle(self) -> Bundle:
-        """State, catalogs, strategy and options. Raises StateError before the first `fit`."""
+        """State, catalogs, strategy and options. Raises StateError before the first `fit`, and in a forked process."""
+        require_threads()
         if self._bundle.served.state.spans_seen == 0:
             raise StateError("This recommender has no events yet. Call fit(log) or load(folder) first.")
         return self._bundle
