@@ -20,7 +20,17 @@ from typing import Annotated, Any
 import typer
 
 from freshrec.cli import query, server, store, versions
-from freshrec.cli.options import AsJson, Columns, EventTypes, FormatName, LogPath, Quarantine, parse_list, parse_pairs
+from freshrec.cli.options import (
+    AsJson,
+    Columns,
+    EventTypes,
+    FormatName,
+    LogPath,
+    Quarantine,
+    TimeFormat,
+    parse_list,
+    parse_pairs,
+)
 from freshrec.cli.output import print_json, print_labelled, print_wrapped
 from freshrec.cli.replay import demo, replay
 from freshrec.data.formats import FORMATS
@@ -69,17 +79,27 @@ def validate(
     log: LogPath,
     columns: Columns = "",
     format_name: FormatName = None,
+    time_format: TimeFormat = None,
     events: EventTypes = "",
     quarantine: Quarantine = None,
     as_json: AsJson = False,
 ) -> None:
     """Check a log: count what it holds, warn of problems, and suggest how to split it into spans."""
     names, event_types = parse_pairs(columns), parse_list(events)
-    report = validate_log(read_log(log, columns=names, format=format_name, events=event_types, quarantine=quarantine))
+    report = validate_log(
+        read_log(
+            log,
+            columns=names,
+            format=format_name,
+            events=event_types,
+            quarantine=quarantine,
+            time_format=time_format,
+        )
+    )
     if as_json:
         typer.echo(json.dumps(asdict(report), indent=2))
     else:
-        given = {"--columns": columns, "--format": format_name, "--events": events}
+        given = {"--columns": columns, "--format": format_name, "--time-format": time_format, "--events": events}
         options = [word for flag, value in given.items() if value for word in (flag, value)]
         _print_report(report, log, options, quarantine)
 

@@ -22,6 +22,10 @@ Columns = Annotated[
 
 
 FormatName = Annotated[str | None, typer.Option("--format", help=f"Name of a public format: {', '.join(FORMATS)}.")]
+TimeFormat = Annotated[
+    str | None,
+    typer.Option(help="Format of the timestamps, such as %d.%m.%Y (default: ISO 8601, or numbers since 1970)."),
+]
 EventTypes = Annotated[str, typer.Option(help="Event types to read, such as pv,buy (default: all).")]
 Quarantine = Annotated[Path | None, typer.Option(help="Write bad rows to this .parquet or .csv file and continue.")]
 

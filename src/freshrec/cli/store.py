@@ -21,6 +21,7 @@ from freshrec.cli.options import (
     Quarantine,
     ReasonOption,
     StorePath,
+    TimeFormat,
     WaitOption,
     parse_duration,
     parse_list,
@@ -67,6 +68,7 @@ def fit(
     ] = None,
     columns: Columns = "",
     format_name: FormatName = None,
+    time_format: TimeFormat = None,
     events: EventTypes = "",
     until: Annotated[str, typer.Option(help="Read only events before this time, such as 2025-06-01.")] = "",
     quarantine: Quarantine = None,
@@ -90,12 +92,18 @@ def fit(
         )
     if budget:
         strategy = f"{strategy or 'refit'}:max_passes={parse_duration(budget, '--budget') * TARGETS_PER_SECOND}"
-    read_options, limits = ReadOptions(parse_pairs(columns), format_name, tuple(parse_list(events))), parse_limits(gate)
+    read_options = ReadOptions(parse_pairs(columns), format_name, tuple(parse_list(events)), time_format=time_format)
+    limits = parse_limits(gate)
     bundle = new_bundle(model, strategy, seed, read_options)
     with show_progress(not as_json, with_lines=True), create_store(store) as new_store:
         report_progress(READING, detail=log.name)
         interactions = read_log(
-            log, columns=read_options.columns, format=format_name, events=read_options.events, quarantine=quarantine
+            log,
+            columns=read_options.columns,
+            format=format_name,
+            events=read_options.events,
+            quarantine=quarantine,
+            time_format=time_format,
         )
         interactions = events_before(interactions, until) if until else interactions
         report_progress("read", detail=f"{len(interactions.frame):,} rows of {log.name}")
@@ -140,6 +148,7 @@ def update(
     gate: GateOption = "",
     columns: Columns = "",
     format_name: FormatName = None,
+    time_format: TimeFormat = None,
     quarantine: Quarantine = None,
     wait: WaitOption = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what is in the files; change nothing.")] = False,
@@ -158,9 +167,8 @@ def update(
     job, force_reason = NightlyJob(opened_store, parse_limits(gate), full_every), reason if force else ""
     if full_every:
         retrain_interval(full_every, version_chain(opened_store))  # an OptionError before any work
-    read_delivery = partial(
-        _read_delivery, job, quarantine=None if dry_run else quarantine, columns=columns, format_name=format_name
-    )
+    quarantine = None if dry_run else quarantine
+    read_delivery = partial(_read_delivery, job, quarantine, columns, format_name, time_format)
     if dry_run:
         if retry is not None or force:
             raise OptionError("--dry-run cannot be combined with --retry or --force. Leave them out.")
@@ -280,7 +288,12 @@ def _learn_clicks(job: NightlyJob, force: str, print_line: Callable[[str], None]
 
 
 def _read_delivery(
-    job: NightlyJob, path: Path, quarantine: Path | None, columns: str, format_name: str | None
+    job: NightlyJob,
+    quarantine: Path | None,
+    columns: str,
+    format_name: str | None,
+    time_format: str | None,
+    path: Path,
 ) -> Log | None:
     """Read a file with the options of `fit`, unless others are given. Return None if it has no rows."""
     read_options, served = job.bundle.read_options, job.bundle.served
@@ -295,6 +308,7 @@ def _read_delivery(
             quarantine=quarantine and _free_path(quarantine),
             allow_missing_events=True,
             text_columns=text,
+            time_format=time_format or read_options.time_format,
         )
     except NoRowsError:
         return None

@@ -17,7 +17,14 @@ from freshrec.data.bad_rows import fault_message, first_faults, write_quarantine
 from freshrec.data.columns import ColumnFault, has_value, read_labels, read_numbers
 from freshrec.data.formats import SourceTable, open_table
 from freshrec.data.identities import read_ids
-from freshrec.data.moments import UNIT_NAMES, parse_microseconds, read_times
+from freshrec.data.moments import (
+    UNIT_NAMES,
+    check_time_format,
+    format_time,
+    latest_plausible_time,
+    parse_microseconds,
+    read_times,
+)
 from freshrec.data.source_columns import collect_columns, map_columns
 from freshrec.deprecation import UNSET, Unset, value_of_renamed
 from freshrec.errors import LogError, NoRowsError, OptionError
@@ -38,11 +45,18 @@ class Log:
 
     frame: pl.DataFrame
     has_clock: bool  # whether the log has timestamps
-    unit: str  # of times in the source: "s", "ms", "us", "ns", "ISO 8601" or "period + order"
+    unit: str  # of times in the source: "s", "ms", "us", "ns", "ISO 8601", a time format, or "period + order"
     notes: tuple[str, ...] = ()  # sentences about what was detected, renamed or left out
     n_out_of_order: int = 0  # rows that come after a later row in the source
     n_quarantined: int = 0  # bad rows that were written to the quarantine file
     n_missing_timestamps: int = 0  # rows without a timestamp, in a source with timestamps in other rows
+
+    @property
+    def future_text(self) -> str:
+        """A sentence that all events lie in the future; "" if they do not. Two days ahead are not the future."""
+        if not self.has_clock or not len(self.frame) or self.frame["time"][0] <= latest_plausible_time():
+            return ""
+        return f"All timestamps are in the future; the first is {format_time(self.frame['time'][0])}."
 
 
 def read_log(
@@ -56,6 +70,7 @@ def read_log(
     quarantine: Path | None = None,
     allow_missing_events: bool = False,
     text_columns: Sequence[str] = (),
+    time_format: str | None = None,
     absent: bool | Unset = UNSET,
     text: Sequence[str] | Unset = UNSET,
 ) -> Log:
@@ -71,6 +86,7 @@ def read_log(
     - `quarantine`: a .parquet or .csv file for bad rows. Without it, a bad row is an error.
     - `allow_missing_events`: whether a type in `events` may have no rows.
     - `text_columns`: our columns whose ids are text, even if all of them look like numbers.
+    - `time_format`: directives of strptime, such as "%d.%m.%Y"; None = timestamps are ISO 8601, or numbers since 1970.
     - `absent`, `text`: former names of `allow_missing_events` and `text_columns`.
 
     Raises LogError if the log cannot be read, NoRowsError if it is empty, and OptionError for an invalid argument.
@@ -81,13 +97,15 @@ def read_log(
         raise OptionError(f"Quarantine file {quarantine.name} is the log itself. Choose another file for the bad rows.")
     if quarantine is not None and quarantine.suffix not in (".parquet", ".csv"):
         raise OptionError(f"Quarantine file {quarantine.name} must end in .parquet or .csv. Rename it.")
+    if time_format is not None:
+        check_time_format(time_format)
     table = open_table(source, format)
     names, declared_text = map_columns(table, columns or {})
     source_rows = collect_columns(table, names, events, allow_missing_events)
     if not len(source_rows):
         raise NoRowsError(f"{table.name} has no rows. A log needs at least one.")
     try:
-        log, faults = _parse_columns(source_rows, names, declared_text | set(text_columns), table)
+        log, faults = _parse_columns(source_rows, names, declared_text | set(text_columns), table, time_format)
     except LogError as problem:
         raise LogError(f"{table.name}: {problem}") from None
     if faults:
@@ -142,7 +160,7 @@ def events_before(log: Log, moment: str) -> Log:
 
 
 def _parse_columns(
-    raw: pl.DataFrame, names: Mapping[str, str], text_columns: set[str], table: SourceTable
+    raw: pl.DataFrame, names: Mapping[str, str], text_columns: set[str], table: SourceTable, time_format: str | None
 ) -> tuple[Log, list[ColumnFault]]:
     """Return the log in the order of the source, including bad rows, and its faults."""
     frame: dict[str, pl.Series] = {}
@@ -159,7 +177,7 @@ def _parse_columns(
                 allow_mixed=table.allows_mixed_ids or not is_key,
             )
         elif name == "timestamp":
-            frame["time"], unit, found = read_times(raw[name])
+            frame["time"], unit, found = read_times(raw[name], time_format)
         elif name in ("event", "split"):
             frame[name] = read_labels(raw[name])
         else:

@@ -32,12 +32,26 @@ class ReadOptions:
     format: str | None = None  # Name of the log format; None = detect it.
     events: tuple[str, ...] = ()  # Event types to read; empty = all.
     has_clock: bool = True  # Whether the log of `fit` had timestamps. New events must have them too.
+    time_format: str | None = None  # Format of the timestamps, such as %d.%m.%Y; None = ISO 8601 or numbers.
 
 
 def read_interactions(source: LogSource, options: ReadOptions) -> Log:
     """Read the positive events of a log, each once; exposures (label 0) are dropped. Raises LogError for a bad log."""
-    log = read_log(source, columns=options.columns, format=options.format, events=options.events)
+    log = read_log(
+        source,
+        columns=options.columns,
+        format=options.format,
+        events=options.events,
+        time_format=options.time_format,
+    )
+    refuse_future(log)
     return drop_duplicates(keep_positives(log))
+
+
+def refuse_future(log: Log) -> None:
+    """Raise LogError if all events lie in the future: after learning them, every real event would be late."""
+    if log.future_text:
+        raise LogError(f"{log.future_text} Check their unit, and the clock of this computer.")
 
 
 def read_new_events(source: LogSource, options: ReadOptions, served: ServedState) -> Log:

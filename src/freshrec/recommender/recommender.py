@@ -75,14 +75,15 @@ class Recommender:
         columns: Mapping[str, str] | None = None,
         format: str | None = None,
         events: Sequence[str] = (),
+        time_format: str | None = None,
     ) -> Recommender:
         """Learn from a whole log. A second call starts again from an untrained model.
 
-        `log` is a file or a frame. `columns`, `format` and `events` are arguments of `read_log`; updates use them too.
-        Exposures with label 0 are dropped. Raises LogError for a bad log and OptionError for an unknown format or event
-        type. Returns the recommender itself.
+        `log` is a file or a frame. `columns`, `format`, `events` and `time_format` are arguments of `read_log`; updates
+        use them too. Exposures with label 0 are dropped. Raises LogError for a bad log, also if all its events lie in
+        the future, and OptionError for an unknown format or event type. Returns the recommender itself.
         """
-        read_options = ReadOptions(dict(columns or {}), format, tuple(events))
+        read_options = ReadOptions(dict(columns or {}), format, tuple(events), time_format=time_format)
         found = read_interactions(log, read_options)
         read_options = replace(read_options, has_clock=found.has_clock)
         self._bundle = learn_events(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt
 
 from freshrec.recommender.list_request import DEFAULTS, ListRequest, help_of, lower_bound
 
@@ -60,8 +59,11 @@ class ClickIn(BaseModel):
     user_id: Annotated[Id, Field(description="Id of the user. A new id is allowed.")]
     item_id: Annotated[Id, Field(description="Id of the item. A new id is allowed.")]
     timestamp: Annotated[
-        datetime | None,
-        Field(description="Time of the click: ISO 8601, or seconds or milliseconds since 1970. Default: now."),
+        StrictInt | StrictFloat | ShortText | None,
+        Field(
+            description="Time of the click: ISO 8601, or a number since 1970 (seconds, milliseconds, microseconds or "
+            "nanoseconds). Default: now."
+        ),
     ] = None
     event_id: Annotated[Id | None, Field(description="Id of the click. A repeated id is counted once.")] = None
     category: Annotated[Id | None, Field(description="Category of the item.")] = None
