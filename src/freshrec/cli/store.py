@@ -352,7 +352,7 @@ def _delivery_line(job: NightlyJob, result: AppendResult, name: str, n_bad: int 
     for n, noun in ((result.n_duplicates, "duplicate"), (result.n_known, "known event"), (n_bad, "bad row")):
         parts += [f"{format_count(n, noun)} skipped"] if n else []
     if result.n_separate:
-        parts.append(f"{format_count(result.n_separate, 'row')} of suspicious users judged apart")
+        parts.append(f"{format_count(result.n_separate, 'row')} judged apart")
     return f"{name}: {format_count(result.n_rows + n_bad, 'row')}: {', '.join(parts)}"
 
 

@@ -47,11 +47,19 @@ from freshrec.progress import report_progress
 from freshrec.recommender.bundle import Bundle, read_bundle, write_bundle
 from freshrec.recommender.log_reading import encode_events, match_clock
 from freshrec.store.event_log import AppendResult, EventLog
-from freshrec.store.manifest import RETRY_KEY, SEPARATE_SUFFIX, Manifest, MoveAction, VersionKind
+from freshrec.store.manifest import (
+    CLICKS_SUFFIX,
+    RETRY_KEY,
+    SEPARATE_SUFFIX,
+    Manifest,
+    MoveAction,
+    VersionKind,
+)
 from freshrec.store.versions import Store, version_chain
 
-# Rows of one user are suspicious however few they are, and their numbers are not those of a delivery.
-SEPARATE_LIMITS: dict[str, Any] = {"min_rows": 1, "max_drop_factor": inf, "max_shortening_factor": inf}
+# The numbers of a part of a delivery are not those of a delivery. Rows of one user are suspicious however few they are.
+CLICK_LIMITS: dict[str, Any] = {"max_drop_factor": inf, "max_shortening_factor": inf}
+SEPARATE_LIMITS: dict[str, Any] = CLICK_LIMITS | {"min_rows": 1}
 
 MAX_SEPARATE_USERS = 5  # of a delivery; if more users have too many rows, the whole rest is refused
 
@@ -100,8 +108,8 @@ class NightlyJob:
             frame, Catalog.empty(), Catalog.empty(), log.has_clock, None, result.n_duplicates, result.n_known
         )
         new_users = share_of_new_users(frame, FIRST_HOLDOUT_SHARE, self.limits.min_rows)
-        manifest = _new_manifest(self.store, learned, "fit", numbers).model_copy(
-            update={"batch": result.batch, "source": source, "data": {DAY_KEY: asdict(day), NEW_USERS_KEY: new_users}}
+        manifest = _new_manifest(self.store, learned, "fit", numbers, result.batch).model_copy(
+            update={"source": source, "data": {DAY_KEY: asdict(day), NEW_USERS_KEY: new_users}}
         )
         learned = replace(learned, holdout_queries=(first_queries(queries),))
         return self._go_live(with_notes(manifest, notes), learned, "fit")
@@ -136,6 +144,14 @@ class NightlyJob:
             n_known=rest.n_known + sum(result.n_known for result in results),
             n_separate=sum(result.n_appended for result in results),
         )
+
+    def is_unusual(self, log: Log) -> bool:
+        """Whether the gate finds anomalies in the new rows of a delivery. Raises LogError as `append_delivery`."""
+        frame = interaction_rows(match_types(log, self.bundle).frame)
+        batches = set(self.log.batches()["batch"]) - set(refused_batches(self.store))
+        new, champion = self.log.rows_not_in(frame, batches), self.champion()
+        earlier = earlier_stats(version_chain(self.store))
+        return len(new) > 0 and bool(find_anomalies(champion.delivery_stats(new), earlier, self.limits))
 
     def _separate_suspicious_users(self, frame: pl.DataFrame, ignored: list[int]) -> dict[int, pl.DataFrame]:
         """Return the rows of each user who has too many of the new ones, and as the last part all other rows.
@@ -185,8 +201,8 @@ class NightlyJob:
         """Make a copy of the live version for a delivery without new events, and promote it."""
         live, bundle = self.store.live, self.bundle
         note = Note("unchanged", f"The delivery had no new events, so the model is that of version {live}.")
-        manifest = _new_manifest(self.store, bundle, "no rows", {}).model_copy(
-            update={"parent": live, "batch": batch, "source": source}
+        manifest = _new_manifest(self.store, bundle, "no rows", {}, batch).model_copy(
+            update={"parent": live, "source": source}
         )
         return self._go_live(with_notes(manifest, [note]), bundle, "update")
 
@@ -203,11 +219,10 @@ class NightlyJob:
         if not len(frame):
             return self.add_unchanged_version(batch, source)
         champion, is_retry = self.champion(), retry_of is not None
-        is_separate = source.endswith(SEPARATE_SUFFIX)
-        if is_separate:
-            champion = replace(champion, limits=replace(self.limits, **SEPARATE_LIMITS))
+        limits, notes = _limits_of_part(source)
+        champion = replace(champion, limits=replace(self.limits, **limits))
         first = batch if is_retry else _corrected_batch(self.store, self.log, batch)
-        known_until = None if first is None else newest_time_before(self.store, self.log, first)
+        known_until = None if first is None else self._newest_time_before(first)
         left_out = n_duplicates, n_known + len(delivered) - len(frame)
         delivery = Delivery(batch, frame, champion.delivery_stats(frame, left_out, known_until))
         try:
@@ -217,18 +232,14 @@ class NightlyJob:
                 found = challenge_with_deferred(champion, delivery, find_deferral(self.store, self.limits))
         except (LogError, TrainingError) as error:
             found, force = failed_challenger(champion, delivery, error), ""
-        verdict, notes = found.verdict, list(found.verdict.notes)
-        if is_separate:
-            text = "These are the rows of one user, who has unusually many. The rest of the delivery is judged apart."
-            notes.insert(0, Note("separate", text))
+        verdict, notes = found.verdict, [*notes, *found.verdict.notes]
         if force and not verdict.promoted:
             notes.append(Note("forced", f"The gate refused this version. It was promoted by --force: {force}"))
         goes_live = verdict.promoted or bool(force)
         numbers = found.numbers | {"wait_s": time.perf_counter() - started_s}
-        manifest = _new_manifest(self.store, found.bundle, "update", numbers).model_copy(
+        manifest = _new_manifest(self.store, found.bundle, "update", numbers, batch).model_copy(
             update={
                 "parent": self.store.live,
-                "batch": batch,
                 "source": source,
                 "data": found.data | ({RETRY_KEY: retry_of} if is_retry else {}),
                 "promoted": verdict.promoted,
@@ -240,6 +251,11 @@ class NightlyJob:
         if goes_live:
             return self._go_live(manifest, found.bundle, "update", force)
         return self.store.write_version(manifest, lambda folder: write_bundle(found.bundle, folder))
+
+    def _newest_time_before(self, batch: int) -> int | None:
+        """Return the time of the newest event that was known before a batch, and that the live version has learned."""
+        then, now = newest_time_before(self.store, self.log, batch), self.bundle.served.newest_time
+        return then if then is None or now is None else min(then, now)
 
     def _learned_with(self, number: int) -> list[Manifest]:
         """Return the refused versions whose batches a version had learned besides its own, and the live one has not."""
@@ -258,20 +274,34 @@ class NightlyJob:
         return manifest
 
 
+def _limits_of_part(source: str) -> tuple[dict[str, Any], list[Note]]:
+    """Return the limits and a note for a batch that was separated from its delivery; none for other batches."""
+    if source.endswith(SEPARATE_SUFFIX):
+        text = "These are the rows of one user, who has unusually many. The rest of the delivery is judged apart."
+        return SEPARATE_LIMITS, [Note("separate", text)]
+    if source.endswith(CLICKS_SUFFIX):
+        text = "These are clicks of servers. Together with the file, they would look unusual, so each is judged apart."
+        return CLICK_LIMITS, [Note("clicks", text)]
+    return {}, []
+
+
 def refused_batches(store: Store) -> list[int]:
     """Return the batches of refused versions and of those that were rolled back."""
     return sorted(set(batches_of(store.manifests())) - set(batches_of(version_chain(store))))
 
 
 def _corrected_batch(store: Store, log: EventLog, batch: int) -> int | None:
-    """Return the first separate batch of the same delivery, or one that the delivery may correct.
+    """Return the first earlier batch of the same delivery, or one that the delivery may correct.
 
     A corrected batch is not learned, and its times overlap. The correction repeats known events, because the rest of
     the corrected delivery was learned.
     """
     batches, refused = log.batches(), refused_batches(store)
     source, _, n_known = log.delivery_counts(batch)
-    of_source = pl.col("source").str.starts_with(f"{source} ") & pl.col("source").str.ends_with(SEPARATE_SUFFIX)
+    file_source, is_clicks, _ = source.partition(CLICKS_SUFFIX)
+    of_source = pl.col("source").str.starts_with(f"{file_source} ") & pl.col("source").str.ends_with(SEPARATE_SUFFIX)
+    if is_clicks:  # they come after the batch of their file
+        of_source |= pl.col("source") == file_source
     of_delivery = batches.filter(of_source)["batch"]
     if len(of_delivery) or not n_known:
         return of_delivery.min()  # type: ignore[return-value]
@@ -296,11 +326,14 @@ def waiting_batches(store: Store, log: EventLog) -> list[int]:
     for number in store.version_numbers():
         if number > last:
             store.manifest(number)
+    is_complete = len(store.manifests()) == len(store.version_numbers())
     batches = log.batches()["batch"].to_list()
     if missing := sorted(versions_by_batch.keys() - set(batches)):
         raise StateError(
             f"{log.folder} lacks batch {missing[0]}, which a version has learned. Restore it from a backup."
         )
+    if is_complete:  # a batch before others lacks a version if its folder was lost
+        return [batch for batch in batches if batch not in versions_by_batch]
     return [batch for batch in batches if batch > max(versions_by_batch, default=0)]
 
 
@@ -335,10 +368,13 @@ def hash_source(path: Path) -> str:
     return checksums[0] if len(checksums) == 1 else hashlib.sha256("".join(checksums).encode()).hexdigest()
 
 
-def _new_manifest(store: Store, bundle: Bundle, kind: VersionKind, numbers: dict[str, float]) -> Manifest:
+def _new_manifest(
+    store: Store, bundle: Bundle, kind: VersionKind, numbers: dict[str, float], batch: int | None
+) -> Manifest:
     return Manifest(
-        id=store.next_number,
+        id=max(store.next_number, batch or 0),  # no number is used twice, even if folders of versions were lost
         kind=kind,
+        batch=batch,
         recipe=bundle.recipe,
         spans_seen=bundle.served.state.spans_seen,
         sizes=bundle.sizes,
