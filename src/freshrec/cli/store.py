@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import polars as pl
 import typer
 
+from freshrec.cli.delivery_text import delivery_line
 from freshrec.cli.options import (
     AsJson,
     Columns,
@@ -29,7 +30,7 @@ from freshrec.cli.options import (
 )
 from freshrec.cli.output import print_json, print_labelled, print_wrapped
 from freshrec.cli.progress import READING, show_progress
-from freshrec.cli.version_text import fit_lines, next_commands, retry_command, update_lines, verdict_sentence
+from freshrec.cli.version_text import fit_lines, next_commands, update_lines, verdict_sentence
 from freshrec.cli.versions import locked_store
 from freshrec.data.log import Log, events_before, filter_positives, read_log
 from freshrec.data.moments import format_time
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
     from freshrec.nightly.job import NightlyJob
     from freshrec.store.event_log import AppendResult
     from freshrec.store.manifest import Manifest
-
-MAX_REASON_WIDTH = 60  # characters of a reason in a sentence
 
 GateOption = Annotated[str, typer.Option(help="Limits of the gate, such as metric=hr@20:tolerance=0.1.")]
 NewEvents = Annotated[
@@ -78,6 +77,7 @@ def fit(
     as_json: AsJson = False,
 ) -> None:
     """Train on a whole log once and make a store. After that, `update` needs only the new events."""
+    from freshrec.nightly.delivery_checks import UNTIL
     from freshrec.nightly.gate import parse_limits
     from freshrec.nightly.job import NightlyJob, hash_source
     from freshrec.recommender.bundle import new_bundle
@@ -107,7 +107,7 @@ def fit(
         )
         interactions = events_before(interactions, until) if until else interactions
         report_progress("read", detail=f"{len(interactions.frame):,} rows of {log.name}")
-        job, source = NightlyJob(new_store, limits), hash_source(log) + (f" until {until}" if until else "")
+        job, source = NightlyJob(new_store, limits), hash_source(log) + (UNTIL + until if until else "")
         version = job.fit_first_version(interactions, source, bundle)
         times, skipped = _period_of(interactions), _skipped_rows(job, version, interactions)
     if as_json:
@@ -252,9 +252,14 @@ def _learn_file(
 ) -> Iterator[Manifest]:
     """Yield the versions of one file, which is None if it has no rows. `with_clicks`: also learn waiting clicks."""
     from freshrec.nightly import click_intake
+    from freshrec.nightly.delivery_checks import unread_rows
     from freshrec.nightly.job import hash_source, interaction_rows
 
     source = hash_source(path)
+    if log is not None:
+        log, text = unread_rows(log, source, job.log)
+        if text:
+            print_line(f"{path.name}: {text}")
     log = None if log is None or not len(interaction_rows(log.frame)) else log
     result: AppendResult | None = None
     try:
@@ -269,7 +274,7 @@ def _learn_file(
         yield job.add_unchanged_version(None, source)
         return
     n_bad = 0 if log is None else log.n_quarantined
-    print_line(_delivery_line(job, result, "Server clicks" if log is None else path.name, n_bad))
+    print_line(delivery_line(job, result, "Server clicks" if log is None else path.name, n_bad))
     yield from job.catch_up(force)
 
 
@@ -283,7 +288,7 @@ def _learn_clicks(job: NightlyJob, force: str, print_line: Callable[[str], None]
         raise LogError(f"Server clicks: {error}") from None
     if result is None:
         return
-    print_line(_delivery_line(job, result, "Server clicks"))
+    print_line(delivery_line(job, result, "Server clicks"))
     yield from job.catch_up(force)
 
 
@@ -315,9 +320,11 @@ def _read_delivery(
 
 
 def _preview_file(job: NightlyJob, path: Path, log: Log | None) -> dict[str, Any]:
-    from freshrec.nightly.job import preview_delivery
+    from freshrec.nightly.delivery_checks import unread_rows
+    from freshrec.nightly.job import hash_source, preview_delivery
 
     try:
+        log = None if log is None else unread_rows(log, hash_source(path), job.log)[0]
         return {"file": path.name, **preview_delivery(job, log)}
     except LogError as error:
         raise LogError(f"{path.name}: {error}") from None
@@ -337,41 +344,6 @@ def _free_path(path: Path) -> Path:
     """Return the path if it is free, else the first free one of name-1, name-2, ..."""
     candidates = (path.with_stem(f"{path.stem}-{n}") for n in count(1))
     return path if not path.exists() else next(other for other in candidates if not other.exists())
-
-
-def _delivery_line(job: NightlyJob, result: AppendResult, name: str, n_bad: int = 0) -> str:
-    """Say how many rows of a file are new, and how many were skipped."""
-    from freshrec.nightly.job import refused_batches
-
-    if (batch := result.repeated_batch) is not None:
-        if batch not in refused_batches(job.store):
-            return f"{name}: this file was learned before, so nothing was read."
-        return f"{name}: {_refused_file_text(job, batch)}"
-    late = f" ({result.n_late:,} of them late)" if result.n_late else ""
-    parts = [f"{result.n_appended:,} new{late}"]
-    for n, noun in ((result.n_duplicates, "duplicate"), (result.n_known, "known event"), (n_bad, "bad row")):
-        parts += [f"{format_count(n, noun)} skipped"] if n else []
-    if result.n_separate:
-        parts.append(f"{format_count(result.n_separate, 'row')} judged apart")
-    return f"{name}: {format_count(result.n_rows + n_bad, 'row')}: {', '.join(parts)}"
-
-
-def _refused_file_text(job: NightlyJob, batch: int) -> str:
-    """Say what became of a file that was delivered before and is not learned, and which command learns it."""
-    from freshrec.cli.history_text import state_reason, version_states
-    from freshrec.nightly.deferral import find_deferral
-
-    store = job.store
-    version = max((m for m in store.manifests() if m.batch == batch), key=lambda manifest: manifest.id)
-    state = version_states(store)[version.id]
-    reason = state_reason(version, state, MAX_REASON_WIDTH)
-    is_deferred = version in find_deferral(store, job.limits).versions
-    again = "The next update with new events tries it again. " if is_deferred else ""
-    return (
-        f"version {version.id} was made from this file and is not live, so nothing was read. "
-        f"It was {state.state}{f': {reason}' if reason else ''}. {again}"
-        f"To learn it anyway, run `{retry_command(version, store.folder)}`."
-    )
 
 
 def _print_version(job: NightlyJob, version: Manifest) -> None:

@@ -143,20 +143,27 @@ def filter_positives(frame: pl.DataFrame) -> pl.DataFrame:
 def events_before(log: Log, moment: str) -> Log:
     """Return the events before a moment, for example to leave out stragglers at the end of a log.
 
-    `moment` is an ISO 8601 time. In a log with periods and without timestamps, it is the first period to leave out.
-    Raises LogError if no event is left or if the log has no such moments.
+    `moment` is an ISO 8601 time or a number since 1970. In a log with periods and without timestamps, it is the first
+    period to leave out. Raises LogError if no event is left or if the log has no such moments.
     """
-    if log.has_clock:
-        is_before = pl.col("time") < parse_microseconds(moment, "--until")
-    elif "period" in log.frame.columns and moment.isdecimal():
-        is_before = pl.col("period") < int(moment)
-    else:
-        raise LogError(f'This log has no timestamps, so --until "{moment}" does not apply. Use the number of a period.')
-    frame = log.frame.filter(is_before)
+    frame = log.frame.filter(_is_before(log, moment))
     if not len(frame):
         raise LogError(f"The log has no rows before {moment}. Choose a later moment.")
     n_left_out = len(log.frame) - len(frame)
     return _add_note(replace(log, frame=frame), f"Left out {format_count(n_left_out, 'row')} from {moment} on.")
+
+
+def events_from(log: Log, moment: str) -> pl.DataFrame:
+    """Return the rows that `events_before` leaves out."""
+    return log.frame.filter(~_is_before(log, moment))
+
+
+def _is_before(log: Log, moment: str) -> pl.Expr:
+    if log.has_clock:
+        return pl.col("time") < parse_microseconds(moment, "--until")
+    if "period" in log.frame.columns and moment.isdecimal():
+        return pl.col("period") < int(moment)
+    raise LogError(f'This log has no timestamps, so --until "{moment}" does not apply. Use the number of a period.')
 
 
 def _parse_columns(

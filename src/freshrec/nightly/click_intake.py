@@ -11,8 +11,10 @@ import polars as pl
 
 from freshrec.data.duplicates import EVENT_KEYS
 from freshrec.data.log import Log
+from freshrec.nightly.challenger import earlier_stats
 from freshrec.nightly.deferral import batches_of
-from freshrec.nightly.job import NightlyJob
+from freshrec.nightly.gate import find_anomalies
+from freshrec.nightly.job import NightlyJob, interaction_rows, match_types, refused_batches
 from freshrec.store import click_journal
 from freshrec.store.event_log import AppendResult
 from freshrec.store.manifest import CLICKS_SUFFIX
@@ -43,7 +45,7 @@ def append_with_clicks(job: NightlyJob, log: Log | None, source: str) -> AppendR
         names = "".join(f"{file.path.name}\n" for file in files)
         source = f"clicks {hashlib.sha256(names.encode()).hexdigest()}"
         result = of_clicks = job.append_delivery(_as_log(job, clicks), source)
-    elif job.is_unusual(delivery := merge_clicks(log, clicks)):
+    elif _is_unusual(job, delivery := merge_clicks(log, clicks)):
         of_file = job.append_delivery(log, source)
         of_clicks = job.append_delivery(_as_log(job, clicks), source + CLICKS_SUFFIX)
         result = _in_all(of_file, of_clicks)
@@ -51,6 +53,14 @@ def append_with_clicks(job: NightlyJob, log: Log | None, source: str) -> AppendR
         result = of_clicks = job.append_delivery(delivery, source)
     click_journal.mark_taken(files, of_clicks.batch or of_clicks.repeated_batch)
     return repeated if repeated is not None and not result.n_appended else result
+
+
+def _is_unusual(job: NightlyJob, log: Log) -> bool:
+    """Whether the gate finds anomalies in the new rows of a delivery. Raises LogError as `append_delivery`."""
+    frame = interaction_rows(match_types(log, job.bundle).frame)
+    batches = set(job.log.batches()["batch"]) - set(refused_batches(job.store))
+    new, earlier = job.log.rows_not_in(frame, batches), earlier_stats(version_chain(job.store))
+    return len(new) > 0 and bool(find_anomalies(job.champion().delivery_stats(new), earlier, job.limits))
 
 
 def _as_log(job: NightlyJob, clicks: pl.DataFrame) -> Log:

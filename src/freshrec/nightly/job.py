@@ -39,13 +39,14 @@ from freshrec.nightly.challenger import (
     popularity_state,
 )
 from freshrec.nightly.deferral import batches_of, find_deferral
+from freshrec.nightly.delivery_checks import check_times
 from freshrec.nightly.delivery_stats import compute_delivery_stats, newest_time_before, share_of_new_users
 from freshrec.nightly.gate import GateLimits, find_anomalies
 from freshrec.nightly.holdout import newest_queries, user_values
 from freshrec.nightly.notes import Note, count_of, with_notes
 from freshrec.progress import report_progress
 from freshrec.recommender.bundle import Bundle, read_bundle, write_bundle
-from freshrec.recommender.log_reading import encode_events, match_clock
+from freshrec.recommender.log_reading import encode_events, match_clock, refuse_future
 from freshrec.store.event_log import AppendResult, EventLog
 from freshrec.store.manifest import (
     CLICKS_SUFFIX,
@@ -86,6 +87,7 @@ class NightlyJob:
         `source`: a hash of the log's bytes. `bundle`: an empty one, with model and strategy.
         """
         started_s = time.perf_counter()
+        refuse_future(log)
         rows = interaction_rows(keep_positives(log).frame)
         report_progress(f"storing {count_of(len(rows), 'event')}")
         result = self.log.append(rows, source, log.has_clock)
@@ -120,9 +122,11 @@ class NightlyJob:
         If one user has suspiciously many rows, they become a batch of their own. The gate refuses that batch, and the
         rest of the delivery is not lost.
 
-        Raises LogError if the ids or timestamps have another type than those of the log.
+        Raises LogError if the ids or timestamps have another type than those of the log, or lie in the future. Raises
+        StateError if the live version has learned events of the future.
         """
         log = match_types(log, self.bundle)
+        check_times(log, self.bundle, self.store, self.log)
         frame, newest_times = interaction_rows(log.frame), (self.log.newest_time, self.bundle.served.newest_time)
         times = [time for time in newest_times if time is not None]
         if not log.has_clock and times:
@@ -144,14 +148,6 @@ class NightlyJob:
             n_known=rest.n_known + sum(result.n_known for result in results),
             n_separate=sum(result.n_appended for result in results),
         )
-
-    def is_unusual(self, log: Log) -> bool:
-        """Whether the gate finds anomalies in the new rows of a delivery. Raises LogError as `append_delivery`."""
-        frame = interaction_rows(match_types(log, self.bundle).frame)
-        batches = set(self.log.batches()["batch"]) - set(refused_batches(self.store))
-        new, champion = self.log.rows_not_in(frame, batches), self.champion()
-        earlier = earlier_stats(version_chain(self.store))
-        return len(new) > 0 and bool(find_anomalies(champion.delivery_stats(new), earlier, self.limits))
 
     def _separate_suspicious_users(self, frame: pl.DataFrame, ignored: list[int]) -> dict[int, pl.DataFrame]:
         """Return the rows of each user who has too many of the new ones, and as the last part all other rows.
@@ -222,7 +218,7 @@ class NightlyJob:
         limits, notes = _limits_of_part(source)
         champion = replace(champion, limits=replace(self.limits, **limits))
         first = batch if is_retry else _corrected_batch(self.store, self.log, batch)
-        known_until = None if first is None else self._newest_time_before(first)
+        known_until = None if first is None else _newest_time_before(self, first)
         left_out = n_duplicates, n_known + len(delivered) - len(frame)
         delivery = Delivery(batch, frame, champion.delivery_stats(frame, left_out, known_until))
         try:
@@ -252,11 +248,6 @@ class NightlyJob:
             return self._go_live(manifest, found.bundle, "update", force)
         return self.store.write_version(manifest, lambda folder: write_bundle(found.bundle, folder))
 
-    def _newest_time_before(self, batch: int) -> int | None:
-        """Return the time of the newest event that was known before a batch, and that the live version has learned."""
-        then, now = newest_time_before(self.store, self.log, batch), self.bundle.served.newest_time
-        return then if then is None or now is None else min(then, now)
-
     def _learned_with(self, number: int) -> list[Manifest]:
         """Return the refused versions whose batches a version had learned besides its own, and the live one has not."""
         manifest, learned = self.store.manifest(number), batches_of(version_chain(self.store))
@@ -283,6 +274,12 @@ def _limits_of_part(source: str) -> tuple[dict[str, Any], list[Note]]:
         text = "These are clicks of servers. Together with the file, they would look unusual, so each is judged apart."
         return CLICK_LIMITS, [Note("clicks", text)]
     return {}, []
+
+
+def _newest_time_before(job: NightlyJob, batch: int) -> int | None:
+    """Return the time of the newest event that was known before a batch, unless its version was rolled back since."""
+    then, now = newest_time_before(job.store, job.log, batch), job.bundle.served.newest_time
+    return then if then is None or now is None else min(then, now)
 
 
 def refused_batches(store: Store) -> list[int]:
