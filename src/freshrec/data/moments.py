@@ -195,6 +195,7 @@ def _split_numbers(plain: pl.Series) -> pl.DataFrame:
         return pl.DataFrame(
             [exact.zip_with(in_digits["whole"].is_not_null(), other) for exact, other in zip(in_digits, in_words)]
         )
+    number = pl.when(number.is_finite()).then(number)
     floor = number.floor()
     return numbers.select(whole=floor.clip(-9e18, 9e18).cast(pl.Int64, strict=False), fraction=number - floor)
 
