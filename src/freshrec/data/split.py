@@ -129,6 +129,7 @@ def _split(log: Log, config: SplitConfig, seed: int) -> LogSplit:
         spans.append(Span(t, events, *sizes[t], _span_name(frame[a:b], a, config.by, log.has_clock)))
     notes += [f"Span {span.index} has no events." for span in spans if len(span.events) == 0]
     notes += ["The log has a single user."] if len(user_catalog) == 1 else []
+    notes += [log.future_text] if log.future_text else []
     return LogSplit(tuple(spans), user_catalog, item_catalog, tuple(notes))
 
 

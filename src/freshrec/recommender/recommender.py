@@ -98,6 +98,7 @@ class Recommender:
         events: Sequence[str] = (),
         separator: str | None = None,
         min_rating: float | None = None,
+        time_format: str | None = None,
         progress: ProgressOption = False,
     ) -> Recommender:
         """Learn from a whole log. A second call starts again from an untrained model.
@@ -105,10 +106,16 @@ class Recommender:
         `log` is a file or a frame. `progress`: True shows progress on stderr, and a function is called with each
         `Progress`. The other arguments are those of `read_log`; updates use them too. Exposures with label 0 are
         dropped. A column `weight` is ignored with a UserWarning in a frame, and refused in a file. Raises LogError for
-        a bad log and OptionError for an unknown format or event type. Returns the recommender itself.
+        a bad log, also if all its events lie in the future, and OptionError for an unknown format or event type.
+        Returns the recommender itself.
         """
         read_options = ReadOptions(
-            dict(columns or {}), format, tuple(events), separator=separator, min_rating=min_rating
+            dict(columns or {}),
+            format,
+            tuple(events),
+            separator=separator,
+            min_rating=min_rating,
+            time_format=time_format,
         )
         with reporting(progress):
             found = read_interactions(log, read_options)

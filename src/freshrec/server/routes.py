@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from fastapi import FastAPI, HTTPException, Query, Request
@@ -13,20 +11,17 @@ from fastapi import Path as PathParameter
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
-from freshrec.data.moments import to_microseconds
-from freshrec.errors import BusyError, LogError, OptionError
+from freshrec.errors import BusyError, OptionError
 from freshrec.recommender.ids import normalize_ids
 from freshrec.recommender.list_request import DEFAULTS, ListRequest, help_of
 from freshrec.recommender.search import EXACT_SEARCH
 from freshrec.server import handlers, schemas
 from freshrec.server.handlers import LoadedVersion
-from freshrec.server.live_version import check_click_ids, load_version
+from freshrec.server.live_version import load_version
 from freshrec.server.middleware import has_token
+from freshrec.server.received_clicks import read_clicks
 from freshrec.server.service import Service, describe_version
-from freshrec.store.click_journal import Click
 
-MAX_CLOCK_SKEW_S = 600  # how far in the future an event may be, because clocks differ
-MIN_TIMESTAMP = datetime(1980, 1, 1, tzinfo=UTC)
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     code: {"model": schemas.ErrorDetail, "description": description}
     for code, description in {
@@ -149,7 +144,7 @@ def add_event_routes(app: FastAPI, service: Service) -> None:
         `freshrec update`. A known click is not stored again.
         """
         version = service.version
-        checked_clicks = [check_click_ids(version, _to_click(click, version)) for click in clicks.events]
+        checked_clicks = read_clicks(clicks.events, version)
         number, found = await service.run_in_worker(lambda: service.live.accept_clicks(checked_clicks))
         n_known = sum(outcome.is_duplicate for outcome in found)
         service.metrics.events.labels("yes").inc(n_known)
@@ -346,24 +341,6 @@ def add_health_routes(app: FastAPI, service: Service) -> None:
         if service.live.version is None:
             return JSONResponse({"detail": service.live.problem or "The live version is still being loaded."}, 503)
         return JSONResponse({"status": "ready", "version": service.version.number, "trouble": service.live.problem})
-
-
-def _to_click(click: schemas.ClickIn, version: LoadedVersion) -> Click:
-    """Convert a click for the journal. Raises LogError if it does not fit the log."""
-    read_options, now = version.bundle.read_options, datetime.now(UTC)
-    timestamp = click.timestamp or now
-    timestamp = timestamp if timestamp.tzinfo else timestamp.replace(tzinfo=UTC)
-    if not timestamp >= MIN_TIMESTAMP or (timestamp - now).total_seconds() > MAX_CLOCK_SKEW_S:
-        raise LogError(
-            f"The timestamp {timestamp:%Y-%m-%d %H:%M} is before 1980 or in the future. Send the time of the click in "
-            "UTC."
-        )
-    if read_options.events and click.event not in read_options.events:
-        raise LogError(f"The log needs an event type. Set `event` to one of {', '.join(read_options.events)}.")
-    event_id, category = (None if value is None else str(value) for value in (click.event_id, click.category))
-    if not read_options.has_clock:  # without timestamps, only an id identifies a click
-        event_id = event_id or uuid.uuid4().hex
-    return Click(click.user_id, click.item_id, to_microseconds(timestamp), event_id, category, click.event)
 
 
 def _require_known(catalog: Any, name: str, given: str) -> None:
