@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def read_first_log(path: Path, read_options: ReadOptions, until: str, quarantine: Path | None) -> Log:
-    """Read the log of `fit`. `until`: a moment, of which earlier events are kept; "" = all events."""
+    """Read the log of `fit`. `until`: only earlier events are kept; "" = all."""
     log = read_log(
         path,
         columns=read_options.columns,

@@ -99,7 +99,7 @@ def read_log(
         raise LogError(f"{table.name}: {problem}") from None
     log, faults = replace(log, notes=(*table.notes, *log.notes, *notes)), first_faults([*rating_faults, *faults])
     if faults:
-        log = _set_bad_rows_aside(log, faults, source_rows, names, table, quarantine)
+        log = _quarantine_bad_rows(log, faults, source_rows, names, table, quarantine)
     log = _sort_by_time(log)
     return log if users is None else _sample_users(log, users, seed)
 
@@ -131,7 +131,7 @@ def _check_quarantine(source: str | Path | pl.DataFrame | pd.DataFrame, quaranti
         raise OptionError(f"Quarantine file {quarantine.name} must end in .parquet or .csv. Rename it.")
 
 
-def _set_bad_rows_aside(
+def _quarantine_bad_rows(
     log: Log,
     faults: Sequence[ColumnFault],
     source_rows: pl.DataFrame,

@@ -36,7 +36,7 @@ def choose_rating(
             weight = names["weight"]
             raise LogError(
                 f'{table} has a column "{weight}", but no model uses weights. Pass --min-rating X to keep the rows '
-                f"with at least X, or --columns rating={weight} to read all rows alike."
+                f"with at least X, or --columns rating={weight} to read all rows."
             )
         return others, [WEIGHT_DROPPED]
     if "rating" in names:
