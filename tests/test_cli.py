@@ -258,7 +258,11 @@ FAILS = [
     (["inspect", "555", "6", "--store", "OUT"], 2, '"555" is neither user nor item. Write `freshrec inspect user ID`.'),
     (["replay", "LOG", "--cadence", "x", "--out", "OUT"], 2, '--cadence is "x". Write a whole number.'),
     (["replay", "LOG", "--by", "weeks", "--out", "OUT"], 2, '--by is "weeks". Use one of count,'),
-    (["replay", "--recipe", "nofile.toml", "--out", "OUT"], 2, "There is no file nofile.toml. Check the path."),
+    (
+        ["replay", "--recipe", "nofile.toml", "--out", "OUT"],
+        2,
+        "no file nofile.toml. Check the path, or use a recipe",
+    ),
     (["recommend", "3", "--store", "OUT"], 7, "There is no store in"),
     (["replay", "LOG", "--world", "drift", "--out", "OUT"], 2, "both"),
     (["list", "world"], 2, 'Did you mean "worlds"?'),

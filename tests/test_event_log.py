@@ -113,8 +113,7 @@ def test_rows_are_ordered_by_batch_then_time_then_place_in_the_delivery(tmp_path
 @pytest.mark.parametrize(
     ("delivery", "sentence"),
     [
-        (frame((1, "x", 2)), r"user_id holds whole numbers, but text in the event log in .*\. Pass --columns"),
-        (frame(("b", "x", 2, "e"), extra="category"), "category holds text, but whole numbers in the event log"),
+        (frame(("b", "x", 2, "e"), extra="category"), 'category "e" is not an integer, but all ids of this log are'),
         (frame(("b", "x", 2, 1), extra="colour"), "no column colour of type Int64"),
         (frame(("b", "x", 2.5)), "no column time of type Float64"),
         (frame(("b", None, 2), ("b", "x", 2)), "rows without user_id, item_id or time"),
@@ -125,6 +124,14 @@ def test_a_delivery_with_other_types_is_an_error(tmp_path: Path, delivery: pl.Da
     with pytest.raises(LogError, match=sentence):
         log.append(delivery, "s2", True)
     assert n_rows(log) == 1
+
+
+def test_ids_are_converted_to_the_types_of_the_log_if_that_is_exact(tmp_path: Path) -> None:
+    log = log_of(tmp_path, frame(("a", 1, 1, 3), extra="category"))
+    log.append(frame((7, "2", 2, "4"), (8, "-5", 3, None), extra="category"), "numbers", has_clock=True)
+    assert log.read().rows() == [("a", 1, 1, 3), ("7", 2, 2, 4), ("8", -5, 3, None)]
+    with pytest.raises(LogError, match='item_id "007" is not an integer, .* Did you mean 7'):
+        log.append(frame((7, "007", 2)), "zeros", has_clock=True)
 
 
 # Half of the events have an event_id. Events share users, items and times.

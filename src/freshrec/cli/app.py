@@ -40,7 +40,7 @@ from freshrec.data.validate import LogReport, format_percent, validate_log
 from freshrec.deprecation import replace_old_flags
 from freshrec.errors import FreshrecError, OptionError, StateError, unknown_name_error
 from freshrec.text_layout import format_count
-from freshrec.user_modules import IMPORTS, import_named
+from freshrec.user_modules import IMPORTS, import_allowed
 from freshrec.version import __version__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -73,7 +73,7 @@ OWN_NAMES = {  # how to name a custom model or strategy
     "models": "Name your own model by its module and class, such as my_model:MyModelSpec:hours=2.",
     "strategies": "Name your own strategy by its module and class, such as my_strategy:MyStrategy:keep=0.3.",
 }
-LISTED_KINDS = ("models", "strategies", "metrics", "worlds", "formats")
+LISTED_KINDS = ("models", "strategies", "metrics", "worlds", "formats", "recipes")
 
 
 def validate(
@@ -111,7 +111,7 @@ def list_names(
     kind: Annotated[str, typer.Argument(metavar="KIND", help=f"Names to list: {', '.join(LISTED_KINDS)}.")],
     as_json: AsJson = False,
 ) -> None:
-    """List models, strategies, metrics, worlds or formats, with one line about each."""
+    """List models, strategies, metrics, worlds, formats or recipes, with a line about each."""
     lines = describe_names(kind)
     if as_json:
         typer.echo(json.dumps(lines, indent=2))
@@ -156,6 +156,10 @@ def describe_names(kind: str) -> dict[str, str]:
         return {name: log_format.description for name, log_format in FORMATS.items()}
     if kind == "worlds":
         return {name: _first_line(world.__doc__) for name, world in WORLDS.items()}
+    if kind == "recipes":
+        from freshrec.replay.recipe_files import describe_recipes
+
+        return describe_recipes()
     if kind == "metrics":
         from freshrec.replay.metrics import METRICS
 
@@ -245,11 +249,7 @@ def import_own_modules() -> None:
 
     The user names the modules, not the store, so that a store from elsewhere cannot choose what code runs.
     """
-    for module in filter(None, os.environ.get(IMPORTS, "").split(",")):
-        try:
-            import_named(module.strip())
-        except ImportError as problem:
-            raise OptionError(f"{IMPORTS} names {module}, which cannot be imported ({problem}). Correct it.") from None
+    import_allowed(parse_list(os.environ.get(IMPORTS, "")), IMPORTS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,8 +8,6 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import polars as pl
-
 from freshrec.cli.options import parse_pairs
 from freshrec.data.log import Log, events_before, read_log
 from freshrec.errors import NoRowsError
@@ -50,11 +48,10 @@ def read_delivery(
     job: NightlyJob, path: Path, quarantine: Path | None, change_options: Callable[[ReadOptions], ReadOptions]
 ) -> Log | None:
     """Read a file with the options of `fit`, unless others are given. Return None if it has no rows."""
+    from freshrec.recommender.log_reading import known_id_types
     from freshrec.store.log_columns import has_column
 
-    read_options, served = change_options(job.bundle.read_options), job.bundle.served
-    catalogs = {"user_id": served.users, "item_id": served.items}
-    text = [name for name, catalog in catalogs.items() if catalog.frame["id"].dtype == pl.String]
+    read_options = change_options(job.bundle.read_options)
     try:
         return read_log(
             path,
@@ -66,7 +63,7 @@ def read_delivery(
             drop_weight=has_column(job.log.folder, "weight"),  # a store of an earlier version took it
             quarantine=quarantine and free_path(quarantine),
             allow_missing_events=True,
-            text_columns=text,
+            id_types=known_id_types(job.bundle.served),
         )
     except NoRowsError:
         return None

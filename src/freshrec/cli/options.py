@@ -11,6 +11,7 @@ import typer
 from freshrec.data.formats import FORMATS
 from freshrec.data.source_columns import COLUMN_ALIASES
 from freshrec.errors import OptionError
+from freshrec.user_modules import ALLOW_IMPORT, import_allowed
 
 LogPath = Annotated[
     Path, typer.Argument(metavar="LOG", help="CSV (.csv, .csv.gz), Parquet (file or folder) or JSON lines.")
@@ -44,6 +45,24 @@ StoreOption = typer.Option("--store", metavar="DIR", callback=require_local_path
 
 
 StorePath = Annotated[Path, StoreOption]
+
+
+def allow_imports(modules: list[str] | None) -> list[str]:
+    """Import the modules that the user allows, and return their names. Raises OptionError if one does not exist."""
+    names = [name for text in modules or () for name in parse_list(text)]
+    import_allowed(names, ALLOW_IMPORT)
+    return names
+
+
+AllowImport = Annotated[
+    list[str] | None,
+    typer.Option(
+        ALLOW_IMPORT,
+        metavar="MODULE",
+        callback=allow_imports,
+        help="Import this module, which defines a custom model or strategy of the store. May be repeated.",
+    ),
+]
 Jobs = Annotated[int, typer.Option(help="Number of processes, with one thread each.")]
 JOBS = 1
 ReasonOption = Annotated[str, typer.Option(help="Reason, stored in the history.")]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from freshrec.cli.inspection_text import diff_lines, status_lines
-from freshrec.cli.options import AsJson, StoreOption, StorePath, parse_list
+from freshrec.cli.options import AllowImport, AsJson, StoreOption, StorePath, parse_list
 from freshrec.cli.output import print_json, print_labelled, print_table
 from freshrec.errors import LogError, OptionError, StateError
 from freshrec.recommender.list_request import DEFAULTS, help_of
@@ -44,6 +44,7 @@ VersionOption = Annotated[int | None, typer.Option("--version", help="Version to
 def recommend(
     users: Annotated[list[str], typer.Argument(metavar="USER...", help="User ids. Unknown users get popular items.")],
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
     k: K = DEFAULTS.k,
     exclude_seen: Annotated[
         bool, typer.Option("--exclude-seen/--no-exclude-seen", help=help_of("exclude_seen"))
@@ -69,6 +70,7 @@ def recommend(
 def similar(
     items: Annotated[list[str], typer.Argument(metavar="ITEM...", help="Item ids.")],
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
     k: K = DEFAULTS.k,
     version: VersionOption = None,
     as_json: AsJson = False,
@@ -87,6 +89,7 @@ def explain(
     user: Annotated[str, typer.Argument(metavar="USER", help="User id.")],
     item: Annotated[str, typer.Argument(metavar="ITEM", help="Item id.")],
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
     version: VersionOption = None,
     as_json: AsJson = False,
 ) -> None:
@@ -114,6 +117,7 @@ def inspect(
     kind: Annotated[str, typer.Argument(metavar="user|item", callback=require_kind, help="What to show.")],
     name: Annotated[str, typer.Argument(metavar="ID", help="User id or item id.")],
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
     version: VersionOption = None,
     as_json: AsJson = False,
 ) -> None:
@@ -138,7 +142,7 @@ def inspect(
         typer.echo(f"\nNot counted: {format_count(n_refused, 'event')} in refused deliveries.")
 
 
-def status(store: StorePath = Path("store"), as_json: AsJson = False) -> None:
+def status(store: StorePath = Path("store"), allow_import: AllowImport = None, as_json: AsJson = False) -> None:
     """Print the live version and its quality, the size of the store, and the events that wait for the next update."""
     from freshrec.nightly import inspection
     from freshrec.store.versions import open_store
@@ -151,6 +155,7 @@ def diff(
     first: Annotated[int, typer.Argument(metavar="A", help="Number of the first version.")],
     second: Annotated[int, typer.Argument(metavar="B", help="Number of the second version.")],
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare two versions: quality on the same queries, shared items of their lists, numbers and options."""
@@ -161,7 +166,9 @@ def diff(
     print_json(found) if as_json else typer.echo("\n".join(diff_lines(found)))
 
 
-def doctor(store: Annotated[Path | None, StoreOption] = None, as_json: AsJson = False) -> None:
+def doctor(
+    store: Annotated[Path | None, StoreOption] = None, allow_import: AllowImport = None, as_json: AsJson = False
+) -> None:
     """Check the installation and every file of a store."""
     from freshrec.nightly import inspection
     from freshrec.store.versions import open_store

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from socket import IPPROTO_TCP, TCP_NODELAY, socket
@@ -13,9 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from freshrec.cli.options import AsJson, StorePath
+from freshrec.cli.options import AllowImport, AsJson, StorePath
 from freshrec.cli.output import print_table, print_wrapped
 from freshrec.errors import OptionError, StateError
+from freshrec.recommender.progress import show_progress
+from freshrec.user_modules import ALLOW_IMPORT
 
 if TYPE_CHECKING:
     import uvicorn
@@ -56,6 +59,7 @@ PortOption = Annotated[int, typer.Option(min=0, max=65535, help="Port (0 = any f
 
 def serve(
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
     host: HostOption = "127.0.0.1",
     port: PortOption = 8000,
     token_file: TokenOption = None,
@@ -73,7 +77,8 @@ def serve(
     try:
         from freshrec.server.app import create_app
         from freshrec.server.connections import ConnectionLimits, make_server, run_server
-        from freshrec.server.service import Service, log_line
+        from freshrec.server.log import log_errors_without_text, log_line
+        from freshrec.server.service import Service
     except ImportError as missing:
         raise OptionError(f'Serving needs the library {missing.name}. Run pip install "freshrec[serve]".') from None
     import faiss
@@ -95,8 +100,9 @@ def serve(
     live = LiveVersion(open_store(store), log_line, SearchOptions(exact_max_items, min_recall, n_longest))
     live.start()
     limits = ServerLimits(read_token(token_file), max_requests_per_s=rate, allowed_hosts=hosts)
-    service = Service(live, limits, lambda user: erase_in_subprocess(store, user))
+    service = Service(live, limits, lambda user: erase_in_subprocess(store, user, allow_import or ()))
     config = make_config(create_app(service), host, port, connection_limits)
+    log_errors_without_text(logging.getLogger("uvicorn.error"))
     with listening_socket(config) as opened:
         connection_limits = describe_limits(connection_limits, hosts, not limits.token and not is_local(host), log_line)
         address, port = opened.getsockname()[:2]
@@ -154,15 +160,21 @@ def listening_socket(config: uvicorn.Config) -> socket:
 def export(
     out: Annotated[Path, typer.Argument(metavar="FOLDER", help="New folder for the files.")],
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
     version: Annotated[int | None, typer.Option("--version", help="Version to use (default: the live one).")] = None,
     onnx: Annotated[
         bool, typer.Option("--onnx", help="Also export the network that computes user vectors from histories, as ONNX.")
     ] = False,
+    lists: Annotated[
+        bool, typer.Option("--lists", help="Also export lists and neighbours. Models without vectors always do.")
+    ] = False,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Items per list, and neighbours per item.")] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """Export ids, vectors and an index of a version for other programs: Parquet, npy, faiss, ONNX.
+    """Export a version for other programs, as Parquet, npy, faiss and ONNX files.
 
-    The model must have vectors, such as comirec-dr or sasrec. The default model, blend, has none (exit code 5).
+    A model with vectors, such as comirec-dr or sasrec: ids, vectors and an index. Any other model, such as the default:
+    the list of each user, and the neighbours of each item. ONNX needs a model with vectors (exit code 5).
     """
     from freshrec.recommender.search import EXACT_SEARCH
     from freshrec.server.export import export_version
@@ -171,7 +183,9 @@ def export(
 
     opened_store = open_store(store)
     manifest = opened_store.manifest(opened_store.live if version is None else version)
-    summary = export_version(load_version(opened_store, manifest, EXACT_SEARCH), out, onnx)
+    loaded = load_version(opened_store, manifest, EXACT_SEARCH)
+    with show_progress(not as_json, with_lines=False):
+        summary = export_version(loaded, out, onnx, lists, k)
     if as_json:
         typer.echo(json.dumps(summary))
         return
@@ -185,6 +199,7 @@ bench = typer.Typer(no_args_is_help=True, help="Measure on this machine.")
 @bench.command("serve")
 def bench_serve(
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
     rate: Annotated[float, typer.Option(min=0.1, help="Requests per second, at random times.")] = 20.0,
     seconds: Annotated[float, typer.Option(min=1, help="Duration in seconds.")] = 20.0,
     k: Annotated[int, typer.Option("--k", "-k", help="Number of items per list.")] = 20,
@@ -199,7 +214,16 @@ def bench_serve(
     """Start a server of the store, send requests at a fixed rate, and report latency and errors."""
     from freshrec.server.benchmark import run_benchmark
 
-    options = ("--exact-max-items", str(exact_max_items), "--n-longest", str(n_longest), "--threads", str(threads))
+    imports = [word for module in allow_import or () for word in (ALLOW_IMPORT, module)]
+    options = (
+        *imports,
+        "--exact-max-items",
+        str(exact_max_items),
+        "--n-longest",
+        str(n_longest),
+        "--threads",
+        str(threads),
+    )
     report = run_benchmark(store, rate, seconds, k, options, swap)
     if as_json:
         typer.echo(json.dumps(report))
@@ -222,15 +246,14 @@ def read_token(path: Path | None) -> str:
     return token
 
 
-def erase_in_subprocess(store: Path, user: str) -> dict[str, Any]:
+def erase_in_subprocess(store: Path, user: str, allowed_modules: Sequence[str] = ()) -> dict[str, Any]:
     """Run `freshrec erase` in a subprocess, because it needs the training code. Raises StateError if it fails."""
-    options = ("--store", str(store), "--wait", "1m", "--json", "--", user)
-    command = [sys.executable, "-m", "freshrec", "erase", *options]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=3600)
+    imports = [word for module in allowed_modules for word in (ALLOW_IMPORT, module)]
+    options = (*imports, "--stdin", "--store", str(store), "--wait", "1m", "--json")
+    command = [sys.executable, "-P", "-m", "freshrec", "erase", *options]  # -P: import nothing from the current folder
+    process = subprocess.run(command, input=user, capture_output=True, text=True, timeout=3600)
     if process.returncode:
-        raise StateError(
-            process.stderr.strip().splitlines()[-1].removeprefix("error: ")
-            or "The user was not erased. See the log of the server."
-        )
+        lines = process.stderr.strip().splitlines() or ["The user was not erased. Run `freshrec doctor`."]
+        raise StateError(lines[-1].removeprefix("error: "))
     receipt: dict[str, Any] = json.loads(process.stdout)
     return receipt

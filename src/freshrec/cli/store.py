@@ -12,6 +12,7 @@ import typer
 
 from freshrec.cli.delivery import changed_options, read_delivery, read_first_log
 from freshrec.cli.options import (
+    AllowImport,
     AsJson,
     Columns,
     EventTypes,
@@ -28,13 +29,14 @@ from freshrec.cli.options import (
     parse_pairs,
 )
 from freshrec.cli.output import print_json, print_labelled, print_wrapped
-from freshrec.cli.progress import READING, show_progress
 from freshrec.cli.version_text import fit_lines, next_commands, retry_command, update_lines, verdict_sentence
 from freshrec.cli.versions import locked_store
 from freshrec.data.log import Log, filter_positives
 from freshrec.data.moments import format_time
+from freshrec.disk_names import foreign_modules
 from freshrec.errors import FreshrecError, LogError, OptionError, RefusedError
 from freshrec.progress import report_progress
+from freshrec.recommender.progress import READING, show_progress
 from freshrec.text_layout import format_count
 
 if TYPE_CHECKING:
@@ -112,7 +114,9 @@ def fit(
     typer.echo(f"Version {version.id} is live in {store}.")
     print_labelled(fit_lines(version, times, skipped))
     print_labelled(("Note", note) for note in version.notes)
-    for label, command in zip(("Next:", ""), next_commands(store, filter_positives(interactions.frame)["user_id"][-1])):
+    modules = foreign_modules(bundle.served.state.model.spec, bundle.strategy)
+    commands = next_commands(store, filter_positives(interactions.frame)["user_id"][-1], modules)
+    for label, command in zip(("Next:", ""), commands):
         typer.echo(f"{label:<6}{command}")
 
 
@@ -135,6 +139,7 @@ def _skipped_rows(job: NightlyJob, version: Manifest, log: Log) -> list[str]:
 def update(
     new: NewEvents = None,
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
     force: Annotated[bool, typer.Option("--force", help="Promote a refused version anyway; needs --reason.")] = False,
     reason: ReasonOption = "",
     retry: Annotated[
@@ -274,6 +279,8 @@ def _learn_file(
         return
     n_bad = 0 if log is None else log.n_quarantined
     print_line(_delivery_line(job, result, "Server clicks" if log is None else path.name, n_bad))
+    for note in () if log is None else log.id_notes:
+        print_line(f"{path.name}: {note}")
     yield from job.catch_up(force)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from freshrec.cli.options import AsJson, ReasonOption, StorePath, WaitOption, parse_duration
+from freshrec.cli.options import AllowImport, AsJson, ReasonOption, StorePath, WaitOption, parse_duration
 from freshrec.cli.output import print_json, print_wrapped
 from freshrec.cli.version_text import retry_command
 from freshrec.errors import OptionError, StateError
 from freshrec.store.versions import store_option
+from freshrec.text_layout import format_count
 
 if TYPE_CHECKING:
     from freshrec.store.manifest import Manifest
@@ -25,6 +27,7 @@ VersionArgument = Annotated[int, typer.Argument(metavar="VERSION", help="Version
 
 def history(
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
     last: Annotated[int | None, typer.Option(min=1, help="Show only the last N versions.", metavar="N")] = None,
     refused: Annotated[bool, typer.Option("--refused", help="Show only versions that the gate refused.")] = False,
     long: Annotated[
@@ -70,6 +73,7 @@ def locked_store(folder: Path, wait: str) -> Iterator[Store]:
 def promote(
     number: VersionArgument,
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
     reason: ReasonOption = "",
     wait: WaitOption = "",
     as_json: AsJson = False,
@@ -92,6 +96,7 @@ def rollback(
         int | None, typer.Argument(metavar="[VERSION]", help="Default: the parent of the live version.")
     ] = None,
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
     reason: ReasonOption = "",
     wait: WaitOption = "",
     as_json: AsJson = False,
@@ -150,6 +155,7 @@ def _dropped_text(store: Store, before: list[Manifest]) -> str:
 
 def gc(
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
     keep: Annotated[int, typer.Option(min=1, help="Number of formerly live versions to keep.")] = 5,
     wait: WaitOption = "",
     as_json: AsJson = False,
@@ -174,24 +180,37 @@ def gc(
 
 
 def erase(
-    user: Annotated[str, typer.Argument(metavar="USER", help="User id.")],
+    user: Annotated[str, typer.Argument(metavar="[USER]", help="User id.", show_default=False)] = "",
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
+    from_stdin: Annotated[
+        bool, typer.Option("--stdin", help="Read the user id from standard input, so that no other process sees it.")
+    ] = False,
     wait: WaitOption = "",
     as_json: AsJson = False,
 ) -> None:
-    """Remove a user from the event log and from every version on disk, and print what was removed and what stays."""
+    """Remove a user from the log, the clicks and every version, and print what was removed and what stays.
+
+    Running servers treat the user as unknown from the start of this command on.
+    """
     from freshrec.nightly.erase import erase_user
     from freshrec.nightly.job import NightlyJob
 
+    if from_stdin == bool(user):
+        raise OptionError("Pass one user id: as USER, or with --stdin.")
+    if from_stdin:
+        user = sys.stdin.read().removesuffix("\n").removesuffix("\r")
     with locked_store(store, wait) as opened_store:
         receipt = erase_user(NightlyJob(opened_store), user)
     if as_json:
         print_json(receipt)
         return
-    if not receipt["events"] and not receipt["versions"]:
-        typer.echo(f"User {user}: nothing to erase. No event and no version holds this id.")
+    if not receipt["events"] and not receipt["versions"] and not receipt["clicks"]:
+        typer.echo(f"User {user}: nothing to erase. No event, no click and no version holds this id.")
         return
     versions = ", ".join(map(str, receipt["versions"])) or "none"
-    events = "1 event" if receipt["events"] == 1 else f"{receipt['events']:,} events"
-    print_wrapped(f"User {user}: erased {events} from the log. Rewritten versions: {versions}.")
+    erased = f"erased {format_count(receipt['events'], 'event')} from the log"
+    if receipt["clicks"]:
+        erased += f" and {format_count(receipt['clicks'], 'click')} from the journal"
+    print_wrapped(f"User {user}: {erased}. Rewritten versions: {versions}.")
     print_wrapped(f"Not erased: {receipt['stays']}")

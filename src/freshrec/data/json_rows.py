@@ -8,6 +8,7 @@ from pathlib import Path
 
 import polars as pl
 
+from freshrec.data.columns import FLOAT_LIMITS
 from freshrec.data.text_faults import GZIP, UTF_8_BOM, check_text_file, first_bytes
 from freshrec.errors import LogError
 from freshrec.text_layout import to_printable
@@ -16,7 +17,8 @@ from freshrec.text_layout import to_printable
 def open_json_lines(path: Path) -> pl.LazyFrame:
     """Scan a JSON lines file. Raises LogError for a line that is not one JSON object, with its number.
 
-    The whole file decides the type of a column: later rows may hold text even if the first ones hold numbers.
+    The whole file decides the type of a column: later rows may hold text even if the first ones hold numbers. A column
+    with floats is read as text, because a float has too few digits for some ids.
     """
     check_text_file(path)
     has_mark, is_pattern = first_bytes(path) == UTF_8_BOM, any(letter in str(path) for letter in "*?[")
@@ -26,10 +28,26 @@ def open_json_lines(path: Path) -> pl.LazyFrame:
         source = (gzip.decompress(content) if content.startswith(GZIP) else content).removeprefix(UTF_8_BOM)
     try:
         rows = pl.scan_ndjson(source, infer_schema_length=None)
-        rows.collect_schema()
+        schema = rows.collect_schema()
     except (pl.exceptions.PolarsError, UnicodeError) as problem:
         raise (_bad_line_error(path) or problem) from None
-    return rows
+    floats = [name for name, kind in schema.items() if kind.is_float()]
+    if not floats:
+        return rows
+    exact = pl.scan_ndjson(source, schema={**schema, **dict.fromkeys(floats, pl.String)})
+    return exact.with_columns(_mark_rounded(pl.col(name)) for name in floats)
+
+
+def _mark_rounded(text: pl.Expr) -> pl.Expr:
+    """Append ".0" to large numbers that may have been floats.
+
+    The reader prints 1234567890123456789.0 as 1234567890123456800. These are the digits of the float, and then zeros.
+    """
+    number = text.cast(pl.Float64, strict=False).abs()
+    digits = text.str.strip_prefix("-").str.strip_chars_end("0")
+    float_digits = number.cast(pl.String).str.split("e").list.first().str.replace(".", "", literal=True)
+    is_rounded = (number >= FLOAT_LIMITS[pl.Float64]) & (digits == float_digits.str.strip_chars_end("0"))
+    return pl.when(is_rounded).then(text + ".0").otherwise(text).alias(text.meta.output_name())
 
 
 def _bad_line_error(path: Path) -> LogError | None:

@@ -20,7 +20,8 @@ from freshrec.recommender.ids import normalize_ids
 from freshrec.replay.measure import Queries
 from freshrec.store import click_journal
 from freshrec.store.collection import delete_files
-from freshrec.store.versions import is_collected
+from freshrec.store.erasures import begin_erasure, complete_erasure
+from freshrec.store.versions import Store, is_collected
 from freshrec.types import ErasableModel, Events, Histories, Impressions, Interests, Model, TrainedModel
 
 T = TypeVar("T")
@@ -38,9 +39,19 @@ def erase_user(job: NightlyJob, user_id: str) -> dict[str, Any]:
     If an earlier call was interrupted, this one completes it. Damaged versions, which cannot be used anyway, lose their
     files. Raises StateError if the live version is damaged.
     """
-    store, rewritten, live = job.store, [], job.bundle.served.users
-    stored_id = normalize_ids("user_id", user_id, live)[0]  # a number, if ids are numbers
+    stored_id = normalize_ids("user_id", user_id, job.bundle.served.users)[0]  # a number, if ids are numbers
     job.log.batches()  # raises an error before anything changes, if the log cannot be read
+    folder = job.store.folder
+    begin_erasure(folder, stored_id)
+    rewritten = _erase_from_versions(job.store, user_id)
+    n_clicks, n_events = click_journal.erase_user_clicks(folder, stored_id), job.log.erase_user(stored_id)
+    complete_erasure(folder, stored_id, bool(rewritten or n_clicks or n_events))
+    return {"user_id": user_id, "events": n_events, "clicks": n_clicks, "versions": rewritten, "stays": REMAINING_DATA}
+
+
+def _erase_from_versions(store: Store, user_id: str) -> list[int]:
+    """Erase a user from the files of all versions. Return the numbers of the versions that had the user."""
+    rewritten = []
     readable = {manifest.id for manifest in store.manifests()}
     for number in store.version_numbers():
         if is_collected(store, number):
@@ -55,8 +66,7 @@ def erase_user(job: NightlyJob, user_id: str) -> dict[str, Any]:
             reduced = replace(reduced, served=replace(reduced.served, users=bundle.served.users.erase_row(row)))
             store.rewrite_version(number, lambda folder, new=reduced: write_bundle(new, folder))  # type: ignore[misc]
             rewritten.append(number)
-    n_clicks, n_events = click_journal.erase_user_clicks(store.folder, stored_id), job.log.erase_user(stored_id)
-    return {"user_id": user_id, "events": n_events, "clicks": n_clicks, "versions": rewritten, "stays": REMAINING_DATA}
+    return rewritten
 
 
 def without_user(node: T, user: int) -> T:

@@ -15,11 +15,10 @@ OverlayClick = tuple[int, int]  # time, item row
 
 @dataclass(frozen=True, eq=False)
 class ClickOverlay:
-    """Clicks by user row. An update replaces the whole tuple of a user, so concurrent readers never see half of it."""
+    """Clicks by user row. Lists only grow, so concurrent readers see each click or not, and never half of one."""
 
-    clicks: dict[int, tuple[OverlayClick, ...]] = field(default_factory=dict)
+    clicks: dict[int, list[OverlayClick]] = field(default_factory=dict)
     new_users: dict[int | str, int] = field(default_factory=dict)  # ids that are not in the catalog -> their rows
-    erased_users: set[int] = field(default_factory=set)  # rows of users that are being erased
     last_new_row: list[int] = field(default_factory=lambda: [0])  # the last row that a new user got
 
     def add_user(self, user: int | str, n_users: int) -> int:
@@ -29,7 +28,7 @@ class ClickOverlay:
 
     def add_click(self, user: int, time: int, item: int) -> None:
         """Add a click."""
-        self.clicks[user] = (*self.clicks.get(user, ()), (time, item))
+        self.clicks.setdefault(user, []).append((time, item))
 
 
 def current_targets(histories: Histories, overlay: ClickOverlay, users_N: Tensor) -> Targets:
@@ -41,7 +40,7 @@ def current_targets(histories: Histories, overlay: ClickOverlay, users_N: Tensor
     for user in users:
         is_known = user <= histories.n_users
         rows = slice(*histories.offsets_U[user : user + 2].tolist()) if is_known else slice(0)
-        clicks = overlay.clicks.get(user, ())
+        clicks = overlay.clicks.get(user, [])[:]  # later clicks are not in this copy
         items_T = torch.cat([histories.items_R[rows], torch.tensor([item for _, item in clicks], dtype=torch.int32)])
         times_T = torch.cat([histories.times_R[rows], torch.tensor([time for time, _ in clicks], dtype=torch.int64)])
         order_T = times_T.argsort(stable=True) if clicks else torch.arange(len(times_T))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -12,6 +13,7 @@ import torch
 
 from freshrec.data.catalog import Catalog
 from freshrec.data.duplicates import drop_duplicates
+from freshrec.data.identities import IdType
 from freshrec.data.log import Log, keep_positives, read_log
 from freshrec.data.moments import format_time
 from freshrec.data.ratings import WEIGHT_DROPPED
@@ -38,16 +40,23 @@ class ReadOptions:
     min_rating: float | None = None  # Lowest rating of the rows to read; None = all rows.
 
 
-def read_interactions(source: LogSource, options: ReadOptions, drop_weight: bool = False) -> Log:
+def read_interactions(
+    source: LogSource,
+    options: ReadOptions,
+    id_types: Mapping[str, IdType] | None = None,
+    drop_weight: bool = False,
+) -> Log:
     """Read the positive events of a log, each once; exposures (label 0) are dropped. Raises LogError for a bad log.
 
-    A column `weight` of a frame, or of any log with `drop_weight`, is ignored with a UserWarning.
+    `id_types`: types of the ids of earlier events (`known_id_types`). A column `weight` of a frame, or of any log with
+    `drop_weight`, is ignored with a UserWarning.
     """
     log = read_log(
         source,
         columns=options.columns,
         format=options.format,
         events=options.events,
+        id_types=id_types,
         separator=options.separator,
         min_rating=options.min_rating,
         drop_weight=drop_weight or not isinstance(source, str | Path),
@@ -57,12 +66,20 @@ def read_interactions(source: LogSource, options: ReadOptions, drop_weight: bool
     return drop_duplicates(keep_positives(log))
 
 
+def known_id_types(served: ServedState) -> dict[str, IdType]:
+    """Return the types of the ids that a recommender knows, to read further events with."""
+    catalogs = {"user_id": served.users, "item_id": served.items}
+    types = {name: catalog.frame["id"].dtype for name, catalog in catalogs.items()}
+    return {name: kind for name, kind in types.items() if kind != pl.Null}
+
+
 def read_new_events(source: LogSource, options: ReadOptions, served: ServedState) -> Log:
     """Read a log that continues the learned events. Raises LogError for older rows.
 
     Without timestamps, the new rows follow the learned ones.
     """
-    log, newest = match_clock(read_interactions(source, options, drop_weight=True), options), served.newest_time
+    log = read_interactions(source, options, known_id_types(served), drop_weight=True)
+    log, newest = match_clock(log, options), served.newest_time
     assert newest is not None  # a fitted recommender has events
     if not log.has_clock:
         return replace(log, frame=log.frame.with_columns(pl.col("time") + newest + 1))

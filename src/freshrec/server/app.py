@@ -18,7 +18,7 @@ from freshrec.server.routes import (
     ERROR_RESPONSES,
     ROUTES,
 )
-from freshrec.server.service import Service, log_line
+from freshrec.server.service import Service
 from freshrec.version import __version__
 
 PAGE_FOLDER = Path(__file__).parent / "page"
@@ -81,11 +81,6 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def handle_unexpected_error(request: Request, error: Exception) -> JSONResponse:
-        line = error.__traceback__
-        while line is not None and line.tb_next is not None:
-            line = line.tb_next
-        at = f"{Path(line.tb_frame.f_code.co_filename).name}:{line.tb_lineno}" if line is not None else "?"
-        log_line(f"Internal error: {type(error).__name__} at {at}.")  # without the message, which may contain an id
         return JSONResponse({"detail": "Internal server error. The log of the server has the details."}, 500)
 
 

@@ -80,7 +80,7 @@ def run_benchmark(
 def running_server(folder: Path, *options: str, wait_s: float = 120.0) -> Iterator[tuple[str, int]]:
     """Run `freshrec serve` on a free port. Yield its address and process id. Raises StateError if it does not start."""
     with tempfile.TemporaryFile("w+") as log:
-        command = [sys.executable, "-m", "freshrec", "serve", "--store", str(folder), "--port", "0", *options]
+        command = [sys.executable, "-P", "-m", "freshrec", "serve", "--store", str(folder), "--port", "0", *options]
         with subprocess.Popen(command, stdout=log, stderr=log) as process:
             try:
                 yield _wait_for_address(process, log, wait_s), process.pid
@@ -131,7 +131,7 @@ def measure_baseline_mb() -> float:
         "import torch, faiss, uvicorn, freshrec.server.app; from pathlib import Path; import os;"
         "print(int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2**20)"
     )
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    process = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     return float(process.stdout)
 
 

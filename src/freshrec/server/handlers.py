@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,9 +18,25 @@ from freshrec.recommender.served_state import ServedState
 from freshrec.recommender.serving_bundle import ServingBundle
 from freshrec.recommender.user_profile import Interest, PastEvent, profile_of
 from freshrec.server import schemas
+from freshrec.store.erasures import Erasures
 from freshrec.store.manifest import Manifest
 
 N_PAST_EVENTS = 30  # most recent events in a user's profile
+
+
+@dataclass(eq=False)
+class HiddenUsers:
+    """Users that a version in memory must not show, because they are being erased or were erased after it was loaded.
+
+    The erasures are replaced when the store has others. All requests to the version see the new ones.
+    """
+
+    erasures: Erasures = field(default_factory=Erasures)
+    n_known: int = 0  # number of the last erasure before the version was loaded
+    requested: Counter[int | str] = field(default_factory=Counter)  # users whose erasure this server has requested
+
+    def __contains__(self, user_id: int | str) -> bool:
+        return user_id in self.requested or self.erasures.hides(user_id, self.n_known)
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +47,7 @@ class LoadedVersion:
     bundle: ServingBundle
     search_info: SearchInfo
     live_since: str
+    hidden: HiddenUsers = field(default_factory=HiddenUsers)
 
     @property
     def served(self) -> ServedState:
@@ -47,7 +65,7 @@ def user_row(version: LoadedVersion, user: int | str) -> int:
     served = version.served
     user_id = normalize_id("user_id", user, served.users)
     row = served.users.row(user_id) or served.overlay.new_users.get(user_id, 0)
-    return 0 if row in served.overlay.erased_users else row
+    return 0 if row and user_id in version.hidden else row
 
 
 def recommend(version: LoadedVersion, users: Sequence[int | str], request: ListRequest) -> list[schemas.UserList]:

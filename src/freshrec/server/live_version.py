@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 
 import polars as pl
 import torch
@@ -20,16 +22,18 @@ from freshrec.recommender.lists import top_items
 from freshrec.recommender.search import DEFAULT_SEARCH, SearchOptions, choose_search
 from freshrec.recommender.served_state import ServedState
 from freshrec.recommender.serving_bundle import ServingBundle, read_serving_bundle
-from freshrec.server.handlers import LoadedVersion, user_row
+from freshrec.server.handlers import HiddenUsers, LoadedVersion, user_row
 from freshrec.server.memory import release_memory
 from freshrec.store.checkpoint import load_for_serving
 from freshrec.store.click_journal import Click, ClickJournal, read_journal
+from freshrec.store.erasures import read_erasures
 from freshrec.store.manifest import Manifest, utc_now
 from freshrec.store.versions import Store
 
 POLL_INTERVAL_S = 0.5  # time between two checks of the live pointer
 N_TRIAL_USERS = 8  # users whose lists test a new version before it is served
 RETRY_INTERVAL_S = 30.0  # time before a version that could not be served is tried again
+MAX_ERASURE_TIME = timedelta(hours=1)  # the command that erases a user is stopped after this time
 MAX_REMEMBERED_IDS = 100_000  # event ids of learned clicks that are kept to recognize repeats
 LOAD_ERRORS = (FreshrecError, OSError, MemoryError, RuntimeError, ValueError, IndexError, KeyError, TypeError)
 Identity = tuple[int | str, ...]
@@ -60,7 +64,7 @@ class LiveVersion:
         self._journal = ClickJournal(store.folder)
         self._known_clicks = dict[Identity, None]()  # identities of accepted clicks, oldest first
         self._clicks_during_swap: list[Click] | None = None  # clicks received while a swap reads the journal
-        self._users_being_erased = set[int | str]()
+        self._requested_erasures = Counter[int | str]()  # users whose erasure this server has requested
         self._overlay_lock, self.loading_lock = threading.Lock(), threading.Lock()
         self._last_checked: object = None  # the version number and files that were checked last
         self._retry_at_s = 0.0  # when they are checked again
@@ -85,16 +89,22 @@ class LiveVersion:
         """Serve the live version of the store, if it is not served yet. If it cannot be served, `problem` says why."""
         with self.loading_lock:
             try:
+                erasures = read_erasures(self.store.folder)  # before the version, which may lack them otherwise
+                if self.version is not None:
+                    self.version.hidden.erasures = erasures
                 manifest = self.store.manifest(self.store.live)
             except FreshrecError as problem:
                 self._record_problem("pointer", str(problem))
                 return
-            fingerprint = (manifest.id, tuple(sorted((name, file.sha256) for name, file in manifest.files.items())))
+            files = tuple(sorted((name, file.sha256) for name, file in manifest.files.items()))
+            fingerprint = (manifest.id, files, erasures.last_number)
             if fingerprint == self._last_checked and time.monotonic() < self._retry_at_s:
                 return
             release_memory()
             try:
-                self._swap(load_version(self.store, manifest, self.search_options))
+                version = load_version(self.store, manifest, self.search_options)
+                hidden = HiddenUsers(erasures, erasures.last_number, self._requested_erasures)
+                self._swap(replace(version, hidden=hidden))
             except LOAD_ERRORS as problem:
                 self._record_problem(fingerprint, f"Version {manifest.id} cannot be served: {_describe_error(problem)}")
                 return
@@ -124,14 +134,10 @@ class LiveVersion:
             pending_clicks = {click.identity: click for file in files for click in file.clicks}
             for click in pending_clicks.values():
                 _add_to_overlay(version, click, known_clicks)
-            with self._overlay_lock:  # then the clicks received meanwhile, and the users being erased
+            with self._overlay_lock:  # then the clicks received meanwhile
                 for click in self._clicks_during_swap:
                     if click.identity not in known_clicks:
                         _add_to_overlay(version, click, known_clicks)
-                erased_rows = {user_row(version, user) for user in self._users_being_erased} - {0}
-                version.served.overlay.erased_users.update(erased_rows)
-                for row in erased_rows:
-                    version.served.overlay.clicks.pop(row, None)
                 self.version, self._known_clicks, self.n_swaps = version, known_clicks, self.n_swaps + 1
         finally:
             self._clicks_during_swap = None
@@ -145,7 +151,7 @@ class LiveVersion:
         with self._overlay_lock:
             version = self.version
             assert version is not None
-            if any(click.user_id in self._users_being_erased for click in clicks):
+            if any(_is_being_erased(version.hidden, click.user_id) for click in clicks):
                 raise OptionError("One of these users is being erased. Send the events again later.")
             new = {click.identity: click for click in reversed(clicks) if not self._is_known(version, click)}
             if new:
@@ -169,24 +175,20 @@ class LiveVersion:
 
     @contextmanager
     def erasing(self, user: int | str) -> Iterator[None]:
-        """Treat a user as unknown while the user is erased. Afterwards, read the version and the clicks again."""
+        """Treat a user as unknown while the user is erased. Afterwards, load the version and the clicks again.
+
+        If the version cannot be loaded, the user stays unknown until it can.
+        """
         assert self.version is not None
         user = normalize_id("user_id", user, self.version.served.users)
         with self._overlay_lock:
-            self._users_being_erased.add(user)
-            served, row = self.version.served, user_row(self.version, user)
-            served.overlay.erased_users.update({row} - {0})
-            served.overlay.clicks.pop(row, None)
-            served.overlay.new_users.pop(user, None)
+            self._requested_erasures[user] += 1
         try:
             yield
         finally:
-            self._users_being_erased.discard(user)
-            self.refresh()
-            with self.loading_lock:  # read the remaining clicks
-                bundle = self.version.bundle
-                bundle = replace(bundle, served=replace(bundle.served, overlay=ClickOverlay()))
-                self._swap(replace(self.version, bundle=bundle))
+            self.refresh()  # the record of the erasure in the store hides the user from now on
+            with self._overlay_lock:
+                self._requested_erasures -= Counter([user])
 
     @property
     def newest_time(self) -> int | None:
@@ -245,6 +247,13 @@ def check_lists(bundle: ServingBundle) -> None:
         )
 
 
+def _is_being_erased(hidden: HiddenUsers, user: int | str) -> bool:
+    """Whether clicks of a user must wait. An erasure that began long ago was interrupted; it deletes later clicks."""
+    began = hidden.erasures.began_at(user)
+    is_running = began is not None and datetime.now(UTC) - began < MAX_ERASURE_TIME
+    return user in hidden.requested or is_running
+
+
 def _version_chain(store: Store, manifest: Manifest) -> list[Manifest]:
     """Return a version and all its ancestors."""
     found = [manifest]
@@ -263,6 +272,8 @@ def _add_to_overlay(version: LoadedVersion, click: Click, known_clicks: dict[Ide
     overlay, user = served.overlay, user_row(version, click.user_id)
     if not item:
         return "The item is new. The next update learns it."
+    if click.user_id in version.hidden:
+        return "The user was erased. Lists change once the version is loaded again."
     if not user:
         user = overlay.add_user(click.user_id, len(served.users))
     has_clock = version.bundle.read_options.has_clock

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -243,6 +244,7 @@ def _compare_lists(service: Service, version: LoadedVersion, parent: int, user: 
         raise BusyError("Another version is being loaded. Try again.")
     try:
         earlier = load_version(service.live.store, service.live.store.manifest(parent), EXACT_SEARCH)
+        earlier = replace(earlier, hidden=version.hidden)
         versions = earlier, version
         lists = [handlers.recommend(loaded, [user], ListRequest(k=k))[0] for loaded in versions]
         profiles = [handlers.user_profile(loaded, user) for loaded in versions]

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from freshrec.data.moments import format_time
@@ -75,9 +72,3 @@ def describe_version(service: Service) -> schemas.VersionInfo:
         search=asdict(version.search_info),
         has_token=bool(service.limits.token),
     )
-
-
-def log_line(line: str) -> None:
-    """Write a line of JSON to standard error. It must never contain an id of a user or an item."""
-    sys.stderr.write(json.dumps({"at": datetime.now(UTC).isoformat(timespec="milliseconds"), "what": line}) + "\n")
-    sys.stderr.flush()

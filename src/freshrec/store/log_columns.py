@@ -17,6 +17,7 @@ COLUMN_TYPES = {
     "split": (pl.String,),
     "event_id": (pl.Int64, pl.String),
 }
+ID_COLUMNS = tuple(name for name, allowed in COLUMN_TYPES.items() if allowed == (pl.Int64, pl.String))
 
 
 def has_column(log_folder: Path, name: str) -> bool:
