@@ -114,6 +114,8 @@ class _Lines:
             raise LogError(f"{self.path.name} has no header. Its first line must name the columns.")
         if "\0" in first[0]:
             raise LogError(f"{self.path.name} has zero bytes in its header, as UTF-16 has. Save it as UTF-8.")
+        if first[0].startswith("sep="):
+            raise LogError(f"{self.path.name} starts with the line {to_printable(first[0], 10)}. Remove it.")
         if "\r" in first[0]:
             raise LogError(f"{self.path.name} has lines that end in CR alone. Save it with LF or CR LF line ends.")
         names = self.scan_fields('"').collect_schema().names() if '"' in first[0] else first[0].split(self.separator)
