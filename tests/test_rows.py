@@ -115,6 +115,8 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     "semicolons.csv": ((HEADER + row(1)).replace(",", ";"), "Pass --separator semicolon"),
     "pipes.tsv": ((HEADER + row(1)).replace(",", "|"), "Pass --separator pipe"),
     "commas.tsv": (HEADER + row(1), "Pass --separator comma"),
+    "excel.csv": ("sep=;\n" + (HEADER + row(1)).replace(",", ";"), "starts with the line sep=;. Remove it"),
+    "garbage.csv.gz": (gzip.compress((HEADER + row(1)).encode()) + b"garbage", "It may be truncated, damaged"),
     "old-mac.csv": ((HEADER + row(1)).replace("\n", "\r"), "has lines that end in CR alone"),
     "utf-16.csv": ((HEADER + row(1)).encode("utf-16"), "is UTF-16. Save it as UTF-8"),
     "utf-16-le.csv": ((HEADER + row(1)).encode("utf-16-le"), "has zero bytes in its header, as UTF-16 has"),

@@ -19,6 +19,7 @@ from freshrec.text_layout import to_printable
 
 SEPARATORS = {"comma": ",", "tab": "\t", "semicolon": ";", "pipe": "|", "space": " "}
 LINE, INDEX = "line", "index"
+N_SAMPLED = 1000  # lines that show whether a file has quotation marks
 NONE = pl.Series(INDEX, [], dtype=pl.UInt32)
 NUMBER_OR_TIME = r"^[0-9][0-9T:.Z+ -]*$"  # a field of one
 
@@ -79,28 +80,28 @@ class _Lines:
         """
         lines = pl.scan_lines(self.path, name=LINE, row_index_name=INDEX, glob=False)
         header = self._header(lines)
-        line, n_separators = pl.col(LINE), len(header) - 1
-        is_blank, has_quote = line.str.len_bytes() == 0, line.str.contains('"', literal=True)
-        is_full = line.str.count_matches(self.separator, literal=True) == n_separators
-        n_blank, n_wrong, n_quoted = (
-            lines.select(is_blank.sum(), wrong=(~is_blank & ~is_full).sum(), quoted=has_quote.sum())
-            .collect(engine="streaming")
-            .row(0)
-        )
-        unfit = lines.filter(~is_blank & (~is_full | has_quote))
-        if n_quoted:
-            unfit = unfit.filter(~line.str.contains(record_pattern(self.separator, len(header))))
-            n_unfit = unfit.select(pl.len()).collect(engine="streaming").item()
-        else:
-            n_unfit = n_wrong
+        line, is_blank = pl.col(LINE), pl.col(LINE).str.len_bytes() == 0
+        has_quote = line.str.contains('"', literal=True)
+        is_full = line.str.count_matches(self.separator, literal=True) == len(header) - 1
+        is_record = line.str.contains(record_pattern(self.separator, len(header)))
+        # counting separators is cheaper, but without meaning in a line with quotation marks
+        is_quoted_file = lines.head(N_SAMPLED).select(has_quote.any()).collect().item()
+        is_row = is_record if is_quoted_file else is_full & ~has_quote
+        n_blank, n_other = _totals(lines, is_blank, ~is_blank & ~is_row)
         blank = lines.filter(is_blank).select(INDEX).collect(engine="streaming")[INDEX] if n_blank else NONE
-        if not n_quoted and n_wrong:
-            first = unfit.head(1).collect()
+        if not n_other:
+            return '"' if is_quoted_file else None, self._row_numbers(blank, blank)
+        bad = lines.filter(~is_blank & ~is_record)
+        n_quoted, n_wrong, n_bad = _totals(lines, has_quote, ~is_blank & ~is_full, ~is_blank & ~is_record)
+        if not n_bad:
+            return '"', self._row_numbers(blank, blank)
+        if not n_quoted:
+            first = bad.head(1).collect()
             raise self._error(header, first[LINE][0], first[INDEX][0])
-        if not n_unfit or (self.separator == "\t" and not n_wrong):
-            return '"' if n_quoted and not n_unfit else None, self._row_numbers(blank, blank)
+        if self.separator == "\t" and not n_wrong:
+            return None, self._row_numbers(blank, blank)
         stats = lines.select(INDEX, odd=line.str.count_matches('"', literal=True) % 2, full=is_full)
-        records = self._check_records(header, lines, unfit, stats.collect(engine="streaming"))
+        records = self._check_records(header, lines, bad, stats.collect(engine="streaming"))
         alone = records.filter(pl.col("n_lines") == 1, pl.col(INDEX).is_in(blank.implode())) if n_blank else records[:0]
         return '"', self._row_numbers(alone["record"], blank)
 
@@ -113,6 +114,8 @@ class _Lines:
             raise LogError(f"{self.path.name} has no header. Its first line must name the columns.")
         if "\0" in first[0]:
             raise LogError(f"{self.path.name} has zero bytes in its header, as UTF-16 has. Save it as UTF-8.")
+        if first[0].startswith("sep="):
+            raise LogError(f"{self.path.name} starts with the line {to_printable(first[0], 10)}. Remove it.")
         if "\r" in first[0]:
             raise LogError(f"{self.path.name} has lines that end in CR alone. Save it with LF or CR LF line ends.")
         names = self.scan_fields('"').collect_schema().names() if '"' in first[0] else first[0].split(self.separator)
@@ -132,12 +135,13 @@ class _Lines:
         return records.cast(pl.Int64) - n_leading - (1 if self.names is None else 0)
 
     def _check_records(
-        self, header: list[str], lines: pl.LazyFrame, unfit: pl.LazyFrame, stats: pl.DataFrame
+        self, header: list[str], lines: pl.LazyFrame, bad: pl.LazyFrame, stats: pl.DataFrame
     ) -> pl.DataFrame:
         """Join lines whose quotation marks belong together to records, and check them.
 
         `stats` has a row per line: `odd`, whether its number of quotation marks is odd, and `full`, whether it has all
-        fields on its own. Returns record, index (the first line) and n_lines.
+        fields on its own. `bad`: the lines that are no records on their own. Returns record, index (the first line) and
+        n_lines.
         """
         inside = (stats["odd"].cum_sum() - stats["odd"]) % 2 == 1
         stats = stats.with_columns(record=(~inside).cast(pl.UInt32).cum_sum() - 1)
@@ -146,7 +150,7 @@ class _Lines:
         )
         long = records.filter(pl.col("n_lines") > 1)["record"]
         members = stats.filter(pl.col("record").is_in(long.implode()))[INDEX]
-        needed = pl.concat([members, unfit.select(INDEX).collect(engine="streaming")[INDEX]]).unique()
+        needed = pl.concat([members, bad.select(INDEX).collect(engine="streaming")[INDEX]]).unique()
         texts = lines.filter(pl.col(INDEX).is_in(needed.implode())).collect(engine="streaming")
         joined = (
             texts.join(stats.select(INDEX, "record"), on=INDEX, maintain_order="left")
@@ -156,9 +160,9 @@ class _Lines:
         )
         is_right = pl.col(LINE).str.contains(record_pattern(self.separator, len(header)))
         is_swallowed = (pl.col("n_lines") > 1) & pl.col("full") & self._have_common_place(len(header))
-        bad = joined.filter(~is_right | is_swallowed)
-        if len(bad):
-            raise self._error(header, bad[LINE][0], bad[INDEX][0])
+        wrong = joined.filter(~is_right | is_swallowed)
+        if len(wrong):
+            raise self._error(header, wrong[LINE][0], wrong[INDEX][0])
         return records
 
     def _have_common_place(self, n_fields: int) -> pl.Expr:
@@ -172,6 +176,12 @@ class _Lines:
 
     def _error(self, header: list[str], text: str, index: int) -> LogError:
         return LogError(f"{self.path.name}: {describe_bad_record(text, index + 1, self.separator, header)}")
+
+
+def _totals(lines: pl.LazyFrame, *conditions: pl.Expr) -> tuple[int, ...]:
+    """Count the lines that meet each condition."""
+    counts = [condition.sum().alias(str(place)) for place, condition in enumerate(conditions)]
+    return lines.select(counts).collect(engine="streaming").row(0)
 
 
 def record_pattern(separator: str, n_fields: int) -> str:
