@@ -117,26 +117,24 @@ def test_other_values_are_refused_in_every_file_and_in_options(tmp_path: Path) -
             parse_microseconds(str(value), "--until")
 
 
-@pytest.mark.parametrize(
-    ("values", "problem"),
-    [
-        (["2024-06-24", "31.12.2024"], "timestamp cannot be read as a time in 1 row (data row 2: '31.12.2024')"),
-        ([str(NOON)] * 3 + ["2024-06-24"], "cannot be read as a time in 1 row (data row 4: '2024-06-24')"),
-        (["2024-06-24"] + [str(NOON)] * 3, "cannot be read as a time in 1 row (data row 1: '2024-06-24')"),
-        ([str(NOON), str(NOON), f"{NOON}000"], "is in the future in 1 row (data row 3: '1719264011000')"),
-        ([str(NOON), str(NOON), "0"], "is before 1980 in 1 row (data row 3: '0')"),
-        ([str(NOON), str(NOON), "9999999999"], "is in the future in 1 row (data row 3: '9999999999')"),
-        (["2024-06-24", " "], "cannot be read as a time in 1 row (data row 2: ' ')"),
-        (["20240624", "20240625"], "If they are dates, pass --time-format, such as %Y%m%d."),
-    ],
-)
-def test_a_column_of_two_kinds_is_refused_and_the_odd_row_is_named(
-    values: list[str], problem: str, tmp_path: Path
-) -> None:
-    with pytest.raises(LogError) as failure:
-        times_of(tmp_path / "log.csv", values)
-    assert problem in str(failure.value)
-    assert ("--time-format" in str(failure.value)) == ("read as a time" in problem or "dates" in problem)
+COLUMNS_OF_TWO_KINDS: list[tuple[list[str], str]] = [
+    (["2024-06-24", "31.12.2024"], "timestamp cannot be read as a time in 1 row (data row 2: '31.12.2024')"),
+    ([str(NOON)] * 3 + ["2024-06-24"], "cannot be read as a time in 1 row (data row 4: '2024-06-24')"),
+    (["2024-06-24"] + [str(NOON)] * 3, "cannot be read as a time in 1 row (data row 1: '2024-06-24')"),
+    ([str(NOON), str(NOON), f"{NOON}000"], "is in the future in 1 row (data row 3: '1719264011000')"),
+    ([str(NOON), str(NOON), "0"], "is before 1980 in 1 row (data row 3: '0')"),
+    ([str(NOON), str(NOON), "9999999999"], "is in the future in 1 row (data row 3: '9999999999')"),
+    (["2024-06-24", " "], "cannot be read as a time in 1 row (data row 2: ' ')"),
+    (["20240624", "20240625"], "If they are dates, pass --time-format, such as %Y%m%d."),
+]
+
+
+def test_a_column_of_two_kinds_is_refused_and_the_odd_row_is_named(tmp_path: Path) -> None:
+    for values, problem in COLUMNS_OF_TWO_KINDS:
+        with pytest.raises(LogError) as failure:
+            times_of(tmp_path / "log.csv", values)
+        assert problem in str(failure.value)
+        assert ("--time-format" in str(failure.value)) == ("read as a time" in problem or "dates" in problem)
 
 
 EAST = timezone(timedelta(hours=2))

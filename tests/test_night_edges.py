@@ -1,4 +1,4 @@
-"""Nights at the edge: a file that was learned in part, times in the future, floods of clicks, and lost versions."""
+"""Nights at the edge: a file that is learned in part, times in the future, floods of clicks, and lost versions."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def test_a_batch_whose_version_was_lost_between_others_is_learned(tmp_path: Path
     assert run("update", tmp_path, str(tmp_path / "day-2.parquet"), "--force", "--reason", "a test") == 0
     shutil.rmtree(tmp_path / "s" / "versions" / "2")
     assert main(["rollback", "1", "--reason", "2 is lost", "--store", str(tmp_path / "s")]) == 0
-    assert run("update", tmp_path) == 0  # learns day 1 again, because it has no version
+    assert run("update", tmp_path) == 0  # learns day 1 again, because its version is lost
     assert live(tmp_path).id == 4 and len(learned_rows(tmp_path)) == 1800
     assert run("update", tmp_path, "--retry", "3", "--force", "--reason", "a test") == 0
     assert len(learned_rows(tmp_path)) == 2100

@@ -24,9 +24,12 @@ def read_clicks(clicks: Sequence[ClickIn], version: LoadedVersion) -> list[Click
 
 
 def _read_timestamps(clicks: Sequence[ClickIn]) -> list[int]:
-    """Return the times in microseconds; now for a click without one. Raises LogError for an impossible time."""
+    """Return the times in microseconds. Raises LogError for an impossible time.
+
+    Clicks without a time get the present one, a microsecond apart, so that their order stays.
+    """
     now = time.time_ns() // 1000
-    times = dict.fromkeys(range(len(clicks)), now)
+    times = [now + place for place in range(len(clicks))]
     given = {place: click.timestamp for place, click in enumerate(clicks) if click.timestamp is not None}
     for place, when in zip(given, parse_moments(list(given.values()))) if given else ():
         shown = to_printable(str(given[place]), 40)
@@ -37,7 +40,7 @@ def _read_timestamps(clicks: Sequence[ClickIn]) -> list[int]:
                 f'The timestamp "{shown}" is before 1980 or in the future. Send the time of the click in UTC.'
             )
         times[place] = when
-    return list(times.values())
+    return times
 
 
 def _to_click(click: ClickIn, when: int, version: LoadedVersion) -> Click:
