@@ -68,11 +68,11 @@ class Exclusions:
 
     def mask_scores(self, score_BN: Tensor, items_N: Tensor) -> Tensor:
         """Return scores of some items (ascending rows), with -inf for excluded ones."""
-        at_M, is_here_M = _find_items(items_N, self.shared_M)
-        at_E, is_here_E = _find_items(items_N, self.items_E)
+        at_M, is_found_M = _find_items(items_N, self.shared_M)
+        at_E, is_found_E = _find_items(items_N, self.items_E)
         score_BN = score_BN.clone()
-        score_BN[:, at_M[is_here_M]] = -torch.inf
-        score_BN[self.users_E[is_here_E], at_E[is_here_E]] = -torch.inf
+        score_BN[:, at_M[is_found_M]] = -torch.inf
+        score_BN[self.users_E[is_found_E], at_E[is_found_E]] = -torch.inf
         return score_BN
 
 
@@ -81,10 +81,10 @@ def _pair_keys(users: Tensor, items: Tensor) -> Tensor:
     return (users << 32) + items
 
 
-def _find_items(items_N: Tensor, wanted_E: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the position of each wanted item among ascending rows, and whether it is there, shape (E,) each."""
-    at_E = torch.searchsorted(items_N, wanted_E).clamp(max=len(items_N) - 1)
-    return at_E, items_N[at_E] == wanted_E
+def _find_items(items_N: Tensor, items_E: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the position of each item among ascending rows, and whether it is there, shape (E,) each."""
+    at_E = torch.searchsorted(items_N, items_E).clamp(max=len(items_N) - 1)
+    return at_E, items_N[at_E] == items_E
 
 
 def query_vectors(model: VectorModel, batch: Batch, readout: str = "recent") -> Tensor:

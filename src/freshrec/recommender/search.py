@@ -167,8 +167,8 @@ def index_search(index: Any, items_ID: Tensor, probes: int) -> VectorSearch:
         n_found_B = n_B + n_B // 4 + 4
         found = torch.from_numpy(index.search(queries, int(n_found_B.max()), params=params)[1])
         found_BKC = found.clamp(min=0).view(n_users, n_vectors, -1)
-        is_wanted_BC = torch.arange(found_BKC.shape[2]) < n_found_B[:, None]  # a list does not depend on other users
-        found_BC = (found_BKC * is_wanted_BC[:, None]).flatten(1).sort(1).values
+        is_counted_BC = torch.arange(found_BKC.shape[2]) < n_found_B[:, None]  # a list does not depend on other users
+        found_BC = (found_BKC * is_counted_BC[:, None]).flatten(1).sort(1).values
         repeated_BC = torch.zeros_like(found_BC, dtype=torch.bool)
         repeated_BC[:, 1:] = found_BC[:, 1:] == found_BC[:, :-1]
         return found_BC.masked_fill(repeated_BC, 0), max_inner_product(vectors_BKD, items_ID[found_BC])
