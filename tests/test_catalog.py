@@ -52,8 +52,8 @@ def test_integer_ids_stay_integers_whatever_their_width() -> None:
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        (pl.Series("user_id", [1, 2]), "The ids in column 'user_id' are whole numbers, but earlier ones are text"),
-        (pl.Series("user_id", [0.5]), "'user_id' have the type Float64. Convert them to integers or strings"),
+        (pl.Series("user_id", [1.0, 0.5]), 'user_id "0.5" is not exactly a whole number'),
+        (pl.Series("user_id", [True]), "Column user_id has the type Boolean. Convert it to text or whole numbers"),
         (pl.Series("user_id", ["a", None]), "Rows without an id in column 'user_id': 1"),
     ],
 )

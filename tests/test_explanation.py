@@ -328,24 +328,26 @@ def test_an_unknown_user_or_item_is_named_and_the_exit_code_is_that_of_a_wrong_a
         assert capsys.readouterr().err == error
 
 
-def test_ids_with_a_newline_or_a_tab_are_printed_on_one_line_and_as_typed(
+def test_ids_with_line_separators_are_printed_on_one_line_and_as_typed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "250")
-    names = {"u1": "u\n1", "a": "a\nb", "c": "c\td"}
+    names = {"u1": "u\u20281", "a": "a\u2028b", "c": "c\u2029d"}
     LOG.with_columns(pl.col("user_id", "item_id").replace(names)).write_parquet(tmp_path / "log.parquet")
     at = str(tmp_path / "store")
     answer(capsys, "fit", str(tmp_path / "log.parquet"), "--store", at, "--model", "item-knn")
-    of_user = answer(capsys, "inspect", "user", "u\n1", "--store", at)
-    assert of_user.startswith(r"User 'u\n1' has 2 events") and r"2026-01-01 12:00  'a\nb'" in of_user
-    assert r"Because of item 'a\nb'" in of_user and r"best items: 'c\td'" in of_user
-    assert r"supported by past events: 'a\nb' on 2026-01-01" in of_user
-    assert answer(capsys, "inspect", "item", "a\nb", "--store", at).startswith(r"Item 'a\nb' has 3 events from 3 users")
-    text = " ".join(answer(capsys, "explain", "u\n1", "c\td", "--store", at).split())
-    assert text.startswith(r"Item 'c\td' is ranked 1 of the only item that can be ranked for user 'u\n1'")
-    assert r"Most important past event: item 'a\nb' on 2026-01-01" in text
-    [reason] = json.loads(answer(capsys, "explain", "u\n1", "c\td", "--store", at, "--json"))
-    assert reason["because"] == "a\nb"  # JSON has its own escapes
+    of_user = answer(capsys, "inspect", "user", "u\u20281", "--store", at)
+    assert of_user.startswith(r"User 'u\u20281' has 2 events") and r"2026-01-01 12:00  'a\u2028b'" in of_user
+    assert r"Because of item 'a\u2028b'" in of_user and r"best items: 'c\u2029d'" in of_user
+    assert r"supported by past events: 'a\u2028b' on 2026-01-01" in of_user
+    assert answer(capsys, "inspect", "item", "a\u2028b", "--store", at).startswith(
+        r"Item 'a\u2028b' has 3 events from 3 users"
+    )
+    text = " ".join(answer(capsys, "explain", "u\u20281", "c\u2029d", "--store", at).split())
+    assert text.startswith(r"Item 'c\u2029d' is ranked 1 of the only item that can be ranked for user 'u\u20281'")
+    assert r"Most important past event: item 'a\u2028b' on 2026-01-01" in text
+    [reason] = json.loads(answer(capsys, "explain", "u\u20281", "c\u2029d", "--store", at, "--json"))
+    assert reason["because"] == "a\u2028b"  # JSON has its own escapes
 
 
 def test_inspect_names_the_versions_that_learned_the_first_and_the_last_event(

@@ -9,7 +9,6 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import polars as pl
 import typer
 
 from freshrec.cli.options import (
@@ -262,6 +261,8 @@ def _learn_file(
         return
     n_bad = 0 if log is None else log.n_quarantined
     print_line(_delivery_line(job, result, "Server clicks" if log is None else path.name, n_bad))
+    for note in () if log is None else log.id_notes:
+        print_line(f"{path.name}: {note}")
     yield from job.catch_up(force)
 
 
@@ -283,9 +284,9 @@ def _read_delivery(
     job: NightlyJob, path: Path, quarantine: Path | None, columns: str, format_name: str | None
 ) -> Log | None:
     """Read a file with the options of `fit`, unless others are given. Return None if it has no rows."""
-    read_options, served = job.bundle.read_options, job.bundle.served
-    catalogs = {"user_id": served.users, "item_id": served.items}
-    text = [name for name, catalog in catalogs.items() if catalog.frame["id"].dtype == pl.String]
+    from freshrec.recommender.log_reading import known_id_types
+
+    read_options = job.bundle.read_options
     try:
         return read_log(
             path,
@@ -294,7 +295,7 @@ def _read_delivery(
             events=read_options.events,
             quarantine=quarantine and _free_path(quarantine),
             allow_missing_events=True,
-            text_columns=text,
+            id_types=known_id_types(job.bundle.served),
         )
     except NoRowsError:
         return None

@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from freshrec.data.identities import convert_ids
 from freshrec.errors import LogError, StateError
 
 TYPE_NAMES = {pl.Int64: "whole numbers", pl.String: "text", pl.Float64: "numbers"}  # names of the types in messages
-INTEGER_TYPES = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt8, pl.UInt16, pl.UInt32)  # all fit in Int64
 SPAN_COLUMNS = {"first_span": pl.Int32, "last_span": pl.Int32}  # beside "id", which is Int64 or String
 UInt32Array: TypeAlias = NDArray[np.uint32]
 IdColumn: TypeAlias = NDArray[np.int64] | pl.Series  # numbers, or text
@@ -106,21 +106,8 @@ class Catalog:
         return _to_indexable(self.frame["id"])
 
     def normalize_ids(self, ids: pl.Series) -> pl.Series:
-        """Return `ids` as Int64 or String. Raises LogError for nulls and for types other than the catalog's."""
-        if ids.dtype in INTEGER_TYPES:
-            ids = ids.cast(pl.Int64)
-        elif ids.dtype in (pl.Categorical, pl.Enum):
-            ids = ids.cast(pl.String)
-        kind = self.frame["id"].dtype
-        if ids.dtype not in (pl.Int64, pl.String):
-            raise LogError(
-                f"The ids in column {ids.name!r} have the type {ids.dtype}. Convert them to integers or strings."
-            )
-        if kind not in (ids.dtype, pl.Null):
-            raise LogError(
-                f"The ids in column {ids.name!r} are {TYPE_NAMES[type(ids.dtype)]}, but earlier ones are "
-                f"{TYPE_NAMES[type(kind)]}. Use one type."
-            )
+        """Return `ids` as the catalog's type. Raises LogError for nulls and for ids that are not exactly of it."""
+        ids = convert_ids(ids, self.frame["id"].dtype)
         if ids.null_count():
             raise LogError(f"Rows without an id in column {ids.name!r}: {ids.null_count():,}. Remove them.")
         return ids

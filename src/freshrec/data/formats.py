@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from freshrec.data.folders import scan_parquet
+from freshrec.data.json_lines import scan_json_lines
 from freshrec.data.pandas_frames import from_pandas
 from freshrec.data.reader_errors import as_log_error
 from freshrec.data.text_rows import scan_text
@@ -84,8 +85,7 @@ def _open_by_ending(path: Path) -> SourceTable:
         case [".tsv"]:
             return SourceTable(scan_text(path, "\t"), path.name, has_types=False)
         case [".jsonl" | ".ndjson" | ".json"]:
-            # The whole file decides the type of a column: later rows may hold text even if the first ones hold numbers.
-            return SourceTable(pl.scan_ndjson(path, infer_schema_length=None), path.name, has_types=False)
+            return SourceTable(scan_json_lines(path), path.name, has_types=False)
         case _:
             raise LogError(
                 f"{path.name} has an unknown file ending. A log is {SUPPORTED_ENDINGS}. "

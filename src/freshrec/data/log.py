@@ -16,7 +16,7 @@ import polars as pl
 from freshrec.data.bad_rows import fault_message, first_faults, write_quarantine
 from freshrec.data.columns import ColumnFault, has_value, read_labels, read_numbers
 from freshrec.data.formats import SourceTable, open_table
-from freshrec.data.identities import read_ids
+from freshrec.data.identities import IdType, read_id_column
 from freshrec.data.moments import UNIT_NAMES, parse_microseconds, read_times
 from freshrec.data.source_columns import collect_columns, map_columns
 from freshrec.deprecation import UNSET, Unset, value_of_renamed
@@ -41,6 +41,7 @@ class Log:
     unit: str  # of times in the source: "s", "ms", "us", "ns", "ISO 8601" or "period + order"
     notes: tuple[str, ...] = ()  # sentences about what was detected, renamed or left out
     n_out_of_order: int = 0  # rows that come after a later row in the source
+    id_notes: tuple[str, ...] = ()  # those of `notes` that are about ids
     n_quarantined: int = 0  # bad rows that were written to the quarantine file
     n_missing_timestamps: int = 0  # rows without a timestamp, in a source with timestamps in other rows
 
@@ -56,6 +57,7 @@ def read_log(
     quarantine: Path | None = None,
     allow_missing_events: bool = False,
     text_columns: Sequence[str] = (),
+    id_types: Mapping[str, IdType] | None = None,
     absent: bool | Unset = UNSET,
     text: Sequence[str] | Unset = UNSET,
 ) -> Log:
@@ -70,7 +72,9 @@ def read_log(
     - `users`: number of random users to keep, with all their rows; None = all. `seed` is the seed of this sample.
     - `quarantine`: a .parquet or .csv file for bad rows. Without it, a bad row is an error.
     - `allow_missing_events`: whether a type in `events` may have no rows.
-    - `text_columns`: our columns whose ids are text, even if all of them look like numbers.
+    - `text_columns`: our columns whose ids are text, even if all of them are numbers.
+    - `id_types`: our column -> Int64 or String, the type of the ids in an earlier log. Ids are converted to it if that
+      is exact; other rows are bad. It overrides `text_columns`.
     - `absent`, `text`: former names of `allow_missing_events` and `text_columns`.
 
     Raises LogError if the log cannot be read, NoRowsError if it is empty, and OptionError for an invalid argument.
@@ -87,7 +91,8 @@ def read_log(
     if not len(source_rows):
         raise NoRowsError(f"{table.name} has no rows. A log needs at least one.")
     try:
-        log, faults = _parse_columns(source_rows, names, declared_text | set(text_columns), table)
+        known_types = dict.fromkeys(declared_text | set(text_columns), pl.String) | dict(id_types or {})
+        log, faults = _parse_columns(source_rows, names, known_types, table)
     except LogError as problem:
         raise LogError(f"{table.name}: {problem}") from None
     if faults:
@@ -142,22 +147,25 @@ def events_before(log: Log, moment: str) -> Log:
 
 
 def _parse_columns(
-    raw: pl.DataFrame, names: Mapping[str, str], text_columns: set[str], table: SourceTable
+    raw: pl.DataFrame, names: Mapping[str, str], id_types: Mapping[str, IdType], table: SourceTable
 ) -> tuple[Log, list[ColumnFault]]:
     """Return the log in the order of the source, including bad rows, and its faults."""
     frame: dict[str, pl.Series] = {}
     faults: list[ColumnFault] = []
+    id_notes: list[str] = []
     unit = "period + order"
     for name in names:
         found: list[ColumnFault] = []
         if name in ("user_id", "item_id", "category", "event_id"):
             is_key = name in ("user_id", "item_id")
-            frame[name], found = read_ids(
+            frame[name], found, found_notes = read_id_column(
                 raw[name],
+                id_types.get(name),
                 required=is_key,
-                infer_integers=not table.has_types and name not in text_columns,
+                infer_integers=not table.has_types,
                 allow_mixed=table.allows_mixed_ids or not is_key,
             )
+            id_notes += found_notes
         elif name == "timestamp":
             frame["time"], unit, found = read_times(raw[name])
         elif name in ("event", "split"):
@@ -168,7 +176,7 @@ def _parse_columns(
     has_clock, found = _check_clock(frame, raw)
     faults = [fault for fault in faults + found if not (has_clock and fault.column == "order")]
     renamed = [name for name in names if names[name] != name and not (name == "order" and has_clock)]
-    notes = [f'Column "{names[name]}" is used as {name}.' for name in renamed]
+    notes = [f'Column "{names[name]}" is used as {name}.' for name in renamed] + id_notes
     if has_clock:
         notes.append(f"Timestamps are in {UNIT_NAMES.get(unit, unit)}.")
     else:
@@ -177,7 +185,8 @@ def _parse_columns(
         if "time" in frame:
             notes.append(f"Timestamps are missing in {format_count(frame['time'].null_count(), 'row')}.")
         unit = "period + order"
-    return Log(pl.DataFrame(frame), has_clock, unit, tuple(notes)), first_faults(faults)
+    log = Log(pl.DataFrame(frame), has_clock, unit, tuple(notes), id_notes=tuple(id_notes))
+    return log, first_faults(faults)
 
 
 def _check_clock(frame: Mapping[str, pl.Series], raw: pl.DataFrame) -> tuple[bool, list[ColumnFault]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from freshrec.data.duplicates import count_duplicates
+from freshrec.data.id_warnings import warn_about_ids
 from freshrec.data.log import Log
 from freshrec.data.moments import format_time
 from freshrec.text_layout import format_count
@@ -56,6 +57,7 @@ def validate_log(log: Log) -> LogReport:
         _warn_outlying_times(log),
         _warn_ties(ties),
         _warn_duplicates(log, n_duplicates, exposures > 0),
+        *warn_about_ids(frame).values(),
     )
     n_periods = frame["period"].n_unique() if "period" in frame.columns else None
     n_pairs = _n_distinct(frame, ["user_id", "item_id"])
@@ -81,6 +83,9 @@ def validate_log(log: Log) -> LogReport:
         notes=log.notes,
         warnings=tuple(warning for warning in warnings if warning),
     )
+
+
+validate = validate_log  # a former name
 
 
 def suggest_spans(log: Log) -> tuple[str, int]:

@@ -266,6 +266,14 @@ def _missing_checks(day: DeliveryStats, earlier: Sequence[DeliveryStats], limits
             f"The shares of single users and items are checked from {limits.min_rows} rows on."
         )
         found.append(Note("few-rows", text))
+    first = day.share_new_users_first
+    is_unjudged = not earlier if first is None else day.n_rows < limits.min_rows and first < limits.uninformative_share
+    if is_unjudged and day.share_unknown_users > limits.max_share_unknown:
+        text = (
+            f"{format_percent(day.share_unknown_users)} of the rows have an unknown user id. Too little is known to "
+            "judge this. Check whether the ids have changed."
+        )
+        found.append(Note("unknown-users", text))
     return found
 
 

@@ -42,7 +42,7 @@ from freshrec.nightly.deferral import batches_of, find_deferral
 from freshrec.nightly.delivery_stats import compute_delivery_stats, newest_time_before, share_of_new_users
 from freshrec.nightly.gate import GateLimits, find_anomalies
 from freshrec.nightly.holdout import newest_queries, user_values
-from freshrec.nightly.notes import Note, count_of, with_notes
+from freshrec.nightly.notes import Note, count_of, notes_about_ids, with_notes
 from freshrec.progress import report_progress
 from freshrec.recommender.bundle import Bundle, read_bundle, write_bundle
 from freshrec.recommender.log_reading import encode_events, match_clock
@@ -86,7 +86,8 @@ class NightlyJob:
         bundle = replace(bundle, read_options=replace(bundle.read_options, has_clock=log.has_clock))
         new = encode_events(bundle.served, frame)
         learned, numbers = learn_with_holdout(bundle, new, FIRST_HOLDOUT_SHARE)
-        metric, queries, notes = self.limits.metric, newest_queries(learned.served), []
+        metric, queries, notes = self.limits.metric, newest_queries(learned.served), notes_about_ids(rows)
+        notes += [Note("converted-ids", " ".join(log.id_notes))] if log.id_notes else []
         report_progress("measuring", detail=count_of(len(queries), "held-out query", "held-out queries"))
         if len(queries):
             states = {metric: learned.served.state, f"{metric} popularity": popularity_state(learned, new)}
@@ -217,7 +218,7 @@ class NightlyJob:
                 found = challenge_with_deferred(champion, delivery, find_deferral(self.store, self.limits))
         except (LogError, TrainingError) as error:
             found, force = failed_challenger(champion, delivery, error), ""
-        verdict, notes = found.verdict, list(found.verdict.notes)
+        verdict, notes = found.verdict, [*found.verdict.notes, *notes_about_ids(frame)]
         if is_separate:
             text = "These are the rows of one user, who has unusually many. The rest of the delivery is judged apart."
             notes.insert(0, Note("separate", text))
@@ -305,11 +306,14 @@ def waiting_batches(store: Store, log: EventLog) -> list[int]:
 
 
 def match_types(log: Log, bundle: Bundle) -> Log:
-    """Return a delivery without the timestamps that the store's log lacks. Raises LogError as `append_delivery`."""
+    """Return a delivery with the ids of the store's types, and without timestamps if the store's log has none.
+
+    Raises LogError as `append_delivery`.
+    """
     log = match_clock(log, bundle.read_options)
-    for catalog, name in ((bundle.served.users, "user_id"), (bundle.served.items, "item_id")):
-        catalog.normalize_ids(filter_positives(log.frame)[name])
-    return log
+    catalogs = {"user_id": bundle.served.users, "item_id": bundle.served.items}
+    frame = log.frame.with_columns(catalog.normalize_ids(log.frame[name]) for name, catalog in catalogs.items())
+    return replace(log, frame=frame)
 
 
 def preview_delivery(job: NightlyJob, log: Log | None) -> dict[str, Any]:

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
+import polars as pl
+
+from freshrec.data.id_warnings import warn_about_ids
 from freshrec.store.manifest import Manifest
 from freshrec.text_layout import format_count
 
@@ -21,6 +24,11 @@ class Note(NamedTuple):
 
     code: str  # stable, because manifests hold it
     text: str
+
+
+def notes_about_ids(frame: pl.DataFrame) -> list[Note]:
+    """Return the notes about suspicious ids of events, such as "nan"."""
+    return [Note(code, text) for code, text in warn_about_ids(frame).items()]
 
 
 def with_notes(manifest: Manifest, notes: Sequence[Note]) -> Manifest:

@@ -2,50 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
 
+import numpy as np
 import polars as pl
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from freshrec.data.catalog import Catalog
+from freshrec.data.identities import convert_ids, parse_id
 from freshrec.errors import LogError, OptionError
 from freshrec.recommender.list_request import ListRequest
 from freshrec.recommender.lists import ResolvedRequest
 from freshrec.recommender.served_state import ServedState
 
-Ids: TypeAlias = str | int | Sequence[str | int] | pl.Series  # one or several ids
+Ids: TypeAlias = str | int | Sequence[str | int] | pl.Series | NDArray[Any]  # one or several ids
 
 
 def normalize_ids(name: str, ids: Ids, catalog: Catalog) -> pl.Series:
-    """Return ids as a column of the catalog's type; "42" becomes 42 if the ids of the catalog are integers."""
+    """Return ids as a column of the catalog's type; numbers and text may be mixed.
+
+    Raises LogError, with the value, for what is not exactly an id of that type, as `parse_id` does.
+    """
     kind = catalog.frame["id"].dtype
-    values = [ids] if isinstance(ids, str | int) else list(ids)
+    if isinstance(ids, pl.Series):
+        return convert_ids(ids.alias(name), kind)
+    if isinstance(ids, np.ndarray) and ids.dtype.kind in "iufU":
+        return convert_ids(pl.Series(name, np.atleast_1d(ids)), kind)
+    values = id_tuple(ids)
     try:
-        column = pl.Series(name, values) if values else pl.Series(name, values, dtype=kind)
-    except TypeError:
-        raise LogError(f"{name} mixes numbers and text. Pass ids of one type.") from None
-    if column.dtype != pl.String or kind != pl.Int64:
-        return column
-    numbers = column.cast(pl.Int64, strict=False)
-    if numbers.null_count():
-        wrong = column.filter(numbers.is_null())[0]
-        raise LogError(f'{name} "{wrong[:60]}" is not an integer, but all ids of this log are. Pass an integer.')
-    return numbers
+        if set(map(type, values)) <= {int} or set(map(type, values)) <= {str}:
+            return convert_ids(pl.Series(name, values, dtype=None if values else kind), kind)
+    except (TypeError, OverflowError, UnicodeEncodeError):
+        pass  # `parse_id` names the value
+    return pl.Series(name, [parse_id(value, kind, name) for value in values])
 
 
-def normalize_id(name: str, value: str | int, catalog: Catalog) -> str | int:
-    """Return one id as the catalog's type. Raises LogError for an id of another type."""
-    is_text = catalog.frame["id"].dtype == pl.String
-    if is_text and not isinstance(value, str):
-        raise LogError(f"{name} is a number, but the ids of this log are text. Send it as text.")
-    if is_text or type(value) is int:
-        return value
-    if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 19:
-        return int(value)  # a fast path for single ids
-    found: str | int = normalize_ids(name, value, catalog)[0]
-    return found
+def normalize_id(name: str, value: object, catalog: Catalog) -> str | int:
+    """Return one id as the catalog's type. Raises LogError for what is not exactly an id of that type."""
+    return parse_id(value, catalog.frame["id"].dtype, name)
 
 
 def known_item_rows(served: ServedState, ids: Ids) -> Tensor:
@@ -77,7 +74,7 @@ def require_rows(ids: pl.Series, catalog: Catalog) -> Tensor:
 
 def rows_of_pair(served: ServedState, user: str | int, item: str | int) -> tuple[Tensor, int]:
     """Return the row of a user, shape (1,), and the row of an item. Raises OptionError for an unknown id."""
-    if not isinstance(user, str | int) or not isinstance(item, str | int):
+    if not _is_single(user) or not _is_single(item):
         raise OptionError("`explain` takes one user id and one item id. Call it once per pair.")
     try:
         users, items = normalize_ids("user_id", user, served.users), normalize_ids("item_id", item, served.items)
@@ -93,7 +90,14 @@ def column_tensor(found: pl.DataFrame, column: str = "item") -> Tensor:
 
 def id_tuple(ids: Ids) -> tuple[str | int, ...]:
     """Return one or several ids as a tuple."""
-    return (ids,) if isinstance(ids, str | int) else tuple(ids)
+    return (ids,) if _is_single(ids) else tuple(ids)  # type: ignore[arg-type, return-value]
+
+
+def _is_single(ids: object) -> bool:
+    """Whether this is one id, and not several. Bytes are one value, which `parse_id` refuses."""
+    if isinstance(ids, np.ndarray):
+        return ids.ndim == 0
+    return isinstance(ids, str | bytes | bytearray) or not isinstance(ids, Iterable)
 
 
 def resolve_request(served: ServedState, request: ListRequest) -> ResolvedRequest:

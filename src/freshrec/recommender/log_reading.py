@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -11,6 +12,7 @@ import torch
 
 from freshrec.data.catalog import Catalog
 from freshrec.data.duplicates import drop_duplicates
+from freshrec.data.identities import IdType
 from freshrec.data.log import Log, keep_positives, read_log
 from freshrec.data.moments import format_time
 from freshrec.errors import LogError
@@ -34,10 +36,20 @@ class ReadOptions:
     has_clock: bool = True  # Whether the log of `fit` had timestamps. New events must have them too.
 
 
-def read_interactions(source: LogSource, options: ReadOptions) -> Log:
-    """Read the positive events of a log, each once; exposures (label 0) are dropped. Raises LogError for a bad log."""
-    log = read_log(source, columns=options.columns, format=options.format, events=options.events)
+def read_interactions(source: LogSource, options: ReadOptions, id_types: Mapping[str, IdType] | None = None) -> Log:
+    """Read the positive events of a log, each once; exposures (label 0) are dropped. Raises LogError for a bad log.
+
+    `id_types`: types of the ids of earlier events (`known_id_types`).
+    """
+    log = read_log(source, columns=options.columns, format=options.format, events=options.events, id_types=id_types)
     return drop_duplicates(keep_positives(log))
+
+
+def known_id_types(served: ServedState) -> dict[str, IdType]:
+    """Return the types of the ids that a recommender knows, to read further events with."""
+    catalogs = {"user_id": served.users, "item_id": served.items}
+    types = {name: catalog.frame["id"].dtype for name, catalog in catalogs.items()}
+    return {name: kind for name, kind in types.items() if kind != pl.Null}
 
 
 def read_new_events(source: LogSource, options: ReadOptions, served: ServedState) -> Log:
@@ -45,7 +57,7 @@ def read_new_events(source: LogSource, options: ReadOptions, served: ServedState
 
     Without timestamps, the new rows follow the learned ones.
     """
-    log, newest = match_clock(read_interactions(source, options), options), served.newest_time
+    log, newest = match_clock(read_interactions(source, options, known_id_types(served)), options), served.newest_time
     assert newest is not None  # a fitted recommender has events
     if not log.has_clock:
         return replace(log, frame=log.frame.with_columns(pl.col("time") + newest + 1))

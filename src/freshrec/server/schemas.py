@@ -5,17 +5,25 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from freshrec.data.identities import (
+    MAX_ID_BYTES,
+    MAX_INTEGER_ID,
+    MIN_INTEGER_ID,
+    check_new_text,
+)
 from freshrec.recommender.list_request import DEFAULTS, ListRequest, help_of, lower_bound
 
 MAX_K, MAX_USERS, MAX_EVENTS, MAX_IDS, MAX_DIVERSITY = 500, 256, 1000, 1000, 1e6
-MAX_ID_LENGTH = 256
+MAX_ID_LENGTH = MAX_ID_BYTES  # an id of a log may have so many bytes, so at most so many characters
 ID_PATTERN = r"^[^\x00-\x1f\x7f]*$"  # no control characters
-MIN_INT_ID, MAX_INT_ID = -(2**63), 2**63 - 1  # range of integer ids
 
 ShortText = Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH, pattern=ID_PATTERN)]
-Id = Annotated[int, Field(ge=MIN_INT_ID, le=MAX_INT_ID, strict=True)] | ShortText
+IntegerId = Annotated[int, Field(ge=MIN_INTEGER_ID, le=MAX_INTEGER_ID, strict=True)]
+Id = IntegerId | ShortText
+NewText = Annotated[ShortText, AfterValidator(check_new_text)]
+NewId = IntegerId | NewText  # of a click, whose user and item may be new
 IdList = Annotated[list[Id], Field(max_length=MAX_IDS)]
 
 # The fields of `ListRequest`, with its bounds and with limits that keep a single request cheap.
@@ -44,27 +52,22 @@ class RecommendRequest(BaseModel):
 
     def to_request(self) -> ListRequest:
         """Return the options of the lists."""
-        allow = None if self.allow is None else _unify_id_types(self.allow)
-        return ListRequest(self.k, self.exclude_seen, allow, _unify_id_types(self.deny), self.category, self.diversity)
-
-
-def _unify_id_types(ids: list[int | str]) -> tuple[int | str, ...]:
-    """Convert all ids to text if one of them is text."""
-    return tuple(ids) if all(isinstance(value, int) for value in ids) else tuple(map(str, ids))
+        allow = None if self.allow is None else tuple(self.allow)
+        return ListRequest(self.k, self.exclude_seen, allow, tuple(self.deny), self.category, self.diversity)
 
 
 class ClickIn(BaseModel):
     """A click, or any other event that the log counts."""
 
     model_config = ConfigDict(extra="forbid")
-    user_id: Annotated[Id, Field(description="Id of the user. A new id is allowed.")]
-    item_id: Annotated[Id, Field(description="Id of the item. A new id is allowed.")]
+    user_id: Annotated[NewId, Field(description="Id of the user. A new id is allowed.")]
+    item_id: Annotated[NewId, Field(description="Id of the item. A new id is allowed.")]
     timestamp: Annotated[
         datetime | None,
         Field(description="Time of the click: ISO 8601, or seconds or milliseconds since 1970. Default: now."),
     ] = None
-    event_id: Annotated[Id | None, Field(description="Id of the click. A repeated id is counted once.")] = None
-    category: Annotated[Id | None, Field(description="Category of the item.")] = None
+    event_id: Annotated[NewId | None, Field(description="Id of the click. A repeated id is counted once.")] = None
+    category: Annotated[NewId | None, Field(description="Category of the item.")] = None
     event: Annotated[ShortText | None, Field(description="Event type, for a log with several types.")] = None
 
 

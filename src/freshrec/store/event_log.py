@@ -24,10 +24,11 @@ from deltalake.exceptions import CommitFailedError, DeltaError
 
 from freshrec.data.catalog import TYPE_NAMES
 from freshrec.data.duplicates import EVENT_KEYS, drop_duplicate_rows, split_by_event_id
+from freshrec.data.identities import convert_ids
 from freshrec.errors import LogError, OptionError, StateError
 from freshrec.files import file_checksum, sync_folder
 from freshrec.store.checksummed_json import read_checksummed, write_checksummed
-from freshrec.store.log_columns import COLUMN_TYPES, as_time, time_range
+from freshrec.store.log_columns import COLUMN_TYPES, ID_COLUMNS, as_time, time_range
 from freshrec.text_layout import to_printable
 
 TABLE_NAME = "freshrec event log 1"  # name of the table, with the number of its format
@@ -323,10 +324,8 @@ def _match_schema(frame: pl.DataFrame, table: DeltaTable | None, has_clock: bool
             raise LogError(
                 f"An event log has no column {to_printable(name, 60)} of type {kind}. Read the delivery with read_log."
             )
-        if kind != column_types.get(name, kind):
-            advice = f"Pass --columns {name}=NAME:text" if kind == pl.Int64 else "Check the delivery"
-            found, expected = TYPE_NAMES[type(kind)], TYPE_NAMES[type(column_types[name])]
-            raise LogError(f"{name} holds {found}, but {expected} in the event log in {folder}. {advice}.")
+    known_ids = [name for name in ID_COLUMNS if name in frame.columns and name in column_types]
+    frame = frame.with_columns(convert_ids(frame[name], column_types[name]) for name in known_ids)
     if frame.select(EVENT_KEYS).null_count().sum_horizontal().item():
         raise LogError("The delivery has rows without user_id, item_id or time. Read it with read_log.")
     if table is not None and table.metadata().description != CLOCK_DESCRIPTIONS[has_clock]:

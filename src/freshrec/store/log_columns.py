@@ -14,6 +14,7 @@ COLUMN_TYPES = {
     "split": (pl.String,),
     "event_id": (pl.Int64, pl.String),
 }
+ID_COLUMNS = tuple(name for name, allowed in COLUMN_TYPES.items() if allowed == (pl.Int64, pl.String))
 
 
 def time_range(rows: pl.DataFrame) -> tuple[int | None, int | None]:
