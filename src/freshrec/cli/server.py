@@ -228,7 +228,7 @@ def read_token(path: Path | None) -> str:
 def erase_in_subprocess(store: Path, user: str) -> dict[str, Any]:
     """Run `freshrec erase` in a subprocess, because it needs the training code. Raises StateError if it fails."""
     command = [sys.executable, "-m", "freshrec", "erase", "--stdin", "--store", str(store), "--wait", "1m", "--json"]
-    process = subprocess.run(command, input=user, capture_output=True, text=True, timeout=3600)
+    process = subprocess.run(command, input=f"{user}\n", capture_output=True, encoding="utf-8", timeout=3600)
     if process.returncode:
         lines = process.stderr.strip().splitlines() or ["The user was not erased. Run `freshrec doctor`."]
         raise StateError(lines[-1].removeprefix("error: "))

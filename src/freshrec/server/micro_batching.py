@@ -33,7 +33,6 @@ class MicroBatcher:
 
     async def recommend(self, version: LoadedVersion, user: int | str, request: ListRequest) -> schemas.UserList:
         """Return the list of one user. Raises the errors of `handlers.recommend`."""
-        handlers.user_row(version, user)  # an invalid id raises LogError here, not in a batch of others
         key = (version, request)
         batch = self._pending.get(key)
         if batch is None or len(batch.users) == MAX_BATCH_USERS:
