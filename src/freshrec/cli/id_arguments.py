@@ -29,7 +29,7 @@ def parse_ids(lists: Iterable[str]) -> list[str]:
             assert plain is not None
             if plain[1].lstrip().startswith('"'):
                 raise OptionError(
-                    f"The quotation mark in {text[place:][:60]} has no end before a comma. Write \"a,b\" for the id a,b, "
+                    f'The quotation mark in {text[place:][:60]} has no end before a comma. Write "a,b" for the id a,b, '
                     'and two marks ("") for each mark in an id.'
                 )
             found += [plain[1].strip()] if plain[1].strip() else []

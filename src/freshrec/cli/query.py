@@ -57,12 +57,15 @@ def recommend(
     as_json: AsJson = False,
 ) -> None:
     """Print recommended items for each user."""
+    from freshrec.recommender.ids import known_item_rows
     from freshrec.recommender.recommender import Recommender
 
     allowed, denied = (None if lists is None else parse_ids(lists) for lists in (allow, deny))
     recommender = Recommender.from_bundle(_open_bundle(store, version))
     with _id_errors_as_option_errors():
         found = recommender.recommend(users, k, exclude_seen, allowed, denied, category, diversity)
+        if allowed and not len(known_item_rows(recommender.served, allowed)):
+            typer.echo("note: The log has no item of --allow. Write '\"a,b\"' for an id with a comma.", err=True)
     rows = [(user, rank, item, f"{score:.4g}", fallback) for user, item, score, rank, fallback in found.iter_rows()]
     _print_lists(found, ("user", "rank", "item", "score", "fallback"), rows, as_json)
 
