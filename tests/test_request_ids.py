@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import jsonschema_rs
 import numpy as np
 import polars as pl
 import pytest
@@ -254,6 +255,35 @@ def test_erasing_refuses_an_id_that_cannot_be_in_the_log(integer_store: Path) ->
         for path in ("/users/05", "/users?user=05"):
             answer = client.delete(path, headers=headers)
             assert answer.status_code == 422 and "Did you mean 5?" in answer.json()["detail"]
+
+
+def test_every_example_of_the_api_document_is_valid(integers: TestClient) -> None:
+    document = integers.get("/openapi.json").json()
+    schemas = document["components"]["schemas"]
+    bodies = [
+        route["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+        for methods in document["paths"].values()
+        for route in methods.values()
+        if "requestBody" in route
+    ]
+    assert set(bodies) == {"RecommendRequest", "ClicksRequest", "RollbackRequest"}
+    assert all(schemas[name]["examples"] for name in bodies)
+    parameters_ = [one for methods in document["paths"].values() for route in methods.values()
+                   for one in route.get("parameters", [])]  # fmt: skip
+    for schema in (*schemas.values(), *(one["schema"] for one in parameters_)):
+        for example in schema.get("examples", []):
+            jsonschema_rs.validate({**schema, "components": document["components"]}, example)
+    assert any("examples" in one["schema"] for one in parameters_)
+
+
+def test_paths_with_an_id_have_the_same_answers_as_queries(integers: TestClient) -> None:
+    for path, other in (
+        ("/recommend/5?k=2", "/recommend?user=5&k=2"),
+        ("/similar/1?k=2", "/similar?item=1&k=2"),
+        ("/users/5/interests", "/users/interests?user=5"),
+        ("/explain/5/1", "/explain?user=5&item=1"),
+    ):
+        assert integers.get(path).json() == integers.get(other).json() != {}, path
 
 
 # -- the command line
