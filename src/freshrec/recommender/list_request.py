@@ -41,7 +41,7 @@ class ListRequest:
     def __post_init__(self) -> None:
         object.__setattr__(self, "k", check_k(self.k))
         weight: Any = self.diversity
-        if isinstance(weight, Real) and not isinstance(weight, int | float):  # such as numpy.float32
+        if type(weight) not in (bool, int, float) and isinstance(weight, Real):  # such as numpy.float32
             object.__setattr__(self, "diversity", float(weight))
         check_options(self)
 
