@@ -126,6 +126,14 @@ def test_a_delivery_with_other_types_is_an_error(tmp_path: Path, delivery: pl.Da
     assert n_rows(log) == 1
 
 
+def test_ids_are_converted_to_the_types_of_the_log_if_that_is_exact(tmp_path: Path) -> None:
+    log = log_of(tmp_path, frame(("a", 1, 1, 3), extra="category"))
+    log.append(frame((7, "2", 2, "4"), (8, "-5", 3, None), extra="category"), "numbers", has_clock=True)
+    assert log.read().rows() == [("a", 1, 1, 3), ("7", 2, 2, 4), ("8", -5, 3, None)]
+    with pytest.raises(LogError, match='item_id "007" is not an integer, .* Did you mean 7'):
+        log.append(frame((7, "007", 2)), "zeros", has_clock=True)
+
+
 # Half of the events have an event_id. Events share users, items and times.
 POOL = [(f"u{n % 3}", n // 3, 100 + n % 4, n if n % 2 else None) for n in range(12)]
 

@@ -196,6 +196,25 @@ def test_few_rows_are_not_judged_by_shares_and_a_note_says_so() -> None:
     assert Note("few-rows", text) in verdict.notes
 
 
+@pytest.mark.parametrize(
+    ("n_rows", "first", "n_earlier", "has_note"),
+    [
+        (2000, None, 0, True),  # a store of 0.1.0, on its first night
+        (2000, None, 1, False),  # compared with the earlier night
+        (2000, 0.1, 0, False),  # refused
+        (40, 0.1, 0, True),  # too few rows to judge
+        (40, 0.95, 0, False),  # ids of sessions never return
+    ],
+)
+def test_a_note_tells_of_nearly_all_users_unknown_if_that_cannot_be_judged(
+    n_rows: int, first: float | None, n_earlier: int, has_note: bool
+) -> None:
+    day = replace(TODAY, n_rows=n_rows, share_unknown_users=1.0, share_new_users_first=first)
+    verdict = judge_challenger(day, THREE_WEEKS[:n_earlier], SAME)
+    assert ("unknown-users" in [note.code for note in verdict.notes]) == has_note
+    assert not has_note or "100 % of the rows have an unknown user id" in " ".join(note.text for note in verdict.notes)
+
+
 def test_a_loss_beyond_the_tolerance_is_refused_with_its_numbers() -> None:
     # 200 of 1000 users have a hit, and 60 of them lose it: -0.06 of 0.2 is -30 %. The standard error,
     # sqrt(0.06 * 0.94 / 1000) = 0.0075, is 3.75 % of 0.2, so the interval is 30 +- 7.4 %.

@@ -12,10 +12,15 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import pytest
+import torch
 
+from freshrec import Recommender
+from freshrec.cli.app import main
+from freshrec.data.id_warnings import warn_about_ids
 from freshrec.data.identities import check_new_text, json_id, parse_id
 from freshrec.data.log import Log, read_log
-from freshrec.errors import LogError
+from freshrec.data.validate import validate
+from freshrec.errors import LogError, OptionError
 
 START = 1_700_000_000  # seconds
 BIG = 2**53
@@ -297,3 +302,104 @@ def test_ids_beyond_2_53_leave_as_text_in_json() -> None:
 def test_a_text_that_no_log_may_hold_is_no_new_id(text: str) -> None:
     with pytest.raises(ValueError, match="An id must not"):
         check_new_text(text)
+
+
+@pytest.mark.parametrize(
+    ("ids", "warning"),
+    [
+        (["nan", "nan", "NULL", "a"], '75 % of the rows have the user_id "nan"'),
+        (["\\N", "a", "b", "c"], "25 % of the rows have the user_id"),
+        ([" none ", "a", "b", "c"], '25 % of the rows have the user_id "none"'),
+        (["u1 ", "u1", "u2", "u3"], "25 % of the rows have a blank at an end of the user_id"),
+        (["1.0", "2.0", "3.0", "a"], "75 % of the rows have a user_id with a decimal point"),
+        (["nancy", "u 1", "1.0", "a"], None),
+    ],
+)
+def test_suspicious_texts_are_ids_with_a_warning(ids: list[str], warning: str | None) -> None:
+    log = read_log(typed(ids))
+    found = list(warn_about_ids(log.frame).values())
+    assert users(log) == ids and sum(warning is not None and warning in text for text in found) == bool(warning)
+    assert set(found) <= set(validate(log).warnings)
+    as_items = log.frame.rename({"user_id": "item_id", "item_id": "user_id"})
+    assert bool(warn_about_ids(as_items)) == bool(warning)
+    as_event_ids = log.frame.select(event_id="user_id")
+    assert bool(warn_about_ids(as_event_ids)) == bool(warning)
+
+
+def test_a_store_keeps_its_type_of_ids_and_notes_what_it_converted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = [1 + n % 4 for n in range(40)]
+    log = pl.DataFrame({"user_id": ids, "item_id": [n % 7 for n in range(40)], "timestamp": range(START, START + 40)})
+    at = ["--store", str(tmp_path / "s")]
+
+    def run(*words: str) -> Any:
+        code = main([*words, *at, "--json"])
+        said = capsys.readouterr().out
+        return json.loads(said) if code in (0, 6) else code
+
+    log.with_columns(pl.col("user_id").cast(pl.Float64)).write_csv(tmp_path / "log.csv")  # 1.0, 2.0, ...
+    version = run("fit", str(tmp_path / "log.csv"), "--model", "item-knn")
+    assert any("decimals such as 7.0" in note for note in version["notes"])
+    later = log.with_columns(pl.col("timestamp") + 100)
+    later.with_columns(pl.col("user_id", "item_id").cast(pl.String)).write_parquet(tmp_path / "text.parquet")
+    later.with_columns(pl.col("timestamp") + 100).cast({"user_id": pl.Float64}).write_ndjson(tmp_path / "new.jsonl")
+    for name in ("text.parquet", "new.jsonl"):
+        [version] = run("update", str(tmp_path / name), "--force", "--reason", "a test")
+        assert version["sizes"]["users"] == 4 and version["data"]["day"]["share_unknown_users"] == 0
+    assert [row["user_id"] for row in run("recommend", "4", "-k", "1", "--no-exclude-seen")] == [4]
+    for command in (["recommend", "04"], ["erase", "+4"], ["inspect", "user", "004"], ["similar", "1.0"]):
+        assert main([*command, *at]) in (OptionError.exit_code, LogError.exit_code)
+        assert "Did you mean " in capsys.readouterr().err
+    (tmp_path / "bad.csv").write_text(f"user_id,item_id,timestamp\n5.0,1,{START + 900}\n005,1,{START + 901}\n")
+    assert main(["update", str(tmp_path / "bad.csv"), *at]) == LogError.exit_code
+    assert "user_id is not a whole number, but all ids of the log are in 1 row (data row 2" in capsys.readouterr().err
+
+
+def test_python_calls_take_numbers_of_numpy_and_mixtures_and_update_takes_other_types() -> None:
+    log = pl.DataFrame({"user_id": [5, 6, 5, 6], "item_id": [1, 2, 2, 1], "timestamp": [START + n for n in range(4)]})
+    numbers = Recommender("item-knn").fit(log)
+    as_text = log.with_columns(pl.col("user_id", "item_id").cast(pl.String))
+    texts = Recommender("item-knn").fit(as_text)
+    calls: list[Any] = [5, np.int64(5), 5.0, "5", [5, "6"], (np.int32(5), 6.0), np.array([5, 6]), np.array([5.0, 6.0])]
+    for given in [*calls, pl.Series([5, 6]), pl.Series(["5", "6"]), [Decimal(5), 6]]:
+        n = 2 if not isinstance(given, str) and np.ndim(given) else 1
+        for recommender, expected in ((numbers, [5, 6]), (texts, ["5", "6"])):
+            found = recommender.recommend(given, k=1, exclude_seen=False)
+            assert found["user_id"].to_list() == expected[:n] and found["fallback"].null_count() == n
+    assert numbers.recommend(5, exclude_seen=False, allow=np.int64(1))["item_id"].to_list() == [1]
+    assert len(numbers.explain(np.int64(5), "1")) and len(numbers.similar_items([1, "2"], k=1)) == 2
+    refused: list[Any] = [b"5", [b"5"], True, [5, True], [5.0, 2**53 + 0.0], "05", ["5", "+6"], pl.Series([5.5]), None]
+    for given in refused:
+        with pytest.raises(LogError, match="user_id"):
+            numbers.recommend(given)
+    later = log.with_columns(pl.col("timestamp") + 10)
+    for kind in (pl.String, pl.Categorical, pl.Float64, pl.Decimal(10, 0), pl.UInt8):
+        frame = later.with_columns(pl.col("user_id").cast(pl.String).cast(kind))
+        for recommender in (numbers, texts):
+            recommender.update(frame)
+            assert recommender.served.users.ids(torch.tensor([1, 2])).to_list() in ([5, 6], ["5", "6"])
+            assert len(recommender.served.users) == 2
+        later = later.with_columns(pl.col("timestamp") + 10)
+    with pytest.raises(LogError, match=r"user_id is not a whole number, but all ids of the log are in 1 row .*'x'"):
+        numbers.update(later[:1].with_columns(user_id=pl.lit("x")))
+
+
+def test_event_ids_categories_and_periods_that_went_through_floats_keep_their_values(tmp_path: Path) -> None:
+    """The columns optional in a log: whole floats are integers, missing values stay missing."""
+    text = "user_id,item_id,period,event_id,category\n1,1,0.0,7.0,\n2,2,1.0,,3.0\n"
+    (tmp_path / "log.csv").write_text(text)
+    log = read_log(tmp_path / "log.csv").frame
+    assert log.select("period", "event_id", "category").rows() == [(0, 7, None), (1, None, 3)]
+    big = {"user_id": [1, 1], "item_id": [1, 2], "period": [BIG, BIG + 1]}
+    decimals = pl.DataFrame(big, schema_overrides={"period": pl.Decimal(20, 0)})
+    pl.DataFrame(big).write_csv(tmp_path / "big.csv")
+    for source in (tmp_path / "big.csv", decimals):
+        assert read_log(source).frame["period"].to_list() == [BIG, BIG + 1]  # type: ignore[arg-type]
+    with pytest.raises(LogError, match="period is not a whole number in 2 rows"):
+        read_log(decimals.cast({"period": pl.Float64}))
+    blank = pl.DataFrame({"user_id": [1], "item_id": [1], "timestamp": [START], "event_id": [" "], "category": [""]})
+    assert read_log(blank).frame.select("event_id", "category").rows() == [(None, None)]
+    lost = pl.DataFrame({"user_id": [1], "item_id": [1], "timestamp": [START], "event_id": [float(BIG)]})
+    with pytest.raises(LogError, match="event_id is a float of at least 2\\^53"):
+        read_log(lost)

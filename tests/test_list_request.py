@@ -56,11 +56,11 @@ def test_both_http_routes_have_every_field_with_its_default_and_description(tmp_
     assert schemas.RecommendRequest(users=["u"]).to_request() == DEFAULTS
 
 
-def test_ids_of_an_http_request_have_one_type() -> None:
+def test_ids_of_an_http_request_keep_their_types() -> None:
     both = schemas.RecommendRequest(
         users=["u"], k=3, exclude_seen=False, allow=[1, "x"], deny=[2, 3], category="c", diversity=0.5
     )
-    assert both.to_request() == ListRequest(3, False, ("1", "x"), (2, 3), "c", 0.5)
+    assert both.to_request() == ListRequest(3, False, (1, "x"), (2, 3), "c", 0.5)
 
 
 @pytest.mark.parametrize(

@@ -605,7 +605,7 @@ def test_a_store_that_python_saved_can_be_updated_by_the_nightly_job(tmp_path: P
     recommender = Recommender("popularity").fit(base)
     recommender.save(tmp_path / "s")
     job = NightlyJob(open_store(tmp_path / "s"), ANY)
-    with pytest.raises(LogError, match="Use one type"):
+    with pytest.raises(LogError, match="is not an integer"):
         job.append_delivery(read_log(one.with_columns(pl.col("user_id").cast(pl.String) + "x")), "text")
     [version] = learn(job, one, "one")
     with pytest.raises(OptionError, match="Save to another folder"):

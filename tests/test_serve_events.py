@@ -373,3 +373,17 @@ def test_a_log_without_timestamps_takes_clicks_in_their_order(tmp_path: Path) ->
         assert client.post("/events", json={"events": [{"user_id": "x", "item_id": 5}]}).status_code == 422
     assert run("update", tmp_path, *ANY) == 0
     assert rows(tmp_path).select("user_id", "item_id").rows()[-2:] == [(9, 5), (9, 6)]
+
+
+def test_a_number_is_its_text_in_a_log_of_text_as_in_files(tmp_path: Path) -> None:
+    base = stored(tmp_path)[0]
+    with server(tmp_path) as (client, _):
+        for user in (12, "12"):
+            click(client, user, base["item_id"][0], timestamp=NOON)  # type: ignore[arg-type]
+        assert client.post("/recommend", json={"users": [12], "k": 2}).json()["lists"][0]["fallback"] is None
+        assert client.get("/recommend/" + "%C3%A9" * 500).json()["fallback"] == "unknown user"  # 1,000 bytes
+    assert [(one.user_id, one.time) for one in waiting(tmp_path)] == [("12", NOON * 10**6)]  # one click
+    numbers = pl.DataFrame({"user_id": [12, 13], "item_id": base["item_id"][:2], "timestamp": [NOON, NOON]})
+    numbers.write_parquet(tmp_path / "new.parquet")
+    assert run("update", tmp_path, str(tmp_path / "new.parquet"), *ANY) == 0
+    assert rows(tmp_path)["user_id"].to_list()[-2:] == ["12", "13"]  # the click and the row of the file are one event

@@ -30,6 +30,7 @@ NUMERAL = r"^(0|-?[1-9][0-9]*)$"
 DIGITS = r"^-?[0-9]+$"  # also 007
 DECIMAL = r"^-?(0|[1-9][0-9]*)\.0*$"  # a whole number that a program has written as a float
 EXPONENT = r"^-?[0-9](\.[0-9]+[eE]\+?|[eE]\+)[0-9]+$"  # a float such as 1.2345679E+18
+NUMBER_LIKE = r"^-?[0-9][0-9.eE+]*$"  # all of the above, and more
 BLANK_OR_CONTROL = rf"^\s*$|[{CONTROL_CHARACTERS}]"
 
 
@@ -172,6 +173,8 @@ def _infer_type(text: pl.Series, allow_mixed: bool, notes: list[str]) -> tuple[p
     name, n_ids = text.name, len(text) - text.null_count()
     advice = f"(if intended, pass --columns {name}=NAME:text)"
     digits = text.str.contains(DIGITS)
+    if not digits.any() and not text.str.contains(NUMBER_LIKE).any():
+        return text, []
     has_padded = bool(text.str.contains(r"^-?0[0-9]+$|^-0$").any())
     if digits.sum() == n_ids:
         integers = text if has_padded else text.cast(pl.Int64, strict=False)
