@@ -87,8 +87,8 @@ def _describe_validation_errors(errors: Sequence[Any]) -> str:
     reason = wrong["msg"].removeprefix("Value error, ")[:200].rstrip(".")
     if wrong is not errors[0] and wrong["type"] == "string_type":  # it is neither
         reason = "Input should be a valid integer or text"
-    kinds = ("constrained-", "function-")  # parts that pydantic adds for the types of an id
-    where = ".".join(str(part) for part in wrong["loc"] if not str(part).startswith(kinds) and len(str(part)) < 40)
+    added = ("constrained-", "function-")  # by pydantic, for the types of an id
+    where = ".".join(str(part) for part in wrong["loc"] if not str(part).startswith(added) and len(str(part)) < 40)
     return f"{where}: {reason}."
 
 

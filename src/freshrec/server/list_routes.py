@@ -6,13 +6,15 @@ paths with `.` or `..` before they send them.
 
 from __future__ import annotations
 
-from fastapi import FastAPI, HTTPException
+from typing import Annotated
+
+from fastapi import Depends, FastAPI, HTTPException
 from fastapi.responses import Response
 
-from freshrec.recommender.list_request import DEFAULTS, Id
+from freshrec.recommender.list_request import DEFAULTS, Id, ListRequest
 from freshrec.server import handlers, schemas
 from freshrec.server.handlers import LoadedVersion
-from freshrec.server.parameters import ItemId, KQuery, ListOptions, UserId, error_response
+from freshrec.server.parameters import ItemId, KQuery, UserId, error_response, read_list_options
 from freshrec.server.request_ids import item_row
 from freshrec.server.service import Service
 
@@ -21,7 +23,7 @@ def add_list_routes(app: FastAPI, service: Service) -> None:
     """Add recommendations."""
     no_category = error_response(404, "No item has this category.")
 
-    async def recommend(user: UserId, options: ListOptions) -> Response:
+    async def recommend(user: UserId, options: Annotated[ListRequest, Depends(read_list_options)]) -> Response:
         """Return the best items for one user. An unknown user gets popular items, and `fallback` gives the reason."""
         version = service.version
         _require_category(version, options.category)

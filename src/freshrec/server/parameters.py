@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any
 
-from fastapi import Depends, HTTPException, Query, Request
+from fastapi import HTTPException, Query, Request
 from pydantic import Field
 
 from freshrec.errors import unknown_name_error
@@ -62,16 +62,13 @@ async def refuse_unknown_parameters(request: Request) -> None:
     if not request.query_params or not route.include_in_schema or "health" in route.tags:
         return
     described = request.app.openapi()["paths"][route.path_format][request.method.lower()].get("parameters", [])
-    schema_of = {one["name"]: one["schema"] for one in described if one["in"] == "query"}
+    schema_of = {parameter["name"]: parameter["schema"] for parameter in described if parameter["in"] == "query"}
     for name in request.query_params:
         if name not in schema_of:
             raise HTTPException(422, str(unknown_name_error("parameter", name, schema_of)))
         n_values = len(request.query_params.getlist(name))
         if n_values > 1 and not any(part.get("type") == "array" for part in schema_of[name].get("anyOf", [])):
             raise HTTPException(422, f"The parameter {name} is given {n_values} times. Give it once.")
-
-
-ListOptions: TypeAlias = Annotated[ListRequest, Depends(read_list_options)]
 
 
 def require_token(service: Service, request: Request) -> None:

@@ -3,7 +3,7 @@ const at = (id) => document.getElementById(id);
 const state = { token: "", user: "", list: [], version: 0 };
 const turns = { user: 0, versions: 0 };  // number of the newest look-up for each part of the page
 
-async function newest(part, answer) {  // the answer; null if another look-up for this part has begun meanwhile
+async function newest(part, answer) {  // the answer; null if another look-up for this part has started meanwhile
   const turn = turns[part];
   try {
     const found = await answer;
