@@ -14,7 +14,7 @@ from fastapi.responses import Response
 from freshrec.recommender.list_request import DEFAULTS, Id, ListRequest
 from freshrec.server import handlers, schemas
 from freshrec.server.handlers import LoadedVersion
-from freshrec.server.parameters import ItemId, KQuery, UserId, error_response, read_list_options
+from freshrec.server.parameters import ItemId, KQuery, UserId, error_response, read_list_options, summary_of
 from freshrec.server.request_ids import item_row
 from freshrec.server.service import Service
 
@@ -38,7 +38,7 @@ def add_list_routes(app: FastAPI, service: Service) -> None:
         app.get(
             path,
             tags=["lists"],
-            summary="Recommend items to a user",
+            summary=summary_of(path, "Recommend items to a user"),
             response_description="The list of the user.",
             response_model=schemas.RecommendResponse,
             responses=no_category,
@@ -77,7 +77,7 @@ def add_similar_routes(app: FastAPI, service: Service) -> None:
         app.get(
             path,
             tags=["lists"],
-            summary="Similar items",
+            summary=summary_of(path, "Similar items"),
             response_description="The similar items.",
             responses=error_response(404, "The item is unknown."),
         )(similar)

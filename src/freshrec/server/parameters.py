@@ -40,6 +40,11 @@ KQuery = Annotated[schemas.ListLength, Query(description=help_of("k"))]
 IdsQuery = Annotated[list[schemas.ShortText] | None, Field(max_length=schemas.MAX_IDS)]
 
 
+def summary_of(path: str, summary: str) -> str:
+    """Return the summary of one of two routes that differ only in the place of the id."""
+    return summary if "{" in path else f"{summary}, with the id in the query"
+
+
 async def read_list_options(
     k: KQuery = DEFAULTS.k,
     exclude_seen: Annotated[bool, Query(description=help_of("exclude_seen"))] = DEFAULTS.exclude_seen,

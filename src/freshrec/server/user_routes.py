@@ -16,7 +16,15 @@ from freshrec.server import handlers, schemas
 from freshrec.server.handlers import LoadedVersion
 from freshrec.server.list_routes import require_item
 from freshrec.server.live_version import load_version
-from freshrec.server.parameters import ERROR_RESPONSES, ItemId, KQuery, UserId, error_response, require_token
+from freshrec.server.parameters import (
+    ERROR_RESPONSES,
+    ItemId,
+    KQuery,
+    UserId,
+    error_response,
+    require_token,
+    summary_of,
+)
 from freshrec.server.service import Service
 
 
@@ -35,7 +43,7 @@ def add_explanation_routes(app: FastAPI, service: Service) -> None:
         app.get(
             path,
             tags=["people"],
-            summary="Explain a recommendation",
+            summary=summary_of(path, "Explain a recommendation"),
             response_description="The reasons.",
             responses=error_response(404, "The user or the item is unknown."),
         )(explain)
@@ -56,7 +64,7 @@ def add_user_routes(app: FastAPI, service: Service) -> None:
         app.get(
             path,
             tags=["people"],
-            summary="Profile of a user",
+            summary=summary_of(path, "Profile of a user"),
             response_description="The profile.",
             responses=error_response(404, "The user is unknown."),
         )(interests)
@@ -75,7 +83,7 @@ def add_user_routes(app: FastAPI, service: Service) -> None:
         app.get(
             path,
             tags=["people"],
-            summary="Changes since the parent version",
+            summary=summary_of(path, "Changes since the parent version"),
             response_description="The differences between the two lists.",
             responses=error_response(404, "The user is unknown, or the live version has no parent version."),
         )(changes)
@@ -100,7 +108,7 @@ def add_erasure_routes(app: FastAPI, service: Service) -> None:
         app.delete(
             path,
             tags=["people"],
-            summary="Erase a user",
+            summary=summary_of(path, "Erase a user"),
             response_description="A receipt: what was deleted.",
             responses={403: ERROR_RESPONSES[403]},
         )(leave)
