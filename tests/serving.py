@@ -80,6 +80,7 @@ def run(command: str, folder: Path, *words: str) -> int:
 def server(
     folder: Path,
     rules: ServerLimits = ServerLimits(max_requests_per_s=0),  # noqa: B008
+    sign_key_file: Path | None = None,
     **of_live: Any,
 ) -> Iterator[tuple[TestClient, LiveVersion]]:
     """A client of a server of the store, and what it serves from.
@@ -88,7 +89,7 @@ def server(
     have imported, which takes half a second each time.
     """
     said: list[str] = []
-    live = LiveVersion(open_store(folder / "s"), said.append, **of_live)
+    live = LiveVersion(open_store(folder / "s", sign_key_file), said.append, **of_live)
     live.said = said  # type: ignore[attr-defined]
 
     def erased(user: str) -> dict[str, Any]:

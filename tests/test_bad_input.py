@@ -40,8 +40,8 @@ BAD_FILES = {
     "future.csv": (HEADER + GOOD + GOOD + "1,2,4000000000\n", "timestamp is in the future in 1 row (data row 3"),
     "huge.csv": (HEADER + GOOD + GOOD + "1,2,9" + "0" * 30 + "\n", "timestamp is in the future in 1 row (data row 3"),
     "counter.csv": (HEADER + "1,2,1\n1,3,2\n", "The timestamps are around 2, which is before 1980"),
-    "ragged.csv": (HEADER + "1,2,3,4,5\n", "ragged.csv cannot be read as a table"),
-    "cut.jsonl": ('{"user_id": 1, "ite', "cut.jsonl cannot be read as a table"),
+    "ragged.csv": (HEADER + "1,2,3,4,5\n", "ragged.csv: line 2 has 5 fields, but the header has 3"),
+    "cut.jsonl": ('{"user_id": 1, "ite', "cut.jsonl cannot be read in line 1"),
     "list.jsonl": ('{"user_id":[1],"item_id":2,"timestamp":1600000000}\n', "Column user_id has the type List"),
     "cut.parquet": ("PAR1 and then nothing", "cut.parquet is not a complete Parquet file"),
     "photo.png": ("\x89PNG", "photo.png has an unknown file ending"),
@@ -85,7 +85,7 @@ def test_a_folder_whose_parts_disagree_is_refused(tmp_path: Path) -> None:
         pl.DataFrame({"user_id": [user], "item_id": [1], "timestamp": [1_600_000_000]}).write_parquet(
             tmp_path / f"{name}.parquet"
         )
-    with pytest.raises(LogError, match="cannot be read as a table"):
+    with pytest.raises(LogError, match='Column "user_id" has the type Int64 in a.parquet and String in b.parquet'):
         read_log(tmp_path)
 
 

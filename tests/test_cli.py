@@ -258,7 +258,11 @@ FAILS = [
     (["inspect", "555", "6", "--store", "OUT"], 2, '"555" is neither user nor item. Write `freshrec inspect user ID`.'),
     (["replay", "LOG", "--cadence", "x", "--out", "OUT"], 2, '--cadence is "x". Write a whole number.'),
     (["replay", "LOG", "--by", "weeks", "--out", "OUT"], 2, '--by is "weeks". Use one of count,'),
-    (["replay", "--recipe", "nofile.toml", "--out", "OUT"], 2, "There is no file nofile.toml. Check the path."),
+    (
+        ["replay", "--recipe", "nofile.toml", "--out", "OUT"],
+        2,
+        "no file nofile.toml. Check the path, or use a recipe",
+    ),
     (["recommend", "3", "--store", "OUT"], 7, "There is no store in"),
     (["replay", "LOG", "--world", "drift", "--out", "OUT"], 2, "both"),
     (["list", "world"], 2, 'Did you mean "worlds"?'),
@@ -419,8 +423,8 @@ def test_every_field_of_a_recipe_is_a_flag_of_replay_and_no_flag_of_0_1_0_is_los
     shown = answer(capsys, "replay", "--help")
     fields = {f"--{name.replace('_', '-')}" for part in asdict(Recipe()).values() for name in part}
     flags = (fields - {"--path", "--folder"}) | set(FLAGS_OF_0_1_0.split())  # these two are LOG and --data
-    # 13 + 11 + 13 fields, but for two; --recipe --out --jobs --device --resume --plan --json; --data and --no-tune.
-    assert len(flags) == 37 - 2 + 7 + 2 and {"--no-sessions", "--no-last-update"} <= set(shown.split())
+    # 15 + 11 + 13 fields, but for two; --recipe --out --jobs --device --resume --plan --json; --data and --no-tune.
+    assert len(flags) == 39 - 2 + 7 + 2 and {"--no-sessions", "--no-last-update"} <= set(shown.split())
     assert flags - set(shown.split()) == set()
 
 

@@ -1,6 +1,7 @@
 """`name:field=value` picks an instance and sets its fields; what is unknown is named, with the nearest valid name."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -190,6 +191,24 @@ def test_a_wrong_key_or_value_of_a_recipe_is_an_error(tables: dict[str, Any], sa
         parse_recipe(tables)
 
 
+def test_a_recipe_is_a_file_or_else_a_name_of_freshrec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    spine = load_recipe(ROOT / "recipes" / "uci-spine.toml")
+    assert load_recipe("uci-spine") == load_recipe("uci-spine.toml") == spine and spine.spans.spans == 6
+    Path("mine.toml").write_text('extends = "uci-spine"\n[spans]\nspans = 3\n')
+    assert load_recipe("mine.toml").spans.spans == 3 and load_recipe("mine.toml").replay == spine.replay
+    Path("uci-spine.toml").write_text("[spans]\nspans = 2\n")  # a file comes before a name
+    assert load_recipe("uci-spine.toml").spans.spans == 2 and load_recipe("uci-spine").spans.spans == 6
+    Path("spine").mkdir()
+    assert load_recipe("spine").spans.spans == 6  # a folder is no recipe
+    for name, message in (("uci-spin", 'Did you mean "uci-spine"?'), ("x/uci-spine", "There is no file x/uci-spine")):
+        with pytest.raises(OptionError, match=re.escape(message)):
+            load_recipe(name)
+    Path("mine.toml").write_text('extends = "uci-spin"')
+    with pytest.raises(OptionError, match='extends "uci-spin", which is not in the folder. Did you mean "uci-spine"'):
+        load_recipe("mine.toml")
+
+
 def test_an_error_of_a_recipe_names_its_file(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("[run]\n")
     with pytest.raises(OptionError, match='bad.toml: There is no recipe key "run"'):
@@ -197,7 +216,7 @@ def test_an_error_of_a_recipe_names_its_file(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("[run\n")
     with pytest.raises(OptionError, match="The recipe .*bad.toml is not valid TOML .* Correct it."):
         load_recipe(tmp_path / "bad.toml")
-    with pytest.raises(OptionError, match="There is no file .*missing.toml. Check the path."):
+    with pytest.raises(OptionError, match="There is no file .*missing.toml. Check the path, or use a recipe of"):
         load_recipe(tmp_path / "missing.toml")
     with pytest.raises(OptionError, match=r"The recipe .* cannot be read \(Is a directory\)"):
         load_recipe(tmp_path)

@@ -77,7 +77,7 @@ def test_the_readme_gives_no_number_of_models_or_strategies() -> None:
 def test_the_help_of_export_names_the_models_that_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "The default model, blend, has none (exit code 5)." in text
+    assert "ONNX needs a model with vectors (exit code 5)." in text
 
 
 def test_the_glossary_names_a_fallback_as_lists_print_it() -> None:

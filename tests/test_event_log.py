@@ -74,11 +74,11 @@ def test_events_with_the_same_event_id_are_the_same_event(tmp_path: Path) -> Non
     log = log_of(tmp_path, frame(("a", "x", 1), ("a", "y", 2)), frame(("a", "x", 3, 7), ("b", "x", 3, None)))
     # 7 is known although everything else differs; 8 is new although everything else is as in event 7; 8 again is a
     # duplicate; b's is known
-    third = frame(("c", "z", 9, 7), ("a", "x", 3, 8), ("a", "x", 4, 8), ("b", "x", 3, None), ("c", "z", 9, None))
+    third = frame(("c", "z", 9, 7), ("a", "x", 3, 8), ("a", "x", 4, 8), ("b", "x", 3, None), ("c", "z", 8, None))
     assert log.append(third, "s3", True) == AppendResult(
-        3, None, 5, n_duplicates=1, n_known=2, n_appended=2, first_time=3, last_time=9
+        3, None, 5, n_duplicates=1, n_known=2, n_appended=2, first_time=3, last_time=8, n_reused_ids=2
     )
-    assert log.read([3]).rows() == [("a", "x", 3, 8), ("c", "z", 9, None)]
+    assert log.read([3]).rows() == [("a", "x", 3, 8), ("c", "z", 8, None)]
 
 
 def test_without_timestamps_only_sources_and_event_ids_are_recognized(tmp_path: Path) -> None:

@@ -86,7 +86,9 @@ def test_the_wheel_holds_every_file_of_the_package(installed: Installed) -> None
         held = {name for name in archive.namelist() if name.startswith("freshrec/")}
     source = ROOT / "src"
     there = {path.relative_to(source).as_posix() for path in (source / "freshrec").rglob("*") if path.is_file()}
-    assert held == {name for name in there if not name.endswith(".pyc")}
+    recipes = {f"freshrec/recipes/{path.name}" for path in (ROOT / "recipes").iterdir()}
+    assert len(recipes) > 50
+    assert held == {name for name in there if not name.endswith(".pyc")} | recipes
     needed = ["names.json", "py.typed", *(f"server/page/page.{kind}" for kind in ("html", "js", "css"))]
     assert {f"freshrec/{name}" for name in needed} <= held
 
@@ -99,6 +101,22 @@ def test_the_installed_package_runs_instead_of_the_checkout(installed: Installed
     for command in ([installed.freshrec], [sys.executable, "-m", "freshrec"]):
         assert installed.run(tmp_path, *command, "--version") == f"freshrec {version[1]}\n"
     assert "\nsasrec " in installed.run(tmp_path, installed.freshrec, "list", "models")
+
+
+def test_the_recipes_can_be_replayed_by_name_in_an_empty_folder(installed: Installed, tmp_path: Path) -> None:
+    write_logs(tmp_path)
+    shutil.move(tmp_path / "events.parquet", tmp_path / "uci_online_retail.parquet")  # the log that the recipe names
+    (tmp_path / "mine.toml").write_text('extends = "uci-spine"\n[spans]\nspans = 3\n')
+    fast = ["--models", "item-knn", "--strategies", "absorb", "--extra-pairs", "", "--controls", "popularity", "--plan"]
+    listed, plan, mine = installed.run_commands(
+        tmp_path,
+        [["list", "recipes"], *(["replay", "--recipe", name, *fast] for name in ("uci-spine", "mine.toml"))],
+        "",
+    )
+    assert listed.keys() == {path.stem for path in (ROOT / "recipes").iterdir()}
+    # uci-spine extends spine, which has 6 spans after the base block
+    assert (len(plan["spans"]), len(mine["spans"])) == (7, 4)
+    assert plan["n_runs"] == 2  # item-knn and popularity: counting models have one seed
 
 
 def pairs(users: str, count: int, next_item: str, minutes_apart: int) -> list[tuple[str, str, int]]:

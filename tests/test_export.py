@@ -10,6 +10,7 @@ import pytest
 import torch
 from serving import run, stored
 
+from freshrec import Recommender
 from freshrec.errors import IncompatibleError, OptionError
 from freshrec.nn.scoring import user_vectors
 from freshrec.recommender.ids import resolve_request
@@ -78,12 +79,45 @@ def test_the_user_tower_in_onnx_gives_the_models_vectors(model: str, strategy: s
         assert found == pytest.approx(expected.detach().numpy(), abs=1e-4)
 
 
+LISTED = ["blend", "item-knn", "markov", "popularity", "repeat-last", "sknn", "user-knn"]
+
+
+@pytest.mark.parametrize(("model", "with_lists"), [*((name, False) for name in LISTED), ("mf:d=4", True)])
+def test_exported_lists_and_neighbours_are_those_of_the_recommender(
+    model: str, with_lists: bool, tmp_path: Path
+) -> None:
+    strategy = FAST if with_lists else "refit:max_passes=2000" if model == "blend" else None
+    version = version_of(tmp_path, model, strategy)
+    out, recommender = tmp_path / "out", Recommender.load(tmp_path / "s")
+    about = export_version(version, out, with_lists=with_lists, k=3)
+    assert about["k"] == 3 and about["model"] == model
+    lists, popular = pl.read_parquet(out / "lists.parquet"), pl.read_parquet(out / "popular.parquet")
+    served = version.served
+    expected = recommender.recommend(served.users.frame["id"], k=3)
+    assert lists.drop("score").equals(expected.select("user_id", "item_id", "rank", "fallback"))
+    assert lists["score"].to_numpy() == pytest.approx(expected["score"].to_numpy(), rel=1e-5)
+    assert lists["user_id"].n_unique() == len(served.users)  # everybody has a list
+    unknown = recommender.recommend(["nobody"], k=3)
+    assert popular.equals(unknown.select("item_id", "rank", "score"))
+    assert ("neighbours.parquet" in about["files"]) == (model in ("blend", "item-knn", "markov", "mf:d=4"))
+    if "neighbours.parquet" not in about["files"]:
+        return
+    neighbours = pl.read_parquet(out / "neighbours.parquet")
+    assert neighbours["model"].unique(maintain_order=True).to_list() == (
+        ["item-knn", "markov"] if model == "blend" else [model]
+    )
+    own = neighbours.filter(pl.col("model") == neighbours["model"][0])
+    expected = recommender.similar_items(served.items.frame["id"][: served.state.model.n_items], k=3)
+    assert own.drop("model", "score").equals(expected.select("item_id", "similar_id", "rank"))
+
+
 def test_an_export_that_is_impossible_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     version = version_of(tmp_path, "item-knn")
-    with pytest.raises(IncompatibleError, match="has no vectors to export"):
-        export_version(version, tmp_path / "out")
+    with pytest.raises(IncompatibleError, match="Model item-knn has no network that computes user vectors"):
+        export_version(version, tmp_path / "out", with_onnx=True)
+    assert not (tmp_path / "out").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").touch()
     (tmp_path / "b").mkdir()

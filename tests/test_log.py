@@ -66,12 +66,12 @@ def test_pandas_frames_may_hold_dates_categories_and_nullable_numbers() -> None:
             "user_id": pd.Series([7, 8, 7], dtype="Int64"),
             "item_id": pd.Series(["b", "a", "b"], dtype="category"),
             "timestamp": pd.to_datetime(ROWS["timestamp"], unit="s", utc=True),
-            "weight": [1.0, None, 2.0],
+            "label": [1.0, None, 2.0],
         }
     )
     log = read_log(frame)
     assert rows_of(log) == IN_ORDER
-    assert log.frame["weight"].to_list() == [1.0, 2.0, None]  # the second row of the source is the last in time
+    assert log.frame["label"].to_list() == [1.0, 2.0, None]  # the second row of the source is the last in time
 
 
 @pytest.mark.parametrize(("unit", "factor"), [("s", 1), ("ms", 10**3), ("us", 10**6), ("ns", 10**9)])
@@ -173,8 +173,8 @@ def test_a_sample_keeps_whole_users_and_repeats_with_its_seed() -> None:
 
 
 PUBLIC = {
-    "movielens": ("ratings.dat", "7::31::5::1600000000\n", [7, 31, NOON, 5.0]),
-    "amazon": ("ratings.csv", "A1,0132793040,5.0,1600000000\n", ["A1", "0132793040", NOON, 5.0]),
+    "movielens": ("ratings.dat", "7::31::5::1600000000\n", [7, 31, NOON]),
+    "amazon": ("ratings.csv", "A1,0132793040,5.0,1600000000\n", ["A1", "0132793040", NOON]),
     "taobao": ("UserBehavior.csv", "7,31,4,pv,1600000000\n", [7, 31, NOON, "pv", 4]),
     "yoochoose": ("yoochoose-clicks.dat", "7,2020-09-13T12:26:40.000Z,31,0\n", [7, 31, NOON, 0]),
     "diginetica": (
@@ -200,7 +200,7 @@ def test_movielens_comes_with_three_endings(tmp_path: Path) -> None:
     for name in ("ratings.csv", "u.data"):
         log = read_log(tmp_path / name, format="movielens")
         assert rows_of(log) == [(7, 31, NOON * 10**6)]
-        assert log.frame["weight"].to_list() == [4.5]
+        assert 'Column "rating" is not used.' in log.notes[-1]
 
 
 def test_kuairand_has_its_history_and_its_clicks() -> None:

@@ -297,7 +297,7 @@ def test_a_lost_log_is_reported(tmp_path: Path) -> None:
     base, one, *_ = days()
     job = new_job(tmp_path / "s", base)
     shutil.rmtree(tmp_path / "s" / "log")
-    with pytest.raises(StateError, match="lacks batch 1"):
+    with pytest.raises(StateError, match="log is missing, but version 1 knows 1,500 rows in 1 batch"):
         list(job.catch_up())
     assert main(["status", "--store", str(tmp_path / "s")]) == 7
 

@@ -241,7 +241,7 @@ def test_clicks_newer_than_a_file_wait_for_the_next_update_and_make_no_row_late(
             assert folded and all(len(set(one)) == len(one) for one in folded)
     assert run("update", tmp_path, str(tmp_path / "day-1.parquet"), *ANY) == 0
     assert len(rows(tmp_path)) == 1500 + 300 + 1
-    assert {one.identity for one in waiting(tmp_path)} == set(early.iter_rows())
+    assert {one.key for one in waiting(tmp_path)} == set(early.iter_rows())
     assert not list((tmp_path / "s" / "clicks").glob(".*"))
     with server(tmp_path) as (client, _):  # they are in the lists meanwhile
         user, item, when = early.row(0)

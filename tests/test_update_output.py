@@ -15,11 +15,11 @@ import pytest
 from rich.console import Console
 
 from freshrec.cli.app import main
-from freshrec.cli.progress import ProgressBar, ProgressLines, format_duration
 from freshrec.cli.version_text import fit_lines, next_commands, update_lines, verdict_sentence
 from freshrec.data.synthetic import make_world
 from freshrec.nightly.notes import Note, count_of, current_notes, notes_of, notes_to_print, with_notes
 from freshrec.progress import Progress, listen, report_epoch, report_progress
+from freshrec.recommender.progress import ProgressBar, ProgressLines, format_duration
 from freshrec.store.manifest import Manifest
 from freshrec.text_layout import format_moment
 

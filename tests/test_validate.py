@@ -132,7 +132,7 @@ def test_it_warns_of_duplicates_and_says_that_each_event_counts_once(
         "timestamp": [NOON + 900 * i for i in copied],
     }
     sentence = (
-        "40 rows (1.0 %) have the user, item and timestamp of an earlier row. Each event counts once: replay, fit, "
+        "40 rows (1.0 %) have the user, item and timestamp of another row. Each event counts once: replay, fit, "
         "update and the Python API skip these duplicates."
     )
     assert only(report_of(**columns), "duplicates") == sentence
@@ -157,7 +157,7 @@ def test_the_warning_of_duplicates_names_the_columns_that_identify_an_event(
 ) -> None:
     # Row 2 is the same event as row 1: 1 of 2 rows is 50 %.
     report = report_of(user_id=[1, 1], item_id=[1, 1], **columns)
-    assert only(report, "duplicates").startswith(f"1 row (50.0 %) has the {keys} of an earlier row.")
+    assert only(report, "duplicates").startswith(f"1 row (50.0 %) has the {keys} of another row.")
 
 
 def test_without_timestamps_nothing_is_a_duplicate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -175,7 +175,7 @@ def test_rewriting_a_version_removes_its_former_files(store: Store) -> None:
 
 
 def test_an_interrupted_rewrite_keeps_the_former_files(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    def die(content: object, path: Path) -> None:
+    def die(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(versions, "write_checksummed", die)

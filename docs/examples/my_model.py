@@ -10,7 +10,8 @@ Copy this file, change it, and use the name of its options class wherever freshr
     freshrec serve --store my-model-shop
 
 The current folder is searched for the module too. A store holds what the model has learned, but not its code. So
-FRESHREC_IMPORT names the modules to import before a store is opened. In Python, write `import my_model` instead.
+FRESHREC_IMPORT names the modules to import before a store is opened. The option `--allow-import my_model` does
+the same for one command. In Python, write `import my_model` instead.
 
 Tensor names end in their dimensions: E events, R history rows, U users, I items, B users of a batch, T events of a
 user, N items to score. Users and items are rows 1, 2, and so on. Row 0 is padding.

@@ -10,7 +10,8 @@ Copy this file, change it, and use the name of its class wherever freshrec takes
     freshrec serve --store my-strategy-shop
 
 The current folder is searched for the module too. A store holds the name of the class, but not its code. So
-FRESHREC_IMPORT names the modules to import before a store is opened. In Python, write `import my_strategy` instead.
+FRESHREC_IMPORT names the modules to import before a store is opened. The option `--allow-import my_strategy` does
+the same for one command. In Python, write `import my_strategy` instead.
 """
 
 from dataclasses import dataclass

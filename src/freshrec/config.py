@@ -14,7 +14,7 @@ pydantic checks the values, and `option_error` turns its errors into sentences. 
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import MISSING, fields, is_dataclass, replace
 from functools import cache
 from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from freshrec.deprecation import describe_rename
-from freshrec.disk_names import former_class_names, former_fields, former_values
+from freshrec.disk_names import former_class_names, former_fields, former_values, tag_of
 from freshrec.errors import OptionError, close_name, suggest_name, unknown_name_error
 from freshrec.user_modules import Interface, import_instance
 
@@ -179,6 +179,45 @@ def find_instance(
         changes.append((path.split("."), value))
     owner = "The gate" if kind == name == "gate" else f"{kind.capitalize()} {name[:60]}"
     return _replace_fields(instance, changes, text, owner) if changes else instance  # type: ignore[no-any-return]
+
+
+def name_of(instance: Any, table: Mapping[str, Any]) -> str:
+    """Return the name of an instance with its options, such as "sasrec:d=8", as `find_instance` reads it.
+
+    The name is that of the most similar instance of the table, or else the name of the class in files.
+    """
+    tag, kind = tag_of(type(instance)), type(instance)
+    others = [(name, other) for name, other in table.items() if type(other) is kind]
+    if not others and is_dataclass(instance) and all(_has_default(field) for field in fields(instance)):
+        others = [(tag, kind())]
+    named = [(name, _option_texts(instance, other)) for name, other in others]
+    options = [(name, texts) for name, texts in named if texts is not None]
+    name, texts = min(options, key=lambda pair: len(pair[1] or ()), default=(tag, []))
+    return ":".join([name, *(texts or [])])
+
+
+def _has_default(field: Any) -> bool:
+    return field.default is not MISSING or field.default_factory is not MISSING or not field.init
+
+
+def _option_texts(instance: Any, other: Any, parent: str = "") -> list[str] | None:
+    """Return the options in which an instance differs from another one of its class; None if texts cannot say it."""
+    found: list[str] = []
+    for name in [field.name for field in fields(instance)] if is_dataclass(instance) else []:
+        value, default = getattr(instance, name), getattr(other, name)
+        if value is default or (type(value) is type(default) and value == default):
+            continue
+        if value is None or isinstance(value, bool | int | float | str):
+            text = str(value).lower() if value is None or isinstance(value, bool) else str(value)
+            found.append(f"{parent}{name}={text}")
+        elif type(value) is type(default) and is_dataclass(value):
+            parts = _option_texts(value, default, f"{parent}{name}.")
+            if parts is None:
+                return None
+            found += parts
+        else:
+            return None
+    return found
 
 
 def _replace_fields(

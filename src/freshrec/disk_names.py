@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import is_dataclass
 from typing import Any
 
 from freshrec.errors import StateError
 from freshrec.former_names import FORMER
-from freshrec.user_modules import IMPORTS
+from freshrec.user_modules import ALLOW_IMPORT, is_module_name
 
 # tag -> current place of the class. A tag never changes and never belongs to another class.
 CLASSES = {
@@ -222,6 +222,12 @@ def tag_of(kind: type) -> str:
     return place
 
 
+def foreign_modules(*instances: object) -> list[str]:
+    """Return the modules outside freshrec that define the classes of these instances, each once."""
+    tags = [tag_of(type(instance)) for instance in instances]
+    return list(dict.fromkeys(tag.partition(":")[0] for tag in tags if ":" in tag))
+
+
 def former_fields(kind: type) -> dict[str, str]:
     """Return the current name of each former field of a class, by former name."""
     return {former: name for former, name in FIELDS.get(_tags().get(_place(kind), ""), {}).items() if name}
@@ -249,31 +255,52 @@ def _tags() -> dict[str, str]:
 
 
 def class_of(name: str) -> type:
-    """Return the dataclass with a tag, or a dataclass of another package by module:qualname.
+    """Return the dataclass with a tag, or a dataclass of the user by module:qualname.
 
-    The module of another package must be imported already: a file never causes an import outside freshrec. A custom
-    strategy may also be a class without fields. Raises StateError if there is no such class.
+    The module of the user must be imported already: a file never causes an import outside freshrec. Classes of freshrec
+    have tags, so a file cannot name any other class of it. A custom strategy may also be a class without fields. Raises
+    StateError if there is no such class.
     """
+    require_modules([name])
     module, _, qualname = CLASSES.get(name, name).partition(":")
     if name in CLASSES:
         importlib.import_module(module)
-    if not qualname:
-        raise StateError(
-            f'The state needs the class "{name[:60]}", which this version of freshrec does not have. Upgrade freshrec.'
-        )
-    if module not in sys.modules:
-        raise StateError(
-            f"The state needs module {module}, which is not imported. Import it before loading, or set "
-            f"{IMPORTS}={module} for the command line."
-        )
     from freshrec.types import Strategy  # imported late, because it imports torch
 
     found = vars(sys.modules[module]).get(qualname)
     if not (isinstance(found, type) and (is_dataclass(found) or issubclass(found, Strategy))):
         raise StateError(
-            f"The state needs the dataclass {module}:{qualname}, which is missing. Upgrade freshrec or that module."
+            f"The state needs the dataclass {module}:{qualname[:60]}, which is missing. Upgrade freshrec or that "
+            "module."
         )
     return found
+
+
+NOT_OF_USERS = {"freshrec", *sys.stdlib_module_names}  # packages that hold no model or strategy of a user
+
+
+def require_modules(names: Iterable[str]) -> None:
+    """Raise StateError unless the modules of all these classes, which a file names, are imported. Imports nothing."""
+    missing: list[str] = []
+    for name in names:
+        module, colon, _ = name.partition(":")
+        if name in CLASSES:
+            continue
+        if not colon or not is_module_name(module) or module.partition(".")[0] in NOT_OF_USERS:
+            printable = "".join(filter(str.isprintable, name[:60]))
+            raise StateError(
+                f'The state needs the class "{printable}", which this version of freshrec does not have. '
+                "Upgrade freshrec."
+            )
+        if module not in sys.modules and module not in missing:
+            missing.append(module)
+    if missing:
+        is_are = "module {}, which is" if len(missing) == 1 else "modules {}, which are"
+        options = " ".join(f"{ALLOW_IMPORT} {module}" for module in missing)
+        raise StateError(
+            f"The state needs {is_are.format(' and '.join(missing))} not imported. If you trust the code, add "
+            f"{options} to the command, or write `import {', '.join(missing)}` in Python."
+        )
 
 
 def with_current_keys(content: Any, keys: Mapping[str, str]) -> Any:

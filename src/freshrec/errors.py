@@ -8,6 +8,7 @@
     ├── OptionError               an unknown name, option or value; a close valid one is suggested
     ├── TrainingError             training diverged or a score is not finite
     ├── StateError                a state on disk is damaged, incomplete or in another format
+    │   └── SignatureError        a file of a store is not signed with the given key
     ├── RefusedError              the gate refused a new version; the live version stays
     └── BusyError                 another process is changing the same store
 
@@ -73,6 +74,10 @@ class StateError(FreshrecError):
     """A state on disk is damaged, incomplete or in another format."""
 
     exit_code = 7
+
+
+class SignatureError(StateError):
+    """A file of a store is not signed, or not with the given key."""
 
 
 class RefusedError(FreshrecError):

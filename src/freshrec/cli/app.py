@@ -22,7 +22,18 @@ import typer
 
 from freshrec.cli import query, server, store, versions
 from freshrec.cli.id_arguments import separate_ids
-from freshrec.cli.options import AsJson, Columns, EventTypes, FormatName, LogPath, Quarantine, parse_list, parse_pairs
+from freshrec.cli.options import (
+    AsJson,
+    Columns,
+    EventTypes,
+    FormatName,
+    LogPath,
+    MinRating,
+    Quarantine,
+    Separator,
+    parse_list,
+    parse_pairs,
+)
 from freshrec.cli.output import print_json, print_labelled, print_wrapped
 from freshrec.cli.replay import demo, replay
 from freshrec.data.formats import FORMATS
@@ -31,7 +42,7 @@ from freshrec.data.validate import LogReport, format_percent, validate_log
 from freshrec.deprecation import replace_old_flags
 from freshrec.errors import FreshrecError, OptionError, StateError, unknown_name_error
 from freshrec.text_layout import format_count
-from freshrec.user_modules import IMPORTS, import_named
+from freshrec.user_modules import IMPORTS, import_allowed
 from freshrec.version import __version__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -65,7 +76,7 @@ OWN_NAMES = {  # how to name a custom model or strategy
     "models": "Name your own model by its module and class, such as my_model:MyModelSpec:hours=2.",
     "strategies": "Name your own strategy by its module and class, such as my_strategy:MyStrategy:keep=0.3.",
 }
-LISTED_KINDS = ("models", "strategies", "metrics", "worlds", "formats")
+LISTED_KINDS = ("models", "strategies", "metrics", "worlds", "formats", "recipes")
 
 
 def validate(
@@ -73,16 +84,28 @@ def validate(
     columns: Columns = "",
     format_name: FormatName = None,
     events: EventTypes = "",
+    separator: Separator = None,
+    min_rating: MinRating = None,
     quarantine: Quarantine = None,
     as_json: AsJson = False,
 ) -> None:
     """Check a log: count what it holds, warn of problems, and suggest how to split it into spans."""
     names, event_types = parse_pairs(columns), parse_list(events)
-    report = validate_log(read_log(log, columns=names, format=format_name, events=event_types, quarantine=quarantine))
+    found = read_log(
+        log,
+        columns=names,
+        format=format_name,
+        events=event_types,
+        separator=separator,
+        min_rating=min_rating,
+        quarantine=quarantine,
+    )
+    report = validate_log(found)
     if as_json:
         typer.echo(json.dumps(asdict(report), indent=2))
     else:
-        given = {"--columns": columns, "--format": format_name, "--events": events}
+        given = {"--columns": columns, "--format": format_name, "--events": events, "--separator": separator}
+        given["--min-rating"] = "" if min_rating is None else f"{min_rating:g}"
         options = [word for flag, value in given.items() if value for word in (flag, value)]
         _print_report(report, log, options, quarantine)
 
@@ -91,7 +114,7 @@ def list_names(
     kind: Annotated[str, typer.Argument(metavar="KIND", help=f"Names to list: {', '.join(LISTED_KINDS)}.")],
     as_json: AsJson = False,
 ) -> None:
-    """List models, strategies, metrics, worlds or formats, with one line about each."""
+    """List models, strategies, metrics, worlds, formats or recipes, with a line about each."""
     lines = describe_names(kind)
     if as_json:
         typer.echo(json.dumps(lines, indent=2))
@@ -115,6 +138,7 @@ GROUPS: dict[str, tuple[Callable[..., None], ...]] = {  # the headings of `fresh
         versions.rollback,
         versions.erase,
         versions.gc,
+        versions.sign,
         query.doctor,
     ),
     "Serve": (server.serve, server.export),
@@ -136,6 +160,10 @@ def describe_names(kind: str) -> dict[str, str]:
         return {name: log_format.description for name, log_format in FORMATS.items()}
     if kind == "worlds":
         return {name: _first_line(world.__doc__) for name, world in WORLDS.items()}
+    if kind == "recipes":
+        from freshrec.replay.recipe_files import describe_recipes
+
+        return describe_recipes()
     if kind == "metrics":
         from freshrec.replay.metrics import METRICS
 
@@ -225,11 +253,7 @@ def import_own_modules() -> None:
 
     The user names the modules, not the store, so that a store from elsewhere cannot choose what code runs.
     """
-    for module in filter(None, os.environ.get(IMPORTS, "").split(",")):
-        try:
-            import_named(module.strip())
-        except ImportError as problem:
-            raise OptionError(f"{IMPORTS} names {module}, which cannot be imported ({problem}). Correct it.") from None
+    import_allowed(parse_list(os.environ.get(IMPORTS, "")), IMPORTS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,6 +11,9 @@ import typer
 from freshrec.data.formats import FORMATS
 from freshrec.data.source_columns import COLUMN_ALIASES
 from freshrec.errors import OptionError
+from freshrec.user_modules import ALLOW_IMPORT, import_allowed
+
+SIGN_KEY_VARIABLE = "FRESHREC_SIGN_KEY_FILE"  # environment variable: the same as --sign-key-file
 
 LogPath = Annotated[
     Path, typer.Argument(metavar="LOG", help="CSV (.csv, .csv.gz), Parquet (file or folder) or JSON lines.")
@@ -23,6 +26,12 @@ Columns = Annotated[
 
 FormatName = Annotated[str | None, typer.Option("--format", help=f"Name of a public format: {', '.join(FORMATS)}.")]
 EventTypes = Annotated[str, typer.Option(help="Event types to read, such as pv,buy (default: all).")]
+Separator = Annotated[
+    str | None, typer.Option(help="Separator of a text file: a character, or tab, semicolon, pipe, comma or space.")
+]
+MinRating = Annotated[
+    float | None, typer.Option(help="Keep only rows with at least this rating, in column rating or weight.")
+]
 Quarantine = Annotated[Path | None, typer.Option(help="Write bad rows to this .parquet or .csv file and continue.")]
 
 
@@ -38,6 +47,33 @@ StoreOption = typer.Option("--store", metavar="DIR", callback=require_local_path
 
 
 StorePath = Annotated[Path, StoreOption]
+
+
+def allow_imports(modules: list[str] | None) -> list[str]:
+    """Import the modules that the user allows, and return their names. Raises OptionError if one does not exist."""
+    names = [name for text in modules or () for name in parse_list(text)]
+    import_allowed(names, ALLOW_IMPORT)
+    return names
+
+
+AllowImport = Annotated[
+    list[str] | None,
+    typer.Option(
+        ALLOW_IMPORT,
+        metavar="MODULE",
+        callback=allow_imports,
+        help="Import this module, which defines a custom model or strategy of the store. May be repeated.",
+    ),
+]
+SignKeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--sign-key-file",
+        metavar="FILE",
+        envvar=SIGN_KEY_VARIABLE,
+        help="File with a secret key: sign what is written, and refuse files of the store without its signature.",
+    ),
+]
 Jobs = Annotated[int, typer.Option(help="Number of processes, with one thread each.")]
 JOBS = 1
 ReasonOption = Annotated[str, typer.Option(help="Reason, stored in the history.")]

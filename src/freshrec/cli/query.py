@@ -12,7 +12,7 @@ import typer
 
 from freshrec.cli.id_arguments import parse_ids
 from freshrec.cli.inspection_text import diff_lines, status_lines
-from freshrec.cli.options import AsJson, StoreOption, StorePath
+from freshrec.cli.options import AllowImport, AsJson, SignKeyFile, StoreOption, StorePath
 from freshrec.cli.output import print_json, print_labelled, print_table
 from freshrec.errors import LogError, OptionError, StateError
 from freshrec.recommender.list_request import DEFAULTS, help_of
@@ -45,6 +45,8 @@ VersionOption = Annotated[int | None, typer.Option("--version", help="Version to
 def recommend(
     users: Annotated[list[str], typer.Argument(metavar="USER...", help="User ids. Unknown users get popular items.")],
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
+    sign_key_file: SignKeyFile = None,
     k: K = DEFAULTS.k,
     exclude_seen: Annotated[
         bool, typer.Option("--exclude-seen/--no-exclude-seen", help=help_of("exclude_seen"))
@@ -61,7 +63,7 @@ def recommend(
     from freshrec.recommender.recommender import Recommender
 
     allowed, denied = (None if lists is None else parse_ids(lists) for lists in (allow, deny))
-    recommender = Recommender.from_bundle(_open_bundle(store, version))
+    recommender = Recommender.from_bundle(_open_bundle(store, sign_key_file, version))
     with _id_errors_as_option_errors():
         found = recommender.recommend(users, k, exclude_seen, allowed, denied, category, diversity)
         if allowed and not len(known_item_rows(recommender.served, allowed)):
@@ -73,6 +75,8 @@ def recommend(
 def similar(
     items: Annotated[list[str], typer.Argument(metavar="ITEM...", help="Item ids.")],
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
+    sign_key_file: SignKeyFile = None,
     k: K = DEFAULTS.k,
     version: VersionOption = None,
     as_json: AsJson = False,
@@ -80,7 +84,7 @@ def similar(
     """Print the most similar items for each item."""
     from freshrec.recommender.recommender import Recommender
 
-    recommender = Recommender.from_bundle(_open_bundle(store, version))
+    recommender = Recommender.from_bundle(_open_bundle(store, sign_key_file, version))
     with _id_errors_as_option_errors():
         found = recommender.similar_items(items, k)
     rows = [(item, rank, other, f"{score:.4g}") for item, other, score, rank in found.iter_rows()]
@@ -91,6 +95,8 @@ def explain(
     user: Annotated[str, typer.Argument(metavar="USER", help="User id.")],
     item: Annotated[str, typer.Argument(metavar="ITEM", help="Item id.")],
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
+    sign_key_file: SignKeyFile = None,
     version: VersionOption = None,
     as_json: AsJson = False,
 ) -> None:
@@ -98,7 +104,7 @@ def explain(
     from freshrec.recommender.explanation import explain_pair, explanation_text
     from freshrec.recommender.recommender import Recommender
 
-    bundle = _open_bundle(store, version)
+    bundle = _open_bundle(store, sign_key_file, version)
     with _id_errors_as_option_errors():
         if as_json:
             print_json(Recommender.from_bundle(bundle).explain(user, item).to_dicts())
@@ -118,6 +124,8 @@ def inspect(
     kind: Annotated[str, typer.Argument(metavar="user|item", callback=require_kind, help="What to show.")],
     name: Annotated[str, typer.Argument(metavar="ID", help="User id or item id.")],
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
+    sign_key_file: SignKeyFile = None,
     version: VersionOption = None,
     as_json: AsJson = False,
 ) -> None:
@@ -125,7 +133,7 @@ def inspect(
     from freshrec.nightly import inspection
     from freshrec.store.versions import open_store
 
-    bundle = _open_bundle(store, version)
+    bundle = _open_bundle(store, sign_key_file, version)
     with _id_errors_as_option_errors():
         found = inspection.user_profile(bundle, name) if kind == "user" else inspection.item_profile(bundle, name)
     if as_json:
@@ -133,21 +141,26 @@ def inspect(
         return
     from freshrec.recommender.profile_text import item_text, user_text
 
-    versions = _versions_of_spans(store, version)
+    versions = _versions_of_spans(store, sign_key_file, version)
     typer.echo(user_text(found, versions) if kind == "user" else item_text(found, versions))
     n_refused = 0
     with suppress(StateError):  # `freshrec doctor` reports damage
-        n_refused = inspection.count_refused_events(open_store(store), f"{kind}_id", found[f"{kind}_id"])
+        n_refused = inspection.count_refused_events(open_store(store, sign_key_file), f"{kind}_id", found[f"{kind}_id"])
     if n_refused:
         typer.echo(f"\nNot counted: {format_count(n_refused, 'event')} in refused deliveries.")
 
 
-def status(store: StorePath = Path("store"), as_json: AsJson = False) -> None:
+def status(
+    store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
+    sign_key_file: SignKeyFile = None,
+    as_json: AsJson = False,
+) -> None:
     """Print the live version and its quality, the size of the store, and the events that wait for the next update."""
     from freshrec.nightly import inspection
     from freshrec.store.versions import open_store
 
-    found = inspection.store_status(open_store(store))
+    found = inspection.store_status(open_store(store, sign_key_file))
     print_json(found) if as_json else typer.echo("\n".join(status_lines(found)))
 
 
@@ -155,22 +168,29 @@ def diff(
     first: Annotated[int, typer.Argument(metavar="A", help="Number of the first version.")],
     second: Annotated[int, typer.Argument(metavar="B", help="Number of the second version.")],
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
+    sign_key_file: SignKeyFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare two versions: quality on the same queries, shared items of their lists, numbers and options."""
     from freshrec.nightly import inspection
     from freshrec.store.versions import open_store
 
-    found = inspection.version_difference(open_store(store), first, second)
+    found = inspection.version_difference(open_store(store, sign_key_file), first, second)
     print_json(found) if as_json else typer.echo("\n".join(diff_lines(found)))
 
 
-def doctor(store: Annotated[Path | None, StoreOption] = None, as_json: AsJson = False) -> None:
-    """Check the installation and every file of a store."""
-    from freshrec.nightly import inspection
+def doctor(
+    store: Annotated[Path | None, StoreOption] = None,
+    allow_import: AllowImport = None,
+    sign_key_file: SignKeyFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check the installation, every file of a store, and whether its versions, event log and clicks belong together."""
+    from freshrec.nightly.doctor import check_store
     from freshrec.store.versions import open_store
 
-    found = inspection.check_store(None if store is None else open_store(store))
+    found = check_store(None if store is None else open_store(store, sign_key_file))
     checks = [{"ok": ok, "what": message} for ok, message in found]
     if not as_json:
         for ok, message in found:
@@ -193,23 +213,23 @@ def _id_errors_as_option_errors() -> Iterator[None]:
         raise OptionError(str(problem)) from None
 
 
-def _open_bundle(folder: Path, number: int | None) -> Bundle:
+def _open_bundle(folder: Path, sign_key_file: Path | None, number: int | None) -> Bundle:
     """Read the bundle of a version, by default of the live one."""
     from freshrec.recommender.bundle import read_bundle
     from freshrec.store.versions import open_store
 
-    store = open_store(folder)
+    store = open_store(folder, sign_key_file)
     return read_bundle(store.verified_files(store.live if number is None else number))
 
 
-def _versions_of_spans(folder: Path, number: int | None) -> dict[int, int]:
+def _versions_of_spans(folder: Path, sign_key_file: Path | None, number: int | None) -> dict[int, int]:
     """Return span -> number of the version that learned it, for a version (default: the live one) and its ancestors.
 
     It ends before an ancestor whose manifest is damaged.
     """
     from freshrec.store.versions import open_store
 
-    store, found = open_store(folder), dict[int, int]()
+    store, found = open_store(folder, sign_key_file), dict[int, int]()
     parent: int | None = store.live if number is None else number
     with suppress(StateError):
         while parent is not None:

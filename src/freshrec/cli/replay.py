@@ -15,13 +15,13 @@ from freshrec.cli.output import make_console, print_json
 from freshrec.cli.parameters import Parameter, make_command, parameters_of
 from freshrec.config import description_of, hints_of
 from freshrec.errors import OptionError
+from freshrec.replay.recipe_files import merge_tables
 from freshrec.replay.recipe_schema import (
     FIRST_UPDATED_SPAN,
     LogRecipe,
     Recipe,
     default_metrics,
     load_recipe,
-    merge_tables,
     parse_recipe,
     save_recipe,
 )
@@ -54,7 +54,17 @@ OWN_PARAMETERS: list[Parameter] = [  # all other parameters are fields of a reci
         Annotated[str | None, typer.Argument(metavar="[LOG]", help=description_of(hints_of(LogRecipe)["path"]))],
         None,
     ),
-    ("recipe", Annotated[Path | None, typer.Option(help="Recipe, a TOML file. Options override it.")], None),
+    (
+        "recipe",
+        Annotated[
+            str | None,
+            typer.Option(
+                metavar="FILE|NAME",
+                help="A TOML file, or a name of `freshrec list recipes`. Options override it.",
+            ),
+        ],
+        None,
+    ),
     ("out", Annotated[Path, typer.Option(help="Folder for the results.")], Path("runs/replay")),
     ("jobs", Jobs, JOBS),
     ("device", Annotated[str, typer.Option(help="Device for training: cpu or cuda.")], "cpu"),
@@ -98,8 +108,8 @@ replay = make_command(
 )
 
 
-def resolve_recipe(file: Path | None, given: dict[str, dict[str, Any]]) -> Recipe:
-    """Return the recipe in `file`, or the default one, with the options of the command line."""
+def resolve_recipe(file: str | Path | None, given: dict[str, dict[str, Any]]) -> Recipe:
+    """Return the recipe that `file` names, or the default one, with the options of the command line."""
     path, world = given["log"].get("path"), given["log"].get("world")
     if path and world:
         raise OptionError(f"A replay uses one log, and both {path} and --world {world} are given. Remove one.")

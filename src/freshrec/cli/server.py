@@ -6,7 +6,7 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from socket import IPPROTO_TCP, TCP_NODELAY, socket
@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from freshrec.cli.options import AsJson, StorePath
+from freshrec.cli.options import AllowImport, AsJson, SignKeyFile, StorePath
 from freshrec.cli.output import print_table, print_wrapped
 from freshrec.errors import OptionError, StateError
+from freshrec.recommender.progress import show_progress
+from freshrec.user_modules import ALLOW_IMPORT
 
 if TYPE_CHECKING:
     import uvicorn
@@ -57,6 +59,8 @@ PortOption = Annotated[int, typer.Option(min=0, max=65535, help="Port (0 = any f
 
 def serve(
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
+    sign_key_file: SignKeyFile = None,
     host: HostOption = "127.0.0.1",
     port: PortOption = 8000,
     token_file: TokenOption = None,
@@ -94,10 +98,12 @@ def serve(
     tune_memory()
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
-    live = LiveVersion(open_store(store), log_line, SearchOptions(exact_max_items, min_recall, n_longest))
+    live = LiveVersion(
+        open_store(store, sign_key_file), log_line, SearchOptions(exact_max_items, min_recall, n_longest)
+    )
     live.start()
     limits = ServerLimits(read_token(token_file), max_requests_per_s=rate, allowed_hosts=hosts)
-    service = Service(live, limits, lambda user: erase_in_subprocess(store, user))
+    service = Service(live, limits, lambda user: erase_in_subprocess(store, user, allow_import or (), sign_key_file))
     config = make_config(create_app(service), host, port, connection_limits)
     log_errors_without_text(logging.getLogger("uvicorn.error"))
     with listening_socket(config) as opened:
@@ -157,24 +163,33 @@ def listening_socket(config: uvicorn.Config) -> socket:
 def export(
     out: Annotated[Path, typer.Argument(metavar="FOLDER", help="New folder for the files.")],
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
+    sign_key_file: SignKeyFile = None,
     version: Annotated[int | None, typer.Option("--version", help="Version to use (default: the live one).")] = None,
     onnx: Annotated[
         bool, typer.Option("--onnx", help="Also export the network that computes user vectors from histories, as ONNX.")
     ] = False,
+    lists: Annotated[
+        bool, typer.Option("--lists", help="Also export lists and neighbours. Models without vectors always do.")
+    ] = False,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Items per list, and neighbours per item.")] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """Export ids, vectors and an index of a version for other programs: Parquet, npy, faiss, ONNX.
+    """Export a version for other programs, as Parquet, npy, faiss and ONNX files.
 
-    The model must have vectors, such as comirec-dr or sasrec. The default model, blend, has none (exit code 5).
+    A model with vectors, such as comirec-dr or sasrec: ids, vectors and an index. Any other model, such as the default:
+    the list of each user, and the neighbours of each item. ONNX needs a model with vectors (exit code 5).
     """
     from freshrec.recommender.search import EXACT_SEARCH
     from freshrec.server.export import export_version
     from freshrec.server.live_version import load_version
     from freshrec.store.versions import open_store
 
-    opened_store = open_store(store)
+    opened_store = open_store(store, sign_key_file)
     manifest = opened_store.manifest(opened_store.live if version is None else version)
-    summary = export_version(load_version(opened_store, manifest, EXACT_SEARCH), out, onnx)
+    loaded = load_version(opened_store, manifest, EXACT_SEARCH)
+    with show_progress(not as_json, with_lines=False):
+        summary = export_version(loaded, out, onnx, lists, k)
     if as_json:
         typer.echo(json.dumps(summary))
         return
@@ -188,6 +203,8 @@ bench = typer.Typer(no_args_is_help=True, help="Measure on this machine.")
 @bench.command("serve")
 def bench_serve(
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
+    sign_key_file: SignKeyFile = None,
     rate: Annotated[float, typer.Option(min=0.1, help="Requests per second, at random times.")] = 20.0,
     seconds: Annotated[float, typer.Option(min=1, help="Duration in seconds.")] = 20.0,
     k: Annotated[int, typer.Option("--k", "-k", help="Number of items per list.")] = 20,
@@ -201,9 +218,14 @@ def bench_serve(
 ) -> None:
     """Start a server of the store, send requests at a fixed rate, and report latency and errors."""
     from freshrec.server.benchmark import run_benchmark
+    from freshrec.store.versions import open_store
 
-    options = ("--exact-max-items", str(exact_max_items), "--n-longest", str(n_longest), "--threads", str(threads))
-    report = run_benchmark(store, rate, seconds, k, options, swap)
+    options = (
+        *[word for module in allow_import or () for word in (ALLOW_IMPORT, module)],
+        *key_option(sign_key_file),
+        *("--exact-max-items", str(exact_max_items), "--n-longest", str(n_longest), "--threads", str(threads)),
+    )
+    report = run_benchmark(open_store(store, sign_key_file), rate, seconds, k, options, swap)
     if as_json:
         typer.echo(json.dumps(report))
         return
@@ -225,9 +247,18 @@ def read_token(path: Path | None) -> str:
     return token
 
 
-def erase_in_subprocess(store: Path, user: str) -> dict[str, Any]:
+def key_option(sign_key_file: Path | None) -> tuple[str, ...]:
+    """Return the words that pass the key of a store on to another command."""
+    return () if sign_key_file is None else ("--sign-key-file", str(sign_key_file))
+
+
+def erase_in_subprocess(
+    store: Path, user: str, allowed_modules: Sequence[str] = (), sign_key_file: Path | None = None
+) -> dict[str, Any]:
     """Run `freshrec erase` in a subprocess, because it needs the training code. Raises StateError if it fails."""
-    command = [sys.executable, "-m", "freshrec", "erase", "--stdin", "--store", str(store), "--wait", "1m", "--json"]
+    imports = [word for module in allowed_modules for word in (ALLOW_IMPORT, module)]
+    options = (*imports, *key_option(sign_key_file), "--stdin", "--store", str(store), "--wait", "1m", "--json")
+    command = [sys.executable, "-P", "-m", "freshrec", "erase", *options]  # -P: import nothing from the current folder
     process = subprocess.run(command, input=f"{user}\n", capture_output=True, encoding="utf-8", timeout=3600)
     if process.returncode:
         lines = process.stderr.strip().splitlines() or ["The user was not erased. Run `freshrec doctor`."]

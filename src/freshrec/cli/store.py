@@ -5,20 +5,24 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from freshrec.cli.delivery import changed_options, read_delivery, read_first_log
 from freshrec.cli.options import (
+    AllowImport,
     AsJson,
     Columns,
     EventTypes,
     FormatName,
     LogPath,
+    MinRating,
     Quarantine,
     ReasonOption,
+    Separator,
+    SignKeyFile,
     StorePath,
     WaitOption,
     parse_duration,
@@ -26,13 +30,15 @@ from freshrec.cli.options import (
     parse_pairs,
 )
 from freshrec.cli.output import print_json, print_labelled, print_wrapped
-from freshrec.cli.progress import READING, show_progress
 from freshrec.cli.version_text import fit_lines, next_commands, retry_command, update_lines, verdict_sentence
 from freshrec.cli.versions import locked_store
-from freshrec.data.log import Log, events_before, filter_positives, read_log
+from freshrec.data.duplicates import count_reused_ids, reused_ids_note
+from freshrec.data.log import Log, filter_positives
 from freshrec.data.moments import format_time
-from freshrec.errors import FreshrecError, LogError, NoRowsError, OptionError, RefusedError
+from freshrec.disk_names import foreign_modules
+from freshrec.errors import FreshrecError, LogError, OptionError, RefusedError
 from freshrec.progress import report_progress
+from freshrec.recommender.progress import READING, show_progress
 from freshrec.text_layout import format_count
 
 if TYPE_CHECKING:
@@ -60,6 +66,7 @@ FullEvery = Annotated[
 def fit(
     log: LogPath,
     store: StorePath = Path("store"),
+    sign_key_file: SignKeyFile = None,
     model: Annotated[str, typer.Option(help="Model; see `freshrec list models`.")] = "blend",
     strategy: Annotated[
         str | None, typer.Option(help="How updates learn new events; see `freshrec list strategies`.")
@@ -67,6 +74,8 @@ def fit(
     columns: Columns = "",
     format_name: FormatName = None,
     events: EventTypes = "",
+    separator: Separator = None,
+    min_rating: MinRating = None,
     until: Annotated[str, typer.Option(help="Read only events before this time, such as 2025-06-01.")] = "",
     quarantine: Quarantine = None,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
@@ -89,16 +98,17 @@ def fit(
         )
     if budget:
         strategy = f"{strategy or 'refit'}:max_passes={parse_duration(budget, '--budget') * TARGETS_PER_SECOND}"
-    read_options, limits = ReadOptions(parse_pairs(columns), format_name, tuple(parse_list(events))), parse_limits(gate)
+    read_options = ReadOptions(
+        parse_pairs(columns), format_name, tuple(parse_list(events)), separator=separator, min_rating=min_rating
+    )
+    limits = parse_limits(gate)
     bundle = new_bundle(model, strategy, seed, read_options)
-    with show_progress(not as_json, with_lines=True), create_store(store) as new_store:
+    with show_progress(not as_json, with_lines=True), create_store(store, sign_key_file) as new_store:
         report_progress(READING, detail=log.name)
-        interactions = read_log(
-            log, columns=read_options.columns, format=format_name, events=read_options.events, quarantine=quarantine
-        )
-        interactions = events_before(interactions, until) if until else interactions
+        source = hash_source(log)  # first, so that rows which a writer adds later are new to the next update
+        interactions = read_first_log(log, read_options, until, quarantine)
         report_progress("read", detail=f"{len(interactions.frame):,} rows of {log.name}")
-        job, source = NightlyJob(new_store, limits), hash_source(log) + (f" until {until}" if until else "")
+        job, source = NightlyJob(new_store, limits), source + (f" until {until}" if until else "")
         version = job.fit_first_version(interactions, source, bundle)
         times, skipped = _period_of(interactions), _skipped_rows(job, version, interactions)
     if as_json:
@@ -106,8 +116,11 @@ def fit(
         return
     typer.echo(f"Version {version.id} is live in {store}.")
     print_labelled(fit_lines(version, times, skipped))
-    print_labelled(("Note", note) for note in version.notes)
-    for label, command in zip(("Next:", ""), next_commands(store, filter_positives(interactions.frame)["user_id"][-1])):
+    n_reused = count_reused_ids(interactions.frame, interactions.has_clock)
+    print_labelled(("Note", note) for note in [*version.notes, *([reused_ids_note(n_reused)] if n_reused else [])])
+    modules = foreign_modules(bundle.served.state.model.spec, bundle.strategy)
+    commands = next_commands(store, filter_positives(interactions.frame)["user_id"][-1], modules)
+    for label, command in zip(("Next:", ""), commands):
         typer.echo(f"{label:<6}{command}")
 
 
@@ -130,6 +143,8 @@ def _skipped_rows(job: NightlyJob, version: Manifest, log: Log) -> list[str]:
 def update(
     new: NewEvents = None,
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
+    sign_key_file: SignKeyFile = None,
     force: Annotated[bool, typer.Option("--force", help="Promote a refused version anyway; needs --reason.")] = False,
     reason: ReasonOption = "",
     retry: Annotated[
@@ -139,6 +154,8 @@ def update(
     gate: GateOption = "",
     columns: Columns = "",
     format_name: FormatName = None,
+    separator: Separator = None,
+    min_rating: MinRating = None,
     quarantine: Quarantine = None,
     wait: WaitOption = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what is in the files; change nothing.")] = False,
@@ -153,23 +170,22 @@ def update(
 
     if force and not reason:
         raise OptionError('--force needs a reason, which is stored in the history. Add --reason "...".')
-    opened_store = open_store(store)
+    opened_store = open_store(store, sign_key_file)
     job, force_reason = NightlyJob(opened_store, parse_limits(gate), full_every), reason if force else ""
     if full_every:
         retrain_interval(full_every, version_chain(opened_store))  # an OptionError before any work
-    read_delivery = partial(
-        _read_delivery, job, quarantine=None if dry_run else quarantine, columns=columns, format_name=format_name
-    )
+    changes = partial(changed_options, columns=columns, format=format_name, separator=separator, min_rating=min_rating)
+    read_file = partial(read_delivery, job, quarantine=None if dry_run else quarantine, change_options=changes)
     if dry_run:
         if retry is not None or force:
             raise OptionError("--dry-run cannot be combined with --retry or --force. Leave them out.")
-        _print_previews([_preview_file(job, path, read_delivery(path)) for path in new or []], as_json)
+        _print_previews([_preview_file(job, path, read_file(path)) for path in new or []], as_json)
         return
     versions: list[Manifest] = []
     try:
-        with locked_store(store, wait), show_progress(not as_json, with_lines=False) as clear_progress:
+        with locked_store(store, wait, sign_key_file), show_progress(not as_json, with_lines=False) as clear_progress:
             print_line = partial(_print_line, clear_progress, as_json)
-            for version in _make_versions(job, new or [], retry, read_delivery, force_reason, print_line):
+            for version in _make_versions(job, new or [], retry, read_file, force_reason, print_line):
                 versions.append(version)
                 clear_progress()
                 if not as_json:
@@ -217,17 +233,19 @@ def _make_versions(
     job: NightlyJob,
     paths: list[Path],
     retry: int | None,
-    read_delivery: Callable[[Path], Log | None],
+    read_file: Callable[[Path], Log | None],
     force: str,
     print_line: Callable[[str], None],
 ) -> Iterator[Manifest]:
     """Yield the versions of waiting batches, of each file, and of --retry. Clicks are learned with the last file."""
     from freshrec.nightly import click_intake
+    from freshrec.nightly.job import hash_source
 
     yield from job.catch_up(force)
     for path in paths:
         report_progress(READING, detail=path.name)
-        yield from _learn_file(job, path, read_delivery(path), path is paths[-1], force, print_line)
+        source = hash_source(path)
+        yield from _learn_file(job, path, source, read_file(path), path is paths[-1], force, print_line)
     if not paths:
         yield from _learn_clicks(job, force, print_line)
     click_intake.remove_learned_clicks(job)
@@ -239,13 +257,18 @@ def _make_versions(
 
 
 def _learn_file(
-    job: NightlyJob, path: Path, log: Log | None, with_clicks: bool, force: str, print_line: Callable[[str], None]
+    job: NightlyJob,
+    path: Path,
+    source: str,
+    log: Log | None,
+    with_clicks: bool,
+    force: str,
+    print_line: Callable[[str], None],
 ) -> Iterator[Manifest]:
-    """Yield the versions of one file, which is None if it has no rows. `with_clicks`: also learn waiting clicks."""
+    """Yield the versions of one file; `log` is None if it has no rows. `with_clicks`: also learn waiting clicks."""
     from freshrec.nightly import click_intake
-    from freshrec.nightly.job import hash_source, interaction_rows
+    from freshrec.nightly.job import interaction_rows
 
-    source = hash_source(path)
     log = None if log is None or not len(interaction_rows(log.frame)) else log
     result: AppendResult | None = None
     try:
@@ -260,9 +283,12 @@ def _learn_file(
         yield job.add_unchanged_version(None, source)
         return
     n_bad = 0 if log is None else log.n_quarantined
-    print_line(_delivery_line(job, result, "Server clicks" if log is None else path.name, n_bad))
+    name = "Server clicks" if log is None else path.name
+    print_line(_delivery_line(job, result, name, n_bad))
     for note in () if log is None else log.id_notes:
-        print_line(f"{path.name}: {note}")
+        print_line(f"{name}: {note}")
+    if result.n_reused_ids:
+        print_line(f"{name}: {reused_ids_note(result.n_reused_ids)}")
     yield from job.catch_up(force)
 
 
@@ -278,27 +304,6 @@ def _learn_clicks(job: NightlyJob, force: str, print_line: Callable[[str], None]
         return
     print_line(_delivery_line(job, result, "Server clicks"))
     yield from job.catch_up(force)
-
-
-def _read_delivery(
-    job: NightlyJob, path: Path, quarantine: Path | None, columns: str, format_name: str | None
-) -> Log | None:
-    """Read a file with the options of `fit`, unless others are given. Return None if it has no rows."""
-    from freshrec.recommender.log_reading import known_id_types
-
-    read_options = job.bundle.read_options
-    try:
-        return read_log(
-            path,
-            columns={**read_options.columns, **parse_pairs(columns)},
-            format=format_name or read_options.format,
-            events=read_options.events,
-            quarantine=quarantine and _free_path(quarantine),
-            allow_missing_events=True,
-            id_types=known_id_types(job.bundle.served),
-        )
-    except NoRowsError:
-        return None
 
 
 def _preview_file(job: NightlyJob, path: Path, log: Log | None) -> dict[str, Any]:
@@ -318,12 +323,6 @@ def _print_previews(previews: list[dict[str, Any]], as_json: bool) -> None:
         day = preview["day"] or {"n_rows": 0, "n_users": 0, "n_items": 0}
         typer.echo(f"{preview['file']}: {day['n_rows']:,} rows, {day['n_users']:,} users, {day['n_items']:,} items")
         print_labelled(("Unusual", anomaly) for anomaly in preview["odd"] or ["nothing"])
-
-
-def _free_path(path: Path) -> Path:
-    """Return the path if it is free, else the first free one of name-1, name-2, ..."""
-    candidates = (path.with_stem(f"{path.stem}-{n}") for n in count(1))
-    return path if not path.exists() else next(other for other in candidates if not other.exists())
 
 
 def _delivery_line(job: NightlyJob, result: AppendResult, name: str, n_bad: int = 0) -> str:

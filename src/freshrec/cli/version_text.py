@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from freshrec.store.manifest import METRIC_KEY
 from freshrec.text_layout import format_count
+from freshrec.user_modules import ALLOW_IMPORT
 
 if TYPE_CHECKING:
     from freshrec.store.manifest import Manifest
@@ -72,9 +73,10 @@ def fit_lines(version: Manifest, times: str, skipped: Sequence[str]) -> Lines:
     return [*lines, ("Time", f"{numbers.get('wait_s', 0.0):.1f} s")]
 
 
-def next_commands(store: Path, user_id: Any) -> list[str]:
-    """Return the commands to type after `fit`."""
+def next_commands(store: Path, user_id: Any, modules: Sequence[str] = ()) -> list[str]:
+    """Return the commands to type after `fit`. They allow the import of `modules`."""
     folder, user = shlex.quote(str(store)), shlex.quote(str(user_id))
+    folder += "".join(f" {ALLOW_IMPORT} {module}" for module in modules)
     user = f"-- {user}" if user.startswith("-") else user
     return [f"freshrec update NEW-EVENTS --store {folder}", f"freshrec recommend --store {folder} {user}"]
 

@@ -1,4 +1,4 @@
-"""The commands that show and change the versions of a store: history, promote, rollback, gc, erase."""
+"""The commands that show and change the versions of a store: history, promote, rollback, gc, sign, erase."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from freshrec.cli.options import AsJson, ReasonOption, StorePath, WaitOption, parse_duration
+from freshrec.cli.options import (
+    SIGN_KEY_VARIABLE,
+    AllowImport,
+    AsJson,
+    ReasonOption,
+    SignKeyFile,
+    StorePath,
+    WaitOption,
+    parse_duration,
+)
 from freshrec.cli.output import print_json, print_wrapped
 from freshrec.cli.version_text import retry_command
 from freshrec.errors import OptionError, StateError
@@ -27,6 +36,8 @@ VersionArgument = Annotated[int, typer.Argument(metavar="VERSION", help="Version
 
 def history(
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
+    sign_key_file: SignKeyFile = None,
     last: Annotated[int | None, typer.Option(min=1, help="Show only the last N versions.", metavar="N")] = None,
     refused: Annotated[bool, typer.Option("--refused", help="Show only versions that the gate refused.")] = False,
     long: Annotated[
@@ -38,7 +49,7 @@ def history(
     from freshrec.cli.history_text import history_lines, long_lines, move_lines, version_states
     from freshrec.store.versions import open_store
 
-    opened_store = open_store(store)
+    opened_store = open_store(store, sign_key_file)
     versions, moves = opened_store.manifests(), opened_store.moves()
     if refused:
         versions = [version for version in versions if not version.promoted]
@@ -47,7 +58,10 @@ def history(
         shown = {version.id for version in versions}
         moves = [move for move in moves if move.to in shown]
     if as_json:
-        answer = {"versions": [v.model_dump() for v in versions], "moves": [m.model_dump() for m in moves]}
+        answer = {
+            "versions": [v.model_dump() for v in versions],
+            "moves": [m.model_dump(exclude={"store"}) for m in moves],
+        }
         print_json(answer)
         return
     states = version_states(opened_store)
@@ -60,11 +74,11 @@ def history(
 
 
 @contextmanager
-def locked_store(folder: Path, wait: str) -> Iterator[Store]:
+def locked_store(folder: Path, wait: str, sign_key_file: Path | None) -> Iterator[Store]:
     """Open a store and lock it, so that no other process changes it."""
     from freshrec.store.versions import open_store
 
-    store = open_store(folder)
+    store = open_store(folder, sign_key_file)
     with store.locked(parse_duration(wait, "--wait") if wait else 0.0):
         yield store
 
@@ -72,12 +86,14 @@ def locked_store(folder: Path, wait: str) -> Iterator[Store]:
 def promote(
     number: VersionArgument,
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
+    sign_key_file: SignKeyFile = None,
     reason: ReasonOption = "",
     wait: WaitOption = "",
     as_json: AsJson = False,
 ) -> None:
     """Make a version the live one. A refused version needs --reason."""
-    with locked_store(store, wait) as opened_store:
+    with locked_store(store, wait, sign_key_file) as opened_store:
         if not opened_store.manifest(number).promoted and not reason:
             raise OptionError(f'The gate refused version {number}. To make it live anyway, pass --reason "...".')
         before = _chain_or_nothing(opened_store)
@@ -94,12 +110,14 @@ def rollback(
         int | None, typer.Argument(metavar="[VERSION]", help="Default: the parent of the live version.")
     ] = None,
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
+    sign_key_file: SignKeyFile = None,
     reason: ReasonOption = "",
     wait: WaitOption = "",
     as_json: AsJson = False,
 ) -> None:
     """Make an earlier version the live one. Later versions are dropped; `update --retry` learns their events again."""
-    with locked_store(store, wait) as opened_store:
+    with locked_store(store, wait, sign_key_file) as opened_store:
         live = opened_store.live
         target = number if number is not None else opened_store.manifest(live).parent
         if target is None:
@@ -152,6 +170,8 @@ def _dropped_text(store: Store, before: list[Manifest]) -> str:
 
 def gc(
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
+    sign_key_file: SignKeyFile = None,
     keep: Annotated[int, typer.Option(min=1, help="Number of formerly live versions to keep.")] = 5,
     wait: WaitOption = "",
     as_json: AsJson = False,
@@ -164,7 +184,7 @@ def gc(
     from freshrec.nightly.notes import number_ranges
     from freshrec.store.collection import collect_garbage, disk_bytes
 
-    with locked_store(store, wait) as opened_store:
+    with locked_store(store, wait, sign_key_file) as opened_store:
         n_bytes = disk_bytes(opened_store.folder)
         collected_numbers = collect_garbage(opened_store, keep)
         n_freed = max(0, n_bytes - disk_bytes(opened_store.folder))
@@ -178,6 +198,8 @@ def gc(
 def erase(
     user: Annotated[str, typer.Argument(metavar="[USER]", help="User id.", show_default=False)] = "",
     store: StorePath = Path("store"),
+    allow_import: AllowImport = None,
+    sign_key_file: SignKeyFile = None,
     from_stdin: Annotated[
         bool, typer.Option("--stdin", help="Read the user id from standard input, so that no other process sees it.")
     ] = False,
@@ -195,7 +217,7 @@ def erase(
         raise OptionError("Pass one user id: as USER, or with --stdin.")
     if from_stdin:
         user = sys.stdin.read().removesuffix("\n").removesuffix("\r")
-    with locked_store(store, wait) as opened_store:
+    with locked_store(store, wait, sign_key_file) as opened_store:
         receipt = erase_user(NightlyJob(opened_store), user)
     if as_json:
         print_json(receipt)
@@ -209,3 +231,31 @@ def erase(
         erased += f" and {format_count(receipt['clicks'], 'click')} from the journal"
     print_wrapped(f"User {user}: {erased}. Rewritten versions: {versions}.")
     print_wrapped(f"Not erased: {receipt['stays']}")
+
+
+def sign(
+    key_file: Annotated[
+        Path,
+        typer.Option("--sign-key-file", metavar="FILE", envvar=SIGN_KEY_VARIABLE, help="File with the secret key."),
+    ],
+    store: StorePath = Path("store"),
+    old_key_file: Annotated[
+        Path | None, typer.Option("--old-sign-key-file", metavar="FILE", help="File with the former key, to change it.")
+    ] = None,
+    unverified: Annotated[
+        bool, typer.Option("--unverified", help="Sign also files without a valid signature, after you checked them.")
+    ] = False,
+    wait: WaitOption = "",
+    as_json: AsJson = False,
+) -> None:
+    """Sign a store with a key, or with another key. Afterwards, pass --sign-key-file to all commands."""
+    from freshrec.store.sign_store import sign_store
+
+    wait_s = parse_duration(wait, "--wait") if wait else 0.0
+    found = sign_store(store, key_file, old_key_file, unverified, wait_s)
+    if as_json:
+        print_json(found)
+        return
+    print_wrapped(
+        f"{store} is signed with the key {found['key']}. Files that it had not signed: {len(found['signed'])}."
+    )

@@ -18,6 +18,7 @@ from freshrec.data.columns import ColumnFault, has_value, read_labels, read_numb
 from freshrec.data.formats import SourceTable, open_table
 from freshrec.data.identities import IdType, read_id_column
 from freshrec.data.moments import UNIT_NAMES, parse_microseconds, read_times
+from freshrec.data.ratings import choose_rating, keep_ratings
 from freshrec.data.source_columns import collect_columns, map_columns
 from freshrec.deprecation import UNSET, Unset, value_of_renamed
 from freshrec.errors import LogError, NoRowsError, OptionError
@@ -32,8 +33,8 @@ class Log:
     """Interactions, sorted by time.
 
     `frame` has the columns user_id and item_id (Int64 or String, as in the source) and time (Int64). Times are
-    microseconds since 1970, UTC; without timestamps they are 0, 1, 2, ... Further columns are event, category, weight,
-    label, period, split and event_id, if the source has them.
+    microseconds since 1970, UTC; without timestamps they are 0, 1, 2, ... Further columns are event, category, label,
+    period, split and event_id, if the source has them.
     """
 
     frame: pl.DataFrame
@@ -58,12 +59,16 @@ def read_log(
     allow_missing_events: bool = False,
     text_columns: Sequence[str] = (),
     id_types: Mapping[str, IdType] | None = None,
+    separator: str | None = None,
+    min_rating: float | None = None,
+    drop_weight: bool = False,
     absent: bool | Unset = UNSET,
     text: Sequence[str] | Unset = UNSET,
 ) -> Log:
     """Read a log from a file, a folder or a frame, and sort it by time.
 
-    `source` is a CSV file (also .gz), a Parquet file or folder, a JSON lines file, or a frame of polars or pandas.
+    `source` is a CSV file (also .gz), a Parquet file or folder, a Delta table, a JSON lines file, or a frame of polars
+    or pandas.
 
     - `columns`: our column name -> the name in the source, if they differ. `{"item_id": "sku:text"}` reads the ids
       as text, even if some of them look like numbers.
@@ -75,37 +80,79 @@ def read_log(
     - `text_columns`: our columns whose ids are text, even if all of them are numbers.
     - `id_types`: our column -> Int64 or String, the type of the ids in an earlier log. Ids are converted to it if that
       is exact; other rows are bad. It overrides `text_columns`.
+    - `separator`: what divides the fields of a text file: one character, or comma, tab, semicolon, pipe or space. By
+      default, it is a tab in .tsv files and a comma in others.
+    - `min_rating`: the lowest rating to keep. Rows below it are left out before anything else is checked or counted. A
+      row without a rating is bad. The rating is the column `rating`, or else `weight`.
+    - `drop_weight`: whether to ignore a column `weight`. By default, it is an error without `min_rating`.
     - `absent`, `text`: former names of `allow_missing_events` and `text_columns`.
 
     Raises LogError if the log cannot be read, NoRowsError if it is empty, and OptionError for an invalid argument.
     """
     allow_missing_events = value_of_renamed("allow_missing_events", allow_missing_events, "absent", absent)
     text_columns = value_of_renamed("text_columns", text_columns, "text", text)
+    _check_quarantine(source, quarantine)
+    table = open_table(source, format, separator)
+    names, declared_text = map_columns(table, columns or {})
+    names, notes = choose_rating(names, min_rating, drop_weight, table.name)
+    source_rows, rating_faults = _collect_rows(table, names, events, allow_missing_events, min_rating, notes)
+    try:
+        parsed = {name: source_name for name, source_name in names.items() if name != "rating"}
+        known_types = dict.fromkeys(declared_text | set(text_columns), pl.String) | dict(id_types or {})
+        log, faults = _parse_columns(source_rows, parsed, known_types, table)
+    except LogError as problem:
+        raise LogError(f"{table.name}: {problem}") from None
+    log, faults = replace(log, notes=(*table.notes, *log.notes, *notes)), first_faults([*rating_faults, *faults])
+    if faults:
+        log = _quarantine_bad_rows(log, faults, source_rows, names, table, quarantine)
+    log = _sort_by_time(log)
+    return log if users is None else _sample_users(log, users, seed)
+
+
+def _collect_rows(
+    table: SourceTable,
+    names: Mapping[str, str],
+    events: Sequence[str],
+    allow_missing_events: bool,
+    min_rating: float | None,
+    notes: list[str],
+) -> tuple[pl.DataFrame, list[ColumnFault]]:
+    """Return the rows with the events and ratings to keep, and the rows without a rating. Extends `notes`."""
+    rows = collect_columns(table, names, events, allow_missing_events)
+    table.require_unchanged()
+    if not len(rows):
+        raise NoRowsError(f"{table.name} has no rows. A log needs at least one.")
+    if min_rating is None:
+        return rows, []
+    rows, faults, note = keep_ratings(rows, min_rating, table.name)
+    notes.append(note)
+    return rows, faults
+
+
+def _check_quarantine(source: str | Path | pl.DataFrame | pd.DataFrame, quarantine: Path | None) -> None:
     if quarantine is not None and isinstance(source, str | Path) and quarantine.resolve() == Path(source).resolve():
         raise OptionError(f"Quarantine file {quarantine.name} is the log itself. Choose another file for the bad rows.")
     if quarantine is not None and quarantine.suffix not in (".parquet", ".csv"):
         raise OptionError(f"Quarantine file {quarantine.name} must end in .parquet or .csv. Rename it.")
-    table = open_table(source, format)
-    names, declared_text = map_columns(table, columns or {})
-    source_rows = collect_columns(table, names, events, allow_missing_events)
-    if not len(source_rows):
-        raise NoRowsError(f"{table.name} has no rows. A log needs at least one.")
-    try:
-        known_types = dict.fromkeys(declared_text | set(text_columns), pl.String) | dict(id_types or {})
-        log, faults = _parse_columns(source_rows, names, known_types, table)
-    except LogError as problem:
-        raise LogError(f"{table.name}: {problem}") from None
-    if faults:
-        if quarantine is None:
-            raise LogError(fault_message(source_rows, names, faults, table.name))
-        write_quarantine(source_rows, faults, table, quarantine)
-        is_good = ~pl.DataFrame([fault.rows.alias(str(i)) for i, fault in enumerate(faults)]).max_horizontal()
-        log = replace(log, frame=log.frame.filter(is_good), n_quarantined=int((~is_good).sum()))
-        log = _add_note(log, f"Wrote {format_count(log.n_quarantined, 'bad row')} to {quarantine.name}.")
+
+
+def _quarantine_bad_rows(
+    log: Log,
+    faults: Sequence[ColumnFault],
+    source_rows: pl.DataFrame,
+    names: Mapping[str, str],
+    table: SourceTable,
+    quarantine: Path | None,
+) -> Log:
+    """Return the log without its bad rows, and write them to `quarantine`. Raises LogError without such a file."""
+    if quarantine is None:
+        raise LogError(fault_message(source_rows, names, faults, table.name))
+    write_quarantine(source_rows, faults, table, quarantine)
+    is_good = ~pl.DataFrame([fault.rows.alias(str(i)) for i, fault in enumerate(faults)]).max_horizontal()
+    log = replace(log, frame=log.frame.filter(is_good), n_quarantined=int((~is_good).sum()))
     if not len(log.frame):
         raise LogError(f"{table.name} has no valid rows. {quarantine} gives the reason for each row.")
-    log = _sort_by_time(log)
-    return log if users is None else _sample_users(log, users, seed)
+    return _add_note(log, f"Wrote {format_count(log.n_quarantined, 'bad row')} to {quarantine.name}.")
 
 
 def keep_positives(log: Log) -> Log:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,9 @@ import polars as pl
 from freshrec.errors import LogError
 from freshrec.text_layout import to_printable
 
+# EOFError and zlib.error: of damaged gzip files
+READER_ERRORS = (pl.exceptions.PolarsError, OSError, UnicodeError, ValueError, EOFError, zlib.error)
+
 
 @contextmanager
 def as_log_error(name: str) -> Iterator[None]:
@@ -20,7 +24,7 @@ def as_log_error(name: str) -> Iterator[None]:
     try:
         with _mute_panics():
             yield
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, UnicodeError, ValueError) as problem:
+    except (*READER_ERRORS, pl.exceptions.PanicException) as problem:
         is_panic = isinstance(problem, pl.exceptions.PanicException)
         message = "its data is not where its index says" if is_panic else str(problem).split("\n")[0].split(". ")[0]
         reason = to_printable(message, 160).rstrip(".")

@@ -22,6 +22,7 @@ COLUMN_ALIASES = {
     "event": ("event",),
     "category": ("category", "category_id"),
     "weight": ("weight",),
+    "rating": ("rating",),
     "label": ("label",),
     "split": ("split",),
     "event_id": ("event_id",),
@@ -31,7 +32,7 @@ COLUMN_ALIASES = {
 def map_columns(table: SourceTable, columns: Mapping[str, str]) -> tuple[dict[str, str], set[str]]:
     """Return our names -> the names in the source, and the columns whose ids are declared as text."""
     with as_log_error(table.name):
-        found = table.rows.collect_schema().names()
+        found = list(dict.fromkeys([*table.rows.collect_schema().names(), *table.problems]))
     names: dict[str, str] = {}
     text_columns: set[str] = set()
     for name, source_name in columns.items():
@@ -53,6 +54,9 @@ def map_columns(table: SourceTable, columns: Mapping[str, str]) -> tuple[dict[st
     duplicated = [source_name for source_name in names.values() if f"{source_name}_duplicated_0" in found]
     if duplicated:
         raise LogError(f'{table.name} has several columns "{duplicated[0]}". Rename or remove all but one.')
+    unusable = [source_name for source_name in names.values() if source_name in table.problems]
+    if unusable:
+        raise LogError(table.problems[unusable[0]])
     missing = [name for name in ("user_id", "item_id") if name not in names]
     missing += [] if names.keys() & {"timestamp", "period"} else ["timestamp"]
     if missing:

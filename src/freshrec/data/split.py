@@ -50,7 +50,7 @@ class LogSplit:
 
 def split_log(
     log: Log,
-    config: SplitConfig | None = None,
+    config: SplitConfig | type[SplitConfig] | None = None,
     *,
     by: str | None = None,
     spans: int | None = None,
@@ -89,6 +89,9 @@ def split_log(
         "sessions": sessions,
         "n_targets": n_targets,
     }
+    if not isinstance(log, Log):
+        raise OptionError("split_log takes the result of read_log. Write split_log(read_log(log)).")
+    config = config() if isinstance(config, type) else config
     given: dict[str, Any] = {name: value for name, value in keywords.items() if value is not None}
     return _split(log, replace(config or SplitConfig(), **given), seed)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from freshrec.data.duplicates import count_duplicates
+from freshrec.data.duplicates import count_duplicates, count_reused_ids, reused_ids_note
 from freshrec.data.id_warnings import warn_about_ids
 from freshrec.data.log import Log
 from freshrec.data.moments import format_time
@@ -58,6 +58,7 @@ def validate_log(log: Log) -> LogReport:
         _warn_ties(ties),
         _warn_duplicates(log, n_duplicates, exposures > 0),
         *warn_about_ids(frame).values(),
+        reused_ids_note(n_reused) if (n_reused := count_reused_ids(log.frame, log.has_clock)) else None,
     )
     n_periods = frame["period"].n_unique() if "period" in frame.columns else None
     n_pairs = _n_distinct(frame, ["user_id", "item_id"])
@@ -246,7 +247,7 @@ def _warn_duplicates(log: Log, n_duplicates: int | None, has_exposures: bool) ->
     keys = ["event_id"] * ("event_id" in log.frame.columns) + [by_clock] * log.has_clock
     verb, share = "has" if n_duplicates == 1 else "have", format_percent(n_duplicates / len(log.frame))
     return (
-        f"{format_count(n_duplicates, 'row')} ({share}) {verb} the {' or the '.join(keys)} of an earlier row. "
+        f"{format_count(n_duplicates, 'row')} ({share}) {verb} the {' or the '.join(keys)} of another row. "
         "Each event counts once: replay, fit, update and the Python API skip these duplicates."
     )
 

@@ -79,7 +79,8 @@ INTERFACE = Interface(ModelSpec, "build(seed)")
 def find_model(named: str | ModelSpec | type[ModelSpec]) -> ModelSpec:
     """Return the spec called "comirec-dr", "comirec-dr:k=1:attention=soft" or "their_package.module:Thing".
 
-    An instance is returned unchanged. A class is instantiated. Raises OptionError for anything else.
+    An instance is returned unchanged. A class of options is instantiated, and a class of models stands for its options.
+    Raises OptionError for anything else.
     """
     if isinstance(named, str):
         return find_instance("model", named, MODELS, INTERFACE)

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from freshrec.config import HISTORY_LENGTH, Count, Positive, check_options
+from freshrec.models.model_text import model_text
 from freshrec.nn.forward_decay import WINDOW_SHARE, window_size
 from freshrec.types import Batch, Events, Histories
 
@@ -44,6 +45,8 @@ class PopularitySpec:
 
 class Popularity:
     """score(item) = the (weighted) number of its events."""
+
+    __repr__ = model_text
 
     def __init__(self, spec: PopularitySpec) -> None:
         self.spec = spec

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from freshrec.config import HISTORY_LENGTH, Count, check_options
+from freshrec.models.model_text import model_text
 from freshrec.nn.sparse import ItemOccurrences, build_csr, select_scores
 from freshrec.types import Batch, Events, Histories
 
@@ -40,6 +41,8 @@ class Repeat:
 
     The age of an event is the number of later events in the history. Items that are not in the history score 0.
     """
+
+    __repr__ = model_text
 
     def __init__(self, spec: RepeatSpec) -> None:
         self.spec = spec

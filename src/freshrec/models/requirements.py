@@ -23,8 +23,10 @@ BATCH_FORMATS = ("target", "window", "pair", "click", "session-parallel")
 
 def build_model(spec: Any, name: str, seed: int = 0) -> Model:
     """Return the model of a spec, without users and items. Raises OptionError if a required member is missing."""
-    if isinstance(spec, type) or not is_dataclass(spec):
-        raise OptionError(f'Model "{name}" is not an instance of a dataclass. Name one, such as MY_MODEL = MySpec().')
+    if isinstance(spec, type):
+        raise OptionError(f'Model "{name}" is a class. Write {spec.__name__}() with brackets.')
+    if not is_dataclass(spec):
+        raise OptionError(f'The options of model "{name}" are no dataclass. Write @dataclass(frozen=True) above them.')
     _check_names(f'the options of model "{name}" ({type(spec).__name__})', spec, SPEC)
     model = cast(Any, spec).build(seed)
     label = f'model "{name}" ({type(model).__name__})'

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from freshrec.config import HISTORY_LENGTH, Count, CountOrZero, Weight, check_options
 from freshrec.data.batches import close_gaps
+from freshrec.models.model_text import model_text
 from freshrec.nn.sparse import Float64Array, Int64Array, pack_keys, select_scores, unpack_keys
 from freshrec.types import Batch, Events, Histories
 
@@ -100,6 +101,8 @@ class SessionKNN:
     - Its item supports count events, not sessions.
     - Here, a session is never its own neighbour.
     """
+
+    __repr__ = model_text
 
     def __init__(self, spec: SKNNSpec) -> None:
         self.spec = spec

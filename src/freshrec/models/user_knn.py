@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from freshrec.config import HISTORY_LENGTH, Count, check_options
+from freshrec.models.model_text import model_text
 from freshrec.nn.sparse import (
     Float32Array,
     build_csr,
@@ -44,6 +45,8 @@ class UserKNN:
 
     sim(v) = sum of idf over the shared items, and idf(item) = ln(1 + users with events / (1 + users with the item)).
     """
+
+    __repr__ = model_text
 
     def __init__(self, spec: UserKNNSpec) -> None:
         self.spec = spec

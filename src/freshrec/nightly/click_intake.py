@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from freshrec.data.duplicates import EVENT_KEYS
+from freshrec.data.duplicates import EVENT_KEYS, drop_known_rows
 from freshrec.data.log import Log
 from freshrec.nightly.deferral import batches_of
 from freshrec.nightly.job import NightlyJob
@@ -23,7 +23,8 @@ def append_with_clicks(job: NightlyJob, log: Log | None, source: str) -> AppendR
 
     A click that is also a row of the delivery is stored once, so the gate sees no duplicates. A click that is newer
     than the whole delivery waits for the next one. Otherwise most rows of the next delivery would be late.
-    If the process is killed between the log and the journal, the next run recognises the clicks by their event ids.
+    If the process is killed between the log and the journal, the next run recognises the clicks as known events. The
+    ids of clicks that are not stored, because their events are known without an id, are remembered in the journal.
     Returns None if there are no clicks and no delivery.
     """
     files = click_journal.close_journal(job.store.folder)
@@ -43,7 +44,9 @@ def append_with_clicks(job: NightlyJob, log: Log | None, source: str) -> AppendR
         delivery, source = Log(click_rows, has_clock, "us"), f"clicks {hashlib.sha256(names.encode()).hexdigest()}"
     else:
         delivery = merge_clicks(log, clicks)
+    earlier_batches = set(job.log.batches()["batch"])
     result = job.append_delivery(delivery, source)
+    _remember_lost_ids(job, files, earlier_batches)
     click_journal.mark_taken(files, result.batch or result.repeated_batch)
     return repeated if repeated is not None and not result.n_appended else result
 
@@ -65,20 +68,41 @@ def _is_later_click(log: Log, files: list[click_journal.JournalFile]) -> Callabl
 
 
 def merge_clicks(log: Log, clicks: pl.DataFrame) -> Log:
-    """Return the rows of a log and the clicks that are not among them, in time order."""
+    """Return the rows of a log and the clicks that are not among them, in time order.
+
+    A row without an id gets the id of its click, so that the click stays known.
+    """
     frame = log.frame
-    has_event_ids = "event_id" in frame.columns
-    if has_event_ids:
+    if "event_id" in frame.columns:
         frame = frame.with_columns(pl.col("event_id").cast(pl.String))
-        clicks = clicks.join(frame.select("event_id").drop_nulls(), on="event_id", how="anti")
+        clicks = drop_known_rows(clicks, frame["event_id"], None)
     if log.has_clock:
-        # a row may lack the event id of its click
-        rows = frame.filter(pl.col("event_id").is_null()) if has_event_ids else frame
-        clicks = clicks.join(rows.select(EVENT_KEYS), on=list(EVENT_KEYS), how="anti", maintain_order="left")
+        frame = _with_ids_of_clicks(frame, clicks)
+        clicks = drop_known_rows(clicks, frame["event_id"] if "event_id" in frame.columns else None, frame)
     else:
         clicks = clicks.with_columns(time=pl.int_range(pl.len(), dtype=pl.Int64) + len(frame))
     frame = frame.with_columns(pl.col("category").cast(pl.String)) if "category" in frame.columns else frame
     return replace(log, frame=pl.concat([frame, clicks], how="diagonal").sort("time", maintain_order=True))
+
+
+def _with_ids_of_clicks(frame: pl.DataFrame, clicks: pl.DataFrame) -> pl.DataFrame:
+    """Return the rows; those without an event_id get that of the first click with their user, item and time."""
+    ids = clicks.drop_nulls("event_id").unique(EVENT_KEYS, keep="first", maintain_order=True)
+    ids = ids.select(*EVENT_KEYS, of_click="event_id")
+    found = frame.join(ids, on=EVENT_KEYS, how="left", maintain_order="left")
+    if not found["of_click"].count():
+        return frame
+    own = pl.col("event_id") if "event_id" in frame.columns else pl.lit(None, pl.String)
+    return found.with_columns(event_id=pl.coalesce(own, "of_click")).drop("of_click")
+
+
+def _remember_lost_ids(job: NightlyJob, files: list[click_journal.JournalFile], earlier_batches: set[int]) -> None:
+    """Remember the ids of clicks that the append has left out, because their events are known without an id."""
+    named = [click for file in files for click in file.clicks if click.event_id is not None]
+    batches = sorted(set(job.log.batches()["batch"]) - earlier_batches)
+    rows = job.log.read(batches) if named and batches else pl.DataFrame()
+    stored = set(rows["event_id"]) if "event_id" in rows.columns else set()
+    click_journal.remember_known_clicks(job.store.folder, [click for click in named if click.event_id not in stored])
 
 
 def remove_learned_clicks(job: NightlyJob) -> None:

@@ -21,7 +21,8 @@ from freshrec.replay.measure import Queries
 from freshrec.store import click_journal
 from freshrec.store.collection import delete_files
 from freshrec.store.erasures import begin_erasure, complete_erasure
-from freshrec.store.versions import Store, is_collected
+from freshrec.store.log_fingerprint import require_same_log
+from freshrec.store.versions import Store, is_collected, replace_manifest
 from freshrec.types import ErasableModel, Events, Histories, Impressions, Interests, Model, TrainedModel
 
 T = TypeVar("T")
@@ -37,14 +38,16 @@ def erase_user(job: NightlyJob, user_id: str) -> dict[str, Any]:
     """Erase a user from the log, the click journal and all versions. Return a receipt.
 
     If an earlier call was interrupted, this one completes it. Damaged versions, which cannot be used anyway, lose their
-    files. Raises StateError if the live version is damaged.
+    files. Raises StateError if the live version is damaged, or if the event log contradicts it.
     """
+    require_same_log(job.store)
     stored_id = normalize_ids("user_id", user_id, job.bundle.served.users)[0]  # a number, if ids are numbers
     job.log.batches()  # raises an error before anything changes, if the log cannot be read
     folder = job.store.folder
     begin_erasure(folder, stored_id)
     rewritten = _erase_from_versions(job.store, user_id)
     n_clicks, n_events = click_journal.erase_user_clicks(folder, stored_id), job.log.erase_user(stored_id)
+    _record_log(job)
     complete_erasure(folder, stored_id, bool(rewritten or n_clicks or n_events))
     return {"user_id": user_id, "events": n_events, "clicks": n_clicks, "versions": rewritten, "stays": REMAINING_DATA}
 
@@ -67,6 +70,13 @@ def _erase_from_versions(store: Store, user_id: str) -> list[int]:
             store.rewrite_version(number, lambda folder, new=reduced: write_bundle(new, folder))  # type: ignore[misc]
             rewritten.append(number)
     return rewritten
+
+
+def _record_log(job: NightlyJob) -> None:
+    """Note the present log in the live version. So an older copy, which still has the user, contradicts it."""
+    manifest, fingerprint = job.store.manifest(job.store.live), job.log.fingerprint()
+    if manifest.log != fingerprint:
+        replace_manifest(job.store, manifest.model_copy(update={"log": fingerprint}))
 
 
 def without_user(node: T, user: int) -> T:

@@ -1,22 +1,19 @@
-"""Reports about a store: its status, the difference of two versions, one user, one item, damage."""
+"""Reports about a store: its status, the difference of two versions, one user, one item."""
 
 from __future__ import annotations
 
-import platform
 from dataclasses import asdict
-from importlib.metadata import version as version_of
 from typing import Any
 
 import polars as pl
 import torch
 
 from freshrec.data.moments import format_time
-from freshrec.errors import FreshrecError, StateError
 from freshrec.nightly.deferral import batches_of, find_deferral
 from freshrec.nightly.full_retrain import retrain_plan
 from freshrec.nightly.gate import GateLimits
 from freshrec.nightly.job import waiting_batches
-from freshrec.nightly.notes import count_of, current_notes, number_ranges
+from freshrec.nightly.notes import current_notes
 from freshrec.nightly.same_queries import compare_on_same_queries
 from freshrec.random_streams import stream_seed
 from freshrec.recommender.bundle import Bundle, read_bundle
@@ -26,18 +23,16 @@ from freshrec.recommender.lists import top_items
 from freshrec.recommender.user_profile import profile_of
 from freshrec.store.click_journal import read_journal
 from freshrec.store.collection import disk_bytes
-from freshrec.store.event_log import EventLog
+from freshrec.store.event_log import EventLog, log_of
 from freshrec.store.manifest import Manifest
 from freshrec.store.versions import Store, is_collected, version_chain
-from freshrec.text_layout import format_count
 
 N_SAMPLE_USERS, LIST_LENGTH = 300, 20  # sampled users, and items per list, to compare two versions
-LIBRARIES = ("torch", "polars", "numpy", "scipy", "deltalake", "safetensors", "pydantic")
 
 
 def store_status(store: Store) -> dict[str, Any]:
     """The live version, the size of the store, and the events that wait for the next update. Sizes are in bytes."""
-    live, versions, log = store.live, store.manifests(), EventLog(store.folder / "log")
+    live, versions, log = store.live, store.manifests(), log_of(store)
     manifest, chain = store.manifest(live), version_chain(store)
     were_live = {move.to for move in store.moves()}
     refused = [m for m in versions if not m.goes_live and m.id not in were_live]
@@ -205,44 +200,5 @@ def count_refused_events(store: Store, column: str, identifier: str | int) -> in
     batches = sorted(set(batches_of(refused)) - learned)
     if not batches:
         return 0
-    log = EventLog(store.folder / "log")
+    log = log_of(store)
     return len(log.rows_not_in(log.read(batches).filter(pl.col(column) == identifier), learned))
-
-
-def check_store(store: Store | None) -> list[tuple[bool, str]]:
-    """Check the environment and every file of the store. Each check is a pair: whether it passed, and a sentence."""
-    libraries = ", ".join(f"{name} {version_of(name)}" for name in LIBRARIES)
-    found = [(True, f"Python {platform.python_version()}; {libraries}")]
-    if store is None:
-        return found
-    readable = {manifest.id for manifest in store.manifests()}
-    deleted = [number for number in store.version_numbers() if number in readable and is_collected(store, number)]
-    if deleted:
-        names = f"version {deleted[0]}: its" if len(deleted) == 1 else f"versions {number_ranges(deleted)}: their"
-        found.append((True, f"{names} files were deleted by `freshrec gc` or `freshrec erase`"))
-    for number in [number for number in store.version_numbers() if number not in deleted]:
-        try:
-            wrong = store.find_damage(number)
-            found.append((not wrong, f"version {number}: {'; '.join(wrong) or 'all files are intact'}"))
-        except StateError as problem:
-            found.append((False, f"version {number}: {problem}"))
-    for check in (_check_live, _check_log):
-        try:
-            found.append((True, check(store)))
-        except FreshrecError as problem:
-            found.append((False, str(problem)))
-    return found
-
-
-def _check_live(store: Store) -> str:
-    store.verified_files(store.live)
-    updates = format_count(len(version_chain(store)) - 1, "update")
-    return f"version {store.live} is live, {updates} after the first version"
-
-
-def _check_log(store: Store) -> str:
-    log = EventLog(store.folder / "log")
-    batches = log.batches()
-    n_events = len(log.read()) if len(batches) else 0
-    rows, events = count_of(int(batches["rows"].sum()), "row"), count_of(n_events, "different event")
-    return f"the event log holds {rows} ({events}) in {count_of(len(batches), 'delivery', 'deliveries')}"

@@ -23,6 +23,7 @@ from typing import Any
 import polars as pl
 
 from freshrec.data.catalog import Catalog
+from freshrec.data.folders import list_parts
 from freshrec.data.log import Log, filter_positives, keep_positives
 from freshrec.errors import LogError, OptionError, StateError, TrainingError
 from freshrec.files import file_checksum
@@ -46,7 +47,8 @@ from freshrec.nightly.notes import Note, count_of, notes_about_ids, with_notes
 from freshrec.progress import report_progress
 from freshrec.recommender.bundle import Bundle, read_bundle, write_bundle
 from freshrec.recommender.log_reading import encode_events, match_clock
-from freshrec.store.event_log import AppendResult, EventLog
+from freshrec.store.event_log import AppendResult, EventLog, log_of
+from freshrec.store.log_fingerprint import require_same_log
 from freshrec.store.manifest import RETRY_KEY, SEPARATE_SUFFIX, Manifest, MoveAction, VersionKind
 from freshrec.store.versions import Store, version_chain
 
@@ -61,7 +63,7 @@ class NightlyJob:
 
     def __init__(self, store: Store, limits: GateLimits = GateLimits(), full_every: str = "") -> None:  # noqa: B008
         self.store, self.limits, self.full_every = store, limits, full_every
-        self.log = EventLog(store.folder / "log")  # all events that were ever delivered
+        self.log = log_of(store)  # all events that were ever delivered
         self._loaded: tuple[Manifest, Bundle] | None = None
 
     @property
@@ -113,8 +115,10 @@ class NightlyJob:
         If one user has suspiciously many rows, they become a batch of their own. The gate refuses that batch, and the
         rest of the delivery is not lost.
 
-        Raises LogError if the ids or timestamps have another type than those of the log.
+        Raises LogError if the ids or timestamps have another type than those of the log. Raises StateError if the log
+        contradicts the live version.
         """
+        require_same_log(self.store)
         log = match_types(log, self.bundle)
         frame, newest_times = interaction_rows(log.frame), (self.log.newest_time, self.bundle.served.newest_time)
         times = [time for time in newest_times if time is not None]
@@ -162,6 +166,7 @@ class NightlyJob:
 
         If an earlier run was killed before it promoted a version that had passed, that version is promoted first.
         """
+        require_same_log(self.store)
         live, pointed_to = self.store.live, {move.to for move in self.store.moves()}
         for manifest in self.store.manifests():
             if manifest.goes_live and manifest.parent == live and manifest.id not in pointed_to:
@@ -290,18 +295,27 @@ def _corrected_batch(store: Store, log: EventLog, batch: int) -> int | None:
 def waiting_batches(store: Store, log: EventLog) -> list[int]:
     """Return the batches of the log from which no version was made yet, in order.
 
-    Raises StateError if the log lacks the batch of a version, or if a manifest that may name a batch is damaged.
+    Raises StateError if the log lacks the batch of a version or has another delivery in its place, or if a manifest
+    that may name a batch is damaged.
     """
-    versions_by_batch = {manifest.batch: manifest.id for manifest in store.manifests() if manifest.batch is not None}
+    learned = [(manifest.batch, manifest) for manifest in store.manifests() if manifest.batch is not None]
+    versions_by_batch = {batch: manifest.id for batch, manifest in learned}
     last = max(versions_by_batch.values(), default=0)  # versions follow the order of batches
     for number in store.version_numbers():
         if number > last:
             store.manifest(number)
-    batches = log.batches()["batch"].to_list()
+    batches, sources = (log.batches()[name].to_list() for name in ("batch", "source"))
     if missing := sorted(versions_by_batch.keys() - set(batches)):
         raise StateError(
             f"{log.folder} lacks batch {missing[0]}, which a version has learned. Restore it from a backup."
         )
+    source_of = dict(zip(batches, sources))
+    for batch, manifest in learned:
+        if manifest.source != source_of[batch]:
+            raise StateError(
+                f"Batch {batch} of {log.folder} is not the delivery that version {manifest.id} learned. "
+                "Restore the log and the versions from the same backup."
+            )
     return [batch for batch in batches if batch > max(versions_by_batch, default=0)]
 
 
@@ -333,9 +347,14 @@ def interaction_rows(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def hash_source(path: Path) -> str:
-    """Return a hash of the bytes of a file, or of all files of a folder."""
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    checksums = [file_checksum(file) for file in files if file.is_file()]
+    """Return a hash of the bytes of a log: of its file, or of all its parts and the columns that their folders hold.
+
+    Raises LogError if there is no log at `path`.
+    """
+    parts, _ = list_parts(path)
+    checksums = [
+        file_checksum(part.path) + (repr(sorted(part.values.items())) if part.values else "") for part in parts
+    ]
     return checksums[0] if len(checksums) == 1 else hashlib.sha256("".join(checksums).encode()).hexdigest()
 
 
@@ -348,4 +367,5 @@ def _new_manifest(store: Store, bundle: Bundle, kind: VersionKind, numbers: dict
         sizes=bundle.sizes,
         held=len(bundle.served.pending),
         numbers=numbers,
+        log=log_of(store).fingerprint(),
     )

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from freshrec.config import name_of
 from freshrec.data.catalog import Catalog
 from freshrec.data.histories import concat_events, row_users
-from freshrec.disk_names import tag_of
 from freshrec.errors import StateError
-from freshrec.models import find_model
+from freshrec.models import MODELS, find_model
 from freshrec.models.absorb import absorb_block
 from freshrec.models.popularity import PopularitySpec
 from freshrec.models.requirements import build_model
@@ -21,6 +21,7 @@ from freshrec.recommender.served_state import ServedState
 from freshrec.recommender.serving_bundle import (
     CATEGORIES_FILE,
     ITEMS_FILE,
+    SERVED_FILE,
     USERS_FILE,
     ServingBundle,
     read_catalog,
@@ -30,9 +31,9 @@ from freshrec.recommender.serving_bundle import (
     write_serving_bundle,
 )
 from freshrec.replay.measure import Queries
-from freshrec.store.checkpoint import load_tree, save_tree
+from freshrec.store.checkpoint import check_modules, load_tree, save_tree
 from freshrec.store.versions import LEGACY_FILE
-from freshrec.strategies import find_strategy
+from freshrec.strategies import STRATEGIES, find_strategy
 from freshrec.strategies.compatible import check_compatible, default_strategy, next_state
 from freshrec.types import Histories, ModelSpec, Span, State, Strategy
 
@@ -82,8 +83,8 @@ def new_bundle(
     empty_model = build_model(spec, model if isinstance(model, str) else type(spec).__name__, seed)
     strategy = default_strategy(empty_model) if strategy is None else strategy
     chosen_strategy = find_strategy(strategy)
-    model = model if isinstance(model, str) else tag_of(type(spec))
-    strategy = strategy if isinstance(strategy, str) else tag_of(type(chosen_strategy))
+    model = model if isinstance(model, str) else name_of(spec, MODELS)
+    strategy = strategy if isinstance(strategy, str) else name_of(chosen_strategy, STRATEGIES)
     check_compatible(spec, model, chosen_strategy, strategy)
     counts = State(PopularitySpec(weighting="decay").build(seed))
     served = ServedState(State(empty_model, seed=seed), counts, Catalog.empty(), Catalog.empty())
@@ -137,6 +138,7 @@ def read_bundle(files: Mapping[str, Path]) -> Bundle:
         served = ServedState(state, counts, users, items, read_parquet_file(files[CATEGORIES_FILE]), pending)
         return Bundle(served, strategy, names, read_options, load_tree(files[QUERIES_FILE]))
     require_files(files, (LEARNING_FILE,))
+    check_modules(files[name] for name in (SERVED_FILE, LEARNING_FILE) if name in files)
     serving_bundle = read_serving_bundle(files, load_tree)
     strategy, memory, costs, base_state = load_tree(files[LEARNING_FILE])
     state = replace(serving_bundle.served.state, memory=memory, costs=costs, shared_base=base_state)

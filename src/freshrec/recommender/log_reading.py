@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,10 +12,11 @@ import polars as pl
 import torch
 
 from freshrec.data.catalog import Catalog
-from freshrec.data.duplicates import drop_duplicates
+from freshrec.data.duplicates import EVENT_KEYS, drop_duplicates, drop_known_rows
 from freshrec.data.identities import IdType
 from freshrec.data.log import Log, keep_positives, read_log
 from freshrec.data.moments import format_time
+from freshrec.data.ratings import WEIGHT_DROPPED
 from freshrec.errors import LogError
 from freshrec.recommender.served_state import ServedState
 from freshrec.types import Events
@@ -34,14 +36,33 @@ class ReadOptions:
     format: str | None = None  # Name of the log format; None = detect it.
     events: tuple[str, ...] = ()  # Event types to read; empty = all.
     has_clock: bool = True  # Whether the log of `fit` had timestamps. New events must have them too.
+    separator: str | None = None  # Separator of text files; None = by the ending of the file.
+    min_rating: float | None = None  # Lowest rating of the rows to read; None = all rows.
 
 
-def read_interactions(source: LogSource, options: ReadOptions, id_types: Mapping[str, IdType] | None = None) -> Log:
+def read_interactions(
+    source: LogSource,
+    options: ReadOptions,
+    id_types: Mapping[str, IdType] | None = None,
+    drop_weight: bool = False,
+) -> Log:
     """Read the positive events of a log, each once; exposures (label 0) are dropped. Raises LogError for a bad log.
 
-    `id_types`: types of the ids of earlier events (`known_id_types`).
+    `id_types`: types of the ids of earlier events (`known_id_types`). A column `weight` of a frame, or of any log with
+    `drop_weight`, is ignored with a UserWarning.
     """
-    log = read_log(source, columns=options.columns, format=options.format, events=options.events, id_types=id_types)
+    log = read_log(
+        source,
+        columns=options.columns,
+        format=options.format,
+        events=options.events,
+        id_types=id_types,
+        separator=options.separator,
+        min_rating=options.min_rating,
+        drop_weight=drop_weight or not isinstance(source, str | Path),
+    )
+    if WEIGHT_DROPPED in log.notes:
+        warnings.warn(f"{WEIGHT_DROPPED} Pass min_rating to fit, or drop the column.", UserWarning, stacklevel=4)
     return drop_duplicates(keep_positives(log))
 
 
@@ -55,9 +76,11 @@ def known_id_types(served: ServedState) -> dict[str, IdType]:
 def read_new_events(source: LogSource, options: ReadOptions, served: ServedState) -> Log:
     """Read a log that continues the learned events. Raises LogError for older rows.
 
-    Without timestamps, the new rows follow the learned ones.
+    Rows of the newest learned moment that are learned already are left out, so there may be none. Without timestamps,
+    the new rows follow the learned ones.
     """
-    log, newest = match_clock(read_interactions(source, options, known_id_types(served)), options), served.newest_time
+    log = read_interactions(source, options, known_id_types(served), drop_weight=True)
+    log, newest = match_clock(log, options), served.newest_time
     assert newest is not None  # a fitted recommender has events
     if not log.has_clock:
         return replace(log, frame=log.frame.with_columns(pl.col("time") + newest + 1))
@@ -69,7 +92,20 @@ def read_new_events(source: LogSource, options: ReadOptions, served: ServedState
             f"{n_late:,} of {len(times_E):,} rows are older than {last}, the newest event so far; the oldest is of "
             f"{first}. Drop the older rows, or fit again on all events."
         )
-    return log
+    if int(times_E[0]) > newest:
+        return log
+    # a version keeps no event ids, so the key decides
+    learned = _rows_at(served, newest).cast({name: log.frame.schema[name] for name in EVENT_KEYS}, strict=False)
+    return replace(log, frame=drop_known_rows(log.frame, None, learned))
+
+
+def _rows_at(served: ServedState, moment: int) -> pl.DataFrame:
+    """Return user_id, item_id and time of the learned events of a moment."""
+    histories = served.counts.histories
+    rows_N = (histories.times_R == moment).nonzero()[:, 0]
+    users_N = torch.searchsorted(histories.offsets_U, rows_N, right=True) - 1
+    columns = {"user_id": served.users.ids(users_N), "item_id": served.items.ids(histories.items_R[rows_N].long())}
+    return pl.DataFrame(columns).with_columns(time=pl.lit(moment, pl.Int64))
 
 
 def match_clock(log: Log, options: ReadOptions) -> Log:

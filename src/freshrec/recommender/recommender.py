@@ -12,10 +12,12 @@ from pathlib import Path
 
 import polars as pl
 
+from freshrec.data.moments import format_time
 from freshrec.deprecation import UNSET, Unset, value_of_renamed
 from freshrec.errors import LogError, OptionError, StateError
 from freshrec.models.absorb import grow_items
 from freshrec.nn.scoring import history_length
+from freshrec.progress import report_progress
 from freshrec.recommender.bundle import Bundle, learn_events, new_bundle, read_bundle, read_legacy_bundle, write_bundle
 from freshrec.recommender.explain import explain_item
 from freshrec.recommender.ids import (
@@ -30,23 +32,40 @@ from freshrec.recommender.ids import (
 from freshrec.recommender.list_request import DEFAULTS, ListRequest, check_k
 from freshrec.recommender.lists import similar_items, top_items
 from freshrec.recommender.log_reading import LogSource, ReadOptions, encode_events, read_interactions, read_new_events
+from freshrec.recommender.progress import ProgressOption, reporting
+from freshrec.recommender.replaying import replay_recommender
 from freshrec.recommender.served_state import ServedState
 from freshrec.replay.measure import QueryOptions, SpanBlock, make_queries, rank_queries
 from freshrec.replay.metrics import compute_metrics, mean_per_user, parse_metric
 from freshrec.replay.significance import bootstrap_interval
 from freshrec.store.manifest import Manifest
 from freshrec.store.versions import LEGACY_FILE, Store, create_store, open_store
+from freshrec.text_layout import format_count
 from freshrec.types import TRAIN, ModelSpec, Strategy
+
+
+def recommender_text(recommender: Recommender) -> str:
+    """Return model, strategy, numbers of users and items, and the time of the newest event in one line."""
+    bundle = recommender._bundle
+    served, (model, strategy) = bundle.served, bundle.names
+    parts = [f'"{model}"', f'"{strategy}"', "no events"]
+    if served.newest_time is not None:
+        parts[2:] = [format_count(len(served.users), "user"), format_count(len(served.items), "item")]
+        parts += [f"newest event {format_time(served.newest_time)[:19]}"] if bundle.read_options.has_clock else []
+    return f"Recommender({', '.join(parts)})"
 
 
 class Recommender:
     """A model that is updated from new events only.
 
-    `model` and `strategy` are names with options ("comirec-dr:k=1", "imsr:fit.epochs=5"), or custom classes or
-    instances. The default strategy is `refit` for the blend, `absorb` for other counting models such as item-knn, and
-    `finetune` for trained models. Raises OptionError for an unknown name and IncompatibleError if the strategy cannot
-    update the model.
+    `model` and `strategy` are names with options ("comirec-dr:k=1", "imsr:fit.epochs=5"), instances, or classes, which
+    stand for their default options. The default strategy is `refit` for the blend, `absorb` for other counting models
+    such as item-knn, and `finetune` for trained models. Raises OptionError for an unknown name and IncompatibleError if
+    the strategy cannot update the model.
     """
+
+    replay = replay_recommender
+    __repr__ = recommender_text
 
     def __init__(
         self,
@@ -75,32 +94,44 @@ class Recommender:
         columns: Mapping[str, str] | None = None,
         format: str | None = None,
         events: Sequence[str] = (),
+        separator: str | None = None,
+        min_rating: float | None = None,
+        progress: ProgressOption = False,
     ) -> Recommender:
         """Learn from a whole log. A second call starts again from an untrained model.
 
-        `log` is a file or a frame. `columns`, `format` and `events` are arguments of `read_log`; updates use them too.
-        Exposures with label 0 are dropped. Raises LogError for a bad log and OptionError for an unknown format or event
-        type. Returns the recommender itself.
+        `log` is a file or a frame. `progress`: True shows progress on stderr, and a function is called with each
+        `Progress`. The other arguments are those of `read_log`; updates use them too. Exposures with label 0 are
+        dropped. A column `weight` is ignored with a UserWarning in a frame, and refused in a file. Raises LogError for
+        a bad log and OptionError for an unknown format or event type. Returns the recommender itself.
         """
-        read_options = ReadOptions(dict(columns or {}), format, tuple(events))
-        found = read_interactions(log, read_options)
-        read_options = replace(read_options, has_clock=found.has_clock)
-        self._bundle = learn_events(
-            replace(self._unfitted_bundle, read_options=read_options),
-            encode_events(self._unfitted_bundle.served, found.frame),
+        read_options = ReadOptions(
+            dict(columns or {}), format, tuple(events), separator=separator, min_rating=min_rating
         )
+        with reporting(progress):
+            found = read_interactions(log, read_options)
+            report_progress("learning", detail=format_count(len(found.frame), "event"))
+            read_options = replace(read_options, has_clock=found.has_clock)
+            self._bundle = learn_events(
+                replace(self._unfitted_bundle, read_options=read_options),
+                encode_events(self._unfitted_bundle.served, found.frame),
+            )
         return self
 
-    def update(self, new_events: LogSource) -> Recommender:
+    def update(self, new_events: LogSource, *, progress: ProgressOption = False) -> Recommender:
         """Learn from new events; only the new rows are needed.
 
-        They may have new users and items. Duplicates within one call count once. A store also recognises events of
-        earlier calls. Raises LogError if a row is older than the newest learned one, and StateError before the first
-        `fit`. Returns the recommender itself.
+        They may have new users and items. Duplicates within one call count once, and rows of the newest learned moment
+        that are learned already are left out. A store also recognises older events, and event ids of earlier calls.
+        `progress` is that of `fit`. Raises LogError if a row is older than the newest learned one, and StateError
+        before the first `fit`. Returns the recommender itself.
         """
         bundle = self.bundle
-        log = read_new_events(new_events, bundle.read_options, bundle.served)
-        self._bundle = learn_events(bundle, encode_events(bundle.served, log.frame))
+        with reporting(progress):
+            log = read_new_events(new_events, bundle.read_options, bundle.served)
+            report_progress("learning", detail=format_count(len(log.frame), "event"))
+            if len(log.frame):
+                self._bundle = learn_events(bundle, encode_events(bundle.served, log.frame))
         return self
 
     partial_fit = update
@@ -171,7 +202,7 @@ class Recommender:
         found = explain_item(served, *rows_of_pair(served, user, item))
         return found.with_columns(served.items.ids(column_tensor(found, "because")).alias("because"))
 
-    def evaluate(self, new_events: LogSource, metrics: Sequence[str] = ("hr@20", "ndcg@20")) -> pl.DataFrame:
+    def evaluate(self, new_events: LogSource, metrics: str | Sequence[str] = ("hr@20", "ndcg@20")) -> pl.DataFrame:
         """Measure the model on new events. Returns a frame: metric, value, low, high (95 % interval), n, n_users.
 
         Each event is one query. Its history is all earlier events of the user, including new ones. Its item is
@@ -180,6 +211,7 @@ class Recommender:
         not change: call `update` with the same rows afterwards. Raises LogError if there are no queries and OptionError
         for an unknown metric.
         """
+        metrics = [metrics] if isinstance(metrics, str) else metrics
         for metric in metrics:
             parse_metric(metric)
         served = self.served
@@ -197,18 +229,20 @@ class Recommender:
         columns = {"metric": list(metrics), "value": values_UM.mean(0), "low": low_M, "high": high_M}
         return pl.DataFrame(columns).with_columns(n=pl.lit(len(queries)), n_users=pl.lit(len(values_UM)))
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, sign_key_file: str | Path | None = None) -> None:
         """Save as a new version in the store in `folder`, and make it the live one. A new folder becomes a store.
 
         The previous version stays live until all files are written. Older versions stay; `freshrec gc` deletes them.
-        Raises OptionError for a store that `freshrec update` maintains.
+        `sign_key_file` holds a secret key, which signs the store (docs/security.md). Raises OptionError for an invalid
+        key and for a store that `freshrec update` maintains. Raises SignatureError for a store without its signature.
         """
         folder, bundle = Path(folder), self.bundle
+        key_file = None if sign_key_file is None else Path(sign_key_file)
         if not (folder / "store.json").exists():
-            with create_store(folder) as store:
+            with create_store(folder, key_file) as store:
                 _add_live_version(store, bundle)
             return
-        store = open_store(folder)
+        store = open_store(folder, key_file)
         with store.locked():
             if any(manifest.batch is not None for manifest in store.manifests()):
                 raise OptionError(
@@ -218,14 +252,17 @@ class Recommender:
             _add_live_version(store, bundle)
 
     @staticmethod
-    def load(folder: str | Path) -> Recommender:
+    def load(folder: str | Path, sign_key_file: str | Path | None = None) -> Recommender:
         """Load the live version of the store in `folder`. Raises StateError for a missing or damaged store.
+
+        Import the module of a custom model or strategy first: loading imports nothing outside freshrec.
+        `sign_key_file` holds a secret key. With it, SignatureError is raised for a store that the key has not signed.
 
         A folder of an older freshrec without a store is read too; `save` it to a new folder.
         """
         if (Path(folder) / LEGACY_FILE).exists():
             return Recommender.from_bundle(read_legacy_bundle(Path(folder)))
-        store = open_store(Path(folder))
+        store = open_store(Path(folder), None if sign_key_file is None else Path(sign_key_file))
         return Recommender.from_bundle(read_bundle(store.verified_files(store.live)))
 
     @staticmethod

@@ -59,6 +59,24 @@ class Answer:
     differences: dict[tuple[Method, Method], Difference]  # (a, b) -> a minus b; positive = a is better
     cells: dict[Method, Cell]  # one run of each method
 
+    def __repr__(self) -> str:
+        listed = ", ".join(f"{row.method[0]}/{row.method[1]} {row.value:.4f}" for row in self.summaries)
+        return f"Answer({self.metric}: {listed})"
+
+    def frame(self) -> pl.DataFrame:
+        """Return one row per method, the best first: model, strategy, value, low, high, forgetting, cpu_s, gain, p.
+
+        `low` and `high` are a 95 % interval. `cpu_s` is the mean cost of an update. `gain` is the difference from the
+        method's reference (positive = better), and `p` its corrected p-value. Unknown values are null.
+        """
+        rows = []
+        for row in self.summaries:
+            gain = self.gain(row.method)
+            numbers = (row.value, row.low, row.high, row.forgetting, row.cpu_s)
+            rows.append((*row.method, *numbers, gain and gain.value, gain and gain.p))
+        numbers_schema = dict.fromkeys(("value", "low", "high", "forgetting", "cpu_s", "gain", "p"), pl.Float64)
+        return pl.DataFrame(rows, {"model": pl.String, "strategy": pl.String, **numbers_schema}, orient="row")
+
     @property
     def best(self) -> MethodSummary:
         return self.summaries[0]

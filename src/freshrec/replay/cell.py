@@ -23,6 +23,7 @@ from freshrec.data.split import LogSplit
 from freshrec.errors import IncompatibleError
 from freshrec.files import write_atomically, write_text_atomically
 from freshrec.learn.fit import CostMeter, FitConfig
+from freshrec.models import find_model
 from freshrec.models.absorb import absorb_block, grow_items
 from freshrec.nn.ranking import READOUTS
 from freshrec.nn.scoring import history_length
@@ -38,6 +39,7 @@ from freshrec.replay.measure import (
 from freshrec.replay.recipe_schema import ReplayRecipe
 from freshrec.replay.tuning import tune
 from freshrec.store.checkpoint import load_tree, save_tree
+from freshrec.strategies import find_strategy
 from freshrec.strategies.ader import ADER
 from freshrec.strategies.ader_s import ADERS
 from freshrec.strategies.asmg import ASMG
@@ -65,6 +67,12 @@ class Cell:
     strategy_instance: Strategy
     seed: int
     cadence: int = 1  # blocks per span; the model is tested on each block, then absorbs it; training ends the span
+
+    def __post_init__(self) -> None:  # a class becomes an instance
+        if isinstance(self.model_spec, type):
+            object.__setattr__(self, "model_spec", find_model(self.model_spec))
+        if isinstance(self.strategy_instance, type):
+            object.__setattr__(self, "strategy_instance", find_strategy(self.strategy_instance))
 
     @property
     def folder_name(self) -> str:

@@ -1,12 +1,10 @@
 """Recipes: one TOML file with all options of a replay. Unknown keys are errors. This module imports nothing heavy.
 
-A recipe may start with `extends = "name"`. Then it takes over the keys of name.toml in the same folder, except for
-those that it sets itself.
+A recipe may start with `extends = "name"`. Then it takes over the keys of name.toml, in the same folder or else in
+freshrec, except for those that it sets itself.
 """
 
-import tomllib
 import warnings
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,7 +18,8 @@ from freshrec.data.split_config import SplitConfig
 from freshrec.data.world_size import WorldSize
 from freshrec.deprecation import describe_rename
 from freshrec.disk_names import RECIPE_KEYS, with_current_keys
-from freshrec.errors import OptionError, suggest_name
+from freshrec.errors import OptionError
+from freshrec.replay.recipe_files import find_recipe, read_tables
 
 Words = tuple[str, ...]
 Averaging = Literal["users", "targets", "pooled"]  # unit of equal weight within a span; pooled: over all spans
@@ -52,6 +51,12 @@ class LogRecipe:
     ] = field(default_factory=dict)
     format: Annotated[str, Field(description="Name of a public format. See `freshrec list formats`.")] = ""
     events: Annotated[Words, Field(description="Event types to keep. Default: all.")] = ()
+    separator: Annotated[
+        str, Field(description="Separator of a text file: a character, or tab, semicolon, pipe, comma or space.")
+    ] = ""
+    min_rating: Annotated[
+        float | None, Field(description="Keep only rows with at least this rating, in column rating or weight.")
+    ] = None
     exposures: Annotated[
         bool, Field(description="Keep exposures without a click (label 0). For models that predict clicks.")
     ] = False
@@ -162,43 +167,17 @@ class Recipe:
     replay: ReplayRecipe = field(default_factory=ReplayRecipe)
 
 
-def load_recipe(path: Path) -> Recipe:
-    """Read a recipe and those that it extends. Raises OptionError for invalid TOML or an unknown key."""
-    tables = _tables(path, ())
+def load_recipe(name: str | Path) -> Recipe:
+    """Read a recipe and those that it extends. `name`: a path, or the name of a recipe of freshrec.
+
+    Raises OptionError for an unknown name, invalid TOML or an unknown key.
+    """
+    path = find_recipe(name)
+    tables = read_tables(path)
     try:
         return parse_recipe(tables)
     except OptionError as problem:
         raise OptionError(f"{path}: {problem}") from None
-
-
-def _tables(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
-    """The tables of a file, merged into those of its parent. `children`: the files that led here."""
-    if path in children:
-        raise OptionError(f"{path} extends itself, through {children[-1]}. Remove one `extends`.")
-    try:
-        tables = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise OptionError(f"There is no file {path}. Check the path.") from None
-    except OSError as problem:
-        raise OptionError(f"The recipe {path} cannot be read ({problem.strerror}). Check the path.") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as problem:
-        raise OptionError(f"The recipe {path} is not valid TOML ({problem}). Correct it.") from None
-    parent = tables.pop("extends", None)
-    if parent is None:
-        return tables
-    if not (path.parent / f"{parent}.toml").exists():
-        names = [file.stem for file in path.parent.glob("*.toml")]
-        raise OptionError(f'{path} extends "{parent}", which is not in the folder. {suggest_name(str(parent), names)}')
-    return merge_tables(_tables(path.parent / f"{parent}.toml", (*children, path)), tables)
-
-
-def merge_tables(tables: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge `changes` into `tables`, section by section. Its keys win, and a list replaces a list."""
-    merged = dict(tables)
-    for section, table in changes.items():
-        old = merged.get(section)
-        merged[section] = old | table if isinstance(old, dict) and isinstance(table, dict) else table
-    return merged
 
 
 def parse_recipe(tables: dict[str, Any], place: str = "recipe key {}") -> Recipe:
@@ -225,5 +204,9 @@ def _with_current_keys(section: str, table: Any) -> Any:
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write a recipe with all its options, including defaults."""
-    path.write_text(tomli_w.dumps(asdict(recipe)))
+    """Write a recipe with all its options, including defaults. Options that are None are left out: TOML has no null."""
+    tables = {
+        section: {name: value for name, value in table.items() if value is not None}
+        for section, table in asdict(recipe).items()
+    }
+    path.write_text(tomli_w.dumps(tables))

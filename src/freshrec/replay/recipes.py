@@ -33,11 +33,16 @@ def load_log(recipe: Recipe) -> Log:
     if not log_recipe.path:
         raise OptionError("A replay needs a log. Give LOG, --world NAME, or log.path in the recipe.")
     columns, events, users = log_recipe.columns, log_recipe.events, log_recipe.users or None
+    path = Path(log_recipe.folder) / log_recipe.path
+    if not path.exists() and not Path(log_recipe.path).is_absolute():
+        raise LogError(f"There is no file {path}. Check the path, or name the folder of the log with --data.")
     log = read_log(
-        Path(log_recipe.folder) / log_recipe.path,
+        path,
         columns=columns,
         format=log_recipe.format or None,
         events=events,
+        separator=log_recipe.separator or None,
+        min_rating=log_recipe.min_rating,
         users=users,
         seed=log_recipe.seed,
     )

@@ -23,25 +23,24 @@ import polars as pl
 from freshrec.errors import StateError
 from freshrec.recommender.serving_bundle import SERVED_FILE, USERS_FILE
 from freshrec.server.load_generator import generate_load
-from freshrec.store.versions import Store, open_store
+from freshrec.store.versions import Store
 
 MB = 1 << 20
 
 
 def run_benchmark(
-    folder: Path, rate: float, seconds: float, k: int, options: Sequence[str] = (), swap: bool = False
+    store: Store, rate: float, seconds: float, k: int, options: Sequence[str] = (), swap: bool = False
 ) -> dict[str, float | int | str]:
     """Measure a server under an open-loop load of `rate` requests per second.
 
     `options` are flags of `freshrec serve`. With `swap`, the live version changes twice meanwhile. Returns latencies in
     ms, errors, CPU time in ms per request and memory in MB. Raises StateError if the live version has no users.
     """
-    store = open_store(folder)
     users = pl.read_parquet(store.verified_files(store.live)[USERS_FILE])["id"].drop_nulls().cast(pl.String).to_list()
     if not users:
-        raise StateError(f"The live version of {folder} has no users. Fit it on a log with users first.")
+        raise StateError(f"The live version of {store.folder} has no users. Fit it on a log with users first.")
     started_s = time.perf_counter()
-    with running_server(folder, "--rate", "0", *options) as (url, pid):
+    with running_server(store.folder, "--rate", "0", *options) as (url, pid):
         ready_s = time.perf_counter() - started_s
         generate_load(url, users, min(rate, 20.0), 2.0, k)  # warm-up: the first requests are slower
         idle_mb, peaks = resident_mb(pid), [0.0]
@@ -80,7 +79,7 @@ def run_benchmark(
 def running_server(folder: Path, *options: str, wait_s: float = 120.0) -> Iterator[tuple[str, int]]:
     """Run `freshrec serve` on a free port. Yield its address and process id. Raises StateError if it does not start."""
     with tempfile.TemporaryFile("w+") as log:
-        command = [sys.executable, "-m", "freshrec", "serve", "--store", str(folder), "--port", "0", *options]
+        command = [sys.executable, "-P", "-m", "freshrec", "serve", "--store", str(folder), "--port", "0", *options]
         with subprocess.Popen(command, stdout=log, stderr=log) as process:
             try:
                 yield _wait_for_address(process, log, wait_s), process.pid
@@ -131,7 +130,7 @@ def measure_baseline_mb() -> float:
         "import torch, faiss, uvicorn, freshrec.server.app; from pathlib import Path; import os;"
         "print(int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2**20)"
     )
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    process = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     return float(process.stdout)
 
 

@@ -27,8 +27,9 @@ def add_event_routes(app: FastAPI, service: Service) -> None:
         """Store up to 1,000 clicks and add them to the histories of their users.
 
         The clicks are on disk before the server answers. The next lists of these users reflect them, and the next
-        update trains on them. A click is identified by its `event_id`, or else by user, item and timestamp. A click is
-        counted once, even if it is sent twice or is also in a file for `freshrec update`.
+        update trains on them. A click is identified by its `event_id`. If a click, or the event that it repeats, has no
+        id, user, item and timestamp decide. A click is counted once, even if it is sent twice or is also in a file for
+        `freshrec update`. A known click is not stored again.
         """
         version = service.version
         checked_clicks = [check_click_ids(version.served, _to_click(click, version)) for click in clicks.events]

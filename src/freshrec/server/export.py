@@ -1,4 +1,4 @@
-"""Export a version for other programs: ids, vectors, an index, and the user tower as ONNX."""
+"""Export a version for other programs: ids, vectors, an index, the user tower as ONNX, or else lists."""
 
 from __future__ import annotations
 
@@ -14,56 +14,82 @@ from torch import Tensor, nn
 
 from freshrec.errors import IncompatibleError, OptionError
 from freshrec.nn.scoring import item_vectors, user_vectors
+from freshrec.recommender.list_request import check_k
 from freshrec.recommender.lists import user_vector_batches
 from freshrec.recommender.search import build_index
+from freshrec.server.export_lists import write_lists
 from freshrec.server.handlers import LoadedVersion
 from freshrec.types import Batch, InterestModel, VectorModel
 
+LIST_LENGTH = 20  # items per list and neighbours per item
 
-def export_version(version: LoadedVersion, folder: Path, with_onnx: bool = False) -> dict[str, Any]:
-    """Write ids, vectors and an index of a version into a new folder. Returns the content of about.json.
+
+def export_version(
+    version: LoadedVersion, folder: Path, with_onnx: bool = False, with_lists: bool = False, k: int = LIST_LENGTH
+) -> dict[str, Any]:
+    """Write a version into a new folder. Returns the content of about.json.
+
+    A model with vectors:
 
     - items.parquet, users.parquet: ids and rows. users.parquet also has the first vector of each user and their number.
     - item_vectors.npy: shape (items, D). user_vectors.npy: shape (vectors, D).
     - items.faiss: an inverted file. Its numbers are item rows, from 1.
     - user_tower.onnx, with `with_onnx`: the network that computes user vectors.
 
-    Raises OptionError if the folder is not empty, IncompatibleError for a model without vectors.
+    Any other model, and with `with_lists` also a model with vectors:
+
+    - lists.parquet: the k best items of each user that the user has not seen. popular.parquet: those of a new user.
+    - neighbours.parquet: the k most similar items of each item, if the model or an expert of the blend knows them.
+
+    Raises OptionError if the folder is not empty, IncompatibleError for ONNX of a model without vectors.
     """
-    served = version.served
-    model = served.state.model
-    if not isinstance(model, VectorModel):
+    model, name = version.served.state.model, version.bundle.names[0]
+    has_vectors = isinstance(model, VectorModel)
+    if with_onnx and not has_vectors:
         raise IncompatibleError(
-            f"Model {version.bundle.names[0]} has no vectors to export. Use a model with vectors, such as comirec-dr."
+            f"Model {name} has no network that computes user vectors. Leave out --onnx, or use a model such as "
+            "comirec-dr."
         )
+    check_k(k)
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
         raise OptionError(f"{folder} is not empty. Choose a new folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    n_items = model.n_items
+    summary: dict[str, Any] = {
+        "version": version.number,
+        "model": name,
+        "items": model.n_items,
+        "users": len(version.served.users),
+        "files": [],
+    }
+    if has_vectors:
+        _write_vectors(version, folder, summary)
+    if with_onnx:
+        inputs = write_user_tower(version, folder / "user_tower.onnx")
+        summary["files"].append("user_tower.onnx")
+        summary["user_tower"] = {"inputs": inputs, "outputs": ["vectors"], "history": model.spec.length}
+    if with_lists or not has_vectors:
+        summary["files"] += write_lists(version.served, name, k, folder)
+        summary["k"] = k
+    (folder / "about.json").write_text(json.dumps(summary, indent=1))
+    return summary
+
+
+def _write_vectors(version: LoadedVersion, folder: Path, summary: dict[str, Any]) -> None:
+    """Write ids, vectors and the index, and add them to the content of about.json."""
+    served = version.served
+    model = served.state.model
     items_ID = np.ascontiguousarray(item_vectors(model)[1:].numpy())
     np.save(folder / "item_vectors.npy", items_ID)
-    served.items.frame[:n_items].select("id", row=pl.int_range(1, pl.len() + 1)).write_parquet(folder / "items.parquet")
+    item_ids = served.items.frame[: model.n_items].select("id", row=pl.int_range(1, pl.len() + 1))
+    item_ids.write_parquet(folder / "items.parquet")
     vectors_SD, first_U, n_U = vectors_of_all_users(version)
     np.save(folder / "user_vectors.npy", vectors_SD)
     ids = served.users.frame.select("id", row=pl.int_range(1, pl.len() + 1))
     ids.with_columns(first=pl.Series(first_U), vectors=pl.Series(n_U)).write_parquet(folder / "users.parquet")
     _write_index(build_index(item_vectors(model)), folder / "items.faiss")
-    summary: dict[str, Any] = {
-        "version": version.number,
-        "model": version.bundle.names[0],
-        "dimensions": items_ID.shape[1],
-        "items": n_items,
-        "users": len(served.users),
-        "user_vectors": len(vectors_SD),
-        "score": "the largest inner product of an item vector with one of the user's vectors",
-        "files": ["items.parquet", "item_vectors.npy", "users.parquet", "user_vectors.npy", "items.faiss"],
-    }
-    if with_onnx:
-        inputs = write_user_tower(version, folder / "user_tower.onnx")
-        summary["files"].append("user_tower.onnx")
-        summary["user_tower"] = {"inputs": inputs, "outputs": ["vectors"], "history": model.spec.length}
-    (folder / "about.json").write_text(json.dumps(summary, indent=1))
-    return summary
+    summary["dimensions"], summary["user_vectors"] = items_ID.shape[1], len(vectors_SD)
+    summary["score"] = "the largest inner product of an item vector with one of the user's vectors"
+    summary["files"] += ["items.parquet", "item_vectors.npy", "users.parquet", "user_vectors.npy", "items.faiss"]
 
 
 def vectors_of_all_users(version: LoadedVersion) -> tuple[np.ndarray, list[int], list[int]]:

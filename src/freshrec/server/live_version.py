@@ -20,13 +20,15 @@ from freshrec.recommender.ids import normalize_id, resolve_request
 from freshrec.recommender.list_request import ListRequest
 from freshrec.recommender.lists import top_items
 from freshrec.recommender.search import DEFAULT_SEARCH, SearchOptions, choose_search
-from freshrec.recommender.served_state import ServedState
 from freshrec.recommender.serving_bundle import ServingBundle, read_serving_bundle
 from freshrec.server.handlers import HiddenUsers, LoadedVersion, user_row
+from freshrec.server.known_clicks import LEARNED, ClickCheck, KnownClicks
 from freshrec.server.memory import release_memory
 from freshrec.store.checkpoint import load_for_serving
-from freshrec.store.click_journal import Click, ClickJournal, read_journal
+from freshrec.store.click_journal import KNOWN_SUFFIX, Click, ClickJournal, read_journal, read_known_clicks
 from freshrec.store.erasures import read_erasures
+from freshrec.store.learned_ids import LearnedIds
+from freshrec.store.log_fingerprint import require_same_log
 from freshrec.store.manifest import Manifest, utc_now
 from freshrec.store.versions import Store
 
@@ -34,9 +36,7 @@ POLL_INTERVAL_S = 0.5  # time between two checks of the live pointer
 N_TRIAL_USERS = 8  # users whose lists test a new version before it is served
 RETRY_INTERVAL_S = 30.0  # time before a version that could not be served is tried again
 MAX_ERASURE_TIME = timedelta(hours=1)  # the command that erases a user is stopped after this time
-MAX_REMEMBERED_IDS = 100_000  # event ids of learned clicks that are kept to recognize repeats
 LOAD_ERRORS = (FreshrecError, OSError, MemoryError, RuntimeError, ValueError, IndexError, KeyError, TypeError)
-Identity = tuple[int | str, ...]
 LogLine = Callable[[str], object]  # writes a line to the log of the server, never with an id of a user
 
 
@@ -45,7 +45,7 @@ class ClickOutcome:
     """The result of a click that was sent to the server."""
 
     click: Click
-    is_duplicate: bool  # whether the same click was received before
+    is_duplicate: bool  # whether the same event was received or learned before
     is_in_overlay: bool  # whether it changes lists now
     reason: str | None = None  # why it does not change lists
 
@@ -61,9 +61,9 @@ class LiveVersion:
         self.version: LoadedVersion | None = None
         self.problem = ""  # why the live version of the store is not served
         self.n_swaps = 0
-        self._journal = ClickJournal(store.folder)
-        self._known_clicks = dict[Identity, None]()  # identities of accepted clicks, oldest first
-        self._clicks_during_swap: list[Click] | None = None  # clicks received while a swap reads the journal
+        self._journal, self._known_journal = ClickJournal(store.folder), ClickJournal(store.folder, KNOWN_SUFFIX)
+        self._known: KnownClicks | None = None  # the clicks that are known beside `version`
+        self._clicks_during_swap: list[tuple[Click, ClickCheck]] | None = None  # received while a swap reads files
         self._requested_erasures = Counter[int | str]()  # users whose erasure this server has requested
         self._overlay_lock, self.loading_lock = threading.Lock(), threading.Lock()
         self._last_checked: object = None  # the version number and files that were checked last
@@ -84,6 +84,7 @@ class LiveVersion:
         if self._watcher.is_alive():
             self._watcher.join()
         self._journal.close()
+        self._known_journal.close()
 
     def refresh(self) -> None:
         """Serve the live version of the store, if it is not served yet. If it cannot be served, `problem` says why."""
@@ -102,6 +103,7 @@ class LiveVersion:
                 return
             release_memory()
             try:
+                require_same_log(self.store)
                 version = load_version(self.store, manifest, self.search_options)
                 hidden = HiddenUsers(erasures, erasures.last_number, self._requested_erasures)
                 self._swap(replace(version, hidden=hidden))
@@ -122,56 +124,60 @@ class LiveVersion:
 
         Raises StateError if the journal is damaged. Then nothing changes.
         """
-        # keep event ids, because the histories of learned events have none
-        ids = [identity for identity in self._known_clicks if len(identity) == 1]
-        known_clicks = dict[Identity, None](dict.fromkeys(ids[-MAX_REMEMBERED_IDS:]))
         self._clicks_during_swap = []
         try:
             chain = _version_chain(self.store, version.manifest)
             learned_batches = {batch for manifest in chain for batch in manifest.batches}
+            known = KnownClicks(
+                version.served, version.bundle.read_options.has_clock, self._read_learned_ids(learned_batches)
+            )
             files = [file for file in read_journal(self.store.folder) if file.batch not in learned_batches]
-            # by identity, because a click may be in two files
-            pending_clicks = {click.identity: click for file in files for click in file.clicks}
-            for click in pending_clicks.values():
-                _add_to_overlay(version, click, known_clicks)
+            _add_new_clicks(version, known, [click for file in files for click in file.clicks])
+            for click in read_known_clicks(self.store.folder):
+                known.add(click, ClickCheck(LEARNED))
             with self._overlay_lock:  # then the clicks received meanwhile
-                for click in self._clicks_during_swap:
-                    if click.identity not in known_clicks:
-                        _add_to_overlay(version, click, known_clicks)
-                self.version, self._known_clicks, self.n_swaps = version, known_clicks, self.n_swaps + 1
+                accepted = [click for click, check in self._clicks_during_swap if not check.reason]
+                _add_new_clicks(version, known, accepted)
+                for click, check in self._clicks_during_swap:
+                    known.add(click, check)
+                self.version, self._known, self.n_swaps = version, known, self.n_swaps + 1
         finally:
             self._clicks_during_swap = None
         self.log_line(f"Version {version.number} is live.")
 
-    def accept_clicks(self, clicks: Sequence[Click]) -> tuple[int, list[ClickOutcome]]:
-        """Write clicks to the journal and add them to the overlay. Returns the version of the overlay, and the results.
+    def _read_learned_ids(self, batches: set[int]) -> LearnedIds:
+        """Return the event ids of the learned batches. If the event log is damaged, return those that were known."""
+        learned_ids = LearnedIds() if self._known is None else self._known.learned_ids
+        try:
+            return learned_ids.read(self.store.folder / "log", batches)
+        except (StateError, OSError, pl.exceptions.PolarsError) as problem:
+            self.log_line(f"The event ids of the log cannot be read: {_describe_error(problem)}")
+            return learned_ids
 
-        Raises StateError if they could not be written. Then none of them changes a list.
+    def accept_clicks(self, clicks: Sequence[Click]) -> tuple[int, list[ClickOutcome]]:
+        """Write new clicks to the journal and add them to the overlay. Returns the overlay's version, and the results.
+
+        Of known clicks, only new ids are written. Raises StateError if something could not be written. Then none of the
+        clicks changes a list.
         """
         with self._overlay_lock:
-            version = self.version
-            assert version is not None
+            version, known = self.version, self._known
+            assert version is not None and known is not None
             if any(_is_being_erased(version.hidden, click.user_id) for click in clicks):
                 raise OptionError("One of these users is being erased. Send the events again later.")
-            new = {click.identity: click for click in reversed(clicks) if not self._is_known(version, click)}
-            if new:
-                self._journal.append(reversed(new.values()))
-                if self._clicks_during_swap is not None:
-                    self._clicks_during_swap.extend(new.values())
+            checked = list(zip(clicks, known.check(clicks)))
+            if with_new_ids := [click for click, check in checked if check.has_new_id]:
+                self._known_journal.append(with_new_ids)
+            if new := [click for click, check in checked if not check.reason]:
+                self._journal.append(new)
+            if self._clicks_during_swap is not None:
+                self._clicks_during_swap += checked
             outcomes = []
-            for click in clicks:
-                is_duplicate = new.pop(click.identity, None) is None
-                reason: str | None = "This click was received before."
-                if not is_duplicate:
-                    reason = _add_to_overlay(version, click, self._known_clicks)
-                outcomes.append(ClickOutcome(click, is_duplicate, reason is None, reason))
+            for click, check in checked:
+                known.add(click, check)
+                reason = check.reason or _add_to_overlay(version, click)
+                outcomes.append(ClickOutcome(click, bool(check.reason), reason is None, reason))
         return version.number, outcomes
-
-    def _is_known(self, version: LoadedVersion, click: Click) -> bool:
-        """Whether this click was received before, or is among the events of the version."""
-        if click.identity in self._known_clicks:
-            return True
-        return click.event_id is None and _is_in_history(version.served, click)
 
     @contextmanager
     def erasing(self, user: int | str) -> Iterator[None]:
@@ -262,12 +268,17 @@ def _version_chain(store: Store, manifest: Manifest) -> list[Manifest]:
     return found
 
 
-def _add_to_overlay(version: LoadedVersion, click: Click, known_clicks: dict[Identity, None]) -> str | None:
+def _add_new_clicks(version: LoadedVersion, known: KnownClicks, clicks: Sequence[Click]) -> None:
+    """Add clicks of the journal to the overlay, unless they are known."""
+    for click, check in zip(clicks, known.check(clicks)):
+        known.add(click, check)
+        if not check.reason:
+            _add_to_overlay(version, click)
+
+
+def _add_to_overlay(version: LoadedVersion, click: Click) -> str | None:
     """Add a click to its user's history in the overlay. Returns the reason if that is not possible."""
     served = version.served
-    known_clicks[click.identity] = None
-    if _is_in_history(served, click):
-        return "The history of the user has this event already."
     item = served.items.row(normalize_id("item_id", click.item_id, served.items))
     overlay, user = served.overlay, user_row(version, click.user_id)
     if not item:
@@ -279,20 +290,6 @@ def _add_to_overlay(version: LoadedVersion, click: Click, known_clicks: dict[Ide
     has_clock = version.bundle.read_options.has_clock
     overlay.add_click(user, click.time if has_clock else 2**62 + len(overlay.clicks.get(user, ())), item)
     return None
-
-
-def _is_in_history(served: ServedState, click: Click) -> bool:
-    """Whether the events of the version have this user, item and time."""
-    histories = served.counts.histories
-    user = served.users.row(normalize_id("user_id", click.user_id, served.users))
-    if not user or user > histories.n_users:
-        return False
-    rows = slice(int(histories.offsets_U[user]), int(histories.offsets_U[user + 1]))
-    at = histories.times_R[rows] == click.time
-    if not bool(at.any()):
-        return False
-    item = served.items.row(normalize_id("item_id", click.item_id, served.items))
-    return bool((histories.items_R[rows][at] == item).any())
 
 
 def _describe_error(problem: BaseException) -> str:

@@ -36,7 +36,7 @@ def add_version_routes(app: FastAPI, service: Service) -> None:
         """
         store = service.live.store
         versions = [manifest.model_dump(include=VERSION_FIELDS) for manifest in reversed(store.manifests())]
-        moves = [move.model_dump() for move in reversed(store.moves())]
+        moves = [move.model_dump(exclude={"store"}) for move in reversed(store.moves())]
         return {
             "version": service.version.number,
             "trouble": service.live.problem,

@@ -169,11 +169,11 @@ class SimilarResponse(BaseModel):
 
 
 class ClickAcknowledgement(BaseModel):
-    """The result of one click. The click is stored on disk."""
+    """The result of one click. A new click is stored on disk."""
 
     event_id: Annotated[str | None, Field(description="Id of the click, as sent.")]
     timestamp: Annotated[int, Field(description="Time of the click, in microseconds since 1970 (UTC).")]
-    known: Annotated[bool, Field(description="Whether the same click was received before.")]
+    known: Annotated[bool, Field(description="Whether the same event was received or learned before.")]
     folded: Annotated[bool, Field(description="Whether the click is in the user's history and changes lists now.")]
     why: Annotated[str | None, Field(description="Why the click does not change lists; null if it does.")] = None
 
@@ -183,7 +183,7 @@ class ClicksResponse(BaseModel):
 
     version: VersionNumber
     accepted: Annotated[int, Field(description="Number of new clicks.")]
-    known: Annotated[int, Field(description="Number of clicks that were received before.")]
+    known: Annotated[int, Field(description="Number of clicks that were received or learned before.")]
     events: Annotated[list[ClickAcknowledgement], Field(description="One result per click, in the order sent.")]
 
 

@@ -6,7 +6,7 @@ imported, can be loaded.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from freshrec.device import default_device
-from freshrec.disk_names import INT32_FIELDS, class_of, tag_of, with_current_names
+from freshrec.disk_names import INT32_FIELDS, class_of, require_modules, tag_of, with_current_names
 from freshrec.errors import StateError
 from freshrec.files import write_atomically
 from freshrec.nn.embedding_table import embedding_tables
@@ -127,6 +127,30 @@ def _parse_tree(text: str, path: Path) -> Any:
     return with_current_names(tree["state"])
 
 
+def check_modules(paths: Iterable[Path]) -> None:
+    """Raise StateError if a class in one of these files comes from a module that is not imported. Imports nothing.
+
+    The message names all such modules at once. Loading a file raises the same error for this file only.
+    """
+    names: dict[str, None] = {}
+    for path in paths:
+        with _as_state_error(path), safe_open(path, framework="pt") as file:
+            tree = _parse_tree((file.metadata() or {})["freshrec"], path)
+            names |= dict.fromkeys(_class_names(tree))
+    require_modules(names)
+
+
+def _class_names(node: Any) -> Iterator[str]:
+    """Yield the name of each class in an encoded tree."""
+    if isinstance(node, dict):
+        if isinstance(node.get("class"), str):
+            yield node["class"]
+        node = list(node.values())
+    if isinstance(node, list):
+        for child in node:
+            yield from _class_names(child)
+
+
 def _read_in_chunks(path: Path, name: str, columns: int | None = None) -> Tensor:
     """Read a tensor of the file, or its first columns."""
     with safe_open(path, framework="pt") as file:
@@ -221,7 +245,8 @@ def _decode(
         return build_model(node["model"]["dict"], read)
     decoded = {k: _decode(child, read, build_model) for k, child in node["fields"].items()}
     decoded |= {name: decoded[name].int() for name in INT32_FIELDS.get(node["class"], ()) if name in decoded}
-    return class_of(node["class"])(**decoded)
+    kind = class_of(node["class"])
+    return kind(**decoded) if is_dataclass(kind) else kind()
 
 
 def _build_full_model(parts: dict[str, Any], read: TensorReader) -> Model:

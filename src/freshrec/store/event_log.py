@@ -10,7 +10,6 @@ without checksums. They are read without a check until the next commit adds thei
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,17 +22,32 @@ from deltalake import ColumnProperties, CommitProperties, DeltaTable, WriterProp
 from deltalake.exceptions import CommitFailedError, DeltaError
 
 from freshrec.data.catalog import TYPE_NAMES
-from freshrec.data.duplicates import EVENT_KEYS, drop_duplicate_rows, split_by_event_id
+from freshrec.data.duplicates import EVENT_KEYS, count_reused_ids, drop_duplicate_rows
 from freshrec.data.identities import convert_ids
 from freshrec.errors import LogError, OptionError, StateError
-from freshrec.files import file_checksum, sync_folder
-from freshrec.store.checksummed_json import read_checksummed, write_checksummed
+from freshrec.files import file_checksum
+from freshrec.store.checksummed_json import write_checksummed
 from freshrec.store.log_columns import COLUMN_TYPES, ID_COLUMNS, as_time, time_range
+from freshrec.store.log_files import (
+    CHECKSUM_FILE,
+    LOG_FOLDER,
+    batch_predicate,
+    commit_files,
+    commit_path,
+    damage_error,
+    data_files,
+    read_checksums,
+    verify_files,
+    write_checksums,
+)
+from freshrec.store.manifest import LogFingerprint
+from freshrec.store.new_rows import NewRows, find_new_rows
+from freshrec.store.signing import SigningKey
+from freshrec.store.versions import Store
 from freshrec.text_layout import to_printable
 
 TABLE_NAME = "freshrec event log 1"  # name of the table, with the number of its format
 CLOCK_DESCRIPTIONS = {True: "time is a clock's", False: "time is a place in the log"}  # the table's description
-CHECKSUM_FILE = "checksums.json"
 
 # Statistics of the time column are stored, so that most files need not be read. Statistics of other columns would copy
 # ids of users to places where erasing does not look.
@@ -62,13 +76,18 @@ class AppendResult:
     first_time: int | None = None  # time of the first and of the last appended row
     last_time: int | None = None
     n_separate: int = 0  # appended as a batch of their own
+    n_reused_ids: int = 0  # event ids that stand for rows with another user, item or time; only the first row counts
 
 
 @dataclass(frozen=True)
 class EventLog:
-    """The event log in `folder`, which need not exist yet. Lock it while you change it: conflicts raise StateError."""
+    """The event log in `folder`, which need not exist yet. Lock it while you change it: conflicts raise StateError.
+
+    With a key, its checksums are signed, and a log without the signature of this key is an error.
+    """
 
     folder: Path
+    key: SigningKey | None = None
 
     def append(
         self, frame: pl.DataFrame, source: str, has_clock: bool, ignored_batches: Collection[int] = ()
@@ -82,7 +101,7 @@ class EventLog:
         if not len(frame):
             return AppendResult(None, None, 0)
         with _translate_errors(self.folder, "written"):
-            table = _open_table(self.folder)
+            table = _open_table(self.folder, self.key)
             rows = _match_schema(frame, table, has_clock, self.folder)
             distinct = drop_duplicate_rows(rows, has_clock)
             n_duplicates, sources = len(rows) - len(distinct), _batch_sources(table)
@@ -90,17 +109,21 @@ class EventLog:
             if repeated_batch is not None:
                 return AppendResult(None, repeated_batch, len(rows), n_duplicates, len(distinct))
             known_batches = sources.keys() - set(ignored_batches)
-            new = distinct if table is None else _new_rows(distinct, table, has_clock, self.folder, known_batches)
+            new, n_reused_ids = NewRows(distinct, 0)
+            if table is not None:
+                new, n_reused_ids = find_new_rows(distinct, table, has_clock, self.folder, known_batches)
+            if n_duplicates:
+                n_reused_ids += count_reused_ids(rows, has_clock)
             if not len(new):
-                return AppendResult(None, None, len(rows), n_duplicates, len(distinct))
-            newest = as_time(_data_files(table).filter(pl.col("batch").is_in(known_batches))["last"].max())
+                return AppendResult(None, None, len(rows), n_duplicates, len(distinct), n_reused_ids=n_reused_ids)
+            newest = as_time(data_files(table).filter(pl.col("batch").is_in(known_batches))["last"].max())
             batch = 1 + max(sources, default=0)
             commit_info = {"batch": batch, "source": source, "doubled": n_duplicates, "known": len(distinct) - len(new)}
             _commit_rows(new, commit_info, table or self.folder, has_clock)
-            _write_checksums(self.folder)
+            write_checksums(self.folder, data_files(DeltaTable(self.folder))["name"], self.key)
         n_late = int((new["time"] < newest).sum()) if has_clock and newest is not None else 0
         counts = (len(rows), n_duplicates, len(distinct) - len(new), n_late, len(new))
-        return AppendResult(batch, None, *counts, *time_range(new))
+        return AppendResult(batch, None, *counts, *time_range(new), n_reused_ids=n_reused_ids)
 
     def read(self, batches: Sequence[int] | None = None) -> pl.DataFrame:
         """Read the events of all batches, or of some, ordered by batch, then time, then place in the delivery.
@@ -109,15 +132,15 @@ class EventLog:
         Raises LogError if the log is empty.
         """
         with _translate_errors(self.folder, "read"):
-            table = _open_table(self.folder)
+            table = _open_table(self.folder, self.key)
             if table is None:
                 raise LogError(f"The event log in {self.folder} is empty. Append a delivery first.")
-            files = _data_files(table)
+            files = data_files(table)
             if batches is not None:
                 _require_batches(batches, _batch_sources(table), self.folder)
                 files = files.filter(pl.col("batch").is_in(batches))
-            _verify_files(self.folder, files)
-            found = pl.DataFrame(table.scan(predicate=None if batches is None else _batch_predicate(batches)))
+            verify_files(self.folder, files["name"])
+            found = pl.DataFrame(table.scan(predicate=None if batches is None else batch_predicate(batches)))
             found = found.sort("batch", "time", "row")
             if batches is None or len(batches) > 1:
                 found = drop_duplicate_rows(found, _has_clock(table)).sort("batch", "time", "row")
@@ -128,15 +151,17 @@ class EventLog:
     def rows_not_in(self, rows: pl.DataFrame, batches: Collection[int]) -> pl.DataFrame:
         """Return the rows whose event is in none of these batches. `rows` are rows that `read` returned."""
         with _translate_errors(self.folder, "read"):
-            table = _open_table(self.folder)
-            return rows if table is None else _new_rows(rows, table, _has_clock(table), self.folder, batches)
+            table = _open_table(self.folder, self.key)
+            if table is None:
+                return rows
+            return find_new_rows(rows, table, _has_clock(table), self.folder, batches).rows
 
     def batches(self) -> pl.DataFrame:
         """A row per batch: batch, source, rows, first and last (times). `rows` is 0 if all users were erased."""
         with _translate_errors(self.folder, "read"):
-            table = _open_table(self.folder)
+            table = _open_table(self.folder, self.key)
             sources = list(_batch_sources(table).items())
-            files = _data_files(table).group_by("batch")
+            files = data_files(table).group_by("batch")
             totals = files.agg(pl.col("rows").sum(), pl.col("first").min(), pl.col("last").max())
         found = pl.DataFrame(sources, {"batch": pl.Int32, "source": pl.String}, orient="row")
         return found.join(totals, on="batch", how="left").with_columns(pl.col("rows").fill_null(0)).sort("batch")
@@ -144,21 +169,40 @@ class EventLog:
     def delivery_counts(self, batch: int) -> tuple[str, int, int]:
         """Return the source of a batch, and the numbers of its rows left out as duplicates and as known."""
         with _translate_errors(self.folder, "read"):
-            commits = _batch_commits(_open_table(self.folder))
+            commits = _batch_commits(_open_table(self.folder, self.key))
             _require_batches([batch], commits, self.folder)
             return commits[batch]["source"], commits[batch].get("doubled", 0), commits[batch].get("known", 0)
+
+    def fingerprint(self) -> LogFingerprint | None:
+        """Return what every later log has in common with this one. None if the log is empty."""
+        with _translate_errors(self.folder, "read"):
+            table = _open_table(self.folder, self.key)
+            if table is None:
+                return None
+            checksum = file_checksum(commit_path(self.folder, table.version()))
+            batch, rows = max(_batch_sources(table), default=0), int(data_files(table)["rows"].sum())
+            return LogFingerprint(
+                id=str(table.metadata().id), commit=table.version(), sha256=checksum, batch=batch, rows=rows
+            )
 
     @property
     def has_clock(self) -> bool:
         """Whether the events have timestamps; False if the log is empty."""
         with _translate_errors(self.folder, "read"):
-            table = _open_table(self.folder)
+            table = _open_table(self.folder, self.key)
             return table is not None and _has_clock(table)
 
     @property
     def newest_time(self) -> int | None:
         """The time of the newest row, None if the log is empty."""
         return as_time(self.batches()["last"].max())
+
+    def sign(self) -> None:
+        """Write signed checksums of all files, also of those that a killed process left without checksums."""
+        with _translate_errors(self.folder, "written"):
+            table = _open_table(self.folder)
+            if table is not None:
+                write_checksums(self.folder, data_files(table)["name"], self.key)
 
     def erase_user(self, user_id: int | str) -> int:
         """Delete all rows of a user in one commit and from the disk. Return their number.
@@ -168,35 +212,40 @@ class EventLog:
         """
         n_rows = 0
         with _translate_errors(self.folder, "written"):
-            table = _open_table(self.folder)
+            table = _open_table(self.folder, self.key)
             if table is not None:
-                _verify_files(self.folder, _data_files(table))
+                verify_files(self.folder, data_files(table)["name"])
                 user_literal = _user_literal(user_id, table, self.folder)
                 matching = pl.DataFrame(table.scan(columns=["batch"], predicate=f"user_id = {user_literal}"))
                 n_rows, batches = len(matching), matching["batch"].unique().sort().to_list()
                 if n_rows:
                     # A delete by predicate would write the id into a commit. So the other rows go to new files.
-                    remaining = table.scan(predicate=f"{_batch_predicate(batches)} AND user_id <> {user_literal}")
+                    remaining = table.scan(predicate=f"{batch_predicate(batches)} AND user_id <> {user_literal}")
                     write_deltalake(
                         table,
                         remaining,
                         mode="overwrite",
-                        predicate=_batch_predicate(batches),
+                        predicate=batch_predicate(batches),
                         writer_properties=WRITER_PROPERTIES,
                         commit_properties=CommitProperties(max_commit_retries=0),
                     )
             _remove_stale_files(self.folder, table)
             if table is not None:
-                _write_checksums(self.folder)
+                write_checksums(self.folder, data_files(DeltaTable(self.folder))["name"], self.key)
         return n_rows
 
 
-def _open_table(folder: Path) -> DeltaTable | None:
+def log_of(store: Store) -> EventLog:
+    """Return the event log of a store."""
+    return EventLog(store.folder / LOG_FOLDER, store.key)
+
+
+def _open_table(folder: Path, key: SigningKey | None = None) -> DeltaTable | None:
     """Open the table after checking its commits. None if nothing was appended yet."""
-    commits, checksums = _commit_files(folder), _read_checksums(folder)
+    commits, checksums = commit_files(folder), read_checksums(folder, key)
     for name in [name for name in checksums or {} if name.startswith("_delta_log/")]:
         if name not in commits or file_checksum(folder / name) != (checksums or {})[name]:
-            raise _damage_error(folder, name)
+            raise damage_error(folder, name)
     if commits and checksums is None:
         raise StateError(
             f"{folder} has a Delta table but no {CHECKSUM_FILE}. Restore that file, or choose another folder."
@@ -221,30 +270,6 @@ def _has_clock(table: DeltaTable) -> bool:
     return str(table.metadata().description) == CLOCK_DESCRIPTIONS[True]
 
 
-def _commit_files(folder: Path) -> list[str]:
-    """Return the names of the commit files, without the checkpoint hint."""
-    found = (folder / "_delta_log").glob("[0-9]*")
-    return sorted(f"_delta_log/{path.name}" for path in found if path.suffix in (".json", ".parquet"))
-
-
-def _read_checksums(folder: Path) -> dict[str, str] | None:
-    """Read the checksums of all files by name. None if the file of checksums is missing."""
-    if not (folder / CHECKSUM_FILE).exists():
-        return None
-    found: dict[str, str] = read_checksummed(folder / CHECKSUM_FILE)
-    return found
-
-
-def _data_files(table: DeltaTable | None) -> pl.DataFrame:
-    """A row per data file: name, batch, rows, first and last (times)."""
-    if table is None:
-        column_types = {"batch": pl.Int32, "rows": pl.Int64, "first": pl.Int64, "last": pl.Int64}
-        return pl.DataFrame(schema={"name": pl.String, **column_types})
-    actions = pl.DataFrame(table.get_add_actions(flatten=True))
-    stats = {"rows": "num_records", "first": "min.time", "last": "max.time"}
-    return actions.select(name="path", batch="partition.batch", **stats)
-
-
 def _batch_commits(table: DeltaTable | None) -> dict[int, dict[str, Any]]:
     """Return the commit information of every batch, also of batches that are empty by now."""
     history = [] if table is None else reversed(table.history())
@@ -255,38 +280,12 @@ def _batch_sources(table: DeltaTable | None) -> dict[int, str]:
     return {batch: commit["source"] for batch, commit in _batch_commits(table).items()}
 
 
-def _verify_files(folder: Path, files: pl.DataFrame) -> None:
-    """Raise StateError if a file is missing or damaged."""
-    sums = _read_checksums(folder) or {}
-    for name in files["name"]:
-        if not (folder / name).exists() or (name in sums and file_checksum(folder / name) != sums[name]):
-            raise _damage_error(folder, name)
-
-
-def _damage_error(folder: Path, name: str) -> StateError:
-    return StateError(
-        f"The event log in {folder} is damaged: {name} is missing or has changed. Restore it from a backup."
-    )
-
-
-def _write_checksums(folder: Path) -> None:
-    """Sync the last commit to the disk, and write the checksums of all files."""
-    sums = _read_checksums(folder) or {}
-    names = [*_commit_files(folder), *_data_files(DeltaTable(folder))["name"]]
-    for name in [name for name in names if name not in sums]:
-        with (folder / name).open("rb") as file:
-            os.fsync(file.fileno())
-        sums[name] = file_checksum(folder / name)
-        sync_folder((folder / name).parent)
-    write_checksummed({name: sums[name] for name in names}, folder / CHECKSUM_FILE)
-
-
 def _remove_stale_files(folder: Path, table: DeltaTable | None) -> None:
     """Delete data files that are not in the table: replaced ones, and those of killed processes.
 
     Delta's vacuum skips unfinished files, which have a # in their names.
     """
-    current_files = {folder / name for name in _data_files(table)["name"]}
+    current_files = {folder / name for name in data_files(table)["name"]}
     for path in folder.glob("batch=*/**/*"):
         if path.is_file() and path not in current_files:
             path.unlink()
@@ -336,30 +335,6 @@ def _match_schema(frame: pl.DataFrame, table: DeltaTable | None, has_clock: bool
     return frame.with_columns(row=pl.int_range(pl.len(), dtype=pl.Int64))
 
 
-def _new_rows(
-    rows: pl.DataFrame, table: DeltaTable, has_clock: bool, folder: Path, batches: Collection[int]
-) -> pl.DataFrame:
-    """Return the rows whose event is in none of these batches, in their order."""
-    with_id, without_id = split_by_event_id(rows.with_row_index("place"))
-    ids_known = "event_id" in [field.name for field in table.schema().fields]
-    files, in_batches = _data_files(table).filter(pl.col("batch").is_in(batches)), _batch_predicate(batches)
-    if len(with_id) and ids_known:
-        _verify_files(folder, files)
-        with_id = _anti_join(with_id, ["event_id"], table, f"{in_batches} AND event_id IS NOT NULL")
-    if len(without_id) and has_clock:
-        first, last = time_range(without_id)
-        _verify_files(folder, files.filter(pl.col("first") <= last, pl.col("last") >= first))
-        during = f"{in_batches} AND time >= {first} AND time <= {last}"
-        without_id = _anti_join(without_id, EVENT_KEYS, table, during + (" AND event_id IS NULL" if ids_known else ""))
-    return pl.concat([with_id, without_id]).sort("place").drop("place")
-
-
-def _anti_join(rows: pl.DataFrame, keys: Sequence[str], table: DeltaTable, predicate: str) -> pl.DataFrame:
-    """Return the rows whose keys are in no row of the table that meets the predicate."""
-    existing = pl.DataFrame(table.scan(columns=list(keys), predicate=predicate))
-    return rows.join(existing, on=list(keys), how="anti")
-
-
 def _user_literal(user_id: int | str, table: DeltaTable, folder: Path) -> str:
     """Return a user's id as a literal for a predicate. Raises OptionError if its type is wrong."""
     kind = pl.Schema(table.schema().to_arrow())["user_id"]
@@ -370,10 +345,6 @@ def _user_literal(user_id: int | str, table: DeltaTable, folder: Path) -> str:
             "Pass an id of that type."
         )
     return "'" + user_id.replace("'", "''") + "'" if isinstance(user_id, str) else str(user_id)
-
-
-def _batch_predicate(batches: Iterable[int]) -> str:
-    return f"batch IN ({', '.join(map(str, [0, *batches]))})"  # there is no batch 0, and a list is never empty
 
 
 def _require_batches(batches: Iterable[int], known: Collection[int], folder: Path) -> None:

@@ -1,6 +1,9 @@
 """Columns and times of the event log."""
 
+from pathlib import Path
+
 import polars as pl
+from deltalake import DeltaTable
 
 COLUMN_TYPES = {
     "user_id": (pl.Int64, pl.String),
@@ -15,6 +18,13 @@ COLUMN_TYPES = {
     "event_id": (pl.Int64, pl.String),
 }
 ID_COLUMNS = tuple(name for name, allowed in COLUMN_TYPES.items() if allowed == (pl.Int64, pl.String))
+
+
+def has_column(log_folder: Path, name: str) -> bool:
+    """Return whether the event log in a folder has a column. A folder without a log has none."""
+    if not DeltaTable.is_deltatable(str(log_folder)):
+        return False
+    return name in {field.name for field in DeltaTable(log_folder).schema().fields}
 
 
 def time_range(rows: pl.DataFrame) -> tuple[int | None, int | None]:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from freshrec.disk_names import current_manifest
 from freshrec.errors import StateError
 from freshrec.store.checksummed_json import read_checksummed
+from freshrec.store.signing import SigningKey
 from freshrec.version import __version__
 
 FORMAT = 1
@@ -47,6 +48,17 @@ class FileEntry(BaseModel):
     n_bytes: int
 
 
+class LogFingerprint(BaseModel):
+    """The event log when a version was made. A later log still has the same commit, because commits never change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    id: str  # of the log; a copy has the same
+    commit: int = Field(ge=0)  # number of the newest commit
+    sha256: str  # of the file of this commit
+    batch: int  # the newest batch
+    rows: int  # in all batches
+
+
 class Manifest(BaseModel):
     """Description of a version: its origin, contents, quality, and the verdict of the gate."""
 
@@ -70,6 +82,8 @@ class Manifest(BaseModel):
     reasons: list[str] = []  # why the gate refused it
     notes: list[str] = []
     files: dict[str, FileEntry] = {}
+    store: str = ""  # id of its store; "" if the version was made before stores had ids
+    log: LogFingerprint | None = None  # None if it was made before manifests had this key, or without a log
 
     @field_validator("data")
     @classmethod
@@ -112,24 +126,29 @@ class PointerMove(BaseModel):
     action: MoveAction
     to: int
     reason: str = ""
+    store: str = ""  # id of the store; "" if the move was made before stores had ids
 
 
-def read_manifest(path: Path, number: int) -> Manifest:
+def read_manifest(path: Path, number: int, key: SigningKey | None = None) -> Manifest:
     """Return the manifest of a version from its file. Raises StateError if it is missing or damaged.
+
+    Raises SignatureError if it lacks the signature of a given key.
 
     A file that has not changed is parsed only once.
     """
     try:
         state = path.stat()
     except OSError:
-        return _parse_manifest(path, number, 0, 0, 0)  # raises StateError
-    return _parse_manifest(path, number, state.st_ino, state.st_mtime_ns, state.st_size)
+        return _parse_manifest(path, number, key, 0, 0, 0)  # raises StateError
+    return _parse_manifest(path, number, key, state.st_ino, state.st_mtime_ns, state.st_size)
 
 
 @lru_cache(maxsize=10_000)
-def _parse_manifest(path: Path, number: int, inode: int, changed_ns: int, n_bytes: int) -> Manifest:
+def _parse_manifest(
+    path: Path, number: int, key: SigningKey | None, inode: int, changed_ns: int, n_bytes: int
+) -> Manifest:
     """Parse a manifest. The last three arguments change with the content of the file."""
-    content = read_checksummed(path)
+    content = read_checksummed(path, key)
     if isinstance(content, dict) and content.get("format", FORMAT) not in range(1, FORMAT + 1):
         raise StateError(f"{path} has a format that this freshrec does not know. Upgrade freshrec.")
     try:

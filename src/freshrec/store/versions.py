@@ -14,7 +14,7 @@ deletes them and keeps the manifest.
 
 from __future__ import annotations
 
-import os
+import re
 import shlex
 import shutil
 import tempfile
@@ -27,12 +27,10 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from freshrec.disk_names import current_move
-from freshrec.errors import BusyError, OptionError, StateError
-from freshrec.files import file_checksum, sync_folder
+from freshrec.errors import BusyError, OptionError, SignatureError, StateError
+from freshrec.files import sync_folder
 from freshrec.store.checksummed_json import read_checksummed, write_checksummed
 from freshrec.store.manifest import (
-    FORMAT,
-    FileEntry,
     Manifest,
     MoveAction,
     PointerMove,
@@ -40,16 +38,26 @@ from freshrec.store.manifest import (
     read_manifest,
     utc_now,
 )
+from freshrec.store.signing import SigningKey, read_key
+from freshrec.store.store_file import STORE_FILE, is_foreign, read_store_file, store_id, write_store_file
+from freshrec.store.version_files import file_damage, make_entries
 
-MANIFEST_FILE, COLLECTED_FILE = "manifest.json", "collected"
+MANIFEST_FILE, MOVES_FILE, COLLECTED_FILE = "manifest.json", "live.json", "collected"
+VERSION_NAME = re.compile(r"[1-9][0-9]{0,8}")  # of the folder of a version; others are not part of the store
+TEMPORARY_NAME = re.compile(r"\.[1-9][0-9]{0,8}")  # of the folder of an unfinished version
+REBUILT_REASON = "rebuilt from its manifest"  # of a change of the live version whose record was damaged
 LEGACY_FILE = "recommender.json"  # in a folder that Recommender.save wrote before stores existed
 
 
 @dataclass(frozen=True)
 class Store:
-    """A folder of versions. Hold `locked` while you change anything."""
+    """A folder of versions. Hold `locked` while you change anything.
+
+    With a key, all that is written is signed, and a file without the signature of this key is an error.
+    """
 
     folder: Path
+    key: SigningKey | None = None
 
     @contextmanager
     def locked(self, wait_s: float = 0.0) -> Iterator[None]:
@@ -69,19 +77,27 @@ class Store:
             lock.release()
 
     def manifests(self) -> list[Manifest]:
-        """Return all readable manifests, oldest first."""
+        """Return all readable manifests, oldest first. Raises SignatureError for a wrong signature."""
         found = []
         for number in self.version_numbers():
             try:
                 found.append(self.manifest(number))
+            except SignatureError:
+                raise
             except StateError:
                 continue  # `freshrec doctor` reports it
         return found
 
     def version_numbers(self) -> list[int]:
         """Return the numbers of all versions, ascending."""
-        names = (path.name for path in (self.folder / "versions").iterdir())
-        return sorted(int(name) for name in names if name.isdecimal())
+        try:
+            # a link is no version: deleting its files would delete files outside the store
+            names = [path.name for path in (self.folder / "versions").iterdir() if not path.is_symlink()]
+        except OSError as problem:
+            raise StateError(
+                f"{self.folder / 'versions'} cannot be read ({problem.strerror}). Restore it from a backup."
+            ) from None
+        return sorted(int(name) for name in names if VERSION_NAME.fullmatch(name))
 
     @property
     def next_number(self) -> int:
@@ -95,18 +111,24 @@ class Store:
             raise StateError(
                 f"There is no version {number} in {self.folder}. See `freshrec history {store_option(self.folder)}`."
             )
-        return read_manifest(path, number)
+        found = read_manifest(path, number, self.key)
+        if is_foreign(found.store, self.folder):
+            raise StateError(f"{path} belongs to another store. Restore versions/{number} from a backup of this one.")
+        return found
 
     def moves(self) -> list[PointerMove]:
         """Return every change of the live version, oldest first. Raises StateError if the record is damaged."""
-        path, command = self.folder / "live.json", f"freshrec promote N {store_option(self.folder)}"
+        path, command = self.folder / MOVES_FILE, f"freshrec promote N {store_option(self.folder)}"
         try:
-            return [PointerMove.model_validate(current_move(move)) for move in read_checksummed(path)]
+            found = [PointerMove.model_validate(current_move(move)) for move in read_checksummed(path, self.key)]
+        except SignatureError:
+            raise
         except (ValidationError, TypeError, StateError):
-            raise StateError(
-                f"{path} is missing or was changed by another program. "
-                f"Restore it from a backup, or choose a live version with `{command}`."
-            ) from None
+            found = None
+        if found is None or any(is_foreign(owner, self.folder) for owner in {move.store for move in found}):
+            fault = "is missing or was changed by another program" if found is None else "belongs to another store"
+            raise StateError(f"{path} {fault}. Restore it from a backup, or choose a live version with `{command}`.")
+        return found
 
     @property
     def live(self) -> int:
@@ -124,11 +146,13 @@ class Store:
         self.verified_files(number)
         try:
             moves = self.moves()
+        except SignatureError:
+            raise
         except StateError:
             moves = _moves_from_manifests(self)  # rebuild a damaged record
-        moves.append(PointerMove(at=utc_now(), action=action, to=number, reason=reason))
+        moves.append(PointerMove(at=utc_now(), action=action, to=number, reason=reason, store=store_id(self.folder)))
         with translate_write_errors(self.folder):
-            write_checksummed([move.model_dump() for move in moves], self.folder / "live.json")
+            write_checksummed([move.model_dump() for move in moves], self.folder / MOVES_FILE, self.key)
 
     def write_version(self, manifest: Manifest, save: Callable[[Path], object]) -> Manifest:
         """Write a new version. `save` writes its files into a folder. `move_pointer` makes it the live one."""
@@ -140,10 +164,9 @@ class Store:
             with translate_write_errors(folder):
                 temporary.mkdir()
                 save(temporary)
-                manifest = manifest.model_copy(
-                    update={"files": _make_entries(temporary, temporary, parent, parent_manifest)}
-                )
-                write_checksummed(manifest.model_dump(), temporary / MANIFEST_FILE)
+                files = make_entries(temporary, temporary, parent, parent_manifest)
+                manifest = manifest.model_copy(update={"files": files, "store": store_id(self.folder)})
+                write_checksummed(manifest.model_dump(), temporary / MANIFEST_FILE, self.key)
                 temporary.rename(folder)
                 sync_folder(folder.parent)
         finally:
@@ -156,8 +179,8 @@ class Store:
         with translate_write_errors(folder):
             temporary = Path(tempfile.mkdtemp(prefix="files-", dir=folder))
             save(temporary)
-            manifest = manifest.model_copy(update={"files": _make_entries(temporary, folder)})
-            write_checksummed(manifest.model_dump(), folder / MANIFEST_FILE)
+            manifest = manifest.model_copy(update={"files": make_entries(temporary, folder)})
+            replace_manifest(self, manifest)
             _remove_unlisted(folder, manifest)
         return manifest
 
@@ -181,7 +204,13 @@ class Store:
         folder, manifest = version_folder(self, number), self.manifest(number)
         if is_collected(self, number):
             raise StateError(f"The files of version {number} were deleted by `freshrec gc`. Choose another version.")
-        return [wrong for file in manifest.files.values() for wrong in _file_damage(folder / file.path, file)]
+        return [wrong for file in manifest.files.values() for wrong in file_damage(folder / file.path, file)]
+
+
+def replace_manifest(store: Store, manifest: Manifest) -> None:
+    """Write the manifest of an existing version again."""
+    with translate_write_errors(store.folder):
+        write_checksummed(manifest.model_dump(), version_folder(store, manifest.id) / MANIFEST_FILE, store.key)
 
 
 def store_option(folder: Path) -> str:
@@ -203,9 +232,13 @@ def version_chain(store: Store, number: int | None = None) -> list[Manifest]:
 
 
 @contextmanager
-def create_store(folder: Path) -> Iterator[Store]:
-    """Create a store. It appears in `folder` when the block ends. Raises OptionError if the folder is not empty."""
-    if (folder / "store.json").exists():
+def create_store(folder: Path, sign_key_file: Path | None = None) -> Iterator[Store]:
+    """Create a store. It appears in `folder` when the block ends. Raises OptionError if the folder is not empty.
+
+    If a key is given, the store is signed. Raises OptionError for an invalid key.
+    """
+    key = None if sign_key_file is None else read_key(sign_key_file, folder)
+    if (folder / STORE_FILE).exists():
         raise OptionError(f"{folder} already holds a store. Use `freshrec update`, or choose another folder.")
     folder = folder.resolve()
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
@@ -222,9 +255,9 @@ def create_store(folder: Path) -> Iterator[Store]:
         with translate_write_errors(folder):
             shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
             (temporary / "versions").mkdir(parents=True)
-            write_checksummed([], temporary / "live.json")
-            write_checksummed({"format": FORMAT, "made_at": utc_now()}, temporary / "store.json")
-        yield Store(temporary)
+            write_checksummed([], temporary / MOVES_FILE, key)
+            write_store_file(temporary, key)
+        yield Store(temporary, key)
         with translate_write_errors(folder):
             temporary.rename(folder)
             sync_folder(folder.parent)
@@ -234,18 +267,20 @@ def create_store(folder: Path) -> Iterator[Store]:
         Path(lock.lock_file).unlink(missing_ok=True)
 
 
-def open_store(folder: Path) -> Store:
-    """Open the store in a folder. Raises StateError if there is none, or if its format is unknown."""
+def open_store(folder: Path, sign_key_file: Path | None = None) -> Store:
+    """Open the store in a folder. Raises StateError if there is none, or if its format is unknown.
+
+    If a key is given, its signatures are required. Raises OptionError for an invalid key.
+    """
     if (folder / LEGACY_FILE).exists():
         raise StateError(
             f"{folder} is not a store but an older save. Convert it in Python: Recommender.load(folder).save(NEW)."
         )
-    if not (folder / "store.json").exists():
+    if not (folder / STORE_FILE).exists():
         raise StateError(f"There is no store in {folder}. Create one with `freshrec fit LOG --store {folder}`.")
-    description = read_checksummed(folder / "store.json")
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise StateError(f"The store {folder} does not have format {FORMAT}. Upgrade freshrec.")
-    return Store(folder)
+    key = None if sign_key_file is None else read_key(sign_key_file, folder)
+    read_store_file(folder, key)
+    return Store(folder, key)
 
 
 def is_collected(store: Store, number: int) -> bool:
@@ -257,15 +292,17 @@ def _moves_from_manifests(store: Store) -> list[PointerMove]:
     """Rebuild the changes of the live version from the manifests, for a damaged record."""
     actions: dict[VersionKind, MoveAction] = {"fit": "fit", "update": "update", "no rows": "update", "saved": "save"}
     live = [manifest for manifest in store.manifests() if manifest.goes_live]
-    return [
-        PointerMove(at=m.made_at, action=actions[m.kind], to=m.id, reason="rebuilt from its manifest") for m in live
-    ]
+    return [PointerMove(at=m.made_at, action=actions[m.kind], to=m.id, reason=REBUILT_REASON) for m in live]
 
 
 def _remove_leftovers(store: Store) -> None:
     """Remove the temporary files of killed processes."""
     with translate_write_errors(store.folder):
-        for leftover in (*store.folder.glob("versions/.*"), *store.folder.glob(".*.json.*")):
+        is_linked = (store.folder / "versions").is_symlink()  # then it may hold hidden files of other programs
+        hidden = [
+            path for path in store.folder.glob("versions/.*") if TEMPORARY_NAME.fullmatch(path.name) or not is_linked
+        ]
+        for leftover in (*hidden, *store.folder.glob(".*.json.*")):
             remove_path(leftover)
         for manifest in store.manifests():
             _remove_unlisted(version_folder(store, manifest.id), manifest)
@@ -281,7 +318,7 @@ def _remove_unlisted(folder: Path, manifest: Manifest) -> None:
 
 def remove_path(path: Path) -> None:
     """Remove a file, or a folder with all its files."""
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def version_folder(store: Store, number: int) -> Path:
@@ -300,44 +337,6 @@ def translate_write_errors(path: Path) -> Iterator[None]:
             f"{path} cannot be written ({reason}). The live version has not changed. "
             "Check free disk space and permissions."
         ) from problem
-
-
-def _make_entries(
-    written: Path, folder: Path, parent: Path | None = None, parent_manifest: Manifest | None = None
-) -> dict[str, FileEntry]:
-    """Return the entries of the files in `written`, after syncing them to the disk.
-
-    `written` is `folder` or inside it. A file that equals that of the parent becomes a hard link to it.
-    """
-    files = {}
-    for path in sorted(written.iterdir()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        found = FileEntry(path=str(path.relative_to(folder)), sha256=file_checksum(path), n_bytes=path.stat().st_size)
-        if parent is not None and parent_manifest is not None:
-            entry = parent_manifest.files.get(path.name)
-            if entry and entry.sha256 == found.sha256 and not _file_damage(parent / entry.path, entry):
-                _hard_link(parent / entry.path, path)
-        files[path.name] = found
-    sync_folder(written)
-    return files
-
-
-def _hard_link(source: Path, path: Path) -> None:
-    """Replace `path` with a hard link to `source`, if the file system supports it."""
-    link = path.with_name(f".{path.name}")
-    try:
-        os.link(source, link)
-    except OSError:
-        return
-    link.replace(path)
-
-
-def _file_damage(path: Path, expected: FileEntry) -> list[str]:
-    if not path.is_file():
-        return [f"{path.name} is missing"]
-    is_same = path.stat().st_size == expected.n_bytes and file_checksum(path) == expected.sha256
-    return [] if is_same else [f"{path.name} has changed"]
 
 
 def _recovery_hint(store: Store, number: int) -> str:

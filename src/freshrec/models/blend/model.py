@@ -46,6 +46,7 @@ from freshrec.models.blend.rule import (
     is_significantly_better,
 )
 from freshrec.models.item_knn import ItemKNN
+from freshrec.models.model_text import model_text
 from freshrec.nn.forward_decay import window_size
 from freshrec.nn.sparse import select_scores
 from freshrec.random_streams import stream
@@ -100,6 +101,8 @@ class Blend:
     rule: Rule | None
     is_rule_suspended: bool  # the best expert ranked better than the rule, and ranks alone for now
     best_expert: int  # the expert with the highest ndcg@20 on the logged queries; it ranks alone if there is no rule
+
+    __repr__ = model_text
 
     def __init__(self, spec: BlendSpec, seed: int) -> None:
         self.spec, self.seed, self.n_users, self.n_items = spec, seed, 0, 0

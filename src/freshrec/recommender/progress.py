@@ -1,22 +1,23 @@
-"""Progress of `fit` and `update` on stderr: a bar on a terminal, a few plain lines in a pipe or in cron."""
+"""Progress of `fit` and `update`: a bar on a terminal, a few plain lines in a pipe or in cron, or a call of a function.
+
+The command line and `Recommender` share it. Progress goes to stderr.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
+from freshrec.errors import OptionError
 from freshrec.progress import Progress, listen
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
+ProgressOption = bool | Callable[[Progress], object]  # True = show it on stderr, False = do not report it
 
 READING = "reading"  # the stage before anything is known about a file
 
@@ -91,6 +92,29 @@ def show_progress(is_shown: bool, with_lines: bool) -> Iterator[Callable[[], Non
         finally:
             if shown is not None:
                 shown.clear()
+
+
+def check_progress(progress: ProgressOption) -> None:
+    """Raise OptionError unless `progress` is true, false or a function."""
+    if not isinstance(progress, bool) and not callable(progress):
+        raise OptionError(f"progress is {progress!r:.60}. Pass True, False, or a function that takes a Progress.")
+
+
+@contextmanager
+def reporting(progress: ProgressOption) -> Iterator[None]:
+    """Show the progress of the block on stderr (True), or pass it to a function. False changes nothing.
+
+    Raises OptionError for anything else.
+    """
+    check_progress(progress)
+    if progress is True:
+        with show_progress(True, with_lines=True):
+            yield
+    elif callable(progress):
+        with listen(progress):
+            yield
+    else:
+        yield
 
 
 def format_duration(seconds: float) -> str:

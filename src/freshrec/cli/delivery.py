@@ -1,0 +1,75 @@
+"""Read the log of `fit`, and the files of an update with the same options unless others are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from freshrec.cli.options import parse_pairs
+from freshrec.data.log import Log, events_before, read_log
+from freshrec.errors import NoRowsError
+
+if TYPE_CHECKING:
+    from freshrec.nightly.job import NightlyJob
+    from freshrec.recommender.log_reading import ReadOptions
+
+
+def read_first_log(path: Path, read_options: ReadOptions, until: str, quarantine: Path | None) -> Log:
+    """Read the log of `fit`. `until`: a moment, of which earlier events are kept; "" = all events."""
+    log = read_log(
+        path,
+        columns=read_options.columns,
+        format=read_options.format,
+        events=read_options.events,
+        separator=read_options.separator,
+        min_rating=read_options.min_rating,
+        quarantine=quarantine,
+    )
+    return events_before(log, until) if until else log
+
+
+def changed_options(
+    options: ReadOptions, columns: str, format: str | None, separator: str | None, min_rating: float | None
+) -> ReadOptions:
+    """Return the options of `fit` with those of an update in their place. A format brings its own separator."""
+    return replace(
+        options,
+        columns={**options.columns, **parse_pairs(columns)},
+        format=format or options.format,
+        separator=separator or (None if format else options.separator),
+        min_rating=options.min_rating if min_rating is None else min_rating,
+    )
+
+
+def read_delivery(
+    job: NightlyJob, path: Path, quarantine: Path | None, change_options: Callable[[ReadOptions], ReadOptions]
+) -> Log | None:
+    """Read a file with the options of `fit`, unless others are given. Return None if it has no rows."""
+    from freshrec.recommender.log_reading import known_id_types
+    from freshrec.store.log_columns import has_column
+
+    read_options = change_options(job.bundle.read_options)
+    try:
+        return read_log(
+            path,
+            columns=read_options.columns,
+            format=read_options.format,
+            events=read_options.events,
+            separator=read_options.separator,
+            min_rating=read_options.min_rating,
+            drop_weight=has_column(job.log.folder, "weight"),  # a store of an earlier version took it
+            quarantine=quarantine and free_path(quarantine),
+            allow_missing_events=True,
+            id_types=known_id_types(job.bundle.served),
+        )
+    except NoRowsError:
+        return None
+
+
+def free_path(path: Path) -> Path:
+    """Return the path if it is free, else the first free one of name-1, name-2, ..."""
+    candidates = (path.with_stem(f"{path.stem}-{n}") for n in count(1))
+    return path if not path.exists() else next(other for other in candidates if not other.exists())
