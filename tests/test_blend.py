@@ -32,7 +32,7 @@ from freshrec.models.blend.rule import (
     fit_correction,
     fit_listwise,
 )
-from freshrec.nn.ranking import target_ranks, top_k
+from freshrec.nn.ranking import Exclusions, target_ranks, top_k
 from freshrec.random_streams import stream
 from freshrec.store.checkpoint import load_state, save_state
 from freshrec.strategies.refit import MIN_GAIN_NATS, MIN_GAIN_QUERIES, Refit
@@ -201,7 +201,7 @@ def test_ranks_and_lists_are_those_of_the_scores() -> None:
     items, best = top_k(model, batch, 3)
     torch.testing.assert_close(best, scores.topk(3).values)
     torch.testing.assert_close(best, scores.gather(1, (items - 1).clamp(min=0)) * (items > 0))
-    banned, _ = top_k(model, batch, 3, excluded_BM=items[:, :1])
+    banned, _ = top_k(model, batch, 3, Exclusions.from_padded(items[:, :1]))
     assert not (banned[:, :, None] == items[:, :1, None]).any()
     allowed, best = top_k(model, batch, 3, allowed_N=torch.tensor([4, 5]))
     assert set(allowed[best > 0].tolist()) <= {4, 5}

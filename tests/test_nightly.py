@@ -21,10 +21,11 @@ from freshrec.data.synthetic import make_world
 from freshrec.errors import LogError, OptionError, StateError, TrainingError
 from freshrec.nightly import challenger as challenger_module
 from freshrec.nightly import job as job_module
+from freshrec.nightly.delivery_checks import waiting_batches
 from freshrec.nightly.full_retrain import GAIN_KEY, retrain_interval, retrain_plan, updates_since_retrain
 from freshrec.nightly.gate import GateLimits
 from freshrec.nightly.inspection import user_profile
-from freshrec.nightly.job import NightlyJob, hash_source, preview_delivery, waiting_batches
+from freshrec.nightly.job import NightlyJob, hash_source, preview_delivery
 from freshrec.recommender.bundle import Bundle, new_bundle, read_bundle
 from freshrec.recommender.recommender import Recommender
 from freshrec.store.manifest import Manifest

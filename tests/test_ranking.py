@@ -9,7 +9,7 @@ from freshrec.models.mf import MF, MFSpec
 from freshrec.models.multi_interest import InterestSpec
 from freshrec.models.popularity import Popularity, PopularitySpec
 from freshrec.models.repeat import RepeatSpec
-from freshrec.nn.ranking import ITEM_BLOCK, USER_BLOCK, query_vectors, target_ranks, top_k
+from freshrec.nn.ranking import ITEM_BLOCK, USER_BLOCK, Exclusions, query_vectors, target_ranks, top_k
 from freshrec.nn.scoring import user_vectors
 from freshrec.types import Batch
 
@@ -105,7 +105,7 @@ def test_the_top_items_are_the_first_of_a_dense_sort_without_excluded_items() ->
     scores = dense(model)
     for user, excluded in enumerate(excluded_BM.numpy()):
         scores[user, excluded[excluded > 0] - 1] = -np.inf
-    items_BK, scores_BK = top_k(model, batch_of(5), 50, excluded_BM)
+    items_BK, scores_BK = top_k(model, batch_of(5), 50, Exclusions.from_padded(excluded_BM))
     expected = np.argsort(-scores, axis=1)[:, :50]
     np.testing.assert_array_equal(items_BK.numpy(), expected + 1)
     np.testing.assert_allclose(scores_BK.numpy(), np.take_along_axis(scores, expected, 1), rtol=1e-5)
@@ -113,7 +113,9 @@ def test_the_top_items_are_the_first_of_a_dense_sort_without_excluded_items() ->
 
 def test_the_top_items_are_allowed_items() -> None:
     model = popularity_of([5, 2, 3, 9])
-    items_BK, scores_BK = top_k(model, batch_of(1), 9, torch.tensor([[3, 4]]), allowed_N=torch.tensor([2, 3]))
+    items_BK, scores_BK = top_k(
+        model, batch_of(1), 9, Exclusions.from_padded(torch.tensor([[3, 4]])), torch.tensor([2, 3])
+    )
     assert items_BK.tolist() == [[2, 3]]  # item 4 is excluded and not allowed
     assert scores_BK.tolist() == [[2, -np.inf]]  # item 3 is excluded: the caller drops items with -inf
     assert top_k(model, batch_of(1), 2, allowed_N=torch.zeros(0, dtype=torch.int64))[0].shape == (1, 0)
@@ -121,7 +123,7 @@ def test_the_top_items_are_allowed_items() -> None:
 
 def test_excluding_items_does_not_change_the_model() -> None:
     model = popularity_of([5, 2, 3, 9])
-    top_k(model, batch_of(1), 2, torch.tensor([[4]]))
+    top_k(model, batch_of(1), 2, Exclusions.from_padded(torch.tensor([[4]])))
     assert top_k(model, batch_of(1), 2)[0].tolist() == [[4, 1]]
 
 

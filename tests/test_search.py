@@ -14,7 +14,7 @@ from freshrec.data.catalog import Catalog
 from freshrec.data.histories import append_events
 from freshrec.models.multi_interest import InterestSpec
 from freshrec.models.popularity import PopularitySpec
-from freshrec.nn.ranking import top_k, top_k_exact
+from freshrec.nn.ranking import Exclusions, top_k, top_k_exact
 from freshrec.nn.scoring import item_vectors, user_vectors
 from freshrec.recommender import search as module
 from freshrec.recommender.search import (
@@ -110,11 +110,13 @@ def test_filters_never_shorten_a_list() -> None:
     model, batch = served.state.model, query_batch(served, 5)
     search = index_search(build_index(item_vectors(model)), item_vectors(model), 1)
     banned_BM, _ = search(user_vectors(model, batch), torch.full((5,), 600))
-    items_BK, scores_BK = top_k(model, batch, 20, banned_BM, search=search)
-    exact_BK, _ = top_k_exact(item_vectors(model), user_vectors(model, batch), 20, banned_BM, torch.arange(1, 601))
+    items_BK, scores_BK = top_k(model, batch, 20, Exclusions.from_padded(banned_BM), search=search)
+    exact_BK, _ = top_k_exact(
+        item_vectors(model), user_vectors(model, batch), 20, Exclusions.from_padded(banned_BM), torch.arange(1, 601)
+    )
     assert bool(torch.isfinite(scores_BK).all()) and torch.equal(items_BK, exact_BK)
     nearly_all_BM = torch.arange(1, 596).expand(5, -1)  # five items are left, fewer than k
-    items_BK, scores_BK = top_k(model, batch, 20, nearly_all_BM, search=search)
+    items_BK, scores_BK = top_k(model, batch, 20, Exclusions.from_padded(nearly_all_BM), search=search)
     assert torch.isfinite(scores_BK).sum(1).tolist() == [5] * 5
 
 
@@ -165,7 +167,7 @@ def test_lists_are_exact_whether_or_not_the_longest_items_decide_them() -> None:
     n_B = 20 + (banned_BM > 0).sum(1)
     decided_B = (search(user_vectors(model, batch), n_B)[0] > 0).all(1)
     assert not bool(decided_B[::2].any()) and bool(decided_B[1::2].all())  # filters of one user do not affect another
-    for banned in (None, banned_BM):
+    for banned in (None, Exclusions.from_padded(banned_BM)):
         exact, scores = top_k_exact(item_vectors(model), user_vectors(model, batch), 20, banned, torch.arange(1, 6001))
         found = top_k(model, batch, 20, banned, search=search)
         assert torch.equal(found[0], exact) and torch.allclose(found[1], scores)
@@ -176,8 +178,10 @@ def test_a_user_who_repeats_few_items_gets_a_complete_list() -> None:
     model, batch = served.state.model, query_batch(served, 3)
     search = longest_first_search(item_vectors(model), 50)
     banned_BM = torch.arange(1, 6).repeat(3, 64)
-    items_BK, scores_BK = top_k(model, batch, 10, banned_BM, search=search)
-    exact_BK, _ = top_k_exact(item_vectors(model), user_vectors(model, batch), 10, banned_BM, torch.arange(1, 301))
+    items_BK, scores_BK = top_k(model, batch, 10, Exclusions.from_padded(banned_BM), search=search)
+    exact_BK, _ = top_k_exact(
+        item_vectors(model), user_vectors(model, batch), 10, Exclusions.from_padded(banned_BM), torch.arange(1, 301)
+    )
     assert torch.equal(items_BK, exact_BK) and bool(torch.isfinite(scores_BK).all())
 
 

@@ -331,10 +331,10 @@ def test_the_server_passes_its_key_to_the_process_that_erases(key: Path, monkeyp
     monkeypatch.setattr(subprocess, "run", note)
     erase_in_subprocess(Path("s"), "user-1", sign_key_file=key)
     erase_in_subprocess(Path("s"), "user-1")
-    words = ["erase", "--stdin", "--store", "s", "--wait", "1m", "--json"]
-    assert [command[3:] for command in commands] == [
-        [*words, "--sign-key-file", str(key)],
-        words,
+    words = ["--stdin", "--store", "s", "--wait", "1m", "--json"]
+    assert [command[4:] for command in commands] == [
+        ["erase", "--sign-key-file", str(key), *words],
+        ["erase", *words],
     ]
 
 

@@ -31,6 +31,7 @@ from freshrec.cli.options import (
     MinRating,
     Quarantine,
     Separator,
+    TimeFormat,
     parse_list,
     parse_pairs,
 )
@@ -83,6 +84,7 @@ def validate(
     log: LogPath,
     columns: Columns = "",
     format_name: FormatName = None,
+    time_format: TimeFormat = None,
     events: EventTypes = "",
     separator: Separator = None,
     min_rating: MinRating = None,
@@ -99,13 +101,14 @@ def validate(
         separator=separator,
         min_rating=min_rating,
         quarantine=quarantine,
+        time_format=time_format,
     )
     report = validate_log(found)
     if as_json:
         typer.echo(json.dumps(asdict(report), indent=2))
     else:
-        given = {"--columns": columns, "--format": format_name, "--events": events, "--separator": separator}
-        given["--min-rating"] = "" if min_rating is None else f"{min_rating:g}"
+        given = {"--columns": columns, "--format": format_name, "--time-format": time_format, "--events": events}
+        given["--separator"], given["--min-rating"] = separator, "" if min_rating is None else f"{min_rating:g}"
         options = [word for flag, value in given.items() if value for word in (flag, value)]
         _print_report(report, log, options, quarantine)
 

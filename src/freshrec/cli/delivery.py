@@ -26,13 +26,19 @@ def read_first_log(path: Path, read_options: ReadOptions, until: str, quarantine
         events=read_options.events,
         separator=read_options.separator,
         min_rating=read_options.min_rating,
+        time_format=read_options.time_format,
         quarantine=quarantine,
     )
     return events_before(log, until) if until else log
 
 
 def changed_options(
-    options: ReadOptions, columns: str, format: str | None, separator: str | None, min_rating: float | None
+    options: ReadOptions,
+    columns: str,
+    format: str | None,
+    separator: str | None,
+    min_rating: float | None,
+    time_format: str | None,
 ) -> ReadOptions:
     """Return the options of `fit` with those of an update in their place. A format brings its own separator."""
     return replace(
@@ -41,6 +47,7 @@ def changed_options(
         format=format or options.format,
         separator=separator or (None if format else options.separator),
         min_rating=options.min_rating if min_rating is None else min_rating,
+        time_format=time_format or options.time_format,
     )
 
 
@@ -60,6 +67,7 @@ def read_delivery(
             events=read_options.events,
             separator=read_options.separator,
             min_rating=read_options.min_rating,
+            time_format=read_options.time_format,
             drop_weight=has_column(job.log.folder, "weight"),  # a store of an earlier version took it
             quarantine=quarantine and free_path(quarantine),
             allow_missing_events=True,

@@ -25,6 +25,10 @@ Columns = Annotated[
 
 
 FormatName = Annotated[str | None, typer.Option("--format", help=f"Name of a public format: {', '.join(FORMATS)}.")]
+TimeFormat = Annotated[
+    str | None,
+    typer.Option(help="Format of the timestamps, such as %d.%m.%Y (default: ISO 8601, or numbers since 1970)."),
+]
 EventTypes = Annotated[str, typer.Option(help="Event types to read, such as pv,buy (default: all).")]
 Separator = Annotated[
     str | None, typer.Option(help="Separator of a text file: a character, or tab, semicolon, pipe, comma or space.")

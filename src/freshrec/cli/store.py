@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from freshrec.cli.delivery import changed_options, read_delivery, read_first_log
+from freshrec.cli.delivery_text import delivery_line
 from freshrec.cli.options import (
     AllowImport,
     AsJson,
@@ -24,13 +25,14 @@ from freshrec.cli.options import (
     Separator,
     SignKeyFile,
     StorePath,
+    TimeFormat,
     WaitOption,
     parse_duration,
     parse_list,
     parse_pairs,
 )
 from freshrec.cli.output import print_json, print_labelled, print_wrapped
-from freshrec.cli.version_text import fit_lines, next_commands, retry_command, update_lines, verdict_sentence
+from freshrec.cli.version_text import fit_lines, next_commands, update_lines, verdict_sentence
 from freshrec.cli.versions import locked_store
 from freshrec.data.duplicates import count_reused_ids, reused_ids_note
 from freshrec.data.log import Log, filter_positives
@@ -43,10 +45,9 @@ from freshrec.text_layout import format_count
 
 if TYPE_CHECKING:
     from freshrec.nightly.job import NightlyJob
+    from freshrec.recommender.bundle import Bundle
     from freshrec.store.event_log import AppendResult
     from freshrec.store.manifest import Manifest
-
-MAX_REASON_WIDTH = 60  # characters of a reason in a sentence
 
 GateOption = Annotated[str, typer.Option(help="Limits of the gate, such as metric=hr@20:tolerance=0.1.")]
 NewEvents = Annotated[
@@ -73,6 +74,7 @@ def fit(
     ] = None,
     columns: Columns = "",
     format_name: FormatName = None,
+    time_format: TimeFormat = None,
     events: EventTypes = "",
     separator: Separator = None,
     min_rating: MinRating = None,
@@ -84,6 +86,7 @@ def fit(
     as_json: AsJson = False,
 ) -> None:
     """Train on a whole log once and make a store. After that, `update` needs only the new events."""
+    from freshrec.nightly.delivery_checks import UNTIL
     from freshrec.nightly.gate import parse_limits
     from freshrec.nightly.job import NightlyJob, hash_source
     from freshrec.recommender.bundle import new_bundle
@@ -91,15 +94,16 @@ def fit(
     from freshrec.store.versions import create_store
     from freshrec.strategies.refit import TARGETS_PER_SECOND
 
-    if budget and model.partition(":")[0] != "blend":
-        raise OptionError(
-            f"--budget applies only to the default model, blend. For --model {model}, set the number of epochs in "
-            "--strategy, such as finetune:fit.base_epochs=5."
-        )
     if budget:
+        _check_budget(model)
         strategy = f"{strategy or 'refit'}:max_passes={parse_duration(budget, '--budget') * TARGETS_PER_SECOND}"
     read_options = ReadOptions(
-        parse_pairs(columns), format_name, tuple(parse_list(events)), separator=separator, min_rating=min_rating
+        parse_pairs(columns),
+        format_name,
+        tuple(parse_list(events)),
+        separator=separator,
+        min_rating=min_rating,
+        time_format=time_format,
     )
     limits = parse_limits(gate)
     bundle = new_bundle(model, strategy, seed, read_options)
@@ -108,7 +112,7 @@ def fit(
         source = hash_source(log)  # first, so that rows which a writer adds later are new to the next update
         interactions = read_first_log(log, read_options, until, quarantine)
         report_progress("read", detail=f"{len(interactions.frame):,} rows of {log.name}")
-        job, source = NightlyJob(new_store, limits), source + (f" until {until}" if until else "")
+        job, source = NightlyJob(new_store, limits), source + (UNTIL + until if until else "")
         version = job.fit_first_version(interactions, source, bundle)
         times, skipped = _period_of(interactions), _skipped_rows(job, version, interactions)
     if as_json:
@@ -116,6 +120,19 @@ def fit(
         return
     typer.echo(f"Version {version.id} is live in {store}.")
     print_labelled(fit_lines(version, times, skipped))
+    _print_notes_and_commands(store, version, interactions, bundle)
+
+
+def _check_budget(model: str) -> None:
+    if model.partition(":")[0] != "blend":
+        raise OptionError(
+            f"--budget applies only to the default model, blend. For --model {model}, set the number of epochs in "
+            "--strategy, such as finetune:fit.base_epochs=5."
+        )
+
+
+def _print_notes_and_commands(store: Path, version: Manifest, interactions: Log, bundle: Bundle) -> None:
+    """Print what `fit` noticed, and commands to run next."""
     n_reused = count_reused_ids(interactions.frame, interactions.has_clock)
     print_labelled(("Note", note) for note in [*version.notes, *([reused_ids_note(n_reused)] if n_reused else [])])
     modules = foreign_modules(bundle.served.state.model.spec, bundle.strategy)
@@ -156,6 +173,7 @@ def update(
     format_name: FormatName = None,
     separator: Separator = None,
     min_rating: MinRating = None,
+    time_format: TimeFormat = None,
     quarantine: Quarantine = None,
     wait: WaitOption = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what is in the files; change nothing.")] = False,
@@ -174,30 +192,52 @@ def update(
     job, force_reason = NightlyJob(opened_store, parse_limits(gate), full_every), reason if force else ""
     if full_every:
         retrain_interval(full_every, version_chain(opened_store))  # an OptionError before any work
-    changes = partial(changed_options, columns=columns, format=format_name, separator=separator, min_rating=min_rating)
+    changes = partial(
+        changed_options,
+        columns=columns,
+        format=format_name,
+        separator=separator,
+        min_rating=min_rating,
+        time_format=time_format,
+    )
     read_file = partial(read_delivery, job, quarantine=None if dry_run else quarantine, change_options=changes)
     if dry_run:
         if retry is not None or force:
             raise OptionError("--dry-run cannot be combined with --retry or --force. Leave them out.")
         _print_previews([_preview_file(job, path, read_file(path)) for path in new or []], as_json)
         return
+    versions, live = _update_store(job, store, wait, sign_key_file, as_json, new or [], retry, read_file, force_reason)
+    deferred = find_deferral(opened_store, job.limits).versions if any(not v.promoted for v in versions) else ()
+    _report_update(store, live, versions, deferred, force, as_json)
+
+
+def _update_store(
+    job: NightlyJob,
+    store: Path,
+    wait: str,
+    sign_key_file: Path | None,
+    as_json: bool,
+    paths: list[Path],
+    retry: int | None,
+    read_file: Callable[[Path], Log | None],
+    force_reason: str,
+) -> tuple[list[Manifest], int]:
+    """Make and print the versions of an update. Return them, and the number of the live version."""
     versions: list[Manifest] = []
     try:
         with locked_store(store, wait, sign_key_file), show_progress(not as_json, with_lines=False) as clear_progress:
             print_line = partial(_print_line, clear_progress, as_json)
-            for version in _make_versions(job, new or [], retry, read_file, force_reason, print_line):
+            for version in _make_versions(job, paths, retry, read_file, force_reason, print_line):
                 versions.append(version)
                 clear_progress()
                 if not as_json:
                     _print_version(job, version)
-            live = opened_store.live
+            return versions, job.store.live
     except FreshrecError as error:
         if versions:  # made before the file that cannot be read
             failure = {"error": str(error), "exit_code": error.exit_code}
             error.json_output = [*(version.model_dump() for version in versions), failure]
         raise
-    deferred = find_deferral(opened_store, job.limits).versions if any(not v.promoted for v in versions) else ()
-    _report_update(store, live, versions, deferred, force, as_json)
 
 
 def _print_line(clear_progress: Callable[[], None], as_json: bool, text: str) -> None:
@@ -267,8 +307,13 @@ def _learn_file(
 ) -> Iterator[Manifest]:
     """Yield the versions of one file; `log` is None if it has no rows. `with_clicks`: also learn waiting clicks."""
     from freshrec.nightly import click_intake
+    from freshrec.nightly.delivery_checks import unread_rows
     from freshrec.nightly.job import interaction_rows
 
+    if log is not None:
+        log, text = unread_rows(log, source, job.log)
+        if text:
+            print_line(f"{path.name}: {text}")
     log = None if log is None or not len(interaction_rows(log.frame)) else log
     result: AppendResult | None = None
     try:
@@ -284,7 +329,7 @@ def _learn_file(
         return
     n_bad = 0 if log is None else log.n_quarantined
     name = "Server clicks" if log is None else path.name
-    print_line(_delivery_line(job, result, name, n_bad))
+    print_line(delivery_line(job, result, name, n_bad))
     for note in () if log is None else log.id_notes:
         print_line(f"{name}: {note}")
     if result.n_reused_ids:
@@ -302,14 +347,16 @@ def _learn_clicks(job: NightlyJob, force: str, print_line: Callable[[str], None]
         raise LogError(f"Server clicks: {error}") from None
     if result is None:
         return
-    print_line(_delivery_line(job, result, "Server clicks"))
+    print_line(delivery_line(job, result, "Server clicks"))
     yield from job.catch_up(force)
 
 
 def _preview_file(job: NightlyJob, path: Path, log: Log | None) -> dict[str, Any]:
-    from freshrec.nightly.job import preview_delivery
+    from freshrec.nightly.delivery_checks import unread_rows
+    from freshrec.nightly.job import hash_source, preview_delivery
 
     try:
+        log = None if log is None else unread_rows(log, hash_source(path), job.log)[0]
         return {"file": path.name, **preview_delivery(job, log)}
     except LogError as error:
         raise LogError(f"{path.name}: {error}") from None
@@ -323,41 +370,6 @@ def _print_previews(previews: list[dict[str, Any]], as_json: bool) -> None:
         day = preview["day"] or {"n_rows": 0, "n_users": 0, "n_items": 0}
         typer.echo(f"{preview['file']}: {day['n_rows']:,} rows, {day['n_users']:,} users, {day['n_items']:,} items")
         print_labelled(("Unusual", anomaly) for anomaly in preview["odd"] or ["nothing"])
-
-
-def _delivery_line(job: NightlyJob, result: AppendResult, name: str, n_bad: int = 0) -> str:
-    """Say how many rows of a file are new, and how many were skipped."""
-    from freshrec.nightly.job import refused_batches
-
-    if (batch := result.repeated_batch) is not None:
-        if batch not in refused_batches(job.store):
-            return f"{name}: this file was learned before, so nothing was read."
-        return f"{name}: {_refused_file_text(job, batch)}"
-    late = f" ({result.n_late:,} of them late)" if result.n_late else ""
-    parts = [f"{result.n_appended:,} new{late}"]
-    for n, noun in ((result.n_duplicates, "duplicate"), (result.n_known, "known event"), (n_bad, "bad row")):
-        parts += [f"{format_count(n, noun)} skipped"] if n else []
-    if result.n_separate:
-        parts.append(f"{format_count(result.n_separate, 'row')} of suspicious users judged apart")
-    return f"{name}: {format_count(result.n_rows + n_bad, 'row')}: {', '.join(parts)}"
-
-
-def _refused_file_text(job: NightlyJob, batch: int) -> str:
-    """Say what became of a file that was delivered before and is not learned, and which command learns it."""
-    from freshrec.cli.history_text import state_reason, version_states
-    from freshrec.nightly.deferral import find_deferral
-
-    store = job.store
-    version = max((m for m in store.manifests() if m.batch == batch), key=lambda manifest: manifest.id)
-    state = version_states(store)[version.id]
-    reason = state_reason(version, state, MAX_REASON_WIDTH)
-    is_deferred = version in find_deferral(store, job.limits).versions
-    again = "The next update with new events tries it again. " if is_deferred else ""
-    return (
-        f"version {version.id} was made from this file and is not live, so nothing was read. "
-        f"It was {state.state}{f': {reason}' if reason else ''}. {again}"
-        f"To learn it anyway, run `{retry_command(version, store.folder)}`."
-    )
 
 
 def _print_version(job: NightlyJob, version: Manifest) -> None:

@@ -31,14 +31,17 @@ def fault_message(raw: pl.DataFrame, names: Mapping[str, str], faults: Sequence[
     messages = []
     for fault in faults:
         first = raw.filter(fault.rows).select("row", fault.column).head(3)
+        if first[fault.column].dtype.is_temporal():  # Python has no years beyond 9999
+            first = first.with_columns(pl.col(fault.column).cast(pl.String))
         shown = ", ".join(f"data row {row + 1:,}: {_format_value(value)}" for row, value in first.iter_rows())
         messages.append(
             f"{names[fault.column]} {fault.problem} in {format_count(int(fault.rows.sum()), 'row')} ({shown})"
         )
     n_bad = sum(fault.rows.sum() for fault in faults)
+    advice = "".join(f" {fault.advice}" for fault in faults if fault.advice)
     return (
         f"{name}: {n_bad:,} of {format_count(len(raw), 'row')} cannot be used: {'; '.join(messages)}. "
-        "Fix them, or pass --quarantine FILE to continue without them."
+        f"Fix them, or pass --quarantine FILE to continue without them.{advice}"
     )
 
 

@@ -17,6 +17,7 @@ from freshrec.device import permutation
 from freshrec.errors import OptionError
 from freshrec.types import DUE, HELD_OUT, Batch, Histories, Impressions
 
+MAX_BATCH_VALUES = 2**23  # values per batch of queries that are in memory at once: about 200 MB
 MIN_STEPS, MIN_BATCH_ROWS = 50, 16  # an epoch has at least 50 steps, as long as a batch keeps at least 16 rows
 
 
@@ -112,6 +113,14 @@ def history_items(targets: Targets, length: int) -> Tensor:
     return targets.histories.items_R[at_NT.clamp_(min=0)].long().mul_(inside_NT)
 
 
+def flat_history_items(targets: Targets) -> tuple[Tensor, Tensor]:
+    """Return all item rows before each target without padding: index of the target (E,), item row (E,)."""
+    n_N = targets.rows_N - targets.first_row_N
+    index_E = torch.repeat_interleave(n_N)
+    row_E = torch.arange(len(index_E)) + (targets.first_row_N - n_N.cumsum(0) + n_N)[index_E]
+    return index_E, targets.histories.items_R[row_E].long()
+
+
 def close_gaps(history_BT: Tensor) -> Tensor:
     """Move the padding of each history to the front. The items keep their order."""
     is_item_BT = (history_BT > 0).byte()
@@ -139,6 +148,15 @@ def occurrence_numbers(users_N: Tensor) -> Tensor:
 def split_chunks(order_N: Tensor, size: int) -> list[Tensor]:
     """Split `order_N` into chunks of `size`. An empty input gives no chunk."""
     return list(order_N.split(size)) if len(order_N) else []
+
+
+def split_by_cost(order_N: Tensor, cost_N: Tensor, budget: int) -> list[Tensor]:
+    """Split `order_N` into consecutive chunks.
+
+    The costs of a chunk sum to at most `budget`, plus the cost of its last entry. Without entries there is no chunk.
+    """
+    chunk_N = (cost_N.cumsum(0) - cost_N) // budget
+    return list(order_N.split(torch.unique_consecutive(chunk_N, return_counts=True)[1].tolist()))
 
 
 def limit_batch_size(size: int, n_rows: int) -> int:
@@ -234,10 +252,21 @@ def _cut_windows(targets: Targets, length: int) -> Targets:
 
 
 def query_batches(
-    targets: Targets, length: int, stored_interests: StoredInterests | None = None, size: int = 256
+    targets: Targets,
+    length: int,
+    stored_interests: StoredInterests | None = None,
+    size: int = 256,
+    cost_N: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Batch]]:
-    """Yield (indices into `targets`, batch of queries), sorted by history length."""
-    for index_B in split_chunks(torch.argsort(targets.history_lengths(length), stable=True), size):
+    """Yield (indices into `targets`, batch of queries), sorted by history length.
+
+    `cost_N`: memory that the answer to each query takes, as a number of values. A batch that would take more than
+    `MAX_BATCH_VALUES` is split.
+    """
+    batches = split_chunks(torch.argsort(targets.history_lengths(length), stable=True), size)
+    if cost_N is not None:
+        batches = [part for index_B in batches for part in split_by_cost(index_B, cost_N[index_B], MAX_BATCH_VALUES)]
+    for index_B in batches:
         batch_targets = targets[index_B]
         batch = Batch(
             batch_targets.users_N, history_items(batch_targets, length), categories_I=targets.histories.categories_I

@@ -23,6 +23,7 @@ class ColumnFault:
     column: str  # our name of the column
     problem: str  # continues a sentence after the name of the column: "is null"
     rows: pl.Series  # bool, True for a bad row
+    advice: str = ""  # a sentence: what to do if all rows have the problem
 
 
 def to_plain_type(column: pl.Series, expected: str) -> pl.Series:

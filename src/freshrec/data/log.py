@@ -6,7 +6,8 @@ file instead.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,11 +18,19 @@ from freshrec.data.bad_rows import fault_message, first_faults, write_quarantine
 from freshrec.data.columns import ColumnFault, has_value, read_labels, read_numbers
 from freshrec.data.formats import SourceTable, open_table
 from freshrec.data.identities import IdType, read_id_column
-from freshrec.data.moments import UNIT_NAMES, parse_microseconds, read_times
+from freshrec.data.moments import (
+    UNIT_NAMES,
+    check_time_format,
+    format_time,
+    latest_plausible_time,
+    parse_microseconds,
+    read_times,
+)
 from freshrec.data.ratings import choose_rating, keep_ratings
 from freshrec.data.source_columns import collect_columns, map_columns
 from freshrec.deprecation import UNSET, Unset, value_of_renamed
 from freshrec.errors import LogError, NoRowsError, OptionError
+from freshrec.forks import require_threads
 from freshrec.text_layout import format_count
 
 if TYPE_CHECKING:
@@ -39,12 +48,19 @@ class Log:
 
     frame: pl.DataFrame
     has_clock: bool  # whether the log has timestamps
-    unit: str  # of times in the source: "s", "ms", "us", "ns", "ISO 8601" or "period + order"
+    unit: str  # of times in the source: "s", "ms", "us", "ns", "ISO 8601", a time format, or "period + order"
     notes: tuple[str, ...] = ()  # sentences about what was detected, renamed or left out
     n_out_of_order: int = 0  # rows that come after a later row in the source
     id_notes: tuple[str, ...] = ()  # those of `notes` that are about ids
     n_quarantined: int = 0  # bad rows that were written to the quarantine file
     n_missing_timestamps: int = 0  # rows without a timestamp, in a source with timestamps in other rows
+
+    @property
+    def future_text(self) -> str:
+        """A sentence that all events lie in the future; "" if they do not. Two days ahead are not the future."""
+        if not self.has_clock or not len(self.frame) or self.frame["time"][0] <= latest_plausible_time():
+            return ""
+        return f"All timestamps are in the future; the first is {format_time(self.frame['time'][0])}."
 
 
 def read_log(
@@ -62,6 +78,7 @@ def read_log(
     separator: str | None = None,
     min_rating: float | None = None,
     drop_weight: bool = False,
+    time_format: str | None = None,
     absent: bool | Unset = UNSET,
     text: Sequence[str] | Unset = UNSET,
 ) -> Log:
@@ -85,28 +102,36 @@ def read_log(
     - `min_rating`: the lowest rating to keep. Rows below it are left out before anything else is checked or counted. A
       row without a rating is bad. The rating is the column `rating`, or else `weight`.
     - `drop_weight`: whether to ignore a column `weight`. By default, it is an error without `min_rating`.
+    - `time_format`: directives of strptime, such as "%d.%m.%Y"; None = timestamps are ISO 8601, or numbers since 1970.
     - `absent`, `text`: former names of `allow_missing_events` and `text_columns`.
 
     Raises LogError if the log cannot be read, NoRowsError if it is empty, and OptionError for an invalid argument.
     """
+    require_threads()
     allow_missing_events = value_of_renamed("allow_missing_events", allow_missing_events, "absent", absent)
     text_columns = value_of_renamed("text_columns", text_columns, "text", text)
     _check_quarantine(source, quarantine)
+    check_time_format(time_format)
     table = open_table(source, format, separator)
     names, declared_text = map_columns(table, columns or {})
     names, notes = choose_rating(names, min_rating, drop_weight, table.name)
     source_rows, rating_faults = _collect_rows(table, names, events, allow_missing_events, min_rating, notes)
-    try:
-        parsed = {name: source_name for name, source_name in names.items() if name != "rating"}
-        known_types = dict.fromkeys(declared_text | set(text_columns), pl.String) | dict(id_types or {})
-        log, faults = _parse_columns(source_rows, parsed, known_types, table)
-    except LogError as problem:
-        raise LogError(f"{table.name}: {problem}") from None
+    known_types = dict.fromkeys(declared_text | set(text_columns), pl.String) | dict(id_types or {})
+    with _errors_name(table):
+        log, faults = _parse_columns(source_rows, names, known_types, table, time_format)
     log, faults = replace(log, notes=(*table.notes, *log.notes, *notes)), first_faults([*rating_faults, *faults])
     if faults:
         log = _quarantine_bad_rows(log, faults, source_rows, names, table, quarantine)
-    log = _sort_by_time(log)
-    return log if users is None else _sample_users(log, users, seed)
+    return _sample_users(_sort_by_time(log), users, seed)
+
+
+@contextmanager
+def _errors_name(table: SourceTable) -> Iterator[None]:
+    """Put the name of the table before the message of a LogError."""
+    try:
+        yield
+    except LogError as problem:
+        raise LogError(f"{table.name}: {problem}") from None
 
 
 def _collect_rows(
@@ -177,24 +202,35 @@ def filter_positives(frame: pl.DataFrame) -> pl.DataFrame:
 def events_before(log: Log, moment: str) -> Log:
     """Return the events before a moment, for example to leave out stragglers at the end of a log.
 
-    `moment` is an ISO 8601 time. In a log with periods and without timestamps, it is the first period to leave out.
-    Raises LogError if no event is left or if the log has no such moments.
+    `moment` is an ISO 8601 time or a number since 1970. In a log with periods and without timestamps, it is the first
+    period to leave out. Raises LogError if no event is left or if the log has no such moments.
     """
-    if log.has_clock:
-        is_before = pl.col("time") < parse_microseconds(moment, "--until")
-    elif "period" in log.frame.columns and moment.isdecimal():
-        is_before = pl.col("period") < int(moment)
-    else:
-        raise LogError(f'This log has no timestamps, so --until "{moment}" does not apply. Use the number of a period.')
-    frame = log.frame.filter(is_before)
+    frame = log.frame.filter(_is_before(log, moment))
     if not len(frame):
         raise LogError(f"The log has no rows before {moment}. Choose a later moment.")
     n_left_out = len(log.frame) - len(frame)
     return _add_note(replace(log, frame=frame), f"Left out {format_count(n_left_out, 'row')} from {moment} on.")
 
 
+def events_from(log: Log, moment: str) -> pl.DataFrame:
+    """Return the rows that `events_before` leaves out."""
+    return log.frame.filter(~_is_before(log, moment))
+
+
+def _is_before(log: Log, moment: str) -> pl.Expr:
+    if log.has_clock:
+        return pl.col("time") < parse_microseconds(moment, "--until")
+    if "period" in log.frame.columns and moment.isdecimal():
+        return pl.col("period") < int(moment)
+    raise LogError(f'This log has no timestamps, so --until "{moment}" does not apply. Use the number of a period.')
+
+
 def _parse_columns(
-    raw: pl.DataFrame, names: Mapping[str, str], id_types: Mapping[str, IdType], table: SourceTable
+    raw: pl.DataFrame,
+    names: Mapping[str, str],
+    id_types: Mapping[str, IdType],
+    table: SourceTable,
+    time_format: str | None,
 ) -> tuple[Log, list[ColumnFault]]:
     """Return the log in the order of the source, including bad rows, and its faults."""
     frame: dict[str, pl.Series] = {}
@@ -203,6 +239,8 @@ def _parse_columns(
     unit = "period + order"
     for name in names:
         found: list[ColumnFault] = []
+        if name == "rating":
+            continue
         if name in ("user_id", "item_id", "category", "event_id"):
             is_key = name in ("user_id", "item_id")
             frame[name], found, found_notes = read_id_column(
@@ -214,7 +252,7 @@ def _parse_columns(
             )
             id_notes += found_notes
         elif name == "timestamp":
-            frame["time"], unit, found = read_times(raw[name])
+            frame["time"], unit, found = read_times(raw[name], time_format)
         elif name in ("event", "split"):
             frame[name] = read_labels(raw[name])
         else:
@@ -222,7 +260,8 @@ def _parse_columns(
         faults += found
     has_clock, found = _check_clock(frame, raw)
     faults = [fault for fault in faults + found if not (has_clock and fault.column == "order")]
-    renamed = [name for name in names if names[name] != name and not (name == "order" and has_clock)]
+    unnamed = ("rating", "order") if has_clock else ("rating",)  # no note for these
+    renamed = [name for name in names if names[name] != name and name not in unnamed]
     notes = [f'Column "{names[name]}" is used as {name}.' for name in renamed] + id_notes
     if has_clock:
         notes.append(f"Timestamps are in {UNIT_NAMES.get(unit, unit)}.")
@@ -264,8 +303,10 @@ def _sort_by_time(log: Log) -> Log:
     return replace(log, frame=sorted_frame, n_out_of_order=n_late, n_missing_timestamps=n_missing)
 
 
-def _sample_users(log: Log, users: int, seed: int) -> Log:
-    """Return the log of `users` random users. The same seed and log give the same users."""
+def _sample_users(log: Log, users: int | None, seed: int) -> Log:
+    """Return the log of `users` random users; None = all. The same seed and log give the same users."""
+    if users is None:
+        return log
     if users < 1:
         raise OptionError(f"A sample of {users} users is impossible. Use a number of at least 1.")
     ids = log.frame["user_id"].unique().sort()

@@ -18,6 +18,7 @@ from freshrec.data.log import Log
 from freshrec.data.moments import format_time, parse_microseconds
 from freshrec.data.split_config import SplitConfig
 from freshrec.errors import OptionError, SpanError
+from freshrec.forks import require_threads
 from freshrec.text_layout import format_count
 from freshrec.types import NEVER, NEXT, NOW, TEST, TRAIN, VALID, Events, Span
 
@@ -76,6 +77,7 @@ def split_log(
     Differs from the protocol of IMSR, which is clock-alpha with heldout = "never": a share alpha of the time range can
     hold as little as 3 % of the events. The rule count-alpha avoids that.
     """
+    require_threads()
     keywords = {
         "by": by,
         "spans": spans,
@@ -127,6 +129,7 @@ def _split(log: Log, config: SplitConfig, seed: int) -> LogSplit:
         spans.append(Span(t, events, *sizes[t], _span_name(frame[a:b], a, config.by, log.has_clock)))
     notes += [f"Span {span.index} has no events." for span in spans if len(span.events) == 0]
     notes += ["The log has a single user."] if len(user_catalog) == 1 else []
+    notes += [log.future_text] if log.future_text else []
     return LogSplit(tuple(spans), user_catalog, item_catalog, tuple(notes))
 
 

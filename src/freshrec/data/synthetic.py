@@ -22,6 +22,7 @@ import polars as pl
 from freshrec.data.log import Log
 from freshrec.data.world_size import WorldSize
 from freshrec.errors import OptionError, unknown_name_error
+from freshrec.forks import require_threads
 
 Int64Array = npt.NDArray[np.int64]
 Float64Array = npt.NDArray[np.float64]
@@ -69,6 +70,7 @@ def make_world(
     events. `items` is rounded down to a multiple of the number of topics. Raises OptionError for an unknown name or for
     sizes that are too small.
     """
+    require_threads()
     if name not in WORLDS:
         raise unknown_name_error("world", name, WORLDS)
     if users < 1 or spans < 1 or events < 2 * spans or items < N_TOPICS:

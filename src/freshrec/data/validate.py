@@ -10,6 +10,7 @@ from freshrec.data.duplicates import count_duplicates, count_reused_ids, reused_
 from freshrec.data.id_warnings import warn_about_ids
 from freshrec.data.log import Log
 from freshrec.data.moments import format_time
+from freshrec.forks import require_threads
 from freshrec.text_layout import format_count
 
 DAY = 86_400_000_000  # microseconds
@@ -44,6 +45,7 @@ class LogReport:
 
 def validate_log(log: Log) -> LogReport:
     """Return the report of a log."""
+    require_threads()
     frame, n_rows = log.frame, len(log.frame)
     by, spans = suggest_spans(log)
     n_duplicates = _count_duplicates(log)
@@ -55,6 +57,7 @@ def validate_log(log: Log) -> LogReport:
         _warn_uneven_timeline(log),
         _warn_unseen_items(log, by, spans),
         _warn_outlying_times(log),
+        _warn_future(log),
         _warn_ties(ties),
         _warn_duplicates(log, n_duplicates, exposures > 0),
         *warn_about_ids(frame).values(),
@@ -216,6 +219,13 @@ def _warn_outlying_times(log: Log) -> str | None:
         f"Outlying timestamps: {' and '.join(outliers)}, after a gap longer than the rest of the log. Check the clock "
         "of their source."
     )
+
+
+def _warn_future(log: Log) -> str | None:
+    """Warn if all rows lie in the future: `fit` and `update` refuse such a log."""
+    if not log.future_text:
+        return None
+    return f"{log.future_text} fit and update refuse such a log. Check the unit of the timestamps."
 
 
 def _warn_too_small(n_rows: int, n_users: int, n_spans: int) -> str | None:

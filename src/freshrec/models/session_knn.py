@@ -166,6 +166,7 @@ class SessionKNN:
     def candidates(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the items of the neighbours (B, C), padded with 0, and their scores (B, C)."""
         scores_BI = self.sparse_scores(batch)
+        scores_BI.sort_indices()  # of equal scores, the smaller item row comes first
         n_B = np.diff(scores_BI.indptr)
         is_candidate_BC = np.arange(n_B.max(initial=0)) < n_B[:, None]
         items_BC, score_BC = np.zeros(is_candidate_BC.shape, np.int64), np.zeros(is_candidate_BC.shape, np.float32)

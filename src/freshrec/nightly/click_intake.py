@@ -11,10 +11,13 @@ import polars as pl
 
 from freshrec.data.duplicates import EVENT_KEYS, drop_known_rows
 from freshrec.data.log import Log
+from freshrec.nightly.challenger import earlier_stats
 from freshrec.nightly.deferral import batches_of
-from freshrec.nightly.job import NightlyJob
+from freshrec.nightly.gate import find_anomalies
+from freshrec.nightly.job import NightlyJob, interaction_rows, match_types, refused_batches
 from freshrec.store import click_journal
 from freshrec.store.event_log import AppendResult
+from freshrec.store.manifest import CLICKS_SUFFIX
 from freshrec.store.versions import version_chain
 
 
@@ -23,6 +26,10 @@ def append_with_clicks(job: NightlyJob, log: Log | None, source: str) -> AppendR
 
     A click that is also a row of the delivery is stored once, so the gate sees no duplicates. A click that is newer
     than the whole delivery waits for the next one. Otherwise most rows of the next delivery would be late.
+
+    If the file and the clicks look unusual together, they become two batches, so that the gate judges them apart. So a
+    flood of clicks does not keep the rows of the file out.
+
     If the process is killed between the log and the journal, the next run recognises the clicks as known events. The
     ids of clicks that are not stored, because their events are known without an id, are remembered in the journal.
     Returns None if there are no clicks and no delivery.
@@ -34,21 +41,48 @@ def append_with_clicks(job: NightlyJob, log: Log | None, source: str) -> AppendR
     if clicks is None or not len(clicks):
         click_journal.mark_taken(files, None)
         return None if log is None else job.append_delivery(log, source)
-    repeated = None
+    repeated, earlier_batches = None, set(job.log.batches()["batch"])
     if log is not None and (job.log.batches()["source"] == source).any():
         repeated, log = job.append_delivery(log, source), None
-    has_clock = job.bundle.read_options.has_clock
     if log is None:
         names = "".join(f"{file.path.name}\n" for file in files)
-        click_rows = clicks if has_clock else clicks.with_columns(time=pl.int_range(pl.len(), dtype=pl.Int64))
-        delivery, source = Log(click_rows, has_clock, "us"), f"clicks {hashlib.sha256(names.encode()).hexdigest()}"
+        source = f"clicks {hashlib.sha256(names.encode()).hexdigest()}"
+        result = of_clicks = job.append_delivery(_as_log(job, clicks), source)
+    elif _is_unusual(job, delivery := merge_clicks(log, clicks)):
+        of_file = job.append_delivery(log, source)
+        of_clicks = job.append_delivery(_as_log(job, clicks), source + CLICKS_SUFFIX)
+        result = _in_all(of_file, of_clicks)
     else:
-        delivery = merge_clicks(log, clicks)
-    earlier_batches = set(job.log.batches()["batch"])
-    result = job.append_delivery(delivery, source)
+        result = of_clicks = job.append_delivery(delivery, source)
     _remember_lost_ids(job, files, earlier_batches)
-    click_journal.mark_taken(files, result.batch or result.repeated_batch)
+    click_journal.mark_taken(files, of_clicks.batch or of_clicks.repeated_batch)
     return repeated if repeated is not None and not result.n_appended else result
+
+
+def _is_unusual(job: NightlyJob, log: Log) -> bool:
+    """Whether the gate finds anomalies in the new rows of a delivery. Raises LogError as `append_delivery`."""
+    frame = interaction_rows(match_types(log, job.bundle).frame)
+    batches = set(job.log.batches()["batch"]) - set(refused_batches(job.store))
+    new, earlier = job.log.rows_not_in(frame, batches), earlier_stats(version_chain(job.store))
+    return len(new) > 0 and bool(find_anomalies(job.champion().delivery_stats(new), earlier, job.limits))
+
+
+def _as_log(job: NightlyJob, clicks: pl.DataFrame) -> Log:
+    """Return clicks as a log. Without timestamps, they are numbered."""
+    has_clock = job.bundle.read_options.has_clock
+    rows = clicks if has_clock else clicks.with_columns(time=pl.int_range(pl.len(), dtype=pl.Int64))
+    return Log(rows, has_clock, "us")
+
+
+def _in_all(of_file: AppendResult, of_clicks: AppendResult) -> AppendResult:
+    """Return the numbers of rows of a file, and of clicks that are judged apart."""
+    return replace(
+        of_file,
+        n_rows=of_file.n_rows + of_clicks.n_rows,
+        n_duplicates=of_file.n_duplicates + of_clicks.n_duplicates,
+        n_known=of_file.n_known + of_clicks.n_known,
+        n_separate=of_file.n_separate + of_clicks.n_appended + of_clicks.n_separate,
+    )
 
 
 def count_waiting_clicks(job: NightlyJob) -> int:

@@ -11,6 +11,7 @@ import polars as pl
 
 from freshrec.data.catalog import Catalog
 from freshrec.data.validate import DAY
+from freshrec.errors import StateError
 from freshrec.store.event_log import EventLog
 from freshrec.store.versions import Store, version_chain
 
@@ -139,12 +140,15 @@ def share_of_new_users(frame: pl.DataFrame, share: float, min_rows: int) -> floa
 def newest_time_before(store: Store, log: EventLog, batch: int) -> int | None:
     """Return the time of the newest event that was known when a batch was first learned.
 
-    None if the log lacks that event, or if the manifest of the batch is damaged.
+    None if the log lacks that event, or if the manifest of the batch or of an earlier version is damaged or lost.
     """
     first = next((manifest for manifest in store.manifests() if manifest.batch == batch), None)
     if first is None:
         return None
-    known = [batch for manifest in version_chain(store, first.parent) for batch in manifest.batches]
+    try:
+        known = [batch for manifest in version_chain(store, first.parent) for batch in manifest.batches]
+    except StateError:
+        return None
     newest = log.batches().filter(pl.col("batch").is_in(known))["last"].max()
     return newest if isinstance(newest, int) else None
 

@@ -9,7 +9,7 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 
 from freshrec.errors import FreshrecError, StateError
-from freshrec.nightly.job import waiting_batches
+from freshrec.nightly.delivery_checks import waiting_batches
 from freshrec.nightly.notes import count_of, number_ranges
 from freshrec.store import click_journal
 from freshrec.store.checksummed_json import read_signed

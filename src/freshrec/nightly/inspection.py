@@ -10,9 +10,9 @@ import torch
 
 from freshrec.data.moments import format_time
 from freshrec.nightly.deferral import batches_of, find_deferral
+from freshrec.nightly.delivery_checks import waiting_batches
 from freshrec.nightly.full_retrain import retrain_plan
 from freshrec.nightly.gate import GateLimits
-from freshrec.nightly.job import waiting_batches
 from freshrec.nightly.notes import current_notes
 from freshrec.nightly.same_queries import compare_on_same_queries
 from freshrec.random_streams import stream_seed

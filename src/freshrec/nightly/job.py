@@ -25,7 +25,7 @@ import polars as pl
 from freshrec.data.catalog import Catalog
 from freshrec.data.folders import list_parts
 from freshrec.data.log import Log, filter_positives, keep_positives
-from freshrec.errors import LogError, OptionError, StateError, TrainingError
+from freshrec.errors import LogError, OptionError, TrainingError
 from freshrec.files import file_checksum
 from freshrec.nightly.attempts import challenge_again, challenge_with_deferred, failed_challenger
 from freshrec.nightly.challenger import (
@@ -40,20 +40,29 @@ from freshrec.nightly.challenger import (
     popularity_state,
 )
 from freshrec.nightly.deferral import batches_of, find_deferral
+from freshrec.nightly.delivery_checks import check_times, waiting_batches
 from freshrec.nightly.delivery_stats import compute_delivery_stats, newest_time_before, share_of_new_users
 from freshrec.nightly.gate import GateLimits, find_anomalies
 from freshrec.nightly.holdout import newest_queries, user_values
 from freshrec.nightly.notes import Note, count_of, notes_about_ids, with_notes
 from freshrec.progress import report_progress
 from freshrec.recommender.bundle import Bundle, read_bundle, write_bundle
-from freshrec.recommender.log_reading import encode_events, match_clock
+from freshrec.recommender.log_reading import encode_events, match_clock, refuse_future
 from freshrec.store.event_log import AppendResult, EventLog, log_of
 from freshrec.store.log_fingerprint import require_same_log
-from freshrec.store.manifest import RETRY_KEY, SEPARATE_SUFFIX, Manifest, MoveAction, VersionKind
+from freshrec.store.manifest import (
+    CLICKS_SUFFIX,
+    RETRY_KEY,
+    SEPARATE_SUFFIX,
+    Manifest,
+    MoveAction,
+    VersionKind,
+)
 from freshrec.store.versions import Store, version_chain
 
-# Rows of one user are suspicious however few they are, and their numbers are not those of a delivery.
-SEPARATE_LIMITS: dict[str, Any] = {"min_rows": 1, "max_drop_factor": inf, "max_shortening_factor": inf}
+# The numbers of a part of a delivery are not those of a delivery. Rows of one user are suspicious however few they are.
+CLICK_LIMITS: dict[str, Any] = {"max_drop_factor": inf, "max_shortening_factor": inf}
+SEPARATE_LIMITS: dict[str, Any] = CLICK_LIMITS | {"min_rows": 1}
 
 MAX_SEPARATE_USERS = 5  # of a delivery; if more users have too many rows, the whole rest is refused
 
@@ -80,6 +89,7 @@ class NightlyJob:
         `source`: a hash of the log's bytes. `bundle`: an empty one, with model and strategy.
         """
         started_s = time.perf_counter()
+        refuse_future(log)
         rows = interaction_rows(keep_positives(log).frame)
         report_progress(f"storing {count_of(len(rows), 'event')}")
         result = self.log.append(rows, source, log.has_clock)
@@ -103,8 +113,8 @@ class NightlyJob:
             frame, Catalog.empty(), Catalog.empty(), log.has_clock, None, result.n_duplicates, result.n_known
         )
         new_users = share_of_new_users(frame, FIRST_HOLDOUT_SHARE, self.limits.min_rows)
-        manifest = _new_manifest(self.store, learned, "fit", numbers).model_copy(
-            update={"batch": result.batch, "source": source, "data": {DAY_KEY: asdict(day), NEW_USERS_KEY: new_users}}
+        manifest = _new_manifest(self.store, learned, "fit", numbers, result.batch).model_copy(
+            update={"source": source, "data": {DAY_KEY: asdict(day), NEW_USERS_KEY: new_users}}
         )
         learned = replace(learned, holdout_queries=(first_queries(queries),))
         return self._go_live(with_notes(manifest, notes), learned, "fit")
@@ -115,11 +125,12 @@ class NightlyJob:
         If one user has suspiciously many rows, they become a batch of their own. The gate refuses that batch, and the
         rest of the delivery is not lost.
 
-        Raises LogError if the ids or timestamps have another type than those of the log. Raises StateError if the log
-        contradicts the live version.
+        Raises LogError if the ids or timestamps have another type than those of the log, or lie in the future. Raises
+        StateError if the log contradicts the live version, or if that version has learned events of the future.
         """
         require_same_log(self.store)
         log = match_types(log, self.bundle)
+        check_times(log, self.bundle, self.store, self.log)
         frame, newest_times = interaction_rows(log.frame), (self.log.newest_time, self.bundle.served.newest_time)
         times = [time for time in newest_times if time is not None]
         if not log.has_clock and times:
@@ -191,8 +202,8 @@ class NightlyJob:
         """Make a copy of the live version for a delivery without new events, and promote it."""
         live, bundle = self.store.live, self.bundle
         note = Note("unchanged", f"The delivery had no new events, so the model is that of version {live}.")
-        manifest = _new_manifest(self.store, bundle, "no rows", {}).model_copy(
-            update={"parent": live, "batch": batch, "source": source}
+        manifest = _new_manifest(self.store, bundle, "no rows", {}, batch).model_copy(
+            update={"parent": live, "source": source}
         )
         return self._go_live(with_notes(manifest, [note]), bundle, "update")
 
@@ -209,11 +220,10 @@ class NightlyJob:
         if not len(frame):
             return self.add_unchanged_version(batch, source)
         champion, is_retry = self.champion(), retry_of is not None
-        is_separate = source.endswith(SEPARATE_SUFFIX)
-        if is_separate:
-            champion = replace(champion, limits=replace(self.limits, **SEPARATE_LIMITS))
+        limits, notes = _limits_of_part(source)
+        champion = replace(champion, limits=replace(self.limits, **limits))
         first = batch if is_retry else _corrected_batch(self.store, self.log, batch)
-        known_until = None if first is None else newest_time_before(self.store, self.log, first)
+        known_until = None if first is None else _newest_time_before(self, first)
         left_out = n_duplicates, n_known + len(delivered) - len(frame)
         delivery = Delivery(batch, frame, champion.delivery_stats(frame, left_out, known_until))
         try:
@@ -223,18 +233,14 @@ class NightlyJob:
                 found = challenge_with_deferred(champion, delivery, find_deferral(self.store, self.limits))
         except (LogError, TrainingError) as error:
             found, force = failed_challenger(champion, delivery, error), ""
-        verdict, notes = found.verdict, [*found.verdict.notes, *notes_about_ids(frame)]
-        if is_separate:
-            text = "These are the rows of one user, who has unusually many. The rest of the delivery is judged apart."
-            notes.insert(0, Note("separate", text))
+        verdict, notes = found.verdict, [*notes, *found.verdict.notes, *notes_about_ids(frame)]
         if force and not verdict.promoted:
             notes.append(Note("forced", f"The gate refused this version. It was promoted by --force: {force}"))
         goes_live = verdict.promoted or bool(force)
         numbers = found.numbers | {"wait_s": time.perf_counter() - started_s}
-        manifest = _new_manifest(self.store, found.bundle, "update", numbers).model_copy(
+        manifest = _new_manifest(self.store, found.bundle, "update", numbers, batch).model_copy(
             update={
                 "parent": self.store.live,
-                "batch": batch,
                 "source": source,
                 "data": found.data | ({RETRY_KEY: retry_of} if is_retry else {}),
                 "promoted": verdict.promoted,
@@ -264,20 +270,40 @@ class NightlyJob:
         return manifest
 
 
+def _limits_of_part(source: str) -> tuple[dict[str, Any], list[Note]]:
+    """Return the limits and a note for a batch that was separated from its delivery; none for other batches."""
+    if source.endswith(SEPARATE_SUFFIX):
+        text = "These are the rows of one user, who has unusually many. The rest of the delivery is judged apart."
+        return SEPARATE_LIMITS, [Note("separate", text)]
+    if source.endswith(CLICKS_SUFFIX):
+        text = "These are clicks of servers. Together with the file, they would look unusual, so each is judged apart."
+        return CLICK_LIMITS, [Note("clicks", text)]
+    return {}, []
+
+
+def _newest_time_before(job: NightlyJob, batch: int) -> int | None:
+    """Return the time of the newest event that was known before a batch, unless its version was rolled back since."""
+    then, now = newest_time_before(job.store, job.log, batch), job.bundle.served.newest_time
+    return then if then is None or now is None else min(then, now)
+
+
 def refused_batches(store: Store) -> list[int]:
     """Return the batches of refused versions and of those that were rolled back."""
     return sorted(set(batches_of(store.manifests())) - set(batches_of(version_chain(store))))
 
 
 def _corrected_batch(store: Store, log: EventLog, batch: int) -> int | None:
-    """Return the first separate batch of the same delivery, or one that the delivery may correct.
+    """Return the first earlier batch of the same delivery, or one that the delivery may correct.
 
     A corrected batch is not learned, and its times overlap. The correction repeats known events, because the rest of
     the corrected delivery was learned.
     """
     batches, refused = log.batches(), refused_batches(store)
     source, _, n_known = log.delivery_counts(batch)
-    of_source = pl.col("source").str.starts_with(f"{source} ") & pl.col("source").str.ends_with(SEPARATE_SUFFIX)
+    file_source, is_clicks, _ = source.partition(CLICKS_SUFFIX)
+    of_source = pl.col("source").str.starts_with(f"{file_source} ") & pl.col("source").str.ends_with(SEPARATE_SUFFIX)
+    if is_clicks:  # they come after the batch of their file
+        of_source |= pl.col("source") == file_source
     of_delivery = batches.filter(of_source)["batch"]
     if len(of_delivery) or not n_known:
         return of_delivery.min()  # type: ignore[return-value]
@@ -290,33 +316,6 @@ def _corrected_batch(store: Store, log: EventLog, batch: int) -> int | None:
         pl.col("last") >= new["first"],
     )
     return separate["batch"].min() if len(separate) else None  # type: ignore[return-value]
-
-
-def waiting_batches(store: Store, log: EventLog) -> list[int]:
-    """Return the batches of the log from which no version was made yet, in order.
-
-    Raises StateError if the log lacks the batch of a version or has another delivery in its place, or if a manifest
-    that may name a batch is damaged.
-    """
-    learned = [(manifest.batch, manifest) for manifest in store.manifests() if manifest.batch is not None]
-    versions_by_batch = {batch: manifest.id for batch, manifest in learned}
-    last = max(versions_by_batch.values(), default=0)  # versions follow the order of batches
-    for number in store.version_numbers():
-        if number > last:
-            store.manifest(number)
-    batches, sources = (log.batches()[name].to_list() for name in ("batch", "source"))
-    if missing := sorted(versions_by_batch.keys() - set(batches)):
-        raise StateError(
-            f"{log.folder} lacks batch {missing[0]}, which a version has learned. Restore it from a backup."
-        )
-    source_of = dict(zip(batches, sources))
-    for batch, manifest in learned:
-        if manifest.source != source_of[batch]:
-            raise StateError(
-                f"Batch {batch} of {log.folder} is not the delivery that version {manifest.id} learned. "
-                "Restore the log and the versions from the same backup."
-            )
-    return [batch for batch in batches if batch > max(versions_by_batch, default=0)]
 
 
 def match_types(log: Log, bundle: Bundle) -> Log:
@@ -358,10 +357,13 @@ def hash_source(path: Path) -> str:
     return checksums[0] if len(checksums) == 1 else hashlib.sha256("".join(checksums).encode()).hexdigest()
 
 
-def _new_manifest(store: Store, bundle: Bundle, kind: VersionKind, numbers: dict[str, float]) -> Manifest:
+def _new_manifest(
+    store: Store, bundle: Bundle, kind: VersionKind, numbers: dict[str, float], batch: int | None
+) -> Manifest:
     return Manifest(
-        id=store.next_number,
+        id=max(store.next_number, batch or 0),  # no number is used twice, even if folders of versions were lost
         kind=kind,
+        batch=batch,
         recipe=bundle.recipe,
         spans_seen=bundle.served.state.spans_seen,
         sizes=bundle.sizes,

@@ -1,7 +1,9 @@
 """Ranks of targets and best items over all items, in blocks, without a dense (users, items) matrix."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -17,10 +19,72 @@ from freshrec.nn.sparse import distinct_items
 from freshrec.types import Batch, CandidateModel, Model, TrainedModel, VectorModel
 
 USER_BLOCK, ITEM_BLOCK = 64, 2048  # fastest blocks in measurements: two thirds of the peak speed of a matrix product
+MAX_SEARCHED_ITEMS = 8 * ITEM_BLOCK  # for more items per user, scoring all items is faster than a search
 READOUTS = ("recent", "stored", "both")
 # (vectors_BKD, n_B) -> item rows (B, C) and their scores: at least the n best items that the search found, without
 # duplicates, padded with 0
 VectorSearch = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Exclusions:
+    """Item rows that the users of a batch must not get: some for all users, some for one user each.
+
+    Each user needs as much memory as it has excluded items. One user with many does not slow down the others.
+    """
+
+    shared_M: Tensor  # for all users, without duplicates
+    users_E: Tensor  # positions in the batch
+    items_E: Tensor  # the excluded item of each of these users
+
+    @staticmethod
+    def from_padded(items_BM: Tensor) -> Exclusions:
+        """Return the exclusions of a matrix with one row per user, padded with 0."""
+        users_E, columns_E = items_BM.nonzero(as_tuple=True)
+        return Exclusions(torch.zeros(0, dtype=torch.int64), users_E, items_BM[users_E, columns_E].long())
+
+    def select_users(self, is_kept_B: Tensor) -> Exclusions:
+        """Return the exclusions of a part of the batch."""
+        is_kept_E = is_kept_B[self.users_E]
+        position_B = is_kept_B.cumsum(0) - 1
+        return Exclusions(self.shared_M, position_B[self.users_E[is_kept_E]], self.items_E[is_kept_E])
+
+    def count(self, n_users: int, n_items: int) -> Tensor:
+        """Return the number of items from 1..n_items that each user must not get, shape (B,)."""
+        shared_M = self.shared_M[self.shared_M <= n_items]
+        is_counted_E = (self.items_E > 0) & (self.items_E <= n_items) & ~torch.isin(self.items_E, shared_M)
+        users_E = _pair_keys(self.users_E, self.items_E)[is_counted_E].unique() >> 32
+        return torch.bincount(users_E, minlength=n_users) + len(shared_M)
+
+    def contain(self, items_BC: Tensor) -> Tensor:
+        """Return whether each item of each user is excluded, shape (B, C)."""
+        is_excluded_BC = torch.isin(items_BC, self.shared_M)
+        if not len(self.items_E):
+            return is_excluded_BC
+        key_E = _pair_keys(self.users_E, self.items_E).sort().values
+        key_BC = _pair_keys(torch.arange(len(items_BC))[:, None], items_BC)
+        at_BC = torch.searchsorted(key_E, key_BC).clamp(max=len(key_E) - 1)
+        return is_excluded_BC | (key_E[at_BC] == key_BC)
+
+    def mask_scores(self, score_BN: Tensor, items_N: Tensor) -> Tensor:
+        """Return scores of some items (ascending rows), with -inf for excluded ones."""
+        at_M, is_found_M = _find_items(items_N, self.shared_M)
+        at_E, is_found_E = _find_items(items_N, self.items_E)
+        score_BN = score_BN.clone()
+        score_BN[:, at_M[is_found_M]] = -torch.inf
+        score_BN[self.users_E[is_found_E], at_E[is_found_E]] = -torch.inf
+        return score_BN
+
+
+def _pair_keys(users: Tensor, items: Tensor) -> Tensor:
+    """Return one integer per pair of a user and an item."""
+    return (users << 32) + items
+
+
+def _find_items(items_N: Tensor, items_E: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the position of each wanted item among ascending rows, and whether it is there, shape (E,) each."""
+    at_E = torch.searchsorted(items_N, items_E).clamp(max=len(items_N) - 1)
+    return at_E, items_N[at_E] == items_E
 
 
 def query_vectors(model: VectorModel, batch: Batch, readout: str = "recent") -> Tensor:
@@ -158,40 +222,45 @@ def top_k(
     model: Model,
     batch: Batch,
     k: int,
-    excluded_BM: Tensor | None = None,
+    excluded: Exclusions | None = None,
     allowed_N: Tensor | None = None,
     search: VectorSearch | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the best k items and their scores, (B, k) each, best first. Missing items have the score -inf.
 
-    `excluded_BM`: item rows that a user must not get, padded with 0; their score is -inf. `allowed_N`: the item rows to
-    choose from, ascending; default: all. `search`: approximate search for a vector model. Only the items that it finds
-    are scored, unless a user would get fewer than k. Raises TrainingError if a score is not finite.
+    The score of an excluded item is -inf. `allowed_N`: the item rows to choose from, ascending; default: all.
+    `search`: approximate search for a vector model. Only the items that it finds are scored, unless a user would get
+    fewer than k or has many excluded items. Raises TrainingError if a score is not finite.
     """
     batch = drop_unknown_items(model, batch)
     if search is not None and allowed_N is None:  # first, because isinstance takes as long as the vectors
-        return _top_k_by_search(cast(VectorModel, model), batch, k, excluded_BM, search)
+        return _top_k_by_search(cast(VectorModel, model), batch, k, excluded, search)
     if isinstance(model, CandidateModel):
-        return _top_k_of_candidates(*model.candidates(batch), k, excluded_BM, allowed_N)
+        return _top_k_of_candidates(*model.candidates(batch), k, excluded, allowed_N)
     allowed_N = torch.arange(1, model.n_items + 1) if allowed_N is None else allowed_N[allowed_N <= model.n_items]
     if isinstance(model, VectorModel):
-        return top_k_exact(item_vectors(model), user_vectors(model, batch), k, excluded_BM, allowed_N)
-    return _top_k_by_score(lambda items_N: score_items(model, batch, items_N), len(batch), k, excluded_BM, allowed_N)
+        return top_k_exact(item_vectors(model), user_vectors(model, batch), k, excluded, allowed_N)
+    if isinstance(model, TrainedModel) or not len(allowed_N):
+        return _top_k_by_score(lambda items_N: score_items(model, batch, items_N), len(batch), k, excluded, allowed_N)
+    all_BN = score_items(model, batch, allowed_N)  # a counting model computes all scores, even if asked for one
+
+    def score(items_N: Tensor) -> Tensor:
+        first = int(torch.searchsorted(allowed_N, items_N[0]))
+        return all_BN[:, first : first + len(items_N)]
+
+    return _top_k_by_score(score, len(batch), k, excluded, allowed_N)
 
 
 def _top_k_by_score(
-    score: Callable[[Tensor], Tensor], n_users: int, k: int, excluded_BM: Tensor | None, allowed_N: Tensor
+    score: Callable[[Tensor], Tensor], n_users: int, k: int, excluded: Exclusions | None, allowed_N: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the best k of some items and their scores, computed in blocks of items."""
     best_items, best_scores = torch.zeros(n_users, 0, dtype=torch.int64), torch.zeros(n_users, 0)
     for items_N in split_chunks(allowed_N, 8 * ITEM_BLOCK):
         score_BN = score(items_N)
         _check_finite(score_BN)
-        if excluded_BM is not None:
-            at_BM = torch.searchsorted(items_N, excluded_BM.contiguous()).clamp(max=len(items_N) - 1)
-            hit_BM = items_N[at_BM] == excluded_BM
-            at = (hit_BM.nonzero()[:, 0], at_BM[hit_BM])
-            score_BN = score_BN.index_put(at, torch.tensor(-torch.inf))
+        if excluded is not None:
+            score_BN = excluded.mask_scores(score_BN, items_N)
         scores_BK, at_BK = score_BN.topk(min(k, len(items_N)))
         best_items = torch.cat([best_items, items_N[at_BK]], 1)
         best_scores, order = torch.cat([best_scores, scores_BK], 1).topk(min(k, best_items.shape[1]))
@@ -200,7 +269,7 @@ def _top_k_by_score(
 
 
 def top_k_exact(
-    items_ID: Tensor, vectors_BKD: Tensor, k: int, excluded_BM: Tensor | None, allowed_N: Tensor
+    items_ID: Tensor, vectors_BKD: Tensor, k: int, excluded: Exclusions | None, allowed_N: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the best k of some items (ascending rows) by max_k h_k e_i, and their scores; -inf if excluded."""
 
@@ -209,24 +278,28 @@ def top_k_exact(
         rows_ND = items_ID[first : last + 1] if last - first + 1 == len(items_N) else items_ID[items_N]
         return max_inner_product(vectors_BKD, rows_ND)
 
-    return _top_k_by_score(score, len(vectors_BKD), k, excluded_BM, allowed_N)
+    return _top_k_by_score(score, len(vectors_BKD), k, excluded, allowed_N)
 
 
 @torch.inference_mode()
 def _top_k_by_search(
-    model: VectorModel, batch: Batch, k: int, excluded_BM: Tensor | None, search: VectorSearch
+    model: VectorModel, batch: Batch, k: int, excluded: Exclusions | None, search: VectorSearch
 ) -> tuple[Tensor, Tensor]:
-    """Return the best k items of a search. Users for whom it finds too few get the best of all items."""
+    """Return the best k items of a search.
+
+    Users for whom it finds too few, or would have to find too many, get the best of all items.
+    """
     vectors_BKD = user_vectors(model, batch)
-    excluded_BM = torch.zeros(len(batch), 0, dtype=torch.int64) if excluded_BM is None else excluded_BM
-    excluded_BM = torch.from_numpy(distinct_items(torch.where(excluded_BM <= model.n_items, excluded_BM, 0).numpy()))
-    n_excluded_B = (excluded_BM > 0).sum(1)
-    candidates_BC, score_BC = search(vectors_BKD, k + n_excluded_B)
-    items_BK, score_BK = _top_k_of_candidates(candidates_BC, score_BC, k, excluded_BM, None)
+    excluded = Exclusions.from_padded(torch.zeros(0, 0)) if excluded is None else excluded
+    n_excluded_B = excluded.count(len(batch), model.n_items)
+    is_too_many_B = k + n_excluded_B > MAX_SEARCHED_ITEMS
+    candidates_BC, score_BC = search(vectors_BKD, torch.where(is_too_many_B, 1, k + n_excluded_B))
+    items_BK, score_BK = _top_k_of_candidates(candidates_BC, score_BC, k, excluded, None)
     is_incomplete_B = torch.isfinite(score_BK).sum(1) < (model.n_items - n_excluded_B).clamp(max=k)
+    is_incomplete_B |= is_too_many_B
     if bool(is_incomplete_B.any()):
-        all_N = torch.arange(1, model.n_items + 1)
-        exact = top_k_exact(item_vectors(model), vectors_BKD[is_incomplete_B], k, excluded_BM[is_incomplete_B], all_N)
+        all_N, excluded = torch.arange(1, model.n_items + 1), excluded.select_users(is_incomplete_B)
+        exact = top_k_exact(item_vectors(model), vectors_BKD[is_incomplete_B], k, excluded, all_N)
         items_BK, score_BK = _pad_columns(items_BK, 0, k), _pad_columns(score_BK, -torch.inf, k)
         items_BK[is_incomplete_B, : exact[0].shape[1]], score_BK[is_incomplete_B, : exact[1].shape[1]] = exact
     return items_BK, score_BK
@@ -238,18 +311,19 @@ def _pad_columns(values_BC: Tensor, fill_value: float, k: int) -> Tensor:
 
 
 def _top_k_of_candidates(
-    items_BC: Tensor, score_BC: Tensor, k: int, excluded_BM: Tensor | None, allowed_N: Tensor | None
+    items_BC: Tensor, score_BC: Tensor, k: int, excluded: Exclusions | None, allowed_N: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     _check_finite(score_BC)
     is_excluded_BC = items_BC == 0
-    if excluded_BM is not None and excluded_BM.shape[1]:
-        sorted_BM = excluded_BM.sort(1).values
-        at_BC = torch.searchsorted(sorted_BM, items_BC).clamp(max=sorted_BM.shape[1] - 1)
-        is_excluded_BC = is_excluded_BC | (sorted_BM.gather(1, at_BC) == items_BC)
+    if excluded is not None:
+        is_excluded_BC |= excluded.contain(items_BC)
     if allowed_N is not None:
         is_excluded_BC = is_excluded_BC | ~torch.isin(items_BC, allowed_N)
-    best_BK, order_BK = score_BC.masked_fill(is_excluded_BC, -torch.inf).topk(min(k, items_BC.shape[1]))
-    return items_BC.gather(1, order_BK), best_BK
+    # A stable sort puts the first candidate first among equal scores. The order of `topk` depends on the width of the
+    # rows, and so on the other users of the batch.
+    score_BC = score_BC.masked_fill(is_excluded_BC, -torch.inf)
+    best_BC, order_BC = score_BC.sort(dim=1, descending=True, stable=True)
+    return items_BC.gather(1, order_BC[:, :k]), best_BC[:, :k]
 
 
 def _check_finite(scores: Tensor) -> None:

@@ -12,6 +12,7 @@ from freshrec.config import name_of
 from freshrec.data.catalog import Catalog
 from freshrec.data.histories import concat_events, row_users
 from freshrec.errors import StateError
+from freshrec.forks import require_threads
 from freshrec.models import MODELS, find_model
 from freshrec.models.absorb import absorb_block
 from freshrec.models.popularity import PopularitySpec
@@ -153,6 +154,7 @@ def read_bundle(files: Mapping[str, Path]) -> Bundle:
 
 def read_legacy_bundle(folder: Path) -> Bundle:
     """Read a folder that `Recommender.save` wrote before stores existed. Raises StateError for anything else."""
+    require_threads()
     path = folder / LEGACY_FILE
     try:
         info = json.loads(path.read_bytes())

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from freshrec.data.batches import MAX_BATCH_VALUES
 from freshrec.models.blend.experts import COUNTER_SPECS, Experts
 from freshrec.models.blend.model import Blend, Reason
 from freshrec.models.item_knn import ItemKNN, event_contributions
@@ -257,9 +258,13 @@ def _score_differences(scored: ScoredItem) -> dict[int, float]:
     """
     history_T = scored.batch.history_BT[0]
     n = len(history_T)
-    is_kept_ST = torch.arange(n) >= torch.arange(n + 1)[:, None]  # row s starts at event s
-    batch = Batch(scored.batch.users_B.expand(n + 1), torch.where(is_kept_ST, history_T, 0))
-    score_S = score_items(scored.model, batch, torch.tensor([scored.item]))[:, 0].double()
+    size = max(1, MAX_BATCH_VALUES // (n + scored.model.n_items + 1))
+    scores = []
+    for start_B in torch.arange(n + 1).split(size):  # row s starts at event s
+        history_BT = torch.where(torch.arange(n) >= start_B[:, None], history_T, 0)
+        batch = Batch(scored.batch.users_B.expand(len(start_B)), history_BT)
+        scores.append(score_items(scored.model, batch, torch.tensor([scored.item]))[:, 0].double())
+    score_S = torch.cat(scores)
     values: dict[int, float] = {}
     for item, value in zip(history_T.tolist(), (score_S[:-1] - score_S[1:]).tolist()):
         values[item] = values.get(item, 0.0) + value

@@ -38,6 +38,7 @@ class ReadOptions:
     has_clock: bool = True  # Whether the log of `fit` had timestamps. New events must have them too.
     separator: str | None = None  # Separator of text files; None = by the ending of the file.
     min_rating: float | None = None  # Lowest rating of the rows to read; None = all rows.
+    time_format: str | None = None  # Format of the timestamps, such as %d.%m.%Y; None = ISO 8601 or numbers.
 
 
 def read_interactions(
@@ -60,10 +61,18 @@ def read_interactions(
         separator=options.separator,
         min_rating=options.min_rating,
         drop_weight=drop_weight or not isinstance(source, str | Path),
+        time_format=options.time_format,
     )
     if WEIGHT_DROPPED in log.notes:
         warnings.warn(f"{WEIGHT_DROPPED} Pass min_rating to fit, or drop the column.", UserWarning, stacklevel=4)
+    refuse_future(log)
     return drop_duplicates(keep_positives(log))
+
+
+def refuse_future(log: Log) -> None:
+    """Raise LogError if all events lie in the future: after learning them, every real event would be late."""
+    if log.future_text:
+        raise LogError(f"{log.future_text} Check their unit, and the clock of this computer.")
 
 
 def known_id_types(served: ServedState) -> dict[str, IdType]:

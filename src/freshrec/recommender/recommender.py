@@ -15,6 +15,7 @@ import polars as pl
 from freshrec.data.moments import format_time
 from freshrec.deprecation import UNSET, Unset, value_of_renamed
 from freshrec.errors import LogError, OptionError, StateError
+from freshrec.forks import require_threads
 from freshrec.models.absorb import grow_items
 from freshrec.nn.scoring import history_length
 from freshrec.progress import report_progress
@@ -77,7 +78,8 @@ class Recommender:
 
     @property
     def bundle(self) -> Bundle:
-        """State, catalogs, strategy and options. Raises StateError before the first `fit`."""
+        """State, catalogs, strategy and options. Raises StateError before the first `fit`, and in a forked process."""
+        require_threads()
         if self._bundle.served.state.spans_seen == 0:
             raise StateError("This recommender has no events yet. Call fit(log) or load(folder) first.")
         return self._bundle
@@ -96,6 +98,7 @@ class Recommender:
         events: Sequence[str] = (),
         separator: str | None = None,
         min_rating: float | None = None,
+        time_format: str | None = None,
         progress: ProgressOption = False,
     ) -> Recommender:
         """Learn from a whole log. A second call starts again from an untrained model.
@@ -103,10 +106,16 @@ class Recommender:
         `log` is a file or a frame. `progress`: True shows progress on stderr, and a function is called with each
         `Progress`. The other arguments are those of `read_log`; updates use them too. Exposures with label 0 are
         dropped. A column `weight` is ignored with a UserWarning in a frame, and refused in a file. Raises LogError for
-        a bad log and OptionError for an unknown format or event type. Returns the recommender itself.
+        a bad log, also if all its events lie in the future, and OptionError for an unknown format or event type.
+        Returns the recommender itself.
         """
         read_options = ReadOptions(
-            dict(columns or {}), format, tuple(events), separator=separator, min_rating=min_rating
+            dict(columns or {}),
+            format,
+            tuple(events),
+            separator=separator,
+            min_rating=min_rating,
+            time_format=time_format,
         )
         with reporting(progress):
             found = read_interactions(log, read_options)

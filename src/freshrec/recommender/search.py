@@ -160,13 +160,15 @@ def index_search(index: Any, items_ID: Tensor, probes: int) -> VectorSearch:
     """Return a search that probes `probes` cells of an index per vector. Scores are exact inner products."""
 
     def search(vectors_BKD: Tensor, n_B: Tensor) -> tuple[Tensor, Tensor]:
-        n = int(n_B.max())
         n_users, n_vectors, n_dims = vectors_BKD.shape
         queries = np.ascontiguousarray(vectors_BKD.reshape(-1, n_dims).numpy())
         # Fetch more than n items, because ranks in half precision differ slightly from the exact ones.
         params = faiss.SearchParametersIVF(nprobe=min(probes, index.nlist))  # type: ignore[call-arg]
-        _, found = index.search(queries, n + n // 4 + 4, params=params)
-        found_BC = torch.from_numpy(found).clamp(min=0).view(n_users, n_vectors * found.shape[1]).sort(1).values
+        n_found_B = n_B + n_B // 4 + 4
+        found = torch.from_numpy(index.search(queries, int(n_found_B.max()), params=params)[1])
+        found_BKC = found.clamp(min=0).view(n_users, n_vectors, -1)
+        is_requested_BC = torch.arange(found_BKC.shape[2]) < n_found_B[:, None]  # a list does not depend on other users
+        found_BC = (found_BKC * is_requested_BC[:, None]).flatten(1).sort(1).values
         repeated_BC = torch.zeros_like(found_BC, dtype=torch.bool)
         repeated_BC[:, 1:] = found_BC[:, 1:] == found_BC[:, :-1]
         return found_BC.masked_fill(repeated_BC, 0), max_inner_product(vectors_BKD, items_ID[found_BC])

@@ -74,6 +74,13 @@ class ServedState:
             counts = replace(counts, histories=model_histories)  # true until a history is truncated
         return replace(self, state=state, counts=counts, pending=_empty_events())
 
+    def n_seen(self, users_N: Tensor) -> Tensor:
+        """Return the number of past events of each user row, without clicks of the overlay, shape (N,)."""
+        histories = self.counts.histories
+        is_known_N = users_N <= histories.n_users
+        first_N = torch.where(is_known_N, users_N, 0)
+        return histories.offsets_U[first_N + 1] - histories.offsets_U[first_N]
+
     @cached_property
     def item_norms_I(self) -> Tensor:
         """Norm of each item vector by row, at least 1e-12."""

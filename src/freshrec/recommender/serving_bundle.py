@@ -14,6 +14,7 @@ from freshrec.data.catalog import Catalog
 from freshrec.disk_names import TABLE_COLUMNS
 from freshrec.errors import StateError
 from freshrec.files import write_atomically
+from freshrec.forks import require_threads
 from freshrec.recommender.log_reading import ReadOptions
 from freshrec.recommender.served_state import ServedState
 from freshrec.store.checkpoint import save_tree
@@ -49,6 +50,7 @@ def read_serving_bundle(files: Mapping[str, Path], load: Callable[[Path], Any]) 
 
     `load`: `load_tree` or `load_for_serving`.
     """
+    require_threads()
     require_files(files, (SERVED_FILE, USERS_FILE, ITEMS_FILE, CATEGORIES_FILE))
     names, read_options, state, counts, pending = load(files[SERVED_FILE])
     users, items = (read_catalog(files[name]) for name in (USERS_FILE, ITEMS_FILE))

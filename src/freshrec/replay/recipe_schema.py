@@ -50,6 +50,9 @@ class LogRecipe:
         dict[str, str], Field(description="Column names of freshrec and of the log, such as user_id=uid.")
     ] = field(default_factory=dict)
     format: Annotated[str, Field(description="Name of a public format. See `freshrec list formats`.")] = ""
+    time_format: Annotated[
+        str, Field(description="Format of the timestamps, such as %d.%m.%Y. Default: ISO 8601, or numbers.")
+    ] = ""
     events: Annotated[Words, Field(description="Event types to keep. Default: all.")] = ()
     separator: Annotated[
         str, Field(description="Separator of a text file: a character, or tab, semicolon, pipe, comma or space.")

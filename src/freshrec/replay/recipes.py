@@ -45,6 +45,7 @@ def load_log(recipe: Recipe) -> Log:
         min_rating=log_recipe.min_rating,
         users=users,
         seed=log_recipe.seed,
+        time_format=log_recipe.time_format or None,
     )
     if log_recipe.exposures and not (log.frame.get_column("label", default=pl.Series([None])) == 0).any():
         raise LogError(

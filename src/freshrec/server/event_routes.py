@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import uuid
-from datetime import UTC, datetime
-
 from fastapi import FastAPI
 
-from freshrec.data.moments import to_microseconds
-from freshrec.errors import LogError
 from freshrec.server import schemas
-from freshrec.server.handlers import LoadedVersion
-from freshrec.server.request_ids import check_click_ids, require_exact
+from freshrec.server.received_clicks import read_clicks
 from freshrec.server.service import Service
-from freshrec.store.click_journal import Click
-
-MAX_CLOCK_SKEW_S = 600  # how far in the future an event may be, because clocks differ
-MIN_TIMESTAMP = datetime(1980, 1, 1, tzinfo=UTC)
 
 
 def add_event_routes(app: FastAPI, service: Service) -> None:
@@ -32,7 +22,7 @@ def add_event_routes(app: FastAPI, service: Service) -> None:
         `freshrec update`. A known click is not stored again.
         """
         version = service.version
-        checked_clicks = [check_click_ids(version.served, _to_click(click, version)) for click in clicks.events]
+        checked_clicks = read_clicks(clicks.events, version)
         number, found = await service.run_in_worker(lambda: service.live.accept_clicks(checked_clicks))
         n_known = sum(outcome.is_duplicate for outcome in found)
         service.metrics.events.labels("yes").inc(n_known)
@@ -48,22 +38,3 @@ def add_event_routes(app: FastAPI, service: Service) -> None:
             for outcome in found
         ]
         return schemas.ClicksResponse(version=number, accepted=len(found) - n_known, known=n_known, events=rows)
-
-
-def _to_click(click: schemas.ClickIn, version: LoadedVersion) -> Click:
-    """Convert a click for the journal. Raises LogError if it does not fit the log."""
-    read_options, now = version.bundle.read_options, datetime.now(UTC)
-    timestamp = click.timestamp or now
-    timestamp = timestamp if timestamp.tzinfo else timestamp.replace(tzinfo=UTC)
-    if not timestamp >= MIN_TIMESTAMP or (timestamp - now).total_seconds() > MAX_CLOCK_SKEW_S:
-        raise LogError(
-            f"The timestamp {timestamp:%Y-%m-%d %H:%M} is before 1980 or in the future. Send the time of the click in "
-            "UTC."
-        )
-    if read_options.events and click.event not in read_options.events:
-        raise LogError(f"The log needs an event type. Set `event` to one of {', '.join(read_options.events)}.")
-    event_id = None if click.event_id is None else str(require_exact("event_id", click.event_id))
-    category = None if click.category is None else str(require_exact("category", click.category))
-    if not read_options.has_clock:  # without timestamps, only an id identifies a click
-        event_id = event_id or uuid.uuid4().hex
-    return Click(click.user_id, click.item_id, to_microseconds(timestamp), event_id, category, click.event)

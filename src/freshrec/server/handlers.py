@@ -71,6 +71,12 @@ def user_row(version: LoadedVersion, user: int | str) -> int:
     return 0 if row and user_id in version.hidden else row
 
 
+def n_past_events(version: LoadedVersion, user: int | str) -> int:
+    """Return the number of events that a list of the user leaves out. Raises LogError for an id of the wrong type."""
+    row, served = user_row(version, user), version.served
+    return int(served.n_seen(torch.tensor([row]))) + len(served.overlay.clicks.get(row, ()))
+
+
 def recommend(version: LoadedVersion, users: Sequence[int | str], request: ListRequest) -> list[schemas.UserList]:
     """Recommend lists for users, in the given order. Raises OptionError for an unknown category."""
     users_N = torch.tensor([user_row(version, user) for user in users])

@@ -11,6 +11,7 @@ from freshrec.server import handlers, schemas
 from freshrec.server.handlers import LoadedVersion
 
 MAX_BATCH_USERS = 32  # largest number of users in a batch
+MAX_BATCH_EVENTS = 10_000  # a user with more past events gets a worker thread, so that the others do not wait
 UserLists = list[schemas.UserList]
 RunInWorker = Callable[[Callable[[], UserLists]], Awaitable[UserLists]]  # runs a function in a worker thread
 
@@ -33,6 +34,8 @@ class MicroBatcher:
 
     async def recommend(self, version: LoadedVersion, user: int | str, request: ListRequest) -> schemas.UserList:
         """Return the list of one user. Raises the errors of `handlers.recommend`."""
+        if handlers.n_past_events(version, user) > MAX_BATCH_EVENTS:
+            return (await self.run_in_worker(lambda: handlers.recommend(version, [user], request)))[0]
         key = (version, request)
         batch = self._pending.get(key)
         if batch is None or len(batch.users) == MAX_BATCH_USERS:

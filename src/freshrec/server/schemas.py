@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictFloat, StrictInt
 from pydantic_core import PydanticCustomError
 
 from freshrec.data.identities import (
@@ -80,8 +79,11 @@ class ClickIn(BaseModel):
     user_id: Annotated[NewId, Field(description="Id of the user. A new id is allowed.")]
     item_id: Annotated[NewId, Field(description="Id of the item. A new id is allowed.")]
     timestamp: Annotated[
-        datetime | None,
-        Field(description="Time of the click: ISO 8601, or seconds or milliseconds since 1970. Default: now."),
+        StrictInt | StrictFloat | ShortText | None,
+        Field(
+            description="Time of the click: ISO 8601, or a number since 1970 (seconds, milliseconds, microseconds or "
+            "nanoseconds). Default: now."
+        ),
     ] = None
     event_id: Annotated[NewId | None, Field(description="Id of the click. A repeated id is counted once.")] = None
     category: Annotated[NewId | None, Field(description="Category of the item.")] = None

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from freshrec.data.moments import format_time
 from freshrec.errors import StateError
+from freshrec.forks import require_threads
 from freshrec.server import schemas
 from freshrec.server.handlers import LoadedVersion
 from freshrec.server.live_version import LiveVersion
@@ -39,7 +40,8 @@ class Service:
 
     @property
     def version(self) -> LoadedVersion:
-        """The live version. StateError until it is loaded."""
+        """The live version. StateError until it is loaded, and in a forked process."""
+        require_threads()
         if self.live.version is None:
             raise StateError(self.live.problem or "The live version is still being loaded. Try again.")
         return self.live.version

@@ -30,6 +30,7 @@ DATA_TYPES: dict[str, Any] = {
     BLAMED_KEY: list[int],
 }
 SEPARATE_SUFFIX = ", rows of one user"  # end of the source of a batch that was separated from its delivery
+CLICKS_SUFFIX = ", clicks"  # after the source of a file: clicks of the same night, judged apart from the file
 VersionKind = Literal["fit", "update", "no rows", "saved"]
 MoveAction = Literal["fit", "update", "promote", "rollback", "save"]
 
@@ -97,8 +98,8 @@ class Manifest(BaseModel):
 
     @property
     def is_separate(self) -> bool:
-        """Whether its batch holds only the rows of a suspicious user, which were separated from their delivery."""
-        return self.source.endswith(SEPARATE_SUFFIX)
+        """Whether its batch was separated from its delivery: the rows of a suspicious user, or clicks."""
+        return self.source.endswith((SEPARATE_SUFFIX, CLICKS_SUFFIX))
 
     @property
     def batches(self) -> list[int]:

@@ -101,8 +101,12 @@ class Store:
 
     @property
     def next_number(self) -> int:
-        """The number of the next version."""
-        return max(self.version_numbers(), default=0) + 1
+        """The number of the next version. A number that was live once is not used again, even if its folder is lost."""
+        try:
+            once_live = [move.to for move in self.moves()]
+        except StateError:
+            once_live = []  # the record is damaged
+        return max([*self.version_numbers(), *once_live], default=0) + 1
 
     def manifest(self, number: int) -> Manifest:
         """Return the manifest of a version. Raises StateError if it does not exist or is damaged."""
