@@ -72,7 +72,7 @@ def user_row(version: LoadedVersion, user: int | str) -> int:
 
 
 def n_past_events(version: LoadedVersion, user: int | str) -> int:
-    """Return the number of events that a list of the user leaves out. Raises LogError for an id of the wrong type."""
+    """Return the number of events that a list of the user leaves out."""
     row, served = user_row(version, user), version.served
     return int(served.n_seen(torch.tensor([row]))) + len(served.overlay.clicks.get(row, ()))
 
