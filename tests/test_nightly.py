@@ -531,12 +531,12 @@ def test_whatever_is_delivered_in_whatever_order_is_counted_once(
 
 
 def test_the_source_of_a_delivery_is_a_hash_of_its_bytes(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("x")
+    (tmp_path / "a.parquet").write_text("x")
     (tmp_path / "f").mkdir()
-    (tmp_path / "f" / "a.csv").write_text("x")
-    assert hash_source(tmp_path / "a.csv") == hash_source(tmp_path / "f")
-    (tmp_path / "f" / "b.csv").write_text("y")
-    assert hash_source(tmp_path / "a.csv") != hash_source(tmp_path / "f")
+    (tmp_path / "f" / "a.parquet").write_text("x")
+    assert hash_source(tmp_path / "a.parquet") == hash_source(tmp_path / "f")
+    (tmp_path / "f" / "b.parquet").write_text("y")
+    assert hash_source(tmp_path / "a.parquet") != hash_source(tmp_path / "f")
 
 
 def crash(folder: Path, n_kills: int, commands: str) -> None:

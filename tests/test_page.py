@@ -1,5 +1,6 @@
 """The page in a real browser: live version, a user, a click, a rollback, with the keyboard and on a phone."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,17 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def visit(browser: Any, tmp_path: Path) -> Iterator[Any]:
-    """`visit(address, width)` opens a page, which must cause no error and no request to another server."""
+    """`visit(address, width)` opens a page, which must cause no error and no request to another server.
+
+    `failure` is the status of the requests that fail on purpose.
+    """
     pages: list[Any] = []
     wrong: list[str] = []
 
-    def open_page(address: str, width: int = 1200, scheme: str = "light") -> Any:
+    expected = ["401"]
+
+    def open_page(address: str, width: int = 1200, scheme: str = "light", failure: str = "401") -> Any:
+        expected.append(failure)
         own = "/".join(address.split("/")[:3])
         context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
         page = context.new_page()
@@ -46,7 +53,7 @@ def visit(browser: Any, tmp_path: Path) -> Iterator[Any]:
     yield open_page
     for context in pages:
         context.close()
-    assert [line for line in wrong if "401" not in line] == []
+    assert [line for line in wrong if not any(status in line for status in expected)] == []
 
 
 def test_looking_up_a_user_adding_a_click_and_rolling_back_work_with_the_keyboard_alone(
@@ -116,5 +123,88 @@ def test_a_phone_in_dark_mode_needs_no_horizontal_scrolling_and_ids_are_never_ma
         api = visit(f"{address}/docs", 390)
         api.get_by_text("/recommend/{user}").first.click()
         api.get_by_text("exclude_seen").first.wait_for()
+        k = api.locator("#routes details[open] li", has=api.get_by_text("k", exact=True)).first
+        assert "integer from 1 to 500, default 10" in k.inner_text()
+        for path in ("/events", "/recommend"):
+            route = api.locator("#routes details").filter(has_text="POST").filter(has=api.get_by_text(path, exact=True))
+            route.locator("summary").click()
+            body = json.loads(route.locator("pre").inner_text())
+            assert body and all(name in route.inner_text() for name in body)
+        assert "events[].timestamp" in api.locator("#routes").inner_text()
         assert api.evaluate("document.documentElement.scrollWidth") <= 390
+        page.close()
+
+
+def test_a_failed_or_late_look_up_leaves_nothing_of_another_user(visit: Any, tmp_path: Path) -> None:
+    stored(tmp_path, "blend", n=2)
+    with process(tmp_path) as (address, _):
+        page = visit(address, failure="500")
+        held: list[Any] = []
+
+        def look(user: str) -> None:
+            page.locator("#user").fill(user)
+            page.locator("#user").press("Enter")
+
+        def shown() -> tuple[Any, ...]:
+            lines = [page.locator(f"#{part} > *").count() > 0 for part in ("list", "events", "cards")]
+            return page.locator("#found").is_visible(), page.locator("#whose").inner_text(), *lines
+
+        def after(answer: Any) -> None:
+            """Send an answer, and wait until the page has it."""
+            answer()
+            page.evaluate("fetch('health/live').then((answer) => answer.text())")
+
+        def hold(route: Any) -> None:
+            held.append(route)
+
+        def let_go(route: Any) -> None:
+            route.continue_()
+
+        def fail(route: Any) -> None:
+            route.fulfill(status=500, json={"detail": "It broke."})
+
+        of_user_1 = (True, "user-1", True, True, True)
+        look("user-1")
+        page.locator("#cards .card").first.wait_for()
+        assert shown() == of_user_1
+        # A look-up fails at its first or at its second request.
+        for path in ("recommend", "users/interests"):
+            page.route(f"**/{path}?user=user-2*", fail)
+            look("user-2")
+            page.get_by_text("It broke.").wait_for()
+            assert not page.locator("#found").is_visible() and page.locator("#found li, #cards > *").count() == 0
+            assert page.evaluate("[state.user, state.list.length]") == ["", 0]
+            page.unroute(f"**/{path}?user=user-2*")
+            look("user-1")
+            page.locator("#cards .card").first.wait_for()
+        # An earlier look-up answers, or fails, after a later one.
+        for path, answer in (("recommend", let_go), ("users/interests", let_go), ("recommend", fail)):
+            page.route(f"**/{path}?user=user-3*", hold)
+            with page.expect_request(f"**/{path}?user=user-3*"):
+                look("user-3")
+            look("user-1")
+            page.locator("#cards .card").first.wait_for()
+            after(lambda answer=answer: answer(held.pop()))
+            assert shown() == of_user_1 and not page.locator("#said").is_visible()
+            page.unroute(f"**/{path}?user=user-3*")
+        # The changes of an earlier user come late.
+        page.route("**/users/changes?user=user-1*", hold)
+        with page.expect_request("**/users/changes?user=user-1*"):
+            page.locator("#compare").click()
+        look("..")
+        page.get_by_text("no events yet").wait_for()
+        after(lambda: let_go(held.pop()))
+        assert shown() == (True, "..", True, False, False) and page.locator("#changes > *").count() == 0
+        # The boxes of the versions: an answer that fails, and one that is late.
+        page.route("**/versions", fail)
+        page.evaluate("refresh().catch((why) => why)")
+        assert page.locator("#facts > *, #versions > *, #moves > *, #verdict > *").count() == 0
+        assert page.locator("#live").inner_text() == "The live version is unknown."
+        page.unroute("**/versions")
+        page.route("**/version", lambda route: let_go(route) if held else hold(route))
+        with page.expect_request("**/version"):
+            page.evaluate("void refresh()")
+        page.evaluate("refresh()")
+        after(lambda: held[0].fulfill(json={"version": 77}))
+        assert "Version 2 is live" in page.locator("#live").inner_text()
         page.close()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 import warnings
@@ -20,6 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from freshrec.cli import query, server, store, versions
+from freshrec.cli.id_arguments import separate_ids
 from freshrec.cli.options import (
     AsJson,
     Columns,
@@ -70,6 +72,7 @@ OLD_FLAGS = {  # first word of a command -> {flag of 0.1.0: current flag}
     "serve": SEARCH_FLAGS,
     "bench": SEARCH_FLAGS,
 }
+ID_COMMANDS = ("recommend", "similar", "explain", "inspect", "erase")  # their arguments are ids
 OWN_NAMES = {  # how to name a custom model or strategy
     "models": "Name your own model by its module and class, such as my_model:MyModelSpec:hours=2.",
     "strategies": "Name your own strategy by its module and class, such as my_strategy:MyStrategy:keep=0.3.",
@@ -268,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.simplefilter("default", FutureWarning)  # of former names of options
             warnings.showwarning = lambda message, *_: _warn(str(message))
             import_own_modules()
-            app(args=replace_old_flags(given_arguments, OLD_FLAGS, _warn), prog_name="freshrec")
+            app(args=_separate_ids(replace_old_flags(given_arguments, OLD_FLAGS, _warn)), prog_name="freshrec")
     except FreshrecError as error:
         return _report_failure(str(error), error.exit_code, as_json, error.json_output)
     except OSError as problem:
@@ -284,6 +287,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _report_failure("", 130, as_json)
     return 0
+
+
+def _separate_ids(arguments: list[str]) -> list[str]:
+    """Let commands take ids that start with `-`. Other arguments stay as they are."""
+    is_special = any(re.match("-[^-]", word) for word in arguments)
+    if not is_special or arguments[0] not in ID_COMMANDS:
+        return arguments
+    commands: Any = typer.main.get_command(app)
+    return arguments[:1] + separate_ids(arguments[1:], commands.commands[arguments[0]].params)
 
 
 def _warn(sentence: str) -> None:

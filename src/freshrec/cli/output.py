@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from freshrec.data.identities import json_id
 from freshrec.text_layout import WIDTH, wrap_lines
 
 
@@ -61,7 +62,7 @@ def make_console(to_stderr: bool = False) -> Console:
 
 
 def print_json(found: Any) -> None:
-    """Print one line of JSON. Numbers that JSON does not know, such as infinity, become null."""
+    """Print one line of JSON. An integer beyond 2^53 becomes text, and infinity becomes null."""
     typer.echo(json.dumps(_json_safe(found)))
 
 
@@ -70,4 +71,6 @@ def _json_safe(node: Any) -> Any:
         return {name: _json_safe(child) for name, child in node.items()}
     if isinstance(node, list | tuple):
         return [_json_safe(child) for child in node]
+    if isinstance(node, int):
+        return json_id(node)
     return None if isinstance(node, float) and not isfinite(node) else node

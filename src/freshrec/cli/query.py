@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from freshrec.cli.id_arguments import parse_ids
 from freshrec.cli.inspection_text import diff_lines, status_lines
-from freshrec.cli.options import AllowImport, AsJson, SignKeyFile, StoreOption, StorePath, parse_list
+from freshrec.cli.options import AllowImport, AsJson, SignKeyFile, StoreOption, StorePath
 from freshrec.cli.output import print_json, print_labelled, print_table
 from freshrec.errors import LogError, OptionError, StateError
 from freshrec.recommender.list_request import DEFAULTS, help_of
@@ -50,20 +51,23 @@ def recommend(
     exclude_seen: Annotated[
         bool, typer.Option("--exclude-seen/--no-exclude-seen", help=help_of("exclude_seen"))
     ] = DEFAULTS.exclude_seen,
-    allow: Annotated[str | None, typer.Option(metavar="ITEM,...", help=help_of("allow"))] = None,
-    deny: Annotated[str | None, typer.Option(metavar="ITEM,...", help=help_of("deny"))] = None,
+    allow: Annotated[list[str] | None, typer.Option(metavar="ITEM,...", help=help_of("allow"))] = None,
+    deny: Annotated[list[str] | None, typer.Option(metavar="ITEM,...", help=help_of("deny"))] = None,
     category: Annotated[str | None, typer.Option(help=help_of("category"))] = None,
     diversity: Annotated[float, typer.Option(callback=require_weight, help=help_of("diversity"))] = DEFAULTS.diversity,
     version: VersionOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Print recommended items for each user."""
+    from freshrec.recommender.ids import known_item_rows
     from freshrec.recommender.recommender import Recommender
 
-    allowed, denied = (None if text is None else parse_list(text) for text in (allow, deny))
+    allowed, denied = (None if lists is None else parse_ids(lists) for lists in (allow, deny))
     recommender = Recommender.from_bundle(_open_bundle(store, sign_key_file, version))
     with _id_errors_as_option_errors():
         found = recommender.recommend(users, k, exclude_seen, allowed, denied, category, diversity)
+        if allowed and not len(known_item_rows(recommender.served, allowed)):
+            typer.echo("note: The log has no item of --allow. Write '\"a,b\"' for an id with a comma.", err=True)
     rows = [(user, rank, item, f"{score:.4g}", fallback) for user, item, score, rank, fallback in found.iter_rows()]
     _print_lists(found, ("user", "rank", "item", "score", "fallback"), rows, as_json)
 

@@ -259,7 +259,7 @@ def erase_in_subprocess(
     imports = [word for module in allowed_modules for word in (ALLOW_IMPORT, module)]
     options = (*imports, *key_option(sign_key_file), "--stdin", "--store", str(store), "--wait", "1m", "--json")
     command = [sys.executable, "-P", "-m", "freshrec", "erase", *options]  # -P: import nothing from the current folder
-    process = subprocess.run(command, input=user, capture_output=True, text=True, timeout=3600)
+    process = subprocess.run(command, input=f"{user}\n", capture_output=True, encoding="utf-8", timeout=3600)
     if process.returncode:
         lines = process.stderr.strip().splitlines() or ["The user was not erased. Run `freshrec doctor`."]
         raise StateError(lines[-1].removeprefix("error: "))

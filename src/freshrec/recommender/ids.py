@@ -53,12 +53,13 @@ def known_item_rows(served: ServedState, ids: Ids) -> Tensor:
 
 def category_item_rows(served: ServedState, category: str | int, allowed_M: Tensor | None) -> Tensor:
     """Return the item rows of a category, ascending, within `allowed_M` if given. Raises OptionError for no item."""
-    if not (served.categories["category"] == str(category)).any():
+    category = str(parse_id(category, pl.String, "The category"))
+    if not (served.categories["category"] == category).any():
         examples = (
             ", ".join(served.categories["category"].unique().sort().head(5)) or "none: the log has no category column"
         )
-        raise OptionError(f'No item has the category "{str(category)[:60]}". Known categories: {examples}.')
-    found = served.categories.filter(pl.col("category") == str(category))["item"].sort()
+        raise OptionError(f'No item has the category "{category[:60]}". Known categories: {examples}.')
+    found = served.categories.filter(pl.col("category") == category)["item"].sort()
     rows_M = torch.from_numpy(found.to_numpy(writable=True))
     return rows_M if allowed_M is None else rows_M[torch.isin(rows_M, allowed_M)]
 
@@ -95,9 +96,9 @@ def id_tuple(ids: Ids) -> tuple[str | int, ...]:
 
 def _is_single(ids: object) -> bool:
     """Whether this is one id, and not several. Bytes are one value, which `parse_id` refuses."""
-    if isinstance(ids, np.ndarray):
+    if isinstance(ids, np.ndarray | Tensor):
         return ids.ndim == 0
-    return isinstance(ids, str | bytes | bytearray) or not isinstance(ids, Iterable)
+    return isinstance(ids, str | bytes | bytearray | memoryview) or not isinstance(ids, Iterable)
 
 
 def resolve_request(served: ServedState, request: ListRequest) -> ResolvedRequest:

@@ -7,8 +7,10 @@ This file does not import torch, to keep `--help` fast.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeAlias, get_args
+from numbers import Real
+from typing import Annotated, Any, SupportsIndex, TypeAlias, get_args
 
 from annotated_types import Ge
 from pydantic import Field
@@ -37,16 +39,23 @@ class ListRequest:
     ] = 0.0
 
     def __post_init__(self) -> None:
-        check_k(self.k)
+        object.__setattr__(self, "k", check_k(self.k))
+        weight: Any = self.diversity
+        if type(weight) not in (bool, int, float) and isinstance(weight, Real):  # such as numpy.float32
+            object.__setattr__(self, "diversity", float(weight))
         check_options(self)
 
 
-def check_k(k: int) -> int:
-    """Return k, the length of a list. Raises OptionError unless it is an integer of at least 1."""
+def check_k(k: SupportsIndex) -> int:
+    """Return k, the length of a list, as an integer. Raises OptionError unless it is an integer of at least 1."""
     minimum = lower_bound("k")
-    if not isinstance(k, int) or k < minimum:
+    try:
+        length = minimum - 1 if isinstance(k, bool) else operator.index(k)
+    except TypeError:
+        length = minimum - 1
+    if length < minimum:
         raise OptionError(f"k is {str(k)[:40]}, but must be an integer of at least {minimum:g}.")
-    return k
+    return int(length)
 
 
 def help_of(name: str) -> str:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import generate_latest
 
 from freshrec.errors import BusyError, FreshrecError, IncompatibleError, LogError, OptionError, StateError
 from freshrec.server.middleware import RequestMiddleware
-from freshrec.server.routes import (
-    ERROR_RESPONSES,
-    ROUTES,
-)
+from freshrec.server.parameters import ERROR_RESPONSES, refuse_unknown_parameters
+from freshrec.server.routes import ROUTES
 from freshrec.server.service import Service
 from freshrec.version import __version__
 
@@ -56,6 +55,7 @@ def create_app(service: Service) -> RequestMiddleware:
         lifespan=lifespan,
         description=API_DESCRIPTION,
         openapi_tags=API_TAGS,
+        dependencies=[Depends(refuse_unknown_parameters)],
         responses={code: ERROR_RESPONSES[code] for code in (401, 403, 408, 409, 413, 421, 422, 429)},
     )
     _add_error_handlers(app)
@@ -74,14 +74,22 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def handle_validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
-        errors = error.errors()
-        wrong = next((entry for entry in errors if entry["type"] != "int_type"), errors[0])  # an id may also be text
-        where = ".".join(str(part) for part in wrong["loc"] if part not in ("str", "int") and len(str(part)) < 40)
-        return JSONResponse({"detail": f"{where}: {wrong['msg'][:200]}."}, 422)
+        return JSONResponse({"detail": _describe_validation_errors(error.errors())}, 422)
 
     @app.exception_handler(Exception)
     async def handle_unexpected_error(request: Request, error: Exception) -> JSONResponse:
         return JSONResponse({"detail": "Internal server error. The log of the server has the details."}, 500)
+
+
+def _describe_validation_errors(errors: Sequence[Any]) -> str:
+    """Return a sentence about the first error of a request."""
+    wrong = next((entry for entry in errors if entry["type"] != "int_type"), errors[0])  # an id may also be text
+    reason = wrong["msg"].removeprefix("Value error, ")[:200].rstrip(".")
+    if wrong is not errors[0] and wrong["type"] == "string_type":  # it is neither
+        reason = "Input should be a valid integer or text"
+    added = ("constrained-", "function-")  # by pydantic, for the types of an id
+    where = ".".join(str(part) for part in wrong["loc"] if not str(part).startswith(added) and len(str(part)) < 40)
+    return f"{where}: {reason}."
 
 
 def _add_page_routes(app: FastAPI, service: Service) -> None:

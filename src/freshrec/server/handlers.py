@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from freshrec.recommender.explain import explain_item
-from freshrec.recommender.ids import column_tensor, normalize_id, normalize_ids, require_rows, resolve_request
+from freshrec.recommender.ids import column_tensor, normalize_ids, require_rows, resolve_request
 from freshrec.recommender.list_request import ListRequest
 from freshrec.recommender.lists import FALLBACK_REASONS, make_lists, similar_items
 from freshrec.recommender.search import SearchInfo
@@ -18,6 +18,7 @@ from freshrec.recommender.served_state import ServedState
 from freshrec.recommender.serving_bundle import ServingBundle
 from freshrec.recommender.user_profile import Interest, PastEvent, profile_of
 from freshrec.server import schemas
+from freshrec.server.request_ids import possible_id, without_impossible_items
 from freshrec.store.erasures import Erasures
 from freshrec.store.manifest import Manifest
 
@@ -61,15 +62,17 @@ class LoadedVersion:
 
 
 def user_row(version: LoadedVersion, user: int | str) -> int:
-    """Return the row of a user of version or overlay; 0 if unknown. Raises LogError for an id of the wrong type."""
+    """Return the row of a user of version or overlay; 0 if unknown."""
     served = version.served
-    user_id = normalize_id("user_id", user, served.users)
+    user_id = possible_id(served.users, user)
+    if user_id is None:
+        return 0
     row = served.users.row(user_id) or served.overlay.new_users.get(user_id, 0)
     return 0 if row and user_id in version.hidden else row
 
 
 def n_past_events(version: LoadedVersion, user: int | str) -> int:
-    """Return the number of events that a list of the user leaves out. Raises LogError for an id of the wrong type."""
+    """Return the number of events that a list of the user leaves out."""
     row, served = user_row(version, user), version.served
     return int(served.n_seen(torch.tensor([row]))) + len(served.overlay.clicks.get(row, ()))
 
@@ -77,6 +80,7 @@ def n_past_events(version: LoadedVersion, user: int | str) -> int:
 def recommend(version: LoadedVersion, users: Sequence[int | str], request: ListRequest) -> list[schemas.UserList]:
     """Recommend lists for users, in the given order. Raises OptionError for an unknown category."""
     users_N = torch.tensor([user_row(version, user) for user in users])
+    request = without_impossible_items(version.served, request)
     found = make_lists(version.served, users_N, resolve_request(version.served, request))
     lists, ids = [], version.served.items.id_column
     columns = (found.items_NK.tolist(), found.scores_NK.tolist(), found.fallback_NK.tolist())

@@ -292,14 +292,6 @@ def _add_to_overlay(version: LoadedVersion, click: Click) -> str | None:
     return None
 
 
-def check_click_ids(version: LoadedVersion, click: Click) -> Click:
-    """Convert the ids of a click to the types of the store. Raises LogError if that is not possible."""
-    served = version.served
-    user_id = normalize_id("user_id", click.user_id, served.users)
-    item_id = normalize_id("item_id", click.item_id, served.items)
-    return click._replace(user_id=user_id, item_id=item_id)
-
-
 def _describe_error(problem: BaseException) -> str:
     """Describe why a version could not be loaded, without the text of foreign errors, which may contain an id."""
     return str(problem) if isinstance(problem, FreshrecError) else f"{type(problem).__name__} while loading or testing."

@@ -34,7 +34,6 @@ class MicroBatcher:
 
     async def recommend(self, version: LoadedVersion, user: int | str, request: ListRequest) -> schemas.UserList:
         """Return the list of one user. Raises the errors of `handlers.recommend`."""
-        # An invalid id raises LogError here, not in a batch of others.
         if handlers.n_past_events(version, user) > MAX_BATCH_EVENTS:
             return (await self.run_in_worker(lambda: handlers.recommend(version, [user], request)))[0]
         key = (version, request)

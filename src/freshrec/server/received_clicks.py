@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from freshrec.data.moments import SECOND, YEAR_1980, parse_moments
 from freshrec.errors import LogError
 from freshrec.server.handlers import LoadedVersion
-from freshrec.server.live_version import check_click_ids
+from freshrec.server.request_ids import check_click_ids, require_exact
 from freshrec.server.schemas import ClickIn
 from freshrec.store.click_journal import Click
 from freshrec.text_layout import to_printable
@@ -20,7 +20,7 @@ MAX_CLOCK_SKEW_S = 600  # how far in the future an event may be, because clocks 
 def read_clicks(clicks: Sequence[ClickIn], version: LoadedVersion) -> list[Click]:
     """Convert the clicks of a request for the journal. Raises LogError if one does not fit the log."""
     times = _read_timestamps(clicks)
-    return [check_click_ids(version, _to_click(click, when, version)) for click, when in zip(clicks, times)]
+    return [check_click_ids(version.served, _to_click(click, when, version)) for click, when in zip(clicks, times)]
 
 
 def _read_timestamps(clicks: Sequence[ClickIn]) -> list[int]:
@@ -47,7 +47,8 @@ def _to_click(click: ClickIn, when: int, version: LoadedVersion) -> Click:
     read_options = version.bundle.read_options
     if read_options.events and click.event not in read_options.events:
         raise LogError(f"The log needs an event type. Set `event` to one of {', '.join(read_options.events)}.")
-    event_id, category = (None if value is None else str(value) for value in (click.event_id, click.category))
+    event_id = None if click.event_id is None else str(require_exact("event_id", click.event_id))
+    category = None if click.category is None else str(require_exact("category", click.category))
     if not read_options.has_clock:  # without timestamps, only an id identifies a click
         event_id = event_id or uuid.uuid4().hex
     return Click(click.user_id, click.item_id, when, event_id, category, click.event)

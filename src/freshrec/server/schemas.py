@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictFloat, StrictInt
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictFloat, StrictInt
+from pydantic_core import PydanticCustomError
 
 from freshrec.data.identities import (
     MAX_ID_BYTES,
     MAX_INTEGER_ID,
     MIN_INTEGER_ID,
     check_new_text,
+    json_id,
 )
 from freshrec.recommender.list_request import DEFAULTS, ListRequest, help_of, lower_bound
 
 MAX_K, MAX_USERS, MAX_EVENTS, MAX_IDS, MAX_DIVERSITY = 500, 256, 1000, 1000, 1e6
 MAX_ID_LENGTH = MAX_ID_BYTES  # an id of a log may have so many bytes, so at most so many characters
-ID_PATTERN = r"^[^\x00-\x1f\x7f]*$"  # no control characters
 
-ShortText = Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH, pattern=ID_PATTERN)]
+
+def _refuse_boolean(value: Any) -> Any:
+    """Raise an error for true and false, which pydantic would take as the numbers 1 and 0."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("not_a_number", "Input should be a number, not true or false")
+    return value
+
+
+ShortText = Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH)]
 IntegerId = Annotated[int, Field(ge=MIN_INTEGER_ID, le=MAX_INTEGER_ID, strict=True)]
 Id = IntegerId | ShortText
 NewText = Annotated[ShortText, AfterValidator(check_new_text)]
@@ -26,21 +35,29 @@ NewId = IntegerId | NewText  # of a click, whose user and item may be new
 IdList = Annotated[list[Id], Field(max_length=MAX_IDS)]
 
 # The fields of `ListRequest`, with its bounds and with limits that keep a single request cheap.
-ListLength = Annotated[int, Field(ge=lower_bound("k"), le=MAX_K, description=help_of("k"))]
+ListLength = Annotated[
+    int, Field(ge=lower_bound("k"), le=MAX_K, description=help_of("k")), BeforeValidator(_refuse_boolean)
+]
 Seen = Annotated[bool, Field(description=help_of("exclude_seen"))]
 Allowed = Annotated[IdList | None, Field(description=help_of("allow"))]
 Denied = Annotated[IdList, Field(description=help_of("deny"))]
-Category = Annotated[ShortText | None, Field(description=help_of("category"))]
+Category = Annotated[Id | None, Field(description=help_of("category"))]
 DiversityWeight = Annotated[
     float,
     Field(ge=lower_bound("diversity"), le=MAX_DIVERSITY, allow_inf_nan=False, description=help_of("diversity")),
+    BeforeValidator(_refuse_boolean),
 ]
+
+
+def _body(example: dict[str, Any]) -> ConfigDict:
+    """Return the configuration of the body of a request: no other fields, and an example for the API page."""
+    return ConfigDict(extra="forbid", json_schema_extra={"examples": [example]})
 
 
 class RecommendRequest(BaseModel):
     """Users and the options of their lists. The options are the fields of `ListRequest`."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = _body({"users": ["user-1", "user-2"], "k": 5, "deny": ["item-9"]})
     users: Annotated[list[Id], Field(min_length=1, max_length=MAX_USERS, description="Ids of the users.")]
     k: ListLength = DEFAULTS.k
     exclude_seen: Seen = DEFAULTS.exclude_seen
@@ -58,7 +75,7 @@ class RecommendRequest(BaseModel):
 class ClickIn(BaseModel):
     """A click, or any other event that the log counts."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = _body({"user_id": "user-1", "item_id": "item-5"})
     user_id: Annotated[NewId, Field(description="Id of the user. A new id is allowed.")]
     item_id: Annotated[NewId, Field(description="Id of the item. A new id is allowed.")]
     timestamp: Annotated[
@@ -70,20 +87,27 @@ class ClickIn(BaseModel):
     ] = None
     event_id: Annotated[NewId | None, Field(description="Id of the click. A repeated id is counted once.")] = None
     category: Annotated[NewId | None, Field(description="Category of the item.")] = None
-    event: Annotated[ShortText | None, Field(description="Event type, for a log with several types.")] = None
+    event: Annotated[NewText | None, Field(description="Event type, for a log with several types.")] = None
 
 
 class ClicksRequest(BaseModel):
     """Clicks to store."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = _body(
+        {
+            "events": [
+                {"user_id": "user-1", "item_id": "item-5"},
+                {"user_id": "user-2", "item_id": "item-8", "timestamp": "2025-01-31T18:30:00Z", "event_id": "click-17"},
+            ]
+        }
+    )
     events: Annotated[list[ClickIn], Field(min_length=1, max_length=MAX_EVENTS, description="The clicks.")]
 
 
 class RollbackRequest(BaseModel):
     """The version to go back to."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = _body({"version": 3, "reason": "The lists looked wrong."})
     version: Annotated[int, Field(ge=1, le=2**31, strict=True, description="Number of an earlier version.")]
     reason: Annotated[
         str, Field(max_length=500, description="Reason, stored in the history. Required for a refused version.")
@@ -91,8 +115,9 @@ class RollbackRequest(BaseModel):
 
 
 VersionNumber = Annotated[int, Field(description="Version that the answer was computed from.")]
-UserId = Annotated[int | str, Field(description="Id of the user.")]
-ItemId = Annotated[int | str, Field(description="Id of the item.")]
+SentId = Annotated[int | str, AfterValidator(json_id)]  # a number beyond 2^53 is sent as text
+UserId = Annotated[SentId, Field(description="Id of the user; text if it is a number beyond 2^53.")]
+ItemId = Annotated[SentId, Field(description="Id of the item; text if it is a number beyond 2^53.")]
 ListFallback = Annotated[
     str | None, Field(description="Why some or all items are popular items; null if the model chose all of them.")
 ]
@@ -168,7 +193,7 @@ class PastEvent(BaseModel):
     """An event of a user."""
 
     item_id: ItemId
-    at: Annotated[str | int, Field(description="Time, ISO 8601 (UTC); a sequence number in a log without timestamps.")]
+    at: Annotated[SentId, Field(description="Time, ISO 8601 (UTC); a sequence number in a log without timestamps.")]
 
 
 class InterestCard(BaseModel):
@@ -221,7 +246,7 @@ class ExplanationReason(BaseModel):
         None
     )
     because: Annotated[
-        int | str | None, Field(description="Past item of the user that contributes most; null if unknown.")
+        SentId | None, Field(description="Past item of the user that contributes most; null if unknown.")
     ] = None
 
 

@@ -1,6 +1,18 @@
 "use strict";
 const at = (id) => document.getElementById(id);
 const state = { token: "", user: "", list: [], version: 0 };
+const turns = { user: 0, versions: 0 };  // number of the newest look-up for each part of the page
+
+async function newest(part, answer) {  // the answer; null if another look-up for this part has started meanwhile
+  const turn = turns[part];
+  try {
+    const found = await answer;
+    return turn === turns[part] ? found : null;
+  } catch (why) {
+    if (turn === turns[part]) throw why;
+    return null;
+  }
+}
 
 function make(tag, text, kind) {
   const node = document.createElement(tag);
@@ -86,18 +98,26 @@ function facts(about) {
   at("verdict").replaceChildren(...lines);
 }
 
+function forgetVersions() {
+  state.version = 0;
+  at("live").textContent = "The live version is unknown.";
+  for (const id of ["facts", "verdict", "versions", "moves"]) at(id).replaceChildren();
+}
+
 async function refresh() {
-  const about = await ask("version");
-  const changed = about.version !== state.version;
+  turns.versions += 1;
+  const [about, history] = await newest("versions", Promise.all([ask("version"), ask("versions")])).catch((why) => {
+    forgetVersions();
+    throw why;
+  }) || [];
+  if (!about) return;
   state.version = about.version;
   at("live").textContent = `Version ${about.version} is live. It was made ${ago(about.made_at)}.`;
   at("key").hidden = !about.has_token || Boolean(state.token);
   at("locked").hidden = about.has_token;
   facts(about);
-  const history = await ask("versions");
   say("trouble", history.trouble ? `The live version of the store cannot be served: ${history.trouble}` : "", true);
   versions(history, about);
-  return changed;
 }
 
 function versions(history, about) {
@@ -136,11 +156,12 @@ function back(to) {
   at("sure").onclose = async () => {
     if (at("sure").returnValue !== "yes") return;
     try {
+      say("rolled", "");
       await ask("rollback", { method: "POST", body: JSON.stringify({ version: to, reason: at("reason").value }) });
       await refresh();
       if (state.user) await look(state.user, state.list);
     } catch (why) {
-      say("trouble", why.message, true);
+      say("rolled", why.message, true);
     }
   };
 }
@@ -156,19 +177,33 @@ function listed(items, before) {
   });
 }
 
+function forgetUser() {  // nothing of one user may stand under the name or the error of another
+  Object.assign(state, { user: "", list: [] });
+  at("found").hidden = true;
+  for (const id of ["list", "events", "cards", "changes"]) at(id).replaceChildren();
+  for (const id of ["person", "kind"]) at(id).textContent = "";
+  say("why", "");
+}
+
+const WHY = {
+  "unknown user": "This user has no events yet. The list shows popular items.",
+  "no more items with a score": "The model has no more items with a score. Popular items fill the list.",
+};
+
 async function look(user, before = []) {
-  const path = encodeURIComponent(user);
-  const found = await ask(`recommend/${path}?k=10`);
-  state.user = user;
-  state.list = found.items;
+  const query = new URLSearchParams({ user });  // in a path, `..` would be another page
+  turns.user += 1;
+  forgetUser();
+  const found = await newest("user", ask(`recommend?${query}&k=10`));
+  if (!found) return;
+  const isKnown = found.fallback !== "unknown user";
+  const person = isKnown ? await newest("user", ask(`users/interests?${query}`)) : null;
+  if (isKnown && !person) return;
+  Object.assign(state, { user, list: found.items });
+  at("whose").textContent = user;
   at("list").replaceChildren(...listed(found.items, before));
-  const why = { "unknown user": "This user has no events yet. The list shows popular items.",
-    "no more items with a score": "The model has no more items with a score. Popular items fill the list." };
-  say("why", found.fallback ? why[found.fallback] || found.fallback : "");
+  say("why", found.fallback ? WHY[found.fallback] || found.fallback : "");
   document.querySelector(".legend").hidden = !before.length;
-  at("changes").replaceChildren();
-  at("found").hidden = false;
-  const person = found.fallback === "unknown user" ? null : await ask(`users/${path}/interests`);
   at("compare").hidden = !person;
   at("person").textContent = person ? `${person.n_events.toLocaleString()} events, ${person.n_fresh} of them since the version was made` : "none yet";
   at("events").replaceChildren(...(person ? person.events.slice(-10).reverse() : []).map((event) => {
@@ -179,6 +214,25 @@ async function look(user, before = []) {
   const kind = person && person.kind !== "interests" ? person.kind : "";
   at("kind").textContent = kind && `${kind[0].toUpperCase()}${kind.slice(1)}.`;
   at("cards").replaceChildren(...(person ? person.interests : []).map(card));
+  at("found").hidden = false;
+}
+
+async function click(item) {
+  const { user, list } = state, events = [{ user_id: user, item_id: item }];
+  const answer = await newest("user", ask("events", { method: "POST", body: JSON.stringify({ events }) }));
+  if (!answer) return;
+  const [one] = answer.events;
+  await look(user, list);
+  if (state.user !== user) return;
+  say("said", one.folded ? `The click on ${item} is stored, and the list was updated.` : `The click on ${item} was received. ${one.why}`);
+  at("item").value = "";
+  at("item").focus();
+}
+
+async function compare() {
+  at("changes").replaceChildren();
+  const found = await newest("user", ask(`users/changes?${new URLSearchParams({ user: state.user })}`));
+  if (found) changes(found);
 }
 
 function card(one) {
@@ -208,11 +262,11 @@ function changes(found) {
   at("changes").replaceChildren(...(rows.length ? [box] : [make("p", `The 20 best items are the same as in version ${found.before}.`, "dim")]), make("p", interests, "dim"));
 }
 
-function on(id, event, work, where = "said") {
+function on(id, event, work, where = "said", once = true) {  // `once`: not again before it is done
   at(id).addEventListener(event, async (happened) => {
     happened.preventDefault();
     const button = at(id).tagName === "BUTTON" ? at(id) : at(id).querySelector("button");
-    button.disabled = true;
+    button.disabled = once;
     try {
       say(where, "");
       await work();
@@ -233,8 +287,56 @@ function prose(tag, text) {
 function schema(part) {
   if (!part) return "";
   if (part.$ref) return part.$ref.split("/").pop();
-  if (part.anyOf) return part.anyOf.map(schema).filter((name) => name !== "null").join(" or ");
+  if (part.anyOf) return [...new Set(part.anyOf.map(schema))].filter((name) => name !== "null").join(" or ");
   return part.type === "array" ? `list of ${schema(part.items)}` : part.type || "";
+}
+
+function kind(part, required) {  // the type of a field, and its default
+  const value = part.default === undefined || part.default === null ? "" : `, default ${JSON.stringify(part.default)}`;
+  const range = part.minimum === undefined || part.maximum === undefined ? "" : ` from ${part.minimum} to ${part.maximum}`;
+  return `${schema(part)}${range}${required ? ", required" : value}`;
+}
+
+function fields(name, schemas, before = "") {  // the fields of a body, with those of the objects in its lists
+  const { properties, required = [] } = schemas[name];
+  return Object.entries(properties).flatMap(([field, part]) => {
+    const inner = part.items && part.items.$ref ? fields(part.items.$ref.split("/").pop(), schemas, `${before}${field}[].`) : [];
+    return [[before + field, kind(part, required.includes(field)), part.description || ""], ...inner];
+  });
+}
+
+function rows(list) {
+  const box = make("ul", null, "plain list");
+  box.append(...list.map(([name, type, text]) => {
+    const row = make("li"), left = make("span");
+    left.append(make("code", name), " ", prose("span", text));
+    row.append(left, make("span", type, "at"));
+    return row;
+  }));
+  return box;
+}
+
+function describe(path, method, route, schemas) {
+  const part = make("details"), head = make("summary");
+  head.append(make("span", method.toUpperCase(), "method"), make("code", path), ` ${route.summary}`);
+  part.append(head, ...(route.description || "").split("\n\n").map((text) => prose("p", text)));
+  const parameters = route.parameters || [], body = route.requestBody && route.requestBody.content["application/json"];
+  if (parameters.length) {
+    part.append(make("h3", "Parameters"), rows(parameters.map((one) => [one.name, kind(one.schema, one.required), one.description || ""])));
+  }
+  if (body) {
+    const name = schema(body.schema);
+    part.append(make("h3", "Body (JSON)"), rows(fields(name, schemas)));
+    for (const example of schemas[name].examples || []) part.append(make("h3", "Example"), make("pre", JSON.stringify(example, null, 2)));
+  }
+  const codes = make("ul", null, "plain list");
+  codes.append(...Object.entries(route.responses).map(([code, one]) => {
+    const row = make("li");
+    row.append(make("code", code), prose("span", one.description));
+    return row;
+  }));
+  part.append(make("h3", "Responses"), codes);
+  return part;
 }
 
 async function routes() {
@@ -243,37 +345,12 @@ async function routes() {
   for (const [path, methods] of Object.entries(document_.paths)) {
     for (const [method, route] of Object.entries(methods)) {
       const group = (route.tags || ["other"])[0];
-      groups.set(group, [...(groups.get(group) || []), [path, method, route]]);
+      groups.set(group, [...(groups.get(group) || []), describe(path, method, route, document_.components.schemas)]);
     }
   }
-  at("routes").replaceChildren(...[...groups].map(([group, list]) => {
+  at("routes").replaceChildren(...[...groups].map(([group, parts]) => {
     const box = make("section");
-    box.append(make("h2", group[0].toUpperCase() + group.slice(1)), ...list.map(([path, method, route]) => {
-      const part = make("details"), head = make("summary"), rows = make("ul", null, "plain list");
-      head.append(make("span", method.toUpperCase(), "method"), make("code", path), ` ${route.summary}`);
-      part.append(head, ...(route.description || "").split("\n\n").map((text) => prose("p", text)));
-      const body = route.requestBody && route.requestBody.content["application/json"];
-      const fields = (route.parameters || []).map((one) => [one.name, schema(one.schema), one.description || ""]);
-      if (body) {
-        const named = document_.components.schemas[schema(body.schema)];
-        fields.push(...Object.entries(named.properties).map(([name, one]) => [name, schema(one), one.description || ""]));
-      }
-      rows.append(...fields.map(([name, kind, text]) => {
-        const row = make("li"), left = make("span");
-        left.append(make("code", name), " ", prose("span", text));
-        row.append(left, make("span", kind, "at"));
-        return row;
-      }));
-      const codes = make("ul", null, "plain list");
-      codes.append(...Object.entries(route.responses).map(([code, one]) => {
-        const row = make("li");
-        row.append(make("code", code), prose("span", one.description));
-        return row;
-      }));
-      if (fields.length) part.append(make("h3", "Parameters"), rows);
-      part.append(make("h3", "Responses"), codes);
-      return part;
-    }));
+    box.append(make("h2", group[0].toUpperCase() + group.slice(1)), ...parts);
     return box;
   }));
 }
@@ -281,16 +358,9 @@ async function routes() {
 if (at("routes")) {
   routes().catch((why) => at("routes").replaceChildren(make("p", why.message, "note bad")));
 } else {
-  on("ask", "submit", () => look(at("user").value.trim()));
-  on("click", "submit", async () => {
-    const item = at("item").value.trim(), before = state.list;
-    const answer = await ask("events", { method: "POST", body: JSON.stringify({ events: [{ user_id: state.user, item_id: item }] }) });
-    const [one] = answer.events;
-    await look(state.user, before);
-    say("said", one.folded ? `The click on ${item} is stored, and the list was updated.` : `The click on ${item} was received. ${one.why}`);
-    at("item").value = "";
-  });
-  on("compare", "click", async () => changes(await ask(`users/${encodeURIComponent(state.user)}/changes`)));
+  on("ask", "submit", () => look(at("user").value), "said", false);
+  on("click", "submit", () => click(at("item").value));
+  on("compare", "click", compare);
   on("key", "submit", async () => {
     state.token = at("token").value.trim();
     try {
