@@ -11,8 +11,6 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import polars as pl
-from deltalake import DeltaTable
-from deltalake.exceptions import DeltaError
 
 from freshrec.errors import LogError
 from freshrec.text_layout import format_count, to_printable
@@ -123,6 +121,9 @@ def _with_folder_values(folder: Path, files: Sequence[Path]) -> list[Part]:
 
 def _delta_parts(folder: Path) -> list[Part]:
     """Return the files of the current version of a Delta table."""
+    from deltalake import DeltaTable  # here, because servers read no tables
+    from deltalake.exceptions import DeltaError
+
     with tempfile.TemporaryDirectory() as place:  # deltalake misreads paths with blanks, # and ?
         copy = Path(place) / "_delta_log"
         copy.mkdir()

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import polars as pl
-from deltalake import DeltaTable
 
 COLUMN_TYPES = {
     "user_id": (pl.Int64, pl.String),
@@ -22,6 +21,8 @@ ID_COLUMNS = tuple(name for name, allowed in COLUMN_TYPES.items() if allowed == 
 
 def has_column(log_folder: Path, name: str) -> bool:
     """Return whether the event log in a folder has a column. A folder without a log has none."""
+    from deltalake import DeltaTable  # here, because servers import this module
+
     if not DeltaTable.is_deltatable(str(log_folder)):
         return False
     return name in {field.name for field in DeltaTable(log_folder).schema().fields}
