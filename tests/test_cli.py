@@ -423,8 +423,8 @@ def test_every_field_of_a_recipe_is_a_flag_of_replay_and_no_flag_of_0_1_0_is_los
     shown = answer(capsys, "replay", "--help")
     fields = {f"--{name.replace('_', '-')}" for part in asdict(Recipe()).values() for name in part}
     flags = (fields - {"--path", "--folder"}) | set(FLAGS_OF_0_1_0.split())  # these two are LOG and --data
-    # 15 + 11 + 13 fields, but for two; --recipe --out --jobs --device --resume --plan --json; --data and --no-tune.
-    assert len(flags) == 39 - 2 + 7 + 2 and {"--no-sessions", "--no-last-update"} <= set(shown.split())
+    # 16 + 11 + 13 fields, but for two; --recipe --out --jobs --device --resume --plan --json; --data and --no-tune.
+    assert len(flags) == 40 - 2 + 7 + 2 and {"--no-sessions", "--no-last-update"} <= set(shown.split())
     assert flags - set(shown.split()) == set()
 
 
