@@ -36,6 +36,7 @@ from freshrec.cli.options import (
     parse_pairs,
 )
 from freshrec.cli.output import print_json, print_labelled, print_wrapped
+from freshrec.cli.pipes import closed_pipes_ignored
 from freshrec.cli.replay import demo, replay
 from freshrec.data.formats import FORMATS
 from freshrec.data.log import read_log
@@ -262,8 +263,14 @@ def import_own_modules() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code. Errors that freshrec raises on purpose become one line on stderr.
 
-    With --json, stdout always holds one JSON value: the error, if the command has no other answer.
+    With --json, stdout always holds one JSON value: the error, if the command has no other answer. If the reader of
+    stdout or stderr goes away, as in `freshrec history | head -1`, the command completes its work.
     """
+    with closed_pipes_ignored():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     given_arguments = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in given_arguments
     try:

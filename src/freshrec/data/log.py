@@ -92,7 +92,8 @@ def read_log(
     - `format`: the name of a public format, a key of FORMATS.
     - `events`: event types to keep; empty = all.
     - `users`: number of random users to keep, with all their rows; None = all. `seed` is the seed of this sample.
-    - `quarantine`: a .parquet or .csv file for bad rows. Without it, a bad row is an error.
+    - `quarantine`: a .parquet or .csv file for bad rows. If it exists, the rows go to name-1, name-2, ..., and a note
+      of the log says so. Without `quarantine`, a bad row is an error.
     - `allow_missing_events`: whether a type in `events` may have no rows.
     - `text_columns`: our columns whose ids are text, even if all of them are numbers.
     - `id_types`: our column -> Int64 or String, the type of the ids in an earlier log. Ids are converted to it if that
@@ -172,7 +173,7 @@ def _quarantine_bad_rows(
     """Return the log without its bad rows, and write them to `quarantine`. Raises LogError without such a file."""
     if quarantine is None:
         raise LogError(fault_message(source_rows, names, faults, table.name))
-    write_quarantine(source_rows, faults, table, quarantine)
+    quarantine = write_quarantine(source_rows, faults, table, quarantine)
     is_good = ~pl.DataFrame([fault.rows.alias(str(i)) for i, fault in enumerate(faults)]).max_horizontal()
     log = replace(log, frame=log.frame.filter(is_good), n_quarantined=int((~is_good).sum()))
     if not len(log.frame):
