@@ -43,6 +43,7 @@ from freshrec.data.log import read_log
 from freshrec.data.validate import LogReport, format_percent, validate_log
 from freshrec.deprecation import replace_old_flags
 from freshrec.errors import FreshrecError, OptionError, StateError, unknown_name_error
+from freshrec.memory_limits import naming_memory_shortage, require_address_space
 from freshrec.text_layout import format_count
 from freshrec.user_modules import IMPORTS, import_allowed
 from freshrec.version import __version__
@@ -277,8 +278,10 @@ def _run(arguments: Sequence[str] | None) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("default", FutureWarning)  # of former names of options
             warnings.showwarning = lambda message, *_: _warn(str(message))
-            import_own_modules()
-            app(args=_separate_ids(replace_old_flags(given_arguments, OLD_FLAGS, _warn)), prog_name="freshrec")
+            with naming_memory_shortage():
+                require_address_space(given_arguments)
+                import_own_modules()
+                app(args=_separate_ids(replace_old_flags(given_arguments, OLD_FLAGS, _warn)), prog_name="freshrec")
     except FreshrecError as error:
         return _report_failure(str(error), error.exit_code, as_json, error.json_output)
     except OSError as problem:

@@ -31,6 +31,7 @@ from freshrec.data.source_columns import collect_columns, map_columns
 from freshrec.deprecation import UNSET, Unset, value_of_renamed
 from freshrec.errors import LogError, NoRowsError, OptionError
 from freshrec.forks import require_threads
+from freshrec.memory_limits import naming_memory_shortage
 from freshrec.text_layout import format_count
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class Log:
         return f"All timestamps are in the future; the first is {format_time(self.frame['time'][0])}."
 
 
+@naming_memory_shortage()
 def read_log(
     source: str | Path | pl.DataFrame | pd.DataFrame,
     *,
@@ -106,7 +108,8 @@ def read_log(
     - `time_format`: directives of strptime, such as "%d.%m.%Y"; None = timestamps are ISO 8601, or numbers since 1970.
     - `absent`, `text`: former names of `allow_missing_events` and `text_columns`.
 
-    Raises LogError if the log cannot be read, NoRowsError if it is empty, and OptionError for an invalid argument.
+    Raises LogError if the log cannot be read, NoRowsError if it is empty, OptionError for an invalid argument, and
+    OutOfMemoryError if there is not enough memory.
     """
     require_threads()
     allow_missing_events = value_of_renamed("allow_missing_events", allow_missing_events, "absent", absent)
@@ -114,6 +117,7 @@ def read_log(
     _check_quarantine(source, quarantine)
     check_time_format(time_format)
     table = open_table(source, format, separator)
+    table.require_memory()
     names, declared_text = map_columns(table, columns or {})
     names, notes = choose_rating(names, min_rating, drop_weight, table.name)
     source_rows, rating_faults = _collect_rows(table, names, events, allow_missing_events, min_rating, notes)

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 LOG_FOLDER = "log"  # in the folder of a store
 COMMIT_FOLDER, CHECKSUM_FILE = "_delta_log", "checksums.json"
-UNSUPPORTED_PATH = re.compile(r"[][|^\\\x00-\x1f\x7f\ud800-\udfff]|%[0-9A-Fa-f]{2}")  # Delta misreads or refuses these
+UNSUPPORTED_PATH = re.compile(
+    r"[][#?|^\\\x00-\x1f\x7f\ud800-\udfff]|%[0-9A-Fa-f]{2}"
+)  # Delta misreads or refuses these
 COMMIT_NAME = re.compile(r"[0-9]{20}(\.checkpoint[0-9.]*)?\.(json|parquet)")  # other files are not part of the log
 
 
@@ -39,7 +41,8 @@ def path_fault(folder: Path) -> str:
     found = UNSUPPORTED_PATH.search(str(folder.resolve()))
     if not found:
         return ""
-    return f'The path {to_printable(str(folder), 200)} holds "{to_printable(found[0], 8)}", which Delta tables do not support.'
+    what = f'"{found[0]}"' if found[0].isprintable() else "a control character"
+    return f"The path {to_printable(str(folder), 200)} holds {what}, which the event log does not support."
 
 
 def require_supported_path(folder: Path) -> None:

@@ -30,7 +30,6 @@ from freshrec.disk_names import current_move
 from freshrec.errors import BusyError, OptionError, SignatureError, StateError
 from freshrec.files import sync_folder
 from freshrec.store.checksummed_json import read_checksummed, write_checksummed
-from freshrec.store.log_files import path_fault
 from freshrec.store.manifest import (
     Manifest,
     MoveAction,
@@ -238,16 +237,13 @@ def version_chain(store: Store, number: int | None = None) -> list[Manifest]:
 
 @contextmanager
 def create_store(folder: Path, sign_key_file: Path | None = None) -> Iterator[Store]:
-    """Create a store. It appears in `folder` when the block ends. Raises OptionError if the folder is not empty, or if
-    the event log does not support its path.
+    """Create a store. It appears in `folder` when the block ends. Raises OptionError if the folder is not empty.
 
     If a key is given, the store is signed. Raises OptionError for an invalid key.
     """
     key = None if sign_key_file is None else read_key(sign_key_file, folder)
     if (folder / STORE_FILE).exists():
         raise OptionError(f"{folder} already holds a store. Use `freshrec update`, or choose another folder.")
-    if fault := path_fault(folder):
-        raise OptionError(f"{fault} Choose another folder.")
     folder = folder.resolve()
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
         raise OptionError(f"{folder} is not empty. Choose a new folder.")
