@@ -90,7 +90,7 @@ def test_fit_refuses_a_folder_that_the_event_log_misreads(
     log = write_log(tmp_path / "log.csv", 0)
     assert main(["fit", str(log), "--store", str(tmp_path / name / "shop")]) == OptionError.exit_code
     assert f"holds {shown}, which the event log does not support. Choose another" in capsys.readouterr().err
-    assert os.listdir(tmp_path) == ["log.csv"]  # nothing was made
+    assert list(tmp_path.iterdir()) == [log]  # nothing was made
 
 
 def test_a_store_that_was_moved_to_such_a_folder_still_answers(

@@ -23,13 +23,13 @@ OTHER_ADDRESS_SPACE = 1.7
 
 
 def has_memory_for_rows(n_rows: int) -> bool:
-    """Whether a log of so many rows may fit into the memory that is available, or that is not known."""
+    """Whether a log of `n_rows` rows may fit into the available memory. True if that is not known."""
     available = available_memory()
     return available is None or n_rows * BYTES_PER_ROW <= available
 
 
 def require_memory_for_rows(n_rows: int, name: str) -> None:
-    """Raise OutOfMemoryError if a log of so many rows certainly needs more memory than there is."""
+    """Raise OutOfMemoryError if a log of `n_rows` rows certainly needs more memory than there is."""
     if not has_memory_for_rows(n_rows):
         needed, available = n_rows * BYTES_PER_ROW, available_memory() or 0
         raise OutOfMemoryError(
