@@ -52,6 +52,7 @@ class Log:
     notes: tuple[str, ...] = ()  # sentences about what was detected, renamed or left out
     n_out_of_order: int = 0  # rows that come after a later row in the source
     id_notes: tuple[str, ...] = ()  # those of `notes` that are about ids
+    rating_note: str = ""  # the one of `notes` that counts the rows below the lowest rating to keep
     n_quarantined: int = 0  # bad rows that were written to the quarantine file
     n_missing_timestamps: int = 0  # rows without a timestamp, in a source with timestamps in other rows
 
@@ -119,8 +120,8 @@ def read_log(
     known_types = dict.fromkeys(declared_text | set(text_columns), pl.String) | dict(id_types or {})
     with _errors_name(table):
         log, faults = _parse_columns(source_rows, names, known_types, table, time_format)
-    log, faults = replace(log, notes=(*table.notes, *log.notes, *notes)), first_faults([*rating_faults, *faults])
-    if faults:
+    log = replace(log, notes=(*table.notes, *log.notes, *notes), rating_note="" if min_rating is None else notes[-1])
+    if faults := first_faults([*rating_faults, *faults]):
         log = _quarantine_bad_rows(log, faults, source_rows, names, table, quarantine)
     return _sample_users(_sort_by_time(log), users, seed)
 
