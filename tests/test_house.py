@@ -22,7 +22,8 @@ SRC = ROOT / "src" / "freshrec"
 # Two folders with the same number do not import each other; two files with the same number may.
 LAYERS = {
     "types": 0, "errors": 0, "version": 0, "device": 0, "config": 0, "deprecation": 0, "disk_names": 0, "files": 0,
-    "forks": 0, "former_names": 0, "progress": 0, "random_streams": 0, "text_layout": 0, "user_modules": 0,
+    "forks": 0, "former_names": 0, "memory_limits": 0, "progress": 0, "random_streams": 0, "text_layout": 0,
+    "user_modules": 0,
     "data": 1,
     "nn": 2,
     "models": 3,

@@ -10,7 +10,8 @@
     ├── StateError                a state on disk is damaged, incomplete or in another format
     │   └── SignatureError        a file of a store is not signed with the given key
     ├── RefusedError              the gate refused a new version; the live version stays
-    └── BusyError                 another process is changing the same store
+    ├── BusyError                 another process is changing the same store
+    └── OutOfMemoryError          there is less memory than is needed
 
 Each message says in one or two short sentences what is wrong, where, and what to do.
 """
@@ -90,6 +91,10 @@ class BusyError(FreshrecError):
     """Another process is changing the same store."""
 
     exit_code = 9
+
+
+class OutOfMemoryError(FreshrecError):
+    """There is less memory than is needed."""
 
 
 def unknown_name_error(kind: str, name: str, valid: Iterable[str], parent: str = "") -> OptionError:

@@ -36,12 +36,14 @@ from freshrec.cli.options import (
     parse_pairs,
 )
 from freshrec.cli.output import print_json, print_labelled, print_wrapped
+from freshrec.cli.pipes import closed_pipes_ignored
 from freshrec.cli.replay import demo, replay
 from freshrec.data.formats import FORMATS
 from freshrec.data.log import read_log
 from freshrec.data.validate import LogReport, format_percent, validate_log
 from freshrec.deprecation import replace_old_flags
 from freshrec.errors import FreshrecError, OptionError, StateError, unknown_name_error
+from freshrec.memory_limits import naming_memory_shortage, require_address_space
 from freshrec.text_layout import format_count
 from freshrec.user_modules import IMPORTS, import_allowed
 from freshrec.version import __version__
@@ -262,16 +264,24 @@ def import_own_modules() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code. Errors that freshrec raises on purpose become one line on stderr.
 
-    With --json, stdout always holds one JSON value: the error, if the command has no other answer.
+    With --json, stdout always holds one JSON value: the error, if the command has no other answer. If the reader of
+    stdout or stderr goes away, as in `freshrec history | head -1`, the command completes its work.
     """
+    with closed_pipes_ignored():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     given_arguments = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in given_arguments
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("default", FutureWarning)  # of former names of options
             warnings.showwarning = lambda message, *_: _warn(str(message))
-            import_own_modules()
-            app(args=_separate_ids(replace_old_flags(given_arguments, OLD_FLAGS, _warn)), prog_name="freshrec")
+            with naming_memory_shortage():
+                require_address_space(given_arguments)
+                import_own_modules()
+                app(args=_separate_ids(replace_old_flags(given_arguments, OLD_FLAGS, _warn)), prog_name="freshrec")
     except FreshrecError as error:
         return _report_failure(str(error), error.exit_code, as_json, error.json_output)
     except OSError as problem:

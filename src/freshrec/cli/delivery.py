@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,15 +68,9 @@ def read_delivery(
             min_rating=read_options.min_rating,
             time_format=read_options.time_format,
             drop_weight=has_column(job.log.folder, "weight"),  # a store of an earlier version took it
-            quarantine=quarantine and free_path(quarantine),
+            quarantine=quarantine,
             allow_missing_events=True,
             id_types=known_id_types(job.bundle.served),
         )
     except NoRowsError:
         return None
-
-
-def free_path(path: Path) -> Path:
-    """Return the path if it is free, else the first free one of name-1, name-2, ..."""
-    candidates = (path.with_stem(f"{path.stem}-{n}") for n in count(1))
-    return path if not path.exists() else next(other for other in candidates if not other.exists())

@@ -91,6 +91,7 @@ def fit(
     from freshrec.nightly.job import NightlyJob, hash_source
     from freshrec.recommender.bundle import new_bundle
     from freshrec.recommender.log_reading import ReadOptions
+    from freshrec.store.log_files import path_fault
     from freshrec.store.versions import create_store
     from freshrec.strategies.refit import TARGETS_PER_SECOND
 
@@ -106,6 +107,8 @@ def fit(
         time_format=time_format,
     )
     limits = parse_limits(gate)
+    if fault := path_fault(store):
+        raise OptionError(f"{fault} Choose another folder for --store.")
     bundle = new_bundle(model, strategy, seed, read_options)
     with show_progress(not as_json, with_lines=True), create_store(store, sign_key_file) as new_store:
         report_progress(READING, detail=log.name)

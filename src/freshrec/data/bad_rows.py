@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import polars as pl
@@ -50,8 +52,12 @@ def _format_value(value: object) -> str:
     return "null" if value is None else to_printable(repr(value), 40)
 
 
-def write_quarantine(raw: pl.DataFrame, faults: Sequence[ColumnFault], table: SourceTable, quarantine: Path) -> None:
-    """Write the bad rows, with all columns of the source and a column `reason`, to a .parquet or .csv file."""
+def write_quarantine(raw: pl.DataFrame, faults: Sequence[ColumnFault], table: SourceTable, quarantine: Path) -> Path:
+    """Write the bad rows, with all columns of the source and a column `reason`, to a .parquet or .csv file.
+
+    An existing file stays as it is. Returns the path of the file: `quarantine`, or else the first free one of name-1,
+    name-2, ...
+    """
     reasons = pl.concat(
         raw.filter(fault.rows).select("row", reason=pl.lit(f"{fault.column} {fault.problem}")) for fault in faults
     )
@@ -61,11 +67,18 @@ def write_quarantine(raw: pl.DataFrame, faults: Sequence[ColumnFault], table: So
     with as_log_error(table.name):
         rows = numbered.collect().join(reasons, left_on="row in the source", right_on="row", maintain_order="left")
     rows = rows.drop("row in the source")
+    path = _free_path(quarantine)
     try:
-        if quarantine.suffix == ".parquet":
-            rows.write_parquet(quarantine)
+        if path.suffix == ".parquet":
+            rows.write_parquet(path)
         else:
-            rows.write_csv(quarantine)
+            rows.write_csv(path)
     except (OSError, pl.exceptions.PolarsError) as problem:
         reason = str(problem)[:120]
-        raise LogError(f"The bad rows cannot be written to {quarantine} ({reason}). Choose another file.") from problem
+        raise LogError(f"The bad rows cannot be written to {path} ({reason}). Choose another file.") from problem
+    return path
+
+
+def _free_path(path: Path) -> Path:
+    candidates = (path.with_stem(f"{path.stem}-{n}") for n in count(1))
+    return path if not os.path.lexists(path) else next(other for other in candidates if not os.path.lexists(other))

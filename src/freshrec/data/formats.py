@@ -15,6 +15,7 @@ from freshrec.data.pandas_frames import from_pandas, is_pandas_frame
 from freshrec.data.reader_errors import as_log_error
 from freshrec.data.text_rows import parse_separator, scan_text
 from freshrec.errors import LogError, OptionError, unknown_name_error
+from freshrec.memory_limits import has_memory_for_rows, require_memory_for_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,6 +42,14 @@ class SourceTable:
         """Raise LogError if a file has changed since the table was opened."""
         if _file_states(list(self.file_states)) != self.file_states:
             raise LogError(f"{self.name} changed while it was read. Read it again when nothing writes to it.")
+
+    def require_memory(self) -> None:
+        """Raise OutOfMemoryError if the rows certainly need more memory than there is. Only large files are counted."""
+        n_bytes = sum(size for size, _ in self.file_states.values())
+        if not has_memory_for_rows(n_bytes):  # a row has at least one byte
+            with as_log_error(self.name):
+                n_rows = int(self.rows.select(pl.len()).collect(engine="streaming").item())
+            require_memory_for_rows(n_rows, self.name)
 
 
 @dataclass(frozen=True)

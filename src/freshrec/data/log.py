@@ -31,6 +31,7 @@ from freshrec.data.source_columns import collect_columns, map_columns
 from freshrec.deprecation import UNSET, Unset, value_of_renamed
 from freshrec.errors import LogError, NoRowsError, OptionError
 from freshrec.forks import require_threads
+from freshrec.memory_limits import naming_memory_shortage
 from freshrec.text_layout import format_count
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class Log:
         return f"All timestamps are in the future; the first is {format_time(self.frame['time'][0])}."
 
 
+@naming_memory_shortage()
 def read_log(
     source: str | Path | pl.DataFrame | pd.DataFrame,
     *,
@@ -93,7 +95,8 @@ def read_log(
     - `format`: the name of a public format, a key of FORMATS.
     - `events`: event types to keep; empty = all.
     - `users`: number of random users to keep, with all their rows; None = all. `seed` is the seed of this sample.
-    - `quarantine`: a .parquet or .csv file for bad rows. Without it, a bad row is an error.
+    - `quarantine`: a .parquet or .csv file for bad rows. If it exists, the rows go to name-1, name-2, ..., and a note
+      of the log says so. Without `quarantine`, a bad row is an error.
     - `allow_missing_events`: whether a type in `events` may have no rows.
     - `text_columns`: our columns whose ids are text, even if all of them are numbers.
     - `id_types`: our column -> Int64 or String, the type of the ids in an earlier log. Ids are converted to it if that
@@ -106,7 +109,8 @@ def read_log(
     - `time_format`: directives of strptime, such as "%d.%m.%Y"; None = timestamps are ISO 8601, or numbers since 1970.
     - `absent`, `text`: former names of `allow_missing_events` and `text_columns`.
 
-    Raises LogError if the log cannot be read, NoRowsError if it is empty, and OptionError for an invalid argument.
+    Raises LogError if the log cannot be read, NoRowsError if it is empty, OptionError for an invalid argument, and
+    OutOfMemoryError if there is not enough memory.
     """
     require_threads()
     allow_missing_events = value_of_renamed("allow_missing_events", allow_missing_events, "absent", absent)
@@ -114,6 +118,7 @@ def read_log(
     _check_quarantine(source, quarantine)
     check_time_format(time_format)
     table = open_table(source, format, separator)
+    table.require_memory()
     names, declared_text = map_columns(table, columns or {})
     names, notes = choose_rating(names, min_rating, drop_weight, table.name)
     source_rows, rating_faults = _collect_rows(table, names, events, allow_missing_events, min_rating, notes)
@@ -173,7 +178,7 @@ def _quarantine_bad_rows(
     """Return the log without its bad rows, and write them to `quarantine`. Raises LogError without such a file."""
     if quarantine is None:
         raise LogError(fault_message(source_rows, names, faults, table.name))
-    write_quarantine(source_rows, faults, table, quarantine)
+    quarantine = write_quarantine(source_rows, faults, table, quarantine)
     is_good = ~pl.DataFrame([fault.rows.alias(str(i)) for i, fault in enumerate(faults)]).max_horizontal()
     log = replace(log, frame=log.frame.filter(is_good), n_quarantined=int((~is_good).sum()))
     if not len(log.frame):

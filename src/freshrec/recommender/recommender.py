@@ -16,6 +16,7 @@ from freshrec.data.moments import format_time
 from freshrec.deprecation import UNSET, Unset, value_of_renamed
 from freshrec.errors import LogError, OptionError, StateError
 from freshrec.forks import require_threads
+from freshrec.memory_limits import naming_memory_shortage
 from freshrec.models.absorb import grow_items
 from freshrec.nn.scoring import history_length
 from freshrec.progress import report_progress
@@ -89,6 +90,7 @@ class Recommender:
         """The current state and catalogs. Raises StateError before the first `fit`."""
         return self.bundle.served
 
+    @naming_memory_shortage()
     def fit(
         self,
         log: LogSource,
@@ -127,6 +129,7 @@ class Recommender:
             )
         return self
 
+    @naming_memory_shortage()
     def update(self, new_events: LogSource, *, progress: ProgressOption = False) -> Recommender:
         """Learn from new events; only the new rows are needed.
 
@@ -145,6 +148,7 @@ class Recommender:
 
     partial_fit = update
 
+    @naming_memory_shortage()
     def recommend(
         self,
         users: Ids,
@@ -261,6 +265,7 @@ class Recommender:
             _add_live_version(store, bundle)
 
     @staticmethod
+    @naming_memory_shortage()
     def load(folder: str | Path, sign_key_file: str | Path | None = None) -> Recommender:
         """Load the live version of the store in `folder`. Raises StateError for a missing or damaged store.
 

@@ -73,6 +73,6 @@ def read_catalog(path: Path) -> Catalog:
 def read_parquet_file(path: Path) -> pl.DataFrame:
     """Read a Parquet file. Raises StateError for an unreadable file."""
     try:
-        return pl.read_parquet(path).rename(TABLE_COLUMNS, strict=False)
+        return pl.read_parquet(path, glob=False).rename(TABLE_COLUMNS, strict=False)
     except (OSError, pl.exceptions.PolarsError) as problem:
         raise StateError(f"{path} cannot be read ({problem}). Roll back to another version.") from None

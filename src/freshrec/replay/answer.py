@@ -129,7 +129,8 @@ def headline_metric(metrics: Sequence[str]) -> str:
 
 def read_answer(cells: Sequence[Cell], out: Path, metric: str) -> Answer:
     """Return the answer of a replay from the files that `collect_results` wrote to `out`."""
-    return make_answer(cells, pl.read_parquet(out / "methods.parquet"), pl.read_parquet(out / "tests.parquet"), metric)
+    methods, tests = (pl.read_parquet(out / name, glob=False) for name in ("methods.parquet", "tests.parquet"))
+    return make_answer(cells, methods, tests, metric)
 
 
 def make_answer(cells: Sequence[Cell], methods: pl.DataFrame, tests: pl.DataFrame, metric: str) -> Answer:

@@ -61,7 +61,7 @@ def run_demo(demo_world: DemoWorld, out: Path, on_span_done: ProgressCallback, j
     results = collect_results(
         cells, slice_table(demo_world.split.spans), DEMO_METRICS, out, from_span=FIRST_UPDATED_SPAN
     )
-    tests = pl.read_parquet(out / "tests.parquet")
+    tests = pl.read_parquet(out / "tests.parquet", glob=False)
     base = load_state(next((out / "bases").glob("comirec-dr--0--*.safetensors")))
     sentences = [*describe_results(results, tests), measure_detection(base, demo_world, Detector()).describe()]
     width = output_width()

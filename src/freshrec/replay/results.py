@@ -100,7 +100,7 @@ def collect_results(
 
 def read_ranks(file: Path) -> pl.DataFrame:
     """Read span-*.parquet of a run, of any version, with the current column names."""
-    return pl.read_parquet(file).rename(RANK_COLUMNS, strict=False)
+    return pl.read_parquet(file, glob=False).rename(RANK_COLUMNS, strict=False)
 
 
 def read_costs(file: Path) -> dict[str, float]:

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import polars as pl
 
 from freshrec.errors import StateError
-from freshrec.recommender.serving_bundle import SERVED_FILE, USERS_FILE
+from freshrec.recommender.serving_bundle import SERVED_FILE, USERS_FILE, read_parquet_file
 from freshrec.server.load_generator import generate_load
 from freshrec.store.versions import Store
 
@@ -36,7 +36,7 @@ def run_benchmark(
     `options` are flags of `freshrec serve`. With `swap`, the live version changes twice meanwhile. Returns latencies in
     ms, errors, CPU time in ms per request and memory in MB. Raises StateError if the live version has no users.
     """
-    users = pl.read_parquet(store.verified_files(store.live)[USERS_FILE])["id"].drop_nulls().cast(pl.String).to_list()
+    users = read_parquet_file(store.verified_files(store.live)[USERS_FILE])["id"].drop_nulls().cast(pl.String).to_list()
     if not users:
         raise StateError(f"The live version of {store.folder} has no users. Fit it on a log with users first.")
     started_s = time.perf_counter()

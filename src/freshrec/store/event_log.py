@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import polars as pl
 from deltalake import ColumnProperties, CommitProperties, DeltaTable, WriterProperties, write_deltalake
@@ -37,6 +36,7 @@ from freshrec.store.log_files import (
     damage_error,
     data_files,
     read_checksums,
+    require_supported_path,
     verify_files,
     write_checksums,
 )
@@ -242,6 +242,7 @@ def log_of(store: Store) -> EventLog:
 
 def _open_table(folder: Path, key: SigningKey | None = None) -> DeltaTable | None:
     """Open the table after checking its commits. None if nothing was appended yet."""
+    require_supported_path(folder)
     commits, checksums = commit_files(folder), read_checksums(folder, key)
     for name in [name for name in checksums or {} if name.startswith("_delta_log/")]:
         if name not in commits or file_checksum(folder / name) != (checksums or {})[name]:
@@ -294,8 +295,6 @@ def _remove_stale_files(folder: Path, table: DeltaTable | None) -> None:
 def _commit_rows(rows: pl.DataFrame, commit_info: dict[str, Any], table: DeltaTable | Path, has_clock: bool) -> None:
     """Append rows in one commit with this information. The first commit creates the table."""
     if isinstance(table, Path):
-        if unquote(str(table.absolute())) != str(table.absolute()):
-            raise StateError(f"Delta tables do not support the percent sign in {table}. Choose another folder.")
         table.mkdir(parents=True, exist_ok=True)
         write_checksummed({}, table / CHECKSUM_FILE)
     write_deltalake(

@@ -40,7 +40,7 @@ class LearnedIds:
         ids, keys = [known.ids_N], [known.keys_N]
         for name in sorted(files - known.files):
             path = folder / name
-            if "event_id" not in pl.read_parquet_schema(path):
+            if "event_id" not in pl.scan_parquet(path, glob=False).collect_schema():
                 continue
             if file_checksum(path) != sums[name]:
                 raise damage_error(folder, name)
@@ -59,8 +59,8 @@ class LearnedIds:
         has_id = frame["event_id"].is_not_null().to_numpy()
         return list(
             zip(
-                (_is_in(_hash_ids(frame), self.ids_N) & has_id).tolist(),
-                _is_in(_hash_keys(frame), self.keys_N).tolist(),
+                (is_in(_hash_ids(frame), self.ids_N) & has_id).tolist(),
+                is_in(_hash_keys(frame), self.keys_N).tolist(),
             )
         )
 
@@ -73,7 +73,8 @@ def _hash_keys(rows: pl.DataFrame) -> Hashes:
     return rows.select(pl.struct(EVENT_KEYS).hash(SEED)).to_series().to_numpy()
 
 
-def _is_in(hashes_N: Hashes, sorted_M: Hashes) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    places_N = np.searchsorted(sorted_M, hashes_N).clip(max=len(sorted_M) - 1)
-    found: np.ndarray[Any, np.dtype[np.bool_]] = sorted_M[places_N] == hashes_N
+def is_in(values_N: np.ndarray[Any, Any], sorted_M: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Return for each value whether it is in a sorted array, which is not empty."""
+    places_N = np.searchsorted(sorted_M, values_N).clip(max=len(sorted_M) - 1)
+    found: np.ndarray[Any, np.dtype[np.bool_]] = sorted_M[places_N] == values_N
     return found

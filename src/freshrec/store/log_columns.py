@@ -4,6 +4,8 @@ from pathlib import Path
 
 import polars as pl
 
+from freshrec.store.log_files import require_supported_path
+
 COLUMN_TYPES = {
     "user_id": (pl.Int64, pl.String),
     "item_id": (pl.Int64, pl.String),
@@ -20,9 +22,13 @@ ID_COLUMNS = tuple(name for name, allowed in COLUMN_TYPES.items() if allowed == 
 
 
 def has_column(log_folder: Path, name: str) -> bool:
-    """Return whether the event log in a folder has a column. A folder without a log has none."""
+    """Return whether the event log in a folder has a column. A folder without a log has none.
+
+    Raises StateError if Delta tables do not support the path of the folder.
+    """
     from deltalake import DeltaTable  # here, because servers import this module
 
+    require_supported_path(log_folder)
     if not DeltaTable.is_deltatable(str(log_folder)):
         return False
     return name in {field.name for field in DeltaTable(log_folder).schema().fields}

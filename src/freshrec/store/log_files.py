@@ -14,12 +14,16 @@ from freshrec.errors import StateError
 from freshrec.files import file_checksum, sync_folder
 from freshrec.store.checksummed_json import read_checksummed, write_checksummed
 from freshrec.store.signing import SigningKey, unsigned_error
+from freshrec.text_layout import to_printable
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable
 
 LOG_FOLDER = "log"  # in the folder of a store
 COMMIT_FOLDER, CHECKSUM_FILE = "_delta_log", "checksums.json"
+UNSUPPORTED_PATH = re.compile(
+    r"[][#?|^\\\x00-\x1f\x7f\ud800-\udfff]|%[0-9A-Fa-f]{2}"
+)  # Delta misreads or refuses these
 COMMIT_NAME = re.compile(r"[0-9]{20}(\.checkpoint[0-9.]*)?\.(json|parquet)")  # other files are not part of the log
 
 
@@ -30,6 +34,21 @@ def commit_files(folder: Path) -> list[str]:
         for path in (folder / COMMIT_FOLDER).glob("*")
         if COMMIT_NAME.fullmatch(path.name)
     )
+
+
+def path_fault(folder: Path) -> str:
+    """Say what the path of a Delta table may not hold; "" if the path of this one is right. Links are followed."""
+    found = UNSUPPORTED_PATH.search(str(folder.resolve()))
+    if not found:
+        return ""
+    what = f'"{found[0]}"' if found[0].isprintable() else "a control character"
+    return f"The path {to_printable(str(folder), 200)} holds {what}, which the event log does not support."
+
+
+def require_supported_path(folder: Path) -> None:
+    """Raise StateError if Delta tables do not support the path of the event log."""
+    if fault := path_fault(folder):
+        raise StateError(f"{fault} Move the store to another folder.")
 
 
 def commit_path(folder: Path, number: int) -> Path:

@@ -281,7 +281,7 @@ def open_store(folder: Path, sign_key_file: Path | None = None) -> Store:
             f"{folder} is not a store but an older save. Convert it in Python: Recommender.load(folder).save(NEW)."
         )
     if not (folder / STORE_FILE).exists():
-        raise StateError(f"There is no store in {folder}. Create one with `freshrec fit LOG --store {folder}`.")
+        raise StateError(f"There is no store in {folder}. Create one with `freshrec fit LOG {store_option(folder)}`.")
     key = None if sign_key_file is None else read_key(sign_key_file, folder)
     read_store_file(folder, key)
     return Store(folder, key)
