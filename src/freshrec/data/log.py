@@ -101,7 +101,8 @@ def read_log(
     - `text_columns`: our columns whose ids are text, even if all of them are numbers.
     - `id_types`: our column -> Int64 or String, the type of the ids in an earlier log. Ids are converted to it if that
       is exact; other rows are bad. It overrides `text_columns`.
-    - `separator`: one character, or comma, tab, semicolon, pipe or space. By default, a tab in .tsv files, else a comma.
+    - `separator`: what divides the fields of a text file: one character, or comma, tab, semicolon, pipe or space. By
+      default, it is a tab in .tsv files and a comma in others.
     - `min_rating`: the lowest rating to keep. Rows below it are left out before anything else is checked or counted. A
       row without a rating is bad. The rating is the column `rating`, or else `weight`.
     - `drop_weight`: whether to ignore a column `weight`. By default, it is an error without `min_rating`.
@@ -111,20 +112,21 @@ def read_log(
     Raises LogError if the log cannot be read, NoRowsError if it is empty, OptionError for an invalid argument, and
     OutOfMemoryError if there is not enough memory.
     """
+    require_threads()
     allow_missing_events = value_of_renamed("allow_missing_events", allow_missing_events, "absent", absent)
     text_columns = value_of_renamed("text_columns", text_columns, "text", text)
-    _check_use(source, quarantine)
+    _check_quarantine(source, quarantine)
     check_time_format(time_format)
     table = open_table(source, format, separator)
+    table.require_memory()
     names, declared_text = map_columns(table, columns or {})
     names, notes = choose_rating(names, min_rating, drop_weight, table.name)
     source_rows, rating_faults = _collect_rows(table, names, events, allow_missing_events, min_rating, notes)
     known_types = dict.fromkeys(declared_text | set(text_columns), pl.String) | dict(id_types or {})
     with _errors_name(table):
         log, faults = _parse_columns(source_rows, names, known_types, table, time_format)
-    rating_note, notes = "" if min_rating is None else notes[-1], [*table.notes, *log.notes, *notes]
-    log, faults = replace(log, notes=tuple(notes), rating_note=rating_note), first_faults([*rating_faults, *faults])
-    if faults:
+    log = replace(log, notes=(*table.notes, *log.notes, *notes), rating_note="" if min_rating is None else notes[-1])
+    if faults := first_faults([*rating_faults, *faults]):
         log = _quarantine_bad_rows(log, faults, source_rows, names, table, quarantine)
     return _sample_users(_sort_by_time(log), users, seed)
 
@@ -147,7 +149,6 @@ def _collect_rows(
     notes: list[str],
 ) -> tuple[pl.DataFrame, list[ColumnFault]]:
     """Return the rows with the events and ratings to keep, and the rows without a rating. Extends `notes`."""
-    table.require_memory()
     rows = collect_columns(table, names, events, allow_missing_events)
     table.require_unchanged()
     if not len(rows):
@@ -159,9 +160,7 @@ def _collect_rows(
     return rows, faults
 
 
-def _check_use(source: str | Path | pl.DataFrame | pd.DataFrame, quarantine: Path | None) -> None:
-    """Raise StateError in a forked process, and OptionError for an unusable quarantine file."""
-    require_threads()
+def _check_quarantine(source: str | Path | pl.DataFrame | pd.DataFrame, quarantine: Path | None) -> None:
     if quarantine is not None and isinstance(source, str | Path) and quarantine.resolve() == Path(source).resolve():
         raise OptionError(f"Quarantine file {quarantine.name} is the log itself. Choose another file for the bad rows.")
     if quarantine is not None and quarantine.suffix not in (".parquet", ".csv"):
