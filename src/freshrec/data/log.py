@@ -109,16 +109,13 @@ def read_log(
     - `time_format`: directives of strptime, such as "%d.%m.%Y"; None = timestamps are ISO 8601, or numbers since 1970.
     - `absent`, `text`: former names of `allow_missing_events` and `text_columns`.
 
-    Raises LogError if the log cannot be read, NoRowsError if it is empty, OptionError for an invalid argument, and
-    OutOfMemoryError if there is not enough memory.
+    Raises LogError if the log cannot be read, NoRowsError if it is empty, OptionError, or OutOfMemoryError.
     """
     require_threads()
     allow_missing_events = value_of_renamed("allow_missing_events", allow_missing_events, "absent", absent)
     text_columns = value_of_renamed("text_columns", text_columns, "text", text)
-    _check_quarantine(source, quarantine)
-    check_time_format(time_format)
+    _check_options(source, quarantine, time_format)
     table = open_table(source, format, separator)
-    table.require_memory()
     names, declared_text = map_columns(table, columns or {})
     names, notes = choose_rating(names, min_rating, drop_weight, table.name)
     source_rows, rating_faults = _collect_rows(table, names, events, allow_missing_events, min_rating, notes)
@@ -149,6 +146,7 @@ def _collect_rows(
     notes: list[str],
 ) -> tuple[pl.DataFrame, list[ColumnFault]]:
     """Return the rows with the events and ratings to keep, and the rows without a rating. Extends `notes`."""
+    table.require_memory()
     rows = collect_columns(table, names, events, allow_missing_events)
     table.require_unchanged()
     if not len(rows):
@@ -160,7 +158,10 @@ def _collect_rows(
     return rows, faults
 
 
-def _check_quarantine(source: str | Path | pl.DataFrame | pd.DataFrame, quarantine: Path | None) -> None:
+def _check_options(
+    source: str | Path | pl.DataFrame | pd.DataFrame, quarantine: Path | None, time_format: str | None
+) -> None:
+    check_time_format(time_format)
     if quarantine is not None and isinstance(source, str | Path) and quarantine.resolve() == Path(source).resolve():
         raise OptionError(f"Quarantine file {quarantine.name} is the log itself. Choose another file for the bad rows.")
     if quarantine is not None and quarantine.suffix not in (".parquet", ".csv"):
