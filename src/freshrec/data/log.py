@@ -94,8 +94,7 @@ def read_log(
     - `format`: the name of a public format, a key of FORMATS.
     - `events`: event types to keep; empty = all.
     - `users`: number of random users to keep, with all their rows; None = all. `seed` is the seed of this sample.
-    - `quarantine`: a .parquet or .csv file for bad rows. If it exists, the rows go to name-1, name-2, ..., and a note
-      of the log says so. Without `quarantine`, a bad row is an error.
+    - `quarantine`: a .parquet or .csv file for bad rows, name-1 if it exists. Without it, a bad row is an error.
     - `allow_missing_events`: whether a type in `events` may have no rows.
     - `text_columns`: our columns whose ids are text, even if all of them are numbers.
     - `id_types`: our column -> Int64 or String, the type of the ids in an earlier log. Ids are converted to it if that
@@ -108,8 +107,7 @@ def read_log(
     - `time_format`: directives of strptime, such as "%d.%m.%Y"; None = timestamps are ISO 8601, or numbers since 1970.
     - `absent`, `text`: former names of `allow_missing_events` and `text_columns`.
 
-    Raises LogError if the log cannot be read, NoRowsError if it is empty, OptionError for an invalid argument, and
-    OutOfMemoryError if there is not enough memory.
+    Raises LogError, NoRowsError if the log is empty, OptionError for an invalid argument, and OutOfMemoryError.
     """
     require_threads()
     allow_missing_events = value_of_renamed("allow_missing_events", allow_missing_events, "absent", absent)
@@ -117,7 +115,6 @@ def read_log(
     _check_quarantine(source, quarantine)
     check_time_format(time_format)
     table = open_table(source, format, separator)
-    table.require_memory()
     names, declared_text = map_columns(table, columns or {})
     names, notes = choose_rating(names, min_rating, drop_weight, table.name)
     source_rows, rating_faults = _collect_rows(table, names, events, allow_missing_events, min_rating, notes)
@@ -148,6 +145,7 @@ def _collect_rows(
     notes: list[str],
 ) -> tuple[pl.DataFrame, list[ColumnFault]]:
     """Return the rows with the events and ratings to keep, and the rows without a rating. Extends `notes`."""
+    table.require_memory()
     rows = collect_columns(table, names, events, allow_missing_events)
     table.require_unchanged()
     if not len(rows):
