@@ -1,5 +1,6 @@
 """An erased user is unknown in all servers from the start of the erasure on, until they have loaded what remains."""
 
+import io
 import json
 import logging
 import subprocess
@@ -165,6 +166,16 @@ def test_the_id_is_not_among_the_arguments_of_a_process(tmp_path: Path, monkeypa
 def test_erase_takes_the_id_from_one_place(arguments: list[str], tmp_path: Path) -> None:
     stored(tmp_path)
     assert run("erase", tmp_path, *arguments) == 2
+
+
+@pytest.mark.parametrize(("text", "reason"), [("", "Standard input is empty"), ("user-1\nuser-2\n", "several lines")])
+def test_erase_refuses_standard_input_without_exactly_one_id(
+    text: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    assert run("erase", tmp_path, "--stdin") == 2
+    assert reason in capsys.readouterr().err
 
 
 def test_the_text_of_an_exception_is_not_logged(capsys: pytest.CaptureFixture[str]) -> None:

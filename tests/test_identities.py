@@ -112,6 +112,9 @@ def test_ids_of_text_files(tmp_path: Path, ids: list[str], expected: list[Any] |
         ([f"{BIG + 1}.0", "5"], "float of at least 2\\^53.*data row 1"),
         (["1234567890123456789.0", "5"], "float of at least 2\\^53.*data row 1"),
         ([f"{BIG + 1}", "5.0"], [BIG + 1, 5]),
+        (["1234567890123456789.0", '"7"'], "float of at least 2\\^53.*data row 1"),
+        (["1234567890123456789", '"7"'], [1234567890123456789, 7]),
+        (["-0.0", "5"], [0, 5]),
     ],
 )
 def test_ids_of_json_lines(tmp_path: Path, ids: list[str], expected: list[Any] | str) -> None:

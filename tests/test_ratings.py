@@ -117,7 +117,7 @@ def test_updates_select_rows_like_fit(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "no model uses weights" in capsys.readouterr().err
     assert app.main([*fit, "--min-rating", "4"]) == 0
     assert app.main(["update", str(tmp_path / "1.csv"), *store, "--force", "--reason", "test"]) == 0
-    capsys.readouterr()
+    assert "1.csv: Left out 8 rows with a rating below 4." in capsys.readouterr().out
     events = EventLog(tmp_path / "store" / "log").read()
     assert events["item_id"].unique().sort().to_list() == [0, 1, 2, 3]  # item 9 has the rating 1
     assert len(events) == 2 * 8 * 4 and "weight" not in events.columns

@@ -130,6 +130,11 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     "two-in-a-line.jsonl": (f"{OBJECT}\n{OBJECT}{OBJECT}\n", "cannot be read in line 2"),
     "broken.jsonl": (f'{OBJECT}\n{{"user_id"', "cannot be read in line 2"),
     "text.jsonl": (f'{OBJECT}\n"x"\n', "cannot be read in line 2 (it holds no JSON object)"),
+    "number.jsonl": (f"{OBJECT}\n5\n", "cannot be read in line 2 (it holds no JSON object)"),
+    "null.jsonl": (f"{OBJECT}\nnull\n", "cannot be read in line 2 (it holds no JSON object)"),
+    "nan.jsonl": (OBJECT.replace('"u1"', "NaN"), "cannot be read in line 1 (NaN is no number of JSON)"),
+    "infinite.jsonl": (OBJECT.replace('"u1"', "1E400"), "cannot be read in line 1 (1E400 is too large"),
+    "blank-lines.jsonl": ("\n\n", "has no rows"),
     "cp1252.jsonl": (OBJECT.replace("u1", "é").encode("cp1252"), "cannot be read in line 1 (it is not UTF-8)"),
 }
 

@@ -333,8 +333,9 @@ def _learn_file(
     n_bad = 0 if log is None else log.n_quarantined
     name = "Server clicks" if log is None else path.name
     print_line(delivery_line(job, result, name, n_bad))
-    for note in () if log is None else log.id_notes:
-        print_line(f"{name}: {note}")
+    for note in () if log is None else (*log.id_notes, log.rating_note):
+        if note:
+            print_line(f"{name}: {note}")
     if result.n_reused_ids:
         print_line(f"{name}: {reused_ids_note(result.n_reused_ids)}")
     yield from job.catch_up(force)

@@ -217,12 +217,16 @@ def erase(
         raise OptionError("Pass one user id: as USER, or with --stdin.")
     if from_stdin:
         user = sys.stdin.read().removesuffix("\n").removesuffix("\r")
+        if not user:
+            raise OptionError("Standard input is empty, but --stdin reads the user id from it. Write one id to it.")
     with locked_store(store, wait, sign_key_file) as opened_store:
         receipt = erase_user(NightlyJob(opened_store), user)
     if as_json:
         print_json(receipt)
         return
     if not receipt["events"] and not receipt["versions"] and not receipt["clicks"]:
+        if "\n" in user:  # an old store may hold such an id, but several ids are more likely
+            raise OptionError("Standard input holds several lines, and no user has this id. Pass one id at a time.")
         typer.echo(f"User {user}: nothing to erase. No event, no click and no version holds this id.")
         return
     versions = ", ".join(map(str, receipt["versions"])) or "none"

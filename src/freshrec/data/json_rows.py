@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from pathlib import Path
 
 import polars as pl
 
 from freshrec.data.columns import FLOAT_LIMITS
 from freshrec.data.text_faults import GZIP, UTF_8_BOM, check_text_file, first_bytes
-from freshrec.errors import LogError
+from freshrec.errors import LogError, NoRowsError
 from freshrec.text_layout import to_printable
+
+OBJECT_LINE = r"^\x{feff}?\s*(?:\{.*)?$"
+LARGE_FLOAT = r":\s*-?[0-9]+(?:[0-9]{15}\.|(?:\.[0-9]+)?[eE])"  # at least 16 digits and a point, or an exponent
 
 
 def open_json_lines(path: Path) -> pl.LazyFrame:
@@ -21,6 +25,7 @@ def open_json_lines(path: Path) -> pl.LazyFrame:
     with floats is read as text, because a float has too few digits for some ids.
     """
     check_text_file(path)
+    has_large_floats = _check_lines(path)
     has_mark, is_pattern = first_bytes(path) == UTF_8_BOM, any(letter in str(path) for letter in "*?[")
     source: Path | bytes = path
     if has_mark or is_pattern:  # the reader knows no marks, and takes such a path as a pattern
@@ -32,10 +37,34 @@ def open_json_lines(path: Path) -> pl.LazyFrame:
     except (pl.exceptions.PolarsError, UnicodeError) as problem:
         raise (_bad_line_error(path) or problem) from None
     floats = [name for name, kind in schema.items() if kind.is_float()]
-    if not floats:
+    texts = [name for name, kind in schema.items() if has_large_floats and kind == pl.String]
+    if not floats and not texts:
         return rows
     exact = pl.scan_ndjson(source, schema={**schema, **dict.fromkeys(floats, pl.String)})
-    return exact.with_columns(_mark_rounded(pl.col(name)) for name in floats)
+    return exact.with_columns(_mark_rounded(pl.col(name)) for name in (*floats, *texts)).with_columns(
+        pl.col(name).replace("-0", "0")
+        for name in floats  # the reader prints -0.0 as -0
+    )
+
+
+def _check_lines(path: Path) -> bool:
+    """Return whether a line may hold a float beyond 2^53. Raises LogError for a line without an object."""
+    line = pl.col("line")
+    try:
+        lines = pl.scan_lines(path, name="line", glob=False)
+        counts = lines.select(
+            other=(~line.str.contains(OBJECT_LINE)).sum(),
+            full=line.str.contains("{", literal=True).sum(),
+            large=line.str.contains(LARGE_FLOAT).sum(),
+        )
+        n_other, n_full, n_large = counts.collect(engine="streaming").row(0)
+    except (pl.exceptions.PolarsError, UnicodeError) as problem:
+        raise (_bad_line_error(path) or problem) from None
+    if n_other and (error := _bad_line_error(path)):
+        raise error
+    if not n_full:
+        raise NoRowsError(f"{path.name} has no rows. A log needs at least one.")
+    return bool(n_large)
 
 
 def _mark_rounded(text: pl.Expr) -> pl.Expr:
@@ -58,7 +87,9 @@ def _bad_line_error(path: Path) -> LogError | None:
         for number, line in enumerate(file, 1):
             content = line.removeprefix(UTF_8_BOM) if number == 1 else line
             try:
-                found = json.loads(content) if content.strip() else {}
+                found = (
+                    json.loads(content, parse_constant=_refuse, parse_float=_finite_float) if content.strip() else {}
+                )
                 reason = "" if isinstance(found, dict) else "it holds no JSON object"
             except UnicodeDecodeError:
                 reason = "it is not UTF-8"
@@ -69,3 +100,13 @@ def _bad_line_error(path: Path) -> LogError | None:
                 shown = to_printable(reason, 80)
                 return LogError(f"{path.name} {kind} ({shown}). Write one JSON object in each line.")
     return None
+
+
+def _refuse(word: str) -> None:
+    raise ValueError(f"{word} is no number of JSON")
+
+
+def _finite_float(text: str) -> float:
+    if math.isinf(float(text)):
+        raise ValueError(f"{text} is too large for a number")
+    return float(text)

@@ -53,6 +53,7 @@ class Log:
     notes: tuple[str, ...] = ()  # sentences about what was detected, renamed or left out
     n_out_of_order: int = 0  # rows that come after a later row in the source
     id_notes: tuple[str, ...] = ()  # those of `notes` that are about ids
+    rating_note: str = ""  # the one of `notes` that counts the rows below the lowest rating to keep
     n_quarantined: int = 0  # bad rows that were written to the quarantine file
     n_missing_timestamps: int = 0  # rows without a timestamp, in a source with timestamps in other rows
 
@@ -94,25 +95,25 @@ def read_log(
     - `format`: the name of a public format, a key of FORMATS.
     - `events`: event types to keep; empty = all.
     - `users`: number of random users to keep, with all their rows; None = all. `seed` is the seed of this sample.
-    - `quarantine`: a .parquet or .csv file for bad rows, name-1 if it exists. Without it, a bad row is an error.
+    - `quarantine`: a .parquet or .csv file for bad rows. If it exists, the rows go to name-1, name-2, ..., and a note
+      of the log says so. Without `quarantine`, a bad row is an error.
     - `allow_missing_events`: whether a type in `events` may have no rows.
     - `text_columns`: our columns whose ids are text, even if all of them are numbers.
     - `id_types`: our column -> Int64 or String, the type of the ids in an earlier log. Ids are converted to it if that
       is exact; other rows are bad. It overrides `text_columns`.
-    - `separator`: what divides the fields of a text file: one character, or comma, tab, semicolon, pipe or space. By
-      default, it is a tab in .tsv files and a comma in others.
+    - `separator`: one character, or comma, tab, semicolon, pipe or space. By default, a tab in .tsv files, else a comma.
     - `min_rating`: the lowest rating to keep. Rows below it are left out before anything else is checked or counted. A
       row without a rating is bad. The rating is the column `rating`, or else `weight`.
     - `drop_weight`: whether to ignore a column `weight`. By default, it is an error without `min_rating`.
     - `time_format`: directives of strptime, such as "%d.%m.%Y"; None = timestamps are ISO 8601, or numbers since 1970.
     - `absent`, `text`: former names of `allow_missing_events` and `text_columns`.
 
-    Raises LogError, NoRowsError if the log is empty, OptionError for an invalid argument, and OutOfMemoryError.
+    Raises LogError if the log cannot be read, NoRowsError if it is empty, OptionError for an invalid argument, and
+    OutOfMemoryError if there is not enough memory.
     """
-    require_threads()
     allow_missing_events = value_of_renamed("allow_missing_events", allow_missing_events, "absent", absent)
     text_columns = value_of_renamed("text_columns", text_columns, "text", text)
-    _check_quarantine(source, quarantine)
+    _check_use(source, quarantine)
     check_time_format(time_format)
     table = open_table(source, format, separator)
     names, declared_text = map_columns(table, columns or {})
@@ -121,7 +122,8 @@ def read_log(
     known_types = dict.fromkeys(declared_text | set(text_columns), pl.String) | dict(id_types or {})
     with _errors_name(table):
         log, faults = _parse_columns(source_rows, names, known_types, table, time_format)
-    log, faults = replace(log, notes=(*table.notes, *log.notes, *notes)), first_faults([*rating_faults, *faults])
+    rating_note, notes = "" if min_rating is None else notes[-1], [*table.notes, *log.notes, *notes]
+    log, faults = replace(log, notes=tuple(notes), rating_note=rating_note), first_faults([*rating_faults, *faults])
     if faults:
         log = _quarantine_bad_rows(log, faults, source_rows, names, table, quarantine)
     return _sample_users(_sort_by_time(log), users, seed)
@@ -157,7 +159,9 @@ def _collect_rows(
     return rows, faults
 
 
-def _check_quarantine(source: str | Path | pl.DataFrame | pd.DataFrame, quarantine: Path | None) -> None:
+def _check_use(source: str | Path | pl.DataFrame | pd.DataFrame, quarantine: Path | None) -> None:
+    """Raise StateError in a forked process, and OptionError for an unusable quarantine file."""
+    require_threads()
     if quarantine is not None and isinstance(source, str | Path) and quarantine.resolve() == Path(source).resolve():
         raise OptionError(f"Quarantine file {quarantine.name} is the log itself. Choose another file for the bad rows.")
     if quarantine is not None and quarantine.suffix not in (".parquet", ".csv"):

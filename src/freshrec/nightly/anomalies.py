@@ -138,8 +138,9 @@ def head_anomalies(day: DeliveryStats, recent: Sequence[DeliveryStats], limits: 
         return []
     from scipy.stats import binomtest  # slow to import, and rarely needed
 
-    n_head = round(day.share_head * day.n_rows)
-    if binomtest(n_head, day.n_rows, min(limit, 1.0), alternative="less").pvalue >= limits.false_alarm_rate:
+    share, least_share = (min(max(value, 0.0), 1.0) for value in (day.share_head, limit))
+    n_head = round(share * day.n_rows)
+    if binomtest(n_head, day.n_rows, least_share, alternative="less").pvalue >= limits.false_alarm_rate:
         return []  # few rows: the share may be low by chance
     return [
         f"{format_percent(day.share_head)} of the rows are on the popular items, which had half of the recent events. "

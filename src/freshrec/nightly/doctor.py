@@ -120,9 +120,10 @@ def _check_match(store: Store) -> list[Check]:
     n_waiting = len(waiting_batches(store, log))  # compares the deliveries
     newest = max((version.log.commit for version in versions if version.log), default=-1)
     checksums = read_checksums(log.folder) or {}
-    for path in [commit_path(log.folder, number) for number in range(newest + 1)]:
-        if str(path.relative_to(log.folder)) not in checksums:
-            return [(False, f"{log.folder} has no checksum of {path.name}. Restore the log from a backup.")]
+    paths = [commit_path(log.folder, number) for number in range(newest + 1)]
+    missing = [path for path in paths if str(path.relative_to(log.folder)) not in checksums]
+    if missing and missing != paths[-1:]:  # the last one is missing if the process was killed before it was written
+        return [(False, f"{log.folder} has no checksum of {missing[0].name}. Restore the log from a backup.")]
     if n_waiting:
         return [(True, f"{count_of(n_waiting, 'delivery waits', 'deliveries wait')} for the next `freshrec update`")]
     return []

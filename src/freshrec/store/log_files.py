@@ -41,8 +41,8 @@ def path_fault(folder: Path) -> str:
     found = UNSUPPORTED_PATH.search(str(folder.resolve()))
     if not found:
         return ""
-    shown = f'"{found[0]}"' if found[0].isprintable() else "a control character"
-    return f"The path {to_printable(str(folder), 200)} holds {shown}, which the event log does not support."
+    sign = f'"{found[0]}"' if found[0].isprintable() else "a control character"
+    return f"The path {to_printable(str(folder), 200)} holds {sign}, which the event log does not support."
 
 
 def require_supported_path(folder: Path) -> None:
