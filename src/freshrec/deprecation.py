@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
+PACKAGE = str(Path(__file__).parent)
 
 
 class Unset(Enum):
@@ -22,12 +26,20 @@ UNSET = Unset.UNSET
 def value_of_renamed(name: str, value: T, old_name: str, old_value: T | Unset) -> T:
     """Return `old_value` with a FutureWarning if the caller used the old name of an argument, else `value`.
 
-    Call it directly in the public function with both arguments: the warning points to the caller of that function.
+    The warning points to the line that called freshrec.
     """
     if isinstance(old_value, Unset):
         return value
-    warnings.warn(describe_rename(old_name, name), FutureWarning, stacklevel=3)
+    warn_caller(describe_rename(old_name, name), FutureWarning)
     return old_value
+
+
+def warn_caller(message: str, category: type[Warning]) -> None:
+    """Show a warning that points to the line that called freshrec, through any number of decorators."""
+    own_files, level, frame = (PACKAGE, contextlib.__file__), 1, inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename.startswith(own_files):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 def replace_old_flags(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from freshrec.data.identities import IdType
 from freshrec.data.log import Log, keep_positives, read_log
 from freshrec.data.moments import format_time
 from freshrec.data.ratings import WEIGHT_DROPPED
+from freshrec.deprecation import warn_caller
 from freshrec.errors import LogError
 from freshrec.recommender.served_state import ServedState
 from freshrec.types import Events
@@ -64,7 +64,7 @@ def read_interactions(
         time_format=options.time_format,
     )
     if WEIGHT_DROPPED in log.notes:
-        warnings.warn(f"{WEIGHT_DROPPED} Pass min_rating to fit, or drop the column.", UserWarning, stacklevel=4)
+        warn_caller(f"{WEIGHT_DROPPED} Pass min_rating to fit, or drop the column.", UserWarning)
     refuse_future(log)
     return drop_duplicates(keep_positives(log))
 
