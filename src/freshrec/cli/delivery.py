@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from freshrec.cli.options import parse_pairs
-from freshrec.data.log import Log, events_before, read_log
+from freshrec.data.log import Log, events_before
 from freshrec.errors import NoRowsError
 
 if TYPE_CHECKING:
@@ -18,16 +18,9 @@ if TYPE_CHECKING:
 
 def read_first_log(path: Path, read_options: ReadOptions, until: str, quarantine: Path | None) -> Log:
     """Read the log of `fit`. `until`: keep the events before this moment; "" = all events."""
-    log = read_log(
-        path,
-        columns=read_options.columns,
-        format=read_options.format,
-        events=read_options.events,
-        separator=read_options.separator,
-        min_rating=read_options.min_rating,
-        time_format=read_options.time_format,
-        quarantine=quarantine,
-    )
+    from freshrec.recommender.log_reading import read_with_options
+
+    log = read_with_options(path, read_options, quarantine=quarantine)
     return events_before(log, until) if until else log
 
 
@@ -54,19 +47,13 @@ def read_delivery(
     job: NightlyJob, path: Path, quarantine: Path | None, change_options: Callable[[ReadOptions], ReadOptions]
 ) -> Log | None:
     """Read a file with the options of `fit`, unless others are given. Return None if it has no rows."""
-    from freshrec.recommender.log_reading import known_id_types
+    from freshrec.recommender.log_reading import known_id_types, read_with_options
     from freshrec.store.log_columns import has_column
 
-    read_options = change_options(job.bundle.read_options)
     try:
-        return read_log(
+        return read_with_options(
             path,
-            columns=read_options.columns,
-            format=read_options.format,
-            events=read_options.events,
-            separator=read_options.separator,
-            min_rating=read_options.min_rating,
-            time_format=read_options.time_format,
+            change_options(job.bundle.read_options),
             drop_weight=has_column(job.log.folder, "weight"),  # a store of an earlier version took it
             quarantine=quarantine,
             allow_missing_events=True,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import polars as pl
 
 from freshrec.data.columns import FLOAT_LIMITS
-from freshrec.data.text_faults import GZIP, UTF_8_BOM, check_text_file, first_bytes
+from freshrec.data.text_faults import UTF_8_BOM, check_text_file, first_bytes, open_unpacked
 from freshrec.errors import LogError, NoRowsError
 from freshrec.text_layout import to_printable
 
@@ -29,8 +28,8 @@ def open_json_lines(path: Path) -> pl.LazyFrame:
     has_mark, is_pattern = first_bytes(path) == UTF_8_BOM, any(letter in str(path) for letter in "*?[")
     source: Path | bytes = path
     if has_mark or is_pattern:  # the reader knows no marks, and takes such a path as a pattern
-        content = path.read_bytes()
-        source = (gzip.decompress(content) if content.startswith(GZIP) else content).removeprefix(UTF_8_BOM)
+        with open_unpacked(path) as file:
+            source = file.read().removeprefix(UTF_8_BOM)
     try:
         rows = pl.scan_ndjson(source, infer_schema_length=None)
         schema = rows.collect_schema()
@@ -81,9 +80,7 @@ def _mark_rounded(text: pl.Expr) -> pl.Expr:
 
 def _bad_line_error(path: Path) -> LogError | None:
     """Return an error that names the first line that is not one JSON object; None if all of them are."""
-    with path.open("rb") as file:
-        is_packed = file.read(2) == GZIP
-    with gzip.open(path) if is_packed else path.open("rb") as file:
+    with open_unpacked(path) as file:
         for number, line in enumerate(file, 1):
             content = line.removeprefix(UTF_8_BOM) if number == 1 else line
             try:

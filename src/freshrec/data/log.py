@@ -120,7 +120,7 @@ def read_log(
     names, notes = choose_rating(names, min_rating, drop_weight, table.name)
     source_rows, rating_faults = _collect_rows(table, names, events, allow_missing_events, min_rating, notes)
     known_types = dict.fromkeys(declared_text | set(text_columns), pl.String) | dict(id_types or {})
-    with _errors_name(table):
+    with _table_name_in_errors(table):
         log, faults = _parse_columns(source_rows, names, known_types, table, time_format)
     log = replace(log, notes=(*table.notes, *log.notes, *notes), rating_note="" if min_rating is None else notes[-1])
     if faults := first_faults([*rating_faults, *faults]):
@@ -129,7 +129,7 @@ def read_log(
 
 
 @contextmanager
-def _errors_name(table: SourceTable) -> Iterator[None]:
+def _table_name_in_errors(table: SourceTable) -> Iterator[None]:
     """Put the name of the table before the message of a LogError."""
     try:
         yield

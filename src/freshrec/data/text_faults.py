@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import re
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from freshrec.errors import LogError
 from freshrec.text_layout import format_count, to_printable
@@ -27,17 +28,20 @@ def check_text_file(path: Path) -> None:
 
 def first_bytes(path: Path) -> bytes:
     """Return the first 3 bytes of the text, unpacked."""
+    with open_unpacked(path) as file:
+        return file.read(3)
+
+
+def open_unpacked(path: Path) -> BinaryIO:
+    """Open a text file for reading bytes. A file that is packed with gzip is unpacked while it is read."""
     with path.open("rb") as file:
         is_packed = file.read(2) == GZIP
-    with gzip.open(path) if is_packed else path.open("rb") as file:
-        return bytes(file.read(3))
+    return cast(BinaryIO, gzip.open(path)) if is_packed else path.open("rb")
 
 
 def not_utf8_error(path: Path) -> LogError | None:
     """Return an error that names the first line that is not UTF-8; None if all of them are."""
-    with path.open("rb") as file:
-        is_packed = file.read(2) == GZIP
-    with gzip.open(path) if is_packed else path.open("rb") as file:
+    with open_unpacked(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 line.decode()

@@ -62,13 +62,13 @@ def waiting_batches(store: Store, log: EventLog) -> list[int]:
     Raises StateError if the log lacks the batch of a version or has another delivery in its place, or if a manifest
     that may name a batch is damaged.
     """
-    learned = [(manifest.batch, manifest) for manifest in store.manifests() if manifest.batch is not None]
+    manifests, numbers = store.manifests(), store.version_numbers()
+    learned = [(manifest.batch, manifest) for manifest in manifests if manifest.batch is not None]
     versions_by_batch = {batch: manifest.id for batch, manifest in learned}
     last = max(versions_by_batch.values(), default=0)  # versions follow the order of batches
-    for number in store.version_numbers():
+    for number in numbers:
         if number > last:
             store.manifest(number)
-    is_complete = len(store.manifests()) == len(store.version_numbers())
     batches, sources = (log.batches()[name].to_list() for name in ("batch", "source"))
     if missing := sorted(versions_by_batch.keys() - set(batches)):
         raise StateError(
@@ -81,6 +81,6 @@ def waiting_batches(store: Store, log: EventLog) -> list[int]:
                 f"Batch {batch} of {log.folder} is not the delivery that version {manifest.id} learned. "
                 "Restore the log and the versions from the same backup."
             )
-    if is_complete:  # a batch before others lacks a version if its folder was lost
+    if len(manifests) == len(numbers):  # a batch before others lacks a version if its folder was lost
         return [batch for batch in batches if batch not in versions_by_batch]
     return [batch for batch in batches if batch > max(versions_by_batch, default=0)]

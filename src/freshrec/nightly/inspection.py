@@ -24,6 +24,7 @@ from freshrec.recommender.user_profile import profile_of
 from freshrec.store.click_journal import read_journal
 from freshrec.store.collection import disk_bytes
 from freshrec.store.event_log import EventLog, log_of
+from freshrec.store.log_files import LOG_FOLDER
 from freshrec.store.manifest import Manifest
 from freshrec.store.versions import Store, is_collected, version_chain
 
@@ -61,7 +62,7 @@ def store_status(store: Store) -> dict[str, Any]:
         "log_events": int(batches["rows"].sum()),
         "log_different_events": _count_different_events(store, log),
         "log_deliveries": len(batches),
-        "log_bytes": disk_bytes(store.folder / "log"),
+        "log_bytes": disk_bytes(store.folder / LOG_FOLDER),
         "versions_bytes": disk_bytes(store.folder / "versions"),
         "total_bytes": disk_bytes(store.folder),
         "versions_deleted": [m.id for m in versions if is_collected(store, m.id)],

@@ -41,6 +41,31 @@ class ReadOptions:
     time_format: str | None = None  # Format of the timestamps, such as %d.%m.%Y; None = ISO 8601 or numbers.
 
 
+def read_with_options(
+    source: LogSource,
+    options: ReadOptions,
+    *,
+    id_types: Mapping[str, IdType] | None = None,
+    drop_weight: bool = False,
+    quarantine: Path | None = None,
+    allow_missing_events: bool = False,
+) -> Log:
+    """Read a log with the stored options. The other arguments are those of `read_log`, which raises the errors."""
+    return read_log(
+        source,
+        columns=options.columns,
+        format=options.format,
+        events=options.events,
+        separator=options.separator,
+        min_rating=options.min_rating,
+        time_format=options.time_format,
+        id_types=id_types,
+        drop_weight=drop_weight,
+        quarantine=quarantine,
+        allow_missing_events=allow_missing_events,
+    )
+
+
 def read_interactions(
     source: LogSource,
     options: ReadOptions,
@@ -52,17 +77,8 @@ def read_interactions(
     `id_types`: types of the ids of earlier events (`known_id_types`). A column `weight` of a frame, or of any log with
     `drop_weight`, is ignored with a UserWarning.
     """
-    log = read_log(
-        source,
-        columns=options.columns,
-        format=options.format,
-        events=options.events,
-        id_types=id_types,
-        separator=options.separator,
-        min_rating=options.min_rating,
-        drop_weight=drop_weight or not isinstance(source, str | Path),
-        time_format=options.time_format,
-    )
+    drop_weight = drop_weight or not isinstance(source, str | Path)
+    log = read_with_options(source, options, id_types=id_types, drop_weight=drop_weight)
     if WEIGHT_DROPPED in log.notes:
         warn_caller(f"{WEIGHT_DROPPED} Pass min_rating to fit, or drop the column.", UserWarning)
     refuse_future(log)

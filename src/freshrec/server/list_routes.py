@@ -14,7 +14,7 @@ from fastapi.responses import Response
 from freshrec.recommender.list_request import DEFAULTS, Id, ListRequest
 from freshrec.server import handlers, schemas
 from freshrec.server.handlers import LoadedVersion
-from freshrec.server.parameters import ItemId, KQuery, UserId, error_response, read_list_options, summary_of
+from freshrec.server.parameters import ItemId, KQuery, UserId, add_with_both_paths, error_response, read_list_options
 from freshrec.server.request_ids import item_row
 from freshrec.server.service import Service
 
@@ -34,15 +34,16 @@ def add_list_routes(app: FastAPI, service: Service) -> None:
         )
         return Response(answer.model_dump_json(), media_type="application/json")
 
-    for path in ("/recommend/{user:path}", "/recommend"):
-        app.get(
-            path,
-            tags=["lists"],
-            summary=summary_of(path, "Recommend items to a user"),
-            response_description="The list of the user.",
-            response_model=schemas.RecommendResponse,
-            responses=no_category,
-        )(recommend)
+    add_with_both_paths(
+        app.get,
+        ("/recommend/{user:path}", "/recommend"),
+        recommend,
+        tag="lists",
+        summary="Recommend items to a user",
+        answer="The list of the user.",
+        answer_model=schemas.RecommendResponse,
+        responses=no_category,
+    )
 
     @app.post(
         "/recommend",
@@ -73,14 +74,16 @@ def add_similar_routes(app: FastAPI, service: Service) -> None:
         items = await service.run_in_worker(lambda: handlers.similar(version, item, k))
         return schemas.SimilarResponse(version=version.number, item_id=item, items=items)
 
-    for path in ("/similar/{item:path}", "/similar"):
-        app.get(
-            path,
-            tags=["lists"],
-            summary=summary_of(path, "Similar items"),
-            response_description="The similar items.",
-            responses=error_response(404, "The item is unknown."),
-        )(similar)
+    add_with_both_paths(
+        app.get,
+        ("/similar/{item:path}", "/similar"),
+        similar,
+        tag="lists",
+        summary="Similar items",
+        answer="The similar items.",
+        answer_model=schemas.SimilarResponse,
+        responses=error_response(404, "The item is unknown."),
+    )
 
 
 def require_item(version: LoadedVersion, item: str) -> None:

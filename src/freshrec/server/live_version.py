@@ -28,6 +28,7 @@ from freshrec.store.checkpoint import load_for_serving
 from freshrec.store.click_journal import KNOWN_SUFFIX, Click, ClickJournal, read_journal, read_known_clicks
 from freshrec.store.erasures import read_erasures
 from freshrec.store.learned_ids import LearnedIds
+from freshrec.store.log_files import LOG_FOLDER
 from freshrec.store.log_fingerprint import require_same_log
 from freshrec.store.manifest import Manifest, utc_now
 from freshrec.store.versions import Store
@@ -149,7 +150,7 @@ class LiveVersion:
         """Return the event ids of the learned batches. If the event log is damaged, return those that were known."""
         learned_ids = LearnedIds() if self._known is None else self._known.learned_ids
         try:
-            return learned_ids.read(self.store.folder / "log", batches)
+            return learned_ids.read(self.store.folder / LOG_FOLDER, batches)
         except (StateError, OSError, pl.exceptions.PolarsError) as problem:
             self.log_line(f"The event ids of the log cannot be read: {_describe_error(problem)}")
             return learned_ids

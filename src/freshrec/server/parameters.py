@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
 
 from fastapi import HTTPException, Query, Request
 from pydantic import Field
@@ -12,6 +13,8 @@ from freshrec.recommender.list_request import DEFAULTS, ListRequest, help_of
 from freshrec.server import schemas
 from freshrec.server.middleware import has_token
 from freshrec.server.service import Service
+
+Handler = TypeVar("Handler", bound=Callable[..., Any])
 
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     code: {"model": schemas.ErrorDetail, "description": description}
@@ -40,9 +43,31 @@ KQuery = Annotated[schemas.ListLength, Query(description=help_of("k"))]
 IdsQuery = Annotated[list[schemas.ShortText] | None, Field(max_length=schemas.MAX_IDS)]
 
 
-def summary_of(path: str, summary: str) -> str:
-    """Return the summary of one of two routes that differ only in the place of the id."""
-    return summary if "{" in path else f"{summary}, with the id in the query"
+def add_with_both_paths(
+    add: Callable[..., Callable[[Handler], Handler]],
+    paths: tuple[str, str],
+    handler: Handler,
+    *,
+    tag: str,
+    summary: str,
+    answer: str,
+    answer_model: Any,
+    responses: dict[int | str, dict[str, Any]],
+) -> None:
+    """Add a route with the id in its path, and the same one with the id in the query.
+
+    `add` is a method of the application, such as `app.get`. `answer` describes the response, and `answer_model` is its
+    type.
+    """
+    for path, summary_of_path in zip(paths, (summary, f"{summary}, with the id in the query")):
+        add(
+            path,
+            tags=[tag],
+            summary=summary_of_path,
+            response_description=answer,
+            response_model=answer_model,
+            responses=responses,
+        )(handler)
 
 
 async def read_list_options(

@@ -21,9 +21,9 @@ from freshrec.server.parameters import (
     ItemId,
     KQuery,
     UserId,
+    add_with_both_paths,
     error_response,
     require_token,
-    summary_of,
 )
 from freshrec.server.service import Service
 
@@ -39,14 +39,16 @@ def add_explanation_routes(app: FastAPI, service: Service) -> None:
             raise HTTPException(404, "This user has no events, so there is nothing to explain.")
         return await service.run_in_worker(lambda: handlers.explain(version, user, item))
 
-    for path in ("/explain/{user}/{item}", "/explain"):
-        app.get(
-            path,
-            tags=["people"],
-            summary=summary_of(path, "Explain a recommendation"),
-            response_description="The reasons.",
-            responses=error_response(404, "The user or the item is unknown."),
-        )(explain)
+    add_with_both_paths(
+        app.get,
+        ("/explain/{user}/{item}", "/explain"),
+        explain,
+        tag="people",
+        summary="Explain a recommendation",
+        answer="The reasons.",
+        answer_model=schemas.ExplanationResponse,
+        responses=error_response(404, "The user or the item is unknown."),
+    )
 
 
 def add_user_routes(app: FastAPI, service: Service) -> None:
@@ -60,14 +62,16 @@ def add_user_routes(app: FastAPI, service: Service) -> None:
             raise HTTPException(404, "This user has no events. GET /recommend returns popular items.")
         return found
 
-    for path in ("/users/{user:path}/interests", "/users/interests"):
-        app.get(
-            path,
-            tags=["people"],
-            summary=summary_of(path, "Profile of a user"),
-            response_description="The profile.",
-            responses=error_response(404, "The user is unknown."),
-        )(interests)
+    add_with_both_paths(
+        app.get,
+        ("/users/{user:path}/interests", "/users/interests"),
+        interests,
+        tag="people",
+        summary="Profile of a user",
+        answer="The profile.",
+        answer_model=schemas.UserProfile,
+        responses=error_response(404, "The user is unknown."),
+    )
 
     async def changes(user: UserId, k: KQuery = 20) -> schemas.ListChanges:
         """Compare the list of a user with that of the parent version, which is loaded for this request."""
@@ -79,14 +83,16 @@ def add_user_routes(app: FastAPI, service: Service) -> None:
             raise HTTPException(404, "This user has no events, so there is nothing to compare.")
         return await service.run_in_worker(lambda: _compare_lists(service, version, parent, user, k))
 
-    for path in ("/users/{user:path}/changes", "/users/changes"):
-        app.get(
-            path,
-            tags=["people"],
-            summary=summary_of(path, "Changes since the parent version"),
-            response_description="The differences between the two lists.",
-            responses=error_response(404, "The user is unknown, or the live version has no parent version."),
-        )(changes)
+    add_with_both_paths(
+        app.get,
+        ("/users/{user:path}/changes", "/users/changes"),
+        changes,
+        tag="people",
+        summary="Changes since the parent version",
+        answer="The differences between the two lists.",
+        answer_model=schemas.ListChanges,
+        responses=error_response(404, "The user is unknown, or the live version has no parent version."),
+    )
 
 
 def add_erasure_routes(app: FastAPI, service: Service) -> None:
@@ -104,14 +110,16 @@ def add_erasure_routes(app: FastAPI, service: Service) -> None:
         receipt = await asyncio.to_thread(work)
         return {"version": service.version.number, **receipt}
 
-    for path in ("/users/{user:path}", "/users"):
-        app.delete(
-            path,
-            tags=["people"],
-            summary=summary_of(path, "Erase a user"),
-            response_description="A receipt: what was deleted.",
-            responses={403: ERROR_RESPONSES[403]},
-        )(leave)
+    add_with_both_paths(
+        app.delete,
+        ("/users/{user:path}", "/users"),
+        leave,
+        tag="people",
+        summary="Erase a user",
+        answer="A receipt: what was deleted.",
+        answer_model=dict[str, Any],
+        responses={403: ERROR_RESPONSES[403]},
+    )
 
 
 def _compare_lists(service: Service, version: LoadedVersion, parent: int, user: str, k: int) -> schemas.ListChanges:
